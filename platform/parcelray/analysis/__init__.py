@@ -1,0 +1,1 @@
+"""Diagnostics of visual tokens: redundancy, spectra, saliency."""

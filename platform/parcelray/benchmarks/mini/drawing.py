@@ -1,0 +1,111 @@
+"""Pixels of the mini suite: palette, shape masks, backdrops and a fast PNG writer.
+
+Everything is drawn on a float canvas of `CANVAS` x `CANVAS` pixels, shape [64, 64, 3], values 0 to 255.
+"""
+
+import struct
+import zlib
+from functools import cache
+from random import Random
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+Canvas = npt.NDArray[np.float32]
+Mask = npt.NDArray[np.float32]
+
+CANVAS = 64
+"""Side of the canvas in pixels; other image sizes are resized from it."""
+
+PALETTE: dict[str, tuple[int, int, int]] = {
+    "red": (225, 30, 40),
+    "green": (25, 165, 60),
+    "blue": (40, 90, 240),
+    "yellow": (250, 225, 30),
+    "purple": (150, 45, 190),
+    "orange": (255, 135, 10),
+}
+COLORS = tuple(PALETTE)
+SHAPES = ("circle", "square", "triangle", "cross", "ring")
+
+_RGB = {name: np.array(rgb, dtype=np.float32) for name, rgb in PALETTE.items()}
+_RAMP = np.linspace(-1.0, 1.0, CANVAS, dtype=np.float32)
+_RAMPS = (np.broadcast_to(_RAMP[:, None, None], (CANVAS, CANVAS, 1)), np.broadcast_to(_RAMP[None, :, None], (CANVAS, CANVAS, 1)))
+_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+
+
+@cache
+def shape_mask(shape: str, size: int) -> Mask:
+    """Coverage of a shape that fills a square of `size` pixels: [size, size], 0 to 1, anti-aliased."""
+    oversampling = 8
+    axis = (np.arange(size * oversampling, dtype=np.float32) + 0.5) / (size * oversampling) * 2 - 1
+    v, u = axis[:, None], axis[None, :]
+    radius = np.sqrt(u * u + v * v)
+    inside = {
+        "circle": radius <= 1,
+        "square": (np.abs(u) <= 1) & (np.abs(v) <= 1),
+        "triangle": np.abs(u) <= (v + 1) / 2,
+        "cross": (np.abs(u) <= 0.34) | (np.abs(v) <= 0.34),
+        "ring": (radius <= 1) & (radius >= 0.55),
+    }[shape]
+    return inside.reshape(size, oversampling, size, oversampling).mean(axis=(1, 3)).astype(np.float32)
+
+
+def stamp(canvas: Canvas, mask: Mask, top: int, left: int, color: str) -> None:
+    """Blends a colour of the palette into the canvas under a mask."""
+    height, width = mask.shape
+    region = canvas[top : top + height, left : left + width]
+    region += (_RGB[color] - region) * mask[:, :, None]
+
+
+def fill(canvas: Canvas, box: tuple[int, int, int, int], color: str | float) -> None:
+    """Fills `box` = (top, left, bottom, right) with a colour of the palette or a grey level."""
+    top, left, bottom, right = box
+    canvas[top:bottom, left:right] = _RGB[color] if isinstance(color, str) else color
+
+
+class Backdrop(NamedTuple):
+    """A dark or light tinted background with a slight slope in brightness; the frames of one sample share it."""
+
+    is_dark: bool
+    rgb: tuple[float, float, float]
+    axis: int
+    slope: float
+
+    @classmethod
+    def sample(cls, rng: Random) -> "Backdrop":
+        """Draws a backdrop; levels leave every palette colour visible."""
+        is_dark = rng.random() < 0.5
+        level = rng.uniform(10, 45) if is_dark else rng.uniform(185, 225)
+        red, green, blue = (level + rng.uniform(-8, 8) for _ in range(3))
+        return cls(is_dark, (red, green, blue), rng.randrange(2), rng.uniform(-10, 10))
+
+    def canvas(self, rng: Random) -> Canvas:
+        """A fresh canvas with this backdrop and its own mild noise."""
+        noise = np.frombuffer(rng.randbytes(CANVAS * CANVAS), dtype=np.uint8).reshape(CANVAS, CANVAS, 1) & 7
+        return _RAMPS[self.axis] * np.float32(self.slope) + noise + np.array(self.rgb, dtype=np.float32)
+
+    @property
+    def ink(self) -> float:
+        """A grey level that reads well on the backdrop."""
+        return 245.0 if self.is_dark else 10.0
+
+
+def encode_png(canvas: Canvas, image_size: int) -> bytes:
+    """Encodes a canvas as an RGB PNG of `image_size` pixels a side.
+
+    Unfiltered rows and the fastest deflate level: about a third of the time of a general encoder, for files some 30 % larger.
+    """
+    pixels = np.clip(canvas, 0, 255).astype(np.uint8)
+    if image_size != CANVAS:
+        pixels = np.asarray(Image.fromarray(pixels).resize((image_size, image_size), Image.Resampling.BICUBIC))
+    rows = np.zeros((image_size, image_size * 3 + 1), dtype=np.uint8)
+    rows[:, 1:] = pixels.reshape(image_size, image_size * 3)
+    header = struct.pack(">IIBBBBB", image_size, image_size, 8, 2, 0, 0, 0)
+    return _PNG_SIGNATURE + _chunk(b"IHDR", header) + _chunk(b"IDAT", zlib.compress(rows.tobytes(), 1)) + _chunk(b"IEND", b"")
+
+
+def _chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))

@@ -1,0 +1,160 @@
+"""What travels with a job: an explicit list of git-tracked files, checked for links, secrets and size, and copied to a clean folder."""
+
+import re
+import shutil
+import subprocess
+from collections.abc import Iterable
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+
+from parcelray.errors import UserError
+
+MAX_PACKAGE_BYTES = 50 * 1024**2
+
+_SECRET_NAMES = (
+    ".env",
+    ".env.*",
+    "*.key",
+    "*.p12",
+    "*.pfx",
+    "id_rsa",
+    "id_dsa",
+    "id_ecdsa",
+    "id_ed25519",
+    "auth_token",
+    ".netrc",
+    ".pypirc",
+    ".git-credentials",
+)
+_HARMLESS_NAMES = (".env.example", ".env.sample", ".env.template")
+_SECRET_TEXT = re.compile(
+    rb"-----BEGIN [A-Z ]*PRIVATE KEY-----"
+    rb"|\bAKIA[0-9A-Z]{16}\b"
+    rb"|\bhf_[A-Za-z0-9]{30,}\b"
+    rb"|\bgh[opsu]_[A-Za-z0-9]{36}\b"
+    rb"|\bgithub_pat_[A-Za-z0-9_]{50,}\b"
+    rb"|\bxox[baprs]-[A-Za-z0-9-]{20,}\b"
+)
+# Ray leaves out of the upload what these name, even when git tracks it.
+_IGNORE_FILES = (".gitignore", ".rayignore")
+
+
+@dataclass(frozen=True)
+class PackageFile:
+    """One file of a package."""
+
+    name: str
+    """Path below the project, with forward slashes."""
+    source: Path
+    """Where its content is; differs from `name` for a link."""
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class Package:
+    """The files of a project that a job takes along."""
+
+    root: Path
+    files: tuple[PackageFile, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of all files together."""
+        return sum(file.num_bytes for file in self.files)
+
+
+def project_root(path: Path) -> Path:
+    """The root of the git working tree that holds `path`; raises UserError outside of one."""
+    folder = path if path.is_dir() else path.parent
+    if not folder.is_dir():
+        raise UserError(f"{path} does not exist; name a job file inside the project.")
+    return Path(_git(folder, "rev-parse", "--show-toplevel").strip()).resolve()
+
+
+def collect(root: Path, extra: Iterable[Path] = (), *, max_bytes: int = MAX_PACKAGE_BYTES) -> Package:
+    """Lists what git tracks (staged new files too) as it is on disk now, plus `extra`.
+
+    Args:
+        root: the project, a git working tree.
+        extra: files inside the project that git may not track, such as a new job file.
+        max_bytes: limit for all files together.
+
+    Raises:
+        UserError: a link out of the package, a file that looks like a secret, a submodule, or too many bytes (names the five largest).
+    """
+    root = root.resolve()
+    names = {name for name in _git(root, "ls-files", "-z", "--cached").split("\0") if name}
+    names |= {inside(root, path) for path in extra}
+    present = sorted(name for name in names if (root / name).is_symlink() or (root / name).exists())
+    if not present:
+        raise UserError(f"git tracks no files in {root}; run `git add` on what the job needs.")
+    files = tuple(_checked(root, name, names) for name in present)
+    package = Package(root=root, files=files)
+    if package.num_bytes > max_bytes:
+        largest = sorted(files, key=lambda file: -file.num_bytes)[:5]
+        raise UserError(
+            f"The package is {_mib(package.num_bytes)}, more than the {_mib(max_bytes)} allowed; the largest files are "
+            + ", ".join(f"{file.name} ({_mib(file.num_bytes)})" for file in largest)
+            + ". Keep data and weights out of git: put them on shared storage and name them in the job file."
+        )
+    return package
+
+
+def stage(package: Package, folder: Path) -> None:
+    """Copies a package into an empty folder, links as the files that they point to."""
+    for file in package.files:
+        if Path(file.name).name in _IGNORE_FILES:
+            continue
+        target = folder / file.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(file.source, target)
+
+
+def inside(root: Path, path: Path) -> str:
+    """The name of `path` below `root`; raises UserError for a path that leads out of the project."""
+    resolved = path.resolve()
+    if not resolved.is_relative_to(root.resolve()):
+        raise UserError(f"{path} is outside of the project {root}; only files inside of it can be sent.")
+    return resolved.relative_to(root.resolve()).as_posix()
+
+
+def find_secret(text: bytes) -> bool:
+    """Whether bytes hold something in the form of a private key or of an access token of a well-known service."""
+    return _SECRET_TEXT.search(text) is not None
+
+
+def git_state(root: Path) -> tuple[str, bool]:
+    """The commit of a working tree (`none` before the first one) and whether tracked files differ from it."""
+    head = subprocess.run(["git", "-C", str(root), "rev-parse", "--verify", "-q", "HEAD"], capture_output=True, text=True, check=False)
+    commit = head.stdout.strip() or "none"
+    return commit, bool(_git(root, "status", "--porcelain", "--untracked-files=no").strip())
+
+
+def _checked(root: Path, name: str, names: set[str]) -> PackageFile:
+    path = root / name
+    source = path.resolve()
+    if not source.is_relative_to(root) or source.relative_to(root).as_posix() not in names:
+        raise UserError(f"{name} is a link to {source}, which is not part of the package; replace the link by the file or remove it from git.")
+    if source.is_dir():
+        raise UserError(f"{name} is a folder to git (a submodule); only plain files can be sent, so copy what the job needs into the project.")
+    for each in (path, source):
+        if any(fnmatch(each.name, pattern) for pattern in _SECRET_NAMES) and each.name not in _HARMLESS_NAMES:
+            raise UserError(f"{name} has the name of a secret and would be readable on the cluster; remove it from git (`git rm --cached {name}`).")
+    if find_secret(source.read_bytes()):
+        raise UserError(f"{name} contains what looks like a private key or an access token; remove it (and revoke it if it was ever pushed).")
+    return PackageFile(name=name, source=source, num_bytes=source.stat().st_size)
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    try:
+        return subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True).stdout
+    except FileNotFoundError as error:
+        raise UserError("git is not installed, and a job takes along what git tracks; install git.") from error
+    except subprocess.CalledProcessError as error:
+        reason = error.stderr.strip().splitlines()[0] if error.stderr.strip() else f"git exited with {error.returncode}"
+        raise UserError(f"{folder} cannot be read as a git working tree ({reason}); send jobs from inside the project's clone.") from error
+
+
+def _mib(num_bytes: int) -> str:
+    return f"{num_bytes / 1024**2:.1f} MiB"

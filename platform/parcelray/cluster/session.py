@@ -1,0 +1,188 @@
+"""A Ray session for this process: join a cluster that was named, else start a private instance and end it again."""
+
+import contextlib
+import logging
+import os
+import secrets
+import socket
+import sysconfig
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
+from ray.exceptions import AuthenticationError
+
+import parcelray
+from parcelray.cluster.auth import MODE_VARIABLE, TOKEN_VARIABLE, find_token
+from parcelray.errors import UserError
+
+ADDRESS_VARIABLE = "RAY_ADDRESS"
+# Ray sets it for the driver of a submitted job, whose runtime environment already brings the package along.
+_JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+_AUTH_LOGGER = "ray._private.authentication.authentication_token_setup"
+
+
+@dataclass(frozen=True)
+class RaySession:
+    """The Ray instance that this process is connected to."""
+
+    address: str
+    """`HOST:PORT` of the cluster's GCS."""
+    owned: bool
+    """True if `ray_session` made the connection and will end it; False if Ray was initialised before."""
+    resources: Mapping[str, float]
+    """Totals over all nodes at the start, in Ray's names and units (`CPU`, `GPU`, `memory` in bytes)."""
+
+
+@contextlib.contextmanager
+def ray_session(
+    address: str | None = None,
+    *,
+    num_cpus: int | None = None,
+    num_gpus: int | None = None,
+    object_store_bytes: int | None = None,
+    dashboard: bool = False,
+) -> Iterator[RaySession]:
+    """Connects this process to Ray and, on exit, ends only what it started.
+
+    Which Ray: one that this process has initialised already, else `address`, else RAY_ADDRESS, else a new local instance. A local
+    instance keeps its files below RAY_TMPDIR, has a token (an existing one, or one that lives only in this process: Ray by itself would
+    write `~/.ray/auth_token` readable for everyone), and tells its workers its own address, so that it does not get mixed up with
+    another instance on the same host. Workers can import the parcelray that runs here, installed or not.
+
+    Args:
+        address: `HOST:PORT` of a cluster's GCS; `local`: a new instance whatever RAY_ADDRESS says; None: as above.
+        num_cpus: logical CPUs of a local instance; None: the machine's, at least 4. With fewer, the tasks of Ray Data wait for ever for
+            a CPU beside two train workers. They are slots for scheduling, not cores, so more of them than cores does no harm.
+        num_gpus: GPUs of a local instance; None: all that Ray finds.
+        object_store_bytes: shared memory of a local instance; None: Ray's choice.
+        dashboard: whether a local instance gets a dashboard on the loopback address; it costs about ten processes of 95 MB, and without
+            it Ray's state API does not work.
+
+    Raises:
+        UserError: the address is not a GCS address, nothing answers there, or the cluster refuses us.
+    """
+    if ray.is_initialized():
+        yield _describe(owned=False)
+        return
+    target = address or os.environ.get(ADDRESS_VARIABLE) or "local"
+    with contextlib.ExitStack() as cleanup:
+        # Registered first, so that the variables are put back after Ray is down.
+        cleanup.enter_context(_restored(ADDRESS_VARIABLE, TOKEN_VARIABLE, MODE_VARIABLE, "RAY_GCS_SERVER_PORT", "PYTHONBREAKPOINT"))
+        cleanup.callback(ray.shutdown)
+        if target == "local":
+            _start(num_cpus, num_gpus, object_store_bytes, dashboard)
+        else:
+            _join(target)
+        yield _describe(owned=True)
+
+
+def default_num_cpus() -> int:
+    """Logical CPUs of a local instance: those that this process may use, at least 4."""
+    return max(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+
+
+def import_path() -> str | None:
+    """The folder that workers need on PYTHONPATH to import this parcelray; None where it is installed and found without.
+
+    Site-packages never goes on PYTHONPATH: there it would stand before the standard library.
+    """
+    folder = Path(parcelray.__file__).resolve().parent.parent
+    installed = {Path(sysconfig.get_path(name)).resolve() for name in ("purelib", "platlib")}
+    return None if folder in installed else str(folder)
+
+
+def _start(num_cpus: int | None, num_gpus: int | None, object_store_bytes: int | None, dashboard: bool) -> None:
+    # The port is chosen here because the workers' environment must name it before the instance exists.
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    os.environ["RAY_GCS_SERVER_PORT"] = port
+    if os.environ.get(MODE_VARIABLE, "").lower() != "disabled" and find_token() is None:
+        os.environ[TOKEN_VARIABLE] = _process_token()
+    worker_variables = {ADDRESS_VARIABLE: f"127.0.0.1:{port}"}
+    if path := import_path():
+        inherited = [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry and entry != path]
+        worker_variables["PYTHONPATH"] = os.pathsep.join([path, *inherited])
+    try:
+        with _quiet_about_auth():
+            ray.init(
+                "local",
+                num_cpus=default_num_cpus() if num_cpus is None else num_cpus,
+                num_gpus=num_gpus,
+                object_store_memory=object_store_bytes,
+                include_dashboard=dashboard,
+                dashboard_host="127.0.0.1",
+                runtime_env={"env_vars": worker_variables},
+                **_quiet(),
+            )
+    except OSError as error:
+        raise UserError(f"Ray cannot start here ({error}); set RAY_TMPDIR to a short, writable path with free space.") from error
+    # State queries of this process would otherwise search the host's processes for an instance, and fail when there are two.
+    os.environ[ADDRESS_VARIABLE] = f"127.0.0.1:{port}"
+
+
+def _join(target: str) -> None:
+    if "://" in target:
+        raise UserError(
+            f"{target} cannot be joined from here; run on a node with RAY_ADDRESS=HOST:6379, or send the job with `parcelray submit --address http://HOST:8265`."
+        )
+    try:
+        # Ray itself turns tokens on only for instances that it starts or finds on this host, never for an address.
+        maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+        ray.init(target, runtime_env=_shipped_package(), **_quiet())
+    except AuthenticationError as error:
+        raise UserError(f"The cluster at {target} refuses us; set RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to the token of its head node.") from error
+    except ConnectionError as error:
+        raise UserError(f"No Ray cluster answers at {target}; check the address, unset {ADDRESS_VARIABLE} for a local run, or start the cluster.") from error
+    except RuntimeError as error:
+        if "Version mismatch" not in str(error):
+            raise
+        raise UserError(f"The cluster at {target} runs another version: {' '.join(str(error).split())}; install its Ray and Python versions here.") from error
+
+
+def _shipped_package() -> dict[str, Any] | None:
+    """The other nodes need not have this parcelray, so it is sent along, unless the job that we run in has done so."""
+    return None if _JOB_VARIABLE in os.environ else {"py_modules": [str(Path(parcelray.__file__).resolve().parent)]}
+
+
+def _describe(*, owned: bool) -> RaySession:
+    return RaySession(address=ray.get_runtime_context().gcs_address, owned=owned, resources=ray.cluster_resources())  # type: ignore[no-untyped-call]
+
+
+def _quiet() -> dict[str, Any]:
+    return {"log_to_driver": False, "logging_level": logging.ERROR}
+
+
+@cache
+def _process_token() -> str:
+    # One per process: Ray keeps the first token that it reads, so a second instance must have the same.
+    return secrets.token_hex(32)
+
+
+@contextlib.contextmanager
+def _quiet_about_auth() -> Iterator[None]:
+    logger = logging.getLogger(_AUTH_LOGGER)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def _restored(*names: str) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in names}
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value

@@ -1,0 +1,131 @@
+"""Connectors as data: which module stands between the vision tower and the language model, and how it routes a budget."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from parcelray.config.base import StrictModel
+
+
+class RouteConfig(StrictModel):
+    """One routing interval: budgets from `min_budget` to `max_budget` (both legal) use an anchor grid of `anchor_grid` x `anchor_grid`."""
+
+    min_budget: int = Field(ge=1)
+    """Smallest budget of the interval, in visual tokens per image."""
+    max_budget: int = Field(ge=1)
+    """Largest budget of the interval."""
+    anchor_grid: int = Field(ge=0)
+    """Side of the square anchor grid; 0 means no anchors."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "RouteConfig":
+        if self.max_budget < self.min_budget:
+            raise ValueError(f"max_budget {self.max_budget} is below min_budget {self.min_budget}; write the smaller one first")
+        if self.min_budget < self.anchor_grid**2:
+            raise ValueError(
+                f"min_budget {self.min_budget} is smaller than the {self.anchor_grid**2} anchors of a {self.anchor_grid} x {self.anchor_grid} grid; "
+                "raise min_budget or use a smaller anchor_grid"
+            )
+        return self
+
+
+class AttentionConnectorConfig(StrictModel):
+    """What every connector with attention blocks shares."""
+
+    num_heads: int = Field(default=12, ge=1)
+    """Attention heads; must divide the vision width D_v (the paper: 12 of 1152)."""
+    mlp_width: int | None = Field(default=None, ge=1)
+    """Width of the MLP of the block; unset: the vision tower's own (4304 for SigLIP-So400m)."""
+
+
+class IdentityConnectorConfig(StrictModel):
+    """No compression: the patch features pass as they are; the only budget is the number of patches."""
+
+    type: Literal["identity"] = "identity"
+
+
+class ParcelConnectorConfig(AttentionConnectorConfig):
+    """PARCEL: pooled anchors and pool-conditioned queries (arXiv 2605.30126, Section 3)."""
+
+    type: Literal["parcel"] = "parcel"
+    routing: tuple[RouteConfig, ...] | None = None
+    """Routing intervals, ascending and without overlap; unset: the paper's rule for the patch grid (16 x 16 or 32 x 32)."""
+
+
+class MqtConnectorConfig(AttentionConnectorConfig):
+    """MQT: a query resampler with nested dropout of the query bank (baseline of arXiv 2605.30126, Appendix E)."""
+
+    type: Literal["mqt"] = "mqt"
+    keys: Literal["content", "position"] = "content"
+    """`content`: keys from the patch features; `position`: keys from sine-cosine positions only, as in the released code."""
+    num_queries: int = Field(default=256, ge=1)
+    """Size of the query bank, the largest budget."""
+
+
+class M3ConnectorConfig(StrictModel):
+    """M3: square average pooling of the patch grid, one scale per budget."""
+
+    type: Literal["m3"] = "m3"
+
+
+class AnchorsOnlyConnectorConfig(StrictModel):
+    """Ablation: one anchor grid, no queries; one budget."""
+
+    type: Literal["anchors_only"] = "anchors_only"
+    anchor_grid: int = Field(default=4, ge=1)
+    """Side of the anchor grid; the budget is its square."""
+
+
+class FixedAnchorsConnectorConfig(AttentionConnectorConfig):
+    """Ablation: PARCEL with the same anchor grid at every budget."""
+
+    type: Literal["fixed_anchors"] = "fixed_anchors"
+    anchor_grid: int = Field(default=4, ge=1)
+    """Side of the anchor grid, used at every budget."""
+    max_budget: int | None = Field(default=None, ge=1)
+    """Largest budget; unset: the number of patches."""
+
+
+class VitCrossAttentionConnectorConfig(AttentionConnectorConfig):
+    """Ablation: queries cross-attend to the patch features only; no conditioning on the anchors."""
+
+    type: Literal["vit_cross_attention"] = "vit_cross_attention"
+    routing: tuple[RouteConfig, ...] | None = None
+    """As for parcel."""
+
+
+class DualCrossAttentionConnectorConfig(AttentionConnectorConfig):
+    """Ablation: queries cross-attend to the anchors, then to the patch features."""
+
+    type: Literal["dual_cross_attention"] = "dual_cross_attention"
+    routing: tuple[RouteConfig, ...] | None = None
+    """As for parcel."""
+
+
+class MqtSelfAttentionConnectorConfig(AttentionConnectorConfig):
+    """Ablation: MQT with a self-attention block over the queries, capacity matched to PARCEL."""
+
+    type: Literal["mqt_self_attention"] = "mqt_self_attention"
+    num_queries: int = Field(default=256, ge=1)
+    """Size of the query bank, the largest budget."""
+
+
+class M3SelfAttentionConnectorConfig(AttentionConnectorConfig):
+    """Ablation: M3 with attention blocks over the pooled tokens, capacity matched to PARCEL."""
+
+    type: Literal["m3_self_attention"] = "m3_self_attention"
+
+
+ConnectorConfig = Annotated[
+    IdentityConnectorConfig
+    | ParcelConnectorConfig
+    | MqtConnectorConfig
+    | M3ConnectorConfig
+    | AnchorsOnlyConnectorConfig
+    | FixedAnchorsConnectorConfig
+    | VitCrossAttentionConnectorConfig
+    | DualCrossAttentionConnectorConfig
+    | MqtSelfAttentionConnectorConfig
+    | M3SelfAttentionConnectorConfig,
+    Field(discriminator="type"),
+]

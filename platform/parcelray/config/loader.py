@@ -1,0 +1,159 @@
+"""Reads a job file, applies `--set a.b=c`, validates it, and says exactly what is wrong."""
+
+import difflib
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from parcelray.config.train import TrainJob
+from parcelray.errors import UserError
+
+ModelT = TypeVar("ModelT", bound=BaseModel)
+JOB_MODELS: dict[str, type[TrainJob]] = {"train": TrainJob}
+# Where a run is kept and who records it do not change what it computes, so they are no part of its identity.
+_NOT_IDENTITY = ("storage", "tracking", "scaling")
+
+
+class ConfigError(UserError):
+    """A configuration file that cannot be used; the message has one line per mistake."""
+
+
+def load_job(path: str | Path, overrides: Sequence[str] = ()) -> TrainJob:
+    """Reads and validates one job file.
+
+    Args:
+        path: YAML file.
+        overrides: `a.b=value` texts, applied in order; the value is read as YAML.
+
+    Raises:
+        ConfigError: naming the file, the key path, the value and what is legal.
+    """
+    data = read_yaml(path)
+    for override in overrides:
+        apply_override(data, override)
+    kind = data.get("kind")
+    if kind not in JOB_MODELS:
+        raise ConfigError(f"{path}: kind is {kind!r}; legal: {', '.join(JOB_MODELS)}{_did_you_mean(str(kind), JOB_MODELS)}.")
+    return validate(JOB_MODELS[kind], data, str(path))
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """Reads a YAML mapping."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); give the path of a job file such as jobs/train/nlvr_parcel.yaml.") from None
+    try:
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: is not YAML ({str(error).splitlines()[0]}); mend the syntax.") from None
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: holds {type(data).__name__}, not a mapping; start it with 'kind: train'.")
+    return data
+
+
+def apply_override(data: dict[str, Any], override: str) -> None:
+    """Sets `a.b=value` in place."""
+    keys, separator, value = override.partition("=")
+    if not separator or not all(keys.split(".")):
+        raise ConfigError(f"--set {override}: is not of the form a.b=value; write for example --set training.steps=100.")
+    *parents, last = keys.split(".")
+    target = data
+    for key in parents:
+        child = target.setdefault(key, {})
+        if not isinstance(child, dict):
+            raise ConfigError(f"--set {override}: {key} is {child!r}, not a mapping, so nothing can be set below it.")
+        target = child
+    try:
+        target[last] = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise ConfigError(f"--set {override}: the value {value!r} is not YAML; quote it.") from None
+
+
+def validate(model: type[ModelT], data: dict[str, Any], source: str) -> ModelT:
+    """Validates a mapping, with one readable line per mistake."""
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(model, source, dict(problem)) for problem in error.errors())) from None
+
+
+def identity(job: TrainJob) -> str:
+    """`<kind>-<name>-<hash8 of the resolved config>`: the same identity is the same run."""
+    return f"{job.kind}-{job.name}-{config_hash(job)}"
+
+
+def config_hash(job: TrainJob) -> str:
+    """First 8 hex digits of the sha256 of the canonical JSON of everything that decides the result."""
+    text = json.dumps(job.model_dump(mode="json", exclude=set(_NOT_IDENTITY)), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def differing_keys(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    """Key paths whose values differ, as `path: old -> new`."""
+    lines = []
+    for key in sorted(old.keys() | new.keys()):
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, dict) and isinstance(after, dict):
+            lines += differing_keys(before, after, f"{prefix}{key}.")
+        elif before != after:
+            lines.append(f"{prefix}{key}: {before!r} -> {after!r}")
+    return lines
+
+
+def _explain(model: type[BaseModel], source: str, problem: dict[str, Any]) -> str:
+    location = [part for part in problem["loc"] if not (isinstance(part, str) and part.endswith("]"))]
+    path = ".".join(str(part) for part in location)
+    value = problem.get("input")
+    if problem["type"] == "extra_forbidden":
+        legal = _legal_keys(model, problem["loc"][:-1])
+        return f"{source}: {path} is not a known key; legal here: {', '.join(legal)}{_did_you_mean(str(location[-1]), legal)}."
+    if problem["type"] == "missing":
+        return f"{source}: {path} is missing; add it."
+    if problem["type"] in ("union_tag_invalid", "literal_error"):
+        context = problem["ctx"]
+        legal_text = context.get("expected_tags") or context.get("expected", "")
+        found = context.get("tag", value)
+        legal = [part.strip(" '") for part in legal_text.replace(" or ", ",").split(",")]
+        where = f"{path}.type" if problem["type"] == "union_tag_invalid" else path
+        return f"{source}: {where} is {found!r}; legal: {', '.join(legal)}{_did_you_mean(str(found), legal)}."
+    message = problem["msg"].removeprefix("Value error, ")
+    shown = f" is {value!r}" if not isinstance(value, dict) else ""
+    return f"{source}: {path}{shown}: {message[0].lower() + message[1:]}." if path else f"{source}: {message}."
+
+
+def _legal_keys(model: type[BaseModel], location: Sequence[Any]) -> list[str]:
+    """Field names of the model at a location of pydantic's error; union members appear there by their tag."""
+    current: list[type[BaseModel]] = [model]
+    for part in location:
+        following: list[type[BaseModel]] = []
+        for candidate in current:
+            if isinstance(part, str) and part in candidate.model_fields:
+                following += _models_in(candidate.model_fields[part].annotation)
+            elif _tag(candidate) == part or candidate.__name__ == part:
+                following.append(candidate)
+        current = following or current
+    return sorted({name for candidate in current for name in candidate.model_fields})
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    if get_origin(annotation) is None:
+        return []
+    return [model for argument in get_args(annotation) for model in _models_in(argument)]
+
+
+def _tag(model: type[BaseModel]) -> str | None:
+    field = model.model_fields.get("type")
+    return field.default if field is not None else None
+
+
+def _did_you_mean(word: str, legal: Sequence[str] | dict[str, Any]) -> str:
+    close = difflib.get_close_matches(word, list(legal), n=1, cutoff=0.6)
+    return f" (did you mean {close[0]}?)" if close else ""

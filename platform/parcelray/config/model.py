@@ -1,0 +1,58 @@
+"""Which model a job starts from, as data."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from parcelray.config.base import StrictModel
+
+
+class CheckpointModelConfig(StrictModel):
+    """A checkpoint: `mini_base`, a local folder, `models:/NAME@alias`, `models:/NAME/VERSION`, or a Hugging Face id."""
+
+    type: Literal["checkpoint"] = "checkpoint"
+    reference: str = "mini_base"
+    """The model reference; resolved once, to a pinned version."""
+
+
+class MiniModelConfig(StrictModel):
+    """PaliGemma-2 from scratch at a small size (arXiv 2412.03555 gives the full-size architecture)."""
+
+    type: Literal["mini"] = "mini"
+    image_size: int = Field(default=64, ge=8)
+    """Side of the square input image, pixels."""
+    patch_size: int = Field(default=4, ge=1)
+    """Side of a patch, pixels."""
+    vision_width: int = Field(default=96, ge=8)
+    """Width D_v of the vision tower."""
+    vision_layers: int = Field(default=3, ge=1)
+    """Layers of the vision tower."""
+    vision_heads: int = Field(default=4, ge=1)
+    """Attention heads of the vision tower."""
+    vision_mlp_width: int = Field(default=288, ge=8)
+    """MLP width of the vision tower."""
+    text_width: int = Field(default=96, ge=8)
+    """Width D_l of the language model."""
+    text_layers: int = Field(default=4, ge=1)
+    """Layers of the language model."""
+    text_heads: int = Field(default=4, ge=1)
+    """Query heads of the language model."""
+    text_kv_heads: int = Field(default=2, ge=1)
+    """Key-value heads of the language model; must divide text_heads."""
+    text_head_dim: int = Field(default=24, ge=4)
+    """Width of a head of the language model."""
+    text_mlp_width: int = Field(default=288, ge=8)
+    """MLP width of the language model."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "MiniModelConfig":
+        if self.image_size % self.patch_size:
+            raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}; change one of them")
+        if self.vision_width % self.vision_heads:
+            raise ValueError(f"vision_width {self.vision_width} is not a multiple of vision_heads {self.vision_heads}; change one of them")
+        if self.text_heads % self.text_kv_heads:
+            raise ValueError(f"text_heads {self.text_heads} is not a multiple of text_kv_heads {self.text_kv_heads}; change one of them")
+        return self
+
+
+ModelConfig = Annotated[CheckpointModelConfig | MiniModelConfig, Field(discriminator="type")]

@@ -1,0 +1,133 @@
+"""One training run as data: `jobs/train/*.yaml`."""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from parcelray.config.base import StrictModel
+from parcelray.config.budget import BudgetConfig, UniformBudgets
+from parcelray.config.connector import ConnectorConfig
+from parcelray.config.data import DataConfig
+from parcelray.config.model import CheckpointModelConfig, ModelConfig
+from parcelray.config.optimizer import AdamWConfig, OptimizerConfig, ScheduleConfig
+
+
+class TrainingConfig(StrictModel):
+    """Length and numerics of the training."""
+
+    steps: int = Field(ge=1)
+    """Optimiser steps."""
+    images_per_step: int = Field(default=32, ge=1)
+    """Images per optimiser step over all workers: a batch of samples with n images each holds images_per_step / n samples."""
+    gradient_accumulation_steps: int = Field(default=1, ge=1)
+    """Micro-batches that each worker splits its share of a step into."""
+    clip_norm: float = Field(default=1.0, gt=0)
+    """Largest global gradient norm; larger gradients are scaled down to it."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Arithmetic of forward and backward; weights stay fp32 under bf16 and fp16."""
+    strategy: Literal["ddp", "fsdp"] = "ddp"
+    """How the model is spread over workers: copies (ddp) or shards (fsdp)."""
+    freeze_vision: bool = False
+    """Keep the vision tower's weights as they are."""
+    log_every_steps: int = Field(default=10, ge=1)
+    """Steps between metric points; token diagnostics come with them."""
+
+
+class ValidationConfig(StrictModel):
+    """Scores during training."""
+
+    every_steps: int = Field(default=0, ge=0)
+    """Steps between validations; 0: only at the end."""
+    samples: int = Field(default=64, ge=1)
+    """Samples per family (or per question kind)."""
+    budgets: tuple[int, ...] = Field(default=(16, 64, 256), min_length=1)
+    """Visual-token budgets to score."""
+
+
+class ReportConfig(StrictModel):
+    """Scores after training, on the test split, beside the majority class and the blind model."""
+
+    samples: int = Field(default=500, ge=1)
+    """Samples per family; NLVR: whole sentences (six images each) up to this many samples, and as many per derived question."""
+    budgets: tuple[int, ...] = Field(default=(16, 64, 256), min_length=1)
+    """Visual-token budgets to score."""
+
+
+class CheckpointingConfig(StrictModel):
+    """Checkpoints of the training state."""
+
+    every_steps: int = Field(default=100, ge=1)
+    """Steps between checkpoints; the last step always has one."""
+    keep: int = Field(default=2, ge=1)
+    """How many to keep."""
+
+
+class ScalingConfig(StrictModel):
+    """Workers of the Ray Train run."""
+
+    num_workers: int | tuple[int, int] = 1
+    """Worker count, or [min, max] for an elastic group; 0 trains in this process, without Ray."""
+    cpus_per_worker: float = Field(default=1.0, gt=0)
+    """Logical CPUs per worker."""
+    gpus_per_worker: float = Field(default=0.0, ge=0)
+    """GPUs per worker."""
+    max_failures: int = Field(default=2, ge=-1)
+    """Restarts of the worker group after failures; -1: without limit."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "ScalingConfig":
+        low, high = self.bounds
+        if low < 0 or high < low or (low == 0 and high != 0):
+            raise ValueError(f"num_workers {self.num_workers} is not a worker count; give a whole number from 0, or [min, max] with 1 <= min <= max")
+        return self
+
+    @property
+    def bounds(self) -> tuple[int, int]:
+        """Smallest and largest worker count."""
+        return self.num_workers if isinstance(self.num_workers, tuple) else (self.num_workers, self.num_workers)
+
+
+class TrackingConfig(StrictModel):
+    """Where the record of the run goes."""
+
+    uri: str | None = "sqlite:///runs/mlflow.db"
+    """MLflow tracking URI; null: no tracking. More than one node needs a server."""
+    experiment: str = "parcelray"
+    """MLflow experiment."""
+
+
+class TrainJob(StrictModel):
+    """One whole training run."""
+
+    kind: Literal["train"]
+    """What the file describes."""
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")
+    """Short name, part of the run's identity."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of weights, budgets and data order."""
+    model: ModelConfig = CheckpointModelConfig()
+    """What the training starts from."""
+    connector: ConnectorConfig | None = None
+    """Connector to insert, with new weights; null keeps the checkpoint's own."""
+    data: DataConfig
+    """What to train on."""
+    budget: BudgetConfig = UniformBudgets()
+    """Visual-token budgets of the steps."""
+    optimizer: OptimizerConfig = AdamWConfig()
+    """Optimiser."""
+    schedule: ScheduleConfig = ScheduleConfig()
+    """Learning-rate schedule; starts anew in every training."""
+    training: TrainingConfig
+    """Length and numerics."""
+    validation: ValidationConfig = ValidationConfig()
+    """Scores during training."""
+    report: ReportConfig | None = None
+    """Scores after training; null: none."""
+    checkpointing: CheckpointingConfig = CheckpointingConfig()
+    """Checkpoints."""
+    scaling: ScalingConfig = ScalingConfig()
+    """Ray Train workers."""
+    tracking: TrackingConfig = TrackingConfig()
+    """MLflow."""
+    storage: str = "runs"
+    """Folder or fsspec URI under which the run keeps its checkpoints; several nodes need one that all of them reach."""

@@ -1,0 +1,80 @@
+"""From samples to the arrays of a training batch, budget left open.
+
+The image placeholders stand at the very start of a PaliGemma prompt, so a batch is collated without them and `training.step` puts in
+as many as the step's budget asks for: one collated batch serves any budget, and several (the sandwich rule).
+"""
+
+import io
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from transformers import BatchFeature
+
+from parcelray.data.sample import Sample
+from parcelray.errors import UserError
+from parcelray.models.processor import ElasticPaliGemmaProcessor
+
+Batch = dict[str, NDArray[np.generic]]
+"""pixel_values uint8 [I, C, H, W]; input_ids, token_type_ids, attention_mask, labels int32 [B, S], right-padded, without image placeholders."""
+
+IGNORED = -100
+"""Label of positions without a loss."""
+
+
+def decode_image(data: bytes) -> Image.Image:
+    """Decodes PNG or JPEG bytes to RGB.
+
+    Raises:
+        UserError: the bytes are no image.
+    """
+    try:
+        return Image.open(io.BytesIO(data)).convert("RGB")
+    except OSError:
+        raise UserError(f"An image of {len(data)} bytes cannot be decoded; give PNG or JPEG bytes.") from None
+
+
+class Collator:
+    """Samples of one group to a `Batch`.
+
+    Args:
+        processor: its tokenizer writes the text as the processor would; its image processor gives the pixel size.
+    """
+
+    def __init__(self, processor: ElasticPaliGemmaProcessor) -> None:
+        self._tokenizer = processor.tokenizer
+        size = processor.image_processor.size
+        self._pixel_size = (int(size["width"]), int(size["height"]))
+
+    def __call__(self, samples: Sequence[Sample]) -> Batch:
+        """Collates; every sample must have the same number of images."""
+        bos, eos = self._tokenizer.bos_token, self._tokenizer.eos_token
+        prefixes = self._encode([f"{bos}{sample.prompt}\n" for sample in samples])
+        suffixes = self._encode([sample.answers[0] + eos for sample in samples])
+        length = max(len(prefix) + len(suffix) for prefix, suffix in zip(prefixes, suffixes, strict=True))
+        shape = (len(samples), length)
+        batch: Batch = {
+            "pixel_values": np.stack([self._pixels(image) for sample in samples for image in sample.images]),
+            "input_ids": np.full(shape, self._tokenizer.pad_token_id, dtype=np.int32),
+            "token_type_ids": np.zeros(shape, dtype=np.int32),
+            "attention_mask": np.zeros(shape, dtype=np.int32),
+            "labels": np.full(shape, IGNORED, dtype=np.int32),
+        }
+        for row, (prefix, suffix) in enumerate(zip(prefixes, suffixes, strict=True)):
+            start, end = len(prefix), len(prefix) + len(suffix)
+            batch["input_ids"][row, :end] = prefix + suffix
+            batch["token_type_ids"][row, start:end] = 1
+            batch["attention_mask"][row, :end] = 1
+            batch["labels"][row, start:end] = suffix
+        return batch
+
+    def _encode(self, texts: list[str]) -> list[list[int]]:
+        encoded: BatchFeature = self._tokenizer(texts, add_special_tokens=False)
+        return list(encoded["input_ids"])
+
+    def _pixels(self, data: bytes) -> NDArray[np.uint8]:
+        image = decode_image(data)
+        if image.size != self._pixel_size:
+            image = image.resize(self._pixel_size, Image.Resampling.BICUBIC)
+        return np.asarray(image, dtype=np.uint8).transpose(2, 0, 1)

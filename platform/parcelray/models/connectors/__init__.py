@@ -1,0 +1,61 @@
+"""Connectors between the vision tower and the language model: one configuration class, one connector class."""
+
+from collections.abc import Callable
+from typing import Any
+
+from parcelray.config.base import StrictModel
+from parcelray.config.connector import (
+    AnchorsOnlyConnectorConfig,
+    ConnectorConfig,
+    DualCrossAttentionConnectorConfig,
+    FixedAnchorsConnectorConfig,
+    IdentityConnectorConfig,
+    M3ConnectorConfig,
+    M3SelfAttentionConnectorConfig,
+    MqtConnectorConfig,
+    MqtSelfAttentionConnectorConfig,
+    ParcelConnectorConfig,
+    VitCrossAttentionConnectorConfig,
+)
+from parcelray.models.connectors.ablations.anchors_only import AnchorsOnlyConnector
+from parcelray.models.connectors.ablations.dual_cross_attention import DualCrossAttentionConnector
+from parcelray.models.connectors.ablations.fixed_anchors import FixedAnchorsConnector
+from parcelray.models.connectors.ablations.m3_self_attention import M3SelfAttentionConnector
+from parcelray.models.connectors.ablations.mqt_self_attention import MqtSelfAttentionConnector
+from parcelray.models.connectors.ablations.vit_cross_attention import VitCrossAttentionConnector
+from parcelray.models.connectors.base import Connector, VisionDims
+from parcelray.models.connectors.identity import IdentityConnector
+from parcelray.models.connectors.matryoshka_pooling import M3Connector
+from parcelray.models.connectors.parcel import ParcelConnector
+from parcelray.models.connectors.query_resampler import MqtConnector
+
+__all__ = ["Connector", "build_connector"]
+
+_BUILDERS: dict[type[StrictModel], Callable[[Any, VisionDims], Connector]] = {
+    IdentityConnectorConfig: IdentityConnector,
+    ParcelConnectorConfig: ParcelConnector,
+    MqtConnectorConfig: MqtConnector,
+    M3ConnectorConfig: M3Connector,
+    AnchorsOnlyConnectorConfig: AnchorsOnlyConnector,
+    FixedAnchorsConnectorConfig: FixedAnchorsConnector,
+    VitCrossAttentionConnectorConfig: VitCrossAttentionConnector,
+    DualCrossAttentionConnectorConfig: DualCrossAttentionConnector,
+    MqtSelfAttentionConnectorConfig: MqtSelfAttentionConnector,
+    M3SelfAttentionConnectorConfig: M3SelfAttentionConnector,
+}
+
+
+def build_connector(config: ConnectorConfig, *, hidden_size: int, grid_size: int, mlp_width: int, layer_norm_eps: float = 1e-6) -> Connector:
+    """Builds the connector that a configuration names.
+
+    Args:
+        config: any member of the `ConnectorConfig` union.
+        hidden_size: width D_v of the vision tower.
+        grid_size: side of its square patch grid.
+        mlp_width: its `intermediate_size`, used when the configuration leaves `mlp_width` unset.
+        layer_norm_eps: epsilon of the connector's norms.
+
+    Raises:
+        UserError: when the configuration does not fit the vision tower.
+    """
+    return _BUILDERS[type(config)](config, VisionDims(hidden_size, grid_size, mlp_width, layer_norm_eps))

@@ -1,0 +1,1 @@
+"""The ablations of arXiv 2605.30126: one connector per file."""

@@ -1,0 +1,88 @@
+"""PARCEL: pooled anchors and pool-conditioned queries (arXiv 2605.30126, Section 3)."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from parcelray.config.connector import AttentionConnectorConfig, ParcelConnectorConfig, RouteConfig
+from parcelray.models.connectors.base import Connector, VisionDims
+from parcelray.models.connectors.blocks import BlockDims, block_dims
+from parcelray.models.connectors.pooling import pool_grid
+from parcelray.models.connectors.query_path import QueryPath, SelfAttentionConditioner
+from parcelray.models.connectors.routing import Split, bank_size, resolve_routing, routed_budgets, split_budget
+
+
+class AnchoredQueryConnector(Connector):
+    """Output = [anchors; query tokens], divided by the routing; PARCEL and those of its ablations that keep both kinds of token.
+
+    1. The routing gives the anchor grid and N_q = budget - anchors.
+    2. Anchors: average pooling of the patch grid.
+    3. Queries: the first N_q rows of the one shared bank, conditioned, then resampling the patches. Skipped when N_q = 0.
+
+    Args:
+        config: heads and MLP width.
+        dims: sizes of the vision tower.
+        routing: intervals; None for the paper's.
+        make_conditioner: builds what makes queries aware of the anchors; None for nothing.
+    """
+
+    def __init__(
+        self,
+        config: AttentionConnectorConfig,
+        dims: VisionDims,
+        *,
+        routing: Sequence[RouteConfig] | None,
+        make_conditioner: Callable[[BlockDims], nn.Module] | None,
+    ) -> None:
+        routes = resolve_routing(routing, dims.grid_size)
+        super().__init__(dims, routed_budgets(routes))
+        self.routing = routes
+        block = block_dims(config, width=dims.hidden_size, mlp_width=dims.mlp_width, layer_norm_eps=dims.layer_norm_eps)
+        num_queries = bank_size(routes)
+        # A routing may spend every budget on anchors (a split search tries that); parameters that no budget uses must not exist.
+        self.query_path: QueryPath | None = None
+        if num_queries:
+            conditioner = None if make_conditioner is None else make_conditioner(block)
+            self.query_path = QueryPath(block, grid_size=dims.grid_size, num_queries=num_queries, conditioner=conditioner)
+
+    def split(self, num_visual_tokens: int) -> Split:
+        """How the budget divides into anchors and queries."""
+        self.check_budget(num_visual_tokens)
+        return split_budget(self.routing, num_visual_tokens)
+
+    def num_anchors(self, num_visual_tokens: int) -> int:
+        """N_p of the interval."""
+        return self.split(num_visual_tokens).num_anchors
+
+    def forward(self, patch_features_BND: Tensor, *, num_visual_tokens: int) -> Tensor:
+        """Returns [anchors; query tokens], shape [B, num_visual_tokens, D]."""
+        anchors_BPD, num_queries = self._anchors(patch_features_BND, num_visual_tokens)
+        if self.query_path is None or num_queries == 0:
+            return anchors_BPD
+        return torch.cat([anchors_BPD, self.query_path(anchors_BPD, patch_features_BND, num_queries)], dim=1)
+
+    def query_attention(self, patch_features_BND: Tensor, *, num_visual_tokens: int) -> Tensor:
+        """See `Connector.query_attention`."""
+        anchors_BPD, num_queries = self._anchors(patch_features_BND, num_visual_tokens)
+        if self.query_path is None or num_queries == 0:
+            return super().query_attention(patch_features_BND, num_visual_tokens=num_visual_tokens)
+        return self.query_path.attention_map(anchors_BPD, patch_features_BND, num_queries)
+
+    def _anchors(self, patch_features_BND: Tensor, num_visual_tokens: int) -> tuple[Tensor, int]:
+        self.check_inputs(patch_features_BND, num_visual_tokens)
+        split = split_budget(self.routing, num_visual_tokens)
+        return pool_grid(patch_features_BND, grid_size=self.grid_size, side=split.anchor_grid), split.num_queries
+
+
+class ParcelConnector(AnchoredQueryConnector):
+    """PARCEL: anchors and queries share one self-attention block, then the queries resample the patches (PCQR).
+
+    The tokens of a small budget are not a prefix of a larger one's, since all queries attend to one another: never reuse a KV
+    cache across budgets. Parameters at D = 1152, M = 4304, 16 x 16 patches: 20,780,624, of which 221,184 are the bank of 192.
+    """
+
+    name = "parcel"
+
+    def __init__(self, config: ParcelConnectorConfig, dims: VisionDims) -> None:
+        super().__init__(config, dims, routing=config.routing, make_conditioner=SelfAttentionConditioner)

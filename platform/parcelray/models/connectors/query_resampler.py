@@ -1,0 +1,43 @@
+"""MQT: a query resampler with nested dropout of its bank (baseline of arXiv 2605.30126, Appendix E)."""
+
+from torch import Tensor
+
+from parcelray.config.connector import MqtConnectorConfig
+from parcelray.models.connectors.base import Connector, VisionDims
+from parcelray.models.connectors.blocks import block_dims
+from parcelray.models.connectors.query_path import QueryPath
+
+
+class MqtConnector(Connector):
+    """The first K queries of the bank cross-attend to the patches, independently of one another; no anchors.
+
+    So the tokens of a small budget are exactly a prefix of a larger one's. Every budget from 1 to the size of the bank is
+    legal; the paper trains on even ones, which is the sampler's business. The block is PARCEL's cross-attention block, MLP
+    included, for a fair comparison (the released code has an attention layer and norms only). Parameters at D = 1152,
+    M = 4304 and 256 queries: 15,539,024 (PARCEL: 20,780,624).
+
+    `keys: position` makes the keys from the positions alone: which patches a query reads is then the same for every image.
+    """
+
+    name = "mqt"
+
+    def __init__(self, config: MqtConnectorConfig, dims: VisionDims) -> None:
+        super().__init__(dims, tuple(range(1, config.num_queries + 1)))
+        block = block_dims(config, width=dims.hidden_size, mlp_width=dims.mlp_width, layer_norm_eps=dims.layer_norm_eps)
+        self.query_path = QueryPath(block, grid_size=dims.grid_size, num_queries=config.num_queries, content_keys=config.keys == "content")
+
+    def num_anchors(self, num_visual_tokens: int) -> int:
+        """None."""
+        self.check_budget(num_visual_tokens)
+        return 0
+
+    def forward(self, patch_features_BND: Tensor, *, num_visual_tokens: int) -> Tensor:
+        """Returns query tokens [B, num_visual_tokens, D]."""
+        self.check_inputs(patch_features_BND, num_visual_tokens)
+        tokens_BKD: Tensor = self.query_path(patch_features_BND[:, :0], patch_features_BND, num_visual_tokens)
+        return tokens_BKD
+
+    def query_attention(self, patch_features_BND: Tensor, *, num_visual_tokens: int) -> Tensor:
+        """See `Connector.query_attention`."""
+        self.check_inputs(patch_features_BND, num_visual_tokens)
+        return self.query_path.attention_map(patch_features_BND[:, :0], patch_features_BND, num_visual_tokens)

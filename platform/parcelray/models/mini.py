@@ -1,0 +1,118 @@
+"""The mini model: PaliGemma-2 at a size that trains on a laptop, with its tokenizer and processor."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+
+from parcelray.config.model import MiniModelConfig
+from parcelray.models.processor import ElasticPaliGemmaProcessor
+from parcelray.models.vlm import ElasticPaliGemmaConfig, ElasticPaliGemmaForConditionalGeneration
+
+SPECIAL_TOKENS = ("<pad>", "<eos>", "<bos>", "<unk>", "<image>")
+"""In the order of PaliGemma's first ids, the image token after them."""
+# Whole words, single digits, line ends: digits apart so that numbers of any length are read the same way.
+# In the byte-level alphabet, where U+0120 stands for a space and U+010A for a line end.
+_WORD_PATTERN = Regex("\u0120?[a-zA-Z]+|\u0120?[0-9]|\u010a|\u0120?[^a-zA-Z0-9\u0120\u010a]+|\u0120+")
+
+
+def build_tokenizer(corpus: Iterable[str], vocab_size: int = 1024) -> PreTrainedTokenizerFast:
+    """Trains a byte-pair tokenizer that reads any text (byte fallback by construction).
+
+    The location and segment tokens are added by the processor, as in PaliGemma.
+
+    Args:
+        corpus: representative texts; the same texts in the same order give the same tokenizer.
+        vocab_size: tokens before the location and segment tokens.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    # The leading space makes a word the same token at the start of a text and inside it. A pre-tokenizer adds it, not a normaliser,
+    # which would also put one before the location tokens.
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.ByteLevel(add_prefix_space=True, use_regex=False), pre_tokenizers.Split(_WORD_PATTERN, behavior="isolated")]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(corpus, trainer=trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        bos_token="<bos>",
+        unk_token="<unk>",
+        extra_special_tokens={"image_token": "<image>"},
+        padding_side="left",
+    )
+
+
+def build_processor(config: MiniModelConfig, corpus: Iterable[str]) -> ElasticPaliGemmaProcessor:
+    """Tokenizer and image processor of the mini model."""
+    size = {"height": config.image_size, "width": config.image_size}
+    image_processor = SiglipImageProcessorPil(size=size)
+    image_processor.image_seq_length = (config.image_size // config.patch_size) ** 2
+    return ElasticPaliGemmaProcessor(image_processor=image_processor, tokenizer=build_tokenizer(corpus))
+
+
+def build_config(config: MiniModelConfig, processor: ElasticPaliGemmaProcessor) -> ElasticPaliGemmaConfig:
+    """The transformers configuration of the mini model."""
+    tokenizer = processor.tokenizer
+    # A multiple of 64 keeps the output head's matrix product on aligned shapes.
+    vocab_size = -(-len(tokenizer) // 64) * 64
+    return ElasticPaliGemmaConfig(
+        vision_config={
+            "model_type": "siglip_vision_model",
+            "hidden_size": config.vision_width,
+            "intermediate_size": config.vision_mlp_width,
+            "num_hidden_layers": config.vision_layers,
+            "num_attention_heads": config.vision_heads,
+            "image_size": config.image_size,
+            "patch_size": config.patch_size,
+            "vision_use_head": False,
+        },
+        text_config={
+            "model_type": "gemma2",
+            "hidden_size": config.text_width,
+            "intermediate_size": config.text_mlp_width,
+            "num_hidden_layers": config.text_layers,
+            "num_attention_heads": config.text_heads,
+            "num_key_value_heads": config.text_kv_heads,
+            "head_dim": config.text_head_dim,
+            "query_pre_attn_scalar": config.text_head_dim,
+            "vocab_size": vocab_size,
+            "max_position_embeddings": 8192,
+            # No soft-capping: it rules out SDPA, and at this size the logits stay small.
+            "attn_logit_softcapping": None,
+            "final_logit_softcapping": None,
+            "pad_token_id": tokenizer.pad_token_id,
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+        },
+        projection_dim=config.text_width,
+        hidden_size=config.text_width,
+        vocab_size=vocab_size,
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+
+
+def build_model(config: ElasticPaliGemmaConfig, seed: int) -> ElasticPaliGemmaForConditionalGeneration:
+    """A model with seeded random weights."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return ElasticPaliGemmaForConditionalGeneration(config)
+
+
+def save_checkpoint(model: ElasticPaliGemmaForConditionalGeneration, processor: ElasticPaliGemmaProcessor, folder: Path) -> None:
+    """Writes model (safetensors) and processor in the Hugging Face layout."""
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)

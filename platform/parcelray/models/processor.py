@@ -1,0 +1,49 @@
+"""The processor: prompts with as many image placeholders as the budget asks for."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from PIL import Image
+from transformers import BatchFeature, PaliGemmaProcessor
+
+
+class ElasticPaliGemmaProcessor(PaliGemmaProcessor):  # type: ignore[misc]
+    """PaliGemma's processor with the budget as a keyword of the call. Saved files stay those of the stock processor."""
+
+    def __call__(
+        self,
+        images: Sequence[Sequence[Image.Image]] | None = None,
+        text: Sequence[str] | None = None,
+        suffix: Sequence[str] | None = None,
+        *,
+        num_visual_tokens: int | None = None,
+        **kwargs: Any,
+    ) -> BatchFeature:
+        """Builds a batch.
+
+        Args:
+            images: for each prompt its images (or video frames) in order; None for text only (the blind baseline).
+            text: the prompts, without placeholders.
+            suffix: the answers, for training: adds `labels`.
+            num_visual_tokens: placeholders per image; None means one per patch, as in the stock processor.
+            kwargs: for the stock processor (`return_tensors`, `padding`, ...).
+
+        Returns:
+            input_ids, attention_mask, token_type_ids [B, S] (0: bidirectional prefix, 1: causal suffix), and pixel_values [I, C, H, W].
+        """
+        prompts = list(text or [])
+        if images is None:
+            return self._text_only(prompts, suffix, **kwargs)
+        placeholders = [self.image_token * len(group) + prompt for group, prompt in zip(images, prompts, strict=True)]
+        default = self.image_seq_length
+        # The stock class reads the count from this attribute in the middle of its call; it is set for the call and put back.
+        self.image_seq_length = default if num_visual_tokens is None else num_visual_tokens
+        try:
+            return super().__call__(images=[list(group) for group in images], text=placeholders, suffix=list(suffix) if suffix is not None else None, **kwargs)
+        finally:
+            self.image_seq_length = default
+
+    def _text_only(self, prompts: list[str], suffix: Sequence[str] | None, **kwargs: Any) -> BatchFeature:
+        pairs = [answer + self.tokenizer.eos_token for answer in suffix] if suffix is not None else None
+        texts = [f"{self.tokenizer.bos_token}{prompt}\n" for prompt in prompts]
+        return self.tokenizer(texts, text_pair=pairs, return_token_type_ids=True, **kwargs)

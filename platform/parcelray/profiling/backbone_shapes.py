@@ -1,0 +1,227 @@
+"""The dimensions of a backbone, which decide what it costs, read from a preset, a checkpoint's config.json or a transformers config.
+
+No torch and no transformers: `parcelray flops` answers before either could be imported.
+"""
+
+import difflib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from parcelray.errors import UserError
+
+MINI_CONFIG = Path(__file__).parents[1] / "assets" / "mini_base" / "config.json"
+
+# A config.json only holds what differs from the defaults of its class, so the defaults of the towers that PaliGemma uses are needed
+# to read one (transformers 5.23: SiglipVisionConfig, GemmaConfig, Gemma2Config).
+_VISION_DEFAULTS: dict[str, dict[str, int]] = {
+    "siglip_vision_model": {
+        "image_size": 224,
+        "patch_size": 16,
+        "num_channels": 3,
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+    },
+}
+_TEXT_DEFAULTS: dict[str, dict[str, int]] = {
+    "gemma": {
+        "hidden_size": 3072,
+        "intermediate_size": 24576,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+        "head_dim": 256,
+        "vocab_size": 256000,
+    },
+    "gemma2": {
+        "hidden_size": 2304,
+        "intermediate_size": 9216,
+        "num_hidden_layers": 26,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 256,
+        "vocab_size": 256000,
+    },
+}
+
+
+@dataclass(frozen=True, slots=True)
+class BackboneShape:
+    """The dimensions of a backbone, with their symbols in the cost model of arXiv 2605.30126 (Appendix C)."""
+
+    name: str
+    image_size: int
+    """Side of the square input image, in pixels."""
+    patch_size: int
+    """Side of a patch, in pixels."""
+    num_channels: int
+    """Colour channels of the image."""
+    vision_layers: int
+    """L_v."""
+    vision_width: int
+    """D_v."""
+    vision_mlp_width: int
+    """M_v."""
+    vision_heads: int
+    """Attention heads of the vision tower; they divide D_v and cost nothing by themselves."""
+    text_layers: int
+    """L_l."""
+    text_width: int
+    """D_l."""
+    text_mlp_width: int
+    """M_l."""
+    num_heads: int
+    """H_q, query heads of the language model."""
+    num_kv_heads: int
+    """H_kv, key and value heads of the language model."""
+    head_dim: int
+    """d_h of the language model."""
+    vocab_size: int
+    """V."""
+
+    def __post_init__(self) -> None:
+        for name in self.__slots__[1:]:
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise UserError(f"{name} of backbone {self.name} is {value!r}; it must be a whole number of at least 1. Correct its config.json.")
+        if self.image_size % self.patch_size:
+            below = self.image_size // self.patch_size * self.patch_size
+            legal = ", ".join(str(value) for value in (below, below + self.patch_size) if value)
+            raise UserError(f"Resolution {self.image_size} is not a multiple of the patch size {self.patch_size} of {self.name}; the nearest that are: {legal}.")
+
+    @property
+    def grid_size(self) -> int:
+        """Patches along one side of the image."""
+        return self.image_size // self.patch_size
+
+    @property
+    def num_patches(self) -> int:
+        """N_v, patches of the image."""
+        return self.grid_size**2
+
+    def at_resolution(self, image_size: int) -> "BackboneShape":
+        """The same backbone with square images of `image_size` pixels.
+
+        Raises:
+            UserError: `image_size` is not a positive multiple of the patch size.
+        """
+        if image_size < 1:
+            raise UserError(f"Resolution {image_size} is not a number of pixels; give a multiple of the patch size {self.patch_size}, such as {self.image_size}.")
+        return replace(self, image_size=image_size)
+
+
+_PALIGEMMA2_3B = BackboneShape(
+    name="paligemma2-3b",
+    image_size=224,
+    patch_size=14,
+    num_channels=3,
+    vision_layers=27,
+    vision_width=1152,
+    vision_mlp_width=4304,
+    vision_heads=16,
+    text_layers=26,
+    text_width=2304,
+    text_mlp_width=9216,
+    num_heads=8,
+    num_kv_heads=4,
+    head_dim=256,
+    vocab_size=257152,
+)
+PRESETS: dict[str, BackboneShape] = {"paligemma2-3b": _PALIGEMMA2_3B}
+"""Backbones by name, at their base resolution; `at_resolution` gives the others (paligemma2-3b: 224 and 448)."""
+
+
+def from_transformers_config(config: Any) -> BackboneShape:
+    """Reads the shape of a PaliGemma configuration (SigLIP and Gemma or Gemma-2), any subclass of it included.
+
+    Args:
+        config: a `transformers` configuration with `vision_config` and `text_config`.
+
+    Raises:
+        UserError: another vision tower or language model.
+    """
+    return from_mapping(config.to_dict(), name=str(config.model_type))
+
+
+def from_mapping(config: Mapping[str, Any], name: str) -> BackboneShape:
+    """Reads the shape from the plain content of a config.json; what it leaves out has the default of its class.
+
+    Raises:
+        UserError: `vision_config` or `text_config` is missing or of a kind whose cost is not modelled.
+    """
+    vision = _section(config, "vision_config", _VISION_DEFAULTS, name)
+    text = _section(config, "text_config", _TEXT_DEFAULTS, name)
+    return BackboneShape(
+        name=name,
+        image_size=vision["image_size"],
+        patch_size=vision["patch_size"],
+        num_channels=vision["num_channels"],
+        vision_layers=vision["num_hidden_layers"],
+        vision_width=vision["hidden_size"],
+        vision_mlp_width=vision["intermediate_size"],
+        vision_heads=vision["num_attention_heads"],
+        text_layers=text["num_hidden_layers"],
+        text_width=text["hidden_size"],
+        text_mlp_width=text["intermediate_size"],
+        num_heads=text["num_attention_heads"],
+        num_kv_heads=text["num_key_value_heads"],
+        head_dim=text["head_dim"],
+        vocab_size=text["vocab_size"],
+    )
+
+
+def resolve_backbone(backbone: str, resolution: int | None = None) -> BackboneShape:
+    """Finds a backbone by name or by folder.
+
+    Args:
+        backbone: a name in `PRESETS`, `mini` (the packaged mini checkpoint) or a folder that holds a config.json.
+        resolution: side of the image in pixels; None: the backbone's own.
+
+    Raises:
+        UserError: unknown backbone, unreadable config.json, or a resolution that the patch size does not divide.
+    """
+    if backbone in PRESETS:
+        shape = PRESETS[backbone]
+    elif backbone == "mini":
+        if not MINI_CONFIG.is_file():
+            raise UserError("The mini checkpoint (parcelray/assets/mini_base) is not in this installation; reinstall parcelray, or give paligemma2-3b or a folder with a config.json.")
+        shape = _from_file(MINI_CONFIG, name="mini")
+    else:
+        path = Path(backbone) / "config.json"
+        if not path.is_file():
+            raise UserError(_unknown_backbone(backbone))
+        shape = _from_file(path, name=backbone)
+    return shape if resolution is None else shape.at_resolution(resolution)
+
+
+def _unknown_backbone(backbone: str) -> str:
+    if Path(backbone).is_dir():
+        return f"The folder {backbone} has no config.json; give the folder of a saved checkpoint, paligemma2-3b or mini."
+    known = [*PRESETS, "mini"]
+    close = difflib.get_close_matches(backbone, known, n=1)
+    hint = f"; did you mean {close[0]}?" if close else "."
+    return f"Unknown backbone {backbone!r}: choose {', '.join(known)} or a folder with a config.json{hint}"
+
+
+def _from_file(path: Path, name: str) -> BackboneShape:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"Cannot read {path}: {error}. Give the folder of a checkpoint that was saved whole.") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds {type(content).__name__}, not an object with vision_config and text_config; give the folder of a saved checkpoint.")
+    return from_mapping(content, name)
+
+
+def _section(config: Mapping[str, Any], key: str, defaults: Mapping[str, dict[str, int]], name: str) -> dict[str, Any]:
+    section = config.get(key)
+    if not isinstance(section, Mapping):
+        raise UserError(f"The configuration of {name} has no {key}; give a PaliGemma checkpoint (paligemma2-3b, mini or a folder).")
+    kind = section.get("model_type")
+    if kind not in defaults:
+        raise UserError(f"The {key} of {name} is of type {kind!r}, whose cost is not modelled; legal types are {', '.join(defaults)}.")
+    return defaults[kind] | {field: section[field] for field in defaults[kind] if section.get(field) is not None}

@@ -1,0 +1,187 @@
+"""What each connector takes of a forward pass: time and peak memory by budget, with random weights.
+
+The whole pass is one prefill: vision tower, connector, projector, language model. The weights do not matter for either number,
+so no checkpoint is needed and PaliGemma-2 3B can be measured at its real shape.
+"""
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+from parcelray.config.connector import ConnectorConfig
+from parcelray.errors import UnsupportedBudgetError, UserError
+from parcelray.models.connectors import Connector, build_connector
+from parcelray.profiling.backbone_shapes import MINI_CONFIG, PRESETS, BackboneShape, resolve_backbone
+from parcelray.profiling.flops import IMAGE_TEXT_TOKENS
+from parcelray.profiling.kv_cache import BYTES_PER_MB
+from parcelray.profiling.measure import Measure, Report, machine_info, time_pairs
+from parcelray.profiling.memory import peak_memory_bytes
+
+if TYPE_CHECKING:
+    from parcelray.models.vlm import ElasticPaliGemmaConfig, ElasticPaliGemmaForConditionalGeneration
+
+CONNECTOR_CONFIGS: tuple[ConnectorConfig, ...] = tuple(config_class() for config_class in get_args(get_args(ConnectorConfig)[0]))
+"""Every connector with its default settings."""
+
+
+class _Prefill(NamedTuple):
+    """One batch and the model that reads it."""
+
+    model: "ElasticPaliGemmaForConditionalGeneration"
+    pixels_ICHW: Tensor
+    patch_features_IND: Tensor
+    text_ids_BS: Tensor
+
+    def connector(self, num_visual_tokens: int) -> Tensor:
+        tokens_IKD: Tensor = self.model.connector(self.patch_features_IND, num_visual_tokens=num_visual_tokens)
+        return tokens_IKD
+
+    def whole(self, num_visual_tokens: int) -> object:
+        batch_size = len(self.text_ids_BS)
+        placeholders = self.text_ids_BS.new_full((batch_size, num_visual_tokens), self.model.config.image_token_id)
+        ids = torch.cat([placeholders, self.text_ids_BS], dim=1)
+        return self.model(
+            input_ids=ids,
+            pixel_values=self.pixels_ICHW,
+            attention_mask=torch.ones_like(ids),
+            token_type_ids=torch.zeros_like(ids),
+            num_visual_tokens=num_visual_tokens,
+            logits_to_keep=1,
+        )
+
+
+@torch.inference_mode()
+def bench_connectors(
+    backbone: str, budgets: Sequence[int], batch_size: int = 1, repeats: int = 10, device: str = "cpu", *, resolution: int | None = None
+) -> Report:
+    """Times every connector, and a whole prefill with it, alternately, at each budget that the connector can give.
+
+    Args:
+        backbone: `mini`, a folder with a config.json, or `paligemma2-3b` (GPU only).
+        budgets: visual tokens per image.
+        batch_size: images; each comes with a prompt of the paper's length (129 tokens).
+        repeats: timed rounds after two that are not timed; the measures are medians.
+        device: `cpu` (float32) or `cuda` (bfloat16).
+        resolution: side of the image in pixels; None: the backbone's own.
+
+    Returns:
+        For every connector and legal budget: its time and peak memory, those of the whole prefill, and its share of the time.
+
+    Raises:
+        UserError: an unknown backbone, no GPU where one is asked for, or numbers below 1.
+        UnsupportedBudgetError: a budget that no connector can give.
+    """
+    shape = resolve_backbone(backbone, resolution)
+    target = _device(device, backbone)
+    if batch_size < 1 or repeats < 1:
+        raise UserError(f"batch size {batch_size} and repeats {repeats} must both be at least 1; raise the one that is not.")
+    connectors = [(config, _build(config, shape)) for config in CONNECTOR_CONFIGS]
+    legal = sorted({budget for _, connector in connectors for budget in connector.supported_budgets})
+    for budget in budgets:
+        if budget not in legal:
+            raise UnsupportedBudgetError(budget, legal, "no connector")
+    prefill = _random_prefill(backbone, shape, batch_size, target)
+    measures: list[Measure] = []
+    for config, on_meta in connectors:
+        prefill.model.model.connector = _materialise(config, shape, prefill.patch_features_IND)
+        for budget in budgets:
+            if budget in on_meta.supported_budgets:
+                measures.extend(_measure(config.type, prefill, budget, repeats))
+    setting: dict[str, str | int] = {
+        "backbone": shape.name,
+        "resolution": shape.image_size,
+        "batch_size": batch_size,
+        "repeats": repeats,
+        "device": target.type,
+        "dtype": str(prefill.patch_features_IND.dtype).removeprefix("torch."),
+    }
+    return Report(tuple(measures), machine_info() | setting)
+
+
+def _measure(name: str, prefill: _Prefill, budget: int, repeats: int) -> Iterator[Measure]:
+    alone, whole = partial(prefill.connector, budget), partial(prefill.whole, budget)
+    device = prefill.patch_features_IND.device
+    timing = time_pairs(alone, whole, repeats, warmup=2, synchronize=torch.cuda.synchronize if device.type == "cuda" else None)
+    label, against = f"{name} at {budget} tokens", f"whole prefill at {budget} tokens"
+    yield Measure(f"{label}: time", 1e3 * timing.median_a, "ms", 1e3 * timing.spread_a)
+    yield Measure(f"{label}: time of the whole prefill", 1e3 * timing.median_b, "ms", 1e3 * timing.spread_b)
+    yield Measure(f"{label}: share of the time", 100 * timing.ratio, "%", 100 * timing.spread_ratio, against=against)
+    yield Measure(f"{label}: peak memory", peak_memory_bytes(alone, device) / BYTES_PER_MB, "MB")
+    yield Measure(f"{label}: peak memory of the whole prefill", peak_memory_bytes(whole, device) / BYTES_PER_MB, "MB")
+
+
+def _device(device: str, backbone: str) -> torch.device:
+    if device not in ("cpu", "cuda"):
+        raise UserError(f"Unknown device {device!r}: choose cpu or cuda.")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("No CUDA device is visible to this process; run on a machine that has one, or choose cpu.")
+    if device == "cpu" and backbone in PRESETS:
+        raise UserError(f"{backbone} needs a GPU for this bench (about 12 GB in float32); choose cuda, or the backbone mini.")
+    return torch.device(device)
+
+
+def _build(config: ConnectorConfig, shape: BackboneShape) -> Connector:
+    with torch.device("meta"):
+        return build_connector(config, hidden_size=shape.vision_width, grid_size=shape.grid_size, mlp_width=shape.vision_mlp_width)
+
+
+def _materialise(config: ConnectorConfig, shape: BackboneShape, like: Tensor) -> Connector:
+    with torch.device(like.device):
+        connector = build_connector(config, hidden_size=shape.vision_width, grid_size=shape.grid_size, mlp_width=shape.vision_mlp_width)
+    return connector.to(like.dtype).eval()
+
+
+def _random_prefill(backbone: str, shape: BackboneShape, batch_size: int, device: torch.device) -> _Prefill:
+    from parcelray.models.vlm import ElasticPaliGemmaForConditionalGeneration, use_sdpa_where_exact
+
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(0)
+        with torch.device(device):
+            model = ElasticPaliGemmaForConditionalGeneration(_model_config(backbone, shape)).to(dtype).eval()
+            pixels = torch.randn(batch_size, shape.num_channels, shape.image_size, shape.image_size, dtype=dtype)
+            # Below the image token's id and clear of the special tokens' smallest ones; which text it is changes no time.
+            ids = torch.randint(0, model.config.image_token_id, (batch_size, IMAGE_TEXT_TOKENS))
+    use_sdpa_where_exact(model)
+    return _Prefill(model, pixels, model.model.encode_patches(pixels), ids)
+
+
+def _model_config(backbone: str, shape: BackboneShape) -> "ElasticPaliGemmaConfig":
+    from parcelray.models.vlm import ElasticPaliGemmaConfig
+
+    if backbone not in PRESETS:
+        config = ElasticPaliGemmaConfig.from_pretrained(MINI_CONFIG.parent if backbone == "mini" else Path(backbone))
+        config.connector = None
+        config.vision_config.image_size = shape.image_size
+        return config
+    return ElasticPaliGemmaConfig(
+        vision_config={
+            "model_type": "siglip_vision_model",
+            "image_size": shape.image_size,
+            "patch_size": shape.patch_size,
+            "num_channels": shape.num_channels,
+            "hidden_size": shape.vision_width,
+            "intermediate_size": shape.vision_mlp_width,
+            "num_hidden_layers": shape.vision_layers,
+            "num_attention_heads": shape.vision_heads,
+            "vision_use_head": False,
+        },
+        text_config={
+            "model_type": "gemma2",
+            "hidden_size": shape.text_width,
+            "intermediate_size": shape.text_mlp_width,
+            "num_hidden_layers": shape.text_layers,
+            "num_attention_heads": shape.num_heads,
+            "num_key_value_heads": shape.num_kv_heads,
+            "head_dim": shape.head_dim,
+            "vocab_size": shape.vocab_size,
+        },
+        projection_dim=shape.text_width,
+        hidden_size=shape.text_width,
+        vocab_size=shape.vocab_size,
+        image_token_index=shape.vocab_size - 1,
+    )

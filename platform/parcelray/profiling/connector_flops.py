@@ -1,0 +1,87 @@
+"""FLOPs of each connector for one image, in the terms of the paper's cost model (arXiv 2605.30126, Appendix C).
+
+The paper gives PARCEL's; the others count the same blocks by the same formulas. Pooling, norms and positions are left out.
+"""
+
+from functools import lru_cache
+from typing import TYPE_CHECKING, NamedTuple
+
+from parcelray.config.connector import (
+    AttentionConnectorConfig,
+    ConnectorConfig,
+    DualCrossAttentionConnectorConfig,
+    FixedAnchorsConnectorConfig,
+    M3SelfAttentionConnectorConfig,
+    MqtSelfAttentionConnectorConfig,
+    ParcelConnectorConfig,
+)
+from parcelray.profiling.backbone_shapes import BackboneShape
+
+if TYPE_CHECKING:
+    from parcelray.models.connectors import Connector
+
+
+class ConnectorFlops(NamedTuple):
+    """FLOPs of one image."""
+
+    self_attention: int = 0
+    cross_attention: int = 0
+    mlp: int = 0
+
+
+def connector_flops(shape: BackboneShape, connector: ConnectorConfig | None, num_visual_tokens: int) -> ConnectorFlops:
+    """FLOPs between vision tower and projection, for one image.
+
+    Args:
+        shape: the backbone.
+        connector: the connector; None: a reduction that is not counted, at any budget.
+        num_visual_tokens: the budget B.
+
+    Raises:
+        UnsupportedBudgetError: the connector cannot give the budget.
+    """
+    if connector is None:
+        return ConnectorFlops()
+    built = _built_on_meta(connector, shape.vision_width, shape.grid_size, shape.vision_mlp_width)
+    num_anchors = built.num_anchors(num_visual_tokens)
+    num_queries = num_visual_tokens - num_anchors
+    width = shape.vision_width
+    if isinstance(connector, M3SelfAttentionConnectorConfig):
+        mlp = mlp_flops(num_visual_tokens, width, connector.mlp_width or shape.vision_mlp_width)
+        return ConnectorFlops(2 * self_attention_flops(num_visual_tokens, width), 0, mlp)
+    if not isinstance(connector, AttentionConnectorConfig) or num_queries == 0:
+        return ConnectorFlops()
+    self_attention = 0
+    cross_attention = cross_attention_flops(num_queries, shape.num_patches, width)
+    if isinstance(connector, ParcelConnectorConfig | FixedAnchorsConnectorConfig | MqtSelfAttentionConnectorConfig):
+        self_attention = self_attention_flops(num_visual_tokens, width)
+    elif isinstance(connector, DualCrossAttentionConnectorConfig):
+        cross_attention += cross_attention_flops(num_queries, num_anchors, width)
+    return ConnectorFlops(self_attention, cross_attention, mlp_flops(num_queries, width, connector.mlp_width or shape.vision_mlp_width))
+
+
+def self_attention_flops(num_tokens: int, width: int) -> int:
+    """8 n D^2 + 4 n^2 D: four projections, and the products with keys and values."""
+    return 8 * num_tokens * width**2 + 4 * num_tokens**2 * width
+
+
+def cross_attention_flops(num_queries: int, num_context: int, width: int) -> int:
+    """4 (q + n) D^2 + 4 q n D: two projections of the queries, two of the context, and the products."""
+    return 4 * (num_queries + num_context) * width**2 + 4 * num_queries * num_context * width
+
+
+def mlp_flops(num_tokens: int, width: int, mlp_width: int) -> int:
+    """4 n D M: two layers."""
+    return 4 * num_tokens * width * mlp_width
+
+
+@lru_cache(maxsize=64)
+def _built_on_meta(config: ConnectorConfig, width: int, grid_size: int, mlp_width: int) -> "Connector":
+    # The connector itself says what is legal and how a budget splits; on `meta` building it costs no memory. Imported here so
+    # that whatever only reads shapes stays free of torch.
+    import torch
+
+    from parcelray.models.connectors import build_connector
+
+    with torch.device("meta"):
+        return build_connector(config, hidden_size=width, grid_size=grid_size, mlp_width=mlp_width)

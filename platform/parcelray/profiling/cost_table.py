@@ -1,0 +1,159 @@
+"""The table behind `parcelray flops`: every term of the cost model by budget, and what is saved against no compression."""
+
+import difflib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from pydantic import TypeAdapter
+
+from parcelray.config.connector import ConnectorConfig, IdentityConnectorConfig
+from parcelray.errors import UserError
+from parcelray.profiling.backbone_shapes import BackboneShape, resolve_backbone
+from parcelray.profiling.flops import CostBreakdown, cost, default_text_tokens
+from parcelray.profiling.kv_cache import BYTES_PER_MB
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+CONNECTORS = ("parcel", "mqt", "m3", "identity")
+"""The connectors that the table knows by name; a configuration of any type may be given instead."""
+LEFT_OUT = ("patch embedding", "pooling", "normalisation", "activation", "softmax", "biases", "rotary positions", "output head over the image tokens")
+"""What the paper's cost model does not count."""
+
+_CONNECTOR_ADAPTER: TypeAdapter[ConnectorConfig] = TypeAdapter(ConnectorConfig)
+
+
+@dataclass(frozen=True, slots=True)
+class CostRow:
+    """One budget and number of frames."""
+
+    num_visual_tokens: int
+    """Per frame."""
+    num_frames: int
+    num_text_tokens: int
+    cost: CostBreakdown
+    uncompressed: CostBreakdown
+    """The same prompt with all patches as visual tokens and no connector."""
+
+    @property
+    def flops_saving(self) -> float:
+        """Share of the uncompressed prefill's FLOPs that is saved; negative where the connector costs more than it saves."""
+        return 1 - self.cost.total / self.uncompressed.total
+
+    @property
+    def kv_saving(self) -> float:
+        """Share of the uncompressed KV cache that is saved."""
+        return 1 - self.cost.kv_cache_bytes / self.uncompressed.kv_cache_bytes
+
+    def to_dict(self) -> dict[str, Any]:
+        """All numbers of the row; FLOPs and bytes are exact."""
+        return {
+            "num_visual_tokens": self.num_visual_tokens,
+            "num_frames": self.num_frames,
+            "num_text_tokens": self.num_text_tokens,
+            "terms": self.cost.terms(),
+            "total_flops": self.cost.total,
+            "kv_cache_bytes": self.cost.kv_cache_bytes,
+            "uncompressed_flops": self.uncompressed.total,
+            "uncompressed_kv_cache_bytes": self.uncompressed.kv_cache_bytes,
+            "flops_saving": self.flops_saving,
+            "kv_saving": self.kv_saving,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class CostTable:
+    """Costs of one backbone and connector over budgets and frames."""
+
+    backbone: BackboneShape
+    connector: str
+    rows: tuple[CostRow, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Backbone, connector, rows, and what the model leaves out."""
+        return {
+            "backbone": asdict(self.backbone),
+            "connector": self.connector,
+            "left_out": list(LEFT_OUT),
+            "rows": [row.to_dict() for row in self.rows],
+        }
+
+    def to_json(self) -> str:
+        """`to_dict` as JSON."""
+        return json.dumps(self.to_dict())
+
+    def to_rich(self) -> "Table":
+        """One column per row of the table, one line per term (GFLOP), then totals, KV cache and savings."""
+        from rich.table import Table
+
+        shape = self.backbone
+        table = Table(
+            title=f"{shape.name} at {shape.image_size} px ({shape.num_patches} patches), connector {self.connector}",
+            caption="One multiply-add = 2 FLOPs (arXiv 2605.30126, Appendix C). Left out: " + ", ".join(LEFT_OUT) + ".",
+        )
+        table.add_column("GFLOP")
+        for row in self.rows:
+            frames = "image" if row.num_frames == 1 else f"{row.num_frames} frames"
+            table.add_column(f"{row.num_visual_tokens} tokens\n{frames}\n{row.num_text_tokens} text", justify="right")
+        terms = [row.cost.terms() for row in self.rows]
+        for name in terms[0] if terms else ():
+            table.add_row(name.replace("_", " "), *(f"{row_terms[name] / 1e9:,.3f}" for row_terms in terms))
+        table.add_section()
+        table.add_row("total, TFLOP", *(f"{row.cost.total / 1e12:,.4g}" for row in self.rows))
+        table.add_row("KV cache, MB (bf16)", *(f"{row.cost.kv_cache_bytes / BYTES_PER_MB:,.4g}" for row in self.rows))
+        table.add_row("FLOPs saved", *(f"{row.flops_saving:.1%}" for row in self.rows))
+        table.add_row("KV cache saved", *(f"{row.kv_saving:.1%}" for row in self.rows))
+        return table
+
+
+def build(
+    backbone: str,
+    *,
+    resolution: int | None = None,
+    budgets: Sequence[int] = (16, 64, 256),
+    frames: Sequence[int] = (1,),
+    connector: str | ConnectorConfig = "parcel",
+    text_tokens: int | None = None,
+) -> CostTable:
+    """Computes the cost of every budget at every number of frames.
+
+    Args:
+        backbone: `paligemma2-3b`, `mini`, or a folder with a config.json.
+        resolution: side of the image in pixels; None: the backbone's own.
+        budgets: visual tokens per frame.
+        frames: 1 for an image, or the frames of a video.
+        connector: one of `CONNECTORS`, or the configuration of any connector.
+        text_tokens: length of the text prompt; None: the paper's (129 with an image, 65 with a video).
+
+    Raises:
+        UserError: an unknown backbone or connector, a resolution that the patch size does not divide, or numbers that cannot be.
+        UnsupportedBudgetError: a budget that the connector cannot give.
+    """
+    shape = resolve_backbone(backbone, resolution)
+    config = connector_from_name(connector) if isinstance(connector, str) else connector
+    if not budgets or not frames:
+        raise UserError("No budget or no number of frames was given; give at least one of each, such as budgets 16,64,256 and frames 1.")
+    if min(frames) < 1:
+        raise UserError(f"{min(frames)} frames cannot be read; give 1 for an image, or the number of frames of a video.")
+    return CostTable(shape, config.type, tuple(_row(shape, config, budget, num, text_tokens) for num in frames for budget in budgets))
+
+
+def connector_from_name(name: str) -> ConnectorConfig:
+    """The default configuration of a connector of `CONNECTORS`.
+
+    Raises:
+        UserError: another name.
+    """
+    if name not in CONNECTORS:
+        close = difflib.get_close_matches(name, CONNECTORS, n=1)
+        raise UserError(f"Unknown connector {name!r}: choose one of {', '.join(CONNECTORS)}{f'; did you mean {close[0]}?' if close else '.'}")
+    return _CONNECTOR_ADAPTER.validate_python({"type": name})
+
+
+def _row(shape: BackboneShape, config: ConnectorConfig, budget: int, num_frames: int, text_tokens: int | None) -> CostRow:
+    num_text = default_text_tokens(num_frames) if text_tokens is None else text_tokens
+    compressed = cost(shape, config, budget, num_frames, num_text)
+    uncompressed = cost(shape, IdentityConnectorConfig(), shape.num_patches, num_frames, num_text)
+    return CostRow(budget, num_frames, num_text, compressed, uncompressed)

@@ -1,0 +1,6 @@
+"""The record of every run in MLflow: runs and metrics (`tracker`, `mlflow_tracker`) and promoted models (`registry`)."""
+
+import os
+
+# MLflow reads this once, when it is imported, and would report usage to its makers; a platform for closed clusters stays silent.
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")

@@ -1,0 +1,275 @@
+"""MLflow runs: the driver starts, resumes and ends them (`tracked_run`); workers only write to one by its id (`MlflowRunLogger`).
+
+Why not Ray's or MLflow's own callbacks: after a worker retry they open a second run and leave both RUNNING, they log metrics twice
+after recovery, and they fail when a resumed run repeats a parameter with another value.
+"""
+
+import logging
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from mlflow import MlflowClient
+from mlflow.entities import Metric, Param, Run, RunTag
+from mlflow.exceptions import MlflowException
+
+from parcelray.errors import SystemFailure, UserError
+from parcelray.tracking.drivers import driver_tag, is_kill, is_other_live_driver, sigterm_as_exit
+from parcelray.tracking.entries import METRICS_PER_BATCH, PARAMS_PER_BATCH, batches, clean_key, clean_params, clean_tags
+from parcelray.tracking.store import artifact_location, ensure_store, store_lock
+from parcelray.tracking.tracker import ParamValue, RunStatus
+
+IDENTITY_TAG = "parcel.identity"
+ATTEMPT_TAG = "parcel.attempt"
+DRIVER_TAG = "parcel.driver"
+WORKER_STATUS_TAG = "parcel.worker_status"
+PARENT_TAG = "mlflow.parentRunId"
+MAX_PENDING = 100_000
+
+logger = logging.getLogger(__name__)
+
+
+def start_run(
+    tracking_uri: str,
+    experiment: str,
+    run_name: str,
+    *,
+    params: Mapping[str, ParamValue],
+    tags: Mapping[str, str] | None = None,
+    parent_run_id: str | None = None,
+) -> str:
+    """Starts the run of an identity, or resumes it: one identity (under one parent) is one MLflow run for ever.
+
+    Params are written when the run is created; a resume that brings another value keeps the first one and records the new one
+    in the tag `resume.N.KEY`. Runs of the identity, and children of the run, that a dead driver left RUNNING are set to KILLED.
+
+    Args:
+        tracking_uri: as `store.ensure_store` takes or returns it.
+        experiment: name of the MLflow experiment; created when missing.
+        run_name: the job's identity, `<kind>-<name>-<hash8>`; also the run's name.
+        params: flat parameters; secrets are masked.
+        tags: further tags, such as `parcel.config_hash` and `mlflow.source.git.commit`.
+        parent_run_id: the run to nest under (pipeline or search -> trial -> evaluation).
+
+    Returns:
+        The run id to hand to workers.
+
+    Raises:
+        UserError: if another live process of this host drives the run, or the experiment was deleted.
+    """
+    if any(quote in run_name for quote in "'\"`\\"):
+        raise UserError(f"run name {run_name!r} has quotes or backslashes; use letters, digits, '-', '_' and '.'.")
+    uri = ensure_store(tracking_uri)
+    client = MlflowClient(tracking_uri=uri)
+    with store_lock(uri):
+        experiment_id = _experiment_id(client, uri, experiment)
+        run = _adopt(client, experiment_id, run_name, parent_run_id) or _create(client, experiment_id, run_name, parent_run_id)
+    run_id = str(run.info.run_id)
+    _record_params(client, run, params)
+    _set_tags(client, run_id, tags or {})
+    return run_id
+
+
+def end_run(tracking_uri: str, run_id: str, status: RunStatus) -> None:
+    """Ends a run; children that are still RUNNING (stopped by a scheduler, lost with their node) become KILLED."""
+    client = MlflowClient(tracking_uri=tracking_uri)
+    _end(client, client.get_run(run_id), status)
+
+
+@contextmanager
+def tracked_run(
+    tracking_uri: str,
+    experiment: str,
+    run_name: str,
+    *,
+    params: Mapping[str, ParamValue],
+    tags: Mapping[str, str] | None = None,
+    parent_run_id: str | None = None,
+) -> Iterator[str]:
+    """Holds a run for a `with` block, see `start_run`, and ends it whatever happens.
+
+    FINISHED after the block, KILLED on Ctrl-C and SIGTERM, FAILED on any other exception. Only SIGKILL and power loss leave the
+    run RUNNING; the next start of the identity takes it up again.
+    """
+    with sigterm_as_exit():
+        run_id = start_run(tracking_uri, experiment, run_name, params=params, tags=tags, parent_run_id=parent_run_id)
+        uri = ensure_store(tracking_uri)
+        try:
+            yield run_id
+        except BaseException as error:
+            exited_well = isinstance(error, SystemExit) and not error.code
+            end_run(uri, run_id, "KILLED" if is_kill(error) else "FINISHED" if exited_well else "FAILED")
+            raise
+        end_run(uri, run_id, "FINISHED")
+
+
+def last_logged_step(tracking_uri: str, run_id: str, key: str) -> int | None:
+    """The highest step recorded for a metric of a run; None if there is none."""
+    return _last_steps(MlflowClient(tracking_uri=tracking_uri), run_id).get(clean_key(key))
+
+
+class MlflowRunLogger:
+    """A `Tracker` that writes to a run which the driver owns. Metrics are buffered and sent in batches.
+
+    Args:
+        tracking_uri: as returned by `store.ensure_store`.
+        run_id: the run.
+        flush_every: calls of `log_metrics` between two batches.
+        flush_seconds: longest time that a metric waits, checked whenever metrics are logged.
+    """
+
+    def __init__(self, tracking_uri: str, run_id: str, *, flush_every: int = 50, flush_seconds: float = 10.0) -> None:
+        self._client = MlflowClient(tracking_uri=tracking_uri)
+        self._run_id = run_id
+        self._flush_every = flush_every
+        self._flush_seconds = flush_seconds
+        self._last_step = _last_steps(self._client, run_id)
+        self._pending: list[Metric] = []
+        self._calls = 0
+        self._flushed_at = time.monotonic()
+
+    def log_params(self, params: Mapping[str, ParamValue]) -> None:
+        """See `Tracker`; other values of known parameters go to `resume.N.KEY` tags."""
+        _record_params(self._client, self._client.get_run(self._run_id), params)
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
+        """See `Tracker`. A store that does not answer here is retried later; only `flush` insists.
+
+        Raises:
+            SystemFailure: if the store has not answered for so long that the buffer is full.
+        """
+        timestamp = int(time.time() * 1000)
+        for name, value in metrics.items():
+            key = clean_key(name)
+            if step > self._last_step.get(key, -1):
+                self._last_step[key] = step
+                self._pending.append(Metric(key, float(value), timestamp, step))
+        self._calls += 1
+        if self._calls >= self._flush_every or time.monotonic() - self._flushed_at >= self._flush_seconds:
+            try:
+                self._send()
+            except MlflowException as error:
+                if len(self._pending) > MAX_PENDING:
+                    raise SystemFailure(f"The tracking store has not taken {len(self._pending)} metrics of run {self._run_id}: {error}") from error
+                logger.warning("tracking store does not answer; %d metrics wait for the next flush: %s", len(self._pending), error)
+
+    def set_tags(self, tags: Mapping[str, str]) -> None:
+        """See `Tracker`."""
+        _set_tags(self._client, self._run_id, tags)
+
+    def log_artifact(self, path: Path) -> None:
+        """See `Tracker`."""
+        self._upload(path, None)
+
+    def log_figure_file(self, path: Path) -> None:
+        """See `Tracker`."""
+        self._upload(path, "figures")
+
+    def flush(self) -> None:
+        """See `Tracker`.
+
+        Raises:
+            SystemFailure: if the store does not take the metrics; they stay in the buffer.
+        """
+        try:
+            self._send()
+        except MlflowException as error:
+            raise SystemFailure(f"The tracking store did not take {len(self._pending)} metrics of run {self._run_id}: {error}") from error
+
+    def close(self, status: RunStatus = "FINISHED") -> None:
+        """See `Tracker`."""
+        self.flush()
+        self._client.set_tag(self._run_id, WORKER_STATUS_TAG, status)
+
+    def _send(self) -> None:
+        self._calls = 0
+        self._flushed_at = time.monotonic()
+        while self._pending:
+            # A batch leaves the buffer only once it is in the store; sent twice, it has the same timestamps and counts once.
+            self._client.log_batch(self._run_id, metrics=self._pending[:METRICS_PER_BATCH], synchronous=True)
+            del self._pending[:METRICS_PER_BATCH]
+
+    def _upload(self, path: Path, folder: str | None) -> None:
+        if not path.exists():
+            raise UserError(f"cannot log {path}: there is no such file or folder.")
+        self._client.log_artifact(self._run_id, str(path), artifact_path=folder)
+
+
+def _last_steps(client: MlflowClient, run_id: str) -> dict[str, int]:
+    # The store keeps each metric's row of the highest step beside the run, so this is one query however long the history.
+    return {str(metric.key): int(metric.step) for metric in client.get_run(run_id).data.to_proto().metrics}
+
+
+def _experiment_id(client: MlflowClient, uri: str, name: str) -> str:
+    experiment = client.get_experiment_by_name(name)
+    if experiment is None:
+        try:
+            return str(client.create_experiment(name, artifact_location=artifact_location(uri, name)))
+        except MlflowException as error:
+            experiment = client.get_experiment_by_name(name) if error.error_code == "RESOURCE_ALREADY_EXISTS" else None
+            if experiment is None:
+                raise
+    if experiment.lifecycle_stage != "active":
+        raise UserError(f"MLflow experiment {name!r} was deleted; restore it (`mlflow experiments restore -x {experiment.experiment_id}`) or name another.")
+    return str(experiment.experiment_id)
+
+
+def _create(client: MlflowClient, experiment_id: str, identity: str, parent_run_id: str | None) -> Run:
+    tags = {IDENTITY_TAG: identity, ATTEMPT_TAG: "1", DRIVER_TAG: driver_tag(), "mlflow.user": os.environ.get("USER", "unknown")}
+    if parent_run_id is not None:
+        tags[PARENT_TAG] = parent_run_id
+    return client.create_run(experiment_id, run_name=identity, tags=tags)
+
+
+def _adopt(client: MlflowClient, experiment_id: str, identity: str, parent_run_id: str | None) -> Run | None:
+    """Takes up the newest run of an identity, and closes what dead drivers left open."""
+    found = client.search_runs([experiment_id], f"tags.`{IDENTITY_TAG}` = '{identity}'", order_by=["attributes.start_time DESC"])
+    runs = [run for run in found if run.data.tags.get(PARENT_TAG) == parent_run_id]
+    for run in runs:
+        if run.info.status == "RUNNING" and is_other_live_driver(run.data.tags.get(DRIVER_TAG, "")):
+            host_pid = run.data.tags[DRIVER_TAG].rpartition(":")[0]
+            raise UserError(f"run {identity!r} is in progress, driven by the process {host_pid}; wait for it, stop it, or change the job.")
+    if not runs:
+        return None
+    adopted, *others = runs
+    for run in others:
+        if run.info.status == "RUNNING":
+            _end(client, run, "KILLED")
+    for child in _running_children(client, adopted):
+        if not is_other_live_driver(child.data.tags.get(DRIVER_TAG, "")):
+            _end(client, child, "KILLED")
+    run_id = adopted.info.run_id
+    _set_tags(client, run_id, {ATTEMPT_TAG: str(_attempt(adopted) + 1), DRIVER_TAG: driver_tag()})
+    client.update_run(run_id, status="RUNNING")
+    return client.get_run(run_id)
+
+
+def _attempt(run: Run) -> int:
+    return int(run.data.tags.get(ATTEMPT_TAG, "1"))
+
+
+def _running_children(client: MlflowClient, run: Run) -> list[Run]:
+    query = f"tags.`{PARENT_TAG}` = '{run.info.run_id}' and attributes.status = 'RUNNING'"
+    return list(client.search_runs([run.info.experiment_id], query))
+
+
+def _end(client: MlflowClient, run: Run, status: RunStatus) -> None:
+    for child in _running_children(client, run):
+        _end(client, child, "KILLED")
+    client.set_terminated(run.info.run_id, status)
+
+
+def _record_params(client: MlflowClient, run: Run, params: Mapping[str, ParamValue]) -> None:
+    cleaned, known = clean_params(params), run.data.params
+    for batch in batches([(key, value) for key, value in cleaned.items() if key not in known], PARAMS_PER_BATCH):
+        client.log_batch(run.info.run_id, params=[Param(key, value) for key, value in batch], synchronous=True)
+    # Attempt 2 is the first resume.
+    resume = _attempt(run) - 1
+    _set_tags(client, run.info.run_id, {f"resume.{resume}.{key}": value for key, value in cleaned.items() if known.get(key, value) != value})
+
+
+def _set_tags(client: MlflowClient, run_id: str, tags: Mapping[str, str]) -> None:
+    for batch in batches(list(clean_tags(tags).items()), PARAMS_PER_BATCH):
+        client.log_batch(run_id, tags=[RunTag(key, value) for key, value in batch], synchronous=True)

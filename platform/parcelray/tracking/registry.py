@@ -1,0 +1,271 @@
+"""The model registry: checkpoints become versions, versions get aliases, references become pinned folders.
+
+A version is a models-from-code pyfunc around the checkpoint folder (safetensors, configuration, manifest); nothing in it is pickled.
+Only the client API is used: MLflow's fluent functions depend on a global tracking URI and on an active run.
+"""
+
+import base64
+import hashlib
+import importlib.metadata
+import io
+import os
+import re
+import tempfile
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlparse
+
+import mlflow.artifacts
+import pandas as pd
+from mlflow import MlflowClient
+from mlflow.entities import LoggedModel, LoggedModelOutput
+from mlflow.exceptions import MlflowException
+from mlflow.models import Model, ModelSignature
+from mlflow.types import ColSpec, Schema
+from PIL import Image
+
+import parcelray
+from parcelray.errors import UserError
+from parcelray.models.checkpoint import read_manifest, resolve_checkpoint
+from parcelray.tracking.entries import clean_tags
+
+CHAMPION = "champion"
+PREVIOUS = "previous"
+CONTENT_TAG = "parcel.content"
+SIGNATURE = ModelSignature(
+    inputs=Schema([ColSpec("string", "prompt"), ColSpec("string", "image"), ColSpec("long", "num_visual_tokens")]),
+    outputs=Schema([ColSpec("string", "answer")]),
+)
+_MODEL_SUBPATH = "artifacts/model"
+_NAME = re.compile(r"[A-Za-z0-9][\w-]{0,99}")
+_REFERENCE = re.compile(r"models:/(?P<name>[^/@]+)(?:@(?P<alias>[^/@]+)|/(?P<version>\d+))")
+_RESERVED_ALIAS = re.compile(r"latest|v\d+", re.IGNORECASE)
+
+
+def register_model(
+    tracking_uri: str,
+    model_dir: Path,
+    name: str,
+    run_id: str,
+    *,
+    example_budget: int = 64,
+    tags: Mapping[str, str] | None = None,
+) -> int:
+    """Uploads a checkpoint and makes it the next version of a registered model.
+
+    Registering the same content from the same run again returns the version that is there.
+
+    Args:
+        tracking_uri: as returned by `store.ensure_store`; the registry is in the same store.
+        model_dir: checkpoint folder with a manifest (`models.checkpoint.write_manifest`).
+        name: registered model; created when missing.
+        run_id: the run that produced the checkpoint.
+        example_budget: num_visual_tokens of the input example; one that the model supports.
+        tags: further tags of the version, such as scores.
+
+    Returns:
+        The version number.
+
+    Raises:
+        UserError: if the name is illegal, or the folder holds pickles, has no manifest, or differs from it.
+    """
+    if _NAME.fullmatch(name) is None:
+        raise UserError(f"model name {name!r} is illegal; use letters, digits, '-' and '_', at most 100.")
+    manifest = read_manifest(model_dir)
+    content = resolve_checkpoint(model_dir.resolve()).pinned
+    client = MlflowClient(tracking_uri=tracking_uri)
+    for version in client.search_model_versions(f"name='{name}' and run_id='{run_id}'"):
+        if version.tags.get(CONTENT_TAG) == content:
+            return int(version.version)
+    logged = _log_model(client, model_dir, name, run_id, example_budget)
+    try:
+        client.create_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+    own_tags = {CONTENT_TAG: content, "parcel.version": manifest.parcelray_version, "parcel.git_commit": manifest.git_commit or "unknown"}
+    created = client.create_model_version(name, logged.artifact_location, run_id, tags=clean_tags({**(tags or {}), **own_tags}), model_id=logged.model_id)
+    return int(created.version)
+
+
+def promote(tracking_uri: str, name: str, version: int, alias: str = CHAMPION) -> None:
+    """Points an alias at a version. For `champion`, the version that loses it becomes `previous` first; the alias moves last.
+
+    Args:
+        tracking_uri: as for `register_model`.
+        name: registered model.
+        version: an existing version.
+        alias: `champion`, `challenger` or another name of your own.
+
+    Raises:
+        UserError: if the alias is reserved, or the version does not exist.
+    """
+    if alias == PREVIOUS or _RESERVED_ALIAS.fullmatch(alias) or re.fullmatch(r"[\w-]{1,255}", alias) is None:
+        raise UserError(
+            f"alias {alias!r} cannot be set: 'latest' and 'v<number>' belong to MLflow, 'previous' follows 'champion', and others consist of letters, "
+            "digits, '-' and '_'; use champion, challenger or a name of your own."
+        )
+    client = MlflowClient(tracking_uri=tracking_uri)
+    aliases = _aliases(client, name)
+    _check_version(client, name, version)
+    former = aliases.get(alias)
+    if former == version:
+        return
+    if alias == CHAMPION and former is not None:
+        client.set_registered_model_alias(name, PREVIOUS, str(former))
+    client.set_registered_model_alias(name, alias, str(version))
+
+
+def rollback(tracking_uri: str, name: str) -> int:
+    """Makes the previous champion the champion again (and the other way round); returns its version.
+
+    Raises:
+        UserError: if there was no champion before this one.
+    """
+    previous = _aliases(MlflowClient(tracking_uri=tracking_uri), name).get(PREVIOUS)
+    if previous is None:
+        raise UserError(f"model {name!r} has no previous champion to go back to; promote a version by its number.")
+    promote(tracking_uri, name, previous)
+    return previous
+
+
+def resolve_registry(reference: str, tracking_uri: str, cache_dir: Path | None = None) -> tuple[Path, str]:
+    """Turns a registry reference into a folder and the version it stands for now.
+
+    Args:
+        reference: `models:/NAME@ALIAS` or `models:/NAME/VERSION`.
+        tracking_uri: as for `register_model`.
+        cache_dir: where versions from a remote store are kept, one folder each; default ~/.cache/parcelray/models.
+
+    Returns:
+        The checkpoint folder (not yet verified: `models.checkpoint.resolve_checkpoint` does that) and `models:/NAME/VERSION`.
+
+    Raises:
+        UserError: if the reference is malformed, or names no version.
+    """
+    parts = _REFERENCE.fullmatch(reference)
+    if parts is None:
+        raise UserError(f"registry reference {reference!r} is malformed; write models:/NAME@ALIAS or models:/NAME/VERSION (a number).")
+    name = parts["name"]
+    client = MlflowClient(tracking_uri=tracking_uri)
+    if parts["version"]:
+        version = int(parts["version"])
+        _check_version(client, name, version)
+    else:
+        version = _version_of_alias(client, name, parts["alias"])
+    uri = client.get_model_version_download_uri(name, str(version))
+    parsed = urlparse(uri)
+    if parsed.scheme in ("", "file"):
+        folder = Path(unquote(parsed.path)) / _MODEL_SUBPATH
+        if not folder.is_dir():
+            raise UserError(f"{reference!r} is version {version}, whose files ({folder}) are not on this machine; use a tracking server, or register it again.")
+    else:
+        folder = _download_once(uri, tracking_uri, _cache_root(cache_dir) / _store_name(tracking_uri) / name / str(version))
+    return folder, f"models:/{name}/{version}"
+
+
+def input_example(num_visual_tokens: int) -> pd.DataFrame:
+    """One row that fits the signature: a prompt, a small white PNG in base64, and a budget."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8), "white").save(buffer, format="PNG")
+    return pd.DataFrame(
+        {"prompt": ["What is in the image?"], "image": [base64.b64encode(buffer.getvalue()).decode()], "num_visual_tokens": [num_visual_tokens]}
+    )
+
+
+def _log_model(client: MlflowClient, model_dir: Path, name: str, run_id: str, example_budget: int) -> LoggedModel:
+    experiment_id = client.get_run(run_id).info.experiment_id
+    logged = client.create_logged_model(experiment_id, name=name, source_run_id=run_id, model_type="elastic-vlm")
+    try:
+        with tempfile.TemporaryDirectory() as scratch:
+            wrapper = Path(scratch) / "model"
+            _save_wrapper(wrapper, logged, run_id, example_budget)
+            client.log_model_artifacts(logged.model_id, str(wrapper))
+        # The weights go straight from the checkpoint folder to the store, without a copy in the temporary folder.
+        client.log_model_artifacts(logged.model_id, str(model_dir), _MODEL_SUBPATH)
+    except BaseException:
+        client.finalize_logged_model(logged.model_id, "FAILED")
+        raise
+    client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step=0)])
+    return client.finalize_logged_model(logged.model_id, "READY")
+
+
+def _save_wrapper(path: Path, logged: LoggedModel, run_id: str, example_budget: int) -> None:
+    model = Model(artifact_path=logged.artifact_location, run_id=run_id, model_id=logged.model_id)
+    with warnings.catch_warnings():
+        # MLflow warns about its own type hints when this part of it is imported, and calls pandas in a way that pandas deprecates.
+        warnings.filterwarnings("ignore", message=".*Any type hint is inferred", category=UserWarning)
+        warnings.filterwarnings("ignore", message="Operation with range", category=DeprecationWarning)
+        import mlflow.pyfunc
+
+        mlflow.pyfunc.save_model(
+            str(path),
+            python_model=str(Path(__file__).with_name("pyfunc_model.py")),
+            signature=SIGNATURE,
+            input_example=input_example(example_budget),
+            pip_requirements=_requirements(),
+            mlflow_model=model,
+        )
+    model.flavors[mlflow.pyfunc.FLAVOR_NAME]["artifacts"] = {"model": {"path": _MODEL_SUBPATH, "uri": _MODEL_SUBPATH}}
+    model.save(str(path / "MLmodel"))
+
+
+def _requirements() -> list[str]:
+    # Local version labels ("+cpu") name a build, which another machine may not have.
+    pins = [f"{package}=={importlib.metadata.version(package).partition('+')[0]}" for package in ("mlflow", "torch", "transformers", "safetensors", "pillow")]
+    return [f"parcelray=={parcelray.__version__}", *pins]
+
+
+def _aliases(client: MlflowClient, name: str) -> dict[str, int]:
+    try:
+        model: Any = client.get_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        known = ", ".join(model.name for model in client.search_registered_models(max_results=20)) or "none"
+        raise UserError(f"there is no registered model {name!r}; registered models are: {known}.") from error
+    return {alias: int(version) for alias, version in model.aliases.items()}
+
+
+def _version_of_alias(client: MlflowClient, name: str, alias: str) -> int:
+    aliases = _aliases(client, name)
+    if alias not in aliases:
+        known = ", ".join(sorted(aliases)) or "none"
+        raise UserError(f"model {name!r} has no alias {alias!r}; its aliases are: {known}. Promote a version, or name one by number.")
+    return aliases[alias]
+
+
+def _check_version(client: MlflowClient, name: str, version: int) -> None:
+    try:
+        client.get_model_version(name, str(version))
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        known = ", ".join(str(number) for number in sorted(int(found.version) for found in client.search_model_versions(f"name='{name}'"))) or "none"
+        raise UserError(f"model {name!r} has no version {version}; its versions are: {known}.") from error
+
+
+def _cache_root(cache_dir: Path | None) -> Path:
+    return cache_dir or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "parcelray" / "models"
+
+
+def _store_name(tracking_uri: str) -> str:
+    return hashlib.sha256(tracking_uri.encode()).hexdigest()[:12]
+
+
+def _download_once(uri: str, tracking_uri: str, target: Path) -> Path:
+    """Downloads the checkpoint of a version unless it is there; whole or not at all, also when several processes try."""
+    if target.is_dir():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+        got = mlflow.artifacts.download_artifacts(artifact_uri=f"{uri}/{_MODEL_SUBPATH}", dst_path=scratch, tracking_uri=tracking_uri)
+        try:
+            Path(got).rename(target)
+        except OSError:
+            # Another process was faster; its folder is the same version.
+            if not target.is_dir():
+                raise
+    return target

@@ -1,0 +1,102 @@
+"""The state of a training run on disk: everything that the rest of the run depends on.
+
+A checkpoint folder holds `model/` (Hugging Face layout, loadable as it is), `optimizer.pt` (optimiser and RNG states, loaded with
+`weights_only=True` and only from a run's own folder) and `state.json` (step, budget sampler, configuration hash). The data position
+is the step: `data.schedule` derives the samples of every step from it.
+"""
+
+import json
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict, set_optimizer_state_dict
+
+from parcelray.errors import UserError
+from parcelray.models.processor import ElasticPaliGemmaProcessor
+from parcelray.models.vlm import ElasticPaliGemmaForConditionalGeneration
+from parcelray.training.budget_sampling import BudgetSampler
+
+_FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+@dataclass(frozen=True, slots=True)
+class TrainState:
+    """What `state.json` holds."""
+
+    step: int
+    """Optimiser steps done."""
+    config_hash: str
+    budget_sampler: dict[str, Any]
+    world_size: int
+
+
+def save(
+    folder: Path,
+    *,
+    accelerator: Accelerator,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    processor: ElasticPaliGemmaProcessor,
+    state: TrainState,
+) -> None:
+    """Writes a checkpoint. Every rank calls it (sharded states are gathered); rank 0 writes."""
+    weights = get_model_state_dict(model, options=_FULL)
+    moments = get_optimizer_state_dict(model, _inner(optimizer), options=_FULL)
+    rng = gather_object([_rng_state()])
+    if not accelerator.is_main_process:
+        return
+    inner: ElasticPaliGemmaForConditionalGeneration = accelerator.unwrap_model(model)
+    inner.save_pretrained(folder / "model", state_dict=weights)
+    processor.save_pretrained(folder / "model")
+    torch.save({"optimizer": moments, "rng": rng}, folder / "optimizer.pt")
+    text = {"step": state.step, "config_hash": state.config_hash, "budget_sampler": state.budget_sampler, "world_size": state.world_size}
+    (folder / "state.json").write_text(json.dumps(text, indent=2), encoding="utf-8")
+
+
+def read_state(folder: Path) -> TrainState:
+    """Reads `state.json`.
+
+    Raises:
+        UserError: the folder is no checkpoint of a training run.
+    """
+    path = folder / "state.json"
+    if not path.is_file():
+        raise UserError(f"{folder} is not a training checkpoint (it has no state.json); give a checkpoint folder of a run.")
+    return TrainState(**json.loads(path.read_text(encoding="utf-8")))
+
+
+def restore_optimizer(folder: Path, *, rank: int, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Puts optimiser moments and this rank's RNG back; the model's weights are loaded with the model."""
+    stored = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
+    set_optimizer_state_dict(model, _inner(optimizer), optim_state_dict=stored["optimizer"], options=_FULL)
+    if rank < len(stored["rng"]):
+        _set_rng_state(stored["rng"][rank])
+
+
+def _inner(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    return getattr(optimizer, "optimizer", optimizer)
+
+
+def _rng_state() -> dict[str, Any]:
+    numpy_state = np.random.get_state(legacy=False)  # noqa: NPY002 - the global generator's state is what is saved
+    version, words, gauss = random.getstate()
+    return {
+        "torch": torch.get_rng_state(),
+        "numpy_key": torch.from_numpy(numpy_state["state"]["key"].astype(np.int64)),  # type: ignore[index, call-overload]
+        "numpy_pos": int(numpy_state["state"]["pos"]),  # type: ignore[index, call-overload]
+        "python": [version, list(words), gauss],
+    }
+
+
+def _set_rng_state(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["torch"])
+    key = state["numpy_key"].numpy().astype(np.uint32)
+    np.random.set_state(("MT19937", key, state["numpy_pos"], 0, 0.0))  # noqa: NPY002 - see above
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words), gauss))

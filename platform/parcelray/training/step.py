@@ -1,0 +1,110 @@
+"""One training step, in torch only: no Ray, no MLflow, no accelerate.
+
+Shapes: B prompts, I images, S text tokens, K visual tokens per image (the budget), V vocabulary.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from parcelray.config.optimizer import AdamWConfig, OptimizerConfig, ScheduleConfig
+from parcelray.data.collator import IGNORED, Batch
+from parcelray.models.vlm import ElasticPaliGemmaForConditionalGeneration
+
+
+@dataclass(frozen=True, slots=True)
+class TensorBatch:
+    """A collated batch on the device, still without image placeholders."""
+
+    pixel_values_ICHW: Tensor
+    input_ids_BS: Tensor
+    token_type_ids_BS: Tensor
+    attention_mask_BS: Tensor
+    labels_BS: Tensor
+
+    @property
+    def num_target_tokens(self) -> int:
+        """Positions with a loss: the first of a prompt has none to predict it, but no answer stands there."""
+        return int((self.labels_BS != IGNORED).sum())
+
+    def slice(self, part: int, num_parts: int) -> "TensorBatch":
+        """Micro-batch `part` of `num_parts`: every num_parts-th prompt with its images."""
+        prompts = self.input_ids_BS.shape[0]
+        images = self.pixel_values_ICHW.shape[0] // prompts
+        chosen = torch.arange(part, prompts, num_parts)
+        pixels = self.pixel_values_ICHW.view(prompts, images, *self.pixel_values_ICHW.shape[1:])[chosen].flatten(0, 1)
+        return TensorBatch(pixels, self.input_ids_BS[chosen], self.token_type_ids_BS[chosen], self.attention_mask_BS[chosen], self.labels_BS[chosen])
+
+
+def to_tensors(batch: Batch, device: torch.device) -> TensorBatch:
+    """Moves a collated batch to the device; pixels become floats in [-1, 1] (SigLIP's normalisation: mean 0.5, std 0.5)."""
+    pixels = torch.from_numpy(np.ascontiguousarray(batch["pixel_values"])).to(device)
+    texts = {key: torch.from_numpy(np.array(batch[key], dtype=np.int64)).to(device) for key in ("input_ids", "token_type_ids", "attention_mask", "labels")}
+    return TensorBatch(
+        pixels.float().div_(127.5).sub_(1.0), texts["input_ids"], texts["token_type_ids"], texts["attention_mask"], texts["labels"]
+    )
+
+
+def with_placeholders(batch: TensorBatch, num_visual_tokens: int, image_token_id: int) -> dict[str, Tensor]:
+    """Model inputs of the batch at a budget: I / B x K image placeholders before each prompt, inside the bidirectional prefix."""
+    prompts = batch.input_ids_BS.shape[0]
+    count = batch.pixel_values_ICHW.shape[0] // prompts * num_visual_tokens
+
+    def prepend(values_BS: Tensor, value: int) -> Tensor:
+        return torch.cat([values_BS.new_full((prompts, count), value), values_BS], dim=1)
+
+    return {
+        "pixel_values": batch.pixel_values_ICHW,
+        "input_ids": prepend(batch.input_ids_BS, image_token_id),
+        "token_type_ids": prepend(batch.token_type_ids_BS, 0),
+        "attention_mask": prepend(batch.attention_mask_BS, 1),
+    }
+
+
+def summed_loss(model: nn.Module, batch: TensorBatch, *, num_visual_tokens: int, image_token_id: int) -> Tensor:
+    """Cross-entropy summed over the answer tokens; the caller divides by the count over all ranks.
+
+    Only text positions get logits: those of the visual tokens would be computed to be thrown away.
+    """
+    length = batch.input_ids_BS.shape[1]
+    inputs = with_placeholders(batch, num_visual_tokens, image_token_id)
+    logits_BSV = model(**inputs, num_visual_tokens=num_visual_tokens, logits_to_keep=length, use_cache=False).logits
+    return F.cross_entropy(logits_BSV[:, :-1].flatten(0, 1).float(), batch.labels_BS[:, 1:].flatten(), ignore_index=IGNORED, reduction="sum")
+
+
+def parameter_groups(model: ElasticPaliGemmaForConditionalGeneration, config: OptimizerConfig) -> list[dict[str, object]]:
+    """Optimiser groups: connector or shared weights, each with and without weight decay (vectors have none)."""
+    members: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            members.setdefault((".connector." in name, parameter.ndim >= 2), []).append(parameter)
+    return [
+        {
+            "params": parameters,
+            "lr": config.learning_rate * (config.connector_multiplier if connector else 1.0),
+            "weight_decay": config.weight_decay if matrix else 0.0,
+        }
+        for (connector, matrix), parameters in sorted(members.items(), key=lambda item: item[0])
+    ]
+
+
+def build_optimizer(model: ElasticPaliGemmaForConditionalGeneration, config: OptimizerConfig) -> torch.optim.Optimizer:
+    """The optimiser of the job."""
+    groups = parameter_groups(model, config)
+    if isinstance(config, AdamWConfig):
+        return torch.optim.AdamW(groups, betas=(config.beta1, config.beta2), eps=config.epsilon)
+    return torch.optim.SGD(groups, momentum=config.momentum)
+
+
+def learning_rate_factor(step: int, num_steps: int, config: ScheduleConfig) -> float:
+    """Factor on the peak learning rate at step `step` (0-based)."""
+    if step < config.warmup_steps:
+        return (step + 1) / config.warmup_steps
+    if config.type == "constant":
+        return 1.0
+    progress = (step - config.warmup_steps) / max(1, num_steps - 1 - config.warmup_steps)
+    shape = 1 - progress if config.type == "linear" else 0.5 * (1 + float(np.cos(np.pi * progress)))
+    return config.final_fraction + (1 - config.final_fraction) * shape

@@ -1,0 +1,264 @@
+"""The training loop of one rank, over accelerate: the same code in-process and in a Ray Train worker."""
+
+import math
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import torch
+from accelerate import Accelerator, FullyShardedDataParallelPlugin
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedDataParallelKwargs, set_seed
+from torch import Tensor
+
+from parcelray.analysis.redundancy import effective_rank, mean_pairwise_cosine
+from parcelray.config.loader import config_hash
+from parcelray.config.train import TrainingConfig, TrainJob
+from parcelray.data.collator import Batch
+from parcelray.data.sample import Sample
+from parcelray.errors import SystemFailure
+from parcelray.evaluation.predictor import Predictor
+from parcelray.evaluation.score import score as score_samples
+from parcelray.models.processor import ElasticPaliGemmaProcessor
+from parcelray.models.vlm import ElasticPaliGemmaForConditionalGeneration
+from parcelray.training import checkpointing
+from parcelray.training.budget_sampling import BudgetSampler
+from parcelray.training.metric_logger import MetricLogger, NoMetrics
+from parcelray.training.step import TensorBatch, build_optimizer, learning_rate_factor, summed_loss, to_tensors
+
+
+class Progress(NamedTuple):
+    """What a progress bar shows."""
+
+    step: int
+    num_steps: int
+    loss: float
+    budget: int
+    tokens_per_second: float
+
+
+class Reporter(Protocol):
+    """Where a rank reports checkpoints; every rank calls it at the same steps (Ray Train's report is a barrier)."""
+
+    def __call__(self, metrics: dict[str, float], checkpoint: Path | None) -> None:
+        """`checkpoint` is a folder on rank 0 and None on the others."""
+        ...
+
+
+@dataclass(frozen=True)
+class LoopInputs:
+    """Everything that the loop reads or calls, besides the job."""
+
+    model: ElasticPaliGemmaForConditionalGeneration
+    """With the restored weights, when resuming."""
+    processor: ElasticPaliGemmaProcessor
+    batches: Callable[[int, int, int], Iterable[Batch]]
+    """(first step, rank, world size) -> this rank's share of the steps from there on."""
+    validation: Sequence[Sample] = ()
+    resume_from: Path | None = None
+    """Checkpoint folder."""
+    report: Reporter = lambda metrics, checkpoint: None
+    logger: MetricLogger = field(default_factory=NoMetrics)
+    on_progress: Callable[[Progress], None] = lambda progress: None
+    cpu_only: bool = True
+
+
+def train(job: TrainJob, inputs: LoopInputs) -> dict[str, float]:
+    """Runs the job's steps on this rank.
+
+    Returns:
+        The last step's metrics with the validation scores.
+
+    Raises:
+        SystemFailure: the loss is not finite.
+    """
+    try:
+        return _Loop(job, inputs).run()
+    finally:
+        # accelerate keeps its state in the process; the next training there may want another precision.
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
+class _Loop:
+    def __init__(self, job: TrainJob, inputs: LoopInputs) -> None:
+        self.job = job
+        self.inputs = inputs
+        set_seed(job.seed)
+        self.accelerator = _accelerator(job.training, cpu_only=inputs.cpu_only)
+        if job.training.freeze_vision:
+            inputs.model.model.vision_tower.requires_grad_(False)
+        self.sampler = BudgetSampler(job.budget, job.seed)
+        self.sampler.check(inputs.model.supported_budgets, inputs.model.connector.name)
+        optimizer = build_optimizer(inputs.model, job.optimizer)
+        # Before a restore, which brings back the scheduled rates of its step.
+        self.peak_rates = [float(group["lr"]) for group in optimizer.param_groups]
+        self.model, self.optimizer = self.accelerator.prepare(inputs.model.train(), optimizer)
+        self.first_step = 0
+        if inputs.resume_from is not None:
+            self.first_step = checkpointing.read_state(inputs.resume_from).step
+            checkpointing.restore_optimizer(inputs.resume_from, rank=self.accelerator.process_index, model=self.model, optimizer=self.optimizer)
+
+    def run(self) -> dict[str, float]:
+        """All steps from the first; validations, metrics and checkpoints at their intervals."""
+        training, rank, world = self.job.training, self.accelerator.process_index, self.accelerator.num_processes
+        batches = iter(self.inputs.batches(self.first_step, rank, world))
+        metrics: dict[str, float] = {}
+        clock = _Clock()
+        for step in range(self.first_step, training.steps):
+            batch = to_tensors(next(batches), self.accelerator.device)
+            budgets = self.sampler.budgets(step)
+            loss, norm = self._step(step, batch, budgets)
+            clock.add(_num_tokens(batch, budgets) * world)
+            done = step + 1
+            if self._due(done, training.log_every_steps):
+                metrics |= {
+                    "train/loss": _finite(loss, done),
+                    "train/grad_norm": norm,
+                    "train/learning_rate": float(self.optimizer.param_groups[0]["lr"]),
+                    "train/budget": float(budgets[-1]),
+                    "train/tokens_per_second": clock.rate(),
+                }
+                metrics |= self._diagnostics(batch, budgets[-1])
+                self._log(metrics, done)
+                self.inputs.on_progress(Progress(done, training.steps, metrics["train/loss"], budgets[-1], metrics["train/tokens_per_second"]))
+            if self._due(done, self.job.validation.every_steps):
+                scores = self._validate()
+                self._log(scores, done)
+                metrics |= scores
+            if self._due(done, self.job.checkpointing.every_steps):
+                self._checkpoint(done, metrics)
+            clock.restart_if(self._due(done, training.log_every_steps))
+        return metrics
+
+    def _due(self, done: int, every: int) -> bool:
+        return done == self.job.training.steps or (every > 0 and done % every == 0)
+
+    def _step(self, step: int, batch: TensorBatch, budgets: tuple[int, ...]) -> tuple[Tensor, float]:
+        """One optimiser step; returns the mean loss over answer tokens and budgets of all ranks, and the gradient norm."""
+        training, accelerator = self.job.training, self.accelerator
+        factor = learning_rate_factor(step, training.steps, self.job.schedule)
+        for group, peak in zip(self.optimizer.param_groups, self.peak_rates, strict=True):
+            group["lr"] = peak * factor
+        targets = accelerator.reduce(torch.tensor(float(batch.num_target_tokens), device=accelerator.device), reduction="sum")
+        parts = min(training.gradient_accumulation_steps, batch.input_ids_BS.shape[0])
+        passes = [(batch.slice(part, parts), budget) for part in range(parts) for budget in budgets]
+        total = torch.zeros((), device=accelerator.device)
+        for index, (micro_batch, budget) in enumerate(passes):
+            with accelerator.autocast(), _sync_only_last(accelerator, self.model, last=index == len(passes) - 1):
+                loss = summed_loss(self.model, micro_batch, num_visual_tokens=budget, image_token_id=self.inputs.model.config.image_token_id)
+                # Distributed training averages the ranks' gradients; the sum over all answer tokens is wanted, divided by their count.
+                loss = loss * accelerator.num_processes / (targets * len(budgets))
+                accelerator.backward(loss)
+            total += loss.detach()
+        norm = accelerator.clip_grad_norm_(self.model.parameters(), training.clip_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return accelerator.reduce(total, reduction="mean"), float(norm)
+
+    @torch.no_grad()
+    def _diagnostics(self, batch: TensorBatch, budget: int) -> dict[str, float]:
+        """Effective rank and mean cosine of anchors and queries on a few images (facts: queries can collapse while anchors do not)."""
+        if self.job.training.strategy == "fsdp":
+            return {}  # sharded weights cannot run outside the wrapped forward
+        model = self.inputs.model
+        tokens_IKD = model.connector(model.model.encode_patches(batch.pixel_values_ICHW[:8]), num_visual_tokens=budget).float()
+        count = model.connector.num_anchors(budget)
+        metrics = {}
+        for name, part_IKD in (("anchors", tokens_IKD[:, :count]), ("queries", tokens_IKD[:, count:])):
+            if part_IKD.shape[1] > 1:
+                metrics[f"tokens/{name}_effective_rank"] = float(effective_rank(part_IKD).mean())
+                metrics[f"tokens/{name}_mean_cosine"] = float(mean_pairwise_cosine(part_IKD).mean())
+        return metrics
+
+    def _validate(self) -> dict[str, float]:
+        """Scores per budget over the validation samples, each rank doing its share."""
+        accelerator, samples = self.accelerator, self.inputs.validation
+        if not samples:
+            return {}
+        # Sharded weights need every rank in every forward, so there each rank does all.
+        shared = self.job.training.strategy == "ddp"
+        mine = samples[accelerator.process_index :: accelerator.num_processes] if shared else samples
+        self.inputs.model.eval()
+        predictor = Predictor(self.inputs.model, self.inputs.processor, device=str(accelerator.device))
+        budgets = [budget for budget in self.job.validation.budgets if budget in self.inputs.model.supported_budgets]
+        predictions = predictor.generate_budgets(mine, budgets)
+        self.inputs.model.train()
+        metrics = {}
+        for budget in budgets:
+            values = [score.value for score in score_samples(mine, predictions[budget], num_visual_tokens=budget)]
+            sums = torch.tensor([float(sum(values)), float(len(values))], device=accelerator.device)
+            sums = accelerator.reduce(sums, reduction="sum")
+            metrics[f"val/score@{budget}"] = float(sums[0] / sums[1])
+        return metrics
+
+    def _checkpoint(self, done: int, metrics: dict[str, float]) -> None:
+        state = checkpointing.TrainState(done, config_hash(self.job), self.sampler.state(), self.accelerator.num_processes)
+        if self.accelerator.is_main_process:
+            self.inputs.logger.flush()
+        with tempfile.TemporaryDirectory(prefix="parcelray-checkpoint-") as name:
+            folder = Path(name)
+            checkpointing.save(
+                folder, accelerator=self.accelerator, model=self.model, optimizer=self.optimizer, processor=self.inputs.processor, state=state
+            )
+            # Every rank reports, or the others wait for ever.
+            self.inputs.report({**metrics, "step": float(done)}, folder if self.accelerator.is_main_process else None)
+
+    def _log(self, metrics: dict[str, float], done: int) -> None:
+        if self.accelerator.is_main_process:
+            self.inputs.logger.log_metrics(metrics, done)
+
+
+class _Clock:
+    """Tokens per second since the last metric point, without the time of validations and checkpoints."""
+
+    def __init__(self) -> None:
+        self._started, self._tokens = time.perf_counter(), 0
+
+    def add(self, tokens: int) -> None:
+        self._tokens += tokens
+
+    def rate(self) -> float:
+        return self._tokens / (time.perf_counter() - self._started)
+
+    def restart_if(self, due: bool) -> None:
+        if due:
+            self._started, self._tokens = time.perf_counter(), 0
+
+
+def _num_tokens(batch: TensorBatch, budgets: tuple[int, ...]) -> int:
+    """Text and visual tokens that this rank's decoder sees in a step."""
+    text = int(batch.attention_mask_BS.sum())
+    return sum(text + batch.pixel_values_ICHW.shape[0] * budget for budget in budgets)
+
+
+def _finite(loss: Tensor, step: int) -> float:
+    value = float(loss)
+    if not math.isfinite(value):
+        raise SystemFailure(f"The loss at step {step} is {value}; lower optimizer.learning_rate or training.clip_norm, or use precision bf16 or fp32.")
+    return value
+
+
+def _sync_only_last(accelerator: Accelerator, model: torch.nn.Module, *, last: bool) -> AbstractContextManager[None]:
+    return nullcontext() if last else accelerator.no_sync(model)
+
+
+def _accelerator(training: TrainingConfig, *, cpu_only: bool) -> Accelerator:
+    plugin = None
+    if training.strategy == "fsdp":
+        plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2,
+            auto_wrap_policy="transformer_based_wrap",
+            transformer_cls_names_to_wrap=["SiglipEncoderLayer", "Gemma2DecoderLayer"],
+            cpu_ram_efficient_loading=False,
+        )
+    return Accelerator(
+        cpu=cpu_only,
+        mixed_precision="no" if training.precision == "fp32" else training.precision,
+        fsdp_plugin=plugin,
+        # A budget without queries leaves the query path unused in that step.
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+    )

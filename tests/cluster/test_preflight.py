@@ -1,0 +1,109 @@
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import pytest
+
+from parcelray.cluster.auth import auth_headers, find_token
+from parcelray.cluster.preflight import check_resources, check_version, cluster_version, dashboard_url
+from parcelray.errors import UserError
+
+
+@pytest.fixture(autouse=True)
+def no_cluster_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+
+
+class Answer(BaseHTTPRequestHandler):
+    """Redirects /api/version elsewhere, as a proxy with a login page does."""
+
+    seen: list[str | None] = []  # noqa: RUF012
+
+    def do_GET(self) -> None:
+        self.seen.append(self.headers.get("Authorization"))
+        self.send_response(302)
+        self.send_header("Location", "/login")
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def redirecting() -> Iterator[str]:
+    server = HTTPServer(("127.0.0.1", 0), Answer)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    Answer.seen.clear()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_the_address_given_wins_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "http://ray:1")
+    assert dashboard_url(None) == "http://ray:1"
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://api:2")
+    assert dashboard_url(None) == "http://api:2"
+    assert dashboard_url("https://given:3/") == "https://given:3"
+    assert dashboard_url("given:8265") == "http://given:8265"
+
+
+@pytest.mark.parametrize("address", ["ray://head:10001", "auto", "local", "http://", "http://user:pass@head:8265", "http://head:8265/api"])
+def test_what_is_no_dashboard_is_refused(address: str) -> None:
+    with pytest.raises(UserError, match="is not the address of a Ray dashboard"):
+        dashboard_url(address)
+
+
+def test_no_address_is_one_sentence() -> None:
+    with pytest.raises(UserError, match="No cluster was named"):
+        dashboard_url(None)
+
+
+def test_nothing_answers() -> None:
+    with pytest.raises(UserError, match=r"Nothing answers at http://127\.0\.0\.1:9 "):
+        cluster_version("http://127.0.0.1:9", None)
+
+
+def test_a_redirect_is_refused_so_that_the_token_goes_nowhere_else(redirecting: str) -> None:
+    with pytest.raises(UserError, match="answers with status 302"):
+        cluster_version(redirecting, "t0ken")
+    assert Answer.seen == ["Bearer t0ken"]
+
+
+def test_versions_are_both_named() -> None:
+    check_version("2.60.0", "2.60.0")
+    with pytest.raises(UserError, match=r"cluster runs Ray 2\.54\.0 and this machine Ray 2\.60\.0"):
+        check_version("2.54.0", "2.60.0")
+
+
+def test_resources_that_are_short_are_named_with_both_numbers() -> None:
+    check_resources({"CPU": 4, "GPU": 0}, {"CPU": 4.0})
+    with pytest.raises(UserError, match=r"needs CPU 9 \(there: 4\), GPU 2 \(there: 0\)\. Lower"):
+        check_resources({"GPU": 2, "CPU": 9, "memory": 1}, {"CPU": 4.0, "memory": 8.0})
+
+
+def test_the_token_is_found_in_rays_order(tmp_path: Path) -> None:
+    home = {"HOME": str(tmp_path)}
+    assert find_token(home) is None
+    (tmp_path / ".ray").mkdir()
+    (tmp_path / ".ray" / "auth_token").write_text("from-home\n")
+    assert find_token(home) == "from-home"
+    (tmp_path / "named").write_text("from-path\n")
+    named = home | {"RAY_AUTH_TOKEN_PATH": str(tmp_path / "named")}
+    assert find_token(named) == "from-path"
+    assert find_token(named | {"RAY_AUTH_TOKEN": "from-variable"}) == "from-variable"
+    assert find_token(named | {"RAY_AUTH_MODE": "disabled"}) is None
+    assert auth_headers(None) == {}
+
+
+def test_a_named_token_file_that_is_missing_or_empty_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="cannot be read"):
+        find_token({"RAY_AUTH_TOKEN_PATH": str(tmp_path / "absent")})
+    (tmp_path / "empty").touch()
+    with pytest.raises(UserError, match="is an empty file"):
+        find_token({"RAY_AUTH_TOKEN_PATH": str(tmp_path / "empty")})

@@ -1,0 +1,67 @@
+import os
+import stat
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+
+from parcelray.cluster.session import default_num_cpus, import_path, ray_session
+from parcelray.errors import UserError
+
+
+@pytest.fixture
+def ray_folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    # pytest's own temporary folders are too long for Ray's socket names.
+    with tempfile.TemporaryDirectory(prefix="pr", ignore_cleanup_errors=True) as folder:
+        monkeypatch.setenv("RAY_TMPDIR", folder)
+        monkeypatch.setenv("HOME", folder)
+        for name in ("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+            monkeypatch.delenv(name, raising=False)
+        yield Path(folder)
+
+
+def test_there_are_always_four_slots() -> None:
+    assert default_num_cpus() >= 4
+
+
+def test_the_import_path_is_the_folder_above_the_package() -> None:
+    path = import_path()
+    assert path is None or (Path(path) / "parcelray" / "cluster" / "session.py").is_file()
+
+
+@pytest.mark.parametrize("address", ["ray://head:10001", "http://head:8265"])
+def test_an_address_that_is_not_a_gcs_is_refused(ray_folder: Path, monkeypatch: pytest.MonkeyPatch, address: str) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    with pytest.raises(UserError, match="cannot be joined from here"), ray_session():
+        pass
+    assert os.environ["RAY_ADDRESS"] == address
+
+
+@pytest.mark.ray
+def test_a_local_session_is_private_and_leaves_nothing_behind(ray_folder: Path) -> None:
+    @ray.remote
+    def probe() -> dict[str, Any]:
+        import parcelray.config.base
+
+        return {"module": parcelray.config.base.__file__, "address": os.environ["RAY_ADDRESS"], "cpus": ray.cluster_resources()["CPU"]}
+
+    before = dict(os.environ)
+    with ray_session() as session:
+        assert session.owned
+        assert session.resources["CPU"] == default_num_cpus()
+        seen = ray.get(probe.remote())
+        assert Path(seen["module"]).is_file()
+        assert seen["address"] == os.environ["RAY_ADDRESS"]
+        assert seen["address"].split(":")[1] == session.address.split(":")[1]
+        assert list(ray_folder.glob("ray/session_*"))
+        with ray_session() as inner:
+            assert not inner.owned
+            assert inner.address == session.address
+        assert ray.is_initialized()
+    assert not ray.is_initialized()
+    assert dict(os.environ) == before
+    readable = [path for path in ray_folder.glob(".ray/*") if stat.S_IMODE(path.stat().st_mode) & 0o077]
+    assert readable == []

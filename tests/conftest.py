@@ -1,0 +1,98 @@
+"""The environment of every test, fixed before torch, Ray or MLflow is imported, and the fixtures that all tests share."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Ray's sockets lie below RAY_TMPDIR and a socket's path may have 107 bytes, so the folder's name is short.
+_SESSION_DIR = Path(tempfile.mkdtemp(prefix="pr"))
+
+_ENVIRONMENT = {
+    # One thread a process: sums come out in one order, and Ray's workers do not fight over the cores.
+    "OMP_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+    # Caches, tokens and logs of a test stay out of the user's home.
+    "HOME": str(_SESSION_DIR),
+    "HF_HOME": str(_SESSION_DIR / "hf"),
+    "MPLCONFIGDIR": str(_SESSION_DIR / "mpl"),
+    "RAY_TMPDIR": str(_SESSION_DIR),
+    "MPLBACKEND": "Agg",
+    "HF_HUB_OFFLINE": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+    # The Train controller polls its workers every two seconds unless told otherwise; a report waits for the poll.
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_LOGGING_LEVEL": "ERROR",
+    "GIT_PYTHON_REFRESH": "quiet",
+    # Ray's workers and the tests' own subprocesses find the package also where it is not installed.
+    "PYTHONPATH": os.pathsep.join(part for part in (str(ROOT / "platform"), os.environ.get("PYTHONPATH", "")) if part),
+}
+_LEFT_OUT = ("MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID", "MLFLOW_EXPERIMENT_NAME", "RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN")
+
+os.environ.update(_ENVIRONMENT)
+for name in _LEFT_OUT:
+    os.environ.pop(name, None)
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(_SESSION_DIR, ignore_errors=True)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    without_data = _why_no_data()
+    without_gpu = _why_no_gpu() if any(item.get_closest_marker("gpu") for item in items) else None
+    for item in items:
+        for marker, reason in (("data", without_data), ("gpu", without_gpu)):
+            if reason and item.get_closest_marker(marker):
+                item.add_marker(pytest.mark.skip(reason=reason))
+    # A process has one Ray at a time: what starts an instance of its own comes before what shares one for the rest of the session.
+    items.sort(key=lambda item: "ray_session" in getattr(item, "fixturenames", ()))
+
+
+@pytest.fixture(scope="session")
+def repo_root() -> Path:
+    """The root of the repository."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def nlvr_dir() -> Path:
+    """The folder with NLVR's dev.parquet and test.parquet; for tests with the marker `data`."""
+    return Path(os.environ["PARCELRAY_NLVR"])
+
+
+@pytest.fixture(scope="session")
+def ray_session() -> Iterator[None]:
+    """One local Ray with four logical CPUs, shared by all tests that ask for it; they run last."""
+    # Imported here: most runs of the tests need no Ray, and it takes seconds to load.
+    from parcelray.cluster import session
+
+    # Without an address Ray would join a cluster that somebody else runs on this machine.
+    with session.ray_session("local", num_cpus=4, object_store_bytes=300 * 1024**2):
+        yield
+
+
+def _why_no_data() -> str | None:
+    folder = os.environ.get("PARCELRAY_NLVR")
+    if not folder:
+        return "needs the NLVR files: set PARCELRAY_NLVR to the folder that holds dev.parquet and test.parquet"
+    missing = [name for name in ("dev.parquet", "test.parquet") if not (Path(folder) / name).is_file()]
+    return f"PARCELRAY_NLVR={folder} has no {' and no '.join(missing)}" if missing else None
+
+
+def _why_no_gpu() -> str | None:
+    import torch
+
+    return None if torch.cuda.is_available() else "needs a CUDA device"

@@ -1,0 +1,46 @@
+"""The folder `platform/` at the root must never hide the standard library's module `platform`."""
+
+import os
+import platform
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+SHOW = "import platform; print(platform.__file__); print(platform.python_version())"
+
+
+def test_the_folder_is_no_package(repo_root: Path) -> None:
+    assert not (repo_root / "platform" / "__init__.py").exists()
+
+
+@pytest.mark.parametrize("arguments", [["-c", SHOW], ["-"]], ids=["-c", "stdin"])
+def test_standard_library_wins_from_the_repository_root(repo_root: Path, arguments: list[str]) -> None:
+    # PYTHONPATH with the root itself is the worst case: it stands before the standard library.
+    environment = os.environ | {"PYTHONPATH": str(repo_root)}
+    done = subprocess.run([sys.executable, *arguments], input=SHOW, cwd=repo_root, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [_standard_library_file(), platform.python_version()]
+
+
+@pytest.mark.ray
+def test_standard_library_wins_in_a_ray_worker(ray_session: None) -> None:
+    import ray
+
+    # Defined here, so that it travels by value: a worker need not be able to import the tests.
+    @ray.remote(num_cpus=1)
+    def look() -> tuple[str | None, str, str]:
+        import platform as module
+
+        import parcelray
+
+        return module.__file__, module.python_version(), parcelray.__version__
+
+    import parcelray
+
+    assert ray.get(look.remote()) == (_standard_library_file(), platform.python_version(), parcelray.__version__)
+
+
+def _standard_library_file() -> str:
+    return str(Path(sysconfig.get_path("stdlib")) / "platform.py")

@@ -1,0 +1,145 @@
+"""Properties that hold for every connector."""
+
+import pickle
+from math import isqrt
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from parcelray.errors import UnsupportedBudgetError, UserError, describe_values
+
+
+def test_every_legal_budget_gives_exactly_that_many_tokens(case: Any) -> None:
+    # The thousand budgets of the large grid run on `meta`: same code, same shapes, no arithmetic.
+    with torch.device("meta" if case.grid_size == 32 else "cpu"), torch.inference_mode():
+        connector = case.build(width=8).eval()
+        features = case.features(batch_size=1, width=8)
+        for budget in connector.supported_budgets:
+            assert connector(features, num_visual_tokens=budget).shape == (1, budget, connector.hidden_size)
+
+
+def test_budgets_ascend_and_the_name_is_the_type(case: Any) -> None:
+    connector = case.build()
+    assert list(connector.supported_budgets) == sorted(set(connector.supported_budgets))
+    assert connector.name == case.config.type
+
+
+def test_leading_tokens_are_the_average_pooled_grid(case: Any) -> None:
+    connector = case.build()
+    features = case.features()
+    grid = features.transpose(1, 2).unflatten(2, (case.grid_size, case.grid_size))
+    for budget in case.some_budgets(connector):
+        num_anchors = connector.num_anchors(budget)
+        tokens = connector(features, num_visual_tokens=budget)
+        # The tokens of m3_self_attention start from pooled cells, then pass attention blocks.
+        if num_anchors and connector.name != "m3_self_attention":
+            pooled = F.avg_pool2d(grid, case.grid_size // isqrt(num_anchors)).flatten(2).transpose(1, 2)
+            torch.testing.assert_close(tokens[:, :num_anchors], pooled, atol=1e-6, rtol=0)
+
+
+def test_gradients_reach_what_the_budget_uses_and_nothing_else(case_16: Any) -> None:
+    connector = case_16.build()
+    for budget in case_16.some_budgets(connector):
+        connector.zero_grad(set_to_none=True)
+        features = case_16.features().requires_grad_()
+        tokens = connector(features, num_visual_tokens=budget)
+        (tokens * torch.randn_like(tokens)).sum().backward()
+        assert features.grad is not None
+        num_queries = budget - connector.num_anchors(budget)
+        for name, parameter in connector.named_parameters():
+            gradient = parameter.grad
+            if name == "query_path.bank.weight" and num_queries:
+                assert gradient is not None
+                assert gradient[:num_queries].abs().amax(dim=1).min() > 0
+                assert gradient[num_queries:].abs().sum() == 0
+            elif num_queries == 0 and connector.name != "m3_self_attention":
+                assert gradient is None, f"{name} got a gradient at budget {budget}, which has no queries"
+            else:
+                assert gradient is not None, f"{name} got no gradient at budget {budget}"
+                # A shift of all keys changes every logit of a query alike, so softmax gives the key bias no gradient.
+                assert name.endswith("k_proj.bias") or gradient.abs().max() > 0, f"{name} got a zero gradient at budget {budget}"
+
+
+def test_bfloat16_agrees_with_float32(case_16: Any) -> None:
+    """Bfloat16 keeps 8 bits (relative step 2 ** -8); through two blocks the worst measured relative rms error is 0.005."""
+    connector = case_16.build().eval()
+    features = case_16.features().bfloat16()
+    budget = connector.supported_budgets[-1]
+    with torch.no_grad():
+        exact = connector(features.float(), num_visual_tokens=budget)
+        rounded = connector.bfloat16()(features, num_visual_tokens=budget)
+    assert rounded.dtype == torch.bfloat16
+    assert (rounded.float() - exact).pow(2).mean().sqrt() < 0.01 * exact.pow(2).mean().sqrt()
+
+
+def test_an_illegal_budget_names_the_legal_ones(case: Any) -> None:
+    connector = case.build()
+    features = case.features(batch_size=1)
+    for budget in (0, -1, connector.supported_budgets[-1] + 1):
+        with pytest.raises(UnsupportedBudgetError) as caught:
+            connector(features, num_visual_tokens=budget)
+        assert f"{connector.name} cannot give {budget} visual tokens" in str(caught.value)
+        assert describe_values(connector.supported_budgets) in str(caught.value)
+        with pytest.raises(UnsupportedBudgetError):
+            connector.num_anchors(budget)
+        with pytest.raises(UnsupportedBudgetError):
+            connector.query_attention(features, num_visual_tokens=budget)
+    copy = pickle.loads(pickle.dumps(caught.value))
+    assert (str(copy), copy.supported) == (str(caught.value), connector.supported_budgets)
+
+
+def test_features_of_another_grid_or_width_are_refused(case_16: Any) -> None:
+    connector = case_16.build()
+    budget = connector.supported_budgets[0]
+    for shape in ((1, 255, 24), (1, 256, 28), (256, 24)):
+        with pytest.raises(UserError, match=r"16 x 16 grid needs \[batch, 256, 24\]"):
+            connector(torch.zeros(shape), num_visual_tokens=budget)
+
+
+def test_permuting_the_patches_changes_the_tokens(case_16: Any) -> None:
+    """Anchors are cells of the grid, and keys carry positions: no connector takes the patches for a set."""
+    connector = case_16.build().eval()
+    features = case_16.features(batch_size=1)
+    permuted = features[:, torch.randperm(256)]
+    with torch.no_grad():
+        for budget in case_16.some_budgets(connector):
+            before, after = (connector(x, num_visual_tokens=budget) for x in (features, permuted))
+            changed = (before - after).abs().amax(dim=(0, 2)) > 1e-4
+            assert changed.all(), f"{int((~changed).sum())} tokens of budget {budget} did not notice"
+
+
+def test_query_attention_is_a_distribution_over_the_patches(case_16: Any) -> None:
+    connector = case_16.build().eval()
+    features = case_16.features()
+    is_query_free = connector.name in {"identity", "m3", "anchors_only", "m3_self_attention"}
+    with torch.no_grad():
+        for budget in case_16.some_budgets(connector):
+            weights = connector.query_attention(features, num_visual_tokens=budget)
+            num_queries = 0 if is_query_free else budget - connector.num_anchors(budget)
+            assert weights.shape == (2, num_queries, 256)
+            torch.testing.assert_close(weights.sum(dim=-1), torch.ones(2, num_queries))
+
+
+def test_weights_survive_construction_on_meta(case_16: Any) -> None:
+    """As transformers does it: create on meta, materialise, initialise each submodule, innermost first."""
+    with torch.device("meta"):
+        connector = case_16.build()
+    connector.to_empty(device="cpu")
+    for parameter in connector.parameters():
+        nn.init.constant_(parameter, float("nan"))
+
+    def initialise(module: nn.Module) -> None:
+        init_weights = getattr(module, "init_weights", None)
+        if init_weights is not None:
+            init_weights()
+
+    torch.manual_seed(1)
+    connector.apply(initialise)
+    fresh = case_16.build()
+    for (name, parameter), expected in zip(connector.named_parameters(), fresh.parameters(), strict=True):
+        assert parameter.isfinite().all(), f"{name} was not initialised"
+        torch.testing.assert_close(parameter.float().std(correction=0), expected.float().std(correction=0), rtol=0.25, atol=1e-6)
+    assert connector(case_16.features(), num_visual_tokens=connector.supported_budgets[-1]).isfinite().all()

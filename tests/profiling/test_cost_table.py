@@ -1,0 +1,86 @@
+"""The table behind `parcelray flops`."""
+
+import io
+import json
+
+import pytest
+from rich.console import Console
+
+from parcelray.config.connector import DualCrossAttentionConnectorConfig
+from parcelray.errors import UnsupportedBudgetError, UserError
+from parcelray.profiling import cost_table
+
+
+def test_rows_cover_every_budget_at_every_number_of_frames() -> None:
+    table = cost_table.build("paligemma2-3b", budgets=(16, 64), frames=(1, 16))
+    assert [(row.num_visual_tokens, row.num_frames, row.num_text_tokens) for row in table.rows] == [(16, 1, 129), (64, 1, 129), (16, 16, 65), (64, 16, 65)]
+
+
+def test_savings_are_against_all_patches_without_a_connector() -> None:
+    (row,) = cost_table.build("paligemma2-3b", budgets=(16,), frames=(16,)).rows
+    assert row.kv_saving == pytest.approx(1 - (16 * 16 + 65) / (16 * 256 + 65))
+    assert row.flops_saving == pytest.approx(1 - row.cost.total / row.uncompressed.total)
+    assert 0.75 < row.flops_saving < 0.85
+
+
+def test_no_compression_saves_nothing_and_a_connector_at_full_budget_costs() -> None:
+    (identity,) = cost_table.build("paligemma2-3b", budgets=(256,), connector="identity").rows
+    assert identity.flops_saving == 0
+    assert identity.kv_saving == 0
+    (parcel,) = cost_table.build("paligemma2-3b", budgets=(256,)).rows
+    assert parcel.flops_saving < 0
+
+
+def test_448_px_routes_on_its_own_grid() -> None:
+    table = cost_table.build("paligemma2-3b", resolution=448, budgets=(64, 256, 1024))
+    assert table.backbone.num_patches == 1024
+    assert [row.cost.connector > 0 for row in table.rows] == [False, False, True]
+
+
+def test_json_holds_every_term_exactly() -> None:
+    table = cost_table.build("paligemma2-3b", budgets=(256,))
+    content = json.loads(table.to_json())
+    assert content["backbone"]["text_width"] == 2304
+    assert content["connector"] == "parcel"
+    assert "patch embedding" in content["left_out"]
+    (row,) = content["rows"]
+    assert sum(row["terms"].values()) == row["total_flops"] == 1_972_535_836_672
+
+
+def test_the_printed_table_shows_terms_totals_and_savings() -> None:
+    console = Console(width=160, file=io.StringIO())
+    console.print(cost_table.build("paligemma2-3b", frames=(16,)).to_rich())
+    text = console.file.getvalue()
+    for expected in ("connector self attention", "output head", "24.26", "KV cache, MB", "FLOPs saved", "16 frames", "Left out: patch embedding"):
+        assert expected in text
+
+
+def test_a_configuration_may_stand_for_the_name() -> None:
+    table = cost_table.build("paligemma2-3b", connector=DualCrossAttentionConnectorConfig(), budgets=(100,))
+    assert table.connector == "dual_cross_attention"
+
+
+def test_text_tokens_can_be_given() -> None:
+    (row,) = cost_table.build("paligemma2-3b", budgets=(16,), text_tokens=10).rows
+    assert row.num_text_tokens == 10
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"connector": "parcl"}, r"Unknown connector 'parcl': choose one of parcel, mqt, m3, identity; did you mean parcel\?"),
+        ({"budgets": ()}, "No budget"),
+        ({"frames": (0,)}, "0 frames"),
+        ({"resolution": 225}, "not a multiple of the patch size 14"),
+        ({"resolution": 112}, "no default routing for a patch grid of 8 x 8"),
+        ({"text_tokens": -1}, "-1 text tokens"),
+    ],
+)
+def test_mistakes_are_named(arguments: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        cost_table.build("paligemma2-3b", **arguments)
+
+
+def test_an_illegal_budget_names_the_legal_ones() -> None:
+    with pytest.raises(UnsupportedBudgetError, match="m3 cannot give 100 visual tokens per image; legal budgets are 4, 16, 64, 256"):
+        cost_table.build("paligemma2-3b", connector="m3", budgets=(100,))
