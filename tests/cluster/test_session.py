@@ -32,12 +32,18 @@ def test_the_import_path_is_the_folder_above_the_package() -> None:
     assert path is None or (Path(path) / "parcelray" / "cluster" / "session.py").is_file()
 
 
-@pytest.mark.parametrize("address", ["ray://head:10001", "http://head:8265"])
+@pytest.mark.parametrize("address", ["ray://head:10001", "http://head:8265", "auto"])
 def test_an_address_that_is_not_a_gcs_is_refused(ray_folder: Path, monkeypatch: pytest.MonkeyPatch, address: str) -> None:
     monkeypatch.setenv("RAY_ADDRESS", address)
     with pytest.raises(UserError, match="cannot be joined from here"), ray_session():
         pass
     assert os.environ["RAY_ADDRESS"] == address
+
+
+def test_a_dead_address_is_noticed_at_once(ray_folder: Path) -> None:
+    with pytest.raises(UserError, match=r"Nothing answers at 127\.0\.0\.1:9 "), ray_session("127.0.0.1:9"):
+        pass
+    assert not ray.is_initialized()
 
 
 @pytest.mark.ray

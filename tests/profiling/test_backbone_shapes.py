@@ -100,7 +100,7 @@ def test_a_folder_without_config_is_named(tmp_path: Path) -> None:
         ("{", "Cannot read"),
         ("[]", "holds list"),
         ("{}", "has no vision_config"),
-        (json.dumps(PALIGEMMA2_3B_JSON | {"text_config": {"model_type": "llama"}}), "type 'llama'.*legal types are gemma, gemma2"),
+        (json.dumps(PALIGEMMA2_3B_JSON | {"text_config": {"model_type": "llama"}}), "type llama, .*legal types are gemma, gemma2"),
         (json.dumps(PALIGEMMA2_3B_JSON | {"vision_config": {"model_type": "siglip_vision_model", "hidden_size": "wide"}}), "vision_width .* 'wide'"),
     ],
 )

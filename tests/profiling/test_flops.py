@@ -6,12 +6,14 @@ from typing import Any
 import pytest
 import torch
 from pydantic import TypeAdapter
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PaliGemmaConfig, PaliGemmaForConditionalGeneration
 
 from parcelray.config.connector import ConnectorConfig, ParcelConnectorConfig, RouteConfig
 from parcelray.errors import UnsupportedBudgetError, UserError
 from parcelray.models.connectors import Connector, build_connector
+from parcelray.models.vlm import ElasticPaliGemmaConfig, ElasticPaliGemmaForConditionalGeneration
 from parcelray.profiling.backbone_shapes import PRESETS, BackboneShape, from_transformers_config
 from parcelray.profiling.flops import CostBreakdown, cost, patch_embedding_flops
 from parcelray.profiling.kv_cache import BYTES_PER_MB, kv_cache_bytes
@@ -188,17 +190,46 @@ def _run_parts(model: PaliGemmaForConditionalGeneration, shape: BackboneShape, c
     return _counted(prefill)
 
 
-@pytest.mark.parametrize("dims", [SMALL, REAL_3B], ids=["small", "paligemma2-3b"])
-@pytest.mark.parametrize(("name", "budget"), [("parcel", 16), ("parcel", 256), ("mqt", 64), ("m3", 64), ("identity", 256)])
-def test_the_whole_prefill_agrees_with_torch_within_one_percent(dims: dict[str, dict[str, int]], name: str, budget: int) -> None:
+@pytest.mark.parametrize(
+    ("dims", "name", "budget"),
+    [(SMALL, "parcel", 16), (SMALL, "parcel", 256), (SMALL, "mqt", 64), (SMALL, "m3", 64), (REAL_3B, "parcel", 256), (REAL_3B, "identity", 256)],
+)
+def test_the_prefill_is_torchs_count_without_the_patch_embedding_and_the_head_over_image_tokens(
+    dims: dict[str, dict[str, int]], name: str, budget: int
+) -> None:
     model = _meta_paligemma(dims)
     shape = from_transformers_config(model.config)
     config = _connector(name)
     result = cost(shape, config, budget)
 
     as_in_the_paper = result.total + patch_embedding_flops(shape)
-    assert _run_parts(model, shape, config, budget, head_tokens=129) == pytest.approx(as_in_the_paper, rel=0.01)
+    assert _run_parts(model, shape, config, budget, head_tokens=129) == as_in_the_paper
 
     # A plain forward also runs the head over the image tokens, which the paper leaves out.
     head_over_image_tokens = 2 * budget * shape.text_width * shape.vocab_size
-    assert _run_parts(model, shape, config, budget, head_tokens=budget + 129) == pytest.approx(as_in_the_paper + head_over_image_tokens, rel=0.01)
+    assert _run_parts(model, shape, config, budget, head_tokens=budget + 129) == as_in_the_paper + head_over_image_tokens
+
+
+def test_the_elastic_model_itself_agrees_with_torch() -> None:
+    config = ElasticPaliGemmaConfig(
+        vision_config={"model_type": "siglip_vision_model", "vision_use_head": False} | SMALL["vision_config"],
+        text_config={"model_type": "gemma2"} | SMALL["text_config"],
+        projection_dim=64,
+        hidden_size=64,
+        image_token_index=5,
+        connector={"type": "parcel"},
+    )
+    config._attn_implementation = "eager"
+    model = ElasticPaliGemmaForConditionalGeneration(config).eval().requires_grad_(False)
+    shape = from_transformers_config(config)
+    ids = torch.tensor([[5] * 100 + [7] * 129])
+    pixels = torch.zeros(1, 3, 64, 64)
+
+    def prefill() -> object:
+        # The fused kernel of the CPU is one operation that the counter does not know.
+        with sdpa_kernel(SDPBackend.MATH):
+            ones = torch.ones_like(ids)
+            return model(input_ids=ids, pixel_values=pixels, attention_mask=ones, token_type_ids=0 * ones, num_visual_tokens=100, logits_to_keep=129)
+
+    expected = cost(shape, config.connector_config, 100).total + patch_embedding_flops(shape)
+    assert _counted(prefill) == pytest.approx(expected, rel=0.01)

@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import re
 import secrets
 import socket
 import sysconfig
@@ -21,8 +22,10 @@ from parcelray.cluster.auth import MODE_VARIABLE, TOKEN_VARIABLE, find_token
 from parcelray.errors import UserError
 
 ADDRESS_VARIABLE = "RAY_ADDRESS"
+CONNECT_TIMEOUT_S = 5.0
 # Ray sets it for the driver of a submitted job, whose runtime environment already brings the package along.
 _JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+_GCS_ADDRESS = re.compile(r"(?P<host>[^:/\s]+):(?P<port>\d{1,5})")
 _AUTH_LOGGER = "ray._private.authentication.authentication_token_setup"
 
 
@@ -127,18 +130,28 @@ def _start(num_cpus: int | None, num_gpus: int | None, object_store_bytes: int |
 
 
 def _join(target: str) -> None:
-    if "://" in target:
+    match = _GCS_ADDRESS.fullmatch(target)
+    if match is None:
         raise UserError(
-            f"{target} cannot be joined from here; run on a node with RAY_ADDRESS=HOST:6379, or send the job with `parcelray submit --address http://HOST:8265`."
+            f"{target} cannot be joined from here; legal is HOST:PORT of the cluster's GCS (port 6379 by default), or `local`; "
+            "to send a job from outside, use `parcelray submit --address http://HOST:8265`."
         )
     try:
+        # Ray tries a dead address for minutes.
+        socket.create_connection((match["host"], int(match["port"])), timeout=CONNECT_TIMEOUT_S).close()
+    except OSError as error:
+        raise UserError(f"Nothing answers at {target} ({error}); check the address, unset {ADDRESS_VARIABLE} for a local run, or start the cluster.") from error
+    try:
         # Ray itself turns tokens on only for instances that it starts or finds on this host, never for an address.
-        maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+        with _quiet_about_auth():
+            maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
         ray.init(target, runtime_env=_shipped_package(), **_quiet())
-    except AuthenticationError as error:
-        raise UserError(f"The cluster at {target} refuses us; set RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to the token of its head node.") from error
-    except ConnectionError as error:
-        raise UserError(f"No Ray cluster answers at {target}; check the address, unset {ADDRESS_VARIABLE} for a local run, or start the cluster.") from error
+    except (AuthenticationError, ConnectionError) as error:
+        # With a wrong token Ray reports only that it could not connect.
+        raise UserError(
+            f"{target} is open but does not let us in as a Ray cluster; set RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to the token of its head node, "
+            "and check that this is the port of the GCS (6379 by default)."
+        ) from error
     except RuntimeError as error:
         if "Version mismatch" not in str(error):
             raise

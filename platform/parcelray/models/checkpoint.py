@@ -100,7 +100,7 @@ def resolve_checkpoint(
             raise UserError(f"this installation of parcelray ships no {MINI_BASE!r} checkpoint; give a folder, models:/NAME@ALIAS or a Hugging Face id.")
         return ResolvedCheckpoint(folder, text, _check_folder(folder, verify))
     folder = Path(text).expanduser()
-    if folder.is_dir():
+    if text and folder.is_dir():
         return ResolvedCheckpoint(folder.resolve(), text, _check_folder(folder, verify))
     hub = _HUB_ID.fullmatch(text.removeprefix("hf:"))
     if hub is None or text.startswith((".", "~")):

@@ -43,6 +43,21 @@ class ElasticPaliGemmaProcessor(PaliGemmaProcessor):  # type: ignore[misc]
         finally:
             self.image_seq_length = default
 
+    def prompts(self, texts: Sequence[str], num_images: int, *, num_visual_tokens: int) -> BatchFeature:
+        """Left-padded prompts for generation from visual tokens that are already there.
+
+        Args:
+            texts: the prompts, without placeholders.
+            num_images: images per prompt.
+            num_visual_tokens: placeholders per image; 0 writes none (the blind baseline).
+
+        Returns:
+            input_ids, attention_mask, token_type_ids [B, S].
+        """
+        placeholders = self.image_token * (num_images * num_visual_tokens)
+        lines = [f"{placeholders}{self.tokenizer.bos_token}{text}\n" for text in texts]
+        return self.tokenizer(lines, return_token_type_ids=True, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
+
     def _text_only(self, prompts: list[str], suffix: Sequence[str] | None, **kwargs: Any) -> BatchFeature:
         pairs = [answer + self.tokenizer.eos_token for answer in suffix] if suffix is not None else None
         texts = [f"{self.tokenizer.bos_token}{prompt}\n" for prompt in prompts]

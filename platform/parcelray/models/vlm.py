@@ -250,5 +250,7 @@ def use_sdpa_where_exact(model: ElasticPaliGemmaForConditionalGeneration) -> Non
 
 AutoConfig.register(MODEL_TYPE, ElasticPaliGemmaConfig)
 AutoModelForImageTextToText.register(ElasticPaliGemmaConfig, ElasticPaliGemmaForConditionalGeneration)
-# Checkpoints on the hub carry the key names of older releases; the stock class renames them while loading, by model type.
-register_checkpoint_conversion_mapping(MODEL_TYPE, get_checkpoint_conversion_mapping("paligemma") or get_checkpoint_conversion_mapping("llava"))
+# Checkpoints on the hub carry the key names of older releases. The stock classes rename them while loading; the rules are found by model
+# type for the whole model and by class name for the inner one, so both are registered for ours.
+register_checkpoint_conversion_mapping(MODEL_TYPE, get_checkpoint_conversion_mapping("paligemma"))
+register_checkpoint_conversion_mapping(ElasticPaliGemmaModel.__name__, get_checkpoint_conversion_mapping("PaliGemmaModel"))

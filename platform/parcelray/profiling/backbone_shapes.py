@@ -91,7 +91,9 @@ class BackboneShape:
         if self.image_size % self.patch_size:
             below = self.image_size // self.patch_size * self.patch_size
             legal = ", ".join(str(value) for value in (below, below + self.patch_size) if value)
-            raise UserError(f"Resolution {self.image_size} is not a multiple of the patch size {self.patch_size} of {self.name}; the nearest that are: {legal}.")
+            raise UserError(
+                f"Resolution {self.image_size} is not a multiple of the patch size {self.patch_size} of {self.name}; the nearest that are: {legal}."
+            )
 
     @property
     def grid_size(self) -> int:
@@ -110,7 +112,9 @@ class BackboneShape:
             UserError: `image_size` is not a positive multiple of the patch size.
         """
         if image_size < 1:
-            raise UserError(f"Resolution {image_size} is not a number of pixels; give a multiple of the patch size {self.patch_size}, such as {self.image_size}.")
+            raise UserError(
+                f"Resolution {image_size} is not a number of pixels; give a multiple of the patch size {self.patch_size}, such as {self.image_size}."
+            )
         return replace(self, image_size=image_size)
 
 
@@ -188,7 +192,10 @@ def resolve_backbone(backbone: str, resolution: int | None = None) -> BackboneSh
         shape = PRESETS[backbone]
     elif backbone == "mini":
         if not MINI_CONFIG.is_file():
-            raise UserError("The mini checkpoint (parcelray/assets/mini_base) is not in this installation; reinstall parcelray, or give paligemma2-3b or a folder with a config.json.")
+            raise UserError(
+                "The mini checkpoint (parcelray/assets/mini_base) is not in this installation; reinstall parcelray, "
+                "or give paligemma2-3b or a folder with a config.json."
+            )
         shape = _from_file(MINI_CONFIG, name="mini")
     else:
         path = Path(backbone) / "config.json"
@@ -221,7 +228,7 @@ def _section(config: Mapping[str, Any], key: str, defaults: Mapping[str, dict[st
     section = config.get(key)
     if not isinstance(section, Mapping):
         raise UserError(f"The configuration of {name} has no {key}; give a PaliGemma checkpoint (paligemma2-3b, mini or a folder).")
-    kind = section.get("model_type")
+    kind = str(section.get("model_type"))
     if kind not in defaults:
-        raise UserError(f"The {key} of {name} is of type {kind!r}, whose cost is not modelled; legal types are {', '.join(defaults)}.")
+        raise UserError(f"The {key} of {name} is of type {kind}, whose cost is not modelled; legal types are {', '.join(defaults)}.")
     return defaults[kind] | {field: section[field] for field in defaults[kind] if section.get(field) is not None}

@@ -7,13 +7,13 @@ so no checkpoint is needed and PaliGemma-2 3B can be measured at its real shape.
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from parcelray.config.connector import ConnectorConfig
-from parcelray.errors import UnsupportedBudgetError, UserError
+from parcelray.errors import UserError, describe_values
 from parcelray.models.connectors import Connector, build_connector
 from parcelray.profiling.backbone_shapes import MINI_CONFIG, PRESETS, BackboneShape, resolve_backbone
 from parcelray.profiling.flops import IMAGE_TEXT_TOKENS
@@ -72,8 +72,7 @@ def bench_connectors(
         For every connector and legal budget: its time and peak memory, those of the whole prefill, and its share of the time.
 
     Raises:
-        UserError: an unknown backbone, no GPU where one is asked for, or numbers below 1.
-        UnsupportedBudgetError: a budget that no connector can give.
+        UserError: an unknown backbone, no GPU where one is asked for, numbers below 1, or a budget that no connector can give.
     """
     shape = resolve_backbone(backbone, resolution)
     target = _device(device, backbone)
@@ -83,7 +82,7 @@ def bench_connectors(
     legal = sorted({budget for _, connector in connectors for budget in connector.supported_budgets})
     for budget in budgets:
         if budget not in legal:
-            raise UnsupportedBudgetError(budget, legal, "no connector")
+            raise UserError(f"No connector can give {budget} visual tokens of {shape.num_patches} patches; legal budgets are {describe_values(legal)}.")
     prefill = _random_prefill(backbone, shape, batch_size, target)
     measures: list[Measure] = []
     for config, on_meta in connectors:
@@ -142,7 +141,8 @@ def _random_prefill(backbone: str, shape: BackboneShape, batch_size: int, device
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(0)
         with torch.device(device):
-            model = ElasticPaliGemmaForConditionalGeneration(_model_config(backbone, shape)).to(dtype).eval()
+            model = ElasticPaliGemmaForConditionalGeneration(_model_config(backbone, shape))
+            torch.nn.Module.to(model, dtype).train(mode=False)
             pixels = torch.randn(batch_size, shape.num_channels, shape.image_size, shape.image_size, dtype=dtype)
             # Below the image token's id and clear of the special tokens' smallest ones; which text it is changes no time.
             ids = torch.randint(0, model.config.image_token_id, (batch_size, IMAGE_TEXT_TOKENS))
@@ -156,7 +156,8 @@ def _model_config(backbone: str, shape: BackboneShape) -> "ElasticPaliGemmaConfi
     if backbone not in PRESETS:
         config = ElasticPaliGemmaConfig.from_pretrained(MINI_CONFIG.parent if backbone == "mini" else Path(backbone))
         config.connector = None
-        config.vision_config.image_size = shape.image_size
+        vision: Any = config.vision_config
+        vision.image_size = shape.image_size
         return config
     return ElasticPaliGemmaConfig(
         vision_config={

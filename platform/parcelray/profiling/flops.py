@@ -148,4 +148,6 @@ def _check(load: Workload, shape: BackboneShape) -> None:
     if load.num_text_tokens < 0:
         raise UserError(f"{load.num_text_tokens} text tokens is below 0; give 0 or more.")
     if not 1 <= load.num_visual_tokens <= shape.num_patches:
-        raise UserError(f"{load.num_visual_tokens} visual tokens per image is outside 1 to {shape.num_patches}, the patches of {shape.name} at {shape.image_size} px.")
+        raise UserError(
+            f"{load.num_visual_tokens} visual tokens per image is outside 1 to {shape.num_patches}, the patches of {shape.name} at {shape.image_size} px."
+        )

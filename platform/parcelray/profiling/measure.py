@@ -112,9 +112,7 @@ class PairTiming(NamedTuple):
     spread_ratio: float
 
 
-def time_pairs(
-    a: Callable[[], object], b: Callable[[], object], repeats: int, warmup: int = 1, synchronize: Callable[[], None] | None = None
-) -> PairTiming:
+def time_pairs(a: Callable[[], object], b: Callable[[], object], repeats: int, warmup: int = 1, synchronize: Callable[[], None] | None = None) -> PairTiming:
     """Times two callables alternately (a b a b ...), so that a drift of the machine (clock, other load) falls on both alike.
 
     Args:

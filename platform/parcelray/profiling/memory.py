@@ -24,21 +24,23 @@ def peak_memory_bytes(call: Callable[[], object], device: torch.device) -> int:
     if device.type == "cuda":
         gc.collect()
         torch.cuda.synchronize(device)
-        before = torch.cuda.memory_allocated(device)
+        before: int = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
         call()
         torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
-    with _LiveTensors() as live:
+        peak: int = torch.cuda.max_memory_allocated(device)
+        return peak - before
+    live = _LiveTensors()
+    with live:
         call()
     return live.peak_bytes
 
 
-class _LiveTensors(TorchDispatchMode):
+class _LiveTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Follows the storages that operations create until they are freed."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.peak_bytes = 0
         self._live_bytes = 0
         self._known: set[int] = set()

@@ -41,9 +41,9 @@ class ElasticVlmModel(PythonModel):
         Raises:
             UserError: for an image that is not base64, or a budget that the model cannot give.
         """
+        samples = [_sample(row, prompt, image) for row, (prompt, image) in enumerate(zip(model_input["prompt"], model_input["image"], strict=True))]
         if self._predictor is None:
             self._predictor = _load(Path(context.artifacts["model"]))
-        samples = [_sample(row, prompt, image) for row, (prompt, image) in enumerate(zip(model_input["prompt"], model_input["image"], strict=True))]
         answers = [""] * len(samples)
         budgets = model_input["num_visual_tokens"].tolist()
         for budget in sorted(set(budgets)):
@@ -54,12 +54,17 @@ class ElasticVlmModel(PythonModel):
 
 
 def _load(folder: Path) -> "Predictor":
+    import torch
+
     from parcelray.evaluation.predictor import Predictor
     from parcelray.models.processor import ElasticPaliGemmaProcessor
     from parcelray.models.vlm import load_vlm
 
     checkpoint = resolve_checkpoint(folder)
-    return Predictor(load_vlm(checkpoint.path), ElasticPaliGemmaProcessor.from_pretrained(checkpoint.path))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = load_vlm(checkpoint.path)
+    torch.nn.Module.to(model, device)
+    return Predictor(model, ElasticPaliGemmaProcessor.from_pretrained(checkpoint.path), device=device)
 
 
 def _sample(row: int, prompt: str, image: str) -> Sample:

@@ -208,7 +208,10 @@ def _save_wrapper(path: Path, logged: LoggedModel, run_id: str, example_budget: 
             pip_requirements=_requirements(),
             mlflow_model=model,
         )
-    model.flavors[mlflow.pyfunc.FLAVOR_NAME]["artifacts"] = {"model": {"path": _MODEL_SUBPATH, "uri": _MODEL_SUBPATH}}
+    # The wrapper was saved without the weights, which follow; and no version keeps a path of the machine that registered it.
+    flavor = model.flavors[mlflow.pyfunc.FLAVOR_NAME]
+    flavor["artifacts"] = {"model": {"path": _MODEL_SUBPATH, "uri": _MODEL_SUBPATH}}
+    flavor["model_code_path"] = Path(flavor["model_code_path"]).name
     model.save(str(path / "MLmodel"))
 
 

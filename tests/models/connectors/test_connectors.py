@@ -13,11 +13,12 @@ from parcelray.errors import UnsupportedBudgetError, UserError, describe_values
 
 
 def test_every_legal_budget_gives_exactly_that_many_tokens(case: Any) -> None:
-    # The thousand budgets of the large grid run on `meta`: same code, same shapes, no arithmetic.
-    with torch.device("meta" if case.grid_size == 32 else "cpu"), torch.inference_mode():
-        connector = case.build(width=8).eval()
-        features = case.features(batch_size=1, width=8)
-        for budget in connector.supported_budgets:
+    connector = case.build(width=8).eval()
+    features = case.features(batch_size=1, width=8)
+    # The ablations divide a budget by the code of parcel, so of the thousand budgets of the large grid a sample is enough for them.
+    step = 1 if case.grid_size < 32 or connector.name == "parcel" else 16
+    with torch.inference_mode():
+        for budget in sorted({*connector.supported_budgets[::step], *case.some_budgets(connector)}):
             assert connector(features, num_visual_tokens=budget).shape == (1, budget, connector.hidden_size)
 
 

@@ -184,7 +184,7 @@ def test_match_scale_without_a_bias_starts_at_bias_zero(parcel: Any) -> None:
 def test_queries_start_diverse() -> None:
     """Mean pairwise cosine of the query tokens of one image, on features that share a large mean; 0.36 to 0.68 over three seeds and two widths.
 
-    With a bank of standard deviation 0.02 it would be near 1: every query little more than the mean of the patches.
+    With a bank of standard deviation 0.02 it would be 0.94 to 1.00: every query little more than the mean of the patches.
     """
     features = torch.randn(1, 256, 96) + 2 * torch.randn(96)
     for config in (ParcelConnectorConfig(num_heads=4), MqtConnectorConfig(num_heads=4), DualCrossAttentionConnectorConfig(num_heads=4)):

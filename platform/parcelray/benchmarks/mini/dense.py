@@ -54,10 +54,8 @@ def dense_detect(draw: Draw) -> Question:
 def dense_spell(draw: Draw) -> Question:
     """`spell`: the characters of a word, of random letters or of a number, separated by spaces."""
     source = draw.rng.random()
-    if source < 0.3:
-        text = draw.rng.choice(LEXICON)
-    else:
-        text = "".join(draw.rng.choices(LETTERS if source < 0.7 else "0123456789", k=draw.rng.randint(3, 6)))
+    characters = draw.rng.choices(LETTERS if source < 0.7 else "0123456789", k=draw.rng.randint(3, 6))
+    text = draw.rng.choice(LEXICON) if source < 0.3 else "".join(characters)
     return Question("spell", (" ".join(text),), (place_text(draw, text),))
 
 

@@ -16,8 +16,8 @@ _TRAIN_SHARE, _VALIDATION_SHARE = 0.8, 0.1
 class DigitImage(NamedTuple):
     """One handwritten digit, cropped to its ink and scaled."""
 
-    index: int
-    """Row of the image in the data set."""
+    row: int
+    """Where the image is in the data set."""
     mask: Mask
     """Coverage, [13, width], 0 to 1."""
 
@@ -29,7 +29,7 @@ def digit_images(split: str) -> tuple[tuple[DigitImage, ...], ...]:
     Each value's images are cut in their stored order (80 % training, 10 % validation, 10 % test), which keeps neighbouring
     images, often by the same writer, on one side.
     """
-    from sklearn.datasets import load_digits  # type: ignore[import-untyped]  # slow to import, and needed only when drawing
+    from sklearn.datasets import load_digits  # slow to import, and needed only when drawing
 
     data = load_digits()
     pools: list[tuple[DigitImage, ...]] = []
@@ -47,4 +47,4 @@ def _scaled(image: Mask) -> Mask:
     crop = image[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1].astype(np.float32) / 16
     width = min(_MAX_WIDTH, max(3, round(crop.shape[1] * _HEIGHT / crop.shape[0])))
     resized = np.asarray(Image.fromarray(crop).resize((width, _HEIGHT), Image.Resampling.BICUBIC))
-    return np.clip(resized * 1.5, 0, 1).astype(np.float32)
+    return np.clip(resized * 1.2, 0, 1).astype(np.float32)

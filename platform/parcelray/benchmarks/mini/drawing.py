@@ -48,9 +48,10 @@ def shape_mask(shape: str, size: int) -> Mask:
         "square": (np.abs(u) <= 1) & (np.abs(v) <= 1),
         "triangle": np.abs(u) <= (v + 1) / 2,
         "cross": (np.abs(u) <= 0.34) | (np.abs(v) <= 0.34),
-        "ring": (radius <= 1) & (radius >= 0.55),
+        "ring": (radius <= 1) & (radius >= 0.5),
     }[shape]
-    return inside.reshape(size, oversampling, size, oversampling).mean(axis=(1, 3)).astype(np.float32)
+    coverage: Mask = inside.reshape(size, oversampling, size, oversampling).mean(axis=(1, 3)).astype(np.float32)
+    return coverage
 
 
 def stamp(canvas: Canvas, mask: Mask, top: int, left: int, color: str) -> None:

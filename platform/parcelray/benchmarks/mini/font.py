@@ -49,10 +49,11 @@ GLYPH_HEIGHT = 7
 _GLYPH_WIDTH = 5
 _PITCH = {1: 8, 2: 12}
 
-LEXICON = tuple(
-    "cat dog sun box key jug map pen fox bus cup hat ice jam van web zoo axe lion fish tree bird milk moon ship rain snow lamp desk door "
-    "book king quiz yarn leaf gold rock wolf duck frog".split()
-)
+_WORDS = """
+cat dog sun box key jug map pen fox bus cup hat ice jam van web zoo axe lion fish tree bird milk moon ship rain snow lamp desk door
+book king quiz yarn leaf gold rock wolf duck frog
+"""
+LEXICON = tuple(_WORDS.split())
 
 
 def text_width(text: str, scale: int) -> int:

@@ -39,14 +39,16 @@ def shape_of_color(draw: Draw) -> Question:
 
 def count(draw: Draw) -> Question:
     """`how many circles` or `how many red objects`, 0 to 4."""
-    number = draw.rng.randint(0, 4)
+    # The total is drawn apart from the answer, so that counting all objects gives nothing away.
+    number, total = draw.rng.randint(0, 4), draw.rng.randint(5, 7)
+    others = total - number
     if draw.rng.random() < 0.5:
         kind = draw.rng.choice(KINDS)
-        specs = [draw.spec((kind,)) for _ in range(number)] + draw.fillers(1 if number else 3, 3, kinds=without(KINDS, kind))
+        specs = [draw.spec((kind,)) for _ in range(number)] + draw.fillers(others, others, kinds=without(KINDS, kind))
         prompt = f"how many {PLURALS[kind]}"
     else:
         color = draw.rng.choice(COLORS)
-        specs = [draw.spec(colors=(color,)) for _ in range(number)] + draw.fillers(1 if number else 3, 3, colors=without(COLORS, color))
+        specs = [draw.spec(colors=(color,)) for _ in range(number)] + draw.fillers(others, others, colors=without(COLORS, color))
         prompt = f"how many {color} objects"
     return Question(prompt, number_answers(number), (ObjectPicture(draw.scatter(specs)),))
 
@@ -69,9 +71,9 @@ def corner(draw: Draw) -> Question:
     """`what color and shape is in the top left corner` (a digit: colour and value)."""
     name = draw.rng.choice(list(_CORNERS))
     things = [draw.place(draw.spec(), _CORNERS[name])]
-    cells = draw.rng.sample(without_cell(_CORNERS[name]), draw.rng.randint(2, 5))
+    cells = draw.rng.sample(_without_cell(_CORNERS[name]), draw.rng.randint(2, 5))
     things += [draw.place(draw.spec(), cell) for cell in cells]
-    return Question(f"what color and shape is in the {name} corner", name_answers(things[0]), (ObjectPicture(tuple(things)),))
+    return Question(f"what color and shape is in the {name} corner", _name_answers(things[0]), (ObjectPicture(tuple(things)),))
 
 
 def pair_more(draw: Draw) -> Question:
@@ -79,9 +81,12 @@ def pair_more(draw: Draw) -> Question:
     answer, kind = draw.rng.choice(("first", "second", "same")), draw.rng.choice(KINDS)
     few, many = sorted(draw.rng.sample(range(4), 2))
     counts = {"first": (many, few), "second": (few, many), "same": (many, many)}[answer]
-    others = without(KINDS, kind)
-    pictures = tuple(ObjectPicture(draw.scatter([draw.spec((kind,)) for _ in range(number)] + draw.fillers(1, 2, kinds=others))) for number in counts)
-    return Question(f"which image has more {PLURALS[kind]}", ("same", "equal") if answer == "same" else (answer,), pictures)
+    pictures = []
+    for number in counts:
+        others = draw.rng.randint(4, 5) - number
+        specs = [draw.spec((kind,)) for _ in range(number)] + draw.fillers(others, others, kinds=without(KINDS, kind))
+        pictures.append(ObjectPicture(draw.scatter(specs)))
+    return Question(f"which image has more {PLURALS[kind]}", ("same", "equal") if answer == "same" else (answer,), tuple(pictures))
 
 
 def pair_both(draw: Draw) -> Question:
@@ -102,12 +107,12 @@ def pair_color(draw: Draw) -> Question:
     return Question(f"what color is the {kind} in the {('first', 'second')[which]} image", color_answers(colors[which]), pictures)
 
 
-def without_cell(excluded: int) -> list[int]:
+def _without_cell(excluded: int) -> list[int]:
     """All cells but one."""
     return [cell for cell in range(GRID * GRID) if cell != excluded]
 
 
-def name_answers(thing: Thing) -> tuple[str, ...]:
+def _name_answers(thing: Thing) -> tuple[str, ...]:
     """Acceptable ways to name an object by colour and shape or value."""
     return tuple(f"{color} {thing.label}" for color in color_answers(thing.color))
 

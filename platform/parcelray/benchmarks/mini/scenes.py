@@ -148,7 +148,7 @@ class Draw:
             value = self.rng.randrange(10) if spec.value is None else spec.value
             image = self.rng.choice(digit_images(self.split)[value])
             height, width = image.mask.shape
-            return Thing(str(value), spec.color, top + (CELL - height) // 2, left + (CELL - width) // 2, height, width, image.index, image.mask)
+            return Thing(str(value), spec.color, top + (CELL - height) // 2, left + (CELL - width) // 2, height, width, image.row, image.mask)
         size = self.rng.choice((SMALL, LARGE)) if spec.size is None else spec.size
         offset = (CELL - size) // 2
         return Thing(spec.kind, spec.color, top + offset, left + offset, size, size)

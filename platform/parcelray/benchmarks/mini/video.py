@@ -43,10 +43,10 @@ def order(draw: Draw) -> Question:
 
 
 def digit_frames(draw: Draw) -> Question:
-    """`how many frames show a digit`, 0 to 4."""
+    """`how many frames show a digit`, 0 to 4; each frame shows two objects."""
     number = draw.rng.randint(0, NUM_FRAMES)
     with_digit = set(draw.rng.sample(range(NUM_FRAMES), number))
-    frames = [draw.scatter([draw.spec(SHAPES), *([draw.spec(("digit",))] if frame in with_digit else [])]) for frame in range(NUM_FRAMES)]
+    frames = [draw.scatter([draw.spec(SHAPES), draw.spec(("digit",) if frame in with_digit else SHAPES)]) for frame in range(NUM_FRAMES)]
     return Question("how many frames show a digit", number_answers(number), _pictures(frames))
 
 

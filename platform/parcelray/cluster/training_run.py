@@ -1,0 +1,151 @@
+"""One training job from its file to a trained, scored, recorded model: what `parcelray train` and the pipelines call."""
+
+import functools
+import shutil
+import subprocess
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from parcelray.cluster.session import ray_session
+from parcelray.config.loader import config_hash
+from parcelray.config.model import CheckpointModelConfig
+from parcelray.config.train import TrainJob
+from parcelray.models.checkpoint import RegistryResolver, ResolvedCheckpoint, resolve_checkpoint, write_manifest
+from parcelray.tracking.mlflow_tracker import tracked_run
+from parcelray.tracking.registry import resolve_registry
+from parcelray.tracking.store import check_tracking_uri, ensure_store
+from parcelray.tracking.tracker import open_tracker
+from parcelray.training.in_process import fit_in_process
+from parcelray.training.metric_logger import MetricLogger, NoMetrics
+from parcelray.training.progress import progress_bar
+from parcelray.training.run_folder import RunFolder
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """A finished training."""
+
+    identity: str
+    model_folder: Path
+    """Checkpoint folder with a manifest."""
+    metrics: dict[str, float]
+    mlflow_run_id: str | None
+    was_done: bool
+    """True if the run was finished before, and nothing was computed."""
+
+
+def run_training(job: TrainJob, console: Console, *, address: str | None = None, parent_run_id: str | None = None) -> TrainedRun:
+    """Trains a job, or goes on with it, or says that it is done.
+
+    Args:
+        job: the training.
+        console: for progress and messages.
+        address: Ray cluster; None: RAY_ADDRESS, else a local instance. Unused with `scaling.num_workers: 0`.
+        parent_run_id: MLflow run to nest under.
+
+    Raises:
+        UserError: the job cannot run as it is written, or its name belongs to another configuration.
+        SystemFailure: the training failed for good.
+    """
+    folder = RunFolder(job)
+    folder.claim()
+    done = folder.result()
+    if done is not None:
+        console.print(f"{folder.identity} is finished; nothing to do. Its model is in {done['model']}.", highlight=False)
+        return TrainedRun(folder.identity, Path(done["model"]), done["metrics"], done["mlflow_run_id"], was_done=True)
+    uri = ensure_store(job.tracking.uri) if job.tracking.uri is not None else None
+    start = resolve_start(job, uri)
+    in_process = job.scaling.bounds[1] == 0
+    with nullcontext() if in_process else ray_session(address):
+        if uri is not None and not in_process:
+            check_tracking_uri(uri, _num_nodes())
+        with _tracked(job, folder, uri, start, parent_run_id) as run_id, progress_bar(console, job.name, job.training.steps) as show:
+            checkpoint, metrics = _fit(job, folder, start, functools.partial(_logger, uri, run_id), show)
+    model_folder = _keep_model(job, folder, checkpoint, start)
+    folder.finish({"model": str(model_folder), "metrics": metrics, "mlflow_run_id": run_id})
+    return TrainedRun(folder.identity, model_folder, metrics, run_id, was_done=False)
+
+
+def resolve_start(job: TrainJob, tracking_uri: str | None) -> ResolvedCheckpoint | None:
+    """The checkpoint that the job starts from, resolved once; None for a model from scratch."""
+    if not isinstance(job.model, CheckpointModelConfig):
+        return None
+    resolver: RegistryResolver | None = functools.partial(resolve_registry, tracking_uri=tracking_uri) if tracking_uri is not None else None
+    return resolve_checkpoint(job.model.reference, registry_resolver=resolver)
+
+
+def git_commit() -> str | None:
+    """The commit of the code that runs, with `-dirty` where files differ from it; None outside a checkout."""
+    try:
+        found = subprocess.run(
+            ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"], capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return found.stdout.strip()
+
+
+def _fit(job: TrainJob, folder: RunFolder, start: ResolvedCheckpoint | None, logger: Any, show: Any) -> tuple[Path, dict[str, float]]:
+    path = start.path if start is not None else None
+    if job.scaling.bounds[1] == 0:
+        return fit_in_process(job, folder.local_path("in-process"), checkpoint=path, logger=logger(), on_progress=show)
+    # Ray Train takes seconds to import, which --dry-run and in-process runs should not wait for.
+    from parcelray.training.trainer import fit
+
+    return fit(job, folder, checkpoint=path, logger=logger, on_progress=show)
+
+
+def _tracked(job: TrainJob, folder: RunFolder, uri: str | None, start: ResolvedCheckpoint | None, parent_run_id: str | None) -> Any:
+    if uri is None:
+        return nullcontext(None)
+    tags = {"parcel.config_hash": config_hash(job), "parcel.start": start.pinned if start is not None else "scratch"}
+    commit = git_commit()
+    if commit is not None:
+        tags["mlflow.source.git.commit"] = commit
+    return tracked_run(uri, job.tracking.experiment, folder.identity, params=flat_params(job.model_dump(mode="json")), tags=tags, parent_run_id=parent_run_id)
+
+
+def _logger(uri: str | None, run_id: str | None) -> MetricLogger:
+    return open_tracker(uri, run_id) if uri is not None else NoMetrics()
+
+
+def flat_params(values: dict[str, Any], prefix: str = "") -> dict[str, str | int | float | bool | None]:
+    """Nested mappings to `a.b` keys; lists as text."""
+    flat: dict[str, str | int | float | bool | None] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= flat_params(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value if isinstance(value, str | int | float | bool | None) else str(value)
+    return flat
+
+
+def _keep_model(job: TrainJob, folder: RunFolder, checkpoint: Path, start: ResolvedCheckpoint | None) -> Path:
+    """The last checkpoint's model with a manifest, in the run folder (a copy of it beside a remote run folder)."""
+    target = folder.local_path("model") if folder.is_local else checkpoint / "kept-model"
+    shutil.rmtree(target, ignore_errors=True)
+    shutil.copytree(checkpoint / "model", target)
+    write_manifest(
+        target,
+        config=job.model_dump(mode="json"),
+        git_commit=git_commit(),
+        data=job.data.model_dump(mode="json"),
+        seed=job.seed,
+        extra={"start": start.pinned if start is not None else "scratch", "identity": folder.identity, "torch": torch.__version__},
+    )
+    if not folder.is_local:
+        folder.upload(target, "model")
+    elif job.scaling.bounds[1] != 0:
+        shutil.rmtree(checkpoint)
+    return target
+
+
+def _num_nodes() -> int:
+    import ray
+
+    return sum(1 for node in ray.nodes() if node["Alive"])

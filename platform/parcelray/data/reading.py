@@ -1,0 +1,38 @@
+"""Training batches, one rank's share of one step at a time."""
+
+from collections.abc import Iterator
+
+from parcelray.data.collator import Batch, Collator
+from parcelray.data.schedule import BatchSchedule
+from parcelray.data.source import SampleSource
+from parcelray.models.processor import ElasticPaliGemmaProcessor
+
+
+class StepReader:
+    """Reads one rank's share of a step; callable in a Ray task and in-process.
+
+    Args:
+        source: the samples.
+        schedule: which samples each step reads.
+        processor: tokenizer and image size.
+        rank: this rank.
+        world_size: number of ranks.
+    """
+
+    def __init__(self, source: SampleSource, schedule: BatchSchedule, processor: ElasticPaliGemmaProcessor, rank: int, world_size: int) -> None:
+        self._source = source
+        self._schedule = schedule
+        self._collator = Collator(processor)
+        self._rank = rank
+        self._world_size = world_size
+
+    def read(self, step: int) -> Batch:
+        """The collated batch of a step."""
+        plan = self._schedule.plan(step)
+        return self._collator([self._source.get(plan.group, index) for index in plan.share(self._rank, self._world_size)])
+
+
+def in_process_batches(reader: StepReader, first_step: int, num_steps: int) -> Iterator[Batch]:
+    """The batches of the steps from `first_step` on, made in this process when they are asked for."""
+    for step in range(first_step, num_steps):
+        yield reader.read(step)

@@ -1,0 +1,75 @@
+"""What a training starts from: model, processor and data of a job. Torch and transformers only."""
+
+from pathlib import Path
+
+from parcelray.benchmarks.mini.suite import MiniSuite
+from parcelray.config.model import MiniModelConfig
+from parcelray.config.train import TrainJob
+from parcelray.data.reading import StepReader
+from parcelray.data.sample import Sample
+from parcelray.data.schedule import BatchSchedule
+from parcelray.data.sources import held_out_samples, training_source
+from parcelray.errors import UserError
+from parcelray.models.mini import build_config, build_model, build_processor
+from parcelray.models.processor import ElasticPaliGemmaProcessor
+from parcelray.models.vlm import ElasticPaliGemmaForConditionalGeneration, load_vlm, use_sdpa_where_exact
+
+_TOKENIZER_TEXTS = 20_000
+"""Texts of the mini suite that a model from scratch gets its tokenizer from."""
+
+
+def build_start(job: TrainJob, checkpoint: Path | None) -> tuple[ElasticPaliGemmaForConditionalGeneration, ElasticPaliGemmaProcessor]:
+    """Model and processor at step 0.
+
+    Args:
+        job: the training.
+        checkpoint: the folder that `job.model` was resolved to; None for a model from scratch.
+
+    Raises:
+        UserError: the checkpoint is unusable.
+    """
+    if isinstance(job.model, MiniModelConfig):
+        processor = build_processor(job.model, MiniSuite(split="train").texts(_TOKENIZER_TEXTS))
+        config = build_config(job.model, processor)
+        config.connector = job.connector.model_dump(mode="json") if job.connector is not None else None
+        model = build_model(config, job.seed)
+    else:
+        if checkpoint is None:
+            raise UserError(f"model.reference {job.model.reference} was not resolved to a folder; resolve it before the training.")
+        processor = ElasticPaliGemmaProcessor.from_pretrained(checkpoint)
+        model = load_vlm(checkpoint, connector=job.connector, seed=job.seed)
+    use_sdpa_where_exact(model)
+    return model, processor
+
+
+def build_resumed(folder: Path) -> tuple[ElasticPaliGemmaForConditionalGeneration, ElasticPaliGemmaProcessor]:
+    """Model and processor of a training checkpoint."""
+    model = load_vlm(folder / "model")
+    use_sdpa_where_exact(model)
+    return model, ElasticPaliGemmaProcessor.from_pretrained(folder / "model")
+
+
+def step_reader(job: TrainJob, processor: ElasticPaliGemmaProcessor, rank: int, world_size: int) -> StepReader:
+    """The reader of one rank's batches.
+
+    Raises:
+        UserError: a step has fewer samples than there are workers.
+    """
+    source = training_source(job.data, _image_size(processor))
+    schedule = BatchSchedule(source, num_steps=job.training.steps, images_per_step=job.training.images_per_step, seed=job.seed)
+    largest = max(group.num_images for group in source.groups)
+    if job.training.images_per_step // largest < world_size:
+        raise UserError(
+            f"training.images_per_step is {job.training.images_per_step}, which at {largest} images a sample gives fewer samples a step than the {world_size} workers; "
+            f"raise it to at least {largest * world_size}."
+        )
+    return StepReader(source, schedule, processor, rank, world_size)
+
+
+def validation_samples(job: TrainJob, processor: ElasticPaliGemmaProcessor) -> list[Sample]:
+    """The samples that the training is scored on while it runs."""
+    return held_out_samples(job.data, "validation", job.validation.samples, _image_size(processor))
+
+
+def _image_size(processor: ElasticPaliGemmaProcessor) -> int:
+    return int(processor.image_processor.size["height"])

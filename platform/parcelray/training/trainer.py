@@ -1,0 +1,205 @@
+"""Training on Ray Train (V2): the same loop on every worker, restarted from the newest checkpoint when a worker dies."""
+
+import tempfile
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow.fs
+import ray
+import ray.train
+import torch
+from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from parcelray.config.train import TrainJob
+from parcelray.data.collator import Batch
+from parcelray.data.ray_reading import ray_batches
+from parcelray.errors import SystemFailure, UserError
+from parcelray.training.allocator import keep_freed_memory
+from parcelray.training.metric_logger import MetricLogger
+from parcelray.training.run_folder import RunFolder
+from parcelray.training.start import build_resumed, build_start, step_reader, validation_samples
+from parcelray.training.train_loop import LoopInputs, Progress, train
+
+_PROGRESS_SECONDS = 0.5
+
+
+@dataclass(frozen=True)
+class _WorkerInputs:
+    """What travels to the workers."""
+
+    job: TrainJob
+    checkpoint: Path | None
+    logger: Callable[[], MetricLogger]
+    board: Any
+
+
+def fit(
+    job: TrainJob,
+    folder: RunFolder,
+    *,
+    checkpoint: Path | None,
+    logger: Callable[[], MetricLogger],
+    on_progress: Callable[[Progress], None] = lambda progress: None,
+) -> tuple[Path, dict[str, float]]:
+    """Trains a job on the Ray instance that this process is connected to.
+
+    The folder's identity names the Ray Train run, so the same call after a crash of the driver goes on from the newest checkpoint.
+
+    Args:
+        job: the training.
+        folder: its run folder, already claimed for this job.
+        checkpoint: the folder that `job.model` was resolved to, readable on every node; None for a model from scratch.
+        logger: makes the metric logger, called on rank 0.
+        on_progress: called in this process, about twice a second.
+
+    Returns:
+        A local copy of the last checkpoint, in a folder of its own that the caller removes, and the last metrics.
+
+    Raises:
+        UserError: the cluster can never hold the workers.
+        SystemFailure: the training failed more often than `scaling.max_failures`.
+    """
+    _check_capacity(job)
+    with _progress_board(on_progress) as board:
+        trainer = TorchTrainer(
+            _train_worker,
+            train_loop_config={"inputs": _WorkerInputs(job, checkpoint, logger, board)},
+            scaling_config=_scaling(job),
+            run_config=_run_config(job, folder),
+            torch_config=TorchConfig(backend="nccl" if job.scaling.gpus_per_worker else "gloo"),
+        )
+        try:
+            result = trainer.fit()
+        except ray.train.WorkerGroupError as error:
+            raise _failure(error) from error
+    if result.checkpoint is None:
+        raise SystemFailure(f"The run {folder.identity} ended without a checkpoint; see the Ray Train logs under {folder.path}.")
+    target = Path(tempfile.mkdtemp(prefix="parcelray-result-"))
+    return Path(result.checkpoint.to_directory(str(target))), dict(result.metrics or {})
+
+
+def _train_worker(config: dict[str, Any]) -> None:
+    inputs: _WorkerInputs = config["inputs"]
+    job = inputs.job
+    if not job.scaling.gpus_per_worker:
+        keep_freed_memory()
+        torch.set_num_threads(max(1, int(job.scaling.cpus_per_worker)))
+    context = ray.train.get_context()
+    with _restored_checkpoint() as resume_from:
+        model, processor = build_start(job, inputs.checkpoint) if resume_from is None else build_resumed(resume_from)
+
+        def batches(first_step: int, rank: int, world_size: int) -> Iterable[Batch]:
+            return ray_batches(step_reader(job, processor, rank, world_size), first_step, job.training.steps)
+
+        loop_inputs = LoopInputs(
+            model=model,
+            processor=processor,
+            batches=batches,
+            validation=validation_samples(job, processor),
+            resume_from=resume_from,
+            report=_report,
+            cpu_only=not job.scaling.gpus_per_worker,
+            **_rank_zero_outputs(inputs, context.get_world_rank()),
+        )
+        train(job, loop_inputs)
+
+
+def _rank_zero_outputs(inputs: _WorkerInputs, rank: int) -> dict[str, Any]:
+    if rank != 0:
+        return {}
+    return {"logger": inputs.logger(), "on_progress": lambda progress: inputs.board.update.remote(progress)}
+
+
+def _report(metrics: dict[str, float], folder: Path | None) -> None:
+    ray.train.report(metrics, checkpoint=Checkpoint.from_directory(str(folder)) if folder is not None else None)
+
+
+@contextmanager
+def _restored_checkpoint() -> Iterator[Path | None]:
+    checkpoint = ray.train.get_checkpoint()
+    if checkpoint is None:
+        yield None
+        return
+    with checkpoint.as_directory() as name:
+        yield Path(name)
+
+
+def _scaling(job: TrainJob) -> ScalingConfig:
+    scaling = job.scaling
+    resources = {"CPU": scaling.cpus_per_worker} | ({"GPU": scaling.gpus_per_worker} if scaling.gpus_per_worker else {})
+    return ScalingConfig(num_workers=scaling.num_workers, use_gpu=scaling.gpus_per_worker > 0, resources_per_worker=resources)
+
+
+def _run_config(job: TrainJob, folder: RunFolder) -> RunConfig:
+    filesystem = None if folder.is_local else pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(folder.filesystem))
+    return RunConfig(
+        name=folder.identity,
+        storage_path=str(folder.path),
+        storage_filesystem=filesystem,
+        failure_config=FailureConfig(max_failures=job.scaling.max_failures),
+        checkpoint_config=CheckpointConfig(num_to_keep=job.checkpointing.keep),
+    )
+
+
+def _check_capacity(job: TrainJob) -> None:
+    """Ray Train waits for ever for workers that no node can hold, so an impossible request is refused here (pain P1)."""
+    available = ray.cluster_resources()
+    workers = job.scaling.bounds[0]
+    for name, each in (("CPU", job.scaling.cpus_per_worker), ("GPU", job.scaling.gpus_per_worker)):
+        if workers * each > available.get(name, 0.0):
+            raise UserError(
+                f"scaling asks for {workers} workers of {each:g} {name} each, but the Ray cluster has {available.get(name, 0.0):g} {name} in all; "
+                f"lower scaling.num_workers or scaling.{name.lower()}s_per_worker, or use a larger cluster."
+            )
+
+
+def _failure(error: ray.train.WorkerGroupError) -> Exception:
+    """The first cause: a user's mistake found on a worker stays one sentence."""
+    for cause in error.worker_failures.values():
+        inner = getattr(cause, "cause", cause)
+        if isinstance(inner, UserError):
+            return inner
+    first = next(iter(error.worker_failures.values()), error)
+    return SystemFailure(f"The training failed: {str(first).strip().splitlines()[-1]}")
+
+
+@ray.remote(num_cpus=0)
+class _ProgressBoard:
+    """Holds rank 0's newest progress for the driver; workers and driver may be on different nodes."""
+
+    def __init__(self) -> None:
+        self._progress: Progress | None = None
+
+    def update(self, progress: Progress) -> None:
+        self._progress = progress
+
+    def latest(self) -> Progress | None:
+        return self._progress
+
+
+@contextmanager
+def _progress_board(on_progress: Callable[[Progress], None]) -> Iterator[Any]:
+    board = _ProgressBoard.remote()  # type: ignore[attr-defined]
+    stop = threading.Event()
+
+    def poll() -> None:
+        shown = None
+        while not stop.wait(_PROGRESS_SECONDS):
+            latest = ray.get(board.latest.remote())
+            if latest is not None and latest != shown:
+                shown = latest
+                on_progress(latest)
+
+    thread = threading.Thread(target=poll, name="parcelray-progress", daemon=True)
+    thread.start()
+    try:
+        yield board
+    finally:
+        stop.set()
+        thread.join()
+        ray.kill(board)
