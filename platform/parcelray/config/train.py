@@ -71,6 +71,8 @@ class ScalingConfig(StrictModel):
     """Logical CPUs per worker."""
     gpus_per_worker: float = Field(default=0.0, ge=0)
     """GPUs per worker."""
+    data_tasks_per_worker: int = Field(default=1, ge=1)
+    """Ray Data tasks that prepare batches for each worker at the same time."""
     max_failures: int = Field(default=2, ge=-1)
     """Restarts of the worker group after failures; -1: without limit."""
 

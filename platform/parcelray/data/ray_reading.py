@@ -19,8 +19,8 @@ _STEPS_PER_TASK = 8
 """Steps that one Ray task collates: enough to hide a task's fixed cost, few enough to start early."""
 
 
-def ray_batches(reader: StepReader, first_step: int, num_steps: int) -> Iterator[Batch]:
-    """The reader's batches from step `first_step` on, made by Ray tasks ahead of their use and streamed in order."""
+def ray_batches(reader: StepReader, first_step: int, num_steps: int, *, concurrency: int) -> Iterator[Batch]:
+    """The reader's batches from step `first_step` on, made by at most `concurrency` Ray tasks ahead of their use, and streamed in order."""
     if first_step >= num_steps:
         return
     context = ray.data.DataContext.get_current()
@@ -28,7 +28,7 @@ def ray_batches(reader: StepReader, first_step: int, num_steps: int) -> Iterator
     context.enable_progress_bars = False
     steps = num_steps - first_step
     blocks = -(-steps // _STEPS_PER_TASK)
-    dataset = ray.data.range(steps, override_num_blocks=blocks).map_batches(_ReadSteps(reader, first_step), batch_size=None, num_cpus=0.5)
+    dataset = ray.data.range(steps, override_num_blocks=blocks).map_batches(_ReadSteps(reader, first_step), batch_size=None, num_cpus=0.5, concurrency=concurrency)
     yield from _rows(dataset.iter_batches(batch_size=1, prefetch_batches=4))
 
 

@@ -94,7 +94,8 @@ def _train_worker(config: dict[str, Any]) -> None:
         model, processor = build_start(job, inputs.checkpoint) if resume_from is None else build_resumed(resume_from)
 
         def batches(first_step: int, rank: int, world_size: int) -> Iterable[Batch]:
-            return ray_batches(step_reader(job, processor, rank, world_size), first_step, job.training.steps)
+            reader = step_reader(job, processor, rank, world_size)
+            return ray_batches(reader, first_step, job.training.steps, concurrency=job.scaling.data_tasks_per_worker)
 
         loop_inputs = LoopInputs(
             model=model,
