@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from parcelray.config.train import TrainJob
     from parcelray.profiling.measure import Report
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="One vision-language model, any visual-token budget: on Ray.")
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="One vision-language model, any visual-token budget: on Ray."
+)
 config_app = typer.Typer(no_args_is_help=True, help="Read, check and explain job files.")
 jobs_app = typer.Typer(no_args_is_help=True, help="Jobs on a Ray cluster.")
 bench_app = typer.Typer(no_args_is_help=True, help="Measure, side by side in one run.")
@@ -52,11 +54,12 @@ def train(job_file: JobFile, overrides: Set = [], dry_run: DryRun = False, addre
         _show(training_plan(job), as_json, lambda plan: plan.to_rich())
         return
     from parcelray.cluster.training_run import run_training
-    from parcelray.reports.training_report import report_training
 
-    outcome = report_training(job, run_training(job, console, address=address), console)
+    run = run_training(job, console, address=address)
     if as_json:
-        _write_json(outcome)
+        _write_json(
+            {"identity": run.identity, "model": str(run.model_folder), "metrics": run.metrics, "mlflow_run_id": run.mlflow_run_id, "was_done": run.was_done}
+        )
 
 
 @config_app.command("validate")
@@ -100,7 +103,12 @@ def flops(
     from parcelray.profiling.cost_table import build
 
     table = build(
-        backbone, resolution=resolution, budgets=_integers(budgets, "--budgets"), frames=_integers(frames, "--frames"), connector=connector, text_tokens=text_tokens
+        backbone,
+        resolution=resolution,
+        budgets=_integers(budgets, "--budgets"),
+        frames=_integers(frames, "--frames"),
+        connector=connector,
+        text_tokens=text_tokens,
     )
     _show(table, as_json, lambda value: value.to_rich())
 
@@ -142,7 +150,9 @@ def jobs_status(submission_id: SubmissionId, address: JobsAddress = None, as_jso
 
 
 @jobs_app.command("logs")
-def jobs_logs(submission_id: SubmissionId, address: JobsAddress = None, follow: Annotated[bool, typer.Option("--follow", "-f", help="Until the job ends.")] = False) -> None:
+def jobs_logs(
+    submission_id: SubmissionId, address: JobsAddress = None, follow: Annotated[bool, typer.Option("--follow", "-f", help="Until the job ends.")] = False
+) -> None:
     """Print a job's logs."""
     from parcelray.cluster import jobs
 
@@ -218,7 +228,9 @@ def _warn_of_lost_paths(job: "TrainJob") -> None:
 
 def _print_states(states: list[Any], as_json: bool) -> None:
     if as_json:
-        _write_json([{"submission_id": state.submission_id, "status": state.status, "message": state.message, "entrypoint": state.entrypoint} for state in states])
+        _write_json(
+            [{"submission_id": state.submission_id, "status": state.status, "message": state.message, "entrypoint": state.entrypoint} for state in states]
+        )
         return
     from rich.table import Table
 

@@ -59,7 +59,9 @@ def test_the_stock_folder_has_the_hubs_key_names(stock_folder: Path) -> None:
 
 
 @pytest.mark.parametrize("num_visual_tokens", [None, 256])
-def test_identity_at_the_full_budget_is_the_stock_model_exactly(stock_folder: Path, processor: ElasticPaliGemmaProcessor, num_visual_tokens: int | None) -> None:
+def test_identity_at_the_full_budget_is_the_stock_model_exactly(
+    stock_folder: Path, processor: ElasticPaliGemmaProcessor, num_visual_tokens: int | None
+) -> None:
     stock = PaliGemmaForConditionalGeneration.from_pretrained(stock_folder).eval()
     elastic = load_vlm(stock_folder).eval()
     inputs = _inputs(processor, 256)
@@ -82,9 +84,7 @@ def test_identity_trains_as_the_stock_model_exactly(stock_folder: Path, processo
 
 
 @pytest.mark.parametrize("connector", [ParcelConnectorConfig(num_heads=4), MqtConnectorConfig(num_heads=4), M3ConnectorConfig()])
-def test_a_connector_survives_save_and_load(
-    tmp_path: Path, stock_folder: Path, processor: ElasticPaliGemmaProcessor, connector: ConnectorConfig
-) -> None:
+def test_a_connector_survives_save_and_load(tmp_path: Path, stock_folder: Path, processor: ElasticPaliGemmaProcessor, connector: ConnectorConfig) -> None:
     model = load_vlm(stock_folder, connector=connector, seed=1).eval()
     inputs = _inputs(processor, 64)
     with torch.no_grad():
@@ -117,7 +117,9 @@ def test_visual_tokens_start_at_the_scale_of_the_text_embeddings(processor: Elas
 
 
 @pytest.mark.parametrize("budget", [16, 40, 64, 256])
-def test_the_decoder_sees_as_many_visual_tokens_as_the_budget(elastic: ElasticPaliGemmaForConditionalGeneration, processor: ElasticPaliGemmaProcessor, budget: int) -> None:
+def test_the_decoder_sees_as_many_visual_tokens_as_the_budget(
+    elastic: ElasticPaliGemmaForConditionalGeneration, processor: ElasticPaliGemmaProcessor, budget: int
+) -> None:
     inputs = _inputs(processor, budget)
     output = elastic(**inputs, num_visual_tokens=budget)
     assert output.image_hidden_states.shape[:2] == (2, budget)
@@ -125,7 +127,9 @@ def test_the_decoder_sees_as_many_visual_tokens_as_the_budget(elastic: ElasticPa
 
 
 @pytest.mark.parametrize("num_images", [2, 4])
-def test_several_images_in_a_prompt_each_get_the_budget(elastic: ElasticPaliGemmaForConditionalGeneration, processor: ElasticPaliGemmaProcessor, num_images: int) -> None:
+def test_several_images_in_a_prompt_each_get_the_budget(
+    elastic: ElasticPaliGemmaForConditionalGeneration, processor: ElasticPaliGemmaProcessor, num_images: int
+) -> None:
     inputs = _inputs(processor, 16, num_images)
     assert int((inputs["input_ids"][0] == elastic.config.image_token_id).sum()) == 16 * num_images
     tokens = elastic.generate(**inputs, num_visual_tokens=16, max_new_tokens=3, do_sample=False)
@@ -135,7 +139,8 @@ def test_several_images_in_a_prompt_each_get_the_budget(elastic: ElasticPaliGemm
 def test_the_order_of_the_images_matters(elastic: ElasticPaliGemmaForConditionalGeneration, processor: ElasticPaliGemmaProcessor) -> None:
     pair = random_images(2)
     logits = [
-        elastic(**processor(images=[order], text=["which"], num_visual_tokens=16, return_tensors="pt"), num_visual_tokens=16).logits[:, -1] for order in (pair, pair[::-1])
+        elastic(**processor(images=[order], text=["which"], num_visual_tokens=16, return_tensors="pt"), num_visual_tokens=16).logits[:, -1]
+        for order in (pair, pair[::-1])
     ]
     assert not torch.allclose(*logits)
 
@@ -156,7 +161,9 @@ def test_the_cache_changes_nothing(elastic: ElasticPaliGemmaForConditionalGenera
     assert torch.equal(*runs)
 
 
-def test_sampling_is_seeded_and_several_answers_per_prompt_work(elastic: ElasticPaliGemmaForConditionalGeneration, processor: ElasticPaliGemmaProcessor) -> None:
+def test_sampling_is_seeded_and_several_answers_per_prompt_work(
+    elastic: ElasticPaliGemmaForConditionalGeneration, processor: ElasticPaliGemmaProcessor
+) -> None:
     inputs = _inputs(processor, 16)
     runs = []
     for _ in range(2):
@@ -193,12 +200,16 @@ def test_an_illegal_budget_names_the_legal_ones(elastic: ElasticPaliGemmaForCond
         elastic.generate(**_inputs(processor, 8), num_visual_tokens=8)
 
 
-def test_a_prompt_with_the_wrong_number_of_placeholders_is_refused(elastic: ElasticPaliGemmaForConditionalGeneration, processor: ElasticPaliGemmaProcessor) -> None:
+def test_a_prompt_with_the_wrong_number_of_placeholders_is_refused(
+    elastic: ElasticPaliGemmaForConditionalGeneration, processor: ElasticPaliGemmaProcessor
+) -> None:
     with pytest.raises(UserError, match="hold 32 image placeholders but 2 images at 64 visual tokens each give 128"):
         elastic(**_inputs(processor, 16), num_visual_tokens=64)
 
 
-def test_a_checkpoint_with_missing_weights_is_refused(tmp_path: Path, elastic: ElasticPaliGemmaForConditionalGeneration, processor: ElasticPaliGemmaProcessor) -> None:
+def test_a_checkpoint_with_missing_weights_is_refused(
+    tmp_path: Path, elastic: ElasticPaliGemmaForConditionalGeneration, processor: ElasticPaliGemmaProcessor
+) -> None:
     save_checkpoint(elastic, processor, tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
     weights.pop("multi_modal_projector.linear.weight")
@@ -207,7 +218,10 @@ def test_a_checkpoint_with_missing_weights_is_refused(tmp_path: Path, elastic: E
         load_vlm(tmp_path)
 
 
-def test_peft_trains_adapters_through_the_budget(tmp_path: Path, elastic: ElasticPaliGemmaForConditionalGeneration, processor: ElasticPaliGemmaProcessor) -> None:
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_peft_trains_adapters_through_the_budget(
+    tmp_path: Path, elastic: ElasticPaliGemmaForConditionalGeneration, processor: ElasticPaliGemmaProcessor
+) -> None:
     peft = pytest.importorskip("peft")
     save_checkpoint(elastic, processor, tmp_path)
     adapted = peft.get_peft_model(load_vlm(tmp_path), peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))

@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 
 from parcelray.cluster.session import ray_session
+from parcelray.cluster.training_report import report_training
 from parcelray.config.loader import config_hash
 from parcelray.config.model import CheckpointModelConfig
 from parcelray.config.train import TrainJob
@@ -39,7 +40,7 @@ class TrainedRun:
     """True if the run was finished before, and nothing was computed."""
 
 
-def run_training(job: TrainJob, console: Console, *, address: str | None = None, parent_run_id: str | None = None) -> TrainedRun:
+def run_training(job: TrainJob, console: Console, *, address: str | None = None, parent_run_id: str | None = None, report: bool = True) -> TrainedRun:
     """Trains a job, or goes on with it, or says that it is done.
 
     Args:
@@ -47,6 +48,7 @@ def run_training(job: TrainJob, console: Console, *, address: str | None = None,
         console: for progress and messages.
         address: Ray cluster; None: RAY_ADDRESS, else a local instance. Unused with `scaling.num_workers: 0`.
         parent_run_id: MLflow run to nest under.
+        report: whether to score the model as `job.report` says.
 
     Raises:
         UserError: the job cannot run as it is written, or its name belongs to another configuration.
@@ -66,7 +68,9 @@ def run_training(job: TrainJob, console: Console, *, address: str | None = None,
             check_tracking_uri(uri, _num_nodes())
         with _tracked(job, folder, uri, start, parent_run_id) as run_id, progress_bar(console, job.name, job.training.steps) as show:
             checkpoint, metrics = _fit(job, folder, start, functools.partial(_logger, uri, run_id), show)
-    model_folder = _keep_model(job, folder, checkpoint, start)
+            model_folder = _keep_model(job, folder, checkpoint, start)
+            if report and job.report is not None:
+                metrics |= report_training(job, model_folder, open_tracker(uri, run_id), console)
     folder.finish({"model": str(model_folder), "metrics": metrics, "mlflow_run_id": run_id})
     return TrainedRun(folder.identity, model_folder, metrics, run_id, was_done=False)
 
@@ -83,7 +87,10 @@ def git_commit() -> str | None:
     """The commit of the code that runs, with `-dirty` where files differ from it; None outside a checkout."""
     try:
         found = subprocess.run(
-            ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"], capture_output=True, text=True, check=True
+            ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+            capture_output=True,
+            text=True,
+            check=True,
         )
     except (OSError, subprocess.CalledProcessError):
         return None

@@ -28,7 +28,9 @@ def ray_batches(reader: StepReader, first_step: int, num_steps: int, *, concurre
     context.enable_progress_bars = False
     steps = num_steps - first_step
     blocks = -(-steps // _STEPS_PER_TASK)
-    dataset = ray.data.range(steps, override_num_blocks=blocks).map_batches(_ReadSteps(reader, first_step), batch_size=None, num_cpus=0.5, concurrency=concurrency)
+    dataset = ray.data.range(steps, override_num_blocks=blocks).map_batches(
+        _ReadSteps(reader, first_step), batch_size=None, num_cpus=0.5, concurrency=concurrency
+    )
     yield from _rows(dataset.iter_batches(batch_size=1, prefetch_batches=4))
 
 

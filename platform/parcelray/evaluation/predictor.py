@@ -69,7 +69,9 @@ class Predictor:
         return self._model.model.encode_patches(pixels)
 
     def _decode(self, batch: Sequence[Sample], patches_IND: Tensor | None, budget: int) -> list[str]:
-        inputs: dict[str, Any] = dict(self._processor.prompts([sample.prompt for sample in batch], len(batch[0].images), num_visual_tokens=budget).to(self._device))
+        inputs: dict[str, Any] = dict(
+            self._processor.prompts([sample.prompt for sample in batch], len(batch[0].images), num_visual_tokens=budget).to(self._device)
+        )
         self._check_count(inputs["input_ids"], len(batch) * len(batch[0].images) * budget)
         if budget != BLIND:
             assert patches_IND is not None
@@ -81,7 +83,9 @@ class Predictor:
     def _check_count(self, input_ids_BS: Tensor, expected: int) -> None:
         found = int((input_ids_BS == self._model.config.image_token_id).sum())
         if found != expected:
-            raise SystemFailure(f"The decoder was about to see {found} visual tokens where the budget asks for {expected}; the processor does not fit the model.")
+            raise SystemFailure(
+                f"The decoder was about to see {found} visual tokens where the budget asks for {expected}; the processor does not fit the model."
+            )
 
 
 def _batches(samples: Sequence[Sample], batch_size: int) -> Iterator[list[int]]:

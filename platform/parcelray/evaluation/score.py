@@ -25,8 +25,6 @@ class Score:
 def score(samples: Sequence[Sample], predictions: Sequence[str], *, num_visual_tokens: int) -> list[Score]:
     """Scores each answer by its sample's metric."""
     return [
-        Score(
-            sample.id, sample.benchmark, sample.family, sample.task, sample.scene, num_visual_tokens, prediction, METRICS[sample.metric](prediction, sample)
-        )
+        Score(sample.id, sample.benchmark, sample.family, sample.task, sample.scene, num_visual_tokens, prediction, METRICS[sample.metric](prediction, sample))
         for sample, prediction in zip(samples, predictions, strict=True)
     ]

@@ -21,9 +21,9 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping, r
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.paligemma.modeling_paligemma import (
     PaliGemmaCausalLMOutputWithPast,
-    PaligemmaModelOutputWithPast,
     PaliGemmaForConditionalGeneration,
     PaliGemmaModel,
+    PaligemmaModelOutputWithPast,
     PaliGemmaMultiModalProjector,
     PaliGemmaPreTrainedModel,
 )

@@ -20,7 +20,6 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from parcelray.errors import UserError
 from parcelray.models.processor import ElasticPaliGemmaProcessor
 from parcelray.models.vlm import ElasticPaliGemmaForConditionalGeneration
-from parcelray.training.budget_sampling import BudgetSampler
 
 _FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
 

@@ -43,9 +43,7 @@ def to_tensors(batch: Batch, device: torch.device) -> TensorBatch:
     """Moves a collated batch to the device; pixels become floats in [-1, 1] (SigLIP's normalisation: mean 0.5, std 0.5)."""
     pixels = torch.from_numpy(np.ascontiguousarray(batch["pixel_values"])).to(device)
     texts = {key: torch.from_numpy(np.array(batch[key], dtype=np.int64)).to(device) for key in ("input_ids", "token_type_ids", "attention_mask", "labels")}
-    return TensorBatch(
-        pixels.float().div_(127.5).sub_(1.0), texts["input_ids"], texts["token_type_ids"], texts["attention_mask"], texts["labels"]
-    )
+    return TensorBatch(pixels.float().div_(127.5).sub_(1.0), texts["input_ids"], texts["token_type_ids"], texts["attention_mask"], texts["labels"])
 
 
 def with_placeholders(batch: TensorBatch, num_visual_tokens: int, image_token_id: int) -> dict[str, Tensor]:

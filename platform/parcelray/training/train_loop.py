@@ -201,9 +201,7 @@ class _Loop:
             self.inputs.logger.flush()
         with tempfile.TemporaryDirectory(prefix="parcelray-checkpoint-") as name:
             folder = Path(name)
-            checkpointing.save(
-                folder, accelerator=self.accelerator, model=self.model, optimizer=self.optimizer, processor=self.inputs.processor, state=state
-            )
+            checkpointing.save(folder, accelerator=self.accelerator, model=self.model, optimizer=self.optimizer, processor=self.inputs.processor, state=state)
             # Every rank reports, or the others wait for ever.
             self.inputs.report({**metrics, "step": float(done)}, folder if self.accelerator.is_main_process else None)
 

@@ -1,0 +1,122 @@
+"""The whole loop on a laptop: train PARCEL, M3 and MQT from the mini base on a local Ray, compare them at three budgets with the vanilla
+base trained as long, register the best, and let it answer one question at every budget. `make quickstart` runs it.
+
+A second run does nothing and says so; an interrupted one goes on where it was.
+"""
+
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+from parcelray.cluster.comparison import REFERENCE, best_method, build_frontier, train_all
+from parcelray.cluster.session import ray_session
+from parcelray.config.budget import UniformBudgets
+from parcelray.config.connector import M3ConnectorConfig, MqtConnectorConfig
+from parcelray.config.loader import config_hash, load_job
+from parcelray.config.train import TrainJob
+from parcelray.errors import ParcelrayError, UserError
+from parcelray.evaluation.aggregate import Frontier
+from parcelray.evaluation.held_out import held_out
+from parcelray.evaluation.predictor import Predictor
+from parcelray.models.processor import ElasticPaliGemmaProcessor
+from parcelray.models.vlm import load_vlm
+from parcelray.reports.frontier_files import write_frontier
+from parcelray.reports.tables import frontier_table
+from parcelray.tracking.mlflow_tracker import MlflowRunLogger, tracked_run
+from parcelray.tracking.registry import promote, register_model, resolve_registry
+from parcelray.tracking.store import ensure_store
+
+ROOT = Path(__file__).resolve().parent.parent
+JOB = ROOT / "jobs" / "train" / "quickstart.yaml"
+MODEL_NAME = "parcelray-mini"
+
+
+def comparison_jobs(parcel: TrainJob) -> dict[str, TrainJob]:
+    """PARCEL's job and its rivals': the same base, data, steps and seed; each method draws from the budgets of its own paper."""
+    return {
+        REFERENCE: _variant(parcel, REFERENCE, connector=None, budget=UniformBudgets(budgets=(256,)), validation={"budgets": (256,)}),
+        "parcel": parcel,
+        "m3": _variant(parcel, "m3", connector=M3ConnectorConfig(), budget=UniformBudgets(budgets=(4, 16, 64, 256))),
+        "mqt": _variant(parcel, "mqt", connector=MqtConnectorConfig(num_heads=6), budget=UniformBudgets(budgets={"start": 2, "stop": 256, "step": 2})),
+    }
+
+
+def run(job: TrainJob, console: Console) -> None:
+    """Runs the pipeline with everything that it has not done before."""
+    assert job.report is not None
+    folder = Path(job.storage) / "quickstart"
+    jobs = comparison_jobs(job)
+    uri = ensure_store(job.tracking.uri or "sqlite:///runs/mlflow.db")
+    name = f"pipeline-quickstart-{config_hash(job)}"
+    finished = folder / f"{name}.done"
+    if finished.is_file():
+        console.print(f"{name} is done; nothing to compute. Remove {folder} and {job.storage}/train/quickstart-* to start anew.\n", highlight=False)
+        console.print(finished.read_text(encoding="utf-8"), markup=False, highlight=False)
+        return
+    with tracked_run(uri, job.tracking.experiment, name, params={"methods": ", ".join(jobs), "steps": job.training.steps}) as run_id:
+        with ray_session():
+            runs = train_all(jobs, console, address=None, parent_run_id=run_id)
+        frontier = build_frontier(jobs, runs, job.report, console)
+        table, picture = write_frontier(frontier, folder, "Mini suite: score against visual tokens per image")
+        _record(uri, run_id, frontier, table, picture)
+        winner = best_method(frontier)
+        version = register_model(uri, runs[winner].model_folder, MODEL_NAME, runs[winner].mlflow_run_id or run_id)
+        promote(uri, MODEL_NAME, version)
+        report = Console(record=True, width=max(100, console.width), file=console.file)
+        report.print(frontier_table(frontier))
+        report.print(f"Picture: {picture}\nRegistered: models:/{MODEL_NAME}/{version} ({winner}), alias champion", highlight=False)
+        _answer(job, uri, report)
+    finished.write_text(report.export_text(), encoding="utf-8")
+
+
+def _variant(job: TrainJob, method: str, **changes: object) -> TrainJob:
+    data = job.model_dump() | {"name": f"quickstart-{method}"}
+    for key, value in changes.items():
+        data[key] = data[key] | value if isinstance(value, dict) else value
+    return TrainJob.model_validate(data)
+
+
+def _record(uri: str, run_id: str, frontier: Frontier, table: Path, picture: Path) -> None:
+    tracker = MlflowRunLogger(uri, run_id)
+    for point in frontier.points:
+        metrics = {f"test/{point.method}/score": point.overall.value}
+        if point.retention is not None:
+            metrics[f"test/{point.method}/retention"] = point.retention.value
+        # The step axis is the budget, so that MLflow draws the frontier.
+        tracker.log_metrics(metrics, point.num_visual_tokens)
+    tracker.log_artifact(table)
+    tracker.log_figure_file(picture)
+    tracker.close()
+
+
+def _answer(job: TrainJob, uri: str, console: Console) -> None:
+    """One test question, answered by the registered champion at every budget."""
+    assert job.report is not None
+    path, pinned = resolve_registry(f"models:/{MODEL_NAME}@champion", uri)
+    sample = held_out(job.data, 1, path)[0]
+    predictor = Predictor(load_vlm(path).eval(), ElasticPaliGemmaProcessor.from_pretrained(path))
+    console.print(f'\n{pinned} on test sample {sample.id}: "{sample.prompt}" (right: {" or ".join(sample.answers)})', highlight=False)
+    for budget, answers in predictor.generate_budgets([sample], job.report.budgets).items():
+        console.print(f"  {budget:>3} visual tokens: {answers[0]}", highlight=False)
+
+
+def main() -> int:
+    """Runs the quickstart; `--set a.b=c` changes its job."""
+    console = Console()
+    arguments = sys.argv[1:]
+    try:
+        if len(arguments) % 2 or any(flag != "--set" for flag in arguments[::2]):
+            raise UserError(f"{' '.join(arguments)} is not understood; the quickstart takes only --set a.b=c, as often as you like.")
+        run(load_job(JOB, arguments[1::2]), console)
+    except UserError as error:
+        console.print(f"error: {error}", markup=False, highlight=False)
+        return 2
+    except ParcelrayError as error:
+        console.print(f"failed: {error}", markup=False, highlight=False)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
