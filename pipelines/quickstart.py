@@ -1,5 +1,7 @@
-"""The whole loop on a laptop: train PARCEL, M3 and MQT from the mini base on a local Ray, compare them at three budgets with the vanilla
-base trained as long, register the best, and let it answer one question at every budget. `make quickstart` runs it.
+"""The whole loop on a laptop, run by `make quickstart`.
+
+Trains PARCEL, M3 and MQT from the mini base on a local Ray, compares them at three budgets with the vanilla base trained as long, registers
+the best, and lets it answer one question at every budget.
 
 A second run does nothing and says so; an interrupted one goes on where it was.
 """

@@ -6,6 +6,7 @@ arguments in `__reduce__`: without it Ray hands the driver an `UnserializableExc
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 
@@ -47,6 +48,6 @@ def describe_values(values: Sequence[int]) -> str:
     """Writes integers in short: an arithmetic progression as `16 to 256` (or `in steps of 2`), else a list."""
     if len(values) >= 4:
         step = values[1] - values[0]
-        if step > 0 and all(b - a == step for a, b in zip(values, values[1:], strict=False)):
+        if step > 0 and all(b - a == step for a, b in pairwise(values)):
             return f"{values[0]} to {values[-1]}" + (f" in steps of {step}" if step > 1 else "")
     return ", ".join(str(value) for value in values)

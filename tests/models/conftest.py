@@ -33,4 +33,6 @@ def elastic(processor: ElasticPaliGemmaProcessor) -> ElasticPaliGemmaForConditio
     """A PARCEL model with seeded random weights."""
     config = build_config(CONFIG, processor)
     config.connector = ParcelConnectorConfig(num_heads=4).model_dump(mode="json")
-    return build_model(config, 0).eval()
+    model = build_model(config, 0)
+    model.eval()
+    return model

@@ -34,7 +34,7 @@ def stock_folder(tmp_path_factory: pytest.TempPathFactory, processor: ElasticPal
     model.save_pretrained(folder)
     weights = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
-    shards = {"model-00001-of-00002.safetensors": {}, "model-00002-of-00002.safetensors": {}}
+    shards: dict[str, dict[str, Tensor]] = {"model-00001-of-00002.safetensors": {}, "model-00002-of-00002.safetensors": {}}
     for key, value in weights.items():
         shard = "model-00001-of-00002.safetensors" if key.startswith("vision_tower") else "model-00002-of-00002.safetensors"
         shards[shard][key] = value

@@ -2,6 +2,7 @@
 
 import io
 import json
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -48,9 +49,9 @@ def test_json_holds_every_term_exactly() -> None:
 
 
 def test_the_printed_table_shows_terms_totals_and_savings() -> None:
-    console = Console(width=160, file=io.StringIO())
-    console.print(cost_table.build("paligemma2-3b", frames=(16,)).to_rich())
-    text = " ".join(console.file.getvalue().split())
+    output = io.StringIO()
+    Console(width=160, file=output).print(cost_table.build("paligemma2-3b", frames=(16,)).to_rich())
+    text = " ".join(output.getvalue().split())
     for expected in ("connector self attention", "output head", "24.28", "KV cache, MB", "FLOPs saved", "16 frames", "Left out: patch embedding"):
         assert expected in text
 
@@ -76,7 +77,7 @@ def test_text_tokens_can_be_given() -> None:
         ({"text_tokens": -1}, "-1 text tokens"),
     ],
 )
-def test_mistakes_are_named(arguments: dict[str, object], message: str) -> None:
+def test_mistakes_are_named(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         cost_table.build("paligemma2-3b", **arguments)
 

@@ -11,9 +11,9 @@ from parcelray.profiling.measure import Measure, Report, interquartile_range, ma
 
 
 def _rendered(report: Report) -> str:
-    console = Console(width=200, file=io.StringIO())
-    console.print(report.to_rich())
-    return console.file.getvalue()
+    output = io.StringIO()
+    Console(width=200, file=output).print(report.to_rich())
+    return output.getvalue()
 
 
 def test_json_has_exactly_the_keys_of_the_contract() -> None:

@@ -183,14 +183,14 @@ def _rows(path: Path, split: str) -> tuple[NlvrRow, ...]:
             image = file.parent / "images" / str(entry["directory"]) / f"{split}-{entry['identifier']}-{permutation}.png"
             if image.is_file():
                 rows.append(
-                    _row(
-                        entry["sentence"], entry["label"], entry["identifier"], permutation, str(entry["directory"]), entry["structured_rep"], image, split
-                    )
+                    _row(entry["sentence"], entry["label"], entry["identifier"], permutation, str(entry["directory"]), entry["structured_rep"], image, split)
                 )
     return tuple(rows)
 
 
-def _row(sentence: str, label: str, identifier: str, permutation: int, directory: str, boxes: str | list[list[dict[str, object]]], image: bytes | Path, split: str) -> NlvrRow:  # noqa: PLR0913
+def _row(
+    sentence: str, label: str, identifier: str, permutation: int, directory: str, boxes: str | list[list[dict[str, object]]], image: bytes | Path, split: str
+) -> NlvrRow:
     parsed = json.loads(boxes) if isinstance(boxes, str) else boxes
     things = tuple(tuple(Thing.from_json(entry) for entry in parsed[place]) for place in PERMUTATIONS[permutation])
     return NlvrRow(f"{split}-{identifier}-{permutation}", sentence, label, identifier, permutation, directory, things, image)

@@ -115,9 +115,7 @@ def _size(things: Sequence[Thing], rng: Random) -> Question | None:
 
 def _box(boxes: Sequence[Sequence[Thing]], rng: Random) -> Question | None:
     """Where an object is in its box; only objects whose description is unique there."""
-    places = [
-        (place, thing) for place, box in enumerate(boxes) for thing in box if sum(other.name == thing.name for other in box) == 1
-    ]
+    places = [(place, thing) for place, box in enumerate(boxes) for thing in box if sum(other.name == thing.name for other in box) == 1]
     if not places:
         return None
     place, thing = rng.choice(places)

@@ -1,6 +1,4 @@
-"""Several trainings from one start, scored on the same samples, against a reference trained as long: the frontier of accuracy against
-visual tokens.
-"""
+"""Several trainings from one start, against a reference trained as long, scored on the same samples: a frontier over budgets."""
 
 from collections.abc import Mapping
 

@@ -3,7 +3,7 @@
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -56,7 +56,7 @@ class _StepClock:
     def __init__(self) -> None:
         self._file = Path(tempfile.mkstemp(prefix="parcelray-clock-")[1])
 
-    def log_metrics(self, metrics: dict[str, float], step: int) -> None:
+    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
         """Notes the time of a metric point."""
         if "train/loss" in metrics:
             with self._file.open("a", encoding="utf-8") as file:
@@ -82,8 +82,7 @@ def _fit_on_ray(job: TrainJob, clock: _StepClock) -> None:
 
     folder = RunFolder(job)
     folder.claim()
-    make: Callable[[], _StepClock] = lambda: clock
-    fit(job, folder, checkpoint=_start(job), logger=make)
+    fit(job, folder, checkpoint=_start(job), logger=lambda: clock)
 
 
 def _start(job: TrainJob) -> Path:

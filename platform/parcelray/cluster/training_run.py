@@ -155,4 +155,4 @@ def _keep_model(job: TrainJob, folder: RunFolder, checkpoint: Path, start: Resol
 def _num_nodes() -> int:
     import ray
 
-    return sum(1 for node in ray.nodes() if node["Alive"])
+    return sum(bool(node["Alive"]) for node in ray.nodes())  # type: ignore[no-untyped-call]

@@ -43,7 +43,7 @@ class BatchSchedule:
         too_large = [group for group in self._groups if group.num_images > images_per_step]
         if too_large:
             raise UserError(
-                f"training.images_per_step is {images_per_step} but a sample of {too_large[0].name} has {too_large[0].num_images} images; raise images_per_step."
+                f"training.images_per_step is {images_per_step} but a sample of {too_large[0].name} has {too_large[0].num_images} images; raise it."
             )
         weights = np.array([group.weight for group in self._groups])
         rng = np.random.default_rng((seed, 0x5C))

@@ -121,7 +121,8 @@ def _draws(members: Sequence[Score], seed: int) -> NDArray[np.float64]:
 
 
 def _ratio(above: NDArray[np.float64], below: NDArray[np.float64]) -> NDArray[np.float64]:
-    return np.divide(above, below, out=np.full(len(below), np.nan), where=below > 0)
+    ratios: NDArray[np.float64] = np.divide(above, below, out=np.full(len(below), np.nan), where=below > 0)
+    return ratios
 
 
 def _point_to_dict(point: FrontierPoint) -> dict[str, Any]:

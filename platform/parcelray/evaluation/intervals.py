@@ -42,13 +42,15 @@ def cluster_weights(clusters: Sequence[str], seed: int, draws: int = DRAWS) -> N
     names, owner = np.unique(np.asarray(clusters), return_inverse=True)
     rng = np.random.default_rng(seed)
     counts = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), size=draws)
-    return counts[:, owner].astype(np.float64)
+    weights: NDArray[np.float64] = counts[:, owner].astype(np.float64)
+    return weights
 
 
 def weighted_means(values: NDArray[np.float64], weights: NDArray[np.float64]) -> NDArray[np.float64]:
     """Mean of the values in each draw: [draws]; NaN where a draw holds no sample."""
     totals = weights.sum(axis=1)
-    return np.divide(weights @ values, totals, out=np.full(len(totals), np.nan), where=totals > 0)
+    means: NDArray[np.float64] = np.divide(weights @ values, totals, out=np.full(len(totals), np.nan), where=totals > 0)
+    return means
 
 
 def percentile_interval(value: float, draws: NDArray[np.float64], n: int) -> Interval:

@@ -1,7 +1,7 @@
 """Scores of a checkpoint kept beside it, so that an interrupted comparison goes on where it was."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -29,7 +29,7 @@ def scored(model_folder: Path, samples: Sequence[Sample], budgets: Sequence[int]
     return {budget: stored[budget] for budget in budgets}
 
 
-def _read(path: Path, key: dict[str, object]) -> dict[int, list[Score]]:
+def _read(path: Path, key: Mapping[str, object]) -> dict[int, list[Score]]:
     if not path.is_file():
         return {}
     data = json.loads(path.read_text(encoding="utf-8"))
@@ -39,7 +39,7 @@ def _read(path: Path, key: dict[str, object]) -> dict[int, list[Score]]:
     return {int(budget): [Score(**score) for score in scores] for budget, scores in data["scores"].items()}
 
 
-def _write(path: Path, key: dict[str, object], scores: dict[int, list[Score]]) -> None:
+def _write(path: Path, key: Mapping[str, object], scores: dict[int, list[Score]]) -> None:
     partial = path.with_suffix(".partial")
     partial.write_text(
         json.dumps({"key": key, "scores": {str(budget): [asdict(score) for score in values] for budget, values in scores.items()}}), encoding="utf-8"

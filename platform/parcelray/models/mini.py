@@ -88,6 +88,9 @@ def build_config(config: MiniModelConfig, processor: ElasticPaliGemmaProcessor) 
             "query_pre_attn_scalar": config.text_head_dim,
             "vocab_size": vocab_size,
             "max_position_embeddings": 8192,
+            # Fan-in scale: the default 0.02 suits a width of some 2,000; at 96 it starts every attention uniform and the embeddings at a
+            # fifth of what the post-norms add, and a model from scratch then sits on its plateau for thousands of steps.
+            "initializer_range": config.text_width**-0.5,
             # No soft-capping: it rules out SDPA, and at this size the logits stay small.
             "attn_logit_softcapping": None,
             "final_logit_softcapping": None,

@@ -10,6 +10,8 @@ from transformers import BatchFeature, PaliGemmaProcessor
 class ElasticPaliGemmaProcessor(PaliGemmaProcessor):  # type: ignore[misc]
     """PaliGemma's processor with the budget as a keyword of the call. Saved files stay those of the stock processor."""
 
+    image_seq_length: int
+
     def __call__(
         self,
         images: Sequence[Sequence[Image.Image]] | None = None,

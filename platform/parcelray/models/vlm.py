@@ -9,7 +9,7 @@ place of I x K image placeholders in the prompt. Nothing else of the transformer
 
 import math
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 import transformers.initialization as init
@@ -34,6 +34,15 @@ from parcelray.models.connectors import Connector, build_connector
 
 MODEL_TYPE = "elastic_paligemma"
 _CONNECTOR_ADAPTER: TypeAdapter[ConnectorConfig] = TypeAdapter(ConnectorConfig)
+
+
+@runtime_checkable
+class SelfInitialised(Protocol):
+    """A module that knows its own initial weights."""
+
+    def init_weights(self) -> None:
+        """Sets them, drawing from torch's global generator."""
+        ...
 
 
 class ElasticPaliGemmaConfig(PaliGemmaConfig):  # type: ignore[misc]
@@ -97,6 +106,7 @@ class ElasticPaliGemmaModel(PaliGemmaModel):  # type: ignore[misc]
         Args:
             pixel_values: [I, C, H, W].
             num_visual_tokens: the budget per image; None means all N patches, as in the stock class.
+            kwargs: for the vision tower.
         """
         kwargs.pop("return_dict", None)
         outputs = self.vision_tower(pixel_values, **kwargs)
@@ -205,9 +215,8 @@ def _init_elastic_weights(model: PaliGemmaPreTrainedModel, module: nn.Module) ->
     if isinstance(module, PaliGemmaMultiModalProjector):
         text = model.config.text_config
         init.normal_(module.linear.weight, std=text.initializer_range * math.sqrt(text.hidden_size / module.linear.in_features))
-    elif callable(own_init := getattr(module, "init_weights", None)) and module.__class__.__module__.startswith("parcelray."):
-        if not isinstance(module, PaliGemmaPreTrainedModel):
-            own_init()
+    elif isinstance(module, SelfInitialised) and not isinstance(module, PaliGemmaPreTrainedModel):
+        module.init_weights()
 
 
 def load_vlm(path: str | Path, *, connector: ConnectorConfig | None = None, seed: int = 0, **kwargs: Any) -> ElasticPaliGemmaForConditionalGeneration:

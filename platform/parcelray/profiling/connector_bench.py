@@ -154,7 +154,7 @@ def _model_config(backbone: str, shape: BackboneShape) -> "ElasticPaliGemmaConfi
     from parcelray.models.vlm import ElasticPaliGemmaConfig
 
     if backbone not in PRESETS:
-        config = ElasticPaliGemmaConfig.from_pretrained(MINI_CONFIG.parent if backbone == "mini" else Path(backbone))
+        config: ElasticPaliGemmaConfig = ElasticPaliGemmaConfig.from_pretrained(MINI_CONFIG.parent if backbone == "mini" else Path(backbone))
         config.connector = None
         vision: Any = config.vision_config
         vision.image_size = shape.image_size

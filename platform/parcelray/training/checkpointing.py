@@ -87,8 +87,8 @@ def _rng_state() -> dict[str, Any]:
     version, words, gauss = random.getstate()
     return {
         "torch": torch.get_rng_state(),
-        "numpy_key": torch.from_numpy(numpy_state["state"]["key"].astype(np.int64)),  # type: ignore[index, call-overload]
-        "numpy_pos": int(numpy_state["state"]["pos"]),  # type: ignore[index, call-overload]
+        "numpy_key": torch.from_numpy(numpy_state["state"]["key"].astype(np.int64)),
+        "numpy_pos": int(numpy_state["state"]["pos"]),
         "python": [version, list(words), gauss],
     }
 

@@ -1,5 +1,6 @@
-"""Training in this process, without Ray: for machines that have only torch and transformers, for debugging, and as the yardstick of
-`parcelray bench train`.
+"""Training in this process, without Ray.
+
+For machines that have only torch and transformers, for debugging, and as the yardstick of `parcelray bench train`.
 """
 
 import shutil

@@ -60,8 +60,8 @@ def step_reader(job: TrainJob, processor: ElasticPaliGemmaProcessor, rank: int, 
     largest = max(group.num_images for group in source.groups)
     if job.training.images_per_step // largest < world_size:
         raise UserError(
-            f"training.images_per_step is {job.training.images_per_step}, which at {largest} images a sample gives fewer samples a step than the {world_size} workers; "
-            f"raise it to at least {largest * world_size}."
+            f"training.images_per_step is {job.training.images_per_step}, which at {largest} images a sample gives fewer samples a step than "
+            f"the {world_size} workers; raise it to at least {largest * world_size}."
         )
     return StepReader(source, schedule, processor, rank, world_size)
 

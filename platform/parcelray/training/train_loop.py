@@ -44,7 +44,7 @@ class Progress(NamedTuple):
 class Reporter(Protocol):
     """Where a rank reports checkpoints; every rank calls it at the same steps (Ray Train's report is a barrier)."""
 
-    def __call__(self, metrics: dict[str, float], checkpoint: Path | None) -> None:
+    def __call__(self, metrics: dict[str, float], checkpoint: Path | None, /) -> None:
         """`checkpoint` is a folder on rank 0 and None on the others."""
         ...
 

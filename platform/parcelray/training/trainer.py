@@ -133,7 +133,9 @@ def _restored_checkpoint() -> Iterator[Path | None]:
 def _scaling(job: TrainJob) -> ScalingConfig:
     scaling = job.scaling
     resources = {"CPU": scaling.cpus_per_worker} | ({"GPU": scaling.gpus_per_worker} if scaling.gpus_per_worker else {})
-    return ScalingConfig(num_workers=scaling.num_workers, use_gpu=scaling.gpus_per_worker > 0, resources_per_worker=resources)
+    # A pair makes the group elastic (Ray Train V2); the annotation in Ray knows only the fixed count.
+    num_workers: Any = scaling.num_workers
+    return ScalingConfig(num_workers=num_workers, use_gpu=scaling.gpus_per_worker > 0, resources_per_worker=resources)
 
 
 def _run_config(job: TrainJob, folder: RunFolder) -> RunConfig:
@@ -149,7 +151,7 @@ def _run_config(job: TrainJob, folder: RunFolder) -> RunConfig:
 
 def _check_capacity(job: TrainJob) -> None:
     """Ray Train waits for ever for workers that no node can hold, so an impossible request is refused here (pain P1)."""
-    available = ray.cluster_resources()
+    available: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
     workers = job.scaling.bounds[0]
     for name, each in (("CPU", job.scaling.cpus_per_worker), ("GPU", job.scaling.gpus_per_worker)):
         if workers * each > available.get(name, 0.0):

@@ -68,7 +68,11 @@ def fill(canvas: Canvas, box: tuple[int, int, int, int], color: str | float) -> 
 
 
 class Backdrop(NamedTuple):
-    """A dark or light tinted background with a slight slope in brightness; the frames of one sample share it."""
+    """A tinted grey background with a slight slope in brightness; the frames of one sample share it.
+
+    Greys near the middle, because SigLIP's normalisation takes them to about zero: a background far from it would be the largest signal
+    in every patch, and a small model from scratch learns from what is left.
+    """
 
     is_dark: bool
     rgb: tuple[float, float, float]
@@ -78,10 +82,9 @@ class Backdrop(NamedTuple):
     @classmethod
     def sample(cls, rng: Random) -> "Backdrop":
         """Draws a backdrop; levels leave every palette colour visible."""
-        is_dark = rng.random() < 0.5
-        level = rng.uniform(10, 45) if is_dark else rng.uniform(185, 225)
+        level = rng.uniform(104, 148)
         red, green, blue = (level + rng.uniform(-8, 8) for _ in range(3))
-        return cls(is_dark, (red, green, blue), rng.randrange(2), rng.uniform(-10, 10))
+        return cls(level < 126, (red, green, blue), rng.randrange(2), rng.uniform(-6, 6))
 
     def canvas(self, rng: Random) -> Canvas:
         """A fresh canvas with this backdrop and its own mild noise."""

@@ -11,7 +11,7 @@ from parcelray.benchmarks.mini.suite import MiniSuite
 _PROMPT_WORDS = """
 a above all appears at bar bars both bottom caption cell color colors corner count detect digit digits do does down end equal first
 frame frames has how image images in is largest last left list many more move no number object objects of read right row same second
-shape show spell start tall tallest the top track up violet way what which word yes and
+shape shapes show spell start tall tallest the top track up violet way what which word yes and
 """
 SYMBOLS = (".", ";", "|")
 VOCABULARY = tuple(sorted({*_PROMPT_WORDS.split(), *COLORS, *KINDS, *PLURALS.values(), *NUMBER_WORDS, *LEXICON, *FORM_KEYS, *LETTERS, *"0123456789"}))
