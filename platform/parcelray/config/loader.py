@@ -107,7 +107,7 @@ def differing_keys(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -
 
 
 def _explain(model: type[BaseModel], source: str, problem: dict[str, Any]) -> str:
-    location = [part for part in problem["loc"] if not (isinstance(part, str) and part.endswith("]"))]
+    location = _as_written(model, problem["loc"])
     path = ".".join(str(part) for part in location)
     value = problem.get("input")
     if problem["type"] == "extra_forbidden":
@@ -115,6 +115,8 @@ def _explain(model: type[BaseModel], source: str, problem: dict[str, Any]) -> st
         return f"{source}: {path} is not a known key; legal here: {', '.join(legal)}{_did_you_mean(str(location[-1]), legal)}."
     if problem["type"] == "missing":
         return f"{source}: {path} is missing; add it."
+    if problem["type"] == "union_tag_not_found":
+        return f"{source}: {path}.type is missing; add it to say which kind of {location[-1]} it is."
     if problem["type"] in ("union_tag_invalid", "literal_error"):
         context = problem["ctx"]
         legal_text = context.get("expected_tags") or context.get("expected", "")
@@ -125,6 +127,23 @@ def _explain(model: type[BaseModel], source: str, problem: dict[str, Any]) -> st
     message = problem["msg"].removeprefix("Value error, ")
     shown = f" is {value!r}" if not isinstance(value, dict) else ""
     return f"{source}: {path}{shown}: {message[0].lower() + message[1:]}." if path else f"{source}: {message}."
+
+
+def _as_written(model: type[BaseModel], location: Sequence[Any]) -> list[Any]:
+    """The key path as the file has it: pydantic's location names members of unions, too."""
+    current: list[type[BaseModel]] = [model]
+    written: list[Any] = []
+    for part in location:
+        fields = [candidate.model_fields[part] for candidate in current if part in candidate.model_fields]
+        members = [candidate for candidate in current if part in (_tag(candidate), candidate.__name__)]
+        if fields or isinstance(part, int):
+            written.append(part)
+            current = [found for field in fields for found in _models_in(field.annotation)] or current
+        elif members:
+            current = members
+        elif part is location[-1] and not str(part).endswith("]"):
+            written.append(part)
+    return written
 
 
 def _legal_keys(model: type[BaseModel], location: Sequence[Any]) -> list[str]:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
@@ -12,6 +13,8 @@ from parcelray.config.model import MiniModelConfig
 from parcelray.models.processor import ElasticPaliGemmaProcessor
 from parcelray.models.vlm import ElasticPaliGemmaConfig, ElasticPaliGemmaForConditionalGeneration
 
+_FREQUENCY_BASE = 10.0
+"""Of the squared geometric frequencies: from one radian a patch down to a hundredth."""
 SPECIAL_TOKENS = ("<pad>", "<eos>", "<bos>", "<unk>", "<image>")
 """In the order of PaliGemma's first ids, the image token after them."""
 # Whole words, single digits, line ends: digits apart so that numbers of any length are read the same way.
@@ -112,7 +115,25 @@ def build_model(config: ElasticPaliGemmaConfig, seed: int) -> ElasticPaliGemmaFo
     """A model with seeded random weights."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return ElasticPaliGemmaForConditionalGeneration(config)
+        model = ElasticPaliGemmaForConditionalGeneration(config)
+    position_embedding = model.model.vision_tower.embeddings.position_embedding
+    with torch.no_grad():
+        position_embedding.weight.copy_(_grid_positions(config.grid_size, position_embedding.embedding_dim))
+    return model
+
+
+def _grid_positions(grid_size: int, width: int) -> Tensor:
+    """Two-dimensional sine-cosine positions [N, D] in row-major order, half of the channels for the row and half for the column.
+
+    The starting value of the learnt position embeddings: random ones are a tenth of the patch content at this width, and a model from
+    scratch takes long to find out where a patch is.
+    """
+    quarter = width // 4
+    frequencies = _FREQUENCY_BASE ** -(torch.arange(quarter) / quarter * 2)
+    angles = torch.arange(grid_size)[:, None] * frequencies
+    axis = torch.cat([angles.sin(), angles.cos()], dim=1)
+    rows, columns = axis.repeat_interleave(grid_size, dim=0), axis.repeat(grid_size, 1)
+    return torch.nn.functional.pad(torch.cat([rows, columns], dim=1), (0, width - 4 * quarter))
 
 
 def save_checkpoint(model: ElasticPaliGemmaForConditionalGeneration, processor: ElasticPaliGemmaProcessor, folder: Path) -> None:

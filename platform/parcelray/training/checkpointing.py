@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import DistributedType, gather_object
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict, set_optimizer_state_dict
 
 from parcelray.errors import UserError
@@ -46,7 +46,7 @@ def save(
 ) -> None:
     """Writes a checkpoint. Every rank calls it (sharded states are gathered); rank 0 writes."""
     weights = get_model_state_dict(model, options=_FULL)
-    moments = get_optimizer_state_dict(model, _inner(optimizer), options=_FULL)
+    moments = get_optimizer_state_dict(model, _inner(optimizer), options=_FULL) if is_sharded(accelerator) else _inner(optimizer).state_dict()
     rng = gather_object([_rng_state()])
     if not accelerator.is_main_process:
         return
@@ -70,12 +70,23 @@ def read_state(folder: Path) -> TrainState:
     return TrainState(**json.loads(path.read_text(encoding="utf-8")))
 
 
-def restore_optimizer(folder: Path, *, rank: int, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def restore_optimizer(folder: Path, *, accelerator: Accelerator, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Puts optimiser moments and this rank's RNG back; the model's weights are loaded with the model."""
     stored = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
-    set_optimizer_state_dict(model, _inner(optimizer), optim_state_dict=stored["optimizer"], options=_FULL)
+    if is_sharded(accelerator):
+        # Not strict: a parameter that no step has used yet (a query path, at budgets without queries) has no moments.
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True, strict=False)
+        set_optimizer_state_dict(model, _inner(optimizer), optim_state_dict=stored["optimizer"], options=options)
+    else:
+        _inner(optimizer).load_state_dict(stored["optimizer"])
+    rank = accelerator.process_index
     if rank < len(stored["rng"]):
         _set_rng_state(stored["rng"][rank])
+
+
+def is_sharded(accelerator: Accelerator) -> bool:
+    """Whether weights and moments are spread over the ranks."""
+    return bool(accelerator.distributed_type == DistributedType.FSDP)
 
 
 def _inner(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:

@@ -100,7 +100,7 @@ class _Loop:
         self.first_step = 0
         if inputs.resume_from is not None:
             self.first_step = checkpointing.read_state(inputs.resume_from).step
-            checkpointing.restore_optimizer(inputs.resume_from, rank=self.accelerator.process_index, model=self.model, optimizer=self.optimizer)
+            checkpointing.restore_optimizer(inputs.resume_from, accelerator=self.accelerator, model=self.model, optimizer=self.optimizer)
 
     def run(self) -> dict[str, float]:
         """All steps from the first; validations, metrics and checkpoints at their intervals."""
@@ -169,7 +169,8 @@ class _Loop:
         count = model.connector.num_anchors(budget)
         metrics = {}
         for name, part_IKD in (("anchors", tokens_IKD[:, :count]), ("queries", tokens_IKD[:, count:])):
-            if part_IKD.shape[1] > 1:
+            # Weights that have just overflowed end the run at the next step's loss, with a sentence; here they would end it in LAPACK.
+            if part_IKD.shape[1] > 1 and bool(part_IKD.isfinite().all()):
                 metrics[f"tokens/{name}_effective_rank"] = float(effective_rank(part_IKD).mean())
                 metrics[f"tokens/{name}_mean_cosine"] = float(mean_pairwise_cosine(part_IKD).mean())
         return metrics

@@ -1,0 +1,98 @@
+"""Job files: what is legal, and what the message says when it is not."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from parcelray.config.loader import ConfigError, apply_override, config_hash, differing_keys, identity, load_job
+
+JOB = {"kind": "train", "name": "x", "data": {"type": "mini"}, "training": {"steps": 5}}
+
+
+def _write(tmp_path: Path, **changes: object) -> Path:
+    path = tmp_path / "job.yaml"
+    path.write_text(yaml.safe_dump(JOB | changes))
+    return path
+
+
+def test_a_small_job_gets_every_default(tmp_path: Path) -> None:
+    job = load_job(_write(tmp_path))
+    assert job.budget.values() == tuple(range(16, 257, 2))
+    assert identity(job) == f"train-x-{config_hash(job)}"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"connector": {"type": "parcle"}}, r"connector.type is 'parcle'; legal: identity, parcel, .* \(did you mean parcel\?\)"),
+        ({"data": {"type": "mini", "sed": 1}}, r"data.sed is not a known key; legal here: dense_fraction, families, seed, type \(did you mean seed\?\)"),
+        ({"training": {"steps": 0}}, r"training.steps is 0: input should be greater than or equal to 1"),
+        ({"training": {"steps": "many"}}, r"training.steps is 'many': input should be a valid integer"),
+        ({"training": {}}, r"training.steps is missing; add it"),
+        ({"training": {"steps": 1, "precision": "fp64"}}, r"training.precision is 'fp64'; legal: fp32, bf16, fp16"),
+        (
+            {"connector": {"type": "parcel", "routing": [{"min_budget": 3, "max_budget": 2, "anchor_grid": 1}]}},
+            r"connector.routing.0: max_budget 2 is below min_budget 3",
+        ),
+        ({"budget": {"type": "uniform", "budgets": {"start": 9, "stop": 3}}}, r"stop 3 is below start 9"),
+        ({"scaling": {"num_workers": [3, 1]}}, r"is not a worker count"),
+        ({"budget": {"budgets": [16]}}, r"budget.type is missing"),
+        ({"kind": "trian"}, r"kind is 'trian'; legal: train \(did you mean train\?\)"),
+        ({"name": "No Good"}, r"name is 'No Good'"),
+    ],
+)
+def test_a_mistake_names_file_key_value_and_what_is_legal(tmp_path: Path, changes: dict[str, object], message: str) -> None:
+    path = _write(tmp_path, **changes)
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_job(path)
+    assert str(caught.value).startswith(f"{path}: ")
+
+
+@pytest.mark.parametrize(("text", "message"), [("a: [", "is not YAML"), ("- 1", "holds list, not a mapping")])
+def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "job.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        load_job(path)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="nothing.yaml: cannot be read"):
+        load_job(tmp_path / "nothing.yaml")
+
+
+def test_set_changes_nested_values_and_creates_mappings(tmp_path: Path) -> None:
+    job = load_job(_write(tmp_path), ["training.steps=7", "budget.type=uniform", "budget.budgets=[16, 64]", "tracking.uri=null"])
+    assert (job.training.steps, job.budget.values(), job.tracking.uri) == (7, (16, 64), None)
+
+
+@pytest.mark.parametrize("override", ["steps", "=3", "a..b=1", "name.x=1"])
+def test_a_malformed_set_is_refused(override: str) -> None:
+    with pytest.raises(ConfigError, match="--set"):
+        apply_override(dict(JOB), override)
+
+
+def test_the_identity_ignores_where_a_run_is_kept_and_on_how_many_workers(tmp_path: Path) -> None:
+    path = _write(tmp_path)
+    first = identity(load_job(path))
+    assert identity(load_job(path, ["storage=elsewhere", "tracking.uri=null", "scaling.num_workers=2"])) == first
+    assert identity(load_job(path, ["seed=1"])) != first
+
+
+def test_differing_keys_are_paths() -> None:
+    assert differing_keys({"a": {"b": 1, "c": 2}}, {"a": {"b": 1, "c": 3}, "d": 4}) == ["a.c: 2 -> 3", "d: None -> 4"]
+
+
+def test_a_job_cannot_be_changed(tmp_path: Path) -> None:
+    job = load_job(_write(tmp_path))
+    with pytest.raises(ValidationError):
+        job.seed = 3  # type: ignore[misc]
+
+
+def test_configuration_loads_nothing_heavy() -> None:
+    code = "import sys, parcelray.config.loader; print([name for name in ('torch', 'ray', 'transformers', 'mlflow') if name in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"

@@ -1,0 +1,129 @@
+"""The whole training loop without Ray: it learns, repeats itself exactly, and goes on after an interruption to the same bits."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from parcelray.config.train import TrainJob
+from parcelray.errors import SystemFailure, UnsupportedBudgetError
+from parcelray.models.vlm import load_vlm
+from parcelray.training.in_process import fit_in_process
+from parcelray.training.metric_logger import NoMetrics
+from parcelray.training.start import build_start
+
+from .conftest import tiny_job
+
+
+class Recorder:
+    """Keeps what is logged; can fail at a step, as a crash would."""
+
+    def __init__(self, fail_at: int | None = None) -> None:
+        self.rows: list[tuple[int, str, float]] = []
+        self._fail_at = fail_at
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
+        """Records, or fails."""
+        if step == self._fail_at:
+            raise KeyboardInterrupt
+        self.rows += [(step, name, value) for name, value in metrics.items()]
+
+    def flush(self) -> None:
+        """Has nothing buffered."""
+
+    def curve(self, name: str) -> dict[int, float]:
+        """Values of a metric by step."""
+        return {step: value for step, found, value in self.rows if found == name}
+
+
+def _weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+    return load_file(checkpoint / "model" / "model.safetensors")
+
+
+def _same(first: Path, second: Path) -> bool:
+    one, two = _weights(first), _weights(second)
+    return one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Recorder]:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    recorder = Recorder()
+    checkpoint, _ = fit_in_process(tiny_job(folder), folder, checkpoint=None, logger=recorder)
+    return checkpoint, recorder
+
+
+def test_every_metric_is_there_once_per_step(undisturbed: tuple[Path, Recorder]) -> None:
+    recorder = undisturbed[1]
+    names = {name for _, name, _ in recorder.rows}
+    assert names >= {"train/loss", "train/learning_rate", "train/grad_norm", "train/tokens_per_second", "train/budget", "val/score@16", "val/score@64"}
+    assert names >= {f"tokens/{part}_{measure}" for part in ("anchors", "queries") for measure in ("effective_rank", "mean_cosine")}
+    assert list(recorder.curve("train/loss")) == [1, 2, 3, 4, 5, 6]
+    assert len({(step, name) for step, name, _ in recorder.rows}) == len(recorder.rows)
+
+
+def test_an_interrupted_run_ends_with_the_same_bits(tmp_path: Path, undisturbed: tuple[Path, Recorder]) -> None:
+    job = tiny_job(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        fit_in_process(job, tmp_path, checkpoint=None, logger=Recorder(fail_at=5))
+    resumed = Recorder()
+    checkpoint, _ = fit_in_process(job, tmp_path, checkpoint=None, logger=resumed)
+    assert list(resumed.curve("train/loss")) == [4, 5, 6]
+    assert resumed.curve("train/loss") == {step: value for step, value in undisturbed[1].curve("train/loss").items() if step > 3}
+    assert _same(checkpoint, undisturbed[0])
+    optimizers = [torch.load(path / "optimizer.pt", weights_only=True)["optimizer"]["state"] for path in (checkpoint, undisturbed[0])]
+    assert optimizers[0].keys() == optimizers[1].keys()
+    assert all(torch.equal(optimizers[0][index]["exp_avg"], optimizers[1][index]["exp_avg"]) for index in optimizers[0])
+
+
+def test_a_finished_run_computes_nothing(undisturbed: tuple[Path, Recorder]) -> None:
+    again = Recorder()
+    folder = undisturbed[0].parent
+    checkpoint, _ = fit_in_process(tiny_job(folder), folder, checkpoint=None, logger=again)
+    assert again.rows == []
+    assert checkpoint == undisturbed[0]
+
+
+def test_micro_batches_give_the_same_step(tmp_path: Path, undisturbed: tuple[Path, Recorder]) -> None:
+    job = tiny_job(tmp_path, training={"gradient_accumulation_steps": 3})
+    recorder = Recorder()
+    fit_in_process(job, tmp_path, checkpoint=None, logger=recorder)
+    expected = undisturbed[1].curve("train/loss")
+    assert recorder.curve("train/loss") == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"training": {"steps": 2, "precision": "bf16"}},
+        {"training": {"steps": 2}, "budget": {"type": "sandwich", "budgets": [16, 40, 64]}},
+        {"training": {"steps": 2}, "optimizer": {"type": "sgd"}},
+        {"training": {"steps": 2}, "connector": {"type": "m3"}, "budget": {"type": "uniform", "budgets": [16, 64]}},
+    ],
+)
+def test_variants_train(tmp_path: Path, changes: dict[str, object]) -> None:
+    recorder = Recorder()
+    fit_in_process(tiny_job(tmp_path, **changes), tmp_path, checkpoint=None, logger=recorder)
+    assert len(recorder.curve("train/loss")) == 2
+
+
+def test_a_frozen_vision_tower_stays_as_it_was(tmp_path: Path) -> None:
+    job = tiny_job(tmp_path, training={"steps": 2, "freeze_vision": True})
+    before = build_start(job, None)[0].model.vision_tower.state_dict()
+    checkpoint, _ = fit_in_process(job, tmp_path, checkpoint=None, logger=NoMetrics())
+    after = load_vlm(checkpoint / "model").model.vision_tower.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
+    job = tiny_job(tmp_path, optimizer={"type": "sgd", "learning_rate": 1.0, "weight_decay": 1e30})
+    with pytest.raises(SystemFailure, match=r"The loss at step \d is nan"):
+        fit_in_process(job, tmp_path, checkpoint=None, logger=NoMetrics())
+
+
+def test_a_budget_that_the_connector_cannot_give_stops_before_the_first_step(tmp_path: Path) -> None:
+    job: TrainJob = tiny_job(tmp_path, budget={"type": "uniform", "budgets": [8]})
+    with pytest.raises(UnsupportedBudgetError, match="parcel cannot give 8"):
+        fit_in_process(job, tmp_path, checkpoint=None, logger=NoMetrics())
