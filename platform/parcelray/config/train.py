@@ -27,6 +27,9 @@ class TrainingConfig(StrictModel):
     """Arithmetic of forward and backward; weights stay fp32 under bf16 and fp16."""
     strategy: Literal["ddp", "fsdp"] = "ddp"
     """How the model is spread over workers: copies (ddp) or shards (fsdp)."""
+    patch_supervision: float = Field(default=0.0, ge=0)
+    """Weight of a loss on the patches themselves: at the place of each visual token the decoder is to name what the patch shows. Only
+    where the data label regions and the budget is the full patch grid; what brings a model from scratch to see."""
     freeze_vision: bool = False
     """Keep the vision tower's weights as they are."""
     log_every_steps: int = Field(default=10, ge=1)

@@ -5,6 +5,7 @@ as many as the step's budget asks for: one collated batch serves any budget, and
 """
 
 import io
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from transformers import BatchFeature
 
+from parcelray.benchmarks.mini.regions import BACKGROUND
 from parcelray.data.sample import Sample
 from parcelray.errors import UserError
 from parcelray.models.processor import ElasticPaliGemmaProcessor
@@ -40,10 +42,14 @@ class Collator:
 
     Args:
         processor: its tokenizer writes the text as the processor would; its image processor gives the pixel size.
+        label_patches: adds `patch_labels`, int32 [B, images x N]: the token of the region that a patch's centre lies in
+            (`Sample.metadata["regions"]`: by image, boxes in fractions with a word each), the background's elsewhere.
     """
 
-    def __init__(self, processor: ElasticPaliGemmaProcessor) -> None:
+    def __init__(self, processor: ElasticPaliGemmaProcessor, *, label_patches: bool = False) -> None:
         self._tokenizer = processor.tokenizer
+        self._label_patches = label_patches
+        self._grid_size = math.isqrt(int(processor.image_seq_length))
         size = processor.image_processor.size
         self._pixel_size = (int(size["width"]), int(size["height"]))
 
@@ -67,7 +73,24 @@ class Collator:
             batch["token_type_ids"][row, start:end] = 1
             batch["attention_mask"][row, :end] = 1
             batch["labels"][row, start:end] = suffix
+        if self._label_patches:
+            batch["patch_labels"] = np.stack([self._patch_labels(sample) for sample in samples])
         return batch
+
+    def _patch_labels(self, sample: Sample) -> NDArray[np.int32]:
+        """[images x N]; without regions nothing is labelled."""
+        grid = self._grid_size
+        labels = np.full((len(sample.images), grid, grid), IGNORED, dtype=np.int32)
+        for image, regions in enumerate(sample.metadata.get("regions", [])):
+            labels[image] = self._token(BACKGROUND)
+            for region in regions:
+                # The patches whose centres lie inside, and at least one.
+                top, left, bottom, right = (round(side * grid) for side in region["box"])
+                labels[image, top : max(bottom, top + 1), left : max(right, left + 1)] = self._token(region["word"])
+        return labels.reshape(-1)
+
+    def _token(self, word: str) -> int:
+        return int(self._tokenizer(word, add_special_tokens=False)["input_ids"][0])
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
         encoded: BatchFeature = self._tokenizer(texts, add_special_tokens=False)

@@ -17,12 +17,22 @@ class StepReader:
         processor: tokenizer and image size.
         rank: this rank.
         world_size: number of ranks.
+        label_patches: whether batches carry labels of the patches, see `Collator`.
     """
 
-    def __init__(self, source: SampleSource, schedule: BatchSchedule, processor: ElasticPaliGemmaProcessor, rank: int, world_size: int) -> None:
+    def __init__(
+        self,
+        source: SampleSource,
+        schedule: BatchSchedule,
+        processor: ElasticPaliGemmaProcessor,
+        rank: int,
+        world_size: int,
+        *,
+        label_patches: bool = False,
+    ) -> None:
         self._source = source
         self._schedule = schedule
-        self._collator = Collator(processor)
+        self._collator = Collator(processor, label_patches=label_patches)
         self._rank = rank
         self._world_size = world_size
 

@@ -63,7 +63,7 @@ def step_reader(job: TrainJob, processor: ElasticPaliGemmaProcessor, rank: int, 
             f"training.images_per_step is {job.training.images_per_step}, which at {largest} images a sample gives fewer samples a step than "
             f"the {world_size} workers; raise it to at least {largest * world_size}."
         )
-    return StepReader(source, schedule, processor, rank, world_size)
+    return StepReader(source, schedule, processor, rank, world_size, label_patches=job.training.patch_supervision > 0)
 
 
 def validation_samples(job: TrainJob, processor: ElasticPaliGemmaProcessor) -> list[Sample]:

@@ -4,6 +4,7 @@ Shapes: B prompts, I images, S text tokens, K visual tokens per image (the budge
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,6 +25,8 @@ class TensorBatch:
     token_type_ids_BS: Tensor
     attention_mask_BS: Tensor
     labels_BS: Tensor
+    patch_labels_BN: Tensor | None = None
+    """Tokens that the patches of all images of a prompt should name."""
 
     @property
     def num_target_tokens(self) -> int:
@@ -36,14 +39,24 @@ class TensorBatch:
         images = self.pixel_values_ICHW.shape[0] // prompts
         chosen = torch.arange(part, prompts, num_parts)
         pixels = self.pixel_values_ICHW.view(prompts, images, *self.pixel_values_ICHW.shape[1:])[chosen].flatten(0, 1)
-        return TensorBatch(pixels, self.input_ids_BS[chosen], self.token_type_ids_BS[chosen], self.attention_mask_BS[chosen], self.labels_BS[chosen])
+        patch_labels = self.patch_labels_BN[chosen] if self.patch_labels_BN is not None else None
+        return TensorBatch(
+            pixels, self.input_ids_BS[chosen], self.token_type_ids_BS[chosen], self.attention_mask_BS[chosen], self.labels_BS[chosen], patch_labels
+        )
 
 
 def to_tensors(batch: Batch, device: torch.device) -> TensorBatch:
     """Moves a collated batch to the device; pixels become floats in [-1, 1] (SigLIP's normalisation: mean 0.5, std 0.5)."""
     pixels = torch.from_numpy(np.ascontiguousarray(batch["pixel_values"])).to(device)
-    texts = {key: torch.from_numpy(np.array(batch[key], dtype=np.int64)).to(device) for key in ("input_ids", "token_type_ids", "attention_mask", "labels")}
-    return TensorBatch(pixels.float().div_(127.5).sub_(1.0), texts["input_ids"], texts["token_type_ids"], texts["attention_mask"], texts["labels"])
+    texts = {key: torch.from_numpy(np.array(values, dtype=np.int64)).to(device) for key, values in batch.items() if key != "pixel_values"}
+    return TensorBatch(
+        pixels.float().div_(127.5).sub_(1.0),
+        texts["input_ids"],
+        texts["token_type_ids"],
+        texts["attention_mask"],
+        texts["labels"],
+        texts.get("patch_labels"),
+    )
 
 
 def with_placeholders(batch: TensorBatch, num_visual_tokens: int, image_token_id: int) -> dict[str, Tensor]:
@@ -62,15 +75,33 @@ def with_placeholders(batch: TensorBatch, num_visual_tokens: int, image_token_id
     }
 
 
-def summed_loss(model: nn.Module, batch: TensorBatch, *, num_visual_tokens: int, image_token_id: int) -> Tensor:
-    """Cross-entropy summed over the answer tokens; the caller divides by the count over all ranks.
+class Losses(NamedTuple):
+    """The parts of a pass's loss."""
 
-    Only text positions get logits: those of the visual tokens would be computed to be thrown away.
+    answer_sum: Tensor
+    """Cross-entropy summed over the answer tokens; the caller divides by their count over all ranks."""
+    patch_mean: Tensor | None
+    """Mean cross-entropy of the labelled patches; None where there are none."""
+
+
+def losses(model: nn.Module, batch: TensorBatch, *, num_visual_tokens: int, image_token_id: int) -> Losses:
+    """Runs the model on a batch at a budget.
+
+    Only text positions get logits, unless patches are labelled: those of the visual tokens would be computed to be thrown away. Patch
+    labels count only where each visual token is one patch.
     """
     length = batch.input_ids_BS.shape[1]
     inputs = with_placeholders(batch, num_visual_tokens, image_token_id)
-    logits_BSV = model(**inputs, num_visual_tokens=num_visual_tokens, logits_to_keep=length, use_cache=False).logits
-    return F.cross_entropy(logits_BSV[:, :-1].flatten(0, 1).float(), batch.labels_BS[:, 1:].flatten(), ignore_index=IGNORED, reduction="sum")
+    num_visual = inputs["input_ids"].shape[1] - length
+    patch_labels = batch.patch_labels_BN
+    if patch_labels is not None and (patch_labels.shape[1] != num_visual or not bool((patch_labels != IGNORED).any())):
+        patch_labels = None
+    keep = length if patch_labels is None else 0
+    logits_BSV = model(**inputs, num_visual_tokens=num_visual_tokens, logits_to_keep=keep, use_cache=False).logits.float()
+    answer_sum = F.cross_entropy(logits_BSV[:, -length:-1].flatten(0, 1), batch.labels_BS[:, 1:].flatten(), ignore_index=IGNORED, reduction="sum")
+    if patch_labels is None:
+        return Losses(answer_sum, None)
+    return Losses(answer_sum, F.cross_entropy(logits_BSV[:, :num_visual].flatten(0, 1), patch_labels.flatten(), ignore_index=IGNORED))
 
 
 def parameter_groups(model: ElasticPaliGemmaForConditionalGeneration, config: OptimizerConfig) -> list[dict[str, object]]:

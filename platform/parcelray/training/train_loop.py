@@ -28,7 +28,7 @@ from parcelray.models.vlm import ElasticPaliGemmaForConditionalGeneration
 from parcelray.training import checkpointing
 from parcelray.training.budget_sampling import BudgetSampler
 from parcelray.training.metric_logger import MetricLogger, NoMetrics
-from parcelray.training.step import TensorBatch, build_optimizer, learning_rate_factor, summed_loss, to_tensors
+from parcelray.training.step import TensorBatch, build_optimizer, learning_rate_factor, losses, to_tensors
 
 
 class Progress(NamedTuple):
@@ -149,11 +149,13 @@ class _Loop:
         total = torch.zeros((), device=accelerator.device)
         for index, (micro_batch, budget) in enumerate(passes):
             with accelerator.autocast(), _sync_only_last(accelerator, self.model, last=index == len(passes) - 1):
-                loss = summed_loss(self.model, micro_batch, num_visual_tokens=budget, image_token_id=self.inputs.model.config.image_token_id)
+                parts_of_loss = losses(self.model, micro_batch, num_visual_tokens=budget, image_token_id=self.inputs.model.config.image_token_id)
                 # Distributed training averages the ranks' gradients; the sum over all answer tokens is wanted, divided by their count.
-                loss = loss * accelerator.num_processes / (targets * len(budgets))
+                loss = parts_of_loss.answer_sum * accelerator.num_processes / (targets * len(budgets))
+                total += loss.detach()
+                if parts_of_loss.patch_mean is not None:
+                    loss = loss + training.patch_supervision / len(passes) * parts_of_loss.patch_mean
                 accelerator.backward(loss)
-            total += loss.detach()
         norm = accelerator.clip_grad_norm_(self.model.parameters(), training.clip_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 from parcelray.benchmarks.mini import general, grounding, resolution, video
 from parcelray.benchmarks.mini.dense import DENSE_TASKS
 from parcelray.benchmarks.mini.drawing import CANVAS, Backdrop, encode_png
+from parcelray.benchmarks.mini.regions import regions_of
 from parcelray.benchmarks.mini.scenes import SPLITS, Draw, Question, Split, split_of
 from parcelray.data.sample import Sample
 from parcelray.data.source import SampleGroup
@@ -157,6 +158,10 @@ def _render(item: _Item, split: Split, sample_id: str, image_size: int) -> Sampl
         canvas = backdrop.canvas(item.rng)
         picture.paint(canvas, backdrop)
         images.append(encode_png(canvas, image_size))
+    objects = [picture.objects for picture in item.question.pictures]
+    metadata = {"split": split, "dense": item.dense, "objects": objects}
+    if item.dense and (regions := regions_of(item.question.prompt, item.task, objects)) is not None:
+        metadata["regions"] = [[{**region, "box": [side / CANVAS for side in region["box"]]} for region in image] for image in regions]
     return Sample(
         id=sample_id,
         benchmark=BENCHMARK,
@@ -167,5 +172,5 @@ def _render(item: _Item, split: Split, sample_id: str, image_size: int) -> Sampl
         answers=item.question.answers,
         metric=item.question.metric,
         scene=item.question.scene,
-        metadata={"split": split, "dense": item.dense, "objects": [picture.objects for picture in item.question.pictures]},
+        metadata=metadata,
     )

@@ -1,0 +1,37 @@
+"""What each part of an image should make the model say: labels for the patches themselves, for training only.
+
+A region is a box in pixels of the canvas and one word. Patches outside every region are to say `BACKGROUND`.
+"""
+
+from typing import Any
+
+BACKGROUND = "."
+_COLORS = ("dense_colors", "dense_bars", "dense_pair_lists", "dense_frames")
+_SHAPES = ("dense_cell", "dense_detect", "dense_track")
+
+
+def regions_of(prompt: str, task: str, objects: list[list[dict[str, Any]]]) -> list[list[dict[str, Any]]] | None:
+    """The regions of every image of a dense sample.
+
+    Args:
+        prompt: may say which aspect counts: `... colors` or `... shapes`.
+        task: says it otherwise; texts are labelled character by character.
+        objects: name and box [top, left, bottom, right] of every object, by image.
+
+    Returns:
+        By image, `{"box": [top, left, bottom, right], "word": word}`; None where the prompt asks for nothing that has a place.
+    """
+    if task in ("dense_spell", "dense_read"):
+        return [[region for entry in image for region in _characters(entry["name"], entry["box"])] for image in objects]
+    if task not in _COLORS and task not in _SHAPES and not prompt.endswith(("colors", "shapes")):
+        return None
+    word = 0 if task in _COLORS or prompt.endswith("colors") else 1
+    return [[{"box": entry["box"], "word": entry["name"].split()[word]} for entry in image] for image in objects]
+
+
+def _characters(text: str, box: list[int]) -> list[dict[str, Any]]:
+    top, left, bottom, right = box
+    width = (right - left) / len(text)
+    return [
+        {"box": [top, left + index * width, bottom, left + (index + 1) * width], "word": character} for index, character in enumerate(text) if character != " "
+    ]
