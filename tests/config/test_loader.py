@@ -61,7 +61,7 @@ def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path, text: str, message
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="nothing.yaml: cannot be read"):
+    with pytest.raises(ConfigError, match=r"nothing\.yaml: cannot be read"):
         load_job(tmp_path / "nothing.yaml")
 
 

@@ -1,0 +1,159 @@
+"""Training on Ray Train: what is lost when a worker or the driver dies (nothing), and what MLflow has afterwards."""
+
+import io
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from mlflow import MlflowClient
+from rich.console import Console
+from safetensors.torch import load_file
+
+from parcelray.cluster.training_run import TrainedRun, run_training
+from parcelray.config.train import TrainJob
+from parcelray.errors import UserError
+from parcelray.models.checkpoint import verify_manifest
+from parcelray.training.metric_logger import NoMetrics
+from parcelray.training.run_folder import RunFolder
+from parcelray.training.trainer import fit
+
+pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("ignore::DeprecationWarning"), pytest.mark.filterwarnings("ignore::ResourceWarning")]
+
+JOB: dict[str, Any] = {
+    "kind": "train",
+    "name": "tiny",
+    "seed": 3,
+    "model": {
+        "type": "mini",
+        "vision_width": 24,
+        "vision_layers": 1,
+        "vision_heads": 2,
+        "vision_mlp_width": 32,
+        "text_width": 24,
+        "text_layers": 1,
+        "text_heads": 2,
+        "text_kv_heads": 1,
+        "text_head_dim": 12,
+        "text_mlp_width": 32,
+    },
+    "connector": {"type": "parcel", "num_heads": 2},
+    "data": {"type": "mini"},
+    "budget": {"type": "uniform", "budgets": [16, 40, 80]},
+    "training": {"steps": 8, "images_per_step": 8, "log_every_steps": 1},
+    "validation": {"samples": 2, "budgets": [16]},
+    "checkpointing": {"every_steps": 3},
+    "scaling": {"num_workers": 2},
+}
+
+
+def _job(storage: Path, **changes: Any) -> TrainJob:
+    tracking = {"uri": f"sqlite:///{storage}/mlflow.db"}
+    return TrainJob.model_validate(JOB | {"storage": str(storage), "tracking": tracking} | changes)
+
+
+def _same_weights(first: Path, second: Path) -> bool:
+    one, two = load_file(first / "model.safetensors"), load_file(second / "model.safetensors")
+    return one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
+
+
+def _steps(uri: str, run_id: str, key: str) -> list[int]:
+    return [metric.step for metric in MlflowClient(uri).get_metric_history(run_id, key)]
+
+
+class KillsOnce:
+    """A metric logger that kills its own worker with SIGKILL at a step, the first time only."""
+
+    def __init__(self, marker: Path, step: int) -> None:
+        self._marker = marker
+        self._step = step
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
+        """Kills the process, or does nothing."""
+        if step == self._step and not self._marker.exists():
+            self._marker.touch()
+            # A checkpoint counts once the controller has polled it.
+            time.sleep(2)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def flush(self) -> None:
+        """Has nothing buffered."""
+
+
+@pytest.fixture(scope="module")
+def undisturbed(ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[TrainJob, TrainedRun]:
+    job = _job(tmp_path_factory.mktemp("run"))
+    return job, run_training(job, Console(file=io.StringIO()))
+
+
+def test_a_run_is_recorded_once_and_whole(undisturbed: tuple[TrainJob, TrainedRun]) -> None:
+    job, run = undisturbed
+    assert verify_manifest(run.model_folder).seed == 3
+    assert job.tracking.uri is not None
+    assert run.mlflow_run_id is not None
+    client = MlflowClient(job.tracking.uri)
+    record = client.get_run(run.mlflow_run_id)
+    assert record.info.status == "FINISHED"
+    assert record.data.params["connector.type"] == "parcel"
+    assert _steps(job.tracking.uri, run.mlflow_run_id, "train/loss") == list(range(1, 9))
+    expected = {"train/learning_rate", "train/grad_norm", "train/tokens_per_second", "train/budget", "tokens/anchors_effective_rank", "tokens/queries_mean_cosine"}
+    assert expected <= set(record.data.metrics)
+    assert len(client.search_runs([record.info.experiment_id])) == 1
+
+
+def test_a_second_run_is_a_no_op_and_another_configuration_is_refused(undisturbed: tuple[TrainJob, TrainedRun]) -> None:
+    job, run = undisturbed
+    output = io.StringIO()
+    again = run_training(job, Console(file=output, width=200))
+    assert again.was_done
+    assert again.model_folder == run.model_folder
+    assert "nothing to do" in output.getvalue()
+    with pytest.raises(UserError, match=r"differs from this one \(seed: 3 -> 4\); give this one another name"):
+        run_training(job.model_copy(update={"seed": 4}), Console(file=output))
+
+
+def test_a_killed_worker_costs_nothing_but_time(tmp_path: Path, undisturbed: tuple[TrainJob, TrainedRun]) -> None:
+    job = _job(tmp_path)
+    folder = RunFolder(job)
+    folder.claim()
+    marker = tmp_path / "killed"
+    checkpoint, _ = fit(job, folder, checkpoint=None, logger=lambda: KillsOnce(marker, step=5))
+    assert marker.exists()
+    assert _same_weights(checkpoint / "model", undisturbed[1].model_folder)
+
+
+def test_more_workers_than_the_cluster_has_are_refused(ray_session: None, tmp_path: Path) -> None:
+    job = _job(tmp_path, scaling={"num_workers": 9, "cpus_per_worker": 2})
+    with pytest.raises(UserError, match="9 workers of 2 CPU each, but the Ray cluster has 4 CPU in all"):
+        fit(job, RunFolder(job), checkpoint=None, logger=NoMetrics)
+
+
+@pytest.mark.slow
+def test_a_killed_driver_goes_on_with_the_same_command(tmp_path: Path, undisturbed: tuple[TrainJob, TrainedRun]) -> None:
+    storage = tmp_path / "runs"
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    # Longer than the reference run, which its first steps must equal; the schedule is constant so that the length changes nothing.
+    path = tmp_path / "job.yaml"
+    path.write_text(yaml.safe_dump(JOB | {"storage": str(storage), "tracking": {"uri": uri}, "training": JOB["training"] | {"steps": 40}}))
+    command = [sys.executable, "-m", "parcelray.cli", "train", str(path)]
+    driver = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not list(storage.glob("train/tiny/*/checkpoint_*/state.json")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    driver.kill()
+    driver.wait()
+    assert not (storage / "train" / "tiny" / "result.json").exists()
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, timeout=200)
+    client = MlflowClient(uri)
+    runs = client.search_runs([client.get_experiment_by_name("parcelray").experiment_id])
+    assert [run.info.status for run in runs] == ["FINISHED"]
+    steps = _steps(uri, runs[0].info.run_id, "train/loss")
+    assert sorted(steps) == sorted(set(steps))
+    assert steps[-1] == 40
