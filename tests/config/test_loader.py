@@ -1,5 +1,6 @@
 """Job files: what is legal, and what the message says when it is not."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -42,6 +43,7 @@ def test_a_small_job_gets_every_default(tmp_path: Path) -> None:
         ({"scaling": {"num_workers": [3, 1]}}, r"is not a worker count"),
         ({"budget": {"budgets": [16]}}, r"budget.type is missing"),
         ({"kind": "trian"}, r"kind is 'trian'; legal: train \(did you mean train\?\)"),
+        ({"kind": ["train"]}, r"kind is \['train'\]; legal: train"),
         ({"name": "No Good"}, r"name is 'No Good'"),
     ],
 )
@@ -52,11 +54,51 @@ def test_a_mistake_names_file_key_value_and_what_is_legal(tmp_path: Path, change
     assert str(caught.value).startswith(f"{path}: ")
 
 
+@pytest.mark.parametrize(
+    ("changes", "path"),
+    [
+        ({"data": {"type": "mini", "sed": 1}}, "data.sed"),
+        ({"data": {"type": "mini", "mini": 1}}, "data.mini"),
+        ({"data": {"type": "nlvr"}}, "data.path"),
+        ({"data": {"type": "mini", "families": ["generl"]}}, "data.families.0"),
+        ({"connector": {"type": "parcel", "num_heads": 0}}, "connector.num_heads"),
+        ({"connector": {"type": "parcel", "routing": [{"min_budget": 9, "max_budget": 9, "anchor_grid": 1, "grid": 2}]}}, "connector.routing.0.grid"),
+        ({"connector": {"type": "parcel", "routing": [{"min_budget": "few", "max_budget": 9, "anchor_grid": 1}]}}, "connector.routing.0.min_budget"),
+        ({"budget": {"type": "uniform", "budgets": {"start": 16}}}, "budget.budgets.stop"),
+        ({"budget": {"type": "sandwich", "budgets": {"start": 16, "stop": 64, "stp": 2}}}, "budget.budgets.stp"),
+        ({"budget": {"type": "uniform", "budgets": [16, "x"]}}, "budget.budgets.1"),
+        ({"optimizer": {"type": "adamw", "beta1": 2}}, "optimizer.beta1"),
+        ({"optimizer": {"type": "sgd", "beta1": 0.9}}, "optimizer.beta1"),
+        ({"model": {"type": "checkpoint", "referense": "x"}}, "model.referense"),
+    ],
+)
+def test_a_mistake_is_one_line_with_the_path_as_the_file_has_it(tmp_path: Path, changes: dict[str, object], path: str) -> None:
+    job = _write(tmp_path, **changes)
+    with pytest.raises(ConfigError) as caught:
+        load_job(job)
+    assert re.fullmatch(rf"{re.escape(f'{job}: {path} is ')}.+", str(caught.value))
+
+
+def test_every_mistake_gets_its_line(tmp_path: Path) -> None:
+    path = _write(tmp_path, sed=1, name="No Good", scaling={"num_workers": "two"})
+    with pytest.raises(ConfigError) as caught:
+        load_job(path)
+    keys = [line.removeprefix(f"{path}: ").split(" is ")[0] for line in str(caught.value).splitlines()]
+    assert keys == ["name", "scaling.num_workers", "scaling.num_workers", "sed"]
+
+
 @pytest.mark.parametrize(("text", "message"), [("a: [", "is not YAML"), ("- 1", "holds list, not a mapping")])
 def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "job.yaml"
     path.write_text(text)
     with pytest.raises(ConfigError, match=message):
+        load_job(path)
+
+
+def test_a_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "job.yaml"
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match=r"job\.yaml: is not text in UTF-8"):
         load_job(path)
 
 
@@ -70,7 +112,7 @@ def test_set_changes_nested_values_and_creates_mappings(tmp_path: Path) -> None:
     assert (job.training.steps, job.budget.values(), job.tracking.uri) == (7, (16, 64), None)
 
 
-@pytest.mark.parametrize("override", ["steps", "=3", "a..b=1", "name.x=1"])
+@pytest.mark.parametrize("override", ["steps", "=3", "a..b=1", "name.x=1", "name=[", ".=1"])
 def test_a_malformed_set_is_refused(override: str) -> None:
     with pytest.raises(ConfigError, match="--set"):
         apply_override(dict(JOB), override)
@@ -81,6 +123,13 @@ def test_the_identity_ignores_where_a_run_is_kept_and_on_how_many_workers(tmp_pa
     first = identity(load_job(path))
     assert identity(load_job(path, ["storage=elsewhere", "tracking.uri=null", "scaling.num_workers=2"])) == first
     assert identity(load_job(path, ["seed=1"])) != first
+
+
+def test_the_identity_depends_on_values_not_on_how_they_are_written(tmp_path: Path) -> None:
+    first = identity(load_job(_write(tmp_path)))
+    path = tmp_path / "other.yaml"
+    path.write_text("training: {steps: 5.0, precision: fp32}\ndata: {type: mini, seed: 0}\nseed: 0\nname: x\nkind: train\n")
+    assert identity(load_job(path)) == first
 
 
 def test_differing_keys_are_paths() -> None:

@@ -2,10 +2,11 @@
 
 import math
 
+import numpy as np
 import pytest
 
 from parcelray.evaluation.aggregate import Frontier, family_scores, frontier_point, overall, retention, unscored
-from parcelray.evaluation.intervals import bootstrap_difference, bootstrap_mean, wilson
+from parcelray.evaluation.intervals import bootstrap_difference, bootstrap_mean, cluster_draws, wilson
 from parcelray.evaluation.score import Score
 
 
@@ -42,6 +43,26 @@ def test_a_paired_difference_knows_that_the_samples_are_the_same() -> None:
     better = [value + 0.1 for value in values]
     interval = bootstrap_difference(better, values, [str(index) for index in range(200)])
     assert interval[:3] == pytest.approx((0.1, 0.1, 0.1))
+
+
+def test_families_that_share_their_scenes_vary_together() -> None:
+    values = [float(index % 2) for index in range(200)]
+    scenes = [str(index) for index in range(200)]
+    alike = cluster_draws({"a": (values, scenes), "b": (values, scenes)}, seed=1)
+    apart = cluster_draws({"a": (values, scenes), "b": (values, [f"other {scene}" for scene in scenes])}, seed=1)
+    assert (alike["a"] == alike["b"]).all()
+    assert abs(np.corrcoef(apart["a"], apart["b"])[0, 1]) < 0.1
+    # Standard error of a mean of 200 coin flips: 0.5 / sqrt(200).
+    assert apart["a"].std() == pytest.approx(0.03536, rel=0.06)
+
+
+def test_a_ratio_of_the_same_samples_varies_less_than_its_parts() -> None:
+    reference = _scores({"general": [float(index % 2) for index in range(200)], "video": [1.0] * 200})
+    half = _scores({"general": [float(index % 4 == 1) for index in range(200)], "video": [1.0] * 200})
+    interval = retention(half, reference)
+    assert interval.value == pytest.approx(100 * (0.5 + 1) / 2)
+    # 100 of the samples tell; half of them are kept, so the ratio's standard error is sqrt(0.25 / 100) (scenes of two samples hold one each).
+    assert interval.high - interval.low == pytest.approx(100 * 2 * 1.96 * 0.05 / 2, rel=0.1)
 
 
 def test_overall_is_the_mean_of_the_families_whatever_their_sizes() -> None:

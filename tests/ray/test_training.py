@@ -103,7 +103,14 @@ def test_a_run_is_recorded_once_and_whole(undisturbed: tuple[TrainJob, TrainedRu
     assert record.info.status == "FINISHED"
     assert record.data.params["connector.type"] == "parcel"
     assert _steps(job.tracking.uri, run.mlflow_run_id, "train/loss") == list(range(1, 9))
-    expected = {"train/learning_rate", "train/grad_norm", "train/tokens_per_second", "train/budget", "tokens/anchors_effective_rank", "tokens/queries_mean_cosine"}
+    expected = {
+        "train/learning_rate",
+        "train/grad_norm",
+        "train/tokens_per_second",
+        "train/budget",
+        "tokens/anchors_effective_rank",
+        "tokens/queries_mean_cosine",
+    }
     assert expected <= set(record.data.metrics)
     assert len(client.search_runs([record.info.experiment_id])) == 1
 
@@ -152,7 +159,9 @@ def test_a_killed_driver_goes_on_with_the_same_command(tmp_path: Path, undisturb
     assert not (storage / "train" / "tiny" / "result.json").exists()
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, timeout=200)
     client = MlflowClient(uri)
-    runs = client.search_runs([client.get_experiment_by_name("parcelray").experiment_id])
+    experiment = client.get_experiment_by_name("parcelray")
+    assert experiment is not None
+    runs = client.search_runs([experiment.experiment_id])
     assert [run.info.status for run in runs] == ["FINISHED"]
     steps = _steps(uri, runs[0].info.run_id, "train/loss")
     assert sorted(steps) == sorted(set(steps))

@@ -94,6 +94,27 @@ def test_micro_batches_give_the_same_step(tmp_path: Path, undisturbed: tuple[Pat
     assert recorder.curve("train/loss") == pytest.approx(expected, rel=1e-4)
 
 
+def test_micro_batches_give_the_same_weights(tmp_path: Path) -> None:
+    # SGD: Adam divides by gradients that are nearly zero, and with them by rounding errors.
+    weights = []
+    for steps in (1, 2):
+        job = tiny_job(tmp_path, optimizer={"type": "sgd"}, training={"gradient_accumulation_steps": steps})
+        weights.append(_weights(fit_in_process(job, tmp_path / str(steps), checkpoint=None, logger=NoMetrics())[0]))
+    for name, expected in weights[0].items():
+        assert torch.allclose(weights[1][name], expected, atol=1e-6, rtol=0), name
+
+
+def test_a_step_that_is_repeated_logs_the_same_values_so_that_a_tracker_may_drop_them(tmp_path: Path) -> None:
+    job, before, after = tiny_job(tmp_path, checkpointing={"every_steps": 4}), Recorder(fail_at=6), Recorder()
+    with pytest.raises(KeyboardInterrupt):
+        fit_in_process(job, tmp_path, checkpoint=None, logger=before)
+    fit_in_process(job, tmp_path, checkpoint=None, logger=after)
+    assert list(before.curve("train/loss")) == [1, 2, 3, 4, 5]
+    assert list(after.curve("train/loss")) == [5, 6]
+    for name in ("train/loss", "train/grad_norm", "train/learning_rate", "train/budget", "tokens/anchors_effective_rank"):
+        assert after.curve(name)[5] == before.curve(name)[5], name
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -121,6 +142,19 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
     job = tiny_job(tmp_path, optimizer={"type": "sgd", "learning_rate": 1.0, "weight_decay": 1e30})
     with pytest.raises(SystemFailure, match=r"The loss at step \d is nan"):
         fit_in_process(job, tmp_path, checkpoint=None, logger=NoMetrics())
+
+
+def test_no_checkpoint_holds_weights_that_are_lost(tmp_path: Path) -> None:
+    job = tiny_job(
+        tmp_path,
+        optimizer={"type": "sgd", "learning_rate": 1.0, "weight_decay": 1e30},
+        training={"log_every_steps": 100},
+        checkpointing={"every_steps": 1, "keep": 6},
+    )
+    with pytest.raises(SystemFailure, match=r"The loss at step \d is nan"):
+        fit_in_process(job, tmp_path, checkpoint=None, logger=NoMetrics())
+    for checkpoint in tmp_path.glob("checkpoint_*"):
+        assert all(bool(values.isfinite().all()) for values in _weights(checkpoint).values())
 
 
 def test_a_budget_that_the_connector_cannot_give_stops_before_the_first_step(tmp_path: Path) -> None:

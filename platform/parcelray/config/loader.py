@@ -3,7 +3,7 @@
 import difflib
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
 
@@ -16,7 +16,7 @@ from parcelray.errors import UserError
 ModelT = TypeVar("ModelT", bound=BaseModel)
 JOB_MODELS: dict[str, type[TrainJob]] = {"train": TrainJob}
 # Where a run is kept and who records it do not change what it computes, so they are no part of its identity.
-_NOT_IDENTITY = ("storage", "tracking", "scaling")
+NOT_IDENTITY = ("storage", "tracking", "scaling")
 
 
 class ConfigError(UserError):
@@ -37,7 +37,7 @@ def load_job(path: str | Path, overrides: Sequence[str] = ()) -> TrainJob:
     for override in overrides:
         apply_override(data, override)
     kind = data.get("kind")
-    if kind not in JOB_MODELS:
+    if not isinstance(kind, str) or kind not in JOB_MODELS:
         raise ConfigError(f"{path}: kind is {kind!r}; legal: {', '.join(JOB_MODELS)}{_did_you_mean(str(kind), JOB_MODELS)}.")
     return validate(JOB_MODELS[kind], data, str(path))
 
@@ -48,6 +48,8 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}); give the path of a job file such as jobs/train/nlvr_parcel.yaml.") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: is not text in UTF-8; save it in that encoding.") from None
     try:
         data = yaml.safe_load(text)
     except yaml.YAMLError as error:
@@ -80,7 +82,11 @@ def validate(model: type[ModelT], data: dict[str, Any], source: str) -> ModelT:
     try:
         return model.model_validate(data)
     except ValidationError as error:
-        raise ConfigError("\n".join(_explain(model, source, dict(problem)) for problem in error.errors())) from None
+        problems = [(_as_written(model, problem), dict(problem)) for problem in error.errors()]
+        # Of a union, pydantic reports every member that it tried, and a list counts as empty once its items are refused: what lies
+        # deeper is the mistake.
+        deepest = [(path, problem) for path, problem in problems if not any(len(path) < len(other) and other[: len(path)] == path for other, _ in problems)]
+        raise ConfigError("\n".join(_explain(model, source, path, problem) for path, problem in deepest)) from None
 
 
 def identity(job: TrainJob) -> str:
@@ -90,7 +96,7 @@ def identity(job: TrainJob) -> str:
 
 def config_hash(job: TrainJob) -> str:
     """First 8 hex digits of the sha256 of the canonical JSON of everything that decides the result."""
-    text = json.dumps(job.model_dump(mode="json", exclude=set(_NOT_IDENTITY)), sort_keys=True)
+    text = json.dumps(job.model_dump(mode="json", exclude=set(NOT_IDENTITY)), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
@@ -106,8 +112,7 @@ def differing_keys(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -
     return lines
 
 
-def _explain(model: type[BaseModel], source: str, problem: dict[str, Any]) -> str:
-    location = _as_written(model, problem["loc"])
+def _explain(model: type[BaseModel], source: str, location: Sequence[Any], problem: dict[str, Any]) -> str:
     path = ".".join(str(part) for part in location)
     value = problem.get("input")
     if problem["type"] == "extra_forbidden":
@@ -129,11 +134,14 @@ def _explain(model: type[BaseModel], source: str, problem: dict[str, Any]) -> st
     return f"{source}: {path}{shown}: {message[0].lower() + message[1:]}." if path else f"{source}: {message}."
 
 
-def _as_written(model: type[BaseModel], location: Sequence[Any]) -> list[Any]:
+def _as_written(model: type[BaseModel], problem: Mapping[str, Any]) -> list[Any]:
     """The key path as the file has it: pydantic's location names members of unions, too."""
+    location = problem["loc"]
+    # No field has the name of a key that is refused, and it may be that of a union's member.
+    unknown = list(location[-1:]) if problem["type"] in ("extra_forbidden", "invalid_key") else []
     current: list[type[BaseModel]] = [model]
     written: list[Any] = []
-    for part in location:
+    for part in location[: len(location) - len(unknown)]:
         fields = [candidate.model_fields[part] for candidate in current if part in candidate.model_fields]
         members = [candidate for candidate in current if part in (_tag(candidate), candidate.__name__)]
         if fields or isinstance(part, int):
@@ -141,9 +149,7 @@ def _as_written(model: type[BaseModel], location: Sequence[Any]) -> list[Any]:
             current = [found for field in fields for found in _models_in(field.annotation)] or current
         elif members:
             current = members
-        elif part is location[-1] and not str(part).endswith("]"):
-            written.append(part)
-    return written
+    return written + unknown
 
 
 def _legal_keys(model: type[BaseModel], location: Sequence[Any]) -> list[str]:

@@ -33,7 +33,7 @@ def decode_image(data: bytes) -> Image.Image:
     """
     try:
         return Image.open(io.BytesIO(data)).convert("RGB")
-    except OSError:
+    except (OSError, SyntaxError, Image.DecompressionBombError):  # Pillow's PNG reader calls a broken chunk a SyntaxError
         raise UserError(f"An image of {len(data)} bytes cannot be decoded; give PNG or JPEG bytes.") from None
 
 
@@ -84,8 +84,8 @@ class Collator:
         for image, regions in enumerate(sample.metadata.get("regions", [])):
             labels[image] = self._token(BACKGROUND)
             for region in regions:
-                # The patches whose centres lie inside, and at least one.
-                top, left, bottom, right = (round(side * grid) for side in region["box"])
+                # The patches whose centres lie inside, and at least one. (A patch's centre is half a patch after its start.)
+                top, left, bottom, right = (math.ceil(side * grid - 0.5) for side in region["box"])
                 labels[image, top : max(bottom, top + 1), left : max(right, left + 1)] = self._token(region["word"])
         return labels.reshape(-1)
 

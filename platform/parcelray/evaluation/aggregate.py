@@ -5,7 +5,6 @@ Overall and retention are unweighted means over families, so that a family with 
 """
 
 import math
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from parcelray.evaluation.intervals import Interval, bootstrap_mean, cluster_weights, percentile_interval, weighted_means
+from parcelray.evaluation.intervals import Interval, bootstrap_mean, cluster_draws, percentile_interval
 from parcelray.evaluation.score import Score
 
 
@@ -69,13 +68,13 @@ def family_scores(scores: Sequence[Score], seed: int = 0) -> dict[str, Interval]
 
 
 def overall(scores: Sequence[Score], seed: int = 0) -> Interval:
-    """Unweighted mean of the family means; scenes are drawn anew within each family."""
+    """Unweighted mean of the family means; scenes are drawn together over all families, which may share them."""
     families = _by_family(scores)
-    means = [float(np.mean([score.value for score in members])) for members in families.values()]
-    draws = [_draws(members, seed) for members in families.values()]
+    means = [_mean(members) for members in families.values()]
     if not means:
         return Interval(math.nan, math.nan, math.nan, 0)
-    return percentile_interval(float(np.mean(means)), np.mean(draws, axis=0), sum(len(members) for members in families.values()))
+    draws = np.mean(list(_draws(families, seed).values()), axis=0)
+    return percentile_interval(float(np.mean(means)), draws, sum(len(members) for members in families.values()))
 
 
 def retention(scores: Sequence[Score], reference: Sequence[Score], seed: int = 0) -> Interval:
@@ -83,20 +82,13 @@ def retention(scores: Sequence[Score], reference: Sequence[Score], seed: int = 0
 
     A family in which the reference scores 0 has no retention and is left out.
     """
-    ours, theirs = _by_family(scores), _by_family(reference)
-    values, draws, count = [], [], 0
-    for family, members in ours.items():
-        shared = {score.sample_id: score for score in theirs.get(family, [])}
-        pairs = [(score, shared[score.sample_id]) for score in members if score.sample_id in shared]
-        below = float(np.mean([other.value for _, other in pairs])) if pairs else 0.0
-        if below == 0:
-            continue
-        values.append(100 * float(np.mean([score.value for score, _ in pairs])) / below)
-        draws.append(100 * _ratio(_draws([score for score, _ in pairs], seed), _draws([other for _, other in pairs], seed)))
-        count += len(pairs)
-    if not values:
+    ours, theirs = _paired_families(scores, reference)
+    if not ours:
         return Interval(math.nan, math.nan, math.nan, 0)
-    return percentile_interval(float(np.mean(values)), np.mean(draws, axis=0), count)
+    values = [100 * _mean(members) / _mean(theirs[family]) for family, members in ours.items()]
+    our_draws, their_draws = _draws(ours, seed), _draws(theirs, seed)
+    draws = np.mean([100 * _ratio(our_draws[family], their_draws[family]) for family in ours], axis=0)
+    return percentile_interval(float(np.mean(values)), draws, sum(len(members) for members in ours.values()))
 
 
 def unscored(scores: Sequence[Score]) -> int:
@@ -114,10 +106,25 @@ def _by_family(scores: Sequence[Score]) -> dict[str, list[Score]]:
     return families
 
 
-def _draws(members: Sequence[Score], seed: int) -> NDArray[np.float64]:
-    # Families are drawn independently of each other, and alike for the two sides of a comparison.
-    weights = cluster_weights([score.scene for score in members], seed + zlib.crc32(members[0].family.encode()))
-    return weighted_means(np.array([score.value for score in members]), weights)
+def _paired_families(scores: Sequence[Score], reference: Sequence[Score]) -> tuple[dict[str, list[Score]], dict[str, list[Score]]]:
+    """The samples that both sides scored, by family and in the same order; without the families in which the reference scores 0."""
+    ours: dict[str, list[Score]] = {}
+    theirs: dict[str, list[Score]] = {}
+    others = _by_family(reference)
+    for family, members in _by_family(scores).items():
+        shared = {score.sample_id: score for score in others.get(family, [])}
+        kept = [score for score in members if score.sample_id in shared]
+        if any(shared[score.sample_id].value for score in kept):
+            ours[family], theirs[family] = kept, [shared[score.sample_id] for score in kept]
+    return ours, theirs
+
+
+def _mean(members: Sequence[Score]) -> float:
+    return float(np.mean([score.value for score in members]))
+
+
+def _draws(families: Mapping[str, Sequence[Score]], seed: int) -> dict[str, NDArray[np.float64]]:
+    return cluster_draws({family: ([score.value for score in members], [score.scene for score in members]) for family, members in families.items()}, seed)
 
 
 def _ratio(above: NDArray[np.float64], below: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -4,7 +4,7 @@ Samples of one scene (or one NLVR sentence) are not independent, so the bootstra
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -34,22 +34,31 @@ def wilson(successes: int, n: int) -> Interval:
     return Interval(share, max(0.0, centre - half), min(1.0, centre + half), n)
 
 
-def cluster_weights(clusters: Sequence[str], seed: int, draws: int = DRAWS) -> NDArray[np.float64]:
-    """How often each sample counts in each bootstrap draw: [draws, n]. All samples of a cluster count alike.
+def cluster_draws(groups: Mapping[str, tuple[Sequence[float], Sequence[str]]], seed: int, draws: int = DRAWS) -> dict[str, NDArray[np.float64]]:
+    """Mean of each group of samples in each bootstrap draw of clusters.
 
-    Used with the same seed for two lists of scores over the same samples, it makes their comparison a paired one.
+    The clusters of all groups are drawn together, so groups that share clusters (two kinds of question about one sentence) vary
+    together as they must. The same clusters under the same seed are drawn alike, which pairs two lists of scores of the same samples.
+
+    Args:
+        groups: by name, the values of the samples and the cluster of each.
+        seed: of the draws.
+        draws: how many.
+
+    Returns:
+        By name, [draws]; NaN where a draw holds no sample of the group.
     """
-    names, owner = np.unique(np.asarray(clusters), return_inverse=True)
+    names = sorted({cluster for _, clusters in groups.values() for cluster in clusters})
+    place = {name: index for index, name in enumerate(names)}
     rng = np.random.default_rng(seed)
-    counts = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), size=draws)
-    weights: NDArray[np.float64] = counts[:, owner].astype(np.float64)
-    return weights
-
-
-def weighted_means(values: NDArray[np.float64], weights: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Mean of the values in each draw: [draws]; NaN where a draw holds no sample."""
-    totals = weights.sum(axis=1)
-    means: NDArray[np.float64] = np.divide(weights @ values, totals, out=np.full(len(totals), np.nan), where=totals > 0)
+    counts = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), size=draws).astype(np.float64)
+    means = {}
+    for group, (values, clusters) in groups.items():
+        owner = np.array([place[cluster] for cluster in clusters])
+        # Sums per cluster first: the draws then need [draws, clusters] numbers, not [draws, samples].
+        totals = counts @ np.bincount(owner, minlength=len(names)).astype(np.float64)
+        sums = counts @ np.bincount(owner, weights=np.asarray(values, dtype=np.float64), minlength=len(names))
+        means[group] = np.divide(sums, totals, out=np.full(draws, np.nan), where=totals > 0)
     return means
 
 
@@ -66,8 +75,7 @@ def bootstrap_mean(values: Sequence[float], clusters: Sequence[str], seed: int =
     """Mean with its cluster-bootstrap interval."""
     if not values:
         return Interval(math.nan, math.nan, math.nan, 0)
-    array = np.asarray(values, dtype=np.float64)
-    return percentile_interval(float(array.mean()), weighted_means(array, cluster_weights(clusters, seed, draws)), len(array))
+    return percentile_interval(float(np.mean(values)), cluster_draws({"": (values, clusters)}, seed, draws)[""], len(values))
 
 
 def bootstrap_difference(first: Sequence[float], second: Sequence[float], clusters: Sequence[str], seed: int = 0, draws: int = DRAWS) -> Interval:

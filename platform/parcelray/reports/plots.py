@@ -40,7 +40,7 @@ def plot_frontier(frontier: Frontier, path: Path, *, title: str) -> None:
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(ScalarFormatter())
     axes.set_xlabel("visual tokens per image")
-    axes.set_ylabel("score, mean over families (%)")
+    axes.set_ylabel("score, mean over families (%), 95 % intervals")
     axes.set_ylim(bottom=0)
     axes.set_title(title)
     axes.grid(axis="y", alpha=0.3)

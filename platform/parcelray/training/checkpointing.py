@@ -1,8 +1,8 @@
 """The state of a training run on disk: everything that the rest of the run depends on.
 
-A checkpoint folder holds `model/` (Hugging Face layout, loadable as it is), `optimizer.pt` (optimiser and RNG states, loaded with
-`weights_only=True` and only from a run's own folder) and `state.json` (step, budget sampler, configuration hash). The data position
-is the step: `data.schedule` derives the samples of every step from it.
+A checkpoint folder holds `model/` (Hugging Face layout, loadable as it is), `optimizer.pt` (states of optimiser, fp16 loss scaler and
+RNG, loaded with `weights_only=True` and only from a run's own folder) and `state.json` (step, budget sampler, configuration hash). The
+data position is the step: `data.schedule` derives the samples of every step from it.
 """
 
 import json
@@ -53,7 +53,8 @@ def save(
     inner: ElasticPaliGemmaForConditionalGeneration = accelerator.unwrap_model(model)
     inner.save_pretrained(folder / "model", state_dict=weights)
     processor.save_pretrained(folder / "model")
-    torch.save({"optimizer": moments, "rng": rng}, folder / "optimizer.pt")
+    scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
+    torch.save({"optimizer": moments, "scaler": scaler, "rng": rng}, folder / "optimizer.pt")
     text = {"step": state.step, "config_hash": state.config_hash, "budget_sampler": state.budget_sampler, "world_size": state.world_size}
     (folder / "state.json").write_text(json.dumps(text, indent=2), encoding="utf-8")
 
@@ -71,7 +72,7 @@ def read_state(folder: Path) -> TrainState:
 
 
 def restore_optimizer(folder: Path, *, accelerator: Accelerator, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Puts optimiser moments and this rank's RNG back; the model's weights are loaded with the model."""
+    """Puts optimiser moments, fp16 loss scale and this rank's RNG back; the model's weights are loaded with the model."""
     stored = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
     if is_sharded(accelerator):
         # Not strict: a parameter that no step has used yet (a query path, at budgets without queries) has no moments.
@@ -79,6 +80,8 @@ def restore_optimizer(folder: Path, *, accelerator: Accelerator, model: torch.nn
         set_optimizer_state_dict(model, _inner(optimizer), optim_state_dict=stored["optimizer"], options=options)
     else:
         _inner(optimizer).load_state_dict(stored["optimizer"])
+    if accelerator.scaler is not None:
+        accelerator.scaler.load_state_dict(stored["scaler"])
     rank = accelerator.process_index
     if rank < len(stored["rng"]):
         _set_rng_state(stored["rng"][rank])

@@ -7,7 +7,7 @@ from typing import Any
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from parcelray.config.loader import differing_keys, identity
+from parcelray.config.loader import NOT_IDENTITY, differing_keys, identity
 from parcelray.config.train import TrainJob
 from parcelray.errors import UserError
 
@@ -23,8 +23,8 @@ class RunFolder:
 
     def __init__(self, job: TrainJob) -> None:
         self.identity = identity(job)
-        root = f"{job.storage.rstrip('/')}/{job.kind}/{job.name}"
-        self.filesystem, self.path = fsspec.core.url_to_fs(root)
+        self.filesystem, root = fsspec.core.url_to_fs(job.storage)
+        self.path = f"{root.rstrip('/')}/{job.kind}/{job.name}"
         self._job = job
 
     @property
@@ -41,7 +41,8 @@ class RunFolder:
         resolved = self._job.model_dump(mode="json")
         existing = self._read(_JOB)
         if existing is not None and existing["identity"] != self.identity:
-            differences = "; ".join(differing_keys(existing["job"], resolved))
+            old, new = ({key: value for key, value in job.items() if key not in NOT_IDENTITY} for job in (existing["job"], resolved))
+            differences = "; ".join(differing_keys(old, new))
             raise UserError(
                 f"{self.path} holds the run {existing['identity']}, whose configuration differs from this one ({differences}); "
                 "give this one another name (--set name=...), or restore the old values to go on with the old run."

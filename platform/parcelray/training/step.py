@@ -29,13 +29,13 @@ class TensorBatch:
     """Tokens that the patches of all images of a prompt should name."""
 
     @property
-    def num_target_tokens(self) -> int:
-        """Positions with a loss: the first of a prompt has none to predict it, but no answer stands there."""
-        return int((self.labels_BS != IGNORED).sum())
+    def num_prompts(self) -> int:
+        """B."""
+        return self.input_ids_BS.shape[0]
 
     def slice(self, part: int, num_parts: int) -> "TensorBatch":
         """Micro-batch `part` of `num_parts`: every num_parts-th prompt with its images."""
-        prompts = self.input_ids_BS.shape[0]
+        prompts = self.num_prompts
         images = self.pixel_values_ICHW.shape[0] // prompts
         chosen = torch.arange(part, prompts, num_parts)
         pixels = self.pixel_values_ICHW.view(prompts, images, *self.pixel_values_ICHW.shape[1:])[chosen].flatten(0, 1)
@@ -61,7 +61,7 @@ def to_tensors(batch: Batch, device: torch.device) -> TensorBatch:
 
 def with_placeholders(batch: TensorBatch, num_visual_tokens: int, image_token_id: int) -> dict[str, Tensor]:
     """Model inputs of the batch at a budget: I / B x K image placeholders before each prompt, inside the bidirectional prefix."""
-    prompts = batch.input_ids_BS.shape[0]
+    prompts = batch.num_prompts
     count = batch.pixel_values_ICHW.shape[0] // prompts * num_visual_tokens
 
     def prepend(values_BS: Tensor, value: int) -> Tensor:
@@ -76,12 +76,15 @@ def with_placeholders(batch: TensorBatch, num_visual_tokens: int, image_token_id
 
 
 class Losses(NamedTuple):
-    """The parts of a pass's loss."""
+    """The parts of a pass's loss, summed over its prompts; the caller divides by the prompts of the step over all ranks.
+
+    A prompt's part is the mean over its positions, so that long answers weigh no more than short ones (as PaliGemma is trained).
+    """
 
     answer_sum: Tensor
-    """Cross-entropy summed over the answer tokens; the caller divides by their count over all ranks."""
-    patch_mean: Tensor | None
-    """Mean cross-entropy of the labelled patches; None where there are none."""
+    """Cross-entropy of the answers."""
+    patch_sum: Tensor | None
+    """Cross-entropy of the labelled patches; None where there are none."""
 
 
 def losses(model: nn.Module, batch: TensorBatch, *, num_visual_tokens: int, image_token_id: int) -> Losses:
@@ -98,10 +101,17 @@ def losses(model: nn.Module, batch: TensorBatch, *, num_visual_tokens: int, imag
         patch_labels = None
     keep = length if patch_labels is None else 0
     logits_BSV = model(**inputs, num_visual_tokens=num_visual_tokens, logits_to_keep=keep, use_cache=False).logits.float()
-    answer_sum = F.cross_entropy(logits_BSV[:, -length:-1].flatten(0, 1), batch.labels_BS[:, 1:].flatten(), ignore_index=IGNORED, reduction="sum")
+    answer_sum = _prompt_means(logits_BSV[:, -length:-1], batch.labels_BS[:, 1:]).sum()
     if patch_labels is None:
         return Losses(answer_sum, None)
-    return Losses(answer_sum, F.cross_entropy(logits_BSV[:, :num_visual].flatten(0, 1), patch_labels.flatten(), ignore_index=IGNORED))
+    return Losses(answer_sum, _prompt_means(logits_BSV[:, :num_visual], patch_labels).sum())
+
+
+def _prompt_means(logits_BSV: Tensor, labels_BS: Tensor) -> Tensor:
+    """Mean cross-entropy over the labelled positions of each prompt: [B], 0 where none is labelled."""
+    each_BS = F.cross_entropy(logits_BSV.flatten(0, 1), labels_BS.flatten(), ignore_index=IGNORED, reduction="none").view_as(labels_BS)
+    means_B: Tensor = each_BS.sum(1) / (labels_BS != IGNORED).sum(1).clamp(min=1)
+    return means_B
 
 
 def parameter_groups(model: ElasticPaliGemmaForConditionalGeneration, config: OptimizerConfig) -> list[dict[str, object]]:

@@ -13,7 +13,6 @@ import torch
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, set_seed
-from torch import Tensor
 
 from parcelray.analysis.redundancy import effective_rank, mean_pairwise_cosine
 from parcelray.config.loader import config_hash
@@ -106,7 +105,7 @@ class _Loop:
         """All steps from the first; validations, metrics and checkpoints at their intervals."""
         training, rank, world = self.job.training, self.accelerator.process_index, self.accelerator.num_processes
         batches = iter(self.inputs.batches(self.first_step, rank, world))
-        metrics: dict[str, float] = {}
+        last: dict[str, float] = {}
         clock = _Clock()
         for step in range(self.first_step, training.steps):
             batch = to_tensors(next(batches), self.accelerator.device)
@@ -114,9 +113,10 @@ class _Loop:
             loss, norm = self._step(step, batch, budgets)
             clock.add(_num_tokens(batch, budgets) * world)
             done = step + 1
+            _check_finite(loss, norm, done, training.precision)
             if self._due(done, training.log_every_steps):
-                metrics |= {
-                    "train/loss": _finite(loss, done),
+                metrics = {
+                    "train/loss": loss,
                     "train/grad_norm": norm,
                     "train/learning_rate": float(self.optimizer.param_groups[0]["lr"]),
                     "train/budget": float(budgets[-1]),
@@ -124,42 +124,44 @@ class _Loop:
                 }
                 metrics |= self._diagnostics(batch, budgets[-1])
                 self._log(metrics, done)
+                last |= metrics
                 self.inputs.on_progress(Progress(done, training.steps, metrics["train/loss"], budgets[-1], metrics["train/tokens_per_second"]))
             if self._due(done, self.job.validation.every_steps):
                 scores = self._validate()
                 self._log(scores, done)
-                metrics |= scores
+                last |= scores
             if self._due(done, self.job.checkpointing.every_steps):
-                self._checkpoint(done, metrics)
+                self._checkpoint(done, last)
             clock.restart_if(self._due(done, training.log_every_steps))
-        return metrics
+        return last
 
     def _due(self, done: int, every: int) -> bool:
         return done == self.job.training.steps or (every > 0 and done % every == 0)
 
-    def _step(self, step: int, batch: TensorBatch, budgets: tuple[int, ...]) -> tuple[Tensor, float]:
-        """One optimiser step; returns the mean loss over answer tokens and budgets of all ranks, and the gradient norm."""
+    def _step(self, step: int, batch: TensorBatch, budgets: tuple[int, ...]) -> tuple[float, float]:
+        """One optimiser step; returns the mean answer loss over prompts and budgets of all ranks, and the gradient norm."""
         training, accelerator = self.job.training, self.accelerator
         factor = learning_rate_factor(step, training.steps, self.job.schedule)
         for group, peak in zip(self.optimizer.param_groups, self.peak_rates, strict=True):
             group["lr"] = peak * factor
-        targets = accelerator.reduce(torch.tensor(float(batch.num_target_tokens), device=accelerator.device), reduction="sum")
-        parts = min(training.gradient_accumulation_steps, batch.input_ids_BS.shape[0])
+        prompts = accelerator.reduce(torch.tensor(float(batch.num_prompts), device=accelerator.device), reduction="sum")
+        parts = min(training.gradient_accumulation_steps, batch.num_prompts)
         passes = [(batch.slice(part, parts), budget) for part in range(parts) for budget in budgets]
         total = torch.zeros((), device=accelerator.device)
         for index, (micro_batch, budget) in enumerate(passes):
             with accelerator.autocast(), _sync_only_last(accelerator, self.model, last=index == len(passes) - 1):
                 parts_of_loss = losses(self.model, micro_batch, num_visual_tokens=budget, image_token_id=self.inputs.model.config.image_token_id)
-                # Distributed training averages the ranks' gradients; the sum over all answer tokens is wanted, divided by their count.
-                loss = parts_of_loss.answer_sum * accelerator.num_processes / (targets * len(budgets))
-                total += loss.detach()
-                if parts_of_loss.patch_mean is not None:
-                    loss = loss + training.patch_supervision / len(passes) * parts_of_loss.patch_mean
-                accelerator.backward(loss)
+                # Distributed training averages the ranks' gradients; the sum over all prompts is wanted, divided by their count.
+                scale = accelerator.num_processes / (prompts * len(budgets))
+                total += scale * parts_of_loss.answer_sum.detach()
+                loss = parts_of_loss.answer_sum
+                if parts_of_loss.patch_sum is not None:
+                    loss = loss + training.patch_supervision * parts_of_loss.patch_sum
+                accelerator.backward(scale * loss)
         norm = accelerator.clip_grad_norm_(self.model.parameters(), training.clip_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return accelerator.reduce(total, reduction="mean"), float(norm)
+        return float(accelerator.reduce(total, reduction="mean")), float(norm)
 
     @torch.no_grad()
     def _diagnostics(self, batch: TensorBatch, budget: int) -> dict[str, float]:
@@ -236,11 +238,14 @@ def _num_tokens(batch: TensorBatch, budgets: tuple[int, ...]) -> int:
     return sum(text + batch.pixel_values_ICHW.shape[0] * budget for budget in budgets)
 
 
-def _finite(loss: Tensor, step: int) -> float:
-    value = float(loss)
-    if not math.isfinite(value):
-        raise SystemFailure(f"The loss at step {step} is {value}; lower optimizer.learning_rate or training.clip_norm, or use precision bf16 or fp32.")
-    return value
+def _check_finite(loss: float, norm: float, step: int, precision: str) -> None:
+    """Every step, so that no checkpoint holds lost weights, to which every restart would go back."""
+    # Under fp16 the loss scaler skips steps whose gradients overflow.
+    if not math.isfinite(loss) or (not math.isfinite(norm) and precision != "fp16"):
+        raise SystemFailure(
+            f"The loss at step {step} is {loss} and the gradient norm {norm}; "
+            "lower optimizer.learning_rate or training.clip_norm, or use precision bf16 or fp32."
+        )
 
 
 def _sync_only_last(accelerator: Accelerator, model: torch.nn.Module, *, last: bool) -> AbstractContextManager[None]:

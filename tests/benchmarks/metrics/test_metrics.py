@@ -55,4 +55,5 @@ def test_a_box_counts_from_half_overlap_on() -> None:
 
 def test_a_sentence_is_consistent_only_if_all_its_pictures_are_right() -> None:
     assert consistency([("a", 1.0), ("b", 1.0), ("a", 1.0), ("b", 0.0), ("c", 1.0)]) == pytest.approx(2 / 3)
+    assert consistency([("a", 1.0), ("a", math.nan), ("a", 1.0)]) == 0
     assert math.isnan(consistency([]))

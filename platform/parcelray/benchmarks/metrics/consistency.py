@@ -7,12 +7,12 @@ def consistency(scores: Iterable[tuple[str, float]]) -> float:
     """Share of sentences with all their images right.
 
     Args:
-        scores: (sentence, score of one of its images), in any order.
+        scores: (sentence, score of one of its images), in any order; a NaN is not right.
 
     Returns:
         0 to 1; NaN without scores.
     """
-    worst: dict[str, float] = {}
+    right: dict[str, bool] = {}
     for sentence, value in scores:
-        worst[sentence] = min(value, worst.get(sentence, 1.0))
-    return sum(value == 1.0 for value in worst.values()) / len(worst) if worst else float("nan")
+        right[sentence] = right.get(sentence, True) and value == 1.0
+    return sum(right.values()) / len(right) if right else float("nan")

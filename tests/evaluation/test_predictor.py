@@ -1,0 +1,154 @@
+"""Answers at any budget: the same alone and in a batch, from one encoding of each image, and blind."""
+
+import io
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from parcelray.benchmarks.metrics.box_iou import Box, format_locations, parse_locations
+from parcelray.config.connector import ParcelConnectorConfig
+from parcelray.config.model import MiniModelConfig
+from parcelray.data.collator import decode_image
+from parcelray.data.sample import Sample
+from parcelray.errors import SystemFailure, UnsupportedBudgetError
+from parcelray.evaluation.predictor import BLIND, Predictor
+from parcelray.evaluation.score import score
+from parcelray.models.mini import build_config, build_model, build_processor
+from parcelray.models.processor import ElasticPaliGemmaProcessor
+from parcelray.models.vlm import ElasticPaliGemmaForConditionalGeneration
+
+CONFIG = MiniModelConfig(
+    vision_width=24, vision_layers=1, vision_heads=2, vision_mlp_width=32, text_width=24, text_layers=1, text_heads=2, text_kv_heads=1, text_mlp_width=32
+)
+PROMPTS = ("how many", "what color is the small red circle", "which image has more blue circles", "true or false: there is a tower")
+
+
+@pytest.fixture(scope="module")
+def processor() -> ElasticPaliGemmaProcessor:
+    return build_processor(CONFIG, PROMPTS * 10)
+
+
+@pytest.fixture(scope="module")
+def model(processor: ElasticPaliGemmaProcessor) -> ElasticPaliGemmaForConditionalGeneration:
+    config = build_config(CONFIG, processor)
+    config.connector = ParcelConnectorConfig(num_heads=2).model_dump(mode="json")
+    model = build_model(config, 0)
+    model.eval()
+    with torch.no_grad():
+        # The embeddings are also the output head: at their usual scale an untrained model repeats the prompt's last token.
+        model.get_input_embeddings().weight.mul_(0.02)
+    return model
+
+
+@pytest.fixture
+def samples() -> list[Sample]:
+    """Twelve questions about one, two or three images of noise."""
+    rng = np.random.default_rng(0)
+    return [_sample(index, [_png(rng) for _ in range(1 + index % 3)]) for index in range(12)]
+
+
+def _png(rng: np.random.Generator) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(rng.integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def _sample(index: int, images: Sequence[bytes]) -> Sample:
+    return Sample(
+        id=str(index), benchmark="b", family="f", task="t", images=tuple(images), prompt=PROMPTS[index % len(PROMPTS)], answers=("red",), scene=str(index)
+    )
+
+
+def test_a_batch_answers_as_one_sample_at_a_time(
+    model: ElasticPaliGemmaForConditionalGeneration, processor: ElasticPaliGemmaProcessor, samples: list[Sample]
+) -> None:
+    together = Predictor(model, processor, batch_size=64, max_new_tokens=4).generate_budgets(samples, [BLIND, 16, 40])
+    alone = Predictor(model, processor, batch_size=1, max_new_tokens=4).generate_budgets(samples, [40, 16, BLIND])
+    assert together == alone
+    assert len(set(together[16])) >= 6, "the test means something only if answers differ"
+
+
+def test_an_answer_is_the_stock_paths_own(model: ElasticPaliGemmaForConditionalGeneration, processor: ElasticPaliGemmaProcessor, samples: list[Sample]) -> None:
+    sample = samples[1]
+    inputs = processor([[decode_image(image) for image in sample.images]], [sample.prompt], num_visual_tokens=40, return_tensors="pt")
+    with torch.inference_mode():
+        tokens_BS = model.generate(**inputs, num_visual_tokens=40, max_new_tokens=4, do_sample=False)
+    expected = processor.decode(tokens_BS[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+    assert Predictor(model, processor, max_new_tokens=4).generate([sample], num_visual_tokens=40) == [expected]
+
+
+def test_each_image_is_encoded_once_for_all_budgets(
+    model: ElasticPaliGemmaForConditionalGeneration, processor: ElasticPaliGemmaProcessor, samples: list[Sample]
+) -> None:
+    encoded: list[int] = []
+
+    def count(module: torch.nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        encoded.append(len(arguments[0]))
+
+    handle = model.model.vision_tower.register_forward_pre_hook(count)
+    try:
+        Predictor(model, processor, max_new_tokens=1).generate_budgets(samples, [BLIND, 16, 64, 256])
+        assert sum(encoded) == sum(len(sample.images) for sample in samples)
+        Predictor(model, processor, max_new_tokens=1).generate(samples, num_visual_tokens=BLIND)
+        assert sum(encoded) == sum(len(sample.images) for sample in samples), "the blind model looks at nothing"
+    finally:
+        handle.remove()
+
+
+@pytest.mark.parametrize("budget", [BLIND, 16, 256])
+def test_the_decoder_sees_as_many_visual_tokens_as_the_budget_says(
+    model: ElasticPaliGemmaForConditionalGeneration, processor: ElasticPaliGemmaProcessor, samples: list[Sample], budget: int
+) -> None:
+    lengths: list[int] = []
+
+    def look(module: torch.nn.Module, arguments: tuple[Tensor, ...], keywords: dict[str, Tensor]) -> None:
+        lengths.append(keywords["inputs_embeds"].shape[1])
+
+    handle = model.model.language_model.register_forward_pre_hook(look, with_kwargs=True)
+    try:
+        Predictor(model, processor, max_new_tokens=2).generate([samples[2]], num_visual_tokens=budget)
+    finally:
+        handle.remove()
+    text = len(processor.tokenizer(f"{processor.tokenizer.bos_token}{samples[2].prompt}\n", add_special_tokens=False)["input_ids"])
+    # The prompt, then one new token on top of the cached prompt.
+    assert lengths == [3 * budget + text, 1]
+
+
+def test_blind_answers_do_not_depend_on_the_images(
+    model: ElasticPaliGemmaForConditionalGeneration, processor: ElasticPaliGemmaProcessor, samples: list[Sample]
+) -> None:
+    predictor = Predictor(model, processor, max_new_tokens=4)
+    other = [_sample(index, [_png(np.random.default_rng(99))]) for index in range(12)]
+    assert predictor.generate(samples, num_visual_tokens=BLIND) == predictor.generate(other, num_visual_tokens=BLIND)
+    assert predictor.generate(samples, num_visual_tokens=16) != predictor.generate(other, num_visual_tokens=16)
+
+
+def test_an_illegal_budget_is_refused(model: ElasticPaliGemmaForConditionalGeneration, processor: ElasticPaliGemmaProcessor, samples: list[Sample]) -> None:
+    with pytest.raises(UnsupportedBudgetError, match="legal budgets are 16 to 256"):
+        Predictor(model, processor).generate(samples, num_visual_tokens=8)
+
+
+def test_a_prompt_with_another_number_of_visual_tokens_is_a_failure(
+    model: ElasticPaliGemmaForConditionalGeneration, processor: ElasticPaliGemmaProcessor, samples: list[Sample]
+) -> None:
+    smuggled = Sample(**{**{name: getattr(samples[0], name) for name in Sample.__slots__}, "prompt": "what is <image>"})
+    with pytest.raises(SystemFailure, match="about to see 17 visual tokens where the budget asks for 16"):
+        Predictor(model, processor).generate([smuggled], num_visual_tokens=16)
+
+
+def test_location_tokens_survive_decoding(processor: ElasticPaliGemmaProcessor) -> None:
+    box = Box(0.1, 0.2, 0.5, 0.9)
+    tokens = processor.tokenizer(format_locations(box), add_special_tokens=False)["input_ids"]
+    assert len(tokens) == 4
+    assert parse_locations(processor.batch_decode([tokens], skip_special_tokens=True)[0]) == parse_locations(format_locations(box))
+
+
+def test_scores_carry_the_budget_and_the_answer(samples: list[Sample]) -> None:
+    scores = score(samples[:2], ["Red.", "blue"], num_visual_tokens=40)
+    assert [(each.sample_id, each.num_visual_tokens, each.prediction, each.value) for each in scores] == [("0", 40, "Red.", 1.0), ("1", 40, "blue", 0.0)]
+    with pytest.raises(ValueError, match="shorter"):
+        score(samples[:2], ["red"], num_visual_tokens=40)

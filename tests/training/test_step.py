@@ -1,0 +1,186 @@
+"""One training step against the model's own loss, its parts against the whole, and the numbers of schedule and optimiser groups."""
+
+import numpy as np
+import pytest
+import torch
+
+from parcelray.benchmarks.mini.suite import MiniSuite
+from parcelray.config.connector import ParcelConnectorConfig
+from parcelray.config.model import MiniModelConfig
+from parcelray.config.optimizer import AdamWConfig, ScheduleConfig, SgdConfig
+from parcelray.data.collator import IGNORED, Collator
+from parcelray.models.mini import build_config, build_model, build_processor
+from parcelray.models.processor import ElasticPaliGemmaProcessor
+from parcelray.models.vlm import ElasticPaliGemmaForConditionalGeneration
+from parcelray.training.step import (
+    TensorBatch,
+    build_optimizer,
+    learning_rate_factor,
+    losses,
+    parameter_groups,
+    to_tensors,
+    with_placeholders,
+)
+
+from .conftest import TINY
+
+MODEL = MiniModelConfig.model_validate(TINY["model"])
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def processor() -> ElasticPaliGemmaProcessor:
+    """Processor of the tiny model."""
+    return build_processor(MODEL, MiniSuite(split="train").texts(200))
+
+
+@pytest.fixture
+def model(processor: ElasticPaliGemmaProcessor) -> ElasticPaliGemmaForConditionalGeneration:
+    """A tiny PARCEL model with seeded random weights."""
+    config = build_config(MODEL, processor)
+    config.connector = ParcelConnectorConfig(num_heads=2).model_dump(mode="json")
+    return build_model(config, 0)
+
+
+def _batch(processor: ElasticPaliGemmaProcessor, group: str = "single", count: int = 5, *, label_patches: bool = False) -> TensorBatch:
+    suite = MiniSuite(split="train")
+    return to_tensors(Collator(processor, label_patches=label_patches)([suite.get(group, index) for index in range(count)]), CPU)
+
+
+def _sum(model: ElasticPaliGemmaForConditionalGeneration, batch: TensorBatch, budget: int) -> torch.Tensor:
+    return losses(model, batch, num_visual_tokens=budget, image_token_id=model.config.image_token_id).answer_sum
+
+
+@pytest.mark.parametrize(("group", "budget"), [("single", 16), ("single", 256), ("pair", 40)])
+def test_the_loss_is_the_models_own(model: ElasticPaliGemmaForConditionalGeneration, processor: ElasticPaliGemmaProcessor, group: str, budget: int) -> None:
+    batch = _batch(processor, group)
+    inputs = with_placeholders(batch, budget, model.config.image_token_id)
+    labels = torch.full_like(inputs["input_ids"], IGNORED)
+    labels[:, -batch.labels_BS.shape[1] :] = batch.labels_BS
+    with torch.no_grad():
+        # The model's own loss is a mean over tokens; of one prompt it is that prompt's mean.
+        images = inputs["pixel_values"].unflatten(0, (batch.num_prompts, -1))
+        alone = [
+            model(
+                pixel_values=images[row],
+                num_visual_tokens=budget,
+                labels=labels[row : row + 1],
+                **{key: inputs[key][row : row + 1] for key in ("input_ids", "token_type_ids", "attention_mask")},
+            ).loss
+            for row in range(batch.num_prompts)
+        ]
+        expected = torch.stack(alone).sum()
+        found = _sum(model, batch, budget)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_logits_of_the_text_alone_change_nothing(model: ElasticPaliGemmaForConditionalGeneration, processor: ElasticPaliGemmaProcessor) -> None:
+    labelled = _batch(processor, count=8, label_patches=True)
+    with torch.no_grad():
+        whole = losses(model, labelled, num_visual_tokens=256, image_token_id=model.config.image_token_id)
+        text_only = _sum(model, _batch(processor, count=8), 256)
+    assert whole.patch_sum is not None
+    torch.testing.assert_close(whole.answer_sum, text_only, atol=1e-4, rtol=1e-5)
+
+
+def test_patches_have_a_loss_only_where_a_visual_token_is_a_patch(
+    model: ElasticPaliGemmaForConditionalGeneration, processor: ElasticPaliGemmaProcessor
+) -> None:
+    batch = _batch(processor, count=8, label_patches=True)
+    with torch.no_grad():
+        assert losses(model, batch, num_visual_tokens=64, image_token_id=model.config.image_token_id).patch_sum is None
+        inputs = with_placeholders(batch, 256, model.config.image_token_id)
+        logits = model(**inputs, num_visual_tokens=256).logits[:, :256]
+        found = losses(model, batch, num_visual_tokens=256, image_token_id=model.config.image_token_id).patch_sum
+    assert batch.patch_labels_BN is not None
+    chosen = batch.patch_labels_BN != IGNORED
+    rows = [row for row in range(batch.num_prompts) if bool(chosen[row].any())]
+    assert 0 < len(rows) < batch.num_prompts
+    expected = -sum(logits[row].log_softmax(-1)[chosen[row]].gather(1, batch.patch_labels_BN[row][chosen[row]][:, None]).mean() for row in rows)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("group", "parts"), [("single", 2), ("single", 5), ("pair", 3)])
+def test_the_gradients_of_micro_batches_add_up_to_those_of_the_batch(
+    model: ElasticPaliGemmaForConditionalGeneration, processor: ElasticPaliGemmaProcessor, group: str, parts: int
+) -> None:
+    batch = _batch(processor, group)
+    _sum(model, batch, 40).backward()
+    whole = {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
+    model.zero_grad()
+    slices = [batch.slice(part, parts) for part in range(parts)]
+    assert sum(part.num_prompts for part in slices) == batch.num_prompts
+    for part in slices:
+        _sum(model, part, 40).backward()
+    for name, parameter in model.named_parameters():
+        if name in whole:
+            assert parameter.grad is not None
+            assert torch.allclose(parameter.grad, whole[name], atol=1e-4, rtol=1e-4), name
+
+
+def test_a_micro_batch_keeps_each_prompts_images_and_labels(processor: ElasticPaliGemmaProcessor) -> None:
+    batch = _batch(processor, "pair", label_patches=True)
+    part = batch.slice(1, 2)
+    assert part.pixel_values_ICHW.shape[0] == 4
+    assert torch.equal(part.pixel_values_ICHW, batch.pixel_values_ICHW[[2, 3, 6, 7]])
+    assert torch.equal(part.input_ids_BS, batch.input_ids_BS[[1, 3]])
+    assert part.patch_labels_BN is not None
+    assert batch.patch_labels_BN is not None
+    assert torch.equal(part.patch_labels_BN, batch.patch_labels_BN[[1, 3]])
+
+
+def test_the_groups_cover_every_trainable_parameter_once(model: ElasticPaliGemmaForConditionalGeneration) -> None:
+    model.model.vision_tower.requires_grad_(False)
+    groups = parameter_groups(model, AdamWConfig(learning_rate=0.01, connector_multiplier=5, weight_decay=0.1))
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    found: list[str] = []
+    for group in groups:
+        members = group["params"]
+        assert isinstance(members, list)
+        for parameter in members:
+            name = names[parameter]
+            found.append(name)
+            assert group["lr"] == pytest.approx(0.05 if ".connector." in name else 0.01), name
+            assert group["weight_decay"] == (0.1 if parameter.ndim >= 2 else 0.0), name
+    assert len(groups) == 4
+    assert sorted(found) == sorted(name for name, parameter in model.named_parameters() if parameter.requires_grad)
+
+
+def test_the_optimizer_is_the_configured_one(model: ElasticPaliGemmaForConditionalGeneration) -> None:
+    adamw = build_optimizer(model, AdamWConfig(beta1=0.8, beta2=0.9, epsilon=1e-6))
+    assert isinstance(adamw, torch.optim.AdamW)
+    assert {(group["betas"], group["eps"]) for group in adamw.param_groups} == {((0.8, 0.9), 1e-6)}
+    sgd = build_optimizer(model, SgdConfig(momentum=0.5))
+    assert isinstance(sgd, torch.optim.SGD)
+    assert {group["momentum"] for group in sgd.param_groups} == {0.5}
+
+
+@pytest.mark.parametrize(
+    ("shape", "factors"),
+    [
+        ("constant", [0.5, 1, 1, 1, 1, 1, 1]),
+        ("linear", [0.5, 1, 1, 0.8, 0.6, 0.4, 0.2]),
+        ("cosine", [0.5, 1, 1, 0.8828427, 0.6, 0.3171573, 0.2]),
+    ],
+)
+def test_the_learning_rate_warms_up_and_decays_to_its_final_fraction(shape: str, factors: list[float]) -> None:
+    config = ScheduleConfig.model_validate({"type": shape, "warmup_steps": 2, "final_fraction": 0.2})
+    assert [learning_rate_factor(step, 7, config) for step in range(7)] == pytest.approx(factors, abs=1e-6)
+
+
+def test_a_schedule_without_warm_up_starts_at_the_peak_and_a_run_shorter_than_it_never_gets_there() -> None:
+    assert learning_rate_factor(0, 7, ScheduleConfig(warmup_steps=0)) == 1
+    assert [learning_rate_factor(step, 2, ScheduleConfig(warmup_steps=4)) for step in range(2)] == [0.25, 0.5]
+
+
+def test_a_few_steps_learn_a_batch_by_heart(model: ElasticPaliGemmaForConditionalGeneration, processor: ElasticPaliGemmaProcessor) -> None:
+    batch = _batch(processor, count=4)
+    optimizer = build_optimizer(model, AdamWConfig(learning_rate=0.01))
+    curve = []
+    for _ in range(25):
+        loss = _sum(model, batch, 16) / batch.num_prompts
+        curve.append(float(loss.detach()))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert curve[-1] < 0.5 * curve[0], np.round(curve, 2)
