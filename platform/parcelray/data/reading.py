@@ -36,6 +36,11 @@ class StepReader:
         self._rank = rank
         self._world_size = world_size
 
+    @property
+    def num_images(self) -> int:
+        """Images in this rank's share of a step, at most."""
+        return -(-self._schedule.images_per_step // self._world_size)
+
     def read(self, step: int) -> Batch:
         """The collated batch of a step."""
         plan = self._schedule.plan(step)

@@ -39,6 +39,8 @@ class BatchSchedule:
     def __init__(self, source: SampleSource, *, num_steps: int, images_per_step: int, seed: int) -> None:
         self._groups: list[SampleGroup] = list(source.groups)
         self._seed = seed
+        self.images_per_step = images_per_step
+        """Images of a step over all ranks, at most."""
         self._cached: tuple[tuple[int, int], np.ndarray] | None = None
         too_large = [group for group in self._groups if group.num_images > images_per_step]
         if too_large:
