@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import ray.data
 from numpy.typing import NDArray
-from ray.data import MaterializedDataset
+from ray.data.dataset import MaterializedDataset
 
 from parcelray.data.collator import Batch
 from parcelray.data.reading import StepReader
