@@ -123,7 +123,7 @@ class NlvrSource:
         return Sample(
             id=f"{row.id}/{item.question.task}" + (f"/{item.question.key}" if item.question.key else ""),
             benchmark="nlvr",
-            family="nlvr",
+            family=item.question.task,
             task=item.question.task,
             images=self._images(row, item.question),
             prompt=item.question.prompt,

@@ -1,0 +1,64 @@
+"""The quickstart as its user runs it, with fewer steps and samples."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from mlflow.tracking import MlflowClient
+
+ROOT = Path(__file__).resolve().parents[2]
+METHODS = {"vanilla", "parcel", "m3", "mqt"}
+
+
+def _quickstart(folder: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+    changes = (
+        f"storage={folder}",
+        f"tracking.uri=sqlite:///{folder}/mlflow.db",
+        "training.steps=2",
+        "training.images_per_step=8",
+        "validation.samples=1",
+        "report.samples=3",
+        *overrides,
+    )
+    arguments = [part for change in changes for part in ("--set", change)]
+    return subprocess.run([sys.executable, "pipelines/quickstart.py", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=500, check=False)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_the_quickstart_compares_registers_and_answers_and_a_second_run_computes_nothing(tmp_path: Path) -> None:
+    first = _quickstart(tmp_path)
+    assert first.returncode == 0, first.stdout + first.stderr
+    frontier = json.loads((tmp_path / "quickstart" / "frontier.json").read_text(encoding="utf-8"))
+    assert frontier["reference"] == "vanilla"
+    points = {(point["method"], point["num_visual_tokens"]) for point in frontier["points"]}
+    assert points == {("majority", 0), ("blind", 0), ("vanilla", 256)} | {(method, budget) for method in METHODS - {"vanilla"} for budget in (16, 64, 256)}
+    assert (tmp_path / "quickstart" / "frontier.png").read_bytes().startswith(b"\x89PNG")
+    for budget in (16, 64, 256):
+        assert f"{budget:>3} visual tokens: " in first.stdout
+
+    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    version = client.get_model_version_by_alias("parcelray-mini", "champion")
+    assert version.run_id is not None
+    experiment = client.get_experiment_by_name("parcelray")
+    assert experiment is not None
+    runs = client.search_runs([experiment.experiment_id])
+    assert {run.info.status for run in runs} == {"FINISHED"}
+    assert len(runs) == 1 + len(METHODS)
+    parents = {run.data.tags.get("mlflow.parentRunId") for run in runs}
+    assert len(parents - {None}) == 1
+
+    models = {path: path.stat().st_mtime_ns for path in tmp_path.glob("train/*/model/model.safetensors")}
+    assert len(models) == len(METHODS)
+    second = _quickstart(tmp_path)
+    assert second.returncode == 0, second.stdout + second.stderr
+    assert "nothing to compute" in second.stdout
+    assert {path: path.stat().st_mtime_ns for path in models} == models
+
+
+def test_an_argument_that_the_quickstart_does_not_know_is_refused(tmp_path: Path) -> None:
+    found = subprocess.run([sys.executable, "pipelines/quickstart.py", "--steps", "3"], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert found.returncode == 2
+    assert "--set a.b=c" in found.stdout

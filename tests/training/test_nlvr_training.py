@@ -1,0 +1,42 @@
+"""Real pictures and sentences through the same loop, report and files as the mini suite's."""
+
+import json
+from io import StringIO
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from parcelray.benchmarks.nlvr_questions import TASKS
+from parcelray.cluster.training_run import run_training
+from parcelray.errors import UserError
+
+from .conftest import tiny_job
+
+
+@pytest.mark.data
+@pytest.mark.parametrize("view", ["boxes", "picture"])
+def test_nlvr_trains_and_reports_every_question_beside_majority_and_blind(view: str, nlvr_dir: Path, tmp_path: Path) -> None:
+    job = tiny_job(
+        tmp_path,
+        data={"type": "nlvr", "path": str(nlvr_dir), "view": view},
+        training={"steps": 2, "images_per_step": 12, "log_every_steps": 1},
+        validation={"samples": 2, "budgets": [16]},
+        report={"samples": 12, "budgets": [16, 64]},
+    )
+    output = StringIO()
+    run = run_training(job, Console(file=output, width=200))
+    frontier = json.loads((run.model_folder.parent / "frontier.json").read_text(encoding="utf-8"))
+    assert [(point["method"], point["num_visual_tokens"]) for point in frontier["points"]] == [("majority", 0), ("blind", 0), ("parcel", 16), ("parcel", 64)]
+    for point in frontier["points"]:
+        assert set(point["families"]) == set(TASKS)
+        # Whole sentences: six pictures of each.
+        assert point["families"]["statement"]["n"] == 12
+    assert {f"test/consistency@{budget}" for budget in (0, 16, 64)} <= set(run.metrics)
+    assert "of 2 sentences" in output.getvalue()
+
+
+def test_without_the_corpus_the_refusal_says_what_to_set(tmp_path: Path) -> None:
+    job = tiny_job(tmp_path, data={"type": "nlvr", "path": str(tmp_path / "nowhere")})
+    with pytest.raises(UserError, match=r"holds no NLVR corpus .*--set data\.path=FOLDER"):
+        run_training(job, Console(file=StringIO()))
