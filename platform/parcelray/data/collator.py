@@ -43,7 +43,7 @@ class Collator:
     Args:
         processor: its tokenizer writes the text as the processor would; its image processor gives the pixel size.
         label_patches: adds `patch_labels`, int32 [B, images x N]: the token of the region that a patch's centre lies in
-            (`Sample.metadata["regions"]`: by image, boxes in fractions with a word each), the background's elsewhere.
+            (`Sample.metadata["regions"]`: by image, boxes in fractions with a word each), the background's for some of the others.
     """
 
     def __init__(self, processor: ElasticPaliGemmaProcessor, *, label_patches: bool = False) -> None:
@@ -78,15 +78,23 @@ class Collator:
         return batch
 
     def _patch_labels(self, sample: Sample) -> NDArray[np.int32]:
-        """[images x N]; without regions nothing is labelled."""
+        """[images x N]; without regions nothing is labelled.
+
+        Of the background only about as many patches are labelled as lie in regions, evenly spread: all of it would be most of the loss,
+        and what the objects are would be learnt several times later.
+        """
         grid = self._grid_size
-        labels = np.full((len(sample.images), grid, grid), IGNORED, dtype=np.int32)
+        labels = np.full((len(sample.images), grid * grid), IGNORED, dtype=np.int32)
         for image, regions in enumerate(sample.metadata.get("regions", [])):
-            labels[image] = self._token(BACKGROUND)
+            words = np.full((grid, grid), IGNORED, dtype=np.int32)
             for region in regions:
                 # The patches whose centres lie inside, and at least one. (A patch's centre is half a patch after its start.)
                 top, left, bottom, right = (math.ceil(side * grid - 0.5) for side in region["box"])
-                labels[image, top : max(bottom, top + 1), left : max(right, left + 1)] = self._token(region["word"])
+                words[top : max(bottom, top + 1), left : max(right, left + 1)] = self._token(region["word"])
+            labels[image] = words.reshape(-1)
+            background = np.flatnonzero(labels[image] == IGNORED)
+            count = min(len(background), max(1, grid * grid - len(background)))
+            labels[image, background[:: max(1, len(background) // count)]] = self._token(BACKGROUND)
         return labels.reshape(-1)
 
     def _token(self, word: str) -> int:

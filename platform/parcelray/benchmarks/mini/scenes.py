@@ -23,6 +23,8 @@ CELL = CANVAS // GRID
 KINDS = (*SHAPES, "digit")
 PLURALS = {kind: "crosses" if kind == "cross" else f"{kind}s" for kind in KINDS}
 SMALL, LARGE = 8, 12
+LATTICE = 4
+"""Pixels between the places that objects can take."""
 
 NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
@@ -143,22 +145,25 @@ class Draw:
     split: Split
 
     def thing(self, spec: Spec, top: int, left: int) -> Thing:
-        """Realises a spec with its centre cell's top left corner at (`top`, `left`) and no jitter."""
+        """Realises a spec in the middle of the cell whose top left corner is at (`top`, `left`)."""
         if spec.kind == "digit":
             value = self.rng.randrange(10) if spec.value is None else spec.value
             image = self.rng.choice(digit_images(self.split)[value])
             height, width = image.mask.shape
-            return Thing(str(value), spec.color, top + (CELL - height) // 2, left + (CELL - width) // 2, height, width, image.row, image.mask)
+            return Thing(str(value), spec.color, top, left + (CELL - width) // 2 // LATTICE * LATTICE, height, width, image.row, image.mask)
         size = self.rng.choice((SMALL, LARGE)) if spec.size is None else spec.size
-        offset = (CELL - size) // 2
+        offset = (CELL - size) // 2 // LATTICE * LATTICE
         return Thing(spec.kind, spec.color, top + offset, left + offset, size, size)
 
     def place(self, spec: Spec, cell: int) -> Thing:
-        """Realises a spec in a cell (row-major index), jittered by up to 2 pixels but inside the cell."""
+        """Realises a spec in a cell (row-major index), anywhere inside it on the 4-pixel lattice of the patches.
+
+        Off the lattice every shape looks different to every patch, and a model from scratch needs several times the samples.
+        """
         top, left = cell // GRID * CELL, cell % GRID * CELL
         thing = self.thing(spec, top, left)
-        slack_y, slack_x = min(2, thing.top - top, top + CELL - thing.height - thing.top), min(2, thing.left - left)
-        return thing._replace(top=thing.top + self.rng.randint(-slack_y, slack_y), left=thing.left + self.rng.randint(-slack_x, slack_x))
+        steps_y, steps_x = (CELL - thing.height) // LATTICE, (CELL - thing.width) // LATTICE
+        return thing._replace(top=top + LATTICE * self.rng.randint(0, steps_y), left=left + LATTICE * self.rng.randint(0, steps_x))
 
     def scatter(self, specs: Sequence[Spec]) -> tuple[Thing, ...]:
         """Realises specs in distinct random cells; the result keeps their order."""

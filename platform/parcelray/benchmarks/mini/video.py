@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 
 from parcelray.benchmarks.mini.drawing import CANVAS, COLORS, SHAPES
-from parcelray.benchmarks.mini.scenes import CELL, GRID, Draw, ObjectPicture, Question, Spec, Thing, color_answers, number_answers, without
+from parcelray.benchmarks.mini.scenes import CELL, GRID, LATTICE, Draw, ObjectPicture, Question, Spec, Thing, color_answers, number_answers, without
 
 NUM_FRAMES = 4
 _DIRECTIONS = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}
@@ -55,7 +55,7 @@ def _track(draw: Draw, spec: Spec, heading: str, lane: int, *, moving: bool) -> 
     step = draw.rng.choice((8, 12)) if moving else 0
     d_row, d_column = _DIRECTIONS[heading]
     travel = step * (NUM_FRAMES - 1)
-    start = draw.rng.randint(0, CANVAS - CELL - travel)
+    start = LATTICE * draw.rng.randint(0, (CANVAS - CELL - travel) // LATTICE)
     if d_row + d_column < 0:
         start += travel
     lane_start = lane * CELL
