@@ -1,5 +1,6 @@
 """Answers at any budget: the same alone and in a batch, from one encoding of each image, and blind."""
 
+import dataclasses
 import io
 from collections.abc import Sequence
 
@@ -81,7 +82,7 @@ def test_an_answer_is_the_stock_paths_own(model: ElasticPaliGemmaForConditionalG
     assert Predictor(model, processor, max_new_tokens=4).generate([sample], num_visual_tokens=40) == [expected]
 
 
-def test_each_image_is_encoded_once_for_all_budgets(
+def test_each_image_is_encoded_once_for_all_budgets_and_questions(
     model: ElasticPaliGemmaForConditionalGeneration, processor: ElasticPaliGemmaProcessor, samples: list[Sample]
 ) -> None:
     encoded: list[int] = []
@@ -93,8 +94,16 @@ def test_each_image_is_encoded_once_for_all_budgets(
     try:
         Predictor(model, processor, max_new_tokens=1).generate_budgets(samples, [BLIND, 16, 64, 256])
         assert sum(encoded) == sum(len(sample.images) for sample in samples)
+        # Twelve more questions about the same images.
+        again = [dataclasses.replace(sample, id=f"{sample.id}b", prompt="true or false") for sample in samples]
+        encoded.clear()
+        shared = Predictor(model, processor, max_new_tokens=2).generate_budgets([*samples, *again], [16])[16]
+        assert sum(encoded) == sum(len(sample.images) for sample in samples)
+        apart = Predictor(model, processor, max_new_tokens=2)
+        assert shared == apart.generate(samples, num_visual_tokens=16) + apart.generate(again, num_visual_tokens=16)
+        encoded.clear()
         Predictor(model, processor, max_new_tokens=1).generate(samples, num_visual_tokens=BLIND)
-        assert sum(encoded) == sum(len(sample.images) for sample in samples), "the blind model looks at nothing"
+        assert sum(encoded) == 0, "the blind model looks at nothing"
     finally:
         handle.remove()
 

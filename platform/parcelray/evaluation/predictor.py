@@ -1,10 +1,11 @@
-"""Greedy answers at any budget, with one run of the vision tower per image for all budgets."""
+"""Greedy answers at any budget, with one run of the vision tower per image for all budgets and all questions about it."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from parcelray.data.collator import decode_image
 from parcelray.data.sample import Sample
@@ -22,7 +23,7 @@ class Predictor:
     Args:
         model: in evaluation mode.
         processor: of the same checkpoint.
-        batch_size: images per batch (a video counts its frames).
+        batch_size: images per batch of the encoder, and of the decoder (where a video counts its frames).
         max_new_tokens: longest answer.
         device: where the model is.
     """
@@ -48,34 +49,43 @@ class Predictor:
 
     @torch.inference_mode()
     def generate_budgets(self, samples: Sequence[Sample], budgets: Sequence[int]) -> dict[int, list[str]]:
-        """Answers at several budgets from one encoding of each image.
+        """Answers at several budgets from one encoding of each image, however many samples show it.
 
         Raises:
             UnsupportedBudgetError: the model's connector cannot give a budget.
             SystemFailure: the decoder saw another number of visual tokens than asked for.
         """
         answers: dict[int, list[str]] = {budget: [""] * len(samples) for budget in budgets}
-        for indices in _batches(samples, self._batch_size):
-            batch = [samples[index] for index in indices]
-            patches_IND = self._encode(batch) if any(budget != BLIND for budget in budgets) else None
+        for chunk in _chunks(samples, self._batch_size):
+            images = list(dict.fromkeys(image for index in chunk for image in samples[index].images))
+            patches_UND = self._encode(images) if any(budget != BLIND for budget in budgets) else None
             for budget in budgets:
-                for index, text in zip(indices, self._decode(batch, patches_IND, budget), strict=True):
-                    answers[budget][index] = text
+                seen = self._see(images, patches_UND, budget)
+                for indices in _batches(samples, chunk, self._batch_size):
+                    for index, text in zip(indices, self._decode([samples[index] for index in indices], seen, budget), strict=True):
+                        answers[budget][index] = text
         return answers
 
-    def _encode(self, batch: Sequence[Sample]) -> Tensor:
-        images = [decode_image(image) for sample in batch for image in sample.images]
-        pixels = self._processor.image_processor(images, return_tensors="pt")["pixel_values"].to(self._device, self._model.dtype)
+    def _encode(self, images: Sequence[bytes]) -> Tensor:
+        decoded = [decode_image(image) for image in images]
+        pixels = self._processor.image_processor(decoded, return_tensors="pt")["pixel_values"].to(self._device, self._model.dtype)
         return self._model.model.encode_patches(pixels)
 
-    def _decode(self, batch: Sequence[Sample], patches_IND: Tensor | None, budget: int) -> list[str]:
+    def _see(self, images: Sequence[bytes], patches_UND: Tensor | None, budget: int) -> dict[bytes, Tensor]:
+        """The visual tokens [K, L] of each image; none for the blind model."""
+        if budget == BLIND:
+            return {}
+        assert patches_UND is not None
+        return dict(zip(images, self._model.encoded_images(patches_UND, num_visual_tokens=budget)["image"].pooler_output, strict=True))
+
+    def _decode(self, batch: Sequence[Sample], seen: dict[bytes, Tensor], budget: int) -> list[str]:
         inputs: dict[str, Any] = dict(
             self._processor.prompts([sample.prompt for sample in batch], len(batch[0].images), num_visual_tokens=budget).to(self._device)
         )
         self._check_count(inputs["input_ids"], len(batch) * len(batch[0].images) * budget)
-        if budget != BLIND:
-            assert patches_IND is not None
-            inputs["mm_encoder_outputs"] = self._model.encoded_images(patches_IND, num_visual_tokens=budget)
+        if seen:
+            tokens_IKL = torch.stack([seen[image] for sample in batch for image in sample.images])
+            inputs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=tokens_IKL)}
         tokens_BS = self._model.generate(**inputs, max_new_tokens=self._max_new_tokens, do_sample=False)
         texts = self._processor.batch_decode(tokens_BS[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         return [str(text).strip() for text in texts]
@@ -88,11 +98,27 @@ class Predictor:
             )
 
 
-def _batches(samples: Sequence[Sample], batch_size: int) -> Iterator[list[int]]:
-    """Indices of samples that have the same number of images, prompts of similar length together (less padding)."""
+def _chunks(samples: Sequence[Sample], batch_size: int) -> Iterator[list[int]]:
+    """Indices of samples with at most `batch_size` different images (or one sample's), those that share images together."""
+    first_with: dict[tuple[bytes, ...], int] = {}
+    owners = [first_with.setdefault(sample.images, index) for index, sample in enumerate(samples)]
+    chunk: list[int] = []
+    images: set[bytes] = set()
+    for index in sorted(range(len(samples)), key=lambda index: (owners[index], index)):
+        if chunk and len(images.union(samples[index].images)) > batch_size:
+            yield chunk
+            chunk, images = [], set()
+        chunk.append(index)
+        images.update(samples[index].images)
+    if chunk:
+        yield chunk
+
+
+def _batches(samples: Sequence[Sample], chunk: Sequence[int], batch_size: int) -> Iterator[list[int]]:
+    """A chunk's indices by number of images, prompts of similar length together (less padding)."""
     groups: dict[int, list[int]] = {}
-    for index, sample in enumerate(samples):
-        groups.setdefault(len(sample.images), []).append(index)
+    for index in chunk:
+        groups.setdefault(len(samples[index].images), []).append(index)
     for num_images, indices in sorted(groups.items()):
         size = max(1, batch_size // max(1, num_images))
         indices.sort(key=lambda index: (len(samples[index].prompt), index))
