@@ -120,6 +120,8 @@ def submit(
     address: JobsAddress = None,
     wait: Annotated[bool, typer.Option("--wait", help="Follow the logs to the end; the exit code is the job's.")] = False,
     again: Annotated[bool, typer.Option("--again", help="Run a finished job once more.")] = False,
+    dry_run: DryRun = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the plan of --dry-run as JSON.")] = False,
 ) -> None:
     """Send a job file to a Ray cluster. Sending the same job twice runs it once."""
     from parcelray.cluster import jobs
@@ -127,6 +129,9 @@ def submit(
 
     job = _load(job_file, overrides)
     _warn_of_lost_paths(job)
+    if dry_run:
+        _show(jobs.plan_submission(job_file, identity=identity(job), address=address, overrides=overrides), as_json, lambda plan: plan.to_rich())
+        return
     sent = jobs.submit(job_file, identity=identity(job), address=address, overrides=overrides, again=again)
     _console().print(sent.message, highlight=False, soft_wrap=True)
     if wait:

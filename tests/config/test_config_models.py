@@ -1,6 +1,7 @@
 """Every configuration model keeps the house rules: frozen, closed, bounded, documented, and writable as a JSON schema."""
 
 import json
+import math
 from typing import Any
 
 import pytest
@@ -71,7 +72,7 @@ def test_budgets_come_out_ascending(config: dict[str, Any], values: tuple[int, .
     assert BUDGETS.validate_python(config).values() == values
 
 
-@pytest.mark.parametrize("weights", [[1], [1, 0], [1, -1], [1, 2, 3]])
+@pytest.mark.parametrize("weights", [[1], [1, 0], [1, -1], [1, 2, 3], [1, math.nan], [1, math.inf]])
 def test_weights_are_positive_and_one_per_budget(weights: list[float]) -> None:
     with pytest.raises(ValidationError, match="give one positive weight per budget"):
         BUDGETS.validate_python({"type": "weighted", "budgets": [16, 64], "weights": weights})

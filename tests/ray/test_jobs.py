@@ -15,10 +15,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import yaml
 
 import parcelray
 from parcelray.cluster import jobs, preflight
+from parcelray.config import loader
 from parcelray.errors import UserError
+from parcelray.models.vlm import load_vlm
+from parcelray.training.run_folder import RunFolder
+
+from ..training.conftest import TINY
 
 # Ray 2.60's client opens its log stream in a way that aiohttp 3.14 calls deprecated.
 pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("ignore:ssl=None is deprecated:DeprecationWarning")]
@@ -186,6 +192,29 @@ def test_a_job_runs_with_the_projects_package_and_is_sent_only_once(cluster: Clu
     second = send()
     assert (second.created, second.submission_id, second.status) == (False, identity, "SUCCEEDED")
     assert "already on the cluster and SUCCEEDED" in second.message
+
+
+@pytest.mark.slow
+def test_a_training_runs_as_a_job(cluster: Cluster, tmp_path: Path) -> None:
+    root = tmp_path / "project"
+    shutil.copytree(Path(parcelray.__file__).parent, root / "platform" / "parcelray", ignore=shutil.ignore_patterns("__pycache__"))
+    (root / "jobs").mkdir()
+    path = root / "jobs" / "tiny.yaml"
+    job = TINY | {"storage": str(tmp_path / "runs"), "scaling": {"num_workers": 1}, "tracking": {"uri": f"sqlite:///{tmp_path}/mlflow.db"}}
+    path.write_text(yaml.safe_dump(job), encoding="utf-8")
+    for arguments in (["init", "-q"], ["add", "."]):
+        subprocess.run(["git", "-C", str(root), *arguments], check=True, capture_output=True)
+    name = loader.identity(loader.load_job(path))
+
+    assert jobs.submit(path, identity=name, address=cluster.address).created
+    pieces: list[str] = []
+    state = jobs.wait(name, address=cluster.address, write=pieces.append)
+    assert state.status == "SUCCEEDED", "".join(pieces)
+    result = RunFolder(loader.load_job(path)).result()
+    assert result is not None
+    assert result["metrics"]["val/score@16"] >= 0
+    assert load_vlm(result["model"]).connector.name == "parcel"
+    assert not jobs.submit(path, identity=name, address=cluster.address).created
 
 
 def test_a_running_job_is_listed_never_doubled_and_can_be_stopped(cluster: Cluster, project: Path) -> None:

@@ -25,31 +25,13 @@ from parcelray.training.metric_logger import NoMetrics
 from parcelray.training.run_folder import RunFolder
 from parcelray.training.trainer import fit
 
+from ..training.conftest import TINY
+
 pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("ignore::DeprecationWarning"), pytest.mark.filterwarnings("ignore::ResourceWarning")]
 
-JOB: dict[str, Any] = {
-    "kind": "train",
-    "name": "tiny",
-    "seed": 3,
-    "model": {
-        "type": "mini",
-        "vision_width": 24,
-        "vision_layers": 1,
-        "vision_heads": 2,
-        "vision_mlp_width": 32,
-        "text_width": 24,
-        "text_layers": 1,
-        "text_heads": 2,
-        "text_kv_heads": 1,
-        "text_head_dim": 12,
-        "text_mlp_width": 32,
-    },
-    "connector": {"type": "parcel", "num_heads": 2},
-    "data": {"type": "mini"},
-    "budget": {"type": "uniform", "budgets": [16, 40, 80]},
+JOB: dict[str, Any] = TINY | {
     "training": {"steps": 8, "images_per_step": 8, "log_every_steps": 1},
     "validation": {"samples": 2, "budgets": [16]},
-    "checkpointing": {"every_steps": 3},
     "scaling": {"num_workers": 2},
 }
 

@@ -17,7 +17,7 @@ from parcelray.training.step import build_optimizer
 
 from .conftest import tiny_job
 
-STATE = TrainState(step=3, config_hash="0123abcd", budget_sampler={"seed": 3, "config": {"type": "uniform"}}, world_size=1)
+STATE = TrainState(step=3, config_hash="0123abcd", budget_sampler={"seed": 3, "config": {"type": "uniform"}}, world_size=1, metrics={"train/loss": 0.5})
 
 
 @pytest.fixture

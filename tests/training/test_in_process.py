@@ -81,9 +81,12 @@ def test_an_interrupted_run_ends_with_the_same_bits(tmp_path: Path, undisturbed:
 def test_a_finished_run_computes_nothing(undisturbed: tuple[Path, Recorder]) -> None:
     again = Recorder()
     folder = undisturbed[0].parent
-    checkpoint, _ = fit_in_process(tiny_job(folder), folder, checkpoint=None, logger=again)
+    checkpoint, metrics = fit_in_process(tiny_job(folder), folder, checkpoint=None, logger=again)
     assert again.rows == []
     assert checkpoint == undisturbed[0]
+    # What the run found is still known, though nobody wrote down that it was finished.
+    assert metrics["train/loss"] == undisturbed[1].curve("train/loss")[6]
+    assert "val/score@16" in metrics
 
 
 def test_micro_batches_give_the_same_step(tmp_path: Path, undisturbed: tuple[Path, Recorder]) -> None:

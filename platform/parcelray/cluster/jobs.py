@@ -15,7 +15,7 @@ import shlex
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ import aiohttp
 import requests
 from ray.dashboard.modules.job.pydantic_models import JobDetails
 from ray.job_submission import JobSubmissionClient
+from rich.table import Table
 
 from parcelray.cluster.auth import auth_headers, find_token
 from parcelray.cluster.package import MAX_PACKAGE_BYTES, Package, collect, find_secret, git_state, inside, project_root, stage
@@ -49,6 +50,38 @@ class SubmittedJob:
     """PENDING, RUNNING, SUCCEEDED (of an existing job), ..."""
     message: str
     """One sentence for the user."""
+
+
+@dataclass(frozen=True)
+class Submission:
+    """What a submission would send."""
+
+    identity: str
+    entrypoint: str
+    """Shell command in the root of the project's copy."""
+    address: str
+    """URL of the cluster's dashboard."""
+    num_files: int
+    num_bytes: int
+    largest: dict[str, int]
+    """The five largest files, bytes."""
+    git_commit: str
+    git_dirty: bool
+    """Whether tracked files differ from the commit; what is sent is what is on disk."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-serialisable."""
+        return asdict(self)
+
+    def to_rich(self) -> Table:
+        """For the console."""
+        table = Table("would be sent", self.identity)
+        table.add_row("to", self.address)
+        table.add_row("command", self.entrypoint)
+        table.add_row("files", f"{self.num_files} ({self.num_bytes / 2**20:.1f} MiB), what git tracks")
+        table.add_row("largest", "\n".join(f"{name} ({size / 2**20:.2f} MiB)" for name, size in self.largest.items()))
+        table.add_row("commit", self.git_commit + (", with changes" if self.git_dirty else ""))
+        return table
 
 
 @dataclass(frozen=True)
@@ -105,9 +138,7 @@ def submit(
         UserError: the cluster cannot be used, the package is refused, or an argument is illegal.
         SystemFailure: the cluster failed on a legal request.
     """
-    match = _IDENTITY.fullmatch(identity)
-    if match is None:
-        raise UserError(f"{identity} is not a job's identity; legal is KIND-NAME-HASH8 with letters, digits, '.', '_' and '-', as in train-nlvr-0a1b2c3d.")
+    match = _matched(identity)
     _check_public(overrides, env_vars or {})
     root = project_root(job_file)
     name = inside(root, job_file)
@@ -137,6 +168,26 @@ def submit(
         "metadata": metadata,
     }
     return _send(client, url, package, request, env_vars or {})
+
+
+def plan_submission(job_file: Path, *, identity: str, address: str | None, overrides: Sequence[str] = ()) -> Submission:
+    """What `submit` would send, without asking the cluster; raises UserError where the package or an argument would be refused."""
+    match = _matched(identity)
+    _check_public(overrides, {})
+    root = project_root(job_file)
+    package = collect(root, [job_file])
+    commit, dirty = git_state(root)
+    largest = sorted(package.files, key=lambda file: -file.num_bytes)[:5]
+    return Submission(
+        identity=identity,
+        entrypoint=build_entrypoint(match["kind"], inside(root, job_file), overrides),
+        address=dashboard_url(address),
+        num_files=len(package.files),
+        num_bytes=package.num_bytes,
+        largest={file.name: file.num_bytes for file in largest},
+        git_commit=commit,
+        git_dirty=dirty,
+    )
 
 
 def build_entrypoint(kind: str, job_file: str, overrides: Sequence[str] = ()) -> str:
@@ -297,6 +348,13 @@ def _existing(state: JobState) -> SubmittedJob:
         status=state.status,
         message=f"{state.submission_id} is already on the cluster and {state.status}; nothing was sent ({remedy}).",
     )
+
+
+def _matched(identity: str) -> re.Match[str]:
+    match = _IDENTITY.fullmatch(identity)
+    if match is None:
+        raise UserError(f"{identity} is not a job's identity; legal is KIND-NAME-HASH8 with letters, digits, '.', '_' and '-', as in train-nlvr-0a1b2c3d.")
+    return match
 
 
 def _check_public(overrides: Sequence[str], env_vars: Mapping[str, str]) -> None:

@@ -1,5 +1,6 @@
 """How a training step draws its visual-token budgets, as data."""
 
+import math
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -58,7 +59,7 @@ class WeightedBudgets(_Budgets):
 
     @model_validator(mode="after")
     def _check(self) -> "WeightedBudgets":
-        if len(self.weights) != len(self.values()) or min(self.weights) <= 0:
+        if len(self.weights) != len(self.values()) or not all(0 < weight < math.inf for weight in self.weights):
             raise ValueError(f"weights has {len(self.weights)} entries for {len(self.values())} budgets; give one positive weight per budget")
         return self
 

@@ -53,7 +53,7 @@ class ParquetSource:
 
     path: Path
     pattern: str = "*.parquet"
-    """Which files of the folder to read, for example `train-*.parquet`."""
+    """Which files of the folder to read, for example `video-*.parquet`."""
 
     @property
     def groups(self) -> tuple[SampleGroup, ...]:

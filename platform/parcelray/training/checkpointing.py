@@ -1,13 +1,13 @@
 """The state of a training run on disk: everything that the rest of the run depends on.
 
 A checkpoint folder holds `model/` (Hugging Face layout, loadable as it is), `optimizer.pt` (states of optimiser, fp16 loss scaler and
-RNG, loaded with `weights_only=True` and only from a run's own folder) and `state.json` (step, budget sampler, configuration hash). The
+RNG, loaded with `weights_only=True` and only from a run's own folder) and `state.json` (step, budget sampler, configuration hash, newest metrics). The
 data position is the step: `data.schedule` derives the samples of every step from it.
 """
 
 import json
 import random
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,8 @@ class TrainState:
     config_hash: str
     budget_sampler: dict[str, Any]
     world_size: int
+    metrics: dict[str, float]
+    """The newest value of each metric, which a run that has only this checkpoint left reports as its result."""
 
 
 def save(
@@ -55,8 +57,7 @@ def save(
     processor.save_pretrained(folder / "model")
     scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
     torch.save({"optimizer": moments, "scaler": scaler, "rng": rng}, folder / "optimizer.pt")
-    text = {"step": state.step, "config_hash": state.config_hash, "budget_sampler": state.budget_sampler, "world_size": state.world_size}
-    (folder / "state.json").write_text(json.dumps(text, indent=2), encoding="utf-8")
+    (folder / "state.json").write_text(json.dumps(asdict(state), indent=2), encoding="utf-8")
 
 
 def read_state(folder: Path) -> TrainState:

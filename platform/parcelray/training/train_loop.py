@@ -97,15 +97,16 @@ class _Loop:
         self.peak_rates = [float(group["lr"]) for group in optimizer.param_groups]
         self.model, self.optimizer = self.accelerator.prepare(inputs.model.train(), optimizer)
         self.first_step = 0
+        self.last_metrics: dict[str, float] = {}
         if inputs.resume_from is not None:
-            self.first_step = checkpointing.read_state(inputs.resume_from).step
+            state = checkpointing.read_state(inputs.resume_from)
+            self.first_step, self.last_metrics = state.step, state.metrics
             checkpointing.restore_optimizer(inputs.resume_from, accelerator=self.accelerator, model=self.model, optimizer=self.optimizer)
 
     def run(self) -> dict[str, float]:
         """All steps from the first; validations, metrics and checkpoints at their intervals."""
         training, rank, world = self.job.training, self.accelerator.process_index, self.accelerator.num_processes
         batches = iter(self.inputs.batches(self.first_step, rank, world))
-        last: dict[str, float] = {}
         clock = _Clock()
         for step in range(self.first_step, training.steps):
             batch = to_tensors(next(batches), self.accelerator.device)
@@ -124,16 +125,16 @@ class _Loop:
                 }
                 metrics |= self._diagnostics(batch, budgets[-1])
                 self._log(metrics, done)
-                last |= metrics
+                self.last_metrics |= metrics
                 self.inputs.on_progress(Progress(done, training.steps, metrics["train/loss"], budgets[-1], metrics["train/tokens_per_second"]))
             if self._due(done, self.job.validation.every_steps):
                 scores = self._validate()
                 self._log(scores, done)
-                last |= scores
+                self.last_metrics |= scores
             if self._due(done, self.job.checkpointing.every_steps):
-                self._checkpoint(done, last)
+                self._checkpoint(done)
             clock.restart_if(self._due(done, training.log_every_steps))
-        return last
+        return self.last_metrics
 
     def _due(self, done: int, every: int) -> bool:
         return done == self.job.training.steps or (every > 0 and done % every == 0)
@@ -200,15 +201,15 @@ class _Loop:
             metrics[f"val/score@{budget}"] = float(sums[0] / sums[1])
         return metrics
 
-    def _checkpoint(self, done: int, metrics: dict[str, float]) -> None:
-        state = checkpointing.TrainState(done, config_hash(self.job), self.sampler.state(), self.accelerator.num_processes)
+    def _checkpoint(self, done: int) -> None:
+        state = checkpointing.TrainState(done, config_hash(self.job), self.sampler.state(), self.accelerator.num_processes, self.last_metrics)
         if self.accelerator.is_main_process:
             self.inputs.logger.flush()
         with tempfile.TemporaryDirectory(prefix="parcelray-checkpoint-") as name:
             folder = Path(name)
             checkpointing.save(folder, accelerator=self.accelerator, model=self.model, optimizer=self.optimizer, processor=self.inputs.processor, state=state)
             # Every rank reports, or the others wait for ever.
-            self.inputs.report({**metrics, "step": float(done)}, folder if self.accelerator.is_main_process else None)
+            self.inputs.report({**self.last_metrics, "step": float(done)}, folder if self.accelerator.is_main_process else None)
 
     def _log(self, metrics: dict[str, float], done: int) -> None:
         if self.accelerator.is_main_process:

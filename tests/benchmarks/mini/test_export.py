@@ -16,7 +16,7 @@ from parcelray.errors import UserError
 def folder(tmp_path, monkeypatch):
     monkeypatch.setattr("parcelray.benchmarks.mini.export.ROWS_PER_SHARD", 10)
     write_parquet(tmp_path / "mini", "test", ("general", "video"), count=24, seed=3)
-    return tmp_path / "mini"
+    return tmp_path / "mini" / "test"
 
 
 def test_round_trip_is_equal(folder):
@@ -37,9 +37,9 @@ def test_groups_follow_the_number_of_images(folder):
 
 def test_shards_and_schema(folder):
     files = sorted(path.name for path in folder.iterdir())
-    assert files == [f"test-{family}-{shard:05d}.parquet" for family in ("general", "video") for shard in range(3)]
+    assert files == [f"{family}-{shard:05d}.parquet" for family in ("general", "video") for shard in range(3)]
     assert pq.read_schema(folder / files[0]).equals(SCHEMA)
-    assert ParquetSource(folder, "test-video-*.parquet").groups[0].size == 24
+    assert ParquetSource(folder, "video-*.parquet").groups[0].size == 24
     assert ParquetSource(folder / files[-1]).groups[0].size == 4
 
 

@@ -1,0 +1,112 @@
+"""Variants of training on Ray: where it keeps its files, how many workers it has, and how the model is spread over them."""
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from mlflow import MlflowClient
+from rich.console import Console
+from safetensors.torch import load_file
+
+from parcelray.benchmarks.mini.export import write_parquet
+from parcelray.benchmarks.mini.scenes import SPLITS
+from parcelray.cluster.training_run import TrainedRun, run_training
+from parcelray.config.train import TrainJob
+from parcelray.data.ray_reading import ray_batches
+from parcelray.data.reading import in_process_batches
+from parcelray.errors import UserError
+from parcelray.models.vlm import load_vlm
+from parcelray.training.start import build_start, step_reader
+
+from ..training.conftest import tiny_job
+
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.slow,
+    pytest.mark.usefixtures("ray_session"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+]
+
+
+def _train(job: TrainJob) -> TrainedRun:
+    return run_training(job, Console(file=io.StringIO()))
+
+
+def _tracked(folder: Path, **changes: Any) -> TrainJob:
+    return tiny_job(folder, tracking={"uri": f"sqlite:///{folder}/mlflow.db"}, **changes)
+
+
+def _curve(job: TrainJob, run: TrainedRun, key: str = "train/loss") -> dict[int, float]:
+    assert job.tracking.uri is not None
+    assert run.mlflow_run_id is not None
+    history = MlflowClient(job.tracking.uri).get_metric_history(run.mlflow_run_id, key)
+    assert len({metric.step for metric in history}) == len(history)
+    return {metric.step: metric.value for metric in history}
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:
+    """Losses of the tiny job without Ray."""
+    job = _tracked(tmp_path_factory.mktemp("one"))
+    return _curve(job, _train(job))
+
+
+@pytest.mark.parametrize(("rank", "world_size", "first_step"), [(0, 1, 0), (1, 2, 0), (0, 2, 13)])
+def test_ray_data_gives_the_very_batches_of_one_process(tmp_path: Path, rank: int, world_size: int, first_step: int) -> None:
+    # Longer than the first window of steps, so that windows meet.
+    job = tiny_job(tmp_path, training={"steps": 22, "images_per_step": 8, "patch_supervision": 1.0})
+    _, processor = build_start(job, None)
+    reader = step_reader(job, processor, rank, world_size)
+    here = list(in_process_batches(reader, first_step, 22))
+    there = list(ray_batches(reader, first_step, 22, concurrency=2))
+    assert len(here) == len(there) == 22 - first_step
+    for one, two in zip(here, there, strict=True):
+        assert one.keys() == two.keys()
+        for key in one:
+            assert one[key].dtype == two[key].dtype
+            assert np.array_equal(one[key], two[key]), key
+
+
+@pytest.mark.parametrize("workers", [2, [1, 2]])
+def test_the_number_of_workers_does_not_change_the_losses(tmp_path: Path, one_process: dict[int, float], workers: int | list[int]) -> None:
+    job = _tracked(tmp_path, scaling={"num_workers": workers})
+    assert _curve(job, _train(job)) == pytest.approx(one_process, rel=1e-3)
+
+
+def test_sharded_training_goes_as_copies_do_and_its_model_loads(tmp_path: Path, one_process: dict[int, float]) -> None:
+    job = _tracked(tmp_path, scaling={"num_workers": 2}, training={"steps": 6, "images_per_step": 8, "log_every_steps": 1, "strategy": "fsdp"})
+    run = _train(job)
+    assert _curve(job, run) == pytest.approx(one_process, rel=1e-3)
+    model = load_vlm(run.model_folder)
+    assert model.connector.name == "parcel"
+    assert all(bool(parameter.isfinite().all()) for parameter in model.parameters())
+
+
+def test_a_uri_keeps_checkpoints_model_and_result(tmp_path: Path) -> None:
+    # dir:// is a file system of fsspec that is not the local one: everything goes through its interface, as with an object store.
+    storage = f"dir::file://{tmp_path}/store"
+    job = tiny_job(tmp_path, scaling={"num_workers": 1}).model_copy(update={"storage": storage})
+    run = _train(job)
+    kept = tmp_path / "store" / "train" / "tiny"
+    assert (kept / "model" / "manifest.json").is_file()
+    assert list(kept.glob("*/checkpoint_*/state.json"))
+    weights = load_file(kept / "model" / "model.safetensors")
+    assert all(torch.equal(weights[key], value) for key, value in load_file(run.model_folder / "model.safetensors").items())
+    again = _train(job)
+    assert again.was_done
+    assert again.metrics == run.metrics
+
+
+def test_the_suite_as_parquet_is_trained_on(tmp_path: Path) -> None:
+    for split in SPLITS:
+        write_parquet(tmp_path / "suite", split, count=12)
+    changes = {"training": {"steps": 2, "images_per_step": 8, "log_every_steps": 1}, "scaling": {"num_workers": 1}}
+    run = _train(tiny_job(tmp_path, data={"type": "parquet", "path": str(tmp_path / "suite")}, **changes))
+    assert run.metrics["train/loss"] > 0
+    next((tmp_path / "suite" / "train").glob("video-*")).write_bytes(b"no parquet")
+    with pytest.raises(UserError, match=r"video-00000\.parquet is not a parquet file"):
+        _train(tiny_job(tmp_path / "b", data={"type": "parquet", "path": str(tmp_path / "suite")}, **changes))
