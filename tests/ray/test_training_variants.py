@@ -87,11 +87,13 @@ def test_sharded_training_goes_as_copies_do_and_its_model_loads(tmp_path: Path, 
 
 
 def test_a_uri_keeps_checkpoints_model_and_result(tmp_path: Path) -> None:
-    # dir:// is a file system of fsspec that is not the local one: everything goes through its interface, as with an object store.
-    storage = f"dir::file://{tmp_path}/store"
+    # A file system of fsspec that is not the local one: everything goes through its interface, as with an object store.
+    store = tmp_path / "store"
+    storage = f"dir::file://{store}"
     job = tiny_job(tmp_path, scaling={"num_workers": 1}).model_copy(update={"storage": storage})
     run = _train(job)
-    kept = tmp_path / "store" / "train" / "tiny"
+    # fsspec resolves this URI to the folder and, below it, the same path again.
+    kept = store / store.relative_to("/") / "train" / "tiny"
     assert (kept / "model" / "manifest.json").is_file()
     assert list(kept.glob("*/checkpoint_*/state.json"))
     weights = load_file(kept / "model" / "model.safetensors")

@@ -55,7 +55,7 @@ def _windows(first_step: int, num_steps: int, images_per_step: int) -> Iterator[
 def _make(reader: StepReader, steps: range, concurrency: int) -> MaterializedDataset:
     blocks = -(-len(steps) // _STEPS_PER_TASK)
     rows = ray.data.range(len(steps), override_num_blocks=blocks)
-    return rows.map_batches(_ReadSteps(reader, steps.start), batch_size=None, num_cpus=0.5, concurrency=concurrency).materialize()
+    return rows.map_batches(_ReadSteps(reader, steps.start), batch_size=None, num_cpus=0.5, concurrency=min(concurrency, blocks)).materialize()
 
 
 def _batches(window: MaterializedDataset) -> Iterator[Batch]:
