@@ -23,6 +23,7 @@ from parcelray.evaluation.held_out import held_out
 from parcelray.evaluation.predictor import Predictor
 from parcelray.models.processor import ElasticPaliGemmaProcessor
 from parcelray.models.vlm import load_vlm
+from parcelray.reports.console import open_console
 from parcelray.reports.frontier_files import write_frontier
 from parcelray.reports.tables import frontier_table
 from parcelray.tracking.mlflow_tracker import MlflowRunLogger, tracked_run
@@ -65,7 +66,7 @@ def run(job: TrainJob, console: Console) -> None:
         winner = best_method(frontier)
         version = register_model(uri, runs[winner].model_folder, MODEL_NAME, runs[winner].mlflow_run_id or run_id)
         promote(uri, MODEL_NAME, version)
-        report = Console(record=True, width=max(100, console.width), file=console.file)
+        report = Console(record=True, width=console.width, file=console.file)
         report.print(frontier_table(frontier))
         report.print(f"Picture: {picture}\nRegistered: models:/{MODEL_NAME}/{version} ({winner}), alias champion", highlight=False)
         _answer(job, uri, report)
@@ -105,7 +106,7 @@ def _answer(job: TrainJob, uri: str, console: Console) -> None:
 
 def main() -> int:
     """Runs the quickstart; `--set a.b=c` changes its job."""
-    console = Console()
+    console = open_console()
     arguments = sys.argv[1:]
     try:
         if len(arguments) % 2 or any(flag != "--set" for flag in arguments[::2]):

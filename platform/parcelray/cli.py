@@ -268,9 +268,9 @@ def _write_json(data: Any) -> None:
 
 
 def _console(*, stderr: bool = False) -> "Console":
-    from rich.console import Console
+    from parcelray.reports.console import open_console
 
-    return Console(stderr=stderr)
+    return open_console(stderr=stderr)
 
 
 if __name__ == "__main__":

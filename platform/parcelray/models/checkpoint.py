@@ -21,6 +21,8 @@ from parcelray.errors import UserError
 
 MANIFEST_NAME = "manifest.json"
 MINI_BASE = "mini_base"
+_CARD_NAME = "README.md"
+"""A checkpoint's card: text for people, written after the weights and free to change."""
 PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy", ".h5", ".msgpack"})
 _HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
 _HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
@@ -232,7 +234,7 @@ def verify_manifest(folder: Path) -> Manifest:
 
 def _files(folder: Path) -> dict[str, Path]:
     paths = (path for path in sorted(folder.rglob("*")) if path.is_file())
-    return {name: path for path in paths if (name := path.relative_to(folder).as_posix()) != MANIFEST_NAME}
+    return {name: path for path in paths if (name := path.relative_to(folder).as_posix()) not in (MANIFEST_NAME, _CARD_NAME)}
 
 
 def _hash_files(folder: Path) -> dict[str, ManifestEntry]:

@@ -1,6 +1,6 @@
 """The frontier as a table."""
 
-from rich.table import Table
+from rich.table import Column, Table
 
 from parcelray.evaluation.aggregate import Frontier, FrontierPoint
 from parcelray.evaluation.intervals import Interval
@@ -9,7 +9,8 @@ from parcelray.evaluation.intervals import Interval
 def frontier_table(frontier: Frontier) -> Table:
     """One row per method and budget: overall score, retention and family scores, in percent with 95 % intervals."""
     families = _families(frontier)
-    table = Table("method", "tokens", "score [95 %]", "retention [95 %]", *families, title=_title(frontier))
+    fixed = (Column("method", no_wrap=True), Column("tokens", no_wrap=True, justify="right"))
+    table = Table(*fixed, "score [95 %]", "retention [95 %]", *families, title=_title(frontier))
     for point in frontier.points:
         table.add_row(*_cells(point, families))
     return table
