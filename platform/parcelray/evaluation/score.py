@@ -2,8 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
-from parcelray.benchmarks.metrics import METRICS
+from parcelray.benchmarks.metrics import metric
+from parcelray.benchmarks.metrics.base import MetricResult
 from parcelray.data.sample import Sample
 
 
@@ -19,12 +21,56 @@ class Score:
     num_visual_tokens: int
     prediction: str
     value: float
-    """0 to 1; NaN: cannot be scored (counted apart, never as 0)."""
+    """0 to 1 (CIDEr: 0 to 10); NaN: cannot be scored (counted apart, never as 0)."""
 
 
-def score(samples: Sequence[Sample], predictions: Sequence[str], *, num_visual_tokens: int) -> list[Score]:
-    """Scores each answer by its sample's metric."""
+def score(samples: Sequence[Sample], predictions: Sequence[str], *, num_visual_tokens: int, mask_decoder: Path | None = None) -> list[Score]:
+    """Scores each answer by its sample's metric.
+
+    The values of a corpus metric (CIDEr) hold for these samples together; its score is `metric_results`, not their mean over a part.
+
+    Args:
+        samples: the questions.
+        predictions: one answer per sample, in the same order.
+        num_visual_tokens: the budget at which they were given.
+        mask_decoder: see `metric_results`.
+
+    Raises:
+        UserError: a sample's metric is unknown, or lacks what it needs.
+        ValueError: the two sequences differ in length.
+    """
+    values = [0.0] * len(samples)
+    for places, result in _by_metric(samples, predictions, mask_decoder).values():
+        for place, value in zip(places, result.values, strict=True):
+            values[place] = value
     return [
-        Score(sample.id, sample.benchmark, sample.family, sample.task, sample.scene, num_visual_tokens, prediction, METRICS[sample.metric](prediction, sample))
-        for sample, prediction in zip(samples, predictions, strict=True)
+        Score(sample.id, sample.benchmark, sample.family, sample.task, sample.scene, num_visual_tokens, prediction, value)
+        for sample, prediction, value in zip(samples, predictions, values, strict=True)
     ]
+
+
+def metric_results(samples: Sequence[Sample], predictions: Sequence[str], *, mask_decoder: Path | None = None) -> dict[str, MetricResult]:
+    """The totals and the unread answers of each metric that the samples name, each metric called once.
+
+    Args:
+        samples: the questions.
+        predictions: one answer per sample, in the same order.
+        mask_decoder: the .npz file that `refseg_miou` needs.
+
+    Raises:
+        UserError: a sample's metric is unknown, or lacks what it needs.
+        ValueError: the two sequences differ in length.
+    """
+    return {name: result for name, (_, result) in _by_metric(samples, predictions, mask_decoder).items()}
+
+
+def _by_metric(samples: Sequence[Sample], predictions: Sequence[str], mask_decoder: Path | None) -> dict[str, tuple[list[int], MetricResult]]:
+    if len(samples) != len(predictions):
+        raise ValueError(f"{len(predictions)} predictions for {len(samples)} samples: one list is shorter than the other")
+    places: dict[str, list[int]] = {}
+    for place, sample in enumerate(samples):
+        places.setdefault(sample.metric, []).append(place)
+    return {
+        name: (members, metric(name, mask_decoder=mask_decoder)([predictions[place] for place in members], [samples[place] for place in members]))
+        for name, members in places.items()
+    }

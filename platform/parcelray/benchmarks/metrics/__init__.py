@@ -1,10 +1,74 @@
-"""Per-sample metrics by the name that `Sample.metric` carries."""
+"""The metrics by name: `metric("vqa_accuracy")` is the default variant, `metric("vqa_accuracy:simple")` a named one."""
 
-from collections.abc import Callable
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
 
-from parcelray.benchmarks.metrics.box_iou import box_accuracy
-from parcelray.benchmarks.metrics.exact_match import exact_match
-from parcelray.data.sample import Sample
+from parcelray.benchmarks.metrics.anls import ANLS
+from parcelray.benchmarks.metrics.base import Metric
+from parcelray.benchmarks.metrics.box_iou import BOX_IOU
+from parcelray.benchmarks.metrics.cider import CIDER
+from parcelray.benchmarks.metrics.counting import COUNTING
+from parcelray.benchmarks.metrics.exact_match import EXACT_MATCH
+from parcelray.benchmarks.metrics.gqa import GQA
+from parcelray.benchmarks.metrics.mmbench import MMBENCH
+from parcelray.benchmarks.metrics.mme import MME
+from parcelray.benchmarks.metrics.multiple_choice import MULTIPLE_CHOICE
+from parcelray.benchmarks.metrics.nlvr2 import NLVR2
+from parcelray.benchmarks.metrics.pope import POPE
+from parcelray.benchmarks.metrics.refseg_miou import REFSEG_MIOU, RefSegMiou
+from parcelray.benchmarks.metrics.relaxed_accuracy import RELAXED_ACCURACY
+from parcelray.benchmarks.metrics.rsvqa import RSVQA
+from parcelray.benchmarks.metrics.vizwiz import VIZWIZ
+from parcelray.benchmarks.metrics.vqa_accuracy import VQA_ACCURACY
+from parcelray.errors import UserError
 
-METRICS: dict[str, Callable[[str, Sample], float]] = {"exact_match": exact_match, "box_iou": box_accuracy}
-"""Name -> function of prediction and sample; NaN means that the sample cannot be scored."""
+_METRICS: Mapping[str, Mapping[str, Metric]] = {
+    "anls": ANLS,
+    "box_iou": BOX_IOU,
+    "cider": CIDER,
+    "counting": COUNTING,
+    "exact_match": EXACT_MATCH,
+    "gqa": GQA,
+    "mmbench": MMBENCH,
+    "mme": MME,
+    "multiple_choice": MULTIPLE_CHOICE,
+    "nlvr2": NLVR2,
+    "pope": POPE,
+    "refseg_miou": REFSEG_MIOU,
+    "relaxed_accuracy": RELAXED_ACCURACY,
+    "rsvqa": RSVQA,
+    "vizwiz": VIZWIZ,
+    "vqa_accuracy": VQA_ACCURACY,
+}
+
+
+def metric(name: str, *, mask_decoder: Path | None = None) -> Metric:
+    """The metric of a name, with or without a variant.
+
+    Args:
+        name: `vqa_accuracy` (its default variant) or `vqa_accuracy:simple`.
+        mask_decoder: the .npz file that `refseg_miou` decodes segmentation tokens with; the other metrics do not need it.
+
+    Raises:
+        UserError: there is no such metric or variant.
+    """
+    family, _, variant = name.partition(":")
+    if family not in _METRICS:
+        raise UserError(f"There is no metric {family!r}{_similar(family, _METRICS)}; the metrics are {', '.join(_METRICS)}.")
+    members = _METRICS[family]
+    if variant and variant not in members:
+        raise UserError(f"{family} has no variant {variant!r}{_similar(variant, members)}; its variants are {', '.join(members)}.")
+    found = members[variant] if variant else next(iter(members.values()))
+    return dataclasses.replace(found, mask_decoder=mask_decoder) if isinstance(found, RefSegMiou) else found
+
+
+def all_metrics() -> tuple[Metric, ...]:
+    """Every metric in every variant; of each name, the default variant first."""
+    return tuple(member for members in _METRICS.values() for member in members.values())
+
+
+def _similar(name: str, known: Mapping[str, object]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""

@@ -1,6 +1,22 @@
-"""Exact match with any acceptable answer."""
+"""Exact match with any acceptable answer.
 
+Variants:
+    lenient: case, spacing and a full stop at the end do not count (the mini suite, NLVR).
+    raw: equal strings (big_vision).
+    lower: equal in lower case (big_vision with `to_lower`: OCR-VQA, RSVQA).
+    lmms_eval: case and ASCII punctuation do not count, surrounding spaces do (its GQA).
+    vlmevalkit: stripped and in lower case.
+
+Metadata read: `language` (optional; sub-scores, for xGQA and MaRVL).
+"""
+
+import string
+from collections.abc import Callable
+
+from parcelray.benchmarks.metrics.base import UNSCORED, Judgement, PerSampleMetric, by_metadata, variants
 from parcelray.data.sample import Sample
+
+_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def normalize(text: str) -> str:
@@ -8,8 +24,33 @@ def normalize(text: str) -> str:
     return " ".join(text.lower().split()).rstrip(".").rstrip()
 
 
-def exact_match(prediction: str, sample: Sample) -> float:
-    """1 if the prediction is one of the acceptable answers after normalisation, else 0; NaN without answers."""
-    if not sample.answers:
-        return float("nan")
-    return float(normalize(prediction) in {normalize(answer) for answer in sample.answers})
+def as_is(text: str) -> str:
+    """The text itself."""
+    return text
+
+
+def without_punctuation(text: str) -> str:
+    """Lower case without ASCII punctuation, spaces kept."""
+    return text.lower().translate(_NO_PUNCTUATION)
+
+
+def stripped(text: str) -> str:
+    """Lower case without surrounding spaces."""
+    return text.strip().lower()
+
+
+def matcher(text: Callable[[str], str]) -> Callable[[str, Sample], Judgement]:
+    """Judges by equality after a normalisation of both sides; unscored without answers."""
+
+    def judge(prediction: str, sample: Sample) -> Judgement:
+        if not sample.answers:
+            return UNSCORED
+        return Judgement(float(text(prediction) in {text(answer) for answer in sample.answers}))
+
+    return judge
+
+
+EXACT_MATCH = variants(
+    PerSampleMetric("exact_match", variant, matcher(text), by_metadata("language"))
+    for variant, text in (("lenient", normalize), ("raw", as_is), ("lower", str.lower), ("lmms_eval", without_punctuation), ("vlmevalkit", stripped))
+)

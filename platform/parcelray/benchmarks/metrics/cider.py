@@ -1,0 +1,99 @@
+"""CIDEr-D over a corpus of captions (Vedantam et al., CVPR 2015), as coco-caption and pycocoevalcap compute it.
+
+The weights of the n-grams come from the references of the evaluated set: the score of a subset, or a mean over draws of the values, is
+another metric. The values are 0 to 10; papers print 100 times their mean.
+
+Variants:
+    ptb: captions tokenised by Penn Treebank rules in lower case, punctuation removed (`caption_tokens`).
+    pretokenized: captions that come as tokens between spaces.
+
+All references of an image count; give them all as the sample's answers.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from parcelray.benchmarks.metrics.base import MetricResult, scored_mean, variants
+from parcelray.benchmarks.metrics.caption_tokens import caption_tokens
+from parcelray.data.sample import Sample
+
+_ORDERS = 4
+_SIGMA = 6.0
+_SCALE = 10.0
+
+Ngram = tuple[str, ...]
+Tokens = Sequence[str]
+
+
+class _Weighted(NamedTuple):
+    """A caption as one tf-idf vector per order."""
+
+    weights: tuple[dict[Ngram, float], ...]
+    norms: tuple[float, ...]
+    length: int
+    """Number of its bigrams: what the official code calls the length."""
+
+
+def cider_d(captions: Sequence[Tokens], references: Sequence[Sequence[Tokens]]) -> list[float]:
+    """CIDEr-D of each caption against its references, 0 to 10.
+
+    Args:
+        captions: tokens of each caption.
+        references: for each caption, the tokens of its references (at least one).
+    """
+    documents = [[_ngrams(reference) for reference in each] for each in references]
+    frequencies = Counter(ngram for each in documents for ngram in set().union(*each))
+    log_size = math.log(len(documents)) if documents else 0.0
+    idf = {ngram: log_size - math.log(count) for ngram, count in frequencies.items()}
+    scores = []
+    for caption, each in zip(captions, documents, strict=True):
+        candidate = _weighted(_ngrams(caption), idf, log_size)
+        scores.append(_SCALE * sum(_similarity(candidate, _weighted(reference, idf, log_size)) for reference in each) / len(each))
+    return scores
+
+
+@dataclass(frozen=True)
+class Cider:
+    """Mean CIDEr-D of a corpus."""
+
+    variant: str
+    tokens: Callable[[str], list[str]]
+    name: str = "cider"
+    additive: bool = False
+    paper_scale: float = 100.0
+
+    def __call__(self, predictions: Sequence[str], samples: Sequence[Sample]) -> MetricResult:
+        pairs = list(zip(predictions, samples, strict=True))
+        scored = [(self.tokens(prediction), [self.tokens(answer) for answer in sample.answers]) for prediction, sample in pairs if sample.answers]
+        scores = iter(cider_d([caption for caption, _ in scored], [references for _, references in scored]))
+        values = tuple(next(scores) if sample.answers else math.nan for sample in samples)
+        return MetricResult(values, {self.name: scored_mean(values)}, 0)
+
+
+def _ngrams(tokens: Tokens) -> Counter[Ngram]:
+    return Counter(tuple(tokens[start : start + order]) for order in range(1, _ORDERS + 1) for start in range(len(tokens) - order + 1))
+
+
+def _weighted(counts: Counter[Ngram], idf: dict[Ngram, float], unseen: float) -> _Weighted:
+    weights: tuple[dict[Ngram, float], ...] = tuple({} for _ in range(_ORDERS))
+    for ngram, count in counts.items():
+        weights[len(ngram) - 1][ngram] = count * idf.get(ngram, unseen)
+    norms = tuple(math.sqrt(sum(weight**2 for weight in each.values())) for each in weights)
+    return _Weighted(weights, norms, sum(count for ngram, count in counts.items() if len(ngram) == 2))
+
+
+def _similarity(candidate: _Weighted, reference: _Weighted) -> float:
+    """Mean over the orders of the clipped cosine, times the penalty for a difference in length."""
+    total = 0.0
+    for ours, theirs, norm, other_norm in zip(candidate.weights, reference.weights, candidate.norms, reference.norms, strict=True):
+        if norm and other_norm:
+            overlap = sum(min(weight, theirs[ngram]) * theirs[ngram] for ngram, weight in ours.items() if ngram in theirs)
+            total += overlap / (norm * other_norm)
+    difference = candidate.length - reference.length
+    return total / _ORDERS * math.exp(-(difference**2) / (2 * _SIGMA**2))
+
+
+CIDER = variants((Cider("ptb", caption_tokens), Cider("pretokenized", str.split)))

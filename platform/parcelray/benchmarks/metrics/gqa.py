@@ -1,0 +1,27 @@
+"""GQA accuracy: one answer a question, by exact match (Hudson and Manning, CVPR 2019).
+
+Variants:
+    official: equal strings (the official scorer; big_vision).
+    lmms_eval: case and ASCII punctuation do not count, surrounding spaces do.
+    vlmevalkit: stripped and in lower case.
+
+Sub-scores `binary` and `open` (structural type `query` is open), and one per structural and per semantic type.
+
+Metadata read: `types`, a mapping with `structural` and `semantic` (optional).
+"""
+
+from parcelray.benchmarks.metrics.base import PerSampleMetric, variants
+from parcelray.benchmarks.metrics.exact_match import as_is, matcher, stripped, without_punctuation
+from parcelray.data.sample import Sample
+
+
+def _groups(sample: Sample) -> tuple[str, ...]:
+    types = sample.metadata.get("types") or {}
+    names = tuple(f"{kind}/{types[kind]}" for kind in ("structural", "semantic") if types.get(kind))
+    return ((("open" if types["structural"] == "query" else "binary"), *names)) if types.get("structural") else names
+
+
+GQA = variants(
+    PerSampleMetric("gqa", variant, matcher(text), _groups)
+    for variant, text in (("official", as_is), ("lmms_eval", without_punctuation), ("vlmevalkit", stripped))
+)

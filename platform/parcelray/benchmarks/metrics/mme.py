@@ -1,0 +1,87 @@
+"""MME (Fu et al., 2023): two yes/no questions an image; a subtask's points are accuracy + accuracy+ in percent, 200 at most.
+
+accuracy: share of questions answered right; accuracy+: share of images with both right. Perception sums 10 subtasks (0 to 2000 points),
+cognition 4 (0 to 800); the headline is the sum of those that are there. Its unit is points, which no subsample of rows preserves.
+
+An answer is read as yes or no if it is one of yes, no, y, n, or holds yes or no within its first four characters; anything else is wrong
+and counted. An image without exactly two scored questions is left out and counted in `incomplete_images`.
+
+Metadata read: `category` (needed; a subtask's name), `image_id` (needed; shared by the two questions of an image).
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from parcelray.benchmarks.metrics.base import UNPARSED, UNSCORED, Judgement, MetricResult, count_unparsed, scored_mean, variants
+from parcelray.benchmarks.metrics.needed import needed
+from parcelray.data.sample import Sample
+from parcelray.errors import UserError
+
+PERCEPTION = ("existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR")
+COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
+_PREFIX = 4
+_PAIR = 2
+
+
+def read_yes_no(text: str) -> str | None:
+    """`yes`, `no`, or None if neither can be read."""
+    said = text.lower().strip().replace(".", "")
+    if len(said) == 1:
+        return {"y": "yes", "n": "no"}.get(said)
+    return next((word for word in ("yes", "no") if word in said[:_PREFIX]), None)
+
+
+@dataclass(frozen=True)
+class Mme:
+    """Points over subtasks."""
+
+    name: str = "mme"
+    variant: str = "official"
+    additive: bool = False
+    paper_scale: float = 1.0
+
+    def __call__(self, predictions: Sequence[str], samples: Sequence[Sample]) -> MetricResult:
+        judged = [_judge(prediction, sample) for prediction, sample in zip(predictions, samples, strict=True)]
+        pairs: dict[tuple[str, str], list[float]] = {}
+        for judgement, sample in zip(judged, samples, strict=True):
+            pairs.setdefault((_subtask(sample), str(needed(sample, "image_id", object, self.name))), []).append(judgement.value)
+        whole = {key: pair for key, pair in pairs.items() if len(pair) == _PAIR and not any(math.isnan(value) for value in pair)}
+        totals = {self.name: math.nan} | _points(whole) | {"incomplete_images": float(len(pairs) - len(whole))}
+        totals[self.name] = math.fsum(totals[part] for part in ("perception", "cognition") if part in totals) if whole else math.nan
+        return MetricResult(tuple(judgement.value for judgement in judged), totals, count_unparsed(judged))
+
+
+def _judge(prediction: str, sample: Sample) -> Judgement:
+    target = read_yes_no(sample.answers[0]) if sample.answers else None
+    if target is None:
+        return UNSCORED
+    given = read_yes_no(prediction)
+    return UNPARSED if given is None else Judgement(float(given == target))
+
+
+def _subtask(sample: Sample) -> str:
+    category = needed(sample, "category", str, "mme")
+    if category not in PERCEPTION + COGNITION:
+        raise UserError(f"MME has no subtask {category!r} (sample {sample.id!r}); its subtasks are {', '.join(PERCEPTION + COGNITION)}.")
+    return category
+
+
+def _points(pairs: dict[tuple[str, str], list[float]]) -> dict[str, float]:
+    totals = {"accuracy": scored_mean(value for pair in pairs.values() for value in pair), "accuracy_plus": _plus(list(pairs.values()))}
+    for part, subtasks in (("perception", PERCEPTION), ("cognition", COGNITION)):
+        points = {}
+        for subtask in subtasks:
+            members = [pair for (category, _), pair in pairs.items() if category == subtask]
+            if members:
+                points[f"{part}/{subtask}"] = 100 * (scored_mean(value for pair in members for value in pair) + _plus(members))
+        if points:
+            totals |= {part: math.fsum(points.values()), **points}
+    return totals
+
+
+def _plus(pairs: Sequence[Sequence[float]]) -> float:
+    return scored_mean(float(all(pair)) for pair in pairs)
+
+
+MME = variants((Mme(),))

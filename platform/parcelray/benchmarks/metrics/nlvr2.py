@@ -1,0 +1,58 @@
+"""NLVR2 accuracy: is the sentence true of the pair of images (Suhr et al., ACL 2019).
+
+Variants:
+    words: true or yes against false or no, in any case, a full stop at the end allowed; anything else is wrong and counted.
+    raw: the answer must be the string itself (`True`, `False`; big_vision).
+
+Sub-score `consistency`: share of sentences that are right on all their images.
+
+Metadata read: `identifier` (optional; the sentence, shared by its image pairs), `language` (optional; sub-scores, for MaRVL).
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from parcelray.benchmarks.metrics.base import UNPARSED, UNSCORED, Judgement, MetricResult, PerSampleMetric, by_metadata, variants
+from parcelray.benchmarks.metrics.consistency import consistency
+from parcelray.data.sample import Sample
+
+_MEANINGS = {"true": True, "yes": True, "false": False, "no": False}
+
+
+def read_truth(text: str) -> bool | None:
+    """What an answer says; None if it says neither."""
+    return _MEANINGS.get(text.strip().rstrip(".").lower())
+
+
+@dataclass(frozen=True)
+class Nlvr2:
+    """Accuracy over pairs, with consistency."""
+
+    variant: str
+    judge: Callable[[str, Sample], Judgement]
+    name: str = "nlvr2"
+    additive: bool = True
+    paper_scale: float = 100.0
+
+    def __call__(self, predictions: Sequence[str], samples: Sequence[Sample]) -> MetricResult:
+        result = PerSampleMetric(self.name, self.variant, self.judge, by_metadata("language"))(predictions, samples)
+        named = [(str(sample.metadata["identifier"]), value) for value, sample in zip(result.values, samples, strict=True) if "identifier" in sample.metadata]
+        return result._replace(totals=result.totals | {"consistency": consistency(named)}) if named else result
+
+
+def _words(prediction: str, sample: Sample) -> Judgement:
+    target = read_truth(sample.answers[0]) if sample.answers else None
+    if target is None:
+        return UNSCORED
+    given = read_truth(prediction)
+    return UNPARSED if given is None else Judgement(float(given == target))
+
+
+def _raw(prediction: str, sample: Sample) -> Judgement:
+    if not sample.answers:
+        return UNSCORED
+    right = prediction == sample.answers[0]
+    return Judgement(float(right), parsed=right or read_truth(prediction) is not None)
+
+
+NLVR2 = variants((Nlvr2("words", _words), Nlvr2("raw", _raw)))

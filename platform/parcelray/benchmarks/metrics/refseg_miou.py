@@ -1,0 +1,127 @@
+"""Referring-expression segmentation: mean IoU of masks written as location and segmentation tokens (PaliGemma; RefCOCO/+/g).
+
+An answer is four location tokens (top, left, bottom, right, of 1023) and 16 segmentation tokens; what follows is ignored. The tokens are
+decoded to 64 x 64, resized bilinearly to the box in whole pixels, and cut at 0; the score is the mean over expressions of the IoU with the
+full-resolution mask (not the ratio of summed areas). An answer with fewer tokens, a token out of range, or an empty or inverted box scores
+0 and is counted as unparsed.
+
+Sub-scores: `box_accuracy_50` and `box_accuracy_75`, the share of answers whose box has that IoU with the true one.
+
+Metadata read: `mask` (needed): see `masks.decode_mask`; `box` (optional): the true box as [top, left, bottom, right] in fractions; without it, the
+bounds of the mask.
+"""
+
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from parcelray.benchmarks.metrics.base import MetricResult, scored_mean, variants
+from parcelray.benchmarks.metrics.box_iou import Box, accuracies, iou, parse_locations
+from parcelray.benchmarks.metrics.masks import Mask, decode_mask
+from parcelray.data.sample import Sample
+from parcelray.errors import UserError
+
+_TOKENS = re.compile(r"\s*((?:<loc\d{4}>\s*){4})((?:<seg\d{3}>\s*){16})")
+_CODES = 128
+_LAST_BIN = 1023
+_BATCH = 64
+
+
+class Segmentation(NamedTuple):
+    """A box and the codes of the mask inside it."""
+
+    box: Box
+    codes: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class RefSegMiou:
+    """Mean mask IoU.
+
+    Args:
+        mask_decoder: the .npz file with the decoder's weights.
+    """
+
+    mask_decoder: Path | None = None
+    name: str = "refseg_miou"
+    variant: str = "big_vision"
+    additive: bool = True
+    paper_scale: float = 100.0
+
+    def __call__(self, predictions: Sequence[str], samples: Sequence[Sample]) -> MetricResult:
+        read = [read_segmentation(prediction) for prediction in predictions]
+        inner = self._masks([each.codes for each in read if each is not None])
+        values, boxes, unparsed = [], [], 0
+        for segmentation, sample in zip(read, samples, strict=True):
+            mask64 = next(inner) if segmentation is not None else None
+            if "mask" not in sample.metadata:
+                values.append(math.nan)
+                boxes.append(math.nan)
+                continue
+            truth = decode_mask(sample.metadata["mask"], sample.id)
+            value = mask_iou(segmentation.box, mask64, truth) if segmentation is not None and mask64 is not None else None
+            unparsed += value is None
+            values.append(value or 0.0)
+            boxes.append(iou(segmentation.box, _true_box(sample, truth)) if segmentation is not None else 0.0)
+        totals = {self.name: scored_mean(values)}
+        totals |= {f"box_accuracy_{round(100 * threshold)}": scored_mean(accuracies(boxes, threshold)) for threshold in (0.5, 0.75)}
+        return MetricResult(tuple(values), totals, unparsed)
+
+    def _masks(self, codes: Sequence[Sequence[int]]) -> Iterator[NDArray[np.float32]]:
+        if not codes:
+            return
+        if self.mask_decoder is None:
+            raise UserError("refseg_miou needs the decoder of segmentation tokens; download PaliGemma's vae-oid.npz and name the file with mask_decoder.")
+        # Imported here because it is the only metric that needs torch.
+        from parcelray.benchmarks.metrics.mask_decoder import load_mask_decoder
+
+        decoder = load_mask_decoder(self.mask_decoder)
+        for start in range(0, len(codes), _BATCH):
+            yield from decoder(np.asarray(codes[start : start + _BATCH], dtype=np.int64))
+
+
+def read_segmentation(text: str) -> Segmentation | None:
+    """The box and the codes at the start of an answer; None if there are fewer, one is out of range, or the box is empty."""
+    match = _TOKENS.match(text)
+    if match is None:
+        return None
+    locations, codes = ([int(number) for number in re.findall(r"\d+", group)] for group in match.groups())
+    top, left, bottom, right = locations
+    if max(locations) > _LAST_BIN or max(codes) >= _CODES or bottom <= top or right <= left:
+        return None
+    box = parse_locations(match.group(1))
+    assert box is not None, "the pattern holds four locations"
+    return Segmentation(box, tuple(codes))
+
+
+def mask_iou(box: Box, mask64: NDArray[np.float32], truth: Mask) -> float | None:
+    """IoU of a decoded mask, placed in its box, with the true one; None if the box is empty in whole pixels."""
+    height, width = truth.shape
+    top, left, bottom, right = int(box.top * height), int(box.left * width), int(box.bottom * height), int(box.right * width)
+    if bottom <= top or right <= left:
+        return None
+    resized = Image.fromarray(mask64).resize((right - left, bottom - top), Image.Resampling.BILINEAR)
+    predicted = np.asarray(resized) > 0
+    shared = int(np.count_nonzero(truth[top:bottom, left:right] & predicted))
+    union = int(np.count_nonzero(truth)) + int(np.count_nonzero(predicted)) - shared
+    return shared / union if union else 0.0
+
+
+def _true_box(sample: Sample, truth: Mask) -> Box:
+    if "box" in sample.metadata:
+        return Box(*sample.metadata["box"])
+    rows, columns = np.flatnonzero(truth.any(axis=1)), np.flatnonzero(truth.any(axis=0))
+    if not len(rows):
+        return Box(0.0, 0.0, 0.0, 0.0)
+    height, width = truth.shape
+    return Box(rows[0] / height, columns[0] / width, (rows[-1] + 1) / height, (columns[-1] + 1) / width)
+
+
+REFSEG_MIOU = variants((RefSegMiou(),))

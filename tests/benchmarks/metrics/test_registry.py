@@ -1,0 +1,72 @@
+"""Metrics by name, and what holds for all of them."""
+
+import math
+import random
+
+import pytest
+
+from parcelray.benchmarks.metrics import all_metrics, metric
+from parcelray.errors import UserError
+
+_METADATA = {"choices": ["red", "blue"], "index": 1, "category": "existence", "image_id": "1", "question_type": "comp", "box": [0, 0, 0.5, 0.5]}
+
+
+def test_names_lead_to_their_variants() -> None:
+    assert metric("vqa_accuracy").variant == "leave_one_out"
+    assert metric("vqa_accuracy:simple").variant == "simple"
+    assert metric("exact_match").variant == "lenient"
+    for each in all_metrics():
+        assert metric(f"{each.name}:{each.variant}") == each
+
+
+def test_unknown_names_are_answered_with_the_nearest() -> None:
+    with pytest.raises(UserError, match="did you mean 'vqa_accuracy'"):
+        metric("vqa_acuracy")
+    with pytest.raises(UserError, match=r"no variant 'leave_one_in' \(did you mean 'leave_one_out'"):
+        metric("vqa_accuracy:leave_one_in")
+
+
+def test_only_metrics_of_independent_samples_are_additive() -> None:
+    assert {each.name for each in all_metrics() if not each.additive} == {"cider", "mmbench", "mme", "pope", "rsvqa"}
+    assert metric("mme").paper_scale == 1
+
+
+def _all_but_masks():
+    return [pytest.param(each, id=f"{each.name}:{each.variant}") for each in all_metrics() if each.name != "refseg_miou"]
+
+
+@pytest.mark.parametrize("each", _all_but_masks())
+def test_the_order_of_samples_changes_nothing(each, make_sample) -> None:
+    draw = random.Random(1)
+    words = ["yes", "no", "A", "red", "two", "<loc0000><loc0000><loc0512><loc0512>", ""]
+    samples = []
+    for number in range(24):
+        answer = draw.choice(["yes", "no"]) if each.name in ("mme", "pope", "nlvr2") else draw.choice(["A", "B"])
+        pair = {"index": number // 2 + 1_000_000 * (number % 2), "image_id": str(number // 2), "category": ("existence", "count")[number // 2 % 2]}
+        samples.append(make_sample(answer, answer, id=str(number), **(_METADATA | pair)))
+    predictions = [draw.choice(words) for _ in samples]
+    result = each(predictions, samples)
+    order = draw.sample(range(24), 24)
+    shuffled = each([predictions[place] for place in order], [samples[place] for place in order])
+    assert shuffled.values == pytest.approx([result.values[place] for place in order], nan_ok=True)
+    assert shuffled.totals == pytest.approx(result.totals, nan_ok=True)
+    assert shuffled.unparsed == result.unparsed
+    assert next(iter(result.totals)) == each.name
+    if each.additive:
+        scored = [value for value in result.values if not math.isnan(value)]
+        assert result.totals[each.name] == pytest.approx(sum(scored) / len(scored))
+
+
+@pytest.mark.parametrize("each", _all_but_masks())
+def test_a_sample_without_answers_is_unscored_and_never_zero(each, make_sample) -> None:
+    metadata = {key: value for key, value in _METADATA.items() if key != "box"}
+    result = each(["A"], [make_sample(**metadata)])
+    assert math.isnan(result.values[0])
+    assert math.isnan(result.totals[each.name])
+    assert result.unparsed == 0
+
+
+@pytest.mark.parametrize("each", _all_but_masks())
+def test_a_missing_prediction_is_refused(each, make_sample) -> None:
+    with pytest.raises(ValueError, match="argument"):
+        each([], [make_sample("A", **_METADATA)])
