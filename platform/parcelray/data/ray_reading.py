@@ -52,13 +52,15 @@ def _windows(first_step: int, num_steps: int, images_per_step: int) -> Iterator[
         first_step, length = window.stop, min(2 * length, longest)
 
 
-def _make(reader: StepReader, steps: range, concurrency: int) -> MaterializedDataset:
+def _make(reader: StepReader, steps: range, concurrency: int) -> MaterializedDataset[Any]:
     blocks = -(-len(steps) // _STEPS_PER_TASK)
     rows = ray.data.range(len(steps), override_num_blocks=blocks)
-    return rows.map_batches(_ReadSteps(reader, steps.start), batch_size=None, num_cpus=0.5, concurrency=min(concurrency, blocks)).materialize()
+    read = _ReadSteps(reader, steps.start)
+    made: MaterializedDataset[Any] = rows.map_batches(read, batch_size=None, num_cpus=0.5, concurrency=min(concurrency, blocks)).materialize()
+    return made
 
 
-def _batches(window: MaterializedDataset) -> Iterator[Batch]:
+def _batches(window: MaterializedDataset[Any]) -> Iterator[Batch]:
     for columns in window.iter_batches(batch_size=1, prefetch_batches=2):
         yield {key: np.asarray(column[0]) for key, column in columns.items()}
 

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+from transformers.models.siglip.modeling_siglip import SiglipAttention
 
 from parcelray.config.model import MiniModelConfig
 from parcelray.models.processor import ElasticPaliGemmaProcessor
@@ -141,7 +142,7 @@ def _grid_positions(grid_size: int, width: int) -> Tensor:
     return torch.nn.functional.pad(torch.cat([rows, columns], dim=1), (0, width - 4 * len(frequencies)))
 
 
-def _attend_to_neighbours(attention: nn.Module, first: int) -> None:
+def _attend_to_neighbours(attention: SiglipAttention, first: int) -> None:
     """Starting queries and keys by which each head looks at one of the eight neighbours of a patch, as a convolution would.
 
     A rotation by w d takes (sin w p, cos w p) to (sin w (p + d), cos w (p + d)), so a query rotated by a neighbour's offset agrees with the
