@@ -8,6 +8,8 @@ place of I x K image placeholders in the prompt. Nothing else of the transformer
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, cast, runtime_checkable
 
@@ -27,6 +29,7 @@ from transformers.models.paligemma.modeling_paligemma import (
     PaliGemmaMultiModalProjector,
     PaliGemmaPreTrainedModel,
 )
+from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
 from parcelray.config.connector import ConnectorConfig
 from parcelray.errors import UserError
@@ -239,7 +242,7 @@ def load_vlm(path: str | Path, *, connector: ConnectorConfig | None = None, seed
     config = ElasticPaliGemmaConfig.from_pretrained(path)
     if connector is not None:
         config.connector = connector.model_dump(mode="json")
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), _without_progress_bars():
         torch.manual_seed(seed)
         model, info = ElasticPaliGemmaForConditionalGeneration.from_pretrained(path, config=config, output_loading_info=True, use_safetensors=True, **kwargs)
     missing = sorted(key for key in info["missing_keys"] if not key.startswith("model.connector."))
@@ -249,6 +252,18 @@ def load_vlm(path: str | Path, *, connector: ConnectorConfig | None = None, seed
         norm = model.model.vision_tower.post_layernorm
         model.connector.match_scale(norm.weight, norm.bias)
     return cast(ElasticPaliGemmaForConditionalGeneration, model)
+
+
+@contextmanager
+def _without_progress_bars() -> Iterator[None]:
+    """A bar for the shards of a checkpoint would break the lines of whoever loads it, a training's progress among them."""
+    shown = is_progress_bar_enabled()
+    disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            enable_progress_bar()
 
 
 def use_sdpa_where_exact(model: ElasticPaliGemmaForConditionalGeneration) -> None:
