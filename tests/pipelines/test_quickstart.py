@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 METHODS = {"vanilla", "parcel", "m3", "mqt"}
 
 
-def _quickstart(folder: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+def _command(folder: Path) -> list[str]:
     changes = (
         f"storage={folder}",
         f"tracking.uri=sqlite:///{folder}/mlflow.db",
@@ -20,17 +21,39 @@ def _quickstart(folder: Path, *overrides: str) -> subprocess.CompletedProcess[st
         "training.images_per_step=8",
         "validation.samples=1",
         "report.samples=3",
-        *overrides,
     )
-    arguments = [part for change in changes for part in ("--set", change)]
-    return subprocess.run([sys.executable, "pipelines/quickstart.py", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=500, check=False)
+    return [sys.executable, "pipelines/quickstart.py", *(part for change in changes for part in ("--set", change))]
+
+
+def _quickstart(folder: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(_command(folder), cwd=ROOT, capture_output=True, text=True, timeout=250, check=False)
+
+
+def _interrupted_after_the_first_training(folder: Path) -> None:
+    driver = subprocess.Popen(_command(folder), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not list(folder.glob("train/*/result.json")) and time.monotonic() < deadline and driver.poll() is None:
+        time.sleep(0.05)
+    driver.kill()
+    driver.wait()
+    assert not list(folder.glob("quickstart/*.done"))
+
+
+def _weights(folder: Path) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in folder.glob("train/*/model/model.safetensors")}
 
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_the_quickstart_compares_registers_and_answers_and_a_second_run_computes_nothing(tmp_path: Path) -> None:
+@pytest.mark.timeout(600)
+def test_the_quickstart_goes_on_compares_registers_answers_and_is_then_done(tmp_path: Path) -> None:
+    _interrupted_after_the_first_training(tmp_path)
+    trained = _weights(tmp_path)
+    assert len(trained) == 1
     first = _quickstart(tmp_path)
     assert first.returncode == 0, first.stdout + first.stderr
+    assert "quickstart-vanilla" in first.stdout
+    assert trained.items() <= _weights(tmp_path).items()
     frontier = json.loads((tmp_path / "quickstart" / "frontier.json").read_text(encoding="utf-8"))
     assert frontier["reference"] == "vanilla"
     points = {(point["method"], point["num_visual_tokens"]) for point in frontier["points"]}
@@ -50,12 +73,12 @@ def test_the_quickstart_compares_registers_and_answers_and_a_second_run_computes
     parents = {run.data.tags.get("mlflow.parentRunId") for run in runs}
     assert len(parents - {None}) == 1
 
-    models = {path: path.stat().st_mtime_ns for path in tmp_path.glob("train/*/model/model.safetensors")}
+    models = _weights(tmp_path)
     assert len(models) == len(METHODS)
     second = _quickstart(tmp_path)
     assert second.returncode == 0, second.stdout + second.stderr
     assert "nothing to compute" in second.stdout
-    assert {path: path.stat().st_mtime_ns for path in models} == models
+    assert _weights(tmp_path) == models
 
 
 def test_an_argument_that_the_quickstart_does_not_know_is_refused(tmp_path: Path) -> None:
