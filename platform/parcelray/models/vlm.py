@@ -8,8 +8,6 @@ place of I x K image placeholders in the prompt. Nothing else of the transformer
 """
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, cast, runtime_checkable
 
@@ -29,11 +27,11 @@ from transformers.models.paligemma.modeling_paligemma import (
     PaliGemmaMultiModalProjector,
     PaliGemmaPreTrainedModel,
 )
-from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
 from parcelray.config.connector import ConnectorConfig
 from parcelray.errors import UserError
 from parcelray.models.connectors import Connector, build_connector
+from parcelray.models.quiet import quiet_transformers
 
 MODEL_TYPE = "elastic_paligemma"
 _CONNECTOR_ADAPTER: TypeAdapter[ConnectorConfig] = TypeAdapter(ConnectorConfig)
@@ -242,7 +240,7 @@ def load_vlm(path: str | Path, *, connector: ConnectorConfig | None = None, seed
     config = ElasticPaliGemmaConfig.from_pretrained(path)
     if connector is not None:
         config.connector = connector.model_dump(mode="json")
-    with torch.random.fork_rng(devices=[]), _without_progress_bars():
+    with torch.random.fork_rng(devices=[]), quiet_transformers():
         torch.manual_seed(seed)
         model, info = ElasticPaliGemmaForConditionalGeneration.from_pretrained(path, config=config, output_loading_info=True, use_safetensors=True, **kwargs)
     missing = sorted(key for key in info["missing_keys"] if not key.startswith("model.connector."))
@@ -252,18 +250,6 @@ def load_vlm(path: str | Path, *, connector: ConnectorConfig | None = None, seed
         norm = model.model.vision_tower.post_layernorm
         model.connector.match_scale(norm.weight, norm.bias)
     return cast(ElasticPaliGemmaForConditionalGeneration, model)
-
-
-@contextmanager
-def _without_progress_bars() -> Iterator[None]:
-    """A bar for the shards of a checkpoint would break the lines of whoever loads it, a training's progress among them."""
-    shown = is_progress_bar_enabled()
-    disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            enable_progress_bar()
 
 
 def use_sdpa_where_exact(model: ElasticPaliGemmaForConditionalGeneration) -> None:

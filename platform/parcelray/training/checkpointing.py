@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 
 from parcelray.errors import UserError
 from parcelray.models.processor import ElasticPaliGemmaProcessor
+from parcelray.models.quiet import quiet_transformers
 from parcelray.models.vlm import ElasticPaliGemmaForConditionalGeneration
 
 _FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -53,7 +54,8 @@ def save(
     if not accelerator.is_main_process:
         return
     inner: ElasticPaliGemmaForConditionalGeneration = accelerator.unwrap_model(model)
-    inner.save_pretrained(folder / "model", state_dict=weights)
+    with quiet_transformers():
+        inner.save_pretrained(folder / "model", state_dict=weights)
     processor.save_pretrained(folder / "model")
     scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
     torch.save({"optimizer": moments, "scaler": scaler, "rng": rng}, folder / "optimizer.pt")
