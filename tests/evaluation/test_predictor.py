@@ -15,7 +15,8 @@ from parcelray.config.connector import ParcelConnectorConfig
 from parcelray.config.model import MiniModelConfig
 from parcelray.data.collator import decode_image
 from parcelray.data.sample import Sample
-from parcelray.errors import SystemFailure, UnsupportedBudgetError
+from parcelray.errors import SystemFailure, UnsupportedBudgetError, UserError
+from parcelray.evaluation.generation import GenerationSettings
 from parcelray.evaluation.predictor import BLIND, Predictor
 from parcelray.evaluation.score import score
 from parcelray.models.mini import build_config, build_model, build_processor
@@ -67,8 +68,8 @@ def _sample(index: int, images: Sequence[bytes]) -> Sample:
 def test_a_batch_answers_as_one_sample_at_a_time(
     model: ElasticPaliGemmaForConditionalGeneration, processor: ElasticPaliGemmaProcessor, samples: list[Sample]
 ) -> None:
-    together = Predictor(model, processor, batch_size=64, max_new_tokens=4).generate_budgets(samples, [BLIND, 16, 40])
-    alone = Predictor(model, processor, batch_size=1, max_new_tokens=4).generate_budgets(samples, [40, 16, BLIND])
+    together = Predictor(model, processor, batch_size=64, settings=GenerationSettings(max_new_tokens=4)).generate_budgets(samples, [BLIND, 16, 40])
+    alone = Predictor(model, processor, batch_size=1, settings=GenerationSettings(max_new_tokens=4)).generate_budgets(samples, [40, 16, BLIND])
     assert together == alone
     assert len(set(together[16])) >= 6, "the test means something only if answers differ"
 
@@ -79,7 +80,7 @@ def test_an_answer_is_the_stock_paths_own(model: ElasticPaliGemmaForConditionalG
     with torch.inference_mode():
         tokens_BS = model.generate(**inputs, num_visual_tokens=40, max_new_tokens=4, do_sample=False)
     expected = processor.decode(tokens_BS[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
-    assert Predictor(model, processor, max_new_tokens=4).generate([sample], num_visual_tokens=40) == [expected]
+    assert Predictor(model, processor, settings=GenerationSettings(max_new_tokens=4)).generate([sample], num_visual_tokens=40) == [expected]
 
 
 def test_each_image_is_encoded_once_for_all_budgets_and_questions(
@@ -92,17 +93,17 @@ def test_each_image_is_encoded_once_for_all_budgets_and_questions(
 
     handle = model.model.vision_tower.register_forward_pre_hook(count)
     try:
-        Predictor(model, processor, max_new_tokens=1).generate_budgets(samples, [BLIND, 16, 64, 256])
+        Predictor(model, processor, settings=GenerationSettings(max_new_tokens=1)).generate_budgets(samples, [BLIND, 16, 64, 256])
         assert sum(encoded) == sum(len(sample.images) for sample in samples)
         # Twelve more questions about the same images.
         again = [dataclasses.replace(sample, id=f"{sample.id}b", prompt="true or false") for sample in samples]
         encoded.clear()
-        shared = Predictor(model, processor, max_new_tokens=2).generate_budgets([*samples, *again], [16])[16]
+        shared = Predictor(model, processor, settings=GenerationSettings(max_new_tokens=2)).generate_budgets([*samples, *again], [16])[16]
         assert sum(encoded) == sum(len(sample.images) for sample in samples)
-        apart = Predictor(model, processor, max_new_tokens=2)
+        apart = Predictor(model, processor, settings=GenerationSettings(max_new_tokens=2))
         assert shared == apart.generate(samples, num_visual_tokens=16) + apart.generate(again, num_visual_tokens=16)
         encoded.clear()
-        Predictor(model, processor, max_new_tokens=1).generate(samples, num_visual_tokens=BLIND)
+        Predictor(model, processor, settings=GenerationSettings(max_new_tokens=1)).generate(samples, num_visual_tokens=BLIND)
         assert sum(encoded) == 0, "the blind model looks at nothing"
     finally:
         handle.remove()
@@ -119,7 +120,7 @@ def test_the_decoder_sees_as_many_visual_tokens_as_the_budget_says(
 
     handle = model.model.language_model.register_forward_pre_hook(look, with_kwargs=True)
     try:
-        Predictor(model, processor, max_new_tokens=2).generate([samples[2]], num_visual_tokens=budget)
+        Predictor(model, processor, settings=GenerationSettings(max_new_tokens=2)).generate([samples[2]], num_visual_tokens=budget)
     finally:
         handle.remove()
     text = len(processor.tokenizer(f"{processor.tokenizer.bos_token}{samples[2].prompt}\n", add_special_tokens=False)["input_ids"])
@@ -130,7 +131,7 @@ def test_the_decoder_sees_as_many_visual_tokens_as_the_budget_says(
 def test_blind_answers_do_not_depend_on_the_images(
     model: ElasticPaliGemmaForConditionalGeneration, processor: ElasticPaliGemmaProcessor, samples: list[Sample]
 ) -> None:
-    predictor = Predictor(model, processor, max_new_tokens=4)
+    predictor = Predictor(model, processor, settings=GenerationSettings(max_new_tokens=4))
     other = [_sample(index, [_png(np.random.default_rng(99))]) for index in range(12)]
     assert predictor.generate(samples, num_visual_tokens=BLIND) == predictor.generate(other, num_visual_tokens=BLIND)
     assert predictor.generate(samples, num_visual_tokens=16) != predictor.generate(other, num_visual_tokens=16)
@@ -161,3 +162,60 @@ def test_scores_carry_the_budget_and_the_answer(samples: list[Sample]) -> None:
     assert [(each.sample_id, each.num_visual_tokens, each.prediction, each.value) for each in scores] == [("0", 40, "Red.", 1.0), ("1", 40, "blue", 0.0)]
     with pytest.raises(ValueError, match="shorter"):
         score(samples[:2], ["red"], num_visual_tokens=40)
+
+
+@pytest.mark.parametrize("settings", [GenerationSettings(max_new_tokens=4, decoding="beam", num_beams=3), GenerationSettings(decoding="likelihood")])
+def test_other_decodings_answer_alike_in_any_batch(
+    model: ElasticPaliGemmaForConditionalGeneration, processor: ElasticPaliGemmaProcessor, samples: list[Sample], settings: GenerationSettings
+) -> None:
+    asked = [dataclasses.replace(sample, metadata={"choices": ["red", "blue", "a tower of circles", "2"]}) for sample in samples]
+    together = Predictor(model, processor, settings=settings).answer_budgets(asked, [BLIND, 16])
+    alone = Predictor(model, processor, settings=settings, batch_size=1).answer_budgets(asked, [BLIND, 16])
+    assert together == alone
+    assert len({answer.text for answer in together[16]}) > 1
+
+
+def test_a_beam_search_is_the_stock_paths_own(
+    model: ElasticPaliGemmaForConditionalGeneration, processor: ElasticPaliGemmaProcessor, samples: list[Sample]
+) -> None:
+    sample = samples[1]
+    inputs = processor([[decode_image(image) for image in sample.images]], [sample.prompt], num_visual_tokens=16, return_tensors="pt")
+    with torch.inference_mode():
+        tokens_BS = model.generate(**inputs, num_visual_tokens=16, max_new_tokens=4, do_sample=False, num_beams=3)
+    expected = processor.decode(tokens_BS[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+    settings = GenerationSettings(max_new_tokens=4, decoding="beam", num_beams=3)
+    assert Predictor(model, processor, settings=settings).generate([sample], num_visual_tokens=16) == [expected]
+
+
+def test_the_chosen_answer_is_the_likeliest(
+    model: ElasticPaliGemmaForConditionalGeneration, processor: ElasticPaliGemmaProcessor, samples: list[Sample]
+) -> None:
+    choices = ["red", "blue", "how many", "2"]
+    sample = dataclasses.replace(samples[1], metadata={"choices": choices})
+    images = [[decode_image(image) for image in sample.images]]
+    losses = []
+    for choice in choices:
+        inputs = processor(images, [sample.prompt], suffix=[choice], num_visual_tokens=16, return_tensors="pt")
+        with torch.inference_mode():
+            logits_SV = model(**inputs, num_visual_tokens=16).logits[0].float().log_softmax(-1)
+        places = (inputs["labels"][0] != -100).nonzero().flatten()
+        losses.append(sum(float(logits_SV[place - 1, inputs["labels"][0, place]]) for place in places))
+    expected = choices[int(np.argmax(losses))]
+    assert Predictor(model, processor, settings=GenerationSettings(decoding="likelihood")).generate([sample], num_visual_tokens=16) == [expected]
+
+
+def test_without_choices_nothing_can_be_chosen(
+    model: ElasticPaliGemmaForConditionalGeneration, processor: ElasticPaliGemmaProcessor, samples: list[Sample]
+) -> None:
+    with pytest.raises(UserError, match="has no choices to compare by likelihood"):
+        Predictor(model, processor, settings=GenerationSettings(decoding="likelihood")).generate(samples[:1], num_visual_tokens=16)
+
+
+def test_answers_say_how_long_they_are_and_whether_they_were_cut_off(
+    model: ElasticPaliGemmaForConditionalGeneration, processor: ElasticPaliGemmaProcessor, samples: list[Sample]
+) -> None:
+    for limit in (1, 6):
+        answers = Predictor(model, processor, settings=GenerationSettings(max_new_tokens=limit)).answer_budgets(samples, [16])[16]
+        assert all(answer.num_new_tokens == limit for answer in answers if answer.cut_off)
+        assert all(1 <= answer.num_new_tokens <= limit for answer in answers)
+        assert any(answer.cut_off for answer in answers)

@@ -12,7 +12,7 @@ import hashlib
 import io
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -133,6 +133,19 @@ class NlvrSource:
             metadata={"identifier": row.identifier, "permutation": row.permutation, "directory": row.directory},
         )
 
+    @property
+    def pictures(self) -> Sequence[NlvrRow]:
+        """The pictures of the part, in the corpus's order; those of a sentence stand together."""
+        rows = _rows(self.path, self.split)
+        return tuple(rows[row] for row in _part(self))
+
+    def questions_in_order(self) -> Iterator[tuple[str, int, NlvrRow]]:
+        """Group, index and picture of every question."""
+        rows = _rows(self.path, self.split)
+        for group, items in _items(self).items():
+            for index, item in enumerate(items):
+                yield group, index, rows[item.row]
+
     def _images(self, row: NlvrRow, question: Question) -> tuple[bytes, ...]:
         picture = _open(row)
         if question.box is not None:
@@ -215,13 +228,19 @@ def _items(source: NlvrSource) -> dict[str, tuple[_Item, ...]]:
     """Every question of a source by group, statements first and whole sentences together."""
     groups: dict[str, list[_Item]] = {source.view: [], "box": []}
     rows = _rows(source.path, source.split)
-    held_out = _validation_directories({row.directory for row in rows}, source.seed)
-    for index, row in enumerate(rows):
-        if source.part != "all" and (row.directory in held_out) != (source.part == "validation"):
-            continue
+    for index in _part(source):
+        row = rows[index]
         for question in questions_of(row.sentence, row.label, row.things, source.questions, f"{source.seed}/{row.id}"):
             groups["box" if question.box is not None else source.view].append(_Item(index, question))
     return {name: tuple(items) for name, items in groups.items()}
+
+
+@functools.lru_cache(maxsize=8)
+def _part(source: NlvrSource) -> tuple[int, ...]:
+    """Indices of the part's pictures."""
+    rows = _rows(source.path, source.split)
+    held_out = _validation_directories({row.directory for row in rows}, source.seed)
+    return tuple(index for index, row in enumerate(rows) if source.part == "all" or (row.directory in held_out) == (source.part == "validation"))
 
 
 def _validation_directories(directories: set[str], seed: int) -> set[str]:

@@ -66,7 +66,7 @@ def questions_of(sentence: str, label: str, boxes: Sequence[Sequence[Thing]], ta
     rng = Random(seed)
     things = [thing for box in boxes for thing in box]
     made = {
-        "statement": Question("statement", f"true or false: {' '.join(sentence.lower().split())}", (label.lower(),)),
+        "statement": Question("statement", f"true or false: {' '.join(sentence.lower().split())}", (label.lower(),), metric="nlvr2"),
         "count": _count(things, rng),
         "color": _color(things, rng),
         "size": _size(things, rng),

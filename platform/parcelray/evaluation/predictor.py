@@ -1,20 +1,37 @@
-"""Greedy answers at any budget, with one run of the vision tower per image for all budgets and all questions about it."""
+"""Answers at any budget, with one run of the vision tower per image for all budgets and all questions about it."""
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
+from PIL import Image
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from parcelray.data.collator import decode_image
 from parcelray.data.sample import Sample
-from parcelray.errors import SystemFailure
+from parcelray.errors import SystemFailure, UserError
+from parcelray.evaluation.generation import GenerationSettings
 from parcelray.models.processor import ElasticPaliGemmaProcessor
 from parcelray.models.vlm import ElasticPaliGemmaForConditionalGeneration
 
 BLIND = 0
 """The budget of the blind baseline: no image, no visual tokens."""
+
+
+class Answer(NamedTuple):
+    """What a model said to one sample."""
+
+    text: str
+    num_new_tokens: int
+    """The end token included."""
+    cut_off: bool
+    """Whether the longest answer was reached without an end token."""
+    problem: str = ""
+    """Why there is no answer: an image that cannot be decoded."""
+
+
+_NONE = Answer("", 0, False)
 
 
 class Predictor:
@@ -24,7 +41,7 @@ class Predictor:
         model: in evaluation mode.
         processor: of the same checkpoint.
         batch_size: images per batch of the encoder, and of the decoder (where a video counts its frames).
-        max_new_tokens: longest answer.
+        settings: how answers are made.
         device: where the model is.
     """
 
@@ -34,61 +51,121 @@ class Predictor:
         processor: ElasticPaliGemmaProcessor,
         *,
         batch_size: int = 64,
-        max_new_tokens: int = 32,
+        settings: GenerationSettings = GenerationSettings(),
         device: str = "cpu",
     ) -> None:
         self._model = model
         self._processor = processor
         self._batch_size = batch_size
-        self._max_new_tokens = max_new_tokens
+        self._settings = settings
         self._device = torch.device(device)
 
     def generate(self, samples: Sequence[Sample], *, num_visual_tokens: int) -> list[str]:
         """Answers at one budget (0: blind), in the order of the samples."""
         return self.generate_budgets(samples, [num_visual_tokens])[num_visual_tokens]
 
-    @torch.inference_mode()
     def generate_budgets(self, samples: Sequence[Sample], budgets: Sequence[int]) -> dict[int, list[str]]:
+        """The texts of `answer_budgets`.
+
+        Raises:
+            UserError: an image cannot be decoded.
+        """
+        found = self.answer_budgets(samples, budgets)
+        for sample, *answers in zip(samples, *found.values(), strict=True):
+            if answers and answers[0].problem:
+                raise UserError(f"Sample {sample.id!r} of {sample.benchmark}: {answers[0].problem}")
+        return {budget: [answer.text for answer in answers] for budget, answers in found.items()}
+
+    @torch.inference_mode()
+    def answer_budgets(self, samples: Sequence[Sample], budgets: Sequence[int]) -> dict[int, list[Answer]]:
         """Answers at several budgets from one encoding of each image, however many samples show it.
+
+        A sample with an image that cannot be decoded has no answer at any budget, but a problem.
 
         Raises:
             UnsupportedBudgetError: the model's connector cannot give a budget.
             SystemFailure: the decoder saw another number of visual tokens than asked for.
         """
-        answers: dict[int, list[str]] = {budget: [""] * len(samples) for budget in budgets}
+        answers: dict[int, list[Answer]] = {budget: [_NONE] * len(samples) for budget in budgets}
         for chunk in _chunks(samples, self._batch_size):
-            images = list(dict.fromkeys(image for index in chunk for image in samples[index].images))
-            patches_UND = self._encode(images) if any(budget != BLIND for budget in budgets) else None
+            decoded, problems = _decoded(image for index in chunk for image in samples[index].images)
+            for index in chunk:
+                problem = next((problems[image] for image in samples[index].images if image in problems), "")
+                if problem:
+                    for budget in budgets:
+                        answers[budget][index] = Answer("", 0, False, problem)
+            good = [index for index in chunk if not answers[budgets[0]][index].problem]
+            images = [image for image in decoded if any(image in samples[index].images for index in good)] if problems else list(decoded)
+            patches_UND = self._encode([decoded[image] for image in images]) if images and any(budget != BLIND for budget in budgets) else None
             for budget in budgets:
                 seen = self._see(images, patches_UND, budget)
-                for indices in _batches(samples, chunk, self._batch_size):
-                    for index, text in zip(indices, self._decode([samples[index] for index in indices], seen, budget), strict=True):
-                        answers[budget][index] = text
+                for indices in _batches(samples, good, self._batch_size):
+                    for index, answer in zip(indices, self._decode([samples[index] for index in indices], seen, budget), strict=True):
+                        answers[budget][index] = answer
         return answers
 
-    def _encode(self, images: Sequence[bytes]) -> Tensor:
-        decoded = [decode_image(image) for image in images]
-        pixels = self._processor.image_processor(decoded, return_tensors="pt")["pixel_values"].to(self._device, self._model.dtype)
+    def _encode(self, images: Sequence[Image.Image]) -> Tensor:
+        pixels = self._processor.image_processor(images, return_tensors="pt")["pixel_values"].to(self._device, self._model.dtype)
         return self._model.model.encode_patches(pixels)
 
     def _see(self, images: Sequence[bytes], patches_UND: Tensor | None, budget: int) -> dict[bytes, Tensor]:
         """The visual tokens [K, L] of each image; none for the blind model."""
-        if budget == BLIND:
+        if budget == BLIND or not images:
             return {}
         assert patches_UND is not None
         return dict(zip(images, self._model.encoded_images(patches_UND, num_visual_tokens=budget)["image"].pooler_output, strict=True))
 
-    def _decode(self, batch: Sequence[Sample], seen: dict[bytes, Tensor], budget: int) -> list[str]:
+    def _decode(self, batch: Sequence[Sample], seen: dict[bytes, Tensor], budget: int) -> list[Answer]:
+        if self._settings.decoding == "likelihood":
+            return self._choose(batch, seen, budget)
         inputs: dict[str, Any] = dict(
             self._processor.prompts([sample.prompt for sample in batch], len(batch[0].images), num_visual_tokens=budget).to(self._device)
         )
         self._check_count(inputs["input_ids"], len(batch) * len(batch[0].images) * budget)
-        if seen:
-            tokens_IKL = torch.stack([seen[image] for sample in batch for image in sample.images])
-            inputs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=tokens_IKL)}
-        tokens_BS = self._model.generate(**inputs, max_new_tokens=self._max_new_tokens, do_sample=False)
-        texts = self._processor.batch_decode(tokens_BS[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        return [str(text).strip() for text in texts]
+        inputs |= self._images_of(batch, seen)
+        limit = self._settings.max_new_tokens
+        tokens_BS = self._model.generate(**inputs, max_new_tokens=limit, do_sample=False, num_beams=self._settings.num_beams)
+        new_BS = tokens_BS[:, inputs["input_ids"].shape[1] :]
+        texts = self._processor.batch_decode(new_BS, skip_special_tokens=True)
+        ended_BS = new_BS == self._processor.tokenizer.eos_token_id
+        # What stands after the end is padding; without an end the answer is as long as it may be.
+        lengths = torch.where(ended_BS.any(1), ended_BS.int().argmax(1) + 1, limit).tolist()
+        return [Answer(str(text).strip(), length, not ended) for text, length, ended in zip(texts, lengths, ended_BS.any(1).tolist(), strict=True)]
+
+    def _choose(self, batch: Sequence[Sample], seen: dict[bytes, Tensor], budget: int) -> list[Answer]:
+        """Of each sample's choices the likeliest: the one with the largest sum of log-probabilities of its tokens and of the end after it."""
+        pairs = [(place, choice) for place, sample in enumerate(batch) for choice in _choices(sample)]
+        scores: list[float] = []
+        lengths: list[int] = []
+        size = max(1, self._batch_size // max(1, len(batch[0].images)))
+        for start in range(0, len(pairs), size):
+            part = pairs[start : start + size]
+            asked = [batch[place] for place, _ in part]
+            inputs = dict(
+                self._processor.prompts(
+                    [sample.prompt for sample in asked], len(asked[0].images), num_visual_tokens=budget, answers=[choice for _, choice in part]
+                ).to(self._device)
+            )
+            self._check_count(inputs["input_ids"], len(asked) * len(asked[0].images) * budget)
+            answers_BS = inputs["token_type_ids"].bool() & inputs["attention_mask"].bool()
+            first = int(answers_BS.int().argmax(1).min())
+            keep = answers_BS.shape[1] - first + 1
+            logits_BSV = self._model(**inputs, **self._images_of(asked, seen), logits_to_keep=keep, use_cache=False).logits.float()
+            taken_BS1 = inputs["input_ids"][:, first:, None]
+            logs_BS = logits_BSV[:, :-1].log_softmax(-1).gather(2, taken_BS1).squeeze(2)
+            scores += logs_BS.where(answers_BS[:, first:], 0.0).sum(1).tolist()
+            lengths += answers_BS.sum(1).tolist()
+        best: dict[int, int] = {}
+        for index, (place, _) in enumerate(pairs):
+            if place not in best or scores[index] > scores[best[place]]:
+                best[place] = index
+        return [Answer(pairs[best[place]][1], lengths[best[place]], False) for place in range(len(batch))]
+
+    def _images_of(self, batch: Sequence[Sample], seen: dict[bytes, Tensor]) -> dict[str, Any]:
+        if not seen:
+            return {}
+        tokens_IKL = torch.stack([seen[image] for sample in batch for image in sample.images])
+        return {"mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=tokens_IKL)}}
 
     def _check_count(self, input_ids_BS: Tensor, expected: int) -> None:
         found = int((input_ids_BS == self._model.config.image_token_id).sum())
@@ -96,6 +173,28 @@ class Predictor:
             raise SystemFailure(
                 f"The decoder was about to see {found} visual tokens where the budget asks for {expected}; the processor does not fit the model."
             )
+
+
+def _decoded(images: Iterable[bytes]) -> tuple[dict[bytes, Image.Image], dict[bytes, str]]:
+    """The different images, and why some cannot be decoded."""
+    decoded: dict[bytes, Image.Image] = {}
+    problems: dict[bytes, str] = {}
+    for image in images:
+        if image not in decoded and image not in problems:
+            try:
+                decoded[image] = decode_image(image)
+            except UserError as error:
+                problems[image] = str(error)
+    return decoded, problems
+
+
+def _choices(sample: Sample) -> list[str]:
+    choices = sample.metadata.get("choices")
+    if not choices:
+        raise UserError(
+            f"Sample {sample.id!r} of {sample.benchmark} has no choices to compare by likelihood; give the benchmark a column of choices, or decode greedily."
+        )
+    return [str(choice) for choice in choices]
 
 
 def _chunks(samples: Sequence[Sample], batch_size: int) -> Iterator[list[int]]:

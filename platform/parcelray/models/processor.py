@@ -45,22 +45,27 @@ class ElasticPaliGemmaProcessor(PaliGemmaProcessor):  # type: ignore[misc]
         finally:
             self.image_seq_length = default
 
-    def prompts(self, texts: Sequence[str], num_images: int, *, num_visual_tokens: int) -> BatchFeature:
-        """Left-padded prompts for generation from visual tokens that are already there.
+    def prompts(self, texts: Sequence[str], num_images: int, *, num_visual_tokens: int, answers: Sequence[str] | None = None) -> BatchFeature:
+        """Prompts for visual tokens that are already there: left-padded for generation, or right-padded with answers whose likelihood is asked.
 
         Args:
             texts: the prompts, without placeholders.
             num_images: images per prompt.
             num_visual_tokens: placeholders per image; 0 writes none (the blind baseline).
+            answers: text after each prompt, its end included; None: nothing after it.
 
         Returns:
-            input_ids, attention_mask, token_type_ids [B, S].
+            input_ids, attention_mask, token_type_ids [B, S]; the token type of answers is 1.
         """
         placeholders = self.image_token * (num_images * num_visual_tokens)
         lines = [f"{placeholders}{self.tokenizer.bos_token}{text}\n" for text in texts]
-        return self.tokenizer(lines, return_token_type_ids=True, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
+        pairs = self._ended(answers)
+        side = "left" if pairs is None else "right"
+        return self.tokenizer(lines, pairs, return_token_type_ids=True, return_tensors="pt", padding=True, padding_side=side, add_special_tokens=False)
 
     def _text_only(self, prompts: list[str], suffix: Sequence[str] | None, **kwargs: Any) -> BatchFeature:
-        pairs = [answer + self.tokenizer.eos_token for answer in suffix] if suffix is not None else None
         texts = [f"{self.tokenizer.bos_token}{prompt}\n" for prompt in prompts]
-        return self.tokenizer(texts, text_pair=pairs, return_token_type_ids=True, **kwargs)
+        return self.tokenizer(texts, text_pair=self._ended(suffix), return_token_type_ids=True, **kwargs)
+
+    def _ended(self, answers: Sequence[str] | None) -> list[str] | None:
+        return [answer + self.tokenizer.eos_token for answer in answers] if answers is not None else None

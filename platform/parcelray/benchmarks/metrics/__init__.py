@@ -14,6 +14,7 @@ from parcelray.benchmarks.metrics.exact_match import EXACT_MATCH
 from parcelray.benchmarks.metrics.gqa import GQA
 from parcelray.benchmarks.metrics.mmbench import MMBENCH
 from parcelray.benchmarks.metrics.mme import MME
+from parcelray.benchmarks.metrics.mmmu import MMMU
 from parcelray.benchmarks.metrics.multiple_choice import MULTIPLE_CHOICE
 from parcelray.benchmarks.metrics.nlvr2 import NLVR2
 from parcelray.benchmarks.metrics.pope import POPE
@@ -33,6 +34,7 @@ _METRICS: Mapping[str, Mapping[str, Metric]] = {
     "gqa": GQA,
     "mmbench": MMBENCH,
     "mme": MME,
+    "mmmu": MMMU,
     "multiple_choice": MULTIPLE_CHOICE,
     "nlvr2": NLVR2,
     "pope": POPE,

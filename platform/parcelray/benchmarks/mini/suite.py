@@ -121,16 +121,23 @@ class MiniSuite:
         return _Item(family, task, dense, _draw(rng, self.split, generators[task]), rng)
 
 
-def family_samples(split: Split, family: str, count: int, seed: int = 0, image_size: int = CANVAS) -> list[Sample]:
-    """The first `count` evaluation samples of a family: never dense, and cycling through all its tasks."""
+def family_sample(split: Split, family: str, index: int, seed: int = 0, image_size: int = CANVAS) -> Sample:
+    """Evaluation sample `index` of a family: never dense, and cycling through all its tasks."""
     if family not in FAMILIES:
         raise UserError(f"The mini suite has no family {family!r}; choose one of {', '.join(FAMILIES)}.")
     generators = {task: generator for (_, owner), tasks in _GENERATORS.items() if owner == family for task, generator in tasks.items()}
-    samples = []
-    for index in range(count):
-        item = _cycled(_rng(seed, split, f"family-{family}", index), split, family, generators, index)
-        samples.append(_render(item, split, f"{split}-{seed}-{family}-{index:06d}", image_size))
-    return samples
+    item = _cycled(_rng(seed, split, f"family-{family}", index), split, family, generators, index)
+    return _render(item, split, family_sample_id(split, family, index, seed), image_size)
+
+
+def family_sample_id(split: Split, family: str, index: int, seed: int = 0) -> str:
+    """The id of such a sample."""
+    return f"{split}-{seed}-{family}-{index:06d}"
+
+
+def family_samples(split: Split, family: str, count: int, seed: int = 0, image_size: int = CANVAS) -> list[Sample]:
+    """The first `count` evaluation samples of a family."""
+    return [family_sample(split, family, index, seed, image_size) for index in range(count)]
 
 
 def _rng(seed: int, split: str, stream: str, index: int) -> Random:

@@ -1,0 +1,250 @@
+"""Tables of any kind as rows that can be read one by one: parquet, JSON lines, and Hugging Face data sets."""
+
+import hashlib
+import json
+from collections import OrderedDict
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from parcelray.errors import UserError
+
+Row = dict[str, Any]
+_FOOTER_BYTES = 65536
+_GROUPS_KEPT = 2
+
+
+class Rows(Protocol):
+    """One split of a table. Instances are picklable; only where the data are travels."""
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Names of the columns."""
+
+    @property
+    def folder(self) -> Path:
+        """What paths in cells are relative to."""
+
+    @property
+    def revision(self) -> str:
+        """What the data are: a commit of the hub, or a digest."""
+
+    def __len__(self) -> int:
+        """Number of rows."""
+
+    def row(self, index: int) -> Row:
+        """One row; images stay encoded: bytes, {"bytes", "path"}, or a path."""
+
+    def column(self, name: str) -> list[Any]:
+        """One column of all rows, without reading the others."""
+
+
+@dataclass(frozen=True)
+class ParquetRows:
+    """Parquet shards in the order of their names. A process keeps the row groups that it read last."""
+
+    files: tuple[Path, ...]
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return tuple(self._open[0].schema_arrow.names)
+
+    @property
+    def folder(self) -> Path:
+        return self.files[0].parent
+
+    @cached_property
+    def revision(self) -> str:
+        """A digest of the shards' names, sizes and footers, which hold the place and statistics of every column chunk."""
+        digest = hashlib.sha256()
+        for file in self.files:
+            size = file.stat().st_size
+            with file.open("rb") as opened:
+                opened.seek(max(0, size - _FOOTER_BYTES))
+                digest.update(f"{file.name} {size} ".encode() + opened.read())
+        return "files:" + digest.hexdigest()[:16]
+
+    def __len__(self) -> int:
+        return self._groups[-1][3] if self._groups else 0
+
+    def row(self, index: int) -> Row:
+        for file, group, start, end in self._groups:
+            if start <= index < end:
+                found: Row = self._group(file, group).slice(index - start, 1).to_pylist()[0]
+                return found
+        raise IndexError(f"row {index} is out of range for {len(self)} rows")
+
+    def column(self, name: str) -> list[Any]:
+        return [value for file in self.files for value in pq.read_table(file, columns=[name])[name].to_pylist()]
+
+    @cached_property
+    def _open(self) -> list[pq.ParquetFile]:
+        try:
+            return [pq.ParquetFile(file, memory_map=True) for file in self.files]
+        except pa.ArrowInvalid as error:
+            raise UserError(f"{', '.join(map(str, self.files[:3]))}: not all of these are parquet files ({error}); fetch the data again.") from None
+
+    @cached_property
+    def _groups(self) -> list[tuple[int, int, int, int]]:
+        """File, row group, first row and end of every row group."""
+        groups, start = [], 0
+        for number, file in enumerate(self._open):
+            for group in range(file.metadata.num_row_groups):
+                end = start + file.metadata.row_group(group).num_rows
+                groups.append((number, group, start, end))
+                start = end
+        return groups
+
+    @cached_property
+    def _kept(self) -> OrderedDict[tuple[int, int], pa.Table]:
+        return OrderedDict()
+
+    def _group(self, file: int, group: int) -> pa.Table:
+        kept = self._kept
+        if (file, group) not in kept:
+            kept[file, group] = self._open[file].read_row_group(group)
+            if len(kept) > _GROUPS_KEPT:
+                kept.popitem(last=False)
+        kept.move_to_end((file, group))
+        return kept[file, group]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"files": self.files}
+
+
+@dataclass(frozen=True)
+class JsonlRows:
+    """A file with one JSON object per line; images are paths below its folder."""
+
+    file: Path
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(name for row in self._rows for name in row))
+
+    @property
+    def folder(self) -> Path:
+        return self.file.parent
+
+    @cached_property
+    def revision(self) -> str:
+        """A digest of the file."""
+        with self.file.open("rb") as opened:
+            return "files:" + hashlib.file_digest(opened, "sha256").hexdigest()[:16]
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def row(self, index: int) -> Row:
+        return {name: self._rows[index].get(name) for name in self.columns}
+
+    def column(self, name: str) -> list[Any]:
+        return [row.get(name) for row in self._rows]
+
+    @cached_property
+    def _rows(self) -> list[Row]:
+        rows = []
+        with self.file.open(encoding="utf-8") as opened:
+            for number, line in enumerate(opened, 1):
+                if not line.strip():
+                    continue
+                try:
+                    row = json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise UserError(f"{self.file}: line {number} is not JSON ({error.msg}); write one object per line.") from None
+                if not isinstance(row, dict):
+                    raise UserError(f"{self.file}: line {number} is not a JSON object; write one object per line.")
+                rows.append(row)
+        return rows
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"file": self.file}
+
+
+@dataclass(frozen=True)
+class HuggingFaceRows:
+    """A Hugging Face data set: an id on the hub, a folder that `load_dataset` reads, or one that `save_to_disk` wrote."""
+
+    path: str
+    config: str | None
+    split: str
+    pinned: str | None = None
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return tuple(self._dataset.column_names)
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.path)
+
+    @cached_property
+    def revision(self) -> str:
+        """The commit, where the hub can be asked; else the library's own fingerprint of the files."""
+        if not Path(self.path).exists():
+            import huggingface_hub
+            from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+            try:
+                return f"hub:{huggingface_hub.HfApi().dataset_info(self.path, revision=self.pinned).sha}"
+            except (HfHubHTTPError, OfflineModeIsEnabled, OSError):
+                pass
+        return f"files:{self._dataset._fingerprint}"
+
+    def __len__(self) -> int:
+        return int(self._dataset.num_rows)
+
+    def row(self, index: int) -> Row:
+        found: Row = self._dataset[index]
+        return found
+
+    def column(self, name: str) -> list[Any]:
+        return list(self._dataset.select_columns([name])[name])
+
+    @cached_property
+    def _dataset(self) -> Any:
+        import datasets
+
+        try:
+            found = self._load(datasets)
+        except (FileNotFoundError, ValueError, ConnectionError, OSError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(
+                f"{self.path} (configuration {self.config}, split {self.split}) cannot be loaded: {reason}. Give the folder of a local copy with data:, "
+                "or fetch it on a machine with network first."
+            ) from None
+        return _encoded(found, datasets)
+
+    def _load(self, datasets: Any) -> Any:
+        folder = Path(self.path)
+        if (folder / "dataset_dict.json").is_file():
+            splits = datasets.load_from_disk(str(folder))
+            if self.split not in splits:
+                raise ValueError(f"it has the splits {', '.join(splits)}")
+            return splits[self.split]
+        if (folder / "state.json").is_file():
+            return datasets.load_from_disk(str(folder))
+        return datasets.load_dataset(self.path, self.config, split=self.split, revision=self.pinned)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"path": self.path, "config": self.config, "split": self.split, "pinned": self.pinned}
+
+
+def _encoded(dataset: Any, datasets: Any) -> Any:
+    """The data set with its images left encoded."""
+
+    def without_decoding(feature: Any) -> Any:
+        if isinstance(feature, datasets.Image):
+            return datasets.Image(decode=False)
+        if isinstance(feature, datasets.List):
+            return datasets.List(without_decoding(feature.feature), length=feature.length)
+        if isinstance(feature, dict):
+            return {name: without_decoding(inner) for name, inner in feature.items()}
+        return feature
+
+    features = datasets.Features({name: without_decoding(feature) for name, feature in dataset.features.items()})
+    return dataset if features == dataset.features else dataset.cast(features)

@@ -1,0 +1,23 @@
+"""How answers are made: what a benchmark asks for, and part of the key of every answer."""
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationSettings:
+    """How answers are made; part of every key."""
+
+    max_new_tokens: int = 32
+    """Longest answer, tokens; longer ones are cut off, and counted."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Arithmetic of the model."""
+    decoding: Literal["greedy", "beam", "likelihood"] = "greedy"
+    """The likeliest token at every place; beam search; or the likeliest of the sample's choices."""
+    num_beams: int = 1
+    """Beams of a beam search."""
+
+    def to_json(self) -> str:
+        """Canonical text."""
+        return json.dumps(asdict(self), sort_keys=True)
