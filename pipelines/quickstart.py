@@ -15,13 +15,13 @@ from parcelray.cluster.comparison import REFERENCE, best_method, build_frontier,
 from parcelray.cluster.session import ray_session
 from parcelray.config.budget import UniformBudgets
 from parcelray.config.connector import M3ConnectorConfig, MqtConnectorConfig
-from parcelray.config.loader import config_hash, load_job
+from parcelray.config.loader import config_hash, load_job_of
 from parcelray.config.train import TrainJob
+from parcelray.data.sources import held_out_samples
 from parcelray.errors import ParcelrayError, UserError
 from parcelray.evaluation.aggregate import Frontier
-from parcelray.evaluation.held_out import held_out
 from parcelray.evaluation.predictor import Predictor
-from parcelray.models.processor import ElasticPaliGemmaProcessor
+from parcelray.models.processor import ElasticPaliGemmaProcessor, image_size_of
 from parcelray.models.vlm import load_vlm
 from parcelray.reports.console import open_console
 from parcelray.reports.frontier_files import write_frontier
@@ -60,7 +60,7 @@ def run(job: TrainJob, console: Console) -> None:
     with tracked_run(uri, job.tracking.experiment, name, params={"methods": ", ".join(jobs), "steps": job.training.steps}) as run_id:
         with ray_session():
             runs = train_all(jobs, console, address=None, parent_run_id=run_id)
-        frontier = build_frontier(jobs, runs, job.report, console)
+            frontier = build_frontier(jobs, runs, job.report, console)
         table, picture = write_frontier(frontier, folder, "Mini suite: score against visual tokens per image")
         _record(uri, run_id, frontier, table, picture)
         winner = best_method(frontier)
@@ -97,7 +97,7 @@ def _answer(job: TrainJob, uri: str, console: Console) -> None:
     """One test question, answered by the registered champion at every budget."""
     assert job.report is not None
     path, pinned = resolve_registry(f"models:/{MODEL_NAME}@champion", uri)
-    sample = held_out(job.data, 1, path)[0]
+    sample = held_out_samples(job.data, "test", 1, image_size_of(path))[0]
     predictor = Predictor(load_vlm(path).eval(), ElasticPaliGemmaProcessor.from_pretrained(path))
     console.print(f'\n{pinned} on test sample {sample.id}: "{sample.prompt}" (right: {" or ".join(sample.answers)})', highlight=False)
     for budget, answers in predictor.generate_budgets([sample], job.report.budgets).items():
@@ -111,7 +111,7 @@ def main() -> int:
     try:
         if len(arguments) % 2 or any(flag != "--set" for flag in arguments[::2]):
             raise UserError(f"{' '.join(arguments)} is not understood; the quickstart takes only --set a.b=c, as often as you like.")
-        run(load_job(JOB, arguments[1::2]), console)
+        run(load_job_of(TrainJob, JOB, arguments[1::2]), console)
     except UserError as error:
         console.print(f"error: {error}", markup=False, highlight=False)
         return 2

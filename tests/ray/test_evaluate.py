@@ -14,7 +14,8 @@ import pytest
 from parcelray.benchmarks.mini.reader import MiniReader
 from parcelray.benchmarks.reader import Problem, RowSamples
 from parcelray.errors import SystemFailure, UnsupportedBudgetError
-from parcelray.evaluation.evaluate import BenchmarkPass, BenchmarkTask, EvaluatedModel, PassSettings, run_pass
+from parcelray.evaluation.bundles import BenchmarkPass, BenchmarkTask, EvaluatedModel, PassSettings
+from parcelray.evaluation.evaluate import run_pass
 from parcelray.evaluation.generation import GenerationSettings
 from parcelray.evaluation.predictor import BLIND, Predictor
 from parcelray.evaluation.store import Prediction, PredictionStore
@@ -115,9 +116,7 @@ def test_what_cannot_be_asked_is_kept_apart(undisturbed: dict[tuple[str, int], P
     assert result.asked.problems[1].row == lost
     assert "cannot be decoded" in result.asked.problems[1].reason
     assert len(result.asked.records) == 46
-    assert _answers(tmp_path) == {
-        place: prediction for place, prediction in undisturbed.items() if place[0] not in (lost, READER.read(3).samples[0].id)
-    }
+    assert _answers(tmp_path) == {place: prediction for place, prediction in undisturbed.items() if place[0] not in (lost, READER.read(3).samples[0].id)}
 
 
 def test_an_illegal_budget_is_the_users_error(ray_session: None, checkpoint: Path, tmp_path: Path) -> None:
@@ -200,7 +199,8 @@ import sys
 from pathlib import Path
 from parcelray.benchmarks.mini.reader import MiniReader
 from parcelray.cluster.session import ray_session
-from parcelray.evaluation.evaluate import BenchmarkTask, EvaluatedModel, PassSettings, run_pass
+from parcelray.evaluation.bundles import BenchmarkTask, EvaluatedModel, PassSettings
+from parcelray.evaluation.evaluate import run_pass
 from parcelray.evaluation.generation import GenerationSettings
 
 if __name__ == "__main__":
@@ -235,7 +235,8 @@ from pathlib import Path
 import ray
 from ray.cluster_utils import Cluster
 from parcelray.benchmarks.mini.reader import MiniReader
-from parcelray.evaluation.evaluate import BenchmarkTask, EvaluatedModel, PassSettings, run_pass
+from parcelray.evaluation.bundles import BenchmarkTask, EvaluatedModel, PassSettings
+from parcelray.evaluation.evaluate import run_pass
 from parcelray.evaluation.generation import GenerationSettings
 
 if __name__ == "__main__":

@@ -20,7 +20,6 @@ def open_reader(
     *,
     family: config.PromptFamily = "paligemma",
     data: Path | None = None,
-    metric: str | None = None,
     image_size: int = DEFAULT_IMAGE_SIZE,
 ) -> BenchmarkReader:
     """The reader of a benchmark.
@@ -29,7 +28,6 @@ def open_reader(
         benchmark: which one.
         family: model family whose prompt is asked.
         data: file or folder of its data; None: the hub, or procedural.
-        metric: scores instead of its own; only benchmarks in tables have a choice.
         image_size: side of the images that a procedural benchmark draws, pixels.
 
     Raises:
@@ -37,9 +35,7 @@ def open_reader(
     """
     source = benchmark.source
     if isinstance(source, config.TableSource):
-        return TableReader(benchmark, family, data, metric)
-    if metric is not None:
-        raise UserError(f"{benchmark.name} names a metric for each of its questions; leave out metric: {metric}.")
+        return TableReader(benchmark, family, data)
     if isinstance(source, config.MiniSource):
         return MiniReader(source.split, source.families, source.samples, source.seed, image_size)
     if data is None:

@@ -29,13 +29,11 @@ class TableReader:
         benchmark: with a source of type table.
         family: model family whose prompt is asked.
         data: file or folder of the data; None: the hub.
-        metric: scores instead of the benchmark's own.
     """
 
     benchmark: BenchmarkConfig
     family: PromptFamily
     data: Path | None = None
-    metric: str | None = None
 
     def __post_init__(self) -> None:
         if self.family not in self.benchmark.prompts:
@@ -144,9 +142,7 @@ class TableReader:
         """A column over all splits."""
         cache: dict[str, list[Any]] = self.__dict__.setdefault("_light", {})
         if column not in cache:
-            cache[column] = [
-                value for split, table in self._tables for value in (table.column(column) if column in table.columns else [split] * len(table))
-            ]
+            cache[column] = [value for split, table in self._tables for value in (table.column(column) if column in table.columns else [split] * len(table))]
         return cache[column]
 
     @cached_property
@@ -221,7 +217,7 @@ class TableReader:
             images=images,
             prompt=self._prompt(cells, choices),
             answers=answers,
-            metric=self.metric or self.benchmark.metric or "exact_match",
+            metric=self.benchmark.metric or "",
             scene=self.cluster(row),
             metadata=metadata,
         )

@@ -1,15 +1,19 @@
 """Several trainings from one start, against a reference trained as long, scored on the same samples: a frontier over budgets."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from rich.console import Console
 
+from parcelray.cluster.evaluation_run import run_evaluation
+from parcelray.cluster.held_out_evaluation import held_out_evaluation
 from parcelray.cluster.training_run import TrainedRun, run_training
+from parcelray.config.evaluate import BudgetName
 from parcelray.config.train import ReportConfig, TrainJob
 from parcelray.evaluation.aggregate import Frontier, frontier_point
-from parcelray.evaluation.held_out import held_out, image_size_of, score_majority
+from parcelray.evaluation.majority import majority_scores
 from parcelray.evaluation.predictor import BLIND
-from parcelray.evaluation.stored_scores import scored
+from parcelray.evaluation.split_scores import SplitScores
+from parcelray.models.processor import image_size_of
 
 REFERENCE = "vanilla"
 """The job without compression that retention is measured against."""
@@ -29,23 +33,24 @@ def build_frontier(jobs: Mapping[str, TrainJob], runs: Mapping[str, TrainedRun],
         report: budgets and sample count.
         console: for progress messages.
     """
+
+    def splits_of(method: str, budgets: Sequence[int | BudgetName]) -> Sequence[SplitScores]:
+        run = runs[method]
+        evaluation = held_out_evaluation(jobs[method], run.model_folder, budgets, report.samples)
+        return run_evaluation(evaluation, console, parent_run_id=run.mlflow_run_id, tables=False).summary.splits
+
     base = runs[REFERENCE].model_folder
-    data = jobs[REFERENCE].data
-    samples = held_out(data, report.samples, base)
     full = max(jobs[REFERENCE].budget.values())
-    console.print(f"Scoring {len(samples)} test samples: {REFERENCE} at {full} tokens and blind", highlight=False)
-    reference = scored(base, samples, [full, BLIND], base.parent / "scores.json")
+    reference = splits_of(REFERENCE, ("blind", full))
     points = [
-        frontier_point("majority", 0, score_majority(data, samples, image_size_of(base)), None),
-        frontier_point("blind", 0, reference[BLIND], None),
-        frontier_point(REFERENCE, full, reference[full], reference[full]),
+        frontier_point("majority", BLIND, majority_scores(jobs[REFERENCE].data, reference, image_size_of(base)), None),
+        frontier_point("blind", BLIND, reference, None),
+        frontier_point(REFERENCE, full, reference, (reference, full)),
     ]
-    for method, run in runs.items():
-        if method == REFERENCE:
-            continue
-        console.print(f"Scoring {len(samples)} test samples: {method} at {', '.join(map(str, report.budgets))} tokens", highlight=False)
-        scores = scored(run.model_folder, samples, report.budgets, run.model_folder.parent / "scores.json")
-        points += [frontier_point(method, budget, scores[budget], reference[full]) for budget in report.budgets]
+    for method in runs:
+        if method != REFERENCE:
+            splits = splits_of(method, report.budgets)
+            points += [frontier_point(method, budget, splits, (reference, full)) for budget in report.budgets]
     return Frontier(points=tuple(points), reference=REFERENCE)
 
 

@@ -93,7 +93,7 @@ def training_plan(job: TrainJob) -> TrainingPlan:
     copies = 4 if isinstance(job.optimizer, AdamWConfig) else 3
     low, high = job.scaling.bounds
     workers = max(1, low)
-    seconds = flops / _matmul_flops_per_second() / workers
+    seconds = flops / matmul_flops_per_second() / workers
     return TrainingPlan(
         identity=identity(job),
         start=start.pinned if start is not None else "random weights",
@@ -109,7 +109,7 @@ def training_plan(job: TrainJob) -> TrainingPlan:
     )
 
 
-def _matmul_flops_per_second(size: int = 512, repeats: int = 8) -> float:
+def matmul_flops_per_second(size: int = 512, repeats: int = 8) -> float:
     matrix = torch.randn(size, size)
     matrix @ matrix
     started = time.perf_counter()

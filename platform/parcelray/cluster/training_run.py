@@ -2,7 +2,6 @@
 
 import functools
 import shutil
-import subprocess
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,14 +10,14 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from parcelray.cluster.provenance import flat_params, git_commit, resolve_model
 from parcelray.cluster.session import ray_session
 from parcelray.cluster.training_report import report_training
 from parcelray.config.loader import config_hash
 from parcelray.config.model import CheckpointModelConfig
 from parcelray.config.train import TrainJob
-from parcelray.models.checkpoint import RegistryResolver, ResolvedCheckpoint, resolve_checkpoint, write_manifest
+from parcelray.models.checkpoint import ResolvedCheckpoint, write_manifest
 from parcelray.tracking.mlflow_tracker import tracked_run
-from parcelray.tracking.registry import resolve_registry
 from parcelray.tracking.store import check_tracking_uri, ensure_store
 from parcelray.tracking.tracker import open_tracker
 from parcelray.training.in_process import fit_in_process
@@ -70,31 +69,14 @@ def run_training(job: TrainJob, console: Console, *, address: str | None = None,
             checkpoint, metrics = _fit(job, folder, start, functools.partial(_logger, uri, run_id), show)
             model_folder = _keep_model(job, folder, checkpoint, start)
             if report and job.report is not None:
-                metrics |= report_training(job, model_folder, open_tracker(uri, run_id), console)
+                metrics |= report_training(job, model_folder, open_tracker(uri, run_id), console, run_id)
     folder.finish({"model": str(model_folder), "metrics": metrics, "mlflow_run_id": run_id})
     return TrainedRun(folder.identity, model_folder, metrics, run_id, was_done=False)
 
 
 def resolve_start(job: TrainJob, tracking_uri: str | None) -> ResolvedCheckpoint | None:
     """The checkpoint that the job starts from, resolved once; None for a model from scratch."""
-    if not isinstance(job.model, CheckpointModelConfig):
-        return None
-    resolver: RegistryResolver | None = functools.partial(resolve_registry, tracking_uri=tracking_uri) if tracking_uri is not None else None
-    return resolve_checkpoint(job.model.reference, registry_resolver=resolver)
-
-
-def git_commit() -> str | None:
-    """The commit of the code that runs, with `-dirty` where files differ from it; None outside a checkout."""
-    try:
-        found = subprocess.run(
-            ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return found.stdout.strip()
+    return resolve_model(job.model, tracking_uri) if isinstance(job.model, CheckpointModelConfig) else None
 
 
 def _fit(job: TrainJob, folder: RunFolder, start: ResolvedCheckpoint | None, logger: Any, show: Any) -> tuple[Path, dict[str, float]]:
@@ -119,17 +101,6 @@ def _tracked(job: TrainJob, folder: RunFolder, uri: str | None, start: ResolvedC
 
 def _logger(uri: str | None, run_id: str | None) -> MetricLogger:
     return open_tracker(uri, run_id) if uri is not None else NoMetrics()
-
-
-def flat_params(values: dict[str, Any], prefix: str = "") -> dict[str, str | int | float | bool | None]:
-    """Nested mappings to `a.b` keys; lists as text."""
-    flat: dict[str, str | int | float | bool | None] = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            flat |= flat_params(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value if isinstance(value, str | int | float | bool | None) else str(value)
-    return flat
 
 
 def _keep_model(job: TrainJob, folder: RunFolder, checkpoint: Path, start: ResolvedCheckpoint | None) -> Path:

@@ -94,13 +94,13 @@ class ColumnsConfig(StrictModel):
     """A box that is drawn into the image in red, one pixel wide."""
     cluster: str | None = None
     """Column that questions about the same image share; None: the images themselves."""
-    metadata: dict[str, str] = {}
+    metadata: dict[str, str] = Field(default_factory=dict)
     """Columns that the metric reads, under the names that it knows."""
-    keep: dict[str, tuple[str | int | bool, ...]] = {}
+    keep: dict[str, tuple[str | int | bool, ...]] = Field(default_factory=dict)
     """Rows that count: a column, and its legal values; the others are left out."""
-    remove: dict[str, str] = {}
+    remove: dict[str, str] = Field(default_factory=dict)
     """Text that is taken out of a column."""
-    empty: dict[str, str] = {}
+    empty: dict[str, str] = Field(default_factory=dict)
     """Text that stands for an empty cell of a column."""
 
     @model_validator(mode="after")
@@ -219,9 +219,9 @@ class BenchmarkConfig(StrictModel):
     """Where the rows are."""
     columns: ColumnsConfig | None = None
     """What the columns of a table mean; the other sources know."""
-    prompts: dict[PromptFamily, str] = {}
+    prompts: dict[PromptFamily, str] = Field(default_factory=dict)
     """What each model family is asked; `{column}` stands for a column. Without one, a family cannot be evaluated on it."""
-    open_prompts: dict[PromptFamily, str] = {}
+    open_prompts: dict[PromptFamily, str] = Field(default_factory=dict)
     """What is asked instead where a row has no choices."""
     max_new_tokens: int | dict[PromptFamily, int] = 32
     """Longest answer, tokens; of all families, or of each."""
@@ -243,7 +243,7 @@ class BenchmarkConfig(StrictModel):
     """What one must know before one compares numbers."""
     unscorable: str | None = None
     """Why the platform cannot score it (no public answers, a paid judge); None: it can."""
-    confidence: dict[str, Literal["high", "medium", "low"]] = {}
+    confidence: dict[str, Literal["high", "medium", "low"]] = Field(default_factory=dict)
     """How sure the facts are, by field; low: check on the first download."""
     facts: tuple[str, ...] = ()
     """Where the facts were read."""

@@ -10,20 +10,36 @@ from typing import Any, TypeVar, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from parcelray.config.evaluate import EvaluateJob
 from parcelray.config.train import TrainJob
 from parcelray.errors import UserError
 
+Job = TrainJob | EvaluateJob
+JobT = TypeVar("JobT", TrainJob, EvaluateJob)
 ModelT = TypeVar("ModelT", bound=BaseModel)
-JOB_MODELS: dict[str, type[TrainJob]] = {"train": TrainJob}
-# Where a run is kept and who records it do not change what it computes, so they are no part of its identity.
-NOT_IDENTITY = ("storage", "tracking", "scaling")
+JOB_MODELS: dict[str, type[Job]] = {"train": TrainJob, "evaluate": EvaluateJob}
+# Where a run is kept, who records it and what computes it do not change the result, so they are no part of its identity.
+NOT_IDENTITY = ("storage", "tracking", "scaling", "compute")
 
 
 class ConfigError(UserError):
     """A configuration file that cannot be used; the message has one line per mistake."""
 
 
-def load_job(path: str | Path, overrides: Sequence[str] = ()) -> TrainJob:
+def load_job_of(model: type[JobT], path: str | Path, overrides: Sequence[str] = ()) -> JobT:
+    """Reads one job file of a certain kind; see `load_job`.
+
+    Raises:
+        ConfigError: it describes another kind of job, or is not legal.
+    """
+    job = load_job(path, overrides)
+    if not isinstance(job, model):
+        wanted = next(kind for kind, known in JOB_MODELS.items() if known is model)
+        raise ConfigError(f"{path}: kind is {job.kind}, but this command runs {wanted} jobs; run it with `parcelray {job.kind} {path}`.")
+    return job
+
+
+def load_job(path: str | Path, overrides: Sequence[str] = ()) -> Job:
     """Reads and validates one job file.
 
     Args:
@@ -89,12 +105,12 @@ def validate(model: type[ModelT], data: dict[str, Any], source: str) -> ModelT:
         raise ConfigError("\n".join(_explain(model, source, path, problem) for path, problem in deepest)) from None
 
 
-def identity(job: TrainJob) -> str:
+def identity(job: Job) -> str:
     """`<kind>-<name>-<hash8 of the resolved config>`: the same identity is the same run."""
     return f"{job.kind}-{job.name}-{config_hash(job)}"
 
 
-def config_hash(job: TrainJob) -> str:
+def config_hash(job: Job) -> str:
     """First 8 hex digits of the sha256 of the canonical JSON of everything that decides the result."""
     text = json.dumps(job.model_dump(mode="json", exclude=set(NOT_IDENTITY)), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:8]

@@ -1,7 +1,7 @@
-"""From per-sample scores to what a paper prints: family scores, the overall score, retention, and the frontier over budgets.
+"""From the scores of splits to what a paper prints: means over splits and families, retention, and the frontier over budgets.
 
-Overall and retention are unweighted means over families, so that a family with more samples does not count more; retention is
-100 x score / score of the uncompressed reference, per family (arXiv 2605.30126, Appendix E).
+A mean over splits is unweighted, so that a split with more samples does not count more; retention is 100 x score / score of the
+uncompressed reference for each split, and their mean is taken, not the ratio of the means (arXiv 2605.30126, Appendix E).
 """
 
 import math
@@ -10,15 +10,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from parcelray.evaluation.intervals import Interval, bootstrap_mean, cluster_draws, percentile_interval
-from parcelray.evaluation.score import Score
+from parcelray.evaluation.intervals import Interval
+from parcelray.evaluation.split_scores import Estimate, SplitScores
 
 
 @dataclass(frozen=True)
 class FrontierPoint:
-    """One method at one budget."""
+    """One method at one budget; all numbers in percent."""
 
     method: str
     num_visual_tokens: int
@@ -26,6 +25,7 @@ class FrontierPoint:
     retention: Interval | None
     """Percent of the reference; None for the baselines."""
     families: Mapping[str, Interval]
+    """By family, or by split where all are of one family."""
     unscored: int
     """Samples that could not be scored; they are in no mean."""
 
@@ -48,88 +48,72 @@ class Frontier:
         return cls(points=tuple(_point_from_dict(point) for point in data["points"]), reference=data["reference"])
 
 
-def frontier_point(method: str, num_visual_tokens: int, scores: Sequence[Score], reference: Sequence[Score] | None) -> FrontierPoint:
-    """One method's scores at one budget, with retention where there is a reference on the same samples."""
+def frontier_point(
+    method: str, num_visual_tokens: int, splits: Sequence[SplitScores], reference: tuple[Sequence[SplitScores], int] | None, *, shown: int | None = None
+) -> FrontierPoint:
+    """One method's scores at one budget, with retention where there is a reference on the same samples.
+
+    Args:
+        method: its name.
+        num_visual_tokens: the budget whose scores are taken.
+        splits: scored at that budget.
+        reference: the uncompressed model's splits and its budget.
+        shown: the budget to report instead, for a baseline that has none.
+    """
+    scores = estimates(splits, num_visual_tokens)
+    kept = retentions(splits, num_visual_tokens, *reference) if reference is not None else {}
     return FrontierPoint(
         method=method,
-        num_visual_tokens=num_visual_tokens,
-        overall=overall(scores),
-        retention=retention(scores, reference) if reference is not None else None,
-        families=family_scores(scores),
-        unscored=unscored(scores),
+        num_visual_tokens=num_visual_tokens if shown is None else shown,
+        overall=mean_of(list(scores.values())).interval,
+        retention=mean_of(list(kept.values())).interval if reference is not None else None,
+        families={name: estimate.interval for name, estimate in scores.items()},
+        unscored=sum(split.scores[num_visual_tokens].unscored for split in splits) + unasked(splits),
     )
 
 
-def family_scores(scores: Sequence[Score], seed: int = 0) -> dict[str, Interval]:
-    """Mean score of each family with its cluster-bootstrap interval, families in order of appearance."""
-    return {
-        family: bootstrap_mean([score.value for score in members], [score.scene for score in members], seed) for family, members in _by_family(scores).items()
-    }
+def unasked(splits: Sequence[SplitScores]) -> int:
+    """Questions that could not be asked, over all benchmarks."""
+    return sum({split.benchmark: split.rules.problems for split in splits}.values())
 
 
-def overall(scores: Sequence[Score], seed: int = 0) -> Interval:
-    """Unweighted mean of the family means; scenes are drawn together over all families, which may share them."""
-    families = _by_family(scores)
-    means = [_mean(members) for members in families.values()]
-    if not means:
-        return Interval(math.nan, math.nan, math.nan, 0)
-    draws = np.mean(list(_draws(families, seed).values()), axis=0)
-    return percentile_interval(float(np.mean(means)), draws, sum(len(members) for members in families.values()))
+def estimates(splits: Sequence[SplitScores], num_visual_tokens: int) -> dict[str, Estimate]:
+    """Each split's score at a budget, by the last part of its name; splits that nothing could be scored on are left out."""
+    found = {split.name.rpartition("/")[2]: split.scores[num_visual_tokens].estimate for split in splits}
+    return {name: estimate for name, estimate in found.items() if estimate.n}
 
 
-def retention(scores: Sequence[Score], reference: Sequence[Score], seed: int = 0) -> Interval:
-    """Percent of the reference's score that is kept: mean over families of 100 x score / reference, paired on the same samples.
+def retentions(splits: Sequence[SplitScores], num_visual_tokens: int, reference: Sequence[SplitScores], reference_budget: int) -> dict[str, Estimate]:
+    """Percent of the reference's score that each split keeps; a split where the reference scores 0 has no retention and is left out.
 
-    A family in which the reference scores 0 has no retention and is left out.
+    Args:
+        splits: scored at `num_visual_tokens`.
+        num_visual_tokens: the budget.
+        reference: the same splits of the uncompressed model.
+        reference_budget: its budget.
     """
-    ours, theirs = _paired_families(scores, reference)
-    if not ours:
-        return Interval(math.nan, math.nan, math.nan, 0)
-    values = [100 * _mean(members) / _mean(theirs[family]) for family, members in ours.items()]
-    our_draws, their_draws = _draws(ours, seed), _draws(theirs, seed)
-    draws = np.mean([100 * _ratio(our_draws[family], their_draws[family]) for family in ours], axis=0)
-    return percentile_interval(float(np.mean(values)), draws, sum(len(members) for members in ours.values()))
+    theirs = {split.name: split.scores[reference_budget].estimate for split in reference if reference_budget in split.scores}
+    found = {}
+    for split in splits:
+        ours, base = split.scores[num_visual_tokens].estimate, theirs.get(split.name)
+        if base is not None and base.value > 0 and ours.n:
+            draws = np.divide(ours.draws, base.draws, out=np.full(len(ours.draws), np.nan), where=base.draws > 0)
+            found[split.name] = Estimate(100 * ours.value / base.value, 100 * draws, ours.n)
+    return found
 
 
-def unscored(scores: Sequence[Score]) -> int:
-    """Samples whose score is NaN."""
-    return sum(math.isnan(score.value) for score in scores)
+def mean_of(members: Sequence[Estimate]) -> Estimate:
+    """Unweighted mean of estimates whose draws belong together."""
+    if not members:
+        return Estimate(math.nan, np.full(1, np.nan), 0)
+    return Estimate(
+        float(np.mean([member.value for member in members])), np.mean([member.draws for member in members], axis=0), sum(member.n for member in members)
+    )
 
 
-def _by_family(scores: Sequence[Score]) -> dict[str, list[Score]]:
-    """The scored samples by family; where all are of one family (NLVR), by task."""
-    one_family = len({score.family for score in scores}) == 1
-    families: dict[str, list[Score]] = {}
-    for score in scores:
-        if not math.isnan(score.value):
-            families.setdefault(score.task if one_family else score.family, []).append(score)
-    return families
-
-
-def _paired_families(scores: Sequence[Score], reference: Sequence[Score]) -> tuple[dict[str, list[Score]], dict[str, list[Score]]]:
-    """The samples that both sides scored, by family and in the same order; without the families in which the reference scores 0."""
-    ours: dict[str, list[Score]] = {}
-    theirs: dict[str, list[Score]] = {}
-    others = _by_family(reference)
-    for family, members in _by_family(scores).items():
-        shared = {score.sample_id: score for score in others.get(family, [])}
-        kept = [score for score in members if score.sample_id in shared]
-        if any(shared[score.sample_id].value for score in kept):
-            ours[family], theirs[family] = kept, [shared[score.sample_id] for score in kept]
-    return ours, theirs
-
-
-def _mean(members: Sequence[Score]) -> float:
-    return float(np.mean([score.value for score in members]))
-
-
-def _draws(families: Mapping[str, Sequence[Score]], seed: int) -> dict[str, NDArray[np.float64]]:
-    return cluster_draws({family: ([score.value for score in members], [score.scene for score in members]) for family, members in families.items()}, seed)
-
-
-def _ratio(above: NDArray[np.float64], below: NDArray[np.float64]) -> NDArray[np.float64]:
-    ratios: NDArray[np.float64] = np.divide(above, below, out=np.full(len(below), np.nan), where=below > 0)
-    return ratios
+def difference(first: Estimate, second: Estimate) -> Estimate:
+    """First minus second, paired."""
+    return Estimate(first.value - second.value, first.draws - second.draws, min(first.n, second.n))
 
 
 def _point_to_dict(point: FrontierPoint) -> dict[str, Any]:

@@ -21,3 +21,7 @@ class GenerationSettings:
     def to_json(self) -> str:
         """Canonical text."""
         return json.dumps(asdict(self), sort_keys=True)
+
+
+GREEDY = GenerationSettings()
+"""The defaults."""

@@ -11,7 +11,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from parcelray.data.collator import decode_image
 from parcelray.data.sample import Sample
 from parcelray.errors import SystemFailure, UserError
-from parcelray.evaluation.generation import GenerationSettings
+from parcelray.evaluation.generation import GREEDY, GenerationSettings
 from parcelray.models.processor import ElasticPaliGemmaProcessor
 from parcelray.models.vlm import ElasticPaliGemmaForConditionalGeneration
 
@@ -51,7 +51,7 @@ class Predictor:
         processor: ElasticPaliGemmaProcessor,
         *,
         batch_size: int = 64,
-        settings: GenerationSettings = GenerationSettings(),
+        settings: GenerationSettings = GREEDY,
         device: str = "cpu",
     ) -> None:
         self._model = model

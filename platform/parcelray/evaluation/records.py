@@ -18,7 +18,13 @@ from parcelray.errors import UserError
 
 _TEXTS = ("id", "benchmark", "family", "task", "prompt", "metric", "scene")
 _SCHEMA = pa.schema(
-    [(name, pa.string()) for name in _TEXTS] + [("answers", pa.list_(pa.string())), ("metadata", pa.string()), ("num_images", pa.int32()), ("keys", pa.string())]
+    [
+        *((name, pa.string()) for name in _TEXTS),
+        ("answers", pa.list_(pa.string())),
+        ("metadata", pa.string()),
+        ("num_images", pa.int32()),
+        ("keys", pa.string()),
+    ]
 )
 
 

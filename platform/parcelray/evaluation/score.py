@@ -40,7 +40,7 @@ def score(samples: Sequence[Sample], predictions: Sequence[str], *, num_visual_t
         ValueError: the two sequences differ in length.
     """
     values = [0.0] * len(samples)
-    for places, result in _by_metric(samples, predictions, mask_decoder).values():
+    for places, result in by_metric(samples, predictions, mask_decoder).values():
         for place, value in zip(places, result.values, strict=True):
             values[place] = value
     return [
@@ -61,10 +61,11 @@ def metric_results(samples: Sequence[Sample], predictions: Sequence[str], *, mas
         UserError: a sample's metric is unknown, or lacks what it needs.
         ValueError: the two sequences differ in length.
     """
-    return {name: result for name, (_, result) in _by_metric(samples, predictions, mask_decoder).items()}
+    return {name: result for name, (_, result) in by_metric(samples, predictions, mask_decoder).items()}
 
 
-def _by_metric(samples: Sequence[Sample], predictions: Sequence[str], mask_decoder: Path | None) -> dict[str, tuple[list[int], MetricResult]]:
+def by_metric(samples: Sequence[Sample], predictions: Sequence[str], mask_decoder: Path | None) -> dict[str, tuple[list[int], MetricResult]]:
+    """For each metric that the samples name, their places and its result, each metric called once."""
     if len(samples) != len(predictions):
         raise ValueError(f"{len(predictions)} predictions for {len(samples)} samples: one list is shorter than the other")
     places: dict[str, list[int]] = {}

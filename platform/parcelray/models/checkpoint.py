@@ -115,6 +115,11 @@ def resolve_checkpoint(
     return ResolvedCheckpoint(path, text, f"hf:{hub['repo']}@{commit}")
 
 
+def content_digest(folder: Path) -> str:
+    """`sha256:...` over the files of a checkpoint: the same wherever it was found."""
+    return _check_folder(folder, verify=False)
+
+
 def _resolve_registry(reference: str, resolver: RegistryResolver | None, verify: bool) -> ResolvedCheckpoint:
     if resolver is None:
         raise UserError(f"model reference {reference!r} needs a model registry; name a tracking URI, or give a folder or a Hugging Face id.")

@@ -1,10 +1,16 @@
 """The processor: prompts with as many image placeholders as the budget asks for."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
 from transformers import BatchFeature, PaliGemmaProcessor
+
+
+def image_size_of(checkpoint: Path) -> int:
+    """Side of a checkpoint's input images, pixels."""
+    return int(ElasticPaliGemmaProcessor.from_pretrained(checkpoint).image_processor.size["height"])
 
 
 class ElasticPaliGemmaProcessor(PaliGemmaProcessor):  # type: ignore[misc]

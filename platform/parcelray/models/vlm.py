@@ -220,6 +220,14 @@ def _init_elastic_weights(model: PaliGemmaPreTrainedModel, module: nn.Module) ->
         module.init_weights()
 
 
+def connector_of(path: str | Path) -> Connector:
+    """The connector of a checkpoint folder without its weights: what it is called and which budgets it can give."""
+    config = ElasticPaliGemmaConfig.from_pretrained(path)
+    vision = config.vision_config
+    with torch.device("meta"):
+        return build_connector(config.connector_config, hidden_size=vision.hidden_size, grid_size=config.grid_size, mlp_width=vision.intermediate_size)
+
+
 def load_vlm(path: str | Path, *, connector: ConnectorConfig | None = None, seed: int = 0, **kwargs: Any) -> ElasticPaliGemmaForConditionalGeneration:
     """Loads a checkpoint folder, stock PaliGemma or elastic, and inserts a connector when one is given.
 

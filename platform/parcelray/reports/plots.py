@@ -10,8 +10,8 @@ from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
 from parcelray.evaluation.aggregate import Frontier, FrontierPoint
 
 # Okabe and Ito's palette, readable with every colour vision.
-_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-_MARKERS = ("o", "s", "^", "D", "v", "P")
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+MARKERS = ("o", "s", "^", "D", "v", "P")
 _DODGE = 0.025
 """Each method's points stand aside by this fraction of the budget, so that error bars do not hide each other."""
 
@@ -51,18 +51,18 @@ def plot_frontier(frontier: Frontier, path: Path, *, title: str) -> None:
 
 def _draw_method(axes: Axes, method: str, points: list[FrontierPoint], index: int, count: int) -> None:
     shift = 1 + _DODGE * (index - (count - 1) / 2)
-    values = [100 * point.overall.value for point in points]
+    values = [point.overall.value for point in points]
     errors = [
-        [value - 100 * point.overall.low for value, point in zip(values, points, strict=True)],
-        [100 * point.overall.high - value for value, point in zip(values, points, strict=True)],
+        [value - point.overall.low for value, point in zip(values, points, strict=True)],
+        [point.overall.high - value for value, point in zip(values, points, strict=True)],
     ]
     axes.errorbar(
         [point.num_visual_tokens * shift for point in points],
         values,
         yerr=errors,
         label=method,
-        color=_COLORS[index % len(_COLORS)],
-        marker=_MARKERS[index % len(_MARKERS)],
+        color=COLORS[index % len(COLORS)],
+        marker=MARKERS[index % len(MARKERS)],
         capsize=3,
         linewidth=1.8,
     )
@@ -71,7 +71,7 @@ def _draw_method(axes: Axes, method: str, points: list[FrontierPoint], index: in
 def _draw_levels(axes: Axes, frontier: Frontier) -> None:
     styles = {"blind": ("#666666", ":"), "majority": ("#666666", "--")}
     for point in frontier.points:
-        value, low, high = (100 * number for number in point.overall[:3])
+        value, low, high = point.overall[:3]
         if point.method == frontier.reference:
             axes.axhspan(low, high, color="black", alpha=0.08, linewidth=0)
             axes.axhline(value, color="black", linewidth=1.2, label=f"{point.method}, {point.num_visual_tokens} tokens")

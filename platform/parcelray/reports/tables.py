@@ -36,7 +36,7 @@ def _families(frontier: Frontier) -> list[str]:
 
 def _cells(point: FrontierPoint, families: list[str]) -> list[str]:
     tokens = str(point.num_visual_tokens) if point.num_visual_tokens else "-"
-    retention = _percent(point.retention, scale=1.0) if point.retention is not None else "-"
+    retention = _percent(point.retention) if point.retention is not None else "-"
     return [
         point.method,
         tokens,
@@ -46,5 +46,5 @@ def _cells(point: FrontierPoint, families: list[str]) -> list[str]:
     ]
 
 
-def _percent(interval: Interval, scale: float = 100.0) -> str:
-    return f"{scale * interval.value:.1f} [{scale * interval.low:.1f}, {scale * interval.high:.1f}]"
+def _percent(interval: Interval) -> str:
+    return f"{interval.value:.1f} [{interval.low:.1f}, {interval.high:.1f}]"

@@ -7,8 +7,7 @@ from typing import Any
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from parcelray.config.loader import NOT_IDENTITY, differing_keys, identity
-from parcelray.config.train import TrainJob
+from parcelray.config.loader import NOT_IDENTITY, Job, differing_keys, identity
 from parcelray.errors import UserError
 
 _JOB, _RESULT = "job.json", "result.json"
@@ -21,7 +20,7 @@ class RunFolder:
         job: the job; its `storage` may be a path or a URI such as s3://bucket/runs.
     """
 
-    def __init__(self, job: TrainJob) -> None:
+    def __init__(self, job: Job) -> None:
         self.identity = identity(job)
         self.filesystem, root = fsspec.core.url_to_fs(job.storage)
         self.path = f"{root.rstrip('/')}/{job.kind}/{job.name}"

@@ -116,7 +116,8 @@ def _decoded(file: Path, config: VideoConfig, segment: tuple[float, float] | Non
                 if seen % config.stride == 0:
                     taken += 1
                     buffer = io.BytesIO()
-                    frame.to_image().save(buffer, format="JPEG", quality=_FRAME_QUALITY)
+                    picture: Image.Image = frame.to_image()  # type: ignore[no-untyped-call]
+                    picture.save(buffer, format="JPEG", quality=_FRAME_QUALITY)
                     yield buffer.getvalue()
                 seen += 1
     except (av.FFmpegError, IndexError) as error:
