@@ -5,17 +5,10 @@ import math
 import numpy as np
 import pytest
 
-from parcelray.evaluation.aggregate import Frontier, family_scores, frontier_point, overall, retention, unscored
+from parcelray.data.sample import Sample
+from parcelray.evaluation.aggregate import Frontier, frontier_point, mean_of, retentions
 from parcelray.evaluation.intervals import bootstrap_difference, bootstrap_mean, cluster_draws, wilson
-from parcelray.evaluation.score import Score
-
-
-def _scores(values: dict[str, list[float]], budget: int = 64) -> list[Score]:
-    return [
-        Score(f"{family}-{index}", "mini", family, f"{family}-task", f"{family}-{index // 2}", budget, "x", value)
-        for family, members in values.items()
-        for index, value in enumerate(members)
-    ]
+from parcelray.evaluation.split_scores import GivenAnswer, ScoringRules, SplitScores, score_splits
 
 
 def test_wilson_has_the_textbook_values() -> None:
@@ -56,41 +49,59 @@ def test_families_that_share_their_scenes_vary_together() -> None:
     assert apart["a"].std() == pytest.approx(0.03536, rel=0.06)
 
 
+def _splits(values: dict[str, list[float]], budget: int = 64) -> list[SplitScores]:
+    """Splits of one benchmark, two samples a scene; a NaN is a sample without an answer."""
+    samples, answers = [], []
+    for family, members in values.items():
+        for index, value in enumerate(members):
+            right = () if math.isnan(value) else ("x",)
+            samples.append(Sample(f"{family}-{index}", "mini", family, f"{family}-task", (), "?", right, scene=f"{family}-{index // 2}"))
+            answers.append(GivenAnswer("x" if value == 1 else "y"))
+    return score_splits(samples, {budget: answers}, ScoringRules(split_of=lambda sample: f"mini/{sample.family}"))
+
+
 def test_a_ratio_of_the_same_samples_varies_less_than_its_parts() -> None:
-    reference = _scores({"general": [float(index % 2) for index in range(200)], "video": [1.0] * 200})
-    half = _scores({"general": [float(index % 4 == 1) for index in range(200)], "video": [1.0] * 200})
-    interval = retention(half, reference)
+    reference = _splits({"general": [float(index % 2) for index in range(200)], "video": [1.0] * 200})
+    half = _splits({"general": [float(index % 4 == 1) for index in range(200)], "video": [1.0] * 200})
+    interval = mean_of(list(retentions(half, 64, reference, 64).values())).interval
     assert interval.value == pytest.approx(100 * (0.5 + 1) / 2)
     # 100 of the samples tell; half of them are kept, so the ratio's standard error is sqrt(0.25 / 100) (scenes of two samples hold one each).
     assert interval.high - interval.low == pytest.approx(100 * 2 * 1.96 * 0.05 / 2, rel=0.1)
 
 
 def test_overall_is_the_mean_of_the_families_whatever_their_sizes() -> None:
-    scores = _scores({"general": [1.0] * 9 + [0.0], "video": [0.0, 1.0]})
-    assert overall(scores).value == pytest.approx((0.9 + 0.5) / 2)
-    assert overall(scores).n == 12
-    assert family_scores(scores)["general"].value == pytest.approx(0.9)
+    point = frontier_point("m", 64, _splits({"general": [1.0] * 9 + [0.0], "video": [0.0, 1.0]}), None)
+    assert point.overall.value == pytest.approx(100 * (0.9 + 0.5) / 2)
+    assert point.overall.n == 12
+    assert point.families["general"].value == pytest.approx(90)
+    assert point.retention is None
 
 
-def test_retention_is_the_mean_of_the_families_ratios() -> None:
-    reference = _scores({"general": [1.0, 1.0, 1.0, 1.0], "video": [1.0, 1.0, 0.0, 0.0]})
-    scores = _scores({"general": [1.0, 1.0, 1.0, 0.0], "video": [1.0, 0.0, 0.0, 0.0]})
-    assert retention(scores, reference).value == pytest.approx(100 * (0.75 + 0.5) / 2)
-    assert retention(reference, reference)[:3] == pytest.approx((100, 100, 100))
+def test_retention_is_the_mean_of_the_splits_ratios() -> None:
+    reference = _splits({"general": [1.0, 1.0, 1.0, 1.0], "video": [1.0, 1.0, 0.0, 0.0]})
+    splits = _splits({"general": [1.0, 1.0, 1.0, 0.0], "video": [1.0, 0.0, 0.0, 0.0]}, budget=16)
+    point = frontier_point("m", 16, splits, (reference, 64))
+    assert point.retention is not None
+    assert point.retention.value == pytest.approx(100 * (0.75 + 0.5) / 2)
+    same = frontier_point("m", 64, reference, (reference, 64))
+    assert same.retention is not None
+    assert same.retention[:3] == pytest.approx((100, 100, 100))
 
 
-def test_a_family_without_a_reference_score_has_no_retention() -> None:
-    assert math.isnan(retention(_scores({"video": [1.0]}), _scores({"video": [0.0]})).value)
+def test_a_split_without_a_reference_score_has_no_retention() -> None:
+    point = frontier_point("m", 64, _splits({"video": [1.0]}), (_splits({"video": [0.0]}), 64))
+    assert point.retention is not None
+    assert math.isnan(point.retention.value)
 
 
 def test_unscored_answers_are_counted_and_in_no_mean() -> None:
-    scores = _scores({"general": [1.0, math.nan, 0.0]})
-    assert unscored(scores) == 1
-    # One family only, as in NLVR: reported by task.
-    assert family_scores(scores)["general-task"][0::3] == (0.5, 2)
+    point = frontier_point("m", 64, _splits({"general": [1.0, math.nan, 0.0]}), None)
+    assert point.unscored == 1
+    assert (point.families["general"].value, point.families["general"].n) == (50, 2)
 
 
 def test_a_frontier_survives_json() -> None:
-    scores = _scores({"general": [1.0, 0.0], "video": [1.0, 1.0]})
-    frontier = Frontier((frontier_point("parcel", 64, scores, scores), frontier_point("blind", 0, scores, None)), reference="vanilla")
+    splits = _splits({"general": [1.0, 0.0], "video": [1.0, 1.0]})
+    frontier = Frontier((frontier_point("parcel", 64, splits, (splits, 64)), frontier_point("blind", 64, splits, None, shown=0)), reference="vanilla")
+    assert frontier.points[1].num_visual_tokens == 0
     assert Frontier.from_dict(frontier.to_dict()) == frontier

@@ -6,7 +6,7 @@ import pytest
 
 from parcelray.data.sample import Sample
 from parcelray.errors import UserError
-from parcelray.evaluation.score import metric_results, score
+from parcelray.evaluation.score import by_metric, score
 
 
 def _sample(number: int, metric: str, *answers: str) -> Sample:
@@ -38,8 +38,8 @@ def test_a_corpus_metric_sees_its_samples_together() -> None:
 
 def test_unread_answers_are_counted_by_metric() -> None:
     samples = [_sample(0, "counting", "2"), _sample(1, "counting", "3"), _sample(2, "box_iou", "<loc0000><loc0000><loc0512><loc0512>")]
-    results = metric_results(samples, ["two", "some", "left"])
-    assert {name: (result.totals[name], result.unparsed) for name, result in results.items()} == {"counting": (0.5, 1), "box_iou": (0, 1)}
+    results = by_metric(samples, ["two", "some", "left"], None)
+    assert {name: (result.totals[name], result.unparsed) for name, (_, result) in results.items()} == {"counting": (0.5, 1), "box_iou": (0, 1)}
 
 
 def test_an_unknown_metric_and_a_missing_answer_are_refused() -> None:

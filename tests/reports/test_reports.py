@@ -7,19 +7,24 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
+from parcelray.data.sample import Sample
 from parcelray.evaluation.aggregate import Frontier, frontier_point
-from parcelray.evaluation.score import Score
+from parcelray.evaluation.split_scores import GivenAnswer, ScoringRules, SplitScores, score_splits
 from parcelray.reports.frontier_files import write_frontier
 from parcelray.reports.tables import frontier_markdown, frontier_table
 
 
 @pytest.fixture
 def frontier() -> Frontier:
-    def scores(right: int, budget: int) -> list[Score]:
-        return [Score(str(index), "mini", family, "t", str(index), budget, "x", float(index < right)) for family in ("general", "video") for index in range(10)]
+    def scores(right: int, budget: int) -> list[SplitScores]:
+        samples = [
+            Sample(f"{family}-{index}", "mini", family, "t", (), "?", ("x",), scene=f"{index}") for family in ("general", "video") for index in range(10)
+        ]
+        answers = [GivenAnswer("x" if index < right else "y") for _ in range(2) for index in range(10)]
+        return score_splits(samples, {budget: answers}, ScoringRules(split_of=lambda sample: f"mini/{sample.family}"))
 
-    reference = scores(8, 256)
-    points = [frontier_point("majority", 0, scores(2, 0), None), frontier_point("vanilla", 256, reference, reference)]
+    reference = (scores(8, 256), 256)
+    points = [frontier_point("majority", 0, scores(2, 0), None), frontier_point("vanilla", 256, reference[0], reference)]
     points += [frontier_point("parcel", budget, scores(right, budget), reference) for budget, right in ((16, 4), (64, 6), (256, 8))]
     return Frontier(tuple(points), reference="vanilla")
 

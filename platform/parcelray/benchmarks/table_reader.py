@@ -105,8 +105,9 @@ class TableReader:
         source = self.benchmark.source
         assert isinstance(source, TableSource)
         tables = [(split, open_rows(source, split, self.data)) for split in source.splits]
+        asked = {name for name in _fields(self.benchmark.prompts[self.family]) if name in self._columns.types}
         for split, table in tables:
-            missing = sorted(self._columns.read() - {"split"} - set(table.columns))
+            missing = sorted((self._columns.read() | asked) - {"split"} - set(table.columns))
             if missing:
                 raise UserError(
                     f"{self.name}: the data of split {split} lack the columns {', '.join(missing)}; they have {', '.join(table.columns)}. "

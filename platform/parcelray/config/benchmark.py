@@ -3,7 +3,7 @@
 from string import Formatter
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from parcelray.config.base import StrictModel
 from parcelray.config.data import Family, NlvrQuestion
@@ -247,6 +247,11 @@ class BenchmarkConfig(StrictModel):
     """How sure the facts are, by field; low: check on the first download."""
     facts: tuple[str, ...] = ()
     """Where the facts were read."""
+
+    @field_validator("source", mode="before")
+    @classmethod
+    def _table(cls, value: object) -> object:
+        return {"type": "table"} | value if isinstance(value, dict) else value
 
     @model_validator(mode="after")
     def _check(self) -> "BenchmarkConfig":

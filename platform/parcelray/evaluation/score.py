@@ -27,13 +27,13 @@ class Score:
 def score(samples: Sequence[Sample], predictions: Sequence[str], *, num_visual_tokens: int, mask_decoder: Path | None = None) -> list[Score]:
     """Scores each answer by its sample's metric.
 
-    The values of a corpus metric (CIDEr) hold for these samples together; its score is `metric_results`, not their mean over a part.
+    The values of a corpus metric (CIDEr) hold for these samples together; its score is that of the whole set, not their mean over a part.
 
     Args:
         samples: the questions.
         predictions: one answer per sample, in the same order.
         num_visual_tokens: the budget at which they were given.
-        mask_decoder: see `metric_results`.
+        mask_decoder: the .npz file that `refseg_miou` needs.
 
     Raises:
         UserError: a sample's metric is unknown, or lacks what it needs.
@@ -47,21 +47,6 @@ def score(samples: Sequence[Sample], predictions: Sequence[str], *, num_visual_t
         Score(sample.id, sample.benchmark, sample.family, sample.task, sample.scene, num_visual_tokens, prediction, value)
         for sample, prediction, value in zip(samples, predictions, values, strict=True)
     ]
-
-
-def metric_results(samples: Sequence[Sample], predictions: Sequence[str], *, mask_decoder: Path | None = None) -> dict[str, MetricResult]:
-    """The totals and the unread answers of each metric that the samples name, each metric called once.
-
-    Args:
-        samples: the questions.
-        predictions: one answer per sample, in the same order.
-        mask_decoder: the .npz file that `refseg_miou` needs.
-
-    Raises:
-        UserError: a sample's metric is unknown, or lacks what it needs.
-        ValueError: the two sequences differ in length.
-    """
-    return {name: result for name, (_, result) in by_metric(samples, predictions, mask_decoder).items()}
 
 
 def by_metric(samples: Sequence[Sample], predictions: Sequence[str], mask_decoder: Path | None) -> dict[str, tuple[list[int], MetricResult]]:

@@ -1,0 +1,166 @@
+"""Every split of the catalog: legal, complete, and read from a small file in exactly its schema."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from parcelray.benchmarks.catalog import builtin, catalog, find
+from parcelray.benchmarks.metrics import metric
+from parcelray.benchmarks.opening import open_reader
+from parcelray.benchmarks.table_reader import TableReader
+from parcelray.config.benchmark import TableSource
+from parcelray.data.collator import decode_image
+from parcelray.errors import UserError
+from parcelray.evaluation.split_scores import GivenAnswer, ScoringRules, score_splits
+
+from .table_data import ROWS, write_benchmark
+
+TABLES = sorted(name for name, config in builtin().items() if isinstance(config.source, TableSource))
+
+
+def test_the_three_sets_are_whole() -> None:
+    sets = {name: sum(name in config.sets for config in builtin().values()) for name in ("parcel", "paligemma", "llava", "local")}
+    assert sets == {"parcel": 27, "paligemma": 21, "llava": 16, "local": 3}
+    families = [config.family for config in builtin().values() if "parcel" in config.sets]
+    assert {family: families.count(family) for family in set(families)} == {"video": 5, "grounding": 8, "resolution_sensitive": 9, "general": 5}
+    assert len(TABLES) == 60
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_a_split_says_what_one_must_know(name: str) -> None:
+    config = builtin()[name]
+    assert config.references, "a score in print"
+    assert config.facts, "where the facts were read"
+    assert config.prompts, "what is asked"
+    for each in (config.metric, *config.other_metrics):
+        assert each is None or metric(each)
+    for family in config.prompts:
+        assert 8 <= config.longest_answer(family) <= 1024
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_a_split_is_read_from_its_own_schema(name: str, tmp_path: Path) -> None:
+    config = builtin()[name]
+    rows = write_benchmark(config, tmp_path)
+    for family in config.prompts:
+        reader = open_reader(config, family=family, data=tmp_path)
+        assert reader.pin().rows == rows
+        found = [reader.read(row) for row in reader.order()]
+        assert not [problem for each in found for problem in each.problems]
+        samples = [sample for each in found for sample in each.samples]
+        assert len(samples) >= rows
+        assert len({sample.id for sample in samples}) == len(samples)
+        for sample in samples:
+            assert sample.prompt
+            assert sample.images
+            assert all(decode_image(image).width for image in sample.images)
+        if config.metric is not None and not config.metric.startswith("refseg"):
+            _check_scores(config.average_over, samples)
+
+
+def _check_scores(average_over: str | None, samples: list) -> None:
+    light = [dataclasses.replace(sample, images=()) for sample in samples]
+    answers = {16: [GivenAnswer(sample.answers[0]) for sample in light], 0: [GivenAnswer("no idea") for _ in light]}
+    (split,) = score_splits(light, answers, ScoringRules(average_over=average_over))
+    assert split.scores[16].estimate.value > 0
+    assert split.scores[0].estimate.value == pytest.approx(0)
+
+
+def test_the_refcoco_mask_and_box_are_those_of_the_row(tmp_path: Path) -> None:
+    config = builtin()["refcoco_testA"]
+    write_benchmark(config, tmp_path)
+    sample = open_reader(config, data=tmp_path).read(0).samples[1]
+    assert sample.prompt == "answer 1"
+    assert sample.metadata["box"] == pytest.approx([3 / 24, 2 / 32, 15 / 24, 12 / 32])
+    assert sample.metadata["mask"]["size"] == [24, 32]
+    assert sample.answers == ("<loc0128><loc0064><loc0639><loc0384>",)
+
+
+def test_prompts_are_those_of_the_model_family(tmp_path: Path) -> None:
+    config = builtin()["ai2d"]
+    write_benchmark(config, tmp_path)
+    asked = {family: open_reader(config, family=family, data=tmp_path).read(0).samples[0] for family in ("paligemma", "llava")}
+    assert asked["paligemma"].prompt == "answer en  question 0 choose from: red \t blue \t green \t white"
+    assert asked["llava"].prompt == ("question 0\nA. red\nB. blue\nC. green\nD. white\nAnswer with the option's letter from the given choices directly.")
+    assert asked["llava"].answers == ("blue",)
+    science = builtin()["scienceqa_img"]
+    write_benchmark(science, tmp_path / "science")
+    sample = open_reader(science, data=tmp_path / "science").read(0).samples[0]
+    assert sample.prompt == "Question: question 0\nContext: hint 0\nOptions: (A) red, (B) blue, (C) green, (D) white\nAnswer:"
+    assert sample.answers == ("The answer is B.",)
+    with pytest.raises(UserError, match="mmbench_en_dev has no prompt for paligemma models"):
+        open_reader(builtin()["mmbench_en_dev"], data=tmp_path)
+
+
+def test_languages_are_told_apart(tmp_path: Path) -> None:
+    config = builtin()["marvl5"]
+    write_benchmark(config, tmp_path)
+    reader = open_reader(config, data=tmp_path)
+    languages = [reader.read(row).samples[0].metadata["language"] for row in reader.order()]
+    assert languages == [language for language in ("id", "sw", "ta", "tr", "zh") for _ in range(ROWS)]
+    assert reader.read(0).samples[0].answers == ("True",)
+
+
+def test_questions_about_one_image_stand_together(tmp_path: Path) -> None:
+    config = builtin()["gqa"]
+    write_benchmark(config, tmp_path)
+    reader = open_reader(config, data=tmp_path)
+    assert isinstance(reader, TableReader)
+    reader.__dict__["_light"] = {"imageId": ["b", "a", "b", "a"], "id": ["0", "1", "2", "3"]}
+    assert list(reader.order()) == [0, 2, 1, 3]
+
+
+def test_a_benchmark_of_your_own_is_one_file(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text(
+        """
+name: mine
+family: general
+source: {splits: [test]}
+columns:
+  types: {picture: image, q: string, a: string}
+  images: [picture]
+  answers: {column: a}
+prompts: {paligemma: "answer en {q}"}
+metric: exact_match
+"""
+    )
+    config = find("mine", catalog([tmp_path / "mine.yaml"]))
+    write_benchmark(config, tmp_path / "data")
+    sample = open_reader(config, data=tmp_path / "data").read(2).samples[0]
+    assert (sample.id, sample.prompt, sample.answers) == ("test-2", "answer en q 2", ("red",))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("prompts: {paligemma: 'answer en {question}'}", "names question, which is no column; legal: a, options_inline"),
+        ("metrik: exact_match", "metrik is not a known key.*did you mean metric"),
+        ("columns: {types: {q: string, a: string}, images: [picture], answers: {column: a}}", "types lacks the columns picture"),
+        ("columns: {types: {picture: image, a: string}, answers: {column: a}}", "in exactly one way: images, join or video"),
+        ("columns: {types: {picture: image, a: string}, images: [picture]}", "nothing says what is right"),
+        ("metric: null", "give the metric, or say in unscorable why there is none"),
+        ("decoding: beam", "a beam search has at least two"),
+        ("source: {type: mini}", "columns belong to a source of type table"),
+    ],
+)
+def test_what_is_wrong_with_a_file_is_said(tmp_path: Path, change: str, message: str) -> None:
+    lines = {
+        "name": "name: mine",
+        "family": "family: general",
+        "source": "source: {splits: [test]}",
+        "columns": "columns: {types: {picture: image, q: string, a: string}, images: [picture], answers: {column: a}}",
+        "prompts": "prompts: {paligemma: 'answer en {q}'}",
+        "metric": "metric: exact_match",
+    }
+    file = tmp_path / "mine.yaml"
+    file.write_text("\n".join((lines | {change.split(":")[0]: change}).values()))
+    with pytest.raises(UserError, match=message):
+        catalog([file])
+
+
+def test_an_unknown_name_is_answered_with_the_nearest() -> None:
+    with pytest.raises(UserError, match=r"no benchmark 'texvqa_val' \(did you mean textvqa_val"):
+        find("texvqa_val", catalog())
+    with pytest.raises(UserError, match="holds no YAML files"):
+        catalog([Path(__file__).parent])
