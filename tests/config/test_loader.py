@@ -9,7 +9,9 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from parcelray.config.loader import ConfigError, apply_override, config_hash, differing_keys, identity, load_job
+from parcelray.config.evaluate import EvaluateJob
+from parcelray.config.loader import ConfigError, apply_override, config_hash, differing_keys, identity, load_job, load_job_of
+from parcelray.config.train import TrainJob
 
 JOB = {"kind": "train", "name": "x", "data": {"type": "mini"}, "training": {"steps": 5}}
 
@@ -21,7 +23,7 @@ def _write(tmp_path: Path, **changes: object) -> Path:
 
 
 def test_a_small_job_gets_every_default(tmp_path: Path) -> None:
-    job = load_job(_write(tmp_path))
+    job = load_job_of(TrainJob, _write(tmp_path))
     assert job.budget.values() == tuple(range(16, 257, 2))
     assert identity(job) == f"train-x-{config_hash(job)}"
 
@@ -42,7 +44,7 @@ def test_a_small_job_gets_every_default(tmp_path: Path) -> None:
         ({"budget": {"type": "uniform", "budgets": {"start": 9, "stop": 3}}}, r"stop 3 is below start 9"),
         ({"scaling": {"num_workers": [3, 1]}}, r"is not a worker count"),
         ({"budget": {"budgets": [16]}}, r"budget.type is missing"),
-        ({"kind": "trian"}, r"kind is 'trian'; legal: train \(did you mean train\?\)"),
+        ({"kind": "trian"}, r"kind is 'trian'; legal: train, evaluate \(did you mean train\?\)"),
         ({"kind": ["train"]}, r"kind is \['train'\]; legal: train"),
         ({"name": "No Good"}, r"name is 'No Good'"),
     ],
@@ -108,7 +110,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 
 
 def test_set_changes_nested_values_and_creates_mappings(tmp_path: Path) -> None:
-    job = load_job(_write(tmp_path), ["training.steps=7", "budget.type=uniform", "budget.budgets=[16, 64]", "tracking.uri=null"])
+    job = load_job_of(TrainJob, _write(tmp_path), ["training.steps=7", "budget.type=uniform", "budget.budgets=[16, 64]", "tracking.uri=null"])
     assert (job.training.steps, job.budget.values(), job.tracking.uri) == (7, (16, 64), None)
 
 
@@ -137,7 +139,7 @@ def test_differing_keys_are_paths() -> None:
 
 
 def test_a_job_cannot_be_changed(tmp_path: Path) -> None:
-    job = load_job(_write(tmp_path))
+    job = load_job_of(TrainJob, _write(tmp_path))
     with pytest.raises(ValidationError):
         job.seed = 3  # type: ignore[misc]
 
@@ -145,3 +147,8 @@ def test_a_job_cannot_be_changed(tmp_path: Path) -> None:
 def test_configuration_loads_nothing_heavy() -> None:
     code = "import sys, parcelray.config.loader; print([name for name in ('torch', 'ray', 'transformers', 'mlflow') if name in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+def test_a_job_of_another_kind_is_sent_to_its_command(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="kind is train, but this command runs evaluate jobs; run it with `parcelray train"):
+        load_job_of(EvaluateJob, _write(tmp_path))

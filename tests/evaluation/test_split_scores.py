@@ -50,14 +50,15 @@ def test_a_mean_over_languages_weighs_them_alike() -> None:
     samples = [_sample(number, "exact_match", "x", language="de" if number < 3 else "zh") for number in range(4)]
     score = _one(samples, ["x", "x", "y", "y"], average_over="language").scores[16]
     assert score.estimate.value == pytest.approx((200 / 3 + 0) / 2)
-    assert (score.totals["language/de"], score.totals["language/zh"]) == (pytest.approx(200 / 3), 0)
+    assert [score.totals["language/de"], score.totals["language/zh"]] == pytest.approx([200 / 3, 0])
 
 
 def test_another_metric_can_score_the_same_answers() -> None:
     samples = [_sample(0, "exact_match", "tower")]
     assert _one(samples, ["towers"]).scores[16].estimate.value == 0
     split = _one(samples, ["towers"], metric="anls:strict")
-    assert (split.metric, split.scores[16].estimate.value) == ("anls:strict", pytest.approx(100 * (1 - 1 / 6)))
+    assert split.metric == "anls:strict"
+    assert split.scores[16].estimate.value == pytest.approx(100 * (1 - 1 / 6))
 
 
 def test_the_draws_of_two_budgets_are_paired() -> None:
@@ -98,7 +99,7 @@ def test_mme_keeps_its_pairs_together() -> None:
         for image in range(40)
         for question in range(2)
     ]
-    score = _one(samples, ["yes" if sample.answers[0] == "yes" or int(sample.scene) % 4 else "yes" for sample in samples]).scores[16]
+    score = _one(samples, ["yes" for _ in samples]).scores[16]
     # Every image has one of two right: accuracy 50, accuracy+ 0.
     assert (score.estimate.value, score.totals["accuracy_plus"]) == (50, 0)
     assert score.estimate.std_error == pytest.approx(0, abs=1e-6)
@@ -107,7 +108,7 @@ def test_mme_keeps_its_pairs_together() -> None:
 def test_cider_is_the_mean_of_its_values_with_the_whole_sets_frequencies() -> None:
     captions = ["a red cat on a mat", "two birds in the sky", "a dog runs", "a man with a hat", "the sea at night", "a green tree"]
     samples = [_sample(number, "cider", caption) for number, caption in enumerate(captions)]
-    score = _one(samples, captions[:4] + ["nothing at all", "x"]).scores[16]
+    score = _one(samples, [*captions[:4], "nothing at all", "x"]).scores[16]
     assert score.estimate.value == pytest.approx(100 * float(np.mean(score.values)))
     assert score.estimate.std_error > 0
 

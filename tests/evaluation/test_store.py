@@ -25,7 +25,8 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> PredictionStore:
 
 
 def _key(sample: Sample = SAMPLE, **changes: Any) -> str:
-    return prediction_key(sample, **({"model": "m", "num_visual_tokens": 16, "settings": SETTINGS} | changes))
+    arguments: dict[str, Any] = {"model": "m", "num_visual_tokens": 16, "settings": SETTINGS} | changes
+    return prediction_key(sample, **arguments)
 
 
 @pytest.mark.parametrize(

@@ -17,9 +17,8 @@ from parcelray.reports.tables import frontier_markdown, frontier_table
 @pytest.fixture
 def frontier() -> Frontier:
     def scores(right: int, budget: int) -> list[SplitScores]:
-        samples = [
-            Sample(f"{family}-{index}", "mini", family, "t", (), "?", ("x",), scene=f"{index}") for family in ("general", "video") for index in range(10)
-        ]
+        places = [(family, index) for family in ("general", "video") for index in range(10)]
+        samples = [Sample(f"{family}-{index}", "mini", family, "t", (), "?", ("x",), scene=f"{index}") for family, index in places]
         answers = [GivenAnswer("x" if index < right else "y") for _ in range(2) for index in range(10)]
         return score_splits(samples, {budget: answers}, ScoringRules(split_of=lambda sample: f"mini/{sample.family}"))
 

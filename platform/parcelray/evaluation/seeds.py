@@ -81,4 +81,4 @@ def _spread(values: Sequence[float]) -> SeedSpread:
 
 
 def _cell(spread: SeedSpread) -> str:
-    return f"{spread.mean:.1f}" if math.isnan(spread.std) else f"{spread.mean:.1f} ± {spread.std:.1f}"
+    return f"{spread.mean:.1f}" if math.isnan(spread.std) else f"{spread.mean:.1f} +- {spread.std:.1f}"
