@@ -315,6 +315,20 @@ def bench_train(
     _show_report(bench_training(steps=steps, repeats=repeats), as_json)
 
 
+@bench_app.command("evaluate")
+def bench_evaluate(
+    samples: Annotated[int, typer.Option(min=256, help="Samples of the comparison with a plain loop.")] = 2048,
+    repeats: Annotated[int, typer.Option(min=1, help="Rounds of each comparison.")] = 3,
+    small: Annotated[int, typer.Option(min=500, help="Samples of the smaller evaluation whose memory is measured.")] = 5000,
+    large: Annotated[int, typer.Option(min=1000, help="Samples of the larger one.")] = 20000,
+    as_json: AsJson = False,
+) -> None:
+    """All budgets in one pass, shared images, Ray Data against a plain loop, and peak memory."""
+    from parcelray.cluster.evaluate_bench import bench_evaluation
+
+    _show_report(bench_evaluation(samples=samples, repeats=repeats, memory_samples=(small, large)), as_json)
+
+
 @bench_app.command("connector")
 def bench_connector(
     backbone: Annotated[str, typer.Option(help="mini, paligemma2-3b (needs a GPU), or a folder.")] = "mini",

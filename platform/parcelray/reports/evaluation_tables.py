@@ -22,6 +22,8 @@ def evaluation_tables(summary: Summary) -> Iterator[Table]:
     """Scores, retention, and what was odd about the answers."""
     yield _rich("Scores [95 %], on the scale of the papers", _score_rows(summary))
     yield _rich(f"Retention in percent of {_short(summary.reference)} at {summary.reference_budget} visual tokens [95 %]", _retention_rows(summary))
+    if len(_sub_score_rows(summary)) > 1:
+        yield _rich("Sub-scores", _sub_score_rows(summary))
     yield _rich("Budgets and answers", _answer_rows(summary))
 
 
@@ -31,8 +33,11 @@ def evaluation_markdown(summary: Summary) -> str:
     for title, rows in (
         ("Scores [95 %]", _score_rows(summary)),
         (f"Retention in percent of {summary.reference} at {summary.reference_budget} visual tokens [95 %]", _retention_rows(summary)),
+        ("Sub-scores", _sub_score_rows(summary)),
         ("Budgets and answers", _answer_rows(summary)),
     ):
+        if len(rows) == 1:
+            continue
         header, *body = rows
         lines = [header, ["---"] * len(header), *body]
         parts.append(f"## {title}\n\n" + "\n".join("| " + " | ".join(line) + " |" for line in lines))
@@ -125,6 +130,17 @@ def _retention_rows(summary: Summary) -> list[list[str]]:
             rows.append([f"mean of {family}", *(_percent(summary.mean_retention(budget, names)) for budget in summary.budgets)])
     if len(summary.splits) > 1:
         rows.append(["mean of all", *(_percent(summary.mean_retention(budget)) for budget in summary.budgets)])
+    return rows
+
+
+def _sub_score_rows(summary: Summary) -> list[list[str]]:
+    """Consistency, yes-ratio, box accuracy and the like; those of single categories are in result.json."""
+    rows = [["split", "sub-score", *(budget_name(budget) for budget in summary.budgets)]]
+    for split in summary.splits:
+        headline, *others = next(iter(split.scores.values())).totals
+        for name in others:
+            if "/" not in name and name != headline:
+                rows.append([split.name, name, *(f"{split.scores[budget].totals[name]:.1f}" for budget in summary.budgets)])
     return rows
 
 
