@@ -112,3 +112,21 @@ def test_the_suite_as_parquet_is_trained_on(tmp_path: Path) -> None:
     next((tmp_path / "suite" / "train").glob("video-*")).write_bytes(b"no parquet")
     with pytest.raises(UserError, match=r"video-00000\.parquet is not a parquet file"):
         _train(tiny_job(tmp_path / "b", data={"type": "parquet", "path": str(tmp_path / "suite")}, **changes))
+
+
+def test_checkpoints_are_scored_while_the_workers_train_on(tmp_path: Path) -> None:
+    """The same scores at the same steps as when the workers stop for them."""
+    scores = {}
+    for in_background in (False, True):
+        validation = {"samples": 2, "budgets": [16, 64], "every_steps": 2, "in_background": in_background}
+        job = _tracked(tmp_path / str(in_background), scaling={"num_workers": 1}, validation=validation)
+        run = _train(job)
+        scores[in_background] = {key: _curve(job, run, key) for key in ("val/score:16", "val/score:64", "train/loss")}
+        assert {"val/score@16", "val/score@64"} <= run.metrics.keys()
+    assert scores[True] == scores[False]
+    assert list(scores[True]["val/score:16"]) == [2, 4, 6]
+
+
+def test_background_validation_needs_workers(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"validation.in_background needs Ray workers, but scaling.num_workers is 0"):
+        tiny_job(tmp_path, validation={"in_background": True})

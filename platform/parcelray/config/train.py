@@ -45,6 +45,10 @@ class ValidationConfig(StrictModel):
     """Samples per family (or per question kind)."""
     budgets: tuple[int, ...] = Field(default=(16, 64, 256), min_length=1)
     """Visual-token budgets to score."""
+    in_background: bool = False
+    """Score checkpoints in a task of their own while the workers train on; false: the workers stop and share the work. Needs Ray workers."""
+    background_gpus: float = Field(default=0.0, ge=0)
+    """GPUs of that task; 0: it computes on a CPU."""
 
 
 class ReportConfig(StrictModel):
@@ -136,3 +140,9 @@ class TrainJob(StrictModel):
     """MLflow."""
     storage: str = "runs"
     """Folder or fsspec URI under which the run keeps its checkpoints; several nodes need one that all of them reach."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "TrainJob":
+        if self.validation.in_background and self.scaling.bounds[1] == 0:
+            raise ValueError("validation.in_background needs Ray workers, but scaling.num_workers is 0; set one of them")
+        return self

@@ -1,10 +1,11 @@
 """One method trained with several seeds: mean and standard deviation over its evaluations."""
 
 import math
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
 
 from parcelray.errors import UserError
 from parcelray.evaluation.summary import Summary
@@ -77,7 +78,7 @@ def over_seeds(summaries: Sequence[Summary]) -> SeedTable:
 
 
 def _spread(values: Sequence[float]) -> SeedSpread:
-    return SeedSpread(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else math.nan, len(values))
+    return SeedSpread(float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else math.nan, len(values))
 
 
 def _cell(spread: SeedSpread) -> str:

@@ -45,7 +45,7 @@ def fit_in_process(
     def batches(first_step: int, rank: int, world_size: int) -> Iterable[Batch]:
         return in_process_batches(step_reader(job, processor, rank, world_size), first_step, job.training.steps)
 
-    def report(metrics: dict[str, float], source: Path | None) -> None:
+    def report(metrics: dict[str, float], source: Path | None, validate: bool) -> None:
         if source is not None:
             _keep(source, folder / f"checkpoint_{int(metrics['step']):08d}", job.checkpointing.keep)
 

@@ -20,14 +20,13 @@ from parcelray.config.train import TrainingConfig, TrainJob
 from parcelray.data.collator import Batch
 from parcelray.data.sample import Sample
 from parcelray.errors import SystemFailure
-from parcelray.evaluation.predictor import Predictor
-from parcelray.evaluation.score import score as score_samples
 from parcelray.models.processor import ElasticPaliGemmaProcessor
 from parcelray.models.vlm import ElasticPaliGemmaForConditionalGeneration
 from parcelray.training import checkpointing
 from parcelray.training.budget_sampling import BudgetSampler
 from parcelray.training.metric_logger import MetricLogger, NoMetrics
 from parcelray.training.step import TensorBatch, build_optimizer, learning_rate_factor, losses, to_tensors
+from parcelray.training.validation import validation_metric, validation_values
 
 
 class Progress(NamedTuple):
@@ -43,7 +42,7 @@ class Progress(NamedTuple):
 class Reporter(Protocol):
     """Where a rank reports checkpoints; every rank calls it at the same steps (Ray Train's report is a barrier)."""
 
-    def __call__(self, metrics: dict[str, float], checkpoint: Path | None, /) -> None:
+    def __call__(self, metrics: dict[str, float], checkpoint: Path | None, validate: bool, /) -> None:
         """`checkpoint` is a folder on rank 0 and None on the others."""
         ...
 
@@ -60,7 +59,7 @@ class LoopInputs:
     validation: Sequence[Sample] = ()
     resume_from: Path | None = None
     """Checkpoint folder."""
-    report: Reporter = lambda metrics, checkpoint: None
+    report: Reporter = lambda metrics, checkpoint, validate: None
     logger: MetricLogger = field(default_factory=NoMetrics)
     on_progress: Callable[[Progress], None] = lambda progress: None
     cpu_only: bool = True
@@ -127,12 +126,14 @@ class _Loop:
                 self._log(metrics, done)
                 self.last_metrics |= metrics
                 self.inputs.on_progress(Progress(done, training.steps, metrics["train/loss"], budgets[-1], metrics["train/tokens_per_second"]))
-            if self._due(done, self.job.validation.every_steps):
+            validate = self._due(done, self.job.validation.every_steps)
+            in_background = self.job.validation.in_background
+            if validate and not in_background:
                 scores = self._validate()
                 self._log(scores, done)
                 self.last_metrics |= scores
-            if self._due(done, self.job.checkpointing.every_steps):
-                self._checkpoint(done)
+            if self._due(done, self.job.checkpointing.every_steps) or (validate and in_background):
+                self._checkpoint(done, validate=validate and in_background)
             clock.restart_if(self._due(done, training.log_every_steps))
         return self.last_metrics
 
@@ -189,19 +190,16 @@ class _Loop:
         shared = self.job.training.strategy == "ddp"
         mine = samples[accelerator.process_index :: accelerator.num_processes] if shared else samples
         self.inputs.model.eval()
-        predictor = Predictor(self.inputs.model, self.inputs.processor, device=str(accelerator.device))
-        budgets = [budget for budget in self.job.validation.budgets if budget in self.inputs.model.supported_budgets]
-        predictions = predictor.generate_budgets(mine, budgets)
+        values = validation_values(self.job, self.inputs.model, self.inputs.processor, mine, str(accelerator.device))
         self.inputs.model.train()
         metrics = {}
-        for budget in budgets:
-            values = [score.value for score in score_samples(mine, predictions[budget], num_visual_tokens=budget)]
-            sums = torch.tensor([float(sum(values)), float(len(values))], device=accelerator.device)
+        for budget, scores in values.items():
+            sums = torch.tensor([float(sum(scores)), float(len(scores))], device=accelerator.device)
             sums = accelerator.reduce(sums, reduction="sum")
-            metrics[f"val/score@{budget}"] = float(sums[0] / sums[1])
+            metrics[validation_metric(budget)] = float(sums[0] / sums[1])
         return metrics
 
-    def _checkpoint(self, done: int) -> None:
+    def _checkpoint(self, done: int, *, validate: bool = False) -> None:
         state = checkpointing.TrainState(done, config_hash(self.job), self.sampler.state(), self.accelerator.num_processes, self.last_metrics)
         if self.accelerator.is_main_process:
             self.inputs.logger.flush()
@@ -209,7 +207,7 @@ class _Loop:
             folder = Path(name)
             checkpointing.save(folder, accelerator=self.accelerator, model=self.model, optimizer=self.optimizer, processor=self.inputs.processor, state=state)
             # Every rank reports, or the others wait for ever.
-            self.inputs.report({**self.last_metrics, "step": float(done)}, folder if self.accelerator.is_main_process else None)
+            self.inputs.report({**self.last_metrics, "step": float(done)}, folder if self.accelerator.is_main_process else None, validate)
 
     def _log(self, metrics: dict[str, float], done: int) -> None:
         if self.accelerator.is_main_process:

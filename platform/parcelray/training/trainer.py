@@ -12,7 +12,7 @@ import pyarrow.fs
 import ray
 import ray.train
 import torch
-from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, ValidationConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from parcelray.config.train import TrainJob
@@ -24,6 +24,7 @@ from parcelray.training.metric_logger import MetricLogger
 from parcelray.training.run_folder import RunFolder
 from parcelray.training.start import build_resumed, build_start, step_reader, validation_samples
 from parcelray.training.train_loop import LoopInputs, Progress, train
+from parcelray.training.validation import BackgroundValidation
 
 _PROGRESS_SECONDS = 0.5
 
@@ -66,12 +67,14 @@ def fit(
     """
     _check_capacity(job)
     with _progress_board(on_progress) as board:
-        trainer = TorchTrainer(
+        # The annotations are those of the first version of Ray Train, which knew no validation.
+        trainer = TorchTrainer(  # type: ignore[call-arg]
             _train_worker,
             train_loop_config={"inputs": _WorkerInputs(job, checkpoint, logger, board)},
             scaling_config=_scaling(job),
             run_config=_run_config(job, folder),
             torch_config=TorchConfig(backend="nccl" if job.scaling.gpus_per_worker else "gloo"),
+            validation_config=_validation(job, logger),
         )
         try:
             result = trainer.fit()
@@ -116,8 +119,11 @@ def _rank_zero_outputs(inputs: _WorkerInputs, rank: int) -> dict[str, Any]:
     return {"logger": inputs.logger(), "on_progress": lambda progress: inputs.board.update.remote(progress)}
 
 
-def _report(metrics: dict[str, float], folder: Path | None) -> None:
-    ray.train.report(metrics, checkpoint=Checkpoint.from_directory(str(folder)) if folder is not None else None)
+def _report(metrics: dict[str, float], folder: Path | None, validate: bool) -> None:
+    if folder is None:
+        ray.train.report(metrics)
+    else:
+        ray.train.report(metrics, checkpoint=Checkpoint.from_directory(str(folder)), validation=validate)
 
 
 @contextmanager
@@ -136,6 +142,13 @@ def _scaling(job: TrainJob) -> ScalingConfig:
     # A pair makes the group elastic (Ray Train V2); the annotation in Ray knows only the fixed count.
     num_workers: Any = scaling.num_workers
     return ScalingConfig(num_workers=num_workers, use_gpu=scaling.gpus_per_worker > 0, resources_per_worker=resources)
+
+
+def _validation(job: TrainJob, logger: Callable[[], MetricLogger]) -> ValidationConfig | None:
+    """Validation in a task that needs no CPU of its own: those are for the workers and their data, and it may wait for none of them."""
+    if not job.validation.in_background:
+        return None
+    return ValidationConfig(fn=BackgroundValidation(job, logger), ray_remote_kwargs={"num_cpus": 0, "num_gpus": job.validation.background_gpus})
 
 
 def _run_config(job: TrainJob, folder: RunFolder) -> RunConfig:
