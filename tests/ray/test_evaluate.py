@@ -44,7 +44,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _model(checkpoint: Path, store: Path, budgets: tuple[int, ...] = BUDGETS) -> EvaluatedModel:
-    return EvaluatedModel(checkpoint, "digest", budgets, str(store))
+    return EvaluatedModel(checkpoint, "tiny", "digest", budgets, str(store))
 
 
 def _pass(checkpoint: Path, store: Path, reader: MiniReader = READER, settings: PassSettings = SMALL, **changes) -> BenchmarkPass:
@@ -208,7 +208,7 @@ if __name__ == "__main__":
     reader = MiniReader("test", ("general", "video"), samples=24)
     task = BenchmarkTask(reader, reader.order(), GenerationSettings(max_new_tokens=6))
     with ray_session("local"):
-        run_pass([task], EvaluatedModel(Path(checkpoint), "digest", (0, 16, 64), store), settings=PassSettings(rows_per_bundle=2))
+        run_pass([task], EvaluatedModel(Path(checkpoint), "tiny", "digest", (0, 16, 64), store), settings=PassSettings(rows_per_bundle=2))
 """
 
 
@@ -255,7 +255,7 @@ if __name__ == "__main__":
             cluster.remove_node(second, allow_graceful=False)
 
     settings = PassSettings(rows_per_bundle=2, actors=2, readers=2, cpus_per_actor=0.4)
-    result = run_pass([task], EvaluatedModel(Path(checkpoint), "digest", (0, 16, 64), store), settings=settings, on_progress=kill)["mini"]
+    result = run_pass([task], EvaluatedModel(Path(checkpoint), "tiny", "digest", (0, 16, 64), store), settings=settings, on_progress=kill)["mini"]
     print("RESULT", result.computed, result.present, len(result.asked.records), bool(killed))
     ray.shutdown()
     cluster.shutdown()

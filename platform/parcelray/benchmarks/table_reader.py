@@ -203,7 +203,7 @@ class TableReader:
         answers: tuple[str, ...] = ()
         if columns.answers is not None:
             answers = _answers(columns.answers, cells[columns.answers.column], choices)
-            if not answers:
+            if not answers and self.benchmark.unscorable is None:
                 raise BadCell("no answer")
         if columns.box is not None:
             metadata["box"] = list(_box(columns.box, cells, images[0]))

@@ -115,7 +115,7 @@ def _ray_data(folder: Path, count: int, repeats: int) -> Iterator[Measure]:
             _plain_loop(folder / "mini", task, clock)
             rates["plain loop"].append(clock.rate())
             clock = _Clock()
-            model = EvaluatedModel(folder / "mini", f"bench-{number}", (64,), str(folder / "store"))
+            model = EvaluatedModel(folder / "mini", "mini", f"bench-{number}", (64,), str(folder / "store"))
             run_pass([task], model, settings=settings, on_progress=clock.note)
             rates["ray data"].append(clock.rate())
             startups.append(clock.first())
@@ -179,7 +179,7 @@ def _peak_of_a_pass(data: Path, checkpoint: Path, count: int, store: Path) -> in
     reader = _Repeated("samples", data, count)
     task = BenchmarkTask(reader, reader.order(), GenerationSettings(max_new_tokens=2))
     with ray_session(object_store_bytes=512 * 2**20), _peak_memory() as peak:
-        run_pass([task], EvaluatedModel(checkpoint, "bench", (16,), str(store)), settings=PassSettings(rows_per_bundle=250))
+        run_pass([task], EvaluatedModel(checkpoint, "tiny", "bench", (16,), str(store)), settings=PassSettings(rows_per_bundle=250))
     return peak()
 
 

@@ -106,7 +106,7 @@ def _ask(
     """One model on all benchmarks; answers go to the store, what was asked to the folder."""
     digest = content_digest(checkpoint.path)
     store = job.storage if "://" in job.storage else os.path.abspath(job.storage)
-    model = EvaluatedModel(checkpoint.path, digest, budgets, f"{store}/predictions")
+    model = EvaluatedModel(checkpoint.path, checkpoint.pinned, digest, budgets, f"{store}/predictions")
     shown = ", ".join("blind" if budget == BLIND else str(budget) for budget in budgets)
     console.print(f"Asking {checkpoint.pinned} at {shown} visual tokens an image", highlight=False)
     with progress_bars(console, {each.config.name: len(each.task.rows) for each in benchmarks}) as on_progress:

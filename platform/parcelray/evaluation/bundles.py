@@ -13,10 +13,12 @@ import torch
 
 from parcelray.benchmarks.reader import BenchmarkReader, Problem
 from parcelray.data.sample import Sample
+from parcelray.errors import UserError
 from parcelray.evaluation.generation import GenerationSettings
 from parcelray.evaluation.predictor import Answer, Predictor
 from parcelray.evaluation.records import Asked, Record, record
 from parcelray.evaluation.store import Prediction, PredictionStore, prediction_key
+from parcelray.models.checkpoint import resolve_checkpoint
 from parcelray.models.processor import ElasticPaliGemmaProcessor
 from parcelray.models.vlm import ElasticPaliGemmaForConditionalGeneration, load_vlm, use_sdpa_where_exact
 from parcelray.training.allocator import keep_freed_memory
@@ -41,7 +43,9 @@ class EvaluatedModel:
     """The model of a pass, and where its answers are kept."""
 
     folder: Path
-    """Checkpoint, readable on every node."""
+    """Checkpoint on the driver's node."""
+    reference: str
+    """The checkpoint, pinned: what a node resolves that does not see the folder."""
     digest: str
     """Of the weights; part of every answer's key."""
     budgets: tuple[int, ...]
@@ -268,13 +272,23 @@ class Answerer:
             keep_freed_memory()
             # Ray gives a worker as many threads as it has CPUs, and those of an actor are a share for scheduling.
             torch.set_num_threads(self._settings.threads_per_actor or max(1, (os.cpu_count() or 1) // max(1, self._settings.actors)))
-        model = load_vlm(self._model.folder, dtype=getattr(torch, self._kinds[0].generation.dtype)).eval().to(device)
+        model = load_vlm(self._folder, dtype=getattr(torch, self._kinds[0].generation.dtype)).eval().to(device)
         use_sdpa_where_exact(model)
         return model, device
 
     @cached_property
+    def _folder(self) -> Path:
+        """The checkpoint on this node; one of the hub is fetched once a node, into the shared cache."""
+        folder = self._model.folder
+        if folder.is_dir():
+            return folder
+        if not self._model.reference.startswith("hf:"):
+            raise UserError(f"{folder} is not on the node {os.uname().nodename}; keep checkpoints on storage that all nodes see, or on the hub.")
+        return resolve_checkpoint(self._model.reference).path
+
+    @cached_property
     def _processor(self) -> ElasticPaliGemmaProcessor:
-        processor: ElasticPaliGemmaProcessor = ElasticPaliGemmaProcessor.from_pretrained(self._model.folder)
+        processor: ElasticPaliGemmaProcessor = ElasticPaliGemmaProcessor.from_pretrained(self._folder)
         return processor
 
 
