@@ -193,6 +193,19 @@ def test_what_cannot_be_asked_is_counted_up_to_a_limit(checkpoint: Path, tmp_pat
         _run(_job(tmp_path, checkpoint, name="strict", max_unscored=0.1, **choice))
 
 
+def test_the_likeliest_choice_is_taken_where_the_job_wants_it(checkpoint: Path, tmp_path: Path) -> None:
+    data = _table(tmp_path)
+    own = (data / "own.yaml").read_text().replace("exact_match", "multiple_choice:option")
+    (data / "own.yaml").write_text(own.replace("image: image}", "image: image, choices: list<string>}\n  choices: [choices]"))
+    table = pq.read_table(data / "test.parquet")
+    pq.write_table(table.append_column("choices", pa.array([["red", "blue"]] * len(table))), data / "test.parquet")
+    choice = {"name": "own", "data": str(data), "decoding": "likelihood"}
+    run = _run(_job(tmp_path, checkpoint, benchmarks=[choice], catalog=[str(data / "own.yaml")]))
+    answers = {row["answer"] for row in pq.read_table(run.folder / "samples.parquet").to_pylist()}
+    assert answers <= {"red", "blue"}
+    assert all(score.unparsed == 0 for split in run.summary.splits for score in split.scores.values())
+
+
 def test_a_limit_is_told_in_the_result(checkpoint: Path, tmp_path: Path) -> None:
     data = _table(tmp_path, rows=10)
     run = _run(_job(tmp_path, checkpoint, benchmarks=[{"name": "own", "data": str(data), "limit": 4}], catalog=[str(data / "own.yaml")]))

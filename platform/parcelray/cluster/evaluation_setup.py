@@ -70,8 +70,8 @@ def prepare(job: EvaluateJob, image_size: int) -> list[PreparedBenchmark]:
         generation = GenerationSettings(
             max_new_tokens=choice.max_new_tokens or config.longest_answer(job.prompt_family),
             dtype=job.dtype,
-            decoding=config.decoding,
-            num_beams=config.num_beams,
+            decoding=choice.decoding or config.decoding,
+            num_beams=config.num_beams if choice.decoding is None else 1,
         )
         prepared.append(PreparedBenchmark(choice, config, BenchmarkTask(reader, _rows(reader, choice, job.seed), generation)))
     return prepared

@@ -27,6 +27,8 @@ class BenchmarkChoice(StrictModel):
     """Metric and variant instead of its own: `anls:lmms_eval`."""
     max_new_tokens: int | None = Field(default=None, ge=1)
     """Longest answer, tokens; null: the benchmark's own."""
+    decoding: Literal["greedy", "likelihood"] | None = None
+    """Instead of the benchmark's own: the likeliest token at every place, or the likeliest of the question's choices."""
 
 
 class PassConfig(StrictModel):
