@@ -346,6 +346,26 @@ def bench_connector(
     _show_report(report, as_json)
 
 
+@bench_app.command("kmeans")
+def bench_kmeans(
+    widths: Annotated[str, typer.Option(help="Widths of the tokens, separated by commas.")] = "1024,4096",
+    clusters: Annotated[str, typer.Option(help="Numbers of clusters, separated by commas.")] = "32,64,128",
+    batch_sizes: Annotated[str, typer.Option(help="Images at a time, separated by commas.")] = "1,8,32",
+    repeats: Annotated[int, typer.Option(min=1, help="Timed rounds.")] = 5,
+    as_json: AsJson = False,
+) -> None:
+    """Our K-means for visual tokens beside scikit-learn's and three other libraries'."""
+    from parcelray.profiling.kmeans_bench import bench_kmeans
+
+    report = bench_kmeans(
+        widths=_integers(widths, "--widths"),
+        clusters=_integers(clusters, "--clusters"),
+        batch_sizes=_integers(batch_sizes, "--batch-sizes"),
+        repeats=repeats,
+    )
+    _show_report(report, as_json)
+
+
 def main() -> None:
     """Runs the command line; a user's mistake is one message and exit code 2, a failure of the system exit code 1."""
     try:

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -76,7 +76,8 @@ def run_evaluation(job: EvaluateJob, console: Console, *, address: str | None = 
         base: tuple[Evaluation, Sequence[SplitScores]] | None = None
         if reference is not None:
             full = (max(connector_of(reference.path).supported_budgets),)
-            base_evaluation, more, there = _ask(job, f"{job.name}-{REFERENCE_FOLDER}", reference, full, benchmarks, folder / REFERENCE_FOLDER, console)
+            plain = [replace(each, task=replace(each.task, generation=replace(each.task.generation, reducer=None))) for each in benchmarks]
+            base_evaluation, more, there = _ask(job, f"{job.name}-{REFERENCE_FOLDER}", reference, full, plain, folder / REFERENCE_FOLDER, console)
             computed, present = computed + more, present + there
             base = (base_evaluation, base_evaluation.score())
         console.print(f"{computed} answers computed, {present} were there. Scoring", highlight=False)

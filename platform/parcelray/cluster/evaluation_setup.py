@@ -13,10 +13,12 @@ from parcelray.config.benchmark import BenchmarkConfig
 from parcelray.config.evaluate import BenchmarkChoice, EvaluateJob
 from parcelray.config.loader import validate
 from parcelray.config.model import CheckpointModelConfig
+from parcelray.errors import UnsupportedBudgetError
 from parcelray.evaluation.bundles import BenchmarkTask
 from parcelray.evaluation.generation import GenerationSettings
 from parcelray.evaluation.predictor import BLIND
 from parcelray.models.checkpoint import ResolvedCheckpoint
+from parcelray.models.token_reduction import build_reducer
 from parcelray.models.vlm import connector_of
 
 
@@ -44,9 +46,16 @@ def budgets_for(job: EvaluateJob, checkpoint: ResolvedCheckpoint) -> tuple[int, 
         UnsupportedBudgetError: the checkpoint's connector cannot give one.
     """
     connector = connector_of(checkpoint.path)
-    numbers = {BLIND if budget == "blind" else max(connector.supported_budgets) if budget == "full" else budget for budget in job.budgets}
-    for number in numbers - {BLIND}:
-        connector.check_budget(number)
+    full = max(connector.supported_budgets)
+    if job.reducer is not None:
+        reducer = build_reducer(job.reducer)
+        legal, name = reducer.supported_budgets(full), reducer.name
+    else:
+        legal, name = connector.supported_budgets, connector.name
+    numbers = {BLIND if budget == "blind" else full if budget == "full" else budget for budget in job.budgets}
+    for number in sorted(numbers - {BLIND}):
+        if number not in legal:
+            raise UnsupportedBudgetError(number, legal, name)
     return tuple(sorted(numbers))
 
 
@@ -72,6 +81,7 @@ def prepare(job: EvaluateJob, image_size: int) -> list[PreparedBenchmark]:
             dtype=job.dtype,
             decoding=choice.decoding or config.decoding,
             num_beams=config.num_beams if choice.decoding is None else 1,
+            reducer=job.reducer.model_dump_json() if job.reducer is not None else None,
         )
         prepared.append(PreparedBenchmark(choice, config, BenchmarkTask(reader, _rows(reader, choice, job.seed), generation)))
     return prepared

@@ -7,6 +7,7 @@ from pydantic import Field, field_validator, model_validator
 from parcelray.config.base import StrictModel
 from parcelray.config.benchmark import PromptFamily
 from parcelray.config.model import CheckpointModelConfig
+from parcelray.config.reducer import ReducerConfig
 from parcelray.config.train import TrackingConfig
 
 BudgetName = Literal["blind", "full"]
@@ -61,6 +62,8 @@ class EvaluateJob(StrictModel):
     """Short name, part of the run's identity."""
     model: CheckpointModelConfig = CheckpointModelConfig()
     """The checkpoint."""
+    reducer: ReducerConfig | None = None
+    """A training-free reducer between the projector and the decoder; null: the checkpoint's own connector gives every budget."""
     reference: CheckpointModelConfig | None = None
     """The uncompressed model that retention is measured against, at all its patches; null: the checkpoint itself at its largest budget."""
     benchmarks: tuple[BenchmarkChoice, ...] = Field(min_length=1)

@@ -17,6 +17,8 @@ class GenerationSettings:
     """The likeliest token at every place; beam search; or the likeliest of the sample's choices."""
     num_beams: int = 1
     """Beams of a beam search."""
+    reducer: str | None = None
+    """JSON of the training-free reducer's configuration; None: the model's own connector gives the budget."""
 
     def to_json(self) -> str:
         """Canonical text."""

@@ -5,14 +5,17 @@ from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
+from pydantic import TypeAdapter
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from parcelray.config.reducer import ReducerConfig
 from parcelray.data.collator import decode_image
 from parcelray.data.sample import Sample
 from parcelray.errors import SystemFailure, UserError
 from parcelray.evaluation.generation import GREEDY, GenerationSettings
 from parcelray.models.processor import ElasticPaliGemmaProcessor
+from parcelray.models.token_reduction import build_reducer
 from parcelray.models.vlm import ElasticPaliGemmaForConditionalGeneration
 
 BLIND = 0
@@ -59,6 +62,7 @@ class Predictor:
         self._batch_size = batch_size
         self._settings = settings
         self._device = torch.device(device)
+        self._reducer = build_reducer(TypeAdapter(ReducerConfig).validate_json(settings.reducer)) if settings.reducer is not None else None
 
     def generate(self, samples: Sequence[Sample], *, num_visual_tokens: int) -> list[str]:
         """Answers at one budget (0: blind), in the order of the samples."""
@@ -113,7 +117,12 @@ class Predictor:
         if budget == BLIND or not images:
             return {}
         assert patches_UND is not None
-        return dict(zip(images, self._model.encoded_images(patches_UND, num_visual_tokens=budget)["image"].pooler_output, strict=True))
+        if self._reducer is None:
+            tokens_UKL = self._model.model.compress(patches_UND, num_visual_tokens=budget)
+        else:
+            full_UNL = self._model.model.compress(patches_UND, num_visual_tokens=max(self._model.supported_budgets))
+            tokens_UKL = self._reducer(full_UNL, num_visual_tokens=budget).tokens_BKD
+        return dict(zip(images, tokens_UKL, strict=True))
 
     def _decode(self, batch: Sequence[Sample], seen: dict[bytes, Tensor], budget: int) -> list[Answer]:
         if self._settings.decoding == "likelihood":

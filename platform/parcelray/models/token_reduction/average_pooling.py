@@ -1,0 +1,33 @@
+"""Average pooling over the cells of a coarser grid (M3's operation, without its training)."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from parcelray.models.token_reduction.base import Reduction, TokenReducer, grid_side
+from parcelray.models.token_reduction.kmeans import cluster_sums
+
+
+@dataclass(frozen=True)
+class AveragePooling(TokenReducer):
+    """Means of rectangular cells; the budget must be a square number, and the cells differ by one patch a side at most."""
+
+    name: str = "average_pooling"
+
+    def supported_budgets(self, num_tokens: int) -> tuple[int, ...]:
+        """The squares up to N."""
+        return tuple(side * side for side in range(1, grid_side(num_tokens) + 1))
+
+    def reduce(self, tokens_BND: Tensor, num_visual_tokens: int) -> Reduction:
+        """See `TokenReducer`."""
+        batch, num_tokens, _ = tokens_BND.shape
+        side, cells = grid_side(num_tokens), grid_side(num_visual_tokens)
+        cell_S = torch.arange(side, device=tokens_BND.device) * cells // side
+        assignment_N = (cell_S[:, None] * cells + cell_S[None, :]).flatten()
+        sizes_K = torch.bincount(assignment_N, minlength=num_visual_tokens)
+        sums_BKD = cluster_sums(tokens_BND.float(), assignment_N.expand(batch, -1), num_visual_tokens)
+        starts = [(2 * cell + 1) * side // (2 * cells) for cell in range(cells)]
+        centres_K = torch.tensor([row * side + column for row in starts for column in starts], device=tokens_BND.device)
+        tokens_BKD = (sums_BKD / sizes_K[:, None]).to(tokens_BND.dtype)
+        return Reduction(tokens_BKD, centres_K.expand(batch, -1), sizes_K.expand(batch, -1), assignment_N.expand(batch, -1))

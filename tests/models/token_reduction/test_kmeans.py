@@ -1,0 +1,132 @@
+"""K-means on the Gram matrix against k-means as it is written in the papers, and against scikit-learn."""
+
+import math
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from sklearn.cluster import KMeans
+from torch import Tensor
+
+from parcelray.errors import UserError
+from parcelray.models.token_reduction.kmeans import cluster_sums, kmeans
+
+
+def _tokens(batch: int = 3, count: int = 48, width: int = 7, seed: int = 0) -> Tensor:
+    """Blobs of different sizes, far from the origin."""
+    generator = torch.Generator().manual_seed(seed)
+    centres = 3 * torch.randn(batch, 6, width, generator=generator)
+    owner = torch.randint(6, (batch, count), generator=generator) * torch.randint(2, (batch, count), generator=generator)
+    return 20 + centres.gather(1, owner[:, :, None].expand(-1, -1, width)) + torch.randn(batch, count, width, generator=generator)
+
+
+def _reference(tokens: np.ndarray, num_clusters: int, seed: int, candidates: int) -> tuple[np.ndarray, float]:
+    """One image in float64: seeding with the same draws, then Lloyd, step by step as the definitions have it."""
+    generator = torch.Generator().manual_seed(seed)
+    seeds = [int(torch.randint(len(tokens), (), generator=generator))]
+    draws = torch.rand(num_clusters, candidates, generator=generator).numpy().astype(np.float64)
+    for step in range(1, num_clusters):
+        closest = np.min([((tokens - tokens[each]) ** 2).sum(1) for each in seeds], axis=0)
+        options = [int(np.searchsorted(np.cumsum(closest), draw * closest.sum(), side="right")) for draw in draws[step]]
+        potentials = [np.minimum(closest, ((tokens - tokens[option]) ** 2).sum(1)).sum() for option in options]
+        seeds.append(options[int(np.argmin(potentials))])
+    centroids = tokens[seeds]
+    labels = None
+    while True:
+        distances = ((tokens[:, None] - centroids[None]) ** 2).sum(2)
+        found = distances.argmin(1)
+        if labels is not None and (found == labels).all():
+            return labels, float(distances.min(1).sum())
+        labels = found
+        centroids = np.array([tokens[labels == cluster].mean(0) for cluster in range(num_clusters)])
+
+
+@pytest.mark.parametrize(("seeding", "candidates"), [("greedy", 4), ("plain", 1)])
+@pytest.mark.parametrize("num_clusters", [2, 5, 11])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_clusters_are_those_of_the_definition(seeding: str, candidates: int, num_clusters: int, seed: int) -> None:
+    tokens = _tokens()
+    found = kmeans(tokens, num_clusters, seed=seed, seeding=seeding, candidates=candidates)  # type: ignore[arg-type]
+    for image in range(len(tokens)):
+        labels, inertia = _reference(tokens[image].numpy().astype(np.float64), num_clusters, seed, candidates)
+        assert found.assignment_BN[image].tolist() == labels.tolist()
+        assert float(found.inertia_B[image]) == pytest.approx(inertia, rel=1e-4)
+        assert found.sizes_BK[image].tolist() == np.bincount(labels, minlength=num_clusters).tolist()
+
+
+def test_the_inertia_is_that_of_scikit_learn() -> None:
+    tokens = _tokens(batch=2, count=200, width=32)
+    ours = np.mean([kmeans(tokens, 12, seed=seed).inertia_B.numpy() for seed in range(10)])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = np.mean([KMeans(12, n_init=1, random_state=seed).fit(image.numpy()).inertia_ for seed in range(10) for image in tokens])
+    assert ours == pytest.approx(theirs, rel=0.02)
+
+
+def test_an_image_is_clustered_alike_alone_and_in_a_batch() -> None:
+    tokens = _tokens(batch=4)
+    together = kmeans(tokens, 7, seed=3)
+    for image in range(4):
+        alone = kmeans(tokens[image : image + 1], 7, seed=3)
+        assert torch.equal(alone.assignment_BN[0], together.assignment_BN[image])
+
+
+def test_the_seed_decides() -> None:
+    tokens = _tokens()
+    assert torch.equal(kmeans(tokens, 9, seed=1).assignment_BN, kmeans(tokens, 9, seed=1).assignment_BN)
+    assert not torch.equal(kmeans(tokens, 9, seed=1).assignment_BN, kmeans(tokens, 9, seed=2).assignment_BN)
+
+
+def test_more_iterations_are_never_worse() -> None:
+    inertias = [float(kmeans(_tokens(), 8, max_iterations=limit).inertia_B.sum()) for limit in (0, 1, 2, 50)]
+    assert inertias == sorted(inertias, reverse=True)
+    assert kmeans(_tokens(), 8, max_iterations=50).iterations < 50
+
+
+def test_every_token_its_own_cluster() -> None:
+    found = kmeans(_tokens(), 48)
+    assert (found.sizes_BK == 1).all()
+    assert float(found.inertia_B.max()) == pytest.approx(0, abs=1e-2)
+
+
+def test_one_cluster_is_the_mean() -> None:
+    tokens = _tokens()
+    found = kmeans(tokens, 1)
+    assert (found.assignment_BN == 0).all()
+    spread = ((tokens - tokens.mean(1, keepdim=True)) ** 2).sum((1, 2))
+    assert found.inertia_B.tolist() == pytest.approx(spread.tolist(), rel=1e-4)
+
+
+@pytest.mark.parametrize("different", [1, 2, 5])
+def test_equal_tokens_leave_no_cluster_empty(different: int) -> None:
+    values = torch.randn(1, different, 4, generator=torch.Generator().manual_seed(0))
+    tokens = values[:, torch.arange(20) % different].expand(3, -1, -1)
+    found = kmeans(tokens, 8)
+    assert int(found.sizes_BK.min()) >= 1
+    assert found.sizes_BK.sum(1).tolist() == [20, 20, 20]
+    assert float(found.inertia_B.max()) == pytest.approx(0, abs=1e-4)
+
+
+@pytest.mark.parametrize("num_clusters", [0, 49, -1])
+def test_impossible_counts_are_refused(num_clusters: int) -> None:
+    with pytest.raises(UserError, match=f"{num_clusters} clusters of 48 tokens are impossible; choose 1 to 48"):
+        kmeans(_tokens(), num_clusters)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_tokens_that_are_not_finite_are_refused(value: float) -> None:
+    tokens = _tokens()
+    tokens[1, 5, 2] = value
+    with pytest.raises(UserError, match="not finite"):
+        kmeans(tokens, 4)
+
+
+def test_sums_are_by_cluster() -> None:
+    tokens = _tokens()
+    found = kmeans(tokens, 5)
+    sums = cluster_sums(tokens, found.assignment_BN, 5)
+    for image in range(3):
+        for cluster in range(5):
+            expected = tokens[image][found.assignment_BN[image] == cluster].sum(0)
+            assert sums[image, cluster].tolist() == pytest.approx(expected.tolist(), rel=1e-4)

@@ -1,0 +1,170 @@
+"""Reducers against slow references written from their definitions, and what holds for all of them."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from parcelray.errors import UnsupportedBudgetError, UserError
+from parcelray.models.token_reduction.average_pooling import AveragePooling
+from parcelray.models.token_reduction.base import DROPPED, TokenReducer
+from parcelray.models.token_reduction.cluster_aggregate import ClusterAggregate
+from parcelray.models.token_reduction.divprune import DivPrune
+from parcelray.models.token_reduction.random_sampling import RandomSampling
+from parcelray.models.token_reduction.spatial_sampling import SpatialSampling, even_places
+
+REDUCERS: list[TokenReducer] = [
+    ClusterAggregate(),
+    ClusterAggregate(metric="cosine"),
+    ClusterAggregate(order="random"),
+    ClusterAggregate(weighting="norm", seeding="plain"),
+    RandomSampling(seed=3),
+    SpatialSampling(),
+    AveragePooling(),
+    DivPrune(),
+]
+EACH = pytest.mark.parametrize("reducer", REDUCERS, ids=repr)
+
+
+@pytest.fixture
+def tokens() -> Tensor:
+    return torch.randn(3, 64, 12, generator=torch.Generator().manual_seed(0)) + 1
+
+
+@EACH
+@pytest.mark.parametrize("budget", [1, 4, 9, 25, 64])
+def test_what_every_reduction_is(reducer: TokenReducer, tokens: Tensor, budget: int) -> None:
+    found = reducer(tokens, num_visual_tokens=budget)
+    assert found.tokens_BKD.shape == (3, budget, 12)
+    assert found.position_ids_BK.shape == found.sizes_BK.shape == (3, budget)
+    for image in range(3):
+        members = [(found.assignment_BN[image] == token).nonzero().flatten().tolist() for token in range(budget)]
+        assert [len(each) for each in members] == found.sizes_BK[image].tolist()
+        assert all(place in each for place, each in zip(found.position_ids_BK[image].tolist(), members, strict=True))
+        kept = int((found.assignment_BN[image] != DROPPED).sum())
+        assert kept == int(found.sizes_BK[image].sum())
+        if getattr(reducer, "order", "position") == "position":
+            positions = found.position_ids_BK[image].tolist()
+            assert positions == sorted(positions)
+
+
+@EACH
+def test_at_the_full_budget_nothing_changes(reducer: TokenReducer, tokens: Tensor) -> None:
+    found = reducer(tokens, num_visual_tokens=64)
+    assert torch.equal(found.tokens_BKD, tokens)
+    assert found.position_ids_BK[0].tolist() == list(range(64))
+
+
+@EACH
+def test_an_image_is_reduced_alike_alone_and_in_a_batch(reducer: TokenReducer, tokens: Tensor) -> None:
+    together = reducer(tokens, num_visual_tokens=16)
+    alone = reducer(tokens[1:2], num_visual_tokens=16)
+    assert torch.equal(together.assignment_BN[1:2], alone.assignment_BN)
+    assert torch.allclose(together.tokens_BKD[1:2], alone.tokens_BKD, atol=1e-6)
+
+
+@EACH
+def test_half_precision_stays_half_precision(reducer: TokenReducer, tokens: Tensor) -> None:
+    found = reducer(tokens.bfloat16(), num_visual_tokens=16)
+    assert found.tokens_BKD.dtype == torch.bfloat16
+    assert bool(found.tokens_BKD.isfinite().all())
+
+
+@EACH
+def test_equal_tokens_are_no_trouble(reducer: TokenReducer) -> None:
+    found = reducer(torch.ones(2, 64, 4), num_visual_tokens=16)
+    assert torch.allclose(found.tokens_BKD, torch.ones(2, 16, 4))
+
+
+@EACH
+def test_what_is_illegal_is_refused(reducer: TokenReducer, tokens: Tensor) -> None:
+    for budget in (0, 65):
+        with pytest.raises(UnsupportedBudgetError, match=f"cannot give {budget} visual tokens"):
+            reducer(tokens, num_visual_tokens=budget)
+    tokens[0, 0, 0] = math.nan
+    with pytest.raises(UserError, match="not finite"):
+        reducer(tokens, num_visual_tokens=16)
+
+
+def test_aggregates_are_the_means_of_their_members(tokens: Tensor) -> None:
+    found = ClusterAggregate()(tokens, num_visual_tokens=10)
+    for image in range(3):
+        for cluster in range(10):
+            members = tokens[image][found.assignment_BN[image] == cluster]
+            assert found.tokens_BKD[image, cluster].tolist() == pytest.approx(members.mean(0).tolist(), rel=1e-4, abs=1e-5)
+    weighted = ClusterAggregate(weighting="norm")(tokens, num_visual_tokens=10)
+    members = tokens[0][weighted.assignment_BN[0] == 2]
+    lengths = members.norm(dim=1, keepdim=True)
+    assert weighted.tokens_BKD[0, 2].tolist() == pytest.approx(((members * lengths).sum(0) / lengths.sum()).tolist(), rel=1e-4)
+
+
+def test_cosine_ignores_lengths(tokens: Tensor) -> None:
+    stretched = tokens * torch.linspace(0.5, 3, 64)[None, :, None]
+    cosine = ClusterAggregate(metric="cosine")
+    assert torch.equal(cosine(tokens, num_visual_tokens=9).assignment_BN, cosine(stretched, num_visual_tokens=9).assignment_BN)
+    assert not torch.equal(ClusterAggregate()(tokens, num_visual_tokens=9).assignment_BN, ClusterAggregate()(stretched, num_visual_tokens=9).assignment_BN)
+
+
+def test_the_order_changes_nothing_but_the_order(tokens: Tensor) -> None:
+    by_position, drawn = ClusterAggregate()(tokens, num_visual_tokens=12), ClusterAggregate(order="random")(tokens, num_visual_tokens=12)
+    assert not torch.equal(by_position.tokens_BKD, drawn.tokens_BKD)
+    for image in range(3):
+        assert sorted(map(tuple, by_position.tokens_BKD[image].tolist())) == sorted(map(tuple, drawn.tokens_BKD[image].tolist()))
+
+
+def test_random_places_are_those_of_the_seed(tokens: Tensor) -> None:
+    first, again, other = (RandomSampling(seed)(tokens, num_visual_tokens=20).position_ids_BK for seed in (1, 1, 2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_random_places_are_uniform(tokens: Tensor) -> None:
+    counts = np.zeros(64)
+    for seed in range(400):
+        counts[RandomSampling(seed)(tokens[:1], num_visual_tokens=16).position_ids_BK[0].numpy()] += 1
+    # Each place is drawn with probability 1/4: 100 +- 8.7 of 400.
+    assert abs(counts - 100).max() < 4.5 * 8.7
+
+
+@pytest.mark.parametrize(("side", "count"), [(8, 16), (24, 64), (24, 128), (24, 29), (16, 13), (4, 15), (8, 63), (3, 1)])
+def test_even_places_are_spread(side: int, count: int) -> None:
+    places = even_places(side, count)
+    assert len(set(places)) == count
+    assert places == sorted(places)
+    sides = [(place // side < side / 2, place % side < side / 2) for place in places]
+    quarters = [sides.count((top, left)) for top in (True, False) for left in (True, False)]
+    # A middle row or column belongs to one side.
+    assert max(quarters) - min(quarters) <= count**0.5 + 1
+
+
+def test_four_even_places_are_the_middles_of_the_quarters() -> None:
+    assert even_places(8, 4) == [2 * 8 + 2, 2 * 8 + 6, 6 * 8 + 2, 6 * 8 + 6]
+
+
+def test_pooling_is_torchs_own_where_cells_are_even(tokens: Tensor) -> None:
+    found = AveragePooling()(tokens, num_visual_tokens=16)
+    expected = F.avg_pool2d(tokens.transpose(1, 2).reshape(3, 12, 8, 8), 2).flatten(2).transpose(1, 2)
+    assert torch.allclose(found.tokens_BKD, expected, atol=1e-6)
+    assert AveragePooling().supported_budgets(64) == (1, 4, 9, 16, 25, 36, 49, 64)
+
+
+def _divprune(tokens: np.ndarray, count: int) -> list[int]:
+    """By its definition, one pair at a time."""
+    unit = tokens / np.linalg.norm(tokens, axis=1, keepdims=True)
+    distance = [[1 - float(a @ b) for b in unit] for a in unit]
+    everyone = range(len(unit))
+    kept = [max(everyone, key=lambda token: min(distance[token][other] for other in everyone if other != token))]
+    while len(kept) < count:
+        rest = [token for token in everyone if token not in kept]
+        kept.append(max(rest, key=lambda token: min(distance[token][other] for other in kept)))
+    return sorted(kept)
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 30])
+def test_divprune_takes_what_its_definition_takes(tokens: Tensor, count: int) -> None:
+    found = DivPrune()(tokens, num_visual_tokens=count)
+    for image in range(3):
+        assert found.position_ids_BK[image].tolist() == _divprune(tokens[image].numpy().astype(np.float64), count)
