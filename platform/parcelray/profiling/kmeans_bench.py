@@ -60,9 +60,8 @@ def bench_kmeans(*, widths: list[int], clusters: list[int], batch_sizes: list[in
             each = {name: _seconds_per_image(call, tokens, num_clusters) for name, call in others.items()}
             for batch_size in batch_sizes:
                 measures += _speed(tokens[:batch_size], _Setting(width, num_clusters, batch_size), each, repeats)
-    missing: dict[str, str | int] = {
-        name: "not installed" for name in ("fast_pytorch_kmeans", "torch_kmeans", "faiss") if importlib.util.find_spec(name) is None
-    }
+    modules = ("fast_pytorch_kmeans", "torch_kmeans", "faiss")
+    missing: dict[str, str | int] = {name: "not installed" for name in modules if importlib.util.find_spec(name) is None}
     return Report(tuple(measures), machine_info() | missing)
 
 
