@@ -43,7 +43,8 @@ METHODS: dict[str, tuple[ReducerConfig, tuple[int, ...]]] = {
     "spatial": (SpatialSamplingConfig(), BUDGETS),
     "average_pooling": (AveragePoolingConfig(), SQUARES),
     "divprune": (DivPruneConfig(), BUDGETS),
-} | {f"random_{seed}": (RandomSamplingConfig(seed=seed), BUDGETS) for seed in range(RANDOM_SEEDS)}
+    **{f"random_{seed}": (RandomSamplingConfig(seed=seed), BUDGETS) for seed in range(RANDOM_SEEDS)},
+}
 
 
 def run(job: EvaluateJob, console: Console) -> Frontier:

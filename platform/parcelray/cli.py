@@ -366,6 +366,25 @@ def bench_kmeans(
     _show_report(report, as_json)
 
 
+@bench_app.command("overhead")
+def bench_overhead(
+    budgets: Annotated[str, typer.Option(help="Visual tokens of 576, separated by commas.")] = "196,144,64,36",
+    batch_sizes: Annotated[str, typer.Option(help="Images at a time, separated by commas.")] = "1,8",
+    reducers: Annotated[
+        str, typer.Option(help="Reducers, separated by commas.")
+    ] = "cluster_aggregate,average_pooling,spatial_sampling,random_sampling,divprune",
+    repeats: Annotated[int, typer.Option(min=1, help="Timed rounds.")] = 5,
+    as_json: AsJson = False,
+) -> None:
+    """What each training-free reduction costs against what the shorter prompt saves."""
+    from parcelray.profiling.overhead_bench import bench_overhead
+
+    report = bench_overhead(
+        budgets=_integers(budgets, "--budgets"), batch_sizes=_integers(batch_sizes, "--batch-sizes"), reducers=reducers.split(","), repeats=repeats
+    )
+    _show_report(report, as_json)
+
+
 def main() -> None:
     """Runs the command line; a user's mistake is one message and exit code 2, a failure of the system exit code 1."""
     try:

@@ -255,3 +255,17 @@ def test_a_plan_says_what_would_be_done(checkpoint: Path, tmp_path: Path) -> Non
     assert (plan.rows, plan.questions, plan.answers, plan.budgets) == ({"mini": 24}, 24, 72, (0, 16, 256))
     assert plan.flops > 0
     assert plan.identity == _run(_job(tmp_path, checkpoint)).identity
+
+
+def test_a_training_free_reducer_is_part_of_the_answers(checkpoint: Path, tmp_path: Path) -> None:
+    plain = _run(_job(tmp_path, checkpoint, budgets=["full"]))
+    reduced = _run(_job(tmp_path, checkpoint, name="reduced", budgets=[13, "full"], reducer={"type": "random_sampling", "seed": 1}))
+    assert reduced.summary.budgets == (13, 256)
+    assert reduced.computed == 48
+    # At the full budget a reducer changes nothing, but it is another setting.
+    texts = [[answer.text for split in run.summary.splits for answer in split.answers[256]] for run in (plain, reduced)]
+    assert texts[0] == texts[1]
+    other = _run(_job(tmp_path, checkpoint, name="other", budgets=[13], reducer={"type": "random_sampling", "seed": 2}))
+    assert other.computed == 24
+    with pytest.raises(UnsupportedBudgetError, match="average_pooling cannot give 13 visual tokens"):
+        _run(_job(tmp_path, checkpoint, name="pooled", budgets=[13], reducer={"type": "average_pooling"}))

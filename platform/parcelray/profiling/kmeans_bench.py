@@ -148,11 +148,11 @@ def _fast_pytorch_kmeans(images: NDArray[np.float32], num_clusters: int, seed: i
 
 
 def _torch_kmeans(images: NDArray[np.float32], num_clusters: int, seed: int) -> object:
-    from torch_kmeans import KMeans
-
-    model = KMeans(init_method="k-means++", num_init=1, max_iter=_ITERATIONS, n_clusters=num_clusters, seed=seed, verbose=False)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        from torch_kmeans import KMeans
+
+        model = KMeans(init_method="k-means++", num_init=1, max_iter=_ITERATIONS, n_clusters=num_clusters, seed=seed, verbose=False)
         return model(torch.from_numpy(images))
 
 
