@@ -1,0 +1,5 @@
+"""`python -m parcelray.cli`."""
+
+from parcelray.cli import main
+
+main()

@@ -1,0 +1,91 @@
+"""`parcelray bench`: measures, side by side in one run."""
+
+from typing import Annotated
+
+import typer
+
+from parcelray.cli.options import AsJson, integers, show_report
+
+bench_app = typer.Typer(no_args_is_help=True, help="Measure, side by side in one run.")
+
+
+@bench_app.command("train")
+def bench_train(
+    steps: Annotated[int, typer.Option(min=4, help="Steps per measured run.")] = 40,
+    repeats: Annotated[int, typer.Option(min=1, help="Pairs of runs.")] = 3,
+    as_json: AsJson = False,
+) -> None:
+    """Steps per second of Ray Train with one worker over the same loop in this process."""
+    from parcelray.cluster.train_bench import bench_training
+
+    show_report(bench_training(steps=steps, repeats=repeats), as_json)
+
+
+@bench_app.command("evaluate")
+def bench_evaluate(
+    samples: Annotated[int, typer.Option(min=256, help="Samples of the comparison with a plain loop.")] = 2048,
+    repeats: Annotated[int, typer.Option(min=1, help="Rounds of each comparison.")] = 3,
+    small: Annotated[int, typer.Option(min=500, help="Samples of the smaller evaluation whose memory is measured.")] = 5000,
+    large: Annotated[int, typer.Option(min=1000, help="Samples of the larger one.")] = 20000,
+    as_json: AsJson = False,
+) -> None:
+    """All budgets in one pass, shared images, Ray Data against a plain loop, and peak memory."""
+    from parcelray.cluster.evaluate_bench import bench_evaluation
+
+    show_report(bench_evaluation(samples=samples, repeats=repeats, memory_samples=(small, large)), as_json)
+
+
+@bench_app.command("connector")
+def bench_connector(
+    backbone: Annotated[str, typer.Option(help="mini, paligemma2-3b (needs a GPU), or a folder.")] = "mini",
+    resolution: Annotated[int | None, typer.Option(help="Image side in pixels.", show_default=False)] = None,
+    budgets: Annotated[str, typer.Option(help="Visual tokens per image, separated by commas.")] = "16,64,256",
+    batch_size: Annotated[int, typer.Option(min=1, help="Images per batch.")] = 8,
+    repeats: Annotated[int, typer.Option(min=2, help="Measured rounds.")] = 10,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    as_json: AsJson = False,
+) -> None:
+    """Time and memory of each connector, and its share of the prefill, by budget."""
+    from parcelray.profiling.connector_bench import bench_connectors
+
+    report = bench_connectors(backbone, integers(budgets, "--budgets"), batch_size=batch_size, repeats=repeats, device=device, resolution=resolution)
+    show_report(report, as_json)
+
+
+@bench_app.command("kmeans")
+def bench_kmeans(
+    widths: Annotated[str, typer.Option(help="Widths of the tokens, separated by commas.")] = "1024,4096",
+    clusters: Annotated[str, typer.Option(help="Numbers of clusters, separated by commas.")] = "32,64,128",
+    batch_sizes: Annotated[str, typer.Option(help="Images at a time, separated by commas.")] = "1,8,32",
+    repeats: Annotated[int, typer.Option(min=1, help="Timed rounds.")] = 5,
+    as_json: AsJson = False,
+) -> None:
+    """Our K-means for visual tokens beside scikit-learn's and three other libraries'."""
+    from parcelray.profiling.kmeans_bench import bench_kmeans
+
+    report = bench_kmeans(
+        widths=integers(widths, "--widths"),
+        clusters=integers(clusters, "--clusters"),
+        batch_sizes=integers(batch_sizes, "--batch-sizes"),
+        repeats=repeats,
+    )
+    show_report(report, as_json)
+
+
+@bench_app.command("overhead")
+def bench_overhead(
+    budgets: Annotated[str, typer.Option(help="Visual tokens of 576, separated by commas.")] = "196,144,64,36",
+    batch_sizes: Annotated[str, typer.Option(help="Images at a time, separated by commas.")] = "1,8",
+    reducers: Annotated[
+        str, typer.Option(help="Reducers, separated by commas.")
+    ] = "cluster_aggregate,average_pooling,spatial_sampling,random_sampling,divprune",
+    repeats: Annotated[int, typer.Option(min=1, help="Timed rounds.")] = 5,
+    as_json: AsJson = False,
+) -> None:
+    """What each training-free reduction costs against what the shorter prompt saves."""
+    from parcelray.profiling.overhead_bench import bench_overhead
+
+    report = bench_overhead(
+        budgets=integers(budgets, "--budgets"), batch_sizes=integers(batch_sizes, "--batch-sizes"), reducers=reducers.split(","), repeats=repeats
+    )
+    show_report(report, as_json)

@@ -1,0 +1,97 @@
+"""`parcelray submit` and `parcelray jobs`: runs on a Ray cluster."""
+
+import sys
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from parcelray.cli.options import AsJson, DryRun, JobFile, JobsAddress, Set, SubmissionId, console, load, show, write_json
+
+if TYPE_CHECKING:
+    from parcelray.config.loader import Job
+
+jobs_app = typer.Typer(no_args_is_help=True, help="Jobs on a Ray cluster.")
+
+
+def submit(
+    job_file: JobFile,
+    overrides: Set = [],  # noqa: B006
+    address: JobsAddress = None,
+    wait: Annotated[bool, typer.Option("--wait", help="Follow the logs to the end; the exit code is the job's.")] = False,
+    again: Annotated[bool, typer.Option("--again", help="Run a finished job once more.")] = False,
+    dry_run: DryRun = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the plan of --dry-run as JSON.")] = False,
+) -> None:
+    """Send a job file to a Ray cluster. Sending the same job twice runs it once."""
+    from parcelray.cluster import jobs
+    from parcelray.config.loader import identity
+
+    job = load(job_file, overrides)
+    _warn_of_lost_paths(job)
+    if dry_run:
+        show(jobs.plan_submission(job_file, identity=identity(job), address=address, overrides=overrides), as_json, lambda plan: plan.to_rich())
+        return
+    sent = jobs.submit(job_file, identity=identity(job), address=address, overrides=overrides, again=again)
+    console().print(sent.message, highlight=False, soft_wrap=True)
+    if wait:
+        raise typer.Exit(jobs.wait(sent.submission_id, address=address, write=sys.stdout.write).exit_code)
+
+
+@jobs_app.command("list")
+def jobs_list(address: JobsAddress = None, as_json: AsJson = False) -> None:
+    """List the cluster's jobs, newest first."""
+    from parcelray.cluster import jobs
+
+    _print_states(jobs.list_jobs(address=address), as_json)
+
+
+@jobs_app.command("status")
+def jobs_status(submission_id: SubmissionId, address: JobsAddress = None, as_json: AsJson = False) -> None:
+    """Show one job."""
+    from parcelray.cluster import jobs
+
+    _print_states([jobs.status(submission_id, address=address)], as_json)
+
+
+@jobs_app.command("logs")
+def jobs_logs(
+    submission_id: SubmissionId, address: JobsAddress = None, follow: Annotated[bool, typer.Option("--follow", "-f", help="Until the job ends.")] = False
+) -> None:
+    """Print a job's logs."""
+    from parcelray.cluster import jobs
+
+    for piece in jobs.logs(submission_id, address=address, follow=follow):
+        sys.stdout.write(piece)
+
+
+@jobs_app.command("stop")
+def jobs_stop(submission_id: SubmissionId, address: JobsAddress = None) -> None:
+    """Stop a job."""
+    from parcelray.cluster import jobs
+
+    _print_states([jobs.stop(submission_id, address=address)], as_json=False)
+
+
+def _warn_of_lost_paths(job: "Job") -> None:
+    local = [name for name, value in (("storage", job.storage), ("tracking.uri", job.tracking.uri or "")) if "://" not in value.replace("sqlite:///", "")]
+    if local:
+        console(stderr=True).print(
+            f"warning: {' and '.join(local)} are local paths; on the cluster they lie in the job's own copy of the project, which goes with it. "
+            "Set them to storage and a tracking server that all nodes reach.",
+            style="yellow",
+            soft_wrap=True,
+        )
+
+
+def _print_states(states: list[Any], as_json: bool) -> None:
+    if as_json:
+        write_json(
+            [{"submission_id": state.submission_id, "status": state.status, "message": state.message, "entrypoint": state.entrypoint} for state in states]
+        )
+        return
+    from rich.table import Table
+
+    table = Table("job", "status", "started", "message")
+    for state in states:
+        table.add_row(state.submission_id, state.status, f"{state.started:%Y-%m-%d %H:%M:%S}" if state.started else "", state.message or "")
+    console().print(table)
