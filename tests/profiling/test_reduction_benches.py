@@ -30,7 +30,8 @@ def test_kmeans_is_measured_beside_scikit_learn() -> None:
     assert "ours, 576 x 32, k 8, batch 2" in names
     against = {measure.against for measure in report.measures if measure.name == "times faster, 576 x 32, k 8, batch 1"}
     assert "scikit-learn" in against
-    assert {measure.goal for measure in report.measures if measure.against == "scikit-learn"} == {">= 10"}
+    goals = {measure.goal for measure in report.measures if measure.name.startswith("times faster") and measure.against == "scikit-learn"}
+    assert goals == {">= 10"}
     assert json.loads(report.to_json())["measures"]
 
 
