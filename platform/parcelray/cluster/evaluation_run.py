@@ -18,7 +18,8 @@ from parcelray.cluster.session import ray_session
 from parcelray.config.evaluate import EvaluateJob
 from parcelray.config.loader import config_hash
 from parcelray.errors import UserError
-from parcelray.evaluation.bundles import BenchmarkPass, EvaluatedModel, PassSettings, run_pass_in_process
+from parcelray.evaluation.answering import run_pass_in_process
+from parcelray.evaluation.bundles import BenchmarkPass, EvaluatedModel, PassSettings
 from parcelray.evaluation.evaluation import AskedBenchmark, Evaluation
 from parcelray.evaluation.predictor import BLIND
 from parcelray.evaluation.records import check_pin, read_asked

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from parcelray.errors import ParcelrayError, SystemFailure
 from parcelray.evaluation.bundles import (
-    Answerer,
+    DEFAULT_PASS,
     BenchmarkPass,
     BenchmarkTask,
     Bundle,
@@ -37,7 +37,7 @@ from parcelray.evaluation.bundles import (
     stored_keys,
 )
 
-_READER_BYTES = 512 * 2**20
+_READER_BYTES = 256 * 2**20
 """Memory that a reading task reserves."""
 
 
@@ -45,7 +45,7 @@ def run_pass(
     tasks: Sequence[BenchmarkTask],
     model: EvaluatedModel,
     *,
-    settings: PassSettings = PassSettings(),  # noqa: B008
+    settings: PassSettings = DEFAULT_PASS,
     on_progress: Callable[[str, int, int], None] = lambda benchmark, rows, total: None,
 ) -> dict[str, BenchmarkPass]:
     """Answers benchmarks at every budget and stores the answers; what the store has already is not computed again.
@@ -181,6 +181,9 @@ class _Answer:
     """An actor with the model."""
 
     def __init__(self, kinds: Sequence[Kind], model: EvaluatedModel, settings: PassSettings, board: Any) -> None:
+        # Here, so that the processes that only read need not load torch.
+        from parcelray.evaluation.answering import Answerer
+
         self._answerer = Answerer(kinds, model, settings)
         self._stages = _Stages(board)
 

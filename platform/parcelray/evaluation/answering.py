@@ -1,0 +1,152 @@
+"""The model's part of a pass: bundles answered at every budget and stored, in a Ray actor or in this process."""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+from parcelray.benchmarks.reader import Problem
+from parcelray.errors import UserError
+from parcelray.evaluation.bundles import (
+    DEFAULT_PASS,
+    BenchmarkPass,
+    BenchmarkTask,
+    Done,
+    EvaluatedModel,
+    Kind,
+    PassSettings,
+    Work,
+    collect,
+    kinds_of,
+    make_bundles,
+    read_bundle,
+    stored_keys,
+)
+from parcelray.evaluation.generation import GenerationSettings
+from parcelray.evaluation.predictor import Answer, Predictor
+from parcelray.evaluation.records import Record
+from parcelray.evaluation.store import Prediction, PredictionStore
+from parcelray.models.checkpoint import resolve_checkpoint
+from parcelray.models.processor import ElasticPaliGemmaProcessor
+from parcelray.models.vlm import ElasticPaliGemmaForConditionalGeneration, load_vlm, use_sdpa_where_exact
+from parcelray.training.allocator import keep_freed_memory
+
+Stage = Callable[[str], None]
+"""Is told what begins, for the message of a pass that hangs."""
+
+
+def run_pass_in_process(
+    tasks: Sequence[BenchmarkTask],
+    model: EvaluatedModel,
+    *,
+    settings: PassSettings = DEFAULT_PASS,
+    on_progress: Callable[[str, int, int], None] = lambda benchmark, rows, total: None,
+) -> dict[str, BenchmarkPass]:
+    """The pass in this process, one bundle after the other; see `evaluate.run_pass`."""
+    kinds, present = kinds_of(tasks), stored_keys(tasks, model)
+    answerer = Answerer(kinds, model, settings)
+
+    def finished() -> Iterator[Done]:
+        for bundle in make_bundles(tasks, settings.rows_per_bundle):
+            yield answerer.answer(read_bundle(kinds[bundle.task], bundle, model, present[bundle.task]))
+
+    return collect(tasks, finished(), on_progress)
+
+
+class Answerer:
+    """Holds the model, from the first bundle that needs it on.
+
+    Args:
+        kinds: of the benchmarks.
+        model: what answers.
+        settings: of the pass.
+    """
+
+    def __init__(self, kinds: Sequence[Kind], model: EvaluatedModel, settings: PassSettings) -> None:
+        self._kinds = kinds
+        self._model = model
+        self._settings = settings
+        self._store = PredictionStore(model.store)
+        self._predictors: dict[GenerationSettings, Predictor] = {}
+
+    def answer(self, work: Work, begin: Stage = lambda stage: None) -> Done:
+        """Answers what is missing of a bundle and stores it."""
+        kind = self._kinds[work.bundle.task]
+        unreadable: dict[str, str] = {}
+        computed = 0
+        # Mostly every budget lacks the same samples; budgets that do share one encoding of their images.
+        for budgets, places in _alike(work.missing):
+            samples = [work.samples[place] for place in places]
+            begin(f"answering samples {samples[0].id} to {samples[-1].id} of {kind.name} at {', '.join(map(str, budgets))} visual tokens")
+            answers = self._predictor(kind.generation, begin).answer_budgets(samples, budgets)
+            found = [
+                self._prediction(kind, work.records[place], budget, answer)
+                for budget in budgets
+                for place, answer in zip(places, answers[budget], strict=True)
+                if not answer.problem
+            ]
+            unreadable |= {sample.id: answer.problem for sample, answer in zip(samples, answers[budgets[0]], strict=True) if answer.problem}
+            begin(f"storing {len(found)} answers on {kind.name}")
+            self._store.write(found)
+            computed += len(found)
+        records = [each for each in work.records if each.sample.id not in unreadable]
+        problems = [*work.problems, *(Problem(name, reason) for name, reason in unreadable.items())]
+        present = len(work.records) * len(work.missing) - sum(map(len, work.missing.values()))
+        return Done(work.bundle, records, problems, computed, present)
+
+    def _prediction(self, kind: Kind, asked: Record, budget: int, answer: Answer) -> Prediction:
+        return Prediction(
+            key=asked.keys[budget],
+            benchmark=kind.name,
+            sample_id=asked.sample.id,
+            model=self._model.digest,
+            num_visual_tokens=budget,
+            settings=kind.generation.to_json(),
+            text=answer.text,
+            num_new_tokens=answer.num_new_tokens,
+            cut_off=answer.cut_off,
+        )
+
+    def _predictor(self, generation: GenerationSettings, begin: Stage) -> Predictor:
+        if generation not in self._predictors:
+            begin(f"loading {self._model.folder}")
+            model, device = self._loaded
+            self._predictors[generation] = Predictor(model, self._processor, batch_size=self._settings.batch_size, settings=generation, device=device)
+        return self._predictors[generation]
+
+    @cached_property
+    def _loaded(self) -> tuple[ElasticPaliGemmaForConditionalGeneration, str]:
+        device = "cuda" if self._settings.gpus_per_actor and torch.cuda.is_available() else "cpu"
+        if device == "cpu":
+            keep_freed_memory()
+            # Ray gives a worker as many threads as it has CPUs, and those of an actor are a share for scheduling.
+            torch.set_num_threads(self._settings.threads_per_actor or max(1, (os.cpu_count() or 1) // max(1, self._settings.actors)))
+        model = load_vlm(self._folder, dtype=getattr(torch, self._kinds[0].generation.dtype)).eval().to(device)
+        use_sdpa_where_exact(model)
+        return model, device
+
+    @cached_property
+    def _folder(self) -> Path:
+        """The checkpoint on this node; one of the hub is fetched once a node, into the shared cache."""
+        folder = self._model.folder
+        if folder.is_dir():
+            return folder
+        if not self._model.reference.startswith("hf:"):
+            raise UserError(f"{folder} is not on the node {os.uname().nodename}; keep checkpoints on storage that all nodes see, or on the hub.")
+        return resolve_checkpoint(self._model.reference).path
+
+    @cached_property
+    def _processor(self) -> ElasticPaliGemmaProcessor:
+        processor: ElasticPaliGemmaProcessor = ElasticPaliGemmaProcessor.from_pretrained(self._folder)
+        return processor
+
+
+def _alike(missing: dict[int, list[int]]) -> list[tuple[list[int], list[int]]]:
+    """Budgets that lack the same samples, and which."""
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for budget, places in missing.items():
+        if places:
+            groups.setdefault(tuple(places), []).append(budget)
+    return [(budgets, list(places)) for places, budgets in groups.items()]
