@@ -22,7 +22,7 @@ def test_nlvr_trains_and_reports_every_question_beside_majority_and_blind(view: 
         data={"type": "nlvr", "path": str(nlvr_dir), "view": view},
         training={"steps": 2, "images_per_step": 12, "log_every_steps": 1},
         validation={"samples": 2, "budgets": [16]},
-        report={"samples": 12, "budgets": [16, 64]},
+        report={"samples": 60, "budgets": [16, 64]},
     )
     output = StringIO()
     run = run_training(job, Console(file=output, width=200))
@@ -31,9 +31,9 @@ def test_nlvr_trains_and_reports_every_question_beside_majority_and_blind(view: 
     for point in frontier["points"]:
         assert set(point["families"]) == set(TASKS)
         # Whole sentences: six pictures of each.
-        assert point["families"]["statement"]["n"] == 12
+        assert point["families"]["statement"]["n"] == 60
     assert {f"test/consistency@{budget}" for budget in (0, 16, 64)} <= set(run.metrics)
-    assert "of 2 sentences" in output.getvalue()
+    assert "of 10 sentences" in output.getvalue()
 
 
 def test_without_the_corpus_the_refusal_says_what_to_set(tmp_path: Path) -> None:
