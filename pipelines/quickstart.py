@@ -21,7 +21,7 @@ from parcelray.data.sources import held_out_samples
 from parcelray.errors import ParcelrayError, UserError
 from parcelray.evaluation.aggregate import Frontier
 from parcelray.evaluation.predictor import Predictor
-from parcelray.models.processor import ElasticPaliGemmaProcessor, image_size_of
+from parcelray.models.processor import image_size_of, load_processor
 from parcelray.models.vlm import load_vlm
 from parcelray.reports.console import open_console
 from parcelray.reports.frontier_files import write_frontier
@@ -98,7 +98,7 @@ def _answer(job: TrainJob, uri: str, console: Console) -> None:
     assert job.report is not None
     path, pinned = resolve_registry(f"models:/{MODEL_NAME}@champion", uri)
     sample = held_out_samples(job.data, "test", 1, image_size_of(path))[0]
-    predictor = Predictor(load_vlm(path).eval(), ElasticPaliGemmaProcessor.from_pretrained(path))
+    predictor = Predictor(load_vlm(path).eval(), load_processor(path))
     console.print(f'\n{pinned} on test sample {sample.id}: "{sample.prompt}" (right: {" or ".join(sample.answers)})', highlight=False)
     for budget, answers in predictor.generate_budgets([sample], job.report.budgets).items():
         console.print(f"  {budget:>3} visual tokens: {answers[0]}", highlight=False)

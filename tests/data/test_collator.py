@@ -14,8 +14,8 @@ from parcelray.data.reading import StepReader, in_process_batches
 from parcelray.data.sample import Sample
 from parcelray.data.schedule import BatchSchedule
 from parcelray.errors import UserError
+from parcelray.models.backbones.paligemma_processor import ElasticPaliGemmaProcessor
 from parcelray.models.mini import build_processor
-from parcelray.models.processor import ElasticPaliGemmaProcessor
 from parcelray.training.step import TensorBatch, to_tensors, with_placeholders
 
 BUDGET = 16
@@ -42,7 +42,7 @@ def _sample(prompt: str, answer: str, *, num_images: int = 1, side: int = 64, **
 
 
 def _collate(processor: ElasticPaliGemmaProcessor, samples: list[Sample]) -> TensorBatch:
-    return to_tensors(Collator(processor)(samples), CPU)
+    return to_tensors(Collator(processor)(samples), CPU, processor)
 
 
 @pytest.mark.parametrize("num_images", [1, 3])

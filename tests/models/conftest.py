@@ -6,9 +6,9 @@ from PIL import Image
 
 from parcelray.config.connector import ParcelConnectorConfig
 from parcelray.config.model import MiniModelConfig
+from parcelray.models.backbones import ElasticVLM
+from parcelray.models.backbones.paligemma_processor import ElasticPaliGemmaProcessor
 from parcelray.models.mini import build_config, build_model, build_processor
-from parcelray.models.processor import ElasticPaliGemmaProcessor
-from parcelray.models.vlm import ElasticPaliGemmaForConditionalGeneration
 
 CONFIG = MiniModelConfig(
     vision_width=32, vision_layers=2, vision_heads=4, vision_mlp_width=64, text_width=48, text_layers=2, text_heads=2, text_kv_heads=1, text_mlp_width=64
@@ -29,7 +29,7 @@ def processor() -> ElasticPaliGemmaProcessor:
 
 
 @pytest.fixture
-def elastic(processor: ElasticPaliGemmaProcessor) -> ElasticPaliGemmaForConditionalGeneration:
+def elastic(processor: ElasticPaliGemmaProcessor) -> ElasticVLM:
     """A PARCEL model with seeded random weights."""
     config = build_config(CONFIG, processor)
     config.connector = ParcelConnectorConfig(num_heads=4).model_dump(mode="json")

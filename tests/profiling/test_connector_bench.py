@@ -8,7 +8,7 @@ import torch
 
 from parcelray.config.model import MiniModelConfig
 from parcelray.errors import UserError
-from parcelray.models.vlm import ElasticPaliGemmaConfig
+from parcelray.models.backbones import ElasticPaliGemmaConfig
 from parcelray.profiling.connector_bench import CONNECTOR_CONFIGS, bench_connectors
 
 

@@ -13,8 +13,8 @@ from transformers import PaliGemmaConfig, PaliGemmaForConditionalGeneration
 
 from parcelray.config.connector import ConnectorConfig, ParcelConnectorConfig, RouteConfig
 from parcelray.errors import UnsupportedBudgetError, UserError
+from parcelray.models.backbones import ElasticPaliGemmaConfig, ElasticPaliGemmaForConditionalGeneration
 from parcelray.models.connectors import Connector, build_connector
-from parcelray.models.vlm import ElasticPaliGemmaConfig, ElasticPaliGemmaForConditionalGeneration
 from parcelray.profiling.backbone_shapes import PRESETS, BackboneShape, from_transformers_config
 from parcelray.profiling.flops import CostBreakdown, cost, patch_embedding_flops
 from parcelray.profiling.kv_cache import BYTES_PER_MB, kv_cache_bytes

@@ -19,7 +19,7 @@ from parcelray.evaluation.evaluate import run_pass
 from parcelray.evaluation.generation import GenerationSettings
 from parcelray.evaluation.predictor import BLIND, Predictor
 from parcelray.evaluation.store import Prediction, PredictionStore
-from parcelray.models.processor import ElasticPaliGemmaProcessor
+from parcelray.models.processor import load_processor
 from parcelray.models.vlm import load_vlm
 from parcelray.training.start import build_start
 
@@ -78,7 +78,7 @@ def undisturbed(ray_session: None, checkpoint: Path, tmp_path_factory: pytest.Te
 
 def test_the_pass_answers_as_a_plain_loop_does(undisturbed: dict[tuple[str, int], Prediction], checkpoint: Path) -> None:
     samples = [READER.read(row).samples[0] for row in READER.order()]
-    predictor = Predictor(load_vlm(checkpoint).eval(), ElasticPaliGemmaProcessor.from_pretrained(checkpoint), settings=GENERATION, batch_size=1)
+    predictor = Predictor(load_vlm(checkpoint).eval(), load_processor(checkpoint), settings=GENERATION, batch_size=1)
     expected = {
         (sample.id, budget): text for budget, texts in predictor.generate_budgets(samples, BUDGETS).items() for sample, text in zip(samples, texts, strict=True)
     }

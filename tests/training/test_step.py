@@ -9,9 +9,9 @@ from parcelray.config.connector import ParcelConnectorConfig
 from parcelray.config.model import MiniModelConfig
 from parcelray.config.optimizer import AdamWConfig, ScheduleConfig, SgdConfig
 from parcelray.data.collator import IGNORED, Collator
+from parcelray.models.backbones import ElasticVLM
+from parcelray.models.backbones.paligemma_processor import ElasticPaliGemmaProcessor
 from parcelray.models.mini import build_config, build_model, build_processor
-from parcelray.models.processor import ElasticPaliGemmaProcessor
-from parcelray.models.vlm import ElasticPaliGemmaForConditionalGeneration
 from parcelray.training.step import (
     TensorBatch,
     build_optimizer,
@@ -35,7 +35,7 @@ def processor() -> ElasticPaliGemmaProcessor:
 
 
 @pytest.fixture
-def model(processor: ElasticPaliGemmaProcessor) -> ElasticPaliGemmaForConditionalGeneration:
+def model(processor: ElasticPaliGemmaProcessor) -> ElasticVLM:
     """A tiny PARCEL model with seeded random weights."""
     config = build_config(MODEL, processor)
     config.connector = ParcelConnectorConfig(num_heads=2).model_dump(mode="json")
@@ -44,15 +44,15 @@ def model(processor: ElasticPaliGemmaProcessor) -> ElasticPaliGemmaForConditiona
 
 def _batch(processor: ElasticPaliGemmaProcessor, group: str = "single", count: int = 5, *, label_patches: bool = False) -> TensorBatch:
     suite = MiniSuite(split="train")
-    return to_tensors(Collator(processor, label_patches=label_patches)([suite.get(group, index) for index in range(count)]), CPU)
+    return to_tensors(Collator(processor, label_patches=label_patches)([suite.get(group, index) for index in range(count)]), CPU, processor)
 
 
-def _sum(model: ElasticPaliGemmaForConditionalGeneration, batch: TensorBatch, budget: int) -> torch.Tensor:
+def _sum(model: ElasticVLM, batch: TensorBatch, budget: int) -> torch.Tensor:
     return losses(model, batch, num_visual_tokens=budget, image_token_id=model.config.image_token_id).answer_sum
 
 
 @pytest.mark.parametrize(("group", "budget"), [("single", 16), ("single", 256), ("pair", 40)])
-def test_the_loss_is_the_models_own(model: ElasticPaliGemmaForConditionalGeneration, processor: ElasticPaliGemmaProcessor, group: str, budget: int) -> None:
+def test_the_loss_is_the_models_own(model: ElasticVLM, processor: ElasticPaliGemmaProcessor, group: str, budget: int) -> None:
     batch = _batch(processor, group)
     inputs = with_placeholders(batch, budget, model.config.image_token_id)
     labels = torch.full_like(inputs["input_ids"], IGNORED)
@@ -74,7 +74,7 @@ def test_the_loss_is_the_models_own(model: ElasticPaliGemmaForConditionalGenerat
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_logits_of_the_text_alone_change_nothing(model: ElasticPaliGemmaForConditionalGeneration, processor: ElasticPaliGemmaProcessor) -> None:
+def test_logits_of_the_text_alone_change_nothing(model: ElasticVLM, processor: ElasticPaliGemmaProcessor) -> None:
     labelled = _batch(processor, count=8, label_patches=True)
     with torch.no_grad():
         whole = losses(model, labelled, num_visual_tokens=256, image_token_id=model.config.image_token_id)
@@ -83,9 +83,7 @@ def test_logits_of_the_text_alone_change_nothing(model: ElasticPaliGemmaForCondi
     torch.testing.assert_close(whole.answer_sum, text_only, atol=1e-4, rtol=1e-5)
 
 
-def test_patches_have_a_loss_only_where_a_visual_token_is_a_patch(
-    model: ElasticPaliGemmaForConditionalGeneration, processor: ElasticPaliGemmaProcessor
-) -> None:
+def test_patches_have_a_loss_only_where_a_visual_token_is_a_patch(model: ElasticVLM, processor: ElasticPaliGemmaProcessor) -> None:
     batch = _batch(processor, count=8, label_patches=True)
     with torch.no_grad():
         assert losses(model, batch, num_visual_tokens=64, image_token_id=model.config.image_token_id).patch_sum is None
@@ -101,9 +99,7 @@ def test_patches_have_a_loss_only_where_a_visual_token_is_a_patch(
 
 
 @pytest.mark.parametrize(("group", "parts"), [("single", 2), ("single", 5), ("pair", 3)])
-def test_the_gradients_of_micro_batches_add_up_to_those_of_the_batch(
-    model: ElasticPaliGemmaForConditionalGeneration, processor: ElasticPaliGemmaProcessor, group: str, parts: int
-) -> None:
+def test_the_gradients_of_micro_batches_add_up_to_those_of_the_batch(model: ElasticVLM, processor: ElasticPaliGemmaProcessor, group: str, parts: int) -> None:
     batch = _batch(processor, group)
     _sum(model, batch, 40).backward()
     whole = {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
@@ -129,7 +125,7 @@ def test_a_micro_batch_keeps_each_prompts_images_and_labels(processor: ElasticPa
     assert torch.equal(part.patch_labels_BN, batch.patch_labels_BN[[1, 3]])
 
 
-def test_the_groups_cover_every_trainable_parameter_once(model: ElasticPaliGemmaForConditionalGeneration) -> None:
+def test_the_groups_cover_every_trainable_parameter_once(model: ElasticVLM) -> None:
     model.model.vision_tower.requires_grad_(False)
     groups = parameter_groups(model, AdamWConfig(learning_rate=0.01, connector_multiplier=5, weight_decay=0.1))
     names = {parameter: name for name, parameter in model.named_parameters()}
@@ -146,7 +142,7 @@ def test_the_groups_cover_every_trainable_parameter_once(model: ElasticPaliGemma
     assert sorted(found) == sorted(name for name, parameter in model.named_parameters() if parameter.requires_grad)
 
 
-def test_the_optimizer_is_the_configured_one(model: ElasticPaliGemmaForConditionalGeneration) -> None:
+def test_the_optimizer_is_the_configured_one(model: ElasticVLM) -> None:
     adamw = build_optimizer(model, AdamWConfig(beta1=0.8, beta2=0.9, epsilon=1e-6))
     assert isinstance(adamw, torch.optim.AdamW)
     assert {(group["betas"], group["eps"]) for group in adamw.param_groups} == {((0.8, 0.9), 1e-6)}
@@ -173,7 +169,7 @@ def test_a_schedule_without_warm_up_starts_at_the_peak_and_a_run_shorter_than_it
     assert [learning_rate_factor(step, 2, ScheduleConfig(warmup_steps=4)) for step in range(2)] == [0.25, 0.5]
 
 
-def test_a_few_steps_learn_a_batch_by_heart(model: ElasticPaliGemmaForConditionalGeneration, processor: ElasticPaliGemmaProcessor) -> None:
+def test_a_few_steps_learn_a_batch_by_heart(model: ElasticVLM, processor: ElasticPaliGemmaProcessor) -> None:
     batch = _batch(processor, count=4)
     optimizer = build_optimizer(model, AdamWConfig(learning_rate=0.01))
     curve = []

@@ -26,11 +26,14 @@ from parcelray.data.sample import Sample
 from parcelray.evaluation.bundles import BenchmarkTask, EvaluatedModel, PassSettings
 from parcelray.evaluation.generation import GenerationSettings
 from parcelray.evaluation.predictor import Predictor
+from parcelray.models.backbones import ElasticVLM
+from parcelray.models.backbones.paligemma_processor import ElasticPaliGemmaProcessor
+from parcelray.models.backbones.processor_base import ElasticProcessor
 from parcelray.models.checkpoint import MINI_BASE, resolve_checkpoint
 from parcelray.models.mini import build_config, build_model
-from parcelray.models.processor import ElasticPaliGemmaProcessor
+from parcelray.models.processor import load_processor
 from parcelray.models.quiet import quiet_transformers
-from parcelray.models.vlm import ElasticPaliGemmaForConditionalGeneration, load_vlm, use_sdpa_where_exact
+from parcelray.models.vlm import load_vlm, use_sdpa_where_exact
 from parcelray.profiling.measure import Measure, Report, interquartile_range, machine_info, time_pairs
 
 BUDGETS = (16, 64, 256)
@@ -44,7 +47,7 @@ _MEMORY_POLL_S = 0.5
 _DIFFERENT = 1000
 """Samples of the memory comparison that differ; the others repeat them."""
 
-Model = tuple[ElasticPaliGemmaForConditionalGeneration, ElasticPaliGemmaProcessor]
+Model = tuple[ElasticVLM, ElasticProcessor]
 
 
 def bench_evaluation(*, samples: int, repeats: int, memory_samples: tuple[int, int]) -> Report:
@@ -130,7 +133,7 @@ def _plain_loop(checkpoint: Path, task: BenchmarkTask, clock: "_Clock") -> None:
     """What one would write without a platform: read, answer, keep in a list."""
     model = load_vlm(checkpoint).eval()
     use_sdpa_where_exact(model)
-    predictor = Predictor(model, ElasticPaliGemmaProcessor.from_pretrained(checkpoint), settings=task.generation)
+    predictor = Predictor(model, load_processor(checkpoint), settings=task.generation)
     answers: list[str] = []
     for start in range(0, len(task.rows), 64):
         samples = [sample for row in task.rows[start : start + 64] for sample in task.reader.read(row).samples]
@@ -267,7 +270,7 @@ def _mini() -> Model:
     base = resolve_checkpoint(MINI_BASE).path
     model = load_vlm(base, connector=ParcelConnectorConfig(num_heads=6)).eval()
     use_sdpa_where_exact(model)
-    return model, ElasticPaliGemmaProcessor.from_pretrained(base)
+    return model, load_processor(base)
 
 
 def _random(config: MiniModelConfig) -> Model:

@@ -9,8 +9,9 @@ from parcelray.cluster.provenance import resolve_model
 from parcelray.config.evaluate import EvaluateJob
 from parcelray.config.loader import identity
 from parcelray.evaluation.predictor import BLIND
+from parcelray.models.backbones.base import read_connector
 from parcelray.models.processor import image_size_of
-from parcelray.models.vlm import ElasticPaliGemmaConfig
+from parcelray.models.vlm import config_of
 from parcelray.profiling.backbone_shapes import from_transformers_config
 from parcelray.profiling.flops import cost
 from parcelray.reports.evaluation_tables import budget_name
@@ -69,7 +70,7 @@ def evaluation_plan(job: EvaluateJob) -> EvaluationPlan:
     reference = resolve_model(job.reference, job.tracking.uri) if job.reference is not None else None
     budgets = budgets_for(job, checkpoint)
     benchmarks = prepare(job, image_size_of(checkpoint.path))
-    config = ElasticPaliGemmaConfig.from_pretrained(checkpoint.path)
+    config = config_of(checkpoint.path)
     shape = from_transformers_config(config)
     questions = flops = 0
     for benchmark in benchmarks:
@@ -77,7 +78,7 @@ def evaluation_plan(job: EvaluateJob) -> EvaluationPlan:
         count = len(benchmark.task.rows) * max(1, len(first))
         images = len(first[0].images) if first else 1
         questions += count
-        costs = [cost(shape, config.connector_config, budget, num_frames=images, num_text_tokens=32) for budget in budgets if budget != BLIND]
+        costs = [cost(shape, read_connector(config.connector), budget, num_frames=images, num_text_tokens=32) for budget in budgets if budget != BLIND]
         if costs:
             vision = costs[0].vision_encoder
             flops += len(benchmark.task.rows) * vision + count * sum(each.total - each.vision_encoder for each in costs)

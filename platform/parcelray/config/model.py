@@ -1,6 +1,6 @@
 """Which model a job starts from, as data."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -15,10 +15,9 @@ class CheckpointModelConfig(StrictModel):
     """The model reference; resolved once, to a pinned version."""
 
 
-class MiniModelConfig(StrictModel):
-    """PaliGemma-2 from scratch at a small size (arXiv 2412.03555 gives the full-size architecture)."""
+class _MiniSizes(StrictModel):
+    """Sizes of a small model from scratch."""
 
-    type: Literal["mini"] = "mini"
     image_size: int = Field(default=64, ge=8)
     """Side of the square input image, pixels."""
     patch_size: int = Field(default=4, ge=1)
@@ -45,7 +44,7 @@ class MiniModelConfig(StrictModel):
     """MLP width of the language model."""
 
     @model_validator(mode="after")
-    def _check(self) -> "MiniModelConfig":
+    def _check(self) -> Self:
         if self.image_size % self.patch_size:
             raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}; change one of them")
         if self.vision_width % self.vision_heads:
@@ -55,4 +54,18 @@ class MiniModelConfig(StrictModel):
         return self
 
 
-ModelConfig = Annotated[CheckpointModelConfig | MiniModelConfig, Field(discriminator="type")]
+class MiniModelConfig(_MiniSizes):
+    """PaliGemma-2 from scratch at a small size (arXiv 2412.03555 gives the full-size architecture)."""
+
+    type: Literal["mini"] = "mini"
+
+
+class MiniLlavaModelConfig(_MiniSizes):
+    """LLaVA-1.5 from scratch at a small size (arXiv 2310.03744 gives the full-size architecture)."""
+
+    type: Literal["mini_llava"] = "mini_llava"
+    tower: Literal["clip", "siglip", "convnext"] = "clip"
+    """Vision tower; of a convolutional one `vision_layers` are the blocks, and heads and MLP width mean nothing."""
+
+
+ModelConfig = Annotated[CheckpointModelConfig | MiniModelConfig | MiniLlavaModelConfig, Field(discriminator="type")]

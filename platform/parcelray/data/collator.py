@@ -1,7 +1,7 @@
 """From samples to the arrays of a training batch, budget left open.
 
-The image placeholders stand at the very start of a PaliGemma prompt, so a batch is collated without them and `training.step` puts in
-as many as the step's budget asks for: one collated batch serves any budget, and several (the sandwich rule).
+The image placeholders stand at the same place in every prompt of a model, so a batch is collated without them and `training.step` puts
+in as many as the step's budget asks for: one collated batch serves any budget, and several (the sandwich rule).
 """
 
 import io
@@ -11,12 +11,11 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from transformers import BatchFeature
 
 from parcelray.benchmarks.mini.regions import BACKGROUND
 from parcelray.data.sample import Sample
 from parcelray.errors import UserError
-from parcelray.models.processor import ElasticPaliGemmaProcessor
+from parcelray.models.backbones.processor_base import ElasticProcessor
 
 Batch = dict[str, NDArray[np.generic]]
 """pixel_values uint8 [I, C, H, W]; input_ids, token_type_ids, attention_mask, labels int32 [B, S], right-padded, without image placeholders."""
@@ -46,18 +45,16 @@ class Collator:
             (`Sample.metadata["regions"]`: by image, boxes in fractions with a word each), the background's for some of the others.
     """
 
-    def __init__(self, processor: ElasticPaliGemmaProcessor, *, label_patches: bool = False) -> None:
+    def __init__(self, processor: ElasticProcessor, *, label_patches: bool = False) -> None:
+        self._processor = processor
         self._tokenizer = processor.tokenizer
         self._label_patches = label_patches
-        self._grid_size = math.isqrt(int(processor.image_seq_length))
-        size = processor.image_processor.size
-        self._pixel_size = (int(size["width"]), int(size["height"]))
+        self._grid_size = math.isqrt(processor.num_patches)
 
     def __call__(self, samples: Sequence[Sample]) -> Batch:
         """Collates; every sample must have the same number of images."""
-        bos, eos = self._tokenizer.bos_token, self._tokenizer.eos_token
-        prefixes = self._encode([f"{bos}{sample.prompt}\n" for sample in samples])
-        suffixes = self._encode([sample.answers[0] + eos for sample in samples])
+        prefixes = self._processor.encode_prompts([sample.prompt for sample in samples])
+        suffixes = self._processor.encode_answers([sample.answers[0] for sample in samples])
         length = max(len(prefix) + len(suffix) for prefix, suffix in zip(prefixes, suffixes, strict=True))
         shape = (len(samples), length)
         batch: Batch = {
@@ -100,12 +97,5 @@ class Collator:
     def _token(self, word: str) -> int:
         return int(self._tokenizer(word, add_special_tokens=False)["input_ids"][0])
 
-    def _encode(self, texts: list[str]) -> list[list[int]]:
-        encoded: BatchFeature = self._tokenizer(texts, add_special_tokens=False)
-        return list(encoded["input_ids"])
-
     def _pixels(self, data: bytes) -> NDArray[np.uint8]:
-        image = decode_image(data)
-        if image.size != self._pixel_size:
-            image = image.resize(self._pixel_size, Image.Resampling.BICUBIC)
-        return np.asarray(image, dtype=np.uint8).transpose(2, 0, 1)
+        return np.asarray(self._processor.fitted(decode_image(data)), dtype=np.uint8).transpose(2, 0, 1)

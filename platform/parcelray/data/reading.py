@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from parcelray.data.collator import Batch, Collator
 from parcelray.data.schedule import BatchSchedule
 from parcelray.data.source import SampleSource
-from parcelray.models.processor import ElasticPaliGemmaProcessor
+from parcelray.models.backbones.processor_base import ElasticProcessor
 
 
 class StepReader:
@@ -24,7 +24,7 @@ class StepReader:
         self,
         source: SampleSource,
         schedule: BatchSchedule,
-        processor: ElasticPaliGemmaProcessor,
+        processor: ElasticProcessor,
         rank: int,
         world_size: int,
         *,

@@ -28,9 +28,11 @@ from parcelray.evaluation.generation import GenerationSettings
 from parcelray.evaluation.predictor import Answer, Predictor
 from parcelray.evaluation.records import Record
 from parcelray.evaluation.store import Prediction, PredictionStore
+from parcelray.models.backbones import ElasticVLM
+from parcelray.models.backbones.processor_base import ElasticProcessor
 from parcelray.models.checkpoint import resolve_checkpoint
-from parcelray.models.processor import ElasticPaliGemmaProcessor
-from parcelray.models.vlm import ElasticPaliGemmaForConditionalGeneration, load_vlm, use_sdpa_where_exact
+from parcelray.models.processor import load_processor
+from parcelray.models.vlm import load_vlm, use_sdpa_where_exact
 from parcelray.training.allocator import keep_freed_memory
 
 Stage = Callable[[str], None]
@@ -117,7 +119,7 @@ class Answerer:
         return self._predictors[generation]
 
     @cached_property
-    def _loaded(self) -> tuple[ElasticPaliGemmaForConditionalGeneration, str]:
+    def _loaded(self) -> tuple[ElasticVLM, str]:
         device = "cuda" if self._settings.gpus_per_actor and torch.cuda.is_available() else "cpu"
         if device == "cpu":
             keep_freed_memory()
@@ -138,8 +140,8 @@ class Answerer:
         return resolve_checkpoint(self._model.reference).path
 
     @cached_property
-    def _processor(self) -> ElasticPaliGemmaProcessor:
-        processor: ElasticPaliGemmaProcessor = ElasticPaliGemmaProcessor.from_pretrained(self._folder)
+    def _processor(self) -> ElasticProcessor:
+        processor: ElasticProcessor = load_processor(self._folder)
         return processor
 
 

@@ -7,16 +7,15 @@ import torch
 from PIL import Image
 from pydantic import TypeAdapter
 from torch import Tensor
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from parcelray.config.reducer import ReducerConfig
 from parcelray.data.collator import decode_image
 from parcelray.data.sample import Sample
 from parcelray.errors import SystemFailure, UserError
 from parcelray.evaluation.generation import GREEDY, GenerationSettings
-from parcelray.models.processor import ElasticPaliGemmaProcessor
+from parcelray.models.backbones import ElasticVLM
+from parcelray.models.backbones.processor_base import ElasticProcessor
 from parcelray.models.token_reduction import build_reducer
-from parcelray.models.vlm import ElasticPaliGemmaForConditionalGeneration
 
 BLIND = 0
 """The budget of the blind baseline: no image, no visual tokens."""
@@ -50,8 +49,8 @@ class Predictor:
 
     def __init__(
         self,
-        model: ElasticPaliGemmaForConditionalGeneration,
-        processor: ElasticPaliGemmaProcessor,
+        model: ElasticVLM,
+        processor: ElasticProcessor,
         *,
         batch_size: int = 64,
         settings: GenerationSettings = GREEDY,
@@ -173,8 +172,7 @@ class Predictor:
     def _images_of(self, batch: Sequence[Sample], seen: dict[bytes, Tensor]) -> dict[str, Any]:
         if not seen:
             return {}
-        tokens_IKL = torch.stack([seen[image] for sample in batch for image in sample.images])
-        return {"mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=tokens_IKL)}}
+        return self._model.image_inputs(torch.stack([seen[image] for sample in batch for image in sample.images]))
 
     def _check_count(self, input_ids_BS: Tensor, expected: int) -> None:
         found = int((input_ids_BS == self._model.config.image_token_id).sum())

@@ -11,8 +11,9 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 from transformers.models.siglip.modeling_siglip import SiglipAttention
 
 from parcelray.config.model import MiniModelConfig
-from parcelray.models.processor import ElasticPaliGemmaProcessor
-from parcelray.models.vlm import ElasticPaliGemmaConfig, ElasticPaliGemmaForConditionalGeneration
+from parcelray.models.backbones import ElasticPaliGemmaConfig, ElasticPaliGemmaForConditionalGeneration, ElasticVLM
+from parcelray.models.backbones.paligemma_processor import ElasticPaliGemmaProcessor
+from parcelray.models.backbones.processor_base import ElasticProcessor
 
 _FREQUENCY_BASE = 10.0
 """Of the squared geometric frequencies: from one radian a patch down to a hundredth."""
@@ -123,13 +124,13 @@ def build_model(config: ElasticPaliGemmaConfig, seed: int) -> ElasticPaliGemmaFo
         model = ElasticPaliGemmaForConditionalGeneration(config)
     vision = model.model.vision_tower
     with torch.no_grad():
-        vision.embeddings.position_embedding.weight.copy_(_grid_positions(config.grid_size, vision.embeddings.embed_dim))
+        vision.embeddings.position_embedding.weight.copy_(grid_positions(config.grid_size, vision.embeddings.embed_dim))
         for index, layer in enumerate(vision.encoder.layers):
-            _attend_to_neighbours(layer.self_attn, index * layer.self_attn.num_heads)
+            attend_to_neighbours(layer.self_attn, index * layer.self_attn.num_heads)
     return model
 
 
-def _grid_positions(grid_size: int, width: int) -> Tensor:
+def grid_positions(grid_size: int, width: int) -> Tensor:
     """Two-dimensional sine-cosine positions [N, D] in row-major order, half of the channels for the row and half for the column.
 
     The starting value of the learnt position embeddings: random ones are a tenth of the patch content at this width, and a model from
@@ -142,7 +143,7 @@ def _grid_positions(grid_size: int, width: int) -> Tensor:
     return torch.nn.functional.pad(torch.cat([rows, columns], dim=1), (0, width - 4 * len(frequencies)))
 
 
-def _attend_to_neighbours(attention: SiglipAttention, first: int) -> None:
+def attend_to_neighbours(attention: SiglipAttention, first: int) -> None:
     """Starting queries and keys by which each head looks at one of the eight neighbours of a patch, as a convolution would.
 
     A rotation by w d takes (sin w p, cos w p) to (sin w (p + d), cos w (p + d)), so a query rotated by a neighbour's offset agrees with the
@@ -171,7 +172,7 @@ def _frequencies(width: int) -> Tensor:
     return _FREQUENCY_BASE ** -(torch.arange(quarter) / quarter * 2)
 
 
-def save_checkpoint(model: ElasticPaliGemmaForConditionalGeneration, processor: ElasticPaliGemmaProcessor, folder: Path) -> None:
+def save_checkpoint(model: ElasticVLM, processor: ElasticProcessor, folder: Path) -> None:
     """Writes model (safetensors) and processor in the Hugging Face layout."""
     model.save_pretrained(folder)
     processor.save_pretrained(folder)

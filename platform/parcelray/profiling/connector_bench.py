@@ -22,7 +22,7 @@ from parcelray.profiling.measure import Measure, Report, machine_info, time_pair
 from parcelray.profiling.memory import peak_memory_bytes
 
 if TYPE_CHECKING:
-    from parcelray.models.vlm import ElasticPaliGemmaConfig, ElasticPaliGemmaForConditionalGeneration
+    from parcelray.models.backbones import ElasticPaliGemmaConfig, ElasticPaliGemmaForConditionalGeneration
 
 CONNECTOR_CONFIGS: tuple[ConnectorConfig, ...] = tuple(config_class() for config_class in get_args(get_args(ConnectorConfig)[0]))
 """Every connector with its default settings."""
@@ -135,7 +135,8 @@ def _materialise(config: ConnectorConfig, shape: BackboneShape, like: Tensor) ->
 
 
 def _random_prefill(backbone: str, shape: BackboneShape, batch_size: int, device: torch.device) -> _Prefill:
-    from parcelray.models.vlm import ElasticPaliGemmaForConditionalGeneration, use_sdpa_where_exact
+    from parcelray.models.backbones import ElasticPaliGemmaForConditionalGeneration
+    from parcelray.models.vlm import use_sdpa_where_exact
 
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -151,7 +152,7 @@ def _random_prefill(backbone: str, shape: BackboneShape, batch_size: int, device
 
 
 def _model_config(backbone: str, shape: BackboneShape) -> "ElasticPaliGemmaConfig":
-    from parcelray.models.vlm import ElasticPaliGemmaConfig
+    from parcelray.models.backbones import ElasticPaliGemmaConfig
 
     if backbone not in PRESETS:
         config: ElasticPaliGemmaConfig = ElasticPaliGemmaConfig.from_pretrained(MINI_CONFIG.parent if backbone == "mini" else Path(backbone))

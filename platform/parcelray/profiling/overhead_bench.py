@@ -15,11 +15,12 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from parcelray.config.model import MiniModelConfig
 from parcelray.config.reducer import AveragePoolingConfig, ClusterAggregateConfig, DivPruneConfig, RandomSamplingConfig, ReducerConfig, SpatialSamplingConfig
 from parcelray.errors import UserError
+from parcelray.models.backbones import ElasticVLM
+from parcelray.models.backbones.paligemma_processor import ElasticPaliGemmaProcessor
 from parcelray.models.checkpoint import MINI_BASE, resolve_checkpoint
 from parcelray.models.mini import build_config, build_model
-from parcelray.models.processor import ElasticPaliGemmaProcessor
 from parcelray.models.token_reduction import TokenReducer, build_reducer
-from parcelray.models.vlm import ElasticPaliGemmaForConditionalGeneration, use_sdpa_where_exact
+from parcelray.models.vlm import use_sdpa_where_exact
 from parcelray.profiling.backbone_shapes import from_transformers_config
 from parcelray.profiling.kmeans_bench import SIDE, photograph_tokens
 from parcelray.profiling.kv_cache import kv_cache_bytes
@@ -45,7 +46,7 @@ _DECODER = MiniModelConfig(
 class _Decoder:
     """A language model with random weights, fed with visual tokens."""
 
-    model: ElasticPaliGemmaForConditionalGeneration
+    model: ElasticVLM
     width: int
     kv_bytes_per_token: int
 

@@ -57,14 +57,14 @@ def _load(folder: Path) -> "Predictor":
     import torch
 
     from parcelray.evaluation.predictor import Predictor
-    from parcelray.models.processor import ElasticPaliGemmaProcessor
+    from parcelray.models.processor import load_processor
     from parcelray.models.vlm import load_vlm
 
     checkpoint = resolve_checkpoint(folder)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = load_vlm(checkpoint.path)
     torch.nn.Module.to(model, device)
-    return Predictor(model, ElasticPaliGemmaProcessor.from_pretrained(checkpoint.path), device=device)
+    return Predictor(model, load_processor(checkpoint.path), device=device)
 
 
 def _sample(row: int, prompt: str, image: str) -> Sample:

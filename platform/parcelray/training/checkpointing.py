@@ -18,9 +18,9 @@ from accelerate.utils import DistributedType, gather_object
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict, set_optimizer_state_dict
 
 from parcelray.errors import UserError
-from parcelray.models.processor import ElasticPaliGemmaProcessor
+from parcelray.models.backbones import ElasticVLM
+from parcelray.models.backbones.processor_base import ElasticProcessor
 from parcelray.models.quiet import quiet_transformers
-from parcelray.models.vlm import ElasticPaliGemmaForConditionalGeneration
 
 _FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
@@ -44,7 +44,7 @@ def save(
     accelerator: Accelerator,
     model: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
-    processor: ElasticPaliGemmaProcessor,
+    processor: ElasticProcessor,
     state: TrainState,
 ) -> None:
     """Writes a checkpoint. Every rank calls it (sharded states are gathered); rank 0 writes."""
@@ -53,7 +53,7 @@ def save(
     rng = gather_object([_rng_state()])
     if not accelerator.is_main_process:
         return
-    inner: ElasticPaliGemmaForConditionalGeneration = accelerator.unwrap_model(model)
+    inner: ElasticVLM = accelerator.unwrap_model(model)
     with quiet_transformers():
         inner.save_pretrained(folder / "model", state_dict=weights)
     processor.save_pretrained(folder / "model")

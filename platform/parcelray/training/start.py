@@ -3,22 +3,25 @@
 from pathlib import Path
 
 from parcelray.benchmarks.mini.suite import MiniSuite
-from parcelray.config.model import MiniModelConfig
+from parcelray.config.model import MiniLlavaModelConfig, MiniModelConfig
 from parcelray.config.train import TrainJob
 from parcelray.data.reading import StepReader
 from parcelray.data.sample import Sample
 from parcelray.data.schedule import BatchSchedule
 from parcelray.data.sources import held_out_samples, training_source
 from parcelray.errors import UserError
+from parcelray.models import mini_llava
+from parcelray.models.backbones import ElasticVLM
+from parcelray.models.backbones.processor_base import ElasticProcessor
 from parcelray.models.mini import build_config, build_model, build_processor
-from parcelray.models.processor import ElasticPaliGemmaProcessor
-from parcelray.models.vlm import ElasticPaliGemmaForConditionalGeneration, load_vlm, use_sdpa_where_exact
+from parcelray.models.processor import load_processor
+from parcelray.models.vlm import load_vlm, use_sdpa_where_exact
 
 _TOKENIZER_TEXTS = 20_000
 """Texts of the mini suite that a model from scratch gets its tokenizer from."""
 
 
-def build_start(job: TrainJob, checkpoint: Path | None) -> tuple[ElasticPaliGemmaForConditionalGeneration, ElasticPaliGemmaProcessor]:
+def build_start(job: TrainJob, checkpoint: Path | None) -> tuple[ElasticVLM, ElasticProcessor]:
     """Model and processor at step 0.
 
     Args:
@@ -28,34 +31,41 @@ def build_start(job: TrainJob, checkpoint: Path | None) -> tuple[ElasticPaliGemm
     Raises:
         UserError: the checkpoint is unusable.
     """
-    if isinstance(job.model, MiniModelConfig):
-        processor = build_processor(job.model, MiniSuite(split="train").texts(_TOKENIZER_TEXTS))
-        config = build_config(job.model, processor)
-        config.connector = job.connector.model_dump(mode="json") if job.connector is not None else None
-        model = build_model(config, job.seed)
+    processor: ElasticProcessor
+    model: ElasticVLM
+    if isinstance(job.model, MiniModelConfig | MiniLlavaModelConfig):
+        texts = MiniSuite(split="train").texts(_TOKENIZER_TEXTS)
+        connector = job.connector.model_dump(mode="json") if job.connector is not None else None
+        if isinstance(job.model, MiniLlavaModelConfig):
+            model, processor = mini_llava.build(job.model, texts, connector, job.seed)
+        else:
+            processor = build_processor(job.model, texts)
+            config = build_config(job.model, processor)
+            config.connector = connector
+            model = build_model(config, job.seed)
     else:
         if checkpoint is None:
             raise UserError(f"model.reference {job.model.reference} was not resolved to a folder; resolve it before the training.")
-        processor = ElasticPaliGemmaProcessor.from_pretrained(checkpoint)
+        processor = load_processor(checkpoint)
         model = load_vlm(checkpoint, connector=job.connector, seed=job.seed)
     use_sdpa_where_exact(model)
     return model, processor
 
 
-def build_resumed(folder: Path) -> tuple[ElasticPaliGemmaForConditionalGeneration, ElasticPaliGemmaProcessor]:
+def build_resumed(folder: Path) -> tuple[ElasticVLM, ElasticProcessor]:
     """Model and processor of a training checkpoint."""
     model = load_vlm(folder / "model")
     use_sdpa_where_exact(model)
-    return model, ElasticPaliGemmaProcessor.from_pretrained(folder / "model")
+    return model, load_processor(folder / "model")
 
 
-def step_reader(job: TrainJob, processor: ElasticPaliGemmaProcessor, rank: int, world_size: int) -> StepReader:
+def step_reader(job: TrainJob, processor: ElasticProcessor, rank: int, world_size: int) -> StepReader:
     """The reader of one rank's batches.
 
     Raises:
         UserError: a step has fewer samples than there are workers.
     """
-    source = training_source(job.data, _image_size(processor))
+    source = training_source(job.data, processor.image_size)
     schedule = BatchSchedule(source, num_steps=job.training.steps, images_per_step=job.training.images_per_step, seed=job.seed)
     largest = max(group.num_images for group in source.groups)
     if job.training.images_per_step // largest < world_size:
@@ -66,10 +76,6 @@ def step_reader(job: TrainJob, processor: ElasticPaliGemmaProcessor, rank: int, 
     return StepReader(source, schedule, processor, rank, world_size, label_patches=job.training.patch_supervision > 0)
 
 
-def validation_samples(job: TrainJob, processor: ElasticPaliGemmaProcessor) -> list[Sample]:
+def validation_samples(job: TrainJob, processor: ElasticProcessor) -> list[Sample]:
     """The samples that the training is scored on while it runs."""
-    return held_out_samples(job.data, "validation", job.validation.samples, _image_size(processor))
-
-
-def _image_size(processor: ElasticPaliGemmaProcessor) -> int:
-    return int(processor.image_processor.size["height"])
+    return held_out_samples(job.data, "validation", job.validation.samples, processor.image_size)

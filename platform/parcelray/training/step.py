@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from parcelray.config.optimizer import AdamWConfig, OptimizerConfig, ScheduleConfig
 from parcelray.data.collator import IGNORED, Batch
-from parcelray.models.vlm import ElasticPaliGemmaForConditionalGeneration
+from parcelray.models.backbones import ElasticVLM
+from parcelray.models.backbones.processor_base import ElasticProcessor
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +28,8 @@ class TensorBatch:
     labels_BS: Tensor
     patch_labels_BN: Tensor | None = None
     """Tokens that the patches of all images of a prompt should name."""
+    visual_offset: int = 0
+    """Text tokens before the place of the image placeholders."""
 
     @property
     def num_prompts(self) -> int:
@@ -41,37 +44,48 @@ class TensorBatch:
         pixels = self.pixel_values_ICHW.view(prompts, images, *self.pixel_values_ICHW.shape[1:])[chosen].flatten(0, 1)
         patch_labels = self.patch_labels_BN[chosen] if self.patch_labels_BN is not None else None
         return TensorBatch(
-            pixels, self.input_ids_BS[chosen], self.token_type_ids_BS[chosen], self.attention_mask_BS[chosen], self.labels_BS[chosen], patch_labels
+            pixels,
+            self.input_ids_BS[chosen],
+            self.token_type_ids_BS[chosen],
+            self.attention_mask_BS[chosen],
+            self.labels_BS[chosen],
+            patch_labels,
+            self.visual_offset,
         )
 
 
-def to_tensors(batch: Batch, device: torch.device) -> TensorBatch:
-    """Moves a collated batch to the device; pixels become floats in [-1, 1] (SigLIP's normalisation: mean 0.5, std 0.5)."""
+def to_tensors(batch: Batch, device: torch.device, processor: ElasticProcessor) -> TensorBatch:
+    """Moves a collated batch to the device; pixels become floats with the mean and the standard deviation of the model's image processor."""
+    mean_C11, std_C11 = (
+        torch.tensor(values, device=device)[:, None, None] for values in (processor.image_processor.image_mean, processor.image_processor.image_std)
+    )
     pixels = torch.from_numpy(np.ascontiguousarray(batch["pixel_values"])).to(device)
     texts = {key: torch.from_numpy(np.array(values, dtype=np.int64)).to(device) for key, values in batch.items() if key != "pixel_values"}
     return TensorBatch(
-        pixels.float().div_(127.5).sub_(1.0),
+        pixels.float().div_(255).sub_(mean_C11).div_(std_C11),
         texts["input_ids"],
         texts["token_type_ids"],
         texts["attention_mask"],
         texts["labels"],
         texts.get("patch_labels"),
+        processor.visual_offset,
     )
 
 
 def with_placeholders(batch: TensorBatch, num_visual_tokens: int, image_token_id: int) -> dict[str, Tensor]:
-    """Model inputs of the batch at a budget: I / B x K image placeholders before each prompt, inside the bidirectional prefix."""
+    """Model inputs of the batch at a budget: I / B x K image placeholders in each prompt, at the batch's offset."""
     prompts = batch.num_prompts
     count = batch.pixel_values_ICHW.shape[0] // prompts * num_visual_tokens
 
-    def prepend(values_BS: Tensor, value: int) -> Tensor:
-        return torch.cat([values_BS.new_full((prompts, count), value), values_BS], dim=1)
+    def inserted(values_BS: Tensor, value: int) -> Tensor:
+        before_BO, after_BS = values_BS[:, : batch.visual_offset], values_BS[:, batch.visual_offset :]
+        return torch.cat([before_BO, values_BS.new_full((prompts, count), value), after_BS], dim=1)
 
     return {
         "pixel_values": batch.pixel_values_ICHW,
-        "input_ids": prepend(batch.input_ids_BS, image_token_id),
-        "token_type_ids": prepend(batch.token_type_ids_BS, 0),
-        "attention_mask": prepend(batch.attention_mask_BS, 1),
+        "input_ids": inserted(batch.input_ids_BS, image_token_id),
+        "token_type_ids": inserted(batch.token_type_ids_BS, 0),
+        "attention_mask": inserted(batch.attention_mask_BS, 1),
     }
 
 
@@ -104,7 +118,8 @@ def losses(model: nn.Module, batch: TensorBatch, *, num_visual_tokens: int, imag
     answer_sum = _prompt_means(logits_BSV[:, -length:-1], batch.labels_BS[:, 1:]).sum()
     if patch_labels is None:
         return Losses(answer_sum, None)
-    return Losses(answer_sum, _prompt_means(logits_BSV[:, :num_visual], patch_labels).sum())
+    visual_BNV = logits_BSV[:, batch.visual_offset : batch.visual_offset + num_visual]
+    return Losses(answer_sum, _prompt_means(visual_BNV, patch_labels).sum())
 
 
 def _prompt_means(logits_BSV: Tensor, labels_BS: Tensor) -> Tensor:
@@ -114,7 +129,7 @@ def _prompt_means(logits_BSV: Tensor, labels_BS: Tensor) -> Tensor:
     return means_B
 
 
-def parameter_groups(model: ElasticPaliGemmaForConditionalGeneration, config: OptimizerConfig) -> list[dict[str, object]]:
+def parameter_groups(model: ElasticVLM, config: OptimizerConfig) -> list[dict[str, object]]:
     """Optimiser groups: connector or shared weights, each with and without weight decay (vectors have none)."""
     members: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
@@ -130,7 +145,7 @@ def parameter_groups(model: ElasticPaliGemmaForConditionalGeneration, config: Op
     ]
 
 
-def build_optimizer(model: ElasticPaliGemmaForConditionalGeneration, config: OptimizerConfig) -> torch.optim.Optimizer:
+def build_optimizer(model: ElasticVLM, config: OptimizerConfig) -> torch.optim.Optimizer:
     """The optimiser of the job."""
     groups = parameter_groups(model, config)
     if isinstance(config, AdamWConfig):

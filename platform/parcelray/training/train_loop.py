@@ -20,8 +20,8 @@ from parcelray.config.train import TrainingConfig, TrainJob
 from parcelray.data.collator import Batch
 from parcelray.data.sample import Sample
 from parcelray.errors import SystemFailure
-from parcelray.models.processor import ElasticPaliGemmaProcessor
-from parcelray.models.vlm import ElasticPaliGemmaForConditionalGeneration
+from parcelray.models.backbones import ElasticVLM
+from parcelray.models.backbones.processor_base import ElasticProcessor
 from parcelray.training import checkpointing
 from parcelray.training.budget_sampling import BudgetSampler
 from parcelray.training.metric_logger import MetricLogger, NoMetrics
@@ -51,9 +51,9 @@ class Reporter(Protocol):
 class LoopInputs:
     """Everything that the loop reads or calls, besides the job."""
 
-    model: ElasticPaliGemmaForConditionalGeneration
+    model: ElasticVLM
     """With the restored weights, when resuming."""
-    processor: ElasticPaliGemmaProcessor
+    processor: ElasticProcessor
     batches: Callable[[int, int, int], Iterable[Batch]]
     """(first step, rank, world size) -> this rank's share of the steps from there on."""
     validation: Sequence[Sample] = ()
@@ -86,7 +86,7 @@ class _Loop:
         self.job = job
         self.inputs = inputs
         set_seed(job.seed)
-        self.accelerator = _accelerator(job.training, cpu_only=inputs.cpu_only)
+        self.accelerator = _accelerator(job.training, inputs.model.layer_classes, cpu_only=inputs.cpu_only)
         if job.training.freeze_vision:
             inputs.model.model.vision_tower.requires_grad_(False)
         self.sampler = BudgetSampler(job.budget, job.seed)
@@ -108,7 +108,7 @@ class _Loop:
         batches = iter(self.inputs.batches(self.first_step, rank, world))
         clock = _Clock()
         for step in range(self.first_step, training.steps):
-            batch = to_tensors(next(batches), self.accelerator.device)
+            batch = to_tensors(next(batches), self.accelerator.device, self.inputs.processor)
             budgets = self.sampler.budgets(step)
             loss, norm = self._step(step, batch, budgets)
             clock.add(_num_tokens(batch, budgets) * world)
@@ -251,13 +251,13 @@ def _sync_only_last(accelerator: Accelerator, model: torch.nn.Module, *, last: b
     return nullcontext() if last else accelerator.no_sync(model)
 
 
-def _accelerator(training: TrainingConfig, *, cpu_only: bool) -> Accelerator:
+def _accelerator(training: TrainingConfig, layer_classes: Sequence[str], *, cpu_only: bool) -> Accelerator:
     plugin = None
     if training.strategy == "fsdp":
         plugin = FullyShardedDataParallelPlugin(
             fsdp_version=2,
             auto_wrap_policy="transformer_based_wrap",
-            transformer_cls_names_to_wrap=["SiglipEncoderLayer", "Gemma2DecoderLayer"],
+            transformer_cls_names_to_wrap=list(layer_classes),
             cpu_ram_efficient_loading=False,
         )
     return Accelerator(

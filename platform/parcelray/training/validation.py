@@ -11,8 +11,8 @@ from parcelray.config.train import TrainJob
 from parcelray.data.sample import Sample
 from parcelray.evaluation.predictor import Predictor
 from parcelray.evaluation.score import score
-from parcelray.models.processor import ElasticPaliGemmaProcessor
-from parcelray.models.vlm import ElasticPaliGemmaForConditionalGeneration
+from parcelray.models.backbones import ElasticVLM
+from parcelray.models.backbones.processor_base import ElasticProcessor
 from parcelray.training import checkpointing
 from parcelray.training.metric_logger import MetricLogger
 from parcelray.training.start import build_resumed, validation_samples
@@ -23,9 +23,7 @@ def validation_metric(num_visual_tokens: int) -> str:
     return f"val/score@{num_visual_tokens}"
 
 
-def validation_values(
-    job: TrainJob, model: ElasticPaliGemmaForConditionalGeneration, processor: ElasticPaliGemmaProcessor, samples: Sequence[Sample], device: str
-) -> dict[int, list[float]]:
+def validation_values(job: TrainJob, model: ElasticVLM, processor: ElasticProcessor, samples: Sequence[Sample], device: str) -> dict[int, list[float]]:
     """The values of samples at each of the job's validation budgets that the model can give; the model must be in evaluation mode."""
     budgets = [budget for budget in job.validation.budgets if budget in model.supported_budgets]
     predictions = Predictor(model, processor, device=device).generate_budgets(samples, budgets)

@@ -1,0 +1,14 @@
+"""The elastic model over each family of transformers' vision-language classes."""
+
+from parcelray.models.backbones.base import ElasticModel, ElasticVLM
+from parcelray.models.backbones.llava import ElasticLlavaConfig, ElasticLlavaForConditionalGeneration
+from parcelray.models.backbones.paligemma import ElasticPaliGemmaConfig, ElasticPaliGemmaForConditionalGeneration
+
+__all__ = [
+    "ElasticLlavaConfig",
+    "ElasticLlavaForConditionalGeneration",
+    "ElasticModel",
+    "ElasticPaliGemmaConfig",
+    "ElasticPaliGemmaForConditionalGeneration",
+    "ElasticVLM",
+]

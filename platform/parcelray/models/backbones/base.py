@@ -1,0 +1,162 @@
+"""What every elastic model does besides its transformers class: a connector between vision tower and projector.
+
+Shapes: I images of the whole batch, N patches, K visual tokens (the budget), D vision width, L language width.
+"""
+
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import Any, ClassVar, Protocol, cast, runtime_checkable
+
+import torch
+from pydantic import TypeAdapter
+from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from parcelray.config.connector import ConnectorConfig
+from parcelray.errors import UserError
+from parcelray.models.connectors import Connector, build_connector
+from parcelray.models.connectors.base import VisionDims
+
+_CONNECTOR_ADAPTER: TypeAdapter[ConnectorConfig] = TypeAdapter(ConnectorConfig)
+
+
+@runtime_checkable
+class SelfInitialised(Protocol):
+    """A module that knows its own initial weights."""
+
+    def init_weights(self) -> None:
+        """Sets them, drawing from torch's global generator."""
+        ...
+
+
+def read_connector(connector: dict[str, Any] | None) -> ConnectorConfig:
+    """The connector in a model's configuration, validated (unset: identity)."""
+    return _CONNECTOR_ADAPTER.validate_python(connector or {"type": "identity"})
+
+
+def connector_for(connector: dict[str, Any] | None, dims: VisionDims) -> Connector:
+    """The connector of a model's configuration, built."""
+    return build_connector(
+        read_connector(connector),
+        hidden_size=dims.hidden_size,
+        grid_size=dims.grid_size,
+        mlp_width=dims.mlp_width,
+        layer_norm_eps=dims.layer_norm_eps,
+    )
+
+
+class ElasticModel(nn.Module):
+    """The inner model, without a head: mixed into the transformers class before it."""
+
+    config: Any
+    connector: Connector
+    vision_tower: Any
+    multi_modal_projector: Any
+    language_model: Any
+    get_input_embeddings: Callable[[], nn.Module]
+    post_init: Callable[[], None]
+
+    vision_options: ClassVar[dict[str, Any]] = {}
+    """What the vision tower is asked for."""
+
+    @abstractmethod
+    def patch_features(self, outputs: Any) -> Tensor:
+        """Patch features [I, N, D] out of the vision tower's outputs, in the order of the grid."""
+
+    @abstractmethod
+    def feature_scale(self) -> tuple[Tensor, Tensor | None]:
+        """Standard deviation and mean of each channel of the patch features: what the projector is used to."""
+
+    def encode_patches(self, pixel_values_ICHW: Tensor) -> Tensor:
+        """Runs the vision tower alone.
+
+        Args:
+            pixel_values_ICHW: normalised pixels of all images of the batch, in prompt order.
+
+        Returns:
+            Patch features [I, N, D]; one encoding serves every budget.
+        """
+        return self.patch_features(self.vision_tower(pixel_values_ICHW, **self.vision_options))
+
+    def compress(self, patch_features_IND: Tensor, *, num_visual_tokens: int) -> Tensor:
+        """Reduces patch features to the budget and projects them to the language model's width: [I, N, D] -> [I, K, L]."""
+        tokens_IKD = self.connector(patch_features_IND, num_visual_tokens=num_visual_tokens)
+        assert tokens_IKD.shape[1] == num_visual_tokens, f"{self.connector.name} gave {tokens_IKD.shape[1]} tokens, not {num_visual_tokens}"
+        return cast(Tensor, self.multi_modal_projector(tokens_IKD))
+
+    def get_image_features(self, pixel_values: Tensor, num_visual_tokens: int | None = None, **kwargs: Any) -> BaseModelOutputWithPooling:
+        """Image features for the decoder; `pooler_output` is [I, K, L] and `last_hidden_state` the patch features [I, N, D].
+
+        Args:
+            pixel_values: [I, C, H, W].
+            num_visual_tokens: the budget per image; None means all N patches, as in the stock class.
+            kwargs: for the vision tower.
+        """
+        kwargs.pop("return_dict", None)
+        outputs = self.vision_tower(pixel_values, **self.vision_options, **kwargs)
+        patch_features_IND = self.patch_features(outputs)
+        budget = patch_features_IND.shape[1] if num_visual_tokens is None else num_visual_tokens
+        tokens_IKL = self.compress(patch_features_IND, num_visual_tokens=budget)
+        return BaseModelOutputWithPooling(
+            last_hidden_state=patch_features_IND, pooler_output=tokens_IKL, hidden_states=outputs.hidden_states, attentions=outputs.get("attentions")
+        )
+
+    def forward(self, input_ids: Tensor | None = None, pixel_values: Tensor | None = None, num_visual_tokens: int | None = None, **kwargs: Any) -> Any:
+        """As the stock class; `num_visual_tokens` is the budget per image (None: all patches).
+
+        Raises:
+            UserError: the prompts have not as many placeholders as there are visual tokens.
+        """
+        if pixel_values is not None and kwargs.get("mm_encoder_outputs"):
+            raise ValueError("pixel_values and mm_encoder_outputs exclude each other; pass one of them")
+        if pixel_values is not None:
+            kwargs["mm_encoder_outputs"] = {"image": self.get_image_features(pixel_values, num_visual_tokens=num_visual_tokens)}
+        encoded = (kwargs.get("mm_encoder_outputs") or {}).get("image")
+        if encoded is not None:
+            if input_ids is not None:
+                self._check_placeholders(input_ids, encoded.pooler_output)
+            kwargs["mm_encoder_outputs"] = {"image": self.as_stock(encoded)}
+        return super().forward(input_ids=input_ids, **kwargs)
+
+    def as_stock(self, encoded: BaseModelOutputWithPooling) -> BaseModelOutputWithPooling:
+        """Encoded images in the form that the stock class takes."""
+        return encoded
+
+    def _check_placeholders(self, input_ids: Tensor, tokens_IKL: Tensor) -> None:
+        found = int((input_ids == self.config.image_token_id).sum())
+        images, budget = tokens_IKL.shape[:2]
+        if found != images * budget:
+            raise UserError(
+                f"The prompts hold {found} image placeholders but {images} images at {budget} visual tokens each give {images * budget}; "
+                "build the prompts with the processor's num_visual_tokens equal to the model's."
+            )
+
+
+class ElasticVLM(nn.Module):
+    """The elastic model with its head: mixed into the transformers class before it. `generate` and `forward` take `num_visual_tokens`."""
+
+    config: Any
+    model: ElasticModel
+    lm_head: nn.Linear
+    dtype: torch.dtype
+    generate: Callable[..., Any]
+    save_pretrained: Callable[..., Any]
+    get_input_embeddings: Callable[[], nn.Module]
+    post_init: Callable[[], None]
+
+    layer_classes: ClassVar[tuple[str, ...]]
+    """Names of the layers that sharded training wraps."""
+
+    @property
+    def connector(self) -> Connector:
+        """The module that reduces patch features to the budget."""
+        return self.model.connector
+
+    @property
+    def supported_budgets(self) -> tuple[int, ...]:
+        """Legal values of `num_visual_tokens`, ascending."""
+        return self.connector.supported_budgets
+
+    def image_inputs(self, tokens_IKL: Tensor) -> dict[str, Any]:
+        """Inputs of `forward` and `generate` from visual tokens that are already there: one encoding, many budgets."""
+        return {"mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=tokens_IKL)}}

@@ -1,0 +1,177 @@
+"""The elastic model over transformers' LLaVA-1.5 classes (arXiv 2310.03744): a vision tower, a two-layer projector, Llama.
+
+The tower is CLIP (its class token in front of the patches, which the strategy `default` leaves out), SigLIP (`full`: no such token), or
+a convolutional one whose last feature map is the patch grid (ConvNeXt). The visual tokens stand after the prompt's first words, and
+attention is causal throughout.
+"""
+
+import math
+from typing import Any, cast
+
+import torch
+import transformers.initialization as init
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForImageTextToText, LlavaConfig
+from transformers.cache_utils import Cache
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.llava.modeling_llava import (
+    LlavaCausalLMOutputWithPast,
+    LlavaForConditionalGeneration,
+    LlavaModel,
+    LlavaMultiModalProjector,
+    LlavaPreTrainedModel,
+)
+
+from parcelray.errors import UserError
+from parcelray.models.backbones.base import ElasticModel, ElasticVLM, SelfInitialised, connector_for
+from parcelray.models.connectors.base import VisionDims
+
+MODEL_TYPE = "elastic_llava"
+_GELU_RMS = 0.65
+"""Root mean square of GELU of a standard normal variable."""
+_SCALE_IMAGES = 4
+"""Images of noise that the scale of patch features is measured on, where the tower has no last LayerNorm."""
+
+
+class ElasticLlavaConfig(LlavaConfig):  # type: ignore[misc]
+    """LLaVA's configuration and the connector's (a mapping as in `parcelray.config.connector`; unset: identity)."""
+
+    model_type = MODEL_TYPE
+    connector: dict[str, Any] | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        """Gives a convolutional tower the `hidden_size` that the stock projector asks for."""
+        super().__post_init__(**kwargs)
+        if self.convolutional:
+            self.vision_config.hidden_size = self.vision_config.hidden_sizes[-1]
+
+    @property
+    def convolutional(self) -> bool:
+        """Whether the vision tower gives a feature map and no tokens."""
+        return hasattr(self.vision_config, "hidden_sizes")
+
+    @property
+    def grid_size(self) -> int:
+        """Side of the square patch grid."""
+        vision = self.vision_config
+        stride = int(vision.patch_size)
+        if self.convolutional:
+            # Every stage after the first halves the map.
+            stride *= 2 ** (len(vision.depths) - 1)
+        return int(vision.image_size) // stride
+
+    @property
+    def vision_dims(self) -> VisionDims:
+        """What a connector is built from."""
+        vision = self.vision_config
+        width = int(vision.hidden_size)
+        if not isinstance(self.vision_feature_layer, int):
+            raise UserError(f"vision_feature_layer {self.vision_feature_layer} joins several layers; elastic models take one, such as -2.")
+        return VisionDims(width, self.grid_size, getattr(vision, "intermediate_size", 4 * width), vision.layer_norm_eps)
+
+
+class ElasticLlavaModel(ElasticModel, LlavaModel):  # type: ignore[misc]
+    """LLaVA without its language-model head, with a connector between vision tower and projector."""
+
+    config: ElasticLlavaConfig
+    vision_options = {"output_hidden_states": True}  # noqa: RUF012 - a ClassVar of the base
+
+    def __init__(self, config: ElasticLlavaConfig) -> None:
+        super().__init__(config)
+        self.connector = connector_for(config.connector, config.vision_dims)
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        _init_elastic_weights(self, module)
+
+    def patch_features(self, outputs: Any) -> Tensor:
+        """See `ElasticModel`."""
+        if self.config.convolutional:
+            return cast(Tensor, outputs.last_hidden_state.flatten(2).transpose(1, 2))
+        features = outputs.hidden_states[self.config.vision_feature_layer]
+        return cast(Tensor, features[:, 1:] if self.config.vision_feature_select_strategy == "default" else features)
+
+    @torch.no_grad()
+    def feature_scale(self) -> tuple[Tensor, Tensor | None]:
+        """Measured on images of seeded noise: hidden states of a middle layer pass no LayerNorm that would tell."""
+        side = int(self.config.vision_config.image_size)
+        parameter = next(self.vision_tower.parameters())
+        noise = torch.randn(_SCALE_IMAGES, 3, side, side, generator=torch.Generator().manual_seed(0))
+        features = self.encode_patches(noise.to(parameter)).flatten(0, 1)
+        return features.std(dim=0), features.mean(dim=0)
+
+    def as_stock(self, encoded: BaseModelOutputWithPooling) -> BaseModelOutputWithPooling:
+        """The stock class takes a sequence of images of different sizes."""
+        return BaseModelOutputWithPooling(last_hidden_state=encoded.last_hidden_state, pooler_output=tuple(encoded.pooler_output))
+
+
+class ElasticLlavaForConditionalGeneration(ElasticVLM, LlavaForConditionalGeneration):  # type: ignore[misc]
+    """The elastic model with its head. `generate` and `forward` take `num_visual_tokens`, the budget per image."""
+
+    config_class = ElasticLlavaConfig
+    config: ElasticLlavaConfig
+    layer_classes = ("CLIPEncoderLayer", "LlamaDecoderLayer")
+
+    def __init__(self, config: ElasticLlavaConfig) -> None:
+        # Not the stock constructor: it would build a second, stock inner model only to drop it.
+        LlavaPreTrainedModel.__init__(self, config)
+        self.model = ElasticLlavaModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        _init_elastic_weights(self, module)
+
+    def forward(  # noqa: PLR0913 - generate and PEFT read the legal inputs off this signature, which is the stock one plus the budget
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        token_type_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        num_visual_tokens: int | None = None,
+        **kwargs: Any,
+    ) -> LlavaCausalLMOutputWithPast:
+        """As the stock class; `num_visual_tokens` is the budget per image (None: all patches).
+
+        `token_type_ids` mark answers, as for every elastic model; here they change nothing, because attention is causal in the prompt, too.
+        """
+        if pixel_values is not None:
+            kwargs["num_visual_tokens"] = num_visual_tokens
+        return super().forward(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            labels=labels,
+            logits_to_keep=logits_to_keep,
+            mm_encoder_outputs=mm_encoder_outputs,
+            **kwargs,
+        )
+
+
+def _init_elastic_weights(model: LlavaPreTrainedModel, module: nn.Module) -> None:
+    """Fresh weights: connectors initialise themselves, the projector starts at the text embeddings' scale, the rest as stock."""
+    super(LlavaPreTrainedModel, model)._init_weights(module)
+    if isinstance(module, LlavaMultiModalProjector):
+        init.normal_(module.linear_1.weight, std=1 / math.sqrt(module.linear_1.in_features))
+        init.normal_(module.linear_2.weight, std=model.config.text_config.initializer_range / (_GELU_RMS * math.sqrt(module.linear_2.in_features)))
+    elif isinstance(module, SelfInitialised) and not isinstance(module, LlavaPreTrainedModel):
+        module.init_weights()
+
+
+AutoConfig.register(MODEL_TYPE, ElasticLlavaConfig)
+AutoModelForImageTextToText.register(ElasticLlavaConfig, ElasticLlavaForConditionalGeneration)
+# As for PaliGemma: the hub's key names are renamed while loading, by rules that are found under the model's own names.
+register_checkpoint_conversion_mapping(MODEL_TYPE, get_checkpoint_conversion_mapping("llava"))
+register_checkpoint_conversion_mapping(ElasticLlavaModel.__name__, get_checkpoint_conversion_mapping("LlavaModel"))

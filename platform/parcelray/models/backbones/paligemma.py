@@ -1,0 +1,146 @@
+"""The elastic model over transformers' PaliGemma classes (arXiv 2412.03555): SigLIP, a linear projector, Gemma or Gemma-2.
+
+The image features pass vision tower -> connector (N patches to K tokens, width D) -> `multi_modal_projector` (D to L), and take the
+place of I x K image placeholders in the prompt. Nothing else of the transformers classes changes, so `from_pretrained`,
+`save_pretrained`, `generate` and PEFT work as they do for the stock class, and a stock checkpoint loads as it is.
+"""
+
+import math
+from typing import Any, cast
+
+import torch
+import transformers.initialization as init
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForImageTextToText, PaliGemmaConfig
+from transformers.cache_utils import Cache
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.paligemma.modeling_paligemma import (
+    PaliGemmaCausalLMOutputWithPast,
+    PaliGemmaForConditionalGeneration,
+    PaliGemmaModel,
+    PaliGemmaMultiModalProjector,
+    PaliGemmaPreTrainedModel,
+)
+
+from parcelray.models.backbones.base import ElasticModel, ElasticVLM, SelfInitialised, connector_for
+from parcelray.models.connectors.base import VisionDims
+
+MODEL_TYPE = "elastic_paligemma"
+
+
+class ElasticPaliGemmaConfig(PaliGemmaConfig):  # type: ignore[misc]
+    """PaliGemma's configuration and the connector's (a mapping as in `parcelray.config.connector`; unset: identity)."""
+
+    model_type = MODEL_TYPE
+    connector: dict[str, Any] | None = None
+
+    @property
+    def grid_size(self) -> int:
+        """Side of the square patch grid."""
+        return int(self.vision_config.image_size) // int(self.vision_config.patch_size)
+
+    @property
+    def vision_dims(self) -> VisionDims:
+        """What a connector is built from."""
+        vision = self.vision_config
+        return VisionDims(vision.hidden_size, self.grid_size, vision.intermediate_size, vision.layer_norm_eps)
+
+
+class ElasticPaliGemmaModel(ElasticModel, PaliGemmaModel):  # type: ignore[misc]
+    """PaliGemma without its language-model head, with a connector between vision tower and projector."""
+
+    config: ElasticPaliGemmaConfig
+
+    def __init__(self, config: ElasticPaliGemmaConfig) -> None:
+        super().__init__(config)
+        self.connector = connector_for(config.connector, config.vision_dims)
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        _init_elastic_weights(self, module)
+
+    def patch_features(self, outputs: Any) -> Tensor:
+        """See `ElasticModel`."""
+        return cast(Tensor, outputs.last_hidden_state)
+
+    def feature_scale(self) -> tuple[Tensor, Tensor | None]:
+        """The affine part of the tower's last LayerNorm."""
+        norm = self.vision_tower.post_layernorm
+        return norm.weight, norm.bias
+
+
+class ElasticPaliGemmaForConditionalGeneration(ElasticVLM, PaliGemmaForConditionalGeneration):  # type: ignore[misc]
+    """The elastic model with its head. `generate` and `forward` take `num_visual_tokens`, the budget per image."""
+
+    config_class = ElasticPaliGemmaConfig
+    config: ElasticPaliGemmaConfig
+    layer_classes = ("SiglipEncoderLayer", "Gemma2DecoderLayer")
+
+    def __init__(self, config: ElasticPaliGemmaConfig) -> None:
+        # Not the stock constructor: it would build a second, stock inner model only to drop it.
+        PaliGemmaPreTrainedModel.__init__(self, config)
+        self.model = ElasticPaliGemmaModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        _init_elastic_weights(self, module)
+
+    def forward(  # noqa: PLR0913 - generate and PEFT read the legal inputs off this signature, which is the stock one plus the budget
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        token_type_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        num_visual_tokens: int | None = None,
+        **kwargs: Any,
+    ) -> PaliGemmaCausalLMOutputWithPast:
+        """As the stock class; `num_visual_tokens` is the budget per image (None: all patches)."""
+        if pixel_values is not None:
+            kwargs["num_visual_tokens"] = num_visual_tokens
+        return super().forward(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            token_type_ids=token_type_ids,
+            inputs_embeds=inputs_embeds,
+            labels=labels,
+            use_cache=use_cache,
+            logits_to_keep=logits_to_keep,
+            mm_encoder_outputs=mm_encoder_outputs,
+            **kwargs,
+        )
+
+
+def _init_elastic_weights(model: PaliGemmaPreTrainedModel, module: nn.Module) -> None:
+    """Fresh weights: connectors initialise themselves, the projector starts at the text embeddings' scale, the rest as stock.
+
+    The patch features leave the vision tower through a LayerNorm and so have unit variance; the decoder's text embeddings have
+    standard deviation initializer_range * sqrt(L). A projector of any other scale drowns one of the two.
+    """
+    super(PaliGemmaPreTrainedModel, model)._init_weights(module)
+    if isinstance(module, PaliGemmaMultiModalProjector):
+        text = model.config.text_config
+        init.normal_(module.linear.weight, std=text.initializer_range * math.sqrt(text.hidden_size / module.linear.in_features))
+    elif isinstance(module, SelfInitialised) and not isinstance(module, PaliGemmaPreTrainedModel):
+        module.init_weights()
+
+
+AutoConfig.register(MODEL_TYPE, ElasticPaliGemmaConfig)
+AutoModelForImageTextToText.register(ElasticPaliGemmaConfig, ElasticPaliGemmaForConditionalGeneration)
+# Checkpoints on the hub carry the key names of older releases. The stock classes rename them while loading; the rules are found by model
+# type for the whole model and by class name for the inner one, so both are registered for ours.
+register_checkpoint_conversion_mapping(MODEL_TYPE, get_checkpoint_conversion_mapping("paligemma"))
+register_checkpoint_conversion_mapping(ElasticPaliGemmaModel.__name__, get_checkpoint_conversion_mapping("PaliGemmaModel"))

@@ -1,0 +1,79 @@
+"""What every elastic processor does besides its transformers class: prompts whose image placeholders are the budget."""
+
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import BatchFeature
+
+
+class ElasticProcessor:
+    """Text and pixels of an elastic model: mixed into the transformers processor before it. Saved files stay those of the stock class."""
+
+    tokenizer: Any
+    batch_decode: Callable[..., list[str]]
+    save_pretrained: Callable[..., Any]
+    image_processor: Any
+    image_token: str
+    image_token_id: int
+
+    @property
+    def visual_offset(self) -> int:
+        """Tokens of a prompt before its image placeholders."""
+        return 0
+
+    @property
+    @abstractmethod
+    def image_size(self) -> int:
+        """Side of the square input image, pixels."""
+
+    @property
+    @abstractmethod
+    def num_patches(self) -> int:
+        """Patches of an image, N."""
+
+    @abstractmethod
+    def encode_prompts(self, texts: Sequence[str], *, with_image: bool = True) -> list[list[int]]:
+        """Token ids of whole prompts without image placeholders, which belong at `visual_offset`."""
+
+    def encode_answers(self, answers: Sequence[str]) -> list[list[int]]:
+        """Token ids of answers and the end after them."""
+        return list(self.tokenizer([answer + self.tokenizer.eos_token for answer in answers], add_special_tokens=False)["input_ids"])
+
+    def fitted(self, image: Image.Image) -> Image.Image:
+        """The image at the size of the model's input, as the image processor makes it."""
+        size = (self.image_size, self.image_size)
+        return image if image.size == size else image.resize(size, Image.Resampling.BICUBIC)
+
+    def prompts(self, texts: Sequence[str], num_images: int, *, num_visual_tokens: int, answers: Sequence[str] | None = None) -> BatchFeature:
+        """Prompts for visual tokens that are already there: left-padded for generation, or right-padded with answers whose likelihood is asked.
+
+        Args:
+            texts: the prompts, without placeholders.
+            num_images: images per prompt.
+            num_visual_tokens: placeholders per image; 0 writes none (the blind baseline).
+            answers: text after each prompt, its end included; None: nothing after it.
+
+        Returns:
+            input_ids, attention_mask, token_type_ids [B, S]; the token type of answers is 1.
+        """
+        placeholders = [self.image_token_id] * (num_images * num_visual_tokens)
+        at = self.visual_offset
+        prefixes = [ids[:at] + placeholders + ids[at:] for ids in self.encode_prompts(texts, with_image=bool(placeholders))]
+        suffixes = self.encode_answers(answers) if answers is not None else [[] for _ in prefixes]
+        length = max(len(prefix) + len(suffix) for prefix, suffix in zip(prefixes, suffixes, strict=True))
+        shape = (len(prefixes), length)
+        columns = {
+            "input_ids": torch.full(shape, self.tokenizer.pad_token_id),
+            "attention_mask": torch.zeros(shape, dtype=torch.int64),
+            "token_type_ids": torch.zeros(shape, dtype=torch.int64),
+        }
+        for row, (prefix, suffix) in enumerate(zip(prefixes, suffixes, strict=True)):
+            filled = len(prefix) + len(suffix)
+            start = 0 if answers is not None else length - filled
+            columns["input_ids"][row, start : start + filled] = torch.tensor(prefix + suffix)
+            columns["attention_mask"][row, start : start + filled] = 1
+            columns["token_type_ids"][row, start + len(prefix) : start + filled] = 1
+        return BatchFeature(columns)
