@@ -9,7 +9,6 @@ from parcelray.cluster.provenance import resolve_model
 from parcelray.config.evaluate import EvaluateJob
 from parcelray.config.loader import identity
 from parcelray.evaluation.predictor import BLIND
-from parcelray.models.backbones.base import read_connector
 from parcelray.models.processor import image_size_of
 from parcelray.models.vlm import config_of
 from parcelray.profiling.backbone_shapes import from_transformers_config
@@ -78,7 +77,7 @@ def evaluation_plan(job: EvaluateJob) -> EvaluationPlan:
         count = len(benchmark.task.rows) * max(1, len(first))
         images = len(first[0].images) if first else 1
         questions += count
-        costs = [cost(shape, read_connector(config.connector), budget, num_frames=images, num_text_tokens=32) for budget in budgets if budget != BLIND]
+        costs = [cost(shape, config.connector_config, budget, num_frames=images, num_text_tokens=32) for budget in budgets if budget != BLIND]
         if costs:
             vision = costs[0].vision_encoder
             flops += len(benchmark.task.rows) * vision + count * sum(each.total - each.vision_encoder for each in costs)

@@ -52,7 +52,7 @@ def connector_of(path: str | Path) -> Connector:
     """The connector of a checkpoint folder without its weights: what it is called and which budgets it can give."""
     config = config_of(path)
     with torch.device("meta"):
-        return connector_for(config.connector, config.vision_dims)
+        return connector_for(config.connector_config, config.vision_dims)
 
 
 def load_vlm(path: str | Path, *, connector: ConnectorConfig | None = None, seed: int = 0, **kwargs: Any) -> ElasticVLM:

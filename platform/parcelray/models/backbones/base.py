@@ -34,10 +34,10 @@ def read_connector(connector: dict[str, Any] | None) -> ConnectorConfig:
     return _CONNECTOR_ADAPTER.validate_python(connector or {"type": "identity"})
 
 
-def connector_for(connector: dict[str, Any] | None, dims: VisionDims) -> Connector:
-    """The connector of a model's configuration, built."""
+def connector_for(connector: ConnectorConfig, dims: VisionDims) -> Connector:
+    """The connector of a model with such a vision tower."""
     return build_connector(
-        read_connector(connector),
+        connector,
         hidden_size=dims.hidden_size,
         grid_size=dims.grid_size,
         mlp_width=dims.mlp_width,

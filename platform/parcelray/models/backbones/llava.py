@@ -23,8 +23,9 @@ from transformers.models.llava.modeling_llava import (
     LlavaPreTrainedModel,
 )
 
+from parcelray.config.connector import ConnectorConfig
 from parcelray.errors import UserError
-from parcelray.models.backbones.base import ElasticModel, ElasticVLM, SelfInitialised, connector_for
+from parcelray.models.backbones.base import ElasticModel, ElasticVLM, SelfInitialised, connector_for, read_connector
 from parcelray.models.connectors.base import VisionDims
 
 MODEL_TYPE = "elastic_llava"
@@ -39,6 +40,11 @@ class ElasticLlavaConfig(LlavaConfig):  # type: ignore[misc]
 
     model_type = MODEL_TYPE
     connector: dict[str, Any] | None = None
+
+    @property
+    def connector_config(self) -> ConnectorConfig:
+        """The connector's configuration, validated."""
+        return read_connector(self.connector)
 
     def __post_init__(self, **kwargs: Any) -> None:
         """Gives a convolutional tower the `hidden_size` that the stock projector asks for."""
@@ -79,7 +85,7 @@ class ElasticLlavaModel(ElasticModel, LlavaModel):  # type: ignore[misc]
 
     def __init__(self, config: ElasticLlavaConfig) -> None:
         super().__init__(config)
-        self.connector = connector_for(config.connector, config.vision_dims)
+        self.connector = connector_for(config.connector_config, config.vision_dims)
         self.post_init()
 
     @torch.no_grad()

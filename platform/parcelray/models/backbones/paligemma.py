@@ -23,7 +23,8 @@ from transformers.models.paligemma.modeling_paligemma import (
     PaliGemmaPreTrainedModel,
 )
 
-from parcelray.models.backbones.base import ElasticModel, ElasticVLM, SelfInitialised, connector_for
+from parcelray.config.connector import ConnectorConfig
+from parcelray.models.backbones.base import ElasticModel, ElasticVLM, SelfInitialised, connector_for, read_connector
 from parcelray.models.connectors.base import VisionDims
 
 MODEL_TYPE = "elastic_paligemma"
@@ -34,6 +35,11 @@ class ElasticPaliGemmaConfig(PaliGemmaConfig):  # type: ignore[misc]
 
     model_type = MODEL_TYPE
     connector: dict[str, Any] | None = None
+
+    @property
+    def connector_config(self) -> ConnectorConfig:
+        """The connector's configuration, validated."""
+        return read_connector(self.connector)
 
     @property
     def grid_size(self) -> int:
@@ -54,7 +60,7 @@ class ElasticPaliGemmaModel(ElasticModel, PaliGemmaModel):  # type: ignore[misc]
 
     def __init__(self, config: ElasticPaliGemmaConfig) -> None:
         super().__init__(config)
-        self.connector = connector_for(config.connector, config.vision_dims)
+        self.connector = connector_for(config.connector_config, config.vision_dims)
         self.post_init()
 
     @torch.no_grad()
