@@ -1,17 +1,23 @@
 """A small elastic model with random weights."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from parcelray.config.connector import ParcelConnectorConfig
-from parcelray.config.model import MiniModelConfig
+from parcelray.config.model import MiniLlavaModelConfig, MiniModelConfig
 from parcelray.models.backbones import ElasticVLM
 from parcelray.models.backbones.paligemma_processor import ElasticPaliGemmaProcessor
 from parcelray.models.mini import build_config, build_model, build_processor
 
 CONFIG = MiniModelConfig(
     vision_width=32, vision_layers=2, vision_heads=4, vision_mlp_width=64, text_width=48, text_layers=2, text_heads=2, text_kv_heads=1, text_mlp_width=64
+)
+MINI_LLAVA = MiniLlavaModelConfig(
+    vision_width=32, vision_layers=3, vision_heads=4, vision_mlp_width=64, text_width=48, text_layers=3, text_heads=2, text_kv_heads=1, text_mlp_width=64
 )
 CORPUS = ["what color is the circle", "how many red blue green 47", "which image has more"] * 20
 
@@ -20,6 +26,13 @@ def random_images(count: int, seed: int = 0) -> list[Image.Image]:
     """Seeded noise, 64 x 64."""
     rng = np.random.default_rng(seed)
     return [Image.fromarray(rng.integers(0, 255, (64, 64, 3), dtype=np.uint8)) for _ in range(count)]
+
+
+def write_tower_as_on_the_hub(folder: Path) -> None:
+    """Gives the vision tower's weights the names of the released checkpoints, which later versions of transformers shortened."""
+    weights = load_file(folder / "model.safetensors")
+    old = {key.replace("vision_tower.", "vision_tower.vision_model.", 1): value for key, value in weights.items()}
+    save_file(old, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,7 @@ from parcelray.models.backbones.paligemma_processor import ElasticPaliGemmaProce
 from parcelray.models.mini import build_config, build_model, build_processor, save_checkpoint
 from parcelray.models.vlm import load_vlm
 
-from .conftest import CONFIG, CORPUS, random_images
+from .conftest import CONFIG, CORPUS, random_images, write_tower_as_on_the_hub
 
 PROMPTS = ["what color is the circle", "how many"]
 
@@ -33,6 +33,7 @@ def stock_folder(tmp_path_factory: pytest.TempPathFactory, processor: Processor)
     torch.manual_seed(3)
     model = PaliGemmaForConditionalGeneration(config)
     model.save_pretrained(folder)
+    write_tower_as_on_the_hub(folder)
     weights = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     shards: dict[str, dict[str, Tensor]] = {"model-00001-of-00002.safetensors": {}, "model-00002-of-00002.safetensors": {}}

@@ -15,10 +15,25 @@ from parcelray.errors import SystemFailure, UserError
 from parcelray.evaluation.generation import GREEDY, GenerationSettings
 from parcelray.models.backbones import ElasticVLM
 from parcelray.models.backbones.processor_base import ElasticProcessor
-from parcelray.models.token_reduction import build_reducer
+from parcelray.models.reduced_decoder import ReducedDecoder, VisualTokens, encode_prompts
+from parcelray.models.token_reduction import TokenReducer, build_reducer
+from parcelray.models.token_reduction.base import unreduced
+from parcelray.models.token_reduction.context import ReductionContext
+from parcelray.models.token_reduction.encoder_view import EncoderView
 
 BLIND = 0
 """The budget of the blind baseline: no image, no visual tokens."""
+
+
+class Seen(NamedTuple):
+    """The visual tokens of one image."""
+
+    tokens_KL: Tensor
+    """Projected."""
+    places_K: Tensor
+    """Place of each in the patch grid, int64."""
+    sizes_K: Tensor
+    """Patches in each, int64."""
 
 
 class Answer(NamedTuple):
@@ -62,6 +77,17 @@ class Predictor:
         self._settings = settings
         self._device = torch.device(device)
         self._reducer = build_reducer(TypeAdapter(ReducerConfig).validate_json(settings.reducer)) if settings.reducer is not None else None
+        self._decoder: ReducedDecoder | None = None
+        if self._reducer is not None:
+            if model.connector.name != "identity":
+                raise UserError(
+                    f"A training-free reducer takes the patch tokens of a model without compression, and this one has the connector {model.connector.name}; "
+                    "evaluate it without a reducer, or give its vanilla base."
+                )
+            if self._reducer.reads == "prompt" or self._reducer.positions != "contiguous":
+                if settings.decoding == "beam":
+                    raise UserError(f"{self._reducer.name} with positions {self._reducer.positions} answers greedily or by likelihood, not by beam search.")
+                self._decoder = ReducedDecoder(model, self._reducer.positions)
 
     def generate(self, samples: Sequence[Sample], *, num_visual_tokens: int) -> list[str]:
         """Answers at one budget (0: blind), in the order of the samples."""
@@ -99,48 +125,60 @@ class Predictor:
                         answers[budget][index] = Answer("", 0, False, problem)
             good = [index for index in chunk if not answers[budgets[0]][index].problem]
             images = [image for image in decoded if any(image in samples[index].images for index in good)] if problems else list(decoded)
-            patches_UND = self._encode([decoded[image] for image in images]) if images and any(budget != BLIND for budget in budgets) else None
+            view = self._encode([decoded[image] for image in images]) if images and any(budget != BLIND for budget in budgets) else None
             for budget in budgets:
-                seen = self._see(images, patches_UND, budget)
+                seen = self._see(images, view, budget)
                 for indices in _batches(samples, good, self._batch_size):
                     for index, answer in zip(indices, self._decode([samples[index] for index in indices], seen, budget), strict=True):
                         answers[budget][index] = answer
         return answers
 
-    def _encode(self, images: Sequence[Image.Image]) -> Tensor:
+    def _encode(self, images: Sequence[Image.Image]) -> EncoderView:
         pixels = self._processor.image_processor(images, return_tensors="pt")["pixel_values"].to(self._device, self._model.dtype)
-        return self._model.model.encode_patches(pixels)
+        return EncoderView(self._model.model, pixels)
 
-    def _see(self, images: Sequence[bytes], patches_UND: Tensor | None, budget: int) -> dict[bytes, Tensor]:
-        """The visual tokens [K, L] of each image; none for the blind model."""
+    def _see(self, images: Sequence[bytes], view: EncoderView | None, budget: int) -> dict[bytes, Seen]:
+        """The visual tokens of each image as they enter the decoder; none for the blind model."""
         if budget == BLIND or not images:
             return {}
-        assert patches_UND is not None
+        assert view is not None
         if self._reducer is None:
-            tokens_UKL = self._model.model.compress(patches_UND, num_visual_tokens=budget)
+            reduction = unreduced(self._model.model.compress(view.patch_features_IND, num_visual_tokens=budget))
         else:
-            full_UNL = self._model.model.compress(patches_UND, num_visual_tokens=max(self._model.supported_budgets))
-            tokens_UKL = self._reducer(full_UNL, num_visual_tokens=budget).tokens_BKD
-        return dict(zip(images, tokens_UKL, strict=True))
+            full_UNL = self._model.model.compress(view.patch_features_IND, num_visual_tokens=max(self._model.supported_budgets))
+            # A reducer that reads the prompt is applied where there is one.
+            apply = self._reducer.reads != "prompt"
+            context = ReductionContext(encoder=view)
+            reduction = self._reducer(full_UNL, num_visual_tokens=budget, context=context) if apply else unreduced(full_UNL)
+        return {image: Seen(*each) for image, *each in zip(images, reduction.tokens_BKD, reduction.position_ids_BK, reduction.sizes_BK, strict=True)}
 
-    def _decode(self, batch: Sequence[Sample], seen: dict[bytes, Tensor], budget: int) -> list[Answer]:
+    def _decode(self, batch: Sequence[Sample], seen: dict[bytes, Seen], budget: int) -> list[Answer]:
         if self._settings.decoding == "likelihood":
             return self._choose(batch, seen, budget)
+        limit, end = self._settings.max_new_tokens, self._processor.tokenizer.eos_token_id
+        if self._decoder is not None and seen:
+            prompts = encode_prompts(self._processor, [sample.prompt for sample in batch], None, self._device)
+            new_BS = self._decoder.generate(
+                prompts, self._visual_of(batch, seen), max_new_tokens=limit, eos_token_id=end, reducer=self._prompt_reducer, budget=self._total(batch, budget)
+            )
+            return self._answers(new_BS)
         inputs: dict[str, Any] = dict(
             self._processor.prompts([sample.prompt for sample in batch], len(batch[0].images), num_visual_tokens=budget).to(self._device)
         )
         self._check_count(inputs["input_ids"], len(batch) * len(batch[0].images) * budget)
         inputs |= self._images_of(batch, seen)
-        limit = self._settings.max_new_tokens
         tokens_BS = self._model.generate(**inputs, max_new_tokens=limit, do_sample=False, num_beams=self._settings.num_beams)
-        new_BS = tokens_BS[:, inputs["input_ids"].shape[1] :]
+        return self._answers(tokens_BS[:, inputs["input_ids"].shape[1] :])
+
+    def _answers(self, new_BS: Tensor) -> list[Answer]:
+        limit = self._settings.max_new_tokens
         texts = self._processor.batch_decode(new_BS, skip_special_tokens=True)
         ended_BS = new_BS == self._processor.tokenizer.eos_token_id
         # What stands after the end is padding; without an end the answer is as long as it may be.
         lengths = torch.where(ended_BS.any(1), ended_BS.int().argmax(1) + 1, limit).tolist()
         return [Answer(str(text).strip(), length, not ended) for text, length, ended in zip(texts, lengths, ended_BS.any(1).tolist(), strict=True)]
 
-    def _choose(self, batch: Sequence[Sample], seen: dict[bytes, Tensor], budget: int) -> list[Answer]:
+    def _choose(self, batch: Sequence[Sample], seen: dict[bytes, Seen], budget: int) -> list[Answer]:
         """Of each sample's choices the likeliest: the one with the largest sum of log-probabilities of its tokens and of the end after it."""
         pairs = [(place, choice) for place, sample in enumerate(batch) for choice in _choices(sample)]
         scores: list[float] = []
@@ -148,20 +186,8 @@ class Predictor:
         size = max(1, self._batch_size // max(1, len(batch[0].images)))
         for start in range(0, len(pairs), size):
             part = pairs[start : start + size]
-            asked = [batch[place] for place, _ in part]
-            inputs = dict(
-                self._processor.prompts(
-                    [sample.prompt for sample in asked], len(asked[0].images), num_visual_tokens=budget, answers=[choice for _, choice in part]
-                ).to(self._device)
-            )
-            self._check_count(inputs["input_ids"], len(asked) * len(asked[0].images) * budget)
-            answers_BS = inputs["token_type_ids"].bool() & inputs["attention_mask"].bool()
-            first = int(answers_BS.int().argmax(1).min())
-            keep = answers_BS.shape[1] - first + 1
-            logits_BSV = self._model(**inputs, **self._images_of(asked, seen), logits_to_keep=keep, use_cache=False).logits.float()
-            taken_BS1 = inputs["input_ids"][:, first:, None]
-            logs_BS = logits_BSV[:, :-1].log_softmax(-1).gather(2, taken_BS1).squeeze(2)
-            scores += logs_BS.where(answers_BS[:, first:], 0.0).sum(1).tolist()
+            logs_BS, answers_BS = self._log_likelihoods([batch[place] for place, _ in part], [choice for _, choice in part], seen, budget)
+            scores += logs_BS.where(answers_BS, 0.0).sum(1).tolist()
             lengths += answers_BS.sum(1).tolist()
         best: dict[int, int] = {}
         for index, (place, _) in enumerate(pairs):
@@ -169,10 +195,45 @@ class Predictor:
                 best[place] = index
         return [Answer(pairs[best[place]][1], lengths[best[place]], False) for place in range(len(batch))]
 
-    def _images_of(self, batch: Sequence[Sample], seen: dict[bytes, Tensor]) -> dict[str, Any]:
+    def _log_likelihoods(self, batch: Sequence[Sample], answers: list[str], seen: dict[bytes, Seen], budget: int) -> tuple[Tensor, Tensor]:
+        """Log-probability of each token of an answer and of its end, [B, S], and which places are the answer's."""
+        texts = [sample.prompt for sample in batch]
+        if self._decoder is not None and seen:
+            prompts = encode_prompts(self._processor, texts, answers, self._device)
+            logits_BSV = self._decoder.logits(prompts, self._visual_of(batch, seen), reducer=self._prompt_reducer, budget=self._total(batch, budget)).float()
+            ids_BS, answers_BS = prompts.after_BT[:, 1:], (prompts.answer_BT & prompts.valid_BT)[:, 1:]
+        else:
+            inputs = dict(self._processor.prompts(texts, len(batch[0].images), num_visual_tokens=budget, answers=answers).to(self._device))
+            self._check_count(inputs["input_ids"], len(batch) * len(batch[0].images) * budget)
+            everywhere_BS = inputs["token_type_ids"].bool() & inputs["attention_mask"].bool()
+            first = int(everywhere_BS.int().argmax(1).min())
+            keep = everywhere_BS.shape[1] - first + 1
+            logits_BSV = self._model(**inputs, **self._images_of(batch, seen), logits_to_keep=keep, use_cache=False).logits.float()
+            ids_BS, answers_BS = inputs["input_ids"][:, first:], everywhere_BS[:, first:]
+        return logits_BSV[:, :-1].log_softmax(-1).gather(2, ids_BS[:, :, None]).squeeze(2), answers_BS
+
+    @property
+    def _prompt_reducer(self) -> TokenReducer | None:
+        return self._reducer if self._reducer is not None and self._reducer.reads == "prompt" else None
+
+    def _total(self, batch: Sequence[Sample], budget: int) -> int:
+        """Visual tokens of a prompt with all its images."""
+        return budget * len(batch[0].images)
+
+    def _visual_of(self, batch: Sequence[Sample], seen: dict[bytes, Seen]) -> VisualTokens:
+        """Visual tokens of each prompt, images after each other, places counted on from image to image."""
+        patches = self._processor.num_patches
+        rows = [[seen[image] for image in sample.images] for sample in batch]
+        return VisualTokens(
+            torch.stack([torch.cat([each.tokens_KL for each in row]) for row in rows]),
+            torch.stack([torch.cat([each.places_K + number * patches for number, each in enumerate(row)]) for row in rows]),
+            torch.stack([torch.cat([each.sizes_K for each in row]) for row in rows]),
+        )
+
+    def _images_of(self, batch: Sequence[Sample], seen: dict[bytes, Seen]) -> dict[str, Any]:
         if not seen:
             return {}
-        return self._model.image_inputs(torch.stack([seen[image] for sample in batch for image in sample.images]))
+        return self._model.image_inputs(torch.stack([seen[image].tokens_KL for sample in batch for image in sample.images]))
 
     def _check_count(self, input_ids_BS: Tensor, expected: int) -> None:
         found = int((input_ids_BS == self._model.config.image_token_id).sum())

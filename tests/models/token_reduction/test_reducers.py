@@ -116,7 +116,7 @@ def test_the_order_changes_nothing_but_the_order(tokens: Tensor) -> None:
 
 
 def test_random_places_are_those_of_the_seed(tokens: Tensor) -> None:
-    first, again, other = (RandomSampling(seed)(tokens, num_visual_tokens=20).position_ids_BK for seed in (1, 1, 2))
+    first, again, other = (RandomSampling(seed=seed)(tokens, num_visual_tokens=20).position_ids_BK for seed in (1, 1, 2))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
 
@@ -124,7 +124,7 @@ def test_random_places_are_those_of_the_seed(tokens: Tensor) -> None:
 def test_random_places_are_uniform(tokens: Tensor) -> None:
     counts = np.zeros(64)
     for seed in range(400):
-        counts[RandomSampling(seed)(tokens[:1], num_visual_tokens=16).position_ids_BK[0].numpy()] += 1
+        counts[RandomSampling(seed=seed)(tokens[:1], num_visual_tokens=16).position_ids_BK[0].numpy()] += 1
     # Each place is drawn with probability 1/4: 100 +- 8.7 of 400.
     assert abs(counts - 100).max() < 4.5 * 8.7
 

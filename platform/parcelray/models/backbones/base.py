@@ -56,8 +56,25 @@ class ElasticModel(nn.Module):
     get_input_embeddings: Callable[[], nn.Module]
     post_init: Callable[[], None]
 
-    vision_options: ClassVar[dict[str, Any]] = {}
-    """What the vision tower is asked for."""
+    @property
+    def vision_options(self) -> dict[str, Any]:
+        """What the vision tower is asked for."""
+        return {}
+
+    @property
+    @abstractmethod
+    def feature_layer(self) -> int | None:
+        """Layer of the vision tower, counted from 0, whose output the patch features are; None: a tower without attention."""
+
+    @property
+    def features_are_normed(self) -> bool:
+        """Whether the patch features pass the vision tower's last norm."""
+        return False
+
+    @property
+    def has_class_token(self) -> bool:
+        """Whether a class token stands before the patches in the vision tower."""
+        return False
 
     @abstractmethod
     def patch_features(self, outputs: Any) -> Tensor:
@@ -144,6 +161,8 @@ class ElasticVLM(nn.Module):
     get_input_embeddings: Callable[[], nn.Module]
     post_init: Callable[[], None]
 
+    reads_both_ways: ClassVar[bool]
+    """Whether the prompt's tokens also attend to those after them."""
     layer_classes: ClassVar[tuple[str, ...]]
     """Names of the layers that sharded training wraps."""
 

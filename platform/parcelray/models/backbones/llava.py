@@ -48,6 +48,8 @@ class ElasticLlavaConfig(LlavaConfig):  # type: ignore[misc]
 
     def __post_init__(self, **kwargs: Any) -> None:
         """Gives a convolutional tower the `hidden_size` that the stock projector asks for."""
+        # A stock checkpoint's, which would hide this class's own.
+        kwargs.pop("model_type", None)
         super().__post_init__(**kwargs)
         if self.convolutional:
             self.vision_config.hidden_size = self.vision_config.hidden_sizes[-1]
@@ -81,7 +83,6 @@ class ElasticLlavaModel(ElasticModel, LlavaModel):  # type: ignore[misc]
     """LLaVA without its language-model head, with a connector between vision tower and projector."""
 
     config: ElasticLlavaConfig
-    vision_options = {"output_hidden_states": True}  # noqa: RUF012 - a ClassVar of the base
 
     def __init__(self, config: ElasticLlavaConfig) -> None:
         super().__init__(config)
@@ -91,6 +92,24 @@ class ElasticLlavaModel(ElasticModel, LlavaModel):  # type: ignore[misc]
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         _init_elastic_weights(self, module)
+
+    @property
+    def vision_options(self) -> dict[str, Any]:
+        """The one layer whose output is used; the others are not kept."""
+        return {} if self.config.convolutional else {"output_hidden_states": self.config.vision_feature_layer}
+
+    @property
+    def feature_layer(self) -> int | None:
+        """See `ElasticModel`."""
+        if self.config.convolutional:
+            return None
+        # Of a model with L layers there are L + 1 hidden states, the first one before them all.
+        return int(self.config.vision_feature_layer % (self.config.vision_config.num_hidden_layers + 1)) - 1
+
+    @property
+    def has_class_token(self) -> bool:
+        """See `ElasticModel`."""
+        return not self.config.convolutional and bool(self.config.vision_feature_select_strategy == "default")
 
     def patch_features(self, outputs: Any) -> Tensor:
         """See `ElasticModel`."""
@@ -118,6 +137,7 @@ class ElasticLlavaForConditionalGeneration(ElasticVLM, LlavaForConditionalGenera
 
     config_class = ElasticLlavaConfig
     config: ElasticLlavaConfig
+    reads_both_ways = False
     layer_classes = ("CLIPEncoderLayer", "LlamaDecoderLayer")
 
     def __init__(self, config: ElasticLlavaConfig) -> None:

@@ -67,6 +67,16 @@ class ElasticPaliGemmaModel(ElasticModel, PaliGemmaModel):  # type: ignore[misc]
     def _init_weights(self, module: nn.Module) -> None:
         _init_elastic_weights(self, module)
 
+    @property
+    def feature_layer(self) -> int:
+        """See `ElasticModel`."""
+        return int(self.config.vision_config.num_hidden_layers) - 1
+
+    @property
+    def features_are_normed(self) -> bool:
+        """See `ElasticModel`."""
+        return True
+
     def patch_features(self, outputs: Any) -> Tensor:
         """See `ElasticModel`."""
         return cast(Tensor, outputs.last_hidden_state)
@@ -82,6 +92,7 @@ class ElasticPaliGemmaForConditionalGeneration(ElasticVLM, PaliGemmaForCondition
 
     config_class = ElasticPaliGemmaConfig
     config: ElasticPaliGemmaConfig
+    reads_both_ways = True
     layer_classes = ("SiglipEncoderLayer", "Gemma2DecoderLayer")
 
     def __init__(self, config: ElasticPaliGemmaConfig) -> None:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from parcelray.models.token_reduction.base import Reduction, TokenReducer, grid_side
+from parcelray.models.token_reduction.context import ReductionContext
 from parcelray.models.token_reduction.kmeans import cluster_sums
 
 
@@ -13,13 +14,13 @@ from parcelray.models.token_reduction.kmeans import cluster_sums
 class AveragePooling(TokenReducer):
     """Means of rectangular cells; the budget must be a square number, and the cells differ by one patch a side at most."""
 
-    name: str = "average_pooling"
+    name = "average_pooling"
 
     def supported_budgets(self, num_tokens: int) -> tuple[int, ...]:
         """The squares up to N."""
         return tuple(side * side for side in range(1, grid_side(num_tokens) + 1))
 
-    def reduce(self, tokens_BND: Tensor, num_visual_tokens: int) -> Reduction:
+    def reduce(self, tokens_BND: Tensor, num_visual_tokens: int, context: ReductionContext) -> Reduction:
         """See `TokenReducer`."""
         batch, num_tokens, _ = tokens_BND.shape
         side, cells = grid_side(num_tokens), grid_side(num_visual_tokens)

@@ -2,15 +2,22 @@
 
 import math
 from abc import ABC, abstractmethod
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from parcelray.config.reducer import Positions
 from parcelray.errors import UnsupportedBudgetError, UserError
+from parcelray.models.token_reduction.context import NO_CONTEXT, ReductionContext
+from parcelray.models.token_reduction.encoder_view import EncoderView
 
 DROPPED = -1
 """Assignment of a token that is in no output token."""
+
+Reads = Literal["tokens", "encoder", "prompt"]
+"""The most that a reducer looks at: the tokens alone, the vision tower's run, or the prompt and the decoder."""
 
 
 class Reduction(NamedTuple):
@@ -19,27 +26,34 @@ class Reduction(NamedTuple):
     tokens_BKD: Tensor
     """The tokens for the decoder, in the order of their position unless the reducer says otherwise."""
     position_ids_BK: Tensor
-    """Place in the patch grid, row by row, of each output token, int64; of a merged one, of its member nearest to their mean place."""
+    """Place among the input tokens (in the patch grid, row by row) of each output token, int64; of a merged one, of one of its members."""
     sizes_BK: Tensor
     """Input tokens in each output token, int64."""
     assignment_BN: Tensor
     """Output token of each input token, int64; `DROPPED`: none."""
 
 
+@dataclass(frozen=True)
 class TokenReducer(ABC):
     """Reduces the visual tokens of each image, after the projector and before the decoder, without any training.
 
     It has no parameters, runs over a batch without a loop over its images, and gives an image the same tokens in any batch.
+
+    Args:
+        positions: which rotary positions the decoder gives the tokens that are left.
     """
 
-    name: str
+    positions: Positions = "contiguous"
 
-    def __call__(self, tokens_BND: Tensor, *, num_visual_tokens: int) -> Reduction:
+    name: ClassVar[str]
+
+    def __call__(self, tokens_BND: Tensor, *, num_visual_tokens: int, context: ReductionContext = NO_CONTEXT) -> Reduction:
         """Reduces.
 
         Args:
             tokens_BND: projected visual tokens, N of them in a square grid, row by row.
             num_visual_tokens: the budget K, 1 to N. At N every reducer returns the tokens as they are.
+            context: what the reducer `reads` besides the tokens.
 
         Raises:
             UnsupportedBudgetError: the reducer cannot give K of N tokens.
@@ -53,14 +67,19 @@ class TokenReducer(ABC):
             raise UserError(f"{self.name} got tokens that are not finite (NaN or infinite); check the model's precision.")
         if num_visual_tokens == num_tokens:
             return unreduced(tokens_BND)
-        return self.reduce(tokens_BND, num_visual_tokens)
+        return self.reduce(tokens_BND, num_visual_tokens, context)
+
+    @property
+    def reads(self) -> Reads:
+        """What the context has to hold."""
+        return "tokens"
 
     def supported_budgets(self, num_tokens: int) -> tuple[int, ...]:
         """Legal budgets of N tokens, ascending."""
         return tuple(range(1, num_tokens + 1))
 
     @abstractmethod
-    def reduce(self, tokens_BND: Tensor, num_visual_tokens: int) -> Reduction:
+    def reduce(self, tokens_BND: Tensor, num_visual_tokens: int, context: ReductionContext) -> Reduction:
         """Reduces N tokens to fewer; the arguments are legal."""
 
 
@@ -78,12 +97,38 @@ def selection(tokens_BND: Tensor, kept_BK: Tensor) -> Reduction:
         tokens_BND: all.
         kept_BK: different places, in the order of the output.
     """
-    batch, num_tokens, width = tokens_BND.shape
+    batch, num_tokens = tokens_BND.shape[:2]
     assignment_BN = torch.full((batch, num_tokens), DROPPED, dtype=torch.int64, device=tokens_BND.device)
     numbers_BK = torch.arange(kept_BK.shape[1], device=tokens_BND.device).expand(batch, -1)
     assignment_BN.scatter_(1, kept_BK, numbers_BK)
-    tokens_BKD = tokens_BND.gather(1, kept_BK[:, :, None].expand(-1, -1, width))
-    return Reduction(tokens_BKD, kept_BK, torch.ones_like(kept_BK), assignment_BN)
+    return Reduction(taken(tokens_BND, kept_BK), kept_BK, torch.ones_like(kept_BK), assignment_BN)
+
+
+def best(scores_BN: Tensor, count: int) -> Tensor:
+    """Places of the highest scores, ascending, [B, count]; of equal scores the first ones."""
+    return scores_BN.sort(dim=1, descending=True, stable=True).indices[:, :count].sort(dim=1).values
+
+
+def taken(tokens_BND: Tensor, places_BK: Tensor) -> Tensor:
+    """The tokens at some places: [B, K, D]."""
+    return tokens_BND.gather(1, places_BK[:, :, None].expand(-1, -1, tokens_BND.shape[2]))
+
+
+def others(kept_BK: Tensor, num_tokens: int) -> Tensor:
+    """The places that are not kept, ascending: [B, N - K]."""
+    kept_BN = torch.zeros(kept_BK.shape[0], num_tokens, dtype=torch.int8, device=kept_BK.device).scatter_(1, kept_BK, 1)
+    return kept_BN.argsort(dim=1, stable=True)[:, : num_tokens - kept_BK.shape[1]]
+
+
+def encoder_of(context: ReductionContext, name: str) -> EncoderView:
+    """The run of the vision tower.
+
+    Raises:
+        ValueError: the context has none.
+    """
+    if context.encoder is None:
+        raise ValueError(f"{name} reads the vision tower; give it a context with an encoder")
+    return context.encoder
 
 
 def grid_side(num_tokens: int) -> int:

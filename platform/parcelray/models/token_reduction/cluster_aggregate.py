@@ -12,7 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from parcelray.models.token_reduction.base import Reduction, TokenReducer
+from parcelray.models.token_reduction.context import ReductionContext
 from parcelray.models.token_reduction.kmeans import Seeding, cluster_sums, kmeans
+from parcelray.models.token_reduction.merging import in_order, reordered
 
 
 @dataclass(frozen=True)
@@ -34,9 +36,9 @@ class ClusterAggregate(TokenReducer):
     seeding: Seeding = "greedy"
     max_iterations: int = 20
     seed: int = 0
-    name: str = "cluster_aggregate"
+    name = "cluster_aggregate"
 
-    def reduce(self, tokens_BND: Tensor, num_visual_tokens: int) -> Reduction:
+    def reduce(self, tokens_BND: Tensor, num_visual_tokens: int, context: ReductionContext) -> Reduction:
         """See `TokenReducer`."""
         features_BND = F.normalize(tokens_BND.float(), dim=2) if self.metric == "cosine" else tokens_BND
         clusters = kmeans(features_BND, num_visual_tokens, seed=self.seed, seeding=self.seeding, max_iterations=self.max_iterations)
@@ -45,9 +47,9 @@ class ClusterAggregate(TokenReducer):
         totals_BK1 = cluster_sums(weights_BN1, clusters.assignment_BN, num_visual_tokens).clamp(min=torch.finfo(torch.float32).tiny)
         merged = Reduction((sums_BKD / totals_BK1).to(tokens_BND.dtype), *_places(clusters.assignment_BN, clusters.sizes_BK))
         if self.order == "position":
-            return _ordered(merged, merged.position_ids_BK.argsort(dim=1, stable=True))
+            return in_order(merged)
         drawn_K = torch.randperm(num_visual_tokens, generator=torch.Generator().manual_seed(self.seed))
-        return _ordered(merged, drawn_K.to(tokens_BND.device).expand(tokens_BND.shape[0], -1))
+        return reordered(merged, drawn_K.to(tokens_BND.device).expand(tokens_BND.shape[0], -1))
 
 
 def _places(assignment_BN: Tensor, sizes_BK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -57,13 +59,3 @@ def _places(assignment_BN: Tensor, sizes_BK: Tensor) -> tuple[Tensor, Tensor, Te
     gaps_BN = (places_BN1.squeeze(2) - means_BK.gather(1, assignment_BN)).abs()
     members_BKN = assignment_BN[:, None] == torch.arange(sizes_BK.shape[1], device=assignment_BN.device)[None, :, None]
     return gaps_BN[:, None].masked_fill(~members_BKN, torch.inf).argmin(dim=2), sizes_BK, assignment_BN
-
-
-def _ordered(merged: Reduction, order_BK: Tensor) -> Reduction:
-    rank_BK = order_BK.argsort(dim=1)
-    return Reduction(
-        merged.tokens_BKD.gather(1, order_BK[:, :, None].expand_as(merged.tokens_BKD)),
-        merged.position_ids_BK.gather(1, order_BK),
-        merged.sizes_BK.gather(1, order_BK),
-        rank_BK.gather(1, merged.assignment_BN),
-    )

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from parcelray.models.token_reduction.base import Reduction, TokenReducer, selection
+from parcelray.models.token_reduction.context import ReductionContext
 
 
 @dataclass(frozen=True)
@@ -17,9 +18,9 @@ class RandomSampling(TokenReducer):
     """
 
     seed: int = 0
-    name: str = "random_sampling"
+    name = "random_sampling"
 
-    def reduce(self, tokens_BND: Tensor, num_visual_tokens: int) -> Reduction:
+    def reduce(self, tokens_BND: Tensor, num_visual_tokens: int, context: ReductionContext) -> Reduction:
         """See `TokenReducer`."""
         generator = torch.Generator().manual_seed(self.seed)
         kept_K = torch.randperm(tokens_BND.shape[1], generator=generator)[:num_visual_tokens].sort().values

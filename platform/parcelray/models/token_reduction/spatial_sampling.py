@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from parcelray.models.token_reduction.base import Reduction, TokenReducer, grid_side, selection
+from parcelray.models.token_reduction.context import ReductionContext
 
 
 @dataclass(frozen=True)
@@ -17,9 +18,9 @@ class SpatialSampling(TokenReducer):
     preferred.
     """
 
-    name: str = "spatial_sampling"
+    name = "spatial_sampling"
 
-    def reduce(self, tokens_BND: Tensor, num_visual_tokens: int) -> Reduction:
+    def reduce(self, tokens_BND: Tensor, num_visual_tokens: int, context: ReductionContext) -> Reduction:
         """See `TokenReducer`."""
         kept = even_places(grid_side(tokens_BND.shape[1]), num_visual_tokens)
         return selection(tokens_BND, torch.tensor(kept, device=tokens_BND.device).expand(tokens_BND.shape[0], -1))

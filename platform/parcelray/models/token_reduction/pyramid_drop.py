@@ -1,0 +1,44 @@
+"""PyramidDrop (CVPR 2025, arXiv 2410.17247): after each quarter of the decoder the same share of the visual tokens is left."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from parcelray.models.token_reduction.base import Reduction, best, selection
+from parcelray.models.token_reduction.context import ReductionContext
+from parcelray.models.token_reduction.in_decoder import InDecoderReducer, Stage, mean_tokens
+from parcelray.models.token_reduction.saliency import prompt_of
+
+_QUARTERS = 4
+_BISECTIONS = 60
+
+
+@dataclass(frozen=True)
+class PyramidDrop(InDecoderReducer):
+    """Stages after every quarter of the layers, ranked by the prompt's last token with the projections of the layer that follows.
+
+    Published with half of the tokens left each time; here the share is what makes the mean over the layers the budget.
+    """
+
+    name = "pyramid_drop"
+
+    def stages(self, num_layers: int, num_tokens: int, budget: int) -> tuple[Stage, ...]:
+        """See `InDecoderReducer`; of a decoder with fewer than four layers, stages at the same layer are one."""
+        layers = sorted({-(-quarter * num_layers // _QUARTERS) for quarter in range(1, _QUARTERS)} & set(range(1, num_layers)))
+
+        def at(share: float) -> tuple[Stage, ...]:
+            return tuple(Stage(layer, max(1, int(num_tokens * share ** (number + 1))), layer) for number, layer in enumerate(layers))
+
+        if not layers or mean_tokens(at(0.0), num_layers, num_tokens) > budget:
+            first = layers[0] if layers else num_layers
+            raise self.refused(budget, -(-(first * num_tokens + num_layers - first) // num_layers), num_tokens)
+        low, high = 0.0, 1.0
+        for _ in range(_BISECTIONS):
+            middle = (low + high) / 2
+            low, high = (middle, high) if mean_tokens(at(middle), num_layers, num_tokens) <= budget else (low, middle)
+        return tuple(stage for stage in at(low) if stage.num_tokens < num_tokens)
+
+    def reduce(self, tokens_BND: Tensor, num_visual_tokens: int, context: ReductionContext) -> Reduction:
+        """See `TokenReducer`."""
+        scores_BN = prompt_of(context, self.name).attention(-1).mean(dim=1)[:, -1]
+        return selection(tokens_BND, best(scores_BN, num_visual_tokens))

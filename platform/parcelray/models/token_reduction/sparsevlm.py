@@ -1,0 +1,107 @@
+"""SparseVLM (ICML 2025, arXiv 2410.04417): three stages, ranked by the words that matter for the image, with recycling of what is pruned."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from parcelray.models.token_reduction.base import Reduction, best, others, taken
+from parcelray.models.token_reduction.context import PromptView, ReductionContext
+from parcelray.models.token_reduction.in_decoder import InDecoderReducer, Stage, mean_tokens
+from parcelray.models.token_reduction.kmeans import cluster_sums
+from parcelray.models.token_reduction.saliency import prompt_of
+
+_LAYERS, _OF_LAYERS, _OF_TOKENS = (2, 6, 15), 32, 576
+_SCHEDULES: dict[int, tuple[int, int, int]] = {192: (300, 200, 110), 128: (303, 110, 36), 64: (66, 30, 17)}
+"""Tokens left after each stage, by budget, as published for 32 layers and 576 tokens."""
+_RECYCLED_SHARE, _TOKENS_A_CLUSTER, _NEIGHBOURS = 0.3, 10, 5
+
+
+@dataclass(frozen=True)
+class SparseVLM(InDecoderReducer):
+    """Stages at 2, 6 and 15 of 32 layers, ranked by the attention of the raters, mean over heads.
+
+    Raters are the words that see the image: with the softmax over words of the inner product of visual and text embeddings, those whose mean
+    over the visual tokens is above the mean of all words. Of the tokens that a stage drops, the best 30 % are recycled: density peaks
+    (Rodriguez and Laio, Science 2014; k nearest neighbours) cluster them, ten a cluster, and the clusters' means follow the kept tokens. They
+    are part of the stage's number.
+    """
+
+    name = "sparsevlm"
+
+    def stages(self, num_layers: int, num_tokens: int, budget: int) -> tuple[Stage, ...]:
+        """See `InDecoderReducer`: the published schedule of the nearest budget, at the same depths, scaled to the mean that is asked for."""
+        share = budget / num_tokens
+        pattern = _SCHEDULES[min(_SCHEDULES, key=lambda known: abs(known / _OF_TOKENS - share))]
+        wanted: dict[int, float] = {}
+        for layer, left in zip(_LAYERS, pattern, strict=True):
+            # Stages that a shallow decoder cannot tell apart are one, the last of them.
+            wanted[min(num_layers - 1, max(1, round(layer * num_layers / _OF_LAYERS)))] = left / _OF_TOKENS
+
+        def at(scale: float) -> tuple[Stage, ...]:
+            return tuple(Stage(layer, max(1, min(num_tokens, int(num_tokens * left * scale))), layer) for layer, left in wanted.items())
+
+        if mean_tokens(at(0.0), num_layers, num_tokens) > budget:
+            first = min(wanted)
+            raise self.refused(budget, -(-(first * num_tokens + num_layers - first) // num_layers), num_tokens)
+        low, high = 0.0, 1 / min(wanted.values())
+        for _ in range(60):
+            middle = (low + high) / 2
+            low, high = (middle, high) if mean_tokens(at(middle), num_layers, num_tokens) <= budget else (low, middle)
+        return tuple(stage for stage in at(low) if stage.num_tokens < num_tokens)
+
+    def reduce(self, tokens_BND: Tensor, num_visual_tokens: int, context: ReductionContext) -> Reduction:
+        """See `TokenReducer`."""
+        prompt = prompt_of(context, self.name)
+        raters_BT = raters(prompt)
+        attention_BTN = prompt.attention(-1).mean(dim=1)
+        scores_BN = (attention_BTN * raters_BT[:, :, None]).sum(dim=1) / raters_BT.sum(dim=1, keepdim=True)
+        return recycled(tokens_BND, scores_BN, num_visual_tokens)
+
+
+def raters(prompt: PromptView) -> Tensor:
+    """The words that rate: bool [B, T], at least one a prompt."""
+    products_BVT = prompt.visual_BVL.float() @ prompt.embeddings_BTL.float().transpose(1, 2)
+    shares_BT = products_BVT.masked_fill(~prompt.valid_BT[:, None], -torch.inf).softmax(dim=2).mean(dim=1)
+    mean_B1 = shares_BT.sum(dim=1, keepdim=True) / prompt.valid_BT.sum(dim=1, keepdim=True)
+    # All words equal: all of them rate.
+    return (shares_BT >= mean_B1) & prompt.valid_BT
+
+
+def recycled(tokens_BND: Tensor, scores_BN: Tensor, count: int) -> Reduction:
+    """The best tokens in order, then means of clusters of the best that are dropped; `count` in all."""
+    batch, num_tokens, _ = tokens_BND.shape
+    num_recycled = int(_RECYCLED_SHARE * (num_tokens - count))
+    num_clusters = min(num_recycled, num_recycled // _TOKENS_A_CLUSTER + 1, count - 1)
+    kept_BK = best(scores_BN, count - num_clusters)
+    rest_BR = others(kept_BK, num_tokens)
+    order_BR = scores_BN.gather(1, rest_BR).argsort(dim=1, descending=True, stable=True)
+    recycled_BM = rest_BR.gather(1, order_BR[:, :num_recycled])
+    numbers_BK = torch.arange(kept_BK.shape[1], device=kept_BK.device).expand_as(kept_BK)
+    assignment_BN = torch.full((batch, num_tokens), -1, dtype=torch.int64, device=kept_BK.device).scatter_(1, kept_BK, numbers_BK)
+    tokens, places, sizes = [taken(tokens_BND, kept_BK)], [kept_BK], [torch.ones_like(kept_BK)]
+    if num_clusters > 0:
+        members_BMD = taken(tokens_BND, recycled_BM).float()
+        centres_BC, cluster_BM = density_peaks(members_BMD, num_clusters)
+        sizes_BC = torch.zeros_like(centres_BC).scatter_add_(1, cluster_BM, torch.ones_like(cluster_BM))
+        tokens.append((cluster_sums(members_BMD, cluster_BM, num_clusters) / sizes_BC[:, :, None]).to(tokens_BND.dtype))
+        places.append(recycled_BM.gather(1, centres_BC))
+        sizes.append(sizes_BC)
+        assignment_BN.scatter_(1, recycled_BM, cluster_BM + kept_BK.shape[1])
+    return Reduction(torch.cat(tokens, dim=1), torch.cat(places, dim=1), torch.cat(sizes, dim=1), assignment_BN)
+
+
+def density_peaks(tokens_BMD: Tensor, num_clusters: int) -> tuple[Tensor, Tensor]:
+    """Centres int64 [B, C] and the cluster of each token [B, M]: the nearest centre."""
+    num_tokens, width = tokens_BMD.shape[1:]
+    distances_BMM = torch.cdist(tokens_BMD, tokens_BMD) / width**0.5
+    near_BMk = distances_BMM.topk(min(_NEIGHBOURS, num_tokens), dim=2, largest=False).values
+    density_BM = (-near_BMk.square().mean(dim=2)).exp()
+    denser_BMM = density_BM[:, None, :] > density_BM[:, :, None]
+    gap_BM = distances_BMM.masked_fill(~denser_BMM, torch.inf).amin(dim=2)
+    # The densest one has no denser neighbour: it is as far from one as any token is.
+    gap_BM = torch.where(gap_BM.isinf(), distances_BMM.amax(dim=(1, 2))[:, None], gap_BM)
+    centres_BC = (density_BM * gap_BM).sort(dim=1, descending=True, stable=True).indices[:, :num_clusters]
+    cluster_BM = distances_BMM.gather(2, centres_BC[:, None].expand(-1, num_tokens, -1)).argmin(dim=2)
+    numbers_BC = torch.arange(num_clusters, device=centres_BC.device).expand_as(centres_BC)
+    return centres_BC, cluster_BM.scatter_(1, centres_BC, numbers_BC)
