@@ -136,6 +136,8 @@ class PyramidDropConfig(_ReducerConfig):
     """Drops a share of the visual tokens after each quarter of the decoder (PyramidDrop, CVPR 2025); the budget is the mean over the layers."""
 
     type: Literal["pyramid_drop"] = "pyramid_drop"
+    first_layer: int | None = Field(default=None, ge=1)
+    """Layer of the decoder at the first of the three stages; null: a quarter of the layers."""
 
 
 class SparseVLMConfig(_ReducerConfig):

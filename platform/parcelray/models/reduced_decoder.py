@@ -332,7 +332,8 @@ class ReducedDecoder:
     def _rotary_decay(self, longest: int) -> Tensor:
         """D of each distance: the mean cosine of the rotary angles, 1 at 0."""
         frequencies = self._text.rotary_emb.inv_freq.float()
-        return (torch.arange(longest + 1, device=frequencies.device)[:, None] * frequencies).cos().mean(dim=1)
+        decay: Tensor = (torch.arange(longest + 1, device=frequencies.device)[:, None] * frequencies).cos().mean(dim=1)
+        return decay
 
     def _is_sliding(self, index: int) -> bool:
         return getattr(self._layers[index].self_attn, "sliding_window", None) is not None

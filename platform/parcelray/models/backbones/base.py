@@ -159,6 +159,7 @@ class ElasticVLM(nn.Module):
     generate: Callable[..., Any]
     save_pretrained: Callable[..., Any]
     get_input_embeddings: Callable[[], nn.Module]
+    set_attn_implementation: Callable[[str], None]
     post_init: Callable[[], None]
 
     reads_both_ways: ClassVar[bool]

@@ -1,15 +1,17 @@
 """PyramidDrop (CVPR 2025, arXiv 2410.17247): after each quarter of the decoder the same share of the visual tokens is left."""
 
+import math
 from dataclasses import dataclass
 
 from torch import Tensor
 
+from parcelray.config.reducer import Positions
 from parcelray.models.token_reduction.base import Reduction, best, selection
 from parcelray.models.token_reduction.context import ReductionContext
 from parcelray.models.token_reduction.in_decoder import InDecoderReducer, Stage, mean_tokens
 from parcelray.models.token_reduction.saliency import prompt_of
 
-_QUARTERS = 4
+_STAGES_AND_ONE = 4
 _BISECTIONS = 60
 
 
@@ -18,20 +20,28 @@ class PyramidDrop(InDecoderReducer):
     """Stages after every quarter of the layers, ranked by the prompt's last token with the projections of the layer that follows.
 
     Published with half of the tokens left each time; here the share is what makes the mean over the layers the budget.
+
+    Args:
+        positions: see `TokenReducer`.
+        first_layer: of the first of three stages at even distances, for budgets below a quarter of the tokens; None: after the first quarter.
     """
 
+    positions: Positions = "contiguous"
+    first_layer: int | None = None
     name = "pyramid_drop"
 
     def stages(self, num_layers: int, num_tokens: int, budget: int) -> tuple[Stage, ...]:
         """See `InDecoderReducer`; of a decoder with fewer than four layers, stages at the same layer are one."""
-        layers = sorted({-(-quarter * num_layers // _QUARTERS) for quarter in range(1, _QUARTERS)} & set(range(1, num_layers)))
+        first = num_layers / _STAGES_AND_ONE if self.first_layer is None else self.first_layer
+        step = (num_layers - first) / (_STAGES_AND_ONE - 1)
+        layers = sorted({math.ceil(first + number * step) for number in range(_STAGES_AND_ONE - 1)} & set(range(1, num_layers)))
 
         def at(share: float) -> tuple[Stage, ...]:
             return tuple(Stage(layer, max(1, int(num_tokens * share ** (number + 1))), layer) for number, layer in enumerate(layers))
 
         if not layers or mean_tokens(at(0.0), num_layers, num_tokens) > budget:
-            first = layers[0] if layers else num_layers
-            raise self.refused(budget, -(-(first * num_tokens + num_layers - first) // num_layers), num_tokens)
+            full = layers[0] if layers else num_layers
+            raise self.refused(budget, -(-(full * num_tokens + num_layers - full) // num_layers), num_tokens)
         low, high = 0.0, 1.0
         for _ in range(_BISECTIONS):
             middle = (low + high) / 2

@@ -7,6 +7,7 @@ methods use, each said so. `class_attention` is HiRED's selection for one image 
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from parcelray.errors import UserError
@@ -51,10 +52,9 @@ class Saliency(TokenReducer):
     def scores(self, tokens_BND: Tensor, context: ReductionContext) -> Tensor:
         """How salient each token is: [B, N], higher is more."""
         if self.definition == "norm":
-            return tokens_BND.float().norm(dim=2)
+            return torch.linalg.vector_norm(tokens_BND.float(), dim=2)
         if self.definition == "class_attention":
-            summed_BN: Tensor = encoder_of(context, self.name).attention_IHN.sum(dim=1)
-            return summed_BN
+            return encoder_of(context, self.name).attention_IHN.sum(dim=1)
         prompt = prompt_of(context, self.name)
         if self.layer >= prompt.num_layers:
             raise UserError(f"saliency.layer {self.layer} is not in this decoder of {prompt.num_layers} layers; choose 0 to {prompt.num_layers - 1}.")

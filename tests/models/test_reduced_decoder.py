@@ -1,0 +1,204 @@
+"""The reduced decoder against transformers' own forward and generate, and against masks in the place of dropped tokens."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from parcelray.config.model import MiniLlavaModelConfig
+from parcelray.models.backbones import ElasticVLM
+from parcelray.models.backbones.processor_base import ElasticProcessor
+from parcelray.models.mini import build_config, build_model, build_processor
+from parcelray.models.mini_llava import build
+from parcelray.models.reduced_decoder import ReducedDecoder, VisualTokens, encode_prompts
+from parcelray.models.token_reduction.fastv import FastV
+from parcelray.models.token_reduction.in_decoder import InDecoderReducer
+from parcelray.models.token_reduction.pyramid_drop import PyramidDrop
+from parcelray.models.token_reduction.saliency import Saliency
+from parcelray.models.token_reduction.sparsevlm import SparseVLM
+
+from .conftest import CONFIG, CORPUS, MINI_LLAVA, random_images
+
+PROMPTS = ["what color is the circle", "how many", "which image has more red 47"]
+NEW_TOKENS = 6
+Case = tuple[ElasticVLM, ElasticProcessor, VisualTokens]
+
+
+@pytest.fixture(scope="module", params=["paligemma", "gemma2_soft_capped", "llava"])
+def case(request: pytest.FixtureRequest) -> Case:
+    """A model, and the visual tokens of three images."""
+    model: ElasticVLM
+    processor: ElasticProcessor
+    if request.param == "llava":
+        config = MiniLlavaModelConfig(**MINI_LLAVA.model_dump() | {"text_layers": 6})
+        model, processor = build(config, CORPUS, None, seed=0)
+    else:
+        mini = CONFIG.model_copy(update={"text_layers": 6})
+        paligemma_processor = build_processor(mini, CORPUS)
+        full = build_config(mini, paligemma_processor)
+        if request.param == "gemma2_soft_capped":
+            full.text_config.attn_logit_softcapping, full.text_config.final_logit_softcapping = 5.0, 2.0
+            full._attn_implementation = "eager"
+        model, processor = build_model(full, 0), paligemma_processor
+    model.eval()
+    with torch.no_grad():
+        # Attention of random weights is nearly uniform, and embeddings that are also the head repeat the last word.
+        for layer in model.model.language_model.layers:
+            layer.self_attn.q_proj.weight.mul_(8)
+        model.get_input_embeddings().get_parameter("weight").mul_(0.2)
+        pixels = processor.image_processor(random_images(len(PROMPTS)), return_tensors="pt")["pixel_values"]
+        tokens = model.model.compress(model.model.encode_patches(pixels), num_visual_tokens=256)
+    places = torch.arange(256).expand(len(PROMPTS), -1)
+    return model, processor, VisualTokens(tokens, places, torch.ones_like(places))
+
+
+def _generate(case: Case, decoder: ReducedDecoder, rows: slice = slice(None), **kwargs: Any) -> Tensor:
+    _, processor, visual = case
+    prompts = encode_prompts(processor, PROMPTS[rows], None, "cpu")
+    # An id that is no token: nothing ends early.
+    return decoder.generate(prompts, VisualTokens(*(each[rows] for each in visual)), max_new_tokens=NEW_TOKENS, eos_token_id=-1, **kwargs)
+
+
+def test_without_reduction_it_answers_as_transformers_does(case: Case) -> None:
+    model, processor, visual = case
+    inputs = processor.prompts(PROMPTS, 1, num_visual_tokens=256)
+    expected = model.generate(**inputs, **model.image_inputs(visual.tokens_BVL), max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False)
+    assert torch.equal(_generate(case, ReducedDecoder(model)), expected[:, inputs["input_ids"].shape[1] :])
+
+
+@pytest.mark.parametrize("positions", ["contiguous", "original", "original_size_bias"])
+def test_its_logits_are_transformers_own(case: Case, positions: Any) -> None:
+    model, processor, visual = case
+    answers = ["red", "blue 47", "4"]
+    inputs = processor.prompts(PROMPTS, 1, num_visual_tokens=256, answers=answers)
+    prompts = encode_prompts(processor, PROMPTS, answers, "cpu")
+    with torch.no_grad():
+        stock = model(**inputs, **model.image_inputs(visual.tokens_BVL)).logits
+    found = ReducedDecoder(model, positions).logits(prompts, visual)
+    for row in range(len(PROMPTS)):
+        # Whatever pads where, the text after the images is the last part of the one and the valid part of the other.
+        kept = stock[row, : int(inputs["attention_mask"][row].sum())][-int(prompts.valid_BT[row].sum()) :]
+        assert torch.allclose(found[row, prompts.valid_BT[row]], kept, atol=2e-4)
+
+
+REDUCERS: list[Any] = [FastV(layer=2), PyramidDrop(), PyramidDrop(positions="original"), SparseVLM(), SparseVLM(positions="original_size_bias")]
+
+
+SALIENCIES = [Saliency(definition="last_text", layer=3), Saliency(definition="mean_text", layer=0, merge_rest=True)]
+
+
+@pytest.mark.parametrize("reducer", [*REDUCERS, *SALIENCIES], ids=repr)
+def test_a_prompt_is_answered_alike_alone_and_in_a_batch(case: Case, reducer: Any) -> None:
+    decoder = ReducedDecoder(case[0], reducer.positions)
+    together = _generate(case, decoder, reducer=reducer, budget=140)
+    for row in range(len(PROMPTS)):
+        assert torch.equal(_generate(case, decoder, slice(row, row + 1), reducer=reducer, budget=140), together[row : row + 1])
+
+
+@pytest.mark.parametrize("reducer", REDUCERS, ids=repr)
+def test_the_cache_changes_nothing(case: Case, reducer: InDecoderReducer) -> None:
+    """Each new token from a cache of different lengths, and from the whole answer so far at once."""
+    model, processor, visual = case
+    decoder = ReducedDecoder(model, reducer.positions)
+    found = _generate(case, decoder, slice(0, 1), reducer=reducer, budget=140)[0]
+    first = VisualTokens(*(each[:1] for each in visual))
+    prompts = encode_prompts(processor, PROMPTS[:1], None, "cpu")
+    for length in range(1, NEW_TOKENS):
+        answer = found[None, :length]
+        longer = prompts._replace(
+            after_BT=torch.cat([prompts.after_BT, answer], dim=1),
+            valid_BT=torch.cat([prompts.valid_BT, torch.ones_like(answer, dtype=torch.bool)], dim=1),
+            answer_BT=torch.cat([prompts.answer_BT, torch.ones_like(answer, dtype=torch.bool)], dim=1),
+        )
+        logits = decoder.logits(longer, first, reducer=reducer, budget=140)
+        assert int(logits[0, -1].argmax()) == int(found[length])
+
+
+@pytest.mark.parametrize("layer", [1, 2, 4])
+def test_fastv_is_the_stock_decoder_with_the_dropped_tokens_masked(case: Case, layer: int) -> None:
+    """With original positions, a token that is dropped from a layer on is one that nothing attends to from there on."""
+    model, processor, visual = case
+    prompts = encode_prompts(processor, PROMPTS, None, "cpu")
+    stages = FastV(layer=layer).stages(6, 256, 200)
+    found = ReducedDecoder(model, "original").logits(prompts, visual, reducer=FastV(layer=layer), budget=200)
+    rows = ReducedDecoder(model).attention(prompts, visual, [layer - 1])[0].mean(dim=1)[:, -1]
+    kept = rows.topk(stages[0].num_tokens, dim=1).indices
+    dropped = torch.ones(len(PROMPTS), 256, dtype=torch.bool).scatter(1, kept, False)
+
+    inputs = processor.prompts(PROMPTS, 1, num_visual_tokens=256)
+    starts = inputs["input_ids"].eq(model.config.image_token_id).int().argmax(dim=1)
+    hooks = []
+    for index, module in enumerate(model.model.language_model.layers):
+        if index >= layer:
+            hooks.append(module.register_forward_pre_hook(_mask_out(dropped, starts), with_kwargs=True))
+    try:
+        with torch.no_grad():
+            stock = model(**inputs, **model.image_inputs(visual.tokens_BVL), use_cache=False).logits
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for row in range(len(PROMPTS)):
+        length = int(prompts.valid_BT[row].sum())
+        assert torch.allclose(found[row, -length:], stock[row, -length:], atol=2e-3)
+
+
+def _mask_out(dropped: Tensor, starts: Tensor) -> Any:
+    def change(module: torch.nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+        mask, length = kwargs["attention_mask"], args[0].shape[1]
+        if mask is None:
+            mask = torch.ones(length, length, dtype=torch.bool).tril().expand(len(starts), 1, -1, -1)
+        mask = mask.clone()
+        for row, start in enumerate(starts.tolist()):
+            columns = start + dropped[row].nonzero().flatten()
+            mask[row, :, :, columns] = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+        return args, kwargs | {"attention_mask": mask}
+
+    return change
+
+
+def test_a_token_of_size_two_is_two_equal_tokens(case: Case) -> None:
+    """Proportional attention: with log(size) and no positions apart, merging equal tokens changes nothing for those who look at them."""
+    model, processor, visual = case
+    prompts = encode_prompts(processor, PROMPTS[:1], None, "cpu")
+    twice = visual.tokens_BVL[:1, :4].repeat_interleave(2, dim=1)
+    places = torch.zeros(1, 8, dtype=torch.int64)
+    decoder = ReducedDecoder(model, "original_size_bias")
+    pairs = decoder.logits(prompts, VisualTokens(twice, places, torch.ones_like(places)))
+    merged = decoder.logits(prompts, VisualTokens(twice[:, ::2], places[:, ::2], torch.full((1, 4), 2)))
+    plain = ReducedDecoder(model, "original").logits(prompts, VisualTokens(twice[:, ::2], places[:, ::2], torch.full((1, 4), 2)))
+    if model.reads_both_ways:
+        assert torch.allclose(pairs, merged, atol=2e-4)
+        assert not torch.allclose(pairs, plain, atol=2e-4)
+    else:
+        # Causal attention lets the first of two equal tokens not see the second.
+        assert float((pairs - merged).norm()) < float((pairs - plain).norm())
+
+
+def test_the_calibration_is_restores(case: Case) -> None:
+    model = case[0]
+    decay = ReducedDecoder(model, "original_calibrated")._rotary_decay(300)
+    width = model.model.language_model.rotary_emb.inv_freq.shape[0] * 2
+    theta = [10_000 ** (-2 * index / width) for index in range(width // 2)]
+    assert float(decay[0]) == 1
+    expected = 2 / width * sum(float(torch.tensor(37 * angle).cos()) for angle in theta)
+    assert float(decay[37]) == pytest.approx(expected, abs=1e-4)
+    logits = _generate(case, ReducedDecoder(model, "original_calibrated"))
+    assert logits.shape == (len(PROMPTS), NEW_TOKENS)
+
+
+def test_attention_is_the_eager_decoders_own(case: Case) -> None:
+    model, processor, visual = case
+    prompts = encode_prompts(processor, PROMPTS[:1], None, "cpu")
+    first = VisualTokens(*(each[:1] for each in visual))
+    before = model.config.text_config._attn_implementation
+    model.set_attn_implementation("eager")
+    try:
+        inputs = processor.prompts(PROMPTS[:1], 1, num_visual_tokens=256)
+        with torch.no_grad():
+            stock = model(**inputs, **model.image_inputs(first.tokens_BVL), output_attentions=True).attentions
+    finally:
+        model.set_attn_implementation(before)
+    at, length = processor.visual_offset, prompts.after_BT.shape[1]
+    for layer, found in zip([0, 5], ReducedDecoder(model).attention(prompts, first, [0, 5]), strict=True):
+        assert torch.allclose(found, stock[layer][:, :, -length:, at : at + 256], atol=2e-3)

@@ -1,0 +1,300 @@
+"""Reducers that read the vision tower against slow references written from their definitions, one token at a time."""
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from parcelray.errors import UnsupportedBudgetError, UserError
+from parcelray.models.token_reduction.base import TokenReducer
+from parcelray.models.token_reduction.context import ReductionContext
+from parcelray.models.token_reduction.encoder_view import EncoderView
+from parcelray.models.token_reduction.prumerge import PruMerge
+from parcelray.models.token_reduction.restore import Restore
+from parcelray.models.token_reduction.saliency import Saliency
+from parcelray.models.token_reduction.scope import Scope
+from parcelray.models.token_reduction.tome import ToMe, merge, merge_counts
+from parcelray.models.token_reduction.visionzip import VisionZip
+from parcelray.models.token_reduction.vispruner import VisPruner
+
+from .conftest import Model, pixels, projected
+
+Floats = NDArray[np.float64]
+REDUCERS: list[TokenReducer] = [
+    Saliency(), Saliency(merge_rest=True), VisionZip(), ToMe(), PruMerge(), PruMerge(spatial=True), Scope(), VisPruner(),
+    Restore(), Restore(base="class_attention"),
+]  # fmt: skip
+EACH = pytest.mark.parametrize("reducer", REDUCERS, ids=repr)
+TOWERS = pytest.mark.parametrize("tower", ["paligemma", "clip", "siglip"])
+
+
+def _numpy(values: torch.Tensor) -> Floats:
+    return np.asarray(values.detach().double().numpy())
+
+
+def _unit(values: Floats) -> Floats:
+    return np.asarray(values / np.linalg.norm(values, axis=-1, keepdims=True))
+
+
+def _project(view: EncoderView, features: Floats) -> Floats:
+    with torch.no_grad():
+        return _numpy(view.project(torch.tensor(features, dtype=torch.float32)[None])[0])
+
+
+@TOWERS
+@EACH
+@pytest.mark.parametrize("budget", [32, 64, 100])
+def test_what_every_reduction_is(reducer: TokenReducer, tower: str, budget: int, views: dict[str, EncoderView]) -> None:
+    if isinstance(reducer, ToMe) and tower == "paligemma" and budget < 64:
+        pytest.skip("two layers halve 256 tokens to 64")
+    view = views[tower]
+    tokens = projected(view)
+    with torch.no_grad():
+        found = reducer(tokens, num_visual_tokens=budget, context=ReductionContext(encoder=view))
+        alone = reducer(tokens[1:2], num_visual_tokens=budget, context=ReductionContext(encoder=EncoderView(view.model, view.pixel_values_ICHW[1:2])))
+    assert found.tokens_BKD.shape == (3, budget, tokens.shape[2])
+    assert found.tokens_BKD.isfinite().all()
+    for image in range(3):
+        members = torch.bincount(found.assignment_BN[image][found.assignment_BN[image] >= 0], minlength=budget)
+        # The class token, which VisionZip keeps, has no place in the grid.
+        class_token = isinstance(reducer, VisionZip) and view.class_features_ID is not None
+        assert members.tolist()[int(class_token) :] == found.sizes_BK[image].tolist()[int(class_token) :]
+    assert torch.equal(alone.assignment_BN, found.assignment_BN[1:2])
+    assert torch.allclose(alone.tokens_BKD, found.tokens_BKD[1:2], atol=1e-4)
+
+
+@EACH
+def test_the_full_budget_and_the_smallest_are_legal(reducer: TokenReducer, views: dict[str, EncoderView]) -> None:
+    tokens, context = projected(views["clip"]), ReductionContext(encoder=views["clip"])
+    with torch.no_grad():
+        assert torch.equal(reducer(tokens, num_visual_tokens=256, context=context).tokens_BKD, tokens)
+        assert reducer(tokens, num_visual_tokens=255, context=context).tokens_BKD.shape[1] == 255
+        if isinstance(reducer, ToMe):
+            with pytest.raises(UnsupportedBudgetError, match="tome cannot give 31 visual tokens"):
+                reducer(tokens, num_visual_tokens=31, context=context)
+        else:
+            for budget in (1, 2):
+                assert reducer(tokens, num_visual_tokens=budget, context=context).tokens_BKD.isfinite().all()
+
+
+@pytest.mark.parametrize("reducer", [each for each in REDUCERS if each.reads == "encoder"], ids=repr)
+def test_a_convolutional_tower_is_refused(reducer: TokenReducer, views: dict[str, EncoderView]) -> None:
+    with pytest.raises(UserError, match="a convolutional tower has none"):
+        reducer(projected(views["convnext"]), num_visual_tokens=64, context=ReductionContext(encoder=views["convnext"]))
+
+
+@TOWERS
+def test_attention_and_keys_are_the_towers_own(tower: str, models: dict[str, Model], views: dict[str, EncoderView]) -> None:
+    model, processor = models[tower]
+    vision, layers = model.model.vision_tower, model.model.vision_tower.encoder.layers
+    kept: dict[str, Any] = {}
+    hook = layers[-1].self_attn.k_proj.register_forward_hook(lambda module, inputs, output: kept.update(keys=output))
+    vision.config._attn_implementation = "eager"
+    try:
+        with torch.no_grad():
+            weights = vision(pixels(processor), output_attentions=True).attentions[-1]
+    finally:
+        vision.config._attn_implementation = "sdpa"
+        hook.remove()
+    view = views[tower]
+    start = int(tower == "clip")
+    expected = weights[:, :, 0, 1:] if start else weights.mean(dim=2)
+    assert torch.allclose(view.attention_IHN, expected, atol=1e-5)
+    heads = view.keys_IHND.shape[1]
+    assert torch.allclose(view.keys_IHND.transpose(1, 2).flatten(2), kept["keys"][:, start:], atol=1e-5)
+    assert heads == layers[-1].self_attn.num_heads
+    with torch.no_grad():
+        assert torch.equal(view.patch_features_IND, model.model.encode_patches(pixels(processor)))
+
+
+@TOWERS
+@pytest.mark.parametrize("budget", [1, 13, 64])
+def test_visionzip(tower: str, budget: int, views: dict[str, EncoderView]) -> None:
+    view = views[tower]
+    with torch.no_grad():
+        found = VisionZip()(projected(view), num_visual_tokens=budget, context=ReductionContext(encoder=view))
+    for image in range(3):
+        features, scores = _numpy(view.patch_features_IND[image]), _numpy(view.attention_IHN[image].sum(0))
+        keys = _unit(_numpy(view.keys_IHND[image].mean(0)))
+        has_class = view.class_features_ID is not None
+        num_contextual = round(budget * 10 / 64)
+        dominant = sorted(sorted(range(256), key=lambda place: (-scores[place], place))[: budget - num_contextual - has_class])
+        rest = [place for place in range(256) if place not in dominant]
+        rows = [features[place] for place in dominant]
+        if view.class_features_ID is not None:
+            rows.insert(0, _numpy(view.class_features_ID[image]))
+        targets = rest[:: max(1, len(rest) // max(1, num_contextual))][:num_contextual]
+        joined: dict[int, list[int]] = {target: [] for target in targets}
+        for place in rest:
+            if targets and place not in targets:
+                joined[max(targets, key=lambda target: keys[place] @ keys[target])].append(place)
+        rows += [features[target] + (features[joined[target]].mean(0) if joined[target] else 0) for target in targets]
+        assert np.allclose(_numpy(found.tokens_BKD[image]), _project(view, np.array(rows)), atol=1e-4)
+
+
+@TOWERS
+@pytest.mark.parametrize("spatial", [False, True])
+def test_prumerge(tower: str, spatial: bool, views: dict[str, EncoderView]) -> None:
+    view, budget = views[tower], 21
+    with torch.no_grad():
+        found = PruMerge(spatial=spatial)(projected(view), num_visual_tokens=budget, context=ReductionContext(encoder=view))
+    for image in range(3):
+        features, attention = _numpy(view.patch_features_IND[image]), _numpy(view.joint_attention_IN[image])
+        keys = _unit(_numpy(view.joint_keys_IND[image]))
+        spaced = int(20 * 3 / 4) if spatial else 0
+        kept = sorted(range(256), key=lambda place: (-attention[place], place))[: 20 - spaced]
+        rest = [place for place in range(256) if place not in kept]
+        kept += [rest[number * len(rest) // spaced] for number in range(spaced)]
+        rows = []
+        for place in kept:
+            near = sorted((other for other in range(256) if other != place), key=lambda other: -float(keys[place] @ keys[other]))[:32]
+            rows.append(features[place] + sum(attention[other] * features[other] for other in near))
+        pruned = [place for place in range(256) if place not in kept]
+        rows.append(sum(attention[place] * features[place] for place in pruned))
+        assert np.allclose(_numpy(found.tokens_BKD[image]), _project(view, np.array(rows)), atol=1e-4)
+
+
+@TOWERS
+def test_joint_attention_is_of_the_whole_width(tower: str, views: dict[str, EncoderView]) -> None:
+    view = views[tower]
+    layer = view.model.vision_tower.encoder.layers[-1]
+    entering = layer.layer_norm1(view._inputs[len(view.model.vision_tower.encoder.layers) - 1])
+    queries, keys = (_numpy(projection(entering)[0]) for projection in (layer.self_attn.q_proj, layer.self_attn.k_proj))
+    logits = queries @ keys.T / math.sqrt(keys.shape[1])
+    weights = np.exp(logits - logits.max(1, keepdims=True))
+    weights /= weights.sum(1, keepdims=True)
+    expected = weights[0, 1:] if tower == "clip" else weights.mean(0)
+    assert np.allclose(_numpy(view.joint_attention_IN[0]), expected, atol=1e-5)
+
+
+def test_scope(views: dict[str, EncoderView]) -> None:
+    view = views["clip"]
+    found = Scope()(projected(view), num_visual_tokens=12, context=ReductionContext(encoder=view))
+    for image in range(3):
+        unit, weight = _unit(_numpy(view.patch_features_IND[image])), _numpy(view.attention_IHN[image].mean(0))
+        cosine, covered, kept = unit @ unit.T, np.zeros(256), list[int]()
+        for _ in range(12):
+            gain = [sum(max(0.0, cosine[i, j] - covered[i]) for i in range(256)) * weight[j] for j in range(256)]
+            kept.append(max((j for j in range(256) if j not in kept), key=lambda j: gain[j]))
+            covered = np.maximum(covered, cosine[:, kept[-1]])
+        assert found.position_ids_BK[image].tolist() == sorted(kept)
+
+
+def test_vispruner(views: dict[str, EncoderView]) -> None:
+    view = views["clip"]
+    found = VisPruner()(projected(view), num_visual_tokens=41, context=ReductionContext(encoder=view))
+    for image in range(3):
+        unit, score = _unit(_numpy(view.patch_features_IND[image])), _numpy(view.attention_IHN[image].mean(0))
+        important = sorted(sorted(range(256), key=lambda place: (-score[place], place))[:20])
+        rest = [place for place in range(256) if place not in important]
+        while len(rest) > 21:
+            first, second = rest[::2], rest[1::2]
+            alike = {place: max(float(unit[place] @ unit[other]) for other in second) for place in first}
+            gone = sorted(first, key=lambda place: -alike[place])[: min(8, len(rest) - 21)]
+            rest = [place for place in rest if place not in gone]
+        assert found.position_ids_BK[image].tolist() == sorted(important + rest)
+
+
+@pytest.mark.parametrize("budget", [1, 2, 30])
+def test_restore(budget: int, views: dict[str, EncoderView]) -> None:
+    view = views["clip"]
+    tokens = projected(view)
+    found = Restore(base="class_attention")(tokens, num_visual_tokens=budget, context=ReductionContext(encoder=view))
+    for image in range(3):
+        values, score = _numpy(tokens[image]), _numpy(view.attention_IHN[image].mean(0))
+        chosen = sorted(range(256), key=lambda place: (-score[place], place))[: min(budget // 2, budget - 1)]
+        rest = [place for place in range(256) if place not in chosen]
+        unit = _unit(values[rest])
+        cosine = unit @ unit.T
+        density = cosine.sum(1)
+        value = []
+        for i in range(len(rest)):
+            denser = [cosine[i, j] for j in range(len(rest)) if density[j] > density[i]]
+            value.append(density[i] * (1 - max(denser)) if denser else math.inf)
+        anchors = sorted(range(len(rest)), key=lambda i: -value[i])[: budget - len(chosen)]
+        groups: dict[int, list[int]] = {anchor: [] for anchor in anchors}
+        for i in range(len(rest)):
+            groups[i if i in anchors else max(anchors, key=lambda anchor: cosine[i, anchor])].append(i)
+        merged = {rest[anchor]: values[[rest[i] for i in members]].mean(0) for anchor, members in groups.items()}
+        expected = merged | {place: values[place] for place in chosen}
+        assert found.position_ids_BK[image].tolist() == sorted(expected)
+        assert np.allclose(_numpy(found.tokens_BKD[image]), np.array([expected[place] for place in sorted(expected)]), atol=1e-4)
+        assert int(found.sizes_BK[image].sum()) == 256
+
+
+def test_saliency_by_class_attention_and_with_the_rest_merged(views: dict[str, EncoderView]) -> None:
+    view, tokens = views["clip"], projected(views["clip"])
+    context = ReductionContext(encoder=view)
+    plain, merged = (Saliency(merge_rest=merge_rest)(tokens, num_visual_tokens=9, context=context) for merge_rest in (False, True))
+    for image in range(3):
+        score, values = _numpy(view.attention_IHN[image].sum(0)), _numpy(tokens[image])
+        kept = sorted(sorted(range(256), key=lambda place: (-score[place], place))[:9])
+        assert plain.position_ids_BK[image].tolist() == merged.position_ids_BK[image].tolist() == kept
+        unit = _unit(values)
+        groups: dict[int, list[int]] = {place: [] for place in kept}
+        for place in range(256):
+            groups[place if place in kept else max(kept, key=lambda other: float(unit[place] @ unit[other]))].append(place)
+        assert np.allclose(_numpy(merged.tokens_BKD[image]), [values[groups[place]].mean(0) for place in kept], atol=1e-4)
+    norms = Saliency(definition="norm")(tokens, num_visual_tokens=9)
+    assert norms.position_ids_BK[0].tolist() == sorted(tokens[0].norm(dim=1).topk(9).indices.tolist())
+
+
+def test_tome_merges_as_its_definition_says() -> None:
+    generator = torch.Generator().manual_seed(1)
+    tokens, keys = torch.randn(2, 11, 5, generator=generator), torch.randn(2, 11, 3, generator=generator)
+    sizes = torch.randint(1, 5, (2, 11), generator=generator).float()
+    merged, new_sizes, owner = merge(tokens, keys, sizes, 4)
+    for image in range(2):
+        unit = _unit(_numpy(keys[image]))
+        edges = []
+        for a in range(0, 11, 2):
+            b = max(range(1, 11, 2), key=lambda other: float(unit[a] @ unit[other]))
+            edges.append((float(unit[a] @ unit[b]), a, b))
+        groups: dict[int, list[int]] = {place: [place] for place in range(11)}
+        for _, a, b in sorted(edges, reverse=True)[:4]:
+            groups[b] += groups.pop(a)
+        for number, place in enumerate(sorted(groups)):
+            members, weight = groups[place], _numpy(sizes[image][groups[place]])
+            assert float(new_sizes[image, number]) == weight.sum()
+            assert np.allclose(_numpy(merged[image, number]), (_numpy(tokens[image][members]) * weight[:, None]).sum(0) / weight.sum(), atol=1e-5)
+            assert {int(owner[image, member]) for member in members} == {number}
+
+
+@TOWERS
+def test_tome_without_merging_is_the_tower(tower: str, views: dict[str, EncoderView]) -> None:
+    from parcelray.models.token_reduction.tome import _Tower
+
+    view = views[tower]
+    tower_run = _Tower(view)
+    with torch.no_grad():
+        features, owner = tower_run.run([0] * tower_run.num_layers)
+    assert torch.allclose(features, view.patch_features_IND, atol=1e-5)
+    assert owner[0].tolist() == list(range(256))
+
+
+def test_equal_patches_merge_to_themselves_and_weigh_as_many(models: dict[str, Model]) -> None:
+    """Proportional attention: an image of one colour has, apart from positions, equal patches."""
+    model, _ = models["siglip"]
+    embedding = model.model.vision_tower.embeddings.position_embedding.weight
+    before = embedding.detach().clone()
+    try:
+        with torch.no_grad():
+            embedding.zero_()
+            view = EncoderView(model.model, torch.full((1, 3, 64, 64), 0.3))
+            found = ToMe()(view.project(view.patch_features_IND), num_visual_tokens=40, context=ReductionContext(encoder=view))
+            assert torch.allclose(found.tokens_BKD, view.project(view.patch_features_IND)[:, :1].expand(-1, 40, -1), atol=1e-4)
+            assert int(found.sizes_BK.sum()) == 256
+    finally:
+        with torch.no_grad():
+            embedding.copy_(before)
+
+
+MERGES = [(576, 72, 24, [21] * 24), (256, 32, 3, [128, 64, 32]), (256, 31, 3, None), (10, 10, 2, [0, 0])]
+
+
+@pytest.mark.parametrize(("tokens", "budget", "layers", "expected"), MERGES)
+def test_merges_are_spread_over_the_layers(tokens: int, budget: int, layers: int, expected: list[int] | None) -> None:
+    assert merge_counts(tokens, budget, layers) == expected

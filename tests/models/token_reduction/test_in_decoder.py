@@ -1,0 +1,159 @@
+"""Where and how far in-decoder methods reduce, and what their rankings and mergers are, against slow references."""
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from parcelray.errors import UnsupportedBudgetError, UserError
+from parcelray.models.token_reduction.context import PromptView, ReductionContext
+from parcelray.models.token_reduction.fastv import FastV
+from parcelray.models.token_reduction.in_decoder import InDecoderReducer, Stage, mean_tokens
+from parcelray.models.token_reduction.pyramid_drop import PyramidDrop
+from parcelray.models.token_reduction.saliency import Saliency
+from parcelray.models.token_reduction.sparsevlm import SparseVLM, density_peaks, raters, recycled
+
+EACH = pytest.mark.parametrize("reducer", [FastV(), FastV(layer=3), PyramidDrop(first_layer=2), SparseVLM()], ids=repr)
+
+
+@EACH
+@pytest.mark.parametrize("budget", [64, 128, 192, 300, 576])
+def test_the_budget_is_the_mean_over_the_layers(reducer: InDecoderReducer, budget: int) -> None:
+    stages = reducer.stages(32, 576, budget)
+    found = mean_tokens(stages, 32, 576)
+    assert budget - 1.5 <= found <= budget
+    assert all(1 <= stage.layer < 32 and 1 <= stage.num_tokens < 576 for stage in stages)
+    assert list(stages) == sorted(stages)
+
+
+@pytest.mark.parametrize(("reducer", "smallest"), [(FastV(), 37), (PyramidDrop(), 145), (SparseVLM(), 37)])
+def test_what_the_first_layers_cost_is_the_smallest_budget(reducer: InDecoderReducer, smallest: int) -> None:
+    assert mean_tokens(reducer.stages(32, 576, smallest), 32, 576) <= smallest
+    with pytest.raises(UnsupportedBudgetError, match=rf"cannot give {smallest - 2} visual tokens"):
+        reducer.stages(32, 576, smallest - 2)
+
+
+def test_fastv_at_half_of_the_tokens_costs_what_the_paper_says() -> None:
+    # K = 3 and R = 50 % of 32 layers.
+    assert mean_tokens((Stage(3, 288, 2),), 32, 576) == pytest.approx(315)
+    assert FastV(layer=3).stages(32, 576, 315) == (Stage(3, 288, 2),)
+
+
+def test_pyramid_drop_at_half_a_stage_is_the_papers_schedule() -> None:
+    mean = 576 * (1 + 0.5 + 0.25 + 0.125) / 4
+    assert PyramidDrop().stages(32, 576, round(mean)) == (Stage(8, 288, 8), Stage(16, 144, 16), Stage(24, 72, 24))
+
+
+def test_sparsevlm_stands_where_the_paper_has_its_stages() -> None:
+    stages = SparseVLM().stages(32, 576, 192)
+    assert [stage.layer for stage in stages] == [2, 6, 15]
+    ratios = [stage.num_tokens / published for stage, published in zip(stages, (300, 200, 110), strict=True)]
+    assert max(ratios) - min(ratios) < 0.01
+    assert 0.9 < ratios[0] < 1.1
+
+
+def test_a_shallow_decoder_has_the_stages_that_it_can() -> None:
+    assert FastV().stages(3, 256, 200) == (Stage(2, 88, 1),)
+    assert PyramidDrop().stages(3, 256, 256) == ()
+    assert [stage.layer for stage in PyramidDrop().stages(3, 256, 128)] == [1, 2]
+    assert [stage.layer for stage in SparseVLM().stages(3, 256, 128)] == [1]
+    with pytest.raises(UnsupportedBudgetError, match="mean over the decoder's layers"):
+        FastV().stages(3, 256, 77)
+
+
+def _view(attention: Tensor, valid: Tensor | None = None) -> PromptView:
+    batch, _, text, visual = attention.shape
+    generator = torch.Generator().manual_seed(2)
+    valid = torch.ones(batch, text, dtype=torch.bool) if valid is None else valid
+    return PromptView(
+        torch.randn(batch, text, 6, generator=generator), valid, torch.randn(batch, visual, 6, generator=generator), lambda layer: attention, num_layers=4
+    )
+
+
+@pytest.fixture
+def attention() -> Tensor:
+    return torch.rand(2, 3, 5, 40, generator=torch.Generator().manual_seed(3))
+
+
+@pytest.fixture
+def tokens() -> Tensor:
+    return torch.randn(2, 40, 6, generator=torch.Generator().manual_seed(4))
+
+
+def _best(scores: Any, count: int) -> list[int]:
+    return sorted(sorted(range(len(scores)), key=lambda place: -float(scores[place]))[:count])
+
+
+@pytest.mark.parametrize("reducer", [FastV(), PyramidDrop(), Saliency(definition="last_text")], ids=repr)
+def test_the_last_word_ranks(reducer: Any, attention: Tensor, tokens: Tensor) -> None:
+    found = reducer(tokens, num_visual_tokens=7, context=ReductionContext(prompt=_view(attention)))
+    for prompt in range(2):
+        assert found.position_ids_BK[prompt].tolist() == _best(attention[prompt].mean(0)[-1], 7)
+
+
+def test_words_rank_together_and_padding_does_not(attention: Tensor, tokens: Tensor) -> None:
+    valid = torch.tensor([[False, False, True, True, True], [True] * 5])
+    context = ReductionContext(prompt=_view(attention, valid))
+    mean, largest = (Saliency(definition=definition)(tokens, num_visual_tokens=7, context=context).position_ids_BK for definition in ("mean_text", "max_text"))
+    for prompt in range(2):
+        rows = attention[prompt].mean(0)[valid[prompt]]
+        assert mean[prompt].tolist() == _best(rows.mean(0), 7)
+        assert largest[prompt].tolist() == _best(rows.amax(0), 7)
+
+
+def test_a_layer_that_the_decoder_has_not_is_refused(attention: Tensor, tokens: Tensor) -> None:
+    with pytest.raises(UserError, match=r"saliency\.layer 9 is not in this decoder of 4 layers; choose 0 to 3"):
+        Saliency(definition="last_text", layer=9)(tokens, num_visual_tokens=7, context=ReductionContext(prompt=_view(attention)))
+
+
+def test_raters_are_the_words_that_see_more_of_the_image_than_the_mean(attention: Tensor) -> None:
+    valid = torch.tensor([[False, True, True, True, True], [True] * 5])
+    view = _view(attention, valid)
+    found = raters(view)
+    for prompt in range(2):
+        words = [word for word in range(5) if valid[prompt, word]]
+        shares = np.zeros(5)
+        for visual in range(40):
+            logits = {word: float(view.visual_BVL[prompt, visual].double() @ view.embeddings_BTL[prompt, word].double()) for word in words}
+            total = sum(math.exp(value) for value in logits.values())
+            for word in words:
+                shares[word] += math.exp(logits[word]) / total / 40
+        mean = sum(shares[word] for word in words) / len(words)
+        assert [bool(each) for each in found[prompt]] == [word in words and shares[word] >= mean for word in range(5)]
+
+
+def test_recycling_keeps_the_count_and_merges_the_best_of_the_dropped(tokens: Tensor) -> None:
+    scores = torch.rand(2, 40, generator=torch.Generator().manual_seed(5))
+    found = recycled(tokens, scores, 6)
+    # 34 dropped, 10 of them recycled, in 10 // 10 + 1 = 2 clusters.
+    assert found.tokens_BKD.shape == (2, 6, 6)
+    for prompt in range(2):
+        kept = _best(scores[prompt], 4)
+        assert found.position_ids_BK[prompt, :4].tolist() == kept
+        rest = sorted((place for place in range(40) if place not in kept), key=lambda place: -float(scores[prompt, place]))[:10]
+        merged = [[place for place in range(40) if int(found.assignment_BN[prompt, place]) == cluster] for cluster in (4, 5)]
+        assert sorted(merged[0] + merged[1]) == sorted(rest)
+        for number, members in enumerate(merged):
+            assert torch.allclose(found.tokens_BKD[prompt, 4 + number], tokens[prompt][members].mean(0), atol=1e-5)
+            assert int(found.sizes_BK[prompt, 4 + number]) == len(members)
+    assert recycled(tokens, scores, 1).tokens_BKD.shape == (2, 1, 6)
+    assert recycled(tokens, scores, 39).tokens_BKD.shape == (2, 39, 6)
+
+
+def test_density_peaks_are_what_their_definition_finds(tokens: Tensor) -> None:
+    centres, cluster = density_peaks(tokens, 4)
+    for image in range(2):
+        values = tokens[image].double().numpy()
+        distance = [[float(np.linalg.norm(a - b)) / math.sqrt(6) for b in values] for a in values]
+        density = [math.exp(-sum(each**2 for each in sorted(row)[:5]) / 5) for row in distance]
+        gap = []
+        for i in range(40):
+            denser = [distance[i][j] for j in range(40) if density[j] > density[i]]
+            gap.append(min(denser) if denser else max(max(row) for row in distance))
+        expected = sorted(range(40), key=lambda i: -density[i] * gap[i])[:4]
+        assert centres[image].tolist() == expected
+        for i in range(40):
+            assert int(cluster[image, i]) == (expected.index(i) if i in expected else min(range(4), key=lambda c: distance[i][expected[c]]))
