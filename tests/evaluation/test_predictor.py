@@ -3,6 +3,7 @@
 import dataclasses
 import io
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from parcelray.benchmarks.metrics.box_iou import Box, format_locations, parse_locations
 from parcelray.config.connector import ParcelConnectorConfig
-from parcelray.config.model import MiniModelConfig
+from parcelray.config.model import MiniLlavaModelConfig, MiniModelConfig
 from parcelray.data.collator import decode_image
 from parcelray.data.sample import Sample
 from parcelray.errors import SystemFailure, UnsupportedBudgetError, UserError
@@ -21,12 +22,17 @@ from parcelray.evaluation.predictor import BLIND, Predictor
 from parcelray.evaluation.score import score
 from parcelray.models.backbones import ElasticVLM
 from parcelray.models.backbones.paligemma_processor import ElasticPaliGemmaProcessor as Processor
+from parcelray.models.backbones.processor_base import ElasticProcessor
 from parcelray.models.mini import build_config, build_model, build_processor
+from parcelray.models.mini_llava import build as build_llava
 
 CONFIG = MiniModelConfig(
     vision_width=24, vision_layers=1, vision_heads=2, vision_mlp_width=32, text_width=24, text_layers=1, text_heads=2, text_kv_heads=1, text_mlp_width=32
 )
 PROMPTS = ("how many", "what color is the small red circle", "which image has more blue circles", "true or false: there is a tower")
+MINI_LLAVA = MiniLlavaModelConfig(
+    vision_width=32, vision_layers=2, vision_heads=4, vision_mlp_width=64, text_width=48, text_layers=2, text_heads=2, text_kv_heads=1, text_mlp_width=64
+)
 
 
 @pytest.fixture(scope="module")
@@ -199,3 +205,50 @@ def test_answers_say_how_long_they_are_and_whether_they_were_cut_off(model: Elas
         assert all(answer.num_new_tokens == limit for answer in answers if answer.cut_off)
         assert all(1 <= answer.num_new_tokens <= limit for answer in answers)
         assert any(answer.cut_off for answer in answers)
+
+
+@pytest.fixture(scope="module", params=["paligemma", "clip"])
+def vanilla(request: pytest.FixtureRequest, processor: Processor) -> tuple[ElasticVLM, ElasticProcessor]:
+    """A model without compression, of each family."""
+    model: ElasticVLM
+    its_processor: ElasticProcessor = processor
+    if request.param == "clip":
+        model, its_processor = build_llava(MINI_LLAVA, PROMPTS * 10, None, seed=0)
+    else:
+        model = build_model(build_config(CONFIG.model_copy(update={"text_layers": 2}), processor), 0)
+    model.eval()
+    with torch.no_grad():
+        model.get_input_embeddings().get_parameter("weight").mul_(0.02)
+    return model, its_processor
+
+
+REDUCERS = [
+    '{"type": "cluster_aggregate"}', '{"type": "cluster_aggregate", "positions": "original_size_bias"}', '{"type": "visionzip"}', '{"type": "tome"}',
+    '{"type": "saliency", "definition": "last_text", "layer": 0}', '{"type": "restore"}', '{"type": "fastv", "layer": 1}', '{"type": "sparsevlm"}',
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("reducer", REDUCERS)
+@pytest.mark.parametrize("decoding", ["greedy", "likelihood"])
+def test_reduced_answers_do_not_depend_on_the_batch(
+    vanilla: tuple[ElasticVLM, ElasticProcessor], samples: list[Sample], reducer: str, decoding: Literal["greedy", "likelihood"]
+) -> None:
+    asked = [dataclasses.replace(sample, metadata={"choices": ["red", "blue", "47 green"]}) for sample in samples[:6]]
+    settings = GenerationSettings(max_new_tokens=4, decoding=decoding, reducer=reducer)
+    together = Predictor(*vanilla, batch_size=64, settings=settings).generate_budgets(asked, [BLIND, 150, 256])
+    alone = Predictor(*vanilla, batch_size=1, settings=settings).generate_budgets(asked, [256, 150, BLIND])
+    assert together == alone
+    plain = Predictor(*vanilla, settings=dataclasses.replace(settings, reducer=None)).generate_budgets(asked, [BLIND, 256])
+    assert (together[BLIND], together[256]) == (plain[BLIND], plain[256]), "at the full budget nothing is reduced"
+    if decoding == "greedy":
+        assert together[150] != together[256]
+
+
+def test_a_reducer_wants_a_model_without_compression(model: ElasticVLM, processor: Processor) -> None:
+    with pytest.raises(UserError, match="and this one has the connector parcel; evaluate it without a reducer"):
+        Predictor(model, processor, settings=GenerationSettings(reducer='{"type": "divprune"}'))
+
+
+def test_beams_and_the_reduced_decoder_exclude_each_other(vanilla: tuple[ElasticVLM, ElasticProcessor]) -> None:
+    with pytest.raises(UserError, match="answers greedily or by likelihood, not by beam search"):
+        Predictor(*vanilla, settings=GenerationSettings(decoding="beam", num_beams=3, reducer='{"type": "fastv"}'))

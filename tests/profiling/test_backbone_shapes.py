@@ -77,7 +77,7 @@ def test_missing_mini_is_a_clear_error(monkeypatch: pytest.MonkeyPatch, tmp_path
     ("backbone", "resolution", "message"),
     [
         ("paligemma2-3B", None, r"did you mean paligemma2-3b\?"),
-        ("no-such-folder", None, "choose paligemma2-3b, mini or a folder"),
+        ("no-such-folder", None, "choose paligemma2-3b, llava-1.5-7b, mini or a folder"),
         ("paligemma2-3b", 230, "Resolution 230 is not a multiple of the patch size 14 .* 224, 238"),
         ("paligemma2-3b", 7, "nearest that are: 14"),
         ("paligemma2-3b", 0, "Resolution 0"),
@@ -100,7 +100,7 @@ def test_a_folder_without_config_is_named(tmp_path: Path) -> None:
         ("{", "Cannot read"),
         ("[]", "holds list"),
         ("{}", "has no vision_config"),
-        (json.dumps(PALIGEMMA2_3B_JSON | {"text_config": {"model_type": "llama"}}), "type llama, .*legal types are gemma, gemma2"),
+        (json.dumps(PALIGEMMA2_3B_JSON | {"text_config": {"model_type": "qwen3"}}), "type qwen3, .*legal types are gemma, gemma2, llama"),
         (json.dumps(PALIGEMMA2_3B_JSON | {"vision_config": {"model_type": "siglip_vision_model", "hidden_size": "wide"}}), "vision_width .* 'wide'"),
     ],
 )

@@ -5,11 +5,11 @@ import json
 import pytest
 import torch
 
-from parcelray.config.model import MiniModelConfig
 from parcelray.errors import UserError
+from parcelray.models.backbones import ElasticLlavaConfig
 from parcelray.profiling import overhead_bench
 from parcelray.profiling.kmeans_bench import bench_kmeans, photograph_tokens
-from parcelray.profiling.overhead_bench import bench_overhead
+from parcelray.profiling.overhead_bench import REDUCERS, _break_even, bench_overhead
 
 
 def test_tokens_have_the_structure_of_pictures() -> None:
@@ -35,21 +35,53 @@ def test_kmeans_is_measured_beside_scikit_learn() -> None:
     assert json.loads(report.to_json())["measures"]
 
 
-def test_the_overhead_is_measured_against_what_it_saves(monkeypatch: pytest.MonkeyPatch) -> None:
-    tiny = MiniModelConfig(
-        image_size=96, vision_width=24, vision_layers=1, vision_heads=2, vision_mlp_width=32, text_width=24, text_layers=2, text_heads=2, text_kv_heads=1,
-        text_head_dim=12, text_mlp_width=32,
-    )  # fmt: skip
-    monkeypatch.setattr(overhead_bench, "_DECODER", tiny)
-    report = bench_overhead(budgets=[64, 50], batch_sizes=[2], reducers=["cluster_aggregate", "average_pooling"], repeats=1)
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The laptop's model at a size that a test runs: 64 tokens."""
+    vision = {"model_type": "clip_vision_model", "image_size": 32, "patch_size": 4, "hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 3}
+    text = {"model_type": "llama", "hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "head_dim": 12}
+    config = ElasticLlavaConfig(
+        vision_config=vision | {"num_attention_heads": 2},
+        text_config=text | {"num_key_value_heads": 1, "vocab_size": 64, "max_position_embeddings": 512},
+        image_token_index=63,
+    )
+    monkeypatch.setattr(overhead_bench, "_laptop", lambda: config)
+
+
+@pytest.mark.usefixtures("tiny")
+def test_the_overhead_is_measured_against_what_it_saves() -> None:
+    report = bench_overhead(budgets=[36, 40], batch_sizes=[2], reducers=list(REDUCERS), repeats=1)
     values = {measure.name: measure.value for measure in report.measures}
-    # Keys and values, 4 bytes, 2 layers, 1 head of 12: 192 bytes a token.
-    assert values["576 -> 64, batch 2: KV cache saved"] == pytest.approx((576 - 64) * 2 * 192 / 2**20)
-    assert values["cluster_aggregate, 576 -> 50, batch 2: reduction"] > 0
-    assert "average_pooling, 576 -> 64, batch 2: net gain" in values
-    assert "average_pooling, 576 -> 50, batch 2: net gain" not in values
-    share = values["cluster_aggregate, 576 -> 64, batch 2: reduction over prefill saved"]
-    assert share == pytest.approx(100 * values["cluster_aggregate, 576 -> 64, batch 2: reduction"] / values["576 -> 64, batch 2: prefill saved"])
+    # Keys and values, 4 bytes, 4 layers, 1 head of 12: 384 bytes a token.
+    assert values["64 -> 36, batch 2: KV cache saved"] == pytest.approx((64 - 36) * 2 * 384 / 2**20)
+    assert values["64 -> 36, batch 2: peak memory of the prefill saved"] > 0
+    assert values["cluster_aggregate, 64 -> 36, batch 2: reduction"] > 0
+    for name in REDUCERS:
+        assert f"{name}, 64 -> 36, batch 2: net gain" in values
+        assert f"{name}, batch 2: break-even budget" in values
+    assert "average_pooling, 64 -> 40, batch 2: net gain" not in values
+    assert "fastv, 64 -> 36, batch 2: reduction" not in values, "a reduction in the decoder has no time of its own"
+    share = values["cluster_aggregate, 64 -> 36, batch 2: reduction over prefill saved"]
+    assert share == pytest.approx(100 * values["cluster_aggregate, 64 -> 36, batch 2: reduction"] / values["64 -> 36, batch 2: prefill saved"])
+
+
+@pytest.mark.parametrize(
+    ("gains", "expected"),
+    [
+        ({64: 8.0, 128: 6.0}, 320.0),
+        ({64: 1.0, 128: -1.0}, 96.0),
+        ({64: -1.0, 128: -2.0}, 0.0),
+        ({64: 9.0, 128: 9.0}, 576.0),
+    ],
+)
+def test_it_breaks_even_where_the_gain_is_gone(gains: dict[int, float], expected: float) -> None:
+    assert _break_even(gains, 576) == pytest.approx(expected)
+
+
+def test_what_is_not_here_is_refused() -> None:
+    for changes, message in (({"device": "tpu"}, "--device tpu is not here"), ({"backbone": "llava-1.5-7b"}, "llava-1.5-7b needs a GPU for this bench")):
+        with pytest.raises(UserError, match=message):
+            bench_overhead(budgets=[64], batch_sizes=[1], reducers=["tome"], repeats=1, **changes)  # type: ignore[arg-type]
 
 
 def test_an_unknown_reducer_is_refused() -> None:

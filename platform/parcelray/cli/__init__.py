@@ -54,7 +54,7 @@ def train(job_file: JobFile, overrides: Set = [], dry_run: DryRun = False, addre
 
 @app.command()
 def flops(
-    backbone: Annotated[str, typer.Option(help="paligemma2-3b, mini, or a folder with a config.json.")] = "paligemma2-3b",
+    backbone: Annotated[str, typer.Option(help="paligemma2-3b, llava-1.5-7b, mini, or a folder with a config.json.")] = "paligemma2-3b",
     resolution: Annotated[int | None, typer.Option(help="Image side in pixels; default: the backbone's own.", show_default=False)] = None,
     budgets: Annotated[str, typer.Option(help="Visual tokens per image, separated by commas.")] = "16,64,256",
     frames: Annotated[str, typer.Option(help="Frames (1: an image), separated by commas.")] = "1",

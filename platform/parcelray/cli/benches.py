@@ -37,7 +37,7 @@ def bench_evaluate(
 
 @bench_app.command("connector")
 def bench_connector(
-    backbone: Annotated[str, typer.Option(help="mini, paligemma2-3b (needs a GPU), or a folder.")] = "mini",
+    backbone: Annotated[str, typer.Option(help="mini, paligemma2-3b or llava-1.5-7b (need a GPU), or a folder.")] = "mini",
     resolution: Annotated[int | None, typer.Option(help="Image side in pixels.", show_default=False)] = None,
     budgets: Annotated[str, typer.Option(help="Visual tokens per image, separated by commas.")] = "16,64,256",
     batch_size: Annotated[int, typer.Option(min=1, help="Images per batch.")] = 8,
@@ -74,18 +74,25 @@ def bench_kmeans(
 
 @bench_app.command("overhead")
 def bench_overhead(
-    budgets: Annotated[str, typer.Option(help="Visual tokens of 576, separated by commas.")] = "196,144,64,36",
+    backbone: Annotated[str, typer.Option(help="laptop, llava-1.5-7b or paligemma2-3b (need a GPU), mini, or a folder.")] = "laptop",
+    budgets: Annotated[str, typer.Option(help="Visual tokens, separated by commas.")] = "196,144,64,36",
     batch_sizes: Annotated[str, typer.Option(help="Images at a time, separated by commas.")] = "1,8",
-    reducers: Annotated[
-        str, typer.Option(help="Reducers, separated by commas.")
-    ] = "cluster_aggregate,average_pooling,spatial_sampling,random_sampling,divprune",
+    reducers: Annotated[str | None, typer.Option(help="Reducers, separated by commas; all by default.", show_default=False)] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Timed rounds.")] = 5,
+    resolution: Annotated[int | None, typer.Option(help="Image side in pixels.", show_default=False)] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     as_json: AsJson = False,
 ) -> None:
     """What each training-free reduction costs against what the shorter prompt saves."""
-    from parcelray.profiling.overhead_bench import bench_overhead
+    from parcelray.profiling.overhead_bench import REDUCERS, bench_overhead
 
     report = bench_overhead(
-        budgets=integers(budgets, "--budgets"), batch_sizes=integers(batch_sizes, "--batch-sizes"), reducers=reducers.split(","), repeats=repeats
+        budgets=integers(budgets, "--budgets"),
+        batch_sizes=integers(batch_sizes, "--batch-sizes"),
+        reducers=list(REDUCERS) if reducers is None else reducers.split(","),
+        repeats=repeats,
+        backbone=backbone,
+        resolution=resolution,
+        device=device,
     )
     show_report(report, as_json)

@@ -19,7 +19,7 @@ from parcelray.evaluation.generation import GenerationSettings
 from parcelray.evaluation.predictor import BLIND
 from parcelray.models.checkpoint import ResolvedCheckpoint
 from parcelray.models.token_reduction import build_reducer
-from parcelray.models.vlm import connector_of
+from parcelray.models.vlm import config_of, connector_of
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def budgets_for(job: EvaluateJob, checkpoint: ResolvedCheckpoint) -> tuple[int, 
     full = max(connector.supported_budgets)
     if job.reducer is not None:
         reducer = build_reducer(job.reducer)
-        legal, name = reducer.supported_budgets(full), reducer.name
+        legal, name = reducer.budgets_of(full, config_of(checkpoint.path).depths), reducer.name
     else:
         legal, name = connector.supported_budgets, connector.name
     numbers = {BLIND if budget == "blind" else full if budget == "full" else budget for budget in job.budgets}

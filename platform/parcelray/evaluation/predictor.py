@@ -156,7 +156,7 @@ class Predictor:
         if self._settings.decoding == "likelihood":
             return self._choose(batch, seen, budget)
         limit, end = self._settings.max_new_tokens, self._processor.tokenizer.eos_token_id
-        if self._decoder is not None and seen:
+        if self._decoder is not None and self._is_reduced(budget):
             prompts = encode_prompts(self._processor, [sample.prompt for sample in batch], None, self._device)
             new_BS = self._decoder.generate(
                 prompts, self._visual_of(batch, seen), max_new_tokens=limit, eos_token_id=end, reducer=self._prompt_reducer, budget=self._total(batch, budget)
@@ -198,7 +198,7 @@ class Predictor:
     def _log_likelihoods(self, batch: Sequence[Sample], answers: list[str], seen: dict[bytes, Seen], budget: int) -> tuple[Tensor, Tensor]:
         """Log-probability of each token of an answer and of its end, [B, S], and which places are the answer's."""
         texts = [sample.prompt for sample in batch]
-        if self._decoder is not None and seen:
+        if self._decoder is not None and self._is_reduced(budget):
             prompts = encode_prompts(self._processor, texts, answers, self._device)
             logits_BSV = self._decoder.logits(prompts, self._visual_of(batch, seen), reducer=self._prompt_reducer, budget=self._total(batch, budget)).float()
             ids_BS, answers_BS = prompts.after_BT[:, 1:], (prompts.answer_BT & prompts.valid_BT)[:, 1:]
@@ -215,6 +215,10 @@ class Predictor:
     @property
     def _prompt_reducer(self) -> TokenReducer | None:
         return self._reducer if self._reducer is not None and self._reducer.reads == "prompt" else None
+
+    def _is_reduced(self, budget: int) -> bool:
+        """Neither blind nor with every patch: only then positions and sizes are other than the stock model's."""
+        return BLIND < budget < self._processor.num_patches
 
     def _total(self, batch: Sequence[Sample], budget: int) -> int:
         """Visual tokens of a prompt with all its images."""

@@ -26,6 +26,15 @@ _VISION_DEFAULTS: dict[str, dict[str, int]] = {
         "num_hidden_layers": 12,
         "num_attention_heads": 12,
     },
+    "clip_vision_model": {
+        "image_size": 336,
+        "patch_size": 14,
+        "num_channels": 3,
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+    },
 }
 _TEXT_DEFAULTS: dict[str, dict[str, int]] = {
     "gemma": {
@@ -45,6 +54,15 @@ _TEXT_DEFAULTS: dict[str, dict[str, int]] = {
         "num_key_value_heads": 4,
         "head_dim": 256,
         "vocab_size": 256000,
+    },
+    "llama": {
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "head_dim": 128,
+        "vocab_size": 32000,
     },
 }
 
@@ -67,7 +85,8 @@ class BackboneShape:
     vision_mlp_width: int
     """M_v."""
     vision_heads: int
-    """Attention heads of the vision tower; they divide D_v and cost nothing by themselves."""
+    """Attention heads of the vision tower; they divide D_v and cost nothing by themselves. 0: a convolutional tower, of which the pointwise layers
+    are counted (16 N_v D_v^2 a block at every stage, because the map shrinks as the width grows)."""
     text_layers: int
     """L_l."""
     text_width: int
@@ -82,12 +101,16 @@ class BackboneShape:
     """d_h of the language model."""
     vocab_size: int
     """V."""
+    class_tokens: int = 0
+    """Tokens of the vision tower besides the patches."""
+    projector_layers: int = 1
+    """Linear layers from D_v to D_l; those after the first are D_l x D_l."""
 
     def __post_init__(self) -> None:
         for name in self.__slots__[1:]:
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise UserError(f"{name} of backbone {self.name} is {value!r}; it must be a whole number of at least 1. Correct its config.json.")
+            value, least = getattr(self, name), 0 if name in ("class_tokens", "vision_heads") else 1
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise UserError(f"{name} of backbone {self.name} is {value!r}; it must be a whole number of at least {least}. Correct its config.json.")
         if self.image_size % self.patch_size:
             below = self.image_size // self.patch_size * self.patch_size
             legal = ", ".join(str(value) for value in (below, below + self.patch_size) if value)
@@ -135,12 +158,31 @@ _PALIGEMMA2_3B = BackboneShape(
     head_dim=256,
     vocab_size=257152,
 )
-PRESETS: dict[str, BackboneShape] = {"paligemma2-3b": _PALIGEMMA2_3B}
+_LLAVA_7B = BackboneShape(
+    name="llava-1.5-7b",
+    image_size=336,
+    patch_size=14,
+    num_channels=3,
+    vision_layers=24,
+    vision_width=1024,
+    vision_mlp_width=4096,
+    vision_heads=16,
+    text_layers=32,
+    text_width=4096,
+    text_mlp_width=11008,
+    num_heads=32,
+    num_kv_heads=32,
+    head_dim=128,
+    vocab_size=32064,
+    class_tokens=1,
+    projector_layers=2,
+)
+PRESETS: dict[str, BackboneShape] = {"paligemma2-3b": _PALIGEMMA2_3B, "llava-1.5-7b": _LLAVA_7B}
 """Backbones by name, at their base resolution; `at_resolution` gives the others (paligemma2-3b: 224 and 448)."""
 
 
 def from_transformers_config(config: Any) -> BackboneShape:
-    """Reads the shape of a PaliGemma configuration (SigLIP and Gemma or Gemma-2), any subclass of it included.
+    """Reads the shape of a PaliGemma or LLaVA configuration, any subclass of it included.
 
     Args:
         config: a `transformers` configuration with `vision_config` and `text_config`.
@@ -157,7 +199,8 @@ def from_mapping(config: Mapping[str, Any], name: str) -> BackboneShape:
     Raises:
         UserError: `vision_config` or `text_config` is missing or of a kind whose cost is not modelled.
     """
-    vision = _section(config, "vision_config", _VISION_DEFAULTS, name)
+    convolutional = config.get("vision_config", {}).get("model_type") == "convnext"
+    vision = _convnext(config["vision_config"]) if convolutional else _section(config, "vision_config", _VISION_DEFAULTS, name)
     text = _section(config, "text_config", _TEXT_DEFAULTS, name)
     return BackboneShape(
         name=name,
@@ -175,7 +218,23 @@ def from_mapping(config: Mapping[str, Any], name: str) -> BackboneShape:
         num_kv_heads=text["num_key_value_heads"],
         head_dim=text["head_dim"],
         vocab_size=text["vocab_size"],
+        class_tokens=int(config["vision_config"].get("model_type") == "clip_vision_model"),
+        projector_layers=2 if str(config.get("model_type", "")).endswith("llava") else 1,
     )
+
+
+def _convnext(vision: Mapping[str, Any]) -> dict[str, int]:
+    width = int(vision["hidden_sizes"][-1])
+    return {
+        "image_size": int(vision["image_size"]),
+        # Each stage after the first halves the map.
+        "patch_size": int(vision["patch_size"]) * 2 ** (len(vision["depths"]) - 1),
+        "num_channels": int(vision.get("num_channels", 3)),
+        "hidden_size": width,
+        "intermediate_size": 4 * width,
+        "num_hidden_layers": sum(vision["depths"]),
+        "num_attention_heads": 0,
+    }
 
 
 def resolve_backbone(backbone: str, resolution: int | None = None) -> BackboneShape:
@@ -194,7 +253,7 @@ def resolve_backbone(backbone: str, resolution: int | None = None) -> BackboneSh
         if not MINI_CONFIG.is_file():
             raise UserError(
                 "The mini checkpoint (parcelray/assets/mini_base) is not in this installation; reinstall parcelray, "
-                "or give paligemma2-3b or a folder with a config.json."
+                "or give paligemma2-3b, llava-1.5-7b or a folder with a config.json."
             )
         shape = _from_file(MINI_CONFIG, name="mini")
     else:
@@ -207,7 +266,7 @@ def resolve_backbone(backbone: str, resolution: int | None = None) -> BackboneSh
 
 def _unknown_backbone(backbone: str) -> str:
     if Path(backbone).is_dir():
-        return f"The folder {backbone} has no config.json; give the folder of a saved checkpoint, paligemma2-3b or mini."
+        return f"The folder {backbone} has no config.json; give the folder of a saved checkpoint, paligemma2-3b, llava-1.5-7b or mini."
     known = [*PRESETS, "mini"]
     close = difflib.get_close_matches(backbone, known, n=1)
     hint = f"; did you mean {close[0]}?" if close else "."
@@ -227,7 +286,7 @@ def _from_file(path: Path, name: str) -> BackboneShape:
 def _section(config: Mapping[str, Any], key: str, defaults: Mapping[str, dict[str, int]], name: str) -> dict[str, Any]:
     section = config.get(key)
     if not isinstance(section, Mapping):
-        raise UserError(f"The configuration of {name} has no {key}; give a PaliGemma checkpoint (paligemma2-3b, mini or a folder).")
+        raise UserError(f"The configuration of {name} has no {key}; give a PaliGemma or LLaVA checkpoint (paligemma2-3b, llava-1.5-7b, mini or a folder).")
     kind = str(section.get("model_type"))
     if kind not in defaults:
         raise UserError(f"The {key} of {name} is of type {kind}, whose cost is not modelled; legal types are {', '.join(defaults)}.")

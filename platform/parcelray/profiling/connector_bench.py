@@ -6,8 +6,7 @@ so no checkpoint is needed and PaliGemma-2 3B can be measured at its real shape.
 
 from collections.abc import Iterator, Sequence
 from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, get_args
+from typing import TYPE_CHECKING, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -15,14 +14,14 @@ from torch import Tensor
 from parcelray.config.connector import ConnectorConfig
 from parcelray.errors import UserError, describe_values
 from parcelray.models.connectors import Connector, build_connector
-from parcelray.profiling.backbone_shapes import MINI_CONFIG, PRESETS, BackboneShape, resolve_backbone
+from parcelray.profiling.backbone_shapes import PRESETS, BackboneShape, resolve_backbone
 from parcelray.profiling.flops import IMAGE_TEXT_TOKENS
 from parcelray.profiling.kv_cache import BYTES_PER_MB
 from parcelray.profiling.measure import Measure, Report, machine_info, time_pairs
 from parcelray.profiling.memory import peak_memory_bytes
 
 if TYPE_CHECKING:
-    from parcelray.models.backbones import ElasticPaliGemmaConfig, ElasticPaliGemmaForConditionalGeneration
+    from parcelray.models.backbones import ElasticVLM
 
 CONNECTOR_CONFIGS: tuple[ConnectorConfig, ...] = tuple(config_class() for config_class in get_args(get_args(ConnectorConfig)[0]))
 """Every connector with its default settings."""
@@ -31,7 +30,7 @@ CONNECTOR_CONFIGS: tuple[ConnectorConfig, ...] = tuple(config_class() for config
 class _Prefill(NamedTuple):
     """One batch and the model that reads it."""
 
-    model: "ElasticPaliGemmaForConditionalGeneration"
+    model: "ElasticVLM"
     pixels_ICHW: Tensor
     patch_features_IND: Tensor
     text_ids_BS: Tensor
@@ -135,55 +134,12 @@ def _materialise(config: ConnectorConfig, shape: BackboneShape, like: Tensor) ->
 
 
 def _random_prefill(backbone: str, shape: BackboneShape, batch_size: int, device: torch.device) -> _Prefill:
-    from parcelray.models.backbones import ElasticPaliGemmaForConditionalGeneration
-    from parcelray.models.vlm import use_sdpa_where_exact
+    # Imported here because transformers' model classes take seconds, which a mistake in the options need not wait for.
+    from parcelray.profiling.random_models import model_config, random_model
 
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(0)
-        with torch.device(device):
-            model = ElasticPaliGemmaForConditionalGeneration(_model_config(backbone, shape))
-            torch.nn.Module.to(model, dtype).train(mode=False)
-            pixels = torch.randn(batch_size, shape.num_channels, shape.image_size, shape.image_size, dtype=dtype)
-            # Below the image token's id and clear of the special tokens' smallest ones; which text it is changes no time.
-            ids = torch.randint(0, model.config.image_token_id, (batch_size, IMAGE_TEXT_TOKENS))
-    use_sdpa_where_exact(model)
+    model = random_model(model_config(backbone, shape), device)
+    generator = torch.Generator(device).manual_seed(0)
+    pixels = torch.randn(batch_size, shape.num_channels, shape.image_size, shape.image_size, dtype=model.dtype, device=device, generator=generator)
+    # Below the image token's id and clear of the special tokens' smallest ones; which text it is changes no time.
+    ids = torch.randint(0, model.config.image_token_id, (batch_size, IMAGE_TEXT_TOKENS), device=device, generator=generator)
     return _Prefill(model, pixels, model.model.encode_patches(pixels), ids)
-
-
-def _model_config(backbone: str, shape: BackboneShape) -> "ElasticPaliGemmaConfig":
-    from parcelray.models.backbones import ElasticPaliGemmaConfig
-
-    if backbone not in PRESETS:
-        config: ElasticPaliGemmaConfig = ElasticPaliGemmaConfig.from_pretrained(MINI_CONFIG.parent if backbone == "mini" else Path(backbone))
-        config.connector = None
-        vision: Any = config.vision_config
-        vision.image_size = shape.image_size
-        return config
-    return ElasticPaliGemmaConfig(
-        vision_config={
-            "model_type": "siglip_vision_model",
-            "image_size": shape.image_size,
-            "patch_size": shape.patch_size,
-            "num_channels": shape.num_channels,
-            "hidden_size": shape.vision_width,
-            "intermediate_size": shape.vision_mlp_width,
-            "num_hidden_layers": shape.vision_layers,
-            "num_attention_heads": shape.vision_heads,
-            "vision_use_head": False,
-        },
-        text_config={
-            "model_type": "gemma2",
-            "hidden_size": shape.text_width,
-            "intermediate_size": shape.text_mlp_width,
-            "num_hidden_layers": shape.text_layers,
-            "num_attention_heads": shape.num_heads,
-            "num_key_value_heads": shape.num_kv_heads,
-            "head_dim": shape.head_dim,
-            "vocab_size": shape.vocab_size,
-        },
-        projection_dim=shape.text_width,
-        hidden_size=shape.text_width,
-        vocab_size=shape.vocab_size,
-        image_token_index=shape.vocab_size - 1,
-    )

@@ -56,7 +56,7 @@ class CostBreakdown:
     connector_mlp: int
     """PARCEL: T 4 N_q D_v M_v."""
     projection: int
-    """2 T B D_v D_l: to the language model's width."""
+    """2 T B D_v D_l: to the language model's width; of LLaVA's second layer 2 T B D_l^2 more."""
     decoder_projections: int
     """L_l 4 N_tot D_l d_h (H_q + H_kv)."""
     decoder_attention: int
@@ -117,18 +117,19 @@ def cost(
     text_tokens = default_text_tokens(num_frames) if num_text_tokens is None else num_text_tokens
     load = Workload(num_visual_tokens, num_frames, text_tokens)
     _check(load, shape)
-    patches, width = shape.num_patches, shape.vision_width
+    patches, width = shape.num_patches + shape.class_tokens, shape.vision_width
     vision = num_frames * shape.vision_layers
+    attending = vision if shape.vision_heads else 0
     reduction = connector_flops(shape, connector, num_visual_tokens)
     num_tokens, layers = load.num_tokens, shape.text_layers
     return CostBreakdown(
-        vision_projections=vision * 8 * patches * width**2,
-        vision_attention=vision * 4 * patches**2 * width,
+        vision_projections=attending * 8 * patches * width**2,
+        vision_attention=attending * 4 * patches**2 * width,
         vision_mlp=vision * 4 * patches * width * shape.vision_mlp_width,
         connector_self_attention=num_frames * reduction.self_attention,
         connector_cross_attention=num_frames * reduction.cross_attention,
         connector_mlp=num_frames * reduction.mlp,
-        projection=2 * num_frames * num_visual_tokens * width * shape.text_width,
+        projection=2 * num_frames * num_visual_tokens * (width + (shape.projector_layers - 1) * shape.text_width) * shape.text_width,
         decoder_projections=layers * 4 * num_tokens * shape.text_width * shape.head_dim * (shape.num_heads + shape.num_kv_heads),
         decoder_attention=layers * 4 * num_tokens**2 * shape.num_heads * shape.head_dim,
         decoder_mlp=layers * 6 * num_tokens * shape.text_width * shape.text_mlp_width,

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from parcelray.models.token_reduction.kmeans import kmeans
 from parcelray.profiling.measure import Measure, Report, interquartile_range, machine_info
+from parcelray.profiling.photographs import photographs
 
 SIDE, PATCH = 24, 14
 _HIDDEN = 1024
@@ -84,22 +85,14 @@ def bench_kmeans(*, widths: list[int], clusters: list[int], batch_sizes: list[in
 
 def photograph_tokens(count: int, width: int, seed: int = 0) -> Tensor:
     """Tokens of crops of photographs: [count, 576, width]."""
-    from sklearn.datasets import load_sample_images
-
-    rng = np.random.default_rng(seed)
     generator = torch.Generator().manual_seed(seed)
     first = torch.randn(3 * PATCH * PATCH, _HIDDEN, generator=generator) / (3 * PATCH * PATCH) ** 0.5
     second = torch.randn(_HIDDEN, width, generator=generator) / _HIDDEN**0.5
     places = 0.3 * torch.randn(SIDE * SIDE, _HIDDEN, generator=generator)
-    pictures = load_sample_images().images
-    tokens = []
-    for _ in range(count):
-        picture = pictures[rng.integers(len(pictures))]
-        top, left = rng.integers(picture.shape[0] - SIDE * PATCH), rng.integers(picture.shape[1] - SIDE * PATCH)
-        crop = torch.tensor(picture[top : top + SIDE * PATCH, left : left + SIDE * PATCH] / 127.5 - 1, dtype=torch.float32)
-        patches = crop.view(SIDE, PATCH, SIDE, PATCH, 3).permute(0, 2, 1, 3, 4).reshape(SIDE * SIDE, -1)
-        tokens.append(F.gelu(patches @ first + places) @ second)
-    return torch.stack(tokens)
+    crops = photographs(count, SIDE * PATCH, seed).permute(0, 2, 3, 1)
+    patches = crops.reshape(count, SIDE, PATCH, SIDE, PATCH, 3).permute(0, 1, 3, 2, 4, 5).reshape(count, SIDE * SIDE, -1)
+    tokens: Tensor = F.gelu(patches @ first + places) @ second
+    return tokens
 
 
 def _quality(tokens: Tensor, width: int, num_clusters: int) -> Iterator[Measure]:

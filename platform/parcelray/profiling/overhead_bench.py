@@ -1,140 +1,255 @@
 """`parcelray bench overhead`: what a training-free reduction costs against what the shorter prompt saves, side by side in one run.
 
-For each reducer, batch size and budget: the time of the reduction, the time and KV-cache bytes that the decoder's prefill and its later steps
-save, the net gain, and the largest budget at which there still is one.
+For each reducer, batch size and budget: the time of the reduction, the time and memory that the decoder's prefill saves, the time that its later
+steps save, the net gain, and the break-even budget. A reduction inside the decoder or by its attention is part of the prefill, so of those
+the net gain is measured as a whole.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from parcelray.config.model import MiniModelConfig
-from parcelray.config.reducer import AveragePoolingConfig, ClusterAggregateConfig, DivPruneConfig, RandomSamplingConfig, ReducerConfig, SpatialSamplingConfig
+from parcelray.config import reducer as configs
+from parcelray.config.reducer import ReducerConfig
 from parcelray.errors import UserError
-from parcelray.models.backbones import ElasticVLM
-from parcelray.models.backbones.paligemma_processor import ElasticPaliGemmaProcessor
-from parcelray.models.checkpoint import MINI_BASE, resolve_checkpoint
-from parcelray.models.mini import build_config, build_model
+from parcelray.models.backbones import ElasticLlavaConfig, ElasticVLM
+from parcelray.models.reduced_decoder import Prompts, ReducedDecoder, VisualTokens
 from parcelray.models.token_reduction import TokenReducer, build_reducer
-from parcelray.models.vlm import use_sdpa_where_exact
-from parcelray.profiling.backbone_shapes import from_transformers_config
-from parcelray.profiling.kmeans_bench import SIDE, photograph_tokens
+from parcelray.models.token_reduction.context import ReductionContext
+from parcelray.models.token_reduction.encoder_view import EncoderView
+from parcelray.models.vlm import ElasticConfig
+from parcelray.profiling.backbone_shapes import PRESETS, from_transformers_config, resolve_backbone
 from parcelray.profiling.kv_cache import kv_cache_bytes
-from parcelray.profiling.measure import Measure, Report, machine_info, time_pairs
+from parcelray.profiling.measure import Measure, PairTiming, Report, machine_info, time_pairs
+from parcelray.profiling.memory import peak_memory_bytes
+from parcelray.profiling.photographs import photographs
+from parcelray.profiling.random_models import model_config, random_model
 
 REDUCERS: dict[str, ReducerConfig] = {
-    "cluster_aggregate": ClusterAggregateConfig(),
-    "average_pooling": AveragePoolingConfig(),
-    "spatial_sampling": SpatialSamplingConfig(),
-    "random_sampling": RandomSamplingConfig(),
-    "divprune": DivPruneConfig(),
+    "cluster_aggregate": configs.ClusterAggregateConfig(),
+    "average_pooling": configs.AveragePoolingConfig(),
+    "spatial_sampling": configs.SpatialSamplingConfig(),
+    "random_sampling": configs.RandomSamplingConfig(),
+    "divprune": configs.DivPruneConfig(),
+    "saliency_class": configs.SaliencyConfig(),
+    "saliency_last_text": configs.SaliencyConfig(definition="last_text"),
+    "visionzip": configs.VisionZipConfig(),
+    "tome": configs.ToMeConfig(),
+    "prumerge": configs.PruMergeConfig(),
+    "scope": configs.ScopeConfig(),
+    "vispruner": configs.VisPrunerConfig(),
+    "restore": configs.RestoreConfig(positions="contiguous"),
+    "fastv": configs.FastVConfig(),
+    "pyramid_drop": configs.PyramidDropConfig(first_layer=2),
+    "sparsevlm": configs.SparseVLMConfig(),
 }
+LAPTOP = "laptop"
 _TEXT_TOKENS = 32
 _NEW_TOKENS = 8
-# A decoder that fits a laptop and is wide enough for its products to count: 576 visual tokens, 0.1 billion parameters.
-_DECODER = MiniModelConfig(
-    image_size=96, vision_width=24, vision_layers=1, vision_heads=2, vision_mlp_width=32,
-    text_width=768, text_layers=12, text_heads=12, text_kv_heads=4, text_head_dim=64, text_mlp_width=2304,
-)  # fmt: skip
+_CLUSTERING_GOAL = ("cluster_aggregate", 64, 8)
+"""Clustering must not cost more than 3 % of the prefill that it saves, on a GPU, at this budget and batch size."""
 
 
 @dataclass(frozen=True)
-class _Decoder:
-    """A language model with random weights, fed with visual tokens."""
+class _Setting:
+    """A model with random weights and the images that it reads."""
 
     model: ElasticVLM
-    width: int
+    view: EncoderView
+    tokens_BND: Tensor
+    prompts: Prompts
     kv_bytes_per_token: int
 
+    @property
+    def num_tokens(self) -> int:
+        return self.tokens_BND.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        return self.tokens_BND.device
+
     def answer(self, tokens_BKD: Tensor, new_tokens: int) -> Any:
-        """Prefill, and so many further steps."""
+        """Prefill, and all steps but the first, which the prefill gives."""
         batch, count, _ = tokens_BKD.shape
-        text_BT = torch.arange(_TEXT_TOKENS, device=tokens_BKD.device).expand(batch, -1) + 10
-        placeholders_BK = text_BT.new_full((batch, count), self.model.config.image_token_id)
-        ids_BS = torch.cat([placeholders_BK, text_BT], dim=1)
+        text_BT = self.prompts.after_BT
+        ids_BS = torch.cat([text_BT.new_full((batch, count), self.model.config.image_token_id), text_BT], dim=1)
         return self.model.generate(
             input_ids=ids_BS,
             attention_mask=torch.ones_like(ids_BS),
             token_type_ids=torch.zeros_like(ids_BS),
-            mm_encoder_outputs={"image": BaseModelOutputWithPooling(pooler_output=tokens_BKD)},
+            **self.model.image_inputs(tokens_BKD),
             max_new_tokens=new_tokens,
             min_new_tokens=new_tokens,
             do_sample=False,
         )
 
+    def answer_reduced(self, reducer: TokenReducer, budget: int, new_tokens: int) -> Tensor:
+        """The same through the reduced decoder, with the reduction inside."""
+        places = torch.arange(self.num_tokens, device=self.device).expand(len(self.tokens_BND), -1)
+        visual = VisualTokens(self.tokens_BND, places, torch.ones_like(places))
+        decoder = ReducedDecoder(self.model, reducer.positions)
+        return decoder.generate(self.prompts, visual, max_new_tokens=new_tokens, eos_token_id=-1, reducer=reducer, budget=budget)
 
-def bench_overhead(*, budgets: list[int], batch_sizes: list[int], reducers: list[str], repeats: int) -> Report:
+    def time(self, a: Callable[[], object], b: Callable[[], object], repeats: int) -> PairTiming:
+        return time_pairs(a, b, repeats, synchronize=torch.cuda.synchronize if self.device.type == "cuda" else None)
+
+
+def bench_overhead(
+    *, budgets: Sequence[int], batch_sizes: Sequence[int], reducers: Sequence[str], repeats: int, backbone: str = LAPTOP, device: str = "cpu",
+    resolution: int | None = None,
+) -> Report:  # fmt: skip
     """Every reducer at every batch size and budget.
 
     Args:
-        budgets: visual tokens of 576; average pooling takes those that are square numbers.
+        budgets: visual tokens; a reducer takes those that it can give.
         batch_sizes: images at a time.
         reducers: names out of `REDUCERS`.
         repeats: timed rounds.
+        backbone: `laptop`: LLaVA with 576 visual tokens at 0.1 billion parameters; a preset (on a GPU), `mini`, or a folder.
+        device: `cpu` or `cuda`.
+        resolution: side of the image in pixels; None: the backbone's own.
 
     Raises:
-        UserError: there is no such reducer.
+        UserError: there is no such reducer, backbone or device.
     """
     unknown = [name for name in reducers if name not in REDUCERS]
     if unknown:
         raise UserError(f"--reducers names {', '.join(unknown)}; legal: {', '.join(REDUCERS)}.")
-    decoder = _decoder()
+    if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
+        raise UserError(f"--device {device} is not here; choose cpu{', or a machine with a CUDA device' if device == 'cuda' else ' or cuda'}.")
+    if device == "cpu" and backbone in PRESETS:
+        raise UserError(f"{backbone} needs a GPU for this bench; choose --device cuda, or the backbone {LAPTOP}.")
+    config = _laptop() if backbone == LAPTOP else model_config(backbone, resolve_backbone(backbone, resolution))
+    model = random_model(config, torch.device(device))
     measures: list[Measure] = []
-    for batch_size in batch_sizes:
-        tokens = photograph_tokens(batch_size, decoder.width)
-        saved = {budget: _saved(decoder, tokens, budget, repeats) for budget in budgets}
-        for budget in budgets:
-            prefill, decode = saved[budget]
-            label = f"{SIDE * SIDE} -> {budget}, batch {batch_size}"
-            kv_bytes = (SIDE * SIDE - budget) * decoder.kv_bytes_per_token * batch_size
-            measures += [
-                Measure(f"{label}: prefill saved", 1000 * prefill, "ms"),
-                Measure(f"{label}: {_NEW_TOKENS} further steps saved", 1000 * decode, "ms"),
-                Measure(f"{label}: KV cache saved", kv_bytes / 2**20, "MiB"),
-            ]
-        for name in reducers:
-            measures += _reducer(name, tokens, saved, repeats)
-    return Report(tuple(measures), machine_info() | {"decoder": f"{sum(each.numel() for each in decoder.model.parameters()) / 1e6:.0f} M parameters, fp32"})
-
-
-def _saved(decoder: _Decoder, tokens: Tensor, budget: int, repeats: int) -> tuple[float, float]:
-    """Seconds that the prefill saves, and the steps after it."""
     with torch.inference_mode():
-        first = time_pairs(lambda: decoder.answer(tokens, 1), lambda: decoder.answer(tokens[:, :budget], 1), repeats)
-        whole = time_pairs(lambda: decoder.answer(tokens, 1 + _NEW_TOKENS), lambda: decoder.answer(tokens[:, :budget], 1 + _NEW_TOKENS), repeats)
-    prefill = first.median_a - first.median_b
-    return prefill, whole.median_a - whole.median_b - prefill
+        for batch_size in batch_sizes:
+            setting = _setting(model, config, batch_size)
+            legal = [budget for budget in budgets if budget < setting.num_tokens]
+            saved = {}
+            for budget in legal:
+                saved[budget] = _Saved.measure(setting, budget, repeats)
+                measures += saved[budget].measures(setting, budget)
+            for name in reducers:
+                measures += _reducer(setting, name, saved, repeats)
+    parameters = sum(each.numel() for each in model.parameters())
+    return Report(tuple(measures), machine_info() | {"backbone": backbone, "parameters": f"{parameters / 1e6:.0f} M", "dtype": str(model.dtype)})
 
 
-def _reducer(name: str, tokens: Tensor, saved: dict[int, tuple[float, float]], repeats: int) -> Iterator[Measure]:
+@dataclass(frozen=True)
+class _Saved:
+    """What a shorter prompt saves, in seconds and bytes."""
+
+    prefill: float
+    prefill_spread: float
+    decode: float
+    memory: int
+
+    @classmethod
+    def measure(cls, setting: _Setting, budget: int, repeats: int) -> "_Saved":
+        full, short = setting.tokens_BND, setting.tokens_BND[:, :budget]
+        first = setting.time(partial(setting.answer, full, 1), partial(setting.answer, short, 1), repeats)
+        whole = setting.time(partial(setting.answer, full, 1 + _NEW_TOKENS), partial(setting.answer, short, 1 + _NEW_TOKENS), repeats)
+        prefill = first.median_a - first.median_b
+        memory = peak_memory_bytes(partial(setting.answer, full, 1), setting.device) - peak_memory_bytes(partial(setting.answer, short, 1), setting.device)
+        return cls(prefill, first.spread_a + first.spread_b, whole.median_a - whole.median_b - prefill, memory)
+
+    def measures(self, setting: _Setting, budget: int) -> list[Measure]:
+        label = f"{setting.num_tokens} -> {budget}, batch {len(setting.tokens_BND)}"
+        kv_bytes = (setting.num_tokens - budget) * setting.kv_bytes_per_token * len(setting.tokens_BND)
+        return [
+            Measure(f"{label}: prefill saved", 1000 * self.prefill, "ms", 1000 * self.prefill_spread),
+            Measure(f"{label}: {_NEW_TOKENS} further steps saved", 1000 * self.decode, "ms"),
+            Measure(f"{label}: peak memory of the prefill saved", self.memory / 2**20, "MiB"),
+            Measure(f"{label}: KV cache saved", kv_bytes / 2**20, "MiB"),
+        ]
+
+
+def _reducer(setting: _Setting, name: str, saved: dict[int, _Saved], repeats: int) -> Iterator[Measure]:
     reducer = build_reducer(REDUCERS[name])
-    gains = {}
-    for budget in saved:
-        if budget not in reducer.supported_budgets(tokens.shape[1]):
+    batch = len(setting.tokens_BND)
+    gains: dict[int, float] = {}
+    depths = Depths(
+        0 if setting.model.model.feature_layer is None else setting.model.model.feature_layer + 1, setting.model.config.text_config.num_hidden_layers
+    )
+    legal = reducer.budgets_of(setting.num_tokens, depths)
+    for budget, gain in saved.items():
+        if budget not in legal:
             continue
-        seconds = time_pairs(_call(reducer, tokens, budget), _call(reducer, tokens, budget), repeats).median_a
-        prefill, decode = saved[budget]
-        gains[budget] = prefill + decode - seconds
-        label = f"{name}, {SIDE * SIDE} -> {budget}, batch {len(tokens)}"
-        yield Measure(f"{label}: reduction", 1000 * seconds, "ms")
-        yield Measure(f"{label}: reduction over prefill saved", 100 * seconds / prefill, "%")
-        yield Measure(f"{label}: net gain", 1000 * gains[budget], "ms")
-    paying = [budget for budget, gain in gains.items() if gain > 0]
-    if paying:
-        yield Measure(f"{name}, batch {len(tokens)}: break-even budget", max(paying), "tokens", against="of the budgets that were measured")
+        label = f"{name}, {setting.num_tokens} -> {budget}, batch {batch}"
+        if reducer.reads == "prompt":
+            timing = setting.time(
+                partial(setting.answer, setting.tokens_BND, 1 + _NEW_TOKENS), partial(setting.answer_reduced, reducer, budget, 1 + _NEW_TOKENS), repeats
+            )
+            gains[budget] = timing.median_a - timing.median_b
+            spread = timing.spread_a + timing.spread_b
+        else:
+            call = partial(_reduce, setting, reducer, budget)
+            timing = setting.time(call, call, repeats)
+            seconds, spread = timing.median_a, timing.spread_a
+            gains[budget] = gain.prefill + gain.decode - seconds
+            goal = "<= 3" if setting.device.type == "cuda" and (name, budget, batch) == _CLUSTERING_GOAL else None
+            yield Measure(f"{label}: reduction", 1000 * seconds, "ms", 1000 * spread)
+            yield Measure(f"{label}: reduction over prefill saved", 100 * seconds / gain.prefill, "%", goal=goal)
+        yield Measure(f"{label}: net gain", 1000 * gains[budget], "ms", 1000 * spread)
+    if gains:
+        yield Measure(
+            f"{name}, batch {batch}: break-even budget", _break_even(gains, setting.num_tokens), "tokens", against="by linear interpolation; below it, it pays"
+        )
 
 
-def _call(reducer: TokenReducer, tokens: Tensor, budget: int) -> Callable[[], object]:
-    return lambda: reducer(tokens, num_visual_tokens=budget)
+def _break_even(gains: dict[int, float], num_tokens: int) -> float:
+    """Budget at which the net gain is 0: between measured budgets, and the full one, where nothing is saved and the reduction still costs.
+
+    0 where not even the smallest budget pays.
+    """
+    smallest = min(gains)
+    # At the full budget nothing is saved; what is left of the gain there, extrapolated, is the cost of the reduction.
+    ordered = sorted(gains.items())
+    if len(ordered) > 1:
+        (a, gain_a), (b, gain_b) = ordered[-2:]
+        at_full = gain_b + (gain_b - gain_a) * (num_tokens - b) / (b - a)
+        ordered.append((num_tokens, min(at_full, 0.0)))
+    if gains[smallest] <= 0:
+        return 0.0
+    for (a, gain_a), (b, gain_b) in pairwise(ordered):
+        if gain_b <= 0:
+            return a + (b - a) * gain_a / (gain_a - gain_b) if gain_a > gain_b else float(a)
+    return float(ordered[-1][0])
 
 
-def _decoder() -> _Decoder:
-    processor = ElasticPaliGemmaProcessor.from_pretrained(resolve_checkpoint(MINI_BASE).path)
-    config = build_config(_DECODER, processor)
-    model = build_model(config, 0).eval()
-    use_sdpa_where_exact(model)
-    return _Decoder(model, config.text_config.hidden_size, kv_cache_bytes(from_transformers_config(config), 1, bytes_per_value=4))
+def _reduce(setting: _Setting, reducer: TokenReducer, budget: int) -> object:
+    # A view of its own each time, because attention maps are kept once they are computed.
+    view = setting.view.again() if reducer.reads == "encoder" else setting.view
+    return reducer(setting.tokens_BND, num_visual_tokens=budget, context=ReductionContext(encoder=view))
+
+
+def _setting(model: ElasticVLM, config: ElasticConfig, batch_size: int) -> _Setting:
+    device = next(model.parameters()).device
+    pixels = photographs(batch_size, int(config.vision_config.image_size)).to(device, model.dtype)
+    view = EncoderView(model.model, pixels)
+    text_BT = torch.arange(_TEXT_TOKENS, device=device).expand(batch_size, -1) + 10
+    ones_BT = torch.ones_like(text_BT, dtype=torch.bool)
+    prompts = Prompts(torch.zeros(0, dtype=torch.int64, device=device), text_BT, ones_BT, ~ones_BT)
+    kv_bytes = kv_cache_bytes(from_transformers_config(config), 1, bytes_per_value=model.dtype.itemsize)
+    return _Setting(model, view, view.project(view.patch_features_IND), prompts, kv_bytes)
+
+
+def _laptop() -> ElasticLlavaConfig:
+    """LLaVA-1.5's 576 tokens at a size that a laptop runs, wide enough for its matrix products to count."""
+    return ElasticLlavaConfig(
+        vision_config={
+            "model_type": "clip_vision_model", "image_size": 336, "patch_size": 14, "hidden_size": 384, "intermediate_size": 1536,
+            "num_hidden_layers": 6, "num_attention_heads": 6,
+        },
+        text_config={
+            "model_type": "llama", "hidden_size": 768, "intermediate_size": 2304, "num_hidden_layers": 12, "num_attention_heads": 12,
+            "num_key_value_heads": 12, "head_dim": 64, "vocab_size": 2048, "max_position_embeddings": 4096,
+        },
+        image_token_index=2047,
+    )  # fmt: skip

@@ -5,7 +5,7 @@ Shapes: I images of the whole batch, N patches, K visual tokens (the budget), D 
 
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import Any, ClassVar, Protocol, cast, runtime_checkable
+from typing import Any, ClassVar, NamedTuple, Protocol, cast, runtime_checkable
 
 import torch
 from pydantic import TypeAdapter
@@ -27,6 +27,15 @@ class SelfInitialised(Protocol):
     def init_weights(self) -> None:
         """Sets them, drawing from torch's global generator."""
         ...
+
+
+class Depths(NamedTuple):
+    """Layers of a model, which some reducers reduce in."""
+
+    encoder: int
+    """Of the vision tower, up to the patch features; 0: no attention."""
+    decoder: int
+    """Of the language model."""
 
 
 def read_connector(connector: dict[str, Any] | None) -> ConnectorConfig:
@@ -62,9 +71,9 @@ class ElasticModel(nn.Module):
         return {}
 
     @property
-    @abstractmethod
     def feature_layer(self) -> int | None:
         """Layer of the vision tower, counted from 0, whose output the patch features are; None: a tower without attention."""
+        return cast("int | None", self.config.feature_layer)
 
     @property
     def features_are_normed(self) -> bool:

@@ -25,7 +25,7 @@ from transformers.models.llava.modeling_llava import (
 
 from parcelray.config.connector import ConnectorConfig
 from parcelray.errors import UserError
-from parcelray.models.backbones.base import ElasticModel, ElasticVLM, SelfInitialised, connector_for, read_connector
+from parcelray.models.backbones.base import Depths, ElasticModel, ElasticVLM, SelfInitialised, connector_for, read_connector
 from parcelray.models.connectors.base import VisionDims
 
 MODEL_TYPE = "elastic_llava"
@@ -70,6 +70,19 @@ class ElasticLlavaConfig(LlavaConfig):  # type: ignore[misc]
         return int(vision.image_size) // stride
 
     @property
+    def feature_layer(self) -> int | None:
+        """Layer of the vision tower, counted from 0, whose output the patch features are; None: a tower without attention."""
+        if self.convolutional:
+            return None
+        # Of a model with L layers there are L + 1 hidden states, the first one before them all.
+        return int(self.vision_feature_layer % (self.vision_config.num_hidden_layers + 1)) - 1
+
+    @property
+    def depths(self) -> Depths:
+        """Layers that reducers can reduce in."""
+        return Depths(0 if self.feature_layer is None else self.feature_layer + 1, int(self.text_config.num_hidden_layers))
+
+    @property
     def vision_dims(self) -> VisionDims:
         """What a connector is built from."""
         vision = self.vision_config
@@ -97,14 +110,6 @@ class ElasticLlavaModel(ElasticModel, LlavaModel):  # type: ignore[misc]
     def vision_options(self) -> dict[str, Any]:
         """The one layer whose output is used; the others are not kept."""
         return {} if self.config.convolutional else {"output_hidden_states": self.config.vision_feature_layer}
-
-    @property
-    def feature_layer(self) -> int | None:
-        """See `ElasticModel`."""
-        if self.config.convolutional:
-            return None
-        # Of a model with L layers there are L + 1 hidden states, the first one before them all.
-        return int(self.config.vision_feature_layer % (self.config.vision_config.num_hidden_layers + 1)) - 1
 
     @property
     def has_class_token(self) -> bool:

@@ -24,7 +24,7 @@ from transformers.models.paligemma.modeling_paligemma import (
 )
 
 from parcelray.config.connector import ConnectorConfig
-from parcelray.models.backbones.base import ElasticModel, ElasticVLM, SelfInitialised, connector_for, read_connector
+from parcelray.models.backbones.base import Depths, ElasticModel, ElasticVLM, SelfInitialised, connector_for, read_connector
 from parcelray.models.connectors.base import VisionDims
 
 MODEL_TYPE = "elastic_paligemma"
@@ -47,6 +47,16 @@ class ElasticPaliGemmaConfig(PaliGemmaConfig):  # type: ignore[misc]
         return int(self.vision_config.image_size) // int(self.vision_config.patch_size)
 
     @property
+    def feature_layer(self) -> int:
+        """Layer of the vision tower, counted from 0, whose output the patch features are."""
+        return int(self.vision_config.num_hidden_layers) - 1
+
+    @property
+    def depths(self) -> Depths:
+        """Layers that reducers can reduce in."""
+        return Depths(self.feature_layer + 1, int(self.text_config.num_hidden_layers))
+
+    @property
     def vision_dims(self) -> VisionDims:
         """What a connector is built from."""
         vision = self.vision_config
@@ -66,11 +76,6 @@ class ElasticPaliGemmaModel(ElasticModel, PaliGemmaModel):  # type: ignore[misc]
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         _init_elastic_weights(self, module)
-
-    @property
-    def feature_layer(self) -> int:
-        """See `ElasticModel`."""
-        return int(self.config.vision_config.num_hidden_layers) - 1
 
     @property
     def features_are_normed(self) -> bool:

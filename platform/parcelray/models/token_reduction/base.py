@@ -10,6 +10,7 @@ from torch import Tensor
 
 from parcelray.config.reducer import Positions
 from parcelray.errors import UnsupportedBudgetError, UserError
+from parcelray.models.backbones.base import Depths
 from parcelray.models.token_reduction.context import NO_CONTEXT, ReductionContext
 from parcelray.models.token_reduction.encoder_view import EncoderView
 
@@ -75,8 +76,12 @@ class TokenReducer(ABC):
         return "tokens"
 
     def supported_budgets(self, num_tokens: int) -> tuple[int, ...]:
-        """Legal budgets of N tokens, ascending."""
+        """Legal budgets of N tokens, ascending, of a model that is deep enough."""
         return tuple(range(1, num_tokens + 1))
+
+    def budgets_of(self, num_tokens: int, depths: Depths) -> tuple[int, ...]:
+        """Legal budgets of N tokens in a model, ascending."""
+        return self.supported_budgets(num_tokens)
 
     @abstractmethod
     def reduce(self, tokens_BND: Tensor, num_visual_tokens: int, context: ReductionContext) -> Reduction:

@@ -40,6 +40,13 @@ class EncoderView:
             for hook in hooks:
                 hook.remove()
 
+    def again(self) -> "EncoderView":
+        """The same run, with its attention maps still to be computed."""
+        other = object.__new__(EncoderView)
+        for name in ("model", "pixel_values_ICHW", "patch_features_IND", "_inputs", "_outputs"):
+            setattr(other, name, getattr(self, name))
+        return other
+
     @cached_property
     def class_features_ID(self) -> Tensor | None:
         """Feature of the class token, at the layer of the patch features; None where there is no such token."""

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from parcelray.errors import UnsupportedBudgetError
+from parcelray.models.backbones.base import Depths
 from parcelray.models.token_reduction.base import Reads, TokenReducer
 
 
@@ -30,6 +31,14 @@ class InDecoderReducer(TokenReducer):
     def reads(self) -> Reads:
         """The decoder's attention."""
         return "prompt"
+
+    def budgets_of(self, num_tokens: int, depths: Depths) -> tuple[int, ...]:
+        """See `TokenReducer`: at least what the layers before the first stage cost."""
+        try:
+            self.stages(depths.decoder, num_tokens, 1)
+        except UnsupportedBudgetError as error:
+            return tuple(error.supported)
+        return tuple(range(1, num_tokens + 1))
 
     @abstractmethod
     def stages(self, num_layers: int, num_tokens: int, budget: int) -> tuple[Stage, ...]:

@@ -52,7 +52,8 @@ class Saliency(TokenReducer):
     def scores(self, tokens_BND: Tensor, context: ReductionContext) -> Tensor:
         """How salient each token is: [B, N], higher is more."""
         if self.definition == "norm":
-            return torch.linalg.vector_norm(tokens_BND.float(), dim=2)
+            norms_BN: Tensor = torch.linalg.vector_norm(tokens_BND.float(), dim=2)
+            return norms_BN
         if self.definition == "class_attention":
             return encoder_of(context, self.name).attention_IHN.sum(dim=1)
         prompt = prompt_of(context, self.name)

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from parcelray.errors import UnsupportedBudgetError
+from parcelray.models.backbones.base import Depths
 from parcelray.models.token_reduction.base import Reads, Reduction, TokenReducer, encoder_of
 from parcelray.models.token_reduction.context import ReductionContext
 from parcelray.models.token_reduction.encoder_view import EncoderView
@@ -31,6 +32,10 @@ class ToMe(TokenReducer):
         """The vision tower, which it runs again."""
         return "encoder"
 
+    def budgets_of(self, num_tokens: int, depths: Depths) -> tuple[int, ...]:
+        """See `TokenReducer`: a layer merges half of the tokens away at most."""
+        return tuple(budget for budget in range(1, num_tokens + 1) if merge_counts(num_tokens, budget, depths.encoder) is not None)
+
     def reduce(self, tokens_BND: Tensor, num_visual_tokens: int, context: ReductionContext) -> Reduction:
         """See `TokenReducer`.
 
@@ -41,8 +46,8 @@ class ToMe(TokenReducer):
         tower = _Tower(view)
         counts = merge_counts(tokens_BND.shape[1], num_visual_tokens, tower.num_layers)
         if counts is None:
-            smallest = -(-tokens_BND.shape[1] // 2**tower.num_layers)
-            raise UnsupportedBudgetError(num_visual_tokens, tuple(range(smallest, tokens_BND.shape[1] + 1)), self.name)
+            legal = self.budgets_of(tokens_BND.shape[1], Depths(tower.num_layers, 0))
+            raise UnsupportedBudgetError(num_visual_tokens, legal, self.name)
         features_BKD, owner_BN = tower.run(counts)
         sizes_BK = torch.zeros_like(owner_BN[:, :num_visual_tokens]).scatter_add_(1, owner_BN, torch.ones_like(owner_BN))
         places_BN = torch.arange(owner_BN.shape[1], device=owner_BN.device).expand_as(owner_BN)

@@ -1,0 +1,81 @@
+"""Models with random weights at any backbone's shape: time and memory do not depend on what the weights are."""
+
+from pathlib import Path
+from typing import cast
+
+import torch
+
+from parcelray.models.backbones import (
+    ElasticLlavaConfig,
+    ElasticLlavaForConditionalGeneration,
+    ElasticPaliGemmaConfig,
+    ElasticPaliGemmaForConditionalGeneration,
+    ElasticVLM,
+)
+from parcelray.models.vlm import ElasticConfig, config_of, use_sdpa_where_exact
+from parcelray.profiling.backbone_shapes import MINI_CONFIG, PRESETS, BackboneShape
+
+
+def random_model(config: ElasticConfig, device: torch.device) -> ElasticVLM:
+    """A model in evaluation mode with seeded random weights, in bf16 on a GPU and in fp32 on a CPU."""
+    kind = ElasticLlavaForConditionalGeneration if isinstance(config, ElasticLlavaConfig) else ElasticPaliGemmaForConditionalGeneration
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    before = torch.get_default_dtype()
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(0)
+        # Made in its own precision: a 7B model in float32 first would not fit beside itself.
+        torch.set_default_dtype(dtype)
+        try:
+            with torch.device(device):
+                model = cast(ElasticVLM, kind(config))
+        finally:
+            torch.set_default_dtype(before)
+    torch.nn.Module.train(model, mode=False)
+    use_sdpa_where_exact(model)
+    return model
+
+
+def model_config(backbone: str, shape: BackboneShape) -> ElasticConfig:
+    """The transformers configuration of a backbone, without a connector.
+
+    Args:
+        backbone: a name in `PRESETS`, `mini`, or a checkpoint folder.
+        shape: its shape, at the resolution that is wanted.
+    """
+    if backbone not in PRESETS:
+        config = config_of(MINI_CONFIG.parent if backbone == "mini" else Path(backbone))
+        config.connector = None
+        config.vision_config.image_size = shape.image_size
+        return config
+    text = {
+        "hidden_size": shape.text_width,
+        "intermediate_size": shape.text_mlp_width,
+        "num_hidden_layers": shape.text_layers,
+        "num_attention_heads": shape.num_heads,
+        "num_key_value_heads": shape.num_kv_heads,
+        "head_dim": shape.head_dim,
+        "vocab_size": shape.vocab_size,
+    }
+    vision = {
+        "image_size": shape.image_size,
+        "patch_size": shape.patch_size,
+        "num_channels": shape.num_channels,
+        "hidden_size": shape.vision_width,
+        "intermediate_size": shape.vision_mlp_width,
+        "num_hidden_layers": shape.vision_layers,
+        "num_attention_heads": shape.vision_heads,
+    }
+    if shape.class_tokens:
+        return ElasticLlavaConfig(
+            vision_config=vision | {"model_type": "clip_vision_model"},
+            text_config=text | {"model_type": "llama", "max_position_embeddings": 4096},
+            image_token_index=shape.vocab_size - 1,
+        )
+    return ElasticPaliGemmaConfig(
+        vision_config=vision | {"model_type": "siglip_vision_model", "vision_use_head": False},
+        text_config=text | {"model_type": "gemma2"},
+        projection_dim=shape.text_width,
+        hidden_size=shape.text_width,
+        vocab_size=shape.vocab_size,
+        image_token_index=shape.vocab_size - 1,
+    )
