@@ -28,6 +28,8 @@ class FrontierPoint:
     """By family, or by split where all are of one family."""
     unscored: int
     """Samples that could not be scored; they are in no mean."""
+    gflops: float | None = None
+    """Of one prefill of one image, where it is known."""
 
 
 @dataclass(frozen=True)
@@ -124,6 +126,7 @@ def _point_to_dict(point: FrontierPoint) -> dict[str, Any]:
         "retention": point.retention._asdict() if point.retention is not None else None,
         "families": {family: interval._asdict() for family, interval in point.families.items()},
         "unscored": point.unscored,
+        "gflops": point.gflops,
     }
 
 
@@ -135,4 +138,5 @@ def _point_from_dict(data: Mapping[str, Any]) -> FrontierPoint:
         retention=Interval(**data["retention"]) if data["retention"] is not None else None,
         families={family: Interval(**interval) for family, interval in data["families"].items()},
         unscored=data["unscored"],
+        gflops=data.get("gflops"),
     )

@@ -174,10 +174,7 @@ def _reducer(setting: _Setting, name: str, saved: dict[int, _Saved], repeats: in
     reducer = build_reducer(REDUCERS[name])
     batch = len(setting.tokens_BND)
     gains: dict[int, float] = {}
-    depths = Depths(
-        0 if setting.model.model.feature_layer is None else setting.model.model.feature_layer + 1, setting.model.config.text_config.num_hidden_layers
-    )
-    legal = reducer.budgets_of(setting.num_tokens, depths)
+    legal = reducer.budgets_of(setting.num_tokens, setting.model.config.depths)
     for budget, gain in saved.items():
         if budget not in legal:
             continue

@@ -1,0 +1,83 @@
+"""FLOPs of a prefill with a training-free reduction: the paper's cost model (arXiv 2605.30126, Appendix C) with other counts in other layers.
+
+Counted besides: the similarity product 2 N^2 D of the reducers that compare all tokens with each other, and the merging run of ToMe instead of
+the plain one. Sorting, seeding and averaging are left out, as normalisation and softmax are there.
+"""
+
+from dataclasses import replace
+
+from parcelray.config.reducer import (
+    ClusterAggregateConfig,
+    DivPruneConfig,
+    FastVConfig,
+    PyramidDropConfig,
+    ReducerConfig,
+    RestoreConfig,
+    SaliencyConfig,
+    ScopeConfig,
+    SparseVLMConfig,
+    ToMeConfig,
+    VisPrunerConfig,
+)
+from parcelray.models.token_reduction import build_reducer
+from parcelray.models.token_reduction.in_decoder import InDecoderReducer
+from parcelray.models.token_reduction.tome import merge_counts
+from parcelray.profiling.backbone_shapes import BackboneShape
+from parcelray.profiling.flops import cost
+
+_PROJECTED = (ClusterAggregateConfig, DivPruneConfig, RestoreConfig)
+"""Compare projected tokens with each other."""
+_ENCODED = (ScopeConfig, VisPrunerConfig)
+"""Compare patch features with each other."""
+
+
+def reduced_prefill_flops(shape: BackboneShape, reducer: ReducerConfig | None, budget: int, num_text_tokens: int) -> int:
+    """FLOPs of one prefill of one image.
+
+    Args:
+        shape: the backbone.
+        reducer: None: the first `budget` tokens, at no cost.
+        budget: visual tokens; of a reducer inside the decoder the mean over its layers.
+        num_text_tokens: of the prompt.
+    """
+    full = cost(shape, None, shape.num_patches, num_text_tokens=num_text_tokens)
+    if budget == shape.num_patches or reducer is None:
+        return cost(shape, None, budget, num_text_tokens=num_text_tokens).total
+    if isinstance(reducer, FastVConfig | PyramidDropConfig | SparseVLMConfig):
+        built = build_reducer(reducer)
+        assert isinstance(built, InDecoderReducer)
+        stages = built.stages(shape.text_layers, shape.num_patches, budget)
+        edges = [0, *(stage.layer for stage in stages), shape.text_layers]
+        counts = [shape.num_patches, *(stage.num_tokens for stage in stages)]
+        decoder = sum((end - start) * _layer(shape, count, num_text_tokens) for start, end, count in zip(edges, edges[1:], counts, strict=False))
+        return full.total - full.decoder + decoder
+    short = cost(shape, None, budget, num_text_tokens=num_text_tokens)
+    # All tokens pass the projector, except where fewer reach it.
+    total = short.total - short.projection + full.projection
+    patches = shape.num_patches
+    if isinstance(reducer, ToMeConfig):
+        return short.total - short.vision_encoder + _merging_tower(shape, budget)
+    if isinstance(reducer, SaliencyConfig) and reducer.definition.endswith("text"):
+        # The layers up to the one that is asked read all tokens once more.
+        total += (reducer.layer + 1) * _layer(shape, patches, num_text_tokens)
+    if isinstance(reducer, _PROJECTED):
+        total += 2 * patches**2 * shape.text_width
+    if isinstance(reducer, _ENCODED):
+        total += 2 * patches**2 * shape.vision_width
+    return total
+
+
+def _layer(shape: BackboneShape, num_visual_tokens: int, num_text_tokens: int) -> int:
+    return cost(replace(shape, text_layers=1), None, num_visual_tokens, num_text_tokens=num_text_tokens).decoder
+
+
+def _merging_tower(shape: BackboneShape, budget: int) -> int:
+    """The vision tower with fewer tokens from layer to layer: attention before the merge, MLP after it."""
+    counts = merge_counts(shape.num_patches, budget, shape.vision_layers)
+    assert counts is not None, "the budget is legal"
+    total, tokens, width = 0, shape.num_patches + shape.class_tokens, shape.vision_width
+    for count in counts:
+        total += 8 * tokens * width**2 + 4 * tokens**2 * width
+        tokens -= count
+        total += 4 * tokens * width * shape.vision_mlp_width
+    return total

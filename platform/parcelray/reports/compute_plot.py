@@ -1,0 +1,75 @@
+"""Accuracy against compute for many methods: one panel per group of them, random sampling and both references in every panel."""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from parcelray.evaluation.aggregate import Frontier, FrontierPoint
+from parcelray.reports.plots import COLORS, MARKERS
+
+_COLUMNS = 3
+
+
+def plot_compute(frontier: Frontier, groups: Mapping[str, Sequence[str]], path: Path, *, title: str, baseline: str = "random") -> None:
+    """Draws the overall score against the GFLOPs of a prefill, with 95 % error bars.
+
+    Args:
+        frontier: points with `gflops`; blind and the reference become horizontal lines.
+        groups: panels by title, each with its methods.
+        path: PNG to write.
+        title: above the figure.
+        baseline: the method that is drawn as a grey band in every panel.
+    """
+    methods: dict[str, list[FrontierPoint]] = {}
+    for point in frontier.points:
+        if point.gflops is not None:
+            methods.setdefault(point.method, []).append(point)
+    rows = math.ceil(len(groups) / _COLUMNS)
+    figure = Figure(figsize=(4.6 * _COLUMNS, 3.9 * rows), dpi=130, layout="constrained")
+    FigureCanvasAgg(figure)
+    grid = figure.subplots(rows, _COLUMNS, sharex=True, sharey=True, squeeze=False)
+    panels = [axes for row in grid for axes in row]
+    for axes in panels[len(groups) :]:
+        axes.set_visible(False)
+    for axes, (name, members) in zip(panels, groups.items(), strict=False):
+        _levels(axes, frontier)
+        _band(axes, _by_compute(methods.get(baseline, [])), baseline)
+        for index, method in enumerate(members):
+            _line(axes, method, _by_compute(methods.get(method, [])), index)
+        axes.set_title(name, fontsize=10)
+        axes.grid(axis="y", alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(fontsize=7, frameon=False, loc="lower right")
+    figure.supxlabel("GFLOPs of the prefill of one image")
+    figure.supylabel("score, mean over families (%), 95 % intervals")
+    figure.suptitle(title)
+    figure.savefig(path)
+
+
+def _by_compute(points: list[FrontierPoint]) -> list[FrontierPoint]:
+    return sorted(points, key=lambda point: point.gflops or 0.0)
+
+
+def _line(axes: Axes, method: str, points: list[FrontierPoint], index: int) -> None:
+    values = [point.overall.value for point in points]
+    errors = [[point.overall.value - point.overall.low for point in points], [point.overall.high - point.overall.value for point in points]]
+    color, marker = COLORS[index % len(COLORS)], MARKERS[index % len(MARKERS)]
+    axes.errorbar([point.gflops or 0.0 for point in points], values, yerr=errors, label=method, color=color, marker=marker, markersize=4, capsize=2)
+
+
+def _band(axes: Axes, points: list[FrontierPoint], name: str) -> None:
+    x = [point.gflops or 0.0 for point in points]
+    axes.fill_between(x, [point.overall.low for point in points], [point.overall.high for point in points], color="black", alpha=0.12, linewidth=0)
+    axes.plot(x, [point.overall.value for point in points], color="black", linewidth=1, linestyle="--", label=name)
+
+
+def _levels(axes: Axes, frontier: Frontier) -> None:
+    for point in frontier.points:
+        if point.method == frontier.reference:
+            axes.axhline(point.overall.value, color="black", linewidth=1, label=f"all {point.num_visual_tokens} tokens")
+        elif not point.num_visual_tokens:
+            axes.axhline(point.overall.value, color="#666666", linewidth=1, linestyle=":", label=point.method)
