@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from parcelray import __version__
+from parcelray.cli.analysis import analyze_app
 from parcelray.cli.benches import bench_app
 from parcelray.cli.configs import config_app
 from parcelray.cli.evaluation import benchmarks_app, evaluate_app
@@ -21,6 +22,7 @@ app.add_typer(evaluate_app, name="evaluate")
 app.add_typer(benchmarks_app, name="benchmarks")
 app.add_typer(jobs_app, name="jobs")
 app.add_typer(bench_app, name="bench")
+app.add_typer(analyze_app, name="analyze")
 app.command()(submit)
 
 

@@ -1,6 +1,6 @@
 """Model references and what they stand for: resolved once, to files that are pinned, checked, and free of pickle.
 
-A reference is a local folder, `mini_base` (the base checkpoint in the package), `models:/NAME@ALIAS`, `models:/NAME/VERSION`, or a
+A reference is a local folder, `mini_base` or `mini_llava` (checkpoints in the package), `models:/NAME@ALIAS`, `models:/NAME/VERSION`, or a
 Hugging Face id `ORG/NAME`, `ORG/NAME@REVISION`. What is reported and served is the pinned form, never the alias or branch.
 """
 
@@ -21,6 +21,8 @@ from parcelray.errors import UserError
 
 MANIFEST_NAME = "manifest.json"
 MINI_BASE = "mini_base"
+PACKAGED = (MINI_BASE, "mini_llava")
+"""Checkpoints that the package ships."""
 _CARD_NAME = "README.md"
 """A checkpoint's card: text for people, written after the weights and free to change."""
 PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy", ".h5", ".msgpack"})
@@ -96,10 +98,10 @@ def resolve_checkpoint(
     text = str(reference)
     if text.startswith("models:/"):
         return _resolve_registry(text, registry_resolver, verify)
-    if text == MINI_BASE:
-        folder = Path(parcelray.__file__).parent / "assets" / MINI_BASE
+    if text in PACKAGED:
+        folder = Path(parcelray.__file__).parent / "assets" / text
         if not folder.is_dir():
-            raise UserError(f"this installation of parcelray ships no {MINI_BASE!r} checkpoint; give a folder, models:/NAME@ALIAS or a Hugging Face id.")
+            raise UserError(f"this installation of parcelray ships no {text!r} checkpoint; give a folder, models:/NAME@ALIAS or a Hugging Face id.")
         return ResolvedCheckpoint(folder, text, _check_folder(folder, verify))
     folder = Path(text).expanduser()
     if text and folder.is_dir():
@@ -107,7 +109,7 @@ def resolve_checkpoint(
     hub = _HUB_ID.fullmatch(text.removeprefix("hf:"))
     if hub is None or text.startswith((".", "~")):
         raise UserError(
-            f"model reference {text!r} is neither an existing folder nor {MINI_BASE}, models:/NAME@ALIAS, models:/NAME/VERSION or a Hugging Face id "
+            f"model reference {text!r} is neither an existing folder nor {', '.join(PACKAGED)}, models:/NAME@ALIAS, models:/NAME/VERSION or a Hugging Face id "
             "ORG/NAME[@REVISION]; check the path."
         )
     path, commit = _download(hub["repo"], hub["revision"])

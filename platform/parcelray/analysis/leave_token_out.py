@@ -1,0 +1,137 @@
+"""Is a token that gets attention one that the answer needs? After arXiv 2504.17892, statistical validation.
+
+For each image-question pair every visual token is left out in turn, at unchanged positions of the others, and the change of the answer's log
+likelihood is measured. The Spearman correlation of that change with each measure of importance, over the tokens of a pair, is averaged over
+pairs, with a bootstrap interval over pairs and a permutation test: tokens shuffled within their pair.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from scipy import stats
+
+from parcelray.evaluation.intervals import Interval, bootstrap_mean
+from parcelray.models.backbones import ElasticVLM
+from parcelray.models.backbones.processor_base import ElasticProcessor
+from parcelray.models.reduced_decoder import ReducedDecoder, VisualTokens, encode_prompts
+from parcelray.models.token_reduction.encoder_view import EncoderView
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One image with a question and its answer."""
+
+    image: Image.Image
+    prompt: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class Validity:
+    """How a measure of importance goes with what is lost without the token."""
+
+    correlation: Interval
+    """Mean Spearman correlation over pairs."""
+    p_value: float
+    """Share of permutations with a mean correlation as far from 0; never below one permutation's share."""
+    mass: Interval
+    """Loss of the measure's top 11 % of the tokens, as a share of the loss of all tokens with a loss (chance: 0.11)."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-serialisable."""
+        return {"correlation": self.correlation._asdict(), "p_value": self.p_value, "mass": self.mass._asdict()}
+
+
+@torch.inference_mode()
+def leave_one_out(model: ElasticVLM, processor: ElasticProcessor, pair: Pair, *, batch_size: int = 64, seed: int = 0) -> tuple[Floats, dict[str, Floats]]:
+    """The loss of each token of a pair, and what each measure says of it.
+
+    Args:
+        model: without compression, in evaluation mode.
+        processor: of the same checkpoint.
+        pair: what is asked.
+        batch_size: prompts at a time.
+        seed: of the random measure.
+
+    Returns:
+        Decrease of the answer's log likelihood without each token [N], and the measures [N] by name.
+    """
+    device = next(model.parameters()).device
+    view = EncoderView(model.model, processor.image_processor([pair.image], return_tensors="pt")["pixel_values"].to(device, model.dtype))
+    tokens_1NL = view.project(view.patch_features_IND)
+    count = tokens_1NL.shape[1]
+    decoder = ReducedDecoder(model, "original")
+    everywhere = torch.arange(count, device=device)
+    whole = _log_likelihood(decoder, processor, pair, tokens_1NL, everywhere[None])
+    losses = []
+    for start in range(0, count, batch_size):
+        left_out = everywhere[start : start + batch_size]
+        # The places of all tokens but one, a row for each.
+        others_BM = everywhere.expand(len(left_out), -1)[everywhere[None] != left_out[:, None]].view(len(left_out), count - 1)
+        losses.append(whole - _log_likelihood(decoder, processor, pair, tokens_1NL, others_BM))
+    text = encode_prompts(processor, [pair.prompt], None, device)
+    maps = decoder.attention(text, VisualTokens(tokens_1NL, everywhere[None], torch.ones_like(everywhere[None])), list(range(decoder.num_layers)))
+    measures = {f"last word, layer {layer}": each[0, :, -1].mean(0) for layer, each in enumerate(maps)}
+    measures |= {f"mean of words, layer {layer}": each[0][:, text.valid_BT[0]].mean((0, 1)) for layer, each in enumerate(maps)}
+    measures["norm"] = torch.linalg.vector_norm(tokens_1NL[0].float(), dim=1)
+    if model.model.feature_layer is not None:
+        measures["vision tower"] = view.attention_IHN.sum(1)[0]
+    found = {name: values.double().cpu().numpy() for name, values in measures.items()}
+    found["random"] = np.random.default_rng(seed).random(count)
+    return torch.cat(losses).double().cpu().numpy(), found
+
+
+def validity(losses: Sequence[Floats], measures: Sequence[Mapping[str, Floats]], *, permutations: int = 1000, seed: int = 0) -> dict[str, Validity]:
+    """Correlation, significance and share of the loss of each measure.
+
+    Args:
+        losses: of the tokens of each pair.
+        measures: of the same pairs.
+        permutations: of the test.
+        seed: of the permutations.
+    """
+    rng = np.random.default_rng(seed)
+    lost = [_standardised(each) for each in losses]
+    names = [str(index) for index in range(len(losses))]
+    # One shuffle of each pair's tokens serves all measures: the test of each is still its own.
+    shuffled = [np.stack([rng.permutation(each) for _ in range(permutations)]) for each in lost]
+    found = {}
+    for name in measures[0]:
+        ranks = [_standardised(each[name]) for each in measures]
+        each = [float(a @ b) / len(a) for a, b in zip(lost, ranks, strict=True)]
+        observed = float(np.mean(each))
+        chance = np.mean([rows @ rank / len(rank) for rows, rank in zip(shuffled, ranks, strict=True)], axis=0)
+        p_value = (1 + int(np.sum(np.abs(chance) >= abs(observed)))) / (1 + permutations)
+        mass = [_mass(loss, values[name]) for loss, values in zip(losses, measures, strict=True)]
+        found[name] = Validity(bootstrap_mean(each, names), p_value, bootstrap_mean(mass, names))
+    return found
+
+
+def _log_likelihood(decoder: ReducedDecoder, processor: ElasticProcessor, pair: Pair, tokens_1NL: torch.Tensor, places_BM: torch.Tensor) -> torch.Tensor:
+    """Log likelihood [B] of the answer and its end, with the tokens at some places only."""
+    batch = len(places_BM)
+    prompts = encode_prompts(processor, [pair.prompt] * batch, [pair.answer] * batch, tokens_1NL.device)
+    logits_BTV = decoder.logits(prompts, VisualTokens(tokens_1NL[0][places_BM], places_BM, torch.ones_like(places_BM))).float()
+    logs_BT = logits_BTV[:, :-1].log_softmax(-1).gather(2, prompts.after_BT[:, 1:, None]).squeeze(2)
+    return logs_BT.where((prompts.answer_BT & prompts.valid_BT)[:, 1:], 0.0).sum(1)
+
+
+def _standardised(values_N: Floats) -> Floats:
+    """Ranks with mean 0 and variance 1; zeros where all values are equal."""
+    ranks = stats.rankdata(values_N)
+    spread = ranks.std()
+    return np.asarray((ranks - ranks.mean()) / spread if spread > 0 else np.zeros_like(ranks))
+
+
+def _mass(loss_N: Floats, measure_N: Floats) -> float:
+    positive = np.clip(loss_N, 0, None)
+    total = positive.sum()
+    top = np.argsort(-measure_N, kind="stable")[: max(1, round(0.11 * len(measure_N)))]
+    return float(positive[top].sum() / total) if total > 0 else 0.11

@@ -1,0 +1,96 @@
+"""Images, questions and models of the studies of attention and redundancy."""
+
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from PIL import Image
+
+from parcelray.analysis.leave_token_out import Pair
+from parcelray.benchmarks.mini.suite import MiniSuite
+from parcelray.cluster.provenance import resolve_model
+from parcelray.config.model import CheckpointModelConfig
+from parcelray.data.collator import decode_image
+from parcelray.data.sample import Sample
+from parcelray.errors import UserError
+from parcelray.models.backbones import ElasticVLM
+from parcelray.models.backbones.processor_base import ElasticProcessor
+from parcelray.models.checkpoint import ResolvedCheckpoint
+from parcelray.models.processor import load_processor
+from parcelray.models.vlm import load_vlm, use_sdpa_where_exact
+
+MINI = "mini"
+"""As the source of images: single-image questions of the mini suite's test split."""
+_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+
+
+class StudyModel(NamedTuple):
+    """A model in evaluation mode on the best device here."""
+
+    checkpoint: ResolvedCheckpoint
+    model: ElasticVLM
+    processor: ElasticProcessor
+
+
+def open_model(reference: str, tracking_uri: str | None) -> StudyModel:
+    """Resolves and loads a model reference.
+
+    Raises:
+        UserError: it cannot be resolved or loaded.
+    """
+    checkpoint = resolve_model(CheckpointModelConfig(reference=reference), tracking_uri)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = load_vlm(checkpoint.path).eval().to(device)
+    use_sdpa_where_exact(model)
+    return StudyModel(checkpoint, model, load_processor(checkpoint.path))
+
+
+def study_images(source: str, count: int, image_size: int) -> list[Image.Image]:
+    """Images of the mini suite, or of a folder in the order of their names.
+
+    Raises:
+        UserError: there are not as many.
+    """
+    if source == MINI:
+        return [decode_image(sample.images[0]) for sample in _mini(count, image_size)]
+    folder = Path(source)
+    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _SUFFIXES) if folder.is_dir() else []
+    if len(files) < count:
+        raise UserError(f"{source} holds {len(files)} images, fewer than the {count} that are asked for; lower --count, or name another folder or {MINI}.")
+    return [decode_image(path.read_bytes()) for path in files[:count]]
+
+
+def study_prompts(source: str, count: int, prompts: Sequence[str], image_size: int, per_image: int = 3) -> list[list[str]]:
+    """Prompts of each image: the same ones everywhere, or of the mini suite each image's own and those of the next images of its family.
+
+    Raises:
+        UserError: a folder of images without at least two prompts.
+    """
+    if len(prompts) >= 2:
+        return [list(prompts)] * count
+    if source != MINI or prompts:
+        raise UserError(f"{len(prompts)} prompts were given with the images of {source}; give at least two with --prompt, which is repeatable.")
+    samples = _mini(count * per_image, image_size)
+    own: dict[str, list[str]] = {}
+    for sample in samples:
+        own.setdefault(sample.family, []).append(sample.prompt)
+    return [_different(sample, own[sample.family], per_image) for sample in samples[:count]]
+
+
+def mini_pairs(count: int, image_size: int) -> list[Pair]:
+    """Questions of the mini suite with one image each."""
+    return [Pair(decode_image(sample.images[0]), sample.prompt, sample.answers[0]) for sample in _mini(count, image_size)]
+
+
+def _mini(count: int, image_size: int) -> list[Sample]:
+    suite = MiniSuite(split="test", image_size=image_size)
+    return [suite.get("single", index) for index in range(count)]
+
+
+def _different(sample: Sample, candidates: Sequence[str], count: int) -> list[str]:
+    others = [prompt for prompt in dict.fromkeys(candidates) if prompt != sample.prompt]
+    # From a place of the image's own on, so that not all images get the same ones.
+    start = sum(sample.id.encode()) % max(1, len(others))
+    return [sample.prompt, *itertools.islice(itertools.chain(others[start:], others[:start]), count - 1)]

@@ -1,0 +1,122 @@
+"""Studies of training-free methods and of attention, from a checkpoint to tables, pictures and MLflow, in this process."""
+
+import json
+from io import StringIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+from mlflow import MlflowClient
+from PIL import Image
+from rich.console import Console
+
+from parcelray.cluster.attention_studies import study_redundancy, study_saliency, study_validity
+from parcelray.cluster.reduction_methods import METHODS, budgets_of, groups
+from parcelray.cluster.reduction_study import run_reduction_study
+from parcelray.config.evaluate import EvaluateJob
+from parcelray.config.reducer import AveragePoolingConfig, ClusterAggregateConfig, FastVConfig, ToMeConfig
+from parcelray.config.train import TrackingConfig
+from parcelray.errors import UserError
+from parcelray.models.backbones.base import Depths
+from parcelray.models.checkpoint import write_manifest
+from parcelray.models.mini import save_checkpoint
+from parcelray.models.mini_llava import build
+
+from ..models.conftest import CORPUS, MINI_LLAVA
+
+CHOSEN = ["cluster", "average pooling", "RESTORE", "class attention", "FastV"]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A mini LLaVA with random weights."""
+    folder = tmp_path_factory.mktemp("llava") / "model"
+    model, processor = build(MINI_LLAVA, CORPUS, None, seed=0)
+    save_checkpoint(model.eval(), processor, folder)
+    write_manifest(folder, config={}, git_commit=None, data=None, seed=0)
+    return folder
+
+
+@pytest.mark.slow
+def test_the_study_compares_all_methods_with_random_and_records_them(checkpoint: Path, tmp_path: Path) -> None:
+    job = EvaluateJob.model_validate(
+        {
+            "kind": "evaluate",
+            "name": "study",
+            "model": {"reference": str(checkpoint)},
+            "benchmarks": [{"name": "mini", "source": {"samples": 2}}],
+            "budgets": ["full"],
+            "compute": {"actors": 0},
+            "tracking": {"uri": f"sqlite:///{tmp_path}/mlflow.db"},
+            "storage": str(tmp_path / "runs"),
+            "max_unscored": 1,
+        }
+    )
+    study = run_reduction_study(job, Console(file=StringIO(), width=200), methods=CHOSEN)
+    points = {(point.method, point.num_visual_tokens): point for point in study.frontier.points}
+    assert ("blind", 0) in points
+    whole = points["full", 256].gflops
+    assert whole is not None
+    for name in CHOSEN:
+        budgets = [budget for method, budget in points if method == name]
+        assert len(budgets) == 4
+        # Fewer tokens, less compute, and less than the full model (the pooling of everything costs what it costs).
+        flops = [points[name, budget].gflops or 0 for budget in sorted(budgets)]
+        assert flops == sorted(flops)
+        assert flops[-1] < whole
+    assert {each.method for each in study.against_random} == {"cluster", "RESTORE", "class attention"}
+    assert all(0 < each.p_value <= 1 for each in study.against_random)
+    assert {each.family for each in study.breaks} <= {"general", "resolution", "grounding", "video"}
+    for name in ("frontier.json", "frontier.md", "against_random.csv", "breaks.json", "accuracy_against_compute.png", "frontier.png"):
+        assert (study.folder / name).stat().st_size > 0
+    client = MlflowClient(job.tracking.uri)
+    experiment = client.get_experiment_by_name("parcelray")
+    assert experiment is not None
+    runs = client.search_runs([experiment.experiment_id])
+    parent = next(run for run in runs if run.info.run_name == "study-study")
+    # The reference, five methods, five seeds.
+    assert sum(run.data.tags.get("mlflow.parentRunId") == parent.info.run_id for run in runs) == 11
+    assert {run.info.status for run in runs} == {"FINISHED"}
+    assert "cluster/score" in parent.data.metrics
+
+
+def test_every_method_has_a_panel_and_budgets_of_a_small_and_a_large_model() -> None:
+    assert sorted(name for names in groups().values() for name in names) == sorted(name for name, method in METHODS.items() if method.group != "random")
+    for method in METHODS.values():
+        for num_tokens, depths in ((256, Depths(3, 3)), (576, Depths(23, 32))):
+            assert 1 <= len(budgets_of(method.reducer, num_tokens, depths)) <= 4
+    large = Depths(23, 32)
+    assert budgets_of(ClusterAggregateConfig(), 576, large) == (29, 63, 115, 173)
+    assert budgets_of(AveragePoolingConfig(), 576, large) == (25, 64, 121, 169)
+    assert budgets_of(ToMeConfig(), 256, Depths(3, 3)) == (32, 51, 77)
+    assert budgets_of(FastVConfig(layer=1), 256, Depths(3, 3)) == (86, 128, 171, 213)
+
+
+def test_attention_and_redundancy_are_studied_and_recorded(checkpoint: Path, tmp_path: Path) -> None:
+    tracking = TrackingConfig(uri=f"sqlite:///{tmp_path}/mlflow.db")
+    output = StringIO()
+    console = Console(file=output, width=200)
+    study_saliency(str(checkpoint), console, count=2, folder=tmp_path / "saliency", tracking=tracking)
+    study_validity(str(checkpoint), console, count=2, permutations=100, folder=tmp_path / "validity", tracking=tracking)
+    study_redundancy([str(checkpoint)], console, count=2, folder=tmp_path / "redundancy", tracking=tracking)
+    for name in ("saliency/saliency.json", "saliency/heat_maps_1.png", "validity/validity.json", "validity/validity.png", "redundancy/redundancy.png"):
+        assert (tmp_path / name).stat().st_size > 0
+    assert json.loads((tmp_path / "validity" / "validity.json").read_text())["pairs"] == 2
+    assert "pairs of" in output.getvalue()
+    client = MlflowClient(tracking.uri)
+    experiment = client.get_experiment_by_name("parcelray")
+    assert experiment is not None
+    assert len(client.search_runs([experiment.experiment_id])) == 3
+
+
+def test_a_users_own_images_need_prompts_and_must_be_there(checkpoint: Path, tmp_path: Path) -> None:
+    for number in range(2):
+        Image.fromarray(np.full((40, 50, 3), 100 * number, dtype=np.uint8)).save(tmp_path / f"{number}.png")
+    console, tracking = Console(quiet=True), TrackingConfig(uri=None)
+    prompts = ["what is this", "how many"]
+    with pytest.raises(UserError, match="0 prompts were given with the images of"):
+        study_saliency(str(checkpoint), console, images=str(tmp_path), count=2, folder=tmp_path / "out", tracking=tracking)
+    with pytest.raises(UserError, match="holds 2 images, fewer than the 9"):
+        study_saliency(str(checkpoint), console, images=str(tmp_path), count=9, prompts=prompts, folder=tmp_path / "out", tracking=tracking)
+    report = study_saliency(str(checkpoint), console, images=str(tmp_path), count=2, prompts=prompts, folder=tmp_path / "out", tracking=tracking)
+    assert len(report.between_prompts) == 3
