@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from parcelray.config.loader import identity, load_job, read_yaml
+from parcelray.config.loader import check_search_space, identity, load_job, load_search_space
 
 ROOT = Path(__file__).resolve().parents[2]
 JOBS = sorted((ROOT / "jobs").rglob("*.yaml"))
@@ -33,5 +33,7 @@ def test_two_job_files_are_two_runs() -> None:
 
 
 @pytest.mark.parametrize("path", SEARCH_SPACES, ids=_name)
-def test_search_space_is_a_mapping(path: Path) -> None:
-    assert read_yaml(path)
+def test_search_space_fits_its_job(path: Path) -> None:
+    space = load_search_space(path)
+    assert space.name == path.stem
+    check_search_space(space, ROOT)

@@ -1,5 +1,6 @@
 """Reads a job file, applies `--set a.b=c`, validates it, and says exactly what is wrong."""
 
+import copy
 import difflib
 import hashlib
 import json
@@ -11,6 +12,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from parcelray.config.evaluate import EvaluateJob
+from parcelray.config.search_space import SearchSpace
 from parcelray.config.train import TrainJob
 from parcelray.errors import UserError
 
@@ -58,6 +60,33 @@ def load_job(path: str | Path, overrides: Sequence[str] = ()) -> Job:
     return validate(JOB_MODELS[kind], data, str(path))
 
 
+def load_search_space(path: str | Path) -> SearchSpace:
+    """Reads and validates one file of `search_spaces/`.
+
+    Raises:
+        ConfigError: naming the file, the key path, the value and what is legal.
+    """
+    return validate(SearchSpace, read_yaml(path), str(path))
+
+
+def check_search_space(space: SearchSpace, root: Path) -> None:
+    """Refuses a space with a key or an end of a domain that its job does not take.
+
+    Args:
+        space: the space.
+        root: folder that the space's job file is relative to.
+
+    Raises:
+        ConfigError: naming the key, the value and what is legal.
+    """
+    job = read_yaml(root / space.job)
+    for name, domain in space.parameters.items():
+        for value in domain.ends:
+            data = copy.deepcopy(job)
+            set_key(data, name, value, f"search space {space.name}")
+            validate(JOB_MODELS[str(job["kind"])], data, f"search space {space.name}")
+
+
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """Reads a YAML mapping."""
     try:
@@ -80,17 +109,27 @@ def apply_override(data: dict[str, Any], override: str) -> None:
     keys, separator, value = override.partition("=")
     if not separator or not all(keys.split(".")):
         raise ConfigError(f"--set {override}: is not of the form a.b=value; write for example --set training.steps=100.")
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise ConfigError(f"--set {override}: the value {value!r} is not YAML; quote it.") from None
+    set_key(data, keys, parsed, f"--set {override}")
+
+
+def set_key(data: dict[str, Any], keys: str, value: Any, source: str) -> None:
+    """Sets the value at a key path such as `a.b` in place.
+
+    Raises:
+        ConfigError: something on the way is no mapping; the message starts with `source`.
+    """
     *parents, last = keys.split(".")
     target = data
     for key in parents:
         child = target.setdefault(key, {})
         if not isinstance(child, dict):
-            raise ConfigError(f"--set {override}: {key} is {child!r}, not a mapping, so nothing can be set below it.")
+            raise ConfigError(f"{source}: {key} is {child!r}, not a mapping, so nothing can be set below it.")
         target = child
-    try:
-        target[last] = yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise ConfigError(f"--set {override}: the value {value!r} is not YAML; quote it.") from None
+    target[last] = value
 
 
 def validate(model: type[ModelT], data: dict[str, Any], source: str) -> ModelT:
@@ -157,12 +196,18 @@ def _as_written(model: type[BaseModel], problem: Mapping[str, Any]) -> list[Any]
     unknown = list(location[-1:]) if problem["type"] in ("extra_forbidden", "invalid_key") else []
     current: list[type[BaseModel]] = [model]
     written: list[Any] = []
+    is_mapping = False
     for part in location[: len(location) - len(unknown)]:
+        if is_mapping:
+            written.append(part)
+            is_mapping = False
+            continue
         fields = [candidate.model_fields[part] for candidate in current if part in candidate.model_fields]
         members = [candidate for candidate in current if part in (_tag(candidate), candidate.__name__)]
         if fields or isinstance(part, int):
             written.append(part)
             current = [found for field in fields for found in _models_in(field.annotation)] or current
+            is_mapping = any(get_origin(field.annotation) is dict for field in fields)
         elif members:
             current = members
     return written + unknown

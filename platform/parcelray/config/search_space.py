@@ -1,0 +1,183 @@
+"""Search spaces as data: `search_spaces/*.yaml`. Any key of a job file can be searched."""
+
+import itertools
+import math
+import random
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from parcelray.config.base import StrictModel
+
+Assignment = dict[str, Any]
+"""Values by key path of the job; parameters that are not active are not in it."""
+
+
+class _Domain(StrictModel):
+    when: dict[str, tuple[Any, ...]] = Field(default_factory=dict)
+    """The parameter is active only where each of these others has one of these values; else the job keeps its own."""
+
+
+class ChoiceDomain(_Domain):
+    """One of some values."""
+
+    type: Literal["choice"] = "choice"
+    values: tuple[Any, ...] = Field(min_length=1)
+    """Any YAML."""
+
+    @property
+    def steps(self) -> tuple[Any, ...]:
+        """All values."""
+        return self.values
+
+    @property
+    def ends(self) -> tuple[Any, ...]:
+        """All values, of which none stands for another."""
+        return self.values
+
+    def draw(self, rng: random.Random) -> Any:
+        """A value, all equally likely."""
+        return rng.choice(self.values)
+
+
+class IntegerDomain(_Domain):
+    """A whole number."""
+
+    type: Literal["integer"] = "integer"
+    low: int
+    """Smallest."""
+    high: int
+    """Largest, itself included."""
+    step: int = Field(default=1, ge=1)
+    """Between two values."""
+    log: bool = False
+    """Whether each order of magnitude is as likely as another."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.high < self.low or (self.log and self.low < 1):
+            raise ValueError(
+                f"{self.low} to {self.high} is no range{' for a logarithm' if self.log else ''}; give low <= high{', low >= 1' if self.log else ''}"
+            )
+        return self
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """All values, ascending."""
+        return tuple(range(self.low, self.high + 1, self.step))
+
+    @property
+    def ends(self) -> tuple[int, int]:
+        """Smallest and largest."""
+        return self.low, self.high
+
+    def draw(self, rng: random.Random) -> int:
+        """A value."""
+        if not self.log:
+            return rng.choice(self.steps)
+        drawn = math.exp(rng.uniform(math.log(self.low), math.log(self.high + 1)))
+        return self.low + (min(self.high, int(drawn)) - self.low) // self.step * self.step
+
+
+class RealDomain(_Domain):
+    """A number."""
+
+    type: Literal["real"] = "real"
+    low: float
+    """Smallest."""
+    high: float
+    """Largest."""
+    log: bool = False
+    """Whether each order of magnitude is as likely as another."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.high <= self.low:
+            raise ValueError(f"{self.low} to {self.high} is no range; give low < high")
+        if self.log and self.low <= 0:
+            raise ValueError(f"{self.low} to {self.high} is no range for a logarithm; give low > 0")
+        return self
+
+    @property
+    def steps(self) -> None:
+        """Too many to list."""
+        return
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        """Smallest and largest."""
+        return self.low, self.high
+
+    def draw(self, rng: random.Random) -> float:
+        """A value."""
+        return math.exp(rng.uniform(math.log(self.low), math.log(self.high))) if self.log else rng.uniform(self.low, self.high)
+
+
+Domain = Annotated[ChoiceDomain | IntegerDomain | RealDomain, Field(discriminator="type")]
+
+
+class SearchSpace(StrictModel):
+    """What a search may change in a job."""
+
+    kind: Literal["search_space"]
+    """What this file describes."""
+    name: str = Field(pattern=r"^[\w.-]+$")
+    """Of the space."""
+    job: str
+    """The job file that is changed."""
+    parameters: dict[str, Domain] = Field(min_length=1)
+    """Domains by key path of the job, such as `reducer.metric`; a parameter can only depend on those before it."""
+
+    @field_validator("parameters")
+    @classmethod
+    def _in_order(cls, parameters: dict[str, Domain]) -> dict[str, Domain]:
+        known: dict[str, Domain] = {}
+        for name, domain in parameters.items():
+            for other, values in domain.when.items():
+                if other not in known:
+                    raise ValueError(f"{name} depends on {other}, which is not a parameter before it; put it first")
+                legal = known[other].steps
+                unknown = [value for value in values if legal is not None and value not in legal]
+                if unknown:
+                    raise ValueError(f"{name} depends on {other} being {unknown[0]!r}, which it never is; its values are {list(legal or ())}")
+            known[name] = domain
+        return parameters
+
+    @property
+    def size(self) -> int | None:
+        """Number of different assignments; None: not finite."""
+        return None if any(domain.steps is None for domain in self.parameters.values()) else sum(1 for _ in self.grid())
+
+    def grid(self) -> Iterator[Assignment]:
+        """All assignments, each once.
+
+        Raises:
+            ValueError: a parameter has no list of values.
+        """
+        names = list(self.parameters)
+        seen = set()
+        columns = []
+        for name in names:
+            steps = self.parameters[name].steps
+            if steps is None:
+                raise ValueError(f"{name} is a real number, so there is no grid; sample the space instead")
+            columns.append(steps)
+        for values in itertools.product(*columns):
+            assignment = self.active(dict(zip(names, values, strict=True)))
+            key = repr(sorted(assignment.items()))
+            if key not in seen:
+                seen.add(key)
+                yield assignment
+
+    def sample(self, rng: random.Random) -> Assignment:
+        """A random assignment; inactive parameters draw, too, so that a parameter's draws do not depend on the others."""
+        return self.active({name: domain.draw(rng) for name, domain in self.parameters.items()})
+
+    def active(self, values: Mapping[str, Any]) -> Assignment:
+        """Of values for all parameters those that are active."""
+        chosen: Assignment = {}
+        for name, domain in self.parameters.items():
+            if all(other in chosen and chosen[other] in legal for other, legal in domain.when.items()):
+                chosen[name] = values[name]
+        return chosen

@@ -1,0 +1,93 @@
+"""Search spaces: what is legal, what is drawn, and what a grid holds."""
+
+import math
+import random
+from pathlib import Path
+
+import pytest
+import yaml
+
+from parcelray.config.loader import ConfigError, check_search_space, load_search_space
+from parcelray.config.search_space import IntegerDomain, RealDomain, SearchSpace
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def _space(**parameters: object) -> SearchSpace:
+    return SearchSpace.model_validate({"kind": "search_space", "name": "s", "job": "jobs/evaluate/training_free.yaml", "parameters": parameters})
+
+
+def test_a_grid_has_each_active_assignment_once() -> None:
+    space = _space(
+        a={"type": "choice", "values": ["x", "y"]},
+        b={"type": "integer", "low": 1, "high": 3, "when": {"a": ["x"]}},
+        c={"type": "choice", "values": [True, False], "when": {"b": [2]}},
+    )
+    found = list(space.grid())
+    assert found == [{"a": "x", "b": 1}, {"a": "x", "b": 2, "c": True}, {"a": "x", "b": 2, "c": False}, {"a": "x", "b": 3}, {"a": "y"}]
+    assert space.size == 5
+    assert _space(r={"type": "real", "low": 0, "high": 1}).size is None
+    with pytest.raises(ValueError, match="r is a real number"):
+        list(_space(r={"type": "real", "low": 0, "high": 1}).grid())
+
+
+def test_draws_are_seeded_legal_and_reach_everything() -> None:
+    space = _space(
+        a={"type": "choice", "values": ["x", "y"]},
+        b={"type": "integer", "low": 4, "high": 10, "step": 3, "when": {"a": ["x"]}},
+        r={"type": "real", "low": 1, "high": 2},
+    )
+    rng = random.Random(0)
+    draws = [space.sample(rng) for _ in range(300)]
+    again = random.Random(0)
+    assert draws == [space.sample(again) for _ in range(300)]
+    assert {draw.get("b") for draw in draws} == {4, 7, 10, None}
+    assert all(("b" in draw) == (draw["a"] == "x") and 1 <= draw["r"] <= 2 for draw in draws)
+
+
+def test_logarithmic_draws_are_as_likely_in_each_order_of_magnitude() -> None:
+    rng = random.Random(1)
+    real, integer = RealDomain(low=1e-4, high=1, log=True), IntegerDomain(low=1, high=9999, log=True)
+    magnitudes = [math.floor(math.log10(real.draw(rng))) for _ in range(4000)]
+    assert all(abs(magnitudes.count(power) - 1000) < 120 for power in range(-4, 0))
+    numbers = [math.floor(math.log10(integer.draw(rng))) for _ in range(4000)]
+    assert all(abs(numbers.count(power) - 1000) < 120 for power in range(4))
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ({}, "at least 1 item"),
+        ({"a": {"type": "choice", "values": []}}, "parameters.a.values"),
+        ({"a": {"type": "integer", "low": 3, "high": 2}}, "3 to 2 is no range; give low <= high"),
+        ({"a": {"type": "real", "low": 0, "high": 1, "log": True}}, "no range for a logarithm; give low > 0"),
+        ({"a": {"type": "choise", "values": [1]}}, "legal: choice, integer, real"),
+        ({"a": {"type": "integer", "low": 1, "high": 2, "when": {"b": [1]}}}, "a depends on b, which is not a parameter before it"),
+        (
+            {"b": {"type": "choice", "values": [1]}, "a": {"type": "choice", "values": [1], "when": {"b": [2]}}},
+            "a depends on b being 2, which it never is",
+        ),
+    ],
+)
+def test_mistakes_are_named(parameters: dict[str, object], message: str, tmp_path: Path) -> None:
+    path = tmp_path / "space.yaml"
+    path.write_text(yaml.safe_dump({"kind": "search_space", "name": "s", "job": "j.yaml", "parameters": parameters}, sort_keys=False))
+    with pytest.raises(ConfigError, match=message):
+        load_search_space(path)
+
+
+def test_a_key_or_value_that_the_job_has_not_is_named() -> None:
+    for parameters, message in (
+        ({"reducer.metrik": {"type": "choice", "values": ["cosine"]}}, "reducer.metrik is not a known key.*did you mean metric"),
+        ({"reducer.metric": {"type": "choice", "values": ["cosine", "hamming"]}}, "'hamming'; legal: euclidean, cosine"),
+        ({"reducer.max_iterations": {"type": "integer", "low": -1, "high": 2}}, "reducer.max_iterations is -1"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            check_search_space(_space(**parameters), ROOT)
+
+
+def test_the_cluster_space_is_legal_everywhere() -> None:
+    space = load_search_space(ROOT / "search_spaces" / "cluster_count.yaml")
+    check_search_space(space, ROOT)
+    # Ten budgets, two metrics, two weightings, two seedings, five iterations; two orders with contiguous positions, one with each of the others.
+    assert space.size == 10 * 2 * 2 * 2 * 5 * (2 + 1 + 1)
