@@ -11,7 +11,7 @@ from parcelray.models.vlm import family_of
 _CLASSES: dict[str, Any] = {"paligemma": ElasticPaliGemmaProcessor, "llava": ElasticLlavaProcessor}
 
 
-def load_processor(checkpoint: Path) -> ElasticProcessor:
+def load_processor(checkpoint: str | Path) -> ElasticProcessor:
     """Tokenizer and image processor of a checkpoint folder, stock or elastic.
 
     Raises:
