@@ -12,18 +12,17 @@ from pathlib import Path
 from rich.console import Console
 
 from parcelray.cluster.comparison import REFERENCE, best_method, build_frontier, train_all
+from parcelray.cluster.scripts import overrides_of, run_script
 from parcelray.cluster.session import ray_session
 from parcelray.config.budget import UniformBudgets
 from parcelray.config.connector import M3ConnectorConfig, MqtConnectorConfig
 from parcelray.config.loader import config_hash, load_job_of
 from parcelray.config.train import TrainJob
 from parcelray.data.sources import held_out_samples
-from parcelray.errors import ParcelrayError, UserError
 from parcelray.evaluation.aggregate import Frontier
 from parcelray.evaluation.predictor import Predictor
 from parcelray.models.processor import image_size_of, load_processor
 from parcelray.models.vlm import load_vlm
-from parcelray.reports.console import open_console
 from parcelray.reports.frontier_files import write_frontier
 from parcelray.reports.tables import frontier_table
 from parcelray.tracking.mlflow_tracker import MlflowRunLogger, tracked_run
@@ -106,19 +105,7 @@ def _answer(job: TrainJob, uri: str, console: Console) -> None:
 
 def main() -> int:
     """Runs the quickstart; `--set a.b=c` changes its job."""
-    console = open_console()
-    arguments = sys.argv[1:]
-    try:
-        if len(arguments) % 2 or any(flag != "--set" for flag in arguments[::2]):
-            raise UserError(f"{' '.join(arguments)} is not understood; the quickstart takes only --set a.b=c, as often as you like.")
-        run(load_job_of(TrainJob, JOB, arguments[1::2]), console)
-    except UserError as error:
-        console.print(f"error: {error}", markup=False, highlight=False)
-        return 2
-    except ParcelrayError as error:
-        console.print(f"failed: {error}", markup=False, highlight=False)
-        return 1
-    return 0
+    return run_script(lambda console: run(load_job_of(TrainJob, JOB, overrides_of(sys.argv[1:])), console))
 
 
 if __name__ == "__main__":

@@ -10,29 +10,16 @@ import sys
 from pathlib import Path
 
 from parcelray.cluster.reduction_study import run_reduction_study
+from parcelray.cluster.scripts import overrides_of, run_script
 from parcelray.config.evaluate import EvaluateJob
 from parcelray.config.loader import load_job_of
-from parcelray.errors import ParcelrayError, UserError
-from parcelray.reports.console import open_console
 
 JOB = Path(__file__).resolve().parent.parent / "jobs" / "evaluate" / "training_free.yaml"
 
 
 def main() -> int:
     """Runs the pipeline; `--set a.b=c` changes its job."""
-    console = open_console()
-    arguments = sys.argv[1:]
-    try:
-        if len(arguments) % 2 or any(flag != "--set" for flag in arguments[::2]):
-            raise UserError(f"{' '.join(arguments)} is not understood; this pipeline takes only --set a.b=c, as often as you like.")
-        run_reduction_study(load_job_of(EvaluateJob, JOB, arguments[1::2]), console)
-    except UserError as error:
-        console.print(f"error: {error}", markup=False, highlight=False)
-        return 2
-    except ParcelrayError as error:
-        console.print(f"failed: {error}", markup=False, highlight=False)
-        return 1
-    return 0
+    return run_script(lambda console: run_reduction_study(load_job_of(EvaluateJob, JOB, overrides_of(sys.argv[1:])), console))
 
 
 if __name__ == "__main__":

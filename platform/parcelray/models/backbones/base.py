@@ -10,6 +10,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol, cast, runtime_checkable
 import torch
 from pydantic import TypeAdapter
 from torch import Tensor, nn
+from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from parcelray.config.connector import ConnectorConfig
@@ -189,3 +190,41 @@ class ElasticVLM(nn.Module):
     def image_inputs(self, tokens_IKL: Tensor) -> dict[str, Any]:
         """Inputs of `forward` and `generate` from visual tokens that are already there: one encoding, many budgets."""
         return {"mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=tokens_IKL)}}
+
+    def forward(  # noqa: PLR0913 - generate and PEFT read the legal inputs off this signature, which is the stock ones' plus the budget
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        token_type_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        num_visual_tokens: int | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As the stock class; `num_visual_tokens` is the budget per image (None: all patches).
+
+        `token_type_ids` (0: the prompt, 1: an answer) change nothing where attention is causal in the prompt, too.
+        """
+        if pixel_values is not None:
+            kwargs["num_visual_tokens"] = num_visual_tokens
+        if self.reads_both_ways:
+            kwargs["token_type_ids"] = token_type_ids
+        return super().forward(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            labels=labels,
+            use_cache=use_cache,
+            logits_to_keep=logits_to_keep,
+            mm_encoder_outputs=mm_encoder_outputs,
+            **kwargs,
+        )

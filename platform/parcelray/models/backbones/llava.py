@@ -12,11 +12,9 @@ import torch
 import transformers.initialization as init
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageTextToText, LlavaConfig
-from transformers.cache_utils import Cache
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.llava.modeling_llava import (
-    LlavaCausalLMOutputWithPast,
     LlavaForConditionalGeneration,
     LlavaModel,
     LlavaMultiModalProjector,
@@ -155,40 +153,6 @@ class ElasticLlavaForConditionalGeneration(ElasticVLM, LlavaForConditionalGenera
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         _init_elastic_weights(self, module)
-
-    def forward(  # noqa: PLR0913 - generate and PEFT read the legal inputs off this signature, which is the stock one plus the budget
-        self,
-        input_ids: Tensor | None = None,
-        pixel_values: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
-        token_type_ids: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        logits_to_keep: int | Tensor = 0,
-        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
-        num_visual_tokens: int | None = None,
-        **kwargs: Any,
-    ) -> LlavaCausalLMOutputWithPast:
-        """As the stock class; `num_visual_tokens` is the budget per image (None: all patches).
-
-        `token_type_ids` mark answers, as for every elastic model; here they change nothing, because attention is causal in the prompt, too.
-        """
-        if pixel_values is not None:
-            kwargs["num_visual_tokens"] = num_visual_tokens
-        return super().forward(
-            input_ids=input_ids,
-            pixel_values=pixel_values,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            labels=labels,
-            logits_to_keep=logits_to_keep,
-            mm_encoder_outputs=mm_encoder_outputs,
-            **kwargs,
-        )
 
 
 def _init_elastic_weights(model: LlavaPreTrainedModel, module: nn.Module) -> None:

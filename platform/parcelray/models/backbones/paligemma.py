@@ -12,11 +12,8 @@ import torch
 import transformers.initialization as init
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageTextToText, PaliGemmaConfig
-from transformers.cache_utils import Cache
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.paligemma.modeling_paligemma import (
-    PaliGemmaCausalLMOutputWithPast,
     PaliGemmaForConditionalGeneration,
     PaliGemmaModel,
     PaliGemmaMultiModalProjector,
@@ -110,40 +107,6 @@ class ElasticPaliGemmaForConditionalGeneration(ElasticVLM, PaliGemmaForCondition
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         _init_elastic_weights(self, module)
-
-    def forward(  # noqa: PLR0913 - generate and PEFT read the legal inputs off this signature, which is the stock one plus the budget
-        self,
-        input_ids: Tensor | None = None,
-        pixel_values: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
-        token_type_ids: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        use_cache: bool | None = None,
-        logits_to_keep: int | Tensor = 0,
-        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
-        num_visual_tokens: int | None = None,
-        **kwargs: Any,
-    ) -> PaliGemmaCausalLMOutputWithPast:
-        """As the stock class; `num_visual_tokens` is the budget per image (None: all patches)."""
-        if pixel_values is not None:
-            kwargs["num_visual_tokens"] = num_visual_tokens
-        return super().forward(
-            input_ids=input_ids,
-            pixel_values=pixel_values,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            token_type_ids=token_type_ids,
-            inputs_embeds=inputs_embeds,
-            labels=labels,
-            use_cache=use_cache,
-            logits_to_keep=logits_to_keep,
-            mm_encoder_outputs=mm_encoder_outputs,
-            **kwargs,
-        )
 
 
 def _init_elastic_weights(model: PaliGemmaPreTrainedModel, module: nn.Module) -> None:

@@ -1,0 +1,33 @@
+"""What every script in `pipelines/` does around its work: a console, one sentence for a mistake, and the exit code."""
+
+from collections.abc import Callable, Sequence
+
+from rich.console import Console
+
+from parcelray.errors import ParcelrayError, UserError
+from parcelray.reports.console import open_console
+
+
+def run_script(work: Callable[[Console], object]) -> int:
+    """Runs the work; 0: done, 2: a user's mistake, 1: a failure of the system."""
+    console = open_console()
+    try:
+        work(console)
+    except UserError as error:
+        console.print(f"error: {error}", markup=False, highlight=False)
+        return 2
+    except ParcelrayError as error:
+        console.print(f"failed: {error}", markup=False, highlight=False)
+        return 1
+    return 0
+
+
+def overrides_of(arguments: Sequence[str]) -> list[str]:
+    """The values of `--set a.b=c --set ...`.
+
+    Raises:
+        UserError: there is anything else.
+    """
+    if len(arguments) % 2 or any(flag != "--set" for flag in arguments[::2]):
+        raise UserError(f"{' '.join(arguments)} is not understood; this pipeline takes only --set a.b=c, as often as you like.")
+    return list(arguments[1::2])
