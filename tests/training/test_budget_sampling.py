@@ -3,9 +3,12 @@
 from collections import Counter
 
 import pytest
+from pydantic import ValidationError
 
 from parcelray.config.budget import BudgetConfig, BudgetRange, SandwichBudgets, UniformBudgets, WeightedBudgets
-from parcelray.errors import UnsupportedBudgetError
+from parcelray.config.connector import ConnectorConfig, M3ConnectorConfig, ParcelConnectorConfig
+from parcelray.errors import UnsupportedBudgetError, UserError
+from parcelray.models.connectors import Connector, build_connector
 from parcelray.training.budget_sampling import BudgetSampler
 
 EIGHT = BudgetRange(start=16, stop=30, step=2)
@@ -49,11 +52,39 @@ def test_the_sandwich_is_the_smallest_a_random_one_and_the_largest() -> None:
 
 def test_budgets_that_the_connector_cannot_give_are_refused_with_the_legal_ones() -> None:
     sampler = BudgetSampler(UniformBudgets(budgets=(16, 33)), 0)
-    sampler.check((16, 32, 33), "parcel")
-    with pytest.raises(UnsupportedBudgetError, match=r"m3 cannot give 33 visual tokens per image; legal budgets are 1, 4, 16, 64, 256") as caught:
-        sampler.check((1, 4, 16, 64, 256), "m3")
+    sampler.check(_connector(ParcelConnectorConfig(num_heads=4)))
+    with pytest.raises(UnsupportedBudgetError, match=r"m3 cannot give 33 visual tokens per image; legal budgets are 4, 16, 64, 256") as caught:
+        sampler.check(_connector(M3ConnectorConfig()))
     assert caught.value.num_visual_tokens == 33
 
 
+def _connector(config: ConnectorConfig) -> Connector:
+    return build_connector(config, hidden_size=32, grid_size=16, mlp_width=64)
+
+
+SPLITS = UniformBudgets(budgets=(2, 16, 64), anchor_grids=(0, 1, 4, 8))
+
+
+def test_a_supernet_draws_every_grid_that_fits_its_budget() -> None:
+    sampler = BudgetSampler(SPLITS, 3)
+    counts = Counter((budget, sampler.anchor_grid(step, 0, budget)) for step in range(3000) for budget in sampler.budgets(step))
+    assert set(counts) == {(2, 0), (2, 1), (16, 0), (16, 1), (16, 4), (64, 0), (64, 1), (64, 4), (64, 8)}
+    # A third of the steps has 64 tokens, a quarter of those each grid: 250 each.
+    assert all(counts[64, side] == pytest.approx(250, abs=62) for side in (0, 1, 4, 8))
+    again = BudgetSampler(SPLITS, 3)
+    assert [again.anchor_grid(step, 0, 64) for step in range(50)] == [sampler.anchor_grid(step, 0, 64) for step in range(50)]
+    assert BudgetSampler(UniformBudgets(), 0).anchor_grid(5, 0, 64) is None
+
+
+def test_splits_that_the_connector_cannot_give_are_refused() -> None:
+    BudgetSampler(SPLITS, 0).check(_connector(ParcelConnectorConfig(num_heads=4, anchor_grids=(0, 1, 4, 8))))
+    with pytest.raises(UserError, match=r"anchor_grid 8 is not one of this parcel's anchor_grids \(0, 1, 4\)"):
+        BudgetSampler(SPLITS, 0).check(_connector(ParcelConnectorConfig(num_heads=4, anchor_grids=(0, 1, 4))))
+    with pytest.raises(UserError, match="m3 has no anchor grid to choose"):
+        BudgetSampler(SPLITS, 0).check(_connector(M3ConnectorConfig()))
+    with pytest.raises(ValidationError, match="none of the anchor_grids"):
+        UniformBudgets(budgets=(4, 16), anchor_grids=(4, 8))
+
+
 def test_the_state_says_what_the_draws_depend_on() -> None:
-    assert BudgetSampler(UniformBudgets(budgets=(16, 64)), 3).state() == {"seed": 3, "config": {"type": "uniform", "budgets": [16, 64]}}
+    assert BudgetSampler(UniformBudgets(budgets=(16, 64)), 3).state() == {"seed": 3, "config": {"type": "uniform", "budgets": [16, 64], "anchor_grids": None}}

@@ -164,3 +164,21 @@ def test_a_budget_that_the_connector_cannot_give_stops_before_the_first_step(tmp
     job: TrainJob = tiny_job(tmp_path, budget={"type": "uniform", "budgets": [8]})
     with pytest.raises(UnsupportedBudgetError, match="parcel cannot give 8"):
         fit_in_process(job, tmp_path, checkpoint=None, logger=NoMetrics())
+
+
+def test_a_supernet_draws_its_splits_and_goes_on_to_the_same_bits(tmp_path: Path) -> None:
+    connector = {"type": "parcel", "num_heads": 2, "anchor_grids": [0, 2, 4, 8]}
+    budget = {"type": "sandwich", "budgets": [4, 16, 64, 256], "anchor_grids": [0, 2, 4, 8]}
+    whole, part = (tiny_job(tmp_path / name, connector=connector, budget=budget, validation={"samples": 1, "budgets": [16]}) for name in ("whole", "part"))
+    undisturbed, metrics = fit_in_process(whole, tmp_path / "whole", checkpoint=None, logger=NoMetrics())
+    assert metrics["train/loss"] > 0
+    with pytest.raises(KeyboardInterrupt):
+        fit_in_process(part, tmp_path / "part", checkpoint=None, logger=Recorder(fail_at=5))
+    resumed, _ = fit_in_process(part, tmp_path / "part", checkpoint=None, logger=NoMetrics())
+    assert _same(undisturbed, resumed)
+    # The bank holds the queries of the widest split: all tokens but no anchors.
+    model = load_vlm(resumed / "model")
+    assert model.connector.num_anchors(64) == 64
+    with torch.no_grad():
+        tokens = model.model.compress(torch.randn(1, 256, 24), num_visual_tokens=255, anchor_grid=0)
+    assert tokens.shape[1] == 255

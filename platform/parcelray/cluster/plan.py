@@ -78,7 +78,7 @@ def training_plan(job: TrainJob) -> TrainingPlan:
     start = resolve_start(job, job.tracking.uri)
     model, processor = build_start(job, start.path if start is not None else None)
     sampler = BudgetSampler(job.budget, job.seed)
-    sampler.check(model.supported_budgets, model.connector.name)
+    sampler.check(model.connector)
     if not set(job.validation.budgets) & set(model.supported_budgets):
         raise UserError(f"validation.budgets {job.validation.budgets} holds no budget that {model.connector.name} can give; legal: {model.supported_budgets}.")
     step_reader(job, processor, 0, max(1, job.scaling.bounds[0]))

@@ -32,11 +32,18 @@ class BudgetRange(StrictModel):
 class _Budgets(StrictModel):
     budgets: BudgetRange | tuple[int, ...] = BudgetRange(start=16, stop=256)
     """The budgets to draw from: a range, or a list."""
+    anchor_grids: tuple[int, ...] | None = None
+    """A supernet over splits: the side of the anchor grid is drawn, too, among those of these that fit the budget (0: no anchors). null: the
+    connector's routing decides."""
 
     @model_validator(mode="after")
     def _not_empty(self) -> "_Budgets":
         if not self.values():
             raise ValueError("budgets is empty; list at least one visual-token budget")
+        if self.anchor_grids is not None and not any(side >= 0 and side * side <= min(self.values()) for side in self.anchor_grids):
+            raise ValueError(
+                f"none of the anchor_grids {list(self.anchor_grids)} fits the smallest budget, {min(self.values())}; add one with at most as many cells"
+            )
         return self
 
     def values(self) -> tuple[int, ...]:

@@ -50,6 +50,9 @@ class ParcelConnectorConfig(AttentionConnectorConfig):
     type: Literal["parcel"] = "parcel"
     routing: tuple[RouteConfig, ...] | None = None
     """Routing intervals, ascending and without overlap; unset: the paper's rule for the patch grid (16 x 16 or 32 x 32)."""
+    anchor_grids: tuple[int, ...] = ()
+    """A supernet over splits: sides of anchor grids that a step may use instead of the routing's (0: no anchors). The query bank is large enough for
+    all of them."""
 
 
 class MqtConnectorConfig(AttentionConnectorConfig):

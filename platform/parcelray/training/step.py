@@ -101,7 +101,7 @@ class Losses(NamedTuple):
     """Cross-entropy of the labelled patches; None where there are none."""
 
 
-def losses(model: nn.Module, batch: TensorBatch, *, num_visual_tokens: int, image_token_id: int) -> Losses:
+def losses(model: nn.Module, batch: TensorBatch, *, num_visual_tokens: int, image_token_id: int, anchor_grid: int | None = None) -> Losses:
     """Runs the model on a batch at a budget.
 
     Only text positions get logits, unless patches are labelled: those of the visual tokens would be computed to be thrown away. Patch
@@ -114,7 +114,7 @@ def losses(model: nn.Module, batch: TensorBatch, *, num_visual_tokens: int, imag
     if patch_labels is not None and (patch_labels.shape[1] != num_visual or not bool((patch_labels != IGNORED).any())):
         patch_labels = None
     keep = length if patch_labels is None else 0
-    logits_BSV = model(**inputs, num_visual_tokens=num_visual_tokens, logits_to_keep=keep, use_cache=False).logits.float()
+    logits_BSV = model(**inputs, num_visual_tokens=num_visual_tokens, anchor_grid=anchor_grid, logits_to_keep=keep, use_cache=False).logits.float()
     answer_sum = _prompt_means(logits_BSV[:, -length:-1], batch.labels_BS[:, 1:]).sum()
     if patch_labels is None:
         return Losses(answer_sum, None)

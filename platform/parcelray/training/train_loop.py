@@ -90,7 +90,7 @@ class _Loop:
         if job.training.freeze_vision:
             inputs.model.model.vision_tower.requires_grad_(False)
         self.sampler = BudgetSampler(job.budget, job.seed)
-        self.sampler.check(inputs.model.supported_budgets, inputs.model.connector.name)
+        self.sampler.check(inputs.model.connector)
         optimizer = build_optimizer(inputs.model, job.optimizer)
         # Before a restore, which brings back the scheduled rates of its step.
         self.peak_rates = [float(group["lr"]) for group in optimizer.param_groups]
@@ -122,7 +122,7 @@ class _Loop:
                     "train/budget": float(budgets[-1]),
                     "train/tokens_per_second": clock.rate(),
                 }
-                metrics |= self._diagnostics(batch, budgets[-1])
+                metrics |= self._diagnostics(batch, budgets[-1], self.sampler.anchor_grid(step, len(budgets) - 1, budgets[-1]))
                 self._log(metrics, done)
                 self.last_metrics |= metrics
                 self.inputs.on_progress(Progress(done, training.steps, metrics["train/loss"], budgets[-1], metrics["train/tokens_per_second"]))
@@ -148,11 +148,13 @@ class _Loop:
             group["lr"] = peak * factor
         prompts = accelerator.reduce(torch.tensor(float(batch.num_prompts), device=accelerator.device), reduction="sum")
         parts = min(training.gradient_accumulation_steps, batch.num_prompts)
-        passes = [(batch.slice(part, parts), budget) for part in range(parts) for budget in budgets]
+        grids = [self.sampler.anchor_grid(step, place, budget) for place, budget in enumerate(budgets)]
+        passes = [(batch.slice(part, parts), budget, grid) for part in range(parts) for budget, grid in zip(budgets, grids, strict=True)]
         total = torch.zeros((), device=accelerator.device)
-        for index, (micro_batch, budget) in enumerate(passes):
+        for index, (micro_batch, budget, grid) in enumerate(passes):
             with accelerator.autocast(), _sync_only_last(accelerator, self.model, last=index == len(passes) - 1):
-                parts_of_loss = losses(self.model, micro_batch, num_visual_tokens=budget, image_token_id=self.inputs.model.config.image_token_id)
+                token_id = self.inputs.model.config.image_token_id
+                parts_of_loss = losses(self.model, micro_batch, num_visual_tokens=budget, image_token_id=token_id, anchor_grid=grid)
                 # Distributed training averages the ranks' gradients; the sum over all prompts is wanted, divided by their count.
                 scale = accelerator.num_processes / (prompts * len(budgets))
                 total += scale * parts_of_loss.answer_sum.detach()
@@ -166,13 +168,14 @@ class _Loop:
         return float(accelerator.reduce(total, reduction="mean")), float(norm)
 
     @torch.no_grad()
-    def _diagnostics(self, batch: TensorBatch, budget: int) -> dict[str, float]:
+    def _diagnostics(self, batch: TensorBatch, budget: int, anchor_grid: int | None) -> dict[str, float]:
         """Effective rank and mean cosine of anchors and queries on a few images (facts: queries can collapse while anchors do not)."""
         if self.job.training.strategy == "fsdp":
             return {}  # sharded weights cannot run outside the wrapped forward
         model = self.inputs.model
-        tokens_IKD = model.connector(model.model.encode_patches(batch.pixel_values_ICHW[:8]), num_visual_tokens=budget).float()
-        count = model.connector.num_anchors(budget)
+        split = {} if anchor_grid is None else {"anchor_grid": anchor_grid}
+        tokens_IKD = model.connector(model.model.encode_patches(batch.pixel_values_ICHW[:8]), num_visual_tokens=budget, **split).float()
+        count = model.connector.num_anchors(budget) if anchor_grid is None else anchor_grid**2
         metrics = {}
         for name, part_IKD in (("anchors", tokens_IKD[:, :count]), ("queries", tokens_IKD[:, count:])):
             # Weights that have just overflowed end the run at the next step's loss, with a sentence; here they would end it in LAPACK.

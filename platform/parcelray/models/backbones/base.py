@@ -105,30 +105,47 @@ class ElasticModel(nn.Module):
         """
         return self.patch_features(self.vision_tower(pixel_values_ICHW, **self.vision_options))
 
-    def compress(self, patch_features_IND: Tensor, *, num_visual_tokens: int) -> Tensor:
-        """Reduces patch features to the budget and projects them to the language model's width: [I, N, D] -> [I, K, L]."""
-        tokens_IKD = self.connector(patch_features_IND, num_visual_tokens=num_visual_tokens)
+    def compress(self, patch_features_IND: Tensor, *, num_visual_tokens: int, anchor_grid: int | None = None) -> Tensor:
+        """Reduces patch features to the budget and projects them to the language model's width: [I, N, D] -> [I, K, L].
+
+        Args:
+            patch_features_IND: of the vision tower.
+            num_visual_tokens: K.
+            anchor_grid: of a supernet over splits, see `ParcelConnector`; None: the connector's routing.
+        """
+        split = {} if anchor_grid is None else {"anchor_grid": anchor_grid}
+        tokens_IKD = self.connector(patch_features_IND, num_visual_tokens=num_visual_tokens, **split)
         assert tokens_IKD.shape[1] == num_visual_tokens, f"{self.connector.name} gave {tokens_IKD.shape[1]} tokens, not {num_visual_tokens}"
         return cast(Tensor, self.multi_modal_projector(tokens_IKD))
 
-    def get_image_features(self, pixel_values: Tensor, num_visual_tokens: int | None = None, **kwargs: Any) -> BaseModelOutputWithPooling:
+    def get_image_features(
+        self, pixel_values: Tensor, num_visual_tokens: int | None = None, anchor_grid: int | None = None, **kwargs: Any
+    ) -> BaseModelOutputWithPooling:
         """Image features for the decoder; `pooler_output` is [I, K, L] and `last_hidden_state` the patch features [I, N, D].
 
         Args:
             pixel_values: [I, C, H, W].
             num_visual_tokens: the budget per image; None means all N patches, as in the stock class.
+            anchor_grid: see `compress`.
             kwargs: for the vision tower.
         """
         kwargs.pop("return_dict", None)
         outputs = self.vision_tower(pixel_values, **self.vision_options, **kwargs)
         patch_features_IND = self.patch_features(outputs)
         budget = patch_features_IND.shape[1] if num_visual_tokens is None else num_visual_tokens
-        tokens_IKL = self.compress(patch_features_IND, num_visual_tokens=budget)
+        tokens_IKL = self.compress(patch_features_IND, num_visual_tokens=budget, anchor_grid=anchor_grid)
         return BaseModelOutputWithPooling(
             last_hidden_state=patch_features_IND, pooler_output=tokens_IKL, hidden_states=outputs.hidden_states, attentions=outputs.get("attentions")
         )
 
-    def forward(self, input_ids: Tensor | None = None, pixel_values: Tensor | None = None, num_visual_tokens: int | None = None, **kwargs: Any) -> Any:
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        num_visual_tokens: int | None = None,
+        anchor_grid: int | None = None,
+        **kwargs: Any,
+    ) -> Any:
         """As the stock class; `num_visual_tokens` is the budget per image (None: all patches).
 
         Raises:
@@ -137,7 +154,7 @@ class ElasticModel(nn.Module):
         if pixel_values is not None and kwargs.get("mm_encoder_outputs"):
             raise ValueError("pixel_values and mm_encoder_outputs exclude each other; pass one of them")
         if pixel_values is not None:
-            kwargs["mm_encoder_outputs"] = {"image": self.get_image_features(pixel_values, num_visual_tokens=num_visual_tokens)}
+            kwargs["mm_encoder_outputs"] = {"image": self.get_image_features(pixel_values, num_visual_tokens, anchor_grid)}
         encoded = (kwargs.get("mm_encoder_outputs") or {}).get("image")
         if encoded is not None:
             if input_ids is not None:
@@ -205,14 +222,15 @@ class ElasticVLM(nn.Module):
         logits_to_keep: int | Tensor = 0,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         num_visual_tokens: int | None = None,
+        anchor_grid: int | None = None,
         **kwargs: Any,
     ) -> Any:
-        """As the stock class; `num_visual_tokens` is the budget per image (None: all patches).
+        """As the stock class; `num_visual_tokens` is the budget per image (None: all patches), `anchor_grid` see `ElasticModel.compress`.
 
         `token_type_ids` (0: the prompt, 1: an answer) change nothing where attention is causal in the prompt, too.
         """
         if pixel_values is not None:
-            kwargs["num_visual_tokens"] = num_visual_tokens
+            kwargs |= {"num_visual_tokens": num_visual_tokens, "anchor_grid": anchor_grid}
         if self.reads_both_ways:
             kwargs["token_type_ids"] = token_type_ids
         return super().forward(

@@ -99,9 +99,17 @@ class Connector(nn.Module, ABC):
         if num_visual_tokens not in self._supported_budgets:
             raise UnsupportedBudgetError(num_visual_tokens, self._supported_budgets, self.name)
 
+    def check_split(self, num_visual_tokens: int, anchor_grid: int) -> None:
+        """Raises `UserError` unless the connector takes `anchor_grid` and can split the budget so."""
+        raise UserError(f"{self.name} has no anchor grid to choose; splits are searched with the connector parcel and its anchor_grids.")
+
     def check_inputs(self, patch_features_BND: Tensor, num_visual_tokens: int) -> None:
         """Refuses an illegal budget and features that are not [B, grid_size ** 2, hidden_size]."""
         self.check_budget(num_visual_tokens)
+        self.check_features(patch_features_BND)
+
+    def check_features(self, patch_features_BND: Tensor) -> None:
+        """Refuses features that are not [B, grid_size ** 2, hidden_size]."""
         expected = (self.grid_size**2, self.hidden_size)
         if patch_features_BND.ndim != 3 or tuple(patch_features_BND.shape[1:]) != expected:
             raise UserError(

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from parcelray.config.connector import AttentionConnectorConfig, ParcelConnectorConfig, RouteConfig
+from parcelray.errors import UserError
 from parcelray.models.connectors.base import Connector, VisionDims
 from parcelray.models.connectors.blocks import BlockDims, block_dims
-from parcelray.models.connectors.pooling import pool_grid
+from parcelray.models.connectors.pooling import check_divides, pool_grid
 from parcelray.models.connectors.query_path import QueryPath, SelfAttentionConditioner
 from parcelray.models.connectors.routing import Split, bank_size, resolve_routing, routed_budgets, split_budget
 
@@ -24,6 +25,7 @@ class AnchoredQueryConnector(Connector):
         config: heads and MLP width.
         dims: sizes of the vision tower.
         routing: intervals; None for the paper's.
+        anchor_grids: sides of anchor grids that a call may ask for instead of the routing's (a supernet over splits).
         make_conditioner: builds what makes queries aware of the anchors; None for nothing.
     """
 
@@ -34,12 +36,18 @@ class AnchoredQueryConnector(Connector):
         *,
         routing: Sequence[RouteConfig] | None,
         make_conditioner: Callable[[BlockDims], nn.Module] | None,
+        anchor_grids: Sequence[int] = (),
     ) -> None:
         routes = resolve_routing(routing, dims.grid_size)
+        for side in anchor_grids:
+            check_divides(side, dims.grid_size)
+        self.anchor_grids = tuple(anchor_grids)
         super().__init__(dims, routed_budgets(routes))
         self.routing = routes
         block = block_dims(config, width=dims.hidden_size, mlp_width=dims.mlp_width, layer_norm_eps=dims.layer_norm_eps)
-        num_queries = bank_size(routes)
+        # Of a supernet every budget may be all queries but for the smallest grid's anchors.
+        searched = dims.grid_size**2 - min(anchor_grids) ** 2 if anchor_grids else 0
+        num_queries = max(bank_size(routes), searched)
         # A routing may spend every budget on anchors (a split search tries that); parameters that no budget uses must not exist.
         self.query_path: QueryPath | None = None
         if num_queries:
@@ -55,9 +63,28 @@ class AnchoredQueryConnector(Connector):
         """N_p of the interval."""
         return self.split(num_visual_tokens).num_anchors
 
-    def forward(self, patch_features_BND: Tensor, *, num_visual_tokens: int) -> Tensor:
-        """Returns [anchors; query tokens], shape [B, num_visual_tokens, D]."""
-        anchors_BPD, num_queries = self._anchors(patch_features_BND, num_visual_tokens)
+    def check_split(self, num_visual_tokens: int, anchor_grid: int) -> None:
+        """See `Connector.check_split`."""
+        if anchor_grid not in self.anchor_grids:
+            legal = ", ".join(map(str, self.anchor_grids)) or "none"
+            raise UserError(
+                f"anchor_grid {anchor_grid} is not one of this {self.name}'s anchor_grids ({legal}); choose one of them, or train a supernet with it."
+            )
+        if not max(1, anchor_grid**2) <= num_visual_tokens <= self.grid_size**2:
+            raise UserError(
+                f"{num_visual_tokens} visual tokens cannot be {anchor_grid**2} anchors and queries; choose {max(1, anchor_grid**2)} to {self.grid_size**2} "
+                "tokens, or a smaller anchor_grid."
+            )
+
+    def forward(self, patch_features_BND: Tensor, *, num_visual_tokens: int, anchor_grid: int | None = None) -> Tensor:
+        """Returns [anchors; query tokens], shape [B, num_visual_tokens, D].
+
+        Args:
+            patch_features_BND: see `Connector.forward`.
+            num_visual_tokens: the budget.
+            anchor_grid: side of the anchor grid instead of the routing's, one of `anchor_grids`.
+        """
+        anchors_BPD, num_queries = self._anchors(patch_features_BND, num_visual_tokens, anchor_grid)
         if self.query_path is None or num_queries == 0:
             return anchors_BPD
         return torch.cat([anchors_BPD, self.query_path(anchors_BPD, patch_features_BND, num_queries)], dim=1)
@@ -69,10 +96,14 @@ class AnchoredQueryConnector(Connector):
             return super().query_attention(patch_features_BND, num_visual_tokens=num_visual_tokens)
         return self.query_path.attention_map(anchors_BPD, patch_features_BND, num_queries)
 
-    def _anchors(self, patch_features_BND: Tensor, num_visual_tokens: int) -> tuple[Tensor, int]:
-        self.check_inputs(patch_features_BND, num_visual_tokens)
-        split = split_budget(self.routing, num_visual_tokens)
-        return pool_grid(patch_features_BND, grid_size=self.grid_size, side=split.anchor_grid), split.num_queries
+    def _anchors(self, patch_features_BND: Tensor, num_visual_tokens: int, anchor_grid: int | None = None) -> tuple[Tensor, int]:
+        if anchor_grid is None:
+            self.check_inputs(patch_features_BND, num_visual_tokens)
+            anchor_grid = split_budget(self.routing, num_visual_tokens).anchor_grid
+        else:
+            self.check_split(num_visual_tokens, anchor_grid)
+            self.check_features(patch_features_BND)
+        return pool_grid(patch_features_BND, grid_size=self.grid_size, side=anchor_grid), num_visual_tokens - anchor_grid**2
 
 
 class ParcelConnector(AnchoredQueryConnector):
@@ -85,4 +116,4 @@ class ParcelConnector(AnchoredQueryConnector):
     name = "parcel"
 
     def __init__(self, config: ParcelConnectorConfig, dims: VisionDims) -> None:
-        super().__init__(config, dims, routing=config.routing, make_conditioner=SelfAttentionConditioner)
+        super().__init__(config, dims, routing=config.routing, make_conditioner=SelfAttentionConditioner, anchor_grids=config.anchor_grids)
