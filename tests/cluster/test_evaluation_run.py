@@ -25,8 +25,8 @@ from ..benchmarks.table_data import png
 from ..training.conftest import tiny_job
 
 
-def _checkpoint(folder: Path, seed: int) -> Path:
-    model, processor = build_start(tiny_job(folder, seed=seed), None)
+def _checkpoint(folder: Path, seed: int, **changes: Any) -> Path:
+    model, processor = build_start(tiny_job(folder, seed=seed, **changes), None)
     model.save_pretrained(folder / "model")
     processor.save_pretrained(folder / "model")
     write_manifest(folder / "model", config={}, git_commit=None, data=None, seed=seed)
@@ -258,6 +258,9 @@ def test_a_plan_says_what_would_be_done(checkpoint: Path, tmp_path: Path) -> Non
 
 
 def test_a_training_free_reducer_is_part_of_the_answers(checkpoint: Path, tmp_path: Path) -> None:
+    compressing, checkpoint = checkpoint, _checkpoint(tmp_path / "vanilla", 1, connector=None)
+    with pytest.raises(UserError, match="and this one has the connector parcel"):
+        _run(_job(tmp_path, compressing, name="twice", budgets=[16], reducer={"type": "divprune"}))
     plain = _run(_job(tmp_path, checkpoint, budgets=["full"]))
     reduced = _run(_job(tmp_path, checkpoint, name="reduced", budgets=[13, "full"], reducer={"type": "random_sampling", "seed": 1}))
     assert reduced.summary.budgets == (13, 256)
@@ -269,3 +272,20 @@ def test_a_training_free_reducer_is_part_of_the_answers(checkpoint: Path, tmp_pa
     assert other.computed == 24
     with pytest.raises(UnsupportedBudgetError, match="average_pooling cannot give 13 visual tokens"):
         _run(_job(tmp_path, checkpoint, name="pooled", budgets=[13], reducer={"type": "average_pooling"}))
+
+
+def test_a_supernet_is_asked_at_any_split(tmp_path: Path) -> None:
+    grids = [0, 2, 4, 8]
+    supernet = _checkpoint(tmp_path / "supernet", 1, connector={"type": "parcel", "num_heads": 2, "anchor_grids": grids})
+    by_routing = _run(_job(tmp_path, supernet, budgets=[16, 40]))
+    split = {side: _run(_job(tmp_path, supernet, name=f"grid{side}", budgets=[16, 40], anchor_grid=side)) for side in (0, 4)}
+    # Another split is another setting with answers of its own; the paper's rule is the one with four anchors a side.
+    assert split[4].computed == 48
+    assert _answers(split[4], 40) == _answers(by_routing, 40)
+    assert _answers(split[0], 40) != _answers(by_routing, 40)
+    with pytest.raises(UserError, match="40 visual tokens cannot be 64 anchors and queries"):
+        _run(_job(tmp_path, supernet, name="large", budgets=[40], anchor_grid=8))
+
+
+def _answers(run: EvaluatedRun, budget: int) -> list[str]:
+    return [answer.text for split in run.summary.splits for answer in split.answers[budget]]

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from pydantic import ValidationError
 
 from parcelray.config.loader import ConfigError, check_search_space, load_search_space
 from parcelray.config.search_space import IntegerDomain, RealDomain, SearchSpace
@@ -91,3 +92,18 @@ def test_the_cluster_space_is_legal_everywhere() -> None:
     check_search_space(space, ROOT)
     # Ten budgets, two metrics, two weightings, two seedings, five iterations; two orders with contiguous positions, one with each of the others.
     assert space.size == 10 * 2 * 2 * 2 * 5 * (2 + 1 + 1)
+
+
+def test_splits_that_do_not_fit_are_not_part_of_the_space() -> None:
+    space = load_search_space(ROOT / "search_spaces" / "anchor_query_split.yaml")
+    check_search_space(space, ROOT)
+    splits = [(point["anchor_grid"], point["budgets"][0]) for point in space.grid()]
+    assert len(splits) == len(set(splits)) == space.size == 14 + 14 + 14 + 12 + 8 + 1
+    assert all(side * side <= budget for side, budget in splits)
+    rng = random.Random(0)
+    drawn = {(point["anchor_grid"], point["budgets"][0]) for point in (space.sample(rng) for _ in range(3000))}
+    assert drawn == set(splits)
+    with pytest.raises(ValidationError, match="constraint anchors_fit names grid, which is no parameter"):
+        SearchSpace.model_validate(
+            space.model_dump() | {"constraints": [{"type": "anchors_fit", "anchor_grid": "grid", "budget": "budgets", "patch_grid": 16}]}
+        )

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from parcelray.benchmarks.mini.suite import MiniSuite
-from parcelray.config.model import MiniModelConfig
+from parcelray.config.model import MiniLlavaModelConfig, MiniModelConfig
 from parcelray.data.collator import IGNORED, Collator, decode_image
 from parcelray.data.reading import StepReader, in_process_batches
 from parcelray.data.sample import Sample
@@ -16,6 +16,7 @@ from parcelray.data.schedule import BatchSchedule
 from parcelray.errors import UserError
 from parcelray.models.backbones.paligemma_processor import ElasticPaliGemmaProcessor
 from parcelray.models.mini import build_processor
+from parcelray.models.mini_llava import build_processor as build_llava_processor
 from parcelray.training.step import TensorBatch, to_tensors, with_placeholders
 
 BUDGET = 16
@@ -127,3 +128,23 @@ def test_ranks_read_their_shares_of_the_same_step_and_a_late_start_changes_nothi
     later = list(in_process_batches(reader, 4, 6))
     assert len(later) == 2
     assert all(np.array_equal(later[index]["input_ids"], reader.read(4 + index)["input_ids"]) for index in range(2))
+
+
+def test_a_llava_is_trained_on_the_pixels_and_tokens_that_it_is_asked_with() -> None:
+    """CLIP's own mean and deviation, an image that must be scaled and cropped, and placeholders after the prompt's first words."""
+    processor = build_llava_processor(MiniLlavaModelConfig(), ["what color is the circle red"] * 20)
+    processor.image_processor.image_mean, processor.image_processor.image_std = [0.48, 0.46, 0.41], [0.27, 0.26, 0.28]
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (80, 120, 3), dtype=np.uint8))
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    sample = Sample(id="0", benchmark="b", family="f", task="t", images=(buffer.getvalue(),), prompt="what color is the circle", answers=("red",), scene="0")
+    batch = to_tensors(Collator(processor)([sample]), CPU, processor)
+    inputs = with_placeholders(batch, 16, processor.image_token_id)
+    asked = processor(images=[[image]], text=[sample.prompt], num_visual_tokens=16, return_tensors="pt")
+    # Whole numbers of grey levels are what a training batch carries: half a level of 255, over the deviation.
+    assert torch.allclose(inputs["pixel_values"], asked["pixel_values"], atol=1.01 / 255 / 0.26)
+    length = asked["input_ids"].shape[1]
+    assert torch.equal(inputs["input_ids"][:, :length], asked["input_ids"])
+    answer = inputs["input_ids"][0, length:].tolist()
+    assert answer == processor.encode_answers(["red"])[0]
+    assert inputs["token_type_ids"][0].tolist() == [0] * length + [1] * len(answer)

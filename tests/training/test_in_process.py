@@ -182,3 +182,22 @@ def test_a_supernet_draws_its_splits_and_goes_on_to_the_same_bits(tmp_path: Path
     with torch.no_grad():
         tokens = model.model.compress(torch.randn(1, 256, 24), num_visual_tokens=255, anchor_grid=0)
     assert tokens.shape[1] == 255
+
+
+@pytest.mark.parametrize("tower", ["clip", "siglip", "convnext"])
+def test_a_llava_trains_and_its_checkpoint_goes_on(tower: str, tmp_path: Path) -> None:
+    sizes = {"vision_width": 24, "vision_layers": 2, "vision_heads": 2, "vision_mlp_width": 32}
+    sizes |= {"text_width": 24, "text_layers": 1, "text_heads": 2, "text_kv_heads": 1, "text_head_dim": 12, "text_mlp_width": 32}
+    changes = {
+        "model": {"type": "mini_llava", "tower": tower, **sizes},
+        "budget": {"type": "uniform", "budgets": [16, 256]},
+        "training": {"patch_supervision": 1.0},
+        "validation": {"samples": 1, "budgets": [16]},
+    }
+    whole, part = (tiny_job(tmp_path / name, **changes) for name in ("whole", "part"))
+    undisturbed, metrics = fit_in_process(whole, tmp_path / "whole", checkpoint=None, logger=NoMetrics())
+    assert {"train/loss", "val/score@16"} <= set(metrics)
+    with pytest.raises(KeyboardInterrupt):
+        fit_in_process(part, tmp_path / "part", checkpoint=None, logger=Recorder(fail_at=5))
+    resumed, _ = fit_in_process(part, tmp_path / "part", checkpoint=None, logger=NoMetrics())
+    assert _same(undisturbed, resumed)

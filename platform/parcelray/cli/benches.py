@@ -75,8 +75,8 @@ def bench_kmeans(
 @bench_app.command("overhead")
 def bench_overhead(
     backbone: Annotated[str, typer.Option(help="laptop, llava-1.5-7b or paligemma2-3b (need a GPU), mini, or a folder.")] = "laptop",
-    budgets: Annotated[str, typer.Option(help="Visual tokens, separated by commas.")] = "196,144,64,36",
-    batch_sizes: Annotated[str, typer.Option(help="Images at a time, separated by commas.")] = "1,8",
+    budgets: Annotated[str, typer.Option(help="Visual tokens, separated by commas.")] = "144,64",
+    batch_sizes: Annotated[str, typer.Option(help="Images at a time, separated by commas.")] = "1,4",
     reducers: Annotated[str | None, typer.Option(help="Reducers, separated by commas; all by default.", show_default=False)] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Timed rounds.")] = 5,
     resolution: Annotated[int | None, typer.Option(help="Image side in pixels.", show_default=False)] = None,

@@ -77,7 +77,7 @@ def run_evaluation(job: EvaluateJob, console: Console, *, address: str | None = 
         base: tuple[Evaluation, Sequence[SplitScores]] | None = None
         if reference is not None:
             full = (max(connector_of(reference.path).supported_budgets),)
-            plain = [replace(each, task=replace(each.task, generation=replace(each.task.generation, reducer=None))) for each in benchmarks]
+            plain = [replace(each, task=replace(each.task, generation=replace(each.task.generation, reducer=None, anchor_grid=None))) for each in benchmarks]
             base_evaluation, more, there = _ask(job, f"{job.name}-{REFERENCE_FOLDER}", reference, full, plain, folder / REFERENCE_FOLDER, console)
             computed, present = computed + more, present + there
             base = (base_evaluation, base_evaluation.score())

@@ -19,6 +19,7 @@ from parcelray.evaluation.generation import GenerationSettings
 from parcelray.evaluation.predictor import BLIND
 from parcelray.models.checkpoint import ResolvedCheckpoint
 from parcelray.models.token_reduction import build_reducer
+from parcelray.models.token_reduction.base import check_uncompressed
 from parcelray.models.vlm import config_of, connector_of
 
 
@@ -49,12 +50,15 @@ def budgets_for(job: EvaluateJob, checkpoint: ResolvedCheckpoint) -> tuple[int, 
     full = max(connector.supported_budgets)
     if job.reducer is not None:
         reducer = build_reducer(job.reducer)
+        check_uncompressed(connector)
         legal, name = reducer.budgets_of(full, config_of(checkpoint.path).depths), reducer.name
     else:
         legal, name = connector.supported_budgets, connector.name
     numbers = {BLIND if budget == "blind" else full if budget == "full" else budget for budget in job.budgets}
     for number in sorted(numbers - {BLIND}):
-        if number not in legal:
+        if job.anchor_grid is not None:
+            connector.check_split(number, job.anchor_grid)
+        elif number not in legal:
             raise UnsupportedBudgetError(number, legal, name)
     return tuple(sorted(numbers))
 
@@ -82,6 +86,7 @@ def prepare(job: EvaluateJob, image_size: int) -> list[PreparedBenchmark]:
             decoding=choice.decoding or config.decoding,
             num_beams=config.num_beams if choice.decoding is None else 1,
             reducer=job.reducer.model_dump_json() if job.reducer is not None else None,
+            anchor_grid=job.anchor_grid,
         )
         prepared.append(PreparedBenchmark(choice, config, BenchmarkTask(reader, _rows(reader, choice, job.seed), generation)))
     return prepared

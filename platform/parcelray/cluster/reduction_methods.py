@@ -9,7 +9,8 @@ from parcelray.models.backbones.base import Depths
 from parcelray.models.token_reduction import build_reducer
 from parcelray.models.token_reduction.in_decoder import InDecoderReducer
 
-RANDOM = "random"
+RANDOM, RANDOM_ORIGINAL = "random", "random, original positions"
+"""The two baselines: a method is held against the one whose tokens are placed as its own are."""
 RANDOM_SEEDS = 5
 RETENTIONS = (0.05, 0.11, 0.20, 0.30)
 """Shares of the visual tokens (arXiv 2504.17892)."""
@@ -31,7 +32,10 @@ METHODS: Mapping[str, Method] = {
     "ToMe": Method(configs.ToMeConfig(), "clusters and pooling"),
     "cluster, original positions": Method(configs.ClusterAggregateConfig(positions="original"), "positions"),
     "cluster, size bias": Method(configs.ClusterAggregateConfig(positions="original_size_bias"), "positions"),
+    "average pooling, size bias": Method(configs.AveragePoolingConfig(positions="original_size_bias"), "positions"),
+    "spatial, original positions": Method(configs.SpatialSamplingConfig(positions="original"), "positions"),
     "DivPrune, original positions": Method(configs.DivPruneConfig(positions="original"), "positions"),
+    "class attention, original positions": Method(configs.SaliencyConfig(positions="original"), "positions"),
     "RESTORE": Method(configs.RestoreConfig(), "positions"),
     "spatial": Method(configs.SpatialSamplingConfig(), "sampling and coverage"),
     "DivPrune": Method(configs.DivPruneConfig(), "sampling and coverage"),
@@ -49,14 +53,24 @@ METHODS: Mapping[str, Method] = {
     "FastV": Method(configs.FastVConfig(layer=1), "inside the decoder (mean over its layers)"),
     "PyramidDrop": Method(configs.PyramidDropConfig(), "inside the decoder (mean over its layers)"),
     "SparseVLM": Method(configs.SparseVLMConfig(), "inside the decoder (mean over its layers)"),
-} | {f"{RANDOM}, seed {seed}": Method(configs.RandomSamplingConfig(seed=seed), RANDOM) for seed in range(RANDOM_SEEDS)}
+    **{f"{RANDOM}, seed {seed}": Method(configs.RandomSamplingConfig(seed=seed), RANDOM) for seed in range(RANDOM_SEEDS)},
+    **{
+        f"{RANDOM_ORIGINAL}, seed {seed}": Method(configs.RandomSamplingConfig(seed=seed, positions="original"), RANDOM_ORIGINAL)
+        for seed in range(RANDOM_SEEDS)
+    },
+}
+
+
+def baseline_of(method: Method) -> str:
+    """The random sampling that places its tokens as the method does."""
+    return RANDOM if method.reducer.positions == "contiguous" else RANDOM_ORIGINAL
 
 
 def groups() -> dict[str, list[str]]:
     """Methods by group, without random sampling, which every panel shows."""
     found: dict[str, list[str]] = {}
     for name, method in METHODS.items():
-        if method.group != RANDOM:
+        if method.group not in (RANDOM, RANDOM_ORIGINAL):
             found.setdefault(method.group, []).append(name)
     return found
 

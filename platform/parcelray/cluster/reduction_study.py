@@ -14,7 +14,7 @@ from rich.table import Table
 
 from parcelray.cluster.evaluation_run import run_evaluation
 from parcelray.cluster.provenance import resolve_model
-from parcelray.cluster.reduction_methods import METHODS, RANDOM, RANDOM_SEEDS, budgets_of, groups
+from parcelray.cluster.reduction_methods import METHODS, RANDOM, RANDOM_ORIGINAL, RANDOM_SEEDS, baseline_of, budgets_of, groups
 from parcelray.cluster.session import ray_session
 from parcelray.config.evaluate import EvaluateJob
 from parcelray.config.reducer import ReducerConfig
@@ -38,7 +38,7 @@ _KEPT = 90.0
 
 
 class AgainstRandom(NamedTuple):
-    """A method against random sampling at the same budget, on the same questions."""
+    """A method against random sampling at the same budget and with tokens placed alike, on the same questions."""
 
     method: str
     num_visual_tokens: int
@@ -85,7 +85,8 @@ def run_reduction_study(job: EvaluateJob, console: Console, *, address: str | No
     checkpoint = resolve_model(job.model, uri)
     config = config_of(checkpoint.path)
     full = max(connector_of(checkpoint.path).supported_budgets)
-    chosen = {name: method for name, method in METHODS.items() if methods is None or name in methods or method.group == RANDOM}
+    wanted = {baseline_of(METHODS[name]) for name in METHODS if methods is None or name in methods} | {RANDOM}
+    chosen = {name: method for name, method in METHODS.items() if method.group in wanted or methods is None or name in methods}
     budgets = {name: budgets_of(method.reducer, full, config.depths) for name, method in chosen.items()}
     folder = Path(job.storage) / "studies" / job.name
     params: dict[str, str | int | float | bool | None] = {
@@ -114,7 +115,14 @@ def run_reduction_study(job: EvaluateJob, console: Console, *, address: str | No
 
 def against_random_table(study: ReductionStudy) -> Table:
     """Which methods beat random sampling, for people."""
-    table = Table("method", "tokens", "minus random, points [95 %]", "p", "sd of random over seeds", title="Against random sampling, paired on questions")
+    table = Table(
+        "method",
+        "tokens",
+        "minus random, points [95 %]",
+        "p",
+        "sd of random over seeds",
+        title="Against random sampling with tokens placed alike, paired on questions",
+    )
     for each in study.against_random:
         gap = f"{each.difference.value:+.1f} [{each.difference.low:+.1f}, {each.difference.high:+.1f}]"
         table.add_row(each.method, str(each.num_visual_tokens), gap, f"{each.p_value:.3f}", f"{each.spread:.1f}")
@@ -127,20 +135,25 @@ def _study(found: Mapping[str, Summary], reference: Summary, full: int, shape: B
         replace(frontier_point("blind", 0, reference.splits, None)),
         replace(frontier_point("full", full, reference.splits, base), gflops=_gflops(shape, None, full)),
     ]
-    seeds = [summary for name, summary in found.items() if METHODS[name].group == RANDOM]
-    points += [_random_point(seeds, budget, reference, full, _gflops(shape, None, budget)) for budget in seeds[0].budgets]
+    baselines: dict[str, list[Summary]] = {}
+    for name, summary in found.items():
+        if METHODS[name].group in (RANDOM, RANDOM_ORIGINAL):
+            baselines.setdefault(METHODS[name].group, []).append(summary)
     against: list[AgainstRandom] = []
     breaks: list[Break] = []
+    for name, seeds in baselines.items():
+        points += [_random_point(name, seeds, budget, reference, full, _gflops(shape, None, budget)) for budget in seeds[0].budgets]
+        breaks += _breaks(name, seeds[0], reference, full)
     for name, summary in found.items():
-        if METHODS[name].group == RANDOM:
+        if METHODS[name].group in baselines:
             continue
+        seeds = baselines[baseline_of(METHODS[name])]
         for budget in summary.budgets:
             flops = _gflops(shape, METHODS[name].reducer, budget)
             points.append(replace(frontier_point(name, budget, summary.splits, base), gflops=flops))
             if budget in seeds[0].budgets:
                 against.append(_against_random(name, summary, seeds, budget))
         breaks += _breaks(name, summary, reference, full)
-    breaks += _breaks(RANDOM, seeds[0], reference, full)
     return ReductionStudy(Frontier(tuple(points), reference="full"), against, breaks, folder)
 
 
@@ -148,16 +161,16 @@ def _gflops(shape: BackboneShape, reducer: ReducerConfig | None, budget: int) ->
     return reduced_prefill_flops(shape, reducer, budget, _TEXT_TOKENS) / 1e9
 
 
-def _random_point(seeds: Sequence[Summary], budget: int, reference: Summary, full: int, gflops: float) -> FrontierPoint:
+def _random_point(name: str, seeds: Sequence[Summary], budget: int, reference: Summary, full: int, gflops: float) -> FrontierPoint:
     """Random sampling as the mean over its seeds, with the interval over samples."""
-    points = [frontier_point(RANDOM, budget, summary.splits, (reference.splits, full)) for summary in seeds]
+    points = [frontier_point(name, budget, summary.splits, (reference.splits, full)) for summary in seeds]
     kept = [mean_of(list(retentions(summary.splits, budget, reference.splits, full).values())) for summary in seeds]
     families = {
-        name: mean_of([split.scores[budget].estimate for summary in seeds for split in summary.splits if split.name.endswith(f"/{name}")]).interval
-        for name in points[0].families
+        family: mean_of([split.scores[budget].estimate for summary in seeds for split in summary.splits if split.name.endswith(f"/{family}")]).interval
+        for family in points[0].families
     }
     overall = mean_of([summary.mean_score(budget) for summary in seeds]).interval
-    return FrontierPoint(RANDOM, budget, overall, mean_of(kept).interval, families, points[0].unscored, gflops)
+    return FrontierPoint(name, budget, overall, mean_of(kept).interval, families, points[0].unscored, gflops)
 
 
 def _against_random(name: str, summary: Summary, seeds: Sequence[Summary], budget: int) -> AgainstRandom:
@@ -182,7 +195,8 @@ def _write(study: ReductionStudy, name: str) -> list[Path]:
     folder = study.folder
     numbers, picture = write_frontier(study.frontier, folder, f"{name}: score against visual tokens")
     compute = folder / "accuracy_against_compute.png"
-    plot_compute(study.frontier, groups(), compute, title=f"{name}: training-free reduction, {RANDOM_SEEDS} seeds of random sampling")
+    title = f"{name}: training-free reduction, {RANDOM_SEEDS} seeds of random sampling"
+    plot_compute(study.frontier, groups(), compute, title=title, baselines=(RANDOM, RANDOM_ORIGINAL))
     table = folder / "frontier.md"
     table.write_text(frontier_markdown(study.frontier) + "\n", encoding="utf-8")
     against, breaks = folder / "against_random.csv", folder / "breaks.json"

@@ -64,6 +64,8 @@ class EvaluateJob(StrictModel):
     """The checkpoint."""
     reducer: ReducerConfig | None = None
     """A training-free reducer between the projector and the decoder; null: the checkpoint's own connector gives every budget."""
+    anchor_grid: int | None = Field(default=None, ge=0)
+    """Of a supernet over splits: side of the anchor grid at every budget; null: the checkpoint's routing."""
     reference: CheckpointModelConfig | None = None
     """The uncompressed model that retention is measured against, at all its patches; null: the checkpoint itself at its largest budget."""
     benchmarks: tuple[BenchmarkChoice, ...] = Field(min_length=1)
@@ -101,6 +103,8 @@ class EvaluateJob(StrictModel):
         names = [choice.name for choice in self.benchmarks]
         if len(set(names)) < len(names):
             raise ValueError(f"a benchmark is named twice in {', '.join(names)}; name each once")
+        if self.anchor_grid is not None and self.reducer is not None:
+            raise ValueError("anchor_grid and reducer exclude each other: a reducer takes all patch tokens; leave one of them out")
         if any(isinstance(budget, int) and budget < 1 for budget in self.budgets) or len(set(self.budgets)) < len(self.budgets):
             raise ValueError(f"budgets {list(self.budgets)} are not different token counts from 1 on, `blind` or `full`")
         return self

@@ -12,6 +12,8 @@ from parcelray.config.base import StrictModel
 
 Assignment = dict[str, Any]
 """Values by key path of the job; parameters that are not active are not in it."""
+_TRIES = 1000
+"""Draws before a space is said to be empty."""
 
 
 class _Domain(StrictModel):
@@ -117,6 +119,34 @@ class RealDomain(_Domain):
 Domain = Annotated[ChoiceDomain | IntegerDomain | RealDomain, Field(discriminator="type")]
 
 
+class AnchorsFit(StrictModel):
+    """A split that a patch grid and a budget allow: the anchor grid divides the patch grid, and N_p + N_q = budget with N_q >= 0."""
+
+    type: Literal["anchors_fit"] = "anchors_fit"
+    anchor_grid: str
+    """Parameter with the side of the anchor grid; 0: no anchors."""
+    budget: str
+    """Parameter with the budget, a number or a list of one."""
+    patch_grid: int = Field(ge=1)
+    """Side of the patch grid."""
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Parameters that it looks at."""
+        return (self.anchor_grid, self.budget)
+
+    def allows(self, assignment: Assignment) -> bool:
+        """Whether an assignment is legal; where one of the parameters is not active it is."""
+        if any(key not in assignment for key in self.keys):
+            return True
+        side, budget = assignment[self.anchor_grid], assignment[self.budget]
+        tokens = min(budget) if isinstance(budget, list | tuple) else budget
+        return (side == 0 or self.patch_grid % side == 0) and side * side <= tokens <= self.patch_grid**2
+
+
+Constraint = AnchorsFit
+
+
 class SearchSpace(StrictModel):
     """What a search may change in a job."""
 
@@ -128,6 +158,8 @@ class SearchSpace(StrictModel):
     """The job file that is changed."""
     parameters: dict[str, Domain] = Field(min_length=1)
     """Domains by key path of the job, such as `reducer.metric`; a parameter can only depend on those before it."""
+    constraints: tuple[Constraint, ...] = ()
+    """What values have to be together; assignments that break one are not part of the space."""
 
     @field_validator("parameters")
     @classmethod
@@ -143,6 +175,18 @@ class SearchSpace(StrictModel):
                     raise ValueError(f"{name} depends on {other} being {unknown[0]!r}, which it never is; its values are {list(legal or ())}")
             known[name] = domain
         return parameters
+
+    @model_validator(mode="after")
+    def _known(self) -> Self:
+        for constraint in self.constraints:
+            for key in constraint.keys:
+                if key not in self.parameters:
+                    raise ValueError(f"constraint {constraint.type} names {key}, which is no parameter; legal: {', '.join(self.parameters)}")
+        return self
+
+    def allows(self, assignment: Assignment) -> bool:
+        """Whether no constraint is broken."""
+        return all(constraint.allows(assignment) for constraint in self.constraints)
 
     @property
     def size(self) -> int | None:
@@ -166,13 +210,21 @@ class SearchSpace(StrictModel):
         for values in itertools.product(*columns):
             assignment = self.active(dict(zip(names, values, strict=True)))
             key = repr(sorted(assignment.items()))
-            if key not in seen:
+            if key not in seen and self.allows(assignment):
                 seen.add(key)
                 yield assignment
 
     def sample(self, rng: random.Random) -> Assignment:
-        """A random assignment; inactive parameters draw, too, so that a parameter's draws do not depend on the others."""
-        return self.active({name: domain.draw(rng) for name, domain in self.parameters.items()})
+        """A random assignment; inactive parameters draw, too, so that a parameter's draws do not depend on the others.
+
+        Raises:
+            ValueError: of many draws none keeps the constraints.
+        """
+        for _ in range(_TRIES):
+            assignment = self.active({name: domain.draw(rng) for name, domain in self.parameters.items()})
+            if self.allows(assignment):
+                return assignment
+        raise ValueError(f"none of {_TRIES} draws from {self.name} keeps its constraints; widen the domains")
 
     def active(self, values: Mapping[str, Any]) -> Assignment:
         """Of values for all parameters those that are active."""

@@ -20,6 +20,9 @@ class GenerationSettings:
     reducer: str | None = None
     """JSON of the training-free reducer's configuration; None: the model's own connector gives the budget."""
 
+    anchor_grid: int | None = None
+    """Of a supernet over splits: side of the anchor grid; None: the model's routing."""
+
     def to_json(self) -> str:
         """Canonical text."""
         return json.dumps(asdict(self), sort_keys=True)

@@ -17,7 +17,7 @@ from parcelray.models.backbones import ElasticVLM
 from parcelray.models.backbones.processor_base import ElasticProcessor
 from parcelray.models.reduced_decoder import ReducedDecoder, VisualTokens, encode_prompts
 from parcelray.models.token_reduction import TokenReducer, build_reducer
-from parcelray.models.token_reduction.base import unreduced
+from parcelray.models.token_reduction.base import check_uncompressed, unreduced
 from parcelray.models.token_reduction.context import ReductionContext
 from parcelray.models.token_reduction.encoder_view import EncoderView
 
@@ -79,11 +79,7 @@ class Predictor:
         self._reducer = build_reducer(TypeAdapter(ReducerConfig).validate_json(settings.reducer)) if settings.reducer is not None else None
         self._decoder: ReducedDecoder | None = None
         if self._reducer is not None:
-            if model.connector.name != "identity":
-                raise UserError(
-                    f"A training-free reducer takes the patch tokens of a model without compression, and this one has the connector {model.connector.name}; "
-                    "evaluate it without a reducer, or give its vanilla base."
-                )
+            check_uncompressed(model.connector)
             if self._reducer.reads == "prompt" or self._reducer.positions != "contiguous":
                 if settings.decoding == "beam":
                     raise UserError(f"{self._reducer.name} with positions {self._reducer.positions} answers greedily or by likelihood, not by beam search.")
@@ -143,7 +139,8 @@ class Predictor:
             return {}
         assert view is not None
         if self._reducer is None:
-            reduction = unreduced(self._model.model.compress(view.patch_features_IND, num_visual_tokens=budget))
+            tokens_UKL = self._model.model.compress(view.patch_features_IND, num_visual_tokens=budget, anchor_grid=self._settings.anchor_grid)
+            reduction = unreduced(tokens_UKL)
         else:
             full_UNL = self._model.model.compress(view.patch_features_IND, num_visual_tokens=max(self._model.supported_budgets))
             # A reducer that reads the prompt is applied where there is one.

@@ -174,6 +174,7 @@ def _reducer(setting: _Setting, name: str, saved: dict[int, _Saved], repeats: in
     reducer = build_reducer(REDUCERS[name])
     batch = len(setting.tokens_BND)
     gains: dict[int, float] = {}
+    cost = 0.0
     legal = reducer.budgets_of(setting.num_tokens, setting.model.config.depths)
     for budget, gain in saved.items():
         if budget not in legal:
@@ -189,6 +190,7 @@ def _reducer(setting: _Setting, name: str, saved: dict[int, _Saved], repeats: in
             call = partial(_reduce, setting, reducer, budget)
             timing = setting.time(call, call, repeats)
             seconds, spread = timing.median_a, timing.spread_a
+            cost = max(cost, seconds)
             gains[budget] = gain.prefill + gain.decode - seconds
             goal = "<= 3" if setting.device.type == "cuda" and (name, budget, batch) == _CLUSTERING_GOAL else None
             yield Measure(f"{label}: reduction", 1000 * seconds, "ms", 1000 * spread)
@@ -200,24 +202,21 @@ def _reducer(setting: _Setting, name: str, saved: dict[int, _Saved], repeats: in
         )
 
 
-def _break_even(gains: dict[int, float], num_tokens: int) -> float:
-    """Budget at which the net gain is 0: between measured budgets, and the full one, where nothing is saved and the reduction still costs.
+def _break_even(gains: dict[int, float], num_tokens: int, cost: float) -> float:
+    """Budget at which the net gain is 0, by linear interpolation; 0 where not even the smallest measured budget pays.
 
-    0 where not even the smallest budget pays.
+    Args:
+        gains: net gain by budget, seconds.
+        num_tokens: the full budget, where nothing is saved.
+        cost: of the reduction there, seconds.
     """
-    smallest = min(gains)
-    # At the full budget nothing is saved; what is left of the gain there, extrapolated, is the cost of the reduction.
-    ordered = sorted(gains.items())
-    if len(ordered) > 1:
-        (a, gain_a), (b, gain_b) = ordered[-2:]
-        at_full = gain_b + (gain_b - gain_a) * (num_tokens - b) / (b - a)
-        ordered.append((num_tokens, min(at_full, 0.0)))
-    if gains[smallest] <= 0:
+    ordered = [*sorted(gains.items()), (num_tokens, -cost)]
+    if ordered[0][1] <= 0:
         return 0.0
     for (a, gain_a), (b, gain_b) in pairwise(ordered):
         if gain_b <= 0:
-            return a + (b - a) * gain_a / (gain_a - gain_b) if gain_a > gain_b else float(a)
-    return float(ordered[-1][0])
+            return a + (b - a) * gain_a / (gain_a - gain_b)
+    return float(num_tokens)
 
 
 def _reduce(setting: _Setting, reducer: TokenReducer, budget: int) -> object:

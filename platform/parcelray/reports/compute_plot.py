@@ -14,7 +14,7 @@ from parcelray.reports.plots import COLORS, MARKERS
 _COLUMNS = 3
 
 
-def plot_compute(frontier: Frontier, groups: Mapping[str, Sequence[str]], path: Path, *, title: str, baseline: str = "random") -> None:
+def plot_compute(frontier: Frontier, groups: Mapping[str, Sequence[str]], path: Path, *, title: str, baselines: Sequence[str]) -> None:
     """Draws the overall score against the GFLOPs of a prefill, with 95 % error bars.
 
     Args:
@@ -22,7 +22,7 @@ def plot_compute(frontier: Frontier, groups: Mapping[str, Sequence[str]], path: 
         groups: panels by title, each with its methods.
         path: PNG to write.
         title: above the figure.
-        baseline: the method that is drawn as a grey band in every panel.
+        baselines: methods that are drawn as grey bands in every panel.
     """
     methods: dict[str, list[FrontierPoint]] = {}
     for point in frontier.points:
@@ -37,13 +37,14 @@ def plot_compute(frontier: Frontier, groups: Mapping[str, Sequence[str]], path: 
         axes.set_visible(False)
     for axes, (name, members) in zip(panels, groups.items(), strict=False):
         _levels(axes, frontier)
-        _band(axes, _by_compute(methods.get(baseline, [])), baseline)
-        for index, method in enumerate(members):
-            _line(axes, method, _by_compute(methods.get(method, [])), index)
+        for baseline, style in zip(baselines, ("--", "-."), strict=False):
+            _band(axes, _by_compute(methods.get(baseline, [])), baseline, style)
+        for index, method in enumerate(member for member in members if member in methods):
+            _line(axes, method, _by_compute(methods[method]), index)
         axes.set_title(name, fontsize=10)
         axes.grid(axis="y", alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(fontsize=7, frameon=False, loc="lower right")
+        axes.legend(fontsize=7, framealpha=0.8, edgecolor="none", loc="lower right")
     figure.supxlabel("GFLOPs of the prefill of one image")
     figure.supylabel("score, mean over families (%), 95 % intervals")
     figure.suptitle(title)
@@ -61,10 +62,10 @@ def _line(axes: Axes, method: str, points: list[FrontierPoint], index: int) -> N
     axes.errorbar([point.gflops or 0.0 for point in points], values, yerr=errors, label=method, color=color, marker=marker, markersize=4, capsize=2)
 
 
-def _band(axes: Axes, points: list[FrontierPoint], name: str) -> None:
+def _band(axes: Axes, points: list[FrontierPoint], name: str, style: str) -> None:
     x = [point.gflops or 0.0 for point in points]
     axes.fill_between(x, [point.overall.low for point in points], [point.overall.high for point in points], color="black", alpha=0.12, linewidth=0)
-    axes.plot(x, [point.overall.value for point in points], color="black", linewidth=1, linestyle="--", label=name)
+    axes.plot(x, [point.overall.value for point in points], color="black", linewidth=1, linestyle=style, label=name)
 
 
 def _levels(axes: Axes, frontier: Frontier) -> None:

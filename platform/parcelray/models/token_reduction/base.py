@@ -11,6 +11,7 @@ from torch import Tensor
 from parcelray.config.reducer import Positions
 from parcelray.errors import UnsupportedBudgetError, UserError
 from parcelray.models.backbones.base import Depths
+from parcelray.models.connectors import Connector
 from parcelray.models.token_reduction.context import NO_CONTEXT, ReductionContext
 from parcelray.models.token_reduction.encoder_view import EncoderView
 
@@ -86,6 +87,19 @@ class TokenReducer(ABC):
     @abstractmethod
     def reduce(self, tokens_BND: Tensor, num_visual_tokens: int, context: ReductionContext) -> Reduction:
         """Reduces N tokens to fewer; the arguments are legal."""
+
+
+def check_uncompressed(connector: Connector) -> None:
+    """Refuses a model that compresses already.
+
+    Raises:
+        UserError: the connector is not the identity.
+    """
+    if connector.name != "identity":
+        raise UserError(
+            f"A training-free reducer takes the patch tokens of a model without compression, and this one has the connector {connector.name}; "
+            "evaluate it without a reducer, or give its vanilla base."
+        )
 
 
 def unreduced(tokens_BND: Tensor) -> Reduction:
