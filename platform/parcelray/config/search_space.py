@@ -141,7 +141,7 @@ class AnchorsFit(StrictModel):
             return True
         side, budget = assignment[self.anchor_grid], assignment[self.budget]
         tokens = min(budget) if isinstance(budget, list | tuple) else budget
-        return (side == 0 or self.patch_grid % side == 0) and side * side <= tokens <= self.patch_grid**2
+        return bool((side == 0 or self.patch_grid % side == 0) and side * side <= tokens <= self.patch_grid**2)
 
 
 Constraint = AnchorsFit

@@ -196,10 +196,9 @@ def _reducer(setting: _Setting, name: str, saved: dict[int, _Saved], repeats: in
             yield Measure(f"{label}: reduction", 1000 * seconds, "ms", 1000 * spread)
             yield Measure(f"{label}: reduction over prefill saved", 100 * seconds / gain.prefill, "%", goal=goal)
         yield Measure(f"{label}: net gain", 1000 * gains[budget], "ms", 1000 * spread)
-    if gains:
-        yield Measure(
-            f"{name}, batch {batch}: break-even budget", _break_even(gains, setting.num_tokens), "tokens", against="by linear interpolation; below it, it pays"
-        )
+    if gains and reducer.reads != "prompt":
+        zero = _break_even(gains, setting.num_tokens, cost)
+        yield Measure(f"{name}, batch {batch}: break-even budget", zero, "tokens", against="by linear interpolation; below it, it pays")
 
 
 def _break_even(gains: dict[int, float], num_tokens: int, cost: float) -> float:
