@@ -150,8 +150,11 @@ def identity(job: Job) -> str:
 
 
 def config_hash(job: Job) -> str:
-    """First 8 hex digits of the sha256 of the canonical JSON of everything that decides the result."""
-    text = json.dumps(job.model_dump(mode="json", exclude=set(NOT_IDENTITY)), sort_keys=True)
+    """First 8 hex digits of the sha256 of the canonical JSON of everything that decides the result.
+
+    What is unset is left out, so that a key that a later version adds does not make another run of every job.
+    """
+    text = json.dumps(job.model_dump(mode="json", exclude=set(NOT_IDENTITY), exclude_none=True), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 

@@ -24,8 +24,8 @@ class GenerationSettings:
     """Of a supernet over splits: side of the anchor grid; None: the model's routing."""
 
     def to_json(self) -> str:
-        """Canonical text."""
-        return json.dumps(asdict(self), sort_keys=True)
+        """Canonical text, without what is unset."""
+        return json.dumps({key: value for key, value in asdict(self).items() if value is not None}, sort_keys=True)
 
 
 GREEDY = GenerationSettings()
