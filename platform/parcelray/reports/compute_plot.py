@@ -29,7 +29,7 @@ def plot_compute(frontier: Frontier, groups: Mapping[str, Sequence[str]], path: 
         if point.gflops is not None:
             methods.setdefault(point.method, []).append(point)
     rows = math.ceil(len(groups) / _COLUMNS)
-    figure = Figure(figsize=(4.6 * _COLUMNS, 3.9 * rows), dpi=130, layout="constrained")
+    figure = Figure(figsize=(4.6 * _COLUMNS, 4.4 * rows), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)
     grid = figure.subplots(rows, _COLUMNS, sharex=True, sharey=True, squeeze=False)
     panels = [axes for row in grid for axes in row]
@@ -44,7 +44,11 @@ def plot_compute(frontier: Frontier, groups: Mapping[str, Sequence[str]], path: 
         axes.set_title(name, fontsize=10)
         axes.grid(axis="y", alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(fontsize=7, framealpha=0.8, edgecolor="none", loc="lower right")
+        own = [each for each in zip(*axes.get_legend_handles_labels(), strict=True) if each[1] in members]
+        axes.legend(*zip(*own, strict=True), fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(0, -0.12), ncols=2)
+    # What every panel shows is named once, at the bottom.
+    shared = [each for each in zip(*panels[0].get_legend_handles_labels(), strict=True) if each[1] not in next(iter(groups.values()))]
+    figure.legend(*zip(*shared, strict=True), loc="outside lower center", ncols=len(shared), frameon=False, fontsize=8)
     figure.supxlabel("GFLOPs of the prefill of one image")
     figure.supylabel("score, mean over families (%), 95 % intervals")
     figure.suptitle(title)
@@ -59,7 +63,10 @@ def _line(axes: Axes, method: str, points: list[FrontierPoint], index: int) -> N
     values = [point.overall.value for point in points]
     errors = [[point.overall.value - point.overall.low for point in points], [point.overall.high - point.overall.value for point in points]]
     color, marker = COLORS[index % len(COLORS)], MARKERS[index % len(MARKERS)]
-    axes.errorbar([point.gflops or 0.0 for point in points], values, yerr=errors, label=method, color=color, marker=marker, markersize=4, capsize=2)
+    style = "-" if index < len(COLORS) else ":"
+    axes.errorbar(
+        [point.gflops or 0.0 for point in points], values, yerr=errors, label=method, color=color, marker=marker, linestyle=style, markersize=4, capsize=2
+    )
 
 
 def _band(axes: Axes, points: list[FrontierPoint], name: str, style: str) -> None:
