@@ -46,9 +46,9 @@ def plot_compute(frontier: Frontier, groups: Mapping[str, Sequence[str]], path: 
         axes.spines[["top", "right"]].set_visible(False)
         own = [each for each in zip(*axes.get_legend_handles_labels(), strict=True) if each[1] in members]
         axes.legend(*zip(*own, strict=True), fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(0, -0.12), ncols=2)
-    # What every panel shows is named once, at the bottom.
+    # What every panel shows is named once, on the right.
     shared = [each for each in zip(*panels[0].get_legend_handles_labels(), strict=True) if each[1] not in next(iter(groups.values()))]
-    figure.legend(*zip(*shared, strict=True), loc="outside lower center", ncols=len(shared), frameon=False, fontsize=8)
+    figure.legend(*zip(*shared, strict=True), loc="outside right upper", frameon=False, fontsize=8)
     figure.supxlabel("GFLOPs of the prefill of one image")
     figure.supylabel("score, mean over families (%), 95 % intervals")
     figure.suptitle(title)
