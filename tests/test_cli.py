@@ -170,3 +170,15 @@ def test_the_same_in_a_process_of_its_own(repo_root: Path) -> None:
     assert found.returncode == 2
     assert found.stderr.startswith("error: nowhere.yaml")
     assert found.stdout == ""
+
+
+def test_an_analysis_of_no_model_is_refused(run: Any) -> None:
+    found = run("analyze", "saliency", "nothing")
+    assert found.code == 2
+    assert "neither an existing folder nor mini_base, mini_llava" in found.err
+
+
+def test_a_reduced_evaluation_is_planned(run: Any) -> None:
+    found = run("evaluate", "run", "jobs/evaluate/training_free.yaml", "--dry-run", "--json")
+    assert found.code == 0
+    assert json.loads(found.out)["budgets"] == [13, 28, 51, 77]

@@ -257,6 +257,15 @@ def test_a_plan_says_what_would_be_done(checkpoint: Path, tmp_path: Path) -> Non
     assert plan.identity == _run(_job(tmp_path, checkpoint)).identity
 
 
+def test_a_plan_knows_reducers_and_splits(tmp_path: Path) -> None:
+    vanilla = _checkpoint(tmp_path / "vanilla", 1, connector=None)
+    few, many = (evaluation_plan(_job(tmp_path, vanilla, budgets=[budget], reducer={"type": "cluster_aggregate"})).flops for budget in (13, 200))
+    assert 0 < few < many
+    supernet = _checkpoint(tmp_path / "supernet", 1, connector={"type": "parcel", "num_heads": 2, "anchor_grids": [0, 2]})
+    queries, anchors = (evaluation_plan(_job(tmp_path, supernet, budgets=[4], anchor_grid=side)).flops for side in (0, 2))
+    assert queries > anchors, "four queries cost attention, four anchors only pooling"
+
+
 def test_a_training_free_reducer_is_part_of_the_answers(checkpoint: Path, tmp_path: Path) -> None:
     compressing, checkpoint = checkpoint, _checkpoint(tmp_path / "vanilla", 1, connector=None)
     with pytest.raises(UserError, match="and this one has the connector parcel"):

@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING, Any
 from parcelray.cluster.evaluation_setup import budgets_for, pinned_job, prepare
 from parcelray.cluster.plan import matmul_flops_per_second
 from parcelray.cluster.provenance import resolve_model
+from parcelray.config.connector import ConnectorConfig, ParcelConnectorConfig, RouteConfig
 from parcelray.config.evaluate import EvaluateJob
 from parcelray.config.loader import identity
 from parcelray.evaluation.predictor import BLIND
 from parcelray.models.processor import image_size_of
-from parcelray.models.vlm import config_of
+from parcelray.models.vlm import ElasticConfig, config_of
 from parcelray.profiling.backbone_shapes import from_transformers_config
 from parcelray.profiling.flops import cost
 from parcelray.reports.evaluation_tables import budget_name
@@ -77,7 +78,7 @@ def evaluation_plan(job: EvaluateJob) -> EvaluationPlan:
         count = len(benchmark.task.rows) * max(1, len(first))
         images = len(first[0].images) if first else 1
         questions += count
-        costs = [cost(shape, config.connector_config, budget, num_frames=images, num_text_tokens=32) for budget in budgets if budget != BLIND]
+        costs = [cost(shape, _connector(job, config, budget), budget, num_frames=images, num_text_tokens=32) for budget in budgets if budget != BLIND]
         if costs:
             vision = costs[0].vision_encoder
             flops += len(benchmark.task.rows) * vision + count * sum(each.total - each.vision_encoder for each in costs)
@@ -92,3 +93,13 @@ def evaluation_plan(job: EvaluateJob) -> EvaluationPlan:
         seconds=flops / matmul_flops_per_second(),
         config=job.model_dump(mode="json"),
     )
+
+
+def _connector(job: EvaluateJob, config: ElasticConfig, budget: int) -> ConnectorConfig | None:
+    """What gives the budget; a reducer's own cost is left out."""
+    if job.reducer is not None:
+        return None
+    connector = config.connector_config
+    if job.anchor_grid is None or not isinstance(connector, ParcelConnectorConfig):
+        return connector
+    return connector.model_copy(update={"routing": (RouteConfig(min_budget=budget, max_budget=budget, anchor_grid=job.anchor_grid),)})
