@@ -21,6 +21,8 @@ from parcelray.tracking.mlflow_tracker import MlflowRunLogger, tracked_run
 from parcelray.tracking.store import ensure_store
 
 _SHOWN_IMAGES = 4
+_SAME = 0.9
+"""Rank correlation between prompts above which attention is said not to follow them."""
 
 
 def study_saliency(
@@ -53,6 +55,9 @@ def study_saliency(
         files.append(path)
     console.print(_agreement_table(report))
     console.print(_drawn_table(report))
+    for layer, each in enumerate(report.between_prompts):
+        if each.spearman.low > _SAME:
+            console.print(f"Failure sign: in layer {layer} the heat maps hardly change with the prompt (Spearman {each.spearman.value:.2f}).", highlight=False)
     metrics = {f"between_prompts/spearman_layer_{layer}": each.spearman.value for layer, each in enumerate(report.between_prompts)}
     metrics |= {f"between_images/spearman_layer_{layer}": each.spearman.value for layer, each in enumerate(report.between_images)}
     _record(tracking, f"analyze-saliency-{folder.name}", {"model": opened.checkpoint.pinned, "images": count}, metrics, files)

@@ -15,6 +15,7 @@ from rich.table import Table
 from parcelray.cluster.evaluation_run import run_evaluation
 from parcelray.cluster.provenance import resolve_model
 from parcelray.cluster.reduction_methods import METHODS, RANDOM, RANDOM_ORIGINAL, RANDOM_SEEDS, baseline_of, budgets_of, groups
+from parcelray.cluster.reduction_signs import describe, failure_signs
 from parcelray.cluster.session import ray_session
 from parcelray.config.evaluate import EvaluateJob
 from parcelray.config.reducer import ReducerConfig
@@ -66,6 +67,8 @@ class ReductionStudy:
     frontier: Frontier
     against_random: Sequence[AgainstRandom]
     breaks: Sequence[Break]
+    signs: Sequence[str]
+    """What speaks against the methods or the experiment."""
     folder: Path
 
 
@@ -109,6 +112,7 @@ def run_reduction_study(job: EvaluateJob, console: Console, *, address: str | No
         if uri is not None and run_id is not None:
             _record(uri, run_id, study, files)
     console.print(against_random_table(study))
+    console.print(describe(study.signs), highlight=False)
     console.print(f"Tables and figures: {folder}", highlight=False)
     return study
 
@@ -154,7 +158,9 @@ def _study(found: Mapping[str, Summary], reference: Summary, full: int, shape: B
             if budget in seeds[0].budgets:
                 against.append(_against_random(name, summary, seeds, budget))
         breaks += _breaks(name, summary, reference, full)
-    return ReductionStudy(Frontier(tuple(points), reference="full"), against, breaks, folder)
+    frontier = Frontier(tuple(points), reference="full")
+    spreads = {(name, budget): _spread(seeds, budget) for name, seeds in baselines.items() for budget in seeds[0].budgets}
+    return ReductionStudy(frontier, against, breaks, failure_signs(found, frontier, full, spreads), folder)
 
 
 def _gflops(shape: BackboneShape, reducer: ReducerConfig | None, budget: int) -> float:
@@ -176,8 +182,12 @@ def _random_point(name: str, seeds: Sequence[Summary], budget: int, reference: S
 def _against_random(name: str, summary: Summary, seeds: Sequence[Summary], budget: int) -> AgainstRandom:
     random = mean_of([each.mean_score(budget) for each in seeds])
     gap: Estimate = difference(summary.mean_score(budget), random)
-    spread = float(np.std([each.mean_score(budget).value for each in seeds], ddof=1)) if len(seeds) > 1 else float("nan")
-    return AgainstRandom(name, budget, gap.interval, two_sided(gap), spread)
+    return AgainstRandom(name, budget, gap.interval, two_sided(gap), _spread(seeds, budget))
+
+
+def _spread(seeds: Sequence[Summary], budget: int) -> float:
+    """Standard deviation of the score over seeds, points."""
+    return float(np.std([each.mean_score(budget).value for each in seeds], ddof=1)) if len(seeds) > 1 else float("nan")
 
 
 def _breaks(name: str, summary: Summary, reference: Summary, full: int) -> list[Break]:
@@ -205,7 +215,9 @@ def _write(study: ReductionStudy, name: str) -> list[Path]:
         rows.writerow(["method", "num_visual_tokens", "difference", "low", "high", "p_value", "random_sd_over_seeds"])
         rows.writerows([each.method, each.num_visual_tokens, *each.difference[:3], each.p_value, each.spread] for each in study.against_random)
     breaks.write_text(json.dumps([each._asdict() for each in study.breaks], indent=2) + "\n", encoding="utf-8")
-    return [numbers, table, against, breaks, picture, compute]
+    signs = folder / "failure_signs.txt"
+    signs.write_text(describe(study.signs) + "\n", encoding="utf-8")
+    return [numbers, table, against, breaks, signs, picture, compute]
 
 
 def _record(uri: str, run_id: str, study: ReductionStudy, files: Sequence[Path]) -> None:
