@@ -131,7 +131,7 @@ class Predictor:
 
     def _encode(self, images: Sequence[Image.Image]) -> EncoderView:
         pixels = self._processor.image_processor(images, return_tensors="pt")["pixel_values"].to(self._device, self._model.dtype)
-        return EncoderView(self._model.model, pixels)
+        return EncoderView(self._model.model, pixels, watch=self._reducer is not None and self._reducer.reads == "encoder")
 
     def _see(self, images: Sequence[bytes], view: EncoderView | None, budget: int) -> dict[bytes, Seen]:
         """The visual tokens of each image as they enter the decoder; none for the blind model."""

@@ -218,10 +218,10 @@ class ReducedDecoder:
     def _enter(self, prompts: Prompts, visual: VisualTokens) -> _Sequence:
         embed = self._model.get_input_embeddings()
         batch, num_visual, _ = visual.tokens_BVL.shape
+        after_BTL = embed(prompts.after_BT)
         before_BOL = embed(prompts.before_O).expand(batch, -1, -1)
         offset = before_BOL.shape[1]
-        tokens_BVL = visual.tokens_BVL.to(before_BOL.dtype) if offset else visual.tokens_BVL
-        hidden_BSL = torch.cat([before_BOL.to(tokens_BVL.dtype), tokens_BVL, embed(prompts.after_BT).to(tokens_BVL.dtype)], dim=1)
+        hidden_BSL = torch.cat([before_BOL, visual.tokens_BVL.to(after_BTL.dtype), after_BTL], dim=1)
         device = hidden_BSL.device
         ones_BO = torch.ones(batch, offset, dtype=torch.bool, device=device)
         valid_BS = torch.cat([ones_BO, torch.ones(batch, num_visual, dtype=torch.bool, device=device), prompts.valid_BT], dim=1)

@@ -19,14 +19,15 @@ class EncoderView:
     Args:
         model: the inner model.
         pixel_values_ICHW: normalised pixels.
+        watch: False keeps nothing but the patch features, for reducers that need no more.
     """
 
-    def __init__(self, model: ElasticModel, pixel_values_ICHW: Tensor) -> None:
+    def __init__(self, model: ElasticModel, pixel_values_ICHW: Tensor, *, watch: bool = True) -> None:
         self.model = model
         self.pixel_values_ICHW = pixel_values_ICHW
         self._inputs: dict[int, Tensor] = {}
         self._outputs: dict[int, Tensor] = {}
-        if model.feature_layer is None:
+        if model.feature_layer is None or not watch:
             self.patch_features_IND = model.encode_patches(pixel_values_ICHW)
             return
         layers = model.vision_tower.encoder.layers
@@ -67,26 +68,32 @@ class EncoderView:
         Raises:
             UserError: the tower has no attention.
         """
-        attention, _, _ = self._heads(self._feature_layer)
-        return attention
+        rows_IHRD, keys_IHSD, scale = self._projections(self._feature_layer)
+        weights_IHRS: Tensor = (rows_IHRD @ keys_IHSD.transpose(2, 3) * scale).softmax(dim=3)
+        return weights_IHRS.mean(dim=2)[:, :, self._first :]
 
     @cached_property
     def keys_IHND(self) -> Tensor:
         """Keys of the patches at the layer of the features, per head."""
-        _, keys, _ = self._heads(self._feature_layer)
-        return keys
+        return self._projections(self._feature_layer)[1][:, :, self._first :]
 
     @cached_property
     def joint_attention_IN(self) -> Tensor:
         """As `attention_IHN`, at the tower's last layer, with all heads as one of the whole width (LLaVA-PruMerge)."""
-        _, _, joint = self._heads(self._last_layer)
-        return joint
+        rows_IRD, keys_ISD = (each.transpose(1, 2).flatten(2) for each in self._projections(self._last_layer)[:2])
+        logits_IRS = rows_IRD @ keys_ISD.transpose(1, 2) * keys_ISD.shape[2] ** -0.5
+        weights_IRS: Tensor = logits_IRS.softmax(dim=2)
+        return weights_IRS.mean(dim=1)[:, self._first :]
 
     @cached_property
     def joint_keys_IND(self) -> Tensor:
         """Keys of the patches at the tower's last layer, heads side by side."""
-        _, keys_IHND, _ = self._heads(self._last_layer)
-        return keys_IHND.transpose(1, 2).flatten(2)
+        return self._projections(self._last_layer)[1].transpose(1, 2).flatten(2)[:, self._first :]
+
+    @property
+    def _first(self) -> int:
+        """Place of the first patch."""
+        return int(self.model.has_class_token)
 
     @property
     def _feature_layer(self) -> int:
@@ -98,19 +105,14 @@ class EncoderView:
     def _last_layer(self) -> int:
         return max(self._inputs, default=self._feature_layer)
 
-    def _heads(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
+    def _projections(self, index: int) -> tuple[Tensor, Tensor, float]:
+        """Queries of the class token, or of all patches without one, [I, H, R, D], keys of all tokens [I, H, S, D], and the scale of a layer."""
         layer = self.model.vision_tower.encoder.layers[index]
         attention = layer.self_attn
         normed_ISD = layer.layer_norm1(self._inputs[index])
-        queries_IHSD, keys_IHSD = (
-            projection(normed_ISD).unflatten(2, (attention.num_heads, -1)).transpose(1, 2).float() for projection in (attention.q_proj, attention.k_proj)
-        )
-        start = int(self.model.has_class_token)
-        rows_IHSD = queries_IHSD[:, :, :1] if start else queries_IHSD
-        weights_IHN = (rows_IHSD @ keys_IHSD.transpose(2, 3) * attention.scale).softmax(dim=3).mean(dim=2)[:, :, start:]
-        joint_queries_ISD, joint_keys_ISD = (each.transpose(1, 2).flatten(2) for each in (rows_IHSD, keys_IHSD))
-        joint_ISS = joint_queries_ISD @ joint_keys_ISD.transpose(1, 2) * joint_keys_ISD.shape[2] ** -0.5
-        return weights_IHN, keys_IHSD[:, :, start:], joint_ISS.softmax(dim=2).mean(dim=1)[:, start:]
+        queries_ISD = attention.q_proj(normed_ISD[:, : self._first] if self._first else normed_ISD)
+        rows_IHRD, keys_IHSD = (each.unflatten(2, (attention.num_heads, -1)).transpose(1, 2).float() for each in (queries_ISD, attention.k_proj(normed_ISD)))
+        return rows_IHRD, keys_IHSD, float(attention.scale)
 
     def _keep_input(self, index: int) -> Any:
         def keep(_: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
