@@ -78,7 +78,7 @@ def evaluation_plan(job: EvaluateJob) -> EvaluationPlan:
         count = len(benchmark.task.rows) * max(1, len(first))
         images = len(first[0].images) if first else 1
         questions += count
-        costs = [cost(shape, _connector(job, config, budget), budget, num_frames=images, num_text_tokens=32) for budget in budgets if budget != BLIND]
+        costs = [cost(shape, connector_at(job, config, budget), budget, num_frames=images, num_text_tokens=32) for budget in budgets if budget != BLIND]
         if costs:
             vision = costs[0].vision_encoder
             flops += len(benchmark.task.rows) * vision + count * sum(each.total - each.vision_encoder for each in costs)
@@ -95,7 +95,7 @@ def evaluation_plan(job: EvaluateJob) -> EvaluationPlan:
     )
 
 
-def _connector(job: EvaluateJob, config: ElasticConfig, budget: int) -> ConnectorConfig | None:
+def connector_at(job: EvaluateJob, config: ElasticConfig, budget: int) -> ConnectorConfig | None:
     """What gives the budget; a reducer's own cost is left out."""
     if job.reducer is not None:
         return None

@@ -80,16 +80,20 @@ def prepare(job: EvaluateJob, image_size: int) -> list[PreparedBenchmark]:
         if choice.metric is not None:
             metric(choice.metric)
         reader = open_reader(config, family=job.prompt_family, data=Path(choice.data) if choice.data is not None else None, image_size=image_size)
-        generation = GenerationSettings(
-            max_new_tokens=choice.max_new_tokens or config.longest_answer(job.prompt_family),
-            dtype=job.dtype,
-            decoding=choice.decoding or config.decoding,
-            num_beams=config.num_beams if choice.decoding is None else 1,
-            reducer=job.reducer.model_dump_json() if job.reducer is not None else None,
-            anchor_grid=job.anchor_grid,
-        )
-        prepared.append(PreparedBenchmark(choice, config, BenchmarkTask(reader, _rows(reader, choice, job.seed), generation)))
+        prepared.append(PreparedBenchmark(choice, config, BenchmarkTask(reader, _rows(reader, choice, job.seed), generation_of(job, choice, config))))
     return prepared
+
+
+def generation_of(job: EvaluateJob, choice: BenchmarkChoice, config: BenchmarkConfig) -> GenerationSettings:
+    """How a benchmark's answers are made."""
+    return GenerationSettings(
+        max_new_tokens=choice.max_new_tokens or config.longest_answer(job.prompt_family),
+        dtype=job.dtype,
+        decoding=choice.decoding or config.decoding,
+        num_beams=config.num_beams if choice.decoding is None else 1,
+        reducer=job.reducer.model_dump_json() if job.reducer is not None else None,
+        anchor_grid=job.anchor_grid,
+    )
 
 
 def _with_source(config: BenchmarkConfig, choice: BenchmarkChoice) -> BenchmarkConfig:

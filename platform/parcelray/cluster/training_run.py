@@ -2,6 +2,7 @@
 
 import functools
 import shutil
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +40,15 @@ class TrainedRun:
     """True if the run was finished before, and nothing was computed."""
 
 
-def run_training(job: TrainJob, console: Console, *, address: str | None = None, parent_run_id: str | None = None, report: bool = True) -> TrainedRun:
+def run_training(
+    job: TrainJob,
+    console: Console,
+    *,
+    address: str | None = None,
+    parent_run_id: str | None = None,
+    report: bool = True,
+    on_report: Callable[[Mapping[str, float]], None] | None = None,
+) -> TrainedRun:
     """Trains a job, or goes on with it, or says that it is done.
 
     Args:
@@ -48,6 +57,7 @@ def run_training(job: TrainJob, console: Console, *, address: str | None = None,
         address: Ray cluster; None: RAY_ADDRESS, else a local instance. Unused with `scaling.num_workers: 0`.
         parent_run_id: MLflow run to nest under.
         report: whether to score the model as `job.report` says.
+        on_report: called with the metrics at each checkpoint; picklable.
 
     Raises:
         UserError: the job cannot run as it is written, or its name belongs to another configuration.
@@ -66,7 +76,7 @@ def run_training(job: TrainJob, console: Console, *, address: str | None = None,
         if uri is not None and not in_process:
             check_tracking_uri(uri, _num_nodes())
         with _tracked(job, folder, uri, start, parent_run_id) as run_id, progress_bar(console, job.name, job.training.steps) as show:
-            checkpoint, metrics = _fit(job, folder, start, functools.partial(_logger, uri, run_id), show)
+            checkpoint, metrics = _fit(job, folder, start, functools.partial(_logger, uri, run_id), show, on_report)
             model_folder = _keep_model(job, folder, checkpoint, start)
             if report and job.report is not None:
                 metrics |= report_training(job, model_folder, open_tracker(uri, run_id), console, run_id)
@@ -79,14 +89,14 @@ def resolve_start(job: TrainJob, tracking_uri: str | None) -> ResolvedCheckpoint
     return resolve_model(job.model, tracking_uri) if isinstance(job.model, CheckpointModelConfig) else None
 
 
-def _fit(job: TrainJob, folder: RunFolder, start: ResolvedCheckpoint | None, logger: Any, show: Any) -> tuple[Path, dict[str, float]]:
+def _fit(job: TrainJob, folder: RunFolder, start: ResolvedCheckpoint | None, logger: Any, show: Any, on_report: Any) -> tuple[Path, dict[str, float]]:
     path = start.path if start is not None else None
     if job.scaling.bounds[1] == 0:
-        return fit_in_process(job, folder.local_path("in-process"), checkpoint=path, logger=logger(), on_progress=show)
+        return fit_in_process(job, folder.local_path("in-process"), checkpoint=path, logger=logger(), on_progress=show, on_report=on_report)
     # Ray Train takes seconds to import, which --dry-run and in-process runs should not wait for.
     from parcelray.training.trainer import fit
 
-    return fit(job, folder, checkpoint=path, logger=logger, on_progress=show)
+    return fit(job, folder, checkpoint=path, logger=logger, on_progress=show, on_report=on_report)
 
 
 def _tracked(job: TrainJob, folder: RunFolder, uri: str | None, start: ResolvedCheckpoint | None, parent_run_id: str | None) -> Any:

@@ -49,6 +49,8 @@ class PassConfig(StrictModel):
     """Images per batch of the encoder and of the decoder."""
     rows_per_bundle: int = Field(default=128, ge=1)
     """Rows that are read, answered and stored together: what a crash can cost an actor."""
+    feature_cache_gb: float = Field(default=1.0, ge=0)
+    """GiB of patch features that each actor of a search keeps between its trials."""
     stall_s: float = Field(default=600.0, gt=0)
     """Longest time without a finished bundle, seconds, before the pass gives up and names what hangs."""
 

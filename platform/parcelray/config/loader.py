@@ -14,14 +14,15 @@ from pydantic import BaseModel, ValidationError
 from parcelray.config.evaluate import EvaluateJob
 from parcelray.config.search_space import SearchSpace
 from parcelray.config.train import TrainJob
+from parcelray.config.tune import TuneJob
 from parcelray.errors import UserError
 
-Job = TrainJob | EvaluateJob
-JobT = TypeVar("JobT", TrainJob, EvaluateJob)
+Job = TrainJob | EvaluateJob | TuneJob
+JobT = TypeVar("JobT", TrainJob, EvaluateJob, TuneJob)
 ModelT = TypeVar("ModelT", bound=BaseModel)
-JOB_MODELS: dict[str, type[Job]] = {"train": TrainJob, "evaluate": EvaluateJob}
-# Where a run is kept, who records it and what computes it do not change the result, so they are no part of its identity.
-NOT_IDENTITY = ("storage", "tracking", "scaling", "compute")
+JOB_MODELS: dict[str, type[Job]] = {"train": TrainJob, "evaluate": EvaluateJob, "tune": TuneJob}
+# Where a run is kept, who records it, what computes it and what follows it do not change the result, so they are no part of its identity.
+_NOT_IDENTITY = ("storage", "tracking", "scaling", "compute", "max_concurrent", "stall_s", "rivals", "confirm")
 
 
 class ConfigError(UserError):
@@ -52,12 +53,41 @@ def load_job(path: str | Path, overrides: Sequence[str] = ()) -> Job:
         ConfigError: naming the file, the key path, the value and what is legal.
     """
     data = read_yaml(path)
+    kind = data.get("kind")
+    if kind == "tune":
+        _inline(data, Path(path))
     for override in overrides:
         apply_override(data, override)
-    kind = data.get("kind")
     if not isinstance(kind, str) or kind not in JOB_MODELS:
         raise ConfigError(f"{path}: kind is {kind!r}; legal: {', '.join(JOB_MODELS)}{_did_you_mean(str(kind), JOB_MODELS)}.")
     return validate(JOB_MODELS[kind], data, str(path))
+
+
+def _inline(search: dict[str, Any], path: Path) -> None:
+    """Puts in place of the files that a search names what they hold, so that it is one whole job, whose every key can be set.
+
+    Files are relative to the working folder, or to the project that the search's own file lies in (`jobs/tune/` is two levels deep).
+    """
+    named = search.get("space")
+    if isinstance(named, str):
+        search["space"] = read_yaml(_beside(named, path))
+    space = search.get("space")
+    if isinstance(space, dict) and isinstance(space.get("job"), str):
+        search["base"] = _changed(space["job"], search.get("base") or {}, path)
+    confirm = search.get("confirm")
+    if isinstance(confirm, dict) and isinstance(confirm.get("job"), str):
+        confirm["job"] = _changed(confirm["job"], confirm.pop("set", {}), path)
+
+
+def _changed(file: str, changes: dict[str, Any], path: Path) -> dict[str, Any]:
+    data = read_yaml(_beside(file, path))
+    for keys, value in changes.items():
+        set_key(data, keys, value, str(path))
+    return data
+
+
+def _beside(file: str, path: Path) -> Path:
+    return Path(file) if Path(file).is_file() else path.resolve().parents[min(2, len(path.resolve().parents) - 1)] / file
 
 
 def load_search_space(path: str | Path) -> SearchSpace:
@@ -79,11 +109,24 @@ def check_search_space(space: SearchSpace, root: Path) -> None:
     Raises:
         ConfigError: naming the key, the value and what is legal.
     """
-    job = read_yaml(root / space.job)
+    _check_space(space, read_yaml(root / space.job))
+
+
+def check_search_space_of(job: TuneJob) -> None:
+    """Refuses a search whose space has a key or an end of a domain that its job does not take.
+
+    Raises:
+        ConfigError: naming the key, the value and what is legal.
+    """
+    _check_space(job.space, job.base.model_dump(mode="json", exclude_unset=True))
+
+
+def _check_space(space: SearchSpace, job: dict[str, Any]) -> None:
     for name, domain in space.parameters.items():
         for value in domain.ends:
             data = copy.deepcopy(job)
-            set_key(data, name, value, f"search space {space.name}")
+            for key, needed in (space.needs(name) | {name: value}).items():
+                set_key(data, key, needed, f"search space {space.name}")
             validate(JOB_MODELS[str(job["kind"])], data, f"search space {space.name}")
 
 
@@ -154,8 +197,13 @@ def config_hash(job: Job) -> str:
 
     What is unset is left out, so that a key that a later version adds does not make another run of every job.
     """
-    text = json.dumps(job.model_dump(mode="json", exclude=set(NOT_IDENTITY), exclude_none=True), sort_keys=True)
+    text = json.dumps(decisive(job.model_dump(mode="json", exclude_none=True)), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def decisive(job: dict[str, Any]) -> dict[str, Any]:
+    """What of a resolved job decides its result, also of the jobs inside it."""
+    return {key: decisive(value) if isinstance(value, dict) else value for key, value in job.items() if key not in _NOT_IDENTITY}
 
 
 def differing_keys(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:

@@ -214,6 +214,13 @@ class SearchSpace(StrictModel):
                 seen.add(key)
                 yield assignment
 
+    def needs(self, name: str) -> Assignment:
+        """Values under which a parameter is active."""
+        found: Assignment = {}
+        for other, values in self.parameters[name].when.items():
+            found |= self.needs(other) | {other: values[0]}
+        return found
+
     def sample(self, rng: random.Random) -> Assignment:
         """A random assignment; inactive parameters draw, too, so that a parameter's draws do not depend on the others.
 

@@ -15,15 +15,15 @@ from parcelray.evaluation.bundles import (
     BenchmarkTask,
     Done,
     EvaluatedModel,
-    Kind,
     PassSettings,
     Work,
     collect,
-    kinds_of,
+    dtype_of,
     make_bundles,
     read_bundle,
     stored_keys,
 )
+from parcelray.evaluation.feature_cache import FeatureCache
 from parcelray.evaluation.generation import GenerationSettings
 from parcelray.evaluation.predictor import Answer, Predictor
 from parcelray.evaluation.records import Record
@@ -47,12 +47,24 @@ def run_pass_in_process(
     on_progress: Callable[[str, int, int], None] = lambda benchmark, rows, total: None,
 ) -> dict[str, BenchmarkPass]:
     """The pass in this process, one bundle after the other; see `evaluate.run_pass`."""
-    kinds, present = kinds_of(tasks), stored_keys(tasks, model)
-    answerer = Answerer(kinds, model, settings)
+    return answer_tasks(tasks, model, Answerer(model, settings, dtype_of(tasks)), settings=settings, on_progress=on_progress)
+
+
+def answer_tasks(
+    tasks: Sequence[BenchmarkTask],
+    model: EvaluatedModel,
+    answerer: "Answerer",
+    *,
+    settings: PassSettings = DEFAULT_PASS,
+    on_progress: Callable[[str, int, int], None] = lambda benchmark, rows, total: None,
+) -> dict[str, BenchmarkPass]:
+    """A pass with an answerer that may have answered other passes of the same model before."""
+    present = stored_keys(tasks, model, answerer.store)
 
     def finished() -> Iterator[Done]:
         for bundle in make_bundles(tasks, settings.rows_per_bundle):
-            yield answerer.answer(read_bundle(kinds[bundle.task], bundle, model, present[bundle.task]))
+            task = tasks[bundle.task]
+            yield answerer.answer(read_bundle(task.reader, task.generation, bundle, model, present[bundle.task]), task.reader.name, task.generation)
 
     return collect(tasks, finished(), on_progress)
 
@@ -61,61 +73,65 @@ class Answerer:
     """Holds the model, from the first bundle that needs it on.
 
     Args:
-        kinds: of the benchmarks.
-        model: what answers.
+        model: what answers, and where answers are stored.
         settings: of the pass.
+        dtype: arithmetic of the model, as torch names it.
+        keep: whether to hold patch features (as `settings.feature_cache_gb` allows) and stored answers for the next pass.
     """
 
-    def __init__(self, kinds: Sequence[Kind], model: EvaluatedModel, settings: PassSettings) -> None:
-        self._kinds = kinds
+    def __init__(self, model: EvaluatedModel, settings: PassSettings, dtype: str, *, keep: bool = False) -> None:
+        self.store = PredictionStore(model.store, keep=keep)
         self._model = model
         self._settings = settings
-        self._store = PredictionStore(model.store)
+        self._dtype: torch.dtype = getattr(torch, dtype)
+        self._features = FeatureCache(int(settings.feature_cache_gb * 2**30)) if keep else None
         self._predictors: dict[GenerationSettings, Predictor] = {}
 
-    def answer(self, work: Work, begin: Stage = lambda stage: None) -> Done:
-        """Answers what is missing of a bundle and stores it."""
-        kind = self._kinds[work.bundle.task]
+    def answer(self, work: Work, benchmark: str, generation: GenerationSettings, begin: Stage = lambda stage: None) -> Done:
+        """Answers what is missing of a bundle of a benchmark and stores it."""
         unreadable: dict[str, str] = {}
         computed = 0
         # Mostly every budget lacks the same samples; budgets that do share one encoding of their images.
         for budgets, places in _alike(work.missing):
             samples = [work.samples[place] for place in places]
-            begin(f"answering samples {samples[0].id} to {samples[-1].id} of {kind.name} at {', '.join(map(str, budgets))} visual tokens")
-            answers = self._predictor(kind.generation, begin).answer_budgets(samples, budgets)
+            begin(f"answering samples {samples[0].id} to {samples[-1].id} of {benchmark} at {', '.join(map(str, budgets))} visual tokens")
+            answers = self.predictor(generation, begin).answer_budgets(samples, budgets)
             found = [
-                self._prediction(kind, work.records[place], budget, answer)
+                self._prediction(benchmark, generation, work.records[place], budget, answer)
                 for budget in budgets
                 for place, answer in zip(places, answers[budget], strict=True)
                 if not answer.problem
             ]
             unreadable |= {sample.id: answer.problem for sample, answer in zip(samples, answers[budgets[0]], strict=True) if answer.problem}
-            begin(f"storing {len(found)} answers on {kind.name}")
-            self._store.write(found)
+            begin(f"storing {len(found)} answers on {benchmark}")
+            self.store.write(found)
             computed += len(found)
         records = [each for each in work.records if each.sample.id not in unreadable]
         problems = [*work.problems, *(Problem(name, reason) for name, reason in unreadable.items())]
         present = len(work.records) * len(work.missing) - sum(map(len, work.missing.values()))
         return Done(work.bundle, records, problems, computed, present)
 
-    def _prediction(self, kind: Kind, asked: Record, budget: int, answer: Answer) -> Prediction:
+    def _prediction(self, benchmark: str, generation: GenerationSettings, asked: Record, budget: int, answer: Answer) -> Prediction:
         return Prediction(
             key=asked.keys[budget],
-            benchmark=kind.name,
+            benchmark=benchmark,
             sample_id=asked.sample.id,
             model=self._model.digest,
             num_visual_tokens=budget,
-            settings=kind.generation.to_json(),
+            settings=generation.to_json(),
             text=answer.text,
             num_new_tokens=answer.num_new_tokens,
             cut_off=answer.cut_off,
         )
 
-    def _predictor(self, generation: GenerationSettings, begin: Stage) -> Predictor:
+    def predictor(self, generation: GenerationSettings, begin: Stage = lambda stage: None) -> Predictor:
+        """The model, answering in a certain way."""
         if generation not in self._predictors:
             begin(f"loading {self._model.folder}")
             model, device = self._loaded
-            self._predictors[generation] = Predictor(model, self._processor, batch_size=self._settings.batch_size, settings=generation, device=device)
+            self._predictors[generation] = Predictor(
+                model, self._processor, batch_size=self._settings.batch_size, settings=generation, device=device, features=self._features
+            )
         return self._predictors[generation]
 
     @cached_property
@@ -125,7 +141,7 @@ class Answerer:
             keep_freed_memory()
             # Ray gives a worker as many threads as it has CPUs, and those of an actor are a share for scheduling.
             torch.set_num_threads(self._settings.threads_per_actor or max(1, (os.cpu_count() or 1) // max(1, self._settings.actors)))
-        model = load_vlm(self._folder, dtype=getattr(torch, self._kinds[0].generation.dtype)).eval().to(device)
+        model = load_vlm(self._folder, dtype=self._dtype).eval().to(device)
         use_sdpa_where_exact(model)
         return model, device
 

@@ -61,6 +61,8 @@ class PassSettings:
     """Images per batch of the encoder and of the decoder."""
     rows_per_bundle: int = 128
     """Rows that are read, answered and stored together: what a crash can cost an actor."""
+    feature_cache_gb: float = 1.0
+    """GiB of patch features that a search's actor keeps between its trials."""
     stall_s: float = 600.0
     """Longest time without a finished bundle before the pass gives up and names the stage that hangs."""
 
@@ -121,20 +123,27 @@ def make_bundles(tasks: Sequence[BenchmarkTask], size: int) -> list[Bundle]:
     return [Bundle(index, number, tuple(tasks[number].rows[start : start + size])) for index, (number, start) in enumerate(places)]
 
 
-def kinds_of(tasks: Sequence[BenchmarkTask]) -> list[Kind]:
-    """What workers need of the benchmarks.
+def dtype_of(tasks: Sequence[BenchmarkTask]) -> str:
+    """The arithmetic that all benchmarks of a pass ask for.
 
     Raises:
-        ValueError: they do not agree on the arithmetic.
+        ValueError: they do not agree on one.
     """
-    if len({task.generation.dtype for task in tasks}) > 1:
+    dtypes = {task.generation.dtype for task in tasks}
+    if len(dtypes) != 1:
         raise ValueError("the benchmarks of a pass share one copy of the model, so their arithmetic must be the same")
+    return dtypes.pop()
+
+
+def kinds_of(tasks: Sequence[BenchmarkTask]) -> list[Kind]:
+    """What workers need of the benchmarks."""
+    dtype_of(tasks)
     return [Kind(pickle.dumps(task.reader), task.reader.name, task.generation) for task in tasks]
 
 
-def stored_keys(tasks: Sequence[BenchmarkTask], model: EvaluatedModel) -> list[frozenset[str]]:
+def stored_keys(tasks: Sequence[BenchmarkTask], model: EvaluatedModel, store: PredictionStore | None = None) -> list[frozenset[str]]:
     """By benchmark, the keys of the answers that are there."""
-    store = PredictionStore(model.store)
+    store = store or PredictionStore(model.store)
     return [store.keys(task.reader.name, model.digest) for task in tasks]
 
 
@@ -156,15 +165,14 @@ def _joined(task: BenchmarkTask, parts: list[Done]) -> BenchmarkPass:
     return BenchmarkPass(asked, sum(done.computed for done in parts), sum(done.present for done in parts))
 
 
-def read_bundle(kind: Kind, bundle: Bundle, model: EvaluatedModel, present: frozenset[str]) -> Work:
+def read_bundle(reader: BenchmarkReader, generation: GenerationSettings, bundle: Bundle, model: EvaluatedModel, present: frozenset[str]) -> Work:
     """Reads a bundle and leaves out what the store has."""
-    reader = _opened(kind.reader)
     work = Work(bundle, [], [], {budget: [] for budget in model.budgets}, {})
     for row in bundle.rows:
         found = reader.read(row)
         work.problems.extend(found.problems)
         for sample in found.samples:
-            keys = {budget: prediction_key(sample, model=model.digest, num_visual_tokens=budget, settings=kind.generation) for budget in model.budgets}
+            keys = {budget: prediction_key(sample, model=model.digest, num_visual_tokens=budget, settings=generation) for budget in model.budgets}
             for budget, key in keys.items():
                 if key not in present:
                     work.missing[budget].append(len(work.records))
@@ -174,6 +182,7 @@ def read_bundle(kind: Kind, bundle: Bundle, model: EvaluatedModel, present: froz
 
 
 @functools.lru_cache(maxsize=64)
-def _opened(reader: bytes) -> BenchmarkReader:
+def opened(reader: bytes) -> BenchmarkReader:
+    """A pickled reader, opened once a process."""
     found: BenchmarkReader = pickle.loads(reader)
     return found

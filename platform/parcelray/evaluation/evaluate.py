@@ -33,6 +33,7 @@ from parcelray.evaluation.bundles import (
     collect,
     kinds_of,
     make_bundles,
+    opened,
     read_bundle,
     stored_keys,
 )
@@ -168,7 +169,7 @@ class _Read:
     def _read(self, bundle: Bundle) -> Work:
         kind = self._kinds[bundle.task]
         self._stages.begin(f"reading rows {bundle.rows[0]} to {bundle.rows[-1]} of {kind.name}")
-        return read_bundle(kind, bundle, self._model, _fetched(self._present)[bundle.task])
+        return read_bundle(opened(kind.reader), kind.generation, bundle, self._model, _fetched(self._present)[bundle.task])
 
 
 @functools.lru_cache(maxsize=1)
@@ -184,17 +185,22 @@ class _Answer:
         # Here, so that the processes that only read need not load torch.
         from parcelray.evaluation.answering import Answerer
 
-        self._answerer = Answerer(kinds, model, settings)
+        self._kinds = kinds
+        self._answerer = Answerer(model, settings, kinds[0].generation.dtype)
         self._stages = _Stages(board)
 
     def __call__(self, rows: dict[str, NDArray[Any]]) -> dict[str, list[bytes]]:
         work: Work | ParcelrayError = pickle.loads(rows["work"][0])
         try:
-            return {"done": [pickle.dumps(work if isinstance(work, ParcelrayError) else self._answerer.answer(work, self._stages.begin))]}
+            return {"done": [pickle.dumps(work if isinstance(work, ParcelrayError) else self._answer(work))]}
         except ParcelrayError as error:
             return {"done": [pickle.dumps(error)]}
         finally:
             self._stages.end()
+
+    def _answer(self, work: Work) -> Done:
+        kind = self._kinds[work.bundle.task]
+        return self._answerer.answer(work, kind.name, kind.generation, self._stages.begin)
 
 
 class _Stages:

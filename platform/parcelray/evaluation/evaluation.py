@@ -61,11 +61,12 @@ class Evaluation:
         }
         (folder / _FILE).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
 
-    def score(self, metrics: Mapping[str, str] = {}) -> list[SplitScores]:
+    def score(self, metrics: Mapping[str, str] = {}, store: PredictionStore | None = None) -> list[SplitScores]:
         """Scores all benchmarks at all budgets.
 
         Args:
             metrics: by benchmark, a metric instead of the evaluation's own.
+            store: the evaluation's, opened before; None: it is opened here.
 
         Raises:
             UserError: answers are missing, or a metric cannot score them.
@@ -74,13 +75,14 @@ class Evaluation:
         unknown = sorted(set(metrics) - set(known))
         if unknown:
             raise UserError(f"The evaluation {self.name} has no benchmark {', '.join(unknown)}; it has {', '.join(known)}.")
-        return [split for benchmark in self.benchmarks for split in self._score(benchmark, metrics.get(benchmark.config.name))]
+        store = store or PredictionStore(self.store)
+        return [split for benchmark in self.benchmarks for split in self._score(benchmark, metrics.get(benchmark.config.name), store)]
 
-    def _score(self, benchmark: AskedBenchmark, metric: str | None) -> list[SplitScores]:
+    def _score(self, benchmark: AskedBenchmark, metric: str | None, store: PredictionStore) -> list[SplitScores]:
         config, asked = benchmark.config, benchmark.asked
         if config.unscorable is not None or not asked.records:
             return []
-        found = PredictionStore(self.store).read(config.name, self.digest, (key for record in asked.records for key in record.keys.values()))
+        found = store.read(config.name, self.digest, (key for record in asked.records for key in record.keys.values()))
         missing = sum(key not in found for record in asked.records for key in record.keys.values())
         if missing:
             raise UserError(f"{missing} answers on {config.name} are not in {self.store}; run the evaluation {self.name} again, and only they are computed.")

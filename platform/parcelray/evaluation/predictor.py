@@ -1,5 +1,6 @@
 """Answers at any budget, with one run of the vision tower per image for all budgets and all questions about it."""
 
+import copy
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ from parcelray.config.reducer import ReducerConfig
 from parcelray.data.collator import decode_image
 from parcelray.data.sample import Sample
 from parcelray.errors import SystemFailure, UserError
+from parcelray.evaluation.feature_cache import EncodedImages, FeatureCache
 from parcelray.evaluation.generation import GREEDY, GenerationSettings
 from parcelray.models.backbones import ElasticVLM
 from parcelray.models.backbones.processor_base import ElasticProcessor
@@ -60,6 +62,7 @@ class Predictor:
         batch_size: images per batch of the encoder, and of the decoder (where a video counts its frames).
         settings: how answers are made.
         device: where the model is.
+        features: keeps what the vision tower saw, shared with other predictors of the same model; None: nothing is kept.
     """
 
     def __init__(
@@ -70,8 +73,10 @@ class Predictor:
         batch_size: int = 64,
         settings: GenerationSettings = GREEDY,
         device: str = "cpu",
+        features: FeatureCache | None = None,
     ) -> None:
         self._model = model
+        self._features = features
         self._processor = processor
         self._batch_size = batch_size
         self._settings = settings
@@ -84,6 +89,12 @@ class Predictor:
                 if settings.decoding == "beam":
                     raise UserError(f"{self._reducer.name} with positions {self._reducer.positions} answers greedily or by likelihood, not by beam search.")
                 self._decoder = ReducedDecoder(model, self._reducer.positions)
+
+    def without_features(self) -> "Predictor":
+        """The same, encoding every image anew."""
+        other = copy.copy(self)
+        other._features = None
+        return other
 
     def generate(self, samples: Sequence[Sample], *, num_visual_tokens: int) -> list[str]:
         """Answers at one budget (0: blind), in the order of the samples."""
@@ -113,28 +124,37 @@ class Predictor:
         """
         answers: dict[int, list[Answer]] = {budget: [_NONE] * len(samples) for budget in budgets}
         for chunk in _chunks(samples, self._batch_size):
-            decoded, problems = _decoded(image for index in chunk for image in samples[index].images)
+            shown = tuple(dict.fromkeys(image for index in chunk for image in samples[index].images))
+            encoded = self._encoded(shown, blind=all(budget == BLIND for budget in budgets))
             for index in chunk:
-                problem = next((problems[image] for image in samples[index].images if image in problems), "")
+                problem = next((encoded.problems[image] for image in samples[index].images if image in encoded.problems), "")
                 if problem:
                     for budget in budgets:
                         answers[budget][index] = Answer("", 0, False, problem)
             good = [index for index in chunk if not answers[budgets[0]][index].problem]
-            images = [image for image in decoded if any(image in samples[index].images for index in good)] if problems else list(decoded)
-            view = self._encode([decoded[image] for image in images]) if images and any(budget != BLIND for budget in budgets) else None
             for budget in budgets:
-                seen = self._see(images, view, budget)
+                seen = self._see(encoded, budget)
                 for indices in _batches(samples, good, self._batch_size):
                     for index, answer in zip(indices, self._decode([samples[index] for index in indices], seen, budget), strict=True):
                         answers[budget][index] = answer
         return answers
 
-    def _encode(self, images: Sequence[Image.Image]) -> EncoderView:
-        pixels = self._processor.image_processor(images, return_tensors="pt")["pixel_values"].to(self._device, self._model.dtype)
-        return EncoderView(self._model.model, pixels, watch=self._reducer is not None and self._reducer.reads == "encoder")
+    def _encoded(self, images: tuple[bytes, ...], *, blind: bool) -> EncodedImages:
+        """What the vision tower sees in some images, from the cache where there is one."""
+        watch = self._reducer is not None and self._reducer.reads == "encoder"
 
-    def _see(self, images: Sequence[bytes], view: EncoderView | None, budget: int) -> dict[bytes, Seen]:
+        def encode() -> EncodedImages:
+            decoded, problems = _decoded(images)
+            if blind or not decoded:
+                return EncodedImages(tuple(decoded), problems, None)
+            pixels = self._processor.image_processor(list(decoded.values()), return_tensors="pt")["pixel_values"]
+            return EncodedImages(tuple(decoded), problems, EncoderView(self._model.model, pixels.to(self._device, self._model.dtype), watch=watch))
+
+        return encode() if self._features is None else self._features.get((images, blind, watch), encode)
+
+    def _see(self, encoded: EncodedImages, budget: int) -> dict[bytes, Seen]:
         """The visual tokens of each image as they enter the decoder; none for the blind model."""
+        images, view = encoded.images, encoded.view
         if budget == BLIND or not images:
             return {}
         assert view is not None

@@ -69,14 +69,19 @@ class PredictionStore:
 
     Args:
         uri: folder or fsspec URI; made when the first shard is written.
+        keep: whether to hold shards once they were read: for a process that reads the same ones again and again. They never change.
     """
 
-    def __init__(self, uri: str) -> None:
+    def __init__(self, uri: str, *, keep: bool = False) -> None:
         self._filesystem, self._root = fsspec.core.url_to_fs(uri)
+        self._kept: dict[str, dict[str, Prediction]] | None = {} if keep else None
 
     def keys(self, benchmark: str, model: str) -> frozenset[str]:
         """The keys of a model's answers on a benchmark."""
-        return frozenset(key for shard in self._shards(benchmark, model) for key in self._read(shard, ["key"])["key"].to_pylist())
+        shards = self._shards(benchmark, model)
+        if self._kept is not None:
+            return frozenset(key for shard in shards for key in self._predictions(shard))
+        return frozenset(key for shard in shards for key in self._read(shard, ["key"])["key"].to_pylist())
 
     def write(self, predictions: Sequence[Prediction]) -> None:
         """Adds answers as one shard for each benchmark and model, whole or not at all."""
@@ -98,10 +103,17 @@ class PredictionStore:
         wanted = set(keys)
         found: dict[str, Prediction] = {}
         for shard in self._shards(benchmark, model):
-            for row in self._read(shard, _SCHEMA.names).to_pylist():
-                if row["key"] in wanted:
-                    found.setdefault(row["key"], Prediction(**row))
+            predictions = self._predictions(shard)
+            found = {key: predictions[key] for key in wanted & predictions.keys()} | found
         return found
+
+    def _predictions(self, shard: str) -> dict[str, Prediction]:
+        if self._kept is not None and shard in self._kept:
+            return self._kept[shard]
+        predictions = {row["key"]: Prediction(**row) for row in self._read(shard, _SCHEMA.names).to_pylist()}
+        if self._kept is not None:
+            self._kept[shard] = predictions
+        return predictions
 
     def _folder(self, benchmark: str, model: str) -> str:
         return f"{self._root}/{benchmark}/{model.removeprefix('sha256:')[:_MODEL_FOLDER_DIGITS]}"

@@ -78,6 +78,20 @@ def end_run(tracking_uri: str, run_id: str, status: RunStatus) -> None:
     _end(client, client.get_run(run_id), status)
 
 
+def ended_children(tracking_uri: str, run_id: str) -> frozenset[str]:
+    """Names of the runs below a run that ended by themselves, well or not."""
+    client = MlflowClient(tracking_uri=tracking_uri)
+    experiment = client.get_run(run_id).info.experiment_id
+    names: set[str] = set()
+    token = None
+    while True:
+        page = client.search_runs([experiment], f"tags.`{PARENT_TAG}` = '{run_id}'", page_token=token)
+        names.update(str(run.info.run_name) for run in page if run.info.status in ("FINISHED", "FAILED"))
+        token = page.token
+        if not token:
+            return frozenset(names)
+
+
 @contextmanager
 def tracked_run(
     tracking_uri: str,

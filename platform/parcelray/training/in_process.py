@@ -4,7 +4,7 @@ For machines that have only torch and transformers, for debugging, and as the ya
 """
 
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -25,6 +25,7 @@ def fit_in_process(
     checkpoint: Path | None,
     logger: MetricLogger,
     on_progress: Callable[[Progress], None] = lambda progress: None,
+    on_report: Callable[[Mapping[str, float]], None] | None = None,
 ) -> tuple[Path, dict[str, float]]:
     """Trains a job to its end, going on from the newest checkpoint in `folder`.
 
@@ -34,6 +35,7 @@ def fit_in_process(
         checkpoint: the folder that `job.model` was resolved to; None for a model from scratch.
         logger: receives the metrics.
         on_progress: called at every metric point.
+        on_report: called with the metrics at each checkpoint.
 
     Returns:
         The newest checkpoint folder and the last metrics.
@@ -48,6 +50,8 @@ def fit_in_process(
     def report(metrics: dict[str, float], source: Path | None, validate: bool) -> None:
         if source is not None:
             _keep(source, folder / f"checkpoint_{int(metrics['step']):08d}", job.checkpointing.keep)
+        if on_report is not None:
+            on_report(metrics)
 
     metrics = train(
         job,

@@ -7,7 +7,7 @@ from typing import Any
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from parcelray.config.loader import NOT_IDENTITY, Job, differing_keys, identity
+from parcelray.config.loader import Job, decisive, differing_keys, identity
 from parcelray.errors import UserError
 
 _JOB, _RESULT = "job.json", "result.json"
@@ -40,8 +40,7 @@ class RunFolder:
         resolved = self._job.model_dump(mode="json")
         existing = self._read(_JOB)
         if existing is not None and existing["identity"] != self.identity:
-            old, new = ({key: value for key, value in job.items() if key not in NOT_IDENTITY} for job in (existing["job"], resolved))
-            differences = "; ".join(differing_keys(old, new))
+            differences = "; ".join(differing_keys(decisive(existing["job"]), decisive(resolved)))
             raise UserError(
                 f"{self.path} holds the run {existing['identity']}, whose configuration differs from this one ({differences}); "
                 "give this one another name (--set name=...), or restore the old values to go on with the old run."

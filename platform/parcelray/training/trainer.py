@@ -2,7 +2,7 @@
 
 import tempfile
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +12,7 @@ import pyarrow.fs
 import ray
 import ray.train
 import torch
-from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, ValidationConfig
+from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, UserCallback, ValidationConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from parcelray.config.train import TrainJob
@@ -46,6 +46,7 @@ def fit(
     checkpoint: Path | None,
     logger: Callable[[], MetricLogger],
     on_progress: Callable[[Progress], None] = lambda progress: None,
+    on_report: Callable[[Mapping[str, float]], None] | None = None,
 ) -> tuple[Path, dict[str, float]]:
     """Trains a job on the Ray instance that this process is connected to.
 
@@ -57,6 +58,7 @@ def fit(
         checkpoint: the folder that `job.model` was resolved to, readable on every node; None for a model from scratch.
         logger: makes the metric logger, called on rank 0.
         on_progress: called in this process, about twice a second.
+        on_report: called with the metrics at each checkpoint, in the process of Ray Train's controller; picklable.
 
     Returns:
         A local copy of the last checkpoint, in a folder of its own that the caller removes, and the last metrics.
@@ -72,7 +74,7 @@ def fit(
             _train_worker,
             train_loop_config={"inputs": _WorkerInputs(job, checkpoint, logger, board)},
             scaling_config=_scaling(job),
-            run_config=_run_config(job, folder),
+            run_config=_run_config(job, folder, on_report),
             torch_config=TorchConfig(backend="nccl" if job.scaling.gpus_per_worker else "gloo"),
             validation_config=_validation(job, logger),
         )
@@ -151,7 +153,7 @@ def _validation(job: TrainJob, logger: Callable[[], MetricLogger]) -> Validation
     return ValidationConfig(fn=BackgroundValidation(job, logger), ray_remote_kwargs={"num_cpus": 0, "num_gpus": job.validation.background_gpus})
 
 
-def _run_config(job: TrainJob, folder: RunFolder) -> RunConfig:
+def _run_config(job: TrainJob, folder: RunFolder, on_report: Callable[[Mapping[str, float]], None] | None) -> RunConfig:
     filesystem = None if folder.is_local else pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(folder.filesystem))
     return RunConfig(
         name=folder.identity,
@@ -159,7 +161,18 @@ def _run_config(job: TrainJob, folder: RunFolder) -> RunConfig:
         storage_filesystem=filesystem,
         failure_config=FailureConfig(max_failures=job.scaling.max_failures),
         checkpoint_config=CheckpointConfig(num_to_keep=job.checkpointing.keep),
+        callbacks=[_Reports(on_report)] if on_report is not None else None,  # type: ignore[list-item]
     )
+
+
+class _Reports(UserCallback):
+    """Passes on what rank 0 reports."""
+
+    def __init__(self, on_report: Callable[[Mapping[str, float]], None]) -> None:
+        self._on_report = on_report
+
+    def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
+        self._on_report(metrics[0])
 
 
 def _check_capacity(job: TrainJob) -> None:

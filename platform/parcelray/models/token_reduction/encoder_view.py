@@ -41,6 +41,12 @@ class EncoderView:
             for hook in hooks:
                 hook.remove()
 
+    @property
+    def num_bytes(self) -> int:
+        """Of the tensors that it holds from the start; attention maps, computed when they are asked for, are not counted."""
+        held = (self.pixel_values_ICHW, self.patch_features_IND, *self._inputs.values(), *self._outputs.values())
+        return sum(tensor.nbytes for tensor in held)
+
     def again(self) -> "EncoderView":
         """The same run, with its attention maps still to be computed."""
         other = object.__new__(EncoderView)

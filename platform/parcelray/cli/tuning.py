@@ -1,0 +1,59 @@
+"""`parcelray tune`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from parcelray.cli.options import Address, AsJson, DryRun, JobFile, Set, console, show, write_json
+
+
+def tune(  # noqa: PLR0913 - options of a command
+    job_file: JobFile,
+    overrides: Set = [],  # noqa: B006 - typer's idiom
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a search; finished trials are not run again.")] = False,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="With --resume: run failed trials again.")] = False,
+    select: Annotated[
+        str | None,
+        typer.Option(help="Run nothing; write the job file of the finished trial that fits, e.g. 'max retention subject to tokens <= 64'.", show_default=False),
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Of --select: file to write; default: selected.yaml in the search's folder.", show_default=False)] = None,
+    confirm: Annotated[bool, typer.Option("--confirm", help="After a split search: train the splits that the job file's `confirm` names.")] = False,
+    dry_run: DryRun = False,
+    address: Address = None,
+    as_json: AsJson = False,
+) -> None:
+    """Search what a job file says: splits, cluster counts, or any key of a job."""
+    from parcelray.config.loader import load_job_of
+    from parcelray.config.tune import TuneJob
+
+    job = load_job_of(TuneJob, job_file, overrides)
+    if dry_run:
+        from parcelray.cluster.tuning_plan import tuning_plan
+
+        show(tuning_plan(job), as_json, lambda plan: plan.to_rich())
+        return
+    if select is not None:
+        from parcelray.cluster.tuning_results import select as select_trial
+        from parcelray.training.run_folder import RunFolder
+        from parcelray.tuning.trial_record import TrialRecord
+
+        folder = RunFolder(job).local_path("")
+        path = output or folder / "selected.yaml"
+        chosen = select_trial(job, TrialRecord(folder).trials, select, path)
+        if as_json:
+            write_json({"file": str(path), "assignment": chosen.assignment, "metrics": dict(chosen.metrics)})
+            return
+        console().print(f"{path}: trial {chosen.key}. Run it with: parcelray {job.base.kind} {path}", highlight=False, soft_wrap=True)
+        return
+    from parcelray.cluster.tuning_run import run_tuning
+
+    run = run_tuning(job, console(stderr=as_json), address=address, resume=resume, retry_failed=retry_failed)
+    confirmed = None
+    if confirm:
+        from parcelray.cluster.split_confirmation import confirm_splits
+
+        confirmed = confirm_splits(job, run, console(stderr=as_json), address=address)
+    if as_json:
+        extra = {"confirmation": confirmed.to_dict()} if confirmed is not None else {}
+        write_json(run.findings.to_dict() | {"identity": run.identity, "folder": str(run.folder), "mlflow_run_id": run.mlflow_run_id} | extra)

@@ -1,0 +1,295 @@
+"""What a search found: the front, its knee, the best, what mattered, and of a split search the routing; as tables, files, pictures and metrics."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from parcelray.cluster.tuning_progress import best_of, describe, show_value, volumes
+from parcelray.cluster.warm_evaluation import WarmEvaluator
+from parcelray.config.evaluate import EvaluateJob
+from parcelray.config.loader import set_key, validate
+from parcelray.config.tune import TuneJob
+from parcelray.errors import UserError
+from parcelray.evaluation.intervals import Interval
+from parcelray.evaluation.summary import Summary
+from parcelray.models.connectors.routing import default_routing
+from parcelray.models.rerouting import write_rerouted
+from parcelray.reports.search_plots import RivalPoint, SearchPoint, plot_importance, plot_parallel, plot_search, plot_splits, plot_volume
+from parcelray.tracking.mlflow_tracker import MlflowRunLogger
+from parcelray.tuning.pareto import knee_point, losses, pareto_front
+from parcelray.tuning.planner import importance
+from parcelray.tuning.selection import parse_selection
+from parcelray.tuning.split_routing import ChosenSplit, choose_splits, routing_of
+from parcelray.tuning.trial_record import FinishedTrial
+
+_SCORES = ("score", "retention")
+
+
+@dataclass(frozen=True)
+class SearchFindings:
+    """A finished search, read."""
+
+    trials: Sequence[FinishedTrial]
+    """All, failed ones included, in the order in which they finished."""
+    front: Sequence[int]
+    """Places of the trials that none beats in all objectives."""
+    knee: int | None
+    """Place of the one between them where the front bends most."""
+    volume: Sequence[float]
+    """Hypervolume after each trial, as a share."""
+    importance: Mapping[str, float]
+    """Of each parameter for the first objective."""
+    splits: Sequence[ChosenSplit]
+    """Of a split search: the split of every budget."""
+    rivals: Mapping[str, Sequence[RivalPoint]]
+    """Other models at the same budgets."""
+    full: int = 0
+    """Largest budget of the searched model; 0: the trials are trainings."""
+
+    @property
+    def failed(self) -> Sequence[FinishedTrial]:
+        """Trials with an error."""
+        return [trial for trial in self.trials if trial.error is not None]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-serialisable."""
+        return {
+            "trials": [asdict(trial) for trial in self.trials],
+            "front": list(self.front),
+            "knee": self.knee,
+            "hypervolume": list(self.volume),
+            "importance": dict(self.importance),
+            "splits": [each._asdict() | {"against_rule": each.against_rule._asdict() if each.against_rule is not None else None} for each in self.splits],
+            "routing": [route.model_dump() for route in routing_of(self.splits, self.full)],
+            "rivals": {name: [point._asdict() for point in points] for name, points in self.rivals.items()},
+        }
+
+
+def findings_of(job: TuneJob, trials: Sequence[FinishedTrial], evaluator: WarmEvaluator | None, rivals: Mapping[str, Summary]) -> SearchFindings:
+    """Reads a search.
+
+    Args:
+        job: the search.
+        trials: finished ones.
+        evaluator: scores points again from their answers; None: the trials are trainings.
+        rivals: evaluations of other models on the same questions.
+    """
+    values = losses([[trial.metrics.get(each.metric, float("nan")) for each in job.objectives] for trial in trials], [each.mode for each in job.objectives])
+    first = job.objectives[0]
+    return SearchFindings(
+        trials=trials,
+        front=pareto_front(values),
+        knee=knee_point(values),
+        volume=volumes(job, trials),
+        importance=importance(job.space, trials, first, job.seed),
+        splits=_splits(job, trials, evaluator) if evaluator is not None and job.splits is not None else (),
+        rivals={name: _rival_points(summary, first.metric, evaluator) for name, summary in rivals.items()},
+        full=evaluator.reference[1] if evaluator is not None else 0,
+    )
+
+
+def select(job: TuneJob, trials: Sequence[FinishedTrial], text: str, path: Path) -> FinishedTrial:
+    """Writes the job file of the trial that a selection asks for, such as `max retention subject to tokens <= 64`.
+
+    Raises:
+        UserError: the selection has another form, or no trial satisfies it.
+    """
+    good = [trial for trial in trials if trial.error is None]
+    if not good:
+        raise UserError(f"The search {job.name} has no finished trial to select from; run it first.")
+    chosen = good[parse_selection(text).choose([trial.metrics for trial in good])]
+    data = job.base.model_dump(mode="json", exclude_unset=True)
+    for key, value in chosen.assignment.items():
+        set_key(data, key, value, "the search")
+    data["name"] = f"{job.name[:50]}-{chosen.key}"
+    validate(type(job.base), data, "the selected trial")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    found = ", ".join(f"{name} {value:.4g}" for name, value in chosen.metrics.items() if "/" not in name)
+    text = f"# parcelray {job.base.kind} {path}\n#\n# Selected from the search {job.name} by: {text}\n# It measured {found}.\n"
+    path.write_text(text + yaml.safe_dump({"kind": data.pop("kind"), **data}, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    return chosen
+
+
+def write_findings(job: TuneJob, findings: SearchFindings, folder: Path) -> list[Path]:
+    """Writes the numbers, the pictures, and of a split search the model with the routing that was found; returns what MLflow is to keep."""
+    if not findings.front:
+        return []
+    results = folder / "results.json"
+    results.write_text(json.dumps(findings.to_dict(), indent=2) + "\n", encoding="utf-8")
+    files = [results, folder / "volume.png"]
+    plot_volume(findings.volume, folder / "volume.png", title=f"{job.name}: hypervolume over trials")
+    points = _points(job, findings)
+    first, *others = job.objectives
+    if others:
+        rule = [(point.x, point.y) for point in points if point.on_rule]
+        files.append(folder / "frontier.png")
+        plot_search(
+            points,
+            findings.rivals,
+            sorted(rule),
+            files[-1],
+            title=f"{job.name}: {first.metric} against {others[0].metric}",
+            axes=(others[0].metric, first.metric),
+        )
+    files.append(folder / "parallel.png")
+    plot_parallel([_row(job, trial) for trial in findings.trials if trial.error is None], [*job.space.parameters, first.metric], files[-1], title=job.name)
+    if findings.importance:
+        files.append(folder / "importance.png")
+        plot_importance(findings.importance, files[-1], title=f"{job.name}: share of the variance of {first.metric} that a parameter explains")
+    if findings.splits:
+        files += _write_routing(job, findings, folder)
+    return files
+
+
+def show_findings(job: TuneJob, findings: SearchFindings, folder: Path, console: Console) -> None:
+    """Prints the front, the best and the knee, and what to do next."""
+    metrics = [objective.metric for objective in job.objectives]
+    table = Table("trial", *metrics, *(name.rpartition(".")[2] for name in job.space.parameters), title=f"{job.name}: the front")
+    order = sorted(findings.front, key=lambda place: findings.trials[place].metrics.get(metrics[-1], 0.0))
+    for place in order:
+        trial = findings.trials[place]
+        name = f"{trial.key} (knee)" if place == findings.knee and len(metrics) > 1 else trial.key
+        table.add_row(
+            name,
+            *(f"{trial.metrics[metric]:.4g}" for metric in metrics),
+            *(show_value(trial.assignment.get(key, "-")) for key in job.space.parameters),
+        )
+    console.print(table)
+    if findings.splits:
+        console.print(_split_table(findings.splits))
+        routing = json.dumps([route.model_dump() for route in routing_of(findings.splits, findings.full)]).replace('"', "")
+        console.print(f"Model with this routing: {folder / 'model'}", highlight=False)
+        console.print(f"In a training or the quickstart: --set 'connector.routing={routing}'", highlight=False, soft_wrap=True)
+    best = best_of(job, findings.trials)
+    if best is not None:
+        console.print(f"Best {metrics[0]}: {best.metrics[metrics[0]]:.4g} at {describe(best.assignment)}", highlight=False)
+    if findings.importance:
+        console.print("Importance: " + ", ".join(f"{name} {value:.2f}" for name, value in findings.importance.items()), highlight=False)
+    if findings.failed:
+        console.print(
+            f"{len(findings.failed)} trials failed; --resume --retry-failed runs them again. The first: {findings.failed[0].error}",
+            highlight=False,
+            markup=False,
+        )
+    console.print(f"Numbers and pictures: {folder}", highlight=False)
+
+
+def record_findings(uri: str, run_id: str, findings: SearchFindings, files: Sequence[Path]) -> None:
+    """Metrics and pictures of the search's own run: the hypervolume over trials, and the front's objectives."""
+    tracker = MlflowRunLogger(uri, run_id)
+    for place, share in enumerate(findings.volume, 1):
+        tracker.log_metrics({"search/hypervolume": share}, place)
+    tracker.log_metrics({"search/trials": float(len(findings.trials)), "search/failed": float(len(findings.failed))}, len(findings.trials))
+    for name, points in findings.rivals.items():
+        for point in points:
+            tracker.log_metrics({f"rival/{name}": point.y}, int(point.x))
+    for file in files:
+        if file.is_file():
+            tracker.log_figure_file(file) if file.suffix == ".png" else tracker.log_artifact(file)
+    tracker.close()
+
+
+def _splits(job: TuneJob, trials: Sequence[FinishedTrial], evaluator: WarmEvaluator) -> list[ChosenSplit]:
+    constraint = job.splits
+    assert constraint is not None
+    retention: dict[int, dict[int, Any]] = {}
+    gflops: dict[int, dict[int, float]] = {}
+    for trial in trials:
+        if trial.error is None:
+            point = evaluator.evaluate(trial.assignment)
+            for budget in point.budgets:
+                grid = int(trial.assignment[constraint.anchor_grid])
+                retention.setdefault(budget, {})[grid] = evaluator.retention(point, budget)
+                gflops.setdefault(budget, {})[grid] = trial.metrics["gflops"]
+    return choose_splits(retention, gflops, _rule(constraint.patch_grid, sorted(retention)))
+
+
+def _rule(patch_grid: int, budgets: Sequence[int]) -> dict[int, int]:
+    """The paper's anchor grid for each budget that its rule reaches."""
+    try:
+        routes = default_routing(patch_grid)
+    except UserError:
+        return {}
+    return {budget: route.anchor_grid for budget in budgets for route in routes if route.min_budget <= budget <= route.max_budget}
+
+
+def _rival_points(summary: Summary, metric: str, evaluator: WarmEvaluator | None) -> list[RivalPoint]:
+    assert evaluator is not None
+    name, _, family = metric.partition("/")
+    if name not in _SCORES:
+        return []
+    from parcelray.evaluation.aggregate import mean_of, retentions
+
+    points = []
+    for budget in summary.budgets:
+        splits = [split for split in summary.splits if not family or split.family == family]
+        if name == "retention":
+            interval: Interval = mean_of(list(retentions(splits, budget, *evaluator.reference).values())).interval
+        else:
+            interval = mean_of([split.scores[budget].estimate for split in splits]).interval
+        points.append(RivalPoint(float(budget), interval.value, interval.low, interval.high))
+    return points
+
+
+def _points(job: TuneJob, findings: SearchFindings) -> list[SearchPoint]:
+    if len(job.objectives) < 2:
+        return []
+    y, x = job.objectives[0].metric, job.objectives[1].metric
+    rule = {(each.num_visual_tokens, each.rule) for each in findings.splits}
+    points = []
+    for place, trial in enumerate(findings.trials):
+        if x in trial.metrics and y in trial.metrics:
+            grid = trial.assignment.get(job.splits.anchor_grid) if job.splits is not None else None
+            on_rule = (int(trial.metrics.get("tokens", 0)), grid) in rule
+            points.append(SearchPoint(trial.metrics[x], trial.metrics[y], place in findings.front, place == findings.knee, on_rule))
+    return points
+
+
+def _row(job: TuneJob, trial: FinishedTrial) -> dict[str, Any]:
+    first = job.objectives[0].metric
+    return {**trial.assignment, first: trial.metrics.get(first)}
+
+
+def _write_routing(job: TuneJob, findings: SearchFindings, folder: Path) -> list[Path]:
+    assert isinstance(job.base, EvaluateJob)
+    routing = routing_of(findings.splits, findings.full)
+    file, heat = folder / "routing.yaml", folder / "splits.png"
+    data = [route.model_dump() for route in routing]
+    file.write_text(yaml.safe_dump({"connector.routing": data}, sort_keys=False), encoding="utf-8")
+    cells = {
+        (budget, int(trial.assignment[job.splits.anchor_grid])): trial.metrics[job.objectives[0].metric]
+        for trial in findings.trials
+        if trial.error is None and job.splits is not None
+        for budget in [int(trial.metrics["tokens"])]
+    }
+    chosen = {each.num_visual_tokens: each.anchor_grid for each in findings.splits}
+    rule = {each.num_visual_tokens: each.rule for each in findings.splits if each.rule is not None}
+    plot_splits(cells, chosen, rule, heat, title=f"{job.name}: {job.objectives[0].metric} of every split")
+    source = Path(job.base.model.reference)
+    if source.is_dir():
+        write_rerouted(source, folder / "model", routing, f"tune-{job.name}")
+    return [file, heat]
+
+
+def _split_table(splits: Sequence[ChosenSplit]) -> Table:
+    table = Table("tokens", "anchors", "queries", "best", "paper's rule", "minus the rule, points [95 %]", title="The split of every budget")
+    for each in splits:
+        gap = each.against_rule
+        anchors = each.anchor_grid**2
+        shown = "-" if gap is None else "same" if each.anchor_grid == each.rule else f"{gap.value:+.1f} [{gap.low:+.1f}, {gap.high:+.1f}]"
+        names = [f"{side} x {side}" if side else "none" for side in (each.anchor_grid, each.best)]
+        table.add_row(
+            str(each.num_visual_tokens),
+            names[0],
+            str(each.num_visual_tokens - anchors),
+            names[1],
+            "-" if each.rule is None else f"{each.rule} x {each.rule}",
+            shown,
+        )
+    return table

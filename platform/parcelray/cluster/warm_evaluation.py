@@ -1,0 +1,217 @@
+"""Evaluations that differ only in how an image's tokens are made, from one loaded model and one run of the vision tower over all images.
+
+A search asks the same questions of the same model at many splits, counts or reducers. Here the model, the questions and the patch features are
+held, so that a point costs the connector or reducer and the decoder. Answers go to the same store, under the same keys, as those of
+`parcelray evaluate`.
+"""
+
+import json
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+
+from parcelray.benchmarks.reader import BenchmarkReader, DataPin, RowSamples
+from parcelray.cluster.evaluation_plan import connector_at
+from parcelray.cluster.evaluation_setup import budgets_for, generation_of, prepare
+from parcelray.config.evaluate import EvaluateJob
+from parcelray.config.loader import set_key, validate
+from parcelray.config.search_space import Assignment
+from parcelray.data.sample import Sample
+from parcelray.evaluation.aggregate import mean_of, retentions
+from parcelray.evaluation.answering import Answerer, answer_tasks
+from parcelray.evaluation.bundles import BenchmarkTask, EvaluatedModel, PassSettings
+from parcelray.evaluation.evaluation import AskedBenchmark, Evaluation
+from parcelray.evaluation.predictor import BLIND
+from parcelray.evaluation.split_scores import Estimate, SplitScores
+from parcelray.models.checkpoint import ResolvedCheckpoint
+from parcelray.models.processor import image_size_of
+from parcelray.models.vlm import config_of, connector_of
+from parcelray.profiling.backbone_shapes import from_transformers_config
+from parcelray.profiling.flops import cost
+from parcelray.profiling.kv_cache import kv_cache_bytes
+from parcelray.profiling.reduction_flops import reduced_prefill_flops
+
+TEXT_TOKENS = 32
+"""Of the prompt that costs are given for."""
+_LATENCY_REPEATS = 5
+_PER_POINT = ("name", "budgets", "anchor_grid", "reducer", "need_within", "max_unscored", "tracking", "compute", "storage")
+"""Keys that a point may change without another model or other questions."""
+
+
+@dataclass(frozen=True)
+class EvaluatedPoint:
+    """One point of a search, answered and scored."""
+
+    job: EvaluateJob
+    budgets: tuple[int, ...]
+    """Visual tokens per image; without the blind model."""
+    splits: Sequence[SplitScores]
+    computed: int
+    """Answers that were not there."""
+
+
+def changed_job(job: EvaluateJob, assignment: Assignment) -> EvaluateJob:
+    """A job with the values of a point.
+
+    Raises:
+        ConfigError: the job does not take one of them.
+    """
+    data = job.model_dump(mode="json", exclude_unset=True)
+    for key, value in assignment.items():
+        set_key(data, key, value, "the search")
+    return validate(EvaluateJob, data, "the search")
+
+
+@dataclass
+class WarmEvaluator:
+    """Evaluates points of one job, holding what they share; a point that changes the model or the questions loads anew.
+
+    Args:
+        job: the evaluation that points change.
+        checkpoint: its model, resolved.
+        digest: of the model's weights.
+        reference: scores of the uncompressed model on the same questions, and their budget; retention is measured against them.
+        settings: use of this process.
+        measure_latency: whether a point's latency is measured, which takes some runs of one image.
+    """
+
+    job: EvaluateJob
+    checkpoint: ResolvedCheckpoint
+    digest: str
+    reference: tuple[Sequence[SplitScores], int]
+    settings: PassSettings
+    measure_latency: bool = False
+    _held: dict[str, "_Held"] = field(default_factory=dict, repr=False)
+
+    def metrics(self, assignment: Assignment) -> dict[str, float]:
+        """What a search may want of a point: percent for scores and retention, and the cost of one image's prefill.
+
+        Of several budgets, means over them, and scores and retention of each as `score@64`.
+
+        Raises:
+            UserError: the point is not legal, or its answers cannot be scored.
+        """
+        point = self.evaluate(assignment)
+        per_budget = [self._at(point, budget) for budget in point.budgets]
+        metrics = {name: statistics.fmean(each[name] for each in per_budget) for name in per_budget[0] if all(name in each for each in per_budget)}
+        if len(point.budgets) > 1:
+            metrics |= {f"{name}@{budget}": each[name] for budget, each in zip(point.budgets, per_budget, strict=True) for name in ("score", "retention")}
+        if self.measure_latency:
+            metrics["latency_ms"] = statistics.fmean(self._latency_ms(point, budget) for budget in point.budgets)
+        return metrics | {"computed": float(point.computed)}
+
+    def evaluate(self, assignment: Assignment) -> EvaluatedPoint:
+        """Answers a point's questions, as far as the store does not have the answers, and scores them."""
+        job = changed_job(self.job, assignment)
+        held = self._hold(job)
+        budgets = tuple(budget for budget in budgets_for(job, self.checkpoint) if budget != BLIND)
+        tasks = [replace(task, generation=generation_of(job, asked.choice, asked.config)) for asked, task in zip(held.benchmarks, held.tasks, strict=True)]
+        model = replace(held.model, budgets=budgets)
+        passes = answer_tasks(tasks, model, held.answerer, settings=self.settings)
+        evaluation = Evaluation(
+            name=job.name,
+            model=model.reference,
+            digest=self.digest,
+            budgets=budgets,
+            full=max(connector_of(self.checkpoint.path).supported_budgets),
+            store=model.store,
+            benchmarks=tuple(AskedBenchmark(each.config, passes[each.config.name].asked, each.choice.metric) for each in held.benchmarks),
+            mask_decoder=job.mask_decoder,
+        )
+        return EvaluatedPoint(job, budgets, evaluation.score(store=held.answerer.store), sum(each.computed for each in passes.values()))
+
+    def retention(self, point: EvaluatedPoint, budget: int) -> Estimate:
+        """Unweighted mean over splits, with its draws: points share the questions, so differences between them are paired."""
+        return mean_of(list(retentions(point.splits, budget, *self.reference).values()))
+
+    def _at(self, point: EvaluatedPoint, budget: int) -> dict[str, float]:
+        kept = retentions(point.splits, budget, *self.reference)
+        scores = {split.name: split.scores[budget].estimate for split in point.splits if split.scores[budget].estimate.n}
+        metrics = {"score": mean_of(list(scores.values())).value}
+        overall = mean_of(list(kept.values()))
+        metrics |= {"retention": overall.value, "retention_std_error": overall.std_error}
+        families: dict[str, list[str]] = {}
+        for split in point.splits:
+            families.setdefault(split.family, []).append(split.name)
+        for family, names in families.items():
+            metrics[f"score/{family}"] = mean_of([scores[name] for name in names if name in scores]).value
+            metrics[f"retention/{family}"] = mean_of([kept[name] for name in names if name in kept]).value
+        config = config_of(self.checkpoint.path)
+        shape = from_transformers_config(config)
+        if point.job.reducer is not None:
+            flops = reduced_prefill_flops(shape, point.job.reducer, budget, TEXT_TOKENS)
+        else:
+            flops = cost(shape, connector_at(point.job, config, budget), budget, num_frames=1, num_text_tokens=TEXT_TOKENS).total
+        return metrics | {
+            "tokens": float(budget),
+            "gflops": flops / 1e9,
+            "kv_cache_bytes": float(kv_cache_bytes(shape, budget + TEXT_TOKENS, 4 if point.job.dtype == "float32" else 2)),
+        }
+
+    def _latency_ms(self, point: EvaluatedPoint, budget: int) -> float:
+        """Time from one image to the first token of its answer, milliseconds: the median of a few runs, nothing held."""
+        held = self._hold(point.job)
+        task = held.tasks[0]
+        sample: Sample = next(sample for row in task.rows for sample in task.reader.read(row).samples if sample.images)
+        generation = replace(generation_of(point.job, held.benchmarks[0].choice, held.benchmarks[0].config), max_new_tokens=1, decoding="greedy", num_beams=1)
+        predictor = held.answerer.predictor(generation).without_features()
+        times = []
+        for repeat in range(_LATENCY_REPEATS + 1):
+            started = time.perf_counter()
+            predictor.answer_budgets([sample], [budget])
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            if repeat:
+                times.append(1000 * (time.perf_counter() - started))
+        return statistics.median(times)
+
+    def _hold(self, job: EvaluateJob) -> "_Held":
+        key = json.dumps(job.model_dump(mode="json", exclude=set(_PER_POINT)), sort_keys=True)
+        if key not in self._held:
+            # One at a time: what is held is a model and all its features.
+            self._held.clear()
+            self._held[key] = _Held(job, self.checkpoint, self.digest, self.settings)
+        return self._held[key]
+
+
+class _Held:
+    """The model and the questions of points that share them."""
+
+    def __init__(self, job: EvaluateJob, checkpoint: ResolvedCheckpoint, digest: str, settings: PassSettings) -> None:
+        store = job.storage if "://" in job.storage else str(Path(job.storage).absolute())
+        self.model = EvaluatedModel(checkpoint.path, checkpoint.pinned, digest, (), f"{store}/predictions")
+        self.benchmarks = prepare(job, image_size_of(checkpoint.path))
+        self.tasks: list[BenchmarkTask] = [replace(each.task, reader=_HeldReader(each.task.reader)) for each in self.benchmarks]
+        self.answerer = Answerer(self.model, settings, job.dtype, keep=True)
+
+
+class _HeldReader:
+    """A reader that reads every row once."""
+
+    def __init__(self, reader: BenchmarkReader) -> None:
+        self._reader = reader
+        self._rows: dict[int, RowSamples] = {}
+        self._pin: DataPin | None = None
+
+    @property
+    def name(self) -> str:
+        return self._reader.name
+
+    def pin(self) -> DataPin:
+        self._pin = self._pin or self._reader.pin()
+        return self._pin
+
+    def order(self) -> Sequence[int]:
+        return self._reader.order()
+
+    def cluster(self, row: int) -> str:
+        return self._reader.cluster(row)
+
+    def read(self, row: int) -> RowSamples:
+        if row not in self._rows:
+            self._rows[row] = self._reader.read(row)
+        return self._rows[row]

@@ -1,0 +1,173 @@
+"""One search as data: `jobs/tune/*.yaml`. What is searched is a space; what a trial runs is the space's own job."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from parcelray.config.base import StrictModel
+from parcelray.config.evaluate import EvaluateJob
+from parcelray.config.search_space import AnchorsFit, SearchSpace
+from parcelray.config.train import TrackingConfig, TrainJob
+
+COSTS = ("tokens", "gflops", "kv_cache_bytes", "latency_ms")
+"""What a trial of an evaluation measures besides its scores: visual tokens, FLOPs of the prefill, bytes of its KV cache, time to the first token."""
+
+
+class GridAlgorithm(StrictModel):
+    """Every point of the space, once."""
+
+    type: Literal["grid"] = "grid"
+
+
+class RandomAlgorithm(StrictModel):
+    """Different random points."""
+
+    type: Literal["random"] = "random"
+    trials: int = Field(ge=1)
+    """How many; fewer where the space has fewer."""
+
+
+class OptunaAlgorithm(StrictModel):
+    """Points that Optuna's TPE proposes (Bergstra et al., NeurIPS 2011; with several objectives its multi-objective form)."""
+
+    type: Literal["optuna"] = "optuna"
+    trials: int = Field(ge=1)
+    """How many; fewer where the space has fewer."""
+    startup_trials: int = Field(default=10, ge=1)
+    """Random ones before the first proposal."""
+    batch: int = Field(default=4, ge=1)
+    """Points that are proposed together, before any of them is known. A batch waits for the one before it, so a search depends on its seed and
+    not on the cluster."""
+
+
+class PbtAlgorithm(StrictModel):
+    """Population-based training (Jaderberg et al., 2017) over Tune's scheduler: trainings in segments, the worse half going on from the better."""
+
+    type: Literal["pbt"] = "pbt"
+    population: int = Field(ge=2)
+    """Trainings at the same time; the cluster must hold them all."""
+    segments: int = Field(ge=2)
+    """Times that the population is compared; the job's steps are divided by it."""
+    quantile: float = Field(default=0.5, gt=0, le=0.5)
+    """Share that copies, and share that is copied."""
+
+
+SearchAlgorithm = Annotated[GridAlgorithm | RandomAlgorithm | OptunaAlgorithm | PbtAlgorithm, Field(discriminator="type")]
+
+
+class AshaScheduler(StrictModel):
+    """Asynchronous successive halving (Li et al., MLSys 2020). It only stops, never pauses, and the first trials pass every rung."""
+
+    type: Literal["asha"] = "asha"
+    grace_steps: int = Field(ge=1)
+    """Steps that every training gets."""
+    reduction: int = Field(default=3, ge=2)
+    """One in so many goes on at each rung."""
+
+
+class HyperBandScheduler(StrictModel):
+    """HyperBand (Li et al., JMLR 2018): pauses trainings at each rung and goes on with the best."""
+
+    type: Literal["hyperband"] = "hyperband"
+    reduction: int = Field(default=3, ge=2)
+    """One in so many goes on at each rung."""
+
+
+class MedianScheduler(StrictModel):
+    """Stops a training whose best score is below the median of the others' means at the same step (Golovin et al., KDD 2017)."""
+
+    type: Literal["median"] = "median"
+    grace_steps: int = Field(ge=1)
+    """Steps that every training gets."""
+    min_trials: int = Field(default=3, ge=2)
+    """Trainings that have reached a step before one can be stopped there."""
+
+
+EarlyStopping = Annotated[AshaScheduler | HyperBandScheduler | MedianScheduler, Field(discriminator="type")]
+
+
+class Objective(StrictModel):
+    """One number that a search drives."""
+
+    metric: str
+    """`score`, `retention`, either with `/FAMILY`; a cost (tokens, gflops, kv_cache_bytes, latency_ms); or a metric of the training."""
+    mode: Literal["max", "min"]
+    """Whether more is better."""
+
+
+class ConfirmConfig(StrictModel):
+    """The check of a split search by real trainings from the base: the best splits of one budget, the paper's, and the worst."""
+
+    job: TrainJob
+    """The training; its connector's routing and its budget become each split's. In a file: a job file's path, or {job: PATH, set: {...}}."""
+    budget: int = Field(ge=1)
+    """The budget whose splits are trained."""
+    best: int = Field(default=3, ge=1)
+    """How many of the best."""
+    worst: int = Field(default=1, ge=0)
+    """How many of the worst; without any, a correlation over a few good ones says little."""
+
+
+class TuneJob(StrictModel):
+    """One whole search."""
+
+    kind: Literal["tune"]
+    """What the file describes."""
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")
+    """Short name, part of the search's identity."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of the points."""
+    space: SearchSpace
+    """What is searched. In a file: the path of the space's file."""
+    base: Annotated[EvaluateJob | TrainJob, Field(discriminator="kind")]
+    """What a trial changes and runs: the space's job. In a file: key paths and values that differ from the job file's."""
+    algorithm: SearchAlgorithm
+    """Which points are tried."""
+    early_stopping: EarlyStopping | None = None
+    """Of trainings, on the first objective."""
+    objectives: tuple[Objective, ...] = Field(min_length=1, max_length=4)
+    """What is wanted; the first is what early stopping, the best so far and the importance of parameters look at."""
+    rivals: dict[str, str] = Field(default_factory=dict)
+    """By name, checkpoints that are evaluated at the searched budgets and drawn beside the frontier, such as M3 and MQT; those not there are left out."""
+    confirm: ConfirmConfig | None = None
+    """Real trainings of a few splits, after the search."""
+    max_concurrent: int | None = Field(default=None, ge=1)
+    """Trials at the same time; null: what the cluster holds."""
+    stall_s: float = Field(default=300.0, gt=0)
+    """Longest time in which trials wait and none runs, seconds, before the search gives up and says why."""
+    tracking: TrackingConfig = TrackingConfig()
+    """MLflow."""
+    storage: str = "runs"
+    """Folder under which the search keeps its record; several nodes need one that all of them reach."""
+
+    @field_validator("objectives")
+    @classmethod
+    def _once(cls, objectives: tuple[Objective, ...]) -> tuple[Objective, ...]:
+        names = [objective.metric for objective in objectives]
+        if len(set(names)) < len(names):
+            raise ValueError(f"an objective is named twice in {', '.join(names)}; name each once")
+        return objectives
+
+    @model_validator(mode="after")
+    def _check(self) -> "TuneJob":
+        evaluates = isinstance(self.base, EvaluateJob)
+        for objective in self.objectives if evaluates else ():
+            name, _, family = objective.metric.partition("/")
+            if name not in (*COSTS, "score", "retention") or (family and name in COSTS):
+                raise ValueError(
+                    f"objective {objective.metric!r} is not measured by an evaluation; legal: score, retention, either with /FAMILY, {', '.join(COSTS)}"
+                )
+        if evaluates and isinstance(self.algorithm, PbtAlgorithm):
+            raise ValueError("pbt needs trainings, but the space's job is an evaluation; use grid, random or optuna")
+        if self.early_stopping is not None and (evaluates or isinstance(self.algorithm, PbtAlgorithm)):
+            raise ValueError("early_stopping is for trainings that grid, random or optuna chose; leave it out")
+        if isinstance(self.algorithm, GridAlgorithm) and self.space.size is None:
+            raise ValueError(f"the space {self.space.name} has a real parameter, so it has no grid; use random or optuna")
+        if self.confirm is not None and self.splits is None:
+            raise ValueError(f"confirm needs a space of splits, but {self.space.name} has no anchors_fit constraint; leave it out")
+        return self
+
+    @property
+    def splits(self) -> AnchorsFit | None:
+        """The constraint that makes the space one of splits; None if it is not."""
+        return next((constraint for constraint in self.space.constraints), None) if isinstance(self.base, EvaluateJob) else None

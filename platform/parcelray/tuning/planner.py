@@ -1,0 +1,273 @@
+"""Which points a search tries, as a function of its seed and of what is known: a search that goes on asks the same again and skips what it has."""
+
+import json
+import random
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import optuna
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.trial import TrialState
+
+from parcelray.config.search_space import Assignment, ChoiceDomain, Domain, IntegerDomain, SearchSpace
+from parcelray.config.tune import Objective, OptunaAlgorithm, PbtAlgorithm, RandomAlgorithm, SearchAlgorithm
+from parcelray.tuning.trial_record import FinishedTrial, TrialRecord, point_key
+
+optuna.logging.set_verbosity(optuna.logging.ERROR)
+
+_TRIES = 200
+"""Proposals that may be illegal or known before a random point takes their place."""
+
+
+class Planner(ABC):
+    """Hands out points and takes results.
+
+    Args:
+        record: of the trials that are finished; their points are not handed out.
+    """
+
+    def __init__(self, record: TrialRecord) -> None:
+        self._record = record
+
+    @property
+    @abstractmethod
+    def num_points(self) -> int:
+        """Points of the whole search, those that are known included."""
+
+    @abstractmethod
+    def ask(self) -> Assignment | None:
+        """The next point; None: there is none now (see `is_finished`)."""
+
+    @property
+    @abstractmethod
+    def is_finished(self) -> bool:
+        """Whether no more points will come."""
+
+    def tell(self, trial: FinishedTrial) -> None:  # noqa: B027 - a list needs no results
+        """A trial that has been added to the record."""
+
+
+class ListPlanner(Planner):
+    """A list that is known before the search: a grid, or random points."""
+
+    def __init__(self, points: Sequence[Assignment], record: TrialRecord) -> None:
+        super().__init__(record)
+        self._num_points = len(points)
+        self._waiting = [point for point in points if record.get(point_key(point)) is None]
+        self._waiting.reverse()
+
+    @property
+    def num_points(self) -> int:
+        """See `Planner`."""
+        return self._num_points
+
+    def ask(self) -> Assignment | None:
+        """See `Planner`."""
+        return self._waiting.pop() if self._waiting else None
+
+    @property
+    def is_finished(self) -> bool:
+        """See `Planner`."""
+        return not self._waiting
+
+
+class OptunaPlanner(Planner):
+    """Batches that Optuna's TPE proposes, each from the results of those before it.
+
+    The sampler gets a new seed with every proposal, so that a proposal depends only on the search's seed and the results, and a search that was
+    killed goes on as if it had not been: what was asked is asked again, and answered from the record.
+    """
+
+    def __init__(self, space: SearchSpace, algorithm: OptunaAlgorithm, objectives: Sequence[Objective], seed: int, record: TrialRecord) -> None:
+        super().__init__(record)
+        self._space = space
+        self._algorithm = algorithm
+        self._objectives = objectives
+        self._seed = seed
+        size = space.size
+        self._num_points = algorithm.trials if size is None else min(size, algorithm.trials)
+        self._study = optuna.create_study(directions=["maximize" if objective.mode == "max" else "minimize" for objective in objectives])
+        self._asked: dict[str, optuna.Trial] = {}
+        self._order: list[str] = []
+        self._told = 0
+        self._batch: list[Assignment] = []
+        self._results: dict[str, FinishedTrial] = {}
+        self._proposals = 0
+
+    @property
+    def num_points(self) -> int:
+        """See `Planner`."""
+        return self._num_points
+
+    @property
+    def is_finished(self) -> bool:
+        """See `Planner`."""
+        self._advance()
+        return not self._batch and len(self._order) >= self._num_points
+
+    def ask(self) -> Assignment | None:
+        """See `Planner`."""
+        self._advance()
+        return self._batch.pop(0) if self._batch else None
+
+    def tell(self, trial: FinishedTrial) -> None:
+        """See `Planner`."""
+        self._results[trial.key] = trial
+
+    def _advance(self) -> None:
+        """Makes the next batch once the one before is known, as often as the record knows a whole batch."""
+        while not self._batch and len(self._order) < self._num_points and all(key in self._results for key in self._order):
+            # Results are told in the order of the questions, not in that in which they came.
+            for key in self._order[self._told :]:
+                self._tell_study(key)
+            self._told = len(self._order)
+            for _ in range(min(self._algorithm.batch, self._num_points - len(self._order))):
+                point = self._propose()
+                key = point_key(point)
+                self._order.append(key)
+                known = self._record.get(key)
+                if known is not None:
+                    self._results[key] = known
+                else:
+                    self._batch.append(point)
+
+    def _tell_study(self, key: str) -> None:
+        trial = self._results[key]
+        values = [trial.metrics.get(objective.metric) for objective in self._objectives]
+        if trial.error is not None or any(value is None for value in values):
+            self._study.tell(self._asked[key], state=TrialState.FAIL)
+        else:
+            self._study.tell(self._asked[key], [float(value) for value in values if value is not None])
+
+    def _propose(self) -> Assignment:
+        """A legal point that was not proposed before."""
+        for attempt in range(_TRIES):
+            self._proposals += 1
+            seed = (self._seed * 1_000_003 + self._proposals) % 2**32
+            if attempt >= _TRIES // 2:
+                return self._first_new(seed)
+            self._study.sampler = _sampler(seed, self._algorithm.startup_trials)
+            trial = self._study.ask()
+            point = self._suggested(trial)
+            if self._space.allows(point) and point_key(point) not in self._asked:
+                self._asked[point_key(point)] = trial
+                return point
+            self._study.tell(trial, state=TrialState.FAIL)
+        raise AssertionError("the second half of the tries returns")
+
+    def _first_new(self, seed: int) -> Assignment:
+        """A random point instead of a proposal: the sampler repeats itself."""
+        rng = random.Random(seed)
+        for point in _without_repeats(self._space, rng):
+            key = point_key(point)
+            if key not in self._asked:
+                self._study.enqueue_trial(optuna_params(self._space, point))
+                trial = self._study.ask()
+                self._suggested(trial)
+                self._asked[key] = trial
+                return point
+        raise AssertionError("num_points is at most the size of the space")
+
+    def _suggested(self, trial: optuna.Trial) -> Assignment:
+        """A point, its parameters suggested in order and only where they are active."""
+        chosen: Assignment = {}
+        for name, domain in self._space.parameters.items():
+            if all(other in chosen and chosen[other] in legal for other, legal in domain.when.items()):
+                chosen[name] = _from_optuna(domain, _suggest(trial, name, distribution_of(domain)))
+        return chosen
+
+
+def make_planner(space: SearchSpace, algorithm: SearchAlgorithm, objectives: Sequence[Objective], seed: int, record: TrialRecord) -> Planner:
+    """The planner of an algorithm; a population starts from random points."""
+    if isinstance(algorithm, OptunaAlgorithm):
+        return OptunaPlanner(space, algorithm, objectives, seed, record)
+    if isinstance(algorithm, RandomAlgorithm | PbtAlgorithm):
+        size, wanted = space.size, algorithm.trials if isinstance(algorithm, RandomAlgorithm) else algorithm.population
+        count = wanted if size is None else min(size, wanted)
+        points = _without_repeats(space, random.Random(seed))
+        return ListPlanner([next(points) for _ in range(count)], record)
+    return ListPlanner(list(space.grid()), record)
+
+
+def distribution_of(domain: Domain) -> BaseDistribution:
+    """Optuna's distribution of a domain. Choices are indices; those that ascend as numbers keep their order for the sampler."""
+    if isinstance(domain, ChoiceDomain):
+        return IntDistribution(0, len(domain.values) - 1) if _ascends(domain.values) else CategoricalDistribution(tuple(range(len(domain.values))))
+    if isinstance(domain, IntegerDomain):
+        # Optuna has no step on a logarithmic scale; what it proposes is moved to the step below.
+        return IntDistribution(domain.low, domain.high, log=domain.log, step=1 if domain.log else domain.step)
+    return FloatDistribution(domain.low, domain.high, log=domain.log)
+
+
+def _sampler(seed: int, startup_trials: int) -> optuna.samplers.BaseSampler:
+    with warnings.catch_warnings():
+        # Grouping parameters by what is active together is marked as experimental; without it TPE takes them one by one.
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        return optuna.samplers.TPESampler(seed=seed, n_startup_trials=startup_trials, multivariate=True, group=True, constant_liar=True)
+
+
+def _suggest(trial: optuna.Trial, name: str, distribution: BaseDistribution) -> Any:
+    if isinstance(distribution, CategoricalDistribution):
+        return trial.suggest_categorical(name, distribution.choices)
+    if isinstance(distribution, IntDistribution):
+        return trial.suggest_int(name, distribution.low, distribution.high, step=distribution.step, log=distribution.log)
+    assert isinstance(distribution, FloatDistribution)
+    return trial.suggest_float(name, distribution.low, distribution.high, log=distribution.log)
+
+
+def optuna_params(space: SearchSpace, assignment: Assignment) -> dict[str, Any]:
+    """A point in Optuna's values."""
+    return {name: _to_optuna(space.parameters[name], value) for name, value in assignment.items()}
+
+
+def _from_optuna(domain: Domain, value: Any) -> Any:
+    if isinstance(domain, ChoiceDomain):
+        return domain.values[value]
+    if isinstance(domain, IntegerDomain):
+        return domain.low + (int(value) - domain.low) // domain.step * domain.step
+    return float(value)
+
+
+def _to_optuna(domain: Domain, value: Any) -> Any:
+    return domain.values.index(value) if isinstance(domain, ChoiceDomain) else value
+
+
+def _ascends(values: Sequence[Any]) -> bool:
+    numbers = [value[0] if isinstance(value, list | tuple) and len(value) == 1 else value for value in values]
+    return all(isinstance(number, int | float) and not isinstance(number, bool) for number in numbers) and numbers == sorted(numbers)
+
+
+def _without_repeats(space: SearchSpace, rng: random.Random) -> Iterator[Assignment]:
+    """Different random points; all of a finite space in the end."""
+    if space.size is not None:
+        points = list(space.grid())
+        rng.shuffle(points)
+        yield from points
+        return
+    seen: set[str] = set()
+    while True:
+        point = space.sample(rng)
+        key = json.dumps(point, sort_keys=True)
+        if key not in seen:
+            seen.add(key)
+            yield point
+
+
+def importance(space: SearchSpace, trials: Sequence[FinishedTrial], objective: Objective, seed: int = 0) -> Mapping[str, float]:
+    """Share of an objective's variance that each parameter explains (fANOVA, Hutter et al., ICML 2014), over the parameters that every trial has.
+
+    Empty with fewer than four trials, or where all of them are equally good.
+    """
+    known = [trial for trial in trials if trial.error is None and objective.metric in trial.metrics]
+    if len(known) < 4 or len({trial.metrics[objective.metric] for trial in known}) < 2:
+        return {}
+    study = optuna.create_study(direction="maximize" if objective.mode == "max" else "minimize")
+    for trial in known:
+        distributions = {name: distribution_of(space.parameters[name]) for name in trial.assignment}
+        study.add_trial(
+            optuna.trial.create_trial(params=optuna_params(space, trial.assignment), distributions=distributions, value=trial.metrics[objective.metric])
+        )
+    found = optuna.importance.get_param_importances(study, evaluator=optuna.importance.FanovaImportanceEvaluator(seed=seed))
+    return {name: float(value) for name, value in found.items()}

@@ -1,0 +1,63 @@
+"""From a search over splits to a routing: for every budget the anchor grid that is best, or nearly best and cheaper."""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from parcelray.config.connector import RouteConfig
+from parcelray.evaluation.aggregate import difference
+from parcelray.evaluation.intervals import Interval
+from parcelray.evaluation.split_scores import Estimate
+
+
+class ChosenSplit(NamedTuple):
+    """The split of one budget."""
+
+    num_visual_tokens: int
+    anchor_grid: int
+    """Chosen."""
+    best: int
+    """The anchor grid with the highest retention."""
+    rule: int | None
+    """The paper's anchor grid; None where its rule does not reach."""
+    against_rule: Interval | None
+    """Retention of the chosen one minus that of the paper's, paired over questions, in points."""
+
+
+def choose_splits(retention: Mapping[int, Mapping[int, Estimate]], gflops: Mapping[int, Mapping[int, float]], rule: Mapping[int, int]) -> list[ChosenSplit]:
+    """The split of each budget by the rule of one standard error (Breiman et al., 1984): of all that are so close to the best, the cheapest.
+
+    The difference is paired, so its standard error is much smaller than that of either.
+
+    Args:
+        retention: by budget and anchor grid, with draws over the same questions.
+        gflops: of a prefill, alike.
+        rule: the paper's anchor grid by budget.
+    """
+    chosen = []
+    for budget, by_grid in sorted(retention.items()):
+        best = max(by_grid, key=lambda grid: by_grid[grid].value)
+        near = [grid for grid, each in by_grid.items() if grid == best or _within_one_error(by_grid[best], each)]
+        grid = min(near, key=lambda grid: gflops[budget][grid])
+        theirs = rule.get(budget)
+        gap = difference(by_grid[grid], by_grid[theirs]).interval if theirs is not None and theirs in by_grid else None
+        chosen.append(ChosenSplit(budget, grid, best, theirs, gap))
+    return chosen
+
+
+def routing_of(splits: Sequence[ChosenSplit], full: int) -> tuple[RouteConfig, ...]:
+    """The intervals: each budget's grid holds up to the next one that was searched, the last up to all patches."""
+    routes: list[RouteConfig] = []
+    for place, split in enumerate(splits):
+        last = splits[place + 1].num_visual_tokens - 1 if place + 1 < len(splits) else full
+        if routes and routes[-1].anchor_grid == split.anchor_grid:
+            routes[-1] = routes[-1].model_copy(update={"max_budget": last})
+        else:
+            routes.append(RouteConfig(min_budget=split.num_visual_tokens, max_budget=last, anchor_grid=split.anchor_grid))
+    return tuple(routes)
+
+
+def _within_one_error(best: Estimate, other: Estimate) -> bool:
+    gap = difference(best, other)
+    return gap.value <= float(np.nanstd(gap.draws, ddof=1))

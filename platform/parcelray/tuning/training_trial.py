@@ -1,0 +1,135 @@
+"""Trials that train: a driver that takes no CPU of its own builds the training's run, whose workers take theirs from the cluster."""
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from ray import tune
+from ray.tune import Checkpoint
+from ray.tune.integration.ray_train import TuneReportCallback
+from ray.tune.schedulers import ASHAScheduler, HyperBandScheduler, MedianStoppingRule, PopulationBasedTraining, TrialScheduler
+
+from parcelray.config.search_space import Assignment, SearchSpace
+from parcelray.config.tune import AshaScheduler, EarlyStopping, MedianScheduler, Objective, PbtAlgorithm
+from parcelray.tuning.search_space import assignment_of, tune_domains
+from parcelray.tuning.tune_run import FINISHED, METRICS, SCALAR, STEPS, TrialResources, objective_value
+
+DRIVER_CPUS = 0.01
+"""Of the trial's own process; with a whole CPU the drivers of all trials take those that their workers wait for, and 0 is refused."""
+_STATE = "state.json"
+
+Report = Callable[[Mapping[str, float]], None]
+"""Is told a training's metrics at each of its checkpoints."""
+
+
+class TrainPoint(Protocol):
+    """Trains one point; given by the layer that knows jobs."""
+
+    def __call__(self, assignment: Assignment, on_report: Report, *, model: str | None = None, part: int = 1) -> tuple[dict[str, float], str]:
+        """Trains a point to its end.
+
+        Args:
+            assignment: what it changes in the job.
+            on_report: called at each checkpoint.
+            model: checkpoint to start from instead of the job's.
+            part: the job's steps are divided by it.
+
+        Returns:
+            The last metrics, and the folder of the model.
+        """
+
+
+def training_trial(train: TrainPoint, objective: Objective) -> Any:
+    """A trial that trains a point and reports at each checkpoint of the training."""
+    return tune.with_parameters(_train, train=train, objective=objective)
+
+
+def population_trial(train: TrainPoint, space: SearchSpace, objective: Objective, algorithm: PbtAlgorithm) -> Any:
+    """A member of a population: trains in segments, after each of which it may have to go on from another's model with other values."""
+    return tune.with_parameters(_train_segments, train=train, space=space, objective=objective, segments=algorithm.segments)
+
+
+def early_stopping(config: EarlyStopping | None, total_steps: int) -> TrialScheduler | None:
+    """Tune's scheduler; None: every training runs to its end."""
+    if config is None:
+        return None
+    common: dict[str, Any] = {"metric": SCALAR, "mode": "max", "time_attr": STEPS}
+    if isinstance(config, AshaScheduler):
+        return ASHAScheduler(**common, max_t=total_steps, grace_period=min(config.grace_steps, total_steps), reduction_factor=config.reduction)
+    if isinstance(config, MedianScheduler):
+        return MedianStoppingRule(**common, grace_period=config.grace_steps, min_samples_required=config.min_trials)
+    return HyperBandScheduler(**common, max_t=total_steps, reduction_factor=config.reduction)
+
+
+def population_scheduler(space: SearchSpace, algorithm: PbtAlgorithm) -> TrialScheduler:
+    """Tune's population-based training over the parameters of a space; all members finish a segment before any is compared."""
+    return PopulationBasedTraining(
+        time_attr=STEPS,
+        metric=SCALAR,
+        mode="max",
+        perturbation_interval=1,
+        hyperparam_mutations={"assignment": tune_domains(space)},
+        quantile_fraction=algorithm.quantile,
+        synch=True,
+        log_config=False,
+    )
+
+
+def worker_resources(num_workers: int, cpus_per_worker: float, gpus_per_worker: float, data_tasks: int) -> TrialResources:
+    """What a training trial takes: its workers' shares and a CPU for each task that prepares their data; in-process, a CPU."""
+    if num_workers == 0:
+        return TrialResources(cpus=1.0, gpus=gpus_per_worker)
+    return TrialResources(cpus=DRIVER_CPUS, worker_cpus=num_workers * (cpus_per_worker + data_tasks), worker_gpus=num_workers * gpus_per_worker)
+
+
+def _train(config: dict[str, Any], train: TrainPoint, objective: Objective) -> None:
+    metrics, _ = train(config["assignment"], _Reporter(objective))
+    tune.report(_result(metrics, objective, int(metrics.get("step", 0)), finished=True))
+
+
+def _train_segments(config: dict[str, Any], train: TrainPoint, space: SearchSpace, objective: Objective, segments: int) -> None:
+    state = _restored()
+    for segment in range(state["segment"], segments):
+        metrics, model = train(assignment_of(space, config["assignment"]), lambda metrics: None, model=state["model"], part=segments)
+        state = {"segment": segment + 1, "model": model}
+        with tempfile.TemporaryDirectory(prefix="parcelray-population-") as name:
+            (Path(name) / _STATE).write_text(json.dumps(state), encoding="utf-8")
+            result = _result(metrics, objective, segment + 1, finished=segment + 1 == segments)
+            tune.report(result, checkpoint=Checkpoint.from_directory(name))
+
+
+def _restored() -> dict[str, Any]:
+    """Where a member goes on: its own last segment, or that of the one it copies."""
+    checkpoint = tune.get_checkpoint()
+    if checkpoint is None:
+        return {"segment": 0, "model": None}
+    with checkpoint.as_directory() as name:
+        state: dict[str, Any] = json.loads((Path(name) / _STATE).read_text(encoding="utf-8"))
+        return state
+
+
+class _Reporter:
+    """Sends a training's reports to Tune, from this process or from that of Ray Train's controller."""
+
+    def __init__(self, objective: Objective) -> None:
+        self._objective = objective
+        self._process = os.getpid()
+        self._queue = TuneReportCallback()  # type: ignore[no-untyped-call]
+
+    def __call__(self, metrics: Mapping[str, float]) -> None:
+        # The first checkpoints may come before the first validation.
+        if self._objective.metric not in metrics:
+            return
+        result = _result(metrics, self._objective, int(metrics.get("step", 0)), finished=False)
+        if os.getpid() == self._process:
+            tune.report(result)
+        else:
+            # Ray's callback uses neither the run's context nor a checkpoint; called here, it puts the report into the trial's queue.
+            self._queue.after_report(None, [result], None)  # type: ignore[arg-type]
+
+
+def _result(metrics: Mapping[str, float], objective: Objective, steps: int, *, finished: bool) -> dict[str, Any]:
+    return {METRICS: dict(metrics), SCALAR: objective_value(objective, metrics), STEPS: steps, FINISHED: finished}
