@@ -1,0 +1,129 @@
+"""Points depend on the seed and the record only, so a search that was killed goes on as if it had not been."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from parcelray.config.search_space import Assignment, SearchSpace
+from parcelray.config.tune import GridAlgorithm, Objective, OptunaAlgorithm, RandomAlgorithm, SearchAlgorithm
+from parcelray.tuning.planner import importance, make_planner
+from parcelray.tuning.trial_record import FinishedTrial, TrialRecord, point_key
+
+SPACE = SearchSpace.model_validate(
+    {
+        "kind": "search_space",
+        "name": "s",
+        "job": "j.yaml",
+        "parameters": {
+            "kind": {"type": "choice", "values": ["plain", "curved"]},
+            "x": {"type": "real", "low": 0.0, "high": 1.0},
+            "power": {"type": "integer", "low": 1, "high": 4, "when": {"kind": ["curved"]}},
+            "rate": {"type": "real", "low": 1e-4, "high": 1.0, "log": True},
+        },
+    }
+)
+SPLITS = SearchSpace.model_validate(
+    {
+        "kind": "search_space",
+        "name": "splits",
+        "job": "j.yaml",
+        "parameters": {
+            "anchor_grid": {"type": "choice", "values": [0, 1, 2, 4]},
+            "budgets": {"type": "choice", "values": [[4], [16]]},
+        },
+        "constraints": [{"type": "anchors_fit", "anchor_grid": "anchor_grid", "budget": "budgets", "patch_grid": 16}],
+    }
+)
+ONE = [Objective(metric="y", mode="max")]
+TWO = [Objective(metric="y", mode="max"), Objective(metric="cost", mode="min")]
+
+
+def _measure(point: Assignment) -> dict[str, float]:
+    """Best at curved, x = 0.7, rate = 0.01."""
+    penalty = 0.0 if point.get("kind") == "curved" else 0.5
+    y = 1 - penalty - (point["x"] - 0.7) ** 2 - 0.05 * abs(math.log10(point["rate"]) + 2)
+    return {"y": y, "cost": point["x"]}
+
+
+def _run(
+    folder: Path, space: SearchSpace, algorithm: SearchAlgorithm, objectives: Any = ONE, *, stop_after: int | None = None, measure: Any = _measure
+) -> list[Assignment]:
+    """Runs a search with three points at the same time that finish in an order of their own; returns the points that were run."""
+    record = TrialRecord(folder)
+    planner = make_planner(space, algorithm, objectives, 7, record)
+    run: list[Assignment] = []
+    running: list[Assignment] = []
+    while True:
+        point = planner.ask() if len(running) < 3 else None
+        if point is not None:
+            running.append(point)
+            continue
+        if not running:
+            assert planner.is_finished
+            return run
+        done = running.pop((len(run) * 2) % len(running))
+        trial = FinishedTrial(point_key(done), done, measure(done), 1.0)
+        record.add(trial)
+        planner.tell(trial)
+        run.append(done)
+        if stop_after is not None and len(run) >= stop_after:
+            return run
+
+
+@pytest.mark.parametrize("algorithm", [RandomAlgorithm(trials=25), OptunaAlgorithm(trials=25, startup_trials=6, batch=4)], ids=lambda each: each.type)
+@pytest.mark.parametrize("stop_after", [1, 9, 24])
+def test_a_search_that_was_killed_ends_with_the_points_of_one_that_was_not(tmp_path: Path, algorithm: SearchAlgorithm, stop_after: int) -> None:
+    undisturbed = _run(tmp_path / "undisturbed", SPACE, algorithm)
+    before = _run(tmp_path / "killed", SPACE, algorithm, stop_after=stop_after)
+    after = _run(tmp_path / "killed", SPACE, algorithm)
+    assert sorted(map(point_key, before + after)) == sorted(map(point_key, undisturbed)), "no point lost, none twice"
+    assert len(undisturbed) == 25
+
+
+def test_a_grid_is_every_point_once_and_what_is_recorded_is_left_out(tmp_path: Path) -> None:
+    measure = lambda point: {"y": 0.0}  # noqa: E731
+    before = _run(tmp_path, SPLITS, GridAlgorithm(), stop_after=2, measure=measure)
+    after = _run(tmp_path, SPLITS, GridAlgorithm(), measure=measure)
+    points = before + after
+    assert len({point_key(point) for point in points}) == len(points) == SPLITS.size == 7
+    assert all(SPLITS.allows(point) for point in points)
+
+
+def test_tpe_finds_the_best_place_sooner_than_random_points(tmp_path: Path) -> None:
+    best = {}
+    for algorithm in (RandomAlgorithm(trials=50), OptunaAlgorithm(trials=50, startup_trials=12, batch=4)):
+        points = _run(tmp_path / algorithm.type, SPACE, algorithm)
+        late = [_measure(point)["y"] for point in points[25:]]
+        best[algorithm.type] = sum(late) / len(late)
+    assert best["optuna"] > best["random"] + 0.15
+
+
+def test_conditions_constraints_and_a_small_space_hold_under_tpe(tmp_path: Path) -> None:
+    points = _run(tmp_path / "conditions", SPACE, OptunaAlgorithm(trials=30, startup_trials=5), TWO)
+    assert all(("power" in point) == (point["kind"] == "curved") for point in points)
+    splits = _run(tmp_path / "splits", SPLITS, OptunaAlgorithm(trials=100, startup_trials=2), measure=lambda point: {"y": float(point["anchor_grid"])})
+    assert len(splits) == len({point_key(point) for point in splits}) == 7, "all of the space, and then it ends"
+
+
+def test_a_failed_trial_neither_stops_tpe_nor_is_asked_again(tmp_path: Path) -> None:
+    record = TrialRecord(tmp_path)
+    planner = make_planner(SPACE, OptunaAlgorithm(trials=12, startup_trials=4, batch=3), ONE, 0, record)
+    keys = []
+    while (point := planner.ask()) is not None:
+        keys.append(point_key(point))
+        trial = FinishedTrial(point_key(point), point, {} if len(keys) % 3 == 0 else _measure(point), 1.0, "broke" if len(keys) % 3 == 0 else None)
+        record.add(trial)
+        planner.tell(trial)
+    assert planner.is_finished
+    assert len(set(keys)) == 12
+
+
+def test_importance_is_the_parameters_share(tmp_path: Path) -> None:
+    trials = [FinishedTrial(point_key(point), point, _measure(point), 1.0) for point in _run(tmp_path, SPACE, RandomAlgorithm(trials=60))]
+    shares = importance(SPACE, trials, ONE[0])
+    assert set(shares) == {"kind", "x", "rate"}, "over the parameters that every trial has"
+    assert shares["kind"] > shares["x"]
+    assert sum(shares.values()) == pytest.approx(1)
+    assert importance(SPACE, trials[:3], ONE[0]) == {}

@@ -1,0 +1,54 @@
+"""The record survives what can happen to a driver."""
+
+from pathlib import Path
+
+import pytest
+
+from parcelray.errors import UserError
+from parcelray.tuning.trial_record import FinishedTrial, TrialRecord, point_key
+
+
+def _trial(value: int, error: str | None = None) -> FinishedTrial:
+    assignment = {"a": value, "budgets": [value]}
+    return FinishedTrial(point_key(assignment), assignment, {} if error else {"score": float(value), "none": float("nan")}, 1.5, error)
+
+
+def test_a_record_is_read_as_it_was_written(tmp_path: Path) -> None:
+    record = TrialRecord(tmp_path)
+    for trial in (_trial(1), _trial(2, "it broke")):
+        record.add(trial)
+    again = TrialRecord(tmp_path)
+    assert [(trial.key, trial.assignment, trial.error) for trial in again.trials] == [(trial.key, trial.assignment, trial.error) for trial in record.trials]
+    assert again.trials[0].metrics == {"score": 1.0}
+    assert point_key({"budgets": [1], "a": 1}) == again.trials[0].key, "the order of keys does not matter"
+
+
+def test_a_line_that_was_cut_off_is_a_trial_that_did_not_finish(tmp_path: Path) -> None:
+    record = TrialRecord(tmp_path)
+    record.add(_trial(1))
+    file = tmp_path / "trials.jsonl"
+    whole = file.read_bytes()
+    file.write_bytes(whole + whole[: len(whole) // 2])
+    again = TrialRecord(tmp_path)
+    assert len(again.trials) == 1
+    again.add(_trial(2))
+    assert [trial.assignment["a"] for trial in TrialRecord(tmp_path).trials] == [1, 2]
+
+
+def test_a_broken_line_in_the_middle_is_named(tmp_path: Path) -> None:
+    record = TrialRecord(tmp_path)
+    record.add(_trial(1))
+    file = tmp_path / "trials.jsonl"
+    file.write_text("not json\n" + file.read_text())
+    with pytest.raises(UserError, match=r"trials.jsonl, line 1, is no finished trial"):
+        TrialRecord(tmp_path)
+
+
+def test_failed_trials_are_run_again_only_when_asked(tmp_path: Path) -> None:
+    record = TrialRecord(tmp_path)
+    record.add(_trial(1))
+    record.add(_trial(2, "it broke"))
+    assert record.forget_failed() == 1
+    assert [trial.assignment["a"] for trial in record.trials] == [1]
+    record.add(_trial(2))
+    assert [(trial.assignment["a"], trial.error) for trial in TrialRecord(tmp_path).trials] == [(1, None), (2, None)], "the last try counts"
