@@ -17,6 +17,7 @@ from parcelray.config.loader import set_key, validate
 from parcelray.config.tune import TuneJob
 from parcelray.errors import UserError
 from parcelray.evaluation.intervals import Interval
+from parcelray.evaluation.split_scores import Estimate
 from parcelray.evaluation.summary import Summary
 from parcelray.models.connectors.routing import default_routing
 from parcelray.models.rerouting import write_rerouted
@@ -198,16 +199,21 @@ def record_findings(uri: str, run_id: str, findings: SearchFindings, files: Sequ
 def _splits(job: TuneJob, trials: Sequence[FinishedTrial], evaluator: WarmEvaluator) -> list[ChosenSplit]:
     constraint = job.splits
     assert constraint is not None
-    retention: dict[int, dict[int, Any]] = {}
+    found: dict[int, dict[int, Estimate]] = {}
     gflops: dict[int, dict[int, float]] = {}
     for trial in trials:
         if trial.error is None:
             point = evaluator.evaluate(trial.assignment)
             for budget in point.budgets:
                 grid = int(trial.assignment[constraint.anchor_grid])
-                retention.setdefault(budget, {})[grid] = evaluator.retention(point, budget)
+                found.setdefault(budget, {})[grid] = evaluator.estimate(point, budget, _quality(job))
                 gflops.setdefault(budget, {})[grid] = trial.metrics["gflops"]
-    return choose_splits(retention, gflops, _rule(constraint.patch_grid, sorted(retention)))
+    return choose_splits(found, gflops, _rule(constraint.patch_grid, sorted(found)))
+
+
+def _quality(job: TuneJob) -> str:
+    """The first objective that says how good answers are; retention, if none does."""
+    return next((each.metric for each in job.objectives if each.metric.partition("/")[0] in _SCORES), "retention")
 
 
 def _rule(patch_grid: int, budgets: Sequence[int]) -> dict[int, int]:

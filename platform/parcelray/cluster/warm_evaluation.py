@@ -124,9 +124,13 @@ class WarmEvaluator:
         )
         return EvaluatedPoint(job, budgets, evaluation.score(store=held.answerer.store), sum(each.computed for each in passes.values()))
 
-    def retention(self, point: EvaluatedPoint, budget: int) -> Estimate:
-        """Unweighted mean over splits, with its draws: points share the questions, so differences between them are paired."""
-        return mean_of(list(retentions(point.splits, budget, *self.reference).values()))
+    def estimate(self, point: EvaluatedPoint, budget: int, metric: str) -> Estimate:
+        """Score or retention, of all or of a family (`score/video`), with its draws: points share the questions, so differences are paired."""
+        name, _, family = metric.partition("/")
+        splits = [split for split in point.splits if not family or split.family == family]
+        if name == "retention":
+            return mean_of(list(retentions(splits, budget, *self.reference).values()))
+        return mean_of([split.scores[budget].estimate for split in splits if split.scores[budget].estimate.n])
 
     def _at(self, point: EvaluatedPoint, budget: int) -> dict[str, float]:
         kept = retentions(point.splits, budget, *self.reference)

@@ -3,8 +3,6 @@
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-import numpy as np
-
 from parcelray.config.connector import RouteConfig
 from parcelray.evaluation.aggregate import difference
 from parcelray.evaluation.intervals import Interval
@@ -18,25 +16,25 @@ class ChosenSplit(NamedTuple):
     anchor_grid: int
     """Chosen."""
     best: int
-    """The anchor grid with the highest retention."""
+    """The anchor grid with the highest value."""
     rule: int | None
     """The paper's anchor grid; None where its rule does not reach."""
     against_rule: Interval | None
-    """Retention of the chosen one minus that of the paper's, paired over questions, in points."""
+    """The chosen one minus the paper's, paired over questions, in points."""
 
 
-def choose_splits(retention: Mapping[int, Mapping[int, Estimate]], gflops: Mapping[int, Mapping[int, float]], rule: Mapping[int, int]) -> list[ChosenSplit]:
+def choose_splits(values: Mapping[int, Mapping[int, Estimate]], gflops: Mapping[int, Mapping[int, float]], rule: Mapping[int, int]) -> list[ChosenSplit]:
     """The split of each budget by the rule of one standard error (Breiman et al., 1984): of all that are so close to the best, the cheapest.
 
     The difference is paired, so its standard error is much smaller than that of either.
 
     Args:
-        retention: by budget and anchor grid, with draws over the same questions.
+        values: score or retention by budget and anchor grid, with draws over the same questions.
         gflops: of a prefill, alike.
         rule: the paper's anchor grid by budget.
     """
     chosen = []
-    for budget, by_grid in sorted(retention.items()):
+    for budget, by_grid in sorted(values.items()):
         best = max(by_grid, key=lambda grid: by_grid[grid].value)
         near = [grid for grid, each in by_grid.items() if grid == best or _within_one_error(by_grid[best], each)]
         grid = min(near, key=lambda grid: gflops[budget][grid])
@@ -60,4 +58,4 @@ def routing_of(splits: Sequence[ChosenSplit], full: int) -> tuple[RouteConfig, .
 
 def _within_one_error(best: Estimate, other: Estimate) -> bool:
     gap = difference(best, other)
-    return gap.value <= float(np.nanstd(gap.draws, ddof=1))
+    return gap.value <= gap.std_error

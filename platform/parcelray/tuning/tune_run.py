@@ -220,7 +220,7 @@ class _Keeper(Callback):
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         self._last.pop(trial.trial_id, None)
-        self._finish(trial, {}, _reason(trial.get_error()), stopped=False)
+        self._finish(trial, {}, _reason(trial), stopped=False)
 
     def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
         statuses = [trial.status for trial in trials]
@@ -244,13 +244,12 @@ class _Keeper(Callback):
         self._observer.finished(finished)
 
 
-def _reason(error: BaseException | None) -> str:
-    """The last line of what a trial failed with."""
-    if error is None:
+def _reason(trial: Trial) -> str:
+    """The last line of what a trial failed with, from the file that Tune has just written; its other record of it is a pickle."""
+    if trial.error_file is None:
         return "it failed without a word"
-    cause = getattr(error, "cause", None) or error
-    lines = [line for line in str(cause).strip().splitlines() if line.strip()]
-    return f"{type(cause).__name__}: {lines[-1].strip()}" if lines else type(cause).__name__
+    lines = [line.strip() for line in Path(trial.error_file).read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    return lines[-1].removeprefix("parcelray.errors.")
 
 
 def _counts(resources: Mapping[str, float]) -> str:

@@ -1,0 +1,116 @@
+"""A warm evaluation gives what `parcelray evaluate` gives, without loading and encoding anew."""
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from parcelray.cluster.evaluation_run import run_evaluation
+from parcelray.cluster.warm_evaluation import WarmEvaluator, changed_job
+from parcelray.config.evaluate import EvaluateJob
+from parcelray.config.loader import ConfigError
+from parcelray.errors import UserError
+from parcelray.evaluation.bundles import PassSettings
+from parcelray.models.checkpoint import content_digest, resolve_checkpoint, write_manifest
+from parcelray.models.token_reduction.encoder_view import EncoderView
+from parcelray.models.vlm import load_vlm
+from parcelray.training.start import build_start
+
+from ..training.conftest import tiny_job
+
+
+@pytest.fixture(scope="module")
+def supernet(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("supernet")
+    connector = {"type": "parcel", "num_heads": 2, "anchor_grids": [0, 1, 2, 4, 8, 16]}
+    model, processor = build_start(tiny_job(folder, connector=connector), None)
+    model.save_pretrained(folder / "model")
+    processor.save_pretrained(folder / "model")
+    write_manifest(folder / "model", config={}, git_commit=None, data=None, seed=3)
+    return folder / "model"
+
+
+def _job(storage: Path, model: Path, **changes: Any) -> EvaluateJob:
+    data = {
+        "kind": "evaluate",
+        "name": "e",
+        "model": {"reference": str(model)},
+        "benchmarks": [{"name": "mini", "source": {"samples": 5}, "max_new_tokens": 4}],
+        "budgets": [16, 256],
+        "compute": {"actors": 0, "rows_per_bundle": 8},
+        "tracking": {"uri": None},
+        "storage": str(storage),
+    }
+    return EvaluateJob.model_validate(data | changes)
+
+
+def _evaluator(job: EvaluateJob, model: Path, **changes: Any) -> WarmEvaluator:
+    checkpoint = resolve_checkpoint(str(model))
+    full = run_evaluation(_job(Path(job.storage) / "reference", model, budgets=["full"], name="full"), Console(file=io.StringIO()), tables=False).summary
+    return WarmEvaluator(job, checkpoint, content_digest(checkpoint.path), (full.splits, 256), PassSettings(rows_per_bundle=8), **changes)
+
+
+def test_a_point_is_the_evaluation_of_its_job(tmp_path: Path, supernet: Path) -> None:
+    job = _job(tmp_path / "warm", supernet)
+    evaluator = _evaluator(job, supernet)
+    for number, (grid, budgets) in enumerate([(4, [16]), (0, [16]), (8, [64])]):
+        point = {"anchor_grid": grid, "budgets": budgets}
+        metrics = evaluator.metrics(point)
+        alone = run_evaluation(changed_job(_job(tmp_path / "cold", supernet, name=f"e{number}"), point), Console(file=io.StringIO()), tables=False).summary
+        budget = budgets[0]
+        assert metrics["score"] == alone.mean_score(budget).value
+        assert {name: metrics[f"score/{name}"] for name in alone.families} == {
+            name: alone.mean_score(budget, members).value for name, members in alone.families.items()
+        }
+        assert (metrics["tokens"], metrics["computed"]) == (budget, 20)
+        # The same answers under the same keys: the cold evaluation, asked from the warm store, has nothing left to do.
+        again = run_evaluation(changed_job(job, point | {"name": f"e{number}"}), Console(file=io.StringIO()), tables=False)
+        assert (again.computed, again.present) == (0, 20)
+        assert evaluator.metrics(point)["computed"] == 0
+
+
+def test_points_share_the_model_and_the_features_until_the_questions_change(tmp_path: Path, supernet: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loads: list[int] = []
+    encodings: list[int] = []
+    monkeypatch.setattr("parcelray.evaluation.answering.load_vlm", _counted(load_vlm, loads))
+    monkeypatch.setattr("parcelray.evaluation.predictor.EncoderView", _counted(EncoderView, encodings))
+    evaluator = _evaluator(_job(tmp_path, supernet), supernet)
+    del loads[:], encodings[:]
+    evaluator.metrics({"anchor_grid": 4, "budgets": [16]})
+    once = len(encodings)
+    evaluator.metrics({"anchor_grid": 2, "budgets": [16]})
+    evaluator.metrics({"anchor_grid": None, "budgets": [256], "reducer": None})
+    assert (len(loads), len(encodings)) == (1, once)
+    evaluator.metrics({"anchor_grid": 4, "budgets": [16], "dtype": "bfloat16"})
+    assert len(loads) == 2, "another arithmetic, another copy of the model"
+
+
+def test_costs_follow_the_point_and_several_budgets_are_averaged(tmp_path: Path, supernet: Path) -> None:
+    evaluator = _evaluator(_job(tmp_path, supernet), supernet, measure_latency=True)
+    few, many = evaluator.metrics({"anchor_grid": 4, "budgets": [16]}), evaluator.metrics({"anchor_grid": 4, "budgets": [64]})
+    without = evaluator.metrics({"anchor_grid": 0, "budgets": [16]})
+    assert few["gflops"] < without["gflops"] < many["gflops"], "queries cost, and more tokens cost more"
+    assert few["kv_cache_bytes"] < many["kv_cache_bytes"]
+    assert few["latency_ms"] > 0
+    both = evaluator.metrics({"anchor_grid": 4, "budgets": [16, 64]})
+    assert both["score"] == pytest.approx((few["score"] + many["score"]) / 2)
+    assert (both["score@16"], both["tokens"]) == (few["score"], 40)
+
+
+def test_an_illegal_point_says_why(tmp_path: Path, supernet: Path) -> None:
+    evaluator = _evaluator(_job(tmp_path, supernet), supernet)
+    with pytest.raises(UserError, match="anchor"):
+        evaluator.metrics({"anchor_grid": 8, "budgets": [16]})
+    with pytest.raises(ConfigError, match="budgts is not a known key"):
+        evaluator.metrics({"budgts": [16]})
+
+
+def _counted(function: Callable[..., Any], calls: list[int]) -> Callable[..., Any]:
+    def call(*args: Any, **more: Any) -> Any:
+        calls.append(1)
+        return function(*args, **more)
+
+    return call

@@ -1,0 +1,294 @@
+"""Searches on Ray Tune, and what can go wrong in one."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow import MlflowClient
+from rich.console import Console
+
+from parcelray.cluster.split_confirmation import confirm_splits
+from parcelray.cluster.tuning_plan import tuning_plan
+from parcelray.cluster.tuning_results import select
+from parcelray.cluster.tuning_run import SearchRun, run_tuning
+from parcelray.config.connector import ParcelConnectorConfig
+from parcelray.config.evaluate import EvaluateJob
+from parcelray.config.loader import load_job
+from parcelray.config.search_space import Assignment, SearchSpace
+from parcelray.config.tune import GridAlgorithm, Objective, TuneJob
+from parcelray.errors import SystemFailure, UserError
+from parcelray.models.checkpoint import resolve_checkpoint, verify_manifest, write_manifest
+from parcelray.models.vlm import config_of
+from parcelray.training.start import build_start
+from parcelray.tuning.planner import make_planner
+from parcelray.tuning.trial_record import FinishedTrial, TrialRecord
+from parcelray.tuning.tune_run import TrialResources, evaluation_trial, run_search
+
+from ..training.conftest import TINY, tiny_job
+
+pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("ignore::DeprecationWarning"), pytest.mark.filterwarnings("ignore::ResourceWarning")]
+
+NUMBERS = SearchSpace.model_validate({"kind": "search_space", "name": "n", "job": "j", "parameters": {"a": {"type": "choice", "values": list(range(6))}}})
+SCORE = Objective(metric="score", mode="max")
+
+
+@pytest.fixture(scope="module")
+def supernet(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("supernet")
+    # The mini base with a connector that was not trained: its anchors are pooled patches, which the model can read, and its queries are noise.
+    connector = {"type": "parcel", "num_heads": 3, "anchor_grids": [0, 1, 2, 4, 8, 16]}
+    job = tiny_job(folder, model={"type": "checkpoint", "reference": "mini_base"}, connector=connector)
+    model, processor = build_start(job, resolve_checkpoint("mini_base").path)
+    model.save_pretrained(folder / "model")
+    processor.save_pretrained(folder / "model")
+    write_manifest(folder / "model", config={}, git_commit=None, data=None, seed=3)
+    return folder / "model"
+
+
+def _split_job(storage: Path, supernet: Path, **changes: Any) -> TuneJob:
+    data = {
+        "kind": "tune",
+        "name": "splits",
+        "space": {
+            "kind": "search_space",
+            "name": "splits",
+            "job": "none",
+            "parameters": {"anchor_grid": {"type": "choice", "values": [0, 2, 4, 8]}, "budgets": {"type": "choice", "values": [[8], [16], [64]]}},
+            "constraints": [{"type": "anchors_fit", "anchor_grid": "anchor_grid", "budget": "budgets", "patch_grid": 16}],
+        },
+        "base": {
+            "kind": "evaluate",
+            "name": "base",
+            "model": {"reference": str(supernet)},
+            "benchmarks": [{"name": "mini", "source": {"samples": 12, "families": ["general", "video"]}, "max_new_tokens": 8}],
+            "compute": {"actors": 2, "rows_per_bundle": 8},
+            "storage": str(storage),
+        },
+        "algorithm": {"type": "grid"},
+        "objectives": [{"metric": "score", "mode": "max"}, {"metric": "gflops", "mode": "min"}],
+        "tracking": {"uri": f"sqlite:///{storage}/mlflow.db"},
+        "storage": str(storage),
+    }
+    return TuneJob.model_validate(data | changes)
+
+
+def _run(job: TuneJob, **options: Any) -> tuple[SearchRun, str]:
+    text = io.StringIO()
+    return run_tuning(job, Console(file=text, width=200), **options), text.getvalue()
+
+
+@pytest.fixture(scope="module")
+def searched(ray_session: None, supernet: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[TuneJob, SearchRun, str]:
+    job = _split_job(tmp_path_factory.mktemp("search"), supernet)
+    return job, *_run(job)
+
+
+def test_a_split_search_leaves_numbers_pictures_and_a_model(searched: tuple[TuneJob, SearchRun, str]) -> None:
+    job, run, text = searched
+    findings = run.findings
+    assert (len(findings.trials), len(findings.failed)) == (job.space.size, 0) == (9, 0)
+    assert findings.front
+    assert findings.knee in findings.front
+    # Pooled patches are what the model can read, so noise alone cannot be best where they fit.
+    assert [each.anchor_grid for each in findings.splits][-1] == 8
+    assert {each.num_visual_tokens: each.rule for each in findings.splits} == {8: None, 16: 4, 64: 8}
+    assert set(findings.importance) == {"anchor_grid", "budgets"}
+    names = ["results.json", "frontier.png", "splits.png", "parallel.png", "importance.png", "volume.png", "routing.yaml"]
+    assert all((run.folder / name).stat().st_size > 100 for name in names[:-1])
+    assert json.loads((run.folder / "results.json").read_text())["routing"][-1]["max_budget"] == 256
+    verify_manifest(run.folder / "model")
+    connector = config_of(run.folder / "model").connector_config
+    assert isinstance(connector, ParcelConnectorConfig)
+    assert connector.routing is not None
+    assert [route.anchor_grid for route in connector.routing][-1] == findings.splits[-1].anchor_grid
+    assert "9 of 9 trials done" in text
+    assert "--set 'connector.routing=[{min_budget: 8," in text
+
+
+def test_mlflow_has_a_run_per_trial_and_none_is_left_running(searched: tuple[TuneJob, SearchRun, str]) -> None:
+    job, run, _ = searched
+    assert run.mlflow_run_id is not None
+    client = MlflowClient(job.tracking.uri)
+    parent = client.get_run(run.mlflow_run_id)
+    children = client.search_runs([parent.info.experiment_id], f"tags.`mlflow.parentRunId` = '{run.mlflow_run_id}'")
+    trials = [child for child in children if child.info.run_name.startswith("trial-")]
+    assert {each.info.status for each in (parent, *children)} == {"FINISHED"}
+    assert len(trials) == 9
+    point = next(trial for trial in run.findings.trials if trial.assignment == {"anchor_grid": 4, "budgets": [64]})
+    child = next(each for each in trials if each.info.run_name.endswith(point.key))
+    assert child.data.params == {"anchor_grid": "4", "budgets": "[64]"}
+    assert child.data.metrics["score"] == point.metrics["score"]
+    assert client.get_metric_history(child.info.run_id, "score")[0].step == 64
+    assert "figures" in {file.path for file in client.list_artifacts(run.mlflow_run_id)}
+    assert parent.data.metrics["search/trials"] == 9
+
+
+def test_a_finished_search_is_only_read_again(searched: tuple[TuneJob, SearchRun, str], supernet: Path) -> None:
+    job, run, _ = searched
+    with pytest.raises(UserError, match=r"has 9 finished trials of this search; add --resume"):
+        _run(job)
+    again, text = _run(job, resume=True)
+    assert again.findings.to_dict() == run.findings.to_dict()
+    assert "at the same time" not in text
+    changed = _split_job(Path(job.storage), supernet, seed=1, algorithm={"type": "random", "trials": 3})
+    with pytest.raises(UserError, match=r"algorithm.trials: None -> 3; algorithm.type: 'grid' -> 'random'; seed: 0 -> 1"):
+        _run(changed, resume=True)
+
+
+def test_the_selected_trial_is_a_job_file_that_runs(searched: tuple[TuneJob, SearchRun, str], tmp_path: Path) -> None:
+    job, run, _ = searched
+    chosen = select(job, run.findings.trials, "max score subject to tokens <= 16", tmp_path / "chosen.yaml")
+    written = load_job(tmp_path / "chosen.yaml")
+    assert isinstance(written, EvaluateJob)
+    assert (written.kind, list(written.budgets), written.anchor_grid) == ("evaluate", chosen.assignment["budgets"], chosen.assignment["anchor_grid"])
+    assert "max score subject to tokens <= 16" in (tmp_path / "chosen.yaml").read_text()
+
+
+def test_trained_splits_confirm_the_search(searched: tuple[TuneJob, SearchRun, str]) -> None:
+    job, run, _ = searched
+    train = TINY | {"name": "alone", "model": {"type": "checkpoint", "reference": "mini_base"}, "scaling": {"num_workers": 0}, "tracking": {"uri": None}}
+    train |= {"training": {"steps": 2, "images_per_step": 4}, "validation": {"samples": 1, "budgets": [16]}, "report": None}
+    confirmed = job.model_copy(
+        update={"confirm": TuneJob.model_validate(job.model_dump() | {"confirm": {"job": train, "budget": 16, "best": 2, "worst": 1}}).confirm}
+    )
+    result = confirm_splits(confirmed, run, Console(file=io.StringIO()))
+    assert {each.anchor_grid for each in result.splits} == {0, 2, 4}
+    assert [each.is_rule for each in result.splits if each.anchor_grid == 4] == [True]
+    assert -1 <= result.correlation <= 1 or result.correlation != result.correlation
+    assert (run.folder / "confirmation.png").is_file()
+    written = json.loads((run.folder / "confirmation.json").read_text())
+    assert written["num_visual_tokens"] == 16
+
+
+def test_a_plan_says_what_a_search_would_do(searched: tuple[TuneJob, SearchRun, str]) -> None:
+    plan = tuning_plan(searched[0])
+    assert (plan.trials, plan.points) == (9, 9)
+    assert plan.seconds > 0
+    assert json.dumps(plan.to_dict())
+
+
+# The parts below run trials that measure nothing, so that only Tune is tested.
+
+
+class _Square:
+    def __init__(self, fails_at: int | None = None, seconds: float = 0.0) -> None:
+        self.fails_at = fails_at
+        self.seconds = seconds
+
+    def __call__(self) -> Callable[[Assignment], Mapping[str, float]]:
+        return self.measure
+
+    def measure(self, assignment: Assignment) -> Mapping[str, float]:
+        time.sleep(self.seconds)
+        if assignment["a"] == self.fails_at:
+            raise UserError(f"{self.fails_at} is not a number that this takes")
+        return {"score": float(assignment["a"] ** 2), "process": float(os.getpid())}
+
+
+class _Observer:
+    def __init__(self) -> None:
+        self.running: set[str] = set()
+        self.most = 0
+        self.done: list[FinishedTrial] = []
+
+    def started(self, key: str, assignment: Assignment) -> None:
+        self.running.add(key)
+        self.most = max(self.most, len(self.running))
+
+    def reported(self, key: str, metrics: Mapping[str, float], steps: int) -> None:
+        raise AssertionError("trials that measure at once report nothing before their end")
+
+    def finished(self, trial: FinishedTrial) -> None:
+        self.running.discard(trial.key)
+        self.done.append(trial)
+
+
+def _numbers(folder: Path, trial: Any, observer: _Observer, **options: Any) -> TrialRecord:
+    record = TrialRecord(folder)
+    planner = make_planner(NUMBERS, GridAlgorithm(), [SCORE], 0, record)
+    settings: dict[str, Any] = {"folder": folder, "resources": TrialResources(1.0), "max_concurrent": 2} | options
+    run_search(evaluation_trial(trial, SCORE), planner, record, observer, **settings)
+    return record
+
+
+def test_trials_share_processes_and_a_failed_one_ends_nothing(ray_session: None, tmp_path: Path) -> None:
+    observer = _Observer()
+    record = _numbers(tmp_path, _Square(fails_at=3, seconds=0.2), observer, reuse_actors=True)
+    assert sorted(trial.assignment["a"] for trial in record.trials) == list(range(6))
+    failed = next(trial for trial in record.trials if trial.error is not None)
+    assert (failed.assignment, failed.metrics) == ({"a": 3}, {})
+    assert failed.error is not None
+    assert failed.error.endswith("3 is not a number that this takes")
+    assert len({trial.metrics["process"] for trial in record.trials if trial.error is None}) <= 3, "two, and one after the failure"
+    assert observer.most <= 2
+    assert TrialRecord(tmp_path).trials == record.trials, "recorded when it was told"
+
+
+def test_what_the_cluster_cannot_hold_is_refused_with_the_numbers() -> None:
+    need = TrialResources(cpus=0.01, worker_cpus=3.0)
+    assert need.concurrency({"CPU": 8.0}, None) == 2
+    assert need.concurrency({"CPU": 8.0}, 1) == 1
+    assert TrialResources(cpus=0.25).concurrency({"CPU": 4.0}, None) == 16
+    assert TrialResources(cpus=1.0, gpus=0.5).concurrency({"CPU": 4.0, "GPU": 1.0}, None) == 2
+    with pytest.raises(UserError, match=r"A trial needs 3.01 CPU, but the Ray cluster has 2 CPU in all"):
+        need.concurrency({"CPU": 2.0}, None)
+    with pytest.raises(UserError, match=r"needs 1 CPU and 1 GPU, but the Ray cluster has 4 CPU and 0 GPU"):
+        TrialResources(cpus=1.0, gpus=1.0).concurrency({"CPU": 4.0}, None)
+
+
+def test_a_search_in_which_nothing_runs_says_so(ray_session: None, tmp_path: Path) -> None:
+    # Asked for past the check, as where another job took the cluster in the meantime.
+    with pytest.raises(SystemFailure, match=r"trials have waited for 2 s and none runs: each asks for 40 CPU, and of the cluster's 4 CPU are free"):
+        _numbers(tmp_path, _Square(), _Observer(), resources=TrialResources(40.0), stall_s=2.0)
+
+
+_DRIVER = """
+import sys
+from pathlib import Path
+from parcelray.cluster.session import ray_session
+sys.path.insert(0, {root!r})
+from tests.ray.test_tuning import _Observer, _Square, _numbers
+with ray_session("local", num_cpus=2, object_store_bytes=100 * 1024**2):
+    _numbers(Path({folder!r}), _Square(seconds=1.0), _Observer(), reuse_actors=True)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ended_by", [signal.SIGKILL, signal.SIGINT], ids=lambda each: each.name)
+def test_a_search_whose_driver_is_ended_goes_on_where_it_was(ray_session: None, tmp_path: Path, repo_root: Path, ended_by: signal.Signals) -> None:
+    script = _DRIVER.format(root=str(repo_root), folder=str(tmp_path))
+    driver = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    deadline = time.monotonic() + 120
+    while not TrialRecord(tmp_path).trials and time.monotonic() < deadline:
+        time.sleep(0.05)
+    driver.send_signal(ended_by)
+    driver.wait(60)
+    if ended_by is signal.SIGKILL:
+        # Its Ray outlives it; what belongs to the session that we made is ours to end.
+        _end_session(driver.pid)
+    before = TrialRecord(tmp_path).trials
+    assert 0 < len(before) < 6
+    observer = _Observer()
+    record = _numbers(tmp_path, _Square(), observer, reuse_actors=True)
+    assert sorted(trial.assignment["a"] for trial in record.trials) == list(range(6))
+    assert len(observer.done) == 6 - len(before), "none is run again"
+    assert {trial.metrics["score"] for trial in record.trials} == {0.0, 1.0, 4.0, 9.0, 16.0, 25.0}
+
+
+def _end_session(leader: int) -> None:
+    """Ends what is left of a process session."""
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                if os.getsid(int(entry.name)) == leader:
+                    os.kill(int(entry.name), signal.SIGKILL)
+            except (ProcessLookupError, PermissionError):
+                continue
