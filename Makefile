@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test test-fast check ui clean
+.PHONY: help quickstart search test test-fast check ui clean
 
 PYTHON ?= python3
 PORT ?= 5000
@@ -13,6 +13,7 @@ HEAVY := ray or serving or slow or data or gpu or browser
 
 help:
 	@echo "make quickstart  the whole loop on this machine: train, evaluate, report (no GPU, no network, no server)"
+	@echo "make search      the split of every budget on a supernet, and the cluster count (about twenty minutes)"
 	@echo "make test        every test that a machine without a GPU can run"
 	@echo "make test-fast   only the tests without a cluster, a server or data files"
 	@echo "make check       ruff format, ruff lint, mypy --strict"
@@ -40,6 +41,10 @@ $(INSTALLED): requirements.lock pyproject.toml
 quickstart: $(INSTALLED)
 	@echo "Running pipelines/quickstart.py"
 	@$(PY) pipelines/quickstart.py
+
+search: $(INSTALLED)
+	@echo "Running pipelines/search.py"
+	@$(PY) pipelines/search.py
 
 test: $(INSTALLED)
 	@echo "Running every test that needs no GPU"

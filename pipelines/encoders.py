@@ -1,6 +1,6 @@
 """How much a vision encoder decides: redundancy of the tokens, and accuracy at equal retention, for several models side by side.
 
-By default the mini base (SigLIP) and the mini LLaVA (CLIP); name other vanilla models, of one family of encoders each, as arguments.
+By default the mini base (SigLIP) and the mini LLaVA with CLIP and with ConvNeXt; name other vanilla models, of one family of encoders each, as arguments.
 
     python pipelines/encoders.py [MODEL ...] [--set storage=FOLDER]
 """
@@ -18,7 +18,7 @@ from parcelray.config.evaluate import EvaluateJob
 from parcelray.config.loader import load_job_of
 
 JOB = Path(__file__).resolve().parent.parent / "jobs" / "evaluate" / "training_free.yaml"
-MODELS = ("mini_base", "mini_llava")
+MODELS = ("mini_base", "mini_llava", "mini_llava_convnext")
 METHODS = ("cluster", "average pooling", "spatial", "DivPrune")
 """Those that read nothing but tokens, so that every encoder can have them."""
 

@@ -35,6 +35,19 @@ def bench_evaluate(
     show_report(bench_evaluation(samples=samples, repeats=repeats, memory_samples=(small, large)), as_json)
 
 
+@bench_app.command("tune")
+def bench_tune(
+    samples: Annotated[int, typer.Option(min=1, help="Questions per family of the mini suite.")] = 25,
+    steps: Annotated[int, typer.Option(min=2, help="Steps of the training whose overhead as a trial is measured.")] = 60,
+    repeats: Annotated[int, typer.Option(min=1, help="Rounds of each comparison.")] = 3,
+    as_json: AsJson = False,
+) -> None:
+    """A split search in warm actors against a process per point, and a training trial against its bare training."""
+    from parcelray.cluster.tune_bench import bench_tuning
+
+    show_report(bench_tuning(samples=samples, steps=steps, repeats=repeats), as_json)
+
+
 @bench_app.command("connector")
 def bench_connector(
     backbone: Annotated[str, typer.Option(help="mini, paligemma2-3b or llava-1.5-7b (need a GPU), or a folder.")] = "mini",

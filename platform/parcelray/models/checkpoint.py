@@ -1,6 +1,6 @@
 """Model references and what they stand for: resolved once, to files that are pinned, checked, and free of pickle.
 
-A reference is a local folder, `mini_base` or `mini_llava` (checkpoints in the package), `models:/NAME@ALIAS`, `models:/NAME/VERSION`, or a
+A reference is a local folder, the name of a checkpoint in the package (`PACKAGED`), `models:/NAME@ALIAS`, `models:/NAME/VERSION`, or a
 Hugging Face id `ORG/NAME`, `ORG/NAME@REVISION`. What is reported and served is the pinned form, never the alias or branch.
 """
 
@@ -21,7 +21,7 @@ from parcelray.errors import UserError
 
 MANIFEST_NAME = "manifest.json"
 MINI_BASE = "mini_base"
-PACKAGED = (MINI_BASE, "mini_llava")
+PACKAGED = (MINI_BASE, "mini_llava", "mini_llava_convnext")
 """Checkpoints that the package ships."""
 _CARD_NAME = "README.md"
 """A checkpoint's card: text for people, written after the weights and free to change."""
