@@ -17,7 +17,7 @@ from parcelray.config.loader import config_hash
 from parcelray.errors import UserError
 from parcelray.evaluation.adaptive_budget import AFTER, BEFORE, FIXED, ORACLE, AdaptiveStudy, Signals, study_adaptive_budgets
 from parcelray.evaluation.budget_policies import BudgetTable
-from parcelray.evaluation.budget_signals import ANSWER_SIGNALS, SignalReader, answer_signals
+from parcelray.evaluation.budget_signals import ANSWER_SIGNALS, Floats, SignalReader, answer_signals
 from parcelray.evaluation.predictor import BLIND
 from parcelray.evaluation.split_scores import SplitScores
 from parcelray.evaluation.summary import Summary
@@ -125,9 +125,9 @@ def _num_images(summary: Summary) -> dict[tuple[str, str], int]:
     return {(each.config.name, record.sample.id): record.num_images for each in summary.evaluation.benchmarks for record in each.asked.records}
 
 
-def _read_signals(job: EvaluateJob, splits: Sequence[SplitScores], reader: SignalReader, image_size: int) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:
+def _read_signals(job: EvaluateJob, splits: Sequence[SplitScores], reader: SignalReader, image_size: int) -> Floats:
     """The signals of the questions in the order of the splits; the images are read again, because evaluations keep none."""
-    found = {}
+    found: dict[tuple[str, str], Floats] = {}
     for benchmark in prepare(job, image_size):
         rows = list(benchmark.task.rows)
         for start in range(0, len(rows), _CHUNK):

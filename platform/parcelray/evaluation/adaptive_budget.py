@@ -24,7 +24,7 @@ FIXED, ORACLE, BEFORE, AFTER = "fixed", "oracle", "predictor", "predictor after 
 IMAGE, QUESTION = "predictor, image alone", "predictor, question alone"
 FOLDS = 5
 THRESHOLDS = tuple(round(0.05 * step, 2) for step in range(1, 20))
-PRICES = (0.0, *(float(price) for price in np.geomspace(1e-5, 2e-2, 19).round(7)))
+PRICES = (0.0, *(float(price) for price in np.geomspace(1e-5, 3e-2, 20).round(7)))
 _LEARNING = Learning()
 
 Floats = NDArray[np.float64]

@@ -189,8 +189,8 @@ def mixture_at(cost: Estimate, fixed_costs: Sequence[Estimate], fixed_scores: Se
 
     A coin that picks the budget of each question needs no signals at all: a policy is worth something only above this line.
     """
-    value = _on_hull(np.array([cost.value]), *(np.array([[each.value] for each in part]) for part in (fixed_costs, fixed_scores)))
-    draws = _on_hull(cost.draws, *(np.stack([each.draws for each in part]) for part in (fixed_costs, fixed_scores)))
+    value = best_mixture(np.array([cost.value]), *(np.array([[each.value] for each in part]) for part in (fixed_costs, fixed_scores)))
+    draws = best_mixture(cost.draws, *(np.stack([each.draws for each in part]) for part in (fixed_costs, fixed_scores)))
     return Estimate(float(value[0]), draws, cost.n)
 
 
@@ -210,8 +210,11 @@ def calibrated(table: BudgetTable, calibrations: Sequence[Sequence[Calibration]]
     return chances_NB
 
 
-def _on_hull(cost_X: Floats, costs_BX: Floats, scores_BX: Floats) -> Floats:
-    """The highest score at each cost on any line between two of the points; beyond the dearest point its own score."""
+def best_mixture(cost_X: Floats, costs_BX: Floats, scores_BX: Floats) -> Floats:
+    """The highest score at each cost on any line between two of the points; beyond the dearest point its own score.
+
+    X are costs, or draws of one cost, each with the costs and scores of its own points.
+    """
     best_X = np.where(cost_X >= costs_BX.max(axis=0), np.take_along_axis(scores_BX, costs_BX.argmax(axis=0)[None], axis=0)[0], -np.inf)
     for low in range(len(costs_BX)):
         for high in range(len(costs_BX)):

@@ -188,7 +188,7 @@ def fit_predictor(
     Raises:
         UserError: every budget is right or wrong on all questions, so there is nothing to learn.
     """
-    varies_B = right_NB.any(axis=0) & ~right_NB.all(axis=0)
+    varies_B: NDArray[np.bool_] = np.asarray(right_NB.any(axis=0)) & ~np.asarray(right_NB.all(axis=0))
     if not varies_B.any():
         raise UserError(f"Each budget is right on all {len(right_NB)} questions or on none, so no predictor can be fitted; evaluate more questions, or others.")
     mean_S, spread_S = signals_NS.mean(axis=0), np.maximum(signals_NS.std(axis=0), _LEAST_SPREAD)

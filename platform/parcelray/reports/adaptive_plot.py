@@ -3,14 +3,19 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
 
-from parcelray.evaluation.adaptive_budget import BEFORE, FIXED, ORACLE, AdaptiveStudy, CurvePoint
+from parcelray.evaluation.adaptive_budget import BEFORE, FIXED, IMAGE, ORACLE, QUESTION, AdaptiveStudy, CurvePoint
+from parcelray.evaluation.budget_policies import best_mixture
 from parcelray.evaluation.split_scores import Estimate
 from parcelray.reports.plots import COLORS, MARKERS
+
+_SPECIAL = {ORACLE: ("#666666", "--"), QUESTION: ("#56B4E9", ":"), IMAGE: ("#56B4E9", "-.")}
+"""Colour and line of what is not a policy of its own: a bound, and parts of the predictor."""
 
 
 def plot_adaptive(study: AdaptiveStudy, path: Path, *, title: str) -> None:
@@ -50,24 +55,17 @@ def _curves(axes: Axes, study: AdaptiveStudy, cost: Callable[[CurvePoint], Estim
     errors = [[each.value - each.low for each in scores], [each.high - each.value for each in scores]]
     x, y = [cost(point).value for point in points], [each.value for each in scores]
     axes.errorbar(x, y, yerr=errors, color="black", marker="o", capsize=3, linestyle="none", label="fixed budgets")
-    mixture = [_between(x, y, step / 40) for step in range(40 * (len(x) - 1) + 1)]
-    axes.plot(*zip(*mixture, strict=True), color="black", linewidth=1, label="random mixture of neighbours")
+    grid = np.linspace(min(x), max(x), 200)
+    mixture = best_mixture(grid, np.tile(np.array(x)[:, None], len(grid)), np.tile(np.array(y)[:, None], len(grid)))
+    axes.plot(grid, mixture, color="black", linewidth=1, label="random mixture of fixed budgets")
     for number, method in enumerate(method for method in study.methods if method != FIXED):
-        points = study.curve(method)
-        style = {"color": "#666666", "linestyle": "--"} if method == ORACLE else {"color": COLORS[number % len(COLORS)]}
-        line = sorted((cost(point).value, point.spent.score.interval) for point in points)
-        marker = None if method == ORACLE else MARKERS[number % len(MARKERS)]
-        axes.plot([each for each, _ in line], [score.value for _, score in line], label=method, marker=marker, markersize=3, linewidth=1.3, **style)  # type: ignore[arg-type]
+        color, line_style = _SPECIAL.get(method, (COLORS[number % len(COLORS)], "-"))
+        line = sorted((cost(point).value, point.spent.score.interval) for point in study.curve(method))
+        costs = [each for each, _ in line]
+        marker = MARKERS[number % len(MARKERS)]
+        axes.plot(costs, [score.value for _, score in line], label=method, color=color, linestyle=line_style, marker=marker, markersize=3, linewidth=1.3)
         if method == BEFORE:
-            lows, highs = [score.low for _, score in line], [score.high for _, score in line]
-            axes.fill_between([each for each, _ in line], lows, highs, color=style["color"], alpha=0.12, linewidth=0)
-
-
-def _between(x: list[float], y: list[float], place: float) -> tuple[float, float]:
-    """The point on the broken line through the points, `place` counted in points."""
-    index = min(int(place), len(x) - 2)
-    share = place - index
-    return x[index] + share * (x[index + 1] - x[index]), y[index] + share * (y[index + 1] - y[index])
+            axes.fill_between(costs, [score.low for _, score in line], [score.high for _, score in line], color=color, alpha=0.12, linewidth=0)
 
 
 def _reliability(axes: Axes, study: AdaptiveStudy) -> None:
@@ -76,7 +74,10 @@ def _reliability(axes: Axes, study: AdaptiveStudy) -> None:
         color = COLORS[number % len(COLORS)]
         for bins, style, error, name in ((each.bins, "--", each.raw, "raw"), (each.isotonic_bins, "-", each.with_isotonic, "isotonic")):
             label = f"{each.num_visual_tokens} tokens, {name}: ECE {error:.2f}"
-            axes.plot([one.confidence for one in bins], [one.accuracy for one in bins], color=color, linestyle=style, marker="o", markersize=3, label=label)
+            x, y = [one.confidence for one in bins], [one.accuracy for one in bins]
+            axes.plot(x, y, color=color, linestyle=style, linewidth=1, label=label)
+            # By area: a bin of few answers says little.
+            axes.scatter(x, y, s=[120 * one.n / study.questions for one in bins], color=color, linewidth=0)
     axes.set_xlabel("confidence of the answer")
     axes.set_ylabel("share of right answers")
     axes.set_xlim(0, 1)
