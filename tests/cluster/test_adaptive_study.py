@@ -5,8 +5,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from mlflow import MlflowClient
 from rich.console import Console
@@ -17,50 +15,15 @@ from parcelray.config.evaluate import EvaluateJob
 from parcelray.errors import UserError
 from parcelray.evaluation.adaptive_budget import AFTER, BEFORE, FIXED, ORACLE
 from parcelray.evaluation.budget_predictor import BudgetPredictor
-from parcelray.models.checkpoint import write_manifest
-from parcelray.training.start import build_start
 
-from ..benchmarks.table_data import png
-from ..training.conftest import tiny_job
+from .tiny import own_benchmark, tiny_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload``:DeprecationWarning")
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("checkpoint")
-    model, processor = build_start(tiny_job(folder, seed=1), None)
-    model.save_pretrained(folder / "model")
-    processor.save_pretrained(folder / "model")
-    write_manifest(folder / "model", config={}, git_commit=None, data=None, seed=1)
-    return folder / "model"
-
-
-BENCHMARK = """
-name: own
-family: general
-source: {splits: [test], rows: 40}
-columns:
-  types: {name: string, question: string, answer: string, image: image}
-  id: [name]
-  images: [image]
-  answers: {column: answer}
-prompts: {paligemma: "answer en {question}"}
-max_new_tokens: 4
-metric: exact_match
-"""
-
-
-def _table(folder: Path, answers: list[str]) -> Path:
-    """Questions about patches of forty colours."""
-    folder.mkdir()
-    (folder / "own.yaml").write_text(BENCHMARK)
-    rows = [
-        {"name": f"row {number}", "question": "what color", "answer": answer, "image": {"bytes": png((6 * number, 255 - 6 * number, 90)), "path": None}}
-        for number, answer in enumerate(answers)
-    ]
-    pq.write_table(pa.Table.from_pylist(rows), folder / "test.parquet")
-    return folder
+    return tiny_checkpoint(tmp_path_factory.mktemp("checkpoint"), 1)
 
 
 def _job(storage: Path, checkpoint: Path, data: Path, **changes: Any) -> EvaluateJob:
@@ -84,9 +47,9 @@ def _console() -> Console:
 
 def test_a_study_leaves_curves_a_picture_and_predictors(checkpoint: Path, tmp_path: Path) -> None:
     # An untrained model is never right, so the right answer to every other question is made what it says at 16 tokens.
-    asked = run_evaluation(_job(tmp_path / "before", checkpoint, _table(tmp_path / "a", ["nothing"] * 40)), _console(), tables=False)
+    asked = run_evaluation(_job(tmp_path / "before", checkpoint, own_benchmark(tmp_path / "a", ["nothing"] * 40)), _console(), tables=False)
     said = [answer.text for answer in asked.summary.splits[0].answers[16]]
-    data = _table(tmp_path / "b", [text if number % 2 else "nothing" for number, text in enumerate(said)])
+    data = own_benchmark(tmp_path / "b", [text if number % 2 else "nothing" for number, text in enumerate(said)])
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     run = study_adaptive(_job(tmp_path, checkpoint, data, tracking={"uri": uri}), _console(), folder=tmp_path / "study")
     found = json.loads((tmp_path / "study" / "adaptive.json").read_text())
@@ -110,7 +73,6 @@ def test_a_study_leaves_curves_a_picture_and_predictors(checkpoint: Path, tmp_pa
 
 
 def test_answers_of_a_beam_search_have_no_confidence_to_go_by(checkpoint: Path, tmp_path: Path) -> None:
-    data = _table(tmp_path / "a", ["red"] * 40)
-    (data / "own.yaml").write_text(BENCHMARK + "decoding: beam\nnum_beams: 2\n")
+    data = own_benchmark(tmp_path / "a", ["red"] * 40, "decoding: beam\nnum_beams: 2\n")
     with pytest.raises(UserError, match="have no confidence"):
         study_adaptive(_job(tmp_path, checkpoint, data, budgets=[16]), _console(), folder=tmp_path / "study")

@@ -21,6 +21,7 @@ from parcelray.data.sample import Sample
 from parcelray.errors import UserError
 from parcelray.evaluation.gates import Check, check_golden, check_regression, check_retention
 from parcelray.evaluation.predictor import Predictor
+from parcelray.models.checkpoint import resolve_checkpoint
 from parcelray.models.processor import image_size_of, load_processor
 from parcelray.models.vlm import load_vlm, use_sdpa_where_exact
 from parcelray.profiling.answer_latency import answer_p95_ms
@@ -113,13 +114,14 @@ def run_promotion(job: PromoteJob, console: Console, *, force: bool = False, add
     if commit is not None:
         tags["mlflow.source.git.commit"] = commit
     params = flat_params(job.model_dump(mode="json", exclude={"benchmarks"}))
-    with tracked_run(uri, job.tracking.experiment, identity(job), params=params, tags=tags) as run_id:
+    name = identity(_pinned(job, uri))
+    with tracked_run(uri, job.tracking.experiment, name, params=params, tags=tags) as run_id:
         version = _candidate(job, uri, run_id)
         champion = _champion(uri, job.model)
         console.print(f"Candidate models:/{job.model}/{version}, champion {f'version {champion}' if champion is not None else 'none yet'}", highlight=False)
         checks = tuple(_checks(job, uri, version, champion, console, address, run_id))
         verdict = Verdict(job.model, version, champion, checks, forced=force, mlflow_run_id=run_id)
-        _record(job, uri, verdict)
+        _record(job, name, uri, verdict)
         if verdict.word != "failed":
             promote(uri, job.model, version)
     console.print(verdict.to_rich())
@@ -127,6 +129,13 @@ def run_promotion(job: PromoteJob, console: Console, *, force: bool = False, add
         raise GateRefusal(f"models:/{job.model}/{version}", verdict.failed)
     console.print(f"models:/{job.model}@{CHAMPION} is version {version}", highlight=False)
     return verdict
+
+
+def _pinned(job: PromoteJob, uri: str) -> PromoteJob:
+    """The job with its candidate pinned: an alias that moved is another promotion."""
+    folder = Path(job.candidate)
+    pinned = resolve_checkpoint(folder).pinned if folder.is_dir() else str(find_version(uri, job.model, job.candidate).version)
+    return job.model_copy(update={"candidate": pinned})
 
 
 def _candidate(job: PromoteJob, uri: str, run_id: str) -> int:
@@ -186,8 +195,8 @@ def _latency(job: PromoteJob, gate: LatencyGate, reference: str, uri: str) -> It
         yield Check("latency", f"p95 of one question at {budget} visual tokens", f"{found:.1f} ms", f"at most {most:g} ms", found <= most)
 
 
-def _record(job: PromoteJob, uri: str, verdict: Verdict) -> None:
-    record_verdict(uri, verdict.model, verdict.version, verdict.word, job=identity(job), run_id=verdict.mlflow_run_id, failed=verdict.failed)
+def _record(job: PromoteJob, name: str, uri: str, verdict: Verdict) -> None:
+    record_verdict(uri, verdict.model, verdict.version, verdict.word, job=name, run_id=verdict.mlflow_run_id, failed=verdict.failed)
     folder = Path(job.storage) / "promote" / job.name
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"verdict-v{verdict.version}.json"
