@@ -12,7 +12,7 @@ from rich.console import Console
 
 from parcelray.cluster.evaluation_run import run_evaluation
 from parcelray.cluster.model_pages import list_models, roll_back, show_model
-from parcelray.cluster.promotion import GateRefusal, Verdict, run_promotion
+from parcelray.cluster.promotion import GateRefusal, Verdict, promotion_plan, run_promotion
 from parcelray.config.promote import PromoteJob
 from parcelray.errors import UserError
 from parcelray.tracking.model_versions import find_version
@@ -139,6 +139,13 @@ def test_a_version_that_is_no_elastic_model_is_named(made: Place) -> None:
             made.promote(name="signature", candidate=2)
     finally:
         card.write_text(text)
+
+
+def test_a_plan_says_what_is_asked_and_registers_nothing(made: Place) -> None:
+    plan = promotion_plan(made.job(candidate=str(made.second)))
+    assert (plan.questions, plan.answers) == (ROWS, 2 * ROWS)
+    assert promotion_plan(made.job(candidate="2")).model == "models:/tiny/2"
+    assert [page.version for page in show_model("tiny", None, made.uri).versions] == [2, 1]
 
 
 def test_what_cannot_be_promoted_is_refused_in_one_sentence(made: Place) -> None:

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from parcelray.cli.options import Address, AsJson, JobFile, Set, console, show, write_json
+from parcelray.cli.options import Address, AsJson, DryRun, JobFile, Set, console, show, write_json
 
 models_app = typer.Typer(no_args_is_help=True, help="Registered models: versions, aliases, and the gates before the champion.")
 
@@ -38,15 +38,20 @@ def models_promote(
     job_file: JobFile,
     overrides: Set = [],  # noqa: B006 - typer's idiom
     force: Annotated[bool, typer.Option("--force", help="Promote whatever the gates say; it is recorded on the version.")] = False,
+    dry_run: DryRun = False,
     address: Address = None,
     as_json: AsJson = False,
 ) -> None:
     """Put the candidate of a job file to its gates, and make it the champion if it passes. Exit code 2 if it does not."""
-    from parcelray.cluster.promotion import run_promotion
+    from parcelray.cluster.promotion import promotion_plan, run_promotion
     from parcelray.config.loader import load_job_of
     from parcelray.config.promote import PromoteJob
 
-    verdict = run_promotion(load_job_of(PromoteJob, job_file, overrides), console(stderr=as_json), force=force, address=address)
+    job = load_job_of(PromoteJob, job_file, overrides)
+    if dry_run:
+        show(promotion_plan(job), as_json, lambda plan: plan.to_rich())
+        return
+    verdict = run_promotion(job, console(stderr=as_json), force=force, address=address)
     if as_json:
         write_json(verdict.to_dict())
 

@@ -11,6 +11,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from parcelray.cluster.evaluation_plan import EvaluationPlan, evaluation_plan
 from parcelray.cluster.evaluation_run import run_evaluation
 from parcelray.cluster.evaluation_setup import prepare
 from parcelray.cluster.provenance import flat_params, git_commit, resolve_model
@@ -129,6 +130,20 @@ def run_promotion(job: PromoteJob, console: Console, *, force: bool = False, add
         raise GateRefusal(f"models:/{job.model}/{version}", verdict.failed)
     console.print(f"models:/{job.model}@{CHAMPION} is version {version}", highlight=False)
     return verdict
+
+
+def promotion_plan(job: PromoteJob) -> EvaluationPlan:
+    """What the candidate would be asked, and what that costs where no answer is stored yet; registers nothing.
+
+    Raises:
+        UserError: there is no such candidate, or the job cannot run as it is written.
+    """
+    assert job.tracking.uri is not None
+    uri = ensure_store(job.tracking.uri)
+    if Path(job.candidate).is_dir():
+        return evaluation_plan(job.evaluation(f"gate-{job.name}-new", job.candidate))
+    version = find_version(uri, job.model, job.candidate).version
+    return evaluation_plan(job.evaluation(f"gate-{job.name}-v{version}", f"models:/{job.model}/{version}"))
 
 
 def _pinned(job: PromoteJob, uri: str) -> PromoteJob:

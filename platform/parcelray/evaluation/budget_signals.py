@@ -49,30 +49,31 @@ class SignalReader:
 
     @torch.inference_mode()
     def read(self, samples: Sequence[Sample]) -> Floats:
-        """The signals of questions about images: [Q, S]."""
-        images_QP = self._pooled(samples)
-        questions_QL, lengths = [], self.text_tokens([sample.prompt for sample in samples])
-        embed = self._model.get_input_embeddings()
-        for ids in self._processor.encode_prompts([sample.prompt for sample in samples]):
-            questions_QL.append(embed(torch.tensor(ids, device=self._device)).float().mean(0).cpu().numpy())
-        counts = [[length, len(sample.images)] for length, sample in zip(lengths, samples, strict=True)]
-        return np.concatenate([images_QP, np.array(questions_QL, dtype=np.float64), np.array(counts, dtype=np.float64)], axis=1)
-
-    def text_tokens(self, prompts: Sequence[str]) -> list[int]:
-        """Tokens of each prompt, without visual ones."""
-        return [len(ids) for ids in self._processor.encode_prompts(prompts)]
-
-    def _pooled(self, samples: Sequence[Sample]) -> Floats:
-        """Mean over the images of a question of what `pool` says of each."""
+        """The signals of questions about encoded images: [Q, S]."""
         different = list(dict.fromkeys(image for sample in samples for image in sample.images))
         found: dict[bytes, Floats] = {}
         for start in range(0, len(different), self._batch_size):
             part = different[start : start + self._batch_size]
             pixels = self._processor.image_processor([decode_image(image) for image in part], return_tensors="pt")["pixel_values"]
-            pooled_IP = pool(self._model.model.encode_patches(pixels.to(self._device, self._model.dtype)))
-            found |= dict(zip(part, pooled_IP, strict=True))
-        nothing = np.zeros(2 * self._model.config.vision_dims.hidden_size)
-        return np.stack([np.mean([found[image] for image in sample.images], axis=0) if sample.images else nothing for sample in samples])
+            found |= dict(zip(part, pool(self._model.model.encode_patches(pixels.to(self._device, self._model.dtype))), strict=True))
+        return np.stack([self.of([found[image] for image in sample.images], sample.prompt) for sample in samples])
+
+    @torch.inference_mode()
+    def of(self, pooled: Sequence[Floats], prompt: str) -> Floats:
+        """The signals of one question: [S].
+
+        Args:
+            pooled: of each of its images, what `pool` says of the patch features.
+            prompt: the question.
+        """
+        image_P = np.mean(pooled, axis=0) if len(pooled) else np.zeros(2 * self._model.config.vision_dims.hidden_size)
+        (ids,) = self._processor.encode_prompts([prompt])
+        question_L = self._model.get_input_embeddings()(torch.tensor(ids, device=self._device)).double().mean(0).cpu().numpy()
+        return np.concatenate([image_P, question_L, [len(ids), len(pooled)]])
+
+    def text_tokens(self, prompts: Sequence[str]) -> list[int]:
+        """Tokens of each prompt, without visual ones."""
+        return [len(ids) for ids in self._processor.encode_prompts(prompts)]
 
 
 def pool(patch_features_IND: Tensor) -> Floats:
