@@ -93,6 +93,11 @@ def _beside(file: str, path: Path) -> Path:
     return Path(file) if Path(file).is_file() else path.resolve().parents[min(2, len(path.resolve().parents) - 1)] / file
 
 
+def command_of(kind: str) -> str:
+    """What follows `parcelray` to run a job of a kind."""
+    return _COMMANDS.get(kind, kind)
+
+
 def load_search_space(path: str | Path) -> SearchSpace:
     """Reads and validates one file of `search_spaces/`.
 
