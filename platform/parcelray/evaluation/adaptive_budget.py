@@ -23,7 +23,8 @@ from parcelray.evaluation.split_scores import Estimate
 FIXED, ORACLE, BEFORE, AFTER = "fixed", "oracle", "predictor", "predictor after the smallest"
 IMAGE, QUESTION = "predictor, image alone", "predictor, question alone"
 FOLDS = 5
-THRESHOLDS = tuple(round(0.05 * step, 2) for step in range(1, 20))
+THRESHOLDS = (*(round(0.025 * step, 3) for step in range(1, 20)), *(round(0.05 * step, 2) for step in range(10, 20)))
+"""Denser where a hard benchmark has its chances."""
 PRICES = (0.0, *(float(price) for price in np.geomspace(1e-5, 3e-2, 20).round(7)))
 _LEARNING = Learning()
 
