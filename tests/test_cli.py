@@ -182,3 +182,18 @@ def test_a_reduced_evaluation_is_planned(run: Any) -> None:
     found = run("evaluate", "run", "jobs/evaluate/training_free.yaml", "--dry-run", "--json")
     assert found.code == 0
     assert json.loads(found.out)["budgets"] == [13, 28, 51, 77]
+
+
+def test_an_empty_registry_and_jobs_of_another_kind(run: Any, tmp_path: Path) -> None:
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    assert json.loads(run("models", "list", "--tracking-uri", uri, "--json").out) == {"models": []}
+    for command in ("show", "rollback"):
+        found = run("models", command, "nobody", "--tracking-uri", uri)
+        assert (found.code, found.err) == (2, "error: there is no registered model 'nobody'; registered models are: none.")
+    found = run("models", "promote", "jobs/evaluate/mini.yaml")
+    assert found.code == 2
+    assert "this command runs promote jobs; run it with `parcelray evaluate jobs/evaluate/mini.yaml`" in found.err
+    found = run("evaluate", "run", "jobs/promote/mini.yaml")
+    assert "run it with `parcelray models promote jobs/promote/mini.yaml`" in found.err
+    sent = json.loads(run("submit", "jobs/promote/mini.yaml", "--dry-run", "--address", "http://127.0.0.1:1", "--json").out)
+    assert sent["entrypoint"] == "python -m parcelray.cli models promote jobs/promote/mini.yaml"

@@ -207,6 +207,45 @@ def test_answers_say_how_long_they_are_and_whether_they_were_cut_off(model: Elas
         assert any(answer.cut_off for answer in answers)
 
 
+def test_confidence_is_what_a_forward_of_the_whole_answer_says(model: ElasticVLM, processor: Processor, samples: list[Sample]) -> None:
+    sample = samples[1]
+    images = [[decode_image(image) for image in sample.images]]
+    inputs = processor(images, [sample.prompt], num_visual_tokens=16, return_tensors="pt")
+    length = inputs["input_ids"].shape[1]
+    with torch.inference_mode():
+        tokens_BS = model.generate(**inputs, num_visual_tokens=16, max_new_tokens=3, do_sample=False)
+        types_BS = torch.nn.functional.pad(inputs["token_type_ids"], (0, tokens_BS.shape[1] - length), value=1)
+        whole = {"input_ids": tokens_BS, "token_type_ids": types_BS, "attention_mask": torch.ones_like(tokens_BS), "pixel_values": inputs["pixel_values"]}
+        logs_SV = model(**whole, num_visual_tokens=16).logits[0].float().log_softmax(-1)
+    new_S = tokens_BS[0, length:]
+    expected = logs_SV[length - 1 : -1].gather(1, new_S[:, None]).mean()
+    # In a batch with others, longer and shorter, and at other budgets.
+    answer = Predictor(model, processor, settings=GenerationSettings(max_new_tokens=3)).answer_budgets(samples, [BLIND, 16])[16][1]
+    assert answer.num_new_tokens == len(new_S)
+    assert answer.confidence.mean_log_prob == pytest.approx(float(expected), abs=1e-4)
+    assert answer.confidence.entropy == pytest.approx(float(-(logs_SV[length - 1].exp() * logs_SV[length - 1]).sum()), abs=1e-4)
+
+
+def test_confidence_of_choices_and_beams(model: ElasticVLM, processor: Processor, samples: list[Sample]) -> None:
+    alike = dataclasses.replace(samples[0], metadata={"choices": ["red", "red"]})
+    (answer,) = Predictor(model, processor, settings=GenerationSettings(decoding="likelihood")).answer_budgets([alike], [16])[16]
+    assert answer.confidence.entropy == pytest.approx(np.log(2), abs=1e-5)
+    assert answer.confidence.mean_log_prob is not None
+    assert answer.confidence.mean_log_prob < 0
+    (answer,) = Predictor(model, processor, settings=GenerationSettings(max_new_tokens=3, decoding="beam", num_beams=2)).answer_budgets(samples[:1], [16])[16]
+    assert answer.confidence == (None, None)
+
+
+def test_confidence_of_the_reduced_decoder_is_the_stock_paths(vanilla: tuple[ElasticVLM, ElasticProcessor], samples: list[Sample]) -> None:
+    """FastV that keeps all tokens but one is decoded by our own decoder, and is nearly the same."""
+    reduced = GenerationSettings(max_new_tokens=3, reducer='{"type": "fastv", "layer": 1}')
+    ours = Predictor(*vanilla, settings=reduced).answer_budgets(samples[:3], [255])[255]
+    stock = Predictor(*vanilla, settings=GenerationSettings(max_new_tokens=3)).answer_budgets(samples[:3], [256])[256]
+    for one, other in zip(ours, stock, strict=True):
+        assert one.confidence.mean_log_prob == pytest.approx(other.confidence.mean_log_prob, rel=0.05)
+        assert one.confidence.entropy == pytest.approx(other.confidence.entropy, rel=0.05)
+
+
 @pytest.fixture(scope="module", params=["paligemma", "clip"])
 def vanilla(request: pytest.FixtureRequest, processor: Processor) -> tuple[ElasticVLM, ElasticProcessor]:
     """A model without compression, of each family."""

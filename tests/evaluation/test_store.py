@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 
 from parcelray.data.sample import Sample
@@ -79,6 +80,18 @@ def test_a_block_that_is_written_again_takes_its_own_place(tmp_path: Path) -> No
     # Another block with an answer in common: the answer is still one.
     second.write([_prediction("b"), _prediction("c")])
     assert sorted(first.read("b", "m", ["a", "b", "c"])) == ["a", "b", "c"]
+
+
+def test_confidence_comes_back_and_a_shard_without_it_is_left_alone(tmp_path: Path) -> None:
+    store = PredictionStore(str(tmp_path))
+    store.write([_prediction("old")])
+    (shard,) = tmp_path.rglob("*.parquet")
+    pq.write_table(pq.read_table(shard).drop_columns(["mean_log_prob", "entropy"]), shard)
+    sure = dataclasses.replace(_prediction("a"), mean_log_prob=-0.25, entropy=1.5)
+    store.write([sure])
+    assert store.read("b", "m", ["a"]) == {"a": sure}
+    with pytest.raises(UserError, match="remove it, and its answers are computed again"):
+        store.read("b", "m", ["old"])
 
 
 def test_a_crash_in_the_middle_of_a_write_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from parcelray.config.loader import check_search_space, identity, load_job, load_search_space
+from parcelray.config.loader import check_search_space, command_of, identity, load_job, load_search_space
 
 ROOT = Path(__file__).resolve().parents[2]
 JOBS = sorted((ROOT / "jobs").rglob("*.yaml"))
@@ -24,7 +24,7 @@ def test_job_file_is_a_legal_run(path: Path) -> None:
 @pytest.mark.parametrize("path", JOBS, ids=_name)
 def test_job_file_opens_with_its_command(path: Path) -> None:
     opening = [line for line in path.read_text(encoding="utf-8").splitlines()[:10] if line.startswith("#")]
-    assert any(f"parcelray {path.parent.name} {_name(path)}" in line for line in opening), "a job file's first lines say how to run it"
+    assert any(f"parcelray {command_of(path.parent.name)} {_name(path)}" in line for line in opening), "a job file's first lines say how to run it"
 
 
 def test_two_job_files_are_two_runs() -> None:

@@ -9,14 +9,14 @@ import torch
 from pydantic import TypeAdapter
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import PaliGemmaConfig, PaliGemmaForConditionalGeneration
+from transformers import DynamicCache, PaliGemmaConfig, PaliGemmaForConditionalGeneration
 
 from parcelray.config.connector import ConnectorConfig, ParcelConnectorConfig, RouteConfig
 from parcelray.errors import UnsupportedBudgetError, UserError
 from parcelray.models.backbones import ElasticPaliGemmaConfig, ElasticPaliGemmaForConditionalGeneration
 from parcelray.models.connectors import Connector, build_connector
 from parcelray.profiling.backbone_shapes import PRESETS, BackboneShape, from_transformers_config
-from parcelray.profiling.flops import CostBreakdown, cost, patch_embedding_flops
+from parcelray.profiling.flops import CostBreakdown, cost, decoding_flops, patch_embedding_flops
 from parcelray.profiling.kv_cache import BYTES_PER_MB, kv_cache_bytes
 
 PALIGEMMA = PRESETS["paligemma2-3b"]
@@ -209,6 +209,22 @@ def test_the_prefill_is_torchs_count_without_the_patch_embedding_and_the_head_ov
     # A plain forward also runs the head over the image tokens, which the paper leaves out.
     head_over_image_tokens = 2 * budget * shape.text_width * shape.vocab_size
     assert _run_parts(model, shape, config, budget, head_tokens=budget + 129) == as_in_the_paper + head_over_image_tokens
+
+
+def test_decoding_is_torchs_count_step_by_step() -> None:
+    model = _meta_paligemma(SMALL)
+    shape = from_transformers_config(model.config)
+    cache = DynamicCache(config=model.config.text_config)
+    embeddings = torch.zeros(1, 21, shape.text_width, device="meta")
+    with torch.no_grad():
+        model.model.language_model(inputs_embeds=embeddings[:, :20], past_key_values=cache, use_cache=True)
+
+    def step() -> None:
+        model.lm_head(model.model.language_model(inputs_embeds=embeddings[:, :1], past_key_values=cache, use_cache=True).last_hidden_state)
+
+    counted = [_counted(step) for _ in range(3)]
+    assert [decoding_flops(shape, 20, 1 + steps) - decoding_flops(shape, 20, steps) for steps in (1, 2, 3)] == counted
+    assert decoding_flops(shape, 20, 1) == decoding_flops(shape, 20, 0) == 0
 
 
 def test_the_elastic_model_itself_agrees_with_torch() -> None:

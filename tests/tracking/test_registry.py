@@ -92,6 +92,37 @@ def test_promotion_keeps_the_former_champion_as_previous_and_rollback_swaps_them
     assert aliases() == {"champion": 1, "previous": 2, "challenger": 3}
 
 
+def test_a_crash_between_two_moves_leaves_a_champion_and_a_way_back(uri, client, versions, monkeypatch):
+    def aliases():
+        return {alias: int(version) for alias, version in client.get_registered_model("parcel").aliases.items() if alias in ("champion", "previous")}
+
+    real = MlflowClient.set_registered_model_alias
+
+    def crash_at(alias):
+        def move(self, name, moved, version):
+            if moved == alias:
+                raise KeyboardInterrupt
+            real(self, name, moved, version)
+
+        monkeypatch.setattr(MlflowClient, "set_registered_model_alias", move)
+
+    promote(uri, "parcel", 1)
+    promote(uri, "parcel", 2)
+    crash_at("champion")
+    with pytest.raises(KeyboardInterrupt):
+        promote(uri, "parcel", 3)
+    assert aliases() == {"champion": 2, "previous": 2}, "the champion has not moved, and would be the previous one"
+    monkeypatch.setattr(MlflowClient, "set_registered_model_alias", real)
+    with pytest.raises(UserError, match="no previous champion"):
+        rollback(uri, "parcel")
+    promote(uri, "parcel", 3)
+    assert aliases() == {"champion": 3, "previous": 2}
+    crash_at("previous")
+    with pytest.raises(KeyboardInterrupt):
+        rollback(uri, "parcel")
+    assert aliases()["champion"] == 2, "what is gone back to comes first"
+
+
 @pytest.mark.parametrize("alias", ["latest", "Latest", "v3", "V12", "previous", "", "a b"])
 def test_reserved_aliases_are_refused(uri, versions, alias):
     with pytest.raises(UserError, match="cannot be set"):

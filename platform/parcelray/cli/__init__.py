@@ -11,6 +11,7 @@ from parcelray.cli.benches import bench_app
 from parcelray.cli.configs import config_app
 from parcelray.cli.evaluation import benchmarks_app, evaluate_app
 from parcelray.cli.jobs import jobs_app, submit
+from parcelray.cli.models import models_app
 from parcelray.cli.options import Address, AsJson, DryRun, JobFile, Set, console, integers, show, write_json
 from parcelray.cli.tuning import tune
 from parcelray.errors import ParcelrayError, UserError
@@ -25,6 +26,7 @@ app.add_typer(jobs_app, name="jobs")
 app.add_typer(bench_app, name="bench")
 app.add_typer(analyze_app, name="analyze")
 app.command()(tune)
+app.add_typer(models_app, name="models")
 app.command()(submit)
 
 

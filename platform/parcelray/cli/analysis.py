@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from parcelray.cli.options import AsJson, console, write_json
+from parcelray.cli.options import Address, AsJson, JobFile, Set, console, write_json
 
 if TYPE_CHECKING:
     from parcelray.config.train import TrackingConfig
@@ -70,6 +70,25 @@ def redundancy(
     profiles = study_redundancy(models, console(stderr=as_json), images=images, count=count, folder=folder, tracking=_tracking(tracking_uri))
     if as_json:
         write_json({name: each.to_dict() for name, each in profiles.items()})
+
+
+@analyze_app.command("adaptive")
+def adaptive(
+    job_file: JobFile,
+    overrides: Set = [],  # noqa: B006
+    output: _Output = None,
+    address: Address = None,
+    as_json: AsJson = False,
+) -> None:
+    """Budgets chosen per image and question against fixed ones: an escalation rule, a predictor, the oracle; with calibration."""
+    from parcelray.cluster.adaptive_study import study_adaptive
+    from parcelray.config.evaluate import EvaluateJob
+    from parcelray.config.loader import load_job_of
+
+    job = load_job_of(EvaluateJob, job_file, overrides)
+    run = study_adaptive(job, console(stderr=as_json), folder=output or Path("runs/analyze/adaptive") / job.name, address=address)
+    if as_json:
+        write_json(run.study.to_dict() | {"folder": str(run.folder)})
 
 
 def _tracking(uri: str | None) -> "TrackingConfig":

@@ -28,6 +28,7 @@ from rich.table import Table
 from parcelray.cluster.auth import auth_headers, find_token
 from parcelray.cluster.package import MAX_PACKAGE_BYTES, Package, collect, find_secret, git_state, inside, project_root, stage
 from parcelray.cluster.preflight import check_cluster, cluster_version, dashboard_url
+from parcelray.config.loader import command_of
 from parcelray.errors import SystemFailure, UserError
 
 ENDED = frozenset({"SUCCEEDED", "FAILED", "STOPPED"})
@@ -193,7 +194,7 @@ def plan_submission(job_file: Path, *, identity: str, address: str | None, overr
 def build_entrypoint(kind: str, job_file: str, overrides: Sequence[str] = ()) -> str:
     """The shell command that a job runs in the root of the project's copy; every part is quoted."""
     settings = [part for override in overrides for part in ("--set", override)]
-    return shlex.join(["python", "-m", "parcelray.cli", kind, job_file, *settings])
+    return shlex.join(["python", "-m", "parcelray.cli", *command_of(kind).split(), job_file, *settings])
 
 
 def list_jobs(*, address: str | None) -> list[JobState]:

@@ -12,15 +12,18 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from parcelray.config.evaluate import EvaluateJob
+from parcelray.config.promote import PromoteJob
 from parcelray.config.search_space import SearchSpace
 from parcelray.config.train import TrainJob
 from parcelray.config.tune import TuneJob
 from parcelray.errors import UserError
 
-Job = TrainJob | EvaluateJob | TuneJob
-JobT = TypeVar("JobT", TrainJob, EvaluateJob, TuneJob)
+Job = TrainJob | EvaluateJob | TuneJob | PromoteJob
+JobT = TypeVar("JobT", TrainJob, EvaluateJob, TuneJob, PromoteJob)
 ModelT = TypeVar("ModelT", bound=BaseModel)
-JOB_MODELS: dict[str, type[Job]] = {"train": TrainJob, "evaluate": EvaluateJob, "tune": TuneJob}
+JOB_MODELS: dict[str, type[Job]] = {"train": TrainJob, "evaluate": EvaluateJob, "tune": TuneJob, "promote": PromoteJob}
+_COMMANDS = {"promote": "models promote"}
+"""Of the kinds whose command is not called as they are."""
 # Where a run is kept, who records it, what computes it and what follows it do not change the result, so they are no part of its identity.
 _NOT_IDENTITY = ("storage", "tracking", "scaling", "compute", "max_concurrent", "stall_s", "rivals", "confirm")
 
@@ -38,7 +41,7 @@ def load_job_of(model: type[JobT], path: str | Path, overrides: Sequence[str] = 
     job = load_job(path, overrides)
     if not isinstance(job, model):
         wanted = next(kind for kind, known in JOB_MODELS.items() if known is model)
-        raise ConfigError(f"{path}: kind is {job.kind}, but this command runs {wanted} jobs; run it with `parcelray {job.kind} {path}`.")
+        raise ConfigError(f"{path}: kind is {job.kind}, but this command runs {wanted} jobs; run it with `parcelray {command_of(job.kind)} {path}`.")
     return job
 
 
@@ -88,6 +91,11 @@ def _changed(file: str, changes: dict[str, Any], path: Path) -> dict[str, Any]:
 
 def _beside(file: str, path: Path) -> Path:
     return Path(file) if Path(file).is_file() else path.resolve().parents[min(2, len(path.resolve().parents) - 1)] / file
+
+
+def command_of(kind: str) -> str:
+    """What follows `parcelray` to run a job of a kind."""
+    return _COMMANDS.get(kind, kind)
 
 
 def load_search_space(path: str | Path) -> SearchSpace:

@@ -122,6 +122,8 @@ class Answerer:
             text=answer.text,
             num_new_tokens=answer.num_new_tokens,
             cut_off=answer.cut_off,
+            mean_log_prob=answer.confidence.mean_log_prob,
+            entropy=answer.confidence.entropy,
         )
 
     def predictor(self, generation: GenerationSettings, begin: Stage = lambda stage: None) -> Predictor:

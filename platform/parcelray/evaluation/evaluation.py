@@ -88,7 +88,7 @@ class Evaluation:
             raise UserError(f"{missing} answers on {config.name} are not in {self.store}; run the evaluation {self.name} again, and only they are computed.")
         answers = {
             budget: [
-                GivenAnswer(prediction.text, prediction.cut_off, prediction.num_new_tokens)
+                GivenAnswer(prediction.text, prediction.cut_off, prediction.num_new_tokens, prediction.mean_log_prob, prediction.entropy)
                 for prediction in (found[record.keys[budget]] for record in asked.records)
             ]
             for budget in self.budgets

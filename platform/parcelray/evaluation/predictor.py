@@ -8,11 +8,13 @@ import torch
 from PIL import Image
 from pydantic import TypeAdapter
 from torch import Tensor
+from transformers import LogitsProcessorList
 
 from parcelray.config.reducer import ReducerConfig
 from parcelray.data.collator import decode_image
 from parcelray.data.sample import Sample
 from parcelray.errors import SystemFailure, UserError
+from parcelray.evaluation.confidence import UNKNOWN, Confidence, LogitsWatch, entropy
 from parcelray.evaluation.feature_cache import EncodedImages, FeatureCache
 from parcelray.evaluation.generation import GREEDY, GenerationSettings
 from parcelray.models.backbones import ElasticVLM
@@ -48,6 +50,8 @@ class Answer(NamedTuple):
     """Whether the longest answer was reached without an end token."""
     problem: str = ""
     """Why there is no answer: an image that cannot be decoded."""
+    confidence: Confidence = UNKNOWN
+    """How sure the model was."""
 
 
 _NONE = Answer("", 0, False)
@@ -173,27 +177,41 @@ class Predictor:
         if self._settings.decoding == "likelihood":
             return self._choose(batch, seen, budget)
         limit, end = self._settings.max_new_tokens, self._processor.tokenizer.eos_token_id
+        watch = LogitsWatch()
         if self._decoder is not None and self._is_reduced(budget):
             prompts = encode_prompts(self._processor, [sample.prompt for sample in batch], None, self._device)
             new_BS = self._decoder.generate(
-                prompts, self._visual_of(batch, seen), max_new_tokens=limit, eos_token_id=end, reducer=self._prompt_reducer, budget=self._total(batch, budget)
+                prompts,
+                self._visual_of(batch, seen),
+                max_new_tokens=limit,
+                eos_token_id=end,
+                reducer=self._prompt_reducer,
+                budget=self._total(batch, budget),
+                on_logits=watch.see,
             )
-            return self._answers(new_BS)
+            return self._answers(new_BS, watch)
         inputs: dict[str, Any] = dict(
             self._processor.prompts([sample.prompt for sample in batch], len(batch[0].images), num_visual_tokens=budget).to(self._device)
         )
         self._check_count(inputs["input_ids"], len(batch) * len(batch[0].images) * budget)
         inputs |= self._images_of(batch, seen)
-        tokens_BS = self._model.generate(**inputs, max_new_tokens=limit, do_sample=False, num_beams=self._settings.num_beams)
-        return self._answers(tokens_BS[:, inputs["input_ids"].shape[1] :])
+        # A beam search sees the logits of all its beams, of which most are given up.
+        is_greedy = self._settings.decoding == "greedy"
+        processors = LogitsProcessorList([watch] if is_greedy else [])
+        tokens_BS = self._model.generate(**inputs, max_new_tokens=limit, do_sample=False, num_beams=self._settings.num_beams, logits_processor=processors)
+        return self._answers(tokens_BS[:, inputs["input_ids"].shape[1] :], watch if is_greedy else None)
 
-    def _answers(self, new_BS: Tensor) -> list[Answer]:
+    def _answers(self, new_BS: Tensor, watch: LogitsWatch | None) -> list[Answer]:
         limit = self._settings.max_new_tokens
         texts = self._processor.batch_decode(new_BS, skip_special_tokens=True)
         ended_BS = new_BS == self._processor.tokenizer.eos_token_id
         # What stands after the end is padding; without an end the answer is as long as it may be.
         lengths = torch.where(ended_BS.any(1), ended_BS.int().argmax(1) + 1, limit).tolist()
-        return [Answer(str(text).strip(), length, not ended) for text, length, ended in zip(texts, lengths, ended_BS.any(1).tolist(), strict=True)]
+        sure = watch.of(lengths) if watch is not None else [UNKNOWN] * len(lengths)
+        return [
+            Answer(str(text).strip(), length, not ended, confidence=confidence)
+            for text, length, ended, confidence in zip(texts, lengths, ended_BS.any(1).tolist(), sure, strict=True)
+        ]
 
     def _choose(self, batch: Sequence[Sample], seen: dict[bytes, Seen], budget: int) -> list[Answer]:
         """Of each sample's choices the likeliest: the one with the largest sum of log-probabilities of its tokens and of the end after it."""
@@ -206,11 +224,13 @@ class Predictor:
             logs_BS, answers_BS = self._log_likelihoods([batch[place] for place, _ in part], [choice for _, choice in part], seen, budget)
             scores += logs_BS.where(answers_BS, 0.0).sum(1).tolist()
             lengths += answers_BS.sum(1).tolist()
-        best: dict[int, int] = {}
-        for index, (place, _) in enumerate(pairs):
-            if place not in best or scores[index] > scores[best[place]]:
-                best[place] = index
-        return [Answer(pairs[best[place]][1], lengths[best[place]], False) for place in range(len(batch))]
+        chosen = []
+        for place in range(len(batch)):
+            own = [index for index, (owner, _) in enumerate(pairs) if owner == place]
+            best = max(own, key=lambda index: scores[index])
+            spread = float(entropy(torch.tensor([scores[index] for index in own]).log_softmax(0)))
+            chosen.append(Answer(pairs[best][1], lengths[best], False, confidence=Confidence(scores[best] / lengths[best], spread)))
+        return chosen
 
     def _log_likelihoods(self, batch: Sequence[Sample], answers: list[str], seen: dict[bytes, Seen], budget: int) -> tuple[Tensor, Tensor]:
         """Log-probability of each token of an answer and of its end, [B, S], and which places are the answer's."""

@@ -53,6 +53,10 @@ class GivenAnswer(NamedTuple):
     text: str
     cut_off: bool = False
     num_new_tokens: int = 0
+    mean_log_prob: float | None = None
+    """See `Confidence`."""
+    entropy: float | None = None
+    """See `Confidence`."""
 
 
 @dataclass(frozen=True)

@@ -29,8 +29,12 @@ _SCHEMA = pa.schema(
         ("text", pa.string()),
         ("num_new_tokens", pa.int32()),
         ("cut_off", pa.bool_()),
+        ("mean_log_prob", pa.float64()),
+        ("entropy", pa.float64()),
     ]
 )
+_LAYOUT = 2
+"""Of a stored answer, and part of its key: a shard of an older layout lacks columns, so its answers are computed again."""
 _MODEL_FOLDER_DIGITS = 16
 
 
@@ -53,12 +57,16 @@ class Prediction:
     """Tokens of the answer, its end included."""
     cut_off: bool
     """Whether the answer reached `max_new_tokens` without an end."""
+    mean_log_prob: float | None = None
+    """See `Confidence`."""
+    entropy: float | None = None
+    """See `Confidence`."""
 
 
 def prediction_key(sample: Sample, *, model: str, num_visual_tokens: int, settings: GenerationSettings) -> str:
     """SHA-256 over everything that decides an answer: 64 hexadecimal digits."""
     images = [hashlib.sha256(image).hexdigest() for image in sample.images]
-    parts = [sample.benchmark, sample.id, model, num_visual_tokens, settings.to_json(), sample.prompt, images]
+    parts = [_LAYOUT, sample.benchmark, sample.id, model, num_visual_tokens, settings.to_json(), sample.prompt, images]
     if settings.decoding == "likelihood":
         parts.append(sample.metadata.get("choices"))
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
@@ -74,14 +82,13 @@ class PredictionStore:
 
     def __init__(self, uri: str, *, keep: bool = False) -> None:
         self._filesystem, self._root = fsspec.core.url_to_fs(uri)
-        self._kept: dict[str, dict[str, Prediction]] | None = {} if keep else None
+        self._keep = keep
+        self._kept: dict[str, dict[str, Prediction]] = {}
+        self._kept_keys: dict[str, frozenset[str]] = {}
 
     def keys(self, benchmark: str, model: str) -> frozenset[str]:
         """The keys of a model's answers on a benchmark."""
-        shards = self._shards(benchmark, model)
-        if self._kept is not None:
-            return frozenset(key for shard in shards for key in self._predictions(shard))
-        return frozenset(key for shard in shards for key in self._read(shard, ["key"])["key"].to_pylist())
+        return frozenset[str]().union(*(self._keys_of(shard) for shard in self._shards(benchmark, model)))
 
     def write(self, predictions: Sequence[Prediction]) -> None:
         """Adds answers as one shard for each benchmark and model, whole or not at all."""
@@ -103,15 +110,25 @@ class PredictionStore:
         wanted = set(keys)
         found: dict[str, Prediction] = {}
         for shard in self._shards(benchmark, model):
-            predictions = self._predictions(shard)
-            found = {key: predictions[key] for key in wanted & predictions.keys()} | found
+            # This spares a shard of an older layout, too: no key of today asks for it.
+            if not wanted.isdisjoint(self._keys_of(shard)):
+                predictions = self._predictions(shard)
+                found = {key: predictions[key] for key in wanted & predictions.keys()} | found
         return found
 
+    def _keys_of(self, shard: str) -> frozenset[str]:
+        if shard in self._kept_keys:
+            return self._kept_keys[shard]
+        keys = frozenset(self._read(shard, ["key"])["key"].to_pylist())
+        if self._keep:
+            self._kept_keys[shard] = keys
+        return keys
+
     def _predictions(self, shard: str) -> dict[str, Prediction]:
-        if self._kept is not None and shard in self._kept:
+        if shard in self._kept:
             return self._kept[shard]
         predictions = {row["key"]: Prediction(**row) for row in self._read(shard, _SCHEMA.names).to_pylist()}
-        if self._kept is not None:
+        if self._keep:
             self._kept[shard] = predictions
         return predictions
 

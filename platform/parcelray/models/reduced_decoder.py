@@ -8,6 +8,7 @@ aligned: padding stands between the visual tokens and the text after them, so th
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -130,7 +131,15 @@ class ReducedDecoder:
 
     @torch.inference_mode()
     def generate(
-        self, prompts: Prompts, visual: VisualTokens, *, max_new_tokens: int, eos_token_id: int, reducer: TokenReducer | None = None, budget: int = 0
+        self,
+        prompts: Prompts,
+        visual: VisualTokens,
+        *,
+        max_new_tokens: int,
+        eos_token_id: int,
+        reducer: TokenReducer | None = None,
+        budget: int = 0,
+        on_logits: Callable[[Tensor], None] = lambda logits: None,
     ) -> Tensor:
         """Greedy answers.
 
@@ -141,6 +150,7 @@ class ReducedDecoder:
             eos_token_id: ends an answer; what comes after it is this token, too.
             reducer: one that reads the prompt, applied here; None: the tokens are as they should be.
             budget: its visual tokens per prompt.
+            on_logits: sees the logits [B, vocabulary] of every step.
 
         Returns:
             Token ids [B, at most max_new_tokens].
@@ -148,14 +158,15 @@ class ReducedDecoder:
         hidden_BTL, cache, groups = self._prefill(prompts, visual, reducer, budget)
         new: list[Tensor] = []
         ended_B = torch.zeros(len(hidden_BTL), dtype=torch.bool, device=hidden_BTL.device)
-        next_B = self._logits(hidden_BTL[:, -1:]).squeeze(1).argmax(dim=1)
+        logits_BV = self._logits(hidden_BTL[:, -1:]).squeeze(1)
         while True:
-            next_B = torch.where(ended_B, eos_token_id, next_B)
+            on_logits(logits_BV)
+            next_B = torch.where(ended_B, eos_token_id, logits_BV.argmax(dim=1))
             new.append(next_B)
             ended_B = ended_B | (next_B == eos_token_id)
             if len(new) == max_new_tokens or bool(ended_B.all()):
                 return torch.stack(new, dim=1)
-            next_B = self._logits(self._step(next_B, cache, groups)).squeeze(1).argmax(dim=1)
+            logits_BV = self._logits(self._step(next_B, cache, groups)).squeeze(1)
 
     @torch.inference_mode()
     def logits(self, prompts: Prompts, visual: VisualTokens, *, reducer: TokenReducer | None = None, budget: int = 0) -> Tensor:

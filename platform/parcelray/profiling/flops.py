@@ -138,6 +138,20 @@ def cost(
     )
 
 
+def decoding_flops(shape: BackboneShape, num_prompt_tokens: int, num_new_tokens: int) -> int:
+    """FLOPs of the tokens of an answer after the first, which the prefill gives: each is one step that attends to everything before it.
+
+    Args:
+        shape: the backbone.
+        num_prompt_tokens: length of the decoder's input, N_tot.
+        num_new_tokens: tokens of the answer, its end included.
+    """
+    steps = max(0, num_new_tokens - 1)
+    attended = steps * num_prompt_tokens + steps * (steps + 1) // 2
+    step = shape.text_layers * (4 * shape.text_width * shape.head_dim * (shape.num_heads + shape.num_kv_heads) + 6 * shape.text_width * shape.text_mlp_width)
+    return steps * (step + 2 * shape.text_width * shape.vocab_size) + attended * shape.text_layers * 4 * shape.num_heads * shape.head_dim
+
+
 def patch_embedding_flops(shape: BackboneShape, num_frames: int = 1) -> int:
     """FLOPs of the convolution that embeds the patches, which the paper's model leaves out: T 2 N_v (channels patch^2) D_v."""
     return num_frames * 2 * shape.num_patches * shape.num_channels * shape.patch_size**2 * shape.vision_width

@@ -30,8 +30,10 @@ import parcelray
 from parcelray.errors import UserError
 from parcelray.models.checkpoint import read_manifest, resolve_checkpoint
 from parcelray.tracking.entries import clean_tags
+from parcelray.tracking.store import store_lock
 
 CHAMPION = "champion"
+CHALLENGER = "challenger"
 PREVIOUS = "previous"
 CONTENT_TAG = "parcel.content"
 SIGNATURE = ModelSignature(
@@ -108,26 +110,33 @@ def promote(tracking_uri: str, name: str, version: int, alias: str = CHAMPION) -
             "digits, '-' and '_'; use champion, challenger or a name of your own."
         )
     client = MlflowClient(tracking_uri=tracking_uri)
-    aliases = _aliases(client, name)
-    _check_version(client, name, version)
-    former = aliases.get(alias)
-    if former == version:
-        return
-    if alias == CHAMPION and former is not None:
-        client.set_registered_model_alias(name, PREVIOUS, str(former))
-    client.set_registered_model_alias(name, alias, str(version))
+    check_version(client, name, version)
+    with store_lock(tracking_uri):
+        former = aliases_of(client, name).get(alias)
+        if former == version:
+            return
+        if alias == CHAMPION and former is not None:
+            client.set_registered_model_alias(name, PREVIOUS, str(former))
+        client.set_registered_model_alias(name, alias, str(version))
 
 
 def rollback(tracking_uri: str, name: str) -> int:
     """Makes the previous champion the champion again (and the other way round); returns its version.
 
+    Here `champion` moves first: what stands between the two moves must be the version that is gone back to.
+
     Raises:
         UserError: if there was no champion before this one.
     """
-    previous = _aliases(MlflowClient(tracking_uri=tracking_uri), name).get(PREVIOUS)
-    if previous is None:
-        raise UserError(f"model {name!r} has no previous champion to go back to; promote a version by its number.")
-    promote(tracking_uri, name, previous)
+    client = MlflowClient(tracking_uri=tracking_uri)
+    with store_lock(tracking_uri):
+        aliases = aliases_of(client, name)
+        previous, champion = aliases.get(PREVIOUS), aliases.get(CHAMPION)
+        if previous is None or previous == champion:
+            raise UserError(f"model {name!r} has no previous champion to go back to; promote a version by its number.")
+        client.set_registered_model_alias(name, CHAMPION, str(previous))
+        if champion is not None:
+            client.set_registered_model_alias(name, PREVIOUS, str(champion))
     return previous
 
 
@@ -152,7 +161,7 @@ def resolve_registry(reference: str, tracking_uri: str, cache_dir: Path | None =
     client = MlflowClient(tracking_uri=tracking_uri)
     if parts["version"]:
         version = int(parts["version"])
-        _check_version(client, name, version)
+        check_version(client, name, version)
     else:
         version = _version_of_alias(client, name, parts["alias"])
     uri = client.get_model_version_download_uri(name, str(version))
@@ -221,7 +230,12 @@ def _requirements() -> list[str]:
     return [f"parcelray=={parcelray.__version__}", *pins]
 
 
-def _aliases(client: MlflowClient, name: str) -> dict[str, int]:
+def aliases_of(client: MlflowClient, name: str) -> dict[str, int]:
+    """The aliases of a registered model, each with its version.
+
+    Raises:
+        UserError: there is no such model.
+    """
     try:
         model: Any = client.get_registered_model(name)
     except MlflowException as error:
@@ -233,14 +247,15 @@ def _aliases(client: MlflowClient, name: str) -> dict[str, int]:
 
 
 def _version_of_alias(client: MlflowClient, name: str, alias: str) -> int:
-    aliases = _aliases(client, name)
+    aliases = aliases_of(client, name)
     if alias not in aliases:
         known = ", ".join(sorted(aliases)) or "none"
         raise UserError(f"model {name!r} has no alias {alias!r}; its aliases are: {known}. Promote a version, or name one by number.")
     return aliases[alias]
 
 
-def _check_version(client: MlflowClient, name: str, version: int) -> None:
+def check_version(client: MlflowClient, name: str, version: int) -> None:
+    """Refuses a version that does not exist."""
     try:
         client.get_model_version(name, str(version))
     except MlflowException as error:

@@ -1,0 +1,64 @@
+"""`parcelray models`: the registry, and the gates before its champion."""
+
+from typing import Annotated
+
+import typer
+
+from parcelray.cli.options import Address, AsJson, DryRun, JobFile, Set, console, show, write_json
+
+models_app = typer.Typer(no_args_is_help=True, help="Registered models: versions, aliases, and the gates before the champion.")
+
+_Name = Annotated[str, typer.Argument(help="A registered model.", show_default=False)]
+_TrackingUri = Annotated[str | None, typer.Option(help="MLflow tracking URI of the registry; default: as for jobs.", show_default=False)]
+
+
+@models_app.command("list")
+def models_list(tracking_uri: _TrackingUri = None, as_json: AsJson = False) -> None:
+    """List the registered models with their aliases."""
+    from parcelray.cluster.model_pages import list_models
+
+    show(list_models(tracking_uri), as_json, lambda value: value.to_rich())
+
+
+@models_app.command("show")
+def models_show(
+    name: _Name,
+    version: Annotated[str | None, typer.Argument(help="Number or alias; default: all versions.", show_default=False)] = None,
+    tracking_uri: _TrackingUri = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show a model's versions, or all that is known of one: origin, scores, and the verdict of its gates."""
+    from parcelray.cluster.model_pages import show_model
+
+    show(show_model(name, version, tracking_uri), as_json, lambda value: value.to_rich())
+
+
+@models_app.command("promote")
+def models_promote(
+    job_file: JobFile,
+    overrides: Set = [],  # noqa: B006 - typer's idiom
+    force: Annotated[bool, typer.Option("--force", help="Promote whatever the gates say; it is recorded on the version.")] = False,
+    dry_run: DryRun = False,
+    address: Address = None,
+    as_json: AsJson = False,
+) -> None:
+    """Put the candidate of a job file to its gates, and make it the champion if it passes. Exit code 2 if it does not."""
+    from parcelray.cluster.promotion import promotion_plan, run_promotion
+    from parcelray.config.loader import load_job_of
+    from parcelray.config.promote import PromoteJob
+
+    job = load_job_of(PromoteJob, job_file, overrides)
+    if dry_run:
+        show(promotion_plan(job), as_json, lambda plan: plan.to_rich())
+        return
+    verdict = run_promotion(job, console(stderr=as_json), force=force, address=address)
+    if as_json:
+        write_json(verdict.to_dict())
+
+
+@models_app.command("rollback")
+def models_rollback(name: _Name, tracking_uri: _TrackingUri = None, as_json: AsJson = False) -> None:
+    """Make the previous champion the champion again; the two change places."""
+    from parcelray.cluster.model_pages import roll_back
+
+    show(roll_back(name, tracking_uri), as_json, lambda value: value.to_rich())

@@ -1,0 +1,112 @@
+"""The gates of a promotion that stored answers decide: retention, regression against the champion, golden answers."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+from parcelray.config.promote import GoldenAnswer, RegressionGate, RetentionGate
+from parcelray.errors import UserError
+from parcelray.evaluation.aggregate import difference
+from parcelray.evaluation.split_scores import SplitScores
+from parcelray.evaluation.summary import Summary
+
+
+class Check(NamedTuple):
+    """One number, or one fact, against what a gate asks."""
+
+    gate: str
+    what: str
+    """What was looked at, such as `retention of grounding at 16 visual tokens`."""
+    found: str
+    """What it is."""
+    asked: str
+    """What the gate asks."""
+    passed: bool
+
+    def __str__(self) -> str:
+        return f"{self.what} is {self.found}, but the gate asks for {self.asked}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-serialisable."""
+        return self._asdict()
+
+
+def check_retention(summary: Summary, gate: RetentionGate) -> Iterator[Check]:
+    """Retention at every budget that the gate names, overall and by family.
+
+    Raises:
+        UserError: the gate names a family that was not asked.
+    """
+    for budget, least in gate.overall.items():
+        yield _retention(summary, "all splits", None, budget, least)
+    families = summary.families
+    for family, by_budget in gate.families.items():
+        if family not in families:
+            raise UserError(f"gates.retention.families names {family!r}, but the families that were asked are {', '.join(families)}; name one of them.")
+        for budget, least in by_budget.items():
+            yield _retention(summary, family, families[family], budget, least)
+
+
+def check_regression(candidate: Summary, champion: Summary, gate: RegressionGate) -> Iterator[Check]:
+    """The candidate against the champion on the same samples, at every budget.
+
+    Raises:
+        UserError: the two were not asked the same.
+    """
+    _check_same_samples(candidate.splits, champion.splits)
+    groups: list[tuple[str, Sequence[str] | None, float]] = [("all splits", None, gate.margin)]
+    if gate.family_margin is not None:
+        groups += [(family, names, gate.family_margin) for family, names in candidate.families.items()]
+    for budget in candidate.budgets:
+        for group, names, margin in groups:
+            gap = difference(candidate.mean_score(budget, names), champion.mean_score(budget, names)).interval
+            yield Check(
+                gate="regression",
+                what=f"the score on {group} at {budget} visual tokens against the champion's",
+                found=f"{gap.value:+.2f} points [{gap.low:+.2f}, {gap.high:+.2f}]",
+                asked=f"a lower end of at least {-margin:+g}",
+                passed=gap.low >= -margin,
+            )
+
+
+def check_golden(splits: Sequence[SplitScores], golden: Sequence[GoldenAnswer]) -> Iterator[Check]:
+    """Every golden question at every budget that it names.
+
+    Raises:
+        UserError: a sample was not asked.
+    """
+    places = {(split.benchmark, sample.id): (split, place) for split in splits for place, sample in enumerate(split.samples)}
+    for each in golden:
+        if (each.benchmark, each.sample) not in places:
+            raise UserError(
+                f"The golden sample {each.sample!r} is not among those asked of {each.benchmark}; name one that `samples.parquet` of the gate holds."
+            )
+        split, place = places[each.benchmark, each.sample]
+        legal = each.answers or split.samples[place].answers
+        for budget in each.budgets:
+            text = split.answers[budget][place].text
+            passed = text in each.answers if each.answers else split.scores[budget].values[place] >= 1
+            yield Check(
+                gate="golden",
+                what=f"the answer to {each.sample} at {budget} visual tokens",
+                found=repr(text),
+                asked=" or ".join(map(repr, legal)),
+                passed=passed,
+            )
+
+
+def _retention(summary: Summary, group: str, names: Sequence[str] | None, budget: int, least: float) -> Check:
+    kept = summary.mean_retention(budget, names).interval
+    return Check(
+        gate="retention",
+        what=f"retention of {group} at {budget} visual tokens",
+        found=f"{kept.value:.1f} % [{kept.low:.1f}, {kept.high:.1f}]",
+        asked=f"at least {least:g} %",
+        # A comparison with NaN (nothing to retain) is false, so it does not pass.
+        passed=kept.value >= least,
+    )
+
+
+def _check_same_samples(candidate: Sequence[SplitScores], champion: Sequence[SplitScores]) -> None:
+    ours, theirs = ({split.name: [sample.id for sample in split.samples] for split in splits} for splits in (candidate, champion))
+    if ours != theirs:
+        raise UserError("Candidate and champion were asked different samples, so they cannot be paired; ask both again on the same data.")
