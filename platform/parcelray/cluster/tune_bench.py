@@ -4,7 +4,7 @@ import functools
 import statistics
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from parcelray.cluster.session import ray_session
@@ -161,7 +161,7 @@ def _training(folder: Path, steps: int) -> dict[str, object]:
     }
 
 
-def _measure(evaluator: WarmEvaluator) -> object:
+def _measure(evaluator: WarmEvaluator) -> Callable[[Assignment], Mapping[str, float]]:
     return evaluator.metrics
 
 
