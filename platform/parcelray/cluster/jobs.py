@@ -194,7 +194,9 @@ def plan_submission(job_file: Path, *, identity: str, address: str | None, overr
 def build_entrypoint(kind: str, job_file: str, overrides: Sequence[str] = ()) -> str:
     """The shell command that a job runs in the root of the project's copy; every part is quoted."""
     settings = [part for override in overrides for part in ("--set", override)]
-    return shlex.join(["python", "-m", "parcelray.cli", *command_of(kind).split(), job_file, *settings])
+    # A second attempt of a search finds the trials of the first; every other kind goes on by itself.
+    goes_on = ["--resume"] if kind == "tune" else []
+    return shlex.join(["python", "-m", "parcelray.cli", *command_of(kind).split(), job_file, *settings, *goes_on])
 
 
 def list_jobs(*, address: str | None) -> list[JobState]:

@@ -1,0 +1,109 @@
+"""Trials that train: in their own process, on Ray Train's workers, stopped early, and as a population."""
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow import MlflowClient
+from rich.console import Console
+
+from parcelray.cluster.tuning_run import SearchRun, run_tuning
+from parcelray.config.tune import TuneJob
+from parcelray.errors import UserError
+
+from ..training.conftest import TINY
+
+pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("ignore::DeprecationWarning"), pytest.mark.filterwarnings("ignore::ResourceWarning")]
+
+RATES = [1e-4, 1e-3, 3e-3]
+
+
+def _job(storage: Path, **changes: Any) -> TuneJob:
+    base = TINY | {
+        "name": "base",
+        "training": {"steps": 4, "images_per_step": 4},
+        "validation": {"every_steps": 1, "samples": 1, "budgets": [16]},
+        "checkpointing": {"every_steps": 1},
+        "scaling": {"num_workers": 0},
+        "tracking": {"uri": None},
+        "report": None,
+    }
+    base |= changes.pop("base", {})
+    data = {
+        "kind": "tune",
+        "name": "rates",
+        "space": {"kind": "search_space", "name": "rates", "job": "none", "parameters": {"optimizer.learning_rate": {"type": "choice", "values": RATES}}},
+        "base": base,
+        "algorithm": {"type": "grid"},
+        "objectives": [{"metric": "train/loss", "mode": "min"}],
+        "tracking": {"uri": f"sqlite:///{storage}/mlflow.db"},
+        "storage": str(storage),
+    }
+    return TuneJob.model_validate(data | changes)
+
+
+def _run(job: TuneJob, **options: Any) -> SearchRun:
+    return run_tuning(job, Console(file=io.StringIO(), width=200), **options)
+
+
+@pytest.mark.parametrize(
+    "stopping",
+    [
+        {"type": "asha", "grace_steps": 1, "reduction": 2},
+        pytest.param({"type": "hyperband", "reduction": 2}, marks=pytest.mark.slow),
+        pytest.param({"type": "median", "grace_steps": 1, "min_trials": 2}, marks=pytest.mark.slow),
+    ],
+    ids=lambda each: each["type"],
+)
+def test_trainings_report_at_their_checkpoints_and_may_be_stopped(ray_session: None, tmp_path: Path, stopping: dict[str, Any]) -> None:
+    job = _job(tmp_path, early_stopping=stopping)
+    run = _run(job)
+    trials = run.findings.trials
+    assert sorted(trial.assignment["optimizer.learning_rate"] for trial in trials) == RATES
+    assert [trial.error for trial in trials] == [None] * 3
+    assert all(trial.metrics["train/loss"] > 0 for trial in trials)
+    assert any(trial.metrics["step"] == 4 for trial in trials), "one is trained to its end"
+    client = MlflowClient(job.tracking.uri)
+    assert run.mlflow_run_id is not None
+    experiment = client.get_run(run.mlflow_run_id).info.experiment_id
+    children = [each for each in client.search_runs([experiment]) if each.info.run_name.startswith("trial-")]
+    assert {each.info.status for each in children} == {"FINISHED"}
+    steps = [[metric.step for metric in client.get_metric_history(each.info.run_id, "train/loss")] for each in children]
+    assert all(each == sorted(each) and each[0] == 1 for each in steps), "a curve for each, from its first checkpoint on"
+
+
+@pytest.mark.slow
+def test_trials_on_ray_train_workers_run_as_many_at_a_time_as_the_cluster_holds(ray_session: None, tmp_path: Path) -> None:
+    job = _job(tmp_path, base={"scaling": {"num_workers": 1}}, algorithm={"type": "random", "trials": 2})
+    text = io.StringIO()
+    run = run_tuning(job, Console(file=text, width=200))
+    assert "2 trials, 1 at the same time" in text.getvalue(), "each takes a worker and a reader, of 4 CPUs, and 0.01 for its driver"
+    assert [trial.error for trial in run.findings.trials] == [None, None]
+    assert all(trial.metrics["step"] == 4 for trial in run.findings.trials)
+    with pytest.raises(UserError, match=r"A trial needs 8.01 CPU, but the Ray cluster has 4 CPU"):
+        _run(_job(tmp_path, name="large", base={"scaling": {"num_workers": 4}}))
+
+
+@pytest.mark.slow
+def test_a_population_trains_in_segments_and_the_worse_go_on_from_the_better(ray_session: None, tmp_path: Path) -> None:
+    job = _job(tmp_path, algorithm={"type": "pbt", "population": 2, "segments": 2})
+    run = _run(job)
+    assert [trial.error for trial in run.findings.trials] == [None, None]
+    jobs = [json.loads(path.read_text())["job"] for path in (run.folder / "trials" / "train").glob("*/job.json")]
+    assert {each["training"]["steps"] for each in jobs} == {2}
+    starts = [each["model"].get("reference") for each in jobs]
+    assert starts.count(None) == 2, "the first segment of both is from scratch"
+    assert len(starts) - starts.count(None) == 2
+    assert len({start for start in starts if start}) == 1, "after it both go on from the better one's model"
+
+
+def test_what_a_training_does_not_measure_is_named(ray_session: None, tmp_path: Path) -> None:
+    job = _job(tmp_path, objectives=[{"metric": "val/score@64", "mode": "max"}], algorithm={"type": "random", "trials": 1})
+    run = _run(job)
+    assert run.findings.front == []
+    error = run.findings.trials[0].error
+    assert error is not None
+    assert "The objective val/score@64 was not measured; measured: " in error
+    assert "val/score@16" in error
