@@ -15,6 +15,8 @@ from parcelray.cluster.model_pages import list_models, roll_back, show_model
 from parcelray.cluster.promotion import GateRefusal, Verdict, promotion_plan, run_promotion
 from parcelray.config.promote import PromoteJob
 from parcelray.errors import UserError
+from parcelray.models.checkpoint import write_manifest
+from parcelray.tracking.mlflow_tracker import end_run, start_run
 from parcelray.tracking.model_versions import find_version
 from parcelray.tracking.registry import resolve_registry
 from parcelray.tracking.store import ensure_store
@@ -94,6 +96,9 @@ def test_a_first_version_passes_and_a_worse_one_is_refused_forced_and_rolled_bac
     assert run.info.status == "FINISHED", "the gates did their work"
     assert run.data.tags["parcel.gate"] == "failed"
 
+    # The same files are the same version, however often they are put to the gates.
+    with pytest.raises(GateRefusal, match="models:/tiny/2 is not promoted"):
+        made.promote(name="again", gates={"latency": {"at_most_ms": {"16": 0.001}, "questions": 5}}, candidate=str(made.second))
     forced = made.promote(gates=gates, candidate="challenger", force=True)
     assert (forced.version, forced.word) == (2, "forced")
     assert made.aliases() == {"challenger": 2, "champion": 2, "previous": 1}
@@ -108,6 +113,16 @@ def test_a_first_version_passes_and_a_worse_one_is_refused_forced_and_rolled_bac
     listed = list_models(made.uri)
     assert listed.to_dict()["models"] == [{"name": "tiny", "versions": 2, "aliases": {"champion": 1, "challenger": 2, "previous": 2}}]
     assert {page.version: page.verdict for page in show_model("tiny", None, made.uri).versions} == {1: "passed", 2: "forced"}
+
+
+def test_a_new_version_comes_from_the_run_that_trained_it(made: Place, tmp_path: Path) -> None:
+    trained = start_run(made.uri, "parcelray", "train-third-00000000", params={})
+    end_run(made.uri, trained, "FINISHED")
+    folder = tiny_checkpoint(tmp_path, 3)
+    write_manifest(folder, config={}, git_commit=None, data=None, seed=3, extra={"identity": "train-third-00000000"})
+    verdict = made.promote(name="third", model="other", candidate=str(folder))
+    assert (verdict.version, verdict.word) == (1, "passed")
+    assert find_version(made.uri, "other", "champion").run_id == trained
 
 
 def test_a_slow_answer_is_named(made: Place) -> None:
@@ -153,8 +168,8 @@ def test_what_cannot_be_promoted_is_refused_in_one_sentence(made: Place) -> None
         made.promote(candidate=9)
     with pytest.raises(UserError, match="has no version or alias 'nobody'; its aliases are: challenger, champion"):
         made.promote(candidate="nobody")
-    with pytest.raises(UserError, match="there is no registered model 'other'"):
-        made.promote(model="other", candidate="challenger")
+    with pytest.raises(UserError, match="there is no registered model 'nobody'"):
+        made.promote(model="nobody", candidate="challenger")
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ from parcelray.models.processor import image_size_of, load_processor
 from parcelray.models.vlm import load_vlm, use_sdpa_where_exact
 from parcelray.profiling.answer_latency import answer_p95_ms
 from parcelray.tracking.mlflow_tracker import MlflowRunLogger, tracked_run
-from parcelray.tracking.model_versions import card_problems, find_version, model_names, record_verdict, versions_of
+from parcelray.tracking.model_versions import card_problems, find_version, model_names, record_verdict, training_run, version_of_content, versions_of
 from parcelray.tracking.registry import CHALLENGER, CHAMPION, promote, register_model
 from parcelray.tracking.store import ensure_store
 
@@ -154,10 +154,12 @@ def _pinned(job: PromoteJob, uri: str) -> PromoteJob:
 
 
 def _candidate(job: PromoteJob, uri: str, run_id: str) -> int:
-    """The candidate's version; a folder is registered first."""
+    """The candidate's version; a folder that is no version yet is registered first, under the run that trained it where the store has it."""
     folder = Path(job.candidate)
     if folder.is_dir():
-        version = register_model(uri, folder, job.model, run_id, example_budget=job.budgets[0])
+        version = version_of_content(uri, job.model, resolve_checkpoint(folder).pinned)
+        if version is None:
+            version = register_model(uri, folder, job.model, training_run(uri, folder) or run_id, example_budget=job.budgets[0])
         promote(uri, job.model, version, alias=CHALLENGER)
         return version
     return find_version(uri, job.model, job.candidate).version

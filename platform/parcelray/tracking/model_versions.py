@@ -11,8 +11,9 @@ from mlflow.entities.model_registry import ModelVersion
 from mlflow.models import Model
 
 from parcelray.errors import UserError
-from parcelray.models.checkpoint import content_digest, verify_manifest
+from parcelray.models.checkpoint import content_digest, read_manifest, verify_manifest
 from parcelray.tracking.entries import MAX_TAG, clean_tags
+from parcelray.tracking.mlflow_tracker import IDENTITY_TAG
 from parcelray.tracking.registry import CONTENT_TAG, SIGNATURE, aliases_of, check_version, resolve_registry
 
 VERDICT_TAG = "parcel.gate"
@@ -91,6 +92,30 @@ def find_version(tracking_uri: str, name: str, version_or_alias: str) -> Version
             return page
     aliases = ", ".join(sorted(alias for page in pages for alias in page.aliases)) or "none"
     raise UserError(f"model {name!r} has no version or alias {version_or_alias!r}; its aliases are: {aliases}, its newest version is {pages[0].version}.")
+
+
+def version_of_content(tracking_uri: str, name: str, content: str) -> int | None:
+    """The newest version of a model that holds these files; None if no version does, or there is no such model.
+
+    Args:
+        tracking_uri: of the registry.
+        name: registered model.
+        content: digest, as `models.checkpoint.content_digest` gives it.
+    """
+    if name not in model_names(tracking_uri):
+        return None
+    return next((page.version for page in versions_of(tracking_uri, name) if page.tags.get(CONTENT_TAG) == content), None)
+
+
+def training_run(tracking_uri: str, folder: Path) -> str | None:
+    """The MLflow run that trained a checkpoint, by the identity in its manifest; None where the store has none."""
+    trained = read_manifest(folder).extra.get("identity")
+    if not isinstance(trained, str) or "'" in trained:
+        return None
+    client = MlflowClient(tracking_uri=tracking_uri)
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    runs = client.search_runs(experiments, f"tags.`{IDENTITY_TAG}` = '{trained}'", max_results=1, order_by=["attributes.start_time DESC"])
+    return str(runs[0].info.run_id) if runs else None
 
 
 def record_verdict(tracking_uri: str, name: str, version: int, verdict: str, *, job: str, run_id: str, failed: list[str]) -> None:
