@@ -13,13 +13,14 @@ from pydantic import BaseModel, ValidationError
 
 from parcelray.config.evaluate import EvaluateJob
 from parcelray.config.search_space import SearchSpace
+from parcelray.config.serve import ServeJob
 from parcelray.config.train import TrainJob
 from parcelray.errors import UserError
 
-Job = TrainJob | EvaluateJob
-JobT = TypeVar("JobT", TrainJob, EvaluateJob)
+Job = TrainJob | EvaluateJob | ServeJob
+JobT = TypeVar("JobT", TrainJob, EvaluateJob, ServeJob)
 ModelT = TypeVar("ModelT", bound=BaseModel)
-JOB_MODELS: dict[str, type[Job]] = {"train": TrainJob, "evaluate": EvaluateJob}
+JOB_MODELS: dict[str, type[Job]] = {"train": TrainJob, "evaluate": EvaluateJob, "serve": ServeJob}
 # Where a run is kept, who records it and what computes it do not change the result, so they are no part of its identity.
 NOT_IDENTITY = ("storage", "tracking", "scaling", "compute")
 

@@ -18,6 +18,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 import torch
@@ -34,6 +35,8 @@ from parcelray.serving.engine import (
     Finished,
     FinishReason,
     GenerateRequest,
+    ImagePixels,
+    Inspection,
     Listener,
     Piece,
     Timings,
@@ -106,9 +109,18 @@ class ContinuousEngine:
         model: in evaluation mode, on its device.
         processor: of the same checkpoint.
         limits: of memory and queue.
+        name: in its statistics.
     """
 
-    def __init__(self, model: ElasticVLM, processor: ElasticProcessor, limits: EngineLimits = EngineLimits()) -> None:
+    def __init__(
+        self,
+        model: ElasticVLM,
+        processor: ElasticProcessor,
+        limits: EngineLimits = EngineLimits(),
+        *,
+        name: str = "local",
+    ) -> None:
+        self._name = name
         self._limits = limits
         self._tokenizer = processor.tokenizer
         self._end_ids = _end_ids(model, processor)
@@ -155,10 +167,25 @@ class ContinuousEngine:
         """See `Engine`."""
         self._commands.put(lambda: self._fail_where(lambda job: job.request.request_id == request_id, "cancelled", "The request was cancelled."))
 
+    def inspect(self, image: ImagePixels, num_visual_tokens: int) -> Future[Inspection]:
+        """See `Engine`."""
+        found: Future[Inspection] = Future()
+
+        def look() -> None:
+            try:
+                found.set_result(self._vision.inspect(image, num_visual_tokens))
+            except Exception:  # as in the loop
+                logger.exception("an image could not be inspected")
+                found.set_exception(EngineRefusal("engine_error", "The image cannot be inspected at this budget."))
+
+        self._commands.put(look)
+        return found
+
     def stats(self) -> EngineStats:
         """See `Engine`. Read without a lock: each number is right, their sum need not be of one moment."""
         pool, cache = self._decoder.pool, self._vision.cache
         return EngineStats(
+            engine=self._name,
             running=len(self._running),
             waiting=max(0, self._in_flight - len(self._running)),
             kv_tokens_used=pool.used_tokens,

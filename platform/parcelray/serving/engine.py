@@ -4,6 +4,7 @@ Nothing here imports torch, so the ingress, which has no model, shares these typ
 """
 
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -131,6 +132,8 @@ class Piece:
 class EngineStats:
     """What an engine is doing, and has done since its start."""
 
+    engine: str = ""
+    """Which engine, where there are several."""
     running: int = 0
     waiting: int = 0
     kv_tokens_used: int = 0
@@ -178,6 +181,18 @@ Listener = Callable[[Event], None]
 """Called from the engine's thread: it must return at once."""
 
 
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """What a model makes of one image at one budget, for people to look at."""
+
+    anchor_grid: int
+    """Side of the grid of pooled anchors; 0: none."""
+    grid: int
+    """Side of the patch grid."""
+    attention: tuple[float, ...]
+    """How much the queries look at each patch, row-major, mean over the queries, 1 at the largest; empty without queries."""
+
+
 class Engine(Protocol):
     """Makes answers, many at a time."""
 
@@ -196,6 +211,10 @@ class Engine(Protocol):
 
     def cancel(self, request_id: str) -> None:
         """Gives a request up, before the next step; unknown ids are ignored."""
+        ...
+
+    def inspect(self, image: ImagePixels, num_visual_tokens: int) -> Future[Inspection]:
+        """Looks at one image, between two steps."""
         ...
 
     def stats(self) -> EngineStats:

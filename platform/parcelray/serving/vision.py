@@ -3,6 +3,7 @@
 Shapes: U different images, N patches, D vision width, K visual tokens of an image, L language width.
 """
 
+import math
 import time
 from typing import NamedTuple
 
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from parcelray.models.backbones import ElasticVLM
 from parcelray.models.backbones.processor_base import ElasticProcessor
-from parcelray.serving.engine import GenerateRequest, ImagePixels
+from parcelray.serving.engine import GenerateRequest, ImagePixels, Inspection
 from parcelray.serving.feature_cache import FeatureCache
 
 
@@ -75,6 +76,17 @@ class VisionStage:
             Seen(torch.cat([tokens[image.content, request.num_visual_tokens] for image in request.images]) if request.images else None, hits, seconds)
             for request, hits in zip(requests, cached, strict=True)
         ]
+
+    def inspect(self, image: ImagePixels, num_visual_tokens: int) -> Inspection:
+        """What the connector makes of one image at one budget."""
+        connector = self._model.connector
+        features_1ND = self._encode([image])
+        attention_QN = connector.query_attention(features_1ND, num_visual_tokens=num_visual_tokens)[0]
+        mean_N = attention_QN.mean(dim=0) if len(attention_QN) else torch.empty(0)
+        largest = float(mean_N.max()) if len(mean_N) else 1.0
+        return Inspection(
+            anchor_grid=math.isqrt(connector.num_anchors(num_visual_tokens)), grid=connector.grid_size, attention=tuple((mean_N.float() / largest).tolist())
+        )
 
     def _encode(self, images: list[ImagePixels]) -> Tensor:
         pictures = [Image.frombytes("RGB", (image.side, image.side), image.rgb) for image in images]
