@@ -12,6 +12,7 @@ from parcelray.cli.configs import config_app
 from parcelray.cli.evaluation import benchmarks_app, evaluate_app
 from parcelray.cli.jobs import jobs_app, submit
 from parcelray.cli.options import Address, AsJson, DryRun, JobFile, Set, console, integers, show, write_json
+from parcelray.cli.serving import keys_app, serve
 from parcelray.errors import ParcelrayError, UserError
 
 app = typer.Typer(
@@ -23,7 +24,9 @@ app.add_typer(benchmarks_app, name="benchmarks")
 app.add_typer(jobs_app, name="jobs")
 app.add_typer(bench_app, name="bench")
 app.add_typer(analyze_app, name="analyze")
+app.add_typer(keys_app, name="keys")
 app.command()(submit)
+app.command()(serve)
 
 
 @app.callback(invoke_without_command=True)

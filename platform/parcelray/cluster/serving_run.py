@@ -59,8 +59,11 @@ def pin(job: ServeJob) -> PinnedEndpoint:
     """
     if job.http.keys_file is not None:
         read_keys(Path(job.http.keys_file))
-    champion = _resolve(job, job.model)
-    challenger = _resolve(job, job.canary.model) if job.canary is not None else None
+    champion = resolve(job, job.model)
+    challenger = resolve(job, job.canary.model) if job.canary is not None else None
+    _check_budgets(job, job.model, champion)
+    if job.canary is not None and challenger is not None:
+        _check_budgets(job, job.canary.model, challenger)
     return PinnedEndpoint(job, champion, challenger)
 
 
@@ -132,16 +135,24 @@ def _rolled_over(pinned: PinnedEndpoint, console: Console) -> PinnedEndpoint:
     return new
 
 
-def _resolve(job: ServeJob, model: ServedModelConfig) -> ResolvedCheckpoint:
+def resolve(job: ServeJob, model: ServedModelConfig) -> ResolvedCheckpoint:
+    """The checkpoint of one of a job's models.
+
+    Raises:
+        UserError: the reference stands for nothing.
+    """
     uri = job.tracking.uri
     # The registry is opened only where it is asked: MLflow takes seconds to load.
     tracking_uri = ensure_store(uri) if uri is not None and model.reference.startswith("models:/") else None
-    checkpoint = resolve_model(CheckpointModelConfig(reference=model.reference), tracking_uri)
-    connector = connector_of(checkpoint.path) if model.connector is None else None
-    if connector is not None:
-        for budget in job.budgets.offered:
-            connector.check_budget(budget)
-    return checkpoint
+    return resolve_model(CheckpointModelConfig(reference=model.reference), tracking_uri)
+
+
+def _check_budgets(job: ServeJob, model: ServedModelConfig, checkpoint: ResolvedCheckpoint) -> None:
+    if model.connector is not None:
+        return
+    connector = connector_of(checkpoint.path)
+    for budget in job.budgets.offered:
+        connector.check_budget(budget)
 
 
 def _apply(client: Any, config: dict[str, Any], applications: list[dict[str, Any]]) -> None:

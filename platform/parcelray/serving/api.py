@@ -76,16 +76,21 @@ class Api:
         """Turns refusals into answers."""
 
         async def wrapped(request: Request) -> Response:
+            # Ours, not the client's: ids in flight must differ.
             request.state.request_id = f"chatcmpl-{secrets.token_hex(12)}"
             try:
                 self._check_host(request)
-                return await handler(request)
+                response = await handler(request)
             except ApiError as error:
                 self._service().metrics.rejected(error.code)
                 self._log.refused(request.state.request_id, status=error.status, code=error.code)
-                return JSONResponse(error.body(), error.status, {**error.headers, "x-request-id": request.state.request_id})
+                response = JSONResponse(error.body(), error.status, error.headers)
             except ClientDisconnect:
-                return Response(status_code=499)
+                response = Response(status_code=499)
+            # Serve's proxy gives every request such a header, and puts it on the answer itself.
+            if "x-request-id" not in request.headers:
+                response.headers["x-request-id"] = request.state.request_id
+            return response
 
         return wrapped
 

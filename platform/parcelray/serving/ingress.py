@@ -28,7 +28,7 @@ from parcelray.serving.api import Api
 from parcelray.serving.auth import Gatekeeper, read_keys
 from parcelray.serving.budget_policy import BudgetPolicy
 from parcelray.serving.chat import ChatService
-from parcelray.serving.clients import HandleClient
+from parcelray.serving.handle_client import HandleClient
 from parcelray.serving.metrics import EndpointMetrics
 from parcelray.serving.prompting import PromptBuilder
 from parcelray.serving.request_log import RequestLog

@@ -11,7 +11,6 @@ from parcelray.serving.engine import Finished, Piece, TokenLogprob
 def headers(prepared: Prepared) -> dict[str, str]:
     """What every answer of a model carries."""
     return {
-        "x-request-id": prepared.request.request_id,
         "x-visual-tokens": str(prepared.request.num_visual_tokens),
         "x-model-version": prepared.route.version,
     }
