@@ -18,6 +18,7 @@ import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from schemathesis.core.result import Ok
 
 from parcelray.models.backbones import ElasticVLM
 from parcelray.models.backbones.processor_base import ElasticProcessor
@@ -270,6 +271,7 @@ def test_requests_drawn_from_the_schema(url: str) -> None:
     statuses = []
 
     for result in schema.get_all_operations():
+        assert isinstance(result, Ok)
         operation = result.ok()
 
         @settings(max_examples=60, deadline=None, database=None, derandomize=True, phases=[Phase.generate], suppress_health_check=list(HealthCheck))

@@ -95,9 +95,9 @@ def test_a_request_that_says_is_left_alone(asked: int | str, given: int) -> None
 
 def test_the_policies_by_request_and_fixed() -> None:
     by_request = BudgetPolicy(ServedBudgets.model_validate({"offered": LADDER, "policy": {"type": "request", "auto": 64}}))
-    assert [by_request.decide(asked) for asked in ("auto", "low", "high", 128)] == [64, 16, 256, 128]  # type: ignore[arg-type]
+    assert [by_request.decide(asked) for asked in ("auto", "low", "high", 128)] == [64, 16, 256, 128]
     fixed = BudgetPolicy(ServedBudgets.model_validate({"offered": LADDER, "policy": {"type": "fixed", "visual_tokens": 64}}))
-    assert [fixed.decide(asked) for asked in ("auto", "low", "high", 64)] == [64, 64, 64, 64]  # type: ignore[arg-type]
+    assert [fixed.decide(asked) for asked in ("auto", "low", "high", 64)] == [64, 64, 64, 64]
     with pytest.raises(ApiError, match="64"):
         fixed.decide(128)
 
