@@ -3,7 +3,7 @@
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,12 +101,14 @@ def deploy(pinned: PinnedEndpoint) -> None:
     client = _get_global_client()
     assert client is not None, "Serve was started"
     before = _deployed(client)
-    old = [each for name, each in before.items() if name not in {app["name"] for app in config["applications"]}]
-    current = [before[ingress["name"]]] if ingress["name"] in before else []
-    _apply(client, config, [*old, *current, *models])
-    _apply(client, config, [*old, *models, ingress])
+    names = {app["name"] for app in config["applications"]}
+    old = [each for name, each in before.items() if name not in names]
+    if ingress["name"] in before:
+        _apply(client, config, [*old, before[ingress["name"]], *models], names - {ingress["name"]})
+    # Without an endpoint before, all start together, and the ingress waits for its model.
+    _apply(client, config, [*old, *models, ingress], names)
     if old:
-        _apply(client, config, [*models, ingress])
+        _apply(client, config, [*models, ingress], names)
 
 
 def run_endpoint(pinned: PinnedEndpoint, console: Console, *, address: str | None = None) -> None:
@@ -155,7 +157,8 @@ def _check_budgets(job: ServeJob, model: ServedModelConfig, checkpoint: Resolved
         connector.check_budget(budget)
 
 
-def _apply(client: Any, config: dict[str, Any], applications: list[dict[str, Any]]) -> None:
+def _apply(client: Any, config: dict[str, Any], applications: list[dict[str, Any]], awaited: Collection[str]) -> None:
+    """Deploys exactly these applications and waits for some of them, and until no others are there."""
     client.deploy_apps(ServeDeploySchema.model_validate({**config, "applications": applications}))
     names = {app["name"] for app in applications}
     deadline = time.monotonic() + _DEPLOY_TIMEOUT_S
@@ -163,11 +166,11 @@ def _apply(client: Any, config: dict[str, Any], applications: list[dict[str, Any
         # Serve takes a moment to begin; what it has not begun is still shown as running.
         time.sleep(_POLL_S)
         found = serve.status().applications
-        states = {name: str(found[name].status.value) for name in names if name in found}
-        failed = [name for name, state in states.items() if state in ("DEPLOY_FAILED", "UNHEALTHY")]
+        states = {name: str(found[name].status.value) for name in awaited if name in found}
+        failed = [name for name, state in states.items() if state == "DEPLOY_FAILED"]
         if failed:
             raise SystemFailure(f"Serve cannot start {failed[0]}: {_reason(found[failed[0]])}")
-        if set(states) == names and set(states.values()) == {"RUNNING"} and set(found) == names:
+        if len(states) == len(awaited) and set(states.values()) <= {"RUNNING"} and set(found) <= names:
             return
     raise SystemFailure(f"Serve did not bring the endpoint up within {_DEPLOY_TIMEOUT_S:.0f} s; its logs are below RAY_TMPDIR.")
 
