@@ -1,5 +1,6 @@
 """An endpoint brought up, kept, changed and taken down: the model pinned, Ray joined or started, the applications deployed in order."""
 
+import logging
 import signal
 import threading
 import time
@@ -77,13 +78,16 @@ def endpoint(pinned: PinnedEndpoint, *, address: str | None = None) -> Iterator[
     """
     job = pinned.job
     cpus = int(job.replicas.max * job.replicas.cpus + (job.canary is not None) * job.replicas.cpus + job.http.workers) + 2
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     with ray_session(address, num_cpus=max(4, cpus)):
         serve.start(proxy_location="HeadOnly", http_options=http_options(job.http))
         try:
             deploy(pinned)
             yield f"http://{'127.0.0.1' if job.http.host in ('0.0.0.0', '::') else job.http.host}:{job.http.port}"
         finally:
-            serve.shutdown()  # type: ignore[no-untyped-call]
+            # The ingress first: it goes when its last request has its answer, and until then needs the models.
+            for name in _own(_deployed(), job.name):
+                serve.delete(name)
 
 
 def deploy(pinned: PinnedEndpoint) -> None:
@@ -98,26 +102,33 @@ def deploy(pinned: PinnedEndpoint) -> None:
     """
     config = _with_environment(pinned.config())
     *models, ingress = config["applications"]
-    client = _get_global_client()
-    assert client is not None, "Serve was started"
-    before = _deployed(client)
     names = {app["name"] for app in config["applications"]}
-    old = [each for name, each in before.items() if name not in names]
+    before = _deployed()
+    own = _own(before, ingress["name"])
+    # A declarative configuration names all applications, so those of others are in it as they are.
+    others = [app for name, app in before.items() if name not in own and name not in names]
+    old = [before[name] for name in own if name not in names]
     if ingress["name"] in before:
-        _apply(client, config, [*old, before[ingress["name"]], *models], names - {ingress["name"]})
+        try:
+            _apply(config, [*others, *old, before[ingress["name"]], *models], names - {ingress["name"]})
+        except SystemFailure:
+            # What could not start goes, and the requests never knew of it.
+            _apply(config, list(before.values()), own)
+            raise
     # Without an endpoint before, all start together, and the ingress waits for its model.
-    _apply(client, config, [*old, *models, ingress], names)
+    _apply(config, [*others, *old, *models, ingress], names)
     if old:
-        _apply(client, config, [*models, ingress], names)
+        _apply(config, [*others, *models, ingress], names)
 
 
 def run_endpoint(pinned: PinnedEndpoint, console: Console, *, address: str | None = None) -> None:
     """Serves until SIGINT or SIGTERM. SIGHUP resolves the job's references again and rolls over to what they stand for now."""
     stop, again = threading.Event(), threading.Event()
-    for number, event in ((signal.SIGINT, stop), (signal.SIGTERM, stop), (signal.SIGHUP, again)):
-        signal.signal(number, lambda *_, event=event: event.set())
     console.print(f"Starting {pinned.champion.pinned} at {', '.join(map(str, sorted(pinned.job.budgets.offered)))} visual tokens", highlight=False)
     with endpoint(pinned, address=address) as url:
+        # Only now: Ray puts its own handlers in when it starts.
+        for number, event in ((signal.SIGINT, stop), (signal.SIGTERM, stop), (signal.SIGHUP, again)):
+            signal.signal(number, lambda *_, event=event: event.set())
         console.print(f"{pinned.job.name} answers at {url}/v1; Ctrl-C stops it", highlight=False, soft_wrap=True)
         while not stop.wait(_POLL_S):
             if again.is_set():
@@ -157,9 +168,9 @@ def _check_budgets(job: ServeJob, model: ServedModelConfig, checkpoint: Resolved
         connector.check_budget(budget)
 
 
-def _apply(client: Any, config: dict[str, Any], applications: list[dict[str, Any]], awaited: Collection[str]) -> None:
+def _apply(config: dict[str, Any], applications: list[dict[str, Any]], awaited: Collection[str]) -> None:
     """Deploys exactly these applications and waits for some of them, and until no others are there."""
-    client.deploy_apps(ServeDeploySchema.model_validate({**config, "applications": applications}))
+    _client().deploy_apps(ServeDeploySchema.model_validate({**config, "applications": applications}))
     names = {app["name"] for app in applications}
     deadline = time.monotonic() + _DEPLOY_TIMEOUT_S
     while time.monotonic() < deadline:
@@ -181,14 +192,28 @@ def _reason(application: Any) -> str:
     return lines[-1][:400] if lines else "no reason given"
 
 
-def _deployed(client: Any) -> dict[str, dict[str, Any]]:
+def _deployed() -> dict[str, dict[str, Any]]:
     """Configurations of the applications that are there, by name."""
     found: dict[str, dict[str, Any]] = {}
-    for name, application in client.get_serve_details()["applications"].items():
+    for name, application in _client().get_serve_details()["applications"].items():
         config = application.get("deployed_app_config")
         if config is not None:
             found[name] = config
     return found
+
+
+def _own(deployed: dict[str, dict[str, Any]], ingress: str) -> list[str]:
+    """Names of an endpoint's applications: the ingress, and the models that it sends requests to."""
+    if ingress not in deployed:
+        return []
+    routes = deployed[ingress]["deployments"][0]["user_config"]
+    return [ingress, *(route["app"] for route in routes.values() if route is not None)]
+
+
+def _client() -> Any:
+    client = _get_global_client()
+    assert client is not None, "Serve was started"
+    return client
 
 
 def _with_environment(config: dict[str, Any]) -> dict[str, Any]:
