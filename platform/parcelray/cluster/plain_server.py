@@ -16,8 +16,6 @@ from ray import serve
 from parcelray.models.processor import load_processor
 from parcelray.serving.model_replica import ReplicaSettings, load_model
 
-api = FastAPI()
-
 
 class PlainServer:
     """One replica that does everything.
@@ -32,11 +30,16 @@ class PlainServer:
         self._model = load_model(settings)
         self._processor = load_processor(settings.path)
 
-    @api.post("/v1/chat/completions")
-    async def chat(self, body: dict[str, Any]) -> dict[str, Any]:
-        """One request."""
-        text, count = await self._answers(body)
-        return {"choices": [{"message": {"role": "assistant", "content": text}}], "usage": {"completion_tokens": count}}
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        """Called by Serve."""
+        api = FastAPI()
+
+        @api.post("/v1/chat/completions")
+        async def chat(body: dict[str, Any]) -> dict[str, Any]:
+            text, count = await self._answers(body)
+            return {"choices": [{"message": {"role": "assistant", "content": text}}], "usage": {"completion_tokens": count}}
+
+        return api
 
     @serve.batch(max_batch_size=32, batch_wait_timeout_s=0.02)
     async def _answers(self, bodies: list[dict[str, Any]]) -> list[tuple[str, int]]:

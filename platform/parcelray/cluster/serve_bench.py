@@ -24,7 +24,7 @@ from PIL import Image
 from ray import serve
 
 from parcelray.benchmarks.mini.suite import MiniSuite
-from parcelray.cluster.plain_server import PlainServer, api
+from parcelray.cluster.plain_server import PlainServer
 from parcelray.cluster.serving_run import deploy, endpoint, pin
 from parcelray.config.connector import M3ConnectorConfig
 from parcelray.config.model import MiniModelConfig
@@ -246,7 +246,7 @@ def _highest_rate(bench: _Bench, url: str, budget: int | str, objective_s: float
 @contextmanager
 def _plain(bench: _Bench) -> Iterator[str]:
     """The plain server beside ours; idle while the other is measured."""
-    deployment: Any = serve.deployment(name="Plain", max_ongoing_requests=256, ray_actor_options={"num_cpus": 0.1})(serve.ingress(api)(PlainServer))
+    deployment: Any = serve.deployment(name="Plain", max_ongoing_requests=256, ray_actor_options={"num_cpus": 0.1})(serve.ingress()(PlainServer))
     pinned = pin(bench.job())
     serve.run(deployment.bind(replica_settings(pinned.job, pinned.job.model, pinned.champion)), name="plain", route_prefix="/plain")
     yield f"http://127.0.0.1:{bench.port}/plain"
