@@ -57,22 +57,22 @@ class TextStream:
             self.stopped = True
 
     def _release(self, *, final: bool) -> str:
-        end = len(self._text) if final or self.stopped else len(self._text) - self._held_back()
+        end = len(self._text) if final or self.stopped else self._certain()
         piece = self._text[self._sent : end]
         if self._sent == 0 or not self._text[: self._sent].strip():
             piece = piece.lstrip()
         self._sent = end
         return piece.rstrip() if final or self.stopped else piece
 
-    def _held_back(self) -> int:
-        """Characters at the end that may yet turn out to be white space of the end, or the start of a stop text."""
-        held = len(self._text) - len(self._text.rstrip())
+    def _certain(self) -> int:
+        """Characters that are neither the start of a stop text, nor white space that may yet prove to be that of the end."""
+        held = 0
         for stop in self._stop:
             for length in range(min(len(stop) - 1, len(self._text) - self._sent), held, -1):
                 if self._text.endswith(stop[:length]):
                     held = length
                     break
-        return held
+        return max(self._sent, len(self._text[: len(self._text) - held].rstrip()))
 
     def _decoded(self, ids: list[int]) -> str:
         return str(self._tokenizer.decode(ids, skip_special_tokens=True)) if ids else ""
