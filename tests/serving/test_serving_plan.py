@@ -29,8 +29,8 @@ def test_another_address_needs_keys(tmp_path: Path) -> None:
 
 def test_the_plan_says_what_fits() -> None:
     plan = serving_plan(serve_job(str(ROOT / "jobs" / "serve" / "mini.yaml"), ["engine.kv_tokens=1024", "engine.max_running=1000"]))
-    # 4 layers, 2 heads of 24, keys and values, 4 bytes each.
-    assert plan.kv_bytes == 1024 * 4 * 2 * 24 * 2 * 4
+    # 3 layers, keys and values, 1 head of 32, 4 bytes each.
+    assert plan.kv_bytes == 1024 * 3 * 2 * 1 * 32 * 4
     assert plan.requests_in_kv == {16: 9, 64: 6, 256: 2}
     assert plan.flops[16] < plan.flops[64] < plan.flops[256]
 

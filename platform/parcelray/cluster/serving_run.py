@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 from ray import serve
 from ray.serve.context import _get_global_client
-from ray.serve.schema import ServeDeploySchema
+from ray.serve.schema import ServeDeploySchema, TracingConfig
 from rich.console import Console
 
 from parcelray.cluster.provenance import resolve_model
@@ -80,7 +80,8 @@ def endpoint(pinned: PinnedEndpoint, *, address: str | None = None) -> Iterator[
     cpus = int(job.replicas.max * job.replicas.cpus + (job.canary is not None) * job.replicas.cpus + job.http.workers) + 2
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     with ray_session(address, num_cpus=max(4, cpus)):
-        serve.start(proxy_location="HeadOnly", http_options=http_options(job.http))
+        traces = TracingConfig(enabled=True, exporter_import_path=job.traces.exporter, sampling_ratio=job.traces.sampling_ratio) if job.traces else None
+        serve.start(proxy_location="HeadOnly", http_options=http_options(job.http), tracing_config=traces)
         try:
             deploy(pinned)
             yield f"http://{'127.0.0.1' if job.http.host in ('0.0.0.0', '::') else job.http.host}:{job.http.port}"

@@ -148,6 +148,15 @@ class CanaryConfig(StrictModel):
     """How many times the champion's median latency its own may be."""
 
 
+class TracesConfig(StrictModel):
+    """OpenTelemetry traces, which Serve records of proxy, ingress and replica."""
+
+    sampling_ratio: float = Field(default=0.01, gt=0, le=1)
+    """Share of the requests that are traced."""
+    exporter: str = ""
+    """`module:function` that gives the span processors, as Serve's `exporter_import_path`; empty: files beside Serve's logs."""
+
+
 class ServeJob(StrictModel):
     """One whole endpoint: a model, its budgets, and who may ask for what."""
 
@@ -169,6 +178,8 @@ class ServeJob(StrictModel):
     """What one request may ask for."""
     http: HttpConfig = HttpConfig()
     """The endpoint."""
+    traces: TracesConfig | None = None
+    """OpenTelemetry; null: no traces."""
     tracking: TrackingConfig = TrackingConfig()
     """MLflow, whose registry `models:/...` references name."""
     storage: str = "runs"

@@ -8,7 +8,7 @@ import logging
 import re
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from typing import Any
 
 from starlette.applications import Starlette
@@ -147,7 +147,7 @@ class Api:
         self,
         prepared: Prepared,
         first: Piece | Finished,
-        rest: AsyncIterator[Piece | Finished],
+        rest: AsyncGenerator[Piece | Finished, None],
         include_usage: bool,
         ended: list[float | None],
         leave: Callable[[], None],
@@ -167,7 +167,7 @@ class Api:
         except ApiError as error:
             yield responses.sse(error.body())
         finally:
-            await rest.aclose()  # type: ignore[attr-defined]
+            await rest.aclose()
             leave()
 
     async def _models(self, request: Request) -> Response:

@@ -102,11 +102,14 @@ def serve_config(job: ServeJob, champion: ReplicaSettings, challenger: ReplicaSe
     """The whole endpoint in the form of `serve deploy`."""
     models = [settings for settings in (champion, challenger) if settings is not None]
     routes = IngressRoutes(champion=route_settings(champion), challenger=route_settings(challenger) if challenger is not None else None)
-    return {
-        "proxy_location": "HeadOnly",
-        "http_options": http_options(job.http),
-        "applications": [*(_model(job, each) for each in models), _ingress(job, routes)],
-    }
+    applications = [*(_model(job, each) for each in models), _ingress(job, routes)]
+    return {"proxy_location": "HeadOnly", "http_options": http_options(job.http), **_traces(job), "applications": applications}
+
+
+def _traces(job: ServeJob) -> dict[str, Any]:
+    if job.traces is None:
+        return {}
+    return {"tracing_config": {"enabled": True, "exporter_import_path": job.traces.exporter, "sampling_ratio": job.traces.sampling_ratio}}
 
 
 def http_options(http: HttpConfig) -> dict[str, Any]:

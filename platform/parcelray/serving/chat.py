@@ -3,8 +3,9 @@
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from concurrent.futures import Executor
+from contextlib import aclosing
 from dataclasses import dataclass
 
 from parcelray.config.serve import HttpConfig, RequestLimits
@@ -20,6 +21,7 @@ from parcelray.serving.remote_images import fetch_image
 from parcelray.serving.request_log import RequestLog
 from parcelray.serving.routes import Route, Routes
 from parcelray.serving.schemas import ChatRequest
+from parcelray.serving.spans import annotate
 
 logger = logging.getLogger(__name__)
 _CLIENT_ERRORS = frozenset({"context_length_exceeded", "unsupported_budget", "cancelled", "queue_full"})
@@ -124,7 +126,7 @@ class ChatService:
                 return end
         raise self._gone(prepared)
 
-    async def events(self, prepared: Prepared) -> AsyncIterator[Piece | Finished]:
+    async def events(self, prepared: Prepared) -> AsyncGenerator[Piece | Finished, None]:
         """The answer in pieces. Only a request of which nothing was sent can go to another replica.
 
         Raises:
@@ -133,11 +135,13 @@ class ChatService:
         sent = False
         for attempt in range(self.limits.retries + 1):
             try:
-                async for event in prepared.route.client.events(prepared.request):
-                    sent = True
-                    if isinstance(event, Finished):
-                        self._finished(prepared, event)
-                    yield event
+                # Closed at once when the client hangs up, which is what cancels the request.
+                async with aclosing(prepared.route.client.events(prepared.request)) as found:
+                    async for event in found:
+                        sent = True
+                        if isinstance(event, Finished):
+                            self._finished(prepared, event)
+                        yield event
             except ReplicaLost:
                 self._lost(prepared, attempt)
                 if sent:
@@ -180,6 +184,7 @@ class ChatService:
         self.metrics.finished(prepared.request, end, latency_s=latency_s, image_s=prepared.image_s, replica=end.stats.engine)
         self._record(prepared, latency_s)
         self._log.answered(prepared.request, end, version=prepared.route.version, latency_s=latency_s)
+        annotate(prepared.request, end, version=prepared.route.version)
 
     def _refused(self, prepared: Prepared, refusal: EngineRefusal) -> ApiError:
         if refusal.code not in _CLIENT_ERRORS:

@@ -1,7 +1,7 @@
 """How the endpoint reaches a model: here what it asks of it, and a model in its own process; `handle_client` has the one over Ray Serve."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Protocol
 
 from parcelray.serving.engine import Engine, Finished, GenerateRequest, ImagePixels, Inspection, Piece
@@ -24,7 +24,7 @@ class ModelClient(Protocol):
         """
         ...
 
-    def events(self, request: GenerateRequest) -> AsyncIterator[Piece | Finished]:
+    def events(self, request: GenerateRequest) -> AsyncGenerator[Piece | Finished, None]:
         """The answer in pieces; raises as `answer` does."""
         ...
 
@@ -51,7 +51,7 @@ class LocalClient:
         """See `ModelClient`."""
         return await answer(self._engine, request)
 
-    def events(self, request: GenerateRequest) -> AsyncIterator[Piece | Finished]:
+    def events(self, request: GenerateRequest) -> AsyncGenerator[Piece | Finished, None]:
         """See `ModelClient`."""
         return events(self._engine, request)
 

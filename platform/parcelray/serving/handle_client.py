@@ -1,7 +1,7 @@
 """A model in deployments of Ray Serve, reached over its handle."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Any
 
 from ray.exceptions import RayActorError, RayTaskError
@@ -28,7 +28,7 @@ class HandleClient:
         end: Finished | Failed = await self._call(self._handle.answer.remote(request))
         return _checked(end)
 
-    async def events(self, request: GenerateRequest) -> AsyncIterator[Piece | Finished]:
+    async def events(self, request: GenerateRequest) -> AsyncGenerator[Piece | Finished, None]:
         """See `ModelClient`."""
         response: Any = self._streams.events.remote(request)
         ended = False

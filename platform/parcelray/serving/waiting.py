@@ -3,12 +3,12 @@
 import asyncio
 import contextlib
 import queue
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 
 from parcelray.serving.engine import Engine, Event, Failed, Finished, GenerateRequest, Piece
 
 
-async def events(engine: Engine, request: GenerateRequest) -> AsyncIterator[Piece | Finished]:
+async def events(engine: Engine, request: GenerateRequest) -> AsyncGenerator[Piece | Finished, None]:
     """Pieces and the end of an answer; whoever stops listening cancels the request.
 
     Raises:
@@ -48,7 +48,7 @@ async def answer(engine: Engine, request: GenerateRequest) -> Finished:
             if isinstance(event, Finished):
                 return event
     finally:
-        await stream.aclose()  # type: ignore[attr-defined]
+        await stream.aclose()
     raise AssertionError("an engine ended a request without an end")
 
 
