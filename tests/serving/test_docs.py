@@ -20,7 +20,8 @@ TEXT = (Path(__file__).resolve().parents[2] / "docs" / "serving.md").read_text(e
 
 
 def _example(language: str, containing: str) -> str:
-    return next(code for code in re.findall(rf"```{language}\n(.*?)```", TEXT, flags=re.DOTALL) if containing in code)
+    examples: list[str] = re.findall(rf"```{language}\n(.*?)```", TEXT, flags=re.DOTALL)
+    return next(code for code in examples if containing in code)
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")

@@ -218,6 +218,13 @@ def test_urls_of_images_reach_nothing(url: str) -> None:
         assert refused(url, json.dumps(body).encode()) in (400, 403, 415)
 
 
+def test_special_tokens_in_a_question_are_words(url: str) -> None:
+    for text in ("<image>" * 300, "<eos><bos><pad>", "<loc0001><seg001>", "what<image>is"):
+        body = chat(picture("PNG"))
+        body["messages"][0]["content"][1]["text"] = text
+        assert refused(url, json.dumps(body).encode()) == 200
+
+
 def test_headers_that_lie(url: str) -> None:
     body = json.dumps(chat()).encode()
     for headers in (

@@ -5,6 +5,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from opentelemetry import trace
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
@@ -12,7 +13,6 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from parcelray.data.sample import Sample
 from parcelray.models.backbones import ElasticVLM
 from parcelray.models.backbones.processor_base import ElasticProcessor
-from parcelray.serving import spans
 from parcelray.serving.chat import Prepared
 from parcelray.serving.clients import LocalClient
 from parcelray.serving.continuous_engine import ContinuousEngine
@@ -26,7 +26,7 @@ def test_a_trace_has_the_budget_and_the_parts(
     exporter = InMemorySpanExporter()
     provider = TracerProvider()
     provider.add_span_processor(SimpleSpanProcessor(exporter))
-    monkeypatch.setattr(spans.trace, "get_tracer", provider.get_tracer)
+    monkeypatch.setattr(trace, "get_tracer", provider.get_tracer)
     with ThreadPoolExecutor(1) as pool:
         service = service_of(job_of(), model, processor, LocalClient(engine), pool)
         prepared = Prepared(ask(samples[0], 64), service.routes.champion, time.perf_counter(), 0.0)

@@ -68,8 +68,9 @@ def ingress_app(args: dict[str, Any]) -> Application:
     deployment: Any = serve.deployment(
         name=INGRESS_DEPLOYMENT,
         num_replicas=job.http.workers,
-        # Twice what it admits: the refused must reach it to be told when to come back.
+        # Twice what it admits: the refused must reach it to be told when to come back. What is beyond that, Serve's proxy refuses.
         max_ongoing_requests=2 * in_flight + 64,
+        max_queued_requests=4 * in_flight,
         ray_actor_options={"num_cpus": 0.1},
         graceful_shutdown_wait_loop_s=0.5,
         graceful_shutdown_timeout_s=job.limits.timeout_s + _DRAIN_S,
