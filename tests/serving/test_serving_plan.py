@@ -1,12 +1,13 @@
 """What `parcelray serve` means, its plan, and the file that it writes for `serve deploy`."""
 
+import socket
 from pathlib import Path
 
 import pytest
 import yaml
 
 from parcelray.cluster.serving_plan import serve_job, serving_plan
-from parcelray.cluster.serving_run import pin
+from parcelray.cluster.serving_run import endpoint, pin
 from parcelray.errors import UnsupportedBudgetError, UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -25,6 +26,13 @@ def test_another_address_needs_keys(tmp_path: Path) -> None:
         serve_job("mini_base", [], host="0.0.0.0")
     with pytest.raises(UserError, match="cannot be read"):
         pin(serve_job("mini_base", [f"http.keys_file={tmp_path / 'none'}"], host="0.0.0.0"))
+
+
+def test_a_taken_port_is_said_before_anything_starts() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        pinned = pin(serve_job("mini_base", [], port=taken.getsockname()[1]))
+        with pytest.raises(UserError, match="choose another one with --port"), endpoint(pinned):
+            pass
 
 
 def test_the_plan_says_what_fits() -> None:

@@ -1,7 +1,9 @@
 """An endpoint brought up, kept, changed and taken down: the model pinned, Ray joined or started, the applications deployed in order."""
 
 import logging
+import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Collection, Iterator
@@ -10,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import ray
 import yaml
 from ray import serve
 from ray.serve.context import _get_global_client
@@ -17,9 +20,9 @@ from ray.serve.schema import ServeDeploySchema, TracingConfig
 from rich.console import Console
 
 from parcelray.cluster.provenance import resolve_model
-from parcelray.cluster.session import import_path, ray_session
+from parcelray.cluster.session import ADDRESS_VARIABLE, import_path, ray_session
 from parcelray.config.model import CheckpointModelConfig
-from parcelray.config.serve import ServedModelConfig, ServeJob
+from parcelray.config.serve import HttpConfig, ServedModelConfig, ServeJob
 from parcelray.errors import SystemFailure, UserError
 from parcelray.models.checkpoint import ResolvedCheckpoint
 from parcelray.models.vlm import connector_of
@@ -28,6 +31,7 @@ from parcelray.serving.auth import read_keys
 from parcelray.tracking.store import ensure_store
 
 _POLL_S = 0.2
+_LOOPS = ("RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD", "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP")
 _DEPLOY_TIMEOUT_S = 900.0
 
 
@@ -59,7 +63,10 @@ def pin(job: ServeJob) -> PinnedEndpoint:
         UserError: a model is not to be had, cannot give an offered budget, or the keys cannot be read.
     """
     if job.http.keys_file is not None:
-        read_keys(Path(job.http.keys_file))
+        # The ingress has another working directory.
+        file = Path(job.http.keys_file).resolve()
+        read_keys(file)
+        job = job.model_copy(update={"http": job.http.model_copy(update={"keys_file": str(file)})})
     champion = resolve(job, job.model)
     challenger = resolve(job, job.canary.model) if job.canary is not None else None
     _check_budgets(job, job.model, champion)
@@ -79,7 +86,9 @@ def endpoint(pinned: PinnedEndpoint, *, address: str | None = None) -> Iterator[
     job = pinned.job
     cpus = int(job.replicas.max * job.replicas.cpus + (job.canary is not None) * job.replicas.cpus + job.http.workers) + 2
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    with ray_session(address, num_cpus=max(4, cpus)):
+    if not ray.is_initialized() and (address or os.environ.get(ADDRESS_VARIABLE, "local")) == "local":
+        _check_port(job.http)
+    with _one_loop(), ray_session(address, num_cpus=max(4, cpus)):
         traces = TracingConfig(enabled=True, exporter_import_path=job.traces.exporter, sampling_ratio=job.traces.sampling_ratio) if job.traces else None
         serve.start(proxy_location="HeadOnly", http_options=http_options(job.http), tracing_config=traces)
         try:
@@ -89,6 +98,31 @@ def endpoint(pinned: PinnedEndpoint, *, address: str | None = None) -> Iterator[
             # The ingress first: it goes when its last request has its answer, and until then needs the models.
             for name in _own(_deployed(), job.name):
                 serve.delete(name)
+
+
+def _check_port(http: HttpConfig) -> None:
+    """Serve's proxy would try again and again."""
+    try:
+        with socket.create_server((http.host, http.port), family=socket.AF_INET6 if ":" in http.host else socket.AF_INET):
+            pass
+    except OSError as error:
+        raise UserError(f"Port {http.port} of {http.host} cannot be listened on ({error.strerror}); choose another one with --port.") from None
+
+
+@contextmanager
+def _one_loop() -> Iterator[None]:
+    """Has the processes of an instance that we start run Serve's code and ours in one event loop: nothing of ours blocks it, and each hop costs.
+
+    It also makes Serve's health check wait for the loop that answers requests. On a cluster these variables belong to `ray start`.
+    """
+    before = {name: os.environ.get(name) for name in _LOOPS}
+    os.environ.update({name: "0" for name in _LOOPS if before[name] is None})
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
 
 
 def deploy(pinned: PinnedEndpoint) -> None:
