@@ -53,8 +53,9 @@ def pytest_unconfigure() -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     without_data = _why_no_data()
     without_gpu = _why_no_gpu() if any(item.get_closest_marker("gpu") for item in items) else None
+    without_browser = None if shutil.which("chromedriver") and shutil.which("chromium") else "needs Debian's packages chromium and chromium-driver"
     for item in items:
-        for marker, reason in (("data", without_data), ("gpu", without_gpu)):
+        for marker, reason in (("data", without_data), ("gpu", without_gpu), ("browser", without_browser)):
             if reason and item.get_closest_marker(marker):
                 item.add_marker(pytest.mark.skip(reason=reason))
     # A process has one Ray at a time: what starts an instance of its own comes before what shares one for the rest of the session.

@@ -44,7 +44,7 @@ def test_a_small_job_gets_every_default(tmp_path: Path) -> None:
         ({"budget": {"type": "uniform", "budgets": {"start": 9, "stop": 3}}}, r"stop 3 is below start 9"),
         ({"scaling": {"num_workers": [3, 1]}}, r"is not a worker count"),
         ({"budget": {"budgets": [16]}}, r"budget.type is missing"),
-        ({"kind": "trian"}, r"kind is 'trian'; legal: train, evaluate, tune, promote \(did you mean train\?\)"),
+        ({"kind": "trian"}, r"kind is 'trian'; legal: train, evaluate, tune, promote, serve \(did you mean train\?\)"),
         ({"kind": ["train"]}, r"kind is \['train'\]; legal: train"),
         ({"name": "No Good"}, r"name is 'No Good'"),
     ],

@@ -13,6 +13,7 @@ from parcelray.cli.evaluation import benchmarks_app, evaluate_app
 from parcelray.cli.jobs import jobs_app, submit
 from parcelray.cli.models import models_app
 from parcelray.cli.options import Address, AsJson, DryRun, JobFile, Set, console, integers, show, write_json
+from parcelray.cli.serving import keys_app, serve
 from parcelray.cli.tuning import tune
 from parcelray.errors import ParcelrayError, UserError
 
@@ -25,9 +26,11 @@ app.add_typer(benchmarks_app, name="benchmarks")
 app.add_typer(jobs_app, name="jobs")
 app.add_typer(bench_app, name="bench")
 app.add_typer(analyze_app, name="analyze")
-app.command()(tune)
 app.add_typer(models_app, name="models")
+app.add_typer(keys_app, name="keys")
+app.command()(tune)
 app.command()(submit)
+app.command()(serve)
 
 
 @app.callback(invoke_without_command=True)

@@ -48,6 +48,20 @@ def bench_tune(
     show_report(bench_tuning(samples=samples, steps=steps, repeats=repeats), as_json)
 
 
+@bench_app.command("serve")
+def bench_serve(
+    requests: Annotated[int, typer.Option(min=32, help="Requests of each load at 32 clients.")] = 96,
+    repeats: Annotated[int, typer.Option(min=1, help="Rounds of each comparison.")] = 3,
+    port: Annotated[int, typer.Option(help="Port on the loopback.")] = 18462,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of the model's arithmetic, on every side.", show_default=False)] = None,
+    as_json: AsJson = False,
+) -> None:
+    """The endpoint against offline batches, a plain server and fixed budgets."""
+    from parcelray.cluster.serve_bench import bench_serving
+
+    show_report(bench_serving(requests=requests, repeats=repeats, port=port, threads=threads), as_json)
+
+
 @bench_app.command("connector")
 def bench_connector(
     backbone: Annotated[str, typer.Option(help="mini, paligemma2-3b or llava-1.5-7b (need a GPU), or a folder.")] = "mini",

@@ -14,14 +14,15 @@ from pydantic import BaseModel, ValidationError
 from parcelray.config.evaluate import EvaluateJob
 from parcelray.config.promote import PromoteJob
 from parcelray.config.search_space import SearchSpace
+from parcelray.config.serve import ServeJob
 from parcelray.config.train import TrainJob
 from parcelray.config.tune import TuneJob
 from parcelray.errors import UserError
 
-Job = TrainJob | EvaluateJob | TuneJob | PromoteJob
-JobT = TypeVar("JobT", TrainJob, EvaluateJob, TuneJob, PromoteJob)
+Job = TrainJob | EvaluateJob | TuneJob | PromoteJob | ServeJob
+JobT = TypeVar("JobT", TrainJob, EvaluateJob, TuneJob, PromoteJob, ServeJob)
 ModelT = TypeVar("ModelT", bound=BaseModel)
-JOB_MODELS: dict[str, type[Job]] = {"train": TrainJob, "evaluate": EvaluateJob, "tune": TuneJob, "promote": PromoteJob}
+JOB_MODELS: dict[str, type[Job]] = {"train": TrainJob, "evaluate": EvaluateJob, "tune": TuneJob, "promote": PromoteJob, "serve": ServeJob}
 _COMMANDS = {"promote": "models promote"}
 """Of the kinds whose command is not called as they are."""
 # Where a run is kept, who records it, what computes it and what follows it do not change the result, so they are no part of its identity.

@@ -191,6 +191,8 @@ class ElasticVLM(nn.Module):
 
     reads_both_ways: ClassVar[bool]
     """Whether the prompt's tokens also attend to those after them."""
+    first_position: ClassVar[int]
+    """Rotary position that `generate` gives to the first token of a prompt."""
     layer_classes: ClassVar[tuple[str, ...]]
     """Names of the layers that sharded training wraps."""
 

@@ -141,6 +141,7 @@ class ElasticLlavaForConditionalGeneration(ElasticVLM, LlavaForConditionalGenera
     config_class = ElasticLlavaConfig
     config: ElasticLlavaConfig
     reads_both_ways = False
+    first_position = 0
     layer_classes = ("CLIPEncoderLayer", "LlamaDecoderLayer")
 
     def __init__(self, config: ElasticLlavaConfig) -> None:

@@ -95,6 +95,7 @@ class ElasticPaliGemmaForConditionalGeneration(ElasticVLM, PaliGemmaForCondition
     config_class = ElasticPaliGemmaConfig
     config: ElasticPaliGemmaConfig
     reads_both_ways = True
+    first_position = 1
     layer_classes = ("SiglipEncoderLayer", "Gemma2DecoderLayer")
 
     def __init__(self, config: ElasticPaliGemmaConfig) -> None:

@@ -1,0 +1,259 @@
+"""An endpoint brought up, kept, changed and taken down: the model pinned, Ray joined or started, the applications deployed in order."""
+
+import logging
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+import yaml
+from ray import serve
+from ray.serve.context import _get_global_client
+from ray.serve.schema import ServeDeploySchema, TracingConfig
+from rich.console import Console
+
+from parcelray.cluster.provenance import resolve_model
+from parcelray.cluster.session import ADDRESS_VARIABLE, import_path, ray_session
+from parcelray.config.model import CheckpointModelConfig
+from parcelray.config.serve import HttpConfig, ServedModelConfig, ServeJob
+from parcelray.errors import SystemFailure, UserError
+from parcelray.models.checkpoint import ResolvedCheckpoint
+from parcelray.models.vlm import connector_of
+from parcelray.serving.app import http_options, replica_settings, serve_config
+from parcelray.serving.auth import read_keys
+from parcelray.tracking.store import ensure_store
+
+_POLL_S = 0.2
+_LOOPS = ("RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD", "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP")
+_DEPLOY_TIMEOUT_S = 900.0
+
+
+@dataclass(frozen=True)
+class PinnedEndpoint:
+    """A job whose models are resolved, once."""
+
+    job: ServeJob
+    champion: ResolvedCheckpoint
+    challenger: ResolvedCheckpoint | None
+
+    def config(self) -> dict[str, Any]:
+        """For Serve."""
+        champion = replica_settings(self.job, self.job.model, self.champion)
+        canary = self.job.canary
+        challenger = replica_settings(self.job, canary.model, self.challenger) if canary is not None and self.challenger is not None else None
+        return serve_config(self.job, champion, challenger)
+
+    def to_yaml(self) -> str:
+        """The file that `serve deploy` takes."""
+        head = f"# {self.job.name}: {self.champion.pinned}. Deploy it with `serve deploy FILE`; the checkpoint's folder must be on every node.\n"
+        return head + yaml.safe_dump(_with_environment(self.config()), sort_keys=False)
+
+
+def pin(job: ServeJob) -> PinnedEndpoint:
+    """Resolves the models of a job and checks what can be checked before anything starts.
+
+    Raises:
+        UserError: a model is not to be had, cannot give an offered budget, or the keys cannot be read.
+    """
+    if job.http.keys_file is not None:
+        # The ingress has another working directory.
+        file = Path(job.http.keys_file).resolve()
+        read_keys(file)
+        job = job.model_copy(update={"http": job.http.model_copy(update={"keys_file": str(file)})})
+    champion = resolve(job, job.model)
+    challenger = resolve(job, job.canary.model) if job.canary is not None else None
+    _check_budgets(job, job.model, champion)
+    if job.canary is not None and challenger is not None:
+        _check_budgets(job, job.canary.model, challenger)
+    return PinnedEndpoint(job, champion, challenger)
+
+
+@contextmanager
+def endpoint(pinned: PinnedEndpoint, *, address: str | None = None) -> Iterator[str]:
+    """Brings an endpoint up for the time of the context, yields its URL, and takes it down again, letting requests in flight end.
+
+    Raises:
+        UserError: Ray cannot be started or joined, or the port is taken.
+        SystemFailure: a model cannot be started.
+    """
+    job = pinned.job
+    cpus = int(job.replicas.max * job.replicas.cpus + (job.canary is not None) * job.replicas.cpus + job.http.workers) + 2
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    if not ray.is_initialized() and (address or os.environ.get(ADDRESS_VARIABLE, "local")) == "local":
+        _check_port(job.http)
+    with _one_loop(), ray_session(address, num_cpus=max(4, cpus)):
+        traces = TracingConfig(enabled=True, exporter_import_path=job.traces.exporter, sampling_ratio=job.traces.sampling_ratio) if job.traces else None
+        serve.start(proxy_location="HeadOnly", http_options=http_options(job.http), tracing_config=traces)
+        try:
+            deploy(pinned)
+            yield f"http://{'127.0.0.1' if job.http.host in ('0.0.0.0', '::') else job.http.host}:{job.http.port}"
+        finally:
+            # The ingress first: it goes when its last request has its answer, and until then needs the models.
+            for name in _own(_deployed(), job.name):
+                serve.delete(name)
+
+
+def _check_port(http: HttpConfig) -> None:
+    """Serve's proxy would try again and again."""
+    try:
+        with socket.create_server((http.host, http.port), family=socket.AF_INET6 if ":" in http.host else socket.AF_INET):
+            pass
+    except OSError as error:
+        raise UserError(f"Port {http.port} of {http.host} cannot be listened on ({error.strerror}); choose another one with --port.") from None
+
+
+@contextmanager
+def _one_loop() -> Iterator[None]:
+    """Has the processes of an instance that we start run Serve's code and ours in one event loop: nothing of ours blocks it, and each hop costs.
+
+    It also makes Serve's health check wait for the loop that answers requests. On a cluster these variables belong to `ray start`.
+    """
+    before = {name: os.environ.get(name) for name in _LOOPS}
+    os.environ.update({name: "0" for name in _LOOPS if before[name] is None})
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+
+
+def deploy(pinned: PinnedEndpoint) -> None:
+    """Makes the endpoint what the job says, without a moment in which nothing answers.
+
+    1. New model versions start beside the old ones, and warm up.
+    2. The ingress sends requests to them as soon as they answer it; requests in flight end where they are.
+    3. The old versions go, after their last request.
+
+    Raises:
+        SystemFailure: a model cannot be started; the old ones stay as they were.
+    """
+    config = _with_environment(pinned.config())
+    *models, ingress = config["applications"]
+    names = {app["name"] for app in config["applications"]}
+    before = _deployed()
+    own = _own(before, ingress["name"])
+    # A declarative configuration names all applications, so those of others are in it as they are.
+    others = [app for name, app in before.items() if name not in own and name not in names]
+    old = [before[name] for name in own if name not in names]
+    if ingress["name"] in before:
+        try:
+            _apply(config, [*others, *old, before[ingress["name"]], *models], names - {ingress["name"]})
+        except SystemFailure:
+            # What could not start goes, and the requests never knew of it.
+            _apply(config, list(before.values()), own)
+            raise
+    # Without an endpoint before, all start together, and the ingress waits for its model.
+    _apply(config, [*others, *old, *models, ingress], names)
+    if old:
+        _apply(config, [*others, *models, ingress], names)
+
+
+def run_endpoint(pinned: PinnedEndpoint, console: Console, *, address: str | None = None) -> None:
+    """Serves until SIGINT or SIGTERM. SIGHUP resolves the job's references again and rolls over to what they stand for now."""
+    stop, again = threading.Event(), threading.Event()
+    console.print(f"Starting {pinned.champion.pinned} at {', '.join(map(str, sorted(pinned.job.budgets.offered)))} visual tokens", highlight=False)
+    with endpoint(pinned, address=address) as url:
+        # Only now: Ray puts its own handlers in when it starts.
+        for number, event in ((signal.SIGINT, stop), (signal.SIGTERM, stop), (signal.SIGHUP, again)):
+            signal.signal(number, lambda *_, event=event: event.set())
+        console.print(f"{pinned.job.name} answers at {url}/v1; Ctrl-C stops it", highlight=False, soft_wrap=True)
+        while not stop.wait(_POLL_S):
+            if again.is_set():
+                again.clear()
+                pinned = _rolled_over(pinned, console)
+        console.print("Stopping: requests in flight may end", highlight=False)
+
+
+def _rolled_over(pinned: PinnedEndpoint, console: Console) -> PinnedEndpoint:
+    try:
+        new = pin(pinned.job)
+        deploy(new)
+    except (UserError, SystemFailure) as error:
+        console.print(f"The old version stays: {error}", style="red", highlight=False, soft_wrap=True)
+        return pinned
+    console.print(f"Now serving {new.champion.pinned}", highlight=False)
+    return new
+
+
+def resolve(job: ServeJob, model: ServedModelConfig) -> ResolvedCheckpoint:
+    """The checkpoint of one of a job's models.
+
+    Raises:
+        UserError: the reference stands for nothing.
+    """
+    uri = job.tracking.uri
+    # The registry is opened only where it is asked: MLflow takes seconds to load.
+    tracking_uri = ensure_store(uri) if uri is not None and model.reference.startswith("models:/") else None
+    return resolve_model(CheckpointModelConfig(reference=model.reference), tracking_uri)
+
+
+def _check_budgets(job: ServeJob, model: ServedModelConfig, checkpoint: ResolvedCheckpoint) -> None:
+    if model.connector is not None:
+        return
+    connector = connector_of(checkpoint.path)
+    for budget in job.budgets.offered:
+        connector.check_budget(budget)
+
+
+def _apply(config: dict[str, Any], applications: list[dict[str, Any]], awaited: Collection[str]) -> None:
+    """Deploys exactly these applications and waits for some of them, and until no others are there."""
+    _client().deploy_apps(ServeDeploySchema.model_validate({**config, "applications": applications}))
+    names = {app["name"] for app in applications}
+    deadline = time.monotonic() + _DEPLOY_TIMEOUT_S
+    while time.monotonic() < deadline:
+        # Serve takes a moment to begin; what it has not begun is still shown as running.
+        time.sleep(_POLL_S)
+        found = serve.status().applications
+        states = {name: str(found[name].status.value) for name in awaited if name in found}
+        failed = [name for name, state in states.items() if state == "DEPLOY_FAILED"]
+        if failed:
+            raise SystemFailure(f"Serve cannot start {failed[0]}: {_reason(found[failed[0]])}")
+        if len(states) == len(awaited) and set(states.values()) <= {"RUNNING"} and set(found) <= names:
+            return
+    raise SystemFailure(f"Serve did not bring the endpoint up within {_DEPLOY_TIMEOUT_S:.0f} s; its logs are below RAY_TMPDIR.")
+
+
+def _reason(application: Any) -> str:
+    texts = [application.message, *(deployment.message for deployment in application.deployments.values())]
+    lines = [line.strip() for text in texts for line in str(text or "").splitlines() if line.strip()]
+    return lines[-1][:400] if lines else "no reason given"
+
+
+def _deployed() -> dict[str, dict[str, Any]]:
+    """Configurations of the applications that are there, by name."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, application in _client().get_serve_details()["applications"].items():
+        config = application.get("deployed_app_config")
+        if config is not None:
+            found[name] = config
+    return found
+
+
+def _own(deployed: dict[str, dict[str, Any]], ingress: str) -> list[str]:
+    """Names of an endpoint's applications: the ingress, and the models that it sends requests to."""
+    if ingress not in deployed:
+        return []
+    routes = deployed[ingress]["deployments"][0]["user_config"]
+    return [ingress, *(route["app"] for route in routes.values() if route is not None)]
+
+
+def _client() -> Any:
+    client = _get_global_client()
+    assert client is not None, "Serve was started"
+    return client
+
+
+def _with_environment(config: dict[str, Any]) -> dict[str, Any]:
+    """Serve builds the applications in tasks of its own, which find this package as the workers do."""
+    if (path := import_path()) is None:
+        return config
+    environment = {"env_vars": {"PYTHONPATH": path}}
+    return {**config, "applications": [{**app, "runtime_env": environment} for app in config["applications"]]}

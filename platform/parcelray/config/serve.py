@@ -1,0 +1,186 @@
+"""One endpoint as data: `jobs/serve/*.yaml`."""
+
+from typing import Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from parcelray.config.base import StrictModel
+from parcelray.config.budget_policy import ServedBudgets
+from parcelray.config.connector import AnchorsOnlyConnectorConfig, M3ConnectorConfig
+from parcelray.config.train import TrackingConfig
+
+LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
+
+
+class ServedModelConfig(StrictModel):
+    """A checkpoint and how it is loaded."""
+
+    reference: str = "mini_base"
+    """As for evaluation; an alias is resolved once, and the version that it stood for is served and reported."""
+    connector: M3ConnectorConfig | AnchorsOnlyConnectorConfig | None = Field(default=None, discriminator="type")
+    """A connector without weights to put into a checkpoint that has none; null: the checkpoint's own."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Arithmetic of the model."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where it runs."""
+
+
+class EngineConfig(StrictModel):
+    """What one replica holds at the same time."""
+
+    max_running: int = Field(default=64, ge=1)
+    """Requests that share a decode step."""
+    max_waiting: int = Field(default=128, ge=0)
+    """Requests that may wait for one; more are refused with 429."""
+    kv_tokens: int = Field(default=32768, ge=64)
+    """Tokens of the KV cache: all prompts, visual tokens and answers in flight together."""
+    prefill_tokens: int = Field(default=8192, ge=1)
+    """Prompt tokens that are read between two decode steps at most."""
+    vision_batch: int = Field(default=32, ge=1)
+    """Images per run of the vision tower."""
+    feature_cache_mb: int = Field(default=256, ge=0)
+    """Patch features of images seen lately, MiB; 0: none."""
+
+
+class ReplicasConfig(StrictModel):
+    """How many copies of the model there are."""
+
+    min: int = Field(default=1, ge=1)
+    """Copies without load. Never 0: a cold start takes many seconds."""
+    max: int = Field(default=1, ge=1)
+    """Copies at most."""
+    target_ongoing: int = Field(default=32, ge=1)
+    """Requests in flight per copy that the autoscaler aims at."""
+    upscale_delay_s: float = Field(default=10.0, ge=0)
+    """Load must last so long before a copy is added, seconds."""
+    downscale_delay_s: float = Field(default=300.0, ge=0)
+    """And be gone so long before one is removed."""
+    cpus: float = Field(default=1.0, ge=0)
+    """Logical CPUs of each."""
+    gpus: float = Field(default=0.0, ge=0)
+    """GPUs of each; a fraction lets several share one."""
+    threads: int | None = Field(default=None, ge=1)
+    """Threads of its arithmetic on a CPU; null: all cores of the node."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "ReplicasConfig":
+        if self.max < self.min:
+            raise ValueError(f"max {self.max} is below min {self.min}; raise max or lower min")
+        return self
+
+
+class RequestLimits(StrictModel):
+    """What one request may ask for."""
+
+    body_mb: float = Field(default=16.0, gt=0)
+    """Size of a request, MiB."""
+    body_timeout_s: float = Field(default=10.0, gt=0)
+    """Time that a client has to send it, seconds."""
+    images: int = Field(default=8, ge=0)
+    """Images of a request."""
+    image_mb: float = Field(default=10.0, gt=0)
+    """Size of one encoded image, MiB."""
+    image_megapixels: float = Field(default=32.0, gt=0)
+    """Width times height of one image, checked before it is decoded."""
+    prompt_chars: int = Field(default=32768, ge=1)
+    """Characters of all texts together."""
+    max_tokens: int = Field(default=1024, ge=1)
+    """Longest answer that may be asked for, tokens."""
+    default_max_tokens: int = Field(default=64, ge=1)
+    """Longest answer of requests that do not say."""
+    timeout_s: float = Field(default=60.0, gt=0)
+    """Time from a request's arrival to its end after which the replica gives it up, seconds."""
+    retries: int = Field(default=1, ge=0)
+    """Times that a request whose replica died goes to another one, unless a part of the answer has been sent already."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "RequestLimits":
+        if self.default_max_tokens > self.max_tokens:
+            raise ValueError(f"default_max_tokens {self.default_max_tokens} is above max_tokens {self.max_tokens}; lower it")
+        return self
+
+
+class HttpConfig(StrictModel):
+    """The endpoint."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on. Any other than the loopback's needs `keys_file`."""
+    port: int = Field(default=8000, ge=1, le=65535)
+    """Port."""
+    keys_file: str | None = None
+    """File with hashes of API keys (`parcelray keys add`); null: no key is asked for."""
+    image_hosts: tuple[str, ...] = ()
+    """Hosts whose https images the server may fetch; none: only `data:` URLs."""
+    workers: int = Field(default=1, ge=1)
+    """Copies of the ingress."""
+    image_threads: int = Field(default=2, ge=1)
+    """Images that one ingress decodes at the same time."""
+    playground: bool = True
+    """Whether `/` shows the playground."""
+
+    @field_validator("image_hosts")
+    @classmethod
+    def _hosts(cls, hosts: tuple[str, ...]) -> tuple[str, ...]:
+        for host in hosts:
+            if not host or host != host.lower() or not all(part.replace("-", "").isalnum() for part in host.split(".")):
+                raise ValueError(f"{host!r} is not a host name in lower case; write for example images.example.com")
+        return hosts
+
+    @model_validator(mode="after")
+    def _check(self) -> "HttpConfig":
+        if self.host not in LOOPBACK and self.keys_file is None:
+            raise ValueError(f"host is {self.host} and keys_file is unset: whoever reaches that address could use the model; make keys, or listen on 127.0.0.1")
+        return self
+
+
+class CanaryConfig(StrictModel):
+    """A share of the traffic for another model, compared with the first while both run."""
+
+    model: ServedModelConfig
+    """The challenger."""
+    share: float = Field(default=0.1, gt=0, lt=1)
+    """Part of the requests that it gets."""
+    min_requests: int = Field(default=50, ge=1)
+    """Requests of each before they are compared."""
+    max_error_rate: float = Field(default=0.02, ge=0, le=1)
+    """By how much its share of failed requests may exceed the champion's."""
+    max_latency_ratio: float = Field(default=1.5, gt=0)
+    """How many times the champion's median latency its own may be."""
+
+
+class TracesConfig(StrictModel):
+    """OpenTelemetry traces, which Serve records of proxy, ingress and replica."""
+
+    sampling_ratio: float = Field(default=0.01, gt=0, le=1)
+    """Share of the requests that are traced."""
+    exporter: str = ""
+    """`module:function` that gives the span processors, as Serve's `exporter_import_path`; empty: files beside Serve's logs."""
+
+
+class ServeJob(StrictModel):
+    """One whole endpoint: a model, its budgets, and who may ask for what."""
+
+    kind: Literal["serve"]
+    """What the file describes."""
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")
+    """Short name; the model's name in requests."""
+    model: ServedModelConfig = ServedModelConfig()
+    """What is served."""
+    canary: CanaryConfig | None = None
+    """A challenger beside it; null: none."""
+    budgets: ServedBudgets = ServedBudgets()
+    """Visual tokens per image."""
+    engine: EngineConfig = EngineConfig()
+    """What one replica holds."""
+    replicas: ReplicasConfig = ReplicasConfig()
+    """Copies of the model."""
+    limits: RequestLimits = RequestLimits()
+    """What one request may ask for."""
+    http: HttpConfig = HttpConfig()
+    """The endpoint."""
+    traces: TracesConfig | None = None
+    """OpenTelemetry; null: no traces."""
+    tracking: TrackingConfig = TrackingConfig()
+    """MLflow, whose registry `models:/...` references name."""
+    storage: str = "runs"
+    """Folder of the endpoint's records."""

@@ -1,0 +1,69 @@
+"""How many visual tokens a request's images get: fixed, as the request says, or as the load allows."""
+
+from collections.abc import Callable
+from time import monotonic
+
+from parcelray.config.budget_policy import FixedPolicyConfig, LoadPolicyConfig, RequestPolicyConfig, ServedBudgets
+from parcelray.serving.api_errors import ApiError
+from parcelray.serving.load_controller import LoadController
+from parcelray.serving.schemas import Detail
+
+
+class BudgetPolicy:
+    """Decides the budget of each request among those offered.
+
+    Args:
+        budgets: of the job.
+        clock: seconds, monotonic.
+    """
+
+    def __init__(self, budgets: ServedBudgets, clock: Callable[[], float] = monotonic) -> None:
+        self.offered = tuple(sorted(budgets.offered))
+        self._config = budgets.policy
+        self.controller: LoadController | None = None
+        if isinstance(self._config, LoadPolicyConfig):
+            floor = self._config.floor or self.offered[0]
+            self.controller = LoadController(self._config, [budget for budget in self.offered if budget >= floor], clock)
+
+    def decide(self, asked: int | Detail) -> int:
+        """The budget of one request.
+
+        Raises:
+            ApiError: 422 for a budget that is not offered.
+        """
+        if isinstance(self._config, FixedPolicyConfig):
+            return self._fixed(self._config.visual_tokens, asked)
+        if asked == "low":
+            return self.offered[0]
+        if asked == "high":
+            return self.offered[-1]
+        if asked == "auto":
+            return self._open()
+        if asked not in self.offered:
+            raise ApiError(
+                422, f"visual_tokens is {asked}; legal are {', '.join(map(str, self.offered))} and auto.", code="unsupported_budget", param="visual_tokens"
+            )
+        return asked
+
+    def started(self) -> None:
+        """A request was let in."""
+        if self.controller is not None:
+            self.controller.started()
+
+    def ended(self, latency_s: float | None, first_token_s: float | None) -> None:
+        """A request left; None: without an answer."""
+        if self.controller is not None:
+            first = isinstance(self._config, LoadPolicyConfig) and self._config.measure == "first_token"
+            self.controller.ended(first_token_s if first else latency_s)
+
+    def _open(self) -> int:
+        if self.controller is not None:
+            return self.controller.budget()
+        assert isinstance(self._config, RequestPolicyConfig)
+        return self._config.auto or self.offered[-1]
+
+    def _fixed(self, budget: int, asked: int | Detail) -> int:
+        if isinstance(asked, int) and asked != budget:
+            message = f"visual_tokens is {asked}, but this endpoint gives every image {budget}; leave it out."
+            raise ApiError(422, message, code="unsupported_budget", param="visual_tokens")
+        return budget

@@ -1,0 +1,207 @@
+"""From a validated request to a model's answer: budget, images, prompt, route, retries, records."""
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncGenerator, Sequence
+from concurrent.futures import Executor
+from contextlib import aclosing
+from dataclasses import dataclass
+
+from parcelray.config.serve import HttpConfig, RequestLimits
+from parcelray.serving.admission import Admission
+from parcelray.serving.api_errors import ApiError, from_refusal
+from parcelray.serving.budget_policy import BudgetPolicy
+from parcelray.serving.clients import ReplicaLost
+from parcelray.serving.engine import EngineRefusal, Finished, GenerateRequest, ImagePixels, Piece, Sampling
+from parcelray.serving.images import ImageLimits, data_url_bytes, open_image
+from parcelray.serving.metrics import EndpointMetrics
+from parcelray.serving.prompting import PromptBuilder
+from parcelray.serving.remote_images import fetch_image
+from parcelray.serving.request_log import RequestLog
+from parcelray.serving.routes import Route, Routes
+from parcelray.serving.schemas import ChatRequest
+from parcelray.serving.spans import annotate
+
+logger = logging.getLogger(__name__)
+_CLIENT_ERRORS = frozenset({"context_length_exceeded", "unsupported_budget", "cancelled", "queue_full"})
+"""Refusals that say nothing against the version that gave them."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A request that is ready for its model."""
+
+    request: GenerateRequest
+    route: Route
+    arrived: float
+    image_s: float
+    """Decoding and scaling its images."""
+
+
+class ChatService:
+    """Answers chat requests.
+
+    Args:
+        routes: the model versions.
+        limits: of requests.
+        http: which hosts images may come from.
+        policy: of budgets.
+        metrics: of this ingress.
+        admission: what it may have in flight.
+        pool: decodes images.
+        log: one record a request.
+    """
+
+    def __init__(
+        self,
+        *,
+        routes: Routes,
+        limits: RequestLimits,
+        http: HttpConfig,
+        policy: BudgetPolicy,
+        metrics: EndpointMetrics,
+        admission: Admission,
+        pool: Executor,
+        log: RequestLog,
+    ) -> None:
+        self.routes = routes
+        self.limits = limits
+        self.policy = policy
+        self.metrics = metrics
+        self.admission = admission
+        self._image_limits = ImageLimits.of(limits)
+        self._hosts = frozenset(http.image_hosts)
+        self._pool = pool
+        self._log = log
+
+    async def prepare(self, chat: ChatRequest, request_id: str, arrived: float) -> Prepared:
+        """Everything that can be refused without the model.
+
+        Raises:
+            ApiError: the request cannot be answered as it is.
+        """
+        sampling = self._sampling(chat)
+        self._check_sizes(chat)
+        budget = self.policy.decide(chat.asked_budget) if chat.images else 0
+        if chat.images:
+            self.metrics.decided(chat.asked_budget, budget)
+        if self.policy.controller is not None and chat.asked_budget == "auto" and chat.images:
+            self.metrics.auto_budget(budget)
+        route = self.routes.pick()
+        started = time.perf_counter()
+        images = await self.pixels(route.prompts, [part.image_url.url for part in chat.images])
+        image_s = time.perf_counter() - started
+        request = route.prompts.request(
+            request_id,
+            chat.text,
+            images,
+            num_visual_tokens=budget,
+            sampling=sampling,
+            timeout_s=self.limits.timeout_s,
+            stream=bool(chat.stream),
+        )
+        return Prepared(request, route, arrived, image_s)
+
+    async def pixels(self, prompts: PromptBuilder, urls: Sequence[str]) -> list[ImagePixels]:
+        """Images at the model's input size, decoded off the event loop."""
+        loop = asyncio.get_running_loop()
+        return await asyncio.gather(*(loop.run_in_executor(self._pool, self._decode, prompts, url, f"image {number}") for number, url in enumerate(urls, 1)))
+
+    async def answer(self, prepared: Prepared) -> Finished:
+        """The whole answer; a request whose replica died goes to another one.
+
+        Raises:
+            ApiError: there is none.
+        """
+        for attempt in range(self.limits.retries + 1):
+            try:
+                end = await prepared.route.client.answer(prepared.request)
+            except ReplicaLost:
+                self._lost(prepared, attempt)
+            except EngineRefusal as refusal:
+                raise self._refused(prepared, refusal) from None
+            else:
+                self._finished(prepared, end)
+                return end
+        raise self._gone(prepared)
+
+    async def events(self, prepared: Prepared) -> AsyncGenerator[Piece | Finished, None]:
+        """The answer in pieces. Only a request of which nothing was sent can go to another replica.
+
+        Raises:
+            ApiError: there is none, or it ends in the middle.
+        """
+        sent = False
+        for attempt in range(self.limits.retries + 1):
+            try:
+                # Closed at once when the client hangs up, which is what cancels the request.
+                async with aclosing(prepared.route.client.events(prepared.request)) as found:
+                    async for event in found:
+                        sent = True
+                        if isinstance(event, Finished):
+                            self._finished(prepared, event)
+                        yield event
+            except ReplicaLost:
+                self._lost(prepared, attempt)
+                if sent:
+                    break
+            except EngineRefusal as refusal:
+                raise self._refused(prepared, refusal) from None
+            else:
+                return
+        raise self._gone(prepared)
+
+    def _sampling(self, chat: ChatRequest) -> Sampling:
+        asked = chat.max_completion_tokens if chat.max_completion_tokens is not None else chat.max_tokens
+        if asked is not None and asked > self.limits.max_tokens:
+            message = f"max_tokens is {asked}; legal are 1 to {self.limits.max_tokens}."
+            raise ApiError(422, message, code="invalid_value", param="max_tokens")
+        return Sampling(
+            max_new_tokens=asked or self.limits.default_max_tokens,
+            temperature=chat.temperature or 0.0,
+            top_p=1.0 if chat.top_p is None else chat.top_p,
+            seed=chat.seed,
+            stop=chat.stops,
+            logprobs=(chat.top_logprobs or 0) if chat.logprobs else None,
+        )
+
+    def _check_sizes(self, chat: ChatRequest) -> None:
+        if len(chat.images) > self.limits.images:
+            message = f"The request has {len(chat.images)} images; legal are {self.limits.images} at most."
+            raise ApiError(413, message, code="too_many_images", param="messages")
+        if len(chat.text) > self.limits.prompt_chars:
+            message = f"The texts have {len(chat.text)} characters; legal are {self.limits.prompt_chars} at most."
+            raise ApiError(413, message, code="prompt_too_long", param="messages")
+
+    def _decode(self, prompts: PromptBuilder, url: str, param: str) -> ImagePixels:
+        limits = self._image_limits
+        data = data_url_bytes(url, limits, param) if url.startswith("data:") else fetch_image(url, self._hosts, limits.max_bytes, param)
+        return prompts.pixels(open_image(data, limits, param))
+
+    def _finished(self, prepared: Prepared, end: Finished) -> None:
+        latency_s = time.perf_counter() - prepared.arrived
+        self.metrics.finished(prepared.request, end, latency_s=latency_s, image_s=prepared.image_s, replica=end.stats.engine)
+        self._record(prepared, latency_s)
+        self._log.answered(prepared.request, end, version=prepared.route.version, latency_s=latency_s)
+        annotate(prepared.request, end, version=prepared.route.version)
+
+    def _refused(self, prepared: Prepared, refusal: EngineRefusal) -> ApiError:
+        if refusal.code not in _CLIENT_ERRORS:
+            self._record(prepared, None)
+        return from_refusal(refusal, self.admission.retry_after_s())
+
+    def _lost(self, prepared: Prepared, attempt: int) -> None:
+        logger.warning("request %s lost its replica at attempt %d", prepared.request.request_id, attempt + 1)
+        if attempt < self.limits.retries:
+            self.metrics.retried()
+
+    def _gone(self, prepared: Prepared) -> ApiError:
+        return self._refused(prepared, EngineRefusal("no_replica", "The replica that had this request is gone; send the request again."))
+
+    def _record(self, prepared: Prepared, latency_s: float | None) -> None:
+        before = self.routes.rolled_back
+        self.routes.record(prepared.route, latency_s)
+        self.metrics.routed(prepared.route.version, "failed" if latency_s is None else "answered")
+        if self.routes.rolled_back is not None and before is None:
+            logger.error("the challenger gets no more requests: %s", self.routes.rolled_back)

@@ -1,0 +1,140 @@
+"""The ingress on Ray Serve: takes requests and has no model.
+
+Which models there are comes as user configuration, so that it can change while requests are in flight: the new version must answer first,
+and only then does the next request go to it.
+"""
+
+import asyncio
+import logging
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter
+from ray import serve
+from starlette.types import ASGIApp
+
+from parcelray.config.base import StrictModel
+from parcelray.config.connector import ConnectorConfig
+from parcelray.config.serve import ServeJob
+from parcelray.models.processor import load_processor
+from parcelray.models.vlm import config_of
+from parcelray.profiling.backbone_shapes import from_transformers_config
+from parcelray.profiling.flops import CostBreakdown, cost
+from parcelray.serving.admission import Admission
+from parcelray.serving.api import Api
+from parcelray.serving.auth import Gatekeeper, read_keys
+from parcelray.serving.budget_policy import BudgetPolicy
+from parcelray.serving.chat import ChatService
+from parcelray.serving.handle_client import HandleClient
+from parcelray.serving.metrics import EndpointMetrics
+from parcelray.serving.prompting import PromptBuilder
+from parcelray.serving.request_log import RequestLog
+from parcelray.serving.routes import Route, Routes
+
+logger = logging.getLogger("ray.serve")
+MODEL_DEPLOYMENT = "Model"
+"""Name of the deployment in each model's application."""
+
+
+class RouteSettings(StrictModel):
+    """One version of the model, as the user configuration names it."""
+
+    app: str
+    """Application on Serve that runs it."""
+    version: str
+    """Pinned reference."""
+    path: str
+    """Folder of the checkpoint, for its processor and configuration."""
+    connector: str | None = None
+    """JSON of a connector put into it."""
+
+
+class IngressRoutes(StrictModel):
+    """The user configuration."""
+
+    champion: RouteSettings
+    challenger: RouteSettings | None = None
+
+
+@dataclass(frozen=True)
+class _Shared:
+    """What outlives a change of routes."""
+
+    policy: BudgetPolicy
+    metrics: EndpointMetrics
+    admission: Admission
+    pool: ThreadPoolExecutor
+    log: RequestLog
+
+
+class Ingress:
+    """The class that Serve makes ingress replicas of.
+
+    Args:
+        job: JSON of the endpoint's job.
+    """
+
+    def __init__(self, job: str) -> None:
+        logging.getLogger("parcelray").setLevel(logging.INFO)
+        for handler in logger.handlers:
+            logging.getLogger("parcelray").addHandler(handler)
+        self._job = ServeJob.model_validate_json(job)
+        replicas = self._job.replicas.max
+        capacity = (self._job.engine.max_running + self._job.engine.max_waiting) * replicas
+        self._shared = _Shared(
+            policy=BudgetPolicy(self._job.budgets),
+            metrics=EndpointMetrics(self._job.name),
+            admission=Admission(max(1, capacity // self._job.http.workers)),
+            pool=ThreadPoolExecutor(self._job.http.image_threads, thread_name_prefix="images"),
+            log=RequestLog(),
+        )
+        keys = self._job.http.keys_file
+        self._gatekeeper = Gatekeeper(read_keys(Path(keys)) if keys else [])
+        self._service: ChatService | None = None
+
+    def __serve_build_asgi_app__(self) -> ASGIApp:
+        """Called by Serve once the routes are known."""
+        return Api(self._job.name, self._job.http, self._current, self._gatekeeper, self._shared.log).application()
+
+    async def reconfigure(self, user_config: Mapping[str, Any]) -> None:
+        """Called by Serve at the start and whenever the routes change; requests in flight keep the service they began with."""
+        settings = IngressRoutes.model_validate(user_config)
+        champion = await self._route(settings.champion)
+        challenger = await self._route(settings.challenger) if settings.challenger is not None else None
+        canary = self._job.canary
+        if challenger is not None and canary is not None:
+            challenger.share = canary.share
+            champion.share = 1 - canary.share
+        shared = self._shared
+        self._service = ChatService(
+            routes=Routes(champion, challenger, canary),
+            limits=self._job.limits,
+            http=self._job.http,
+            policy=shared.policy,
+            metrics=shared.metrics,
+            admission=shared.admission,
+            pool=shared.pool,
+            log=shared.log,
+        )
+        logger.info("parcelray: requests go to %s", ", ".join(route.version for route in self._service.routes.all))
+
+    def _current(self) -> ChatService:
+        assert self._service is not None, "Serve configures before it serves"
+        return self._service
+
+    async def _route(self, settings: RouteSettings) -> Route:
+        client = HandleClient(serve.get_deployment_handle(MODEL_DEPLOYMENT, settings.app))
+        prompts, costs = await asyncio.to_thread(_describe, settings, self._job.budgets.offered)
+        # A version that does not answer gets no request.
+        await client.ping()
+        return Route(settings.version, client, prompts, costs)
+
+
+def _describe(settings: RouteSettings, budgets: tuple[int, ...]) -> tuple[PromptBuilder, dict[int, CostBreakdown]]:
+    config = config_of(settings.path)
+    connector: ConnectorConfig = TypeAdapter(ConnectorConfig).validate_json(settings.connector) if settings.connector else config.connector_config
+    shape = from_transformers_config(config)
+    return PromptBuilder(load_processor(settings.path)), {budget: cost(shape, connector, budget) for budget in budgets}

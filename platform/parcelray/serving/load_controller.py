@@ -1,0 +1,89 @@
+"""Holds a latency objective by choosing how many visual tokens an image is worth while the load lasts.
+
+Two signals, of which the worse one counts: the quantile of the latencies that were seen lately, and the latency that a request starting now
+must expect, which is how many are in flight over how many end in a second (Little's law). The second one sees a burst before any request of
+it has ended. Down is quick, a step at a time with a pause between; up is slow, and slower each time that it proved too early, so that the
+budget does not swing.
+"""
+
+import math
+from collections import deque
+from collections.abc import Callable, Sequence
+
+from parcelray.config.budget_policy import LoadPolicyConfig
+
+_MOST_PATIENT = 16
+"""The pause before a step up grows to so many times its configured length at most."""
+
+
+class LoadController:
+    """One step of a ladder of budgets at a time.
+
+    Args:
+        config: objective and pauses.
+        ladder: budgets it may give, ascending.
+        clock: seconds, monotonic.
+    """
+
+    def __init__(self, config: LoadPolicyConfig, ladder: Sequence[int], clock: Callable[[], float]) -> None:
+        self._config = config
+        self._ladder = tuple(ladder)
+        self._level = len(ladder) - 1
+        self._clock = clock
+        self._in_flight = 0
+        self._ends: deque[tuple[float, float | None]] = deque()
+        """When requests ended, and their latency (None: without an answer)."""
+        now = clock()
+        self._born = now
+        self._changed = now
+        self._calm_since = now
+        self._raised = -math.inf
+        self._patience = 1
+        self.lowered = 0
+        """Steps down so far."""
+        self.raised = 0
+        """Steps up so far."""
+
+    def started(self) -> None:
+        """A request was let in."""
+        self._in_flight += 1
+
+    def ended(self, latency_s: float | None) -> None:
+        """A request left; None: without an answer."""
+        self._in_flight = max(0, self._in_flight - 1)
+        self._ends.append((self._clock(), latency_s))
+
+    def budget(self) -> int:
+        """Visual tokens of a request that leaves the choice open."""
+        now = self._clock()
+        while self._ends and self._ends[0][0] < now - self._config.window_s:
+            self._ends.popleft()
+        latency_s = self._latency(now)
+        if latency_s > self._config.objective_s:
+            self._calm_since = now
+            if self._level > 0 and now - self._changed >= self._config.lower_after_s:
+                self._lower(now)
+        elif latency_s > self._config.raise_below * self._config.objective_s:
+            self._calm_since = now
+        elif self._level < len(self._ladder) - 1 and now - max(self._calm_since, self._changed) >= self._config.raise_after_s * self._patience:
+            self._level += 1
+            self.raised += 1
+            self._raised = self._changed = now
+        return self._ladder[self._level]
+
+    def _lower(self, now: float) -> None:
+        # A step up that does not last longer than the pause before it was too early.
+        early = now - self._raised < 2 * self._config.raise_after_s * self._patience
+        self._patience = min(self._patience * 2, _MOST_PATIENT) if early else 1
+        self._level -= 1
+        self.lowered += 1
+        self._changed = now
+
+    def _latency(self, now: float) -> float:
+        # Latencies from before the last step say what another budget costs.
+        seen = sorted(latency for at, latency in self._ends if latency is not None and at >= self._changed)
+        quantile = seen[min(len(seen) - 1, math.floor(self._config.quantile * len(seen)))] if seen else 0.0
+        since = min(self._config.window_s, max(now - self._born, 1e-3))
+        rate = len(self._ends) / since
+        expected = self._in_flight / rate if rate > 0 and self._in_flight > 1 else 0.0
+        return max(quantile, expected)

@@ -1,0 +1,200 @@
+"use strict";
+// The playground: an image, a question, a budget; answers side by side; what the connector makes of the image at that budget.
+
+const byId = (id) => document.getElementById(id);
+const state = { model: null, budgets: [], costs: {}, picture: null, url: null, inspections: new Map(), wanted: 0 };
+const SIDE = 448;
+
+function headers() {
+  const key = byId("key").value.trim();
+  return { "content-type": "application/json", ...(key ? { authorization: `Bearer ${key}` } : {}) };
+}
+
+async function call(path, body) {
+  const response = await fetch(path, body === undefined ? { headers: headers() } : { method: "POST", headers: headers(), body: JSON.stringify(body) });
+  const data = await response.json();
+  if (!response.ok) throw new Error(data.error ? data.error.message : `Status ${response.status}`);
+  return { data, response };
+}
+
+function say(text) { byId("status").textContent = text; }
+function budget() { return state.budgets[Number(byId("budget").value)]; }
+function number(value) { return value.toLocaleString("en", { maximumSignificantDigits: 3 }); }
+function flops(value) {
+  const [unit, size] = value >= 1e12 ? ["T", 1e12] : value >= 1e9 ? ["G", 1e9] : ["M", 1e6];
+  return `${number(value / size)} ${unit}FLOP`;
+}
+
+async function loadModel() {
+  try {
+    const card = (await call("/v1/models")).data.data[0];
+    Object.assign(state, { model: card.id, budgets: card.visual_tokens, costs: card.costs });
+    byId("model").textContent = `${card.id}, ${card.version}`;
+    const slider = byId("budget");
+    slider.max = String(card.visual_tokens.length - 1);
+    slider.value = slider.max;
+    showBudget();
+    say("");
+  } catch (error) {
+    byId("model").textContent = "The model's card cannot be read.";
+    say(error.message);
+  }
+}
+
+function showBudget() {
+  const tokens = budget();
+  if (tokens === undefined) return;
+  byId("chosen").textContent = `${tokens} (${flops(state.costs[tokens].flops)} an image)`;
+  byId("budget").setAttribute("aria-valuetext", `${tokens} visual tokens`);
+  draw();
+  inspect();
+}
+
+async function setPicture(blob) {
+  const bitmap = await createImageBitmap(blob).catch(() => null);
+  if (!bitmap) { say("This file is not an image that can be shown."); return; }
+  state.url = await new Promise((resolve) => { const reader = new FileReader(); reader.onload = () => resolve(reader.result); reader.readAsDataURL(blob); });
+  state.picture = bitmap;
+  state.inspections.clear();
+  byId("hint").hidden = true;
+  say("");
+  showBudget();
+}
+
+// What the server made of this image at this budget; while the slider moves only the last place counts.
+async function inspect() {
+  const tokens = budget();
+  const turn = ++state.wanted;
+  if (!state.url || tokens === undefined || state.inspections.has(tokens)) { draw(); return; }
+  await new Promise((resolve) => setTimeout(resolve, 120));
+  if (turn !== state.wanted) return;
+  const url = state.url;
+  try {
+    const found = (await call("/playground/inspect", { url, visual_tokens: tokens })).data;
+    if (url === state.url) state.inspections.set(tokens, found);
+    draw();
+  } catch (error) { say(error.message); }
+}
+
+function draw() {
+  const canvas = byId("view");
+  const context = canvas.getContext("2d");
+  context.clearRect(0, 0, SIDE, SIDE);
+  if (!state.picture) return;
+  // The model sees the image at a square size, whatever its own shape.
+  context.imageSmoothingEnabled = state.picture.width > SIDE;
+  context.drawImage(state.picture, 0, 0, SIDE, SIDE);
+  const found = state.inspections.get(budget());
+  const parts = [];
+  if (found) {
+    const anchors = found.anchor_grid ** 2;
+    parts.push(`${anchors} anchors and ${found.visual_tokens - anchors} queries`);
+    if (byId("heat").checked && found.attention.length) heat(context, found);
+    if (byId("anchors").checked && found.anchor_grid) grid(context, found.anchor_grid);
+    byId("split").textContent = `${found.visual_tokens} visual tokens: ${parts[0]}${found.attention.length ? "; bright is what the queries look at" : ""}.`;
+  }
+  canvas.setAttribute("aria-label", found ? `The image at ${found.visual_tokens} visual tokens: ${parts[0]}` : "The image");
+  canvas.dataset.budget = found ? String(found.visual_tokens) : "";
+}
+
+function heat(context, found) {
+  const cell = SIDE / found.grid;
+  found.attention.forEach((value, index) => {
+    context.fillStyle = `rgba(${value > 0.5 ? 255 : 20}, ${Math.round(220 * value)}, ${value > 0.5 ? 40 : 60}, ${0.65 - 0.35 * value})`;
+    context.fillRect((index % found.grid) * cell, Math.floor(index / found.grid) * cell, cell, cell);
+  });
+}
+
+function grid(context, side) {
+  context.strokeStyle = "rgba(255, 255, 255, 0.9)";
+  context.lineWidth = 1.5;
+  context.shadowColor = "rgba(0, 0, 0, 0.9)";
+  context.shadowBlur = 2;
+  context.beginPath();
+  for (let line = 0; line <= side; line++) {
+    const at = Math.min(SIDE - 1, Math.max(1, (line * SIDE) / side));
+    context.moveTo(at, 0); context.lineTo(at, SIDE);
+    context.moveTo(0, at); context.lineTo(SIDE, at);
+  }
+  context.stroke();
+  context.shadowBlur = 0;
+}
+
+async function askAt(tokens) {
+  const text = byId("prompt").value.trim();
+  const content = [{ type: "text", text }];
+  if (state.url) content.unshift({ type: "image_url", image_url: { url: state.url } });
+  const started = performance.now();
+  const { data, response } = await call("/v1/chat/completions", { model: state.model, visual_tokens: tokens, messages: [{ role: "user", content }] });
+  const timing = Object.fromEntries((response.headers.get("server-timing") || "").split(", ").map((part) => part.split(";dur=")));
+  return { tokens, text, answer: data.choices[0].message.content, usage: data.usage, timing, elapsed: performance.now() - started };
+}
+
+function card(found) {
+  const article = document.createElement("article");
+  article.dataset.budget = String(found.tokens);
+  const add = (tag, name, text, parent = article) => {
+    const element = document.createElement(tag);
+    if (name) element.className = name;
+    element.textContent = text;
+    parent.append(element);
+    return element;
+  };
+  add("h3", "", `${found.tokens} visual tokens`);
+  add("p", "asked", found.text);
+  add("p", "said", found.answer || "(an empty answer)");
+  const list = add("dl", "", "");
+  const rows = {
+    "prompt tokens": found.usage.prompt_tokens,
+    "of them visual": found.usage.prompt_tokens_details.image_tokens,
+    "new tokens": found.usage.completion_tokens,
+    "first token": `${number(Number(found.timing.first_token))} ms`,
+    "in the engine": `${number(Number(found.timing.total))} ms`,
+    "seen from here": `${number(found.elapsed)} ms`,
+    "prefill": flops(state.costs[found.tokens].flops),
+  };
+  for (const [name, value] of Object.entries(rows)) { add("dt", "", name, list); add("dd", "", String(value), list); }
+  byId("answers").prepend(article);
+}
+
+async function ask(budgets) {
+  if (!state.model) { await loadModel(); if (!state.model) return; }
+  if (!byId("prompt").value.trim()) { say("Write a question."); byId("prompt").focus(); return; }
+  const buttons = [byId("ask"), byId("all")];
+  buttons.forEach((button) => { button.disabled = true; });
+  say("Asking.");
+  try {
+    // One after the other, so that the times are those of one request; the largest last, so that cards stand in order.
+    for (const tokens of [...budgets].sort((a, b) => b - a)) card(await askAt(tokens));
+    say(budgets.length > 1 ? `Answered at ${budgets.length} budgets.` : "Answered.");
+  } catch (error) { say(error.message); }
+  buttons.forEach((button) => { button.disabled = false; });
+}
+
+// A scene like those of the mini suite: shapes on a grid of cells.
+function example() {
+  const canvas = document.createElement("canvas");
+  canvas.width = canvas.height = 64;
+  const context = canvas.getContext("2d");
+  context.fillStyle = "#f2f2f2";
+  context.fillRect(0, 0, 64, 64);
+  context.fillStyle = "#2040e0";
+  context.beginPath(); context.arc(20, 22, 11, 0, 7); context.fill();
+  context.fillStyle = "#d02020";
+  context.fillRect(38, 36, 20, 20);
+  canvas.toBlob((blob) => setPicture(blob), "image/png");
+}
+
+const drop = byId("drop");
+for (const name of ["dragover", "dragenter"]) drop.addEventListener(name, (event) => { event.preventDefault(); drop.classList.add("over"); });
+for (const name of ["dragleave", "drop"]) drop.addEventListener(name, () => drop.classList.remove("over"));
+drop.addEventListener("drop", (event) => { event.preventDefault(); if (event.dataTransfer.files[0]) setPicture(event.dataTransfer.files[0]); });
+byId("file").addEventListener("change", (event) => { if (event.target.files[0]) setPicture(event.target.files[0]); });
+byId("example").addEventListener("click", example);
+byId("budget").addEventListener("input", showBudget);
+byId("anchors").addEventListener("change", draw);
+byId("heat").addEventListener("change", draw);
+byId("key").addEventListener("change", loadModel);
+byId("form").addEventListener("submit", (event) => { event.preventDefault(); ask([budget()]); });
+byId("all").addEventListener("click", () => ask(state.budgets));
+loadModel();

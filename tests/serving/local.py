@@ -1,0 +1,83 @@
+"""The endpoint without Ray: the same application over an engine in this process, behind a real HTTP server on the loopback."""
+
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+import uvicorn
+
+from parcelray.config.connector import M3ConnectorConfig
+from parcelray.config.serve import ServeJob
+from parcelray.models.backbones import ElasticVLM
+from parcelray.models.backbones.processor_base import ElasticProcessor
+from parcelray.profiling.backbone_shapes import from_transformers_config
+from parcelray.profiling.flops import cost
+from parcelray.serving.admission import Admission
+from parcelray.serving.api import Api
+from parcelray.serving.auth import ApiKey, Gatekeeper
+from parcelray.serving.budget_policy import BudgetPolicy
+from parcelray.serving.chat import ChatService
+from parcelray.serving.clients import LocalClient, ModelClient
+from parcelray.serving.continuous_engine import ContinuousEngine
+from parcelray.serving.metrics import EndpointMetrics
+from parcelray.serving.model_replica import limits_of
+from parcelray.serving.prompting import PromptBuilder
+from parcelray.serving.request_log import RequestLog
+from parcelray.serving.routes import Route, Routes
+
+VERSION = "models:/mini/7"
+
+
+def job_of(**changes: Any) -> ServeJob:
+    return ServeJob.model_validate({"kind": "serve", "name": "mini", "model": {"connector": {"type": "m3"}}, **changes})
+
+
+def service_of(
+    job: ServeJob, model: ElasticVLM, processor: ElasticProcessor, client: ModelClient, pool: ThreadPoolExecutor, *, capacity: int | None = None
+) -> ChatService:
+    shape = from_transformers_config(model.config)
+    costs = {budget: cost(shape, M3ConnectorConfig(), budget) for budget in job.budgets.offered}
+    return ChatService(
+        routes=Routes(Route(VERSION, client, PromptBuilder(processor), costs)),
+        limits=job.limits,
+        http=job.http,
+        policy=BudgetPolicy(job.budgets),
+        metrics=EndpointMetrics(job.name),
+        admission=Admission(job.engine.max_running + job.engine.max_waiting if capacity is None else capacity),
+        pool=pool,
+        log=RequestLog(),
+    )
+
+
+@contextmanager
+def endpoint(
+    model: ElasticVLM, processor: ElasticProcessor, *, keys: list[ApiKey] | None = None, capacity: int | None = None, **changes: Any
+) -> Iterator[tuple[str, ChatService, ContinuousEngine]]:
+    """Its URL, its service and its engine, while the context lasts."""
+    job = job_of(**changes)
+    engine = ContinuousEngine(model, processor, limits_of(job.engine))
+    with ThreadPoolExecutor(2) as pool:
+        service = service_of(job, model, processor, LocalClient(engine), pool, capacity=capacity)
+        api = Api(job.name, job.http, lambda: service, Gatekeeper(keys or []), RequestLog())
+        with serving(api.application()) as url:
+            yield url, service, engine
+    engine.close()
+
+
+@contextmanager
+def serving(application: Any) -> Iterator[str]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    server = uvicorn.Server(uvicorn.Config(application, host="127.0.0.1", port=port, log_level="critical", timeout_graceful_shutdown=2))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    yield f"http://127.0.0.1:{port}"
+    server.should_exit = True
+    thread.join()

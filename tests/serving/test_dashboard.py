@@ -1,0 +1,38 @@
+"""The shipped dashboard asks for metrics that the endpoint has, by labels that they have."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from parcelray.serving.metrics import EndpointMetrics
+
+ROOT = Path(__file__).resolve().parents[2]
+NAME = re.compile(r"parcel:\w+")
+
+
+def _declared() -> dict[str, set[str]]:
+    """Names as they are scraped, with their labels."""
+    collectors: list[Any] = list(EndpointMetrics("m").registry._collector_to_names)
+    return {name: set(collector._labelnames) for collector in collectors for name in _scraped(collector)}
+
+
+def _scraped(metric: Any) -> list[str]:
+    name = metric._name
+    return {"histogram": [f"{name}_bucket", f"{name}_sum", f"{name}_count"], "counter": [f"{name}_total"], "gauge": [name]}[metric._type]
+
+
+def test_every_query_asks_for_what_is_there() -> None:
+    declared = _declared()
+    dashboard = json.loads((ROOT / "deploy" / "grafana" / "endpoint.json").read_text())
+    queries = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+    asked = {name for query in queries for name in NAME.findall(query)}
+    assert asked <= set(declared)
+    for query in queries:
+        grouped = {label.strip() for group in re.findall(r"by \(([^)]*)\)", query) for label in group.split(",")} - {"le"}
+        for name in NAME.findall(query):
+            assert grouped <= declared[name], query
+    # Every metric is on the dashboard but those that others tell.
+    left = {name.removesuffix("_bucket").removesuffix("_sum").removesuffix("_count").removesuffix("_total") for name in set(declared) - asked}
+    shown = {name.removesuffix("_bucket").removesuffix("_sum").removesuffix("_count").removesuffix("_total") for name in asked}
+    assert left - shown == {"parcel:request_prompt_tokens", "parcel:request_generation_tokens", "parcel:request_retries"}

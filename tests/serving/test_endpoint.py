@@ -1,0 +1,198 @@
+"""The whole endpoint on Ray Serve, under pressure: replicas die, versions roll over, clients hang up, and nobody else notices."""
+
+import asyncio
+import json
+import os
+import signal
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.request import Request, urlopen
+
+import pytest
+import ray
+from openai import APIStatusError, AsyncOpenAI, OpenAI
+from ray import serve
+
+from parcelray.cluster.serving_run import PinnedEndpoint, deploy, endpoint, pin
+from parcelray.config.connector import M3ConnectorConfig
+from parcelray.data.sample import Sample
+from parcelray.evaluation.generation import GenerationSettings
+from parcelray.evaluation.predictor import Predictor
+from parcelray.models.backbones import ElasticVLM
+from parcelray.models.backbones.processor_base import ElasticProcessor
+from parcelray.models.mini import save_checkpoint
+from tests.serving.local import job_of
+from tests.serving.test_api import message
+
+pytestmark = [pytest.mark.serving, pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
+PORT = 18461
+
+
+def job(**changes: Any) -> PinnedEndpoint:
+    base = {
+        "http": {"port": PORT},
+        "replicas": {"min": 2, "max": 2, "cpus": 0.5, "threads": 1},
+        "engine": {"max_running": 8, "max_waiting": 24, "kv_tokens": 4096},
+        "limits": {"timeout_s": 20},
+        "tracking": {"uri": None},
+    }
+    return pin(job_of(**{**base, **changes}))
+
+
+@pytest.fixture(scope="module")
+def url() -> Iterator[str]:
+    with endpoint(job()) as url:
+        yield url
+
+
+class Load:
+    """Clients that ask again and again, each with its own questions, until told to stop."""
+
+    def __init__(self, url: str, samples: list[Sample], clients: int, **fields: Any) -> None:
+        self.outcomes: Counter[str] = Counter()
+        self.versions: Counter[str] = Counter()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._run(url, samples, clients, fields)))
+
+    def __enter__(self) -> "Load":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def wait_for(self, answers: int) -> None:
+        wanted = self.outcomes["ok"] + answers
+        deadline = time.monotonic() + 60
+        while self.outcomes["ok"] < wanted:
+            assert time.monotonic() < deadline, self.outcomes
+            time.sleep(0.05)
+
+    async def _run(self, url: str, samples: list[Sample], clients: int, fields: dict[str, Any]) -> None:
+        async with AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60) as client:
+            await asyncio.gather(*(self._ask(client, samples[index::clients], fields) for index in range(clients)))
+
+    async def _ask(self, client: AsyncOpenAI, samples: list[Sample], fields: dict[str, Any]) -> None:
+        while not self._stop.is_set():
+            for sample in samples:
+                try:
+                    raw = await client.chat.completions.with_raw_response.create(model="mini", messages=message(sample), **fields)
+                    self.outcomes["ok"] += 1
+                    self.versions[raw.headers["x-model-version"]] += 1
+                except APIStatusError as error:
+                    self.outcomes[str(error.status_code)] += 1
+                    await asyncio.sleep(0.1)
+
+
+def replica_pids() -> list[int]:
+    actors = [actor for actor in ray.util.list_named_actors(all_namespaces=True) if "#Model#" in actor["name"]]
+    handles = [ray.get_actor(actor["name"], namespace=actor["namespace"]) for actor in actors]
+    pids: list[int] = ray.get([handle.__ray_call__.remote(lambda _: os.getpid()) for handle in handles])
+    return pids
+
+
+def get(url: str, path: str) -> Any:
+    with urlopen(Request(f"{url}{path}"), timeout=30) as response:
+        return json.loads(response.read())
+
+
+def test_answers_are_those_of_offline_generation(url: str, model: ElasticVLM, processor: ElasticProcessor, samples: list[Sample]) -> None:
+    offline = Predictor(model, processor, settings=GenerationSettings(max_new_tokens=8)).generate_budgets(samples[:8], [16, 256])
+    client = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+    for budget, answers in offline.items():
+        found = [
+            client.chat.completions.create(model="mini", messages=message(each), max_tokens=8, extra_body={"visual_tokens": budget}) for each in samples[:8]
+        ]
+        assert [each.choices[0].message.content for each in found] == answers
+    stream = client.chat.completions.create(model="mini", messages=message(samples[0]), max_tokens=8, stream=True, extra_body={"visual_tokens": 16})
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == offline[16][0]
+    assert get(url, "/ready") == {"status": "ready"}
+
+
+def test_a_replica_that_dies_under_load_costs_nobody_an_answer(url: str, samples: list[Sample]) -> None:
+    with Load(url, samples, clients=6, max_tokens=8) as load:
+        load.wait_for(20)
+        os.kill(replica_pids()[0], signal.SIGKILL)
+        load.wait_for(100)
+    assert set(load.outcomes) == {"ok"}, load.outcomes
+
+
+def test_a_client_that_hangs_up_frees_its_place(url: str, samples: list[Sample]) -> None:
+    async def hang_up() -> None:
+        async with AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=0.3) as client:
+            asked = [
+                client.chat.completions.create(model="mini", messages=message(samples[0]), max_tokens=1000, temperature=2.0, stop=["\n"]) for _ in range(12)
+            ]
+            await asyncio.gather(*asked, return_exceptions=True)
+
+    asyncio.run(hang_up())
+    client = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+    # The places of twelve answers of a thousand tokens would be taken for many seconds.
+    deadline = time.monotonic() + 10
+    running = 1.0
+    while running and time.monotonic() < deadline:
+        client.chat.completions.create(model="mini", messages=message(samples[0]), max_tokens=1)
+        with urlopen(f"{url}/metrics", timeout=10) as response:
+            lines = response.read().decode().splitlines()
+        running = sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith("parcel:num_requests_running{"))
+    assert running == 0
+
+
+def test_too_many_requests_are_told_to_come_back_and_the_others_answered(url: str, samples: list[Sample]) -> None:
+    waits: list[int] = []
+
+    async def flood() -> Counter[str]:
+        outcomes: Counter[str] = Counter()
+
+        async def ask(client: AsyncOpenAI) -> None:
+            try:
+                await client.chat.completions.create(model="mini", messages=message(samples[0]), max_tokens=64, temperature=2.0)
+                outcomes["ok"] += 1
+            except APIStatusError as error:
+                waits.append(int(error.response.headers["retry-after"]))
+                outcomes[str(error.status_code)] += 1
+
+        async with AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60) as client:
+            await asyncio.gather(*(ask(client) for _ in range(150)))
+        return outcomes
+
+    outcomes = asyncio.run(flood())
+    assert set(outcomes) == {"ok", "429"}
+    # A replica holds 32. The router does not see at once how full each of the two is.
+    assert outcomes["ok"] >= 32
+    assert min(waits) >= 1
+
+
+def test_a_new_version_takes_over_without_a_failed_request(
+    url: str, model: ElasticVLM, processor: ElasticProcessor, samples: list[Sample], tmp_path: Path
+) -> None:
+    save_checkpoint(model, processor, tmp_path / "next")
+    new = job(model={"reference": str(tmp_path / "next"), "connector": M3ConnectorConfig().model_dump()})
+    before = get(url, "/version")["models"][0]["version"]
+    assert new.champion.pinned != before
+    with Load(url, samples, clients=4, max_tokens=8) as load:
+        load.wait_for(20)
+        deploy(new)
+        load.wait_for(40)
+    assert set(load.outcomes) == {"ok"}, load.outcomes
+    assert set(load.versions) == {before, new.champion.pinned}
+    assert get(url, "/version")["models"][0]["version"] == new.champion.pinned
+    assert len(serve.status().applications) == 2, "the old version is gone"
+
+
+def test_a_challenger_gets_its_share_and_goes_when_it_is_slow(url: str, samples: list[Sample]) -> None:
+    # The same weights at twenty times the latency would need another model; a ratio below 1 makes any challenger too slow.
+    canary = {"model": {"connector": {"type": "m3"}}, "share": 0.5, "min_requests": 20, "max_latency_ratio": 1e-6}
+    deploy(job(canary=canary, model={"reference": "mini_base", "connector": {"type": "anchors_only", "anchor_grid": 4}}, budgets={"offered": [16]}))
+    with Load(url, samples, clients=4, max_tokens=8) as load:
+        deadline = time.monotonic() + 60
+        while get(url, "/version")["rolled_back"] is None and time.monotonic() < deadline:
+            time.sleep(0.2)
+        assert "median latency" in get(url, "/version")["rolled_back"]
+    assert set(load.outcomes) == {"ok"}
+    assert get(url, "/version")["models"][1]["share"] == 0.0

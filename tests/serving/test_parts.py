@@ -1,0 +1,245 @@
+"""The engine's and the ingress' smaller parts, each alone."""
+
+import random
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from parcelray.errors import UserError
+from parcelray.models.backbones.processor_base import ElasticProcessor
+from parcelray.serving.admission import Admission
+from parcelray.serving.api_errors import ApiError
+from parcelray.serving.auth import Gatekeeper, add_key, read_keys
+from parcelray.serving.engine import Sampling
+from parcelray.serving.feature_cache import FeatureCache
+from parcelray.serving.kv_pool import BLOCK_TOKENS, KVPool, slots_of, table_of
+from parcelray.serving.remote_images import fetch_image, is_public
+from parcelray.serving.sampling import choose, generator_of
+from parcelray.serving.text_stream import TextStream
+
+
+def _pool(tokens: int) -> KVPool:
+    return KVPool(num_layers=2, num_heads=2, head_width=4, max_tokens=tokens, dtype=torch.float32, device=torch.device("cpu"))
+
+
+def test_the_pool_gives_back_what_each_request_wrote() -> None:
+    pool = _pool(160)
+    rng = random.Random(0)
+    held: dict[int, tuple[list[int], torch.Tensor]] = {}
+    for step in range(200):
+        if held and (pool.free_blocks < 4 or rng.random() < 0.4):
+            blocks, written = held.pop(rng.choice(list(held)))
+            keys, values = pool.read(1, table_of([blocks], len(written), torch.device("cpu")))
+            torch.testing.assert_close(keys[0, :, : len(written)].transpose(0, 1), written)
+            torch.testing.assert_close(values, keys + 1, rtol=0, atol=1e-6)
+            pool.release(blocks)
+        else:
+            length = rng.randint(1, 3 * BLOCK_TOKENS)
+            if pool.blocks_for(length) > pool.free_blocks:
+                continue
+            blocks = pool.reserve(length)
+            written = torch.randn(length, 2, 4)
+            # Whole blocks, so that no place holds what another request has left.
+            padded = torch.zeros(len(blocks) * BLOCK_TOKENS, 2, 4)
+            padded[:length] = written
+            pool.write(1, torch.tensor(slots_of(blocks, 0, len(padded))), padded, padded + 1)
+            held[step] = (blocks, written)
+    owned = [block for blocks, _ in held.values() for block in blocks]
+    assert len(owned) == len(set(owned))
+    assert pool.used_tokens == len(owned) * BLOCK_TOKENS
+
+
+def test_the_cache_forgets_the_least_recently_used() -> None:
+    cache = FeatureCache(max_bytes=3 * 400)
+    for name in "abc":
+        cache.put(name, torch.zeros(100))
+    assert cache.get("a") is not None
+    cache.put("d", torch.zeros(100))
+    assert cache.get("b") is None
+    assert all(cache.get(name) is not None for name in "acd")
+    cache.put("large", torch.zeros(1000))
+    assert cache.get("large") is None
+    assert (cache.hits, cache.misses, cache.bytes) == (4, 2, 1200)
+
+
+def test_a_batch_in_the_cache_is_not_kept_for_one_of_its_rows() -> None:
+    cache = FeatureCache(max_bytes=10_000)
+    batch = torch.zeros(50, 100)
+    cache.put("a", batch[3])
+    kept = cache.get("a")
+    assert kept is not None
+    assert kept.untyped_storage().nbytes() == 400
+
+
+def test_drawn_tokens_follow_the_distribution() -> None:
+    logits = torch.tensor([[2.0, 1.0, 0.0, -5.0]])
+    sampling = Sampling(max_new_tokens=1, temperature=0.5, seed=0)
+    generator = generator_of(sampling)
+    counts = torch.bincount(torch.tensor([choose(logits, [sampling], [generator])[0] for _ in range(4000)]), minlength=4) / 4000
+    torch.testing.assert_close(counts, (logits[0] / 0.5).softmax(0), atol=0.03, rtol=0)
+    top = Sampling(max_new_tokens=1, temperature=0.5, top_p=0.9, seed=0)
+    generator = generator_of(top)
+    assert {choose(logits, [top], [generator])[0] for _ in range(300)} == {0, 1}
+
+
+def test_a_row_draws_the_same_alone_and_in_a_batch() -> None:
+    logits = torch.randn(5, 50, generator=torch.Generator().manual_seed(0))
+    samplings = [Sampling(max_new_tokens=1, temperature=1.0, seed=seed) for seed in range(5)]
+    together = choose(logits, samplings, [generator_of(each) for each in samplings])
+    assert together == [choose(logits[row : row + 1], [samplings[row]], [generator_of(samplings[row])])[0] for row in range(5)]
+
+
+@pytest.mark.parametrize("text", ["two words", "caf\u00e9 \u4f60\u597d", "  spaces   inside  ", "line\nline", "a", "1234567"])
+def test_streamed_text_is_the_text(processor: ElasticProcessor, text: str) -> None:
+    ids = processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+    stream = TextStream(processor.tokenizer)
+    pieces = [stream.push(token) for token in ids]
+    pieces.append(stream.finish())
+    assert "".join(pieces) == stream.text == processor.tokenizer.decode(ids).strip()
+    assert not any("\N{REPLACEMENT CHARACTER}" in piece for piece in pieces)
+
+
+def test_no_part_of_a_stop_text_is_ever_sent(processor: ElasticProcessor) -> None:
+    ids = processor.tokenizer("red green STOP blue", add_special_tokens=False)["input_ids"]
+    stream = TextStream(processor.tokenizer, stop=["STOP"])
+    sent = ""
+    for token in ids:
+        sent += stream.push(token)
+        assert "ST" not in sent
+        if stream.stopped:
+            break
+    assert stream.stopped
+    assert sent + stream.finish() == "red green"
+
+
+@pytest.mark.parametrize(
+    ("address", "public"),
+    [
+        ("93.184.216.34", True),
+        ("2606:2800:220:1:248:1893:25c8:1946", True),
+        ("127.0.0.1", False),
+        ("10.1.2.3", False),
+        ("172.16.0.1", False),
+        ("192.168.1.1", False),
+        ("169.254.169.254", False),
+        ("100.64.0.1", False),
+        ("0.0.0.0", False),
+        ("224.0.0.1", False),
+        ("::1", False),
+        ("fe80::1%eth0", False),
+        ("fc00::1", False),
+        ("::ffff:10.0.0.1", False),
+        ("::ffff:169.254.169.254", False),
+    ],
+)
+def test_only_public_addresses_are_dialled(address: str, public: bool) -> None:
+    assert is_public(address) is public
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://images.example.com/a.png",
+        "https://other.example.com/a.png",
+        "https://images.example.com@127.0.0.1/a.png",
+        "https://127.0.0.1\\@images.example.com/a.png",
+        "https://images.example.com:8443/a.png",
+        "https://images.example.com.evil.example/a.png",
+        "https://IMAGES.example.com/a.png",
+        "https://images.example.com/a b.png",
+        "https://images.example.com/\r\nHost: x",
+        "https://images.example.com#@evil.example/",
+        "ftp://images.example.com/a.png",
+    ],
+)
+def test_only_listed_hosts_are_asked(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: pytest.fail("a refused URL was looked up"))
+    with pytest.raises(ApiError) as refused:
+        fetch_image(url, {"images.example.com"}, 1000, "image 1")
+    assert refused.value.status == 403
+    assert "example" not in refused.value.message
+
+
+def test_a_listed_host_inside_a_private_network_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    # One public address beside a private one is no excuse: which of them is dialled would be the resolver's choice.
+    found = [(0, 0, 0, "", (address, 443)) for address in ("93.184.216.34", "10.0.0.1")]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
+    monkeypatch.setattr(socket, "create_connection", lambda *_, **__: pytest.fail("a private address was dialled"))
+    with pytest.raises(ApiError) as refused:
+        fetch_image("https://images.example.com/a.png", {"images.example.com"}, 1000, "image 1")
+    assert refused.value.status == 403
+
+
+def test_a_name_is_resolved_once_and_that_address_dialled(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked_up: list[Any] = []
+    dialled: list[Any] = []
+
+    def resolve(*arguments: Any, **_: Any) -> list[Any]:
+        looked_up.append(arguments)
+        return [(0, 0, 0, "", ("93.184.216.34" if len(looked_up) == 1 else "10.0.0.1", 443))]
+
+    def dial(address: Any, **_: Any) -> None:
+        dialled.append(address)
+        raise OSError
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    monkeypatch.setattr(socket, "create_connection", dial)
+    with pytest.raises(ApiError) as refused:
+        fetch_image("https://images.example.com/a.png", {"images.example.com"}, 1000, "image 1")
+    assert refused.value.status == 422
+    assert (len(looked_up), dialled) == (1, [("93.184.216.34", 443)])
+
+
+def test_keys_are_hashes_in_a_private_file(tmp_path: Path) -> None:
+    file = tmp_path / "keys" / "keys.txt"
+    keys = [add_key(file, name, per_minute=60) for name in ("ann", "bob")]
+    assert file.stat().st_mode & 0o077 == 0
+    assert not any(key in file.read_text() for key in keys)
+    keeper = Gatekeeper(read_keys(file))
+    assert [keeper.admit(f"Bearer {key}") for key in keys] == ["ann", "bob"]
+    for wrong in (None, "", "Bearer", "Bearer ", f"Basic {keys[0]}", f"Bearer {keys[0]}x", f"Bearer {read_keys(file)[0].hash}"):
+        with pytest.raises(ApiError) as refused:
+            keeper.admit(wrong)
+        assert refused.value.status == 401
+    with pytest.raises(UserError, match="already"):
+        add_key(file, "ann")
+    file.write_text(file.read_text() + "plaintext-key\n")
+    with pytest.raises(UserError, match="line 3"):
+        read_keys(file)
+
+
+def test_a_key_has_its_rate(tmp_path: Path) -> None:
+    now = [0.0]
+    key = add_key(tmp_path / "keys.txt", "ann", per_minute=6)
+    keeper = Gatekeeper(read_keys(tmp_path / "keys.txt"), clock=lambda: now[0])
+    for _ in range(6):
+        keeper.admit(f"Bearer {key}")
+    with pytest.raises(ApiError) as refused:
+        keeper.admit(f"Bearer {key}")
+    assert (refused.value.status, refused.value.headers["retry-after"]) == (429, "10")
+    now[0] = 10.0
+    assert keeper.admit(f"Bearer {key}") == "ann"
+
+
+def test_places_are_given_back_whatever_happens() -> None:
+    now = [0.0]
+    admission = Admission(2, clock=lambda: now[0])
+
+    def fail() -> None:
+        with admission.slot():
+            raise RuntimeError
+
+    with admission.slot(), admission.slot():
+        with pytest.raises(ApiError) as refused, admission.slot():
+            pass
+        assert refused.value.status == 429
+    for _ in range(20):
+        with pytest.raises(RuntimeError):
+            fail()
+    assert admission.in_flight == 0
+    # Twenty ended in ten seconds: two in flight are half done in half a second.
+    with admission.slot(), admission.slot():
+        assert admission.retry_after_s() == 1

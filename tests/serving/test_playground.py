@@ -1,0 +1,85 @@
+"""The page at `/`, in headless Chromium: an image, a question, a budget; answers side by side."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from parcelray.config.connector import ParcelConnectorConfig
+from parcelray.data.sample import Sample
+from parcelray.evaluation.generation import GenerationSettings
+from parcelray.evaluation.predictor import Predictor
+from parcelray.models.backbones import ElasticVLM
+from parcelray.models.backbones.processor_base import ElasticProcessor
+from parcelray.models.checkpoint import MINI_BASE, resolve_checkpoint
+from parcelray.models.vlm import load_vlm
+from tests.serving.local import endpoint
+from tests.serving.webdriver import Browser, browser
+
+pytestmark = [pytest.mark.serving, pytest.mark.browser]
+
+
+@pytest.fixture(scope="module")
+def parcel() -> ElasticVLM:
+    """The base with PARCEL's connector, untrained."""
+    model = load_vlm(resolve_checkpoint(MINI_BASE).path, connector=ParcelConnectorConfig(num_heads=4))
+    model.eval()
+    return model
+
+
+@pytest.fixture
+def page(parcel: ElasticVLM, processor: ElasticProcessor, tmp_path: Path) -> Iterator[Browser]:
+    with endpoint(parcel, processor) as (url, _, _), browser(tmp_path / "profile") as page:
+        page.open(url)
+        yield page
+
+
+def test_an_image_is_asked_about_at_every_budget(page: Browser, parcel: ElasticVLM, processor: ElasticProcessor, samples: list[Sample], tmp_path: Path) -> None:
+    sample = samples[0]
+    (tmp_path / "image.png").write_bytes(sample.images[0])
+    page.wait("return document.getElementById('budget').max === '2'")
+    page.type("#file", str(tmp_path / "image.png"))
+    # The largest budget: 8 x 8 anchors and 192 queries.
+    page.wait("return document.getElementById('view').dataset.budget === '256'")
+    assert "64 anchors and 192 queries" in page.run("return document.getElementById('split').textContent")
+    page.run("const b = document.getElementById('budget'); b.value = '0'; b.dispatchEvent(new Event('input'))")
+    page.wait("return document.getElementById('view').dataset.budget === '16'")
+    assert "16 anchors and 0 queries" in page.run("return document.getElementById('split').textContent")
+    page.run("document.getElementById('prompt').value = arguments[0]", sample.prompt)
+    page.click("#all")
+    page.wait("return document.querySelectorAll('article').length === 3")
+    offline = Predictor(parcel, processor, settings=GenerationSettings(max_new_tokens=64)).generate_budgets([sample], [16, 64, 256])
+    for budget, (answer,) in offline.items():
+        said = page.run("return document.querySelector(`article[data-budget='${arguments[0]}'] .said`).textContent", budget)
+        assert said == (answer or "(an empty answer)")
+        rows = page.run("return document.querySelector(`article[data-budget='${arguments[0]}'] dl`).innerText", budget)
+        assert str(budget * len(sample.images)) in rows
+        assert "FLOP" in rows
+        assert "ms" in rows
+
+
+def test_the_example_is_drawn_and_what_is_wrong_is_said(page: Browser) -> None:
+    page.wait("return document.getElementById('budget').max === '2'")
+    page.run("document.getElementById('prompt').value = ''")
+    page.click("#ask")
+    assert page.run("return document.getElementById('status').textContent") == "Write a question."
+    page.click("#example")
+    page.wait("return document.getElementById('view').dataset.budget === '256'")
+    page.run("document.getElementById('prompt').value = 'x'.repeat(100000)")
+    page.click("#ask")
+    page.wait("return document.getElementById('status').textContent.includes('legal are')")
+
+
+def test_everything_has_a_name_and_nothing_comes_from_elsewhere(page: Browser) -> None:
+    page.wait("return document.getElementById('budget').max === '2'")
+    unnamed = page.run(
+        "return [...document.querySelectorAll('input, button, canvas')].filter((e) => !(e.labels && e.labels.length) && !e.textContent.trim() "
+        "&& !e.getAttribute('aria-label') && !e.closest('label') && e.type !== 'file').map((e) => e.outerHTML)"
+    )
+    assert unnamed == []
+    assert page.run("return document.documentElement.lang") == "en"
+    assert page.run(
+        "return performance.getEntriesByType('resource').every((entry) => entry.name.startsWith(location.origin) || entry.name.startsWith('data:'))"
+    )
+    errors = [entry["message"] for entry in page.command("POST", "/se/log", {"type": "browser"}) if entry["level"] == "SEVERE"]
+    assert errors == []
