@@ -101,6 +101,9 @@ def test_a_split_search_leaves_numbers_pictures_and_a_model(searched: tuple[Tune
     assert [each.anchor_grid for each in findings.splits][-1] == 8
     assert {each.num_visual_tokens: each.rule for each in findings.splits} == {8: None, 16: 4, 64: 8}
     assert set(findings.importance) == {"anchor_grid", "budgets"}
+    best = {family: findings.trials[place].metrics[f"retention/{family}"] for family, place in findings.families.items()}
+    assert all(trial.metrics.get(f"retention/{family}", 0.0) <= value for trial in findings.trials for family, value in best.items())
+    assert "the best of each family" in text
     names = ["results.json", "frontier.png", "splits.png", "parallel.png", "importance.png", "volume.png", "routing.yaml"]
     assert all((run.folder / name).stat().st_size > 100 for name in names[:-1])
     assert json.loads((run.folder / "results.json").read_text())["routing"][-1]["max_budget"] == 256

@@ -30,6 +30,7 @@ from parcelray.tuning.split_routing import ChosenSplit, choose_splits, routing_o
 from parcelray.tuning.trial_record import FinishedTrial
 
 _SCORES = ("score", "retention")
+_FAMILY = "retention/"
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,17 @@ class SearchFindings:
     """Largest budget of the searched model; 0: the trials are trainings."""
 
     @property
+    def families(self) -> dict[str, int]:
+        """Of searches over evaluations, the place of the trial with the best retention of each family; of equal ones that with the fewest tokens."""
+        good = [place for place, trial in enumerate(self.trials) if trial.error is None]
+        names = sorted({name for place in good for name in self.trials[place].metrics if name.startswith(_FAMILY)})
+        found = {}
+        for name in names:
+            known = [place for place in good if name in self.trials[place].metrics]
+            found[name.removeprefix(_FAMILY)] = max(known, key=lambda place: (self.trials[place].metrics[name], -self.trials[place].metrics["tokens"]))
+        return found
+
+    @property
     def failed(self) -> Sequence[FinishedTrial]:
         """Trials with an error."""
         return [trial for trial in self.trials if trial.error is not None]
@@ -66,6 +78,7 @@ class SearchFindings:
             "knee": self.knee,
             "hypervolume": list(self.volume),
             "importance": dict(self.importance),
+            "families": self.families,
             "splits": [each._asdict() | {"against_rule": each.against_rule._asdict() if each.against_rule is not None else None} for each in self.splits],
             "routing": [route.model_dump() for route in routing_of(self.splits, self.full)],
             "rivals": {name: [point._asdict() for point in points] for name, points in self.rivals.items()},
@@ -162,6 +175,8 @@ def show_findings(job: TuneJob, findings: SearchFindings, folder: Path, console:
             *(show_value(trial.assignment.get(key, "-")) for key in job.space.parameters),
         )
     console.print(table)
+    if findings.families:
+        console.print(_family_table(job, findings))
     if findings.splits:
         console.print(_split_table(findings.splits))
         routing = json.dumps([route.model_dump() for route in routing_of(findings.splits, findings.full)]).replace('"', "")
@@ -281,6 +296,16 @@ def _write_routing(job: TuneJob, findings: SearchFindings, folder: Path) -> list
     if source.is_dir():
         write_rerouted(source, folder / "model", routing, f"tune-{job.name}")
     return [file, heat]
+
+
+def _family_table(job: TuneJob, findings: SearchFindings) -> Table:
+    columns = [name.rpartition(".")[2] for name in job.space.parameters]
+    table = Table("family", "retention", "tokens", *columns, title=f"{job.name}: the best of each family")
+    for family, place in findings.families.items():
+        trial = findings.trials[place]
+        values = (show_value(trial.assignment.get(key, "-")) for key in job.space.parameters)
+        table.add_row(family, f"{trial.metrics[_FAMILY + family]:.1f}", f"{trial.metrics['tokens']:g}", *values)
+    return table
 
 
 def _split_table(splits: Sequence[ChosenSplit]) -> Table:

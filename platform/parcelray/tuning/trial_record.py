@@ -8,7 +8,7 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from parcelray.config.search_space import Assignment
@@ -61,9 +61,10 @@ class TrialRecord:
         return self._trials.get(key)
 
     def add(self, trial: FinishedTrial) -> None:
-        """Adds a trial; it is on disk when this returns."""
+        """Adds a trial; it is on disk when this returns. What is NaN was not measured, and is left out."""
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        line = json.dumps(asdict(trial) | {"metrics": {name: value for name, value in trial.metrics.items() if not math.isnan(value)}})
+        trial = replace(trial, metrics={name: value for name, value in trial.metrics.items() if not math.isnan(value)})
+        line = json.dumps(asdict(trial))
         with self._path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
             file.flush()
