@@ -10,6 +10,7 @@ PORT ?= 5000
 PY := .venv/bin/python
 INSTALLED := .venv/.installed
 HEAVY := ray or serving or slow or data or gpu or browser
+CLUSTER := ray or serving or browser
 
 help:
 	@echo "make quickstart  the whole loop on this machine: train, evaluate, report (no GPU, no network, no server)"
@@ -47,12 +48,13 @@ search: $(INSTALLED)
 	@$(PY) pipelines/search.py
 
 test: $(INSTALLED)
-	@echo "Running every test that needs no GPU"
-	@$(PY) -m pytest -m "not gpu"
+	@echo "Running every test that needs no GPU: first those without a cluster, two at a time, then those that share one"
+	@$(PY) -m pytest -n 2 --dist loadscope -m "not gpu and not ($(CLUSTER))"
+	@$(PY) -m pytest -m "not gpu and ($(CLUSTER))"
 
 test-fast: $(INSTALLED)
 	@echo "Running the tests without a cluster, a server or data files"
-	@$(PY) -m pytest -m "not ($(HEAVY))"
+	@$(PY) -m pytest -n 2 --dist loadscope -m "not ($(HEAVY))"
 
 check: $(INSTALLED)
 	@echo "Checking the format"
