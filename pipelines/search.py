@@ -3,9 +3,10 @@
 Trains the supernet and, as long, M3 and MQT to draw beside it; searches 63 splits; searches clusters on the mini LLaVA. With --confirm it
 also trains a few splits by themselves, to see whether the supernet ranked them well.
 
-    python pipelines/search.py [--confirm] [--set a.b=c of the supernet's training]
+    python pipelines/search.py [--confirm] [--set a.b=c ...]
 
-A second run does nothing and says so; an interrupted one goes on where it was.
+A key that starts with `splits.` or `clusters.` is of that search, any other of the supernet's training. A second run does nothing and says so; an
+interrupted one goes on where it was.
 """
 
 import sys
@@ -36,10 +37,14 @@ CONFIRM = "--confirm"
 def run(arguments: list[str], console: Console) -> None:
     """Runs what is missing."""
     overrides = overrides_of([argument for argument in arguments if argument != CONFIRM])
-    supernet = load_job_of(TrainJob, JOBS / "train" / "supernet.yaml", overrides)
+    own = {name: [each.removeprefix(name) for each in overrides if each.startswith(name)] for name in ("splits.", "clusters.")}
+    supernet = load_job_of(TrainJob, JOBS / "train" / "supernet.yaml", [each for each in overrides if not each.startswith(tuple(own))])
     place = [f"storage={supernet.storage}", f"base.storage={supernet.storage}", f"tracking.uri={supernet.tracking.uri or 'null'}"]
-    splits = load_job_of(TuneJob, JOBS / "tune" / "anchor_query_split.yaml", place)
-    clusters = load_job_of(TuneJob, JOBS / "tune" / "cluster_count.yaml", place)
+    trained = Path(supernet.storage) / "train"
+    models = [f"base.model.reference={trained / supernet.name / 'model'}"]
+    models += [f"rivals.{rival.upper()}={trained / rival_job(supernet, rival).name / 'model'}" for rival in RIVALS]
+    splits = load_job_of(TuneJob, JOBS / "tune" / "anchor_query_split.yaml", [*place, *models, *own["splits."]])
+    clusters = load_job_of(TuneJob, JOBS / "tune" / "cluster_count.yaml", [*place, *own["clusters."]])
     uri = ensure_store(supernet.tracking.uri or "sqlite:///runs/mlflow.db")
     name = f"pipeline-search-{config_hash(supernet)}"
     with tracked_run(uri, supernet.tracking.experiment, name, params={"steps": supernet.training.steps}) as run_id, ray_session():
