@@ -6,6 +6,7 @@ import io
 import json
 import math
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -55,7 +56,9 @@ def post(url: str, body: bytes, headers: dict[str, str] | None = None, path: str
     place = urlsplit(url)
     connection = http.client.HTTPConnection(str(place.hostname), place.port, timeout=20)
     try:
-        connection.request("POST", path, body, {"content-type": "application/json", **(headers or {})})
+        # A server that refuses by the header does not wait for the rest of the body.
+        with suppress(BrokenPipeError, ConnectionResetError):
+            connection.request("POST", path, body, {"content-type": "application/json", **(headers or {})})
         response = connection.getresponse()
         text = response.read() or b"{}"
     finally:

@@ -22,6 +22,7 @@ from schemathesis.core.result import Ok
 
 from parcelray.models.backbones import ElasticVLM
 from parcelray.models.backbones.processor_base import ElasticProcessor
+from parcelray.serving.chat import ChatService
 from tests.serving.local import endpoint
 from tests.serving.test_api import data_url, post
 
@@ -30,9 +31,14 @@ LEAKS = ("Traceback", ".py", "/site-packages", "parcelray/", "0x7f")
 
 
 @pytest.fixture(scope="module")
-def url(model: ElasticVLM, processor: ElasticProcessor) -> Iterator[str]:
-    with endpoint(model, processor, limits={"body_mb": 2, "body_timeout_s": 1, "max_tokens": 64, "image_megapixels": 4}) as (url, _, _):
-        yield url
+def running(model: ElasticVLM, processor: ElasticProcessor) -> Iterator[tuple[str, ChatService]]:
+    with endpoint(model, processor, limits={"body_mb": 2, "body_timeout_s": 1, "max_tokens": 64, "image_megapixels": 4}) as (url, service, _):
+        yield url, service
+
+
+@pytest.fixture(scope="module")
+def url(running: tuple[str, ChatService]) -> str:
+    return running[0]
 
 
 @pytest.fixture(autouse=True)
@@ -255,7 +261,7 @@ def test_slow_clients_are_let_go(url: str) -> None:
         connection.close()
 
 
-def test_clients_that_hang_up(url: str) -> None:
+def test_clients_that_hang_up(url: str, running: tuple[str, ChatService]) -> None:
     body = json.dumps(chat(picture("PNG"), stream=True, max_tokens=64, temperature=2.0)).encode()
     head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n".encode()
     place = urlsplit(url)
@@ -264,6 +270,10 @@ def test_clients_that_hang_up(url: str) -> None:
             connection = socket.create_connection((place.hostname, place.port))
             connection.sendall(head + body[:part])
             connection.close()
+    deadline = time.monotonic() + 20
+    while running[1].admission.in_flight:
+        assert time.monotonic() < deadline, "a place was not given back"
+        time.sleep(0.05)
 
 
 def _raw(url: str, data: bytes) -> bytes:

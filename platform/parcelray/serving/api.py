@@ -9,6 +9,7 @@ import re
 import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, aclosing
 from typing import Any
 
 from starlette.applications import Starlette
@@ -16,6 +17,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
 from parcelray import __version__
 from parcelray.config.serve import LOOPBACK, HttpConfig
@@ -117,40 +119,30 @@ class Api:
         chat = parse_chat(await _body(request, service))
         if chat.model not in {self._name, *(route.version for route in service.routes.all)}:
             raise ApiError(404, f"Model {chat.model[:80]!r} is not served here; legal is {self._name}.", code="model_not_found", param="model")
-        slot = service.admission.slot()
-        slot.__enter__()
-        service.policy.started()
         ended: list[float | None] = [None, None]
-
-        def leave() -> None:
-            service.policy.ended(*ended)
-            slot.__exit__(None, None, None)
-
+        visit = AsyncExitStack()
+        visit.enter_context(service.admission.slot())
+        service.policy.started()
+        visit.callback(lambda: service.policy.ended(*ended))
         try:
             prepared = await service.prepare(chat, request.state.request_id, arrived)
             if chat.stream:
-                events = service.events(prepared)
+                # The first piece comes before the status, so that a refusal has one of its own.
+                events = await visit.enter_async_context(aclosing(service.events(prepared)))
                 first = await anext(events)
                 include_usage = chat.stream_options is not None and chat.stream_options.include_usage
-                body = self._stream(prepared, first, events, include_usage, ended, leave)
-                return StreamingResponse(body, headers={**responses.headers(prepared), "cache-control": "no-cache"}, media_type="text/event-stream")
+                return _Stream(self._pieces(prepared, first, events, include_usage, ended), visit, responses.headers(prepared))
             end = await service.answer(prepared)
             ended[:] = [time.perf_counter() - arrived, end.timings.first_token_s]
         except BaseException:
-            leave()
+            await visit.aclose()
             raise
-        leave()
-        body_json = responses.completion(prepared, end, model=self._name, created=int(time.time()))
-        return JSONResponse(body_json, headers={**responses.headers(prepared), "server-timing": responses.server_timing(end)})
+        await visit.aclose()
+        body = responses.completion(prepared, end, model=self._name, created=int(time.time()))
+        return JSONResponse(body, headers={**responses.headers(prepared), "server-timing": responses.server_timing(end)})
 
-    async def _stream(
-        self,
-        prepared: Prepared,
-        first: Piece | Finished,
-        rest: AsyncGenerator[Piece | Finished, None],
-        include_usage: bool,
-        ended: list[float | None],
-        leave: Callable[[], None],
+    async def _pieces(
+        self, prepared: Prepared, first: Piece | Finished, rest: AsyncGenerator[Piece | Finished, None], include_usage: bool, ended: list[float | None]
     ) -> AsyncIterator[bytes]:
         created = int(time.time())
         try:
@@ -166,9 +158,6 @@ class Api:
                 event = await anext(rest, None)
         except ApiError as error:
             yield responses.sse(error.body())
-        finally:
-            await rest.aclose()
-            leave()
 
     async def _models(self, request: Request) -> Response:
         return JSONResponse({"object": "list", "data": [self._card()]})
@@ -221,6 +210,18 @@ class Api:
     async def _inspect(self, request: Request) -> Response:
         service = self._service()
         return JSONResponse(await inspect_request(await _body(request, service), service))
+
+
+class _Stream(StreamingResponse):
+    """Server-sent events that give back what the request held however they end, also when the client is gone before the first of them."""
+
+    def __init__(self, pieces: AsyncIterator[bytes], visit: AsyncExitStack, headers: dict[str, str]) -> None:
+        super().__init__(pieces, headers={**headers, "cache-control": "no-cache"}, media_type="text/event-stream")
+        self._visit = visit
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with self._visit:
+            await super().__call__(scope, receive, send)
 
 
 async def _body(request: Request, service: ChatService) -> bytes:
