@@ -255,5 +255,4 @@ def _with_environment(config: dict[str, Any]) -> dict[str, Any]:
     """Serve builds the applications in tasks of its own, which find this package as the workers do."""
     if (path := import_path()) is None:
         return config
-    environment = {"env_vars": {"PYTHONPATH": path}}
-    return {**config, "applications": [{**app, "runtime_env": environment} for app in config["applications"]]}
+    return {**config, "applications": [{**app, "runtime_env": {"env_vars": {"PYTHONPATH": path}}} for app in config["applications"]]}
