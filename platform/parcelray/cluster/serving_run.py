@@ -31,7 +31,6 @@ from parcelray.serving.auth import read_keys
 from parcelray.tracking.store import ensure_store
 
 _POLL_S = 0.2
-_LOOPS = ("RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD", "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP")
 _DEPLOY_TIMEOUT_S = 900.0
 
 
@@ -88,7 +87,7 @@ def endpoint(pinned: PinnedEndpoint, *, address: str | None = None) -> Iterator[
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     if not ray.is_initialized() and (address or os.environ.get(ADDRESS_VARIABLE, "local")) == "local":
         _check_port(job.http)
-    with _one_loop(), ray_session(address, num_cpus=max(4, cpus)):
+    with ray_session(address, num_cpus=max(4, cpus)):
         traces = TracingConfig(enabled=True, exporter_import_path=job.traces.exporter, sampling_ratio=job.traces.sampling_ratio) if job.traces else None
         serve.start(proxy_location="HeadOnly", http_options=http_options(job.http), tracing_config=traces)
         try:
@@ -107,22 +106,6 @@ def _check_port(http: HttpConfig) -> None:
             pass
     except OSError as error:
         raise UserError(f"Port {http.port} of {http.host} cannot be listened on ({error.strerror}); choose another one with --port.") from None
-
-
-@contextmanager
-def _one_loop() -> Iterator[None]:
-    """Has the processes of an instance that we start run Serve's code and ours in one event loop: nothing of ours blocks it, and each hop costs.
-
-    It also makes Serve's health check wait for the loop that answers requests. On a cluster these variables belong to `ray start`.
-    """
-    before = {name: os.environ.get(name) for name in _LOOPS}
-    os.environ.update({name: "0" for name in _LOOPS if before[name] is None})
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
 
 
 def deploy(pinned: PinnedEndpoint) -> None:
