@@ -23,7 +23,8 @@ RATES = [1e-4, 1e-3, 3e-3]
 def _job(storage: Path, **changes: Any) -> TuneJob:
     base = TINY | {
         "name": "base",
-        "training": {"steps": 4, "images_per_step": 4},
+        "optimizer": {"type": "adamw"},
+        "training": {"steps": 4, "images_per_step": 4, "log_every_steps": 1},
         "validation": {"every_steps": 1, "samples": 1, "budgets": [16]},
         "checkpointing": {"every_steps": 1},
         "scaling": {"num_workers": 0},

@@ -14,7 +14,7 @@ from parcelray.cluster.tuning_progress import best_of, describe, show_value, vol
 from parcelray.cluster.warm_evaluation import WarmEvaluator
 from parcelray.config.evaluate import EvaluateJob
 from parcelray.config.loader import set_key, validate
-from parcelray.config.tune import TuneJob
+from parcelray.config.tune import PbtAlgorithm, TuneJob
 from parcelray.errors import UserError
 from parcelray.evaluation.intervals import Interval
 from parcelray.evaluation.split_scores import Estimate
@@ -101,7 +101,8 @@ def findings_of(job: TuneJob, trials: Sequence[FinishedTrial], evaluator: WarmEv
         front=pareto_front(values),
         knee=knee_point(values),
         volume=volumes(job, trials),
-        importance=importance(job.space, trials, first, job.seed),
+        # The values of a population changed on the way, also past the ends of their domains.
+        importance={} if isinstance(job.algorithm, PbtAlgorithm) else importance(job.space, trials, first, job.seed),
         splits=_splits(job, trials, evaluator) if evaluator is not None and job.splits is not None else (),
         rivals={name: _rival_points(summary, first.metric, evaluator) for name, summary in rivals.items()},
         full=evaluator.reference[1] if evaluator is not None else 0,

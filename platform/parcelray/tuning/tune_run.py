@@ -3,6 +3,7 @@
 import logging
 import os
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ import ray
 from ray import tune
 from ray.tune import Callback
 from ray.tune.experiment import Trial
-from ray.tune.schedulers import TrialScheduler
+from ray.tune.schedulers import PopulationBasedTraining, TrialScheduler
 from ray.tune.search import Searcher
 
 from parcelray.config.search_space import Assignment
@@ -124,12 +125,15 @@ def run_search(  # noqa: PLR0913 - the parts of a search
     # Tune's own state is never read again; writing it after every trial would take longer than the trials.
     os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "600")
     keeper = _Keeper(planner, record, observer, stall_s)
+    # A population takes no search algorithm: all its members are known before any starts.
+    is_population = isinstance(scheduler, PopulationBasedTraining)
     tuner = tune.Tuner(
         tune.with_resources(trainable, {"CPU": resources.cpus} | ({"GPU": resources.gpus} if resources.gpus else {})),
+        param_space={"assignment": tune.grid_search(list(iter(planner.ask, None)))} if is_population else {},
         tune_config=tune.TuneConfig(
-            search_alg=_PlannedPoints(planner),
+            search_alg=None if is_population else _PlannedPoints(planner),
             scheduler=scheduler,
-            num_samples=planner.num_points,
+            num_samples=1 if is_population else planner.num_points,
             max_concurrent_trials=max_concurrent,
             reuse_actors=reuse_actors,
         ),
@@ -142,7 +146,10 @@ def run_search(  # noqa: PLR0913 - the parts of a search
         ),
     )
     try:
-        tuner.fit()
+        with warnings.catch_warnings():
+            # A member of a population gets a process of its own, like every training, so that none inherits what another left on a GPU.
+            warnings.filterwarnings("ignore", "Consider boosting PBT performance", UserWarning)
+            tuner.fit()
     except Exception:
         # What a callback raises reaches us wrapped in Tune's words.
         if keeper.failure is not None:
@@ -212,7 +219,8 @@ class _Keeper(Callback):
         if METRICS in result:
             self._last[trial.trial_id] = result
             if not result.get(FINISHED):
-                self._observer.reported(point_key(trial.config["assignment"]), result[METRICS], int(result.get(STEPS, 0)))
+                started, _ = self._running[trial.trial_id]
+                self._observer.reported(point_key(started), result[METRICS], int(result.get(STEPS, 0)))
 
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         last = self._last.pop(trial.trial_id, {})
@@ -237,8 +245,10 @@ class _Keeper(Callback):
             raise self.failure
 
     def _finish(self, trial: Trial, metrics: Mapping[str, float], error: str | None, *, stopped: bool) -> None:
-        assignment, started = self._running.pop(trial.trial_id)
-        finished = FinishedTrial(point_key(assignment), assignment, dict(metrics), time.monotonic() - started, error, stopped and error is None)
+        point, began = self._running.pop(trial.trial_id)
+        # A member of a population keeps the key of the point that it started from, and ends with the values that it was given last.
+        assignment = trial.config["assignment"]
+        finished = FinishedTrial(point_key(point), assignment, dict(metrics), time.monotonic() - began, error, stopped and error is None)
         self._record.add(finished)
         self._planner.tell(finished)
         self._observer.finished(finished)
