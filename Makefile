@@ -48,9 +48,9 @@ search: $(INSTALLED)
 	@$(PY) pipelines/search.py
 
 test: $(INSTALLED)
-	@echo "Running every test that needs no GPU: first those without a cluster, two at a time, then those that share one"
+	@echo "Running every test that needs no GPU, two files at a time: first those without a cluster, then those with one, which mostly wait"
 	@$(PY) -m pytest -n 2 --dist loadscope -m "not gpu and not ($(CLUSTER))"
-	@$(PY) -m pytest -m "not gpu and ($(CLUSTER))"
+	@$(PY) -m pytest -n 2 --dist loadscope -m "not gpu and ($(CLUSTER))"
 
 test-fast: $(INSTALLED)
 	@echo "Running the tests without a cluster, a server or data files"
