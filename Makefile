@@ -48,9 +48,10 @@ search: $(INSTALLED)
 	@$(PY) pipelines/search.py
 
 test: $(INSTALLED)
-	@echo "Running every test that needs no GPU, two files at a time: first those without a cluster, then those with one, which mostly wait"
+	@echo "Running every test that needs no GPU: without a cluster and with one (these mostly wait) two files at a time, servers alone"
 	@$(PY) -m pytest -n 2 --dist loadscope -m "not gpu and not ($(CLUSTER))"
-	@$(PY) -m pytest -n 2 --dist loadscope -m "not gpu and ($(CLUSTER))"
+	@$(PY) -m pytest -n 2 --dist loadscope -m "not gpu and ray and not (serving or browser)"
+	@$(PY) -m pytest -m "not gpu and (serving or browser)"
 
 test-fast: $(INSTALLED)
 	@echo "Running the tests without a cluster, a server or data files"
