@@ -56,7 +56,7 @@ def test_no_path_of_one_machine() -> None:
         ("open('/" + "tmp/x')", True),
         ("cd /" + "work/main", True),
         ("GET /v1/models", False),
-        ("runs/tmp/x and ~/work/x", False),
+        ("runs/" + "tmp/x and ~/" + "work/x", False),
     ],
 )
 def test_the_guard_knows_a_machine_path(line: str, found: bool) -> None:
