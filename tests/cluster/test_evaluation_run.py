@@ -18,29 +18,19 @@ from parcelray.cluster.evaluation_results import rescore
 from parcelray.cluster.evaluation_run import EvaluatedRun, run_evaluation
 from parcelray.config.evaluate import EvaluateJob
 from parcelray.errors import UnsupportedBudgetError, UserError
-from parcelray.models.checkpoint import write_manifest
-from parcelray.training.start import build_start
 
 from ..benchmarks.table_data import png
-from ..training.conftest import tiny_job
-
-
-def _checkpoint(folder: Path, seed: int, **changes: Any) -> Path:
-    model, processor = build_start(tiny_job(folder, seed=seed, **changes), None)
-    model.save_pretrained(folder / "model")
-    processor.save_pretrained(folder / "model")
-    write_manifest(folder / "model", config={}, git_commit=None, data=None, seed=seed)
-    return folder / "model"
+from .tiny import OWN, tiny_checkpoint
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return _checkpoint(tmp_path_factory.mktemp("checkpoint"), 1)
+    return tiny_checkpoint(tmp_path_factory.mktemp("checkpoint"), 1)
 
 
 @pytest.fixture(scope="module")
 def other_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return _checkpoint(tmp_path_factory.mktemp("other"), 2)
+    return tiny_checkpoint(tmp_path_factory.mktemp("other"), 2)
 
 
 def _job(storage: Path, checkpoint: Path, **changes: Any) -> EvaluateJob:
@@ -63,21 +53,7 @@ def _run(job: EvaluateJob, parent: str | None = None) -> EvaluatedRun:
 
 def _table(folder: Path, rows: int = 12, broken: int = 0) -> Path:
     """A benchmark of one's own: questions about images that cannot all be decoded."""
-    (folder / "own.yaml").write_text(
-        """
-name: own
-family: general
-source: {splits: [test], rows: 12}
-columns:
-  types: {name: string, question: string, answer: string, image: image}
-  id: [name]
-  images: [image]
-  answers: {column: answer}
-prompts: {paligemma: "answer en {question}"}
-max_new_tokens: 4
-metric: exact_match
-"""
-    )
+    (folder / "own.yaml").write_text(OWN % 12)
     table = [
         {"name": f"row {number}", "question": "what color", "answer": "red", "image": {"bytes": png() if number >= broken else b"no image", "path": None}}
         for number in range(rows)
@@ -258,16 +234,16 @@ def test_a_plan_says_what_would_be_done(checkpoint: Path, tmp_path: Path) -> Non
 
 
 def test_a_plan_knows_reducers_and_splits(tmp_path: Path) -> None:
-    vanilla = _checkpoint(tmp_path / "vanilla", 1, connector=None)
+    vanilla = tiny_checkpoint(tmp_path / "vanilla", 1, connector=None)
     few, many = (evaluation_plan(_job(tmp_path, vanilla, budgets=[budget], reducer={"type": "cluster_aggregate"})).flops for budget in (13, 200))
     assert 0 < few < many
-    supernet = _checkpoint(tmp_path / "supernet", 1, connector={"type": "parcel", "num_heads": 2, "anchor_grids": [0, 2]})
+    supernet = tiny_checkpoint(tmp_path / "supernet", 1, connector={"type": "parcel", "num_heads": 2, "anchor_grids": [0, 2]})
     queries, anchors = (evaluation_plan(_job(tmp_path, supernet, budgets=[4], anchor_grid=side)).flops for side in (0, 2))
     assert queries > anchors, "four queries cost attention, four anchors only pooling"
 
 
 def test_a_training_free_reducer_is_part_of_the_answers(checkpoint: Path, tmp_path: Path) -> None:
-    compressing, checkpoint = checkpoint, _checkpoint(tmp_path / "vanilla", 1, connector=None)
+    compressing, checkpoint = checkpoint, tiny_checkpoint(tmp_path / "vanilla", 1, connector=None)
     with pytest.raises(UserError, match="and this one has the connector parcel"):
         _run(_job(tmp_path, compressing, name="twice", budgets=[16], reducer={"type": "divprune"}))
     plain = _run(_job(tmp_path, checkpoint, budgets=["full"]))
@@ -285,7 +261,7 @@ def test_a_training_free_reducer_is_part_of_the_answers(checkpoint: Path, tmp_pa
 
 def test_a_supernet_is_asked_at_any_split(tmp_path: Path) -> None:
     grids = [0, 2, 4, 8]
-    supernet = _checkpoint(tmp_path / "supernet", 1, connector={"type": "parcel", "num_heads": 2, "anchor_grids": grids})
+    supernet = tiny_checkpoint(tmp_path / "supernet", 1, connector={"type": "parcel", "num_heads": 2, "anchor_grids": grids})
     by_routing = _run(_job(tmp_path, supernet, budgets=[16, 40]))
     split = {side: _run(_job(tmp_path, supernet, name=f"grid{side}", budgets=[16, 40], anchor_grid=side)) for side in (0, 4)}
     # Another split is another setting with answers of its own; the paper's rule is the one with four anchors a side.

@@ -14,23 +14,16 @@ from parcelray.config.evaluate import EvaluateJob
 from parcelray.config.loader import ConfigError
 from parcelray.errors import UserError
 from parcelray.evaluation.bundles import PassSettings
-from parcelray.models.checkpoint import content_digest, resolve_checkpoint, write_manifest
+from parcelray.models.checkpoint import content_digest, resolve_checkpoint
 from parcelray.models.token_reduction.encoder_view import EncoderView
 from parcelray.models.vlm import load_vlm
-from parcelray.training.start import build_start
 
-from ..training.conftest import tiny_job
+from .tiny import tiny_checkpoint
 
 
 @pytest.fixture(scope="module")
 def supernet(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("supernet")
-    connector = {"type": "parcel", "num_heads": 2, "anchor_grids": [0, 1, 2, 4, 8, 16]}
-    model, processor = build_start(tiny_job(folder, connector=connector), None)
-    model.save_pretrained(folder / "model")
-    processor.save_pretrained(folder / "model")
-    write_manifest(folder / "model", config={}, git_commit=None, data=None, seed=3)
-    return folder / "model"
+    return tiny_checkpoint(tmp_path_factory.mktemp("supernet"), 3, connector={"type": "parcel", "num_heads": 2, "anchor_grids": [0, 1, 2, 4, 8, 16]})
 
 
 def _job(storage: Path, model: Path, **changes: Any) -> EvaluateJob:

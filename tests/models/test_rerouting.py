@@ -7,29 +7,24 @@ import torch
 
 from parcelray.config.connector import RouteConfig
 from parcelray.errors import UserError
-from parcelray.models.checkpoint import verify_manifest, write_manifest
+from parcelray.models.checkpoint import verify_manifest
 from parcelray.models.rerouting import write_rerouted
 from parcelray.models.vlm import connector_of, load_vlm
-from parcelray.training.start import build_start
 
-from ..training.conftest import tiny_job
+from ..cluster.tiny import tiny_checkpoint
 
 ROUTING = [RouteConfig(min_budget=4, max_budget=31, anchor_grid=2), RouteConfig(min_budget=32, max_budget=256, anchor_grid=0)]
 
 
 def _checkpoint(folder: Path, **connector: object) -> Path:
-    model, processor = build_start(tiny_job(folder, connector={"type": "parcel", "num_heads": 2, **connector}), None)
-    model.save_pretrained(folder / "model")
-    processor.save_pretrained(folder / "model")
-    write_manifest(folder / "model", config={"a": 1}, git_commit=None, data=None, seed=3)
-    return folder / "model"
+    return tiny_checkpoint(folder, 3, connector={"type": "parcel", "num_heads": 2, **connector})
 
 
 def test_the_new_routing_is_followed_with_the_old_weights(tmp_path: Path) -> None:
     source = _checkpoint(tmp_path, anchor_grids=[0, 2, 4, 8])
     target = write_rerouted(source, tmp_path / "routed", ROUTING, "tune-s")
     manifest = verify_manifest(target)
-    assert (manifest.config, manifest.seed, manifest.extra["routing_found_by"]) == ({"a": 1}, 3, "tune-s")
+    assert (manifest.config, manifest.seed, manifest.extra["routing_found_by"]) == ({}, 3, "tune-s")
     assert connector_of(source).num_anchors(16) == 16
     connector = connector_of(target)
     assert (connector.num_anchors(16), connector.num_anchors(64), min(connector.supported_budgets)) == (4, 0, 4)

@@ -178,12 +178,8 @@ def _against_offline(bench: _Bench, url: str, requests: int, repeats: int) -> li
         predictor.generate(samples, num_visual_tokens=_FULL)
         offline.append(requests / (time.perf_counter() - started))
         served.append(_load(url, bodies, 32).rate)
-    ratios = [b / a for a, b in zip(offline, served, strict=True)]
-    return [
-        _rate("offline batches of 32, 256 tokens", offline),
-        _rate("endpoint, 32 clients, 256 tokens", served),
-        Measure("endpoint over offline", statistics.median(ratios), "ratio", interquartile_range(ratios), OFFLINE_GOAL, "offline batches"),
-    ]
+    ratio = _ratio("endpoint over offline", served, offline, OFFLINE_GOAL, "offline batches")
+    return [_rate("offline batches of 32, 256 tokens", offline), _rate("endpoint, 32 clients, 256 tokens", served), ratio]
 
 
 def _by_concurrency(bench: _Bench, url: str, requests: int) -> list[Measure]:
@@ -206,12 +202,8 @@ def _against_plain(bench: _Bench, url: str, plain_url: str, requests: int, repea
         bodies = [bench.body(rng.choice(BUDGETS), rng.choice((2, 4, 8, 16, 32, 64))) for _ in range(requests)]
         plain.append(_load(plain_url, bodies, 32).rate)
         ours.append(_load(url, bodies, 32).rate)
-    ratios = [a / b for a, b in zip(ours, plain, strict=True)]
-    return [
-        _rate("plain server, mixed", plain),
-        _rate("endpoint, mixed", ours),
-        Measure("endpoint over plain server", statistics.median(ratios), "ratio", interquartile_range(ratios), PLAIN_GOAL, "FastAPI + generate + @serve.batch"),
-    ]
+    ratio = _ratio("endpoint over plain server", ours, plain, PLAIN_GOAL, "FastAPI + generate + @serve.batch")
+    return [_rate("plain server, mixed", plain), _rate("endpoint, mixed", ours), ratio]
 
 
 def _load_policy(bench: _Bench, url: str, requests: int) -> list[Measure]:
@@ -257,6 +249,12 @@ def _load(url: str, bodies: Sequence[bytes], clients: int) -> LoadResult:
     found = closed_loop(url + _CHAT, bodies, clients=clients)
     assert found.failed == 0, f"the bench's own requests failed: {dict(found.statuses)}"
     return found
+
+
+def _ratio(name: str, ours: list[float], theirs: list[float], goal: str, against: str) -> Measure:
+    """Round by round."""
+    ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
+    return Measure(name, statistics.median(ratios), "ratio", interquartile_range(ratios), goal, against)
 
 
 def _rate(name: str, values: list[float]) -> Measure:

@@ -85,7 +85,7 @@ def endpoint(pinned: PinnedEndpoint, *, address: str | None = None) -> Iterator[
     job = pinned.job
     cpus = int(job.replicas.max * job.replicas.cpus + (job.canary is not None) * job.replicas.cpus + job.http.workers) + 2
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    if not ray.is_initialized() and (address or os.environ.get(ADDRESS_VARIABLE, "local")) == "local":
+    if _proxy_will_start_here(address):
         _check_port(job.http)
     with ray_session(address, num_cpus=max(4, cpus)):
         traces = TracingConfig(enabled=True, exporter_import_path=job.traces.exporter, sampling_ratio=job.traces.sampling_ratio) if job.traces else None
@@ -97,6 +97,14 @@ def endpoint(pinned: PinnedEndpoint, *, address: str | None = None) -> Iterator[
             # The ingress first: it goes when its last request has its answer, and until then needs the models.
             for name in _own(_deployed(), job.name):
                 serve.delete(name)
+
+
+def _proxy_will_start_here(address: str | None) -> bool:
+    """Whether Serve's proxy, which runs on the head node, has still to be started, on this machine."""
+    if not ray.is_initialized():
+        return (address or os.environ.get(ADDRESS_VARIABLE, "local")) == "local"
+    head = ray.get_runtime_context().gcs_address.rpartition(":")[0]  # type: ignore[no-untyped-call]
+    return head in ("127.0.0.1", ray.util.get_node_ip_address()) and _get_global_client(raise_if_no_controller_running=False) is None
 
 
 def _check_port(http: HttpConfig) -> None:

@@ -1,8 +1,9 @@
 """What the vision tower saw, kept for whoever asks about the same images again."""
 
-from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping
 from typing import NamedTuple
+
+from cachetools import LRUCache
 
 from parcelray.models.token_reduction.encoder_view import EncoderView
 
@@ -28,28 +29,20 @@ class FeatureCache:
     """
 
     def __init__(self, max_bytes: int) -> None:
-        self._max_bytes = max_bytes
-        self._kept: OrderedDict[Hashable, EncodedImages] = OrderedDict()
-        self._bytes = 0
+        self._kept: LRUCache[Hashable, EncodedImages] = LRUCache(max_bytes, getsizeof=_num_bytes)
 
     @property
     def num_bytes(self) -> int:
         """Of the tensors that are kept."""
-        return self._bytes
+        return int(self._kept.currsize)
 
     def get(self, key: Hashable, encode: Callable[[], EncodedImages]) -> EncodedImages:
         """The batch under a key, encoded now if it is not there."""
         found = self._kept.get(key)
-        if found is not None:
-            self._kept.move_to_end(key)
-            return found
-        found = encode()
-        size = _num_bytes(found)
-        if size <= self._max_bytes:
-            self._kept[key] = found
-            self._bytes += size
-        while self._bytes > self._max_bytes:
-            self._bytes -= _num_bytes(self._kept.popitem(last=False)[1])
+        if found is None:
+            found = encode()
+            if _num_bytes(found) <= self._kept.maxsize:
+                self._kept[key] = found
         return found
 
 

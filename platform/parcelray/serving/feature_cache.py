@@ -3,8 +3,7 @@
 What is kept is what stands before the connector, so one entry serves all budgets.
 """
 
-from collections import OrderedDict
-
+from cachetools import LRUCache
 from torch import Tensor
 
 
@@ -16,11 +15,14 @@ class FeatureCache:
     """
 
     def __init__(self, max_bytes: int) -> None:
-        self._max_bytes = max_bytes
-        self._entries: OrderedDict[str, Tensor] = OrderedDict()
-        self.bytes = 0
+        self._entries: LRUCache[str, Tensor] = LRUCache(max_bytes, getsizeof=lambda features: features.nbytes)
         self.hits = 0
         self.misses = 0
+
+    @property
+    def bytes(self) -> int:
+        """Of all entries."""
+        return int(self._entries.currsize)
 
     def get(self, content: str) -> Tensor | None:
         """Patch features [N, D] of an image, or None; counts as a use."""
@@ -29,17 +31,10 @@ class FeatureCache:
             self.misses += 1
             return None
         self.hits += 1
-        self._entries.move_to_end(content)
         return found
 
     def put(self, content: str, features_ND: Tensor) -> None:
         """Keeps an image's features, if they fit at all."""
-        size = features_ND.nbytes
-        if size > self._max_bytes or content in self._entries:
-            return
-        # A copy: a row of the encoder's batch would keep the whole batch in memory.
-        self._entries[content] = features_ND.clone()
-        self.bytes += size
-        while self.bytes > self._max_bytes:
-            _, oldest = self._entries.popitem(last=False)
-            self.bytes -= oldest.nbytes
+        if features_ND.nbytes <= self._entries.maxsize and content not in self._entries:
+            # A copy: a row of the encoder's batch would keep the whole batch in memory.
+            self._entries[content] = features_ND.clone()
