@@ -58,8 +58,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for marker, reason in (("data", without_data), ("gpu", without_gpu), ("browser", without_browser)):
             if reason and item.get_closest_marker(marker):
                 item.add_marker(pytest.mark.skip(reason=reason))
-    # A process has one Ray at a time: what starts an instance of its own comes before what shares one for the rest of the session.
-    items.sort(key=lambda item: "ray_session" in getattr(item, "fixturenames", ()))
 
 
 @pytest.fixture(scope="session")
@@ -76,7 +74,7 @@ def nlvr_dir() -> Path:
 
 @pytest.fixture(scope="session")
 def ray_session() -> Iterator[None]:
-    """One local Ray with four logical CPUs, shared by all tests that ask for it; they run last."""
+    """One local Ray with four logical CPUs, shared by all tests that ask for it; a test that needs one of its own starts a process."""
     # Imported here: most runs of the tests need no Ray, and it takes seconds to load.
     from parcelray.cluster import session
 

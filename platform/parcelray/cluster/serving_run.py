@@ -103,8 +103,9 @@ def _proxy_will_start_here(address: str | None) -> bool:
     """Whether Serve's proxy, which runs on the head node, has still to be started, on this machine."""
     if not ray.is_initialized():
         return (address or os.environ.get(ADDRESS_VARIABLE, "local")) == "local"
-    head = ray.get_runtime_context().gcs_address.rpartition(":")[0]  # type: ignore[no-untyped-call]
-    return head in ("127.0.0.1", ray.util.get_node_ip_address()) and _get_global_client(raise_if_no_controller_running=False) is None
+    head = ray.get_runtime_context().gcs_address.rpartition(":")[0]
+    here = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
+    return head in ("127.0.0.1", here) and _get_global_client(raise_if_no_controller_running=False) is None
 
 
 def _check_port(http: HttpConfig) -> None:
