@@ -50,16 +50,17 @@ def bench_tune(
 
 @bench_app.command("serve")
 def bench_serve(
-    requests: Annotated[int, typer.Option(min=32, help="Requests of each load at 32 clients.")] = 96,
+    requests: Annotated[int, typer.Option(min=32, help="Requests of each load at 32 clients.")] = 192,
     repeats: Annotated[int, typer.Option(min=1, help="Rounds of each comparison.")] = 3,
     port: Annotated[int, typer.Option(help="Port on the loopback.")] = 18462,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of the model's arithmetic, on every side.", show_default=False)] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     as_json: AsJson = False,
 ) -> None:
     """The endpoint against offline batches, a plain server and fixed budgets."""
     from parcelray.cluster.serve_bench import bench_serving
 
-    show_report(bench_serving(requests=requests, repeats=repeats, port=port, threads=threads), as_json)
+    show_report(bench_serving(requests=requests, repeats=repeats, port=port, threads=threads, device=device), as_json)
 
 
 @bench_app.command("connector")

@@ -1,8 +1,8 @@
 """A load of requests on the loopback, closed (each client asks when it was answered) or open (requests come when they come)."""
 
 import asyncio
+import json
 import random
-import statistics
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ class LoadResult:
     latencies_s: list[float] = field(default_factory=list)
     """Of the answers."""
     first_tokens_s: list[float] = field(default_factory=list)
-    """From arrival at the engine to the first token, as the answers say; empty for a server that does not."""
+    """From sending a request to the first piece of its answer; empty unless the requests ask for a stream."""
     budgets: Counter[str] = field(default_factory=Counter)
     """Answers by the budget that they say they had."""
     statuses: Counter[int] = field(default_factory=Counter)
@@ -48,13 +48,11 @@ class LoadResult:
 
     def quantile(self, share: float) -> float:
         """Of the latencies, seconds; NaN without answers."""
-        found = sorted(self.latencies_s)
-        return found[min(len(found) - 1, int(share * len(found)))] if found else float("nan")
+        return _quantile(self.latencies_s, share)
 
-    @property
-    def median_first_token_s(self) -> float:
-        """NaN where no answer says."""
-        return statistics.median(self.first_tokens_s) if self.first_tokens_s else float("nan")
+    def first_token_quantile(self, share: float) -> float:
+        """Of the times to the first piece, seconds; NaN without streams."""
+        return _quantile(self.first_tokens_s, share)
 
 
 def closed_loop(url: str, bodies: Sequence[bytes], *, clients: int) -> LoadResult:
@@ -110,10 +108,20 @@ def _session(url: str, connections: int) -> aiohttp.ClientSession:
 
 async def _ask(session: aiohttp.ClientSession, url: str, body: bytes, result: LoadResult) -> None:
     started = time.perf_counter()
+    first_piece_s = None
+    usage: dict[str, int] = {}
     try:
         async with session.post(url, data=body, headers={"content-type": "application/json"}) as response:
-            answer = await response.json(content_type=None)
             status, headers = response.status, response.headers
+            if response.content_type == "text/event-stream":
+                async for line in response.content:
+                    if not line.startswith(b"data: {"):
+                        continue
+                    if first_piece_s is None:
+                        first_piece_s = time.perf_counter() - started
+                    usage = json.loads(line.removeprefix(b"data: ")).get("usage") or usage
+            else:
+                usage = (await response.json(content_type=None)).get("usage", {})
     except (aiohttp.ClientError, TimeoutError, ValueError):
         result.statuses[0] += 1
         return
@@ -122,8 +130,11 @@ async def _ask(session: aiohttp.ClientSession, url: str, body: bytes, result: Lo
         return
     result.latencies_s.append(time.perf_counter() - started)
     result.budgets[headers.get("x-visual-tokens", "?")] += 1
-    result.new_tokens += answer.get("usage", {}).get("completion_tokens", 0)
-    for part in headers.get("server-timing", "").split(", "):
-        name, _, milliseconds = part.partition(";dur=")
-        if name == "first_token":
-            result.first_tokens_s.append(float(milliseconds) / 1000)
+    result.new_tokens += usage.get("completion_tokens", 0)
+    if first_piece_s is not None:
+        result.first_tokens_s.append(first_piece_s)
+
+
+def _quantile(values: Sequence[float], share: float) -> float:
+    found = sorted(values)
+    return found[min(len(found) - 1, int(share * len(found)))] if found else float("nan")

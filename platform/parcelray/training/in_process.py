@@ -14,8 +14,9 @@ from parcelray.data.collator import Batch
 from parcelray.data.reading import in_process_batches
 from parcelray.training.allocator import keep_freed_memory
 from parcelray.training.metric_logger import MetricLogger
+from parcelray.training.progress import Progress
 from parcelray.training.start import build_resumed, build_start, step_reader, validation_samples
-from parcelray.training.train_loop import LoopInputs, Progress, train
+from parcelray.training.train_loop import LoopInputs, train
 
 
 def fit_in_process(

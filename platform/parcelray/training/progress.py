@@ -1,16 +1,25 @@
-"""The progress of a training on the console."""
+"""The progress of a training, and how the console shows it."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
-from parcelray.training.train_loop import Progress
-
 _LINES = 10
 """Lines that a console without a cursor (a log file) gets."""
+
+
+class Progress(NamedTuple):
+    """What a progress bar shows."""
+
+    step: int
+    num_steps: int
+    loss: float
+    budget: int
+    tokens_per_second: float
 
 
 @contextmanager

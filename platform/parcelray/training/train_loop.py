@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
@@ -25,18 +25,9 @@ from parcelray.models.backbones.processor_base import ElasticProcessor
 from parcelray.training import checkpointing
 from parcelray.training.budget_sampling import BudgetSampler
 from parcelray.training.metric_logger import MetricLogger, NoMetrics
+from parcelray.training.progress import Progress
 from parcelray.training.step import TensorBatch, build_optimizer, learning_rate_factor, losses, to_tensors
 from parcelray.training.validation import validation_metric, validation_values
-
-
-class Progress(NamedTuple):
-    """What a progress bar shows."""
-
-    step: int
-    num_steps: int
-    loss: float
-    budget: int
-    tokens_per_second: float
 
 
 class Reporter(Protocol):

@@ -1,7 +1,6 @@
 """Training on Ray Train (V2): the same loop on every worker, restarted from the newest checkpoint when a worker dies."""
 
 import tempfile
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,12 +20,12 @@ from parcelray.data.ray_reading import ray_batches
 from parcelray.errors import SystemFailure, UserError
 from parcelray.training.allocator import keep_freed_memory
 from parcelray.training.metric_logger import MetricLogger
+from parcelray.training.progress import Progress
+from parcelray.training.progress_board import progress_board
 from parcelray.training.run_folder import RunFolder
 from parcelray.training.start import build_resumed, build_start, step_reader, validation_samples
-from parcelray.training.train_loop import LoopInputs, Progress, train
+from parcelray.training.train_loop import LoopInputs, train
 from parcelray.training.validation import BackgroundValidation
-
-_PROGRESS_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,7 @@ def fit(
         SystemFailure: the training failed more often than `scaling.max_failures`.
     """
     _check_capacity(job)
-    with _progress_board(on_progress) as board:
+    with progress_board(on_progress) as board:
         # The annotations are those of the first version of Ray Train, which knew no validation.
         trainer = TorchTrainer(  # type: ignore[call-arg]
             _train_worker,
@@ -195,40 +194,3 @@ def _failure(error: ray.train.WorkerGroupError) -> Exception:
             return inner
     first = next(iter(error.worker_failures.values()), error)
     return SystemFailure(f"The training failed: {str(first).strip().splitlines()[-1]}")
-
-
-@ray.remote(num_cpus=0)
-class _ProgressBoard:
-    """Holds rank 0's newest progress for the driver; workers and driver may be on different nodes."""
-
-    def __init__(self) -> None:
-        self._progress: Progress | None = None
-
-    def update(self, progress: Progress) -> None:
-        self._progress = progress
-
-    def latest(self) -> Progress | None:
-        return self._progress
-
-
-@contextmanager
-def _progress_board(on_progress: Callable[[Progress], None]) -> Iterator[Any]:
-    board = _ProgressBoard.remote()  # type: ignore[attr-defined]
-    stop = threading.Event()
-
-    def poll() -> None:
-        shown = None
-        while not stop.wait(_PROGRESS_SECONDS):
-            latest = ray.get(board.latest.remote())
-            if latest is not None and latest != shown:
-                shown = latest
-                on_progress(latest)
-
-    thread = threading.Thread(target=poll, name="parcelray-progress", daemon=True)
-    thread.start()
-    try:
-        yield board
-    finally:
-        stop.set()
-        thread.join()
-        ray.kill(board)
