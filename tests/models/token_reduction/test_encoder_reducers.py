@@ -183,6 +183,15 @@ def test_scope(views: dict[str, EncoderView]) -> None:
         assert found.position_ids_BK[image].tolist() == sorted(kept)
 
 
+@pytest.mark.parametrize("important", [0, 1])
+def test_vispruner_may_choose_all_by_attention_or_nothing(important: int, views: dict[str, EncoderView]) -> None:
+    view, context = views["clip"], ReductionContext(encoder=views["clip"])
+    found = VisPruner(important=important)(projected(view), num_visual_tokens=20, context=context)
+    by_attention = Saliency()(projected(view), num_visual_tokens=20, context=context)
+    assert torch.equal(found.position_ids_BK, by_attention.position_ids_BK) == bool(important)
+    assert [len(set(places)) for places in found.position_ids_BK.tolist()] == [20] * 3
+
+
 def test_vispruner(views: dict[str, EncoderView]) -> None:
     view = views["clip"]
     found = VisPruner()(projected(view), num_visual_tokens=41, context=ReductionContext(encoder=view))

@@ -1,6 +1,7 @@
 """Reducers against slow references written from their definitions, and what holds for all of them."""
 
 import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -99,6 +100,26 @@ def test_aggregates_are_the_means_of_their_members(tokens: Tensor) -> None:
     members = tokens[0][weighted.assignment_BN[0] == 2]
     lengths = members.norm(dim=1, keepdim=True)
     assert weighted.tokens_BKD[0, 2].tolist() == pytest.approx(((members * lengths).sum(0) / lengths.sum()).tolist(), rel=1e-4)
+
+
+def test_an_aggregate_stands_in_the_middle_of_its_members() -> None:
+    """A blob of rows 10 to 13 and columns 5 to 8 in an empty picture: one of its four middle patches, the first of them."""
+    picture = torch.zeros(1, 24, 24, 3)
+    picture[:, 10:14, 5:9] = torch.tensor([9.0, 0.0, 0.0])
+    found = ClusterAggregate()(picture.flatten(1, 2), num_visual_tokens=2)
+    blob = int(found.assignment_BN[0, 10 * 24 + 5])
+    assert divmod(int(found.position_ids_BK[0, blob]), 24) == (11, 6)
+
+
+@pytest.mark.parametrize("budget", [1, 7, 30])
+def test_places_are_of_the_members_nearest_to_the_mean_place(tokens: Tensor, budget: int) -> None:
+    found = ClusterAggregate(order="random")(tokens, num_visual_tokens=budget)
+    for image in range(3):
+        for cluster in range(budget):
+            members = [divmod(place, 8) for place in range(64) if int(found.assignment_BN[image, place]) == cluster]
+            row, column = (Fraction(sum(member[axis] for member in members), len(members)) for axis in (0, 1))
+            nearest = min(members, key=lambda member: ((member[0] - row) ** 2 + (member[1] - column) ** 2, member))
+            assert divmod(int(found.position_ids_BK[image, cluster]), 8) == nearest
 
 
 def test_cosine_ignores_lengths(tokens: Tensor) -> None:

@@ -1,7 +1,8 @@
 """Cluster & Aggregate (arXiv 2504.17892): K-means++ on the projected visual tokens, one output token per cluster, its members' mean.
 
 The paper names the embedding similarity and the mean; the iterations, the order and the positions of the aggregates are not printed
-where they could be read, so they are choices here: until no token moves, in the order of the members' mean place.
+where they could be read, so they are choices here: until no token moves, and in the place of the member nearest to the members' mean row
+and column.
 """
 
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from parcelray.models.token_reduction.base import Reduction, TokenReducer
+from parcelray.models.token_reduction.base import Reduction, TokenReducer, grid_side, taken
 from parcelray.models.token_reduction.context import ReductionContext
 from parcelray.models.token_reduction.kmeans import Seeding, cluster_sums, kmeans
 from parcelray.models.token_reduction.merging import in_order, reordered
@@ -53,9 +54,14 @@ class ClusterAggregate(TokenReducer):
 
 
 def _places(assignment_BN: Tensor, sizes_BK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The member nearest to the mean place of each cluster, with sizes and assignment."""
-    places_BN1 = torch.arange(assignment_BN.shape[1], device=assignment_BN.device, dtype=torch.float32).expand_as(assignment_BN)[:, :, None]
-    means_BK = cluster_sums(places_BN1.contiguous(), assignment_BN, sizes_BK.shape[1]).squeeze(2) / sizes_BK
-    gaps_BN = (places_BN1.squeeze(2) - means_BK.gather(1, assignment_BN)).abs()
-    members_BKN = assignment_BN[:, None] == torch.arange(sizes_BK.shape[1], device=assignment_BN.device)[None, :, None]
-    return gaps_BN[:, None].masked_fill(~members_BKN, torch.inf).argmin(dim=2), sizes_BK, assignment_BN
+    """The member nearest to the mean row and column of each cluster, of equally near ones the first; with sizes and assignment."""
+    num_tokens = assignment_BN.shape[1]
+    side = grid_side(num_tokens)
+    places_BN = torch.arange(num_tokens, device=assignment_BN.device).expand_as(assignment_BN)
+    points_BN2 = torch.stack([places_BN // side, places_BN % side], dim=2)
+    sums_BK2 = cluster_sums(points_BN2, assignment_BN, sizes_BK.shape[1])
+    # Gaps times the cluster's size are whole numbers, so equally near members are so on every device.
+    gaps_BN2 = points_BN2 * sizes_BK.gather(1, assignment_BN)[:, :, None] - taken(sums_BK2, assignment_BN)
+    keys_BN = gaps_BN2.square().sum(dim=2) * num_tokens + places_BN
+    least_BK = torch.full_like(sizes_BK, torch.iinfo(torch.int64).max).scatter_reduce_(1, assignment_BN, keys_BN, "amin")
+    return least_BK % num_tokens, sizes_BK, assignment_BN

@@ -36,6 +36,8 @@ class VisPruner(TokenReducer):
         view = encoder_of(context, self.name)
         num_important = int(self.important * num_visual_tokens)
         important_BI = best(view.attention_IHN.mean(dim=1), num_important)
+        if num_important == num_visual_tokens:
+            return selection(tokens_BND, important_BI)
         rest_BR = others(important_BI, tokens_BND.shape[1])
         directions_BND = F.normalize(view.patch_features_IND.float(), dim=2)
         wanted = num_visual_tokens - num_important
