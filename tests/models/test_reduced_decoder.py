@@ -14,6 +14,7 @@ from parcelray.models.mini_llava import build
 from parcelray.models.reduced_decoder import ReducedDecoder, VisualTokens, encode_prompts
 from parcelray.models.token_reduction.fastv import FastV
 from parcelray.models.token_reduction.in_decoder import InDecoderReducer
+from parcelray.models.token_reduction.mmtok import MMTok
 from parcelray.models.token_reduction.pyramid_drop import PyramidDrop
 from parcelray.models.token_reduction.saliency import Saliency
 from parcelray.models.token_reduction.sparsevlm import SparseVLM
@@ -85,10 +86,10 @@ def test_its_logits_are_transformers_own(case: Case, positions: Any) -> None:
 REDUCERS: list[Any] = [FastV(layer=2), PyramidDrop(), PyramidDrop(positions="original"), SparseVLM(), SparseVLM(positions="original_size_bias")]
 
 
-SALIENCIES = [Saliency(definition="last_text", layer=3), Saliency(definition="mean_text", layer=0, merge_rest=True)]
+BEFORE_THE_LAYERS = [Saliency(definition="last_text", layer=3), Saliency(definition="mean_text", layer=0, merge_rest=True), MMTok()]
 
 
-@pytest.mark.parametrize("reducer", [*REDUCERS, *SALIENCIES], ids=repr)
+@pytest.mark.parametrize("reducer", [*REDUCERS, *BEFORE_THE_LAYERS], ids=repr)
 def test_a_prompt_is_answered_alike_alone_and_in_a_batch(case: Case, reducer: Any) -> None:
     decoder = ReducedDecoder(case[0], reducer.positions)
     together = _generate(case, decoder, reducer=reducer, budget=140)

@@ -70,6 +70,8 @@ class SaliencyConfig(_ReducerConfig):
     no attention, but the token's length."""
     layer: int = Field(default=2, ge=0)
     """Layer of the decoder, counted from 0."""
+    window: int | None = Field(default=None, ge=1)
+    """Side in patches of windows that each give their most salient tokens; null: the whole image competes."""
     merge_rest: bool = False
     """Whether the others are averaged into the nearest kept token, or dropped."""
 
@@ -100,6 +102,12 @@ class ScopeConfig(_ReducerConfig):
     type: Literal["scope"] = "scope"
     alpha: float = Field(default=1.0, ge=0)
     """How much the attention counts."""
+
+
+class MMTokConfig(_ReducerConfig):
+    """Tokens that cover the words of the prompt and all visual tokens (MMTok, 2025)."""
+
+    type: Literal["mmtok"] = "mmtok"
 
 
 class VisPrunerConfig(_ReducerConfig):
@@ -157,6 +165,7 @@ ReducerConfig = Annotated[
     | ToMeConfig
     | PruMergeConfig
     | ScopeConfig
+    | MMTokConfig
     | VisPrunerConfig
     | RestoreConfig
     | FastVConfig

@@ -187,6 +187,7 @@ class ReducedDecoder:
             visual_BVL=visual.tokens_BVL,
             attention=lambda layer: self._probe(sequence, [layer])[0][:, :, : _asked(prompts)],
             num_layers=self.num_layers,
+            grid_side=int(self._model.config.grid_size),
         )
         view = replace(view, embeddings_BTL=view.embeddings_BTL[:, : _asked(prompts)], valid_BT=view.valid_BT[:, : _asked(prompts)])
         stages: tuple[Stage, ...] = ()

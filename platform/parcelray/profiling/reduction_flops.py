@@ -10,6 +10,7 @@ from parcelray.config.reducer import (
     ClusterAggregateConfig,
     DivPruneConfig,
     FastVConfig,
+    MMTokConfig,
     PyramidDropConfig,
     ReducerConfig,
     RestoreConfig,
@@ -25,7 +26,7 @@ from parcelray.models.token_reduction.tome import merge_counts
 from parcelray.profiling.backbone_shapes import BackboneShape
 from parcelray.profiling.flops import cost
 
-_PROJECTED = (ClusterAggregateConfig, DivPruneConfig, RestoreConfig)
+_PROJECTED = (ClusterAggregateConfig, DivPruneConfig, RestoreConfig, MMTokConfig)
 """Compare projected tokens with each other."""
 _ENCODED = (ScopeConfig, VisPrunerConfig)
 """Compare patch features with each other."""
@@ -62,6 +63,8 @@ def reduced_prefill_flops(shape: BackboneShape, reducer: ReducerConfig | None, b
         total += (reducer.layer + 1) * _layer(shape, patches, num_text_tokens)
     if isinstance(reducer, _PROJECTED):
         total += 2 * patches**2 * shape.text_width
+    if isinstance(reducer, MMTokConfig):
+        total += 2 * patches * num_text_tokens * shape.text_width
     if isinstance(reducer, _ENCODED):
         total += 2 * patches**2 * shape.vision_width
     return total

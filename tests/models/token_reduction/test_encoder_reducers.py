@@ -24,7 +24,7 @@ from .conftest import Model, pixels, projected
 
 Floats = NDArray[np.float64]
 REDUCERS: list[TokenReducer] = [
-    Saliency(), Saliency(merge_rest=True), VisionZip(), ToMe(), PruMerge(), PruMerge(spatial=True), Scope(), VisPruner(),
+    Saliency(), Saliency(merge_rest=True), Saliency(window=4), VisionZip(), ToMe(), PruMerge(), PruMerge(spatial=True), Scope(), VisPruner(),
     Restore(), Restore(base="class_attention"),
 ]  # fmt: skip
 EACH = pytest.mark.parametrize("reducer", REDUCERS, ids=repr)

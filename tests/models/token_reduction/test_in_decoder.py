@@ -12,6 +12,7 @@ from parcelray.errors import UnsupportedBudgetError, UserError
 from parcelray.models.token_reduction.context import PromptView, ReductionContext
 from parcelray.models.token_reduction.fastv import FastV
 from parcelray.models.token_reduction.in_decoder import InDecoderReducer, Stage, mean_tokens
+from parcelray.models.token_reduction.mmtok import MMTok
 from parcelray.models.token_reduction.pyramid_drop import PyramidDrop
 from parcelray.models.token_reduction.saliency import Saliency
 from parcelray.models.token_reduction.sparsevlm import SparseVLM, density_peaks, raters, recycled
@@ -69,7 +70,12 @@ def _view(attention: Tensor, valid: Tensor | None = None) -> PromptView:
     generator = torch.Generator().manual_seed(2)
     valid = torch.ones(batch, text, dtype=torch.bool) if valid is None else valid
     return PromptView(
-        torch.randn(batch, text, 6, generator=generator), valid, torch.randn(batch, visual, 6, generator=generator), lambda layer: attention, num_layers=4
+        torch.randn(batch, text, 6, generator=generator),
+        valid,
+        torch.randn(batch, visual, 6, generator=generator),
+        lambda layer: attention,
+        num_layers=4,
+        grid_side=2,
     )
 
 
@@ -102,6 +108,40 @@ def test_words_rank_together_and_padding_does_not(attention: Tensor, tokens: Ten
         rows = attention[prompt].mean(0)[valid[prompt]]
         assert mean[prompt].tolist() == _best(rows.mean(0), 7)
         assert largest[prompt].tolist() == _best(rows.amax(0), 7)
+
+
+def test_mmtok_covers_words_and_tokens(attention: Tensor, tokens: Tensor) -> None:
+    valid = torch.tensor([[False, False, True, True, True], [True] * 5])
+    view = _view(attention, valid)
+    found = MMTok()(tokens, num_visual_tokens=9, context=ReductionContext(prompt=view))
+    for prompt in range(2):
+        patches = _unit(tokens[prompt].double().numpy())
+        words = _unit(view.embeddings_BTL[prompt][valid[prompt]].double().numpy())
+        rows = [_softmax([float(word @ patch) / 0.02 for patch in patches]) / len(words) for word in words]
+        rows += [0.5 * _softmax([float(other @ patch) / 0.2 for patch in patches]) / 40 for other in patches]
+        kept: list[int] = []
+        while len(kept) < 9:
+            rest = [place for place in range(40) if place not in kept]
+            kept.append(max(rest, key=lambda place: sum(max(row[each] for each in [*kept, place]) for row in rows)))
+        assert found.position_ids_BK[prompt].tolist() == sorted(kept)
+
+
+def _unit(values: Any) -> Any:
+    return values / np.linalg.norm(values, axis=1, keepdims=True)
+
+
+def _softmax(values: list[float]) -> Any:
+    exponentials = np.exp(np.array(values) - max(values))
+    return exponentials / exponentials.sum()
+
+
+def test_windows_are_of_each_image_of_a_prompt(attention: Tensor, tokens: Tensor) -> None:
+    # Ten images of 2 x 2 patches, one window each.
+    found = Saliency(definition="last_text", window=2)(tokens, num_visual_tokens=20, context=ReductionContext(prompt=_view(attention)))
+    for prompt in range(2):
+        scores = attention[prompt].mean(0)[-1]
+        expected = [4 * image + place for image in range(10) for place in _best(scores[4 * image : 4 * image + 4], 2)]
+        assert found.position_ids_BK[prompt].tolist() == expected
 
 
 def test_a_layer_that_the_decoder_has_not_is_refused(attention: Tensor, tokens: Tensor) -> None:

@@ -15,6 +15,7 @@ from parcelray.models.token_reduction.base import DROPPED, TokenReducer
 from parcelray.models.token_reduction.cluster_aggregate import ClusterAggregate
 from parcelray.models.token_reduction.divprune import DivPrune
 from parcelray.models.token_reduction.random_sampling import RandomSampling
+from parcelray.models.token_reduction.saliency import Saliency
 from parcelray.models.token_reduction.spatial_sampling import SpatialSampling, even_places
 
 REDUCERS: list[TokenReducer] = [
@@ -26,6 +27,7 @@ REDUCERS: list[TokenReducer] = [
     SpatialSampling(),
     AveragePooling(),
     DivPrune(),
+    Saliency(definition="norm", window=3),
 ]
 EACH = pytest.mark.parametrize("reducer", REDUCERS, ids=repr)
 
@@ -170,6 +172,22 @@ def test_pooling_is_torchs_own_where_cells_are_even(tokens: Tensor) -> None:
     expected = F.avg_pool2d(tokens.transpose(1, 2).reshape(3, 12, 8, 8), 2).flatten(2).transpose(1, 2)
     assert torch.allclose(found.tokens_BKD, expected, atol=1e-6)
     assert AveragePooling().supported_budgets(64) == (1, 4, 9, 16, 25, 36, 49, 64)
+
+
+@pytest.mark.parametrize("window", [1, 2, 3, 4, 8, 20])
+@pytest.mark.parametrize("budget", [1, 5, 16, 39, 63])
+def test_windows_give_their_best_in_turn(tokens: Tensor, window: int, budget: int) -> None:
+    found = Saliency(definition="norm", window=window)(tokens, num_visual_tokens=budget)
+    for image in range(3):
+        scores = tokens[image].norm(dim=1).tolist()
+        windows: dict[tuple[int, int], list[int]] = {}
+        for place in sorted(range(64), key=lambda place: -scores[place]):
+            windows.setdefault((place // 8 // window, place % 8 // window), []).append(place)
+        kept: list[int] = []
+        while len(kept) < budget:
+            turn = sorted((members.pop(0) for members in windows.values() if members), key=lambda place: -scores[place])
+            kept += turn[: budget - len(kept)]
+        assert found.position_ids_BK[image].tolist() == sorted(kept)
 
 
 def _divprune(tokens: np.ndarray, count: int) -> list[int]:

@@ -8,6 +8,7 @@ from parcelray.models.token_reduction.base import Reduction, TokenReducer
 from parcelray.models.token_reduction.cluster_aggregate import ClusterAggregate
 from parcelray.models.token_reduction.divprune import DivPrune
 from parcelray.models.token_reduction.fastv import FastV
+from parcelray.models.token_reduction.mmtok import MMTok
 from parcelray.models.token_reduction.prumerge import PruMerge
 from parcelray.models.token_reduction.pyramid_drop import PyramidDrop
 from parcelray.models.token_reduction.random_sampling import RandomSampling
@@ -33,6 +34,7 @@ _CLASSES: dict[type[StrictModel], type[TokenReducer]] = {
     configs.ToMeConfig: ToMe,
     configs.PruMergeConfig: PruMerge,
     configs.ScopeConfig: Scope,
+    configs.MMTokConfig: MMTok,
     configs.VisPrunerConfig: VisPruner,
     configs.RestoreConfig: Restore,
     configs.FastVConfig: FastV,

@@ -128,6 +128,31 @@ def best(scores_BN: Tensor, count: int) -> Tensor:
     return scores_BN.sort(dim=1, descending=True, stable=True).indices[:, :count].sort(dim=1).values
 
 
+def best_by_window(scores_BN: Tensor, count: int, side: int, window: int) -> Tensor:
+    """Places that are the best ones of their windows: every window gives its highest score, then its second, until there are enough.
+
+    Args:
+        scores_BN: of the patches of one image or of several, one after the other.
+        count: places to take; where the last round has more windows than places are left, those with the higher scores give one.
+        side: of an image's patch grid.
+        window: side of a window; those at the right and lower border are smaller where it does not divide the grid's side.
+
+    Returns:
+        Places, ascending, int64 [B, count].
+    """
+    places_N = torch.arange(scores_BN.shape[1], device=scores_BN.device)
+    windows_a_side = -(-side // window)
+    rows_N, columns_N = places_N % side**2 // side // window, places_N % side // window
+    windows_N = (places_N // side**2 * windows_a_side + rows_N) * windows_a_side + columns_N
+    falling_BN = scores_BN.sort(dim=1, descending=True, stable=True).indices
+    by_window_BN = falling_BN.gather(1, windows_N[falling_BN].argsort(dim=1, stable=True))
+    sizes_W = torch.bincount(windows_N)
+    rounds_N = places_N - (sizes_W.cumsum(dim=0) - sizes_W).repeat_interleave(sizes_W)
+    rounds_BN = torch.empty_like(falling_BN).scatter_(1, by_window_BN, rounds_N.expand_as(falling_BN))
+    in_turn_BN = falling_BN.gather(1, rounds_BN.gather(1, falling_BN).argsort(dim=1, stable=True))
+    return in_turn_BN[:, :count].sort(dim=1).values
+
+
 def taken(tokens_BND: Tensor, places_BK: Tensor) -> Tensor:
     """The tokens at some places: [B, K, D]."""
     return tokens_BND.gather(1, places_BK[:, :, None].expand(-1, -1, tokens_BND.shape[2]))

@@ -22,6 +22,8 @@ class PromptView:
     """From a layer to the attention [B, H, T, V] that text tokens pay to the visual tokens there; rows of padding mean nothing."""
     num_layers: int
     """Of the decoder."""
+    grid_side: int
+    """Side of the patch grid of an image."""
 
 
 @dataclass(frozen=True)

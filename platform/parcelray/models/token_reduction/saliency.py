@@ -1,4 +1,4 @@
-"""Selection by saliency: the tokens that some attention map ranks highest, in five definitions, with or without merging the rest.
+"""Selection by saliency: the tokens that some map ranks highest, in an image or its windows, with or without merging the rest.
 
 The maps that arXiv 2504.17892 compares with clustering are not spelled out where they could be read; these are the ones that published
 methods use, each said so. `class_attention` is HiRED's selection for one image as well (arXiv 2408.10945).
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from parcelray.errors import UserError
-from parcelray.models.token_reduction.base import Reads, Reduction, TokenReducer, best, encoder_of, selection
+from parcelray.models.token_reduction.base import Reads, Reduction, TokenReducer, best, best_by_window, encoder_of, grid_side, selection
 from parcelray.models.token_reduction.context import PromptView, ReductionContext
 from parcelray.models.token_reduction.merging import merged_into, nearest_of
 
@@ -27,11 +27,14 @@ class Saliency(TokenReducer):
             on average); `last_text`: what the prompt's last token looks at in a layer of the decoder, mean over heads; `mean_text` and `max_text`:
             the mean or the maximum over all text tokens instead; `norm`: the token's own length.
         layer: of the decoder, counted from 0.
+        window: side in patches of the windows of the grid that each give their most salient tokens, as many as any other or one fewer; None: the
+            whole image competes.
         merge_rest: whether the others are averaged into the kept token with the largest cosine, or dropped.
     """
 
     definition: Definition = "class_attention"
     layer: int = 2
+    window: int | None = None
     merge_rest: bool = False
     name = "saliency"
 
@@ -44,7 +47,13 @@ class Saliency(TokenReducer):
 
     def reduce(self, tokens_BND: Tensor, num_visual_tokens: int, context: ReductionContext) -> Reduction:
         """See `TokenReducer`."""
-        kept_BK = best(self.scores(tokens_BND, context), num_visual_tokens)
+        scores_BN = self.scores(tokens_BND, context)
+        if self.window is None:
+            kept_BK = best(scores_BN, num_visual_tokens)
+        else:
+            # A prompt may have several images; what looks at no prompt sees one at a time.
+            side = grid_side(tokens_BND.shape[1]) if context.prompt is None else context.prompt.grid_side
+            kept_BK = best_by_window(scores_BN, num_visual_tokens, side, self.window)
         if self.merge_rest:
             return merged_into(tokens_BND, kept_BK, nearest_of(tokens_BND, kept_BK))
         return selection(tokens_BND, kept_BK)

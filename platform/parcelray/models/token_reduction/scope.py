@@ -2,12 +2,12 @@
 
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from parcelray.models.token_reduction.base import Reads, Reduction, TokenReducer, encoder_of, selection
 from parcelray.models.token_reduction.context import ReductionContext
+from parcelray.models.token_reduction.coverage import covering
 
 
 @dataclass(frozen=True)
@@ -30,15 +30,5 @@ class Scope(TokenReducer):
         """See `TokenReducer`."""
         view = encoder_of(context, self.name)
         directions_BND = F.normalize(view.patch_features_IND.float(), dim=2)
-        cosine_BNN = directions_BND @ directions_BND.transpose(1, 2)
         weights_BN = view.attention_IHN.mean(dim=1) ** self.alpha
-        covered_BN = torch.zeros_like(weights_BN)
-        taken_BN = torch.zeros_like(weights_BN, dtype=torch.bool)
-        images_B = torch.arange(len(weights_BN), device=weights_BN.device)
-        for _ in range(num_visual_tokens):
-            gains_BN = (cosine_BNN - covered_BN[:, :, None]).clamp_(min=0).sum(dim=1) * weights_BN
-            chosen_B = gains_BN.masked_fill(taken_BN, -torch.inf).argmax(dim=1)
-            taken_BN[images_B, chosen_B] = True
-            covered_BN = torch.maximum(covered_BN, cosine_BNN[images_B, chosen_B])
-        kept_BK = taken_BN.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :num_visual_tokens]
-        return selection(tokens_BND, kept_BK)
+        return selection(tokens_BND, covering(directions_BND @ directions_BND.transpose(1, 2), num_visual_tokens, weights_BN))
