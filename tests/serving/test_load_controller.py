@@ -20,11 +20,13 @@ class Simulation:
         self.policy = BudgetPolicy(ServedBudgets(offered=LADDER, policy=policy), clock=lambda: self.now)
         self.latencies: list[tuple[float, float]] = []
         self.budgets: list[tuple[float, int]] = []
+        self.decode_s = 0.0
+        """After the first token: it holds up no other request."""
         self._free_at = 0.0
         self._ends: list[tuple[float, float]] = []
 
-    def run(self, rate: float, seconds: float) -> None:
-        """Requests at an even rate, each 4 ms and 0.25 ms a visual token."""
+    def run(self, rate: float, seconds: float, refusals: float = 0.0) -> None:
+        """Requests at an even rate, each 4 ms and 0.25 ms a visual token; beside them some that the server refuses at once, so many a second."""
         end = self.now + seconds
         arrival = self.now
         while arrival < end:
@@ -33,15 +35,18 @@ class Simulation:
             self.now = arrival
             budget = self.policy.decide("auto")
             self.policy.started()
+            for _ in range(round(refusals / rate)):
+                self.policy.started()
+                self.policy.failed(0.001, in_answer=False)
             self.budgets.append((arrival, budget))
             self._free_at = max(self._free_at, arrival) + 0.004 + 0.00025 * budget
-            heapq.heappush(self._ends, (self._free_at, arrival))
+            heapq.heappush(self._ends, (self._free_at + self.decode_s, arrival))
             arrival += 1 / rate
 
     def _end(self, at: float, arrived: float) -> None:
         self.now = at
         self.latencies.append((at, at - arrived))
-        self.policy.ended(at - arrived, at - arrived)
+        self.policy.answered(at - arrived, at - arrived - self.decode_s)
 
     def p95(self, start: float) -> float:
         found = sorted(latency for at, latency in self.latencies if at >= start)
@@ -62,6 +67,53 @@ def test_the_objective_is_held_under_a_load_that_the_largest_budget_cannot_carry
     fixed = Simulation(LoadPolicyConfig(objective_s=1e6))
     fixed.run(rate=60, seconds=60)
     assert fixed.p95(start=30) > 10
+
+
+def test_refusals_do_not_count_as_finished_work() -> None:
+    """What counts is answers a second: refusals, of which pressure brings many, would make a full queue look short."""
+    now = [0.0]
+    for refused in (0, 50):
+        policy = BudgetPolicy(ServedBudgets(offered=LADDER, policy=LoadPolicyConfig(objective_s=1.0, raise_after_s=1)), clock=lambda: now[0])
+        for _ in range(40):
+            policy.started()
+        for tick in range(200):
+            now[0] += 0.1
+            if tick % 2:  # five answers a second, and as many new requests: eight seconds' work is in flight
+                policy.answered(0.3, 0.3)
+                policy.started()
+            for _ in range(refused // 10):
+                policy.started()
+                policy.failed(0.001, in_answer=False)
+            budget = policy.decide("auto")
+        assert budget == 16
+
+
+def test_the_objective_is_held_among_refusals() -> None:
+    simulation = Simulation(LoadPolicyConfig(objective_s=0.5))
+    simulation.run(rate=5, seconds=10, refusals=50)
+    simulation.run(rate=60, seconds=60, refusals=300)
+    assert simulation.p95(start=30) <= 0.5
+
+
+def test_clients_that_give_up_are_latency_too() -> None:
+    """Where nobody waits long enough for an answer there is no latency to see but theirs."""
+    now = [0.0]
+    policy = BudgetPolicy(ServedBudgets(offered=LADDER, policy=LoadPolicyConfig(objective_s=1.0)), clock=lambda: now[0])
+    for _ in range(40):
+        now[0] += 0.2
+        policy.started()
+        policy.failed(2.0, in_answer=False)
+        budget = policy.decide("auto")
+    assert budget == 16
+
+
+def test_long_answers_are_no_wait_for_the_first_token() -> None:
+    simulation = Simulation(LoadPolicyConfig(objective_s=0.5, measure="first_token"))
+    simulation.decode_s = 5.0
+    simulation.run(rate=10, seconds=60)  # fifty in flight, but each has its first token after 68 ms
+    assert simulation.budgets[-1][1] == 256
+    simulation.run(rate=60, seconds=60)
+    assert simulation.budgets[-1][1] < 256
 
 
 def test_the_budget_comes_back_when_the_load_has_gone() -> None:

@@ -2,6 +2,7 @@
 
 import random
 import socket
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -240,6 +241,19 @@ def test_places_are_given_back_whatever_happens() -> None:
         with pytest.raises(RuntimeError):
             fail()
     assert admission.in_flight == 0
-    # Twenty ended in ten seconds: two in flight are half done in half a second.
-    with admission.slot(), admission.slot():
+
+
+def test_when_to_come_back_follows_from_answers_only() -> None:
+    now = [0.0]
+    admission = Admission(40, clock=lambda: now[0])
+    with ExitStack() as visits:
+        for _ in range(40):
+            visits.enter_context(admission.slot())
         assert admission.retry_after_s() == 1
+        for _ in range(10):
+            admission.answered()
+        for _ in range(500):
+            with pytest.raises(ApiError), admission.slot():
+                pass
+        # Ten answers in ten seconds: twenty of forty take twenty seconds, however many were refused meanwhile.
+        assert admission.retry_after_s() == 20

@@ -23,7 +23,7 @@ class Admission:
     def __init__(self, capacity: int, clock: Callable[[], float] = time.monotonic) -> None:
         self._capacity = capacity
         self._clock = clock
-        self._ends: deque[float] = deque(maxlen=1024)
+        self._answers: deque[float] = deque(maxlen=1024)
         self.in_flight = 0
 
     @contextmanager
@@ -41,11 +41,14 @@ class Admission:
             yield
         finally:
             self.in_flight -= 1
-            self._ends.append(self._clock())
+
+    def answered(self) -> None:
+        """A request was answered: what is refused or fails ends at once, and says nothing about when others will."""
+        self._answers.append(self._clock())
 
     def retry_after_s(self) -> int:
-        """Seconds in which about half of what is in flight will have ended, 1 to 30."""
+        """Seconds in which about half of what is in flight will have been answered, 1 to 30."""
         now = self._clock()
-        recent = sum(at >= now - _WINDOW_S for at in self._ends)
+        recent = sum(at >= now - _WINDOW_S for at in self._answers)
         rate = recent / _WINDOW_S
         return max(1, min(_LONGEST_S, math.ceil(self.in_flight / 2 / rate))) if rate else 1

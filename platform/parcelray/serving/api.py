@@ -119,30 +119,21 @@ class Api:
         chat = parse_chat(await _body(request, service))
         if chat.model not in {self._name, *(route.version for route in service.routes.all)}:
             raise ApiError(404, f"Model {chat.model[:80]!r} is not served here; legal is {self._name}.", code="model_not_found", param="model")
-        ended: list[float | None] = [None, None]
-        visit = AsyncExitStack()
-        visit.enter_context(service.admission.slot())
-        service.policy.started()
-        visit.callback(lambda: service.policy.ended(*ended))
-        try:
+        async with AsyncExitStack() as visit:
+            visit.enter_context(service.admission.slot())
             prepared = await service.prepare(chat, request.state.request_id, arrived)
             if chat.stream:
                 # The first piece comes before the status, so that a refusal has one of its own.
                 events = await visit.enter_async_context(aclosing(service.events(prepared)))
                 first = await anext(events)
                 include_usage = chat.stream_options is not None and chat.stream_options.include_usage
-                return _Stream(self._pieces(prepared, first, events, include_usage, ended), visit, responses.headers(prepared))
+                return _Stream(self._pieces(prepared, first, events, include_usage), visit.pop_all(), responses.headers(prepared))
             end = await service.answer(prepared)
-            ended[:] = [time.perf_counter() - arrived, end.timings.first_token_s]
-        except BaseException:
-            await visit.aclose()
-            raise
-        await visit.aclose()
         body = responses.completion(prepared, end, model=self._name, created=int(time.time()))
         return JSONResponse(body, headers={**responses.headers(prepared), "server-timing": responses.server_timing(end)})
 
     async def _pieces(
-        self, prepared: Prepared, first: Piece | Finished, rest: AsyncGenerator[Piece | Finished, None], include_usage: bool, ended: list[float | None]
+        self, prepared: Prepared, first: Piece | Finished, rest: AsyncGenerator[Piece | Finished, None], include_usage: bool
     ) -> AsyncIterator[bytes]:
         created = int(time.time())
         try:
@@ -151,7 +142,6 @@ class Api:
             while event is not None:
                 yield responses.chunk(prepared, event, model=self._name, created=created)
                 if isinstance(event, Finished):
-                    ended[:] = [time.perf_counter() - prepared.arrived, event.timings.first_token_s]
                     if include_usage:
                         yield responses.usage_chunk(prepared, event, model=self._name, created=created)
                     yield b"data: [DONE]\n\n"

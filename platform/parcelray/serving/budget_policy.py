@@ -46,15 +46,24 @@ class BudgetPolicy:
         return asked
 
     def started(self) -> None:
-        """A request was let in."""
+        """A request went to its model."""
         if self.controller is not None:
             self.controller.started()
 
-    def ended(self, latency_s: float | None, first_token_s: float | None) -> None:
-        """A request left; None: without an answer."""
+    def answered(self, latency_s: float, first_token_s: float) -> None:
+        """It was answered; both from its arrival at the endpoint."""
         if self.controller is not None:
-            first = isinstance(self._config, LoadPolicyConfig) and self._config.measure == "first_token"
-            self.controller.ended(first_token_s if first else latency_s)
+            measured = first_token_s if self._of_first_token else latency_s
+            self.controller.answered(measured, latency_s - measured)
+
+    def failed(self, waited_s: float, *, in_answer: bool) -> None:
+        """It ended without an answer, or (`in_answer`) after its first token."""
+        if self.controller is not None:
+            self.controller.failed(0.0 if in_answer and self._of_first_token else waited_s)
+
+    @property
+    def _of_first_token(self) -> bool:
+        return isinstance(self._config, LoadPolicyConfig) and self._config.measure == "first_token"
 
     def _open(self) -> int:
         if self.controller is not None:

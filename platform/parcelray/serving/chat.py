@@ -17,6 +17,7 @@ from parcelray.serving.engine import EngineRefusal, Finished, GenerateRequest, I
 from parcelray.serving.images import ImageLimits, data_url_bytes, open_image
 from parcelray.serving.metrics import EndpointMetrics
 from parcelray.serving.prompting import PromptBuilder
+from parcelray.serving.read_ahead import read_ahead
 from parcelray.serving.remote_images import fetch_image
 from parcelray.serving.request_log import RequestLog
 from parcelray.serving.routes import Route, Routes
@@ -28,12 +29,14 @@ _CLIENT_ERRORS = frozenset({"context_length_exceeded", "unsupported_budget", "ca
 """Refusals that say nothing against the version that gave them."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Prepared:
     """A request that is ready for its model."""
 
+    chat: ChatRequest
     request: GenerateRequest
     route: Route
+    """Whose answer it is: the champion's, once a challenger has failed on it."""
     arrived: float
     image_s: float
     """Decoding and scaling its images."""
@@ -90,9 +93,109 @@ class ChatService:
             self.metrics.auto_budget(budget)
         route = self.routes.pick()
         started = time.perf_counter()
+        request = await self._request(chat, route, request_id, budget, sampling)
+        return Prepared(chat, request, route, arrived, time.perf_counter() - started)
+
+    async def pixels(self, prompts: PromptBuilder, urls: Sequence[str]) -> list[ImagePixels]:
+        """Images at the model's input size, decoded off the event loop."""
+        loop = asyncio.get_running_loop()
+        return await asyncio.gather(*(loop.run_in_executor(self._pool, self._decode, prompts, url, f"image {number}") for number, url in enumerate(urls, 1)))
+
+    async def answer(self, prepared: Prepared) -> Finished:
+        """The whole answer; a request whose replica died goes to another one, and one on which a challenger failed to the champion.
+
+        Raises:
+            ApiError: there is none.
+        """
+        answered = False
+        self.policy.started()
+        try:
+            while True:
+                try:
+                    end = await self._answer(prepared)
+                except EngineRefusal as refusal:
+                    await self._turn_to_champion(prepared, refusal)
+                else:
+                    self._finished(prepared, end)
+                    answered = True
+                    return end
+        finally:
+            if not answered:
+                self.policy.failed(time.perf_counter() - prepared.arrived, in_answer=False)
+
+    def events(self, prepared: Prepared) -> AsyncGenerator[Piece | Finished, None]:
+        """The answer in pieces, taken from the model as it makes them. Only a request of which nothing was sent can go to another replica or version.
+
+        Raises:
+            ApiError: there is none, or it ends in the middle.
+        """
+        return read_ahead(self._events(prepared))
+
+    async def _events(self, prepared: Prepared) -> AsyncGenerator[Piece | Finished, None]:
+        sent = answered = False
+        self.policy.started()
+        try:
+            while not answered:
+                try:
+                    # Closed at once when the client hangs up, which is what cancels the request.
+                    async with aclosing(self._pieces(prepared)) as found:
+                        async for event in found:
+                            sent = True
+                            if isinstance(event, Finished):
+                                self._finished(prepared, event)
+                                answered = True
+                            yield event
+                except EngineRefusal as refusal:
+                    if sent:
+                        raise self._refused(prepared, refusal) from None
+                    await self._turn_to_champion(prepared, refusal)
+        finally:
+            if not answered:
+                self.policy.failed(time.perf_counter() - prepared.arrived, in_answer=sent)
+
+    async def _answer(self, prepared: Prepared) -> Finished:
+        """Of the route's version."""
+        for attempt in range(self.limits.retries + 1):
+            try:
+                return await prepared.route.client.answer(prepared.request)
+            except ReplicaLost:
+                self._lost(prepared, attempt)
+        raise _gone()
+
+    async def _pieces(self, prepared: Prepared) -> AsyncGenerator[Piece | Finished, None]:
+        """Of the route's version."""
+        sent = False
+        for attempt in range(self.limits.retries + 1):
+            try:
+                async with aclosing(prepared.route.client.events(prepared.request)) as found:
+                    async for event in found:
+                        sent = True
+                        yield event
+            except ReplicaLost:
+                self._lost(prepared, attempt)
+                if sent:
+                    break
+            else:
+                return
+        raise _gone()
+
+    async def _turn_to_champion(self, prepared: Prepared, refusal: EngineRefusal) -> None:
+        """A challenger is tried on requests whose senders know nothing of it: what it fails on is the champion's to answer.
+
+        Raises:
+            ApiError: the refusal is the request's own fault, or was the champion's.
+        """
+        champion = self.routes.champion
+        error = self._refused(prepared, refusal)
+        if refusal.code in _CLIENT_ERRORS or prepared.route is champion:
+            raise error from None
+        asked = prepared.request
+        prepared.route = champion
+        prepared.request = await self._request(prepared.chat, champion, asked.request_id, asked.num_visual_tokens, asked.sampling)
+
+    async def _request(self, chat: ChatRequest, route: Route, request_id: str, budget: int, sampling: Sampling) -> GenerateRequest:
         images = await self.pixels(route.prompts, [part.image_url.url for part in chat.images])
-        image_s = time.perf_counter() - started
-        request = route.prompts.request(
+        return route.prompts.request(
             request_id,
             chat.text,
             images,
@@ -101,56 +204,6 @@ class ChatService:
             timeout_s=self.limits.timeout_s,
             stream=bool(chat.stream),
         )
-        return Prepared(request, route, arrived, image_s)
-
-    async def pixels(self, prompts: PromptBuilder, urls: Sequence[str]) -> list[ImagePixels]:
-        """Images at the model's input size, decoded off the event loop."""
-        loop = asyncio.get_running_loop()
-        return await asyncio.gather(*(loop.run_in_executor(self._pool, self._decode, prompts, url, f"image {number}") for number, url in enumerate(urls, 1)))
-
-    async def answer(self, prepared: Prepared) -> Finished:
-        """The whole answer; a request whose replica died goes to another one.
-
-        Raises:
-            ApiError: there is none.
-        """
-        for attempt in range(self.limits.retries + 1):
-            try:
-                end = await prepared.route.client.answer(prepared.request)
-            except ReplicaLost:
-                self._lost(prepared, attempt)
-            except EngineRefusal as refusal:
-                raise self._refused(prepared, refusal) from None
-            else:
-                self._finished(prepared, end)
-                return end
-        raise self._gone(prepared)
-
-    async def events(self, prepared: Prepared) -> AsyncGenerator[Piece | Finished, None]:
-        """The answer in pieces. Only a request of which nothing was sent can go to another replica.
-
-        Raises:
-            ApiError: there is none, or it ends in the middle.
-        """
-        sent = False
-        for attempt in range(self.limits.retries + 1):
-            try:
-                # Closed at once when the client hangs up, which is what cancels the request.
-                async with aclosing(prepared.route.client.events(prepared.request)) as found:
-                    async for event in found:
-                        sent = True
-                        if isinstance(event, Finished):
-                            self._finished(prepared, event)
-                        yield event
-            except ReplicaLost:
-                self._lost(prepared, attempt)
-                if sent:
-                    break
-            except EngineRefusal as refusal:
-                raise self._refused(prepared, refusal) from None
-            else:
-                return
-        raise self._gone(prepared)
 
     def _sampling(self, chat: ChatRequest) -> Sampling:
         asked = chat.max_completion_tokens if chat.max_completion_tokens is not None else chat.max_tokens
@@ -181,7 +234,11 @@ class ChatService:
 
     def _finished(self, prepared: Prepared, end: Finished) -> None:
         latency_s = time.perf_counter() - prepared.arrived
-        self.metrics.finished(prepared.request, end, latency_s=latency_s, image_s=prepared.image_s, replica=end.stats.engine)
+        # What came before the engine (HTTP, images, routing) is the client's wait for the first token, too.
+        first_token_s = latency_s - (end.timings.total_s - end.timings.first_token_s)
+        self.admission.answered()
+        self.policy.answered(latency_s, first_token_s)
+        self.metrics.finished(prepared.request, end, latency_s=latency_s, first_token_s=first_token_s, image_s=prepared.image_s, replica=end.stats.engine)
         self._record(prepared, latency_s)
         self._log.answered(prepared.request, end, version=prepared.route.version, latency_s=latency_s)
         annotate(prepared.request, end, version=prepared.route.version)
@@ -196,12 +253,13 @@ class ChatService:
         if attempt < self.limits.retries:
             self.metrics.retried()
 
-    def _gone(self, prepared: Prepared) -> ApiError:
-        return self._refused(prepared, EngineRefusal("no_replica", "The replica that had this request is gone; send the request again."))
-
     def _record(self, prepared: Prepared, latency_s: float | None) -> None:
         before = self.routes.rolled_back
         self.routes.record(prepared.route, latency_s)
         self.metrics.routed(prepared.route.version, "failed" if latency_s is None else "answered")
         if self.routes.rolled_back is not None and before is None:
             logger.error("the challenger gets no more requests: %s", self.routes.rolled_back)
+
+
+def _gone() -> EngineRefusal:
+    return EngineRefusal("no_replica", "The replica that had this request is gone; send the request again.")

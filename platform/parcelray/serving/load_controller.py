@@ -1,19 +1,31 @@
 """Holds a latency objective by choosing how many visual tokens an image is worth while the load lasts.
 
 Two signals, of which the worse one counts: the quantile of the latencies that were seen lately, and the latency that a request starting now
-must expect, which is how many are in flight over how many end in a second (Little's law). The second one sees a burst before any request of
-it has ended. Down is quick, a step at a time with a pause between; up is slow, and slower each time that it proved too early, so that the
-budget does not swing.
+must expect, which is how many are in flight over how many are answered in a second (Little's law). The second one sees a burst before any
+request of it has ended. Refusals say nothing about either: under pressure there are many, and they end at once. Down is quick, a step at a time
+with a pause between; up is slow, and slower each time that it proved too early, so that the budget does not swing.
 """
 
 import math
 from collections import deque
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from parcelray.config.budget_policy import LoadPolicyConfig
 
 _MOST_PATIENT = 16
 """The pause before a step up grows to so many times its configured length at most."""
+
+
+class _End(NamedTuple):
+    """A request that left."""
+
+    at: float
+    latency_s: float
+    """What the objective is about; of one that was given up at least so much."""
+    after_s: float
+    """From there to the end of the answer."""
+    answered: bool
 
 
 class LoadController:
@@ -31,8 +43,7 @@ class LoadController:
         self._level = len(ladder) - 1
         self._clock = clock
         self._in_flight = 0
-        self._ends: deque[tuple[float, float | None]] = deque()
-        """When requests ended, and their latency (None: without an answer)."""
+        self._ends: deque[_End] = deque()
         now = clock()
         self._born = now
         self._changed = now
@@ -45,18 +56,29 @@ class LoadController:
         """Steps up so far."""
 
     def started(self) -> None:
-        """A request was let in."""
+        """A request went to its model."""
         self._in_flight += 1
 
-    def ended(self, latency_s: float | None) -> None:
-        """A request left; None: without an answer."""
+    def answered(self, latency_s: float, after_s: float = 0.0) -> None:
+        """It was answered.
+
+        Args:
+            latency_s: what the objective is about.
+            after_s: from there to the end of the answer, where the objective is about the first token.
+        """
         self._in_flight = max(0, self._in_flight - 1)
-        self._ends.append((self._clock(), latency_s))
+        self._ends.append(_End(self._clock(), latency_s, after_s, answered=True))
+
+    def failed(self, waited_s: float) -> None:
+        """It ended without an answer; one that has waited for longer than the objective was too slow whatever would have come of it."""
+        self._in_flight = max(0, self._in_flight - 1)
+        if waited_s > self._config.objective_s:
+            self._ends.append(_End(self._clock(), waited_s, 0.0, answered=False))
 
     def budget(self) -> int:
         """Visual tokens of a request that leaves the choice open."""
         now = self._clock()
-        while self._ends and self._ends[0][0] < now - self._config.window_s:
+        while self._ends and self._ends[0].at < now - self._config.window_s:
             self._ends.popleft()
         latency_s = self._latency(now)
         if latency_s > self._config.objective_s:
@@ -81,9 +103,11 @@ class LoadController:
 
     def _latency(self, now: float) -> float:
         # Latencies from before the last step say what another budget costs.
-        seen = sorted(latency for at, latency in self._ends if latency is not None and at >= self._changed)
+        seen = sorted(end.latency_s for end in self._ends if end.at >= self._changed)
         quantile = seen[min(len(seen) - 1, math.floor(self._config.quantile * len(seen)))] if seen else 0.0
-        since = min(self._config.window_s, max(now - self._born, 1e-3))
-        rate = len(self._ends) / since
-        expected = self._in_flight / rate if rate > 0 and self._in_flight > 1 else 0.0
+        answers = [end for end in self._ends if end.answered]
+        expected = 0.0
+        if answers and self._in_flight > 1:
+            rate = len(answers) / min(self._config.window_s, max(now - self._born, 1e-3))
+            expected = self._in_flight / rate - sum(end.after_s for end in answers) / len(answers)
         return max(quantile, expected)

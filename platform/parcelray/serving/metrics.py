@@ -36,7 +36,7 @@ class EndpointMetrics:
             return Gauge(f"parcel:{name}", text, ["model_name", "engine"], registry=self.registry)
 
         self._histograms = {
-            "time_to_first_token_seconds": histogram("time_to_first_token_seconds", "From arrival at the engine to the first token"),
+            "time_to_first_token_seconds": histogram("time_to_first_token_seconds", "From arrival at the ingress to the first token"),
             "e2e_request_latency_seconds": histogram("e2e_request_latency_seconds", "From arrival at the ingress to the end of the answer"),
             "request_queue_time_seconds": histogram("request_queue_time_seconds", "From arrival at the engine to the start of the prefill"),
             "request_prefill_time_seconds": histogram("request_prefill_time_seconds", "Of the prefill batch"),
@@ -86,13 +86,13 @@ class EndpointMetrics:
         """A request of a version ended."""
         self._routed.labels(self._model, version, outcome).inc()
 
-    def finished(self, request: GenerateRequest, end: Finished, *, latency_s: float, image_s: float, replica: str) -> None:
+    def finished(self, request: GenerateRequest, end: Finished, *, latency_s: float, first_token_s: float, image_s: float, replica: str) -> None:
         """A request was answered."""
         budget = request.num_visual_tokens
         timings = end.timings
         decode_s = timings.total_s - timings.first_token_s
         values = {
-            "time_to_first_token_seconds": timings.first_token_s,
+            "time_to_first_token_seconds": first_token_s,
             "e2e_request_latency_seconds": latency_s,
             "request_queue_time_seconds": timings.queue_s,
             "request_prefill_time_seconds": timings.prefill_s,

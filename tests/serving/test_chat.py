@@ -1,0 +1,198 @@
+"""What the ingress makes of a model's events: times, counts, and who answers when a version fails. The model is a script."""
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncGenerator, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from parcelray.config.serve import CanaryConfig
+from parcelray.models.backbones.processor_base import ElasticProcessor
+from parcelray.serving.admission import Admission
+from parcelray.serving.api_errors import ApiError
+from parcelray.serving.budget_policy import BudgetPolicy
+from parcelray.serving.chat import ChatService
+from parcelray.serving.clients import ReplicaLost
+from parcelray.serving.engine import EngineRefusal, Finished, GenerateRequest, ImagePixels, Inspection, Piece, Timings
+from parcelray.serving.metrics import EndpointMetrics
+from parcelray.serving.prompting import PromptBuilder
+from parcelray.serving.request_log import RequestLog
+from parcelray.serving.routes import Route, Routes
+from parcelray.serving.schemas import ChatRequest, parse_chat
+from tests.serving.local import job_of
+
+END = Finished("red", "stop", 3, Timings(queue_s=0.1, vision_s=0.0, prefill_s=0.1, first_token_s=0.2, total_s=0.5), cached_images=0)
+LOAD = {"budgets": {"offered": [16, 64], "policy": {"type": "load", "objective_s": 10}}}
+
+
+@dataclass
+class Script:
+    """A model that gives these events, each after a moment; an exception is raised."""
+
+    events_of: list[Piece | Finished | Exception] = field(default_factory=lambda: [Piece("re"), Piece("d"), END])
+    wait_s: float = 0.0
+    asked: int = 0
+
+    async def answer(self, request: GenerateRequest) -> Finished:
+        async for event in self.events(request):
+            if isinstance(event, Finished):
+                return event
+        raise AssertionError("a script ends")
+
+    async def events(self, request: GenerateRequest) -> AsyncGenerator[Piece | Finished, None]:
+        self.asked += 1
+        for event in self.events_of:
+            await asyncio.sleep(self.wait_s)
+            if isinstance(event, Exception):
+                raise event
+            yield event
+
+    async def inspect(self, image: ImagePixels, num_visual_tokens: int) -> Inspection:
+        raise NotImplementedError
+
+    async def ping(self) -> None:
+        raise NotImplementedError
+
+
+@pytest.fixture(scope="module")
+def prompts(processor: ElasticProcessor) -> PromptBuilder:
+    return PromptBuilder(processor)
+
+
+@pytest.fixture
+def pool() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(1) as pool:
+        yield pool
+
+
+def service(prompts: PromptBuilder, pool: ThreadPoolExecutor, champion: Script, challenger: Script | None = None, **changes: Any) -> ChatService:
+    job = job_of(**changes)
+    canary = CanaryConfig.model_validate({"model": {}, "share": 0.999999, "min_requests": 1000})
+    other = Route("v2", challenger, prompts, {}, share=canary.share) if challenger is not None else None
+    return ChatService(
+        routes=Routes(Route("v1", champion, prompts, {}), other, canary if other is not None else None),
+        limits=job.limits,
+        http=job.http,
+        policy=BudgetPolicy(job.budgets),
+        metrics=EndpointMetrics(job.name),
+        admission=Admission(8),
+        pool=pool,
+        log=RequestLog(),
+    )
+
+
+def chat(*, stream: bool = False, **fields: Any) -> ChatRequest:
+    return parse_chat(json.dumps({"model": "mini", "messages": [{"role": "user", "content": "what"}], "stream": stream, **fields}).encode())
+
+
+async def ask(service: ChatService, asked: ChatRequest, *, before_s: float = 0.0, reader_s: float = 0.0) -> tuple[str, str]:
+    """The answer's text and version, for a client whose request took `before_s` to arrive and who takes `reader_s` for each piece."""
+    prepared = await service.prepare(asked, "r1", time.perf_counter() - before_s)
+    if not asked.stream:
+        return (await service.answer(prepared)).text, prepared.route.version
+    text = ""
+    async for event in service.events(prepared):
+        text += event.text if isinstance(event, Piece) else ""
+        await asyncio.sleep(reader_s)
+    return text, prepared.route.version
+
+
+def value(service: ChatService, name: str, **labels: str) -> float:
+    found = service.metrics.registry.get_sample_value(f"parcel:{name}", {"model_name": "mini", **labels})
+    assert found is not None, name
+    return found
+
+
+def in_flight(service: ChatService) -> int:
+    assert service.policy.controller is not None
+    return service.policy.controller._in_flight
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_wait_for_the_first_token_begins_at_the_door(prompts: PromptBuilder, pool: ThreadPoolExecutor, stream: bool) -> None:
+    made = service(prompts, pool, Script())
+    asyncio.run(ask(made, chat(stream=stream), before_s=2.0))
+    first = value(made, "time_to_first_token_seconds_sum", visual_tokens="0")
+    whole = value(made, "e2e_request_latency_seconds_sum", visual_tokens="0")
+    assert 1.7 <= first <= 2.2
+    assert whole - first == pytest.approx(END.timings.total_s - END.timings.first_token_s)
+
+
+def test_a_slow_reader_is_no_slow_model(prompts: PromptBuilder, pool: ThreadPoolExecutor) -> None:
+    made = service(prompts, pool, Script(), **LOAD)
+
+    async def watched() -> int:
+        reading = asyncio.create_task(ask(made, chat(stream=True), reader_s=0.5))
+        await asyncio.sleep(0.3)
+        left = in_flight(made)
+        assert await reading == ("red", "v1")
+        return left
+
+    assert asyncio.run(watched()) == 0, "the model was done long before the reader"
+    assert value(made, "e2e_request_latency_seconds_sum", visual_tokens="0") < 0.3
+
+
+def test_what_is_refused_before_the_model_is_no_load(prompts: PromptBuilder, pool: ThreadPoolExecutor) -> None:
+    made = service(prompts, pool, Script(), **LOAD)
+    with pytest.raises(ApiError, match="max_tokens"):
+        asyncio.run(ask(made, chat(max_tokens=100_000)))
+    assert in_flight(made) == 0
+    full = service(prompts, pool, Script([EngineRefusal("queue_full", "full")]), **LOAD)
+    with pytest.raises(ApiError, match="full"):
+        asyncio.run(ask(full, chat()))
+    assert in_flight(full) == 0
+
+
+def test_a_client_that_hangs_up_ends_its_request(prompts: PromptBuilder, pool: ThreadPoolExecutor) -> None:
+    closed = []
+
+    class Endless(Script):
+        async def events(self, request: GenerateRequest) -> AsyncGenerator[Piece | Finished, None]:
+            try:
+                while True:
+                    await asyncio.sleep(0.001)
+                    yield Piece("x")
+            finally:
+                closed.append(request.request_id)
+
+    made = service(prompts, pool, Endless(), **LOAD)
+
+    async def hang_up() -> None:
+        events = made.events(await made.prepare(chat(stream=True), "r1", time.perf_counter()))
+        await anext(events)
+        await events.aclose()
+
+    asyncio.run(hang_up())
+    assert (closed, in_flight(made)) == (["r1"], 0)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("failure", [EngineRefusal("engine_error", "broken"), ReplicaLost()])
+def test_what_a_challenger_fails_on_the_champion_answers(prompts: PromptBuilder, pool: ThreadPoolExecutor, stream: bool, failure: Exception) -> None:
+    made = service(prompts, pool, Script(), Script([failure]))
+    assert asyncio.run(ask(made, chat(stream=stream))) == ("red", "v1")
+    assert made.routes.challenger is not None
+    assert list(made.routes.challenger.outcomes) == [None]
+    assert value(made, "requests_routed_total", version="v2", outcome="failed") == 1
+    assert value(made, "requests_routed_total", version="v1", outcome="answered") == 1
+
+
+def test_a_champion_that_fails_has_nobody_behind_it(prompts: PromptBuilder, pool: ThreadPoolExecutor) -> None:
+    broken = [EngineRefusal("engine_error", "broken")]
+    champion = Script([*broken])
+    made = service(prompts, pool, champion, Script([*broken]))
+    with pytest.raises(ApiError, match="broken"):
+        asyncio.run(ask(made, chat()))
+    assert champion.asked == 1
+
+
+def test_an_answer_that_has_begun_is_not_begun_again(prompts: PromptBuilder, pool: ThreadPoolExecutor) -> None:
+    champion = Script()
+    made = service(prompts, pool, champion, Script([Piece("re"), EngineRefusal("engine_error", "broken")]))
+    with pytest.raises(ApiError, match="broken"):
+        asyncio.run(ask(made, chat(stream=True)))
+    assert champion.asked == 0
