@@ -3,7 +3,8 @@
 Trains PARCEL, M3 and MQT from the mini base on a local Ray, compares them at three budgets with the vanilla base trained as long, registers
 the best, and lets it answer one question at every budget.
 
-A second run does nothing and says so; an interrupted one goes on where it was.
+A second run does nothing and says so; an interrupted one goes on where it was. What `--set` changes is trained under a name of its own, and
+what it does not change is not trained again.
 """
 
 import sys
@@ -44,11 +45,21 @@ def comparison_jobs(parcel: TrainJob) -> dict[str, TrainJob]:
     }
 
 
+def named_jobs(parcel: TrainJob, shipped: TrainJob) -> dict[str, TrainJob]:
+    """The jobs of the comparison, each under the shipped name only if it is the shipped job: a name belongs to one configuration."""
+    jobs = comparison_jobs(parcel)
+    for method, known in comparison_jobs(shipped).items():
+        changed = config_hash(jobs[method])
+        if jobs[method].name == known.name and changed != config_hash(known):
+            jobs[method] = jobs[method].model_copy(update={"name": f"{known.name}-{changed}"})
+    return jobs
+
+
 def run(job: TrainJob, console: Console) -> None:
     """Runs the pipeline with everything that it has not done before."""
     assert job.report is not None
     folder = Path(job.storage) / "quickstart"
-    jobs = comparison_jobs(job)
+    jobs = named_jobs(job, load_job_of(TrainJob, JOB))
     uri = ensure_store(job.tracking.uri or "sqlite:///runs/mlflow.db")
     name = f"pipeline-quickstart-{config_hash(job)}"
     finished = folder / f"{name}.done"

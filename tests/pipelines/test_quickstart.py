@@ -1,6 +1,7 @@
 """The quickstart as its user runs it, with fewer steps and samples."""
 
 import json
+import runpy
 import subprocess
 import sys
 import time
@@ -8,6 +9,10 @@ from pathlib import Path
 
 import pytest
 from mlflow.tracking import MlflowClient
+
+from parcelray.config.loader import load_job_of
+from parcelray.config.train import TrainJob
+from parcelray.training.run_folder import RunFolder
 
 ROOT = Path(__file__).resolve().parents[2]
 METHODS = {"vanilla", "parcel", "m3", "mqt"}
@@ -88,3 +93,16 @@ def test_an_argument_that_the_quickstart_does_not_know_is_refused(tmp_path: Path
     found = subprocess.run([sys.executable, "pipelines/quickstart.py", "--steps", "3"], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
     assert found.returncode == 2
     assert "--set a.b=c" in found.stdout
+
+
+def test_a_searched_routing_is_trained_under_a_name_of_its_own_beside_the_shipped_run(tmp_path: Path) -> None:
+    quickstart = runpy.run_path(str(ROOT / "pipelines" / "quickstart.py"))
+    place = f"storage={tmp_path}"
+    routing = "connector.routing=[{min_budget: 16, max_budget: 256, anchor_grid: 2}]"
+    shipped, routed = (load_job_of(TrainJob, quickstart["JOB"], changes) for changes in ([place], [place, routing]))
+    before, after = (quickstart["named_jobs"](job, load_job_of(TrainJob, quickstart["JOB"])) for job in (shipped, routed))
+    for job in (*before.values(), *after.values()):
+        RunFolder(job).claim()
+    assert {job.name for job in before.values()} == {f"quickstart-{method}" for method in METHODS}
+    assert [method for method in METHODS if before[method] != after[method]] == ["parcel"], "the rivals are used again"
+    assert after["parcel"].name.startswith("quickstart-parcel-")
