@@ -10,12 +10,12 @@ from mlflow import MlflowClient
 from PIL import Image
 from rich.console import Console
 
-from parcelray.cluster import reduction_study
+from parcelray.cluster import reduction_methods
 from parcelray.cluster.attention_studies import study_redundancy, study_saliency, study_validity
-from parcelray.cluster.reduction_methods import METHODS, budgets_of, groups
+from parcelray.cluster.reduction_methods import all_budgets, budgets_of, groups_of, methods_of
 from parcelray.cluster.reduction_study import run_reduction_study
 from parcelray.config.evaluate import EvaluateJob
-from parcelray.config.reducer import AveragePoolingConfig, ClusterAggregateConfig, FastVConfig, ToMeConfig
+from parcelray.config.reducer import AveragePoolingConfig, ClusterAggregateConfig, FastVConfig, PyramidDropConfig, SaliencyConfig, ToMeConfig
 from parcelray.config.train import TrackingConfig
 from parcelray.errors import UserError
 from parcelray.models.backbones.base import Depths
@@ -25,8 +25,7 @@ from parcelray.models.mini_llava import build
 
 from ..models.conftest import CORPUS, MINI_LLAVA
 
-CHOSEN = ["cluster", "RESTORE", "FastV"]
-SEEDS = [f"{name}, seed {seed}" for name in ("random", "random, original positions") for seed in (0, 1)]
+CHOSEN = ["cluster", "RESTORE", "FastV", "cluster, contiguous"]
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +40,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 def test_the_study_compares_methods_with_random_and_records_them(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reduction_study, "METHODS", {name: METHODS[name] for name in (*CHOSEN, *SEEDS)})
+    monkeypatch.setattr(reduction_methods, "RANDOM_SEEDS", 2)
     job = EvaluateJob.model_validate(
         {
             "kind": "evaluate",
@@ -55,7 +54,7 @@ def test_the_study_compares_methods_with_random_and_records_them(checkpoint: Pat
             "max_unscored": 1,
         }
     )
-    study = run_reduction_study(job, Console(file=StringIO(), width=200))
+    study = run_reduction_study(job, Console(file=StringIO(), width=200), methods=CHOSEN)
     points = {(point.method, point.num_visual_tokens): point for point in study.frontier.points}
     assert ("blind", 0) in points
     whole = points["full", 256].gflops
@@ -67,32 +66,72 @@ def test_the_study_compares_methods_with_random_and_records_them(checkpoint: Pat
         flops = [points[name, budget].gflops or 0 for budget in sorted(budgets)]
         assert flops == sorted(flops)
         assert flops[-1] < whole
-    assert {each.method for each in study.against_random} == {"cluster", "RESTORE"}
-    assert all(0 < each.p_value <= 1 for each in study.against_random)
-    assert {each.family for each in study.breaks} <= {"general", "resolution", "grounding", "video"}
-    for name in ("frontier.json", "frontier.md", "against_random.csv", "breaks.json", "accuracy_against_compute.png", "frontier.png"):
+    # Every method has both comparisons at every one of its budgets, and spatial sampling the one with random.
+    asked = {(name, budget) for name, budget in points if name in CHOSEN}
+    spatial = {(name, budget) for name, budget in points if name.startswith("spatial")}
+    assert len(spatial) == 8 + 4
+    assert {(each.method, each.num_visual_tokens) for each in study.against_random} == asked | spatial
+    assert {(each.method, each.num_visual_tokens) for each in study.against_spatial} == asked
+    assert all(0 < each.p_value <= each.p_holm <= 1 for each in study.against_random)
+    assert all(each.spread is not None for each in study.against_random)
+    assert {each.subject for each in study.breaks} <= {"general", "resolution", "grounding", "video", "text", "documents", "charts", "spatial"}
+    assert study.operating[-1].overall.value == max(point.overall.value for point in points.values() if point.gflops is not None)
+    names = ["frontier.json", "frontier.md", "against_random.csv", "against_spatial.csv", "against_best.csv", "operating_points.csv"]
+    for name in (*names, "accuracy_against_compute.png", "frontier.png"):
         assert (study.folder / name).stat().st_size > 0
     client = MlflowClient(job.tracking.uri)
     experiment = client.get_experiment_by_name("parcelray")
     assert experiment is not None
     runs = client.search_runs([experiment.experiment_id])
     parent = next(run for run in runs if run.info.run_name == "study-study")
-    # The reference, three methods, and two seeds of random sampling with each kind of positions.
-    assert sum(run.data.tags.get("mlflow.parentRunId") == parent.info.run_id for run in runs) == 8
+    # The reference, four methods, spatial sampling and two seeds of random sampling with each kind of positions.
+    assert sum(run.data.tags.get("mlflow.parentRunId") == parent.info.run_id for run in runs) == 11
     assert {run.info.status for run in runs} == {"FINISHED"}
     assert "cluster/score" in parent.data.metrics
+    assert "against_random.csv" in {file.path for file in client.list_artifacts(parent.info.run_id)}
+
+
+def test_an_unknown_method_is_named_with_the_known_ones(checkpoint: Path, tmp_path: Path) -> None:
+    job = EvaluateJob.model_validate(
+        {"kind": "evaluate", "name": "study", "model": {"reference": str(checkpoint)}, "benchmarks": ["mini"], "tracking": {"uri": None}}
+    )
+    with pytest.raises(UserError, match="clusters is no training-free method of this model; choose from cluster, cluster, cosine"):
+        run_reduction_study(job, Console(quiet=True), methods=["clusters"])
+
+
+SMALL, LARGE = Depths(3, 3), Depths(23, 32)
 
 
 def test_every_method_has_a_panel_and_budgets_of_a_small_and_a_large_model() -> None:
-    assert sorted(name for names in groups().values() for name in names) == sorted(name for name, method in METHODS.items() if not name.startswith("random"))
-    for method in METHODS.values():
-        for num_tokens, depths in ((256, Depths(3, 3)), (576, Depths(23, 32))):
-            assert 1 <= len(budgets_of(method.reducer, num_tokens, depths)) <= 4
-    large = Depths(23, 32)
-    assert budgets_of(ClusterAggregateConfig(), 576, large) == (29, 63, 115, 173)
-    assert budgets_of(AveragePoolingConfig(), 576, large) == (25, 64, 121, 169)
-    assert budgets_of(ToMeConfig(), 256, Depths(3, 3)) == (32, 51, 77)
-    assert budgets_of(FastVConfig(layer=1), 256, Depths(3, 3)) == (86, 128, 171, 213)
+    for num_tokens, depths in ((256, SMALL), (576, LARGE)):
+        methods = methods_of(depths)
+        assert sorted(name for names in groups_of(methods).values() for name in names) == sorted(methods)
+        assert all(1 <= len(budgets_of([method.reducer], num_tokens, depths)) <= 4 for method in methods.values())
+    assert budgets_of([ClusterAggregateConfig()], 576, LARGE) == (29, 63, 115, 173)
+    assert budgets_of([AveragePoolingConfig()], 576, LARGE) == (25, 64, 121, 169)
+    assert budgets_of([ToMeConfig()], 256, SMALL) == (32, 51, 77)
+    assert budgets_of([FastVConfig(layer=1)], 256, SMALL) == (86, 128, 171, 213)
+    assert budgets_of([ClusterAggregateConfig(), AveragePoolingConfig()], 256, SMALL) == (16, 25, 49, 81)
+
+
+def test_layers_are_the_published_ones_of_llava_and_scale_with_the_depth() -> None:
+    large, small = methods_of(LARGE), methods_of(SMALL)
+    assert large["FastV"].reducer == FastVConfig(layer=2)
+    assert large["last word"].reducer == SaliencyConfig(positions="original", definition="last_text", layer=2)
+    assert large["PyramidDrop"].reducer == PyramidDropConfig(positions="original")
+    assert budgets_of([large["PyramidDrop, early"].reducer], 576, LARGE) == (37, 63, 115, 173)
+    assert small["FastV"].reducer == FastVConfig(layer=1)
+    assert "PyramidDrop, early" not in small
+    assert "VisionZip" not in methods_of(Depths(0, 3)), "a convolutional tower has no attention"
+
+
+def test_every_method_meets_its_baselines_at_all_its_budgets() -> None:
+    methods = methods_of(SMALL)
+    budgets = all_budgets(methods, 256, SMALL, equal=False)
+    assert budgets["spatial"] == (13, 16, 25, 28, 32, 49, 51, 77, 81, 86, 128, 171, 213)
+    assert budgets["spatial, contiguous"] == (13, 28, 51, 77)
+    chosen = {name: methods[name] for name in ("cluster", "average pooling", "spatial")}
+    assert set(all_budgets(chosen, 256, SMALL, equal=True).values()) == {(16, 25, 49, 81)}
 
 
 def test_attention_and_redundancy_are_studied_and_recorded(checkpoint: Path, tmp_path: Path) -> None:

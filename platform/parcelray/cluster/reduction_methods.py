@@ -1,19 +1,30 @@
 """The training-free methods of a study, in the groups that its figure shows."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from parcelray.config import reducer as configs
-from parcelray.config.reducer import ReducerConfig
+from parcelray.config.reducer import Positions, ReducerConfig
 from parcelray.models.backbones.base import Depths
 from parcelray.models.token_reduction import build_reducer
 from parcelray.models.token_reduction.in_decoder import InDecoderReducer
 
-RANDOM, RANDOM_ORIGINAL = "random", "random, original positions"
-"""The two baselines: a method is held against the one whose tokens are placed as its own are."""
+Placement = Literal["original", "contiguous"]
+"""Where the tokens that are left stand: in the places of the image, with or without size bias and calibration, or one after the other."""
+
+RANDOM: Mapping[Placement, str] = {"original": "random", "contiguous": "random, contiguous"}
+SPATIAL: Mapping[Placement, str] = {"original": "spatial", "contiguous": "spatial, contiguous"}
+"""The two baselines: a method is held against those whose tokens are placed as its own are."""
 RANDOM_SEEDS = 5
 RETENTIONS = (0.05, 0.11, 0.20, 0.30)
 """Shares of the visual tokens (arXiv 2504.17892)."""
+_EARLY, _OF_LAYERS = 2, 32
+"""Layer at which FastV is published to prune, and to rank tokens by the decoder's attention, of LLaVA-1.5-7B's layers."""
+
+_CLUSTERS, _COVERAGE = "clusters and pooling (size bias)", "sampling and coverage"
+ENCODER_ATTENTION, DECODER_ATTENTION = "attention of the vision tower", "attention of the decoder"
+_INSIDE, _POSITIONS = "inside the decoder (mean over its layers)", "positions"
 
 
 @dataclass(frozen=True)
@@ -23,67 +34,100 @@ class Method:
     reducer: ReducerConfig
     group: str
 
-
-METHODS: Mapping[str, Method] = {
-    "cluster": Method(configs.ClusterAggregateConfig(), "clusters and pooling"),
-    "cluster, cosine": Method(configs.ClusterAggregateConfig(metric="cosine"), "clusters and pooling"),
-    "cluster, random order": Method(configs.ClusterAggregateConfig(order="random"), "clusters and pooling"),
-    "average pooling": Method(configs.AveragePoolingConfig(), "clusters and pooling"),
-    "ToMe": Method(configs.ToMeConfig(), "clusters and pooling"),
-    "cluster, original positions": Method(configs.ClusterAggregateConfig(positions="original"), "positions"),
-    "cluster, size bias": Method(configs.ClusterAggregateConfig(positions="original_size_bias"), "positions"),
-    "average pooling, size bias": Method(configs.AveragePoolingConfig(positions="original_size_bias"), "positions"),
-    "spatial, original positions": Method(configs.SpatialSamplingConfig(positions="original"), "positions"),
-    "DivPrune, original positions": Method(configs.DivPruneConfig(positions="original"), "positions"),
-    "class attention, original positions": Method(configs.SaliencyConfig(positions="original"), "positions"),
-    "RESTORE": Method(configs.RestoreConfig(), "positions"),
-    "spatial": Method(configs.SpatialSamplingConfig(), "sampling and coverage"),
-    "DivPrune": Method(configs.DivPruneConfig(), "sampling and coverage"),
-    "SCOPE": Method(configs.ScopeConfig(), "sampling and coverage"),
-    "VisPruner": Method(configs.VisPrunerConfig(), "sampling and coverage"),
-    "class attention": Method(configs.SaliencyConfig(), "attention of the vision tower"),
-    "class attention, merged": Method(configs.SaliencyConfig(merge_rest=True), "attention of the vision tower"),
-    "VisionZip": Method(configs.VisionZipConfig(), "attention of the vision tower"),
-    "PruMerge": Method(configs.PruMergeConfig(), "attention of the vision tower"),
-    "PruMerge+": Method(configs.PruMergeConfig(spatial=True), "attention of the vision tower"),
-    "last word": Method(configs.SaliencyConfig(definition="last_text", layer=1), "attention of the decoder"),
-    "mean of words": Method(configs.SaliencyConfig(definition="mean_text", layer=1), "attention of the decoder"),
-    "last word, merged": Method(configs.SaliencyConfig(definition="last_text", layer=1, merge_rest=True), "attention of the decoder"),
-    "norm": Method(configs.SaliencyConfig(definition="norm"), "attention of the decoder"),
-    "FastV": Method(configs.FastVConfig(layer=1), "inside the decoder (mean over its layers)"),
-    "PyramidDrop": Method(configs.PyramidDropConfig(), "inside the decoder (mean over its layers)"),
-    "SparseVLM": Method(configs.SparseVLMConfig(), "inside the decoder (mean over its layers)"),
-    **{f"{RANDOM}, seed {seed}": Method(configs.RandomSamplingConfig(seed=seed), RANDOM) for seed in range(RANDOM_SEEDS)},
-    **{
-        f"{RANDOM_ORIGINAL}, seed {seed}": Method(configs.RandomSamplingConfig(seed=seed, positions="original"), RANDOM_ORIGINAL)
-        for seed in range(RANDOM_SEEDS)
-    },
-}
+    @property
+    def placement(self) -> Placement:
+        """Decides which baselines it is compared with."""
+        return "contiguous" if self.reducer.positions == "contiguous" else "original"
 
 
-def baseline_of(method: Method) -> str:
-    """The random sampling that places its tokens as the method does."""
-    return RANDOM if method.reducer.positions == "contiguous" else RANDOM_ORIGINAL
+def methods_of(depths: Depths) -> dict[str, Method]:
+    """The methods for a model of such depth: with original positions, merging ones with size bias, and a few with contiguous positions, too.
+
+    Layers are those of the publications on LLaVA-1.5-7B, at the same relative depth elsewhere, at least 1. What reads the vision tower's
+    attention is left out where there is none.
+    """
+    early = max(1, round(_EARLY * depths.decoder / _OF_LAYERS))
+    original: Positions = "original"
+    biased: Positions = "original_size_bias"
+    methods = {
+        "cluster": Method(configs.ClusterAggregateConfig(positions=biased), _CLUSTERS),
+        "cluster, cosine": Method(configs.ClusterAggregateConfig(positions=biased, metric="cosine"), _CLUSTERS),
+        "average pooling": Method(configs.AveragePoolingConfig(positions=biased), _CLUSTERS),
+        "ToMe": Method(configs.ToMeConfig(positions=biased), _CLUSTERS),
+        "RESTORE": Method(configs.RestoreConfig(), _CLUSTERS),
+        SPATIAL["original"]: Method(configs.SpatialSamplingConfig(positions=original), _COVERAGE),
+        "DivPrune": Method(configs.DivPruneConfig(positions=original), _COVERAGE),
+        "SCOPE": Method(configs.ScopeConfig(positions=original), _COVERAGE),
+        "VisPruner": Method(configs.VisPrunerConfig(positions=original), _COVERAGE),
+        "class attention": Method(configs.SaliencyConfig(positions=original), ENCODER_ATTENTION),
+        "class attention, merged": Method(configs.SaliencyConfig(positions=biased, merge_rest=True), ENCODER_ATTENTION),
+        "VisionZip": Method(configs.VisionZipConfig(positions=biased), ENCODER_ATTENTION),
+        "PruMerge": Method(configs.PruMergeConfig(positions=original), ENCODER_ATTENTION),
+        "PruMerge+": Method(configs.PruMergeConfig(positions=original, spatial=True), ENCODER_ATTENTION),
+        "last word": Method(configs.SaliencyConfig(positions=original, definition="last_text", layer=early), DECODER_ATTENTION),
+        "mean of words": Method(configs.SaliencyConfig(positions=original, definition="mean_text", layer=early), DECODER_ATTENTION),
+        "last word, merged": Method(configs.SaliencyConfig(positions=biased, definition="last_text", layer=early, merge_rest=True), DECODER_ATTENTION),
+        "norm": Method(configs.SaliencyConfig(positions=original, definition="norm"), DECODER_ATTENTION),
+        "FastV": Method(configs.FastVConfig(layer=early), _INSIDE),
+        "PyramidDrop": Method(configs.PyramidDropConfig(positions=original), _INSIDE),
+        # Published stages start after a quarter of the layers, whose tokens alone are 25 %; in a shallow decoder that is the early layer itself.
+        **({"PyramidDrop, early": Method(configs.PyramidDropConfig(positions=original, first_layer=early), _INSIDE)} if 4 * early < depths.decoder - 1 else {}),
+        "SparseVLM": Method(configs.SparseVLMConfig(positions=original), _INSIDE),
+        "cluster, no size bias": Method(configs.ClusterAggregateConfig(positions=original), _POSITIONS),
+        "cluster, contiguous": Method(configs.ClusterAggregateConfig(), _POSITIONS),
+        SPATIAL["contiguous"]: Method(configs.SpatialSamplingConfig(), _POSITIONS),
+        "DivPrune, contiguous": Method(configs.DivPruneConfig(), _POSITIONS),
+        "class attention, contiguous": Method(configs.SaliencyConfig(), _POSITIONS),
+        "VisionZip, contiguous": Method(configs.VisionZipConfig(), _POSITIONS),
+    }
+    return {name: method for name, method in methods.items() if depths.encoder or build_reducer(method.reducer).reads != "encoder"}
 
 
-def groups() -> dict[str, list[str]]:
-    """Methods by group, without random sampling, which every panel shows."""
+def random_of(placement: Placement) -> list[Method]:
+    """Random sampling with every seed."""
+    return [Method(configs.RandomSamplingConfig(seed=seed, positions=placement), RANDOM[placement]) for seed in range(RANDOM_SEEDS)]
+
+
+def groups_of(methods: Mapping[str, Method]) -> dict[str, list[str]]:
+    """Methods by group."""
     found: dict[str, list[str]] = {}
-    for name, method in METHODS.items():
-        if method.group not in (RANDOM, RANDOM_ORIGINAL):
-            found.setdefault(method.group, []).append(name)
+    for name, method in methods.items():
+        found.setdefault(method.group, []).append(name)
     return found
 
 
-def budgets_of(reducer: ReducerConfig, num_tokens: int, depths: Depths) -> tuple[int, ...]:
-    """The budgets nearest to the retentions that a reducer can give, ascending, each once.
+def budgets_of(reducers: Iterable[ReducerConfig], num_tokens: int, depths: Depths) -> tuple[int, ...]:
+    """The budgets nearest to the retentions that all of some reducers can give, ascending, each once.
 
     A reducer inside the decoder cannot go below what the layers before its first stage cost; where that rules out all retentions but one, it is
     asked at four steps between there and everything instead.
     """
-    built = build_reducer(reducer)
-    legal = [budget for budget in built.budgets_of(num_tokens, depths) if budget < num_tokens]
+    built = [build_reducer(reducer) for reducer in reducers]
+    common = set.intersection(*(set(each.budgets_of(num_tokens, depths)) for each in built))
+    legal = sorted(budget for budget in common if budget < num_tokens)
     wanted = [share * num_tokens for share in RETENTIONS]
-    if isinstance(built, InDecoderReducer) and legal[0] > wanted[1]:
+    if any(isinstance(each, InDecoderReducer) for each in built) and legal[0] > wanted[1]:
         wanted = [legal[0] + step * (num_tokens - legal[0]) / len(RETENTIONS) for step in range(len(RETENTIONS))]
     return tuple(sorted({min(legal, key=lambda budget: abs(budget - each)) for each in wanted}))
+
+
+def all_budgets(methods: Mapping[str, Method], num_tokens: int, depths: Depths, *, equal: bool) -> dict[str, tuple[int, ...]]:
+    """At which budgets each method is asked; spatial sampling wherever a method with tokens placed alike is, so that each has its comparison.
+
+    Args:
+        methods: of the study.
+        num_tokens: all visual tokens.
+        depths: of the model.
+        equal: whether all are asked at the budgets that all can give.
+    """
+    shared = budgets_of([method.reducer for method in methods.values()], num_tokens, depths) if equal else ()
+    budgets = {name: shared or budgets_of([method.reducer], num_tokens, depths) for name, method in methods.items()}
+    for placement, name in SPATIAL.items():
+        if name in methods:
+            budgets[name] = union(budgets[other] for other, method in methods.items() if method.placement == placement)
+    return budgets
+
+
+def union(budgets: Iterable[Sequence[int]]) -> tuple[int, ...]:
+    """Of several, ascending."""
+    return tuple(sorted({budget for each in budgets for budget in each}))

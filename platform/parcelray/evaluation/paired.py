@@ -91,6 +91,17 @@ def two_sided(gap: Estimate) -> float:
     return min(1.0, max(2 * min(below, above), 1 / len(draws)))
 
 
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's correction for several tests (Holm, Scandinavian Journal of Statistics 1979), in the order of the values; NaN stays and counts for none."""
+    known = sorted((value, place) for place, value in enumerate(p_values) if not math.isnan(value))
+    corrected = [math.nan] * len(p_values)
+    largest = 0.0
+    for rank, (value, place) in enumerate(known):
+        largest = max(largest, min(1.0, (len(known) - rank) * value))
+        corrected[place] = largest
+    return corrected
+
+
 def _part(split: SplitScores, places: Sequence[int], budget: int) -> SplitScores:
     """The split scored on some of its samples at one budget."""
     if list(places) == list(range(len(split.samples))):

@@ -1,4 +1,4 @@
-"""Accuracy against compute for many methods: one panel per group of them, random sampling and both references in every panel."""
+"""Accuracy against compute for many methods, one panel per group of them; and what is kept of each kind of question."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -7,8 +7,10 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import ScalarFormatter
 
 from parcelray.evaluation.aggregate import Frontier, FrontierPoint
+from parcelray.evaluation.intervals import Interval
 from parcelray.reports.plots import COLORS, MARKERS
 
 _COLUMNS = 3
@@ -37,8 +39,8 @@ def plot_compute(frontier: Frontier, groups: Mapping[str, Sequence[str]], path: 
         axes.set_visible(False)
     for axes, (name, members) in zip(panels, groups.items(), strict=False):
         _levels(axes, frontier)
-        for baseline, style in zip(baselines, ("--", "-."), strict=False):
-            _band(axes, _by_compute(methods.get(baseline, [])), baseline, style)
+        for baseline, style in zip((each for each in baselines if each in methods), ("--", "-."), strict=False):
+            _band(axes, _by_compute(methods[baseline]), baseline, style)
         for index, method in enumerate(member for member in members if member in methods):
             _line(axes, method, _by_compute(methods[method]), index)
         axes.set_title(name, fontsize=10)
@@ -81,3 +83,43 @@ def _levels(axes: Axes, frontier: Frontier) -> None:
             axes.axhline(point.overall.value, color="black", linewidth=1, label=f"all {point.num_visual_tokens} tokens")
         elif not point.num_visual_tokens:
             axes.axhline(point.overall.value, color="#666666", linewidth=1, linestyle=":", label=point.method)
+
+
+def plot_kinds(kept: Sequence[tuple[str, str, int, Interval]], path: Path, *, title: str, shown: Sequence[str]) -> None:
+    """Percent of the full score against visual tokens, one panel per kind of question; some methods with 95 % error bars, the others in grey.
+
+    Args:
+        kept: method, kind, visual tokens and percent.
+        path: PNG to write.
+        title: above the figure.
+        shown: the methods in colour.
+    """
+    kinds = list(dict.fromkeys(kind for _, kind, _, _ in kept))
+    figure = Figure(figsize=(3.6 * len(kinds) + 1.6, 4), dpi=130, layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, kind in zip(figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0], kinds, strict=True):
+        lines: dict[str, list[tuple[int, Interval]]] = {}
+        for method, own, budget, interval in kept:
+            if own == kind:
+                lines.setdefault(method, []).append((budget, interval))
+        for method, points in lines.items():
+            if method not in shown:
+                axes.plot([budget for budget, _ in sorted(points)], [each.value for _, each in sorted(points)], color="#bbbbbb", linewidth=0.8)
+        for index, method in enumerate(each for each in shown if each in lines):
+            budgets, intervals = zip(*sorted(lines[method]), strict=True)
+            errors = [[each.value - each.low for each in intervals], [each.high - each.value for each in intervals]]
+            color, marker = COLORS[index % len(COLORS)], MARKERS[index % len(MARKERS)]
+            axes.errorbar(
+                budgets, [each.value for each in intervals], yerr=errors, label=method, color=color, marker=marker, markersize=4, capsize=2, linewidth=1.2
+            )
+        axes.axhline(100, color="black", linewidth=0.8)
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter(ScalarFormatter())
+        axes.set_title(kind, fontsize=10)
+        axes.grid(axis="y", alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=8)
+    figure.supxlabel("visual tokens per image")
+    figure.supylabel("percent of the full score")
+    figure.suptitle(title)
+    figure.savefig(path)
