@@ -1,5 +1,6 @@
 """Promotion on two tiny checkpoints: what passes becomes the champion, what falls short is named, and both are on record."""
 
+import getpass
 import io
 import json
 import shutil
@@ -10,12 +11,14 @@ import pytest
 from mlflow import MlflowClient
 from rich.console import Console
 
+from parcelray.cluster import promotion
 from parcelray.cluster.evaluation_run import run_evaluation
 from parcelray.cluster.model_pages import list_models, roll_back, show_model
 from parcelray.cluster.promotion import GateRefusal, Verdict, promotion_plan, run_promotion
 from parcelray.config.promote import PromoteJob
 from parcelray.errors import UserError
 from parcelray.models.checkpoint import write_manifest
+from parcelray.tracking import registry
 from parcelray.tracking.mlflow_tracker import end_run, start_run
 from parcelray.tracking.model_versions import find_version
 from parcelray.tracking.registry import resolve_registry
@@ -81,6 +84,7 @@ def test_a_first_version_passes_and_a_worse_one_is_refused_forced_and_rolled_bac
     assert (verdict.version, verdict.champion, verdict.word) == (1, None, "passed")
     assert {check.gate for check in verdict.checks} == {"card", "retention", "regression", "golden", "latency"}
     assert made.aliases() == {"challenger": 1, "champion": 1}
+    assert verdict.budgets == find_version(made.uri, "tiny", "1").gate_budgets == (16, 64)
 
     with pytest.raises(GateRefusal) as refusal:
         made.promote(gates=gates, candidate=str(made.second))
@@ -90,7 +94,7 @@ def test_a_first_version_passes_and_a_worse_one_is_refused_forced_and_rolled_bac
     assert "the answer to row 3 at 64 visual tokens is" in text
     assert made.aliases() == {"challenger": 2, "champion": 1}
     page = find_version(made.uri, "tiny", "2")
-    assert page.verdict == "failed"
+    assert (page.verdict, page.gate_budgets) == ("failed", ())
     assert any("-100.00 points" in sentence for sentence in json.loads(page.tags["parcel.gate_failed"]))
     run = MlflowClient(made.uri).get_run(page.tags["parcel.gate_run"])
     assert run.info.status == "FINISHED", "the gates did their work"
@@ -105,6 +109,7 @@ def test_a_first_version_passes_and_a_worse_one_is_refused_forced_and_rolled_bac
     page = find_version(made.uri, "tiny", "champion")
     assert page.verdict == "forced"
     assert json.loads(page.tags["parcel.gate_failed"])
+    assert page.tags["parcel.gate_user"] == getpass.getuser()
     assert MlflowClient(made.uri).get_run(page.tags["parcel.gate_run"]).data.tags["parcel.gate_force"] == "True"
 
     back = roll_back("tiny", made.uri)
@@ -138,10 +143,35 @@ def test_files_that_changed_are_not_loaded(made: Place, monkeypatch: pytest.Monk
         file.seek(-1, 2)
         file.write(b"\x07")
     try:
-        with pytest.raises(GateRefusal, match=r"signature, manifest and files is model\.safetensors in .* has SHA-256"):
-            made.promote(name="changed", candidate=2)
+        for force in (False, True):
+            with pytest.raises(GateRefusal, match=r"signature, manifest and files is model\.safetensors in .* has SHA-256.*Register the checkpoint again"):
+                made.promote(name="changed", candidate=2, force=force)
+        assert made.aliases()["champion"] == 1
     finally:
         shutil.copy(kept, folder / "model.safetensors")
+
+
+def test_a_champion_that_changed_while_the_gates_ran_is_not_replaced(made: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    def meanwhile(*arguments: Any) -> list[str]:
+        MlflowClient(made.uri).delete_registered_model_alias("tiny", "champion")
+        return []
+
+    assert made.aliases()["champion"] == 1
+    monkeypatch.setattr(promotion, "card_problems", meanwhile)
+    try:
+        with pytest.raises(UserError, match=r"champion of model 'tiny' was version 1 when this was decided and is no version now"):
+            made.promote(name="race", candidate=2)
+        assert "champion" not in made.aliases()
+    finally:
+        registry.promote(made.uri, "tiny", 1)
+
+
+def test_every_verdict_has_a_file_of_its_own(made: Place) -> None:
+    for _ in range(2):
+        verdict = made.promote(name="files", candidate=1)
+    folder = made.root / "promote" / "files" / verdict.mlflow_run_id
+    assert sorted(path.name for path in folder.iterdir()) == ["verdict-v1-1.json", "verdict-v1-2.json"]
+    assert json.loads((folder / "verdict-v1-2.json").read_text())["user"] == getpass.getuser()
 
 
 def test_a_version_that_is_no_elastic_model_is_named(made: Place) -> None:

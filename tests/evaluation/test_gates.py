@@ -1,22 +1,25 @@
 """Gates that stored answers decide, on answers by hand."""
 
+import math
 from collections.abc import Sequence
+from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from parcelray.config.promote import GoldenAnswer, RegressionGate, RetentionGate
 from parcelray.data.sample import Sample
 from parcelray.errors import UserError
 from parcelray.evaluation.evaluation import Evaluation
-from parcelray.evaluation.gates import check_golden, check_regression, check_retention
-from parcelray.evaluation.split_scores import GivenAnswer, ScoringRules, score_splits
+from parcelray.evaluation.gates import Check, accepted_budgets, check_golden, check_regression, check_retention
+from parcelray.evaluation.split_scores import Estimate, GivenAnswer, ScoringRules, score_splits
 from parcelray.evaluation.summary import Summary, summarize
 
 FAMILIES = ("general", "grounding")
 
 
-def _summary(shares: dict[int, tuple[float, float]], count: int = 100, ids: str = "q") -> Summary:
-    """A model that answers a share of each family's questions rightly, at each budget the first ones."""
+def _summary(shares: dict[int, tuple[float, float]], count: int = 100, ids: str = "q", unscored: Sequence[str] = ()) -> Summary:
+    """A model that answers a share of each family's questions rightly, at each budget the first ones; of some families none can be scored."""
     samples = [
         Sample(id=f"{ids}{family}{index}", benchmark="b", family=family, task="t", images=(), prompt="?", answers=("yes",), scene=f"{family}{index}")
         for family in FAMILIES
@@ -26,6 +29,12 @@ def _summary(shares: dict[int, tuple[float, float]], count: int = 100, ids: str 
         budget: [GivenAnswer("yes" if index < share * count else "no") for share in by_family for index in range(count)] for budget, by_family in shares.items()
     }
     splits = score_splits(samples, answers, ScoringRules(split_of=lambda sample: f"b/{sample.family}"))
+    for place, split in enumerate(splits):
+        if split.family in unscored:
+            nothing = {
+                budget: replace(score, estimate=Estimate(math.nan, np.full_like(score.estimate.draws, np.nan), 0)) for budget, score in split.scores.items()
+            }
+            splits[place] = replace(split, scores=nothing)
     evaluation = Evaluation("e", "sha256:1", "sha256:1", tuple(sorted(shares)), max(shares), "nowhere", ())
     return summarize(evaluation, splits, 5.0, None)
 
@@ -72,6 +81,27 @@ def test_what_the_margin_allows_on_average_must_be_sure() -> None:
     for count, sure in ((100, False), (2000, True)):
         better, worse = (_summary({64: (share, share)}, count) for share in (0.80, 0.74))
         assert [check.passed for check in check_regression(worse, better, RegressionGate(margin=7))] == [sure]
+
+
+def test_both_are_averaged_over_the_same_splits() -> None:
+    """A champion with nothing scored on a hard split must not look better for it than a candidate that was scored on both."""
+    champion = _summary({64: (0.8, 0.1)}, unscored=["grounding"])
+    same = list(check_regression(_summary({64: (0.8, 0.1)}), champion, RegressionGate(margin=1)))
+    assert [(check.passed, check.found.split(" ")[0]) for check in same] == [(True, "+0.00")]
+    lost = list(check_regression(champion, _summary({64: (0.8, 0.1)}), RegressionGate(margin=1)))
+    assert [check.passed for check in lost] == [False, True]
+    assert str(lost[0]) == "the score on b/grounding at 64 visual tokens is nothing that could be scored, but the gate asks for a score"
+
+
+def test_a_budget_is_accepted_when_all_that_was_asked_of_its_answers_passed() -> None:
+    def check(gate: str, budget: int | None, passed: bool = True) -> Check:
+        return Check(gate, "what", "found", "asked", passed, budget)
+
+    card = check("card", None)
+    asked = [check("retention", 16), check("golden", 16, False), check("retention", 64), check("latency", 64, False), check("latency", 256)]
+    assert accepted_budgets([card, *asked], [16, 64, 256]) == [64]
+    assert accepted_budgets([card, check("regression", None)], [16]) == []
+    assert accepted_budgets([card._replace(passed=False), *asked], [16, 64]) == []
 
 
 def test_other_samples_are_not_compared() -> None:

@@ -26,7 +26,7 @@ from parcelray.serving.schemas import ChatRequest, parse_chat
 from tests.serving.local import job_of
 
 END = Finished("red", "stop", 3, Timings(queue_s=0.1, vision_s=0.0, prefill_s=0.1, first_token_s=0.2, total_s=0.5), cached_images=0)
-LOAD = {"budgets": {"offered": [16, 64], "policy": {"type": "load", "objective_s": 10}}}
+LOAD: dict[str, Any] = {"budgets": {"offered": [16, 64], "policy": {"type": "load", "objective_s": 10}}}
 
 
 @dataclass

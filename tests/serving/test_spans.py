@@ -16,6 +16,7 @@ from parcelray.models.backbones.processor_base import ElasticProcessor
 from parcelray.serving.chat import Prepared
 from parcelray.serving.clients import LocalClient
 from parcelray.serving.continuous_engine import ContinuousEngine
+from parcelray.serving.schemas import parse_chat
 from tests.serving.conftest import Asker
 from tests.serving.local import VERSION, job_of, service_of
 
@@ -29,7 +30,8 @@ def test_a_trace_has_the_budget_and_the_parts(
     monkeypatch.setattr(trace, "get_tracer", provider.get_tracer)
     with ThreadPoolExecutor(1) as pool:
         service = service_of(job_of(), model, processor, LocalClient(engine), pool)
-        prepared = Prepared(ask(samples[0], 64), service.routes.champion, time.perf_counter(), 0.0)
+        chat = parse_chat(b'{"model": "mini", "messages": [{"role": "user", "content": "what"}]}')
+        prepared = Prepared(chat, ask(samples[0], 64), service.routes.champion, time.perf_counter(), 0.0)
         asyncio.run(service.answer(prepared))
         assert exporter.get_finished_spans() == ()
         with provider.get_tracer("test").start_as_current_span("request"):

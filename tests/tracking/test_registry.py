@@ -92,6 +92,18 @@ def test_promotion_keeps_the_former_champion_as_previous_and_rollback_swaps_them
     assert aliases() == {"champion": 1, "previous": 2, "challenger": 3}
 
 
+def test_what_was_decided_on_one_champion_does_not_replace_another(uri, client, versions):
+    promote(uri, "parcel", 1)
+    with pytest.raises(UserError, match=r"champion of model 'parcel' was version 3 when this was decided and is version 1 now"):
+        promote(uri, "parcel", 2, expected=3)
+    with pytest.raises(UserError, match="was no version when this was decided and is version 1 now"):
+        promote(uri, "parcel", 2, expected=None)
+    assert int(client.get_registered_model("parcel").aliases["champion"]) == 1
+    promote(uri, "parcel", 2, expected=1)
+    assert int(client.get_registered_model("parcel").aliases["champion"]) == 2
+    promote(uri, "parcel", 2, expected=1)
+
+
 def test_a_crash_between_two_moves_leaves_a_champion_and_a_way_back(uri, client, versions, monkeypatch):
     def aliases():
         return {alias: int(version) for alias, version in client.get_registered_model("parcel").aliases.items() if alias in ("champion", "previous")}

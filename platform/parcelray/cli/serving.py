@@ -32,6 +32,8 @@ def serve(
 
     pinned = pin(job)
     if build is not None:
+        for warning in pinned.warnings:
+            console(stderr=True).print(warning, style="yellow", highlight=False, soft_wrap=True)
         build.write_text(pinned.to_yaml(), encoding="utf-8")
         console().print(f"Wrote {build}: serve deploy {build}", highlight=False, soft_wrap=True)
         return

@@ -1,33 +1,38 @@
 """A promotion from its job file to the verdict: the candidate is put to the gates, and only what passes them becomes the champion."""
 
 import getpass
+import itertools
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
 from parcelray.cluster.evaluation_plan import EvaluationPlan, evaluation_plan
 from parcelray.cluster.evaluation_run import run_evaluation
-from parcelray.cluster.evaluation_setup import prepare
+from parcelray.cluster.latency_gate import check_latency
 from parcelray.cluster.provenance import flat_params, git_commit, resolve_model
 from parcelray.config.loader import config_hash, identity
 from parcelray.config.model import CheckpointModelConfig
-from parcelray.config.promote import LatencyGate, PromoteJob
-from parcelray.data.sample import Sample
+from parcelray.config.promote import PromoteJob
 from parcelray.errors import UserError
-from parcelray.evaluation.gates import Check, check_golden, check_regression, check_retention
-from parcelray.evaluation.predictor import Predictor
+from parcelray.evaluation.gates import Check, accepted_budgets, check_golden, check_regression, check_retention
 from parcelray.models.checkpoint import resolve_checkpoint
-from parcelray.models.processor import image_size_of, load_processor
-from parcelray.models.vlm import load_vlm, use_sdpa_where_exact
-from parcelray.profiling.answer_latency import answer_p95_ms
 from parcelray.tracking.mlflow_tracker import MlflowRunLogger, tracked_run
-from parcelray.tracking.model_versions import card_problems, find_version, model_names, record_verdict, training_run, version_of_content, versions_of
+from parcelray.tracking.model_versions import (
+    GateRecord,
+    card_problems,
+    find_version,
+    model_names,
+    record_verdict,
+    training_run,
+    version_of_content,
+    versions_of,
+)
 from parcelray.tracking.registry import CHALLENGER, CHAMPION, promote, register_model
 from parcelray.tracking.store import ensure_store
 
@@ -38,17 +43,22 @@ class GateRefusal(UserError):
     Args:
         version: `models:/NAME/VERSION`.
         failed: what fell short, a sentence each.
+        sound: whether its files are what was registered; only such a version can be forced.
     """
 
-    def __init__(self, version: str, failed: Sequence[str]) -> None:
+    def __init__(self, version: str, failed: Sequence[str], *, sound: bool = True) -> None:
         self.version = version
         self.failed = tuple(failed)
-        super().__init__(
-            f"{version} is not promoted: {'; '.join(failed)}. Train a better version, or change the gate; --force promotes it all the same, and records it."
+        self.sound = sound
+        remedy = (
+            "Train a better version, or change the gate; --force promotes it all the same, and records it."
+            if sound
+            else "Register the checkpoint again; --force does not promote files that are not what was registered."
         )
+        super().__init__(f"{version} is not promoted: {'; '.join(failed)}. {remedy}")
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (type(self), (self.version, self.failed))
+        return (partial(type(self), sound=self.sound), (self.version, self.failed))
 
 
 @dataclass(frozen=True)
@@ -60,8 +70,12 @@ class Verdict:
     champion: int | None
     """The champion when the gates ran; None: there was none."""
     checks: tuple[Check, ...]
-    forced: bool
-    """Whether it became the champion although a check failed."""
+    budgets: tuple[int, ...]
+    """Whose answers passed every check that was made of them: an endpoint may go down to these under load."""
+    force: bool
+    """Whether it was to become the champion whatever the gates say of its answers."""
+    user: str
+    """Who ran the promotion."""
     mlflow_run_id: str
 
     @property
@@ -72,7 +86,12 @@ class Verdict:
     @property
     def word(self) -> str:
         """`passed`, `failed` or `forced`."""
-        return "passed" if not self.failed else "forced" if self.forced else "failed"
+        return "passed" if not self.failed else "forced" if self.force and self.sound else "failed"
+
+    @property
+    def sound(self) -> bool:
+        """Whether its files are what was registered."""
+        return all(check.passed for check in self.checks if check.gate == "card")
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-serialisable."""
@@ -81,6 +100,8 @@ class Verdict:
             "version": self.version,
             "champion_before": self.champion,
             "verdict": self.word,
+            "accepted_budgets": list(self.budgets),
+            "user": self.user,
             "checks": [check.to_dict() for check in self.checks],
             "mlflow_run_id": self.mlflow_run_id,
         }
@@ -101,16 +122,17 @@ def run_promotion(job: PromoteJob, console: Console, *, force: bool = False, add
     Args:
         job: the promotion.
         console: for progress and the table.
-        force: promote whatever the gates say; that is recorded with who did it.
+        force: promote whatever the gates say of the answers; that is recorded with who did it. Files that are not what was registered are never promoted.
         address: Ray cluster; None: RAY_ADDRESS, else a local instance. Unused with `compute.actors: 0`.
 
     Raises:
         GateRefusal: the candidate fell short.
-        UserError: there is no such candidate, or the job cannot run as it is written.
+        UserError: there is no such candidate, the job cannot run as it is written, or another champion was made while the gates ran.
     """
     assert job.tracking.uri is not None
     uri = ensure_store(job.tracking.uri)
-    tags = {"parcel.config_hash": config_hash(job), "parcel.gate_user": getpass.getuser(), "parcel.gate_force": str(force)}
+    user = getpass.getuser()
+    tags = {"parcel.config_hash": config_hash(job), "parcel.gate_user": user, "parcel.gate_force": str(force)}
     commit = git_commit()
     if commit is not None:
         tags["mlflow.source.git.commit"] = commit
@@ -121,13 +143,13 @@ def run_promotion(job: PromoteJob, console: Console, *, force: bool = False, add
         champion = _champion(uri, job.model)
         console.print(f"Candidate models:/{job.model}/{version}, champion {f'version {champion}' if champion is not None else 'none yet'}", highlight=False)
         checks = tuple(_checks(job, uri, version, champion, console, address, run_id))
-        verdict = Verdict(job.model, version, champion, checks, forced=force, mlflow_run_id=run_id)
+        verdict = Verdict(job.model, version, champion, checks, tuple(accepted_budgets(checks, job.budgets)), force, user, run_id)
         _record(job, name, uri, verdict)
         if verdict.word != "failed":
-            promote(uri, job.model, version)
+            promote(uri, job.model, version, expected=champion)
     console.print(verdict.to_rich())
     if verdict.word == "failed":
-        raise GateRefusal(f"models:/{job.model}/{version}", verdict.failed)
+        raise GateRefusal(f"models:/{job.model}/{version}", verdict.failed, sound=verdict.sound)
     console.print(f"models:/{job.model}@{CHAMPION} is version {version}", highlight=False)
     return verdict
 
@@ -192,31 +214,17 @@ def _checks(job: PromoteJob, uri: str, version: int, champion: int | None, conso
             yield from check_regression(own, theirs, gates.regression)
     yield from check_golden(own.splits, gates.golden)
     if gates.latency is not None:
-        yield from _latency(job, gates.latency, ours, uri)
-
-
-def _latency(job: PromoteJob, gate: LatencyGate, reference: str, uri: str) -> Iterator[Check]:
-    checkpoint = resolve_model(CheckpointModelConfig(reference=reference), uri)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = load_vlm(checkpoint.path).eval().to(device)
-    use_sdpa_where_exact(model)
-    first = prepare(job.evaluation("latency", reference), image_size_of(checkpoint.path))[0]
-    samples: list[Sample] = []
-    for row in first.task.rows:
-        samples += first.task.reader.read(row).samples
-        if len(samples) >= gate.questions:
-            break
-    predictor = Predictor(model, load_processor(checkpoint.path), batch_size=1, settings=first.task.generation, device=device)
-    for budget, found in answer_p95_ms(predictor, samples[: gate.questions], list(gate.at_most_ms)).items():
-        most = gate.at_most_ms[budget]
-        yield Check("latency", f"p95 of one question at {budget} visual tokens", f"{found:.1f} ms", f"at most {most:g} ms", found <= most)
+        yield from check_latency(job, gates.latency, resolve_model(CheckpointModelConfig(reference=ours), uri))
 
 
 def _record(job: PromoteJob, name: str, uri: str, verdict: Verdict) -> None:
-    record_verdict(uri, verdict.model, verdict.version, verdict.word, job=name, run_id=verdict.mlflow_run_id, failed=verdict.failed)
-    folder = Path(job.storage) / "promote" / job.name
+    record = GateRecord(verdict.word, name, verdict.mlflow_run_id, verdict.user, verdict.budgets, verdict.failed)
+    record_verdict(uri, verdict.model, verdict.version, record)
+    folder = Path(job.storage) / "promote" / job.name / verdict.mlflow_run_id
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"verdict-v{verdict.version}.json"
+    # The same promotion against another champion is the same run: each verdict has a file of its own.
+    numbers = itertools.count(1)
+    path = next(path for number in numbers if not (path := folder / f"verdict-v{verdict.version}-{number}.json").exists())
     path.write_text(json.dumps(verdict.to_dict(), indent=2) + "\n", encoding="utf-8")
     tracker = MlflowRunLogger(uri, verdict.mlflow_run_id)
     tracker.set_tags({"parcel.gate": verdict.word, "parcel.model": f"models:/{verdict.model}/{verdict.version}"})

@@ -35,6 +35,8 @@ class ServingPlan:
     """Prefill of one image at each offered budget."""
     requests_in_kv: dict[int, int]
     """Requests with one image and the default answer that fit the KV cache together."""
+    warnings: tuple[str, ...]
+    """What the gates leave open of the model's budgets."""
     config: dict[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
@@ -55,7 +57,7 @@ class ServingPlan:
                 for budget, flops in self.flops.items()
             },
         }
-        for key, value in rows.items():
+        for key, value in [*rows.items(), *(("gates", warning) for warning in self.warnings)]:
             table.add_row(key, value)
         return table
 
@@ -97,6 +99,7 @@ def serving_plan(job: ServeJob) -> ServingPlan:
         kv_bytes=kv_cache_bytes(shape, job.engine.kv_tokens, bytes_per_value),
         flops={budget: each.total for budget, each in costs.items()},
         requests_in_kv={budget: min(job.engine.max_running, job.engine.kv_tokens // (budget + 32 + job.limits.default_max_tokens)) for budget in costs},
+        warnings=pinned.warnings,
         config=job.model_dump(mode="json"),
     )
 

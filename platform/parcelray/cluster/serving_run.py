@@ -20,6 +20,7 @@ from ray.serve.schema import ServeDeploySchema, TracingConfig
 from rich.console import Console
 
 from parcelray.cluster.provenance import resolve_model
+from parcelray.cluster.serving_gates import gate_warnings
 from parcelray.cluster.session import ADDRESS_VARIABLE, import_path, ray_session
 from parcelray.config.model import CheckpointModelConfig
 from parcelray.config.serve import HttpConfig, ServedModelConfig, ServeJob
@@ -41,6 +42,8 @@ class PinnedEndpoint:
     job: ServeJob
     champion: ResolvedCheckpoint
     challenger: ResolvedCheckpoint | None
+    warnings: tuple[str, ...] = ()
+    """What its owner should know before it starts."""
 
     def config(self) -> dict[str, Any]:
         """For Serve."""
@@ -59,7 +62,7 @@ def pin(job: ServeJob) -> PinnedEndpoint:
     """Resolves the models of a job and checks what can be checked before anything starts.
 
     Raises:
-        UserError: a model is not to be had, cannot give an offered budget, or the keys cannot be read.
+        UserError: a model is not to be had, cannot give an offered budget, its gates did not accept the load policy's floor, or the keys cannot be read.
     """
     if job.http.keys_file is not None:
         # The ingress has another working directory.
@@ -71,7 +74,8 @@ def pin(job: ServeJob) -> PinnedEndpoint:
     _check_budgets(job, job.model, champion)
     if job.canary is not None and challenger is not None:
         _check_budgets(job, job.canary.model, challenger)
-    return PinnedEndpoint(job, champion, challenger)
+    models = [champion] if challenger is None else [champion, challenger]
+    return PinnedEndpoint(job, champion, challenger, tuple(warning for model in models for warning in gate_warnings(job, model)))
 
 
 @contextmanager
@@ -151,6 +155,8 @@ def deploy(pinned: PinnedEndpoint) -> None:
 def run_endpoint(pinned: PinnedEndpoint, console: Console, *, address: str | None = None) -> None:
     """Serves until SIGINT or SIGTERM. SIGHUP resolves the job's references again and rolls over to what they stand for now."""
     stop, again = threading.Event(), threading.Event()
+    for warning in pinned.warnings:
+        console.print(warning, style="yellow", highlight=False, soft_wrap=True)
     console.print(f"Starting {pinned.champion.pinned} at {', '.join(map(str, sorted(pinned.job.budgets.offered)))} visual tokens", highlight=False)
     with endpoint(pinned, address=address) as url:
         # Only now: Ray puts its own handlers in when it starts.

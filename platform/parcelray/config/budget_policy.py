@@ -34,7 +34,7 @@ class LoadPolicyConfig(StrictModel):
     quantile: float = Field(default=0.95, gt=0, lt=1)
     """Share of the requests."""
     floor: int | None = Field(default=None, ge=1)
-    """Smallest budget it may give: one that the promotion gate accepted; null: the smallest that is served."""
+    """Smallest budget it may give; null: the smallest that is served. A registered version that was put to gates is served only if they accepted it."""
     window_s: float = Field(default=5.0, gt=0)
     """How far back latencies count, seconds."""
     lower_after_s: float = Field(default=0.5, gt=0)

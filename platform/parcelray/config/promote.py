@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 from parcelray.config.base import StrictModel
 from parcelray.config.evaluate import BenchmarkChoice, EvaluateJob, PassConfig
 from parcelray.config.model import CheckpointModelConfig
+from parcelray.config.serve import EngineConfig
 from parcelray.config.train import TrackingConfig
 
 
@@ -46,12 +47,20 @@ class GoldenAnswer(StrictModel):
 
 
 class LatencyGate(StrictModel):
-    """The longest time that one question may take alone, measured in this process on this machine when the gate runs."""
+    """The longest time that one question may take alone on the engine that serves, in this process on this machine when the gate runs."""
 
     at_most_ms: dict[int, float] = Field(min_length=1)
     """By budget: 95th percentile over the questions, from the encoded image to the answer, milliseconds."""
     questions: int = Field(default=20, ge=5)
     """Questions of the first benchmark that are timed, after one that is not."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Arithmetic of the model, as in the job that serves it."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where it runs, as there."""
+    threads: int | None = Field(default=None, ge=1)
+    """Threads of its arithmetic on a CPU, as there; null: all cores."""
+    engine: EngineConfig = EngineConfig()
+    """As there; but features of images are never kept, since every image is new."""
 
 
 class GateSet(StrictModel):

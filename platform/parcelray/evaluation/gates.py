@@ -21,6 +21,8 @@ class Check(NamedTuple):
     asked: str
     """What the gate asks."""
     passed: bool
+    budget: int | None = None
+    """The visual-token budget that it is about; None: no single one."""
 
     def __str__(self) -> str:
         return f"{self.what} is {self.found}, but the gate asks for {self.asked}"
@@ -53,18 +55,29 @@ def check_regression(candidate: Summary, champion: Summary, gate: RegressionGate
         UserError: the two were not asked the same.
     """
     _check_same_samples(candidate.splits, champion.splits)
+    theirs = {split.name: split for split in champion.splits}
     groups: list[tuple[str, Sequence[str] | None, float]] = [("all splits", None, gate.margin)]
     if gate.family_margin is not None:
         groups += [(family, names, gate.family_margin) for family, names in candidate.families.items()]
     for budget in candidate.budgets:
+        comparable = []
+        for split in candidate.splits:
+            ours, base = split.scores[budget].estimate.n, theirs[split.name].scores[budget].estimate.n
+            if ours and base:
+                comparable.append(split.name)
+            elif base:
+                yield Check("regression", f"the score on {split.name} at {budget} visual tokens", "nothing that could be scored", "a score", False, budget)
         for group, names, margin in groups:
-            gap = difference(candidate.mean_score(budget, names), champion.mean_score(budget, names)).interval
+            # Both over the same splits: a mean that leaves a hard one out is no better for it.
+            both = [name for name in comparable if names is None or name in names]
+            gap = difference(candidate.mean_score(budget, both), champion.mean_score(budget, both)).interval
             yield Check(
                 gate="regression",
                 what=f"the score on {group} at {budget} visual tokens against the champion's",
                 found=f"{gap.value:+.2f} points [{gap.low:+.2f}, {gap.high:+.2f}]",
                 asked=f"a lower end of at least {-margin:+g}",
                 passed=gap.low >= -margin,
+                budget=budget,
             )
 
 
@@ -91,7 +104,21 @@ def check_golden(splits: Sequence[SplitScores], golden: Sequence[GoldenAnswer]) 
                 found=repr(text),
                 asked=" or ".join(map(repr, legal)),
                 passed=passed,
+                budget=budget,
             )
+
+
+def accepted_budgets(checks: Sequence[Check], budgets: Sequence[int]) -> list[int]:
+    """Budgets that something was asked about the answers of, and nothing fell short of it; none where the files are not in order.
+
+    Args:
+        checks: of all gates; those of the latency say nothing about answers.
+        budgets: that were asked.
+    """
+    if not all(check.passed for check in checks if check.gate == "card"):
+        return []
+    about = {budget: [check.passed for check in checks if check.budget == budget and check.gate != "latency"] for budget in budgets}
+    return sorted(budget for budget, passed in about.items() if passed and all(passed))
 
 
 def _retention(summary: Summary, group: str, names: Sequence[str] | None, budget: int, least: float) -> Check:
@@ -103,6 +130,7 @@ def _retention(summary: Summary, group: str, names: Sequence[str] | None, budget
         asked=f"at least {least:g} %",
         # A comparison with NaN (nothing to retain) is false, so it does not pass.
         passed=kept.value >= least,
+        budget=budget,
     )
 
 

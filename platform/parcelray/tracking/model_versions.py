@@ -1,10 +1,11 @@
 """Registered models and their versions as people look at them, and the verdict of the gates on each."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
@@ -18,7 +19,8 @@ from parcelray.tracking.registry import CONTENT_TAG, SIGNATURE, aliases_of, chec
 
 VERDICT_TAG = "parcel.gate"
 """`passed`, `failed`, or `forced`: made champion although a gate failed."""
-_GATE_TAGS = ("parcel.gate_job", "parcel.gate_time", "parcel.gate_run", "parcel.gate_failed")
+BUDGETS_TAG = "parcel.gate_budgets"
+"""JSON list: the budgets whose answers passed every check that was made of them."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,11 @@ class VersionPage:
     def verdict(self) -> str:
         """Of the last gate that it was put to; empty before the first."""
         return self.tags.get(VERDICT_TAG, "")
+
+    @property
+    def gate_budgets(self) -> tuple[int, ...] | None:
+        """Budgets whose answers the last gate accepted; None before the first."""
+        return tuple(json.loads(self.tags[BUDGETS_TAG])) if BUDGETS_TAG in self.tags else None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-serialisable."""
@@ -118,25 +125,47 @@ def training_run(tracking_uri: str, folder: Path) -> str | None:
     return str(runs[0].info.run_id) if runs else None
 
 
-def record_verdict(tracking_uri: str, name: str, version: int, verdict: str, *, job: str, run_id: str, failed: list[str]) -> None:
-    """Writes what the gates said onto the version; the last verdict wins, and the run keeps the whole report.
+class GateRecord(NamedTuple):
+    """What the gates said of a version, as the version keeps it."""
+
+    verdict: str
+    """`passed`, `failed` or `forced`."""
+    job: str
+    """Identity of the promotion."""
+    run_id: str
+    """Its MLflow run."""
+    user: str
+    """Who ran it, and forced it where it was forced."""
+    budgets: Sequence[int]
+    """Whose answers were accepted."""
+    failed: Sequence[str]
+    """What fell short, a sentence each."""
+
+
+def record_verdict(tracking_uri: str, name: str, version: int, record: GateRecord) -> None:
+    """Writes what the gates said onto the version; the last verdict wins, and the run keeps every report.
 
     Args:
         tracking_uri: of the registry.
         name: registered model.
         version: its number.
-        verdict: `passed`, `failed` or `forced`.
-        job: identity of the promotion.
-        run_id: its MLflow run.
-        failed: what fell short, a sentence each.
+        record: what they said.
     """
     client = MlflowClient(tracking_uri=tracking_uri)
-    sentences = json.dumps(failed)
+    sentences = json.dumps(list(record.failed))
     if len(sentences) > MAX_TAG:
-        sentences = json.dumps([f"{len(failed)} checks; the first: {failed[0][:1000]}"])
-    values = (job, datetime.now(UTC).isoformat(timespec="seconds"), run_id, sentences)
-    # The verdict last: a version that carries it carries its reasons, too.
-    for key, value in clean_tags(dict(zip(_GATE_TAGS, values, strict=True)) | {VERDICT_TAG: verdict}).items():
+        sentences = json.dumps([f"{len(record.failed)} checks; the first: {record.failed[0][:1000]}"])
+    tags = {
+        "parcel.gate_job": record.job,
+        "parcel.gate_time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "parcel.gate_run": record.run_id,
+        "parcel.gate_user": record.user,
+        "parcel.gate_failed": sentences,
+        BUDGETS_TAG: json.dumps(list(record.budgets)),
+        # Last: a version that carries it carries its reasons, too.
+        VERDICT_TAG: record.verdict,
+    }
+    for key, value in clean_tags(tags).items():
         client.set_model_version_tag(name, str(version), key, value)
 
 

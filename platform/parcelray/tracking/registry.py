@@ -14,7 +14,7 @@ import tempfile
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import unquote, urlparse
 
 import mlflow.artifacts
@@ -92,7 +92,7 @@ def register_model(
     return int(created.version)
 
 
-def promote(tracking_uri: str, name: str, version: int, alias: str = CHAMPION) -> None:
+def promote(tracking_uri: str, name: str, version: int, alias: str = CHAMPION, *, expected: int | Literal["any"] | None = "any") -> None:
     """Points an alias at a version. For `champion`, the version that loses it becomes `previous` first; the alias moves last.
 
     Args:
@@ -100,9 +100,10 @@ def promote(tracking_uri: str, name: str, version: int, alias: str = CHAMPION) -
         name: registered model.
         version: an existing version.
         alias: `champion`, `challenger` or another name of your own.
+        expected: the version that the alias must stand for still (None: no version), since something was decided on that; `any`: whatever it is.
 
     Raises:
-        UserError: if the alias is reserved, or the version does not exist.
+        UserError: if the alias is reserved, the version does not exist, or the alias has moved from what was expected.
     """
     if alias == PREVIOUS or _RESERVED_ALIAS.fullmatch(alias) or re.fullmatch(r"[\w-]{1,255}", alias) is None:
         raise UserError(
@@ -115,6 +116,9 @@ def promote(tracking_uri: str, name: str, version: int, alias: str = CHAMPION) -
         former = aliases_of(client, name).get(alias)
         if former == version:
             return
+        if expected not in ("any", former):
+            was, now = (f"version {each}" if each is not None else "no version" for each in (expected, former))
+            raise UserError(f"{alias} of model {name!r} was {was} when this was decided and is {now} now; decide again: run the command once more.")
         if alias == CHAMPION and former is not None:
             client.set_registered_model_alias(name, PREVIOUS, str(former))
         client.set_registered_model_alias(name, alias, str(version))
