@@ -242,6 +242,6 @@ def test_metrics_carry_the_budget(running: tuple[str, ChatService], client: Open
     client.chat.completions.create(model="mini", messages=message(samples[0]), extra_body={"visual_tokens": 64})
     text = running[1].metrics.text().decode()
     for name in ("time_to_first_token_seconds", "e2e_request_latency_seconds", "request_queue_time_seconds", "vision_encode_seconds"):
-        assert f'parcel:{name}_count{{model_name="mini",visual_tokens="64"}}' in text
+        assert f'parcel:{name}_count{{engine="0",model_name="mini",visual_tokens="64"}}' in text
     (line,) = [line for line in text.splitlines() if line.startswith("parcel:kv_cache_usage_perc{")]
     assert math.isclose(float(line.rpartition(" ")[2]), 0.0)

@@ -5,6 +5,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+import ray.serve
+
 from parcelray.serving.metrics import EndpointMetrics
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -24,8 +26,7 @@ def _scraped(metric: Any) -> list[str]:
 
 def test_every_query_asks_for_what_is_there() -> None:
     declared = _declared()
-    dashboard = json.loads((ROOT / "deploy" / "grafana" / "endpoint.json").read_text())
-    queries = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+    queries = _queries()
     asked = {name for query in queries for name in NAME.findall(query)}
     assert asked <= set(declared)
     for query in queries:
@@ -36,3 +37,24 @@ def test_every_query_asks_for_what_is_there() -> None:
     left = {name.removesuffix("_bucket").removesuffix("_sum").removesuffix("_count").removesuffix("_total") for name in set(declared) - asked}
     shown = {name.removesuffix("_bucket").removesuffix("_sum").removesuffix("_count").removesuffix("_total") for name in asked}
     assert left - shown == {"parcel:request_prompt_tokens", "parcel:request_generation_tokens", "parcel:request_retries"}
+
+
+def test_every_query_of_ray_names_a_metric_that_it_has() -> None:
+    source = "".join(path.read_text() for path in Path(ray.serve.__file__).parent.rglob("*.py"))
+    kinds = {name: kind for kind, name in re.findall(r'metrics\.(Counter|Gauge|Histogram)\(\s*"(serve_\w+)"', source)}
+    asked = {name for query in _queries() for name in re.findall(r"ray_(\w+)", query)}
+    for name in asked:
+        bare = next((known for known in kinds if name == _as_scraped(known, kinds[known])), None)
+        assert bare is not None, f"ray_{name}"
+    wanted = ("deployment_processing_latency_ms", "replica_processing_queries", "deployment_error_counter", "replica_startup_latency_ms")
+    assert {_as_scraped(f"serve_{name}", kinds[f"serve_{name}"]) for name in wanted} <= asked
+
+
+def _as_scraped(name: str, kind: str) -> str:
+    """Ray's counters end with `_total` once."""
+    return {"Counter": f"{name.removesuffix('_total')}_total", "Gauge": name, "Histogram": f"{name}_bucket"}[kind]
+
+
+def _queries() -> list[str]:
+    dashboard = json.loads((ROOT / "deploy" / "grafana" / "endpoint.json").read_text())
+    return [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]

@@ -87,7 +87,7 @@ def endpoint(pinned: PinnedEndpoint, *, address: str | None = None) -> Iterator[
         SystemFailure: a model cannot be started.
     """
     job = pinned.job
-    cpus = int(job.replicas.max * job.replicas.cpus + (job.canary is not None) * job.replicas.cpus + job.http.workers) + 2
+    cpus = int(job.replicas.max * job.replicas.cpus + (job.canary is not None) * job.replicas.cpus + 1) + 2
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     if _proxy_will_start_here(address):
         _check_port(job.http)

@@ -111,8 +111,6 @@ class HttpConfig(StrictModel):
     """File with hashes of API keys (`parcelray keys add`); null: no key is asked for."""
     image_hosts: tuple[str, ...] = ()
     """Hosts whose https images the server may fetch; none: only `data:` URLs."""
-    workers: int = Field(default=1, ge=1)
-    """Copies of the ingress."""
     image_threads: int = Field(default=2, ge=1)
     """Images that one ingress decodes at the same time."""
     playground: bool = True

@@ -67,7 +67,8 @@ def ingress_app(args: dict[str, Any]) -> Application:
     in_flight = (job.engine.max_running + job.engine.max_waiting) * job.replicas.max
     deployment: Any = serve.deployment(
         name=INGRESS_DEPLOYMENT,
-        num_replicas=job.http.workers,
+        # One: what it counts (metrics, rates of keys, load, how a challenger does) is the whole endpoint's.
+        num_replicas=1,
         # Twice what it admits: the refused must reach it to be told when to come back. What is beyond that, Serve's proxy refuses.
         max_ongoing_requests=2 * in_flight + 64,
         max_queued_requests=4 * in_flight,

@@ -77,6 +77,8 @@ class ChatService:
         self._hosts = frozenset(http.image_hosts)
         self._pool = pool
         self._log = log
+        metrics.watch_in_flight(lambda: admission.in_flight)
+        self._tell_of_challenger()
 
     async def prepare(self, chat: ChatRequest, request_id: str, arrived: float) -> Prepared:
         """Everything that can be refused without the model.
@@ -90,7 +92,8 @@ class ChatService:
         if chat.images:
             self.metrics.decided(chat.asked_budget, budget)
         if self.policy.controller is not None and chat.asked_budget == "auto" and chat.images:
-            self.metrics.auto_budget(budget)
+            lowered, raised = self.policy.controller.new_steps()
+            self.metrics.load_policy(budget, lowered=lowered, raised=raised)
         route = self.routes.pick()
         started = time.perf_counter()
         request = await self._request(chat, route, request_id, budget, sampling)
@@ -238,7 +241,7 @@ class ChatService:
         first_token_s = latency_s - (end.timings.total_s - end.timings.first_token_s)
         self.admission.answered()
         self.policy.answered(latency_s, first_token_s)
-        self.metrics.finished(prepared.request, end, latency_s=latency_s, first_token_s=first_token_s, image_s=prepared.image_s, replica=end.stats.engine)
+        self.metrics.finished(prepared.request, end, latency_s=latency_s, first_token_s=first_token_s, image_s=prepared.image_s)
         self._record(prepared, latency_s)
         self._log.answered(prepared.request, end, version=prepared.route.version, latency_s=latency_s)
         annotate(prepared.request, end, version=prepared.route.version)
@@ -259,6 +262,11 @@ class ChatService:
         self.metrics.routed(prepared.route.version, "failed" if latency_s is None else "answered")
         if self.routes.rolled_back is not None and before is None:
             logger.error("the challenger gets no more requests: %s", self.routes.rolled_back)
+            self._tell_of_challenger()
+
+    def _tell_of_challenger(self) -> None:
+        challenger = self.routes.challenger
+        self.metrics.challenger(challenger.version if challenger is not None else None, rolled_back=self.routes.rolled_back is not None)
 
 
 def _gone() -> EngineRefusal:

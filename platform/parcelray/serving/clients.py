@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import AsyncGenerator
 from typing import Protocol
 
-from parcelray.serving.engine import Engine, Finished, GenerateRequest, ImagePixels, Inspection, Piece
+from parcelray.serving.engine import Engine, EngineStats, Finished, GenerateRequest, ImagePixels, Inspection, Piece
 from parcelray.serving.waiting import answer, events
 
 
@@ -30,6 +30,10 @@ class ModelClient(Protocol):
 
     async def inspect(self, image: ImagePixels, num_visual_tokens: int) -> Inspection:
         """See `Inspection`."""
+        ...
+
+    async def stats(self) -> EngineStats:
+        """Of one of its replicas, any of them."""
         ...
 
     async def ping(self) -> None:
@@ -58,6 +62,10 @@ class LocalClient:
     async def inspect(self, image: ImagePixels, num_visual_tokens: int) -> Inspection:
         """See `ModelClient`."""
         return await asyncio.wrap_future(self._engine.inspect(image, num_visual_tokens))
+
+    async def stats(self) -> EngineStats:
+        """See `ModelClient`."""
+        return self._engine.stats()
 
     async def ping(self) -> None:
         """See `ModelClient`: an engine that runs in this process has no path of its own."""

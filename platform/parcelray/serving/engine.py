@@ -149,6 +149,8 @@ class EngineStats:
     prefill_batches: int = 0
     prefilled: int = 0
     """Requests over all prefill batches."""
+    load_s: float = 0.0
+    """From the start of its replica until its model was loaded and warmed up."""
 
 
 @dataclass(frozen=True, slots=True)

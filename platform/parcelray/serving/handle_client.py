@@ -9,7 +9,7 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from parcelray.serving.clients import ReplicaLost
-from parcelray.serving.engine import EngineRefusal, Failed, Finished, GenerateRequest, ImagePixels, Inspection, Piece
+from parcelray.serving.engine import EngineRefusal, EngineStats, Failed, Finished, GenerateRequest, ImagePixels, Inspection, Piece
 
 
 class HandleClient:
@@ -47,6 +47,11 @@ class HandleClient:
     async def inspect(self, image: ImagePixels, num_visual_tokens: int) -> Inspection:
         """See `ModelClient`."""
         found: Inspection = await self._call(self._handle.inspect.remote(image, num_visual_tokens))
+        return found
+
+    async def stats(self) -> EngineStats:
+        """See `ModelClient`."""
+        found: EngineStats = await self._call(self._handle.stats.remote())
         return found
 
     async def ping(self) -> None:

@@ -5,6 +5,7 @@ and only then does the next request go to it.
 """
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -28,15 +29,19 @@ from parcelray.serving.api import Api
 from parcelray.serving.auth import Gatekeeper, read_keys
 from parcelray.serving.budget_policy import BudgetPolicy
 from parcelray.serving.chat import ChatService
+from parcelray.serving.clients import ReplicaLost
+from parcelray.serving.engine import EngineRefusal
 from parcelray.serving.handle_client import HandleClient
 from parcelray.serving.metrics import EndpointMetrics
 from parcelray.serving.prompting import PromptBuilder
 from parcelray.serving.request_log import RequestLog
-from parcelray.serving.routes import Route, Routes
+from parcelray.serving.routes import Records, Route, Routes
 
 logger = logging.getLogger("ray.serve")
 MODEL_DEPLOYMENT = "Model"
 """Name of the deployment in each model's application."""
+_STATS_PERIOD_S = 1.0
+_STATS_TIMEOUT_S = 5.0
 
 
 class RouteSettings(StrictModel):
@@ -68,6 +73,7 @@ class _Shared:
     admission: Admission
     pool: ThreadPoolExecutor
     log: RequestLog
+    records: Records
 
 
 class Ingress:
@@ -87,13 +93,15 @@ class Ingress:
         self._shared = _Shared(
             policy=BudgetPolicy(self._job.budgets),
             metrics=EndpointMetrics(self._job.name),
-            admission=Admission(max(1, capacity // self._job.http.workers)),
+            admission=Admission(capacity),
             pool=ThreadPoolExecutor(self._job.http.image_threads, thread_name_prefix="images"),
             log=RequestLog(),
+            records=Records(),
         )
         keys = self._job.http.keys_file
         self._gatekeeper = Gatekeeper(read_keys(Path(keys)) if keys else [])
         self._service: ChatService | None = None
+        self._watching: asyncio.Task[None] | None = None
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         """Called by Serve once the routes are known."""
@@ -107,10 +115,9 @@ class Ingress:
         canary = self._job.canary
         if challenger is not None and canary is not None:
             challenger.share = canary.share
-            champion.share = 1 - canary.share
         shared = self._shared
         self._service = ChatService(
-            routes=Routes(champion, challenger, canary),
+            routes=Routes(champion, challenger, canary, records=shared.records),
             limits=self._job.limits,
             http=self._job.http,
             policy=shared.policy,
@@ -119,7 +126,18 @@ class Ingress:
             pool=shared.pool,
             log=shared.log,
         )
+        if self._watching is None:
+            self._watching = asyncio.create_task(self._watch())
         logger.info("parcelray: requests go to %s", ", ".join(route.version for route in self._service.routes.all))
+
+    async def _watch(self) -> None:
+        """Asks a replica of each version what it does, any of them: with time all, so that those without requests are known, too."""
+        while True:
+            await asyncio.sleep(_STATS_PERIOD_S)
+            for route in self._current().routes.all:
+                # A replica that cannot be asked now is asked again.
+                with contextlib.suppress(ReplicaLost, EngineRefusal, TimeoutError):
+                    self._shared.metrics.heard(await asyncio.wait_for(route.client.stats(), _STATS_TIMEOUT_S))
 
     def _current(self) -> ChatService:
         assert self._service is not None, "Serve configures before it serves"
@@ -130,7 +148,7 @@ class Ingress:
         prompts, costs = await asyncio.to_thread(_describe, settings, self._job.budgets.offered)
         # A version that does not answer gets no request.
         await client.ping()
-        return Route(settings.version, client, prompts, costs)
+        return Route(settings.version, client, prompts, costs, app=settings.app)
 
 
 def _describe(settings: RouteSettings, budgets: tuple[int, ...]) -> tuple[PromptBuilder, dict[int, CostBreakdown]]:

@@ -50,10 +50,8 @@ class LoadController:
         self._calm_since = now
         self._raised = -math.inf
         self._patience = 1
-        self.lowered = 0
-        """Steps down so far."""
-        self.raised = 0
-        """Steps up so far."""
+        self._lowered = 0
+        self._raised_steps = 0
 
     def started(self) -> None:
         """A request went to its model."""
@@ -89,16 +87,22 @@ class LoadController:
             self._calm_since = now
         elif self._level < len(self._ladder) - 1 and now - max(self._calm_since, self._changed) >= self._config.raise_after_s * self._patience:
             self._level += 1
-            self.raised += 1
+            self._raised_steps += 1
             self._raised = self._changed = now
         return self._ladder[self._level]
+
+    def new_steps(self) -> tuple[int, int]:
+        """Steps down and up since this was asked last."""
+        found = (self._lowered, self._raised_steps)
+        self._lowered = self._raised_steps = 0
+        return found
 
     def _lower(self, now: float) -> None:
         # A step up that does not last longer than the pause before it was too early.
         early = now - self._raised < 2 * self._config.raise_after_s * self._patience
         self._patience = min(self._patience * 2, _MOST_PATIENT) if early else 1
         self._level -= 1
-        self.lowered += 1
+        self._lowered += 1
         self._changed = now
 
     def _latency(self, now: float) -> float:

@@ -5,6 +5,7 @@ import itertools
 import logging
 import time
 from collections.abc import AsyncIterator
+from dataclasses import replace
 
 import torch
 from pydantic import TypeAdapter
@@ -18,7 +19,7 @@ from parcelray.models.backbones import ElasticVLM
 from parcelray.models.processor import load_processor
 from parcelray.models.vlm import load_vlm, use_sdpa_where_exact
 from parcelray.serving.continuous_engine import ContinuousEngine, EngineLimits
-from parcelray.serving.engine import EngineRefusal, Failed, Finished, GenerateRequest, ImagePixels, Inspection, Piece, Sampling
+from parcelray.serving.engine import EngineRefusal, EngineStats, Failed, Finished, GenerateRequest, ImagePixels, Inspection, Piece, Sampling
 from parcelray.serving.prompting import PromptBuilder
 from parcelray.serving.waiting import answer, answer_all, events
 
@@ -95,7 +96,8 @@ class ModelReplica:
         self._numbers = itertools.count()
         self._engine = ContinuousEngine(model, processor, limits_of(settings.engine), name=serve.get_replica_context().replica_id.unique_id)
         self._warm_up(settings.budgets)
-        logger.info("parcelray: ready after %.1f s", time.perf_counter() - started)
+        self._load_s = time.perf_counter() - started
+        logger.info("parcelray: ready after %.1f s", self._load_s)
 
     async def answer(self, request: GenerateRequest) -> Finished | Failed:
         """The whole answer. A refusal is a value: as an exception Ray would wrap it on the way."""
@@ -115,6 +117,10 @@ class ModelReplica:
     async def inspect(self, image: ImagePixels, num_visual_tokens: int) -> Inspection:
         """See `Engine.inspect`."""
         return await asyncio.wrap_future(self._engine.inspect(image, num_visual_tokens))
+
+    async def stats(self) -> EngineStats:
+        """See `Engine.stats`; asked aside from answers, so that an idle replica is known, too."""
+        return replace(self._engine.stats(), load_s=self._load_s)
 
     async def ping(self) -> None:
         """Makes one token through the queue, the prefill and the decoder, like any request."""

@@ -29,6 +29,8 @@ class Route:
     """Of the requests; the champion gets what the others leave."""
     outcomes: deque[float | None] = field(default_factory=lambda: deque(maxlen=_KEPT))
     """Seconds of each answer; None: it failed."""
+    app: str = ""
+    """Application that runs it: one version may run twice, with two connectors."""
 
     @property
     def error_rate(self) -> float:
@@ -46,6 +48,15 @@ class Route:
         return {"version": self.version, "share": self.share, "requests": len(self.outcomes), "error_rate": self.error_rate, "median_s": self.median_s}
 
 
+@dataclass
+class Records:
+    """How versions did, by application; outlives a change of routes, since a challenger that was sent away must not come back with it."""
+
+    outcomes: dict[str, deque[float | None]] = field(default_factory=dict)
+    rolled_back: dict[str, str] = field(default_factory=dict)
+    """Why a challenger was sent away."""
+
+
 class Routes:
     """The champion, and a challenger where there is one.
 
@@ -53,14 +64,27 @@ class Routes:
         champion: gets every request that the challenger does not.
         challenger: None: there is none.
         canary: when the challenger is sent away.
+        records: what is known of them from before.
         rng: draws who gets a request.
     """
 
-    def __init__(self, champion: Route, challenger: Route | None = None, canary: CanaryConfig | None = None, rng: random.Random | None = None) -> None:
+    def __init__(
+        self,
+        champion: Route,
+        challenger: Route | None = None,
+        canary: CanaryConfig | None = None,
+        *,
+        records: Records | None = None,
+        rng: random.Random | None = None,
+    ) -> None:
         self.champion = champion
         self.challenger = challenger
-        self.rolled_back: str | None = None
-        """Why the challenger was sent away; None: it was not."""
+        self._records = records or Records()
+        for route in self.all:
+            route.outcomes = self._records.outcomes.setdefault(route.app or route.version, route.outcomes)
+        if challenger is not None:
+            challenger.share = 0.0 if self.rolled_back is not None else challenger.share
+            champion.share = 1.0 - challenger.share
         self._canary = canary
         self._rng = rng or random.Random()
 
@@ -68,6 +92,11 @@ class Routes:
     def all(self) -> list[Route]:
         """Champion first."""
         return [self.champion] if self.challenger is None else [self.champion, self.challenger]
+
+    @property
+    def rolled_back(self) -> str | None:
+        """Why the challenger was sent away; None: it was not."""
+        return None if self.challenger is None else self._records.rolled_back.get(self.challenger.app or self.challenger.version)
 
     def pick(self) -> Route:
         """Who gets the next request."""
@@ -78,10 +107,13 @@ class Routes:
     def record(self, route: Route, seconds: float | None) -> None:
         """How a request ended; None: it failed. A challenger that does worse gets no more."""
         route.outcomes.append(seconds)
-        if self.challenger is not None and self._canary is not None and self.rolled_back is None:
-            self.rolled_back = self._verdict(self.challenger, self._canary)
-            if self.rolled_back is not None:
-                self.challenger.share = 0.0
+        challenger = self.challenger
+        if challenger is None or self._canary is None or self.rolled_back is not None:
+            return
+        reason = self._verdict(challenger, self._canary)
+        if reason is not None:
+            self._records.rolled_back[challenger.app or challenger.version] = reason
+            challenger.share, self.champion.share = 0.0, 1.0
 
     def _verdict(self, challenger: Route, canary: CanaryConfig) -> str | None:
         """Why the challenger must go; None: it may stay, or it is too early to say."""
