@@ -20,6 +20,7 @@ import yaml
 import parcelray
 from parcelray.cluster import jobs, preflight
 from parcelray.config import loader
+from parcelray.config.train import TrainJob
 from parcelray.errors import UserError
 from parcelray.models.vlm import load_vlm
 from parcelray.training.run_folder import RunFolder
@@ -210,7 +211,7 @@ def test_a_training_runs_as_a_job(cluster: Cluster, tmp_path: Path) -> None:
     pieces: list[str] = []
     state = jobs.wait(name, address=cluster.address, write=pieces.append)
     assert state.status == "SUCCEEDED", "".join(pieces)
-    result = RunFolder(loader.load_job(path)).result()
+    result = RunFolder(loader.load_job_of(TrainJob, path)).result()
     assert result is not None
     assert result["metrics"]["val/score@16"] >= 0
     assert load_vlm(result["model"]).connector.name == "parcel"

@@ -2,8 +2,9 @@
 
 import asyncio
 import json
+import random
 import time
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,11 +22,13 @@ from parcelray.serving.engine import EngineRefusal, EngineStats, Finished, Gener
 from parcelray.serving.metrics import EndpointMetrics
 from parcelray.serving.prompting import PromptBuilder
 from parcelray.serving.request_log import RequestLog
+from parcelray.serving.request_samples import RequestSampler
 from parcelray.serving.routes import Route, Routes
 from parcelray.serving.schemas import ChatRequest, parse_chat
 from tests.serving.local import job_of
 
 END = Finished("red", "stop", 3, Timings(queue_s=0.1, vision_s=0.0, prefill_s=0.1, first_token_s=0.2, total_s=0.5), cached_images=0)
+KEPT: list[Mapping[str, Any]] = []
 LOAD: dict[str, Any] = {"budgets": {"offered": [16, 64], "policy": {"type": "load", "objective_s": 10}}}
 
 
@@ -84,7 +87,7 @@ def service(prompts: PromptBuilder, pool: ThreadPoolExecutor, champion: Script, 
         metrics=EndpointMetrics(job.name),
         admission=Admission(8),
         pool=pool,
-        log=RequestLog(),
+        log=RequestLog(RequestSampler(job.samples, KEPT.append, random.Random(0)) if job.samples is not None else None),
     )
 
 
@@ -199,3 +202,28 @@ def test_an_answer_that_has_begun_is_not_begun_again(prompts: PromptBuilder, poo
     with pytest.raises(ApiError, match="broken"):
         asyncio.run(ask(made, chat(stream=True)))
     assert champion.asked == 0
+
+
+@pytest.mark.parametrize("texts", [False, True])
+def test_samples_hold_texts_only_where_that_is_asked_for(prompts: PromptBuilder, pool: ThreadPoolExecutor, texts: bool) -> None:
+    KEPT.clear()
+    made = service(prompts, pool, Script(), samples={"ratio": 1.0, "texts": texts})
+    asyncio.run(ask(made, chat(stream=True), before_s=2.0))
+    (record,) = KEPT
+    assert (record["model_version"], record["visual_tokens"], record["new_tokens"], record["asked"]) == ("v1", 0, 3, "auto")
+    assert record["latency_s"] > record["first_token_s"] > 1.7
+    assert ("question" in record, "answer" in record, "image_sha256" in record) == (texts,) * 3
+    assert not texts or (record["question"], record["answer"]) == ("what", "red")
+
+
+def test_a_share_of_the_requests_is_kept(prompts: PromptBuilder, pool: ThreadPoolExecutor) -> None:
+    KEPT.clear()
+    made = service(prompts, pool, Script([END]), samples={"ratio": 0.2})
+    for _ in range(300):
+        asyncio.run(ask(made, chat()))
+    assert 40 <= len(KEPT) <= 80
+
+
+def test_samples_need_a_store() -> None:
+    with pytest.raises(ValueError, match=r"samples are kept in MLflow, but tracking\.uri is null"):
+        job_of(samples={"ratio": 0.1}, tracking={"uri": None})

@@ -3,17 +3,21 @@
 import asyncio
 import json
 import os
+import re
 import signal
 import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 from urllib.request import Request, urlopen
 
 import pytest
 import ray
+from mlflow import MlflowClient
+from mlflow.artifacts import load_dict
 from openai import APIStatusError, AsyncOpenAI, OpenAI
 from ray import serve
 
@@ -30,6 +34,7 @@ from tests.serving.test_api import message
 
 pytestmark = [pytest.mark.serving, pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 PORT = 18461
+STORE = TemporaryDirectory()
 
 
 def job(**changes: Any) -> PinnedEndpoint:
@@ -38,7 +43,8 @@ def job(**changes: Any) -> PinnedEndpoint:
         "replicas": {"min": 2, "max": 2, "cpus": 0.5, "threads": 1},
         "engine": {"max_running": 8, "max_waiting": 24, "kv_tokens": 4096},
         "limits": {"timeout_s": 20},
-        "tracking": {"uri": None},
+        "tracking": {"uri": f"sqlite:///{STORE.name}/mlflow.db", "experiment": "served"},
+        "samples": {"ratio": 1.0},
     }
     return pin(job_of(**{**base, **changes}))
 
@@ -141,6 +147,30 @@ def test_a_client_that_hangs_up_frees_its_place(url: str, samples: list[Sample])
             lines = response.read().decode().splitlines()
         running = sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith("parcel:num_requests_running{"))
     assert running == 0
+
+
+def test_idle_replicas_are_known_and_samples_reach_mlflow(url: str, samples: list[Sample]) -> None:
+    def engines() -> set[str]:
+        with urlopen(f"{url}/metrics", timeout=10) as response:
+            return set(re.findall(r'parcel:model_load_seconds\{engine="(\d+)"', response.read().decode()))
+
+    client = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+    asked = client.chat.completions.create(model="mini", messages=message(samples[0]), max_tokens=1, extra_body={"visual_tokens": 64}).id
+    store = MlflowClient(f"sqlite:///{STORE.name}/mlflow.db")
+    found: dict[str, list[Any]] = {}
+    deadline = time.monotonic() + 60
+    while (asked not in found or len(engines()) < 2) and time.monotonic() < deadline:
+        time.sleep(1)
+        experiment = store.get_experiment_by_name("served")
+        for run in store.search_runs([experiment.experiment_id]) if experiment is not None else []:
+            for file in store.list_artifacts(run.info.run_id, "samples"):
+                table = load_dict(f"{run.info.artifact_uri}/{file.path}")
+                found |= {
+                    row[table["columns"].index("request_id")]: [row[table["columns"].index(name)] for name in ("visual_tokens", "new_tokens")]
+                    for row in table["data"]
+                }
+    assert len(engines()) >= 2
+    assert found[asked] == [64, 1]
 
 
 def test_too_many_requests_are_told_to_come_back_and_the_others_answered(url: str, samples: list[Sample]) -> None:

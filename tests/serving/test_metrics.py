@@ -2,7 +2,6 @@
 
 import pytest
 
-from parcelray.serving import metrics as module
 from parcelray.serving.engine import EngineStats
 from parcelray.serving.metrics import EndpointMetrics
 
@@ -32,7 +31,7 @@ def test_what_replicas_did_adds_up_and_what_they_do_is_of_now() -> None:
 
 def test_a_replica_that_is_gone_gives_its_number_back(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
-    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr("parcelray.serving.metrics.time.monotonic", lambda: now[0])
     metrics = EndpointMetrics("m")
     metrics.heard(stats("a", 5))
     metrics.heard(stats("b", 5))

@@ -42,8 +42,8 @@ def test_the_challenger_gets_its_share() -> None:
 
 def test_a_good_challenger_stays() -> None:
     rng = random.Random(0)
-    draws = [[rng.uniform(0.1, 0.3) if rng.random() > 0.02 else None for _ in range(400)] for _ in range(2)]
-    routes = compared(*draws)
+    ours, theirs = ([rng.uniform(0.1, 0.3) if rng.random() > 0.02 else None for _ in range(400)] for _ in range(2))
+    routes = compared(ours, theirs)
     assert routes.rolled_back is None
     assert [each.share for each in routes.all] == [0.8, 0.2]
 

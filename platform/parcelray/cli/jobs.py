@@ -73,7 +73,9 @@ def jobs_stop(submission_id: SubmissionId, address: JobsAddress = None) -> None:
 
 
 def _warn_of_lost_paths(job: "Job") -> None:
-    local = [name for name, value in (("storage", job.storage), ("tracking.uri", job.tracking.uri or "")) if "://" not in value.replace("sqlite:///", "")]
+    # An endpoint leaves no files.
+    places = {"storage": getattr(job, "storage", None), "tracking.uri": job.tracking.uri}
+    local = [name for name, value in places.items() if value and "://" not in value.replace("sqlite:///", "")]
     if local:
         console(stderr=True).print(
             f"warning: {' and '.join(local)} are local paths; on the cluster they lie in the job's own copy of the project, which goes with it. "

@@ -29,7 +29,7 @@ from parcelray.models.checkpoint import ResolvedCheckpoint
 from parcelray.models.vlm import connector_of
 from parcelray.serving.app import http_options, replica_settings, serve_config
 from parcelray.serving.auth import read_keys
-from parcelray.tracking.store import ensure_store
+from parcelray.tracking.store import check_tracking_uri, ensure_store
 
 _POLL_S = 0.2
 _DEPLOY_TIMEOUT_S = 900.0
@@ -69,6 +69,9 @@ def pin(job: ServeJob) -> PinnedEndpoint:
         file = Path(job.http.keys_file).resolve()
         read_keys(file)
         job = job.model_copy(update={"http": job.http.model_copy(update={"keys_file": str(file)})})
+    if job.samples is not None and job.tracking.uri is not None:
+        # The schema is made here, once; the ingress writes.
+        job = job.model_copy(update={"tracking": job.tracking.model_copy(update={"uri": ensure_store(job.tracking.uri)})})
     champion = resolve(job, job.model)
     challenger = resolve(job, job.canary.model) if job.canary is not None else None
     _check_budgets(job, job.model, champion)
@@ -92,6 +95,8 @@ def endpoint(pinned: PinnedEndpoint, *, address: str | None = None) -> Iterator[
     if _proxy_will_start_here(address):
         _check_port(job.http)
     with ray_session(address, num_cpus=max(4, cpus)):
+        if job.samples is not None and job.tracking.uri is not None:
+            check_tracking_uri(job.tracking.uri, sum(bool(node["Alive"]) for node in ray.nodes()))  # type: ignore[no-untyped-call]
         traces = TracingConfig(enabled=True, exporter_import_path=job.traces.exporter, sampling_ratio=job.traces.sampling_ratio) if job.traces else None
         serve.start(proxy_location="HeadOnly", http_options=http_options(job.http), tracing_config=traces)
         try:

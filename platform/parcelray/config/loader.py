@@ -19,7 +19,9 @@ from parcelray.config.train import TrainJob
 from parcelray.config.tune import TuneJob
 from parcelray.errors import UserError
 
-Job = TrainJob | EvaluateJob | TuneJob | PromoteJob | ServeJob
+StoredJob = TrainJob | EvaluateJob | TuneJob | PromoteJob
+"""Jobs that leave files in a folder."""
+Job = StoredJob | ServeJob
 JobT = TypeVar("JobT", TrainJob, EvaluateJob, TuneJob, PromoteJob, ServeJob)
 ModelT = TypeVar("ModelT", bound=BaseModel)
 JOB_MODELS: dict[str, type[Job]] = {"train": TrainJob, "evaluate": EvaluateJob, "tune": TuneJob, "promote": PromoteJob, "serve": ServeJob}

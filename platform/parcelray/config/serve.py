@@ -155,6 +155,15 @@ class TracesConfig(StrictModel):
     """`module:function` that gives the span processors, as Serve's `exporter_import_path`; empty: files beside Serve's logs."""
 
 
+class SamplesConfig(StrictModel):
+    """A share of the answered requests is kept in MLflow, to look at."""
+
+    ratio: float = Field(default=0.01, gt=0, le=1)
+    """Share of the answers."""
+    texts: bool = False
+    """Whether question, answer and the hash of each image are kept, too: whoever reads the store then reads what clients asked."""
+
+
 class ServeJob(StrictModel):
     """One whole endpoint: a model, its budgets, and who may ask for what."""
 
@@ -178,7 +187,13 @@ class ServeJob(StrictModel):
     """The endpoint."""
     traces: TracesConfig | None = None
     """OpenTelemetry; null: no traces."""
+    samples: SamplesConfig | None = None
+    """Requests that MLflow keeps; null: none."""
     tracking: TrackingConfig = TrackingConfig()
-    """MLflow, whose registry `models:/...` references name."""
-    storage: str = "runs"
-    """Folder of the endpoint's records."""
+    """MLflow: its registry, which `models:/...` references name, and the samples."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "ServeJob":
+        if self.samples is not None and self.tracking.uri is None:
+            raise ValueError("samples are kept in MLflow, but tracking.uri is null; name a store, or leave samples out")
+        return self

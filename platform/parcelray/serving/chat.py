@@ -244,6 +244,16 @@ class ChatService:
         self.metrics.finished(prepared.request, end, latency_s=latency_s, first_token_s=first_token_s, image_s=prepared.image_s)
         self._record(prepared, latency_s)
         self._log.answered(prepared.request, end, version=prepared.route.version, latency_s=latency_s)
+        if self._log.samples is not None:
+            self._log.samples.answered(
+                prepared.request,
+                end,
+                question=prepared.chat.text,
+                asked=prepared.chat.asked_budget,
+                version=prepared.route.version,
+                latency_s=latency_s,
+                first_token_s=first_token_s,
+            )
         annotate(prepared.request, end, version=prepared.route.version)
 
     def _refused(self, prepared: Prepared, refusal: EngineRefusal) -> ApiError:

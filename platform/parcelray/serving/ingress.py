@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter
 from ray import serve
@@ -19,6 +19,7 @@ from starlette.types import ASGIApp
 
 from parcelray.config.base import StrictModel
 from parcelray.config.connector import ConnectorConfig
+from parcelray.config.loader import identity
 from parcelray.config.serve import ServeJob
 from parcelray.models.processor import load_processor
 from parcelray.models.vlm import config_of
@@ -35,7 +36,11 @@ from parcelray.serving.handle_client import HandleClient
 from parcelray.serving.metrics import EndpointMetrics
 from parcelray.serving.prompting import PromptBuilder
 from parcelray.serving.request_log import RequestLog
+from parcelray.serving.request_samples import RequestSampler
 from parcelray.serving.routes import Records, Route, Routes
+
+if TYPE_CHECKING:
+    from parcelray.tracking.request_samples import RequestSamples
 
 logger = logging.getLogger("ray.serve")
 MODEL_DEPLOYMENT = "Model"
@@ -90,18 +95,25 @@ class Ingress:
         self._job = ServeJob.model_validate_json(job)
         replicas = self._job.replicas.max
         capacity = (self._job.engine.max_running + self._job.engine.max_waiting) * replicas
+        metrics = EndpointMetrics(self._job.name)
+        self._store = _sample_store(self._job, metrics)
         self._shared = _Shared(
             policy=BudgetPolicy(self._job.budgets),
-            metrics=EndpointMetrics(self._job.name),
+            metrics=metrics,
             admission=Admission(capacity),
             pool=ThreadPoolExecutor(self._job.http.image_threads, thread_name_prefix="images"),
-            log=RequestLog(),
+            log=RequestLog(RequestSampler(self._job.samples, self._store.put) if self._job.samples is not None and self._store is not None else None),
             records=Records(),
         )
         keys = self._job.http.keys_file
         self._gatekeeper = Gatekeeper(read_keys(Path(keys)) if keys else [])
         self._service: ChatService | None = None
         self._watching: asyncio.Task[None] | None = None
+
+    def __del__(self) -> None:
+        """Called by Serve after the requests in flight have ended."""
+        if (store := getattr(self, "_store", None)) is not None:
+            store.close()
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         """Called by Serve once the routes are known."""
@@ -149,6 +161,16 @@ class Ingress:
         # A version that does not answer gets no request.
         await client.ping()
         return Route(settings.version, client, prompts, costs, app=settings.app)
+
+
+def _sample_store(job: ServeJob, metrics: EndpointMetrics) -> "RequestSamples | None":
+    if job.samples is None:
+        return None
+    # MLflow takes seconds to load, and most endpoints keep no samples.
+    from parcelray.tracking.request_samples import RequestSamples
+
+    assert job.tracking.uri is not None
+    return RequestSamples(job.tracking.uri, job.tracking.experiment, identity(job), metrics.samples_dropped)
 
 
 def _describe(settings: RouteSettings, budgets: tuple[int, ...]) -> tuple[PromptBuilder, dict[int, CostBreakdown]]:

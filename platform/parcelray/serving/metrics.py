@@ -79,6 +79,7 @@ class EndpointMetrics:
         self._success = Counter("parcel:request_success", "Answers", [*by_budget, "engine", "finished_reason"], registry=self.registry)
         self._rejected = Counter("parcel:requests_rejected", "Refused requests", ["model_name", "reason"], registry=self.registry)
         self._decisions = Counter("parcel:budget_decisions", "Budgets given to requests", [*by_budget, "asked"], registry=self.registry)
+        self._samples_dropped = Counter("parcel:samples_dropped", "Samples of requests that MLflow did not get", ["model_name"], registry=self.registry)
         self._retries = Counter("parcel:request_retries", "Requests sent to another replica", ["model_name"], registry=self.registry)
         self._routed = Counter("parcel:requests_routed", "Requests by model version and outcome", ["model_name", "version", "outcome"], registry=self.registry)
         self._auto = Gauge("parcel:auto_visual_tokens", "Budget that requests get now that leave it open", ["model_name"], registry=self.registry)
@@ -130,6 +131,10 @@ class EndpointMetrics:
     def rejected(self, reason: str) -> None:
         """A request was refused; `reason` is one of the error codes."""
         self._rejected.labels(self._model, reason).inc()
+
+    def samples_dropped(self, count: int) -> None:
+        """Samples were lost."""
+        self._samples_dropped.labels(self._model).inc(count)
 
     def retried(self) -> None:
         """A request went to another replica."""

@@ -5,12 +5,20 @@ import logging
 from typing import Any
 
 from parcelray.serving.engine import Finished, GenerateRequest
+from parcelray.serving.request_samples import RequestSampler
 
 logger = logging.getLogger("parcelray.requests")
 
 
 class RequestLog:
-    """Writes records to the logger `parcelray.requests`."""
+    """Writes records to the logger `parcelray.requests`.
+
+    Args:
+        samples: draws requests of which more is kept; None: of none.
+    """
+
+    def __init__(self, samples: RequestSampler | None = None) -> None:
+        self.samples = samples
 
     def answered(self, request: GenerateRequest, end: Finished, *, version: str, latency_s: float) -> None:
         """A request got its answer."""

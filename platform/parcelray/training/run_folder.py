@@ -7,7 +7,7 @@ from typing import Any
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from parcelray.config.loader import Job, decisive, differing_keys, identity
+from parcelray.config.loader import StoredJob, decisive, differing_keys, identity
 from parcelray.errors import UserError
 
 _JOB, _RESULT = "job.json", "result.json"
@@ -20,7 +20,7 @@ class RunFolder:
         job: the job; its `storage` may be a path or a URI such as s3://bucket/runs.
     """
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: StoredJob) -> None:
         self.identity = identity(job)
         self.filesystem, root = fsspec.core.url_to_fs(job.storage)
         self.path = f"{root.rstrip('/')}/{job.kind}/{job.name}"
