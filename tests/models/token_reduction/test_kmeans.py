@@ -10,7 +10,7 @@ from sklearn.cluster import KMeans
 from torch import Tensor
 
 from parcelray.errors import UserError
-from parcelray.models.token_reduction.kmeans import cluster_sums, kmeans
+from parcelray.models.token_reduction.kmeans import _with_every_cluster, cluster_sums, kmeans
 
 
 def _tokens(batch: int = 3, count: int = 48, width: int = 7, seed: int = 0) -> Tensor:
@@ -106,6 +106,50 @@ def test_equal_tokens_leave_no_cluster_empty(different: int) -> None:
     assert int(found.sizes_BK.min()) >= 1
     assert found.sizes_BK.sum(1).tolist() == [20, 20, 20]
     assert float(found.inertia_B.max()) == pytest.approx(0, abs=1e-4)
+
+
+@pytest.mark.parametrize("different", [2, 5, 40])
+@pytest.mark.parametrize("shift", [0, 50])
+def test_equal_tokens_come_to_rest(different: int, shift: int) -> None:
+    """More clusters than different tokens: several centroids are equal, and rounding must not send tokens to and fro between them."""
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(2, different, 64, generator=generator) + shift
+    tokens = values[:, torch.randint(different, (576,), generator=generator)]
+    found = kmeans(tokens, 64)
+    assert found.iterations < 5
+    assert int(found.sizes_BK.min()) >= 1
+
+
+def test_empty_clusters_get_the_farthest_tokens_that_can_be_spared() -> None:
+    generator = torch.Generator().manual_seed(1)
+    assignment = torch.randint(6, (4, 30), generator=generator) * torch.randint(3, (4, 30), generator=generator)
+    # Equal distances, too, where the first of them goes.
+    distances = torch.randint(8, (4, 30), generator=generator).float()
+    sizes = torch.stack([torch.bincount(each, minlength=16) for each in assignment])
+    found = _with_every_cluster(assignment, distances, sizes)
+    for image in range(4):
+        expected, left = assignment[image].tolist(), sizes[image].tolist()
+        for cluster in [number for number in range(16) if left[number] == 0]:
+            spare = [token for token in range(30) if left[expected[token]] > 1]
+            token = max(spare, key=lambda place: float(distances[image, place]))
+            left[expected[token]] -= 1
+            left[cluster] = 1
+            expected[token] = cluster
+        assert found[image].tolist() == expected
+
+
+@pytest.mark.gpu
+def test_a_gpu_clusters_as_a_cpu_does_and_waits_a_few_times_only() -> None:
+    tokens = _tokens(batch=4, count=200, width=32)
+    expected, found = kmeans(tokens, 12), kmeans(tokens.cuda(), 12)
+    assert found.inertia_B.tolist() == pytest.approx(expected.inertia_B.tolist(), rel=1e-3)
+    equal = tokens[:, torch.arange(200) % 9]
+    assert int(kmeans(equal.cuda(), 12).sizes_BK.min()) >= 1
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        kmeans(tokens.cuda(), 12)
+    waits = sum(event.count for event in profile.key_averages() if event.key == "aten::_local_scalar_dense")
+    # Whether all is finite, and every fourth iteration whether a token moved.
+    assert waits <= 1 + -(-found.iterations // 4)
 
 
 @pytest.mark.parametrize("num_clusters", [0, 49, -1])

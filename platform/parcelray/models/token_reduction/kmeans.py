@@ -19,6 +19,10 @@ from parcelray.errors import UserError
 
 Seeding = Literal["greedy", "plain"]
 
+_BLOCKS = 4
+_CHECK_EVERY_ON_GPU = 4
+_EPSILON = torch.finfo(torch.float32).eps
+
 
 class Clusters(NamedTuple):
     """A clustering of the tokens of each image."""
@@ -30,7 +34,7 @@ class Clusters(NamedTuple):
     inertia_B: Tensor
     """Sum over the tokens of their squared distance to their centroid."""
     iterations: int
-    """Lloyd iterations until no token of any image changed its cluster, or the limit."""
+    """Lloyd iterations until no token of any image changed its cluster, or the limit; on a GPU, which is asked every few iterations, a few more."""
 
 
 def kmeans(
@@ -56,8 +60,8 @@ def kmeans(
         raise UserError(f"{num_clusters} clusters of {num_tokens} tokens are impossible; choose 1 to {num_tokens}.")
     tokens_BND = tokens_BND.float()
     # Distances do not change under a shift, and without the mean that all tokens share, less is lost in the differences.
-    centred_BND = tokens_BND - tokens_BND.mean(dim=1, keepdim=True)
-    gram_BNN = centred_BND @ centred_BND.transpose(1, 2)
+    mean_B1D = tokens_BND.mean(dim=1, keepdim=True)
+    gram_BNN = _gram(tokens_BND - mean_B1D)
     norms_BN = gram_BNN.diagonal(dim1=1, dim2=2)
     if not bool(norms_BN.isfinite().all()):
         raise UserError("Some tokens are not finite (NaN or infinite), so they cannot be clustered; check the model's precision.")
@@ -68,16 +72,18 @@ def kmeans(
     assignment_BN = nearest_BKN.argmin(dim=1)
     # A token that is equal to an earlier seed was seeded only because no distance was left; its cluster starts empty.
     assignment_BN.scatter_(1, seeds_BK, torch.arange(num_clusters, device=seeds_BK.device).expand(batch, -1))
-    iterations = 0
-    while iterations < max_iterations:
-        iterations += 1
-        scores_BKN, sizes_BK = _scores(gram_BNN, assignment_BN, num_clusters)
-        updated_BN = _with_every_cluster(scores_BKN.argmin(dim=1), scores_BKN, norms_BN, num_clusters)
-        if torch.equal(updated_BN, assignment_BN):
+    # What a sum of one number may be off by; for tokens that differ by no more than their own rounding, that of the shift besides.
+    rounding_BN = _EPSILON * (norms_BN + _EPSILON * mean_B1D.square().sum(dim=2))
+    check_every = _CHECK_EVERY_ON_GPU if tokens_BND.is_cuda else 1
+    for iterations in range(1, max_iterations + 1):
+        updated_BN = _moved(gram_BNN, assignment_BN, num_clusters, rounding_BN)
+        if iterations % check_every == 0 and torch.equal(updated_BN, assignment_BN):
             break
         assignment_BN = updated_BN
-    scores_BKN, sizes_BK = _scores(gram_BNN, assignment_BN, num_clusters)
-    own_BN = scores_BKN.gather(1, assignment_BN[:, None]).squeeze(1)
+    else:
+        iterations = max_iterations
+    sizes_BK = _sizes(assignment_BN, num_clusters)
+    own_BN = _scores(gram_BNN, assignment_BN, sizes_BK).gather(1, assignment_BN[:, None]).squeeze(1)
     return Clusters(assignment_BN, sizes_BK, (norms_BN + own_BN).clamp(min=0).sum(dim=1), iterations)
 
 
@@ -98,10 +104,13 @@ def _seed(distances_BNN: Tensor, num_clusters: int, seed: int, candidates: int) 
     draws_KC = torch.rand(num_clusters, candidates, generator=generator).to(device)
     images_B1 = torch.arange(batch, device=device)[:, None]
     seeds_BK = torch.full((batch, num_clusters), first, dtype=torch.int64, device=device)
-    closest_BN = distances_BNN[:, first].clone()
+    totals_BK = distances_BNN.new_ones(batch, num_clusters)
+    closest_BN = distances_BNN[:, first]
     for step in range(1, num_clusters):
         cumulated_BN = closest_BN.cumsum(dim=1)
-        chosen_BC = torch.searchsorted(cumulated_BN, draws_KC[step] * cumulated_BN[:, -1:], right=True).clamp_(max=num_tokens - 1)
+        total_B1 = cumulated_BN[:, -1:]
+        totals_BK[:, step : step + 1] = total_B1
+        chosen_BC = torch.searchsorted(cumulated_BN, draws_KC[step] * total_B1, right=True).clamp_(max=num_tokens - 1)
         if candidates > 1:
             after_BCN = torch.minimum(distances_BNN[images_B1, chosen_BC], closest_BN[:, None])
             best_B = after_BCN.sum(dim=2).argmin(dim=1)
@@ -110,43 +119,80 @@ def _seed(distances_BNN: Tensor, num_clusters: int, seed: int, candidates: int) 
         else:
             seeds_BK[:, step] = chosen_BC.squeeze(1)
             closest_BN = torch.minimum(closest_BN, distances_BNN[images_B1, chosen_BC].squeeze(1))
-        # Where all tokens are equal to a seed nothing is left to draw by; any token that is no seed yet will do.
-        spent_B = cumulated_BN[:, -1] <= 0
-        if bool(spent_B.any()):
-            seeds_BK[spent_B, step] = _unused(seeds_BK[spent_B, :step], num_tokens)
-    return seeds_BK
+    return _distinct(seeds_BK, totals_BK <= 0, num_tokens)
 
 
-def _unused(seeds_BS: Tensor, num_tokens: int) -> Tensor:
-    """For each image the first token that is no seed, int64 [B]."""
-    taken_BN = torch.zeros(seeds_BS.shape[0], num_tokens, dtype=torch.bool, device=seeds_BS.device).scatter_(1, seeds_BS, True)
-    return taken_BN.int().argmin(dim=1)
+def _distinct(seeds_BK: Tensor, spent_BK: Tensor, num_tokens: int) -> Tensor:
+    """Seeds, and where all tokens were equal to a seed already and nothing was left to draw by, the first tokens that are none."""
+    # Once spent, always spent: the seeds before are those to keep.
+    free_BN = torch.ones(len(seeds_BK), num_tokens, dtype=torch.int8, device=seeds_BK.device)
+    free_BN.scatter_(1, torch.where(spent_BK, seeds_BK[:, :1], seeds_BK), 0)
+    unused_BN = free_BN.argsort(dim=1, descending=True, stable=True)
+    return torch.where(spent_BK, unused_BN.gather(1, (spent_BK.cumsum(dim=1) - 1).clamp_(min=0)), seeds_BK)
 
 
-def _scores(gram_BNN: Tensor, assignment_BN: Tensor, num_clusters: int) -> tuple[Tensor, Tensor]:
-    """Squared distance of each token to each centroid without the token's own norm [B, K, N], and the clusters' sizes [B, K]."""
+def _moved(gram_BNN: Tensor, assignment_BN: Tensor, num_clusters: int, rounding_BN: Tensor) -> Tensor:
+    """An iteration of Lloyd: each token in the cluster with the nearest centroid, its own one where no other is nearer; no cluster empty."""
+    sizes_BK = _sizes(assignment_BN, num_clusters)
+    scores_BKN = _scores(gram_BNN, assignment_BN, sizes_BK)
+    # Where two centroids are equal but for the rounding of their sums, moving to and fro would never end.
+    advantage_BN = rounding_BN * sizes_BK.amax(dim=1, keepdim=True)
+    scores_BKN.scatter_add_(1, assignment_BN[:, None], -advantage_BN[:, None])
+    moved_BN = scores_BKN.argmin(dim=1)
+    sizes_BK = _sizes(moved_BN, num_clusters)
+    # To ask costs nothing on a CPU; on a GPU it is a wait, longer than the work that an answer would save.
+    if not gram_BNN.is_cuda and bool(sizes_BK.all()):
+        return moved_BN
+    distances_BN = gram_BNN.diagonal(dim1=1, dim2=2) + scores_BKN.gather(1, moved_BN[:, None]).squeeze(1)
+    return _with_every_cluster(moved_BN, distances_BN, sizes_BK)
+
+
+def _sizes(assignment_BN: Tensor, num_clusters: int) -> Tensor:
+    """Tokens of each cluster, int64 [B, K]."""
+    sizes_BK = torch.zeros(assignment_BN.shape[0], num_clusters, dtype=torch.int64, device=assignment_BN.device)
+    return sizes_BK.scatter_add_(1, assignment_BN, torch.ones_like(assignment_BN))
+
+
+def _scores(gram_BNN: Tensor, assignment_BN: Tensor, sizes_BK: Tensor) -> Tensor:
+    """Squared distance of each token to each centroid without the token's own norm: [B, K, N]."""
     batch, num_tokens = assignment_BN.shape
-    sizes_BK = torch.zeros(batch, num_clusters, dtype=torch.int64, device=gram_BNN.device)
-    sizes_BK.scatter_add_(1, assignment_BN, torch.ones_like(assignment_BN))
+    num_clusters = sizes_BK.shape[1]
     rows_BN = (assignment_BN + num_clusters * torch.arange(batch, device=gram_BNN.device)[:, None]).flatten()
     sums_BKN = gram_BNN.new_zeros(batch * num_clusters, num_tokens).index_add_(0, rows_BN, gram_BNN.flatten(0, 1)).view(batch, num_clusters, num_tokens)
     counts_BK = sizes_BK.clamp(min=1).to(gram_BNN.dtype)
     # Of each token the inner product with its own cluster's sum; added up by cluster, the squared norm of that sum.
     own_BN = sums_BKN.gather(1, assignment_BN[:, None]).squeeze(1)
     norms_BK = gram_BNN.new_zeros(batch, num_clusters).scatter_add_(1, assignment_BN, own_BN) / counts_BK.square()
-    return sums_BKN.mul_(-2 / counts_BK[:, :, None]).add_(norms_BK[:, :, None]), sizes_BK
+    return sums_BKN.mul_(-2 / counts_BK[:, :, None]).add_(norms_BK[:, :, None])
 
 
-def _with_every_cluster(assignment_BN: Tensor, scores_BKN: Tensor, norms_BN: Tensor, num_clusters: int) -> Tensor:
+def _with_every_cluster(assignment_BN: Tensor, distances_BN: Tensor, sizes_BK: Tensor) -> Tensor:
     """Gives each empty cluster the token that is farthest from its centroid, out of clusters that keep another one."""
-    sizes_BK = torch.zeros(assignment_BN.shape[0], num_clusters, dtype=torch.int64, device=assignment_BN.device)
-    sizes_BK.scatter_add_(1, assignment_BN, torch.ones_like(assignment_BN))
-    for image, cluster in (sizes_BK == 0).nonzero().tolist():
-        own_N = assignment_BN[image]
-        distances_N = norms_BN[image] + scores_BKN[image].gather(0, own_N[None]).squeeze(0)
-        distances_N = distances_N.masked_fill(sizes_BK[image, own_N] <= 1, -math.inf)
-        token = int(distances_N.argmax())
-        sizes_BK[image, own_N[token]] -= 1
-        sizes_BK[image, cluster] = 1
-        assignment_BN[image, token] = cluster
-    return assignment_BN
+    num_tokens, num_clusters = assignment_BN.shape[1], sizes_BK.shape[1]
+    # The last that a cluster could give is its nearest one; of equally near ones the last.
+    least_BK = torch.full(sizes_BK.shape, torch.inf, device=sizes_BK.device).scatter_reduce_(1, assignment_BN, distances_BN, "amin")
+    places_BN = torch.arange(num_tokens, device=sizes_BK.device).expand_as(assignment_BN)
+    nearest_BN = torch.where(distances_BN == least_BK.gather(1, assignment_BN), places_BN, -1)
+    stays_BK = torch.full_like(sizes_BK, -1).scatter_reduce_(1, assignment_BN, nearest_BN, "amax")
+    may_leave_BN = places_BN != stays_BK.gather(1, assignment_BN)
+    farthest_BK = distances_BN.masked_fill(~may_leave_BN, -torch.inf).sort(dim=1, descending=True, stable=True).indices[:, :num_clusters]
+    empty_BK = sizes_BK == 0
+    receivers_BK = empty_BK.to(torch.int8).argsort(dim=1, descending=True, stable=True)
+    is_given_BK = torch.arange(num_clusters, device=sizes_BK.device) < empty_BK.sum(dim=1, keepdim=True)
+    return assignment_BN.scatter(1, farthest_BK, torch.where(is_given_BK, receivers_BK, assignment_BN.gather(1, farthest_BK)))
+
+
+def _gram(tokens_BND: Tensor) -> Tensor:
+    """All inner products, [B, N, N]."""
+    if tokens_BND.is_cuda:
+        return tokens_BND @ tokens_BND.transpose(1, 2)
+    # The matrix is symmetric, and of 4 x 4 blocks 10 say everything. A GPU would wait for four small products longer than for one.
+    batch, num_tokens, _ = tokens_BND.shape
+    gram_BNN = tokens_BND.new_empty(batch, num_tokens, num_tokens)
+    size = -(-num_tokens // _BLOCKS)
+    for start in range(0, num_tokens, size):
+        rows = slice(start, start + size)
+        block = tokens_BND[:, rows] @ tokens_BND[:, start:].transpose(1, 2)
+        gram_BNN[:, rows, start:] = block
+        gram_BNN[:, start:, rows] = block.transpose(1, 2)
+    return gram_BNN
