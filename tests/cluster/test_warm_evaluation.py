@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from parcelray.cluster.evaluation_run import run_evaluation
-from parcelray.cluster.warm_evaluation import WarmEvaluator, changed_job
+from parcelray.cluster.warm_evaluation import SearchedModel, WarmEvaluator, changed_job
 from parcelray.config.evaluate import EvaluateJob
 from parcelray.config.loader import ConfigError
 from parcelray.errors import UserError
@@ -43,7 +43,8 @@ def _job(storage: Path, model: Path, **changes: Any) -> EvaluateJob:
 def _evaluator(job: EvaluateJob, model: Path, **changes: Any) -> WarmEvaluator:
     checkpoint = resolve_checkpoint(str(model))
     full = run_evaluation(_job(Path(job.storage) / "reference", model, budgets=["full"], name="full"), Console(file=io.StringIO()), tables=False).summary
-    return WarmEvaluator(job, checkpoint, content_digest(checkpoint.path), (full.splits, 256), PassSettings(rows_per_bundle=8), **changes)
+    models = {str(model): SearchedModel(checkpoint, content_digest(checkpoint.path)), **changes.pop("others", {})}
+    return WarmEvaluator(job, models, (full.splits, 256), PassSettings(rows_per_bundle=8), **changes)
 
 
 def test_a_point_is_the_evaluation_of_its_job(tmp_path: Path, supernet: Path) -> None:
@@ -107,3 +108,22 @@ def _counted(function: Callable[..., Any], calls: list[int]) -> Callable[..., An
         return function(*args, **more)
 
     return call
+
+
+def test_a_point_may_ask_another_model(tmp_path: Path, supernet: Path) -> None:
+    other = tiny_checkpoint(tmp_path / "other", 4, connector={"type": "parcel", "num_heads": 2, "anchor_grids": [0, 1, 2, 4, 8, 16]})
+    checkpoint = resolve_checkpoint(str(other))
+    searched = SearchedModel(checkpoint, content_digest(checkpoint.path))
+    evaluator = _evaluator(_job(tmp_path / "warm", supernet), supernet, others={str(other): searched})
+    point = evaluator.evaluate({"model.reference": str(other), "budgets": [16]})
+    alone = run_evaluation(_job(tmp_path / "cold", other, budgets=[16]), Console(file=io.StringIO()), tables=False).summary
+    theirs = evaluator.evaluate({"budgets": [16]})
+    texts = [[[answer.text for answer in split.answers[16]] for split in splits] for splits in (point.splits, alone.splits, theirs.splits)]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_costs_lie_within_bounds_that_are_known_before_the_search(tmp_path: Path, supernet: Path) -> None:
+    evaluator = WarmEvaluator(_job(tmp_path, supernet), {str(supernet): SearchedModel(resolve_checkpoint(str(supernet)), "")}, ((), 256), PassSettings())
+    costs, bounds = evaluator.costs(evaluator.job, 64), evaluator.bounds()
+    assert all(bounds[name][0] < value < bounds[name][1] for name, value in costs.items())
+    assert bounds["tokens"] == (0.0, 256.0)

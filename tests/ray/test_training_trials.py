@@ -11,7 +11,7 @@ from rich.console import Console
 
 from parcelray.cluster.tuning_run import SearchRun, run_tuning
 from parcelray.config.tune import TuneJob
-from parcelray.errors import UserError
+from parcelray.errors import SystemFailure, UserError
 
 from ..training.conftest import TINY
 
@@ -65,7 +65,11 @@ def test_trainings_report_at_their_checkpoints_and_may_be_stopped(ray_session: N
     assert sorted(trial.assignment["optimizer.learning_rate"] for trial in trials) == RATES
     assert [trial.error for trial in trials] == [None] * 3
     assert all(trial.metrics["train/loss"] > 0 for trial in trials)
-    assert any(trial.metrics["step"] == 4 for trial in trials), "one is trained to its end"
+    finished = [trial for trial in trials if trial.metrics["step"] == 4]
+    assert finished, "one is trained to its end"
+    assert [trial.stopped for trial in finished] == [False] * len(finished), "the end is no early stop"
+    assert len(list((run.folder / "trials" / "train").glob("*/model/model.safetensors"))) >= len(finished), "its model is kept"
+    assert all("gflops@16" in trial.metrics for trial in finished)
     client = MlflowClient(job.tracking.uri)
     assert run.mlflow_run_id is not None
     experiment = client.get_run(run.mlflow_run_id).info.experiment_id
@@ -89,22 +93,42 @@ def test_trials_on_ray_train_workers_run_as_many_at_a_time_as_the_cluster_holds(
 
 @pytest.mark.slow
 def test_a_population_trains_in_segments_and_the_worse_go_on_from_the_better(ray_session: None, tmp_path: Path) -> None:
-    job = _job(tmp_path, algorithm={"type": "pbt", "population": 2, "segments": 2})
+    # A choice and a condition, which Tune's own mutations do not know.
+    parameters = {
+        "optimizer.type": {"type": "choice", "values": ["adamw", "sgd"]},
+        "optimizer.beta2": {"type": "choice", "values": [0.95, 0.999], "when": {"optimizer.type": ["adamw"]}},
+        "optimizer.learning_rate": {"type": "choice", "values": RATES},
+    }
+    space = {"kind": "search_space", "name": "rates", "job": "none", "parameters": parameters}
+    job = _job(tmp_path, algorithm={"type": "pbt", "population": 2, "segments": 2}, space=space)
     run = _run(job)
     assert [trial.error for trial in run.findings.trials] == [None, None]
+    assert [trial.metrics["step"] for trial in run.findings.trials] == [4, 4]
     jobs = [json.loads(path.read_text())["job"] for path in (run.folder / "trials" / "train").glob("*/job.json")]
     assert {each["training"]["steps"] for each in jobs} == {2}
+    assert sorted(each["seed"] for each in jobs) == [3, 3, 4, 4], "each segment has data of its own"
+    trained = [_searched(each) for each in jobs if each["seed"] == 4]
+    assert all(_searched({"optimizer": {"type": "adamw", "beta2": None} | _nested(trial.assignment)}) in trained for trial in run.findings.trials)
     starts = [each["model"].get("reference") for each in jobs]
     assert starts.count(None) == 2, "the first segment of both is from scratch"
     assert len(starts) - starts.count(None) == 2
     assert len({start for start in starts if start}) == 1, "after it both go on from the better one's model"
 
 
-def test_what_a_training_does_not_measure_is_named(ray_session: None, tmp_path: Path) -> None:
-    job = _job(tmp_path, objectives=[{"metric": "val/score@64", "mode": "max"}], algorithm={"type": "random", "trials": 1})
-    run = _run(job)
-    assert run.findings.front == []
-    error = run.findings.trials[0].error
-    assert error is not None
-    assert "The objective val/score@64 was not measured; measured: " in error
-    assert "val/score@16" in error
+def _nested(assignment: dict[str, Any]) -> dict[str, Any]:
+    return {name.removeprefix("optimizer."): value for name, value in assignment.items()}
+
+
+def _searched(job: dict[str, Any]) -> tuple[Any, ...]:
+    """Values of the searched parameters."""
+    return tuple(job["optimizer"].get(name) for name in ("type", "learning_rate", "beta2"))
+
+
+def test_a_search_whose_trials_all_fail_says_so_and_fails(ray_session: None, tmp_path: Path) -> None:
+    # M3 pools squares only, so it is never scored at 40.
+    base = {"validation": {"samples": 1, "budgets": [16, 40]}, "connector": {"type": "m3"}, "budget": {"type": "uniform", "budgets": [16]}}
+    job = _job(tmp_path, objectives=[{"metric": "val/score@40", "mode": "max"}], algorithm={"type": "random", "trials": 1}, base=base)
+    with pytest.raises(SystemFailure, match=r"All 1 trials of rates failed, .*The objective val/score@40 was not measured; measured: .*val/score@16"):
+        _run(job)
+    (parent,) = MlflowClient(job.tracking.uri).search_runs(["1"], "attributes.run_name LIKE 'tune-%'")
+    assert parent.info.status == "FAILED"

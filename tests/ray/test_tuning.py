@@ -1,36 +1,43 @@
 """Searches on Ray Tune, and what can go wrong in one."""
 
 import io
+import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 from mlflow import MlflowClient
+from ray.util.placement_group import placement_group
 from rich.console import Console
 
 from parcelray.cluster.split_confirmation import confirm_splits
 from parcelray.cluster.tuning_plan import tuning_plan
 from parcelray.cluster.tuning_results import select
-from parcelray.cluster.tuning_run import SearchRun, run_tuning
+from parcelray.cluster.tuning_run import SearchRun, run_tuning, searched_models
 from parcelray.config.connector import ParcelConnectorConfig
 from parcelray.config.evaluate import EvaluateJob
 from parcelray.config.loader import load_job
+from parcelray.config.objectives import Objective
 from parcelray.config.search_space import Assignment, SearchSpace
-from parcelray.config.tune import GridAlgorithm, Objective, TuneJob
+from parcelray.config.tune import GridAlgorithm, TuneJob
 from parcelray.errors import SystemFailure, UserError
 from parcelray.models.checkpoint import resolve_checkpoint, verify_manifest, write_manifest
 from parcelray.models.vlm import config_of
+from parcelray.training.run_folder import RunFolder
 from parcelray.training.start import build_start
 from parcelray.tuning.planner import make_planner
 from parcelray.tuning.trial_record import FinishedTrial, TrialRecord
-from parcelray.tuning.tune_run import TrialResources, evaluation_trial, run_search
+from parcelray.tuning.trial_resources import TrialResources
+from parcelray.tuning.tune_run import evaluation_trial, run_search
 
 from ..training.conftest import TINY, tiny_job
 
@@ -101,10 +108,14 @@ def test_a_split_search_leaves_numbers_pictures_and_a_model(searched: tuple[Tune
     assert [each.anchor_grid for each in findings.splits][-1] == 8
     assert {each.num_visual_tokens: each.rule for each in findings.splits} == {8: None, 16: 4, 64: 8}
     assert set(findings.importance) == {"anchor_grid", "budgets"}
-    best = {family: findings.trials[place].metrics[f"retention/{family}"] for family, place in findings.families.items()}
-    assert all(trial.metrics.get(f"retention/{family}", 0.0) <= value for trial in findings.trials for family, value in best.items())
-    assert "the best of each family" in text
-    names = ["results.json", "frontier.png", "splits.png", "parallel.png", "importance.png", "volume.png", "routing.yaml"]
+    assert [each.family for each in findings.families] == ["general", "video"]
+    for each in findings.families:
+        values = [trial.metrics[f"retention/{each.family}"] for trial in findings.trials]
+        assert values[each.best] == max(values)
+        assert findings.trials[each.trial].metrics["tokens"] <= findings.trials[each.best].metrics["tokens"]
+        assert each.retention.low <= values[each.trial] <= each.retention.high
+    assert "within one standard error of the best, by family" in text
+    names = ["results.json", "frontier.png", "families.png", "splits.png", "parallel.png", "importance.png", "volume.png", "routing.yaml"]
     assert all((run.folder / name).stat().st_size > 100 for name in names[:-1])
     assert json.loads((run.folder / "results.json").read_text())["routing"][-1]["max_budget"] == 256
     verify_manifest(run.folder / "model")
@@ -132,6 +143,24 @@ def test_mlflow_has_a_run_per_trial_and_none_is_left_running(searched: tuple[Tun
     assert client.get_metric_history(child.info.run_id, "score")[0].step == 64
     assert "figures" in {file.path for file in client.list_artifacts(run.mlflow_run_id)}
     assert parent.data.metrics["search/trials"] == 9
+    volumes = client.get_metric_history(run.mlflow_run_id, "search/hypervolume")
+    assert [each.step for each in volumes] == list(range(1, 10))
+    assert all(after.timestamp >= before.timestamp and after.value >= before.value for before, after in itertools.pairwise(volumes))
+    assert child.data.tags["parcel.outcome"] == "finished"
+
+
+def test_what_a_killed_driver_did_not_tell_mlflow_is_told_also_when_nothing_is_left_to_run(searched: tuple[TuneJob, SearchRun, str]) -> None:
+    job, run, _ = searched
+    assert run.mlflow_run_id is not None
+    client = MlflowClient(job.tracking.uri)
+    experiment = client.get_run(run.mlflow_run_id).info.experiment_id
+    untold = f"trial-splits-{run.findings.trials[-1].key}"
+    (told,) = client.search_runs([experiment], f"attributes.run_name = '{untold}'")
+    client.delete_run(told.info.run_id)
+    _run(job, resume=True)
+    (again,) = client.search_runs([experiment], f"attributes.run_name = '{untold}'")
+    assert again.info.status == "FINISHED"
+    assert again.data.metrics["score"] == run.findings.trials[-1].metrics["score"]
 
 
 def test_a_finished_search_is_only_read_again(searched: tuple[TuneJob, SearchRun, str], supernet: Path) -> None:
@@ -144,6 +173,25 @@ def test_a_finished_search_is_only_read_again(searched: tuple[TuneJob, SearchRun
     changed = _split_job(Path(job.storage), supernet, seed=1, algorithm={"type": "random", "trials": 3})
     with pytest.raises(UserError, match=r"algorithm.trials: None -> 3; algorithm.type: 'grid' -> 'random'; seed: 0 -> 1"):
         _run(changed, resume=True)
+
+
+def test_a_search_is_not_gone_on_with_another_model_under_the_same_name(tmp_path: Path, supernet: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(supernet, model)
+    job = _split_job(tmp_path, model)
+    RunFolder(job).claim({reference: each.digest for reference, each in searched_models(job, None).items()})
+    (model / "model.safetensors").write_bytes(b"retrained")
+    with pytest.raises(UserError, match=rf"of another model: what {model} names has changed since"):
+        _run(job, resume=True)
+
+
+def test_an_impossible_search_is_refused_before_the_reference_is_evaluated(ray_session: None, tmp_path: Path, supernet: Path) -> None:
+    base = _split_job(tmp_path, supernet).base.model_dump() | {"compute": {"cpus_per_actor": 64}}
+    with pytest.raises(UserError, match=r"A trial needs 64 CPU, but the Ray cluster has 4 CPU in all"):
+        _run(_split_job(tmp_path, supernet, base=base))
+    assert not (tmp_path / "predictions").exists()
+    with pytest.raises(UserError, match=r"A trial needs 64 CPU"):
+        tuning_plan(_split_job(tmp_path, supernet, base=base))
 
 
 def test_the_selected_trial_is_a_job_file_that_runs(searched: tuple[TuneJob, SearchRun, str], tmp_path: Path) -> None:
@@ -163,6 +211,11 @@ def test_trained_splits_confirm_the_search(searched: tuple[TuneJob, SearchRun, s
         update={"confirm": TuneJob.model_validate(job.model_dump() | {"confirm": {"job": train, "budget": 16, "best": 2, "worst": 1}}).confirm}
     )
     result = confirm_splits(confirmed, run, Console(file=io.StringIO()))
+    assert run.mlflow_run_id is not None
+    client = MlflowClient(job.tracking.uri)
+    assert "confirmation.json" in {file.path for file in client.list_artifacts(run.mlflow_run_id)}
+    told = client.get_metric_history(run.mlflow_run_id, "confirmation/trained@16")
+    assert {each.step: each.value for each in told} == {each.anchor_grid: each.trained.value for each in result.splits}
     assert {each.anchor_grid for each in result.splits} == {0, 2, 4}
     assert [each.is_rule for each in result.splits if each.anchor_grid == 4] == [True]
     assert -1 <= result.correlation <= 1 or result.correlation != result.correlation
@@ -175,6 +228,7 @@ def test_a_plan_says_what_a_search_would_do(searched: tuple[TuneJob, SearchRun, 
     plan = tuning_plan(searched[0])
     assert (plan.trials, plan.points) == (9, 9)
     assert plan.seconds > 0
+    assert plan.concurrent == 2
     assert json.dumps(plan.to_dict())
 
 
@@ -185,9 +239,6 @@ class _Square:
     def __init__(self, fails_at: int | None = None, seconds: float = 0.0) -> None:
         self.fails_at = fails_at
         self.seconds = seconds
-
-    def __call__(self) -> Callable[[Assignment], Mapping[str, float]]:
-        return self.measure
 
     def measure(self, assignment: Assignment) -> Mapping[str, float]:
         time.sleep(self.seconds)
@@ -218,7 +269,7 @@ def _numbers(folder: Path, trial: Any, observer: _Observer, **options: Any) -> T
     record = TrialRecord(folder)
     planner = make_planner(NUMBERS, GridAlgorithm(), [SCORE], 0, record)
     settings: dict[str, Any] = {"folder": folder, "resources": TrialResources(1.0), "max_concurrent": 2} | options
-    run_search(evaluation_trial(trial, SCORE), planner, record, observer, **settings)
+    run_search(evaluation_trial(trial.measure, SCORE), planner, record, observer, **settings)
     return record
 
 
@@ -235,22 +286,24 @@ def test_trials_share_processes_and_a_failed_one_ends_nothing(ray_session: None,
     assert TrialRecord(tmp_path).trials == record.trials, "recorded when it was told"
 
 
-def test_what_the_cluster_cannot_hold_is_refused_with_the_numbers() -> None:
-    need = TrialResources(cpus=0.01, worker_cpus=3.0)
-    assert need.concurrency({"CPU": 8.0}, None) == 2
-    assert need.concurrency({"CPU": 8.0}, 1) == 1
-    assert TrialResources(cpus=0.25).concurrency({"CPU": 4.0}, None) == 16
-    assert TrialResources(cpus=1.0, gpus=0.5).concurrency({"CPU": 4.0, "GPU": 1.0}, None) == 2
-    with pytest.raises(UserError, match=r"A trial needs 3.01 CPU, but the Ray cluster has 2 CPU in all"):
-        need.concurrency({"CPU": 2.0}, None)
-    with pytest.raises(UserError, match=r"needs 1 CPU and 1 GPU, but the Ray cluster has 4 CPU and 0 GPU"):
-        TrialResources(cpus=1.0, gpus=1.0).concurrency({"CPU": 4.0}, None)
-
-
 def test_a_search_in_which_nothing_runs_says_so(ray_session: None, tmp_path: Path) -> None:
     # Asked for past the check, as where another job took the cluster in the meantime.
     with pytest.raises(SystemFailure, match=r"trials have waited for 2 s and none runs: each asks for 40 CPU, and of the cluster's 4 CPU are free"):
         _numbers(tmp_path, _Square(), _Observer(), resources=TrialResources(40.0), stall_s=2.0)
+
+
+class _Starter:
+    """Trials that, as trainings do, run at once and wait for workers of their own."""
+
+    def measure(self, assignment: Assignment) -> Mapping[str, float]:
+        ray.get(placement_group([{"CPU": 40.0}]).ready(), timeout=60)
+        return {"score": 0.0}
+
+
+def test_a_search_whose_trials_run_but_wait_for_workers_says_so(ray_session: None, tmp_path: Path) -> None:
+    needs = TrialResources(0.01, workers=1, worker_cpus=40.0)
+    with pytest.raises(SystemFailure, match=r"2 trials run, but for 2 s none of them has got its workers: each asks for 1 workers of 40 CPU"):
+        _numbers(tmp_path, _Starter(), _Observer(), resources=needs, stall_s=2.0)
 
 
 _DRIVER = """

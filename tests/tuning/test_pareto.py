@@ -45,12 +45,15 @@ def test_the_knee_is_where_the_front_bends() -> None:
     assert knee_point(np.empty((0, 2))) is None
 
 
-def test_the_volume_over_time_only_rises_and_is_the_same_in_any_order_at_the_end() -> None:
+def test_the_volume_over_time_only_rises_whatever_comes_next_and_is_the_same_in_any_order_at_the_end() -> None:
     rng = np.random.default_rng(0)
     points = rng.normal(size=(20, 2))
     points[4] = np.nan
-    shares = volume_over_time(points)
+    box = np.full(2, -2.0), np.full(2, 2.0)
+    shares = volume_over_time(points, *box)
     assert all(before <= after + 1e-12 for before, after in itertools.pairwise(shares))
     assert shares[3] == shares[4]
-    assert volume_over_time(points[::-1])[-1] == pytest.approx(shares[-1])
+    assert volume_over_time(points[::-1], *box)[-1] == pytest.approx(shares[-1])
     assert 0 < shares[-1] <= 1
+    assert volume_over_time(points[:7], *box) == shares[:7], "what a search says on its way does not change afterwards"
+    assert volume_over_time(np.array([[-9.0, 9.0]]), *box) == volume_over_time(np.array([[-2.0, 2.0]]), *box)

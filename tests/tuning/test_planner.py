@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
+from parcelray.config.objectives import Objective
 from parcelray.config.search_space import Assignment, SearchSpace
-from parcelray.config.tune import GridAlgorithm, Objective, OptunaAlgorithm, RandomAlgorithm, SearchAlgorithm
+from parcelray.config.tune import GridAlgorithm, OptunaAlgorithm, RandomAlgorithm, SearchAlgorithm
 from parcelray.tuning.planner import importance, make_planner
 from parcelray.tuning.trial_record import FinishedTrial, TrialRecord, point_key
 

@@ -31,14 +31,17 @@ def tune(  # noqa: PLR0913 - options of a command
     if dry_run:
         from parcelray.cluster.tuning_plan import tuning_plan
 
-        show(tuning_plan(job), as_json, lambda plan: plan.to_rich())
+        show(tuning_plan(job, address), as_json, lambda plan: plan.to_rich())
         return
     if select is not None:
         from parcelray.cluster.tuning_results import select as select_trial
         from parcelray.training.run_folder import RunFolder
         from parcelray.tuning.trial_record import TrialRecord
 
-        folder = RunFolder(job).local_path("")
+        run_folder = RunFolder(job)
+        # The trials there may be those of another search under the same name.
+        run_folder.check()
+        folder = run_folder.local_path("")
         path = output or folder / "selected.yaml"
         chosen = select_trial(job, TrialRecord(folder).trials, select, path)
         if as_json:

@@ -9,7 +9,7 @@ from parcelray.reports.console import open_console
 
 
 def run_script(work: Callable[[Console], object]) -> int:
-    """Runs the work; 0: done, 2: a user's mistake, 1: a failure of the system."""
+    """Runs the work; 0: done, 2: a user's mistake, 1: a failure of the system, 130: Ctrl-C."""
     console = open_console()
     try:
         work(console)
@@ -19,6 +19,9 @@ def run_script(work: Callable[[Console], object]) -> int:
     except ParcelrayError as error:
         console.print(f"failed: {error}", markup=False, highlight=False)
         return 1
+    except KeyboardInterrupt:
+        console.print("Stopped. What is finished is kept; the same command goes on.", markup=False, highlight=False)
+        return 130
     return 0
 
 

@@ -13,14 +13,18 @@ from scipy.stats import spearmanr
 
 from parcelray.cluster.evaluation_run import run_evaluation
 from parcelray.cluster.session import ray_session
-from parcelray.cluster.tuning_run import SearchRun, run_tuning, trial_job
+from parcelray.cluster.training_points import trial_job
+from parcelray.cluster.tuning_run import SearchRun, run_tuning
 from parcelray.config.evaluate import EvaluateJob
 from parcelray.config.model import CheckpointModelConfig
 from parcelray.config.tune import TuneJob
 from parcelray.errors import SystemFailure, UserError
 from parcelray.evaluation.intervals import Interval
 from parcelray.reports.search_plots import plot_confirmation
+from parcelray.tracking.mlflow_tracker import MlflowRunLogger
+from parcelray.tracking.store import ensure_store
 from parcelray.training.run_folder import RunFolder
+from parcelray.tuning.tune_run import objective_value
 
 
 @dataclass(frozen=True)
@@ -77,13 +81,13 @@ def confirm_splits(job: TuneJob, run: SearchRun, console: Console, *, address: s
     confirm, splits = job.confirm, job.splits
     if confirm is None or splits is None:
         raise UserError(f"The search {job.name} has no `confirm`; add the training job, the budget and how many splits to the job file.")
-    first = job.objectives[0].metric
+    first = job.objectives[0]
     trials = {
         int(trial.assignment[splits.anchor_grid]): trial.metrics
         for trial in run.findings.trials
         if trial.error is None and trial.metrics["tokens"] == confirm.budget
     }
-    order = sorted(trials, key=lambda grid: -trials[grid][first])
+    order = sorted(trials, key=lambda grid: objective_value(first, trials[grid]), reverse=True)
     rule = next((each.rule for each in run.findings.splits if each.num_visual_tokens == confirm.budget), None)
     chosen = list(dict.fromkeys([*order[: confirm.best], *([rule] if rule in trials else []), *order[len(order) - confirm.worst :]]))
     if len(chosen) < 3:
@@ -102,7 +106,9 @@ def confirm_splits(job: TuneJob, run: SearchRun, console: Console, *, address: s
     correlation = spearmanr([each.supernet for each in found], [each.trained.value for each in found])
     exact = _exact_p([each.supernet for each in found], [each.trained.value for each in found])
     result = Confirmation(confirm.budget, found, float(correlation.statistic), exact)
-    _write(result, run.folder)
+    files = _write(result, run.folder)
+    if job.tracking.uri is not None and run.mlflow_run_id is not None:
+        _record(ensure_store(job.tracking.uri), run.mlflow_run_id, result, files)
     console.print(result.to_rich())
     return result
 
@@ -157,7 +163,21 @@ def _exact_p(first: Sequence[float], second: Sequence[float]) -> float:
     return float(sum(each >= observed - 1e-12 for each in orders) / len(orders))
 
 
-def _write(result: Confirmation, folder: Path) -> None:
+def _record(uri: str, run_id: str, result: Confirmation, files: Sequence[Path]) -> None:
+    """Adds the confirmation to the search's own run."""
+    tracker = MlflowRunLogger(uri, run_id)
+    budget = result.num_visual_tokens
+    found = {"rank_correlation": result.correlation, "p_value": result.p_value}
+    tracker.log_metrics({f"confirmation/{name}": value for name, value in found.items() if value == value}, budget)
+    for each in sorted(result.splits, key=lambda split: split.anchor_grid):
+        # The step is the side of the anchor grid, so that MLflow draws one curve over the splits for each.
+        tracker.log_metrics({f"confirmation/supernet@{budget}": each.supernet, f"confirmation/trained@{budget}": each.trained.value}, each.anchor_grid)
+    tracker.flush()
+    for file in files:
+        tracker.log_figure_file(file) if file.suffix == ".png" else tracker.log_artifact(file)
+
+
+def _write(result: Confirmation, folder: Path) -> list[Path]:
     (folder / "confirmation.json").write_text(json.dumps(result.to_dict(), indent=2) + "\n", encoding="utf-8")
     plot_confirmation(
         [
@@ -167,3 +187,4 @@ def _write(result: Confirmation, folder: Path) -> None:
         folder / "confirmation.png",
         title=f"Splits of {result.num_visual_tokens} tokens: Spearman {result.correlation:.2f} (p = {result.p_value:.2f})",
     )
+    return [folder / "confirmation.json", folder / "confirmation.png"]

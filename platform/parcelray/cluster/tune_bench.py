@@ -4,12 +4,12 @@ import functools
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from parcelray.cluster.session import ray_session
-from parcelray.cluster.tuning_run import train_point, trial_job
-from parcelray.cluster.warm_evaluation import WarmEvaluator
+from parcelray.cluster.training_points import train_point, training_resources, trial_job
+from parcelray.cluster.warm_evaluation import SearchedModel, WarmEvaluator
 from parcelray.config.evaluate import EvaluateJob
 from parcelray.config.search_space import Assignment
 from parcelray.config.train import TrainJob
@@ -21,17 +21,22 @@ from parcelray.training.in_process import fit_in_process
 from parcelray.training.metric_logger import NoMetrics
 from parcelray.training.start import build_start
 from parcelray.tuning.planner import make_planner
-from parcelray.tuning.training_trial import DRIVER_CPUS, training_trial
+from parcelray.tuning.training_trial import training_trial
 from parcelray.tuning.trial_record import FinishedTrial, TrialRecord
-from parcelray.tuning.tune_run import TrialResources, evaluation_trial, run_search
+from parcelray.tuning.trial_resources import TrialResources
+from parcelray.tuning.tune_run import evaluation_trial, run_search
 
 _WARM_GOAL = ">= 3"
+_TRIALS = 2
+"""Trainings of the shorter of two searches."""
 _BUDGETS = ([16], [32], [64])
 _GRIDS = (0, 1, 2, 4)
 
 
 def bench_tuning(*, samples: int, steps: int, repeats: int) -> Report:
     """Points per minute of a split search in warm actors and with a process for every point; and a trial's seconds over its bare training.
+
+    What a trial takes is the slope between a search of some and one of twice as many, one after the other, so that Tune's own start is not in it.
 
     The searched model is a supernet over splits with a connector that was not trained: speed does not hang on the weights. Every search has
     an answer store of its own, so no answer is reused.
@@ -42,35 +47,44 @@ def bench_tuning(*, samples: int, steps: int, repeats: int) -> Report:
         repeats: of each comparison.
     """
     rates: dict[str, list[float]] = {"warm": [], "a process per point": []}
-    overheads, shares = [], []
+    trials: dict[str, list[float]] = {"in its own process": [], "on a Ray Train worker": []}
+    starts, bare = [], []
     with tempfile.TemporaryDirectory(prefix="parcelray-bench-") as name, ray_session():
         root = Path(name)
         checkpoint = _supernet(root / "supernet")
         for index in range(repeats):
             for kind in rates:
                 rates[kind].append(_points_per_minute(root / f"{kind}-{index}", checkpoint, samples, warm=kind == "warm"))
-            bare, trial = _training_seconds(root / f"training-{index}", steps)
-            overheads.append(trial - bare)
-            shares.append(trial / bare)
+            bare.append(_bare_seconds(root / f"bare-{index}", steps))
+            for workers, kind in enumerate(trials):
+                some, twice = (_search_seconds(root / f"training-{index}-{workers}-{count}", steps, count, workers) for count in (_TRIALS, 2 * _TRIALS))
+                trials[kind].append((twice - some) / _TRIALS)
+                if not workers:
+                    starts.append(2 * some - twice)
     ratios = [warm / cold for warm, cold in zip(*rates.values(), strict=True)]
+    alone = statistics.median(bare)
     measures = [
         *(Measure(f"split search, {kind}", statistics.median(values), "points/min", interquartile_range(values)) for kind, values in rates.items()),
         Measure("warm over a process per point", statistics.median(ratios), "ratio", interquartile_range(ratios), _WARM_GOAL, "a process per point"),
-        Measure("training trial minus bare training", statistics.median(overheads), "s", interquartile_range(overheads), None, "the same training in-process"),
-        Measure(f"training trial over bare training, {steps} steps", statistics.median(shares), "ratio", interquartile_range(shares), None, "the same"),
+        Measure(f"bare training, {steps} steps", alone, "s", interquartile_range(bare)),
+        Measure("start of a search", statistics.median(starts), "s", interquartile_range(starts)),
     ]
+    for kind, values in trials.items():
+        over = [value - alone for value in values]
+        measures.append(Measure(f"training trial {kind} minus bare training", statistics.median(over), "s", interquartile_range(over), None, "bare training"))
     return Report(tuple(measures), machine_info())
 
 
 def _points_per_minute(folder: Path, checkpoint: ResolvedCheckpoint, samples: int, *, warm: bool) -> float:
     job = _search(folder, checkpoint, samples)
     assert isinstance(job.base, EvaluateJob)
-    evaluator = WarmEvaluator(job.base, checkpoint, content_digest(checkpoint.path), ((), 256), PassSettings(**job.base.compute.model_dump()))
+    models = {job.base.model.reference: SearchedModel(checkpoint, content_digest(checkpoint.path))}
+    evaluator = WarmEvaluator(job.base, models, ((), 256), PassSettings(**job.base.compute.model_dump()))
     record = TrialRecord(folder)
     planner = make_planner(job.space, job.algorithm, job.objectives, job.seed, record)
     started = time.perf_counter()
     run_search(
-        evaluation_trial(functools.partial(_measure, evaluator), job.objectives[0]),
+        evaluation_trial(evaluator.metrics, job.objectives[0]),
         planner,
         record,
         _Silent(),
@@ -82,20 +96,24 @@ def _points_per_minute(folder: Path, checkpoint: ResolvedCheckpoint, samples: in
     return 60 * planner.num_points / (time.perf_counter() - started)
 
 
-def _training_seconds(folder: Path, steps: int) -> tuple[float, float]:
-    """Of the same training: bare in this process, and as a trial, its process's start included."""
-    search = _training_search(folder, steps)
-    bare_job = trial_job(search, str(folder / "bare"), {"seed": 0})
+def _bare_seconds(folder: Path, steps: int) -> float:
+    """Of the training by itself, in this process."""
+    job = trial_job(_training_search(folder, steps, 1, 0), str(folder), {"seed": 0})
     start = resolve_checkpoint("mini_base").path
     started = time.perf_counter()
-    fit_in_process(bare_job, folder / "bare" / "run", checkpoint=start, logger=NoMetrics())
-    bare = time.perf_counter() - started
+    fit_in_process(job, folder / "run", checkpoint=start, logger=NoMetrics())
+    return time.perf_counter() - started
+
+
+def _search_seconds(folder: Path, steps: int, count: int, workers: int) -> float:
+    """Of a search over so many of these trainings, one after the other."""
+    search = _training_search(folder, steps, count, workers)
     record = TrialRecord(folder)
     planner = make_planner(search.space, search.algorithm, search.objectives, 0, record)
+    trial = training_trial(functools.partial(train_point, search, str(folder), ((), 0)), search.objectives[0])
     started = time.perf_counter()
-    trial = training_trial(functools.partial(train_point, search, str(folder / "trials")), search.objectives[0])
-    run_search(trial, planner, record, _Silent(), folder=folder, resources=TrialResources(1.0 + DRIVER_CPUS), max_concurrent=1)
-    return bare, time.perf_counter() - started
+    run_search(trial, planner, record, _Silent(), folder=folder, resources=training_resources(search), max_concurrent=1)
+    return time.perf_counter() - started
 
 
 def _supernet(folder: Path) -> ResolvedCheckpoint:
@@ -126,9 +144,9 @@ def _search(folder: Path, checkpoint: ResolvedCheckpoint, samples: int) -> TuneJ
     return _tune_job(folder, space, base, "score")
 
 
-def _training_search(folder: Path, steps: int) -> TuneJob:
-    space = {"kind": "search_space", "name": "seed", "job": "bench", "parameters": {"seed": {"type": "choice", "values": [0]}}}
-    return _tune_job(folder, space, _training(folder, steps), "val/score@64")
+def _training_search(folder: Path, steps: int, count: int, workers: int) -> TuneJob:
+    space = {"kind": "search_space", "name": "seed", "job": "bench", "parameters": {"seed": {"type": "choice", "values": list(range(count))}}}
+    return _tune_job(folder, space, _training(folder, steps) | {"scaling": {"num_workers": workers}}, "val/score@64")
 
 
 def _tune_job(folder: Path, space: Mapping[str, object], base: Mapping[str, object], metric: str) -> TuneJob:
@@ -159,10 +177,6 @@ def _training(folder: Path, steps: int) -> dict[str, object]:
         "tracking": {"uri": None},
         "storage": str(folder),
     }
-
-
-def _measure(evaluator: WarmEvaluator) -> Callable[[Assignment], Mapping[str, float]]:
-    return evaluator.metrics
 
 
 class _Silent:

@@ -1,13 +1,21 @@
 """What a search would do, before it does it: its points and an estimate of the compute."""
 
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import ray
+import torch
+
 from parcelray.cluster.evaluation_plan import evaluation_plan
 from parcelray.cluster.plan import training_plan
+from parcelray.cluster.session import ADDRESS_VARIABLE, default_num_cpus, ray_session
+from parcelray.cluster.tuning_run import trial_resources, wanted_concurrency
 from parcelray.config.evaluate import EvaluateJob
 from parcelray.config.loader import check_search_space_of, identity
 from parcelray.config.tune import OptunaAlgorithm, PbtAlgorithm, RandomAlgorithm, TuneJob
+from parcelray.tuning.trial_resources import cluster_nodes
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -27,6 +35,10 @@ class TuningPlan:
     seconds: float
     """All trials one after the other, a lower bound; a warm search runs the vision tower once an actor, not once a trial."""
     gpu_hours: float
+    concurrent: int
+    """Trials at the same time on the cluster that the search would run on."""
+    cluster: str
+    """Which one that is."""
     config: dict[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
@@ -41,18 +53,25 @@ class TuningPlan:
         table.add_row("trials", f"{self.trials:,}" + (f" of {self.points:,} points" if self.points is not None else ""))
         table.add_row("objectives", ", ".join(self.objectives))
         table.add_row("a trial", f"{self.trial.identity}, at least {self.trial.seconds / 60:,.1f} min")
-        table.add_row("time", f"at least {self.seconds / 60:,.1f} min, divided by the trials that run at the same time")
+        table.add_row("at the same time", f"{self.concurrent} on {self.cluster}")
+        table.add_row("time", f"at least {self.seconds / self.concurrent / 60:,.1f} min")
         table.add_row("GPU hours", f"at least {self.gpu_hours:,.2f}" if self.gpu_hours else "none")
         return table
 
 
-def tuning_plan(job: TuneJob) -> TuningPlan:
+def tuning_plan(job: TuneJob, address: str | None = None) -> TuningPlan:
     """Resolves a search, checks that its parts fit together, and estimates its cost.
 
+    Args:
+        job: the search.
+        address: of the Ray cluster that it would run on; None: RAY_ADDRESS, else a local instance, which is not started for this.
+
     Raises:
-        UserError: the space does not fit its job, or the job cannot run.
+        UserError: the space does not fit its job, the job cannot run, or the cluster can never hold a trial.
     """
     check_search_space_of(job)
+    nodes, cluster = _nodes(address)
+    concurrent = trial_resources(job).concurrency(nodes, wanted_concurrency(job))
     points, algorithm = job.space.size, job.algorithm
     if isinstance(algorithm, RandomAlgorithm | OptunaAlgorithm):
         trials = algorithm.trials if points is None else min(points, algorithm.trials)
@@ -69,5 +88,17 @@ def tuning_plan(job: TuneJob) -> TuningPlan:
         trial=trial,
         seconds=seconds,
         gpu_hours=trials * trial.gpu_hours if not isinstance(job.base, EvaluateJob) else seconds / 3600 * gpus,
+        concurrent=max(1, min(concurrent, trials)),
+        cluster=cluster,
         config=job.model_dump(mode="json"),
     )
+
+
+def _nodes(address: str | None) -> tuple[Sequence[Mapping[str, float]], str]:
+    """Resources of the cluster's nodes, and how to call it."""
+    named = address or os.environ.get(ADDRESS_VARIABLE)
+    if ray.is_initialized() or (named is not None and named != "local"):
+        with ray_session(address) as session:
+            return cluster_nodes(), f"the cluster at {session.address}"
+    gpus = torch.cuda.device_count()
+    return [{"CPU": float(default_num_cpus()), "GPU": float(gpus)}], f"a local Ray of {default_num_cpus()} CPUs" + (f" and {gpus} GPUs" if gpus else "")

@@ -8,15 +8,17 @@ held, so that a point costs the connector or reducer and the decoder. Answers go
 import json
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from parcelray.benchmarks.reader import BenchmarkReader, DataPin, RowSamples
 from parcelray.cluster.evaluation_plan import connector_at
 from parcelray.cluster.evaluation_setup import budgets_for, generation_of, prepare
+from parcelray.config.connector import ConnectorConfig
 from parcelray.config.evaluate import EvaluateJob
 from parcelray.config.loader import set_key, validate
 from parcelray.config.search_space import Assignment
@@ -38,8 +40,22 @@ from parcelray.profiling.reduction_flops import reduced_prefill_flops
 TEXT_TOKENS = 32
 """Of the prompt that costs are given for."""
 _LATENCY_REPEATS = 5
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+"""Of a value, by arithmetic."""
 _PER_POINT = ("name", "budgets", "anchor_grid", "reducer", "need_within", "max_unscored", "tracking", "compute", "storage")
 """Keys that a point may change without another model or other questions."""
+
+
+Reference = tuple[Sequence[SplitScores], int]
+"""Scores of an uncompressed model on the questions of a search, and its budget."""
+
+
+class SearchedModel(NamedTuple):
+    """A model that points ask."""
+
+    checkpoint: ResolvedCheckpoint
+    digest: str
+    """Of its content."""
 
 
 @dataclass(frozen=True)
@@ -66,23 +82,35 @@ def changed_job(job: EvaluateJob, assignment: Assignment) -> EvaluateJob:
     return validate(EvaluateJob, data, "the search")
 
 
+def prefill_costs(checkpoint: Path, connector: ConnectorConfig | None, budget: int, bytes_per_value: int) -> dict[str, float]:
+    """Of one image's prefill: visual tokens, GFLOPs, bytes of the KV cache.
+
+    Args:
+        checkpoint: folder of the model.
+        connector: what gives the budget; None: nothing that costs.
+        budget: visual tokens.
+        bytes_per_value: of the KV cache.
+    """
+    shape = from_transformers_config(config_of(checkpoint))
+    flops = cost(shape, connector, budget, num_frames=1, num_text_tokens=TEXT_TOKENS).total
+    return {"tokens": float(budget), "gflops": flops / 1e9, "kv_cache_bytes": float(kv_cache_bytes(shape, budget + TEXT_TOKENS, bytes_per_value))}
+
+
 @dataclass
 class WarmEvaluator:
     """Evaluates points of one job, holding what they share; a point that changes the model or the questions loads anew.
 
     Args:
         job: the evaluation that points change.
-        checkpoint: its model, resolved.
-        digest: of the model's weights.
+        models: its model and those that points name instead, by reference.
         reference: scores of the uncompressed model on the same questions, and their budget; retention is measured against them.
         settings: use of this process.
         measure_latency: whether a point's latency is measured, which takes some runs of one image.
     """
 
     job: EvaluateJob
-    checkpoint: ResolvedCheckpoint
-    digest: str
-    reference: tuple[Sequence[SplitScores], int]
+    models: Mapping[str, SearchedModel]
+    reference: Reference
     settings: PassSettings
     measure_latency: bool = False
     _held: dict[str, "_Held"] = field(default_factory=dict, repr=False)
@@ -108,16 +136,17 @@ class WarmEvaluator:
         """Answers a point's questions, as far as the store does not have the answers, and scores them."""
         job = changed_job(self.job, assignment)
         held = self._hold(job)
-        budgets = tuple(budget for budget in budgets_for(job, self.checkpoint) if budget != BLIND)
+        searched = self._model(job)
+        budgets = tuple(budget for budget in budgets_for(job, searched.checkpoint) if budget != BLIND)
         tasks = [replace(task, generation=generation_of(job, asked.choice, asked.config)) for asked, task in zip(held.benchmarks, held.tasks, strict=True)]
         model = replace(held.model, budgets=budgets)
         passes = answer_tasks(tasks, model, held.answerer, settings=self.settings)
         evaluation = Evaluation(
             name=job.name,
             model=model.reference,
-            digest=self.digest,
+            digest=searched.digest,
             budgets=budgets,
-            full=max(connector_of(self.checkpoint.path).supported_budgets),
+            full=max(connector_of(searched.checkpoint.path).supported_budgets),
             store=model.store,
             benchmarks=tuple(AskedBenchmark(each.config, passes[each.config.name].asked, each.choice.metric) for each in held.benchmarks),
             mask_decoder=job.mask_decoder,
@@ -144,17 +173,23 @@ class WarmEvaluator:
         for family, names in families.items():
             metrics[f"score/{family}"] = mean_of([scores[name] for name in names if name in scores]).value
             metrics[f"retention/{family}"] = mean_of([kept[name] for name in names if name in kept]).value
-        config = config_of(self.checkpoint.path)
-        shape = from_transformers_config(config)
-        if point.job.reducer is not None:
-            flops = reduced_prefill_flops(shape, point.job.reducer, budget, TEXT_TOKENS)
-        else:
-            flops = cost(shape, connector_at(point.job, config, budget), budget, num_frames=1, num_text_tokens=TEXT_TOKENS).total
-        return metrics | {
-            "tokens": float(budget),
-            "gflops": flops / 1e9,
-            "kv_cache_bytes": float(kv_cache_bytes(shape, budget + TEXT_TOKENS, 4 if point.job.dtype == "float32" else 2)),
-        }
+        return metrics | self.costs(point.job, budget)
+
+    def costs(self, job: EvaluateJob, budget: int) -> dict[str, float]:
+        """Of one image's prefill at a budget: visual tokens, GFLOPs, bytes of the KV cache."""
+        path = self._model(job).checkpoint.path
+        costs = prefill_costs(path, connector_at(job, config_of(path), budget), budget, BYTES[job.dtype])
+        if job.reducer is not None:
+            costs["gflops"] = reduced_prefill_flops(from_transformers_config(config_of(path)), job.reducer, budget, TEXT_TOKENS) / 1e9
+        return costs
+
+    def bounds(self) -> dict[str, tuple[float, float]]:
+        """Range of each cost: from nothing to that of all patches without a connector."""
+        full = self.reference[1]
+        return {name: (0.0, value) for name, value in prefill_costs(self._model(self.job).checkpoint.path, None, full, BYTES[self.job.dtype]).items()}
+
+    def _model(self, job: EvaluateJob) -> SearchedModel:
+        return self.models[job.model.reference]
 
     def _latency_ms(self, point: EvaluatedPoint, budget: int) -> float:
         """Time from one image to the first token of its answer, milliseconds: the median of a few runs, nothing held."""
@@ -178,14 +213,15 @@ class WarmEvaluator:
         if key not in self._held:
             # One at a time: what is held is a model and all its features.
             self._held.clear()
-            self._held[key] = _Held(job, self.checkpoint, self.digest, self.settings)
+            self._held[key] = _Held(job, self._model(job), self.settings)
         return self._held[key]
 
 
 class _Held:
     """The model and the questions of points that share them."""
 
-    def __init__(self, job: EvaluateJob, checkpoint: ResolvedCheckpoint, digest: str, settings: PassSettings) -> None:
+    def __init__(self, job: EvaluateJob, searched: SearchedModel, settings: PassSettings) -> None:
+        checkpoint, digest = searched
         store = job.storage if "://" in job.storage else str(Path(job.storage).absolute())
         self.model = EvaluatedModel(checkpoint.path, checkpoint.pinned, digest, (), f"{store}/predictions")
         self.benchmarks = prepare(job, image_size_of(checkpoint.path))

@@ -3,6 +3,7 @@
 import copy
 import difflib
 import hashlib
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -83,6 +84,9 @@ def _inline(search: dict[str, Any], path: Path) -> None:
     confirm = search.get("confirm")
     if isinstance(confirm, dict) and isinstance(confirm.get("job"), str):
         confirm["job"] = _changed(confirm["job"], confirm.pop("set", {}), path)
+    evaluation = search.get("evaluation")
+    if isinstance(evaluation, dict) and isinstance(evaluation.get("job"), str):
+        search["evaluation"] = _changed(evaluation["job"], evaluation.get("set") or {}, path)
 
 
 def _changed(file: str, changes: dict[str, Any], path: Path) -> dict[str, Any]:
@@ -171,19 +175,25 @@ def apply_override(data: dict[str, Any], override: str) -> None:
 
 
 def set_key(data: dict[str, Any], keys: str, value: Any, source: str) -> None:
-    """Sets the value at a key path such as `a.b` in place.
+    """Sets the value at a key path such as `a.b`, or `a.0.b` in a list, in place.
 
     Raises:
-        ConfigError: something on the way is no mapping; the message starts with `source`.
+        ConfigError: something on the way is no mapping, or a list without that place; the message starts with `source`.
     """
     *parents, last = keys.split(".")
-    target = data
-    for key in parents:
-        child = target.setdefault(key, {})
-        if not isinstance(child, dict):
+    target: Any = data
+    for key, following in itertools.pairwise([*parents, last]):
+        child = target[int(key)] if isinstance(target, list) else target.setdefault(key, {})
+        if isinstance(child, list):
+            if not following.isdecimal() or int(following) >= len(child):
+                raise ConfigError(f"{source}: {key} is a list of {len(child)}, which has no place {following}; legal: 0 to {len(child) - 1}.")
+        elif not isinstance(child, dict):
             raise ConfigError(f"{source}: {key} is {child!r}, not a mapping, so nothing can be set below it.")
         target = child
-    target[last] = value
+    if isinstance(target, list):
+        target[int(last)] = value
+    else:
+        target[last] = value
 
 
 def validate(model: type[ModelT], data: dict[str, Any], source: str) -> ModelT:

@@ -4,6 +4,7 @@ import itertools
 import math
 import random
 from collections.abc import Iterator, Mapping
+from functools import cached_property
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -188,10 +189,16 @@ class SearchSpace(StrictModel):
         """Whether no constraint is broken."""
         return all(constraint.allows(assignment) for constraint in self.constraints)
 
-    @property
+    @cached_property
     def size(self) -> int | None:
         """Number of different assignments; None: not finite."""
-        return None if any(domain.steps is None for domain in self.parameters.values()) else sum(1 for _ in self.grid())
+        domains = self.parameters.values()
+        columns = [domain.steps for domain in domains if domain.steps is not None]
+        if len(columns) < len(self.parameters):
+            return None
+        if self.constraints or any(domain.when for domain in domains):
+            return sum(1 for _ in self.grid())
+        return math.prod(len({repr(value) for value in column}) for column in columns)
 
     def grid(self) -> Iterator[Assignment]:
         """All assignments, each once.

@@ -6,11 +6,9 @@ from pydantic import Field, field_validator, model_validator
 
 from parcelray.config.base import StrictModel
 from parcelray.config.evaluate import EvaluateJob
+from parcelray.config.objectives import Objective, check_objectives, check_space, is_measured_during
 from parcelray.config.search_space import AnchorsFit, SearchSpace
 from parcelray.config.train import TrackingConfig, TrainJob
-
-COSTS = ("tokens", "gflops", "kv_cache_bytes", "latency_ms")
-"""What a trial of an evaluation measures besides its scores: visual tokens, FLOPs of the prefill, bytes of its KV cache, time to the first token."""
 
 
 class GridAlgorithm(StrictModel):
@@ -86,15 +84,6 @@ class MedianScheduler(StrictModel):
 EarlyStopping = Annotated[AshaScheduler | HyperBandScheduler | MedianScheduler, Field(discriminator="type")]
 
 
-class Objective(StrictModel):
-    """One number that a search drives."""
-
-    metric: str
-    """`score`, `retention`, either with `/FAMILY`; a cost (tokens, gflops, kv_cache_bytes, latency_ms); or a metric of the training."""
-    mode: Literal["max", "min"]
-    """Whether more is better."""
-
-
 class ConfirmConfig(StrictModel):
     """The check of a split search by real trainings from the base: the best splits of one budget, the paper's, and the worst."""
 
@@ -127,14 +116,17 @@ class TuneJob(StrictModel):
     """Of trainings, on the first objective."""
     objectives: tuple[Objective, ...] = Field(min_length=1, max_length=4)
     """What is wanted; the first is what early stopping, the best so far and the importance of parameters look at."""
+    evaluation: EvaluateJob | None = None
+    """Of trainings: asked of each trained model, as its `model`; what it measures can be an objective, and retention where it names a
+    `reference`. In a file: {job: PATH, set: {...}}."""
     rivals: dict[str, str] = Field(default_factory=dict)
     """By name, checkpoints that are evaluated at the searched budgets and drawn beside the frontier, such as M3 and MQT; those not there are left out."""
     confirm: ConfirmConfig | None = None
     """Real trainings of a few splits, after the search."""
     max_concurrent: int | None = Field(default=None, ge=1)
-    """Trials at the same time; null: what the cluster holds."""
+    """At most so many trials at the same time; null: as many trainings as the cluster holds, or as many evaluations as `base.compute.actors`."""
     stall_s: float = Field(default=300.0, gt=0)
-    """Longest time in which trials wait and none runs, seconds, before the search gives up and says why."""
+    """Longest time in which trials wait and no process of any computes, seconds, before the search gives up and says why."""
     tracking: TrackingConfig = TrackingConfig()
     """MLflow."""
     storage: str = "runs"
@@ -151,23 +143,29 @@ class TuneJob(StrictModel):
     @model_validator(mode="after")
     def _check(self) -> "TuneJob":
         evaluates = isinstance(self.base, EvaluateJob)
-        for objective in self.objectives if evaluates else ():
-            name, _, family = objective.metric.partition("/")
-            if name not in (*COSTS, "score", "retention") or (family and name in COSTS):
-                raise ValueError(
-                    f"objective {objective.metric!r} is not measured by an evaluation; legal: score, retention, either with /FAMILY, {', '.join(COSTS)}"
-                )
+        check_space(self.space, self.base)
+        check_objectives(self.objectives, self.base, self.evaluation, self.space)
+        if evaluates and self.evaluation is not None:
+            raise ValueError("evaluation is for trainings, but the space's job is an evaluation itself; leave it out")
         if evaluates and isinstance(self.algorithm, PbtAlgorithm):
             raise ValueError("pbt needs trainings, but the space's job is an evaluation; use grid, random or optuna")
         if self.early_stopping is not None and (evaluates or isinstance(self.algorithm, PbtAlgorithm)):
             raise ValueError("early_stopping is for trainings that grid, random or optuna chose; leave it out")
+        first = self.objectives[0].metric
+        if self.early_stopping is not None and isinstance(self.base, TrainJob) and not is_measured_during(first, self.base):
+            raise ValueError(
+                f"early_stopping looks at the first objective, but {first} is not measured before a training's end; "
+                "name val/score@BUDGET with base.validation.every_steps above 0, or a metric such as train/loss, or leave it out"
+            )
         if isinstance(self.algorithm, GridAlgorithm) and self.space.size is None:
             raise ValueError(f"the space {self.space.name} has a real parameter, so it has no grid; use random or optuna")
         if self.confirm is not None and self.splits is None:
-            raise ValueError(f"confirm needs a space of splits, but {self.space.name} has no anchors_fit constraint; leave it out")
+            raise ValueError(f"confirm needs a space of splits, but {self.space.name} is not one of two parameters under anchors_fit; leave it out")
         return self
 
     @property
     def splits(self) -> AnchorsFit | None:
-        """The constraint that makes the space one of splits; None if it is not."""
-        return next((constraint for constraint in self.space.constraints), None) if isinstance(self.base, EvaluateJob) else None
+        """The constraint that makes the space one of splits, with an anchor grid and a budget and nothing else; None if it is not."""
+        found = next((constraint for constraint in self.space.constraints), None)
+        is_split = found is not None and isinstance(self.base, EvaluateJob) and set(self.space.parameters) == set(found.keys)
+        return found if is_split else None

@@ -10,6 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
 
+from parcelray.evaluation.intervals import Interval
 from parcelray.reports.plots import COLORS, MARKERS
 
 
@@ -31,6 +32,19 @@ class RivalPoint(NamedTuple):
     y: float
     low: float
     high: float
+    num_visual_tokens: int
+
+
+class FamilyRow(NamedTuple):
+    """What a search found for one benchmark family."""
+
+    family: str
+    tokens: float
+    """Of the chosen trial."""
+    retention: Interval
+    best_tokens: float
+    """Of the trial with the highest retention."""
+    best_retention: Interval
 
 
 def plot_search(
@@ -123,6 +137,26 @@ def plot_parallel(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], pat
     plane.spines[:].set_visible(False)
     plane.set_title(title)
     figure.savefig(path)
+
+
+def plot_families(rows: Sequence[FamilyRow], path: Path, *, title: str) -> None:
+    """Draws the retention of each family's chosen and best trial with their 95 % intervals and token counts."""
+    figure, plane = _figure((8, 1.6 + 0.7 * len(rows)))
+    kinds = (
+        ("cheapest within one standard error", 0.14, [(row.retention, row.tokens) for row in rows]),
+        ("best", -0.14, [(row.best_retention, row.best_tokens) for row in rows]),
+    )
+    for index, (label, shift, members) in enumerate(kinds):
+        values = [interval.value for interval, _ in members]
+        errors = [[interval.value - interval.low for interval, _ in members], [interval.high - interval.value for interval, _ in members]]
+        heights = [place + shift for place in range(len(rows))]
+        plane.errorbar(values, heights, xerr=errors, fmt=MARKERS[index], color=COLORS[index], capsize=3, label=label)
+        for (interval, tokens), height in zip(members, heights, strict=True):
+            plane.annotate(f"{tokens:g} tokens", (interval.high, height), textcoords="offset points", xytext=(6, -3), fontsize=8)
+    plane.set_yticks(range(len(rows)), [row.family for row in rows])
+    plane.set_xlabel("retention (%)")
+    plane.margins(x=0.15)
+    _finish(figure, plane, path, title)
 
 
 def plot_importance(shares: Mapping[str, float], path: Path, *, title: str) -> None:

@@ -1,6 +1,7 @@
 """The folder of one run, on a local disk or any fsspec URI: its resolved job, its result, and Ray Train's checkpoints below it."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,27 @@ class RunFolder:
         """Whether the folder is on a disk of this machine."""
         return isinstance(self.filesystem, LocalFileSystem)
 
-    def claim(self) -> None:
+    def claim(self, pins: Mapping[str, str] | None = None) -> None:
         """Takes the folder for this job.
+
+        Args:
+            pins: digests of the contents that the job's references stand for, by reference; None: they are not looked at.
+
+        Raises:
+            UserError: it belongs to another configuration of the same name (the message has the differing keys), or to other contents.
+        """
+        self.check()
+        kept: dict[str, str] = (self._read(_JOB) or {}).get("pins", {})
+        for reference, digest in (pins or {}).items():
+            if kept.get(reference, digest) != digest:
+                raise UserError(
+                    f"{self.path} holds the run {self.identity} of another model: what {reference} names has changed since (sha256 {kept[reference][:12]} "
+                    f"then, {digest[:12]} now); give this one another name (--set name=...), or put the old model back to go on with the old run."
+                )
+        self._write(_JOB, {"identity": self.identity, "job": self._job.model_dump(mode="json"), "pins": kept | dict(pins or {})})
+
+    def check(self) -> None:
+        """Looks whether the folder is free or this job's.
 
         Raises:
             UserError: it belongs to another configuration of the same name; the message has the differing keys.
@@ -45,7 +65,6 @@ class RunFolder:
                 f"{self.path} holds the run {existing['identity']}, whose configuration differs from this one ({differences}); "
                 "give this one another name (--set name=...), or restore the old values to go on with the old run."
             )
-        self._write(_JOB, {"identity": self.identity, "job": resolved})
 
     def result(self) -> dict[str, Any] | None:
         """What a finished run recorded; None before it is finished."""

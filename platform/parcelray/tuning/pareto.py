@@ -60,8 +60,9 @@ def hypervolume(losses_PM: Values, reference_M: Values) -> float:
 def knee_point(losses_PM: Values) -> int | None:
     """Index of the point where the front bends most (Das, 1999); None without points.
 
-    It is the farthest from the plane through the front's best points of each objective, objectives scaled to the front's range. With one
-    objective, and where the front is one point, it is the best.
+    It has the smallest sum of losses, each scaled to the front's range: with two objectives the one that is deepest below the line through the
+    front's ends, with more the one that is deepest below the plane through the corners of the front's box, which need not be points. With
+    one objective, and where the front is one point, it is the best.
     """
     front = pareto_front(losses_PM)
     if not front:
@@ -69,22 +70,21 @@ def knee_point(losses_PM: Values) -> int | None:
     points_FM = losses_PM[front]
     low_M, high_M = points_FM.min(0), points_FM.max(0)
     scaled_FM = (points_FM - low_M) / np.where(high_M > low_M, high_M - low_M, 1.0)
-    # The plane through the ends is where the scaled losses sum to 1; what lies deepest below it bends most.
     return front[int(scaled_FM.sum(1).argmin())]
 
 
-def volume_over_time(losses_PM: Values) -> list[float]:
-    """Hypervolume after each point, as a share of the box between the best and the worst value of each objective over all of them.
+def volume_over_time(losses_PM: Values, low_M: Values, high_M: Values) -> list[float]:
+    """Hypervolume after each point, as a share of the box between the best and the worst value that each objective can have.
 
-    The box is that of the finished search, so the last values of searches over the same points are comparable, and the curve only rises.
+    The box is known before the first point, so the curve only rises, and two searches with the same box can be compared.
+
+    Args:
+        losses_PM: less is better; what is outside the box counts as on its edge.
+        low_M: best value of each objective.
+        high_M: worst.
     """
-    known_PM = losses_PM[~np.isnan(losses_PM).any(1)]
-    if not len(known_PM):
-        return [0.0] * len(losses_PM)
-    low_M, high_M = known_PM.min(0), known_PM.max(0)
-    span_M = np.where(high_M > low_M, high_M - low_M, 1.0)
     # A little outside the worst values, or points on the box's edge would add nothing.
-    scaled_PM, reference_M = (losses_PM - low_M) / span_M, np.full(losses_PM.shape[1], 1.1)
+    scaled_PM, reference_M = np.clip((losses_PM - low_M) / (high_M - low_M), 0.0, 1.0), np.full(losses_PM.shape[1], 1.1)
     shares = []
     kept: list[int] = []
     for index, point_M in enumerate(scaled_PM):

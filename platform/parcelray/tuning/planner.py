@@ -11,14 +11,17 @@ import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import TrialState
 
+from parcelray.config.objectives import Objective
 from parcelray.config.search_space import Assignment, ChoiceDomain, Domain, IntegerDomain, SearchSpace
-from parcelray.config.tune import Objective, OptunaAlgorithm, PbtAlgorithm, RandomAlgorithm, SearchAlgorithm
+from parcelray.config.tune import OptunaAlgorithm, PbtAlgorithm, RandomAlgorithm, SearchAlgorithm
 from parcelray.tuning.trial_record import FinishedTrial, TrialRecord, point_key
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 
-_TRIES = 200
+_TRIES = 100
 """Proposals that may be illegal or known before a random point takes their place."""
+_LISTED = 100_000
+"""Largest space whose points are all listed and shuffled; of a larger one points are drawn, which hardly ever repeat."""
 
 
 class Planner(ABC):
@@ -30,32 +33,54 @@ class Planner(ABC):
 
     def __init__(self, record: TrialRecord) -> None:
         self._record = record
+        self._open: set[str] = set()
 
     @property
     @abstractmethod
     def num_points(self) -> int:
         """Points of the whole search, those that are known included."""
 
-    @abstractmethod
     def ask(self) -> Assignment | None:
         """The next point; None: there is none now (see `is_finished`)."""
+        point = self._next()
+        if point is not None:
+            self._open.add(point_key(point))
+        return point
 
     @property
     @abstractmethod
     def is_finished(self) -> bool:
         """Whether no more points will come."""
 
-    def tell(self, trial: FinishedTrial) -> None:  # noqa: B027 - a list needs no results
+    @property
+    def is_done(self) -> bool:
+        """Whether no more points will come and all that were handed out are known."""
+        return self.is_finished and not self._open
+
+    def tell(self, trial: FinishedTrial) -> None:
         """A trial that has been added to the record."""
+        self._open.discard(trial.key)
+
+    @abstractmethod
+    def _next(self) -> Assignment | None: ...
 
 
 class ListPlanner(Planner):
-    """A list that is known before the search: a grid, or random points."""
+    """A list that is known before the search: a grid, random points, or a population.
 
-    def __init__(self, points: Sequence[Assignment], record: TrialRecord) -> None:
+    Args:
+        points: all.
+        record: see `Planner`.
+        together: whether all points are handed out as long as one is not known: members of a population are compared with each other, so
+            that a smaller one would be another search.
+    """
+
+    def __init__(self, points: Sequence[Assignment], record: TrialRecord, *, together: bool = False) -> None:
         super().__init__(record)
         self._num_points = len(points)
         self._waiting = [point for point in points if record.get(point_key(point)) is None]
+        if together and self._waiting:
+            self._waiting = list(points)
         self._waiting.reverse()
 
     @property
@@ -63,8 +88,7 @@ class ListPlanner(Planner):
         """See `Planner`."""
         return self._num_points
 
-    def ask(self) -> Assignment | None:
-        """See `Planner`."""
+    def _next(self) -> Assignment | None:
         return self._waiting.pop() if self._waiting else None
 
     @property
@@ -107,13 +131,13 @@ class OptunaPlanner(Planner):
         self._advance()
         return not self._batch and len(self._order) >= self._num_points
 
-    def ask(self) -> Assignment | None:
-        """See `Planner`."""
+    def _next(self) -> Assignment | None:
         self._advance()
         return self._batch.pop(0) if self._batch else None
 
     def tell(self, trial: FinishedTrial) -> None:
         """See `Planner`."""
+        super().tell(trial)
         self._results[trial.key] = trial
 
     def _advance(self) -> None:
@@ -143,32 +167,26 @@ class OptunaPlanner(Planner):
 
     def _propose(self) -> Assignment:
         """A legal point that was not proposed before."""
-        for attempt in range(_TRIES):
-            self._proposals += 1
-            seed = (self._seed * 1_000_003 + self._proposals) % 2**32
-            if attempt >= _TRIES // 2:
-                return self._first_new(seed)
-            self._study.sampler = _sampler(seed, self._algorithm.startup_trials)
+        for _ in range(_TRIES):
+            self._study.sampler = _sampler(self._next_seed(), self._algorithm.startup_trials)
             trial = self._study.ask()
             point = self._suggested(trial)
             if self._space.allows(point) and point_key(point) not in self._asked:
                 self._asked[point_key(point)] = trial
                 return point
             self._study.tell(trial, state=TrialState.FAIL)
-        raise AssertionError("the second half of the tries returns")
+        # The sampler repeats itself: a random point instead. There is one, since num_points is at most the size of the space.
+        points = _without_repeats(self._space, random.Random(self._next_seed()))
+        point = next(point for point in points if point_key(point) not in self._asked)
+        self._study.enqueue_trial(optuna_params(self._space, point))
+        trial = self._study.ask()
+        self._suggested(trial)
+        self._asked[point_key(point)] = trial
+        return point
 
-    def _first_new(self, seed: int) -> Assignment:
-        """A random point instead of a proposal: the sampler repeats itself."""
-        rng = random.Random(seed)
-        for point in _without_repeats(self._space, rng):
-            key = point_key(point)
-            if key not in self._asked:
-                self._study.enqueue_trial(optuna_params(self._space, point))
-                trial = self._study.ask()
-                self._suggested(trial)
-                self._asked[key] = trial
-                return point
-        raise AssertionError("num_points is at most the size of the space")
+    def _next_seed(self) -> int:
+        self._proposals += 1
+        return (self._seed * 1_000_003 + self._proposals) % 2**32
 
     def _suggested(self, trial: optuna.Trial) -> Assignment:
         """A point, its parameters suggested in order and only where they are active."""
@@ -187,7 +205,7 @@ def make_planner(space: SearchSpace, algorithm: SearchAlgorithm, objectives: Seq
         size, wanted = space.size, algorithm.trials if isinstance(algorithm, RandomAlgorithm) else algorithm.population
         count = wanted if size is None else min(size, wanted)
         points = _without_repeats(space, random.Random(seed))
-        return ListPlanner([next(points) for _ in range(count)], record)
+        return ListPlanner([next(points) for _ in range(count)], record, together=isinstance(algorithm, PbtAlgorithm))
     return ListPlanner(list(space.grid()), record)
 
 
@@ -240,8 +258,8 @@ def _ascends(values: Sequence[Any]) -> bool:
 
 
 def _without_repeats(space: SearchSpace, rng: random.Random) -> Iterator[Assignment]:
-    """Different random points; all of a finite space in the end."""
-    if space.size is not None:
+    """Different random points; all of a small space in the end."""
+    if space.size is not None and space.size <= _LISTED:
         points = list(space.grid())
         rng.shuffle(points)
         yield from points

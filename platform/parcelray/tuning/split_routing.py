@@ -7,6 +7,7 @@ from parcelray.config.connector import RouteConfig
 from parcelray.evaluation.aggregate import difference
 from parcelray.evaluation.intervals import Interval
 from parcelray.evaluation.split_scores import Estimate
+from parcelray.tuning.nearly_best import nearly_best
 
 
 class ChosenSplit(NamedTuple):
@@ -24,9 +25,7 @@ class ChosenSplit(NamedTuple):
 
 
 def choose_splits(values: Mapping[int, Mapping[int, Estimate]], gflops: Mapping[int, Mapping[int, float]], rule: Mapping[int, int]) -> list[ChosenSplit]:
-    """The split of each budget by the rule of one standard error (Breiman et al., 1984): of all that are so close to the best, the cheapest.
-
-    The difference is paired, so its standard error is much smaller than that of either.
+    """The split of each budget: of all within one standard error of the best, the cheapest (see `nearly_best`).
 
     Args:
         values: score or retention by budget and anchor grid, with draws over the same questions.
@@ -35,8 +34,7 @@ def choose_splits(values: Mapping[int, Mapping[int, Estimate]], gflops: Mapping[
     """
     chosen = []
     for budget, by_grid in sorted(values.items()):
-        best = max(by_grid, key=lambda grid: by_grid[grid].value)
-        near = [grid for grid, each in by_grid.items() if grid == best or _within_one_error(by_grid[best], each)]
+        best, near = nearly_best(by_grid)
         grid = min(near, key=lambda grid: gflops[budget][grid])
         theirs = rule.get(budget)
         gap = difference(by_grid[grid], by_grid[theirs]).interval if theirs is not None and theirs in by_grid else None
@@ -54,8 +52,3 @@ def routing_of(splits: Sequence[ChosenSplit], full: int) -> tuple[RouteConfig, .
         else:
             routes.append(RouteConfig(min_budget=split.num_visual_tokens, max_budget=last, anchor_grid=split.anchor_grid))
     return tuple(routes)
-
-
-def _within_one_error(best: Estimate, other: Estimate) -> bool:
-    gap = difference(best, other)
-    return gap.value <= gap.std_error

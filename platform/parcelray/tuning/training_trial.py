@@ -1,9 +1,12 @@
 """Trials that train: a driver that takes no CPU of its own builds the training's run, whose workers take theirs from the cluster."""
 
+import functools
 import json
 import os
+import random
 import tempfile
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,33 +15,55 @@ from ray.tune import Checkpoint
 from ray.tune.integration.ray_train import TuneReportCallback
 from ray.tune.schedulers import ASHAScheduler, HyperBandScheduler, MedianStoppingRule, PopulationBasedTraining, TrialScheduler
 
+from parcelray.config.objectives import Objective
 from parcelray.config.search_space import Assignment, SearchSpace
-from parcelray.config.tune import AshaScheduler, EarlyStopping, MedianScheduler, Objective, PbtAlgorithm
-from parcelray.tuning.search_space import assignment_of, tune_domains
-from parcelray.tuning.tune_run import FINISHED, METRICS, SCALAR, STEPS, TrialResources, objective_value
+from parcelray.config.tune import AshaScheduler, EarlyStopping, MedianScheduler, PbtAlgorithm
+from parcelray.tuning.exploration import explore
+from parcelray.tuning.trial_resources import TrialResources
+from parcelray.tuning.tune_run import ASSIGNMENT, FINISHED, METRICS, SCALAR, STEPS, objective_value
 
 DRIVER_CPUS = 0.01
 """Of the trial's own process; with a whole CPU the drivers of all trials take those that their workers wait for, and 0 is refused."""
 _STATE = "state.json"
+_SEGMENT = "segment"
+"""In a member's result: segments of the population so far."""
 
 Report = Callable[[Mapping[str, float]], None]
 """Is told a training's metrics at each of its checkpoints."""
 
 
+@dataclass(frozen=True)
+class Segment:
+    """A part of a training, with data and budget draws of its own."""
+
+    place: int = 0
+    """From 0 on."""
+    count: int = 1
+    """How many there are; the job's steps are divided among them."""
+    model: str | None = None
+    """Checkpoint to start from instead of the job's."""
+
+    def steps(self, total: int) -> tuple[int, int]:
+        """Of the job's steps, how many are trained before this part, and how many at its end."""
+        return total * self.place // self.count, total * (self.place + 1) // self.count
+
+
+WHOLE = Segment()
+
+
 class TrainPoint(Protocol):
     """Trains one point; given by the layer that knows jobs."""
 
-    def __call__(self, assignment: Assignment, on_report: Report, *, model: str | None = None, part: int = 1) -> tuple[dict[str, float], str]:
+    def __call__(self, assignment: Assignment, on_report: Report, *, segment: Segment = WHOLE) -> tuple[dict[str, float], str]:
         """Trains a point to its end.
 
         Args:
             assignment: what it changes in the job.
-            on_report: called at each checkpoint.
-            model: checkpoint to start from instead of the job's.
-            part: the job's steps are divided by it.
+            on_report: called at each checkpoint but the last.
+            segment: the part of the training.
 
         Returns:
-            The last metrics, and the folder of the model.
+            The last metrics, `step` among them (steps of the segments before it included), and the folder of the model.
         """
 
 
@@ -47,9 +72,9 @@ def training_trial(train: TrainPoint, objective: Objective) -> Any:
     return tune.with_parameters(_train, train=train, objective=objective)
 
 
-def population_trial(train: TrainPoint, space: SearchSpace, objective: Objective, algorithm: PbtAlgorithm) -> Any:
+def population_trial(train: TrainPoint, objective: Objective, algorithm: PbtAlgorithm) -> Any:
     """A member of a population: trains in segments, after each of which it may have to go on from another's model with other values."""
-    return tune.with_parameters(_train_segments, train=train, space=space, objective=objective, segments=algorithm.segments)
+    return tune.with_parameters(_train_segments, train=train, objective=objective, segments=algorithm.segments)
 
 
 def early_stopping(config: EarlyStopping | None, total_steps: int) -> TrialScheduler | None:
@@ -64,14 +89,17 @@ def early_stopping(config: EarlyStopping | None, total_steps: int) -> TrialSched
     return HyperBandScheduler(**common, max_t=total_steps, reduction_factor=config.reduction)
 
 
-def population_scheduler(space: SearchSpace, algorithm: PbtAlgorithm) -> TrialScheduler:
-    """Tune's population-based training over the parameters of a space; all members finish a segment before any is compared."""
+def population_scheduler(space: SearchSpace, algorithm: PbtAlgorithm, seed: int) -> TrialScheduler:
+    """Tune's population-based training over the points of a space; all members finish a segment before any is compared.
+
+    Tune's own mutations know neither conditions nor constraints, and multiply a choice.
+    """
     return PopulationBasedTraining(
-        time_attr=STEPS,
+        time_attr=_SEGMENT,
         metric=SCALAR,
         mode="max",
         perturbation_interval=1,
-        hyperparam_mutations={"assignment": tune_domains(space)},
+        custom_explore_fn=functools.partial(_explored, space=space, rng=random.Random(seed)),
         quantile_fraction=algorithm.quantile,
         synch=True,
         log_config=False,
@@ -82,7 +110,7 @@ def worker_resources(num_workers: int, cpus_per_worker: float, gpus_per_worker: 
     """What a training trial takes: its workers' shares and a CPU for each task that prepares their data; in-process, a CPU."""
     if num_workers == 0:
         return TrialResources(cpus=1.0, gpus=gpus_per_worker)
-    return TrialResources(cpus=DRIVER_CPUS, worker_cpus=num_workers * (cpus_per_worker + data_tasks), worker_gpus=num_workers * gpus_per_worker)
+    return TrialResources(DRIVER_CPUS, workers=num_workers, worker_cpus=cpus_per_worker, worker_gpus=gpus_per_worker, helper_cpus=num_workers * data_tasks)
 
 
 def _train(config: dict[str, Any], train: TrainPoint, objective: Objective) -> None:
@@ -90,14 +118,20 @@ def _train(config: dict[str, Any], train: TrainPoint, objective: Objective) -> N
     tune.report(_result(metrics, objective, int(metrics.get("step", 0)), finished=True))
 
 
-def _train_segments(config: dict[str, Any], train: TrainPoint, space: SearchSpace, objective: Objective, segments: int) -> None:
+def _explored(config: dict[str, Any], space: SearchSpace, rng: random.Random) -> dict[str, Any]:
+    return config | {"assignment": explore(space, config["assignment"], rng)}
+
+
+def _train_segments(config: dict[str, Any], train: TrainPoint, objective: Objective, segments: int) -> None:
     state = _restored()
-    for segment in range(state["segment"], segments):
-        metrics, model = train(assignment_of(space, config["assignment"]), lambda metrics: None, model=state["model"], part=segments)
-        state = {"segment": segment + 1, "model": model}
+    for place in range(state["segment"], segments):
+        metrics, model = train(config["assignment"], lambda metrics: None, segment=Segment(place, segments, state["model"]))
+        state = {"segment": place + 1, "model": model}
         with tempfile.TemporaryDirectory(prefix="parcelray-population-") as name:
             (Path(name) / _STATE).write_text(json.dumps(state), encoding="utf-8")
-            result = _result(metrics, objective, segment + 1, finished=segment + 1 == segments)
+            result = _result(metrics, objective, int(metrics["step"]), finished=place + 1 == segments)
+            # Tune mutates the values of the worse once more after the last segment, with which nothing is trained.
+            result |= {_SEGMENT: place + 1, ASSIGNMENT: config["assignment"]}
             tune.report(result, checkpoint=Checkpoint.from_directory(name))
 
 

@@ -5,22 +5,21 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import ray
 from ray import tune
 from ray.tune import Callback
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import PopulationBasedTraining, TrialScheduler
 from ray.tune.search import Searcher
 
+from parcelray.config.objectives import Objective
 from parcelray.config.search_space import Assignment
-from parcelray.config.tune import Objective
 from parcelray.errors import ParcelrayError, SystemFailure, UserError
 from parcelray.tuning.planner import Planner
 from parcelray.tuning.trial_record import FinishedTrial, TrialRecord, point_key
+from parcelray.tuning.trial_resources import TrialResources, Watchdog
 
 SCALAR = "objective"
 """In a trial's result: the first objective, more being better; what early stopping compares."""
@@ -30,6 +29,11 @@ METRICS = "metrics"
 """In a trial's result: what it measured, by name."""
 FINISHED = "finished"
 """In a trial's result: whether it is the last one."""
+ASSIGNMENT = "trained_assignment"
+"""In a result of a member of a population: the values that it was trained with last."""
+
+
+_NO_REASON = "it failed without a word"
 
 
 class SearchObserver(Protocol):
@@ -43,36 +47,6 @@ class SearchObserver(Protocol):
 
     def finished(self, trial: FinishedTrial) -> None:
         """A trial has ended, well or not, and is recorded."""
-
-
-@dataclass(frozen=True)
-class TrialResources:
-    """What a trial takes of the cluster: the actor itself, and the workers that it starts."""
-
-    cpus: float
-    gpus: float = 0.0
-    worker_cpus: float = 0.0
-    """CPUs of the processes that the trial starts by itself; Tune does not reserve them."""
-    worker_gpus: float = 0.0
-
-    def concurrency(self, total: Mapping[str, float], wanted: int | None) -> int:
-        """How many trials the cluster holds at the same time. With more, trials that start workers would wait for each other for ever (ray#54305).
-
-        Args:
-            total: resources of the whole cluster.
-            wanted: at most so many; None: as many as it holds.
-
-        Raises:
-            UserError: it cannot hold one.
-        """
-        needs = {"CPU": self.cpus + self.worker_cpus, "GPU": self.gpus + self.worker_gpus}
-        # A small share more than the sum of the shares must not count as one less.
-        holds = min(int(total.get(name, 0.0) / need + 1e-9) for name, need in needs.items() if need > 0)
-        if holds < 1:
-            asked = " and ".join(f"{need:g} {name}" for name, need in needs.items() if need > 0)
-            there = " and ".join(f"{total.get(name, 0.0):g} {name}" for name, need in needs.items() if need > 0)
-            raise UserError(f"A trial needs {asked}, but the Ray cluster has {there} in all; give the trials fewer workers, or use a larger cluster.")
-        return holds if wanted is None else min(holds, wanted)
 
 
 def objective_value(objective: Objective, metrics: Mapping[str, float]) -> float:
@@ -112,10 +86,10 @@ def run_search(  # noqa: PLR0913 - the parts of a search
         max_concurrent: trials at the same time.
         scheduler: early stopping; None: every trial runs to its end.
         reuse_actors: whether a trial may take over the process of one that is finished, with all that it holds.
-        stall_s: longest time in which trials wait and none runs.
+        stall_s: longest time in which trials wait, none runs, or none of those that run has its workers.
 
     Raises:
-        SystemFailure: trials wait, and none runs.
+        SystemFailure: nothing has computed for so long.
         KeyboardInterrupt: the search was interrupted; what is finished is recorded.
     """
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
@@ -124,7 +98,7 @@ def run_search(  # noqa: PLR0913 - the parts of a search
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     # Tune's own state is never read again; writing it after every trial would take longer than the trials.
     os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "600")
-    keeper = _Keeper(planner, record, observer, stall_s)
+    keeper = _Keeper(planner, record, observer, Watchdog(resources, stall_s))
     # A population takes no search algorithm: all its members are known before any starts.
     is_population = isinstance(scheduler, PopulationBasedTraining)
     tuner = tune.Tuner(
@@ -155,7 +129,7 @@ def run_search(  # noqa: PLR0913 - the parts of a search
         if keeper.failure is not None:
             raise keeper.failure from None
         raise
-    if not planner.is_finished or keeper.num_running:
+    if not planner.is_done:
         raise KeyboardInterrupt
 
 
@@ -187,28 +161,23 @@ class _PlannedPoints(Searcher):
 
 
 class _Keeper(Callback):
-    """Records trials as they finish, tells the planner and the observer, and watches that something runs."""
+    """Records trials as they finish, tells the planner and the observer, and has it watched that something runs."""
 
-    def __init__(self, planner: Planner, record: TrialRecord, observer: SearchObserver, stall_s: float) -> None:
+    def __init__(self, planner: Planner, record: TrialRecord, observer: SearchObserver, watchdog: Watchdog) -> None:
         self._planner = planner
         self._record = record
         self._observer = observer
-        self._stall_s = stall_s
+        self._watchdog = watchdog
         self._running: dict[str, tuple[Assignment, float]] = {}
         self._last: dict[str, Mapping[str, Any]] = {}
-        self._busy_at = time.monotonic()
         self.failure: ParcelrayError | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Nothing, see `_PlannedPoints`."""
         return {}
 
-    @property
-    def num_running(self) -> int:
-        """Trials that were started and have not ended."""
-        return len(self._running)
-
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        self._watchdog.feed()
         if trial.trial_id in self._running:
             return  # goes on after a pause
         assignment = trial.config["assignment"]
@@ -216,6 +185,7 @@ class _Keeper(Callback):
         self._observer.started(point_key(assignment), assignment)
 
     def on_trial_result(self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any) -> None:
+        self._watchdog.feed()
         if METRICS in result:
             self._last[trial.trial_id] = result
             if not result.get(FINISHED):
@@ -224,7 +194,7 @@ class _Keeper(Callback):
 
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         last = self._last.pop(trial.trial_id, {})
-        self._finish(trial, last.get(METRICS, {}), None if METRICS in last else "it ended without a result", stopped=not last.get(FINISHED, False))
+        self._finish(trial, last, None if METRICS in last else "it ended without a result", stopped=not last.get(FINISHED, False))
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         self._last.pop(trial.trial_id, None)
@@ -232,22 +202,17 @@ class _Keeper(Callback):
 
     def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
         statuses = [trial.status for trial in trials]
-        if Trial.RUNNING in statuses or Trial.PENDING not in statuses:
-            self._busy_at = time.monotonic()
-        elif time.monotonic() - self._busy_at > self._stall_s:
-            waiting = [trial for trial in trials if trial.status == Trial.PENDING]
-            asked = _counts(getattr(waiting[0].placement_group_factory, "required_resources", {}))
-            total, free = ray.cluster_resources(), ray.available_resources()  # type: ignore[no-untyped-call]
-            self.failure = SystemFailure(
-                f"{len(waiting)} trials have waited for {self._stall_s:g} s and none runs: each asks for {asked}, and of the cluster's {_counts(total)} "
-                f"are free {_counts(free)}. End what else runs there, or raise stall_s; the same command with --resume goes on."
-            )
-            raise self.failure
+        try:
+            self._watchdog.look(statuses.count(Trial.RUNNING), statuses.count(Trial.PENDING))
+        except SystemFailure as error:
+            self.failure = error
+            raise
 
-    def _finish(self, trial: Trial, metrics: Mapping[str, float], error: str | None, *, stopped: bool) -> None:
+    def _finish(self, trial: Trial, last: Mapping[str, Any], error: str | None, *, stopped: bool) -> None:
+        self._watchdog.feed()
         point, began = self._running.pop(trial.trial_id)
-        # A member of a population keeps the key of the point that it started from, and ends with the values that it was given last.
-        assignment = trial.config["assignment"]
+        # A member of a population keeps the key of the point that it started from, and ends with the values that it was trained with last.
+        assignment, metrics = last.get(ASSIGNMENT, trial.config["assignment"]), last.get(METRICS, {})
         finished = FinishedTrial(point_key(point), assignment, dict(metrics), time.monotonic() - began, error, stopped and error is None)
         self._record.add(finished)
         self._planner.tell(finished)
@@ -257,28 +222,29 @@ class _Keeper(Callback):
 def _reason(trial: Trial) -> str:
     """The last line of what a trial failed with, from the file that Tune has just written; its other record of it is a pickle."""
     if trial.error_file is None:
-        return "it failed without a word"
-    lines = [line.strip() for line in Path(trial.error_file).read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    return lines[-1].removeprefix("parcelray.errors.")
+        return _NO_REASON
+    return last_line(Path(trial.error_file).read_text(encoding="utf-8", errors="replace")) or _NO_REASON
 
 
-def _counts(resources: Mapping[str, float]) -> str:
-    return ", ".join(f"{resources.get(name, 0.0):g} {name}" for name in ("CPU", "GPU") if name == "CPU" or name in resources)
+def last_line(text: str) -> str:
+    """What a trial failed with: the last line of a traceback that is not empty; "" without any."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1].removeprefix("parcelray.errors.") if lines else ""
 
 
-def evaluation_trial(evaluator: Callable[[], Callable[[Assignment], Mapping[str, float]]], objective: Objective) -> Any:
-    """A trial that measures a point at once, in an actor that keeps what the evaluator holds for the next one.
+def evaluation_trial(measure: Callable[[Assignment], Mapping[str, float]], objective: Objective) -> Any:
+    """A trial that measures a point at once, in an actor that keeps what the measuring object holds for the next one.
 
     Args:
-        evaluator: makes the measuring function, once an actor.
+        measure: of an object that each actor gets a copy of.
         objective: the first.
     """
-    return tune.with_parameters(_EvaluationTrial, evaluator=evaluator, objective=objective)
+    return tune.with_parameters(_EvaluationTrial, measure=measure, objective=objective)
 
 
 class _EvaluationTrial(tune.Trainable):
-    def setup(self, config: dict[str, Any], evaluator: Any, objective: Objective) -> None:  # type: ignore[override]
-        self._measure = evaluator()
+    def setup(self, config: dict[str, Any], measure: Any, objective: Objective) -> None:  # type: ignore[override]
+        self._measure = measure
         self._objective = objective
 
     def step(self) -> dict[str, Any]:

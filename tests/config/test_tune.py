@@ -1,0 +1,68 @@
+"""What a search cannot do is refused when its file is read."""
+
+from typing import Any
+
+import pytest
+
+from parcelray.config.loader import ConfigError, set_key, validate
+from parcelray.config.tune import TuneJob
+
+from ..training.conftest import TINY
+
+EVALUATION: dict[str, Any] = {"kind": "evaluate", "name": "e", "benchmarks": ["mini"]}
+RATE = {"type": "real", "low": 1e-4, "high": 1e-2}
+
+
+def _job(base: dict[str, Any], parameters: dict[str, Any], metrics: list[str], **changes: Any) -> TuneJob:
+    data = {
+        "kind": "tune",
+        "name": "s",
+        "space": {"kind": "search_space", "name": "s", "job": "j", "parameters": parameters},
+        "base": base,
+        "algorithm": {"type": "random", "trials": 2},
+        "objectives": [{"metric": metric, "mode": "max"} for metric in metrics],
+    }
+    return validate(TuneJob, data | changes, "file")
+
+
+@pytest.mark.parametrize(
+    ("base", "key"),
+    [(TINY, "name"), (TINY, "storage"), (TINY, "tracking.uri"), (TINY, "report.samples"), (EVALUATION, "compute.actors"), (EVALUATION, "reference.reference")],
+)
+def test_a_key_that_no_trial_follows_is_refused_by_name(base: dict[str, Any], key: str) -> None:
+    metric = "train/loss" if base is TINY else "score"
+    with pytest.raises(ConfigError, match=rf"changes {key}, which no trial of a search follows; not searchable: kind, name, storage"):
+        _job(base, {key: {"type": "choice", "values": [1]}}, [metric])
+
+
+@pytest.mark.parametrize("metric", ["val/score@128", "val/score", "retention", "score", "val/accuracy@16", "gflops@32", "latency_ms"])
+def test_what_a_training_does_not_measure_is_refused_before_it_starts(metric: str) -> None:
+    with pytest.raises(ConfigError, match=rf"objective '{metric}' is not measured by a training that is validated at budgets 16, 64; legal: val/score@B"):
+        _job(TINY, {"optimizer.learning_rate": RATE}, [metric])
+
+
+def test_what_a_training_and_its_evaluation_measure_is_legal() -> None:
+    _job(TINY, {"optimizer.learning_rate": RATE}, ["val/score@64", "gflops@16", "kv_cache_bytes@64", "train/loss"])
+    _job(TINY, {"validation.budgets": {"type": "choice", "values": [[128]]}}, ["val/score@128"])
+    _job(TINY, {"optimizer.learning_rate": RATE}, ["score/video", "tokens"], evaluation=EVALUATION)
+    with pytest.raises(ConfigError, match=r"retention only with evaluation.reference"):
+        _job(TINY, {"optimizer.learning_rate": RATE}, ["retention"], evaluation=EVALUATION)
+    _job(TINY, {"optimizer.learning_rate": RATE}, ["retention/video"], evaluation=EVALUATION | {"reference": {"reference": "mini_base"}})
+
+
+def test_early_stopping_needs_what_is_measured_on_the_way() -> None:
+    stopping = {"type": "asha", "grace_steps": 1}
+    with pytest.raises(ConfigError, match=r"val/score@64 is not measured before a training's end; name .* base.validation.every_steps above 0"):
+        _job(TINY, {"optimizer.learning_rate": RATE}, ["val/score@64"], early_stopping=stopping)
+    validated = TINY | {"validation": {"every_steps": 3, "budgets": [64]}}
+    _job(validated, {"optimizer.learning_rate": RATE}, ["val/score@64"], early_stopping=stopping)
+
+
+def test_a_key_path_may_lead_through_a_list() -> None:
+    data: dict[str, Any] = {"benchmarks": [{"name": "mini"}], "budgets": [16, 64]}
+    set_key(data, "benchmarks.0.limit", 5, "the search")
+    set_key(data, "budgets.1", 32, "the search")
+    assert data == {"benchmarks": [{"name": "mini", "limit": 5}], "budgets": [16, 32]}
+    for key in ("benchmarks.1.limit", "benchmarks.limit"):
+        with pytest.raises(ConfigError, match=r"the search: benchmarks is a list of 1, which has no place .*; legal: 0 to 0"):
+            set_key(data, key, 5, "the search")
