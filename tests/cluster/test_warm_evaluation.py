@@ -9,8 +9,10 @@ import pytest
 from rich.console import Console
 
 from parcelray.cluster.evaluation_run import run_evaluation
+from parcelray.cluster.tuning_results import Rival, findings_of
 from parcelray.cluster.warm_evaluation import SearchedModel, WarmEvaluator, changed_job
 from parcelray.config.evaluate import EvaluateJob
+from parcelray.config.tune import TuneJob
 from parcelray.config.loader import ConfigError
 from parcelray.errors import UserError
 from parcelray.evaluation.bundles import PassSettings
@@ -127,3 +129,24 @@ def test_costs_lie_within_bounds_that_are_known_before_the_search(tmp_path: Path
     costs, bounds = evaluator.costs(evaluator.job, 64), evaluator.bounds()
     assert all(bounds[name][0] < value < bounds[name][1] for name, value in costs.items())
     assert bounds["tokens"] == (0.0, 256.0)
+
+
+def test_a_rival_stands_at_its_own_costs(tmp_path: Path, supernet: Path) -> None:
+    job = _job(tmp_path, supernet, budgets=[16, 64])
+    evaluator = _evaluator(job, supernet)
+    summary = run_evaluation(_job(tmp_path, supernet, budgets=[16, 64], name="rival"), Console(file=io.StringIO()), tables=False).summary
+    for cost in ("gflops", "kv_cache_bytes", "tokens", "latency_ms"):
+        search = TuneJob.model_validate(
+            {
+                "kind": "tune",
+                "name": "s",
+                "space": {"kind": "search_space", "name": "s", "job": "j", "parameters": {"budgets": {"type": "choice", "values": [[16], [64]]}}},
+                "base": job.model_dump(),
+                "algorithm": {"type": "grid"},
+                "objectives": [{"metric": "score", "mode": "max"}, {"metric": cost, "mode": "min"}],
+            }
+        )
+        points = findings_of(search, [], evaluator, {"rival": Rival(summary, supernet)}).rivals["rival"]
+        expected = [] if cost == "latency_ms" else [(evaluator.costs(job, budget)[cost], budget) for budget in (16, 64)]
+        assert [(point.x, point.num_visual_tokens) for point in points] == expected, "what is not known of a rival is not drawn"
+        assert [point.y for point in points] == [summary.mean_score(budget).value for _, budget in expected]

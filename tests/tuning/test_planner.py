@@ -8,8 +8,8 @@ import pytest
 
 from parcelray.config.objectives import Objective
 from parcelray.config.search_space import Assignment, SearchSpace
-from parcelray.config.tune import GridAlgorithm, OptunaAlgorithm, RandomAlgorithm, SearchAlgorithm
-from parcelray.tuning.planner import importance, make_planner
+from parcelray.config.tune import GridAlgorithm, OptunaAlgorithm, PbtAlgorithm, RandomAlgorithm, SearchAlgorithm
+from parcelray.tuning.planner import Planner, importance, make_planner
 from parcelray.tuning.trial_record import FinishedTrial, TrialRecord, point_key
 
 SPACE = SearchSpace.model_validate(
@@ -128,3 +128,24 @@ def test_importance_is_the_parameters_share(tmp_path: Path) -> None:
     assert shares["kind"] > shares["x"]
     assert sum(shares.values()) == pytest.approx(1)
     assert importance(SPACE, trials[:3], ONE[0]) == {}
+
+
+def test_a_population_is_asked_again_as_a_whole_as_long_as_one_member_is_not_known(tmp_path: Path) -> None:
+    def planner() -> Planner:
+        return make_planner(SPACE, PbtAlgorithm(population=3, segments=2), ONE, 0, TrialRecord(tmp_path))
+
+    first = planner()
+    members = [first.ask() for _ in range(3)]
+    assert first.is_finished
+    assert not first.is_done, "asked for, not trained: an interruption now is none of a finished search"
+    for member in members[:2]:
+        assert member is not None
+        trial = FinishedTrial(point_key(member), member, _measure(member), 1.0)
+        TrialRecord(tmp_path).add(trial)
+        first.tell(trial)
+    assert not first.is_done
+    again = planner()
+    assert [again.ask() for _ in range(4)] == [*members, None]
+    assert members[2] is not None
+    TrialRecord(tmp_path).add(FinishedTrial(point_key(members[2]), members[2], {}, 1.0))
+    assert planner().is_done
