@@ -1,12 +1,15 @@
 """What the studies of attention find in maps whose answer is known, and on a small model."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
+from scipy import stats
 
 from parcelray.analysis.attention_maps import AttentionMaps, attention_maps
-from parcelray.analysis.leave_token_out import Pair, leave_one_out, validity
+from parcelray.analysis.leave_token_out import Pair, leave_one_out, moved_places, validity
 from parcelray.analysis.redundancy_profile import redundancy_profile
-from parcelray.analysis.saliency import jaccard, saliency_report
+from parcelray.analysis.saliency import jaccard, saliency_report, saliency_reports
 from parcelray.config.connector import M3ConnectorConfig
 from parcelray.config.model import MiniLlavaModelConfig
 from parcelray.errors import UserError
@@ -28,7 +31,8 @@ def test_rankings_that_follow_the_image_and_not_the_prompt_are_told_from_those_t
     tokens = rng.normal(size=(6, 64, 4))
     by_image = np.broadcast_to(rng.random((6, 1, 1, 1, 64)), (6, 3, 1, 2, 64))
     by_prompt = np.broadcast_to(rng.random((1, 3, 1, 1, 64)), (6, 3, 1, 2, 64))
-    report = saliency_report(_maps(np.concatenate([by_image, by_prompt], axis=2), tokens))
+    maps = _maps(np.concatenate([by_image, by_prompt], axis=2), tokens)
+    report = saliency_report(maps.last_word_IPLHN, maps)
     image_layer, prompt_layer = report.between_prompts
     assert image_layer.spearman.value == pytest.approx(1)
     assert image_layer.kendall.value == pytest.approx(1)
@@ -36,10 +40,45 @@ def test_rankings_that_follow_the_image_and_not_the_prompt_are_told_from_those_t
     assert abs(prompt_layer.spearman.value) < 0.2
     assert abs(report.between_images[0].spearman.value) < 0.2
     assert report.between_images[1].spearman.value == pytest.approx(1)
-    assert [each.value for each in report.between_heads] == [1, 1]
-    assert report.between_layers[0, 0] == 1
-    assert report.between_layers[0, 1] < 0.3
+    assert [each.jaccard.value for each in report.between_heads] == [1, 1]
+    assert [each.spearman.value for each in report.between_heads] == pytest.approx([1, 1])
+    assert report.between_layers[0][0].jaccard[:3] == (1, 1, 1)
+    assert report.between_layers[0][1].jaccard.value < 0.3
+    assert abs(report.between_layers[0][1].spearman.value) < 0.3
     assert report.with_class_attention == []
+
+
+def test_a_head_that_ignores_the_prompt_is_told_from_one_that_follows_it() -> None:
+    rng = np.random.default_rng(3)
+    ignores = np.broadcast_to(rng.random((5, 1, 1, 1, 100)), (5, 3, 1, 1, 100))
+    follows = 10 * rng.random((5, 3, 1, 1, 100))
+    maps = _maps(np.concatenate([ignores, follows], axis=3), rng.normal(size=(5, 100, 4)))
+    report = saliency_report(maps.last_word_IPLHN, maps)
+    (ignoring, following), averaged = report.by_head[0], report.between_prompts[0]
+    assert ignoring.spearman[:3] == pytest.approx((1, 1, 1))
+    assert ignoring.jaccard[:3] == (1, 1, 1)
+    assert abs(following.spearman.value) < 0.15
+    assert following.jaccard.value < 0.15
+    # The mean over heads shows nothing of the first one.
+    assert averaged.spearman.value < 0.3
+
+
+def test_both_definitions_are_compared_each_by_its_own_maps() -> None:
+    rng = np.random.default_rng(4)
+    maps = _maps(np.broadcast_to(rng.random((3, 1, 1, 1, 64)), (3, 2, 1, 1, 64)), rng.normal(size=(3, 64, 4)))
+    reports = saliency_reports(replace(maps, mean_word_IPLHN=rng.random((3, 2, 1, 1, 64)).astype(np.float32)))
+    assert reports["last word"].between_prompts[0].spearman.value == pytest.approx(1)
+    assert abs(reports["mean of words"].between_prompts[0].spearman.value) < 0.3
+
+
+def test_rankings_and_overlaps_are_those_of_scipy_and_of_sets() -> None:
+    rng = np.random.default_rng(5)
+    attention = np.round(rng.random((2, 2, 1, 1, 64)), 1).astype(np.float32)
+    maps = _maps(attention, rng.normal(size=(2, 64, 4)))
+    (overlap,) = saliency_report(maps.last_word_IPLHN, maps).by_head[0]
+    pairs = [(attention[image, 0, 0, 0], attention[image, 1, 0, 0]) for image in range(2)]
+    assert overlap.spearman.value == pytest.approx(np.mean([stats.spearmanr(a, b).statistic for a, b in pairs]), abs=1e-6)
+    assert overlap.jaccard.value == pytest.approx(np.mean([jaccard(a, b) for a, b in pairs]))
 
 
 def test_what_draws_attention_is_found() -> None:
@@ -48,7 +87,8 @@ def test_what_draws_attention_is_found() -> None:
     norms = np.linalg.norm(tokens, axis=2)
     rows = np.broadcast_to(np.arange(64) // 8, (5, 64))
     layers = np.stack([norms, rows + 0.01 * rng.random((5, 64))], axis=1)[:, None, :, None]
-    report = saliency_report(_maps(np.broadcast_to(layers, (5, 2, 2, 2, 64)), tokens))
+    maps = _maps(np.broadcast_to(layers, (5, 2, 2, 2, 64)), tokens)
+    report = saliency_report(maps.last_word_IPLHN, maps)
     assert report.drawn_by["norm"][0].value == pytest.approx(1)
     assert report.drawn_by["row"][1].value > 0.95
     assert abs(report.drawn_by["column"][0].value) < 0.2
@@ -69,9 +109,36 @@ def test_validity_tells_a_measure_that_matters_from_one_that_does_not() -> None:
     assert found["good"].correlation.value == pytest.approx(0.69, abs=0.05)
     assert found["good"].p_value == pytest.approx(1 / 301)
     assert found["good"].mass.value > 0.2
+    assert found["good"].p_holm == pytest.approx(3 / 301)
     assert found["bad"].p_value > 0.05
     assert found["bad"].mass.value == pytest.approx(0.11, abs=0.04)
     assert found["constant"].correlation.value == 0
+
+
+def test_a_movement_keeps_neighbours_together() -> None:
+    places = moved_places(64, 200, np.random.default_rng(0))
+    assert all(sorted(each) == list(range(64)) for each in places.tolist())
+    assert len({tuple(each) for each in places.tolist()}) > 100
+    rows, columns = np.divmod(places.reshape(-1, 8, 8), 8)
+    beside = np.abs(columns[:, :, 1:] - columns[:, :, :-1])
+    assert set(beside.ravel().tolist()) <= {1, 7}, "on a torus the first and the last column are neighbours"
+    assert (rows[:, :, 1:] == rows[:, :, :-1]).all()
+
+
+def test_smooth_maps_that_have_nothing_to_do_with_each_other_are_not_significant() -> None:
+    rng = np.random.default_rng(6)
+
+    def smooth() -> np.ndarray:
+        waves = np.fft.rfft2(rng.normal(size=(16, 16)))
+        waves[3:-2], waves[:, 3:] = 0, 0
+        return np.asarray(np.fft.irfft2(waves, (16, 16))).ravel()
+
+    p_values = []
+    for _ in range(30):
+        losses, measures = [smooth() for _ in range(5)], [{"unrelated": smooth()} for _ in range(5)]
+        p_values.append(validity(losses, measures, permutations=200)["unrelated"].p_value)
+    # Tokens shuffled one by one would give p < 0.05 in most of these.
+    assert sum(value < 0.05 for value in p_values) <= 4
 
 
 @pytest.mark.parametrize("tower", ["clip", "convnext"])
@@ -85,7 +152,9 @@ def test_a_model_is_studied(tower: str) -> None:
     # All visual tokens together get less than all attention: words get some, too.
     assert 0 < float(maps.last_word_IPLHN.sum(-1).max()) < 1
     assert (maps.class_attention_IN is None) == (tower == "convnext")
-    report = saliency_report(maps)
+    report = saliency_reports(maps)["mean of words"]
+    assert len(report.by_head) == 3
+    assert len(report.by_head[0]) == 2
     assert -1 <= report.between_prompts[0].spearman.value <= 1
     losses, measures = leave_one_out(model, processor, Pair(images[0], PROMPTS[0], "red"), batch_size=100)
     assert losses.shape == (256,)

@@ -161,4 +161,4 @@ def test_a_users_own_images_need_prompts_and_must_be_there(checkpoint: Path, tmp
     with pytest.raises(UserError, match="holds 2 images, fewer than the 9"):
         study_saliency(str(checkpoint), console, images=str(tmp_path), count=9, prompts=prompts, folder=tmp_path / "out", tracking=tracking)
     report = study_saliency(str(checkpoint), console, images=str(tmp_path), count=2, prompts=prompts, folder=tmp_path / "out", tracking=tracking)
-    assert len(report.between_prompts) == 3
+    assert len(report["last word"].between_prompts) == 3

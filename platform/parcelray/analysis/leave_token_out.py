@@ -2,7 +2,11 @@
 
 For each image-question pair every visual token is left out in turn, at unchanged positions of the others, and the change of the answer's log
 likelihood is measured. The Spearman correlation of that change with each measure of importance, over the tokens of a pair, is averaged over
-pairs, with a bootstrap interval over pairs and a permutation test: tokens shuffled within their pair.
+pairs, with a bootstrap interval over pairs and a permutation test. Attention and losses are smooth over the image, so neighbours are no independent
+evidence: a permutation moves the whole map of losses by a random number of rows and columns, what leaves one side coming in at the other, and
+may flip it. All p-values are corrected together (Holm).
+
+Shapes: N visual tokens in a square grid, R permutations.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,9 +20,11 @@ from PIL import Image
 from scipy import stats
 
 from parcelray.evaluation.intervals import Interval, bootstrap_mean
+from parcelray.evaluation.paired import holm
 from parcelray.models.backbones import ElasticVLM
 from parcelray.models.backbones.processor_base import ElasticProcessor
 from parcelray.models.reduced_decoder import ReducedDecoder, VisualTokens, encode_prompts
+from parcelray.models.token_reduction.base import grid_side
 from parcelray.models.token_reduction.encoder_view import EncoderView
 
 Floats = NDArray[np.float64]
@@ -41,12 +47,14 @@ class Validity:
     """Mean Spearman correlation over pairs."""
     p_value: float
     """Share of permutations with a mean correlation as far from 0; never below one permutation's share."""
+    p_holm: float
+    """Corrected for all measures."""
     mass: Interval
     """Loss of the measure's top 11 % of the tokens, as a share of the loss of all tokens with a loss (chance: 0.11)."""
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-serialisable."""
-        return {"correlation": self.correlation._asdict(), "p_value": self.p_value, "mass": self.mass._asdict()}
+        return {"correlation": self.correlation._asdict(), "p_value": self.p_value, "p_holm": self.p_holm, "mass": self.mass._asdict()}
 
 
 @torch.inference_mode()
@@ -92,26 +100,43 @@ def validity(losses: Sequence[Floats], measures: Sequence[Mapping[str, Floats]],
     """Correlation, significance and share of the loss of each measure.
 
     Args:
-        losses: of the tokens of each pair.
+        losses: of the tokens of each pair, row by row of their grid.
         measures: of the same pairs.
         permutations: of the test.
         seed: of the permutations.
     """
     rng = np.random.default_rng(seed)
-    lost = [_standardised(each) for each in losses]
     names = [str(index) for index in range(len(losses))]
-    # One shuffle of each pair's tokens serves all measures: the test of each is still its own.
-    shuffled = [np.stack([rng.permutation(each) for _ in range(permutations)]) for each in lost]
-    found = {}
-    for name in measures[0]:
-        ranks = [_standardised(each[name]) for each in measures]
-        each = [float(a @ b) / len(a) for a, b in zip(lost, ranks, strict=True)]
-        observed = float(np.mean(each))
-        chance = np.mean([rows @ rank / len(rank) for rows, rank in zip(shuffled, ranks, strict=True)], axis=0)
-        p_value = (1 + int(np.sum(np.abs(chance) >= abs(observed)))) / (1 + permutations)
-        mass = [_mass(loss, values[name]) for loss, values in zip(losses, measures, strict=True)]
-        found[name] = Validity(bootstrap_mean(each, names), p_value, bootstrap_mean(mass, names))
-    return found
+    each: dict[str, list[float]] = {name: [] for name in measures[0]}
+    chance = {name: np.zeros(permutations) for name in measures[0]}
+    for loss_N, values in zip(losses, measures, strict=True):
+        lost_N = _standardised(loss_N)
+        # One movement of a pair's losses serves all measures: the test of each is still its own.
+        moved_RN = lost_N[moved_places(len(lost_N), permutations, rng)]
+        for name, measure_N in values.items():
+            ranks_N = _standardised(measure_N)
+            each[name].append(float(lost_N @ ranks_N) / len(lost_N))
+            chance[name] += moved_RN @ ranks_N / len(lost_N) / len(losses)
+    observed = {name: float(np.mean(found)) for name, found in each.items()}
+    p_values = [(1 + int(np.sum(np.abs(chance[name]) >= abs(observed[name])))) / (1 + permutations) for name in each]
+    mass = {name: [_mass(loss_N, values[name]) for loss_N, values in zip(losses, measures, strict=True)] for name in each}
+    return {
+        name: Validity(bootstrap_mean(each[name], names), p_value, corrected, bootstrap_mean(mass[name], names))
+        for name, p_value, corrected in zip(each, p_values, holm(p_values), strict=True)
+    }
+
+
+def moved_places(num_tokens: int, permutations: int, rng: np.random.Generator) -> NDArray[np.int64]:
+    """Which token stands where after random movements of the grid on a torus, and flips: [R, N].
+
+    Raises:
+        UserError: the tokens fill no square grid.
+    """
+    side = grid_side(num_tokens)
+    rows_N, columns_N = np.divmod(np.arange(num_tokens), side)
+    (down_R1, right_R1), (up_R1, left_R1) = rng.integers(side, size=(2, permutations, 1)), rng.choice((-1, 1), size=(2, permutations, 1))
+    places_RN: NDArray[np.int64] = (up_R1 * rows_N + down_R1) % side * side + (left_R1 * columns_N + right_R1) % side
+    return places_RN
 
 
 def _log_likelihood(decoder: ReducedDecoder, processor: ElasticProcessor, pair: Pair, tokens_1NL: torch.Tensor, places_BM: torch.Tensor) -> torch.Tensor:

@@ -1,11 +1,13 @@
 """Does saliency follow the prompt, and if not, what does it follow? After arXiv 2504.17892, questions 3 and 4.
 
-Rankings of the visual tokens by attention are compared between prompts about one image, between layers and between heads; as a control, between
-different images under one prompt: where that agrees, too, the ranking is of places and not of what is seen. All intervals are bootstraps over
-images.
+Rankings of the visual tokens by attention are compared between prompts about one image, with the heads averaged and head by head, between layers and
+between heads; as a control, between different images under one prompt: where that agrees, too, the ranking is of places and not of what is seen.
+All intervals are bootstraps over images.
+
+Shapes: I images, P prompts, L layers, H heads, N visual tokens.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any, NamedTuple
@@ -21,27 +23,37 @@ _TOP = 0.11
 """Share of the tokens whose overlap is counted: 64 of 576."""
 
 
-class Agreement(NamedTuple):
+class Overlap(NamedTuple):
     """How alike rankings are, means over pairs."""
+
+    spearman: Interval
+    jaccard: Interval
+    """Of the top 11 % of the tokens; by chance 0.058."""
+
+
+class Agreement(NamedTuple):
+    """The same with Kendall's coefficient."""
 
     spearman: Interval
     kendall: Interval
     """Tau-b."""
     jaccard: Interval
-    """Of the top 11 % of the tokens; by chance 0.058."""
 
 
 @dataclass(frozen=True)
 class SaliencyReport:
-    """What was found; by layer where a sequence."""
+    """What was found of one definition of saliency; by layer where a sequence."""
 
     between_prompts: Sequence[Agreement]
+    """Heads averaged before."""
+    by_head: Sequence[Sequence[Overlap]]
+    """Between prompts, of each head of each layer by itself."""
     between_images: Sequence[Agreement]
     """The control: the same prompt, another image."""
-    between_layers: NDArray[np.float64]
-    """Jaccard [L, L] of the top tokens, mean over images and prompts."""
-    between_heads: Sequence[Interval]
-    """Jaccard of the top tokens of two heads of a layer."""
+    between_layers: Sequence[Sequence[Overlap]]
+    """Of each layer with each, heads averaged, on the same image and prompt."""
+    between_heads: Sequence[Overlap]
+    """Of two heads of a layer, on the same image and prompt."""
     with_class_attention: Sequence[Interval]
     """Spearman with what the vision tower looks at; empty without attention there."""
     drawn_by: Mapping[str, Sequence[Interval]]
@@ -50,46 +62,89 @@ class SaliencyReport:
     def to_dict(self) -> dict[str, Any]:
         """JSON-serialisable."""
         return {
-            "between_prompts": [_agreement(each) for each in self.between_prompts],
-            "between_images": [_agreement(each) for each in self.between_images],
-            "between_layers": self.between_layers.tolist(),
-            "between_heads": [each._asdict() for each in self.between_heads],
+            "between_prompts": [_as_dict(each) for each in self.between_prompts],
+            "by_head": [[_as_dict(each) for each in heads] for heads in self.by_head],
+            "between_images": [_as_dict(each) for each in self.between_images],
+            "between_layers": [[_as_dict(each) for each in row] for row in self.between_layers],
+            "between_heads": [_as_dict(each) for each in self.between_heads],
             "with_class_attention": [each._asdict() for each in self.with_class_attention],
             "drawn_by": {name: [each._asdict() for each in layers] for name, layers in self.drawn_by.items()},
         }
 
 
-def saliency_report(maps: AttentionMaps) -> SaliencyReport:
-    """Compares the rankings of the last word's attention, heads averaged.
+def saliency_reports(maps: AttentionMaps) -> dict[str, SaliencyReport]:
+    """Compares the rankings by the last word's attention, and by the mean over all words of the prompt.
 
     Args:
         maps: of at least two images with at least two prompts each.
     """
-    layers_IPLN = maps.last_word_IPLHN.mean(axis=3)
-    images, prompts, num_layers = layers_IPLN.shape[:3]
-    layers = range(num_layers)
-    drawn_by = {name: [_correlation(layers_IPLN[:, :, layer].mean(axis=1), values_IN) for layer in layers] for name, values_IN in _properties(maps).items()}
+    return {"last word": saliency_report(maps.last_word_IPLHN, maps), "mean of words": saliency_report(maps.mean_word_IPLHN, maps)}
+
+
+def saliency_report(attention_IPLHN: Floats, maps: AttentionMaps) -> SaliencyReport:
+    """Compares the rankings of one definition of saliency.
+
+    Args:
+        attention_IPLHN: what is ranked.
+        maps: of the same images, for the properties of their tokens.
+    """
+    mean_IPLN = attention_IPLHN.mean(axis=3)
+    num_prompts, num_layers, num_heads = attention_IPLHN.shape[1:4]
+    layers, heads = range(num_layers), range(num_heads)
+    averaged, single = _Ranked.of(mean_IPLN), _Ranked.of(attention_IPLHN)
+    prompt_pairs = list(combinations(range(num_prompts), 2))
+    head_pairs = list(combinations(heads, 2)) or [(0, 0)]
+    by_head = _mean_overlap([single.overlap(single, np.s_[:, first], np.s_[:, second]) for first, second in prompt_pairs])
+    between_heads = _mean_overlap([single.overlap(single, np.s_[:, :, :, first], np.s_[:, :, :, second]) for first, second in head_pairs])
+    previous = np.roll(mean_IPLN, 1, axis=0)
+    overall_ILN = mean_IPLN.mean(axis=1)
     return SaliencyReport(
-        between_prompts=[_agree([list(_pairs(layers_IPLN[image, :, layer])) for image in range(images)]) for layer in layers],
-        between_images=[
-            _agree([[(layers_IPLN[image, prompt, layer], layers_IPLN[image - 1, prompt, layer]) for prompt in range(prompts)] for image in range(images)])
-            for layer in layers
-        ],
-        between_layers=np.array([[_mean_jaccard(layers_IPLN[:, :, first], layers_IPLN[:, :, second]) for second in layers] for first in layers]),
-        between_heads=[
-            _over_images(
-                [
-                    float(np.mean([jaccard(a, b) for prompt in range(prompts) for a, b in _pairs(maps.last_word_IPLHN[image, prompt, layer])] or [1.0]))
-                    for image in range(images)
-                ]
-            )
-            for layer in layers
-        ],
-        with_class_attention=[]
-        if maps.class_attention_IN is None
-        else [_correlation(layers_IPLN[:, :, layer].mean(axis=1), maps.class_attention_IN) for layer in layers],
-        drawn_by=drawn_by,
+        between_prompts=[_agree([(mean_IPLN[:, first, layer], mean_IPLN[:, second, layer]) for first, second in prompt_pairs]) for layer in layers],
+        by_head=[[_overlap(by_head, np.s_[:, layer, head]) for head in heads] for layer in layers],
+        between_images=[_agree([(mean_IPLN[:, prompt, layer], previous[:, prompt, layer]) for prompt in range(num_prompts)]) for layer in layers],
+        between_layers=[[_overlap(averaged.overlap(averaged, np.s_[:, :, first], np.s_[:, :, second]), np.s_[:]) for second in layers] for first in layers],
+        between_heads=[_overlap(between_heads, np.s_[:, :, layer]) for layer in layers],
+        with_class_attention=[] if maps.class_attention_IN is None else [_correlation(overall_ILN[:, layer], maps.class_attention_IN) for layer in layers],
+        drawn_by={name: [_correlation(overall_ILN[:, layer], values_IN) for layer in layers] for name, values_IN in _properties(maps).items()},
     )
+
+
+class _Ranked(NamedTuple):
+    """Maps as rankings: every pair of them is then a product."""
+
+    ranks: Floats
+    """With mean 0 and variance 1 over the tokens; zeros where all are equal, which says nothing."""
+    top: NDArray[np.bool_]
+
+    @classmethod
+    def of(cls, maps: Floats) -> "_Ranked":
+        ranks = stats.rankdata(maps, axis=-1)
+        centred = ranks - ranks.mean(axis=-1, keepdims=True)
+        spread = ranks.std(axis=-1, keepdims=True)
+        top = np.zeros(maps.shape, dtype=bool)
+        np.put_along_axis(top, np.argsort(-maps, axis=-1, kind="stable")[..., : _top_count(maps.shape[-1])], True, axis=-1)
+        return cls(np.divide(centred, spread, out=np.zeros_like(centred), where=spread > 0).astype(np.float32), top)
+
+    def overlap(self, other: "_Ranked", mine: Any, theirs: Any) -> tuple[Floats, Floats]:
+        """Spearman and Jaccard of some maps with some others, by what is before the tokens."""
+        shared = (self.top[mine] & other.top[theirs]).sum(axis=-1)
+        either = 2 * _top_count(self.top.shape[-1]) - shared
+        return (self.ranks[mine] * other.ranks[theirs]).mean(axis=-1), shared / either
+
+
+def _top_count(count: int) -> int:
+    return max(1, round(_TOP * count))
+
+
+def _mean_overlap(pairs: Sequence[tuple[Floats, Floats]]) -> tuple[Floats, Floats]:
+    spearman, jaccards = zip(*pairs, strict=True)
+    return np.mean(spearman, axis=0), np.mean(jaccards, axis=0)
+
+
+def _overlap(measured: tuple[Floats, Floats], where: Any) -> Overlap:
+    """Means over all but the images, with intervals over images."""
+    spearman, jaccards = (each[where].reshape(len(each), -1).mean(axis=1).tolist() for each in measured)
+    return Overlap(_over_images(spearman), _over_images(jaccards))
 
 
 def jaccard(first_N: Floats, second_N: Floats, share: float = _TOP) -> float:
@@ -116,16 +171,13 @@ def _properties(maps: AttentionMaps) -> dict[str, Floats]:
     }
 
 
-def _pairs(maps_PN: Floats) -> Iterator[tuple[Floats, Floats]]:
-    return combinations(maps_PN, 2)
-
-
-def _agree(pairs: Sequence[Sequence[tuple[Floats, Floats]]]) -> Agreement:
-    """Means over the pairs of each image, with intervals over images."""
+def _agree(pairs: Sequence[tuple[Floats, Floats]]) -> Agreement:
+    """Means over the pairs of maps [I, N] of each image, with intervals over images."""
+    images = range(len(pairs[0][0]))
     return Agreement(
-        _over_images([float(np.mean([_spearman(a, b) for a, b in each])) for each in pairs]),
-        _over_images([float(np.mean([stats.kendalltau(a, b).statistic for a, b in each])) for each in pairs]),
-        _over_images([float(np.mean([jaccard(a, b) for a, b in each])) for each in pairs]),
+        _over_images([float(np.mean([_spearman(a[image], b[image]) for a, b in pairs])) for image in images]),
+        _over_images([float(np.mean([stats.kendalltau(a[image], b[image]).statistic for a, b in pairs])) for image in images]),
+        _over_images([float(np.mean([jaccard(a[image], b[image]) for a, b in pairs])) for image in images]),
     )
 
 
@@ -140,14 +192,9 @@ def _spearman(first_N: Floats, second_N: Floats) -> float:
     return float(stats.spearmanr(first_N, second_N).statistic)
 
 
-def _mean_jaccard(first_IPN: Floats, second_IPN: Floats) -> float:
-    pairs = zip(first_IPN.reshape(-1, first_IPN.shape[-1]), second_IPN.reshape(-1, second_IPN.shape[-1]), strict=True)
-    return float(np.mean([jaccard(a, b) for a, b in pairs]))
-
-
 def _over_images(values: Sequence[float]) -> Interval:
     return bootstrap_mean(list(values), [str(index) for index in range(len(values))])
 
 
-def _agreement(agreement: Agreement) -> dict[str, Any]:
+def _as_dict(agreement: Agreement | Overlap) -> dict[str, Any]:
     return {name: interval._asdict() for name, interval in agreement._asdict().items()}

@@ -31,9 +31,9 @@ def saliency(
     from parcelray.cluster.attention_studies import study_saliency
 
     folder = output or Path("runs/analyze/saliency") / _slug(model)
-    report = study_saliency(model, console(stderr=as_json), images=images, count=count, prompts=prompts, folder=folder, tracking=_tracking(tracking_uri))
+    reports = study_saliency(model, console(stderr=as_json), images=images, count=count, prompts=prompts, folder=folder, tracking=_tracking(tracking_uri))
     if as_json:
-        write_json(report.to_dict())
+        write_json({name: report.to_dict() for name, report in reports.items()})
 
 
 @analyze_app.command("validity")

@@ -10,7 +10,9 @@ from PIL import Image
 
 from parcelray.analysis.leave_token_out import Pair
 from parcelray.benchmarks.mini.suite import MiniSuite
+from parcelray.cluster.evaluation_setup import prepare
 from parcelray.cluster.provenance import resolve_model
+from parcelray.config.evaluate import EvaluateJob
 from parcelray.config.model import CheckpointModelConfig
 from parcelray.data.collator import decode_image
 from parcelray.data.sample import Sample
@@ -82,6 +84,53 @@ def study_prompts(source: str, count: int, prompts: Sequence[str], image_size: i
 def mini_pairs(count: int, image_size: int) -> list[Pair]:
     """Questions of the mini suite with one image each."""
     return [Pair(decode_image(sample.images[0]), sample.prompt, sample.answers[0]) for sample in _mini(count, image_size)]
+
+
+def benchmark_pairs(job: EvaluateJob, count: int, image_size: int) -> list[Pair]:
+    """Questions of a job's benchmarks with one image each.
+
+    Raises:
+        UserError: see `benchmark_samples`.
+    """
+    return [Pair(decode_image(sample.images[0]), sample.prompt, sample.answers[0]) for sample in benchmark_samples(job, count, image_size)]
+
+
+def benchmark_prompts(job: EvaluateJob, count: int, image_size: int, per_image: int = 3) -> tuple[list[Image.Image], list[list[str]]]:
+    """Images of a job's benchmarks, and prompts of each: its own and those of other images of its benchmark and family.
+
+    Raises:
+        UserError: see `benchmark_samples`; or the questions of a family are all the same.
+    """
+    samples = benchmark_samples(job, count, image_size)
+    own: dict[tuple[str, str], list[str]] = {}
+    for sample in samples:
+        own.setdefault((sample.benchmark, sample.family), []).append(sample.prompt)
+    prompts = [_different(sample, own[sample.benchmark, sample.family], per_image) for sample in samples]
+    short = next((sample for sample, each in zip(samples, prompts, strict=True) if len(each) < per_image), None)
+    if short is not None:
+        raise UserError(
+            f"The {count} questions hold fewer than {per_image} different ones of {short.benchmark}, {short.family}; ask more, or another benchmark."
+        )
+    return [decode_image(sample.images[0]) for sample in samples], prompts
+
+
+def benchmark_samples(job: EvaluateJob, count: int, image_size: int) -> list[Sample]:
+    """The first questions of a job's benchmarks that show one image and have an answer, the benchmarks and their families in turn.
+
+    Raises:
+        UserError: there are not as many, or a benchmark cannot be opened.
+    """
+    queues: dict[tuple[str, str], list[Sample]] = {}
+    for each in prepare(job, image_size):
+        for row in each.task.rows:
+            for sample in each.task.reader.read(row).samples:
+                if len(sample.images) == 1 and sample.answers:
+                    queues.setdefault((sample.benchmark, sample.family), []).append(sample)
+    in_turn = [sample for turn in itertools.zip_longest(*queues.values()) for sample in turn if sample is not None]
+    if len(in_turn) < count:
+        names = ", ".join(choice.name for choice in job.benchmarks)
+        raise UserError(f"{names} gave {len(in_turn)} questions about one image, fewer than the {count} that are asked for; raise their limit or samples.")
+    return in_turn[:count]
 
 
 def _mini(count: int, image_size: int) -> list[Sample]:

@@ -7,12 +7,17 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from parcelray.analysis.attention_maps import AttentionMaps, Floats
 from parcelray.analysis.leave_token_out import Validity
 from parcelray.analysis.redundancy_profile import SHARES, RedundancyProfile
+from parcelray.analysis.saliency import SaliencyReport
 from parcelray.reports.plots import COLORS, MARKERS
+
+_NUMBERED = 64
+"""Cells up to which a matrix shows its numbers."""
 
 
 def plot_heat_maps(image: Image.Image, prompts: Sequence[str], maps: AttentionMaps, index: int, path: Path) -> None:
@@ -48,19 +53,40 @@ def plot_heat_maps(image: Image.Image, prompts: Sequence[str], maps: AttentionMa
     figure.savefig(path)
 
 
+def plot_agreement(reports: Mapping[str, SaliencyReport], path: Path) -> None:
+    """How alike rankings are by layer and head: between prompts for each head, and between layers; one row per definition of saliency.
+
+    Args:
+        reports: by definition.
+        path: PNG to write.
+    """
+    first = next(iter(reports.values()))
+    layers, heads = len(first.by_head), len(first.by_head[0])
+    figure = Figure(figsize=(2 * (max(3.2, 0.5 * heads) + max(3.2, 0.5 * layers)), max(2.9, 0.45 * layers) * len(reports) + 0.4), dpi=130, layout="constrained")
+    FigureCanvasAgg(figure)
+    grid = figure.subplots(len(reports), 4, squeeze=False)
+    for row, (name, report) in zip(grid, reports.items(), strict=True):
+        by_head, by_layer = report.by_head, report.between_layers
+        _matrix(row[0], [[each.spearman.value for each in line] for line in by_head], f"{name}: between prompts\nSpearman", "head", "layer")
+        _matrix(row[1], [[each.jaccard.value for each in line] for line in by_head], "between prompts\nJaccard of the top 11 %", "head", "layer")
+        _matrix(row[2], [[each.spearman.value for each in line] for line in by_layer], "between layers\nSpearman", "layer", "layer")
+        _matrix(row[3], [[each.jaccard.value for each in line] for line in by_layer], "between layers\nJaccard of the top 11 %", "layer", "layer")
+    figure.savefig(path)
+
+
 def plot_validity(result: Mapping[str, Validity], path: Path) -> None:
-    """Correlation of each measure with the loss of leaving a token out, with 95 % intervals; filled where p is below 0.05."""
+    """Correlation of each measure with the loss of leaving a token out, with 95 % intervals; filled where the corrected p is below 0.05."""
     names = sorted(result, key=lambda name: result[name].correlation.value)
     figure = Figure(figsize=(7.5, 0.34 * len(names) + 1.4), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     for place, name in enumerate(names):
         value, low, high, _ = result[name].correlation
-        fill = COLORS[0] if result[name].p_value < 0.05 else "white"
+        fill = COLORS[0] if result[name].p_holm < 0.05 else "white"
         axes.errorbar([value], [place], xerr=[[value - low], [high - value]], color=COLORS[0], marker="o", markerfacecolor=fill, capsize=3)
     axes.axvline(0, color="black", linewidth=0.8)
     axes.set_yticks(range(len(names)), names, fontsize=8)
-    axes.set_xlabel("Spearman correlation with the loss of likelihood without the token (95 % intervals; filled: p < 0.05)", fontsize=8)
+    axes.set_xlabel("Spearman correlation with the loss of likelihood without the token (95 % intervals; filled: corrected p < 0.05)", fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path)
 
@@ -85,6 +111,19 @@ def plot_redundancy(profiles: Mapping[str, RedundancyProfile], path: Path) -> No
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
     figure.savefig(path)
+
+
+def _matrix(axes: Axes, values: Sequence[Sequence[float]], title: str, x: str, y: str) -> None:
+    axes.imshow(values, cmap="viridis", vmin=0, vmax=1)
+    if len(values) * len(values[0]) <= _NUMBERED:
+        for row, line in enumerate(values):
+            for column, value in enumerate(line):
+                axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=8, color="black" if value > 0.6 else "white")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_title(title, fontsize=9)
+    axes.set_xlabel(x, fontsize=8)
+    axes.set_ylabel(y, fontsize=8)
 
 
 def _heat(axes: Axes, image: Image.Image, values_N: Floats, grid: int) -> None:
