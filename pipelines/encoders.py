@@ -1,37 +1,32 @@
-"""How much a vision encoder decides: redundancy of the tokens, and accuracy at equal retention, for several models side by side.
+"""How much a vision encoder decides: redundancy of the tokens, and what is kept at equal budgets, on three mini LLaVAs trained alike.
 
-By default the mini base (SigLIP) and the mini LLaVA with CLIP and with ConvNeXt; name other vanilla models, of one family of encoders each, as arguments.
+CLIP, SigLIP and ConvNeXt by default; a key `models.NAME` names another model, or one more, by any reference. At the four square budgets nearest to 5,
+11, 20 and 30 %, which average pooling can give, too.
 
-    python pipelines/encoders.py [MODEL ...] [--set storage=FOLDER]
+    python pipelines/encoders.py [--set models.SigLIP=FOLDER ...] [--set storage=FOLDER]
 """
 
 import sys
-from itertools import takewhile
 from pathlib import Path
 
 from rich.console import Console
 
-from parcelray.cluster.attention_studies import study_redundancy
-from parcelray.cluster.reduction_study import run_reduction_study
+from parcelray.cluster.encoder_study import run_encoder_study
 from parcelray.cluster.scripts import overrides_of, run_script
 from parcelray.config.evaluate import EvaluateJob
 from parcelray.config.loader import load_job_of
 
 JOB = Path(__file__).resolve().parent.parent / "jobs" / "evaluate" / "training_free.yaml"
-MODELS = ("mini_base", "mini_llava", "mini_llava_convnext")
-METHODS = ("cluster", "average pooling", "spatial", "DivPrune")
-"""Those that read nothing but tokens, so that every encoder can have them."""
+MODELS = {"CLIP": "mini_llava", "SigLIP": "mini_llava_siglip", "ConvNeXt": "mini_llava_convnext"}
+OWN = "models."
 
 
 def run(arguments: list[str], console: Console) -> None:
-    """Profiles the models, then compares the methods on each of them."""
-    models = list(takewhile(lambda argument: argument != "--set", arguments))
-    job = load_job_of(EvaluateJob, JOB, overrides_of(arguments[len(models) :]))
-    models = models or list(MODELS)
-    study_redundancy(models, console, folder=Path(job.storage) / "studies" / "encoders", tracking=job.tracking)
-    for model in models:
-        changes = {"name": f"encoders-{Path(model).name}", "model": {"type": "checkpoint", "reference": model}}
-        run_reduction_study(EvaluateJob.model_validate(job.model_dump() | changes), console, methods=METHODS)
+    """Runs the study."""
+    changes = overrides_of(arguments)
+    named = [change.removeprefix(OWN).partition("=") for change in changes if change.startswith(OWN)]
+    job = load_job_of(EvaluateJob, JOB, [change for change in changes if not change.startswith(OWN)])
+    run_encoder_study(MODELS | {name: reference for name, _, reference in named}, job, console)
 
 
 def main() -> int:

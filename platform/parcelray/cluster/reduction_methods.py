@@ -96,8 +96,8 @@ def groups_of(methods: Mapping[str, Method]) -> dict[str, list[str]]:
     return found
 
 
-def budgets_of(reducers: Iterable[ReducerConfig], num_tokens: int, depths: Depths) -> tuple[int, ...]:
-    """The budgets nearest to the retentions that all of some reducers can give, ascending, each once.
+def budgets_of(reducers: Iterable[ReducerConfig], num_tokens: int, depths: Depths, retentions: Sequence[float] = RETENTIONS) -> tuple[int, ...]:
+    """The budgets nearest to some retentions that all of some reducers can give, ascending, each once.
 
     A reducer inside the decoder cannot go below what the layers before its first stage cost; where that rules out all retentions but one, it is
     asked at four steps between there and everything instead.
@@ -105,13 +105,15 @@ def budgets_of(reducers: Iterable[ReducerConfig], num_tokens: int, depths: Depth
     built = [build_reducer(reducer) for reducer in reducers]
     common = set.intersection(*(set(each.budgets_of(num_tokens, depths)) for each in built))
     legal = sorted(budget for budget in common if budget < num_tokens)
-    wanted = [share * num_tokens for share in RETENTIONS]
-    if any(isinstance(each, InDecoderReducer) for each in built) and legal[0] > wanted[1]:
-        wanted = [legal[0] + step * (num_tokens - legal[0]) / len(RETENTIONS) for step in range(len(RETENTIONS))]
+    wanted = [share * num_tokens for share in retentions]
+    if any(isinstance(each, InDecoderReducer) for each in built) and legal[0] > sorted(wanted)[:2][-1]:
+        wanted = [legal[0] + step * (num_tokens - legal[0]) / len(retentions) for step in range(len(retentions))]
     return tuple(sorted({min(legal, key=lambda budget: abs(budget - each)) for each in wanted}))
 
 
-def all_budgets(methods: Mapping[str, Method], num_tokens: int, depths: Depths, *, equal: bool) -> dict[str, tuple[int, ...]]:
+def all_budgets(
+    methods: Mapping[str, Method], num_tokens: int, depths: Depths, *, equal: bool, retentions: Sequence[float] = RETENTIONS
+) -> dict[str, tuple[int, ...]]:
     """At which budgets each method is asked; spatial sampling wherever a method with tokens placed alike is, so that each has its comparison.
 
     Args:
@@ -119,9 +121,10 @@ def all_budgets(methods: Mapping[str, Method], num_tokens: int, depths: Depths, 
         num_tokens: all visual tokens.
         depths: of the model.
         equal: whether all are asked at the budgets that all can give.
+        retentions: shares of the tokens, see `budgets_of`.
     """
-    shared = budgets_of([method.reducer for method in methods.values()], num_tokens, depths) if equal else ()
-    budgets = {name: shared or budgets_of([method.reducer], num_tokens, depths) for name, method in methods.items()}
+    shared = budgets_of([method.reducer for method in methods.values()], num_tokens, depths, retentions) if equal else ()
+    budgets = {name: shared or budgets_of([method.reducer], num_tokens, depths, retentions) for name, method in methods.items()}
     for placement, name in SPATIAL.items():
         if name in methods:
             budgets[name] = union(budgets[other] for other, method in methods.items() if method.placement == placement)

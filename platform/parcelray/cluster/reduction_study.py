@@ -16,6 +16,7 @@ from parcelray.cluster.reduction_methods import (
     DECODER_ATTENTION,
     ENCODER_ATTENTION,
     RANDOM,
+    RETENTIONS,
     SPATIAL,
     Method,
     Placement,
@@ -83,7 +84,13 @@ class Found:
 
 
 def run_reduction_study(
-    job: EvaluateJob, console: Console, *, address: str | None = None, methods: Sequence[str] | None = None, equal_budgets: bool = False
+    job: EvaluateJob,
+    console: Console,
+    *,
+    address: str | None = None,
+    methods: Sequence[str] | None = None,
+    shares: Sequence[float] = RETENTIONS,
+    equal_budgets: bool = False,
 ) -> ReductionStudy:
     """Evaluates all methods; what is there already is not computed again.
 
@@ -92,6 +99,7 @@ def run_reduction_study(
         console: for progress.
         address: Ray cluster; None: RAY_ADDRESS, else a local instance.
         methods: names out of `methods_of`; None: all. Random and spatial sampling with tokens placed alike are always there.
+        shares: of the visual tokens; each method is asked at the nearest budgets that it can give.
         equal_budgets: whether all methods are asked at the same budgets, those nearest to the retentions that all can give.
 
     Raises:
@@ -102,7 +110,7 @@ def run_reduction_study(
     config = config_of(checkpoint.path)
     full = max(connector_of(checkpoint.path).supported_budgets)
     chosen = _chosen(methods_of(config.depths), methods)
-    budgets = all_budgets(chosen, full, config.depths, equal=equal_budgets)
+    budgets = all_budgets(chosen, full, config.depths, equal=equal_budgets, retentions=shares)
     params: dict[str, str | int | float | bool | None] = {
         "model": checkpoint.pinned,
         "methods": len(chosen),

@@ -99,18 +99,18 @@ def benchmark_prompts(job: EvaluateJob, count: int, image_size: int, per_image: 
     """Images of a job's benchmarks, and prompts of each: its own and those of other images of its benchmark and family.
 
     Raises:
-        UserError: see `benchmark_samples`; or the questions of a family are all the same.
+        UserError: see `benchmark_samples`; or the questions are all the same.
     """
     samples = benchmark_samples(job, count, image_size)
     own: dict[tuple[str, str], list[str]] = {}
     for sample in samples:
         own.setdefault((sample.benchmark, sample.family), []).append(sample.prompt)
-    prompts = [_different(sample, own[sample.benchmark, sample.family], per_image) for sample in samples]
-    short = next((sample for sample, each in zip(samples, prompts, strict=True) if len(each) < per_image), None)
-    if short is not None:
-        raise UserError(
-            f"The {count} questions hold fewer than {per_image} different ones of {short.benchmark}, {short.family}; ask more, or another benchmark."
-        )
+    everyone = [sample.prompt for sample in samples]
+    if len(set(everyone)) < per_image:
+        raise UserError(f"The {count} questions hold {len(set(everyone))} different ones, fewer than {per_image}; ask more, or another benchmark.")
+    # Where a family has too few different questions, those of the others follow.
+    alike = {kind: each if len(set(each)) >= per_image else [*each, *everyone] for kind, each in own.items()}
+    prompts = [_different(sample, alike[sample.benchmark, sample.family], per_image) for sample in samples]
     return [decode_image(sample.images[0]) for sample in samples], prompts
 
 
