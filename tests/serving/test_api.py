@@ -5,6 +5,7 @@ import http.client
 import io
 import json
 import math
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
@@ -236,6 +237,24 @@ def test_a_deadline_is_a_503(model: ElasticVLM, processor: ElasticProcessor) -> 
         status, headers, data = post(url, json.dumps(_with_text(max_tokens=1000, temperature=2.0)).encode())
         assert (status, data["error"]["code"]) == (503, "deadline_exceeded")
         assert "retry-after" in headers
+
+
+def test_a_slow_sender_is_no_slow_model(model: ElasticVLM, processor: ElasticProcessor) -> None:
+    with endpoint(model, processor) as (url, service, _):
+        body = json.dumps(_with_text(max_tokens=1)).encode()
+        connection = http.client.HTTPConnection(str(urlsplit(url).hostname), urlsplit(url).port, timeout=20)
+        connection.putrequest("POST", "/v1/chat/completions")
+        for name, value in (("content-type", "application/json"), ("content-length", str(len(body)))):
+            connection.putheader(name, value)
+        connection.endheaders(body[:10])
+        time.sleep(2)
+        connection.send(body[10:])
+        assert connection.getresponse().status == 200
+        connection.close()
+        labels = {"model_name": "mini", "visual_tokens": "0", "engine": "0"}
+        latency_s = service.metrics.registry.get_sample_value("parcel:e2e_request_latency_seconds_sum", labels)
+        assert latency_s is not None
+        assert latency_s < 1.5
 
 
 def test_metrics_carry_the_budget(running: tuple[str, ChatService], client: OpenAI, samples: list[Sample]) -> None:

@@ -114,9 +114,11 @@ class Api:
             raise ApiError(403, f"The Host header is not one of {', '.join(sorted(LOOPBACK))}; this endpoint serves its own machine.", code="host")
 
     async def _chat(self, request: Request) -> Response:
-        arrived = time.perf_counter()
         service = self._service()
-        chat = parse_chat(await _body(request, service))
+        body = await _body(request, service)
+        # From here on: how slowly a client sends is no time of the endpoint's.
+        arrived = time.perf_counter()
+        chat = parse_chat(body)
         if chat.model not in {self._name, *(route.version for route in service.routes.all)}:
             raise ApiError(404, f"Model {chat.model[:80]!r} is not served here; legal is {self._name}.", code="model_not_found", param="model")
         async with AsyncExitStack() as visit:
@@ -129,8 +131,8 @@ class Api:
                 include_usage = chat.stream_options is not None and chat.stream_options.include_usage
                 return _Stream(self._pieces(prepared, first, events, include_usage), visit.pop_all(), responses.headers(prepared))
             end = await service.answer(prepared)
-        body = responses.completion(prepared, end, model=self._name, created=int(time.time()))
-        return JSONResponse(body, headers={**responses.headers(prepared), "server-timing": responses.server_timing(end)})
+        answer = responses.completion(prepared, end, model=self._name, created=int(time.time()))
+        return JSONResponse(answer, headers={**responses.headers(prepared), "server-timing": responses.server_timing(end)})
 
     async def _pieces(
         self, prepared: Prepared, first: Piece | Finished, rest: AsyncGenerator[Piece | Finished, None], include_usage: bool
