@@ -160,8 +160,7 @@ def deploy(pinned: PinnedEndpoint) -> None:
 def run_endpoint(pinned: PinnedEndpoint, console: Console, *, address: str | None = None) -> None:
     """Serves until SIGINT or SIGTERM. SIGHUP resolves the job's references again and rolls over to what they stand for now."""
     stop, again = threading.Event(), threading.Event()
-    for warning in pinned.warnings:
-        console.print(warning, style="yellow", highlight=False, soft_wrap=True)
+    _warn(pinned, console)
     console.print(f"Starting {pinned.champion.pinned} at {', '.join(map(str, sorted(pinned.job.budgets.offered)))} visual tokens", highlight=False)
     with endpoint(pinned, address=address) as url:
         # Only now: Ray puts its own handlers in when it starts.
@@ -175,6 +174,11 @@ def run_endpoint(pinned: PinnedEndpoint, console: Console, *, address: str | Non
         console.print("Stopping: requests in flight may end", highlight=False)
 
 
+def _warn(pinned: PinnedEndpoint, console: Console) -> None:
+    for warning in pinned.warnings:
+        console.print(warning, style="yellow", highlight=False, soft_wrap=True)
+
+
 def _rolled_over(pinned: PinnedEndpoint, console: Console) -> PinnedEndpoint:
     try:
         new = pin(pinned.job)
@@ -182,6 +186,7 @@ def _rolled_over(pinned: PinnedEndpoint, console: Console) -> PinnedEndpoint:
     except (UserError, SystemFailure) as error:
         console.print(f"The old version stays: {error}", style="red", highlight=False, soft_wrap=True)
         return pinned
+    _warn(new, console)
     console.print(f"Now serving {new.champion.pinned}", highlight=False)
     return new
 
