@@ -10,7 +10,10 @@ import pytest
 import yaml
 
 from parcelray import cli
+from parcelray.config.loader import load_job
 from parcelray.models.checkpoint import verify_manifest
+from parcelray.training.run_folder import RunFolder
+from parcelray.tuning.trial_record import FinishedTrial, TrialRecord, point_key
 
 from .training.conftest import TINY
 
@@ -197,3 +200,16 @@ def test_an_empty_registry_and_jobs_of_another_kind(run: Any, tmp_path: Path) ->
     assert "run it with `parcelray models promote jobs/promote/mini.yaml`" in found.err
     sent = json.loads(run("submit", "jobs/promote/mini.yaml", "--dry-run", "--address", "http://127.0.0.1:1", "--json").out)
     assert sent["entrypoint"] == "python -m parcelray.cli models promote jobs/promote/mini.yaml"
+
+
+def test_a_selection_reads_only_the_trials_of_its_own_search(run: Any, tmp_path: Path, repo_root: Path) -> None:
+    place = f"storage={tmp_path}"
+    file = str(repo_root / "jobs" / "tune" / "cluster_count.yaml")
+    job = load_job(file, [place])
+    RunFolder(job).claim()
+    point = {"budgets": [64]}
+    TrialRecord(tmp_path / "tune" / "cluster_count").add(FinishedTrial(point_key(point), point, {"retention": 90.0, "tokens": 64.0}, 1.0))
+    assert run("tune", file, "--set", place, "--select", "max retention").code == 0
+    other = run("tune", file, "--set", place, "--set", "seed=5", "--select", "max retention")
+    assert other.code == 2
+    assert "whose configuration differs from this one (seed: 0 -> 5)" in other.err

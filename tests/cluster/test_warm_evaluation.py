@@ -12,8 +12,8 @@ from parcelray.cluster.evaluation_run import run_evaluation
 from parcelray.cluster.tuning_results import Rival, findings_of
 from parcelray.cluster.warm_evaluation import SearchedModel, WarmEvaluator, changed_job
 from parcelray.config.evaluate import EvaluateJob
-from parcelray.config.tune import TuneJob
 from parcelray.config.loader import ConfigError
+from parcelray.config.tune import TuneJob
 from parcelray.errors import UserError
 from parcelray.evaluation.bundles import PassSettings
 from parcelray.models.checkpoint import content_digest, resolve_checkpoint

@@ -30,7 +30,7 @@ from parcelray.config.objectives import Objective
 from parcelray.config.search_space import Assignment, SearchSpace
 from parcelray.config.tune import GridAlgorithm, TuneJob
 from parcelray.errors import SystemFailure, UserError
-from parcelray.models.checkpoint import resolve_checkpoint, verify_manifest, write_manifest
+from parcelray.models.checkpoint import MANIFEST_NAME, resolve_checkpoint, verify_manifest, write_manifest
 from parcelray.models.vlm import config_of
 from parcelray.training.run_folder import RunFolder
 from parcelray.training.start import build_start
@@ -181,6 +181,8 @@ def test_a_search_is_not_gone_on_with_another_model_under_the_same_name(tmp_path
     job = _split_job(tmp_path, model)
     RunFolder(job).claim({reference: each.digest for reference, each in searched_models(job, None).items()})
     (model / "model.safetensors").write_bytes(b"retrained")
+    (model / MANIFEST_NAME).unlink()
+    write_manifest(model, config={}, git_commit=None, data=None, seed=4)
     with pytest.raises(UserError, match=rf"of another model: what {model} names has changed since"):
         _run(job, resume=True)
 

@@ -42,6 +42,23 @@ def test_another_configuration_under_the_same_name_is_refused_with_the_differing
     _folder(storage, name="tiny2", seed=4).claim()
 
 
+def test_the_contents_behind_its_references_belong_to_a_run_too(storage: str) -> None:
+    folder = _folder(storage)
+    folder.claim({"runs/m": "sha256:1111"})
+    folder.claim()
+    folder.claim({"runs/other": "sha256:3333"})
+    folder.claim({"runs/m": "sha256:1111"})
+    with pytest.raises(UserError, match=r"of another model: what runs/m names has changed since \(sha256:1111 then, sha256:2222 now\)"):
+        folder.claim({"runs/m": "sha256:2222"})
+
+
+def test_a_look_takes_nothing(storage: str) -> None:
+    _folder(storage).check()
+    _folder(storage, seed=4).claim()
+    with pytest.raises(UserError, match=r"seed: 4 -> 3"):
+        _folder(storage).check()
+
+
 def test_a_result_is_there_once_the_run_is_finished(storage: str) -> None:
     folder = _folder(storage)
     folder.claim()

@@ -46,8 +46,8 @@ class RunFolder:
         for reference, digest in (pins or {}).items():
             if kept.get(reference, digest) != digest:
                 raise UserError(
-                    f"{self.path} holds the run {self.identity} of another model: what {reference} names has changed since (sha256 {kept[reference][:12]} "
-                    f"then, {digest[:12]} now); give this one another name (--set name=...), or put the old model back to go on with the old run."
+                    f"{self.path} holds the run {self.identity} of another model: what {reference} names has changed since ({kept[reference][:19]} "
+                    f"then, {digest[:19]} now); give this one another name (--set name=...), or put the old model back to go on with the old run."
                 )
         self._write(_JOB, {"identity": self.identity, "job": self._job.model_dump(mode="json"), "pins": kept | dict(pins or {})})
 
