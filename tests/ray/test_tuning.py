@@ -304,8 +304,8 @@ class _Starter:
 
 def test_a_search_whose_trials_run_but_wait_for_workers_says_so(ray_session: None, tmp_path: Path) -> None:
     needs = TrialResources(0.01, workers=1, worker_cpus=40.0)
-    with pytest.raises(SystemFailure, match=r"2 trials run, but for 2 s none of them has got its workers: each asks for 1 workers of 40 CPU"):
-        _numbers(tmp_path, _Starter(), _Observer(), resources=needs, stall_s=2.0)
+    with pytest.raises(SystemFailure, match=r"2 trials run, but for 6 s none of them has got its workers: each asks for 1 workers of 40 CPU"):
+        _numbers(tmp_path, _Starter(), _Observer(), resources=needs, stall_s=6.0)
 
 
 _DRIVER = """
