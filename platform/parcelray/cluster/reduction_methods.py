@@ -21,6 +21,8 @@ RETENTIONS = (0.05, 0.11, 0.20, 0.30)
 """Shares of the visual tokens (arXiv 2504.17892)."""
 _EARLY, _OF_LAYERS = 2, 32
 """Layer at which FastV is published to prune, and to rank tokens by the decoder's attention, of LLaVA-1.5-7B's layers."""
+_WINDOW = 4
+"""Side of the windows that each give their own most attended patches, in patches."""
 
 _CLUSTERS, _COVERAGE = "clusters and pooling (size bias)", "sampling and coverage"
 ENCODER_ATTENTION, DECODER_ATTENTION = "attention of the vision tower", "attention of the decoder"
@@ -58,8 +60,10 @@ def methods_of(depths: Depths) -> dict[str, Method]:
         SPATIAL["original"]: Method(configs.SpatialSamplingConfig(positions=original), _COVERAGE),
         "DivPrune": Method(configs.DivPruneConfig(positions=original), _COVERAGE),
         "SCOPE": Method(configs.ScopeConfig(positions=original), _COVERAGE),
+        "MMTok": Method(configs.MMTokConfig(positions=original), _COVERAGE),
         "VisPruner": Method(configs.VisPrunerConfig(positions=original), _COVERAGE),
         "class attention": Method(configs.SaliencyConfig(positions=original), ENCODER_ATTENTION),
+        "class attention, windows": Method(configs.SaliencyConfig(positions=original, window=_WINDOW), ENCODER_ATTENTION),
         "class attention, merged": Method(configs.SaliencyConfig(positions=biased, merge_rest=True), ENCODER_ATTENTION),
         "VisionZip": Method(configs.VisionZipConfig(positions=biased), ENCODER_ATTENTION),
         "PruMerge": Method(configs.PruMergeConfig(positions=original), ENCODER_ATTENTION),
