@@ -152,7 +152,7 @@ def study_of(found: Found, shape: BackboneShape, folder: Path) -> ReductionStudy
     ]
     seeds = {RANDOM[placement]: summaries for placement, summaries in found.random.items()}
     for name, each in seeds.items():
-        points += [_random_point(name, each, budget, reference, full, _gflops(shape, None, budget)) for budget in each[0].budgets]
+        points += [random_point(name, each, budget, reference, full, _gflops(shape, None, budget)) for budget in each[0].budgets]
     for name, summary in found.summaries.items():
         for budget in summary.budgets:
             flops = _gflops(shape, found.methods[name].reducer, budget)
@@ -225,7 +225,7 @@ def _gflops(shape: BackboneShape, reducer: ReducerConfig | None, budget: int) ->
     return reduced_prefill_flops(shape, reducer, budget, _TEXT_TOKENS) / 1e9
 
 
-def _random_point(name: str, seeds: Sequence[Summary], budget: int, reference: Summary, full: int, gflops: float) -> FrontierPoint:
+def random_point(name: str, seeds: Sequence[Summary], budget: int, reference: Summary, full: int, gflops: float) -> FrontierPoint:
     """Random sampling as the mean over its seeds, with the interval over samples."""
     points = [frontier_point(name, budget, summary.splits, (reference.splits, full)) for summary in seeds]
     kept = [mean_of(list(retentions(summary.splits, budget, reference.splits, full).values())) for summary in seeds]
