@@ -1,15 +1,20 @@
 """The benches of token reduction run, compare what they say they compare, and can miss their goals."""
 
 import json
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from parcelray.errors import UserError
 from parcelray.models.backbones import ElasticLlavaConfig
 from parcelray.models.token_reduction import build_reducer
-from parcelray.profiling import overhead_bench
+from parcelray.models.token_reduction.kmeans import kmeans
+from parcelray.profiling import kmeans_bench, overhead_bench
 from parcelray.profiling.kmeans_bench import bench_kmeans, photograph_tokens
+from parcelray.profiling.measure import Measure, Report
 from parcelray.profiling.overhead_bench import REDUCERS, _break_even, bench_overhead
 
 
@@ -24,16 +29,63 @@ def test_tokens_have_the_structure_of_pictures() -> None:
     assert float(beside) > float(far) + 0.1
 
 
-def test_kmeans_is_measured_beside_scikit_learn() -> None:
-    report = bench_kmeans(widths=[32], clusters=[8], batch_sizes=[1, 2], repeats=1)
-    names = [measure.name for measure in report.measures]
-    assert "inertia, 576 x 32, k 8" in names
-    assert "ours, 576 x 32, k 8, batch 2" in names
-    against = {measure.against for measure in report.measures if measure.name == "times faster, 576 x 32, k 8, batch 1"}
-    assert "scikit-learn" in against
-    goals = {measure.goal for measure in report.measures if measure.name.startswith("times faster") and measure.against == "scikit-learn"}
-    assert goals == {">= 10"}
+def _labels(images: Tensor, num_clusters: int, seed: int, starts: int, *, spoilt: int) -> list[Any]:
+    """A rival that is as good as ours from so many starts on, and before that puts a token where it does not belong."""
+    labels = [each.numpy().copy() for each in kmeans(images, num_clusters, seed=seed).assignment_BN]
+    for each in labels if starts < spoilt else []:
+        each[:] = each.max()
+    return labels
+
+
+@pytest.fixture
+def rivals(monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[str, Any]]:
+    """scikit-learn, and what a test adds."""
+    known: dict[str, tuple[str, Any]] = {"scikit-learn": ("sklearn", kmeans_bench._scikit_learn)}
+    monkeypatch.setattr(kmeans_bench, "_clusterers", lambda: known)
+    monkeypatch.setattr(kmeans_bench, "_SEEDS", 2)
+    return known
+
+
+def _kmeans_rows(**changes: Any) -> tuple[dict[str, list[Measure]], Report]:
+    report = bench_kmeans(widths=[32], clusters=[8], batch_sizes=[1, 2], repeats=2, **changes)
+    rows: dict[str, list[Measure]] = {}
+    for measure in report.measures:
+        rows.setdefault(measure.name, []).append(measure)
+    return rows, report
+
+
+def test_kmeans_is_measured_beside_a_rival_at_equal_inertia(rivals: dict[str, tuple[str, Any]]) -> None:
+    rivals |= {"rival": ("sklearn", partial(_labels, spoilt=4)), "absent": ("no_such_module", _labels)}
+    rows, report = _kmeans_rows()
+    assert "inertia, 576 x 32, k 8" in rows
+    assert "rival, 4 starts, 576 x 32, k 8: inertia" in rows
+    assert "rival, 2 starts, 576 x 32, k 8: inertia" not in rows, "tried, not timed"
+    for batch in (1, 2):
+        faster = rows[f"times faster, 576 x 32, k 8, batch {batch}"]
+        assert [measure.goal for measure in faster] == [">= 10", ">= 5", ">= 5"]
+        assert faster[1].against == "rival, 4 starts, the fastest other of equal inertia"
+        assert "the fastest other at any inertia" in str(faster[2].against)
+        assert faster[2].missed, "a copy of ours is not five times as slow"
+    assert report.machine["absent"] == "not installed"
     assert json.loads(report.to_json())["measures"]
+
+
+def test_a_goal_without_an_equal_rival_is_a_bound_and_stays(rivals: dict[str, tuple[str, Any]]) -> None:
+    rivals["rival"] = ("sklearn", partial(_labels, spoilt=99))
+    rows, _ = _kmeans_rows()
+    assert "rival, 8 starts: no other gets to equal inertia" in str(rows["times faster, 576 x 32, k 8, batch 1"][1].against)
+
+
+def test_a_library_that_would_take_minutes_is_said_to_be_left_out(rivals: dict[str, tuple[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
+    rivals["torch-kmeans"] = ("sklearn", partial(_labels, spoilt=0))
+    monkeypatch.setattr(kmeans_bench, "_TORCH_KMEANS_NUMBERS", 2**10)
+    _, report = _kmeans_rows()
+    assert "left out" in str(report.machine["torch-kmeans at 576 x 32, k 8"])
+
+
+def test_kmeans_on_a_device_that_is_not_here_is_refused() -> None:
+    with pytest.raises(UserError, match="--device tpu is not here"):
+        _kmeans_rows(device="tpu")
 
 
 @pytest.fixture

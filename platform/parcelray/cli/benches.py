@@ -86,6 +86,7 @@ def bench_kmeans(
     clusters: Annotated[str, typer.Option(help="Numbers of clusters, separated by commas.")] = "32,64,128",
     batch_sizes: Annotated[str, typer.Option(help="Images at a time, separated by commas.")] = "1,8,32",
     repeats: Annotated[int, typer.Option(min=1, help="Timed rounds.")] = 5,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     as_json: AsJson = False,
 ) -> None:
     """Our K-means for visual tokens beside scikit-learn's and three other libraries'."""
@@ -96,6 +97,7 @@ def bench_kmeans(
         clusters=integers(clusters, "--clusters"),
         batch_sizes=integers(batch_sizes, "--batch-sizes"),
         repeats=repeats,
+        device=device,
     )
     show_report(report, as_json)
 
