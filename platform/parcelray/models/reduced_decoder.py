@@ -216,14 +216,12 @@ class ReducedDecoder:
         """The sequence after a reduction between two layers."""
         rows = slice(sequence.text.start, sequence.text.start + num_asked)
         scored = sequence if stage.scored_at == stage.layer else replace(sequence, hidden_BSL=previous_input)
-        attention = attention_rows(
-            self._layers[stage.scored_at],
-            scored.hidden_BSL,
-            self._rotary(sequence),
-            self._mask(sequence)[self._is_sliding(stage.scored_at)][:, :, rows],
-            rows,
-        )
-        here = replace(view, attention=lambda layer: attention[:, :, :, sequence.visual])
+
+        def attention(layer: int) -> Tensor:
+            mask = self._mask(sequence)[self._is_sliding(stage.scored_at)][:, :, rows]
+            return attention_rows(self._layers[stage.scored_at], scored.hidden_BSL, self._rotary(sequence), mask, rows)[:, :, :, sequence.visual]
+
+        here = replace(view, attention=attention)
         reduction = reducer(sequence.hidden_BSL[:, sequence.visual], num_visual_tokens=stage.num_tokens, context=ReductionContext(prompt=here))
         return self._reduced(sequence, reduction)
 

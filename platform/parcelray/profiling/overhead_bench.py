@@ -1,27 +1,30 @@
 """`parcelray bench overhead`: what a training-free reduction costs against what the shorter prompt saves, side by side in one run.
 
 For each reducer, batch size and budget: the time of the reduction, the time and memory that the decoder's prefill saves, the time that its later
-steps save, the net gain, and the break-even budget. A reduction inside the decoder or by its attention is part of the prefill, so of those
-the net gain is measured as a whole.
+steps save, the net gain, and the break-even budget. A reduction inside the decoder or by the prompt runs in the project's own loop over the
+decoder's layers: its gain is against that loop without a reduction, its time against that loop with as many tokens at the same layers, chosen
+without a look. ToMe's run of the vision tower replaces the plain one, and its time is the difference.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from parcelray.config import reducer as configs
-from parcelray.config.reducer import ReducerConfig
+from parcelray.config.reducer import Positions, ReducerConfig
 from parcelray.errors import UserError
 from parcelray.models.backbones import ElasticLlavaConfig, ElasticVLM
 from parcelray.models.reduced_decoder import Prompts, ReducedDecoder, VisualTokens
-from parcelray.models.token_reduction import TokenReducer, build_reducer
+from parcelray.models.token_reduction import Reduction, TokenReducer, build_reducer
+from parcelray.models.token_reduction.base import selection
 from parcelray.models.token_reduction.context import ReductionContext
 from parcelray.models.token_reduction.encoder_view import EncoderView
+from parcelray.models.token_reduction.tome import ToMe
 from parcelray.models.vlm import ElasticConfig
 from parcelray.profiling.backbone_shapes import PRESETS, from_transformers_config, resolve_backbone
 from parcelray.profiling.kv_cache import kv_cache_bytes
@@ -90,11 +93,11 @@ class _Setting:
             do_sample=False,
         )
 
-    def answer_reduced(self, reducer: TokenReducer, budget: int, new_tokens: int) -> Tensor:
-        """The same through the reduced decoder, with the reduction inside."""
+    def answer_in_loop(self, reducer: TokenReducer | None, positions: Positions, budget: int, new_tokens: int) -> Tensor:
+        """The same in the loop of the reduced decoder, with the reduction inside."""
         places = torch.arange(self.num_tokens, device=self.device).expand(len(self.tokens_BND), -1)
         visual = VisualTokens(self.tokens_BND, places, torch.ones_like(places))
-        decoder = ReducedDecoder(self.model, reducer.positions)
+        decoder = ReducedDecoder(self.model, positions)
         return decoder.generate(self.prompts, visual, max_new_tokens=new_tokens, eos_token_id=-1, reducer=reducer, budget=budget)
 
     def time(self, a: Callable[[], object], b: Callable[[], object], repeats: int) -> PairTiming:
@@ -183,24 +186,48 @@ def _reducer(setting: _Setting, name: str, saved: dict[int, _Saved], repeats: in
             continue
         label = f"{name}, {setting.num_tokens} -> {budget}, batch {batch}"
         if reducer.reads == "prompt":
-            timing = setting.time(
-                partial(setting.answer, setting.tokens_BND, 1 + _NEW_TOKENS), partial(setting.answer_reduced, reducer, budget, 1 + _NEW_TOKENS), repeats
-            )
-            gains[budget] = timing.median_a - timing.median_b
-            spread = timing.spread_a + timing.spread_b
+            price, gains[budget], spread = _inside(setting, reducer, budget, repeats)
         else:
-            call = partial(_reduce, setting, reducer, budget)
-            timing = setting.time(call, call, repeats)
-            seconds, spread = timing.median_a, timing.spread_a
-            cost = max(cost, seconds)
-            gains[budget] = gain.prefill + gain.decode - seconds
-            goal = "<= 3" if setting.device.type == "cuda" and (name, budget, batch) == _CLUSTERING_GOAL else None
-            yield Measure(f"{label}: reduction", 1000 * seconds, "ms", 1000 * spread)
-            yield Measure(f"{label}: reduction over prefill saved", 100 * seconds / gain.prefill, "%", goal=goal)
+            price, spread = _before(setting, reducer, budget, repeats)
+            gains[budget] = gain.prefill + gain.decode - price
+        cost = max(cost, price)
+        goal = "<= 3" if setting.device.type == "cuda" and (name, budget, batch) == _CLUSTERING_GOAL else None
+        against = "the plain run of the vision tower, which it replaces" if isinstance(reducer, ToMe) else None
+        yield Measure(f"{label}: reduction", 1000 * price, "ms", 1000 * spread, against=against)
+        if reducer.reads != "prompt":
+            yield Measure(f"{label}: reduction over prefill saved", 100 * price / gain.prefill, "%", goal=goal)
         yield Measure(f"{label}: net gain", 1000 * gains[budget], "ms", 1000 * spread)
-    if gains and reducer.reads != "prompt":
+    if gains:
         zero = _break_even(gains, setting.num_tokens, cost)
         yield Measure(f"{name}, batch {batch}: break-even budget", zero, "tokens", against="by linear interpolation; below it, it pays")
+
+
+def _before(setting: _Setting, reducer: TokenReducer, budget: int, repeats: int) -> tuple[float, float]:
+    """Seconds of a reduction before the decoder, and their spread."""
+    call = partial(_reduce, setting, reducer, budget)
+    if isinstance(reducer, ToMe):
+        timing = setting.time(call, partial(setting.model.model.encode_patches, setting.view.pixel_values_ICHW), repeats)
+        return timing.median_a - timing.median_b, timing.spread_a + timing.spread_b
+    timing = setting.time(call, call, repeats)
+    return timing.median_a, timing.spread_a
+
+
+def _inside(setting: _Setting, reducer: TokenReducer, budget: int, repeats: int) -> tuple[float, float, float]:
+    """Seconds of a reduction in the decoder's loop, what an answer gains by it there, and the spread of both."""
+    run = partial(setting.answer_in_loop, positions=reducer.positions, budget=budget, new_tokens=1 + _NEW_TOKENS)
+    price = setting.time(partial(run, reducer), partial(run, _without_looking(reducer)), repeats)
+    whole = setting.time(partial(run, None), partial(run, reducer), repeats)
+    return price.median_a - price.median_b, whole.median_a - whole.median_b, whole.spread_a + whole.spread_b
+
+
+def _without_looking(reducer: TokenReducer) -> TokenReducer:
+    """As many tokens at the same layers, but simply the first ones."""
+
+    def reduce(self: TokenReducer, tokens_BND: Tensor, num_visual_tokens: int, context: ReductionContext) -> Reduction:
+        return selection(tokens_BND, torch.arange(num_visual_tokens, device=tokens_BND.device).expand(len(tokens_BND), -1))
+
+    blind = type("WithoutLooking", (type(reducer),), {"reduce": reduce})
+    return cast(TokenReducer, blind(**vars(reducer)))
 
 
 def _break_even(gains: dict[int, float], num_tokens: int, cost: float) -> float:

@@ -1,5 +1,8 @@
 """FLOPs of a prefill with a training-free reduction: the paper's cost model (arXiv 2605.30126, Appendix C) with other counts in other layers.
 
+All tokens pass the projector where the reducer looks at projected ones or averages them; where it chooses or merges before the projector,
+or by place alone, only the budget does.
+
 Counted besides: the similarity product 2 N^2 D of the reducers that compare all tokens with each other, and the merging run of ToMe instead of
 the plain one. Sorting, seeding and averaging are left out, as normalisation and softmax are there.
 """
@@ -11,13 +14,17 @@ from parcelray.config.reducer import (
     DivPruneConfig,
     FastVConfig,
     MMTokConfig,
+    PruMergeConfig,
     PyramidDropConfig,
+    RandomSamplingConfig,
     ReducerConfig,
     RestoreConfig,
     SaliencyConfig,
     ScopeConfig,
     SparseVLMConfig,
+    SpatialSamplingConfig,
     ToMeConfig,
+    VisionZipConfig,
     VisPrunerConfig,
 )
 from parcelray.models.token_reduction import build_reducer
@@ -30,6 +37,8 @@ _PROJECTED = (ClusterAggregateConfig, DivPruneConfig, RestoreConfig, MMTokConfig
 """Compare projected tokens with each other."""
 _ENCODED = (ScopeConfig, VisPrunerConfig)
 """Compare patch features with each other."""
+_BEFORE_THE_PROJECTOR = (RandomSamplingConfig, SpatialSamplingConfig, VisionZipConfig, PruMergeConfig, ScopeConfig, VisPrunerConfig)
+"""Choose or merge without a look at projected tokens."""
 
 
 def reduced_prefill_flops(shape: BackboneShape, reducer: ReducerConfig | None, budget: int, num_text_tokens: int) -> int:
@@ -53,8 +62,9 @@ def reduced_prefill_flops(shape: BackboneShape, reducer: ReducerConfig | None, b
         decoder = sum((end - start) * _layer(shape, count, num_text_tokens) for start, end, count in zip(edges, edges[1:], counts, strict=False))
         return full.total - full.decoder + decoder
     short = cost(shape, None, budget, num_text_tokens=num_text_tokens)
-    # All tokens pass the projector, except where fewer reach it.
-    total = short.total - short.projection + full.projection
+    total = short.total
+    if not _is_before_the_projector(reducer):
+        total += full.projection - short.projection
     patches = shape.num_patches
     if isinstance(reducer, ToMeConfig):
         return short.total - short.vision_encoder + _merging_tower(shape, budget)
@@ -68,6 +78,13 @@ def reduced_prefill_flops(shape: BackboneShape, reducer: ReducerConfig | None, b
     if isinstance(reducer, _ENCODED):
         total += 2 * patches**2 * shape.vision_width
     return total
+
+
+def _is_before_the_projector(reducer: ReducerConfig) -> bool:
+    if isinstance(reducer, SaliencyConfig):
+        # The rest is merged by its projected tokens.
+        return reducer.definition == "class_attention" and not reducer.merge_rest
+    return isinstance(reducer, _BEFORE_THE_PROJECTOR)
 
 
 def _layer(shape: BackboneShape, num_visual_tokens: int, num_text_tokens: int) -> int:

@@ -54,6 +54,17 @@ class EncoderView:
             setattr(other, name, getattr(self, name))
         return other
 
+    @property
+    def feature_layer(self) -> int:
+        """Layer of the tower whose output the patch features are.
+
+        Raises:
+            UserError: the tower has no attention.
+        """
+        if self.model.feature_layer is None:
+            raise UserError("This reducer goes by the vision tower's attention, and a convolutional tower has none; choose one that goes by the tokens.")
+        return self.model.feature_layer
+
     @cached_property
     def class_features_ID(self) -> Tensor | None:
         """Feature of the class token, at the layer of the patch features; None where there is no such token."""
@@ -74,14 +85,14 @@ class EncoderView:
         Raises:
             UserError: the tower has no attention.
         """
-        rows_IHRD, keys_IHSD, scale = self._projections(self._feature_layer)
+        rows_IHRD, keys_IHSD, scale = self._projections(self.feature_layer)
         weights_IHRS: Tensor = (rows_IHRD @ keys_IHSD.transpose(2, 3) * scale).softmax(dim=3)
         return weights_IHRS.mean(dim=2)[:, :, self._first :]
 
     @cached_property
     def keys_IHND(self) -> Tensor:
         """Keys of the patches at the layer of the features, per head."""
-        return self._projections(self._feature_layer)[1][:, :, self._first :]
+        return self._projections(self.feature_layer)[1][:, :, self._first :]
 
     @cached_property
     def joint_attention_IN(self) -> Tensor:
@@ -102,14 +113,8 @@ class EncoderView:
         return int(self.model.has_class_token)
 
     @property
-    def _feature_layer(self) -> int:
-        if self.model.feature_layer is None:
-            raise UserError("This reducer goes by the vision tower's attention, and a convolutional tower has none; choose one that goes by the tokens.")
-        return self.model.feature_layer
-
-    @property
     def _last_layer(self) -> int:
-        return max(self._inputs, default=self._feature_layer)
+        return max(self._inputs, default=self.feature_layer)
 
     def _projections(self, index: int) -> tuple[Tensor, Tensor, float]:
         """Queries of the class token, or of all patches without one, [I, H, R, D], keys of all tokens [I, H, S, D], and the scale of a layer."""

@@ -74,10 +74,7 @@ class _Tower:
         self._model = view.model
         self._tower = view.model.vision_tower
         self._pixels = view.pixel_values_ICHW
-        # Fails with the sentence that a tower without attention deserves.
-        _ = view.attention_IHN
-        assert view.model.feature_layer is not None
-        self.num_layers = view.model.feature_layer + 1
+        self.num_layers = view.feature_layer + 1
         self._first = int(view.model.has_class_token)
 
     def run(self, counts: list[int]) -> tuple[Tensor, Tensor]:
