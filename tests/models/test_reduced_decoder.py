@@ -1,5 +1,6 @@
 """The reduced decoder against transformers' own forward and generate, and against masks in the place of dropped tokens."""
 
+import math
 from typing import Any
 
 import pytest
@@ -184,8 +185,69 @@ def test_the_calibration_is_restores(case: Case) -> None:
     assert float(decay[0]) == 1
     expected = 2 / width * sum(float(torch.tensor(37 * angle).cos()) for angle in theta)
     assert float(decay[37]) == pytest.approx(expected, abs=1e-4)
-    logits = _generate(case, ReducedDecoder(model, "original_calibrated"))
-    assert logits.shape == (len(PROMPTS), NEW_TOKENS)
+
+
+def test_the_calibration_is_in_the_logits(case: Case) -> None:
+    """Calibrated attention is that of original positions with log(size (2 - D)) added by hand where visual tokens are the keys."""
+    model, processor, visual = case
+    prompts = encode_prompts(processor, PROMPTS[:1], None, "cpu")
+    places = torch.arange(0, 256, 4)[None]
+    sizes = torch.randint(1, 9, (1, 64), generator=torch.Generator().manual_seed(0))
+    few = VisualTokens(visual.tokens_BVL[:1, ::4], places, sizes)
+    at, length = processor.visual_offset, prompts.after_BT.shape[1]
+    positions = [*range(at), *(at + places[0]).tolist(), *range(at + 256, at + 256 + length)]
+    width = model.model.language_model.rotary_emb.inv_freq.shape[0] * 2
+    bias = torch.zeros(len(positions), len(positions))
+    for row, here in enumerate(positions):
+        for key in range(at, at + 64):
+            decay = 2 / width * sum(math.cos(abs(here - positions[key]) * 10_000 ** (-2 * index / width)) for index in range(width // 2))
+            bias[row, key] = math.log(int(sizes[0, key - at]) * (2 - decay))
+
+    def add(module: torch.nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+        return args, kwargs | {"attention_mask": kwargs["attention_mask"] + bias}
+
+    found, plain = (ReducedDecoder(model, kind).logits(prompts, few) for kind in ("original_calibrated", "original"))
+    hooks = [layer.register_forward_pre_hook(add, with_kwargs=True) for layer in model.model.language_model.layers]
+    try:
+        expected = ReducedDecoder(model, "original").logits(prompts, few)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert torch.allclose(found, expected, atol=2e-3)
+    assert not torch.allclose(found, plain, atol=2e-3)
+
+
+def test_pyramid_drop_is_the_stock_decoder_with_ever_more_tokens_masked(case: Case) -> None:
+    """At each stage the stock model's own attention, with the tokens masked that went before, says which ones go."""
+    model, processor, visual = case
+    prompts = encode_prompts(processor, PROMPTS[:1], None, "cpu")
+    first = VisualTokens(*(each[:1] for each in visual))
+    reducer = PyramidDrop(positions="original")
+    stages = reducer.stages(6, 256, 140)
+    assert len(stages) == 3
+    found = ReducedDecoder(model, "original").logits(prompts, first, reducer=reducer, budget=140)
+    inputs = processor.prompts(PROMPTS[:1], 1, num_visual_tokens=256)
+    start = inputs["input_ids"].eq(model.config.image_token_id).int().argmax(dim=1)
+    before = model.config.text_config._attn_implementation
+    model.set_attn_implementation("eager")
+    hooks: list[Any] = []
+    dropped = torch.zeros(1, 256, dtype=torch.bool)
+    try:
+        for stage in stages:
+            with torch.no_grad():
+                maps = model(**inputs, **model.image_inputs(first.tokens_BVL), output_attentions=True, use_cache=False).attentions
+            scores = maps[stage.layer][:, :, -1, int(start) : int(start) + 256].mean(dim=1).masked_fill(dropped, -1)
+            dropped = torch.ones_like(dropped).scatter(1, scores.topk(stage.num_tokens, dim=1).indices, False)
+            layers = model.model.language_model.layers[stage.layer :]
+            hooks += [layer.register_forward_pre_hook(_mask_out(dropped, start), with_kwargs=True) for layer in layers]
+        with torch.no_grad():
+            stock = model(**inputs, **model.image_inputs(first.tokens_BVL), use_cache=False).logits
+    finally:
+        for hook in hooks:
+            hook.remove()
+        model.set_attn_implementation(before)
+    length = prompts.after_BT.shape[1]
+    assert torch.allclose(found[0], stock[0, -length:], atol=2e-3)
 
 
 def test_attention_is_the_eager_decoders_own(case: Case) -> None:

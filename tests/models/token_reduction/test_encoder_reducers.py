@@ -1,6 +1,7 @@
 """Reducers that read the vision tower against slow references written from their definitions, one token at a time."""
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from parcelray.errors import UnsupportedBudgetError, UserError
+from parcelray.models.backbones import ElasticVLM
 from parcelray.models.token_reduction.base import TokenReducer
 from parcelray.models.token_reduction.context import ReductionContext
 from parcelray.models.token_reduction.encoder_view import EncoderView
@@ -284,21 +286,55 @@ def test_tome_without_merging_is_the_tower(tower: str, views: dict[str, EncoderV
     assert owner[0].tolist() == list(range(256))
 
 
-def test_equal_patches_merge_to_themselves_and_weigh_as_many(models: dict[str, Model]) -> None:
-    """Proportional attention: an image of one colour has, apart from positions, equal patches."""
+@pytest.fixture
+def unplaced(models: dict[str, Model]) -> Iterator[ElasticVLM]:
+    """A tower without positions: patches of one colour are equal."""
     model, _ = models["siglip"]
     embedding = model.model.vision_tower.embeddings.position_embedding.weight
     before = embedding.detach().clone()
+    with torch.no_grad():
+        embedding.zero_()
+        yield model
+        embedding.copy_(before)
+
+
+def test_merged_patches_weigh_as_many_in_the_attention(unplaced: ElasticVLM) -> None:
+    """Proportional attention: merging equal patches changes nothing, though it takes more of the one colour than of the other."""
+    layers = unplaced.model.vision_tower.encoder.layers
+    before = [(layer.self_attn.v_proj.weight.detach().clone(), layer.self_attn.out_proj.weight.detach().clone()) for layer in layers]
+    image = torch.full((1, 3, 64, 64), 0.9)
+    image[:, :, :16] = -0.8
     try:
         with torch.no_grad():
-            embedding.zero_()
-            view = EncoderView(model.model, torch.full((1, 3, 64, 64), 0.3))
-            found = ToMe()(view.project(view.patch_features_IND), num_visual_tokens=40, context=ReductionContext(encoder=view))
-            assert torch.allclose(found.tokens_BKD, view.project(view.patch_features_IND)[:, :1].expand(-1, 40, -1), atol=1e-4)
-            assert int(found.sizes_BK.sum()) == 256
+            for layer in layers:
+                # What attention of random weights adds is next to nothing.
+                layer.self_attn.v_proj.weight.mul_(8)
+                layer.self_attn.out_proj.weight.mul_(8)
+            view = EncoderView(unplaced.model, image)
+            plain = view.project(view.patch_features_IND)
+            found = ToMe()(plain, num_visual_tokens=90, context=ReductionContext(encoder=view))
     finally:
         with torch.no_grad():
-            embedding.copy_(before)
+            for layer, (values, outputs) in zip(layers, before, strict=True):
+                layer.self_attn.v_proj.weight.copy_(values)
+                layer.self_attn.out_proj.weight.copy_(outputs)
+    for patch in range(256):
+        merged = found.tokens_BKD[0, int(found.assignment_BN[0, patch])]
+        assert torch.allclose(merged, plain[0, patch], atol=1e-3)
+    dark = int((found.position_ids_BK < 64).sum())
+    assert abs(dark / 90 - 64 / 256) > 0.05, "else the weights would not matter"
+    assert "attention_IHN" not in vars(view), "ToMe needs no attention map of the plain run"
+
+
+@EACH
+def test_equal_tokens_are_no_trouble(reducer: TokenReducer, unplaced: ElasticVLM) -> None:
+    view = EncoderView(unplaced.model, torch.full((2, 3, 64, 64), 0.3))
+    tokens = view.project(view.patch_features_IND)
+    found = reducer(tokens, num_visual_tokens=64, context=ReductionContext(encoder=view))
+    assert found.tokens_BKD.isfinite().all()
+    if not isinstance(reducer, VisionZip | PruMerge):
+        # Those two add up.
+        assert torch.allclose(found.tokens_BKD, tokens[:, :64], atol=1e-4)
 
 
 MERGES = [(576, 72, 24, [21] * 24), (256, 32, 3, [128, 64, 32]), (256, 31, 3, None), (10, 10, 2, [0, 0])]

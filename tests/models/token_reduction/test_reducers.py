@@ -190,6 +190,27 @@ def test_windows_give_their_best_in_turn(tokens: Tensor, window: int, budget: in
         assert found.position_ids_BK[image].tolist() == sorted(kept)
 
 
+@pytest.mark.parametrize("cells", [1, 3, 5, 7])
+def test_uneven_cells_are_means_of_their_patches(tokens: Tensor, cells: int) -> None:
+    found = AveragePooling()(tokens, num_visual_tokens=cells * cells)
+    for number in range(cells * cells):
+        # A patch is in the cell that its upper left corner is in, with the grid's side as 1.
+        members = [place for place in range(64) if (place // 8 * cells // 8, place % 8 * cells // 8) == divmod(number, cells)]
+        assert torch.allclose(found.tokens_BKD[:, number], tokens[:, members].mean(1), atol=1e-5)
+        assert found.assignment_BN[0, members].tolist() == [number] * len(members)
+        assert int(found.position_ids_BK[0, number]) in members
+
+
+def test_samples_are_the_tokens_at_their_places(tokens: Tensor) -> None:
+    drawn = torch.randperm(64, generator=torch.Generator().manual_seed(3))[:9].sort().values.tolist()
+    # The middles of thirds of 8 rows and columns: 1.33, 4 and 6.67.
+    even = [row * 8 + column for row in (1, 4, 6) for column in (1, 4, 6)]
+    for reducer, places in ((RandomSampling(seed=3), drawn), (SpatialSampling(), even)):
+        found = reducer(tokens, num_visual_tokens=9)
+        assert found.position_ids_BK.tolist() == [places] * 3
+        assert torch.equal(found.tokens_BKD, tokens[:, places])
+
+
 def _divprune(tokens: np.ndarray, count: int) -> list[int]:
     """By its definition, one pair at a time."""
     unit = tokens / np.linalg.norm(tokens, axis=1, keepdims=True)

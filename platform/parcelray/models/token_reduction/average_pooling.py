@@ -1,6 +1,7 @@
 """Average pooling over the cells of a coarser grid (M3's operation, without its training)."""
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -28,7 +29,9 @@ class AveragePooling(TokenReducer):
         assignment_N = (cell_S[:, None] * cells + cell_S[None, :]).flatten()
         sizes_K = torch.bincount(assignment_N, minlength=num_visual_tokens)
         sums_BKD = cluster_sums(tokens_BND.float(), assignment_N.expand(batch, -1), num_visual_tokens)
-        starts = [(2 * cell + 1) * side // (2 * cells) for cell in range(cells)]
-        centres_K = torch.tensor([row * side + column for row in starts for column in starts], device=tokens_BND.device)
+        # Cell c of a side begins at the first patch s with s * cells >= c * side.
+        edges = [-(-cell * side // cells) for cell in range(cells + 1)]
+        middles = [(first + after) // 2 for first, after in pairwise(edges)]
+        centres_K = torch.tensor([row * side + column for row in middles for column in middles], device=tokens_BND.device)
         tokens_BKD = (sums_BKD / sizes_K[:, None]).to(tokens_BND.dtype)
         return Reduction(tokens_BKD, centres_K.expand(batch, -1), sizes_K.expand(batch, -1), assignment_N.expand(batch, -1))
