@@ -18,7 +18,7 @@ from parcelray.models.token_reduction.prumerge import PruMerge
 from parcelray.models.token_reduction.restore import Restore
 from parcelray.models.token_reduction.saliency import Saliency
 from parcelray.models.token_reduction.scope import Scope
-from parcelray.models.token_reduction.tome import ToMe, merge, merge_counts
+from parcelray.models.token_reduction.tome import ToMe, _Tower, merge, merge_counts
 from parcelray.models.token_reduction.visionzip import VisionZip
 from parcelray.models.token_reduction.vispruner import VisPruner
 
@@ -276,8 +276,6 @@ def test_tome_merges_as_its_definition_says() -> None:
 
 @TOWERS
 def test_tome_without_merging_is_the_tower(tower: str, views: dict[str, EncoderView]) -> None:
-    from parcelray.models.token_reduction.tome import _Tower
-
     view = views[tower]
     tower_run = _Tower(view)
     with torch.no_grad():
@@ -298,32 +296,35 @@ def unplaced(models: dict[str, Model]) -> Iterator[ElasticVLM]:
         embedding.copy_(before)
 
 
-def test_merged_patches_weigh_as_many_in_the_attention(unplaced: ElasticVLM) -> None:
-    """Proportional attention: merging equal patches changes nothing, though it takes more of the one colour than of the other."""
-    layers = unplaced.model.vision_tower.encoder.layers
-    before = [(layer.self_attn.v_proj.weight.detach().clone(), layer.self_attn.out_proj.weight.detach().clone()) for layer in layers]
-    image = torch.full((1, 3, 64, 64), 0.9)
-    image[:, :, :16] = -0.8
-    try:
-        with torch.no_grad():
-            for layer in layers:
-                # What attention of random weights adds is next to nothing.
-                layer.self_attn.v_proj.weight.mul_(8)
-                layer.self_attn.out_proj.weight.mul_(8)
-            view = EncoderView(unplaced.model, image)
-            plain = view.project(view.patch_features_IND)
-            found = ToMe()(plain, num_visual_tokens=90, context=ReductionContext(encoder=view))
-    finally:
-        with torch.no_grad():
-            for layer, (values, outputs) in zip(layers, before, strict=True):
-                layer.self_attn.v_proj.weight.copy_(values)
-                layer.self_attn.out_proj.weight.copy_(outputs)
-    for patch in range(256):
-        merged = found.tokens_BKD[0, int(found.assignment_BN[0, patch])]
-        assert torch.allclose(merged, plain[0, patch], atol=1e-3)
-    dark = int((found.position_ids_BK < 64).sum())
-    assert abs(dark / 90 - 64 / 256) > 0.05, "else the weights would not matter"
-    assert "attention_IHN" not in vars(view), "ToMe needs no attention map of the plain run"
+@pytest.mark.parametrize("tower", ["paligemma", "clip"])
+def test_merged_patches_weigh_as_many_in_the_attention(tower: str, views: dict[str, EncoderView]) -> None:
+    """Proportional attention, head by head: softmax(q k / sqrt(d) + log size)."""
+    view = views[tower]
+    vision, first = view.model.vision_tower, int(tower == "clip")
+    run = _Tower(view)
+    counts = [100, *[20] * (run.num_layers - 1)]
+    with torch.no_grad():
+        found, _ = run.run(counts)
+        hidden = view._inputs[0] if 0 in view._inputs else vision.embeddings(view.pixel_values_ICHW)
+        hidden = vision.pre_layrnorm(hidden) if tower == "clip" and 0 not in view._inputs else hidden
+        sizes = torch.ones(3, hidden.shape[1] - first)
+        for layer, count in zip(vision.encoder.layers[: run.num_layers], counts, strict=True):
+            attention, normed = layer.self_attn, layer.layer_norm1(hidden)
+            queries, keys, values = (projection(normed).chunk(attention.num_heads, 2) for projection in (attention.q_proj, attention.k_proj, attention.v_proj))
+            weigh = torch.cat([torch.ones(3, first), sizes], dim=1).log()[:, None]
+            heads = [(q @ k.mT / q.shape[2] ** 0.5 + weigh).softmax(2) @ v for q, k, v in zip(queries, keys, values, strict=True)]
+            hidden = hidden + attention.out_proj(torch.cat(heads, dim=2))
+            merged, sizes, _ = merge(hidden[:, first:], torch.stack(keys).mean(0)[:, first:], sizes, count)
+            hidden = torch.cat([hidden[:, :first], merged], dim=1)
+            hidden = hidden + layer.mlp(layer.layer_norm2(hidden))
+        expected = (vision.post_layernorm(hidden) if view.model.features_are_normed else hidden)[:, first:]
+    assert torch.allclose(found, expected, atol=1e-5)
+
+
+def test_tome_needs_no_attention_map_of_the_plain_run(views: dict[str, EncoderView]) -> None:
+    view = views["clip"].again()
+    ToMe()(projected(view), num_visual_tokens=90, context=ReductionContext(encoder=view))
+    assert "attention_IHN" not in vars(view)
 
 
 @EACH
