@@ -10,7 +10,8 @@ import pytest
 import yaml
 
 from parcelray import cli
-from parcelray.config.loader import load_job
+from parcelray.config.loader import load_job_of
+from parcelray.config.tune import TuneJob
 from parcelray.models.checkpoint import verify_manifest
 from parcelray.training.run_folder import RunFolder
 from parcelray.tuning.trial_record import FinishedTrial, TrialRecord, point_key
@@ -205,8 +206,7 @@ def test_an_empty_registry_and_jobs_of_another_kind(run: Any, tmp_path: Path) ->
 def test_a_selection_reads_only_the_trials_of_its_own_search(run: Any, tmp_path: Path, repo_root: Path) -> None:
     place = f"storage={tmp_path}"
     file = str(repo_root / "jobs" / "tune" / "cluster_count.yaml")
-    job = load_job(file, [place])
-    RunFolder(job).claim()
+    RunFolder(load_job_of(TuneJob, file, [place])).claim()
     point = {"budgets": [64]}
     TrialRecord(tmp_path / "tune" / "cluster_count").add(FinishedTrial(point_key(point), point, {"retention": 90.0, "tokens": 64.0}, 1.0))
     assert run("tune", file, "--set", place, "--select", "max retention").code == 0

@@ -17,7 +17,7 @@ def test_every_split_of_the_space_is_as_likely_and_is_trained() -> None:
     budget = job.budget
     assert isinstance(budget, WeightedBudgets)
     assert budget.anchor_grids is not None
-    shares = {}
+    shares: dict[tuple[int, int], float] = {}
     for tokens, weight in zip(budget.values(), budget.weights, strict=True):
         fitting = [side for side in budget.anchor_grids if side * side <= tokens]
         shares |= {(side, tokens): weight / sum(budget.weights) / len(fitting) for side in fitting}

@@ -11,9 +11,9 @@ from parcelray.tuning.tune_run import last_line
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     now = [1000.0]
-    monkeypatch.setattr(trial_resources.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(trial_resources.ray, "cluster_resources", lambda: {"CPU": 4.0})
-    monkeypatch.setattr(trial_resources.ray, "available_resources", lambda: {"CPU": 1.0})
+    monkeypatch.setattr("parcelray.tuning.trial_resources.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 4.0})
+    monkeypatch.setattr("ray.available_resources", lambda: {"CPU": 1.0})
     return now
 
 
