@@ -25,7 +25,7 @@ _WINDOW = 4
 """Side of the windows that each give their own most attended patches, in patches."""
 
 _CLUSTERS, _COVERAGE = "clusters and pooling (size bias)", "sampling and coverage"
-ENCODER_ATTENTION, DECODER_ATTENTION = "attention of the vision tower", "attention of the decoder"
+ENCODER_ATTENTION, DECODER_ATTENTION = "attention of the vision tower", "attention of the decoder, and norm"
 _INSIDE, _POSITIONS = "inside the decoder (mean over its layers)", "positions"
 
 

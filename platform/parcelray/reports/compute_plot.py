@@ -7,7 +7,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import ScalarFormatter
+from matplotlib.ticker import MaxNLocator, NullLocator, ScalarFormatter
 
 from parcelray.evaluation.aggregate import Frontier, FrontierPoint
 from parcelray.evaluation.intervals import Interval
@@ -44,6 +44,11 @@ def plot_compute(frontier: Frontier, groups: Mapping[str, Sequence[str]], path: 
         for index, method in enumerate(member for member in members if member in methods):
             _line(axes, method, _by_compute(methods[method]), index)
         axes.set_title(name, fontsize=10)
+        # Budgets are near to a geometric row, so compute is, too.
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_formatter(ScalarFormatter())
         axes.grid(axis="y", alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
         own = [each for each in zip(*axes.get_legend_handles_labels(), strict=True) if each[1] in members]
@@ -67,7 +72,16 @@ def _line(axes: Axes, method: str, points: list[FrontierPoint], index: int) -> N
     color, marker = COLORS[index % len(COLORS)], MARKERS[index % len(MARKERS)]
     style = "-" if index < len(COLORS) else ":"
     axes.errorbar(
-        [point.gflops or 0.0 for point in points], values, yerr=errors, label=method, color=color, marker=marker, linestyle=style, markersize=4, capsize=2
+        [point.gflops or 0.0 for point in points],
+        values,
+        yerr=errors,
+        label=method,
+        color=color,
+        marker=marker,
+        linestyle=style,
+        markersize=4,
+        capsize=2,
+        elinewidth=0.8,
     )
 
 
