@@ -23,8 +23,8 @@ from parcelray.serving.budget_policy import BudgetPolicy
 from parcelray.serving.chat import ChatService
 from parcelray.serving.clients import LocalClient, ModelClient
 from parcelray.serving.continuous_engine import ContinuousEngine
+from parcelray.serving.engine_factory import limits_of
 from parcelray.serving.metrics import EndpointMetrics
-from parcelray.serving.model_replica import limits_of
 from parcelray.serving.prompting import PromptBuilder
 from parcelray.serving.request_log import RequestLog
 from parcelray.serving.routes import Route, Routes

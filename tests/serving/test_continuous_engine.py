@@ -4,6 +4,7 @@ import asyncio
 import queue
 import random
 import threading
+from collections.abc import Iterable
 
 import pytest
 import torch
@@ -17,7 +18,8 @@ from parcelray.models.checkpoint import resolve_checkpoint
 from parcelray.models.processor import load_processor
 from parcelray.models.vlm import load_vlm
 from parcelray.serving.continuous_engine import ContinuousEngine, EngineLimits
-from parcelray.serving.engine import EngineRefusal, Event, Failed, Finished
+from parcelray.serving.engine import EngineRefusal, Event, Failed, Finished, ImagePixels
+from parcelray.serving.vision import Encoded
 from parcelray.serving.waiting import answer, answer_all, events
 from tests.serving.conftest import Asker
 
@@ -169,15 +171,15 @@ def test_a_failed_batch_fails_its_requests_and_no_others(
 ) -> None:
     engine = ContinuousEngine(model, processor)
     broken = threading.Event()
-    whole = engine._vision.see
+    whole = engine._vision.encode
 
-    def see(requests: list) -> list:
+    def encode(images: Iterable[ImagePixels]) -> Encoded:
         if not broken.is_set():
             broken.set()
             raise RuntimeError("out of memory at /some/path")
-        return whole(requests)
+        return whole(images)
 
-    monkeypatch.setattr(engine._vision, "see", see)
+    monkeypatch.setattr(engine._vision, "encode", encode)
     with pytest.raises(EngineRefusal, match="failed on this batch") as refusal:
         answer_all(engine, [ask(samples[0], 16)])
     assert refusal.value.code == "engine_error"

@@ -45,7 +45,19 @@ class LoadPolicyConfig(StrictModel):
     """Share of the objective that counts as low load."""
 
 
-BudgetPolicyConfig = Annotated[FixedPolicyConfig | RequestPolicyConfig | LoadPolicyConfig, Field(discriminator="type")]
+class InputPolicyConfig(StrictModel):
+    """As `request`, but what is left open is chosen by image and question, with a predictor that `parcelray analyze adaptive` fitted."""
+
+    type: Literal["input"] = "input"
+    predictor: str = Field(min_length=1)
+    """Folder of the predictor, on every node."""
+    price: float | None = Field(default=None, ge=0)
+    """Chance of a right answer that one visual token must buy; null: the predictor's own."""
+    floor: int | None = Field(default=None, ge=1)
+    """Smallest budget it may give: one that the promotion gate accepted; null: the smallest that is served."""
+
+
+BudgetPolicyConfig = Annotated[FixedPolicyConfig | RequestPolicyConfig | LoadPolicyConfig | InputPolicyConfig, Field(discriminator="type")]
 
 
 class ServedBudgets(StrictModel):

@@ -26,8 +26,10 @@ class ServedModelConfig(StrictModel):
 
 
 class EngineConfig(StrictModel):
-    """What one replica holds at the same time."""
+    """What makes the answers of one replica, and what it holds at the same time."""
 
+    type: Literal["continuous", "static"] = "continuous"
+    """continuous: requests join and leave between two decode steps; static: transformers' `generate`, one batch of equal budgets after the other."""
     max_running: int = Field(default=64, ge=1)
     """Requests that share a decode step."""
     max_waiting: int = Field(default=128, ge=0)
@@ -35,9 +37,9 @@ class EngineConfig(StrictModel):
     kv_tokens: int = Field(default=32768, ge=64)
     """Tokens of the KV cache: all prompts, visual tokens and answers in flight together."""
     prefill_tokens: int = Field(default=8192, ge=1)
-    """Prompt tokens that are read between two decode steps at most."""
+    """Prompt tokens that are read between two decode steps at most, or those of one request that has more."""
     vision_batch: int = Field(default=32, ge=1)
-    """Images per run of the vision tower."""
+    """Images per run of the vision tower, and new ones between two decode steps, or those of one request that has more."""
     feature_cache_mb: int = Field(default=256, ge=0)
     """Patch features of images seen lately, MiB; 0: none."""
 
@@ -89,9 +91,9 @@ class RequestLimits(StrictModel):
     default_max_tokens: int = Field(default=64, ge=1)
     """Longest answer of requests that do not say."""
     timeout_s: float = Field(default=60.0, gt=0)
-    """Time from a request's arrival to its end after which the replica gives it up, seconds."""
+    """Time from a request's arrival at the endpoint to its end, all attempts together, after which the replica gives it up, seconds."""
     retries: int = Field(default=1, ge=0)
-    """Times that a request whose replica died goes to another one, unless a part of the answer has been sent already."""
+    """Times that a request whose replica died or failed goes to another one, unless a part of the answer has been sent already."""
 
     @model_validator(mode="after")
     def _check(self) -> "RequestLimits":

@@ -96,24 +96,31 @@ class BudgetPredictor:
 
     def choose_all(self, signals_NS: Floats, *, price: float | None = None) -> NDArray[np.int64]:
         """For each question the place of its budget in `budgets`; of budgets that are worth the same the smaller."""
+        chosen: NDArray[np.int64] = self._worth(signals_NS, price).argmax(axis=1)
+        return chosen
+
+    def _worth(self, signals_NS: Floats, price: float | None) -> Floats:
+        """[N, budgets]."""
         tokens_B = np.array(self.budgets, dtype=np.float64)
         if self.reads_answer:
             tokens_B[0] = 0.0
-        worth_NB = self.chances(signals_NS) - (self.price if price is None else price) * tokens_B
-        chosen: NDArray[np.int64] = worth_NB.argmax(axis=1)
-        return chosen
+        worth_NB: Floats = self.chances(signals_NS) - (self.price if price is None else price) * tokens_B
+        return worth_NB
 
-    def choose(self, signals: Sequence[float], *, price: float | None = None) -> int:
+    def choose(self, signals: Sequence[float], *, price: float | None = None, among: Sequence[int] | None = None) -> int:
         """The budget for one question.
 
         Args:
             signals: in the order of `signals`.
             price: chance of a right answer that a visual token must buy; 0: as many tokens as help at all; None: the predictor's own.
+            among: budgets to choose from, at least one of them the predictor's; None: all of its own.
 
         Returns:
             Visual tokens per image.
         """
-        return self.budgets[int(self.choose_all(np.array([signals], dtype=np.float64), price=price)[0])]
+        (worth_B,) = self._worth(np.array([signals], dtype=np.float64), price)
+        allowed = [place for place, budget in enumerate(self.budgets) if among is None or budget in among]
+        return self.budgets[max(allowed, key=lambda place: (worth_B[place], -place))]
 
     @property
     def flops(self) -> int:

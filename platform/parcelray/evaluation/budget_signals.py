@@ -66,9 +66,14 @@ class SignalReader:
             pooled: of each of its images, what `pool` says of the patch features.
             prompt: the question.
         """
-        image_P = np.mean(pooled, axis=0) if len(pooled) else np.zeros(2 * self._model.config.vision_dims.hidden_size)
         (ids,) = self._processor.encode_prompts([prompt])
-        question_L = self._model.get_input_embeddings()(torch.tensor(ids, device=self._device)).double().mean(0).cpu().numpy()
+        return self.of_ids(pooled, ids)
+
+    @torch.inference_mode()
+    def of_ids(self, pooled: Sequence[Floats], ids: Sequence[int]) -> Floats:
+        """The same from the token ids of the whole prompt, without visual ones."""
+        image_P = np.mean(pooled, axis=0) if len(pooled) else np.zeros(2 * self._model.config.vision_dims.hidden_size)
+        question_L = self._model.get_input_embeddings()(torch.tensor(list(ids), device=self._device)).double().mean(0).cpu().numpy()
         return np.concatenate([image_P, question_L, [len(ids), len(pooled)]])
 
     def text_tokens(self, prompts: Sequence[str]) -> list[int]:

@@ -4,12 +4,14 @@
 """
 
 import hashlib
+from pathlib import Path
 from typing import Any
 
 from ray import serve
 from ray.serve import Application
 
 from parcelray.config.base import StrictModel
+from parcelray.config.budget_policy import InputPolicyConfig
 from parcelray.config.serve import HttpConfig, ReplicasConfig, ServedModelConfig, ServeJob
 from parcelray.models.checkpoint import ResolvedCheckpoint
 from parcelray.serving.ingress import MODEL_DEPLOYMENT, Ingress, IngressRoutes, RouteSettings
@@ -89,9 +91,16 @@ def replica_settings(job: ServeJob, model: ServedModelConfig, checkpoint: Resolv
         dtype=model.dtype,
         device=model.device,
         budgets=tuple(sorted(job.budgets.offered)),
+        policy=_input_policy(job),
         engine=job.engine,
         threads=job.replicas.threads,
     )
+
+
+def _input_policy(job: ServeJob) -> InputPolicyConfig | None:
+    policy = job.budgets.policy
+    # Replicas have another working directory.
+    return policy.model_copy(update={"predictor": str(Path(policy.predictor).resolve())}) if isinstance(policy, InputPolicyConfig) else None
 
 
 def route_settings(settings: ReplicaSettings) -> RouteSettings:

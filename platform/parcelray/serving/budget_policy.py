@@ -1,9 +1,9 @@
-"""How many visual tokens a request's images get: fixed, as the request says, or as the load allows."""
+"""How many visual tokens a request's images get: fixed, as the request says, as the load allows, or by the input."""
 
 from collections.abc import Callable
 from time import monotonic
 
-from parcelray.config.budget_policy import FixedPolicyConfig, LoadPolicyConfig, RequestPolicyConfig, ServedBudgets
+from parcelray.config.budget_policy import FixedPolicyConfig, InputPolicyConfig, LoadPolicyConfig, RequestPolicyConfig, ServedBudgets
 from parcelray.serving.api_errors import ApiError
 from parcelray.serving.load_controller import LoadController
 from parcelray.serving.schemas import Detail
@@ -45,6 +45,13 @@ class BudgetPolicy:
             )
         return asked
 
+    def choices(self, asked: int | Detail) -> tuple[int, ...]:
+        """Budgets that the replica chooses among for a request, ascending, `decide` being the largest; empty: `decide` has chosen."""
+        if asked != "auto" or not isinstance(self._config, InputPolicyConfig):
+            return ()
+        floor = self._config.floor or self.offered[0]
+        return tuple(budget for budget in self.offered if budget >= floor)
+
     def started(self) -> None:
         """A request went to its model."""
         if self.controller is not None:
@@ -68,6 +75,8 @@ class BudgetPolicy:
     def _open(self) -> int:
         if self.controller is not None:
             return self.controller.budget()
+        if isinstance(self._config, InputPolicyConfig):
+            return self.offered[-1]
         assert isinstance(self._config, RequestPolicyConfig)
         return self._config.auto or self.offered[-1]
 

@@ -6,7 +6,7 @@ import time
 from collections.abc import AsyncGenerator, Sequence
 from concurrent.futures import Executor
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from parcelray.config.serve import HttpConfig, RequestLimits
 from parcelray.serving.admission import Admission
@@ -27,6 +27,10 @@ from parcelray.serving.spans import annotate
 logger = logging.getLogger(__name__)
 _CLIENT_ERRORS = frozenset({"context_length_exceeded", "unsupported_budget", "cancelled", "queue_full"})
 """Refusals that say nothing against the version that gave them."""
+_ELSEWHERE = frozenset({"shutting_down", "engine_error"})
+"""Refusals of one replica that another one need not give."""
+_MARGIN_S = 5.0
+"""Beyond the deadline, which the replica keeps; a replica that hangs does not, and must not hold a request for ever."""
 
 
 @dataclass
@@ -35,11 +39,32 @@ class Prepared:
 
     chat: ChatRequest
     request: GenerateRequest
+    """With the first event its budget is settled, also where the replica chooses it."""
     route: Route
     """Whose answer it is: the champion's, once a challenger has failed on it."""
     arrived: float
     image_s: float
     """Decoding and scaling its images."""
+
+    @property
+    def deadline(self) -> float:
+        """When it is given up, by the clock of `arrived`."""
+        return self.arrived + self.request.timeout_s
+
+    def attempt(self) -> GenerateRequest:
+        """The request as it goes to a replica now, with the time that is left to it.
+
+        Raises:
+            EngineRefusal: none is left.
+        """
+        left = self.deadline - time.perf_counter()
+        if left <= 0:
+            raise _late()
+        return replace(self.request, timeout_s=left)
+
+    def patience_s(self) -> float:
+        """How long to wait for the replica's next sign."""
+        return max(0.0, self.deadline - time.perf_counter()) + _MARGIN_S
 
 
 class ChatService:
@@ -89,7 +114,8 @@ class ChatService:
         sampling = self._sampling(chat)
         self._check_sizes(chat)
         budget = self.policy.decide(chat.asked_budget) if chat.images else 0
-        if chat.images:
+        choices = self.policy.choices(chat.asked_budget)
+        if chat.images and not choices:
             self.metrics.decided(chat.asked_budget, budget)
         if self.policy.controller is not None and chat.asked_budget == "auto" and chat.images:
             lowered, raised = self.policy.controller.new_steps()
@@ -97,6 +123,7 @@ class ChatService:
         route = self.routes.pick()
         started = time.perf_counter()
         request = await self._request(chat, route, request_id, budget, sampling)
+        request = replace(request, choices=choices if request.images else ())
         return Prepared(chat, request, route, arrived, time.perf_counter() - started)
 
     async def pixels(self, prompts: PromptBuilder, urls: Sequence[str]) -> list[ImagePixels]:
@@ -105,7 +132,7 @@ class ChatService:
         return await asyncio.gather(*(loop.run_in_executor(self._pool, self._decode, prompts, url, f"image {number}") for number, url in enumerate(urls, 1)))
 
     async def answer(self, prepared: Prepared) -> Finished:
-        """The whole answer; a request whose replica died goes to another one, and one on which a challenger failed to the champion.
+        """The whole answer; a request whose replica died or failed goes to another one, and one on which a challenger failed to the champion.
 
         Raises:
             ApiError: there is none.
@@ -160,9 +187,19 @@ class ChatService:
         """Of the route's version."""
         for attempt in range(self.limits.retries + 1):
             try:
-                return await prepared.route.client.answer(prepared.request)
+                async with asyncio.timeout(prepared.patience_s()):
+                    end = await prepared.route.client.answer(prepared.attempt())
             except ReplicaLost:
                 self._lost(prepared, attempt)
+            except TimeoutError:
+                raise _late() from None
+            except EngineRefusal as refusal:
+                if not self._goes_elsewhere(refusal, attempt):
+                    raise
+                self._lost(prepared, attempt)
+            else:
+                self._settle(prepared, end)
+                return end
         raise _gone()
 
     async def _pieces(self, prepared: Prepared) -> AsyncGenerator[Piece | Finished, None]:
@@ -170,14 +207,21 @@ class ChatService:
         sent = False
         for attempt in range(self.limits.retries + 1):
             try:
-                async with aclosing(prepared.route.client.events(prepared.request)) as found:
-                    async for event in found:
+                async with aclosing(prepared.route.client.events(prepared.attempt())) as found:
+                    while (event := await _next(found, prepared.patience_s())) is not None:
                         sent = True
+                        self._settle(prepared, event)
                         yield event
             except ReplicaLost:
                 self._lost(prepared, attempt)
                 if sent:
                     break
+            except TimeoutError:
+                raise _late() from None
+            except EngineRefusal as refusal:
+                if sent or not self._goes_elsewhere(refusal, attempt):
+                    raise
+                self._lost(prepared, attempt)
             else:
                 return
         raise _gone()
@@ -235,6 +279,15 @@ class ChatService:
         data = data_url_bytes(url, limits, param) if url.startswith("data:") else fetch_image(url, self._hosts, limits.max_bytes, param)
         return prompts.pixels(open_image(data, limits, param))
 
+    def _settle(self, prepared: Prepared, event: Piece | Finished) -> None:
+        """Takes over the budget that the replica chose."""
+        if prepared.request.choices:
+            prepared.request = replace(prepared.request, num_visual_tokens=event.num_visual_tokens, choices=())
+            self.metrics.decided("auto", event.num_visual_tokens)
+
+    def _goes_elsewhere(self, refusal: EngineRefusal, attempt: int) -> bool:
+        return refusal.code in _ELSEWHERE and attempt < self.limits.retries
+
     def _finished(self, prepared: Prepared, end: Finished) -> None:
         latency_s = time.perf_counter() - prepared.arrived
         # What came before the engine (HTTP, images, routing) is the client's wait for the first token, too.
@@ -262,7 +315,7 @@ class ChatService:
         return from_refusal(refusal, self.admission.retry_after_s())
 
     def _lost(self, prepared: Prepared, attempt: int) -> None:
-        logger.warning("request %s lost its replica at attempt %d", prepared.request.request_id, attempt + 1)
+        logger.warning("request %s was lost by its replica at attempt %d", prepared.request.request_id, attempt + 1)
         if attempt < self.limits.retries:
             self.metrics.retried()
 
@@ -281,3 +334,17 @@ class ChatService:
 
 def _gone() -> EngineRefusal:
     return EngineRefusal("no_replica", "The replica that had this request is gone; send the request again.")
+
+
+async def _next(found: AsyncGenerator[Piece | Finished, None], patience_s: float) -> Piece | Finished | None:
+    """The next event; None: there is none.
+
+    Raises:
+        TimeoutError: it does not come.
+    """
+    async with asyncio.timeout(patience_s):
+        return await anext(found, None)
+
+
+def _late() -> EngineRefusal:
+    return EngineRefusal("deadline_exceeded", "The request was not finished by its deadline.")

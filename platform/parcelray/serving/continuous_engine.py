@@ -3,54 +3,52 @@
 One thread owns the model. Each turn of its loop it
 
 1. takes what was submitted and cancelled, and drops what is past its deadline;
-2. admits requests in their order while the KV pool has room for all that they may ever hold: the vision tower runs over their new images
-   in one batch, the prefill in batches of similar length;
-3. makes one decode step of all that run.
+2. looks at one image that somebody wants to inspect;
+3. takes the first requests of the queue as far as there is room: the vision tower runs over their new images, a budget is chosen for those that
+   leave it open, room in the KV pool is reserved for all that they may ever hold, and the prefill runs in batches of similar length;
+4. makes one decode step of all that run.
 
-A request joins and leaves between two steps. Room is reserved at admission, so nothing that runs is ever thrown out again.
+A request joins and leaves between two steps. Room is reserved at admission, so nothing that runs is ever thrown out again. What fails takes along
+only those that it was done for; an engine whose turns keep failing ends, fails what it has, and refuses the rest.
 """
 
-import contextlib
 import itertools
 import logging
 import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from parcelray.models.backbones import ElasticVLM
 from parcelray.models.backbones.processor_base import ElasticProcessor
+from parcelray.serving.budget_chooser import BudgetChooser
 from parcelray.serving.decoder import PooledDecoder, Prompt
 from parcelray.serving.engine import (
     EngineRefusal,
     EngineStats,
-    Event,
-    Failed,
-    Finished,
-    FinishReason,
     GenerateRequest,
     ImagePixels,
     Inspection,
     Listener,
-    Piece,
-    Timings,
-    TokenLogprob,
+    check_request,
 )
-from parcelray.serving.sampling import choose, generator_of, logprobs_of
-from parcelray.serving.text_stream import TextStream
-from parcelray.serving.vision import Seen, VisionStage
+from parcelray.serving.job import AnswerWriter, Job, by_length, end_ids
+from parcelray.serving.sampling import choose
+from parcelray.serving.vision import VisionStage
 
 logger = logging.getLogger(__name__)
-_PADDING = 0.25
-"""Of a prefill batch's area, at most; longer and shorter prompts then go into another batch."""
 _MAX_FAILURES = 3
-"""Turns that may fail one after the other before the engine calls itself broken."""
+"""Times that one kind of work may fail, one after the other, before the engine calls itself broken."""
+_CLOSING = "This replica is shutting down; send the request again."
+_BROKEN = "The engine of this replica is broken; send the request again."
+Work = Literal["vision", "prefill", "decode"]
 
 
 @dataclass(frozen=True)
@@ -63,43 +61,14 @@ class EngineLimits:
     """Requests in the queue before it."""
     kv_tokens: int = 32768
     """Tokens of the KV pool."""
+    urgent_tokens: int = 64
+    """Further tokens of it, and a row of the decode step, that only urgent requests get."""
     prefill_tokens: int = 8192
-    """Prompt tokens that one turn prefills at most: what the running requests' next token waits for."""
+    """Prompt tokens that one turn prefills at most, or one request: what the running requests' next token waits for."""
     vision_batch: int = 32
-    """Images per run of the vision tower."""
+    """Images per run of the vision tower, and new ones in one turn, or those of one request."""
     feature_cache_bytes: int = 256 * 1024**2
     """Patch features that are kept."""
-
-
-@dataclass
-class _Job:
-    """A request on its way."""
-
-    request: GenerateRequest
-    listener: Listener
-    arrived: float
-    text: TextStream
-    generator: torch.Generator | None
-    blocks: list[int] = field(default_factory=list)
-    length: int = 0
-    """Its tokens in the pool."""
-    last_token: int = 0
-    num_new: int = 0
-    prefill_started: float = 0.0
-    prefill_s: float = 0.0
-    first_token_at: float = 0.0
-    seen: Seen = field(default_factory=lambda: Seen(None, 0, 0.0))
-    logprobs: list[TokenLogprob] = field(default_factory=list)
-    unsent: list[TokenLogprob] = field(default_factory=list)
-
-    @property
-    def most_tokens(self) -> int:
-        """The pool's tokens that it may ever hold: the last new token is never attended to."""
-        return self.request.num_prompt_tokens + self.request.sampling.max_new_tokens - 1
-
-    @property
-    def expires(self) -> float:
-        return self.arrived + self.request.timeout_s
 
 
 class ContinuousEngine:
@@ -110,6 +79,7 @@ class ContinuousEngine:
         processor: of the same checkpoint.
         limits: of memory and queue.
         name: in its statistics.
+        chooser: of budgets that requests leave open; None: such requests are refused.
     """
 
     def __init__(
@@ -119,21 +89,25 @@ class ContinuousEngine:
         limits: EngineLimits = EngineLimits(),
         *,
         name: str = "local",
+        chooser: BudgetChooser | None = None,
     ) -> None:
         self._name = name
         self._limits = limits
-        self._tokenizer = processor.tokenizer
-        self._end_ids = _end_ids(model, processor)
+        self._writer = AnswerWriter(processor.tokenizer, end_ids(model, processor))
         self.supported_budgets = tuple(model.supported_budgets)
-        self._decoder = PooledDecoder(model, max_tokens=limits.kv_tokens)
+        self._decoder = PooledDecoder(model, max_tokens=limits.kv_tokens, spare_tokens=limits.urgent_tokens)
         self._vision = VisionStage(model, processor, cache_bytes=limits.feature_cache_bytes, batch_size=limits.vision_batch)
+        self._chooser = chooser
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._waiting: deque[_Job] = deque()
-        self._running: list[_Job] = []
+        self._waiting: deque[Job] = deque()
+        self._starting: list[Job] = []
+        self._running: list[Job] = []
+        self._inspections: deque[tuple[Future[Inspection], ImagePixels, int]] = deque()
         self._in_flight = 0
         self._lock = threading.Lock()
         self._closing = False
-        self._failures = 0
+        self._ended = False
+        self._failures: dict[Work, int] = {"vision": 0, "prefill": 0, "decode": 0}
         self._counts = dict.fromkeys(("steps", "decoded_rows", "prefill_batches", "prefilled"), 0)
         self._thread = threading.Thread(target=self._loop, name="parcelray-engine", daemon=True)
         self._thread.start()
@@ -145,23 +119,18 @@ class ContinuousEngine:
 
     def submit(self, request: GenerateRequest, listener: Listener) -> None:
         """See `Engine`."""
-        most = request.num_prompt_tokens + request.sampling.max_new_tokens
-        if most > self.max_request_tokens:
-            raise EngineRefusal(
-                "context_length_exceeded",
-                f"{request.num_prompt_tokens} prompt tokens and {request.sampling.max_new_tokens} new ones are {most}, but a request may hold "
-                f"{self.max_request_tokens}; shorten the prompt, or lower max_tokens or the visual-token budget.",
-            )
-        if request.images and request.num_visual_tokens not in self.supported_budgets:
-            raise EngineRefusal("unsupported_budget", f"{request.num_visual_tokens} visual tokens is no budget of this model.")
+        check_request(request, self.max_request_tokens, self.supported_budgets, chooses=self._chooser is not None)
+        job = self._writer.job(request, listener)
         with self._lock:
-            if self._closing or self._failures >= _MAX_FAILURES:
-                raise EngineRefusal("shutting_down", "This replica is shutting down; send the request again.")
+            if self._closing:
+                raise EngineRefusal("shutting_down", _CLOSING)
+            if self._ended:
+                raise EngineRefusal("engine_error", _BROKEN)
             if self._in_flight >= self._limits.max_running + self._limits.max_waiting and not request.urgent:
                 raise EngineRefusal("queue_full", f"{self._in_flight} requests are in flight already; send the request again later.")
             self._in_flight += 1
-        job = _Job(request, listener, time.perf_counter(), TextStream(self._tokenizer, request.sampling.stop), generator_of(request.sampling))
-        self._commands.put(lambda: self._waiting.appendleft(job) if request.urgent else self._waiting.append(job))
+            # Under the lock: what is put before the end is failed there, and nothing is put after it.
+            self._commands.put(lambda: self._waiting.appendleft(job) if request.urgent else self._waiting.append(job))
 
     def cancel(self, request_id: str) -> None:
         """See `Engine`."""
@@ -170,15 +139,11 @@ class ContinuousEngine:
     def inspect(self, image: ImagePixels, num_visual_tokens: int) -> Future[Inspection]:
         """See `Engine`."""
         found: Future[Inspection] = Future()
-
-        def look() -> None:
-            try:
-                found.set_result(self._vision.inspect(image, num_visual_tokens))
-            except Exception:  # as in the loop
-                logger.exception("an image could not be inspected")
-                found.set_exception(EngineRefusal("engine_error", "The image cannot be inspected at this budget."))
-
-        self._commands.put(look)
+        with self._lock:
+            if self._closing or self._ended:
+                found.set_exception(EngineRefusal("shutting_down", _CLOSING))
+            else:
+                self._commands.put(lambda: self._inspections.append((found, image, num_visual_tokens)))
         return found
 
     def stats(self) -> EngineStats:
@@ -200,76 +165,175 @@ class ContinuousEngine:
         """See `Engine`."""
         with self._lock:
             self._closing = True
-        self._commands.put(lambda: self._fail_where(lambda _: True, "shutting_down", "This replica is shutting down; send the request again."))
+        # While idle the loop sleeps until something comes.
+        self._commands.put(lambda: None)
         self._thread.join()
 
     def _loop(self) -> None:
-        with torch.inference_mode():
-            while not (self._closing and not self._in_flight):
-                self._take_commands()
-                try:
+        try:
+            with torch.inference_mode():
+                while not self._closing and max(self._failures.values()) < _MAX_FAILURES:
+                    self._take_commands()
                     self._turn()
-                    self._failures = 0
-                except Exception:  # the loop must outlive a failed batch, whatever failed in it
-                    logger.exception("a turn of the engine failed")
-                    self._failures += 1
-                    self._fail_where(lambda job: bool(job.blocks), "engine_error", "The engine failed on this batch of requests; send the request again.")
+        except Exception:  # a defect; those who wait must hear of it
+            logger.exception("the engine's thread failed")
+        finally:
+            self._end()
+
+    def _end(self) -> None:
+        with self._lock:
+            self._ended = True
+        while not self._commands.empty():
+            self._take(self._commands.get())
+        code, message = ("shutting_down", _CLOSING) if self._closing else ("engine_error", _BROKEN)
+        self._fail_where(lambda _: True, code, message)
+        while self._inspections:
+            found, *_ = self._inspections.popleft()
+            if found.set_running_or_notify_cancel():
+                found.set_exception(EngineRefusal(code, message))
 
     def _take_commands(self) -> None:
-        idle = not self._waiting and not self._running
-        # While idle it sleeps until something comes; `close` sends something, too.
-        with contextlib.suppress(queue.Empty):
-            self._commands.get(block=idle)()
-            while True:
-                self._commands.get_nowait()()
+        idle = not self._waiting and not self._running and not self._inspections
+        # While idle it sleeps until something comes.
+        if idle:
+            self._take(self._commands.get())
+        while not self._commands.empty():
+            self._take(self._commands.get())
+
+    def _take(self, command: Callable[[], None]) -> None:
+        try:
+            command()
+        except Exception:  # one request's; the others know nothing of it
+            logger.exception("a command of the engine failed")
 
     def _turn(self) -> None:
         now = time.perf_counter()
         self._fail_where(lambda job: job.expires <= now, "deadline_exceeded", "The request was not finished by its deadline.")
-        if admitted := self._admit():
-            self._prefill(admitted)
+        self._inspect_next()
+        self._starting = self._next_jobs()
+        if self._starting:
+            self._start(self._starting)
+            self._starting = []
         if self._running:
-            self._step()
+            self._attempt("decode", list(self._running), self._step)
 
-    def _admit(self) -> list[_Job]:
-        """Reserves room for the first requests of the queue; none overtakes another, so that a large one is not starved."""
-        admitted: list[_Job] = []
-        tokens = 0
-        pool = self._decoder.pool
-        while self._waiting and len(self._running) + len(admitted) < self._limits.max_running:
+    def _inspect_next(self) -> None:
+        """One a turn: those who wait for a token must not wait for all who want to look at an image."""
+        while self._inspections:
+            found, image, num_visual_tokens = self._inspections.popleft()
+            if not found.set_running_or_notify_cancel():
+                continue
+            try:
+                inspection = self._vision.inspect(image, num_visual_tokens)
+            except Exception:  # as in `_attempt`
+                logger.exception("an image could not be inspected")
+                found.set_exception(EngineRefusal("engine_error", "The image cannot be inspected at this budget."))
+            else:
+                found.set_result(inspection)
+            return
+
+    def _attempt(self, kind: Work, jobs: list[Job], work: Callable[[list[Job]], None]) -> None:
+        """Does a part of the work for some requests; if it fails, so do they, and no others."""
+        try:
+            work(jobs)
+        except Exception as error:  # the loop must outlive a failed batch, whatever failed in it
+            logger.exception("%s of %d requests failed", kind, len(jobs))
+            too_large = kind == "prefill" and len(jobs) > 1 and isinstance(error, torch.OutOfMemoryError)
+        else:
+            self._failures[kind] = 0
+            return
+        # Not above: an exception that is being handled keeps all that its frames hold in memory.
+        if too_large:
+            for half in (jobs[: len(jobs) // 2], jobs[len(jobs) // 2 :]):
+                self._attempt(kind, half, work)
+            return
+        self._failures[kind] += 1
+        for job in jobs:
+            if not job.ended:
+                self._fail(job, "engine_error", "The engine failed on this batch of requests; send the request again.")
+
+    def _next_jobs(self) -> list[Job]:
+        """The first requests of the queue that one turn can start; none overtakes another, so that a large one is not starved."""
+        jobs: list[Job] = []
+        tokens = images = blocks = 0
+        while self._waiting:
             job = self._waiting[0]
-            tokens += job.request.num_prompt_tokens
-            if pool.blocks_for(job.most_tokens) > pool.free_blocks or (admitted and tokens > self._limits.prefill_tokens):
+            tokens += job.request.least_prompt_tokens
+            images += sum(image.content not in self._vision.cache for image in job.request.images) if job.features is None else 0
+            blocks += self._decoder.pool.blocks_for(job.least_tokens)
+            if len(self._running) + len(jobs) >= self._limits.max_running + job.request.urgent or blocks > self._free_blocks(job):
                 break
-            self._waiting.popleft()
+            if jobs and (tokens > self._limits.prefill_tokens or images > self._limits.vision_batch):
+                break
+            jobs.append(self._waiting.popleft())
+        return jobs
+
+    def _free_blocks(self, job: Job) -> int:
+        pool = self._decoder.pool
+        return pool.free_blocks if job.request.urgent else pool.free_blocks - pool.spare_blocks
+
+    def _start(self, jobs: list[Job]) -> None:
+        now = time.perf_counter()
+        for job in jobs:
+            job.started = now
+        unseen = [job for job in jobs if job.request.images and job.features is None]
+        if unseen:
+            self._attempt("vision", unseen, self._see)
+        for job in jobs:
+            if job.request.choices and not job.ended:
+                self._choose_budget(job)
+        for batch in by_length(self._admit([job for job in jobs if not job.ended])):
+            self._attempt("prefill", batch, self._prefill)
+
+    def _see(self, jobs: list[Job]) -> None:
+        encoded = self._vision.encode(image for job in jobs for image in job.request.images)
+        for job in jobs:
+            contents = [image.content for image in job.request.images]
+            job.features = {content: encoded.features[content] for content in contents}
+            job.cached_images = sum(content not in encoded.new for content in contents)
+            job.vision_s = encoded.seconds if job.cached_images < len(contents) else 0.0
+
+    def _choose_budget(self, job: Job) -> None:
+        assert self._chooser is not None, "checked at its arrival"
+        assert job.features is not None, "seen before"
+        try:
+            job.request = self._chooser.settled(job.request, job.features, self.max_request_tokens)
+        except Exception:  # as in `_attempt`
+            logger.exception("no budget could be chosen")
+            self._fail(job, "engine_error", "The engine could not choose a budget for this request; name one.")
+
+    def _admit(self, jobs: list[Job]) -> list[Job]:
+        """Reserves room for the first ones; where budgets came out too large for all, the rest goes back to the head of the queue."""
+        pool = self._decoder.pool
+        tokens = 0
+        for number, job in enumerate(jobs):
+            tokens += job.request.num_prompt_tokens
+            if pool.blocks_for(job.most_tokens) > self._free_blocks(job) or (number and tokens > self._limits.prefill_tokens):
+                self._waiting.extendleft(reversed(jobs[number:]))
+                jobs = jobs[:number]
+                break
             job.blocks = pool.reserve(job.most_tokens)
-            admitted.append(job)
-        # They count as running from here on, so that a failure finds them and gives their blocks back.
-        self._running += admitted
-        return admitted
+        self._running += jobs
+        return jobs
 
-    def _prefill(self, jobs: list[_Job]) -> None:
-        started = time.perf_counter()
-        for job, seen in zip(jobs, self._vision.see([job.request for job in jobs]), strict=True):
-            job.seen = seen
-            job.prefill_started = started
-        for batch in _by_length(jobs):
-            before = time.perf_counter()
-            logits_BV = self._decoder.prefill(
-                [Prompt(job.request.prompt_ids, job.request.visual_offset, job.seen.visual_KL, job.blocks) for job in batch],
-            )
-            self._counts["prefill_batches"] += 1
-            self._counts["prefilled"] += len(batch)
-            for job in batch:
-                job.length = job.request.num_prompt_tokens
-                # The tokens are in the pool now; kept on, they would pin the whole batch's.
-                job.seen = job.seen._replace(visual_KL=None)
-                job.first_token_at = time.perf_counter()
-                job.prefill_s = job.first_token_at - before
-            self._advance(batch, logits_BV)
+    def _prefill(self, jobs: list[Job]) -> None:
+        before = time.perf_counter()
+        features = {content: found for job in jobs for content, found in (job.features or {}).items()}
+        visual = self._vision.compress([job.request for job in jobs], features)
+        logits_BV = self._decoder.prefill(
+            [Prompt(job.request.prompt_ids, job.request.visual_offset, visual_KL, job.blocks) for job, visual_KL in zip(jobs, visual, strict=True)],
+        )
+        self._counts["prefill_batches"] += 1
+        self._counts["prefilled"] += len(jobs)
+        for job in jobs:
+            job.length = job.request.num_prompt_tokens
+            # What it saw is in the pool now.
+            job.features = None
+            job.first_token_at = time.perf_counter()
+            job.prefill_s = job.first_token_at - before
+        self._advance(jobs, logits_BV)
 
-    def _step(self) -> None:
-        jobs = list(self._running)
+    def _step(self, jobs: list[Job]) -> None:
         logits_BV = self._decoder.decode([job.last_token for job in jobs], [job.length for job in jobs], [job.blocks for job in jobs])
         self._counts["steps"] += 1
         self._counts["decoded_rows"] += len(jobs)
@@ -277,88 +341,47 @@ class ContinuousEngine:
             job.length += 1
         self._advance(jobs, logits_BV)
 
-    def _advance(self, jobs: list[_Job], logits_BV: Tensor) -> None:
-        """Gives each job its next token, tells who listens, and lets the finished ones go."""
-        tokens = choose(logits_BV, [job.request.sampling for job in jobs], [job.generator for job in jobs])
-        for row, (job, token) in enumerate(zip(jobs, tokens, strict=True)):
-            job.last_token = token
-            job.num_new += 1
-            ended = token in self._end_ids
-            if job.request.sampling.logprobs is not None and not ended:
-                job.unsent.append(self._logprob(logits_BV[row], token, job.request.sampling.logprobs))
-            piece = "" if ended else job.text.push(token)
-            if ended or job.text.stopped:
-                self._finish(job, "stop", piece)
-            elif job.num_new == job.request.sampling.max_new_tokens:
-                self._finish(job, "length", piece)
-            elif piece and job.request.stream:
-                self._send(job, piece)
+    def _advance(self, jobs: list[Job], logits_BV: Tensor) -> None:
+        """Gives each job its next token, tells who listens, and lets the finished ones go. What fails for one row fails that job alone."""
+        tokens = self._choose_tokens(jobs, logits_BV)
+        for job, token, logits_V in zip(jobs, tokens, logits_BV, strict=True):
+            try:
+                if token is None:
+                    raise ArithmeticError("there is no likeliest token")
+                reason = self._writer.append(job, token, logits_V)
+                if reason is not None:
+                    self._let_go(job)
+                    self._writer.finish(job, reason, self.stats())
+            except Exception:  # as in `_attempt`
+                logger.exception("a request has no next token")
+                if not job.ended:
+                    self._fail(job, "engine_error", "The model gave no next token for this request.")
 
-    def _send(self, job: _Job, piece: str) -> None:
-        _tell(job, Piece(piece, tuple(job.unsent)))
-        job.logprobs += job.unsent
-        job.unsent.clear()
+    def _choose_tokens(self, jobs: list[Job], logits_BV: Tensor) -> list[int | None]:
+        try:
+            return choose(logits_BV, [job.request.sampling for job in jobs], [job.generator for job in jobs])
+        except Exception:  # as in `_attempt`
+            if len(jobs) == 1:
+                logger.exception("no token could be chosen")
+                return [None]
+        return [token for row, job in enumerate(jobs) for token in self._choose_tokens([job], logits_BV[row : row + 1])]
 
-    def _finish(self, job: _Job, reason: FinishReason, piece: str) -> None:
-        piece += job.text.finish()
-        if job.request.stream and (piece or job.unsent):
-            self._send(job, piece)
-        now = time.perf_counter()
-        timings = Timings(
-            queue_s=job.prefill_started - job.arrived,
-            vision_s=job.seen.seconds,
-            prefill_s=job.prefill_s,
-            first_token_s=job.first_token_at - job.arrived,
-            total_s=now - job.arrived,
-        )
+    def _fail_where(self, doomed: Callable[[Job], bool], code: str, message: str) -> None:
+        for job in [job for job in itertools.chain(self._waiting, self._starting, self._running) if doomed(job)]:
+            if not job.ended:
+                self._fail(job, code, message)
+
+    def _fail(self, job: Job, code: str, message: str) -> None:
         self._let_go(job)
-        logprobs = (*job.logprobs, *job.unsent)
-        _tell(job, Finished(job.text.text, reason, job.num_new, timings, job.seen.cached_images, logprobs, self.stats()))
+        self._writer.fail(job, code, message)
 
-    def _logprob(self, logits_V: Tensor, token: int, top: int) -> TokenLogprob:
-        found = logprobs_of(logits_V, token, top)
-        best = tuple((self._token_text(each), value) for each, value in zip(found.ids, found.logprobs, strict=True))
-        return TokenLogprob(self._token_text(token), found.logprob, best)
-
-    def _token_text(self, token: int) -> str:
-        return str(self._tokenizer.decode([token]))
-
-    def _fail_where(self, doomed: Callable[[_Job], bool], code: str, message: str) -> None:
-        for job in [job for job in itertools.chain(self._waiting, self._running) if doomed(job)]:
-            self._let_go(job)
-            _tell(job, Failed(EngineRefusal(code, message)))
-
-    def _let_go(self, job: _Job) -> None:
-        (self._running if job.blocks else self._waiting).remove(job)
+    def _let_go(self, job: Job) -> None:
+        job.ended = True
+        job.features = None
+        for group in (self._waiting, self._running):
+            if job in group:
+                group.remove(job)
         self._decoder.pool.release(job.blocks)
         job.blocks = []
         with self._lock:
             self._in_flight -= 1
-
-
-def _tell(job: _Job, event: Event) -> None:
-    try:
-        job.listener(event)
-    except Exception:  # whoever listens must not end the thread that answers everyone
-        logger.exception("a listener of the engine failed")
-
-
-def _end_ids(model: ElasticVLM, processor: ElasticProcessor) -> frozenset[int]:
-    """Tokens that end an answer, as `generate` reads them off the checkpoint."""
-    configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    listed = configured if isinstance(configured, list) else [configured]
-    return frozenset(int(token) for token in (*listed, processor.tokenizer.eos_token_id) if token is not None)
-
-
-def _by_length(jobs: list[_Job]) -> Iterator[list[_Job]]:
-    """Batches of similar length, so that little of them is padding."""
-    batch: list[_Job] = []
-    for job in sorted(jobs, key=lambda job: job.request.num_prompt_tokens):
-        longest = job.request.num_prompt_tokens
-        used = sum(each.request.num_prompt_tokens for each in batch) + longest
-        if batch and used < (1 - _PADDING) * longest * (len(batch) + 1):
-            yield batch
-            batch = []
-        batch.append(job)
-    if batch:
-        yield batch

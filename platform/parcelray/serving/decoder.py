@@ -68,9 +68,10 @@ class PooledDecoder:
     Args:
         model: in evaluation mode.
         max_tokens: of the KV pool.
+        spare_tokens: of it, for requests that must not wait.
     """
 
-    def __init__(self, model: ElasticVLM, *, max_tokens: int) -> None:
+    def __init__(self, model: ElasticVLM, *, max_tokens: int, spare_tokens: int = 0) -> None:
         self._model = model
         self._text = model.model.language_model
         self._layers = list(self._text.layers)
@@ -87,6 +88,7 @@ class PooledDecoder:
             num_heads=int(getattr(config, "num_key_value_heads", None) or heads),
             head_width=int(getattr(config, "head_dim", None) or config.hidden_size // heads),
             max_tokens=max_tokens,
+            spare_tokens=spare_tokens,
             dtype=self._dtype,
             device=self.device,
         )

@@ -3,7 +3,7 @@
 Nothing here imports torch, so the ingress, which has no model, shares these types with the replicas that have one.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
@@ -17,7 +17,8 @@ class EngineRefusal(ParcelrayError):
     """The engine did not take a request, or gave it up; `code` says why.
 
     Args:
-        code: `context_length_exceeded` (it can never fit), `queue_full`, `deadline_exceeded`, `cancelled`, `shutting_down` or `engine_error`.
+        code: `context_length_exceeded` (it can never fit), `unsupported_budget`, `queue_full`, `deadline_exceeded`, `cancelled`, `shutting_down` or
+            `engine_error`.
         message: one sentence without paths or internals.
     """
 
@@ -53,11 +54,13 @@ class ImagePixels:
     """One image at the model's input size, 8 bits a channel."""
 
     content: str
-    """SHA-256 of `rgb`, the key of the feature cache."""
+    """SHA-256 of `rgb`, the key of the feature cache; different for different images."""
     side: int
     """Pixels of a side."""
     rgb: bytes
     """side x side x 3, row-major."""
+    kept: bool = True
+    """Whether its features come from the cache where they are, and stay in it. Not those of a health check, which is to run the vision tower."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,15 +76,17 @@ class GenerateRequest:
     images: tuple[ImagePixels, ...]
     """In the order of the prompt."""
     num_visual_tokens: int
-    """The budget of each image; 0 without images."""
+    """The budget of each image; 0 without images. Of those in `choices` the largest."""
     sampling: Sampling
     """How tokens are chosen."""
     timeout_s: float
-    """Time from arrival at the engine after which the request is given up."""
+    """Time from arrival at the engine after which the request is given up, seconds."""
     stream: bool = False
     """Whether pieces of the answer are wanted as they come."""
     urgent: bool = False
-    """Goes before the queue: health checks, which must not wait behind the load that they watch."""
+    """Goes before the queue, into room that is kept for it: health checks, which must not wait for the load that they watch."""
+    choices: tuple[int, ...] = ()
+    """Budgets that the engine may choose among by image and question, ascending; empty: `num_visual_tokens` it is."""
 
     @property
     def num_image_tokens(self) -> int:
@@ -92,6 +97,11 @@ class GenerateRequest:
     def num_prompt_tokens(self) -> int:
         """Length of the decoder's input."""
         return len(self.prompt_ids) + self.num_image_tokens
+
+    @property
+    def least_prompt_tokens(self) -> int:
+        """The same at the smallest budget that it may get."""
+        return len(self.prompt_ids) + len(self.images) * (self.choices[0] if self.choices else self.num_visual_tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +136,8 @@ class Piece:
 
     text: str
     logprobs: tuple[TokenLogprob, ...] = ()
+    num_visual_tokens: int = 0
+    """The budget that each image got."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,6 +181,8 @@ class Finished:
     logprobs: tuple[TokenLogprob, ...] = ()
     stats: EngineStats = field(default_factory=EngineStats)
     """The engine at that moment."""
+    num_visual_tokens: int = 0
+    """The budget that each image got."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,7 +221,7 @@ class Engine(Protocol):
         """Queues a request; `listener` gets its pieces (if streamed) and then exactly one `Finished` or `Failed`.
 
         Raises:
-            EngineRefusal: it can never fit, the queue is full, or the engine is closing.
+            EngineRefusal: it can never fit, the queue is full, or the engine is closing or broken.
         """
         ...
 
@@ -216,7 +230,7 @@ class Engine(Protocol):
         ...
 
     def inspect(self, image: ImagePixels, num_visual_tokens: int) -> Future[Inspection]:
-        """Looks at one image, between two steps."""
+        """Looks at one image, between two steps; a future that was cancelled by then costs nothing."""
         ...
 
     def stats(self) -> EngineStats:
@@ -226,3 +240,29 @@ class Engine(Protocol):
     def close(self) -> None:
         """Fails what is in flight and ends the engine."""
         ...
+
+
+def check_request(request: GenerateRequest, max_tokens: int, budgets: Collection[int], *, chooses: bool) -> None:
+    """Refuses what an engine can never answer.
+
+    Args:
+        request: that has just arrived.
+        max_tokens: that prompt and answer may hold.
+        budgets: that the model gives.
+        chooses: whether the engine chooses budgets that are left open.
+
+    Raises:
+        EngineRefusal: it does not fit, or asks for a budget that is not to be had.
+    """
+    most = request.least_prompt_tokens + request.sampling.max_new_tokens
+    if most > max_tokens:
+        raise EngineRefusal(
+            "context_length_exceeded",
+            f"{request.least_prompt_tokens} prompt tokens and {request.sampling.max_new_tokens} new ones are {most}, but a request may hold "
+            f"{max_tokens}; shorten the prompt, or lower max_tokens or the visual-token budget.",
+        )
+    for budget in (request.num_visual_tokens, *request.choices) if request.images else ():
+        if budget not in budgets:
+            raise EngineRefusal("unsupported_budget", f"{budget} visual tokens is no budget of this model.")
+    if request.choices and not chooses:
+        raise EngineRefusal("unsupported_budget", "This engine chooses no budgets; name one.")

@@ -24,6 +24,10 @@ class FeatureCache:
         """Of all entries."""
         return int(self._entries.currsize)
 
+    def __contains__(self, content: str) -> bool:
+        """Whether an image's features are there; counts as no use."""
+        return content in self._entries
+
     def get(self, content: str) -> Tensor | None:
         """Patch features [N, D] of an image, or None; counts as a use."""
         found = self._entries.get(content)

@@ -40,6 +40,8 @@ class HandleClient:
             raise ReplicaLost from None
         except BackPressureError:
             raise _full() from None
+        except RayTaskError:
+            raise _failed() from None
         finally:
             if not ended:
                 response.cancel()
@@ -70,13 +72,17 @@ class HandleClient:
         except BackPressureError:
             raise _full() from None
         except RayTaskError:
-            raise EngineRefusal("engine_error", "The replica failed on this request; send it again.") from None
+            raise _failed() from None
 
 
 def _checked(end: Finished | Failed) -> Finished:
     if isinstance(end, Failed):
         raise end.refusal
     return end
+
+
+def _failed() -> EngineRefusal:
+    return EngineRefusal("engine_error", "The replica failed on this request; send it again.")
 
 
 def _full() -> EngineRefusal:

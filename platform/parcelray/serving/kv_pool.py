@@ -21,12 +21,16 @@ class KVPool:
         num_heads: key-value heads.
         head_width: of each.
         max_tokens: tokens that all requests together may hold; rounded down to whole blocks.
+        spare_tokens: held beside them, for requests that must not wait; rounded up.
         dtype: of the model.
         device: of the model.
     """
 
-    def __init__(self, *, num_layers: int, num_heads: int, head_width: int, max_tokens: int, dtype: torch.dtype, device: torch.device) -> None:
-        self.num_blocks = max_tokens // BLOCK_TOKENS
+    def __init__(
+        self, *, num_layers: int, num_heads: int, head_width: int, max_tokens: int, dtype: torch.dtype, device: torch.device, spare_tokens: int = 0
+    ) -> None:
+        self.spare_blocks = self.blocks_for(spare_tokens)
+        self.num_blocks = max_tokens // BLOCK_TOKENS + self.spare_blocks
         shape = (self.num_blocks + 1, BLOCK_TOKENS, num_heads, head_width)
         # Zeros, not whatever was there: masked places are multiplied by 0, which a NaN would survive.
         self._keys_MTHE = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
@@ -45,8 +49,8 @@ class KVPool:
 
     @property
     def total_tokens(self) -> int:
-        """Tokens that can be reserved."""
-        return self.num_blocks * BLOCK_TOKENS
+        """Tokens that can be reserved, without the spare ones."""
+        return (self.num_blocks - self.spare_blocks) * BLOCK_TOKENS
 
     def blocks_for(self, num_tokens: int) -> int:
         """Blocks that hold so many tokens."""

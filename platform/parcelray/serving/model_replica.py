@@ -1,7 +1,6 @@
 """One copy of a model on Ray Serve: loads, warms up every budget, and is healthy as long as an answer comes through its own request path."""
 
 import asyncio
-import itertools
 import logging
 import time
 from collections.abc import AsyncIterator
@@ -12,21 +11,24 @@ from pydantic import TypeAdapter
 from ray import serve
 
 from parcelray.config.base import StrictModel
+from parcelray.config.budget_policy import InputPolicyConfig
 from parcelray.config.connector import ConnectorConfig
 from parcelray.config.serve import EngineConfig
 from parcelray.errors import UnsupportedBudgetError
 from parcelray.models.backbones import ElasticVLM
+from parcelray.models.backbones.processor_base import ElasticProcessor
 from parcelray.models.processor import load_processor
 from parcelray.models.vlm import load_vlm, use_sdpa_where_exact
-from parcelray.serving.continuous_engine import ContinuousEngine, EngineLimits
-from parcelray.serving.engine import EngineRefusal, EngineStats, Failed, Finished, GenerateRequest, ImagePixels, Inspection, Piece, Sampling
+from parcelray.serving.budget_chooser import BudgetChooser, load_predictor
+from parcelray.serving.engine import EngineRefusal, EngineStats, Failed, Finished, GenerateRequest, ImagePixels, Inspection, Piece
+from parcelray.serving.engine_factory import build_engine
+from parcelray.serving.health import HealthProbe
 from parcelray.serving.prompting import PromptBuilder
-from parcelray.serving.waiting import answer, answer_all, events
+from parcelray.serving.waiting import answer, events
 
 logger = logging.getLogger("ray.serve")
-_PING_TIMEOUT_S = 20.0
-"""A replica that makes no token in this time is replaced."""
-_WARM_UP_TIMEOUT_S = 600.0
+_REFUSAL_PAUSE_S = 0.5
+"""A broken replica that refused at once would always look idle, and the router would send it what the others could answer."""
 
 
 class ReplicaSettings(StrictModel):
@@ -44,6 +46,8 @@ class ReplicaSettings(StrictModel):
     """Where it runs."""
     budgets: tuple[int, ...]
     """To warm up."""
+    policy: InputPolicyConfig | None = None
+    """How budgets are chosen that requests leave open to the replica; null: none are."""
     engine: EngineConfig
     """What it holds at the same time."""
     threads: int | None
@@ -66,16 +70,15 @@ def load_model(settings: ReplicaSettings) -> ElasticVLM:
     return model.to(settings.device).eval()
 
 
-def limits_of(config: EngineConfig) -> EngineLimits:
-    """An engine's limits out of a job."""
-    return EngineLimits(
-        max_running=config.max_running,
-        max_waiting=config.max_waiting,
-        kv_tokens=config.kv_tokens,
-        prefill_tokens=config.prefill_tokens,
-        vision_batch=config.vision_batch,
-        feature_cache_bytes=config.feature_cache_mb * 1024**2,
-    )
+def load_chooser(settings: ReplicaSettings, model: ElasticVLM, processor: ElasticProcessor) -> BudgetChooser | None:
+    """The chooser of a replica; None: nothing is left open to it.
+
+    Raises:
+        UserError: there is no predictor, or it does not fit the model and its budgets.
+    """
+    if settings.policy is None:
+        return None
+    return BudgetChooser(load_predictor(settings.policy, settings.budgets), model, processor, price=settings.policy.price)
 
 
 class ModelReplica:
@@ -92,10 +95,12 @@ class ModelReplica:
         model = load_model(settings)
         processor = load_processor(settings.path)
         logger.info("parcelray: model loaded in %.1f s", time.perf_counter() - started)
-        self._prompts = PromptBuilder(processor)
-        self._numbers = itertools.count()
-        self._engine = ContinuousEngine(model, processor, limits_of(settings.engine), name=serve.get_replica_context().replica_id.unique_id)
-        self._warm_up(settings.budgets)
+        probe = HealthProbe(PromptBuilder(processor), settings.budgets)
+        chooser = load_chooser(settings, model, processor)
+        name = serve.get_replica_context().replica_id.unique_id
+        self._engine = build_engine(settings.engine, model, processor, name=name, chooser=chooser, urgent_tokens=probe.num_tokens)
+        self._probe = probe
+        probe.warm_up(self._engine)
         self._load_s = time.perf_counter() - started
         logger.info("parcelray: ready after %.1f s", self._load_s)
 
@@ -104,6 +109,7 @@ class ModelReplica:
         try:
             return await answer(self._engine, request)
         except EngineRefusal as refusal:
+            await _pause(refusal)
             return Failed(refusal)
 
     async def events(self, request: GenerateRequest) -> AsyncIterator[Piece | Finished | Failed]:
@@ -112,6 +118,7 @@ class ModelReplica:
             async for event in events(self._engine, request):
                 yield event
         except EngineRefusal as refusal:
+            await _pause(refusal)
             yield Failed(refusal)
 
     async def inspect(self, image: ImagePixels, num_visual_tokens: int) -> Inspection:
@@ -123,8 +130,8 @@ class ModelReplica:
         return replace(self._engine.stats(), load_s=self._load_s)
 
     async def ping(self) -> None:
-        """Makes one token through the queue, the prefill and the decoder, like any request."""
-        await answer(self._engine, self._probe(0, (), 1, _PING_TIMEOUT_S))
+        """Makes one token through the queue, the vision tower, the connector and the decoder, like any request."""
+        await self._probe.check(self._engine)
 
     async def check_health(self) -> None:
         """Called by Serve; an exception replaces the replica."""
@@ -135,16 +142,7 @@ class ModelReplica:
         if hasattr(self, "_engine"):
             self._engine.close()
 
-    def _warm_up(self, budgets: tuple[int, ...]) -> None:
-        for budget in budgets:
-            started = time.perf_counter()
-            side = self._prompts.image_size
-            # Different images, so that none is in the cache, and so many that a batch is one, too.
-            images = [ImagePixels(f"warm-up-{budget}-{number}", side, bytes([64 * number]) * (3 * side * side)) for number in range(3)]
-            answer_all(self._engine, [self._probe(budget, (image,), 4, _WARM_UP_TIMEOUT_S) for image in images])
-            logger.info("parcelray: %d visual tokens warmed up in %.2f s", budget, time.perf_counter() - started)
 
-    def _probe(self, budget: int, images: tuple[ImagePixels, ...], max_new_tokens: int, timeout_s: float) -> GenerateRequest:
-        sampling = Sampling(max_new_tokens=max_new_tokens)
-        name = f"probe-{next(self._numbers)}"
-        return self._prompts.request(name, "ready", images, num_visual_tokens=budget, sampling=sampling, timeout_s=timeout_s, urgent=True)
+async def _pause(refusal: EngineRefusal) -> None:
+    if refusal.code in ("engine_error", "shutting_down"):
+        await asyncio.sleep(_REFUSAL_PAUSE_S)

@@ -12,11 +12,13 @@ class TextStream:
     Args:
         tokenizer: of the model.
         stop: texts that end the answer and are no part of it.
+        live: whether the text is wanted before the end. If not, and nothing can stop it, it is decoded once, by `finish`.
     """
 
-    def __init__(self, tokenizer: Any, stop: Sequence[str] = ()) -> None:
+    def __init__(self, tokenizer: Any, stop: Sequence[str] = (), *, live: bool = True) -> None:
         self._tokenizer = tokenizer
         self._stop = tuple(stop)
+        self._live = live or bool(stop)
         self._ids: list[int] = []
         # Tokens up to `_read` are in `_text`. Those from `_context` on are decoded again with the next one, because a tokenizer may write a
         # token otherwise at the start of a text.
@@ -35,6 +37,8 @@ class TextStream:
     def push(self, token_id: int) -> str:
         """One more token; returns the text that is certain now and was not sent before."""
         self._ids.append(token_id)
+        if not self._live:
+            return ""
         self._decode(final=False)
         return self._release(final=False)
 

@@ -5,6 +5,7 @@ Shapes: U different images, N patches, D vision width, K visual tokens of an ima
 
 import math
 import time
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,13 +18,13 @@ from parcelray.serving.engine import GenerateRequest, ImagePixels, Inspection
 from parcelray.serving.feature_cache import FeatureCache
 
 
-class Seen(NamedTuple):
-    """What one request's images became."""
+class Encoded(NamedTuple):
+    """What the vision tower saw in some images."""
 
-    visual_KL: Tensor | None
-    """Projected tokens of all its images, one after the other; None: it has no images."""
-    cached_images: int
-    """Images whose features were in the cache."""
+    features: dict[str, Tensor]
+    """Patch features [N, D] by content."""
+    new: frozenset[str]
+    """Contents that were not in the cache."""
     seconds: float
     """Of the vision tower's batches; 0: all were in the cache."""
 
@@ -45,42 +46,37 @@ class VisionStage:
         self._device = model.lm_head.weight.device
         self.cache = FeatureCache(cache_bytes)
 
-    def see(self, requests: list[GenerateRequest]) -> list[Seen]:
-        """Visual tokens of each request, at its own budget."""
+    def encode(self, images: Iterable[ImagePixels]) -> Encoded:
+        """Patch features of each different image: out of the cache, or of the vision tower."""
         started = time.perf_counter()
         features: dict[str, Tensor] = {}
         new: dict[str, ImagePixels] = {}
-        cached: list[int] = []
-        for request in requests:
-            hits = 0
-            for image in request.images:
-                if image.content in new:
-                    continue
-                found = features.get(image.content)
-                found = self.cache.get(image.content) if found is None else found
-                if found is None:
-                    new[image.content] = image
-                else:
-                    features[image.content] = found
-                    hits += 1
-            cached.append(hits)
+        for image in images:
+            if image.content in features or image.content in new:
+                continue
+            found = self.cache.get(image.content) if image.kept else None
+            if found is None:
+                new[image.content] = image
+            else:
+                features[image.content] = found
         pending = list(new.values())
         for start in range(0, len(pending), self._batch_size):
             batch = pending[start : start + self._batch_size]
             for image, features_ND in zip(batch, self._encode(batch), strict=True):
                 features[image.content] = features_ND
-                self.cache.put(image.content, features_ND)
-        seconds = time.perf_counter() - started if new else 0.0
+                if image.kept:
+                    self.cache.put(image.content, features_ND)
+        return Encoded(features, frozenset(new), time.perf_counter() - started if new else 0.0)
+
+    def compress(self, requests: Sequence[GenerateRequest], features: dict[str, Tensor]) -> list[Tensor | None]:
+        """Projected tokens [K of all images, L] of each request's images, one after the other; None: it has no images."""
         tokens = self._compress(requests, features)
-        return [
-            Seen(torch.cat([tokens[image.content, request.num_visual_tokens] for image in request.images]) if request.images else None, hits, seconds)
-            for request, hits in zip(requests, cached, strict=True)
-        ]
+        return [torch.cat([tokens[image.content, request.num_visual_tokens] for image in request.images]) if request.images else None for request in requests]
 
     def inspect(self, image: ImagePixels, num_visual_tokens: int) -> Inspection:
         """What the connector makes of one image at one budget."""
         connector = self._model.connector
-        features_1ND = self._encode([image])
+        features_1ND = self.encode([image]).features[image.content][None]
         attention_QN = connector.query_attention(features_1ND, num_visual_tokens=num_visual_tokens)[0]
         mean_N = attention_QN.mean(dim=0) if len(attention_QN) else torch.empty(0)
         largest = float(mean_N.max()) if len(mean_N) else 1.0
@@ -93,7 +89,7 @@ class VisionStage:
         pixels = self._processor.image_processor(pictures, return_tensors="pt")["pixel_values"].to(self._device, self._model.dtype)
         return self._model.model.encode_patches(pixels)
 
-    def _compress(self, requests: list[GenerateRequest], features: dict[str, Tensor]) -> dict[tuple[str, int], Tensor]:
+    def _compress(self, requests: Sequence[GenerateRequest], features: dict[str, Tensor]) -> dict[tuple[str, int], Tensor]:
         """By content and budget: requests with the same image at the same budget share the tokens."""
         wanted: dict[int, dict[str, None]] = {}
         for request in requests:
