@@ -72,3 +72,10 @@ class Asker:
 @pytest.fixture(scope="session")
 def ask(processor: ElasticProcessor) -> Asker:
     return Asker(processor)
+
+
+@pytest.fixture
+def never_ending(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Engines that are made now know no end token: answers are as long as they may be."""
+    monkeypatch.setattr("parcelray.serving.continuous_engine.end_ids", lambda *_: frozenset())
+    monkeypatch.setattr("parcelray.serving.static_engine.end_ids", lambda *_: frozenset())

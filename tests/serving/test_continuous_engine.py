@@ -2,7 +2,6 @@
 
 import asyncio
 import queue
-import random
 import threading
 from collections.abc import Iterable
 
@@ -22,29 +21,6 @@ from parcelray.serving.engine import EngineRefusal, Event, Failed, Finished, Ima
 from parcelray.serving.vision import Encoded
 from parcelray.serving.waiting import answer, answer_all, events
 from tests.serving.conftest import Asker
-
-
-def test_two_hundred_mixed_requests_are_answered_as_offline(
-    model: ElasticVLM, processor: ElasticProcessor, engine: ContinuousEngine, samples: list[Sample], ask: Asker
-) -> None:
-    budgets = (0, 16, 64, 256)
-    plain = Predictor(model, processor, batch_size=16, settings=GenerationSettings(max_new_tokens=8)).answer_budgets(samples, budgets)
-    mixed = [(index, budget) for index in range(len(samples)) for budget in budgets]
-    random.Random(0).shuffle(mixed)
-    found = answer_all(engine, [ask(samples[index], budget) for index, budget in mixed])
-    assert len(mixed) == 200
-    for (index, budget), each in zip(mixed, found, strict=True):
-        offline = plain[budget][index]
-        assert (each.text, each.num_new_tokens, each.reason) == (offline.text, offline.num_new_tokens, "length" if offline.cut_off else "stop")
-    assert len({each.text for each in found}) > 20, "the test means something only if answers differ"
-    stats = engine.stats()
-    assert stats.decoded_rows > 4 * stats.steps
-    assert stats.prefilled > 2 * stats.prefill_batches
-    # Every image was encoded once, whatever the number of budgets and questions.
-    images = {image.content for index, budget in mixed for image in ask(samples[index], budget).images}
-    assert stats.feature_cache_misses == len(images)
-    assert stats.kv_tokens_used == 0
-    assert (stats.running, stats.waiting) == (0, 0)
 
 
 def test_a_llava_is_answered_as_offline(ask: Asker, samples: list[Sample]) -> None:

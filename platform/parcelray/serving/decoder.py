@@ -103,7 +103,10 @@ class PooledDecoder:
         allowed_BSS = valid_BS[:, None].expand(-1, len(order_S), -1)
         if not self._model.reads_both_ways:
             allowed_BSS = allowed_BSS & (order_S[None] <= order_S[:, None])
-        hidden_BSL = self._run(self._embed(prompts, len(order_S)), allowed_BSS, order_S.expand(len(prompts), -1), order_S.expand(len(prompts), -1), cache)
+        places_BS = order_S.expand(len(prompts), -1)
+        # A prompt that is read in both directions is seen as a whole also by layers with a window, as transformers has it.
+        window = None if self._model.reads_both_ways else self._window
+        hidden_BSL = self._run(self._embed(prompts, len(order_S)), allowed_BSS, places_BS, places_BS, cache, window)
         return self._logits(hidden_BSL[torch.arange(len(prompts), device=self.device), lengths - 1])
 
     def decode(self, token_ids: list[int], lengths: list[int], blocks: list[list[int]]) -> Tensor:
@@ -122,7 +125,7 @@ class PooledDecoder:
         allowed_B1S = (order_S[None] <= places_B[:, None])[:, None]
         hidden_B1L = self._model.get_input_embeddings()(torch.tensor(token_ids, device=self.device)[:, None])
         cache = _DecodeCache(self.pool, slots_B, tables_BM)
-        return self._logits(self._run(hidden_B1L, allowed_B1S, places_B[:, None], order_S.expand(len(lengths), -1), cache)[:, 0])
+        return self._logits(self._run(hidden_B1L, allowed_B1S, places_B[:, None], order_S.expand(len(lengths), -1), cache, self._window)[:, 0])
 
     def _embed(self, prompts: list[Prompt], longest: int) -> Tensor:
         ids = torch.zeros(len(prompts), longest, dtype=torch.int64)
@@ -136,13 +139,15 @@ class PooledDecoder:
                 hidden_BSL[row, prompt.visual_offset : prompt.visual_offset + len(prompt.visual_KL)] = prompt.visual_KL.to(hidden_BSL.dtype)
         return hidden_BSL
 
-    def _run(self, hidden: Tensor, allowed_BQS: Tensor, rows_BQ: Tensor, columns_BS: Tensor, cache: _PrefillCache | _DecodeCache) -> Tensor:
+    def _run(
+        self, hidden: Tensor, allowed_BQS: Tensor, rows_BQ: Tensor, columns_BS: Tensor, cache: _PrefillCache | _DecodeCache, window: int | None
+    ) -> Tensor:
         """Hidden states after all layers; `rows` and `columns` are places in the prompt, of queries and of keys."""
         positions_BQ = rows_BQ + self._model.first_position
         rotary = self._text.rotary_emb(hidden, positions_BQ)
         masks = [self._additive(allowed_BQS)] * 2
-        if self._window is not None and columns_BS.shape[1] > self._window:
-            masks[1] = self._additive(allowed_BQS & (rows_BQ[:, :, None] - columns_BS[:, None] < self._window))
+        if window is not None and columns_BS.shape[1] > window:
+            masks[1] = self._additive(allowed_BQS & (rows_BQ[:, :, None] - columns_BS[:, None] < window))
         for layer, sliding in zip(self._layers, self._sliding, strict=True):
             hidden = layer(hidden, attention_mask=masks[sliding], position_embeddings=rotary, position_ids=positions_BQ, past_key_values=cache, use_cache=True)
         normed: Tensor = self._text.norm(hidden)

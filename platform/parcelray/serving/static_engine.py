@@ -193,6 +193,8 @@ class StaticEngine:
             **self._inputs([job.request for job in batch], visual),
             max_new_tokens=max(job.request.sampling.max_new_tokens for job in batch),
             do_sample=False,
+            # What ends an answer is decided above; no token has this id.
+            eos_token_id=-1,
             logits_processor=LogitsProcessorList([next_tokens]),
             stopping_criteria=StoppingCriteriaList([ended]),
         )
