@@ -19,6 +19,7 @@ from parcelray.profiling.flops import cost
 from parcelray.serving.admission import Admission
 from parcelray.serving.api import Api
 from parcelray.serving.auth import ApiKey, Gatekeeper
+from parcelray.serving.budget_chooser import BudgetChooser
 from parcelray.serving.budget_policy import BudgetPolicy
 from parcelray.serving.chat import ChatService
 from parcelray.serving.clients import LocalClient, ModelClient
@@ -55,11 +56,17 @@ def service_of(
 
 @contextmanager
 def endpoint(
-    model: ElasticVLM, processor: ElasticProcessor, *, keys: list[ApiKey] | None = None, capacity: int | None = None, **changes: Any
+    model: ElasticVLM,
+    processor: ElasticProcessor,
+    *,
+    keys: list[ApiKey] | None = None,
+    capacity: int | None = None,
+    chooser: BudgetChooser | None = None,
+    **changes: Any,
 ) -> Iterator[tuple[str, ChatService, ContinuousEngine]]:
     """Its URL, its service and its engine, while the context lasts."""
     job = job_of(**changes)
-    engine = ContinuousEngine(model, processor, limits_of(job.engine))
+    engine = ContinuousEngine(model, processor, limits_of(job.engine), chooser=chooser)
     with ThreadPoolExecutor(2) as pool:
         service = service_of(job, model, processor, LocalClient(engine), pool, capacity=capacity)
         api = Api(job.name, job.http, lambda: service, Gatekeeper(keys or []), RequestLog())

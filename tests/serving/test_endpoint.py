@@ -1,6 +1,7 @@
 """The whole endpoint on Ray Serve, under pressure: replicas die, versions roll over, clients hang up, and nobody else notices."""
 
 import asyncio
+import copy
 import json
 import os
 import re
@@ -16,6 +17,7 @@ from urllib.request import Request, urlopen
 
 import pytest
 import ray
+import torch
 from mlflow import MlflowClient
 from mlflow.artifacts import load_dict
 from openai import APIStatusError, AsyncOpenAI, OpenAI
@@ -128,25 +130,46 @@ def test_a_replica_that_dies_under_load_costs_nobody_an_answer(url: str, samples
     assert set(load.outcomes) == {"ok"}, load.outcomes
 
 
-def test_a_client_that_hangs_up_frees_its_place(url: str, samples: list[Sample]) -> None:
-    async def hang_up() -> None:
-        async with AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=0.3) as client:
-            asked = [
-                client.chat.completions.create(model="mini", messages=message(samples[0]), max_tokens=1000, temperature=2.0, stop=["\n"]) for _ in range(12)
-            ]
-            await asyncio.gather(*asked, return_exceptions=True)
+def test_a_client_that_hangs_up_frees_its_place(url: str, model: ElasticVLM, processor: ElasticProcessor, samples: list[Sample], tmp_path: Path) -> None:
+    # Never the likeliest token, the end does not come: answers are as long as they may be.
+    endless = copy.deepcopy(model)
+    with torch.no_grad():
+        endless.get_input_embeddings().get_parameter("weight")[processor.tokenizer.eos_token_id] = 0
+    save_checkpoint(endless, processor, tmp_path / "endless")
+    deploy(job(model={"reference": str(tmp_path / "endless"), "connector": M3ConnectorConfig().model_dump()}))
+    asker = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
 
-    asyncio.run(hang_up())
-    client = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
-    # The places of twelve answers of a thousand tokens would be taken for many seconds.
-    deadline = time.monotonic() + 10
-    running = 1.0
-    while running and time.monotonic() < deadline:
-        client.chat.completions.create(model="mini", messages=message(samples[0]), max_tokens=1)
+    def running() -> float:
+        """Of the replicas, as they said with the answers to some short requests; these themselves have ended by then."""
+        for _ in range(6):
+            asker.chat.completions.create(model="mini", messages=message(samples[0]), max_tokens=1)
         with urlopen(f"{url}/metrics", timeout=10) as response:
             lines = response.read().decode().splitlines()
-        running = sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith("parcel:num_requests_running{"))
-    assert running == 0
+        return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith("parcel:num_requests_running{"))
+
+    async def hang_up() -> float:
+        async with AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=30) as client:
+
+            async def begin() -> Any:
+                stream = await client.chat.completions.create(model="mini", messages=message(samples[0]), max_tokens=1000, stream=True)
+                pieces = aiter(stream)
+                for _ in range(4):
+                    assert (await anext(pieces)).choices[0].finish_reason is None
+                return stream
+
+            streams = await asyncio.gather(*(begin() for _ in range(8)))
+            before = await asyncio.to_thread(running)
+            for stream in streams:
+                await stream.close()
+            return before
+
+    # Eight answers of a thousand tokens would run for many seconds.
+    assert asyncio.run(hang_up()) >= 4
+    deadline = time.monotonic() + 5
+    while (left := running()) and time.monotonic() < deadline:
+        pass
+    assert left == 0
+    deploy(job())
 
 
 def test_idle_replicas_are_known_and_samples_reach_mlflow(url: str, samples: list[Sample]) -> None:

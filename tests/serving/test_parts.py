@@ -14,8 +14,9 @@ from parcelray.models.backbones.processor_base import ElasticProcessor
 from parcelray.serving.admission import Admission
 from parcelray.serving.api_errors import ApiError
 from parcelray.serving.auth import Gatekeeper, add_key, read_keys
-from parcelray.serving.engine import Sampling
+from parcelray.serving.engine import EngineStats, Event, Finished, GenerateRequest, Sampling
 from parcelray.serving.feature_cache import FeatureCache
+from parcelray.serving.job import AnswerWriter
 from parcelray.serving.kv_pool import BLOCK_TOKENS, KVPool, slots_of, table_of
 from parcelray.serving.remote_images import fetch_image, is_public
 from parcelray.serving.sampling import choose, generator_of
@@ -91,6 +92,73 @@ def test_a_row_draws_the_same_alone_and_in_a_batch() -> None:
     samplings = [Sampling(max_new_tokens=1, temperature=1.0, seed=seed) for seed in range(5)]
     together = choose(logits, samplings, [generator_of(each) for each in samplings])
     assert together == [choose(logits[row : row + 1], [samplings[row]], [generator_of(samplings[row])])[0] for row in range(5)]
+
+
+def test_a_nucleus_is_that_of_a_whole_sort_whatever_is_sorted() -> None:
+    rng = torch.Generator().manual_seed(1)
+    peaked = -1.5 * torch.arange(1, 20001).log()[torch.randperm(20000, generator=rng)]
+    # Flat rows go past what is sorted first, and rows of few values have equals at every edge.
+    rows = torch.stack([peaked, torch.randn(20000, generator=rng), torch.randint(0, 3, (20000,), generator=rng).float(), torch.zeros(20000)])
+    for top_p in (1e-9, 0.3, 0.9, 0.999):
+        for seed in range(4):
+            samplings = [Sampling(max_new_tokens=1, temperature=0.8, top_p=top_p, seed=seed) for _ in rows]
+            drawn = choose(rows, samplings, [generator_of(each) for each in samplings])
+            share = float(torch.rand((), generator=torch.Generator().manual_seed(seed), dtype=torch.float64))
+            for logits, token in zip(rows.double(), drawn, strict=True):
+                mass, order = (logits / 0.8).softmax(0).sort(descending=True, stable=True)
+                sums = mass.cumsum(0)
+                size = int((sums < top_p).sum()) + 1
+                place = int((sums[:size] <= share * sums[size - 1]).sum())
+                near = order[max(0, place - 1) : place + 2].tolist()
+                # At the edge of two tokens the last digit of a sum decides.
+                assert token in near
+                assert token in order[: size + 1].tolist()
+
+
+def test_a_row_that_holds_no_numbers_has_no_token_and_the_others_theirs() -> None:
+    logits = torch.tensor([[0.0, 2.0, 1.0]] * 4)
+    logits[1, 0] = torch.nan
+    logits[2] = -torch.inf
+    samplings = [Sampling(max_new_tokens=1, temperature=temperature, top_p=1e-6, seed=0) for temperature in (1.0, 1.0, 0.0, 1e-50)]
+    assert choose(logits, samplings, [generator_of(each) for each in samplings]) == [1, None, None, 1]
+
+
+class _Counting:
+    """A tokenizer of single characters that counts how often it decodes."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.calls = 0
+
+    def decode(self, ids: list[int], **_: Any) -> str:
+        self.calls += 1
+        return "".join(self.text[each] for each in ids)
+
+
+def test_text_that_nobody_waits_for_is_decoded_once() -> None:
+    tokenizer = _Counting(" some text ")
+    stream = TextStream(tokenizer, live=False)
+    assert [stream.push(token) for token in range(11)] == [""] * 11
+    assert tokenizer.calls == 0
+    assert stream.finish() == stream.text == "some text"
+    assert tokenizer.calls == 1
+    stopping = TextStream(_Counting(" some text "), ["te"], live=False)
+    assert "".join(stopping.push(token) for token in range(8)) == "some"
+    assert stopping.stopped
+
+
+def test_a_stop_text_that_comes_with_the_last_characters_is_the_reason() -> None:
+    # Characters that may be the start of another one are held back to the end.
+    writer = AnswerWriter(_Counting("ab\N{REPLACEMENT CHARACTER}"), frozenset())
+    ends: list[Event] = []
+    sampling = Sampling(max_new_tokens=3, stop=("b\N{REPLACEMENT CHARACTER}",))
+    job = writer.job(GenerateRequest("r", (1,), 0, (), 0, sampling, 1.0), ends.append)
+    reasons = [writer.append(job, token, torch.zeros(3)) for token in range(3)]
+    assert reasons == [None, None, "length"]
+    writer.finish(job, "length", EngineStats())
+    (end,) = ends
+    assert isinstance(end, Finished)
+    assert (end.text, end.reason) == ("a", "stop")
 
 
 @pytest.mark.parametrize("text", ["two words", "caf\u00e9 \u4f60\u597d", "  spaces   inside  ", "line\nline", "a", "1234567"])

@@ -15,7 +15,8 @@ from parcelray.models.processor import image_size_of, load_processor
 from parcelray.profiling.answer_latency import answer_p95_ms
 from parcelray.serving.continuous_engine import ContinuousEngine
 from parcelray.serving.engine import Sampling
-from parcelray.serving.model_replica import ReplicaSettings, limits_of, load_model
+from parcelray.serving.engine_factory import limits_of
+from parcelray.serving.model_replica import ReplicaSettings, load_model
 from parcelray.serving.prompting import PromptBuilder
 from parcelray.serving.waiting import answer_all
 

@@ -46,8 +46,6 @@ from parcelray.serving.vision import VisionStage
 logger = logging.getLogger(__name__)
 _MAX_FAILURES = 3
 """Times that one kind of work may fail, one after the other, before the engine calls itself broken."""
-_CLOSING = "This replica is shutting down; send the request again."
-_BROKEN = "The engine of this replica is broken; send the request again."
 Work = Literal["vision", "prefill", "decode"]
 
 
@@ -122,10 +120,8 @@ class ContinuousEngine:
         check_request(request, self.max_request_tokens, self.supported_budgets, chooses=self._chooser is not None)
         job = self._writer.job(request, listener)
         with self._lock:
-            if self._closing:
-                raise EngineRefusal("shutting_down", _CLOSING)
-            if self._ended:
-                raise EngineRefusal("engine_error", _BROKEN)
+            if self._closing or self._ended:
+                raise self._gone()
             if self._in_flight >= self._limits.max_running + self._limits.max_waiting and not request.urgent:
                 raise EngineRefusal("queue_full", f"{self._in_flight} requests are in flight already; send the request again later.")
             self._in_flight += 1
@@ -141,7 +137,7 @@ class ContinuousEngine:
         found: Future[Inspection] = Future()
         with self._lock:
             if self._closing or self._ended:
-                found.set_exception(EngineRefusal("shutting_down", _CLOSING))
+                found.set_exception(self._gone())
             else:
                 self._commands.put(lambda: self._inspections.append((found, image, num_visual_tokens)))
         return found
@@ -185,12 +181,17 @@ class ContinuousEngine:
             self._ended = True
         while not self._commands.empty():
             self._take(self._commands.get())
-        code, message = ("shutting_down", _CLOSING) if self._closing else ("engine_error", _BROKEN)
-        self._fail_where(lambda _: True, code, message)
+        gone = self._gone()
+        self._fail_where(lambda _: True, gone.code, gone.message)
         while self._inspections:
             found, *_ = self._inspections.popleft()
             if found.set_running_or_notify_cancel():
-                found.set_exception(EngineRefusal(code, message))
+                found.set_exception(self._gone())
+
+    def _gone(self) -> EngineRefusal:
+        if self._closing:
+            return EngineRefusal("shutting_down", "This replica is shutting down; send the request again.")
+        return EngineRefusal("engine_error", "The engine of this replica is broken; send the request again.")
 
     def _take_commands(self) -> None:
         idle = not self._waiting and not self._running and not self._inspections

@@ -139,9 +139,7 @@ class PooledDecoder:
                 hidden_BSL[row, prompt.visual_offset : prompt.visual_offset + len(prompt.visual_KL)] = prompt.visual_KL.to(hidden_BSL.dtype)
         return hidden_BSL
 
-    def _run(
-        self, hidden: Tensor, allowed_BQS: Tensor, rows_BQ: Tensor, columns_BS: Tensor, cache: _PrefillCache | _DecodeCache, window: int | None
-    ) -> Tensor:
+    def _run(self, hidden: Tensor, allowed_BQS: Tensor, rows_BQ: Tensor, columns_BS: Tensor, cache: _PrefillCache | _DecodeCache, window: int | None) -> Tensor:
         """Hidden states after all layers; `rows` and `columns` are places in the prompt, of queries and of keys."""
         positions_BQ = rows_BQ + self._model.first_position
         rotary = self._text.rotary_emb(hidden, positions_BQ)

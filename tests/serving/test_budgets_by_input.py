@@ -1,0 +1,155 @@
+"""The policy by input: what the endpoint chooses is what the predictor chooses offline, and everything says what was chosen."""
+
+import json
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from urllib.request import urlopen
+
+import numpy as np
+import pytest
+from openai import OpenAI
+
+from parcelray.config.budget_policy import InputPolicyConfig, ServedBudgets
+from parcelray.data.sample import Sample
+from parcelray.errors import UserError
+from parcelray.evaluation.budget_predictor import BudgetPredictor, fit_predictor
+from parcelray.evaluation.budget_signals import SignalReader
+from parcelray.models.backbones import ElasticVLM
+from parcelray.models.backbones.processor_base import ElasticProcessor
+from parcelray.models.checkpoint import MINI_BASE, resolve_checkpoint
+from parcelray.serving.app import replica_settings
+from parcelray.serving.budget_chooser import BudgetChooser, load_predictor
+from parcelray.serving.continuous_engine import ContinuousEngine, EngineLimits
+from parcelray.serving.engine import EngineRefusal
+from parcelray.serving.model_replica import load_chooser
+from parcelray.serving.static_engine import StaticEngine
+from parcelray.serving.waiting import answer_all
+from tests.serving.conftest import Asker
+from tests.serving.local import endpoint, job_of
+from tests.serving.test_api import message
+
+BUDGETS = (16, 64, 256)
+
+
+@pytest.fixture(scope="module")
+def signals(model: ElasticVLM, processor: ElasticProcessor, samples: list[Sample]) -> Any:
+    return SignalReader(model, processor).read(samples)
+
+
+@pytest.fixture(scope="module")
+def predictor(model: ElasticVLM, processor: ElasticProcessor, signals: Any) -> BudgetPredictor:
+    """One that has learnt chance, and so chooses each budget for some."""
+    right = np.random.default_rng(0).random((len(signals), len(BUDGETS))) < (0.4, 0.5, 0.7)
+    names = SignalReader(model, processor).names
+    return replace(fit_predictor(signals, right, budgets=BUDGETS, names=names, reads_answer=False), price=0.001)
+
+
+@pytest.mark.parametrize("kind", [ContinuousEngine, StaticEngine])
+def test_the_engine_chooses_as_the_predictor_does_offline(
+    kind: Any, model: ElasticVLM, processor: ElasticProcessor, samples: list[Sample], predictor: BudgetPredictor, signals: Any, ask: Asker
+) -> None:
+    for price, floor in ((None, 16), (0.003, 16), (0.003, 64)):
+        chooser = BudgetChooser(predictor, model, processor, price=price)
+        engine = kind(model, processor, EngineLimits(max_running=8, kv_tokens=4096, vision_batch=8), chooser=chooser)
+        choices = tuple(budget for budget in BUDGETS if budget >= floor)
+        found = answer_all(engine, [replace(ask(sample, 256), choices=choices) for sample in samples[::2]])
+        expected = [predictor.choose(each, price=price, among=choices) for each in signals[::2].tolist()]
+        assert [each.num_visual_tokens for each in found] == expected
+        assert min(expected) == floor
+        if floor == 16:
+            assert expected == [BUDGETS[place] for place in predictor.choose_all(signals[::2], price=price)]
+            assert len(set(expected)) > 1, "the test means something only if choices differ"
+        # Chosen or named, the answer at a budget is the same.
+        assert [each.text for each in found] == [
+            each.text for each in answer_all(engine, [ask(sample, budget) for sample, budget in zip(samples[::2], expected, strict=True)])
+        ]
+        assert engine.stats().kv_tokens_used == 0
+        engine.close()
+
+
+def test_what_does_not_fit_is_not_chosen(model: ElasticVLM, processor: ElasticProcessor, samples: list[Sample], predictor: BudgetPredictor, ask: Asker) -> None:
+    chooser = BudgetChooser(predictor, model, processor, price=0.0)
+    engine = ContinuousEngine(model, processor, EngineLimits(kv_tokens=128), chooser=chooser)
+    one = [sample for sample in samples if len(sample.images) == 1]
+    assert {each.num_visual_tokens for each in answer_all(engine, [replace(ask(sample, 256), choices=BUDGETS) for sample in one])} <= {16, 64}
+    with pytest.raises(EngineRefusal, match="may hold 128"):
+        engine.submit(replace(ask(one[0], 256), choices=(256,)), lambda _: None)
+    engine.close()
+    plain = ContinuousEngine(model, processor)
+    with pytest.raises(EngineRefusal, match="chooses no budgets"):
+        plain.submit(replace(ask(one[0], 256), choices=BUDGETS), lambda _: None)
+    plain.close()
+
+
+def test_header_usage_metrics_and_log_say_what_was_chosen(
+    model: ElasticVLM,
+    processor: ElasticProcessor,
+    samples: list[Sample],
+    predictor: BudgetPredictor,
+    signals: Any,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    predictor.save(tmp_path)
+    some = slice(0, 12)
+    expected = [predictor.choose(each) for each in signals[some].tolist()]
+    caplog.set_level("INFO", logger="parcelray.requests")
+    policy = {"type": "input", "predictor": str(tmp_path)}
+    chooser = BudgetChooser(predictor, model, processor)
+    with endpoint(model, processor, chooser=chooser, budgets={"offered": BUDGETS, "policy": policy}) as (url, _, _):
+        client = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+        for number, (sample, budget) in enumerate(zip(samples[some], expected, strict=True)):
+            asked: dict[str, Any] = {"model": "mini", "messages": message(sample), "max_tokens": 8}
+            if number % 2:
+                raw = client.chat.completions.with_raw_response.create(**asked, stream=True, stream_options={"include_usage": True})
+                usage = list(raw.parse())[-1].usage
+            else:
+                raw = client.chat.completions.with_raw_response.create(**asked)
+                usage = raw.parse().usage
+            assert raw.headers["x-visual-tokens"] == str(budget)
+            assert usage is not None
+            assert usage.model_extra == {"visual_tokens": budget}
+            assert usage.prompt_tokens_details.model_dump()["image_tokens"] == budget * len(sample.images)
+        # Whoever names a budget, or an end of the ladder, gets it.
+        named = client.chat.completions.with_raw_response.create(model="mini", messages=message(samples[0]), extra_body={"visual_tokens": 64})
+        assert named.headers["x-visual-tokens"] == "64"
+        low = client.chat.completions.with_raw_response.create(model="mini", messages=message(samples[0], detail="low"))
+        assert low.headers["x-visual-tokens"] == "16"
+        with urlopen(f"{url}/metrics", timeout=10) as response:
+            lines = response.read().decode().splitlines()
+    for budget, count in Counter(expected).items():
+        assert f'parcel:budget_decisions_total{{asked="auto",model_name="mini",visual_tokens="{budget}"}} {count:.1f}' in lines
+    records = [json.loads(record.message) for record in caplog.records if record.name == "parcelray.requests"]
+    assert [record["visual_tokens"] for record in records][: len(expected)] == expected
+
+
+def test_a_predictor_that_cannot_serve_is_refused_in_words(model: ElasticVLM, processor: ElasticProcessor, predictor: BudgetPredictor, tmp_path: Path) -> None:
+    def policy(folder: str, **changes: Any) -> InputPolicyConfig:
+        replace(predictor, **changes).save(tmp_path / folder)
+        return InputPolicyConfig(predictor=str(tmp_path / folder), floor=64)
+
+    assert load_predictor(policy("good"), BUDGETS).budgets == BUDGETS
+    with pytest.raises(UserError, match="reads the answer at 16 visual tokens, which would be a second pass"):
+        load_predictor(policy("after", reads_answer=True), BUDGETS)
+    with pytest.raises(UserError, match="gives 64 visual tokens, which are not among the offered 16, 256"):
+        load_predictor(policy("good"), (16, 256))
+    with pytest.raises(UserError, match="holds no budget predictor"):
+        load_predictor(InputPolicyConfig(predictor=str(tmp_path / "none")), BUDGETS)
+    with pytest.raises(UserError, match="serve the checkpoint that it was fitted on"):
+        BudgetChooser(replace(predictor, signals=predictor.signals[1:]), model, processor)
+    with pytest.raises(ValueError, match="floor of the policy is 32, which is not offered"):
+        ServedBudgets(offered=BUDGETS, policy=InputPolicyConfig(predictor="p", floor=32))
+
+
+def test_a_replica_loads_its_predictor_from_wherever_it_runs(
+    model: ElasticVLM, processor: ElasticProcessor, predictor: BudgetPredictor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    predictor.save(tmp_path / "predictor")
+    monkeypatch.chdir(tmp_path)
+    job = job_of(budgets={"offered": BUDGETS, "policy": {"type": "input", "predictor": "predictor", "price": 0.5}})
+    settings = replica_settings(job, job.model, resolve_checkpoint(MINI_BASE))
+    monkeypatch.chdir("/")
+    assert isinstance(load_chooser(settings, model, processor), BudgetChooser)
+    assert load_chooser(settings.model_copy(update={"policy": None}), model, processor) is None
