@@ -48,7 +48,7 @@ class Failing(LocalClient):
         await self._fail(request)
         return await super().answer(request)
 
-    async def events(self, request: GenerateRequest) -> AsyncGenerator[Piece | Finished, None]:  # type: ignore[override]
+    async def events(self, request: GenerateRequest) -> AsyncGenerator[Piece | Finished, None]:
         for number in range(self._after):
             yield Piece(str(number))
         await self._fail(request)

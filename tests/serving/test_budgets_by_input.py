@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from openai import OpenAI
 
+from parcelray.cluster.serving_run import pin
 from parcelray.config.budget_policy import InputPolicyConfig, ServedBudgets
 from parcelray.data.sample import Sample
 from parcelray.errors import UserError
@@ -139,6 +140,10 @@ def test_a_predictor_that_cannot_serve_is_refused_in_words(model: ElasticVLM, pr
         load_predictor(InputPolicyConfig(predictor=str(tmp_path / "none")), BUDGETS)
     with pytest.raises(UserError, match="serve the checkpoint that it was fitted on"):
         BudgetChooser(replace(predictor, signals=predictor.signals[1:]), model, processor)
+    with pytest.raises(ValueError, match="belongs to one checkpoint, and canary names a second"):
+        job_of(budgets={"policy": {"type": "input", "predictor": "p"}}, canary={"model": {}})
+    with pytest.raises(UserError, match="holds no budget predictor"):
+        pin(job_of(budgets={"offered": BUDGETS, "policy": {"type": "input", "predictor": str(tmp_path / "none")}}))
     with pytest.raises(ValueError, match="floor of the policy is 32, which is not offered"):
         ServedBudgets(offered=BUDGETS, policy=InputPolicyConfig(predictor="p", floor=32))
 

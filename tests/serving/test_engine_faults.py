@@ -13,7 +13,7 @@ from torch import Tensor
 from parcelray.data.sample import Sample
 from parcelray.models.backbones import ElasticVLM
 from parcelray.models.backbones.processor_base import ElasticProcessor
-from parcelray.serving import continuous_engine
+from parcelray.serving import continuous_engine, sampling
 from parcelray.serving.continuous_engine import ContinuousEngine, EngineLimits
 from parcelray.serving.decoder import Prompt
 from parcelray.serving.engine import EngineRefusal, Event, Failed, Finished, GenerateRequest, ImagePixels, Sampling
@@ -64,7 +64,7 @@ def test_hardly_any_temperature_is_none_and_harms_nobody(running: Running, sampl
 
 
 def test_a_row_without_a_token_fails_alone(running: Running, samples: list[Sample], ask: Asker, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole, prefill = continuous_engine.choose, running.engine._decoder.prefill
+    whole, prefill = sampling.choose, running.engine._decoder.prefill
 
     def choose(logits: Tensor, samplings: list[Sampling], generators: list[Any]) -> list[int | None]:
         if any(sampling.seed == 13 for sampling in samplings):

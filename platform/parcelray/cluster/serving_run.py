@@ -22,6 +22,7 @@ from rich.console import Console
 from parcelray.cluster.provenance import resolve_model
 from parcelray.cluster.serving_gates import gate_warnings
 from parcelray.cluster.session import ADDRESS_VARIABLE, import_path, ray_session
+from parcelray.config.budget_policy import InputPolicyConfig
 from parcelray.config.model import CheckpointModelConfig
 from parcelray.config.serve import HttpConfig, ServedModelConfig, ServeJob
 from parcelray.errors import SystemFailure, UserError
@@ -29,6 +30,7 @@ from parcelray.models.checkpoint import ResolvedCheckpoint
 from parcelray.models.vlm import connector_of
 from parcelray.serving.app import http_options, replica_settings, serve_config
 from parcelray.serving.auth import read_keys
+from parcelray.serving.budget_chooser import load_predictor
 from parcelray.tracking.store import check_tracking_uri, ensure_store
 
 _POLL_S = 0.2
@@ -62,7 +64,8 @@ def pin(job: ServeJob) -> PinnedEndpoint:
     """Resolves the models of a job and checks what can be checked before anything starts.
 
     Raises:
-        UserError: a model is not to be had, cannot give an offered budget, its gates did not accept the load policy's floor, or the keys cannot be read.
+        UserError: a model is not to be had, cannot give an offered budget, its gates did not accept the load policy's floor, or the keys or the
+            budget predictor cannot be read.
     """
     if job.http.keys_file is not None:
         # The ingress has another working directory.
@@ -72,6 +75,8 @@ def pin(job: ServeJob) -> PinnedEndpoint:
     if job.samples is not None and job.tracking.uri is not None:
         # The schema is made here, once; the ingress writes.
         job = job.model_copy(update={"tracking": job.tracking.model_copy(update={"uri": ensure_store(job.tracking.uri)})})
+    if isinstance(job.budgets.policy, InputPolicyConfig):
+        load_predictor(job.budgets.policy, job.budgets.offered)
     champion = resolve(job, job.model)
     challenger = resolve(job, job.canary.model) if job.canary is not None else None
     _check_budgets(job, job.model, champion)

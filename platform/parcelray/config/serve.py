@@ -5,7 +5,7 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from parcelray.config.base import StrictModel
-from parcelray.config.budget_policy import ServedBudgets
+from parcelray.config.budget_policy import InputPolicyConfig, ServedBudgets
 from parcelray.config.connector import AnchorsOnlyConnectorConfig, M3ConnectorConfig
 from parcelray.config.train import TrackingConfig
 
@@ -198,4 +198,6 @@ class ServeJob(StrictModel):
     def _check(self) -> "ServeJob":
         if self.samples is not None and self.tracking.uri is None:
             raise ValueError("samples are kept in MLflow, but tracking.uri is null; name a store, or leave samples out")
+        if self.canary is not None and isinstance(self.budgets.policy, InputPolicyConfig):
+            raise ValueError("budgets.policy is input, whose predictor belongs to one checkpoint, and canary names a second; leave one of them out")
         return self

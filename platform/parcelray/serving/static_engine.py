@@ -1,7 +1,7 @@
 """The plain engine: transformers' `generate` over one batch of requests with equal budgets after the other.
 
-A batch ends with its longest answer, and nobody joins it before: what continuous batching is measured against, and a model whose decoder the
-pooled one cannot run is served with this.
+A batch ends with its longest answer, and nobody joins it before, not even a health check: a job with this engine keeps `limits.max_tokens` small.
+A model whose decoder the pooled one cannot run is served with it.
 
 Shapes: B requests of the batch, S tokens of the longest prompt, V vocabulary.
 """
@@ -154,14 +154,25 @@ class StaticEngine:
             return []
         near = list(self._waiting)[: self._limits.max_running]
         for job in near:
-            if job.request.choices and self._chooser is not None:
-                job.request = self._chooser.settled(job.request, self._vision.encode(job.request.images).features, self.max_request_tokens)
+            if job.request.choices:
+                self._choose_budget(job)
+        near = [job for job in near if not job.ended]
+        if not near:
+            return []
         alike = [job for job in near if _kind(job) == _kind(near[0])]
         longest = max(job.request.num_prompt_tokens + job.request.sampling.max_new_tokens for job in alike)
         batch = alike[: max(1, self._limits.kv_tokens // longest)]
         for job in batch:
             self._waiting.remove(job)
         return batch
+
+    def _choose_budget(self, job: Job) -> None:
+        assert self._chooser is not None, "checked at its arrival"
+        try:
+            job.request = self._chooser.settled(job.request, self._vision.encode(job.request.images).features, self.max_request_tokens)
+        except Exception:  # as in `_loop`
+            logger.exception("no budget could be chosen")
+            self._fail([job], "engine_error", "The engine could not choose a budget for this request; name one.")
 
     def _answer(self, batch: list[Job]) -> None:
         started = time.perf_counter()
