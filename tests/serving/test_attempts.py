@@ -1,6 +1,7 @@
 """A request's attempts: it goes to another replica where that can help, keeps one deadline over all of them, and never waits for ever."""
 
 import asyncio
+import json
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,8 +22,10 @@ from parcelray.serving.clients import LocalClient, ReplicaLost
 from parcelray.serving.continuous_engine import ContinuousEngine
 from parcelray.serving.engine import EngineRefusal, Finished, GenerateRequest, Piece
 from parcelray.serving.handle_client import HandleClient
+from parcelray.serving.schemas import parse_chat
 from tests.serving.conftest import Asker
 from tests.serving.local import job_of, service_of
+from tests.serving.test_api import message
 
 Ask = Callable[[ChatService, Prepared], Any]
 
@@ -71,7 +74,13 @@ def run(request: pytest.FixtureRequest, model: ElasticVLM, processor: ElasticPro
         def go(client: Failing, timeout_s: float = 20.0, arrived_s: float = 0.0) -> str:
             service = service_of(job_of(), model, processor, client, pool)
             asked = replace(ask(samples[0], 64, stream=request.param is _streamed), timeout_s=timeout_s)
-            prepared = Prepared(asked, service.routes.champion, time.perf_counter() - arrived_s, 0.0)
+            prepared = Prepared(
+                parse_chat(json.dumps({"model": "mini", "messages": message(samples[0])}).encode()),
+                asked,
+                service.routes.champion,
+                time.perf_counter() - arrived_s,
+                0.0,
+            )
             return cast(str, asyncio.run(request.param(service, prepared)))
 
         yield go

@@ -2,7 +2,7 @@
 
 import re
 
-from parcelray.config.budget_policy import FixedPolicyConfig, LoadPolicyConfig, ServedBudgets
+from parcelray.config.budget_policy import FixedPolicyConfig, InputPolicyConfig, LoadPolicyConfig, ServedBudgets
 from parcelray.config.serve import ServeJob
 from parcelray.errors import UserError
 from parcelray.models.checkpoint import ResolvedCheckpoint
@@ -15,7 +15,7 @@ def gate_warnings(job: ServeJob, checkpoint: ResolvedCheckpoint) -> tuple[str, .
     """What the owner of an endpoint should know of a version's gates, a sentence each; nothing for a model that is in no registry.
 
     Raises:
-        UserError: the load policy could go down to a budget that the gates did not accept.
+        UserError: the policy by load or by input could go down to a budget that the gates did not accept.
     """
     found = _VERSION.fullmatch(checkpoint.pinned)
     if found is None:
@@ -32,14 +32,15 @@ def gate_warnings(job: ServeJob, checkpoint: ResolvedCheckpoint) -> tuple[str, .
             f"`parcelray models promote JOB --set candidate={found['version']}` asks it.",
         )
     legal = f"accepted are {_listed(accepted)}" if accepted else "no budget is accepted"
-    if isinstance(job.budgets.policy, LoadPolicyConfig) and given[0] not in accepted:
+    if isinstance(job.budgets.policy, LoadPolicyConfig | InputPolicyConfig) and given[0] not in accepted:
         remedy = (
             f"set budgets.policy.floor to one that is accepted ({_listed(fitting)})"
             if (fitting := [each for each in given if each in accepted])
             else "offer one"
         )
         raise UserError(
-            f"The load policy may go down to {given[0]} visual tokens, which the gates of {checkpoint.pinned} did not accept ({legal}); {remedy}, "
+            f"The {job.budgets.policy.type} policy may go down to {given[0]} visual tokens, which the gates of {checkpoint.pinned} did not accept "
+            f"({legal}); {remedy}, "
             f"or put the version to a gate that asks for {given[0]}."
         )
     missing = [budget for budget in given if budget not in accepted]
@@ -53,7 +54,7 @@ def open_budgets(budgets: ServedBudgets) -> list[int]:
     policy, offered = budgets.policy, sorted(budgets.offered)
     if isinstance(policy, FixedPolicyConfig):
         return [policy.visual_tokens]
-    if isinstance(policy, LoadPolicyConfig):
+    if isinstance(policy, LoadPolicyConfig | InputPolicyConfig):
         return [budget for budget in offered if budget >= (policy.floor or offered[0])]
     return [policy.auto or offered[-1]]
 
