@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import ray
 from mlflow import MlflowClient
-from ray.util.placement_group import placement_group
+from ray.util.placement_group import placement_group, remove_placement_group
 from rich.console import Console
 
 from parcelray.cluster.split_confirmation import confirm_splits
@@ -36,7 +35,7 @@ from parcelray.training.run_folder import RunFolder
 from parcelray.training.start import build_start
 from parcelray.tuning.planner import make_planner
 from parcelray.tuning.trial_record import FinishedTrial, TrialRecord
-from parcelray.tuning.trial_resources import TrialResources
+from parcelray.tuning.trial_resources import TrialResources, _has_worker_group
 from parcelray.tuning.tune_run import evaluation_trial, run_search
 
 from ..training.conftest import TINY, tiny_job
@@ -294,18 +293,19 @@ def test_a_search_in_which_nothing_runs_says_so(ray_session: None, tmp_path: Pat
         _numbers(tmp_path, _Square(), _Observer(), resources=TrialResources(40.0), stall_s=2.0)
 
 
-class _Starter:
-    """Trials that, as trainings do, run at once and wait for workers of their own."""
-
-    def measure(self, assignment: Assignment) -> Mapping[str, float]:
-        ray.get(placement_group([{"CPU": 40.0}]).ready(), timeout=60)
-        return {"score": 0.0}
-
-
-def test_a_search_whose_trials_run_but_wait_for_workers_says_so(ray_session: None, tmp_path: Path) -> None:
-    needs = TrialResources(0.01, workers=1, worker_cpus=40.0)
-    with pytest.raises(SystemFailure, match=r"2 trials run, but for 6 s none of them has got its workers: each asks for 1 workers of 40 CPU"):
-        _numbers(tmp_path, _Starter(), _Observer(), resources=needs, stall_s=6.0)
+def test_workers_that_wait_are_told_from_those_that_are_placed(ray_session: None) -> None:
+    needs = TrialResources(0.01, workers=1, worker_cpus=1.0)
+    deadline = time.monotonic() + 30
+    while _has_worker_group(needs) and time.monotonic() < deadline:
+        time.sleep(0.1)  # of a test before this one
+    own, waiting = placement_group([{"CPU": 0.01}]), placement_group([{"CPU": 40.0}])
+    assert own.wait(30)
+    assert not _has_worker_group(needs), "a trial's own process, and workers that no node can hold"
+    placed = placement_group([{"CPU": 1.0}])
+    assert placed.wait(30)
+    assert _has_worker_group(needs)
+    for group in (own, waiting, placed):
+        remove_placement_group(group)
 
 
 _DRIVER = """
