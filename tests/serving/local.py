@@ -4,13 +4,11 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
 import uvicorn
 
-from parcelray.config.connector import M3ConnectorConfig
 from parcelray.config.serve import ServeJob
 from parcelray.models.backbones import ElasticVLM
 from parcelray.models.backbones.processor_base import ElasticProcessor
@@ -25,6 +23,7 @@ from parcelray.serving.chat import ChatService
 from parcelray.serving.clients import LocalClient, ModelClient
 from parcelray.serving.continuous_engine import ContinuousEngine
 from parcelray.serving.engine_factory import limits_of
+from parcelray.serving.image_reader import ImageReader
 from parcelray.serving.metrics import EndpointMetrics
 from parcelray.serving.prompting import PromptBuilder
 from parcelray.serving.request_log import RequestLog
@@ -37,19 +36,16 @@ def job_of(**changes: Any) -> ServeJob:
     return ServeJob.model_validate({"kind": "serve", "name": "mini", "model": {"connector": {"type": "m3"}}, **changes})
 
 
-def service_of(
-    job: ServeJob, model: ElasticVLM, processor: ElasticProcessor, client: ModelClient, pool: ThreadPoolExecutor, *, capacity: int | None = None
-) -> ChatService:
+def service_of(job: ServeJob, model: ElasticVLM, processor: ElasticProcessor, client: ModelClient, *, capacity: int | None = None) -> ChatService:
     shape = from_transformers_config(model.config)
-    costs = {budget: cost(shape, M3ConnectorConfig(), budget) for budget in job.budgets.offered}
+    costs = {budget: cost(shape, model.config.connector_config, budget) for budget in job.budgets.offered}
     return ChatService(
         routes=Routes(Route(VERSION, client, PromptBuilder(processor), costs)),
         limits=job.limits,
-        http=job.http,
         policy=BudgetPolicy(job.budgets),
         metrics=EndpointMetrics(job.name),
         admission=Admission(job.engine.max_running + job.engine.max_waiting if capacity is None else capacity),
-        pool=pool,
+        images=ImageReader(job.limits, job.http),
         log=RequestLog(),
     )
 
@@ -67,11 +63,10 @@ def endpoint(
     """Its URL, its service and its engine, while the context lasts."""
     job = job_of(**changes)
     engine = ContinuousEngine(model, processor, limits_of(job.engine), chooser=chooser)
-    with ThreadPoolExecutor(2) as pool:
-        service = service_of(job, model, processor, LocalClient(engine), pool, capacity=capacity)
-        api = Api(job.name, job.http, lambda: service, Gatekeeper(keys or []), RequestLog())
-        with serving(api.application()) as url:
-            yield url, service, engine
+    service = service_of(job, model, processor, LocalClient(engine), capacity=capacity)
+    api = Api(job.name, job.http, lambda: service, Gatekeeper(keys or []), RequestLog())
+    with serving(api.application()) as url:
+        yield url, service, engine
     engine.close()
 
 

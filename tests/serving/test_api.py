@@ -138,6 +138,7 @@ def _with_text(**fields: Any) -> dict[str, Any]:
     return {"model": "mini", "messages": [{"role": "user", "content": "what"}], **fields}
 
 
+IMAGE = "messages.0.content.0.image_url.url"
 REFUSED = {
     "not JSON": (b"{", 400, "invalid_json", None),
     "a list": (b"[]", 422, "invalid_type", None),
@@ -149,9 +150,18 @@ REFUSED = {
     "a text for a number": (_with_text(temperature="1"), 422, "invalid_value", "temperature"),
     "too hot": (_with_text(temperature=3), 422, "invalid_value", "temperature"),
     "a budget that is not offered": (_with_image(data_url(_png()), visual_tokens=17), 422, "unsupported_budget", "visual_tokens"),
+    "a budget that is not offered, without an image": (_with_text(visual_tokens=17), 422, "unsupported_budget", "visual_tokens"),
+    "a budget in words": (_with_text(visual_tokens="lots"), 422, "unsupported_budget", "visual_tokens"),
     "a huge budget": (_with_image(data_url(_png()), visual_tokens=10**30), 422, "unsupported_budget", "visual_tokens"),
     "two answers": (_with_text(n=2), 422, "invalid_value", "n"),
     "too long an answer": (_with_text(max_tokens=10**9), 422, "invalid_value", "max_tokens"),
+    "too long an answer, by the newer name": (_with_text(max_completion_tokens=10**9), 422, "invalid_value", "max_completion_tokens"),
+    "too many stops": (_with_text(stop=list("abcde")), 422, "invalid_value", "stop"),
+    "an empty stop": (_with_text(stop=""), 422, "invalid_value", "stop"),
+    "a penalty": (_with_text(presence_penalty=0.5), 422, "invalid_value", "presence_penalty"),
+    "a bias": (_with_text(logit_bias={"5": 1}), 422, "invalid_value", "logit_bias"),
+    "another form": (_with_text(response_format={"type": "json_object"}), 422, "invalid_value", "response_format.type"),
+    "to be stored": (_with_text(store=True), 422, "invalid_value", "store"),
     "two turns": (_with_text(messages=[{"role": "user", "content": "a"}] * 2), 422, "invalid_request", None),
     "a role that is none": (_with_text(messages=[{"role": "tool", "content": "a"}]), 422, "invalid_value", "messages.0"),
     "a part that is none": (_with_text(messages=[{"role": "user", "content": [{"type": "audio"}]}]), 422, "invalid_value", "messages.0.content.0"),
@@ -161,17 +171,17 @@ REFUSED = {
         "invalid_value",
         "messages.0.content.0.image_url.detail",
     ),
-    "not base64": (_with_image("data:image/png;base64,%%%"), 400, "invalid_base64", "image 1"),
-    "no data URL": (_with_image("data:image/png,abc"), 400, "invalid_image_url", "image 1"),
-    "a GIF": (_with_image(data_url(_png(kind="GIF"), "gif")), 415, "unsupported_image_type", "image 1"),
-    "a GIF that says PNG": (_with_image(data_url(_png(kind="GIF"))), 415, "unsupported_image_type", "image 1"),
-    "text as an image": (_with_image(data_url(b"hello")), 415, "unsupported_image_type", "image 1"),
-    "a truncated image": (_with_image(data_url(_png((200, 200))[:-30])), 422, "broken_image", "image 1"),
-    "too many pixels": (_with_image(data_url(_png((1100, 1000)))), 413, "image_too_large", "image 1"),
-    "too many bytes": (_with_image(data_url(b"\x89PNG" + bytes(600_000))), 413, "image_too_large", "image 1"),
-    "a file": (_with_image("file:///etc/passwd"), 403, "host", "image 1"),
-    "a remote image": (_with_image("https://example.com/a.png"), 403, "host", "image 1"),
-    "the metadata service": (_with_image("http://169.254.169.254/latest"), 403, "host", "image 1"),
+    "not base64": (_with_image("data:image/png;base64,%%%"), 400, "invalid_base64", IMAGE),
+    "no data URL": (_with_image("data:image/png,abc"), 400, "invalid_image_url", IMAGE),
+    "a GIF": (_with_image(data_url(_png(kind="GIF"), "gif")), 415, "unsupported_image_type", IMAGE),
+    "a GIF that says PNG": (_with_image(data_url(_png(kind="GIF"))), 415, "unsupported_image_type", IMAGE),
+    "text as an image": (_with_image(data_url(b"hello")), 415, "unsupported_image_type", IMAGE),
+    "a truncated image": (_with_image(data_url(_png((200, 200))[:-30])), 422, "broken_image", IMAGE),
+    "too many pixels": (_with_image(data_url(_png((1100, 1000)))), 413, "image_too_large", IMAGE),
+    "too many bytes": (_with_image(data_url(b"\x89PNG" + bytes(600_000))), 413, "image_too_large", IMAGE),
+    "a file": (_with_image("file:///etc/passwd"), 403, "host", IMAGE),
+    "a remote image": (_with_image("https://example.com/a.png"), 403, "host", IMAGE),
+    "the metadata service": (_with_image("http://169.254.169.254/latest"), 403, "host", IMAGE),
     "too many images": (
         _with_text(messages=[{"role": "user", "content": [{"type": "image_url", "image_url": {"url": data_url(_png())}}] * 5}]),
         413,
@@ -179,7 +189,7 @@ REFUSED = {
         "messages",
     ),
     "too large a body": (b" " * (1024**2 + 1), 413, "body_too_large", None),
-    "too long for the model": (_with_text(messages=[{"role": "user", "content": "7" * 32_000}], max_tokens=1000), 400, "context_length_exceeded", None),
+    "too long for the model": (_with_text(messages=[{"role": "user", "content": "7" * 32_000}], max_tokens=1000), 400, "context_length_exceeded", "messages"),
 }
 
 
@@ -196,6 +206,36 @@ def test_a_request_that_cannot_be_answered_is_refused(url: str, name: str) -> No
 def test_the_refusal_of_a_budget_lists_the_legal_ones(client: OpenAI, samples: list[Sample]) -> None:
     with pytest.raises(openai.UnprocessableEntityError, match="16, 64, 256 and auto"):
         client.chat.completions.create(model="mini", messages=message(samples[0]), extra_body={"visual_tokens": 20})
+
+
+def test_what_is_no_budget_is_told_the_legal_ones(url: str) -> None:
+    _, _, data = post(url, json.dumps(_with_text(visual_tokens="lots")).encode())
+    assert data["error"]["message"] == "visual_tokens is 'lots'; legal are 16, 64, 256 and auto."
+
+
+def test_the_refusal_of_a_stop_says_what_is_legal(url: str) -> None:
+    for stop in (list("abcde"), "", [""], 3):
+        assert (
+            "legal is a text, or a list of at most 4, of 1 to 64 characters each"
+            in post(url, json.dumps(_with_text(stop=stop)).encode())[2]["error"]["message"]
+        )
+
+
+def test_fields_that_ask_for_nothing_are_taken(url: str) -> None:
+    neutral: list[dict[str, Any]] = [
+        {"presence_penalty": 0, "frequency_penalty": 0.0, "response_format": {"type": "text"}, "store": False, "logit_bias": {}, "stop": []},
+        {"presence_penalty": None, "frequency_penalty": None, "response_format": None, "store": None, "logit_bias": None, "stop": None},
+        {"stream": True, "stream_options": {"include_obfuscation": False}},
+    ]
+    for fields in neutral:
+        assert post(url, json.dumps(_with_text(max_tokens=1, **fields)).encode())[0] == 200
+
+
+def test_a_wrong_method_is_told_the_right_one(url: str) -> None:
+    status, headers, data = post(url, b"{}", path="/v1/models")
+    assert (status, data["error"]["code"]) == (405, "method_not_allowed")
+    assert "POST" in data["error"]["message"]
+    assert "GET" in headers["allow"]
 
 
 def test_only_json_is_read(url: str) -> None:

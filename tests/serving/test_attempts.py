@@ -3,8 +3,7 @@
 import asyncio
 import json
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import replace
 from typing import Any, cast
 
@@ -68,22 +67,20 @@ async def _streamed(service: ChatService, prepared: Prepared) -> str:
 
 
 @pytest.fixture(params=[_whole, _streamed])
-def run(request: pytest.FixtureRequest, model: ElasticVLM, processor: ElasticProcessor, samples: list[Sample], ask: Asker) -> Iterator[Callable[..., str]]:
-    with ThreadPoolExecutor(1) as pool:
+def run(request: pytest.FixtureRequest, model: ElasticVLM, processor: ElasticProcessor, samples: list[Sample], ask: Asker) -> Callable[..., str]:
+    def go(client: Failing, timeout_s: float = 20.0, arrived_s: float = 0.0) -> str:
+        service = service_of(job_of(), model, processor, client)
+        asked = replace(ask(samples[0], 64, stream=request.param is _streamed), timeout_s=timeout_s)
+        prepared = Prepared(
+            parse_chat(json.dumps({"model": "mini", "messages": message(samples[0])}).encode(), (16, 64, 256)),
+            asked,
+            service.routes.champion,
+            time.perf_counter() - arrived_s,
+            0.0,
+        )
+        return cast(str, asyncio.run(request.param(service, prepared)))
 
-        def go(client: Failing, timeout_s: float = 20.0, arrived_s: float = 0.0) -> str:
-            service = service_of(job_of(), model, processor, client, pool)
-            asked = replace(ask(samples[0], 64, stream=request.param is _streamed), timeout_s=timeout_s)
-            prepared = Prepared(
-                parse_chat(json.dumps({"model": "mini", "messages": message(samples[0])}).encode()),
-                asked,
-                service.routes.champion,
-                time.perf_counter() - arrived_s,
-                0.0,
-            )
-            return cast(str, asyncio.run(request.param(service, prepared)))
-
-        yield go
+    return go
 
 
 @pytest.mark.parametrize("first", [ReplicaLost(), EngineRefusal("shutting_down", "x"), EngineRefusal("engine_error", "x")])

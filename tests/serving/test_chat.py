@@ -4,8 +4,7 @@ import asyncio
 import json
 import random
 import time
-from collections.abc import AsyncGenerator, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +18,7 @@ from parcelray.serving.budget_policy import BudgetPolicy
 from parcelray.serving.chat import ChatService
 from parcelray.serving.clients import ReplicaLost
 from parcelray.serving.engine import EngineRefusal, EngineStats, Finished, GenerateRequest, ImagePixels, Inspection, Piece, Timings
+from parcelray.serving.image_reader import ImageReader
 from parcelray.serving.metrics import EndpointMetrics
 from parcelray.serving.prompting import PromptBuilder
 from parcelray.serving.request_log import RequestLog
@@ -69,30 +69,23 @@ def prompts(processor: ElasticProcessor) -> PromptBuilder:
     return PromptBuilder(processor)
 
 
-@pytest.fixture
-def pool() -> Iterator[ThreadPoolExecutor]:
-    with ThreadPoolExecutor(1) as pool:
-        yield pool
-
-
-def service(prompts: PromptBuilder, pool: ThreadPoolExecutor, champion: Script, challenger: Script | None = None, **changes: Any) -> ChatService:
+def service(prompts: PromptBuilder, champion: Script, challenger: Script | None = None, **changes: Any) -> ChatService:
     job = job_of(**changes)
     canary = CanaryConfig.model_validate({"model": {}, "share": 0.999999, "min_requests": 1000})
     other = Route("v2", challenger, prompts, {}, share=canary.share) if challenger is not None else None
     return ChatService(
         routes=Routes(Route("v1", champion, prompts, {}), other, canary if other is not None else None),
         limits=job.limits,
-        http=job.http,
         policy=BudgetPolicy(job.budgets),
         metrics=EndpointMetrics(job.name),
         admission=Admission(8),
-        pool=pool,
+        images=ImageReader(job.limits, job.http),
         log=RequestLog(RequestSampler(job.samples, KEPT.append, random.Random(0)) if job.samples is not None else None),
     )
 
 
 def chat(*, stream: bool = False, **fields: Any) -> ChatRequest:
-    return parse_chat(json.dumps({"model": "mini", "messages": [{"role": "user", "content": "what"}], "stream": stream, **fields}).encode())
+    return parse_chat(json.dumps({"model": "mini", "messages": [{"role": "user", "content": "what"}], "stream": stream, **fields}).encode(), (16, 64, 256))
 
 
 async def ask(service: ChatService, asked: ChatRequest, *, before_s: float = 0.0, reader_s: float = 0.0) -> tuple[str, str]:
@@ -119,8 +112,8 @@ def in_flight(service: ChatService) -> int:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_the_wait_for_the_first_token_begins_at_the_door(prompts: PromptBuilder, pool: ThreadPoolExecutor, stream: bool) -> None:
-    made = service(prompts, pool, Script())
+def test_the_wait_for_the_first_token_begins_at_the_door(prompts: PromptBuilder, stream: bool) -> None:
+    made = service(prompts, Script())
     asyncio.run(ask(made, chat(stream=stream), before_s=2.0))
     first = value(made, "time_to_first_token_seconds_sum", visual_tokens="0", engine="0")
     whole = value(made, "e2e_request_latency_seconds_sum", visual_tokens="0", engine="0")
@@ -128,8 +121,8 @@ def test_the_wait_for_the_first_token_begins_at_the_door(prompts: PromptBuilder,
     assert whole - first == pytest.approx(END.timings.total_s - END.timings.first_token_s)
 
 
-def test_a_slow_reader_is_no_slow_model(prompts: PromptBuilder, pool: ThreadPoolExecutor) -> None:
-    made = service(prompts, pool, Script(), **LOAD)
+def test_a_slow_reader_is_no_slow_model(prompts: PromptBuilder) -> None:
+    made = service(prompts, Script(), **LOAD)
 
     async def watched() -> int:
         reading = asyncio.create_task(ask(made, chat(stream=True), reader_s=0.5))
@@ -142,18 +135,18 @@ def test_a_slow_reader_is_no_slow_model(prompts: PromptBuilder, pool: ThreadPool
     assert value(made, "e2e_request_latency_seconds_sum", visual_tokens="0", engine="0") < 0.3
 
 
-def test_what_is_refused_before_the_model_is_no_load(prompts: PromptBuilder, pool: ThreadPoolExecutor) -> None:
-    made = service(prompts, pool, Script(), **LOAD)
+def test_what_is_refused_before_the_model_is_no_load(prompts: PromptBuilder) -> None:
+    made = service(prompts, Script(), **LOAD)
     with pytest.raises(ApiError, match="max_tokens"):
         asyncio.run(ask(made, chat(max_tokens=100_000)))
     assert in_flight(made) == 0
-    full = service(prompts, pool, Script([EngineRefusal("queue_full", "full")]), **LOAD)
+    full = service(prompts, Script([EngineRefusal("queue_full", "full")]), **LOAD)
     with pytest.raises(ApiError, match="full"):
         asyncio.run(ask(full, chat()))
     assert in_flight(full) == 0
 
 
-def test_a_client_that_hangs_up_ends_its_request(prompts: PromptBuilder, pool: ThreadPoolExecutor) -> None:
+def test_a_client_that_hangs_up_ends_its_request(prompts: PromptBuilder) -> None:
     closed = []
 
     class Endless(Script):
@@ -165,7 +158,7 @@ def test_a_client_that_hangs_up_ends_its_request(prompts: PromptBuilder, pool: T
             finally:
                 closed.append(request.request_id)
 
-    made = service(prompts, pool, Endless(), **LOAD)
+    made = service(prompts, Endless(), **LOAD)
 
     async def hang_up() -> None:
         events = made.events(await made.prepare(chat(stream=True), "r1", time.perf_counter()))
@@ -178,8 +171,8 @@ def test_a_client_that_hangs_up_ends_its_request(prompts: PromptBuilder, pool: T
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("failure", [EngineRefusal("engine_error", "broken"), ReplicaLost()])
-def test_what_a_challenger_fails_on_the_champion_answers(prompts: PromptBuilder, pool: ThreadPoolExecutor, stream: bool, failure: Exception) -> None:
-    made = service(prompts, pool, Script(), Script([failure]))
+def test_what_a_challenger_fails_on_the_champion_answers(prompts: PromptBuilder, stream: bool, failure: Exception) -> None:
+    made = service(prompts, Script(), Script([failure]))
     assert asyncio.run(ask(made, chat(stream=stream))) == ("red", "v1")
     assert made.routes.challenger is not None
     assert list(made.routes.challenger.outcomes) == [None]
@@ -187,27 +180,27 @@ def test_what_a_challenger_fails_on_the_champion_answers(prompts: PromptBuilder,
     assert value(made, "requests_routed_total", version="v1", outcome="answered") == 1
 
 
-def test_a_champion_that_fails_has_nobody_behind_it(prompts: PromptBuilder, pool: ThreadPoolExecutor) -> None:
+def test_a_champion_that_fails_has_nobody_behind_it(prompts: PromptBuilder) -> None:
     broken = [EngineRefusal("engine_error", "broken")]
     champion = Script([*broken])
-    made = service(prompts, pool, champion, Script([*broken]))
+    made = service(prompts, champion, Script([*broken]))
     with pytest.raises(ApiError, match="broken"):
         asyncio.run(ask(made, chat()))
     assert champion.asked == 1 + made.limits.retries, "its other replicas, and no other version"
 
 
-def test_an_answer_that_has_begun_is_not_begun_again(prompts: PromptBuilder, pool: ThreadPoolExecutor) -> None:
+def test_an_answer_that_has_begun_is_not_begun_again(prompts: PromptBuilder) -> None:
     champion = Script()
-    made = service(prompts, pool, champion, Script([Piece("re"), EngineRefusal("engine_error", "broken")]))
+    made = service(prompts, champion, Script([Piece("re"), EngineRefusal("engine_error", "broken")]))
     with pytest.raises(ApiError, match="broken"):
         asyncio.run(ask(made, chat(stream=True)))
     assert champion.asked == 0
 
 
 @pytest.mark.parametrize("texts", [False, True])
-def test_samples_hold_texts_only_where_that_is_asked_for(prompts: PromptBuilder, pool: ThreadPoolExecutor, texts: bool) -> None:
+def test_samples_hold_texts_only_where_that_is_asked_for(prompts: PromptBuilder, texts: bool) -> None:
     KEPT.clear()
-    made = service(prompts, pool, Script(), samples={"ratio": 1.0, "texts": texts})
+    made = service(prompts, Script(), samples={"ratio": 1.0, "texts": texts})
     asyncio.run(ask(made, chat(stream=True), before_s=2.0))
     (record,) = KEPT
     assert (record["model_version"], record["visual_tokens"], record["new_tokens"], record["asked"]) == ("v1", 0, 3, "auto")
@@ -216,9 +209,9 @@ def test_samples_hold_texts_only_where_that_is_asked_for(prompts: PromptBuilder,
     assert not texts or (record["question"], record["answer"]) == ("what", "red")
 
 
-def test_a_share_of_the_requests_is_kept(prompts: PromptBuilder, pool: ThreadPoolExecutor) -> None:
+def test_a_share_of_the_requests_is_kept(prompts: PromptBuilder) -> None:
     KEPT.clear()
-    made = service(prompts, pool, Script([END]), samples={"ratio": 0.2})
+    made = service(prompts, Script([END]), samples={"ratio": 0.2})
     for _ in range(300):
         asyncio.run(ask(made, chat()))
     assert 40 <= len(KEPT) <= 80

@@ -2,10 +2,12 @@
 
 import asyncio
 import copy
+import http.client
 import json
 import os
 import re
 import signal
+import socket
 import threading
 import time
 from collections import Counter
@@ -13,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
 
 import pytest
@@ -26,6 +29,7 @@ from ray import serve
 from parcelray.cluster.serving_run import PinnedEndpoint, deploy, endpoint, pin
 from parcelray.config.connector import M3ConnectorConfig
 from parcelray.data.sample import Sample
+from parcelray.errors import UserError
 from parcelray.evaluation.generation import GenerationSettings
 from parcelray.evaluation.predictor import Predictor
 from parcelray.models.backbones import ElasticVLM
@@ -44,7 +48,7 @@ def job(**changes: Any) -> PinnedEndpoint:
         "http": {"port": PORT},
         "replicas": {"min": 2, "max": 2, "cpus": 0.5, "threads": 1},
         "engine": {"max_running": 8, "max_waiting": 24, "kv_tokens": 4096},
-        "limits": {"timeout_s": 20},
+        "limits": {"timeout_s": 20, "body_timeout_s": 5},
         "tracking": {"uri": f"sqlite:///{STORE.name}/mlflow.db", "experiment": "served"},
         "samples": {"ratio": 1.0},
     }
@@ -119,6 +123,114 @@ def test_answers_are_those_of_offline_generation(url: str, model: ElasticVLM, pr
         assert [each.choices[0].message.content for each in found] == answers
     stream = client.chat.completions.create(model="mini", messages=message(samples[0]), max_tokens=8, stream=True, extra_body={"visual_tokens": 16})
     assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == offline[16][0]
+    assert get(url, "/ready") == {"status": "ready"}
+
+
+def raw(url: str, path: str, headers: bytes = b"", body: bytes = b"", method: str = "POST") -> tuple[int, dict[str, str], Any]:
+    """Status, headers and JSON of a request whose headers no client library would send."""
+    place = urlsplit(url)
+    with socket.create_connection((place.hostname, place.port), timeout=30) as connection:
+        head = f"{method} {path} HTTP/1.1\r\nhost: 127.0.0.1\r\nconnection: close\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
+        connection.sendall(head.encode() + headers + b"\r\n" + body)
+        response = http.client.HTTPResponse(connection)
+        response.begin()
+        return response.status, {name.lower(): value for name, value in response.getheaders()}, json.loads(response.read() or b"{}")
+
+
+def slow_client(url: str, length: int) -> socket.socket:
+    """A connection on which so many bytes are promised, and one comes."""
+    place = urlsplit(url)
+    connection = socket.create_connection((place.hostname, place.port), timeout=20)
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\ncontent-length: {length}\r\n\r\n{{"
+    connection.sendall(head.encode())
+    return connection
+
+
+def log_records(component: str) -> list[dict[str, Any]]:
+    node: Any = ray._private.worker._global_node
+    folder = Path(node.get_logs_dir_path()) / "serve"
+    lines = [line for file in folder.glob(f"{component}*.log") for line in file.read_text().splitlines()]
+    return [json.loads(line) for line in lines]
+
+
+QUESTION = json.dumps({"model": "mini", "messages": [{"role": "user", "content": "how many"}], "max_tokens": 2}).encode()
+CONTROL_HEADERS = [
+    b"x-request-id: \xff",
+    b"x-request-id: mine",
+    b"x-session-id: \xff",
+    b"x_session_id: \xff",
+    b"x-request-timeout-seconds: \xff",
+    b"x-request-timeout-seconds: 0.000001",
+    b"x-request-disconnect-disabled: \xff",
+    b"serve_multiplexed_model_id: \xff",
+    b"serve-multiplexed-model-id: other",
+    b"traceparent: \xff",
+    b"x-other: \xff",
+]
+
+
+@pytest.mark.parametrize("header", CONTROL_HEADERS)
+def test_what_serve_would_obey_is_not_heard(url: str, header: bytes) -> None:
+    status, headers, data = raw(url, "/v1/chat/completions", header + b"\r\n", QUESTION)
+    assert (status, headers["x-request-id"]) == (200, data["id"])
+    assert data["id"].startswith("chatcmpl-")
+
+
+def test_the_proxy_names_nothing_and_refuses_in_the_same_form(url: str) -> None:
+    for path in ("/-/routes", "/%2d/routes", "/none", "/v1"):
+        status, headers, data = raw(url, path, method="GET")
+        assert (status, data["error"]["code"], data["error"]["message"]) == (404, "not_found", "There is nothing at this path.")
+        assert headers["x-request-id"].startswith("chatcmpl-")
+
+
+def test_a_request_is_one_line_of_json_with_its_one_id(url: str) -> None:
+    _, headers, data = raw(url, "/v1/chat/completions", body=QUESTION)
+    _, refused, _ = raw(url, "/v1/chat/completions", body=b"{")
+    ids = {headers["x-request-id"]: "answered", refused["x-request-id"]: "refused"}
+    assert headers["x-request-id"] == data["id"]
+    deadline = time.monotonic() + 10
+    while True:
+        found = {record["request"]["id"]: record for record in log_records("replica_mini_Ingress") if "request" in record}
+        if ids.keys() <= found.keys() or time.monotonic() > deadline:
+            break
+        time.sleep(0.1)
+    assert {name: found[name]["request"]["event"] for name in ids} == ids
+    # Serve's own records of the same request have the same id.
+    assert all(found[name]["request_id"] == name for name in ids)
+    assert found[data["id"]]["request"]["visual_tokens"] == 0
+    assert not [record for component in ("replica", "proxy") for record in log_records(component) if "POST /v1" in record["message"]]
+
+
+def test_slow_clients_take_no_place(url: str) -> None:
+    """More of them than the ingress has places, each with half a body."""
+    slow = [slow_client(url, 1000) for _ in range(300)]
+    try:
+        time.sleep(0.5)
+        started = time.monotonic()
+        assert raw(url, "/v1/chat/completions", body=QUESTION)[0] == 200
+        assert time.monotonic() - started < 3
+        assert slow[0].recv(200).startswith(b"HTTP/1.1 408")
+    finally:
+        for connection in slow:
+            connection.close()
+
+
+def test_another_port_than_the_running_one_is_refused(url: str) -> None:
+    with pytest.raises(UserError, match=f"listens on 127.0.0.1:{PORT}, not on 127.0.0.1:{PORT + 1}"), endpoint(job(http={"port": PORT + 1})):
+        pass
+    assert get(url, "/ready") == {"status": "ready"}
+
+
+def test_a_slice_of_the_hostile_corpus(url: str) -> None:
+    base = {"model": "mini", "messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}], "max_tokens": 2, "visual_tokens": 16}
+    bodies = [b"", b"{", b"[" * 100_000, b"\xff", json.dumps([base]).encode()]
+    wrong: tuple[Any, ...] = (None, -1, 2**70, "\ud800", [[]], {"a": 1})
+    for key in base:
+        bodies += [json.dumps({**base, key: value}).encode() for value in wrong]
+    statuses = [raw(url, path, body=body)[0] for body in bodies for path in ("/v1/chat/completions", "/playground/inspect")]
+    assert all(status in (200, 400, 404, 413, 415, 422) for status in statuses)
+    with slow_client(url, 99_999_999_999) as connection:
+        assert connection.recv(200).startswith(b"HTTP/1.1 413")
     assert get(url, "/ready") == {"status": "ready"}
 
 

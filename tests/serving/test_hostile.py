@@ -8,6 +8,7 @@ import socket
 import struct
 import time
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 from urllib.parse import urlsplit
@@ -156,8 +157,22 @@ def _png_header(width: int, height: int, data: bytes = b"") -> bytes:
     )
 
 
+def _with_scans(count: int) -> bytes:
+    """A grey progressive JPEG whose last scan stands there again and again: each is a pass over all pixels, and takes a few bytes."""
+    buffer = io.BytesIO()
+    Image.new("L", (2000, 2000), 128).save(buffer, "JPEG", progressive=True)
+    whole = buffer.getvalue()
+    last = whole[whole.rindex(b"\xff\xda") : -2]
+    return whole[:-2] + last * count + whole[-2:]
+
+
 def test_bombs_are_refused_by_their_header(url: str) -> None:
     started = time.monotonic()
+    scans = _with_scans(2000)
+    assert len(scans) < 1_000_000
+    assert refused(url, json.dumps(chat(scans, "jpeg")).encode()) == 413
+    assert refused(url, json.dumps(chat(_with_scans(5), "jpeg")).encode()) == 200
+    assert time.monotonic() - started < 5
     bombs = [
         _png_header(50_000, 50_000, bytes(1_000_000)),
         _png_header(2**31 - 1, 2**31 - 1),
@@ -283,20 +298,53 @@ def _raw(url: str, data: bytes) -> bytes:
         return connection.recv(200)
 
 
+def _drawn(operation: Any, url: str) -> Counter[int]:
+    """The statuses that requests of one operation get."""
+    counted: Counter[int] = Counter()
+
+    @settings(max_examples=60, deadline=None, database=None, derandomize=True, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
+    @given(case=operation.as_strategy())
+    def ask(case: Any) -> None:
+        response = case.call(base_url=url)
+        counted[response.status_code] += 1
+        assert response.status_code < 500, response.text
+        if response.status_code != 200:
+            error = response.json()["error"]
+            assert {name: type(value) for name, value in error.items() if name != "param"} == {"message": str, "type": str, "code": str}
+            assert error["param"] is None or isinstance(error["param"], str)
+
+    ask()
+    return counted
+
+
 def test_requests_drawn_from_the_schema(url: str) -> None:
     schema = schemathesis.openapi.from_url(f"{url}/openapi.json")
-    statuses = []
+    statuses = {result.ok().path: _drawn(result.ok(), url) for result in schema.get_all_operations() if isinstance(result, Ok)}
+    # What stops at its model's name, or at the first check, says little of those behind it.
+    assert all(counted[200] > 0 for path, counted in statuses.items() if path != "/playground/inspect"), statuses
+    assert statuses["/playground/inspect"].total() > 20
+    assert "/metrics" in statuses
+    assert "/v1/models/{model}" in statuses
 
-    for result in schema.get_all_operations():
-        assert isinstance(result, Ok)
-        operation = result.ok()
 
-        @settings(max_examples=60, deadline=None, database=None, derandomize=True, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
-        @given(case=operation.as_strategy())
-        def ask(case: Any) -> None:
-            response = case.call(base_url=url)
-            statuses.append(response.status_code)
-            assert response.status_code < 500, response.text
+def test_what_the_playground_asks_is_checked_the_same(url: str) -> None:
+    def status(body: Any) -> int:
+        found, _, data = post(url, body if isinstance(body, bytes) else json.dumps(body).encode(), path="/playground/inspect")
+        assert found < 500, data
+        if found != 200:
+            assert set(data) == {"error"}
+            assert not any(leak in data["error"]["message"] for leak in LEAKS)
+        return found
 
-        ask()
-    assert len(statuses) > 60
+    good = {"url": data_url(picture("PNG")), "visual_tokens": 16}
+    assert status(good) == 200
+    for value in BAD_VALUES:
+        assert status({**good, "url": value}) in (400, 403, 413, 422)
+        assert status({**good, "visual_tokens": value}) in (413, 422)
+        assert status(value) in (400, 413, 422)
+    for data in (_with_scans(2000), _png_header(50_000, 50_000), picture("PNG")[:-40], b"GIF89a"):
+        assert status({**good, "url": data_url(data)}) in (413, 415, 422)
+    for target in ("file:///etc/passwd", "http://169.254.169.254/", "https://127.0.0.1/"):
+        assert status({**good, "url": target}) == 403
+    for body in (b"", b"{", b"[" * 100_000, b"\xff" * 100, b" " * (3 * 1024**2)):
+        assert status(body) in (400, 413, 422)

@@ -13,7 +13,7 @@ from parcelray.errors import UserError
 from parcelray.models.backbones.processor_base import ElasticProcessor
 from parcelray.serving.admission import Admission
 from parcelray.serving.api_errors import ApiError
-from parcelray.serving.auth import Gatekeeper, add_key, read_keys
+from parcelray.serving.auth import Gatekeeper, add_key, read_keys, remove_key
 from parcelray.serving.engine import EngineStats, Event, Finished, GenerateRequest, Sampling
 from parcelray.serving.feature_cache import FeatureCache
 from parcelray.serving.job import AnswerWriter
@@ -202,6 +202,13 @@ def test_no_part_of_a_stop_text_is_ever_sent(processor: ElasticProcessor) -> Non
         ("fc00::1", False),
         ("::ffff:10.0.0.1", False),
         ("::ffff:169.254.169.254", False),
+        ("::ffff:93.184.216.34", False),
+        ("64:ff9b::a00:1", False),
+        ("64:ff9b:1::1", False),
+        ("2002:a00:1::", False),
+        ("2001:0:a00:1::1", False),
+        ("::10.0.0.1", False),
+        ("fec0::1", False),
     ],
 )
 def test_only_public_addresses_are_dialled(address: str, public: bool) -> None:
@@ -278,6 +285,35 @@ def test_keys_are_hashes_in_a_private_file(tmp_path: Path) -> None:
     file.write_text(file.read_text() + "plaintext-key\n")
     with pytest.raises(UserError, match="line 3"):
         read_keys(file)
+
+
+def test_a_key_can_be_removed(tmp_path: Path) -> None:
+    file = tmp_path / "keys.txt"
+    keys = {name: add_key(file, name) for name in ("ann", "bob")}
+    file.write_text("# of the team\n" + file.read_text())
+    with pytest.raises(UserError, match="no key of eve; it has those of ann, bob"):
+        remove_key(file, "eve")
+    keeper = Gatekeeper(read_keys(file))
+    remove_key(file, "ann")
+    assert file.stat().st_mode & 0o077 == 0
+    assert file.read_text().startswith("# of the team\n")
+    keeper.replace(read_keys(file))
+    assert keeper.admit(f"Bearer {keys['bob']}") == "bob"
+    with pytest.raises(ApiError):
+        keeper.admit(f"Bearer {keys['ann']}")
+    with pytest.raises(UserError, match="only key"):
+        remove_key(file, "bob")
+
+
+def test_other_keys_do_not_fill_a_used_up_rate(tmp_path: Path) -> None:
+    key = add_key(tmp_path / "keys.txt", "ann", per_minute=1)
+    keeper = Gatekeeper(read_keys(tmp_path / "keys.txt"), clock=lambda: 0.0)
+    keeper.admit(f"Bearer {key}")
+    add_key(tmp_path / "keys.txt", "bob")
+    keeper.replace(read_keys(tmp_path / "keys.txt"))
+    with pytest.raises(ApiError) as refused:
+        keeper.admit(f"Bearer {key}")
+    assert refused.value.status == 429
 
 
 def test_a_key_has_its_rate(tmp_path: Path) -> None:

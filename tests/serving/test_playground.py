@@ -1,9 +1,12 @@
 """The page at `/`, in headless Chromium: an image, a question, a budget; answers side by side."""
 
+import base64
+import io
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from parcelray.config.connector import ParcelConnectorConfig
 from parcelray.data.sample import Sample
@@ -12,6 +15,7 @@ from parcelray.evaluation.predictor import Predictor
 from parcelray.models.backbones import ElasticVLM
 from parcelray.models.backbones.processor_base import ElasticProcessor
 from parcelray.models.checkpoint import MINI_BASE, resolve_checkpoint
+from parcelray.models.processor import load_processor
 from parcelray.models.vlm import load_vlm
 from tests.serving.local import endpoint
 from tests.serving.webdriver import Browser, browser
@@ -56,6 +60,61 @@ def test_an_image_is_asked_about_at_every_budget(page: Browser, parcel: ElasticV
         assert str(budget * len(sample.images)) in rows
         assert "FLOP" in rows
         assert "ms" in rows
+
+
+DROP = """
+const bytes = Uint8Array.from(atob(arguments[0]), (letter) => letter.charCodeAt(0));
+const transfer = new DataTransfer();
+transfer.items.add(new File([bytes], "dropped.png", { type: "image/png" }));
+document.getElementById("drop").dispatchEvent(new DragEvent("drop", { dataTransfer: transfer, bubbles: true, cancelable: true }));
+"""
+
+
+def picture_of(*colors: str) -> str:
+    """A wide image of vertical stripes, base64."""
+    image = Image.new("RGB", (60 * len(colors), 60))
+    for index, color in enumerate(colors):
+        image.paste(color, (60 * index, 0, 60 * index + 60, 60))
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def test_an_image_is_dropped_and_shown_as_the_model_sees_it(page: Browser) -> None:
+    page.wait("return document.getElementById('budget').max === '2'")
+    page.click("#anchors")
+    page.click("#heat")
+    page.run(DROP, picture_of("#ff0000", "#00ff00", "#0000ff"))
+    page.wait("return document.getElementById('view').dataset.budget === '256'")
+    # PaliGemma squeezes the whole image into its square.
+    assert [page.run(PIXEL, at)[:3] for at in (50, 224, 400)] == [[255, 0, 0], [0, 255, 0], [0, 0, 255]]
+
+
+PIXEL = "return [...document.getElementById('view').getContext('2d').getImageData(arguments[0], 224, 1, 1).data]"
+
+
+def test_where_the_model_sees_the_middle_the_page_shows_the_middle(tmp_path: Path) -> None:
+    folder = resolve_checkpoint("mini_llava").path
+    llava = load_vlm(folder, connector=ParcelConnectorConfig(num_heads=4))
+    llava.eval()
+    with endpoint(llava, load_processor(folder)) as (url, _, _), browser(tmp_path / "profile") as page:
+        page.open(url)
+        page.wait("return document.getElementById('budget').max === '2'")
+        page.click("#anchors")
+        page.click("#heat")
+        page.run(DROP, picture_of("#ff0000", "#00ff00", "#0000ff"))
+        page.wait("return document.getElementById('view').dataset.budget === '256'")
+        assert [page.run(PIXEL, at)[:3] for at in (50, 224, 400)] == [[0, 255, 0]] * 3
+
+
+def test_without_an_image_there_are_no_visual_tokens(page: Browser) -> None:
+    page.wait("return document.getElementById('budget').max === '2'")
+    page.click("#all")
+    page.wait("return document.querySelectorAll('article').length === 1")
+    text = page.run("return document.querySelector('article').innerText")
+    assert "Without an image" in text
+    assert "FLOP" not in text
+    assert page.run("return document.getElementById('status').textContent") == "Answered."
 
 
 def test_the_example_is_drawn_and_what_is_wrong_is_said(page: Browser) -> None:

@@ -1,14 +1,20 @@
 """What `parcelray serve` means, its plan, and the file that it writes for `serve deploy`."""
 
 import socket
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import yaml
+from ray import serve
 
+from parcelray.cluster import serving_run
 from parcelray.cluster.serving_plan import serve_job, serving_plan
 from parcelray.cluster.serving_run import endpoint, pin
 from parcelray.errors import UnsupportedBudgetError, UserError
+from parcelray.serving.auth import add_key
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.serving
@@ -46,11 +52,50 @@ def test_the_plan_says_what_fits() -> None:
 def test_the_file_for_serve_deploy_is_the_whole_endpoint() -> None:
     from ray.serve.schema import ServeDeploySchema
 
-    written = yaml.safe_load(pin(serve_job(str(ROOT / "jobs" / "serve" / "mini.yaml"), [])).to_yaml())
-    schema = ServeDeploySchema.model_validate(written)
+    pinned = pin(serve_job(str(ROOT / "jobs" / "serve" / "mini.yaml"), []))
+    text = pinned.to_yaml()
+    written = yaml.safe_load(text)
+    schema: Any = ServeDeploySchema.model_validate(written)
     model, ingress = schema.applications
     assert str(schema.http_options.host) == "127.0.0.1"
     assert (model.route_prefix, ingress.route_prefix, ingress.name) == (None, "/", "mini")
     assert written["applications"][1]["deployments"][0]["user_config"]["champion"]["app"] == model.name
     # The alias is not in it, but what it stood for.
     assert written["applications"][0]["args"]["settings"]["version"].startswith("sha256:")
+    # What stands before the proxy is started with it; nothing of this machine but the checkpoint's folder, which the head names.
+    variables = schema.controller_options.runtime_env["env_vars"]
+    assert variables["RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"] == "parcelray.serving.proxy_guard:middlewares"
+    assert schema.logging_config.encoding == "JSON"
+    assert "PYTHONPATH" not in text
+    assert f"# Every node needs the folder {pinned.champion.path}." in text.splitlines()
+
+
+def test_the_file_names_the_keys_that_each_node_needs(tmp_path: Path) -> None:
+    add_key(tmp_path / "keys.txt", "ann")
+    pinned = pin(serve_job("mini_base", [f"http.keys_file={tmp_path / 'keys.txt'}"], host="0.0.0.0"))
+    assert f"# Every node needs the file {tmp_path / 'keys.txt'}." in pinned.to_yaml().splitlines()
+    before = pinned.config()["applications"][-1]
+    add_key(tmp_path / "keys.txt", "bob")
+    after = pin(pinned.job).config()["applications"][-1]
+    # The ingress stays, and is told to read the file again.
+    assert before["deployments"] != after["deployments"]
+    assert before["args"] == after["args"]
+
+
+def test_a_challenger_that_is_the_champion_is_refused() -> None:
+    job = serve_job(str(ROOT / "jobs" / "serve" / "mini.yaml"), ['canary={"model": {"reference": "mini_base", "connector": {"type": "m3"}}}'])
+    for check in (pin, serving_plan):
+        with pytest.raises(UserError, match=r"both sha256:.*canary\.model\.reference"):
+            check(job)
+
+
+def test_a_serve_that_listens_elsewhere_is_not_joined(monkeypatch: pytest.MonkeyPatch) -> None:
+    running = SimpleNamespace(http_config=SimpleNamespace(host="0.0.0.0", port=8000))
+    monkeypatch.setattr(serving_run, "_get_global_client", lambda **_: running)
+    monkeypatch.setattr(serving_run, "_proxy_will_start_here", lambda address: False)
+    monkeypatch.setattr(serving_run, "ray_session", lambda *_, **__: nullcontext())
+    monkeypatch.setattr(serve, "start", lambda **_: pytest.fail("it was joined"))
+    elsewhere: tuple[dict[str, Any], ...] = ({}, {"port": 8001})
+    for changes in elsewhere:
+        with pytest.raises(UserError, match=r"listens on 0\.0\.0\.0:8000, not on 127\.0\.0\.1"), endpoint(pin(serve_job("mini_base", [], **changes))):
+            pass

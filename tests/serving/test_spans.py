@@ -2,7 +2,6 @@
 
 import asyncio
 import time
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from opentelemetry import trace
@@ -28,14 +27,13 @@ def test_a_trace_has_the_budget_and_the_parts(
     provider = TracerProvider()
     provider.add_span_processor(SimpleSpanProcessor(exporter))
     monkeypatch.setattr(trace, "get_tracer", provider.get_tracer)
-    with ThreadPoolExecutor(1) as pool:
-        service = service_of(job_of(), model, processor, LocalClient(engine), pool)
-        chat = parse_chat(b'{"model": "mini", "messages": [{"role": "user", "content": "what"}]}')
-        prepared = Prepared(chat, ask(samples[0], 64), service.routes.champion, time.perf_counter(), 0.0)
+    service = service_of(job_of(), model, processor, LocalClient(engine))
+    chat = parse_chat(b'{"model": "mini", "messages": [{"role": "user", "content": "what"}]}', (64,))
+    prepared = Prepared(chat, ask(samples[0], 64), service.routes.champion, time.perf_counter(), 0.0)
+    asyncio.run(service.answer(prepared))
+    assert exporter.get_finished_spans() == ()
+    with provider.get_tracer("test").start_as_current_span("request"):
         asyncio.run(service.answer(prepared))
-        assert exporter.get_finished_spans() == ()
-        with provider.get_tracer("test").start_as_current_span("request"):
-            asyncio.run(service.answer(prepared))
     *parts, whole = exporter.get_finished_spans()
     assert whole.attributes is not None
     assert (whole.attributes["parcel.visual_tokens"], whole.attributes["parcel.model_version"]) == (64, VERSION)

@@ -54,6 +54,18 @@ def keys_add(
     typer.echo(key)
 
 
+@keys_app.command("remove")
+def keys_remove(
+    name: Annotated[str, typer.Argument(help="Whose key goes.", show_default=False)],
+    file: _KeysFile = Path("runs/serve/keys.txt"),
+) -> None:
+    """Remove a key. A running `parcelray serve` takes it as valid until it gets SIGHUP."""
+    from parcelray.serving.auth import remove_key
+
+    remove_key(file, name)
+    console().print(f"Removed the key of {name} from {file}; send SIGHUP to a running `parcelray serve`", highlight=False, soft_wrap=True)
+
+
 @keys_app.command("list")
 def keys_list(file: _KeysFile = Path("runs/serve/keys.txt")) -> None:
     """List the owners of keys."""

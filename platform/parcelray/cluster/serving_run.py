@@ -1,5 +1,6 @@
 """An endpoint brought up, kept, changed and taken down: the model pinned, Ray joined or started, the applications deployed in order."""
 
+import hashlib
 import logging
 import os
 import signal
@@ -16,9 +17,10 @@ import ray
 import yaml
 from ray import serve
 from ray.serve.context import _get_global_client
-from ray.serve.schema import ServeDeploySchema, TracingConfig
+from ray.serve.schema import ServeDeploySchema
 from rich.console import Console
 
+from parcelray import __version__
 from parcelray.cluster.provenance import resolve_model
 from parcelray.cluster.serving_gates import gate_warnings
 from parcelray.cluster.session import ADDRESS_VARIABLE, import_path, ray_session
@@ -28,7 +30,7 @@ from parcelray.config.serve import HttpConfig, ServedModelConfig, ServeJob
 from parcelray.errors import SystemFailure, UserError
 from parcelray.models.checkpoint import ResolvedCheckpoint
 from parcelray.models.vlm import connector_of
-from parcelray.serving.app import http_options, replica_settings, serve_config
+from parcelray.serving.app import replica_settings, serve_config, start_options
 from parcelray.serving.auth import read_keys
 from parcelray.serving.budget_chooser import load_predictor
 from parcelray.tracking.store import check_tracking_uri, ensure_store
@@ -44,6 +46,8 @@ class PinnedEndpoint:
     job: ServeJob
     champion: ResolvedCheckpoint
     challenger: ResolvedCheckpoint | None
+    keys: str | None
+    """Hash of the keys file; None: there is none."""
     warnings: tuple[str, ...] = ()
     """What its owner should know before it starts."""
 
@@ -52,12 +56,19 @@ class PinnedEndpoint:
         champion = replica_settings(self.job, self.job.model, self.champion)
         canary = self.job.canary
         challenger = replica_settings(self.job, canary.model, self.challenger) if canary is not None and self.challenger is not None else None
-        return serve_config(self.job, champion, challenger)
+        return serve_config(self.job, champion, challenger, self.keys)
 
     def to_yaml(self) -> str:
         """The file that `serve deploy` takes."""
-        head = f"# {self.job.name}: {self.champion.pinned}. Deploy it with `serve deploy FILE`; the checkpoint's folder must be on every node.\n"
-        return head + yaml.safe_dump(_with_environment(self.config()), sort_keys=False)
+        folders = [checkpoint.path for checkpoint in (self.champion, self.challenger) if checkpoint is not None]
+        needed = [f"parcelray {__version__}, installed", *(f"the folder {folder}" for folder in folders)]
+        needed += [f"the file {self.job.http.keys_file}"] if self.job.http.keys_file is not None else []
+        lines = [
+            f"{self.job.name}: {self.champion.pinned}. Deploy it with `serve deploy FILE`.",
+            *(f"Every node needs {each}." for each in needed),
+            "http_options, controller_options and logging_config count only where this is the first that starts Serve on the cluster.",
+        ]
+        return "".join(f"# {line}\n" for line in lines) + yaml.safe_dump(self.config(), sort_keys=False)
 
 
 def pin(job: ServeJob) -> PinnedEndpoint:
@@ -67,10 +78,12 @@ def pin(job: ServeJob) -> PinnedEndpoint:
         UserError: a model is not to be had, cannot give an offered budget, its gates did not accept the load policy's floor, or the keys or the
             budget predictor cannot be read.
     """
+    keys = None
     if job.http.keys_file is not None:
         # The ingress has another working directory.
         file = Path(job.http.keys_file).resolve()
         read_keys(file)
+        keys = hashlib.sha256(file.read_bytes()).hexdigest()
         job = job.model_copy(update={"http": job.http.model_copy(update={"keys_file": str(file)})})
     if job.samples is not None and job.tracking.uri is not None:
         # The schema is made here, once; the ingress writes.
@@ -83,7 +96,10 @@ def pin(job: ServeJob) -> PinnedEndpoint:
     if job.canary is not None and challenger is not None:
         _check_budgets(job, job.canary.model, challenger)
     models = [champion] if challenger is None else [champion, challenger]
-    return PinnedEndpoint(job, champion, challenger, tuple(warning for model in models for warning in gate_warnings(job, model)))
+    pinned = PinnedEndpoint(job, champion, challenger, keys, tuple(warning for model in models for warning in gate_warnings(job, model)))
+    if len({app["name"] for app in pinned.config()["applications"]}) < len(pinned.config()["applications"]):
+        raise UserError(f"Champion and challenger are both {champion.pinned}, so there is nothing to compare; name another version in canary.model.reference.")
+    return pinned
 
 
 @contextmanager
@@ -102,8 +118,8 @@ def endpoint(pinned: PinnedEndpoint, *, address: str | None = None) -> Iterator[
     with ray_session(address, num_cpus=max(4, cpus)):
         if job.samples is not None and job.tracking.uri is not None:
             check_tracking_uri(job.tracking.uri, sum(bool(node["Alive"]) for node in ray.nodes()))  # type: ignore[no-untyped-call]
-        traces = TracingConfig(enabled=True, exporter_import_path=job.traces.exporter, sampling_ratio=job.traces.sampling_ratio) if job.traces else None
-        serve.start(proxy_location="HeadOnly", http_options=http_options(job.http), tracing_config=traces)
+        _check_running(job.http)
+        serve.start(**start_options(job))
         try:
             deploy(pinned)
             yield f"http://{'127.0.0.1' if job.http.host in ('0.0.0.0', '::') else job.http.host}:{job.http.port}"
@@ -129,6 +145,19 @@ def _check_port(http: HttpConfig) -> None:
             pass
     except OSError as error:
         raise UserError(f"Port {http.port} of {http.host} cannot be listened on ({error.strerror}); choose another one with --port.") from None
+
+
+def _check_running(http: HttpConfig) -> None:
+    """A Serve that runs already listens where it does, whatever the job says; that address must be the one that the job was checked for."""
+    client = _get_global_client(raise_if_no_controller_running=False)
+    if client is None:
+        return
+    running = client.http_config
+    if (running.host, running.port) != (http.host, http.port):
+        raise UserError(
+            f"Serve runs on this cluster already and listens on {running.host}:{running.port}, not on {http.host}:{http.port}; set http.host and "
+            "http.port so (another host than the loopback's needs keys), or end it first with `serve shutdown`."
+        )
 
 
 def deploy(pinned: PinnedEndpoint) -> None:
@@ -255,7 +284,7 @@ def _own(deployed: dict[str, dict[str, Any]], ingress: str) -> list[str]:
     if ingress not in deployed:
         return []
     routes = deployed[ingress]["deployments"][0]["user_config"]
-    return [ingress, *(route["app"] for route in routes.values() if route is not None)]
+    return [ingress, *(routes[name]["app"] for name in ("champion", "challenger") if routes.get(name) is not None)]
 
 
 def _client() -> Any:

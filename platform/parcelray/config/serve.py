@@ -78,6 +78,8 @@ class RequestLimits(StrictModel):
     """Size of a request, MiB."""
     body_timeout_s: float = Field(default=10.0, gt=0)
     """Time that a client has to send it, seconds."""
+    bodies_mb: float = Field(default=256.0, gt=0)
+    """Bodies of requests that one process holds at the same time, MiB."""
     images: int = Field(default=8, ge=0)
     """Images of a request."""
     image_mb: float = Field(default=10.0, gt=0)
@@ -99,6 +101,8 @@ class RequestLimits(StrictModel):
     def _check(self) -> "RequestLimits":
         if self.default_max_tokens > self.max_tokens:
             raise ValueError(f"default_max_tokens {self.default_max_tokens} is above max_tokens {self.max_tokens}; lower it")
+        if self.bodies_mb < self.body_mb:
+            raise ValueError(f"bodies_mb {self.bodies_mb:g} is below body_mb {self.body_mb:g}, so that no body of that size could be read; raise bodies_mb")
         return self
 
 

@@ -6,10 +6,10 @@ It runs on Ray Serve (`ingress`) and, in tests, alone.
 import asyncio
 import logging
 import re
-import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack, aclosing
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing
+from dataclasses import dataclass
 from typing import Any
 
 from starlette.applications import Starlette
@@ -22,21 +22,29 @@ from starlette.types import Receive, Scope, Send
 from parcelray import __version__
 from parcelray.config.serve import LOOPBACK, HttpConfig
 from parcelray.serving import responses
-from parcelray.serving.api_errors import ApiError, from_refusal
+from parcelray.serving.api_errors import ApiError
 from parcelray.serving.auth import Gatekeeper
+from parcelray.serving.bodies import Bodies
 from parcelray.serving.chat import ChatService, Prepared
-from parcelray.serving.clients import ReplicaLost
-from parcelray.serving.engine import EngineRefusal, Finished, Piece
+from parcelray.serving.engine import Finished, Piece
 from parcelray.serving.openapi import openapi
 from parcelray.serving.playground import inspect_request, playground_routes
+from parcelray.serving.proxy_guard import request_id_of
+from parcelray.serving.readiness import Readiness
 from parcelray.serving.request_log import RequestLog
 from parcelray.serving.schemas import parse_chat
 
 logger = logging.getLogger(__name__)
-_MIB = 1024**2
-_READY_TIMEOUT_S = 10.0
 _HOST = re.compile(r"(?P<name>\[[0-9a-fA-F:]+\]|[^:]*)(:\d+)?")
 Handler = Callable[[Request], Awaitable[Response]]
+
+
+@dataclass
+class _End:
+    """Of a stream."""
+
+    told: bool = False
+    """Whether the log has it."""
 
 
 class Api:
@@ -57,6 +65,8 @@ class Api:
         self._gatekeeper = gatekeeper
         self._log = log
         self._created = int(time.time())
+        self._bodies = Bodies()
+        self._readiness = Readiness()
 
     def application(self) -> Starlette:
         """The ASGI application."""
@@ -79,16 +89,21 @@ class Api:
 
         async def wrapped(request: Request) -> Response:
             # Ours, not the client's: ids in flight must differ.
-            request.state.request_id = f"chatcmpl-{secrets.token_hex(12)}"
+            request.state.request_id = request_id_of(request.scope)
+            request.state.owner = None
             try:
                 self._check_host(request)
                 response = await handler(request)
             except ApiError as error:
-                self._service().metrics.rejected(error.code)
-                self._log.refused(request.state.request_id, status=error.status, code=error.code)
+                self._refused(request, error)
                 response = JSONResponse(error.body(), error.status, error.headers)
             except ClientDisconnect:
+                self._cancelled(request)
                 response = Response(status_code=499)
+            except asyncio.CancelledError:
+                # Serve's proxy does so when the client hangs up.
+                self._cancelled(request)
+                raise
             # Serve's proxy gives every request such a header, and puts it on the answer itself.
             if "x-request-id" not in request.headers:
                 response.headers["x-request-id"] = request.state.request_id
@@ -100,10 +115,25 @@ class Api:
         """The same, for those with a key."""
 
         async def admitted(request: Request) -> Response:
-            self._gatekeeper.admit(request.headers.get("authorization"))
+            request.state.owner = self._gatekeeper.admit(request.headers.get("authorization"))
             return await handler(request)
 
         return self._open(admitted)
+
+    def _refused(self, request: Request, error: ApiError) -> None:
+        self._service().metrics.rejected(error.code)
+        self._log.refused(request.state.request_id, owner=request.state.owner, status=error.status, code=error.code)
+
+    def _cancelled(self, request: Request) -> None:
+        self._service().metrics.rejected("cancelled")
+        self._log.cancelled(request.state.request_id, owner=request.state.owner)
+
+    def _body(self, request: Request) -> AbstractAsyncContextManager[bytes]:
+        """The body of a request, within its limits."""
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind != "application/json":
+            raise ApiError(415, f"The content type is {kind[:60]!r}; legal is application/json.", code="unsupported_content_type")
+        return self._bodies.read(request.stream(), self._service().limits, request.headers.get("content-length"))
 
     def _check_host(self, request: Request) -> None:
         """On the loopback without keys only requests that name it: else a web page could reach the model by a name that resolves here."""
@@ -115,33 +145,43 @@ class Api:
 
     async def _chat(self, request: Request) -> Response:
         service = self._service()
-        body = await _body(request, service)
-        # From here on: how slowly a client sends is no time of the endpoint's.
-        arrived = time.perf_counter()
-        chat = parse_chat(body)
-        if chat.model not in {self._name, *(route.version for route in service.routes.all)}:
-            raise ApiError(404, f"Model {chat.model[:80]!r} is not served here; legal is {self._name}.", code="model_not_found", param="model")
         async with AsyncExitStack() as visit:
+            # A place is taken once the body is there, so that slow clients take none.
+            body = await visit.enter_async_context(self._body(request))
+            # From here on: how slowly a client sends is no time of the endpoint's.
+            arrived = time.perf_counter()
+            chat = parse_chat(body, service.policy.offered)
+            if chat.model not in {self._name, *(route.version for route in service.routes.all)}:
+                raise ApiError(404, f"Model {chat.model[:80]!r} is not served here; legal is {self._name}.", code="model_not_found", param="model")
             visit.enter_context(service.admission.slot())
-            prepared = await service.prepare(chat, request.state.request_id, arrived)
+            prepared = await service.prepare(chat, request.state.request_id, arrived, request.state.owner)
             if chat.stream:
                 # The first piece comes before the status, so that a refusal has one of its own.
                 events = await visit.enter_async_context(aclosing(service.events(prepared)))
                 first = await anext(events)
                 include_usage = chat.stream_options is not None and chat.stream_options.include_usage
-                return _Stream(self._pieces(prepared, first, events, include_usage), visit.pop_all(), responses.headers(prepared))
+                stream_end = _End()
+                pieces = self._pieces(request, prepared, first, events, include_usage, stream_end)
+                return _Stream(pieces, visit.pop_all(), responses.headers(prepared), stream_end, lambda: self._cancelled(request))
             end = await service.answer(prepared)
         answer = responses.completion(prepared, end, model=self._name, created=int(time.time()))
         return JSONResponse(answer, headers={**responses.headers(prepared), "server-timing": responses.server_timing(end)})
 
     async def _pieces(
-        self, prepared: Prepared, first: Piece | Finished, rest: AsyncGenerator[Piece | Finished, None], include_usage: bool
+        self,
+        request: Request,
+        prepared: Prepared,
+        first: Piece | Finished,
+        rest: AsyncGenerator[Piece | Finished, None],
+        include_usage: bool,
+        stream_end: _End,
     ) -> AsyncIterator[bytes]:
         created = int(time.time())
         try:
             yield responses.opening_chunk(prepared, model=self._name, created=created)
             event: Piece | Finished | None = first
             while event is not None:
+                stream_end.told = isinstance(event, Finished)
                 yield responses.chunk(prepared, event, model=self._name, created=created)
                 if isinstance(event, Finished):
                     if include_usage:
@@ -149,6 +189,9 @@ class Api:
                     yield b"data: [DONE]\n\n"
                 event = await anext(rest, None)
         except ApiError as error:
+            # The status is out already, so that only the log and the last event can say it.
+            stream_end.told = True
+            self._refused(request, error)
             yield responses.sse(error.body())
 
     async def _models(self, request: Request) -> Response:
@@ -183,67 +226,50 @@ class Api:
         return Response(self._service().metrics.text(), media_type="text/plain; version=0.0.4")
 
     async def _openapi(self, request: Request) -> Response:
-        return JSONResponse(openapi(self._name))
+        service = self._service()
+        return JSONResponse(openapi(self._name, service.policy.offered, service.limits.max_tokens, playground=self._http.playground))
 
     async def _health(self, request: Request) -> Response:
         return JSONResponse({"status": "ok"})
 
     async def _ready(self, request: Request) -> Response:
         """An answer of the champion, made on the way that requests take."""
-        service = self._service()
-        try:
-            await asyncio.wait_for(service.routes.champion.client.ping(), _READY_TIMEOUT_S)
-        except (TimeoutError, ReplicaLost):
-            raise ApiError(503, "The model does not answer.", code="not_ready", headers={"retry-after": "1"}) from None
-        except EngineRefusal as refusal:
-            raise from_refusal(refusal, 1) from None
+        await self._readiness.check(self._service().routes.champion.client)
         return JSONResponse({"status": "ready"})
 
     async def _inspect(self, request: Request) -> Response:
-        service = self._service()
-        return JSONResponse(await inspect_request(await _body(request, service), service))
+        async with self._body(request) as body:
+            return JSONResponse(await inspect_request(body, self._service()))
 
 
 class _Stream(StreamingResponse):
     """Server-sent events that give back what the request held however they end, also when the client is gone before the first of them."""
 
-    def __init__(self, pieces: AsyncIterator[bytes], visit: AsyncExitStack, headers: dict[str, str]) -> None:
+    def __init__(self, pieces: AsyncIterator[bytes], visit: AsyncExitStack, headers: dict[str, str], end: _End, cancelled: Callable[[], None]) -> None:
         super().__init__(pieces, headers={**headers, "cache-control": "no-cache"}, media_type="text/event-stream")
         self._visit = visit
+        self._end = end
+        self._cancelled = cancelled
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with self._visit:
-            await super().__call__(scope, receive, send)
-
-
-async def _body(request: Request, service: ChatService) -> bytes:
-    """The body of a request, within its limits of size and time."""
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "application/json":
-        raise ApiError(415, f"The content type is {kind[:60]!r}; legal is application/json.", code="unsupported_content_type")
-    longest = int(service.limits.body_mb * _MIB)
-    too_large = ApiError(413, f"The body is larger than {service.limits.body_mb:g} MiB.", code="body_too_large", headers={"connection": "close"})
-    declared = request.headers.get("content-length", "0")
-    if declared.isdigit() and int(declared) > longest:
-        raise too_large
-    body = bytearray()
-    try:
-        async with asyncio.timeout(service.limits.body_timeout_s):
-            async for piece in request.stream():
-                body += piece
-                if len(body) > longest:
-                    raise too_large
-    except TimeoutError:
-        message = f"The body did not arrive within {service.limits.body_timeout_s:g} s."
-        raise ApiError(408, message, code="body_timeout", headers={"connection": "close"}) from None
-    return bytes(body)
+            try:
+                await super().__call__(scope, receive, send)
+            finally:
+                if not self._end.told:
+                    self._cancelled()
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
     """Unknown paths and methods."""
     assert isinstance(error, HTTPException)
-    text = {404: "There is nothing at this path.", 405: "This path does not take this method."}.get(error.status_code, "The request cannot be answered.")
-    return JSONResponse(ApiError(error.status_code, text, code="not_found").body(), error.status_code, dict(error.headers or {}))
+    allowed = (error.headers or {}).get("Allow", "")
+    texts = {
+        404: ("There is nothing at this path.", "not_found"),
+        405: (f"This path does not take the method {request.method[:20]}; legal are {allowed}.", "method_not_allowed"),
+    }
+    text, code = texts.get(error.status_code, ("The request cannot be answered.", "invalid_request"))
+    return JSONResponse(ApiError(error.status_code, text, code=code).body(), error.status_code, dict(error.headers or {}))
 
 
 async def _unexpected(request: Request, error: Exception) -> Response:

@@ -16,6 +16,7 @@ _ENGINE_STATUS = {
     "engine_error": 503,
     "no_replica": 503,
 }
+_ENGINE_PARAM = {"context_length_exceeded": "messages", "unsupported_budget": "visual_tokens"}
 
 
 class ApiError(Exception):
@@ -52,4 +53,4 @@ def from_refusal(refusal: EngineRefusal, retry_after_s: int) -> ApiError:
     """What an engine's refusal is over HTTP."""
     status = _ENGINE_STATUS.get(refusal.code, 503)
     headers = {"retry-after": str(retry_after_s)} if status in (429, 503) else {}
-    return ApiError(status, refusal.message, code=refusal.code, headers=headers)
+    return ApiError(status, refusal.message, code=refusal.code, param=_ENGINE_PARAM.get(refusal.code), headers=headers)

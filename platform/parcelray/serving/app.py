@@ -12,12 +12,15 @@ from ray.serve import Application
 
 from parcelray.config.base import StrictModel
 from parcelray.config.budget_policy import InputPolicyConfig
-from parcelray.config.serve import HttpConfig, ReplicasConfig, ServedModelConfig, ServeJob
+from parcelray.config.serve import ReplicasConfig, ServedModelConfig, ServeJob
 from parcelray.models.checkpoint import ResolvedCheckpoint
 from parcelray.serving.ingress import MODEL_DEPLOYMENT, Ingress, IngressRoutes, RouteSettings
 from parcelray.serving.model_replica import ModelReplica, ReplicaSettings
+from parcelray.serving.proxy_guard import proxy_environment
 
 INGRESS_DEPLOYMENT = "Ingress"
+LOGGING = {"encoding": "JSON", "enable_access_log": False}
+"""One line of JSON a record. The endpoint's own record of a request says more than Serve's, which would add one in each of its three processes."""
 _HEALTH_RESERVE = 8
 """Calls beside requests that a replica takes: health checks, inspections."""
 _DRAIN_S = 5.0
@@ -71,10 +74,14 @@ def ingress_app(args: dict[str, Any]) -> Application:
         name=INGRESS_DEPLOYMENT,
         # One: what it counts (metrics, rates of keys, load, how a challenger does) is the whole endpoint's.
         num_replicas=1,
-        # Twice what it admits: the refused must reach it to be told when to come back. What is beyond that, Serve's proxy refuses.
+        # Twice what it admits: the refused must reach it to be told when to come back. What is beyond that, Serve's proxy refuses. Bodies
+        # that are still on their way take no place here: the proxy waits for them.
         max_ongoing_requests=2 * in_flight + 64,
         max_queued_requests=4 * in_flight,
+        backpressure_config={"status_code": 429, "retry_after_s": 1},
         ray_actor_options={"num_cpus": 0.1},
+        # Another job's ingress starts beside this one, which answers until the other does.
+        max_surge_percent=100,
         graceful_shutdown_wait_loop_s=0.5,
         graceful_shutdown_timeout_s=job.limits.timeout_s + _DRAIN_S,
     )(serve.ingress()(Ingress))
@@ -109,23 +116,32 @@ def route_settings(settings: ReplicaSettings) -> RouteSettings:
     return RouteSettings(app=name, version=settings.version, path=settings.path, connector=settings.connector)
 
 
-def serve_config(job: ServeJob, champion: ReplicaSettings, challenger: ReplicaSettings | None = None) -> dict[str, Any]:
-    """The whole endpoint in the form of `serve deploy`."""
+def serve_config(job: ServeJob, champion: ReplicaSettings, challenger: ReplicaSettings | None = None, keys: str | None = None) -> dict[str, Any]:
+    """The whole endpoint in the form of `serve deploy`.
+
+    Args:
+        job: the endpoint.
+        champion: its model.
+        challenger: the other one, of a canary.
+        keys: hash of the keys file, so that another file is read again.
+    """
     models = [settings for settings in (champion, challenger) if settings is not None]
-    routes = IngressRoutes(champion=route_settings(champion), challenger=route_settings(challenger) if challenger is not None else None)
+    routes = IngressRoutes(champion=route_settings(champion), challenger=route_settings(challenger) if challenger is not None else None, keys=keys)
     applications = [*(_model(job, each) for each in models), _ingress(job, routes)]
-    return {"proxy_location": "HeadOnly", "http_options": http_options(job.http), **_traces(job), "applications": applications}
+    return {**start_options(job), "applications": applications}
 
 
-def _traces(job: ServeJob) -> dict[str, Any]:
-    if job.traces is None:
-        return {}
-    return {"tracing_config": {"enabled": True, "exporter_import_path": job.traces.exporter, "sampling_ratio": job.traces.sampling_ratio}}
-
-
-def http_options(http: HttpConfig) -> dict[str, Any]:
-    """Where Serve listens."""
-    return {"host": http.host, "port": http.port, "keep_alive_timeout_s": 30}
+def start_options(job: ServeJob) -> dict[str, Any]:
+    """How Serve itself starts: where it listens, what stands before its proxy, what it logs and traces."""
+    traces = job.traces
+    tracing = {"enabled": True, "exporter_import_path": traces.exporter, "sampling_ratio": traces.sampling_ratio} if traces is not None else None
+    return {
+        "proxy_location": "HeadOnly",
+        "http_options": {"host": job.http.host, "port": job.http.port, "keep_alive_timeout_s": 30},
+        "controller_options": {"runtime_env": {"env_vars": proxy_environment(job.limits)}},
+        "logging_config": LOGGING,
+        **({"tracing_config": tracing} if tracing is not None else {}),
+    }
 
 
 def _model(job: ServeJob, settings: ReplicaSettings) -> dict[str, Any]:

@@ -75,6 +75,27 @@ def add_key(path: Path, name: str, per_minute: int = DEFAULT_PER_MINUTE) -> str:
     return key
 
 
+def remove_key(path: Path, name: str) -> None:
+    """Takes a key out of a file.
+
+    Raises:
+        UserError: the file cannot be read, or has no key of that name, or no other.
+    """
+    names = [key.name for key in read_keys(path)]
+    if name not in names:
+        raise UserError(f"keys file {path} has no key of {name}; it has those of {', '.join(names)}.")
+    if len(names) == 1:
+        raise UserError(f"{name} has the only key of {path}, and without one an endpoint does not start; add another key first.")
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    kept = [line for line in lines if (match := _LINE.fullmatch(line.strip())) is None or match["name"] != name]
+    # Written beside it and moved, so that an endpoint that reads the file meanwhile finds all of one or the other.
+    new = path.with_name(f"{path.name}.new")
+    descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+        file.writelines(kept)
+    new.replace(path)
+
+
 class _Bucket:
     """A token bucket: full at the start, a minute's requests deep."""
 
@@ -102,9 +123,19 @@ class Gatekeeper:
     """
 
     def __init__(self, keys: list[ApiKey], clock: Callable[[], float] = time.monotonic) -> None:
-        self._keys = keys
         self._clock = clock
-        self._buckets = {key.name: _Bucket(key.per_minute, clock()) for key in keys}
+        self._keys: list[ApiKey] = []
+        self._buckets: dict[str, _Bucket] = {}
+        self.replace(keys)
+
+    def replace(self, keys: list[ApiKey]) -> None:
+        """Puts other keys in their place; who keeps name and rate keeps what is left of it."""
+        now = self._clock()
+        kept = self._buckets
+        self._keys = keys
+        self._buckets = {
+            key.name: kept[key.name] if key.name in kept and kept[key.name].per_minute == key.per_minute else _Bucket(key.per_minute, now) for key in keys
+        }
 
     def admit(self, authorization: str | None) -> str | None:
         """The name of the key's owner; None where no keys are asked for.

@@ -3,22 +3,19 @@
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Sequence
-from concurrent.futures import Executor
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 
-from parcelray.config.serve import HttpConfig, RequestLimits
+from parcelray.config.serve import RequestLimits
 from parcelray.serving.admission import Admission
 from parcelray.serving.api_errors import ApiError, from_refusal
 from parcelray.serving.budget_policy import BudgetPolicy
 from parcelray.serving.clients import ReplicaLost
-from parcelray.serving.engine import EngineRefusal, Finished, GenerateRequest, ImagePixels, Piece, Sampling
-from parcelray.serving.images import ImageLimits, data_url_bytes, open_image
+from parcelray.serving.engine import EngineRefusal, Finished, GenerateRequest, Piece, Sampling
+from parcelray.serving.image_reader import ImageReader
 from parcelray.serving.metrics import EndpointMetrics
-from parcelray.serving.prompting import PromptBuilder
 from parcelray.serving.read_ahead import read_ahead
-from parcelray.serving.remote_images import fetch_image
 from parcelray.serving.request_log import RequestLog
 from parcelray.serving.routes import Route, Routes
 from parcelray.serving.schemas import ChatRequest
@@ -45,6 +42,8 @@ class Prepared:
     arrived: float
     image_s: float
     """Decoding and scaling its images."""
+    owner: str | None = None
+    """Whose key it came with."""
 
     @property
     def deadline(self) -> float:
@@ -73,11 +72,10 @@ class ChatService:
     Args:
         routes: the model versions.
         limits: of requests.
-        http: which hosts images may come from.
         policy: of budgets.
         metrics: of this ingress.
         admission: what it may have in flight.
-        pool: decodes images.
+        images: reads them.
         log: one record a request.
     """
 
@@ -86,11 +84,10 @@ class ChatService:
         *,
         routes: Routes,
         limits: RequestLimits,
-        http: HttpConfig,
         policy: BudgetPolicy,
         metrics: EndpointMetrics,
         admission: Admission,
-        pool: Executor,
+        images: ImageReader,
         log: RequestLog,
     ) -> None:
         self.routes = routes
@@ -98,14 +95,12 @@ class ChatService:
         self.policy = policy
         self.metrics = metrics
         self.admission = admission
-        self._image_limits = ImageLimits.of(limits)
-        self._hosts = frozenset(http.image_hosts)
-        self._pool = pool
+        self.images = images
         self._log = log
         metrics.watch_in_flight(lambda: admission.in_flight)
         self._tell_of_challenger()
 
-    async def prepare(self, chat: ChatRequest, request_id: str, arrived: float) -> Prepared:
+    async def prepare(self, chat: ChatRequest, request_id: str, arrived: float, owner: str | None = None) -> Prepared:
         """Everything that can be refused without the model.
 
         Raises:
@@ -113,7 +108,9 @@ class ChatService:
         """
         sampling = self._sampling(chat)
         self._check_sizes(chat)
-        budget = self.policy.decide(chat.asked_budget) if chat.images else 0
+        # Decided without images, too: a budget that is not offered is never passed over.
+        decided = self.policy.decide(chat.asked_budget)
+        budget = decided if chat.images else 0
         choices = self.policy.choices(chat.asked_budget)
         if chat.images and not choices:
             self.metrics.decided(chat.asked_budget, budget)
@@ -122,14 +119,9 @@ class ChatService:
             self.metrics.load_policy(budget, lowered=lowered, raised=raised)
         route = self.routes.pick()
         started = time.perf_counter()
-        request = await self._request(chat, route, request_id, budget, sampling)
+        request = await self._request(chat, route, request_id, budget, sampling, self._left(arrived))
         request = replace(request, choices=choices if request.images else ())
-        return Prepared(chat, request, route, arrived, time.perf_counter() - started)
-
-    async def pixels(self, prompts: PromptBuilder, urls: Sequence[str]) -> list[ImagePixels]:
-        """Images at the model's input size, decoded off the event loop."""
-        loop = asyncio.get_running_loop()
-        return await asyncio.gather(*(loop.run_in_executor(self._pool, self._decode, prompts, url, f"image {number}") for number, url in enumerate(urls, 1)))
+        return Prepared(chat, request, route, arrived, time.perf_counter() - started, owner)
 
     async def answer(self, prepared: Prepared) -> Finished:
         """The whole answer; a request whose replica died or failed goes to another one, and one on which a challenger failed to the champion.
@@ -238,10 +230,11 @@ class ChatService:
             raise error from None
         asked = prepared.request
         prepared.route = champion
-        prepared.request = await self._request(prepared.chat, champion, asked.request_id, asked.num_visual_tokens, asked.sampling)
+        left_s = self._left(prepared.arrived)
+        prepared.request = await self._request(prepared.chat, champion, asked.request_id, asked.num_visual_tokens, asked.sampling, left_s)
 
-    async def _request(self, chat: ChatRequest, route: Route, request_id: str, budget: int, sampling: Sampling) -> GenerateRequest:
-        images = await self.pixels(route.prompts, [part.image_url.url for part in chat.images])
+    async def _request(self, chat: ChatRequest, route: Route, request_id: str, budget: int, sampling: Sampling, left_s: float) -> GenerateRequest:
+        images = await self.images.read(route.prompts, chat.image_urls, left_s)
         return route.prompts.request(
             request_id,
             chat.text,
@@ -255,8 +248,8 @@ class ChatService:
     def _sampling(self, chat: ChatRequest) -> Sampling:
         asked = chat.max_completion_tokens if chat.max_completion_tokens is not None else chat.max_tokens
         if asked is not None and asked > self.limits.max_tokens:
-            message = f"max_tokens is {asked}; legal are 1 to {self.limits.max_tokens}."
-            raise ApiError(422, message, code="invalid_value", param="max_tokens")
+            field = "max_tokens" if chat.max_completion_tokens is None else "max_completion_tokens"
+            raise ApiError(422, f"{field} is {asked}; legal are 1 to {self.limits.max_tokens}.", code="invalid_value", param=field)
         return Sampling(
             max_new_tokens=asked or self.limits.default_max_tokens,
             temperature=chat.temperature or 0.0,
@@ -266,6 +259,10 @@ class ChatService:
             logprobs=(chat.top_logprobs or 0) if chat.logprobs else None,
         )
 
+    def _left(self, arrived: float) -> float:
+        """Seconds until the request is given up."""
+        return max(0.001, self.limits.timeout_s - (time.perf_counter() - arrived))
+
     def _check_sizes(self, chat: ChatRequest) -> None:
         if len(chat.images) > self.limits.images:
             message = f"The request has {len(chat.images)} images; legal are {self.limits.images} at most."
@@ -273,11 +270,6 @@ class ChatService:
         if len(chat.text) > self.limits.prompt_chars:
             message = f"The texts have {len(chat.text)} characters; legal are {self.limits.prompt_chars} at most."
             raise ApiError(413, message, code="prompt_too_long", param="messages")
-
-    def _decode(self, prompts: PromptBuilder, url: str, param: str) -> ImagePixels:
-        limits = self._image_limits
-        data = data_url_bytes(url, limits, param) if url.startswith("data:") else fetch_image(url, self._hosts, limits.max_bytes, param)
-        return prompts.pixels(open_image(data, limits, param))
 
     def _settle(self, prepared: Prepared, event: Piece | Finished) -> None:
         """Takes over the budget that the replica chose."""
@@ -296,7 +288,7 @@ class ChatService:
         self.policy.answered(latency_s, first_token_s)
         self.metrics.finished(prepared.request, end, latency_s=latency_s, first_token_s=first_token_s, image_s=prepared.image_s)
         self._record(prepared, latency_s)
-        self._log.answered(prepared.request, end, version=prepared.route.version, latency_s=latency_s)
+        self._log.answered(prepared.request, end, owner=prepared.owner, version=prepared.route.version, latency_s=latency_s)
         if self._log.samples is not None:
             self._log.samples.answered(
                 prepared.request,

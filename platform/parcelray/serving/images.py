@@ -15,6 +15,9 @@ FORMATS = ("JPEG", "PNG", "WEBP")
 _DATA_URL = re.compile(r"data:(?P<type>[\w.+-]+/[\w.+-]+)?;base64,", re.ASCII)
 _TYPES = {"image/jpeg": "JPEG", "image/jpg": "JPEG", "image/png": "PNG", "image/webp": "WEBP"}
 _MIB = 1024**2
+_START_OF_SCAN = b"\xff\xda"
+_MOST_SCANS = 100
+"""Each scan of a progressive JPEG is a pass over all its pixels, and takes hardly a byte; encoders write about ten."""
 
 
 @dataclass(frozen=True)
@@ -54,10 +57,13 @@ def open_image(data: bytes, limits: ImageLimits, param: str) -> Image.Image:
     """Decodes an image to RGB: its first frame, within the limits.
 
     Raises:
-        ApiError: 413 for too many bytes or pixels, 415 for another format, 422 for what is broken.
+        ApiError: 413 for too many bytes, pixels or scans, 415 for another format, 422 for what is broken.
     """
     if len(data) > limits.max_bytes:
         raise _too_large(len(data), limits, param)
+    if data.startswith(b"\xff\xd8") and (scans := data.count(_START_OF_SCAN)) > _MOST_SCANS:
+        message = f"{param} is a JPEG of {scans} scans; legal are {_MOST_SCANS}. Save it as a baseline JPEG."
+        raise ApiError(413, message, code="image_too_large", param=param)
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError:

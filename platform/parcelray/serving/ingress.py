@@ -8,7 +8,6 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,12 +26,13 @@ from parcelray.profiling.backbone_shapes import from_transformers_config
 from parcelray.profiling.flops import CostBreakdown, cost
 from parcelray.serving.admission import Admission
 from parcelray.serving.api import Api
-from parcelray.serving.auth import Gatekeeper, read_keys
+from parcelray.serving.auth import ApiKey, Gatekeeper, read_keys
 from parcelray.serving.budget_policy import BudgetPolicy
 from parcelray.serving.chat import ChatService
 from parcelray.serving.clients import ReplicaLost
 from parcelray.serving.engine import EngineRefusal
 from parcelray.serving.handle_client import HandleClient
+from parcelray.serving.image_reader import ImageReader
 from parcelray.serving.metrics import EndpointMetrics
 from parcelray.serving.prompting import PromptBuilder
 from parcelray.serving.request_log import RequestLog
@@ -67,6 +67,8 @@ class IngressRoutes(StrictModel):
 
     champion: RouteSettings
     challenger: RouteSettings | None = None
+    keys: str | None = None
+    """Hash of the keys file: a change of it makes the ingress read the file again."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ class _Shared:
     policy: BudgetPolicy
     metrics: EndpointMetrics
     admission: Admission
-    pool: ThreadPoolExecutor
+    images: ImageReader
     log: RequestLog
     records: Records
 
@@ -101,12 +103,11 @@ class Ingress:
             policy=BudgetPolicy(self._job.budgets),
             metrics=metrics,
             admission=Admission(capacity),
-            pool=ThreadPoolExecutor(self._job.http.image_threads, thread_name_prefix="images"),
+            images=ImageReader(self._job.limits, self._job.http),
             log=RequestLog(RequestSampler(self._job.samples, self._store.put) if self._job.samples is not None and self._store is not None else None),
             records=Records(),
         )
-        keys = self._job.http.keys_file
-        self._gatekeeper = Gatekeeper(read_keys(Path(keys)) if keys else [])
+        self._gatekeeper = Gatekeeper(self._keys())
         self._service: ChatService | None = None
         self._watching: asyncio.Task[None] | None = None
 
@@ -122,6 +123,7 @@ class Ingress:
     async def reconfigure(self, user_config: Mapping[str, Any]) -> None:
         """Called by Serve at the start and whenever the routes change; requests in flight keep the service they began with."""
         settings = IngressRoutes.model_validate(user_config)
+        self._gatekeeper.replace(self._keys())
         champion = await self._route(settings.champion)
         challenger = await self._route(settings.challenger) if settings.challenger is not None else None
         canary = self._job.canary
@@ -131,11 +133,10 @@ class Ingress:
         self._service = ChatService(
             routes=Routes(champion, challenger, canary, records=shared.records),
             limits=self._job.limits,
-            http=self._job.http,
             policy=shared.policy,
             metrics=shared.metrics,
             admission=shared.admission,
-            pool=shared.pool,
+            images=shared.images,
             log=shared.log,
         )
         if self._watching is None:
@@ -150,6 +151,10 @@ class Ingress:
                 # A replica that cannot be asked now is asked again.
                 with contextlib.suppress(ReplicaLost, EngineRefusal, TimeoutError):
                     self._shared.metrics.heard(await asyncio.wait_for(route.client.stats(), _STATS_TIMEOUT_S))
+
+    def _keys(self) -> list[ApiKey]:
+        file = self._job.http.keys_file
+        return read_keys(Path(file)) if file else []
 
     def _current(self) -> ChatService:
         assert self._service is not None, "Serve configures before it serves"

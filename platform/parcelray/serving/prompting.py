@@ -20,6 +20,7 @@ class PromptBuilder:
         self._processor = processor
         self._offset = processor.visual_offset
         self.image_size = processor.image_size
+        self.crops = processor.crops
 
     def pixels(self, image: Image.Image) -> ImagePixels:
         """A picture at the size of the model's input, with its hash."""

@@ -1,6 +1,8 @@
-"""One JSON line for each request that was answered or refused: who, what budget, how long, how it ended. Never the text, the image or the key."""
+"""One record for each request, however it ended: who, what budget, how long. Never the text, the image or the key.
 
-import json
+In Serve's log, which is JSON (`app.LOGGING`), a record is one line with the fields below `request`.
+"""
+
 import logging
 from typing import Any
 
@@ -20,11 +22,12 @@ class RequestLog:
     def __init__(self, samples: RequestSampler | None = None) -> None:
         self.samples = samples
 
-    def answered(self, request: GenerateRequest, end: Finished, *, version: str, latency_s: float) -> None:
+    def answered(self, request: GenerateRequest, end: Finished, *, owner: str | None, version: str, latency_s: float) -> None:
         """A request got its answer."""
         self._write(
-            event="answered",
-            request_id=request.request_id,
+            "answered",
+            request.request_id,
+            owner=owner,
             model_version=version,
             visual_tokens=request.num_visual_tokens,
             images=len(request.images),
@@ -38,9 +41,13 @@ class RequestLog:
             engine=end.stats.engine,
         )
 
-    def refused(self, request_id: str, *, status: int, code: str) -> None:
-        """A request got none."""
-        self._write(event="refused", request_id=request_id, status=status, code=code)
+    def refused(self, request_id: str, *, owner: str | None, status: int, code: str) -> None:
+        """A request got none, or its stream ended in the middle."""
+        self._write("refused", request_id, owner=owner, status=status, code=code)
 
-    def _write(self, **fields: Any) -> None:
-        logger.info("%s", json.dumps(fields, separators=(",", ":")))
+    def cancelled(self, request_id: str, *, owner: str | None) -> None:
+        """The client hung up."""
+        self._write("cancelled", request_id, owner=owner)
+
+    def _write(self, event: str, request_id: str, **fields: Any) -> None:
+        logger.info("request %s", event, extra={"request": {"event": event, "id": request_id, **fields}})

@@ -4,9 +4,10 @@ Strict: an unknown field or a wrong type is refused with the legal ones, because
 """
 
 import re
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import from_json
 
 from parcelray.serving.api_errors import ApiError
@@ -14,6 +15,32 @@ from parcelray.serving.api_errors import ApiError
 _SHOWN = 80
 """Characters of a refused value that an answer repeats."""
 Detail = Literal["low", "high", "auto"]
+_LONGEST_STOP = 64
+_MOST_STOPS = 4
+
+
+def _neutral(value: Any, reason: str) -> Any:
+    """A field of OpenAI's that has no meaning here: clients that send its neutral value ask for nothing, and get it."""
+
+    def check(given: Any) -> Any:
+        if given != value:
+            raise ValueError(f"legal is {str(value).lower()}: {reason}")
+        return given
+
+    return AfterValidator(check)
+
+
+def _legal_stop(value: Any) -> Any:
+    # Before the types are looked at: of a union each member complains by itself.
+    texts = value if isinstance(value, list) else [value]
+    if value is not None and (len(texts) > _MOST_STOPS or not all(isinstance(text, str) and 1 <= len(text) <= _LONGEST_STOP for text in texts)):
+        raise ValueError(f"legal is a text, or a list of at most {_MOST_STOPS}, of 1 to {_LONGEST_STOP} characters each")
+    return value
+
+
+_StopText = Annotated[str, Field(min_length=1, max_length=_LONGEST_STOP)]
+_Penalty = Annotated[float, Field(json_schema_extra={"const": 0}), _neutral(0, "penalties are not applied")]
+_Off = Annotated[bool, Field(json_schema_extra={"const": False})]
 
 
 class _Strict(BaseModel):
@@ -69,6 +96,13 @@ class StreamOptions(_Strict):
     """What a stream carries besides text."""
 
     include_usage: bool = False
+    include_obfuscation: Annotated[_Off, _neutral(False, "streams are not padded")] = False
+
+
+class ResponseFormat(_Strict):
+    """The form of an answer: text, because nothing makes this model keep to another."""
+
+    type: Annotated[str, Field(json_schema_extra={"const": "text"}), _neutral("text", "answers are plain text")]
 
 
 class ProcessorOptions(_Strict):
@@ -91,13 +125,18 @@ class ChatRequest(_Strict):
     """Unset: 0, the likeliest token, as the model was evaluated."""
     top_p: float | None = Field(default=None, gt=0, le=1, allow_inf_nan=False)
     seed: int | None = Field(default=None, ge=-(2**63), le=2**63 - 1)
-    stop: str | Annotated[list[Annotated[str, Field(min_length=1, max_length=64)]], Field(max_length=4)] | None = None
+    stop: Annotated[_StopText | Annotated[list[_StopText], Field(max_length=_MOST_STOPS)] | None, BeforeValidator(_legal_stop)] = None
     n: Literal[1] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=20)
     user: str | None = Field(default=None, max_length=256)
+    presence_penalty: _Penalty | None = None
+    frequency_penalty: _Penalty | None = None
+    logit_bias: Annotated[dict[str, float], Field(json_schema_extra={"maxProperties": 0}), _neutral({}, "tokens are not weighted")] | None = None
+    response_format: ResponseFormat | None = None
+    store: Annotated[_Off, _neutral(False, "nothing is stored")] | None = None
 
     @model_validator(mode="after")
     def _check(self) -> "ChatRequest":
@@ -107,8 +146,6 @@ class ChatRequest(_Strict):
             raise ValueError("stream_options needs stream: true")
         if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs needs logprobs: true")
-        if isinstance(self.stop, str) and not 1 <= len(self.stop) <= 64:
-            raise ValueError("stop must have 1 to 64 characters")
         if len({part.image_url.detail for part in self.images}) > 1:
             raise ValueError("all images of a request have one budget; give them the same detail")
         asked = {value for value in (self.visual_tokens, self.mm_processor_kwargs and self.mm_processor_kwargs.visual_tokens) if value is not None}
@@ -120,6 +157,17 @@ class ChatRequest(_Strict):
     def images(self) -> list[ImagePart]:
         """In the order of the prompt."""
         return [part for message in self.messages if not isinstance(message.content, str) for part in message.content if isinstance(part, ImagePart)]
+
+    @property
+    def image_urls(self) -> dict[str, str]:
+        """In the order of the prompt, by the field that holds each."""
+        return {
+            f"messages.{message_index}.content.{part_index}.image_url.url": part.image_url.url
+            for message_index, message in enumerate(self.messages)
+            if not isinstance(message.content, str)
+            for part_index, part in enumerate(message.content)
+            if isinstance(part, ImagePart)
+        }
 
     @property
     def text(self) -> str:
@@ -146,8 +194,12 @@ class ChatRequest(_Strict):
         return () if self.stop is None else (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
 
-def parse_chat(body: bytes) -> ChatRequest:
+def parse_chat(body: bytes, budgets: Sequence[int]) -> ChatRequest:
     """Reads a request.
+
+    Args:
+        body: JSON.
+        budgets: those that are offered, for the refusal of what is no budget at all.
 
     Raises:
         ApiError: 400 for what is no JSON, 422 for what is no request.
@@ -161,14 +213,14 @@ def parse_chat(body: bytes) -> ChatRequest:
     try:
         return ChatRequest.model_validate(data)
     except ValidationError as error:
-        raise _explained(error) from None
+        raise _explained(error, budgets) from None
 
 
 # pydantic names the members of a union in a location; a client knows only its own keys.
 _UNION_MEMBERS = re.compile(r"^(str|int|list\[.*|literal\[.*|constrained-.*|function-.*|user|system|developer|text|image_url)$")
 
 
-def _explained(error: ValidationError) -> ApiError:
+def _explained(error: ValidationError, budgets: Sequence[int]) -> ApiError:
     problems = error.errors(include_url=False, include_context=False)
     # Of a union every member is reported; the deepest one is the member that was meant.
     problem = max(problems, key=lambda each: len(each["loc"]))
@@ -182,6 +234,9 @@ def _explained(error: ValidationError) -> ApiError:
     message = str(problem["msg"]).removeprefix("Value error, ")
     if kind == "missing":
         return ApiError(422, f"{path} is missing; add it.", code="missing_field", param=path)
+    if path.endswith("visual_tokens") and kind != "model_type":
+        message = f"{path} is {_shown(problem['input'])}; legal are {', '.join(map(str, budgets))} and auto."
+        return ApiError(422, message, code="unsupported_budget", param=path)
     if not problem["loc"]:
         return ApiError(422, f"{message[:1].upper()}{message[1:]}.", code="invalid_request")
     return ApiError(422, f"{path} is {_shown(problem['input'])}: {message[:1].lower()}{_short(message[1:], 300)}.", code="invalid_value", param=path)

@@ -21,6 +21,11 @@ class ElasticLlavaProcessor(ElasticProcessor, LlavaProcessor):  # type: ignore[m
         return int(size["height"])
 
     @property
+    def crops(self) -> bool:
+        """See `ElasticProcessor`: where the image processor scales the shorter edge and crops."""
+        return bool(self.image_processor.do_center_crop)
+
+    @property
     def num_patches(self) -> int:
         """See `ElasticProcessor`."""
         return int((self.image_size // self.patch_size) ** 2)

@@ -30,6 +30,11 @@ class ElasticProcessor:
         """Side of the square input image, pixels."""
 
     @property
+    def crops(self) -> bool:
+        """Whether `fitted` keeps an image's shape and cuts off what is beyond the middle square; else it is squeezed into the square."""
+        return False
+
+    @property
     @abstractmethod
     def num_patches(self) -> int:
         """Patches of an image, N."""

@@ -48,19 +48,27 @@ async def inspect_request(body: bytes, service: ChatService) -> dict[str, Any]:
     """
     try:
         asked = InspectRequest.model_validate_json(body)
-    except ValidationError:
-        raise ApiError(422, "The body must be {url: data:image/..., visual_tokens: NUMBER}.", code="invalid_request") from None
+    except ValidationError as error:
+        field = ".".join(map(str, error.errors()[0]["loc"])) or None
+        message = "The body must be {url: data:image/..., visual_tokens: NUMBER}; the number is one of " + f"{', '.join(map(str, service.policy.offered))}."
+        raise ApiError(422, message, code="invalid_request", param=field) from None
     budget = service.policy.decide(asked.visual_tokens)
     route = service.routes.champion
     with service.admission.slot():
-        (image,) = await service.pixels(route.prompts, [asked.url])
+        (image,) = await service.images.read(route.prompts, {"url": asked.url}, service.limits.timeout_s)
         try:
             found = await route.client.inspect(image, budget)
         except ReplicaLost:
             raise ApiError(503, "The replica that had this request is gone; send it again.", code="no_replica") from None
         except EngineRefusal as refusal:
             raise from_refusal(refusal, 1) from None
-    return {"visual_tokens": budget, "anchor_grid": found.anchor_grid, "grid": found.grid, "attention": [round(value, 4) for value in found.attention]}
+    return {
+        "visual_tokens": budget,
+        "anchor_grid": found.anchor_grid,
+        "grid": found.grid,
+        "cropped": route.prompts.crops,
+        "attention": [round(value, 4) for value in found.attention],
+    }
 
 
 def _file(name: str, kind: str) -> Any:

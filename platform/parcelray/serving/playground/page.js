@@ -81,10 +81,12 @@ function draw() {
   const context = canvas.getContext("2d");
   context.clearRect(0, 0, SIDE, SIDE);
   if (!state.picture) return;
-  // The model sees the image at a square size, whatever its own shape.
-  context.imageSmoothingEnabled = state.picture.width > SIDE;
-  context.drawImage(state.picture, 0, 0, SIDE, SIDE);
   const found = state.inspections.get(budget());
+  // The model sees a square: of the image's middle, or with all of the image squeezed into it.
+  const { width, height } = state.picture;
+  const [across, down] = found && found.cropped ? [Math.min(width, height), Math.min(width, height)] : [width, height];
+  context.imageSmoothingEnabled = width > SIDE;
+  context.drawImage(state.picture, (width - across) / 2, (height - down) / 2, across, down, 0, 0, SIDE, SIDE);
   const parts = [];
   if (found) {
     const anchors = found.anchor_grid ** 2;
@@ -100,7 +102,8 @@ function draw() {
 function heat(context, found) {
   const cell = SIDE / found.grid;
   found.attention.forEach((value, index) => {
-    context.fillStyle = `rgba(${value > 0.5 ? 255 : 20}, ${Math.round(220 * value)}, ${value > 0.5 ? 40 : 60}, ${0.65 - 0.35 * value})`;
+    // A shade leaves the colors as they are: questions ask for them.
+    context.fillStyle = `rgba(0, 0, 0, ${0.5 * (1 - value)})`;
     context.fillRect((index % found.grid) * cell, Math.floor(index / found.grid) * cell, cell, cell);
   });
 }
@@ -140,18 +143,19 @@ function card(found) {
     parent.append(element);
     return element;
   };
-  add("h3", "", `${found.tokens} visual tokens`);
+  const seen = found.usage.prompt_tokens_details.image_tokens;
+  add("h3", "", seen ? `${found.tokens} visual tokens` : "Without an image");
   add("p", "asked", found.text);
   add("p", "said", found.answer || "(an empty answer)");
   const list = add("dl", "", "");
   const rows = {
     "prompt tokens": found.usage.prompt_tokens,
-    "of them visual": found.usage.prompt_tokens_details.image_tokens,
+    "of them visual": seen,
     "new tokens": found.usage.completion_tokens,
     "first token": `${number(Number(found.timing.first_token))} ms`,
     "in the engine": `${number(Number(found.timing.total))} ms`,
     "seen from here": `${number(found.elapsed)} ms`,
-    "prefill": flops(state.costs[found.tokens].flops),
+    ...(seen ? { "prefill": flops(state.costs[found.tokens].flops) } : {}),
   };
   for (const [name, value] of Object.entries(rows)) { add("dt", "", name, list); add("dd", "", String(value), list); }
   byId("answers").prepend(article);
@@ -165,8 +169,10 @@ async function ask(budgets) {
   say("Asking.");
   try {
     // One after the other, so that the times are those of one request; the largest last, so that cards stand in order.
-    for (const tokens of [...budgets].sort((a, b) => b - a)) card(await askAt(tokens));
-    say(budgets.length > 1 ? `Answered at ${budgets.length} budgets.` : "Answered.");
+    // Without an image the budget changes nothing.
+    const turns = state.url ? [...budgets].sort((a, b) => b - a) : [budget()];
+    for (const tokens of turns) card(await askAt(tokens));
+    say(turns.length > 1 ? `Answered at ${turns.length} budgets.` : "Answered.");
   } catch (error) { say(error.message); }
   buttons.forEach((button) => { button.disabled = false; });
 }

@@ -1,0 +1,109 @@
+"""`parcelray serve` as a process of its own: it answers, hears SIGHUP, and lets a stream end before it goes."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from openai import AuthenticationError, OpenAI
+
+from parcelray.serving.auth import add_key, remove_key
+
+pytestmark = [pytest.mark.serving, pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
+
+
+class Process:
+    """The command, with what it has printed."""
+
+    def __init__(self, arguments: list[str], folder: Path) -> None:
+        command = [sys.executable, "-m", "parcelray.cli", "serve", *arguments]
+        self._process = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, "COLUMNS": "200"})
+        self.lines: list[str] = []
+        self._reader = threading.Thread(target=lambda: self.lines.extend(iter(self._read, "")), daemon=True)
+        self._reader.start()
+
+    def _read(self) -> str:
+        assert self._process.stdout is not None
+        return self._process.stdout.readline()
+
+    def wait_for(self, text: str, seconds: float = 300) -> None:
+        deadline = time.monotonic() + seconds
+        while not any(text in line for line in self.lines):
+            assert self._process.poll() is None, self.lines
+            assert time.monotonic() < deadline, self.lines
+            time.sleep(0.1)
+
+    def signal(self, number: signal.Signals) -> None:
+        self._process.send_signal(number)
+
+    def end(self, seconds: float = 120) -> int:
+        code = self._process.wait(seconds)
+        self._reader.join(10)
+        assert self._process.stdout is not None
+        self._process.stdout.close()
+        return code
+
+    def kill(self) -> None:
+        if self._process.poll() is None:
+            self._process.terminate()
+            self.end()
+
+
+@contextmanager
+def serving(arguments: list[str], folder: Path) -> Iterator[Process]:
+    process = Process(arguments, folder)
+    try:
+        yield process
+    finally:
+        process.kill()
+
+
+def test_a_process_answers_hears_and_ends_well(tmp_path: Path, repo_root: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    keys = {"ann": add_key(tmp_path / "keys.txt", "ann")}
+    job = str(repo_root / "jobs" / "serve" / "mini.yaml")
+    with serving([job, "--port", str(port), "--set", f"http.keys_file={tmp_path / 'keys.txt'}", "--set", "tracking.uri=null"], tmp_path) as process:
+        process.wait_for(f"mini answers at http://127.0.0.1:{port}/v1")
+
+        def client(key: str) -> OpenAI:
+            return OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key=key, max_retries=0, timeout=60)
+
+        def knows(key: str) -> bool:
+            try:
+                return client(key).models.retrieve("mini").id == "mini"
+            except AuthenticationError:
+                return False
+
+        assert knows(keys["ann"])
+        # Another key counts, and a removed one does not, once the process has been told.
+        keys["bob"] = add_key(tmp_path / "keys.txt", "bob")
+        remove_key(tmp_path / "keys.txt", "ann")
+        assert not knows(keys["bob"])
+        process.signal(signal.SIGHUP)
+        process.wait_for("Now serving sha256:")
+        deadline = time.monotonic() + 60
+        while not knows(keys["bob"]):
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        assert not knows(keys["ann"])
+
+        stream = client(keys["bob"]).chat.completions.create(
+            model="mini", messages=[{"role": "user", "content": "how many"}], max_tokens=1000, temperature=2.0, seed=1, stream=True
+        )
+        chunks = [next(stream)]
+        process.signal(signal.SIGTERM)
+        chunks += stream
+        assert chunks[-1].choices[0].finish_reason in ("stop", "length")
+        assert process.end() == 0
+    assert any("Stopping: requests in flight may end" in line for line in process.lines)
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", port), timeout=5)
