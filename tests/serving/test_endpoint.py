@@ -39,7 +39,17 @@ from tests.serving.local import job_of
 from tests.serving.test_api import message
 
 pytestmark = [pytest.mark.serving, pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
-PORT = 18461
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+# A free one: Serve's proxies share a port that two of them are given, and each then gets half of the other's requests.
+PORT = _free_port()
 STORE = TemporaryDirectory()
 
 
