@@ -1,6 +1,5 @@
 """The policy by input: what the endpoint chooses is what the predictor chooses offline, and everything says what was chosen."""
 
-import json
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -122,7 +121,7 @@ def test_header_usage_metrics_and_log_say_what_was_chosen(
             lines = response.read().decode().splitlines()
     for budget, count in Counter(expected).items():
         assert f'parcel:budget_decisions_total{{asked="auto",model_name="mini",visual_tokens="{budget}"}} {count:.1f}' in lines
-    records = [json.loads(record.message) for record in caplog.records if record.name == "parcelray.requests"]
+    records = [record.__dict__["request"] for record in caplog.records if record.name == "parcelray.requests"]
     assert [record["visual_tokens"] for record in records][: len(expected)] == expected
 
 
