@@ -69,6 +69,22 @@ def test_without_reduction_it_answers_as_transformers_does(case: Case) -> None:
     assert torch.equal(_generate(case, ReducedDecoder(model)), expected[:, inputs["input_ids"].shape[1] :])
 
 
+def test_a_window_leaves_the_prompt_whole_and_cuts_the_answer() -> None:
+    processor = build_processor(CONFIG, CORPUS)
+    config = build_config(CONFIG, processor)
+    config.text_config.sliding_window = 32
+    config.text_config.layer_types = ["sliding_attention"] * CONFIG.text_layers
+    model = build_model(config, 0).eval()
+    with torch.no_grad():
+        for layer in model.model.language_model.layers:
+            layer.self_attn.q_proj.weight.mul_(8)
+        model.get_input_embeddings().get_parameter("weight").mul_(0.2)
+        pixels = processor.image_processor(random_images(len(PROMPTS)), return_tensors="pt")["pixel_values"]
+        tokens = model.model.compress(model.model.encode_patches(pixels), num_visual_tokens=256)
+    places = torch.arange(256).expand(len(PROMPTS), -1)
+    test_without_reduction_it_answers_as_transformers_does((model, processor, VisualTokens(tokens, places, torch.ones_like(places))))
+
+
 @pytest.mark.parametrize("positions", ["contiguous", "original", "original_size_bias"])
 def test_its_logits_are_transformers_own(case: Case, positions: Any) -> None:
     model, processor, visual = case

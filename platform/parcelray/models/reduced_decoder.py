@@ -294,10 +294,9 @@ class ReducedDecoder:
             group.valid_BS = torch.nn.functional.pad(group.valid_BS, (0, 1), value=True)
             group.sizes_BS = torch.nn.functional.pad(group.sizes_BS, (0, 1), value=1)
             rotary = self._text.rotary_emb(hidden, new)
-            masks = tuple(
-                self._additive(group.valid_BS[:, None], group.positions_BS, new, group.sizes_BS, group.visual, hidden.dtype, sliding=sliding)
-                for sliding in (False, True)
-            )
+            allowed_B1S, places = group.valid_BS[:, None], (group.positions_BS, new, group.sizes_BS, group.visual, hidden.dtype)
+            full = self._additive(allowed_B1S, *places)
+            masks = (full, full if self._window is None else self._additive(allowed_B1S & self._near(group.positions_BS, new), *places))
             for index in group.layers:
                 hidden = self._run(index, hidden, rotary, new, masks[self._is_sliding(index)], cache)
         normed: Tensor = self._text.norm(hidden)
@@ -319,16 +318,22 @@ class ReducedDecoder:
         order = torch.arange(length, device=sequence.hidden_BSL.device)
         seen_SS = (order[None, :] <= order[:, None]) | (sequence.prefix_S[:, None] & sequence.prefix_S[None, :])
         allowed_BSS = seen_SS[None] & sequence.valid_BS[:, None]
-        arguments = (allowed_BSS, sequence.positions_BS, sequence.positions_BS, sequence.sizes_BS, sequence.visual, sequence.hidden_BSL.dtype)
-        full = self._additive(*arguments, sliding=False)
-        return full, self._additive(*arguments, sliding=True) if self._window is not None else full
+        places = (sequence.positions_BS, sequence.positions_BS, sequence.sizes_BS, sequence.visual, sequence.hidden_BSL.dtype)
+        full = self._additive(allowed_BSS, *places)
+        if self._window is None:
+            return full, full
+        # What is read in both directions is seen as a whole also by layers with a window, as transformers has it.
+        near_BSS = self._near(sequence.positions_BS, sequence.positions_BS) | (sequence.prefix_S[:, None] & sequence.prefix_S[None, :])
+        return full, self._additive(allowed_BSS & near_BSS, *places)
 
-    def _additive(
-        self, allowed_BRS: Tensor, positions_BS: Tensor, rows_BR: Tensor, sizes_BS: Tensor, visual: slice, dtype: torch.dtype, *, sliding: bool
-    ) -> Tensor:
+    def _near(self, positions_BS: Tensor, rows_BR: Tensor) -> Tensor:
+        """Whether a key lies in the window of a row."""
+        assert self._window is not None
+        near_BRS: Tensor = rows_BR[:, :, None] - positions_BS[:, None] < self._window
+        return near_BRS
+
+    def _additive(self, allowed_BRS: Tensor, positions_BS: Tensor, rows_BR: Tensor, sizes_BS: Tensor, visual: slice, dtype: torch.dtype) -> Tensor:
         distances_BRS = rows_BR[:, :, None] - positions_BS[:, None]
-        if sliding and self._window is not None:
-            allowed_BRS = allowed_BRS & (distances_BRS < self._window)
         bias = torch.zeros(allowed_BRS.shape if self._positions == "original_calibrated" else (len(sizes_BS), 1, sizes_BS.shape[1]), device=sizes_BS.device)
         if self._positions in ("original_size_bias", "original_calibrated"):
             bias = bias + sizes_BS.clamp(min=1).log()[:, None]
