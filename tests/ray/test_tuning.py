@@ -215,7 +215,7 @@ def test_trained_splits_confirm_the_search(searched: tuple[TuneJob, SearchRun, s
     assert run.mlflow_run_id is not None
     client = MlflowClient(job.tracking.uri)
     assert "confirmation.json" in {file.path for file in client.list_artifacts(run.mlflow_run_id)}
-    told = client.get_metric_history(run.mlflow_run_id, "confirmation/trained@16")
+    told = client.get_metric_history(run.mlflow_run_id, "confirmation/trained:16")
     assert {each.step: each.value for each in told} == {each.anchor_grid: each.trained.value for each in result.splits}
     assert {each.anchor_grid for each in result.splits} == {0, 2, 4}
     assert [each.is_rule for each in result.splits if each.anchor_grid == 4] == [True]
