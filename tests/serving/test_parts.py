@@ -14,7 +14,7 @@ from parcelray.models.backbones.processor_base import ElasticProcessor
 from parcelray.serving.admission import Admission
 from parcelray.serving.api_errors import ApiError
 from parcelray.serving.auth import Gatekeeper, add_key, read_keys, remove_key
-from parcelray.serving.engine import EngineStats, Event, Finished, GenerateRequest, Sampling
+from parcelray.serving.engine import EngineStats, Event, Finished, GenerateRequest, Piece, Sampling
 from parcelray.serving.feature_cache import FeatureCache
 from parcelray.serving.job import AnswerWriter
 from parcelray.serving.kv_pool import BLOCK_TOKENS, KVPool, slots_of, table_of
@@ -159,6 +159,17 @@ def test_a_stop_text_that_comes_with_the_last_characters_is_the_reason() -> None
     (end,) = ends
     assert isinstance(end, Finished)
     assert (end.text, end.reason) == ("a", "stop")
+
+
+def test_a_stream_begins_with_its_first_token_also_where_that_is_no_text() -> None:
+    writer = AnswerWriter(_Counting("\N{REPLACEMENT CHARACTER}bc"), frozenset())
+    events: list[Event] = []
+    job = writer.job(GenerateRequest("r", (1,), 0, (), 0, Sampling(max_new_tokens=4), 1.0, stream=True), events.append)
+    writer.append(job, 0, torch.zeros(3))
+    (first,) = events
+    assert isinstance(first, Piece)
+    assert first.text == ""
+    assert job.num_new == 1
 
 
 @pytest.mark.parametrize("text", ["two words", "caf\u00e9 \u4f60\u597d", "  spaces   inside  ", "line\nline", "a", "1234567"])

@@ -182,7 +182,8 @@ class Api:
             event: Piece | Finished | None = first
             while event is not None:
                 stream_end.told = isinstance(event, Finished)
-                yield responses.chunk(prepared, event, model=self._name, created=created)
+                if isinstance(event, Finished) or event.text or event.logprobs:
+                    yield responses.chunk(prepared, event, model=self._name, created=created)
                 if isinstance(event, Finished):
                     if include_usage:
                         yield responses.usage_chunk(prepared, event, model=self._name, created=created)

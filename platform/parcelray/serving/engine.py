@@ -132,7 +132,7 @@ class Timings:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Text that the answer went on with."""
+    """Text that the answer went on with; empty where the first token is no whole character."""
 
     text: str
     logprobs: tuple[TokenLogprob, ...] = ()

@@ -118,7 +118,8 @@ class AnswerWriter:
             return "stop"
         if job.num_new == sampling.max_new_tokens:
             return "length"
-        if job.unsent_text and job.request.stream:
+        # Who listens learns of the first token at once, also where it is not yet a whole character.
+        if job.request.stream and (job.unsent_text or job.num_new == 1):
             self._send(job)
         return None
 
