@@ -288,7 +288,7 @@ def test_a_client_that_hangs_up_frees_its_place(url: str, model: ElasticVLM, pro
             return before
 
     # Four answers of a thousand tokens would run for some seconds.
-    assert asyncio.run(hang_up()) == 4
+    assert asyncio.run(hang_up()) >= 4
     deadline = time.monotonic() + 5
     while (left := running()) and time.monotonic() < deadline:
         pass
