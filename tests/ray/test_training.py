@@ -125,6 +125,7 @@ def test_more_workers_than_the_cluster_has_are_refused(ray_session: None, tmp_pa
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_a_killed_driver_goes_on_with_the_same_command(tmp_path: Path, undisturbed: tuple[TrainJob, TrainedRun]) -> None:
     storage = tmp_path / "runs"
     uri = f"sqlite:///{tmp_path}/mlflow.db"
