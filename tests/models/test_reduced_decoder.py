@@ -43,6 +43,10 @@ def case(request: pytest.FixtureRequest) -> Case:
             full.text_config.attn_logit_softcapping, full.text_config.final_logit_softcapping = 5.0, 2.0
             full._attn_implementation = "eager"
         model, processor = build_model(full, 0), paligemma_processor
+    return _case_of(model, processor)
+
+
+def _case_of(model: ElasticVLM, processor: ElasticProcessor) -> Case:
     model.eval()
     with torch.no_grad():
         # Attention of random weights is nearly uniform, and embeddings that are also the head repeat the last word.
@@ -75,14 +79,7 @@ def test_a_window_leaves_the_prompt_whole_and_cuts_the_answer() -> None:
     config.text_config.sliding_window = 32
     config.text_config.layer_types = ["sliding_attention"] * CONFIG.text_layers
     model = build_model(config, 0).eval()
-    with torch.no_grad():
-        for layer in model.model.language_model.layers:
-            layer.self_attn.q_proj.weight.mul_(8)
-        model.get_input_embeddings().get_parameter("weight").mul_(0.2)
-        pixels = processor.image_processor(random_images(len(PROMPTS)), return_tensors="pt")["pixel_values"]
-        tokens = model.model.compress(model.model.encode_patches(pixels), num_visual_tokens=256)
-    places = torch.arange(256).expand(len(PROMPTS), -1)
-    test_without_reduction_it_answers_as_transformers_does((model, processor, VisualTokens(tokens, places, torch.ones_like(places))))
+    test_without_reduction_it_answers_as_transformers_does(_case_of(model, processor))
 
 
 @pytest.mark.parametrize("positions", ["contiguous", "original", "original_size_bias"])
