@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from parcelray.cluster.attention_studies import study_validity
-from parcelray.cluster.scripts import overrides_of, run_script
+from parcelray.cluster.scripts import overrides_of, run_script, split_count
 from parcelray.config.evaluate import EvaluateJob
 from parcelray.config.loader import load_job_of
 
@@ -19,10 +19,8 @@ COUNT = 120
 
 def run(arguments: list[str], console: Console) -> None:
     """Runs the study; a key of its own is `count=NUMBER`."""
-    changes = overrides_of(arguments)
-    own = [change for change in changes if change.startswith("count=")]
-    count = int(own[-1].removeprefix("count=")) if own else COUNT
-    job = load_job_of(EvaluateJob, JOB, [change for change in changes if change not in own])
+    count, changes = split_count(overrides_of(arguments), COUNT)
+    job = load_job_of(EvaluateJob, JOB, changes)
     folder = Path(job.storage) / "studies" / f"validity-{job.name}"
     study_validity(job.model.reference, console, count=count, job=job, folder=folder, tracking=job.tracking)
 

@@ -34,3 +34,16 @@ def overrides_of(arguments: Sequence[str]) -> list[str]:
     if len(arguments) % 2 or any(flag != "--set" for flag in arguments[::2]):
         raise UserError(f"{' '.join(arguments)} is not understood; this pipeline takes only --set a.b=c, as often as you like.")
     return list(arguments[1::2])
+
+
+def split_count(overrides: Sequence[str], default: int) -> tuple[int, list[str]]:
+    """What `count=NUMBER` among overrides says, and the others; the default where it is not among them.
+
+    Raises:
+        UserError: it is no whole number from 1 on.
+    """
+    own = [each for each in overrides if each.startswith("count=")]
+    count = own[-1].removeprefix("count=") if own else str(default)
+    if not count.isdecimal() or int(count) < 1:
+        raise UserError(f"count is {count!r}; legal is a whole number from 1 on.")
+    return int(count), [each for each in overrides if each not in own]
