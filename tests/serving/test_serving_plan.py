@@ -93,7 +93,7 @@ def test_a_serve_that_listens_elsewhere_is_not_joined(monkeypatch: pytest.Monkey
     running = SimpleNamespace(http_config=SimpleNamespace(host="0.0.0.0", port=8000))
     monkeypatch.setattr(serving_run, "_get_global_client", lambda **_: running)
     monkeypatch.setattr(serving_run, "_proxy_will_start_here", lambda address: False)
-    monkeypatch.setattr(serving_run, "ray_session", lambda *_, **__: nullcontext())
+    monkeypatch.setattr(serving_run, "ray_session", lambda *_, **__: nullcontext(SimpleNamespace(owned=False)))
     monkeypatch.setattr(serve, "start", lambda **_: pytest.fail("it was joined"))
     elsewhere: tuple[dict[str, Any], ...] = ({}, {"port": 8001})
     for changes in elsewhere:

@@ -8,7 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 import ray
 import yaml
 from ray import serve
-from ray.serve.context import _get_global_client
+from ray.serve.context import _disconnect, _get_global_client
 from ray.serve.schema import ServeDeploySchema
 from rich.console import Console
 
@@ -115,7 +115,10 @@ def endpoint(pinned: PinnedEndpoint, *, address: str | None = None) -> Iterator[
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     if _proxy_will_start_here(address):
         _check_port(job.http)
-    with ray_session(address, num_cpus=max(4, cpus)):
+    with ray_session(address, num_cpus=max(4, cpus)) as session, ExitStack() as cleanup:
+        if session.owned:
+            # Serve knows a session by its job's number, and the first job of every new Ray has the same: the next one would find this Serve.
+            cleanup.callback(_disconnect)
         if job.samples is not None and job.tracking.uri is not None:
             check_tracking_uri(job.tracking.uri, sum(bool(node["Alive"]) for node in ray.nodes()))  # type: ignore[no-untyped-call]
         _check_running(job.http)
