@@ -12,6 +12,7 @@ from rich.console import Console
 from parcelray.cluster.tuning_run import SearchRun, run_tuning
 from parcelray.config.tune import TuneJob
 from parcelray.errors import SystemFailure, UserError
+from parcelray.tuning.remembering_scheduler import ReportHistory
 
 from ..training.conftest import TINY
 
@@ -77,6 +78,11 @@ def test_trainings_report_at_their_checkpoints_and_may_be_stopped(ray_session: N
     assert {each.info.status for each in children} == {"FINISHED"}
     steps = [[metric.step for metric in client.get_metric_history(each.info.run_id, "train/loss")] for each in children]
     assert all(each == sorted(each) and each[0] == 1 for each in steps), "a curve for each, from its first checkpoint on"
+    if stopping["type"] != "hyperband":
+        # Told to early stopping again where the search goes on; hyperband's brackets cannot be.
+        reports = ReportHistory(run.folder).reports
+        assert {report.key: report.steps for report in reports if report.ended} == {trial.key: trial.metrics["step"] for trial in trials}
+        assert -reports[-1].value == trials[-1].metrics["train/loss"]
 
 
 @pytest.mark.slow

@@ -22,7 +22,7 @@ from parcelray.config.evaluate import EvaluateJob
 from parcelray.config.loader import check_search_space_of, config_hash
 from parcelray.config.model import CheckpointModelConfig
 from parcelray.config.train import TrainJob
-from parcelray.config.tune import PbtAlgorithm, TuneJob
+from parcelray.config.tune import HyperBandScheduler, PbtAlgorithm, TuneJob
 from parcelray.errors import SystemFailure, UserError
 from parcelray.evaluation.bundles import PassSettings
 from parcelray.evaluation.summary import Summary
@@ -178,7 +178,10 @@ class _Search:
             self._search(trial, resources, count, scheduler=population_scheduler(self.job.space, self.job.algorithm, self.job.seed))
             return
         steps = self.job.space.parameters.get("training.steps")
-        scheduler = early_stopping(self.job.early_stopping, max(steps.ends) if steps is not None else base.training.steps)
+        total = max(steps.ends) if steps is not None else base.training.steps
+        scheduler = early_stopping(self.job.early_stopping, total, self.folder)
+        if isinstance(self.job.early_stopping, HyperBandScheduler) and self.record.trials and not self.planner.is_finished:
+            self.console.print("HyperBand compares trainings that wait for each other: those that are left form brackets of their own", highlight=False)
         # A new process for every trial: memory of a GPU that the last one left behind is gone with it (ray#23971).
         self._search(training_trial(train, first), resources, count, scheduler=scheduler)
 

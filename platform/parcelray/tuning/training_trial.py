@@ -17,8 +17,10 @@ from ray.tune.schedulers import ASHAScheduler, HyperBandScheduler, MedianStoppin
 
 from parcelray.config.objectives import Objective
 from parcelray.config.search_space import Assignment, SearchSpace
-from parcelray.config.tune import AshaScheduler, EarlyStopping, MedianScheduler, PbtAlgorithm
+from parcelray.config.tune import AshaScheduler, EarlyStopping, PbtAlgorithm
+from parcelray.config.tune import HyperBandScheduler as HyperBandConfig
 from parcelray.tuning.exploration import explore
+from parcelray.tuning.remembering_scheduler import RememberingScheduler, ReportHistory
 from parcelray.tuning.trial_resources import TrialResources
 from parcelray.tuning.tune_run import ASSIGNMENT, FINISHED, METRICS, SCALAR, STEPS, objective_value
 
@@ -77,16 +79,27 @@ def population_trial(train: TrainPoint, objective: Objective, algorithm: PbtAlgo
     return tune.with_parameters(_train_segments, train=train, objective=objective, segments=algorithm.segments)
 
 
-def early_stopping(config: EarlyStopping | None, total_steps: int) -> TrialScheduler | None:
-    """Tune's scheduler; None: every training runs to its end."""
+def early_stopping(config: EarlyStopping | None, total_steps: int, folder: Path) -> TrialScheduler | None:
+    """Tune's scheduler; None: every training runs to its end.
+
+    Args:
+        config: of the search.
+        total_steps: of the longest training.
+        folder: of the search, where what trainings report is kept for one that goes on.
+    """
     if config is None:
         return None
     common: dict[str, Any] = {"metric": SCALAR, "mode": "max", "time_attr": STEPS}
+    if isinstance(config, HyperBandConfig):
+        # Its brackets are made of trials that live and wait for each other, so none can be made again of finished ones.
+        return HyperBandScheduler(**common, max_t=total_steps, reduction_factor=config.reduction)
+    scheduler: TrialScheduler
     if isinstance(config, AshaScheduler):
-        return ASHAScheduler(**common, max_t=total_steps, grace_period=min(config.grace_steps, total_steps), reduction_factor=config.reduction)
-    if isinstance(config, MedianScheduler):
-        return MedianStoppingRule(**common, grace_period=config.grace_steps, min_samples_required=config.min_trials)
-    return HyperBandScheduler(**common, max_t=total_steps, reduction_factor=config.reduction)
+        grace = min(config.grace_steps, total_steps)
+        scheduler = ASHAScheduler(**common, max_t=total_steps, grace_period=grace, reduction_factor=config.reduction)
+    else:
+        scheduler = MedianStoppingRule(**common, grace_period=config.grace_steps, min_samples_required=config.min_trials)
+    return RememberingScheduler(scheduler, ReportHistory(folder))
 
 
 def population_scheduler(space: SearchSpace, algorithm: PbtAlgorithm, seed: int) -> TrialScheduler:

@@ -6,13 +6,12 @@ Tune's own state is a pickle, which must not be loaded from a folder that others
 import hashlib
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from parcelray.config.search_space import Assignment
-from parcelray.errors import UserError
+from parcelray.tuning.json_lines import append_line, read_lines
 
 _FILE = "trials.jsonl"
 
@@ -49,7 +48,8 @@ class TrialRecord:
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / _FILE
-        self._trials = {trial.key: trial for trial in _read(self._path)}
+        found = read_lines(self._path, FinishedTrial, what="finished trial", remedy="remove the line, and the trial is run again")
+        self._trials = {trial.key: trial for trial in found}
 
     @property
     def trials(self) -> Sequence[FinishedTrial]:
@@ -62,13 +62,8 @@ class TrialRecord:
 
     def add(self, trial: FinishedTrial) -> None:
         """Adds a trial; it is on disk when this returns. What is NaN was not measured, and is left out."""
-        self._path.parent.mkdir(parents=True, exist_ok=True)
         trial = replace(trial, metrics={name: value for name, value in trial.metrics.items() if not math.isnan(value)})
-        line = json.dumps(asdict(trial))
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        append_line(self._path, asdict(trial))
         self._trials.pop(trial.key, None)
         self._trials[trial.key] = trial
 
@@ -78,21 +73,3 @@ class TrialRecord:
         for key in failed:
             del self._trials[key]
         return len(failed)
-
-
-def _read(path: Path) -> list[FinishedTrial]:
-    if not path.is_file():
-        return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    found = []
-    for number, line in enumerate(lines, 1):
-        try:
-            found.append(FinishedTrial(**json.loads(line)))
-        except (json.JSONDecodeError, TypeError) as error:
-            if number == len(lines) and not line.endswith("\n"):
-                # The driver was killed while it wrote: the trial did not finish. Cut off, or the next line would be glued to it.
-                with path.open("r+b") as file:
-                    file.truncate(sum(len(each.encode()) for each in lines[:-1]))
-                break
-            raise UserError(f"{path}, line {number}, is no finished trial ({error}); remove the line, and the trial is run again.") from error
-    return found
