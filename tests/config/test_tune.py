@@ -66,3 +66,16 @@ def test_a_key_path_may_lead_through_a_list() -> None:
     for key in ("benchmarks.1.limit", "benchmarks.limit"):
         with pytest.raises(ConfigError, match=r"the search: benchmarks is a list of 1, which has no place .*; legal: 0 to 0"):
             set_key(data, key, 5, "the search")
+
+
+def test_adaptive_budgets_belong_to_a_split_search_by_retention_and_tokens() -> None:
+    parameters = {"anchor_grid": {"type": "choice", "values": [0, 4]}, "budgets": {"type": "choice", "values": [[16], [64]]}}
+    fit = {"type": "anchors_fit", "anchor_grid": "anchor_grid", "budget": "budgets", "patch_grid": 16}
+    space = {"kind": "search_space", "name": "s", "job": "j", "parameters": parameters, "constraints": [fit]}
+    _job(EVALUATION, parameters, ["retention", "tokens"], space=space, adaptive={"budgets": [16, 64]})
+    with pytest.raises(ConfigError, match=r"adaptive.budgets has 256, which the space s does not search; legal: 16, 64"):
+        _job(EVALUATION, parameters, ["retention", "tokens"], space=space, adaptive={"budgets": [16, 256]})
+    with pytest.raises(ConfigError, match=r"drawn as retention or score against tokens, but the objectives are retention, gflops; put these first"):
+        _job(EVALUATION, parameters, ["retention", "gflops"], space=space, adaptive={"budgets": [16, 64]})
+    with pytest.raises(ConfigError, match=r"adaptive needs a space of splits, but s is not one of two parameters under anchors_fit"):
+        _job(EVALUATION, parameters, ["retention", "tokens"], adaptive={"budgets": [16, 64]})

@@ -1,7 +1,7 @@
 """`parcelray analyze adaptive`: an evaluation job's answers, and what choosing the budget per image and question makes of them."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from parcelray.cluster.evaluation_plan import connector_at
 from parcelray.cluster.evaluation_run import run_evaluation
 from parcelray.cluster.evaluation_setup import prepare
 from parcelray.cluster.study_inputs import StudyModel, open_model
+from parcelray.config.connector import ConnectorConfig
 from parcelray.config.evaluate import EvaluateJob
 from parcelray.config.loader import config_hash
 from parcelray.errors import UserError
@@ -20,10 +21,9 @@ from parcelray.evaluation.budget_policies import BudgetTable
 from parcelray.evaluation.budget_signals import ANSWER_SIGNALS, Floats, SignalReader, answer_signals
 from parcelray.evaluation.predictor import BLIND
 from parcelray.evaluation.split_scores import SplitScores
-from parcelray.evaluation.summary import Summary
 from parcelray.models.checkpoint import content_digest
 from parcelray.models.vlm import config_of
-from parcelray.profiling.backbone_shapes import from_transformers_config
+from parcelray.profiling.backbone_shapes import BackboneShape, from_transformers_config
 from parcelray.profiling.flops import cost, decoding_flops
 from parcelray.reports.adaptive_plot import plot_adaptive
 from parcelray.reports.adaptive_tables import adaptive_table, calibration_table
@@ -58,22 +58,13 @@ def study_adaptive(job: EvaluateJob, console: Console, *, folder: Path, address:
         UserError: the job's answers cannot be chosen from: one budget only, a corpus metric, a beam search.
     """
     summary = run_evaluation(job, console, address=address, tables=False).summary
-    splits = [_scorable(split) for split in summary.splits]
     opened = open_model(job.model.reference, job.tracking.uri)
     if content_digest(opened.checkpoint.path) != summary.evaluation.digest:
         raise UserError(f"{job.model.reference} became another model while it was evaluated; run the study again.")
-    device = str(next(opened.model.parameters()).device)
-    reader = SignalReader(opened.model, opened.processor, device=device, batch_size=job.compute.batch_size)
-    table = budget_table(job, summary, splits, reader, opened)
-    smallest = table.budgets[0]
-    signals = Signals(
-        before_NS=_read_signals(job, splits, reader, opened.processor.image_size),
-        before_names=reader.names,
-        answer_NS=answer_signals(answer for split in splits for answer in split.answers[smallest]),
-        answer_names=tuple(f"answer_{name}" for name in ANSWER_SIGNALS),
-    )
-    study = study_adaptive_budgets(table, signals, keep_within=job.need_within, seed=job.seed)
-    files = _write(study, summary, job, folder)
+    config = config_of(opened.checkpoint.path)
+    connectors = {budget: connector_at(job, config, budget) for budget in summary.budgets if budget != BLIND}
+    study = study_answers(job, summary.splits, opened, connectors)
+    files = write_study(study, folder, model=summary.evaluation.model, name=job.name)
     console.print(adaptive_table(study))
     console.print(calibration_table(study))
     _record(job, study, files)
@@ -81,21 +72,62 @@ def study_adaptive(job: EvaluateJob, console: Console, *, folder: Path, address:
     return AdaptiveRun(study, folder)
 
 
-def budget_table(job: EvaluateJob, summary: Summary, splits: Sequence[SplitScores], reader: SignalReader, opened: StudyModel) -> BudgetTable:
-    """The answers of an evaluation with what each of them cost."""
-    budgets = tuple(budget for budget in summary.budgets if budget != BLIND)
-    config = config_of(opened.checkpoint.path)
-    shape = from_transformers_config(config)
-    images = _num_images(summary)
-    encoding, passes = [], []
+def study_answers(job: EvaluateJob, splits: Sequence[SplitScores], opened: StudyModel, connectors: Mapping[int, ConnectorConfig | None]) -> AdaptiveStudy:
+    """Compares rule and predictors with fixed budgets on answers that are there.
+
+    Args:
+        job: the evaluation whose questions they are; its images are read again, because evaluations keep none.
+        splits: the questions with their answers at each of the budgets.
+        opened: the model that gave them.
+        connectors: what gives each budget, the smallest first.
+
+    Raises:
+        UserError: budgets cannot be chosen for each question: the answers lack values or confidences of their own, or are too few.
+    """
     for split in splits:
-        lengths = reader.text_tokens([sample.prompt for sample in split.samples])
-        for place, (sample, length) in enumerate(zip(split.samples, lengths, strict=True)):
-            frames = images[split.benchmark, sample.id]
-            costs = [cost(shape, connector_at(job, config, budget), budget, num_frames=frames, num_text_tokens=length) for budget in budgets]
-            decoding = [decoding_flops(shape, frames * budget + length, split.answers[budget][place].num_new_tokens) for budget in budgets]
-            encoding.append(costs[0].vision_encoder)
-            passes.append([each.total - each.vision_encoder + more for each, more in zip(costs, decoding, strict=True)])
+        _check_scorable(split)
+    device = str(next(opened.model.parameters()).device)
+    reader = SignalReader(opened.model, opened.processor, device=device, batch_size=job.compute.batch_size)
+    smallest = next(iter(connectors))
+    signals = Signals(
+        before_NS=_read_signals(job, splits, reader, opened.processor.image_size),
+        before_names=reader.names,
+        answer_NS=answer_signals(answer for split in splits for answer in split.answers[smallest]),
+        answer_names=tuple(f"answer_{name}" for name in ANSWER_SIGNALS),
+    )
+    table = _budget_table(splits, from_transformers_config(config_of(opened.checkpoint.path)), connectors, signals)
+    return study_adaptive_budgets(table, signals, keep_within=job.need_within, seed=job.seed)
+
+
+def write_study(study: AdaptiveStudy, folder: Path, *, model: str, name: str) -> list[Path]:
+    """Writes the numbers, the picture and the predictors; returns their files and folders.
+
+    Args:
+        study: the study.
+        folder: to write to.
+        model: that was asked.
+        name: of the evaluation or search that asked it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    content = {"model": model, "evaluation": name} | study.to_dict()
+    (folder / "adaptive.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    plot_adaptive(study, folder / "adaptive.png", title=f"{name}: choosing the budget per image and question")
+    for method, part in PREDICTOR_FOLDERS.items():
+        study.predictors[method].save(folder / part)
+    return [folder / "adaptive.json", folder / "adaptive.png", *(folder / part for part in PREDICTOR_FOLDERS.values())]
+
+
+def _budget_table(splits: Sequence[SplitScores], shape: BackboneShape, connectors: Mapping[int, ConnectorConfig | None], signals: Signals) -> BudgetTable:
+    """The answers with what each of them cost."""
+    budgets = tuple(connectors)
+    sizes_N2 = signals.before_NS[:, [signals.before_names.index(name) for name in ("num_text_tokens", "num_images")]].astype(int)
+    encoding, passes = [], []
+    answers = (dict(zip(budgets, given, strict=True)) for split in splits for given in zip(*(split.answers[budget] for budget in budgets), strict=True))
+    for (length, frames), given in zip(sizes_N2.tolist(), answers, strict=True):
+        costs = [cost(shape, connectors[budget], budget, num_frames=frames, num_text_tokens=length) for budget in budgets]
+        decoding = [decoding_flops(shape, frames * budget + length, given[budget].num_new_tokens) for budget in budgets]
+        encoding.append(costs[0].vision_encoder)
+        passes.append([each.total - each.vision_encoder + more for each, more in zip(costs, decoding, strict=True)])
     values_NB = np.array([[split.scores[budget].values[place] for budget in budgets] for split in splits for place in range(len(split.samples))])
     scales_N = np.array([split.scale for split in splits for _ in split.samples])
     return BudgetTable(
@@ -110,23 +142,18 @@ def budget_table(job: EvaluateJob, summary: Summary, splits: Sequence[SplitScore
     )
 
 
-def _scorable(split: SplitScores) -> SplitScores:
-    """The split, if each of its answers has a value and a confidence of its own."""
+def _check_scorable(split: SplitScores) -> None:
+    """Refuses a split whose answers have no value or confidence of their own."""
     if not split.additive:
         raise UserError(f"{split.name} is scored by {split.metric}, which is no mean over questions, so budgets cannot be chosen for each; leave it out.")
     if any(answer.mean_log_prob is None for answers in split.answers.values() for answer in answers):
         raise UserError(f"The answers on {split.name} have no confidence (a beam search keeps none); ask it greedily or by likelihood.")
     if any(score.unscored for score in split.scores.values()):
         raise UserError(f"Some answers on {split.name} cannot be scored by {split.metric}; mend the data, or leave the benchmark out.")
-    return split
-
-
-def _num_images(summary: Summary) -> dict[tuple[str, str], int]:
-    return {(each.config.name, record.sample.id): record.num_images for each in summary.evaluation.benchmarks for record in each.asked.records}
 
 
 def _read_signals(job: EvaluateJob, splits: Sequence[SplitScores], reader: SignalReader, image_size: int) -> Floats:
-    """The signals of the questions in the order of the splits; the images are read again, because evaluations keep none."""
+    """The signals of the questions in the order of the splits."""
     found: dict[tuple[str, str], Floats] = {}
     for benchmark in prepare(job, image_size):
         rows = list(benchmark.task.rows)
@@ -134,16 +161,6 @@ def _read_signals(job: EvaluateJob, splits: Sequence[SplitScores], reader: Signa
             samples = [sample for row in rows[start : start + _CHUNK] for sample in benchmark.task.reader.read(row).samples]
             found |= {(sample.benchmark, sample.id): signals_S for sample, signals_S in zip(samples, reader.read(samples), strict=True)}
     return np.stack([found[split.benchmark, sample.id] for split in splits for sample in split.samples])
-
-
-def _write(study: AdaptiveStudy, summary: Summary, job: EvaluateJob, folder: Path) -> list[Path]:
-    folder.mkdir(parents=True, exist_ok=True)
-    content = {"model": summary.evaluation.model, "evaluation": job.name} | study.to_dict()
-    (folder / "adaptive.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    plot_adaptive(study, folder / "adaptive.png", title=f"{job.name}: choosing the budget per image and question")
-    for method, name in PREDICTOR_FOLDERS.items():
-        study.predictors[method].save(folder / name)
-    return [folder / "adaptive.json", folder / "adaptive.png", *(folder / name for name in PREDICTOR_FOLDERS.values())]
 
 
 def _record(job: EvaluateJob, study: AdaptiveStudy, files: Sequence[Path]) -> None:

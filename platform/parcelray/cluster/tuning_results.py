@@ -10,6 +10,8 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
+from parcelray.cluster.adaptive_search import frontier_curves, study_split_search
+from parcelray.cluster.adaptive_study import write_study
 from parcelray.cluster.tuning_progress import VOLUME, best_of, bounds_of, describe, show_value, volumes
 from parcelray.cluster.warm_evaluation import BYTES, EvaluatedPoint, WarmEvaluator, prefill_costs
 from parcelray.config.evaluate import EvaluateJob
@@ -17,6 +19,7 @@ from parcelray.config.loader import set_key, validate
 from parcelray.config.objectives import SCORES
 from parcelray.config.tune import PbtAlgorithm, TuneJob
 from parcelray.errors import UserError
+from parcelray.evaluation.adaptive_budget import AdaptiveStudy
 from parcelray.evaluation.aggregate import mean_of, retentions
 from parcelray.evaluation.intervals import Interval
 from parcelray.evaluation.split_scores import Estimate
@@ -25,6 +28,7 @@ from parcelray.models.checkpoint import MANIFEST_NAME
 from parcelray.models.connectors.routing import default_routing
 from parcelray.models.rerouting import write_rerouted
 from parcelray.models.vlm import config_of
+from parcelray.reports.adaptive_tables import adaptive_table
 from parcelray.reports.search_plots import (
     FamilyRow,
     RivalPoint,
@@ -76,6 +80,10 @@ class SearchFindings:
     """Checkpoint of the searched model; None: the trials are trainings."""
     full: int = 0
     """Its largest budget."""
+    adaptive: AdaptiveStudy | None = None
+    """Of a split search that asks for it: budgets chosen per image and question."""
+    no_adaptive: str | None = None
+    """Why there is none although it was asked for."""
 
     @property
     def failed(self) -> Sequence[FinishedTrial]:
@@ -99,6 +107,7 @@ class SearchFindings:
             "splits": [each._asdict() | {"against_rule": each.against_rule._asdict() if each.against_rule is not None else None} for each in self.splits],
             "routing": [route.model_dump() for route in routing_of(self.splits, self.full)],
             "rivals": {name: [point._asdict() for point in points] for name, points in self.rivals.items()},
+            "adaptive": frontier_curves(self.adaptive) if self.adaptive is not None else {},
         }
 
 
@@ -114,6 +123,8 @@ def findings_of(job: TuneJob, trials: Sequence[FinishedTrial], evaluator: WarmEv
     values = losses([[trial.metrics.get(each.metric, float("nan")) for each in job.objectives] for trial in trials], [each.mode for each in job.objectives])
     bounds = bounds_of(job.objectives, evaluator.bounds() if evaluator is not None else {})
     points = {place: evaluator.evaluate(trial.assignment) for place, trial in enumerate(trials) if trial.error is None} if evaluator is not None else {}
+    splits = _splits(job, trials, points, evaluator) if evaluator is not None and job.splits is not None else ()
+    adaptive, no_adaptive = _adaptive(job, splits, trials, points, evaluator) if evaluator is not None and job.adaptive is not None else (None, None)
     return SearchFindings(
         trials=trials,
         front=pareto_front(values),
@@ -121,11 +132,13 @@ def findings_of(job: TuneJob, trials: Sequence[FinishedTrial], evaluator: WarmEv
         volume=volumes(job, trials, bounds) if bounds is not None else (),
         # The values of a population changed on the way, also past the ends of their domains.
         importance={} if isinstance(job.algorithm, PbtAlgorithm) else importance(job.space, trials, job.objectives[0], job.seed),
-        splits=_splits(job, trials, points, evaluator) if evaluator is not None and job.splits is not None else (),
+        splits=splits,
         rivals={name: _rival_points(job, rival, evaluator) for name, rival in rivals.items()} if evaluator is not None else {},
         families=_families(trials, points, evaluator) if evaluator is not None else (),
         source=evaluator.models[evaluator.job.model.reference].checkpoint.path if evaluator is not None else None,
         full=evaluator.reference[1] if evaluator is not None else 0,
+        adaptive=adaptive,
+        no_adaptive=no_adaptive,
     )
 
 
@@ -178,6 +191,7 @@ def write_findings(job: TuneJob, findings: SearchFindings, folder: Path) -> list
             files[-1],
             title=f"{job.name}: {first.metric} against {others[0].metric}",
             axes=(others[0].metric, first.metric),
+            curves=frontier_curves(findings.adaptive) if findings.adaptive is not None else {},
         )
     files.append(folder / "parallel.png")
     plot_parallel([_row(job, trial) for trial in findings.trials if trial.error is None], [*job.space.parameters, first.metric], files[-1], title=job.name)
@@ -195,6 +209,8 @@ def write_findings(job: TuneJob, findings: SearchFindings, folder: Path) -> list
         plot_families(rows, files[-1], title=f"{job.name}: retention by family, 95 % intervals")
     if findings.splits:
         files += _write_routing(job, findings, folder)
+    if findings.adaptive is not None:
+        files += write_study(findings.adaptive, folder / "adaptive", model=str(findings.source), name=job.name)
     return files
 
 
@@ -221,6 +237,10 @@ def show_findings(job: TuneJob, findings: SearchFindings, folder: Path, console:
         if (folder / "model").is_dir():
             console.print(f"Model with this routing: {folder / 'model'}", highlight=False)
         console.print(f"In a training or the quickstart: --set 'connector.routing={routing}'", highlight=False, soft_wrap=True)
+    if findings.adaptive is not None:
+        console.print(adaptive_table(findings.adaptive))
+    if findings.no_adaptive is not None:
+        console.print(f"No budgets per image and question: {findings.no_adaptive}", highlight=False, markup=False)
     best = best_of(job, findings.trials)
     if best is not None:
         console.print(f"Best {metrics[0]}: {best.metrics[metrics[0]]:.4g} at {describe(best.assignment)}", highlight=False)
@@ -247,6 +267,10 @@ def record_findings(uri: str, run_id: str, findings: SearchFindings, files: Sequ
     for name, points in findings.rivals.items():
         for point in points:
             tracker.log_metrics({f"rival/{name}": point.y}, point.num_visual_tokens)
+    if findings.adaptive is not None:
+        for label, curve in frontier_curves(findings.adaptive).items():
+            for tokens, value in curve:
+                tracker.log_metrics({f"adaptive/{label}": value}, round(tokens))
     for file in files:
         if file.is_file():
             tracker.log_figure_file(file) if file.suffix == ".png" else tracker.log_artifact(file)
@@ -264,6 +288,24 @@ def _splits(job: TuneJob, trials: Sequence[FinishedTrial], points: Mapping[int, 
             found.setdefault(budget, {})[grid] = evaluator.estimate(point, budget, _quality(job))
             gflops.setdefault(budget, {})[grid] = trials[place].metrics["gflops"]
     return choose_splits(found, gflops, _rule(constraint.patch_grid, sorted(found)))
+
+
+def _adaptive(
+    job: TuneJob, splits: Sequence[ChosenSplit], trials: Sequence[FinishedTrial], points: Mapping[int, EvaluatedPoint], evaluator: WarmEvaluator
+) -> tuple[AdaptiveStudy | None, str | None]:
+    """The study, or why there is none: a search is worth its results also where too few questions are left to choose by."""
+    assert job.splits is not None
+    assert job.adaptive is not None
+    chosen = {each.num_visual_tokens: each.anchor_grid for each in splits if each.num_visual_tokens in job.adaptive.budgets}
+    found = {
+        budget: point for place, point in points.items() for budget in point.budgets if chosen.get(budget) == trials[place].assignment[job.splits.anchor_grid]
+    }
+    if len(found) < 2:
+        return None, f"{len(found)} of the budgets {', '.join(map(str, job.adaptive.budgets))} have a finished trial; at least two are needed."
+    try:
+        return study_split_search(found, evaluator, job.objectives[0].metric), None
+    except UserError as error:
+        return None, str(error)
 
 
 def _families(trials: Sequence[FinishedTrial], points: Mapping[int, EvaluatedPoint], evaluator: WarmEvaluator) -> list[FamilyChoice]:

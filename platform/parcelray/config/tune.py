@@ -6,7 +6,7 @@ from pydantic import Field, field_validator, model_validator
 
 from parcelray.config.base import StrictModel
 from parcelray.config.evaluate import EvaluateJob
-from parcelray.config.objectives import Objective, check_objectives, check_space, is_measured_during
+from parcelray.config.objectives import SCORES, Objective, check_objectives, check_space, is_measured_during
 from parcelray.config.search_space import AnchorsFit, SearchSpace
 from parcelray.config.train import TrackingConfig, TrainJob
 
@@ -97,6 +97,13 @@ class ConfirmConfig(StrictModel):
     """How many of the worst; without any, a correlation over a few good ones says little."""
 
 
+class AdaptiveConfig(StrictModel):
+    """Budgets chosen per image and question, on the answers of a split search and drawn on its frontier."""
+
+    budgets: tuple[int, ...] = Field(min_length=2)
+    """That are chosen between: budgets of the space, each at the split that the search chose for it."""
+
+
 class TuneJob(StrictModel):
     """One whole search."""
 
@@ -121,6 +128,8 @@ class TuneJob(StrictModel):
     `reference`. In a file: {job: PATH, set: {...}}."""
     rivals: dict[str, str] = Field(default_factory=dict)
     """By name, checkpoints that are evaluated at the searched budgets and drawn beside the frontier, such as M3 and MQT; those not there are left out."""
+    adaptive: AdaptiveConfig | None = None
+    """Of a split search by retention (or score) and tokens: what choosing the budget per image and question adds, without one more answer."""
     confirm: ConfirmConfig | None = None
     """Real trainings of a few splits, after the search."""
     max_concurrent: int | None = Field(default=None, ge=1)
@@ -161,7 +170,23 @@ class TuneJob(StrictModel):
             raise ValueError(f"the space {self.space.name} has a real parameter, so it has no grid; use random or optuna")
         if self.confirm is not None and self.splits is None:
             raise ValueError(f"confirm needs a space of splits, but {self.space.name} is not one of two parameters under anchors_fit; leave it out")
+        if self.adaptive is not None:
+            self._check_adaptive(self.adaptive)
         return self
+
+    def _check_adaptive(self, adaptive: AdaptiveConfig) -> None:
+        if self.splits is None:
+            raise ValueError(f"adaptive needs a space of splits, but {self.space.name} is not one of two parameters under anchors_fit; leave it out")
+        steps = self.space.parameters[self.splits.budget].steps or ()
+        known = [min(step) if isinstance(step, list | tuple) else step for step in steps]
+        unknown = [budget for budget in adaptive.budgets if budget not in known]
+        if unknown:
+            raise ValueError(f"adaptive.budgets has {unknown[0]}, which the space {self.space.name} does not search; legal: {', '.join(map(str, known))}")
+        found = [objective.metric for objective in self.objectives]
+        if found[0] not in SCORES or found[1:2] != ["tokens"]:
+            raise ValueError(
+                f"adaptive is drawn as retention or score against tokens, but the objectives are {', '.join(found)}; put these first, or leave it out"
+            )
 
     @property
     def splits(self) -> AnchorsFit | None:

@@ -5,7 +5,7 @@ others. Every pass that a policy makes is paid. The baseline is the best random 
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -98,6 +98,11 @@ class AdaptiveStudy:
         """In the order of the study, fixed budgets first."""
         return tuple(dict.fromkeys(point.method for point in self.points))
 
+    @property
+    def escalation(self) -> str:
+        """The method that goes up over all budgets."""
+        return _ladder_name(self.budgets)
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-serialisable."""
         return {
@@ -156,7 +161,7 @@ def study_adaptive_budgets(table: BudgetTable, signals: Signals, *, keep_within:
     maps = [_maps(table, folds_N != fold) for fold in range(FOLDS)]
     chances_NB = calibrated(table, maps, folds_N)
     for rungs in _ladders(len(table.budgets)):
-        name = "escalate " + " > ".join(str(table.budgets[rung]) for rung in rungs)
+        name = _ladder_name(table.budgets[rung] for rung in rungs)
         for threshold in THRESHOLDS:
             sweep.add(name, threshold, escalate(table, Ladder(rungs, threshold), chances_NB))
     predictors = {}
@@ -194,6 +199,10 @@ class _Sweep:
         """The highest price whose score keeps within a percentage of the largest budget's; 0 where none does."""
         least = (1 - keep_within / 100) * self._scores[-1].value
         return max((point.setting for point in self.points if point.method == method and point.spent.score.value >= least), default=0.0)
+
+
+def _ladder_name(budgets: Iterable[int]) -> str:
+    return "escalate " + " > ".join(map(str, budgets))
 
 
 def _ladders(count: int) -> list[tuple[int, ...]]:

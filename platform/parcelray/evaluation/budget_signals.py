@@ -76,10 +76,6 @@ class SignalReader:
         question_L = self._model.get_input_embeddings()(torch.tensor(list(ids), device=self._device)).double().mean(0).cpu().numpy()
         return np.concatenate([image_P, question_L, [len(ids), len(pooled)]])
 
-    def text_tokens(self, prompts: Sequence[str]) -> list[int]:
-        """Tokens of each prompt, without visual ones."""
-        return [len(ids) for ids in self._processor.encode_prompts(prompts)]
-
 
 def pool(patch_features_IND: Tensor) -> Floats:
     """Mean and standard deviation of each channel over the patches: [I, 2 D]."""

@@ -55,8 +55,9 @@ def plot_search(
     *,
     title: str,
     axes: tuple[str, str],
+    curves: Mapping[str, Sequence[tuple[float, float]]] = {},
 ) -> None:
-    """Draws all trials, the front through them, the paper's rule and the rivals.
+    """Draws all trials, the front through them, the paper's rule, the rivals, and what choosing the budget per image and question reaches.
 
     Args:
         points: the trials.
@@ -65,6 +66,7 @@ def plot_search(
         path: PNG to write.
         title: above the axes.
         axes: labels of x and y.
+        curves: by name, points of policies that choose the budget, by ascending x.
     """
     figure, plane = _figure((9, 5.4))
     plane.scatter([each.x for each in points], [each.y for each in points], color="#999999", s=16, label="trials", zorder=2)
@@ -79,6 +81,9 @@ def plot_search(
         errors = [[each.y - each.low for each in ordered], [each.high - each.y for each in ordered]]
         color, marker = COLORS[index % len(COLORS)], MARKERS[index % len(MARKERS)]
         plane.errorbar([each.x for each in ordered], [each.y for each in ordered], yerr=errors, color=color, marker=marker, markersize=4, capsize=2, label=name)
+    for index, (name, curve) in enumerate(curves.items()):
+        color, line_style = COLORS[(len(rivals) + 1 + index) % len(COLORS)], (":", "-", "--")[index % 3]
+        plane.plot(*zip(*curve, strict=True), color=color, linestyle=line_style, linewidth=1.6, label=name, zorder=3)
     if axes[0] == "tokens":
         _budget_axis(plane, sorted({each.x for each in points}))
     plane.set_xlabel({"tokens": "visual tokens per image"}.get(axes[0], axes[0]))
