@@ -70,4 +70,3 @@ def test_each_budget_is_taken_at_its_chosen_split_and_scored_as_the_search_score
     evaluator.reference = ([replace(split, scores={16: nothing})], 16)
     with pytest.raises(UserError, match=r"The reference scores 0 on every split, so nothing can be kept of it"):
         study_split_search(points, evaluator, "retention")
-

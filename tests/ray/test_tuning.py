@@ -75,11 +75,13 @@ def _split_job(storage: Path, supernet: Path, **changes: Any) -> TuneJob:
             "name": "base",
             "model": {"reference": str(supernet)},
             "benchmarks": [{"name": "mini", "source": {"samples": 12, "families": ["general", "video"]}, "max_new_tokens": 8}],
-            "compute": {"actors": 2, "rows_per_bundle": 8},
+            # The reference is asked in this process, and one actor takes the trials: more would take longer to start than all points.
+            "compute": {"actors": 0, "rows_per_bundle": 8},
             "storage": str(storage),
         },
         "algorithm": {"type": "grid"},
-        "objectives": [{"metric": "score", "mode": "max"}, {"metric": "gflops", "mode": "min"}],
+        "objectives": [{"metric": "score", "mode": "max"}, {"metric": "tokens", "mode": "min"}],
+        "adaptive": {"budgets": [16, 64]},
         "tracking": {"uri": f"sqlite:///{storage}/mlflow.db"},
         "storage": str(storage),
     }
@@ -123,6 +125,20 @@ def test_a_split_search_leaves_numbers_pictures_and_a_model(searched: tuple[Tune
     assert connector.routing is not None
     assert [route.anchor_grid for route in connector.routing][-1] == findings.splits[-1].anchor_grid
     assert "9 of 9 trials done" in text
+    # Drawn on the search's own frontier: where the predictor pays for everything it is the dearer of its budgets, never more.
+    assert findings.adaptive is not None
+    curves = json.loads((run.folder / "results.json").read_text())["adaptive"]
+    assert list(curves) == ["mixture of the chosen splits", "budget by predictor", "escalate 16 > 64"]
+    chosen = {each.num_visual_tokens: each.anchor_grid for each in findings.splits}
+    ends = {
+        trial.metrics["tokens"]: trial.metrics["score"]
+        for trial in findings.trials
+        if chosen.get(trial.assignment["budgets"][0]) == trial.assignment["anchor_grid"]
+    }
+    assert curves["mixture of the chosen splits"][0] == pytest.approx([16, ends[16]])
+    assert all(16 <= tokens <= 64 for tokens, _ in curves["budget by predictor"])
+    assert (run.folder / "adaptive" / "adaptive.png").is_file()
+    assert "gain at equal tokens" in text
     assert "--set 'connector.routing=[{min_budget: 8," in text
 
 
@@ -148,7 +164,7 @@ def test_mlflow_has_a_run_per_trial_and_none_is_left_running(searched: tuple[Tun
     assert child.data.tags["parcel.outcome"] == "finished"
 
 
-def test_what_a_killed_driver_did_not_tell_mlflow_is_told_also_when_nothing_is_left_to_run(searched: tuple[TuneJob, SearchRun, str]) -> None:
+def test_a_finished_search_is_only_read_again_and_mlflow_told_what_a_killed_driver_did_not(searched: tuple[TuneJob, SearchRun, str], supernet: Path) -> None:
     job, run, _ = searched
     assert run.mlflow_run_id is not None
     client = MlflowClient(job.tracking.uri)
@@ -156,19 +172,14 @@ def test_what_a_killed_driver_did_not_tell_mlflow_is_told_also_when_nothing_is_l
     untold = f"trial-splits-{run.findings.trials[-1].key}"
     (told,) = client.search_runs([experiment], f"attributes.run_name = '{untold}'")
     client.delete_run(told.info.run_id)
-    _run(job, resume=True)
-    (again,) = client.search_runs([experiment], f"attributes.run_name = '{untold}'")
-    assert again.info.status == "FINISHED"
-    assert again.data.metrics["score"] == run.findings.trials[-1].metrics["score"]
-
-
-def test_a_finished_search_is_only_read_again(searched: tuple[TuneJob, SearchRun, str], supernet: Path) -> None:
-    job, run, _ = searched
     with pytest.raises(UserError, match=r"has 9 finished trials of this search; add --resume"):
         _run(job)
     again, text = _run(job, resume=True)
     assert again.findings.to_dict() == run.findings.to_dict()
     assert "at the same time" not in text
+    (retold,) = client.search_runs([experiment], f"attributes.run_name = '{untold}'")
+    assert retold.info.status == "FINISHED"
+    assert retold.data.metrics["score"] == run.findings.trials[-1].metrics["score"]
     changed = _split_job(Path(job.storage), supernet, seed=1, algorithm={"type": "random", "trials": 3})
     with pytest.raises(UserError, match=r"algorithm.trials: None -> 3; algorithm.type: 'grid' -> 'random'; seed: 0 -> 1"):
         _run(changed, resume=True)
@@ -225,11 +236,13 @@ def test_trained_splits_confirm_the_search(searched: tuple[TuneJob, SearchRun, s
     assert written["num_visual_tokens"] == 16
 
 
-def test_a_plan_says_what_a_search_would_do(searched: tuple[TuneJob, SearchRun, str]) -> None:
-    plan = tuning_plan(searched[0])
+def test_a_plan_says_what_a_search_would_do(searched: tuple[TuneJob, SearchRun, str], supernet: Path) -> None:
+    job = searched[0]
+    plan = tuning_plan(job)
     assert (plan.trials, plan.points) == (9, 9)
     assert plan.seconds > 0
-    assert plan.concurrent == 2
+    assert plan.concurrent == 1
+    assert tuning_plan(_split_job(Path(job.storage), supernet, base=job.base.model_dump() | {"compute": {"actors": 2}})).concurrent == 2
     assert json.dumps(plan.to_dict())
 
 
