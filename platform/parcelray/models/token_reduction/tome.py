@@ -130,7 +130,8 @@ def merge(tokens_BND: Tensor, keys_BNC: Tensor, sizes_BN: Tensor, count: int) ->
     alive_BN = torch.ones(batch, num_tokens, dtype=torch.int64, device=tokens_BND.device).scatter_(1, 2 * merging_BC, 0)
     number_BN = alive_BN.cumsum(dim=1) - 1
     owner_BN = number_BN.gather(1, new_BN)
-    weighted = tokens_BND.float() * sizes_BN[:, :, None]
+    # Sizes are float32: half precision is added up in that, double precision stays what it is.
+    weighted = tokens_BND * sizes_BN[:, :, None]
     sums = cluster_sums(weighted, owner_BN, num_tokens - count)
     sizes = cluster_sums(sizes_BN[:, :, None], owner_BN, num_tokens - count)
     return (sums / sizes).to(tokens_BND.dtype), sizes.squeeze(2), owner_BN
