@@ -263,6 +263,79 @@ def test_pyramid_drop_is_the_stock_decoder_with_ever_more_tokens_masked(case: Ca
     assert torch.allclose(found[0], stock[0, -length:], atol=2e-3)
 
 
+def test_sparsevlm_is_what_its_definition_says_layer_by_layer(case: Case) -> None:
+    """One prompt through the stock layers, its visual tokens rated, dropped, recycled and counted anew one at a time."""
+    model, processor, visual = case
+    text, at = model.model.language_model, processor.visual_offset
+    for row, budget in ((0, 140), (1, 70), (2, 200)):
+        prompts = encode_prompts(processor, PROMPTS[row : row + 1], None, "cpu")
+        stages = SparseVLM().stages(6, 256, budget)
+        assert [stage.layer for stage in stages] == ([3] if budget == 200 else [1, 3])
+        found = ReducedDecoder(model).logits(prompts, VisualTokens(*(each[row : row + 1] for each in visual)), reducer=SparseVLM(), budget=budget)
+        before = model.config.text_config._attn_implementation
+        model.set_attn_implementation("eager")
+        try:
+            with torch.no_grad():
+                embed = model.get_input_embeddings()
+                hidden = torch.cat([embed(prompts.before_O), visual.tokens_BVL[row], embed(prompts.after_BT[0])])[None]
+                words, num_visual = hidden[0, at + 256 :], 256
+                rating = _raters(visual.tokens_BVL[row], words)
+                assert 0 < len(rating) < len(words)
+                for index, layer in enumerate(text.layers):
+                    for stage in stages:
+                        if stage.layer == index:
+                            inputs = _inputs(model, hidden)
+                            inputs.pop("position_ids")
+                            weights = layer.self_attn(hidden_states=layer.input_layernorm(hidden), **inputs)[1][0].mean(dim=0)
+                            scores = [sum(float(weights[at + num_visual + word, at + place]) for word in rating) for place in range(num_visual)]
+                            fewer = _pruned(hidden[0, at : at + num_visual], scores, stage.num_tokens)
+                            hidden = torch.cat([hidden[0, :at], fewer, hidden[0, at + num_visual :]])[None]
+                            num_visual = len(fewer)
+                            assert num_visual == stage.num_tokens
+                    hidden = layer(hidden, **_inputs(model, hidden))
+                logits = model.lm_head(text.norm(hidden[0, at + num_visual :]))
+        finally:
+            model.set_attn_implementation(before)
+        softcap = getattr(model.config.text_config, "final_logit_softcapping", None)
+        assert torch.allclose(found[0], logits if softcap is None else softcap * (logits / softcap).tanh(), atol=2e-3)
+
+
+def _inputs(model: ElasticVLM, hidden: Tensor) -> dict[str, Any]:
+    """Positions one after the other, and a mask that is causal but where the model reads in both directions."""
+    length = hidden.shape[1]
+    positions = torch.arange(length)[None]
+    mask = torch.zeros(length, length) if model.reads_both_ways else torch.full((length, length), torch.finfo(torch.float32).min).triu(1)
+    return {"attention_mask": mask[None, None], "position_ids": positions, "position_embeddings": model.model.language_model.rotary_emb(hidden, positions)}
+
+
+def _raters(visual: Tensor, words: Tensor) -> list[int]:
+    """Words whose share of a softmax over the words, as a mean over the visual tokens, is above the mean."""
+    shares = [0.0] * len(words)
+    for token in visual.double():
+        weights = [math.exp(float(token @ word)) for word in words.double()]
+        shares = [share + weight / sum(weights) / len(visual) for share, weight in zip(shares, weights, strict=True)]
+    return [word for word, share in enumerate(shares) if share > 1 / len(words)]
+
+
+def _pruned(hidden: Tensor, scores: list[float], count: int) -> Tensor:
+    """As many of the best in order as leave room for the clusters of the best 30 % of the others, then the means of those clusters."""
+    order = sorted(range(len(hidden)), key=lambda place: -scores[place])
+    for num_kept in range(count, 0, -1):
+        num_recycled = int(0.3 * (len(hidden) - num_kept))
+        num_clusters = min(num_recycled, num_recycled // 10 + 1)
+        if num_kept + num_clusters <= count:
+            break
+    again = order[num_kept : num_kept + num_recycled]
+    distance = {(i, j): float((hidden[i].double() - hidden[j].double()).norm()) / hidden.shape[1] ** 0.5 for i in again for j in again}
+    density = {i: math.exp(-sum(sorted(distance[i, j] ** 2 for j in again)[:5]) / min(5, len(again))) for i in again}
+    gap = {i: min((distance[i, j] for j in again if density[j] > density[i]), default=max(distance.values(), default=0)) for i in again}
+    centres = sorted(again, key=lambda i: -density[i] * gap[i])[:num_clusters]
+    members: dict[int, list[int]] = {centre: [] for centre in centres}
+    for i in again:
+        members[min(centres, key=lambda centre: distance[i, centre])].append(i)
+    return torch.stack([hidden[i] for i in sorted(order[:num_kept])] + [hidden[each].mean(dim=0) for each in members.values()])
+
+
 def test_attention_is_the_eager_decoders_own(case: Case) -> None:
     model, processor, visual = case
     prompts = encode_prompts(processor, PROMPTS[:1], None, "cpu")

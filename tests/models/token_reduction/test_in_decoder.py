@@ -30,7 +30,7 @@ def test_the_budget_is_the_mean_over_the_layers(reducer: InDecoderReducer, budge
     assert list(stages) == sorted(stages)
 
 
-@pytest.mark.parametrize(("reducer", "smallest"), [(FastV(), 37), (PyramidDrop(), 145), (SparseVLM(), 37)])
+@pytest.mark.parametrize(("reducer", "smallest"), [(FastV(), 37), (PyramidDrop(), 145), (SparseVLM(), 40)])
 def test_what_the_first_layers_cost_is_the_smallest_budget(reducer: InDecoderReducer, smallest: int) -> None:
     assert mean_tokens(reducer.stages(32, 576, smallest), 32, 576) <= smallest
     with pytest.raises(UnsupportedBudgetError, match=rf"cannot give {smallest - 2} visual tokens"):
@@ -48,12 +48,18 @@ def test_pyramid_drop_at_half_a_stage_is_the_papers_schedule() -> None:
     assert PyramidDrop().stages(32, 576, round(mean)) == (Stage(8, 288, 8), Stage(16, 144, 16), Stage(24, 72, 24))
 
 
-def test_sparsevlm_stands_where_the_paper_has_its_stages() -> None:
-    stages = SparseVLM().stages(32, 576, 192)
+# What each budget keeps, as published, and what recycling 30 % of the dropped, ten a cluster and one more, puts on top: (576 - 300) * 0.3 = 82, 9.
+PUBLISHED = [(192, (300 + 9, 200 + 4, 110 + 3), 192.03), (128, (303 + 9, 110 + 7, 36 + 3), 128.63), (64, (66 + 16, 30 + 2, 17 + 1), 64.81)]
+
+
+@pytest.mark.parametrize(("budget", "totals", "mean"), PUBLISHED)
+def test_sparsevlm_stands_where_the_paper_has_its_stages(budget: int, totals: tuple[int, ...], mean: float) -> None:
+    # With the recycled ones on top, the published numbers are what the budget's name says, a little more.
+    published = tuple(Stage(layer, total, layer) for layer, total in zip((2, 6, 15), totals, strict=True))
+    assert mean_tokens(published, 32, 576) == pytest.approx(mean, abs=0.01)
+    stages = SparseVLM().stages(32, 576, budget)
     assert [stage.layer for stage in stages] == [2, 6, 15]
-    ratios = [stage.num_tokens / published for stage, published in zip(stages, (300, 200, 110), strict=True)]
-    assert max(ratios) - min(ratios) < 0.01
-    assert 0.9 < ratios[0] < 1.1
+    assert all(0 <= total - stage.num_tokens <= 1 for stage, total in zip(stages, totals, strict=True))
 
 
 def test_a_shallow_decoder_has_the_stages_that_it_can() -> None:
@@ -165,10 +171,20 @@ def test_raters_are_the_words_that_see_more_of_the_image_than_the_mean(attention
         assert [bool(each) for each in found[prompt]] == [word in words and shares[word] >= mean for word in range(5)]
 
 
+@pytest.mark.parametrize("num_words", [2, 3, 7, 11, 37])
+def test_of_equal_words_some_rate(num_words: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    embeddings = torch.randn(1, 1, 64, generator=generator).expand(1, num_words, -1).contiguous()
+    for num_visual in range(250, 262):
+        visual = torch.randn(1, num_visual, 64, generator=generator)
+        view = PromptView(embeddings, torch.ones(1, num_words, dtype=torch.bool), visual, lambda layer: visual, num_layers=4, grid_side=2)
+        assert raters(view).any()
+
+
 def test_recycling_keeps_the_count_and_merges_the_best_of_the_dropped(tokens: Tensor) -> None:
     scores = torch.rand(2, 40, generator=torch.Generator().manual_seed(5))
     found = recycled(tokens, scores, 6)
-    # 34 dropped, 10 of them recycled, in 10 // 10 + 1 = 2 clusters.
+    # 4 kept and 36 dropped, 10 of them recycled, in 10 // 10 + 1 = 2 clusters.
     assert found.tokens_BKD.shape == (2, 6, 6)
     for prompt in range(2):
         kept = _best(scores[prompt], 4)

@@ -1,6 +1,8 @@
 """SparseVLM (ICML 2025, arXiv 2410.04417): three stages, ranked by the words that matter for the image, with recycling of what is pruned."""
 
+import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,7 +15,7 @@ from parcelray.models.token_reduction.saliency import prompt_of
 
 _LAYERS, _OF_LAYERS, _OF_TOKENS = (2, 6, 15), 32, 576
 _SCHEDULES: dict[int, tuple[int, int, int]] = {192: (300, 200, 110), 128: (303, 110, 36), 64: (66, 30, 17)}
-"""Tokens left after each stage, by budget, as published for 32 layers and 576 tokens."""
+"""Tokens kept at each stage, by budget, as published for 32 layers and 576 tokens; what is recycled comes on top, which makes the layers' mean the budget."""
 _RECYCLED_SHARE, _TOKENS_A_CLUSTER, _NEIGHBOURS = 0.3, 10, 5
 
 
@@ -23,8 +25,7 @@ class SparseVLM(InDecoderReducer):
 
     Raters are the words that see the image: with the softmax over words of the inner product of visual and text embeddings, those whose mean
     over the visual tokens is above the mean of all words. Of the tokens that a stage drops, the best 30 % are recycled: density peaks
-    (Rodriguez and Laio, Science 2014; k nearest neighbours) cluster them, ten a cluster, and the clusters' means follow the kept tokens. They
-    are part of the stage's number.
+    (Rodriguez and Laio, Science 2014; k nearest neighbours) cluster them, ten a cluster, and the clusters' means follow the kept tokens.
     """
 
     name = "sparsevlm"
@@ -39,16 +40,22 @@ class SparseVLM(InDecoderReducer):
             wanted[min(num_layers - 1, max(1, round(layer * num_layers / _OF_LAYERS)))] = left / _OF_TOKENS
 
         def at(scale: float) -> tuple[Stage, ...]:
-            return tuple(Stage(layer, max(1, min(num_tokens, int(num_tokens * left * scale))), layer) for layer, left in wanted.items())
+            found, before = [], num_tokens
+            for layer, left in wanted.items():
+                kept = max(1, int(num_tokens * left * scale))
+                if kept < before:
+                    before = kept + _recycling(before - kept).num_clusters
+                    found.append(Stage(layer, before, layer))
+            return tuple(found)
 
-        if mean_tokens(at(0.0), num_layers, num_tokens) > budget:
-            first = min(wanted)
-            raise self.refused(budget, -(-(first * num_tokens + num_layers - first) // num_layers), num_tokens)
+        smallest = mean_tokens(at(0.0), num_layers, num_tokens)
+        if smallest > budget:
+            raise self.refused(budget, math.ceil(smallest), num_tokens)
         low, high = 0.0, 1 / min(wanted.values())
         for _ in range(60):
             middle = (low + high) / 2
             low, high = (middle, high) if mean_tokens(at(middle), num_layers, num_tokens) <= budget else (low, middle)
-        return tuple(stage for stage in at(low) if stage.num_tokens < num_tokens)
+        return at(low)
 
     def reduce(self, tokens_BND: Tensor, num_visual_tokens: int, context: ReductionContext) -> Reduction:
         """See `TokenReducer`."""
@@ -64,15 +71,16 @@ def raters(prompt: PromptView) -> Tensor:
     products_BVT = prompt.visual_BVL.float() @ prompt.embeddings_BTL.float().transpose(1, 2)
     shares_BT = products_BVT.masked_fill(~prompt.valid_BT[:, None], -torch.inf).softmax(dim=2).mean(dim=1)
     mean_B1 = shares_BT.sum(dim=1, keepdim=True) / prompt.valid_BT.sum(dim=1, keepdim=True)
-    # All words equal: all of them rate.
-    return (shares_BT >= mean_B1) & prompt.valid_BT
+    # Where all words are equal, rounding can lift their mean above each of them.
+    return (shares_BT >= torch.minimum(mean_B1, shares_BT.amax(dim=1, keepdim=True))) & prompt.valid_BT
 
 
 def recycled(tokens_BND: Tensor, scores_BN: Tensor, count: int) -> Reduction:
     """The best tokens in order, then means of clusters of the best that are dropped; `count` in all."""
     batch, num_tokens, _ = tokens_BND.shape
-    num_recycled = int(_RECYCLED_SHARE * (num_tokens - count))
-    num_clusters = min(num_recycled, num_recycled // _TOKENS_A_CLUSTER + 1, count - 1)
+    # Each cluster takes the place of a kept token, so that one more is dropped: the fewest that so many dropped tokens make.
+    num_clusters = next((number for number in range(count) if _recycling(num_tokens - count + number).num_clusters <= number), count - 1)
+    num_recycled = _recycling(num_tokens - count + num_clusters).num_tokens
     kept_BK = best(scores_BN, count - num_clusters)
     rest_BR = others(kept_BK, num_tokens)
     order_BR = scores_BN.gather(1, rest_BR).argsort(dim=1, descending=True, stable=True)
@@ -89,6 +97,17 @@ def recycled(tokens_BND: Tensor, scores_BN: Tensor, count: int) -> Reduction:
         sizes.append(sizes_BC)
         assignment_BN.scatter_(1, recycled_BM, cluster_BM + kept_BK.shape[1])
     return Reduction(torch.cat(tokens, dim=1), torch.cat(places, dim=1), torch.cat(sizes, dim=1), assignment_BN)
+
+
+class _Recycling(NamedTuple):
+    num_tokens: int
+    num_clusters: int
+
+
+def _recycling(num_dropped: int) -> _Recycling:
+    """How many of the dropped tokens are recycled, and into how many."""
+    num_tokens = int(_RECYCLED_SHARE * num_dropped)
+    return _Recycling(num_tokens, min(num_tokens, num_tokens // _TOKENS_A_CLUSTER + 1))
 
 
 def density_peaks(tokens_BMD: Tensor, num_clusters: int) -> tuple[Tensor, Tensor]:
