@@ -177,7 +177,7 @@ def test_of_equal_words_some_rate(num_words: int) -> None:
     embeddings = torch.randn(1, 1, 64, generator=generator).expand(1, num_words, -1).contiguous()
     for num_visual in range(250, 262):
         visual = torch.randn(1, num_visual, 64, generator=generator)
-        view = PromptView(embeddings, torch.ones(1, num_words, dtype=torch.bool), visual, lambda layer: visual, num_layers=4, grid_side=2)
+        view = PromptView(embeddings, torch.ones(1, num_words, dtype=torch.bool), visual, lambda layer: embeddings, num_layers=4, grid_side=2)
         assert raters(view).any()
 
 
