@@ -73,6 +73,14 @@ def test_without_reduction_it_answers_as_transformers_does(case: Case) -> None:
     assert torch.equal(_generate(case, ReducedDecoder(model)), expected[:, inputs["input_ids"].shape[1] :])
 
 
+@pytest.mark.parametrize("positions", ["contiguous", "original_calibrated"])
+def test_an_answer_may_be_one_token(case: Case, positions: Any) -> None:
+    model, processor, visual = case
+    prompts, decoder = encode_prompts(processor, PROMPTS, None, "cpu"), ReducedDecoder(model, positions)
+    one = decoder.generate(prompts, visual, max_new_tokens=1, eos_token_id=-1)
+    assert torch.equal(one, _generate(case, decoder)[:, :1])
+
+
 def test_a_window_leaves_the_prompt_whole_and_cuts_the_answer() -> None:
     processor = build_processor(CONFIG, CORPUS)
     config = build_config(CONFIG, processor)
@@ -97,7 +105,10 @@ def test_its_logits_are_transformers_own(case: Case, positions: Any) -> None:
         assert torch.allclose(found[row, prompts.valid_BT[row]], kept, atol=2e-4)
 
 
-REDUCERS: list[Any] = [FastV(layer=2), PyramidDrop(), PyramidDrop(positions="original"), SparseVLM(), SparseVLM(positions="original_size_bias")]
+REDUCERS: list[Any] = [
+    FastV(layer=2), PyramidDrop(), PyramidDrop(positions="original"), SparseVLM(), SparseVLM(positions="original_size_bias"),
+    SparseVLM(positions="original_calibrated"),
+]  # fmt: skip
 
 
 BEFORE_THE_LAYERS = [Saliency(definition="last_text", layer=3), Saliency(definition="mean_text", layer=0, merge_rest=True), MMTok()]

@@ -91,8 +91,7 @@ class _Sequence:
         return slice(self.offset + self.num_visual, self.hidden_BSL.shape[1])
 
 
-@dataclass
-class _Group:
+class _Group(NamedTuple):
     """Layers that read the same positions: what decoding has to know of them."""
 
     layers: range
@@ -100,6 +99,19 @@ class _Group:
     positions_BS: Tensor
     sizes_BS: Tensor
     visual: slice
+
+
+class _Steps(NamedTuple):
+    """What some layers need for each of M tokens to come."""
+
+    layers: range
+    positions_BM: Tensor
+    rotary: tuple[Tensor, Tensor]
+    """Cosines and sines, [B, M, head width]."""
+    masks: tuple[Tensor, Tensor]
+    """Added to the attention logits [B, 1, M, S + M], of layers that see everything and of those with a window; a token sees up to its own column."""
+    num_before: int
+    """S, before the first of them."""
 
 
 class ReducedDecoder:
@@ -156,6 +168,7 @@ class ReducedDecoder:
             Token ids [B, at most max_new_tokens].
         """
         hidden_BTL, cache, groups = self._prefill(prompts, visual, reducer, budget)
+        plan = [self._planned(group, max_new_tokens, hidden_BTL) for group in groups]
         new: list[Tensor] = []
         ended_B = torch.zeros(len(hidden_BTL), dtype=torch.bool, device=hidden_BTL.device)
         logits_BV = self._logits(hidden_BTL[:, -1:]).squeeze(1)
@@ -166,7 +179,7 @@ class ReducedDecoder:
             ended_B = ended_B | (next_B == eos_token_id)
             if len(new) == max_new_tokens or bool(ended_B.all()):
                 return torch.stack(new, dim=1)
-            logits_BV = self._logits(self._step(next_B, cache, groups)).squeeze(1)
+            logits_BV = self._logits(self._step(next_B, len(new) - 1, cache, plan)).squeeze(1)
 
     @torch.inference_mode()
     def logits(self, prompts: Prompts, visual: VisualTokens, *, reducer: TokenReducer | None = None, budget: int = 0) -> Tensor:
@@ -285,20 +298,26 @@ class ReducedDecoder:
                 hidden = self._run(index, hidden, rotary, sequence.positions_BS, mask[self._is_sliding(index)], None)
         return [found[layer] for layer in layers]
 
-    def _step(self, token_B: Tensor, cache: DynamicCache, groups: list[_Group]) -> Tensor:
-        """The hidden state [B, 1, L] of one more token."""
+    def _planned(self, group: _Group, num_steps: int, hidden: Tensor) -> _Steps:
+        """What the next tokens' positions and masks are, known before the tokens themselves."""
+        new_BM = group.positions_BS[:, -1:] + torch.arange(1, num_steps + 1, device=hidden.device)
+        positions_BS = torch.cat([group.positions_BS, new_BM], dim=1)
+        allowed_B1S = torch.nn.functional.pad(group.valid_BS, (0, num_steps), value=True)[:, None]
+        places = (positions_BS, new_BM, torch.nn.functional.pad(group.sizes_BS, (0, num_steps), value=1), group.visual, hidden.dtype)
+        full = self._additive(allowed_B1S, *places)
+        near = full if self._window is None else self._additive(allowed_B1S & self._near(positions_BS, new_BM), *places)
+        masks = (full.expand(-1, -1, num_steps, -1), near.expand(-1, -1, num_steps, -1))
+        return _Steps(group.layers, new_BM, self._text.rotary_emb(hidden, new_BM), masks, group.positions_BS.shape[1])
+
+    def _step(self, token_B: Tensor, number: int, cache: DynamicCache, plan: list[_Steps]) -> Tensor:
+        """The hidden state [B, 1, L] of one more token; `number` were there before it since the prompt."""
         hidden = self._model.get_input_embeddings()(token_B[:, None])
-        for group in groups:
-            new = group.positions_BS[:, -1:] + 1
-            group.positions_BS = torch.cat([group.positions_BS, new], dim=1)
-            group.valid_BS = torch.nn.functional.pad(group.valid_BS, (0, 1), value=True)
-            group.sizes_BS = torch.nn.functional.pad(group.sizes_BS, (0, 1), value=1)
-            rotary = self._text.rotary_emb(hidden, new)
-            allowed_B1S, places = group.valid_BS[:, None], (group.positions_BS, new, group.sizes_BS, group.visual, hidden.dtype)
-            full = self._additive(allowed_B1S, *places)
-            masks = (full, full if self._window is None else self._additive(allowed_B1S & self._near(group.positions_BS, new), *places))
-            for index in group.layers:
-                hidden = self._run(index, hidden, rotary, new, masks[self._is_sliding(index)], cache)
+        row = slice(number, number + 1)
+        for steps in plan:
+            rotary = (steps.rotary[0][:, row], steps.rotary[1][:, row])
+            masks = [mask[:, :, row, : steps.num_before + number + 1] for mask in steps.masks]
+            for index in steps.layers:
+                hidden = self._run(index, hidden, rotary, steps.positions_BM[:, row], masks[self._is_sliding(index)], cache)
         normed: Tensor = self._text.norm(hidden)
         return normed
 
@@ -334,7 +353,7 @@ class ReducedDecoder:
 
     def _additive(self, allowed_BRS: Tensor, positions_BS: Tensor, rows_BR: Tensor, sizes_BS: Tensor, visual: slice, dtype: torch.dtype) -> Tensor:
         distances_BRS = rows_BR[:, :, None] - positions_BS[:, None]
-        bias = torch.zeros(allowed_BRS.shape if self._positions == "original_calibrated" else (len(sizes_BS), 1, sizes_BS.shape[1]), device=sizes_BS.device)
+        bias = torch.zeros(distances_BRS.shape if self._positions == "original_calibrated" else (len(sizes_BS), 1, sizes_BS.shape[1]), device=sizes_BS.device)
         if self._positions in ("original_size_bias", "original_calibrated"):
             bias = bias + sizes_BS.clamp(min=1).log()[:, None]
         if self._positions == "original_calibrated":
