@@ -52,8 +52,9 @@ class PruMerge(TokenReducer):
         # A patch is not its own neighbour.
         similarity_BKN.scatter_(2, kept_BK[:, :, None], -torch.inf)
         near_BKM = similarity_BKN.topk(min(_NEIGHBOURS, num_tokens - 1), dim=2).indices
-        added_BMD = taken(weighted_BND, near_BKM.flatten(1))
-        merged_BKD = taken(features_BND, kept_BK) + added_BMD.view(batch, *near_BKM.shape[1:], added_BMD.shape[2]).sum(dim=2)
+        # A product with ones at the neighbours, as gathering 32 tokens for each one that is kept would fill memory.
+        near_BKN = torch.zeros_like(similarity_BKN).scatter_(2, near_BKM, 1)
+        merged_BKD = taken(features_BND, kept_BK) + near_BKN @ weighted_BND
         pruned_BR = others(kept_BK, num_tokens)
         extra_B1D = taken(weighted_BND, pruned_BR).sum(dim=1, keepdim=True)
         assignment_BN = torch.full((batch, num_tokens), count, dtype=torch.int64, device=kept_BK.device)
