@@ -26,6 +26,7 @@ BESIDES: list[tuple[ReducerConfig | None, int]] = [
     (configs.PruMergeConfig(), 0),
     (configs.ScopeConfig(), ALIKE * 1024),
     (configs.VisPrunerConfig(), ALIKE * 1024),
+    (configs.PruneSIDConfig(), 2 * ALIKE * 1024 + 9 * 576**3),
     (configs.AveragePoolingConfig(), 512 * PROJECTION),
     (configs.SaliencyConfig(merge_rest=True), 512 * PROJECTION),
     (configs.SaliencyConfig(definition="norm"), 512 * PROJECTION),

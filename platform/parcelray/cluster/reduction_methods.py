@@ -62,6 +62,7 @@ def methods_of(depths: Depths) -> dict[str, Method]:
         "SCOPE": Method(configs.ScopeConfig(positions=original), _COVERAGE),
         "MMTok": Method(configs.MMTokConfig(positions=original), _COVERAGE),
         "VisPruner": Method(configs.VisPrunerConfig(positions=original), _COVERAGE),
+        "PruneSID": Method(configs.PruneSIDConfig(positions=original), _COVERAGE),
         "class attention": Method(configs.SaliencyConfig(positions=original), ENCODER_ATTENTION),
         "class attention, windows": Method(configs.SaliencyConfig(positions=original, window=_WINDOW), ENCODER_ATTENTION),
         "class attention, merged": Method(configs.SaliencyConfig(positions=biased, merge_rest=True), ENCODER_ATTENTION),

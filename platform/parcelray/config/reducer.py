@@ -118,6 +118,12 @@ class VisPrunerConfig(_ReducerConfig):
     """Share of the budget that attention chooses."""
 
 
+class PruneSIDConfig(_ReducerConfig):
+    """Attended patches of groups by principal components, without those that are alike (PruneSID, ICLR 2026)."""
+
+    type: Literal["prunesid"] = "prunesid"
+
+
 class RestoreConfig(_ReducerConfig):
     """Half chosen, half merged from the rest, with calibrated attention (RESTORE, ICML 2026)."""
 
@@ -167,6 +173,7 @@ ReducerConfig = Annotated[
     | ScopeConfig
     | MMTokConfig
     | VisPrunerConfig
+    | PruneSIDConfig
     | RestoreConfig
     | FastVConfig
     | PyramidDropConfig

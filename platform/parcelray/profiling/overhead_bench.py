@@ -48,6 +48,7 @@ REDUCERS: dict[str, ReducerConfig] = {
     "scope": configs.ScopeConfig(),
     "mmtok": configs.MMTokConfig(),
     "vispruner": configs.VisPrunerConfig(),
+    "prunesid": configs.PruneSIDConfig(),
     "restore": configs.RestoreConfig(positions="contiguous"),
     "fastv": configs.FastVConfig(),
     "pyramid_drop": configs.PyramidDropConfig(first_layer=2),

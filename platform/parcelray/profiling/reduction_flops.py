@@ -3,8 +3,9 @@
 All tokens pass the projector where the reducer looks at projected ones or averages them; where it chooses or merges before the projector,
 or by place alone, only the budget does.
 
-Counted besides: the similarity product 2 N^2 D of the reducers that compare all tokens with each other, and the merging run of ToMe instead of
-the plain one. Sorting, seeding and averaging are left out, as normalisation and softmax are there.
+Counted besides: the similarity product 2 N^2 D of the reducers that compare all tokens with each other, PruneSID's principal components (2 N^2 D
+for their matrix, 9 N^3 for its eigenvectors: Golub and Van Loan's symmetric QR), and the merging run of ToMe instead of the plain one. Sorting,
+seeding and averaging are left out, as normalisation and softmax are there.
 """
 
 from dataclasses import replace
@@ -15,6 +16,7 @@ from parcelray.config.reducer import (
     FastVConfig,
     MMTokConfig,
     PruMergeConfig,
+    PruneSIDConfig,
     PyramidDropConfig,
     RandomSamplingConfig,
     ReducerConfig,
@@ -35,9 +37,9 @@ from parcelray.profiling.flops import cost
 
 _PROJECTED = (ClusterAggregateConfig, DivPruneConfig, RestoreConfig, MMTokConfig)
 """Compare projected tokens with each other."""
-_ENCODED = (ScopeConfig, VisPrunerConfig)
+_ENCODED = (ScopeConfig, VisPrunerConfig, PruneSIDConfig)
 """Compare patch features with each other."""
-_BEFORE_THE_PROJECTOR = (RandomSamplingConfig, SpatialSamplingConfig, VisionZipConfig, PruMergeConfig, ScopeConfig, VisPrunerConfig)
+_BEFORE_THE_PROJECTOR = (RandomSamplingConfig, SpatialSamplingConfig, VisionZipConfig, PruMergeConfig, ScopeConfig, VisPrunerConfig, PruneSIDConfig)
 """Choose or merge without a look at projected tokens."""
 
 
@@ -77,6 +79,8 @@ def reduced_prefill_flops(shape: BackboneShape, reducer: ReducerConfig | None, b
         total += 2 * patches * num_text_tokens * shape.text_width
     if isinstance(reducer, _ENCODED):
         total += 2 * patches**2 * shape.vision_width
+    if isinstance(reducer, PruneSIDConfig):
+        total += 2 * patches**2 * shape.vision_width + 9 * patches**3
     return total
 
 

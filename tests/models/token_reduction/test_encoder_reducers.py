@@ -16,6 +16,7 @@ from parcelray.models.token_reduction.base import TokenReducer
 from parcelray.models.token_reduction.context import ReductionContext
 from parcelray.models.token_reduction.encoder_view import EncoderView
 from parcelray.models.token_reduction.prumerge import PruMerge
+from parcelray.models.token_reduction.prunesid import PruneSID
 from parcelray.models.token_reduction.restore import Restore
 from parcelray.models.token_reduction.saliency import Saliency
 from parcelray.models.token_reduction.scope import Scope
@@ -27,7 +28,7 @@ from .conftest import Model, pixels, projected
 
 Floats = NDArray[np.float64]
 REDUCERS: list[TokenReducer] = [
-    Saliency(), Saliency(merge_rest=True), Saliency(window=4), VisionZip(), ToMe(), PruMerge(), PruMerge(spatial=True), Scope(), VisPruner(),
+    Saliency(), Saliency(merge_rest=True), Saliency(window=4), VisionZip(), ToMe(), PruMerge(), PruMerge(spatial=True), Scope(), VisPruner(), PruneSID(),
     Restore(), Restore(base="class_attention"),
 ]  # fmt: skip
 EACH = pytest.mark.parametrize("reducer", REDUCERS, ids=repr)
@@ -62,8 +63,8 @@ def test_what_every_reduction_is(reducer: TokenReducer, tower: str, budget: int,
     assert found.tokens_BKD.isfinite().all()
     for image in range(3):
         members = torch.bincount(found.assignment_BN[image][found.assignment_BN[image] >= 0], minlength=budget)
-        # The class token, which VisionZip keeps, has no place in the grid.
-        class_token = isinstance(reducer, VisionZip) and view.class_features_ID is not None
+        # The class token, which VisionZip and PruneSID keep, has no place in the grid.
+        class_token = isinstance(reducer, VisionZip | PruneSID) and view.class_features_ID is not None
         assert members.tolist()[int(class_token) :] == found.sizes_BK[image].tolist()[int(class_token) :]
     assert torch.equal(alone.assignment_BN, found.assignment_BN[1:2])
     assert torch.allclose(alone.tokens_BKD, found.tokens_BKD[1:2], atol=1e-4)
@@ -208,6 +209,47 @@ def test_vispruner(views: dict[str, EncoderView]) -> None:
             gone = sorted(first, key=lambda place: -alike[place])[: min(8, len(rest) - 21)]
             rest = [place for place in rest if place not in gone]
         assert found.position_ids_BK[image].tolist() == sorted(important + rest)
+
+
+@TOWERS
+@pytest.mark.parametrize("budget", [1, 3, 20, 64, 200])
+def test_prunesid(tower: str, budget: int, views: dict[str, EncoderView]) -> None:
+    view = views[tower]
+    with torch.no_grad():
+        found = PruneSID()(projected(view), num_visual_tokens=budget, context=ReductionContext(encoder=view))
+    class_token = view.class_features_ID is not None
+    for image in range(3):
+        features, score = _numpy(view.patch_features_IND[image]), _numpy(view.attention_IHN[image].sum(0))
+        columns = (1 / (1 + np.exp(-features))).T
+        loadings = np.abs(np.linalg.svd(columns - columns.mean(0), full_matrices=False)[2][: max(1, min(budget // 4, len(columns) - 1))])
+        groups = [[place for place in range(256) if int(loadings[:, place].argmax()) == number] for number in range(len(loadings))]
+        cosine = _unit(features) @ _unit(features).T
+        threshold = budget / 32 * np.mean([cosine[i, j] for i in range(256) for j in range(i)])
+        left, ranked = [], []
+        for group in groups:
+            by_score, survivors = sorted(group, key=lambda place: -score[place]), list[int]()
+            for place in by_score:
+                if all(cosine[place, better] <= threshold for better in survivors):
+                    survivors.append(place)
+            left.append(len(survivors))
+            ranked.append(survivors + [place for place in by_score if place not in survivors])
+        most = [min(5 * math.ceil(budget / 64), survivors) for survivors in left]
+        while sum(most) < budget:
+            most = [min(limit + 1, len(group)) for limit, group in zip(most, groups, strict=True)]
+        wanted = budget - class_token
+        quotas = [min(1, len(group), wanted) for group in groups]
+        rest, before, spent = wanted - sum(quotas), 0, 0
+        for number, survivors in enumerate(left):
+            before += survivors
+            part = round(rest * before / sum(left)) - spent
+            spent += part
+            quotas[number] = min(quotas[number] + part, most[number])
+        for number in sorted(range(len(groups)), key=lambda number: -left[number]):
+            quotas[number] += min(most[number] - quotas[number], wanted - sum(quotas))
+        kept = [place for quota, group in zip(quotas, ranked, strict=True) for place in group[:quota]]
+        assert found.position_ids_BK[image].tolist() == [0] * class_token + kept
+        rows = features[kept] if view.class_features_ID is None else np.vstack([_numpy(view.class_features_ID[image]), features[kept]])
+        assert np.allclose(_numpy(found.tokens_BKD[image]), _project(view, rows), atol=1e-4)
 
 
 @pytest.mark.parametrize("budget", [1, 2, 30])

@@ -10,6 +10,7 @@ from parcelray.models.token_reduction.divprune import DivPrune
 from parcelray.models.token_reduction.fastv import FastV
 from parcelray.models.token_reduction.mmtok import MMTok
 from parcelray.models.token_reduction.prumerge import PruMerge
+from parcelray.models.token_reduction.prunesid import PruneSID
 from parcelray.models.token_reduction.pyramid_drop import PyramidDrop
 from parcelray.models.token_reduction.random_sampling import RandomSampling
 from parcelray.models.token_reduction.restore import Restore
@@ -36,6 +37,7 @@ _CLASSES: dict[type[StrictModel], type[TokenReducer]] = {
     configs.ScopeConfig: Scope,
     configs.MMTokConfig: MMTok,
     configs.VisPrunerConfig: VisPruner,
+    configs.PruneSIDConfig: PruneSID,
     configs.RestoreConfig: Restore,
     configs.FastVConfig: FastV,
     configs.PyramidDropConfig: PyramidDrop,
