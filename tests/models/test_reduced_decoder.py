@@ -333,7 +333,7 @@ def _pruned(hidden: Tensor, scores: list[float], count: int) -> Tensor:
     order = sorted(range(len(hidden)), key=lambda place: -scores[place])
     for num_kept in range(count, 0, -1):
         num_recycled = int(0.3 * (len(hidden) - num_kept))
-        num_clusters = min(num_recycled, num_recycled // 10 + 1)
+        num_clusters = min(num_recycled, num_recycled // 10 + 1, num_kept - 1)
         if num_kept + num_clusters <= count:
             break
     again = order[num_kept : num_kept + num_recycled]

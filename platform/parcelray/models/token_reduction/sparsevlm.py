@@ -44,7 +44,7 @@ class SparseVLM(InDecoderReducer):
             for layer, left in wanted.items():
                 kept = max(1, int(num_tokens * left * scale))
                 if kept < before:
-                    before = kept + _recycling(before - kept).num_clusters
+                    before = kept + min(_recycling(before - kept).num_clusters, kept - 1)
                     found.append(Stage(layer, before, layer))
             return tuple(found)
 
@@ -79,7 +79,9 @@ def recycled(tokens_BND: Tensor, scores_BN: Tensor, count: int) -> Reduction:
     """The best tokens in order, then means of clusters of the best that are dropped; `count` in all."""
     batch, num_tokens, _ = tokens_BND.shape
     # Each cluster takes the place of a kept token, so that one more is dropped: the fewest that so many dropped tokens make.
-    num_clusters = next((number for number in range(count) if _recycling(num_tokens - count + number).num_clusters <= number), count - 1)
+    # Most tokens are kept ones, however few there are.
+    most = (count - 1) // 2
+    num_clusters = next((number for number in range(most) if _recycling(num_tokens - count + number).num_clusters <= number), most)
     num_recycled = _recycling(num_tokens - count + num_clusters).num_tokens
     kept_BK = best(scores_BN, count - num_clusters)
     rest_BR = others(kept_BK, num_tokens)
