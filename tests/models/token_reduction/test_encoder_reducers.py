@@ -233,14 +233,14 @@ def test_prunesid(tower: str, budget: int, views: dict[str, EncoderView]) -> Non
                     survivors.append(place)
             left.append(len(survivors))
             ranked.append(survivors + [place for place in by_score if place not in survivors])
-        most = [min(5 * math.ceil(budget / 64), survivors) for survivors in left]
+        most = [min(5 * math.ceil(budget / 64), count) for count in left]
         while sum(most) < budget:
             most = [min(limit + 1, len(group)) for limit, group in zip(most, groups, strict=True)]
         wanted = budget - class_token
         quotas = [min(1, len(group), wanted) for group in groups]
         rest, before, spent = wanted - sum(quotas), 0, 0
-        for number, survivors in enumerate(left):
-            before += survivors
+        for number, count in enumerate(left):
+            before += count
             part = round(rest * before / sum(left)) - spent
             spent += part
             quotas[number] = min(quotas[number] + part, most[number])

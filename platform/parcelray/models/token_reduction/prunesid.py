@@ -69,7 +69,8 @@ def _groups(features_BND: Tensor, num_groups: int) -> Tensor:
     squashed_BND = features_BND.double().sigmoid()
     centred_BND = squashed_BND - squashed_BND.mean(dim=2, keepdim=True)
     loadings_BNN = torch.linalg.eigh(centred_BND @ centred_BND.transpose(1, 2)).eigenvectors
-    return loadings_BNN[:, :, -num_groups:].flip(2).abs().argmax(dim=2)
+    groups_BN: Tensor = loadings_BNN[:, :, -num_groups:].flip(2).abs().argmax(dim=2)
+    return groups_BN
 
 
 def _unsuppressed(alike_BNN: Tensor, group_BN: Tensor, rank_BN: Tensor, num_groups: int) -> Tensor:
