@@ -33,12 +33,12 @@ def _command(folder: Path) -> list[str]:
 
 
 def _quickstart(folder: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(_command(folder), cwd=ROOT, capture_output=True, text=True, timeout=250, check=False)
+    return subprocess.run(_command(folder), cwd=ROOT, capture_output=True, text=True, timeout=500, check=False)
 
 
 def _interrupted_after_the_first_training(folder: Path) -> None:
     driver = subprocess.Popen(_command(folder), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not list(folder.glob("train/*/result.json")) and time.monotonic() < deadline and driver.poll() is None:
         time.sleep(0.05)
     driver.kill()
@@ -52,7 +52,6 @@ def _weights(folder: Path) -> dict[Path, int]:
 
 @pytest.mark.ray
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_the_quickstart_goes_on_compares_registers_answers_and_is_then_done(tmp_path: Path) -> None:
     _interrupted_after_the_first_training(tmp_path)
     trained = _weights(tmp_path)

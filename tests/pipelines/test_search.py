@@ -41,7 +41,7 @@ def _killed_during_the_split_search(folder: Path) -> set[str]:
     """Returns the keys of the trials that were finished."""
     driver = subprocess.Popen(_command(folder), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     search = folder / "tune" / "anchor_query_split"
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + 400
     while not TrialRecord(search).trials and time.monotonic() < deadline and driver.poll() is None:
         time.sleep(0.02)
     driver.send_signal(signal.SIGKILL)
@@ -51,11 +51,10 @@ def _killed_during_the_split_search(folder: Path) -> set[str]:
 
 @pytest.mark.ray
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_a_killed_search_goes_on_and_leaves_frontiers_in_mlflow(tmp_path: Path) -> None:
     before = _killed_during_the_split_search(tmp_path)
     assert before
-    done = subprocess.run(_command(tmp_path), cwd=ROOT, capture_output=True, text=True, timeout=400, check=False)
+    done = subprocess.run(_command(tmp_path), cwd=ROOT, capture_output=True, text=True, timeout=500, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("is finished; nothing to do") == 3, "the supernet and its rivals were trained before the kill"
     search = tmp_path / "tune" / "anchor_query_split"

@@ -38,7 +38,7 @@ from parcelray.models.mini import save_checkpoint
 from tests.serving.local import job_of
 from tests.serving.test_api import message
 
-pytestmark = [pytest.mark.serving, pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.serving, pytest.mark.ray, pytest.mark.slow]
 
 
 def _free_port() -> int:

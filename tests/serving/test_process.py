@@ -16,7 +16,7 @@ from openai import AuthenticationError, OpenAI
 
 from parcelray.serving.auth import add_key, remove_key
 
-pytestmark = [pytest.mark.serving, pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.serving, pytest.mark.ray, pytest.mark.slow]
 
 
 class Process:

@@ -10,7 +10,6 @@ from parcelray.config.model import MiniModelConfig
 pytestmark = [
     pytest.mark.serving,
     pytest.mark.slow,
-    pytest.mark.timeout(600),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
 ]
