@@ -8,7 +8,7 @@ from parcelray.config.base import StrictModel
 
 
 class CheckpointModelConfig(StrictModel):
-    """A checkpoint: `mini_base`, `mini_llava` or `mini_llava_convnext` (in the package), a folder, `models:/NAME@alias`, `models:/NAME/VERSION`, a hub id."""
+    """A checkpoint: `mini_base`, `mini_llava`, `mini_llava_siglip`, `mini_llava_convnext` (in the package), a folder, `models:/NAME@alias` or `/VERSION`, a hub id."""
 
     type: Literal["checkpoint"] = "checkpoint"
     reference: str = "mini_base"

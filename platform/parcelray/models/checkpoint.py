@@ -21,7 +21,7 @@ from parcelray.errors import UserError
 
 MANIFEST_NAME = "manifest.json"
 MINI_BASE = "mini_base"
-PACKAGED = (MINI_BASE, "mini_llava", "mini_llava_convnext")
+PACKAGED = (MINI_BASE, "mini_llava", "mini_llava_siglip", "mini_llava_convnext")
 """Checkpoints that the package ships."""
 _CARD_NAME = "README.md"
 """A checkpoint's card: text for people, written after the weights and free to change."""
