@@ -8,7 +8,8 @@ from parcelray.config.base import StrictModel
 
 
 class CheckpointModelConfig(StrictModel):
-    """A checkpoint: `mini_base`, `mini_llava`, `mini_llava_siglip`, `mini_llava_convnext` (in the package), a folder, `models:/NAME@alias` or `/VERSION`, a hub id."""
+    """A checkpoint: a packaged one (`mini_base`, `mini_llava`, `mini_llava_siglip`, `mini_llava_convnext`), a folder, `models:/NAME@alias` or
+    `models:/NAME/VERSION`, a hub id."""
 
     type: Literal["checkpoint"] = "checkpoint"
     reference: str = "mini_base"
