@@ -8,12 +8,12 @@ from parcelray.config.base import StrictModel
 
 
 class CheckpointModelConfig(StrictModel):
-    """A checkpoint: a packaged one (`mini_base`, `mini_llava`, `mini_llava_siglip`, `mini_llava_convnext`), a folder, `models:/NAME@alias` or
-    `models:/NAME/VERSION`, a hub id."""
+    """A checkpoint that is there already."""
 
     type: Literal["checkpoint"] = "checkpoint"
     reference: str = "mini_base"
-    """The model reference; resolved once, to a pinned version."""
+    """A packaged one (`mini_base`, `mini_llava`, `mini_llava_siglip`, `mini_llava_convnext`), a folder, `models:/NAME@alias` or
+    `models:/NAME/VERSION`, a hub id; resolved once, to a pinned version."""
 
 
 class _MiniSizes(StrictModel):
