@@ -24,7 +24,7 @@ def _command(folder: Path) -> list[str]:
         f"tracking.uri=sqlite:///{folder}/mlflow.db",
         "training.steps=2",
         "training.images_per_step=8",
-        # Ray Train's processes cost ten times as much to start as two steps; what they do is tested where training is.
+        # Ray Train's processes take far longer to start than two steps; what they do is tested where training is.
         "scaling.num_workers=0",
         "validation.samples=1",
         "report.samples=3",

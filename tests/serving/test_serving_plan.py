@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import yaml
 from ray import serve
+from ray.serve import context as serve_context
 
 from parcelray.cluster import serving_run
 from parcelray.cluster.serving_plan import serve_job, serving_plan
@@ -99,3 +100,16 @@ def test_a_serve_that_listens_elsewhere_is_not_joined(monkeypatch: pytest.Monkey
     for changes in elsewhere:
         with pytest.raises(UserError, match=r"listens on 0\.0\.0\.0:8000, not on 127\.0\.0\.1"), endpoint(pin(serve_job("mini_base", [], **changes))):
             pass
+
+
+def test_what_a_process_knows_of_serve_goes_with_its_own_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The first job of every new Ray has the same number, by which Serve would take this client for one of the next session.
+    for owned in (False, True):
+        known = SimpleNamespace(http_config=SimpleNamespace(host="127.0.0.1", port=1))
+        monkeypatch.setattr(serve_context, "_global_client", known)
+        monkeypatch.setattr(serving_run, "_get_global_client", lambda known=known, **_: known)
+        monkeypatch.setattr(serving_run, "_proxy_will_start_here", lambda address: False)
+        monkeypatch.setattr(serving_run, "ray_session", lambda *_, owned=owned, **__: nullcontext(SimpleNamespace(owned=owned)))
+        with pytest.raises(UserError, match="Serve runs on this cluster already"), endpoint(pin(serve_job("mini_base", []))):
+            pass
+        assert serve_context._global_client is (None if owned else known)
