@@ -105,7 +105,7 @@ def test_a_serve_that_listens_elsewhere_is_not_joined(monkeypatch: pytest.Monkey
 def test_what_a_process_knows_of_serve_goes_with_its_own_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     # The first job of every new Ray has the same number, by which Serve would take this client for one of the next session.
     for owned in (False, True):
-        known = SimpleNamespace(http_config=SimpleNamespace(host="127.0.0.1", port=1))
+        known: Any = SimpleNamespace(http_config=SimpleNamespace(host="127.0.0.1", port=1))
         monkeypatch.setattr(serve_context, "_global_client", known)
         monkeypatch.setattr(serving_run, "_get_global_client", lambda known=known, **_: known)
         monkeypatch.setattr(serving_run, "_proxy_will_start_here", lambda address: False)
