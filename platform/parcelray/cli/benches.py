@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from parcelray.cli.options import AsJson, integers, show_report
+from parcelray.cli.options import AsJson, integers, show_report, tell
 
 bench_app = typer.Typer(no_args_is_help=True, help="Measure, side by side in one run.")
 
@@ -45,7 +45,7 @@ def bench_tune(
     """A split search in warm actors against a process per point, and a training trial against its bare training."""
     from parcelray.cluster.tune_bench import bench_tuning
 
-    show_report(bench_tuning(samples=samples, steps=steps, repeats=repeats), as_json)
+    show_report(bench_tuning(samples=samples, steps=steps, repeats=repeats, say=tell), as_json)
 
 
 @bench_app.command("serve")
@@ -85,7 +85,7 @@ def bench_kmeans(
     widths: Annotated[str, typer.Option(help="Widths of the tokens, separated by commas.")] = "1024,4096",
     clusters: Annotated[str, typer.Option(help="Numbers of clusters, separated by commas.")] = "32,64,128",
     batch_sizes: Annotated[str, typer.Option(help="Images at a time, separated by commas.")] = "1,8,32",
-    repeats: Annotated[int, typer.Option(min=1, help="Timed rounds.")] = 5,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed rounds.")] = 3,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     as_json: AsJson = False,
 ) -> None:
@@ -98,6 +98,7 @@ def bench_kmeans(
         batch_sizes=integers(batch_sizes, "--batch-sizes"),
         repeats=repeats,
         device=device,
+        say=tell,
     )
     show_report(report, as_json)
 
@@ -124,5 +125,6 @@ def bench_overhead(
         backbone=backbone,
         resolution=resolution,
         device=device,
+        say=tell,
     )
     show_report(report, as_json)

@@ -49,6 +49,11 @@ def show_report(report: "Report", as_json: bool) -> None:
     show(report, as_json, lambda value: value.to_rich())
 
 
+def tell(line: str) -> None:
+    """Says beside the result what a long command is at."""
+    typer.echo(line, err=True)
+
+
 def write_json(data: Any) -> None:
     sys.stdout.write(json.dumps(data, indent=2) + "\n")
 

@@ -4,7 +4,7 @@ import functools
 import statistics
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from parcelray.cluster.session import ray_session
@@ -27,16 +27,16 @@ from parcelray.tuning.trial_resources import TrialResources
 from parcelray.tuning.tune_run import evaluation_trial, run_search
 
 _WARM_GOAL = ">= 3"
-_TRIALS = 2
-"""Trainings of the shorter of two searches."""
+_FEW, _MANY = 1, 3
+"""Trainings of two searches, whose difference in time is that of the further ones."""
 _BUDGETS = ([16], [32], [64])
 _GRIDS = (0, 1, 2, 4)
 
 
-def bench_tuning(*, samples: int, steps: int, repeats: int) -> Report:
+def bench_tuning(*, samples: int, steps: int, repeats: int, say: Callable[[str], None] = lambda line: None) -> Report:
     """Points per minute of a split search in warm actors and with a process for every point; and a trial's seconds over its bare training.
 
-    What a trial takes is the slope between a search of some and one of twice as many, one after the other, so that Tune's own start is not in it.
+    What a trial takes is the slope between a search of one and one of three, one after the other, so that Tune's own start is not in it.
 
     The searched model is a supernet over splits with a connector that was not trained: speed does not hang on the weights. Every search has
     an answer store of its own, so no answer is reused.
@@ -45,6 +45,7 @@ def bench_tuning(*, samples: int, steps: int, repeats: int) -> Report:
         samples: questions per family of the mini suite.
         steps: of the training whose overhead is measured.
         repeats: of each comparison.
+        say: told what begins; a round takes minutes.
     """
     rates: dict[str, list[float]] = {"warm": [], "a process per point": []}
     trials: dict[str, list[float]] = {"in its own process": [], "on a Ray Train worker": []}
@@ -54,13 +55,16 @@ def bench_tuning(*, samples: int, steps: int, repeats: int) -> Report:
         checkpoint = _supernet(root / "supernet")
         for index in range(repeats):
             for kind in rates:
+                say(f"round {index + 1} of {repeats}: split search, {kind}")
                 rates[kind].append(_points_per_minute(root / f"{kind}-{index}", checkpoint, samples, warm=kind == "warm"))
+            say(f"round {index + 1} of {repeats}: bare training")
             bare.append(_bare_seconds(root / f"bare-{index}", steps))
             for workers, kind in enumerate(trials):
-                some, twice = (_search_seconds(root / f"training-{index}-{workers}-{count}", steps, count, workers) for count in (_TRIALS, 2 * _TRIALS))
-                trials[kind].append((twice - some) / _TRIALS)
+                say(f"round {index + 1} of {repeats}: {_FEW} and {_MANY} training trials {kind}")
+                few, many = (_search_seconds(root / f"training-{index}-{workers}-{count}", steps, count, workers) for count in (_FEW, _MANY))
+                trials[kind].append((many - few) / (_MANY - _FEW))
                 if not workers:
-                    starts.append(2 * some - twice)
+                    starts.append(few - _FEW * trials[kind][-1])
     ratios = [warm / cold for warm, cold in zip(*rates.values(), strict=True)]
     alone = statistics.median(bare)
     measures = [

@@ -107,7 +107,7 @@ class _Setting:
 
 def bench_overhead(
     *, budgets: Sequence[int], batch_sizes: Sequence[int], reducers: Sequence[str], repeats: int, backbone: str = LAPTOP, device: str = "cpu",
-    resolution: int | None = None,
+    resolution: int | None = None, say: Callable[[str], None] = lambda line: None,
 ) -> Report:  # fmt: skip
     """Every reducer at every batch size and budget.
 
@@ -119,6 +119,7 @@ def bench_overhead(
         backbone: `laptop`: LLaVA with 576 visual tokens at 0.1 billion parameters; a preset (on a GPU), `mini`, or a folder.
         device: `cpu` or `cuda`.
         resolution: side of the image in pixels; None: the backbone's own.
+        say: told each reducer as its turn begins; the whole takes minutes.
 
     Raises:
         UserError: there is no such reducer, backbone or device.
@@ -142,6 +143,7 @@ def bench_overhead(
                 saved[budget] = _Saved.measure(setting, budget, repeats)
                 measures += saved[budget].measures(setting, budget)
             for name in reducers:
+                say(f"{name}, batch {batch_size}")
                 measures += _reducer(setting, name, saved, repeats)
     parameters = sum(each.numel() for each in model.parameters())
     return Report(tuple(measures), machine_info() | {"backbone": backbone, "parameters": f"{parameters / 1e6:.0f} M", "dtype": str(model.dtype)})

@@ -145,7 +145,7 @@ def test_a_gpu_clusters_as_a_cpu_does_and_waits_a_few_times_only() -> None:
     assert found.inertia_B.tolist() == pytest.approx(expected.inertia_B.tolist(), rel=1e-3)
     equal = tokens[:, torch.arange(200) % 9]
     assert int(kmeans(equal.cuda(), 12).sizes_BK.min()) >= 1
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True) as profile:
         kmeans(tokens.cuda(), 12)
     waits = sum(event.count for event in profile.key_averages() if event.key == "aten::_local_scalar_dense")
     # Whether all is finite, and every fourth iteration whether a token moved.

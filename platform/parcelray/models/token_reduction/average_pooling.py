@@ -28,7 +28,7 @@ class AveragePooling(TokenReducer):
         cell_S = torch.arange(side, device=tokens_BND.device) * cells // side
         assignment_N = (cell_S[:, None] * cells + cell_S[None, :]).flatten()
         sizes_K = torch.bincount(assignment_N, minlength=num_visual_tokens)
-        sums_BKD = cluster_sums(tokens_BND.float(), assignment_N.expand(batch, -1), num_visual_tokens)
+        sums_BKD = cluster_sums(tokens_BND, assignment_N.expand(batch, -1), num_visual_tokens)
         # Cell c of a side begins at the first patch s with s * cells >= c * side.
         edges = [-(-cell * side // cells) for cell in range(cells + 1)]
         middles = [(first + after) // 2 for first, after in pairwise(edges)]

@@ -43,10 +43,13 @@ class ClusterAggregate(TokenReducer):
         """See `TokenReducer`."""
         features_BND = F.normalize(tokens_BND.float(), dim=2) if self.metric == "cosine" else tokens_BND
         clusters = kmeans(features_BND, num_visual_tokens, seed=self.seed, seeding=self.seeding, max_iterations=self.max_iterations)
-        weights_BN1 = tokens_BND.float().norm(dim=2, keepdim=True) if self.weighting == "norm" else torch.ones_like(tokens_BND[:, :, :1], dtype=torch.float32)
-        sums_BKD = cluster_sums(tokens_BND.float() * weights_BN1, clusters.assignment_BN, num_visual_tokens)
-        totals_BK1 = cluster_sums(weights_BN1, clusters.assignment_BN, num_visual_tokens).clamp(min=torch.finfo(torch.float32).tiny)
-        merged = Reduction((sums_BKD / totals_BK1).to(tokens_BND.dtype), *_places(clusters.assignment_BN, clusters.sizes_BK))
+        weighted_BND, totals_BK1 = tokens_BND, clusters.sizes_BK[:, :, None]
+        if self.weighting == "norm":
+            weights_BN1 = tokens_BND.float().norm(dim=2, keepdim=True)
+            totals_BK1 = cluster_sums(weights_BN1, clusters.assignment_BN, num_visual_tokens).clamp(min=torch.finfo(torch.float32).tiny)
+            weighted_BND = tokens_BND.float() * weights_BN1
+        means_BKD = cluster_sums(weighted_BND, clusters.assignment_BN, num_visual_tokens) / totals_BK1
+        merged = Reduction(means_BKD.to(tokens_BND.dtype), *_places(clusters.assignment_BN, clusters.sizes_BK))
         if self.order == "position":
             return in_order(merged)
         drawn_K = torch.randperm(num_visual_tokens, generator=torch.Generator().manual_seed(self.seed))

@@ -9,7 +9,9 @@ the norms of the centroids (Lloyd, IEEE TIT 1982) are sums over entries of that 
 The centroids themselves are formed once, at the end.
 """
 
+import importlib.util
 import math
+from functools import lru_cache
 from typing import Literal, NamedTuple
 
 import torch
@@ -20,7 +22,6 @@ from parcelray.errors import UserError
 Seeding = Literal["greedy", "plain"]
 
 _BLOCKS = 4
-_CHECK_EVERY_ON_GPU = 4
 _EPSILON = torch.finfo(torch.float32).eps
 
 
@@ -34,7 +35,7 @@ class Clusters(NamedTuple):
     inertia_B: Tensor
     """Sum over the tokens of their squared distance to their centroid."""
     iterations: int
-    """Lloyd iterations until no token of any image changed its cluster, or the limit; on a GPU, which is asked every few iterations, a few more."""
+    """Lloyd iterations until no token of any image changed its cluster, or the limit; on a GPU, which is asked every few, up to three more."""
 
 
 def kmeans(
@@ -45,7 +46,8 @@ def kmeans(
     The same seed gives the same clusters for an image alone and in a batch, on every device up to rounding.
 
     Args:
-        tokens_BND: finite, any floating dtype; the arithmetic is float32.
+        tokens_BND: finite, any floating dtype; the arithmetic is float32. Tokens of half precision are on a GPU rounded to it again after their
+            mean was taken off; their products are exact, and added up in float32.
         num_clusters: k, 1 to N.
         seed: of the seeding.
         seeding: `greedy` tries several candidates a step and keeps the best, as scikit-learn does; `plain` draws one.
@@ -58,50 +60,63 @@ def kmeans(
     batch, num_tokens, _ = tokens_BND.shape
     if not 1 <= num_clusters <= num_tokens:
         raise UserError(f"{num_clusters} clusters of {num_tokens} tokens are impossible; choose 1 to {num_tokens}.")
-    tokens_BND = tokens_BND.float()
+    if not _multiplies_halves(tokens_BND):
+        tokens_BND = tokens_BND.float()
     # Distances do not change under a shift, and without the mean that all tokens share, less is lost in the differences.
     mean_B1D = tokens_BND.mean(dim=1, keepdim=True)
     gram_BNN = _gram(tokens_BND - mean_B1D)
     norms_BN = gram_BNN.diagonal(dim1=1, dim2=2)
-    if not bool(norms_BN.isfinite().all()):
+    # The largest of numbers with a NaN among them is a NaN.
+    if not math.isfinite(float(norms_BN.amax())):
         raise UserError("Some tokens are not finite (NaN or infinite), so they cannot be clustered; check the model's precision.")
-    distances_BNN = (norms_BN[:, :, None] + norms_BN[:, None, :]).sub_(gram_BNN, alpha=2).clamp_(min=0)
     count = 1 if seeding == "plain" else candidates or 2 + int(math.log(num_clusters))
-    seeds_BK = _seed(distances_BNN, num_clusters, seed, count)
-    nearest_BKN = distances_BNN.gather(1, seeds_BK[:, :, None].expand(-1, -1, num_tokens))
-    assignment_BN = nearest_BKN.argmin(dim=1)
-    # A token that is equal to an earlier seed was seeded only because no distance was left; its cluster starts empty.
-    assignment_BN.scatter_(1, seeds_BK, torch.arange(num_clusters, device=seeds_BK.device).expand(batch, -1))
+    first, draws_KC = _draws(num_tokens, num_clusters, count, seed, gram_BNN.device)
+    shift_B = mean_B1D.float().square().sum(dim=(1, 2))
+    if _has_kernels(gram_BNN):
+        from parcelray.models.token_reduction import kmeans_triton
+
+        lloyd = kmeans_triton.iterate(
+            gram_BNN, kmeans_triton.seed_clusters(gram_BNN, first, draws_KC), num_clusters, _EPSILON, shift_B, max_iterations
+        )  # fmt: skip
+        inertia_B = (norms_BN.sum(dim=1) - lloyd.explained_B).clamp_(min=0)
+        return Clusters(lloyd.assignment_BN.long(), lloyd.sizes_BK.long(), inertia_B, lloyd.iterations)
+    assignment_BN = _seed(gram_BNN, norms_BN, first, draws_KC)
     # What a sum of one number may be off by; for tokens that differ by no more than their own rounding, that of the shift besides.
-    rounding_BN = _EPSILON * (norms_BN + _EPSILON * mean_B1D.square().sum(dim=2))
-    check_every = _CHECK_EVERY_ON_GPU if tokens_BND.is_cuda else 1
-    for iterations in range(1, max_iterations + 1):
-        updated_BN = _moved(gram_BNN, assignment_BN, num_clusters, rounding_BN)
-        if iterations % check_every == 0 and torch.equal(updated_BN, assignment_BN):
-            break
-        assignment_BN = updated_BN
-    else:
-        iterations = max_iterations
+    rounding_BN = _EPSILON * (norms_BN + _EPSILON * shift_B[:, None])
+    assignment_BN, iterations = _iterate(gram_BNN, assignment_BN, num_clusters, rounding_BN, max_iterations)
     sizes_BK = _sizes(assignment_BN, num_clusters)
     own_BN = _scores(gram_BNN, assignment_BN, sizes_BK).gather(1, assignment_BN[:, None]).squeeze(1)
     return Clusters(assignment_BN, sizes_BK, (norms_BN + own_BN).clamp(min=0).sum(dim=1), iterations)
 
 
 def cluster_sums(tokens_BND: Tensor, assignment_BN: Tensor, num_clusters: int) -> Tensor:
-    """Sum of the tokens of each cluster: [B, K, D]."""
+    """Sum of the tokens of each cluster: [B, K, D], float32 unless the tokens are whole numbers."""
     batch, _, width = tokens_BND.shape
+    if tokens_BND.is_cuda and tokens_BND.is_floating_point():
+        # There scattered additions come in any order; a product is the same every time.
+        members_BKN = assignment_BN[:, None] == torch.arange(num_clusters, device=assignment_BN.device)[:, None]
+        return _product(members_BKN.to(tokens_BND.dtype), tokens_BND)
+    if tokens_BND.is_floating_point():
+        tokens_BND = tokens_BND.float()
     sums_BKD = tokens_BND.new_zeros(batch, num_clusters, width)
     return sums_BKD.scatter_add_(1, assignment_BN[:, :, None].expand_as(tokens_BND), tokens_BND)
 
 
-def _seed(distances_BNN: Tensor, num_clusters: int, seed: int, candidates: int) -> Tensor:
-    """Tokens that the clusters start from, int64 [B, K]."""
-    batch, num_tokens, _ = distances_BNN.shape
-    device = distances_BNN.device
+@lru_cache(maxsize=64)
+def _draws(num_tokens: int, num_clusters: int, candidates: int, seed: int, device: torch.device) -> tuple[int, Tensor]:
+    """The token that every image's seeding starts from, and the draws of each step, uniform from 0 to 1: [K, C]."""
     # Drawn on the CPU and alike for all images, so that neither the device nor the rest of the batch matters.
     generator = torch.Generator().manual_seed(seed)
     first = int(torch.randint(num_tokens, (), generator=generator))
-    draws_KC = torch.rand(num_clusters, candidates, generator=generator).to(device)
+    return first, torch.rand(num_clusters, candidates, generator=generator).to(device)
+
+
+def _seed(gram_BNN: Tensor, norms_BN: Tensor, first: int, draws_KC: Tensor) -> Tensor:
+    """The nearest seed of each token, int64 [B, N]; every seed has a token."""
+    batch, num_tokens, _ = gram_BNN.shape
+    num_clusters, candidates = draws_KC.shape
+    device = gram_BNN.device
+    distances_BNN = (norms_BN[:, :, None] + norms_BN[:, None, :]).sub_(gram_BNN, alpha=2).clamp_(min=0)
     images_B1 = torch.arange(batch, device=device)[:, None]
     seeds_BK = torch.full((batch, num_clusters), first, dtype=torch.int64, device=device)
     totals_BK = distances_BNN.new_ones(batch, num_clusters)
@@ -119,7 +134,10 @@ def _seed(distances_BNN: Tensor, num_clusters: int, seed: int, candidates: int) 
         else:
             seeds_BK[:, step] = chosen_BC.squeeze(1)
             closest_BN = torch.minimum(closest_BN, distances_BNN[images_B1, chosen_BC].squeeze(1))
-    return _distinct(seeds_BK, totals_BK <= 0, num_tokens)
+    seeds_BK = _distinct(seeds_BK, totals_BK <= 0, num_tokens)
+    assignment_BN = distances_BNN.gather(1, seeds_BK[:, :, None].expand(-1, -1, num_tokens)).argmin(dim=1)
+    # A token that is equal to an earlier seed was seeded only because no distance was left; its cluster starts empty.
+    return assignment_BN.scatter_(1, seeds_BK, torch.arange(num_clusters, device=device).expand(batch, -1))
 
 
 def _distinct(seeds_BK: Tensor, spent_BK: Tensor, num_tokens: int) -> Tensor:
@@ -131,6 +149,16 @@ def _distinct(seeds_BK: Tensor, spent_BK: Tensor, num_tokens: int) -> Tensor:
     return torch.where(spent_BK, unused_BN.gather(1, (spent_BK.cumsum(dim=1) - 1).clamp_(min=0)), seeds_BK)
 
 
+def _iterate(gram_BNN: Tensor, assignment_BN: Tensor, num_clusters: int, rounding_BN: Tensor, max_iterations: int) -> tuple[Tensor, int]:
+    """Lloyd's iterations until no token of any image moves, and their number."""
+    for iterations in range(1, max_iterations + 1):
+        updated_BN = _moved(gram_BNN, assignment_BN, num_clusters, rounding_BN)
+        if torch.equal(updated_BN, assignment_BN):
+            return assignment_BN, iterations
+        assignment_BN = updated_BN
+    return assignment_BN, max_iterations
+
+
 def _moved(gram_BNN: Tensor, assignment_BN: Tensor, num_clusters: int, rounding_BN: Tensor) -> Tensor:
     """An iteration of Lloyd: each token in the cluster with the nearest centroid, its own one where no other is nearer; no cluster empty."""
     sizes_BK = _sizes(assignment_BN, num_clusters)
@@ -140,8 +168,7 @@ def _moved(gram_BNN: Tensor, assignment_BN: Tensor, num_clusters: int, rounding_
     scores_BKN.scatter_add_(1, assignment_BN[:, None], -advantage_BN[:, None])
     moved_BN = scores_BKN.argmin(dim=1)
     sizes_BK = _sizes(moved_BN, num_clusters)
-    # To ask costs nothing on a CPU; on a GPU it is a wait, longer than the work that an answer would save.
-    if not gram_BNN.is_cuda and bool(sizes_BK.all()):
+    if bool(sizes_BK.all()):
         return moved_BN
     distances_BN = gram_BNN.diagonal(dim1=1, dim2=2) + scores_BKN.gather(1, moved_BN[:, None]).squeeze(1)
     return _with_every_cluster(moved_BN, distances_BN, sizes_BK)
@@ -182,10 +209,25 @@ def _with_every_cluster(assignment_BN: Tensor, distances_BN: Tensor, sizes_BK: T
     return assignment_BN.scatter(1, farthest_BK, torch.where(is_given_BK, receivers_BK, assignment_BN.gather(1, farthest_BK)))
 
 
+def _has_kernels(values: Tensor) -> bool:
+    """Whether the steps run as kernels of a GPU, which PyTorch's builds for Linux bring the compiler for."""
+    return values.is_cuda and importlib.util.find_spec("triton") is not None
+
+
+def _multiplies_halves(tokens: Tensor) -> bool:
+    """Whether the device has units that multiply numbers of this half precision and add up in float32."""
+    return tokens.is_cuda and tokens.dtype in (torch.bfloat16, torch.float16)
+
+
+def _product(left_BMN: Tensor, right_BNP: Tensor) -> Tensor:
+    """Float32 [B, M, P] of either float32 or halves."""
+    return torch.bmm(left_BMN, right_BNP, out_dtype=torch.float32) if _multiplies_halves(left_BMN) else left_BMN @ right_BNP
+
+
 def _gram(tokens_BND: Tensor) -> Tensor:
-    """All inner products, [B, N, N]."""
+    """All inner products, float32 [B, N, N]."""
     if tokens_BND.is_cuda:
-        return tokens_BND @ tokens_BND.transpose(1, 2)
+        return _product(tokens_BND, tokens_BND.transpose(1, 2))
     # The matrix is symmetric, and of 4 x 4 blocks 10 say everything. A GPU would wait for four small products longer than for one.
     batch, num_tokens, _ = tokens_BND.shape
     gram_BNN = tokens_BND.new_empty(batch, num_tokens, num_tokens)

@@ -20,7 +20,7 @@ def merged_into(tokens_BND: Tensor, kept_BK: Tensor, assignment_BN: Tensor) -> R
     """Means of the tokens that are assigned to each kept one, itself included, in the kept ones' order and place."""
     count = kept_BK.shape[1]
     sizes_BK = torch.zeros_like(kept_BK).scatter_add_(1, assignment_BN, torch.ones_like(assignment_BN))
-    sums_BKD = cluster_sums(tokens_BND.float(), assignment_BN, count)
+    sums_BKD = cluster_sums(tokens_BND, assignment_BN, count)
     return Reduction((sums_BKD / sizes_BK[:, :, None]).to(tokens_BND.dtype), kept_BK, sizes_BK, assignment_BN)
 
 

@@ -1,0 +1,156 @@
+"""What runs on a GPU does there as on a CPU: clustering, every reducer, offline answers, the serving engine and a training."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from parcelray.benchmarks.mini import FAMILIES, family_samples
+from parcelray.config.connector import M3ConnectorConfig
+from parcelray.data.collator import decode_image
+from parcelray.data.sample import Sample
+from parcelray.evaluation.generation import GenerationSettings
+from parcelray.evaluation.predictor import Predictor
+from parcelray.models.checkpoint import resolve_checkpoint
+from parcelray.models.processor import load_processor
+from parcelray.models.token_reduction import build_reducer
+from parcelray.models.token_reduction.base import taken
+from parcelray.models.token_reduction.context import ReductionContext
+from parcelray.models.token_reduction.encoder_view import EncoderView
+from parcelray.models.token_reduction.kmeans import cluster_sums, kmeans
+from parcelray.models.vlm import load_vlm
+from parcelray.profiling.kmeans_bench import photograph_tokens
+from parcelray.profiling.overhead_bench import REDUCERS
+from parcelray.serving.continuous_engine import ContinuousEngine
+from parcelray.serving.waiting import answer_all
+from parcelray.training.in_process import fit_in_process
+from tests.serving.conftest import Asker
+from tests.training.conftest import tiny_job
+from tests.training.test_in_process import Recorder
+
+pytestmark = pytest.mark.gpu
+DEVICES = ("cpu", "cuda")
+
+
+@pytest.fixture(autouse=True)
+def whole_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Convolutions in float32, as on a CPU: by default they are rounded to TF32 on the way in."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
+@pytest.fixture(scope="module")
+def samples() -> list[Sample]:
+    return [sample for family in FAMILIES for sample in family_samples("test", family, 8)]
+
+
+def overlap(one_BN: Tensor, two_BN: Tensor) -> float:
+    """Of the pairs of tokens that are in one output token by either assignment, the share that are so by both; 1: the same but for its numbers."""
+    together = [(each[:, :, None] == each[:, None]) & (each >= 0)[:, None] for each in (one_BN.cpu(), two_BN.cpu())]
+    return float((together[0] & together[1]).sum() / (together[0] | together[1]).sum())
+
+
+@pytest.mark.parametrize("num_clusters", [1, 13, 64, 192, 575])
+@pytest.mark.parametrize("seeding", ["greedy", "plain"])
+def test_photographs_are_clustered_as_on_a_cpu(num_clusters: int, seeding: Any) -> None:
+    tokens = photograph_tokens(3, 256)
+    expected, found, again = (kmeans(each, num_clusters, seeding=seeding) for each in (tokens, tokens.cuda(), tokens.cuda()))
+    # A token halfway between two may fall to either side.
+    assert overlap(found.assignment_BN, expected.assignment_BN) >= 0.97
+    assert found.inertia_B.tolist() == pytest.approx(expected.inertia_B.tolist(), rel=1e-3, abs=1e-2)
+    assert int(found.sizes_BK.min()) >= 1
+    assert torch.equal(found.sizes_BK, torch.stack([each.bincount(minlength=num_clusters) for each in found.assignment_BN]))
+    assert torch.equal(found.assignment_BN, again.assignment_BN)
+
+
+@pytest.mark.parametrize("num_clusters", [32, 128])
+def test_half_precision_clusters_as_well(num_clusters: int) -> None:
+    tokens = photograph_tokens(4, 1024)
+    expected, found = kmeans(tokens, num_clusters), kmeans(tokens.cuda().bfloat16(), num_clusters)
+
+    def inertia(assignment_BN: Tensor) -> float:
+        means_BKD = cluster_sums(tokens, assignment_BN, num_clusters) / torch.stack([each.bincount() for each in assignment_BN])[:, :, None]
+        return float((tokens - taken(means_BKD, assignment_BN)).square().sum())
+
+    assert inertia(found.assignment_BN.cpu()) == pytest.approx(inertia(expected.assignment_BN), rel=0.01)
+
+
+def test_as_many_clusters_as_tokens() -> None:
+    assert kmeans(photograph_tokens(2, 64).cuda(), 576).sizes_BK.unique().tolist() == [1]
+
+
+def test_clusters_that_lose_all_their_tokens_are_filled() -> None:
+    kernels = pytest.importorskip("parcelray.models.token_reduction.kmeans_triton")
+    generator = torch.Generator().manual_seed(0)
+    points = torch.rand(4, 120, 3, generator=generator)
+    gram = points @ points.transpose(1, 2)
+    # Clusters of neighbours in the order, each all over the place: their means nearly coincide, and many lose all.
+    start = (torch.arange(120, dtype=torch.int32) % 60).repeat(4, 1)
+    found = kernels.iterate(gram.cuda(), start.cuda(), 60, 0.0, torch.zeros(4, device="cuda"), 50)
+    for each in found.assignment_BN:
+        assert sorted(each.unique().tolist()) == list(range(60))
+
+
+@pytest.mark.parametrize("name", REDUCERS)
+def test_a_reducer_keeps_what_it_keeps_on_a_cpu(name: str, samples: list[Sample]) -> None:
+    config = REDUCERS[name]
+    path = resolve_checkpoint("mini_llava").path
+    processor = load_processor(path)
+    reducer = build_reducer(config)
+    budget = min(reducer.budgets_of(256, load_vlm(path).config.depths), key=lambda each: abs(each - 64))
+    if reducer.reads == "prompt":
+        settings = GenerationSettings(max_new_tokens=6, reducer=config.model_dump_json())
+        answers = []
+        for device in DEVICES:
+            model = load_vlm(path).to(device).eval()
+            answers.append(Predictor(model, processor, device=device, settings=settings).generate(samples, num_visual_tokens=budget))
+        assert sum(one == two for one, two in zip(*answers, strict=True)) >= 0.95 * len(samples)
+        return
+    images = [decode_image(sample.images[0]) for sample in samples[:12]]
+    pixels = processor.image_processor(images, return_tensors="pt")["pixel_values"]
+    found: list[Tensor] = []
+    for device in DEVICES:
+        model = load_vlm(path).to(device).eval()
+        with torch.no_grad():
+            view = EncoderView(model.model, pixels.to(device))
+            reduction = reducer(view.project(view.patch_features_IND), num_visual_tokens=budget, context=ReductionContext(encoder=view))
+        assert reduction.tokens_BKD.shape[1] == budget
+        found.append(reduction.assignment_BN)
+    assert overlap(*found) >= 0.9
+
+
+def test_answers_at_every_budget_are_those_of_a_cpu(samples: list[Sample]) -> None:
+    path = resolve_checkpoint("mini_base").path
+    processor = load_processor(path)
+    budgets = [0, 16, 64, 256]
+    answers = []
+    for device in DEVICES:
+        model = load_vlm(path, connector=M3ConnectorConfig()).to(device).eval()
+        answers.append(Predictor(model, processor, device=device, settings=GenerationSettings(max_new_tokens=8)).generate_budgets(samples, budgets))
+    for budget in budgets:
+        same = sum(one == two for one, two in zip(answers[0][budget], answers[1][budget], strict=True))
+        assert same >= 0.95 * len(samples), budget
+
+
+def test_the_engine_answers_as_offline(samples: list[Sample]) -> None:
+    path = resolve_checkpoint("mini_base").path
+    processor = load_processor(path)
+    model = load_vlm(path, connector=M3ConnectorConfig()).to("cuda").eval()
+    offline = Predictor(model, processor, device="cuda", settings=GenerationSettings(max_new_tokens=8)).generate_budgets(samples, [16, 256])
+    engine = ContinuousEngine(model, processor)
+    ask = Asker(processor)
+    found = answer_all(engine, [ask(sample, budget) for budget in (16, 256) for sample in samples])
+    engine.close()
+    same = sum(one.text == two for one, two in zip(found, [*offline[16], *offline[256]], strict=True))
+    assert same >= 0.97 * len(found)
+
+
+def test_a_training_in_bf16_follows_the_one_in_float32(tmp_path: Path) -> None:
+    losses = []
+    for precision in ("fp32", "bf16"):
+        recorder, folder = Recorder(), tmp_path / precision
+        checkpoint, _ = fit_in_process(tiny_job(folder, training={"precision": precision}), folder, checkpoint=None, logger=recorder)
+        losses.append(list(recorder.curve("train/loss").values()))
+        assert (checkpoint / "model" / "model.safetensors").is_file()
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)
