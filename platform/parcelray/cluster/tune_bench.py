@@ -29,6 +29,7 @@ from parcelray.tuning.tune_run import evaluation_trial, run_search
 _WARM_GOAL = ">= 3"
 _FEW, _MANY = 1, 3
 """Trainings of two searches, whose difference in time is that of the further ones."""
+_WORKERS = {"in its own process": 0, "on a Ray Train worker": 1}
 _BUDGETS = ([16], [32], [64])
 _GRIDS = (0, 1, 2, 4)
 
@@ -48,7 +49,7 @@ def bench_tuning(*, samples: int, steps: int, repeats: int, say: Callable[[str],
         say: told what begins; a round takes minutes.
     """
     rates: dict[str, list[float]] = {"warm": [], "a process per point": []}
-    trials: dict[str, list[float]] = {"in its own process": [], "on a Ray Train worker": []}
+    trials: dict[str, list[float]] = {kind: [] for kind in _WORKERS}
     starts, bare = [], []
     with tempfile.TemporaryDirectory(prefix="parcelray-bench-") as name, ray_session():
         root = Path(name)
@@ -59,7 +60,7 @@ def bench_tuning(*, samples: int, steps: int, repeats: int, say: Callable[[str],
                 rates[kind].append(_points_per_minute(root / f"{kind}-{index}", checkpoint, samples, warm=kind == "warm"))
             say(f"round {index + 1} of {repeats}: bare training")
             bare.append(_bare_seconds(root / f"bare-{index}", steps))
-            for workers, kind in enumerate(trials):
+            for kind, workers in _WORKERS.items():
                 say(f"round {index + 1} of {repeats}: {_FEW} and {_MANY} training trials {kind}")
                 few, many = (_search_seconds(root / f"training-{index}-{workers}-{count}", steps, count, workers) for count in (_FEW, _MANY))
                 trials[kind].append((many - few) / (_MANY - _FEW))
