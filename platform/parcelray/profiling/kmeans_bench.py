@@ -38,6 +38,7 @@ _STARTS = (1, 2, 4)
 _PATIENCE_SECONDS = 10.0
 """An other library is not asked for more starts once a try took longer."""
 
+_SETTLE_SECONDS = 0.3
 _EQUAL = 1.005
 """Largest inertia beside scikit-learn's that counts as equal."""
 _TORCH_KMEANS_NUMBERS = 2**26
@@ -188,6 +189,8 @@ def _theirs(call: Clusterer, images: Tensor, num_clusters: int, starts: int, see
 
 
 def _seconds(call: Callable[[], object]) -> float:
+    # The threads of the library before this one wait for more work, spinning on the cores, for a fifth of a second.
+    time.sleep(_SETTLE_SECONDS)
     began = time.perf_counter()
     call()
     return time.perf_counter() - began

@@ -8,10 +8,12 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
+from matplotlib.ticker import FixedLocator, NullFormatter, ScalarFormatter
 
 from parcelray.evaluation.intervals import Interval
 from parcelray.reports.plots import COLORS, MARKERS
+
+_NAMED_APART = 1.25
 
 
 class SearchPoint(NamedTuple):
@@ -249,9 +251,15 @@ def _finish(figure: Figure, plane: Axes, path: Path, title: str) -> None:
 
 def _budget_axis(plane: Axes, budgets: Sequence[float]) -> None:
     plane.set_xscale("log", base=2)
-    plane.xaxis.set_major_locator(FixedLocator(list(budgets)))
-    plane.xaxis.set_minor_locator(NullLocator())
+    # The names of neighbours nearer than a third of an octave would touch.
+    named: list[float] = []
+    for budget in sorted(budgets, reverse=True):
+        if not named or budget * _NAMED_APART <= named[-1]:
+            named.append(budget)
+    plane.xaxis.set_major_locator(FixedLocator(named))
+    plane.xaxis.set_minor_locator(FixedLocator(list(budgets)))
     plane.xaxis.set_major_formatter(ScalarFormatter())
+    plane.xaxis.set_minor_formatter(NullFormatter())
     plane.tick_params(axis="x", labelsize=7)
 
 
