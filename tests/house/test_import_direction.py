@@ -19,7 +19,17 @@ LAYERS = (
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
 # A name stands for itself and everything below it; `data.ray_` stands for the modules whose names start so.
 MAY_IMPORT = {
-    "ray": ("training.trainer", "training.train_loop", "training.progress_board", "tuning", "data.ray_", "evaluation.evaluate", "serving", "cluster"),
+    "ray": (
+        "training.trainer",
+        "training.ray_worker",
+        "training.train_loop",
+        "training.progress_board",
+        "tuning",
+        "data.ray_",
+        "evaluation.evaluate",
+        "serving",
+        "cluster",
+    ),
     "mlflow": ("tracking",),
 }
 HEAVY = ("mlflow", "ray", "torch", "transformers")

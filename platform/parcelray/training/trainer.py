@@ -1,41 +1,23 @@
 """Training on Ray Train (V2): the same loop on every worker, restarted from the newest checkpoint when a worker dies."""
 
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pyarrow.fs
 import ray
 import ray.train
-import torch
-from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, UserCallback, ValidationConfig
+from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, ValidationConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from parcelray.config.train import TrainJob
-from parcelray.data.collator import Batch
-from parcelray.data.ray_reading import ray_batches
 from parcelray.errors import SystemFailure, UserError
-from parcelray.training.allocator import keep_freed_memory
 from parcelray.training.metric_logger import MetricLogger
 from parcelray.training.progress import Progress
 from parcelray.training.progress_board import progress_board
+from parcelray.training.ray_worker import Reports, WorkerInputs, train_worker
 from parcelray.training.run_folder import RunFolder
-from parcelray.training.start import build_resumed, build_start, step_reader, validation_samples
-from parcelray.training.train_loop import LoopInputs, train
-from parcelray.training.validation import BackgroundValidation
-
-
-@dataclass(frozen=True)
-class _WorkerInputs:
-    """What travels to the workers."""
-
-    job: TrainJob
-    checkpoint: Path | None
-    logger: Callable[[], MetricLogger]
-    board: Any
 
 
 def fit(
@@ -70,8 +52,8 @@ def fit(
     with progress_board(on_progress) as board:
         # The annotations are those of the first version of Ray Train, which knew no validation.
         trainer = TorchTrainer(  # type: ignore[call-arg]
-            _train_worker,
-            train_loop_config={"inputs": _WorkerInputs(job, checkpoint, logger, board)},
+            train_worker,
+            train_loop_config={"inputs": WorkerInputs(job, checkpoint, logger, board)},
             scaling_config=_scaling(job),
             run_config=_run_config(job, folder, on_report),
             torch_config=TorchConfig(backend="nccl" if job.scaling.gpus_per_worker else "gloo"),
@@ -87,56 +69,6 @@ def fit(
     return Path(result.checkpoint.to_directory(str(target))), dict(result.metrics or {})
 
 
-def _train_worker(config: dict[str, Any]) -> None:
-    inputs: _WorkerInputs = config["inputs"]
-    job = inputs.job
-    if not job.scaling.gpus_per_worker:
-        keep_freed_memory()
-        torch.set_num_threads(max(1, int(job.scaling.cpus_per_worker)))
-    context = ray.train.get_context()
-    with _restored_checkpoint() as resume_from:
-        model, processor = build_start(job, inputs.checkpoint) if resume_from is None else build_resumed(resume_from)
-
-        def batches(first_step: int, rank: int, world_size: int) -> Iterable[Batch]:
-            reader = step_reader(job, processor, rank, world_size)
-            return ray_batches(reader, first_step, job.training.steps, concurrency=job.scaling.data_tasks_per_worker)
-
-        loop_inputs = LoopInputs(
-            model=model,
-            processor=processor,
-            batches=batches,
-            validation=validation_samples(job, processor),
-            resume_from=resume_from,
-            report=_report,
-            cpu_only=not job.scaling.gpus_per_worker,
-            **_rank_zero_outputs(inputs, context.get_world_rank()),
-        )
-        train(job, loop_inputs)
-
-
-def _rank_zero_outputs(inputs: _WorkerInputs, rank: int) -> dict[str, Any]:
-    if rank != 0:
-        return {}
-    return {"logger": inputs.logger(), "on_progress": lambda progress: inputs.board.update.remote(progress)}
-
-
-def _report(metrics: dict[str, float], folder: Path | None, validate: bool) -> None:
-    if folder is None:
-        ray.train.report(metrics)
-    else:
-        ray.train.report(metrics, checkpoint=Checkpoint.from_directory(str(folder)), validation=validate)
-
-
-@contextmanager
-def _restored_checkpoint() -> Iterator[Path | None]:
-    checkpoint = ray.train.get_checkpoint()
-    if checkpoint is None:
-        yield None
-        return
-    with checkpoint.as_directory() as name:
-        yield Path(name)
-
-
 def _scaling(job: TrainJob) -> ScalingConfig:
     scaling = job.scaling
     resources = {"CPU": scaling.cpus_per_worker} | ({"GPU": scaling.gpus_per_worker} if scaling.gpus_per_worker else {})
@@ -149,6 +81,8 @@ def _validation(job: TrainJob, logger: Callable[[], MetricLogger]) -> Validation
     """Validation in a task that needs no CPU of its own: those are for the workers and their data, and it may wait for none of them."""
     if not job.validation.in_background:
         return None
+    from parcelray.training.validation import BackgroundValidation
+
     return ValidationConfig(fn=BackgroundValidation(job, logger), ray_remote_kwargs={"num_cpus": 0, "num_gpus": job.validation.background_gpus})
 
 
@@ -160,18 +94,8 @@ def _run_config(job: TrainJob, folder: RunFolder, on_report: Callable[[Mapping[s
         storage_filesystem=filesystem,
         failure_config=FailureConfig(max_failures=job.scaling.max_failures),
         checkpoint_config=CheckpointConfig(num_to_keep=job.checkpointing.keep),
-        callbacks=[_Reports(on_report)] if on_report is not None else None,  # type: ignore[list-item]
+        callbacks=[Reports(on_report)] if on_report is not None else None,  # type: ignore[list-item]
     )
-
-
-class _Reports(UserCallback):
-    """Passes on what rank 0 reports."""
-
-    def __init__(self, on_report: Callable[[Mapping[str, float]], None]) -> None:
-        self._on_report = on_report
-
-    def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
-        self._on_report(metrics[0])
 
 
 def _check_capacity(job: TrainJob) -> None:

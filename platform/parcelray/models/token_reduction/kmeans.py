@@ -57,7 +57,7 @@ def kmeans(
     Raises:
         UserError: k is not between 1 and N, or a token is not finite.
     """
-    batch, num_tokens, _ = tokens_BND.shape
+    num_tokens = tokens_BND.shape[1]
     if not 1 <= num_clusters <= num_tokens:
         raise UserError(f"{num_clusters} clusters of {num_tokens} tokens are impossible; choose 1 to {num_tokens}.")
     if not _multiplies_halves(tokens_BND):

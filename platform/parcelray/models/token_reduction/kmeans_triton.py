@@ -102,7 +102,7 @@ def iterate(gram_BNN: Tensor, assignment_BN: Tensor, num_clusters: int, epsilon:
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _seed(gram, draws, assignment, first, num_tokens, num_clusters, candidates, TOKENS: tl.constexpr, CANDIDATES: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202, N803
+def _seed(gram, draws, assignment, first, num_tokens, num_clusters, candidates, TOKENS: tl.constexpr, CANDIDATES: tl.constexpr):  # type: ignore[no-untyped-def]
     image = tl.program_id(0)
     gram += image.to(tl.int64) * num_tokens * num_tokens
     token = tl.arange(0, TOKENS)
@@ -139,7 +139,7 @@ def _seed(gram, draws, assignment, first, num_tokens, num_clusters, candidates, 
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _count(assignment, sizes, num_tokens, num_clusters, TOKENS: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202, N803
+def _count(assignment, sizes, num_tokens, num_clusters, TOKENS: tl.constexpr):  # type: ignore[no-untyped-def]
     image = tl.program_id(0)
     token = tl.arange(0, TOKENS)
     inside = token < num_tokens
@@ -148,7 +148,7 @@ def _count(assignment, sizes, num_tokens, num_clusters, TOKENS: tl.constexpr):  
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _sum(gram, assignment, sums, partial, num_tokens, num_clusters, COLUMNS: tl.constexpr, ROWS: tl.constexpr, CLUSTERS: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202, N803
+def _sum(gram, assignment, sums, partial, num_tokens, num_clusters, COLUMNS: tl.constexpr, ROWS: tl.constexpr, CLUSTERS: tl.constexpr):  # type: ignore[no-untyped-def]
     block, image = tl.program_id(0), tl.program_id(2)
     cluster = tl.program_id(1) * CLUSTERS + tl.arange(0, CLUSTERS)
     column = block * COLUMNS + tl.arange(0, COLUMNS)
@@ -170,9 +170,9 @@ def _sum(gram, assignment, sums, partial, num_tokens, num_clusters, COLUMNS: tl.
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _assign(  # type: ignore[no-untyped-def]  # noqa: ANN202
-    gram, sums, partial, sizes, assignment, shift, updated, distances, new_sizes, epsilon, num_tokens, num_clusters, blocks,  # noqa: ANN001
-    COLUMNS: tl.constexpr, CLUSTERS: tl.constexpr,  # noqa: N803
+def _assign(  # type: ignore[no-untyped-def]
+    gram, sums, partial, sizes, assignment, shift, updated, distances, new_sizes, epsilon, num_tokens, num_clusters, blocks,
+    COLUMNS: tl.constexpr, CLUSTERS: tl.constexpr,
 ):  # fmt: skip
     block, image = tl.program_id(0), tl.program_id(1)
     token = block * COLUMNS + tl.arange(0, COLUMNS)
@@ -184,7 +184,7 @@ def _assign(  # type: ignore[no-untyped-def]  # noqa: ANN202
         cluster = start + tl.arange(0, CLUSTERS)
         largest = tl.maximum(largest, tl.max(tl.load(sizes + image * num_clusters + cluster, mask=cluster < num_clusters, other=0), 0))
     # Where two centroids are equal but for the rounding of their sums, moving to and fro would never end.
-    advantage = epsilon * (norm + epsilon * tl.load(shift + image)) * largest.to(tl.float32)
+    advantage = epsilon * (norm + epsilon * tl.load(shift + image)) * largest.to(tl.float32)  # type: ignore[attr-defined]
     least = tl.full([COLUMNS], float("inf"), dtype=tl.float32)
     nearest = tl.zeros([COLUMNS], dtype=tl.int32)
     for start in range(0, num_clusters, CLUSTERS):
@@ -207,7 +207,7 @@ def _assign(  # type: ignore[no-untyped-def]  # noqa: ANN202
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _fill(assignment, updated, distances, sizes, moved, num_tokens, num_clusters, TOKENS: tl.constexpr, CLUSTERS: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202, N803
+def _fill(assignment, updated, distances, sizes, moved, num_tokens, num_clusters, TOKENS: tl.constexpr, CLUSTERS: tl.constexpr):  # type: ignore[no-untyped-def]
     """Gives each empty cluster the token that is farthest from its centroid, out of clusters that keep another one; says whether a token moved."""
     image = tl.program_id(0)
     token = tl.arange(0, TOKENS)
