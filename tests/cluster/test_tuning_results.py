@@ -9,7 +9,7 @@ from mlflow.exceptions import MlflowException
 from rich.console import Console
 
 from parcelray.cluster import tuning_progress
-from parcelray.cluster.tuning_progress import TrialRuns, bounds_of, volumes
+from parcelray.cluster.tuning_progress import TrialRuns, best_of, bounds_of, volumes
 from parcelray.cluster.tuning_results import findings_of, select, show_findings
 from parcelray.config.loader import load_job
 from parcelray.config.objectives import Objective
@@ -58,6 +58,13 @@ def test_the_hypervolume_has_a_box_that_is_known_before_the_first_trial() -> Non
         (0.0, 50.0),
         (0.0, 1.0),
     ]
+
+
+def test_of_equally_good_trials_the_best_is_on_the_front(tmp_path: Path) -> None:
+    job, trials, text = _job(tmp_path), [_trial(64, 90.0), _trial(16, 90.0)], io.StringIO()
+    assert best_of(job, trials) == trials[1]
+    show_findings(job, findings_of(job, trials, None, {}), tmp_path, Console(file=text, width=200))
+    assert "Best retention: 90 at budgets 16\n" in text.getvalue()
 
 
 def test_stopped_trials_are_shown_as_such(tmp_path: Path) -> None:

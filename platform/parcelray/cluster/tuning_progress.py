@@ -206,10 +206,9 @@ class Observers:
 
 
 def best_of(job: TuneJob, trials: Sequence[FinishedTrial]) -> FinishedTrial | None:
-    """The trial with the best first objective."""
-    first = job.objectives[0]
-    good = [trial for trial in trials if trial.error is None and first.metric in trial.metrics]
-    return max(good, key=lambda trial: objective_value(first, trial.metrics), default=None)
+    """The trial with the best first objective; of equal ones that with the best second, and so on, which is on the front."""
+    good = [trial for trial in trials if trial.error is None and all(each.metric in trial.metrics for each in job.objectives)]
+    return max(good, key=lambda trial: [objective_value(each, trial.metrics) for each in job.objectives], default=None)
 
 
 def bounds_of(objectives: Sequence[Objective], costs: Mapping[str, tuple[float, float]]) -> Bounds | None:
