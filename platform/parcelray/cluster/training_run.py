@@ -22,7 +22,6 @@ from parcelray.tracking.mlflow_tracker import tracked_run
 from parcelray.tracking.store import check_tracking_uri, ensure_store
 from parcelray.tracking.tracker import open_tracker
 from parcelray.training.in_process import fit_in_process
-from parcelray.training.metric_logger import MetricLogger, NoMetrics
 from parcelray.training.progress import progress_bar
 from parcelray.training.run_folder import RunFolder
 
@@ -76,7 +75,7 @@ def run_training(
         if uri is not None and not in_process:
             check_tracking_uri(uri, _num_nodes())
         with _tracked(job, folder, uri, start, parent_run_id) as run_id, progress_bar(console, job.name, job.training.steps) as show:
-            checkpoint, metrics = _fit(job, folder, start, functools.partial(_logger, uri, run_id), show, on_report)
+            checkpoint, metrics = _fit(job, folder, start, functools.partial(open_tracker, uri, run_id), show, on_report)
             model_folder = _keep_model(job, folder, checkpoint, start)
             if report and job.report is not None:
                 metrics |= report_training(job, model_folder, open_tracker(uri, run_id), console, run_id)
@@ -107,10 +106,6 @@ def _tracked(job: TrainJob, folder: RunFolder, uri: str | None, start: ResolvedC
     if commit is not None:
         tags["mlflow.source.git.commit"] = commit
     return tracked_run(uri, job.tracking.experiment, folder.identity, params=flat_params(job.model_dump(mode="json")), tags=tags, parent_run_id=parent_run_id)
-
-
-def _logger(uri: str | None, run_id: str | None) -> MetricLogger:
-    return open_tracker(uri, run_id) if uri is not None else NoMetrics()
 
 
 def _keep_model(job: TrainJob, folder: RunFolder, checkpoint: Path, start: ResolvedCheckpoint | None) -> Path:
