@@ -69,10 +69,24 @@ class KillsOnce:
         """Has nothing buffered."""
 
 
+LOADED = "modules-of-the-controller"
+
+
 @pytest.fixture(scope="module")
 def undisturbed(ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[TrainJob, TrainedRun]:
     job = _job(tmp_path_factory.mktemp("run"))
-    return job, run_training(job, Console(file=io.StringIO()))
+    loaded = Path(job.storage) / LOADED
+
+    def note(metrics: Mapping[str, float]) -> None:
+        loaded.write_text(" ".join(sys.modules), encoding="utf-8")
+
+    return job, run_training(job, Console(file=io.StringIO()), on_report=note)
+
+
+def test_the_controller_loads_neither_the_models_libraries_nor_mlflow(undisturbed: tuple[TrainJob, TrainedRun]) -> None:
+    loaded = set((Path(undisturbed[0].storage) / LOADED).read_text(encoding="utf-8").split())
+    assert "parcelray.training.ray_worker" in loaded, "it is the controller that noted them"
+    assert not {"transformers", "mlflow"} & loaded
 
 
 def test_a_run_is_recorded_once_and_whole(undisturbed: tuple[TrainJob, TrainedRun]) -> None:

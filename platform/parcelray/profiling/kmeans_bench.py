@@ -80,7 +80,7 @@ def bench_kmeans(
         batch_sizes: images at a time.
         repeats: timed rounds, in each of which everybody has a turn.
         device: `cpu` or `cuda`: of ours, and of the others that know it.
-        say: told each setting as it begins; the whole takes ten minutes.
+        say: told each setting as it begins; the whole takes six minutes.
 
     Raises:
         UserError: there is no such device.

@@ -152,6 +152,15 @@ def test_a_gpu_clusters_as_a_cpu_does_and_waits_a_few_times_only() -> None:
     assert waits <= 1 + -(-found.iterations // 4)
 
 
+def test_tokens_with_a_gradient_are_clustered_like_others() -> None:
+    tokens = _tokens()
+    with torch.inference_mode():
+        expected = kmeans(tokens, 6)
+    found = kmeans(tokens.clone().requires_grad_(), 6)
+    assert found.assignment_BN.tolist() == expected.assignment_BN.tolist()
+    assert not found.inertia_B.requires_grad
+
+
 @pytest.mark.parametrize("num_clusters", [0, 49, -1])
 def test_impossible_counts_are_refused(num_clusters: int) -> None:
     with pytest.raises(UserError, match=f"{num_clusters} clusters of 48 tokens are impossible; choose 1 to 48"):

@@ -66,7 +66,7 @@ class TokenReducer(ABC):
         if num_visual_tokens not in legal:
             raise UnsupportedBudgetError(num_visual_tokens, legal, self.name)
         # The largest of numbers with a NaN among them is a NaN.
-        if not math.isfinite(float(torch.linalg.vector_norm(tokens_BND, math.inf))):
+        if not math.isfinite(float(torch.linalg.vector_norm(tokens_BND.detach(), math.inf))):
             raise UserError(f"{self.name} got tokens that are not finite (NaN or infinite); check the model's precision.")
         if num_visual_tokens == num_tokens:
             return unreduced(tokens_BND)

@@ -38,12 +38,14 @@ class Clusters(NamedTuple):
     """Lloyd iterations until no token of any image changed its cluster, or the limit; on a GPU, which is asked every few, up to three more."""
 
 
+@torch.no_grad()
 def kmeans(
     tokens_BND: Tensor, num_clusters: int, *, seed: int = 0, seeding: Seeding = "greedy", candidates: int | None = None, max_iterations: int = 100
 ) -> Clusters:
     """Clusters the tokens of each image by squared Euclidean distance; for cosine, normalise them first.
 
-    The same seed gives the same clusters for an image alone and in a batch, on every device up to rounding.
+    No gradient passes through a choice of clusters, so none is tracked. The same seed gives the same clusters for an image alone and in a batch,
+    on every device up to rounding.
 
     Args:
         tokens_BND: finite, any floating dtype; the arithmetic is float32. Tokens of half precision are on a GPU rounded to it again after their
