@@ -2,7 +2,6 @@
 
 import math
 import random
-import time
 from pathlib import Path
 
 import pytest
@@ -34,11 +33,10 @@ def test_a_grid_has_each_active_assignment_once() -> None:
 
 
 def test_the_size_of_a_large_space_without_conditions_is_a_product() -> None:
-    started = time.perf_counter()
+    # Enumerated, it would not end.
     space = _space(**{f"p{place}": {"type": "integer", "low": 1, "high": 100} for place in range(6)}, q={"type": "choice", "values": [1, 1, 2]})
     assert space.size == 100**6 * 2
     assert space.size == 100**6 * 2
-    assert time.perf_counter() - started < 1, "nothing is enumerated"
 
 
 def test_draws_are_seeded_legal_and_reach_everything() -> None:

@@ -172,7 +172,7 @@ def test_bombs_are_refused_by_their_header(url: str) -> None:
     assert len(scans) < 1_000_000
     assert refused(url, json.dumps(chat(scans, "jpeg")).encode()) == 413
     assert refused(url, json.dumps(chat(_with_scans(5), "jpeg")).encode()) == 200
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 20
     bombs = [
         _png_header(50_000, 50_000, bytes(1_000_000)),
         _png_header(2**31 - 1, 2**31 - 1),

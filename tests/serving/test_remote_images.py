@@ -163,7 +163,7 @@ def test_a_host_that_trickles_is_left_at_the_end_of_the_time(server: Server, mon
     server.talk = talk
     started = time.monotonic()
     assert refused().status == 422
-    assert 0.4 < time.monotonic() - started < 2
+    assert 0.4 < time.monotonic() - started < 10
 
 
 def test_a_host_without_a_handshake_is_left_at_the_end_of_the_time(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,4 +171,4 @@ def test_a_host_without_a_handshake_is_left_at_the_end_of_the_time(server: Serve
     monkeypatch.setattr(server, "_serve", trickle_handshake)
     started = time.monotonic()
     assert refused().status == 422
-    assert 0.4 < time.monotonic() - started < 2
+    assert 0.4 < time.monotonic() - started < 10
