@@ -3,7 +3,6 @@
 import os
 import secrets
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -26,6 +25,7 @@ from parcelray.models.vlm import load_vlm
 from parcelray.training.run_folder import RunFolder
 
 from ..training.conftest import TINY
+from .processes import end_session
 
 # Ray 2.60's client opens its log stream in a way that aiohttp 3.14 calls deprecated.
 pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("ignore:ssl=None is deprecated:DeprecationWarning")]
@@ -111,12 +111,13 @@ def cluster() -> Iterator[Cluster]:
         ]
         log = Path(folder) / "start.log"
         with log.open("wb") as output:
-            head = subprocess.Popen(command, env=variables, stdout=output, stderr=subprocess.STDOUT)
+            head = subprocess.Popen(command, env=variables, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
         try:
             wait_until_up(f"http://127.0.0.1:{dashboard}", token, head, log)
             yield Cluster(f"http://127.0.0.1:{dashboard}", f"127.0.0.1:{gcs}", token)
         finally:
-            head.send_signal(signal.SIGTERM)
+            # Told to stop, it would wait half a minute for the actors that Ray Data leaves behind.
+            end_session(head.pid)
             head.wait(timeout=60)
 
 

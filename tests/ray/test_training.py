@@ -139,12 +139,13 @@ def test_more_workers_than_the_cluster_has_are_refused(ray_session: None, tmp_pa
 
 
 @pytest.mark.slow
-def test_a_killed_driver_goes_on_with_the_same_command(tmp_path: Path, undisturbed: tuple[TrainJob, TrainedRun]) -> None:
+def test_a_killed_driver_goes_on_with_the_same_command(tmp_path: Path) -> None:
     storage = tmp_path / "runs"
     uri = f"sqlite:///{tmp_path}/mlflow.db"
-    # Longer than the reference run, which its first steps must equal; the schedule is constant so that the length changes nothing.
+    # Long enough to be killed before its end.
+    changes = {"training": JOB["training"] | {"steps": 40}, "scaling": {"num_workers": 1}}
     path = tmp_path / "job.yaml"
-    path.write_text(yaml.safe_dump(JOB | {"storage": str(storage), "tracking": {"uri": uri}, "training": JOB["training"] | {"steps": 40}}))
+    path.write_text(yaml.safe_dump(JOB | {"storage": str(storage), "tracking": {"uri": uri}} | changes))
     command = [sys.executable, "-m", "parcelray.cli", "train", str(path)]
     driver = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 300

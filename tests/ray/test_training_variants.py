@@ -117,11 +117,11 @@ def test_the_suite_as_parquet_is_trained_on(tmp_path: Path) -> None:
 
 
 def test_checkpoints_are_scored_while_the_workers_train_on(tmp_path: Path) -> None:
-    """The same scores at the same steps as when the workers stop for them."""
+    """The same scores at the same steps as where training stops for them, in one process."""
     scores = {}
     for in_background in (False, True):
         validation = {"samples": 2, "budgets": [16, 64], "every_steps": 2, "in_background": in_background}
-        job = _tracked(tmp_path / str(in_background), scaling={"num_workers": 1}, validation=validation)
+        job = _tracked(tmp_path / str(in_background), scaling={"num_workers": int(in_background)}, validation=validation)
         run = _train(job)
         scores[in_background] = {key: _curve(job, run, key) for key in ("val/score:16", "val/score:64", "train/loss")}
         assert {"val/score@16", "val/score@64"} <= run.metrics.keys()

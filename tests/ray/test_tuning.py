@@ -3,19 +3,12 @@
 import io
 import itertools
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 from mlflow import MlflowClient
-from ray.util.placement_group import placement_group, remove_placement_group
 from rich.console import Console
 
 from parcelray.cluster.split_confirmation import confirm_splits
@@ -25,25 +18,16 @@ from parcelray.cluster.tuning_run import SearchRun, run_tuning, searched_models
 from parcelray.config.connector import ParcelConnectorConfig
 from parcelray.config.evaluate import EvaluateJob
 from parcelray.config.loader import load_job
-from parcelray.config.objectives import Objective
-from parcelray.config.search_space import Assignment, SearchSpace
-from parcelray.config.tune import GridAlgorithm, TuneJob
-from parcelray.errors import SystemFailure, UserError
+from parcelray.config.tune import TuneJob
+from parcelray.errors import UserError
 from parcelray.models.checkpoint import MANIFEST_NAME, resolve_checkpoint, verify_manifest, write_manifest
 from parcelray.models.vlm import config_of
 from parcelray.training.run_folder import RunFolder
 from parcelray.training.start import build_start
-from parcelray.tuning.planner import make_planner
-from parcelray.tuning.trial_record import FinishedTrial, TrialRecord
-from parcelray.tuning.trial_resources import TrialResources, _has_worker_group
-from parcelray.tuning.tune_run import evaluation_trial, run_search
 
 from ..training.conftest import TINY, tiny_job
 
 pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("ignore::DeprecationWarning"), pytest.mark.filterwarnings("ignore::ResourceWarning")]
-
-NUMBERS = SearchSpace.model_validate({"kind": "search_space", "name": "n", "job": "j", "parameters": {"a": {"type": "choice", "values": list(range(6))}}})
-SCORE = Objective(metric="score", mode="max")
 
 
 @pytest.fixture(scope="module")
@@ -244,122 +228,3 @@ def test_a_plan_says_what_a_search_would_do(searched: tuple[TuneJob, SearchRun, 
     assert plan.concurrent == 1
     assert tuning_plan(_split_job(Path(job.storage), supernet, base=job.base.model_dump() | {"compute": {"actors": 2}})).concurrent == 2
     assert json.dumps(plan.to_dict())
-
-
-# The parts below run trials that measure nothing, so that only Tune is tested.
-
-
-class _Square:
-    def __init__(self, fails_at: int | None = None, seconds: float = 0.0) -> None:
-        self.fails_at = fails_at
-        self.seconds = seconds
-
-    def measure(self, assignment: Assignment) -> Mapping[str, float]:
-        time.sleep(self.seconds)
-        if assignment["a"] == self.fails_at:
-            raise UserError(f"{self.fails_at} is not a number that this takes")
-        return {"score": float(assignment["a"] ** 2), "process": float(os.getpid())}
-
-
-class _Observer:
-    def __init__(self) -> None:
-        self.running: set[str] = set()
-        self.most = 0
-        self.done: list[FinishedTrial] = []
-
-    def started(self, key: str, assignment: Assignment) -> None:
-        self.running.add(key)
-        self.most = max(self.most, len(self.running))
-
-    def reported(self, key: str, metrics: Mapping[str, float], steps: int) -> None:
-        raise AssertionError("trials that measure at once report nothing before their end")
-
-    def finished(self, trial: FinishedTrial) -> None:
-        self.running.discard(trial.key)
-        self.done.append(trial)
-
-
-def _numbers(folder: Path, trial: Any, observer: _Observer, **options: Any) -> TrialRecord:
-    record = TrialRecord(folder)
-    planner = make_planner(NUMBERS, GridAlgorithm(), [SCORE], 0, record)
-    settings: dict[str, Any] = {"folder": folder, "resources": TrialResources(1.0), "max_concurrent": 2} | options
-    run_search(evaluation_trial(trial.measure, SCORE), planner, record, observer, **settings)
-    return record
-
-
-def test_trials_share_processes_and_a_failed_one_ends_nothing(ray_session: None, tmp_path: Path) -> None:
-    observer = _Observer()
-    record = _numbers(tmp_path, _Square(fails_at=3, seconds=0.2), observer, reuse_actors=True)
-    assert sorted(trial.assignment["a"] for trial in record.trials) == list(range(6))
-    failed = next(trial for trial in record.trials if trial.error is not None)
-    assert (failed.assignment, failed.metrics) == ({"a": 3}, {})
-    assert failed.error is not None
-    assert failed.error.endswith("3 is not a number that this takes")
-    assert len({trial.metrics["process"] for trial in record.trials if trial.error is None}) <= 3, "two, and one after the failure"
-    assert observer.most <= 2
-    assert TrialRecord(tmp_path).trials == record.trials, "recorded when it was told"
-
-
-def test_a_search_in_which_nothing_runs_says_so(ray_session: None, tmp_path: Path) -> None:
-    # Asked for past the check, as where another job took the cluster in the meantime.
-    with pytest.raises(SystemFailure, match=r"trials have waited for 2 s and none runs: each asks for 40 CPU, and of the cluster's 4 CPU are free"):
-        _numbers(tmp_path, _Square(), _Observer(), resources=TrialResources(40.0), stall_s=2.0)
-
-
-def test_workers_that_wait_are_told_from_those_that_are_placed(ray_session: None) -> None:
-    needs = TrialResources(0.01, workers=1, worker_cpus=1.0)
-    deadline = time.monotonic() + 30
-    while _has_worker_group(needs) and time.monotonic() < deadline:
-        time.sleep(0.1)  # of a test before this one
-    own, waiting = placement_group([{"CPU": 0.01}]), placement_group([{"CPU": 40.0}])
-    assert own.wait(30)
-    assert not _has_worker_group(needs), "a trial's own process, and workers that no node can hold"
-    placed = placement_group([{"CPU": 1.0}])
-    assert placed.wait(30)
-    assert _has_worker_group(needs)
-    for group in (own, waiting, placed):
-        remove_placement_group(group)
-
-
-_DRIVER = """
-import sys
-from pathlib import Path
-from parcelray.cluster.session import ray_session
-sys.path.insert(0, {root!r})
-from tests.ray.test_tuning import _Observer, _Square, _numbers
-with ray_session("local", num_cpus=2, object_store_bytes=100 * 1024**2):
-    _numbers(Path({folder!r}), _Square(seconds=1.0), _Observer(), reuse_actors=True)
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("ended_by", [signal.SIGKILL, signal.SIGINT], ids=lambda each: each.name)
-def test_a_search_whose_driver_is_ended_goes_on_where_it_was(ray_session: None, tmp_path: Path, repo_root: Path, ended_by: signal.Signals) -> None:
-    script = _DRIVER.format(root=str(repo_root), folder=str(tmp_path))
-    driver = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
-    deadline = time.monotonic() + 120
-    while not TrialRecord(tmp_path).trials and time.monotonic() < deadline:
-        time.sleep(0.05)
-    driver.send_signal(ended_by)
-    driver.wait(60)
-    if ended_by is signal.SIGKILL:
-        # Its Ray outlives it; what belongs to the session that we made is ours to end.
-        _end_session(driver.pid)
-    before = TrialRecord(tmp_path).trials
-    assert 0 < len(before) < 6
-    observer = _Observer()
-    record = _numbers(tmp_path, _Square(), observer, reuse_actors=True)
-    assert sorted(trial.assignment["a"] for trial in record.trials) == list(range(6))
-    assert len(observer.done) == 6 - len(before), "none is run again"
-    assert {trial.metrics["score"] for trial in record.trials} == {0.0, 1.0, 4.0, 9.0, 16.0, 25.0}
-
-
-def _end_session(leader: int) -> None:
-    """Ends what is left of a process session."""
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                if os.getsid(int(entry.name)) == leader:
-                    os.kill(int(entry.name), signal.SIGKILL)
-            except (ProcessLookupError, PermissionError):
-                continue

@@ -38,6 +38,10 @@ from parcelray.profiling.measure import Measure, Report, interquartile_range, ma
 
 BUDGETS = (16, 64, 256)
 _ANSWER = GenerationSettings(max_new_tokens=4)
+_QUESTIONS = 48
+"""Of the comparison of one pass with one for each budget."""
+_IMAGES = 12
+"""Of the comparison of shared images with copies."""
 _QUESTIONS_PER_IMAGE = 5
 _VISION_HEAVY = MiniModelConfig(vision_width=192, vision_layers=12, vision_heads=4, vision_mlp_width=768, text_layers=2)
 _TINY = MiniModelConfig(
@@ -74,7 +78,7 @@ def bench_evaluation(*, samples: int, repeats: int, memory_samples: tuple[int, i
 def _one_pass(name: str, model: Model, repeats: int) -> Iterator[Measure]:
     """(a) Three budgets in one pass against one pass for each."""
     predictor = Predictor(*model, settings=_ANSWER)
-    samples = family_samples("test", "general", 48)
+    samples = family_samples("test", "general", _QUESTIONS)
     apart = {budget: predictor.generate_budgets(samples, [budget])[budget] for budget in BUDGETS}
     together = predictor.generate_budgets(samples, BUDGETS)
     timing = time_pairs(
@@ -88,7 +92,7 @@ def _one_pass(name: str, model: Model, repeats: int) -> Iterator[Measure]:
 def _sharing(model: Model, repeats: int) -> Iterator[Measure]:
     """(b) Questions that share an image against the same questions about copies of it."""
     predictor = Predictor(*model, settings=_ANSWER)
-    images = family_samples("test", "general", 12)
+    images = family_samples("test", "general", _IMAGES)
     shared = [
         dataclasses.replace(sample, id=f"{sample.id}-{number}", prompt=images[number].prompt, images=sample.images[:1])
         for sample in images
