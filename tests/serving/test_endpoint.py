@@ -272,7 +272,8 @@ def test_a_client_that_hangs_up_frees_its_place(url: str, model: ElasticVLM, pro
         with urlopen(f"{url}/metrics", timeout=10) as response:
             lines = response.read().decode().splitlines()
         running, decoded = (
-            sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(f"parcel:{name}{{")) for name in ("num_requests_running", "decode_rows_total")
+            sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(f"parcel:{name}{{"))
+            for name in ("num_requests_running", "decode_rows_total")
         )
         return running, decoded
 
