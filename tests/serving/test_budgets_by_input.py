@@ -23,7 +23,7 @@ from parcelray.serving.app import replica_settings
 from parcelray.serving.budget_chooser import BudgetChooser, load_predictor
 from parcelray.serving.continuous_engine import ContinuousEngine, EngineLimits
 from parcelray.serving.engine import EngineRefusal
-from parcelray.serving.model_replica import load_chooser
+from parcelray.serving.replica_loading import load_chooser
 from parcelray.serving.static_engine import StaticEngine
 from parcelray.serving.waiting import answer_all
 from tests.serving.conftest import Asker

@@ -102,6 +102,8 @@ class Load:
     async def _ask(self, client: AsyncOpenAI, samples: list[Sample], fields: dict[str, Any]) -> None:
         while not self._stop.is_set():
             for sample in samples:
+                # Full cores would only keep what is deployed meanwhile from starting.
+                await asyncio.sleep(0.05)
                 try:
                     raw = await client.chat.completions.with_raw_response.create(model="mini", messages=message(sample), **fields)
                     self.outcomes["ok"] += 1
@@ -253,56 +255,6 @@ def test_a_replica_that_dies_under_load_costs_nobody_an_answer(url: str, samples
     assert set(load.outcomes) == {"ok"}, load.outcomes
 
 
-def test_a_client_that_hangs_up_frees_its_place(url: str, model: ElasticVLM, processor: ElasticProcessor, samples: list[Sample], tmp_path: Path) -> None:
-    # Never the likeliest token, the end does not come: answers are as long as they may be.
-    endless = copy.deepcopy(model)
-    with torch.no_grad():
-        endless.get_input_embeddings().get_parameter("weight")[processor.tokenizer.eos_token_id] = 0
-    save_checkpoint(endless, processor, tmp_path / "endless")
-    # One replica: of two, the one with less to do answers the short requests that ask how much is to do, and the other is not heard of.
-    replicas = {"min": 1, "max": 1, "cpus": 0.5, "threads": 1}
-    deploy(job(model={"reference": str(tmp_path / "endless"), "connector": M3ConnectorConfig().model_dump()}, replicas=replicas))
-    asker = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
-    # So that all of them, and the short one beside them, are in the KV pool at the same time: none waits for another's end.
-    few = {"visual_tokens": 16}
-
-    def heard() -> tuple[float, float]:
-        """Requests that run and tokens that were decoded, as the replica said with the answer to a short request; that itself has ended by then."""
-        asker.chat.completions.create(model="mini", messages=message(samples[0]), max_tokens=1, extra_body=few)
-        with urlopen(f"{url}/metrics", timeout=10) as response:
-            lines = response.read().decode().splitlines()
-        running, decoded = (
-            sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(f"parcel:{name}{{"))
-            for name in ("num_requests_running", "decode_rows_total")
-        )
-        return running, decoded
-
-    async def hang_up() -> float:
-        async with AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=30) as client:
-
-            async def begin() -> Any:
-                stream = await client.chat.completions.create(model="mini", messages=message(samples[0]), max_tokens=900, stream=True, extra_body=few)
-                pieces = aiter(stream)
-                for _ in range(4):
-                    assert (await anext(pieces)).choices[0].finish_reason is None
-                return stream
-
-            streams = await asyncio.gather(*(begin() for _ in range(4)))
-            running, _ = await asyncio.to_thread(heard)
-            for stream in streams:
-                await stream.close()
-            return running
-
-    _, decoded_before = heard()
-    assert asyncio.run(hang_up()) >= 4
-    deadline = time.monotonic() + 60
-    while (left := heard())[0] and time.monotonic() < deadline:
-        pass
-    assert left[0] == 0
-    assert left[1] - decoded_before < 4 * 900 / 2, "they were not answered to their ends"
-    deploy(job())
-
-
 def test_idle_replicas_are_known_and_samples_reach_mlflow(url: str, samples: list[Sample]) -> None:
     def engines() -> set[str]:
         with urlopen(f"{url}/metrics", timeout=10) as response:
@@ -380,3 +332,52 @@ def test_a_challenger_gets_its_share_and_goes_when_it_is_slow(url: str, samples:
         assert "median latency" in get(url, "/version")["rolled_back"]
     assert set(load.outcomes) == {"ok"}
     assert get(url, "/version")["models"][1]["share"] == 0.0
+
+
+def test_a_client_that_hangs_up_frees_its_place(url: str, model: ElasticVLM, processor: ElasticProcessor, samples: list[Sample], tmp_path: Path) -> None:
+    # Never the likeliest token, the end does not come: answers are as long as they may be.
+    endless = copy.deepcopy(model)
+    with torch.no_grad():
+        endless.get_input_embeddings().get_parameter("weight")[processor.tokenizer.eos_token_id] = 0
+    save_checkpoint(endless, processor, tmp_path / "endless")
+    # One replica: of two, the one with less to do answers the short requests that ask how much is to do, and the other is not heard of.
+    replicas = {"min": 1, "max": 1, "cpus": 0.5, "threads": 1}
+    deploy(job(model={"reference": str(tmp_path / "endless"), "connector": M3ConnectorConfig().model_dump()}, replicas=replicas))
+    asker = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+    # So that all of them, and the short one beside them, are in the KV pool at the same time: none waits for another's end.
+    few = {"visual_tokens": 16}
+
+    def heard() -> tuple[float, float]:
+        """Requests that run and tokens that were decoded, as the replica said with the answer to a short request; that itself has ended by then."""
+        asker.chat.completions.create(model="mini", messages=message(samples[0]), max_tokens=1, extra_body=few)
+        with urlopen(f"{url}/metrics", timeout=10) as response:
+            lines = response.read().decode().splitlines()
+        running, decoded = (
+            sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(f"parcel:{name}{{"))
+            for name in ("num_requests_running", "decode_rows_total")
+        )
+        return running, decoded
+
+    async def hang_up() -> float:
+        async with AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=30) as client:
+
+            async def begin() -> Any:
+                stream = await client.chat.completions.create(model="mini", messages=message(samples[0]), max_tokens=900, stream=True, extra_body=few)
+                pieces = aiter(stream)
+                for _ in range(4):
+                    assert (await anext(pieces)).choices[0].finish_reason is None
+                return stream
+
+            streams = await asyncio.gather(*(begin() for _ in range(4)))
+            running, _ = await asyncio.to_thread(heard)
+            for stream in streams:
+                await stream.close()
+            return running
+
+    _, decoded_before = heard()
+    assert asyncio.run(hang_up()) >= 4
+    deadline = time.monotonic() + 60
+    while (left := heard())[0] and time.monotonic() < deadline:
+        pass
+    assert left[0] == 0
+    assert left[1] - decoded_before < 4 * 900 / 2, "they were not answered to their ends"

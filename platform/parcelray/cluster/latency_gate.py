@@ -16,8 +16,9 @@ from parcelray.profiling.answer_latency import answer_p95_ms
 from parcelray.serving.continuous_engine import ContinuousEngine
 from parcelray.serving.engine import Sampling
 from parcelray.serving.engine_factory import limits_of
-from parcelray.serving.model_replica import ReplicaSettings, load_model
 from parcelray.serving.prompting import PromptBuilder
+from parcelray.serving.replica_loading import load_model
+from parcelray.serving.replica_settings import ReplicaSettings
 from parcelray.serving.waiting import answer_all
 
 _TIMEOUT_S = 600.0

@@ -14,7 +14,8 @@ from PIL import Image
 from ray import serve
 
 from parcelray.models.processor import load_processor
-from parcelray.serving.model_replica import ReplicaSettings, load_model
+from parcelray.serving.replica_loading import load_model
+from parcelray.serving.replica_settings import ReplicaSettings
 
 
 class PlainServer:

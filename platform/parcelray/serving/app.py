@@ -15,8 +15,9 @@ from parcelray.config.budget_policy import InputPolicyConfig
 from parcelray.config.serve import ReplicasConfig, ServedModelConfig, ServeJob
 from parcelray.models.checkpoint import ResolvedCheckpoint
 from parcelray.serving.ingress import MODEL_DEPLOYMENT, Ingress, IngressRoutes, RouteSettings
-from parcelray.serving.model_replica import ModelReplica, ReplicaSettings
+from parcelray.serving.model_replica import ModelReplica
 from parcelray.serving.proxy_guard import proxy_environment
+from parcelray.serving.replica_settings import ReplicaSettings
 
 INGRESS_DEPLOYMENT = "Ingress"
 LOGGING = {"encoding": "JSON", "enable_access_log": False}

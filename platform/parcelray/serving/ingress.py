@@ -1,7 +1,8 @@
 """The ingress on Ray Serve: takes requests and has no model.
 
 Which models there are comes as user configuration, so that it can change while requests are in flight: the new version must answer first,
-and only then does the next request go to it.
+and only then does the next request go to it. Serve loads this module, too, where it only builds the application, so the processor's libraries are
+imported where a version is described.
 """
 
 import asyncio
@@ -20,8 +21,6 @@ from parcelray.config.base import StrictModel
 from parcelray.config.connector import ConnectorConfig
 from parcelray.config.loader import identity
 from parcelray.config.serve import ServeJob
-from parcelray.models.processor import load_processor
-from parcelray.models.vlm import config_of
 from parcelray.profiling.backbone_shapes import from_transformers_config
 from parcelray.profiling.flops import CostBreakdown, cost
 from parcelray.serving.admission import Admission
@@ -179,6 +178,9 @@ def _sample_store(job: ServeJob, metrics: EndpointMetrics) -> "RequestSamples | 
 
 
 def _describe(settings: RouteSettings, budgets: tuple[int, ...]) -> tuple[PromptBuilder, dict[int, CostBreakdown]]:
+    from parcelray.models.processor import load_processor
+    from parcelray.models.vlm import config_of
+
     config = config_of(settings.path)
     connector: ConnectorConfig = TypeAdapter(ConnectorConfig).validate_json(settings.connector) if settings.connector else config.connector_config
     shape = from_transformers_config(config)

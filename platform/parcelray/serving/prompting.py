@@ -2,11 +2,14 @@
 
 import hashlib
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from PIL import Image
 
-from parcelray.models.backbones.processor_base import ElasticProcessor
 from parcelray.serving.engine import GenerateRequest, ImagePixels, Sampling
+
+if TYPE_CHECKING:
+    from parcelray.models.backbones.processor_base import ElasticProcessor
 
 
 class PromptBuilder:
@@ -16,7 +19,7 @@ class PromptBuilder:
         processor: of the checkpoint.
     """
 
-    def __init__(self, processor: ElasticProcessor) -> None:
+    def __init__(self, processor: "ElasticProcessor") -> None:
         self._processor = processor
         self._offset = processor.visual_offset
         self.image_size = processor.image_size

@@ -39,7 +39,7 @@ def train_worker(config: dict[str, Any]) -> None:
     """
     inputs: WorkerInputs = config["inputs"]
     job = inputs.job
-    # Whoever reads loads the same libraries: at the same time as this process, not after it.
+    # Whoever reads needs the processor's libraries, which take as long to load as the model's: at the same time as this process, not after it.
     for _ in range(job.scaling.data_tasks_per_worker):
         _load_reading.remote()
 
@@ -76,7 +76,7 @@ def train_worker(config: dict[str, Any]) -> None:
 
 @ray.remote(num_cpus=0.5)
 def _load_reading() -> None:
-    import parcelray.data.reading  # noqa: F401
+    import parcelray.models.processor  # noqa: F401
 
 
 class Reports(UserCallback):
