@@ -4,7 +4,7 @@ import socket
 
 import pytest
 
-from parcelray.cluster.serve_bench import bench_serving
+from parcelray.cluster import serve_bench
 from parcelray.config.model import MiniModelConfig
 
 pytestmark = [
@@ -18,11 +18,12 @@ SMALL = MiniModelConfig(
 )
 
 
-def test_every_comparison_is_measured() -> None:
+def test_every_comparison_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serve_bench, "_CLIMB", 2.0)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    report = bench_serving(requests=32, repeats=1, port=port, threads=1, load_seconds=1.0, model=SMALL)
+    report = serve_bench.bench_serving(requests=32, repeats=1, port=port, threads=1, load_seconds=1.0, model=SMALL)
     found = {measure.name: measure for measure in report.measures}
     goals = {name: measure.goal for name, measure in found.items() if measure.goal is not None}
     assert goals == {

@@ -58,6 +58,8 @@ MODEL = MiniModelConfig(
     vision_width=192, vision_layers=4, vision_mlp_width=768, text_width=512, text_layers=6, text_heads=8, text_kv_heads=2, text_head_dim=64, text_mlp_width=2048
 )
 _CHAT = "/v1/chat/completions"
+_CLIMB = 1.2
+"""From one rate of the open load to the next."""
 _QUESTION = "what color is the small circle"
 
 
@@ -254,7 +256,7 @@ class _Sustained:
 
 
 def _highest_rate(bench: _Bench, url: str, budget: int | str, alone_s: float, load_seconds: float) -> _Sustained:
-    """Climbs by a fifth from half of what one client would get, until p95 is above ten times the latency alone, twice."""
+    """Climbs step by step from half of what one client would get, until p95 is above ten times the latency alone, twice."""
     rate, misses, best = 0.5 / alone_s, 0, _Sustained(0.0, Counter())
     while misses < 2:
         bodies = [bench.body(budget, 4) for _ in range(max(20, int(rate * load_seconds)))]
@@ -263,7 +265,7 @@ def _highest_rate(bench: _Bench, url: str, budget: int | str, alone_s: float, lo
             best, misses = _Sustained(rate, found.budgets), 0
         else:
             misses += 1
-        rate *= 1.2
+        rate *= _CLIMB
     return best
 
 
