@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import yaml
 from ray import serve
+from ray.exceptions import GetTimeoutError
 from ray.serve import context as serve_context
 
 from parcelray.cluster import serving_run
 from parcelray.cluster.serving_plan import serve_job, serving_plan
 from parcelray.cluster.serving_run import endpoint, pin
-from parcelray.errors import UnsupportedBudgetError, UserError
+from parcelray.errors import SystemFailure, UnsupportedBudgetError, UserError
 from parcelray.serving.auth import add_key
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -66,6 +67,7 @@ def test_the_file_for_serve_deploy_is_the_whole_endpoint() -> None:
     # What stands before the proxy is started with it; nothing of this machine but the checkpoint's folder, which the head names.
     variables = schema.controller_options.runtime_env["env_vars"]
     assert variables["RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"] == "parcelray.serving.proxy_guard:middlewares"
+    assert float(variables["RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S"]) > 5, "a busy machine's proxy has time to start"
     assert schema.logging_config.encoding == "JSON"
     assert "PYTHONPATH" not in text
     assert f"# Every node needs the folder {pinned.champion.path}." in text.splitlines()
@@ -100,6 +102,17 @@ def test_a_serve_that_listens_elsewhere_is_not_joined(monkeypatch: pytest.Monkey
     for changes in elsewhere:
         with pytest.raises(UserError, match=r"listens on 0\.0\.0\.0:8000, not on 127\.0\.0\.1"), endpoint(pin(serve_job("mini_base", [], **changes))):
             pass
+
+
+def test_a_proxy_that_does_not_start_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(**_: Any) -> None:
+        raise GetTimeoutError("Get timed out: some object(s) not ready.")
+
+    monkeypatch.setattr(serving_run, "_get_global_client", lambda **_: None)
+    monkeypatch.setattr(serving_run, "ray_session", lambda *_, **__: nullcontext(SimpleNamespace(owned=False)))
+    monkeypatch.setattr(serve, "start", never)
+    with pytest.raises(SystemFailure, match="proxy did not start within a minute: the machine is too busy"), endpoint(pin(serve_job("mini_base", []))):
+        pass
 
 
 def test_what_a_process_knows_of_serve_goes_with_its_own_ray(monkeypatch: pytest.MonkeyPatch) -> None:

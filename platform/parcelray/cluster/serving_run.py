@@ -16,6 +16,7 @@ from typing import Any
 import ray
 import yaml
 from ray import serve
+from ray.exceptions import RayActorError
 from ray.serve.context import _disconnect, _get_global_client
 from ray.serve.schema import ServeDeploySchema
 from rich.console import Console
@@ -122,7 +123,7 @@ def endpoint(pinned: PinnedEndpoint, *, address: str | None = None) -> Iterator[
         if job.samples is not None and job.tracking.uri is not None:
             check_tracking_uri(job.tracking.uri, sum(bool(node["Alive"]) for node in ray.nodes()))  # type: ignore[no-untyped-call]
         _check_running(job.http)
-        serve.start(**start_options(job))
+        _start(job)
         try:
             deploy(pinned)
             yield f"http://{'127.0.0.1' if job.http.host in ('0.0.0.0', '::') else job.http.host}:{job.http.port}"
@@ -130,6 +131,16 @@ def endpoint(pinned: PinnedEndpoint, *, address: str | None = None) -> Iterator[
             # The ingress first: it goes when its last request has its answer, and until then needs the models.
             for name in _own(_deployed(), job.name):
                 serve.delete(name)
+
+
+def _start(job: ServeJob) -> None:
+    try:
+        serve.start(**start_options(job))
+    except (RayActorError, TimeoutError) as error:
+        raise SystemFailure(
+            "Serve's proxy did not start within a minute: the machine is too busy, or something keeps it from starting; "
+            "Serve's logs are below RAY_TMPDIR. Start it again when the machine has less to do."
+        ) from error
 
 
 def _proxy_will_start_here(address: str | None) -> bool:

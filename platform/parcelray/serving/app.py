@@ -22,6 +22,8 @@ from parcelray.serving.replica_settings import ReplicaSettings
 INGRESS_DEPLOYMENT = "Ingress"
 LOGGING = {"encoding": "JSON", "enable_access_log": False}
 """One line of JSON a record. The endpoint's own record of a request says more than Serve's, which would add one in each of its three processes."""
+_PATIENCE = {"RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "20"}
+"""Serve ends a proxy that is not ready after three times so long. With its own 5 s, none ever starts on a machine whose cores are busy."""
 _HEALTH_RESERVE = 8
 """Calls beside requests that a replica takes: health checks, inspections."""
 _DRAIN_S = 5.0
@@ -139,7 +141,7 @@ def start_options(job: ServeJob) -> dict[str, Any]:
     return {
         "proxy_location": "HeadOnly",
         "http_options": {"host": job.http.host, "port": job.http.port, "keep_alive_timeout_s": 30},
-        "controller_options": {"runtime_env": {"env_vars": proxy_environment(job.limits)}},
+        "controller_options": {"runtime_env": {"env_vars": {**proxy_environment(job.limits), **_PATIENCE}}},
         "logging_config": LOGGING,
         **({"tracing_config": tracing} if tracing is not None else {}),
     }
