@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import ray
 import ray.train
 from ray.train import Checkpoint, UserCallback
 
@@ -37,12 +36,6 @@ def train_worker(config: dict[str, Any]) -> None:
     Args:
         config: `inputs`.
     """
-    inputs: WorkerInputs = config["inputs"]
-    job = inputs.job
-    # Whoever reads needs the processor's libraries, which take as long to load as the model's: at the same time as this process, not after it.
-    for _ in range(job.scaling.data_tasks_per_worker):
-        _load_reading.remote()
-
     import torch
 
     from parcelray.data.ray_reading import ray_batches
@@ -50,6 +43,8 @@ def train_worker(config: dict[str, Any]) -> None:
     from parcelray.training.start import build_resumed, build_start, step_reader, validation_samples
     from parcelray.training.train_loop import LoopInputs, train
 
+    inputs: WorkerInputs = config["inputs"]
+    job = inputs.job
     if not job.scaling.gpus_per_worker:
         keep_freed_memory()
         torch.set_num_threads(max(1, int(job.scaling.cpus_per_worker)))
@@ -72,11 +67,6 @@ def train_worker(config: dict[str, Any]) -> None:
             **_rank_zero_outputs(inputs, context.get_world_rank()),
         )
         train(job, loop_inputs)
-
-
-@ray.remote(num_cpus=0.5)
-def _load_reading() -> None:
-    import parcelray.models.processor  # noqa: F401
 
 
 class Reports(UserCallback):
