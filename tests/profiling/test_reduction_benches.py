@@ -60,7 +60,7 @@ def test_kmeans_is_measured_beside_a_rival_at_equal_inertia(rivals: dict[str, tu
     rivals |= {"rival": ("sklearn", partial(_labels, spoilt=4)), "absent": ("no_such_module", _labels)}
 
     def clock(call: partial[None]) -> float:
-        """A second for any batch of ours, and eight for an other library's two images."""
+        """A second for any batch of ours, and eight for another library's two images."""
         call()
         return 8.0 if call.func is kmeans_bench._theirs else 1.0
 

@@ -13,7 +13,7 @@ pytestmark = [
 
 
 def test_all_four_comparisons_are_measured(ray_session: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Enough that two bundles of 64 end, and as few as that.
+    # As few as each comparison needs: two bundles of 64, five questions to an image.
     monkeypatch.setattr(evaluate_bench, "_QUESTIONS", 6)
     monkeypatch.setattr(evaluate_bench, "_IMAGES", 5)
     monkeypatch.setattr(evaluate_bench, "_DIFFERENT", 75)

@@ -150,9 +150,9 @@ def trickle_handshake(plain: socket.socket) -> None:
 
 
 def trickle(connection: Any) -> None:
-    """A byte every so often: a socket's own timeout never passes."""
+    """A byte every so often, for twenty seconds: a socket's own timeout never passes."""
     with suppress(OSError):
-        for _ in range(100):
+        for _ in range(400):
             connection.sendall(b"a")
             time.sleep(0.05)
 

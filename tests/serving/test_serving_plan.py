@@ -111,7 +111,10 @@ def test_a_proxy_that_does_not_start_is_one_sentence(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(serving_run, "_get_global_client", lambda **_: None)
     monkeypatch.setattr(serving_run, "ray_session", lambda *_, **__: nullcontext(SimpleNamespace(owned=False)))
     monkeypatch.setattr(serve, "start", never)
-    with pytest.raises(SystemFailure, match="proxy did not start within a minute: the machine is too busy"), endpoint(pin(serve_job("mini_base", []))):
+    with (
+        pytest.raises(SystemFailure, match="proxy did not start: the machine is too busy for it to be ready within a minute"),
+        endpoint(pin(serve_job("mini_base", []))),
+    ):
         pass
 
 

@@ -41,7 +41,7 @@ _ANSWER = GenerationSettings(max_new_tokens=4)
 _QUESTIONS = 48
 """Of the comparison of one pass with one for each budget."""
 _IMAGES = 12
-"""Of the comparison of shared images with copies."""
+"""Of the comparison of shared images with copies; at least `_QUESTIONS_PER_IMAGE`, because each question is that of one of them."""
 _QUESTIONS_PER_IMAGE = 5
 _VISION_HEAVY = MiniModelConfig(vision_width=192, vision_layers=12, vision_heads=4, vision_mlp_width=768, text_layers=2)
 _TINY = MiniModelConfig(

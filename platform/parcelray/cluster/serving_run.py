@@ -138,8 +138,8 @@ def _start(job: ServeJob) -> None:
         serve.start(**start_options(job))
     except (RayActorError, TimeoutError) as error:
         raise SystemFailure(
-            "Serve's proxy did not start within a minute: the machine is too busy, or something keeps it from starting; "
-            "Serve's logs are below RAY_TMPDIR. Start it again when the machine has less to do."
+            "Serve's proxy did not start: the machine is too busy for it to be ready within a minute (Ray's workers run at nice 15, so others go first), "
+            "or its process fails, which Serve's logs below RAY_TMPDIR say. Start it again when the machine has less to do."
         ) from error
 
 

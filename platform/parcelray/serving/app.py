@@ -23,7 +23,7 @@ INGRESS_DEPLOYMENT = "Ingress"
 LOGGING = {"encoding": "JSON", "enable_access_log": False}
 """One line of JSON a record. The endpoint's own record of a request says more than Serve's, which would add one in each of its three processes."""
 _PATIENCE = {"RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "20"}
-"""Serve ends a proxy that is not ready after three times so long. With its own 5 s, none ever starts on a machine whose cores are busy."""
+"""Serve ends a proxy that is not ready after three times so long. With its own 5 s, none starts beside busy processes that go well before Ray's."""
 _HEALTH_RESERVE = 8
 """Calls beside requests that a replica takes: health checks, inspections."""
 _DRAIN_S = 5.0
