@@ -3,20 +3,21 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart search test test-fast check ui clean
+.PHONY: help quickstart search test test-all test-fast test-portable check ui clean
 
 PYTHON ?= python3
 PORT ?= 5000
 PY := .venv/bin/python
 INSTALLED := .venv/.installed
-HEAVY := ray or serving or slow or data or gpu or browser
 CLUSTER := ray or serving or browser
 
 help:
 	@echo "make quickstart  the whole loop on this machine: train, evaluate, report (no GPU, no network, no server)"
 	@echo "make search      the split of every budget on a supernet, and the cluster count (about twenty minutes)"
-	@echo "make test        every test that a machine without a GPU can run"
-	@echo "make test-fast   only the tests without a cluster, a server or data files"
+	@echo "make test        the tests (no GPU needed): about ten minutes on two cores"
+	@echo "make test-all    also the nightly tests: long benches, repeated kills, whole pipelines"
+	@echo "make test-fast   only the quick tests without a cluster or a server"
+	@echo "make test-portable  the tests without a cluster, under other CPU instruction sets and thread counts"
 	@echo "make check       ruff format, ruff lint, mypy --strict"
 	@echo "make ui          MLflow on http://127.0.0.1:$(PORT), over the runs in runs/ (PORT=... for another port)"
 	@echo "make clean       removes .venv and the tools' caches; runs/ stays"
@@ -48,14 +49,26 @@ search: $(INSTALLED)
 	@$(PY) pipelines/search.py
 
 test: $(INSTALLED)
-	@echo "Running every test that needs no GPU: without a cluster and with one (these mostly wait) two files at a time, servers alone"
-	@$(PY) -m pytest -n 2 --dist loadscope -m "not gpu and not ($(CLUSTER))"
-	@$(PY) -m pytest -n 2 --dist loadscope -m "not gpu and ray and not (serving or browser)"
-	@$(PY) -m pytest -m "not gpu and (serving or browser)"
+	@$(PY) tests/run_all.py
+
+test-all: $(INSTALLED)
+	@$(PY) tests/run_all.py --nightly
 
 test-fast: $(INSTALLED)
-	@echo "Running the tests without a cluster, a server or data files"
-	@$(PY) -m pytest -n 2 --dist loadscope -m "not ($(HEAVY))"
+	@$(PY) -m pytest -n 2 --dist loadscope -m "not (gpu or nightly or slow or $(CLUSTER))"
+
+# The instruction sets of oneDNN and of PyTorch's own kernels, each with one and with two threads.
+test-portable: $(INSTALLED)
+	@failed=(); \
+	for isa in ONEDNN_MAX_CPU_ISA=AVX512_CORE ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2; do \
+	  for threads in 1 2; do \
+	    echo "Running the tests without a cluster under $$isa with $$threads threads"; \
+	    env "$$isa" PARCELRAY_TEST_THREADS=$$threads $(PY) -m pytest -q -n 2 --dist loadscope --durations=0 --durations-min=10 \
+	      -m "not (gpu or nightly or $(CLUSTER))" || failed+=("$$isa with $$threads threads"); \
+	  done; \
+	done; \
+	if [ "$${#failed[@]}" -gt 0 ]; then printf 'FAILED: %s\n' "$${failed[@]}"; exit 1; fi; \
+	echo "All six settings passed."
 
 check: $(INSTALLED)
 	@echo "Checking the format"

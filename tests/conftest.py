@@ -10,13 +10,16 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
+# Threads of a test process and of each worker that it starts. One is the default, so that Ray's workers do not fight
+# over the cores; `make test-portable` also runs with two.
+_THREADS = os.environ.get("PARCELRAY_TEST_THREADS", "1")
+
 # Ray's sockets lie below RAY_TMPDIR and a socket's path may have 107 bytes, so the folder's name is short.
 _SESSION_DIR = Path(tempfile.mkdtemp(prefix="pr"))
 
 _ENVIRONMENT = {
-    # One thread a process: sums come out in one order, and Ray's workers do not fight over the cores.
-    "OMP_NUM_THREADS": "1",
-    "MKL_NUM_THREADS": "1",
+    "OMP_NUM_THREADS": _THREADS,
+    "MKL_NUM_THREADS": _THREADS,
     "TOKENIZERS_PARALLELISM": "false",
     "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
     # Caches, tokens and logs of a test stay out of the user's home.
@@ -51,13 +54,13 @@ def pytest_unconfigure() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    without_data = _why_no_data()
     without_gpu = _why_no_gpu() if any(item.get_closest_marker("gpu") for item in items) else None
-    without_browser = None if shutil.which("chromedriver") and shutil.which("chromium") else "needs Debian's packages chromium and chromium-driver"
     for item in items:
-        for marker, reason in (("data", without_data), ("gpu", without_gpu), ("browser", without_browser)):
-            if reason and item.get_closest_marker(marker):
-                item.add_marker(pytest.mark.skip(reason=reason))
+        missing = [_why_no_data(name) for name in _DATA if name in getattr(item, "fixturenames", ())]
+        missing.append(without_gpu if item.get_closest_marker("gpu") else None)
+        missing.append(_why_no_browser() if item.get_closest_marker("browser") else None)
+        for reason in filter(None, missing):
+            item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(scope="session")
@@ -68,8 +71,14 @@ def repo_root() -> Path:
 
 @pytest.fixture(scope="session")
 def nlvr_dir() -> Path:
-    """The folder with NLVR's dev.parquet and test.parquet; for tests with the marker `data`."""
+    """The folder with NLVR's dev.parquet and test.parquet; a test that uses it is skipped without them."""
     return Path(os.environ["PARCELRAY_NLVR"])
+
+
+@pytest.fixture(scope="session")
+def puzzlevqa_dir() -> Path:
+    """The folder with PuzzleVQA's TYPE.json and images/; a test that uses it is skipped without them."""
+    return Path(os.environ["PARCELRAY_PUZZLEVQA"])
 
 
 @pytest.fixture(scope="session")
@@ -83,12 +92,26 @@ def ray_session() -> Iterator[None]:
         yield
 
 
-def _why_no_data() -> str | None:
-    folder = os.environ.get("PARCELRAY_NLVR")
+# Fixture of a folder with public data -> its environment variable and what must be in the folder.
+_DATA = {
+    "nlvr_dir": ("PARCELRAY_NLVR", ("dev.parquet", "test.parquet")),
+    "puzzlevqa_dir": ("PARCELRAY_PUZZLEVQA", ("venn.json", "images")),
+}
+
+
+def _why_no_data(fixture: str) -> str | None:
+    variable, names = _DATA[fixture]
+    folder = os.environ.get(variable)
     if not folder:
-        return "needs the NLVR files: set PARCELRAY_NLVR to the folder that holds dev.parquet and test.parquet"
-    missing = [name for name in ("dev.parquet", "test.parquet") if not (Path(folder) / name).is_file()]
-    return f"PARCELRAY_NLVR={folder} has no {' and no '.join(missing)}" if missing else None
+        return f"needs public data: set {variable} to the folder that holds {' and '.join(names)}"
+    missing = [name for name in names if not (Path(folder) / name).exists()]
+    return f"{variable}={folder} has no {' and no '.join(missing)}" if missing else None
+
+
+def _why_no_browser() -> str | None:
+    if shutil.which("chromedriver") and shutil.which("chromium"):
+        return None
+    return "needs a browser: apt-get install -y chromium chromium-driver"
 
 
 def _why_no_gpu() -> str | None:

@@ -187,7 +187,6 @@ def test_an_absent_corpus_is_one_sentence(tmp_path: Path) -> None:
         NlvrSource(tmp_path, "dev", "train")
 
 
-@pytest.mark.data
 def test_the_real_corpus(nlvr_dir: Path) -> None:
     samples = held_out_samples(NlvrDataConfig(path=str(nlvr_dir)), "test", 60, 64)
     assert {sample.task for sample in samples} == {"statement", "count", "color", "size", "box"}
@@ -198,7 +197,6 @@ def test_the_real_corpus(nlvr_dir: Path) -> None:
     assert sizes == {"dev": 5934, "test": 5940}
 
 
-@pytest.mark.data
 def test_the_real_pixels_agree_with_the_representation(nlvr_dir: Path) -> None:
     source = NlvrSource(nlvr_dir, "dev", "all", questions=("box",), image_size=100)
     size = source.groups[0].size or 0

@@ -14,7 +14,6 @@ from parcelray.errors import UserError
 from .conftest import tiny_job
 
 
-@pytest.mark.data
 @pytest.mark.parametrize("view", ["boxes", "picture"])
 def test_nlvr_trains_and_reports_every_question_beside_majority_and_blind(view: str, nlvr_dir: Path, tmp_path: Path) -> None:
     job = tiny_job(

@@ -1,0 +1,90 @@
+"""Run the tests in three groups and print one summary: failures, slowest tests, and skipped tests with their reasons.
+
+`make test` and `make test-all` call this. A group that fails does not keep the next one from running.
+"""
+
+import argparse
+import subprocess
+import sys
+import tempfile
+import time
+import xml.etree.ElementTree as ET
+from collections import defaultdict
+from pathlib import Path
+from typing import NamedTuple
+
+# Marker expression -> pytest options. The first group keeps both cores busy; the second mostly waits for Ray; servers
+# under load run alone.
+_GROUPS = {
+    "not (ray or serving or browser)": ["-n", "2", "--dist", "loadscope"],
+    "ray and not (serving or browser)": ["-n", "2", "--dist", "loadscope"],
+    "serving or browser": [],
+}
+_NO_TESTS = 5
+_SLOWEST = 20
+
+
+class _Case(NamedTuple):
+    name: str
+    seconds: float
+    outcome: str
+    """passed, failed or skipped."""
+    reason: str
+    """Why it was skipped."""
+
+
+def main() -> int:
+    """Return 0 if no group failed, otherwise 1."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--nightly", action="store_true", help="also run the tests with the marker `nightly`")
+    excluded = "not gpu" if parser.parse_args().nightly else "not gpu and not nightly"
+    cases: list[_Case] = []
+    lines: list[str] = []
+    failed = False
+    with tempfile.TemporaryDirectory(prefix="parcelray-tests-") as folder:
+        for number, (group, options) in enumerate(_GROUPS.items()):
+            report = Path(folder) / f"{number}.xml"
+            started = time.monotonic()
+            command = [sys.executable, "-m", "pytest", *options, "-m", f"{excluded} and ({group})", f"--junit-xml={report}"]
+            code = subprocess.run([*command, "-o", "junit_family=xunit1"], check=False).returncode
+            found = _cases(report) if report.is_file() else []
+            outcome = "passed" if code in (0, _NO_TESTS) else f"FAILED (pytest exit code {code})"
+            lines.append(f"{group}: {len(found)} tests in {time.monotonic() - started:.0f} s, {outcome}")
+            failed |= code not in (0, _NO_TESTS)
+            cases += found
+    sys.stdout.write("\n".join(["", *_summary(cases), "", *lines, "FAILED" if failed else "All groups passed."]) + "\n")
+    return int(failed)
+
+
+def _cases(report: Path) -> list[_Case]:
+    cases = []
+    for case in ET.parse(report).iter("testcase"):
+        skipped = case.find("skipped")
+        wrong = case.find("failure") is not None or case.find("error") is not None
+        outcome = "failed" if wrong else "skipped" if skipped is not None else "passed"
+        file = case.get("file") or str(case.get("classname")).replace(".", "/") + ".py"
+        reason = "" if skipped is None else str(skipped.get("message"))
+        cases.append(_Case(f"{file}::{case.get('name')}", float(case.get("time", 0)), outcome, reason))
+    return cases
+
+
+def _summary(cases: list[_Case]) -> list[str]:
+    slowest = sorted(cases, key=lambda case: -case.seconds)[:_SLOWEST]
+    lines = [f"{_SLOWEST} slowest tests:", *(f"  {case.seconds:6.1f} s  {case.name}" for case in slowest)]
+    wrong = [case.name for case in cases if case.outcome == "failed"]
+    lines += ["", f"{len(wrong)} failed tests:" if wrong else "No test failed.", *(f"  {name}" for name in wrong)]
+    skipped = defaultdict(list)
+    for case in cases:
+        if case.outcome == "skipped":
+            skipped[case.reason].append(case.name)
+    if not skipped:
+        return [*lines, "No test was skipped."]
+    lines.append("Skipped tests, by reason:")
+    for reason, names in skipped.items():
+        files = sorted({name.split("::")[0] for name in names})
+        lines.append(f"  {len(names)} in {', '.join(files)}: {reason}")
+    return lines
+
+
+if __name__ == "__main__":
+    sys.exit(main())
