@@ -36,6 +36,9 @@ _ENVIRONMENT = {
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
+    # Ray's default is nice 15: next to other busy processes its workers then get 3 % of a core, and limits inside Ray,
+    # for example for the start of Serve's proxy, end before they have done anything.
+    "RAY_worker_niceness": "0",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_LOGGING_LEVEL": "ERROR",
     "GIT_PYTHON_REFRESH": "quiet",
