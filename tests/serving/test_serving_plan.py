@@ -1,6 +1,7 @@
 """What `parcelray serve` means, its plan, and the file that it writes for `serve deploy`."""
 
 import socket
+from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,8 +10,9 @@ from typing import Any
 import pytest
 import yaml
 from ray import serve
-from ray.exceptions import GetTimeoutError
+from ray.exceptions import GetTimeoutError, RayActorError
 from ray.serve import context as serve_context
+from ray.serve.schema import ProxyStatus
 
 from parcelray.cluster import serving_run
 from parcelray.cluster.serving_plan import serve_job, serving_plan
@@ -67,7 +69,7 @@ def test_the_file_for_serve_deploy_is_the_whole_endpoint() -> None:
     # What stands before the proxy is started with it; nothing of this machine but the checkpoint's folder, which the head names.
     variables = schema.controller_options.runtime_env["env_vars"]
     assert variables["RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"] == "parcelray.serving.proxy_guard:middlewares"
-    assert float(variables["RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S"]) > 5, "a busy machine's proxy has time to start"
+    assert 3 * float(variables["RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S"]) >= 300, "a busy machine's proxy has time to start"
     assert schema.logging_config.encoding == "JSON"
     assert "PYTHONPATH" not in text
     assert f"# Every node needs the folder {pinned.champion.path}." in text.splitlines()
@@ -104,18 +106,45 @@ def test_a_serve_that_listens_elsewhere_is_not_joined(monkeypatch: pytest.Monkey
             pass
 
 
-def test_a_proxy_that_does_not_start_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    def never(**_: Any) -> None:
-        raise GetTimeoutError("Get timed out: some object(s) not ready.")
+def _start_with(monkeypatch: pytest.MonkeyPatch, error: Exception, *statuses: ProxyStatus) -> Iterator[ProxyStatus]:
+    """Makes `serve.start` fail, and Serve's proxy report these statuses, one a second by the clock of the product code."""
+    now, left = [0.0], iter(statuses)
 
-    monkeypatch.setattr(serving_run, "_get_global_client", lambda **_: None)
-    monkeypatch.setattr(serving_run, "ray_session", lambda *_, **__: nullcontext(SimpleNamespace(owned=False)))
-    monkeypatch.setattr(serve, "start", never)
-    with (
-        pytest.raises(SystemFailure, match="proxy did not start: the machine is too busy for it to be ready within a minute"),
-        endpoint(pin(serve_job("mini_base", []))),
-    ):
-        pass
+    def start(**_: Any) -> None:
+        raise error
+
+    def status() -> Any:
+        found = next(left, None)
+        return SimpleNamespace(proxies={} if found is None else {"node": found})
+
+    def sleep(_: float) -> None:
+        now[0] += 1
+
+    monkeypatch.setattr(serving_run, "_get_global_client", lambda **_: SimpleNamespace())
+    monkeypatch.setattr(serving_run, "time", SimpleNamespace(monotonic=lambda: now[0], sleep=sleep))
+    monkeypatch.setattr(serve, "start", start)
+    monkeypatch.setattr(serve, "status", status)
+    return left
+
+
+def test_a_proxy_that_needs_more_than_serves_minute_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    statuses = [ProxyStatus.STARTING] * 100
+    left = _start_with(monkeypatch, TimeoutError(), *statuses, ProxyStatus.HEALTHY)
+    serving_run._start(serve_job("mini_base", []))
+    assert next(left, None) is None, "it has waited for the last status"
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (GetTimeoutError("Get timed out: some object(s) not ready."), "proxy was not ready after 300 s"),
+        (RayActorError(), "proxy ended at its start"),
+    ],
+)
+def test_a_proxy_that_does_not_start_is_reported_in_one_sentence(monkeypatch: pytest.MonkeyPatch, error: Exception, says: str) -> None:
+    _start_with(monkeypatch, error)
+    with pytest.raises(SystemFailure, match=says):
+        serving_run._start(serve_job("mini_base", []))
 
 
 def test_what_a_process_knows_of_serve_goes_with_its_own_ray(monkeypatch: pytest.MonkeyPatch) -> None:

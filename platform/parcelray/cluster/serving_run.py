@@ -18,7 +18,7 @@ import yaml
 from ray import serve
 from ray.exceptions import RayActorError
 from ray.serve.context import _disconnect, _get_global_client
-from ray.serve.schema import ServeDeploySchema
+from ray.serve.schema import ProxyStatus, ServeDeploySchema
 from rich.console import Console
 
 from parcelray import __version__
@@ -31,7 +31,7 @@ from parcelray.config.serve import HttpConfig, ServedModelConfig, ServeJob
 from parcelray.errors import SystemFailure, UserError
 from parcelray.models.checkpoint import ResolvedCheckpoint
 from parcelray.models.vlm import connector_of
-from parcelray.serving.app import replica_settings, serve_config, start_options
+from parcelray.serving.app import PROXY_TIMEOUT_S, replica_settings, serve_config, start_options
 from parcelray.serving.auth import read_keys
 from parcelray.serving.budget_chooser import load_predictor
 from parcelray.tracking.store import check_tracking_uri, ensure_store
@@ -136,11 +136,27 @@ def endpoint(pinned: PinnedEndpoint, *, address: str | None = None) -> Iterator[
 def _start(job: ServeJob) -> None:
     try:
         serve.start(**start_options(job))
-    except (RayActorError, TimeoutError) as error:
-        raise SystemFailure(
-            "Serve's proxy did not start: the machine is too busy for it to be ready within a minute (Ray's workers run at nice 15, so others go first), "
-            "or its process fails, which Serve's logs below RAY_TMPDIR say. Start it again when the machine has less to do."
-        ) from error
+    except TimeoutError as error:
+        # Serve waits for its proxy for one minute; the proxy of a busy machine takes longer and is not ended meanwhile.
+        if not _proxy_becomes_ready():
+            raise SystemFailure(
+                f"Serve's proxy was not ready after {PROXY_TIMEOUT_S:.0f} s. Read Serve's logs below RAY_TMPDIR for the "
+                "reason, or start the endpoint again when the machine is less busy."
+            ) from error
+    except RayActorError as error:
+        raise SystemFailure("The process of Serve's proxy ended at its start. Serve's logs below RAY_TMPDIR hold the reason.") from error
+
+
+def _proxy_becomes_ready() -> bool:
+    deadline = time.monotonic() + PROXY_TIMEOUT_S
+    # Connects this process to the controller, which `serve.start` has left running.
+    _client()
+    while time.monotonic() < deadline:
+        proxies = serve.status().proxies.values()
+        if proxies and all(proxy == ProxyStatus.HEALTHY for proxy in proxies):
+            return True
+        time.sleep(_POLL_S)
+    return False
 
 
 def _proxy_will_start_here(address: str | None) -> bool:

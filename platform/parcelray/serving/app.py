@@ -22,8 +22,11 @@ from parcelray.serving.replica_settings import ReplicaSettings
 INGRESS_DEPLOYMENT = "Ingress"
 LOGGING = {"encoding": "JSON", "enable_access_log": False}
 """One line of JSON a record. The endpoint's own record of a request says more than Serve's, which would add one in each of its three processes."""
-_PATIENCE = {"RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "20"}
-"""Serve ends a proxy that is not ready after three times so long. With its own 5 s, none starts beside busy processes that go well before Ray's."""
+PROXY_TIMEOUT_S = 300.0
+"""Time for Serve's proxy to become ready on a busy machine, seconds."""
+_PATIENCE = {"RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": f"{PROXY_TIMEOUT_S / 3:.0f}"}
+"""Serve replaces a proxy that is not ready at three checks of this length. By default a check takes 5 s, and on a busy
+machine no proxy ever becomes ready."""
 _HEALTH_RESERVE = 8
 """Calls beside requests that a replica takes: health checks, inspections."""
 _DRAIN_S = 5.0
