@@ -1,12 +1,12 @@
 """Modules import downwards only, heavy libraries stay where they belong, and no module outgrows its subject."""
 
 import ast
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
-
-import pytest
 
 LAYERS = (
     ("config", "errors"),
@@ -48,7 +48,6 @@ def _modules() -> dict[str, Path]:
 
 
 MODULES = _modules()
-EVERY_MODULE = pytest.mark.parametrize("module", MODULES, ids=lambda name: name or "parcelray")
 
 
 def imported_names(source: str, module: str, is_package: bool) -> Iterator[str]:
@@ -71,60 +70,75 @@ def wrong_direction(module: str, imports: Iterator[str]) -> list[str]:
     return sorted({name for name in own if LEVEL.get(name.split(".")[0], -1) > level})
 
 
+@cache
 def _imports(module: str) -> list[str]:
     path = MODULES[module]
     dotted = module if module.startswith("pipelines.") else f"parcelray.{module}".rstrip(".")
     return list(imported_names(path.read_text(encoding="utf-8"), dotted, path.stem == "__init__"))
 
 
+def _libraries(module: str) -> set[str]:
+    return {name.split(".")[0] for name in _imports(module)}
+
+
 def _is_allowed(module: str, places: tuple[str, ...]) -> bool:
     return any(module.startswith(place) if place.endswith("_") else module == place or module.startswith(f"{place}.") for place in places)
 
 
-@EVERY_MODULE
-def test_every_module_has_a_layer(module: str) -> None:
-    assert module in ("", "__main__") or module.split(".")[0] in LEVEL, f"put {module} into a layer of design.md, or add one there and here"
+def test_every_module_has_a_layer() -> None:
+    unplaced = [module for module in MODULES if module not in ("", "__main__") and module.split(".")[0] not in LEVEL]
+    assert unplaced == [], "put each into a layer of design.md, or add a layer there and here"
 
 
-@EVERY_MODULE
-def test_imports_point_downwards(module: str) -> None:
-    if module in ("", "__main__"):
-        pytest.skip("the package itself has no layer")
-    assert wrong_direction(module, iter(_imports(module))) == []
+def test_imports_point_downwards() -> None:
+    # The package itself has no layer.
+    wrong = {module: wrong_direction(module, iter(_imports(module))) for module in MODULES if module.split(".")[0] in LEVEL}
+    assert {module: names for module, names in wrong.items() if names} == {}
 
 
-@EVERY_MODULE
-def test_ray_and_mlflow_stay_where_they_belong(module: str) -> None:
-    libraries = {name.split(".")[0] for name in _imports(module)}
-    misplaced = [library for library, places in MAY_IMPORT.items() if library in libraries and not _is_allowed(module, places)]
-    assert misplaced == [], f"{module} imports {misplaced}; legal places: {MAY_IMPORT}"
+def test_ray_and_mlflow_stay_where_they_belong() -> None:
+    misplaced = [
+        f"{module} imports {library}"
+        for module in MODULES
+        for library, places in MAY_IMPORT.items()
+        if library in _libraries(module) and not _is_allowed(module, places)
+    ]
+    assert misplaced == [], f"legal places: {MAY_IMPORT}"
 
 
-@EVERY_MODULE
-def test_config_and_errors_import_nothing_heavy(module: str) -> None:
-    libraries = {name.split(".")[0] for name in _imports(module)}
-    assert module.split(".")[0] not in LAYERS[0] or libraries.isdisjoint(HEAVY)
+def test_config_and_errors_import_nothing_heavy() -> None:
+    heavy = {module: _libraries(module) & set(HEAVY) for module in MODULES if module.split(".")[0] in LAYERS[0]}
+    assert heavy.keys() >= set(LAYERS[0]), "the layer was found"
+    assert {module: sorted(libraries) for module, libraries in heavy.items() if libraries} == {}
 
 
-@EVERY_MODULE
-def test_modules_keep_one_subject(module: str) -> None:
-    lines = len(MODULES[module].read_text(encoding="utf-8").splitlines())
-    assert lines <= MAX_LINES, f"{module} has {lines} lines; split it by subject"
+def test_modules_keep_one_subject() -> None:
+    lines = {module: len(path.read_text(encoding="utf-8").splitlines()) for module, path in MODULES.items()}
+    assert {module: number for module, number in lines.items() if number > MAX_LINES} == {}, "split each by subject"
 
 
-@pytest.mark.parametrize("start", ["config.loader", "errors", "cli"])
-def test_light_modules_load_no_heavy_library(start: str, repo_root: Path) -> None:
-    assert _loaded(start, repo_root) == set()
+def test_light_modules_load_no_heavy_library(repo_root: Path) -> None:
+    light = ("config.loader", "errors", "cli")
+    assert _loaded(light, repo_root) == {module: [] for module in light}
 
 
-@pytest.mark.parametrize("start", ["serving.app", "training.ray_worker", "tuning.tune_run"])
-def test_what_ray_loads_in_processes_without_a_model_needs_no_model_library(start: str, repo_root: Path) -> None:
-    assert _loaded(start, repo_root) == {"ray"}
+def test_what_ray_loads_in_processes_without_a_model_needs_no_model_library(repo_root: Path) -> None:
+    modules = ("serving.app", "training.ray_worker", "tuning.tune_run")
+    assert _loaded(modules, repo_root) == {module: ["ray"] for module in modules}
 
 
-def _loaded(start: str, repo_root: Path) -> set[str]:
-    code = f"import sys, parcelray.{start}; print(*[name for name in {HEAVY!r} if name in sys.modules])"
-    return set(subprocess.run([sys.executable, "-c", code], cwd=repo_root, capture_output=True, text=True, check=True).stdout.split())
+def _loaded(modules: tuple[str, ...], repo_root: Path) -> dict[str, list[str]]:
+    """The heavy libraries that are loaded once each module is; one after the other in one fresh process, as Ray takes seconds to load."""
+    code = (
+        "import importlib, json, sys\n"
+        "loaded = {}\n"
+        f"for name in {modules!r}:\n"
+        "    importlib.import_module(f'parcelray.{name}')\n"
+        f"    loaded[name] = [library for library in {HEAVY!r} if library in sys.modules]\n"
+        "print(json.dumps(loaded))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=repo_root, capture_output=True, text=True, check=True)
+    return dict(json.loads(done.stdout))
 
 
 def test_the_guard_sees_every_kind_of_import() -> None:

@@ -2,8 +2,6 @@
 
 from pathlib import Path
 
-import pytest
-
 from parcelray.config.loader import check_search_space, command_of, identity, load_job, load_search_space
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -15,16 +13,24 @@ def _name(path: Path) -> str:
     return str(path.relative_to(ROOT))
 
 
-@pytest.mark.parametrize("path", JOBS, ids=_name)
-def test_job_file_is_a_legal_run(path: Path) -> None:
-    job = load_job(path)
-    assert job.kind == path.relative_to(ROOT / "jobs").parts[0], "jobs/<kind>/ holds the jobs of that kind"
+def test_job_files_are_legal_runs() -> None:
+    # The loader's error names the file and the key.
+    misplaced = [_name(path) for path in JOBS if load_job(path).kind != path.relative_to(ROOT / "jobs").parts[0]]
+    assert JOBS
+    assert misplaced == [], "jobs/<kind>/ holds the jobs of that kind"
 
 
-@pytest.mark.parametrize("path", JOBS, ids=_name)
-def test_job_file_opens_with_its_command(path: Path) -> None:
-    opening = [line for line in path.read_text(encoding="utf-8").splitlines()[:10] if line.startswith("#")]
-    assert any(f"parcelray {command_of(path.parent.name)} {_name(path)}" in line for line in opening), "a job file's first lines say how to run it"
+def test_job_files_open_with_their_command() -> None:
+    without = [path for path in JOBS if not any(_command(path) in line for line in _opening(path))]
+    assert [_name(path) for path in without] == [], "a job file's first lines say how to run it"
+
+
+def _command(path: Path) -> str:
+    return f"parcelray {command_of(path.parent.name)} {_name(path)}"
+
+
+def _opening(path: Path) -> list[str]:
+    return [line for line in path.read_text(encoding="utf-8").splitlines()[:10] if line.startswith("#")]
 
 
 def test_two_job_files_are_two_runs() -> None:
@@ -32,8 +38,9 @@ def test_two_job_files_are_two_runs() -> None:
     assert len(identities) == len(set(identities))
 
 
-@pytest.mark.parametrize("path", SEARCH_SPACES, ids=_name)
-def test_search_space_fits_its_job(path: Path) -> None:
-    space = load_search_space(path)
-    assert space.name == path.stem
-    check_search_space(space, ROOT)
+def test_search_spaces_fit_their_jobs() -> None:
+    spaces = {path.stem: load_search_space(path) for path in SEARCH_SPACES}
+    assert spaces
+    assert [(stem, space.name) for stem, space in spaces.items() if space.name != stem] == []
+    for space in spaces.values():
+        check_search_space(space, ROOT)
