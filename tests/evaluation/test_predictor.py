@@ -17,6 +17,7 @@ from parcelray.config.model import MiniLlavaModelConfig, MiniModelConfig
 from parcelray.data.collator import decode_image
 from parcelray.data.sample import Sample
 from parcelray.errors import SystemFailure, UnsupportedBudgetError, UserError
+from parcelray.evaluation.confidence import UNKNOWN
 from parcelray.evaluation.generation import GenerationSettings
 from parcelray.evaluation.predictor import BLIND, Predictor
 from parcelray.evaluation.score import score
@@ -165,7 +166,12 @@ def test_other_decodings_answer_alike_in_any_batch(model: ElasticVLM, processor:
     asked = [dataclasses.replace(sample, metadata={"choices": ["red", "blue", "a tower of circles", "2"]}) for sample in samples]
     together = Predictor(model, processor, settings=settings).answer_budgets(asked, [BLIND, 16])
     alone = Predictor(model, processor, settings=settings, batch_size=1).answer_budgets(asked, [BLIND, 16])
-    assert together == alone
+    for budget in (BLIND, 16):
+        for one, other in zip(together[budget], alone[budget], strict=True):
+            assert one._replace(confidence=UNKNOWN) == other._replace(confidence=UNKNOWN)
+            # Kernels round differently for different batch sizes: about 1e-7 of each log-probability, seen in the seventh digit.
+            unknown = other.confidence == UNKNOWN
+            assert one.confidence == (UNKNOWN if unknown else pytest.approx(other.confidence, rel=1e-4))
     assert len({answer.text for answer in together[16]}) > 1
 
 

@@ -50,18 +50,31 @@ def test_gradients_reach_what_the_budget_uses_and_nothing_else(case_16: Any) -> 
         (tokens * torch.randn_like(tokens)).sum().backward()
         assert features.grad is not None
         num_queries = budget - connector.num_anchors(budget)
+        largest = max((float(each.grad.abs().max()) for each in connector.parameters() if each.grad is not None), default=0.0)
+        # Gradients that are zero in exact arithmetic are below 1e-6 of the largest one (rounding); the smallest real ones are above 1e-3 of it.
+        rounding = 1e-4 * largest
         for name, parameter in connector.named_parameters():
             gradient = parameter.grad
             if name == "query_path.bank.weight" and num_queries:
                 assert gradient is not None
-                assert gradient[:num_queries].abs().amax(dim=1).min() > 0
+                assert gradient[:num_queries].abs().amax(dim=1).min() > rounding
                 assert gradient[num_queries:].abs().sum() == 0
             elif num_queries == 0 and connector.name != "m3_self_attention":
                 assert gradient is None, f"{name} got a gradient at budget {budget}, which has no queries"
             else:
                 assert gradient is not None, f"{name} got no gradient at budget {budget}"
-                # A shift of all keys changes every logit of a query alike, so softmax gives the key bias no gradient.
-                assert name.endswith("k_proj.bias") or gradient.abs().max() > 0, f"{name} got a zero gradient at budget {budget}"
+                reached = float(gradient.abs().max()) > rounding
+                assert reached != _is_cancelled(name, connector.name, budget), f"{name} at budget {budget}: {gradient.abs().max()}"
+
+
+def _is_cancelled(parameter: str, connector: str, budget: int) -> bool:
+    """Whether a softmax cancels the parameter's effect, so that its gradient is zero in exact arithmetic."""
+    # A shift of all keys changes every logit of a query alike.
+    if parameter.endswith("k_proj.bias"):
+        return True
+    # A softmax over one key is 1 whatever the logit: a single query without anchors attends to itself.
+    is_alone = connector == "mqt_self_attention" and budget == 1
+    return is_alone and "conditioner" in parameter and ("q_proj" in parameter or "k_proj" in parameter)
 
 
 def test_bfloat16_agrees_with_float32(case_16: Any) -> None:
