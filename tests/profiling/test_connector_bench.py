@@ -1,6 +1,7 @@
 """The connector bench, at a shape that takes milliseconds."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,9 @@ import torch
 from parcelray.config.model import MiniModelConfig
 from parcelray.errors import UserError
 from parcelray.models.backbones import ElasticPaliGemmaConfig
+from parcelray.profiling import connector_bench
 from parcelray.profiling.connector_bench import CONNECTOR_CONFIGS, bench_connectors
+from parcelray.profiling.measure import PairTiming
 
 
 @pytest.fixture
@@ -47,8 +50,15 @@ def tiny_checkpoint(tmp_path: Path) -> str:
     return str(tmp_path)
 
 
-def test_every_connector_is_measured_at_the_budgets_that_it_can_give(tiny_checkpoint: str) -> None:
-    report = bench_connectors(tiny_checkpoint, budgets=(16, 100, 256), repeats=2)
+def test_every_connector_is_measured_at_the_budgets_that_it_can_give(tiny_checkpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def time_once(alone: Callable[[], object], whole: Callable[[], object], *_: object, **__: object) -> PairTiming:
+        """Runs both, and reports 2 ms and 8 ms: which of two short times is longer depends on the machine's load."""
+        alone()
+        whole()
+        return PairTiming(0.002, 0.008, 0.25, 0.001, 0.001, 0.01)
+
+    monkeypatch.setattr(connector_bench, "time_pairs", time_once)
+    report = bench_connectors(tiny_checkpoint, budgets=(16, 100, 256))
     values = {measure.name: measure.value for measure in report.measures}
     measured = {name.split(":")[0] for name in values}
     assert {config.type for config in CONNECTOR_CONFIGS} == {name.split(" ")[0] for name in measured}
@@ -56,8 +66,7 @@ def test_every_connector_is_measured_at_the_budgets_that_it_can_give(tiny_checkp
     assert "m3 at 100 tokens" not in measured
     assert "identity at 16 tokens" not in measured
     for label in measured:
-        # Which of two short times is longer is the machine's business on a busy host; only that they were taken is checked.
-        assert min(values[f"{label}: {what}"] for what in ("time", "time of the whole prefill", "share of the time")) > 0
+        assert [values[f"{label}: {what}"] for what in ("time", "time of the whole prefill", "share of the time")] == [2, 8, 25]
         assert values[f"{label}: peak memory"] < values[f"{label}: peak memory of the whole prefill"]
     assert values["identity at 256 tokens: peak memory"] == 0
     assert values["parcel at 256 tokens: peak memory"] > values["m3 at 16 tokens: peak memory"] > 0

@@ -7,7 +7,7 @@ import math
 import pytest
 from rich.console import Console
 
-from parcelray.profiling.measure import Measure, Report, interquartile_range, machine_info, time_pairs
+from parcelray.profiling.measure import Measure, PairTiming, Report, interquartile_range, machine_info, time_pairs
 
 
 def _rendered(report: Report) -> str:
@@ -52,11 +52,18 @@ def test_a_goal_that_cannot_be_judged_is_refused() -> None:
 
 def test_pairs_run_alternately_after_the_warmup() -> None:
     calls: list[str] = []
-    timing = time_pairs(lambda: calls.append("a"), lambda: calls.append("b"), repeats=3, warmup=2)
+    now = 0.0
+
+    def call(name: str) -> None:
+        nonlocal now
+        calls.append(name)
+        rounds = calls.count(name) - 2
+        # The warm-up takes long and is not timed; then `a` takes 2, 4 and 6 seconds, and `b` always 2.
+        now += 100 if rounds < 1 else 2 * rounds if name == "a" else 2
+
+    timing = time_pairs(lambda: call("a"), lambda: call("b"), repeats=3, warmup=2, clock=lambda: now)
     assert calls == ["a", "b"] * 5
-    assert timing.median_a > 0
-    assert timing.ratio > 0
-    assert timing.spread_ratio >= 0
+    assert timing == PairTiming(median_a=4, median_b=2, ratio=2, spread_a=2, spread_b=0, spread_ratio=1)
 
 
 def test_the_clock_waits_for_the_device() -> None:

@@ -1,6 +1,8 @@
 """The benches of token reduction run, compare what they say they compare, and can miss their goals."""
 
 import json
+import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -15,7 +17,7 @@ from parcelray.models.token_reduction.in_decoder import InDecoderReducer
 from parcelray.models.token_reduction.kmeans import kmeans
 from parcelray.profiling import kmeans_bench, overhead_bench
 from parcelray.profiling.kmeans_bench import bench_kmeans, photograph_tokens
-from parcelray.profiling.measure import Measure, Report
+from parcelray.profiling.measure import Measure, PairTiming, Report
 from parcelray.profiling.overhead_bench import REDUCERS, _break_even, _without_looking, bench_overhead
 
 
@@ -45,6 +47,9 @@ def rivals(monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[str, Any]]:
     monkeypatch.setattr(kmeans_bench, "_clusterers", lambda: known)
     monkeypatch.setattr(kmeans_bench, "_SEEDS", 2)
     monkeypatch.setattr(kmeans_bench, "_SETTLE_SECONDS", 0)
+    monkeypatch.setattr(kmeans_bench, "_PATIENCE_SECONDS", math.inf)
+    # Two runs of k-means end in local optima that differ by some percent, and rounding decides in which.
+    monkeypatch.setattr(kmeans_bench, "_EQUAL", 1.2)
     return known
 
 
@@ -111,21 +116,33 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(overhead_bench, "_laptop", lambda: config)
 
 
+def _time_once(a: Callable[[], object], b: Callable[[], object], *_: object, **__: object) -> PairTiming:
+    """Runs both, and reports 12 ms and 4 ms: which of two short times is longer depends on the machine's load."""
+    a()
+    b()
+    return PairTiming(0.012, 0.004, 3, 0, 0, 0)
+
+
 @pytest.mark.usefixtures("tiny")
-def test_the_overhead_is_measured_against_what_it_saves() -> None:
+def test_the_overhead_is_measured_against_what_it_saves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(overhead_bench, "time_pairs", _time_once)
     report = bench_overhead(budgets=[36, 40], batch_sizes=[2], reducers=list(REDUCERS), repeats=1)
     values = {measure.name: measure.value for measure in report.measures}
+    assert values["64 -> 36, batch 2: prefill saved"] == pytest.approx(12 - 4)
     # Keys and values, 4 bytes, 4 layers, 1 head of 12: 384 bytes a token.
     assert values["64 -> 36, batch 2: KV cache saved"] == pytest.approx((64 - 36) * 2 * 384 / 2**20)
     assert values["64 -> 36, batch 2: peak memory of the prefill saved"] > 0
-    assert values["cluster_aggregate, 64 -> 36, batch 2: reduction"] > 0
-    for name in REDUCERS:
-        assert f"{name}, 64 -> 36, batch 2: net gain" in values
-        assert f"{name}, 64 -> 36, batch 2: reduction" in values
+    for name, config in REDUCERS.items():
+        inside = build_reducer(config).reads == "prompt"
+        # A reduction inside the decoder, and ToMe's in the vision tower, take the place of a run without: the difference is their time.
+        reduction = 12 - 4 if inside or name == "tome" else 12
+        # Prefill and further steps take 12 ms at the full budget and 4 ms at the small one, so the further steps alone save nothing.
+        gain = 12 - 4 if inside else 12 - 4 - reduction
+        assert values[f"{name}, 64 -> 36, batch 2: reduction"] == pytest.approx(reduction)
+        assert values[f"{name}, 64 -> 36, batch 2: net gain"] == pytest.approx(gain)
         assert f"{name}, batch 2: break-even budget" in values
     assert "average_pooling, 64 -> 40, batch 2: net gain" not in values
-    share = values["cluster_aggregate, 64 -> 36, batch 2: reduction over prefill saved"]
-    assert share == pytest.approx(100 * values["cluster_aggregate, 64 -> 36, batch 2: reduction"] / values["64 -> 36, batch 2: prefill saved"])
+    assert values["cluster_aggregate, 64 -> 36, batch 2: reduction over prefill saved"] == pytest.approx(100 * 12 / (12 - 4))
 
 
 @pytest.mark.parametrize("name", [name for name, config in REDUCERS.items() if build_reducer(config).reads == "prompt"])

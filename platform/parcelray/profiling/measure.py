@@ -112,7 +112,14 @@ class PairTiming(NamedTuple):
     spread_ratio: float
 
 
-def time_pairs(a: Callable[[], object], b: Callable[[], object], repeats: int, warmup: int = 1, synchronize: Callable[[], None] | None = None) -> PairTiming:
+def time_pairs(
+    a: Callable[[], object],
+    b: Callable[[], object],
+    repeats: int,
+    warmup: int = 1,
+    synchronize: Callable[[], None] | None = None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> PairTiming:
     """Times two callables alternately (a b a b ...), so that a drift of the machine (clock, other load) falls on both alike.
 
     Args:
@@ -121,6 +128,7 @@ def time_pairs(a: Callable[[], object], b: Callable[[], object], repeats: int, w
         repeats: timed rounds.
         warmup: rounds before them that are not timed.
         synchronize: waits for the device, such as `torch.cuda.synchronize`; None where calls return when they are done.
+        clock: current time in seconds.
 
     Raises:
         ValueError: `repeats` below 1 or `warmup` below 0.
@@ -128,9 +136,9 @@ def time_pairs(a: Callable[[], object], b: Callable[[], object], repeats: int, w
     if repeats < 1 or warmup < 0:
         raise ValueError(f"repeats {repeats} must be at least 1 and warmup {warmup} at least 0")
     for _ in range(warmup):
-        _seconds(a, synchronize)
-        _seconds(b, synchronize)
-    rounds = [(_seconds(a, synchronize), _seconds(b, synchronize)) for _ in range(repeats)]
+        _seconds(a, synchronize, clock)
+        _seconds(b, synchronize, clock)
+    rounds = [(_seconds(a, synchronize, clock), _seconds(b, synchronize, clock)) for _ in range(repeats)]
     times_a, times_b = [pair[0] for pair in rounds], [pair[1] for pair in rounds]
     ratios = [time_a / time_b for time_a, time_b in rounds]
     return PairTiming(
@@ -151,14 +159,14 @@ def interquartile_range(values: list[float]) -> float:
     return third - first
 
 
-def _seconds(call: Callable[[], object], synchronize: Callable[[], None] | None) -> float:
+def _seconds(call: Callable[[], object], synchronize: Callable[[], None] | None, clock: Callable[[], float]) -> float:
     if synchronize is not None:
         synchronize()
-    start = time.perf_counter()
+    start = clock()
     call()
     if synchronize is not None:
         synchronize()
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def _parse_goal(goal: str) -> tuple[str, float]:
