@@ -11,7 +11,6 @@ from parcelray.tuning.tune_run import last_line
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     now = [1000.0]
-    monkeypatch.setattr("parcelray.tuning.trial_resources.time.monotonic", lambda: now[0])
     monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 4.0})
     monkeypatch.setattr("ray.available_resources", lambda: {"CPU": 1.0})
     return now
@@ -20,7 +19,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 def test_trials_that_run_without_their_workers_are_named(clock: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
     placed = [True]
     monkeypatch.setattr(trial_resources, "_has_worker_group", lambda resources: placed[0])
-    dog = Watchdog(TrialResources(0.01, workers=2, worker_cpus=1.0), 60.0)
+    dog = Watchdog(TrialResources(0.01, workers=2, worker_cpus=1.0), 60.0, clock=lambda: clock[0])
     for _ in range(30):
         clock[0] += 20.0
         dog.look(running=4, waiting=0)
@@ -36,7 +35,7 @@ def test_trials_that_run_without_their_workers_are_named(clock: list[float], mon
 
 
 def test_trials_that_compute_by_themselves_may_take_long_and_waiting_ones_may_not(clock: list[float]) -> None:
-    dog = Watchdog(TrialResources(1.0), 60.0)
+    dog = Watchdog(TrialResources(1.0), 60.0, clock=lambda: clock[0])
     clock[0] += 500.0
     dog.look(running=1, waiting=3)
     clock[0] += 500.0

@@ -249,15 +249,16 @@ def _put_result(results: Any, call: Callable[..., int], arguments: tuple[Any, ..
 
 
 class _Clock:
-    """When bundles ended."""
+    """When bundles ended, in seconds of a clock."""
 
-    def __init__(self) -> None:
-        self._began = time.perf_counter()
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._clock = clock
+        self._began = clock()
         self._points: list[tuple[int, float]] = []
 
     def note(self, benchmark: str, rows: int, total: int) -> None:
         """Notes the rows that are done."""
-        self._points.append((rows, time.perf_counter()))
+        self._points.append((rows, self._clock()))
 
     def rate(self) -> float:
         """Rows per second from the first bundle's end to the last's."""

@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 import ray.data
@@ -38,8 +38,12 @@ from parcelray.evaluation.bundles import (
     stored_keys,
 )
 
+Item = TypeVar("Item")
+
 _READER_BYTES = 256 * 2**20
 """Memory that a reading task reserves."""
+_STALL_POLL_S = 1.0
+"""Interval at which the clock is compared with `stall_s`."""
 
 
 def run_pass(
@@ -48,6 +52,7 @@ def run_pass(
     *,
     settings: PassSettings = DEFAULT_PASS,
     on_progress: Callable[[str, int, int], None] = lambda benchmark, rows, total: None,
+    clock: Callable[[], float] = time.monotonic,
 ) -> dict[str, BenchmarkPass]:
     """Answers benchmarks at every budget and stores the answers; what the store has already is not computed again.
 
@@ -58,6 +63,7 @@ def run_pass(
         model: what answers them.
         settings: use of the cluster.
         on_progress: called with a benchmark, its rows done, and their total.
+        clock: time in seconds, which `settings.stall_s` is compared with.
 
     Returns:
         By benchmark, what was asked and how much was computed.
@@ -71,7 +77,7 @@ def run_pass(
         return collect(tasks, (), on_progress)
     with _stage_board() as board:
         pipeline = _pipeline(kinds, model, bundles, ray.put(stored_keys(tasks, model)), settings, board)
-        return collect(tasks, _finished(pipeline, len(bundles), settings.stall_s, board), on_progress)
+        return collect(tasks, _finished(pipeline, len(bundles), settings.stall_s, board, clock), on_progress)
 
 
 def _pipeline(kinds: Sequence[Kind], model: EvaluatedModel, bundles: Sequence[Bundle], present: Any, settings: PassSettings, board: Any) -> ray.data.Dataset:
@@ -98,7 +104,7 @@ def _pipeline(kinds: Sequence[Kind], model: EvaluatedModel, bundles: Sequence[Bu
     )
 
 
-def _finished(answered: ray.data.Dataset, total: int, stall_s: float, board: Any) -> Iterator[Done]:
+def _finished(answered: ray.data.Dataset, total: int, stall_s: float, board: Any, clock: Callable[[], float]) -> Iterator[Done]:
     """The bundles as they finish; a thread takes them, so that a hang of the pipeline does not hang this one too."""
     finished: queue.Queue[dict[str, Any] | BaseException | None] = queue.Queue()
 
@@ -115,7 +121,7 @@ def _finished(answered: ray.data.Dataset, total: int, stall_s: float, board: Any
     count = 0
     while True:
         try:
-            row = finished.get(timeout=stall_s)
+            row = _next(finished, stall_s, clock)
         except queue.Empty:
             stages = ray.get(board.running.remote())
             for executor in executors:
@@ -134,6 +140,21 @@ def _finished(answered: ray.data.Dataset, total: int, stall_s: float, board: Any
             raise done
         count += 1
         yield done
+
+
+def _next(items: queue.Queue[Item], stall_s: float, clock: Callable[[], float]) -> Item:
+    """The next item of a queue.
+
+    Raises:
+        queue.Empty: none has come for `stall_s` seconds of the clock.
+    """
+    began = clock()
+    while True:
+        try:
+            return items.get(timeout=_STALL_POLL_S)
+        except queue.Empty:
+            if clock() - began >= stall_s:
+                raise
 
 
 def _executors(dataset: ray.data.Dataset) -> list[Any]:

@@ -1,7 +1,7 @@
 """What trials take of a cluster: how many it holds at the same time, and whether any of them computes."""
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import ray
@@ -79,17 +79,19 @@ class Watchdog:
     Args:
         resources: of a trial.
         stall_s: longest time in which nothing computes.
+        clock: time in seconds.
     """
 
-    def __init__(self, resources: TrialResources, stall_s: float) -> None:
+    def __init__(self, resources: TrialResources, stall_s: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._resources = resources
         self._stall_s = stall_s
-        self._busy_at = time.monotonic()
+        self._clock = clock
+        self._busy_at = clock()
         self._looked_at = -stall_s
 
     def feed(self) -> None:
         """A trial has started, reported or ended."""
-        self._busy_at = time.monotonic()
+        self._busy_at = self._clock()
 
     def look(self, running: int, waiting: int) -> None:
         """Looks at the trials.
@@ -101,7 +103,7 @@ class Watchdog:
         Raises:
             SystemFailure: nothing has computed for `stall_s`.
         """
-        now = time.monotonic()
+        now = self._clock()
         if running and self._resources.workers:
             # A question to Ray's head node, too slow for every step of Tune's loop.
             if now - self._looked_at >= min(5.0, self._stall_s / 4):
