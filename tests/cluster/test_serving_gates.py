@@ -14,7 +14,8 @@ from parcelray.models.checkpoint import ResolvedCheckpoint, write_manifest
 from parcelray.tracking.mlflow_tracker import end_run, start_run
 from parcelray.tracking.model_versions import GateRecord, record_verdict
 from parcelray.tracking.registry import register_model
-from parcelray.tracking.store import ensure_store
+
+from ..stores import new_store
 
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload``:DeprecationWarning")
 
@@ -23,7 +24,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:The ``noload``:DeprecationWarnin
 def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A store with two versions of `m`: the first was put to gates, which accepted 64 and 256 visual tokens; the second never was."""
     root = tmp_path_factory.mktemp("store")
-    uri = ensure_store(f"sqlite:///{root}/mlflow.db")
+    uri = new_store(root)
     run_id = start_run(uri, "gates", "train-a-00000000", params={})
     end_run(uri, run_id, "FINISHED")
     for version in (1, 2):

@@ -16,8 +16,9 @@ from parcelray.config.objectives import Objective
 from parcelray.config.tune import TuneJob
 from parcelray.errors import SystemFailure
 from parcelray.tracking.mlflow_tracker import start_run
-from parcelray.tracking.store import ensure_store
 from parcelray.tuning.trial_record import FinishedTrial, point_key
+
+from ..stores import new_store
 
 
 def _job(storage: Path, **changes: Any) -> TuneJob:
@@ -76,7 +77,7 @@ def test_stopped_trials_are_shown_as_such(tmp_path: Path) -> None:
 
 
 def test_a_store_that_takes_no_trial_is_named_and_does_not_hide_what_ended_the_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    uri = ensure_store(f"sqlite:///{tmp_path}/mlflow.db")
+    uri = new_store(tmp_path)
     parent = start_run(uri, "parcelray", "tune-s", params={})
 
     def broken(*_: object, **__: object) -> str:
@@ -96,7 +97,7 @@ def test_a_store_that_takes_no_trial_is_named_and_does_not_hide_what_ended_the_s
 def test_a_trial_that_was_tried_again_no_longer_shows_its_error(tmp_path: Path) -> None:
     from mlflow import MlflowClient
 
-    uri = ensure_store(f"sqlite:///{tmp_path}/mlflow.db")
+    uri = new_store(tmp_path)
     parent = start_run(uri, "parcelray", "tune-s", params={})
     for trial in (_trial(16, 0.0, error="it broke"), TRIALS[0]):
         with TrialRuns(_job(tmp_path), uri, parent) as runs:

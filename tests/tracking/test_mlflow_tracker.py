@@ -8,14 +8,15 @@ from mlflow import MlflowClient
 
 from parcelray.errors import UserError
 from parcelray.tracking.mlflow_tracker import MlflowRunLogger, end_run, last_logged_step, start_run, tracked_run
-from parcelray.tracking.store import ensure_store
 from parcelray.tracking.tracker import NoopTracker, open_tracker
+
+from ..stores import new_store
 
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload``:DeprecationWarning")
 
-# A driver that records five steps and starts a child, says so, and then hangs until it is killed.
+# A driver that records five steps and starts a child, says so, and then waits until it is killed or its parent is gone.
 DRIVER = textwrap.dedent("""
-    import sys, time
+    import sys
     from parcelray.tracking.mlflow_tracker import MlflowRunLogger, start_run, tracked_run
     uri, identity = sys.argv[1:]
     with tracked_run(uri, identity, identity, params={"lr": 0.1}) as run_id:
@@ -26,13 +27,13 @@ DRIVER = textwrap.dedent("""
         tracker.flush()
         tracker.log_metrics({"train/loss": 0.0}, 5)
         print("ready", flush=True)
-        time.sleep(120)
+        sys.stdin.read()
 """)
 
 
 @pytest.fixture(scope="module")
 def uri(tmp_path_factory):
-    return ensure_store(f"sqlite:///{tmp_path_factory.mktemp('store')}/mlflow.db")
+    return new_store(tmp_path_factory.mktemp("store"))
 
 
 @pytest.fixture(scope="module")
@@ -156,10 +157,25 @@ def test_artifacts_and_figures_are_uploaded_beside_the_database(uri, client, tmp
         tracker.log_artifact(tmp_path / "missing")
 
 
-def test_only_rank_0_with_a_run_records(uri):
-    assert isinstance(open_tracker(uri, "some-run", rank=1), NoopTracker)
-    assert isinstance(open_tracker(None, None), NoopTracker)
-    NoopTracker().log_metrics({"a": 1.0}, 0)
+def test_only_rank_0_with_a_run_records(uri, client, tmp_path):
+    run_id = start_run(uri, "ranks", "train-g", params={})
+    before = client.get_run(run_id).data
+    for tracker in (open_tracker(uri, run_id, rank=1), open_tracker(uri, None), open_tracker(None, run_id)):
+        assert isinstance(tracker, NoopTracker)
+        tracker.log_params({"lr": 0.1})
+        tracker.log_metrics({"a": 1.0}, 0)
+        tracker.set_tags({"t": "x"})
+        # Rank 0 would refuse this path.
+        tracker.log_artifact(tmp_path / "missing")
+        tracker.log_figure_file(tmp_path / "missing")
+        tracker.flush()
+        tracker.close()
+    after = client.get_run(run_id).data
+    assert (after.params, after.metrics, after.tags) == (before.params, before.metrics, before.tags)
+    first = open_tracker(uri, run_id, rank=0)
+    first.log_metrics({"a": 1.0}, 0)
+    first.close()
+    assert client.get_run(run_id).data.metrics == {"a": 1.0}
 
 
 def test_names_that_would_break_the_search_are_refused(uri):
@@ -170,7 +186,7 @@ def test_names_that_would_break_the_search_are_refused(uri):
 @pytest.mark.slow
 def test_killed_drivers_leave_nothing_running_and_no_metric_twice(uri, client):
     names = ("killed", "terminated")
-    drivers = [subprocess.Popen([sys.executable, "-c", DRIVER, uri, name], stdout=subprocess.PIPE, text=True) for name in names]
+    drivers = [subprocess.Popen([sys.executable, "-c", DRIVER, uri, name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for name in names]
     for driver in drivers:
         assert driver.stdout is not None
         assert driver.stdout.readline() == "ready\n"
@@ -178,7 +194,7 @@ def test_killed_drivers_leave_nothing_running_and_no_metric_twice(uri, client):
         start_run(uri, "killed", "killed", params={})
     drivers[0].kill()
     drivers[1].terminate()
-    assert [driver.wait(30) for driver in drivers] == [-signal.SIGKILL, 143]
+    assert [driver.wait(120) for driver in drivers] == [-signal.SIGKILL, 143]
     for driver in drivers:
         driver.communicate()
     assert statuses(client, "killed") == {"killed": "RUNNING", "trial-0": "RUNNING"}

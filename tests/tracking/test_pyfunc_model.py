@@ -12,7 +12,8 @@ from parcelray.models.checkpoint import write_manifest
 from parcelray.models.mini import build_config, build_model, build_processor, save_checkpoint
 from parcelray.tracking.mlflow_tracker import start_run
 from parcelray.tracking.registry import register_model, resolve_registry
-from parcelray.tracking.store import ensure_store
+
+from ..stores import new_store
 
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload``:DeprecationWarning")
 
@@ -30,7 +31,7 @@ def model_uri(tmp_path_factory):
     config.connector = ParcelConnectorConfig(num_heads=2).model_dump(mode="json")
     save_checkpoint(build_model(config, seed=0), processor, root / "checkpoint")
     write_manifest(root / "checkpoint", config={}, git_commit=None, data={}, seed=0)
-    uri = ensure_store(f"sqlite:///{root}/mlflow.db")
+    uri = new_store(root)
     run_id = start_run(uri, "pyfunc", "train-a-00000000", params={})
     version = register_model(uri, root / "checkpoint", "parcel", run_id)
     folder, _ = resolve_registry(f"models:/parcel/{version}", uri)

@@ -9,14 +9,15 @@ from parcelray.errors import UserError
 from parcelray.models.checkpoint import resolve_checkpoint, write_manifest
 from parcelray.tracking.mlflow_tracker import end_run, start_run
 from parcelray.tracking.registry import SIGNATURE, promote, register_model, resolve_registry, rollback
-from parcelray.tracking.store import ensure_store
+
+from ..stores import new_store
 
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload``:DeprecationWarning")
 
 
 @pytest.fixture(scope="module")
 def uri(tmp_path_factory):
-    return ensure_store(f"sqlite:///{tmp_path_factory.mktemp('store')}/mlflow.db")
+    return new_store(tmp_path_factory.mktemp("store"))
 
 
 @pytest.fixture(scope="module")

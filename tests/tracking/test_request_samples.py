@@ -10,18 +10,23 @@ from mlflow.artifacts import load_dict
 
 from parcelray.tracking import request_samples
 from parcelray.tracking.request_samples import RequestSamples
-from parcelray.tracking.store import ensure_store
+
+from ..stores import new_store
 
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload``:DeprecationWarning")
 
 
+# Only a hang takes as long: nothing below waits for its end.
+LONG_S = 300.0
+
+
 def test_batches_are_tables_of_one_run(tmp_path: Path) -> None:
-    uri = ensure_store(f"sqlite:///{tmp_path}/mlflow.db")
+    uri = new_store(tmp_path)
     lost: list[int] = []
-    samples = RequestSamples(uri, "served", "serve-mini-00000000", lost.append, batch=4, period_s=0.2)
+    samples = RequestSamples(uri, "served", "serve-mini-00000000", lost.append, batch=4, period_s=LONG_S)
     for number in range(10):
         samples.put({"request_id": f"r{number}", "visual_tokens": 64} | ({"answer": "red"} if number == 9 else {}))
-    samples.close()
+    samples.close(LONG_S)
     assert lost == []
     client = MlflowClient(uri)
     experiment = client.get_experiment_by_name("served")
@@ -34,23 +39,45 @@ def test_batches_are_tables_of_one_run(tmp_path: Path) -> None:
     assert tables[2] == {"columns": ["request_id", "visual_tokens", "answer"], "data": [["r8", 64, None], ["r9", 64, "red"]]}
 
 
+def test_a_record_is_written_after_its_period_though_its_table_is_not_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    written = threading.Event()
+    tables: list[Any] = []
+
+    class Client:
+        def __init__(self, tracking_uri: str) -> None:
+            pass
+
+        def log_dict(self, run_id: str, table: Any, path: str) -> None:
+            tables.append(table)
+            written.set()
+
+    monkeypatch.setattr(request_samples, "start_run", lambda *_, **__: "run")
+    monkeypatch.setattr(request_samples, "end_run", lambda *_: None)
+    monkeypatch.setattr(request_samples, "MlflowClient", Client)
+    samples = RequestSamples("sqlite:///nowhere.db", "served", "serve-mini-00000000", lambda _: None, batch=100, period_s=0.01)
+    samples.put({"request_id": "alone"})
+    assert written.wait(LONG_S)
+    assert tables == [{"columns": ["request_id"], "data": [["alone"]]}]
+    samples.close(LONG_S)
+
+
 def test_what_comes_too_fast_is_dropped_and_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The store hangs: nobody who puts a record waits for it."""
     hanging, go_on = threading.Event(), threading.Event()
 
     def start(*arguments: Any, **_: Any) -> str:
         hanging.set()
-        go_on.wait(20)
+        go_on.wait(LONG_S)
         raise ConnectionError("the store is away")
 
     monkeypatch.setattr(request_samples, "start_run", start)
     lost: list[int] = []
     samples = RequestSamples("sqlite:///nowhere.db", "served", "serve-mini-00000000", lost.append, capacity=5, batch=1)
     samples.put({"request_id": "first"})
-    assert hanging.wait(20)
+    assert hanging.wait(LONG_S)
     for number in range(8):
         samples.put({"request_id": f"r{number}"})
     assert lost == [1, 1, 1], "five wait, three were too many"
     go_on.set()
-    samples.close()
+    samples.close(LONG_S)
     assert sum(lost) == 9, "and the others could not be written"

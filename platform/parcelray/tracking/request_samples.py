@@ -18,7 +18,6 @@ from parcelray.tracking.mlflow_tracker import end_run, start_run
 
 logger = logging.getLogger(__name__)
 FOLDER = "samples"
-_CLOSE_S = 10.0
 
 
 class RequestSamples:
@@ -64,11 +63,11 @@ class RequestSamples:
         except queue.Full:
             self._dropped(1)
 
-    def close(self) -> None:
-        """Writes what waits, and ends the run; not longer than ten seconds."""
+    def close(self, timeout_s: float = 10.0) -> None:
+        """Writes what waits, and ends the run; gives up when the store has not answered for twice the timeout, in seconds."""
         with contextlib.suppress(queue.Full):
-            self._waiting.put(None, timeout=_CLOSE_S)
-        self._thread.join(_CLOSE_S)
+            self._waiting.put(None, timeout=timeout_s)
+        self._thread.join(timeout_s)
 
     def _write_all(self) -> None:
         closing = False
