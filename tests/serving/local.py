@@ -3,7 +3,7 @@
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -28,8 +28,34 @@ from parcelray.serving.metrics import EndpointMetrics
 from parcelray.serving.prompting import PromptBuilder
 from parcelray.serving.request_log import RequestLog
 from parcelray.serving.routes import Route, Routes
+from parcelray.serving.static_engine import StaticEngine
 
 VERSION = "models:/mini/7"
+PATIENCE_S = 300.0
+"""Limit of every wait in these tests, seconds. Only a hang reaches it, however busy the machine is."""
+
+
+def wait_until(condition: Callable[[], object], what: object = "the condition") -> None:
+    """Returns once the condition holds."""
+    deadline = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.01)
+
+
+@contextmanager
+def held(engine: ContinuousEngine | StaticEngine) -> Iterator[None]:
+    """Keeps the engine from its next turn, so that all requests that are submitted in the context arrive together."""
+    go_on = threading.Event()
+
+    def wait() -> None:
+        go_on.wait()
+
+    engine._commands.put(wait)
+    try:
+        yield
+    finally:
+        go_on.set()
 
 
 def job_of(**changes: Any) -> ServeJob:
@@ -78,8 +104,7 @@ def serving(application: Any) -> Iterator[str]:
     server = uvicorn.Server(uvicorn.Config(application, host="127.0.0.1", port=port, log_level="critical", timeout_graceful_shutdown=2))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
-    while not server.started:
-        time.sleep(0.01)
+    wait_until(lambda: server.started)
     yield f"http://127.0.0.1:{port}"
     server.should_exit = True
     thread.join()

@@ -3,15 +3,16 @@
 import asyncio
 import json
 import random
-import time
 from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from parcelray.config.serve import CanaryConfig
 from parcelray.models.backbones.processor_base import ElasticProcessor
+from parcelray.serving import chat as chat_module
 from parcelray.serving.admission import Admission
 from parcelray.serving.api_errors import ApiError
 from parcelray.serving.budget_policy import BudgetPolicy
@@ -34,10 +35,9 @@ LOAD: dict[str, Any] = {"budgets": {"offered": [16, 64], "policy": {"type": "loa
 
 @dataclass
 class Script:
-    """A model that gives these events, each after a moment; an exception is raised."""
+    """A model that gives these events; an exception is raised."""
 
     events_of: list[Piece | Finished | Exception] = field(default_factory=lambda: [Piece("re"), Piece("d"), END])
-    wait_s: float = 0.0
     asked: int = 0
 
     async def answer(self, request: GenerateRequest) -> Finished:
@@ -49,7 +49,7 @@ class Script:
     async def events(self, request: GenerateRequest) -> AsyncGenerator[Piece | Finished, None]:
         self.asked += 1
         for event in self.events_of:
-            await asyncio.sleep(self.wait_s)
+            await asyncio.sleep(0)
             if isinstance(event, Exception):
                 raise event
             yield event
@@ -62,6 +62,14 @@ class Script:
 
     async def ping(self) -> None:
         raise NotImplementedError
+
+
+@pytest.fixture(autouse=True)
+def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The time by the service's clock, seconds; it stands still unless a test moves it."""
+    now = [1000.0]
+    monkeypatch.setattr(chat_module, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    return now
 
 
 @pytest.fixture(scope="module")
@@ -88,15 +96,16 @@ def chat(*, stream: bool = False, **fields: Any) -> ChatRequest:
     return parse_chat(json.dumps({"model": "mini", "messages": [{"role": "user", "content": "what"}], "stream": stream, **fields}).encode(), (16, 64, 256))
 
 
-async def ask(service: ChatService, asked: ChatRequest, *, before_s: float = 0.0, reader_s: float = 0.0) -> tuple[str, str]:
-    """The answer's text and version, for a client whose request took `before_s` to arrive and who takes `reader_s` for each piece."""
-    prepared = await service.prepare(asked, "r1", time.perf_counter() - before_s)
+async def ask(service: ChatService, asked: ChatRequest, *, arrived: float = 1000.0, reads_on: asyncio.Event | None = None) -> tuple[str, str]:
+    """The answer's text and version, for a client who reads on after the first event only once `reads_on` is set."""
+    prepared = await service.prepare(asked, "r1", arrived)
     if not asked.stream:
         return (await service.answer(prepared)).text, prepared.route.version
     text = ""
     async for event in service.events(prepared):
         text += event.text if isinstance(event, Piece) else ""
-        await asyncio.sleep(reader_s)
+        if reads_on is not None:
+            await reads_on.wait()
     return text, prepared.route.version
 
 
@@ -114,25 +123,29 @@ def in_flight(service: ChatService) -> int:
 @pytest.mark.parametrize("stream", [False, True])
 def test_the_wait_for_the_first_token_begins_at_the_door(prompts: PromptBuilder, stream: bool) -> None:
     made = service(prompts, Script())
-    asyncio.run(ask(made, chat(stream=stream), before_s=2.0))
+    asyncio.run(ask(made, chat(stream=stream), arrived=998.0))
     first = value(made, "time_to_first_token_seconds_sum", visual_tokens="0", engine="0")
     whole = value(made, "e2e_request_latency_seconds_sum", visual_tokens="0", engine="0")
-    assert 1.7 <= first <= 2.2
+    assert whole == pytest.approx(2.0)
     assert whole - first == pytest.approx(END.timings.total_s - END.timings.first_token_s)
 
 
-def test_a_slow_reader_is_no_slow_model(prompts: PromptBuilder) -> None:
-    made = service(prompts, Script(), **LOAD)
+def test_a_slow_reader_is_no_slow_model(prompts: PromptBuilder, now: list[float]) -> None:
+    model = Script()
+    made = service(prompts, model, **LOAD)
 
-    async def watched() -> int:
-        reading = asyncio.create_task(ask(made, chat(stream=True), reader_s=0.5))
-        await asyncio.sleep(0.3)
-        left = in_flight(made)
+    async def watched() -> None:
+        reads_on = asyncio.Event()
+        reading = asyncio.create_task(ask(made, chat(stream=True), reads_on=reads_on))
+        # The model is done while the reader has its first piece.
+        while not model.asked or in_flight(made):
+            await asyncio.sleep(0)
+        now[0] += 500.0
+        reads_on.set()
         assert await reading == ("red", "v1")
-        return left
 
-    assert asyncio.run(watched()) == 0, "the model was done long before the reader"
-    assert value(made, "e2e_request_latency_seconds_sum", visual_tokens="0", engine="0") < 0.3
+    asyncio.run(watched())
+    assert value(made, "e2e_request_latency_seconds_sum", visual_tokens="0", engine="0") == 0.0
 
 
 def test_what_is_refused_before_the_model_is_no_load(prompts: PromptBuilder) -> None:
@@ -153,7 +166,7 @@ def test_a_client_that_hangs_up_ends_its_request(prompts: PromptBuilder) -> None
         async def events(self, request: GenerateRequest) -> AsyncGenerator[Piece | Finished, None]:
             try:
                 while True:
-                    await asyncio.sleep(0.001)
+                    await asyncio.sleep(0)
                     yield Piece("x")
             finally:
                 closed.append(request.request_id)
@@ -161,7 +174,7 @@ def test_a_client_that_hangs_up_ends_its_request(prompts: PromptBuilder) -> None
     made = service(prompts, Endless(), **LOAD)
 
     async def hang_up() -> None:
-        events = made.events(await made.prepare(chat(stream=True), "r1", time.perf_counter()))
+        events = made.events(await made.prepare(chat(stream=True), "r1", 1000.0))
         await anext(events)
         await events.aclose()
 
@@ -201,10 +214,10 @@ def test_an_answer_that_has_begun_is_not_begun_again(prompts: PromptBuilder) -> 
 def test_samples_hold_texts_only_where_that_is_asked_for(prompts: PromptBuilder, texts: bool) -> None:
     KEPT.clear()
     made = service(prompts, Script(), samples={"ratio": 1.0, "texts": texts})
-    asyncio.run(ask(made, chat(stream=True), before_s=2.0))
+    asyncio.run(ask(made, chat(stream=True), arrived=998.0))
     (record,) = KEPT
     assert (record["model_version"], record["visual_tokens"], record["new_tokens"], record["asked"]) == ("v1", 0, 3, "auto")
-    assert record["latency_s"] > record["first_token_s"] > 1.7
+    assert (record["latency_s"], record["first_token_s"]) == (pytest.approx(2.0), pytest.approx(1.7))
     assert ("question" in record, "answer" in record, "image_sha256" in record) == (texts,) * 3
     assert not texts or (record["question"], record["answer"]) == ("what", "red")
 

@@ -21,6 +21,7 @@ from parcelray.serving.engine import EngineRefusal, Event, Failed, Finished, Ima
 from parcelray.serving.vision import Encoded
 from parcelray.serving.waiting import answer, answer_all, events
 from tests.serving.conftest import Asker
+from tests.serving.local import PATIENCE_S, held
 
 
 def test_a_llava_is_answered_as_offline(ask: Asker, samples: list[Sample]) -> None:
@@ -57,8 +58,11 @@ def test_a_seed_repeats_and_seeds_differ(engine: ContinuousEngine, samples: list
     def draw(seed: int) -> list[str]:
         return [each.text for each in answer_all(engine, [ask(sample, 16, temperature=2.0, top_p=0.95, seed=seed) for sample in samples[:8]])]
 
-    assert draw(1) == draw(1)
-    assert draw(1) != draw(2)
+    first, again = draw(1), draw(1)
+    # Logits depend on the batch in their last digit, and what shares a step differs from time to time: about one draw
+    # in ten thousand, at the edge of two tokens, comes out differently.
+    assert sum(a != b for a, b in zip(first, again, strict=True)) <= 1
+    assert first != draw(2)
     greedy = [each.text for each in answer_all(engine, [ask(sample, 16) for sample in samples[:8]])]
     tiny_mass = answer_all(engine, [ask(sample, 16, temperature=1.0, top_p=1e-6, seed=0) for sample in samples[:8]])
     assert [each.text for each in tiny_mass] == greedy
@@ -97,23 +101,30 @@ def test_a_full_queue_refuses_but_not_the_urgent(model: ElasticVLM, processor: E
     engine = ContinuousEngine(model, processor, EngineLimits(max_running=1, max_waiting=2))
     inbox: queue.SimpleQueue[Event] = queue.SimpleQueue()
     codes = []
-    for sample in samples:
-        try:
-            engine.submit(ask(sample, 16, max_new_tokens=64), inbox.put)
-        except EngineRefusal as refusal:
-            codes.append(refusal.code)
-    accepted = len(samples) - len(codes)
-    assert set(codes) == {"queue_full"}
-    assert accepted >= 3
-    assert answer_all(engine, [ask(samples[0], 0, urgent=True, max_new_tokens=1)])[0].num_new_tokens == 1
-    assert all(isinstance(inbox.get(timeout=30), Finished) for _ in range(accepted))
+    with held(engine):
+        for sample in samples[:10]:
+            try:
+                engine.submit(ask(sample, 16), inbox.put)
+            except EngineRefusal as refusal:
+                codes.append(refusal.code)
+        # Goes before the three that were accepted.
+        engine.submit(ask(samples[0], 0, urgent=True, max_new_tokens=1), inbox.put)
+    assert codes == ["queue_full"] * 7
+    ends = [inbox.get(timeout=PATIENCE_S) for _ in range(4)]
+    assert all(isinstance(end, Finished) for end in ends)
+    assert isinstance(ends[0], Finished)
+    assert ends[0].num_visual_tokens == 0
     engine.close()
 
 
-def test_whoever_stops_listening_frees_the_memory(engine: ContinuousEngine, samples: list[Sample], ask: Asker) -> None:
+@pytest.mark.usefixtures("never_ending")
+def test_whoever_stops_listening_frees_the_memory(model: ElasticVLM, processor: ElasticProcessor, samples: list[Sample], ask: Asker) -> None:
+    engine = ContinuousEngine(model, processor)
+
     async def give_up() -> None:
-        waits = [asyncio.create_task(answer(engine, ask(sample, 64, max_new_tokens=500, temperature=5.0))) for sample in samples[:10]]
-        await asyncio.sleep(0.05)
+        waits = [asyncio.create_task(answer(engine, ask(sample, 64, max_new_tokens=3000))) for sample in samples[:10]]
+        while engine.stats().running < 10:
+            await asyncio.sleep(0)
         for wait in waits:
             wait.cancel()
         await asyncio.gather(*waits, return_exceptions=True)
@@ -121,6 +132,8 @@ def test_whoever_stops_listening_frees_the_memory(engine: ContinuousEngine, samp
     asyncio.run(give_up())
     answer_all(engine, [ask(samples[0], 16)])
     assert engine.stats().kv_tokens_used == 0
+    assert engine.stats().decoded_rows < 10 * 3000 / 2, "they were given up, and not answered to their ends"
+    engine.close()
 
 
 def test_a_deadline_is_kept_inside_the_engine(engine: ContinuousEngine, samples: list[Sample], ask: Asker) -> None:
@@ -129,15 +142,15 @@ def test_a_deadline_is_kept_inside_the_engine(engine: ContinuousEngine, samples:
     assert refusal.value.code == "deadline_exceeded"
 
 
+@pytest.mark.usefixtures("never_ending")
 def test_closing_fails_what_is_in_flight(model: ElasticVLM, processor: ElasticProcessor, samples: list[Sample], ask: Asker) -> None:
     engine = ContinuousEngine(model, processor)
     inbox: queue.SimpleQueue[Event] = queue.SimpleQueue()
     for sample in samples[:5]:
-        engine.submit(ask(sample, 256, max_new_tokens=900, temperature=5.0), inbox.put)
+        engine.submit(ask(sample, 256, max_new_tokens=5000), inbox.put)
     engine.close()
-    ends = [inbox.get(timeout=10) for _ in range(5)]
-    assert all(isinstance(end, Failed | Finished) for end in ends)
-    assert any(isinstance(end, Failed) and end.refusal.code == "shutting_down" for end in ends)
+    ends = [inbox.get(timeout=PATIENCE_S) for _ in range(5)]
+    assert all(isinstance(end, Failed) and end.refusal.code == "shutting_down" for end in ends)
     with pytest.raises(EngineRefusal):
         engine.submit(ask(samples[0], 16), inbox.put)
 

@@ -11,7 +11,7 @@ import pytest
 
 from parcelray.models.backbones import ElasticVLM
 from parcelray.models.backbones.processor_base import ElasticProcessor
-from tests.serving.local import endpoint
+from tests.serving.local import PATIENCE_S, endpoint
 
 pytestmark = pytest.mark.serving
 ROOT = Path(__file__).resolve().parents[2]
@@ -38,7 +38,7 @@ def url(model: ElasticVLM, processor: ElasticProcessor) -> Iterator[str]:
 @pytest.mark.parametrize("place", PLACES)
 def test_the_curl_example(url: str, place: str) -> None:
     script = _example(place, "", "curl").replace("http://127.0.0.1:8000", url)
-    found = subprocess.run(["bash", "-euo", "pipefail", "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=30, check=True).stdout
+    found = subprocess.run(["bash", "-euo", "pipefail", "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_S, check=True).stdout
     assert found.startswith("HTTP/1.1 200")
     assert "x-visual-tokens: 64" in found
     assert '"content":"blue"' in found

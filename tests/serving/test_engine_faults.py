@@ -22,6 +22,7 @@ from parcelray.serving.prompting import PromptBuilder
 from parcelray.serving.vision import Encoded
 from parcelray.serving.waiting import answer_all
 from tests.serving.conftest import Asker
+from tests.serving.local import PATIENCE_S, held
 
 pytestmark = pytest.mark.usefixtures("never_ending")
 
@@ -34,13 +35,13 @@ class Running:
         self.inbox: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._request = request
         engine.submit(request, self.inbox.put)
-        self.inbox.get(timeout=30)
+        self.inbox.get(timeout=PATIENCE_S)
 
     def goes_on(self) -> bool:
         """Whether there is another piece after all that came so far."""
         while not self.inbox.empty():
             assert not isinstance(self.inbox.get(), Failed | Finished)
-        return not isinstance(self.inbox.get(timeout=30), Failed | Finished)
+        return not isinstance(self.inbox.get(timeout=PATIENCE_S), Failed | Finished)
 
 
 @pytest.fixture
@@ -109,16 +110,16 @@ def test_the_third_failure_in_a_row_ends_the_engine_whatever_goes_well_beside_it
     (image,) = ask(samples[0], 16).images
     for _ in range(3):
         # A turn that did other work says nothing about prefills.
-        running.engine.inspect(image, 16).result(timeout=30)
+        running.engine.inspect(image, 16).result(timeout=PATIENCE_S)
         running.engine.cancel("nobody")
         assert code_of(running.engine, ask(samples[1], 16)) == "engine_error"
-    while not isinstance(end := running.inbox.get(timeout=30), Failed):
+    while not isinstance(end := running.inbox.get(timeout=PATIENCE_S), Failed):
         pass
     assert end.refusal.code == "engine_error"
-    running.engine._thread.join(timeout=30)
+    running.engine._thread.join(timeout=PATIENCE_S)
     assert code_of(running.engine, ask(samples[1], 16)) == "engine_error"
     with pytest.raises(EngineRefusal):
-        running.engine.inspect(image, 16).result(timeout=30)
+        running.engine.inspect(image, 16).result(timeout=PATIENCE_S)
 
 
 def test_a_defect_of_the_loop_is_told_to_all_who_wait(running: Running, samples: list[Sample], ask: Asker, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,10 +127,10 @@ def test_a_defect_of_the_loop_is_told_to_all_who_wait(running: Running, samples:
         raise RuntimeError("broken")
 
     monkeypatch.setattr(running.engine, "_inspect_next", broken)
-    while not isinstance(end := running.inbox.get(timeout=30), Failed):
+    while not isinstance(end := running.inbox.get(timeout=PATIENCE_S), Failed):
         pass
     assert end.refusal.code == "engine_error"
-    running.engine._thread.join(timeout=30)
+    running.engine._thread.join(timeout=PATIENCE_S)
     assert code_of(running.engine, ask(samples[1], 16)) == "engine_error"
 
 
@@ -137,7 +138,7 @@ def test_a_prefill_that_is_too_large_goes_in_halves(
     model: ElasticVLM, processor: ElasticProcessor, samples: list[Sample], ask: Asker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = ContinuousEngine(model, processor)
-    plain = answer_all(engine, [ask(sample, 0) for sample in samples[:8]])
+    plain = answer_all(engine, [ask(sample, 0, max_new_tokens=2) for sample in samples[:8]])
     whole = engine._decoder.prefill
     sizes: list[int] = []
 
@@ -148,7 +149,12 @@ def test_a_prefill_that_is_too_large_goes_in_halves(
         return whole(prompts)
 
     monkeypatch.setattr(engine._decoder, "prefill", prefill)
-    assert [each.text for each in answer_all(engine, [ask(sample, 0) for sample in samples[:8]])] == [each.text for each in plain]
+    inbox: queue.SimpleQueue[tuple[int, Event]] = queue.SimpleQueue()
+    with held(engine):
+        for number, sample in enumerate(samples[:8]):
+            engine.submit(ask(sample, 0, max_new_tokens=2), lambda event, number=number: inbox.put((number, event)))  # type: ignore[misc]
+    found = dict(inbox.get(timeout=PATIENCE_S) for _ in range(8))
+    assert {number: event.text for number, event in found.items() if isinstance(event, Finished)} == {number: each.text for number, each in enumerate(plain)}
     assert max(sizes) > 2
     engine.close()
 
@@ -161,7 +167,7 @@ def test_one_turn_encodes_no_more_images_than_one_batch(
     sizes: list[int] = []
 
     def encode(images: Iterable[ImagePixels]) -> Encoded:
-        hold.wait(30)
+        hold.wait()
         found = whole(images)
         sizes.append(len(found.new))
         return found
@@ -171,7 +177,7 @@ def test_one_turn_encodes_no_more_images_than_one_batch(
     for sample in samples:
         engine.submit(ask(sample, 16, max_new_tokens=2), inbox.put)
     hold.set()
-    assert all(isinstance(inbox.get(timeout=30), Finished) for _ in samples)
+    assert all(isinstance(inbox.get(timeout=PATIENCE_S), Finished) for _ in samples)
     # Videos have four images, and nothing has more.
     assert max(sizes) == 4
     assert sum(sizes) == engine.stats().feature_cache_misses
@@ -179,13 +185,13 @@ def test_one_turn_encodes_no_more_images_than_one_batch(
 
 
 def test_a_full_engine_is_healthy(model: ElasticVLM, processor: ElasticProcessor, samples: list[Sample], ask: Asker) -> None:
-    probe = HealthProbe(PromptBuilder(processor), (16, 64, 256))
+    probe = HealthProbe(PromptBuilder(processor), (16, 64, 256), timeout_s=PATIENCE_S)
     for limits in (EngineLimits(max_running=1, kv_tokens=16384), EngineLimits(max_running=64, kv_tokens=4096)):
         engine = ContinuousEngine(model, processor, limits)
         inbox: queue.SimpleQueue[Event] = queue.SimpleQueue()
         room = engine.max_request_tokens - 300 if limits.max_running > 1 else 8000 - 300
         engine.submit(ask(samples[0], 256, stream=True, max_new_tokens=room), inbox.put)
-        inbox.get(timeout=30)
+        inbox.get(timeout=PATIENCE_S)
         # Every row or every block is taken, and more wait for them.
         for sample in samples[1:4]:
             engine.submit(ask(sample, 64, max_new_tokens=600), lambda _: None)
@@ -203,7 +209,7 @@ def test_an_engine_that_hangs_or_sees_nothing_is_not_healthy(running: Running, p
     def blind(images: object) -> Encoded:
         raise RuntimeError("broken")
 
-    probe = HealthProbe(PromptBuilder(processor), (16,), timeout_s=1.0)
+    probe = HealthProbe(PromptBuilder(processor), (16,), timeout_s=PATIENCE_S)
     whole = running.engine._vision._encode
     monkeypatch.setattr(running.engine._vision, "_encode", blind)
     with pytest.raises(EngineRefusal):
@@ -214,18 +220,18 @@ def test_an_engine_that_hangs_or_sees_nothing_is_not_healthy(running: Running, p
 
     def hang(jobs: list[Any]) -> None:
         hangs.set()
-        hold.wait(30)
+        hold.wait()
         step(jobs)
 
     monkeypatch.setattr(running.engine, "_step", hang)
-    hangs.wait(30)
+    assert hangs.wait(PATIENCE_S)
     with pytest.raises(TimeoutError):
-        asyncio.run(probe.check(running.engine))
+        asyncio.run(HealthProbe(PromptBuilder(processor), (16,), timeout_s=0.05).check(running.engine))
     hold.set()
 
 
 def test_those_who_ask_for_health_at_once_share_one_answer(engine: ContinuousEngine, processor: ElasticProcessor) -> None:
-    probe = HealthProbe(PromptBuilder(processor), (16,))
+    probe = HealthProbe(PromptBuilder(processor), (16,), timeout_s=PATIENCE_S)
 
     async def many() -> None:
         await asyncio.gather(*(probe.check(engine) for _ in range(20)))

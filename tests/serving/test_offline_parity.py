@@ -20,13 +20,16 @@ from tests.models.conftest import CONFIG, CORPUS
 from tests.serving.conftest import Asker
 
 CAPS = (1, 2, 4, 8, 16, 32, 64)
+CLEAR = 1e-3
+"""Logits of the two likeliest tokens differ by more, or rounding, which depends on kernels and batches and is below 1e-4,
+may choose between them."""
 BUDGETS = (0, 16, 64, 256)
 pytestmark = pytest.mark.usefixtures("never_ending")
 
 
 @torch.inference_mode()
 def generated(model: ElasticVLM, processor: ElasticProcessor, samples: Sequence[Sample], budget: int, length: int) -> list[Tensor]:
-    """Greedy token ids of each sample, the end token no different from any other."""
+    """Greedy token ids of each sample, the end token no different from any other, up to the first that is not clear."""
     found: dict[int, Tensor] = {}
     for count in {len(sample.images) if budget else 0 for sample in samples}:
         group = [index for index, sample in enumerate(samples) if not budget or len(sample.images) == count]
@@ -35,8 +38,12 @@ def generated(model: ElasticVLM, processor: ElasticProcessor, samples: Sequence[
             pictures = [decode_image(image) for index in group for image in samples[index].images]
             pixels = processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
             inputs |= model.image_inputs(model.model.compress(model.model.encode_patches(pixels), num_visual_tokens=budget))
-        ids_BS = model.generate(**inputs, max_new_tokens=length, do_sample=False, eos_token_id=-1)
-        found |= dict(zip(group, ids_BS[:, inputs["input_ids"].shape[1] :], strict=True))
+        made = model.generate(**inputs, max_new_tokens=length, do_sample=False, eos_token_id=-1, return_dict_in_generate=True, output_logits=True)
+        best_BT2 = torch.stack(made.logits, dim=1).topk(2).values
+        clear_BT = best_BT2[..., 0] - best_BT2[..., 1] > CLEAR
+        lengths = clear_BT.long().cumprod(dim=1).sum(dim=1).tolist()
+        ids_BT = made.sequences[:, inputs["input_ids"].shape[1] :]
+        found |= {index: ids_T[:clear] for index, ids_T, clear in zip(group, ids_BT, lengths, strict=True)}
     return [found[index] for index in range(len(samples))]
 
 
@@ -44,7 +51,9 @@ def compare(model: ElasticVLM, processor: ElasticProcessor, samples: Sequence[Sa
     """Asks every sample at every budget, mixed, each as long as one of the caps."""
     rng = random.Random(0)
     plain = {budget: generated(model, processor, samples, budget, max(caps)) for budget in BUDGETS}
-    mixed = [(index, budget, rng.choice(caps)) for index in range(len(samples)) for budget in BUDGETS]
+    drawn = [(index, budget, rng.choice(caps)) for index in range(len(samples)) for budget in BUDGETS]
+    mixed = [(index, budget, min(cap, len(plain[budget][index]))) for index, budget, cap in drawn if len(plain[budget][index])]
+    assert sum(cap for *_, cap in mixed) > 0.8 * sum(cap for *_, cap in drawn), "nearly all tokens are clear"
     rng.shuffle(mixed)
     asker = Asker(processor)
     engine = ContinuousEngine(model, processor, EngineLimits(max_running=24, kv_tokens=8192, vision_batch=16))
@@ -63,9 +72,14 @@ def compare(model: ElasticVLM, processor: ElasticProcessor, samples: Sequence[Sa
     return stats
 
 
+def test_mixed_requests(model: ElasticVLM, processor: ElasticProcessor, samples: list[Sample]) -> None:
+    compare(model, processor, samples[::5], (1, 2, 4, 8, 16))
+
+
+@pytest.mark.nightly
 def test_two_hundred_mixed_requests_of_one_to_sixty_four_tokens(model: ElasticVLM, processor: ElasticProcessor, samples: list[Sample]) -> None:
     stats = compare(model, processor, samples, CAPS)
-    assert stats.prefilled == 200
+    assert stats.prefilled > 180
 
 
 @pytest.mark.parametrize("kind", ["parcel", "soft_capped", "sliding_window"])

@@ -20,6 +20,7 @@ from cryptography.x509.oid import NameOID
 from parcelray.serving import remote_images
 from parcelray.serving.api_errors import ApiError
 from parcelray.serving.remote_images import fetch_image
+from tests.serving.local import PATIENCE_S
 
 pytestmark = pytest.mark.serving
 HOST = "images.example.com"
@@ -86,6 +87,7 @@ def server(certificate: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Serve
     server = Server(certificate)
     monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
     monkeypatch.setattr(remote_images, "_PORT", server.port)
+    monkeypatch.setattr(remote_images, "TIMEOUT_S", PATIENCE_S)
     monkeypatch.setattr(remote_images, "is_public", lambda address: not ipaddress.ip_address(address).is_multicast)
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: [(socket.AF_INET, socket.SOCK_STREAM, 0, "", ("127.0.0.1", server.port))])
     yield server
@@ -133,7 +135,7 @@ def test_a_certificate_of_another_name_is_refused(server: Server) -> None:
 
 
 def trickle_body(connection: Any) -> None:
-    connection.sendall(b"HTTP/1.1 200 OK\r\ncontent-length: 1000\r\n\r\n")
+    connection.sendall(b"HTTP/1.1 200 OK\r\ncontent-length: 100000000\r\n\r\n")
     trickle(connection)
 
 
@@ -150,9 +152,9 @@ def trickle_handshake(plain: socket.socket) -> None:
 
 
 def trickle(connection: Any) -> None:
-    """A byte every so often, for twenty seconds: a socket's own timeout never passes."""
+    """A byte every so often until the client hangs up: a socket's own timeout never passes."""
     with suppress(OSError):
-        for _ in range(400):
+        while True:
             connection.sendall(b"a")
             time.sleep(0.05)
 
@@ -161,14 +163,11 @@ def trickle(connection: Any) -> None:
 def test_a_host_that_trickles_is_left_at_the_end_of_the_time(server: Server, monkeypatch: pytest.MonkeyPatch, talk: Talk) -> None:
     monkeypatch.setattr(remote_images, "TIMEOUT_S", 0.5)
     server.talk = talk
-    started = time.monotonic()
-    assert refused().status == 422
-    assert 0.4 < time.monotonic() - started < 10
+    # It returns at all. The host itself would go on for ever.
+    assert refused(max_bytes=10**9).status == 422
 
 
 def test_a_host_without_a_handshake_is_left_at_the_end_of_the_time(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote_images, "TIMEOUT_S", 0.5)
     monkeypatch.setattr(server, "_serve", trickle_handshake)
-    started = time.monotonic()
     assert refused().status == 422
-    assert 0.4 < time.monotonic() - started < 10

@@ -1,11 +1,14 @@
 """Each request leaves one record, however it ended, and a count; neither holds what was asked."""
 
+import itertools
 import json
 import logging
 import socket
+import threading
 import time
 from collections.abc import AsyncGenerator, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -13,10 +16,11 @@ import pytest
 
 from parcelray.models.backbones import ElasticVLM
 from parcelray.models.backbones.processor_base import ElasticProcessor
+from parcelray.serving import continuous_engine
 from parcelray.serving.auth import add_key, read_keys
 from parcelray.serving.clients import LocalClient
 from parcelray.serving.engine import EngineRefusal, Finished, GenerateRequest, Piece
-from tests.serving.local import VERSION, endpoint
+from tests.serving.local import PATIENCE_S, VERSION, endpoint, wait_until
 from tests.serving.test_api import post
 
 pytestmark = pytest.mark.serving
@@ -30,12 +34,13 @@ def _logged(caplog: pytest.LogCaptureFixture) -> None:
 
 def records(caplog: pytest.LogCaptureFixture, count: int) -> list[dict[str, Any]]:
     """The first records, once there are so many."""
-    deadline = time.monotonic() + 10
-    while len(found := [record for record in caplog.records if record.name == "parcelray.requests"]) < count:
-        assert time.monotonic() < deadline, found
-        time.sleep(0.01)
+
+    def found() -> list[logging.LogRecord]:
+        return [record for record in caplog.records if record.name == "parcelray.requests"]
+
+    wait_until(lambda: len(found()) >= count)
     assert "secret" not in caplog.text
-    return [record.__dict__["request"] for record in found]
+    return [record.__dict__["request"] for record in found()]
 
 
 def test_who_asked_and_how_it_ended(model: ElasticVLM, processor: ElasticProcessor, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -76,41 +81,55 @@ def test_a_stream_that_breaks_is_refused_in_the_log_too(model: ElasticVLM, proce
 def asking(url: str) -> socket.socket:
     """A connection on which a long stream was asked for."""
     place = urlsplit(url)
-    body = json.dumps({**QUESTION, "stream": True, "max_tokens": 1000, "temperature": 2.0, "seed": 1}).encode()
+    body = json.dumps({**QUESTION, "stream": True, "max_tokens": 1000}).encode()
     head = "POST /v1/chat/completions HTTP/1.1\r\nhost: 127.0.0.1\r\nconnection: close\r\ncontent-type: application/json\r\n"
-    connection = socket.create_connection((place.hostname, place.port), timeout=20)
+    connection = socket.create_connection((place.hostname, place.port), timeout=PATIENCE_S)
     connection.sendall(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
     return connection
 
 
-@pytest.mark.usefixtures("_slow")
-def test_who_hangs_up_is_in_the_log(model: ElasticVLM, processor: ElasticProcessor, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.fixture
+def in_the_middle(model: ElasticVLM, never_ending: None) -> Iterator[threading.Event]:
+    """Keeps every answer after its fourth token until the event is set."""
+    go_on = threading.Event()
+    tokens = itertools.count(1)
+    hook = model.lm_head.register_forward_pre_hook(lambda *_: go_on.wait() and None if next(tokens) > 4 else None)
+    yield go_on
+    go_on.set()
+    hook.remove()
+
+
+def test_who_hangs_up_is_in_the_log(model: ElasticVLM, processor: ElasticProcessor, caplog: pytest.LogCaptureFixture, in_the_middle: threading.Event) -> None:
     with endpoint(model, processor) as (url, service, _):
         with asking(url) as connection:
             assert connection.recv(100).startswith(b"HTTP/1.1 200")
         (record,) = records(caplog, 1)
+        in_the_middle.set()
     assert record["event"] == "cancelled"
     assert b'parcel:requests_rejected_total{model_name="mini",reason="cancelled"} 1.0' in service.metrics.text()
 
 
-@pytest.fixture
-def _slow(model: ElasticVLM) -> Iterator[None]:
-    """Each token takes a hundredth of a second at least."""
-    hook = model.lm_head.register_forward_pre_hook(lambda *_: time.sleep(0.01))
-    yield
-    hook.remove()
-
-
-@pytest.mark.usefixtures("_slow")
-def test_a_deadline_in_the_middle_of_an_answer_ends_its_stream(model: ElasticVLM, processor: ElasticProcessor, caplog: pytest.LogCaptureFixture) -> None:
-    with endpoint(model, processor, limits={"timeout_s": 2}) as (url, service, engine):
+def test_a_deadline_in_the_middle_of_an_answer_ends_its_stream(
+    model: ElasticVLM,
+    processor: ElasticProcessor,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    in_the_middle: threading.Event,
+) -> None:
+    late_s = [0.0]
+    monkeypatch.setattr(continuous_engine, "time", SimpleNamespace(perf_counter=lambda: time.perf_counter() + late_s[0]))
+    with endpoint(model, processor, limits={"timeout_s": PATIENCE_S}) as (url, service, engine):
         with asking(url) as connection:
-            said = b"".join(iter(lambda: connection.recv(65536), b""))
+            said = b""
+            while said.count(b"data: ") <= 2:
+                said += connection.recv(65536)
+            late_s[0] = PATIENCE_S
+            in_the_middle.set()
+            said += b"".join(iter(lambda: connection.recv(65536), b""))
         (record,) = records(caplog, 1)
         assert engine.stats().kv_tokens_used == 0
     assert service.admission.in_flight == 0
     assert said.startswith(b"HTTP/1.1 200")
-    assert said.count(b"data: ") > 2
     assert b'"code":"deadline_exceeded"' in said
     assert b"[DONE]" not in said
     assert (record["event"], record["code"]) == ("refused", "deadline_exceeded")

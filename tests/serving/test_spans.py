@@ -40,4 +40,4 @@ def test_a_trace_has_the_budget_and_the_parts(
     # The second time the image is in the cache, and the vision tower does nothing.
     assert [part.name for part in parts] == ["queue", "prefill", "decode"]
     assert all(part.parent is not None and part.parent.span_id == whole.context.span_id for part in parts)
-    assert all(0 <= (part.end_time or 0) - (part.start_time or 0) < 60e9 for part in parts)
+    assert all((part.start_time or 0) <= (part.end_time or 0) for part in parts)
