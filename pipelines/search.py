@@ -10,6 +10,7 @@ interrupted one goes on where it was.
 """
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -34,9 +35,8 @@ RIVALS = {
 CONFIRM = "--confirm"
 
 
-def run(arguments: list[str], console: Console) -> None:
-    """Runs what is missing."""
-    overrides = overrides_of([argument for argument in arguments if argument != CONFIRM])
+def jobs_of(overrides: Sequence[str]) -> tuple[TrainJob, TuneJob, TuneJob]:
+    """The supernet's training, and the searches for splits and for clusters, with the searches' own changes."""
     own = {name: [each.removeprefix(name) for each in overrides if each.startswith(name)] for name in ("splits.", "clusters.")}
     supernet = load_job_of(TrainJob, JOBS / "train" / "supernet.yaml", [each for each in overrides if not each.startswith(tuple(own))])
     place = [f"storage={supernet.storage}", f"base.storage={supernet.storage}", f"tracking.uri={supernet.tracking.uri or 'null'}"]
@@ -45,6 +45,12 @@ def run(arguments: list[str], console: Console) -> None:
     models += [f"rivals.{rival.upper()}={trained / rival_job(supernet, rival).name / 'model'}" for rival in RIVALS]
     splits = load_job_of(TuneJob, JOBS / "tune" / "anchor_query_split.yaml", [*place, *models, *own["splits."]])
     clusters = load_job_of(TuneJob, JOBS / "tune" / "cluster_count.yaml", [*place, *own["clusters."]])
+    return supernet, splits, clusters
+
+
+def run(arguments: list[str], console: Console) -> None:
+    """Runs what is missing."""
+    supernet, splits, clusters = jobs_of(overrides_of([argument for argument in arguments if argument != CONFIRM]))
     uri = ensure_store(supernet.tracking.uri or "sqlite:///runs/mlflow.db")
     name = f"pipeline-search-{config_hash(supernet)}"
     with tracked_run(uri, supernet.tracking.experiment, name, params={"steps": supernet.training.steps}) as run_id, ray_session():

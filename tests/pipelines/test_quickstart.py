@@ -1,74 +1,49 @@
-"""The quickstart as its user runs it, with fewer steps and samples."""
+"""The quickstart with fewer steps and samples: once in this process, and as its user runs it, killed in the middle."""
 
+import io
 import json
-import runpy
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 from mlflow.tracking import MlflowClient
+from rich.console import Console
 
 from parcelray.config.loader import load_job_of
 from parcelray.config.train import TrainJob
 from parcelray.training.run_folder import RunFolder
 
-ROOT = Path(__file__).resolve().parents[2]
+from ..stores import new_store
+from .scripts import kill_script, run_script, script, sets
+
 METHODS = {"vanilla", "parcel", "m3", "mqt"}
 
 
-def _command(folder: Path) -> list[str]:
-    changes = (
+def _changes(folder: Path, *more: str) -> list[str]:
+    return [
         f"storage={folder}",
-        f"tracking.uri=sqlite:///{folder}/mlflow.db",
+        f"tracking.uri={new_store(folder)}",
         "training.steps=2",
         "training.images_per_step=8",
         # Ray Train's processes take far longer to start than two steps; what they do is tested where training is.
         "scaling.num_workers=0",
         "validation.samples=1",
         "report.samples=3",
-    )
-    return [sys.executable, "pipelines/quickstart.py", *(part for change in changes for part in ("--set", change))]
-
-
-def _quickstart(folder: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(_command(folder), cwd=ROOT, capture_output=True, text=True, timeout=500, check=False)
-
-
-def _interrupted_after_the_first_training(folder: Path) -> None:
-    driver = subprocess.Popen(_command(folder), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 300
-    while not list(folder.glob("train/*/result.json")) and time.monotonic() < deadline and driver.poll() is None:
-        time.sleep(0.05)
-    driver.kill()
-    driver.wait()
-    assert not list(folder.glob("quickstart/*.done"))
+        *more,
+    ]
 
 
 def _weights(folder: Path) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in folder.glob("train/*/model/model.safetensors")}
 
 
-@pytest.mark.ray
-@pytest.mark.slow
-def test_the_quickstart_goes_on_compares_registers_answers_and_is_then_done(tmp_path: Path) -> None:
-    _interrupted_after_the_first_training(tmp_path)
-    trained = _weights(tmp_path)
-    assert len(trained) == 1
-    first = _quickstart(tmp_path)
-    assert first.returncode == 0, first.stdout + first.stderr
-    assert "quickstart-vanilla" in first.stdout
-    assert trained.items() <= _weights(tmp_path).items()
-    frontier = json.loads((tmp_path / "quickstart" / "frontier.json").read_text(encoding="utf-8"))
+def _check_results(folder: Path) -> None:
+    frontier = json.loads((folder / "quickstart" / "frontier.json").read_text(encoding="utf-8"))
     assert frontier["reference"] == "vanilla"
     points = {(point["method"], point["num_visual_tokens"]) for point in frontier["points"]}
     assert points == {("majority", 0), ("blind", 0), ("vanilla", 256)} | {(method, budget) for method in METHODS - {"vanilla"} for budget in (16, 64, 256)}
-    assert (tmp_path / "quickstart" / "frontier.png").read_bytes().startswith(b"\x89PNG")
-    for budget in (16, 64, 256):
-        assert f"{budget:>3} visual tokens: " in first.stdout
+    assert (folder / "quickstart" / "frontier.png").read_bytes().startswith(b"\x89PNG")
 
-    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    client = MlflowClient(f"sqlite:///{folder}/mlflow.db")
     version = client.get_model_version_by_alias("parcelray-mini", "champion")
     assert version.run_id is not None
     experiment = client.get_experiment_by_name("parcelray")
@@ -81,27 +56,61 @@ def test_the_quickstart_goes_on_compares_registers_answers_and_is_then_done(tmp_
     trainings = [run for run, parent in parents.items() if parent == pipeline]
     assert len(trainings) == len(METHODS)
     assert sorted(parent for parent in parents.values() if parent not in (None, pipeline)) == sorted(trainings)
+    assert len(_weights(folder)) == len(METHODS)
 
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_the_quickstart_compares_registers_answers_and_is_then_done(ray_session: None, tmp_path: Path) -> None:
+    quickstart = script("quickstart")
+    job = load_job_of(TrainJob, quickstart.JOB, _changes(tmp_path, "training.steps=1", "report.samples=1"))
+    output = io.StringIO()
+    quickstart.run(job, Console(file=output, width=200))
+    _check_results(tmp_path)
+    for budget in (16, 64, 256):
+        assert f"{budget:>3} visual tokens: " in output.getvalue()
     models = _weights(tmp_path)
-    assert len(models) == len(METHODS)
-    second = _quickstart(tmp_path)
+    again = io.StringIO()
+    quickstart.run(job, Console(file=again, width=200))
+    assert "nothing to compute" in again.getvalue()
+    assert "Registered: models:/parcelray-mini/1" in again.getvalue()
+    assert _weights(tmp_path) == models
+
+
+@pytest.mark.nightly
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_a_killed_quickstart_goes_on_and_is_then_done(tmp_path: Path) -> None:
+    command = ("quickstart", *sets(*_changes(tmp_path)))
+    kill_script(*command, log=tmp_path / "killed.log", when=lambda: bool(list(tmp_path.glob("train/*/result.json"))))
+    assert not list(tmp_path.glob("quickstart/*.done"))
+    trained = _weights(tmp_path)
+    assert len(trained) == 1
+    first = run_script(*command)
+    assert first.returncode == 0, first.stdout + first.stderr
+    assert "quickstart-vanilla" in first.stdout
+    assert trained.items() <= _weights(tmp_path).items()
+    _check_results(tmp_path)
+    models = _weights(tmp_path)
+    second = run_script(*command)
     assert second.returncode == 0, second.stdout + second.stderr
     assert "nothing to compute" in second.stdout
     assert _weights(tmp_path) == models
 
 
-def test_an_argument_that_the_quickstart_does_not_know_is_refused(tmp_path: Path) -> None:
-    found = subprocess.run([sys.executable, "pipelines/quickstart.py", "--steps", "3"], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+def test_an_argument_that_the_quickstart_does_not_know_is_refused() -> None:
+    found = run_script("quickstart", "--steps", "3")
     assert found.returncode == 2
     assert "--set a.b=c" in found.stdout
 
 
 def test_a_searched_routing_is_trained_under_a_name_of_its_own_beside_the_shipped_run(tmp_path: Path) -> None:
-    quickstart = runpy.run_path(str(ROOT / "pipelines" / "quickstart.py"))
+    quickstart = script("quickstart")
     place = f"storage={tmp_path}"
     routing = "connector.routing=[{min_budget: 16, max_budget: 256, anchor_grid: 2}]"
-    shipped, routed = (load_job_of(TrainJob, quickstart["JOB"], changes) for changes in ([place], [place, routing]))
-    before, after = (quickstart["named_jobs"](job, load_job_of(TrainJob, quickstart["JOB"])) for job in (shipped, routed))
+    shipped, routed = (load_job_of(TrainJob, quickstart.JOB, changes) for changes in ([place], [place, routing]))
+    before, after = (quickstart.named_jobs(job, load_job_of(TrainJob, quickstart.JOB)) for job in (shipped, routed))
     for job in (*before.values(), *after.values()):
         RunFolder(job).claim()
     assert {job.name for job in before.values()} == {f"quickstart-{method}" for method in METHODS}

@@ -1,26 +1,54 @@
-"""`make search` as its user runs it, with fewer steps, points and samples, and its driver killed in the middle."""
+"""`make search`: the jobs that it runs, and as its user runs it, with fewer steps, points and samples, and its driver killed in the middle."""
 
 import json
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 from mlflow.tracking import MlflowClient
 
+from parcelray.config.evaluate import EvaluateJob
+from parcelray.config.loader import ConfigError
 from parcelray.models.checkpoint import verify_manifest
 from parcelray.tuning.trial_record import TrialRecord
 
-ROOT = Path(__file__).resolve().parents[2]
+from ..stores import new_store
+from .scripts import kill_script, run_script, script, sets
 
 
-def _command(folder: Path) -> list[str]:
+def test_changes_go_to_the_supernet_and_to_the_search_that_they_name(tmp_path: Path) -> None:
+    changes = [f"storage={tmp_path}", "training.steps=2", "splits.adaptive.budgets=[16, 64]", "clusters.seed=7"]
+    supernet, splits, clusters = script("search").jobs_of(changes)
+    assert (supernet.training.steps, clusters.seed) == (2, 7)
+    assert splits.seed != 7
+    assert splits.adaptive is not None
+    assert splits.adaptive.budgets == (16, 64)
+    assert {supernet.storage, splits.storage, clusters.storage, splits.base.storage} == {str(tmp_path)}
+    assert {splits.tracking.uri, clusters.tracking.uri} == {supernet.tracking.uri}
+    # The search asks the supernet, and draws beside it what is trained as long as it.
+    trained = tmp_path / "train"
+    assert isinstance(splits.base, EvaluateJob)
+    assert splits.base.model.reference == str(trained / "supernet" / "model")
+    assert splits.rivals == {name.upper(): str(trained / f"supernet-{name}" / "model") for name in ("m3", "mqt")}
+    with pytest.raises(ConfigError, match="stepz is not a known key"):
+        script("search").jobs_of(["training.stepz=2"])
+
+
+def test_rivals_differ_from_the_supernet_in_connector_and_budgets_only() -> None:
+    search = script("search")
+    supernet, _, _ = search.jobs_of(["training.steps=2"])
+    for rival in search.RIVALS:
+        job = search.rival_job(supernet, rival)
+        differing = {key for key, value in job.model_dump().items() if value != supernet.model_dump()[key]}
+        assert differing == {"name", "connector", "budget"}
+        assert job.connector is not None
+        assert job.connector.type == rival
+
+
+def _arguments(folder: Path) -> list[str]:
     # Few processes: nearly all of the time is theirs to start.
-    changes = (
+    return sets(
         f"storage={folder}",
-        f"tracking.uri=sqlite:///{folder}/mlflow.db",
+        f"tracking.uri={new_store(folder)}",
         "scaling.num_workers=0",
         "training.steps=2",
         "training.images_per_step=8",
@@ -34,27 +62,18 @@ def _command(folder: Path) -> list[str]:
         "clusters.base.compute.actors=0",
         "clusters.algorithm={type: optuna, trials: 3, startup_trials: 2, batch: 2}",
     )
-    return [sys.executable, "pipelines/search.py", *(part for change in changes for part in ("--set", change))]
 
 
-def _killed_during_the_split_search(folder: Path) -> set[str]:
-    """Returns the keys of the trials that were finished."""
-    driver = subprocess.Popen(_command(folder), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    search = folder / "tune" / "anchor_query_split"
-    deadline = time.monotonic() + 400
-    while not TrialRecord(search).trials and time.monotonic() < deadline and driver.poll() is None:
-        time.sleep(0.02)
-    driver.send_signal(signal.SIGKILL)
-    driver.wait()
-    return {trial.key for trial in TrialRecord(search).trials}
-
-
+@pytest.mark.nightly
 @pytest.mark.ray
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_a_killed_search_goes_on_and_leaves_frontiers_in_mlflow(tmp_path: Path) -> None:
-    before = _killed_during_the_split_search(tmp_path)
-    assert before
-    done = subprocess.run(_command(tmp_path), cwd=ROOT, capture_output=True, text=True, timeout=500, check=False)
+    command = ("search", *_arguments(tmp_path))
+    trials_of = tmp_path / "tune" / "anchor_query_split"
+    kill_script(*command, log=tmp_path / "killed.log", when=lambda: bool(TrialRecord(trials_of).trials))
+    before = {trial.key for trial in TrialRecord(trials_of).trials}
+    done = run_script(*command)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("is finished; nothing to do") == 3, "the supernet and its rivals were trained before the kill"
     search = tmp_path / "tune" / "anchor_query_split"

@@ -1,34 +1,51 @@
-"""The pipelines of the studies on small stand-ins: they start, say what is wrong, and write what they promise."""
+"""The pipelines of the studies: what they ask of a job's benchmarks, and the numbers that they write."""
 
-import subprocess
-import sys
+import csv
+import io
+import itertools
+import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+from numpy.typing import NDArray
+from PIL import Image
+from rich.console import Console
+from scipy import stats
 
+from parcelray.analysis.leave_token_out import Pair
 from parcelray.benchmarks.catalog import catalog, find
+from parcelray.benchmarks.mini import FAMILIES, family_samples
+from parcelray.cluster import attention_studies
+from parcelray.cluster.reduction_methods import all_budgets, methods_of
+from parcelray.config.evaluate import EvaluateJob
+from parcelray.errors import UserError
+from parcelray.models.backbones.base import Depths
 
 from ..benchmarks.table_data import write_benchmark
-
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def _run(pipeline: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, f"pipelines/{pipeline}.py", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+from .scripts import run_script, script, sets
 
 
-def _sets(*changes: str) -> list[str]:
-    return [part for change in changes for part in ("--set", change)]
+def _run(pipeline: str, *arguments: str) -> str:
+    """Runs a pipeline in this process; what it prints."""
+    output = io.StringIO()
+    script(pipeline).run(list(arguments), Console(file=output, width=200))
+    return output.getvalue()
+
+
+def _attention(storage: Path, count: int) -> list[str]:
+    return sets(f"count={count}", "benchmarks=[{name: mini, source: {samples: 3}}]", f"storage={storage}", "tracking.uri=null")
 
 
 @pytest.fixture(scope="module")
-def llava_job(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """GQA and TextVQA with four rows each, on the mini LLaVA in this process."""
+def llava_job(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """Where results go, and GQA and TextVQA with four rows each, on the mini LLaVA in this process."""
     folder = tmp_path_factory.mktemp("llava")
     for name in ("gqa", "textvqa_val"):
         write_benchmark(find(name, catalog()), folder / name)
-    return _sets(
+    return folder / "runs", sets(
         f"benchmarks=[{{name: gqa, data: {folder}/gqa, max_new_tokens: 2}}, {{name: textvqa_val, data: {folder}/textvqa_val, max_new_tokens: 2}}]",
         "model.reference=mini_llava",
         "dtype=float32",
@@ -38,37 +55,103 @@ def llava_job(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     )
 
 
-@pytest.mark.slow
-def test_clusters_on_gqa_and_textvqa_are_planned(llava_job: list[str]) -> None:
-    done = _run("training_free_llava", "--dry-run", *llava_job)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "gqa 4, textvqa_val 4" in done.stdout
-    assert "64" in done.stdout
+def test_clusters_on_gqa_and_textvqa_are_planned(llava_job: tuple[Path, list[str]]) -> None:
+    storage, job = llava_job
+    plan = _run("training_free_llava", "--dry-run", *job)
+    assert "gqa 4, textvqa_val 4" in plan
+    assert not storage.exists(), "a plan computes nothing"
 
 
+def test_clusters_on_gqa_and_textvqa_are_one_study_at_one_budget(llava_job: tuple[Path, list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the pipeline asks the study for; the study itself is run in tests/cluster/test_reduction_study.py."""
+    asked: list[tuple[EvaluateJob, dict[str, Any]]] = []
+    pipeline = script("training_free_llava")
+    monkeypatch.setattr(pipeline, "run_reduction_study", lambda job, console, **options: asked.append((job, options)))
+    pipeline.run(llava_job[1], Console(quiet=True))
+    ((job, options),) = asked
+    assert [choice.name for choice in job.benchmarks] == ["gqa", "textvqa_val"]
+    # LLaVA-1.5-7B has 576 visual tokens and a decoder of 32 layers; the mini LLaVA has 256 and 3.
+    for num_tokens, depths, budget in ((576, Depths(23, 32), 64), (256, Depths(3, 3), 28)):
+        known = methods_of(depths)
+        chosen = {name: known[name] for name in options["methods"]}
+        budgets = all_budgets(chosen, num_tokens, depths, equal=False, retentions=options["shares"])
+        assert set(budgets.values()) == {(budget,)}
+
+
+@pytest.mark.nightly
 @pytest.mark.slow
-def test_clusters_on_gqa_and_textvqa_are_compared_at_one_budget(llava_job: list[str]) -> None:
-    done = _run("training_free_llava", *llava_job)
+@pytest.mark.timeout(1800)
+def test_clusters_on_gqa_and_textvqa_are_compared_at_one_budget(llava_job: tuple[Path, list[str]]) -> None:
+    storage, job = llava_job
+    done = run_script("training_free_llava", *job)
     assert done.returncode == 0, done.stdout + done.stderr
-    storage = next(Path(each.removeprefix("storage=")) for each in llava_job if each.startswith("storage="))
-    table = (storage / "studies" / "training_free_llava" / "frontier.md").read_text()
+    folder = storage / "studies" / "training_free_llava"
+    table = (folder / "frontier.md").read_text()
     # 64 of 576 is 28 of 256.
     assert "| cluster | 28 |" in table
     assert "| blind | - |" in table
     assert "textvqa_val" in table
+    with (folder / "against_random.csv").open(encoding="utf-8") as file:
+        compared = {(row["method"], row["num_visual_tokens"]) for row in csv.DictReader(file)}
+    assert compared >= {(method, "28") for method in ("cluster", "cluster, no size bias", "cluster, contiguous")}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("pipeline", "files"), [("saliency", ("saliency.json", "saliency.npz", "agreement.png")), ("validity", ("validity.json",))])
-def test_the_studies_of_attention_ask_a_benchmark(pipeline: str, files: tuple[str, ...], tmp_path: Path) -> None:
-    job = ("benchmarks=[{name: mini, source: {samples: 3}}]", f"storage={tmp_path}", "tracking.uri=null")
-    done = _run(pipeline, *_sets("count=6", *job))
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert all((tmp_path / "studies" / f"{pipeline}-attention" / name).stat().st_size for name in files)
+def test_saliency_is_studied_on_each_images_own_question_and_those_of_others(tmp_path: Path) -> None:
+    _run("saliency", *_attention(tmp_path, 4))
+    folder = tmp_path / "studies" / "saliency-attention"
+    maps = np.load(folder / "saliency.npz")
+    report = json.loads((folder / "saliency.json").read_text())
+    assert report.keys() == {"model", "last word", "mean of words"}
+    for name, array in (("last word", "last_word_IPLHN"), ("mean of words", "mean_word_IPLHN")):
+        maps_IPLHN = maps[array]
+        assert maps_IPLHN.shape[:2] == (4, 3)
+        assert maps_IPLHN.shape[-1] == 256
+        # What a word pays to the image is a share of all that it pays.
+        assert maps_IPLHN.min() >= 0
+        assert 0 < maps_IPLHN.sum(-1).max() <= 1 + 1e-4
+        mean_IPLN = maps_IPLHN.mean(3)
+        found = [each["spearman"]["value"] for each in report[name]["between_prompts"]]
+        expected = [_mean_spearman(mean_IPLN[:, :, layer]) for layer in range(mean_IPLN.shape[2])]
+        # The mean over heads is rounded to single precision, so neighbours in the ranking may change places.
+        assert found == pytest.approx(expected, abs=1e-3)
+        assert max(found) < 1, "the prompts of an image differ"
+    for picture in ("agreement.png", "heat_maps_3.png"):
+        with Image.open(folder / picture) as image:
+            assert image.width > 300
 
 
-@pytest.mark.slow
+def _mean_spearman(maps_IPN: NDArray[np.float32]) -> float:
+    pairs = [(each[first], each[second]) for each in maps_IPN for first, second in itertools.combinations(range(len(each)), 2)]
+    return float(np.mean([stats.spearmanr(first, second).statistic for first, second in pairs]))
+
+
+def test_validity_is_studied_on_the_questions_of_a_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Losses are made up, so that the numbers are known; on a model they are measured in tests/analysis and tests/cluster/test_reduction_study.py."""
+    asked: list[Pair] = []
+
+    def leave_one_out(model: object, processor: object, pair: Pair, *, seed: int) -> tuple[NDArray[np.float64], Mapping[str, NDArray[np.float64]]]:
+        asked.append(pair)
+        loss_N = np.random.default_rng(seed).random(256)
+        return loss_N, {"follows": loss_N**2, "opposes": -loss_N, "random": np.random.default_rng(100 + seed).random(256)}
+
+    monkeypatch.setattr(attention_studies, "leave_one_out", leave_one_out)
+    _run("validity", *_attention(tmp_path, 5))
+    found = json.loads((tmp_path / "studies" / "validity-attention" / "validity.json").read_text())
+    assert found["pairs"] == 5
+    # The families that ask about one image, in turn: a video has four.
+    first = {family: family_samples("test", family, 3)[0].prompt for family in FAMILIES if family != "video"}
+    assert [pair.prompt for pair in asked[: len(first)]] == list(first.values())
+    follows, opposes, random = (found["measures"][name] for name in ("follows", "opposes", "random"))
+    assert follows["correlation"]["value"] == pytest.approx(1)
+    assert opposes["correlation"]["value"] == pytest.approx(-1)
+    assert abs(random["correlation"]["value"]) < 0.2
+    # One of a thousand permutations and the observed one: three measures are corrected together.
+    assert follows["p_value"] == opposes["p_value"] == pytest.approx(1 / 1001)
+    assert follows["p_holm"] == pytest.approx(3 / 1001)
+    assert random["p_value"] > 0.01
+    assert follows["mass"]["value"] > 0.15 > random["mass"]["value"] > opposes["mass"]["value"]
+
+
 def test_too_few_questions_are_one_sentence(tmp_path: Path) -> None:
-    done = _run("validity", *_sets("count=99", "benchmarks=[{name: mini, source: {samples: 3}}]", f"storage={tmp_path}", "tracking.uri=null"))
-    assert done.returncode == 2
-    assert "questions about one image, fewer than the 99 that are asked for" in " ".join(done.stdout.split())
+    with pytest.raises(UserError, match="questions about one image, fewer than the 99 that are asked for"):
+        _run("validity", *_attention(tmp_path, 99))

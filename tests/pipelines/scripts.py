@@ -1,0 +1,52 @@
+"""The scripts of pipelines/, as modules in this process and as commands of their own."""
+
+import importlib.util
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+ROOT = Path(__file__).resolve().parents[2]
+# Only a hang takes as long.
+LIMIT_S = 1200
+
+
+def script(name: str) -> ModuleType:
+    """The module of a script; its work starts only with `main`."""
+    spec = importlib.util.spec_from_file_location(f"pipelines_{name}", ROOT / "pipelines" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def sets(*changes: str) -> list[str]:
+    """Changes of a job as the arguments of a script."""
+    return [part for change in changes for part in ("--set", change)]
+
+
+def run_script(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Runs a script as its user does."""
+    return subprocess.run(_command(name, arguments), cwd=ROOT, capture_output=True, text=True, timeout=LIMIT_S, check=False)
+
+
+def kill_script(name: str, *arguments: str, log: Path, when: Callable[[], bool]) -> None:
+    """Runs a script and kills it with SIGKILL as soon as a condition holds."""
+    with log.open("w") as output:
+        driver = subprocess.Popen(_command(name, arguments), cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
+        try:
+            deadline = time.monotonic() + LIMIT_S
+            while not when():
+                assert driver.poll() is None, f"ended before it could be killed:\n{log.read_text()}"
+                assert time.monotonic() < deadline, f"hangs:\n{log.read_text()}"
+                time.sleep(0.02)
+        finally:
+            driver.kill()
+            driver.wait()
+
+
+def _command(name: str, arguments: tuple[str, ...]) -> list[str]:
+    return [sys.executable, f"pipelines/{name}.py", *arguments]
