@@ -1,5 +1,7 @@
 """A routing that a search found becomes part of a checkpoint."""
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -16,12 +18,22 @@ from ..cluster.tiny import tiny_checkpoint
 ROUTING = [RouteConfig(min_budget=4, max_budget=31, anchor_grid=2), RouteConfig(min_budget=32, max_budget=256, anchor_grid=0)]
 
 
-def _checkpoint(folder: Path, **connector: object) -> Path:
-    return tiny_checkpoint(folder, 3, connector={"type": "parcel", "num_heads": 2, **connector})
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A supernet over four anchor grids."""
+    return tiny_checkpoint(tmp_path_factory.mktemp("supernet"), 3, connector={"type": "parcel", "num_heads": 2, "anchor_grids": [0, 2, 4, 8]})
 
 
-def test_the_new_routing_is_followed_with_the_old_weights(tmp_path: Path) -> None:
-    source = _checkpoint(tmp_path, anchor_grids=[0, 2, 4, 8])
+def _with_grids(source: Path, target: Path, anchor_grids: list[int]) -> Path:
+    """The same checkpoint as if it had been trained for other grids; empty: for the paper's split alone."""
+    shutil.copytree(source, target)
+    config = json.loads((target / "config.json").read_text())
+    config["connector"]["anchor_grids"] = anchor_grids
+    (target / "config.json").write_text(json.dumps(config))
+    return target
+
+
+def test_the_new_routing_is_followed_with_the_old_weights(source: Path, tmp_path: Path) -> None:
     target = write_rerouted(source, tmp_path / "routed", ROUTING, "tune-s")
     manifest = verify_manifest(target)
     assert (manifest.config, manifest.seed, manifest.extra["routing_found_by"]) == ({}, 3, "tune-s")
@@ -35,9 +47,9 @@ def test_the_new_routing_is_followed_with_the_old_weights(tmp_path: Path) -> Non
     assert torch.equal(asked, routed)
 
 
-def test_a_checkpoint_that_is_no_supernet_or_lacks_a_grid_is_refused(tmp_path: Path) -> None:
+def test_a_checkpoint_that_is_no_supernet_or_lacks_a_grid_is_refused(source: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"is no supernet over splits"):
-        write_rerouted(_checkpoint(tmp_path / "plain"), tmp_path / "routed", ROUTING, "s")
-    with pytest.raises(UserError, match=r"2"):
-        write_rerouted(_checkpoint(tmp_path / "other", anchor_grids=[0, 4]), tmp_path / "routed", ROUTING, "s")
+        write_rerouted(_with_grids(source, tmp_path / "plain", []), tmp_path / "routed", ROUTING, "s")
+    with pytest.raises(UserError, match=r"anchor_grid 2 is not one of this parcel's anchor_grids"):
+        write_rerouted(_with_grids(source, tmp_path / "other", [0, 4]), tmp_path / "routed", ROUTING, "s")
     assert not (tmp_path / "routed").exists()

@@ -181,7 +181,7 @@ def test_scope(views: dict[str, EncoderView]) -> None:
         unit, weight = _unit(_numpy(view.patch_features_IND[image])), _numpy(view.attention_IHN[image].mean(0))
         cosine, covered, kept = unit @ unit.T, np.zeros(256), list[int]()
         for _ in range(12):
-            gain = [sum(max(0.0, cosine[i, j] - covered[i]) for i in range(256)) * weight[j] for j in range(256)]
+            gain = np.maximum(0, cosine - covered[:, None]).sum(0) * weight
             kept.append(max((j for j in range(256) if j not in kept), key=lambda j: gain[j]))
             covered = np.maximum(covered, cosine[:, kept[-1]])
         assert found.position_ids_BK[image].tolist() == sorted(kept)
