@@ -34,6 +34,9 @@ VERSION = "models:/mini/7"
 PATIENCE_S = 300.0
 """Limit of every wait in these tests, seconds. Only a hang reaches it, however busy the machine is."""
 
+PATIENT = {"timeout_s": PATIENCE_S, "body_timeout_s": PATIENCE_S}
+"""Limits of an endpoint that lets nobody go because the machine is busy."""
+
 
 def wait_until(condition: Callable[[], object], what: object = "the condition") -> None:
     """Returns once the condition holds."""

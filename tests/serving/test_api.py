@@ -1,13 +1,16 @@
 """The interface: the official client works unchanged, and what cannot be answered is refused in words that help."""
 
+import asyncio
 import base64
 import http.client
 import io
 import json
 import math
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -17,20 +20,21 @@ from openai import OpenAI
 from PIL import Image
 
 from parcelray.data.sample import Sample
-from parcelray.evaluation.generation import GenerationSettings
-from parcelray.evaluation.predictor import Predictor
 from parcelray.models.backbones import ElasticVLM
 from parcelray.models.backbones.processor_base import ElasticProcessor
+from parcelray.serving import api, chat
 from parcelray.serving.auth import add_key, read_keys
+from parcelray.serving.bodies import Bodies
 from parcelray.serving.chat import ChatService
-from tests.serving.local import VERSION, endpoint
+from tests.serving.conftest import Asker
+from tests.serving.local import PATIENCE_S, PATIENT, VERSION, endpoint
 
 pytestmark = pytest.mark.serving
 
 
 @pytest.fixture(scope="module")
 def running(model: ElasticVLM, processor: ElasticProcessor) -> Iterator[tuple[str, ChatService]]:
-    with endpoint(model, processor, limits={"body_mb": 1, "image_mb": 0.5, "image_megapixels": 1, "images": 4, "body_timeout_s": 1}) as (url, service, _):
+    with endpoint(model, processor, limits={"body_mb": 1, "image_mb": 0.5, "image_megapixels": 1, "images": 4, **PATIENT}) as (url, service, _):
         yield url, service
 
 
@@ -55,7 +59,7 @@ def message(sample: Sample, **image_fields: Any) -> list[Any]:
 
 def post(url: str, body: bytes, headers: dict[str, str] | None = None, path: str = "/v1/chat/completions") -> tuple[int, dict[str, str], dict[str, Any]]:
     place = urlsplit(url)
-    connection = http.client.HTTPConnection(str(place.hostname), place.port, timeout=20)
+    connection = http.client.HTTPConnection(str(place.hostname), place.port, timeout=PATIENCE_S)
     try:
         # A server that refuses by the header does not wait for the rest of the body.
         with suppress(BrokenPipeError, ConnectionResetError):
@@ -68,12 +72,13 @@ def post(url: str, body: bytes, headers: dict[str, str] | None = None, path: str
     return response.status, dict(response.getheaders()), {} if text.startswith(b"data:") else json.loads(text)
 
 
-def test_the_official_client_gets_the_offline_answer_at_each_budget(
-    client: OpenAI, model: ElasticVLM, processor: ElasticProcessor, samples: list[Sample]
+def test_the_official_client_gets_the_engines_answer_at_each_budget(
+    client: OpenAI, running: tuple[str, ChatService], samples: list[Sample], ask: Asker
 ) -> None:
-    offline = Predictor(model, processor, settings=GenerationSettings(max_new_tokens=8)).generate_budgets(samples[:6], [16, 64, 256])
-    for budget, answers in offline.items():
-        for sample, text in zip(samples[:6], answers, strict=True):
+    engine = running[1].routes.champion.client
+    for budget in (16, 64, 256):
+        for sample in samples[:6]:
+            text = asyncio.run(engine.answer(ask(sample, budget))).text
             raw = client.chat.completions.with_raw_response.create(model="mini", messages=message(sample), max_tokens=8, extra_body={"visual_tokens": budget})
             answer = raw.parse()
             assert answer.choices[0].message.content == text
@@ -273,28 +278,35 @@ def test_beyond_the_bound_requests_are_told_when_to_come_back(model: ElasticVLM,
 
 
 def test_a_deadline_is_a_503(model: ElasticVLM, processor: ElasticProcessor) -> None:
-    with endpoint(model, processor, limits={"timeout_s": 0.001}) as (url, _, _):
+    # It has passed when the request is read.
+    with endpoint(model, processor, limits={"timeout_s": 1e-9}) as (url, _, _):
         status, headers, data = post(url, json.dumps(_with_text(max_tokens=1000, temperature=2.0)).encode())
         assert (status, data["error"]["code"]) == (503, "deadline_exceeded")
         assert "retry-after" in headers
 
 
-def test_a_slow_sender_is_no_slow_model(model: ElasticVLM, processor: ElasticProcessor) -> None:
+def test_a_slow_sender_is_no_slow_model(model: ElasticVLM, processor: ElasticProcessor, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    clock = SimpleNamespace(perf_counter=lambda: now[0], time=time.time)
+    for module in (api, chat):
+        monkeypatch.setattr(module, "time", clock)
+    begun = threading.Event()
+    # Called with each piece of a body.
+    monkeypatch.setattr(Bodies, "_check", lambda *_: begun.set())
     with endpoint(model, processor) as (url, service, _):
         body = json.dumps(_with_text(max_tokens=1)).encode()
-        connection = http.client.HTTPConnection(str(urlsplit(url).hostname), urlsplit(url).port, timeout=20)
+        connection = http.client.HTTPConnection(str(urlsplit(url).hostname), urlsplit(url).port, timeout=PATIENCE_S)
         connection.putrequest("POST", "/v1/chat/completions")
         for name, value in (("content-type", "application/json"), ("content-length", str(len(body)))):
             connection.putheader(name, value)
         connection.endheaders(body[:10])
-        time.sleep(2)
+        assert begun.wait(PATIENCE_S)
+        now[0] = 20.0
         connection.send(body[10:])
         assert connection.getresponse().status == 200
         connection.close()
         labels = {"model_name": "mini", "visual_tokens": "0", "engine": "0"}
-        latency_s = service.metrics.registry.get_sample_value("parcel:e2e_request_latency_seconds_sum", labels)
-        assert latency_s is not None
-        assert latency_s < 1.5
+        assert service.metrics.registry.get_sample_value("parcel:e2e_request_latency_seconds_sum", labels) == 0.0
 
 
 def test_metrics_carry_the_budget(running: tuple[str, ChatService], client: OpenAI, samples: list[Sample]) -> None:
