@@ -1,17 +1,17 @@
 """As much of the W3C WebDriver protocol as the page's test needs, over Debian's chromedriver: no package beside the standard library."""
 
-import base64
 import json
 import shutil
 import socket
 import subprocess
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
+
+from tests.serving.local import PATIENCE_S, wait_until
 
 DRIVER = shutil.which("chromedriver")
 _ELEMENT = "element-6066-11e4-a52e-4f735466cecf"
@@ -52,16 +52,13 @@ class Browser:
     def type(self, selector: str, text: str) -> None:
         self.command("POST", f"/element/{self.element(selector)}/value", {"text": text})
 
-    def wait(self, script: str, *arguments: Any, seconds: float = 20) -> Any:
+    def wait(self, script: str, *arguments: Any) -> None:
         """Until a script gives something true."""
-        deadline = time.monotonic() + seconds
-        while not (found := self.run(script, *arguments)):
-            assert time.monotonic() < deadline, script
-            time.sleep(0.05)
-        return found
+        wait_until(lambda: self.run(script, *arguments), script)
 
-    def screenshot(self, path: Path) -> None:
-        path.write_bytes(base64.b64decode(self.command("GET", "/screenshot")))
+    def messages(self) -> list[dict[str, Any]]:
+        """Of the console, since the last call."""
+        return list(self.command("POST", "/se/log", {"type": "browser"}))
 
     def command(self, method: str, path: str, body: Any = None) -> Any:
         return _ask(method, self._base + path, body)
@@ -75,7 +72,7 @@ def browser(profile: Path) -> Iterator[Browser]:
         port = probe.getsockname()[1]
     driver = subprocess.Popen([DRIVER, f"--port={port}"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        _wait_until_ready(f"http://127.0.0.1:{port}/status")
+        wait_until(lambda: _is_ready(f"http://127.0.0.1:{port}/status"))
         options = {"args": [*_FLAGS, f"--user-data-dir={profile}"]}
         wanted = {"capabilities": {"alwaysMatch": {"browserName": "chrome", "goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL"}}}}
         session = _ask("POST", f"http://127.0.0.1:{port}/session", wanted)["sessionId"]
@@ -87,21 +84,17 @@ def browser(profile: Path) -> Iterator[Browser]:
         driver.wait()
 
 
-def _wait_until_ready(url: str) -> None:
-    deadline = time.monotonic() + 30
-    while True:
-        try:
-            _ask("GET", url)
-            return
-        except URLError:
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
+def _is_ready(url: str) -> bool:
+    try:
+        return bool(_ask("GET", url)["ready"])
+    except URLError:
+        return False
 
 
 def _ask(method: str, url: str, body: Any = None) -> Any:
     request = Request(url, None if body is None else json.dumps(body).encode(), {"content-type": "application/json"}, method=method)
     try:
-        with urlopen(request, timeout=120) as response:
+        with urlopen(request, timeout=PATIENCE_S) as response:
             return json.loads(response.read())["value"]
     except HTTPError as error:
         raise AssertionError(error.read().decode()) from None
