@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -33,6 +34,12 @@ def write_tower_as_on_the_hub(folder: Path) -> None:
     weights = load_file(folder / "model.safetensors")
     old = {key.replace("vision_tower.", "vision_tower.vision_model.", 1): value for key, value in weights.items()}
     save_file(old, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    """What a test draws from torch's global generator does not depend on the tests before it."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")

@@ -60,8 +60,6 @@ def test_transformers_config_and_its_saved_file_agree(tmp_path: Path) -> None:
 
 
 def test_mini_comes_with_the_package() -> None:
-    if not backbone_shapes.MINI_CONFIG.is_file():
-        pytest.skip("the packaged mini checkpoint is not there")
     shape = resolve_backbone("mini")
     assert shape.name == "mini"
     assert shape.num_patches == 256

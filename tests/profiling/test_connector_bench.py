@@ -97,8 +97,6 @@ def test_mistakes_are_named(tiny_checkpoint: str, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.gpu
 @pytest.mark.parametrize("resolution", [224, 448])
 def test_the_real_shape_on_a_gpu(resolution: int) -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("no GPU")
     report = bench_connectors("paligemma2-3b", budgets=(64, 256), repeats=3, device="cuda", resolution=resolution)
     shares = [measure.value for measure in report.measures if measure.unit == "%"]
     assert all(0 < share < 100 for share in shares)

@@ -76,19 +76,16 @@ def _name(case: Case) -> str:
 
 @pytest.fixture(params=[*_cases(16), *_cases(32), *_cases(12)], ids=_name)
 def case(request: pytest.FixtureRequest) -> Case:
-    torch.manual_seed(0)
     assert isinstance(request.param, Case)
     return request.param
 
 
 @pytest.fixture(params=_cases(16), ids=_name)
 def case_16(request: pytest.FixtureRequest) -> Case:
-    torch.manual_seed(0)
     assert isinstance(request.param, Case)
     return request.param
 
 
 @pytest.fixture
 def parcel() -> Connector:
-    torch.manual_seed(0)
     return build_connector(ParcelConnectorConfig(num_heads=4), hidden_size=WIDTH, grid_size=16, mlp_width=40)
