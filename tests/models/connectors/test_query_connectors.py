@@ -83,7 +83,8 @@ def test_mqt_tokens_of_a_small_budget_are_a_prefix_of_a_large_ones() -> None:
         with torch.no_grad():
             full = connector(features, num_visual_tokens=256)
             for budget in (1, 7, 64, 255):
-                torch.testing.assert_close(connector(features, num_visual_tokens=budget), full[:, :budget], atol=1e-6, rtol=1e-6)
+                # Normed tokens have values of about 1, which a dozen kernels round by 1e-7 each, differently for each budget.
+                torch.testing.assert_close(connector(features, num_visual_tokens=budget), full[:, :budget], atol=1e-5, rtol=1e-5)
 
 
 def test_parcel_regimes_share_the_first_rows_of_one_bank(parcel: Any) -> None:
