@@ -89,8 +89,8 @@ def endpoint(
     chooser: BudgetChooser | None = None,
     **changes: Any,
 ) -> Iterator[tuple[str, ChatService, ContinuousEngine]]:
-    """Its URL, its service and its engine, while the context lasts."""
-    job = job_of(**changes)
+    """Its URL, its service and its engine, while the context lasts; its limits of time are patient unless they are changed."""
+    job = job_of(**{**changes, "limits": {**PATIENT, **changes.get("limits", {})}})
     engine = ContinuousEngine(model, processor, limits_of(job.engine), chooser=chooser)
     service = service_of(job, model, processor, LocalClient(engine), capacity=capacity)
     api = Api(job.name, job.http, lambda: service, Gatekeeper(keys or []), RequestLog())

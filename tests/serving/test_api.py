@@ -27,14 +27,14 @@ from parcelray.serving.auth import add_key, read_keys
 from parcelray.serving.bodies import Bodies
 from parcelray.serving.chat import ChatService
 from tests.serving.conftest import Asker
-from tests.serving.local import PATIENCE_S, PATIENT, VERSION, endpoint
+from tests.serving.local import PATIENCE_S, VERSION, endpoint
 
 pytestmark = pytest.mark.serving
 
 
 @pytest.fixture(scope="module")
 def running(model: ElasticVLM, processor: ElasticProcessor) -> Iterator[tuple[str, ChatService]]:
-    with endpoint(model, processor, limits={"body_mb": 1, "image_mb": 0.5, "image_megapixels": 1, "images": 4, **PATIENT}) as (url, service, _):
+    with endpoint(model, processor, limits={"body_mb": 1, "image_mb": 0.5, "image_megapixels": 1, "images": 4}) as (url, service, _):
         yield url, service
 
 

@@ -27,10 +27,13 @@ from parcelray.serving.replica_loading import load_chooser
 from parcelray.serving.static_engine import StaticEngine
 from parcelray.serving.waiting import answer_all
 from tests.serving.conftest import Asker
-from tests.serving.local import endpoint, job_of
+from tests.serving.local import PATIENCE_S, endpoint, job_of
 from tests.serving.test_api import message
 
 BUDGETS = (16, 64, 256)
+CLEAR = 1e-3
+"""Worth of the two best budgets differs by more, or rounding, which depends on kernels and batches and is below 1e-4, may
+choose between them."""
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +49,12 @@ def predictor(model: ElasticVLM, processor: ElasticProcessor, signals: Any) -> B
     return replace(fit_predictor(signals, right, budgets=BUDGETS, names=names, reads_answer=False), price=0.001)
 
 
+def is_clear(predictor: BudgetPredictor, signals: list[float], price: float | None = None, among: tuple[int, ...] = BUDGETS) -> bool:
+    (worth,) = predictor._worth(np.array([signals]), price)
+    *_, second, best = sorted(worth[BUDGETS.index(budget)] for budget in among)
+    return bool(best - second > CLEAR)
+
+
 @pytest.mark.parametrize("kind", [ContinuousEngine, StaticEngine])
 def test_the_engine_chooses_as_the_predictor_does_offline(
     kind: Any, model: ElasticVLM, processor: ElasticProcessor, samples: list[Sample], predictor: BudgetPredictor, signals: Any, ask: Asker
@@ -54,16 +63,19 @@ def test_the_engine_chooses_as_the_predictor_does_offline(
         chooser = BudgetChooser(predictor, model, processor, price=price)
         engine = kind(model, processor, EngineLimits(max_running=8, kv_tokens=4096, vision_batch=8), chooser=chooser)
         choices = tuple(budget for budget in BUDGETS if budget >= floor)
-        found = answer_all(engine, [replace(ask(sample, 256), choices=choices) for sample in samples[::2]])
-        expected = [predictor.choose(each, price=price, among=choices) for each in signals[::2].tolist()]
+        some = [place for place in range(0, len(samples), 2) if is_clear(predictor, signals[place].tolist(), price, choices)]
+        assert len(some) > 15
+        asked = [samples[place] for place in some]
+        found = answer_all(engine, [replace(ask(sample, 256), choices=choices) for sample in asked])
+        expected = [predictor.choose(signals[place].tolist(), price=price, among=choices) for place in some]
         assert [each.num_visual_tokens for each in found] == expected
         assert min(expected) == floor
         if floor == 16:
-            assert expected == [BUDGETS[place] for place in predictor.choose_all(signals[::2], price=price)]
+            assert expected == [BUDGETS[place] for place in predictor.choose_all(signals[some], price=price)]
             assert len(set(expected)) > 1, "the test means something only if choices differ"
         # Chosen or named, the answer at a budget is the same.
         assert [each.text for each in found] == [
-            each.text for each in answer_all(engine, [ask(sample, budget) for sample, budget in zip(samples[::2], expected, strict=True)])
+            each.text for each in answer_all(engine, [ask(sample, budget) for sample, budget in zip(asked, expected, strict=True)])
         ]
         assert engine.stats().kv_tokens_used == 0
         engine.close()
@@ -93,14 +105,14 @@ def test_header_usage_metrics_and_log_say_what_was_chosen(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     predictor.save(tmp_path)
-    some = slice(0, 12)
-    expected = [predictor.choose(each) for each in signals[some].tolist()]
+    some = [place for place in range(len(samples)) if is_clear(predictor, signals[place].tolist())][:12]
+    expected = [predictor.choose(signals[place].tolist()) for place in some]
     caplog.set_level("INFO", logger="parcelray.requests")
     policy = {"type": "input", "predictor": str(tmp_path)}
     chooser = BudgetChooser(predictor, model, processor)
     with endpoint(model, processor, chooser=chooser, budgets={"offered": BUDGETS, "policy": policy}) as (url, _, _):
         client = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
-        for number, (sample, budget) in enumerate(zip(samples[some], expected, strict=True)):
+        for number, (sample, budget) in enumerate(zip([samples[place] for place in some], expected, strict=True)):
             asked: dict[str, Any] = {"model": "mini", "messages": message(sample), "max_tokens": 8}
             if number % 2:
                 raw = client.chat.completions.with_raw_response.create(**asked, stream=True, stream_options={"include_usage": True})
@@ -117,7 +129,7 @@ def test_header_usage_metrics_and_log_say_what_was_chosen(
         assert named.headers["x-visual-tokens"] == "64"
         low = client.chat.completions.with_raw_response.create(model="mini", messages=message(samples[0], detail="low"))
         assert low.headers["x-visual-tokens"] == "16"
-        with urlopen(f"{url}/metrics", timeout=10) as response:
+        with urlopen(f"{url}/metrics", timeout=PATIENCE_S) as response:
             lines = response.read().decode().splitlines()
     for budget, count in Counter(expected).items():
         assert f'parcel:budget_decisions_total{{asked="auto",model_name="mini",visual_tokens="{budget}"}} {count:.1f}' in lines

@@ -23,7 +23,7 @@ from schemathesis.core.result import Ok
 from parcelray.models.backbones import ElasticVLM
 from parcelray.models.backbones.processor_base import ElasticProcessor
 from parcelray.serving.chat import ChatService
-from tests.serving.local import PATIENCE_S, PATIENT, endpoint, wait_until
+from tests.serving.local import PATIENCE_S, endpoint, wait_until
 from tests.serving.test_api import data_url, post
 
 pytestmark = pytest.mark.serving
@@ -32,7 +32,7 @@ LEAKS = ("Traceback", ".py", "/site-packages", "parcelray/", "0x7f")
 
 @pytest.fixture(scope="module")
 def running(model: ElasticVLM, processor: ElasticProcessor) -> Iterator[tuple[str, ChatService]]:
-    with endpoint(model, processor, limits={"body_mb": 2, "max_tokens": 64, "image_megapixels": 4, **PATIENT}) as (url, service, _):
+    with endpoint(model, processor, limits={"body_mb": 2, "max_tokens": 64, "image_megapixels": 4}) as (url, service, _):
         yield url, service
 
 

@@ -10,7 +10,7 @@ from parcelray.errors import UserError
 from parcelray.models.backbones import ElasticVLM
 from parcelray.models.backbones.processor_base import ElasticProcessor
 from parcelray.serving.load_generator import closed_loop, open_loop
-from tests.serving.local import PATIENT, endpoint, wait_until
+from tests.serving.local import endpoint, wait_until
 from tests.serving.test_api import message
 
 pytestmark = pytest.mark.serving
@@ -26,7 +26,7 @@ def _bodies(samples: list[Sample], count: int, **more: object) -> list[bytes]:
 
 
 def test_both_loads_are_answered_and_counted(model: ElasticVLM, processor: ElasticProcessor, samples: list[Sample]) -> None:
-    with endpoint(model, processor, limits=PATIENT) as (url, service, engine):
+    with endpoint(model, processor) as (url, service, engine):
         # The engine begins once the eight clients have asked.
         engine._commands.put(lambda: wait_until(lambda: service.admission.in_flight == 8))
         closed = closed_loop(url + _CHAT, _bodies(samples, 30), clients=8)

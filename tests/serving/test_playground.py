@@ -17,7 +17,7 @@ from parcelray.models.backbones.processor_base import ElasticProcessor
 from parcelray.models.checkpoint import MINI_BASE, resolve_checkpoint
 from parcelray.models.processor import load_processor
 from parcelray.models.vlm import load_vlm
-from tests.serving.local import PATIENT, endpoint
+from tests.serving.local import endpoint
 from tests.serving.webdriver import Browser, browser
 
 pytestmark = [pytest.mark.serving, pytest.mark.browser]
@@ -39,7 +39,7 @@ def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 
 @pytest.fixture(scope="module")
 def url(parcel: ElasticVLM, processor: ElasticProcessor) -> Iterator[str]:
-    with endpoint(parcel, processor, limits=PATIENT) as (url, _, _):
+    with endpoint(parcel, processor) as (url, _, _):
         yield url
 
 
@@ -111,7 +111,7 @@ def test_where_the_model_sees_the_middle_the_page_shows_the_middle(chromium: Bro
     folder = resolve_checkpoint("mini_llava").path
     llava = load_vlm(folder, connector=ParcelConnectorConfig(num_heads=4))
     llava.eval()
-    with endpoint(llava, load_processor(folder), limits=PATIENT) as (url, _, _):
+    with endpoint(llava, load_processor(folder)) as (url, _, _):
         chromium.open(url)
         chromium.wait("return document.getElementById('budget').max === '2'")
         chromium.click("#anchors")

@@ -118,7 +118,7 @@ def test_a_deadline_in_the_middle_of_an_answer_ends_its_stream(
 ) -> None:
     late_s = [0.0]
     monkeypatch.setattr(continuous_engine, "time", SimpleNamespace(perf_counter=lambda: time.perf_counter() + late_s[0]))
-    with endpoint(model, processor, limits={"timeout_s": PATIENCE_S}) as (url, service, engine):
+    with endpoint(model, processor) as (url, service, engine):
         with asking(url) as connection:
             said = b""
             while said.count(b"data: ") <= 2:
