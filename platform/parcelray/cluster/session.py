@@ -5,8 +5,12 @@ import logging
 import os
 import re
 import secrets
+import shlex
 import socket
+import stat
+import sys
 import sysconfig
+import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -19,12 +23,15 @@ from ray.exceptions import AuthenticationError
 
 import parcelray
 from parcelray.cluster.auth import MODE_VARIABLE, TOKEN_VARIABLE, find_token
-from parcelray.errors import UserError
+from parcelray.cluster.worker_start import RAY_RECORD, await_worker, failure_reason
+from parcelray.errors import SystemFailure, UserError
 
 ADDRESS_VARIABLE = "RAY_ADDRESS"
+FOLDER_VARIABLE = "RAY_TMPDIR"
 CONNECT_TIMEOUT_S = 5.0
 # Ray sets it for the driver of a submitted job, whose runtime environment already brings the package along.
 _JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+_LEVEL_VARIABLE = "RAY_BACKEND_LOG_LEVEL"
 _GCS_ADDRESS = re.compile(r"(?P<host>[^:/\s]+):(?P<port>\d{1,5})")
 _AUTH_LOGGER = "ray._private.authentication.authentication_token_setup"
 
@@ -53,9 +60,10 @@ def ray_session(
     """Connects this process to Ray and, on exit, ends only what it started.
 
     Which Ray: one that this process has initialised already, else `address`, else RAY_ADDRESS, else a new local instance. A local
-    instance keeps its files below RAY_TMPDIR, has a token (an existing one, or one that lives only in this process: Ray by itself would
-    write `~/.ray/auth_token` readable for everyone), and tells its workers its own address, so that it does not get mixed up with
-    another instance on the same host. Workers can import the parcelray that runs here, installed or not.
+    instance keeps its files in `temporary_folder()`, has a token (an existing one, or one that lives only in this process: Ray by
+    itself would write `~/.ray/auth_token` readable for everyone), and tells its workers its own address, so that it does not get
+    mixed up with another instance on the same host. Workers can import the parcelray that runs here, installed or not. A first
+    worker has started when the context begins, because Ray itself waits forever for workers that cannot start.
 
     Args:
         address: `HOST:PORT` of a cluster's GCS; `local`: a new instance whatever RAY_ADDRESS says; None: as above.
@@ -67,7 +75,9 @@ def ray_session(
             it Ray's state API does not work.
 
     Raises:
-        UserError: the address is not a GCS address, nothing answers there, or the cluster refuses us.
+        UserError: the address is not a GCS address, nothing answers there, the cluster refuses us, or Ray's temporary folder
+            cannot be used.
+        SystemFailure: Ray or its workers do not start.
     """
     if ray.is_initialized():
         yield _describe(owned=False)
@@ -75,18 +85,48 @@ def ray_session(
     target = address or os.environ.get(ADDRESS_VARIABLE) or "local"
     with contextlib.ExitStack() as cleanup:
         # Registered first, so that the variables are put back after Ray is down.
-        cleanup.enter_context(_restored(ADDRESS_VARIABLE, TOKEN_VARIABLE, MODE_VARIABLE, "RAY_GCS_SERVER_PORT", "PYTHONBREAKPOINT"))
+        cleanup.enter_context(_restored(ADDRESS_VARIABLE, TOKEN_VARIABLE, MODE_VARIABLE, FOLDER_VARIABLE))
+        cleanup.enter_context(_restored("RAY_GCS_SERVER_PORT", "PYTHONBREAKPOINT"))
+        # Also on a joined cluster: this process creates Ray's lock files in the same folder.
+        os.environ[FOLDER_VARIABLE] = str(temporary_folder())
         cleanup.callback(ray.shutdown)
-        if target == "local":
-            _start(num_cpus, num_gpus, object_store_bytes, dashboard)
-        else:
-            _join(target)
+        with _quiet_core_worker():
+            if target == "local":
+                _start(num_cpus, num_gpus, object_store_bytes, dashboard)
+            else:
+                _join(target)
+        await_worker(on_this_host=target == "local")
         yield _describe(owned=True)
 
 
 def default_num_cpus() -> int:
     """Logical CPUs of a local instance: those that this process may use, at least 4."""
     return max(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+
+
+def temporary_folder() -> Path:
+    """The folder for Ray's sessions and lock files: RAY_TMPDIR, else `parcelray-<user id>` in the system's temporary one.
+
+    Ray's own default belongs to the user who ran Ray first on the machine, and its lock files refuse every other user.
+
+    Raises:
+        UserError: the folder cannot be created, others can write to it, or Ray cannot use its path.
+    """
+    if chosen := os.environ.get(FOLDER_VARIABLE):
+        folder = Path(chosen)
+    else:
+        folder = Path(tempfile.gettempdir()) / f"parcelray-{os.getuid()}"
+        try:
+            folder.mkdir(mode=0o700, exist_ok=True)
+            # Not followed: a link in a folder where everyone may write can be anyone's.
+            status = folder.lstat()
+        except OSError as error:
+            raise UserError(f"{folder} cannot be created ({error}); set {FOLDER_VARIABLE} to a writable folder.") from error
+        if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o077:
+            raise UserError(f"{folder} must be a folder that only you can open; remove it, or set {FOLDER_VARIABLE}.")
+    if not str(folder).isascii():
+        raise UserError(f"{folder} has a character outside ASCII, which Ray refuses; set {FOLDER_VARIABLE} to another path.")
+    return folder
 
 
 def import_path() -> str | None:
@@ -120,13 +160,23 @@ def _start(num_cpus: int | None, num_gpus: int | None, object_store_bytes: int |
                 object_store_memory=object_store_bytes,
                 include_dashboard=dashboard,
                 dashboard_host="127.0.0.1",
-                runtime_env={"env_vars": worker_variables},
+                # Ray writes the interpreter into a line of a shell, which cuts an unquoted path at a space.
+                runtime_env={"env_vars": worker_variables, "py_executable": shlex.quote(sys.executable)},
                 **_quiet(),
             )
     except OSError as error:
-        raise UserError(f"Ray cannot start here ({error}); set RAY_TMPDIR to a short, writable path with free space.") from error
+        raise UserError(f"Ray cannot start here ({error}); set {FOLDER_VARIABLE} to a short, writable path with free space.") from error
+    except Exception as error:
+        # Ray raises plain exceptions, RuntimeError and ValueError when one of its processes ends at the start.
+        raise SystemFailure(f"Ray does not start here: {failure_reason(_newest_logs(), str(error))}") from error
     # State queries of this process would otherwise search the host's processes for an instance, and fail when there are two.
     os.environ[ADDRESS_VARIABLE] = f"127.0.0.1:{port}"
+
+
+def _newest_logs() -> Path:
+    """The log folder of the instance that this process started last; the name of a session ends with the driver's id."""
+    sessions = Path(os.environ[FOLDER_VARIABLE], "ray").glob(f"session_*_{os.getpid()}")
+    return max(sessions, default=Path(os.environ[FOLDER_VARIABLE])) / "logs"
 
 
 def _join(target: str) -> None:
@@ -186,6 +236,42 @@ def _quiet_about_auth() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def _quiet_core_worker() -> Iterator[None]:
+    """Keeps the log records of Ray's C++ part out of the terminal; it reads its level when this process connects.
+
+    They are not for users: Ray reports each actor of Ray Data, for example, for having arguments in the object store.
+    """
+    if _LEVEL_VARIABLE in os.environ:
+        yield
+        return
+    # Not in `os.environ`, of which Ray's other processes get a copy: their logs hold the reason when something fails.
+    os.putenv(_LEVEL_VARIABLE, "fatal")
+    try:
+        # The level itself is reported, too.
+        with _without_ray_records():
+            yield
+    finally:
+        os.unsetenv(_LEVEL_VARIABLE)
+
+
+@contextlib.contextmanager
+def _without_ray_records() -> Iterator[None]:
+    """Holds back what this process writes to its standard error, and on exit writes all of it but Ray's records."""
+    with tempfile.TemporaryFile() as held:
+        terminal = os.dup(2)
+        os.dup2(held.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(terminal, 2)
+            os.close(terminal)
+            held.seek(0)
+            for line in held:
+                if not RAY_RECORD.match(line.decode(errors="replace")):
+                    os.write(2, line)
 
 
 @contextlib.contextmanager

@@ -65,8 +65,10 @@ def fit(
             raise _failure(error) from error
     if result.checkpoint is None:
         raise SystemFailure(f"The run {folder.identity} ended without a checkpoint; see the Ray Train logs under {folder.path}.")
-    target = Path(tempfile.mkdtemp(prefix="parcelray-result-"))
-    return Path(result.checkpoint.to_directory(str(target))), dict(result.metrics or {})
+    # Not `to_directory`: its lock is for processes that share the copy.
+    target = tempfile.mkdtemp(prefix="parcelray-result-")
+    pyarrow.fs.copy_files(result.checkpoint.path, target, source_filesystem=result.checkpoint.filesystem)
+    return Path(target), dict(result.metrics or {})
 
 
 def _scaling(job: TrainJob) -> ScalingConfig:
