@@ -2,7 +2,8 @@
 
 import dataclasses
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Literal
 
 import numpy as np
@@ -27,6 +28,7 @@ from parcelray.models.backbones.processor_base import ElasticProcessor
 from parcelray.models.mini import build_config, build_model, build_processor
 from parcelray.models.mini_llava import build as build_llava
 
+Decoding = Literal["greedy", "likelihood"]
 CONFIG = MiniModelConfig(
     vision_width=24, vision_layers=1, vision_heads=2, vision_mlp_width=32, text_width=24, text_layers=1, text_heads=2, text_kv_heads=1, text_mlp_width=32
 )
@@ -53,7 +55,7 @@ def model(processor: Processor) -> ElasticVLM:
     return model
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def samples() -> list[Sample]:
     """Twelve questions about one, two or three images of noise."""
     rng = np.random.default_rng(0)
@@ -278,16 +280,36 @@ BY_LIKELIHOOD = ['{"type": "visionzip"}', '{"type": "restore"}', '{"type": "fast
 CASES = [*((reducer, "greedy") for reducer in REDUCERS), *((reducer, "likelihood") for reducer in BY_LIKELIHOOD)]
 
 
+@pytest.fixture(scope="module")
+def choosing(samples: list[Sample]) -> list[Sample]:
+    """Six samples with choices."""
+    return [dataclasses.replace(sample, metadata={"choices": ["red", "blue", "47 green"]}) for sample in samples[:6]]
+
+
+@pytest.fixture(scope="module")
+def answer_plainly(vanilla: tuple[ElasticVLM, ElasticProcessor], choosing: list[Sample]) -> Callable[[Decoding], dict[int, list[str]]]:
+    """Answers without a reducer, blind and at the full budget."""
+
+    @cache
+    def answer(decoding: Decoding) -> dict[int, list[str]]:
+        return Predictor(*vanilla, settings=GenerationSettings(max_new_tokens=4, decoding=decoding)).generate_budgets(choosing, [BLIND, 256])
+
+    return answer
+
+
 @pytest.mark.parametrize(("reducer", "decoding"), CASES)
 def test_reduced_answers_do_not_depend_on_the_batch(
-    vanilla: tuple[ElasticVLM, ElasticProcessor], samples: list[Sample], reducer: str, decoding: Literal["greedy", "likelihood"]
+    vanilla: tuple[ElasticVLM, ElasticProcessor],
+    choosing: list[Sample],
+    answer_plainly: Callable[[Decoding], dict[int, list[str]]],
+    reducer: str,
+    decoding: Decoding,
 ) -> None:
-    asked = [dataclasses.replace(sample, metadata={"choices": ["red", "blue", "47 green"]}) for sample in samples[:6]]
     settings = GenerationSettings(max_new_tokens=4, decoding=decoding, reducer=reducer)
-    together = Predictor(*vanilla, batch_size=64, settings=settings).generate_budgets(asked, [BLIND, 150, 256])
-    alone = Predictor(*vanilla, batch_size=1, settings=settings).generate_budgets(asked, [256, 150, BLIND])
-    assert together == alone
-    plain = Predictor(*vanilla, settings=dataclasses.replace(settings, reducer=None)).generate_budgets(asked, [BLIND, 256])
+    together = Predictor(*vanilla, batch_size=64, settings=settings).generate_budgets(choosing, [BLIND, 150, 256])
+    alone = Predictor(*vanilla, batch_size=1, settings=settings).generate_budgets(choosing, [150])
+    assert together[150] == alone[150]
+    plain = answer_plainly(decoding)
     assert (together[BLIND], together[256]) == (plain[BLIND], plain[256]), "at the full budget nothing is reduced"
     if decoding == "greedy":
         assert together[150] != together[256]
