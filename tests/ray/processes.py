@@ -1,8 +1,25 @@
-"""Ending what a test started."""
+"""Waiting for what other processes do, and ending what a test started."""
 
 import os
 import signal
+import subprocess
+import time
+from collections.abc import Callable
 from pathlib import Path
+
+LIMIT_S = 400.0
+"""Longest wait for a condition, seconds: only a hang reaches it, however busy the machine is."""
+
+
+def wait_until(condition: Callable[[], object], what: str, process: subprocess.Popen[bytes] | None = None) -> None:
+    """Waits for a condition; the test fails if the process that should bring it about ends first."""
+    deadline = time.monotonic() + LIMIT_S
+    while not condition():
+        if process is not None and process.poll() is not None:
+            raise AssertionError(f"The process ended with exit code {process.returncode} before this was true: {what}.")
+        if time.monotonic() > deadline:
+            raise AssertionError(f"After {LIMIT_S:g} s this was still not true: {what}.")
+        time.sleep(0.05)
 
 
 def end_session(leader: int) -> None:
