@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from parcelray.tuning.trial_record import FinishedTrial, TrialRecord
 from parcelray.tuning.trial_resources import TrialResources, _has_worker_group
 from parcelray.tuning.tune_run import evaluation_trial, run_search
 
-from .processes import end_session
+from .processes import LIMIT_S, end_session, wait_until
 
 pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("ignore::DeprecationWarning"), pytest.mark.filterwarnings("ignore::ResourceWarning")]
 
@@ -33,12 +32,16 @@ SCORE = Objective(metric="score", mode="max")
 
 
 class _Square:
-    def __init__(self, fails_at: int | None = None, seconds: float = 0.0) -> None:
+    """Measures a number at once, or fails at one, or waits from one on until a file exists."""
+
+    def __init__(self, fails_at: int | None = None, waits_from: int = 6, release: Path = Path()) -> None:
         self.fails_at = fails_at
-        self.seconds = seconds
+        self.waits_from = waits_from
+        self.release = release
 
     def measure(self, assignment: Assignment) -> Mapping[str, float]:
-        time.sleep(self.seconds)
+        if int(assignment["a"]) >= self.waits_from:
+            wait_until(self.release.exists, f"{self.release} exists")
         if assignment["a"] == self.fails_at:
             raise UserError(f"{self.fails_at} is not a number that this takes")
         return {"score": float(assignment["a"] ** 2), "process": float(os.getpid())}
@@ -72,7 +75,7 @@ def _numbers(folder: Path, trial: Any, observer: _Observer, **options: Any) -> T
 
 def test_trials_share_processes_and_a_failed_one_ends_nothing(ray_session: None, tmp_path: Path) -> None:
     observer = _Observer()
-    record = _numbers(tmp_path, _Square(fails_at=3, seconds=0.2), observer, reuse_actors=True)
+    record = _numbers(tmp_path, _Square(fails_at=3), observer, reuse_actors=True)
     assert sorted(trial.assignment["a"] for trial in record.trials) == list(range(6))
     failed = next(trial for trial in record.trials if trial.error is not None)
     assert (failed.assignment, failed.metrics) == ({"a": 3}, {})
@@ -91,17 +94,25 @@ def test_a_search_in_which_nothing_runs_says_so(ray_session: None, tmp_path: Pat
 
 def test_workers_that_wait_are_told_from_those_that_are_placed(ray_session: None) -> None:
     needs = TrialResources(0.01, workers=1, worker_cpus=1.0)
-    deadline = time.monotonic() + 30
-    while _has_worker_group(needs) and time.monotonic() < deadline:
-        time.sleep(0.1)  # of a test before this one
+    wait_until(lambda: not _has_worker_group(needs), "the workers of the tests before this one are gone")
     own, waiting = placement_group([{"CPU": 0.01}]), placement_group([{"CPU": 40.0}])
-    assert own.wait(30)
+    assert own.wait(LIMIT_S)
     assert not _has_worker_group(needs), "a trial's own process, and workers that no node can hold"
     placed = placement_group([{"CPU": 1.0}])
-    assert placed.wait(30)
+    assert placed.wait(LIMIT_S)
     assert _has_worker_group(needs)
     for group in (own, waiting, placed):
         remove_placement_group(group)
+
+
+def _check_resumed(folder: Path) -> None:
+    before = TrialRecord(folder).trials
+    assert 0 < len(before) < 6
+    observer = _Observer()
+    record = _numbers(folder, _Square(), observer, reuse_actors=True)
+    assert sorted(trial.assignment["a"] for trial in record.trials) == list(range(6))
+    assert len(observer.done) == 6 - len(before), "none is run again"
+    assert {trial.metrics["score"] for trial in record.trials} == {0.0, 1.0, 4.0, 9.0, 16.0, 25.0}
 
 
 _DRIVER = """
@@ -111,27 +122,38 @@ from parcelray.cluster.session import ray_session
 sys.path.insert(0, {root!r})
 from tests.ray.test_search_run import _Observer, _Square, _numbers
 with ray_session("local", num_cpus=2, object_store_bytes=100 * 1024**2):
-    _numbers(Path({folder!r}), _Square(seconds=1.0), _Observer(), reuse_actors=True)
+    trial = _Square(waits_from=2, release=Path({folder!r}, "never"))
+    _numbers(Path({folder!r}), trial, _Observer(), reuse_actors=True)
 """
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("ended_by", [signal.SIGKILL, signal.SIGINT], ids=lambda each: each.name)
-def test_a_search_whose_driver_is_ended_goes_on_where_it_was(ray_session: None, tmp_path: Path, repo_root: Path, ended_by: signal.Signals) -> None:
+def test_a_search_whose_driver_is_killed_resumes(ray_session: None, tmp_path: Path, repo_root: Path) -> None:
     script = _DRIVER.format(root=str(repo_root), folder=str(tmp_path))
     driver = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
-    deadline = time.monotonic() + 120
-    while not TrialRecord(tmp_path).trials and time.monotonic() < deadline:
-        time.sleep(0.05)
-    driver.send_signal(ended_by)
-    driver.wait(60)
-    if ended_by is signal.SIGKILL:
-        # Its Ray outlives it; what belongs to the session that we made is ours to end.
-        end_session(driver.pid)
-    before = TrialRecord(tmp_path).trials
-    assert 0 < len(before) < 6
-    observer = _Observer()
-    record = _numbers(tmp_path, _Square(), observer, reuse_actors=True)
-    assert sorted(trial.assignment["a"] for trial in record.trials) == list(range(6))
-    assert len(observer.done) == 6 - len(before), "none is run again"
-    assert {trial.metrics["score"] for trial in record.trials} == {0.0, 1.0, 4.0, 9.0, 16.0, 25.0}
+    wait_until(lambda: TrialRecord(tmp_path).trials, "a trial is recorded", driver)
+    driver.kill()
+    driver.wait()
+    # Its Ray outlives it; what belongs to the session that we made is ours to end.
+    end_session(driver.pid)
+    _check_resumed(tmp_path)
+
+
+class _Interrupts(_Observer):
+    """Sends SIGINT, what Ctrl-C sends, to this process once a trial is finished, and then lets the trials that run end."""
+
+    def __init__(self, release: Path) -> None:
+        super().__init__()
+        self._release = release
+
+    def finished(self, trial: FinishedTrial) -> None:
+        super().finished(trial)
+        if not self._release.exists():
+            os.kill(os.getpid(), signal.SIGINT)
+            self._release.touch()
+
+
+def test_a_search_that_is_interrupted_resumes(ray_session: None, tmp_path: Path) -> None:
+    release = tmp_path / "release"
+    with pytest.raises(KeyboardInterrupt):
+        _numbers(tmp_path, _Square(waits_from=1, release=release), _Interrupts(release), reuse_actors=True)
+    _check_resumed(tmp_path)
