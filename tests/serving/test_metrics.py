@@ -1,5 +1,7 @@
 """What `/metrics` says of replicas that come, idle and go, and of the policy's steps."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from parcelray.serving.engine import EngineStats
@@ -31,7 +33,7 @@ def test_what_replicas_did_adds_up_and_what_they_do_is_of_now() -> None:
 
 def test_a_replica_that_is_gone_gives_its_number_back(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
-    monkeypatch.setattr("parcelray.serving.metrics.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("parcelray.serving.metrics.time", SimpleNamespace(monotonic=lambda: now[0]))
     metrics = EndpointMetrics("m")
     metrics.heard(stats("a", 5))
     metrics.heard(stats("b", 5))
