@@ -1,6 +1,7 @@
 """Variants of training on Ray: where it keeps its files, how many workers it has, and how the model is spread over them."""
 
 import io
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -71,12 +72,14 @@ def test_ray_data_gives_the_very_batches_of_one_process(tmp_path: Path, rank: in
             assert np.array_equal(one[key], two[key]), key
 
 
-@pytest.mark.parametrize("workers", [2, [1, 2]])
-def test_the_number_of_workers_does_not_change_the_losses(tmp_path: Path, one_process: dict[int, float], workers: int | list[int]) -> None:
-    job = _tracked(tmp_path, scaling={"num_workers": workers})
+@pytest.mark.nightly
+def test_an_elastic_number_of_workers_does_not_change_the_losses(tmp_path: Path, one_process: dict[int, float]) -> None:
+    job = _tracked(tmp_path, scaling={"num_workers": [1, 2]})
+    # The tolerance is explained in test_training.py, where two workers are compared with one process.
     assert _curve(job, _train(job)) == pytest.approx(one_process, rel=1e-3)
 
 
+@pytest.mark.nightly
 def test_sharded_training_goes_as_copies_do_and_its_model_loads(tmp_path: Path, one_process: dict[int, float]) -> None:
     job = _tracked(tmp_path, scaling={"num_workers": 2}, training={"steps": 6, "images_per_step": 8, "log_every_steps": 1, "strategy": "fsdp"})
     run = _train(job)
@@ -86,12 +89,28 @@ def test_sharded_training_goes_as_copies_do_and_its_model_loads(tmp_path: Path, 
     assert all(bool(parameter.isfinite().all()) for parameter in model.parameters())
 
 
-def test_a_uri_keeps_checkpoints_model_and_result(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def suite(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The mini suite as parquet files."""
+    folder = tmp_path_factory.mktemp("suite")
+    for split in SPLITS:
+        write_parquet(folder, split, count=12)
+    return folder
+
+
+SHORT: dict[str, dict[str, Any]] = {
+    "training": {"steps": 2, "images_per_step": 8, "log_every_steps": 1},
+    "validation": {"samples": 1, "budgets": [16]},
+}
+
+
+def test_the_suite_as_parquet_is_trained_on_and_a_uri_keeps_checkpoints_model_and_result(tmp_path: Path, suite: Path) -> None:
     # A file system of fsspec that is not the local one: everything goes through its interface, as with an object store.
     store = tmp_path / "store"
-    storage = f"dir::file://{store}"
-    job = tiny_job(tmp_path, scaling={"num_workers": 1}).model_copy(update={"storage": storage})
+    data = {"type": "parquet", "path": str(suite)}
+    job = tiny_job(tmp_path, data=data, scaling={"num_workers": 1}, **SHORT).model_copy(update={"storage": f"dir::file://{store}"})
     run = _train(job)
+    assert run.metrics["step"] == 2
     # fsspec resolves this URI to the folder and, below it, the same path again.
     kept = store / store.relative_to("/") / "train" / "tiny"
     assert (kept / "model" / "manifest.json").is_file()
@@ -101,21 +120,23 @@ def test_a_uri_keeps_checkpoints_model_and_result(tmp_path: Path) -> None:
     again = _train(job)
     assert again.was_done
     assert again.metrics == run.metrics
+    # The losses are those of one process that reads the same files.
+    here = _train(tiny_job(tmp_path / "here", data=data, scaling={"num_workers": 0}, **SHORT))
+    assert run.metrics["train/loss"] == pytest.approx(here.metrics["train/loss"], rel=1e-3)
 
 
-def test_the_suite_as_parquet_is_trained_on(tmp_path: Path) -> None:
-    for split in SPLITS:
-        write_parquet(tmp_path / "suite", split, count=12)
-    changes: dict[str, dict[str, Any]] = {"training": {"steps": 2, "images_per_step": 8, "log_every_steps": 1}, "scaling": {"num_workers": 1}}
-    run = _train(tiny_job(tmp_path, data={"type": "parquet", "path": str(tmp_path / "suite")}, **changes))
-    assert run.metrics["train/loss"] > 0
-    next((tmp_path / "suite" / "train").glob("video-*")).write_bytes(b"no parquet")
+@pytest.mark.nightly
+def test_a_broken_parquet_file_is_the_users_error(tmp_path: Path, suite: Path) -> None:
+    broken = tmp_path / "suite"
+    shutil.copytree(suite, broken)
+    next((broken / "train").glob("video-*")).write_bytes(b"no parquet")
     # Another try would find the same.
-    changes["scaling"]["max_failures"] = 0
+    scaling = {"num_workers": 1, "max_failures": 0}
     with pytest.raises(UserError, match=r"video-00000\.parquet is not a parquet file"):
-        _train(tiny_job(tmp_path / "b", data={"type": "parquet", "path": str(tmp_path / "suite")}, **changes))
+        _train(tiny_job(tmp_path, data={"type": "parquet", "path": str(broken)}, scaling=scaling, **SHORT))
 
 
+@pytest.mark.nightly
 def test_checkpoints_are_scored_while_the_workers_train_on(tmp_path: Path) -> None:
     """The same scores at the same steps as where training stops for them, in one process."""
     scores = {}
