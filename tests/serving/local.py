@@ -22,13 +22,13 @@ from parcelray.serving.budget_policy import BudgetPolicy
 from parcelray.serving.chat import ChatService
 from parcelray.serving.clients import LocalClient, ModelClient
 from parcelray.serving.continuous_engine import ContinuousEngine
+from parcelray.serving.engine import Engine
 from parcelray.serving.engine_factory import limits_of
 from parcelray.serving.image_reader import ImageReader
 from parcelray.serving.metrics import EndpointMetrics
 from parcelray.serving.prompting import PromptBuilder
 from parcelray.serving.request_log import RequestLog
 from parcelray.serving.routes import Route, Routes
-from parcelray.serving.static_engine import StaticEngine
 
 VERSION = "models:/mini/7"
 PATIENCE_S = 300.0
@@ -47,14 +47,14 @@ def wait_until(condition: Callable[[], object], what: object = "the condition") 
 
 
 @contextmanager
-def held(engine: ContinuousEngine | StaticEngine) -> Iterator[None]:
+def held(engine: Engine) -> Iterator[None]:
     """Keeps the engine from its next turn, so that all requests that are submitted in the context arrive together."""
     go_on = threading.Event()
 
     def wait() -> None:
         go_on.wait()
 
-    engine._commands.put(wait)
+    engine._commands.put(wait)  # type: ignore[attr-defined]
     try:
         yield
     finally:
