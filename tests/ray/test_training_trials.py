@@ -54,8 +54,9 @@ def _run(job: TuneJob, **options: Any) -> SearchRun:
     "stopping",
     [
         {"type": "asha", "grace_steps": 1, "reduction": 2},
-        pytest.param({"type": "hyperband", "reduction": 2}, marks=pytest.mark.slow),
-        pytest.param({"type": "median", "grace_steps": 1, "min_trials": 2}, marks=pytest.mark.slow),
+        # What the platform adds to ASHA and the median rule is tested without Ray in test_remembering_scheduler.py.
+        pytest.param({"type": "hyperband", "reduction": 2}, marks=pytest.mark.nightly),
+        pytest.param({"type": "median", "grace_steps": 1, "min_trials": 2}, marks=pytest.mark.nightly),
     ],
     ids=lambda each: each["type"],
 )
@@ -85,7 +86,7 @@ def test_trainings_report_at_their_checkpoints_and_may_be_stopped(ray_session: N
         assert -reports[-1].value == trials[-1].metrics["train/loss"]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_trials_on_ray_train_workers_run_as_many_at_a_time_as_the_cluster_holds(ray_session: None, tmp_path: Path) -> None:
     job = _job(tmp_path, base={"scaling": {"num_workers": 1}}, algorithm={"type": "random", "trials": 2})
     text = io.StringIO()
@@ -93,11 +94,14 @@ def test_trials_on_ray_train_workers_run_as_many_at_a_time_as_the_cluster_holds(
     assert "2 trials, 1 at the same time" in text.getvalue(), "each takes a worker and a reader, of 4 CPUs, and 0.01 for its driver"
     assert [trial.error for trial in run.findings.trials] == [None, None]
     assert all(trial.metrics["step"] == 4 for trial in run.findings.trials)
+
+
+def test_trials_that_the_cluster_cannot_hold_are_refused(ray_session: None, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"A trial needs 8.01 CPU, but the Ray cluster has 4 CPU"):
-        _run(_job(tmp_path, name="large", base={"scaling": {"num_workers": 4}}))
+        _run(_job(tmp_path, base={"scaling": {"num_workers": 4}}))
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_population_trains_in_segments_and_the_worse_go_on_from_the_better(ray_session: None, tmp_path: Path) -> None:
     # A choice and a condition, which Tune's own mutations do not know.
     parameters = {
