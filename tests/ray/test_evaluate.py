@@ -97,7 +97,7 @@ def test_the_pass_answers_as_a_plain_loop_does(undisturbed: Answers, checkpoint:
         first_B2 = logits_BSV[:, -1].topk(2).values
         margins.extend((first_B2[:, 0] - first_B2[:, 1]).tolist())
 
-    model.get_output_embeddings().register_forward_hook(note)
+    model.lm_head.register_forward_hook(note)
     predictor = Predictor(model, load_processor(checkpoint), settings=GENERATION, batch_size=1)
     expected = {
         (sample.id, budget): text for budget, texts in predictor.generate_budgets(samples, BUDGETS).items() for sample, text in zip(samples, texts, strict=True)

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from parcelray.cluster import tune_bench
+from parcelray.tuning.trial_record import FinishedTrial
 
 
 def test_a_trials_seconds_are_the_slope_between_a_short_and_a_long_search(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -49,10 +50,16 @@ def test_points_and_trials_are_measured(ray_session: None, monkeypatch: pytest.M
     monkeypatch.setattr(tune_bench, "_BUDGETS", ([16],))
     monkeypatch.setattr(tune_bench, "_MANY", 2)
     monkeypatch.setattr(tune_bench, "_WORKERS", {"in its own process": 0})
-    ended: list[object] = []
-    finished = tune_bench._Silent.finished
-    # The bench raises an error where a trial has failed, so every trial that is told here was measured.
-    monkeypatch.setattr(tune_bench._Silent, "finished", lambda self, trial: (finished(self, trial), ended.append(trial.metrics)))
+    ended: list[str] = []
+
+    class Counts(tune_bench._Silent):
+        """Counts the trials; what it extends raises an error where one has failed."""
+
+        def finished(self, trial: FinishedTrial) -> None:
+            super().finished(trial)
+            ended.append(trial.key)
+
+    monkeypatch.setattr(tune_bench, "_Silent", Counts)
     report = tune_bench.bench_tuning(samples=1, steps=2, repeats=1)
     assert len(ended) == 2 + 2 + 1 + 2, "points in warm actors, points in processes of their own, one training, two trainings"
     assert [measure.name for measure in report.measures] == [
