@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import ray
 
-from parcelray.cluster import worker_start
+from parcelray.cluster import session, worker_start
 from parcelray.cluster.worker_start import START_LIMIT_S, await_worker, failure_reason
 from parcelray.errors import SystemFailure
 
@@ -78,3 +78,18 @@ def test_the_end_of_a_starting_worker_ends_the_wait(no_worker: Path) -> None:
     (no_worker / "raylet.out").write_text(f"{START.format(os.getpid())}\n{START.format(child)}\n")
     with pytest.raises(SystemFailure, match=f"^Ray's workers end while they start: {SHELL}"):
         await_worker(on_this_host=True, clock=lambda: 0.0)
+
+
+@pytest.mark.parametrize(("reason", "attempts"), [("Timed out waiting for file x", 3), ("Cannot allocate memory", 1)])
+def test_ray_is_started_again_where_only_its_own_limit_was_too_short(monkeypatch: pytest.MonkeyPatch, reason: str, attempts: int) -> None:
+    calls = []
+
+    def fails(*arguments: Any) -> None:
+        calls.append(arguments)
+        raise SystemFailure(reason)
+
+    monkeypatch.setattr(session, "_start", fails)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    with pytest.raises(SystemFailure, match=reason):
+        session._start_patiently(None, None, None, False)
+    assert len(calls) == attempts

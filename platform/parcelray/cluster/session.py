@@ -29,6 +29,7 @@ from parcelray.errors import SystemFailure, UserError
 ADDRESS_VARIABLE = "RAY_ADDRESS"
 FOLDER_VARIABLE = "RAY_TMPDIR"
 CONNECT_TIMEOUT_S = 5.0
+_START_ATTEMPTS = 3
 # Ray sets it for the driver of a submitted job, whose runtime environment already brings the package along.
 _JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 _LEVEL_VARIABLE = "RAY_BACKEND_LOG_LEVEL"
@@ -92,7 +93,7 @@ def ray_session(
         cleanup.callback(ray.shutdown)
         with _quiet_core_worker():
             if target == "local":
-                _start(num_cpus, num_gpus, object_store_bytes, dashboard)
+                _start_patiently(num_cpus, num_gpus, object_store_bytes, dashboard)
             else:
                 _join(target)
         await_worker(on_this_host=target == "local")
@@ -139,6 +140,18 @@ def import_path() -> str | None:
     return None if folder in installed else str(folder)
 
 
+def _start_patiently(num_cpus: int | None, num_gpus: int | None, object_store_bytes: int | None, dashboard: bool) -> None:
+    """Ray gives its own processes fixed times to start (15 and 30 s), which a busy machine exceeds: then it is started again."""
+    for attempts_left in reversed(range(_START_ATTEMPTS)):
+        try:
+            _start(num_cpus, num_gpus, object_store_bytes, dashboard)
+            return
+        except SystemFailure as error:
+            if not attempts_left or "timed out" not in str(error).lower():
+                raise
+            ray.shutdown()
+
+
 def _start(num_cpus: int | None, num_gpus: int | None, object_store_bytes: int | None, dashboard: bool) -> None:
     # The port is chosen here because the workers' environment must name it before the instance exists.
     with socket.socket() as probe:
@@ -160,8 +173,7 @@ def _start(num_cpus: int | None, num_gpus: int | None, object_store_bytes: int |
                 object_store_memory=object_store_bytes,
                 include_dashboard=dashboard,
                 dashboard_host="127.0.0.1",
-                # Ray writes the interpreter into a line of a shell, which cuts an unquoted path at a space.
-                runtime_env={"env_vars": worker_variables, "py_executable": shlex.quote(sys.executable)},
+                runtime_env={"env_vars": worker_variables, "py_executable": _worker_interpreter()},
                 **_quiet(),
             )
     except OSError as error:
@@ -171,6 +183,11 @@ def _start(num_cpus: int | None, num_gpus: int | None, object_store_bytes: int |
         raise SystemFailure(f"Ray does not start here: {failure_reason(_newest_logs(), str(error))}") from error
     # State queries of this process would otherwise search the host's processes for an instance, and fail when there are two.
     os.environ[ADDRESS_VARIABLE] = f"127.0.0.1:{port}"
+
+
+def _worker_interpreter() -> str:
+    """This interpreter, quoted: Ray puts it into a line of a shell as it is, which would cut a path at a space."""
+    return shlex.quote(sys.executable)
 
 
 def _newest_logs() -> Path:
