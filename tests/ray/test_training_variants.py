@@ -146,6 +146,8 @@ def test_checkpoints_are_scored_while_the_workers_train_on(tmp_path: Path) -> No
         run = _train(job)
         scores[in_background] = {key: _curve(job, run, key) for key in ("val/score:16", "val/score:64", "train/loss")}
         assert {"val/score@16", "val/score@64"} <= run.metrics.keys()
+    # The worker may have another number of threads than this process, which changes the rounding of a loss.
+    assert scores[True].pop("train/loss") == pytest.approx(scores[False].pop("train/loss"), rel=1e-3)
     assert scores[True] == scores[False]
     assert list(scores[True]["val/score:16"]) == [2, 4, 6]
 
