@@ -120,7 +120,8 @@ def test_attention_and_keys_are_the_towers_own(tower: str, models: dict[str, Mod
     expected = weights[:, :, 0, 1:] if start else weights.mean(dim=2)
     assert torch.allclose(view.attention_IHN, expected, atol=1e-5)
     heads = view.keys_IHND.shape[1]
-    assert torch.allclose(view.keys_IHND.transpose(1, 2).flatten(2), kept["keys"][:, start:], atol=1e-5)
+    # Keys are as large as 1, and both runs round them through three layers, each with attention kernels of its own.
+    assert torch.allclose(view.keys_IHND.transpose(1, 2).flatten(2), kept["keys"][:, start:], atol=1e-4)
     assert heads == layers[-1].self_attn.num_heads
     with torch.no_grad():
         assert torch.equal(view.patch_features_IND, model.model.encode_patches(pixels(processor)))
@@ -378,7 +379,8 @@ def test_merged_patches_weigh_as_many_in_the_attention(tower: str, models: dict[
     assert torch.allclose(found, expected, rtol=0, atol=1e-12)
     # In single precision the same patches merge. Without a last norm features reach 7 after three layers, and the largest error 2e-5.
     assert torch.equal(its_owner, owner)
-    assert float((single - expected).norm() / expected.norm()) < 2e-6
+    # The relative error is 1.5e-6 with every kernel tried; a wrong step would be one of more than 1e-3.
+    assert float((single - expected).norm() / expected.norm()) < 1e-5
 
 
 def test_tome_needs_no_attention_map_of_the_plain_run(views: dict[str, EncoderView]) -> None:
