@@ -24,7 +24,7 @@ from rich.console import Console
 from parcelray import __version__
 from parcelray.cluster.provenance import resolve_model
 from parcelray.cluster.serving_gates import gate_warnings
-from parcelray.cluster.session import ADDRESS_VARIABLE, import_path, ray_session
+from parcelray.cluster.session import ADDRESS_VARIABLE, import_path, ray_session, temporary_folder
 from parcelray.config.budget_policy import InputPolicyConfig
 from parcelray.config.model import CheckpointModelConfig
 from parcelray.config.serve import HttpConfig, ServedModelConfig, ServeJob
@@ -140,11 +140,11 @@ def _start(job: ServeJob) -> None:
         # Serve waits for its proxy for one minute; the proxy of a busy machine takes longer and is not ended meanwhile.
         if not _proxy_becomes_ready():
             raise SystemFailure(
-                f"Serve's proxy was not ready after {PROXY_TIMEOUT_S:.0f} s. Read Serve's logs below RAY_TMPDIR for the "
+                f"Serve's proxy was not ready after {PROXY_TIMEOUT_S:.0f} s. Read Serve's logs below {temporary_folder()} for the "
                 "reason, or start the endpoint again when the machine is less busy."
             ) from error
     except RayActorError as error:
-        raise SystemFailure("The process of Serve's proxy ended at its start. Serve's logs below RAY_TMPDIR hold the reason.") from error
+        raise SystemFailure(f"The process of Serve's proxy ended at its start. Serve's logs below {temporary_folder()} hold the reason.") from error
 
 
 def _proxy_becomes_ready() -> bool:
@@ -290,7 +290,7 @@ def _apply(config: dict[str, Any], applications: list[dict[str, Any]], awaited: 
             raise SystemFailure(f"Serve cannot start {failed[0]}: {_reason(found[failed[0]])}")
         if len(states) == len(awaited) and set(states.values()) <= {"RUNNING"} and set(found) <= names:
             return
-    raise SystemFailure(f"Serve did not bring the endpoint up within {_DEPLOY_TIMEOUT_S:.0f} s; its logs are below RAY_TMPDIR.")
+    raise SystemFailure(f"Serve did not bring the endpoint up within {_DEPLOY_TIMEOUT_S:.0f} s; its logs are below {temporary_folder()}.")
 
 
 def _reason(application: Any) -> str:
