@@ -120,7 +120,7 @@ def test_attention_and_keys_are_the_towers_own(tower: str, models: dict[str, Mod
     expected = weights[:, :, 0, 1:] if start else weights.mean(dim=2)
     assert torch.allclose(view.attention_IHN, expected, atol=1e-5)
     heads = view.keys_IHND.shape[1]
-    # Keys are as large as 1, and both runs round them through three layers, each with attention kernels of its own.
+    # Keys are as large as 7, and both runs round them through three layers, each with attention kernels of its own.
     assert torch.allclose(view.keys_IHND.transpose(1, 2).flatten(2), kept["keys"][:, start:], atol=1e-4)
     assert heads == layers[-1].self_attn.num_heads
     with torch.no_grad():
