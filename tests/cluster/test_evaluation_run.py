@@ -18,9 +18,21 @@ from parcelray.cluster.evaluation_results import rescore
 from parcelray.cluster.evaluation_run import EvaluatedRun, run_evaluation
 from parcelray.config.evaluate import EvaluateJob
 from parcelray.errors import UnsupportedBudgetError, UserError
+from parcelray.reports.evaluation_plot import plot_evaluation
 
 from ..benchmarks.table_data import png
+from ..stores import new_store
 from .tiny import OWN, tiny_checkpoint
+
+pytestmark = pytest.mark.usefixtures("without_pictures")
+QUESTIONS = 12
+"""Of the mini suite, the same number of each of its four families."""
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Storage of the tests that do not count what is computed: an answer that one of them has computed serves the others."""
+    return tmp_path_factory.mktemp("shared")
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +50,7 @@ def _job(storage: Path, checkpoint: Path, **changes: Any) -> EvaluateJob:
         "kind": "evaluate",
         "name": "e",
         "model": {"reference": str(checkpoint)},
-        "benchmarks": [{"name": "mini", "source": {"samples": 6}, "max_new_tokens": 6}],
+        "benchmarks": [{"name": "mini", "source": {"samples": QUESTIONS // 4}, "max_new_tokens": 3}],
         "budgets": ["blind", 16, "full"],
         "compute": {"actors": 0, "rows_per_bundle": 5},
         "tracking": {"uri": None},
@@ -63,32 +75,35 @@ def _table(folder: Path, rows: int = 12, broken: int = 0) -> Path:
 
 
 def test_an_evaluation_leaves_tables_a_picture_and_every_answer(checkpoint: Path, tmp_path: Path) -> None:
-    job = _job(tmp_path, checkpoint, tracking={"uri": f"sqlite:///{tmp_path}/mlflow.db"})
+    uri = new_store(tmp_path)
+    job = _job(tmp_path, checkpoint, tracking={"uri": uri})
     run = _run(job)
-    assert (run.computed, run.present) == (24 * 3, 0)
+    assert (run.computed, run.present) == (QUESTIONS * 3, 0)
     assert run.summary.budgets == (0, 16, 256)
     result = json.loads((run.folder / "result.json").read_text())
     assert [split["name"] for split in result["splits"]] == ["mini/general", "mini/resolution", "mini/grounding", "mini/video"]
-    assert result["data"]["mini"]["rows"] == 24
+    assert result["data"]["mini"]["rows"] == QUESTIONS
     assert result["splits"][0]["scores"]["256"]["retention"] is None or result["splits"][0]["scores"]["256"]["retention"]["value"] == 100
     lines = (run.folder / "result.csv").read_text().splitlines()
     assert len(lines) == 1 + 4 * 3
     assert lines[0].startswith("split,family,metric,num_visual_tokens,score,std_error,low,high,n,unscored")
     assert "## Scores [95 %]" in (run.folder / "result.md").read_text()
     samples = pq.read_table(run.folder / "samples.parquet").to_pylist()
-    assert len(samples) == 24 * 3
+    assert len(samples) == QUESTIONS * 3
     assert {"prompt", "answer", "value", "right"} <= samples[0].keys()
-    with Image.open(run.folder / "result.png") as image:
+    plot_evaluation(run.summary, tmp_path / "result.png")
+    with Image.open(tmp_path / "result.png") as image:
         assert image.width > 1000
-    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    client = MlflowClient(uri)
     assert run.mlflow_run_id is not None
     record = client.get_run(run.mlflow_run_id)
     assert record.info.status == "FINISHED"
     history = client.get_metric_history(run.mlflow_run_id, "mini/general/exact_match")
     assert [metric.step for metric in history] == [0, 16, 256]
+    assert [file.path for file in client.list_artifacts(run.mlflow_run_id, "figures")] == ["figures/result.png"]
     assert {file.path for file in client.list_artifacts(run.mlflow_run_id)} >= {"result.json", "result.csv", "result.md", "samples.parquet", "figures"}
     again = _run(job)
-    assert (again.computed, again.present) == (0, 24 * 3)
+    assert (again.computed, again.present) == (0, QUESTIONS * 3)
     assert again.mlflow_run_id == run.mlflow_run_id
     assert len(client.get_metric_history(run.mlflow_run_id, "mini/general/exact_match")) == 3
 
@@ -96,7 +111,7 @@ def test_an_evaluation_leaves_tables_a_picture_and_every_answer(checkpoint: Path
 def test_answers_are_shared_by_all_evaluations_of_the_same_weights(checkpoint: Path, tmp_path: Path) -> None:
     _run(_job(tmp_path, checkpoint))
     more = _run(_job(tmp_path, checkpoint, name="more", budgets=[16, 64]))
-    assert (more.computed, more.present) == (24, 24)
+    assert (more.computed, more.present) == (QUESTIONS, QUESTIONS)
 
 
 def test_it_is_scored_again_without_the_model(checkpoint: Path, tmp_path: Path) -> None:
@@ -109,7 +124,7 @@ def test_it_is_scored_again_without_the_model(checkpoint: Path, tmp_path: Path) 
         rescore(run.folder, {"nlvr": "anls"}, 5.0)
     for shard in (tmp_path / "predictions").rglob("*.parquet"):
         shard.unlink()
-    with pytest.raises(UserError, match="72 answers on mini are not in"):
+    with pytest.raises(UserError, match=f"{QUESTIONS * 3} answers on mini are not in"):
         rescore(run.folder, {}, 5.0)
     with pytest.raises(UserError, match="holds no evaluation"):
         rescore(tmp_path, {}, 5.0)
@@ -117,14 +132,14 @@ def test_it_is_scored_again_without_the_model(checkpoint: Path, tmp_path: Path) 
 
 def test_retention_is_against_the_reference_model(checkpoint: Path, other_checkpoint: Path, tmp_path: Path) -> None:
     run = _run(_job(tmp_path, checkpoint, reference={"reference": str(other_checkpoint)}))
-    assert run.computed == 24 * 3 + 24
+    assert run.computed == QUESTIONS * 4
     assert run.summary.reference != run.summary.evaluation.model
     assert run.summary.reference_budget == 256
     assert rescore(run.folder, {}, 5.0).to_dict() == run.summary.to_dict()
 
 
-def test_two_evaluations_are_compared_on_the_same_samples(checkpoint: Path, other_checkpoint: Path, tmp_path: Path) -> None:
-    one, two = _run(_job(tmp_path, checkpoint)), _run(_job(tmp_path, other_checkpoint, name="f", budgets=[16, 64]))
+def test_two_evaluations_are_compared_on_the_same_samples(checkpoint: Path, other_checkpoint: Path, shared: Path) -> None:
+    one, two = _run(_job(shared, checkpoint)), _run(_job(shared, other_checkpoint, name="f", budgets=[16, 64]))
     found = compare_evaluations(str(one.folder), str(two.folder))
     assert [(first, second) for first, second, _ in found.pairs] == [(16, 16)]
     assert len(found.pairs[0][2]) == 4
@@ -136,8 +151,8 @@ def test_two_evaluations_are_compared_on_the_same_samples(checkpoint: Path, othe
         compare_evaluations(f"{one.folder}@32", str(two.folder))
 
 
-def test_seeds_are_averaged(checkpoint: Path, other_checkpoint: Path, tmp_path: Path) -> None:
-    runs = [_run(_job(tmp_path, model, name=name)) for name, model in (("a", checkpoint), ("b", other_checkpoint))]
+def test_seeds_are_averaged(checkpoint: Path, other_checkpoint: Path, shared: Path) -> None:
+    runs = [_run(_job(shared, model, name=name)) for name, model in (("a", checkpoint), ("b", other_checkpoint))]
     table = over_seeds([run.folder for run in runs])
     values = [run.summary.splits[3].scores[16].estimate.value for run in runs]
     spread = table.scores["mini/video"][16]
@@ -206,10 +221,10 @@ def test_mistakes_end_before_anything_runs(checkpoint: Path, tmp_path: Path, cha
         _run(_job(tmp_path, checkpoint, **changes))
 
 
-def test_another_configuration_under_the_same_name_is_refused(checkpoint: Path, other_checkpoint: Path, tmp_path: Path) -> None:
-    _run(_job(tmp_path, checkpoint))
+def test_another_configuration_under_the_same_name_is_refused(checkpoint: Path, other_checkpoint: Path, shared: Path) -> None:
+    _run(_job(shared, checkpoint))
     with pytest.raises(UserError, match=r"whose configuration differs from this one \(model.reference: 'sha256:"):
-        _run(_job(tmp_path, other_checkpoint))
+        _run(_job(shared, other_checkpoint))
 
 
 @pytest.mark.parametrize(
@@ -226,11 +241,11 @@ def test_what_is_no_evaluation_is_refused(tmp_path: Path, changes: dict[str, Any
         _job(tmp_path, tmp_path, **changes)
 
 
-def test_a_plan_says_what_would_be_done(checkpoint: Path, tmp_path: Path) -> None:
-    plan = evaluation_plan(_job(tmp_path, checkpoint))
-    assert (plan.rows, plan.questions, plan.answers, plan.budgets) == ({"mini": 24}, 24, 72, (0, 16, 256))
+def test_a_plan_says_what_would_be_done(checkpoint: Path, shared: Path) -> None:
+    plan = evaluation_plan(_job(shared, checkpoint))
+    assert (plan.rows, plan.questions, plan.answers, plan.budgets) == ({"mini": QUESTIONS}, QUESTIONS, QUESTIONS * 3, (0, 16, 256))
     assert plan.flops > 0
-    assert plan.identity == _run(_job(tmp_path, checkpoint)).identity
+    assert plan.identity == _run(_job(shared, checkpoint)).identity
 
 
 def test_a_plan_knows_reducers_and_splits(tmp_path: Path) -> None:
@@ -249,12 +264,12 @@ def test_a_training_free_reducer_is_part_of_the_answers(checkpoint: Path, tmp_pa
     plain = _run(_job(tmp_path, checkpoint, budgets=["full"]))
     reduced = _run(_job(tmp_path, checkpoint, name="reduced", budgets=[13, "full"], reducer={"type": "random_sampling", "seed": 1}))
     assert reduced.summary.budgets == (13, 256)
-    assert reduced.computed == 48
+    assert reduced.computed == 2 * QUESTIONS
     # At the full budget a reducer changes nothing, but it is another setting.
     texts = [[answer.text for split in run.summary.splits for answer in split.answers[256]] for run in (plain, reduced)]
     assert texts[0] == texts[1]
     other = _run(_job(tmp_path, checkpoint, name="other", budgets=[13], reducer={"type": "random_sampling", "seed": 2}))
-    assert other.computed == 24
+    assert other.computed == QUESTIONS
     with pytest.raises(UnsupportedBudgetError, match="average_pooling cannot give 13 visual tokens"):
         _run(_job(tmp_path, checkpoint, name="pooled", budgets=[13], reducer={"type": "average_pooling"}))
 
@@ -265,7 +280,7 @@ def test_a_supernet_is_asked_at_any_split(tmp_path: Path) -> None:
     by_routing = _run(_job(tmp_path, supernet, budgets=[16, 40]))
     split = {side: _run(_job(tmp_path, supernet, name=f"grid{side}", budgets=[16, 40], anchor_grid=side)) for side in (0, 4)}
     # Another split is another setting with answers of its own; the paper's rule is the one with four anchors a side.
-    assert split[4].computed == 48
+    assert split[4].computed == 2 * QUESTIONS
     assert _answers(split[4], 40) == _answers(by_routing, 40)
     assert _answers(split[0], 40) != _answers(by_routing, 40)
     with pytest.raises(UserError, match="40 visual tokens cannot be 64 anchors and queries"):

@@ -5,12 +5,13 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 
 from parcelray.models.checkpoint import write_manifest
 from parcelray.training.start import build_start
 
 from ..benchmarks.table_data import png
-from ..training.conftest import tiny_job
+from ..training.conftest import few_tokenizer_texts, tiny_job
 
 OWN = """
 name: own
@@ -29,7 +30,9 @@ metric: exact_match
 
 def tiny_checkpoint(folder: Path, seed: int, **changes: Any) -> Path:
     """A checkpoint with a manifest; the folder of its files."""
-    model, processor = build_start(tiny_job(folder, seed=seed, **changes), None)
+    with pytest.MonkeyPatch.context() as patch:
+        few_tokenizer_texts(patch)
+        model, processor = build_start(tiny_job(folder, seed=seed, **changes), None)
     model.save_pretrained(folder / "model")
     processor.save_pretrained(folder / "model")
     write_manifest(folder / "model", config={}, git_commit=None, data=None, seed=seed)

@@ -1,5 +1,6 @@
 """A tiny training job that runs in seconds on one core."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,18 @@ def tiny_job(storage: Path, **changes: Any) -> TrainJob:
     for key, value in changes.items():
         data[key] = {**data.get(key, {}), **value} if isinstance(value, dict) and "type" not in value else value
     return TrainJob.model_validate(data)
+
+
+def few_tokenizer_texts(patch: pytest.MonkeyPatch) -> None:
+    """Makes a model from scratch read a tenth of the texts for its tokenizer: the same number of tokens, and two seconds less."""
+    patch.setattr("parcelray.training.start._TOKENIZER_TEXTS", 2_000)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _few_tokenizer_texts() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        few_tokenizer_texts(patch)
+        yield
 
 
 @pytest.fixture
