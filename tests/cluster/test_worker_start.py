@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import ray
+from ray.exceptions import RayActorError, RaySystemError, WorkerCrashedError
 
 from parcelray.cluster import session, worker_start
-from parcelray.cluster.worker_start import START_LIMIT_S, await_worker, failure_reason
+from parcelray.cluster.worker_start import START_LIMIT_S, await_worker, explained_worker_failures, failure_reason
 from parcelray.errors import SystemFailure
 
 SHELL = "bash: line 1: /nowhere/python: No such file or directory"
@@ -93,3 +94,17 @@ def test_ray_is_started_again_where_only_its_own_limit_was_too_short(monkeypatch
     with pytest.raises(SystemFailure, match=reason):
         session._start_patiently(None, None, None, False)
     assert len(calls) == attempts
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (RaySystemError("its stack", "Traceback:\nImportError: libfoo.so: cannot open"), "ImportError: libfoo.so: cannot open."),
+        (RayActorError(error_msg="The actor died.\n\nImportError: libfoo.so.\n"), "ImportError: libfoo.so."),
+        (WorkerCrashedError(), "worker died unexpectedly"),
+    ],
+)
+def test_the_end_of_a_worker_is_one_sentence(error: Exception, sentence: str) -> None:
+    with pytest.raises(SystemFailure, match=r"^A worker of Ray ended: [^\n]+\.$") as failure, explained_worker_failures():
+        raise error
+    assert sentence in str(failure.value)

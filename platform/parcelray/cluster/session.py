@@ -23,7 +23,7 @@ from ray.exceptions import AuthenticationError
 
 import parcelray
 from parcelray.cluster.auth import MODE_VARIABLE, TOKEN_VARIABLE, find_token
-from parcelray.cluster.worker_start import RAY_RECORD, await_worker, failure_reason
+from parcelray.cluster.worker_start import RAY_RECORD, await_worker, explained_worker_failures, failure_reason
 from parcelray.errors import SystemFailure, UserError
 
 ADDRESS_VARIABLE = "RAY_ADDRESS"
@@ -78,7 +78,7 @@ def ray_session(
     Raises:
         UserError: the address is not a GCS address, nothing answers there, the cluster refuses us, or Ray's temporary folder
             cannot be used.
-        SystemFailure: Ray or its workers do not start.
+        SystemFailure: Ray or its workers do not start, or a worker ended for good.
     """
     if ray.is_initialized():
         yield _describe(owned=False)
@@ -97,7 +97,8 @@ def ray_session(
             else:
                 _join(target)
         await_worker(on_this_host=target == "local")
-        yield _describe(owned=True)
+        with explained_worker_failures():
+            yield _describe(owned=True)
 
 
 def default_num_cpus() -> int:

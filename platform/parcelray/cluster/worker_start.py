@@ -1,14 +1,15 @@
-"""The start of Ray's workers: a first one is awaited, and if none starts, the reason is read from Ray's logs."""
+"""Workers of Ray that do not start or end: a first one is awaited, and the reason becomes one sentence."""
 
 import os
 import re
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import RayActorError, RayError, RaySystemError, WorkerCrashedError
 
 from parcelray.errors import SystemFailure
 
@@ -58,6 +59,21 @@ def await_worker(*, on_this_host: bool, clock: Callable[[], float] = time.monoto
         ray.get(started)
     except RayError as error:
         raise SystemFailure(f"Ray's workers do not start: {failure_reason(logs, str(error))}") from error
+
+
+@contextmanager
+def explained_worker_failures() -> Iterator[None]:
+    """Turns the end of an actor or a worker, for example because a library cannot be loaded there, into one sentence.
+
+    Raises:
+        SystemFailure: an actor or a worker ended, and nothing started it again.
+    """
+    try:
+        yield
+    except (RayActorError, RaySystemError, WorkerCrashedError) as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        reason = lines[-1][:_MAX_LENGTH].rstrip(".") if lines else type(error).__name__
+        raise SystemFailure(f"A worker of Ray ended: {reason}.") from error
 
 
 def failure_reason(logs: Path, fallback: str = "") -> str:
