@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import sysconfig
@@ -51,7 +52,6 @@ JOBS: dict[str, tuple[list[str], dict[str, Any]]] = {
             "name": "short",
             "model": {**MINI_BASE, "connector": {"type": "m3"}},
             "budgets": {"offered": [16]},
-            "http": {"port": 0},
         },
     ),
 }
@@ -91,6 +91,9 @@ def _virtual_environment(folder: Path, python: str, root: Path) -> Path:
 
 def _run(command: str, python: Path, folder: Path, **options: Any) -> subprocess.CompletedProcess[str]:
     words, job = JOBS[command]
+    if command == "serve":
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            job = job | {"http": {"port": free.getsockname()[1]}}
     file = folder / f"{command}.yaml"
     file.write_text(yaml.safe_dump(job), encoding="utf-8")
     code = options.pop("code", "from parcelray.cli import main; main()")

@@ -84,7 +84,8 @@ def _pipeline(kinds: Sequence[Kind], model: EvaluatedModel, bundles: Sequence[Bu
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.issue_detectors_config.detectors = []
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    # Ray Data logs the stack traces of an error that it raises as well.
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     rows = [{"bundle": pickle.dumps(bundle)} for bundle in bundles]
     # Stages with the same resources would be fused into one, and then the model waits while rows are read.
     read = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
