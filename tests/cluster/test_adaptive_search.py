@@ -15,6 +15,8 @@ from parcelray.models.checkpoint import content_digest, resolve_checkpoint
 
 from .tiny import own_benchmark, tiny_checkpoint
 
+pytestmark = pytest.mark.usefixtures("without_pictures")
+
 
 def _evaluator(storage: Path, model: Path, data: Path) -> WarmEvaluator:
     content = {
@@ -39,9 +41,9 @@ def _point(evaluator: WarmEvaluator, anchor_grid: int, budget: int) -> Evaluated
 def test_each_budget_is_taken_at_its_chosen_split_and_scored_as_the_search_scores_it(tmp_path: Path) -> None:
     model = tiny_checkpoint(tmp_path, 3, connector={"type": "parcel", "num_heads": 2, "anchor_grids": [0, 2, 4, 8]})
     # An untrained model is never right, so the right answer to every other question is made what it says at 16 tokens.
-    before = _evaluator(tmp_path / "before", model, own_benchmark(tmp_path / "a", ["nothing"] * 40))
+    before = _evaluator(tmp_path / "before", model, own_benchmark(tmp_path / "a", [["nothing"]] * 40))
     said = [answer.text for answer in _point(before, 4, 16).splits[0].answers[16]]
-    data = own_benchmark(tmp_path / "b", [text if number % 2 else "nothing" for number, text in enumerate(said)])
+    data = own_benchmark(tmp_path / "b", [[text if number % 2 else "nothing"] for number, text in enumerate(said)])
     evaluator = _evaluator(tmp_path, model, data)
     points = {64: _point(evaluator, 8, 64), 16: _point(evaluator, 4, 16)}
     evaluator.reference = (points[16].splits, 16)

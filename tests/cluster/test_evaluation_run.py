@@ -67,7 +67,7 @@ def _table(folder: Path, rows: int = 12, broken: int = 0) -> Path:
     """A benchmark of one's own: questions about images that cannot all be decoded."""
     (folder / "own.yaml").write_text(OWN % 12)
     table = [
-        {"name": f"row {number}", "question": "what color", "answer": "red", "image": {"bytes": png() if number >= broken else b"no image", "path": None}}
+        {"name": f"row {number}", "question": "what color", "answer": ["red"], "image": {"bytes": png() if number >= broken else b"no image", "path": None}}
         for number in range(rows)
     ]
     pq.write_table(pa.Table.from_pylist(table), folder / "test.parquet")

@@ -1,5 +1,6 @@
 """Studies of training-free methods and of attention, from a checkpoint to tables, pictures and MLflow, in this process."""
 
+import csv
 import json
 from io import StringIO
 from pathlib import Path
@@ -24,7 +25,9 @@ from parcelray.models.mini import save_checkpoint
 from parcelray.models.mini_llava import build
 
 from ..models.conftest import CORPUS, MINI_LLAVA
+from ..stores import new_store
 
+pytestmark = pytest.mark.usefixtures("without_pictures")
 CHOSEN = ["cluster", "RESTORE", "FastV", "cluster, contiguous"]
 
 
@@ -49,19 +52,19 @@ def test_the_study_compares_methods_with_random_and_records_them(checkpoint: Pat
             "benchmarks": [{"name": "mini", "source": {"samples": 2}, "max_new_tokens": 2}],
             "budgets": ["full"],
             "compute": {"actors": 0},
-            "tracking": {"uri": f"sqlite:///{tmp_path}/mlflow.db"},
+            "tracking": {"uri": new_store(tmp_path)},
             "storage": str(tmp_path / "runs"),
             "max_unscored": 1,
         }
     )
-    study = run_reduction_study(job, Console(file=StringIO(), width=200), methods=CHOSEN)
+    study = run_reduction_study(job, Console(file=StringIO(), width=200), methods=CHOSEN, shares=(0.05, 0.3))
     points = {(point.method, point.num_visual_tokens): point for point in study.frontier.points}
     assert ("blind", 0) in points
     whole = points["full", 256].gflops
     assert whole is not None
     for name in CHOSEN:
         budgets = [budget for method, budget in points if method == name]
-        assert len(budgets) == 4
+        assert len(budgets) == 2
         # Fewer tokens, less compute, and less than the full model (the pooling of everything costs what it costs).
         flops = [points[name, budget].gflops or 0 for budget in sorted(budgets)]
         assert flops == sorted(flops)
@@ -69,16 +72,25 @@ def test_the_study_compares_methods_with_random_and_records_them(checkpoint: Pat
     # Every method has both comparisons at every one of its budgets, and spatial sampling the one with random.
     asked = {(name, budget) for name, budget in points if name in CHOSEN}
     spatial = {(name, budget) for name, budget in points if name.startswith("spatial")}
-    assert len(spatial) == 8 + 4
+    assert len(spatial) == 4 + 2
     assert {(each.method, each.num_visual_tokens) for each in study.against_random} == asked | spatial
     assert {(each.method, each.num_visual_tokens) for each in study.against_spatial} == asked
     assert all(0 < each.p_value <= each.p_holm <= 1 for each in study.against_random)
     assert all(each.spread is not None for each in study.against_random)
     assert {each.subject for each in study.breaks} <= {"general", "resolution", "grounding", "video", "text", "documents", "charts", "spatial"}
     assert study.operating[-1].overall.value == max(point.overall.value for point in points.values() if point.gflops is not None)
-    names = ["frontier.json", "frontier.md", "against_random.csv", "against_spatial.csv", "against_best.csv", "operating_points.csv"]
-    for name in (*names, "accuracy_against_compute.png", "frontier.png"):
-        assert (study.folder / name).stat().st_size > 0
+    written = json.loads((study.folder / "frontier.json").read_text())["points"]
+    scores = {(point["method"], point["num_visual_tokens"]): point["overall"]["value"] for point in written}
+    assert scores == {name: pytest.approx(point.overall.value) for name, point in points.items()}
+    for name, comparisons in (("against_random", study.against_random), ("against_spatial", study.against_spatial), ("against_best", study.against_best)):
+        rows = _csv(study.folder / f"{name}.csv")
+        assert [(row["method"], int(row["num_visual_tokens"])) for row in rows] == [(each.method, each.num_visual_tokens) for each in comparisons]
+        assert [float(row["p_value"]) for row in rows] == pytest.approx([each.p_value for each in comparisons], abs=1e-3)
+    operating = [(row["method"], int(row["num_visual_tokens"])) for row in _csv(study.folder / "operating_points.csv")]
+    assert operating == [(point.method, point.num_visual_tokens) for point in study.operating]
+    for name in ("accuracy_against_compute.png", "frontier.png"):
+        with Image.open(study.folder / name) as image:
+            assert image.width > 300
     client = MlflowClient(job.tracking.uri)
     experiment = client.get_experiment_by_name("parcelray")
     assert experiment is not None
@@ -97,6 +109,11 @@ def test_an_unknown_method_is_named_with_the_known_ones(checkpoint: Path, tmp_pa
     )
     with pytest.raises(UserError, match="clusters is no training-free method of this model; choose from cluster, cluster, cosine"):
         run_reduction_study(job, Console(quiet=True), methods=["clusters"])
+
+
+def _csv(path: Path) -> list[dict[str, str]]:
+    with path.open(encoding="utf-8") as file:
+        return list(csv.DictReader(file))
 
 
 SMALL, LARGE = Depths(3, 3), Depths(23, 32)
@@ -135,20 +152,28 @@ def test_every_method_meets_its_baselines_at_all_its_budgets() -> None:
 
 
 def test_attention_and_redundancy_are_studied_and_recorded(checkpoint: Path, tmp_path: Path) -> None:
-    tracking = TrackingConfig(uri=f"sqlite:///{tmp_path}/mlflow.db")
+    tracking = TrackingConfig(uri=new_store(tmp_path))
     output = StringIO()
     console = Console(file=output, width=200)
-    study_saliency(str(checkpoint), console, count=2, folder=tmp_path / "saliency", tracking=tracking)
-    study_validity(str(checkpoint), console, count=2, permutations=100, folder=tmp_path / "validity", tracking=tracking)
-    study_redundancy([str(checkpoint)], console, count=2, folder=tmp_path / "redundancy", tracking=tracking)
-    for name in ("saliency/saliency.json", "saliency/heat_maps_1.png", "validity/validity.json", "validity/validity.png", "redundancy/redundancy.png"):
-        assert (tmp_path / name).stat().st_size > 0
-    assert json.loads((tmp_path / "validity" / "validity.json").read_text())["pairs"] == 2
+    saliency = study_saliency(str(checkpoint), console, count=2, folder=tmp_path / "saliency", tracking=tracking)
+    validity = study_validity(str(checkpoint), console, count=2, permutations=100, folder=tmp_path / "validity", tracking=tracking)
+    redundancy = study_redundancy([str(checkpoint)], console, count=2, folder=tmp_path / "redundancy", tracking=tracking)
+    for name in ("saliency/agreement.png", "saliency/heat_maps_1.png", "validity/validity.png", "redundancy/redundancy.png"):
+        with Image.open(tmp_path / name) as image:
+            assert image.width > 300
+    written = {name: json.loads((tmp_path / name / f"{name}.json").read_text()) for name in ("saliency", "validity", "redundancy")}
+    assert written["saliency"]["last word"] == saliency["last word"].to_dict()
+    assert written["validity"]["pairs"] == 2
+    assert written["validity"]["measures"] == {name: each.to_dict() for name, each in validity.items()}
+    assert {"random", "norm", "vision tower", "last word, layer 0"} <= validity.keys()
+    assert written["redundancy"] == {str(checkpoint): redundancy[str(checkpoint)].to_dict()}
     assert "pairs of" in output.getvalue()
     client = MlflowClient(tracking.uri)
     experiment = client.get_experiment_by_name("parcelray")
     assert experiment is not None
-    assert len(client.search_runs([experiment.experiment_id])) == 3
+    recorded = {run.info.run_name: run.data.metrics for run in client.search_runs([experiment.experiment_id])}
+    assert recorded.keys() == {f"analyze-{name}-{name}" for name in written}
+    assert recorded["analyze-validity-validity"]["norm/correlation"] == pytest.approx(validity["norm"].correlation.value)
 
 
 def test_a_users_own_images_need_prompts_and_must_be_there(checkpoint: Path, tmp_path: Path) -> None:

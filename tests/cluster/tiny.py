@@ -1,5 +1,6 @@
 """A tiny untrained checkpoint, and a benchmark whose right answers can be made what it says."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,10 @@ name: own
 family: general
 source: {splits: [test], rows: %d}
 columns:
-  types: {name: string, question: string, answer: string, image: image}
+  types: {name: string, question: string, answer: list<string>, image: image}
   id: [name]
   images: [image]
-  answers: {column: answer}
+  answers: {column: answer, form: list}
 prompts: {paligemma: "answer en {question}"}
 max_new_tokens: 4
 metric: exact_match
@@ -39,12 +40,12 @@ def tiny_checkpoint(folder: Path, seed: int, **changes: Any) -> Path:
     return folder / "model"
 
 
-def own_benchmark(folder: Path, answers: list[str], more: str = "") -> Path:
-    """One question about patches of as many colours as there are answers; the folder of own.yaml and its data."""
+def own_benchmark(folder: Path, answers: Sequence[Sequence[str]], more: str = "") -> Path:
+    """One question about patches of as many colours as there are sets of right answers; the folder of own.yaml and its data."""
     folder.mkdir()
     (folder / "own.yaml").write_text(OWN % len(answers) + more)
     rows = [
-        {"name": f"row {number}", "question": "what color", "answer": answer, "image": {"bytes": png((6 * number, 255 - 6 * number, 90)), "path": None}}
+        {"name": f"row {number}", "question": "what color", "answer": list(answer), "image": {"bytes": png((6 * number, 255 - 6 * number, 90)), "path": None}}
         for number, answer in enumerate(answers)
     ]
     pq.write_table(pa.Table.from_pylist(rows), folder / "test.parquet")
