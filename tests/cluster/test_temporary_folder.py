@@ -57,6 +57,6 @@ def test_a_folder_of_another_user_is_refused(system_folder: Path) -> None:
 
 
 def test_a_path_that_ray_cannot_encode_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RAY_TMPDIR", "/tmp/ä")
+    monkeypatch.setenv("RAY_TMPDIR", "/somewhere/\u00e4")
     with pytest.raises(UserError, match="outside ASCII"):
         temporary_folder()

@@ -117,7 +117,7 @@ def _assert_trained(done: subprocess.CompletedProcess[str], folder: Path) -> Non
 
 
 def test_a_training_runs_in_a_path_with_a_space_and_a_letter_outside_ascii(folder: Path, repo_root: Path) -> None:
-    place = folder / "my földer"
+    place = folder / "my f\u00f6lder"
     place.mkdir()
     python = _virtual_environment(place / "venv", sys.executable, repo_root)
     _assert_trained(_run("train", python, place, env=_environment(folder)), place)
