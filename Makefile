@@ -55,7 +55,7 @@ test-all: $(INSTALLED)
 	@$(PY) tests/run_all.py --nightly
 
 test-fast: $(INSTALLED)
-	@$(PY) -m pytest -n 2 --dist loadscope -m "not (gpu or nightly or slow or $(CLUSTER))"
+	@$(PY) -m pytest -n 2 --dist loadscope --no-loadscope-reorder -m "not (gpu or nightly or slow or $(CLUSTER))"
 
 # The instruction sets of oneDNN and of PyTorch's own kernels, each with one and with two threads.
 test-portable: $(INSTALLED)
@@ -63,7 +63,7 @@ test-portable: $(INSTALLED)
 	for isa in ONEDNN_MAX_CPU_ISA=AVX512_CORE ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2; do \
 	  for threads in 1 2; do \
 	    echo "Running the tests without a cluster under $$isa with $$threads threads"; \
-	    env "$$isa" PARCELRAY_TEST_THREADS=$$threads $(PY) -m pytest -q -n 2 --dist loadscope --durations=0 --durations-min=10 \
+	    env "$$isa" PARCELRAY_TEST_THREADS=$$threads $(PY) -m pytest -q -n 2 --dist loadscope --no-loadscope-reorder --durations=0 --durations-min=10 \
 	      -m "not (gpu or nightly or $(CLUSTER))" || failed+=("$$isa with $$threads threads"); \
 	  done; \
 	done; \

@@ -56,7 +56,22 @@ def pytest_unconfigure() -> None:
     shutil.rmtree(_SESSION_DIR, ignore_errors=True)
 
 
+# Files that take longest, in this order: two processes that share the files then end at about the same time.
+_LONGEST = (
+    "serving/test_endpoint.py",
+    "ray/test_training.py",
+    "ray/test_evaluate.py",
+    "ray/test_tuning.py",
+    "evaluation/test_predictor.py",
+    "training/test_in_process.py",
+    "training/test_nlvr_training.py",
+    "serving/test_offline_parity.py",
+)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    names = [str(ROOT / "tests" / name) for name in _LONGEST]
+    items.sort(key=lambda item: names.index(str(item.path)) if str(item.path) in names else len(names))
     without_gpu = _why_no_gpu() if any(item.get_closest_marker("gpu") for item in items) else None
     for item in items:
         missing = [_why_no_data(name) for name in _DATA if name in getattr(item, "fixturenames", ())]

@@ -1,6 +1,7 @@
-"""Run the tests in three groups and print one summary: failures, slowest tests, and skipped tests with their reasons.
+"""Run the tests in two groups and print one summary: failures, slowest tests, and skipped tests with their reasons.
 
-`make test` and `make test-all` call this. A group that fails does not keep the next one from running.
+`make test` and `make test-all` call this. A group that fails does not keep the next one from running. Ray's tests are a
+group of their own because a process that is connected to Ray differs from one that is not.
 """
 
 import argparse
@@ -13,13 +14,9 @@ from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
-# Marker expression -> pytest options. The first group keeps both cores busy; the second mostly waits for Ray; servers
-# under load run alone.
-_GROUPS = {
-    "not (ray or serving or browser)": ["-n", "2", "--dist", "loadscope"],
-    "ray and not (serving or browser)": ["-n", "2", "--dist", "loadscope"],
-    "serving or browser": [],
-}
+_GROUPS = ("not ray", "ray")
+# Two processes, each with whole files: fixtures of a module are made once. The order is that of conftest.py.
+_OPTIONS = ("-n", "2", "--dist", "loadscope", "--no-loadscope-reorder", "-o", "junit_family=xunit1")
 _NO_TESTS = 5
 _SLOWEST = 20
 
@@ -42,11 +39,11 @@ def main() -> int:
     lines: list[str] = []
     failed = False
     with tempfile.TemporaryDirectory(prefix="parcelray-tests-") as folder:
-        for number, (group, options) in enumerate(_GROUPS.items()):
+        for number, group in enumerate(_GROUPS):
             report = Path(folder) / f"{number}.xml"
             started = time.monotonic()
-            command = [sys.executable, "-m", "pytest", *options, "-m", f"{excluded} and ({group})", f"--junit-xml={report}"]
-            code = subprocess.run([*command, "-o", "junit_family=xunit1"], check=False).returncode
+            command = [sys.executable, "-m", "pytest", *_OPTIONS, "-m", f"{excluded} and {group}", f"--junit-xml={report}"]
+            code = subprocess.run(command, check=False).returncode
             found = _cases(report) if report.is_file() else []
             outcome = "passed" if code in (0, _NO_TESTS) else f"FAILED (pytest exit code {code})"
             lines.append(f"{group}: {len(found)} tests in {time.monotonic() - started:.0f} s, {outcome}")

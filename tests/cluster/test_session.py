@@ -49,9 +49,12 @@ def test_a_dead_address_is_noticed_at_once(ray_folder: Path) -> None:
 
 # A process has one Ray at a time, and that of the tests may have the shared one already.
 PRIVATE = """
+import logging
 import os
+import threading
 from pathlib import Path
 import ray
+from ray._private.utils import publish_error_to_driver
 from parcelray.cluster.session import default_num_cpus, ray_session
 
 if __name__ == "__main__":
@@ -62,6 +65,16 @@ if __name__ == "__main__":
 
         return {"module": parcelray.config.base.__file__, "address": os.environ["RAY_ADDRESS"]}
 
+    class Published(logging.Handler):
+        arrived = threading.Event()
+
+        def emit(self, record):
+            if record.getMessage() == "a task is retried":
+                self.arrived.set()
+
+    logger = logging.getLogger("parcelray.ray")
+    logger.addHandler(Published())
+    logger.setLevel(logging.INFO)
     before = dict(os.environ)
     with ray_session() as session:
         assert session.owned
@@ -74,6 +87,9 @@ if __name__ == "__main__":
             assert not inner.owned
             assert inner.address == session.address
         assert ray.is_initialized()
+        # Ray would print it as `(raylet) ...`; here it only reaches the logger.
+        publish_error_to_driver("test", "a task is retried", gcs_client=ray._private.worker.global_worker.gcs_client)
+        assert Published.arrived.wait(300)
     assert not ray.is_initialized()
     assert dict(os.environ) == before
     print("ENDED")

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
+from ..ray.processes import own_ray
+
 ROOT = Path(__file__).resolve().parents[2]
 # Only a hang takes as long.
 LIMIT_S = 1200
@@ -30,13 +32,15 @@ def sets(*changes: str) -> list[str]:
 
 def run_script(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Runs a script as its user does."""
-    return subprocess.run(_command(name, arguments), cwd=ROOT, capture_output=True, text=True, timeout=LIMIT_S, check=False)
+    command = _command(name, arguments)
+    return subprocess.run(command, cwd=ROOT, env=own_ray(), capture_output=True, text=True, timeout=LIMIT_S, check=False)
 
 
 def kill_script(name: str, *arguments: str, log: Path, when: Callable[[], bool]) -> None:
     """Runs a script and kills it with SIGKILL as soon as a condition holds."""
     with log.open("w") as output:
-        driver = subprocess.Popen(_command(name, arguments), cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
+        command = _command(name, arguments)
+        driver = subprocess.Popen(command, cwd=ROOT, env=own_ray(), stdout=output, stderr=subprocess.STDOUT)
         try:
             deadline = time.monotonic() + LIMIT_S
             while not when():

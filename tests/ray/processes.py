@@ -22,6 +22,12 @@ def wait_until(condition: Callable[[], object], what: str, process: subprocess.P
         time.sleep(0.05)
 
 
+def own_ray() -> dict[str, str]:
+    """The environment of a command that starts a Ray of its own, also where this process is connected to a shared one."""
+    shared = ("RAY_ADDRESS", "RAY_GCS_SERVER_PORT", "RAY_AUTH_TOKEN")
+    return {name: value for name, value in os.environ.items() if name not in shared}
+
+
 def end_session(leader: int) -> None:
     """Ends what is left of a process session."""
     for entry in Path("/proc").iterdir():

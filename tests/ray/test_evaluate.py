@@ -113,6 +113,7 @@ def test_an_illegal_budget_is_the_users_error(ray_session: None, checkpoint: Pat
         _pass(checkpoint, tmp_path, budgets=(8,), rows=range(1))
 
 
+@pytest.mark.nightly
 def test_a_killed_reader_loses_nothing_and_damaged_rows_are_listed(undisturbed: Answers, checkpoint: Path, tmp_path: Path) -> None:
     reader = disturbed(KillsItsReader, tmp_path / "died")
     result = _pass(checkpoint, tmp_path / "store", reader)

@@ -127,6 +127,7 @@ with ray_session("local", num_cpus=2, object_store_bytes=100 * 1024**2):
 """
 
 
+@pytest.mark.nightly
 def test_a_search_whose_driver_is_killed_resumes(ray_session: None, tmp_path: Path, repo_root: Path) -> None:
     script = _DRIVER.format(root=str(repo_root), folder=str(tmp_path))
     driver = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)

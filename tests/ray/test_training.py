@@ -25,7 +25,7 @@ from parcelray.training.trainer import fit
 
 from ..training.conftest import TINY
 from .metric_loggers import KillsOnce, Losses
-from .processes import LIMIT_S, end_session, wait_until
+from .processes import LIMIT_S, end_session, own_ray, wait_until
 
 pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("ignore::DeprecationWarning"), pytest.mark.filterwarnings("ignore::ResourceWarning")]
 
@@ -36,9 +36,9 @@ JOB: dict[str, Any] = TINY | {
 }
 
 
-def _job(storage: Path, **changes: Any) -> TrainJob:
+def _job(storage: Path, start: dict[str, Any], **changes: Any) -> TrainJob:
     tracking = {"uri": f"sqlite:///{storage}/mlflow.db"}
-    return TrainJob.model_validate(JOB | {"storage": str(storage), "tracking": tracking} | changes)
+    return TrainJob.model_validate(JOB | {"model": start, "storage": str(storage), "tracking": tracking} | changes)
 
 
 def _same_weights(first: Path, second: Path) -> bool:
@@ -54,8 +54,8 @@ LOADED = "modules-of-the-controller"
 
 
 @pytest.fixture(scope="module")
-def undisturbed(ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[TrainJob, TrainedRun]:
-    job = _job(tmp_path_factory.mktemp("run"))
+def undisturbed(ray_session: None, tiny_start: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> tuple[TrainJob, TrainedRun]:
+    job = _job(tmp_path_factory.mktemp("run"), tiny_start)
     loaded = Path(job.storage) / LOADED
 
     def note(metrics: Mapping[str, float]) -> None:
@@ -92,13 +92,14 @@ def test_a_run_is_recorded_once_and_whole(undisturbed: tuple[TrainJob, TrainedRu
     assert len(client.search_runs([record.info.experiment_id])) == 1
 
 
-def test_two_workers_have_the_losses_of_one_process(undisturbed: tuple[TrainJob, TrainedRun], tmp_path: Path) -> None:
+def test_two_workers_have_the_losses_of_one_process(undisturbed: tuple[TrainJob, TrainedRun], tiny_start: dict[str, Any], tmp_path: Path) -> None:
     job, run = undisturbed
     assert job.tracking.uri is not None
     assert run.mlflow_run_id is not None
     of_workers = {each.step: each.value for each in MlflowClient(job.tracking.uri).get_metric_history(run.mlflow_run_id, "train/loss")}
     of_one_process = Losses()
-    fit_in_process(_job(tmp_path, scaling={"num_workers": 0}), tmp_path / "one", checkpoint=None, logger=of_one_process)
+    alone = _job(tmp_path, tiny_start, scaling={"num_workers": 0})
+    fit_in_process(alone, tmp_path / "one", checkpoint=Path(tiny_start["reference"]), logger=of_one_process)
     # The losses agree to rounding (about 1e-6), which differs with the batch of a process; a lost or doubled sample changes them by per cents.
     assert of_workers == pytest.approx(of_one_process.losses, rel=1e-3)
 
@@ -114,8 +115,8 @@ def test_a_second_run_is_a_no_op_and_another_configuration_is_refused(undisturbe
         run_training(job.model_copy(update={"seed": 4}), Console(file=output))
 
 
-def test_a_killed_worker_costs_nothing_but_time(tmp_path: Path, undisturbed: tuple[TrainJob, TrainedRun]) -> None:
-    job = _job(tmp_path)
+def test_a_killed_worker_costs_nothing_but_time(tmp_path: Path, tiny_start: dict[str, Any], undisturbed: tuple[TrainJob, TrainedRun]) -> None:
+    job = _job(tmp_path, tiny_start)
     folder = RunFolder(job)
     folder.claim()
     steps, reported = tmp_path / "steps", tmp_path / "reported"
@@ -123,15 +124,16 @@ def test_a_killed_worker_costs_nothing_but_time(tmp_path: Path, undisturbed: tup
     def note(metrics: Mapping[str, float]) -> None:
         reported.touch()
 
-    checkpoint, _ = fit(job, folder, checkpoint=None, logger=lambda: KillsOnce(steps, reported), on_report=note)
+    start = Path(tiny_start["reference"])
+    checkpoint, _ = fit(job, folder, checkpoint=start, logger=lambda: KillsOnce(steps, reported), on_report=note)
     assert steps.read_text(encoding="utf-8").split() == ["1", "2", "3", "4", "5", "4", "5", "6", "7", "8"], "resumed from the checkpoint of step 3"
     # Bit by bit: both runs have the same batches, shapes and threads, and gloo sums two workers' gradients, a + b, in either
     # order to the same value. Neither the load nor the kind of the machine comes into it.
     assert _same_weights(checkpoint / "model", undisturbed[1].model_folder)
 
 
-def test_more_workers_than_the_cluster_has_are_refused(ray_session: None, tmp_path: Path) -> None:
-    job = _job(tmp_path, scaling={"num_workers": 9, "cpus_per_worker": 2})
+def test_more_workers_than_the_cluster_has_are_refused(ray_session: None, tiny_start: dict[str, Any], tmp_path: Path) -> None:
+    job = _job(tmp_path, tiny_start, scaling={"num_workers": 9, "cpus_per_worker": 2})
     with pytest.raises(UserError, match="9 workers of 2 CPU each, but the Ray cluster has 4 CPU in all"):
         fit(job, RunFolder(job), checkpoint=None, logger=NoMetrics)
 
@@ -145,14 +147,15 @@ def test_a_killed_driver_goes_on_with_the_same_command(tmp_path: Path) -> None:
     path = tmp_path / "job.yaml"
     path.write_text(yaml.safe_dump(JOB | {"storage": str(storage), "tracking": {"uri": uri}} | changes))
     command = [sys.executable, "-m", "parcelray.cli", "train", str(path)]
-    driver = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    silent: dict[str, Any] = {"env": own_ray(), "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    driver = subprocess.Popen(command, start_new_session=True, **silent)
     wait_until(lambda: list(storage.glob("train/tiny/*/checkpoint_*/state.json")), "a checkpoint is stored", driver)
     driver.kill()
     driver.wait()
     # Its Ray outlives it; what belongs to the session that we made is ours to end.
     end_session(driver.pid)
     assert not (storage / "train" / "tiny" / "result.json").exists()
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, timeout=LIMIT_S)
+    subprocess.run(command, check=True, timeout=LIMIT_S, **silent)
     client = MlflowClient(uri)
     experiment = client.get_experiment_by_name("parcelray")
     assert experiment is not None

@@ -199,6 +199,7 @@ def test_the_selected_trial_is_a_job_file_that_runs(searched: tuple[TuneJob, Sea
     assert "max score subject to tokens <= 16" in (tmp_path / "chosen.yaml").read_text()
 
 
+@pytest.mark.nightly
 def test_trained_splits_confirm_the_search(searched: tuple[TuneJob, SearchRun, str]) -> None:
     job, run, _ = searched
     train = TINY | {"name": "alone", "model": {"type": "checkpoint", "reference": "mini_base"}, "scaling": {"num_workers": 0}, "tracking": {"uri": None}}
@@ -224,7 +225,6 @@ def test_a_plan_says_what_a_search_would_do(searched: tuple[TuneJob, SearchRun, 
     job = searched[0]
     plan = tuning_plan(job)
     assert (plan.trials, plan.points) == (9, 9)
-    assert plan.seconds > 0
     assert plan.concurrent == 1
     assert tuning_plan(_split_job(Path(job.storage), supernet, base=job.base.model_dump() | {"compute": {"actors": 2}})).concurrent == 2
     assert json.dumps(plan.to_dict())

@@ -386,6 +386,7 @@ def test_too_many_requests_are_told_to_come_back_and_the_others_answered(url: st
     wait_until(Busy(url, samples[0]).idle)
 
 
+@pytest.mark.nightly
 def test_a_challenger_gets_its_share_and_goes_when_it_is_slow(url: str, samples: list[Sample], endless: dict[str, Any]) -> None:
     # The same weights at twenty times the latency would need another model; a ratio below 1 makes any challenger too slow.
     canary = {"model": {"connector": {"type": "m3"}}, "share": 0.5, "min_requests": 20, "max_latency_ratio": 1e-6}

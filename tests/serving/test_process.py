@@ -1,6 +1,5 @@
 """`parcelray serve` as a process of its own: it answers, hears SIGHUP, and lets a stream end before it goes."""
 
-import os
 import signal
 import socket
 import subprocess
@@ -14,6 +13,7 @@ import pytest
 from openai import AuthenticationError, OpenAI
 
 from parcelray.serving.auth import add_key, remove_key
+from tests.ray.processes import own_ray
 from tests.serving.local import PATIENCE_S, wait_until
 
 pytestmark = [pytest.mark.serving, pytest.mark.ray, pytest.mark.slow]
@@ -24,7 +24,7 @@ class Process:
 
     def __init__(self, arguments: list[str], folder: Path) -> None:
         command = [sys.executable, "-m", "parcelray.cli", "serve", *arguments]
-        self._process = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, "COLUMNS": "200"})
+        self._process = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**own_ray(), "COLUMNS": "200"})
         self.lines: list[str] = []
         self._reader = threading.Thread(target=lambda: self.lines.extend(iter(self._read, "")), daemon=True)
         self._reader.start()

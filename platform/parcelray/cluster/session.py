@@ -91,6 +91,8 @@ def ray_session(
         # Also on a joined cluster: this process creates Ray's lock files in the same folder.
         os.environ[FOLDER_VARIABLE] = str(temporary_folder())
         cleanup.callback(ray.shutdown)
+        # Ray prints the errors that it publishes, such as a retried task, also with `log_to_driver=False`.
+        cleanup.enter_context(_published_errors_logged())
         with _quiet_core_worker():
             if target == "local":
                 _start_patiently(num_cpus, num_gpus, object_store_bytes, dashboard)
@@ -254,6 +256,21 @@ def _quiet_about_auth() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def _published_errors_logged() -> Iterator[None]:
+    """Sends what Ray would print as `(raylet) ...` to the logger `parcelray.ray`, level INFO."""
+    original = ray._private.worker.print_to_stdstream
+
+    def log(data: Mapping[str, Any], ignore_prefix: bool = False) -> None:
+        logging.getLogger("parcelray.ray").info("%s", "\n".join(data["lines"]))
+
+    ray._private.worker.print_to_stdstream = log
+    try:
+        yield
+    finally:
+        ray._private.worker.print_to_stdstream = original
 
 
 @contextlib.contextmanager

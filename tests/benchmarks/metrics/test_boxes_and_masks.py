@@ -68,7 +68,7 @@ def test_run_lengths_go_down_the_columns() -> None:
 
 
 def test_agreement_with_an_installed_pycocotools() -> None:
-    official = pytest.importorskip("pycocotools.mask")
+    official = pytest.importorskip("pycocotools.mask", reason="needs a package: .venv/bin/python -m pip install pycocotools")
     draw = np.random.default_rng(2)
     for _ in range(50):
         height, width = (int(side) for side in draw.integers(5, 40, 2))

@@ -34,7 +34,8 @@ def test_numbers_of_pycocoevalcap() -> None:
 
 
 def test_agreement_with_an_installed_pycocoevalcap() -> None:
-    official = pytest.importorskip("pycocoevalcap.cider.cider", reason="pycocoevalcap is not installed (100 MB)")
+    reason = "needs a package of 100 MB: .venv/bin/python -m pip install pycocoevalcap"
+    official = pytest.importorskip("pycocoevalcap.cider.cider", reason=reason)
     draw = random.Random(5)
     for size in (1, 2, 15):
         captions = [[draw.choice("abcdefg") for _ in range(draw.randint(0, 9))] for _ in range(size)]
