@@ -42,7 +42,8 @@ def main() -> int:
         for number, group in enumerate(_GROUPS):
             report = Path(folder) / f"{number}.xml"
             started = time.monotonic()
-            command = [sys.executable, "-m", "pytest", *_OPTIONS, "-m", f"{excluded} and {group}", f"--junit-xml={report}"]
+            markers = f"{excluded} and {group}"
+            command = [sys.executable, "-m", "pytest", *_OPTIONS, "-m", markers, f"--junit-xml={report}"]
             code = subprocess.run(command, check=False).returncode
             found = _cases(report) if report.is_file() else []
             outcome = "passed" if code in (0, _NO_TESTS) else f"FAILED (pytest exit code {code})"

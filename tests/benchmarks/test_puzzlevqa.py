@@ -1,4 +1,4 @@
-"""PuzzleVQA's published files, where they are present: JSON lines with choices of mixed types, next to an image folder."""
+"""PuzzleVQA's published files, where they are present: JSON lines with choices of mixed types, and an image folder."""
 
 import dataclasses
 import json
