@@ -63,7 +63,7 @@ test-portable: $(INSTALLED)
 	for isa in ONEDNN_MAX_CPU_ISA=AVX512_CORE ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2; do \
 	  for threads in 1 2; do \
 	    echo "Running the tests without a cluster under $$isa with $$threads threads"; \
-	    env "$$isa" PARCELRAY_TEST_THREADS=$$threads $(PY) -m pytest -q -n 2 --dist loadscope --no-loadscope-reorder --durations=0 --durations-min=10 \
+	    env "$$isa" PARCELRAY_TEST_THREADS=$$threads $(PY) -m pytest -q -n $$((2 / threads)) --dist loadscope --no-loadscope-reorder --durations=0 --durations-min=10 \
 	      -m "not (gpu or nightly or $(CLUSTER))" || failed+=("$$isa with $$threads threads"); \
 	  done; \
 	done; \

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -79,6 +80,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         missing.append(_why_no_browser() if item.get_closest_marker("browser") else None)
         for reason in filter(None, missing):
             item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(autouse=True)
+def _threads() -> None:
+    """Sets the number of threads anew, which a test before may have changed for the whole process."""
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(int(_THREADS))
 
 
 @pytest.fixture(scope="session")

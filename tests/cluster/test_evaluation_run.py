@@ -2,12 +2,14 @@
 
 import io
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from mlflow import MlflowClient
 from PIL import Image
 from rich.console import Console
@@ -77,7 +79,10 @@ def _table(folder: Path, rows: int = 12, broken: int = 0) -> Path:
 def test_an_evaluation_leaves_tables_a_picture_and_every_answer(checkpoint: Path, tmp_path: Path) -> None:
     uri = new_store(tmp_path)
     job = _job(tmp_path, checkpoint, tracking={"uri": uri})
+    threads = (os.cpu_count() or 1) + 1
+    torch.set_num_threads(threads)
     run = _run(job)
+    assert torch.get_num_threads() == threads, "an evaluation in this process leaves its threads as they are"
     assert (run.computed, run.present) == (QUESTIONS * 3, 0)
     assert run.summary.budgets == (0, 16, 256)
     result = json.loads((run.folder / "result.json").read_text())

@@ -31,7 +31,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("ignore::DeprecationWa
 
 BUDGETS = (BLIND, 16, 64)
 GENERATION = GenerationSettings(max_new_tokens=6)
-SMALL = PassSettings(rows_per_bundle=6, cpus_per_actor=0.5)
+SMALL = PassSettings(rows_per_bundle=6, cpus_per_actor=0.5, threads_per_actor=1)
 ANSWERS = 48 * len(BUDGETS)
 Answers = dict[tuple[str, int], Prediction]
 """Stored predictions, by sample and budget."""
@@ -183,7 +183,7 @@ def test_a_hang_ends_with_the_stage_and_only_what_is_missing_is_computed(undistu
         _pass(checkpoint, store, disturbed(Hangs, marker), dataclasses.replace(SMALL, stall_s=15), budgets=(16,), clock=clock)
     assert len(_answers(store)) == 18
     # The session is as usable as before; other bundles and more actors find the same answers again.
-    second = _pass(checkpoint, store, settings=PassSettings(rows_per_bundle=16, actors=2, cpus_per_actor=0.5))
+    second = _pass(checkpoint, store, settings=dataclasses.replace(SMALL, rows_per_bundle=16, actors=2))
     assert (second.computed, second.present) == (ANSWERS - 18, 18)
     assert _answers(store) == undisturbed
     third = _pass(checkpoint, store)

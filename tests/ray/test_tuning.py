@@ -60,7 +60,7 @@ def _split_job(storage: Path, supernet: Path, **changes: Any) -> TuneJob:
             "model": {"reference": str(supernet)},
             "benchmarks": [{"name": "mini", "source": {"samples": 12, "families": ["general", "video"]}, "max_new_tokens": 8}],
             # The reference is asked in this process, and one actor takes the trials: more would take longer to start than all points.
-            "compute": {"actors": 0, "rows_per_bundle": 8},
+            "compute": {"actors": 0, "rows_per_bundle": 8, "threads_per_actor": 1},
             "storage": str(storage),
         },
         "algorithm": {"type": "grid"},

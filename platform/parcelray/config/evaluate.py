@@ -42,7 +42,7 @@ class PassConfig(StrictModel):
     gpus_per_actor: float = Field(default=0.0, ge=0)
     """GPUs of each; a fraction lets several share one."""
     threads_per_actor: int | None = Field(default=None, ge=1)
-    """Threads of its arithmetic on a CPU; null: the node's cores divided by the actors."""
+    """Threads of each on a CPU; null: the node's cores divided by the actors, or with 0 actors those of the process."""
     readers: int = Field(default=1, ge=1)
     """Tasks that read rows at the same time."""
     batch_size: int = Field(default=64, ge=1)

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
@@ -46,7 +47,8 @@ def run_pass_in_process(
     settings: PassSettings = DEFAULT_PASS,
     on_progress: Callable[[str, int, int], None] = lambda benchmark, rows, total: None,
 ) -> dict[str, BenchmarkPass]:
-    """The pass in this process, one bundle after the other; see `evaluate.run_pass`."""
+    """The pass in this process, one bundle after the other, with its threads unless a number is set; see `evaluate.run_pass`."""
+    settings = replace(settings, threads_per_actor=settings.threads_per_actor or torch.get_num_threads())
     return answer_tasks(tasks, model, Answerer(model, settings, dtype_of(tasks)), settings=settings, on_progress=on_progress)
 
 
