@@ -14,7 +14,7 @@ CLUSTER := ray or serving or browser
 help:
 	@echo "make quickstart  the whole loop on this machine: train, evaluate, report (no GPU, no network, no server)"
 	@echo "make search      the split of every budget on a supernet, and the cluster count (about twenty minutes)"
-	@echo "make test        the tests (no GPU needed): about ten minutes on two cores"
+	@echo "make test        the tests (no GPU needed): about twelve minutes on two cores"
 	@echo "make test-all    also the nightly tests: long benches, repeated kills, whole pipelines"
 	@echo "make test-fast   only the quick tests without a cluster or a server"
 	@echo "make test-portable  the tests without a cluster, under other CPU instruction sets and thread counts"

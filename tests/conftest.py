@@ -59,7 +59,6 @@ def pytest_unconfigure() -> None:
 
 # Files that take longest, in this order: two processes that share the files then end at about the same time.
 _LONGEST = (
-    "serving/test_endpoint.py",
     "ray/test_training.py",
     "ray/test_evaluate.py",
     "ray/test_tuning.py",

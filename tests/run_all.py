@@ -1,7 +1,8 @@
-"""Run the tests in two groups and print one summary: failures, slowest tests, and skipped tests with their reasons.
+"""Run the tests in three groups and print one summary: failures, slowest tests, and skipped tests with their reasons.
 
-`make test` and `make test-all` call this. A group that fails does not keep the next one from running. Ray's tests are a
-group of their own because a process that is connected to Ray differs from one that is not.
+`make test` and `make test-all` call this. A group that fails does not keep the next one from running. Ray's tests have
+groups of their own because a process that is connected to Ray differs from one that is not. Ray Serve keeps both cores
+busy by itself.
 """
 
 import argparse
@@ -14,9 +15,10 @@ from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
-_GROUPS = ("not ray", "ray")
 # Two processes, each with whole files: fixtures of a module are made once. The order is that of conftest.py.
-_OPTIONS = ("-n", "2", "--dist", "loadscope", "--no-loadscope-reorder", "-o", "junit_family=xunit1")
+_TWO_PROCESSES = ("-n", "2", "--dist", "loadscope", "--no-loadscope-reorder")
+_GROUPS = {"not ray": _TWO_PROCESSES, "ray and not serving": _TWO_PROCESSES, "ray and serving": ()}
+"""Marker expression -> options of pytest."""
 _NO_TESTS = 5
 _SLOWEST = 20
 
@@ -39,12 +41,12 @@ def main() -> int:
     lines: list[str] = []
     failed = False
     with tempfile.TemporaryDirectory(prefix="parcelray-tests-") as folder:
-        for number, group in enumerate(_GROUPS):
+        for number, (group, options) in enumerate(_GROUPS.items()):
             report = Path(folder) / f"{number}.xml"
             started = time.monotonic()
             markers = f"{excluded} and {group}"
-            command = [sys.executable, "-m", "pytest", *_OPTIONS, "-m", markers, f"--junit-xml={report}"]
-            code = subprocess.run(command, check=False).returncode
+            command = [sys.executable, "-m", "pytest", *options, "-m", markers, f"--junit-xml={report}"]
+            code = subprocess.run([*command, "-o", "junit_family=xunit1"], check=False).returncode
             found = _cases(report) if report.is_file() else []
             outcome = "passed" if code in (0, _NO_TESTS) else f"FAILED (pytest exit code {code})"
             lines.append(f"{group}: {len(found)} tests in {time.monotonic() - started:.0f} s, {outcome}")
