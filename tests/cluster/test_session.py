@@ -19,7 +19,7 @@ def ray_folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="pr", ignore_cleanup_errors=True) as folder:
         monkeypatch.setenv("RAY_TMPDIR", folder)
         monkeypatch.setenv("HOME", folder)
-        for name in ("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        for name in ("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_worker_niceness"):
             monkeypatch.delenv(name, raising=False)
         yield Path(folder)
 
@@ -63,7 +63,7 @@ if __name__ == "__main__":
     def probe():
         import parcelray.config.base
 
-        return {"module": parcelray.config.base.__file__, "address": os.environ["RAY_ADDRESS"]}
+        return {"module": parcelray.config.base.__file__, "address": os.environ["RAY_ADDRESS"], "nice": os.nice(0)}
 
     class Published(logging.Handler):
         arrived = threading.Event()
@@ -82,6 +82,7 @@ if __name__ == "__main__":
         seen = ray.get(probe.remote())
         assert Path(seen["module"]).is_file()
         assert seen["address"] == os.environ["RAY_ADDRESS"]
+        assert seen["nice"] == os.nice(0), "workers have the driver's priority"
         assert seen["address"].split(":")[1] == session.address.split(":")[1]
         with ray_session() as inner:
             assert not inner.owned

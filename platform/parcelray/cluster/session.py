@@ -33,6 +33,7 @@ _START_ATTEMPTS = 3
 # Ray sets it for the driver of a submitted job, whose runtime environment already brings the package along.
 _JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 _LEVEL_VARIABLE = "RAY_BACKEND_LOG_LEVEL"
+_NICENESS_VARIABLE = "RAY_worker_niceness"
 _GCS_ADDRESS = re.compile(r"(?P<host>[^:/\s]+):(?P<port>\d{1,5})")
 _AUTH_LOGGER = "ray._private.authentication.authentication_token_setup"
 
@@ -87,7 +88,7 @@ def ray_session(
     with contextlib.ExitStack() as cleanup:
         # Registered first, so that the variables are put back after Ray is down.
         cleanup.enter_context(_restored(ADDRESS_VARIABLE, TOKEN_VARIABLE, MODE_VARIABLE, FOLDER_VARIABLE))
-        cleanup.enter_context(_restored("RAY_GCS_SERVER_PORT", "PYTHONBREAKPOINT"))
+        cleanup.enter_context(_restored("RAY_GCS_SERVER_PORT", "PYTHONBREAKPOINT", _NICENESS_VARIABLE))
         # Also on a joined cluster: this process creates Ray's lock files in the same folder.
         os.environ[FOLDER_VARIABLE] = str(temporary_folder())
         cleanup.callback(ray.shutdown)
@@ -161,6 +162,8 @@ def _start(num_cpus: int | None, num_gpus: int | None, object_store_bytes: int |
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     os.environ["RAY_GCS_SERVER_PORT"] = port
+    # Ray's default is 15: next to other busy processes its workers would get 3 % of a core, and hardly start.
+    os.environ.setdefault(_NICENESS_VARIABLE, "0")
     if os.environ.get(MODE_VARIABLE, "").lower() != "disabled" and find_token() is None:
         os.environ[TOKEN_VARIABLE] = _process_token()
     worker_variables = {ADDRESS_VARIABLE: f"127.0.0.1:{port}"}
