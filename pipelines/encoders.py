@@ -11,10 +11,10 @@ from pathlib import Path
 
 from rich.console import Console
 
-from parcelray.cluster.encoder_study import run_encoder_study
-from parcelray.cluster.scripts import overrides_of, run_script
+from parcelray.cli.scripts import overrides_of, run_script
 from parcelray.config.evaluate import EvaluateJob
 from parcelray.config.loader import load_job_of
+from parcelray.studies.encoders import run_encoder_study
 
 JOB = Path(__file__).resolve().parent.parent / "jobs" / "evaluate" / "training_free.yaml"
 MODELS = {"CLIP": "mini_llava", "SigLIP": "mini_llava_siglip", "ConvNeXt": "mini_llava_convnext"}

@@ -6,8 +6,8 @@ SAMPLES are per family and split (1000 if left out). The folder is then the `dat
 import sys
 from pathlib import Path
 
-from parcelray.benchmarks.mini.export import write_parquet
-from parcelray.benchmarks.mini.scenes import SPLITS
+from parcelray.datasets.mini.export import write_parquet
+from parcelray.datasets.mini.scenes import SPLITS
 
 
 def main() -> int:

@@ -12,23 +12,24 @@ from pathlib import Path
 
 from rich.console import Console
 
-from parcelray.cluster.comparison import REFERENCE, best_method, build_frontier, train_all
-from parcelray.cluster.scripts import overrides_of, run_script
+from parcelray.cli.scripts import overrides_of, run_script
 from parcelray.cluster.session import ray_session
 from parcelray.config.budget import UniformBudgets
 from parcelray.config.connector import M3ConnectorConfig, MqtConnectorConfig
 from parcelray.config.loader import config_hash, load_job_of
 from parcelray.config.train import TrainJob
-from parcelray.data.sources import held_out_samples
-from parcelray.evaluation.aggregate import Frontier
-from parcelray.evaluation.predictor import Predictor
+from parcelray.datasets.open import held_out_samples
+from parcelray.evaluation.frontier_files import write_frontier
+from parcelray.evaluation.frontier_table import frontier_table
+from parcelray.evaluation.predict import PYFUNC_FILE
+from parcelray.evaluation.predict.predictor import Predictor
+from parcelray.evaluation.scoring.aggregate import Frontier
 from parcelray.models.processor import image_size_of, load_processor
 from parcelray.models.vlm import load_vlm
-from parcelray.reports.frontier_files import write_frontier
-from parcelray.reports.tables import frontier_table
 from parcelray.tracking.mlflow_tracker import MlflowRunLogger, tracked_run
 from parcelray.tracking.registry import promote, register_model, resolve_registry
 from parcelray.tracking.store import ensure_store
+from parcelray.training.compare import REFERENCE, best_method, build_frontier, train_all
 
 ROOT = Path(__file__).resolve().parent.parent
 JOB = ROOT / "jobs" / "train" / "quickstart.yaml"
@@ -74,7 +75,7 @@ def run(job: TrainJob, console: Console) -> None:
         table, picture = write_frontier(frontier, folder, "Mini suite: score against visual tokens per image")
         _record(uri, run_id, frontier, table, picture)
         winner = best_method(frontier)
-        version = register_model(uri, runs[winner].model_folder, MODEL_NAME, runs[winner].mlflow_run_id or run_id)
+        version = register_model(uri, runs[winner].model_folder, MODEL_NAME, runs[winner].mlflow_run_id or run_id, pyfunc_file=PYFUNC_FILE)
         promote(uri, MODEL_NAME, version)
         report = Console(record=True, width=console.width, file=console.file)
         report.print(frontier_table(frontier))

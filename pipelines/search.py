@@ -15,16 +15,16 @@ from pathlib import Path
 
 from rich.console import Console
 
-from parcelray.cluster.scripts import overrides_of, run_script
+from parcelray.cli.scripts import overrides_of, run_script
 from parcelray.cluster.session import ray_session
-from parcelray.cluster.split_confirmation import confirm_splits
-from parcelray.cluster.training_run import run_training
-from parcelray.cluster.tuning_run import run_tuning
 from parcelray.config.loader import config_hash, load_job_of
 from parcelray.config.train import TrainJob
 from parcelray.config.tune import TuneJob
 from parcelray.tracking.mlflow_tracker import tracked_run
 from parcelray.tracking.store import ensure_store
+from parcelray.training.run import run_training
+from parcelray.tuning.confirm import confirm_splits
+from parcelray.tuning.run import run_tuning
 
 JOBS = Path(__file__).resolve().parent.parent / "jobs"
 RIVALS = {

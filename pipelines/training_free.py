@@ -9,10 +9,10 @@ the decoder at budgets that they can have. Random sampling runs with five seeds.
 import sys
 from pathlib import Path
 
-from parcelray.cluster.reduction_study import run_reduction_study
-from parcelray.cluster.scripts import overrides_of, run_script
+from parcelray.cli.scripts import overrides_of, run_script
 from parcelray.config.evaluate import EvaluateJob
 from parcelray.config.loader import load_job_of
+from parcelray.studies.reduction.study import run_reduction_study
 
 JOB = Path(__file__).resolve().parent.parent / "jobs" / "evaluate" / "training_free.yaml"
 

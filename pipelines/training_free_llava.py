@@ -10,11 +10,11 @@ from pathlib import Path
 
 from rich.console import Console
 
-from parcelray.cluster.evaluation_plan import evaluation_plan
-from parcelray.cluster.reduction_study import run_reduction_study
-from parcelray.cluster.scripts import overrides_of, run_script
+from parcelray.cli.scripts import overrides_of, run_script
 from parcelray.config.evaluate import EvaluateJob
 from parcelray.config.loader import load_job_of
+from parcelray.evaluation.plan import evaluation_plan
+from parcelray.studies.reduction.study import run_reduction_study
 
 JOB = Path(__file__).resolve().parent.parent / "jobs" / "evaluate" / "training_free_llava.yaml"
 METHODS = ("cluster", "cluster, no size bias", "cluster, contiguous")

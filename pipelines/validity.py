@@ -8,10 +8,10 @@ from pathlib import Path
 
 from rich.console import Console
 
-from parcelray.cluster.attention_studies import study_validity
-from parcelray.cluster.scripts import overrides_of, run_script, split_count
+from parcelray.cli.scripts import overrides_of, run_script, split_count
 from parcelray.config.evaluate import EvaluateJob
 from parcelray.config.loader import load_job_of
+from parcelray.studies.attention import study_validity
 
 JOB = Path(__file__).resolve().parent.parent / "jobs" / "evaluate" / "attention.yaml"
 COUNT = 120

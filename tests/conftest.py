@@ -6,6 +6,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -59,13 +60,13 @@ def pytest_unconfigure() -> None:
 
 # Files that take longest, in this order: two processes that share the files then end at about the same time.
 _LONGEST = (
-    "ray/test_training.py",
-    "ray/test_evaluate.py",
-    "ray/test_tuning.py",
-    "evaluation/test_predictor.py",
+    "training/test_trainer.py",
+    "evaluation/passes/test_ray_pass.py",
+    "tuning/test_run.py",
+    "evaluation/predict/test_predictor.py",
     "training/test_in_process.py",
     "training/test_nlvr_training.py",
-    "serving/test_offline_parity.py",
+    "serving/engine/test_offline_parity.py",
 )
 
 
@@ -114,6 +115,30 @@ def ray_session() -> Iterator[None]:
 
     # Without an address Ray would join a cluster that somebody else runs on this machine.
     with session.ray_session("local", num_cpus=4, object_store_bytes=300 * 1024**2):
+        yield
+
+
+@pytest.fixture(scope="session")
+def tiny_start(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The section `model` of a job that starts from a tiny untrained checkpoint.
+
+    A job from scratch would train its tokenizer in every worker and every reader.
+    """
+    # Imported here: it loads torch and transformers, which most runs of single files do not need.
+    from .tiny import tiny_checkpoint
+
+    return {"type": "checkpoint", "reference": str(tiny_checkpoint(tmp_path_factory.mktemp("start"), seed=3))}
+
+
+@pytest.fixture(scope="module")
+def without_pictures() -> Iterator[None]:
+    """Makes evaluations leave an empty file for their picture: drawing it takes as long as a tiny model's answers."""
+
+    def plot(summary: object, path: Path) -> None:
+        path.touch()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("parcelray.evaluation.results.plot_evaluation", plot)
         yield
 
 

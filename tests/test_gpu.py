@@ -7,12 +7,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from parcelray.benchmarks.mini import FAMILIES, family_samples
+from parcelray.bench.kmeans import photograph_tokens
+from parcelray.bench.overhead import REDUCERS
 from parcelray.config.connector import M3ConnectorConfig
-from parcelray.data.collator import decode_image
-from parcelray.data.sample import Sample
-from parcelray.evaluation.generation import GenerationSettings
-from parcelray.evaluation.predictor import Predictor
+from parcelray.datasets.images import decode_image
+from parcelray.datasets.mini import FAMILIES, family_samples
+from parcelray.datasets.sample import Sample
+from parcelray.evaluation.predict.generation import GenerationSettings
+from parcelray.evaluation.predict.predictor import Predictor
 from parcelray.models.checkpoint import resolve_checkpoint
 from parcelray.models.processor import load_processor
 from parcelray.models.token_reduction import build_reducer
@@ -21,10 +23,8 @@ from parcelray.models.token_reduction.context import ReductionContext
 from parcelray.models.token_reduction.encoder_view import EncoderView
 from parcelray.models.token_reduction.kmeans import cluster_sums, kmeans
 from parcelray.models.vlm import load_vlm
-from parcelray.profiling.kmeans_bench import photograph_tokens
-from parcelray.profiling.overhead_bench import REDUCERS
-from parcelray.serving.continuous_engine import ContinuousEngine
-from parcelray.serving.waiting import answer_all
+from parcelray.serving.engine.continuous_engine import ContinuousEngine
+from parcelray.serving.engine.waiting import answer_all
 from parcelray.training.in_process import fit_in_process
 from tests.serving.conftest import Asker
 from tests.training.conftest import tiny_job

@@ -7,12 +7,13 @@ import pytest
 from scipy import stats
 
 from parcelray.analysis.attention_maps import AttentionMaps, attention_maps
-from parcelray.analysis.leave_token_out import Pair, leave_one_out, moved_places, validity
+from parcelray.analysis.leave_token_out import leave_one_out, moved_places, validity
 from parcelray.analysis.redundancy_profile import redundancy_profile
 from parcelray.analysis.saliency import jaccard, saliency_report, saliency_reports
 from parcelray.config.connector import M3ConnectorConfig
 from parcelray.config.model import MiniLlavaModelConfig
 from parcelray.errors import UserError
+from parcelray.evaluation.inputs import Pair
 from parcelray.models.mini_llava import build
 
 from ..models.conftest import CORPUS, MINI_LLAVA, random_images

@@ -7,12 +7,12 @@ import pytest
 
 from parcelray.benchmarks.catalog import builtin, catalog, find
 from parcelray.benchmarks.metrics import metric
-from parcelray.benchmarks.opening import open_reader
-from parcelray.benchmarks.table_reader import TableReader
+from parcelray.benchmarks.open import open_reader
+from parcelray.benchmarks.readers.table import TableReader
 from parcelray.config.benchmark import TableSource
-from parcelray.data.collator import decode_image
+from parcelray.datasets.images import decode_image
 from parcelray.errors import UserError
-from parcelray.evaluation.split_scores import GivenAnswer, ScoringRules, score_splits
+from parcelray.evaluation.scoring.split_scores import GivenAnswer, ScoringRules, score_splits
 
 from .table_data import ROWS, write_benchmark
 

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from parcelray.benchmarks.opening import open_reader
+from parcelray.benchmarks.open import open_reader
 from parcelray.config.benchmark import BenchmarkConfig
-from parcelray.data.collator import decode_image
-from parcelray.evaluation.split_scores import GivenAnswer, score_splits
+from parcelray.datasets.images import decode_image
+from parcelray.evaluation.scoring.split_scores import GivenAnswer, score_splits
 
 BENCHMARK = BenchmarkConfig.model_validate(
     {

@@ -13,7 +13,7 @@ from parcelray.models.checkpoint import verify_manifest
 from parcelray.models.rerouting import write_rerouted
 from parcelray.models.vlm import connector_of, load_vlm
 
-from ..cluster.tiny import tiny_checkpoint
+from ..tiny import tiny_checkpoint
 
 ROUTING = [RouteConfig(min_budget=4, max_budget=31, anchor_grid=2), RouteConfig(min_budget=32, max_budget=256, anchor_grid=0)]
 

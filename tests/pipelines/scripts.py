@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
-from ..ray.processes import own_ray
+from ..processes import own_ray
 
 ROOT = Path(__file__).resolve().parents[2]
 # Only a hang takes as long.

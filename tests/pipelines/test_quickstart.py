@@ -10,7 +10,7 @@ from rich.console import Console
 
 from parcelray.config.loader import load_job_of
 from parcelray.config.train import TrainJob
-from parcelray.training.run_folder import RunFolder
+from parcelray.tracking.run_folder import RunFolder
 
 from ..stores import new_store
 from .scripts import kill_script, run_script, script, sets

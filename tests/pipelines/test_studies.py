@@ -15,14 +15,14 @@ from PIL import Image
 from rich.console import Console
 from scipy import stats
 
-from parcelray.analysis.leave_token_out import Pair
 from parcelray.benchmarks.catalog import catalog, find
-from parcelray.benchmarks.mini import FAMILIES, family_samples
-from parcelray.cluster import attention_studies
-from parcelray.cluster.reduction_methods import all_budgets, methods_of
 from parcelray.config.evaluate import EvaluateJob
+from parcelray.datasets.mini import FAMILIES, family_samples
 from parcelray.errors import UserError
+from parcelray.evaluation.inputs import Pair
 from parcelray.models.backbones.base import Depths
+from parcelray.studies import attention as attention_studies
+from parcelray.studies.reduction.methods import all_budgets, methods_of
 
 from ..benchmarks.table_data import write_benchmark
 from .scripts import run_script, script, sets

@@ -16,8 +16,7 @@ from parcelray.errors import UnsupportedBudgetError, UserError
 from parcelray.models.backbones import ElasticPaliGemmaConfig, ElasticPaliGemmaForConditionalGeneration
 from parcelray.models.connectors import Connector, build_connector
 from parcelray.profiling.backbone_shapes import PRESETS, BackboneShape, from_transformers_config
-from parcelray.profiling.flops import CostBreakdown, cost, decoding_flops, patch_embedding_flops
-from parcelray.profiling.kv_cache import BYTES_PER_MB, kv_cache_bytes
+from parcelray.profiling.flops import BYTES_PER_MB, CostBreakdown, cost, decoding_flops, kv_cache_bytes, patch_embedding_flops
 
 PALIGEMMA = PRESETS["paligemma2-3b"]
 ALL_CONNECTORS = (

@@ -5,18 +5,18 @@ from collections.abc import Iterator
 
 import pytest
 
-from parcelray.benchmarks.mini import FAMILIES, family_samples
 from parcelray.config.connector import M3ConnectorConfig
-from parcelray.data.collator import decode_image
-from parcelray.data.sample import Sample
+from parcelray.datasets.images import decode_image
+from parcelray.datasets.mini import FAMILIES, family_samples
+from parcelray.datasets.sample import Sample
 from parcelray.models.backbones import ElasticVLM
 from parcelray.models.backbones.processor_base import ElasticProcessor
 from parcelray.models.checkpoint import MINI_BASE, resolve_checkpoint
 from parcelray.models.processor import load_processor
 from parcelray.models.vlm import load_vlm, use_sdpa_where_exact
-from parcelray.serving.continuous_engine import ContinuousEngine, EngineLimits
-from parcelray.serving.engine import GenerateRequest, Sampling
-from parcelray.serving.prompting import PromptBuilder
+from parcelray.serving.engine.continuous_engine import ContinuousEngine, EngineLimits
+from parcelray.serving.engine.engine import GenerateRequest, Sampling
+from parcelray.serving.ingress.prompting import PromptBuilder
 
 
 @pytest.fixture(scope="session")
@@ -77,5 +77,5 @@ def ask(processor: ElasticProcessor) -> Asker:
 @pytest.fixture
 def never_ending(monkeypatch: pytest.MonkeyPatch) -> None:
     """Engines that are made now know no end token: answers are as long as they may be."""
-    monkeypatch.setattr("parcelray.serving.continuous_engine.end_ids", lambda *_: frozenset())
+    monkeypatch.setattr("parcelray.serving.engine.continuous_engine.end_ids", lambda *_: frozenset())
     monkeypatch.setattr("parcelray.serving.static_engine.end_ids", lambda *_: frozenset())

@@ -14,21 +14,21 @@ from parcelray.models.backbones import ElasticVLM
 from parcelray.models.backbones.processor_base import ElasticProcessor
 from parcelray.profiling.backbone_shapes import from_transformers_config
 from parcelray.profiling.flops import cost
-from parcelray.serving.admission import Admission
-from parcelray.serving.api import Api
-from parcelray.serving.auth import ApiKey, Gatekeeper
-from parcelray.serving.budget_chooser import BudgetChooser
-from parcelray.serving.budget_policy import BudgetPolicy
-from parcelray.serving.chat import ChatService
-from parcelray.serving.clients import LocalClient, ModelClient
-from parcelray.serving.continuous_engine import ContinuousEngine
-from parcelray.serving.engine import Engine
-from parcelray.serving.engine_factory import limits_of
-from parcelray.serving.image_reader import ImageReader
-from parcelray.serving.metrics import EndpointMetrics
-from parcelray.serving.prompting import PromptBuilder
-from parcelray.serving.request_log import RequestLog
-from parcelray.serving.routes import Route, Routes
+from parcelray.serving.engine.budget_chooser import BudgetChooser
+from parcelray.serving.engine.continuous_engine import ContinuousEngine
+from parcelray.serving.engine.engine import Engine
+from parcelray.serving.http.api import Api
+from parcelray.serving.http.auth import ApiKey, Gatekeeper
+from parcelray.serving.http.image_reader import ImageReader
+from parcelray.serving.ingress.admission import Admission
+from parcelray.serving.ingress.budget_policy import BudgetPolicy
+from parcelray.serving.ingress.chat import ChatService
+from parcelray.serving.ingress.clients import LocalClient, ModelClient
+from parcelray.serving.ingress.metrics import EndpointMetrics
+from parcelray.serving.ingress.prompting import PromptBuilder
+from parcelray.serving.ingress.request_log import RequestLog
+from parcelray.serving.ingress.routes import Route, Routes
+from parcelray.serving.replica.engine_factory import limits_of
 
 VERSION = "models:/mini/7"
 PATIENCE_S = 300.0

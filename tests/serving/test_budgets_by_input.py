@@ -10,25 +10,25 @@ import numpy as np
 import pytest
 from openai import OpenAI
 
-from parcelray.cluster.serving_run import pin
 from parcelray.config.budget_policy import InputPolicyConfig, ServedBudgets
-from parcelray.data.sample import Sample
+from parcelray.datasets.sample import Sample
 from parcelray.errors import UserError
-from parcelray.evaluation.budget_predictor import BudgetPredictor, fit_predictor
-from parcelray.evaluation.budget_signals import SignalReader
+from parcelray.evaluation.adaptive.budget_predictor import BudgetPredictor, fit_predictor
+from parcelray.evaluation.adaptive.budget_signals import SignalReader
 from parcelray.models.backbones import ElasticVLM
 from parcelray.models.backbones.processor_base import ElasticProcessor
 from parcelray.models.checkpoint import MINI_BASE, resolve_checkpoint
 from parcelray.serving.app import replica_settings
-from parcelray.serving.budget_chooser import BudgetChooser, load_predictor
-from parcelray.serving.continuous_engine import ContinuousEngine, EngineLimits
-from parcelray.serving.engine import EngineRefusal
-from parcelray.serving.replica_loading import load_chooser
+from parcelray.serving.engine.budget_chooser import BudgetChooser, load_predictor
+from parcelray.serving.engine.continuous_engine import ContinuousEngine, EngineLimits
+from parcelray.serving.engine.engine import EngineRefusal
+from parcelray.serving.engine.waiting import answer_all
+from parcelray.serving.replica.replica_loading import load_chooser
+from parcelray.serving.run import pin
 from parcelray.serving.static_engine import StaticEngine
-from parcelray.serving.waiting import answer_all
 from tests.serving.conftest import Asker
+from tests.serving.http.test_api import message
 from tests.serving.local import PATIENCE_S, endpoint, job_of
-from tests.serving.test_api import message
 
 BUDGETS = (16, 64, 256)
 CLEAR = 1e-3

@@ -7,7 +7,7 @@ from typing import Any
 
 import ray.serve
 
-from parcelray.serving.metrics import EndpointMetrics
+from parcelray.serving.ingress.metrics import EndpointMetrics
 
 ROOT = Path(__file__).resolve().parents[2]
 NAME = re.compile(r"parcel:\w+")

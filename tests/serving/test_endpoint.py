@@ -25,15 +25,15 @@ from mlflow.artifacts import load_dict
 from openai import APIStatusError, AsyncOpenAI, OpenAI, RateLimitError
 from ray import serve
 
-from parcelray.cluster.serving_run import PinnedEndpoint, deploy, endpoint, pin
 from parcelray.config.connector import M3ConnectorConfig
-from parcelray.data.sample import Sample
+from parcelray.datasets.sample import Sample
 from parcelray.errors import UserError
 from parcelray.models.backbones import ElasticVLM
 from parcelray.models.backbones.processor_base import ElasticProcessor
 from parcelray.models.mini import save_checkpoint
+from parcelray.serving.run import PinnedEndpoint, deploy, endpoint, pin
+from tests.serving.http.test_api import message
 from tests.serving.local import PATIENCE_S, PATIENT, job_of, wait_until
-from tests.serving.test_api import message
 
 pytestmark = [pytest.mark.serving, pytest.mark.ray, pytest.mark.slow]
 

@@ -11,16 +11,16 @@ import torch
 
 from parcelray.errors import UserError
 from parcelray.models.backbones.processor_base import ElasticProcessor
-from parcelray.serving.admission import Admission
-from parcelray.serving.api_errors import ApiError
-from parcelray.serving.auth import Gatekeeper, add_key, read_keys, remove_key
-from parcelray.serving.engine import EngineStats, Event, Finished, GenerateRequest, Piece, Sampling
+from parcelray.serving.engine.engine import EngineStats, Event, Finished, GenerateRequest, Piece, Sampling
+from parcelray.serving.engine.job import AnswerWriter
+from parcelray.serving.engine.kv_pool import BLOCK_TOKENS, KVPool, slots_of, table_of
+from parcelray.serving.engine.sampling import choose, generator_of
+from parcelray.serving.engine.text_stream import TextStream
 from parcelray.serving.feature_cache import FeatureCache
-from parcelray.serving.job import AnswerWriter
-from parcelray.serving.kv_pool import BLOCK_TOKENS, KVPool, slots_of, table_of
-from parcelray.serving.remote_images import fetch_image, is_public
-from parcelray.serving.sampling import choose, generator_of
-from parcelray.serving.text_stream import TextStream
+from parcelray.serving.http.api_errors import ApiError
+from parcelray.serving.http.auth import Gatekeeper, add_key, read_keys, remove_key
+from parcelray.serving.http.remote_images import fetch_image, is_public
+from parcelray.serving.ingress.admission import Admission
 
 
 def _pool(tokens: int) -> KVPool:

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from openai import AuthenticationError, OpenAI
 
-from parcelray.serving.auth import add_key, remove_key
-from tests.ray.processes import own_ray
+from parcelray.serving.http.auth import add_key, remove_key
+from tests.processes import own_ray
 from tests.serving.local import PATIENCE_S, wait_until
 
 pytestmark = [pytest.mark.serving, pytest.mark.ray, pytest.mark.slow]

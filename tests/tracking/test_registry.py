@@ -6,6 +6,7 @@ from mlflow import MlflowClient
 from safetensors.torch import save_file
 
 from parcelray.errors import UserError
+from parcelray.evaluation.predict import PYFUNC_FILE
 from parcelray.models.checkpoint import resolve_checkpoint, write_manifest
 from parcelray.tracking.mlflow_tracker import end_run, start_run
 from parcelray.tracking.registry import SIGNATURE, promote, register_model, resolve_registry, rollback
@@ -44,7 +45,7 @@ def checkpoint_folder(path, value):
 def versions(uri, run_id, tmp_path_factory):
     """Three versions of the model `parcel`, with weights of 1, 2 and 3."""
     root = tmp_path_factory.mktemp("checkpoints")
-    return [register_model(uri, checkpoint_folder(root / str(i), i), "parcel", run_id, tags={"score": f"0.{i}"}) for i in (1, 2, 3)]
+    return [register_model(uri, checkpoint_folder(root / str(i), i), "parcel", run_id, pyfunc_file=PYFUNC_FILE, tags={"score": f"0.{i}"}) for i in (1, 2, 3)]
 
 
 def test_versions_carry_their_origin_and_end_no_run(client, run_id, versions):
@@ -73,7 +74,7 @@ def test_a_version_is_a_model_from_code_without_pickles_and_local_paths(uri, ver
 
 
 def test_the_same_content_of_the_same_run_is_registered_once(uri, run_id, versions, tmp_path):
-    assert register_model(uri, checkpoint_folder(tmp_path / "again", 2), "parcel", run_id) == 2
+    assert register_model(uri, checkpoint_folder(tmp_path / "again", 2), "parcel", run_id, pyfunc_file=PYFUNC_FILE) == 2
 
 
 def test_promotion_keeps_the_former_champion_as_previous_and_rollback_swaps_them(uri, client, versions):
@@ -178,10 +179,10 @@ def test_a_checkpoint_without_manifest_or_with_pickles_is_not_registered(uri, ru
     folder = checkpoint_folder(tmp_path / "model", 1)
     (folder / "training_args.bin").write_bytes(b"")
     with pytest.raises(UserError, match="can run code"):
-        register_model(uri, folder, "parcel", run_id)
+        register_model(uri, folder, "parcel", run_id, pyfunc_file=PYFUNC_FILE)
     (folder / "training_args.bin").unlink()
     (folder / "manifest.json").unlink()
     with pytest.raises(UserError, match="write_manifest"):
-        register_model(uri, folder, "parcel", run_id)
+        register_model(uri, folder, "parcel", run_id, pyfunc_file=PYFUNC_FILE)
     with pytest.raises(UserError, match="illegal"):
-        register_model(uri, folder, "org/parcel", run_id)
+        register_model(uri, folder, "org/parcel", run_id, pyfunc_file=PYFUNC_FILE)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from parcelray.evaluation.predict import PYFUNC_FILE
 from parcelray.models.checkpoint import verify_manifest, write_manifest
 from parcelray.tracking.mlflow_tracker import last_logged_step, tracked_run
 from parcelray.tracking.registry import promote, register_model, resolve_registry
@@ -60,7 +61,7 @@ def test_runs_metrics_and_models_work_through_a_server(server, tmp_path):
         tracker = open_tracker(server, run_id)
         tracker.log_metrics({"train/loss": 1.0, "val/mini/accuracy@64": 0.5}, 3)
         tracker.close()
-        version = register_model(server, folder, "parcel", run_id)
+        version = register_model(server, folder, "parcel", run_id, pyfunc_file=PYFUNC_FILE)
         promote(server, "parcel", version)
     assert last_logged_step(server, run_id, "val/mini/accuracy@64") == 3
 

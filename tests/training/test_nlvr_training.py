@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from parcelray.benchmarks.nlvr_questions import TASKS
-from parcelray.cluster.training_run import run_training
+from parcelray.datasets.nlvr.questions import TASKS
 from parcelray.errors import UserError
+from parcelray.training.run import run_training
 
 from .conftest import tiny_job
 

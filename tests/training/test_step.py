@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from parcelray.benchmarks.mini.suite import MiniSuite
 from parcelray.config.connector import ParcelConnectorConfig
 from parcelray.config.model import MiniModelConfig
 from parcelray.config.optimizer import AdamWConfig, ScheduleConfig, SgdConfig
-from parcelray.data.collator import IGNORED, Collator
+from parcelray.datasets.collator import IGNORED, Collator
+from parcelray.datasets.mini.suite import MiniSuite
 from parcelray.models.backbones import ElasticVLM
 from parcelray.models.backbones.paligemma_processor import ElasticPaliGemmaProcessor
 from parcelray.models.mini import build_config, build_model, build_processor

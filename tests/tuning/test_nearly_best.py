@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from parcelray.evaluation.split_scores import Estimate
+from parcelray.evaluation.scoring.split_scores import Estimate
 from parcelray.tuning.nearly_best import choose_families
 
 

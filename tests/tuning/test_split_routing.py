@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from parcelray.evaluation.split_scores import Estimate
+from parcelray.evaluation.scoring.split_scores import Estimate
 from parcelray.tuning.split_routing import choose_splits, routing_of
 
 

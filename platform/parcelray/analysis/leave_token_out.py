@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from scipy import stats
 
-from parcelray.evaluation.intervals import Interval, bootstrap_mean
-from parcelray.evaluation.paired import holm
+from parcelray.evaluation.inputs import Pair
+from parcelray.evaluation.scoring.intervals import Interval, bootstrap_mean
+from parcelray.evaluation.scoring.paired import holm
 from parcelray.models.backbones import ElasticVLM
 from parcelray.models.backbones.processor_base import ElasticProcessor
 from parcelray.models.reduced_decoder import ReducedDecoder, VisualTokens, encode_prompts
@@ -28,15 +28,6 @@ from parcelray.models.token_reduction.base import grid_side
 from parcelray.models.token_reduction.encoder_view import EncoderView
 
 Floats = NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class Pair:
-    """One image with a question and its answer."""
-
-    image: Image.Image
-    prompt: str
-    answer: str
 
 
 @dataclass(frozen=True)

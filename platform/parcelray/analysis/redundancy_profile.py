@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from parcelray.analysis.redundancy import effective_rank, mean_pairwise_cosine
-from parcelray.evaluation.intervals import Interval, bootstrap_mean
+from parcelray.evaluation.scoring.intervals import Interval, bootstrap_mean
 from parcelray.models.backbones import ElasticVLM
 from parcelray.models.backbones.processor_base import ElasticProcessor
 from parcelray.models.token_reduction.kmeans import kmeans

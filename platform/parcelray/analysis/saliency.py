@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from parcelray.analysis.attention_maps import AttentionMaps, Floats
-from parcelray.evaluation.intervals import Interval, bootstrap_mean
+from parcelray.evaluation.scoring.intervals import Interval, bootstrap_mean
 
 _TOP = 0.11
 """Share of the tokens whose overlap is counted: 64 of 576."""

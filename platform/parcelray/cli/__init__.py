@@ -48,11 +48,11 @@ def train(job_file: JobFile, overrides: Set = [], dry_run: DryRun = False, addre
 
     job = load_job_of(TrainJob, job_file, overrides)
     if dry_run:
-        from parcelray.cluster.plan import training_plan
+        from parcelray.training.plan import training_plan
 
         show(training_plan(job), as_json, lambda plan: plan.to_rich())
         return
-    from parcelray.cluster.training_run import run_training
+    from parcelray.training.run import run_training
 
     run = run_training(job, console(stderr=as_json), address=address)
     if as_json:

@@ -28,7 +28,7 @@ def saliency(
     as_json: AsJson = False,
 ) -> None:
     """Saliency against the prompt: rank agreement, what draws attention, and heat maps."""
-    from parcelray.cluster.attention_studies import study_saliency
+    from parcelray.studies.attention import study_saliency
 
     folder = output or Path("runs/analyze/saliency") / _slug(model)
     reports = study_saliency(model, console(stderr=as_json), images=images, count=count, prompts=prompts, folder=folder, tracking=_tracking(tracking_uri))
@@ -46,7 +46,7 @@ def validity(
     as_json: AsJson = False,
 ) -> None:
     """Attention against the loss of likelihood when a token is left out, with a permutation test."""
-    from parcelray.cluster.attention_studies import study_validity
+    from parcelray.studies.attention import study_validity
 
     folder = output or Path("runs/analyze/validity") / _slug(model)
     result = study_validity(model, console(stderr=as_json), count=count, permutations=permutations, folder=folder, tracking=_tracking(tracking_uri))
@@ -64,7 +64,7 @@ def redundancy(
     as_json: AsJson = False,
 ) -> None:
     """Effective rank, cosines, and the variance that a few clusters explain."""
-    from parcelray.cluster.attention_studies import study_redundancy
+    from parcelray.studies.attention import study_redundancy
 
     folder = output or Path("runs/analyze/redundancy") / "-".join(_slug(model) for model in models)
     profiles = study_redundancy(models, console(stderr=as_json), images=images, count=count, folder=folder, tracking=_tracking(tracking_uri))
@@ -81,9 +81,9 @@ def adaptive(
     as_json: AsJson = False,
 ) -> None:
     """Budgets chosen per image and question against fixed ones: an escalation rule, a predictor, the oracle; with calibration."""
-    from parcelray.cluster.adaptive_study import study_adaptive
     from parcelray.config.evaluate import EvaluateJob
     from parcelray.config.loader import load_job_of
+    from parcelray.evaluation.adaptive.study import study_adaptive
 
     job = load_job_of(EvaluateJob, job_file, overrides)
     run = study_adaptive(job, console(stderr=as_json), folder=output or Path("runs/analyze/adaptive") / job.name, address=address)

@@ -16,7 +16,7 @@ def bench_train(
     as_json: AsJson = False,
 ) -> None:
     """Steps per second of Ray Train with one worker over the same loop in this process."""
-    from parcelray.cluster.train_bench import bench_training
+    from parcelray.bench.train import bench_training
 
     show_report(bench_training(steps=steps, repeats=repeats), as_json)
 
@@ -30,7 +30,7 @@ def bench_evaluate(
     as_json: AsJson = False,
 ) -> None:
     """All budgets in one pass, shared images, Ray Data against a plain loop, and peak memory."""
-    from parcelray.cluster.evaluate_bench import bench_evaluation
+    from parcelray.bench.evaluate import bench_evaluation
 
     show_report(bench_evaluation(samples=samples, repeats=repeats, memory_samples=(small, large)), as_json)
 
@@ -43,7 +43,7 @@ def bench_tune(
     as_json: AsJson = False,
 ) -> None:
     """A split search in warm actors against a process per point, and a training trial against its bare training."""
-    from parcelray.cluster.tune_bench import bench_tuning
+    from parcelray.bench.tune import bench_tuning
 
     show_report(bench_tuning(samples=samples, steps=steps, repeats=repeats, say=tell), as_json)
 
@@ -58,7 +58,7 @@ def bench_serve(
     as_json: AsJson = False,
 ) -> None:
     """The endpoint against offline batches, a plain server and fixed budgets."""
-    from parcelray.cluster.serve_bench import bench_serving
+    from parcelray.bench.serve import bench_serving
 
     show_report(bench_serving(requests=requests, repeats=repeats, port=port, threads=threads, device=device), as_json)
 
@@ -74,7 +74,7 @@ def bench_connector(
     as_json: AsJson = False,
 ) -> None:
     """Time and memory of each connector, and its share of the prefill, by budget."""
-    from parcelray.profiling.connector_bench import bench_connectors
+    from parcelray.bench.connector import bench_connectors
 
     report = bench_connectors(backbone, integers(budgets, "--budgets"), batch_size=batch_size, repeats=repeats, device=device, resolution=resolution)
     show_report(report, as_json)
@@ -90,7 +90,7 @@ def bench_kmeans(
     as_json: AsJson = False,
 ) -> None:
     """Our K-means for visual tokens beside scikit-learn's and three other libraries'."""
-    from parcelray.profiling.kmeans_bench import bench_kmeans
+    from parcelray.bench.kmeans import bench_kmeans
 
     report = bench_kmeans(
         widths=integers(widths, "--widths"),
@@ -115,7 +115,7 @@ def bench_overhead(
     as_json: AsJson = False,
 ) -> None:
     """What each training-free reduction costs against what the shorter prompt saves."""
-    from parcelray.profiling.overhead_bench import REDUCERS, bench_overhead
+    from parcelray.bench.overhead import REDUCERS, bench_overhead
 
     report = bench_overhead(
         budgets=integers(budgets, "--budgets"),

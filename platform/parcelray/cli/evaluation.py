@@ -32,11 +32,11 @@ def evaluate_run(job_file: JobFile, overrides: Set = [], dry_run: DryRun = False
 
     job = load_job_of(EvaluateJob, job_file, overrides)
     if dry_run:
-        from parcelray.cluster.evaluation_plan import evaluation_plan
+        from parcelray.evaluation.plan import evaluation_plan
 
         show(evaluation_plan(job), as_json, lambda plan: plan.to_rich())
         return
-    from parcelray.cluster.evaluation_run import run_evaluation
+    from parcelray.evaluation.run import run_evaluation
 
     run = run_evaluation(job, console(stderr=as_json), address=address)
     if as_json:
@@ -51,7 +51,7 @@ def evaluate_score(
     as_json: AsJson = False,
 ) -> None:
     """Score a finished evaluation again, without the model and the data."""
-    from parcelray.cluster.evaluation_results import rescore, show
+    from parcelray.evaluation.results import rescore, show
 
     chosen = dict(pair(text, "--metric", "BENCHMARK=METRIC:VARIANT") for text in metrics)
     summary = rescore(folder, chosen, need_within)
@@ -65,7 +65,7 @@ def evaluate_compare(
     as_json: AsJson = False,
 ) -> None:
     """Compare two evaluations, or two budgets of one, on the same samples: paired bootstrap and McNemar's test."""
-    from parcelray.cluster.comparing import compare_evaluations
+    from parcelray.evaluation.compare import compare_evaluations
 
     show(compare_evaluations(first, second), as_json, lambda value: value.to_rich())
 
@@ -76,7 +76,7 @@ def evaluate_aggregate(
     as_json: AsJson = False,
 ) -> None:
     """The aggregate rows of a printed table: mean retention by family and overall, and the splits that lose most."""
-    from parcelray.evaluation.printed_table import aggregate_table
+    from parcelray.evaluation.scoring.printed_table import aggregate_table
 
     show(aggregate_table(table), as_json, lambda value: value.to_rich())
 
@@ -87,7 +87,7 @@ def evaluate_seeds(
     as_json: AsJson = False,
 ) -> None:
     """Mean and standard deviation over seeds."""
-    from parcelray.cluster.comparing import over_seeds
+    from parcelray.evaluation.compare import over_seeds
 
     show(over_seeds(folders), as_json, lambda value: value.to_rich())
 
@@ -99,7 +99,7 @@ def benchmarks_list(
     as_json: AsJson = False,
 ) -> None:
     """List the benchmark splits."""
-    from parcelray.cluster.benchmark_pages import Listing
+    from parcelray.benchmarks.pages import Listing
 
     show(Listing.of(own, only), as_json, lambda value: value.to_rich())
 
@@ -129,7 +129,7 @@ def benchmarks_check(
     as_json: AsJson = False,
 ) -> None:
     """Check that data fit a benchmark: columns, ids, images, answers, and the number of rows. Exit code 2 if something is wrong."""
-    from parcelray.cluster.benchmark_pages import check_data
+    from parcelray.benchmarks.pages import check_data
 
     report = check_data(name, data, own, rows, family)
     show(report, as_json, lambda value: value.to_rich())

@@ -15,7 +15,7 @@ _TrackingUri = Annotated[str | None, typer.Option(help="MLflow tracking URI of t
 @models_app.command("list")
 def models_list(tracking_uri: _TrackingUri = None, as_json: AsJson = False) -> None:
     """List the registered models with their aliases."""
-    from parcelray.cluster.model_pages import list_models
+    from parcelray.promotion.pages import list_models
 
     show(list_models(tracking_uri), as_json, lambda value: value.to_rich())
 
@@ -28,7 +28,7 @@ def models_show(
     as_json: AsJson = False,
 ) -> None:
     """Show a model's versions, or all that is known of one: origin, scores, and the verdict of its gates."""
-    from parcelray.cluster.model_pages import show_model
+    from parcelray.promotion.pages import show_model
 
     show(show_model(name, version, tracking_uri), as_json, lambda value: value.to_rich())
 
@@ -43,9 +43,9 @@ def models_promote(
     as_json: AsJson = False,
 ) -> None:
     """Put the candidate of a job file to its gates, and make it the champion if it passes. Exit code 2 if it does not."""
-    from parcelray.cluster.promotion import promotion_plan, run_promotion
     from parcelray.config.loader import load_job_of
     from parcelray.config.promote import PromoteJob
+    from parcelray.promotion.run import promotion_plan, run_promotion
 
     job = load_job_of(PromoteJob, job_file, overrides)
     if dry_run:
@@ -59,6 +59,6 @@ def models_promote(
 @models_app.command("rollback")
 def models_rollback(name: _Name, tracking_uri: _TrackingUri = None, as_json: AsJson = False) -> None:
     """Make the previous champion the champion again; the two change places."""
-    from parcelray.cluster.model_pages import roll_back
+    from parcelray.promotion.pages import roll_back
 
     show(roll_back(name, tracking_uri), as_json, lambda value: value.to_rich())

@@ -13,8 +13,8 @@ from parcelray.errors import UserError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from parcelray.bench.measure import Report
     from parcelray.config.loader import Job
-    from parcelray.profiling.measure import Report
 
 JobFile = Annotated[Path, typer.Argument(help="A job file, such as jobs/train/nlvr_parcel.yaml.", show_default=False)]
 Set = Annotated[list[str], typer.Option("--set", help="Change a value of the job: a.b=value. Repeatable.", show_default=False)]
@@ -59,6 +59,6 @@ def write_json(data: Any) -> None:
 
 
 def console(*, stderr: bool = False) -> "Console":
-    from parcelray.reports.console import open_console
+    from parcelray.console import open_console
 
     return open_console(stderr=stderr)

@@ -22,13 +22,13 @@ def serve(
     as_json: AsJson = False,
 ) -> None:
     """Answer requests, OpenAI-compatible, at any visual-token budget; until Ctrl-C."""
-    from parcelray.cluster.serving_plan import serve_job, serving_plan
+    from parcelray.serving.plan import serve_job, serving_plan
 
     job = serve_job(target, overrides, host=host, port=port)
     if dry_run:
         show(serving_plan(job), as_json, lambda plan: plan.to_rich())
         return
-    from parcelray.cluster.serving_run import pin, run_endpoint
+    from parcelray.serving.run import pin, run_endpoint
 
     pinned = pin(job)
     if build is not None:
@@ -47,7 +47,7 @@ def keys_add(
     per_minute: Annotated[int, typer.Option(min=1, help="Requests that it may make in a minute.")] = 600,
 ) -> None:
     """Make a key. It is shown once; the file keeps only its hash."""
-    from parcelray.serving.auth import add_key
+    from parcelray.serving.http.auth import add_key
 
     key = add_key(file, name, per_minute)
     console(stderr=True).print(f"Key of {name}, shown this once; its hash is in {file}", highlight=False, soft_wrap=True)
@@ -60,7 +60,7 @@ def keys_remove(
     file: _KeysFile = Path("runs/serve/keys.txt"),
 ) -> None:
     """Remove a key. A running `parcelray serve` takes it as valid until it gets SIGHUP."""
-    from parcelray.serving.auth import remove_key
+    from parcelray.serving.http.auth import remove_key
 
     remove_key(file, name)
     console().print(f"Removed the key of {name} from {file}; send SIGHUP to a running `parcelray serve`", highlight=False, soft_wrap=True)
@@ -71,7 +71,7 @@ def keys_list(file: _KeysFile = Path("runs/serve/keys.txt")) -> None:
     """List the owners of keys."""
     from rich.table import Table
 
-    from parcelray.serving.auth import read_keys
+    from parcelray.serving.http.auth import read_keys
 
     table = Table("name", "requests a minute", "hash")
     for key in read_keys(file):

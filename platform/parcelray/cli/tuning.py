@@ -29,13 +29,13 @@ def tune(  # noqa: PLR0913 - options of a command
 
     job = load_job_of(TuneJob, job_file, overrides)
     if dry_run:
-        from parcelray.cluster.tuning_plan import tuning_plan
+        from parcelray.tuning.plan import tuning_plan
 
         show(tuning_plan(job, address), as_json, lambda plan: plan.to_rich())
         return
     if select is not None:
-        from parcelray.cluster.tuning_results import select as select_trial
-        from parcelray.training.run_folder import RunFolder
+        from parcelray.tracking.run_folder import RunFolder
+        from parcelray.tuning.results import select as select_trial
         from parcelray.tuning.trial_record import TrialRecord
 
         run_folder = RunFolder(job)
@@ -49,12 +49,12 @@ def tune(  # noqa: PLR0913 - options of a command
             return
         console().print(f"{path}: trial {chosen.key}. Run it with: parcelray {job.base.kind} {path}", highlight=False, soft_wrap=True)
         return
-    from parcelray.cluster.tuning_run import run_tuning
+    from parcelray.tuning.run import run_tuning
 
     run = run_tuning(job, console(stderr=as_json), address=address, resume=resume, retry_failed=retry_failed)
     confirmed = None
     if confirm:
-        from parcelray.cluster.split_confirmation import confirm_splits
+        from parcelray.tuning.confirm import confirm_splits
 
         confirmed = confirm_splits(job, run, console(stderr=as_json), address=address)
     if as_json:

@@ -180,7 +180,7 @@ class NlvrSource(StrictModel):
 
 
 class SamplesSource(StrictModel):
-    """Parquet files with the columns of `parcelray.data.sample.Sample`, as the mini suite's export writes them."""
+    """Parquet files with the columns of `parcelray.datasets.sample.Sample`, as the mini suite's export writes them."""
 
     type: Literal["samples"] = "samples"
     split: Literal["validation", "test"] = "test"

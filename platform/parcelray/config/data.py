@@ -37,7 +37,7 @@ class NlvrDataConfig(StrictModel):
 
 
 class ParquetDataConfig(StrictModel):
-    """A folder of parquet files with the columns of `parcelray.data.sample.Sample`, as written by the mini suite's export."""
+    """A folder of parquet files with the columns of `parcelray.datasets.sample.Sample`, as written by the mini suite's export."""
 
     type: Literal["parquet"] = "parquet"
     path: str

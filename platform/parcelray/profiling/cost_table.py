@@ -11,8 +11,7 @@ from pydantic import TypeAdapter
 from parcelray.config.connector import ConnectorConfig, IdentityConnectorConfig
 from parcelray.errors import UserError
 from parcelray.profiling.backbone_shapes import BackboneShape, resolve_backbone
-from parcelray.profiling.flops import CostBreakdown, cost, default_text_tokens
-from parcelray.profiling.kv_cache import BYTES_PER_MB
+from parcelray.profiling.flops import BYTES_PER_MB, CostBreakdown, cost, default_text_tokens
 
 if TYPE_CHECKING:
     from rich.table import Table

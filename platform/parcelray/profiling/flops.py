@@ -15,12 +15,14 @@ from parcelray.config.connector import ConnectorConfig
 from parcelray.errors import UserError
 from parcelray.profiling.backbone_shapes import BackboneShape
 from parcelray.profiling.connector_flops import connector_flops
-from parcelray.profiling.kv_cache import kv_cache_bytes
 
 IMAGE_TEXT_TOKENS = 128 + 1
 """N_t of an image prompt in the paper: 128 tokens of text and one separator."""
 VIDEO_TEXT_TOKENS = 64 + 1
 """N_t of a prompt with several frames in the paper."""
+
+BYTES_PER_MB = 1024**2
+"""The paper's MB (arXiv 2605.30126, Appendix C)."""
 
 
 class Workload(NamedTuple):
@@ -166,3 +168,14 @@ def _check(load: Workload, shape: BackboneShape) -> None:
         raise UserError(
             f"{load.num_visual_tokens} visual tokens per image is outside 1 to {shape.num_patches}, the patches of {shape.name} at {shape.image_size} px."
         )
+
+
+def kv_cache_bytes(shape: BackboneShape, num_tokens: int, bytes_per_value: int = 2) -> int:
+    """Bytes of the key-value cache: a key and a value per token, layer and key-value head (arXiv 2605.30126, Appendix C).
+
+    Args:
+        shape: the backbone.
+        num_tokens: visual and text tokens together.
+        bytes_per_value: 2 for bf16, 4 for float32.
+    """
+    return num_tokens * 2 * bytes_per_value * shape.text_layers * shape.num_kv_heads * shape.head_dim

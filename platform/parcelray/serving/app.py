@@ -14,10 +14,10 @@ from parcelray.config.base import StrictModel
 from parcelray.config.budget_policy import InputPolicyConfig
 from parcelray.config.serve import ReplicasConfig, ServedModelConfig, ServeJob
 from parcelray.models.checkpoint import ResolvedCheckpoint
-from parcelray.serving.ingress import MODEL_DEPLOYMENT, Ingress, IngressRoutes, RouteSettings
-from parcelray.serving.model_replica import ModelReplica
-from parcelray.serving.proxy_guard import proxy_environment
-from parcelray.serving.replica_settings import ReplicaSettings
+from parcelray.serving.http.proxy_guard import proxy_environment
+from parcelray.serving.ingress.ingress import MODEL_DEPLOYMENT, Ingress, IngressRoutes, RouteSettings
+from parcelray.serving.replica.model_replica import ModelReplica
+from parcelray.serving.replica.replica_settings import ReplicaSettings
 
 INGRESS_DEPLOYMENT = "Ingress"
 LOGGING = {"encoding": "JSON", "enable_access_log": False}

@@ -20,19 +20,19 @@ from transformers import LogitsProcessorList, StoppingCriteriaList
 
 from parcelray.models.backbones import ElasticVLM
 from parcelray.models.backbones.processor_base import ElasticProcessor
-from parcelray.serving.budget_chooser import BudgetChooser
-from parcelray.serving.continuous_engine import EngineLimits
-from parcelray.serving.engine import EngineRefusal, EngineStats, GenerateRequest, ImagePixels, Inspection, Listener, check_request
-from parcelray.serving.job import AnswerWriter, Job, end_ids
-from parcelray.serving.sampling import choose
-from parcelray.serving.vision import VisionStage
+from parcelray.serving.engine.budget_chooser import BudgetChooser
+from parcelray.serving.engine.continuous_engine import EngineLimits
+from parcelray.serving.engine.engine import EngineRefusal, EngineStats, GenerateRequest, ImagePixels, Inspection, Listener, check_request
+from parcelray.serving.engine.job import AnswerWriter, Job, end_ids
+from parcelray.serving.engine.sampling import choose
+from parcelray.serving.engine.vision import VisionStage
 
 logger = logging.getLogger(__name__)
 _CLOSING = "This replica is shutting down; send the request again."
 
 
 class StaticEngine:
-    """See the module's docstring; implements `parcelray.serving.engine.Engine`.
+    """See the module's docstring; implements `parcelray.serving.engine.engine.Engine`.
 
     Args:
         model: in evaluation mode, on its device.

@@ -6,10 +6,12 @@ Limits of MLflow 3.17: 100 params or tags and 1,000 metrics a batch, 1 MB a requ
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from parcelray.tracking.store import hide_credentials
-from parcelray.tracking.tracker import ParamValue
+
+ParamValue = str | int | float | bool | None
+RunStatus = Literal["FINISHED", "FAILED", "KILLED"]
 
 MAX_KEY = 250
 MAX_PARAM = 6000

@@ -17,9 +17,8 @@ from mlflow.exceptions import MlflowException
 
 from parcelray.errors import SystemFailure, UserError
 from parcelray.tracking.drivers import driver_tag, is_kill, is_other_live_driver, sigterm_as_exit
-from parcelray.tracking.entries import METRICS_PER_BATCH, PARAMS_PER_BATCH, batches, clean_key, clean_params, clean_tags
+from parcelray.tracking.entries import METRICS_PER_BATCH, PARAMS_PER_BATCH, ParamValue, RunStatus, batches, clean_key, clean_params, clean_tags
 from parcelray.tracking.store import artifact_location, ensure_store, store_lock
-from parcelray.tracking.tracker import ParamValue, RunStatus
 
 IDENTITY_TAG = "parcel.identity"
 ATTEMPT_TAG = "parcel.attempt"

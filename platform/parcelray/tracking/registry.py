@@ -52,6 +52,7 @@ def register_model(
     name: str,
     run_id: str,
     *,
+    pyfunc_file: Path,
     example_budget: int = 64,
     tags: Mapping[str, str] | None = None,
 ) -> int:
@@ -64,6 +65,7 @@ def register_model(
         model_dir: checkpoint folder with a manifest (`models.checkpoint.write_manifest`).
         name: registered model; created when missing.
         run_id: the run that produced the checkpoint.
+        pyfunc_file: Python file that MLflow copies into the version and runs on load (models from code).
         example_budget: num_visual_tokens of the input example; one that the model supports.
         tags: further tags of the version, such as scores.
 
@@ -81,7 +83,7 @@ def register_model(
     for version in client.search_model_versions(f"name='{name}' and run_id='{run_id}'"):
         if version.tags.get(CONTENT_TAG) == content:
             return int(version.version)
-    logged = _log_model(client, model_dir, name, run_id, example_budget)
+    logged = _log_model(client, model_dir, name, run_id, pyfunc_file, example_budget)
     try:
         client.create_registered_model(name)
     except MlflowException as error:
@@ -188,13 +190,13 @@ def input_example(num_visual_tokens: int) -> pd.DataFrame:
     )
 
 
-def _log_model(client: MlflowClient, model_dir: Path, name: str, run_id: str, example_budget: int) -> LoggedModel:
+def _log_model(client: MlflowClient, model_dir: Path, name: str, run_id: str, pyfunc_file: Path, example_budget: int) -> LoggedModel:
     experiment_id = client.get_run(run_id).info.experiment_id
     logged = client.create_logged_model(experiment_id, name=name, source_run_id=run_id, model_type="elastic-vlm")
     try:
         with tempfile.TemporaryDirectory() as scratch:
             wrapper = Path(scratch) / "model"
-            _save_wrapper(wrapper, logged, run_id, example_budget)
+            _save_wrapper(wrapper, logged, run_id, pyfunc_file, example_budget)
             client.log_model_artifacts(logged.model_id, str(wrapper))
         # The weights go straight from the checkpoint folder to the store, without a copy in the temporary folder.
         client.log_model_artifacts(logged.model_id, str(model_dir), _MODEL_SUBPATH)
@@ -205,7 +207,7 @@ def _log_model(client: MlflowClient, model_dir: Path, name: str, run_id: str, ex
     return client.finalize_logged_model(logged.model_id, "READY")
 
 
-def _save_wrapper(path: Path, logged: LoggedModel, run_id: str, example_budget: int) -> None:
+def _save_wrapper(path: Path, logged: LoggedModel, run_id: str, pyfunc_file: Path, example_budget: int) -> None:
     model = Model(artifact_path=logged.artifact_location, run_id=run_id, model_id=logged.model_id)
     with warnings.catch_warnings():
         # MLflow warns about its own type hints when this part of it is imported, and calls pandas in a way that pandas deprecates.
@@ -215,7 +217,7 @@ def _save_wrapper(path: Path, logged: LoggedModel, run_id: str, example_budget: 
 
         mlflow.pyfunc.save_model(
             str(path),
-            python_model=str(Path(__file__).with_name("pyfunc_model.py")),
+            python_model=str(pyfunc_file),
             signature=SIGNATURE,
             input_example=input_example(example_budget),
             pip_requirements=_requirements(),

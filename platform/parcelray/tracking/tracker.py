@@ -2,10 +2,9 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Protocol
 
-ParamValue = str | int | float | bool | None
-RunStatus = Literal["FINISHED", "FAILED", "KILLED"]
+from parcelray.tracking.entries import ParamValue, RunStatus
 
 
 class Tracker(Protocol):

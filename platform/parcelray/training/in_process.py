@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 
 from parcelray.config.train import TrainJob
-from parcelray.data.collator import Batch
-from parcelray.data.reading import in_process_batches
-from parcelray.training.allocator import keep_freed_memory
+from parcelray.datasets.collator import Batch
+from parcelray.models.allocator import keep_freed_memory
+from parcelray.training.batches.reading import in_process_batches
 from parcelray.training.metric_logger import MetricLogger
 from parcelray.training.progress import Progress
 from parcelray.training.start import build_resumed, build_start, step_reader, validation_samples

@@ -17,7 +17,7 @@ from parcelray.config.train import TrainJob
 from parcelray.training.metric_logger import MetricLogger
 
 if TYPE_CHECKING:
-    from parcelray.data.collator import Batch
+    from parcelray.datasets.collator import Batch
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,8 @@ def train_worker(config: dict[str, Any]) -> None:
     """
     import torch
 
-    from parcelray.data.ray_reading import ray_batches
-    from parcelray.training.allocator import keep_freed_memory
+    from parcelray.models.allocator import keep_freed_memory
+    from parcelray.training.batches.ray_reading import ray_batches
     from parcelray.training.start import build_resumed, build_start, step_reader, validation_samples
     from parcelray.training.train_loop import LoopInputs, train
 

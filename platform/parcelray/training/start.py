@@ -2,13 +2,11 @@
 
 from pathlib import Path
 
-from parcelray.benchmarks.mini.suite import MiniSuite
 from parcelray.config.model import MiniLlavaModelConfig, MiniModelConfig
 from parcelray.config.train import TrainJob
-from parcelray.data.reading import StepReader
-from parcelray.data.sample import Sample
-from parcelray.data.schedule import BatchSchedule
-from parcelray.data.sources import held_out_samples, training_source
+from parcelray.datasets.mini.suite import MiniSuite
+from parcelray.datasets.open import held_out_samples, training_source
+from parcelray.datasets.sample import Sample
 from parcelray.errors import UserError
 from parcelray.models import mini_llava
 from parcelray.models.backbones import ElasticVLM
@@ -16,6 +14,8 @@ from parcelray.models.backbones.processor_base import ElasticProcessor
 from parcelray.models.mini import build_config, build_model, build_processor
 from parcelray.models.processor import load_processor
 from parcelray.models.vlm import load_vlm, use_sdpa_where_exact
+from parcelray.training.batches.reading import StepReader
+from parcelray.training.batches.schedule import BatchSchedule
 
 _TOKENIZER_TEXTS = 20_000
 """Texts of the mini suite that a model from scratch gets its tokenizer from."""

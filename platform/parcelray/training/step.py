@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from parcelray.config.optimizer import AdamWConfig, OptimizerConfig, ScheduleConfig
-from parcelray.data.collator import IGNORED, Batch
+from parcelray.datasets.collator import IGNORED, Batch
 from parcelray.models.backbones import ElasticVLM
 from parcelray.models.backbones.processor_base import ElasticProcessor
 

@@ -17,8 +17,8 @@ from accelerate.utils import DistributedDataParallelKwargs, set_seed
 from parcelray.analysis.redundancy import effective_rank, mean_pairwise_cosine
 from parcelray.config.loader import config_hash
 from parcelray.config.train import TrainingConfig, TrainJob
-from parcelray.data.collator import Batch
-from parcelray.data.sample import Sample
+from parcelray.datasets.collator import Batch
+from parcelray.datasets.sample import Sample
 from parcelray.errors import SystemFailure
 from parcelray.models.backbones import ElasticVLM
 from parcelray.models.backbones.processor_base import ElasticProcessor

@@ -13,11 +13,11 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from parcelray.config.train import TrainJob
 from parcelray.errors import SystemFailure, UserError
+from parcelray.tracking.run_folder import RunFolder
 from parcelray.training.metric_logger import MetricLogger
 from parcelray.training.progress import Progress
 from parcelray.training.progress_board import progress_board
 from parcelray.training.ray_worker import Reports, WorkerInputs, train_worker
-from parcelray.training.run_folder import RunFolder
 
 
 def fit(

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from parcelray.config.train import TrainJob
-from parcelray.data.sample import Sample
-from parcelray.evaluation.predictor import Predictor
-from parcelray.evaluation.score import score
+from parcelray.datasets.sample import Sample
+from parcelray.evaluation.predict.predictor import Predictor
+from parcelray.evaluation.scoring.score import score
 from parcelray.models.backbones import ElasticVLM
 from parcelray.models.backbones.processor_base import ElasticProcessor
 from parcelray.training import checkpointing

@@ -3,9 +3,9 @@
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
-from parcelray.evaluation.aggregate import difference
-from parcelray.evaluation.intervals import Interval
-from parcelray.evaluation.split_scores import Estimate
+from parcelray.evaluation.scoring.aggregate import difference
+from parcelray.evaluation.scoring.intervals import Interval
+from parcelray.evaluation.scoring.split_scores import Estimate
 
 Key = TypeVar("Key", bound=Hashable)
 

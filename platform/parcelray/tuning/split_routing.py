@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from parcelray.config.connector import RouteConfig
-from parcelray.evaluation.aggregate import difference
-from parcelray.evaluation.intervals import Interval
-from parcelray.evaluation.split_scores import Estimate
+from parcelray.evaluation.scoring.aggregate import difference
+from parcelray.evaluation.scoring.intervals import Interval
+from parcelray.evaluation.scoring.split_scores import Estimate
 from parcelray.tuning.nearly_best import nearly_best
 
 

@@ -3,7 +3,7 @@ from typing import Any
 
 import pytest
 
-from parcelray.data.sample import Sample
+from parcelray.datasets.sample import Sample
 
 MakeSample = Callable[..., Sample]
 

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 
 from parcelray.benchmarks.metrics import metric
-from parcelray.benchmarks.metrics.box_iou import Box, format_locations, iou, parse_locations
+from parcelray.benchmarks.metrics.box_iou import iou
 from parcelray.benchmarks.metrics.mask_decoder import MaskDecoder, load_mask_decoder
 from parcelray.benchmarks.metrics.masks import decode_mask, polygon_mask
 from parcelray.benchmarks.metrics.refseg_miou import mask_iou, read_segmentation
+from parcelray.datasets.boxes import Box, format_locations, parse_locations
 from parcelray.errors import UserError
 
 _OFFICIAL = json.loads((Path(__file__).parent / "official_scores.json").read_text(encoding="utf-8"))

@@ -13,7 +13,7 @@ import itertools
 from collections.abc import Callable
 
 from parcelray.benchmarks.metrics.base import UNSCORED, Judgement, PerSampleMetric, variants
-from parcelray.data.sample import Sample
+from parcelray.datasets.sample import Sample
 
 _THRESHOLD = 0.5
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
-from parcelray.data.sample import Sample
+from parcelray.datasets.sample import Sample
 
 
 class MetricResult(NamedTuple):

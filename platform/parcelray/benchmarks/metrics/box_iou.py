@@ -11,37 +11,14 @@ sample's answers.
 """
 
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from parcelray.benchmarks.metrics.base import MetricResult, scored_mean, variants
-from parcelray.data.sample import Sample
+from parcelray.datasets.boxes import Box, parse_locations
+from parcelray.datasets.sample import Sample
 
-_LOCATIONS = re.compile(r"<loc(\d{4})>\s*<loc(\d{4})>\s*<loc(\d{4})>\s*<loc(\d{4})>")
 _THRESHOLD = 0.5
-_LAST_BIN = 1023
-
-
-class Box(NamedTuple):
-    """A box in fractions of the image's sides."""
-
-    top: float
-    left: float
-    bottom: float
-    right: float
-
-
-def format_locations(box: Box) -> str:
-    """Four location tokens (y_min, x_min, y_max, x_max), bin = round(fraction x 1023)."""
-    return "".join(f"<loc{round(min(max(value, 0.0), 1.0) * _LAST_BIN):04d}>" for value in box)
-
-
-def parse_locations(text: str) -> Box | None:
-    """The first box in a text; None if there is none."""
-    match = _LOCATIONS.search(text)
-    return Box(*(int(group) / _LAST_BIN for group in match.groups())) if match else None
 
 
 def iou(first: Box, second: Box) -> float:

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from parcelray.benchmarks.metrics.base import MetricResult, scored_mean, variants
 from parcelray.benchmarks.metrics.caption_tokens import caption_tokens
-from parcelray.data.sample import Sample
+from parcelray.datasets.sample import Sample
 
 _ORDERS = 4
 _SIGMA = 6.0

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from parcelray.benchmarks.metrics.base import UNSCORED, Judgement, PerSampleMetric, variants
 from parcelray.benchmarks.metrics.exact_match import as_is, normalize
 from parcelray.benchmarks.metrics.numerals import NUMERALS
-from parcelray.data.sample import Sample
+from parcelray.datasets.sample import Sample
 
 
 def numeral(text: str) -> str:

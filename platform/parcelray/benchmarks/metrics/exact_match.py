@@ -14,7 +14,7 @@ import string
 from collections.abc import Callable
 
 from parcelray.benchmarks.metrics.base import UNSCORED, Judgement, PerSampleMetric, by_metadata, variants
-from parcelray.data.sample import Sample
+from parcelray.datasets.sample import Sample
 
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 

@@ -12,7 +12,7 @@ Metadata read: `types`, a mapping with `structural` and `semantic` (optional).
 
 from parcelray.benchmarks.metrics.base import PerSampleMetric, variants
 from parcelray.benchmarks.metrics.exact_match import as_is, matcher, stripped, without_punctuation
-from parcelray.data.sample import Sample
+from parcelray.datasets.sample import Sample
 
 
 def _groups(sample: Sample) -> tuple[str, ...]:

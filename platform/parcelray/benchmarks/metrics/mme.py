@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from parcelray.benchmarks.metrics.base import UNPARSED, UNSCORED, Judgement, MetricResult, count_unparsed, scored_mean, variants
 from parcelray.benchmarks.metrics.needed import needed
-from parcelray.data.sample import Sample
+from parcelray.datasets.sample import Sample
 from parcelray.errors import UserError
 
 PERCEPTION = ("existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR")

@@ -16,7 +16,7 @@ import re
 
 from parcelray.benchmarks.metrics.base import UNSCORED, Judgement, PerSampleMetric, by_metadata, variants
 from parcelray.benchmarks.metrics.multiple_choice import judge_choice, read_option
-from parcelray.data.sample import Sample
+from parcelray.datasets.sample import Sample
 
 _NUMBER = re.compile(r"-?\d[\d,]*\.?\d*(?:[eE][+-]?\d+)?")
 

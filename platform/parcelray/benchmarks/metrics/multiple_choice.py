@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 
 from parcelray.benchmarks.metrics.base import UNPARSED, UNSCORED, Judgement, PerSampleMetric, by_metadata, variants
 from parcelray.benchmarks.metrics.needed import needed
-from parcelray.data.sample import Sample
+from parcelray.datasets.sample import Sample
 
 Reader = Callable[[str, Sequence[str]], str | None]
 """From an answer and the option texts to a letter; None: unreadable."""

@@ -2,7 +2,7 @@
 
 from typing import TypeVar
 
-from parcelray.data.sample import Sample
+from parcelray.datasets.sample import Sample
 from parcelray.errors import UserError
 
 T = TypeVar("T")

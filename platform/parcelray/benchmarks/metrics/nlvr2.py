@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from parcelray.benchmarks.metrics.base import UNPARSED, UNSCORED, Judgement, MetricResult, PerSampleMetric, by_metadata, variants
 from parcelray.benchmarks.metrics.consistency import consistency
-from parcelray.data.sample import Sample
+from parcelray.datasets.sample import Sample
 
 _MEANINGS = {"true": True, "yes": True, "false": False, "no": False}
 

@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from parcelray.benchmarks.metrics.base import UNPARSED, UNSCORED, Judgement, MetricResult, count_unparsed, scored_mean, variants
-from parcelray.data.sample import Sample
+from parcelray.datasets.sample import Sample
 
 _NAMES = ("accuracy", "precision", "recall", "f1", "yes_ratio")
 

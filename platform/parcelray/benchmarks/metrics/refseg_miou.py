@@ -23,9 +23,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from parcelray.benchmarks.metrics.base import MetricResult, scored_mean, variants
-from parcelray.benchmarks.metrics.box_iou import Box, accuracies, iou, parse_locations
+from parcelray.benchmarks.metrics.box_iou import accuracies, iou
 from parcelray.benchmarks.metrics.masks import Mask, decode_mask
-from parcelray.data.sample import Sample
+from parcelray.datasets.boxes import Box, parse_locations
+from parcelray.datasets.sample import Sample
 from parcelray.errors import UserError
 
 _TOKENS = re.compile(r"\s*((?:<loc\d{4}>\s*){4})((?:<seg\d{3}>\s*){16})")

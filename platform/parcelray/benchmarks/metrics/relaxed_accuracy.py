@@ -8,7 +8,7 @@ Metadata read: `type` (optional; sub-scores, for ChartQA's human and augmented q
 """
 
 from parcelray.benchmarks.metrics.base import UNSCORED, Judgement, PerSampleMetric, by_metadata, variants
-from parcelray.data.sample import Sample
+from parcelray.datasets.sample import Sample
 
 _TOLERANCE = 0.05
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from parcelray.benchmarks.metrics import vqa_accuracy
 from parcelray.benchmarks.metrics.base import Judgement, MetricResult, PerSampleMetric, by_metadata, scored_mean, variants
 from parcelray.benchmarks.metrics.vqa_text import m4c_pre_step, normalize
-from parcelray.data.sample import Sample
+from parcelray.datasets.sample import Sample
 
 _UNANSWERABLE = "unanswerable"
 

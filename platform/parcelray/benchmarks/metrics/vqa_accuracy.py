@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 
 from parcelray.benchmarks.metrics.base import UNSCORED, Judgement, PerSampleMetric, by_metadata, variants
 from parcelray.benchmarks.metrics.vqa_text import m4c_pre_step, normalize, strip_spaces
-from parcelray.data.sample import Sample
+from parcelray.datasets.sample import Sample
 
 _ENOUGH = 3
 

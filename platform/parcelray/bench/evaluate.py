@@ -1,0 +1,305 @@
+"""`parcelray bench evaluate`: what one pass over all budgets saves, what sharing an image saves, what Ray Data costs, and whether memory grows."""
+
+import dataclasses
+import multiprocessing
+import os
+import statistics
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from parcelray.bench.measure import Measure, Report, interquartile_range, machine_info, time_pairs
+from parcelray.benchmarks.readers.base import DataPin, RowSamples
+from parcelray.benchmarks.readers.samples import SamplesReader
+from parcelray.cluster.session import ray_session
+from parcelray.config.connector import ParcelConnectorConfig
+from parcelray.config.model import MiniModelConfig
+from parcelray.datasets.mini.suite import family_samples
+from parcelray.datasets.parquet import to_table
+from parcelray.datasets.sample import Sample
+from parcelray.evaluation.passes.shards import BenchmarkTask, EvaluatedModel, PassSettings
+from parcelray.evaluation.predict.generation import GenerationSettings
+from parcelray.evaluation.predict.predictor import Predictor
+from parcelray.models.backbones import ElasticVLM
+from parcelray.models.backbones.paligemma_processor import ElasticPaliGemmaProcessor
+from parcelray.models.backbones.processor_base import ElasticProcessor
+from parcelray.models.checkpoint import MINI_BASE, resolve_checkpoint
+from parcelray.models.mini import build_config, build_model
+from parcelray.models.processor import load_processor
+from parcelray.models.quiet import quiet_transformers
+from parcelray.models.vlm import load_vlm, use_sdpa_where_exact
+
+BUDGETS = (16, 64, 256)
+_ANSWER = GenerationSettings(max_new_tokens=4)
+_QUESTIONS = 48
+"""Of the comparison of one pass with one for each budget."""
+_IMAGES = 12
+"""Of the comparison of shared images with copies; at least `_QUESTIONS_PER_IMAGE`, because each question is that of one of them."""
+_QUESTIONS_PER_IMAGE = 5
+_VISION_HEAVY = MiniModelConfig(vision_width=192, vision_layers=12, vision_heads=4, vision_mlp_width=768, text_layers=2)
+_TINY = MiniModelConfig(
+    vision_width=24, vision_layers=1, vision_heads=2, vision_mlp_width=32, text_width=24, text_layers=1, text_heads=2, text_kv_heads=1, text_mlp_width=32
+)
+_MEMORY_POLL_S = 0.5
+_DIFFERENT = 1000
+"""Samples of the memory comparison that differ; the others repeat them."""
+
+Model = tuple[ElasticVLM, ElasticProcessor]
+
+
+def bench_evaluation(*, samples: int, repeats: int, memory_samples: tuple[int, int]) -> Report:
+    """Runs all four comparisons.
+
+    Args:
+        samples: of the comparison of Ray Data with a plain loop.
+        repeats: rounds of each comparison.
+        memory_samples: a smaller and a larger evaluation whose peak memory is compared.
+    """
+    with tempfile.TemporaryDirectory(prefix="parcelray-bench-") as name:
+        folder = Path(name)
+        mini = _save(_mini(), folder / "mini")
+        measures = [
+            *_one_pass("mini", mini, repeats),
+            *_one_pass("vision-heavy", _random(_VISION_HEAVY), repeats),
+            *_sharing(mini, repeats),
+            *_ray_data(folder, samples, repeats),
+            *_memory(folder, memory_samples),
+        ]
+    return Report(tuple(measures), machine_info())
+
+
+def _one_pass(name: str, model: Model, repeats: int) -> Iterator[Measure]:
+    """(a) Three budgets in one pass against one pass for each."""
+    predictor = Predictor(*model, settings=_ANSWER)
+    samples = family_samples("test", "general", _QUESTIONS)
+    apart = {budget: predictor.generate_budgets(samples, [budget])[budget] for budget in BUDGETS}
+    together = predictor.generate_budgets(samples, BUDGETS)
+    timing = time_pairs(
+        lambda: [predictor.generate_budgets(samples, [budget]) for budget in BUDGETS], lambda: predictor.generate_budgets(samples, BUDGETS), repeats
+    )
+    goal = ">= 1.8" if name == "vision-heavy" else None
+    yield Measure(f"{name}: one pass over {len(BUDGETS)} budgets", timing.ratio, "times faster", timing.spread_ratio, goal, "one pass per budget")
+    yield Measure(f"{name}: answers that differ", _differing(apart, together), "answers", goal="<= 0", against="one pass per budget")
+
+
+def _sharing(model: Model, repeats: int) -> Iterator[Measure]:
+    """(b) Questions that share an image against the same questions about copies of it."""
+    predictor = Predictor(*model, settings=_ANSWER)
+    images = family_samples("test", "general", _IMAGES)
+    shared = [
+        dataclasses.replace(sample, id=f"{sample.id}-{number}", prompt=images[number].prompt, images=sample.images[:1])
+        for sample in images
+        for number in range(_QUESTIONS_PER_IMAGE)
+    ]
+    # Bytes after the end of a PNG change nothing of the picture, but no longer are the bytes the same.
+    copied = [dataclasses.replace(sample, images=(sample.images[0] + number.to_bytes(4, "big"),)) for number, sample in enumerate(shared)]
+    together, apart = predictor.generate_budgets(shared, BUDGETS), predictor.generate_budgets(copied, BUDGETS)
+    timing = time_pairs(lambda: predictor.generate_budgets(copied, BUDGETS), lambda: predictor.generate_budgets(shared, BUDGETS), repeats)
+    label = f"mini: {_QUESTIONS_PER_IMAGE} questions that share an image"
+    yield Measure(label, timing.ratio, "times faster", timing.spread_ratio, against="the same without sharing")
+    yield Measure("mini: answers that differ", _differing(apart, together), "answers", goal="<= 0", against="the same without sharing")
+
+
+def _ray_data(folder: Path, count: int, repeats: int) -> Iterator[Measure]:
+    """(c) The Ray Data path with one actor against a plain loop, both timed between their first and last bundle."""
+    from parcelray.evaluation.passes.ray_pass import run_pass
+
+    data = _export(folder / "samples", count)
+    task = BenchmarkTask(SamplesReader("samples", data), range(count), _ANSWER)
+    settings = PassSettings(rows_per_bundle=64)
+    rates: dict[str, list[float]] = {"plain loop": [], "ray data": []}
+    startups: list[float] = []
+    with ray_session():
+        for number in range(repeats):
+            clock = _Clock()
+            _plain_loop(folder / "mini", task, clock)
+            rates["plain loop"].append(clock.rate())
+            clock = _Clock()
+            model = EvaluatedModel(folder / "mini", "mini", f"bench-{number}", (64,), str(folder / "store"))
+            run_pass([task], model, settings=settings, on_progress=clock.note)
+            rates["ray data"].append(clock.rate())
+            startups.append(clock.first())
+    for name, values in rates.items():
+        yield Measure(f"{name}, {count} samples", statistics.median(values), "samples/s", interquartile_range(values))
+    ratios = [ray / loop for ray, loop in zip(rates["ray data"], rates["plain loop"], strict=True)]
+    yield Measure("ray data over plain loop", statistics.median(ratios), "ratio", interquartile_range(ratios), ">= 0.9", "plain loop")
+    yield Measure("ray data: until the first bundle is stored", statistics.median(startups), "s", interquartile_range(startups))
+
+
+def _plain_loop(checkpoint: Path, task: BenchmarkTask, clock: "_Clock") -> None:
+    """What one would write without a platform: read, answer, keep in a list."""
+    model = load_vlm(checkpoint).eval()
+    use_sdpa_where_exact(model)
+    predictor = Predictor(model, load_processor(checkpoint), settings=task.generation)
+    answers: list[str] = []
+    for start in range(0, len(task.rows), 64):
+        samples = [sample for row in task.rows[start : start + 64] for sample in task.reader.read(row).samples]
+        answers += predictor.generate(samples, num_visual_tokens=64)
+        clock.note("samples", len(answers), len(task.rows))
+
+
+def _memory(folder: Path, counts: tuple[int, int]) -> Iterator[Measure]:
+    """(d) Peak memory of the driver and of all that Ray starts for it, for a smaller and a larger evaluation."""
+    data = _export(folder / "few", _DIFFERENT)
+    checkpoint = folder / "tiny"
+    _save(_random(_TINY), checkpoint)
+    peaks = []
+    for count in counts:
+        peaks.append(_in_a_process(_peak_of_a_pass, (data, checkpoint, count, folder / f"store-{count}")))
+        yield Measure(f"peak memory, {count} samples", peaks[-1] / 2**20, "MiB")
+    yield Measure(f"peak memory, {counts[1]} over {counts[0]} samples", peaks[1] / peaks[0], "ratio", goal="<= 1.15", against=f"{counts[0]} samples")
+
+
+@dataclass(frozen=True)
+class _Repeated(SamplesReader):
+    """The same samples again and again, under new names."""
+
+    count: int = 0
+
+    def pin(self) -> DataPin:
+        """As of the samples."""
+        return super().pin()._replace(rows=self.count)
+
+    def order(self) -> Sequence[int]:
+        """Every repeat."""
+        return range(self.count)
+
+    def read(self, row: int) -> RowSamples:
+        """A sample under the row's name."""
+        (sample,) = super().read(row % _DIFFERENT).samples
+        return RowSamples((dataclasses.replace(sample, id=f"{sample.id}-{row}"),))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"count": self.count}
+
+
+def _peak_of_a_pass(data: Path, checkpoint: Path, count: int, store: Path) -> int:
+    from parcelray.evaluation.passes.ray_pass import run_pass
+
+    reader = _Repeated("samples", data, count)
+    task = BenchmarkTask(reader, reader.order(), GenerationSettings(max_new_tokens=2))
+    with ray_session(object_store_bytes=512 * 2**20), _peak_memory() as peak:
+        run_pass([task], EvaluatedModel(checkpoint, "tiny", "bench", (16,), str(store)), settings=PassSettings(rows_per_bundle=250))
+    return peak()
+
+
+@contextmanager
+def _peak_memory() -> Iterator[Callable[[], int]]:
+    """Largest proportional memory of this process and its descendants, polled."""
+    peak = 0
+    stop = threading.Event()
+
+    def poll() -> None:
+        nonlocal peak
+        while not stop.wait(_MEMORY_POLL_S):
+            peak = max(peak, sum(_proportional_bytes(process) for process in _descendants(os.getpid())))
+
+    thread = threading.Thread(target=poll, daemon=True)
+    thread.start()
+    try:
+        yield lambda: peak
+    finally:
+        stop.set()
+        thread.join()
+
+
+def _descendants(root: int) -> list[int]:
+    parents: dict[int, int] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+            except OSError:
+                continue
+    found = [root]
+    for process in found:
+        found += [child for child, parent in parents.items() if parent == process]
+    return found
+
+
+def _proportional_bytes(process: int) -> int:
+    """Memory of a process, shared pages divided among those that share them."""
+    try:
+        lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:")), 0)
+
+
+def _in_a_process(call: Callable[..., int], arguments: tuple[Any, ...]) -> int:
+    """The result of a call in a fresh process, so that nothing of an earlier one is counted."""
+    context = multiprocessing.get_context("spawn")
+    results = context.Queue()
+    process = context.Process(target=_put_result, args=(results, call, arguments))
+    process.start()
+    found: int = results.get(timeout=3600)
+    process.join()
+    return found
+
+
+def _put_result(results: Any, call: Callable[..., int], arguments: tuple[Any, ...]) -> None:
+    results.put(call(*arguments))
+
+
+class _Clock:
+    """When bundles ended, in seconds of a clock."""
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._clock = clock
+        self._began = clock()
+        self._points: list[tuple[int, float]] = []
+
+    def note(self, benchmark: str, rows: int, total: int) -> None:
+        """Notes the rows that are done."""
+        self._points.append((rows, self._clock()))
+
+    def rate(self) -> float:
+        """Rows per second from the first bundle's end to the last's."""
+        (first_rows, first), (last_rows, last) = self._points[0], self._points[-1]
+        return (last_rows - first_rows) / (last - first)
+
+    def first(self) -> float:
+        """Seconds until the first bundle's end."""
+        return self._points[0][1] - self._began
+
+
+def _mini() -> Model:
+    """The mini base with PARCEL inserted: the arithmetic of a trained elastic model."""
+    base = resolve_checkpoint(MINI_BASE).path
+    model = load_vlm(base, connector=ParcelConnectorConfig(num_heads=6)).eval()
+    use_sdpa_where_exact(model)
+    return model, load_processor(base)
+
+
+def _random(config: MiniModelConfig) -> Model:
+    processor = ElasticPaliGemmaProcessor.from_pretrained(resolve_checkpoint(MINI_BASE).path)
+    full = build_config(config, processor)
+    full.connector = ParcelConnectorConfig(num_heads=2).model_dump(mode="json")
+    model = build_model(full, 0).eval()
+    use_sdpa_where_exact(model)
+    return model, processor
+
+
+def _save(model: Model, folder: Path) -> Model:
+    with quiet_transformers():
+        for part in model:
+            part.save_pretrained(folder)
+    return model
+
+
+def _export(folder: Path, count: int) -> Path:
+    folder.mkdir()
+    samples: list[Sample] = family_samples("test", "general", count // 2) + family_samples("test", "resolution", count - count // 2)
+    pq.write_table(to_table(samples), folder / "0.parquet", row_group_size=250)
+    return folder
+
+
+def _differing(first: dict[int, list[str]], second: dict[int, list[str]]) -> int:
+    return sum(a != b for budget in BUDGETS for a, b in zip(first[budget], second[budget], strict=True))

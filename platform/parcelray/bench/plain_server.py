@@ -1,0 +1,69 @@
+"""The yardstick of `parcelray bench serve`: what one writes in an afternoon, FastAPI and `generate` behind Ray Serve's own batching.
+
+It collects up to a batch of requests, runs `generate` once for each budget among them, up to the longest answer asked for, and cuts off what
+was too long. Same checkpoint, processor, arithmetic and threads as the endpoint it is compared with.
+"""
+
+import base64
+import io
+from typing import Any
+
+import torch
+from fastapi import FastAPI
+from PIL import Image
+from ray import serve
+
+from parcelray.models.processor import load_processor
+from parcelray.serving.replica.replica_loading import load_model
+from parcelray.serving.replica.replica_settings import ReplicaSettings
+
+
+class PlainServer:
+    """One replica that does everything.
+
+    Args:
+        settings: of the model.
+    """
+
+    def __init__(self, settings: ReplicaSettings) -> None:
+        if settings.threads is not None:
+            torch.set_num_threads(settings.threads)
+        self._model = load_model(settings)
+        self._processor = load_processor(settings.path)
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        """Called by Serve."""
+        api = FastAPI()
+
+        @api.post("/v1/chat/completions")
+        async def chat(body: dict[str, Any]) -> dict[str, Any]:
+            text, count = await self._answers(body)
+            return {"choices": [{"message": {"role": "assistant", "content": text}}], "usage": {"completion_tokens": count}}
+
+        return api
+
+    @serve.batch(max_batch_size=32, batch_wait_timeout_s=0.02)
+    async def _answers(self, bodies: list[dict[str, Any]]) -> list[tuple[str, int]]:
+        answers: list[tuple[str, int]] = [("", 0)] * len(bodies)
+        for budget in sorted({body["visual_tokens"] for body in bodies}):
+            indices = [index for index, body in enumerate(bodies) if body["visual_tokens"] == budget]
+            for index, answer in zip(indices, self._generate([bodies[index] for index in indices], budget), strict=True):
+                answers[index] = answer
+        return answers
+
+    @torch.inference_mode()
+    def _generate(self, bodies: list[dict[str, Any]], budget: int) -> list[tuple[str, int]]:
+        parts = [body["messages"][0]["content"] for body in bodies]
+        images = [[Image.open(io.BytesIO(base64.b64decode(content[0]["image_url"]["url"].partition(",")[2]))).convert("RGB")] for content in parts]
+        processor: Any = self._processor
+        texts = [content[1]["text"] for content in parts]
+        inputs = processor(images=images, text=texts, num_visual_tokens=budget, padding=True, return_tensors="pt")
+        longest = max(body["max_tokens"] for body in bodies)
+        tokens = self._model.generate(**inputs, num_visual_tokens=budget, max_new_tokens=longest, do_sample=False)
+        end = self._processor.tokenizer.eos_token_id
+        found = []
+        for body, row in zip(bodies, tokens[:, inputs["input_ids"].shape[1] :].tolist(), strict=True):
+            new = row[: body["max_tokens"]]
+            new = new[: new.index(end) + 1] if end in new else new
+            found.append((self._processor.tokenizer.decode(new, skip_special_tokens=True).strip(), len(new)))
+        return found

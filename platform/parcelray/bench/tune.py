@@ -1,0 +1,203 @@
+"""`parcelray bench tune`: what warm actors save in a split search, and what a trial costs over its bare training, side by side in one run."""
+
+import functools
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from parcelray.bench.measure import Measure, Report, interquartile_range, machine_info
+from parcelray.cluster.session import ray_session
+from parcelray.config.evaluate import EvaluateJob
+from parcelray.config.search_space import Assignment
+from parcelray.config.train import TrainJob
+from parcelray.config.tune import TuneJob
+from parcelray.evaluation.passes.shards import PassSettings
+from parcelray.models.checkpoint import ResolvedCheckpoint, content_digest, resolve_checkpoint, write_manifest
+from parcelray.training.in_process import fit_in_process
+from parcelray.training.metric_logger import NoMetrics
+from parcelray.training.start import build_start
+from parcelray.tuning.evaluate_trial import SearchedModel, WarmEvaluator
+from parcelray.tuning.planner import make_planner
+from parcelray.tuning.training_points import train_point, training_resources, trial_job
+from parcelray.tuning.training_trial import training_trial
+from parcelray.tuning.trial_record import FinishedTrial, TrialRecord
+from parcelray.tuning.trial_resources import TrialResources
+from parcelray.tuning.tune_run import evaluation_trial, run_search
+
+_WARM_GOAL = ">= 3"
+_FEW, _MANY = 1, 3
+"""Trainings of two searches, whose difference in time is that of the further ones."""
+_WORKERS = {"in its own process": 0, "on a Ray Train worker": 1}
+_BUDGETS = ([16], [32], [64])
+_GRIDS = (0, 1, 2, 4)
+
+
+def bench_tuning(*, samples: int, steps: int, repeats: int, say: Callable[[str], None] = lambda line: None) -> Report:
+    """Points per minute of a split search in warm actors and with a process for every point; and a trial's seconds over its bare training.
+
+    What a trial takes is the slope between a search of one and one of three, one after the other, so that Tune's own start is not in it.
+
+    The searched model is a supernet over splits with a connector that was not trained: speed does not hang on the weights. Every search has
+    an answer store of its own, so no answer is reused.
+
+    Args:
+        samples: questions per family of the mini suite.
+        steps: of the training whose overhead is measured.
+        repeats: of each comparison.
+        say: told what begins; a round takes minutes.
+    """
+    rates: dict[str, list[float]] = {"warm": [], "a process per point": []}
+    trials: dict[str, list[float]] = {kind: [] for kind in _WORKERS}
+    starts, bare = [], []
+    with tempfile.TemporaryDirectory(prefix="parcelray-bench-") as name, ray_session():
+        root = Path(name)
+        checkpoint = _supernet(root / "supernet")
+        for index in range(repeats):
+            for kind in rates:
+                say(f"round {index + 1} of {repeats}: split search, {kind}")
+                rates[kind].append(_points_per_minute(root / f"{kind}-{index}", checkpoint, samples, warm=kind == "warm"))
+            say(f"round {index + 1} of {repeats}: bare training")
+            bare.append(_bare_seconds(root / f"bare-{index}", steps))
+            for kind, workers in _WORKERS.items():
+                say(f"round {index + 1} of {repeats}: {_FEW} and {_MANY} training trials {kind}")
+                few, many = (_search_seconds(root / f"training-{index}-{workers}-{count}", steps, count, workers) for count in (_FEW, _MANY))
+                trials[kind].append((many - few) / (_MANY - _FEW))
+                if not workers:
+                    starts.append(few - _FEW * trials[kind][-1])
+    ratios = [warm / cold for warm, cold in zip(*rates.values(), strict=True)]
+    alone = statistics.median(bare)
+    measures = [
+        *(Measure(f"split search, {kind}", statistics.median(values), "points/min", interquartile_range(values)) for kind, values in rates.items()),
+        Measure("warm over a process per point", statistics.median(ratios), "ratio", interquartile_range(ratios), _WARM_GOAL, "a process per point"),
+        Measure(f"bare training, {steps} steps", alone, "s", interquartile_range(bare)),
+        Measure("start of a search", statistics.median(starts), "s", interquartile_range(starts)),
+    ]
+    for kind, values in trials.items():
+        over = [value - alone for value in values]
+        measures.append(Measure(f"training trial {kind} minus bare training", statistics.median(over), "s", interquartile_range(over), None, "bare training"))
+    return Report(tuple(measures), machine_info())
+
+
+def _points_per_minute(folder: Path, checkpoint: ResolvedCheckpoint, samples: int, *, warm: bool) -> float:
+    job = _search(folder, checkpoint, samples)
+    assert isinstance(job.base, EvaluateJob)
+    models = {job.base.model.reference: SearchedModel(checkpoint, content_digest(checkpoint.path))}
+    evaluator = WarmEvaluator(job.base, models, ((), 256), PassSettings(**job.base.compute.model_dump()))
+    record = TrialRecord(folder)
+    planner = make_planner(job.space, job.algorithm, job.objectives, job.seed, record)
+    started = time.perf_counter()
+    run_search(
+        evaluation_trial(evaluator.metrics, job.objectives[0]),
+        planner,
+        record,
+        _Silent(),
+        folder=folder,
+        resources=TrialResources(1.0),
+        max_concurrent=2,
+        reuse_actors=warm,
+    )
+    return 60 * planner.num_points / (time.perf_counter() - started)
+
+
+def _bare_seconds(folder: Path, steps: int) -> float:
+    """Of the training by itself, in this process."""
+    job = trial_job(_training_search(folder, steps, 1, 0), str(folder), {"seed": 0})
+    start = resolve_checkpoint("mini_base").path
+    started = time.perf_counter()
+    fit_in_process(job, folder / "run", checkpoint=start, logger=NoMetrics())
+    return time.perf_counter() - started
+
+
+def _search_seconds(folder: Path, steps: int, count: int, workers: int) -> float:
+    """Of a search over so many of these trainings, one after the other."""
+    search = _training_search(folder, steps, count, workers)
+    record = TrialRecord(folder)
+    planner = make_planner(search.space, search.algorithm, search.objectives, 0, record)
+    trial = training_trial(functools.partial(train_point, search, str(folder), ((), 0)), search.objectives[0])
+    started = time.perf_counter()
+    run_search(trial, planner, record, _Silent(), folder=folder, resources=training_resources(search), max_concurrent=1)
+    return time.perf_counter() - started
+
+
+def _supernet(folder: Path) -> ResolvedCheckpoint:
+    job = TrainJob.model_validate(_training(folder, 1) | {"connector": {"type": "parcel", "num_heads": 6, "anchor_grids": list(_GRIDS)}})
+    model, processor = build_start(job, resolve_checkpoint("mini_base").path)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    write_manifest(folder, config={}, git_commit=None, data=None, seed=0)
+    return resolve_checkpoint(str(folder))
+
+
+def _search(folder: Path, checkpoint: ResolvedCheckpoint, samples: int) -> TuneJob:
+    space = {
+        "kind": "search_space",
+        "name": "splits",
+        "job": "bench",
+        "parameters": {"anchor_grid": {"type": "choice", "values": list(_GRIDS)}, "budgets": {"type": "choice", "values": list(_BUDGETS)}},
+    }
+    base = {
+        "kind": "evaluate",
+        "name": "bench",
+        "model": {"reference": str(checkpoint.path)},
+        "benchmarks": [{"name": "mini", "source": {"samples": samples}}],
+        "compute": {"actors": 2},
+        "tracking": {"uri": None},
+        "storage": str(folder),
+    }
+    return _tune_job(folder, space, base, "score")
+
+
+def _training_search(folder: Path, steps: int, count: int, workers: int) -> TuneJob:
+    space = {"kind": "search_space", "name": "seed", "job": "bench", "parameters": {"seed": {"type": "choice", "values": list(range(count))}}}
+    return _tune_job(folder, space, _training(folder, steps) | {"scaling": {"num_workers": workers}}, "val/score@64")
+
+
+def _tune_job(folder: Path, space: Mapping[str, object], base: Mapping[str, object], metric: str) -> TuneJob:
+    return TuneJob.model_validate(
+        {
+            "kind": "tune",
+            "name": "bench",
+            "space": space,
+            "base": base,
+            "algorithm": {"type": "grid"},
+            "objectives": [{"metric": metric, "mode": "max"}],
+            "tracking": {"uri": None},
+            "storage": str(folder),
+        }
+    )
+
+
+def _training(folder: Path, steps: int) -> dict[str, object]:
+    return {
+        "kind": "train",
+        "name": "bench",
+        "connector": {"type": "parcel", "num_heads": 6},
+        "data": {"type": "mini"},
+        "training": {"steps": steps, "images_per_step": 16, "precision": "bf16"},
+        "validation": {"samples": 2, "budgets": [64]},
+        "checkpointing": {"every_steps": steps},
+        "scaling": {"num_workers": 0},
+        "tracking": {"uri": None},
+        "storage": str(folder),
+    }
+
+
+class _Silent:
+    """Tells nobody; see `SearchObserver`."""
+
+    def started(self, key: str, assignment: Assignment) -> None:
+        """A trial runs."""
+
+    def reported(self, key: str, metrics: Mapping[str, float], steps: int) -> None:
+        """A training has got to a step."""
+
+    def finished(self, trial: FinishedTrial) -> None:
+        """A trial has ended.
+
+        Raises:
+            RuntimeError: it failed, so nothing was measured.
+        """
+        if trial.error is not None:
+            raise RuntimeError(f"the trial {trial.assignment} failed: {trial.error}")

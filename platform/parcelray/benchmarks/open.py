@@ -1,0 +1,48 @@
+"""From a benchmark's configuration to its reader."""
+
+from pathlib import Path
+
+from parcelray.benchmarks.readers.base import BenchmarkReader
+from parcelray.benchmarks.readers.mini import MiniReader
+from parcelray.benchmarks.readers.nlvr import NlvrReader
+from parcelray.benchmarks.readers.samples import SamplesReader
+from parcelray.benchmarks.readers.table import TableReader
+from parcelray.config import benchmark as config
+from parcelray.datasets.nlvr.source import NlvrSource
+from parcelray.errors import UserError
+
+DEFAULT_IMAGE_SIZE = 64
+_NLVR_PARTS = {"test": ("test", "all"), "validation": ("dev", "validation")}
+
+
+def open_reader(
+    benchmark: config.BenchmarkConfig,
+    *,
+    family: config.PromptFamily = "paligemma",
+    data: Path | None = None,
+    image_size: int = DEFAULT_IMAGE_SIZE,
+) -> BenchmarkReader:
+    """The reader of a benchmark.
+
+    Args:
+        benchmark: which one.
+        family: model family whose prompt is asked.
+        data: file or folder of its data; None: the hub, or procedural.
+        image_size: side of the images that a procedural benchmark draws, pixels.
+
+    Raises:
+        UserError: the data are needed and not there, or the family has no prompt.
+    """
+    source = benchmark.source
+    if isinstance(source, config.TableSource):
+        return TableReader(benchmark, family, data)
+    if isinstance(source, config.MiniSource):
+        return MiniReader(source.split, source.families, source.samples, source.seed, image_size)
+    if data is None:
+        raise UserError(f"{benchmark.name} is read from local files; give their folder with data:.")
+    if isinstance(source, config.SamplesSource):
+        return SamplesReader(benchmark.name, data / source.split)
+    split, part = _NLVR_PARTS[source.split]
+    return NlvrReader(
+        NlvrSource(data, split, part, view=source.view, questions=source.questions, seed=source.seed, image_size=image_size)  # type: ignore[arg-type]
+    )

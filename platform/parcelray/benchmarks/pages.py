@@ -1,0 +1,145 @@
+"""What `parcelray benchmarks` shows: the list of splits, and whether data fit one."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from parcelray.benchmarks.catalog import catalog, find
+from parcelray.benchmarks.open import open_reader
+from parcelray.benchmarks.readers.base import DataPin, Problem
+from parcelray.config.benchmark import BenchmarkConfig, TableSource
+from parcelray.datasets.images import decode_image
+from parcelray.datasets.sample import Sample
+from parcelray.errors import UserError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+_SETS = ("parcel", "paligemma", "llava", "local")
+_SHOWN = 20
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The splits, sorted by family and name."""
+
+    benchmarks: tuple[BenchmarkConfig, ...]
+
+    @classmethod
+    def of(cls, own: Iterable[Path], only: str | None) -> "Listing":
+        """All splits, or those of a set.
+
+        Raises:
+            UserError: there is no such set.
+        """
+        if only is not None and only not in _SETS:
+            raise UserError(f"There is no set {only!r}; the sets are {', '.join(_SETS)}.")
+        found = [config for config in catalog(own).values() if only is None or only in config.sets]
+        return cls(tuple(sorted(found, key=lambda config: (config.family, config.name))))
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-serialisable."""
+        return {"benchmarks": [config.model_dump(mode="json", exclude_defaults=True) for config in self.benchmarks]}
+
+    def to_rich(self) -> "Table":
+        """For the console."""
+        from rich.table import Column, Table
+
+        table = Table(Column("benchmark", no_wrap=True), "family", "sets", "metric", "rows", "asked of", "data", title=f"{len(self.benchmarks)} splits")
+        for config in self.benchmarks:
+            source = config.source
+            rows = f"{source.rows:,}" if isinstance(source, TableSource) and source.rows else "-"
+            data = (source.hub or "local files") if isinstance(source, TableSource) else source.type
+            asked = ", ".join(config.prompts) or "all"
+            metric = config.metric or ("not scored" if config.unscorable else "several")
+            table.add_row(config.name, config.family, ", ".join(config.sets), metric, rows, asked, data)
+        return table
+
+
+@dataclass(frozen=True)
+class DataCheck:
+    """What reading the data showed."""
+
+    benchmark: str
+    pin: DataPin
+    rows_expected: int | None
+    rows_read: int
+    questions: int
+    problems: tuple[Problem, ...]
+    example: Sample | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-serialisable."""
+        example = self.example
+        return {
+            "benchmark": self.benchmark,
+            "pin": self.pin._asdict(),
+            "rows_expected": self.rows_expected,
+            "rows_read": self.rows_read,
+            "questions": self.questions,
+            "problems": [problem._asdict() for problem in self.problems],
+            "example": None
+            if example is None
+            else {"id": example.id, "prompt": example.prompt, "answers": list(example.answers), "images": len(example.images)},
+        }
+
+    def to_rich(self) -> "Table":
+        """For the console."""
+        from rich.table import Table
+
+        table = Table("data of", self.benchmark, show_header=True)
+        expected = "" if self.rows_expected in (None, self.pin.rows) else f" ({self.rows_expected:,} expected: not the split of the papers)"
+        table.add_row("rows", f"{self.pin.rows:,}{expected}")
+        table.add_row("revision", self.pin.revision)
+        table.add_row("ids", self.pin.ids[:16])
+        table.add_row("read", f"{self.rows_read:,} rows, {self.questions:,} questions")
+        if self.example is not None:
+            table.add_row("first question", self.example.prompt)
+            table.add_row("answers", " | ".join(self.example.answers[:5]))
+            table.add_row("images", str(len(self.example.images)))
+        table.add_row("problems", str(len(self.problems)) if self.problems else "none")
+        for problem in self.problems[:_SHOWN]:
+            table.add_row(problem.row, problem.reason)
+        return table
+
+
+def check_data(name: str, data: Path | None, own: Iterable[Path], rows: int, family: str) -> DataCheck:
+    """Reads rows of a benchmark and decodes their images.
+
+    Args:
+        name: of the benchmark.
+        data: file or folder; None: the hub, or procedural.
+        own: YAML files of the user's.
+        rows: how many to read.
+        family: model family whose prompt is asked.
+
+    Raises:
+        UserError: the benchmark is unknown, its data are not there, or columns are missing.
+    """
+    config = find(name, catalog(own))
+    if family not in ("paligemma", "llava"):
+        raise UserError(f"--family is {family!r}; legal: paligemma, llava.")
+    reader = open_reader(config, family=family, data=data)  # type: ignore[arg-type]
+    pin = reader.pin()
+    problems: list[Problem] = []
+    questions, example = 0, None
+    chosen = list(reader.order())[:rows]
+    for row in chosen:
+        found = reader.read(row)
+        problems += found.problems
+        for sample in found.samples:
+            questions += 1
+            example = example or sample
+            problems += _undecodable(sample)
+    expected = config.source.rows if isinstance(config.source, TableSource) else None
+    return DataCheck(name, pin, expected, len(chosen), questions, tuple(problems), example)
+
+
+def _undecodable(sample: Sample) -> list[Problem]:
+    try:
+        for image in sample.images:
+            decode_image(image)
+    except UserError as error:
+        return [Problem(sample.id, str(error))]
+    return []

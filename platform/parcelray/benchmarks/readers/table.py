@@ -1,0 +1,322 @@
+"""A benchmark in a table: its columns turned into questions as its configuration says."""
+
+import ast
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from string import Formatter
+from typing import Any
+
+from parcelray.benchmarks.metrics.multiple_choice import letters
+from parcelray.benchmarks.readers.base import DataPin, Problem, RowSamples, ids_digest
+from parcelray.benchmarks.tables.images import BadCell, cell_images, image_size, video_frames, with_box
+from parcelray.benchmarks.tables.locate import open_rows
+from parcelray.benchmarks.tables.rows import Row, Rows
+from parcelray.config.benchmark import AnswersConfig, BenchmarkConfig, BoxConfig, ColumnsConfig, PromptFamily, TableSource
+from parcelray.datasets.boxes import Box, format_locations
+from parcelray.datasets.sample import Sample
+from parcelray.errors import UserError
+
+_NUMBERS_OF_A_BOX = 4
+
+
+@dataclass(frozen=True)
+class TableReader:
+    """A benchmark whose rows are in a table; see `BenchmarkReader`.
+
+    Args:
+        benchmark: with a source of type table.
+        family: model family whose prompt is asked.
+        data: file or folder of the data; None: the hub.
+    """
+
+    benchmark: BenchmarkConfig
+    family: PromptFamily
+    data: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.family not in self.benchmark.prompts:
+            legal = ", ".join(self.benchmark.prompts) or "no family"
+            raise UserError(f"{self.name} has no prompt for {self.family} models (it has one for {legal}); add it in a file of your own.")
+
+    @property
+    def name(self) -> str:
+        """Of the benchmark."""
+        return self.benchmark.name
+
+    def pin(self) -> DataPin:
+        """See `BenchmarkReader`.
+
+        Raises:
+            UserError: columns are missing, no row is left, or two rows have the same id.
+        """
+        rows = self._kept
+        if not rows:
+            raise UserError(f"{self.name}: no row of the data has {self._columns.keep or 'anything in it'}; check that these are the right files.")
+        ids = [self._ids[row] for row in rows]
+        if len(set(ids)) < len(ids):
+            twice = next(name for name in ids if ids.count(name) > 1)
+            raise UserError(f"{self.name}: more than one row has the id {twice!r}; name more columns in columns.id.")
+        return DataPin(" ".join(table.revision for _, table in self._tables), len(rows), ids_digest(ids))
+
+    def order(self) -> Sequence[int]:
+        """See `BenchmarkReader`."""
+        if self._columns.cluster is None:
+            return self._kept
+        places: dict[Any, int] = {}
+        clusters = self._all(self._columns.cluster)
+        for row in self._kept:
+            places.setdefault(clusters[row], row)
+        return sorted(self._kept, key=lambda row: (places[clusters[row]], row))
+
+    def cluster(self, row: int) -> str:
+        """See `BenchmarkReader`."""
+        return str(self._all(self._columns.cluster)[row]) if self._columns.cluster is not None else self._ids[row]
+
+    def read(self, row: int) -> RowSamples:
+        """See `BenchmarkReader`; what is wrong with a row is reported, not raised."""
+        split, table, index = self._place(row)
+        cells = {"split": split} | table.row(index)
+        for name, text in self._columns.remove.items():
+            cells[name] = str(cells[name]).replace(text, "")
+        cells |= {name: text for name, text in self._columns.empty.items() if cells[name] in (None, "")}
+        name = self._ids[row]
+        shared: tuple[bytes, ...] | None = None
+        samples, problems = [], []
+        for number, question in enumerate(self._questions(cells)):
+            label = f"{name}#{number}" if self._columns.each else name
+            try:
+                # Questions of one row are about the same images, unless each is a segment of its own of a video.
+                if shared is None or (self._columns.video is not None and self._columns.video.segment is not None):
+                    shared = self._images(question, table)
+                samples.append(self._sample(label, row, question, shared))
+            except BadCell as problem:
+                problems.append(Problem(label, str(problem)))
+        return RowSamples(tuple(samples), tuple(problems))
+
+    @property
+    def _columns(self) -> ColumnsConfig:
+        assert self.benchmark.columns is not None, "a table has columns; checked by BenchmarkConfig"
+        return self.benchmark.columns
+
+    @cached_property
+    def _tables(self) -> list[tuple[str, Rows]]:
+        source = self.benchmark.source
+        assert isinstance(source, TableSource)
+        tables = [(split, open_rows(source, split, self.data)) for split in source.splits]
+        asked = {name for name in _fields(self.benchmark.prompts[self.family]) if name in self._columns.types}
+        for split, table in tables:
+            missing = sorted((self._columns.read() | asked) - {"split"} - set(table.columns))
+            if missing:
+                raise UserError(
+                    f"{self.name}: the data of split {split} lack the columns {', '.join(missing)}; they have {', '.join(table.columns)}. "
+                    "Check that these are the right files, or name the columns in a file of your own."
+                )
+        return tables
+
+    @cached_property
+    def _joined(self) -> tuple[Rows, dict[Any, int]]:
+        source, join = self.benchmark.source, self._columns.join
+        assert isinstance(source, TableSource)
+        assert join is not None
+        table = open_rows(source, source.splits[0], self.data, config=join.config)
+        missing = sorted({join.key, join.image} - set(table.columns))
+        if missing:
+            raise UserError(f"{self.name}: the image table {join.config} lacks the columns {', '.join(missing)}; it has {', '.join(table.columns)}.")
+        return table, {key: row for row, key in enumerate(table.column(join.key))}
+
+    @cached_property
+    def _starts(self) -> list[int]:
+        starts = [0]
+        for _, table in self._tables:
+            starts.append(starts[-1] + len(table))
+        return starts
+
+    def _place(self, row: int) -> tuple[str, Rows, int]:
+        for number, (split, table) in enumerate(self._tables):
+            if row < self._starts[number + 1]:
+                return split, table, row - self._starts[number]
+        raise IndexError(f"row {row} is out of range for {self.name} with {self._starts[-1]} rows")
+
+    def _all(self, column: str) -> list[Any]:
+        """A column over all splits."""
+        cache: dict[str, list[Any]] = self.__dict__.setdefault("_light", {})
+        if column not in cache:
+            cache[column] = [value for split, table in self._tables for value in (table.column(column) if column in table.columns else [split] * len(table))]
+        return cache[column]
+
+    @cached_property
+    def _ids(self) -> list[str]:
+        if not self._columns.id:
+            return [f"{split}-{index}" for split, table in self._tables for index in range(len(table))]
+        return ["/".join(str(part) for part in parts) for parts in zip(*(self._all(column) for column in self._columns.id), strict=True)]
+
+    @cached_property
+    def _kept(self) -> list[int]:
+        """Rows that count, in the order of the data; a filter on what `each` makes waits until the row is read."""
+        filters = {column: set(legal) for column, legal in self._columns.keep.items() if column not in self._columns.made()}
+        values = {column: self._all(column) for column in filters}
+        return [row for row in range(self._starts[-1]) if all(values[column][row] in legal for column, legal in filters.items())]
+
+    def _questions(self, cells: Row) -> list[Row]:
+        """The row once for each entry of the columns in `each`."""
+        if not self._columns.each:
+            return [cells]
+        lists = [cells[column] or [] for column in self._columns.each]
+        questions = []
+        for entries in zip(*lists, strict=False):
+            question = dict(cells)
+            for column, entry in zip(self._columns.each, entries, strict=True):
+                question |= entry if isinstance(entry, dict) else {column: entry}
+            if all(question.get(column) in legal for column, legal in self._columns.keep.items()):
+                questions.append(question)
+        return questions
+
+    def _images(self, cells: Row, table: Rows) -> tuple[bytes, ...]:
+        columns = self._columns
+        if columns.video is not None:
+            segment = tuple(float(cells[name]) for name in columns.video.segment) if columns.video.segment else None
+            folder = self.data if self.data is not None and self.data.is_dir() else table.folder
+            return video_frames(folder, columns.video.path.format_map(cells), columns.video, segment)  # type: ignore[arg-type]
+        if columns.join is not None:
+            images, places = self._joined
+            key = cells[columns.join.column]
+            if key not in places:
+                raise BadCell(f"no image {key!r} in {columns.join.config}")
+            found = cell_images(images.row(places[key])[columns.join.image], images.folder)
+        else:
+            found = [image for name in columns.images for image in cell_images(cells[name], table.folder)]
+        if not found:
+            raise BadCell("no image")
+        if columns.draw_box is not None:
+            box = _box(columns.draw_box, cells, found[0])
+            found[0] = with_box(found[0], box)
+        return tuple(found)
+
+    def _sample(self, label: str, row: int, cells: Row, images: tuple[bytes, ...]) -> Sample:
+        columns = self._columns
+        choices = _choices(columns.choices, cells)
+        metadata: dict[str, Any] = {name: cells[column] for name, column in columns.metadata.items()}
+        if columns.choices:
+            metadata["choices"] = choices
+        answers: tuple[str, ...] = ()
+        if columns.answers is not None:
+            answers = _answers(columns.answers, cells[columns.answers.column], choices)
+            if not answers and self.benchmark.unscorable is None:
+                raise BadCell("no answer")
+        if columns.box is not None:
+            metadata["box"] = list(_box(columns.box, cells, images[0]))
+            answers = answers or (format_locations(Box(*metadata["box"])),)
+        if columns.mask is not None:
+            metadata["mask"] = _mask(cells[columns.mask], images[0])
+        return Sample(
+            id=label,
+            benchmark=self.name,
+            family=self.benchmark.family,
+            task=self.name,
+            images=images,
+            prompt=self._prompt(cells, choices),
+            answers=answers,
+            metric=self.benchmark.metric or "",
+            scene=self.cluster(row),
+            metadata=metadata,
+        )
+
+    def _prompt(self, cells: Row, choices: Sequence[str]) -> str:
+        templates = self.benchmark.prompts if choices or self.family not in self.benchmark.open_prompts else self.benchmark.open_prompts
+        template = templates[self.family]
+        named = list(zip(letters(choices), choices, strict=False))
+        options = {
+            "options_lines": "\n".join(f"{letter}. {choice}" for letter, choice in named),
+            "options_tabs": " \t ".join(choices),
+            "options_inline": ", ".join(f"({letter}) {choice}" for letter, choice in named),
+        }
+        for name in _fields(template):
+            if name not in options and cells.get(name) is None:
+                raise BadCell(f"nothing in the column {name}, which the prompt names")
+        texts = {name: ", ".join(map(str, value)) if isinstance(value, list) else value for name, value in cells.items()}
+        return template.format_map(texts | options).strip()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self.__dataclass_fields__}
+
+
+def _fields(template: str) -> list[str]:
+    return [name for _, name, _, _ in Formatter().parse(template) if name]
+
+
+def _choices(columns: Sequence[str], cells: Mapping[str, Any]) -> list[str]:
+    if len(columns) == 1:
+        return [str(choice) for choice in _listed(cells[columns[0]])]
+    return [str(cells[column]) for column in columns if cells[column] not in (None, "", "nan")]
+
+
+def _listed(value: Any) -> list[Any]:
+    """A list, or one that is written in Python in a string."""
+    if isinstance(value, str):
+        try:
+            parsed = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            raise BadCell(f"{value!r} is no list") from None
+        value = parsed
+    return list(value or [])
+
+
+def _answers(config: AnswersConfig, value: Any, choices: Sequence[str]) -> tuple[str, ...]:
+    match config.form:
+        case "text":
+            found = [value]
+        case "list":
+            found = list(value or [])
+        case "records":
+            found = [record[config.field] for record in value or []]
+        case "literal":
+            found = _listed(value)
+        case "truth":
+            found = [] if value is None else ["True" if value in (True, "True", "true", 1) else "False"]
+        case "choice_text" | "choice_letter":
+            found = [_choice(value, choices, as_letter=config.form == "choice_letter")]
+    texts = ["" if answer is None else str(answer) for answer in found]
+    if config.drop_empty:
+        texts = [text for text in texts if text]
+    return tuple(config.template.format(answer=text) for text in texts) if any(texts) else ()
+
+
+def _choice(value: Any, choices: Sequence[str], *, as_letter: bool) -> str:
+    try:
+        index = int(value)
+    except (TypeError, ValueError):
+        raise BadCell(f"{value!r} is not the index of a choice") from None
+    if not 0 <= index < len(choices):
+        raise BadCell(f"{index} is not the index of one of {len(choices)} choices")
+    return letters(choices)[index] if as_letter else choices[index]
+
+
+def _box(config: BoxConfig, cells: Mapping[str, Any], image: bytes) -> tuple[float, float, float, float]:
+    """Top, left, bottom, right in fractions of the image's sides."""
+    value = cells[config.column]
+    if not isinstance(value, list) or len(value) != _NUMBERS_OF_A_BOX:
+        raise BadCell(f"{value!r} is no box of four numbers")
+    first, second, third, fourth = (float(number) for number in value)
+    match config.form:
+        case "xywh":
+            left, top, right, bottom = first, second, first + third, second + fourth
+        case "xyxy":
+            left, top, right, bottom = first, second, third, fourth
+        case "yxyx":
+            top, left, bottom, right = first, second, third, fourth
+    width, height = image_size(image) if config.unit == "pixels" else (1, 1)
+    box = (top / height, left / width, bottom / height, right / width)
+    if not (0 <= box[0] < box[2] <= 1.001 and 0 <= box[1] < box[3] <= 1.001):
+        raise BadCell(f"the box {value} is empty or leaves the image")
+    return (box[0], box[1], min(box[2], 1.0), min(box[3], 1.0))
+
+
+def _mask(value: Any, image: bytes) -> dict[str, Any]:
+    width, height = image_size(image)
+    if isinstance(value, dict):
+        return {"size": [height, width], **value}
+    if not isinstance(value, list) or not value:
+        raise BadCell("no mask")
+    return {"size": [height, width], "polygons": value if isinstance(value[0], list) else [value]}

@@ -1,0 +1,19 @@
+"""The one image decoder of training, evaluation and serving."""
+
+import io
+
+from PIL import Image
+
+from parcelray.errors import UserError
+
+
+def decode_image(data: bytes) -> Image.Image:
+    """Decodes PNG or JPEG bytes to RGB.
+
+    Raises:
+        UserError: the bytes are no image.
+    """
+    try:
+        return Image.open(io.BytesIO(data)).convert("RGB")
+    except (OSError, SyntaxError, Image.DecompressionBombError):  # Pillow's PNG reader calls a broken chunk a SyntaxError
+        raise UserError(f"An image of {len(data)} bytes cannot be decoded; give PNG or JPEG bytes.") from None

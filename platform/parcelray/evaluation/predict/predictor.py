@@ -1,0 +1,334 @@
+"""Answers at any budget, with one run of the vision tower per image for all budgets and all questions about it."""
+
+import copy
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from PIL import Image
+from pydantic import TypeAdapter
+from torch import Tensor
+from transformers import LogitsProcessorList
+
+from parcelray.config.reducer import ReducerConfig
+from parcelray.datasets.images import decode_image
+from parcelray.datasets.sample import Sample
+from parcelray.errors import SystemFailure, UserError
+from parcelray.evaluation.predict.confidence import UNKNOWN, Confidence, LogitsWatch, entropy
+from parcelray.evaluation.predict.feature_cache import EncodedImages, FeatureCache
+from parcelray.evaluation.predict.generation import GREEDY, GenerationSettings
+from parcelray.models.backbones import ElasticVLM
+from parcelray.models.backbones.processor_base import ElasticProcessor
+from parcelray.models.reduced_decoder import ReducedDecoder, VisualTokens, encode_prompts
+from parcelray.models.token_reduction import TokenReducer, build_reducer
+from parcelray.models.token_reduction.base import check_uncompressed, unreduced
+from parcelray.models.token_reduction.context import ReductionContext
+from parcelray.models.token_reduction.encoder_view import EncoderView
+
+BLIND = 0
+"""The budget of the blind baseline: no image, no visual tokens."""
+
+
+class Seen(NamedTuple):
+    """The visual tokens of one image."""
+
+    tokens_KL: Tensor
+    """Projected."""
+    places_K: Tensor
+    """Place of each in the patch grid, int64."""
+    sizes_K: Tensor
+    """Patches in each, int64."""
+
+
+class Answer(NamedTuple):
+    """What a model said to one sample."""
+
+    text: str
+    num_new_tokens: int
+    """The end token included."""
+    cut_off: bool
+    """Whether the longest answer was reached without an end token."""
+    problem: str = ""
+    """Why there is no answer: an image that cannot be decoded."""
+    confidence: Confidence = UNKNOWN
+    """How sure the model was."""
+
+
+_NONE = Answer("", 0, False)
+
+
+class Predictor:
+    """Answers samples with one model.
+
+    Args:
+        model: in evaluation mode.
+        processor: of the same checkpoint.
+        batch_size: images per batch of the encoder, and of the decoder (where a video counts its frames).
+        settings: how answers are made.
+        device: where the model is.
+        features: keeps what the vision tower saw, shared with other predictors of the same model; None: nothing is kept.
+    """
+
+    def __init__(
+        self,
+        model: ElasticVLM,
+        processor: ElasticProcessor,
+        *,
+        batch_size: int = 64,
+        settings: GenerationSettings = GREEDY,
+        device: str = "cpu",
+        features: FeatureCache | None = None,
+    ) -> None:
+        self._model = model
+        self._features = features
+        self._processor = processor
+        self._batch_size = batch_size
+        self._settings = settings
+        self._device = torch.device(device)
+        self._reducer = build_reducer(TypeAdapter(ReducerConfig).validate_json(settings.reducer)) if settings.reducer is not None else None
+        self._decoder: ReducedDecoder | None = None
+        if self._reducer is not None:
+            check_uncompressed(model.connector)
+            if self._reducer.reads == "prompt" or self._reducer.positions != "contiguous":
+                if settings.decoding == "beam":
+                    raise UserError(f"{self._reducer.name} with positions {self._reducer.positions} answers greedily or by likelihood, not by beam search.")
+                self._decoder = ReducedDecoder(model, self._reducer.positions)
+
+    def without_features(self) -> "Predictor":
+        """The same, encoding every image anew."""
+        other = copy.copy(self)
+        other._features = None
+        return other
+
+    def generate(self, samples: Sequence[Sample], *, num_visual_tokens: int) -> list[str]:
+        """Answers at one budget (0: blind), in the order of the samples."""
+        return self.generate_budgets(samples, [num_visual_tokens])[num_visual_tokens]
+
+    def generate_budgets(self, samples: Sequence[Sample], budgets: Sequence[int]) -> dict[int, list[str]]:
+        """The texts of `answer_budgets`.
+
+        Raises:
+            UserError: an image cannot be decoded.
+        """
+        found = self.answer_budgets(samples, budgets)
+        for sample, *answers in zip(samples, *found.values(), strict=True):
+            if answers and answers[0].problem:
+                raise UserError(f"Sample {sample.id!r} of {sample.benchmark}: {answers[0].problem}")
+        return {budget: [answer.text for answer in answers] for budget, answers in found.items()}
+
+    @torch.inference_mode()
+    def answer_budgets(self, samples: Sequence[Sample], budgets: Sequence[int]) -> dict[int, list[Answer]]:
+        """Answers at several budgets from one encoding of each image, however many samples show it.
+
+        A sample with an image that cannot be decoded has no answer at any budget, but a problem.
+
+        Raises:
+            UnsupportedBudgetError: the model's connector cannot give a budget.
+            SystemFailure: the decoder saw another number of visual tokens than asked for.
+        """
+        answers: dict[int, list[Answer]] = {budget: [_NONE] * len(samples) for budget in budgets}
+        for chunk in _chunks(samples, self._batch_size):
+            shown = tuple(dict.fromkeys(image for index in chunk for image in samples[index].images))
+            encoded = self._encoded(shown, blind=all(budget == BLIND for budget in budgets))
+            for index in chunk:
+                problem = next((encoded.problems[image] for image in samples[index].images if image in encoded.problems), "")
+                if problem:
+                    for budget in budgets:
+                        answers[budget][index] = Answer("", 0, False, problem)
+            good = [index for index in chunk if not answers[budgets[0]][index].problem]
+            for budget in budgets:
+                seen = self._see(encoded, budget)
+                for indices in _batches(samples, good, self._batch_size):
+                    for index, answer in zip(indices, self._decode([samples[index] for index in indices], seen, budget), strict=True):
+                        answers[budget][index] = answer
+        return answers
+
+    def _encoded(self, images: tuple[bytes, ...], *, blind: bool) -> EncodedImages:
+        """What the vision tower sees in some images, from the cache where there is one."""
+        watch = self._reducer is not None and self._reducer.reads == "encoder"
+
+        def encode() -> EncodedImages:
+            decoded, problems = _decoded(images)
+            if blind or not decoded:
+                return EncodedImages(tuple(decoded), problems, None)
+            pixels = self._processor.image_processor(list(decoded.values()), return_tensors="pt")["pixel_values"]
+            return EncodedImages(tuple(decoded), problems, EncoderView(self._model.model, pixels.to(self._device, self._model.dtype), watch=watch))
+
+        return encode() if self._features is None else self._features.get((images, blind, watch), encode)
+
+    def _see(self, encoded: EncodedImages, budget: int) -> dict[bytes, Seen]:
+        """The visual tokens of each image as they enter the decoder; none for the blind model."""
+        images, view = encoded.images, encoded.view
+        if budget == BLIND or not images:
+            return {}
+        assert view is not None
+        if self._reducer is None:
+            tokens_UKL = self._model.model.compress(view.patch_features_IND, num_visual_tokens=budget, anchor_grid=self._settings.anchor_grid)
+            reduction = unreduced(tokens_UKL)
+        else:
+            full_UNL = self._model.model.compress(view.patch_features_IND, num_visual_tokens=max(self._model.supported_budgets))
+            # A reducer that reads the prompt is applied where there is one.
+            apply = self._reducer.reads != "prompt"
+            context = ReductionContext(encoder=view)
+            reduction = self._reducer(full_UNL, num_visual_tokens=budget, context=context) if apply else unreduced(full_UNL)
+        return {image: Seen(*each) for image, *each in zip(images, reduction.tokens_BKD, reduction.position_ids_BK, reduction.sizes_BK, strict=True)}
+
+    def _decode(self, batch: Sequence[Sample], seen: dict[bytes, Seen], budget: int) -> list[Answer]:
+        if self._settings.decoding == "likelihood":
+            return self._choose(batch, seen, budget)
+        limit, end = self._settings.max_new_tokens, self._processor.tokenizer.eos_token_id
+        watch = LogitsWatch()
+        if self._decoder is not None and self._is_reduced(budget):
+            prompts = encode_prompts(self._processor, [sample.prompt for sample in batch], None, self._device)
+            new_BS = self._decoder.generate(
+                prompts,
+                self._visual_of(batch, seen),
+                max_new_tokens=limit,
+                eos_token_id=end,
+                reducer=self._prompt_reducer,
+                budget=self._total(batch, budget),
+                on_logits=watch.see,
+            )
+            return self._answers(new_BS, watch)
+        inputs: dict[str, Any] = dict(
+            self._processor.prompts([sample.prompt for sample in batch], len(batch[0].images), num_visual_tokens=budget).to(self._device)
+        )
+        self._check_count(inputs["input_ids"], len(batch) * len(batch[0].images) * budget)
+        inputs |= self._images_of(batch, seen)
+        # A beam search sees the logits of all its beams, of which most are given up.
+        is_greedy = self._settings.decoding == "greedy"
+        processors = LogitsProcessorList([watch] if is_greedy else [])
+        tokens_BS = self._model.generate(**inputs, max_new_tokens=limit, do_sample=False, num_beams=self._settings.num_beams, logits_processor=processors)
+        return self._answers(tokens_BS[:, inputs["input_ids"].shape[1] :], watch if is_greedy else None)
+
+    def _answers(self, new_BS: Tensor, watch: LogitsWatch | None) -> list[Answer]:
+        limit = self._settings.max_new_tokens
+        texts = self._processor.batch_decode(new_BS, skip_special_tokens=True)
+        ended_BS = new_BS == self._processor.tokenizer.eos_token_id
+        # What stands after the end is padding; without an end the answer is as long as it may be.
+        lengths = torch.where(ended_BS.any(1), ended_BS.int().argmax(1) + 1, limit).tolist()
+        sure = watch.of(lengths) if watch is not None else [UNKNOWN] * len(lengths)
+        return [
+            Answer(str(text).strip(), length, not ended, confidence=confidence)
+            for text, length, ended, confidence in zip(texts, lengths, ended_BS.any(1).tolist(), sure, strict=True)
+        ]
+
+    def _choose(self, batch: Sequence[Sample], seen: dict[bytes, Seen], budget: int) -> list[Answer]:
+        """Of each sample's choices the likeliest: the one with the largest sum of log-probabilities of its tokens and of the end after it."""
+        pairs = [(place, choice) for place, sample in enumerate(batch) for choice in _choices(sample)]
+        scores: list[float] = []
+        lengths: list[int] = []
+        size = max(1, self._batch_size // max(1, len(batch[0].images)))
+        for start in range(0, len(pairs), size):
+            part = pairs[start : start + size]
+            logs_BS, answers_BS = self._log_likelihoods([batch[place] for place, _ in part], [choice for _, choice in part], seen, budget)
+            scores += logs_BS.where(answers_BS, 0.0).sum(1).tolist()
+            lengths += answers_BS.sum(1).tolist()
+        chosen = []
+        for place in range(len(batch)):
+            own = [index for index, (owner, _) in enumerate(pairs) if owner == place]
+            best = max(own, key=lambda index: scores[index])
+            spread = float(entropy(torch.tensor([scores[index] for index in own]).log_softmax(0)))
+            chosen.append(Answer(pairs[best][1], lengths[best], False, confidence=Confidence(scores[best] / lengths[best], spread)))
+        return chosen
+
+    def _log_likelihoods(self, batch: Sequence[Sample], answers: list[str], seen: dict[bytes, Seen], budget: int) -> tuple[Tensor, Tensor]:
+        """Log-probability of each token of an answer and of its end, [B, S], and which places are the answer's."""
+        texts = [sample.prompt for sample in batch]
+        if self._decoder is not None and self._is_reduced(budget):
+            prompts = encode_prompts(self._processor, texts, answers, self._device)
+            logits_BSV = self._decoder.logits(prompts, self._visual_of(batch, seen), reducer=self._prompt_reducer, budget=self._total(batch, budget)).float()
+            ids_BS, answers_BS = prompts.after_BT[:, 1:], (prompts.answer_BT & prompts.valid_BT)[:, 1:]
+        else:
+            inputs = dict(self._processor.prompts(texts, len(batch[0].images), num_visual_tokens=budget, answers=answers).to(self._device))
+            self._check_count(inputs["input_ids"], len(batch) * len(batch[0].images) * budget)
+            everywhere_BS = inputs["token_type_ids"].bool() & inputs["attention_mask"].bool()
+            first = int(everywhere_BS.int().argmax(1).min())
+            keep = everywhere_BS.shape[1] - first + 1
+            logits_BSV = self._model(**inputs, **self._images_of(batch, seen), logits_to_keep=keep, use_cache=False).logits.float()
+            ids_BS, answers_BS = inputs["input_ids"][:, first:], everywhere_BS[:, first:]
+        return logits_BSV[:, :-1].log_softmax(-1).gather(2, ids_BS[:, :, None]).squeeze(2), answers_BS
+
+    @property
+    def _prompt_reducer(self) -> TokenReducer | None:
+        return self._reducer if self._reducer is not None and self._reducer.reads == "prompt" else None
+
+    def _is_reduced(self, budget: int) -> bool:
+        """Neither blind nor with every patch: only then positions and sizes are other than the stock model's."""
+        return BLIND < budget < self._processor.num_patches
+
+    def _total(self, batch: Sequence[Sample], budget: int) -> int:
+        """Visual tokens of a prompt with all its images."""
+        return budget * len(batch[0].images)
+
+    def _visual_of(self, batch: Sequence[Sample], seen: dict[bytes, Seen]) -> VisualTokens:
+        """Visual tokens of each prompt, images after each other, places counted on from image to image."""
+        patches = self._processor.num_patches
+        rows = [[seen[image] for image in sample.images] for sample in batch]
+        return VisualTokens(
+            torch.stack([torch.cat([each.tokens_KL for each in row]) for row in rows]),
+            torch.stack([torch.cat([each.places_K + number * patches for number, each in enumerate(row)]) for row in rows]),
+            torch.stack([torch.cat([each.sizes_K for each in row]) for row in rows]),
+        )
+
+    def _images_of(self, batch: Sequence[Sample], seen: dict[bytes, Seen]) -> dict[str, Any]:
+        if not seen:
+            return {}
+        return self._model.image_inputs(torch.stack([seen[image].tokens_KL for sample in batch for image in sample.images]))
+
+    def _check_count(self, input_ids_BS: Tensor, expected: int) -> None:
+        found = int((input_ids_BS == self._model.config.image_token_id).sum())
+        if found != expected:
+            raise SystemFailure(
+                f"The decoder was about to see {found} visual tokens where the budget asks for {expected}; the processor does not fit the model."
+            )
+
+
+def _decoded(images: Iterable[bytes]) -> tuple[dict[bytes, Image.Image], dict[bytes, str]]:
+    """The different images, and why some cannot be decoded."""
+    decoded: dict[bytes, Image.Image] = {}
+    problems: dict[bytes, str] = {}
+    for image in images:
+        if image not in decoded and image not in problems:
+            try:
+                decoded[image] = decode_image(image)
+            except UserError as error:
+                problems[image] = str(error)
+    return decoded, problems
+
+
+def _choices(sample: Sample) -> list[str]:
+    choices = sample.metadata.get("choices")
+    if not choices:
+        raise UserError(
+            f"Sample {sample.id!r} of {sample.benchmark} has no choices to compare by likelihood; give the benchmark a column of choices, or decode greedily."
+        )
+    return [str(choice) for choice in choices]
+
+
+def _chunks(samples: Sequence[Sample], batch_size: int) -> Iterator[list[int]]:
+    """Indices of samples with at most `batch_size` different images (or one sample's), those that share images together."""
+    first_with: dict[tuple[bytes, ...], int] = {}
+    owners = [first_with.setdefault(sample.images, index) for index, sample in enumerate(samples)]
+    chunk: list[int] = []
+    images: set[bytes] = set()
+    for index in sorted(range(len(samples)), key=lambda index: (owners[index], index)):
+        if chunk and len(images.union(samples[index].images)) > batch_size:
+            yield chunk
+            chunk, images = [], set()
+        chunk.append(index)
+        images.update(samples[index].images)
+    if chunk:
+        yield chunk
+
+
+def _batches(samples: Sequence[Sample], chunk: Sequence[int], batch_size: int) -> Iterator[list[int]]:
+    """A chunk's indices by number of images, prompts of similar length together (less padding)."""
+    groups: dict[int, list[int]] = {}
+    for index in chunk:
+        groups.setdefault(len(samples[index].images), []).append(index)
+    for num_images, indices in sorted(groups.items()):
+        size = max(1, batch_size // max(1, num_images))
+        indices.sort(key=lambda index: (len(samples[index].prompt), index))
+        for start in range(0, len(indices), size):
+            yield indices[start : start + size]

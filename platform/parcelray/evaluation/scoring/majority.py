@@ -1,0 +1,40 @@
+"""The baseline that looks at nothing: always the answer that is most frequent for the task in the training data."""
+
+import functools
+from collections import Counter
+from collections.abc import Sequence
+
+from parcelray.config.data import DataConfig
+from parcelray.datasets.open import training_source
+from parcelray.evaluation.predict.predictor import BLIND
+from parcelray.evaluation.scoring.split_scores import GivenAnswer, SplitScores, score_splits
+
+_SAMPLES = 2000
+"""Training samples that the answers are counted over."""
+
+
+def majority_scores(data: DataConfig, splits: Sequence[SplitScores], image_size: int) -> list[SplitScores]:
+    """The baseline's scores on the samples of an evaluation, under the blind model's budget.
+
+    Args:
+        data: what the model was trained on.
+        splits: an evaluation's.
+        image_size: side of the training images, pixels.
+    """
+    answers = dict(_answers(data, image_size))
+    samples = [sample for split in splits for sample in split.samples]
+    if not samples:
+        return []
+    return score_splits(samples, {BLIND: [GivenAnswer(answers.get(sample.task, "")) for sample in samples]}, splits[0].rules)
+
+
+@functools.lru_cache(maxsize=8)
+def _answers(data: DataConfig, image_size: int) -> tuple[tuple[str, str], ...]:
+    source = training_source(data, image_size)
+    counts: dict[str, Counter[str]] = {}
+    for group in source.groups:
+        share = min(group.size or _SAMPLES, max(1, round(_SAMPLES * group.weight)))
+        for index in range(share):
+            sample = source.get(group.name, index)
+            counts.setdefault(sample.task, Counter())[sample.answers[0]] += 1
+    return tuple((task, counter.most_common(1)[0][0]) for task, counter in counts.items())

@@ -1,0 +1,101 @@
+"""The aggregate rows of a printed table, from its per-benchmark scores: what a paper's own numbers give by our rules."""
+
+import csv
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from parcelray.errors import UserError
+from parcelray.evaluation.scoring.budget_curves import most_sensitive
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+_KEYS = ("benchmark", "family", "reference")
+
+
+@dataclass(frozen=True)
+class PrintedTable:
+    """Scores of methods on benchmarks, beside the uncompressed reference."""
+
+    benchmarks: tuple[str, ...]
+    families: Mapping[str, str]
+    """By benchmark."""
+    reference: Mapping[str, float]
+    """By benchmark."""
+    methods: Mapping[str, Mapping[str, float]]
+    """By method, the scores by benchmark; those that are not printed are missing."""
+
+    def retention(self, method: str) -> dict[str, float]:
+        """100 x score / reference for each benchmark that both have."""
+        scores = self.methods[method]
+        return {name: 100 * scores[name] / self.reference[name] for name in self.benchmarks if name in scores and self.reference.get(name)}
+
+    def mean_retention(self, method: str, family: str | None = None) -> float:
+        """Unweighted mean over benchmarks, of a family or of all; NaN if there are none."""
+        kept = [value for name, value in self.retention(method).items() if family in (None, self.families[name])]
+        return math.fsum(kept) / len(kept) if kept else math.nan
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-serialisable."""
+        families = list(dict.fromkeys(self.families.values()))
+        return {
+            method: {
+                "benchmarks": len(self.retention(method)),
+                "mean_retention": self.mean_retention(method),
+                "families": {family: self.mean_retention(method, family) for family in families},
+                "retention": self.retention(method),
+                "most_sensitive": most_sensitive(self.retention(method)),
+            }
+            for method in self.methods
+        }
+
+    def to_rich(self) -> "Table":
+        """For the console."""
+        from rich.table import Table
+
+        families = list(dict.fromkeys(self.families.values()))
+        table = Table("method", "benchmarks", "mean retention (%)", *families, "most sensitive", title="Unweighted means of 100 x score / reference")
+        for method, row in self.to_dict().items():
+            means = [f"{row['families'][family]:.1f}" for family in families]
+            table.add_row(method, str(row["benchmarks"]), f"{row['mean_retention']:.1f}", *means, ", ".join(row["most_sensitive"]))
+        return table
+
+
+def aggregate_table(file: Path) -> PrintedTable:
+    """Reads a CSV with the columns benchmark, family, reference, and one for each method; an empty cell is a score that is not printed.
+
+    Raises:
+        UserError: the file cannot be read as such a table.
+    """
+    try:
+        with file.open(encoding="utf-8", newline="") as opened:
+            reader = csv.DictReader(opened)
+            rows, columns = list(reader), list(reader.fieldnames or ())
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{file} cannot be read as CSV ({error}); give a table with the columns {', '.join(_KEYS)} and one for each method.") from None
+    missing = [key for key in _KEYS if key not in columns]
+    methods = [column for column in columns if column not in _KEYS]
+    if missing or not methods:
+        wanted = ", ".join(missing) if missing else "a column for a method"
+        raise UserError(f"{file} lacks {wanted}; it needs the columns {', '.join(_KEYS)} and one for each method.")
+    return PrintedTable(
+        benchmarks=tuple(row["benchmark"] for row in rows),
+        families={row["benchmark"]: row["family"] for row in rows},
+        reference=_scores(file, rows, "reference"),
+        methods={method: _scores(file, rows, method) for method in methods},
+    )
+
+
+def _scores(file: Path, rows: Sequence[Mapping[str, str]], column: str) -> dict[str, float]:
+    scores = {}
+    for row in rows:
+        text = (row[column] or "").strip()
+        if text:
+            try:
+                scores[row["benchmark"]] = float(text)
+            except ValueError:
+                raise UserError(f"{file}: {column} of {row['benchmark']} is {text!r}; give a number, or leave the cell empty.") from None
+    return scores

@@ -1,0 +1,80 @@
+"""The playground at `/`: one page without any download from elsewhere, and what it asks the server beside answers."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from parcelray.serving.engine.engine import EngineRefusal
+from parcelray.serving.http.api_errors import ApiError, from_refusal
+from parcelray.serving.ingress.chat import ChatService
+from parcelray.serving.ingress.clients import ReplicaLost
+
+_FOLDER = Path(__file__).parent
+_FILES = {"/": ("index.html", "text/html"), "/playground/page.css": ("page.css", "text/css"), "/playground/page.js": ("page.js", "text/javascript")}
+_HEADERS = {
+    # Nothing from elsewhere, no framing, no inline script: what a page of a server that takes keys should say.
+    "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data: blob:; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "cache-control": "no-cache",
+}
+
+
+class InspectRequest(BaseModel):
+    """Body of `/playground/inspect`."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    type: Literal["image"] = "image"
+    url: str = Field(min_length=1)
+    visual_tokens: int = Field(ge=1)
+
+
+def playground_routes() -> list[Route]:
+    """The page and its files."""
+    return [Route(path, _file(name, kind)) for path, (name, kind) in _FILES.items()]
+
+
+async def inspect_request(body: bytes, service: ChatService) -> dict[str, Any]:
+    """Anchors and attention of one image at one budget.
+
+    Raises:
+        ApiError: the request is none, or the image cannot be read.
+    """
+    try:
+        asked = InspectRequest.model_validate_json(body)
+    except ValidationError as error:
+        field = ".".join(map(str, error.errors()[0]["loc"])) or None
+        message = "The body must be {url: data:image/..., visual_tokens: NUMBER}; the number is one of " + f"{', '.join(map(str, service.policy.offered))}."
+        raise ApiError(422, message, code="invalid_request", param=field) from None
+    budget = service.policy.decide(asked.visual_tokens)
+    route = service.routes.champion
+    with service.admission.slot():
+        (image,) = await service.images.read(route.prompts, {"url": asked.url}, service.limits.timeout_s)
+        try:
+            found = await route.client.inspect(image, budget)
+        except ReplicaLost:
+            raise ApiError(503, "The replica that had this request is gone; send it again.", code="no_replica") from None
+        except EngineRefusal as refusal:
+            raise from_refusal(refusal, 1) from None
+    return {
+        "visual_tokens": budget,
+        "anchor_grid": found.anchor_grid,
+        "grid": found.grid,
+        "cropped": route.prompts.crops,
+        "attention": [round(value, 4) for value in found.attention],
+    }
+
+
+def _file(name: str, kind: str) -> Any:
+    content = (_FOLDER / name).read_bytes()
+
+    async def answer(request: Request) -> Response:
+        return Response(content, media_type=kind, headers=_HEADERS)
+
+    return answer

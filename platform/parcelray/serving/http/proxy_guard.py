@@ -1,0 +1,168 @@
+"""What stands before Serve's HTTP proxy, as middleware in the proxy's process.
+
+Serve's proxy obeys headers of its clients (its request id, the session, the timeout, whether a hang-up cancels), fails on some that are not
+UTF-8, names its applications to everybody, and hands a body on piece by piece, so that a slow client takes a place of the ingress. Here such
+headers are dropped, a request gets our own id, its body is read whole within its limits, and what the proxy itself refuses has the same form
+as all refusals. Serve takes middleware only by an environment variable of the proxy's process: `proxy_environment`.
+"""
+
+import json
+import logging
+import os
+import secrets
+from contextlib import AsyncExitStack
+from typing import Any
+
+from starlette.middleware import Middleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from parcelray.config.serve import RequestLimits
+from parcelray.serving.http.api_errors import ApiError
+from parcelray.serving.http.bodies import Bodies
+
+logger = logging.getLogger("ray.serve")
+CALLBACK_VARIABLE = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
+LIMITS_VARIABLE = "PARCELRAY_PROXY_LIMITS"
+CALLBACK = f"{__name__}:middlewares"
+_SCOPE_KEY = "parcelray.request_id"
+"""In the ASGI scope, which travels to the ingress and which no header of a client can write."""
+_DROPPED = frozenset({b"x-request-id", b"x-session-id", b"x-request-timeout-seconds", b"x-request-disconnect-disabled", b"serve-multiplexed-model-id"})
+_HIDDEN = "/-/routes"
+_OWN_REFUSALS = {
+    404: ("There is nothing at this path.", "not_found"),
+    408: ("The request took too long.", "deadline_exceeded"),
+    429: ("The endpoint has as many requests as it can hold; send the request again later.", "queue_full"),
+    503: ("No replica of the endpoint answers; send the request again later.", "no_replica"),
+}
+_FAILED = ("The server failed on this request.", "internal_error")
+
+
+def proxy_environment(limits: RequestLimits) -> dict[str, str]:
+    """Variables with which a process of Serve's proxy has this middleware."""
+    return {CALLBACK_VARIABLE: CALLBACK, LIMITS_VARIABLE: limits.model_dump_json(include={"body_mb", "body_timeout_s", "bodies_mb"})}
+
+
+def middlewares() -> list[Middleware]:
+    """Called by Serve's proxy when it starts."""
+    return [Middleware(ProxyGuard, limits=RequestLimits.model_validate_json(os.environ.get(LIMITS_VARIABLE, "{}")))]
+
+
+def request_id_of(scope: Scope) -> str:
+    """The id that the proxy gave a request; a new one where it came without that proxy."""
+    return str(scope.get(_SCOPE_KEY) or _new_id())
+
+
+class ProxyGuard:
+    """See the module's docstring.
+
+    Args:
+        app: Serve's proxy.
+        limits: of bodies.
+    """
+
+    def __init__(self, app: ASGIApp, limits: RequestLimits) -> None:
+        self._app = app
+        self._limits = limits
+        self._bodies = Bodies()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One request."""
+        if scope["type"] == "websocket":
+            # There are none; refused before a handshake, it is a 403.
+            await send({"type": "websocket.close", "code": 1008})
+            return
+        request_id = _new_id()
+        answer = _Answer(send, request_id)
+        try:
+            await self._checked(scope, receive, answer, request_id)
+        except ClientDisconnect:
+            return
+        except ApiError as error:
+            await answer.refuse(error)
+        except Exception:
+            logger.exception("request %s failed in the proxy", request_id)
+        if not answer.started:
+            await answer.refuse(ApiError(500, _FAILED[0], code=_FAILED[1]))
+
+    async def _checked(self, scope: Scope, receive: Receive, answer: "_Answer", request_id: str) -> None:
+        if scope["path"].removeprefix(scope.get("root_path", "")) == _HIDDEN:
+            raise _own_refusal(404)
+        request = Request(scope, receive)
+        headers = [*_harmless(scope["headers"]), (b"x-request-id", request_id.encode())]
+        async with answer.held as held:
+            body = await held.enter_async_context(self._bodies.read(request.stream(), self._limits, request.headers.get("content-length")))
+            await self._app({**scope, "headers": headers, _SCOPE_KEY: request_id}, _Replay(body, receive), answer.send)
+
+
+class _Replay:
+    """`receive` of a request whose body was read already."""
+
+    def __init__(self, body: bytes, receive: Receive) -> None:
+        self._body: bytes | None = body
+        self._receive = receive
+
+    async def __call__(self) -> Message:
+        if self._body is None:
+            return await self._receive()
+        body, self._body = self._body, None
+        return {"type": "http.request", "body": body, "more_body": False}
+
+
+class _Answer:
+    """`send` of a request: with its id, and with the proxy's own refusals in our form.
+
+    Its body is held until the answer begins: until then it may still wait in the proxy for a place in the ingress.
+    """
+
+    def __init__(self, send: Send, request_id: str) -> None:
+        self._send = send
+        self._request_id = request_id.encode()
+        self._replaced = False
+        self.started = False
+        self.held = AsyncExitStack()
+
+    async def send(self, message: Message) -> None:
+        if message["type"] != "http.response.start":
+            if not self._replaced:
+                await self._send(message)
+            return
+        await self.held.aclose()
+        headers = {bytes(name).lower(): bytes(value) for name, value in message["headers"]}
+        # The endpoint's own refusals are JSON; plain text is the proxy's.
+        if message["status"] >= 400 and headers.get(b"content-type", b"").startswith(b"text/plain"):
+            self._replaced = True
+            await self.refuse(_own_refusal(message["status"], headers.get(b"retry-after", b"1").decode("latin-1")))
+            return
+        await self._start(message["status"], message["headers"])
+
+    async def refuse(self, error: ApiError) -> None:
+        if self.started:
+            return
+        body = json.dumps(error.body(), separators=(",", ":")).encode()
+        headers = {"content-type": "application/json", "content-length": str(len(body)), **error.headers}
+        await self._start(error.status, [(name.encode(), value.encode()) for name, value in headers.items()])
+        await self._send({"type": "http.response.body", "body": body})
+
+    async def _start(self, status: int, headers: Any) -> None:
+        self.started = True
+        kept = [(name, value) for name, value in headers if bytes(name).lower() != b"x-request-id"]
+        await self._send({"type": "http.response.start", "status": status, "headers": [*kept, (b"x-request-id", self._request_id)]})
+
+
+def _new_id() -> str:
+    return f"chatcmpl-{secrets.token_hex(12)}"
+
+
+def _harmless(headers: Any) -> list[tuple[bytes, bytes]]:
+    """Without what Serve's proxy obeys. It decodes the name of every header, and the value of `traceparent`, as UTF-8."""
+    return [
+        (name, value)
+        for name, value in headers
+        if name.isascii() and name.lower().replace(b"_", b"-") not in _DROPPED and (name != b"traceparent" or value.isascii())
+    ]
+
+
+def _own_refusal(status: int, retry_after: str = "1") -> ApiError:
+    message, code = _OWN_REFUSALS.get(status, _FAILED)
+    return ApiError(status, message, code=code, headers={"retry-after": retry_after} if status in (429, 503) else None)

@@ -1,0 +1,82 @@
+"""Answers in OpenAI's form, with the budget that was used."""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from parcelray.serving.engine.engine import Finished, Piece, TokenLogprob
+from parcelray.serving.ingress.chat import Prepared
+
+
+def headers(prepared: Prepared) -> dict[str, str]:
+    """What every answer of a model carries."""
+    return {
+        "x-visual-tokens": str(prepared.request.num_visual_tokens),
+        "x-model-version": prepared.route.version,
+    }
+
+
+def server_timing(end: Finished) -> str:
+    """Where the time went, milliseconds, as the header Server-Timing has it."""
+    timings = end.timings
+    parts = {"queue": timings.queue_s, "vision": timings.vision_s, "prefill": timings.prefill_s, "first_token": timings.first_token_s, "total": timings.total_s}
+    return ", ".join(f"{name};dur={seconds * 1000:.2f}" for name, seconds in parts.items())
+
+
+def completion(prepared: Prepared, end: Finished, *, model: str, created: int) -> dict[str, Any]:
+    """The body of an answer."""
+    choice = {"index": 0, "message": {"role": "assistant", "content": end.text}, "finish_reason": end.reason, "logprobs": _logprobs(prepared, end.logprobs)}
+    return {**_head(prepared, "chat.completion", model, created), "choices": [choice], "usage": _usage(prepared, end)}
+
+
+def opening_chunk(prepared: Prepared, *, model: str, created: int) -> bytes:
+    """The first event of a stream: whose turn it is."""
+    return _chunk(prepared, model, created, {"role": "assistant", "content": ""}, None, None)
+
+
+def chunk(prepared: Prepared, event: Piece | Finished, *, model: str, created: int) -> bytes:
+    """One event of a stream."""
+    if isinstance(event, Finished):
+        return _chunk(prepared, model, created, {}, event.reason, None)
+    return _chunk(prepared, model, created, {"content": event.text}, None, _logprobs(prepared, event.logprobs))
+
+
+def usage_chunk(prepared: Prepared, end: Finished, *, model: str, created: int) -> bytes:
+    """The event that says what the answer cost."""
+    return sse({**_head(prepared, "chat.completion.chunk", model, created), "choices": [], "usage": _usage(prepared, end)})
+
+
+def sse(data: dict[str, Any]) -> bytes:
+    """One server-sent event."""
+    return b"data: " + json.dumps(data, separators=(",", ":")).encode() + b"\n\n"
+
+
+def _chunk(prepared: Prepared, model: str, created: int, delta: dict[str, str], reason: str | None, logprobs: dict[str, Any] | None) -> bytes:
+    choice = {"index": 0, "delta": delta, "finish_reason": reason, "logprobs": logprobs}
+    return sse({**_head(prepared, "chat.completion.chunk", model, created), "choices": [choice]})
+
+
+def _head(prepared: Prepared, kind: str, model: str, created: int) -> dict[str, Any]:
+    return {"id": prepared.request.request_id, "object": kind, "created": created, "model": model, "system_fingerprint": prepared.route.version}
+
+
+def _usage(prepared: Prepared, end: Finished) -> dict[str, Any]:
+    request = prepared.request
+    return {
+        "prompt_tokens": request.num_prompt_tokens,
+        "completion_tokens": end.num_new_tokens,
+        "total_tokens": request.num_prompt_tokens + end.num_new_tokens,
+        "prompt_tokens_details": {"image_tokens": request.num_image_tokens, "cached_tokens": 0},
+        "visual_tokens": request.num_visual_tokens,
+    }
+
+
+def _logprobs(prepared: Prepared, found: Sequence[TokenLogprob]) -> dict[str, Any] | None:
+    if prepared.request.sampling.logprobs is None:
+        return None
+    content = [{**_token(each.token, each.logprob), "top_logprobs": [_token(*pair) for pair in each.top]} for each in found]
+    return {"content": content, "refusal": None}
+
+
+def _token(token: str, logprob: float) -> dict[str, Any]:
+    return {"token": token, "logprob": logprob, "bytes": list(token.encode())}

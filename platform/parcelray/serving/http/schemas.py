@@ -1,0 +1,266 @@
+"""The request of `/v1/chat/completions`: OpenAI's fields as far as this model has a meaning for them, and the visual-token budget.
+
+Strict: an unknown field or a wrong type is refused with the legal ones, because a client that sends it expects it to count.
+"""
+
+import re
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import from_json
+
+from parcelray.serving.http.api_errors import ApiError
+
+_SHOWN = 80
+"""Characters of a refused value that an answer repeats."""
+Detail = Literal["low", "high", "auto"]
+_LONGEST_STOP = 64
+_MOST_STOPS = 4
+
+
+def _neutral(value: Any, reason: str) -> Any:
+    """A field of OpenAI's that has no meaning here: clients that send its neutral value ask for nothing, and get it."""
+
+    def check(given: Any) -> Any:
+        if given != value:
+            raise ValueError(f"legal is {str(value).lower()}: {reason}")
+        return given
+
+    return AfterValidator(check)
+
+
+def _legal_stop(value: Any) -> Any:
+    # Before the types are looked at: of a union each member complains by itself.
+    texts = value if isinstance(value, list) else [value]
+    if value is not None and (len(texts) > _MOST_STOPS or not all(isinstance(text, str) and 1 <= len(text) <= _LONGEST_STOP for text in texts)):
+        raise ValueError(f"legal is a text, or a list of at most {_MOST_STOPS}, of 1 to {_LONGEST_STOP} characters each")
+    return value
+
+
+_StopText = Annotated[str, Field(min_length=1, max_length=_LONGEST_STOP)]
+_Penalty = Annotated[float, Field(json_schema_extra={"const": 0}), _neutral(0, "penalties are not applied")]
+_Off = Annotated[bool, Field(json_schema_extra={"const": False})]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
+
+
+class TextPart(_Strict):
+    """Text of a message."""
+
+    type: Literal["text"]
+    text: str
+
+
+class ImageUrl(_Strict):
+    """Where an image is, and how many tokens it is worth."""
+
+    url: str = Field(min_length=1)
+    """`data:image/png;base64,...`; or https, where the server allows the host."""
+    detail: Detail = "auto"
+    """low: the smallest budget; high: the largest; auto: the server decides."""
+
+
+class ImagePart(_Strict):
+    """An image of a message."""
+
+    type: Literal["image_url"]
+    image_url: ImageUrl
+
+
+Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
+
+
+class UserMessage(_Strict):
+    """The question, with its images."""
+
+    role: Literal["user"]
+    content: str | Annotated[list[Part], Field(min_length=1, max_length=256)]
+    name: str | None = None
+
+
+class SystemMessage(_Strict):
+    """Text before the question."""
+
+    role: Literal["system", "developer"]
+    content: str | Annotated[list[TextPart], Field(min_length=1, max_length=256)]
+    name: str | None = None
+
+
+Message = Annotated[UserMessage | SystemMessage, Field(discriminator="role")]
+
+
+class StreamOptions(_Strict):
+    """What a stream carries besides text."""
+
+    include_usage: bool = False
+    include_obfuscation: Annotated[_Off, _neutral(False, "streams are not padded")] = False
+
+
+class ResponseFormat(_Strict):
+    """The form of an answer: text, because nothing makes this model keep to another."""
+
+    type: Annotated[str, Field(json_schema_extra={"const": "text"}), _neutral("text", "answers are plain text")]
+
+
+class ProcessorOptions(_Strict):
+    """The budget as clients of vLLM pass processor settings."""
+
+    visual_tokens: int | Literal["auto"]
+
+
+class ChatRequest(_Strict):
+    """See the module's docstring."""
+
+    model: str = Field(min_length=1, max_length=256)
+    messages: list[Message] = Field(min_length=1, max_length=16)
+    visual_tokens: int | Literal["auto"] | None = None
+    """Budget per image; wins over `detail`."""
+    mm_processor_kwargs: ProcessorOptions | None = None
+    max_tokens: int | None = Field(default=None, ge=1)
+    max_completion_tokens: int | None = Field(default=None, ge=1)
+    temperature: float | None = Field(default=None, ge=0, le=2, allow_inf_nan=False)
+    """Unset: 0, the likeliest token, as the model was evaluated."""
+    top_p: float | None = Field(default=None, gt=0, le=1, allow_inf_nan=False)
+    seed: int | None = Field(default=None, ge=-(2**63), le=2**63 - 1)
+    stop: Annotated[_StopText | Annotated[list[_StopText], Field(max_length=_MOST_STOPS)] | None, BeforeValidator(_legal_stop)] = None
+    n: Literal[1] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(default=None, ge=0, le=20)
+    user: str | None = Field(default=None, max_length=256)
+    presence_penalty: _Penalty | None = None
+    frequency_penalty: _Penalty | None = None
+    logit_bias: Annotated[dict[str, float], Field(json_schema_extra={"maxProperties": 0}), _neutral({}, "tokens are not weighted")] | None = None
+    response_format: ResponseFormat | None = None
+    store: Annotated[_Off, _neutral(False, "nothing is stored")] | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> "ChatRequest":
+        if sum(message.role == "user" for message in self.messages) != 1 or self.messages[-1].role != "user":
+            raise ValueError("messages must be any number of system messages and then one user message: this model answers single questions")
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options needs stream: true")
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError("top_logprobs needs logprobs: true")
+        if len({part.image_url.detail for part in self.images}) > 1:
+            raise ValueError("all images of a request have one budget; give them the same detail")
+        asked = {value for value in (self.visual_tokens, self.mm_processor_kwargs and self.mm_processor_kwargs.visual_tokens) if value is not None}
+        if len(asked) > 1:
+            raise ValueError("visual_tokens and mm_processor_kwargs.visual_tokens differ; give one of them")
+        return self
+
+    @property
+    def images(self) -> list[ImagePart]:
+        """In the order of the prompt."""
+        return [part for message in self.messages if not isinstance(message.content, str) for part in message.content if isinstance(part, ImagePart)]
+
+    @property
+    def image_urls(self) -> dict[str, str]:
+        """In the order of the prompt, by the field that holds each."""
+        return {
+            f"messages.{message_index}.content.{part_index}.image_url.url": part.image_url.url
+            for message_index, message in enumerate(self.messages)
+            if not isinstance(message.content, str)
+            for part_index, part in enumerate(message.content)
+            if isinstance(part, ImagePart)
+        }
+
+    @property
+    def text(self) -> str:
+        """All texts, a line each."""
+        texts: list[str] = []
+        for message in self.messages:
+            parts = [message.content] if isinstance(message.content, str) else [part.text for part in message.content if isinstance(part, TextPart)]
+            texts += [part for part in parts if part]
+        return "\n".join(texts)
+
+    @property
+    def asked_budget(self) -> int | Detail:
+        """The budget or detail that the request asks for; `auto` where it leaves that open."""
+        explicit = self.visual_tokens
+        if explicit is None and self.mm_processor_kwargs is not None:
+            explicit = self.mm_processor_kwargs.visual_tokens
+        if explicit is not None:
+            return explicit
+        return self.images[0].image_url.detail if self.images else "auto"
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """Texts that end the answer."""
+        return () if self.stop is None else (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+
+def parse_chat(body: bytes, budgets: Sequence[int]) -> ChatRequest:
+    """Reads a request.
+
+    Args:
+        body: JSON.
+        budgets: those that are offered, for the refusal of what is no budget at all.
+
+    Raises:
+        ApiError: 400 for what is no JSON, 422 for what is no request.
+    """
+    try:
+        data = from_json(body, allow_inf_nan=False)
+    except ValueError as error:
+        raise ApiError(400, f"The body is not JSON: {_short(str(error))}.", code="invalid_json") from None
+    if not isinstance(data, dict):
+        raise ApiError(422, f"The body is {_kind(data)}, but must be an object with model and messages.", code="invalid_type")
+    try:
+        return ChatRequest.model_validate(data)
+    except ValidationError as error:
+        raise _explained(error, budgets) from None
+
+
+# pydantic names the members of a union in a location; a client knows only its own keys.
+_UNION_MEMBERS = re.compile(r"^(str|int|list\[.*|literal\[.*|constrained-.*|function-.*|user|system|developer|text|image_url)$")
+
+
+def _explained(error: ValidationError, budgets: Sequence[int]) -> ApiError:
+    problems = error.errors(include_url=False, include_context=False)
+    # Of a union every member is reported; the deepest one is the member that was meant.
+    problem = max(problems, key=lambda each: len(each["loc"]))
+    path = _path(problem["loc"])
+    kind = str(problem["type"])
+    if kind == "extra_forbidden":
+        legal = ""
+        if len(problem["loc"]) == 1:
+            legal = f"; legal here: {', '.join(sorted(ChatRequest.model_fields))}"
+        return ApiError(422, f"{_short(path)} is not a known field{legal}.", code="unknown_field", param=_short(path))
+    message = str(problem["msg"]).removeprefix("Value error, ")
+    if kind == "missing":
+        return ApiError(422, f"{path} is missing; add it.", code="missing_field", param=path)
+    if path.endswith("visual_tokens") and kind != "model_type":
+        message = f"{path} is {_shown(problem['input'])}; legal are {', '.join(map(str, budgets))} and auto."
+        return ApiError(422, message, code="unsupported_budget", param=path)
+    if not problem["loc"]:
+        return ApiError(422, f"{message[:1].upper()}{message[1:]}.", code="invalid_request")
+    return ApiError(422, f"{path} is {_shown(problem['input'])}: {message[:1].lower()}{_short(message[1:], 300)}.", code="invalid_value", param=path)
+
+
+def _path(location: tuple[int | str, ...]) -> str:
+    kept: list[str] = []
+    for index, part in enumerate(location):
+        # `image_url` is a tag after a number and a key after that tag.
+        is_member = isinstance(part, str) and index > 0 and (isinstance(location[index - 1], int) or part not in ("text", "image_url", "user"))
+        if is_member and _UNION_MEMBERS.match(str(part)):
+            continue
+        kept.append(str(part))
+    return ".".join(kept)
+
+
+def _shown(value: Any) -> str:
+    return _short(repr(value[:_SHOWN] if isinstance(value, str) else value)) if isinstance(value, str | int | float | None) else _kind(value)
+
+
+def _kind(value: Any) -> str:
+    return {dict: "an object", list: "a list", str: "a text", bool: "a truth value", int: "a number", float: "a number"}.get(type(value), "null")
+
+
+def _short(text: str, longest: int = _SHOWN) -> str:
+    clean = text.encode("ascii", "replace").decode()
+    return clean if len(clean) <= longest else f"{clean[:longest]}..."

@@ -1,0 +1,244 @@
+"""`parcelray analyze`: studies of attention and redundancy, from a model reference to tables, pictures and a record."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from parcelray.analysis.attention_maps import AttentionMaps, attention_maps
+from parcelray.analysis.leave_token_out import Validity, leave_one_out, validity
+from parcelray.analysis.redundancy_profile import RedundancyProfile, redundancy_profile
+from parcelray.analysis.saliency import SaliencyReport, saliency_reports
+from parcelray.config.evaluate import EvaluateJob
+from parcelray.config.train import TrackingConfig
+from parcelray.evaluation.inputs import MINI, Pair, benchmark_pairs, benchmark_prompts, mini_pairs, open_model, study_images, study_prompts
+from parcelray.evaluation.scoring.intervals import Interval
+from parcelray.studies.attention_plots import plot_agreement, plot_heat_maps, plot_redundancy, plot_validity
+from parcelray.tracking.mlflow_tracker import MlflowRunLogger, tracked_run
+from parcelray.tracking.store import ensure_store
+
+_SHOWN_IMAGES = 4
+_SAME = 0.9
+"""Rank correlation between prompts above which attention is said not to follow them."""
+
+
+def study_saliency(
+    reference: str,
+    console: Console,
+    *,
+    images: str = MINI,
+    count: int = 24,
+    prompts: Sequence[str] = (),
+    job: EvaluateJob | None = None,
+    folder: Path,
+    tracking: TrackingConfig,
+) -> dict[str, SaliencyReport]:
+    """Saliency against the prompt: rank agreement between prompts, images, layers and heads, what draws attention, and heat maps.
+
+    Args:
+        reference: a model reference.
+        console: for the tables.
+        images: `mini`, or a folder of images.
+        count: images.
+        prompts: asked of every image; of the mini suite none are needed.
+        job: instead of images and prompts: the questions of its benchmarks about one image, each image with its own and two other images' ones.
+        folder: for saliency.json, saliency.npz with all maps, agreement.png and heat maps.
+        tracking: MLflow.
+
+    Returns:
+        By definition of saliency: the last word's attention, and the mean of all words'.
+
+    Raises:
+        UserError: model, images or prompts are not as they must be.
+    """
+    opened = open_model(reference, tracking.uri)
+    side = opened.processor.image_size
+    if job is None:
+        pictures, asked = study_images(images, count, side), study_prompts(images, count, prompts, side)
+    else:
+        pictures, asked = benchmark_prompts(job, count, side)
+    maps = attention_maps(opened.model, opened.processor, pictures, asked)
+    reports = saliency_reports(maps)
+    folder.mkdir(parents=True, exist_ok=True)
+    content = {"model": opened.checkpoint.pinned} | {name: report.to_dict() for name, report in reports.items()}
+    files = [_write_json(folder / "saliency.json", content), _write_maps(folder / "saliency.npz", maps), folder / "agreement.png"]
+    plot_agreement(reports, folder / "agreement.png")
+    for index in range(min(_SHOWN_IMAGES, count)):
+        path = folder / f"heat_maps_{index}.png"
+        plot_heat_maps(pictures[index], asked[index], maps, index, path)
+        files.append(path)
+    for name, report in reports.items():
+        console.print(_agreement_table(name, report), _layers_table(name, report), _drawn_table(name, report))
+        for layer, each in enumerate(report.between_prompts):
+            if each.spearman.low > _SAME:
+                value = each.spearman.value
+                console.print(f"Failure sign: in layer {layer} the maps of {name} hardly change with the prompt (Spearman {value:.2f}).", highlight=False)
+    metrics = {key: value for name, report in reports.items() for key, value in _saliency_metrics(name.replace(" ", "_"), report)}
+    _record(tracking, f"analyze-saliency-{folder.name}", {"model": opened.checkpoint.pinned, "images": count}, metrics, files)
+    console.print(f"Numbers and heat maps: {folder}", highlight=False)
+    return reports
+
+
+def study_validity(
+    reference: str,
+    console: Console,
+    *,
+    count: int = 100,
+    permutations: int = 1000,
+    job: EvaluateJob | None = None,
+    folder: Path,
+    tracking: TrackingConfig,
+) -> dict[str, Validity]:
+    """Attention against what the answer needs: leaves out each token of many image-question pairs.
+
+    Args:
+        reference: a model reference.
+        console: for progress and the table.
+        count: pairs.
+        permutations: of the test.
+        job: whose benchmarks' questions about one image are asked; None: the mini suite's.
+        folder: for validity.json and validity.png.
+        tracking: MLflow.
+
+    Raises:
+        UserError: the model cannot be loaded, or compresses; or there are not as many questions.
+    """
+    opened = open_model(reference, tracking.uri)
+    side = opened.processor.image_size
+    pairs: Sequence[Pair] = mini_pairs(count, side) if job is None else benchmark_pairs(job, count, side)
+    found = [leave_one_out(opened.model, opened.processor, pair, seed=index) for index, pair in enumerate(track(pairs, "Leaving out tokens", console=console))]
+    result = validity([losses for losses, _ in found], [measures for _, measures in found], permutations=permutations)
+    folder.mkdir(parents=True, exist_ok=True)
+    content = {"model": opened.checkpoint.pinned, "pairs": count, "measures": {name: each.to_dict() for name, each in result.items()}}
+    files = [_write_json(folder / "validity.json", content)]
+    plot_validity(result, folder / "validity.png")
+    files.append(folder / "validity.png")
+    console.print(_validity_table(result, count))
+    metrics = {f"{name}/correlation": each.correlation.value for name, each in result.items()}
+    metrics |= {f"{name}/p_holm": each.p_holm for name, each in result.items()}
+    _record(tracking, f"analyze-validity-{folder.name}", {"model": opened.checkpoint.pinned, "pairs": count}, metrics, files)
+    console.print(f"Numbers and picture: {folder}", highlight=False)
+    return result
+
+
+def study_redundancy(
+    references: Sequence[str], console: Console, *, images: str = MINI, count: int = 64, folder: Path, tracking: TrackingConfig
+) -> dict[str, RedundancyProfile]:
+    """How redundant the tokens of several models are on the same images.
+
+    Raises:
+        UserError: a model or the images are not as they must be.
+    """
+    profiles = {}
+    for reference in references:
+        opened = open_model(reference, tracking.uri)
+        profiles[reference] = redundancy_profile(opened.model, opened.processor, study_images(images, count, opened.processor.image_size))
+    folder.mkdir(parents=True, exist_ok=True)
+    files = [_write_json(folder / "redundancy.json", {name: each.to_dict() for name, each in profiles.items()})]
+    plot_redundancy(profiles, folder / "redundancy.png")
+    files.append(folder / "redundancy.png")
+    console.print(_redundancy_table(profiles, count))
+    metrics = {f"{Path(name).name}/{measure}": value.value for name, each in profiles.items() for measure, value in each.measures.items()}
+    _record(tracking, f"analyze-redundancy-{folder.name}", {"models": ", ".join(references), "images": count}, metrics, files)
+    console.print(f"Numbers and picture: {folder}", highlight=False)
+    return profiles
+
+
+def _agreement_table(name: str, report: SaliencyReport) -> Table:
+    table = Table("layer", "pairs of", "Spearman", "Kendall", "Jaccard of the top 11 %", title=f"Do rankings by {name} agree? [95 % over images]")
+    for layer, (prompts, images) in enumerate(zip(report.between_prompts, report.between_images, strict=True)):
+        for pairs, each in (("prompts, heads averaged", prompts), ("images, one prompt", images)):
+            table.add_row(str(layer), pairs, *map(_cell, each))
+        by_head = sorted(enumerate(report.by_head[layer]), key=lambda item: item[1].spearman.value)
+        for which, (head, overlap) in (("least", by_head[0]), ("most", by_head[-1])):
+            table.add_row(str(layer), f"prompts, head {head} ({which} stable)", _cell(overlap.spearman), "", _cell(overlap.jaccard))
+        table.add_row(str(layer), "heads, one image and prompt", _cell(report.between_heads[layer].spearman), "", _cell(report.between_heads[layer].jaccard))
+        if report.with_class_attention:
+            table.add_row(str(layer), "decoder and vision tower", _cell(report.with_class_attention[layer]), "", "")
+    return table
+
+
+def _layers_table(name: str, report: SaliencyReport) -> Table:
+    """Neighbours, and the first with the last; saliency.json and agreement.png have all pairs."""
+    last = len(report.between_layers) - 1
+    table = Table("layers", "Spearman", "Jaccard of the top 11 %", title=f"Do layers agree on {name}? [95 % over images]")
+    for first, second in dict.fromkeys([*((layer, layer + 1) for layer in range(last)), (0, last)]):
+        each = report.between_layers[first][second]
+        table.add_row(f"{first} and {second}", _cell(each.spearman), _cell(each.jaccard))
+    return table
+
+
+def _drawn_table(name: str, report: SaliencyReport) -> Table:
+    layers = [f"layer {layer}" for layer in range(len(report.between_prompts))]
+    table = Table("property", *layers, title=f"What draws the {name} whatever the prompt? Spearman with the mean over prompts [95 % over images]")
+    for measured, each in report.drawn_by.items():
+        table.add_row(measured, *map(_cell, each))
+    return table
+
+
+def _saliency_metrics(name: str, report: SaliencyReport) -> Iterator[tuple[str, float]]:
+    for layer, each in enumerate(report.between_prompts):
+        yield f"{name}/between_prompts/spearman_layer_{layer}", each.spearman.value
+        yield f"{name}/between_prompts/jaccard_layer_{layer}", each.jaccard.value
+        yield f"{name}/between_images/spearman_layer_{layer}", report.between_images[layer].spearman.value
+        yield f"{name}/between_heads/spearman_layer_{layer}", report.between_heads[layer].spearman.value
+        for head, overlap in enumerate(report.by_head[layer]):
+            yield f"{name}/between_prompts/spearman_layer_{layer}_head_{head}", overlap.spearman.value
+            yield f"{name}/between_prompts/jaccard_layer_{layer}_head_{head}", overlap.jaccard.value
+
+
+def _validity_table(result: Mapping[str, Validity], count: int) -> Table:
+    table = Table(
+        "measure",
+        "correlation with the loss",
+        "p",
+        "p, Holm",
+        "loss in its top 11 %",
+        title=f"Do important tokens matter? {count} questions [95 % over questions]",
+    )
+    for name, each in sorted(result.items(), key=lambda item: -item[1].correlation.value):
+        table.add_row(name, _cell(each.correlation), f"{each.p_value:.3f}", f"{each.p_holm:.3f}", _cell(each.mass))
+    return table
+
+
+def _redundancy_table(profiles: Mapping[str, RedundancyProfile], count: int) -> Table:
+    table = Table("measure", *profiles, title=f"Redundancy of the visual tokens, {count} images [95 % over images]")
+    for name in next(iter(profiles.values())).measures:
+        table.add_row(name, *(_cell(each.measures[name]) for each in profiles.values()))
+    return table
+
+
+def _cell(interval: Interval) -> str:
+    return f"{interval.value:.3f} [{interval.low:.3f}, {interval.high:.3f}]"
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> Path:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    return path
+
+
+def _write_maps(path: Path, maps: AttentionMaps) -> Path:
+    """All maps, in the shapes that their names in `AttentionMaps` give."""
+    arrays = {"last_word_IPLHN": maps.last_word_IPLHN, "mean_word_IPLHN": maps.mean_word_IPLHN, "contrast_IN": maps.contrast_IN}
+    if maps.class_attention_IN is not None:
+        arrays["class_attention_IN"] = maps.class_attention_IN
+    with path.open("wb") as file:
+        np.savez_compressed(file, **arrays)  # type: ignore[arg-type]  # numpy's stub takes the arrays for allow_pickle
+    return path
+
+
+def _record(tracking: TrackingConfig, name: str, params: Mapping[str, str | int], metrics: Mapping[str, float], files: Sequence[Path]) -> None:
+    if tracking.uri is None:
+        return
+    uri = ensure_store(tracking.uri)
+    with tracked_run(uri, tracking.experiment, name, params=dict(params)) as run_id:
+        tracker = MlflowRunLogger(uri, run_id)
+        tracker.log_metrics({key: value for key, value in metrics.items() if value == value}, 0)
+        for file in files:
+            tracker.log_figure_file(file) if file.suffix == ".png" else tracker.log_artifact(file)
+        tracker.close()

@@ -1,0 +1,107 @@
+"""What a training job would do, before it does it: the resolved configuration and estimates of time, memory and GPU hours."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from parcelray.config.loader import identity
+from parcelray.config.optimizer import AdamWConfig
+from parcelray.config.train import TrainJob
+from parcelray.errors import UserError
+from parcelray.profiling.backbone_shapes import from_transformers_config
+from parcelray.profiling.flops import cost
+from parcelray.profiling.machine import matmul_flops_per_second
+from parcelray.training.budget_sampling import BudgetSampler
+from parcelray.training.run import resolve_start
+from parcelray.training.start import build_start, step_reader
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+_BACKWARD = 2
+"""A backward pass costs about twice the forward's FLOPs: one product for the inputs' gradients, one for the weights'."""
+_BYTES = 4
+"""Weights, gradients and moments are kept in fp32."""
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """The resolved job with its estimates."""
+
+    identity: str
+    start: str
+    num_parameters: int
+    connector_parameters: int
+    budgets: tuple[int, ...]
+    workers: tuple[int, int]
+    state_bytes: int
+    """Weights, gradients and optimiser moments on each worker (ddp), without activations."""
+    flops: int
+    """Forward and backward of all steps, by the cost model at the mean budget, without text."""
+    seconds: float
+    """At the matrix-product speed measured on this machine now; a lower bound, since training never reaches it."""
+    gpu_hours: float
+    config: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-serialisable."""
+        return {key: getattr(self, key) for key in self.__dataclass_fields__}
+
+    def to_rich(self) -> "Table":
+        """For the console."""
+        from rich.table import Table
+
+        table = Table("plan", self.identity, show_lines=False)
+        budgets = f"{self.budgets[0]} to {self.budgets[-1]} ({len(self.budgets)} budgets)" if len(self.budgets) > 3 else ", ".join(map(str, self.budgets))
+        rows = {
+            "starts from": self.start,
+            "parameters": f"{self.num_parameters:,} ({self.connector_parameters:,} of the connector)",
+            "visual-token budgets": budgets,
+            "workers": " to ".join(str(count) for count in sorted(set(self.workers))) if self.workers[1] else "in this process",
+            "memory per worker": f"at least {self.state_bytes / 2**20:,.0f} MiB for weights, gradients and moments",
+            "compute": f"{self.flops / 1e12:,.1f} TFLOP",
+            "time": f"at least {self.seconds / 60:,.1f} min at this machine's matrix-product speed",
+            "GPU hours": f"at least {self.gpu_hours:,.2f}" if self.gpu_hours else "none",
+        }
+        for key, value in rows.items():
+            table.add_row(key, value)
+        return table
+
+
+def training_plan(job: TrainJob) -> TrainingPlan:
+    """Resolves a job, checks that its parts fit together, and estimates its cost.
+
+    Raises:
+        UserError: the parts do not fit: budgets that the connector cannot give, data that are not there, too few samples a step.
+    """
+    start = resolve_start(job, job.tracking.uri)
+    model, processor = build_start(job, start.path if start is not None else None)
+    sampler = BudgetSampler(job.budget, job.seed)
+    sampler.check(model.connector)
+    if not set(job.validation.budgets) & set(model.supported_budgets):
+        raise UserError(f"validation.budgets {job.validation.budgets} holds no budget that {model.connector.name} can give; legal: {model.supported_budgets}.")
+    step_reader(job, processor, 0, max(1, job.scaling.bounds[0]))
+    budgets = job.budget.values()
+    shape = from_transformers_config(model.config)
+    connector = model.config.connector_config
+    middle = min(budgets, key=lambda budget: abs(budget - sum(budgets) / len(budgets)))
+    per_image = cost(shape, connector, middle, num_frames=1, num_text_tokens=0).total
+    passes = len(sampler.budgets(0))
+    flops = (1 + _BACKWARD) * per_image * job.training.images_per_step * job.training.steps * passes
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    copies = 4 if isinstance(job.optimizer, AdamWConfig) else 3
+    low, high = job.scaling.bounds
+    workers = max(1, low)
+    seconds = flops / matmul_flops_per_second() / workers
+    return TrainingPlan(
+        identity=identity(job),
+        start=start.pinned if start is not None else "random weights",
+        num_parameters=parameters,
+        connector_parameters=sum(parameter.numel() for parameter in model.connector.parameters()),
+        budgets=budgets,
+        workers=(low, high),
+        state_bytes=copies * _BYTES * parameters // (workers if job.training.strategy == "fsdp" else 1),
+        flops=flops,
+        seconds=seconds,
+        gpu_hours=seconds / 3600 * workers * job.scaling.gpus_per_worker,
+        config=job.model_dump(mode="json"),
+    )

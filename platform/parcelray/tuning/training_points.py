@@ -1,0 +1,145 @@
+"""A point of a search over trainings: its job, its training, and what is measured of the trained model."""
+
+import itertools
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from rich.console import Console
+
+from parcelray.config.loader import config_hash, set_key, validate
+from parcelray.config.model import CheckpointModelConfig
+from parcelray.config.search_space import Assignment
+from parcelray.config.train import TrainJob
+from parcelray.config.tune import TuneJob
+from parcelray.evaluation.passes.shards import PassSettings
+from parcelray.models.checkpoint import content_digest, resolve_checkpoint
+from parcelray.models.vlm import config_of, connector_of
+from parcelray.training.run import run_training
+from parcelray.tuning.evaluate_trial import Reference, SearchedModel, WarmEvaluator, prefill_costs
+from parcelray.tuning.training_trial import WHOLE, Segment, worker_resources
+from parcelray.tuning.trial_record import point_key
+from parcelray.tuning.trial_resources import TrialResources
+
+_CACHE_BYTES = 2
+"""Of a value in the KV cache: as served, in bf16."""
+
+
+def changed_training(job: TuneJob, assignment: Assignment) -> TrainJob:
+    """The search's training with the values of a point.
+
+    Raises:
+        ConfigError: the training does not take one of them.
+    """
+    data = job.base.model_dump(mode="json", exclude_unset=True)
+    for key, value in assignment.items():
+        set_key(data, key, value, "the search")
+    return validate(TrainJob, data, "the search")
+
+
+def trial_job(job: TuneJob, folder: str, assignment: Assignment, *, segment: Segment = WHOLE) -> TrainJob:
+    """The training of a point; its run folder is below the search's, so that one that was paused or lost goes on from its newest checkpoint.
+
+    Args:
+        job: the search.
+        folder: of the search.
+        assignment: the point.
+        segment: the part of the training.
+    """
+    whole = changed_training(job, assignment)
+    data = whole.model_dump(mode="json", exclude_unset=True)
+    if segment.model is not None:
+        data["model"] = {"type": "checkpoint", "reference": segment.model}
+        # The connector came with the first segment.
+        data["connector"] = None
+    before, end = segment.steps(whole.training.steps)
+    data["training"]["steps"] = max(1, end - before)
+    # The same seed would train every segment on the same batches and budgets.
+    data["seed"] = whole.seed + segment.place
+    # The driver records the trial; a training's own run would be a second one.
+    data["tracking"] = {"uri": None}
+    data["report"] = None
+    data["storage"] = os.path.abspath(f"{folder}/trials")
+    changed = validate(TrainJob, data, "the search")
+    return changed.model_copy(update={"name": f"{point_key(assignment)}-{config_hash(changed)}"})
+
+
+def train_point(
+    job: TuneJob, folder: str, reference: Reference, assignment: Assignment, on_report: Any, *, segment: Segment = WHOLE
+) -> tuple[dict[str, float], str]:
+    """Trains a point and measures the model, see `TrainPoint`.
+
+    Args:
+        job: the search.
+        folder: of the search.
+        reference: scores that retention is measured against, for `job.evaluation`.
+        assignment: the point.
+        on_report: called at each checkpoint but the last.
+        segment: the part of the training.
+    """
+    training = trial_job(job, folder, assignment, segment=segment)
+    with open(os.devnull, "w") as nowhere:
+        run = run_training(training, Console(file=nowhere), on_report=BeforeTheEnd(on_report, training.training.steps), report=False)
+    before, _ = segment.steps(changed_training(job, assignment).training.steps)
+    metrics = run.metrics | _costs(training, run.model_folder) | {"step": float(before + training.training.steps)}
+    if job.evaluation is not None:
+        metrics |= _evaluated(job, training, run.model_folder, reference)
+    return metrics, str(run.model_folder)
+
+
+@dataclass(frozen=True)
+class BeforeTheEnd:
+    """Passes a training's reports on, but for that of its last step: early stopping would end the trial there, before its model is kept."""
+
+    on_report: Callable[[Mapping[str, float]], None]
+    steps: int
+
+    def __call__(self, metrics: Mapping[str, float]) -> None:
+        """A checkpoint."""
+        if metrics.get("step", 0) < self.steps:
+            self.on_report(metrics)
+
+
+def training_resources(job: TuneJob) -> TrialResources:
+    """What a trial takes where the space asks for most."""
+    scaling = {name: domain.ends for name, domain in job.space.parameters.items() if name.split(".")[0] == "scaling"}
+    found = []
+    for values in itertools.product(*scaling.values()):
+        each = changed_training(job, dict(zip(scaling, values, strict=True))).scaling
+        found.append(worker_resources(each.bounds[1], each.cpus_per_worker, each.gpus_per_worker, each.data_tasks_per_worker))
+    return TrialResources(**{name: max(getattr(each, name) for each in found) for name in TrialResources.__dataclass_fields__})
+
+
+def _costs(training: TrainJob, model: Path) -> dict[str, float]:
+    """Of the trained model, at each budget of the validation that it can give."""
+    config, legal = config_of(model), connector_of(model).supported_budgets
+    metrics: dict[str, float] = {}
+    for budget in training.validation.budgets:
+        if budget in legal:
+            costs = prefill_costs(model, config.connector_config, budget, _CACHE_BYTES)
+            metrics |= {f"{name}@{budget}": value for name, value in costs.items() if name != "tokens"}
+    return metrics
+
+
+def _evaluated(job: TuneJob, training: TrainJob, model: Path, reference: Reference) -> dict[str, float]:
+    """Where the training was: in this process, or on a share of the cluster as large as one of its workers', which are gone by now."""
+    scaling = training.scaling
+    if scaling.bounds[1] == 0:
+        return _measured(job, str(model), reference)
+    remote = ray.remote(num_cpus=scaling.cpus_per_worker, num_gpus=scaling.gpus_per_worker)(_measured)
+    metrics: dict[str, float] = ray.get(remote.remote(job, str(model), reference))
+    return metrics
+
+
+def _measured(job: TuneJob, model: str, reference: Reference) -> dict[str, float]:
+    assert job.evaluation is not None
+    changes = {"model": CheckpointModelConfig(reference=model), "storage": os.path.abspath(job.storage)}
+    evaluation = job.evaluation.model_copy(update=changes)
+    searched = SearchedModel(resolve_checkpoint(model), content_digest(Path(model)))
+    latency = any(objective.metric == "latency_ms" for objective in job.objectives)
+    settings = PassSettings(**evaluation.compute.model_dump())
+    metrics = WarmEvaluator(evaluation, {model: searched}, reference, settings, measure_latency=latency).metrics({})
+    return {name: value for name, value in metrics.items() if name != "computed"}

@@ -1,0 +1,260 @@
+"""Rows from every kind of file, frames from videos, and what is wrong with a row."""
+
+import io
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import av
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from parcelray.benchmarks.open import open_reader
+from parcelray.benchmarks.readers.base import chosen_rows
+from parcelray.benchmarks.readers.table import TableReader
+from parcelray.benchmarks.tables.images import BadCell, cell_images, video_frames, with_box
+from parcelray.config.benchmark import BenchmarkConfig, VideoConfig
+from parcelray.errors import UserError
+
+from .table_data import png
+
+_IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+_ROWS: list[dict[str, Any]] = [
+    {
+        "name": str(number),
+        "scene": f"s{number // 2}",
+        "question": f"q{number}",
+        "answers": [f"a{number}", "a"],
+        "image": {"bytes": png((number, 0, 0)), "path": None},
+    }
+    for number in range(6)
+]
+
+
+def _config(**changes: Any) -> BenchmarkConfig:
+    columns = {
+        "types": {"name": "string", "scene": "string", "question": "string", "answers": "list<string>", "image": "image"},
+        "id": ["name"],
+        "images": ["image"],
+        "answers": {"column": "answers", "form": "list"},
+        "cluster": "scene",
+    }
+    return BenchmarkConfig.model_validate(
+        {
+            "name": "mine",
+            "family": "general",
+            "source": {"splits": ["test"]} | changes.pop("source", {}),
+            "columns": columns | changes,
+            "prompts": {"paligemma": "answer en {question}"},
+            "metric": "exact_match",
+        }
+    )
+
+
+def _reader(data: Path, **changes: Any) -> TableReader:
+    reader = open_reader(_config(**changes), data=data)
+    assert isinstance(reader, TableReader)
+    return reader
+
+
+def _parquet(file: Path, rows: list[dict[str, Any]] = _ROWS, row_group_size: int = 2) -> Path:
+    schema = pa.schema([("name", pa.string()), ("scene", pa.string()), ("question", pa.string()), ("answers", pa.list_(pa.string())), ("image", _IMAGE)])
+    file.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(rows, schema=schema), file, row_group_size=row_group_size)
+    return file
+
+
+def _jsonl(folder: Path) -> Path:
+    (folder / "images").mkdir(parents=True)
+    lines = []
+    for row in _ROWS:
+        (folder / "images" / f"{row['name']}.png").write_bytes(row["image"]["bytes"])
+        lines.append(json.dumps(row | {"image": f"images/{row['name']}.png"}))
+    (folder / "test.jsonl").write_text("\n".join(lines) + "\n\n")
+    return folder
+
+
+def _hugging_face(folder: Path) -> Path:
+    images = [Image.open(io.BytesIO(row["image"]["bytes"])) for row in _ROWS]
+    table = datasets.Dataset.from_dict({name: [row[name] for row in _ROWS] for name in ("name", "scene", "question", "answers")} | {"image": images})
+    datasets.DatasetDict({"test": table, "train": table}).save_to_disk(str(folder))
+    return folder
+
+
+def _single_hugging_face(folder: Path) -> Path:
+    datasets.load_from_disk(str(_hugging_face(folder / "all")))["test"].save_to_disk(str(folder / "one"))
+    return folder / "one"
+
+
+def _shards(folder: Path) -> Path:
+    for number in range(2):
+        _parquet(folder / "data" / f"test-0000{number}-of-00002.parquet", _ROWS[3 * number : 3 * number + 3])
+    return folder
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        pytest.param(lambda folder: _parquet(folder / "x.parquet"), id="a parquet file"),
+        pytest.param(lambda folder: _parquet(folder / "test.parquet").parent, id="a folder with the split's name in it"),
+        pytest.param(lambda folder: _parquet(folder / "test" / "0.parquet").parent.parent, id="a folder of the split"),
+        pytest.param(_shards, id="shards as on the hub"),
+        pytest.param(_jsonl, id="JSON lines and an image folder"),
+        pytest.param(lambda folder: _jsonl(folder) / "test.jsonl", id="a JSON-lines file"),
+        pytest.param(_hugging_face, id="save_to_disk, several splits"),
+        pytest.param(_single_hugging_face, id="save_to_disk, one split"),
+    ],
+)
+def test_the_same_rows_come_out_of_every_kind_of_file(make: Any, tmp_path: Path) -> None:
+    reader = _reader(make(tmp_path / "data"))
+    for each in (reader, pickle.loads(pickle.dumps(reader))):
+        assert each.pin().rows == 6
+        assert len(each.pin().ids) == 64
+        samples = [sample for row in each.order() for sample in each.read(row).samples]
+        assert [sample.prompt for sample in samples] == [f"answer en q{number}" for number in range(6)]
+        assert [sample.answers for sample in samples] == [(f"a{number}", "a") for number in range(6)]
+        assert [np.asarray(Image.open(io.BytesIO(sample.images[0])))[0, 0, 0] for sample in samples] == list(range(6))
+        assert [sample.scene for sample in samples] == ["s0", "s0", "s1", "s1", "s2", "s2"]
+    assert reader.pin() == _reader(make(tmp_path / "again")).pin() or "save_to_disk" in str(make) or reader.pin().ids == _reader(tmp_path / "data").pin().ids
+
+
+def test_other_data_have_another_pin(tmp_path: Path) -> None:
+    first = _reader(_parquet(tmp_path / "a.parquet")).pin()
+    assert _reader(_parquet(tmp_path / "b.parquet", _ROWS[:5])).pin().ids != first.ids
+    changed = [*_ROWS[:5], _ROWS[5] | {"question": "another"}]
+    second = _reader(_parquet(tmp_path / "a.parquet", changed)).pin()
+    assert second.ids == first.ids
+    assert second.revision != first.revision
+
+
+def test_a_limit_takes_whole_clusters(tmp_path: Path) -> None:
+    reader = _reader(_parquet(tmp_path / "x.parquet"))
+    some, more = chosen_rows(reader, 3), chosen_rows(reader, 5)
+    assert len(some) == 4
+    assert set(some) <= set(more)
+    assert {row // 2 for row in some} == {row // 2 for row in some if row % 2}
+    assert list(chosen_rows(reader, None)) == list(range(6))
+
+
+def test_only_rows_that_count_are_read(tmp_path: Path) -> None:
+    reader = _reader(_parquet(tmp_path / "x.parquet"), keep={"scene": ["s1"]})
+    assert [reader.read(row).samples[0].id for row in reader.order()] == ["2", "3"]
+    with pytest.raises(UserError, match="no row of the data has"):
+        _reader(_parquet(tmp_path / "x.parquet"), keep={"scene": ["s9"]}).pin()
+
+
+def test_what_is_wrong_with_a_row_is_named(tmp_path: Path) -> None:
+    rows = [
+        _ROWS[0] | {"answers": []},
+        _ROWS[1] | {"image": None},
+        _ROWS[2] | {"question": None},
+        _ROWS[3] | {"image": {"bytes": None, "path": "gone.png"}},
+        _ROWS[4],
+    ]
+    reader = _reader(_parquet(tmp_path / "x.parquet", rows))
+    found = [reader.read(row) for row in reader.order()]
+    reasons = [(problem.row, problem.reason) for each in found for problem in each.problems]
+    assert reasons == [("0", "no answer"), ("1", "no image"), ("2", "nothing in the column question, which the prompt names"), ("3", "no file gone.png")]
+    assert [len(each.samples) for each in found] == [0, 0, 0, 0, 1]
+
+
+def test_missing_columns_are_named(tmp_path: Path) -> None:
+    file = tmp_path / "x.parquet"
+    pq.write_table(pa.table({"name": ["0"], "Question": ["q"]}), file)
+    with pytest.raises(UserError, match="mine: the data of split test lack the columns answers, image, question, scene; they have name, Question"):
+        _reader(file).pin()
+
+
+def test_ids_must_be_unique(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="more than one row has the id '1'; name more columns"):
+        _reader(_parquet(tmp_path / "x.parquet", [_ROWS[1], _ROWS[1]])).pin()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda folder: folder / "nowhere", "does not exist"),
+        (lambda folder: _parquet(folder / "x.txt"), "neither a parquet nor a JSON-lines file"),
+        (lambda folder: _parquet(folder / "validation.parquet").parent, r"has no test-\*.parquet, test.parquet or test.jsonl; it has validation.parquet"),
+        (lambda folder: None, "has no copy on the Hugging Face hub"),
+    ],
+)
+def test_data_that_are_not_there_are_asked_for(make: Any, message: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=message):
+        open_reader(_config(), data=make(tmp_path)).pin()
+
+
+def test_broken_files_are_named(tmp_path: Path) -> None:
+    (tmp_path / "x.parquet").write_bytes(b"PAR1 no")
+    with pytest.raises(UserError, match="not all of these are parquet files"):
+        _reader(tmp_path / "x.parquet").pin()
+    (tmp_path / "x.jsonl").write_text('{"name": 1}\n{"name": \n')
+    with pytest.raises(UserError, match="line 2 is not JSON"):
+        _reader(tmp_path / "x.jsonl").pin()
+
+
+def test_paths_stay_below_the_data(tmp_path: Path) -> None:
+    (tmp_path / "secret.png").write_bytes(png())
+    (tmp_path / "data").mkdir()
+    with pytest.raises(UserError, match="leads out of"):
+        cell_images("../secret.png", tmp_path / "data")
+
+
+def test_cells_hold_images_in_many_ways(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"A")
+    assert cell_images([b"x", {"bytes": b"y", "path": None}, {"bytes": None, "path": "a.png"}, "a.png", None], tmp_path) == [b"x", b"y", b"A", b"A"]
+    assert cell_images(None, tmp_path) == []
+    with pytest.raises(BadCell, match="a cell of type int"):
+        cell_images(3, tmp_path)
+
+
+def test_a_box_is_drawn_in_red() -> None:
+    pixels = np.asarray(Image.open(io.BytesIO(with_box(png((0, 0, 0), (11, 11)), (0.2, 0.1, 0.8, 0.9)))))
+    red = np.argwhere(pixels[:, :, 0] == 255)
+    assert (red.min(axis=0).tolist(), red.max(axis=0).tolist()) == ([2, 1], [8, 9])
+    assert pixels[5, 5, 0] == 0
+
+
+@pytest.fixture
+def video(tmp_path: Path) -> Path:
+    """Thirty frames at 10 frames a second, brighter and brighter."""
+    with av.open(str(tmp_path / "v.mp4"), "w") as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 32, 32, "yuv420p"
+        for number in range(30):
+            frame = av.VideoFrame.from_ndarray(np.full((32, 32, 3), 8 * number, dtype=np.uint8), format="rgb24")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return tmp_path
+
+
+def _brightness(frames: tuple[bytes, ...]) -> list[int]:
+    return [round(float(np.asarray(Image.open(io.BytesIO(frame))).mean()) / 8) for frame in frames]
+
+
+@pytest.mark.parametrize(
+    ("config", "segment", "expected"),
+    [
+        ({"frames": 4, "stride": 5}, None, [0, 5, 10, 15]),
+        ({"frames": 4, "stride": 15}, None, [0, 15, 0, 15]),
+        ({"frames": 3, "stride": 2}, (1.0, 3.0), [10, 12, 14]),
+        ({"frames": 3, "stride": 2}, (1.0, 1.25), [10, 12, 10]),
+    ],
+)
+def test_frames_come_at_a_fixed_stride_and_repeat(video: Path, config: dict[str, int], segment: tuple[float, float] | None, expected: list[int]) -> None:
+    frames = video_frames(video, "v.mp4", VideoConfig(path="", **config), segment)
+    assert _brightness(frames) == pytest.approx(expected, abs=1)
+
+
+def test_videos_that_cannot_be_read_are_reported(video: Path) -> None:
+    config = VideoConfig(path="", frames=2, stride=1)
+    (video / "broken.mp4").write_bytes(b"no video")
+    (video / "empty").mkdir()
+    for path, reason in (("none.mp4", "no file none.mp4"), ("broken.mp4", "cannot be decoded"), ("empty", "no frames in empty")):
+        with pytest.raises(BadCell, match=reason):
+            video_frames(video, path, config)

@@ -1,0 +1,215 @@
+"""The command line as its user meets it: what it prints, and how it ends."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from parcelray import cli
+from parcelray.config.loader import load_job_of
+from parcelray.config.tune import TuneJob
+from parcelray.models.checkpoint import verify_manifest
+from parcelray.tracking.run_folder import RunFolder
+from parcelray.tuning.trial_record import FinishedTrial, TrialRecord, point_key
+
+from ..training.conftest import TINY
+
+BASE = "jobs/train/mini_base.yaml"
+# What --help must not wait for.
+HEAVY = ("torch", "ray", "mlflow", "transformers", "pydantic", "pyarrow", "numpy")
+
+
+class Outcome:
+    """What a command printed and its exit code."""
+
+    def __init__(self, code: int, out: str, err: str) -> None:
+        self.code, self.out, self.err = code, out, err
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], repo_root: Path) -> Any:
+    """Runs `parcelray` with arguments in this process, in the repository's root."""
+
+    def call(*arguments: str) -> Outcome:
+        monkeypatch.chdir(repo_root)
+        monkeypatch.setattr(sys, "argv", ["parcelray", *arguments])
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        else:
+            code = 0
+        found = capsys.readouterr()
+        return Outcome(code, found.out, " ".join(found.err.split()))
+
+    return call
+
+
+def _job_file(folder: Path, **changes: Any) -> Path:
+    path = folder / "tiny.yaml"
+    tracking = {"uri": f"sqlite:///{folder}/mlflow.db"}
+    path.write_text(yaml.safe_dump(TINY | {"storage": str(folder / "runs"), "tracking": tracking} | changes), encoding="utf-8")
+    return path
+
+
+def test_help_waits_for_nothing_heavy() -> None:
+    program = (
+        "import sys; sys.argv = ['parcelray', '--help']\n"
+        "from parcelray.cli import main\n"
+        "try:\n    main()\n"
+        "except SystemExit:\n    pass\n"
+        f"sys.stderr.write(' '.join(name for name in {HEAVY!r} if name in sys.modules))"
+    )
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert found.stderr == ""
+    for command in ("train", "config", "flops", "submit", "jobs", "bench"):
+        assert command in found.stdout
+
+
+def test_the_version(run: Any) -> None:
+    assert run("--version").out.startswith("parcelray 0.")
+
+
+def test_a_legal_job_file_is_named_by_its_identity(run: Any) -> None:
+    found = run("config", "validate", BASE)
+    assert found.code == 0
+    assert "is legal: train-mini_base-" in found.out
+
+
+def test_show_fills_in_the_defaults_and_can_be_read_back(run: Any, tmp_path: Path) -> None:
+    shown = run("config", "show", BASE, "--set", "training.steps=7")
+    data = yaml.safe_load(shown.out)
+    assert data["training"]["steps"] == 7
+    assert data["training"]["strategy"] == "ddp"
+    again = tmp_path / "again.yaml"
+    again.write_text(shown.out, encoding="utf-8")
+    assert json.loads(run("config", "show", str(again), "--json").out) == data
+
+
+def test_the_schema_is_one_of_json_schema(run: Any) -> None:
+    schema = json.loads(run("config", "schema", "train").out)
+    assert schema["additionalProperties"] is False
+    assert {"model", "data", "training"} <= set(schema["properties"])
+    assert run("config", "schema", "trian").code == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("config", "validate", "nowhere.yaml"), ("nowhere.yaml", "cannot be read")),
+        (("config", "validate", BASE, "--set", "training.stepz=3"), (BASE, "training.stepz", "did you mean", "steps")),
+        (("config", "validate", BASE, "--set", "training.steps=many"), (BASE, "training.steps", "many", "integer")),
+        (("config", "validate", BASE, "--set", "training.steps=0"), (BASE, "training.steps", "0", "greater than or equal to 1")),
+        (("config", "validate", BASE, "--set", "optimizer.type=adam"), (BASE, "optimizer", "adam", "adamw")),
+        (("train", BASE, "--dry-run", "--set", "connector={type: m3}", "--set", "budget.budgets=[100]"), ("100", "legal budgets are", "256")),
+        (("flops", "--budgets", "16,x"), ("--budgets", "16,x", "whole numbers")),
+        (("flops", "--connector", "pca"), ("pca", "parcel")),
+        (("flops", "--backbone", "nowhere"), ("nowhere", "paligemma2-3b")),
+    ],
+)
+def test_a_mistake_is_one_message_and_exit_code_2(run: Any, arguments: tuple[str, ...], words: tuple[str, ...]) -> None:
+    found = run(*arguments)
+    assert found.code == 2
+    assert "Traceback" not in found.err
+    for word in words:
+        assert word in found.err
+
+
+def test_flops_of_the_papers_backbone(run: Any) -> None:
+    assert "connector" in run("flops", "--budgets", "16,256").out
+    data = json.loads(run("flops", "--budgets", "16,256", "--frames", "1,16", "--json").out)
+    assert data["backbone"]["name"] == "paligemma2-3b"
+    assert [(row["num_visual_tokens"], row["num_frames"]) for row in data["rows"]] == [(16, 1), (256, 1), (16, 16), (256, 16)]
+    for row in data["rows"]:
+        assert sum(row["terms"].values()) == row["total_flops"]
+
+
+def test_a_dry_run_shows_the_plan_and_computes_nothing(run: Any, tmp_path: Path) -> None:
+    arguments = ("train", BASE, "--dry-run", "--set", f"storage={tmp_path}", "--set", "tracking.uri=null")
+    assert "train-mini_base-" in run(*arguments).out
+    plan = json.loads(run(*arguments, "--json").out)
+    longer = json.loads(run(*arguments, "--json", "--set", f"training.steps={2 * plan['config']['training']['steps']}").out)
+    assert longer["flops"] == 2 * plan["flops"] > 0
+    assert plan["start"] == "random weights"
+    assert plan["budgets"] == [256]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_training_runs_once_and_its_name_stays_its_own(run: Any, tmp_path: Path) -> None:
+    path = _job_file(tmp_path)
+    first = run("train", str(path), "--json")
+    assert first.code == 0, first.err
+    result = json.loads(first.out)
+    assert result["was_done"] is False
+    assert verify_manifest(Path(result["model"])).seed == 3
+    again = run("train", str(path), "--json")
+    assert json.loads(again.out) == result | {"was_done": True}
+    assert "is finished; nothing to do" in again.err
+    other = run("train", str(path), "--set", "seed=4")
+    assert other.code == 2
+    assert "seed: 3 -> 4" in other.err
+    assert "another name" in other.err
+
+
+def test_a_dry_submission_shows_what_would_be_sent_and_needs_no_cluster(run: Any) -> None:
+    arguments = ("submit", BASE, "--dry-run", "--set", "seed=5", "--address", "http://127.0.0.1:1")
+    sent = json.loads(run(*arguments, "--json").out)
+    assert sent["identity"].startswith("train-mini_base-")
+    assert sent["entrypoint"] == f"python -m parcelray.cli train {BASE} --set seed=5"
+    assert sent["address"] == "http://127.0.0.1:1"
+    assert sent["num_files"] > 100
+    assert sum(sent["largest"].values()) <= sent["num_bytes"]
+    assert len(sent["git_commit"]) == 40
+    shown = run(*arguments)
+    assert shown.code == 0
+    assert sent["identity"] in shown.out
+
+
+def test_the_same_in_a_process_of_its_own(repo_root: Path) -> None:
+    found = subprocess.run([sys.executable, "-m", "parcelray.cli", "config", "validate", "nowhere.yaml"], cwd=repo_root, capture_output=True, text=True)
+    assert found.returncode == 2
+    assert found.stderr.startswith("error: nowhere.yaml")
+    assert found.stdout == ""
+
+
+def test_an_analysis_of_no_model_is_refused(run: Any) -> None:
+    found = run("analyze", "saliency", "nothing")
+    assert found.code == 2
+    assert "neither an existing folder nor mini_base, mini_llava" in found.err
+
+
+def test_a_reduced_evaluation_is_planned(run: Any) -> None:
+    found = run("evaluate", "run", "jobs/evaluate/training_free.yaml", "--dry-run", "--json")
+    assert found.code == 0
+    assert json.loads(found.out)["budgets"] == [13, 28, 51, 77]
+
+
+def test_an_empty_registry_and_jobs_of_another_kind(run: Any, tmp_path: Path) -> None:
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    assert json.loads(run("models", "list", "--tracking-uri", uri, "--json").out) == {"models": []}
+    for command in ("show", "rollback"):
+        found = run("models", command, "nobody", "--tracking-uri", uri)
+        assert (found.code, found.err) == (2, "error: there is no registered model 'nobody'; registered models are: none.")
+    found = run("models", "promote", "jobs/evaluate/mini.yaml")
+    assert found.code == 2
+    assert "this command runs promote jobs; run it with `parcelray evaluate jobs/evaluate/mini.yaml`" in found.err
+    found = run("evaluate", "run", "jobs/promote/mini.yaml")
+    assert "run it with `parcelray models promote jobs/promote/mini.yaml`" in found.err
+    sent = json.loads(run("submit", "jobs/promote/mini.yaml", "--dry-run", "--address", "http://127.0.0.1:1", "--json").out)
+    assert sent["entrypoint"] == "python -m parcelray.cli models promote jobs/promote/mini.yaml"
+
+
+def test_a_selection_reads_only_the_trials_of_its_own_search(run: Any, tmp_path: Path, repo_root: Path) -> None:
+    place = f"storage={tmp_path}"
+    file = str(repo_root / "jobs" / "tune" / "cluster_count.yaml")
+    RunFolder(load_job_of(TuneJob, file, [place])).claim()
+    point = {"budgets": [64]}
+    TrialRecord(tmp_path / "tune" / "cluster_count").add(FinishedTrial(point_key(point), point, {"retention": 90.0, "tokens": 64.0}, 1.0))
+    assert run("tune", file, "--set", place, "--select", "max retention").code == 0
+    other = run("tune", file, "--set", place, "--set", "seed=5", "--select", "max retention")
+    assert other.code == 2
+    assert "whose configuration differs from this one (seed: 0 -> 5)" in other.err

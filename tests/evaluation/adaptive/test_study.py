@@ -1,0 +1,81 @@
+"""The study from a job to files and MLflow, on a tiny checkpoint, and what it refuses."""
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow import MlflowClient
+from PIL import Image
+from rich.console import Console
+
+from parcelray.config.evaluate import EvaluateJob
+from parcelray.errors import UserError
+from parcelray.evaluation.adaptive.adaptive_budget import AFTER, BEFORE, FIXED, ORACLE
+from parcelray.evaluation.adaptive.budget_predictor import BudgetPredictor
+from parcelray.evaluation.adaptive.study import PREDICTOR_FOLDERS, study_adaptive
+from parcelray.evaluation.run import run_evaluation
+
+from ...stores import new_store
+from ...tiny import own_benchmark, tiny_checkpoint
+
+pytestmark = [pytest.mark.filterwarnings("ignore:The ``noload``:DeprecationWarning"), pytest.mark.usefixtures("without_pictures")]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_checkpoint(tmp_path_factory.mktemp("checkpoint"), 1)
+
+
+def _job(storage: Path, checkpoint: Path, data: Path, **changes: Any) -> EvaluateJob:
+    content = {
+        "kind": "evaluate",
+        "name": "adaptive",
+        "model": {"reference": str(checkpoint)},
+        "benchmarks": [{"name": "own", "data": str(data)}],
+        "catalog": [str(data / "own.yaml")],
+        "budgets": ["blind", 16, 64],
+        "compute": {"actors": 0},
+        "tracking": {"uri": None},
+        "storage": str(storage),
+    }
+    return EvaluateJob.model_validate(content | changes)
+
+
+def _console() -> Console:
+    return Console(file=io.StringIO(), width=200)
+
+
+def test_a_study_leaves_curves_a_picture_and_predictors(checkpoint: Path, tmp_path: Path) -> None:
+    # An untrained model is never right, so the right answer to every other question is made what it says at 16 tokens.
+    asked = run_evaluation(_job(tmp_path / "before", checkpoint, own_benchmark(tmp_path / "a", [["nothing"]] * 40)), _console(), tables=False)
+    said = [answer.text for answer in asked.summary.splits[0].answers[16]]
+    data = own_benchmark(tmp_path / "b", [[text if number % 2 else "nothing"] for number, text in enumerate(said)])
+    uri = new_store(tmp_path)
+    run = study_adaptive(_job(tmp_path, checkpoint, data, tracking={"uri": uri}), _console(), folder=tmp_path / "study")
+    found = json.loads((tmp_path / "study" / "adaptive.json").read_text())
+    assert found["budgets"] == [16, 64], "the blind model is no budget"
+    assert found["questions"] == 40
+    assert {FIXED, BEFORE, AFTER, ORACLE, "escalate 16 > 64"} <= {point["method"] for point in found["points"]}
+    with Image.open(tmp_path / "study" / "adaptive.png") as image:
+        assert image.width > 300
+    for method, name in PREDICTOR_FOLDERS.items():
+        predictor = BudgetPredictor.load(tmp_path / "study" / name)
+        assert predictor.budgets == (16, 64)
+        assert predictor.reads_answer == (method == AFTER)
+        assert predictor.choose([0.0] * len(predictor.signals)) in (16, 64)
+    spent = {point.setting: point.spent for point in run.study.curve(FIXED)}
+    assert spent[16].score.value == pytest.approx(50)
+    assert spent[16].tokens.value == 16
+    assert spent[16].gflops.value < spent[64].gflops.value
+    client = MlflowClient(uri)
+    (logged,) = client.search_runs([each.experiment_id for each in client.search_experiments()], "attributes.run_name LIKE 'analyze-adaptive-%'")
+    assert logged.info.status == "FINISHED"
+    assert "predictor/score" in logged.data.metrics
+
+
+def test_answers_of_a_beam_search_have_no_confidence_to_go_by(checkpoint: Path, tmp_path: Path) -> None:
+    data = own_benchmark(tmp_path / "a", [["red"]] * 40, "decoding: beam\nnum_beams: 2\n")
+    with pytest.raises(UserError, match="have no confidence"):
+        study_adaptive(_job(tmp_path, checkpoint, data, budgets=[16]), _console(), folder=tmp_path / "study")

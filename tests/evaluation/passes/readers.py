@@ -1,0 +1,87 @@
+"""Readers that disturb an evaluation pass.
+
+The processes that read load this module, so it needs neither torch nor transformers, which would take most of the time.
+"""
+
+import dataclasses
+import os
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from parcelray.benchmarks.readers.base import Problem, RowSamples
+from parcelray.benchmarks.readers.mini import MiniReader
+
+from ...processes import LIMIT_S
+
+READER = MiniReader("test", ("general", "video"), samples=24)
+"""Reads 48 rows without any disturbance."""
+DISTURBED_ROW = 23
+
+
+@dataclass(frozen=True)
+class Damaged(MiniReader):
+    """Two rows cannot be evaluated: the reader refuses row 3, and an image of row 7 cannot be decoded."""
+
+    def read(self, row: int) -> RowSamples:
+        """Reads, with damage."""
+        found = super().read(row)
+        if row == 3:
+            return RowSamples((), (Problem("row 3", "no answer"),))
+        if row == 7:
+            return RowSamples((dataclasses.replace(found.samples[0], images=(b"no image",)),))
+        return found
+
+
+@dataclass(frozen=True)
+class KillsItsReader(Damaged):
+    """Has damaged rows, and kills the process that reads one row with SIGKILL, the first time only."""
+
+    marker: str = ""
+    """File that is made before the kill."""
+
+    def read(self, row: int) -> RowSamples:
+        """Reads, or dies."""
+        if row == DISTURBED_ROW and not Path(self.marker).exists():
+            Path(self.marker).touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().read(row)
+
+
+@dataclass(frozen=True)
+class Hangs(MiniReader):
+    """Never returns one row."""
+
+    marker: str = ""
+    """File that is made when the row is read."""
+
+    def read(self, row: int) -> RowSamples:
+        """Reads, or hangs."""
+        if row == DISTURBED_ROW:
+            Path(self.marker).touch()
+            time.sleep(3600)
+        return super().read(row)
+
+
+@dataclass(frozen=True)
+class Waits(MiniReader):
+    """Returns one row only once a file exists, so that a pass cannot end before a test has disturbed it."""
+
+    marker: str = ""
+    """The file."""
+
+    def read(self, row: int) -> RowSamples:
+        """Reads, or waits."""
+        deadline = time.monotonic() + LIMIT_S
+        while row == DISTURBED_ROW and not Path(self.marker).exists():
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{self.marker} was not made in {LIMIT_S:g} s")
+            time.sleep(0.05)
+        return super().read(row)
+
+
+def disturbed(kind: type[Any], marker: Path) -> Any:
+    """A reader of the same rows with a disturbance."""
+    return kind(**dataclasses.asdict(READER), marker=str(marker))

@@ -1,0 +1,115 @@
+"""Answers survive crashes and meet again under the same key, and only under it."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from parcelray.datasets.sample import Sample
+from parcelray.errors import UserError
+from parcelray.evaluation.passes.store import Prediction, PredictionStore, prediction_key
+from parcelray.evaluation.predict.generation import GenerationSettings
+
+SETTINGS = GenerationSettings(max_new_tokens=8)
+SAMPLE = Sample(id="1", benchmark="b", family="f", task="t", images=(b"one", b"two"), prompt="how many", answers=("2",))
+
+
+def _prediction(name: str, model: str = "m", text: str = "2", benchmark: str = "b") -> Prediction:
+    return Prediction(name, benchmark, name, model, 16, SETTINGS.to_json(), text, 2, False)
+
+
+@pytest.fixture(params=["folder", "memory"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> PredictionStore:
+    return PredictionStore(str(tmp_path / "answers") if request.param == "folder" else f"memory://{tmp_path}/answers")
+
+
+def _key(sample: Sample = SAMPLE, **changes: Any) -> str:
+    arguments: dict[str, Any] = {"model": "m", "num_visual_tokens": 16, "settings": SETTINGS} | changes
+    return prediction_key(sample, **arguments)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"model": "n"},
+        {"num_visual_tokens": 17},
+        {"settings": GenerationSettings(max_new_tokens=9)},
+        {"settings": GenerationSettings(max_new_tokens=8, dtype="bfloat16")},
+        {"settings": GenerationSettings(max_new_tokens=8, decoding="beam", num_beams=2)},
+        {"sample": dataclasses.replace(SAMPLE, prompt="how  many")},
+        {"sample": dataclasses.replace(SAMPLE, id="2")},
+        {"sample": dataclasses.replace(SAMPLE, benchmark="c")},
+        {"sample": dataclasses.replace(SAMPLE, images=(b"two", b"one"))},
+        {"sample": dataclasses.replace(SAMPLE, images=(b"onetwo",))},
+    ],
+)
+def test_whatever_changes_an_answer_changes_its_key(other: dict[str, Any]) -> None:
+    assert _key(**other) != _key()
+
+
+def test_what_only_scores_an_answer_does_not_change_its_key() -> None:
+    assert _key(dataclasses.replace(SAMPLE, answers=("3",), metric="anls", family="g", task="u", scene="s", metadata={"a": 1})) == _key()
+
+
+def test_the_choices_count_only_where_one_of_them_is_chosen() -> None:
+    choosing = GenerationSettings(decoding="likelihood")
+    first, second = (dataclasses.replace(SAMPLE, metadata={"choices": choices}) for choices in (["a", "b"], ["a", "c"]))
+    assert _key(first) == _key(second)
+    assert _key(first, settings=choosing) != _key(second, settings=choosing)
+
+
+def test_answers_come_back(store: PredictionStore) -> None:
+    assert store.keys("b", "m") == frozenset()
+    assert store.read("b", "m", ["a"]) == {}
+    store.write([])
+    store.write([_prediction("a"), _prediction("b", text="zwei, 2 \n"), _prediction("d", benchmark="c")])
+    store.write([_prediction("c", model="n")])
+    assert store.keys("b", "m") == {"a", "b"}
+    assert store.keys("c", "m") == {"d"}
+    assert store.keys("b", "n") == {"c"}
+    assert store.read("b", "m", ["b", "c", "e"]) == {"b": _prediction("b", text="zwei, 2 \n")}
+
+
+def test_a_block_that_is_written_again_takes_its_own_place(tmp_path: Path) -> None:
+    first, second = PredictionStore(str(tmp_path)), PredictionStore(str(tmp_path))
+    first.write([_prediction("a"), _prediction("b")])
+    second.write([_prediction("b"), _prediction("a")])
+    assert len(list(tmp_path.rglob("*.parquet"))) == 1
+    # Another block with an answer in common: the answer is still one.
+    second.write([_prediction("b"), _prediction("c")])
+    assert sorted(first.read("b", "m", ["a", "b", "c"])) == ["a", "b", "c"]
+
+
+def test_confidence_comes_back_and_a_shard_without_it_is_left_alone(tmp_path: Path) -> None:
+    store = PredictionStore(str(tmp_path))
+    store.write([_prediction("old")])
+    (shard,) = tmp_path.rglob("*.parquet")
+    pq.write_table(pq.read_table(shard).drop_columns(["mean_log_prob", "entropy"]), shard)
+    sure = dataclasses.replace(_prediction("a"), mean_log_prob=-0.25, entropy=1.5)
+    store.write([sure])
+    assert store.read("b", "m", ["a"]) == {"a": sure}
+    with pytest.raises(UserError, match="remove it, and its answers are computed again"):
+        store.read("b", "m", ["old"])
+
+
+def test_a_crash_in_the_middle_of_a_write_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = PredictionStore(str(tmp_path))
+    store.write([_prediction("a")])
+    with monkeypatch.context() as crash:
+        crash.setattr(store._filesystem, "mv", lambda *paths: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            store.write([_prediction("b")])
+    assert store.keys("b", "m") == {"a"}
+    store.write([_prediction("b")])
+    assert store.keys("b", "m") == {"a", "b"}
+    assert len([path for path in tmp_path.rglob("*") if path.is_file()]) == 2
+
+
+def test_a_file_that_is_no_shard_is_named(tmp_path: Path) -> None:
+    store = PredictionStore(str(tmp_path))
+    store.write([_prediction("a")])
+    (tmp_path / "b" / "m" / "other.parquet").write_bytes(b"nothing")
+    with pytest.raises(UserError, match=r"other\.parquet is not a shard of answers"):
+        store.keys("b", "m")

@@ -1,0 +1,216 @@
+"""Promotion on two tiny checkpoints: what passes becomes the champion, what falls short is named, and both are on record."""
+
+import getpass
+import io
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow import MlflowClient
+from rich.console import Console
+
+from parcelray.config.promote import PromoteJob
+from parcelray.errors import UserError
+from parcelray.evaluation.run import run_evaluation
+from parcelray.models.checkpoint import write_manifest
+from parcelray.promotion import run as promotion
+from parcelray.promotion.pages import list_models, roll_back, show_model
+from parcelray.promotion.run import GateRefusal, Verdict, promotion_plan, run_promotion
+from parcelray.tracking import registry
+from parcelray.tracking.mlflow_tracker import end_run, start_run
+from parcelray.tracking.model_versions import find_version
+from parcelray.tracking.registry import resolve_registry
+
+from ..stores import new_store
+from ..tiny import own_benchmark, tiny_checkpoint
+
+pytestmark = [pytest.mark.filterwarnings("ignore:The ``noload``:DeprecationWarning"), pytest.mark.usefixtures("without_pictures")]
+ROWS = 12
+
+
+class Place:
+    """A store with two checkpoints, and a benchmark that the first one answers rightly."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.uri = new_store(root)
+        self.first, self.second = (tiny_checkpoint(root / str(seed), seed) for seed in (1, 2))
+        asked = self.job(benchmarks=[{"name": "own", "data": str(own_benchmark(root / "blank", [["nothing"]] * ROWS))}], catalog=[str(root / "blank")])
+        said = run_evaluation(asked.evaluation("before", str(self.first)), _console(), tables=False).summary.splits[0].answers
+        # What it says at either budget is right.
+        self.data = own_benchmark(root / "data", [[few.text, many.text] for few, many in zip(said[16], said[64], strict=True)])
+
+    def job(self, **changes: Any) -> PromoteJob:
+        data = {
+            "kind": "promote",
+            "name": "gate",
+            "model": "tiny",
+            "benchmarks": [{"name": "own", "data": str(self.root / "data")}],
+            "catalog": [str(self.root / "data" / "own.yaml")],
+            "budgets": [16, 64],
+            "gates": {},
+            "compute": {"actors": 0},
+            "tracking": {"uri": self.uri},
+            "storage": str(self.root),
+        }
+        return PromoteJob.model_validate(data | changes)
+
+    def promote(self, *, force: bool = False, **changes: Any) -> Verdict:
+        return run_promotion(self.job(**changes), _console(), force=force)
+
+    def aliases(self) -> dict[str, int]:
+        return {alias: int(version) for alias, version in MlflowClient(self.uri).get_registered_model("tiny").aliases.items()}
+
+
+def _console() -> Console:
+    return Console(file=io.StringIO(), width=200)
+
+
+@pytest.fixture(scope="module")
+def made(without_pictures: None, tmp_path_factory: pytest.TempPathFactory) -> Place:
+    return Place(tmp_path_factory.mktemp("place"))
+
+
+def test_a_first_version_passes_and_a_worse_one_is_refused_forced_and_rolled_back(made: Place) -> None:
+    gates = {
+        "retention": {"overall": {"16": 90}, "families": {"general": {"16": 90}}},
+        "regression": {"margin": 1.0},
+        "golden": [{"benchmark": "own", "sample": "row 3", "budgets": [16, 64]}],
+        "latency": {"at_most_ms": {"16": 600_000}, "questions": 5},
+    }
+    verdict = made.promote(gates=gates, candidate=str(made.first))
+    assert (verdict.version, verdict.champion, verdict.word) == (1, None, "passed")
+    assert {check.gate for check in verdict.checks} == {"card", "retention", "regression", "golden", "latency"}
+    assert made.aliases() == {"challenger": 1, "champion": 1}
+    assert verdict.budgets == find_version(made.uri, "tiny", "1").gate_budgets == (16, 64)
+
+    with pytest.raises(GateRefusal) as refusal:
+        made.promote(gates=gates, candidate=str(made.second))
+    text = str(refusal.value)
+    assert text.startswith("models:/tiny/2 is not promoted: ")
+    assert "the score on all splits at 16 visual tokens against the champion's is -100.00 points" in text
+    assert "the answer to row 3 at 64 visual tokens is" in text
+    assert made.aliases() == {"challenger": 2, "champion": 1}
+    page = find_version(made.uri, "tiny", "2")
+    assert (page.verdict, page.gate_budgets) == ("failed", ())
+    assert any("-100.00 points" in sentence for sentence in json.loads(page.tags["parcel.gate_failed"]))
+    run = MlflowClient(made.uri).get_run(page.tags["parcel.gate_run"])
+    assert run.info.status == "FINISHED", "the gates did their work"
+    assert run.data.tags["parcel.gate"] == "failed"
+
+    # The same files are the same version, however often they are put to the gates.
+    with pytest.raises(GateRefusal, match="models:/tiny/2 is not promoted"):
+        made.promote(name="again", gates={"latency": {"at_most_ms": {"16": 0.001}, "questions": 5}}, candidate=str(made.second))
+    forced = made.promote(gates=gates, candidate="challenger", force=True)
+    assert (forced.version, forced.word) == (2, "forced")
+    assert made.aliases() == {"challenger": 2, "champion": 2, "previous": 1}
+    page = find_version(made.uri, "tiny", "champion")
+    assert page.verdict == "forced"
+    assert json.loads(page.tags["parcel.gate_failed"])
+    assert page.tags["parcel.gate_user"] == getpass.getuser()
+    assert MlflowClient(made.uri).get_run(page.tags["parcel.gate_run"]).data.tags["parcel.gate_force"] == "True"
+
+    back = roll_back("tiny", made.uri)
+    assert [(each.version, "champion" in each.aliases) for each in back.versions] == [(2, False), (1, True)]
+    assert made.aliases() == {"challenger": 2, "champion": 1, "previous": 2}
+    listed = list_models(made.uri)
+    assert listed.to_dict()["models"] == [{"name": "tiny", "versions": 2, "aliases": {"champion": 1, "challenger": 2, "previous": 2}}]
+    assert {page.version: page.verdict for page in show_model("tiny", None, made.uri).versions} == {1: "passed", 2: "forced"}
+
+
+def test_a_new_version_comes_from_the_run_that_trained_it(made: Place, tmp_path: Path) -> None:
+    trained = start_run(made.uri, "parcelray", "train-third-00000000", params={})
+    end_run(made.uri, trained, "FINISHED")
+    folder = tiny_checkpoint(tmp_path, 3)
+    write_manifest(folder, config={}, git_commit=None, data=None, seed=3, extra={"identity": "train-third-00000000"})
+    verdict = made.promote(name="third", model="other", candidate=str(folder))
+    assert (verdict.version, verdict.word) == (1, "passed")
+    assert find_version(made.uri, "other", "champion").run_id == trained
+
+
+def test_a_slow_answer_is_named(made: Place) -> None:
+    with pytest.raises(GateRefusal, match=r"p95 of one question at 64 visual tokens is .* ms, but the gate asks for at most 0.001 ms"):
+        made.promote(name="slow", gates={"latency": {"at_most_ms": {"64": 0.001}, "questions": 5}}, candidate=1)
+
+
+def test_files_that_changed_are_not_loaded(made: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, _ = resolve_registry("models:/tiny/2", made.uri)
+    kept = made.root / "kept.safetensors"
+    shutil.copy(folder / "model.safetensors", kept)
+    with (folder / "model.safetensors").open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"\x07")
+    try:
+        for force in (False, True):
+            with pytest.raises(GateRefusal, match=r"signature, manifest and files is model\.safetensors in .* has SHA-256.*Register the checkpoint again"):
+                made.promote(name="changed", candidate=2, force=force)
+        assert made.aliases()["champion"] == 1
+    finally:
+        shutil.copy(kept, folder / "model.safetensors")
+
+
+def test_a_champion_that_changed_while_the_gates_ran_is_not_replaced(made: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    def meanwhile(*arguments: Any) -> list[str]:
+        MlflowClient(made.uri).delete_registered_model_alias("tiny", "champion")
+        return []
+
+    assert made.aliases()["champion"] == 1
+    monkeypatch.setattr(promotion, "card_problems", meanwhile)
+    try:
+        with pytest.raises(UserError, match=r"champion of model 'tiny' was version 1 when this was decided and is no version now"):
+            made.promote(name="race", candidate=2)
+        assert "champion" not in made.aliases()
+    finally:
+        registry.promote(made.uri, "tiny", 1)
+
+
+def test_every_verdict_has_a_file_of_its_own(made: Place) -> None:
+    for _ in range(2):
+        verdict = made.promote(name="files", candidate=1)
+    folder = made.root / "promote" / "files" / verdict.mlflow_run_id
+    assert sorted(path.name for path in folder.iterdir()) == ["verdict-v1-1.json", "verdict-v1-2.json"]
+    assert json.loads((folder / "verdict-v1-2.json").read_text())["user"] == getpass.getuser()
+
+
+def test_a_version_that_is_no_elastic_model_is_named(made: Place) -> None:
+    folder, _ = resolve_registry("models:/tiny/2", made.uri)
+    card = folder.parent.parent / "MLmodel"
+    text = card.read_text()
+    card.write_text(text.replace("num_visual_tokens", "tokens"))
+    try:
+        with pytest.raises(GateRefusal, match="its signature is"):
+            made.promote(name="signature", candidate=2)
+    finally:
+        card.write_text(text)
+
+
+def test_a_plan_says_what_is_asked_and_registers_nothing(made: Place) -> None:
+    plan = promotion_plan(made.job(candidate=str(made.second)))
+    assert (plan.questions, plan.answers) == (ROWS, 2 * ROWS)
+    assert promotion_plan(made.job(candidate="2")).model == "models:/tiny/2"
+    assert [page.version for page in show_model("tiny", None, made.uri).versions] == [2, 1]
+
+
+def test_what_cannot_be_promoted_is_refused_in_one_sentence(made: Place) -> None:
+    with pytest.raises(UserError, match="model 'tiny' has no version 9; its versions are: 1, 2"):
+        made.promote(candidate=9)
+    with pytest.raises(UserError, match="has no version or alias 'nobody'; its aliases are: challenger, champion"):
+        made.promote(candidate="nobody")
+    with pytest.raises(UserError, match="there is no registered model 'nobody'"):
+        made.promote(model="nobody", candidate="challenger")
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"gates": {"retention": {"overall": {"32": 50}}}}, r"gates name the budgets \[32\], which are not among budgets"),
+        ({"gates": {"golden": [{"benchmark": "mini", "sample": "x", "budgets": [16]}]}}, r"golden answers name the benchmarks \['mini'\]"),
+        ({"tracking": {"uri": None}}, "the registry is in the tracking store"),
+        ({"gates": {"latency": {"at_most_ms": {}}}}, "at least 1 item"),
+    ],
+)
+def test_gates_that_could_never_be_checked_are_refused(made: Place, changes: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        made.job(**changes)

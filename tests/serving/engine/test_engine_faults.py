@@ -1,0 +1,240 @@
+"""What fails in the engine fails for those it was done for, and an engine that is full is healthy while one that hangs is not."""
+
+import asyncio
+import queue
+import threading
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from parcelray.datasets.sample import Sample
+from parcelray.models.backbones import ElasticVLM
+from parcelray.models.backbones.processor_base import ElasticProcessor
+from parcelray.serving.engine import continuous_engine, sampling
+from parcelray.serving.engine.continuous_engine import ContinuousEngine, EngineLimits
+from parcelray.serving.engine.decoder import Prompt
+from parcelray.serving.engine.engine import EngineRefusal, Event, Failed, Finished, GenerateRequest, ImagePixels, Sampling
+from parcelray.serving.engine.health import HealthProbe
+from parcelray.serving.engine.vision import Encoded
+from parcelray.serving.engine.waiting import answer_all
+from parcelray.serving.ingress.prompting import PromptBuilder
+from tests.serving.conftest import Asker
+from tests.serving.local import PATIENCE_S, held
+
+pytestmark = pytest.mark.usefixtures("never_ending")
+
+
+class Running:
+    """An engine with one long request in it, whose events are kept."""
+
+    def __init__(self, engine: ContinuousEngine, request: GenerateRequest) -> None:
+        self.engine = engine
+        self.inbox: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self._request = request
+        engine.submit(request, self.inbox.put)
+        self.inbox.get(timeout=PATIENCE_S)
+
+    def goes_on(self) -> bool:
+        """Whether there is another piece after all that came so far."""
+        while not self.inbox.empty():
+            assert not isinstance(self.inbox.get(), Failed | Finished)
+        return not isinstance(self.inbox.get(timeout=PATIENCE_S), Failed | Finished)
+
+
+@pytest.fixture
+def running(model: ElasticVLM, processor: ElasticProcessor, samples: list[Sample], ask: Asker) -> Iterator[Running]:
+    engine = ContinuousEngine(model, processor, EngineLimits(max_running=8, kv_tokens=16384))
+    yield Running(engine, ask(samples[0], 0, stream=True, max_new_tokens=8000, temperature=1.0, seed=0))
+    engine.close()
+
+
+def code_of(engine: ContinuousEngine, request: GenerateRequest) -> str:
+    with pytest.raises(EngineRefusal) as refusal:
+        answer_all(engine, [request])
+    return refusal.value.code
+
+
+def test_hardly_any_temperature_is_none_and_harms_nobody(running: Running, samples: list[Sample], ask: Asker) -> None:
+    cold = [ask(samples[1], 16, temperature=temperature, seed=1) for temperature in (1e-50, 1e-40, 1e-6, 0.0)]
+    assert len({each.text for each in answer_all(running.engine, cold)}) == 1
+    assert answer_all(running.engine, [ask(samples[1], 16, temperature=1e-5, top_p=0.5, seed=1)])[0].num_new_tokens == 8
+    assert running.goes_on()
+
+
+def test_a_row_without_a_token_fails_alone(running: Running, samples: list[Sample], ask: Asker, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, prefill = sampling.choose, running.engine._decoder.prefill
+
+    def choose(logits: Tensor, samplings: list[Sampling], generators: list[Any]) -> list[int | None]:
+        if any(sampling.seed == 13 for sampling in samplings):
+            raise RuntimeError("a row that cannot be drawn")
+        return whole(logits, samplings, generators)
+
+    monkeypatch.setattr(continuous_engine, "choose", choose)
+    for _ in range(4):
+        assert code_of(running.engine, ask(samples[1], 16, temperature=1.0, seed=13)) == "engine_error"
+    assert running.goes_on()
+    monkeypatch.setattr(running.engine._decoder, "prefill", lambda prompts: prefill(prompts) * torch.nan)
+    for _ in range(4):
+        assert code_of(running.engine, ask(samples[1], 16)) == "engine_error"
+    assert running.goes_on()
+
+
+def test_a_failed_prefill_fails_its_batch_and_not_what_runs(running: Running, samples: list[Sample], ask: Asker, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(_: object) -> None:
+        raise RuntimeError("broken")
+
+    whole = running.engine._decoder.prefill
+    monkeypatch.setattr(running.engine._decoder, "prefill", broken)
+    for _ in range(2):
+        assert code_of(running.engine, ask(samples[1], 16)) == "engine_error"
+        assert running.goes_on()
+    monkeypatch.setattr(running.engine._decoder, "prefill", whole)
+    assert answer_all(running.engine, [ask(samples[1], 16)])[0].text
+    # Two failures, an answer, two failures: never three in a row.
+    monkeypatch.setattr(running.engine._decoder, "prefill", broken)
+    for _ in range(2):
+        assert code_of(running.engine, ask(samples[1], 16)) == "engine_error"
+    assert running.goes_on()
+
+
+def test_the_third_failure_in_a_row_ends_the_engine_whatever_goes_well_beside_it(
+    running: Running, samples: list[Sample], ask: Asker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(_: object) -> None:
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(running.engine._decoder, "prefill", broken)
+    (image,) = ask(samples[0], 16).images
+    for _ in range(3):
+        # A turn that did other work says nothing about prefills.
+        running.engine.inspect(image, 16).result(timeout=PATIENCE_S)
+        running.engine.cancel("nobody")
+        assert code_of(running.engine, ask(samples[1], 16)) == "engine_error"
+    while not isinstance(end := running.inbox.get(timeout=PATIENCE_S), Failed):
+        pass
+    assert end.refusal.code == "engine_error"
+    running.engine._thread.join(timeout=PATIENCE_S)
+    assert code_of(running.engine, ask(samples[1], 16)) == "engine_error"
+    with pytest.raises(EngineRefusal):
+        running.engine.inspect(image, 16).result(timeout=PATIENCE_S)
+
+
+def test_a_defect_of_the_loop_is_told_to_all_who_wait(running: Running, samples: list[Sample], ask: Asker, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> None:
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(running.engine, "_inspect_next", broken)
+    while not isinstance(end := running.inbox.get(timeout=PATIENCE_S), Failed):
+        pass
+    assert end.refusal.code == "engine_error"
+    running.engine._thread.join(timeout=PATIENCE_S)
+    assert code_of(running.engine, ask(samples[1], 16)) == "engine_error"
+
+
+def test_a_prefill_that_is_too_large_goes_in_halves(
+    model: ElasticVLM, processor: ElasticProcessor, samples: list[Sample], ask: Asker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = ContinuousEngine(model, processor)
+    plain = answer_all(engine, [ask(sample, 0, max_new_tokens=2) for sample in samples[:8]])
+    whole = engine._decoder.prefill
+    sizes: list[int] = []
+
+    def prefill(prompts: list[Prompt]) -> Tensor:
+        sizes.append(len(prompts))
+        if len(prompts) > 2:
+            raise torch.OutOfMemoryError
+        return whole(prompts)
+
+    monkeypatch.setattr(engine._decoder, "prefill", prefill)
+    inbox: queue.SimpleQueue[tuple[int, Event]] = queue.SimpleQueue()
+    with held(engine):
+        for number, sample in enumerate(samples[:8]):
+            engine.submit(ask(sample, 0, max_new_tokens=2), lambda event, number=number: inbox.put((number, event)))  # type: ignore[misc]
+    found = dict(inbox.get(timeout=PATIENCE_S) for _ in range(8))
+    assert {number: event.text for number, event in found.items() if isinstance(event, Finished)} == {number: each.text for number, each in enumerate(plain)}
+    assert max(sizes) > 2
+    engine.close()
+
+
+def test_one_turn_encodes_no_more_images_than_one_batch(
+    model: ElasticVLM, processor: ElasticProcessor, samples: list[Sample], ask: Asker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = ContinuousEngine(model, processor, EngineLimits(vision_batch=4, kv_tokens=16384))
+    hold, whole = threading.Event(), engine._vision.encode
+    sizes: list[int] = []
+
+    def encode(images: Iterable[ImagePixels]) -> Encoded:
+        hold.wait()
+        found = whole(images)
+        sizes.append(len(found.new))
+        return found
+
+    monkeypatch.setattr(engine._vision, "encode", encode)
+    inbox: queue.SimpleQueue[Event] = queue.SimpleQueue()
+    for sample in samples:
+        engine.submit(ask(sample, 16, max_new_tokens=2), inbox.put)
+    hold.set()
+    assert all(isinstance(inbox.get(timeout=PATIENCE_S), Finished) for _ in samples)
+    # Videos have four images, and nothing has more.
+    assert max(sizes) == 4
+    assert sum(sizes) == engine.stats().feature_cache_misses
+    engine.close()
+
+
+def test_a_full_engine_is_healthy(model: ElasticVLM, processor: ElasticProcessor, samples: list[Sample], ask: Asker) -> None:
+    probe = HealthProbe(PromptBuilder(processor), (16, 64, 256), timeout_s=PATIENCE_S)
+    for limits in (EngineLimits(max_running=1, kv_tokens=16384), EngineLimits(max_running=64, kv_tokens=4096)):
+        engine = ContinuousEngine(model, processor, limits)
+        inbox: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        room = engine.max_request_tokens - 300 if limits.max_running > 1 else 8000 - 300
+        engine.submit(ask(samples[0], 256, stream=True, max_new_tokens=room), inbox.put)
+        inbox.get(timeout=PATIENCE_S)
+        # Every row or every block is taken, and more wait for them.
+        for sample in samples[1:4]:
+            engine.submit(ask(sample, 64, max_new_tokens=600), lambda _: None)
+        before = engine.stats()
+        for _ in range(3):
+            asyncio.run(probe.check(engine))
+        after = engine.stats()
+        assert (after.running, after.waiting) == (1, 3)
+        # It went through the vision tower, past the cache.
+        assert (after.feature_cache_hits, after.feature_cache_misses) == (before.feature_cache_hits, before.feature_cache_misses)
+        engine.close()
+
+
+def test_an_engine_that_hangs_or_sees_nothing_is_not_healthy(running: Running, processor: ElasticProcessor, monkeypatch: pytest.MonkeyPatch) -> None:
+    def blind(images: object) -> Encoded:
+        raise RuntimeError("broken")
+
+    probe = HealthProbe(PromptBuilder(processor), (16,), timeout_s=PATIENCE_S)
+    whole = running.engine._vision._encode
+    monkeypatch.setattr(running.engine._vision, "_encode", blind)
+    with pytest.raises(EngineRefusal):
+        asyncio.run(probe.check(running.engine))
+    monkeypatch.setattr(running.engine._vision, "_encode", whole)
+    asyncio.run(probe.check(running.engine))
+    hangs, hold, step = threading.Event(), threading.Event(), running.engine._step
+
+    def hang(jobs: list[Any]) -> None:
+        hangs.set()
+        hold.wait()
+        step(jobs)
+
+    monkeypatch.setattr(running.engine, "_step", hang)
+    assert hangs.wait(PATIENCE_S)
+    with pytest.raises(TimeoutError):
+        asyncio.run(HealthProbe(PromptBuilder(processor), (16,), timeout_s=0.05).check(running.engine))
+    hold.set()
+
+
+def test_those_who_ask_for_health_at_once_share_one_answer(engine: ContinuousEngine, processor: ElasticProcessor) -> None:
+    probe = HealthProbe(PromptBuilder(processor), (16,), timeout_s=PATIENCE_S)
+
+    async def many() -> None:
+        await asyncio.gather(*(probe.check(engine) for _ in range(20)))
+
+    asyncio.run(many())
+    assert engine.stats().prefilled == 1

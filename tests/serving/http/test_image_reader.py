@@ -1,0 +1,73 @@
+"""Images are read within the time of their request, and who waits for another host keeps nobody from decoding."""
+
+import asyncio
+import threading
+from typing import Any
+
+import pytest
+
+from parcelray.config.serve import HttpConfig, RequestLimits
+from parcelray.models.backbones.processor_base import ElasticProcessor
+from parcelray.serving.http import image_reader
+from parcelray.serving.http.api_errors import ApiError
+from parcelray.serving.http.image_reader import ImageReader
+from parcelray.serving.http.images import open_image
+from parcelray.serving.ingress.prompting import PromptBuilder
+from tests.serving.http.test_api import data_url
+from tests.serving.http.test_hostile import picture
+from tests.serving.local import PATIENCE_S
+
+
+@pytest.fixture
+def reader() -> ImageReader:
+    return ImageReader(RequestLimits(), HttpConfig(image_threads=1, image_hosts=("images.example.com",)))
+
+
+def test_an_image_that_takes_too_long_is_a_503(reader: ImageReader, processor: ElasticProcessor, monkeypatch: pytest.MonkeyPatch) -> None:
+    answered = threading.Event()
+
+    def slow(*arguments: Any) -> Any:
+        answered.wait()
+        return open_image(*arguments)
+
+    monkeypatch.setattr(image_reader, "open_image", slow)
+    with pytest.raises(ApiError) as refused:
+        asyncio.run(reader.read(PromptBuilder(processor), {"url": data_url(picture("PNG"))}, 0.1))
+    assert (refused.value.status, refused.value.code, refused.value.headers["retry-after"]) == (503, "deadline_exceeded", "1")
+    answered.set()
+
+
+def test_hosts_that_do_not_answer_keep_no_image_from_being_decoded(reader: ImageReader, processor: ElasticProcessor, monkeypatch: pytest.MonkeyPatch) -> None:
+    answered = threading.Event()
+    asked: list[str] = []
+
+    def silent(url: str, *_: Any) -> bytes:
+        asked.append(url)
+        answered.wait()
+        return picture("PNG")
+
+    monkeypatch.setattr(image_reader, "fetch_image", silent)
+    monkeypatch.setattr(image_reader, "TIMEOUT_S", PATIENCE_S)
+    prompts = PromptBuilder(processor)
+
+    async def run() -> None:
+        stuck = [asyncio.create_task(reader.read(prompts, {"url": "https://images.example.com/a.png"}, PATIENCE_S)) for _ in range(20)]
+        while not asked:
+            await asyncio.sleep(0)
+        (image,) = await reader.read(prompts, {"url": data_url(picture("PNG"))}, PATIENCE_S)
+        assert image.side == prompts.image_size
+        assert not any(each.done() for each in stuck)
+        answered.set()
+        assert [image.side for (image,) in await asyncio.gather(*stuck)] == [prompts.image_size] * 20
+
+    asyncio.run(run())
+
+
+def test_a_host_that_does_not_answer_is_a_422(reader: ImageReader, processor: ElasticProcessor, monkeypatch: pytest.MonkeyPatch) -> None:
+    answered = threading.Event()
+    monkeypatch.setattr(image_reader, "fetch_image", lambda *_: answered.wait())
+    monkeypatch.setattr(image_reader, "TIMEOUT_S", 0.05)
+    with pytest.raises(ApiError) as refused:
+        asyncio.run(reader.read(PromptBuilder(processor), {"url": "https://images.example.com/a.png"}, PATIENCE_S))
+    assert (refused.value.status, refused.value.code, refused.value.param) == (422, "image_not_fetched", "url")
+    answered.set()

@@ -1,0 +1,72 @@
+"""An endpoint goes no lower than the gates accepted, and says what they were never asked."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from parcelray.config.serve import ServeJob
+from parcelray.errors import UserError
+from parcelray.evaluation.predict import PYFUNC_FILE
+from parcelray.models.checkpoint import ResolvedCheckpoint, write_manifest
+from parcelray.serving.accepted_budgets import gate_warnings
+from parcelray.tracking.mlflow_tracker import end_run, start_run
+from parcelray.tracking.model_versions import GateRecord, record_verdict
+from parcelray.tracking.registry import register_model
+
+from ..stores import new_store
+
+pytestmark = pytest.mark.filterwarnings("ignore:The ``noload``:DeprecationWarning")
+
+
+@pytest.fixture(scope="module")
+def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A store with two versions of `m`: the first was put to gates, which accepted 64 and 256 visual tokens; the second never was."""
+    root = tmp_path_factory.mktemp("store")
+    uri = new_store(root)
+    run_id = start_run(uri, "gates", "train-a-00000000", params={})
+    end_run(uri, run_id, "FINISHED")
+    for version in (1, 2):
+        folder = root / str(version)
+        folder.mkdir()
+        save_file({"weight": torch.full((4,), float(version))}, folder / "model.safetensors")
+        (folder / "config.json").write_text("{}")
+        write_manifest(folder, config={}, git_commit=None, data={}, seed=0)
+        register_model(uri, folder, "m", run_id, pyfunc_file=PYFUNC_FILE)
+    record_verdict(uri, "m", 1, GateRecord("passed", "promote-m-00000000", run_id, "ann", (64, 256), ()))
+    return uri
+
+
+def ask(uri: str, version: int, policy: dict[str, Any]) -> tuple[str, ...]:
+    budgets = {"offered": [16, 64, 256], "policy": policy}
+    job = ServeJob.model_validate({"kind": "serve", "name": "m", "budgets": budgets, "tracking": {"uri": uri}})
+    return gate_warnings(job, ResolvedCheckpoint(Path("nowhere"), "models:/m@champion", f"models:/m/{version}"))
+
+
+def test_a_floor_that_the_gates_did_not_accept_is_refused(uri: str) -> None:
+    for policy in ({"type": "load", "floor": 16}, {"type": "load"}):
+        with pytest.raises(
+            UserError, match=r"down to 16 visual tokens, which the gates of models:/m/1 did not accept \(accepted are 64, 256\); set .*\(64, 256\)"
+        ):
+            ask(uri, 1, policy)
+    assert ask(uri, 1, {"type": "load", "floor": 64}) == ()
+
+
+def test_a_version_without_a_verdict_is_served_with_a_word_about_it(uri: str) -> None:
+    (warning,) = ask(uri, 2, {"type": "load", "floor": 16})
+    assert "models:/m/2 was never put to gates" in warning
+    assert "16, 64, 256 visual tokens" in warning
+    assert "--set candidate=2" in warning
+
+
+def test_what_open_requests_get_beside_what_was_accepted_is_said(uri: str) -> None:
+    assert ask(uri, 1, {"type": "request"}) == ()
+    assert "may get 16 visual tokens" in ask(uri, 1, {"type": "request", "auto": 16})[0]
+    assert "may get 16 visual tokens" in ask(uri, 1, {"type": "fixed", "visual_tokens": 16})[0]
+
+
+def test_a_folder_has_no_gates(uri: str) -> None:
+    job = ServeJob.model_validate({"kind": "serve", "name": "m", "tracking": {"uri": None}})
+    assert gate_warnings(job, ResolvedCheckpoint(Path("nowhere"), "mini_base", "sha256:1")) == ()

@@ -1,0 +1,96 @@
+"""One name, one configuration, one folder, on a disk or an object store."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import fsspec
+import pytest
+
+from parcelray.errors import UserError
+from parcelray.tracking.run_folder import RunFolder
+
+from ..training.conftest import tiny_job
+
+
+@pytest.fixture(params=["path", "file", "memory"])
+def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """Where runs are kept: a path, and two URIs."""
+    yield {"path": str(tmp_path), "file": f"file://{tmp_path}", "memory": "memory://"}[request.param]
+    fsspec.filesystem("memory").store.clear()
+
+
+def _folder(storage: str, **changes: object) -> RunFolder:
+    return RunFolder(tiny_job(Path(), **changes).model_copy(update={"storage": storage}))
+
+
+def test_the_same_job_takes_its_folder_again(storage: str) -> None:
+    folder = _folder(storage)
+    folder.claim()
+    again = _folder(storage, scaling={"num_workers": 2}, tracking={"uri": "sqlite:///elsewhere.db"})
+    again.claim()
+    assert folder.identity == again.identity
+    assert folder.path == again.path
+    assert folder.path.endswith("/train/tiny")
+
+
+def test_another_configuration_under_the_same_name_is_refused_with_the_differing_keys(storage: str) -> None:
+    _folder(storage).claim()
+    other = _folder(storage, seed=4, training={"steps": 7}, scaling={"num_workers": 2})
+    with pytest.raises(UserError, match=r"holds the run train-tiny-\w{8}, whose configuration differs") as caught:
+        other.claim()
+    assert "(seed: 3 -> 4; training.steps: 6 -> 7)" in str(caught.value)
+    _folder(storage, name="tiny2", seed=4).claim()
+
+
+def test_the_contents_behind_its_references_belong_to_a_run_too(storage: str) -> None:
+    folder = _folder(storage)
+    folder.claim({"runs/m": "sha256:1111"})
+    folder.claim()
+    folder.claim({"runs/other": "sha256:3333"})
+    folder.claim({"runs/m": "sha256:1111"})
+    with pytest.raises(UserError, match=r"of another model: what runs/m names has changed since \(sha256:1111 then, sha256:2222 now\)"):
+        folder.claim({"runs/m": "sha256:2222"})
+
+
+def test_a_look_takes_nothing(storage: str) -> None:
+    _folder(storage).check()
+    _folder(storage, seed=4).claim()
+    with pytest.raises(UserError, match=r"seed: 4 -> 3"):
+        _folder(storage).check()
+
+
+def test_a_result_is_there_once_the_run_is_finished(storage: str) -> None:
+    folder = _folder(storage)
+    folder.claim()
+    assert folder.result() is None
+    folder.finish({"metrics": {"train/loss": 0.5}})
+    folder.finish({"metrics": {"train/loss": 0.25}})
+    assert _folder(storage).result() == {"metrics": {"train/loss": 0.25}}
+    assert sorted(Path(name).name for name in folder.filesystem.ls(folder.path, detail=False)) == ["job.json", "result.json"]
+
+
+def test_a_folder_is_uploaded_with_what_is_in_it(storage: str, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    (source / "deep").mkdir(parents=True)
+    (source / "config.json").write_text("{}")
+    (source / "deep" / "weights").write_bytes(b"123")
+    folder = _folder(storage)
+    folder.claim()
+    folder.upload(source, "model")
+    with folder.filesystem.open(f"{folder.path}/model/deep/weights", "rb") as file:
+        assert file.read() == b"123"
+    assert folder.filesystem.exists(f"{folder.path}/model/config.json")
+
+
+def test_only_a_local_folder_has_a_local_path(storage: str) -> None:
+    folder = _folder(storage)
+    if folder.is_local:
+        assert folder.local_path("model") == Path(folder.path) / "model"
+    else:
+        with pytest.raises(UserError, match="is not a local folder"):
+            folder.local_path("model")
+
+
+def test_a_relative_storage_is_below_the_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert Path(_folder("runs").path) == tmp_path / "runs" / "train" / "tiny"

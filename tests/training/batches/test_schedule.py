@@ -1,0 +1,81 @@
+"""Which samples a step reads: a pure function of seed and step that covers every epoch."""
+
+from collections import Counter
+from dataclasses import dataclass
+
+import pytest
+
+from parcelray.datasets.sample import Sample
+from parcelray.datasets.source import SampleGroup
+from parcelray.errors import UserError
+from parcelray.training.batches.schedule import BatchSchedule
+
+
+@dataclass(frozen=True)
+class Source:
+    """Groups without samples: a schedule only counts."""
+
+    groups: tuple[SampleGroup, ...]
+
+    def get(self, group: str, index: int) -> Sample:
+        """Never asked for."""
+        raise NotImplementedError
+
+
+FINITE = Source((SampleGroup("single", 1, 0.5, 24), SampleGroup("pair", 2, 0.3, 10), SampleGroup("video", 4, 0.2, 7)))
+ENDLESS = Source((SampleGroup("single", 1, 0.75, None), SampleGroup("video", 4, 0.25, None)))
+
+
+def _schedule(source: Source = FINITE, *, num_steps: int = 200, images_per_step: int = 8, seed: int = 0) -> BatchSchedule:
+    return BatchSchedule(source, num_steps=num_steps, images_per_step=images_per_step, seed=seed)
+
+
+def test_a_step_reads_one_group_and_as_many_images_as_fit() -> None:
+    schedule = _schedule(images_per_step=9)
+    sizes = {plan.group: (plan.num_images, len(plan.indices)) for plan in (schedule.plan(step) for step in range(len(schedule)))}
+    assert sizes == {"single": (1, 9), "pair": (2, 4), "video": (4, 2)}
+
+
+@pytest.mark.parametrize("group", FINITE.groups, ids=lambda group: group.name)
+def test_an_epoch_of_a_finite_group_reads_each_sample_once(group: SampleGroup) -> None:
+    schedule = _schedule()
+    read = [index for step in range(len(schedule)) for index in schedule.plan(step).indices if schedule.plan(step).group == group.name]
+    assert group.size is not None
+    epochs = [read[start : start + group.size] for start in range(0, len(read) - group.size + 1, group.size)]
+    assert len(epochs) > 3
+    assert all(sorted(epoch) == list(range(group.size)) for epoch in epochs)
+    assert epochs[0] != epochs[1]
+
+
+def test_an_endless_group_is_read_in_order() -> None:
+    schedule = _schedule(ENDLESS)
+    for name in ("single", "video"):
+        plans = [schedule.plan(step) for step in range(len(schedule))]
+        read = [index for plan in plans if plan.group == name for index in plan.indices]
+        assert read == list(range(len(read)))
+
+
+def test_groups_are_drawn_by_their_weights() -> None:
+    counts = Counter(_schedule(ENDLESS, num_steps=4000).plan(step).group for step in range(4000))
+    # Four standard deviations of a binomial with p = 1/4 are 110 of 4000.
+    assert counts["video"] == pytest.approx(1000, abs=110)
+
+
+def test_a_plan_depends_on_nothing_but_seed_and_step() -> None:
+    forward = [_schedule().plan(step) for step in range(60)]
+    once = _schedule()
+    assert [once.plan(step) for step in reversed(range(60))] == forward[::-1]
+    assert [_schedule(seed=1).plan(step) for step in range(60)] != forward
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 5])
+def test_the_shares_of_the_ranks_are_the_step(world_size: int) -> None:
+    plan = _schedule(ENDLESS).plan(0)
+    shares = [plan.share(rank, world_size) for rank in range(world_size)]
+    assert sorted(index for share in shares for index in share) == sorted(plan.indices)
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_a_step_smaller_than_a_sample_is_refused() -> None:
+    with pytest.raises(UserError, match=r"training.images_per_step is 3 but a sample of video has 4 images; raise it"):
+        _schedule(images_per_step=3)

@@ -1,0 +1,166 @@
+"""Training on Ray Train: what is lost when a worker or the driver dies (nothing), and what MLflow has afterwards."""
+
+import io
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from mlflow import MlflowClient
+from rich.console import Console
+from safetensors.torch import load_file
+
+from parcelray.config.train import TrainJob
+from parcelray.errors import UserError
+from parcelray.models.checkpoint import verify_manifest
+from parcelray.tracking.run_folder import RunFolder
+from parcelray.training.in_process import fit_in_process
+from parcelray.training.metric_logger import NoMetrics
+from parcelray.training.run import TrainedRun, run_training
+from parcelray.training.trainer import fit
+
+from ..processes import LIMIT_S, end_session, own_ray, wait_until
+from .conftest import TINY
+from .metric_loggers import KillsOnce, Losses
+
+pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("ignore::DeprecationWarning"), pytest.mark.filterwarnings("ignore::ResourceWarning")]
+
+JOB: dict[str, Any] = TINY | {
+    "training": {"steps": 8, "images_per_step": 8, "log_every_steps": 1},
+    "validation": {"samples": 2, "budgets": [16]},
+    "scaling": {"num_workers": 2},
+}
+
+
+def _job(storage: Path, start: dict[str, Any], **changes: Any) -> TrainJob:
+    tracking = {"uri": f"sqlite:///{storage}/mlflow.db"}
+    return TrainJob.model_validate(JOB | {"model": start, "storage": str(storage), "tracking": tracking} | changes)
+
+
+def _same_weights(first: Path, second: Path) -> bool:
+    one, two = load_file(first / "model.safetensors"), load_file(second / "model.safetensors")
+    return one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
+
+
+def _steps(uri: str, run_id: str, key: str) -> list[int]:
+    return [metric.step for metric in MlflowClient(uri).get_metric_history(run_id, key)]
+
+
+LOADED = "modules-of-the-controller"
+
+
+@pytest.fixture(scope="module")
+def undisturbed(ray_session: None, tiny_start: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> tuple[TrainJob, TrainedRun]:
+    job = _job(tmp_path_factory.mktemp("run"), tiny_start)
+    loaded = Path(job.storage) / LOADED
+
+    def note(metrics: Mapping[str, float]) -> None:
+        loaded.write_text(" ".join(sys.modules), encoding="utf-8")
+
+    return job, run_training(job, Console(file=io.StringIO()), on_report=note)
+
+
+def test_the_controller_loads_neither_the_models_libraries_nor_mlflow(undisturbed: tuple[TrainJob, TrainedRun]) -> None:
+    loaded = set((Path(undisturbed[0].storage) / LOADED).read_text(encoding="utf-8").split())
+    assert "parcelray.training.ray_worker" in loaded, "it is the controller that noted them"
+    assert not {"transformers", "mlflow"} & loaded
+
+
+def test_a_run_is_recorded_once_and_whole(undisturbed: tuple[TrainJob, TrainedRun]) -> None:
+    job, run = undisturbed
+    assert verify_manifest(run.model_folder).seed == 3
+    assert job.tracking.uri is not None
+    assert run.mlflow_run_id is not None
+    client = MlflowClient(job.tracking.uri)
+    record = client.get_run(run.mlflow_run_id)
+    assert record.info.status == "FINISHED"
+    assert record.data.params["connector.type"] == "parcel"
+    assert _steps(job.tracking.uri, run.mlflow_run_id, "train/loss") == list(range(1, 9))
+    expected = {
+        "train/learning_rate",
+        "train/grad_norm",
+        "train/tokens_per_second",
+        "train/budget",
+        "tokens/anchors_effective_rank",
+        "tokens/queries_mean_cosine",
+    }
+    assert expected <= set(record.data.metrics)
+    assert len(client.search_runs([record.info.experiment_id])) == 1
+
+
+def test_two_workers_have_the_losses_of_one_process(undisturbed: tuple[TrainJob, TrainedRun], tiny_start: dict[str, Any], tmp_path: Path) -> None:
+    job, run = undisturbed
+    assert job.tracking.uri is not None
+    assert run.mlflow_run_id is not None
+    of_workers = {each.step: each.value for each in MlflowClient(job.tracking.uri).get_metric_history(run.mlflow_run_id, "train/loss")}
+    of_one_process = Losses()
+    alone = _job(tmp_path, tiny_start, scaling={"num_workers": 0})
+    fit_in_process(alone, tmp_path / "one", checkpoint=Path(tiny_start["reference"]), logger=of_one_process)
+    # The losses agree to rounding (about 1e-6), which differs with the batch of a process; a lost or doubled sample changes them by per cents.
+    assert of_workers == pytest.approx(of_one_process.losses, rel=1e-3)
+
+
+def test_a_second_run_is_a_no_op_and_another_configuration_is_refused(undisturbed: tuple[TrainJob, TrainedRun]) -> None:
+    job, run = undisturbed
+    output = io.StringIO()
+    again = run_training(job, Console(file=output, width=200))
+    assert again.was_done
+    assert again.model_folder == run.model_folder
+    assert "nothing to do" in output.getvalue()
+    with pytest.raises(UserError, match=r"differs from this one \(seed: 3 -> 4\); give this one another name"):
+        run_training(job.model_copy(update={"seed": 4}), Console(file=output))
+
+
+def test_a_killed_worker_costs_nothing_but_time(tmp_path: Path, tiny_start: dict[str, Any], undisturbed: tuple[TrainJob, TrainedRun]) -> None:
+    job = _job(tmp_path, tiny_start)
+    folder = RunFolder(job)
+    folder.claim()
+    steps, reported = tmp_path / "steps", tmp_path / "reported"
+
+    def note(metrics: Mapping[str, float]) -> None:
+        reported.touch()
+
+    start = Path(tiny_start["reference"])
+    checkpoint, _ = fit(job, folder, checkpoint=start, logger=lambda: KillsOnce(steps, reported), on_report=note)
+    assert steps.read_text(encoding="utf-8").split() == ["1", "2", "3", "4", "5", "4", "5", "6", "7", "8"], "resumed from the checkpoint of step 3"
+    # Bit by bit: both runs have the same batches, shapes and threads, and gloo sums two workers' gradients, a + b, in either
+    # order to the same value. Neither the load nor the kind of the machine comes into it.
+    assert _same_weights(checkpoint / "model", undisturbed[1].model_folder)
+
+
+def test_more_workers_than_the_cluster_has_are_refused(ray_session: None, tiny_start: dict[str, Any], tmp_path: Path) -> None:
+    job = _job(tmp_path, tiny_start, scaling={"num_workers": 9, "cpus_per_worker": 2})
+    with pytest.raises(UserError, match="9 workers of 2 CPU each, but the Ray cluster has 4 CPU in all"):
+        fit(job, RunFolder(job), checkpoint=None, logger=NoMetrics)
+
+
+@pytest.mark.nightly
+def test_a_killed_driver_goes_on_with_the_same_command(tmp_path: Path) -> None:
+    storage = tmp_path / "runs"
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    # Long enough to be killed before its end: after the first checkpoint, 37 steps and 12 checkpoints are left.
+    changes = {"training": JOB["training"] | {"steps": 40}, "scaling": {"num_workers": 1}}
+    path = tmp_path / "job.yaml"
+    path.write_text(yaml.safe_dump(JOB | {"storage": str(storage), "tracking": {"uri": uri}} | changes))
+    command = [sys.executable, "-m", "parcelray.cli", "train", str(path)]
+    silent: dict[str, Any] = {"env": own_ray(), "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    driver = subprocess.Popen(command, start_new_session=True, **silent)
+    wait_until(lambda: list(storage.glob("train/tiny/*/checkpoint_*/state.json")), "a checkpoint is stored", driver)
+    driver.kill()
+    driver.wait()
+    # Its Ray outlives it; what belongs to the session that we made is ours to end.
+    end_session(driver.pid)
+    assert not (storage / "train" / "tiny" / "result.json").exists()
+    subprocess.run(command, check=True, timeout=LIMIT_S, **silent)
+    client = MlflowClient(uri)
+    experiment = client.get_experiment_by_name("parcelray")
+    assert experiment is not None
+    runs = client.search_runs([experiment.experiment_id])
+    assert [run.info.status for run in runs] == ["FINISHED"]
+    steps = _steps(uri, runs[0].info.run_id, "train/loss")
+    assert sorted(steps) == sorted(set(steps))
+    assert steps[-1] == 40

@@ -1,0 +1,107 @@
+"""What is made of a search's trials, without running one."""
+
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow.exceptions import MlflowException
+from rich.console import Console
+
+from parcelray.config.loader import load_job
+from parcelray.config.objectives import Objective
+from parcelray.config.tune import TuneJob
+from parcelray.errors import SystemFailure
+from parcelray.tracking.mlflow_tracker import start_run
+from parcelray.tuning import progress as tuning_progress
+from parcelray.tuning.progress import TrialRuns, best_of, bounds_of, volumes
+from parcelray.tuning.results import findings_of, select, show_findings
+from parcelray.tuning.trial_record import FinishedTrial, point_key
+
+from ..stores import new_store
+
+
+def _job(storage: Path, **changes: Any) -> TuneJob:
+    data = {
+        "kind": "tune",
+        "name": "splits",
+        "space": {"kind": "search_space", "name": "s", "job": "j", "parameters": {"budgets": {"type": "choice", "values": [[16], [64]]}}},
+        "base": {"kind": "evaluate", "name": "b", "benchmarks": [{"name": "mini", "source": {"split": "validation", "samples": 9}}]},
+        "algorithm": {"type": "grid"},
+        "objectives": [{"metric": "retention", "mode": "max"}, {"metric": "tokens", "mode": "min"}],
+        "storage": str(storage),
+    }
+    return TuneJob.model_validate(data | changes)
+
+
+def _trial(budget: int, retention: float, **changes: Any) -> FinishedTrial:
+    point = {"budgets": [budget]}
+    return FinishedTrial(point_key(point), point, {"retention": retention, "tokens": float(budget)}, 1.0, **changes)
+
+
+TRIALS = [_trial(16, 70.0), _trial(64, 90.0, stopped=True)]
+
+
+def test_a_selected_evaluation_asks_the_test_split(tmp_path: Path) -> None:
+    select(_job(tmp_path), TRIALS, "max retention subject to tokens <= 16", tmp_path / "chosen.yaml")
+    written: Any = load_job(tmp_path / "chosen.yaml")
+    assert written.benchmarks[0].source == {"split": "test", "samples": 9}
+
+
+def test_the_hypervolume_has_a_box_that_is_known_before_the_first_trial() -> None:
+    objectives = _job(Path()).objectives
+    bounds = bounds_of(objectives, {"tokens": (0.0, 256.0)})
+    assert bounds == [(0.0, 100.0), (0.0, 256.0)]
+    job = _job(Path())
+    assert volumes(job, TRIALS, bounds)[0] == volumes(job, TRIALS[:1], bounds)[0] < volumes(job, TRIALS, bounds)[1] < 1
+    assert bounds_of([*objectives, Objective(metric="latency_ms", mode="min")], {"tokens": (0.0, 256.0)}) is None, "nobody knows how slow"
+    assert bounds_of([Objective(metric="latency_ms", mode="min", bounds=(0.0, 50.0)), Objective(metric="val/score@64", mode="max")], {}) == [
+        (0.0, 50.0),
+        (0.0, 1.0),
+    ]
+
+
+def test_of_equally_good_trials_the_best_is_on_the_front(tmp_path: Path) -> None:
+    job, trials, text = _job(tmp_path), [_trial(64, 90.0), _trial(16, 90.0)], io.StringIO()
+    assert best_of(job, trials) == trials[1]
+    show_findings(job, findings_of(job, trials, None, {}), tmp_path, Console(file=text, width=200))
+    assert "Best retention: 90 at budgets 16\n" in text.getvalue()
+
+
+def test_stopped_trials_are_shown_as_such(tmp_path: Path) -> None:
+    job, text = _job(tmp_path), io.StringIO()
+    show_findings(job, findings_of(job, TRIALS, None, {}), tmp_path, Console(file=text, width=200))
+    assert f"{TRIALS[1].key} (stopped)" in text.getvalue()
+    assert "1 trials were stopped early" in text.getvalue()
+    assert "Model with this routing" not in text.getvalue()
+
+
+def test_a_store_that_takes_no_trial_is_named_and_does_not_hide_what_ended_the_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    uri = new_store(tmp_path)
+    parent = start_run(uri, "parcelray", "tune-s", params={})
+
+    def broken(*_: object, **__: object) -> str:
+        raise MlflowException("database is locked")
+
+    monkeypatch.setattr(tuning_progress, "start_run", broken)
+    with (
+        pytest.raises(SystemFailure, match=r"did not take a trial \(database is locked\); it is recorded all the same"),
+        TrialRuns(_job(tmp_path), uri, parent) as runs,
+    ):
+        runs.started("k", {})
+    runs = TrialRuns(_job(tmp_path), uri, parent)
+    runs.started("k", {})
+    runs.__exit__(KeyboardInterrupt, None, None)
+
+
+def test_a_trial_that_was_tried_again_no_longer_shows_its_error(tmp_path: Path) -> None:
+    from mlflow import MlflowClient
+
+    uri = new_store(tmp_path)
+    parent = start_run(uri, "parcelray", "tune-s", params={})
+    for trial in (_trial(16, 0.0, error="it broke"), TRIALS[0]):
+        with TrialRuns(_job(tmp_path), uri, parent) as runs:
+            runs.started(trial.key, trial.assignment)
+            runs.finished(trial)
+        (run,) = MlflowClient(uri).search_runs(["1"], f"tags.`mlflow.parentRunId` = '{parent}'")
+        assert (run.info.status, run.data.tags["parcel.outcome"]) == (("FAILED", "failed: it broke") if trial.error else ("FINISHED", "finished"))
