@@ -1,7 +1,7 @@
 """How much a vision encoder decides: redundancy of the tokens, and what is kept at equal budgets, on three mini LLaVAs trained alike.
 
-CLIP, SigLIP and ConvNeXt by default; a key `models.NAME` names another model, or one more, by any reference. At the four square budgets nearest to 5,
-11, 20 and 30 %, which average pooling can give, too.
+CLIP, SigLIP and ConvNeXt by default; a key `models.NAME` names another model, or one more, by any reference. At the
+four square budgets nearest to 5, 11, 20 and 30 %, which average pooling can give, too.
 
     python pipelines/encoders.py [--set models.SigLIP=FOLDER ...] [--set storage=FOLDER]
 """

@@ -1,10 +1,10 @@
 """The whole loop on a laptop, run by `make quickstart`.
 
-Trains PARCEL, M3 and MQT from the mini base on a local Ray, compares them at three budgets with the vanilla base trained as long, registers
-the best, and lets it answer one question at every budget.
+Trains PARCEL, M3 and MQT from the mini base on a local Ray, compares them at three budgets with the vanilla base
+trained as long, registers the best, and lets it answer one question at every budget.
 
-A second run does nothing and says so; an interrupted one goes on where it was. What `--set` changes is trained under a name of its own, and
-what it does not change is not trained again.
+A second run does nothing and says so; an interrupted one goes on where it was. What `--set` changes is trained under a
+name of its own, and what it does not change is not trained again.
 """
 
 import sys
@@ -39,10 +39,17 @@ MODEL_NAME = "parcelray-mini"
 def comparison_jobs(parcel: TrainJob) -> dict[str, TrainJob]:
     """PARCEL's job and its rivals': the same base, data, steps and seed; each method draws from the budgets of its own paper."""
     return {
-        REFERENCE: _variant(parcel, REFERENCE, connector=None, budget=UniformBudgets(budgets=(256,)), validation={"budgets": (256,)}),
+        REFERENCE: _variant(
+            parcel, REFERENCE, connector=None, budget=UniformBudgets(budgets=(256,)), validation={"budgets": (256,)}
+        ),
         "parcel": parcel,
         "m3": _variant(parcel, "m3", connector=M3ConnectorConfig(), budget=UniformBudgets(budgets=(4, 16, 64, 256))),
-        "mqt": _variant(parcel, "mqt", connector=MqtConnectorConfig(num_heads=6), budget=UniformBudgets(budgets={"start": 2, "stop": 256, "step": 2})),
+        "mqt": _variant(
+            parcel,
+            "mqt",
+            connector=MqtConnectorConfig(num_heads=6),
+            budget=UniformBudgets(budgets={"start": 2, "stop": 256, "step": 2}),
+        ),
     }
 
 
@@ -65,21 +72,32 @@ def run(job: TrainJob, console: Console) -> None:
     name = f"pipeline-quickstart-{config_hash(job)}"
     finished = folder / f"{name}.done"
     if finished.is_file():
-        console.print(f"{name} is done; nothing to compute. Remove {folder} and {job.storage}/train/quickstart-* to start anew.\n", highlight=False)
+        console.print(
+            f"{name} is done; nothing to compute. Remove {folder} and {job.storage}/train/quickstart-* to start"
+            " anew.\n",
+            highlight=False,
+        )
         console.print(finished.read_text(encoding="utf-8"), markup=False, highlight=False)
         return
-    with tracked_run(uri, job.tracking.experiment, name, params={"methods": ", ".join(jobs), "steps": job.training.steps}) as run_id:
+    with tracked_run(
+        uri, job.tracking.experiment, name, params={"methods": ", ".join(jobs), "steps": job.training.steps}
+    ) as run_id:
         with ray_session():
             runs = train_all(jobs, console, address=None, parent_run_id=run_id)
             frontier = build_frontier(jobs, runs, job.report, console)
         table, picture = write_frontier(frontier, folder, "Mini suite: score against visual tokens per image")
         _record(uri, run_id, frontier, table, picture)
         winner = best_method(frontier)
-        version = register_model(uri, runs[winner].model_folder, MODEL_NAME, runs[winner].mlflow_run_id or run_id, pyfunc_file=PYFUNC_FILE)
+        version = register_model(
+            uri, runs[winner].model_folder, MODEL_NAME, runs[winner].mlflow_run_id or run_id, pyfunc_file=PYFUNC_FILE
+        )
         promote(uri, MODEL_NAME, version)
         report = Console(record=True, width=console.width, file=console.file)
         report.print(frontier_table(frontier))
-        report.print(f"Picture: {picture}\nRegistered: models:/{MODEL_NAME}/{version} ({winner}), alias champion", highlight=False)
+        report.print(
+            f"Picture: {picture}\nRegistered: models:/{MODEL_NAME}/{version} ({winner}), alias champion",
+            highlight=False,
+        )
         _answer(job, uri, report)
     finished.write_text(report.export_text(), encoding="utf-8")
 
@@ -110,7 +128,10 @@ def _answer(job: TrainJob, uri: str, console: Console) -> None:
     path, pinned = resolve_registry(f"models:/{MODEL_NAME}@champion", uri)
     sample = held_out_samples(job.data, "test", 1, image_size_of(path))[0]
     predictor = Predictor(load_vlm(path).eval(), load_processor(path))
-    console.print(f'\n{pinned} on test sample {sample.id}: "{sample.prompt}" (right: {" or ".join(sample.answers)})', highlight=False)
+    console.print(
+        f'\n{pinned} on test sample {sample.id}: "{sample.prompt}" (right: {" or ".join(sample.answers)})',
+        highlight=False,
+    )
     for budget, answers in predictor.generate_budgets([sample], job.report.budgets).items():
         console.print(f"  {budget:>3} visual tokens: {answers[0]}", highlight=False)
 

@@ -1,6 +1,7 @@
 """Saliency against the prompt, on the questions of a job: rank agreement by layer and head, what draws attention whatever the prompt, and heat maps.
 
-48 images, each with its own question and those of two others; `parcelray analyze saliency` does the same with images and prompts of your own.
+48 images, each with its own question and those of two others; `parcelray analyze saliency` does the same with images
+and prompts of your own.
 
     python pipelines/saliency.py [--set count=48] [--set 'benchmarks=[{name: gqa, data: FOLDER}]']
 """

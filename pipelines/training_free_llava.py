@@ -2,7 +2,8 @@
 
 Blind and in full besides. The same budget as a share of the tokens is asked of another model.
 
-    python pipelines/training_free_llava.py [--dry-run] [--set 'benchmarks=[{name: gqa, data: FOLDER}, {name: textvqa_val, data: FOLDER}]']
+    python pipelines/training_free_llava.py [--dry-run] [--set 'benchmarks=[{name: gqa, data: FOLDER}, {name:
+    textvqa_val, data: FOLDER}]']
 """
 
 import sys

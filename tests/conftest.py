@@ -47,7 +47,15 @@ _ENVIRONMENT = {
     # Ray's workers and the tests' own subprocesses find the package also where it is not installed.
     "PYTHONPATH": os.pathsep.join(part for part in (str(ROOT / "platform"), os.environ.get("PYTHONPATH", "")) if part),
 }
-_LEFT_OUT = ("MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID", "MLFLOW_EXPERIMENT_NAME", "RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN")
+_LEFT_OUT = (
+    "MLFLOW_TRACKING_URI",
+    "MLFLOW_RUN_ID",
+    "MLFLOW_EXPERIMENT_ID",
+    "MLFLOW_EXPERIMENT_NAME",
+    "RAY_ADDRESS",
+    "RAY_AUTH_MODE",
+    "RAY_AUTH_TOKEN",
+)
 
 os.environ.update(_ENVIRONMENT)
 for name in _LEFT_OUT:

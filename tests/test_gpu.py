@@ -55,12 +55,16 @@ def overlap(one_BN: Tensor, two_BN: Tensor) -> float:
 @pytest.mark.parametrize("seeding", ["greedy", "plain"])
 def test_photographs_are_clustered_as_on_a_cpu(num_clusters: int, seeding: Any) -> None:
     tokens = photograph_tokens(3, 256)
-    expected, found, again = (kmeans(each, num_clusters, seeding=seeding) for each in (tokens, tokens.cuda(), tokens.cuda()))
+    expected, found, again = (
+        kmeans(each, num_clusters, seeding=seeding) for each in (tokens, tokens.cuda(), tokens.cuda())
+    )
     # A token halfway between two may fall to either side.
     assert overlap(found.assignment_BN, expected.assignment_BN) >= 0.97
     assert found.inertia_B.tolist() == pytest.approx(expected.inertia_B.tolist(), rel=1e-3, abs=1e-2)
     assert int(found.sizes_BK.min()) >= 1
-    assert torch.equal(found.sizes_BK, torch.stack([each.bincount(minlength=num_clusters) for each in found.assignment_BN]))
+    assert torch.equal(
+        found.sizes_BK, torch.stack([each.bincount(minlength=num_clusters) for each in found.assignment_BN])
+    )
     assert torch.equal(found.assignment_BN, again.assignment_BN)
 
 
@@ -70,7 +74,10 @@ def test_half_precision_clusters_as_well(num_clusters: int) -> None:
     expected, found = kmeans(tokens, num_clusters), kmeans(tokens.cuda().bfloat16(), num_clusters)
 
     def inertia(assignment_BN: Tensor) -> float:
-        means_BKD = cluster_sums(tokens, assignment_BN, num_clusters) / torch.stack([each.bincount() for each in assignment_BN])[:, :, None]
+        means_BKD = (
+            cluster_sums(tokens, assignment_BN, num_clusters)
+            / torch.stack([each.bincount() for each in assignment_BN])[:, :, None]
+        )
         return float((tokens - taken(means_BKD, assignment_BN)).square().sum())
 
     assert inertia(found.assignment_BN.cpu()) == pytest.approx(inertia(expected.assignment_BN), rel=0.01)
@@ -104,7 +111,11 @@ def test_a_reducer_keeps_what_it_keeps_on_a_cpu(name: str, samples: list[Sample]
         answers = []
         for device in DEVICES:
             model = load_vlm(path).to(device).eval()
-            answers.append(Predictor(model, processor, device=device, settings=settings).generate(samples, num_visual_tokens=budget))
+            answers.append(
+                Predictor(model, processor, device=device, settings=settings).generate(
+                    samples, num_visual_tokens=budget
+                )
+            )
         assert sum(one == two for one, two in zip(*answers, strict=True)) >= 0.95 * len(samples)
         return
     images = [decode_image(sample.images[0]) for sample in samples[:12]]
@@ -114,7 +125,9 @@ def test_a_reducer_keeps_what_it_keeps_on_a_cpu(name: str, samples: list[Sample]
         model = load_vlm(path).to(device).eval()
         with torch.no_grad():
             view = EncoderView(model.model, pixels.to(device))
-            reduction = reducer(view.project(view.patch_features_IND), num_visual_tokens=budget, context=ReductionContext(encoder=view))
+            reduction = reducer(
+                view.project(view.patch_features_IND), num_visual_tokens=budget, context=ReductionContext(encoder=view)
+            )
         assert reduction.tokens_BKD.shape[1] == budget
         found.append(reduction.assignment_BN)
     assert overlap(*found) >= 0.9
@@ -127,7 +140,11 @@ def test_answers_at_every_budget_are_those_of_a_cpu(samples: list[Sample]) -> No
     answers = []
     for device in DEVICES:
         model = load_vlm(path, connector=M3ConnectorConfig()).to(device).eval()
-        answers.append(Predictor(model, processor, device=device, settings=GenerationSettings(max_new_tokens=8)).generate_budgets(samples, budgets))
+        answers.append(
+            Predictor(model, processor, device=device, settings=GenerationSettings(max_new_tokens=8)).generate_budgets(
+                samples, budgets
+            )
+        )
     for budget in budgets:
         same = sum(one == two for one, two in zip(answers[0][budget], answers[1][budget], strict=True))
         assert same >= 0.95 * len(samples), budget
@@ -137,7 +154,9 @@ def test_the_engine_answers_as_offline(samples: list[Sample]) -> None:
     path = resolve_checkpoint("mini_base").path
     processor = load_processor(path)
     model = load_vlm(path, connector=M3ConnectorConfig()).to("cuda").eval()
-    offline = Predictor(model, processor, device="cuda", settings=GenerationSettings(max_new_tokens=8)).generate_budgets(samples, [16, 256])
+    offline = Predictor(
+        model, processor, device="cuda", settings=GenerationSettings(max_new_tokens=8)
+    ).generate_budgets(samples, [16, 256])
     engine = ContinuousEngine(model, processor)
     ask = Asker(processor)
     found = answer_all(engine, [ask(sample, budget) for budget in (16, 256) for sample in samples])
@@ -150,7 +169,9 @@ def test_a_training_in_bf16_follows_the_one_in_float32(tmp_path: Path) -> None:
     losses = []
     for precision in ("fp32", "bf16"):
         recorder, folder = Recorder(), tmp_path / precision
-        checkpoint, _ = fit_in_process(tiny_job(folder, training={"precision": precision}), folder, checkpoint=None, logger=recorder)
+        checkpoint, _ = fit_in_process(
+            tiny_job(folder, training={"precision": precision}), folder, checkpoint=None, logger=recorder
+        )
         losses.append(list(recorder.curve("train/loss").values()))
         assert (checkpoint / "model" / "model.safetensors").is_file()
     assert losses[1] == pytest.approx(losses[0], rel=0.02)

@@ -45,7 +45,12 @@ def own_benchmark(folder: Path, answers: Sequence[Sequence[str]], more: str = ""
     folder.mkdir()
     (folder / "own.yaml").write_text(OWN % len(answers) + more)
     rows = [
-        {"name": f"row {number}", "question": "what color", "answer": list(answer), "image": {"bytes": png((6 * number, 255 - 6 * number, 90)), "path": None}}
+        {
+            "name": f"row {number}",
+            "question": "what color",
+            "answer": list(answer),
+            "image": {"bytes": png((6 * number, 255 - 6 * number, 90)), "path": None},
+        }
         for number, answer in enumerate(answers)
     ]
     pq.write_table(pa.Table.from_pylist(rows), folder / "test.parquet")

@@ -1,8 +1,8 @@
 """Errors that a user can act on.
 
-Every one of them is one clear sentence: the value, what is legal, what to do. The command line prints it without a traceback
-and exits with 2 (`UserError`) or 1 (`SystemFailure`). All of them cross Ray processes, so each keeps its constructor's
-arguments in `__reduce__`: without it Ray hands the driver an `UnserializableException` instead.
+Every one of them is one clear sentence: the value, what is legal, what to do. The command line prints it without a
+traceback and exits with 2 (`UserError`) or 1 (`SystemFailure`). All of them cross Ray processes, so each keeps its
+constructor's arguments in `__reduce__`: without it Ray hands the driver an `UnserializableException` instead.
 """
 
 from collections.abc import Sequence
@@ -36,8 +36,8 @@ class UnsupportedBudgetError(UserError, ValueError):
         self.supported = tuple(supported)
         self.connector = connector
         super().__init__(
-            f"{connector} cannot give {num_visual_tokens} visual tokens per image; legal budgets are {describe_values(self.supported)}. "
-            "Choose one of them, or another connector or routing."
+            f"{connector} cannot give {num_visual_tokens} visual tokens per image; legal budgets are"
+            f" {describe_values(self.supported)}. Choose one of them, or another connector or routing."
         )
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -24,7 +24,14 @@ PROMPTS = ["what color is the circle", "how many", "which image has more"]
 def _maps(last_IPLHN: np.ndarray, tokens_INW: np.ndarray) -> AttentionMaps:
     images, count, _ = tokens_INW.shape
     contrast = np.random.default_rng(9).random((images, count)).astype(np.float32)
-    return AttentionMaps(last_IPLHN.astype(np.float32), last_IPLHN.astype(np.float32), None, tokens_INW.astype(np.float32), contrast, int(count**0.5))
+    return AttentionMaps(
+        last_IPLHN.astype(np.float32),
+        last_IPLHN.astype(np.float32),
+        None,
+        tokens_INW.astype(np.float32),
+        contrast,
+        int(count**0.5),
+    )
 
 
 def test_rankings_that_follow_the_image_and_not_the_prompt_are_told_from_those_that_follow_the_prompt() -> None:
@@ -78,7 +85,9 @@ def test_rankings_and_overlaps_are_those_of_scipy_and_of_sets() -> None:
     maps = _maps(attention, rng.normal(size=(2, 64, 4)))
     (overlap,) = saliency_report(maps.last_word_IPLHN, maps).by_head[0]
     pairs = [(attention[image, 0, 0, 0], attention[image, 1, 0, 0]) for image in range(2)]
-    assert overlap.spearman.value == pytest.approx(np.mean([stats.spearmanr(a, b).statistic for a, b in pairs]), abs=1e-6)
+    assert overlap.spearman.value == pytest.approx(
+        np.mean([stats.spearmanr(a, b).statistic for a, b in pairs]), abs=1e-6
+    )
     assert overlap.jaccard.value == pytest.approx(np.mean([jaccard(a, b) for a, b in pairs]))
 
 
@@ -104,7 +113,9 @@ def test_the_overlap_is_of_the_highest() -> None:
 def test_validity_tells_a_measure_that_matters_from_one_that_does_not() -> None:
     rng = np.random.default_rng(2)
     losses = [rng.normal(size=64) for _ in range(30)]
-    measures = [{"good": loss + rng.normal(size=64), "bad": rng.normal(size=64), "constant": np.ones(64)} for loss in losses]
+    measures = [
+        {"good": loss + rng.normal(size=64), "bad": rng.normal(size=64), "constant": np.ones(64)} for loss in losses
+    ]
     found = validity(losses, measures, permutations=300)
     # The correlation of a value with itself and as much noise is 0.71, of ranks a little less.
     assert found["good"].correlation.value == pytest.approx(0.69, abs=0.05)
@@ -162,7 +173,10 @@ def test_a_model_is_studied(tower: str) -> None:
     assert {"norm", "random", "last word, layer 0", "mean of words, layer 2"} <= set(measures)
     assert ("vision tower" in measures) == (tower == "clip")
     profile = redundancy_profile(model, processor, images).measures
-    explained = [profile[f"projected tokens: variance that {share} centres explain"].value for share in ("5%", "11%", "20%", "30%")]
+    explained = [
+        profile[f"projected tokens: variance that {share} centres explain"].value
+        for share in ("5%", "11%", "20%", "30%")
+    ]
     assert explained == sorted(explained)
     assert 0 < explained[0] < explained[-1] <= 1
 

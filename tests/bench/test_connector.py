@@ -50,7 +50,9 @@ def tiny_checkpoint(tmp_path: Path) -> str:
     return str(tmp_path)
 
 
-def test_every_connector_is_measured_at_the_budgets_that_it_can_give(tiny_checkpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_connector_is_measured_at_the_budgets_that_it_can_give(
+    tiny_checkpoint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def time_once(alone: Callable[[], object], whole: Callable[[], object], *_: object, **__: object) -> PairTiming:
         """Runs both, and reports 2 ms and 8 ms: which of two short times is longer depends on the machine's load."""
         alone()
@@ -66,7 +68,11 @@ def test_every_connector_is_measured_at_the_budgets_that_it_can_give(tiny_checkp
     assert "m3 at 100 tokens" not in measured
     assert "identity at 16 tokens" not in measured
     for label in measured:
-        assert [values[f"{label}: {what}"] for what in ("time", "time of the whole prefill", "share of the time")] == [2, 8, 25]
+        assert [values[f"{label}: {what}"] for what in ("time", "time of the whole prefill", "share of the time")] == [
+            2,
+            8,
+            25,
+        ]
         assert values[f"{label}: peak memory"] < values[f"{label}: peak memory of the whole prefill"]
     assert values["identity at 256 tokens: peak memory"] == 0
     assert values["parcel at 256 tokens: peak memory"] > values["m3 at 16 tokens: peak memory"] > 0
@@ -90,7 +96,9 @@ def test_mistakes_are_named(tiny_checkpoint: str, monkeypatch: pytest.MonkeyPatc
         bench_connectors("paligemma2-3b", budgets=(16,))
     with pytest.raises(UserError, match="repeats 0"):
         bench_connectors(tiny_checkpoint, budgets=(16,), repeats=0)
-    with pytest.raises(UserError, match="No connector can give 300 visual tokens of 256 patches; legal budgets are 1 to 256"):
+    with pytest.raises(
+        UserError, match="No connector can give 300 visual tokens of 256 patches; legal budgets are 1 to 256"
+    ):
         bench_connectors(tiny_checkpoint, budgets=(300,))
 
 

@@ -34,7 +34,9 @@ def test_repeated_samples_have_names_of_their_own(tmp_path: Path, monkeypatch: p
     assert reader.pin().rows == 10
     samples = [sample for row in reader.order() for sample in reader.read(row).samples]
     assert len({sample.id for sample in samples}) == 10
-    assert [dataclasses.replace(sample, id="") for sample in samples[4:8]] == [dataclasses.replace(sample, id="") for sample in samples[:4]]
+    assert [dataclasses.replace(sample, id="") for sample in samples[4:8]] == [
+        dataclasses.replace(sample, id="") for sample in samples[:4]
+    ]
     assert len({sample.prompt + str(sample.images) for sample in samples}) == 4
     assert samples[0].images == family_samples("test", "general", 1)[0].images
 
@@ -80,4 +82,7 @@ def test_all_four_comparisons_are_measured(ray_session: None, monkeypatch: pytes
     assert [measure.value for measure in report.measures if measure.name.endswith("answers that differ")] == [0, 0, 0]
     # The driver and the actor have loaded torch each, which takes more than 100 MiB of their own in any build.
     assert values["peak memory, 50 samples"] > 200
-    assert values["peak memory, 75 over 50 samples"] == values["peak memory, 75 samples"] / values["peak memory, 50 samples"]
+    assert (
+        values["peak memory, 75 over 50 samples"]
+        == values["peak memory, 75 samples"] / values["peak memory, 50 samples"]
+    )

@@ -20,18 +20,30 @@ _CHAT = "/v1/chat/completions"
 def _bodies(samples: list[Sample], count: int, **more: object) -> list[bytes]:
     budgets = (16, 64, 256)
     return [
-        json.dumps({"model": "mini", "messages": message(samples[index % len(samples)]), "visual_tokens": budgets[index % 3], "max_tokens": 4} | more).encode()
+        json.dumps(
+            {
+                "model": "mini",
+                "messages": message(samples[index % len(samples)]),
+                "visual_tokens": budgets[index % 3],
+                "max_tokens": 4,
+            }
+            | more
+        ).encode()
         for index in range(count)
     ]
 
 
-def test_both_loads_are_answered_and_counted(model: ElasticVLM, processor: ElasticProcessor, samples: list[Sample]) -> None:
+def test_both_loads_are_answered_and_counted(
+    model: ElasticVLM, processor: ElasticProcessor, samples: list[Sample]
+) -> None:
     with endpoint(model, processor) as (url, service, engine):
         # The engine begins once the eight clients have asked.
         engine._commands.put(lambda: wait_until(lambda: service.admission.in_flight == 8))
         closed = closed_loop(url + _CHAT, _bodies(samples, 30), clients=8)
         steps = engine.stats()
-        opened = open_loop(url + _CHAT, _bodies(samples, 30, stream=True, stream_options={"include_usage": True}), rate=60)
+        opened = open_loop(
+            url + _CHAT, _bodies(samples, 30, stream=True, stream_options={"include_usage": True}), rate=60
+        )
     for found in (closed, opened):
         assert found.statuses == {200: 30}
         assert found.budgets == {"16": 10, "64": 10, "256": 10}

@@ -19,7 +19,9 @@ def _rendered(report: Report) -> str:
 
 
 def test_json_has_exactly_the_keys_of_the_contract() -> None:
-    report = Report((Measure("time", 1.5, "ms", spread=0.1, goal="<= 2", against="pooling"),), machine={"cpu": "x", "cores": 2})
+    report = Report(
+        (Measure("time", 1.5, "ms", spread=0.1, goal="<= 2", against="pooling"),), machine={"cpu": "x", "cores": 2}
+    )
     assert json.loads(report.to_json()) == {
         "measures": [{"name": "time", "value": 1.5, "unit": "ms", "spread": 0.1, "goal": "<= 2", "against": "pooling"}],
         "machine": {"cpu": "x", "cores": 2},
@@ -33,15 +35,29 @@ def test_nan_becomes_null() -> None:
 
 @pytest.mark.parametrize(
     ("value", "goal", "missed"),
-    [(2.0, "<= 2", False), (2.1, "<= 2", True), (0.5, ">= 0.5", False), (0.4, ">= 0.5", True), (math.nan, "<= 2", True), (9.0, None, False)],
+    [
+        (2.0, "<= 2", False),
+        (2.1, "<= 2", True),
+        (0.5, ">= 0.5", False),
+        (0.4, ">= 0.5", True),
+        (math.nan, "<= 2", True),
+        (9.0, None, False),
+    ],
 )
 def test_goals_are_judged(value: float, goal: str | None, missed: bool) -> None:
     assert Measure("m", value, "x", goal=goal).missed is missed
 
 
 def test_a_missed_goal_is_printed_as_missed() -> None:
-    text = _rendered(Report((Measure("slow", 3.0, "s", goal="<= 2"), Measure("fast", 1.0, "s", goal="<= 2"), Measure("free", 1.0, "s")), machine={}))
-    by_name = {line.split()[1]: line for line in text.splitlines() if any(name in line for name in ("slow", "fast", "free"))}
+    text = _rendered(
+        Report(
+            (Measure("slow", 3.0, "s", goal="<= 2"), Measure("fast", 1.0, "s", goal="<= 2"), Measure("free", 1.0, "s")),
+            machine={},
+        )
+    )
+    by_name = {
+        line.split()[1]: line for line in text.splitlines() if any(name in line for name in ("slow", "fast", "free"))
+    }
     assert "MISSED" in by_name["slow"]
     assert "met" in by_name["fast"]
     assert "MISSED" not in by_name["fast"] + by_name["free"]
@@ -70,7 +86,13 @@ def test_pairs_run_alternately_after_the_warmup() -> None:
 
 def test_the_clock_waits_for_the_device() -> None:
     calls: list[str] = []
-    time_pairs(lambda: calls.append("a"), lambda: calls.append("b"), repeats=1, warmup=0, synchronize=lambda: calls.append("sync"))
+    time_pairs(
+        lambda: calls.append("a"),
+        lambda: calls.append("b"),
+        repeats=1,
+        warmup=0,
+        synchronize=lambda: calls.append("sync"),
+    )
     assert calls == ["sync", "a", "sync", "sync", "b", "sync"]
 
 

@@ -62,7 +62,9 @@ def _kmeans_rows(**changes: Any) -> tuple[dict[str, list[Measure]], Report]:
     return rows, report
 
 
-def test_kmeans_is_measured_beside_a_rival_at_equal_inertia(rivals: dict[str, tuple[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kmeans_is_measured_beside_a_rival_at_equal_inertia(
+    rivals: dict[str, tuple[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     rivals |= {"rival": ("sklearn", partial(_labels, spoilt=4)), "absent": ("no_such_module", _labels)}
 
     def clock(call: partial[None]) -> float:
@@ -89,10 +91,14 @@ def test_kmeans_is_measured_beside_a_rival_at_equal_inertia(rivals: dict[str, tu
 def test_a_goal_without_an_equal_rival_is_a_bound_and_stays(rivals: dict[str, tuple[str, Any]]) -> None:
     rivals["rival"] = ("sklearn", partial(_labels, spoilt=99))
     rows, _ = _kmeans_rows()
-    assert "rival, 4 starts: no other gets to equal inertia" in str(rows["times faster, 576 x 32, k 8, batch 1"][1].against)
+    assert "rival, 4 starts: no other gets to equal inertia" in str(
+        rows["times faster, 576 x 32, k 8, batch 1"][1].against
+    )
 
 
-def test_a_library_that_would_take_minutes_is_said_to_be_left_out(rivals: dict[str, tuple[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_library_that_would_take_minutes_is_said_to_be_left_out(
+    rivals: dict[str, tuple[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     rivals["torch-kmeans"] = ("sklearn", partial(_labels, spoilt=0))
     monkeypatch.setattr(kmeans_bench, "_TORCH_KMEANS_NUMBERS", 2**10)
     _, report = _kmeans_rows()
@@ -107,8 +113,22 @@ def test_kmeans_on_a_device_that_is_not_here_is_refused() -> None:
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     """The laptop's model at a size that a test runs: 64 tokens."""
-    vision = {"model_type": "clip_vision_model", "image_size": 32, "patch_size": 4, "hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 3}
-    text = {"model_type": "llama", "hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "head_dim": 12}
+    vision = {
+        "model_type": "clip_vision_model",
+        "image_size": 32,
+        "patch_size": 4,
+        "hidden_size": 24,
+        "intermediate_size": 32,
+        "num_hidden_layers": 3,
+    }
+    text = {
+        "model_type": "llama",
+        "hidden_size": 24,
+        "intermediate_size": 32,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 2,
+        "head_dim": 12,
+    }
     config = ElasticLlavaConfig(
         vision_config=vision | {"num_attention_heads": 2},
         text_config=text | {"num_key_value_heads": 1, "vocab_size": 64, "max_position_embeddings": 512},
@@ -135,15 +155,19 @@ def test_the_overhead_is_measured_against_what_it_saves(monkeypatch: pytest.Monk
     assert values["64 -> 36, batch 2: peak memory of the prefill saved"] > 0
     for name, config in REDUCERS.items():
         inside = build_reducer(config).reads == "prompt"
-        # A reduction inside the decoder, and ToMe's in the vision tower, take the place of a run without: the difference is their time.
+        # A reduction inside the decoder, and ToMe's in the vision tower, take the place of a run without: the
+        # difference is their time.
         reduction = 12 - 4 if inside or name == "tome" else 12
-        # Prefill and further steps take 12 ms at the full budget and 4 ms at the small one, so the further steps alone save nothing.
+        # Prefill and further steps take 12 ms at the full budget and 4 ms at the small one, so the further steps alone
+        # save nothing.
         gain = 12 - 4 if inside else 12 - 4 - reduction
         assert values[f"{name}, 64 -> 36, batch 2: reduction"] == pytest.approx(reduction)
         assert values[f"{name}, 64 -> 36, batch 2: net gain"] == pytest.approx(gain)
         assert f"{name}, batch 2: break-even budget" in values
     assert "average_pooling, 64 -> 40, batch 2: net gain" not in values
-    assert values["cluster_aggregate, 64 -> 36, batch 2: reduction over prefill saved"] == pytest.approx(100 * 12 / (12 - 4))
+    assert values["cluster_aggregate, 64 -> 36, batch 2: reduction over prefill saved"] == pytest.approx(
+        100 * 12 / (12 - 4)
+    )
 
 
 @pytest.mark.parametrize("name", [name for name, config in REDUCERS.items() if build_reducer(config).reads == "prompt"])
@@ -158,14 +182,19 @@ def test_a_reduction_without_looking_drops_as_many_tokens_at_the_same_layers(nam
     assert blind(torch.randn(2, 16, 4), num_visual_tokens=3).position_ids_BK.tolist() == [[0, 1, 2]] * 2
 
 
-@pytest.mark.parametrize(("gains", "expected"), [({64: 8.0, 126: 6.0}, 486.0), ({64: 1.0, 128: -1.0}, 96.0), ({64: -1.0, 128: -2.0}, 0.0)])
+@pytest.mark.parametrize(
+    ("gains", "expected"), [({64: 8.0, 126: 6.0}, 486.0), ({64: 1.0, 128: -1.0}, 96.0), ({64: -1.0, 128: -2.0}, 0.0)]
+)
 def test_it_breaks_even_where_the_gain_is_gone(gains: dict[int, float], expected: float) -> None:
     # At all 576 tokens the reduction costs 1.5 and saves nothing.
     assert _break_even(gains, 576, 1.5) == pytest.approx(expected)
 
 
 def test_what_is_not_here_is_refused() -> None:
-    for changes, message in (({"device": "tpu"}, "--device tpu is not here"), ({"backbone": "llava-1.5-7b"}, "llava-1.5-7b needs a GPU for this bench")):
+    for changes, message in (
+        ({"device": "tpu"}, "--device tpu is not here"),
+        ({"backbone": "llava-1.5-7b"}, "llava-1.5-7b needs a GPU for this bench"),
+    ):
         with pytest.raises(UserError, match=message):
             bench_overhead(budgets=[64], batch_sizes=[1], reducers=["tome"], repeats=1, **changes)  # type: ignore[arg-type]
 

@@ -14,10 +14,24 @@ from parcelray.config.model import MiniModelConfig
 
 pytestmark = pytest.mark.serving
 SMALL = MiniModelConfig(
-    vision_width=24, vision_layers=1, vision_heads=2, vision_mlp_width=32, text_width=24, text_layers=1, text_heads=2, text_head_dim=12, text_mlp_width=32
+    vision_width=24,
+    vision_layers=1,
+    vision_heads=2,
+    vision_mlp_width=32,
+    text_width=24,
+    text_layers=1,
+    text_heads=2,
+    text_head_dim=12,
+    text_mlp_width=32,
 )
 # What the measures read of the bench's model: nothing, as no request is sent.
-BENCH: Any = SimpleNamespace(body=lambda *_, **__: b"{}", samples=lambda count: [None] * count, job=lambda policy=None: policy, model=None, processor=None)
+BENCH: Any = SimpleNamespace(
+    body=lambda *_, **__: b"{}",
+    samples=lambda count: [None] * count,
+    job=lambda policy=None: policy,
+    model=None,
+    processor=None,
+)
 
 
 def answered(latencies_s: list[float], seconds: float = 1.0, **more: Any) -> LoadResult:
@@ -41,7 +55,9 @@ def test_the_endpoint_is_compared_with_offline_generation(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(serve_bench, "time", SimpleNamespace(perf_counter=lambda: now[0]))
     monkeypatch.setattr(serve_bench, "Predictor", lambda *_, **__: SimpleNamespace(generate=generate))
-    monkeypatch.setattr(serve_bench, "closed_loop", lambda _, bodies, clients: answered([0.1] * len(bodies), seconds=5.0))
+    monkeypatch.setattr(
+        serve_bench, "closed_loop", lambda _, bodies, clients: answered([0.1] * len(bodies), seconds=5.0)
+    )
     assert by_name(serve_bench._against_offline(BENCH, "", requests=20, repeats=3)) == {
         "offline batches of 32, 256 tokens": 5.0,
         "endpoint, 32 clients, 256 tokens": 4.0,
@@ -76,7 +92,9 @@ def test_latencies_are_quantiles_by_budget_and_clients(monkeypatch: pytest.Monke
     for clients in (1, 8, 32):
         name = f"64 tokens, {clients} clients"
         assert found[f"{name}: throughput"] == 50.0
-        assert [found[f"{name}: whole answer, p{share}"] for share in (50, 95, 99)] == pytest.approx([51 * clients, 96 * clients, 100 * clients])
+        assert [found[f"{name}: whole answer, p{share}"] for share in (50, 95, 99)] == pytest.approx(
+            [51 * clients, 96 * clients, 100 * clients]
+        )
         assert found[f"{name}: first token, p50"] == pytest.approx(25.5 * clients)
 
 
@@ -102,7 +120,10 @@ def test_the_highest_rate_is_the_last_that_is_answered_in_time(monkeypatch: pyte
 
 def test_the_load_policy_is_compared_with_the_largest_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     deployed: list[Any] = []
-    rates = {256: serve_bench._Sustained(10.0, Counter({"256": 4})), "auto": serve_bench._Sustained(16.0, Counter({"16": 3, "256": 1}))}
+    rates = {
+        256: serve_bench._Sustained(10.0, Counter({"256": 4})),
+        "auto": serve_bench._Sustained(16.0, Counter({"16": 3, "256": 1})),
+    }
     monkeypatch.setattr(serve_bench, "closed_loop", lambda *_, **__: answered([0.1] * 8))
     monkeypatch.setattr(serve_bench, "_highest_rate", lambda _, url, budget, alone_s, seconds: rates[budget])
     monkeypatch.setattr(serve_bench, "pin", lambda policy: policy)
@@ -139,4 +160,6 @@ def test_every_comparison_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
         for clients in (1, 8, 32):
             name = f"{budget} tokens, {clients} clients"
             for share in (50, 95, 99):
-                assert 0 < found[f"{name}: first token, p{share}"].value <= found[f"{name}: whole answer, p{share}"].value
+                assert (
+                    0 < found[f"{name}: first token, p{share}"].value <= found[f"{name}: whole answer, p{share}"].value
+                )

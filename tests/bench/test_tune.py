@@ -61,7 +61,9 @@ def test_points_and_trials_are_measured(ray_session: None, monkeypatch: pytest.M
 
     monkeypatch.setattr(tune_bench, "_Silent", Counts)
     report = tune_bench.bench_tuning(samples=1, steps=2, repeats=1)
-    assert len(ended) == 2 + 2 + 1 + 2, "points in warm actors, points in processes of their own, one training, two trainings"
+    assert len(ended) == 2 + 2 + 1 + 2, (
+        "points in warm actors, points in processes of their own, one training, two trainings"
+    )
     assert [measure.name for measure in report.measures] == [
         "split search, warm",
         "split search, a process per point",

@@ -27,7 +27,9 @@ def arrow_type(text: str) -> pa.DataType:
     if text.startswith("list<"):
         return pa.list_(arrow_type(text[5:-1]))
     if text.startswith("struct<"):
-        return pa.struct([(name.strip(), arrow_type(inner)) for name, inner in (part.split(":", 1) for part in _parts(text[7:-1]))])
+        return pa.struct(
+            [(name.strip(), arrow_type(inner)) for name, inner in (part.split(":", 1) for part in _parts(text[7:-1]))]
+        )
     return _SIMPLE[text]
 
 
@@ -40,7 +42,10 @@ def write_benchmark(config: BenchmarkConfig, folder: Path) -> int:
     base = folder / source.config if source.config else folder
     base.mkdir(parents=True, exist_ok=True)
     for split in source.splits:
-        rows = [{name: _value(columns, name, number, config.metric or "") for name in columns.types} for number in range(ROWS)]
+        rows = [
+            {name: _value(columns, name, number, config.metric or "") for name in columns.types}
+            for number in range(ROWS)
+        ]
         for row in rows:
             _write_files(columns, row, folder, base)
         pq.write_table(pa.Table.from_pylist(rows, schema=schema), base / f"{split}-00000-of-00001.parquet")
@@ -96,7 +101,9 @@ def _answer(columns: ColumnsConfig, kind: str, metric: str, number: int) -> Any:
     assert columns.answers is not None
     match columns.answers.form:
         case "list":
-            return [f"{_CHOICES[number]} birds", f"two {_CHOICES[number]} birds"] if "cider" in metric else ["red", "red"]
+            return (
+                [f"{_CHOICES[number]} birds", f"two {_CHOICES[number]} birds"] if "cider" in metric else ["red", "red"]
+            )
         case "records":
             return [{"answer": "red", "answer_confidence": "yes", "answer_id": 1}] * 4
         case "literal":
@@ -158,5 +165,6 @@ def _write_joined(columns: ColumnsConfig, folder: Path) -> None:
     rows = [{join.key: f"{join.column} {number}", join.image: {"bytes": png(), "path": None}} for number in range(ROWS)]
     (folder / join.config).mkdir(exist_ok=True)
     pq.write_table(
-        pa.Table.from_pylist(rows, schema=pa.schema([(join.key, pa.string()), (join.image, _IMAGE)])), folder / join.config / "testdev-00000-of-00001.parquet"
+        pa.Table.from_pylist(rows, schema=pa.schema([(join.key, pa.string()), (join.image, _IMAGE)])),
+        folder / join.config / "testdev-00000-of-00001.parquet",
     )

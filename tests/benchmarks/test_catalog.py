@@ -20,10 +20,18 @@ TABLES = sorted(name for name, config in builtin().items() if isinstance(config.
 
 
 def test_the_three_sets_are_whole() -> None:
-    sets = {name: sum(name in config.sets for config in builtin().values()) for name in ("parcel", "paligemma", "llava", "local")}
+    sets = {
+        name: sum(name in config.sets for config in builtin().values())
+        for name in ("parcel", "paligemma", "llava", "local")
+    }
     assert sets == {"parcel": 27, "paligemma": 21, "llava": 16, "local": 3}
     families = [config.family for config in builtin().values() if "parcel" in config.sets]
-    assert {family: families.count(family) for family in set(families)} == {"video": 5, "grounding": 8, "resolution_sensitive": 9, "general": 5}
+    assert {family: families.count(family) for family in set(families)} == {
+        "video": 5,
+        "grounding": 8,
+        "resolution_sensitive": 9,
+        "general": 5,
+    }
     assert len(TABLES) == 60
 
 
@@ -80,14 +88,24 @@ def test_the_refcoco_mask_and_box_are_those_of_the_row(tmp_path: Path) -> None:
 def test_prompts_are_those_of_the_model_family(tmp_path: Path) -> None:
     config = builtin()["ai2d"]
     write_benchmark(config, tmp_path)
-    asked = {family: open_reader(config, family=family, data=tmp_path).read(0).samples[0] for family in ("paligemma", "llava")}
+    asked = {
+        family: open_reader(config, family=family, data=tmp_path).read(0).samples[0]
+        for family in ("paligemma", "llava")
+    }
     assert asked["paligemma"].prompt == "answer en  question 0 choose from: red \t blue \t green \t white"
-    assert asked["llava"].prompt == ("question 0\nA. red\nB. blue\nC. green\nD. white\nAnswer with the option's letter from the given choices directly.")
+    assert (
+        asked["llava"].prompt
+        == "question 0\nA. red\nB. blue\nC. green\nD. white\nAnswer with the option's letter from the given choices"
+        " directly."
+    )
     assert asked["llava"].answers == ("blue",)
     science = builtin()["scienceqa_img"]
     write_benchmark(science, tmp_path / "science")
     sample = open_reader(science, data=tmp_path / "science").read(0).samples[0]
-    assert sample.prompt == "Question: question 0\nContext: hint 0\nOptions: (A) red, (B) blue, (C) green, (D) white\nAnswer:"
+    assert (
+        sample.prompt
+        == "Question: question 0\nContext: hint 0\nOptions: (A) red, (B) blue, (C) green, (D) white\nAnswer:"
+    )
     assert sample.answers == ("The answer is B.",)
     with pytest.raises(UserError, match="mmbench_en_dev has no prompt for paligemma models"):
         open_reader(builtin()["mmbench_en_dev"], data=tmp_path)
@@ -112,8 +130,7 @@ def test_questions_about_one_image_stand_together(tmp_path: Path) -> None:
 
 
 def test_a_benchmark_of_your_own_is_one_file(tmp_path: Path) -> None:
-    (tmp_path / "mine.yaml").write_text(
-        """
+    (tmp_path / "mine.yaml").write_text("""
 name: mine
 family: general
 source: {splits: [test]}
@@ -123,8 +140,7 @@ columns:
   answers: {column: a}
 prompts: {paligemma: "answer en {q}"}
 metric: exact_match
-"""
-    )
+""")
     config = find("mine", catalog([tmp_path / "mine.yaml"]))
     write_benchmark(config, tmp_path / "data")
     sample = open_reader(config, data=tmp_path / "data").read(2).samples[0]
@@ -134,10 +150,19 @@ metric: exact_match
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("prompts: {paligemma: 'answer en {question}'}", "names question, which is no column; legal: a, options_inline"),
+        (
+            "prompts: {paligemma: 'answer en {question}'}",
+            "names question, which is no column; legal: a, options_inline",
+        ),
         ("metrik: exact_match", "metrik is not a known key.*did you mean metric"),
-        ("columns: {types: {q: string, a: string}, images: [picture], answers: {column: a}}", "types lacks the columns picture"),
-        ("columns: {types: {picture: image, a: string}, answers: {column: a}}", "in exactly one way: images, join or video"),
+        (
+            "columns: {types: {q: string, a: string}, images: [picture], answers: {column: a}}",
+            "types lacks the columns picture",
+        ),
+        (
+            "columns: {types: {picture: image, a: string}, answers: {column: a}}",
+            "in exactly one way: images, join or video",
+        ),
         ("columns: {types: {picture: image, a: string}, images: [picture]}", "nothing says what is right"),
         ("metric: null", "give the metric, or say in unscorable why there is none"),
         ("decoding: beam", "a beam search has at least two"),

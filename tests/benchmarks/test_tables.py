@@ -38,7 +38,13 @@ _ROWS: list[dict[str, Any]] = [
 
 def _config(**changes: Any) -> BenchmarkConfig:
     columns = {
-        "types": {"name": "string", "scene": "string", "question": "string", "answers": "list<string>", "image": "image"},
+        "types": {
+            "name": "string",
+            "scene": "string",
+            "question": "string",
+            "answers": "list<string>",
+            "image": "image",
+        },
         "id": ["name"],
         "images": ["image"],
         "answers": {"column": "answers", "form": "list"},
@@ -63,7 +69,15 @@ def _reader(data: Path, **changes: Any) -> TableReader:
 
 
 def _parquet(file: Path, rows: list[dict[str, Any]] = _ROWS, row_group_size: int = 2) -> Path:
-    schema = pa.schema([("name", pa.string()), ("scene", pa.string()), ("question", pa.string()), ("answers", pa.list_(pa.string())), ("image", _IMAGE)])
+    schema = pa.schema(
+        [
+            ("name", pa.string()),
+            ("scene", pa.string()),
+            ("question", pa.string()),
+            ("answers", pa.list_(pa.string())),
+            ("image", _IMAGE),
+        ]
+    )
     file.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.Table.from_pylist(rows, schema=schema), file, row_group_size=row_group_size)
     return file
@@ -81,7 +95,9 @@ def _jsonl(folder: Path) -> Path:
 
 def _hugging_face(folder: Path) -> Path:
     images = [Image.open(io.BytesIO(row["image"]["bytes"])) for row in _ROWS]
-    table = datasets.Dataset.from_dict({name: [row[name] for row in _ROWS] for name in ("name", "scene", "question", "answers")} | {"image": images})
+    table = datasets.Dataset.from_dict(
+        {name: [row[name] for row in _ROWS] for name in ("name", "scene", "question", "answers")} | {"image": images}
+    )
     datasets.DatasetDict({"test": table, "train": table}).save_to_disk(str(folder))
     return folder
 
@@ -101,7 +117,9 @@ def _shards(folder: Path) -> Path:
     "make",
     [
         pytest.param(lambda folder: _parquet(folder / "x.parquet"), id="a parquet file"),
-        pytest.param(lambda folder: _parquet(folder / "test.parquet").parent, id="a folder with the split's name in it"),
+        pytest.param(
+            lambda folder: _parquet(folder / "test.parquet").parent, id="a folder with the split's name in it"
+        ),
         pytest.param(lambda folder: _parquet(folder / "test" / "0.parquet").parent.parent, id="a folder of the split"),
         pytest.param(_shards, id="shards as on the hub"),
         pytest.param(_jsonl, id="JSON lines and an image folder"),
@@ -120,7 +138,11 @@ def test_the_same_rows_come_out_of_every_kind_of_file(make: Any, tmp_path: Path)
         assert [sample.answers for sample in samples] == [(f"a{number}", "a") for number in range(6)]
         assert [np.asarray(Image.open(io.BytesIO(sample.images[0])))[0, 0, 0] for sample in samples] == list(range(6))
         assert [sample.scene for sample in samples] == ["s0", "s0", "s1", "s1", "s2", "s2"]
-    assert reader.pin() == _reader(make(tmp_path / "again")).pin() or "save_to_disk" in str(make) or reader.pin().ids == _reader(tmp_path / "data").pin().ids
+    assert (
+        reader.pin() == _reader(make(tmp_path / "again")).pin()
+        or "save_to_disk" in str(make)
+        or reader.pin().ids == _reader(tmp_path / "data").pin().ids
+    )
 
 
 def test_other_data_have_another_pin(tmp_path: Path) -> None:
@@ -159,14 +181,22 @@ def test_what_is_wrong_with_a_row_is_named(tmp_path: Path) -> None:
     reader = _reader(_parquet(tmp_path / "x.parquet", rows))
     found = [reader.read(row) for row in reader.order()]
     reasons = [(problem.row, problem.reason) for each in found for problem in each.problems]
-    assert reasons == [("0", "no answer"), ("1", "no image"), ("2", "nothing in the column question, which the prompt names"), ("3", "no file gone.png")]
+    assert reasons == [
+        ("0", "no answer"),
+        ("1", "no image"),
+        ("2", "nothing in the column question, which the prompt names"),
+        ("3", "no file gone.png"),
+    ]
     assert [len(each.samples) for each in found] == [0, 0, 0, 0, 1]
 
 
 def test_missing_columns_are_named(tmp_path: Path) -> None:
     file = tmp_path / "x.parquet"
     pq.write_table(pa.table({"name": ["0"], "Question": ["q"]}), file)
-    with pytest.raises(UserError, match="mine: the data of split test lack the columns answers, image, question, scene; they have name, Question"):
+    with pytest.raises(
+        UserError,
+        match="mine: the data of split test lack the columns answers, image, question, scene; they have name, Question",
+    ):
         _reader(file).pin()
 
 
@@ -180,7 +210,10 @@ def test_ids_must_be_unique(tmp_path: Path) -> None:
     [
         (lambda folder: folder / "nowhere", "does not exist"),
         (lambda folder: _parquet(folder / "x.txt"), "neither a parquet nor a JSON-lines file"),
-        (lambda folder: _parquet(folder / "validation.parquet").parent, r"has no test-\*.parquet, test.parquet or test.jsonl; it has validation.parquet"),
+        (
+            lambda folder: _parquet(folder / "validation.parquet").parent,
+            r"has no test-\*.parquet, test.parquet or test.jsonl; it has validation.parquet",
+        ),
         (lambda folder: None, "has no copy on the Hugging Face hub"),
     ],
 )
@@ -207,7 +240,9 @@ def test_paths_stay_below_the_data(tmp_path: Path) -> None:
 
 def test_cells_hold_images_in_many_ways(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"A")
-    assert cell_images([b"x", {"bytes": b"y", "path": None}, {"bytes": None, "path": "a.png"}, "a.png", None], tmp_path) == [b"x", b"y", b"A", b"A"]
+    assert cell_images(
+        [b"x", {"bytes": b"y", "path": None}, {"bytes": None, "path": "a.png"}, "a.png", None], tmp_path
+    ) == [b"x", b"y", b"A", b"A"]
     assert cell_images(None, tmp_path) == []
     with pytest.raises(BadCell, match="a cell of type int"):
         cell_images(3, tmp_path)
@@ -246,7 +281,9 @@ def _brightness(frames: tuple[bytes, ...]) -> list[int]:
         ({"frames": 3, "stride": 2}, (1.0, 1.25), [10, 12, 10]),
     ],
 )
-def test_frames_come_at_a_fixed_stride_and_repeat(video: Path, config: dict[str, int], segment: tuple[float, float] | None, expected: list[int]) -> None:
+def test_frames_come_at_a_fixed_stride_and_repeat(
+    video: Path, config: dict[str, int], segment: tuple[float, float] | None, expected: list[int]
+) -> None:
     frames = video_frames(video, "v.mp4", VideoConfig(path="", **config), segment)
     assert _brightness(frames) == pytest.approx(expected, abs=1)
 
@@ -255,6 +292,10 @@ def test_videos_that_cannot_be_read_are_reported(video: Path) -> None:
     config = VideoConfig(path="", frames=2, stride=1)
     (video / "broken.mp4").write_bytes(b"no video")
     (video / "empty").mkdir()
-    for path, reason in (("none.mp4", "no file none.mp4"), ("broken.mp4", "cannot be decoded"), ("empty", "no frames in empty")):
+    for path, reason in (
+        ("none.mp4", "no file none.mp4"),
+        ("broken.mp4", "cannot be decoded"),
+        ("empty", "no frames in empty"),
+    ):
         with pytest.raises(BadCell, match=reason):
             video_frames(video, path, config)

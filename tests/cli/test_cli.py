@@ -52,7 +52,9 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], rep
 def _job_file(folder: Path, **changes: Any) -> Path:
     path = folder / "tiny.yaml"
     tracking = {"uri": f"sqlite:///{folder}/mlflow.db"}
-    path.write_text(yaml.safe_dump(TINY | {"storage": str(folder / "runs"), "tracking": tracking} | changes), encoding="utf-8")
+    path.write_text(
+        yaml.safe_dump(TINY | {"storage": str(folder / "runs"), "tracking": tracking} | changes), encoding="utf-8"
+    )
     return path
 
 
@@ -103,9 +105,15 @@ def test_the_schema_is_one_of_json_schema(run: Any) -> None:
         (("config", "validate", "nowhere.yaml"), ("nowhere.yaml", "cannot be read")),
         (("config", "validate", BASE, "--set", "training.stepz=3"), (BASE, "training.stepz", "did you mean", "steps")),
         (("config", "validate", BASE, "--set", "training.steps=many"), (BASE, "training.steps", "many", "integer")),
-        (("config", "validate", BASE, "--set", "training.steps=0"), (BASE, "training.steps", "0", "greater than or equal to 1")),
+        (
+            ("config", "validate", BASE, "--set", "training.steps=0"),
+            (BASE, "training.steps", "0", "greater than or equal to 1"),
+        ),
         (("config", "validate", BASE, "--set", "optimizer.type=adam"), (BASE, "optimizer", "adam", "adamw")),
-        (("train", BASE, "--dry-run", "--set", "connector={type: m3}", "--set", "budget.budgets=[100]"), ("100", "legal budgets are", "256")),
+        (
+            ("train", BASE, "--dry-run", "--set", "connector={type: m3}", "--set", "budget.budgets=[100]"),
+            ("100", "legal budgets are", "256"),
+        ),
         (("flops", "--budgets", "16,x"), ("--budgets", "16,x", "whole numbers")),
         (("flops", "--connector", "pca"), ("pca", "parcel")),
         (("flops", "--backbone", "nowhere"), ("nowhere", "paligemma2-3b")),
@@ -123,7 +131,12 @@ def test_flops_of_the_papers_backbone(run: Any) -> None:
     assert "connector" in run("flops", "--budgets", "16,256").out
     data = json.loads(run("flops", "--budgets", "16,256", "--frames", "1,16", "--json").out)
     assert data["backbone"]["name"] == "paligemma2-3b"
-    assert [(row["num_visual_tokens"], row["num_frames"]) for row in data["rows"]] == [(16, 1), (256, 1), (16, 16), (256, 16)]
+    assert [(row["num_visual_tokens"], row["num_frames"]) for row in data["rows"]] == [
+        (16, 1),
+        (256, 1),
+        (16, 16),
+        (256, 16),
+    ]
     for row in data["rows"]:
         assert sum(row["terms"].values()) == row["total_flops"]
 
@@ -132,7 +145,9 @@ def test_a_dry_run_shows_the_plan_and_computes_nothing(run: Any, tmp_path: Path)
     arguments = ("train", BASE, "--dry-run", "--set", f"storage={tmp_path}", "--set", "tracking.uri=null")
     assert "train-mini_base-" in run(*arguments).out
     plan = json.loads(run(*arguments, "--json").out)
-    longer = json.loads(run(*arguments, "--json", "--set", f"training.steps={2 * plan['config']['training']['steps']}").out)
+    longer = json.loads(
+        run(*arguments, "--json", "--set", f"training.steps={2 * plan['config']['training']['steps']}").out
+    )
     assert longer["flops"] == 2 * plan["flops"] > 0
     assert plan["start"] == "random weights"
     assert plan["budgets"] == [256]
@@ -170,7 +185,12 @@ def test_a_dry_submission_shows_what_would_be_sent_and_needs_no_cluster(run: Any
 
 
 def test_the_same_in_a_process_of_its_own(repo_root: Path) -> None:
-    found = subprocess.run([sys.executable, "-m", "parcelray.cli", "config", "validate", "nowhere.yaml"], cwd=repo_root, capture_output=True, text=True)
+    found = subprocess.run(
+        [sys.executable, "-m", "parcelray.cli", "config", "validate", "nowhere.yaml"],
+        cwd=repo_root,
+        capture_output=True,
+        text=True,
+    )
     assert found.returncode == 2
     assert found.stderr.startswith("error: nowhere.yaml")
     assert found.stdout == ""
@@ -193,13 +213,18 @@ def test_an_empty_registry_and_jobs_of_another_kind(run: Any, tmp_path: Path) ->
     assert json.loads(run("models", "list", "--tracking-uri", uri, "--json").out) == {"models": []}
     for command in ("show", "rollback"):
         found = run("models", command, "nobody", "--tracking-uri", uri)
-        assert (found.code, found.err) == (2, "error: there is no registered model 'nobody'; registered models are: none.")
+        assert (found.code, found.err) == (
+            2,
+            "error: there is no registered model 'nobody'; registered models are: none.",
+        )
     found = run("models", "promote", "jobs/evaluate/mini.yaml")
     assert found.code == 2
     assert "this command runs promote jobs; run it with `parcelray evaluate jobs/evaluate/mini.yaml`" in found.err
     found = run("evaluate", "run", "jobs/promote/mini.yaml")
     assert "run it with `parcelray models promote jobs/promote/mini.yaml`" in found.err
-    sent = json.loads(run("submit", "jobs/promote/mini.yaml", "--dry-run", "--address", "http://127.0.0.1:1", "--json").out)
+    sent = json.loads(
+        run("submit", "jobs/promote/mini.yaml", "--dry-run", "--address", "http://127.0.0.1:1", "--json").out
+    )
     assert sent["entrypoint"] == "python -m parcelray.cli models promote jobs/promote/mini.yaml"
 
 
@@ -208,7 +233,9 @@ def test_a_selection_reads_only_the_trials_of_its_own_search(run: Any, tmp_path:
     file = str(repo_root / "jobs" / "tune" / "cluster_count.yaml")
     RunFolder(load_job_of(TuneJob, file, [place])).claim()
     point = {"budgets": [64]}
-    TrialRecord(tmp_path / "tune" / "cluster_count").add(FinishedTrial(point_key(point), point, {"retention": 90.0, "tokens": 64.0}, 1.0))
+    TrialRecord(tmp_path / "tune" / "cluster_count").add(
+        FinishedTrial(point_key(point), point, {"retention": 90.0, "tokens": 64.0}, 1.0)
+    )
     assert run("tune", file, "--set", place, "--select", "max retention").code == 0
     other = run("tune", file, "--set", place, "--set", "seed=5", "--select", "max retention")
     assert other.code == 2

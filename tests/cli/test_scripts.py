@@ -15,7 +15,9 @@ from parcelray.errors import SystemFailure, UserError
     ],
     ids=["user", "system", "ctrl-c"],
 )
-def test_what_ends_a_script_is_one_sentence_and_an_exit_code(capsys: pytest.CaptureFixture[str], error: BaseException, code: int, words: str) -> None:
+def test_what_ends_a_script_is_one_sentence_and_an_exit_code(
+    capsys: pytest.CaptureFixture[str], error: BaseException, code: int, words: str
+) -> None:
     def broken(console: object) -> None:
         raise error
 

@@ -53,7 +53,13 @@ def test_every_node_demands_the_token_and_the_dashboard_stays_on_loopback(cluste
 
 
 def test_the_images_run_the_ray_and_python_of_the_lock(cluster: dict[str, Any]) -> None:
-    images = [cluster["docker"]["head_image"], cluster["docker"]["worker_image"], cluster["available_node_types"]["gpu_worker"]["docker"]["worker_image"]]
-    locked = next(line for line in PATH.with_name("requirements.lock").read_text().splitlines() if line.startswith("ray=="))
+    images = [
+        cluster["docker"]["head_image"],
+        cluster["docker"]["worker_image"],
+        cluster["available_node_types"]["gpu_worker"]["docker"]["worker_image"],
+    ]
+    locked = next(
+        line for line in PATH.with_name("requirements.lock").read_text().splitlines() if line.startswith("ray==")
+    )
     assert locked == f"ray=={metadata.version('ray')}"
     assert all(f":{locked.removeprefix('ray==')}-py311-" in image for image in images)

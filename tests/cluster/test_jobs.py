@@ -94,7 +94,9 @@ def cluster() -> Iterator[Cluster]:
     gcs, dashboard, agent, agent_grpc, environment_agent, metrics, ray_client = free_ports(7)
     # pytest's own temporary folders are too long for Ray's socket names.
     with tempfile.TemporaryDirectory(prefix="pr", ignore_cleanup_errors=True) as folder:
-        variables = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "PYTHONPATH"))} | {
+        variables = {
+            name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "PYTHONPATH"))
+        } | {
             "HOME": folder,
             "RAY_TMPDIR": folder,
             "RAY_AUTH_MODE": "token",
@@ -103,14 +105,38 @@ def cluster() -> Iterator[Cluster]:
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         }
         command = [
-            *(sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--num-cpus=2", "--disable-usage-stats"),
-            *("--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", f"--port={gcs}", f"--dashboard-port={dashboard}"),
-            *(f"--dashboard-agent-listen-port={agent}", f"--dashboard-agent-grpc-port={agent_grpc}", f"--runtime-env-agent-port={environment_agent}"),
-            *(f"--metrics-export-port={metrics}", f"--ray-client-server-port={ray_client}", "--object-store-memory=100000000"),
+            *(
+                sys.executable,
+                "-m",
+                "ray.scripts.scripts",
+                "start",
+                "--head",
+                "--block",
+                "--num-cpus=2",
+                "--disable-usage-stats",
+            ),
+            *(
+                "--node-ip-address=127.0.0.1",
+                "--dashboard-host=127.0.0.1",
+                f"--port={gcs}",
+                f"--dashboard-port={dashboard}",
+            ),
+            *(
+                f"--dashboard-agent-listen-port={agent}",
+                f"--dashboard-agent-grpc-port={agent_grpc}",
+                f"--runtime-env-agent-port={environment_agent}",
+            ),
+            *(
+                f"--metrics-export-port={metrics}",
+                f"--ray-client-server-port={ray_client}",
+                "--object-store-memory=100000000",
+            ),
         ]
         log = Path(folder) / "start.log"
         with log.open("wb") as output:
-            head = subprocess.Popen(command, env=variables, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+            head = subprocess.Popen(
+                command, env=variables, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+            )
         try:
             url = f"http://127.0.0.1:{dashboard}"
             try:
@@ -163,12 +189,20 @@ def environment(cluster: Cluster, monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
 
 
 def wait_for_status(submission_id: str, status: str, address: str) -> None:
-    wait_until(lambda: jobs.status(submission_id, address=address).status == status, f"the job {submission_id} is {status}")
+    wait_until(
+        lambda: jobs.status(submission_id, address=address).status == status, f"the job {submission_id} is {status}"
+    )
 
 
 def test_a_job_runs_with_the_projects_package_and_is_sent_only_once(cluster: Cluster, project: Path) -> None:
     identity = "train-work-0000000a"
-    send = partial(jobs.submit, project / "jobs" / "work.yaml", identity=identity, address=cluster.address, overrides=["training.note=two words"])
+    send = partial(
+        jobs.submit,
+        project / "jobs" / "work.yaml",
+        identity=identity,
+        address=cluster.address,
+        overrides=["training.note=two words"],
+    )
     sent = send()
     assert sent.created
     assert sent.submission_id == identity
@@ -196,10 +230,16 @@ def test_a_job_runs_with_the_projects_package_and_is_sent_only_once(cluster: Clu
 @pytest.mark.nightly
 def test_a_training_runs_as_a_job(cluster: Cluster, tmp_path: Path) -> None:
     root = tmp_path / "project"
-    shutil.copytree(Path(parcelray.__file__).parent, root / "platform" / "parcelray", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(
+        Path(parcelray.__file__).parent, root / "platform" / "parcelray", ignore=shutil.ignore_patterns("__pycache__")
+    )
     (root / "jobs").mkdir()
     path = root / "jobs" / "tiny.yaml"
-    job = TINY | {"storage": str(tmp_path / "runs"), "scaling": {"num_workers": 1}, "tracking": {"uri": f"sqlite:///{tmp_path}/mlflow.db"}}
+    job = TINY | {
+        "storage": str(tmp_path / "runs"),
+        "scaling": {"num_workers": 1},
+        "tracking": {"uri": f"sqlite:///{tmp_path}/mlflow.db"},
+    }
     path.write_text(yaml.safe_dump(job), encoding="utf-8")
     for arguments in (["init", "-q"], ["add", "."]):
         subprocess.run(["git", "-C", str(root), *arguments], check=True, capture_output=True)
@@ -220,7 +260,9 @@ def test_a_running_job_is_listed_never_doubled_and_can_be_stopped(cluster: Clust
     identity, job_file = "tune-sleep-0000000b", project / "jobs" / "sleep.yaml"
     jobs.submit(job_file, identity=identity, address=cluster.address)
     wait_for_status(identity, "RUNNING", cluster.address)
-    assert (identity, "RUNNING") in [(state.submission_id, state.status) for state in jobs.list_jobs(address=cluster.address)]
+    assert (identity, "RUNNING") in [
+        (state.submission_id, state.status) for state in jobs.list_jobs(address=cluster.address)
+    ]
     assert not jobs.submit(job_file, identity=identity, address=cluster.address, again=True).created
 
     stopped = jobs.stop(identity, address=cluster.address, timeout_s=LIMIT_S)
@@ -251,7 +293,9 @@ def test_without_a_token_it_is_one_sentence(cluster: Cluster, project: Path, mon
         jobs.list_jobs(address=cluster.address)
 
 
-def test_another_version_of_ray_is_refused_for_sending_but_not_for_listing(cluster: Cluster, project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_version_of_ray_is_refused_for_sending_but_not_for_listing(
+    cluster: Cluster, project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     here = preflight.local_ray_version()
     monkeypatch.setattr(preflight, "local_ray_version", lambda: "2.0.1")
     with pytest.raises(UserError, match=rf"The cluster runs Ray {here} and this machine Ray 2\.0\.1"):
@@ -288,7 +332,13 @@ def test_the_clusters_resources_can_be_asked_for(cluster: Cluster) -> None:
 
 
 def test_a_driver_outside_of_a_job_joins_and_brings_the_package(cluster: Cluster) -> None:
-    variables = os.environ | {"RAY_ADDRESS": cluster.gcs, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(parcelray.__file__).parents[1])}
-    driver = subprocess.run([sys.executable, "-c", DRIVER], env=variables, capture_output=True, text=True, timeout=LIMIT_S, check=False)
+    variables = os.environ | {
+        "RAY_ADDRESS": cluster.gcs,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(Path(parcelray.__file__).parents[1]),
+    }
+    driver = subprocess.run(
+        [sys.executable, "-c", DRIVER], env=variables, capture_output=True, text=True, timeout=LIMIT_S, check=False
+    )
     assert driver.stdout.startswith("True 2.0 "), driver.stdout + driver.stderr
     assert "py_modules_files" in driver.stdout

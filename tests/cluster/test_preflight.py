@@ -53,7 +53,9 @@ def test_the_address_given_wins_over_the_environment(monkeypatch: pytest.MonkeyP
     assert dashboard_url("given:8265") == "http://given:8265"
 
 
-@pytest.mark.parametrize("address", ["ray://head:10001", "auto", "local", "http://", "http://user:pass@head:8265", "http://head:8265/api"])
+@pytest.mark.parametrize(
+    "address", ["ray://head:10001", "auto", "local", "http://", "http://user:pass@head:8265", "http://head:8265/api"]
+)
 def test_what_is_no_dashboard_is_refused(address: str) -> None:
     with pytest.raises(UserError, match="is not the address of a Ray dashboard"):
         dashboard_url(address)

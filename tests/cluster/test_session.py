@@ -34,7 +34,9 @@ def test_the_import_path_is_the_folder_above_the_package() -> None:
 
 
 @pytest.mark.parametrize("address", ["ray://head:10001", "http://head:8265", "auto"])
-def test_an_address_that_is_not_a_gcs_is_refused(ray_folder: Path, monkeypatch: pytest.MonkeyPatch, address: str) -> None:
+def test_an_address_that_is_not_a_gcs_is_refused(
+    ray_folder: Path, monkeypatch: pytest.MonkeyPatch, address: str
+) -> None:
     monkeypatch.setenv("RAY_ADDRESS", address)
     with pytest.raises(UserError, match="cannot be joined from here"), ray_session():
         pass

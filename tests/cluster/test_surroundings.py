@@ -55,7 +55,8 @@ JOBS: dict[str, tuple[list[str], dict[str, Any]]] = {
         },
     ),
 }
-# Lines of Ray and gRPC: `[2026-11-29 04:30:32,426 E 1 2] core_worker.cc:1: ...`, `(raylet) ...`, `E0000 00:00:00 1 tcp_posix.cc:1] ...`.
+# Lines of Ray and gRPC: `[2026-11-29 04:30:32,426 E 1 2] core_worker.cc:1: ...`, `(raylet) ...`, `E0000 00:00:00 1
+# tcp_posix.cc:1] ...`.
 INTERNALS = re.compile(r"\.cc:\d+|\((raylet|pid=|\w+ pid=)|ray-project/ray|Traceback", re.MULTILINE)
 MISSING_INTERPRETER = """
 import sys
@@ -139,7 +140,11 @@ def test_a_training_runs_for_a_second_user_of_a_machine_on_which_root_ran_ray(fo
     home.mkdir()
     python = _virtual_environment(home / "venv", usable[0], repo_root)
     os.chown(home, NOBODY, NOBODY)
-    environment = _environment(folder) | {"HOME": str(home), "HF_HOME": str(home / "hf"), "MPLCONFIGDIR": str(home / "mpl")}
+    environment = _environment(folder) | {
+        "HOME": str(home),
+        "HF_HOME": str(home / "hf"),
+        "MPLCONFIGDIR": str(home / "mpl"),
+    }
     # With the evaluation on Ray Data, whose actors Ray's C++ part used to report on the terminal.
     report = {"report": {"samples": 1, "budgets": [16]}}
     done = _run("train", python, home, env=environment, user=NOBODY, group=NOBODY, extra_groups=[], changes=report)
@@ -156,8 +161,13 @@ def _can_run(*command: str) -> bool:
     return done.returncode == 0
 
 
-@pytest.mark.parametrize("command", ["train", pytest.param("evaluate", marks=pytest.mark.nightly), pytest.param("serve", marks=pytest.mark.nightly)])
-def test_a_worker_interpreter_that_does_not_exist_ends_a_command_with_the_reason(folder: Path, repo_root: Path, command: str) -> None:
+@pytest.mark.parametrize(
+    "command",
+    ["train", pytest.param("evaluate", marks=pytest.mark.nightly), pytest.param("serve", marks=pytest.mark.nightly)],
+)
+def test_a_worker_interpreter_that_does_not_exist_ends_a_command_with_the_reason(
+    folder: Path, repo_root: Path, command: str
+) -> None:
     environment = _environment(folder) | {"PYTHONPATH": str(repo_root / "platform")}
     done = _run(command, Path(sys.executable), folder, env=environment, code=MISSING_INTERPRETER)
     assert done.returncode == 1, done.stdout + done.stderr

@@ -24,10 +24,12 @@ ABORT = f"""\
 /lib/x86_64-linux-gnu/libc.so.6(+0x1098ec) [0x7f373b7278ec]
 """
 RETRY = (
-    "[2026-11-29 04:30:32,426 E 5337 5337] (raylet) worker_pool.cc:660: Some workers of the worker process(5639) have not "
-    "registered within the timeout. The process is dead, probably it crashed during start."
+    "[2026-11-29 04:30:32,426 E 5337 5337] (raylet) worker_pool.cc:660: Some workers of the worker process(5639) have"
+    " not registered within the timeout. The process is dead, probably it crashed during start."
 )
-START = "[2026-11-29 04:30:32,700 I 5337 5337] (raylet) worker_pool.cc:564: Started worker process with pid {} worker_id=4b"
+START = (
+    "[2026-11-29 04:30:32,700 I 5337 5337] (raylet) worker_pool.cc:564: Started worker process with pid {} worker_id=4b"
+)
 
 
 @pytest.mark.parametrize(
@@ -35,8 +37,14 @@ START = "[2026-11-29 04:30:32,700 I 5337 5337] (raylet) worker_pool.cc:564: Star
     [
         ({"raylet.err": f"{SHELL}\n{RETRY}\n"}, SHELL),
         ({"raylet.err": ABORT}, MEMORY),
-        ({"worker-1.err": ":job_id:01000000\nImportError: libfoo.so: cannot open\n"}, "ImportError: libfoo.so: cannot open"),
-        ({"raylet.out": f"{RETRY}\n[2026-11-29 04:30:33,000 I 1 1] (raylet) main.cc:1: fine\n"}, "crashed during start"),
+        (
+            {"worker-1.err": ":job_id:01000000\nImportError: libfoo.so: cannot open\n"},
+            "ImportError: libfoo.so: cannot open",
+        ),
+        (
+            {"raylet.out": f"{RETRY}\n[2026-11-29 04:30:33,000 I 1 1] (raylet) main.cc:1: fine\n"},
+            "crashed during start",
+        ),
         ({"raylet.err": ""}, "the last line of an exception"),
         ({}, "the last line of an exception"),
     ],
@@ -82,7 +90,9 @@ def test_the_end_of_a_starting_worker_ends_the_wait(no_worker: Path) -> None:
 
 
 @pytest.mark.parametrize(("reason", "attempts"), [("Timed out waiting for file x", 3), ("Cannot allocate memory", 1)])
-def test_ray_is_started_again_where_only_its_own_limit_was_too_short(monkeypatch: pytest.MonkeyPatch, reason: str, attempts: int) -> None:
+def test_ray_is_started_again_where_only_its_own_limit_was_too_short(
+    monkeypatch: pytest.MonkeyPatch, reason: str, attempts: int
+) -> None:
     calls = []
 
     def fails(*arguments: Any) -> None:
@@ -99,12 +109,18 @@ def test_ray_is_started_again_where_only_its_own_limit_was_too_short(monkeypatch
 @pytest.mark.parametrize(
     ("error", "sentence"),
     [
-        (RaySystemError("its stack", "Traceback:\nImportError: libfoo.so: cannot open"), "ImportError: libfoo.so: cannot open."),
+        (
+            RaySystemError("its stack", "Traceback:\nImportError: libfoo.so: cannot open"),
+            "ImportError: libfoo.so: cannot open.",
+        ),
         (RayActorError(error_msg="The actor died.\n\nImportError: libfoo.so.\n"), "ImportError: libfoo.so."),
         (WorkerCrashedError(), "worker died unexpectedly"),
     ],
 )
 def test_the_end_of_a_worker_is_one_sentence(error: Exception, sentence: str) -> None:
-    with pytest.raises(SystemFailure, match=r"^A worker of Ray ended: [^\n]+\.$") as failure, explained_worker_failures():
+    with (
+        pytest.raises(SystemFailure, match=r"^A worker of Ray ended: [^\n]+\.$") as failure,
+        explained_worker_failures(),
+    ):
         raise error
     assert sentence in str(failure.value)

@@ -17,7 +17,12 @@ BUDGETS: TypeAdapter[BudgetConfig] = TypeAdapter(BudgetConfig)
 
 
 def _all_models(root: type[StrictModel] = StrictModel) -> list[type[StrictModel]]:
-    return [model for child in root.__subclasses__() for model in (child, *_all_models(child)) if model.__module__.startswith("parcelray.config")]
+    return [
+        model
+        for child in root.__subclasses__()
+        for model in (child, *_all_models(child))
+        if model.__module__.startswith("parcelray.config")
+    ]
 
 
 def test_models_are_frozen_closed_and_documented() -> None:
@@ -81,7 +86,9 @@ def test_weights_are_positive_and_one_per_budget(weights: list[float]) -> None:
 
 
 def test_a_route_needs_room_for_its_anchors() -> None:
-    assert ParcelConnectorConfig(routing=(RouteConfig(min_budget=16, max_budget=32, anchor_grid=4),)).routing is not None
+    assert (
+        ParcelConnectorConfig(routing=(RouteConfig(min_budget=16, max_budget=32, anchor_grid=4),)).routing is not None
+    )
     with pytest.raises(ValidationError, match="min_budget 15 is smaller than the 16 anchors of a 4 x 4 grid"):
         RouteConfig(min_budget=15, max_budget=32, anchor_grid=4)
 

@@ -8,7 +8,15 @@ import yaml
 from pydantic import ValidationError
 
 from parcelray.config.evaluate import EvaluateJob
-from parcelray.config.loader import ConfigError, apply_override, config_hash, differing_keys, identity, load_job, load_job_of
+from parcelray.config.loader import (
+    ConfigError,
+    apply_override,
+    config_hash,
+    differing_keys,
+    identity,
+    load_job,
+    load_job_of,
+)
 from parcelray.config.train import TrainJob
 
 JOB = {"kind": "train", "name": "x", "data": {"type": "mini"}, "training": {"steps": 5}}
@@ -29,8 +37,14 @@ def test_a_small_job_gets_every_default(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"connector": {"type": "parcle"}}, r"connector.type is 'parcle'; legal: identity, parcel, .* \(did you mean parcel\?\)"),
-        ({"data": {"type": "mini", "sed": 1}}, r"data.sed is not a known key; legal here: dense_fraction, families, seed, type \(did you mean seed\?\)"),
+        (
+            {"connector": {"type": "parcle"}},
+            r"connector.type is 'parcle'; legal: identity, parcel, .* \(did you mean parcel\?\)",
+        ),
+        (
+            {"data": {"type": "mini", "sed": 1}},
+            r"data.sed is not a known key; legal here: dense_fraction, families, seed, type \(did you mean seed\?\)",
+        ),
         ({"training": {"steps": 0}}, r"training.steps is 0: input should be greater than or equal to 1"),
         ({"training": {"steps": "many"}}, r"training.steps is 'many': input should be a valid integer"),
         ({"training": {}}, r"training.steps is missing; add it"),
@@ -47,7 +61,9 @@ def test_a_small_job_gets_every_default(tmp_path: Path) -> None:
         ({"name": "No Good"}, r"name is 'No Good'"),
     ],
 )
-def test_a_mistake_names_file_key_value_and_what_is_legal(tmp_path: Path, changes: dict[str, object], message: str) -> None:
+def test_a_mistake_names_file_key_value_and_what_is_legal(
+    tmp_path: Path, changes: dict[str, object], message: str
+) -> None:
     path = _write(tmp_path, **changes)
     with pytest.raises(ConfigError, match=message) as caught:
         load_job(path)
@@ -62,8 +78,19 @@ def test_a_mistake_names_file_key_value_and_what_is_legal(tmp_path: Path, change
         ({"data": {"type": "nlvr"}}, "data.path"),
         ({"data": {"type": "mini", "families": ["generl"]}}, "data.families.0"),
         ({"connector": {"type": "parcel", "num_heads": 0}}, "connector.num_heads"),
-        ({"connector": {"type": "parcel", "routing": [{"min_budget": 9, "max_budget": 9, "anchor_grid": 1, "grid": 2}]}}, "connector.routing.0.grid"),
-        ({"connector": {"type": "parcel", "routing": [{"min_budget": "few", "max_budget": 9, "anchor_grid": 1}]}}, "connector.routing.0.min_budget"),
+        (
+            {
+                "connector": {
+                    "type": "parcel",
+                    "routing": [{"min_budget": 9, "max_budget": 9, "anchor_grid": 1, "grid": 2}],
+                }
+            },
+            "connector.routing.0.grid",
+        ),
+        (
+            {"connector": {"type": "parcel", "routing": [{"min_budget": "few", "max_budget": 9, "anchor_grid": 1}]}},
+            "connector.routing.0.min_budget",
+        ),
         ({"budget": {"type": "uniform", "budgets": {"start": 16}}}, "budget.budgets.stop"),
         ({"budget": {"type": "sandwich", "budgets": {"start": 16, "stop": 64, "stp": 2}}}, "budget.budgets.stp"),
         ({"budget": {"type": "uniform", "budgets": [16, "x"]}}, "budget.budgets.1"),
@@ -72,7 +99,9 @@ def test_a_mistake_names_file_key_value_and_what_is_legal(tmp_path: Path, change
         ({"model": {"type": "checkpoint", "referense": "x"}}, "model.referense"),
     ],
 )
-def test_a_mistake_is_one_line_with_the_path_as_the_file_has_it(tmp_path: Path, changes: dict[str, object], path: str) -> None:
+def test_a_mistake_is_one_line_with_the_path_as_the_file_has_it(
+    tmp_path: Path, changes: dict[str, object], path: str
+) -> None:
     job = _write(tmp_path, **changes)
     with pytest.raises(ConfigError) as caught:
         load_job(job)
@@ -108,7 +137,11 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 
 
 def test_set_changes_nested_values_and_creates_mappings(tmp_path: Path) -> None:
-    job = load_job_of(TrainJob, _write(tmp_path), ["training.steps=7", "budget.type=uniform", "budget.budgets=[16, 64]", "tracking.uri=null"])
+    job = load_job_of(
+        TrainJob,
+        _write(tmp_path),
+        ["training.steps=7", "budget.type=uniform", "budget.budgets=[16, 64]", "tracking.uri=null"],
+    )
     assert (job.training.steps, job.budget.values(), job.tracking.uri) == (7, (16, 64), None)
 
 
@@ -128,7 +161,9 @@ def test_the_identity_ignores_where_a_run_is_kept_and_on_how_many_workers(tmp_pa
 def test_the_identity_depends_on_values_not_on_how_they_are_written(tmp_path: Path) -> None:
     first = identity(load_job(_write(tmp_path)))
     path = tmp_path / "other.yaml"
-    path.write_text("training: {steps: 5.0, precision: fp32}\ndata: {type: mini, seed: 0}\nseed: 0\nname: x\nkind: train\n")
+    path.write_text(
+        "training: {steps: 5.0, precision: fp32}\ndata: {type: mini, seed: 0}\nseed: 0\nname: x\nkind: train\n"
+    )
     assert identity(load_job(path)) == first
 
 
@@ -143,5 +178,7 @@ def test_a_job_cannot_be_changed(tmp_path: Path) -> None:
 
 
 def test_a_job_of_another_kind_is_sent_to_its_command(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="kind is train, but this command runs evaluate jobs; run it with `parcelray train"):
+    with pytest.raises(
+        ConfigError, match="kind is train, but this command runs evaluate jobs; run it with `parcelray train"
+    ):
         load_job_of(EvaluateJob, _write(tmp_path))

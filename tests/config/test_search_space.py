@@ -15,7 +15,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def _space(**parameters: object) -> SearchSpace:
-    return SearchSpace.model_validate({"kind": "search_space", "name": "s", "job": "jobs/evaluate/training_free.yaml", "parameters": parameters})
+    return SearchSpace.model_validate(
+        {"kind": "search_space", "name": "s", "job": "jobs/evaluate/training_free.yaml", "parameters": parameters}
+    )
 
 
 def test_a_grid_has_each_active_assignment_once() -> None:
@@ -25,7 +27,13 @@ def test_a_grid_has_each_active_assignment_once() -> None:
         c={"type": "choice", "values": [True, False], "when": {"b": [2]}},
     )
     found = list(space.grid())
-    assert found == [{"a": "x", "b": 1}, {"a": "x", "b": 2, "c": True}, {"a": "x", "b": 2, "c": False}, {"a": "x", "b": 3}, {"a": "y"}]
+    assert found == [
+        {"a": "x", "b": 1},
+        {"a": "x", "b": 2, "c": True},
+        {"a": "x", "b": 2, "c": False},
+        {"a": "x", "b": 3},
+        {"a": "y"},
+    ]
     assert space.size == 5
     assert _space(r={"type": "real", "low": 0, "high": 1}).size is None
     with pytest.raises(ValueError, match="r is a real number"):
@@ -34,7 +42,10 @@ def test_a_grid_has_each_active_assignment_once() -> None:
 
 def test_the_size_of_a_large_space_without_conditions_is_a_product() -> None:
     # Enumerated, it would not end.
-    space = _space(**{f"p{place}": {"type": "integer", "low": 1, "high": 100} for place in range(6)}, q={"type": "choice", "values": [1, 1, 2]})
+    space = _space(
+        **{f"p{place}": {"type": "integer", "low": 1, "high": 100} for place in range(6)},
+        q={"type": "choice", "values": [1, 1, 2]},
+    )
     assert space.size == 100**6 * 2
     assert space.size == 100**6 * 2
 
@@ -70,7 +81,10 @@ def test_logarithmic_draws_are_as_likely_in_each_order_of_magnitude() -> None:
         ({"a": {"type": "integer", "low": 3, "high": 2}}, "3 to 2 is no range; give low <= high"),
         ({"a": {"type": "real", "low": 0, "high": 1, "log": True}}, "no range for a logarithm; give low > 0"),
         ({"a": {"type": "choise", "values": [1]}}, "legal: choice, integer, real"),
-        ({"a": {"type": "integer", "low": 1, "high": 2, "when": {"b": [1]}}}, "a depends on b, which is not a parameter before it"),
+        (
+            {"a": {"type": "integer", "low": 1, "high": 2, "when": {"b": [1]}}},
+            "a depends on b, which is not a parameter before it",
+        ),
         (
             {"b": {"type": "choice", "values": [1]}, "a": {"type": "choice", "values": [1], "when": {"b": [2]}}},
             "a depends on b being 2, which it never is",
@@ -79,15 +93,25 @@ def test_logarithmic_draws_are_as_likely_in_each_order_of_magnitude() -> None:
 )
 def test_mistakes_are_named(parameters: dict[str, object], message: str, tmp_path: Path) -> None:
     path = tmp_path / "space.yaml"
-    path.write_text(yaml.safe_dump({"kind": "search_space", "name": "s", "job": "j.yaml", "parameters": parameters}, sort_keys=False))
+    path.write_text(
+        yaml.safe_dump(
+            {"kind": "search_space", "name": "s", "job": "j.yaml", "parameters": parameters}, sort_keys=False
+        )
+    )
     with pytest.raises(ConfigError, match=message):
         load_search_space(path)
 
 
 def test_a_key_or_value_that_the_job_has_not_is_named() -> None:
     for parameters, message in (
-        ({"reducer.metrik": {"type": "choice", "values": ["cosine"]}}, "reducer.metrik is not a known key.*did you mean metric"),
-        ({"reducer.metric": {"type": "choice", "values": ["cosine", "hamming"]}}, "'hamming'; legal: euclidean, cosine"),
+        (
+            {"reducer.metrik": {"type": "choice", "values": ["cosine"]}},
+            "reducer.metrik is not a known key.*did you mean metric",
+        ),
+        (
+            {"reducer.metric": {"type": "choice", "values": ["cosine", "hamming"]}},
+            "'hamming'; legal: euclidean, cosine",
+        ),
         ({"reducer.max_iterations": {"type": "integer", "low": -1, "high": 2}}, "reducer.max_iterations is -1"),
     ):
         with pytest.raises(ConfigError, match=message):
@@ -97,7 +121,8 @@ def test_a_key_or_value_that_the_job_has_not_is_named() -> None:
 def test_the_cluster_space_is_legal_everywhere() -> None:
     space = load_search_space(ROOT / "search_spaces" / "cluster_count.yaml")
     check_search_space(space, ROOT)
-    # Ten budgets, two metrics, two weightings, two seedings, five iterations; two orders with contiguous positions, one with each of the others.
+    # Ten budgets, two metrics, two weightings, two seedings, five iterations; two orders with contiguous positions, one
+    # with each of the others.
     assert space.size == 10 * 2 * 2 * 2 * 5 * (2 + 1 + 1)
 
 
@@ -112,5 +137,6 @@ def test_splits_that_do_not_fit_are_not_part_of_the_space() -> None:
     assert drawn == set(splits)
     with pytest.raises(ValidationError, match="constraint anchors_fit names grid, which is no parameter"):
         SearchSpace.model_validate(
-            space.model_dump() | {"constraints": [{"type": "anchors_fit", "anchor_grid": "grid", "budget": "budgets", "patch_grid": 16}]}
+            space.model_dump()
+            | {"constraints": [{"type": "anchors_fit", "anchor_grid": "grid", "budget": "budgets", "patch_grid": 16}]}
         )

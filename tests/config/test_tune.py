@@ -27,17 +27,34 @@ def _job(base: dict[str, Any], parameters: dict[str, Any], metrics: list[str], *
 
 @pytest.mark.parametrize(
     ("base", "key"),
-    [(TINY, "name"), (TINY, "storage"), (TINY, "tracking.uri"), (TINY, "report.samples"), (EVALUATION, "compute.actors"), (EVALUATION, "reference.reference")],
+    [
+        (TINY, "name"),
+        (TINY, "storage"),
+        (TINY, "tracking.uri"),
+        (TINY, "report.samples"),
+        (EVALUATION, "compute.actors"),
+        (EVALUATION, "reference.reference"),
+    ],
 )
 def test_a_key_that_no_trial_follows_is_refused_by_name(base: dict[str, Any], key: str) -> None:
     metric = "train/loss" if base is TINY else "score"
-    with pytest.raises(ConfigError, match=rf"changes {key}, which no trial of a search follows; not searchable: kind, name, storage"):
+    with pytest.raises(
+        ConfigError, match=rf"changes {key}, which no trial of a search follows; not searchable: kind, name, storage"
+    ):
         _job(base, {key: {"type": "choice", "values": [1]}}, [metric])
 
 
-@pytest.mark.parametrize("metric", ["val/score@128", "val/score", "retention", "score", "val/accuracy@16", "gflops@32", "latency_ms"])
+@pytest.mark.parametrize(
+    "metric", ["val/score@128", "val/score", "retention", "score", "val/accuracy@16", "gflops@32", "latency_ms"]
+)
 def test_what_a_training_does_not_measure_is_refused_before_it_starts(metric: str) -> None:
-    with pytest.raises(ConfigError, match=rf"objective '{metric}' is not measured by a training that is validated at budgets 16, 64; legal: val/score@B"):
+    with pytest.raises(
+        ConfigError,
+        match=(
+            rf"objective '{metric}' is not measured by a training that is validated at budgets 16, 64; legal:"
+            r" val/score@B"
+        ),
+    ):
         _job(TINY, {"optimizer.learning_rate": RATE}, [metric])
 
 
@@ -47,12 +64,20 @@ def test_what_a_training_and_its_evaluation_measure_is_legal() -> None:
     _job(TINY, {"optimizer.learning_rate": RATE}, ["score/video", "tokens"], evaluation=EVALUATION)
     with pytest.raises(ConfigError, match=r"retention only with evaluation.reference"):
         _job(TINY, {"optimizer.learning_rate": RATE}, ["retention"], evaluation=EVALUATION)
-    _job(TINY, {"optimizer.learning_rate": RATE}, ["retention/video"], evaluation=EVALUATION | {"reference": {"reference": "mini_base"}})
+    _job(
+        TINY,
+        {"optimizer.learning_rate": RATE},
+        ["retention/video"],
+        evaluation=EVALUATION | {"reference": {"reference": "mini_base"}},
+    )
 
 
 def test_early_stopping_needs_what_is_measured_on_the_way() -> None:
     stopping = {"type": "asha", "grace_steps": 1}
-    with pytest.raises(ConfigError, match=r"val/score@64 is not measured before a training's end; name .* base.validation.every_steps above 0"):
+    with pytest.raises(
+        ConfigError,
+        match=r"val/score@64 is not measured before a training's end; name .* base.validation.every_steps above 0",
+    ):
         _job(TINY, {"optimizer.learning_rate": RATE}, ["val/score@64"], early_stopping=stopping)
     validated = TINY | {"validation": {"every_steps": 3, "budgets": [64]}}
     _job(validated, {"optimizer.learning_rate": RATE}, ["val/score@64"], early_stopping=stopping)
@@ -64,18 +89,30 @@ def test_a_key_path_may_lead_through_a_list() -> None:
     set_key(data, "budgets.1", 32, "the search")
     assert data == {"benchmarks": [{"name": "mini", "limit": 5}], "budgets": [16, 32]}
     for key in ("benchmarks.1.limit", "benchmarks.limit"):
-        with pytest.raises(ConfigError, match=r"the search: benchmarks is a list of 1, which has no place .*; legal: 0 to 0"):
+        with pytest.raises(
+            ConfigError, match=r"the search: benchmarks is a list of 1, which has no place .*; legal: 0 to 0"
+        ):
             set_key(data, key, 5, "the search")
 
 
 def test_adaptive_budgets_belong_to_a_split_search_by_retention_and_tokens() -> None:
-    parameters = {"anchor_grid": {"type": "choice", "values": [0, 4]}, "budgets": {"type": "choice", "values": [[16], [64]]}}
+    parameters = {
+        "anchor_grid": {"type": "choice", "values": [0, 4]},
+        "budgets": {"type": "choice", "values": [[16], [64]]},
+    }
     fit = {"type": "anchors_fit", "anchor_grid": "anchor_grid", "budget": "budgets", "patch_grid": 16}
     space = {"kind": "search_space", "name": "s", "job": "j", "parameters": parameters, "constraints": [fit]}
     _job(EVALUATION, parameters, ["retention", "tokens"], space=space, adaptive={"budgets": [16, 64]})
-    with pytest.raises(ConfigError, match=r"adaptive.budgets has 256, which the space s does not search; legal: 16, 64"):
+    with pytest.raises(
+        ConfigError, match=r"adaptive.budgets has 256, which the space s does not search; legal: 16, 64"
+    ):
         _job(EVALUATION, parameters, ["retention", "tokens"], space=space, adaptive={"budgets": [16, 256]})
-    with pytest.raises(ConfigError, match=r"drawn as retention or score against tokens, but the objectives are retention, gflops; put these first"):
+    with pytest.raises(
+        ConfigError,
+        match=r"drawn as retention or score against tokens, but the objectives are retention, gflops; put these first",
+    ):
         _job(EVALUATION, parameters, ["retention", "gflops"], space=space, adaptive={"budgets": [16, 64]})
-    with pytest.raises(ConfigError, match=r"adaptive needs a space of splits, but s is not one of two parameters under anchors_fit"):
+    with pytest.raises(
+        ConfigError, match=r"adaptive needs a space of splits, but s is not one of two parameters under anchors_fit"
+    ):
         _job(EVALUATION, parameters, ["retention", "tokens"], adaptive={"budgets": [16, 64]})

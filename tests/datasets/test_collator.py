@@ -39,7 +39,15 @@ def _noise(side: int, seed: int, mode: str = "RGB") -> bytes:
 
 def _sample(prompt: str, answer: str, *, num_images: int = 1, side: int = 64, **changes: object) -> Sample:
     images = tuple(_noise(side, seed) for seed in range(num_images))
-    values = {"id": prompt, "benchmark": "b", "family": "f", "task": "t", "images": images, "prompt": prompt, "answers": (answer, "another")}
+    values = {
+        "id": prompt,
+        "benchmark": "b",
+        "family": "f",
+        "task": "t",
+        "images": images,
+        "prompt": prompt,
+        "answers": (answer, "another"),
+    }
     return Sample(**{**values, **changes})  # type: ignore[arg-type]
 
 
@@ -48,14 +56,23 @@ def _collate(processor: ElasticPaliGemmaProcessor, samples: list[Sample]) -> Ten
 
 
 @pytest.mark.parametrize("num_images", [1, 3])
-def test_tokens_types_and_labels_are_those_of_the_processor(processor: ElasticPaliGemmaProcessor, num_images: int) -> None:
-    texts = [("what color is the circle", "red"), ("how many?", "47 <loc0001><loc1023> Circle"), ("", "a\nb"), ("Ceci n'est pas", " 4, 7")]
+def test_tokens_types_and_labels_are_those_of_the_processor(
+    processor: ElasticPaliGemmaProcessor, num_images: int
+) -> None:
+    texts = [
+        ("what color is the circle", "red"),
+        ("how many?", "47 <loc0001><loc1023> Circle"),
+        ("", "a\nb"),
+        ("Ceci n'est pas", " 4, 7"),
+    ]
     batch = _collate(processor, [_sample(*text, num_images=num_images) for text in texts])
     inputs = with_placeholders(batch, BUDGET, processor.image_token_id)
     count = num_images * BUDGET
     for row, (prompt, answer) in enumerate(texts):
         images = [decode_image(_noise(64, seed)) for seed in range(num_images)]
-        expected = processor(images=[images], text=[prompt], suffix=[answer], num_visual_tokens=BUDGET, return_tensors="pt")
+        expected = processor(
+            images=[images], text=[prompt], suffix=[answer], num_visual_tokens=BUDGET, return_tensors="pt"
+        )
         length = expected["input_ids"].shape[1]
         for key in ("input_ids", "token_type_ids", "attention_mask"):
             assert torch.equal(inputs[key][row, :length], expected[key][0]), key
@@ -67,13 +84,18 @@ def test_tokens_types_and_labels_are_those_of_the_processor(processor: ElasticPa
 @pytest.mark.parametrize("side", [64, 48, 100])
 def test_pixels_are_those_of_the_image_processor(processor: ElasticPaliGemmaProcessor, side: int) -> None:
     batch = _collate(processor, [_sample("a", "b", num_images=2, side=side)])
-    expected = processor.image_processor([decode_image(_noise(side, seed)) for seed in range(2)], return_tensors="pt")["pixel_values"]
+    expected = processor.image_processor([decode_image(_noise(side, seed)) for seed in range(2)], return_tensors="pt")[
+        "pixel_values"
+    ]
     assert batch.pixel_values_ICHW.shape == (2, 3, 64, 64)
     torch.testing.assert_close(batch.pixel_values_ICHW, expected, atol=1e-6, rtol=0)
 
 
 def test_images_stand_in_the_order_of_the_prompts(processor: ElasticPaliGemmaProcessor) -> None:
-    samples = [_sample("a", "b", images=(_noise(64, 1), _noise(64, 2))), _sample("c", "d", images=(_noise(64, 3), _noise(64, 4)))]
+    samples = [
+        _sample("a", "b", images=(_noise(64, 1), _noise(64, 2))),
+        _sample("c", "d", images=(_noise(64, 3), _noise(64, 4))),
+    ]
     pixels = Collator(processor)(samples)["pixel_values"]
     for position, seed in enumerate((1, 2, 3, 4)):
         assert np.array_equal(pixels[position].transpose(1, 2, 0), np.asarray(decode_image(_noise(64, seed))))
@@ -89,7 +111,11 @@ def _with_a_broken_chunk(png: bytes) -> bytes:
     return png[: start - 4] + (10).to_bytes(4, "big") + png[start : start + 14] + b"\x00" * 4 + b"\xdd\xa1\xd4C" * 8
 
 
-@pytest.mark.parametrize("data", [b"", b"no image", _noise(64, 0)[:300], _with_a_broken_chunk(_noise(64, 0))], ids=["empty", "text", "cut", "chunk"])
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"no image", _noise(64, 0)[:300], _with_a_broken_chunk(_noise(64, 0))],
+    ids=["empty", "text", "cut", "chunk"],
+)
 def test_bytes_that_are_no_image_are_refused(data: bytes) -> None:
     with pytest.raises(UserError, match=rf"An image of {len(data)} bytes cannot be decoded; give PNG or JPEG bytes"):
         decode_image(data)
@@ -116,7 +142,9 @@ def test_a_region_smaller_than_a_patch_still_labels_one(processor: ElasticPaliGe
     assert [(int(row), int(column)) for row, column in np.argwhere(labels == red)] == [(8, 8)]
 
 
-def test_ranks_read_their_shares_of_the_same_step_and_a_late_start_changes_nothing(processor: ElasticPaliGemmaProcessor) -> None:
+def test_ranks_read_their_shares_of_the_same_step_and_a_late_start_changes_nothing(
+    processor: ElasticPaliGemmaProcessor,
+) -> None:
     suite = MiniSuite(split="train")
     schedule = BatchSchedule(suite, num_steps=6, images_per_step=8, seed=0)
     whole = StepReader(suite, schedule, processor, 0, 1).read(2)["pixel_values"]
@@ -138,7 +166,16 @@ def test_a_llava_is_trained_on_the_pixels_and_tokens_that_it_is_asked_with() -> 
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (80, 120, 3), dtype=np.uint8))
     buffer = io.BytesIO()
     image.save(buffer, format="PNG")
-    sample = Sample(id="0", benchmark="b", family="f", task="t", images=(buffer.getvalue(),), prompt="what color is the circle", answers=("red",), scene="0")
+    sample = Sample(
+        id="0",
+        benchmark="b",
+        family="f",
+        task="t",
+        images=(buffer.getvalue(),),
+        prompt="what color is the circle",
+        answers=("red",),
+        scene="0",
+    )
     batch = to_tensors(Collator(processor)([sample]), CPU, processor)
     inputs = with_placeholders(batch, 16, processor.image_token_id)
     asked = processor(images=[[image]], text=[sample.prompt], num_visual_tokens=16, return_tensors="pt")

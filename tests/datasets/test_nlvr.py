@@ -22,7 +22,10 @@ from parcelray.errors import UserError
 RGB = {"Yellow": (255, 215, 0), "Black": (0, 0, 0), "#0099ff": (0, 153, 255)}
 BOXES: list[list[dict[str, Any]]] = [
     [{"x_loc": 10, "y_loc": 20, "type": "square", "color": "Yellow", "size": 30}],
-    [{"x_loc": 40, "y_loc": 50, "type": "square", "color": "Black", "size": 20}, {"x_loc": 70, "y_loc": 5, "type": "square", "color": "Black", "size": 10}],
+    [
+        {"x_loc": 40, "y_loc": 50, "type": "square", "color": "Black", "size": 20},
+        {"x_loc": 70, "y_loc": 5, "type": "square", "color": "Black", "size": 10},
+    ],
     [{"x_loc": 0, "y_loc": 80, "type": "square", "color": "#0099ff", "size": 20}],
 ]
 
@@ -70,7 +73,10 @@ def _write_corpus(folder: Path) -> Path:
             path = root / "images" / row["directory"] / row["image"]["path"]
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(row["image"]["bytes"])
-        entries = [{key: row[key] for key in ("sentence", "label", "identifier", "directory")} | {"structured_rep": BOXES} for row in rows]
+        entries = [
+            {key: row[key] for key in ("sentence", "label", "identifier", "directory")} | {"structured_rep": BOXES}
+            for row in rows
+        ]
         lines = [json.dumps(entry) for entry in entries[::6]]
         (root / f"{split}.json").write_text("\n".join(lines))
     return folder
@@ -84,7 +90,9 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 def test_both_layouts_give_the_same_samples(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
-    first, second = (NlvrSource(path, "dev", "all") for path in (_write_parquet(tmp_path / "a"), _write_corpus(tmp_path / "b")))
+    first, second = (
+        NlvrSource(path, "dev", "all") for path in (_write_parquet(tmp_path / "a"), _write_corpus(tmp_path / "b"))
+    )
     assert first.groups == second.groups
     for group in first.groups:
         for index in (0, 5, group.size - 1 if group.size else 0):
@@ -152,7 +160,10 @@ def test_derived_answers_follow_from_the_representation(folder: Path) -> None:
 
 def test_training_and_validation_share_no_directory(folder: Path) -> None:
     parts = [NlvrSource(folder, "dev", part, questions=("statement",)) for part in ("train", "validation")]
-    directories = [{source.get("boxes", index).metadata["directory"] for index in range(source.groups[0].size or 0)} for source in parts]
+    directories = [
+        {source.get("boxes", index).metadata["directory"] for index in range(source.groups[0].size or 0)}
+        for source in parts
+    ]
     assert directories[0]
     assert directories[1]
     assert not directories[0] & directories[1]
@@ -193,7 +204,10 @@ def test_the_real_corpus(nlvr_dir: Path) -> None:
     statements = [sample for sample in samples if sample.task == "statement"]
     assert len(statements) == 60
     assert len({sample.scene for sample in statements}) == 10
-    sizes = {split: sum(group.size or 0 for group in NlvrSource(nlvr_dir, split, "all", questions=("statement",)).groups) for split in ("dev", "test")}
+    sizes = {
+        split: sum(group.size or 0 for group in NlvrSource(nlvr_dir, split, "all", questions=("statement",)).groups)
+        for split in ("dev", "test")
+    }
     assert sizes == {"dev": 5934, "test": 5940}
 
 

@@ -19,13 +19,22 @@ from parcelray.evaluation.scoring.split_scores import GivenAnswer, ScoringRules,
 def frontier() -> Frontier:
     def scores(right: int, budget: int) -> list[SplitScores]:
         places = [(family, index) for family in ("general", "video") for index in range(10)]
-        samples = [Sample(f"{family}-{index}", "mini", family, "t", (), "?", ("x",), scene=f"{index}") for family, index in places]
+        samples = [
+            Sample(f"{family}-{index}", "mini", family, "t", (), "?", ("x",), scene=f"{index}")
+            for family, index in places
+        ]
         answers = [GivenAnswer("x" if index < right else "y") for _ in range(2) for index in range(10)]
         return score_splits(samples, {budget: answers}, ScoringRules(split_of=lambda sample: f"mini/{sample.family}"))
 
     reference = (scores(8, 256), 256)
-    points = [frontier_point("majority", 0, scores(2, 0), None), frontier_point("vanilla", 256, reference[0], reference)]
-    points += [frontier_point("parcel", budget, scores(right, budget), reference) for budget, right in ((16, 4), (64, 6), (256, 8))]
+    points = [
+        frontier_point("majority", 0, scores(2, 0), None),
+        frontier_point("vanilla", 256, reference[0], reference),
+    ]
+    points += [
+        frontier_point("parcel", budget, scores(right, budget), reference)
+        for budget, right in ((16, 4), (64, 6), (256, 8))
+    ]
     return Frontier(tuple(points), reference="vanilla")
 
 

@@ -69,7 +69,12 @@ def _table(folder: Path, rows: int = 12, broken: int = 0) -> Path:
     """A benchmark of one's own: questions about images that cannot all be decoded."""
     (folder / "own.yaml").write_text(OWN % 12)
     table = [
-        {"name": f"row {number}", "question": "what color", "answer": ["red"], "image": {"bytes": png() if number >= broken else b"no image", "path": None}}
+        {
+            "name": f"row {number}",
+            "question": "what color",
+            "answer": ["red"],
+            "image": {"bytes": png() if number >= broken else b"no image", "path": None},
+        }
         for number in range(rows)
     ]
     pq.write_table(pa.Table.from_pylist(table), folder / "test.parquet")
@@ -86,9 +91,17 @@ def test_an_evaluation_leaves_tables_a_picture_and_every_answer(checkpoint: Path
     assert (run.computed, run.present) == (QUESTIONS * 3, 0)
     assert run.summary.budgets == (0, 16, 256)
     result = json.loads((run.folder / "result.json").read_text())
-    assert [split["name"] for split in result["splits"]] == ["mini/general", "mini/resolution", "mini/grounding", "mini/video"]
+    assert [split["name"] for split in result["splits"]] == [
+        "mini/general",
+        "mini/resolution",
+        "mini/grounding",
+        "mini/video",
+    ]
     assert result["data"]["mini"]["rows"] == QUESTIONS
-    assert result["splits"][0]["scores"]["256"]["retention"] is None or result["splits"][0]["scores"]["256"]["retention"]["value"] == 100
+    assert (
+        result["splits"][0]["scores"]["256"]["retention"] is None
+        or result["splits"][0]["scores"]["256"]["retention"]["value"] == 100
+    )
     lines = (run.folder / "result.csv").read_text().splitlines()
     assert len(lines) == 1 + 4 * 3
     assert lines[0].startswith("split,family,metric,num_visual_tokens,score,std_error,low,high,n,unscored")
@@ -106,7 +119,13 @@ def test_an_evaluation_leaves_tables_a_picture_and_every_answer(checkpoint: Path
     history = client.get_metric_history(run.mlflow_run_id, "mini/general/exact_match")
     assert [metric.step for metric in history] == [0, 16, 256]
     assert [file.path for file in client.list_artifacts(run.mlflow_run_id, "figures")] == ["figures/result.png"]
-    assert {file.path for file in client.list_artifacts(run.mlflow_run_id)} >= {"result.json", "result.csv", "result.md", "samples.parquet", "figures"}
+    assert {file.path for file in client.list_artifacts(run.mlflow_run_id)} >= {
+        "result.json",
+        "result.csv",
+        "result.md",
+        "samples.parquet",
+        "figures",
+    }
     again = _run(job)
     assert (again.computed, again.present) == (0, QUESTIONS * 3)
     assert again.mlflow_run_id == run.mlflow_run_id
@@ -143,7 +162,9 @@ def test_retention_is_against_the_reference_model(checkpoint: Path, other_checkp
     assert rescore(run.folder, {}, 5.0).to_dict() == run.summary.to_dict()
 
 
-def test_two_evaluations_are_compared_on_the_same_samples(checkpoint: Path, other_checkpoint: Path, shared: Path) -> None:
+def test_two_evaluations_are_compared_on_the_same_samples(
+    checkpoint: Path, other_checkpoint: Path, shared: Path
+) -> None:
     one, two = _run(_job(shared, checkpoint)), _run(_job(shared, other_checkpoint, name="f", budgets=[16, 64]))
     found = compare_evaluations(str(one.folder), str(two.folder))
     assert [(first, second) for first, second, _ in found.pairs] == [(16, 16)]
@@ -173,7 +194,10 @@ def test_data_that_drift_are_refused_by_name(checkpoint: Path, tmp_path: Path) -
     job = _job(tmp_path, checkpoint, benchmarks=[{"name": "own", "data": str(data)}], catalog=[str(data / "own.yaml")])
     assert _run(job).computed == 36
     _table(tmp_path, rows=11)
-    with pytest.raises(UserError, match=r"own: the data are not those of this evaluation's earlier run \(revision .*; rows 12 -> 11; ids .*"):
+    with pytest.raises(
+        UserError,
+        match=r"own: the data are not those of this evaluation's earlier run \(revision .*; rows 12 -> 11; ids .*",
+    ):
         _run(job)
 
 
@@ -185,14 +209,22 @@ def test_what_cannot_be_asked_is_counted_up_to_a_limit(checkpoint: Path, tmp_pat
     unasked = run.summary.to_dict()["data"]["own"]["unasked"]
     assert [problem["row"] for problem in unasked] == ["row 0", "row 1", "row 2"]
     assert "3 questions could not be asked" in (run.folder / "result.md").read_text()
-    with pytest.raises(UserError, match=r"own: 3 of 12 questions could not be asked, more than max_unscored 0.1 allows; the first: row 0: An image of 8 bytes"):
+    with pytest.raises(
+        UserError,
+        match=(
+            r"own: 3 of 12 questions could not be asked, more than max_unscored 0.1 allows; the first: row 0: An image"
+            r" of 8 bytes"
+        ),
+    ):
         _run(_job(tmp_path, checkpoint, name="strict", max_unscored=0.1, **choice))
 
 
 def test_the_likeliest_choice_is_taken_where_the_job_wants_it(checkpoint: Path, tmp_path: Path) -> None:
     data = _table(tmp_path)
     own = (data / "own.yaml").read_text().replace("exact_match", "multiple_choice:option")
-    (data / "own.yaml").write_text(own.replace("image: image}", "image: image, choices: list<string>}\n  choices: [choices]"))
+    (data / "own.yaml").write_text(
+        own.replace("image: image}", "image: image, choices: list<string>}\n  choices: [choices]")
+    )
     table = pq.read_table(data / "test.parquet")
     pq.write_table(table.append_column("choices", pa.array([["red", "blue"]] * len(table))), data / "test.parquet")
     choice = {"name": "own", "data": str(data), "decoding": "likelihood"}
@@ -204,10 +236,20 @@ def test_the_likeliest_choice_is_taken_where_the_job_wants_it(checkpoint: Path, 
 
 def test_a_limit_is_told_in_the_result(checkpoint: Path, tmp_path: Path) -> None:
     data = _table(tmp_path, rows=10)
-    run = _run(_job(tmp_path, checkpoint, benchmarks=[{"name": "own", "data": str(data), "limit": 4}], catalog=[str(data / "own.yaml")]))
+    run = _run(
+        _job(
+            tmp_path,
+            checkpoint,
+            benchmarks=[{"name": "own", "data": str(data), "limit": 4}],
+            catalog=[str(data / "own.yaml")],
+        )
+    )
     split = run.summary.to_dict()["splits"][0]
     assert (split["samples"], split["whole"]) == (4, False)
-    assert "own: the data have 10 rows where 12 are expected; these are not the numbers of the papers" in (run.folder / "result.md").read_text()
+    assert (
+        "own: the data have 10 rows where 12 are expected; these are not the numbers of the papers"
+        in (run.folder / "result.md").read_text()
+    )
 
 
 @pytest.mark.parametrize(
@@ -221,12 +263,16 @@ def test_a_limit_is_told_in_the_result(checkpoint: Path, tmp_path: Path) -> None
         ({"model": {"reference": "nowhere"}}, UserError, "'nowhere' is neither an existing folder"),
     ],
 )
-def test_mistakes_end_before_anything_runs(checkpoint: Path, tmp_path: Path, changes: dict[str, Any], error: type[Exception], message: str) -> None:
+def test_mistakes_end_before_anything_runs(
+    checkpoint: Path, tmp_path: Path, changes: dict[str, Any], error: type[Exception], message: str
+) -> None:
     with pytest.raises(error, match=message):
         _run(_job(tmp_path, checkpoint, **changes))
 
 
-def test_another_configuration_under_the_same_name_is_refused(checkpoint: Path, other_checkpoint: Path, shared: Path) -> None:
+def test_another_configuration_under_the_same_name_is_refused(
+    checkpoint: Path, other_checkpoint: Path, shared: Path
+) -> None:
     _run(_job(shared, checkpoint))
     with pytest.raises(UserError, match=r"whose configuration differs from this one \(model.reference: 'sha256:"):
         _run(_job(shared, other_checkpoint))
@@ -248,17 +294,29 @@ def test_what_is_no_evaluation_is_refused(tmp_path: Path, changes: dict[str, Any
 
 def test_a_plan_says_what_would_be_done(checkpoint: Path, shared: Path) -> None:
     plan = evaluation_plan(_job(shared, checkpoint))
-    assert (plan.rows, plan.questions, plan.answers, plan.budgets) == ({"mini": QUESTIONS}, QUESTIONS, QUESTIONS * 3, (0, 16, 256))
+    assert (plan.rows, plan.questions, plan.answers, plan.budgets) == (
+        {"mini": QUESTIONS},
+        QUESTIONS,
+        QUESTIONS * 3,
+        (0, 16, 256),
+    )
     assert plan.flops > 0
     assert plan.identity == _run(_job(shared, checkpoint)).identity
 
 
 def test_a_plan_knows_reducers_and_splits(tmp_path: Path) -> None:
     vanilla = tiny_checkpoint(tmp_path / "vanilla", 1, connector=None)
-    few, many = (evaluation_plan(_job(tmp_path, vanilla, budgets=[budget], reducer={"type": "cluster_aggregate"})).flops for budget in (13, 200))
+    few, many = (
+        evaluation_plan(_job(tmp_path, vanilla, budgets=[budget], reducer={"type": "cluster_aggregate"})).flops
+        for budget in (13, 200)
+    )
     assert 0 < few < many
-    supernet = tiny_checkpoint(tmp_path / "supernet", 1, connector={"type": "parcel", "num_heads": 2, "anchor_grids": [0, 2]})
-    queries, anchors = (evaluation_plan(_job(tmp_path, supernet, budgets=[4], anchor_grid=side)).flops for side in (0, 2))
+    supernet = tiny_checkpoint(
+        tmp_path / "supernet", 1, connector={"type": "parcel", "num_heads": 2, "anchor_grids": [0, 2]}
+    )
+    queries, anchors = (
+        evaluation_plan(_job(tmp_path, supernet, budgets=[4], anchor_grid=side)).flops for side in (0, 2)
+    )
     assert queries > anchors, "four queries cost attention, four anchors only pooling"
 
 
@@ -267,7 +325,9 @@ def test_a_training_free_reducer_is_part_of_the_answers(checkpoint: Path, tmp_pa
     with pytest.raises(UserError, match="and this one has the connector parcel"):
         _run(_job(tmp_path, compressing, name="twice", budgets=[16], reducer={"type": "divprune"}))
     plain = _run(_job(tmp_path, checkpoint, budgets=["full"]))
-    reduced = _run(_job(tmp_path, checkpoint, name="reduced", budgets=[13, "full"], reducer={"type": "random_sampling", "seed": 1}))
+    reduced = _run(
+        _job(tmp_path, checkpoint, name="reduced", budgets=[13, "full"], reducer={"type": "random_sampling", "seed": 1})
+    )
     assert reduced.summary.budgets == (13, 256)
     assert reduced.computed == 2 * QUESTIONS
     # At the full budget a reducer changes nothing, but it is another setting.
@@ -281,9 +341,13 @@ def test_a_training_free_reducer_is_part_of_the_answers(checkpoint: Path, tmp_pa
 
 def test_a_supernet_is_asked_at_any_split(tmp_path: Path) -> None:
     grids = [0, 2, 4, 8]
-    supernet = tiny_checkpoint(tmp_path / "supernet", 1, connector={"type": "parcel", "num_heads": 2, "anchor_grids": grids})
+    supernet = tiny_checkpoint(
+        tmp_path / "supernet", 1, connector={"type": "parcel", "num_heads": 2, "anchor_grids": grids}
+    )
     by_routing = _run(_job(tmp_path, supernet, budgets=[16, 40]))
-    split = {side: _run(_job(tmp_path, supernet, name=f"grid{side}", budgets=[16, 40], anchor_grid=side)) for side in (0, 4)}
+    split = {
+        side: _run(_job(tmp_path, supernet, name=f"grid{side}", budgets=[16, 40], anchor_grid=side)) for side in (0, 4)
+    }
     # Another split is another setting with answers of its own; the paper's rule is the one with four anchors a side.
     assert split[4].computed == 2 * QUESTIONS
     assert _answers(split[4], 40) == _answers(by_routing, 40)

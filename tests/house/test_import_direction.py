@@ -78,7 +78,9 @@ def wrong_direction(module: str, imports: Iterator[str]) -> list[str]:
     """Names of other parts of the package that do not lie below the module's own level."""
     part = module.split(".")[0]
     own = [name.removeprefix("parcelray.") for name in imports if name.startswith("parcelray.")]
-    return sorted({name for name in own if (other := name.split(".")[0]) != part and LEVEL.get(other, -1) >= LEVEL[part]})
+    return sorted(
+        {name for name in own if (other := name.split(".")[0]) != part and LEVEL.get(other, -1) >= LEVEL[part]}
+    )
 
 
 @cache
@@ -103,14 +105,23 @@ def test_every_module_has_a_layer() -> None:
 
 def test_imports_point_downwards() -> None:
     # The package itself has no layer.
-    wrong = {module: wrong_direction(module, iter(_imports(module))) for module in MODULES if module.split(".")[0] in LEVEL}
+    wrong = {
+        module: wrong_direction(module, iter(_imports(module))) for module in MODULES if module.split(".")[0] in LEVEL
+    }
     assert {module: names for module, names in wrong.items() if names} == {}
 
 
 def test_no_modules_import_each_other_in_a_cycle() -> None:
     # A module may name its own package, to import a sibling from it.
     graph = {
-        module: {name for each in _imports(module) if not f"{module}.".startswith(f"{(name := each.removeprefix('parcelray.'))}.")} & MODULES.keys()
+        module: (
+            {
+                name
+                for each in _imports(module)
+                if not f"{module}.".startswith(f"{(name := each.removeprefix('parcelray.'))}.")
+            }
+            & MODULES.keys()
+        )
         for module in MODULES
     }
     order = TopologicalSorter(graph)
@@ -165,9 +176,18 @@ def _loaded(modules: tuple[str, ...], repo_root: Path) -> dict[str, list[str]]:
 
 
 def test_the_guard_sees_every_kind_of_import() -> None:
-    source = "import ray.train\nfrom parcelray.cluster import session\ndef f():\n    from . import step\n    from ..tracking import tracker\n"
+    source = (
+        "import ray.train\nfrom parcelray.cluster import session\ndef f():\n    from . import step\n    from ..tracking"
+        " import tracker\n"
+    )
     names = set(imported_names(source, "parcelray.training.trainer", is_package=False))
-    assert names >= {"ray.train", "parcelray.cluster", "parcelray.cluster.session", "parcelray.training.step", "parcelray.tracking.tracker"}
+    assert names >= {
+        "ray.train",
+        "parcelray.cluster",
+        "parcelray.cluster.session",
+        "parcelray.training.step",
+        "parcelray.tracking.tracker",
+    }
     lower = ["cluster", "cluster.session", "tracking", "tracking.tracker"]
     assert wrong_direction("training.trainer", iter(names)) == []
     assert wrong_direction("models.vlm", iter(names)) == [*lower, "training", "training.step"]

@@ -20,7 +20,15 @@ def test_the_folder_is_no_package(repo_root: Path) -> None:
 def test_standard_library_wins_from_the_repository_root(repo_root: Path, arguments: list[str]) -> None:
     # PYTHONPATH with the root itself is the worst case: it stands before the standard library.
     environment = os.environ | {"PYTHONPATH": str(repo_root)}
-    done = subprocess.run([sys.executable, *arguments], input=SHOW, cwd=repo_root, env=environment, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        input=SHOW,
+        cwd=repo_root,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert done.stdout.split() == [_standard_library_file(), platform.python_version()]
 
 

@@ -10,16 +10,32 @@ ROOT = Path(__file__).resolve().parents[2]
 BINARY = {".safetensors", ".png", ".jpg", ".parquet", ".npz", ".pt2", ".woff2", ".ico", ".gif", ".pdf"}
 # Written in pieces, so that this file passes its own test.
 REGISTRY_HOSTS = [
-    ".".join(parts) for parts in (("pypi", "org"), ("pythonhosted", "org"), ("npmjs", "org"), ("download", "pytorch", "org"), ("anaconda", "org"))
+    ".".join(parts)
+    for parts in (
+        ("pypi", "org"),
+        ("pythonhosted", "org"),
+        ("npmjs", "org"),
+        ("download", "pytorch", "org"),
+        ("anaconda", "org"),
+    )
 ]
-# Folders in which a developer's or a build machine's files lie; `/dev/shm`, `/usr/bin/env` and the like are the same on every machine.
-MACHINE_PATH = re.compile(r"(?<![\w.:/~$}*>-])/(?:" + "|".join(("home", "root", "Users", "work", "tmp", "opt", "mnt", "private")) + r")/[\w.-]")
+# Folders in which a developer's or a build machine's files lie; `/dev/shm`, `/usr/bin/env` and the like are the same on
+# every machine.
+MACHINE_PATH = re.compile(
+    r"(?<![\w.:/~$}*>-])/(?:"
+    + "|".join(("home", "root", "Users", "work", "tmp", "opt", "mnt", "private"))
+    + r")/[\w.-]"
+)
 
 
 def _files() -> list[Path]:
     """The files that a commit of everything would hold."""
     listing = subprocess.run(
-        ["git", "-c", "safe.directory=*", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
+        ["git", "-c", "safe.directory=*", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     return sorted(path for name in set(listing.stdout.split("\0")) if name and (path := ROOT / name).is_file())
 
@@ -38,7 +54,9 @@ def _places(pattern: re.Pattern[str], files: list[Path]) -> list[str]:
 
 
 def test_code_is_ascii() -> None:
-    assert _places(re.compile(r"[^\x00-\x7f]"), [path for path in TEXTS if path.suffix in (".py", ".yaml", ".toml")]) == []
+    assert (
+        _places(re.compile(r"[^\x00-\x7f]"), [path for path in TEXTS if path.suffix in (".py", ".yaml", ".toml")]) == []
+    )
 
 
 def test_no_host_of_a_package_registry() -> None:
@@ -64,11 +82,19 @@ def test_the_guard_knows_a_machine_path(line: str, found: bool) -> None:
 
 
 def test_no_large_file() -> None:
-    assert [f"{path.relative_to(ROOT)}: {path.stat().st_size >> 20} MB" for path in FILES if path.stat().st_size > 8 << 20] == []
+    assert [
+        f"{path.relative_to(ROOT)}: {path.stat().st_size >> 20} MB" for path in FILES if path.stat().st_size > 8 << 20
+    ] == []
 
 
 def test_the_package_does_not_print() -> None:
-    assert _places(re.compile(r"^\s*print\("), [path for path in TEXTS if path.suffix == ".py" and path.is_relative_to(ROOT / "platform")]) == []
+    assert (
+        _places(
+            re.compile(r"^\s*print\("),
+            [path for path in TEXTS if path.suffix == ".py" and path.is_relative_to(ROOT / "platform")],
+        )
+        == []
+    )
 
 
 def test_commands_of_the_readme_exist() -> None:
@@ -81,11 +107,20 @@ def test_commands_of_the_readme_exist() -> None:
 
 
 def test_job_files_of_the_readme_exist() -> None:
-    named = set(re.findall(r"\b(?:jobs|pipelines|search_spaces)/[\w/.-]+\.(?:yaml|py|md)\b", (ROOT / "README.md").read_text(encoding="utf-8")))
+    named = set(
+        re.findall(
+            r"\b(?:jobs|pipelines|search_spaces)/[\w/.-]+\.(?:yaml|py|md)\b",
+            (ROOT / "README.md").read_text(encoding="utf-8"),
+        )
+    )
     assert [name for name in sorted(named) if not (ROOT / name).is_file()] == []
 
 
 def test_lock_names_packages_and_versions_only() -> None:
-    lines = [line for line in (ROOT / "requirements.lock").read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
+    lines = [
+        line
+        for line in (ROOT / "requirements.lock").read_text(encoding="utf-8").splitlines()
+        if not line.startswith("#")
+    ]
     assert [line for line in lines if not re.fullmatch(r"[a-z0-9-]+==[0-9][0-9a-z.]*", line)] == []
     assert [line for line in lines if line.startswith(("nvidia-", "cuda-", "triton"))] == []

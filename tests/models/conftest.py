@@ -15,10 +15,26 @@ from parcelray.models.backbones.paligemma_processor import ElasticPaliGemmaProce
 from parcelray.models.mini import build_config, build_model, build_processor
 
 CONFIG = MiniModelConfig(
-    vision_width=32, vision_layers=2, vision_heads=4, vision_mlp_width=64, text_width=48, text_layers=2, text_heads=2, text_kv_heads=1, text_mlp_width=64
+    vision_width=32,
+    vision_layers=2,
+    vision_heads=4,
+    vision_mlp_width=64,
+    text_width=48,
+    text_layers=2,
+    text_heads=2,
+    text_kv_heads=1,
+    text_mlp_width=64,
 )
 MINI_LLAVA = MiniLlavaModelConfig(
-    vision_width=32, vision_layers=3, vision_heads=4, vision_mlp_width=64, text_width=48, text_layers=3, text_heads=2, text_kv_heads=1, text_mlp_width=64
+    vision_width=32,
+    vision_layers=3,
+    vision_heads=4,
+    vision_mlp_width=64,
+    text_width=48,
+    text_layers=3,
+    text_heads=2,
+    text_kv_heads=1,
+    text_mlp_width=64,
 )
 CORPUS = ["what color is the circle", "how many red blue green 47", "which image has more"] * 20
 

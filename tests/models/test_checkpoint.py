@@ -7,7 +7,13 @@ from safetensors.torch import save_file
 
 import parcelray
 from parcelray.errors import UserError
-from parcelray.models.checkpoint import read_manifest, refuse_pickles, resolve_checkpoint, verify_manifest, write_manifest
+from parcelray.models.checkpoint import (
+    read_manifest,
+    refuse_pickles,
+    resolve_checkpoint,
+    verify_manifest,
+    write_manifest,
+)
 
 
 @pytest.fixture
@@ -22,7 +28,9 @@ def folder(tmp_path):
 
 
 def written(folder):
-    return write_manifest(folder, config={"lr": 0.1}, git_commit="abc", data={"name": "mini"}, seed=7, extra={"score": 0.5})
+    return write_manifest(
+        folder, config={"lr": 0.1}, git_commit="abc", data={"name": "mini"}, seed=7, extra={"score": 0.5}
+    )
 
 
 def test_a_manifest_says_where_a_checkpoint_comes_from_and_what_its_files_are(folder):
@@ -31,8 +39,16 @@ def test_a_manifest_says_where_a_checkpoint_comes_from_and_what_its_files_are(fo
     assert path.name == "manifest.json"
     assert sorted(manifest.files) == ["config.json", "extra/chat.jinja", "model.safetensors"]
     assert manifest.files["extra/chat.jinja"].bytes == 5
-    assert manifest.files["extra/chat.jinja"].sha256 == "2cf24dba5fb0a30e26e83b2ac5b9e29e1b161e5c1fa7425e73043362938b9824"
-    assert (manifest.git_commit, manifest.seed, manifest.config, manifest.data, manifest.extra) == ("abc", 7, {"lr": 0.1}, {"name": "mini"}, {"score": 0.5})
+    assert (
+        manifest.files["extra/chat.jinja"].sha256 == "2cf24dba5fb0a30e26e83b2ac5b9e29e1b161e5c1fa7425e73043362938b9824"
+    )
+    assert (manifest.git_commit, manifest.seed, manifest.config, manifest.data, manifest.extra) == (
+        "abc",
+        7,
+        {"lr": 0.1},
+        {"name": "mini"},
+        {"score": 0.5},
+    )
 
 
 def test_a_changed_file_is_named(folder):
@@ -125,7 +141,11 @@ def test_registry_references_go_to_the_resolver_once(folder):
         asked.append(reference)
         return folder, "models:/parcel/3"
 
-    assert resolve_checkpoint("models:/parcel@champion", registry_resolver=resolver) == (folder, "models:/parcel@champion", "models:/parcel/3")
+    assert resolve_checkpoint("models:/parcel@champion", registry_resolver=resolver) == (
+        folder,
+        "models:/parcel@champion",
+        "models:/parcel/3",
+    )
     assert asked == ["models:/parcel@champion"]
     with pytest.raises(UserError, match="needs a model registry"):
         resolve_checkpoint("models:/parcel@champion")

@@ -33,7 +33,9 @@ def stock_folder(tmp_path_factory: pytest.TempPathFactory, llava_processor: Elas
     """A stock LLaVA-1.5 checkpoint with random weights, in the hub's layout: features from the last layer but one, the key names of its release."""
     folder = tmp_path_factory.mktemp("stock_llava")
     values = build_config(MINI_LLAVA, llava_processor).to_dict() | {"vision_feature_layer": -2}
-    config = LlavaConfig(**{key: value for key, value in values.items() if key not in ("model_type", "architectures", "connector")})
+    config = LlavaConfig(
+        **{key: value for key, value in values.items() if key not in ("model_type", "architectures", "connector")}
+    )
     torch.manual_seed(3)
     LlavaForConditionalGeneration(config).save_pretrained(folder)
     write_tower_as_on_the_hub(folder)
@@ -53,7 +55,9 @@ def test_the_stock_folder_has_the_hubs_key_names(stock_folder: Path) -> None:
     assert "vision_tower.vision_model.encoder.layers.0.mlp.fc1.weight" in keys
 
 
-def test_the_processor_writes_prompts_as_the_stock_one_does(llava_processor: ElasticLlavaProcessor, stock_folder: Path) -> None:
+def test_the_processor_writes_prompts_as_the_stock_one_does(
+    llava_processor: ElasticLlavaProcessor, stock_folder: Path
+) -> None:
     stock = LlavaProcessor.from_pretrained(stock_folder)
     lines = [f"USER: <image>\n{prompt} ASSISTANT:" for prompt in PROMPTS]
     images = [random_images(1, seed=index)[0] for index in range(2)]
@@ -63,7 +67,12 @@ def test_the_processor_writes_prompts_as_the_stock_one_does(llava_processor: Ela
         assert torch.equal(found[key], expected[key])
     assert torch.equal(llava_processor.prompts(PROMPTS, 1, num_visual_tokens=256)["input_ids"], expected["input_ids"])
     blind = llava_processor.prompts(PROMPTS, 1, num_visual_tokens=0)
-    assert torch.equal(blind["input_ids"], stock(text=[f"USER: {prompt} ASSISTANT:" for prompt in PROMPTS], return_tensors="pt", padding=True)["input_ids"])
+    assert torch.equal(
+        blind["input_ids"],
+        stock(text=[f"USER: {prompt} ASSISTANT:" for prompt in PROMPTS], return_tensors="pt", padding=True)[
+            "input_ids"
+        ],
+    )
     loaded = load_processor(stock_folder)
     assert isinstance(loaded, ElasticLlavaProcessor)
     assert (loaded.num_patches, image_size_of(stock_folder)) == (256, 64)
@@ -79,11 +88,17 @@ def test_identity_at_the_full_budget_is_the_stock_model_exactly(
     with torch.no_grad():
         assert torch.equal(elastic(**inputs, num_visual_tokens=num_visual_tokens).logits, stock(**inputs).logits)
     greedy = {"max_new_tokens": 8, "do_sample": False}
-    assert torch.equal(elastic.generate(**inputs, num_visual_tokens=num_visual_tokens, **greedy), stock.generate(**inputs, **greedy))
+    assert torch.equal(
+        elastic.generate(**inputs, num_visual_tokens=num_visual_tokens, **greedy), stock.generate(**inputs, **greedy)
+    )
 
 
-@pytest.mark.parametrize("connector", [ParcelConnectorConfig(num_heads=4), MqtConnectorConfig(num_heads=4), M3ConnectorConfig()])
-def test_a_connector_survives_save_and_load(tmp_path: Path, stock_folder: Path, llava_processor: ElasticLlavaProcessor, connector: ConnectorConfig) -> None:
+@pytest.mark.parametrize(
+    "connector", [ParcelConnectorConfig(num_heads=4), MqtConnectorConfig(num_heads=4), M3ConnectorConfig()]
+)
+def test_a_connector_survives_save_and_load(
+    tmp_path: Path, stock_folder: Path, llava_processor: ElasticLlavaProcessor, connector: ConnectorConfig
+) -> None:
     model = load_vlm(stock_folder, connector=connector, seed=1).eval()
     inputs = _inputs(llava_processor, 64, 2)
     with torch.no_grad():
@@ -121,7 +136,11 @@ def test_every_tower_gives_the_whole_grid_and_trains(tower: str, has_class_token
     change = (model.model.encode_patches(moved) - patches).detach().norm(dim=2)
     assert float(change[:, :16].mean()) > 1.5 * float(change[:, 128:].mean())
     model(**inputs, labels=inputs["input_ids"], num_visual_tokens=256).loss.backward()
-    assert all(parameter.grad is not None for name, parameter in model.named_parameters() if "post_layernorm" not in name and "tower.layernorm" not in name)
+    assert all(
+        parameter.grad is not None
+        for name, parameter in model.named_parameters()
+        if "post_layernorm" not in name and "tower.layernorm" not in name
+    )
     save_checkpoint(model.eval(), processor, tmp_path)
     loaded = load_vlm(tmp_path).eval()
     with torch.no_grad():

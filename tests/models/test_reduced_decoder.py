@@ -63,13 +63,21 @@ def _generate(case: Case, decoder: ReducedDecoder, rows: slice = slice(None), **
     _, processor, visual = case
     prompts = encode_prompts(processor, PROMPTS[rows], None, "cpu")
     # An id that is no token: nothing ends early.
-    return decoder.generate(prompts, VisualTokens(*(each[rows] for each in visual)), max_new_tokens=NEW_TOKENS, eos_token_id=-1, **kwargs)
+    return decoder.generate(
+        prompts, VisualTokens(*(each[rows] for each in visual)), max_new_tokens=NEW_TOKENS, eos_token_id=-1, **kwargs
+    )
 
 
 def test_without_reduction_it_answers_as_transformers_does(case: Case) -> None:
     model, processor, visual = case
     inputs = processor.prompts(PROMPTS, 1, num_visual_tokens=256)
-    expected = model.generate(**inputs, **model.image_inputs(visual.tokens_BVL), max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False)
+    expected = model.generate(
+        **inputs,
+        **model.image_inputs(visual.tokens_BVL),
+        max_new_tokens=NEW_TOKENS,
+        min_new_tokens=NEW_TOKENS,
+        do_sample=False,
+    )
     assert torch.equal(_generate(case, ReducedDecoder(model)), expected[:, inputs["input_ids"].shape[1] :])
 
 
@@ -111,7 +119,11 @@ REDUCERS: list[Any] = [
 ]  # fmt: skip
 
 
-BEFORE_THE_LAYERS = [Saliency(definition="last_text", layer=3), Saliency(definition="mean_text", layer=0, merge_rest=True), MMTok()]
+BEFORE_THE_LAYERS = [
+    Saliency(definition="last_text", layer=3),
+    Saliency(definition="mean_text", layer=0, merge_rest=True),
+    MMTok(),
+]
 
 
 @pytest.mark.parametrize("reducer", [*REDUCERS, *BEFORE_THE_LAYERS], ids=repr)
@@ -119,7 +131,9 @@ def test_a_prompt_is_answered_alike_alone_and_in_a_batch(case: Case, reducer: An
     decoder = ReducedDecoder(case[0], reducer.positions)
     together = _generate(case, decoder, reducer=reducer, budget=140)
     for row in range(len(PROMPTS)):
-        assert torch.equal(_generate(case, decoder, slice(row, row + 1), reducer=reducer, budget=140), together[row : row + 1])
+        assert torch.equal(
+            _generate(case, decoder, slice(row, row + 1), reducer=reducer, budget=140), together[row : row + 1]
+        )
 
 
 @pytest.mark.parametrize("reducer", REDUCERS, ids=repr)
@@ -170,7 +184,9 @@ def test_fastv_is_the_stock_decoder_with_the_dropped_tokens_masked(case: Case, l
 
 
 def _mask_out(dropped: Tensor, starts: Tensor) -> Any:
-    def change(module: torch.nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+    def change(
+        module: torch.nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
         mask, length = kwargs["attention_mask"], args[0].shape[1]
         if mask is None:
             mask = torch.ones(length, length, dtype=torch.bool).tril().expand(len(starts), 1, -1, -1)
@@ -192,7 +208,9 @@ def test_a_token_of_size_two_is_two_equal_tokens(case: Case) -> None:
     decoder = ReducedDecoder(model, "original_size_bias")
     pairs = decoder.logits(prompts, VisualTokens(twice, places, torch.ones_like(places)))
     merged = decoder.logits(prompts, VisualTokens(twice[:, ::2], places[:, ::2], torch.full((1, 4), 2)))
-    plain = ReducedDecoder(model, "original").logits(prompts, VisualTokens(twice[:, ::2], places[:, ::2], torch.full((1, 4), 2)))
+    plain = ReducedDecoder(model, "original").logits(
+        prompts, VisualTokens(twice[:, ::2], places[:, ::2], torch.full((1, 4), 2))
+    )
     if model.reads_both_ways:
         assert torch.allclose(pairs, merged, atol=2e-4)
         assert not torch.allclose(pairs, plain, atol=2e-4)
@@ -224,10 +242,18 @@ def test_the_calibration_is_in_the_logits(case: Case) -> None:
     bias = torch.zeros(len(positions), len(positions))
     for row, here in enumerate(positions):
         for key in range(at, at + 64):
-            decay = 2 / width * sum(math.cos(abs(here - positions[key]) * 10_000 ** (-2 * index / width)) for index in range(width // 2))
+            decay = (
+                2
+                / width
+                * sum(
+                    math.cos(abs(here - positions[key]) * 10_000 ** (-2 * index / width)) for index in range(width // 2)
+                )
+            )
             bias[row, key] = math.log(int(sizes[0, key - at]) * (2 - decay))
 
-    def add(module: torch.nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+    def add(
+        module: torch.nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
         return args, kwargs | {"attention_mask": kwargs["attention_mask"] + bias}
 
     found, plain = (ReducedDecoder(model, kind).logits(prompts, few) for kind in ("original_calibrated", "original"))
@@ -259,7 +285,9 @@ def test_pyramid_drop_is_the_stock_decoder_with_ever_more_tokens_masked(case: Ca
     try:
         for stage in stages:
             with torch.no_grad():
-                maps = model(**inputs, **model.image_inputs(first.tokens_BVL), output_attentions=True, use_cache=False).attentions
+                maps = model(
+                    **inputs, **model.image_inputs(first.tokens_BVL), output_attentions=True, use_cache=False
+                ).attentions
             scores = maps[stage.layer][:, :, -1, int(start) : int(start) + 256].mean(dim=1).masked_fill(dropped, -1)
             dropped = torch.ones_like(dropped).scatter(1, scores.topk(stage.num_tokens, dim=1).indices, False)
             layers = model.model.language_model.layers[stage.layer :]
@@ -282,7 +310,9 @@ def test_sparsevlm_is_what_its_definition_says_layer_by_layer(case: Case) -> Non
         prompts = encode_prompts(processor, PROMPTS[row : row + 1], None, "cpu")
         stages = SparseVLM().stages(6, 256, budget)
         assert [stage.layer for stage in stages] == ([3] if budget == 200 else [1, 3])
-        found = ReducedDecoder(model).logits(prompts, VisualTokens(*(each[row : row + 1] for each in visual)), reducer=SparseVLM(), budget=budget)
+        found = ReducedDecoder(model).logits(
+            prompts, VisualTokens(*(each[row : row + 1] for each in visual)), reducer=SparseVLM(), budget=budget
+        )
         before = model.config.text_config._attn_implementation
         model.set_attn_implementation("eager")
         try:
@@ -297,8 +327,13 @@ def test_sparsevlm_is_what_its_definition_says_layer_by_layer(case: Case) -> Non
                         if stage.layer == index:
                             inputs = _inputs(model, hidden)
                             inputs.pop("position_ids")
-                            weights = layer.self_attn(hidden_states=layer.input_layernorm(hidden), **inputs)[1][0].mean(dim=0)
-                            scores = [sum(float(weights[at + num_visual + word, at + place]) for word in rating) for place in range(num_visual)]
+                            weights = layer.self_attn(hidden_states=layer.input_layernorm(hidden), **inputs)[1][0].mean(
+                                dim=0
+                            )
+                            scores = [
+                                sum(float(weights[at + num_visual + word, at + place]) for word in rating)
+                                for place in range(num_visual)
+                            ]
                             fewer = _pruned(hidden[0, at : at + num_visual], scores, stage.num_tokens)
                             hidden = torch.cat([hidden[0, :at], fewer, hidden[0, at + num_visual :]])[None]
                             num_visual = len(fewer)
@@ -315,8 +350,16 @@ def _inputs(model: ElasticVLM, hidden: Tensor) -> dict[str, Any]:
     """Positions one after the other, and a mask that is causal but where the model reads in both directions."""
     length = hidden.shape[1]
     positions = torch.arange(length)[None]
-    mask = torch.zeros(length, length) if model.reads_both_ways else torch.full((length, length), torch.finfo(torch.float32).min).triu(1)
-    return {"attention_mask": mask[None, None], "position_ids": positions, "position_embeddings": model.model.language_model.rotary_emb(hidden, positions)}
+    mask = (
+        torch.zeros(length, length)
+        if model.reads_both_ways
+        else torch.full((length, length), torch.finfo(torch.float32).min).triu(1)
+    )
+    return {
+        "attention_mask": mask[None, None],
+        "position_ids": positions,
+        "position_embeddings": model.model.language_model.rotary_emb(hidden, positions),
+    }
 
 
 def _raters(visual: Tensor, words: Tensor) -> list[int]:
@@ -337,14 +380,23 @@ def _pruned(hidden: Tensor, scores: list[float], count: int) -> Tensor:
         if num_kept + num_clusters <= count:
             break
     again = order[num_kept : num_kept + num_recycled]
-    distance = {(i, j): float((hidden[i].double() - hidden[j].double()).norm()) / hidden.shape[1] ** 0.5 for i in again for j in again}
+    distance = {
+        (i, j): float((hidden[i].double() - hidden[j].double()).norm()) / hidden.shape[1] ** 0.5
+        for i in again
+        for j in again
+    }
     density = {i: math.exp(-sum(sorted(distance[i, j] ** 2 for j in again)[:5]) / min(5, len(again))) for i in again}
-    gap = {i: min((distance[i, j] for j in again if density[j] > density[i]), default=max(distance.values(), default=0)) for i in again}
+    gap = {
+        i: min((distance[i, j] for j in again if density[j] > density[i]), default=max(distance.values(), default=0))
+        for i in again
+    }
     centres = sorted(again, key=lambda i: -density[i] * gap[i])[:num_clusters]
     members: dict[int, list[int]] = {centre: [] for centre in centres}
     for i in again:
         members[min(centres, key=lambda centre: distance[i, centre])].append(i)
-    return torch.stack([hidden[i] for i in sorted(order[:num_kept])] + [hidden[each].mean(dim=0) for each in members.values()])
+    return torch.stack(
+        [hidden[i] for i in sorted(order[:num_kept])] + [hidden[each].mean(dim=0) for each in members.values()]
+    )
 
 
 def test_attention_is_the_eager_decoders_own(case: Case) -> None:

@@ -15,13 +15,20 @@ from parcelray.models.vlm import connector_of, load_vlm
 
 from ..tiny import tiny_checkpoint
 
-ROUTING = [RouteConfig(min_budget=4, max_budget=31, anchor_grid=2), RouteConfig(min_budget=32, max_budget=256, anchor_grid=0)]
+ROUTING = [
+    RouteConfig(min_budget=4, max_budget=31, anchor_grid=2),
+    RouteConfig(min_budget=32, max_budget=256, anchor_grid=0),
+]
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A supernet over four anchor grids."""
-    return tiny_checkpoint(tmp_path_factory.mktemp("supernet"), 3, connector={"type": "parcel", "num_heads": 2, "anchor_grids": [0, 2, 4, 8]})
+    return tiny_checkpoint(
+        tmp_path_factory.mktemp("supernet"),
+        3,
+        connector={"type": "parcel", "num_heads": 2, "anchor_grids": [0, 2, 4, 8]},
+    )
 
 
 def _with_grids(source: Path, target: Path, anchor_grids: list[int]) -> Path:

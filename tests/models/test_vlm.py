@@ -29,16 +29,23 @@ def stock_folder(tmp_path_factory: pytest.TempPathFactory, processor: Processor)
     folder = tmp_path_factory.mktemp("stock")
     values = build_config(CONFIG, processor).to_dict()
     values.pop("connector")
-    config = PaliGemmaConfig(**{key: value for key, value in values.items() if key not in ("model_type", "architectures")})
+    config = PaliGemmaConfig(
+        **{key: value for key, value in values.items() if key not in ("model_type", "architectures")}
+    )
     torch.manual_seed(3)
     model = PaliGemmaForConditionalGeneration(config)
     model.save_pretrained(folder)
     write_tower_as_on_the_hub(folder)
     weights = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
-    shards: dict[str, dict[str, Tensor]] = {"model-00001-of-00002.safetensors": {}, "model-00002-of-00002.safetensors": {}}
+    shards: dict[str, dict[str, Tensor]] = {
+        "model-00001-of-00002.safetensors": {},
+        "model-00002-of-00002.safetensors": {},
+    }
     for key, value in weights.items():
-        shard = "model-00001-of-00002.safetensors" if key.startswith("vision_tower") else "model-00002-of-00002.safetensors"
+        shard = (
+            "model-00001-of-00002.safetensors" if key.startswith("vision_tower") else "model-00002-of-00002.safetensors"
+        )
         shards[shard][key] = value
     for name, tensors in shards.items():
         save_file(tensors, folder / name, metadata={"format": "pt"})
@@ -61,20 +68,30 @@ def test_the_stock_folder_has_the_hubs_key_names(stock_folder: Path) -> None:
 
 
 @pytest.mark.parametrize("num_visual_tokens", [None, 256])
-def test_identity_at_the_full_budget_is_the_stock_model_exactly(stock_folder: Path, processor: Processor, num_visual_tokens: int | None) -> None:
+def test_identity_at_the_full_budget_is_the_stock_model_exactly(
+    stock_folder: Path, processor: Processor, num_visual_tokens: int | None
+) -> None:
     stock = PaliGemmaForConditionalGeneration.from_pretrained(stock_folder).eval()
     elastic = load_vlm(stock_folder).eval()
     inputs = _inputs(processor, 256)
     with torch.no_grad():
         assert torch.equal(elastic(**inputs, num_visual_tokens=num_visual_tokens).logits, stock(**inputs).logits)
     greedy = {"max_new_tokens": 8, "do_sample": False}
-    assert torch.equal(elastic.generate(**inputs, num_visual_tokens=num_visual_tokens, **greedy), stock.generate(**inputs, **greedy))
+    assert torch.equal(
+        elastic.generate(**inputs, num_visual_tokens=num_visual_tokens, **greedy), stock.generate(**inputs, **greedy)
+    )
 
 
 def test_identity_trains_as_the_stock_model_exactly(stock_folder: Path, processor: Processor) -> None:
     stock = PaliGemmaForConditionalGeneration.from_pretrained(stock_folder)
     elastic = load_vlm(stock_folder)
-    batch = processor(images=[random_images(1), random_images(1, 1)], text=PROMPTS, suffix=["red", "blue 47"], return_tensors="pt", padding=True)
+    batch = processor(
+        images=[random_images(1), random_images(1, 1)],
+        text=PROMPTS,
+        suffix=["red", "blue 47"],
+        return_tensors="pt",
+        padding=True,
+    )
     first, second = stock(**batch), elastic(**batch, num_visual_tokens=256)
     first.loss.backward()
     second.loss.backward()
@@ -86,8 +103,12 @@ def test_identity_trains_as_the_stock_model_exactly(stock_folder: Path, processo
     assert torch.equal(expected, found)
 
 
-@pytest.mark.parametrize("connector", [ParcelConnectorConfig(num_heads=4), MqtConnectorConfig(num_heads=4), M3ConnectorConfig()])
-def test_a_connector_survives_save_and_load(tmp_path: Path, stock_folder: Path, processor: Processor, connector: ConnectorConfig) -> None:
+@pytest.mark.parametrize(
+    "connector", [ParcelConnectorConfig(num_heads=4), MqtConnectorConfig(num_heads=4), M3ConnectorConfig()]
+)
+def test_a_connector_survives_save_and_load(
+    tmp_path: Path, stock_folder: Path, processor: Processor, connector: ConnectorConfig
+) -> None:
     model = load_vlm(stock_folder, connector=connector, seed=1).eval()
     inputs = _inputs(processor, 64)
     with torch.no_grad():
@@ -100,15 +121,23 @@ def test_a_connector_survives_save_and_load(tmp_path: Path, stock_folder: Path, 
             assert torch.equal(loaded(**inputs, num_visual_tokens=64).logits, expected)
 
 
-def test_a_new_connector_is_seeded_and_starts_at_the_scale_of_the_text_embeddings(stock_folder: Path, processor: Processor) -> None:
-    first, again, other = (load_vlm(stock_folder, connector=ParcelConnectorConfig(num_heads=4), seed=seed) for seed in (5, 5, 6))
+def test_a_new_connector_is_seeded_and_starts_at_the_scale_of_the_text_embeddings(
+    stock_folder: Path, processor: Processor
+) -> None:
+    first, again, other = (
+        load_vlm(stock_folder, connector=ParcelConnectorConfig(num_heads=4), seed=seed) for seed in (5, 5, 6)
+    )
     states = [model.connector.state_dict() for model in (first, again, other)]
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
     assert not all(torch.equal(states[0][key], states[2][key]) for key in states[0])
 
 
-@pytest.mark.parametrize("connector", [None, ParcelConnectorConfig(num_heads=4), MqtConnectorConfig(num_heads=4), M3ConnectorConfig()])
-def test_visual_tokens_start_at_the_scale_of_the_text_embeddings(processor: Processor, connector: ConnectorConfig | None) -> None:
+@pytest.mark.parametrize(
+    "connector", [None, ParcelConnectorConfig(num_heads=4), MqtConnectorConfig(num_heads=4), M3ConnectorConfig()]
+)
+def test_visual_tokens_start_at_the_scale_of_the_text_embeddings(
+    processor: Processor, connector: ConnectorConfig | None
+) -> None:
     config = build_config(CONFIG, processor)
     config.connector = connector.model_dump(mode="json") if connector is not None else None
     model = build_model(config, 0)
@@ -120,7 +149,9 @@ def test_visual_tokens_start_at_the_scale_of_the_text_embeddings(processor: Proc
 
 
 @pytest.mark.parametrize("budget", [16, 40, 64, 256])
-def test_the_decoder_sees_as_many_visual_tokens_as_the_budget(elastic: ElasticVLM, processor: Processor, budget: int) -> None:
+def test_the_decoder_sees_as_many_visual_tokens_as_the_budget(
+    elastic: ElasticVLM, processor: Processor, budget: int
+) -> None:
     inputs = _inputs(processor, budget)
     output = elastic(**inputs, num_visual_tokens=budget)
     assert output.image_hidden_states.shape[:2] == (2, budget)
@@ -128,7 +159,9 @@ def test_the_decoder_sees_as_many_visual_tokens_as_the_budget(elastic: ElasticVL
 
 
 @pytest.mark.parametrize("num_images", [2, 4])
-def test_several_images_in_a_prompt_each_get_the_budget(elastic: ElasticVLM, processor: Processor, num_images: int) -> None:
+def test_several_images_in_a_prompt_each_get_the_budget(
+    elastic: ElasticVLM, processor: Processor, num_images: int
+) -> None:
     inputs = _inputs(processor, 16, num_images)
     assert int((inputs["input_ids"][0] == elastic.config.image_token_id).sum()) == 16 * num_images
     tokens = elastic.generate(**inputs, num_visual_tokens=16, max_new_tokens=3, do_sample=False)
@@ -138,7 +171,9 @@ def test_several_images_in_a_prompt_each_get_the_budget(elastic: ElasticVLM, pro
 def test_the_order_of_the_images_matters(elastic: ElasticVLM, processor: Processor) -> None:
     pair = random_images(2)
     logits = [
-        elastic(**processor(images=[order], text=["which"], num_visual_tokens=16, return_tensors="pt"), num_visual_tokens=16).logits[:, -1]
+        elastic(
+            **processor(images=[order], text=["which"], num_visual_tokens=16, return_tensors="pt"), num_visual_tokens=16
+        ).logits[:, -1]
         for order in (pair, pair[::-1])
     ]
     assert not torch.allclose(*logits)
@@ -146,17 +181,24 @@ def test_the_order_of_the_images_matters(elastic: ElasticVLM, processor: Process
 
 def test_left_padding_changes_nothing(elastic: ElasticVLM, processor: Processor) -> None:
     batch = _inputs(processor, 16)
-    together = elastic.generate(**batch, num_visual_tokens=16, max_new_tokens=6, do_sample=False)[:, batch["input_ids"].shape[1] :]
+    together = elastic.generate(**batch, num_visual_tokens=16, max_new_tokens=6, do_sample=False)[
+        :, batch["input_ids"].shape[1] :
+    ]
     for row, prompt in enumerate(PROMPTS):
         one = processor(images=[random_images(1, seed=row)], text=[prompt], num_visual_tokens=16, return_tensors="pt")
-        alone = elastic.generate(**one, num_visual_tokens=16, max_new_tokens=6, do_sample=False)[:, one["input_ids"].shape[1] :]
+        alone = elastic.generate(**one, num_visual_tokens=16, max_new_tokens=6, do_sample=False)[
+            :, one["input_ids"].shape[1] :
+        ]
         length = min(alone.shape[1], together.shape[1])
         assert torch.equal(together[row, :length], alone[0, :length])
 
 
 def test_the_cache_changes_nothing(elastic: ElasticVLM, processor: Processor) -> None:
     inputs = _inputs(processor, 40)
-    runs = [elastic.generate(**inputs, num_visual_tokens=40, max_new_tokens=6, do_sample=False, use_cache=use_cache) for use_cache in (True, False)]
+    runs = [
+        elastic.generate(**inputs, num_visual_tokens=40, max_new_tokens=6, do_sample=False, use_cache=use_cache)
+        for use_cache in (True, False)
+    ]
     assert torch.equal(*runs)
 
 
@@ -165,7 +207,9 @@ def test_sampling_is_seeded_and_several_answers_per_prompt_work(elastic: Elastic
     runs = []
     for _ in range(2):
         torch.manual_seed(0)
-        runs.append(elastic.generate(**inputs, num_visual_tokens=16, max_new_tokens=4, do_sample=True, num_return_sequences=3))
+        runs.append(
+            elastic.generate(**inputs, num_visual_tokens=16, max_new_tokens=4, do_sample=True, num_return_sequences=3)
+        )
     assert runs[0].shape[0] == 6
     assert torch.equal(*runs)
 
@@ -176,11 +220,20 @@ def test_one_encoding_serves_every_budget(elastic: ElasticVLM, processor: Proces
         inputs = _inputs(processor, budget)
         expected = elastic(**inputs, num_visual_tokens=budget).logits
         del inputs["pixel_values"]
-        assert torch.equal(elastic(**inputs, **elastic.image_inputs(elastic.model.compress(patches, num_visual_tokens=budget))).logits, expected)
+        assert torch.equal(
+            elastic(**inputs, **elastic.image_inputs(elastic.model.compress(patches, num_visual_tokens=budget))).logits,
+            expected,
+        )
 
 
 def test_the_prefix_is_bidirectional_and_the_suffix_causal(elastic: ElasticVLM, processor: Processor) -> None:
-    batch = processor(images=[random_images(1)], text=["how many"], suffix=["red blue green"], num_visual_tokens=16, return_tensors="pt")
+    batch = processor(
+        images=[random_images(1)],
+        text=["how many"],
+        suffix=["red blue green"],
+        num_visual_tokens=16,
+        return_tensors="pt",
+    )
     batch.pop("labels")
     changed = {key: value.clone() for key, value in batch.items()}
     changed["input_ids"][0, -1] = changed["input_ids"][0, -2]
@@ -193,7 +246,9 @@ def test_the_prefix_is_bidirectional_and_the_suffix_causal(elastic: ElasticVLM, 
 
 
 def test_an_illegal_budget_names_the_legal_ones(elastic: ElasticVLM, processor: Processor) -> None:
-    with pytest.raises(UnsupportedBudgetError, match=r"parcel cannot give 8 visual tokens per image; legal budgets are 16 to 256"):
+    with pytest.raises(
+        UnsupportedBudgetError, match=r"parcel cannot give 8 visual tokens per image; legal budgets are 16 to 256"
+    ):
         elastic.generate(**_inputs(processor, 8), num_visual_tokens=8)
 
 
@@ -202,7 +257,9 @@ def test_a_prompt_with_the_wrong_number_of_placeholders_is_refused(elastic: Elas
         elastic(**_inputs(processor, 16), num_visual_tokens=64)
 
 
-def test_a_checkpoint_with_missing_weights_is_refused(tmp_path: Path, elastic: ElasticVLM, processor: Processor) -> None:
+def test_a_checkpoint_with_missing_weights_is_refused(
+    tmp_path: Path, elastic: ElasticVLM, processor: Processor
+) -> None:
     save_checkpoint(elastic, processor, tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
     weights.pop("multi_modal_projector.linear.weight")
@@ -216,7 +273,9 @@ def test_peft_trains_adapters_through_the_budget(tmp_path: Path, elastic: Elasti
     peft = pytest.importorskip("peft")
     save_checkpoint(elastic, processor, tmp_path)
     adapted = peft.get_peft_model(load_vlm(tmp_path), peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
-    batch = processor(images=[random_images(1)], text=["how many"], suffix=["red"], num_visual_tokens=16, return_tensors="pt")
+    batch = processor(
+        images=[random_images(1)], text=["how many"], suffix=["red"], num_visual_tokens=16, return_tensors="pt"
+    )
     adapted(**batch, num_visual_tokens=16).loss.backward()
     trained = [name for name, parameter in adapted.named_parameters() if parameter.grad is not None]
     assert trained

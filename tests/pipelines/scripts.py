@@ -33,7 +33,9 @@ def sets(*changes: str) -> list[str]:
 def run_script(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Runs a script as its user does."""
     command = _command(name, arguments)
-    return subprocess.run(command, cwd=ROOT, env=own_ray(), capture_output=True, text=True, timeout=LIMIT_S, check=False)
+    return subprocess.run(
+        command, cwd=ROOT, env=own_ray(), capture_output=True, text=True, timeout=LIMIT_S, check=False
+    )
 
 
 def kill_script(name: str, *arguments: str, log: Path, when: Callable[[], bool]) -> None:

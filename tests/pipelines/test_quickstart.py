@@ -40,7 +40,9 @@ def _check_results(folder: Path) -> None:
     frontier = json.loads((folder / "quickstart" / "frontier.json").read_text(encoding="utf-8"))
     assert frontier["reference"] == "vanilla"
     points = {(point["method"], point["num_visual_tokens"]) for point in frontier["points"]}
-    assert points == {("majority", 0), ("blind", 0), ("vanilla", 256)} | {(method, budget) for method in METHODS - {"vanilla"} for budget in (16, 64, 256)}
+    assert points == {("majority", 0), ("blind", 0), ("vanilla", 256)} | {
+        (method, budget) for method in METHODS - {"vanilla"} for budget in (16, 64, 256)
+    }
     assert (folder / "quickstart" / "frontier.png").read_bytes().startswith(b"\x89PNG")
 
     client = MlflowClient(f"sqlite:///{folder}/mlflow.db")

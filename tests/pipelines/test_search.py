@@ -75,7 +75,9 @@ def test_a_killed_search_goes_on_and_leaves_frontiers_in_mlflow(tmp_path: Path) 
     before = {trial.key for trial in TrialRecord(trials_of).trials}
     done = run_script(*command)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("is finished; nothing to do") == 3, "the supernet and its rivals were trained before the kill"
+    assert done.stdout.count("is finished; nothing to do") == 3, (
+        "the supernet and its rivals were trained before the kill"
+    )
     search = tmp_path / "tune" / "anchor_query_split"
     lines = [json.loads(line)["key"] for line in (search / "trials.jsonl").read_text().splitlines()]
     assert len(lines) == len(set(lines)) == 6, "no trial lost, none run again"
@@ -92,7 +94,9 @@ def test_a_killed_search_goes_on_and_leaves_frontiers_in_mlflow(tmp_path: Path) 
     experiment = client.get_experiment_by_name("parcelray")
     assert experiment is not None
     runs = client.search_runs([experiment.experiment_id], max_results=1000)
-    assert {run.info.status for run in runs} == {"FINISHED"}, "none is left RUNNING, and what the kill left open is ended"
+    assert {run.info.status for run in runs} == {"FINISHED"}, (
+        "none is left RUNNING, and what the kill left open is ended"
+    )
     trials = [run.info.run_name for run in runs if (run.info.run_name or "").startswith("trial-anchor_query_split-")]
     assert sorted(trials) == sorted(f"trial-anchor_query_split-{key}" for key in lines)
     searches = [run for run in runs if (run.info.run_name or "").startswith("tune-anchor_query_split-")]

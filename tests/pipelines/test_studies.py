@@ -36,7 +36,9 @@ def _run(pipeline: str, *arguments: str) -> str:
 
 
 def _attention(storage: Path, count: int) -> list[str]:
-    return sets(f"count={count}", "benchmarks=[{name: mini, source: {samples: 3}}]", f"storage={storage}", "tracking.uri=null")
+    return sets(
+        f"count={count}", "benchmarks=[{name: mini, source: {samples: 3}}]", f"storage={storage}", "tracking.uri=null"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +48,8 @@ def llava_job(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]
     for name in ("gqa", "textvqa_val"):
         write_benchmark(find(name, catalog()), folder / name)
     return folder / "runs", sets(
-        f"benchmarks=[{{name: gqa, data: {folder}/gqa, max_new_tokens: 2}}, {{name: textvqa_val, data: {folder}/textvqa_val, max_new_tokens: 2}}]",
+        f"benchmarks=[{{name: gqa, data: {folder}/gqa, max_new_tokens: 2}}, {{name: textvqa_val, data:"
+        f" {folder}/textvqa_val, max_new_tokens: 2}}]",
         "model.reference=mini_llava",
         "dtype=float32",
         "compute={actors: 0}",
@@ -62,7 +65,9 @@ def test_clusters_on_gqa_and_textvqa_are_planned(llava_job: tuple[Path, list[str
     assert not storage.exists(), "a plan computes nothing"
 
 
-def test_clusters_on_gqa_and_textvqa_are_one_study_at_one_budget(llava_job: tuple[Path, list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_clusters_on_gqa_and_textvqa_are_one_study_at_one_budget(
+    llava_job: tuple[Path, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What the pipeline asks the study for; the study itself is run in tests/cluster/test_reduction_study.py."""
     asked: list[tuple[EvaluateJob, dict[str, Any]]] = []
     pipeline = script("training_free_llava")
@@ -121,7 +126,11 @@ def test_saliency_is_studied_on_each_images_own_question_and_those_of_others(tmp
 
 
 def _mean_spearman(maps_IPN: NDArray[np.float32]) -> float:
-    pairs = [(each[first], each[second]) for each in maps_IPN for first, second in itertools.combinations(range(len(each)), 2)]
+    pairs = [
+        (each[first], each[second])
+        for each in maps_IPN
+        for first, second in itertools.combinations(range(len(each)), 2)
+    ]
     return float(np.mean([stats.spearmanr(first, second).statistic for first, second in pairs]))
 
 
@@ -129,10 +138,16 @@ def test_validity_is_studied_on_the_questions_of_a_job(tmp_path: Path, monkeypat
     """Losses are made up, so that the numbers are known; on a model they are measured in tests/analysis and tests/cluster/test_reduction_study.py."""
     asked: list[Pair] = []
 
-    def leave_one_out(model: object, processor: object, pair: Pair, *, seed: int) -> tuple[NDArray[np.float64], Mapping[str, NDArray[np.float64]]]:
+    def leave_one_out(
+        model: object, processor: object, pair: Pair, *, seed: int
+    ) -> tuple[NDArray[np.float64], Mapping[str, NDArray[np.float64]]]:
         asked.append(pair)
         loss_N = np.random.default_rng(seed).random(256)
-        return loss_N, {"follows": loss_N**2, "opposes": -loss_N, "random": np.random.default_rng(100 + seed).random(256)}
+        return loss_N, {
+            "follows": loss_N**2,
+            "opposes": -loss_N,
+            "random": np.random.default_rng(100 + seed).random(256),
+        }
 
     monkeypatch.setattr(attention_studies, "leave_one_out", leave_one_out)
     _run("validity", *_attention(tmp_path, 5))

@@ -10,7 +10,8 @@ from parcelray.errors import UserError
 from parcelray.profiling import backbone_shapes
 from parcelray.profiling.backbone_shapes import PRESETS, from_transformers_config, resolve_backbone
 
-# What google/paligemma2-3b-pt-224 writes: head_dim, image_size and num_channels are left to the defaults of their classes.
+# What google/paligemma2-3b-pt-224 writes: head_dim, image_size and num_channels are left to the defaults of their
+# classes.
 PALIGEMMA2_3B_JSON = {
     "model_type": "paligemma",
     "text_config": {
@@ -56,7 +57,11 @@ def test_a_saved_config_with_defaults_left_out_equals_the_preset(checkpoint: Pat
 def test_transformers_config_and_its_saved_file_agree(tmp_path: Path) -> None:
     config = PaliGemmaConfig(**{key: value for key, value in PALIGEMMA2_3B_JSON.items() if key != "model_type"})
     config.save_pretrained(tmp_path)
-    assert _dims(from_transformers_config(config)) == _dims(resolve_backbone(str(tmp_path))) == _dims(PRESETS["paligemma2-3b"])
+    assert (
+        _dims(from_transformers_config(config))
+        == _dims(resolve_backbone(str(tmp_path)))
+        == _dims(PRESETS["paligemma2-3b"])
+    )
 
 
 def test_mini_comes_with_the_package() -> None:
@@ -98,8 +103,16 @@ def test_a_folder_without_config_is_named(tmp_path: Path) -> None:
         ("{", "Cannot read"),
         ("[]", "holds list"),
         ("{}", "has no vision_config"),
-        (json.dumps(PALIGEMMA2_3B_JSON | {"text_config": {"model_type": "qwen3"}}), "type qwen3, .*legal types are gemma, gemma2, llama"),
-        (json.dumps(PALIGEMMA2_3B_JSON | {"vision_config": {"model_type": "siglip_vision_model", "hidden_size": "wide"}}), "vision_width .* 'wide'"),
+        (
+            json.dumps(PALIGEMMA2_3B_JSON | {"text_config": {"model_type": "qwen3"}}),
+            "type qwen3, .*legal types are gemma, gemma2, llama",
+        ),
+        (
+            json.dumps(
+                PALIGEMMA2_3B_JSON | {"vision_config": {"model_type": "siglip_vision_model", "hidden_size": "wide"}}
+            ),
+            "vision_width .* 'wide'",
+        ),
     ],
 )
 def test_broken_files_are_named(tmp_path: Path, content: str, message: str) -> None:

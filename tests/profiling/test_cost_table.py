@@ -14,7 +14,12 @@ from parcelray.profiling import cost_table
 
 def test_rows_cover_every_budget_at_every_number_of_frames() -> None:
     table = cost_table.build("paligemma2-3b", budgets=(16, 64), frames=(1, 16))
-    assert [(row.num_visual_tokens, row.num_frames, row.num_text_tokens) for row in table.rows] == [(16, 1, 129), (64, 1, 129), (16, 16, 65), (64, 16, 65)]
+    assert [(row.num_visual_tokens, row.num_frames, row.num_text_tokens) for row in table.rows] == [
+        (16, 1, 129),
+        (64, 1, 129),
+        (16, 16, 65),
+        (64, 16, 65),
+    ]
 
 
 def test_savings_are_against_all_patches_without_a_connector() -> None:
@@ -52,7 +57,15 @@ def test_the_printed_table_shows_terms_totals_and_savings() -> None:
     output = io.StringIO()
     Console(width=160, file=output).print(cost_table.build("paligemma2-3b", frames=(16,)).to_rich())
     text = " ".join(output.getvalue().split())
-    for expected in ("connector self attention", "output head", "24.28", "KV cache, MB", "FLOPs saved", "16 frames", "Left out: patch embedding"):
+    for expected in (
+        "connector self attention",
+        "output head",
+        "24.28",
+        "KV cache, MB",
+        "FLOPs saved",
+        "16 frames",
+        "Left out: patch embedding",
+    ):
         assert expected in text
 
 
@@ -69,7 +82,10 @@ def test_text_tokens_can_be_given() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"connector": "parcl"}, r"Unknown connector 'parcl': choose one of parcel, mqt, m3, identity; did you mean parcel\?"),
+        (
+            {"connector": "parcl"},
+            r"Unknown connector 'parcl': choose one of parcel, mqt, m3, identity; did you mean parcel\?",
+        ),
         ({"budgets": ()}, "No budget"),
         ({"frames": (0,)}, "0 frames"),
         ({"resolution": 225}, "not a multiple of the patch size 14"),
@@ -83,5 +99,7 @@ def test_mistakes_are_named(arguments: dict[str, Any], message: str) -> None:
 
 
 def test_an_illegal_budget_names_the_legal_ones() -> None:
-    with pytest.raises(UnsupportedBudgetError, match="m3 cannot give 100 visual tokens per image; legal budgets are 4, 16, 64, 256"):
+    with pytest.raises(
+        UnsupportedBudgetError, match="m3 cannot give 100 visual tokens per image; legal budgets are 4, 16, 64, 256"
+    ):
         cost_table.build("paligemma2-3b", connector="m3", budgets=(100,))

@@ -16,7 +16,14 @@ from parcelray.errors import UnsupportedBudgetError, UserError
 from parcelray.models.backbones import ElasticPaliGemmaConfig, ElasticPaliGemmaForConditionalGeneration
 from parcelray.models.connectors import Connector, build_connector
 from parcelray.profiling.backbone_shapes import PRESETS, BackboneShape, from_transformers_config
-from parcelray.profiling.flops import BYTES_PER_MB, CostBreakdown, cost, decoding_flops, kv_cache_bytes, patch_embedding_flops
+from parcelray.profiling.flops import (
+    BYTES_PER_MB,
+    CostBreakdown,
+    cost,
+    decoding_flops,
+    kv_cache_bytes,
+    patch_embedding_flops,
+)
 
 PALIGEMMA = PRESETS["paligemma2-3b"]
 ALL_CONNECTORS = (
@@ -32,7 +39,14 @@ ALL_CONNECTORS = (
     "m3_self_attention",
 )
 SMALL = {
-    "vision_config": {"hidden_size": 48, "intermediate_size": 100, "num_hidden_layers": 2, "num_attention_heads": 4, "patch_size": 4, "image_size": 64},
+    "vision_config": {
+        "hidden_size": 48,
+        "intermediate_size": 100,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "patch_size": 4,
+        "image_size": 64,
+    },
     "text_config": {
         "hidden_size": 64,
         "intermediate_size": 160,
@@ -45,7 +59,14 @@ SMALL = {
     },
 }
 REAL_3B = {
-    "vision_config": {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16, "patch_size": 14, "image_size": 224},
+    "vision_config": {
+        "hidden_size": 1152,
+        "intermediate_size": 4304,
+        "num_hidden_layers": 27,
+        "num_attention_heads": 16,
+        "patch_size": 14,
+        "image_size": 224,
+    },
     "text_config": {"vocab_size": 257152},
 }
 
@@ -56,7 +77,9 @@ def _connector(name: str, **settings: Any) -> ConnectorConfig:
 
 
 def _frozen_connector(config: ConnectorConfig, shape: BackboneShape) -> Connector:
-    connector = build_connector(config, hidden_size=shape.vision_width, grid_size=shape.grid_size, mlp_width=shape.vision_mlp_width)
+    connector = build_connector(
+        config, hidden_size=shape.vision_width, grid_size=shape.grid_size, mlp_width=shape.vision_mlp_width
+    )
     # The counter follows modules through gradient functions, which a learned query bank has none of under no_grad.
     return connector.requires_grad_(False)
 
@@ -69,7 +92,14 @@ def _counted(run: Callable[[], object]) -> int:
 
 @pytest.mark.parametrize(
     ("num_frames", "budget", "tflop", "kv_mb"),
-    [(1, 16, "1.0", "15"), (1, 64, "1.2", "20"), (1, 256, "2.0", "39"), (16, 16, "4.9", "33"), (16, 64, "8.2", "111"), (16, 256, "24.3", "423")],
+    [
+        (1, 16, "1.0", "15"),
+        (1, 64, "1.2", "20"),
+        (1, 256, "2.0", "39"),
+        (16, 16, "4.9", "33"),
+        (16, 64, "8.2", "111"),
+        (16, 256, "24.3", "423"),
+    ],
 )
 def test_the_table_of_the_paper_to_its_printed_digits(num_frames: int, budget: int, tflop: str, kv_mb: str) -> None:
     result = cost(PALIGEMMA, ParcelConnectorConfig(), budget, num_frames)
@@ -104,7 +134,9 @@ def test_parcel_without_queries_costs_nothing_in_the_connector(budget: int) -> N
 
 
 def test_frames_scale_everything_before_the_decoder() -> None:
-    one, sixteen = (cost(PALIGEMMA, ParcelConnectorConfig(), 100, num_frames, num_text_tokens=65) for num_frames in (1, 16))
+    one, sixteen = (
+        cost(PALIGEMMA, ParcelConnectorConfig(), 100, num_frames, num_text_tokens=65) for num_frames in (1, 16)
+    )
     assert sixteen.vision_encoder == 16 * one.vision_encoder
     assert sixteen.connector == 16 * one.connector
     assert sixteen.projection == 16 * one.projection
@@ -139,7 +171,12 @@ def test_budgets_that_a_connector_cannot_give_are_refused(name: str, budget: int
 
 @pytest.mark.parametrize(
     ("budget", "num_frames", "num_text", "message"),
-    [(300, 1, None, "outside 1 to 256"), (0, 1, None, "outside 1 to 256"), (16, -1, None, "-1 frames"), (16, 1, -5, "-5 text tokens")],
+    [
+        (300, 1, None, "outside 1 to 256"),
+        (0, 1, None, "outside 1 to 256"),
+        (16, -1, None, "-1 frames"),
+        (16, 1, -5, "-5 text tokens"),
+    ],
 )
 def test_impossible_numbers_are_refused(budget: int, num_frames: int, num_text: int | None, message: str) -> None:
     with pytest.raises(UserError, match=message):
@@ -165,15 +202,24 @@ def _meta_paligemma(dims: dict[str, dict[str, int]]) -> PaliGemmaForConditionalG
     vision = {"model_type": "siglip_vision_model", "vision_use_head": False} | dims["vision_config"]
     text = {"model_type": "gemma2"} | dims["text_config"]
     width = text.get("hidden_size", 2304)
-    config = PaliGemmaConfig(vision_config=vision, text_config=text, projection_dim=width, hidden_size=width, image_token_index=5)
+    config = PaliGemmaConfig(
+        vision_config=vision, text_config=text, projection_dim=width, hidden_size=width, image_token_index=5
+    )
     # Eager attention is plain matrix products, which the counter sees on every device.
     config._attn_implementation = "eager"
     with torch.device("meta"):
         return PaliGemmaForConditionalGeneration(config).eval()
 
 
-def _run_parts(model: PaliGemmaForConditionalGeneration, shape: BackboneShape, config: ConnectorConfig, budget: int, head_tokens: int) -> int:
-    # The parts in the order of the forward pass: its check of the placeholders reads values, which meta tensors do not have.
+def _run_parts(
+    model: PaliGemmaForConditionalGeneration,
+    shape: BackboneShape,
+    config: ConnectorConfig,
+    budget: int,
+    head_tokens: int,
+) -> int:
+    # The parts in the order of the forward pass: its check of the placeholders reads values, which meta tensors do not
+    # have.
     with torch.device("meta"):
         connector = _frozen_connector(config, shape)
         pixels = torch.empty(1, 3, shape.image_size, shape.image_size)
@@ -184,7 +230,9 @@ def _run_parts(model: PaliGemmaForConditionalGeneration, shape: BackboneShape, c
         patches = model.model.vision_tower(pixels).last_hidden_state
         visual = model.model.multi_modal_projector(connector(patches, num_visual_tokens=budget))
         masks = {"full_attention": mask, "sliding_attention": mask}
-        hidden = model.model.language_model(inputs_embeds=torch.cat([visual, text], dim=1), attention_mask=masks).last_hidden_state
+        hidden = model.model.language_model(
+            inputs_embeds=torch.cat([visual, text], dim=1), attention_mask=masks
+        ).last_hidden_state
         model.lm_head(hidden[:, -head_tokens:])
 
     return _counted(prefill)
@@ -192,7 +240,14 @@ def _run_parts(model: PaliGemmaForConditionalGeneration, shape: BackboneShape, c
 
 @pytest.mark.parametrize(
     ("dims", "name", "budget"),
-    [(SMALL, "parcel", 16), (SMALL, "parcel", 256), (SMALL, "mqt", 64), (SMALL, "m3", 64), (REAL_3B, "parcel", 256), (REAL_3B, "identity", 256)],
+    [
+        (SMALL, "parcel", 16),
+        (SMALL, "parcel", 256),
+        (SMALL, "mqt", 64),
+        (SMALL, "m3", 64),
+        (REAL_3B, "parcel", 256),
+        (REAL_3B, "identity", 256),
+    ],
 )
 def test_the_prefill_is_torchs_count_without_the_patch_embedding_and_the_head_over_image_tokens(
     dims: dict[str, dict[str, int]], name: str, budget: int
@@ -207,7 +262,9 @@ def test_the_prefill_is_torchs_count_without_the_patch_embedding_and_the_head_ov
 
     # A plain forward also runs the head over the image tokens, which the paper leaves out.
     head_over_image_tokens = 2 * budget * shape.text_width * shape.vocab_size
-    assert _run_parts(model, shape, config, budget, head_tokens=budget + 129) == as_in_the_paper + head_over_image_tokens
+    assert (
+        _run_parts(model, shape, config, budget, head_tokens=budget + 129) == as_in_the_paper + head_over_image_tokens
+    )
 
 
 def test_decoding_is_torchs_count_step_by_step() -> None:
@@ -219,7 +276,11 @@ def test_decoding_is_torchs_count_step_by_step() -> None:
         model.model.language_model(inputs_embeds=embeddings[:, :20], past_key_values=cache, use_cache=True)
 
     def step() -> None:
-        model.lm_head(model.model.language_model(inputs_embeds=embeddings[:, :1], past_key_values=cache, use_cache=True).last_hidden_state)
+        model.lm_head(
+            model.model.language_model(
+                inputs_embeds=embeddings[:, :1], past_key_values=cache, use_cache=True
+            ).last_hidden_state
+        )
 
     counted = [_counted(step) for _ in range(3)]
     assert [decoding_flops(shape, 20, 1 + steps) - decoding_flops(shape, 20, steps) for steps in (1, 2, 3)] == counted
@@ -245,7 +306,14 @@ def test_the_elastic_model_itself_agrees_with_torch() -> None:
         # The fused kernel of the CPU is one operation that the counter does not know.
         with sdpa_kernel(SDPBackend.MATH):
             ones = torch.ones_like(ids)
-            return model(input_ids=ids, pixel_values=pixels, attention_mask=ones, token_type_ids=0 * ones, num_visual_tokens=100, logits_to_keep=129)
+            return model(
+                input_ids=ids,
+                pixel_values=pixels,
+                attention_mask=ones,
+                token_type_ids=0 * ones,
+                num_visual_tokens=100,
+                logits_to_keep=129,
+            )
 
     expected = cost(shape, config.connector_config, 100).total + patch_embedding_flops(shape)
     assert _counted(prefill) == pytest.approx(expected, rel=0.01)

@@ -60,4 +60,6 @@ def test_merging_in_the_tower_pays_for_its_tokens_layer_by_layer() -> None:
         tower += 8 * (tokens + 1) * width**2 + 4 * (tokens + 1) ** 2 * width + 4 * (tokens - count + 1) * width * 4096
         tokens -= count
     plain = cost(shape, None, BUDGET, num_text_tokens=TEXT)
-    assert reduced_prefill_flops(shape, configs.ToMeConfig(), BUDGET, TEXT) == plain.total - plain.vision_encoder + tower
+    assert (
+        reduced_prefill_flops(shape, configs.ToMeConfig(), BUDGET, TEXT) == plain.total - plain.vision_encoder + tower
+    )

@@ -18,21 +18,34 @@ from parcelray.promotion.gates import Check, accepted_budgets, check_golden, che
 FAMILIES = ("general", "grounding")
 
 
-def _summary(shares: dict[int, tuple[float, float]], count: int = 100, ids: str = "q", unscored: Sequence[str] = ()) -> Summary:
+def _summary(
+    shares: dict[int, tuple[float, float]], count: int = 100, ids: str = "q", unscored: Sequence[str] = ()
+) -> Summary:
     """A model that answers a share of each family's questions rightly, at each budget the first ones; of some families none can be scored."""
     samples = [
-        Sample(id=f"{ids}{family}{index}", benchmark="b", family=family, task="t", images=(), prompt="?", answers=("yes",), scene=f"{family}{index}")
+        Sample(
+            id=f"{ids}{family}{index}",
+            benchmark="b",
+            family=family,
+            task="t",
+            images=(),
+            prompt="?",
+            answers=("yes",),
+            scene=f"{family}{index}",
+        )
         for family in FAMILIES
         for index in range(count)
     ]
     answers: dict[int, Sequence[GivenAnswer]] = {
-        budget: [GivenAnswer("yes" if index < share * count else "no") for share in by_family for index in range(count)] for budget, by_family in shares.items()
+        budget: [GivenAnswer("yes" if index < share * count else "no") for share in by_family for index in range(count)]
+        for budget, by_family in shares.items()
     }
     splits = score_splits(samples, answers, ScoringRules(split_of=lambda sample: f"b/{sample.family}"))
     for place, split in enumerate(splits):
         if split.family in unscored:
             nothing = {
-                budget: replace(score, estimate=Estimate(math.nan, np.full_like(score.estimate.draws, np.nan), 0)) for budget, score in split.scores.items()
+                budget: replace(score, estimate=Estimate(math.nan, np.full_like(score.estimate.draws, np.nan), 0))
+                for budget, score in split.scores.items()
             }
             splits[place] = replace(split, scores=nothing)
     evaluation = Evaluation("e", "sha256:1", "sha256:1", tuple(sorted(shares)), max(shares), "nowhere", ())
@@ -73,7 +86,11 @@ def test_regression_is_ruled_out_or_not() -> None:
         "the score on grounding at 256 visual tokens against the champion's": True,
     }
     assert any("-5.00 points" in check.found for check in checks)
-    assert all(check.passed for check in check_regression(CANDIDATE, worse, RegressionGate(margin=0)) if "all splits" in check.what)
+    assert all(
+        check.passed
+        for check in check_regression(CANDIDATE, worse, RegressionGate(margin=0))
+        if "all splits" in check.what
+    )
 
 
 def test_what_the_margin_allows_on_average_must_be_sure() -> None:
@@ -90,7 +107,10 @@ def test_both_are_averaged_over_the_same_splits() -> None:
     assert [(check.passed, check.found.split(" ")[0]) for check in same] == [(True, "+0.00")]
     lost = list(check_regression(champion, _summary({64: (0.8, 0.1)}), RegressionGate(margin=1)))
     assert [check.passed for check in lost] == [False, True]
-    assert str(lost[0]) == "the score on b/grounding at 64 visual tokens is nothing that could be scored, but the gate asks for a score"
+    assert (
+        str(lost[0])
+        == "the score on b/grounding at 64 visual tokens is nothing that could be scored, but the gate asks for a score"
+    )
 
 
 def test_a_budget_is_accepted_when_all_that_was_asked_of_its_answers_passed() -> None:
@@ -98,7 +118,13 @@ def test_a_budget_is_accepted_when_all_that_was_asked_of_its_answers_passed() ->
         return Check(gate, "what", "found", "asked", passed, budget)
 
     card = check("card", None)
-    asked = [check("retention", 16), check("golden", 16, False), check("retention", 64), check("latency", 64, False), check("latency", 256)]
+    asked = [
+        check("retention", 16),
+        check("golden", 16, False),
+        check("retention", 64),
+        check("latency", 64, False),
+        check("latency", 256),
+    ]
     assert accepted_budgets([card, *asked], [16, 64, 256]) == [64]
     assert accepted_budgets([card, check("regression", None)], [16]) == []
     assert accepted_budgets([card._replace(passed=False), *asked], [16, 64]) == []
@@ -106,7 +132,11 @@ def test_a_budget_is_accepted_when_all_that_was_asked_of_its_answers_passed() ->
 
 def test_other_samples_are_not_compared() -> None:
     with pytest.raises(UserError, match="different samples, so they cannot be paired"):
-        list(check_regression(CANDIDATE, _summary({16: (0.4, 0.1), 256: (0.8, 0.5)}, ids="other"), RegressionGate(margin=1)))
+        list(
+            check_regression(
+                CANDIDATE, _summary({16: (0.4, 0.1), 256: (0.8, 0.5)}, ids="other"), RegressionGate(margin=1)
+            )
+        )
 
 
 def test_golden_answers_are_right_by_metric_or_to_the_letter() -> None:

@@ -26,7 +26,10 @@ from parcelray.tracking.registry import resolve_registry
 from ..stores import new_store
 from ..tiny import own_benchmark, tiny_checkpoint
 
-pytestmark = [pytest.mark.filterwarnings("ignore:The ``noload``:DeprecationWarning"), pytest.mark.usefixtures("without_pictures")]
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The ``noload``:DeprecationWarning"),
+    pytest.mark.usefixtures("without_pictures"),
+]
 ROWS = 12
 
 
@@ -37,10 +40,19 @@ class Place:
         self.root = root
         self.uri = new_store(root)
         self.first, self.second = (tiny_checkpoint(root / str(seed), seed) for seed in (1, 2))
-        asked = self.job(benchmarks=[{"name": "own", "data": str(own_benchmark(root / "blank", [["nothing"]] * ROWS))}], catalog=[str(root / "blank")])
-        said = run_evaluation(asked.evaluation("before", str(self.first)), _console(), tables=False).summary.splits[0].answers
+        asked = self.job(
+            benchmarks=[{"name": "own", "data": str(own_benchmark(root / "blank", [["nothing"]] * ROWS))}],
+            catalog=[str(root / "blank")],
+        )
+        said = (
+            run_evaluation(asked.evaluation("before", str(self.first)), _console(), tables=False)
+            .summary.splits[0]
+            .answers
+        )
         # What it says at either budget is right.
-        self.data = own_benchmark(root / "data", [[few.text, many.text] for few, many in zip(said[16], said[64], strict=True)])
+        self.data = own_benchmark(
+            root / "data", [[few.text, many.text] for few, many in zip(said[16], said[64], strict=True)]
+        )
 
     def job(self, **changes: Any) -> PromoteJob:
         data = {
@@ -61,7 +73,10 @@ class Place:
         return run_promotion(self.job(**changes), _console(), force=force)
 
     def aliases(self) -> dict[str, int]:
-        return {alias: int(version) for alias, version in MlflowClient(self.uri).get_registered_model("tiny").aliases.items()}
+        return {
+            alias: int(version)
+            for alias, version in MlflowClient(self.uri).get_registered_model("tiny").aliases.items()
+        }
 
 
 def _console() -> Console:
@@ -102,7 +117,9 @@ def test_a_first_version_passes_and_a_worse_one_is_refused_forced_and_rolled_bac
 
     # The same files are the same version, however often they are put to the gates.
     with pytest.raises(GateRefusal, match="models:/tiny/2 is not promoted"):
-        made.promote(name="again", gates={"latency": {"at_most_ms": {"16": 0.001}, "questions": 5}}, candidate=str(made.second))
+        made.promote(
+            name="again", gates={"latency": {"at_most_ms": {"16": 0.001}, "questions": 5}}, candidate=str(made.second)
+        )
     forced = made.promote(gates=gates, candidate="challenger", force=True)
     assert (forced.version, forced.word) == (2, "forced")
     assert made.aliases() == {"challenger": 2, "champion": 2, "previous": 1}
@@ -116,8 +133,13 @@ def test_a_first_version_passes_and_a_worse_one_is_refused_forced_and_rolled_bac
     assert [(each.version, "champion" in each.aliases) for each in back.versions] == [(2, False), (1, True)]
     assert made.aliases() == {"challenger": 2, "champion": 1, "previous": 2}
     listed = list_models(made.uri)
-    assert listed.to_dict()["models"] == [{"name": "tiny", "versions": 2, "aliases": {"champion": 1, "challenger": 2, "previous": 2}}]
-    assert {page.version: page.verdict for page in show_model("tiny", None, made.uri).versions} == {1: "passed", 2: "forced"}
+    assert listed.to_dict()["models"] == [
+        {"name": "tiny", "versions": 2, "aliases": {"champion": 1, "challenger": 2, "previous": 2}}
+    ]
+    assert {page.version: page.verdict for page in show_model("tiny", None, made.uri).versions} == {
+        1: "passed",
+        2: "forced",
+    }
 
 
 def test_a_new_version_comes_from_the_run_that_trained_it(made: Place, tmp_path: Path) -> None:
@@ -131,7 +153,9 @@ def test_a_new_version_comes_from_the_run_that_trained_it(made: Place, tmp_path:
 
 
 def test_a_slow_answer_is_named(made: Place) -> None:
-    with pytest.raises(GateRefusal, match=r"p95 of one question at 64 visual tokens is .* ms, but the gate asks for at most 0.001 ms"):
+    with pytest.raises(
+        GateRefusal, match=r"p95 of one question at 64 visual tokens is .* ms, but the gate asks for at most 0.001 ms"
+    ):
         made.promote(name="slow", gates={"latency": {"at_most_ms": {"64": 0.001}, "questions": 5}}, candidate=1)
 
 
@@ -144,14 +168,22 @@ def test_files_that_changed_are_not_loaded(made: Place, monkeypatch: pytest.Monk
         file.write(b"\x07")
     try:
         for force in (False, True):
-            with pytest.raises(GateRefusal, match=r"signature, manifest and files is model\.safetensors in .* has SHA-256.*Register the checkpoint again"):
+            with pytest.raises(
+                GateRefusal,
+                match=(
+                    r"signature, manifest and files is model\.safetensors in .* has SHA-256.*Register the checkpoint"
+                    r" again"
+                ),
+            ):
                 made.promote(name="changed", candidate=2, force=force)
         assert made.aliases()["champion"] == 1
     finally:
         shutil.copy(kept, folder / "model.safetensors")
 
 
-def test_a_champion_that_changed_while_the_gates_ran_is_not_replaced(made: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_champion_that_changed_while_the_gates_ran_is_not_replaced(
+    made: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def meanwhile(*arguments: Any) -> list[str]:
         MlflowClient(made.uri).delete_registered_model_alias("tiny", "champion")
         return []
@@ -159,7 +191,9 @@ def test_a_champion_that_changed_while_the_gates_ran_is_not_replaced(made: Place
     assert made.aliases()["champion"] == 1
     monkeypatch.setattr(promotion, "card_problems", meanwhile)
     try:
-        with pytest.raises(UserError, match=r"champion of model 'tiny' was version 1 when this was decided and is no version now"):
+        with pytest.raises(
+            UserError, match=r"champion of model 'tiny' was version 1 when this was decided and is no version now"
+        ):
             made.promote(name="race", candidate=2)
         assert "champion" not in made.aliases()
     finally:
@@ -205,8 +239,14 @@ def test_what_cannot_be_promoted_is_refused_in_one_sentence(made: Place) -> None
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"gates": {"retention": {"overall": {"32": 50}}}}, r"gates name the budgets \[32\], which are not among budgets"),
-        ({"gates": {"golden": [{"benchmark": "mini", "sample": "x", "budgets": [16]}]}}, r"golden answers name the benchmarks \['mini'\]"),
+        (
+            {"gates": {"retention": {"overall": {"32": 50}}}},
+            r"gates name the budgets \[32\], which are not among budgets",
+        ),
+        (
+            {"gates": {"golden": [{"benchmark": "mini", "sample": "x", "budgets": [16]}]}},
+            r"golden answers name the benchmarks \['mini'\]",
+        ),
         ({"tracking": {"uri": None}}, "the registry is in the tracking store"),
         ({"gates": {"latency": {"at_most_ms": {}}}}, "at least 1 item"),
     ],

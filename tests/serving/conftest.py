@@ -53,7 +53,14 @@ class Asker:
         self._numbers = itertools.count()
 
     def __call__(
-        self, sample: Sample, budget: int, *, timeout_s: float = 60.0, stream: bool = False, urgent: bool = False, **sampling: object
+        self,
+        sample: Sample,
+        budget: int,
+        *,
+        timeout_s: float = 60.0,
+        stream: bool = False,
+        urgent: bool = False,
+        **sampling: object,
     ) -> GenerateRequest:
         images = [self._builder.pixels(decode_image(image)) for image in sample.images] if budget else []
         settings = Sampling(**{"max_new_tokens": 8, **sampling})  # type: ignore[arg-type]

@@ -65,7 +65,9 @@ def job_of(**changes: Any) -> ServeJob:
     return ServeJob.model_validate({"kind": "serve", "name": "mini", "model": {"connector": {"type": "m3"}}, **changes})
 
 
-def service_of(job: ServeJob, model: ElasticVLM, processor: ElasticProcessor, client: ModelClient, *, capacity: int | None = None) -> ChatService:
+def service_of(
+    job: ServeJob, model: ElasticVLM, processor: ElasticProcessor, client: ModelClient, *, capacity: int | None = None
+) -> ChatService:
     shape = from_transformers_config(model.config)
     costs = {budget: cost(shape, model.config.connector_config, budget) for budget in job.budgets.offered}
     return ChatService(
@@ -104,7 +106,9 @@ def serving(application: Any) -> Iterator[str]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    server = uvicorn.Server(uvicorn.Config(application, host="127.0.0.1", port=port, log_level="critical", timeout_graceful_shutdown=2))
+    server = uvicorn.Server(
+        uvicorn.Config(application, host="127.0.0.1", port=port, log_level="critical", timeout_graceful_shutdown=2)
+    )
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     wait_until(lambda: server.started)

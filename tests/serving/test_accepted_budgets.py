@@ -48,7 +48,11 @@ def ask(uri: str, version: int, policy: dict[str, Any]) -> tuple[str, ...]:
 def test_a_floor_that_the_gates_did_not_accept_is_refused(uri: str) -> None:
     for policy in ({"type": "load", "floor": 16}, {"type": "load"}):
         with pytest.raises(
-            UserError, match=r"down to 16 visual tokens, which the gates of models:/m/1 did not accept \(accepted are 64, 256\); set .*\(64, 256\)"
+            UserError,
+            match=(
+                r"down to 16 visual tokens, which the gates of models:/m/1 did not accept \(accepted are 64, 256\); set"
+                r" .*\(64, 256\)"
+            ),
         ):
             ask(uri, 1, policy)
     assert ask(uri, 1, {"type": "load", "floor": 64}) == ()

@@ -49,7 +49,9 @@ def predictor(model: ElasticVLM, processor: ElasticProcessor, signals: Any) -> B
     return replace(fit_predictor(signals, right, budgets=BUDGETS, names=names, reads_answer=False), price=0.001)
 
 
-def is_clear(predictor: BudgetPredictor, signals: list[float], price: float | None = None, among: tuple[int, ...] = BUDGETS) -> bool:
+def is_clear(
+    predictor: BudgetPredictor, signals: list[float], price: float | None = None, among: tuple[int, ...] = BUDGETS
+) -> bool:
     (worth,) = predictor._worth(np.array([signals]), price)
     *_, second, best = sorted(worth[BUDGETS.index(budget)] for budget in among)
     return bool(best - second > CLEAR)
@@ -57,13 +59,21 @@ def is_clear(predictor: BudgetPredictor, signals: list[float], price: float | No
 
 @pytest.mark.parametrize("kind", [ContinuousEngine, StaticEngine])
 def test_the_engine_chooses_as_the_predictor_does_offline(
-    kind: Any, model: ElasticVLM, processor: ElasticProcessor, samples: list[Sample], predictor: BudgetPredictor, signals: Any, ask: Asker
+    kind: Any,
+    model: ElasticVLM,
+    processor: ElasticProcessor,
+    samples: list[Sample],
+    predictor: BudgetPredictor,
+    signals: Any,
+    ask: Asker,
 ) -> None:
     for price, floor in ((None, 16), (0.003, 16), (0.003, 64)):
         chooser = BudgetChooser(predictor, model, processor, price=price)
         engine = kind(model, processor, EngineLimits(max_running=8, kv_tokens=4096, vision_batch=8), chooser=chooser)
         choices = tuple(budget for budget in BUDGETS if budget >= floor)
-        some = [place for place in range(0, len(samples), 2) if is_clear(predictor, signals[place].tolist(), price, choices)]
+        some = [
+            place for place in range(0, len(samples), 2) if is_clear(predictor, signals[place].tolist(), price, choices)
+        ]
         assert len(some) > 15
         asked = [samples[place] for place in some]
         found = answer_all(engine, [replace(ask(sample, 256), choices=choices) for sample in asked])
@@ -75,17 +85,25 @@ def test_the_engine_chooses_as_the_predictor_does_offline(
             assert len(set(expected)) > 1, "the test means something only if choices differ"
         # Chosen or named, the answer at a budget is the same.
         assert [each.text for each in found] == [
-            each.text for each in answer_all(engine, [ask(sample, budget) for sample, budget in zip(asked, expected, strict=True)])
+            each.text
+            for each in answer_all(
+                engine, [ask(sample, budget) for sample, budget in zip(asked, expected, strict=True)]
+            )
         ]
         assert engine.stats().kv_tokens_used == 0
         engine.close()
 
 
-def test_what_does_not_fit_is_not_chosen(model: ElasticVLM, processor: ElasticProcessor, samples: list[Sample], predictor: BudgetPredictor, ask: Asker) -> None:
+def test_what_does_not_fit_is_not_chosen(
+    model: ElasticVLM, processor: ElasticProcessor, samples: list[Sample], predictor: BudgetPredictor, ask: Asker
+) -> None:
     chooser = BudgetChooser(predictor, model, processor, price=0.0)
     engine = ContinuousEngine(model, processor, EngineLimits(kv_tokens=128), chooser=chooser)
     one = [sample for sample in samples if len(sample.images) == 1]
-    assert {each.num_visual_tokens for each in answer_all(engine, [replace(ask(sample, 256), choices=BUDGETS) for sample in one])} <= {16, 64}
+    assert {
+        each.num_visual_tokens
+        for each in answer_all(engine, [replace(ask(sample, 256), choices=BUDGETS) for sample in one])
+    } <= {16, 64}
     with pytest.raises(EngineRefusal, match="may hold 128"):
         engine.submit(replace(ask(one[0], 256), choices=(256,)), lambda _: None)
     engine.close()
@@ -115,7 +133,9 @@ def test_header_usage_metrics_and_log_say_what_was_chosen(
         for number, (sample, budget) in enumerate(zip([samples[place] for place in some], expected, strict=True)):
             asked: dict[str, Any] = {"model": "mini", "messages": message(sample), "max_tokens": 8}
             if number % 2:
-                raw = client.chat.completions.with_raw_response.create(**asked, stream=True, stream_options={"include_usage": True})
+                raw = client.chat.completions.with_raw_response.create(
+                    **asked, stream=True, stream_options={"include_usage": True}
+                )
                 usage = list(raw.parse())[-1].usage
             else:
                 raw = client.chat.completions.with_raw_response.create(**asked)
@@ -125,19 +145,26 @@ def test_header_usage_metrics_and_log_say_what_was_chosen(
             assert usage.model_extra == {"visual_tokens": budget}
             assert usage.prompt_tokens_details.model_dump()["image_tokens"] == budget * len(sample.images)
         # Whoever names a budget, or an end of the ladder, gets it.
-        named = client.chat.completions.with_raw_response.create(model="mini", messages=message(samples[0]), extra_body={"visual_tokens": 64})
+        named = client.chat.completions.with_raw_response.create(
+            model="mini", messages=message(samples[0]), extra_body={"visual_tokens": 64}
+        )
         assert named.headers["x-visual-tokens"] == "64"
         low = client.chat.completions.with_raw_response.create(model="mini", messages=message(samples[0], detail="low"))
         assert low.headers["x-visual-tokens"] == "16"
         with urlopen(f"{url}/metrics", timeout=PATIENCE_S) as response:
             lines = response.read().decode().splitlines()
     for budget, count in Counter(expected).items():
-        assert f'parcel:budget_decisions_total{{asked="auto",model_name="mini",visual_tokens="{budget}"}} {count:.1f}' in lines
+        assert (
+            f'parcel:budget_decisions_total{{asked="auto",model_name="mini",visual_tokens="{budget}"}} {count:.1f}'
+            in lines
+        )
     records = [record.__dict__["request"] for record in caplog.records if record.name == "parcelray.requests"]
     assert [record["visual_tokens"] for record in records][: len(expected)] == expected
 
 
-def test_a_predictor_that_cannot_serve_is_refused_in_words(model: ElasticVLM, processor: ElasticProcessor, predictor: BudgetPredictor, tmp_path: Path) -> None:
+def test_a_predictor_that_cannot_serve_is_refused_in_words(
+    model: ElasticVLM, processor: ElasticProcessor, predictor: BudgetPredictor, tmp_path: Path
+) -> None:
     def policy(folder: str, **changes: Any) -> InputPolicyConfig:
         replace(predictor, **changes).save(tmp_path / folder)
         return InputPolicyConfig(predictor=str(tmp_path / folder), floor=64)
@@ -160,7 +187,11 @@ def test_a_predictor_that_cannot_serve_is_refused_in_words(model: ElasticVLM, pr
 
 
 def test_a_replica_loads_its_predictor_from_wherever_it_runs(
-    model: ElasticVLM, processor: ElasticProcessor, predictor: BudgetPredictor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: ElasticVLM,
+    processor: ElasticProcessor,
+    predictor: BudgetPredictor,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     predictor.save(tmp_path / "predictor")
     monkeypatch.chdir(tmp_path)

@@ -21,7 +21,11 @@ def _declared() -> dict[str, set[str]]:
 
 def _scraped(metric: Any) -> list[str]:
     name = metric._name
-    return {"histogram": [f"{name}_bucket", f"{name}_sum", f"{name}_count"], "counter": [f"{name}_total"], "gauge": [name]}[metric._type]
+    return {
+        "histogram": [f"{name}_bucket", f"{name}_sum", f"{name}_count"],
+        "counter": [f"{name}_total"],
+        "gauge": [name],
+    }[metric._type]
 
 
 def test_every_query_asks_for_what_is_there() -> None:
@@ -30,13 +34,25 @@ def test_every_query_asks_for_what_is_there() -> None:
     asked = {name for query in queries for name in NAME.findall(query)}
     assert asked <= set(declared)
     for query in queries:
-        grouped = {label.strip() for group in re.findall(r"by \(([^)]*)\)", query) for label in group.split(",")} - {"le"}
+        grouped = {label.strip() for group in re.findall(r"by \(([^)]*)\)", query) for label in group.split(",")} - {
+            "le"
+        }
         for name in NAME.findall(query):
             assert grouped <= declared[name], query
     # Every metric is on the dashboard but those that others tell.
-    left = {name.removesuffix("_bucket").removesuffix("_sum").removesuffix("_count").removesuffix("_total") for name in set(declared) - asked}
-    shown = {name.removesuffix("_bucket").removesuffix("_sum").removesuffix("_count").removesuffix("_total") for name in asked}
-    assert left - shown == {"parcel:request_prompt_tokens", "parcel:request_generation_tokens", "parcel:request_retries"}
+    left = {
+        name.removesuffix("_bucket").removesuffix("_sum").removesuffix("_count").removesuffix("_total")
+        for name in set(declared) - asked
+    }
+    shown = {
+        name.removesuffix("_bucket").removesuffix("_sum").removesuffix("_count").removesuffix("_total")
+        for name in asked
+    }
+    assert left - shown == {
+        "parcel:request_prompt_tokens",
+        "parcel:request_generation_tokens",
+        "parcel:request_retries",
+    }
 
 
 def test_every_query_of_ray_names_a_metric_that_it_has() -> None:
@@ -46,7 +62,12 @@ def test_every_query_of_ray_names_a_metric_that_it_has() -> None:
     for name in asked:
         bare = next((known for known in kinds if name == _as_scraped(known, kinds[known])), None)
         assert bare is not None, f"ray_{name}"
-    wanted = ("deployment_processing_latency_ms", "replica_processing_queries", "deployment_error_counter", "replica_startup_latency_ms")
+    wanted = (
+        "deployment_processing_latency_ms",
+        "replica_processing_queries",
+        "deployment_error_counter",
+        "replica_startup_latency_ms",
+    )
     assert {_as_scraped(f"serve_{name}", kinds[f"serve_{name}"]) for name in wanted} <= asked
 
 

@@ -22,7 +22,11 @@ def _example(place: str, language: str, containing: str) -> str:
     """The one example of a language that does something, with the address of a local endpoint in it."""
     text = (ROOT / place).read_text(encoding="utf-8")
     section = re.split(r"^## ", text.partition(f"{PLACES[place]}\n")[2], flags=re.MULTILINE)[0]
-    (found,) = [code for code in re.findall(rf"^```{language}\n(.*?)^```", section, flags=re.DOTALL | re.MULTILINE) if containing in code]
+    (found,) = [
+        code
+        for code in re.findall(rf"^```{language}\n(.*?)^```", section, flags=re.DOTALL | re.MULTILINE)
+        if containing in code
+    ]
     assert "http://127.0.0.1:8000" in found
     return str(found)
 
@@ -37,15 +41,27 @@ def url(model: ElasticVLM, processor: ElasticProcessor) -> Iterator[str]:
 @pytest.mark.parametrize("place", PLACES)
 def test_the_curl_example(url: str, place: str) -> None:
     script = _example(place, "", "curl").replace("http://127.0.0.1:8000", url)
-    found = subprocess.run(["bash", "-euo", "pipefail", "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_S, check=True).stdout
+    found = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", script],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+        check=True,
+    ).stdout
     assert found.startswith("HTTP/1.1 200")
     assert "x-visual-tokens: 64" in found
     assert '"content":"blue"' in found
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_the_python_example(url: str, place: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_python_example(
+    url: str, place: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(ROOT)
-    script = _example(place, "python", "OpenAI").replace("http://127.0.0.1:8000", url) + "\nassert answer.usage.visual_tokens == 64"
+    script = (
+        _example(place, "python", "OpenAI").replace("http://127.0.0.1:8000", url)
+        + "\nassert answer.usage.visual_tokens == 64"
+    )
     exec(compile(script, place, "exec"), {})
     assert capsys.readouterr().out == "blue\n"

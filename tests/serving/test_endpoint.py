@@ -99,7 +99,9 @@ class Load:
                 # Full cores would only keep what is deployed meanwhile from starting.
                 await asyncio.sleep(0.05)
                 try:
-                    raw = await client.chat.completions.with_raw_response.create(model="mini", messages=message(sample), **fields)
+                    raw = await client.chat.completions.with_raw_response.create(
+                        model="mini", messages=message(sample), **fields
+                    )
                     self.outcomes["ok"] += 1
                     self.versions[raw.headers["x-model-version"]] += 1
                 except APIStatusError as error:
@@ -122,31 +124,53 @@ def get(url: str, path: str) -> Any:
 def test_an_answer_comes_whole_and_in_pieces_at_its_budget(url: str, samples: list[Sample]) -> None:
     client = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
     for budget in (16, 256):
-        asked: dict[str, Any] = {"model": "mini", "messages": message(samples[0]), "max_tokens": 8, "extra_body": {"visual_tokens": budget}}
+        asked: dict[str, Any] = {
+            "model": "mini",
+            "messages": message(samples[0]),
+            "max_tokens": 8,
+            "extra_body": {"visual_tokens": budget},
+        }
         raw_answer = client.chat.completions.with_raw_response.create(**asked)
         assert raw_answer.headers["x-visual-tokens"] == str(budget)
         text = raw_answer.parse().choices[0].message.content
         assert text
-        assert "".join(chunk.choices[0].delta.content or "" for chunk in client.chat.completions.create(**asked, stream=True)) == text
+        assert (
+            "".join(
+                chunk.choices[0].delta.content or "" for chunk in client.chat.completions.create(**asked, stream=True)
+            )
+            == text
+        )
     assert get(url, "/ready") == {"status": "ready"}
 
 
-def raw(url: str, path: str, headers: bytes = b"", body: bytes = b"", method: str = "POST") -> tuple[int, dict[str, str], Any]:
+def raw(
+    url: str, path: str, headers: bytes = b"", body: bytes = b"", method: str = "POST"
+) -> tuple[int, dict[str, str], Any]:
     """Status, headers and JSON of a request whose headers no client library would send."""
     place = urlsplit(url)
     with socket.create_connection((place.hostname, place.port), timeout=PATIENCE_S) as connection:
-        head = f"{method} {path} HTTP/1.1\r\nhost: 127.0.0.1\r\nconnection: close\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
+        head = (
+            f"{method} {path} HTTP/1.1\r\nhost: 127.0.0.1\r\nconnection: close\r\ncontent-type:"
+            f" application/json\r\ncontent-length: {len(body)}\r\n"
+        )
         connection.sendall(head.encode() + headers + b"\r\n" + body)
         response = http.client.HTTPResponse(connection)
         response.begin()
-        return response.status, {name.lower(): value for name, value in response.getheaders()}, json.loads(response.read() or b"{}")
+        return (
+            response.status,
+            {name.lower(): value for name, value in response.getheaders()},
+            json.loads(response.read() or b"{}"),
+        )
 
 
 def slow_client(url: str, length: int) -> socket.socket:
     """A connection on which so many bytes are promised, and one comes."""
     place = urlsplit(url)
     connection = socket.create_connection((place.hostname, place.port), timeout=PATIENCE_S)
-    head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\ncontent-length: {length}\r\n\r\n{{"
+    head = (
+        "POST /v1/chat/completions HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\ncontent-length:"
+        f" {length}\r\n\r\n{{"
+    )
     connection.sendall(head.encode())
     return connection
 
@@ -158,7 +182,9 @@ def log_records(component: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
-QUESTION = json.dumps({"model": "mini", "messages": [{"role": "user", "content": "how many"}], "max_tokens": 2}).encode()
+QUESTION = json.dumps(
+    {"model": "mini", "messages": [{"role": "user", "content": "how many"}], "max_tokens": 2}
+).encode()
 CONTROL_HEADERS = [
     b"x-request-id: \xff",
     b"x-request-id: mine",
@@ -184,7 +210,11 @@ def test_what_serve_would_obey_is_not_heard(url: str, header: bytes) -> None:
 def test_the_proxy_names_nothing_and_refuses_in_the_same_form(url: str) -> None:
     for path in ("/-/routes", "/%2d/routes", "/none", "/v1"):
         status, headers, data = raw(url, path, method="GET")
-        assert (status, data["error"]["code"], data["error"]["message"]) == (404, "not_found", "There is nothing at this path.")
+        assert (status, data["error"]["code"], data["error"]["message"]) == (
+            404,
+            "not_found",
+            "There is nothing at this path.",
+        )
         assert headers["x-request-id"].startswith("chatcmpl-")
 
 
@@ -195,7 +225,9 @@ def test_a_request_is_one_line_of_json_with_its_one_id(url: str) -> None:
     assert headers["x-request-id"] == data["id"]
 
     def records() -> dict[str, Any]:
-        return {record["request"]["id"]: record for record in log_records("replica_mini_Ingress") if "request" in record}
+        return {
+            record["request"]["id"]: record for record in log_records("replica_mini_Ingress") if "request" in record
+        }
 
     wait_until(lambda: ids.keys() <= records().keys())
     found = records()
@@ -203,7 +235,12 @@ def test_a_request_is_one_line_of_json_with_its_one_id(url: str) -> None:
     # Serve's own records of the same request have the same id.
     assert all(found[name]["request_id"] == name for name in ids)
     assert found[data["id"]]["request"]["visual_tokens"] == 0
-    assert not [record for component in ("replica", "proxy") for record in log_records(component) if "POST /v1" in record["message"]]
+    assert not [
+        record
+        for component in ("replica", "proxy")
+        for record in log_records(component)
+        if "POST /v1" in record["message"]
+    ]
 
 
 def test_slow_clients_take_no_place(url: str) -> None:
@@ -222,18 +259,28 @@ def test_slow_clients_take_no_place(url: str) -> None:
 
 
 def test_another_port_than_the_running_one_is_refused(url: str) -> None:
-    with pytest.raises(UserError, match=f"listens on 127.0.0.1:{PORT}, not on 127.0.0.1:{PORT + 1}"), endpoint(job(http={"port": PORT + 1})):
+    with (
+        pytest.raises(UserError, match=f"listens on 127.0.0.1:{PORT}, not on 127.0.0.1:{PORT + 1}"),
+        endpoint(job(http={"port": PORT + 1})),
+    ):
         pass
     assert get(url, "/ready") == {"status": "ready"}
 
 
 def test_a_slice_of_the_hostile_corpus(url: str) -> None:
-    base = {"model": "mini", "messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}], "max_tokens": 2, "visual_tokens": 16}
+    base = {
+        "model": "mini",
+        "messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}],
+        "max_tokens": 2,
+        "visual_tokens": 16,
+    }
     bodies = [b"", b"{", b"[" * 100_000, b"\xff", json.dumps([base]).encode()]
     wrong: tuple[Any, ...] = (None, -1, 2**70, "\ud800", [[]], {"a": 1})
     for key in base:
         bodies += [json.dumps({**base, key: value}).encode() for value in wrong]
-    statuses = [raw(url, path, body=body)[0] for body in bodies for path in ("/v1/chat/completions", "/playground/inspect")]
+    statuses = [
+        raw(url, path, body=body)[0] for body in bodies for path in ("/v1/chat/completions", "/playground/inspect")
+    ]
     assert all(status in (200, 400, 404, 413, 415, 422) for status in statuses)
     with slow_client(url, 99_999_999_999) as connection:
         assert connection.recv(200).startswith(b"HTTP/1.1 413")
@@ -254,7 +301,9 @@ def test_idle_replicas_are_known_and_samples_reach_mlflow(url: str, samples: lis
             return set(re.findall(r'parcel:model_load_seconds\{engine="(\d+)"', response.read().decode()))
 
     client = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
-    asked = client.chat.completions.create(model="mini", messages=message(samples[0]), max_tokens=1, extra_body={"visual_tokens": 64}).id
+    asked = client.chat.completions.create(
+        model="mini", messages=message(samples[0]), max_tokens=1, extra_body={"visual_tokens": 64}
+    ).id
     store = MlflowClient(f"sqlite:///{STORE.name}/mlflow.db")
     found: dict[str, list[Any]] = {}
 
@@ -265,7 +314,9 @@ def test_idle_replicas_are_known_and_samples_reach_mlflow(url: str, samples: lis
                 table = load_dict(f"{run.info.artifact_uri}/{file.path}")
                 found.update(
                     {
-                        row[table["columns"].index("request_id")]: [row[table["columns"].index(name)] for name in ("visual_tokens", "new_tokens")]
+                        row[table["columns"].index("request_id")]: [
+                            row[table["columns"].index(name)] for name in ("visual_tokens", "new_tokens")
+                        ]
                         for row in table["data"]
                     }
                 )
@@ -284,12 +335,15 @@ def endless(model: ElasticVLM, processor: ElasticProcessor, tmp_path_factory: py
         # Never the likeliest token, the end does not come.
         changed.get_input_embeddings().get_parameter("weight")[processor.tokenizer.eos_token_id] = 0
     save_checkpoint(changed, processor, folder)
-    # One replica: of two, the one with less to do answers the short requests that ask how much is to do, and the other is not heard of.
+    # One replica: of two, the one with less to do answers the short requests that ask how much is to do, and the other
+    # is not heard of.
     replicas = {"min": 1, "max": 1, "cpus": 0.5, "threads": 1}
     return {"model": {"reference": str(folder), "connector": M3ConnectorConfig().model_dump()}, "replicas": replicas}
 
 
-def test_a_new_version_takes_over_without_a_failed_request(url: str, samples: list[Sample], endless: dict[str, Any]) -> None:
+def test_a_new_version_takes_over_without_a_failed_request(
+    url: str, samples: list[Sample], endless: dict[str, Any]
+) -> None:
     new = job(**endless)
     before = get(url, "/version")["models"][0]["version"]
     assert new.champion.pinned != before
@@ -328,7 +382,8 @@ class Busy:
             return False
 
 
-# Few tokens, so that four long answers, and a short one beside them, are in the KV pool at the same time: none waits for another's end.
+# Few tokens, so that four long answers, and a short one beside them, are in the KV pool at the same time: none waits
+# for another's end.
 FEW = {"visual_tokens": 16}
 LONG: dict[str, Any] = {"model": "mini", "max_tokens": 900, "extra_body": FEW}
 
@@ -360,7 +415,9 @@ def test_a_client_that_hangs_up_frees_its_place(url: str, samples: list[Sample],
     assert 0 < decoded < 4 * 900 / 2, "they were begun, and not answered to their ends"
 
 
-def test_too_many_requests_are_told_to_come_back_and_the_others_answered(url: str, samples: list[Sample], endless: dict[str, Any]) -> None:
+def test_too_many_requests_are_told_to_come_back_and_the_others_answered(
+    url: str, samples: list[Sample], endless: dict[str, Any]
+) -> None:
     deploy(job(**endless))
 
     async def flood() -> list[BaseException]:
@@ -387,8 +444,11 @@ def test_too_many_requests_are_told_to_come_back_and_the_others_answered(url: st
 
 
 @pytest.mark.nightly
-def test_a_challenger_gets_its_share_and_goes_when_it_is_slow(url: str, samples: list[Sample], endless: dict[str, Any]) -> None:
-    # The same weights at twenty times the latency would need another model; a ratio below 1 makes any challenger too slow.
+def test_a_challenger_gets_its_share_and_goes_when_it_is_slow(
+    url: str, samples: list[Sample], endless: dict[str, Any]
+) -> None:
+    # The same weights at twenty times the latency would need another model; a ratio below 1 makes any challenger too
+    # slow.
     canary = {"model": {"connector": {"type": "m3"}}, "share": 0.5, "min_requests": 20, "max_latency_ratio": 1e-6}
     deploy(job(**endless, canary=canary))
     with Load(url, samples, clients=4, max_tokens=8) as load:

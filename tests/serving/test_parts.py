@@ -24,7 +24,9 @@ from parcelray.serving.ingress.admission import Admission
 
 
 def _pool(tokens: int) -> KVPool:
-    return KVPool(num_layers=2, num_heads=2, head_width=4, max_tokens=tokens, dtype=torch.float32, device=torch.device("cpu"))
+    return KVPool(
+        num_layers=2, num_heads=2, head_width=4, max_tokens=tokens, dtype=torch.float32, device=torch.device("cpu")
+    )
 
 
 def test_the_pool_gives_back_what_each_request_wrote() -> None:
@@ -80,7 +82,10 @@ def test_drawn_tokens_follow_the_distribution() -> None:
     logits = torch.tensor([[2.0, 1.0, 0.0, -5.0]])
     sampling = Sampling(max_new_tokens=1, temperature=0.5, seed=0)
     generator = generator_of(sampling)
-    counts = torch.bincount(torch.tensor([choose(logits, [sampling], [generator])[0] for _ in range(4000)]), minlength=4) / 4000
+    counts = (
+        torch.bincount(torch.tensor([choose(logits, [sampling], [generator])[0] for _ in range(4000)]), minlength=4)
+        / 4000
+    )
     torch.testing.assert_close(counts, (logits[0] / 0.5).softmax(0), atol=0.03, rtol=0)
     top = Sampling(max_new_tokens=1, temperature=0.5, top_p=0.9, seed=0)
     generator = generator_of(top)
@@ -91,14 +96,23 @@ def test_a_row_draws_the_same_alone_and_in_a_batch() -> None:
     logits = torch.randn(5, 50, generator=torch.Generator().manual_seed(0))
     samplings = [Sampling(max_new_tokens=1, temperature=1.0, seed=seed) for seed in range(5)]
     together = choose(logits, samplings, [generator_of(each) for each in samplings])
-    assert together == [choose(logits[row : row + 1], [samplings[row]], [generator_of(samplings[row])])[0] for row in range(5)]
+    assert together == [
+        choose(logits[row : row + 1], [samplings[row]], [generator_of(samplings[row])])[0] for row in range(5)
+    ]
 
 
 def test_a_nucleus_is_that_of_a_whole_sort_whatever_is_sorted() -> None:
     rng = torch.Generator().manual_seed(1)
     peaked = -1.5 * torch.arange(1, 20001).log()[torch.randperm(20000, generator=rng)]
     # Flat rows go past what is sorted first, and rows of few values have equals at every edge.
-    rows = torch.stack([peaked, torch.randn(20000, generator=rng), torch.randint(0, 3, (20000,), generator=rng).float(), torch.zeros(20000)])
+    rows = torch.stack(
+        [
+            peaked,
+            torch.randn(20000, generator=rng),
+            torch.randint(0, 3, (20000,), generator=rng).float(),
+            torch.zeros(20000),
+        ]
+    )
     for top_p in (1e-9, 0.3, 0.9, 0.999):
         for seed in range(4):
             samplings = [Sampling(max_new_tokens=1, temperature=0.8, top_p=top_p, seed=seed) for _ in rows]
@@ -119,7 +133,10 @@ def test_a_row_that_holds_no_numbers_has_no_token_and_the_others_theirs() -> Non
     logits = torch.tensor([[0.0, 2.0, 1.0]] * 4)
     logits[1, 0] = torch.nan
     logits[2] = -torch.inf
-    samplings = [Sampling(max_new_tokens=1, temperature=temperature, top_p=1e-6, seed=0) for temperature in (1.0, 1.0, 0.0, 1e-50)]
+    samplings = [
+        Sampling(max_new_tokens=1, temperature=temperature, top_p=1e-6, seed=0)
+        for temperature in (1.0, 1.0, 0.0, 1e-50)
+    ]
     assert choose(logits, samplings, [generator_of(each) for each in samplings]) == [1, None, None, 1]
 
 
@@ -172,7 +189,9 @@ def test_a_stream_begins_with_its_first_token_also_where_that_is_no_text() -> No
     assert job.num_new == 1
 
 
-@pytest.mark.parametrize("text", ["two words", "caf\u00e9 \u4f60\u597d", "  spaces   inside  ", "line\nline", "a", "1234567"])
+@pytest.mark.parametrize(
+    "text", ["two words", "caf\u00e9 \u4f60\u597d", "  spaces   inside  ", "line\nline", "a", "1234567"]
+)
 def test_streamed_text_is_the_text(processor: ElasticProcessor, text: str) -> None:
     ids = processor.tokenizer(text, add_special_tokens=False)["input_ids"]
     stream = TextStream(processor.tokenizer)
@@ -287,7 +306,15 @@ def test_keys_are_hashes_in_a_private_file(tmp_path: Path) -> None:
     assert not any(key in file.read_text() for key in keys)
     keeper = Gatekeeper(read_keys(file))
     assert [keeper.admit(f"Bearer {key}") for key in keys] == ["ann", "bob"]
-    for wrong in (None, "", "Bearer", "Bearer ", f"Basic {keys[0]}", f"Bearer {keys[0]}x", f"Bearer {read_keys(file)[0].hash}"):
+    for wrong in (
+        None,
+        "",
+        "Bearer",
+        "Bearer ",
+        f"Basic {keys[0]}",
+        f"Bearer {keys[0]}x",
+        f"Bearer {read_keys(file)[0].hash}",
+    ):
         with pytest.raises(ApiError) as refused:
             keeper.admit(wrong)
         assert refused.value.status == 401

@@ -46,7 +46,9 @@ def test_a_taken_port_is_said_before_anything_starts() -> None:
 
 
 def test_the_plan_says_what_fits() -> None:
-    plan = serving_plan(serve_job(str(ROOT / "jobs" / "serve" / "mini.yaml"), ["engine.kv_tokens=1024", "engine.max_running=1000"]))
+    plan = serving_plan(
+        serve_job(str(ROOT / "jobs" / "serve" / "mini.yaml"), ["engine.kv_tokens=1024", "engine.max_running=1000"])
+    )
     # 3 layers, keys and values, 1 head of 32, 4 bytes each.
     assert plan.kv_bytes == 1024 * 3 * 2 * 1 * 32 * 4
     assert plan.requests_in_kv == {16: 9, 64: 6, 256: 2}
@@ -66,10 +68,13 @@ def test_the_file_for_serve_deploy_is_the_whole_endpoint() -> None:
     assert written["applications"][1]["deployments"][0]["user_config"]["champion"]["app"] == model.name
     # The alias is not in it, but what it stood for.
     assert written["applications"][0]["args"]["settings"]["version"].startswith("sha256:")
-    # What stands before the proxy is started with it; nothing of this machine but the checkpoint's folder, which the head names.
+    # What stands before the proxy is started with it; nothing of this machine but the checkpoint's folder, which the
+    # head names.
     variables = schema.controller_options.runtime_env["env_vars"]
     assert variables["RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"] == "parcelray.serving.http.proxy_guard:middlewares"
-    assert 3 * float(variables["RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S"]) >= 300, "a busy machine's proxy has time to start"
+    assert 3 * float(variables["RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S"]) >= 300, (
+        "a busy machine's proxy has time to start"
+    )
     assert schema.logging_config.encoding == "JSON"
     assert "PYTHONPATH" not in text
     assert f"# Every node needs the folder {pinned.champion.path}." in text.splitlines()
@@ -88,7 +93,10 @@ def test_the_file_names_the_keys_that_each_node_needs(tmp_path: Path) -> None:
 
 
 def test_a_challenger_that_is_the_champion_is_refused() -> None:
-    job = serve_job(str(ROOT / "jobs" / "serve" / "mini.yaml"), ['canary={"model": {"reference": "mini_base", "connector": {"type": "m3"}}}'])
+    job = serve_job(
+        str(ROOT / "jobs" / "serve" / "mini.yaml"),
+        ['canary={"model": {"reference": "mini_base", "connector": {"type": "m3"}}}'],
+    )
     for check in (pin, serving_plan):
         with pytest.raises(UserError, match=r"both sha256:.*canary\.model\.reference"):
             check(job)
@@ -102,7 +110,10 @@ def test_a_serve_that_listens_elsewhere_is_not_joined(monkeypatch: pytest.Monkey
     monkeypatch.setattr(serve, "start", lambda **_: pytest.fail("it was joined"))
     elsewhere: tuple[dict[str, Any], ...] = ({}, {"port": 8001})
     for changes in elsewhere:
-        with pytest.raises(UserError, match=r"listens on 0\.0\.0\.0:8000, not on 127\.0\.0\.1"), endpoint(pin(serve_job("mini_base", [], **changes))):
+        with (
+            pytest.raises(UserError, match=r"listens on 0\.0\.0\.0:8000, not on 127\.0\.0\.1"),
+            endpoint(pin(serve_job("mini_base", [], **changes))),
+        ):
             pass
 
 
@@ -141,20 +152,28 @@ def test_a_proxy_that_needs_more_than_serves_minute_is_waited_for(monkeypatch: p
         (RayActorError(), "proxy ended at its start"),
     ],
 )
-def test_a_proxy_that_does_not_start_is_reported_in_one_sentence(monkeypatch: pytest.MonkeyPatch, error: Exception, says: str) -> None:
+def test_a_proxy_that_does_not_start_is_reported_in_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, says: str
+) -> None:
     _start_with(monkeypatch, error)
     with pytest.raises(SystemFailure, match=says):
         serving_run._start(serve_job("mini_base", []))
 
 
 def test_what_a_process_knows_of_serve_goes_with_its_own_ray(monkeypatch: pytest.MonkeyPatch) -> None:
-    # The first job of every new Ray has the same number, by which Serve would take this client for one of the next session.
+    # The first job of every new Ray has the same number, by which Serve would take this client for one of the next
+    # session.
     for owned in (False, True):
         known: Any = SimpleNamespace(http_config=SimpleNamespace(host="127.0.0.1", port=1))
         monkeypatch.setattr(serve_context, "_global_client", known)
         monkeypatch.setattr(serving_run, "_get_global_client", lambda known=known, **_: known)
         monkeypatch.setattr(serving_run, "_proxy_will_start_here", lambda address: False)
-        monkeypatch.setattr(serving_run, "ray_session", lambda *_, owned=owned, **__: nullcontext(SimpleNamespace(owned=owned)))
-        with pytest.raises(UserError, match="Serve runs on this cluster already"), endpoint(pin(serve_job("mini_base", []))):
+        monkeypatch.setattr(
+            serving_run, "ray_session", lambda *_, owned=owned, **__: nullcontext(SimpleNamespace(owned=owned))
+        )
+        with (
+            pytest.raises(UserError, match="Serve runs on this cluster already"),
+            endpoint(pin(serve_job("mini_base", []))),
+        ):
             pass
         assert serve_context._global_client is (None if owned else known)

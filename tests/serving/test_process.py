@@ -24,7 +24,14 @@ class Process:
 
     def __init__(self, arguments: list[str], folder: Path) -> None:
         command = [sys.executable, "-m", "parcelray.cli", "serve", *arguments]
-        self._process = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**own_ray(), "COLUMNS": "200"})
+        self._process = subprocess.Popen(
+            command,
+            cwd=folder,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={**own_ray(), "COLUMNS": "200"},
+        )
         self.lines: list[str] = []
         self._reader = threading.Thread(target=lambda: self.lines.extend(iter(self._read, "")), daemon=True)
         self._reader.start()
@@ -96,7 +103,12 @@ def test_a_process_answers_hears_and_ends_well(tmp_path: Path, repo_root: Path) 
         assert not knows(keys["ann"])
 
         stream = client(keys["bob"]).chat.completions.create(
-            model="mini", messages=[{"role": "user", "content": "how many"}], max_tokens=1000, temperature=2.0, seed=1, stream=True
+            model="mini",
+            messages=[{"role": "user", "content": "how many"}],
+            max_tokens=1000,
+            temperature=2.0,
+            seed=1,
+            stream=True,
         )
         chunks = [next(stream)]
         process.signal(signal.SIGTERM)

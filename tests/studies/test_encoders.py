@@ -33,7 +33,9 @@ BUDGETS = (16, 25, 49, 81)
 def _models(folder: Path, *towers: str) -> dict[str, str]:
     models = {}
     for tower in towers:
-        model, processor = build(MiniLlavaModelConfig(**MINI_LLAVA.model_dump() | {"tower": tower}), CORPUS, None, seed=0)
+        model, processor = build(
+            MiniLlavaModelConfig(**MINI_LLAVA.model_dump() | {"tower": tower}), CORPUS, None, seed=0
+        )
         save_checkpoint(model.eval(), processor, folder / tower)
         write_manifest(folder / tower, config={}, git_commit=None, data=None, seed=0)
         models[tower] = str(folder / tower)
@@ -64,7 +66,11 @@ def _joined_run(job: EvaluateJob) -> Any:
     experiment = client.get_experiment_by_name("parcelray")
     assert experiment is not None
     (joined,) = [run for run in client.search_runs([experiment.experiment_id]) if run.info.run_name == "study-encoders"]
-    assert {file.path for file in client.list_artifacts(joined.info.run_id)} >= {"encoders.csv", "confounded.txt", "figures"}
+    assert {file.path for file in client.list_artifacts(joined.info.run_id)} >= {
+        "encoders.csv",
+        "confounded.txt",
+        "figures",
+    }
     return joined
 
 
@@ -81,14 +87,22 @@ def test_what_each_encoder_keeps_is_joined_from_its_own_study(tmp_path: Path, mo
 
         score = 40.0 if "clip" in job.name else 20.0
         points = [point("blind", 0, 5.0, None), point("full", 256, score, 100.0)]
-        points += [point(name, budget, score * budget / 256, 100 * budget / 256) for name in ("cluster", "random") for budget in (16, 64)]
+        points += [
+            point(name, budget, score * budget / 256, 100 * budget / 256)
+            for name in ("cluster", "random")
+            for budget in (16, 64)
+        ]
         return cast(ReductionStudy, SimpleNamespace(frontier=Frontier(tuple(points), reference="full")))
 
     monkeypatch.setattr(encoder_study, "run_reduction_study", study)
     models, job, output = _models(tmp_path, "clip", "convnext"), _job(tmp_path), StringIO()
     run_encoder_study(models, job, Console(file=output, width=200), images=2)
-    assert [(each.name, each.model.reference) for each, _ in asked] == [(f"encoders-{tower}", models[tower]) for tower in models]
-    assert [options for _, options in asked] == [{"methods": METHODS, "equal_budgets": True}] * 2, "a fair comparison is one at equal budgets"
+    assert [(each.name, each.model.reference) for each, _ in asked] == [
+        (f"encoders-{tower}", models[tower]) for tower in models
+    ]
+    assert [options for _, options in asked] == [{"methods": METHODS, "equal_budgets": True}] * 2, (
+        "a fair comparison is one at equal budgets"
+    )
     rows = {(row["encoder"], row["method"], int(row["num_visual_tokens"])): row for row in _rows(job)}
     known = [("full", 256), *((method, budget) for method in ("cluster", "random") for budget in (16, 64))]
     assert set(rows) == {(tower, *each) for tower in models for each in known}, "without an image nothing is kept"
@@ -116,7 +130,9 @@ def test_encoders_stand_side_by_side_at_equal_budgets(tmp_path: Path, monkeypatc
     models, job, output = _models(tmp_path, "clip", "siglip", "convnext"), _job(tmp_path), StringIO()
     run_encoder_study(models, job, Console(file=output, width=200), images=2)
     rows = _rows(job)
-    reduced = {(row["encoder"], row["method"], int(row["num_visual_tokens"])) for row in rows if row["method"] != "full"}
+    reduced = {
+        (row["encoder"], row["method"], int(row["num_visual_tokens"])) for row in rows if row["method"] != "full"
+    }
     methods = (*METHODS, "random")
     assert reduced == {(tower, method, budget) for tower in models for method in methods for budget in BUDGETS}
     assert sum(row["method"] == "full" for row in rows) == 3

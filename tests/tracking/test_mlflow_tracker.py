@@ -54,7 +54,14 @@ def test_a_run_has_its_params_tags_and_parent_and_ends_finished(uri, client):
     params = {f"p{i}": i for i in range(230)} | {"note": "x" * 7000, "api_key": "hunter2"}
     with (
         tracked_run(uri, "basic", "tune-a-00000000", params={}) as parent,
-        tracked_run(uri, "basic", "train-a-11111111", params=params, tags={"parcel.config_hash": "11111111"}, parent_run_id=parent) as run_id,
+        tracked_run(
+            uri,
+            "basic",
+            "train-a-11111111",
+            params=params,
+            tags={"parcel.config_hash": "11111111"},
+            parent_run_id=parent,
+        ) as run_id,
     ):
         assert client.get_run(run_id).info.status == "RUNNING"
     run = client.get_run(run_id)
@@ -70,7 +77,13 @@ def test_a_run_has_its_params_tags_and_parent_and_ends_finished(uri, client):
 
 @pytest.mark.parametrize(
     ("error", "status"),
-    [(ValueError("x"), "FAILED"), (KeyboardInterrupt(), "KILLED"), (SystemExit(143), "KILLED"), (SystemExit(1), "FAILED"), (SystemExit(0), "FINISHED")],
+    [
+        (ValueError("x"), "FAILED"),
+        (KeyboardInterrupt(), "KILLED"),
+        (SystemExit(143), "KILLED"),
+        (SystemExit(1), "FAILED"),
+        (SystemExit(0), "FINISHED"),
+    ],
 )
 def test_a_run_ends_with_the_status_of_its_exception(uri, client, error, status):
     with pytest.raises(type(error)), tracked_run(uri, "ends", f"run-{error!r}".replace("'", ""), params={}) as run_id:
@@ -186,7 +199,12 @@ def test_names_that_would_break_the_search_are_refused(uri):
 @pytest.mark.slow
 def test_killed_drivers_leave_nothing_running_and_no_metric_twice(uri, client):
     names = ("killed", "terminated")
-    drivers = [subprocess.Popen([sys.executable, "-c", DRIVER, uri, name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for name in names]
+    drivers = [
+        subprocess.Popen(
+            [sys.executable, "-c", DRIVER, uri, name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        for name in names
+    ]
     for driver in drivers:
         assert driver.stdout is not None
         assert driver.stdout.readline() == "ready\n"

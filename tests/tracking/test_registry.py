@@ -45,7 +45,17 @@ def checkpoint_folder(path, value):
 def versions(uri, run_id, tmp_path_factory):
     """Three versions of the model `parcel`, with weights of 1, 2 and 3."""
     root = tmp_path_factory.mktemp("checkpoints")
-    return [register_model(uri, checkpoint_folder(root / str(i), i), "parcel", run_id, pyfunc_file=PYFUNC_FILE, tags={"score": f"0.{i}"}) for i in (1, 2, 3)]
+    return [
+        register_model(
+            uri,
+            checkpoint_folder(root / str(i), i),
+            "parcel",
+            run_id,
+            pyfunc_file=PYFUNC_FILE,
+            tags={"score": f"0.{i}"},
+        )
+        for i in (1, 2, 3)
+    ]
 
 
 def test_versions_carry_their_origin_and_end_no_run(client, run_id, versions):
@@ -96,7 +106,9 @@ def test_promotion_keeps_the_former_champion_as_previous_and_rollback_swaps_them
 
 def test_what_was_decided_on_one_champion_does_not_replace_another(uri, client, versions):
     promote(uri, "parcel", 1)
-    with pytest.raises(UserError, match=r"champion of model 'parcel' was version 3 when this was decided and is version 1 now"):
+    with pytest.raises(
+        UserError, match=r"champion of model 'parcel' was version 3 when this was decided and is version 1 now"
+    ):
         promote(uri, "parcel", 2, expected=3)
     with pytest.raises(UserError, match="was no version when this was decided and is version 1 now"):
         promote(uri, "parcel", 2, expected=None)
@@ -108,7 +120,11 @@ def test_what_was_decided_on_one_champion_does_not_replace_another(uri, client, 
 
 def test_a_crash_between_two_moves_leaves_a_champion_and_a_way_back(uri, client, versions, monkeypatch):
     def aliases():
-        return {alias: int(version) for alias, version in client.get_registered_model("parcel").aliases.items() if alias in ("champion", "previous")}
+        return {
+            alias: int(version)
+            for alias, version in client.get_registered_model("parcel").aliases.items()
+            if alias in ("champion", "previous")
+        }
 
     real = MlflowClient.set_registered_model_alias
 

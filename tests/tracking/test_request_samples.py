@@ -33,10 +33,18 @@ def test_batches_are_tables_of_one_run(tmp_path: Path) -> None:
     assert experiment is not None
     (run,) = client.search_runs([experiment.experiment_id])
     assert (run.info.run_name, run.info.status) == ("serve-mini-00000000", "FINISHED")
-    tables = [load_dict(f"{run.info.artifact_uri}/{file.path}") for file in client.list_artifacts(run.info.run_id, "samples")]
+    tables = [
+        load_dict(f"{run.info.artifact_uri}/{file.path}") for file in client.list_artifacts(run.info.run_id, "samples")
+    ]
     assert [len(table["data"]) for table in tables] == [4, 4, 2]
-    assert tables[0] == {"columns": ["request_id", "visual_tokens"], "data": [[f"r{number}", 64] for number in range(4)]}
-    assert tables[2] == {"columns": ["request_id", "visual_tokens", "answer"], "data": [["r8", 64, None], ["r9", 64, "red"]]}
+    assert tables[0] == {
+        "columns": ["request_id", "visual_tokens"],
+        "data": [[f"r{number}", 64] for number in range(4)],
+    }
+    assert tables[2] == {
+        "columns": ["request_id", "visual_tokens", "answer"],
+        "data": [["r8", 64, None], ["r9", 64, "red"]],
+    }
 
 
 def test_a_record_is_written_after_its_period_though_its_table_is_not_full(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -54,7 +62,9 @@ def test_a_record_is_written_after_its_period_though_its_table_is_not_full(monke
     monkeypatch.setattr(request_samples, "start_run", lambda *_, **__: "run")
     monkeypatch.setattr(request_samples, "end_run", lambda *_: None)
     monkeypatch.setattr(request_samples, "MlflowClient", Client)
-    samples = RequestSamples("sqlite:///nowhere.db", "served", "serve-mini-00000000", lambda _: None, batch=100, period_s=0.01)
+    samples = RequestSamples(
+        "sqlite:///nowhere.db", "served", "serve-mini-00000000", lambda _: None, batch=100, period_s=0.01
+    )
     samples.put({"request_id": "alone"})
     assert written.wait(LONG_S)
     assert tables == [{"columns": ["request_id"], "data": [["alone"]]}]

@@ -48,7 +48,9 @@ def test_the_contents_behind_its_references_belong_to_a_run_too(storage: str) ->
     folder.claim()
     folder.claim({"runs/other": "sha256:3333"})
     folder.claim({"runs/m": "sha256:1111"})
-    with pytest.raises(UserError, match=r"of another model: what runs/m names has changed since \(sha256:1111 then, sha256:2222 now\)"):
+    with pytest.raises(
+        UserError, match=r"of another model: what runs/m names has changed since \(sha256:1111 then, sha256:2222 now\)"
+    ):
         folder.claim({"runs/m": "sha256:2222"})
 
 
@@ -66,7 +68,10 @@ def test_a_result_is_there_once_the_run_is_finished(storage: str) -> None:
     folder.finish({"metrics": {"train/loss": 0.5}})
     folder.finish({"metrics": {"train/loss": 0.25}})
     assert _folder(storage).result() == {"metrics": {"train/loss": 0.25}}
-    assert sorted(Path(name).name for name in folder.filesystem.ls(folder.path, detail=False)) == ["job.json", "result.json"]
+    assert sorted(Path(name).name for name in folder.filesystem.ls(folder.path, detail=False)) == [
+        "job.json",
+        "result.json",
+    ]
 
 
 def test_a_folder_is_uploaded_with_what_is_in_it(storage: str, tmp_path: Path) -> None:

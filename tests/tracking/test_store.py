@@ -51,7 +51,10 @@ def test_the_store_is_created_once_and_its_uri_does_not_depend_on_the_working_di
 
 
 def test_artifacts_lie_beside_a_database_and_a_server_decides_for_itself(tmp_path):
-    assert artifact_location(f"sqlite:///{tmp_path}/mlflow.db", "paper 224/a") == f"file://{tmp_path}/artifacts/paper_224_a"
+    assert (
+        artifact_location(f"sqlite:///{tmp_path}/mlflow.db", "paper 224/a")
+        == f"file://{tmp_path}/artifacts/paper_224_a"
+    )
     assert artifact_location("http://127.0.0.1:5000", "paper") is None
 
 

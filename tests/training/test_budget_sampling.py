@@ -12,7 +12,11 @@ from parcelray.models.connectors import Connector, build_connector
 from parcelray.training.budget_sampling import BudgetSampler
 
 EIGHT = BudgetRange(start=16, stop=30, step=2)
-CONFIGS = [UniformBudgets(budgets=EIGHT), WeightedBudgets(budgets=(16, 64), weights=(1, 3)), SandwichBudgets(budgets=EIGHT)]
+CONFIGS = [
+    UniformBudgets(budgets=EIGHT),
+    WeightedBudgets(budgets=(16, 64), weights=(1, 3)),
+    SandwichBudgets(budgets=EIGHT),
+]
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.type)
@@ -53,7 +57,9 @@ def test_the_sandwich_is_the_smallest_a_random_one_and_the_largest() -> None:
 def test_budgets_that_the_connector_cannot_give_are_refused_with_the_legal_ones() -> None:
     sampler = BudgetSampler(UniformBudgets(budgets=(16, 33)), 0)
     sampler.check(_connector(ParcelConnectorConfig(num_heads=4)))
-    with pytest.raises(UnsupportedBudgetError, match=r"m3 cannot give 33 visual tokens per image; legal budgets are 4, 16, 64, 256") as caught:
+    with pytest.raises(
+        UnsupportedBudgetError, match=r"m3 cannot give 33 visual tokens per image; legal budgets are 4, 16, 64, 256"
+    ) as caught:
         sampler.check(_connector(M3ConnectorConfig()))
     assert caught.value.num_visual_tokens == 33
 
@@ -67,12 +73,16 @@ SPLITS = UniformBudgets(budgets=(2, 16, 64), anchor_grids=(0, 1, 4, 8))
 
 def test_a_supernet_draws_every_grid_that_fits_its_budget() -> None:
     sampler = BudgetSampler(SPLITS, 3)
-    counts = Counter((budget, sampler.anchor_grid(step, 0, budget)) for step in range(3000) for budget in sampler.budgets(step))
+    counts = Counter(
+        (budget, sampler.anchor_grid(step, 0, budget)) for step in range(3000) for budget in sampler.budgets(step)
+    )
     assert set(counts) == {(2, 0), (2, 1), (16, 0), (16, 1), (16, 4), (64, 0), (64, 1), (64, 4), (64, 8)}
     # A third of the steps has 64 tokens, a quarter of those each grid: 250 each.
     assert all(counts[64, side] == pytest.approx(250, abs=62) for side in (0, 1, 4, 8))
     again = BudgetSampler(SPLITS, 3)
-    assert [again.anchor_grid(step, 0, 64) for step in range(50)] == [sampler.anchor_grid(step, 0, 64) for step in range(50)]
+    assert [again.anchor_grid(step, 0, 64) for step in range(50)] == [
+        sampler.anchor_grid(step, 0, 64) for step in range(50)
+    ]
     assert BudgetSampler(UniformBudgets(), 0).anchor_grid(5, 0, 64) is None
 
 
@@ -87,4 +97,7 @@ def test_splits_that_the_connector_cannot_give_are_refused() -> None:
 
 
 def test_the_state_says_what_the_draws_depend_on() -> None:
-    assert BudgetSampler(UniformBudgets(budgets=(16, 64)), 3).state() == {"seed": 3, "config": {"type": "uniform", "budgets": [16, 64], "anchor_grids": None}}
+    assert BudgetSampler(UniformBudgets(budgets=(16, 64)), 3).state() == {
+        "seed": 3,
+        "config": {"type": "uniform", "budgets": [16, 64], "anchor_grids": None},
+    }

@@ -17,7 +17,13 @@ from parcelray.training.step import build_optimizer
 
 from .conftest import tiny_job
 
-STATE = TrainState(step=3, config_hash="0123abcd", budget_sampler={"seed": 3, "config": {"type": "uniform"}}, world_size=1, metrics={"train/loss": 0.5})
+STATE = TrainState(
+    step=3,
+    config_hash="0123abcd",
+    budget_sampler={"seed": 3, "config": {"type": "uniform"}},
+    world_size=1,
+    metrics={"train/loss": 0.5},
+)
 
 
 @pytest.fixture
@@ -30,10 +36,13 @@ def accelerator() -> Iterator[Accelerator]:
 
 
 def _draws() -> tuple[float, float, float]:
-    return random.random(), float(np.random.rand()), float(torch.rand(()))  # noqa: NPY002 - the global generators are what is kept
+    # The state of the global generators is what a checkpoint keeps.
+    return random.random(), float(np.random.rand()), float(torch.rand(()))  # noqa: NPY002
 
 
-def test_a_checkpoint_brings_back_moments_loss_scale_and_random_numbers(tmp_path: Path, accelerator: Accelerator) -> None:
+def test_a_checkpoint_brings_back_moments_loss_scale_and_random_numbers(
+    tmp_path: Path, accelerator: Accelerator
+) -> None:
     job = tiny_job(tmp_path)
     model, processor = build_start(job, None)
     optimizer = build_optimizer(model, job.optimizer)
@@ -51,7 +60,11 @@ def test_a_checkpoint_brings_back_moments_loss_scale_and_random_numbers(tmp_path
     assert read_state(tmp_path) == STATE
     before, after = optimizer.state_dict()["state"], fresh.state_dict()["state"]
     assert before.keys() == after.keys()
-    assert all(torch.equal(before[index][name], after[index][name]) for index in before for name in ("step", "exp_avg", "exp_avg_sq"))
+    assert all(
+        torch.equal(before[index][name], after[index][name])
+        for index in before
+        for name in ("step", "exp_avg", "exp_avg_sq")
+    )
 
 
 def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:

@@ -58,8 +58,18 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Recorde
 def test_every_metric_is_there_once_per_step(undisturbed: tuple[Path, Recorder]) -> None:
     recorder = undisturbed[1]
     names = {name for _, name, _ in recorder.rows}
-    assert names >= {"train/loss", "train/learning_rate", "train/grad_norm", "train/tokens_per_second", "train/budget", "val/score@16", "val/score@64"}
-    assert names >= {f"tokens/{part}_{measure}" for part in ("anchors", "queries") for measure in ("effective_rank", "mean_cosine")}
+    assert names >= {
+        "train/loss",
+        "train/learning_rate",
+        "train/grad_norm",
+        "train/tokens_per_second",
+        "train/budget",
+        "val/score@16",
+        "val/score@64",
+    }
+    assert names >= {
+        f"tokens/{part}_{measure}" for part in ("anchors", "queries") for measure in ("effective_rank", "mean_cosine")
+    }
     assert list(recorder.curve("train/loss")) == [1, 2, 3, 4, 5, 6]
     assert len({(step, name) for step, name, _ in recorder.rows}) == len(recorder.rows)
 
@@ -71,9 +81,14 @@ def test_an_interrupted_run_ends_with_the_same_bits(tmp_path: Path, undisturbed:
     resumed = Recorder()
     checkpoint, _ = fit_in_process(job, tmp_path, checkpoint=None, logger=resumed)
     assert list(resumed.curve("train/loss")) == [4, 5, 6]
-    assert resumed.curve("train/loss") == {step: value for step, value in undisturbed[1].curve("train/loss").items() if step > 3}
+    assert resumed.curve("train/loss") == {
+        step: value for step, value in undisturbed[1].curve("train/loss").items() if step > 3
+    }
     assert _same(checkpoint, undisturbed[0])
-    optimizers = [torch.load(path / "optimizer.pt", weights_only=True)["optimizer"]["state"] for path in (checkpoint, undisturbed[0])]
+    optimizers = [
+        torch.load(path / "optimizer.pt", weights_only=True)["optimizer"]["state"]
+        for path in (checkpoint, undisturbed[0])
+    ]
     assert optimizers[0].keys() == optimizers[1].keys()
     assert all(torch.equal(optimizers[0][index]["exp_avg"], optimizers[1][index]["exp_avg"]) for index in optimizers[0])
 
@@ -114,7 +129,13 @@ def test_a_step_that_is_repeated_logs_the_same_values_so_that_a_tracker_may_drop
     fit_in_process(job, tmp_path, checkpoint=None, logger=after)
     assert list(before.curve("train/loss")) == [1, 2, 3, 4, 5]
     assert list(after.curve("train/loss")) == [5, 6]
-    for name in ("train/loss", "train/grad_norm", "train/learning_rate", "train/budget", "tokens/anchors_effective_rank"):
+    for name in (
+        "train/loss",
+        "train/grad_norm",
+        "train/learning_rate",
+        "train/budget",
+        "tokens/anchors_effective_rank",
+    ):
         assert after.curve(name)[5] == before.curve(name)[5], name
 
 
@@ -169,7 +190,10 @@ def test_a_budget_that_the_connector_cannot_give_stops_before_the_first_step(tmp
 def test_a_supernet_draws_its_splits_and_goes_on_to_the_same_bits(tmp_path: Path) -> None:
     connector = {"type": "parcel", "num_heads": 2, "anchor_grids": [0, 2, 4, 8]}
     budget = {"type": "sandwich", "budgets": [4, 16, 64, 256], "anchor_grids": [0, 2, 4, 8]}
-    whole, part = (tiny_job(tmp_path / name, connector=connector, budget=budget, validation={"samples": 1, "budgets": [16]}) for name in ("whole", "part"))
+    whole, part = (
+        tiny_job(tmp_path / name, connector=connector, budget=budget, validation={"samples": 1, "budgets": [16]})
+        for name in ("whole", "part")
+    )
     undisturbed, metrics = fit_in_process(whole, tmp_path / "whole", checkpoint=None, logger=NoMetrics())
     assert metrics["train/loss"] > 0
     with pytest.raises(KeyboardInterrupt):
@@ -187,7 +211,14 @@ def test_a_supernet_draws_its_splits_and_goes_on_to_the_same_bits(tmp_path: Path
 @pytest.mark.parametrize("tower", ["clip", "convnext"])
 def test_a_llava_trains_and_its_checkpoint_goes_on(tower: str, tmp_path: Path) -> None:
     sizes = {"vision_width": 24, "vision_layers": 2, "vision_heads": 2, "vision_mlp_width": 32}
-    sizes |= {"text_width": 24, "text_layers": 1, "text_heads": 2, "text_kv_heads": 1, "text_head_dim": 12, "text_mlp_width": 32}
+    sizes |= {
+        "text_width": 24,
+        "text_layers": 1,
+        "text_heads": 2,
+        "text_kv_heads": 1,
+        "text_head_dim": 12,
+        "text_mlp_width": 32,
+    }
     changes = {
         "model": {"type": "mini_llava", "tower": tower, **sizes},
         "budget": {"type": "uniform", "budgets": [16, 256]},

@@ -15,7 +15,9 @@ from .conftest import tiny_job
 
 
 @pytest.mark.parametrize("view", ["boxes", "picture"])
-def test_nlvr_trains_and_reports_every_question_beside_majority_and_blind(view: str, nlvr_dir: Path, tmp_path: Path) -> None:
+def test_nlvr_trains_and_reports_every_question_beside_majority_and_blind(
+    view: str, nlvr_dir: Path, tmp_path: Path
+) -> None:
     job = tiny_job(
         tmp_path,
         data={"type": "nlvr", "path": str(nlvr_dir), "view": view},
@@ -26,7 +28,12 @@ def test_nlvr_trains_and_reports_every_question_beside_majority_and_blind(view: 
     output = StringIO()
     run = run_training(job, Console(file=output, width=200))
     frontier = json.loads((run.model_folder.parent / "frontier.json").read_text(encoding="utf-8"))
-    assert [(point["method"], point["num_visual_tokens"]) for point in frontier["points"]] == [("majority", 0), ("blind", 0), ("parcel", 16), ("parcel", 64)]
+    assert [(point["method"], point["num_visual_tokens"]) for point in frontier["points"]] == [
+        ("majority", 0),
+        ("blind", 0),
+        ("parcel", 16),
+        ("parcel", 64),
+    ]
     for point in frontier["points"]:
         assert set(point["families"]) == set(TASKS)
         # Whole sentences: six pictures of each.

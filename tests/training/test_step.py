@@ -42,9 +42,15 @@ def model(processor: ElasticPaliGemmaProcessor) -> ElasticVLM:
     return build_model(config, 0)
 
 
-def _batch(processor: ElasticPaliGemmaProcessor, group: str = "single", count: int = 5, *, label_patches: bool = False) -> TensorBatch:
+def _batch(
+    processor: ElasticPaliGemmaProcessor, group: str = "single", count: int = 5, *, label_patches: bool = False
+) -> TensorBatch:
     suite = MiniSuite(split="train")
-    return to_tensors(Collator(processor, label_patches=label_patches)([suite.get(group, index) for index in range(count)]), CPU, processor)
+    return to_tensors(
+        Collator(processor, label_patches=label_patches)([suite.get(group, index) for index in range(count)]),
+        CPU,
+        processor,
+    )
 
 
 def _sum(model: ElasticVLM, batch: TensorBatch, budget: int) -> torch.Tensor:
@@ -52,7 +58,9 @@ def _sum(model: ElasticVLM, batch: TensorBatch, budget: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("group", "budget"), [("single", 16), ("single", 256), ("pair", 40)])
-def test_the_loss_is_the_models_own(model: ElasticVLM, processor: ElasticPaliGemmaProcessor, group: str, budget: int) -> None:
+def test_the_loss_is_the_models_own(
+    model: ElasticVLM, processor: ElasticPaliGemmaProcessor, group: str, budget: int
+) -> None:
     batch = _batch(processor, group)
     inputs = with_placeholders(batch, budget, model.config.image_token_id)
     labels = torch.full_like(inputs["input_ids"], IGNORED)
@@ -83,7 +91,9 @@ def test_logits_of_the_text_alone_change_nothing(model: ElasticVLM, processor: E
     torch.testing.assert_close(whole.answer_sum, text_only, atol=1e-4, rtol=1e-5)
 
 
-def test_patches_have_a_loss_only_where_a_visual_token_is_a_patch(model: ElasticVLM, processor: ElasticPaliGemmaProcessor) -> None:
+def test_patches_have_a_loss_only_where_a_visual_token_is_a_patch(
+    model: ElasticVLM, processor: ElasticPaliGemmaProcessor
+) -> None:
     batch = _batch(processor, count=8, label_patches=True)
     with torch.no_grad():
         assert losses(model, batch, num_visual_tokens=64, image_token_id=model.config.image_token_id).patch_sum is None
@@ -94,12 +104,17 @@ def test_patches_have_a_loss_only_where_a_visual_token_is_a_patch(model: Elastic
     chosen = batch.patch_labels_BN != IGNORED
     rows = [row for row in range(batch.num_prompts) if bool(chosen[row].any())]
     assert 0 < len(rows) < batch.num_prompts
-    expected = -sum(logits[row].log_softmax(-1)[chosen[row]].gather(1, batch.patch_labels_BN[row][chosen[row]][:, None]).mean() for row in rows)
+    expected = -sum(
+        logits[row].log_softmax(-1)[chosen[row]].gather(1, batch.patch_labels_BN[row][chosen[row]][:, None]).mean()
+        for row in rows
+    )
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("group", "parts"), [("single", 2), ("single", 5), ("pair", 3)])
-def test_the_gradients_of_micro_batches_add_up_to_those_of_the_batch(model: ElasticVLM, processor: ElasticPaliGemmaProcessor, group: str, parts: int) -> None:
+def test_the_gradients_of_micro_batches_add_up_to_those_of_the_batch(
+    model: ElasticVLM, processor: ElasticPaliGemmaProcessor, group: str, parts: int
+) -> None:
     batch = _batch(processor, group)
     _sum(model, batch, 40).backward()
     whole = {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}

@@ -27,7 +27,11 @@ from ..processes import LIMIT_S, end_session, own_ray, wait_until
 from .conftest import TINY
 from .metric_loggers import KillsOnce, Losses
 
-pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("ignore::DeprecationWarning"), pytest.mark.filterwarnings("ignore::ResourceWarning")]
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+]
 
 JOB: dict[str, Any] = TINY | {
     "training": {"steps": 8, "images_per_step": 8, "log_every_steps": 1},
@@ -54,7 +58,9 @@ LOADED = "modules-of-the-controller"
 
 
 @pytest.fixture(scope="module")
-def undisturbed(ray_session: None, tiny_start: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> tuple[TrainJob, TrainedRun]:
+def undisturbed(
+    ray_session: None, tiny_start: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[TrainJob, TrainedRun]:
     job = _job(tmp_path_factory.mktemp("run"), tiny_start)
     loaded = Path(job.storage) / LOADED
 
@@ -92,15 +98,21 @@ def test_a_run_is_recorded_once_and_whole(undisturbed: tuple[TrainJob, TrainedRu
     assert len(client.search_runs([record.info.experiment_id])) == 1
 
 
-def test_two_workers_have_the_losses_of_one_process(undisturbed: tuple[TrainJob, TrainedRun], tiny_start: dict[str, Any], tmp_path: Path) -> None:
+def test_two_workers_have_the_losses_of_one_process(
+    undisturbed: tuple[TrainJob, TrainedRun], tiny_start: dict[str, Any], tmp_path: Path
+) -> None:
     job, run = undisturbed
     assert job.tracking.uri is not None
     assert run.mlflow_run_id is not None
-    of_workers = {each.step: each.value for each in MlflowClient(job.tracking.uri).get_metric_history(run.mlflow_run_id, "train/loss")}
+    of_workers = {
+        each.step: each.value
+        for each in MlflowClient(job.tracking.uri).get_metric_history(run.mlflow_run_id, "train/loss")
+    }
     of_one_process = Losses()
     alone = _job(tmp_path, tiny_start, scaling={"num_workers": 0})
     fit_in_process(alone, tmp_path / "one", checkpoint=Path(tiny_start["reference"]), logger=of_one_process)
-    # The losses agree to rounding (about 1e-6), which differs with the batch of a process; a lost or doubled sample changes them by per cents.
+    # The losses agree to rounding (about 1e-6), which differs with the batch of a process; a lost or doubled sample
+    # changes them by per cents.
     assert of_workers == pytest.approx(of_one_process.losses, rel=1e-3)
 
 
@@ -115,7 +127,9 @@ def test_a_second_run_is_a_no_op_and_another_configuration_is_refused(undisturbe
         run_training(job.model_copy(update={"seed": 4}), Console(file=output))
 
 
-def test_a_killed_worker_costs_nothing_but_time(tmp_path: Path, tiny_start: dict[str, Any], undisturbed: tuple[TrainJob, TrainedRun]) -> None:
+def test_a_killed_worker_costs_nothing_but_time(
+    tmp_path: Path, tiny_start: dict[str, Any], undisturbed: tuple[TrainJob, TrainedRun]
+) -> None:
     job = _job(tmp_path, tiny_start)
     folder = RunFolder(job)
     folder.claim()
@@ -126,13 +140,26 @@ def test_a_killed_worker_costs_nothing_but_time(tmp_path: Path, tiny_start: dict
 
     start = Path(tiny_start["reference"])
     checkpoint, _ = fit(job, folder, checkpoint=start, logger=lambda: KillsOnce(steps, reported), on_report=note)
-    assert steps.read_text(encoding="utf-8").split() == ["1", "2", "3", "4", "5", "4", "5", "6", "7", "8"], "resumed from the checkpoint of step 3"
-    # Bit by bit: both runs have the same batches, shapes and threads, and gloo sums two workers' gradients, a + b, in either
-    # order to the same value. Neither the load nor the kind of the machine comes into it.
+    assert steps.read_text(encoding="utf-8").split() == [
+        "1",
+        "2",
+        "3",
+        "4",
+        "5",
+        "4",
+        "5",
+        "6",
+        "7",
+        "8",
+    ], "resumed from the checkpoint of step 3"
+    # Bit by bit: both runs have the same batches, shapes and threads, and gloo sums two workers' gradients, a + b, in
+    # either order to the same value. Neither the load nor the kind of the machine comes into it.
     assert _same_weights(checkpoint / "model", undisturbed[1].model_folder)
 
 
-def test_more_workers_than_the_cluster_has_are_refused(ray_session: None, tiny_start: dict[str, Any], tmp_path: Path) -> None:
+def test_more_workers_than_the_cluster_has_are_refused(
+    ray_session: None, tiny_start: dict[str, Any], tmp_path: Path
+) -> None:
     job = _job(tmp_path, tiny_start, scaling={"num_workers": 9, "cpus_per_worker": 2})
     with pytest.raises(UserError, match="9 workers of 2 CPU each, but the Ray cluster has 4 CPU in all"):
         fit(job, RunFolder(job), checkpoint=None, logger=NoMetrics)

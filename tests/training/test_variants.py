@@ -57,9 +57,12 @@ def one_process(tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:
 
 
 @pytest.mark.parametrize(
-    ("rank", "world_size", "first_step"), [(1, 2, 13), pytest.param(0, 1, 0, marks=pytest.mark.nightly), pytest.param(0, 2, 0, marks=pytest.mark.nightly)]
+    ("rank", "world_size", "first_step"),
+    [(1, 2, 13), pytest.param(0, 1, 0, marks=pytest.mark.nightly), pytest.param(0, 2, 0, marks=pytest.mark.nightly)],
 )
-def test_ray_data_gives_the_very_batches_of_one_process(tmp_path: Path, tiny_start: dict[str, Any], rank: int, world_size: int, first_step: int) -> None:
+def test_ray_data_gives_the_very_batches_of_one_process(
+    tmp_path: Path, tiny_start: dict[str, Any], rank: int, world_size: int, first_step: int
+) -> None:
     # Longer than the first window of steps, so that windows meet.
     job = tiny_job(tmp_path, training={"steps": 22, "images_per_step": 8, "patch_supervision": 1.0})
     _, processor = build_start(job, Path(tiny_start["reference"]))
@@ -83,7 +86,11 @@ def test_an_elastic_number_of_workers_does_not_change_the_losses(tmp_path: Path,
 
 @pytest.mark.nightly
 def test_sharded_training_goes_as_copies_do_and_its_model_loads(tmp_path: Path, one_process: dict[int, float]) -> None:
-    job = _tracked(tmp_path, scaling={"num_workers": 2}, training={"steps": 6, "images_per_step": 8, "log_every_steps": 1, "strategy": "fsdp"})
+    job = _tracked(
+        tmp_path,
+        scaling={"num_workers": 2},
+        training={"steps": 6, "images_per_step": 8, "log_every_steps": 1, "strategy": "fsdp"},
+    )
     run = _train(job)
     assert _curve(job, run) == pytest.approx(one_process, rel=1e-3)
     model = load_vlm(run.model_folder)
@@ -106,11 +113,15 @@ SHORT: dict[str, dict[str, Any]] = {
 }
 
 
-def test_the_suite_as_parquet_is_trained_on_and_a_uri_keeps_checkpoints_model_and_result(tmp_path: Path, tiny_start: dict[str, Any], suite: Path) -> None:
+def test_the_suite_as_parquet_is_trained_on_and_a_uri_keeps_checkpoints_model_and_result(
+    tmp_path: Path, tiny_start: dict[str, Any], suite: Path
+) -> None:
     # A file system of fsspec that is not the local one: everything goes through its interface, as with an object store.
     store = tmp_path / "store"
     changes = SHORT | {"data": {"type": "parquet", "path": str(suite)}, "model": tiny_start}
-    job = tiny_job(tmp_path, scaling={"num_workers": 1}, **changes).model_copy(update={"storage": f"dir::file://{store}"})
+    job = tiny_job(tmp_path, scaling={"num_workers": 1}, **changes).model_copy(
+        update={"storage": f"dir::file://{store}"}
+    )
     run = _train(job)
     assert run.metrics["step"] == 2
     # fsspec resolves this URI to the folder and, below it, the same path again.
@@ -118,7 +129,9 @@ def test_the_suite_as_parquet_is_trained_on_and_a_uri_keeps_checkpoints_model_an
     assert (kept / "model" / "manifest.json").is_file()
     assert list(kept.glob("*/checkpoint_*/state.json"))
     weights = load_file(kept / "model" / "model.safetensors")
-    assert all(torch.equal(weights[key], value) for key, value in load_file(run.model_folder / "model.safetensors").items())
+    assert all(
+        torch.equal(weights[key], value) for key, value in load_file(run.model_folder / "model.safetensors").items()
+    )
     again = _train(job)
     assert again.was_done
     assert again.metrics == run.metrics
@@ -144,7 +157,9 @@ def test_checkpoints_are_scored_while_the_workers_train_on(tmp_path: Path) -> No
     scores = {}
     for in_background in (False, True):
         validation = {"samples": 2, "budgets": [16, 64], "every_steps": 2, "in_background": in_background}
-        job = _tracked(tmp_path / str(in_background), scaling={"num_workers": int(in_background)}, validation=validation)
+        job = _tracked(
+            tmp_path / str(in_background), scaling={"num_workers": int(in_background)}, validation=validation
+        )
         run = _train(job)
         scores[in_background] = {key: _curve(job, run, key) for key in ("val/score:16", "val/score:64", "train/loss")}
         assert {"val/score@16", "val/score@64"} <= run.metrics.keys()

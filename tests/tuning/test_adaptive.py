@@ -58,7 +58,9 @@ def test_each_budget_is_taken_at_its_chosen_split_and_scored_as_the_search_score
     curves = frontier_curves(study)
     assert list(curves) == ["mixture of the chosen splits", "budget by predictor", "escalate 16 > 64"]
     assert curves["mixture of the chosen splits"][0] == pytest.approx((16, 100))
-    assert curves["budget by predictor"] == [(point.spent.tokens.value, point.spent.score.value) for point in study.curve(BEFORE)]
+    assert curves["budget by predictor"] == [
+        (point.spent.tokens.value, point.spent.score.value) for point in study.curve(BEFORE)
+    ]
     assert max(tokens for tokens, _ in curves["escalate 16 > 64"]) <= 16 + 64
 
     by_score = study_split_search({**points, 64: _point(evaluator, 0, 64)}, evaluator, "score")

@@ -31,7 +31,11 @@ QUESTIONS = 12
 
 @pytest.fixture(scope="module")
 def supernet(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_checkpoint(tmp_path_factory.mktemp("supernet"), 3, connector={"type": "parcel", "num_heads": 2, "anchor_grids": [0, 1, 2, 4, 8, 16]})
+    return tiny_checkpoint(
+        tmp_path_factory.mktemp("supernet"),
+        3,
+        connector={"type": "parcel", "num_heads": 2, "anchor_grids": [0, 1, 2, 4, 8, 16]},
+    )
 
 
 def _job(storage: Path, model: Path, **changes: Any) -> EvaluateJob:
@@ -67,7 +71,11 @@ def test_a_point_is_the_evaluation_of_its_job(tmp_path: Path, supernet: Path, re
     for number, (grid, budgets) in enumerate([(4, [16]), (0, [16]), (8, [64])]):
         point = {"anchor_grid": grid, "budgets": budgets}
         metrics = evaluator.metrics(point)
-        alone = run_evaluation(changed_job(_job(tmp_path / "cold", supernet, name=f"e{number}"), point), Console(file=io.StringIO()), tables=False).summary
+        alone = run_evaluation(
+            changed_job(_job(tmp_path / "cold", supernet, name=f"e{number}"), point),
+            Console(file=io.StringIO()),
+            tables=False,
+        ).summary
         budget = budgets[0]
         assert metrics["score"] == alone.mean_score(budget).value
         assert {name: metrics[f"score/{name}"] for name in alone.families} == {
@@ -75,7 +83,9 @@ def test_a_point_is_the_evaluation_of_its_job(tmp_path: Path, supernet: Path, re
         }
         assert (metrics["tokens"], metrics["computed"]) == (budget, QUESTIONS)
         # The same answers under the same keys: the cold evaluation, asked from the warm store, has nothing left to do.
-        again = run_evaluation(changed_job(job, point | {"name": f"e{number}"}), Console(file=io.StringIO()), tables=False)
+        again = run_evaluation(
+            changed_job(job, point | {"name": f"e{number}"}), Console(file=io.StringIO()), tables=False
+        )
         assert (again.computed, again.present) == (0, QUESTIONS)
         assert evaluator.metrics(point)["computed"] == 0
 
@@ -89,7 +99,9 @@ def test_points_share_the_model_and_the_features_until_the_questions_change(
     monkeypatch.setattr("parcelray.evaluation.predict.predictor.EncoderView", _counted(EncoderView, encodings))
     evaluator = _evaluator(_job(tmp_path, supernet), supernet, reference)
     del loads[:], encodings[:]
-    assert "latency_ms" not in evaluator.metrics({"anchor_grid": 4, "budgets": [16]}), "measured only where it is an objective"
+    assert "latency_ms" not in evaluator.metrics({"anchor_grid": 4, "budgets": [16]}), (
+        "measured only where it is an objective"
+    )
     once = len(encodings)
     evaluator.metrics({"anchor_grid": 2, "budgets": [16]})
     evaluator.metrics({"anchor_grid": None, "budgets": [256], "reducer": None})
@@ -98,9 +110,14 @@ def test_points_share_the_model_and_the_features_until_the_questions_change(
     assert len(loads) == 2, "another arithmetic, another copy of the model"
 
 
-def test_costs_follow_the_point_and_several_budgets_are_averaged(tmp_path: Path, supernet: Path, reference: Sequence[SplitScores]) -> None:
+def test_costs_follow_the_point_and_several_budgets_are_averaged(
+    tmp_path: Path, supernet: Path, reference: Sequence[SplitScores]
+) -> None:
     evaluator = _evaluator(_job(tmp_path, supernet), supernet, reference, measure_latency=True)
-    few, many = evaluator.metrics({"anchor_grid": 4, "budgets": [16]}), evaluator.metrics({"anchor_grid": 4, "budgets": [64]})
+    few, many = (
+        evaluator.metrics({"anchor_grid": 4, "budgets": [16]}),
+        evaluator.metrics({"anchor_grid": 4, "budgets": [64]}),
+    )
     without = evaluator.metrics({"anchor_grid": 0, "budgets": [16]})
     assert few["gflops"] < without["gflops"] < many["gflops"], "queries cost, and more tokens cost more"
     assert few["kv_cache_bytes"] < many["kv_cache_bytes"]
@@ -127,19 +144,31 @@ def _counted(function: Callable[..., Any], calls: list[int]) -> Callable[..., An
 
 
 def test_a_point_may_ask_another_model(tmp_path: Path, supernet: Path, reference: Sequence[SplitScores]) -> None:
-    other = tiny_checkpoint(tmp_path / "other", 4, connector={"type": "parcel", "num_heads": 2, "anchor_grids": [0, 1, 2, 4, 8, 16]})
+    other = tiny_checkpoint(
+        tmp_path / "other", 4, connector={"type": "parcel", "num_heads": 2, "anchor_grids": [0, 1, 2, 4, 8, 16]}
+    )
     checkpoint = resolve_checkpoint(str(other))
     searched = SearchedModel(checkpoint, content_digest(checkpoint.path))
     evaluator = _evaluator(_job(tmp_path / "warm", supernet), supernet, reference, others={str(other): searched})
     point = evaluator.evaluate({"model.reference": str(other), "budgets": [16]})
-    alone = run_evaluation(_job(tmp_path / "cold", other, budgets=[16]), Console(file=io.StringIO()), tables=False).summary
+    alone = run_evaluation(
+        _job(tmp_path / "cold", other, budgets=[16]), Console(file=io.StringIO()), tables=False
+    ).summary
     theirs = evaluator.evaluate({"budgets": [16]})
-    texts = [[[answer.text for answer in split.answers[16]] for split in splits] for splits in (point.splits, alone.splits, theirs.splits)]
+    texts = [
+        [[answer.text for answer in split.answers[16]] for split in splits]
+        for splits in (point.splits, alone.splits, theirs.splits)
+    ]
     assert texts[0] == texts[1] != texts[2]
 
 
 def test_costs_lie_within_bounds_that_are_known_before_the_search(tmp_path: Path, supernet: Path) -> None:
-    evaluator = WarmEvaluator(_job(tmp_path, supernet), {str(supernet): SearchedModel(resolve_checkpoint(str(supernet)), "")}, ((), 256), PassSettings())
+    evaluator = WarmEvaluator(
+        _job(tmp_path, supernet),
+        {str(supernet): SearchedModel(resolve_checkpoint(str(supernet)), "")},
+        ((), 256),
+        PassSettings(),
+    )
     costs, bounds = evaluator.costs(evaluator.job, 64), evaluator.bounds()
     assert all(bounds[name][0] < value < bounds[name][1] for name, value in costs.items())
     assert bounds["tokens"] == (0.0, 256.0)
@@ -148,13 +177,20 @@ def test_costs_lie_within_bounds_that_are_known_before_the_search(tmp_path: Path
 def test_a_rival_stands_at_its_own_costs(tmp_path: Path, supernet: Path, reference: Sequence[SplitScores]) -> None:
     job = _job(tmp_path, supernet, budgets=[16, 64])
     evaluator = _evaluator(job, supernet, reference)
-    summary = run_evaluation(_job(tmp_path, supernet, budgets=[16, 64], name="rival"), Console(file=io.StringIO()), tables=False).summary
+    summary = run_evaluation(
+        _job(tmp_path, supernet, budgets=[16, 64], name="rival"), Console(file=io.StringIO()), tables=False
+    ).summary
     for cost in ("gflops", "kv_cache_bytes", "tokens", "latency_ms"):
         search = TuneJob.model_validate(
             {
                 "kind": "tune",
                 "name": "s",
-                "space": {"kind": "search_space", "name": "s", "job": "j", "parameters": {"budgets": {"type": "choice", "values": [[16], [64]]}}},
+                "space": {
+                    "kind": "search_space",
+                    "name": "s",
+                    "job": "j",
+                    "parameters": {"budgets": {"type": "choice", "values": [[16], [64]]}},
+                },
                 "base": job.model_dump(),
                 "algorithm": {"type": "grid"},
                 "objectives": [{"metric": "score", "mode": "max"}, {"metric": cost, "mode": "min"}],
@@ -162,5 +198,7 @@ def test_a_rival_stands_at_its_own_costs(tmp_path: Path, supernet: Path, referen
         )
         points = findings_of(search, [], evaluator, {"rival": Rival(summary, supernet)}).rivals["rival"]
         expected = [] if cost == "latency_ms" else [(evaluator.costs(job, budget)[cost], budget) for budget in (16, 64)]
-        assert [(point.x, point.num_visual_tokens) for point in points] == expected, "what is not known of a rival is not drawn"
+        assert [(point.x, point.num_visual_tokens) for point in points] == expected, (
+            "what is not known of a rival is not drawn"
+        )
         assert [point.y for point in points] == [summary.mean_score(budget).value for _, budget in expected]

@@ -13,7 +13,10 @@ def test_the_cheapest_trial_within_one_standard_error_is_chosen_with_its_interva
     def estimate(value: float, noise: float) -> Estimate:
         return Estimate(value, value + shared + rng.normal(0, noise, 2000), 100)
 
-    families = {"video": {0: estimate(80.0, 2.0), 1: estimate(79.0, 2.0), 2: estimate(60.0, 2.0)}, "general": {0: estimate(70.0, 0.1), 1: estimate(68.0, 0.1)}}
+    families = {
+        "video": {0: estimate(80.0, 2.0), 1: estimate(79.0, 2.0), 2: estimate(60.0, 2.0)},
+        "general": {0: estimate(70.0, 0.1), 1: estimate(68.0, 0.1)},
+    }
     general, video = choose_families(families, lambda place: [256, 64, 8][place])
     assert (video.family, video.trial, video.best, video.near) == ("video", 1, 0, 2)
     assert video.retention.low < 79.0 < video.retention.high

@@ -23,7 +23,9 @@ def test_hypervolume_of_two_objectives_is_a_staircase() -> None:
     # By hand: below (5, 5) the points (1, 4), (2, 2), (4, 1) dominate 4 + 3 * 2 + 1 unit squares.
     points = np.array([[1.0, 4.0], [2.0, 2.0], [4.0, 1.0]])
     assert hypervolume(points, np.array([5.0, 5.0])) == pytest.approx(4 * 1 + 3 * 2 + 1 * 1)
-    assert hypervolume(np.vstack([points, [[6.0, 0.0], [2.0, 2.0], [3.0, 3.0]]]), np.array([5.0, 5.0])) == pytest.approx(11)
+    assert hypervolume(
+        np.vstack([points, [[6.0, 0.0], [2.0, 2.0], [3.0, 3.0]]]), np.array([5.0, 5.0])
+    ) == pytest.approx(11)
 
 
 @pytest.mark.parametrize("objectives", [1, 2, 3, 4])
@@ -38,7 +40,8 @@ def test_hypervolume_is_that_of_inclusion_and_exclusion(objectives: int) -> None
 
 
 def test_the_knee_is_where_the_front_bends() -> None:
-    # Against the straight line from (0, 10) to (10, 0) the point (2, 2) lies deepest; (1, 1) is not a number everywhere.
+    # Against the straight line from (0, 10) to (10, 0) the point (2, 2) lies deepest; (1, 1) is not a number
+    # everywhere.
     points = np.array([[0.0, 10.0], [1.0, 8.5], [2.0, 2.0], [6.0, 1.5], [10.0, 0.0], [9.0, 9.0], [np.nan, 1.0]])
     assert knee_point(points) == 2
     assert knee_point(np.array([[3.0], [1.0], [2.0]])) == 1

@@ -49,7 +49,13 @@ def _measure(point: Assignment) -> dict[str, float]:
 
 
 def _run(
-    folder: Path, space: SearchSpace, algorithm: SearchAlgorithm, objectives: Any = ONE, *, stop_after: int | None = None, measure: Any = _measure
+    folder: Path,
+    space: SearchSpace,
+    algorithm: SearchAlgorithm,
+    objectives: Any = ONE,
+    *,
+    stop_after: int | None = None,
+    measure: Any = _measure,
 ) -> list[Assignment]:
     """Runs a search with three points at the same time that finish in an order of their own; returns the points that were run."""
     record = TrialRecord(folder)
@@ -73,9 +79,15 @@ def _run(
             return run
 
 
-@pytest.mark.parametrize("algorithm", [RandomAlgorithm(trials=25), OptunaAlgorithm(trials=25, startup_trials=6, batch=4)], ids=lambda each: each.type)
+@pytest.mark.parametrize(
+    "algorithm",
+    [RandomAlgorithm(trials=25), OptunaAlgorithm(trials=25, startup_trials=6, batch=4)],
+    ids=lambda each: each.type,
+)
 @pytest.mark.parametrize("stop_after", [1, 9, 24])
-def test_a_search_that_was_killed_ends_with_the_points_of_one_that_was_not(tmp_path: Path, algorithm: SearchAlgorithm, stop_after: int) -> None:
+def test_a_search_that_was_killed_ends_with_the_points_of_one_that_was_not(
+    tmp_path: Path, algorithm: SearchAlgorithm, stop_after: int
+) -> None:
     undisturbed = _run(tmp_path / "undisturbed", SPACE, algorithm)
     before = _run(tmp_path / "killed", SPACE, algorithm, stop_after=stop_after)
     after = _run(tmp_path / "killed", SPACE, algorithm)
@@ -104,7 +116,12 @@ def test_tpe_finds_the_best_place_sooner_than_random_points(tmp_path: Path) -> N
 def test_conditions_constraints_and_a_small_space_hold_under_tpe(tmp_path: Path) -> None:
     points = _run(tmp_path / "conditions", SPACE, OptunaAlgorithm(trials=30, startup_trials=5), TWO)
     assert all(("power" in point) == (point["kind"] == "curved") for point in points)
-    splits = _run(tmp_path / "splits", SPLITS, OptunaAlgorithm(trials=100, startup_trials=2), measure=lambda point: {"y": float(point["anchor_grid"])})
+    splits = _run(
+        tmp_path / "splits",
+        SPLITS,
+        OptunaAlgorithm(trials=100, startup_trials=2),
+        measure=lambda point: {"y": float(point["anchor_grid"])},
+    )
     assert len(splits) == len({point_key(point) for point in splits}) == 7, "all of the space, and then it ends"
 
 
@@ -114,7 +131,13 @@ def test_a_failed_trial_neither_stops_tpe_nor_is_asked_again(tmp_path: Path) -> 
     keys = []
     while (point := planner.ask()) is not None:
         keys.append(point_key(point))
-        trial = FinishedTrial(point_key(point), point, {} if len(keys) % 3 == 0 else _measure(point), 1.0, "broke" if len(keys) % 3 == 0 else None)
+        trial = FinishedTrial(
+            point_key(point),
+            point,
+            {} if len(keys) % 3 == 0 else _measure(point),
+            1.0,
+            "broke" if len(keys) % 3 == 0 else None,
+        )
         record.add(trial)
         planner.tell(trial)
     assert planner.is_finished
@@ -122,7 +145,10 @@ def test_a_failed_trial_neither_stops_tpe_nor_is_asked_again(tmp_path: Path) -> 
 
 
 def test_importance_is_the_parameters_share(tmp_path: Path) -> None:
-    trials = [FinishedTrial(point_key(point), point, _measure(point), 1.0) for point in _run(tmp_path, SPACE, RandomAlgorithm(trials=60))]
+    trials = [
+        FinishedTrial(point_key(point), point, _measure(point), 1.0)
+        for point in _run(tmp_path, SPACE, RandomAlgorithm(trials=60))
+    ]
     shares = importance(SPACE, trials, ONE[0])
     assert set(shares) == {"kind", "x", "rate"}, "over the parameters that every trial has"
     assert shares["kind"] > shares["x"]

@@ -117,7 +117,11 @@ def test_a_step_that_was_decided_on_is_neither_decided_on_again_nor_counted_twic
             before.on_trial_result(_Controller(), _trial(number), {STEPS: step, SCALAR: 1.0})
     again = _scheduler(MEDIAN, tmp_path)
     assert again.on_trial_result(_Controller(), _trial(1), {STEPS: 2, SCALAR: -9.0}) == TrialScheduler.CONTINUE
-    assert [(report.steps, report.value) for report in ReportHistory(tmp_path).reports] == [(1, 1.0), (2, 1.0), (3, 1.0)] * 2
+    assert [(report.steps, report.value) for report in ReportHistory(tmp_path).reports] == [
+        (1, 1.0),
+        (2, 1.0),
+        (3, 1.0),
+    ] * 2
 
 
 def test_a_trial_whose_driver_was_killed_before_it_could_stop_it_is_stopped_at_its_next_report(tmp_path: Path) -> None:
@@ -131,7 +135,8 @@ def test_a_trial_whose_driver_was_killed_before_it_could_stop_it_is_stopped_at_i
 
 
 def test_an_end_that_was_told_twice_counts_once(tmp_path: Path) -> None:
-    # The driver was killed after the scheduler knew of the end, and before it was recorded: the trial comes again with its last report.
+    # The driver was killed after the scheduler knew of the end, and before it was recorded: the trial comes again with
+    # its last report.
     before, last = _scheduler(ASHA, tmp_path), {STEPS: 8, SCALAR: 0.5}
     before.on_trial_add(_Controller(), _trial(0))
     before.on_trial_result(_Controller(), _trial(0), last)

@@ -25,8 +25,17 @@ def _job(storage: Path, **changes: Any) -> TuneJob:
     data = {
         "kind": "tune",
         "name": "splits",
-        "space": {"kind": "search_space", "name": "s", "job": "j", "parameters": {"budgets": {"type": "choice", "values": [[16], [64]]}}},
-        "base": {"kind": "evaluate", "name": "b", "benchmarks": [{"name": "mini", "source": {"split": "validation", "samples": 9}}]},
+        "space": {
+            "kind": "search_space",
+            "name": "s",
+            "job": "j",
+            "parameters": {"budgets": {"type": "choice", "values": [[16], [64]]}},
+        },
+        "base": {
+            "kind": "evaluate",
+            "name": "b",
+            "benchmarks": [{"name": "mini", "source": {"split": "validation", "samples": 9}}],
+        },
         "algorithm": {"type": "grid"},
         "objectives": [{"metric": "retention", "mode": "max"}, {"metric": "tokens", "mode": "min"}],
         "storage": str(storage),
@@ -54,8 +63,13 @@ def test_the_hypervolume_has_a_box_that_is_known_before_the_first_trial() -> Non
     assert bounds == [(0.0, 100.0), (0.0, 256.0)]
     job = _job(Path())
     assert volumes(job, TRIALS, bounds)[0] == volumes(job, TRIALS[:1], bounds)[0] < volumes(job, TRIALS, bounds)[1] < 1
-    assert bounds_of([*objectives, Objective(metric="latency_ms", mode="min")], {"tokens": (0.0, 256.0)}) is None, "nobody knows how slow"
-    assert bounds_of([Objective(metric="latency_ms", mode="min", bounds=(0.0, 50.0)), Objective(metric="val/score@64", mode="max")], {}) == [
+    assert bounds_of([*objectives, Objective(metric="latency_ms", mode="min")], {"tokens": (0.0, 256.0)}) is None, (
+        "nobody knows how slow"
+    )
+    assert bounds_of(
+        [Objective(metric="latency_ms", mode="min", bounds=(0.0, 50.0)), Objective(metric="val/score@64", mode="max")],
+        {},
+    ) == [
         (0.0, 50.0),
         (0.0, 1.0),
     ]
@@ -76,7 +90,9 @@ def test_stopped_trials_are_shown_as_such(tmp_path: Path) -> None:
     assert "Model with this routing" not in text.getvalue()
 
 
-def test_a_store_that_takes_no_trial_is_named_and_does_not_hide_what_ended_the_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_store_that_takes_no_trial_is_named_and_does_not_hide_what_ended_the_search(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     uri = new_store(tmp_path)
     parent = start_run(uri, "parcelray", "tune-s", params={})
 
@@ -104,4 +120,6 @@ def test_a_trial_that_was_tried_again_no_longer_shows_its_error(tmp_path: Path) 
             runs.started(trial.key, trial.assignment)
             runs.finished(trial)
         (run,) = MlflowClient(uri).search_runs(["1"], f"tags.`mlflow.parentRunId` = '{parent}'")
-        assert (run.info.status, run.data.tags["parcel.outcome"]) == (("FAILED", "failed: it broke") if trial.error else ("FINISHED", "finished"))
+        assert (run.info.status, run.data.tags["parcel.outcome"]) == (
+            ("FAILED", "failed: it broke") if trial.error else ("FINISHED", "finished")
+        )

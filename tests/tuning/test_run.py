@@ -27,13 +27,18 @@ from parcelray.tuning.run import SearchRun, run_tuning, searched_models
 
 from ..training.conftest import TINY, tiny_job
 
-pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("ignore::DeprecationWarning"), pytest.mark.filterwarnings("ignore::ResourceWarning")]
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+]
 
 
 @pytest.fixture(scope="module")
 def supernet(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("supernet")
-    # The mini base with a connector that was not trained: its anchors are pooled patches, which the model can read, and its queries are noise.
+    # The mini base with a connector that was not trained: its anchors are pooled patches, which the model can read, and
+    # its queries are noise.
     connector = {"type": "parcel", "num_heads": 3, "anchor_grids": [0, 1, 2, 4, 8, 16]}
     job = tiny_job(folder, model={"type": "checkpoint", "reference": "mini_base"}, connector=connector)
     model, processor = build_start(job, resolve_checkpoint("mini_base").path)
@@ -51,15 +56,23 @@ def _split_job(storage: Path, supernet: Path, **changes: Any) -> TuneJob:
             "kind": "search_space",
             "name": "splits",
             "job": "none",
-            "parameters": {"anchor_grid": {"type": "choice", "values": [0, 2, 4, 8]}, "budgets": {"type": "choice", "values": [[8], [16], [64]]}},
-            "constraints": [{"type": "anchors_fit", "anchor_grid": "anchor_grid", "budget": "budgets", "patch_grid": 16}],
+            "parameters": {
+                "anchor_grid": {"type": "choice", "values": [0, 2, 4, 8]},
+                "budgets": {"type": "choice", "values": [[8], [16], [64]]},
+            },
+            "constraints": [
+                {"type": "anchors_fit", "anchor_grid": "anchor_grid", "budget": "budgets", "patch_grid": 16}
+            ],
         },
         "base": {
             "kind": "evaluate",
             "name": "base",
             "model": {"reference": str(supernet)},
-            "benchmarks": [{"name": "mini", "source": {"samples": 12, "families": ["general", "video"]}, "max_new_tokens": 8}],
-            # The reference is asked in this process, and one actor takes the trials: more would take longer to start than all points.
+            "benchmarks": [
+                {"name": "mini", "source": {"samples": 12, "families": ["general", "video"]}, "max_new_tokens": 8}
+            ],
+            # The reference is asked in this process, and one actor takes the trials: more would take longer to start
+            # than all points.
             "compute": {"actors": 0, "rows_per_bundle": 8, "threads_per_actor": 1},
             "storage": str(storage),
         },
@@ -78,7 +91,9 @@ def _run(job: TuneJob, **options: Any) -> tuple[SearchRun, str]:
 
 
 @pytest.fixture(scope="module")
-def searched(ray_session: None, supernet: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[TuneJob, SearchRun, str]:
+def searched(
+    ray_session: None, supernet: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[TuneJob, SearchRun, str]:
     job = _split_job(tmp_path_factory.mktemp("search"), supernet)
     return job, *_run(job)
 
@@ -100,7 +115,16 @@ def test_a_split_search_leaves_numbers_pictures_and_a_model(searched: tuple[Tune
         assert findings.trials[each.trial].metrics["tokens"] <= findings.trials[each.best].metrics["tokens"]
         assert each.retention.low <= values[each.trial] <= each.retention.high
     assert "within one standard error of the best, by family" in text
-    names = ["results.json", "frontier.png", "families.png", "splits.png", "parallel.png", "importance.png", "volume.png", "routing.yaml"]
+    names = [
+        "results.json",
+        "frontier.png",
+        "families.png",
+        "splits.png",
+        "parallel.png",
+        "importance.png",
+        "volume.png",
+        "routing.yaml",
+    ]
     assert all((run.folder / name).stat().st_size > 100 for name in names[:-1])
     assert json.loads((run.folder / "results.json").read_text())["routing"][-1]["max_budget"] == 256
     verify_manifest(run.folder / "model")
@@ -109,7 +133,8 @@ def test_a_split_search_leaves_numbers_pictures_and_a_model(searched: tuple[Tune
     assert connector.routing is not None
     assert [route.anchor_grid for route in connector.routing][-1] == findings.splits[-1].anchor_grid
     assert "9 of 9 trials done" in text
-    # Drawn on the search's own frontier: where the predictor pays for everything it is the dearer of its budgets, never more.
+    # Drawn on the search's own frontier: where the predictor pays for everything it is the dearer of its budgets, never
+    # more.
     assert findings.adaptive is not None
     curves = json.loads((run.folder / "results.json").read_text())["adaptive"]
     assert list(curves) == ["mixture of the chosen splits", "budget by predictor", "escalate 16 > 64"]
@@ -144,11 +169,16 @@ def test_mlflow_has_a_run_per_trial_and_none_is_left_running(searched: tuple[Tun
     assert parent.data.metrics["search/trials"] == 9
     volumes = client.get_metric_history(run.mlflow_run_id, "search/hypervolume")
     assert [each.step for each in volumes] == list(range(1, 10))
-    assert all(after.timestamp >= before.timestamp and after.value >= before.value for before, after in itertools.pairwise(volumes))
+    assert all(
+        after.timestamp >= before.timestamp and after.value >= before.value
+        for before, after in itertools.pairwise(volumes)
+    )
     assert child.data.tags["parcel.outcome"] == "finished"
 
 
-def test_a_finished_search_is_only_read_again_and_mlflow_told_what_a_killed_driver_did_not(searched: tuple[TuneJob, SearchRun, str], supernet: Path) -> None:
+def test_a_finished_search_is_only_read_again_and_mlflow_told_what_a_killed_driver_did_not(
+    searched: tuple[TuneJob, SearchRun, str], supernet: Path
+) -> None:
     job, run, _ = searched
     assert run.mlflow_run_id is not None
     client = MlflowClient(job.tracking.uri)
@@ -165,7 +195,9 @@ def test_a_finished_search_is_only_read_again_and_mlflow_told_what_a_killed_driv
     assert retold.info.status == "FINISHED"
     assert retold.data.metrics["score"] == run.findings.trials[-1].metrics["score"]
     changed = _split_job(Path(job.storage), supernet, seed=1, algorithm={"type": "random", "trials": 3})
-    with pytest.raises(UserError, match=r"algorithm.trials: None -> 3; algorithm.type: 'grid' -> 'random'; seed: 0 -> 1"):
+    with pytest.raises(
+        UserError, match=r"algorithm.trials: None -> 3; algorithm.type: 'grid' -> 'random'; seed: 0 -> 1"
+    ):
         _run(changed, resume=True)
 
 
@@ -181,7 +213,9 @@ def test_a_search_is_not_gone_on_with_another_model_under_the_same_name(tmp_path
         _run(job, resume=True)
 
 
-def test_an_impossible_search_is_refused_before_the_reference_is_evaluated(ray_session: None, tmp_path: Path, supernet: Path) -> None:
+def test_an_impossible_search_is_refused_before_the_reference_is_evaluated(
+    ray_session: None, tmp_path: Path, supernet: Path
+) -> None:
     base = _split_job(tmp_path, supernet).base.model_dump() | {"compute": {"cpus_per_actor": 64}}
     with pytest.raises(UserError, match=r"A trial needs 64 CPU, but the Ray cluster has 4 CPU in all"):
         _run(_split_job(tmp_path, supernet, base=base))
@@ -195,17 +229,36 @@ def test_the_selected_trial_is_a_job_file_that_runs(searched: tuple[TuneJob, Sea
     chosen = select(job, run.findings.trials, "max score subject to tokens <= 16", tmp_path / "chosen.yaml")
     written = load_job(tmp_path / "chosen.yaml")
     assert isinstance(written, EvaluateJob)
-    assert (written.kind, list(written.budgets), written.anchor_grid) == ("evaluate", chosen.assignment["budgets"], chosen.assignment["anchor_grid"])
+    assert (written.kind, list(written.budgets), written.anchor_grid) == (
+        "evaluate",
+        chosen.assignment["budgets"],
+        chosen.assignment["anchor_grid"],
+    )
     assert "max score subject to tokens <= 16" in (tmp_path / "chosen.yaml").read_text()
 
 
 @pytest.mark.nightly
 def test_trained_splits_confirm_the_search(searched: tuple[TuneJob, SearchRun, str]) -> None:
     job, run, _ = searched
-    train = TINY | {"name": "alone", "model": {"type": "checkpoint", "reference": "mini_base"}, "scaling": {"num_workers": 0}, "tracking": {"uri": None}}
-    train |= {"training": {"steps": 2, "images_per_step": 4}, "validation": {"samples": 1, "budgets": [16]}, "report": None}
+    train = TINY | {
+        "name": "alone",
+        "model": {"type": "checkpoint", "reference": "mini_base"},
+        "scaling": {"num_workers": 0},
+        "tracking": {"uri": None},
+    }
+    train |= {
+        "training": {"steps": 2, "images_per_step": 4},
+        "validation": {"samples": 1, "budgets": [16]},
+        "report": None,
+    }
     confirmed = job.model_copy(
-        update={"confirm": TuneJob.model_validate(job.model_dump() | {"confirm": {"job": train, "budget": 16, "best": 2, "worst": 1}}).confirm}
+        update={
+            "confirm": (
+                TuneJob.model_validate(
+                    job.model_dump() | {"confirm": {"job": train, "budget": 16, "best": 2, "worst": 1}}
+                ).confirm
+            )
+        }
     )
     result = confirm_splits(confirmed, run, Console(file=io.StringIO()))
     assert run.mlflow_run_id is not None
@@ -226,5 +279,10 @@ def test_a_plan_says_what_a_search_would_do(searched: tuple[TuneJob, SearchRun, 
     plan = tuning_plan(job)
     assert (plan.trials, plan.points) == (9, 9)
     assert plan.concurrent == 1
-    assert tuning_plan(_split_job(Path(job.storage), supernet, base=job.base.model_dump() | {"compute": {"actors": 2}})).concurrent == 2
+    assert (
+        tuning_plan(
+            _split_job(Path(job.storage), supernet, base=job.base.model_dump() | {"compute": {"actors": 2}})
+        ).concurrent
+        == 2
+    )
     assert json.dumps(plan.to_dict())

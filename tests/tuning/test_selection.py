@@ -28,15 +28,26 @@ def test_a_selection_is_the_best_that_keeps_the_limits(text: str, expected: int)
 
 
 @pytest.mark.parametrize(
-    "text", ["retention", "max", "max retention subject to tokens", "max retention subject to tokens < 64", "max retention subject to tokens <= x"]
+    "text",
+    [
+        "retention",
+        "max",
+        "max retention subject to tokens",
+        "max retention subject to tokens < 64",
+        "max retention subject to tokens <= x",
+    ],
 )
 def test_another_form_is_refused_with_an_example(text: str) -> None:
-    with pytest.raises(UserError, match=r"write max METRIC subject to .* for example: max retention subject to tokens <= 64"):
+    with pytest.raises(
+        UserError, match=r"write max METRIC subject to .* for example: max retention subject to tokens <= 64"
+    ):
         parse_selection(text)
 
 
 def test_what_was_not_measured_and_what_nothing_keeps_are_named() -> None:
-    with pytest.raises(UserError, match=r"'speed', which no finished trial measured; measured: latency_ms, retention, tokens"):
+    with pytest.raises(
+        UserError, match=r"'speed', which no finished trial measured; measured: latency_ms, retention, tokens"
+    ):
         parse_selection("max speed").choose(TRIALS)
     with pytest.raises(UserError, match=r"No finished trial has tokens <= 8; tokens is 16 to 256"):
         parse_selection("max retention subject to tokens <= 8").choose(TRIALS)

@@ -9,7 +9,10 @@ from parcelray.tuning.split_routing import choose_splits, routing_of
 
 def _estimate(value: float, noise: float = 0.0, seed: int = 0) -> Estimate:
     """Draws that are all the same, apart from noise of their own."""
-    shared, own = np.random.default_rng(99).normal(0, 5, 500), np.random.default_rng(seed).normal(0, noise, 500) if noise else 0.0
+    shared, own = (
+        np.random.default_rng(99).normal(0, 5, 500),
+        np.random.default_rng(seed).normal(0, noise, 500) if noise else 0.0,
+    )
     return Estimate(value, value + shared + own, 100)
 
 
@@ -31,7 +34,9 @@ def test_the_best_split_or_a_cheaper_one_within_a_standard_error() -> None:
 
 def test_a_routing_covers_all_budgets_from_the_smallest_searched_one_on() -> None:
     retention = {budget: {grid: _estimate(50.0)} for budget, grid in ((4, 1), (16, 4), (32, 4), (64, 8))}
-    splits = choose_splits(retention, {budget: dict.fromkeys(by_grid, 1.0) for budget, by_grid in retention.items()}, {})
+    splits = choose_splits(
+        retention, {budget: dict.fromkeys(by_grid, 1.0) for budget, by_grid in retention.items()}, {}
+    )
     routes = [(route.min_budget, route.max_budget, route.anchor_grid) for route in routing_of(splits, 256)]
     assert routes == [(4, 15, 1), (16, 63, 4), (64, 256, 8)]
     assert all(split.against_rule is None for split in splits)

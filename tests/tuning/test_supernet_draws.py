@@ -21,8 +21,15 @@ def test_every_split_of_the_space_is_as_likely_and_is_trained() -> None:
     for tokens, weight in zip(budget.values(), budget.weights, strict=True):
         fitting = [side for side in budget.anchor_grids if side * side <= tokens]
         shares |= {(side, tokens): weight / sum(budget.weights) / len(fitting) for side in fitting}
-    splits = {(point["anchor_grid"], point["budgets"][0]) for point in load_search_space(ROOT / "search_spaces" / "anchor_query_split.yaml").grid()}
+    splits = {
+        (point["anchor_grid"], point["budgets"][0])
+        for point in load_search_space(ROOT / "search_spaces" / "anchor_query_split.yaml").grid()
+    }
     assert shares == {split: pytest.approx(1 / 63) for split in splits}
     sampler = BudgetSampler(budget, job.seed)
-    drawn = [(sampler.anchor_grid(step, 0, tokens), tokens) for step in range(job.training.steps) for tokens in sampler.budgets(step)]
+    drawn = [
+        (sampler.anchor_grid(step, 0, tokens), tokens)
+        for step in range(job.training.steps)
+        for tokens in sampler.budgets(step)
+    ]
     assert {drawn.count(split) > 0 for split in ((4, 16), (8, 64), (16, 256))} == {True}, "anchors alone, too"

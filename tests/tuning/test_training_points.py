@@ -37,8 +37,15 @@ def test_a_searched_number_of_steps_is_trained(tmp_path: Path) -> None:
 
 
 def test_segments_share_all_steps_and_have_data_and_draws_of_their_own(tmp_path: Path) -> None:
-    job = _job(tmp_path, {"optimizer.learning_rate": {"type": "real", "low": 1e-4, "high": 1e-3}}, algorithm={"type": "random", "trials": 1})
-    parts = [trial_job(job, str(tmp_path), {}, segment=Segment(place, 4, "mini_base" if place else None)) for place in range(4)]
+    job = _job(
+        tmp_path,
+        {"optimizer.learning_rate": {"type": "real", "low": 1e-4, "high": 1e-3}},
+        algorithm={"type": "random", "trials": 1},
+    )
+    parts = [
+        trial_job(job, str(tmp_path), {}, segment=Segment(place, 4, "mini_base" if place else None))
+        for place in range(4)
+    ]
     assert [part.training.steps for part in parts] == [2, 3, 2, 3]
     assert [part.seed for part in parts] == [3, 4, 5, 6]
     assert len({part.name for part in parts}) == 4
@@ -50,7 +57,9 @@ def test_a_space_over_workers_asks_the_cluster_for_the_most(tmp_path: Path) -> N
         "scaling.num_workers": {"type": "integer", "low": 1, "high": 3},
         "scaling.cpus_per_worker": {"type": "choice", "values": [1.0, 2.0]},
     }
-    assert training_resources(_job(tmp_path, parameters)) == TrialResources(0.01, workers=3, worker_cpus=2.0, helper_cpus=3)
+    assert training_resources(_job(tmp_path, parameters)) == TrialResources(
+        0.01, workers=3, worker_cpus=2.0, helper_cpus=3
+    )
 
 
 def test_the_report_of_the_last_step_is_left_to_the_end() -> None:
@@ -65,7 +74,9 @@ def test_a_trained_model_is_asked_its_evaluation_and_has_costs(tmp_path: Path) -
     evaluation = {
         "kind": "evaluate",
         "name": "after",
-        "benchmarks": [{"name": "mini", "source": {"samples": 3, "families": ["general", "video"]}, "max_new_tokens": 2}],
+        "benchmarks": [
+            {"name": "mini", "source": {"samples": 3, "families": ["general", "video"]}, "max_new_tokens": 2}
+        ],
         "budgets": [16, 64],
         "compute": {"actors": 0},
     }
@@ -76,6 +87,15 @@ def test_a_trained_model_is_asked_its_evaluation_and_has_costs(tmp_path: Path) -
     assignment: Assignment = {"training.steps": 2}
     metrics, model = train_point(job, str(tmp_path), ((), 0), assignment, told.append)
     assert (Path(model) / "model.safetensors").is_file()
-    assert {"score/video", "score/general", "score@64", "gflops@16", "kv_cache_bytes@16", "val/score@16", "gflops", "tokens"} <= metrics.keys()
+    assert {
+        "score/video",
+        "score/general",
+        "score@64",
+        "gflops@16",
+        "kv_cache_bytes@16",
+        "val/score@16",
+        "gflops",
+        "tokens",
+    } <= metrics.keys()
     assert metrics["step"] == pytest.approx(2)
     assert 0 < metrics["gflops@16"] < metrics["gflops"]

@@ -16,7 +16,11 @@ from parcelray.tuning.run import SearchRun, run_tuning
 
 from ..training.conftest import TINY
 
-pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("ignore::DeprecationWarning"), pytest.mark.filterwarnings("ignore::ResourceWarning")]
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+]
 
 RATES = [1e-4, 1e-3, 3e-3]
 
@@ -36,7 +40,12 @@ def _job(storage: Path, **changes: Any) -> TuneJob:
     data = {
         "kind": "tune",
         "name": "rates",
-        "space": {"kind": "search_space", "name": "rates", "job": "none", "parameters": {"optimizer.learning_rate": {"type": "choice", "values": RATES}}},
+        "space": {
+            "kind": "search_space",
+            "name": "rates",
+            "job": "none",
+            "parameters": {"optimizer.learning_rate": {"type": "choice", "values": RATES}},
+        },
         "base": base,
         "algorithm": {"type": "grid"},
         "objectives": [{"metric": "train/loss", "mode": "min"}],
@@ -60,7 +69,9 @@ def _run(job: TuneJob, **options: Any) -> SearchRun:
     ],
     ids=lambda each: each["type"],
 )
-def test_trainings_report_at_their_checkpoints_and_may_be_stopped(ray_session: None, tmp_path: Path, stopping: dict[str, Any]) -> None:
+def test_trainings_report_at_their_checkpoints_and_may_be_stopped(
+    ray_session: None, tmp_path: Path, stopping: dict[str, Any]
+) -> None:
     job = _job(tmp_path, early_stopping=stopping)
     run = _run(job)
     trials = run.findings.trials
@@ -70,7 +81,9 @@ def test_trainings_report_at_their_checkpoints_and_may_be_stopped(ray_session: N
     finished = [trial for trial in trials if trial.metrics["step"] == 4]
     assert finished, "one is trained to its end"
     assert [trial.stopped for trial in finished] == [False] * len(finished), "the end is no early stop"
-    assert len(list((run.folder / "trials" / "train").glob("*/model/model.safetensors"))) >= len(finished), "its model is kept"
+    assert len(list((run.folder / "trials" / "train").glob("*/model/model.safetensors"))) >= len(finished), (
+        "its model is kept"
+    )
     assert all("gflops@16" in trial.metrics for trial in finished)
     client = MlflowClient(job.tracking.uri)
     assert run.mlflow_run_id is not None
@@ -78,20 +91,28 @@ def test_trainings_report_at_their_checkpoints_and_may_be_stopped(ray_session: N
     children = [each for each in client.search_runs([experiment]) if each.info.run_name.startswith("trial-")]
     assert {each.info.status for each in children} == {"FINISHED"}
     steps = [[metric.step for metric in client.get_metric_history(each.info.run_id, "train/loss")] for each in children]
-    assert all(each == sorted(each) and each[0] == 1 for each in steps), "a curve for each, from its first checkpoint on"
+    assert all(each == sorted(each) and each[0] == 1 for each in steps), (
+        "a curve for each, from its first checkpoint on"
+    )
     if stopping["type"] != "hyperband":
         # Told to early stopping again where the search goes on; hyperband's brackets cannot be.
         reports = ReportHistory(run.folder).reports
-        assert {report.key: report.steps for report in reports if report.ended} == {trial.key: trial.metrics["step"] for trial in trials}
+        assert {report.key: report.steps for report in reports if report.ended} == {
+            trial.key: trial.metrics["step"] for trial in trials
+        }
         assert -reports[-1].value == trials[-1].metrics["train/loss"]
 
 
 @pytest.mark.nightly
-def test_trials_on_ray_train_workers_run_as_many_at_a_time_as_the_cluster_holds(ray_session: None, tmp_path: Path) -> None:
+def test_trials_on_ray_train_workers_run_as_many_at_a_time_as_the_cluster_holds(
+    ray_session: None, tmp_path: Path
+) -> None:
     job = _job(tmp_path, base={"scaling": {"num_workers": 1}}, algorithm={"type": "random", "trials": 2})
     text = io.StringIO()
     run = run_tuning(job, Console(file=text, width=200))
-    assert "2 trials, 1 at the same time" in text.getvalue(), "each takes a worker and a reader, of 4 CPUs, and 0.01 for its driver"
+    assert "2 trials, 1 at the same time" in text.getvalue(), (
+        "each takes a worker and a reader, of 4 CPUs, and 0.01 for its driver"
+    )
     assert [trial.error for trial in run.findings.trials] == [None, None]
     assert all(trial.metrics["step"] == 4 for trial in run.findings.trials)
 
@@ -118,7 +139,10 @@ def test_a_population_trains_in_segments_and_the_worse_go_on_from_the_better(ray
     assert {each["training"]["steps"] for each in jobs} == {2}
     assert sorted(each["seed"] for each in jobs) == [3, 3, 4, 4], "each segment has data of its own"
     trained = [_searched(each) for each in jobs if each["seed"] == 4]
-    assert all(_searched({"optimizer": {"type": "adamw", "beta2": None} | _nested(trial.assignment)}) in trained for trial in run.findings.trials)
+    assert all(
+        _searched({"optimizer": {"type": "adamw", "beta2": None} | _nested(trial.assignment)}) in trained
+        for trial in run.findings.trials
+    )
     starts = [each["model"].get("reference") for each in jobs]
     assert starts.count(None) == 2, "the first segment of both is from scratch"
     assert len(starts) - starts.count(None) == 2
@@ -136,9 +160,21 @@ def _searched(job: dict[str, Any]) -> tuple[Any, ...]:
 
 def test_a_search_whose_trials_all_fail_says_so_and_fails(ray_session: None, tmp_path: Path) -> None:
     # M3 pools squares only, so it is never scored at 40.
-    base = {"validation": {"samples": 1, "budgets": [16, 40]}, "connector": {"type": "m3"}, "budget": {"type": "uniform", "budgets": [16]}}
-    job = _job(tmp_path, objectives=[{"metric": "val/score@40", "mode": "max"}], algorithm={"type": "random", "trials": 1}, base=base)
-    with pytest.raises(SystemFailure, match=r"All 1 trials of rates failed, .*The objective val/score@40 was not measured; measured: .*val/score@16"):
+    base = {
+        "validation": {"samples": 1, "budgets": [16, 40]},
+        "connector": {"type": "m3"},
+        "budget": {"type": "uniform", "budgets": [16]},
+    }
+    job = _job(
+        tmp_path,
+        objectives=[{"metric": "val/score@40", "mode": "max"}],
+        algorithm={"type": "random", "trials": 1},
+        base=base,
+    )
+    with pytest.raises(
+        SystemFailure,
+        match=r"All 1 trials of rates failed, .*The objective val/score@40 was not measured; measured: .*val/score@16",
+    ):
         _run(job)
     (parent,) = MlflowClient(job.tracking.uri).search_runs(["1"], "attributes.run_name LIKE 'tune-%'")
     assert parent.info.status == "FAILED"

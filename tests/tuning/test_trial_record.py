@@ -10,7 +10,9 @@ from parcelray.tuning.trial_record import FinishedTrial, TrialRecord, point_key
 
 def _trial(value: int, error: str | None = None) -> FinishedTrial:
     assignment = {"a": value, "budgets": [value]}
-    return FinishedTrial(point_key(assignment), assignment, {} if error else {"score": float(value), "none": float("nan")}, 1.5, error)
+    return FinishedTrial(
+        point_key(assignment), assignment, {} if error else {"score": float(value), "none": float("nan")}, 1.5, error
+    )
 
 
 def test_a_record_is_read_as_it_was_written(tmp_path: Path) -> None:
@@ -18,7 +20,9 @@ def test_a_record_is_read_as_it_was_written(tmp_path: Path) -> None:
     for trial in (_trial(1), _trial(2, "it broke")):
         record.add(trial)
     again = TrialRecord(tmp_path)
-    assert [(trial.key, trial.assignment, trial.error) for trial in again.trials] == [(trial.key, trial.assignment, trial.error) for trial in record.trials]
+    assert [(trial.key, trial.assignment, trial.error) for trial in again.trials] == [
+        (trial.key, trial.assignment, trial.error) for trial in record.trials
+    ]
     assert again.trials[0].metrics == {"score": 1.0}
     assert point_key({"budgets": [1], "a": 1}) == again.trials[0].key, "the order of keys does not matter"
 
@@ -51,4 +55,7 @@ def test_failed_trials_are_run_again_only_when_asked(tmp_path: Path) -> None:
     assert record.forget_failed() == 1
     assert [trial.assignment["a"] for trial in record.trials] == [1]
     record.add(_trial(2))
-    assert [(trial.assignment["a"], trial.error) for trial in TrialRecord(tmp_path).trials] == [(1, None), (2, None)], "the last try counts"
+    assert [(trial.assignment["a"], trial.error) for trial in TrialRecord(tmp_path).trials] == [
+        (1, None),
+        (2, None),
+    ], "the last try counts"

@@ -1,6 +1,7 @@
 """How a search runs on Ray Tune: processes that are shared, failures, nothing that runs, a driver that is ended.
 
-The trials measure nothing. Their processes load this module, so it needs neither torch nor transformers, which would take most of the time.
+The trials measure nothing. Their processes load this module, so it needs neither torch nor transformers, which would
+take most of the time.
 """
 
 import os
@@ -25,9 +26,15 @@ from parcelray.tuning.tune_run import evaluation_trial, run_search
 
 from ..processes import LIMIT_S, end_session, wait_until
 
-pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("ignore::DeprecationWarning"), pytest.mark.filterwarnings("ignore::ResourceWarning")]
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+]
 
-NUMBERS = SearchSpace.model_validate({"kind": "search_space", "name": "n", "job": "j", "parameters": {"a": {"type": "choice", "values": list(range(6))}}})
+NUMBERS = SearchSpace.model_validate(
+    {"kind": "search_space", "name": "n", "job": "j", "parameters": {"a": {"type": "choice", "values": list(range(6))}}}
+)
 SCORE = Objective(metric="score", mode="max")
 
 
@@ -81,14 +88,19 @@ def test_trials_share_processes_and_a_failed_one_ends_nothing(ray_session: None,
     assert (failed.assignment, failed.metrics) == ({"a": 3}, {})
     assert failed.error is not None
     assert failed.error.endswith("3 is not a number that this takes")
-    assert len({trial.metrics["process"] for trial in record.trials if trial.error is None}) <= 3, "two, and one after the failure"
+    assert len({trial.metrics["process"] for trial in record.trials if trial.error is None}) <= 3, (
+        "two, and one after the failure"
+    )
     assert observer.most <= 2
     assert TrialRecord(tmp_path).trials == record.trials, "recorded when it was told"
 
 
 def test_a_search_in_which_nothing_runs_says_so(ray_session: None, tmp_path: Path) -> None:
     # Asked for past the check, as where another job took the cluster in the meantime.
-    with pytest.raises(SystemFailure, match=r"trials have waited for 2 s and none runs: each asks for 40 CPU, and of the cluster's 4 CPU are free"):
+    with pytest.raises(
+        SystemFailure,
+        match=r"trials have waited for 2 s and none runs: each asks for 40 CPU, and of the cluster's 4 CPU are free",
+    ):
         _numbers(tmp_path, _Square(), _Observer(), resources=TrialResources(40.0), stall_s=2.0)
 
 
@@ -130,7 +142,9 @@ with ray_session("local", num_cpus=2, object_store_bytes=100 * 1024**2):
 @pytest.mark.nightly
 def test_a_search_whose_driver_is_killed_resumes(ray_session: None, tmp_path: Path, repo_root: Path) -> None:
     script = _DRIVER.format(root=str(repo_root), folder=str(tmp_path))
-    driver = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    driver = subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
     wait_until(lambda: TrialRecord(tmp_path).trials, "a trial is recorded", driver)
     driver.kill()
     driver.wait()

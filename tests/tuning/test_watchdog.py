@@ -30,7 +30,10 @@ def test_trials_that_run_without_their_workers_are_named(clock: list[float], mon
     clock[0] += 50.0
     dog.look(running=4, waiting=0)
     clock[0] += 20.0
-    with pytest.raises(SystemFailure, match=r"4 trials run, but for 60 s none of them has got its workers: each asks for 2 workers of 1 CPU"):
+    with pytest.raises(
+        SystemFailure,
+        match=r"4 trials run, but for 60 s none of them has got its workers: each asks for 2 workers of 1 CPU",
+    ):
         dog.look(running=4, waiting=0)
 
 
@@ -41,7 +44,13 @@ def test_trials_that_compute_by_themselves_may_take_long_and_waiting_ones_may_no
     clock[0] += 500.0
     dog.look(running=0, waiting=0)
     clock[0] += 61.0
-    with pytest.raises(SystemFailure, match=r"3 trials have waited for 60 s and none runs: each asks for 1 CPU, and of the cluster's 4 CPU are free 1 CPU"):
+    with pytest.raises(
+        SystemFailure,
+        match=(
+            r"3 trials have waited for 60 s and none runs: each asks for 1 CPU, and of the cluster's 4 CPU are free"
+            r" 1 CPU"
+        ),
+    ):
         dog.look(running=0, waiting=3)
 
 

@@ -38,7 +38,9 @@ class AttentionMaps:
 
 
 @torch.inference_mode()
-def attention_maps(model: ElasticVLM, processor: ElasticProcessor, images: Sequence[Image.Image], prompts: Sequence[Sequence[str]]) -> AttentionMaps:
+def attention_maps(
+    model: ElasticVLM, processor: ElasticProcessor, images: Sequence[Image.Image], prompts: Sequence[Sequence[str]]
+) -> AttentionMaps:
     """Measures one image after the other, all its prompts at once.
 
     Args:
@@ -51,9 +53,15 @@ def attention_maps(model: ElasticVLM, processor: ElasticProcessor, images: Seque
         UserError: the model has a connector that compresses, or the images have different numbers of prompts.
     """
     if model.connector.name != "identity":
-        raise UserError(f"Attention maps need a model without compression, and this one has the connector {model.connector.name}; give its vanilla base.")
+        raise UserError(
+            f"Attention maps need a model without compression, and this one has the connector {model.connector.name};"
+            " give its vanilla base."
+        )
     if len({len(each) for each in prompts}) != 1 or len(prompts) != len(images):
-        raise UserError(f"{len(images)} images have {sorted({len(each) for each in prompts})} prompts each; give every image as many.")
+        raise UserError(
+            f"{len(images)} images have {sorted({len(each) for each in prompts})} prompts each; give every image as"
+            " many."
+        )
     device = next(model.parameters()).device
     decoder = ReducedDecoder(model)
     layers = list(range(decoder.num_layers))
@@ -75,11 +83,21 @@ def attention_maps(model: ElasticVLM, processor: ElasticProcessor, images: Seque
         if model.model.feature_layer is not None:
             classes.append(view.attention_IHN.sum(1)[0].cpu().numpy())
     return AttentionMaps(
-        np.stack(last), np.stack(mean), np.stack(classes) if classes else None, np.stack(tokens), np.stack(contrast), int(model.config.grid_size)
+        np.stack(last),
+        np.stack(mean),
+        np.stack(classes) if classes else None,
+        np.stack(tokens),
+        np.stack(contrast),
+        int(model.config.grid_size),
     )
 
 
 def _contrast(pixels_CHW: torch.Tensor, grid: int) -> Floats:
     side = pixels_CHW.shape[1] // grid
-    patches = pixels_CHW.mean(0)[: grid * side, : grid * side].reshape(grid, side, grid, side).permute(0, 2, 1, 3).reshape(grid * grid, -1)
+    patches = (
+        pixels_CHW.mean(0)[: grid * side, : grid * side]
+        .reshape(grid, side, grid, side)
+        .permute(0, 2, 1, 3)
+        .reshape(grid * grid, -1)
+    )
     return np.asarray(patches.std(1).numpy(), dtype=np.float32)

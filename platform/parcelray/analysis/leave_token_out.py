@@ -1,10 +1,11 @@
 """Is a token that gets attention one that the answer needs? After arXiv 2504.17892, statistical validation.
 
-For each image-question pair every visual token is left out in turn, at unchanged positions of the others, and the change of the answer's log
-likelihood is measured. The Spearman correlation of that change with each measure of importance, over the tokens of a pair, is averaged over
-pairs, with a bootstrap interval over pairs and a permutation test. Attention and losses are smooth over the image, so neighbours are no independent
-evidence: a permutation moves the whole map of losses by a random number of rows and columns, what leaves one side coming in at the other, and
-may flip it. All p-values are corrected together (Holm).
+For each image-question pair every visual token is left out in turn, at unchanged positions of the others, and the
+change of the answer's log likelihood is measured. The Spearman correlation of that change with each measure of
+importance, over the tokens of a pair, is averaged over pairs, with a bootstrap interval over pairs and a permutation
+test. Attention and losses are smooth over the image, so neighbours are no independent
+evidence: a permutation moves the whole map of losses by a random number of rows and columns, what leaves one side
+coming in at the other, and may flip it. All p-values are corrected together (Holm).
 
 Shapes: N visual tokens in a square grid, R permutations.
 """
@@ -45,11 +46,18 @@ class Validity:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-serialisable."""
-        return {"correlation": self.correlation._asdict(), "p_value": self.p_value, "p_holm": self.p_holm, "mass": self.mass._asdict()}
+        return {
+            "correlation": self.correlation._asdict(),
+            "p_value": self.p_value,
+            "p_holm": self.p_holm,
+            "mass": self.mass._asdict(),
+        }
 
 
 @torch.inference_mode()
-def leave_one_out(model: ElasticVLM, processor: ElasticProcessor, pair: Pair, *, batch_size: int = 64, seed: int = 0) -> tuple[Floats, dict[str, Floats]]:
+def leave_one_out(
+    model: ElasticVLM, processor: ElasticProcessor, pair: Pair, *, batch_size: int = 64, seed: int = 0
+) -> tuple[Floats, dict[str, Floats]]:
     """The loss of each token of a pair, and what each measure says of it.
 
     Args:
@@ -63,7 +71,10 @@ def leave_one_out(model: ElasticVLM, processor: ElasticProcessor, pair: Pair, *,
         Decrease of the answer's log likelihood without each token [N], and the measures [N] by name.
     """
     device = next(model.parameters()).device
-    view = EncoderView(model.model, processor.image_processor([pair.image], return_tensors="pt")["pixel_values"].to(device, model.dtype))
+    view = EncoderView(
+        model.model,
+        processor.image_processor([pair.image], return_tensors="pt")["pixel_values"].to(device, model.dtype),
+    )
     tokens_1NL = view.project(view.patch_features_IND)
     count = tokens_1NL.shape[1]
     decoder = ReducedDecoder(model, "original")
@@ -73,12 +84,20 @@ def leave_one_out(model: ElasticVLM, processor: ElasticProcessor, pair: Pair, *,
     for start in range(0, count, batch_size):
         left_out = everywhere[start : start + batch_size]
         # The places of all tokens but one, a row for each.
-        others_BM = everywhere.expand(len(left_out), -1)[everywhere[None] != left_out[:, None]].view(len(left_out), count - 1)
+        others_BM = everywhere.expand(len(left_out), -1)[everywhere[None] != left_out[:, None]].view(
+            len(left_out), count - 1
+        )
         losses.append(whole - _log_likelihood(decoder, processor, pair, tokens_1NL, others_BM))
     text = encode_prompts(processor, [pair.prompt], None, device)
-    maps = decoder.attention(text, VisualTokens(tokens_1NL, everywhere[None], torch.ones_like(everywhere[None])), list(range(decoder.num_layers)))
+    maps = decoder.attention(
+        text,
+        VisualTokens(tokens_1NL, everywhere[None], torch.ones_like(everywhere[None])),
+        list(range(decoder.num_layers)),
+    )
     measures = {f"last word, layer {layer}": each[0, :, -1].mean(0) for layer, each in enumerate(maps)}
-    measures |= {f"mean of words, layer {layer}": each[0][:, text.valid_BT[0]].mean((0, 1)) for layer, each in enumerate(maps)}
+    measures |= {
+        f"mean of words, layer {layer}": each[0][:, text.valid_BT[0]].mean((0, 1)) for layer, each in enumerate(maps)
+    }
     measures["norm"] = torch.linalg.vector_norm(tokens_1NL[0].float(), dim=1)
     if model.model.feature_layer is not None:
         measures["vision tower"] = view.attention_IHN.sum(1)[0]
@@ -87,7 +106,9 @@ def leave_one_out(model: ElasticVLM, processor: ElasticProcessor, pair: Pair, *,
     return torch.cat(losses).double().cpu().numpy(), found
 
 
-def validity(losses: Sequence[Floats], measures: Sequence[Mapping[str, Floats]], *, permutations: int = 1000, seed: int = 0) -> dict[str, Validity]:
+def validity(
+    losses: Sequence[Floats], measures: Sequence[Mapping[str, Floats]], *, permutations: int = 1000, seed: int = 0
+) -> dict[str, Validity]:
     """Correlation, significance and share of the loss of each measure.
 
     Args:
@@ -110,7 +131,9 @@ def validity(losses: Sequence[Floats], measures: Sequence[Mapping[str, Floats]],
             chance[name] += moved_RN @ ranks_N / len(lost_N) / len(losses)
     observed = {name: float(np.mean(found)) for name, found in each.items()}
     p_values = [(1 + int(np.sum(np.abs(chance[name]) >= abs(observed[name])))) / (1 + permutations) for name in each]
-    mass = {name: [_mass(loss_N, values[name]) for loss_N, values in zip(losses, measures, strict=True)] for name in each}
+    mass = {
+        name: [_mass(loss_N, values[name]) for loss_N, values in zip(losses, measures, strict=True)] for name in each
+    }
     return {
         name: Validity(bootstrap_mean(each[name], names), p_value, corrected, bootstrap_mean(mass[name], names))
         for name, p_value, corrected in zip(each, p_values, holm(p_values), strict=True)
@@ -125,16 +148,23 @@ def moved_places(num_tokens: int, permutations: int, rng: np.random.Generator) -
     """
     side = grid_side(num_tokens)
     rows_N, columns_N = np.divmod(np.arange(num_tokens), side)
-    (down_R1, right_R1), (up_R1, left_R1) = rng.integers(side, size=(2, permutations, 1)), rng.choice((-1, 1), size=(2, permutations, 1))
+    (down_R1, right_R1), (up_R1, left_R1) = (
+        rng.integers(side, size=(2, permutations, 1)),
+        rng.choice((-1, 1), size=(2, permutations, 1)),
+    )
     places_RN: NDArray[np.int64] = (up_R1 * rows_N + down_R1) % side * side + (left_R1 * columns_N + right_R1) % side
     return places_RN
 
 
-def _log_likelihood(decoder: ReducedDecoder, processor: ElasticProcessor, pair: Pair, tokens_1NL: torch.Tensor, places_BM: torch.Tensor) -> torch.Tensor:
+def _log_likelihood(
+    decoder: ReducedDecoder, processor: ElasticProcessor, pair: Pair, tokens_1NL: torch.Tensor, places_BM: torch.Tensor
+) -> torch.Tensor:
     """Log likelihood [B] of the answer and its end, with the tokens at some places only."""
     batch = len(places_BM)
     prompts = encode_prompts(processor, [pair.prompt] * batch, [pair.answer] * batch, tokens_1NL.device)
-    logits_BTV = decoder.logits(prompts, VisualTokens(tokens_1NL[0][places_BM], places_BM, torch.ones_like(places_BM))).float()
+    logits_BTV = decoder.logits(
+        prompts, VisualTokens(tokens_1NL[0][places_BM], places_BM, torch.ones_like(places_BM))
+    ).float()
     logs_BT = logits_BTV[:, :-1].log_softmax(-1).gather(2, prompts.after_BT[:, 1:, None]).squeeze(2)
     return logs_BT.where((prompts.answer_BT & prompts.valid_BT)[:, 1:], 0.0).sum(1)
 

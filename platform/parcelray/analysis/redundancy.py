@@ -1,7 +1,7 @@
 """How much the visual tokens of one image repeat each other: effective rank and mean pairwise cosine.
 
-Queries of a resampler can collapse onto a few directions while pooled anchors keep theirs; both numbers, logged for anchors and
-queries apart, show it before the scores do.
+Queries of a resampler can collapse onto a few directions while pooled anchors keep theirs; both numbers, logged for
+anchors and queries apart, show it before the scores do.
 
 Shapes: B images, K tokens, D width.
 """
@@ -13,8 +13,8 @@ from torch import Tensor
 def effective_rank(tokens_BKD: Tensor) -> Tensor:
     """Effective rank of each image's tokens: exp of the entropy of the normalised singular values (Roy and Vetterli, EUSIPCO 2007).
 
-    The tokens are not centred: a direction that all of them share counts as one, so identical tokens have rank 1 and K orthogonal
-    tokens of one length have rank K. Computed in float32 or above, without gradients.
+    The tokens are not centred: a direction that all of them share counts as one, so identical tokens have rank 1 and K
+    orthogonal tokens of one length have rank K. Computed in float32 or above, without gradients.
 
     Args:
         tokens_BKD: visual tokens [B, K, D].

@@ -31,31 +31,49 @@ class RedundancyProfile:
 
 
 @torch.inference_mode()
-def redundancy_profile(model: ElasticVLM, processor: ElasticProcessor, images: Sequence[Image.Image]) -> RedundancyProfile:
+def redundancy_profile(
+    model: ElasticVLM, processor: ElasticProcessor, images: Sequence[Image.Image]
+) -> RedundancyProfile:
     """Profiles a model's tokens on some images.
 
-    Effective rank (exponential of the singular values' entropy) as a share of the largest possible one; mean cosine of all pairs; mean cosine of
-    patches that lie side by side; and the share of the tokens' variance that K-means with 5 to 30 % as many centres explains.
+    Effective rank (exponential of the singular values' entropy) as a share of the largest possible one; mean cosine of
+    all pairs; mean cosine of patches that lie side by side; and the share of the tokens' variance that K-means with 5
+    to 30 % as many centres explains.
     """
     device = next(model.parameters()).device
     found: dict[str, list[float]] = {}
     for start in range(0, len(images), _BATCH):
-        pixels = processor.image_processor(list(images[start : start + _BATCH]), return_tensors="pt")["pixel_values"].to(device, model.dtype)
+        pixels = processor.image_processor(list(images[start : start + _BATCH]), return_tensors="pt")[
+            "pixel_values"
+        ].to(device, model.dtype)
         features_BND = model.model.encode_patches(pixels)
-        for place, tokens in (("patch features", features_BND), ("projected tokens", model.model.multi_modal_projector(features_BND))):
+        for place, tokens in (
+            ("patch features", features_BND),
+            ("projected tokens", model.model.multi_modal_projector(features_BND)),
+        ):
             for name, values_B in _measures(tokens.float(), int(model.config.grid_size)).items():
                 found.setdefault(f"{place}: {name}", []).extend(values_B.tolist())
-    return RedundancyProfile({name: bootstrap_mean(values, [str(index) for index in range(len(values))]) for name, values in found.items()})
+    return RedundancyProfile(
+        {name: bootstrap_mean(values, [str(index) for index in range(len(values))]) for name, values in found.items()}
+    )
 
 
 def _measures(tokens_BND: Tensor, grid: int) -> dict[str, Tensor]:
     batch, count, width = tokens_BND.shape
     unit_BHWD = torch.nn.functional.normalize(tokens_BND, dim=2).view(batch, grid, grid, width)
-    beside = torch.cat([(unit_BHWD[:, :, 1:] * unit_BHWD[:, :, :-1]).sum(3).flatten(1), (unit_BHWD[:, 1:] * unit_BHWD[:, :-1]).sum(3).flatten(1)], dim=1)
+    beside = torch.cat(
+        [
+            (unit_BHWD[:, :, 1:] * unit_BHWD[:, :, :-1]).sum(3).flatten(1),
+            (unit_BHWD[:, 1:] * unit_BHWD[:, :-1]).sum(3).flatten(1),
+        ],
+        dim=1,
+    )
     centred = tokens_BND - tokens_BND.mean(dim=1, keepdim=True)
     variance_B = centred.square().sum(dim=(1, 2)).clamp(min=torch.finfo(torch.float32).tiny)
     explained = {
-        f"variance that {share:.0%} centres explain": 1 - kmeans(tokens_BND, max(1, round(share * count)), max_iterations=20).inertia_B / variance_B
+        f"variance that {share:.0%} centres explain": (
+            1 - kmeans(tokens_BND, max(1, round(share * count)), max_iterations=20).inertia_B / variance_B
+        )
         for share in SHARES
     }
     return {

@@ -1,8 +1,8 @@
 """Does saliency follow the prompt, and if not, what does it follow? After arXiv 2504.17892, questions 3 and 4.
 
-Rankings of the visual tokens by attention are compared between prompts about one image, with the heads averaged and head by head, between layers and
-between heads; as a control, between different images under one prompt: where that agrees, too, the ranking is of places and not of what is seen.
-All intervals are bootstraps over images.
+Rankings of the visual tokens by attention are compared between prompts about one image, with the heads averaged and
+head by head, between layers and between heads; as a control, between different images under one prompt: where that
+agrees, too, the ranking is of places and not of what is seen. All intervals are bootstraps over images.
 
 Shapes: I images, P prompts, L layers, H heads, N visual tokens.
 """
@@ -78,7 +78,10 @@ def saliency_reports(maps: AttentionMaps) -> dict[str, SaliencyReport]:
     Args:
         maps: of at least two images with at least two prompts each.
     """
-    return {"last word": saliency_report(maps.last_word_IPLHN, maps), "mean of words": saliency_report(maps.mean_word_IPLHN, maps)}
+    return {
+        "last word": saliency_report(maps.last_word_IPLHN, maps),
+        "mean of words": saliency_report(maps.mean_word_IPLHN, maps),
+    }
 
 
 def saliency_report(attention_IPLHN: Floats, maps: AttentionMaps) -> SaliencyReport:
@@ -94,18 +97,41 @@ def saliency_report(attention_IPLHN: Floats, maps: AttentionMaps) -> SaliencyRep
     averaged, single = _Ranked.of(mean_IPLN), _Ranked.of(attention_IPLHN)
     prompt_pairs = list(combinations(range(num_prompts), 2))
     head_pairs = list(combinations(heads, 2)) or [(0, 0)]
-    by_head = _mean_overlap([single.overlap(single, np.s_[:, first], np.s_[:, second]) for first, second in prompt_pairs])
-    between_heads = _mean_overlap([single.overlap(single, np.s_[:, :, :, first], np.s_[:, :, :, second]) for first, second in head_pairs])
+    by_head = _mean_overlap(
+        [single.overlap(single, np.s_[:, first], np.s_[:, second]) for first, second in prompt_pairs]
+    )
+    between_heads = _mean_overlap(
+        [single.overlap(single, np.s_[:, :, :, first], np.s_[:, :, :, second]) for first, second in head_pairs]
+    )
     previous = np.roll(mean_IPLN, 1, axis=0)
     overall_ILN = mean_IPLN.mean(axis=1)
     return SaliencyReport(
-        between_prompts=[_agree([(mean_IPLN[:, first, layer], mean_IPLN[:, second, layer]) for first, second in prompt_pairs]) for layer in layers],
+        between_prompts=[
+            _agree([(mean_IPLN[:, first, layer], mean_IPLN[:, second, layer]) for first, second in prompt_pairs])
+            for layer in layers
+        ],
         by_head=[[_overlap(by_head, np.s_[:, layer, head]) for head in heads] for layer in layers],
-        between_images=[_agree([(mean_IPLN[:, prompt, layer], previous[:, prompt, layer]) for prompt in range(num_prompts)]) for layer in layers],
-        between_layers=[[_overlap(averaged.overlap(averaged, np.s_[:, :, first], np.s_[:, :, second]), np.s_[:]) for second in layers] for first in layers],
+        between_images=[
+            _agree([(mean_IPLN[:, prompt, layer], previous[:, prompt, layer]) for prompt in range(num_prompts)])
+            for layer in layers
+        ],
+        between_layers=[
+            [
+                _overlap(averaged.overlap(averaged, np.s_[:, :, first], np.s_[:, :, second]), np.s_[:])
+                for second in layers
+            ]
+            for first in layers
+        ],
         between_heads=[_overlap(between_heads, np.s_[:, :, layer]) for layer in layers],
-        with_class_attention=[] if maps.class_attention_IN is None else [_correlation(overall_ILN[:, layer], maps.class_attention_IN) for layer in layers],
-        drawn_by={name: [_correlation(overall_ILN[:, layer], values_IN) for layer in layers] for name, values_IN in _properties(maps).items()},
+        with_class_attention=(
+            []
+            if maps.class_attention_IN is None
+            else [_correlation(overall_ILN[:, layer], maps.class_attention_IN) for layer in layers]
+        ),
+        drawn_by={
+            name: [_correlation(overall_ILN[:, layer], values_IN) for layer in layers]
+            for name, values_IN in _properties(maps).items()
+        },
     )
 
 
@@ -122,7 +148,9 @@ class _Ranked(NamedTuple):
         centred = ranks - ranks.mean(axis=-1, keepdims=True)
         spread = ranks.std(axis=-1, keepdims=True)
         top = np.zeros(maps.shape, dtype=bool)
-        np.put_along_axis(top, np.argsort(-maps, axis=-1, kind="stable")[..., : _top_count(maps.shape[-1])], True, axis=-1)
+        np.put_along_axis(
+            top, np.argsort(-maps, axis=-1, kind="stable")[..., : _top_count(maps.shape[-1])], True, axis=-1
+        )
         return cls(np.divide(centred, spread, out=np.zeros_like(centred), where=spread > 0).astype(np.float32), top)
 
     def overlap(self, other: "_Ranked", mine: Any, theirs: Any) -> tuple[Floats, Floats]:
@@ -160,12 +188,16 @@ def _properties(maps: AttentionMaps) -> dict[str, Floats]:
     rows, columns = np.divmod(np.arange(count), maps.grid_size)
     middle = (maps.grid_size - 1) / 2
     # How far a token's most unusual channel is from that channel's mean, in standard deviations over the image.
-    scores = (maps.tokens_INW - maps.tokens_INW.mean(axis=1, keepdims=True)) / (maps.tokens_INW.std(axis=1, keepdims=True) + 1e-9)
+    scores = (maps.tokens_INW - maps.tokens_INW.mean(axis=1, keepdims=True)) / (
+        maps.tokens_INW.std(axis=1, keepdims=True) + 1e-9
+    )
     places = {"row": rows, "column": columns, "distance to the middle": np.hypot(rows - middle, columns - middle)}
     return {
         "norm": np.linalg.norm(maps.tokens_INW, axis=2),
         "outlier channel": np.abs(scores).max(axis=2),
-        "difference from the mean token": np.linalg.norm(maps.tokens_INW - maps.tokens_INW.mean(axis=1, keepdims=True), axis=2),
+        "difference from the mean token": np.linalg.norm(
+            maps.tokens_INW - maps.tokens_INW.mean(axis=1, keepdims=True), axis=2
+        ),
         "contrast of the pixels": maps.contrast_IN,
         **{name: np.broadcast_to(values, (images, count)).astype(np.float32) for name, values in places.items()},
     }
@@ -176,7 +208,9 @@ def _agree(pairs: Sequence[tuple[Floats, Floats]]) -> Agreement:
     images = range(len(pairs[0][0]))
     return Agreement(
         _over_images([float(np.mean([_spearman(a[image], b[image]) for a, b in pairs])) for image in images]),
-        _over_images([float(np.mean([stats.kendalltau(a[image], b[image]).statistic for a, b in pairs])) for image in images]),
+        _over_images(
+            [float(np.mean([stats.kendalltau(a[image], b[image]).statistic for a, b in pairs])) for image in images]
+        ),
         _over_images([float(np.mean([jaccard(a[image], b[image]) for a, b in pairs])) for image in images]),
     )
 

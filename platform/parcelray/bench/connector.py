@@ -1,7 +1,7 @@
 """What each connector takes of a forward pass: time and peak memory by budget, with random weights.
 
-The whole pass is one prefill: vision tower, connector, projector, language model. The weights do not matter for either number,
-so no checkpoint is needed and PaliGemma-2 3B can be measured at its real shape.
+The whole pass is one prefill: vision tower, connector, projector, language model. The weights do not matter for either
+number, so no checkpoint is needed and PaliGemma-2 3B can be measured at its real shape.
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,7 +22,9 @@ from parcelray.profiling.flops import BYTES_PER_MB, IMAGE_TEXT_TOKENS
 if TYPE_CHECKING:
     from parcelray.models.backbones import ElasticVLM
 
-CONNECTOR_CONFIGS: tuple[ConnectorConfig, ...] = tuple(config_class() for config_class in get_args(get_args(ConnectorConfig)[0]))
+CONNECTOR_CONFIGS: tuple[ConnectorConfig, ...] = tuple(
+    config_class() for config_class in get_args(get_args(ConnectorConfig)[0])
+)
 """Every connector with its default settings."""
 
 
@@ -54,7 +56,13 @@ class _Prefill(NamedTuple):
 
 @torch.inference_mode()
 def bench_connectors(
-    backbone: str, budgets: Sequence[int], batch_size: int = 1, repeats: int = 10, device: str = "cpu", *, resolution: int | None = None
+    backbone: str,
+    budgets: Sequence[int],
+    batch_size: int = 1,
+    repeats: int = 10,
+    device: str = "cpu",
+    *,
+    resolution: int | None = None,
 ) -> Report:
     """Times every connector, and a whole prefill with it, alternately, at each budget that the connector can give.
 
@@ -67,20 +75,27 @@ def bench_connectors(
         resolution: side of the image in pixels; None: the backbone's own.
 
     Returns:
-        For every connector and legal budget: its time and peak memory, those of the whole prefill, and its share of the time.
+        For every connector and legal budget: its time and peak memory, those of the whole prefill, and its share of the
+        time.
 
     Raises:
-        UserError: an unknown backbone, no GPU where one is asked for, numbers below 1, or a budget that no connector can give.
+        UserError: an unknown backbone, no GPU where one is asked for, numbers below 1, or a budget that no connector
+            can give.
     """
     shape = resolve_backbone(backbone, resolution)
     target = _device(device, backbone)
     if batch_size < 1 or repeats < 1:
-        raise UserError(f"batch size {batch_size} and repeats {repeats} must both be at least 1; raise the one that is not.")
+        raise UserError(
+            f"batch size {batch_size} and repeats {repeats} must both be at least 1; raise the one that is not."
+        )
     connectors = [(config, _build(config, shape)) for config in CONNECTOR_CONFIGS]
     legal = sorted({budget for _, connector in connectors for budget in connector.supported_budgets})
     for budget in budgets:
         if budget not in legal:
-            raise UserError(f"No connector can give {budget} visual tokens of {shape.num_patches} patches; legal budgets are {describe_values(legal)}.")
+            raise UserError(
+                f"No connector can give {budget} visual tokens of {shape.num_patches} patches; legal budgets are"
+                f" {describe_values(legal)}."
+            )
     prefill = _random_prefill(backbone, shape, batch_size, target)
     measures: list[Measure] = []
     for config, on_meta in connectors:
@@ -102,7 +117,9 @@ def bench_connectors(
 def _measure(name: str, prefill: _Prefill, budget: int, repeats: int) -> Iterator[Measure]:
     alone, whole = partial(prefill.connector, budget), partial(prefill.whole, budget)
     device = prefill.patch_features_IND.device
-    timing = time_pairs(alone, whole, repeats, warmup=2, synchronize=torch.cuda.synchronize if device.type == "cuda" else None)
+    timing = time_pairs(
+        alone, whole, repeats, warmup=2, synchronize=torch.cuda.synchronize if device.type == "cuda" else None
+    )
     label, against = f"{name} at {budget} tokens", f"whole prefill at {budget} tokens"
     yield Measure(f"{label}: time", 1e3 * timing.median_a, "ms", 1e3 * timing.spread_a)
     yield Measure(f"{label}: time of the whole prefill", 1e3 * timing.median_b, "ms", 1e3 * timing.spread_b)
@@ -117,18 +134,24 @@ def _device(device: str, backbone: str) -> torch.device:
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("No CUDA device is visible to this process; run on a machine that has one, or choose cpu.")
     if device == "cpu" and backbone in PRESETS:
-        raise UserError(f"{backbone} needs a GPU for this bench (about 12 GB in float32); choose cuda, or the backbone mini.")
+        raise UserError(
+            f"{backbone} needs a GPU for this bench (about 12 GB in float32); choose cuda, or the backbone mini."
+        )
     return torch.device(device)
 
 
 def _build(config: ConnectorConfig, shape: BackboneShape) -> Connector:
     with torch.device("meta"):
-        return build_connector(config, hidden_size=shape.vision_width, grid_size=shape.grid_size, mlp_width=shape.vision_mlp_width)
+        return build_connector(
+            config, hidden_size=shape.vision_width, grid_size=shape.grid_size, mlp_width=shape.vision_mlp_width
+        )
 
 
 def _materialise(config: ConnectorConfig, shape: BackboneShape, like: Tensor) -> Connector:
     with torch.device(like.device):
-        connector = build_connector(config, hidden_size=shape.vision_width, grid_size=shape.grid_size, mlp_width=shape.vision_mlp_width)
+        connector = build_connector(
+            config, hidden_size=shape.vision_width, grid_size=shape.grid_size, mlp_width=shape.vision_mlp_width
+        )
     return connector.to(like.dtype).eval()
 
 
@@ -138,7 +161,17 @@ def _random_prefill(backbone: str, shape: BackboneShape, batch_size: int, device
 
     model = random_model(model_config(backbone, shape), device)
     generator = torch.Generator(device).manual_seed(0)
-    pixels = torch.randn(batch_size, shape.num_channels, shape.image_size, shape.image_size, dtype=model.dtype, device=device, generator=generator)
+    pixels = torch.randn(
+        batch_size,
+        shape.num_channels,
+        shape.image_size,
+        shape.image_size,
+        dtype=model.dtype,
+        device=device,
+        generator=generator,
+    )
     # Below the image token's id and clear of the special tokens' smallest ones; which text it is changes no time.
-    ids = torch.randint(0, model.config.image_token_id, (batch_size, IMAGE_TEXT_TOKENS), device=device, generator=generator)
+    ids = torch.randint(
+        0, model.config.image_token_id, (batch_size, IMAGE_TEXT_TOKENS), device=device, generator=generator
+    )
     return _Prefill(model, pixels, model.model.encode_patches(pixels), ids)

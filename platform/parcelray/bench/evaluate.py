@@ -45,7 +45,15 @@ _IMAGES = 12
 _QUESTIONS_PER_IMAGE = 5
 _VISION_HEAVY = MiniModelConfig(vision_width=192, vision_layers=12, vision_heads=4, vision_mlp_width=768, text_layers=2)
 _TINY = MiniModelConfig(
-    vision_width=24, vision_layers=1, vision_heads=2, vision_mlp_width=32, text_width=24, text_layers=1, text_heads=2, text_kv_heads=1, text_mlp_width=32
+    vision_width=24,
+    vision_layers=1,
+    vision_heads=2,
+    vision_mlp_width=32,
+    text_width=24,
+    text_layers=1,
+    text_heads=2,
+    text_kv_heads=1,
+    text_mlp_width=32,
 )
 _MEMORY_POLL_S = 0.5
 _DIFFERENT = 1000
@@ -82,11 +90,26 @@ def _one_pass(name: str, model: Model, repeats: int) -> Iterator[Measure]:
     apart = {budget: predictor.generate_budgets(samples, [budget])[budget] for budget in BUDGETS}
     together = predictor.generate_budgets(samples, BUDGETS)
     timing = time_pairs(
-        lambda: [predictor.generate_budgets(samples, [budget]) for budget in BUDGETS], lambda: predictor.generate_budgets(samples, BUDGETS), repeats
+        lambda: [predictor.generate_budgets(samples, [budget]) for budget in BUDGETS],
+        lambda: predictor.generate_budgets(samples, BUDGETS),
+        repeats,
     )
     goal = ">= 1.8" if name == "vision-heavy" else None
-    yield Measure(f"{name}: one pass over {len(BUDGETS)} budgets", timing.ratio, "times faster", timing.spread_ratio, goal, "one pass per budget")
-    yield Measure(f"{name}: answers that differ", _differing(apart, together), "answers", goal="<= 0", against="one pass per budget")
+    yield Measure(
+        f"{name}: one pass over {len(BUDGETS)} budgets",
+        timing.ratio,
+        "times faster",
+        timing.spread_ratio,
+        goal,
+        "one pass per budget",
+    )
+    yield Measure(
+        f"{name}: answers that differ",
+        _differing(apart, together),
+        "answers",
+        goal="<= 0",
+        against="one pass per budget",
+    )
 
 
 def _sharing(model: Model, repeats: int) -> Iterator[Measure]:
@@ -99,12 +122,25 @@ def _sharing(model: Model, repeats: int) -> Iterator[Measure]:
         for number in range(_QUESTIONS_PER_IMAGE)
     ]
     # Bytes after the end of a PNG change nothing of the picture, but no longer are the bytes the same.
-    copied = [dataclasses.replace(sample, images=(sample.images[0] + number.to_bytes(4, "big"),)) for number, sample in enumerate(shared)]
+    copied = [
+        dataclasses.replace(sample, images=(sample.images[0] + number.to_bytes(4, "big"),))
+        for number, sample in enumerate(shared)
+    ]
     together, apart = predictor.generate_budgets(shared, BUDGETS), predictor.generate_budgets(copied, BUDGETS)
-    timing = time_pairs(lambda: predictor.generate_budgets(copied, BUDGETS), lambda: predictor.generate_budgets(shared, BUDGETS), repeats)
+    timing = time_pairs(
+        lambda: predictor.generate_budgets(copied, BUDGETS),
+        lambda: predictor.generate_budgets(shared, BUDGETS),
+        repeats,
+    )
     label = f"mini: {_QUESTIONS_PER_IMAGE} questions that share an image"
     yield Measure(label, timing.ratio, "times faster", timing.spread_ratio, against="the same without sharing")
-    yield Measure("mini: answers that differ", _differing(apart, together), "answers", goal="<= 0", against="the same without sharing")
+    yield Measure(
+        "mini: answers that differ",
+        _differing(apart, together),
+        "answers",
+        goal="<= 0",
+        against="the same without sharing",
+    )
 
 
 def _ray_data(folder: Path, count: int, repeats: int) -> Iterator[Measure]:
@@ -129,8 +165,17 @@ def _ray_data(folder: Path, count: int, repeats: int) -> Iterator[Measure]:
     for name, values in rates.items():
         yield Measure(f"{name}, {count} samples", statistics.median(values), "samples/s", interquartile_range(values))
     ratios = [ray / loop for ray, loop in zip(rates["ray data"], rates["plain loop"], strict=True)]
-    yield Measure("ray data over plain loop", statistics.median(ratios), "ratio", interquartile_range(ratios), ">= 0.9", "plain loop")
-    yield Measure("ray data: until the first bundle is stored", statistics.median(startups), "s", interquartile_range(startups))
+    yield Measure(
+        "ray data over plain loop",
+        statistics.median(ratios),
+        "ratio",
+        interquartile_range(ratios),
+        ">= 0.9",
+        "plain loop",
+    )
+    yield Measure(
+        "ray data: until the first bundle is stored", statistics.median(startups), "s", interquartile_range(startups)
+    )
 
 
 def _plain_loop(checkpoint: Path, task: BenchmarkTask, clock: "_Clock") -> None:
@@ -154,7 +199,13 @@ def _memory(folder: Path, counts: tuple[int, int]) -> Iterator[Measure]:
     for count in counts:
         peaks.append(_in_a_process(_peak_of_a_pass, (data, checkpoint, count, folder / f"store-{count}")))
         yield Measure(f"peak memory, {count} samples", peaks[-1] / 2**20, "MiB")
-    yield Measure(f"peak memory, {counts[1]} over {counts[0]} samples", peaks[1] / peaks[0], "ratio", goal="<= 1.15", against=f"{counts[0]} samples")
+    yield Measure(
+        f"peak memory, {counts[1]} over {counts[0]} samples",
+        peaks[1] / peaks[0],
+        "ratio",
+        goal="<= 1.15",
+        against=f"{counts[0]} samples",
+    )
 
 
 @dataclass(frozen=True)
@@ -186,7 +237,11 @@ def _peak_of_a_pass(data: Path, checkpoint: Path, count: int, store: Path) -> in
     reader = _Repeated("samples", data, count)
     task = BenchmarkTask(reader, reader.order(), GenerationSettings(max_new_tokens=2))
     with ray_session(object_store_bytes=512 * 2**20), _peak_memory() as peak:
-        run_pass([task], EvaluatedModel(checkpoint, "tiny", "bench", (16,), str(store)), settings=PassSettings(rows_per_bundle=250))
+        run_pass(
+            [task],
+            EvaluatedModel(checkpoint, "tiny", "bench", (16,), str(store)),
+            settings=PassSettings(rows_per_bundle=250),
+        )
     return peak()
 
 
@@ -296,7 +351,9 @@ def _save(model: Model, folder: Path) -> Model:
 
 def _export(folder: Path, count: int) -> Path:
     folder.mkdir()
-    samples: list[Sample] = family_samples("test", "general", count // 2) + family_samples("test", "resolution", count - count // 2)
+    samples: list[Sample] = family_samples("test", "general", count // 2) + family_samples(
+        "test", "resolution", count - count // 2
+    )
     pq.write_table(to_table(samples), folder / "0.parquet", row_group_size=250)
     return folder
 

@@ -1,10 +1,12 @@
 """`parcelray bench kmeans`: our clustering of visual tokens beside scikit-learn's and three other libraries', in one run.
 
-The tokens have the structure of photographs: 14 x 14 patches of crops from scikit-learn's two sample pictures, through a random two-layer
-network to the width of CLIP's features (1024) and of LLaVA-1.5's projected tokens (4096). No trained weights are needed.
+The tokens have the structure of photographs: 14 x 14 patches of crops from scikit-learn's two sample pictures, through
+a random two-layer network to the width of CLIP's features (1024) and of LLaVA-1.5's projected tokens (4096). No trained
+weights are needed.
 
-Speed is compared at equal inertia, so every other library may start again (1, 2 or 4 times) until it is within 0.5 % of scikit-learn's single
-start. One that is not even then is timed at its last try, which it would have to exceed: the ratio against it is a lower bound.
+Speed is compared at equal inertia, so every other library may start again (1, 2 or 4 times) until it is within 0.5 % of
+scikit-learn's single start. One that is not even then is timed at its last try, which it would have to exceed: the
+ratio against it is a lower bound.
 """
 
 import importlib.util
@@ -70,7 +72,13 @@ class _Other(NamedTuple):
 
 
 def bench_kmeans(
-    *, widths: list[int], clusters: list[int], batch_sizes: list[int], repeats: int, device: str = "cpu", say: Callable[[str], None] = lambda line: None
+    *,
+    widths: list[int],
+    clusters: list[int],
+    batch_sizes: list[int],
+    repeats: int,
+    device: str = "cpu",
+    say: Callable[[str], None] = lambda line: None,
 ) -> Report:
     """Time and inertia for every width, number of clusters and batch size.
 
@@ -86,9 +94,14 @@ def bench_kmeans(
         UserError: there is no such device.
     """
     if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
-        raise UserError(f"--device {device} is not here; choose cpu{', or a machine with a CUDA device' if device == 'cuda' else ' or cuda'}.")
+        raise UserError(
+            f"--device {device} is not here; choose"
+            f" cpu{', or a machine with a CUDA device' if device == 'cuda' else ' or cuda'}."
+        )
     known = _clusterers()
-    skipped: dict[str, str | int] = {name: "not installed" for name, (module, _) in known.items() if importlib.util.find_spec(module) is None}
+    skipped: dict[str, str | int] = {
+        name: "not installed" for name, (module, _) in known.items() if importlib.util.find_spec(module) is None
+    }
     measures: list[Measure] = []
     for width in widths:
         tokens = photograph_tokens(max(*batch_sizes, _IMAGES_FOR_OTHERS, _IMAGES_FOR_INERTIA), width).to(device)
@@ -96,8 +109,13 @@ def bench_kmeans(
             setting = _Setting(width, num_clusters)
             say(str(setting))
             calls = {name: call for name, (_, call) in known.items() if name not in skipped}
-            if num_clusters * SIDE * SIDE * width > _TORCH_KMEANS_NUMBERS and calls.pop("torch-kmeans", None) is not None:
-                skipped[f"torch-kmeans at {setting}"] = f"left out: more than {_TORCH_KMEANS_NUMBERS} differences at once"
+            if (
+                num_clusters * SIDE * SIDE * width > _TORCH_KMEANS_NUMBERS
+                and calls.pop("torch-kmeans", None) is not None
+            ):
+                skipped[f"torch-kmeans at {setting}"] = (
+                    f"left out: more than {_TORCH_KMEANS_NUMBERS} differences at once"
+                )
             measures.append(_quality(tokens, setting))
             others = list(_tried(calls, tokens, setting))
             measures += _speed(calls, others, tokens, setting, batch_sizes, repeats)
@@ -111,7 +129,9 @@ def photograph_tokens(count: int, width: int, seed: int = 0) -> Tensor:
     second = torch.randn(_HIDDEN, width, generator=generator) / _HIDDEN**0.5
     places = 0.3 * torch.randn(SIDE * SIDE, _HIDDEN, generator=generator)
     crops = photographs(count, SIDE * PATCH, seed).permute(0, 2, 3, 1)
-    patches = crops.reshape(count, SIDE, PATCH, SIDE, PATCH, 3).permute(0, 1, 3, 2, 4, 5).reshape(count, SIDE * SIDE, -1)
+    patches = (
+        crops.reshape(count, SIDE, PATCH, SIDE, PATCH, 3).permute(0, 1, 3, 2, 4, 5).reshape(count, SIDE * SIDE, -1)
+    )
     tokens: Tensor = F.gelu(patches @ first + places) @ second
     return tokens
 
@@ -119,8 +139,13 @@ def photograph_tokens(count: int, width: int, seed: int = 0) -> Tensor:
 def _quality(tokens: Tensor, setting: _Setting) -> Measure:
     """Mean inertia over seeds beside scikit-learn's."""
     images = tokens[:_IMAGES_FOR_INERTIA]
-    ours = fmean(float(kmeans(images, setting.num_clusters, seed=seed, max_iterations=_ITERATIONS).inertia_B.mean()) for seed in range(_SEEDS))
-    theirs = fmean(_mean_inertia(images, _scikit_learn(images, setting.num_clusters, seed, 1)) for seed in range(_SEEDS))
+    ours = fmean(
+        float(kmeans(images, setting.num_clusters, seed=seed, max_iterations=_ITERATIONS).inertia_B.mean())
+        for seed in range(_SEEDS)
+    )
+    theirs = fmean(
+        _mean_inertia(images, _scikit_learn(images, setting.num_clusters, seed, 1)) for seed in range(_SEEDS)
+    )
     against = f"scikit-learn, n_init 1, mean of {len(images)} images and {_SEEDS} seeds"
     return Measure(f"inertia, {setting}", ours / theirs, "ratio", goal=f"<= {_EQUAL}", against=against)
 
@@ -133,7 +158,10 @@ def _tried(calls: dict[str, Clusterer], tokens: Tensor, setting: _Setting) -> It
         found: list[_Other] = []
         for starts in _STARTS:
             began = time.perf_counter()
-            inertia = fmean(_mean_inertia(images, call(images, setting.num_clusters, seed, starts)) for seed in range(_SEEDS_FOR_OTHERS))
+            inertia = fmean(
+                _mean_inertia(images, call(images, setting.num_clusters, seed, starts))
+                for seed in range(_SEEDS_FOR_OTHERS)
+            )
             # The reference comes first.
             base = inertia if name == _REFERENCE else base
             found.append(_Other(name, starts, inertia / base))
@@ -148,8 +176,12 @@ def _speed(
     calls: dict[str, Clusterer], others: list[_Other], tokens: Tensor, setting: _Setting, batch_sizes: list[int], repeats: int
 ) -> Iterator[Measure]:  # fmt: skip
     images = tokens[:_IMAGES_FOR_OTHERS]
-    turns: dict[int | _Other, Callable[[int], object]] = {size: partial(_ours, tokens[:size], setting.num_clusters) for size in batch_sizes}
-    turns |= {other: partial(_theirs, calls[other.name], images, setting.num_clusters, other.starts) for other in others}
+    turns: dict[int | _Other, Callable[[int], object]] = {
+        size: partial(_ours, tokens[:size], setting.num_clusters) for size in batch_sizes
+    }
+    turns |= {
+        other: partial(_theirs, calls[other.name], images, setting.num_clusters, other.starts) for other in others
+    }
     for turn in turns.values():
         turn(0)
     rounds = [{key: _seconds(partial(turn, seed)) for key, turn in turns.items()} for seed in range(repeats)]
@@ -164,17 +196,36 @@ def _speed(
 
         def faster(other: _Other, goal: str, against: str, size: int = size, label: str = label) -> Measure:
             ratios = [each[other] / len(images) * size / each[size] for each in rounds]
-            return Measure(f"times faster, {label}", median(ratios), "ratio", interquartile_range(ratios), goal=goal, against=against)
+            return Measure(
+                f"times faster, {label}",
+                median(ratios),
+                "ratio",
+                interquartile_range(ratios),
+                goal=goal,
+                against=against,
+            )
 
         yield faster(next(each for each in others if each.name == _REFERENCE), ">= 10", _REFERENCE)
-        rivals = sorted((each for each in others if each.name != _REFERENCE), key=lambda other: median(each[other] for each in rounds))
+        rivals = sorted(
+            (each for each in others if each.name != _REFERENCE),
+            key=lambda other: median(each[other] for each in rounds),
+        )
         equal = [each for each in rivals if each.inertia <= _EQUAL]
         if equal:
             yield faster(equal[0], ">= 5", f"{equal[0]}, the fastest other of equal inertia")
         elif rivals:
             # The last tries alone bound what equality would cost.
-            last = [each for each in rivals if each.starts == max(other.starts for other in rivals if other.name == each.name)]
-            yield faster(last[0], ">= 5", f"{last[0]}: no other gets to equal inertia, and this is the fastest last try ({last[0].inertia:.3f}); a lower bound")
+            last = [
+                each
+                for each in rivals
+                if each.starts == max(other.starts for other in rivals if other.name == each.name)
+            ]
+            yield faster(
+                last[0],
+                ">= 5",
+                f"{last[0]}: no other gets to equal inertia, and this is the fastest last try ({last[0].inertia:.3f});"
+                " a lower bound",
+            )
         if rivals:
             yield faster(rivals[0], ">= 5", f"{rivals[0]}, the fastest other at any inertia ({rivals[0].inertia:.3f})")
 
@@ -212,7 +263,10 @@ def _scikit_learn(images: Tensor, num_clusters: int, seed: int, starts: int) -> 
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return [KMeans(num_clusters, n_init=starts, random_state=seed, max_iter=_ITERATIONS).fit(image).labels_ for image in images.cpu().numpy()]
+        return [
+            KMeans(num_clusters, n_init=starts, random_state=seed, max_iter=_ITERATIONS).fit(image).labels_
+            for image in images.cpu().numpy()
+        ]
 
 
 def _fast_pytorch_kmeans(images: Tensor, num_clusters: int, seed: int, starts: int) -> list[Any]:
@@ -222,7 +276,10 @@ def _fast_pytorch_kmeans(images: Tensor, num_clusters: int, seed: int, starts: i
     found = []
     for image in images:
         # It knows no restarts.
-        tries = [KMeans(num_clusters, max_iter=_ITERATIONS, init_method="kmeans++").fit_predict(image).cpu().numpy() for _ in range(starts)]
+        tries = [
+            KMeans(num_clusters, max_iter=_ITERATIONS, init_method="kmeans++").fit_predict(image).cpu().numpy()
+            for _ in range(starts)
+        ]
         found.append(tries[0] if starts == 1 else min(tries, key=partial(_inertia, image.cpu().numpy())))
     return found
 
@@ -232,7 +289,14 @@ def _torch_kmeans(images: Tensor, num_clusters: int, seed: int, starts: int) -> 
         warnings.simplefilter("ignore")
         from torch_kmeans import KMeans
 
-        model = KMeans(init_method="k-means++", num_init=starts, max_iter=_ITERATIONS, n_clusters=num_clusters, seed=seed, verbose=False)
+        model = KMeans(
+            init_method="k-means++",
+            num_init=starts,
+            max_iter=_ITERATIONS,
+            n_clusters=num_clusters,
+            seed=seed,
+            verbose=False,
+        )
         return list(model(images).labels.cpu().numpy())
 
 
@@ -242,7 +306,15 @@ def _faiss(images: Tensor, num_clusters: int, seed: int, starts: int, *, seeded:
     method = faiss.ClusteringInitMethod_KMEANS_PLUS_PLUS if seeded else faiss.ClusteringInitMethod_RANDOM
     found = []
     for image in images.cpu().numpy():
-        model = faiss.Kmeans(image.shape[1], num_clusters, niter=20, nredo=starts, seed=seed, min_points_per_centroid=1, init_method=method)
+        model = faiss.Kmeans(
+            image.shape[1],
+            num_clusters,
+            niter=20,
+            nredo=starts,
+            seed=seed,
+            min_points_per_centroid=1,
+            init_method=method,
+        )
         model.train(image)
         found.append(model.index.search(image, 1)[1][:, 0])
     return found
@@ -253,4 +325,6 @@ def _mean_inertia(images: Tensor, labels: list[Any]) -> float:
 
 
 def _inertia(tokens: NDArray[np.float32], labels: NDArray[np.int64]) -> float:
-    return float(sum(((tokens[labels == label] - tokens[labels == label].mean(0)) ** 2).sum() for label in np.unique(labels)))
+    return float(
+        sum(((tokens[labels == label] - tokens[labels == label].mean(0)) ** 2).sum() for label in np.unique(labels))
+    )

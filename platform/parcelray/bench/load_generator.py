@@ -103,7 +103,9 @@ def open_loop(url: str, bodies: Sequence[bytes], *, rate: float, seed: int = 0) 
 def _session(url: str, connections: int) -> aiohttp.ClientSession:
     if urlsplit(url).hostname not in LOOPBACK:
         raise UserError(f"{url} is not on this machine; the load generator is for the loopback only.")
-    return aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=connections), timeout=aiohttp.ClientTimeout(total=_TIMEOUT_S))
+    return aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(limit=connections), timeout=aiohttp.ClientTimeout(total=_TIMEOUT_S)
+    )
 
 
 async def _ask(session: aiohttp.ClientSession, url: str, body: bytes, result: LoadResult) -> None:

@@ -74,7 +74,15 @@ class Report:
         """The table that the command line prints; a missed goal says so."""
         from rich.table import Table
 
-        table = Table("measure", "value", "unit", "spread", "goal", "against", caption=", ".join(f"{key} {value}" for key, value in self.machine.items()))
+        table = Table(
+            "measure",
+            "value",
+            "unit",
+            "spread",
+            "goal",
+            "against",
+            caption=", ".join(f"{key} {value}" for key, value in self.machine.items()),
+        )
         for measure in self.measures:
             goal = "" if measure.goal is None else f"{measure.goal} {'MISSED' if measure.missed else 'met'}"
             spread = "" if measure.spread is None else f"{measure.spread:.3g}"

@@ -14,8 +14,8 @@ from torch.utils._pytree import tree_leaves
 def peak_memory_bytes(call: Callable[[], object], device: torch.device) -> int:
     """Largest number of bytes that `call` holds at one time beyond what was there before.
 
-    On CUDA it is the caching allocator's own count, workspaces included. On the CPU it is the sum over the live results of
-    tensor operations; the scratch memory inside one operation (a fused attention kernel's) is not seen.
+    On CUDA it is the caching allocator's own count, workspaces included. On the CPU it is the sum over the live results
+    of tensor operations; the scratch memory inside one operation (a fused attention kernel's) is not seen.
 
     Args:
         call: runs on `device`; what it returns counts as held.
@@ -45,7 +45,9 @@ class _LiveTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._live_bytes = 0
         self._known: set[int] = set()
 
-    def __torch_dispatch__(self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
         kwargs = kwargs or {}
         for leaf in tree_leaves((args, kwargs)):
             if isinstance(leaf, Tensor):

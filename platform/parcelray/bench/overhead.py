@@ -1,9 +1,10 @@
 """`parcelray bench overhead`: what a training-free reduction costs against what the shorter prompt saves, side by side in one run.
 
-For each reducer, batch size and budget: the time of the reduction, the time and memory that the decoder's prefill saves, the time that its later
-steps save, the net gain, and the break-even budget. A reduction inside the decoder or by the prompt runs in the project's own loop over the
-decoder's layers: its gain is against that loop without a reduction, its time against that loop with as many tokens at the same layers, chosen
-without a look. ToMe's run of the vision tower replaces the plain one, and its time is the difference.
+For each reducer, batch size and budget: the time of the reduction, the time and memory that the decoder's prefill
+saves, the time that its later steps save, the net gain, and the break-even budget. A reduction inside the decoder or by
+the prompt runs in the project's own loop over the decoder's layers: its gain is against that loop without a reduction,
+its time against that loop with as many tokens at the same layers, chosen without a look. ToMe's run of the vision tower
+replaces the plain one, and its time is the difference.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -94,12 +95,16 @@ class _Setting:
             do_sample=False,
         )
 
-    def answer_in_loop(self, reducer: TokenReducer | None, positions: Positions, budget: int, new_tokens: int) -> Tensor:
+    def answer_in_loop(
+        self, reducer: TokenReducer | None, positions: Positions, budget: int, new_tokens: int
+    ) -> Tensor:
         """The same in the loop of the reduced decoder, with the reduction inside."""
         places = torch.arange(self.num_tokens, device=self.device).expand(len(self.tokens_BND), -1)
         visual = VisualTokens(self.tokens_BND, places, torch.ones_like(places))
         decoder = ReducedDecoder(self.model, positions)
-        return decoder.generate(self.prompts, visual, max_new_tokens=new_tokens, eos_token_id=-1, reducer=reducer, budget=budget)
+        return decoder.generate(
+            self.prompts, visual, max_new_tokens=new_tokens, eos_token_id=-1, reducer=reducer, budget=budget
+        )
 
     def time(self, a: Callable[[], object], b: Callable[[], object], repeats: int) -> PairTiming:
         return time_pairs(a, b, repeats, synchronize=torch.cuda.synchronize if self.device.type == "cuda" else None)
@@ -116,7 +121,8 @@ def bench_overhead(
         batch_sizes: images at a time.
         reducers: names out of `REDUCERS`.
         repeats: timed rounds.
-        backbone: `laptop`: LLaVA with 576 visual tokens at 0.1 billion parameters; a preset (on a GPU), `mini`, or a folder.
+        backbone: `laptop`: LLaVA with 576 visual tokens at 0.1 billion parameters; a preset (on a GPU), `mini`, or a
+            folder.
         device: `cpu` or `cuda`.
         resolution: side of the image in pixels; None: the backbone's own.
         say: told each reducer as its turn begins; the whole takes minutes.
@@ -128,7 +134,10 @@ def bench_overhead(
     if unknown:
         raise UserError(f"--reducers names {', '.join(unknown)}; legal: {', '.join(REDUCERS)}.")
     if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
-        raise UserError(f"--device {device} is not here; choose cpu{', or a machine with a CUDA device' if device == 'cuda' else ' or cuda'}.")
+        raise UserError(
+            f"--device {device} is not here; choose"
+            f" cpu{', or a machine with a CUDA device' if device == 'cuda' else ' or cuda'}."
+        )
     if device == "cpu" and backbone in PRESETS:
         raise UserError(f"{backbone} needs a GPU for this bench; choose --device cuda, or the backbone {LAPTOP}.")
     config = _laptop() if backbone == LAPTOP else model_config(backbone, resolve_backbone(backbone, resolution))
@@ -146,7 +155,10 @@ def bench_overhead(
                 say(f"{name}, batch {batch_size}")
                 measures += _reducer(setting, name, saved, repeats)
     parameters = sum(each.numel() for each in model.parameters())
-    return Report(tuple(measures), machine_info() | {"backbone": backbone, "parameters": f"{parameters / 1e6:.0f} M", "dtype": str(model.dtype)})
+    return Report(
+        tuple(measures),
+        machine_info() | {"backbone": backbone, "parameters": f"{parameters / 1e6:.0f} M", "dtype": str(model.dtype)},
+    )
 
 
 @dataclass(frozen=True)
@@ -162,9 +174,13 @@ class _Saved:
     def measure(cls, setting: _Setting, budget: int, repeats: int) -> "_Saved":
         full, short = setting.tokens_BND, setting.tokens_BND[:, :budget]
         first = setting.time(partial(setting.answer, full, 1), partial(setting.answer, short, 1), repeats)
-        whole = setting.time(partial(setting.answer, full, 1 + _NEW_TOKENS), partial(setting.answer, short, 1 + _NEW_TOKENS), repeats)
+        whole = setting.time(
+            partial(setting.answer, full, 1 + _NEW_TOKENS), partial(setting.answer, short, 1 + _NEW_TOKENS), repeats
+        )
         prefill = first.median_a - first.median_b
-        memory = peak_memory_bytes(partial(setting.answer, full, 1), setting.device) - peak_memory_bytes(partial(setting.answer, short, 1), setting.device)
+        memory = peak_memory_bytes(partial(setting.answer, full, 1), setting.device) - peak_memory_bytes(
+            partial(setting.answer, short, 1), setting.device
+        )
         return cls(prefill, first.spread_a + first.spread_b, whole.median_a - whole.median_b - prefill, memory)
 
     def measures(self, setting: _Setting, budget: int) -> list[Measure]:
@@ -202,14 +218,21 @@ def _reducer(setting: _Setting, name: str, saved: dict[int, _Saved], repeats: in
         yield Measure(f"{label}: net gain", 1000 * gains[budget], "ms", 1000 * spread)
     if gains:
         zero = _break_even(gains, setting.num_tokens, cost)
-        yield Measure(f"{name}, batch {batch}: break-even budget", zero, "tokens", against="by linear interpolation; below it, it pays")
+        yield Measure(
+            f"{name}, batch {batch}: break-even budget",
+            zero,
+            "tokens",
+            against="by linear interpolation; below it, it pays",
+        )
 
 
 def _before(setting: _Setting, reducer: TokenReducer, budget: int, repeats: int) -> tuple[float, float]:
     """Seconds of a reduction before the decoder, and their spread."""
     call = partial(_reduce, setting, reducer, budget)
     if isinstance(reducer, ToMe):
-        timing = setting.time(call, partial(setting.model.model.encode_patches, setting.view.pixel_values_ICHW), repeats)
+        timing = setting.time(
+            call, partial(setting.model.model.encode_patches, setting.view.pixel_values_ICHW), repeats
+        )
         return timing.median_a - timing.median_b, timing.spread_a + timing.spread_b
     timing = setting.time(call, call, repeats)
     return timing.median_a, timing.spread_a
@@ -227,7 +250,9 @@ def _without_looking(reducer: TokenReducer) -> TokenReducer:
     """As many tokens at the same layers, but simply the first ones."""
 
     def reduce(self: TokenReducer, tokens_BND: Tensor, num_visual_tokens: int, context: ReductionContext) -> Reduction:
-        return selection(tokens_BND, torch.arange(num_visual_tokens, device=tokens_BND.device).expand(len(tokens_BND), -1))
+        return selection(
+            tokens_BND, torch.arange(num_visual_tokens, device=tokens_BND.device).expand(len(tokens_BND), -1)
+        )
 
     blind = type("WithoutLooking", (type(reducer),), {"reduce": reduce})
     return cast(TokenReducer, blind(**vars(reducer)))

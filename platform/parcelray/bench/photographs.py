@@ -15,7 +15,9 @@ def photographs(count: int, side: int, seed: int = 0) -> Tensor:
     for _ in range(count):
         picture = pictures[rng.integers(len(pictures))]
         top, left = (rng.integers(max(1, picture.shape[axis] - side)) for axis in (0, 1))
-        crop = torch.tensor(picture[top : top + side, left : left + side] / 127.5 - 1, dtype=torch.float32).permute(2, 0, 1)
+        crop = torch.tensor(picture[top : top + side, left : left + side] / 127.5 - 1, dtype=torch.float32).permute(
+            2, 0, 1
+        )
         if crop.shape[1:] != (side, side):
             crop = torch.nn.functional.interpolate(crop[None], size=(side, side), mode="bilinear")[0]
         crops.append(crop)

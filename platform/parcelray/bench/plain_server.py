@@ -1,7 +1,8 @@
 """The yardstick of `parcelray bench serve`: what one writes in an afternoon, FastAPI and `generate` behind Ray Serve's own batching.
 
-It collects up to a batch of requests, runs `generate` once for each budget among them, up to the longest answer asked for, and cuts off what
-was too long. Same checkpoint, processor, arithmetic and threads as the endpoint it is compared with.
+It collects up to a batch of requests, runs `generate` once for each budget among them, up to the longest answer asked
+for, and cuts off what was too long. Same checkpoint, processor, arithmetic and threads as the endpoint it is compared
+with.
 """
 
 import base64
@@ -38,7 +39,10 @@ class PlainServer:
         @api.post("/v1/chat/completions")
         async def chat(body: dict[str, Any]) -> dict[str, Any]:
             text, count = await self._answers(body)
-            return {"choices": [{"message": {"role": "assistant", "content": text}}], "usage": {"completion_tokens": count}}
+            return {
+                "choices": [{"message": {"role": "assistant", "content": text}}],
+                "usage": {"completion_tokens": count},
+            }
 
         return api
 
@@ -47,14 +51,19 @@ class PlainServer:
         answers: list[tuple[str, int]] = [("", 0)] * len(bodies)
         for budget in sorted({body["visual_tokens"] for body in bodies}):
             indices = [index for index, body in enumerate(bodies) if body["visual_tokens"] == budget]
-            for index, answer in zip(indices, self._generate([bodies[index] for index in indices], budget), strict=True):
+            for index, answer in zip(
+                indices, self._generate([bodies[index] for index in indices], budget), strict=True
+            ):
                 answers[index] = answer
         return answers
 
     @torch.inference_mode()
     def _generate(self, bodies: list[dict[str, Any]], budget: int) -> list[tuple[str, int]]:
         parts = [body["messages"][0]["content"] for body in bodies]
-        images = [[Image.open(io.BytesIO(base64.b64decode(content[0]["image_url"]["url"].partition(",")[2]))).convert("RGB")] for content in parts]
+        images = [
+            [Image.open(io.BytesIO(base64.b64decode(content[0]["image_url"]["url"].partition(",")[2]))).convert("RGB")]
+            for content in parts
+        ]
         processor: Any = self._processor
         texts = [content[1]["text"] for content in parts]
         inputs = processor(images=images, text=texts, num_visual_tokens=budget, padding=True, return_tensors="pt")

@@ -18,7 +18,11 @@ from parcelray.profiling.backbone_shapes import MINI_CONFIG, PRESETS, BackboneSh
 
 def random_model(config: ElasticConfig, device: torch.device) -> ElasticVLM:
     """A model in evaluation mode with seeded random weights, in bf16 on a GPU and in fp32 on a CPU."""
-    kind = ElasticLlavaForConditionalGeneration if isinstance(config, ElasticLlavaConfig) else ElasticPaliGemmaForConditionalGeneration
+    kind = (
+        ElasticLlavaForConditionalGeneration
+        if isinstance(config, ElasticLlavaConfig)
+        else ElasticPaliGemmaForConditionalGeneration
+    )
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     before = torch.get_default_dtype()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):

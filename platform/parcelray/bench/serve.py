@@ -1,8 +1,8 @@
 """`parcelray bench serve`: the endpoint against the model's own limit, against a plain server, and its load policy against fixed budgets.
 
-All of it on one machine in one run, the sides in turns, clients on the same cores. The model has random weights at a size where one request
-with all visual tokens takes 100 ms or more on a laptop's core, its vision tower and decoder in the proportion of PaliGemma-2 3B; answers end
-where the request says, because random weights never end them.
+All of it on one machine in one run, the sides in turns, clients on the same cores. The model has random weights at a
+size where one request with all visual tokens takes 100 ms or more on a laptop's core, its vision tower and decoder in
+the proportion of PaliGemma-2 3B; answers end where the request says, because random weights never end them.
 """
 
 import asyncio
@@ -55,7 +55,15 @@ LOAD_GOAL = ">= 1.5"
 BUDGETS = (16, 64, 256)
 _FULL = max(BUDGETS)
 MODEL = MiniModelConfig(
-    vision_width=192, vision_layers=4, vision_mlp_width=768, text_width=512, text_layers=6, text_heads=8, text_kv_heads=2, text_head_dim=64, text_mlp_width=2048
+    vision_width=192,
+    vision_layers=4,
+    vision_mlp_width=768,
+    text_width=512,
+    text_layers=6,
+    text_heads=8,
+    text_kv_heads=2,
+    text_head_dim=64,
+    text_mlp_width=2048,
 )
 _CHAT = "/v1/chat/completions"
 _CLIMB = 1.2
@@ -75,7 +83,13 @@ class _Bench:
         use_sdpa_where_exact(self.model)
         save_checkpoint(self.model, self.processor, folder)
         self.model.to(device)
-        self.folder, self.image_size, self.port, self.threads, self.device = folder, model.image_size, port, threads, device
+        self.folder, self.image_size, self.port, self.threads, self.device = (
+            folder,
+            model.image_size,
+            port,
+            threads,
+            device,
+        )
         self._numbers = itertools.count()
 
     def job(self, policy: dict[str, Any] | None = None) -> ServeJob:
@@ -106,13 +120,27 @@ class _Bench:
         """One request."""
         url = "data:image/png;base64," + base64.b64encode(self.image()).decode()
         content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": _QUESTION}]
-        body = {"model": "bench", "messages": [{"role": "user", "content": content}], "visual_tokens": budget, "max_tokens": max_tokens}
+        body = {
+            "model": "bench",
+            "messages": [{"role": "user", "content": content}],
+            "visual_tokens": budget,
+            "max_tokens": max_tokens,
+        }
         return json.dumps(body | more).encode()
 
     def samples(self, count: int) -> list[Sample]:
         """The same requests for offline generation."""
         return [
-            Sample(id=str(index), benchmark="bench", family="f", task="t", images=(self.image(),), prompt=_QUESTION, answers=("",), scene=str(index))
+            Sample(
+                id=str(index),
+                benchmark="bench",
+                family="f",
+                task="t",
+                images=(self.image(),),
+                prompt=_QUESTION,
+                answers=("",),
+                scene=str(index),
+            )
             for index in range(count)
         ]
 
@@ -130,7 +158,8 @@ def bench_serving(
     """Runs all comparisons.
 
     Args:
-        requests: of each measured load at 32 clients; less than 100 measure the ends of the load, where not all clients are busy.
+        requests: of each measured load at 32 clients; less than 100 measure the ends of the load, where not all clients
+            are busy.
         repeats: rounds of each comparison.
         port: to listen on.
         threads: of the model's arithmetic, on every side; None: torch's choice.
@@ -173,7 +202,11 @@ def _one_request(bench: _Bench, url: str, repeats: int) -> list[Measure]:
                 name = f"one request in process, {budget} tokens"
                 measures.append(Measure(name, statistics.median(local) * 1000, "ms", interquartile_range(local) * 1000))
                 name = f"overhead of the endpoint, {budget} tokens"
-                measures.append(Measure(name, statistics.median(added), "ms", interquartile_range(added), OVERHEAD_GOAL, "in process"))
+                measures.append(
+                    Measure(
+                        name, statistics.median(added), "ms", interquartile_range(added), OVERHEAD_GOAL, "in process"
+                    )
+                )
     finally:
         engine.close()
     return measures
@@ -184,7 +217,11 @@ async def _in_process(bench: _Bench, prompts: PromptBuilder, client: LocalClient
     data = bench.image()
     started = time.perf_counter()
     pixels = prompts.pixels(decode_image(data))
-    await client.answer(prompts.request("r", _QUESTION, [pixels], num_visual_tokens=budget, sampling=Sampling(max_new_tokens=4), timeout_s=60))
+    await client.answer(
+        prompts.request(
+            "r", _QUESTION, [pixels], num_visual_tokens=budget, sampling=Sampling(max_new_tokens=4), timeout_s=60
+        )
+    )
     return time.perf_counter() - started
 
 
@@ -199,7 +236,11 @@ def _against_offline(bench: _Bench, url: str, requests: int, repeats: int) -> li
         offline.append(requests / (time.perf_counter() - started))
         served.append(_load(url, bodies, 32).rate)
     ratio = _ratio("endpoint over offline", served, offline, OFFLINE_GOAL, "offline batches")
-    return [_rate("offline batches of 32, 256 tokens", offline), _rate("endpoint, 32 clients, 256 tokens", served), ratio]
+    return [
+        _rate("offline batches of 32, 256 tokens", offline),
+        _rate("endpoint, 32 clients, 256 tokens", served),
+        ratio,
+    ]
 
 
 def _by_concurrency(bench: _Bench, url: str, requests: int) -> list[Measure]:
@@ -207,11 +248,17 @@ def _by_concurrency(bench: _Bench, url: str, requests: int) -> list[Measure]:
     for budget in BUDGETS:
         for clients in (1, 8, 32):
             count = max(clients, requests * min(clients, 16) // 32)
-            found = _load(url, [bench.body(budget, 8, stream=True, stream_options={"include_usage": True}) for _ in range(count)], clients)
+            found = _load(
+                url,
+                [bench.body(budget, 8, stream=True, stream_options={"include_usage": True}) for _ in range(count)],
+                clients,
+            )
             name = f"{budget} tokens, {clients} clients"
             measures.append(Measure(f"{name}: throughput", found.rate, "1/s"))
             for share in (50, 95, 99):
-                measures.append(Measure(f"{name}: first token, p{share}", found.first_token_quantile(share / 100) * 1000, "ms"))
+                measures.append(
+                    Measure(f"{name}: first token, p{share}", found.first_token_quantile(share / 100) * 1000, "ms")
+                )
                 measures.append(Measure(f"{name}: whole answer, p{share}", found.quantile(share / 100) * 1000, "ms"))
     return measures
 
@@ -233,16 +280,38 @@ def _load_policy(bench: _Bench, url: str, load_seconds: float) -> list[Measure]:
     alone = _load(url, [bench.body(_FULL, 4) for _ in range(8)], 1).quantile(0.5)
     objective = 10 * alone
     fixed = _highest_rate(bench, url, _FULL, alone, load_seconds)
-    deploy(pin(bench.job({"type": "load", "objective_s": objective * 0.7, "window_s": 2.0, "lower_after_s": 0.3, "raise_after_s": 3.0})))
+    deploy(
+        pin(
+            bench.job(
+                {
+                    "type": "load",
+                    "objective_s": objective * 0.7,
+                    "window_s": 2.0,
+                    "lower_after_s": 0.3,
+                    "raise_after_s": 3.0,
+                }
+            )
+        )
+    )
     by_load = _highest_rate(bench, url, "auto", alone, load_seconds)
     measures = [
         Measure("objective: p95 of the whole request", objective * 1000, "ms"),
         Measure("highest rate at the objective, 256 tokens", fixed.rate, "1/s"),
         Measure("highest rate at the objective, by load", by_load.rate, "1/s"),
-        Measure("by load over fixed", by_load.rate / fixed.rate if fixed.rate else float("nan"), "ratio", None, LOAD_GOAL, "256 tokens"),
+        Measure(
+            "by load over fixed",
+            by_load.rate / fixed.rate if fixed.rate else float("nan"),
+            "ratio",
+            None,
+            LOAD_GOAL,
+            "256 tokens",
+        ),
     ]
     given = by_load.budgets.total()
-    return measures + [Measure(f"by load, share of {budget} tokens", by_load.budgets[str(budget)] / max(1, given), "") for budget in BUDGETS]
+    return measures + [
+        Measure(f"by load, share of {budget} tokens", by_load.budgets[str(budget)] / max(1, given), "")
+        for budget in BUDGETS
+    ]
 
 
 @dataclass(frozen=True)
@@ -272,9 +341,15 @@ def _highest_rate(bench: _Bench, url: str, budget: int | str, alone_s: float, lo
 @contextmanager
 def _plain(bench: _Bench) -> Iterator[str]:
     """The plain server beside ours; idle while the other is measured."""
-    deployment: Any = serve.deployment(name="Plain", max_ongoing_requests=256, ray_actor_options={"num_cpus": 0.1})(serve.ingress()(PlainServer))
+    deployment: Any = serve.deployment(name="Plain", max_ongoing_requests=256, ray_actor_options={"num_cpus": 0.1})(
+        serve.ingress()(PlainServer)
+    )
     pinned = pin(bench.job())
-    serve.run(deployment.bind(replica_settings(pinned.job, pinned.job.model, pinned.champion)), name="plain", route_prefix="/plain")
+    serve.run(
+        deployment.bind(replica_settings(pinned.job, pinned.job.model, pinned.champion)),
+        name="plain",
+        route_prefix="/plain",
+    )
     yield f"http://127.0.0.1:{bench.port}/plain"
     serve.delete("plain")
 

@@ -24,8 +24,8 @@ _WARMUP_SHARE = 0.25
 def bench_training(*, steps: int, repeats: int) -> Report:
     """Steps per second of the loop in-process and on Ray Train with one worker, in turns.
 
-    Both run the same job (PARCEL inserted into the mini base, random budgets, fp32) from step 0, and are timed between their metric
-    points, after the warm-up, so start-up and checkpoints count for neither.
+    Both run the same job (PARCEL inserted into the mini base, random budgets, fp32) from step 0, and are timed between
+    their metric points, after the warm-up, so start-up and checkpoints count for neither.
 
     Args:
         steps: optimiser steps per measured run.
@@ -46,7 +46,9 @@ def bench_training(*, steps: int, repeats: int) -> Report:
             torch.set_num_threads(threads)
     ratios = [ray / local for ray, local in zip(rates["ray-train"], rates["in-process"], strict=True)]
     measures = [_measure(f"{path} steps/s", values, "1/s") for path, values in rates.items()]
-    ratio = Measure("ray-train over in-process", statistics.median(ratios), "ratio", interquartile_range(ratios), GOAL, "in-process")
+    ratio = Measure(
+        "ray-train over in-process", statistics.median(ratios), "ratio", interquartile_range(ratios), GOAL, "in-process"
+    )
     return Report((*measures, ratio), machine_info())
 
 

@@ -37,10 +37,11 @@ _GRIDS = (0, 1, 2, 4)
 def bench_tuning(*, samples: int, steps: int, repeats: int, say: Callable[[str], None] = lambda line: None) -> Report:
     """Points per minute of a split search in warm actors and with a process for every point; and a trial's seconds over its bare training.
 
-    What a trial takes is the slope between a search of one and one of three, one after the other, so that Tune's own start is not in it.
+    What a trial takes is the slope between a search of one and one of three, one after the other, so that Tune's own
+    start is not in it.
 
-    The searched model is a supernet over splits with a connector that was not trained: speed does not hang on the weights. Every search has
-    an answer store of its own, so no answer is reused.
+    The searched model is a supernet over splits with a connector that was not trained: speed does not hang on the
+    weights. Every search has an answer store of its own, so no answer is reused.
 
     Args:
         samples: questions per family of the mini suite.
@@ -57,26 +58,50 @@ def bench_tuning(*, samples: int, steps: int, repeats: int, say: Callable[[str],
         for index in range(repeats):
             for kind in rates:
                 say(f"round {index + 1} of {repeats}: split search, {kind}")
-                rates[kind].append(_points_per_minute(root / f"{kind}-{index}", checkpoint, samples, warm=kind == "warm"))
+                rates[kind].append(
+                    _points_per_minute(root / f"{kind}-{index}", checkpoint, samples, warm=kind == "warm")
+                )
             say(f"round {index + 1} of {repeats}: bare training")
             bare.append(_bare_seconds(root / f"bare-{index}", steps))
             for kind, workers in _WORKERS.items():
                 say(f"round {index + 1} of {repeats}: {_FEW} and {_MANY} training trials {kind}")
-                few, many = (_search_seconds(root / f"training-{index}-{workers}-{count}", steps, count, workers) for count in (_FEW, _MANY))
+                few, many = (
+                    _search_seconds(root / f"training-{index}-{workers}-{count}", steps, count, workers)
+                    for count in (_FEW, _MANY)
+                )
                 trials[kind].append((many - few) / (_MANY - _FEW))
                 if not workers:
                     starts.append(few - _FEW * trials[kind][-1])
     ratios = [warm / cold for warm, cold in zip(*rates.values(), strict=True)]
     alone = statistics.median(bare)
     measures = [
-        *(Measure(f"split search, {kind}", statistics.median(values), "points/min", interquartile_range(values)) for kind, values in rates.items()),
-        Measure("warm over a process per point", statistics.median(ratios), "ratio", interquartile_range(ratios), _WARM_GOAL, "a process per point"),
+        *(
+            Measure(f"split search, {kind}", statistics.median(values), "points/min", interquartile_range(values))
+            for kind, values in rates.items()
+        ),
+        Measure(
+            "warm over a process per point",
+            statistics.median(ratios),
+            "ratio",
+            interquartile_range(ratios),
+            _WARM_GOAL,
+            "a process per point",
+        ),
         Measure(f"bare training, {steps} steps", alone, "s", interquartile_range(bare)),
         Measure("start of a search", statistics.median(starts), "s", interquartile_range(starts)),
     ]
     for kind, values in trials.items():
         over = [value - alone for value in values]
-        measures.append(Measure(f"training trial {kind} minus bare training", statistics.median(over), "s", interquartile_range(over), None, "bare training"))
+        measures.append(
+            Measure(
+                f"training trial {kind} minus bare training",
+                statistics.median(over),
+                "s",
+                interquartile_range(over),
+                None,
+                "bare training",
+            )
+        )
     return Report(tuple(measures), machine_info())
 
 
@@ -122,7 +147,9 @@ def _search_seconds(folder: Path, steps: int, count: int, workers: int) -> float
 
 
 def _supernet(folder: Path) -> ResolvedCheckpoint:
-    job = TrainJob.model_validate(_training(folder, 1) | {"connector": {"type": "parcel", "num_heads": 6, "anchor_grids": list(_GRIDS)}})
+    job = TrainJob.model_validate(
+        _training(folder, 1) | {"connector": {"type": "parcel", "num_heads": 6, "anchor_grids": list(_GRIDS)}}
+    )
     model, processor = build_start(job, resolve_checkpoint("mini_base").path)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
@@ -135,7 +162,10 @@ def _search(folder: Path, checkpoint: ResolvedCheckpoint, samples: int) -> TuneJ
         "kind": "search_space",
         "name": "splits",
         "job": "bench",
-        "parameters": {"anchor_grid": {"type": "choice", "values": list(_GRIDS)}, "budgets": {"type": "choice", "values": list(_BUDGETS)}},
+        "parameters": {
+            "anchor_grid": {"type": "choice", "values": list(_GRIDS)},
+            "budgets": {"type": "choice", "values": list(_BUDGETS)},
+        },
     }
     base = {
         "kind": "evaluate",
@@ -150,7 +180,12 @@ def _search(folder: Path, checkpoint: ResolvedCheckpoint, samples: int) -> TuneJ
 
 
 def _training_search(folder: Path, steps: int, count: int, workers: int) -> TuneJob:
-    space = {"kind": "search_space", "name": "seed", "job": "bench", "parameters": {"seed": {"type": "choice", "values": list(range(count))}}}
+    space = {
+        "kind": "search_space",
+        "name": "seed",
+        "job": "bench",
+        "parameters": {"seed": {"type": "choice", "values": list(range(count))}},
+    }
     return _tune_job(folder, space, _training(folder, steps) | {"scaling": {"num_workers": workers}}, "val/score@64")
 
 

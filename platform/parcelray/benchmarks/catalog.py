@@ -54,5 +54,8 @@ def find(name: str, benchmarks: dict[str, BenchmarkConfig]) -> BenchmarkConfig:
     if name not in benchmarks:
         close = difflib.get_close_matches(name, benchmarks, n=3)
         nearest = f" (did you mean {' or '.join(close)}?)" if close else ""
-        raise UserError(f"There is no benchmark {name!r}{nearest}; `parcelray benchmarks list` shows all, and a YAML file of your own adds one.")
+        raise UserError(
+            f"There is no benchmark {name!r}{nearest}; `parcelray benchmarks list` shows all, and a YAML file of your"
+            " own adds one."
+        )
     return benchmarks[name]

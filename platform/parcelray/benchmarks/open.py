@@ -44,5 +44,7 @@ def open_reader(
         return SamplesReader(benchmark.name, data / source.split)
     split, part = _NLVR_PARTS[source.split]
     return NlvrReader(
-        NlvrSource(data, split, part, view=source.view, questions=source.questions, seed=source.seed, image_size=image_size)  # type: ignore[arg-type]
+        NlvrSource(
+            data, split, part, view=source.view, questions=source.questions, seed=source.seed, image_size=image_size
+        )  # type: ignore[arg-type]
     )

@@ -46,7 +46,16 @@ class Listing:
         """For the console."""
         from rich.table import Column, Table
 
-        table = Table(Column("benchmark", no_wrap=True), "family", "sets", "metric", "rows", "asked of", "data", title=f"{len(self.benchmarks)} splits")
+        table = Table(
+            Column("benchmark", no_wrap=True),
+            "family",
+            "sets",
+            "metric",
+            "rows",
+            "asked of",
+            "data",
+            title=f"{len(self.benchmarks)} splits",
+        )
         for config in self.benchmarks:
             source = config.source
             rows = f"{source.rows:,}" if isinstance(source, TableSource) and source.rows else "-"
@@ -79,9 +88,16 @@ class DataCheck:
             "rows_read": self.rows_read,
             "questions": self.questions,
             "problems": [problem._asdict() for problem in self.problems],
-            "example": None
-            if example is None
-            else {"id": example.id, "prompt": example.prompt, "answers": list(example.answers), "images": len(example.images)},
+            "example": (
+                None
+                if example is None
+                else {
+                    "id": example.id,
+                    "prompt": example.prompt,
+                    "answers": list(example.answers),
+                    "images": len(example.images),
+                }
+            ),
         }
 
     def to_rich(self) -> "Table":
@@ -89,7 +105,11 @@ class DataCheck:
         from rich.table import Table
 
         table = Table("data of", self.benchmark, show_header=True)
-        expected = "" if self.rows_expected in (None, self.pin.rows) else f" ({self.rows_expected:,} expected: not the split of the papers)"
+        expected = (
+            ""
+            if self.rows_expected in (None, self.pin.rows)
+            else f" ({self.rows_expected:,} expected: not the split of the papers)"
+        )
         table.add_row("rows", f"{self.pin.rows:,}{expected}")
         table.add_row("revision", self.pin.revision)
         table.add_row("ids", self.pin.ids[:16])

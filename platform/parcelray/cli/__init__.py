@@ -18,7 +18,10 @@ from parcelray.cli.tuning import tune
 from parcelray.errors import ParcelrayError, UserError
 
 app = typer.Typer(
-    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="One vision-language model, any visual-token budget: on Ray."
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="One vision-language model, any visual-token budget: on Ray.",
 )
 app.add_typer(config_app, name="config")
 app.add_typer(evaluate_app, name="evaluate")
@@ -41,7 +44,9 @@ def _version(show: Annotated[bool, typer.Option("--version", help="Print the ver
 
 
 @app.command()
-def train(job_file: JobFile, overrides: Set = [], dry_run: DryRun = False, address: Address = None, as_json: AsJson = False) -> None:  # noqa: B006 - typer's idiom
+def train(
+    job_file: JobFile, overrides: Set = [], dry_run: DryRun = False, address: Address = None, as_json: AsJson = False
+) -> None:
     """Train the model of a job file; the same command goes on with an interrupted run."""
     from parcelray.config.loader import load_job_of
     from parcelray.config.train import TrainJob
@@ -57,18 +62,30 @@ def train(job_file: JobFile, overrides: Set = [], dry_run: DryRun = False, addre
     run = run_training(job, console(stderr=as_json), address=address)
     if as_json:
         write_json(
-            {"identity": run.identity, "model": str(run.model_folder), "metrics": run.metrics, "mlflow_run_id": run.mlflow_run_id, "was_done": run.was_done}
+            {
+                "identity": run.identity,
+                "model": str(run.model_folder),
+                "metrics": run.metrics,
+                "mlflow_run_id": run.mlflow_run_id,
+                "was_done": run.was_done,
+            }
         )
 
 
 @app.command()
 def flops(
-    backbone: Annotated[str, typer.Option(help="paligemma2-3b, llava-1.5-7b, mini, or a folder with a config.json.")] = "paligemma2-3b",
-    resolution: Annotated[int | None, typer.Option(help="Image side in pixels; default: the backbone's own.", show_default=False)] = None,
+    backbone: Annotated[
+        str, typer.Option(help="paligemma2-3b, llava-1.5-7b, mini, or a folder with a config.json.")
+    ] = "paligemma2-3b",
+    resolution: Annotated[
+        int | None, typer.Option(help="Image side in pixels; default: the backbone's own.", show_default=False)
+    ] = None,
     budgets: Annotated[str, typer.Option(help="Visual tokens per image, separated by commas.")] = "16,64,256",
     frames: Annotated[str, typer.Option(help="Frames (1: an image), separated by commas.")] = "1",
     connector: Annotated[str, typer.Option(help="parcel, mqt, m3, identity or an ablation.")] = "parcel",
-    text_tokens: Annotated[int | None, typer.Option(help="Text tokens; default: the paper's.", show_default=False)] = None,
+    text_tokens: Annotated[
+        int | None, typer.Option(help="Text tokens; default: the paper's.", show_default=False)
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Compute cost: FLOPs of every term, KV-cache bytes, and the saving against no compression."""

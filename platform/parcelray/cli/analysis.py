@@ -13,15 +13,21 @@ if TYPE_CHECKING:
 analyze_app = typer.Typer(no_args_is_help=True, help="Study a model's visual tokens and its attention to them.")
 
 _Images = Annotated[str, typer.Option(help="mini (the mini suite), or a folder of images.")]
-_Output = Annotated[Path | None, typer.Option(help="Folder for numbers and pictures; default: below runs/analyze.", show_default=False)]
-_TrackingUri = Annotated[str | None, typer.Option(help="MLflow tracking URI, or none; default: as for jobs.", show_default=False)]
+_Output = Annotated[
+    Path | None, typer.Option(help="Folder for numbers and pictures; default: below runs/analyze.", show_default=False)
+]
+_TrackingUri = Annotated[
+    str | None, typer.Option(help="MLflow tracking URI, or none; default: as for jobs.", show_default=False)
+]
 
 
 @analyze_app.command("saliency")
 def saliency(
     model: Annotated[str, typer.Argument(help="A model reference, such as mini_llava.", show_default=False)],
     images: _Images = "mini",
-    prompts: Annotated[list[str], typer.Option("--prompt", help="Asked of every image; repeatable.", show_default=False)] = [],  # noqa: B006 - typer's idiom
+    prompts: Annotated[
+        list[str], typer.Option("--prompt", help="Asked of every image; repeatable.", show_default=False)
+    ] = [],
     count: Annotated[int, typer.Option(min=2, help="Images.")] = 24,
     output: _Output = None,
     tracking_uri: _TrackingUri = None,
@@ -31,7 +37,15 @@ def saliency(
     from parcelray.studies.attention import study_saliency
 
     folder = output or Path("runs/analyze/saliency") / _slug(model)
-    reports = study_saliency(model, console(stderr=as_json), images=images, count=count, prompts=prompts, folder=folder, tracking=_tracking(tracking_uri))
+    reports = study_saliency(
+        model,
+        console(stderr=as_json),
+        images=images,
+        count=count,
+        prompts=prompts,
+        folder=folder,
+        tracking=_tracking(tracking_uri),
+    )
     if as_json:
         write_json({name: report.to_dict() for name, report in reports.items()})
 
@@ -49,7 +63,14 @@ def validity(
     from parcelray.studies.attention import study_validity
 
     folder = output or Path("runs/analyze/validity") / _slug(model)
-    result = study_validity(model, console(stderr=as_json), count=count, permutations=permutations, folder=folder, tracking=_tracking(tracking_uri))
+    result = study_validity(
+        model,
+        console(stderr=as_json),
+        count=count,
+        permutations=permutations,
+        folder=folder,
+        tracking=_tracking(tracking_uri),
+    )
     if as_json:
         write_json({name: each.to_dict() for name, each in result.items()})
 
@@ -67,7 +88,9 @@ def redundancy(
     from parcelray.studies.attention import study_redundancy
 
     folder = output or Path("runs/analyze/redundancy") / "-".join(_slug(model) for model in models)
-    profiles = study_redundancy(models, console(stderr=as_json), images=images, count=count, folder=folder, tracking=_tracking(tracking_uri))
+    profiles = study_redundancy(
+        models, console(stderr=as_json), images=images, count=count, folder=folder, tracking=_tracking(tracking_uri)
+    )
     if as_json:
         write_json({name: each.to_dict() for name, each in profiles.items()})
 
@@ -75,7 +98,7 @@ def redundancy(
 @analyze_app.command("adaptive")
 def adaptive(
     job_file: JobFile,
-    overrides: Set = [],  # noqa: B006
+    overrides: Set = [],
     output: _Output = None,
     address: Address = None,
     as_json: AsJson = False,
@@ -86,7 +109,9 @@ def adaptive(
     from parcelray.evaluation.adaptive.study import study_adaptive
 
     job = load_job_of(EvaluateJob, job_file, overrides)
-    run = study_adaptive(job, console(stderr=as_json), folder=output or Path("runs/analyze/adaptive") / job.name, address=address)
+    run = study_adaptive(
+        job, console(stderr=as_json), folder=output or Path("runs/analyze/adaptive") / job.name, address=address
+    )
     if as_json:
         write_json(run.study.to_dict() | {"folder": str(run.folder)})
 

@@ -25,7 +25,9 @@ def bench_train(
 def bench_evaluate(
     samples: Annotated[int, typer.Option(min=256, help="Samples of the comparison with a plain loop.")] = 2048,
     repeats: Annotated[int, typer.Option(min=1, help="Rounds of each comparison.")] = 3,
-    small: Annotated[int, typer.Option(min=500, help="Samples of the smaller evaluation whose memory is measured.")] = 5000,
+    small: Annotated[
+        int, typer.Option(min=500, help="Samples of the smaller evaluation whose memory is measured.")
+    ] = 5000,
     large: Annotated[int, typer.Option(min=1000, help="Samples of the larger one.")] = 20000,
     as_json: AsJson = False,
 ) -> None:
@@ -38,7 +40,9 @@ def bench_evaluate(
 @bench_app.command("tune")
 def bench_tune(
     samples: Annotated[int, typer.Option(min=1, help="Questions per family of the mini suite.")] = 25,
-    steps: Annotated[int, typer.Option(min=2, help="Steps of the training whose overhead as a trial is measured.")] = 60,
+    steps: Annotated[
+        int, typer.Option(min=2, help="Steps of the training whose overhead as a trial is measured.")
+    ] = 60,
     repeats: Annotated[int, typer.Option(min=1, help="Rounds of each comparison.")] = 3,
     as_json: AsJson = False,
 ) -> None:
@@ -53,7 +57,9 @@ def bench_serve(
     requests: Annotated[int, typer.Option(min=32, help="Requests of each load at 32 clients.")] = 192,
     repeats: Annotated[int, typer.Option(min=1, help="Rounds of each comparison.")] = 3,
     port: Annotated[int, typer.Option(help="Port on the loopback.")] = 18462,
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads of the model's arithmetic, on every side.", show_default=False)] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Threads of the model's arithmetic, on every side.", show_default=False)
+    ] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     as_json: AsJson = False,
 ) -> None:
@@ -65,7 +71,9 @@ def bench_serve(
 
 @bench_app.command("connector")
 def bench_connector(
-    backbone: Annotated[str, typer.Option(help="mini, paligemma2-3b or llava-1.5-7b (need a GPU), or a folder.")] = "mini",
+    backbone: Annotated[
+        str, typer.Option(help="mini, paligemma2-3b or llava-1.5-7b (need a GPU), or a folder.")
+    ] = "mini",
     resolution: Annotated[int | None, typer.Option(help="Image side in pixels.", show_default=False)] = None,
     budgets: Annotated[str, typer.Option(help="Visual tokens per image, separated by commas.")] = "16,64,256",
     batch_size: Annotated[int, typer.Option(min=1, help="Images per batch.")] = 8,
@@ -76,7 +84,14 @@ def bench_connector(
     """Time and memory of each connector, and its share of the prefill, by budget."""
     from parcelray.bench.connector import bench_connectors
 
-    report = bench_connectors(backbone, integers(budgets, "--budgets"), batch_size=batch_size, repeats=repeats, device=device, resolution=resolution)
+    report = bench_connectors(
+        backbone,
+        integers(budgets, "--budgets"),
+        batch_size=batch_size,
+        repeats=repeats,
+        device=device,
+        resolution=resolution,
+    )
     show_report(report, as_json)
 
 
@@ -105,10 +120,14 @@ def bench_kmeans(
 
 @bench_app.command("overhead")
 def bench_overhead(
-    backbone: Annotated[str, typer.Option(help="laptop, llava-1.5-7b or paligemma2-3b (need a GPU), mini, or a folder.")] = "laptop",
+    backbone: Annotated[
+        str, typer.Option(help="laptop, llava-1.5-7b or paligemma2-3b (need a GPU), mini, or a folder.")
+    ] = "laptop",
     budgets: Annotated[str, typer.Option(help="Visual tokens, separated by commas.")] = "144,64",
     batch_sizes: Annotated[str, typer.Option(help="Images at a time, separated by commas.")] = "1,4",
-    reducers: Annotated[str | None, typer.Option(help="Reducers, separated by commas; all by default.", show_default=False)] = None,
+    reducers: Annotated[
+        str | None, typer.Option(help="Reducers, separated by commas; all by default.", show_default=False)
+    ] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Timed rounds.")] = 5,
     resolution: Annotated[int | None, typer.Option(help="Image side in pixels.", show_default=False)] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",

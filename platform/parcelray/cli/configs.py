@@ -12,7 +12,7 @@ config_app = typer.Typer(no_args_is_help=True, help="Read, check and explain job
 
 
 @config_app.command("validate")
-def config_validate(job_file: JobFile, overrides: Set = []) -> None:  # noqa: B006
+def config_validate(job_file: JobFile, overrides: Set = []) -> None:
     """Check a job file; exit code 2 and one line per mistake if it is not legal."""
     from parcelray.config.loader import identity
 
@@ -20,7 +20,7 @@ def config_validate(job_file: JobFile, overrides: Set = []) -> None:  # noqa: B0
 
 
 @config_app.command("show")
-def config_show(job_file: JobFile, overrides: Set = [], as_json: AsJson = False) -> None:  # noqa: B006
+def config_show(job_file: JobFile, overrides: Set = [], as_json: AsJson = False) -> None:
     """Print the job with every default filled in."""
     import yaml
 

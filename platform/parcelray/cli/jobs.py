@@ -5,7 +5,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from parcelray.cli.options import AsJson, DryRun, JobFile, JobsAddress, Set, SubmissionId, console, load, show, write_json
+from parcelray.cli.options import (
+    AsJson,
+    DryRun,
+    JobFile,
+    JobsAddress,
+    Set,
+    SubmissionId,
+    console,
+    load,
+    show,
+    write_json,
+)
 
 if TYPE_CHECKING:
     from parcelray.config.loader import Job
@@ -15,9 +26,11 @@ jobs_app = typer.Typer(no_args_is_help=True, help="Jobs on a Ray cluster.")
 
 def submit(
     job_file: JobFile,
-    overrides: Set = [],  # noqa: B006
+    overrides: Set = [],
     address: JobsAddress = None,
-    wait: Annotated[bool, typer.Option("--wait", help="Follow the logs to the end; the exit code is the job's.")] = False,
+    wait: Annotated[
+        bool, typer.Option("--wait", help="Follow the logs to the end; the exit code is the job's.")
+    ] = False,
     again: Annotated[bool, typer.Option("--again", help="Run a finished job once more.")] = False,
     dry_run: DryRun = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan of --dry-run as JSON.")] = False,
@@ -29,7 +42,11 @@ def submit(
     job = load(job_file, overrides)
     _warn_of_lost_paths(job)
     if dry_run:
-        show(jobs.plan_submission(job_file, identity=identity(job), address=address, overrides=overrides), as_json, lambda plan: plan.to_rich())
+        show(
+            jobs.plan_submission(job_file, identity=identity(job), address=address, overrides=overrides),
+            as_json,
+            lambda plan: plan.to_rich(),
+        )
         return
     sent = jobs.submit(job_file, identity=identity(job), address=address, overrides=overrides, again=again)
     console().print(sent.message, highlight=False, soft_wrap=True)
@@ -55,7 +72,9 @@ def jobs_status(submission_id: SubmissionId, address: JobsAddress = None, as_jso
 
 @jobs_app.command("logs")
 def jobs_logs(
-    submission_id: SubmissionId, address: JobsAddress = None, follow: Annotated[bool, typer.Option("--follow", "-f", help="Until the job ends.")] = False
+    submission_id: SubmissionId,
+    address: JobsAddress = None,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Until the job ends.")] = False,
 ) -> None:
     """Print a job's logs."""
     from parcelray.cluster import jobs
@@ -78,8 +97,8 @@ def _warn_of_lost_paths(job: "Job") -> None:
     local = [name for name, value in places.items() if value and "://" not in value.replace("sqlite:///", "")]
     if local:
         console(stderr=True).print(
-            f"warning: {' and '.join(local)} are local paths; on the cluster they lie in the job's own copy of the project, which goes with it. "
-            "Set them to storage and a tracking server that all nodes reach.",
+            f"warning: {' and '.join(local)} are local paths; on the cluster they lie in the job's own copy of the"
+            " project, which goes with it. Set them to storage and a tracking server that all nodes reach.",
             style="yellow",
             soft_wrap=True,
         )
@@ -88,12 +107,25 @@ def _warn_of_lost_paths(job: "Job") -> None:
 def _print_states(states: list[Any], as_json: bool) -> None:
     if as_json:
         write_json(
-            [{"submission_id": state.submission_id, "status": state.status, "message": state.message, "entrypoint": state.entrypoint} for state in states]
+            [
+                {
+                    "submission_id": state.submission_id,
+                    "status": state.status,
+                    "message": state.message,
+                    "entrypoint": state.entrypoint,
+                }
+                for state in states
+            ]
         )
         return
     from rich.table import Table
 
     table = Table("job", "status", "started", "message")
     for state in states:
-        table.add_row(state.submission_id, state.status, f"{state.started:%Y-%m-%d %H:%M:%S}" if state.started else "", state.message or "")
+        table.add_row(
+            state.submission_id,
+            state.status,
+            f"{state.started:%Y-%m-%d %H:%M:%S}" if state.started else "",
+            state.message or "",
+        )
     console().print(table)

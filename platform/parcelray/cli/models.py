@@ -6,10 +6,14 @@ import typer
 
 from parcelray.cli.options import Address, AsJson, DryRun, JobFile, Set, console, show, write_json
 
-models_app = typer.Typer(no_args_is_help=True, help="Registered models: versions, aliases, and the gates before the champion.")
+models_app = typer.Typer(
+    no_args_is_help=True, help="Registered models: versions, aliases, and the gates before the champion."
+)
 
 _Name = Annotated[str, typer.Argument(help="A registered model.", show_default=False)]
-_TrackingUri = Annotated[str | None, typer.Option(help="MLflow tracking URI of the registry; default: as for jobs.", show_default=False)]
+_TrackingUri = Annotated[
+    str | None, typer.Option(help="MLflow tracking URI of the registry; default: as for jobs.", show_default=False)
+]
 
 
 @models_app.command("list")
@@ -23,7 +27,9 @@ def models_list(tracking_uri: _TrackingUri = None, as_json: AsJson = False) -> N
 @models_app.command("show")
 def models_show(
     name: _Name,
-    version: Annotated[str | None, typer.Argument(help="Number or alias; default: all versions.", show_default=False)] = None,
+    version: Annotated[
+        str | None, typer.Argument(help="Number or alias; default: all versions.", show_default=False)
+    ] = None,
     tracking_uri: _TrackingUri = None,
     as_json: AsJson = False,
 ) -> None:
@@ -36,13 +42,18 @@ def models_show(
 @models_app.command("promote")
 def models_promote(
     job_file: JobFile,
-    overrides: Set = [],  # noqa: B006 - typer's idiom
-    force: Annotated[bool, typer.Option("--force", help="Promote whatever the gates say; it is recorded on the version.")] = False,
+    overrides: Set = [],
+    force: Annotated[
+        bool, typer.Option("--force", help="Promote whatever the gates say; it is recorded on the version.")
+    ] = False,
     dry_run: DryRun = False,
     address: Address = None,
     as_json: AsJson = False,
 ) -> None:
-    """Put the candidate of a job file to its gates, and make it the champion if it passes. Exit code 2 if it does not."""
+    """Put the candidate of a job file to its gates, and make it the champion if it passes.
+
+    Exit code 2 if it does not.
+    """
     from parcelray.config.loader import load_job_of
     from parcelray.config.promote import PromoteJob
     from parcelray.promotion.run import promotion_plan, run_promotion

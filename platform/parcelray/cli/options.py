@@ -17,12 +17,20 @@ if TYPE_CHECKING:
     from parcelray.config.loader import Job
 
 JobFile = Annotated[Path, typer.Argument(help="A job file, such as jobs/train/nlvr_parcel.yaml.", show_default=False)]
-Set = Annotated[list[str], typer.Option("--set", help="Change a value of the job: a.b=value. Repeatable.", show_default=False)]
+Set = Annotated[
+    list[str], typer.Option("--set", help="Change a value of the job: a.b=value. Repeatable.", show_default=False)
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the resolved plan and its estimates, and stop.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
-Address = Annotated[str | None, typer.Option(help="Ray cluster; default: RAY_ADDRESS, else a local instance.", show_default=False)]
-JobsAddress = Annotated[str | None, typer.Option(help="URL of the cluster's dashboard, such as http://127.0.0.1:8265.", show_default=False)]
-SubmissionId = Annotated[str, typer.Argument(help="The job's id, as `parcelray jobs list` shows it.", show_default=False)]
+Address = Annotated[
+    str | None, typer.Option(help="Ray cluster; default: RAY_ADDRESS, else a local instance.", show_default=False)
+]
+JobsAddress = Annotated[
+    str | None, typer.Option(help="URL of the cluster's dashboard, such as http://127.0.0.1:8265.", show_default=False)
+]
+SubmissionId = Annotated[
+    str, typer.Argument(help="The job's id, as `parcelray jobs list` shows it.", show_default=False)
+]
 
 
 def load(job_file: Path, overrides: list[str]) -> "Job":

@@ -32,7 +32,9 @@ def overrides_of(arguments: Sequence[str]) -> list[str]:
         UserError: there is anything else.
     """
     if len(arguments) % 2 or any(flag != "--set" for flag in arguments[::2]):
-        raise UserError(f"{' '.join(arguments)} is not understood; this pipeline takes only --set a.b=c, as often as you like.")
+        raise UserError(
+            f"{' '.join(arguments)} is not understood; this pipeline takes only --set a.b=c, as often as you like."
+        )
     return list(arguments[1::2])
 
 

@@ -12,11 +12,22 @@ _KeysFile = Annotated[Path, typer.Option("--file", help="The file of hashes.")]
 
 
 def serve(
-    target: Annotated[str, typer.Argument(help="A job file such as jobs/serve/mini.yaml, or a model: models:/NAME@ALIAS, a folder.", show_default=False)],
-    overrides: Set = [],  # noqa: B006 - typer's idiom
-    host: Annotated[str | None, typer.Option(help="Address to listen on; other than the loopback's only with keys.", show_default=False)] = None,
+    target: Annotated[
+        str,
+        typer.Argument(
+            help="A job file such as jobs/serve/mini.yaml, or a model: models:/NAME@ALIAS, a folder.",
+            show_default=False,
+        ),
+    ],
+    overrides: Set = [],
+    host: Annotated[
+        str | None,
+        typer.Option(help="Address to listen on; other than the loopback's only with keys.", show_default=False),
+    ] = None,
     port: Annotated[int | None, typer.Option(help="Port.", show_default=False)] = None,
-    build: Annotated[Path | None, typer.Option(help="Write the file that `serve deploy` takes, and stop.", show_default=False)] = None,
+    build: Annotated[
+        Path | None, typer.Option(help="Write the file that `serve deploy` takes, and stop.", show_default=False)
+    ] = None,
     dry_run: DryRun = False,
     address: Address = None,
     as_json: AsJson = False,
@@ -50,7 +61,9 @@ def keys_add(
     from parcelray.serving.http.auth import add_key
 
     key = add_key(file, name, per_minute)
-    console(stderr=True).print(f"Key of {name}, shown this once; its hash is in {file}", highlight=False, soft_wrap=True)
+    console(stderr=True).print(
+        f"Key of {name}, shown this once; its hash is in {file}", highlight=False, soft_wrap=True
+    )
     typer.echo(key)
 
 
@@ -63,7 +76,11 @@ def keys_remove(
     from parcelray.serving.http.auth import remove_key
 
     remove_key(file, name)
-    console().print(f"Removed the key of {name} from {file}; send SIGHUP to a running `parcelray serve`", highlight=False, soft_wrap=True)
+    console().print(
+        f"Removed the key of {name} from {file}; send SIGHUP to a running `parcelray serve`",
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 @keys_app.command("list")

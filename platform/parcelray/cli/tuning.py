@@ -10,15 +10,33 @@ from parcelray.cli.options import Address, AsJson, DryRun, JobFile, Set, console
 
 def tune(  # noqa: PLR0913 - options of a command
     job_file: JobFile,
-    overrides: Set = [],  # noqa: B006 - typer's idiom
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with a search; finished trials are not run again.")] = False,
-    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="With --resume: run failed trials again.")] = False,
+    overrides: Set = [],
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with a search; finished trials are not run again.")
+    ] = False,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="With --resume: run failed trials again.")
+    ] = False,
     select: Annotated[
         str | None,
-        typer.Option(help="Run nothing; write the job file of the finished trial that fits, e.g. 'max retention subject to tokens <= 64'.", show_default=False),
+        typer.Option(
+            help=(
+                "Run nothing; write the job file of the finished trial that fits, e.g. 'max retention subject to tokens"
+                " <= 64'."
+            ),
+            show_default=False,
+        ),
     ] = None,
-    output: Annotated[Path | None, typer.Option(help="Of --select: file to write; default: selected.yaml in the search's folder.", show_default=False)] = None,
-    confirm: Annotated[bool, typer.Option("--confirm", help="After a split search: train the splits that the job file's `confirm` names.")] = False,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            help="Of --select: file to write; default: selected.yaml in the search's folder.", show_default=False
+        ),
+    ] = None,
+    confirm: Annotated[
+        bool,
+        typer.Option("--confirm", help="After a split search: train the splits that the job file's `confirm` names."),
+    ] = False,
     dry_run: DryRun = False,
     address: Address = None,
     as_json: AsJson = False,
@@ -47,7 +65,11 @@ def tune(  # noqa: PLR0913 - options of a command
         if as_json:
             write_json({"file": str(path), "assignment": chosen.assignment, "metrics": dict(chosen.metrics)})
             return
-        console().print(f"{path}: trial {chosen.key}. Run it with: parcelray {job.base.kind} {path}", highlight=False, soft_wrap=True)
+        console().print(
+            f"{path}: trial {chosen.key}. Run it with: parcelray {job.base.kind} {path}",
+            highlight=False,
+            soft_wrap=True,
+        )
         return
     from parcelray.tuning.run import run_tuning
 
@@ -59,4 +81,8 @@ def tune(  # noqa: PLR0913 - options of a command
         confirmed = confirm_splits(job, run, console(stderr=as_json), address=address)
     if as_json:
         extra = {"confirmation": confirmed.to_dict()} if confirmed is not None else {}
-        write_json(run.findings.to_dict() | {"identity": run.identity, "folder": str(run.folder), "mlflow_run_id": run.mlflow_run_id} | extra)
+        write_json(
+            run.findings.to_dict()
+            | {"identity": run.identity, "folder": str(run.folder), "mlflow_run_id": run.mlflow_run_id}
+            | extra
+        )

@@ -43,7 +43,12 @@ def _read_named(path: Path) -> str:
     try:
         token = path.read_text().strip()
     except OSError as error:
-        raise UserError(f"{TOKEN_PATH_VARIABLE}={path} cannot be read ({error.strerror}); point it to the cluster's token file or unset it.") from error
+        raise UserError(
+            f"{TOKEN_PATH_VARIABLE}={path} cannot be read ({error.strerror}); point it to the cluster's token file or"
+            " unset it."
+        ) from error
     if not token:
-        raise UserError(f"{TOKEN_PATH_VARIABLE}={path} is an empty file; write the cluster's token into it or unset the variable.")
+        raise UserError(
+            f"{TOKEN_PATH_VARIABLE}={path} is an empty file; write the cluster's token into it or unset the variable."
+        )
     return token

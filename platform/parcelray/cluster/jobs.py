@@ -1,8 +1,9 @@
 """Jobs on a running cluster, through Ray Jobs: send a job file with the files of its project, then list, follow and stop.
 
-A job's id is its identity, `<kind>-<name>-<hash8>`, so sending the same job twice gives the job that is there. A job that failed or
-was stopped cannot be started again under its id (Ray runs an id once), so a new attempt is `<identity>-r2`, `-r3`, ...; the run inside
-has the same identity and resumes from its checkpoints. Listing, logs and stopping work across versions of Ray; sending does not.
+A job's id is its identity, `<kind>-<name>-<hash8>`, so sending the same job twice gives the job that is there. A job
+that failed or was stopped cannot be started again under its id (Ray runs an id once), so a new attempt is
+`<identity>-r2`, `-r3`, ...; the run inside has the same identity and resumes from its checkpoints. Listing, logs and
+stopping work across versions of Ray; sending does not.
 """
 
 import asyncio
@@ -26,7 +27,16 @@ from ray.job_submission import JobSubmissionClient
 from rich.table import Table
 
 from parcelray.cluster.auth import auth_headers, find_token
-from parcelray.cluster.package import MAX_PACKAGE_BYTES, Package, collect, find_secret, git_state, inside, project_root, stage
+from parcelray.cluster.package import (
+    MAX_PACKAGE_BYTES,
+    Package,
+    collect,
+    find_secret,
+    git_state,
+    inside,
+    project_root,
+    stage,
+)
 from parcelray.cluster.preflight import check_cluster, cluster_version, dashboard_url
 from parcelray.config.loader import command_of
 from parcelray.errors import SystemFailure, UserError
@@ -131,7 +141,8 @@ def submit(
         address: the cluster's dashboard, see `preflight.dashboard_url`.
         overrides: `a.b=c` texts, handed on as `--set`.
         entrypoint: shell command to run instead of `parcelray <kind> <job file>`, in the root of the project's copy.
-        env_vars: environment variables for the job. Anyone who may list jobs can read them, so names of secrets are refused.
+        env_vars: environment variables for the job. Anyone who may list jobs can read them, so names of secrets are
+            refused.
         again: start a new attempt although this job succeeded; a job that still runs is never doubled.
         max_package_bytes: limit of the package.
 
@@ -294,8 +305,8 @@ def _connect(address: str | None) -> tuple[str, JobSubmissionClient]:
 def _client(url: str, token: str | None) -> JobSubmissionClient:
     """Ray's client for exactly this address and token.
 
-    The client lets two environment variables win over its argument, so they are hidden from it; and the header is given explicitly
-    because the client adds one only if RAY_AUTH_MODE was set before Ray was imported.
+    The client lets two environment variables win over its argument, so they are hidden from it; and the header is given
+    explicitly because the client adds one only if RAY_AUTH_MODE was set before Ray was imported.
     """
     hidden = {name: os.environ.pop(name) for name in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS") if name in os.environ}
     try:
@@ -309,7 +320,11 @@ def _attempts(client: JobSubmissionClient, url: str, identity: str, again: bool)
     """The latest attempt if it stands for this submission, else None, and the number that the next attempt gets."""
     numbered = re.compile(re.escape(identity) + r"(?:-r(\d+))?")
     with _explained(url):
-        known = {int(match[1] or 1): _state(details) for details in client.list_jobs() if (match := numbered.fullmatch(details.submission_id or ""))}
+        known = {
+            int(match[1] or 1): _state(details)
+            for details in client.list_jobs()
+            if (match := numbered.fullmatch(details.submission_id or ""))
+        }
     if not known:
         return None, 1
     latest = max(known)
@@ -317,7 +332,9 @@ def _attempts(client: JobSubmissionClient, url: str, identity: str, again: bool)
     return (None if known[latest].status in replaceable else known[latest]), latest + 1
 
 
-def _send(client: JobSubmissionClient, url: str, package: Package, request: dict[str, Any], env_vars: Mapping[str, str]) -> SubmittedJob:
+def _send(
+    client: JobSubmissionClient, url: str, package: Package, request: dict[str, Any], env_vars: Mapping[str, str]
+) -> SubmittedJob:
     submission_id = request["submission_id"]
     with tempfile.TemporaryDirectory(prefix="parcelray-") as scratch, _explained(url, submission_id):
         folder = Path(scratch) / "project"
@@ -339,12 +356,18 @@ def _send(client: JobSubmissionClient, url: str, package: Package, request: dict
         submission_id=submission_id,
         created=True,
         status="PENDING",
-        message=f"Sent {submission_id} with {len(package.files)} files ({package.num_bytes / 1024**2:.1f} MiB) to {url}.",
+        message=(
+            f"Sent {submission_id} with {len(package.files)} files ({package.num_bytes / 1024**2:.1f} MiB) to {url}."
+        ),
     )
 
 
 def _existing(state: JobState) -> SubmittedJob:
-    remedy = "run with --again for a new attempt" if state.status == "SUCCEEDED" else "follow or stop it with `parcelray jobs`"
+    remedy = (
+        "run with --again for a new attempt"
+        if state.status == "SUCCEEDED"
+        else "follow or stop it with `parcelray jobs`"
+    )
     return SubmittedJob(
         submission_id=state.submission_id,
         created=False,
@@ -356,17 +379,26 @@ def _existing(state: JobState) -> SubmittedJob:
 def _matched(identity: str) -> re.Match[str]:
     match = _IDENTITY.fullmatch(identity)
     if match is None:
-        raise UserError(f"{identity} is not a job's identity; legal is KIND-NAME-HASH8 with letters, digits, '.', '_' and '-', as in train-nlvr-0a1b2c3d.")
+        raise UserError(
+            f"{identity} is not a job's identity; legal is KIND-NAME-HASH8 with letters, digits, '.', '_' and '-', as"
+            " in train-nlvr-0a1b2c3d."
+        )
     return match
 
 
 def _check_public(overrides: Sequence[str], env_vars: Mapping[str, str]) -> None:
     for name in env_vars:
         if _SECRET_VARIABLE.search(name):
-            raise UserError(f"{name} looks like a secret, and anyone who may list jobs could read it; set it in the cluster's own environment instead.")
+            raise UserError(
+                f"{name} looks like a secret, and anyone who may list jobs could read it; set it in the cluster's own"
+                " environment instead."
+            )
     for text in (*overrides, *env_vars.values()):
         if find_secret(text.encode()):
-            raise UserError("A setting holds what looks like an access token or a private key, and anyone who may list jobs could read it; take it out.")
+            raise UserError(
+                "A setting holds what looks like an access token or a private key, and anyone who may list jobs could"
+                " read it; take it out."
+            )
 
 
 def _get_state(client: JobSubmissionClient, url: str, submission_id: str) -> JobState:
@@ -405,7 +437,10 @@ def _explained(url: str, submission_id: str = "") -> Iterator[None]:
     try:
         yield
     except (requests.RequestException, aiohttp.ClientError, ConnectionError) as error:
-        raise SystemFailure(f"The connection to {url} broke ({type(error).__name__}); what was sent before goes on, see `parcelray jobs list`.") from error
+        raise SystemFailure(
+            f"The connection to {url} broke ({type(error).__name__}); what was sent before goes on, see `parcelray jobs"
+            " list`."
+        ) from error
     except RuntimeError as error:
         text = " ".join(str(error).split())
         if "status code 404" in text:

@@ -81,7 +81,8 @@ def collect(root: Path, extra: Iterable[Path] = (), *, max_bytes: int = MAX_PACK
         max_bytes: limit for all files together.
 
     Raises:
-        UserError: a link out of the package, a file that looks like a secret, a submodule, or too many bytes (names the five largest).
+        UserError: a link out of the package, a file that looks like a secret, a submodule, or too many bytes (names the
+            five largest).
     """
     root = root.resolve()
     names = {name for name in _git(root, "ls-files", "-z", "--cached").split("\0") if name}
@@ -126,7 +127,9 @@ def find_secret(text: bytes) -> bool:
 
 def git_state(root: Path) -> tuple[str, bool]:
     """The commit of a working tree (`none` before the first one) and whether tracked files differ from it."""
-    head = subprocess.run(["git", "-C", str(root), "rev-parse", "--verify", "-q", "HEAD"], capture_output=True, text=True, check=False)
+    head = subprocess.run(
+        ["git", "-C", str(root), "rev-parse", "--verify", "-q", "HEAD"], capture_output=True, text=True, check=False
+    )
     commit = head.stdout.strip() or "none"
     return commit, bool(_git(root, "status", "--porcelain", "--untracked-files=no").strip())
 
@@ -135,14 +138,26 @@ def _checked(root: Path, name: str, names: set[str]) -> PackageFile:
     path = root / name
     source = path.resolve()
     if not source.is_relative_to(root) or source.relative_to(root).as_posix() not in names:
-        raise UserError(f"{name} is a link to {source}, which is not part of the package; replace the link by the file or remove it from git.")
+        raise UserError(
+            f"{name} is a link to {source}, which is not part of the package; replace the link by the file or remove it"
+            " from git."
+        )
     if source.is_dir():
-        raise UserError(f"{name} is a folder to git (a submodule); only plain files can be sent, so copy what the job needs into the project.")
+        raise UserError(
+            f"{name} is a folder to git (a submodule); only plain files can be sent, so copy what the job needs into"
+            " the project."
+        )
     for each in (path, source):
         if any(fnmatch(each.name, pattern) for pattern in _SECRET_NAMES) and each.name not in _HARMLESS_NAMES:
-            raise UserError(f"{name} has the name of a secret and would be readable on the cluster; remove it from git (`git rm --cached {name}`).")
+            raise UserError(
+                f"{name} has the name of a secret and would be readable on the cluster; remove it from git (`git rm"
+                f" --cached {name}`)."
+            )
     if find_secret(source.read_bytes()):
-        raise UserError(f"{name} contains what looks like a private key or an access token; remove it (and revoke it if it was ever pushed).")
+        raise UserError(
+            f"{name} contains what looks like a private key or an access token; remove it (and revoke it if it was ever"
+            " pushed)."
+        )
     return PackageFile(name=name, source=source, num_bytes=source.stat().st_size)
 
 
@@ -153,7 +168,9 @@ def _git(folder: Path, *arguments: str) -> str:
         raise UserError("git is not installed, and a job takes along what git tracks; install git.") from error
     except subprocess.CalledProcessError as error:
         reason = error.stderr.strip().splitlines()[0] if error.stderr.strip() else f"git exited with {error.returncode}"
-        raise UserError(f"{folder} cannot be read as a git working tree ({reason}); send jobs from inside the project's clone.") from error
+        raise UserError(
+            f"{folder} cannot be read as a git working tree ({reason}); send jobs from inside the project's clone."
+        ) from error
 
 
 def _mib(num_bytes: int) -> str:

@@ -61,24 +61,26 @@ def ray_session(
 ) -> Iterator[RaySession]:
     """Connects this process to Ray and, on exit, ends only what it started.
 
-    Which Ray: one that this process has initialised already, else `address`, else RAY_ADDRESS, else a new local instance. A local
-    instance keeps its files in `temporary_folder()`, has a token (an existing one, or one that lives only in this process: Ray by
-    itself would write `~/.ray/auth_token` readable for everyone), and tells its workers its own address, so that it does not get
-    mixed up with another instance on the same host. Workers can import the parcelray that runs here, installed or not. A first
-    worker has started when the context begins, because Ray itself waits forever for workers that cannot start.
+    Which Ray: one that this process has initialised already, else `address`, else RAY_ADDRESS, else a new local
+    instance. A local instance keeps its files in `temporary_folder()`, has a token (an existing one, or one that lives
+    only in this process: Ray by itself would write `~/.ray/auth_token` readable for everyone), and tells its workers
+    its own address, so that it does not get mixed up with another instance on the same host. Workers can import the
+    parcelray that runs here, installed or not. A first worker has started when the context begins, because Ray itself
+    waits forever for workers that cannot start.
 
     Args:
         address: `HOST:PORT` of a cluster's GCS; `local`: a new instance whatever RAY_ADDRESS says; None: as above.
-        num_cpus: logical CPUs of a local instance; None: the machine's, at least 4. With fewer, the tasks of Ray Data wait for ever for
-            a CPU beside two train workers. They are slots for scheduling, not cores, so more of them than cores does no harm.
+        num_cpus: logical CPUs of a local instance; None: the machine's, at least 4. With fewer, the tasks of Ray Data
+            wait for ever for a CPU beside two train workers. They are slots for scheduling, not cores, so more of them
+            than cores does no harm.
         num_gpus: GPUs of a local instance; None: all that Ray finds.
         object_store_bytes: shared memory of a local instance; None: Ray's choice.
-        dashboard: whether a local instance gets a dashboard on the loopback address; it costs about ten processes of 95 MB, and without
-            it Ray's state API does not work.
+        dashboard: whether a local instance gets a dashboard on the loopback address; it costs about ten processes of 95
+            MB, and without it Ray's state API does not work.
 
     Raises:
-        UserError: the address is not a GCS address, nothing answers there, the cluster refuses us, or Ray's temporary folder
-            cannot be used.
+        UserError: the address is not a GCS address, nothing answers there, the cluster refuses us, or Ray's temporary
+            folder cannot be used.
         SystemFailure: Ray or its workers do not start, or a worker ended for good.
     """
     if ray.is_initialized():
@@ -126,11 +128,15 @@ def temporary_folder() -> Path:
             # Not followed: a link in a folder where everyone may write can be anyone's.
             status = folder.lstat()
         except OSError as error:
-            raise UserError(f"{folder} cannot be created ({error}); set {FOLDER_VARIABLE} to a writable folder.") from error
+            raise UserError(
+                f"{folder} cannot be created ({error}); set {FOLDER_VARIABLE} to a writable folder."
+            ) from error
         if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o077:
             raise UserError(f"{folder} must be a folder that only you can open; remove it, or set {FOLDER_VARIABLE}.")
     if not str(folder).isascii():
-        raise UserError(f"{folder} has a character outside ASCII, which Ray refuses; set {FOLDER_VARIABLE} to another path.")
+        raise UserError(
+            f"{folder} has a character outside ASCII, which Ray refuses; set {FOLDER_VARIABLE} to another path."
+        )
     return folder
 
 
@@ -144,7 +150,9 @@ def import_path() -> str | None:
     return None if folder in installed else str(folder)
 
 
-def _start_patiently(num_cpus: int | None, num_gpus: int | None, object_store_bytes: int | None, dashboard: bool) -> None:
+def _start_patiently(
+    num_cpus: int | None, num_gpus: int | None, object_store_bytes: int | None, dashboard: bool
+) -> None:
     """Ray gives its own processes fixed times to start (15 and 30 s), which a busy machine exceeds: then it is started again."""
     for attempts_left in reversed(range(_START_ATTEMPTS)):
         try:
@@ -183,11 +191,14 @@ def _start(num_cpus: int | None, num_gpus: int | None, object_store_bytes: int |
                 **_quiet(),
             )
     except OSError as error:
-        raise UserError(f"Ray cannot start here ({error}); set {FOLDER_VARIABLE} to a short, writable path with free space.") from error
+        raise UserError(
+            f"Ray cannot start here ({error}); set {FOLDER_VARIABLE} to a short, writable path with free space."
+        ) from error
     except Exception as error:
         # Ray raises plain exceptions, RuntimeError and ValueError when one of its processes ends at the start.
         raise SystemFailure(f"Ray does not start here: {failure_reason(_newest_logs(), str(error))}") from error
-    # State queries of this process would otherwise search the host's processes for an instance, and fail when there are two.
+    # State queries of this process would otherwise search the host's processes for an instance, and fail when there are
+    # two.
     os.environ[ADDRESS_VARIABLE] = f"127.0.0.1:{port}"
 
 
@@ -206,14 +217,17 @@ def _join(target: str) -> None:
     match = _GCS_ADDRESS.fullmatch(target)
     if match is None:
         raise UserError(
-            f"{target} cannot be joined from here; legal is HOST:PORT of the cluster's GCS (port 6379 by default), or `local`; "
-            "to send a job from outside, use `parcelray submit --address http://HOST:8265`."
+            f"{target} cannot be joined from here; legal is HOST:PORT of the cluster's GCS (port 6379 by default), or"
+            " `local`; to send a job from outside, use `parcelray submit --address http://HOST:8265`."
         )
     try:
         # Ray tries a dead address for minutes.
         socket.create_connection((match["host"], int(match["port"])), timeout=CONNECT_TIMEOUT_S).close()
     except OSError as error:
-        raise UserError(f"Nothing answers at {target} ({error}); check the address, unset {ADDRESS_VARIABLE} for a local run, or start the cluster.") from error
+        raise UserError(
+            f"Nothing answers at {target} ({error}); check the address, unset {ADDRESS_VARIABLE} for a local run, or"
+            " start the cluster."
+        ) from error
     try:
         # Ray itself turns tokens on only for instances that it starts or finds on this host, never for an address.
         with _quiet_about_auth():
@@ -222,13 +236,16 @@ def _join(target: str) -> None:
     except (AuthenticationError, ConnectionError) as error:
         # With a wrong token Ray reports only that it could not connect.
         raise UserError(
-            f"{target} is open but does not let us in as a Ray cluster; set RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to the token of its head node, "
-            "and check that this is the port of the GCS (6379 by default)."
+            f"{target} is open but does not let us in as a Ray cluster; set RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to"
+            " the token of its head node, and check that this is the port of the GCS (6379 by default)."
         ) from error
     except RuntimeError as error:
         if "Version mismatch" not in str(error):
             raise
-        raise UserError(f"The cluster at {target} runs another version: {' '.join(str(error).split())}; install its Ray and Python versions here.") from error
+        raise UserError(
+            f"The cluster at {target} runs another version: {' '.join(str(error).split())}; install its Ray and Python"
+            " versions here."
+        ) from error
 
 
 def _shipped_package() -> dict[str, Any] | None:

@@ -119,8 +119,24 @@ class ColumnsConfig(StrictModel):
         """The columns that are read, before `each` makes new ones."""
         boxes = [box.column for box in (self.box, self.draw_box) if box is not None]
         video = [] if self.video is None else [*_names(self.video.path), *(self.video.segment or ())]
-        named = {*self.id, *self.images, *self.each, *self.choices, *boxes, *video, *self.keep, *self.remove, *self.empty, *self.metadata.values()}
-        single = (self.mask, self.cluster, self.join.column if self.join else None, self.answers.column if self.answers else None)
+        named = {
+            *self.id,
+            *self.images,
+            *self.each,
+            *self.choices,
+            *boxes,
+            *video,
+            *self.keep,
+            *self.remove,
+            *self.empty,
+            *self.metadata.values(),
+        }
+        single = (
+            self.mask,
+            self.cluster,
+            self.join.column if self.join else None,
+            self.answers.column if self.answers else None,
+        )
         named |= {name for name in single if name is not None}
         return named - self.made()
 
@@ -220,7 +236,10 @@ class BenchmarkConfig(StrictModel):
     columns: ColumnsConfig | None = None
     """What the columns of a table mean; the other sources know."""
     prompts: dict[PromptFamily, str] = Field(default_factory=dict)
-    """What each model family is asked; `{column}` stands for a column. Without one, a family cannot be evaluated on it."""
+    """What each model family is asked; `{column}` stands for a column.
+
+    Without one, a family cannot be evaluated on it.
+    """
     open_prompts: dict[PromptFamily, str] = Field(default_factory=dict)
     """What is asked instead where a row has no choices."""
     max_new_tokens: int | dict[PromptFamily, int] = 32
@@ -256,7 +275,9 @@ class BenchmarkConfig(StrictModel):
     @model_validator(mode="after")
     def _check(self) -> "BenchmarkConfig":
         if isinstance(self.source, TableSource) != (self.columns is not None):
-            raise ValueError(f"columns belong to a source of type table, and to no other; the source is {self.source.type}")
+            raise ValueError(
+                f"columns belong to a source of type table, and to no other; the source is {self.source.type}"
+            )
         if self.columns is not None:
             legal = {*self.columns.types, *self.columns.made(), *OPTION_FIELDS, "split"}
             if (self.metric is None) == (self.unscorable is None):
@@ -264,9 +285,14 @@ class BenchmarkConfig(StrictModel):
             for family, prompt in (*self.prompts.items(), *self.open_prompts.items()):
                 unknown = sorted(set(_names(prompt)) - legal)
                 if unknown:
-                    raise ValueError(f"the prompt for {family} names {', '.join(unknown)}, which is no column; legal: {', '.join(sorted(legal))}")
+                    raise ValueError(
+                        f"the prompt for {family} names {', '.join(unknown)}, which is no column; legal:"
+                        f" {', '.join(sorted(legal))}"
+                    )
         if (self.decoding == "beam") != (self.num_beams > 1):
-            raise ValueError(f"decoding {self.decoding} does not go with num_beams {self.num_beams}; a beam search has at least two")
+            raise ValueError(
+                f"decoding {self.decoding} does not go with num_beams {self.num_beams}; a beam search has at least two"
+            )
         return self
 
     def longest_answer(self, family: PromptFamily) -> int:

@@ -40,9 +40,12 @@ class _Budgets(StrictModel):
     def _not_empty(self) -> "_Budgets":
         if not self.values():
             raise ValueError("budgets is empty; list at least one visual-token budget")
-        if self.anchor_grids is not None and not any(side >= 0 and side * side <= min(self.values()) for side in self.anchor_grids):
+        if self.anchor_grids is not None and not any(
+            side >= 0 and side * side <= min(self.values()) for side in self.anchor_grids
+        ):
             raise ValueError(
-                f"none of the anchor_grids {list(self.anchor_grids)} fits the smallest budget, {min(self.values())}; add one with at most as many cells"
+                f"none of the anchor_grids {list(self.anchor_grids)} fits the smallest budget, {min(self.values())};"
+                " add one with at most as many cells"
             )
         return self
 
@@ -67,7 +70,10 @@ class WeightedBudgets(_Budgets):
     @model_validator(mode="after")
     def _check(self) -> "WeightedBudgets":
         if len(self.weights) != len(self.values()) or not all(0 < weight < math.inf for weight in self.weights):
-            raise ValueError(f"weights has {len(self.weights)} entries for {len(self.values())} budgets; give one positive weight per budget")
+            raise ValueError(
+                f"weights has {len(self.weights)} entries for {len(self.values())} budgets; give one positive weight"
+                " per budget"
+            )
         return self
 
 

@@ -34,7 +34,10 @@ class LoadPolicyConfig(StrictModel):
     quantile: float = Field(default=0.95, gt=0, lt=1)
     """Share of the requests."""
     floor: int | None = Field(default=None, ge=1)
-    """Smallest budget it may give; null: the smallest that is served. A registered version that was put to gates is served only if they accepted it."""
+    """Smallest budget it may give; null: the smallest that is served.
+
+    A registered version that was put to gates is served only if they accepted it.
+    """
     window_s: float = Field(default=5.0, gt=0)
     """How far back latencies count, seconds."""
     lower_after_s: float = Field(default=0.5, gt=0)
@@ -57,7 +60,9 @@ class InputPolicyConfig(StrictModel):
     """Smallest budget it may give: one that the promotion gate accepted; null: the smallest that is served."""
 
 
-BudgetPolicyConfig = Annotated[FixedPolicyConfig | RequestPolicyConfig | LoadPolicyConfig | InputPolicyConfig, Field(discriminator="type")]
+BudgetPolicyConfig = Annotated[
+    FixedPolicyConfig | RequestPolicyConfig | LoadPolicyConfig | InputPolicyConfig, Field(discriminator="type")
+]
 
 
 class ServedBudgets(StrictModel):
@@ -71,10 +76,16 @@ class ServedBudgets(StrictModel):
     @model_validator(mode="after")
     def _check(self) -> "ServedBudgets":
         if not self.offered or any(budget < 1 for budget in self.offered) or len(set(self.offered)) < len(self.offered):
-            raise ValueError(f"offered {list(self.offered)} are not different token counts from 1 on; write for example [16, 64, 256]")
+            raise ValueError(
+                f"offered {list(self.offered)} are not different token counts from 1 on; write for example [16, 64,"
+                " 256]"
+            )
         named = {"visual_tokens", "auto", "floor"} & type(self.policy).model_fields.keys()
         for name in sorted(named):
             value = getattr(self.policy, name)
             if value is not None and value not in self.offered:
-                raise ValueError(f"{name} of the policy is {value}, which is not offered; legal: {', '.join(map(str, sorted(self.offered)))}")
+                raise ValueError(
+                    f"{name} of the policy is {value}, which is not offered; legal:"
+                    f" {', '.join(map(str, sorted(self.offered)))}"
+                )
         return self

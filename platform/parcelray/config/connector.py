@@ -20,11 +20,13 @@ class RouteConfig(StrictModel):
     @model_validator(mode="after")
     def _check(self) -> "RouteConfig":
         if self.max_budget < self.min_budget:
-            raise ValueError(f"max_budget {self.max_budget} is below min_budget {self.min_budget}; write the smaller one first")
+            raise ValueError(
+                f"max_budget {self.max_budget} is below min_budget {self.min_budget}; write the smaller one first"
+            )
         if self.min_budget < self.anchor_grid**2:
             raise ValueError(
-                f"min_budget {self.min_budget} is smaller than the {self.anchor_grid**2} anchors of a {self.anchor_grid} x {self.anchor_grid} grid; "
-                "raise min_budget or use a smaller anchor_grid"
+                f"min_budget {self.min_budget} is smaller than the {self.anchor_grid**2} anchors of a"
+                f" {self.anchor_grid} x {self.anchor_grid} grid; raise min_budget or use a smaller anchor_grid"
             )
         return self
 
@@ -51,7 +53,9 @@ class ParcelConnectorConfig(AttentionConnectorConfig):
     routing: tuple[RouteConfig, ...] | None = None
     """Routing intervals, ascending and without overlap; unset: the paper's rule for the patch grid (16 x 16 or 32 x 32)."""
     anchor_grids: tuple[int, ...] = ()
-    """A supernet over splits: sides of anchor grids that a step may use instead of the routing's (0: no anchors). The query bank is large enough for
+    """A supernet over splits: sides of anchor grids that a step may use instead of the routing's (0: no anchors).
+
+    The query bank is large enough for
     all of them."""
 
 

@@ -23,7 +23,10 @@ class MiniDataConfig(StrictModel):
 
 
 class NlvrDataConfig(StrictModel):
-    """NLVR (Suhr et al., ACL 2017): sentences written by people about pictures of three boxes. The data stay where they are."""
+    """NLVR (Suhr et al., ACL 2017): sentences written by people about pictures of three boxes.
+
+    The data stay where they are.
+    """
 
     type: Literal["nlvr"] = "nlvr"
     path: str

@@ -98,7 +98,11 @@ class EvaluateJob(StrictModel):
     @field_validator("benchmarks", mode="before")
     @classmethod
     def _names(cls, value: object) -> object:
-        return [{"name": each} if isinstance(each, str) else each for each in value] if isinstance(value, list | tuple) else value
+        return (
+            [{"name": each} if isinstance(each, str) else each for each in value]
+            if isinstance(value, list | tuple)
+            else value
+        )
 
     @model_validator(mode="after")
     def _check(self) -> "EvaluateJob":
@@ -106,7 +110,13 @@ class EvaluateJob(StrictModel):
         if len(set(names)) < len(names):
             raise ValueError(f"a benchmark is named twice in {', '.join(names)}; name each once")
         if self.anchor_grid is not None and self.reducer is not None:
-            raise ValueError("anchor_grid and reducer exclude each other: a reducer takes all patch tokens; leave one of them out")
-        if any(isinstance(budget, int) and budget < 1 for budget in self.budgets) or len(set(self.budgets)) < len(self.budgets):
-            raise ValueError(f"budgets {list(self.budgets)} are not different token counts from 1 on, `blind` or `full`")
+            raise ValueError(
+                "anchor_grid and reducer exclude each other: a reducer takes all patch tokens; leave one of them out"
+            )
+        if any(isinstance(budget, int) and budget < 1 for budget in self.budgets) or len(set(self.budgets)) < len(
+            self.budgets
+        ):
+            raise ValueError(
+                f"budgets {list(self.budgets)} are not different token counts from 1 on, `blind` or `full`"
+            )
         return self

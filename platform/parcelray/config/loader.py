@@ -25,10 +25,17 @@ StoredJob = TrainJob | EvaluateJob | TuneJob | PromoteJob
 Job = StoredJob | ServeJob
 JobT = TypeVar("JobT", TrainJob, EvaluateJob, TuneJob, PromoteJob, ServeJob)
 ModelT = TypeVar("ModelT", bound=BaseModel)
-JOB_MODELS: dict[str, type[Job]] = {"train": TrainJob, "evaluate": EvaluateJob, "tune": TuneJob, "promote": PromoteJob, "serve": ServeJob}
+JOB_MODELS: dict[str, type[Job]] = {
+    "train": TrainJob,
+    "evaluate": EvaluateJob,
+    "tune": TuneJob,
+    "promote": PromoteJob,
+    "serve": ServeJob,
+}
 _COMMANDS = {"promote": "models promote"}
 """Of the kinds whose command is not called as they are."""
-# Where a run is kept, who records it, what computes it and what follows it do not change the result, so they are no part of its identity.
+# Where a run is kept, who records it, what computes it and what follows it do not change the result, so they are no
+# part of its identity.
 _NOT_IDENTITY = ("storage", "tracking", "scaling", "compute", "max_concurrent", "stall_s", "rivals", "confirm")
 
 
@@ -45,7 +52,10 @@ def load_job_of(model: type[JobT], path: str | Path, overrides: Sequence[str] = 
     job = load_job(path, overrides)
     if not isinstance(job, model):
         wanted = next(kind for kind, known in JOB_MODELS.items() if known is model)
-        raise ConfigError(f"{path}: kind is {job.kind}, but this command runs {wanted} jobs; run it with `parcelray {command_of(job.kind)} {path}`.")
+        raise ConfigError(
+            f"{path}: kind is {job.kind}, but this command runs {wanted} jobs; run it with `parcelray"
+            f" {command_of(job.kind)} {path}`."
+        )
     return job
 
 
@@ -66,14 +76,17 @@ def load_job(path: str | Path, overrides: Sequence[str] = ()) -> Job:
     for override in overrides:
         apply_override(data, override)
     if not isinstance(kind, str) or kind not in JOB_MODELS:
-        raise ConfigError(f"{path}: kind is {kind!r}; legal: {', '.join(JOB_MODELS)}{_did_you_mean(str(kind), JOB_MODELS)}.")
+        raise ConfigError(
+            f"{path}: kind is {kind!r}; legal: {', '.join(JOB_MODELS)}{_did_you_mean(str(kind), JOB_MODELS)}."
+        )
     return validate(JOB_MODELS[kind], data, str(path))
 
 
 def _inline(search: dict[str, Any], path: Path) -> None:
     """Puts in place of the files that a search names what they hold, so that it is one whole job, whose every key can be set.
 
-    Files are relative to the working folder, or to the project that the search's own file lies in (`jobs/tune/` is two levels deep).
+    Files are relative to the working folder, or to the project that the search's own file lies in (`jobs/tune/` is two
+    levels deep).
     """
     named = search.get("space")
     if isinstance(named, str):
@@ -97,7 +110,9 @@ def _changed(file: str, changes: dict[str, Any], path: Path) -> dict[str, Any]:
 
 
 def _beside(file: str, path: Path) -> Path:
-    return Path(file) if Path(file).is_file() else path.resolve().parents[min(2, len(path.resolve().parents) - 1)] / file
+    return (
+        Path(file) if Path(file).is_file() else path.resolve().parents[min(2, len(path.resolve().parents) - 1)] / file
+    )
 
 
 def command_of(kind: str) -> str:
@@ -150,7 +165,10 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     try:
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror}); give the path of a job file such as jobs/train/nlvr_parcel.yaml.") from None
+        raise ConfigError(
+            f"{path}: cannot be read ({error.strerror}); give the path of a job file such as"
+            " jobs/train/nlvr_parcel.yaml."
+        ) from None
     except UnicodeDecodeError:
         raise ConfigError(f"{path}: is not text in UTF-8; save it in that encoding.") from None
     try:
@@ -166,7 +184,9 @@ def apply_override(data: dict[str, Any], override: str) -> None:
     """Sets `a.b=value` in place."""
     keys, separator, value = override.partition("=")
     if not separator or not all(keys.split(".")):
-        raise ConfigError(f"--set {override}: is not of the form a.b=value; write for example --set training.steps=100.")
+        raise ConfigError(
+            f"--set {override}: is not of the form a.b=value; write for example --set training.steps=100."
+        )
     try:
         parsed = yaml.safe_load(value)
     except yaml.YAMLError:
@@ -186,7 +206,10 @@ def set_key(data: dict[str, Any], keys: str, value: Any, source: str) -> None:
         child = target[int(key)] if isinstance(target, list) else target.setdefault(key, {})
         if isinstance(child, list):
             if not following.isdecimal() or int(following) >= len(child):
-                raise ConfigError(f"{source}: {key} is a list of {len(child)}, which has no place {following}; legal: 0 to {len(child) - 1}.")
+                raise ConfigError(
+                    f"{source}: {key} is a list of {len(child)}, which has no place {following}; legal: 0 to"
+                    f" {len(child) - 1}."
+                )
         elif not isinstance(child, dict):
             raise ConfigError(f"{source}: {key} is {child!r}, not a mapping, so nothing can be set below it.")
         target = child
@@ -202,9 +225,13 @@ def validate(model: type[ModelT], data: dict[str, Any], source: str) -> ModelT:
         return model.model_validate(data)
     except ValidationError as error:
         problems = [(_as_written(model, problem), dict(problem)) for problem in error.errors()]
-        # Of a union, pydantic reports every member that it tried, and a list counts as empty once its items are refused: what lies
-        # deeper is the mistake.
-        deepest = [(path, problem) for path, problem in problems if not any(len(path) < len(other) and other[: len(path)] == path for other, _ in problems)]
+        # Of a union, pydantic reports every member that it tried, and a list counts as empty once its items are
+        # refused: what lies deeper is the mistake.
+        deepest = [
+            (path, problem)
+            for path, problem in problems
+            if not any(len(path) < len(other) and other[: len(path)] == path for other, _ in problems)
+        ]
         raise ConfigError("\n".join(_explain(model, source, path, problem) for path, problem in deepest)) from None
 
 
@@ -224,7 +251,11 @@ def config_hash(job: Job) -> str:
 
 def decisive(job: dict[str, Any]) -> dict[str, Any]:
     """What of a resolved job decides its result, also of the jobs inside it."""
-    return {key: decisive(value) if isinstance(value, dict) else value for key, value in job.items() if key not in _NOT_IDENTITY}
+    return {
+        key: decisive(value) if isinstance(value, dict) else value
+        for key, value in job.items()
+        if key not in _NOT_IDENTITY
+    }
 
 
 def differing_keys(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
@@ -244,7 +275,10 @@ def _explain(model: type[BaseModel], source: str, location: Sequence[Any], probl
     value = problem.get("input")
     if problem["type"] == "extra_forbidden":
         legal = _legal_keys(model, problem["loc"][:-1])
-        return f"{source}: {path} is not a known key; legal here: {', '.join(legal)}{_did_you_mean(str(location[-1]), legal)}."
+        return (
+            f"{source}: {path} is not a known key; legal here:"
+            f" {', '.join(legal)}{_did_you_mean(str(location[-1]), legal)}."
+        )
     if problem["type"] == "missing":
         return f"{source}: {path} is missing; add it."
     if problem["type"] == "union_tag_not_found":

@@ -47,11 +47,19 @@ class _MiniSizes(StrictModel):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.image_size % self.patch_size:
-            raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}; change one of them")
+            raise ValueError(
+                f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}; change one of them"
+            )
         if self.vision_width % self.vision_heads:
-            raise ValueError(f"vision_width {self.vision_width} is not a multiple of vision_heads {self.vision_heads}; change one of them")
+            raise ValueError(
+                f"vision_width {self.vision_width} is not a multiple of vision_heads {self.vision_heads}; change one of"
+                " them"
+            )
         if self.text_heads % self.text_kv_heads:
-            raise ValueError(f"text_heads {self.text_heads} is not a multiple of text_kv_heads {self.text_kv_heads}; change one of them")
+            raise ValueError(
+                f"text_heads {self.text_heads} is not a multiple of text_kv_heads {self.text_kv_heads}; change one of"
+                " them"
+            )
         return self
 
 

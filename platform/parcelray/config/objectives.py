@@ -29,7 +29,8 @@ class Objective(StrictModel):
 
     metric: str
     """Of an evaluation `score`, `retention`, either with `/FAMILY`, or a cost (tokens, gflops, kv_cache_bytes, latency_ms); of a training
-    `val/score@BUDGET`, `gflops@BUDGET`, `kv_cache_bytes@BUDGET`, one of its own metrics (train/loss), or what `evaluation` measures."""
+    `val/score@BUDGET`, `gflops@BUDGET`, `kv_cache_bytes@BUDGET`, one of its own metrics (train/loss), or what
+    `evaluation` measures."""
     mode: Literal["max", "min"]
     """Whether more is better."""
     bounds: tuple[float, float] | None = None
@@ -45,10 +46,15 @@ def check_space(space: SearchSpace, base: EvaluateJob | TrainJob) -> None:
     fixed = _FIXED[base.kind]
     for name in space.parameters:
         if name.split(".")[0] in fixed:
-            raise ValueError(f"the space {space.name} changes {name}, which no trial of a search follows; not searchable: {', '.join(fixed)}")
+            raise ValueError(
+                f"the space {space.name} changes {name}, which no trial of a search follows; not searchable:"
+                f" {', '.join(fixed)}"
+            )
 
 
-def check_objectives(objectives: Sequence[Objective], base: EvaluateJob | TrainJob, evaluation: EvaluateJob | None, space: SearchSpace) -> None:
+def check_objectives(
+    objectives: Sequence[Objective], base: EvaluateJob | TrainJob, evaluation: EvaluateJob | None, space: SearchSpace
+) -> None:
     """Refuses objectives that no trial measures.
 
     Raises:
@@ -57,14 +63,23 @@ def check_objectives(objectives: Sequence[Objective], base: EvaluateJob | TrainJ
     for metric in (objective.metric for objective in objectives):
         if isinstance(base, EvaluateJob):
             if not _is_evaluated(metric, has_reference=True):
-                raise ValueError(f"objective {metric!r} is not measured by an evaluation; legal: {', '.join(SCORES)}, either with /FAMILY, {', '.join(COSTS)}")
-        elif not _is_trained(metric, base, space) and not (evaluation is not None and _is_evaluated(metric, has_reference=evaluation.reference is not None)):
+                raise ValueError(
+                    f"objective {metric!r} is not measured by an evaluation; legal: {', '.join(SCORES)}, either with"
+                    f" /FAMILY, {', '.join(COSTS)}"
+                )
+        elif not _is_trained(metric, base, space) and not (
+            evaluation is not None and _is_evaluated(metric, has_reference=evaluation.reference is not None)
+        ):
             budgets = ", ".join(map(str, base.validation.budgets))
             names = ", ".join(("val/score@B", *(f"{cost}@B" for cost in _COSTS_OF_TRAINED)))
-            other = "what its evaluation measures (retention only with evaluation.reference)" if evaluation else "with `evaluation` score, retention and costs"
+            other = (
+                "what its evaluation measures (retention only with evaluation.reference)"
+                if evaluation
+                else "with `evaluation` score, retention and costs"
+            )
             raise ValueError(
-                f"objective {metric!r} is not measured by a training that is validated at budgets {budgets}; legal: {names} for those budgets "
-                f"(base.validation.budgets adds others), {', '.join(_TRAINING)}; {other}"
+                f"objective {metric!r} is not measured by a training that is validated at budgets {budgets}; legal:"
+                f" {names} for those budgets (base.validation.budgets adds others), {', '.join(_TRAINING)}; {other}"
             )
 
 

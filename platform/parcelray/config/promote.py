@@ -23,8 +23,8 @@ class RetentionGate(StrictModel):
 class RegressionGate(StrictModel):
     """How much worse than the champion the candidate may be, by a paired test on the same samples.
 
-    A budget passes if a loss of more than the margin is ruled out: the lower end of the 95 % interval of the paired difference lies above
-    minus the margin. More samples make the interval narrower.
+    A budget passes if a loss of more than the margin is ruled out: the lower end of the 95 % interval of the paired
+    difference lies above minus the margin. More samples make the interval narrower.
     """
 
     margin: float = Field(ge=0)
@@ -116,14 +116,22 @@ class PromoteJob(StrictModel):
     @model_validator(mode="after")
     def _check(self) -> "PromoteJob":
         gates = self.gates
-        asked = [] if gates.retention is None else [*gates.retention.overall, *(each for family in gates.retention.families.values() for each in family)]
+        asked = (
+            []
+            if gates.retention is None
+            else [*gates.retention.overall, *(each for family in gates.retention.families.values() for each in family)]
+        )
         asked += [budget for golden in gates.golden for budget in golden.budgets]
         missing = sorted(set(asked) - set(self.budgets))
         if missing:
-            raise ValueError(f"gates name the budgets {missing}, which are not among budgets {list(self.budgets)}; add them there")
+            raise ValueError(
+                f"gates name the budgets {missing}, which are not among budgets {list(self.budgets)}; add them there"
+            )
         unknown = sorted({golden.benchmark for golden in gates.golden} - {choice.name for choice in self.benchmarks})
         if unknown:
-            raise ValueError(f"golden answers name the benchmarks {unknown}, which are not among the job's; add them there")
+            raise ValueError(
+                f"golden answers name the benchmarks {unknown}, which are not among the job's; add them there"
+            )
         if self.tracking.uri is None:
             raise ValueError("tracking.uri is null, but the registry is in the tracking store; name one")
         # What an evaluation refuses (a benchmark named twice, budgets below 1) is refused here, too.

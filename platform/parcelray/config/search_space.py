@@ -61,7 +61,8 @@ class IntegerDomain(_Domain):
     def _check(self) -> Self:
         if self.high < self.low or (self.log and self.low < 1):
             raise ValueError(
-                f"{self.low} to {self.high} is no range{' for a logarithm' if self.log else ''}; give low <= high{', low >= 1' if self.log else ''}"
+                f"{self.low} to {self.high} is no range{' for a logarithm' if self.log else ''}; give low <="
+                f" high{', low >= 1' if self.log else ''}"
             )
         return self
 
@@ -114,7 +115,11 @@ class RealDomain(_Domain):
 
     def draw(self, rng: random.Random) -> float:
         """A value."""
-        return math.exp(rng.uniform(math.log(self.low), math.log(self.high))) if self.log else rng.uniform(self.low, self.high)
+        return (
+            math.exp(rng.uniform(math.log(self.low), math.log(self.high)))
+            if self.log
+            else rng.uniform(self.low, self.high)
+        )
 
 
 Domain = Annotated[ChoiceDomain | IntegerDomain | RealDomain, Field(discriminator="type")]
@@ -173,7 +178,10 @@ class SearchSpace(StrictModel):
                 legal = known[other].steps
                 unknown = [value for value in values if legal is not None and value not in legal]
                 if unknown:
-                    raise ValueError(f"{name} depends on {other} being {unknown[0]!r}, which it never is; its values are {list(legal or ())}")
+                    raise ValueError(
+                        f"{name} depends on {other} being {unknown[0]!r}, which it never is; its values are"
+                        f" {list(legal or ())}"
+                    )
             known[name] = domain
         return parameters
 
@@ -182,7 +190,10 @@ class SearchSpace(StrictModel):
         for constraint in self.constraints:
             for key in constraint.keys:
                 if key not in self.parameters:
-                    raise ValueError(f"constraint {constraint.type} names {key}, which is no parameter; legal: {', '.join(self.parameters)}")
+                    raise ValueError(
+                        f"constraint {constraint.type} names {key}, which is no parameter; legal:"
+                        f" {', '.join(self.parameters)}"
+                    )
         return self
 
     def allows(self, assignment: Assignment) -> bool:

@@ -100,9 +100,14 @@ class RequestLimits(StrictModel):
     @model_validator(mode="after")
     def _check(self) -> "RequestLimits":
         if self.default_max_tokens > self.max_tokens:
-            raise ValueError(f"default_max_tokens {self.default_max_tokens} is above max_tokens {self.max_tokens}; lower it")
+            raise ValueError(
+                f"default_max_tokens {self.default_max_tokens} is above max_tokens {self.max_tokens}; lower it"
+            )
         if self.bodies_mb < self.body_mb:
-            raise ValueError(f"bodies_mb {self.bodies_mb:g} is below body_mb {self.body_mb:g}, so that no body of that size could be read; raise bodies_mb")
+            raise ValueError(
+                f"bodies_mb {self.bodies_mb:g} is below body_mb {self.body_mb:g}, so that no body of that size could be"
+                " read; raise bodies_mb"
+            )
         return self
 
 
@@ -133,7 +138,10 @@ class HttpConfig(StrictModel):
     @model_validator(mode="after")
     def _check(self) -> "HttpConfig":
         if self.host not in LOOPBACK and self.keys_file is None:
-            raise ValueError(f"host is {self.host} and keys_file is unset: whoever reaches that address could use the model; make keys, or listen on 127.0.0.1")
+            raise ValueError(
+                f"host is {self.host} and keys_file is unset: whoever reaches that address could use the model; make"
+                " keys, or listen on 127.0.0.1"
+            )
         return self
 
 
@@ -203,5 +211,8 @@ class ServeJob(StrictModel):
         if self.samples is not None and self.tracking.uri is None:
             raise ValueError("samples are kept in MLflow, but tracking.uri is null; name a store, or leave samples out")
         if self.canary is not None and isinstance(self.budgets.policy, InputPolicyConfig):
-            raise ValueError("budgets.policy is input, whose predictor belongs to one checkpoint, and canary names a second; leave one of them out")
+            raise ValueError(
+                "budgets.policy is input, whose predictor belongs to one checkpoint, and canary names a second; leave"
+                " one of them out"
+            )
         return self

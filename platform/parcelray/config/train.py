@@ -46,7 +46,10 @@ class ValidationConfig(StrictModel):
     budgets: tuple[int, ...] = Field(default=(16, 64, 256), min_length=1)
     """Visual-token budgets to score."""
     in_background: bool = False
-    """Score checkpoints in a task of their own while the workers train on; false: the workers stop and share the work. Needs Ray workers."""
+    """Score checkpoints in a task of their own while the workers train on; false: the workers stop and share the work.
+
+    Needs Ray workers.
+    """
     background_gpus: float = Field(default=0.0, ge=0)
     """GPUs of that task; 0: it computes on a CPU."""
 
@@ -87,7 +90,10 @@ class ScalingConfig(StrictModel):
     def _check(self) -> "ScalingConfig":
         low, high = self.bounds
         if low < 0 or high < low or (low == 0 and high != 0):
-            raise ValueError(f"num_workers {self.num_workers} is not a worker count; give a whole number from 0, or [min, max] with 1 <= min <= max")
+            raise ValueError(
+                f"num_workers {self.num_workers} is not a worker count; give a whole number from 0, or [min, max] with"
+                " 1 <= min <= max"
+            )
         return self
 
     @property
@@ -144,5 +150,7 @@ class TrainJob(StrictModel):
     @model_validator(mode="after")
     def _check(self) -> "TrainJob":
         if self.validation.in_background and self.scaling.bounds[1] == 0:
-            raise ValueError("validation.in_background needs Ray workers, but scaling.num_workers is 0; set one of them")
+            raise ValueError(
+                "validation.in_background needs Ray workers, but scaling.num_workers is 0; set one of them"
+            )
         return self

@@ -34,7 +34,9 @@ class OptunaAlgorithm(StrictModel):
     startup_trials: int = Field(default=10, ge=1)
     """Random ones before the first proposal."""
     batch: int = Field(default=4, ge=1)
-    """Points that are proposed together, before any of them is known. A batch waits for the one before it, so a search depends on its seed and
+    """Points that are proposed together, before any of them is known.
+
+    A batch waits for the one before it, so a search depends on its seed and
     not on the cluster."""
 
 
@@ -50,11 +52,16 @@ class PbtAlgorithm(StrictModel):
     """Share that copies, and share that is copied."""
 
 
-SearchAlgorithm = Annotated[GridAlgorithm | RandomAlgorithm | OptunaAlgorithm | PbtAlgorithm, Field(discriminator="type")]
+SearchAlgorithm = Annotated[
+    GridAlgorithm | RandomAlgorithm | OptunaAlgorithm | PbtAlgorithm, Field(discriminator="type")
+]
 
 
 class AshaScheduler(StrictModel):
-    """Asynchronous successive halving (Li et al., MLSys 2020). It only stops, never pauses, and the first trials pass every rung."""
+    """Asynchronous successive halving (Li et al., MLSys 2020).
+
+    It only stops, never pauses, and the first trials pass every rung.
+    """
 
     type: Literal["asha"] = "asha"
     grace_steps: int = Field(ge=1)
@@ -88,7 +95,10 @@ class ConfirmConfig(StrictModel):
     """The check of a split search by real trainings from the base: the best splits of one budget, the paper's, and the worst."""
 
     job: TrainJob
-    """The training; its connector's routing and its budget become each split's. In a file: a job file's path, or {job: PATH, set: {...}}."""
+    """The training; its connector's routing and its budget become each split's.
+
+    In a file: a job file's path, or {job: PATH, set: {...}}.
+    """
     budget: int = Field(ge=1)
     """The budget whose splits are trained."""
     best: int = Field(default=3, ge=1)
@@ -116,7 +126,10 @@ class TuneJob(StrictModel):
     space: SearchSpace
     """What is searched. In a file: the path of the space's file."""
     base: Annotated[EvaluateJob | TrainJob, Field(discriminator="kind")]
-    """What a trial changes and runs: the space's job. In a file: key paths and values that differ from the job file's."""
+    """What a trial changes and runs: the space's job.
+
+    In a file: key paths and values that differ from the job file's.
+    """
     algorithm: SearchAlgorithm
     """Which points are tried."""
     early_stopping: EarlyStopping | None = None
@@ -161,36 +174,55 @@ class TuneJob(StrictModel):
         if self.early_stopping is not None and (evaluates or isinstance(self.algorithm, PbtAlgorithm)):
             raise ValueError("early_stopping is for trainings that grid, random or optuna chose; leave it out")
         first = self.objectives[0].metric
-        if self.early_stopping is not None and isinstance(self.base, TrainJob) and not is_measured_during(first, self.base):
+        if (
+            self.early_stopping is not None
+            and isinstance(self.base, TrainJob)
+            and not is_measured_during(first, self.base)
+        ):
             raise ValueError(
-                f"early_stopping looks at the first objective, but {first} is not measured before a training's end; "
-                "name val/score@BUDGET with base.validation.every_steps above 0, or a metric such as train/loss, or leave it out"
+                f"early_stopping looks at the first objective, but {first} is not measured before a training's end;"
+                " name val/score@BUDGET with base.validation.every_steps above 0, or a metric such as train/loss, or"
+                " leave it out"
             )
         if isinstance(self.algorithm, GridAlgorithm) and self.space.size is None:
-            raise ValueError(f"the space {self.space.name} has a real parameter, so it has no grid; use random or optuna")
+            raise ValueError(
+                f"the space {self.space.name} has a real parameter, so it has no grid; use random or optuna"
+            )
         if self.confirm is not None and self.splits is None:
-            raise ValueError(f"confirm needs a space of splits, but {self.space.name} is not one of two parameters under anchors_fit; leave it out")
+            raise ValueError(
+                f"confirm needs a space of splits, but {self.space.name} is not one of two parameters under"
+                " anchors_fit; leave it out"
+            )
         if self.adaptive is not None:
             self._check_adaptive(self.adaptive)
         return self
 
     def _check_adaptive(self, adaptive: AdaptiveConfig) -> None:
         if self.splits is None:
-            raise ValueError(f"adaptive needs a space of splits, but {self.space.name} is not one of two parameters under anchors_fit; leave it out")
+            raise ValueError(
+                f"adaptive needs a space of splits, but {self.space.name} is not one of two parameters under"
+                " anchors_fit; leave it out"
+            )
         steps = self.space.parameters[self.splits.budget].steps or ()
         known = [min(step) if isinstance(step, list | tuple) else step for step in steps]
         unknown = [budget for budget in adaptive.budgets if budget not in known]
         if unknown:
-            raise ValueError(f"adaptive.budgets has {unknown[0]}, which the space {self.space.name} does not search; legal: {', '.join(map(str, known))}")
+            raise ValueError(
+                f"adaptive.budgets has {unknown[0]}, which the space {self.space.name} does not search; legal:"
+                f" {', '.join(map(str, known))}"
+            )
         found = [objective.metric for objective in self.objectives]
         if found[0] not in SCORES or found[1:2] != ["tokens"]:
             raise ValueError(
-                f"adaptive is drawn as retention or score against tokens, but the objectives are {', '.join(found)}; put these first, or leave it out"
+                f"adaptive is drawn as retention or score against tokens, but the objectives are {', '.join(found)};"
+                " put these first, or leave it out"
             )
 
     @property
     def splits(self) -> AnchorsFit | None:
         """The constraint that makes the space one of splits, with an anchor grid and a budget and nothing else; None if it is not."""
         found = next((constraint for constraint in self.space.constraints), None)
-        is_split = found is not None and isinstance(self.base, EvaluateJob) and set(self.space.parameters) == set(found.keys)
+        is_split = (
+            found is not None and isinstance(self.base, EvaluateJob) and set(self.space.parameters) == set(found.keys)
+        )
         return found if is_split else None

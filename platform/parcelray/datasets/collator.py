@@ -1,7 +1,8 @@
 """From samples to the arrays of a training batch, budget left open.
 
-The image placeholders stand at the same place in every prompt of a model, so a batch is collated without them and `training.step` puts
-in as many as the step's budget asks for: one collated batch serves any budget, and several (the sandwich rule).
+The image placeholders stand at the same place in every prompt of a model, so a batch is collated without them and
+`training.step` puts in as many as the step's budget asks for: one collated batch serves any budget, and several (the
+sandwich rule).
 """
 
 import math
@@ -28,7 +29,8 @@ class Collator:
     Args:
         processor: its tokenizer writes the text as the processor would; its image processor gives the pixel size.
         label_patches: adds `patch_labels`, int32 [B, images x N]: the token of the region that a patch's centre lies in
-            (`Sample.metadata["regions"]`: by image, boxes in fractions with a word each), the background's for some of the others.
+            (`Sample.metadata["regions"]`: by image, boxes in fractions with a word each), the background's for some of
+            the others.
     """
 
     def __init__(self, processor: ElasticProcessor, *, label_patches: bool = False) -> None:
@@ -63,15 +65,16 @@ class Collator:
     def _patch_labels(self, sample: Sample) -> NDArray[np.int32]:
         """[images x N]; without regions nothing is labelled.
 
-        Of the background only about as many patches are labelled as lie in regions, evenly spread: all of it would be most of the loss,
-        and what the objects are would be learnt several times later.
+        Of the background only about as many patches are labelled as lie in regions, evenly spread: all of it would be
+        most of the loss, and what the objects are would be learnt several times later.
         """
         grid = self._grid_size
         labels = np.full((len(sample.images), grid * grid), IGNORED, dtype=np.int32)
         for image, regions in enumerate(sample.metadata.get("regions", [])):
             words = np.full((grid, grid), IGNORED, dtype=np.int32)
             for region in regions:
-                # The patches whose centres lie inside, and at least one. (A patch's centre is half a patch after its start.)
+                # The patches whose centres lie inside, and at least one. (A patch's centre is half a patch after its
+                # start.)
                 top, left, bottom, right = (math.ceil(side * grid - 0.5) for side in region["box"])
                 words[top : max(bottom, top + 1), left : max(right, left + 1)] = self._token(region["word"])
             labels[image] = words.reshape(-1)

@@ -15,5 +15,9 @@ def decode_image(data: bytes) -> Image.Image:
     """
     try:
         return Image.open(io.BytesIO(data)).convert("RGB")
-    except (OSError, SyntaxError, Image.DecompressionBombError):  # Pillow's PNG reader calls a broken chunk a SyntaxError
+    except (
+        OSError,
+        SyntaxError,
+        Image.DecompressionBombError,
+    ):  # Pillow's PNG reader calls a broken chunk a SyntaxError
         raise UserError(f"An image of {len(data)} bytes cannot be decoded; give PNG or JPEG bytes.") from None

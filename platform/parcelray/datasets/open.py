@@ -11,7 +11,11 @@ from parcelray.datasets.sample import Sample
 from parcelray.datasets.source import SampleSource
 
 Split = Literal["train", "validation", "test"]
-_NLVR_PARTS: dict[Split, tuple[CorpusSplit, Part]] = {"train": ("dev", "train"), "validation": ("dev", "validation"), "test": ("test", "all")}
+_NLVR_PARTS: dict[Split, tuple[CorpusSplit, Part]] = {
+    "train": ("dev", "train"),
+    "validation": ("dev", "validation"),
+    "test": ("test", "all"),
+}
 _PICTURES_OF_A_SENTENCE = len(PERMUTATIONS)
 
 
@@ -28,12 +32,22 @@ def training_source(config: DataConfig, image_size: int) -> SampleSource:
     return _source(config, "train", image_size)
 
 
-def held_out_samples(config: DataConfig, split: Literal["validation", "test"], count: int, image_size: int) -> list[Sample]:
+def held_out_samples(
+    config: DataConfig, split: Literal["validation", "test"], count: int, image_size: int
+) -> list[Sample]:
     """About `count` samples of each family (mini suite, parquet) or question kind (NLVR), always the same ones."""
     if isinstance(config, MiniDataConfig):
-        return [sample for family in config.families for sample in family_samples(split, family, count, seed=config.seed, image_size=image_size)]
+        return [
+            sample
+            for family in config.families
+            for sample in family_samples(split, family, count, seed=config.seed, image_size=image_size)
+        ]
     if isinstance(config, NlvrDataConfig):
-        return [sample for question in config.questions for sample in _spread(_nlvr(config, split, image_size, (question,)), count)]
+        return [
+            sample
+            for question in config.questions
+            for sample in _spread(_nlvr(config, split, image_size, (question,)), count)
+        ]
     source = _source(config, split, image_size)
     chosen: dict[str, list[Sample]] = {}
     for group in source.groups:
@@ -59,13 +73,28 @@ def _spread(source: NlvrSource, count: int) -> list[Sample]:
 
 def _source(config: DataConfig, split: Split, image_size: int) -> SampleSource:
     if isinstance(config, MiniDataConfig):
-        return MiniSuite(split=split, seed=config.seed, families=config.families, dense_fraction=config.dense_fraction, image_size=image_size)
+        return MiniSuite(
+            split=split,
+            seed=config.seed,
+            families=config.families,
+            dense_fraction=config.dense_fraction,
+            image_size=image_size,
+        )
     if isinstance(config, NlvrDataConfig):
         return _nlvr(config, split, image_size, config.questions)
     return ParquetSource(Path(config.path) / split)
 
 
 def _nlvr(config: NlvrDataConfig, split: Split, image_size: int, questions: tuple[str, ...]) -> NlvrSource:
-    # The development split is trained on, and a part of its directories kept for validation; the corpus's training split is not needed.
+    # The development split is trained on, and a part of its directories kept for validation; the corpus's training
+    # split is not needed.
     corpus_split, part = _NLVR_PARTS[split]
-    return NlvrSource(Path(config.path), corpus_split, part, view=config.view, questions=questions, seed=config.seed, image_size=image_size)
+    return NlvrSource(
+        Path(config.path),
+        corpus_split,
+        part,
+        view=config.view,
+        questions=questions,
+        seed=config.seed,
+        image_size=image_size,
+    )

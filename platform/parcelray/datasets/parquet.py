@@ -40,15 +40,18 @@ def to_table(samples: Iterable[Sample]) -> pa.Table:
 def from_row(row: dict[str, Any]) -> Sample:
     """One sample from a row of `SCHEMA`; the image paths are dropped."""
     images = tuple(image["bytes"] for image in row["images"])
-    return Sample(**{**row, "images": images, "answers": tuple(row["answers"]), "metadata": json.loads(row["metadata"])})
+    return Sample(
+        **{**row, "images": images, "answers": tuple(row["answers"]), "metadata": json.loads(row["metadata"])}
+    )
 
 
 @dataclass(frozen=True)
 class ParquetSource:
     """A folder of parquet shards (or one file) as a `SampleSource`.
 
-    The groups are named `images-<n>` after the number of images; each one's weight is its share of the rows, and its order is that of
-    the shards' names and rows. Only the path travels to a worker: a process reads the shards into memory once, on first use.
+    The groups are named `images-<n>` after the number of images; each one's weight is its share of the rows, and its
+    order is that of the shards' names and rows. Only the path travels to a worker: a process reads the shards into
+    memory once, on first use.
     """
 
     path: Path
@@ -60,7 +63,9 @@ class ParquetSource:
         """One finite group for each number of images, ascending."""
         tables = self._tables
         total = sum(table.num_rows for table in tables.values())
-        return tuple(SampleGroup(_group_name(n), n, table.num_rows / total, table.num_rows) for n, table in tables.items())
+        return tuple(
+            SampleGroup(_group_name(n), n, table.num_rows / total, table.num_rows) for n, table in tables.items()
+        )
 
     def get(self, group: str, index: int) -> Sample:
         """Row `index` of a group.
@@ -100,7 +105,10 @@ def _group_name(num_images: int) -> str:
 def _files(path: Path, pattern: str) -> list[Path]:
     files = [path] if path.is_file() else sorted(path.glob(pattern))
     if not files:
-        raise UserError(f"{path} holds no files that match {pattern}; give a parquet file, or a folder of shards with the columns of a Sample.")
+        raise UserError(
+            f"{path} holds no files that match {pattern}; give a parquet file, or a folder of shards with the columns"
+            " of a Sample."
+        )
     return files
 
 
@@ -108,7 +116,9 @@ def _read(file: Path) -> pa.Table:
     try:
         names = pq.read_schema(file).names
     except pa.ArrowInvalid as error:
-        raise UserError(f"{file} is not a parquet file ({error}); give shards with the columns {', '.join(SCHEMA.names)}.") from error
+        raise UserError(
+            f"{file} is not a parquet file ({error}); give shards with the columns {', '.join(SCHEMA.names)}."
+        ) from error
     missing = [name for name in SCHEMA.names if name not in names]
     if missing:
         raise UserError(f"{file} lacks the columns {', '.join(missing)}; a sample has {', '.join(SCHEMA.names)}.")

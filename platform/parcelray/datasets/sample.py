@@ -8,8 +8,8 @@ from typing import Any
 class Sample:
     """One question about one or more images, with its acceptable answers.
 
-    Images stay encoded (PNG or JPEG bytes) until the process that needs pixels decodes them: bytes are about 20 times smaller
-    than decoded images in Ray's object store.
+    Images stay encoded (PNG or JPEG bytes) until the process that needs pixels decodes them: bytes are about 20 times
+    smaller than decoded images in Ray's object store.
     """
 
     id: str

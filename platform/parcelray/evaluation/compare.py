@@ -31,7 +31,11 @@ class ComparedEvaluations:
             "first": self.first,
             "second": self.second,
             "pairs": [
-                {"first_budget": one, "second_budget": other, "splits": [_to_dict(comparison) for comparison in comparisons]}
+                {
+                    "first_budget": one,
+                    "second_budget": other,
+                    "splits": [_to_dict(comparison) for comparison in comparisons],
+                }
                 for one, other, comparisons in self.pairs
             ],
         }
@@ -42,7 +46,9 @@ class ComparedEvaluations:
 
         return Group(
             *(
-                comparison_table(list(comparisons), f"{self.first} at {budget_name(one)}", f"{self.second} at {budget_name(other)}")
+                comparison_table(
+                    list(comparisons), f"{self.first} at {budget_name(one)}", f"{self.second} at {budget_name(other)}"
+                )
                 for one, other, comparisons in self.pairs
             )
         )
@@ -63,7 +69,9 @@ def compare_evaluations(first: str, second: str) -> ComparedEvaluations:
     ours, theirs = one.score(), {split.name: split for split in other.score()}
     shared = [split for split in ours if split.name in theirs]
     if not shared:
-        raise UserError(f"{one.name} and {other.name} have no split in common; compare evaluations of the same benchmarks.")
+        raise UserError(
+            f"{one.name} and {other.name} have no split in common; compare evaluations of the same benchmarks."
+        )
     found = tuple((a, b, tuple(compare(split, a, theirs[split.name], b) for split in shared)) for a, b in pairs)
     return ComparedEvaluations(one.name, other.name, found)
 
@@ -80,13 +88,23 @@ def _named(text: str) -> tuple[Evaluation, int | None]:
     evaluation = load_evaluation(Path(folder))
     number = {"blind": "0", "full": str(evaluation.full)}.get(budget, budget)
     if not number.isdigit() or int(number) not in evaluation.budgets:
-        raise UserError(f"{text}: {budget!r} is not a budget of this evaluation; it has {', '.join(budget_name(each) for each in evaluation.budgets)}.")
+        raise UserError(
+            f"{text}: {budget!r} is not a budget of this evaluation; it has"
+            f" {', '.join(budget_name(each) for each in evaluation.budgets)}."
+        )
     return evaluation, int(number)
 
 
-def _pairs(one: Evaluation, one_budget: int | None, other: Evaluation, other_budget: int | None) -> list[tuple[int, int]]:
+def _pairs(
+    one: Evaluation, one_budget: int | None, other: Evaluation, other_budget: int | None
+) -> list[tuple[int, int]]:
     if one_budget is not None or other_budget is not None:
-        return [(one_budget if one_budget is not None else max(one.budgets), other_budget if other_budget is not None else max(other.budgets))]
+        return [
+            (
+                one_budget if one_budget is not None else max(one.budgets),
+                other_budget if other_budget is not None else max(other.budgets),
+            )
+        ]
     shared = [budget for budget in one.budgets if budget in other.budgets]
     if not shared:
         raise UserError(f"{one.name} and {other.name} have no budget in common; name one of each as FOLDER@BUDGET.")

@@ -18,7 +18,8 @@ def plot_frontier(frontier: Frontier, path: Path, *, title: str) -> None:
     """Draws overall score against visual tokens per image, one line per method, with 95 % error bars.
 
     Args:
-        frontier: the points; those without visual tokens (blind, majority) become horizontal lines, the reference a band.
+        frontier: the points; those without visual tokens (blind, majority) become horizontal lines, the reference a
+            band.
         path: PNG to write.
         title: above the axes.
     """

@@ -69,11 +69,16 @@ def study_images(source: str, count: int, image_size: int) -> list[Image.Image]:
     folder = Path(source)
     files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _SUFFIXES) if folder.is_dir() else []
     if len(files) < count:
-        raise UserError(f"{source} holds {len(files)} images, fewer than the {count} that are asked for; lower --count, or name another folder or {MINI}.")
+        raise UserError(
+            f"{source} holds {len(files)} images, fewer than the {count} that are asked for; lower --count, or name"
+            f" another folder or {MINI}."
+        )
     return [decode_image(path.read_bytes()) for path in files[:count]]
 
 
-def study_prompts(source: str, count: int, prompts: Sequence[str], image_size: int, per_image: int = 3) -> list[list[str]]:
+def study_prompts(
+    source: str, count: int, prompts: Sequence[str], image_size: int, per_image: int = 3
+) -> list[list[str]]:
     """Prompts of each image: the same ones everywhere, or of the mini suite each image's own and those of the next images of its family.
 
     Raises:
@@ -82,7 +87,10 @@ def study_prompts(source: str, count: int, prompts: Sequence[str], image_size: i
     if len(prompts) >= 2:
         return [list(prompts)] * count
     if source != MINI or prompts:
-        raise UserError(f"{len(prompts)} prompts were given with the images of {source}; give at least two with --prompt, which is repeatable.")
+        raise UserError(
+            f"{len(prompts)} prompts were given with the images of {source}; give at least two with --prompt, which is"
+            " repeatable."
+        )
     samples = _mini(count * per_image, image_size)
     own: dict[str, list[str]] = {}
     for sample in samples:
@@ -92,7 +100,9 @@ def study_prompts(source: str, count: int, prompts: Sequence[str], image_size: i
 
 def mini_pairs(count: int, image_size: int) -> list[Pair]:
     """Questions of the mini suite with one image each."""
-    return [Pair(decode_image(sample.images[0]), sample.prompt, sample.answers[0]) for sample in _mini(count, image_size)]
+    return [
+        Pair(decode_image(sample.images[0]), sample.prompt, sample.answers[0]) for sample in _mini(count, image_size)
+    ]
 
 
 def benchmark_pairs(job: EvaluateJob, count: int, image_size: int) -> list[Pair]:
@@ -101,10 +111,15 @@ def benchmark_pairs(job: EvaluateJob, count: int, image_size: int) -> list[Pair]
     Raises:
         UserError: see `benchmark_samples`.
     """
-    return [Pair(decode_image(sample.images[0]), sample.prompt, sample.answers[0]) for sample in benchmark_samples(job, count, image_size)]
+    return [
+        Pair(decode_image(sample.images[0]), sample.prompt, sample.answers[0])
+        for sample in benchmark_samples(job, count, image_size)
+    ]
 
 
-def benchmark_prompts(job: EvaluateJob, count: int, image_size: int, per_image: int = 3) -> tuple[list[Image.Image], list[list[str]]]:
+def benchmark_prompts(
+    job: EvaluateJob, count: int, image_size: int, per_image: int = 3
+) -> tuple[list[Image.Image], list[list[str]]]:
     """Images of a job's benchmarks, and prompts of each: its own and those of other images of its benchmark and family.
 
     Raises:
@@ -116,7 +131,10 @@ def benchmark_prompts(job: EvaluateJob, count: int, image_size: int, per_image: 
         own.setdefault((sample.benchmark, sample.family), []).append(sample.prompt)
     everyone = [sample.prompt for sample in samples]
     if len(set(everyone)) < per_image:
-        raise UserError(f"The {count} questions hold {len(set(everyone))} different ones, fewer than {per_image}; ask more, or another benchmark.")
+        raise UserError(
+            f"The {count} questions hold {len(set(everyone))} different ones, fewer than {per_image}; ask more, or"
+            " another benchmark."
+        )
     # Where a family has too few different questions, those of the others follow.
     alike = {kind: each if len(set(each)) >= per_image else [*each, *everyone] for kind, each in own.items()}
     prompts = [_different(sample, alike[sample.benchmark, sample.family], per_image) for sample in samples]
@@ -138,7 +156,10 @@ def benchmark_samples(job: EvaluateJob, count: int, image_size: int) -> list[Sam
     in_turn = [sample for turn in itertools.zip_longest(*queues.values()) for sample in turn if sample is not None]
     if len(in_turn) < count:
         names = ", ".join(choice.name for choice in job.benchmarks)
-        raise UserError(f"{names} gave {len(in_turn)} questions about one image, fewer than the {count} that are asked for; raise their limit or samples.")
+        raise UserError(
+            f"{names} gave {len(in_turn)} questions about one image, fewer than the {count} that are asked for; raise"
+            " their limit or samples."
+        )
     return in_turn[:count]
 
 

@@ -51,7 +51,10 @@ class EvaluationPlan:
             "model": self.model,
             "visual-token budgets": ", ".join(budget_name(budget) for budget in self.budgets),
             "rows": ", ".join(f"{name} {count:,}" for name, count in self.rows.items()),
-            "answers": f"about {self.answers:,} ({self.questions:,} questions at {len(self.budgets)} budgets); those in the store are not computed again",
+            "answers": (
+                f"about {self.answers:,} ({self.questions:,} questions at {len(self.budgets)} budgets); those in the"
+                " store are not computed again"
+            ),
             "compute": f"{self.flops / 1e12:,.2f} TFLOP before the answers' own tokens",
             "time": f"at least {self.seconds / 60:,.1f} min at this machine's matrix-product speed",
         }
@@ -78,7 +81,11 @@ def evaluation_plan(job: EvaluateJob) -> EvaluationPlan:
         count = len(benchmark.task.rows) * max(1, len(first))
         images = len(first[0].images) if first else 1
         questions += count
-        costs = [cost(shape, connector_at(job, config, budget), budget, num_frames=images, num_text_tokens=32) for budget in budgets if budget != BLIND]
+        costs = [
+            cost(shape, connector_at(job, config, budget), budget, num_frames=images, num_text_tokens=32)
+            for budget in budgets
+            if budget != BLIND
+        ]
         if costs:
             vision = costs[0].vision_encoder
             flops += len(benchmark.task.rows) * vision + count * sum(each.total - each.vision_encoder for each in costs)
@@ -102,4 +109,6 @@ def connector_at(job: EvaluateJob, config: ElasticConfig, budget: int) -> Connec
     connector = config.connector_config
     if job.anchor_grid is None or not isinstance(connector, ParcelConnectorConfig):
         return connector
-    return connector.model_copy(update={"routing": (RouteConfig(min_budget=budget, max_budget=budget, anchor_grid=job.anchor_grid),)})
+    return connector.model_copy(
+        update={"routing": (RouteConfig(min_budget=budget, max_budget=budget, anchor_grid=job.anchor_grid),)}
+    )

@@ -17,7 +17,13 @@ def progress_bars(console: Console, totals: Mapping[str, int]) -> Iterator[Calla
     if not console.is_terminal:
         yield _line_writer(console)
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[speed]}"), TimeRemainingColumn(compact=True))
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[speed]}"),
+        TimeRemainingColumn(compact=True),
+    )
     with Progress(*columns, console=console, transient=True) as progress:
         bars = {name: progress.add_task(name, total=total, speed="") for name, total in totals.items()}
 
@@ -37,6 +43,9 @@ def _line_writer(console: Console) -> Callable[[str, int, int], None]:
         if part > shown.get(name, 0):
             shown[name] = part
             speed = rows / max(time.monotonic() - began, 1e-9)
-            console.print(f"{name}: {rows} of {total} rows, {speed:.1f} rows/s, about {(total - rows) / speed:.0f} s left", highlight=False)
+            console.print(
+                f"{name}: {rows} of {total} rows, {speed:.1f} rows/s, about {(total - rows) / speed:.0f} s left",
+                highlight=False,
+            )
 
     return write

@@ -59,9 +59,16 @@ def record_results(uri: str, run_id: str, summary: Summary, files: Sequence[Path
     """Metrics named `<split>/<metric>` with the budget as the step, so that MLflow draws the frontier."""
     tracker = MlflowRunLogger(uri, run_id)
     for budget in summary.budgets:
-        metrics = {f"{split.name}/{name}": value for split in summary.splits for name, value in split.scores[budget].totals.items()}
+        metrics = {
+            f"{split.name}/{name}": value
+            for split in summary.splits
+            for name, value in split.scores[budget].totals.items()
+        }
         metrics |= {f"{name}/retention": kept.value for name, kept in summary.retention[budget].items()}
-        metrics |= {"all/score": summary.mean_score(budget).value, "all/retention": summary.mean_retention(budget).value}
+        metrics |= {
+            "all/score": summary.mean_score(budget).value,
+            "all/retention": summary.mean_retention(budget).value,
+        }
         tracker.log_metrics({name: value for name, value in metrics.items() if value == value}, budget)
     for file in files:
         tracker.log_figure_file(file) if file.suffix == ".png" else tracker.log_artifact(file)

@@ -48,7 +48,14 @@ class EvaluatedRun:
     mlflow_run_id: str | None
 
 
-def run_evaluation(job: EvaluateJob, console: Console, *, address: str | None = None, parent_run_id: str | None = None, tables: bool = True) -> EvaluatedRun:
+def run_evaluation(
+    job: EvaluateJob,
+    console: Console,
+    *,
+    address: str | None = None,
+    parent_run_id: str | None = None,
+    tables: bool = True,
+) -> EvaluatedRun:
     """Evaluates a checkpoint as a job says; answers that are there already are not computed again.
 
     Args:
@@ -72,13 +79,26 @@ def run_evaluation(job: EvaluateJob, console: Console, *, address: str | None = 
     for benchmark in benchmarks:
         before = read_asked(folder / "asked" / benchmark.config.name)
         check_pin(benchmark.config.name, benchmark.task.reader.pin(), before.pin if before is not None else None)
-    with nullcontext() if job.compute.actors == 0 else ray_session(address), _tracked(job, run_folder, uri, checkpoint, parent_run_id) as run_id:
-        evaluation, computed, present = _ask(job, job.name, checkpoint, budgets_for(job, checkpoint), benchmarks, folder, console)
+    with (
+        nullcontext() if job.compute.actors == 0 else ray_session(address),
+        _tracked(job, run_folder, uri, checkpoint, parent_run_id) as run_id,
+    ):
+        evaluation, computed, present = _ask(
+            job, job.name, checkpoint, budgets_for(job, checkpoint), benchmarks, folder, console
+        )
         base: tuple[Evaluation, Sequence[SplitScores]] | None = None
         if reference is not None:
             full = (max(connector_of(reference.path).supported_budgets),)
-            plain = [replace(each, task=replace(each.task, generation=replace(each.task.generation, reducer=None, anchor_grid=None))) for each in benchmarks]
-            base_evaluation, more, there = _ask(job, f"{job.name}-{REFERENCE_FOLDER}", reference, full, plain, folder / REFERENCE_FOLDER, console)
+            plain = [
+                replace(
+                    each,
+                    task=replace(each.task, generation=replace(each.task.generation, reducer=None, anchor_grid=None)),
+                )
+                for each in benchmarks
+            ]
+            base_evaluation, more, there = _ask(
+                job, f"{job.name}-{REFERENCE_FOLDER}", reference, full, plain, folder / REFERENCE_FOLDER, console
+            )
             computed, present = computed + more, present + there
             base = (base_evaluation, base_evaluation.score())
         console.print(f"{computed} answers computed, {present} were there. Scoring", highlight=False)
@@ -112,7 +132,9 @@ def _ask(
     shown = ", ".join("blind" if budget == BLIND else str(budget) for budget in budgets)
     console.print(f"Asking {checkpoint.pinned} at {shown} visual tokens an image", highlight=False)
     with progress_bars(console, {each.config.name: len(each.task.rows) for each in benchmarks}) as on_progress:
-        passes = _pass(job)([benchmark.task for benchmark in benchmarks], model, settings=_settings(job), on_progress=on_progress)
+        passes = _pass(job)(
+            [benchmark.task for benchmark in benchmarks], model, settings=_settings(job), on_progress=on_progress
+        )
     evaluation = Evaluation(
         name=name,
         model=checkpoint.pinned,
@@ -120,7 +142,9 @@ def _ask(
         budgets=budgets,
         full=max(connector_of(checkpoint.path).supported_budgets),
         store=model.store,
-        benchmarks=tuple(AskedBenchmark(each.config, passes[each.config.name].asked, each.choice.metric) for each in benchmarks),
+        benchmarks=tuple(
+            AskedBenchmark(each.config, passes[each.config.name].asked, each.choice.metric) for each in benchmarks
+        ),
         mask_decoder=job.mask_decoder,
     )
     evaluation.save(folder)
@@ -148,8 +172,8 @@ def _check_asked(done: BenchmarkPass, name: str, largest: float) -> None:
     problems, asked = done.asked.problems, len(done.asked.records)
     if problems and len(problems) > largest * (len(problems) + asked):
         raise UserError(
-            f"{name}: {len(problems)} of {len(problems) + asked} questions could not be asked, more than max_unscored {largest:g} allows; "
-            f"the first: {_first(problems)}. Mend the data, or raise max_unscored."
+            f"{name}: {len(problems)} of {len(problems) + asked} questions could not be asked, more than max_unscored"
+            f" {largest:g} allows; the first: {_first(problems)}. Mend the data, or raise max_unscored."
         )
 
 
@@ -158,8 +182,8 @@ def _check_unscored(summary: Summary, largest: float) -> None:
         unscored = max(score.unscored for score in split.scores.values())
         if unscored > largest * len(split.samples):
             raise UserError(
-                f"{split.name}: {unscored} of {len(split.samples)} questions cannot be scored by {split.metric}, more than max_unscored {largest:g} allows. "
-                "Mend the data, choose another metric, or raise max_unscored."
+                f"{split.name}: {unscored} of {len(split.samples)} questions cannot be scored by {split.metric}, more"
+                f" than max_unscored {largest:g} allows. Mend the data, choose another metric, or raise max_unscored."
             )
 
 
@@ -168,7 +192,9 @@ def _first(problems: Sequence[Problem]) -> str:
 
 
 @contextmanager
-def _tracked(job: EvaluateJob, folder: RunFolder, uri: str | None, checkpoint: ResolvedCheckpoint, parent_run_id: str | None) -> Iterator[str | None]:
+def _tracked(
+    job: EvaluateJob, folder: RunFolder, uri: str | None, checkpoint: ResolvedCheckpoint, parent_run_id: str | None
+) -> Iterator[str | None]:
     if uri is None:
         yield None
         return
@@ -176,6 +202,10 @@ def _tracked(job: EvaluateJob, folder: RunFolder, uri: str | None, checkpoint: R
     commit = git_commit()
     if commit is not None:
         tags["mlflow.source.git.commit"] = commit
-    params = flat_params(job.model_dump(mode="json", exclude={"benchmarks"})) | {"benchmarks": ", ".join(choice.name for choice in job.benchmarks)}
-    with tracked_run(uri, job.tracking.experiment, folder.identity, params=params, tags=tags, parent_run_id=parent_run_id) as run_id:
+    params = flat_params(job.model_dump(mode="json", exclude={"benchmarks"})) | {
+        "benchmarks": ", ".join(choice.name for choice in job.benchmarks)
+    }
+    with tracked_run(
+        uri, job.tracking.experiment, folder.identity, params=params, tags=tags, parent_run_id=parent_run_id
+    ) as run_id:
         yield run_id

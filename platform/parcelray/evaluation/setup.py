@@ -79,8 +79,19 @@ def prepare(job: EvaluateJob, image_size: int) -> list[PreparedBenchmark]:
         config = _with_source(find(choice.name, known), choice)
         if choice.metric is not None:
             metric(choice.metric)
-        reader = open_reader(config, family=job.prompt_family, data=Path(choice.data) if choice.data is not None else None, image_size=image_size)
-        prepared.append(PreparedBenchmark(choice, config, BenchmarkTask(reader, _rows(reader, choice, job.seed), generation_of(job, choice, config))))
+        reader = open_reader(
+            config,
+            family=job.prompt_family,
+            data=Path(choice.data) if choice.data is not None else None,
+            image_size=image_size,
+        )
+        prepared.append(
+            PreparedBenchmark(
+                choice,
+                config,
+                BenchmarkTask(reader, _rows(reader, choice, job.seed), generation_of(job, choice, config)),
+            )
+        )
     return prepared
 
 
@@ -100,7 +111,9 @@ def _with_source(config: BenchmarkConfig, choice: BenchmarkChoice) -> BenchmarkC
     if not choice.source:
         return config
     data = config.model_dump(mode="json")
-    return validate(BenchmarkConfig, data | {"source": data["source"] | choice.source}, f"benchmark {config.name} of the job")
+    return validate(
+        BenchmarkConfig, data | {"source": data["source"] | choice.source}, f"benchmark {config.name} of the job"
+    )
 
 
 def _rows(reader: BenchmarkReader, choice: BenchmarkChoice, seed: int) -> Sequence[int]:

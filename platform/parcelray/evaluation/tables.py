@@ -21,7 +21,10 @@ _CSV_COLUMNS = (
 def evaluation_tables(summary: Summary) -> Iterator[Table]:
     """Scores, retention, and what was odd about the answers."""
     yield _rich("Scores [95 %], on the scale of the papers", _score_rows(summary))
-    yield _rich(f"Retention in percent of {_short(summary.reference)} at {summary.reference_budget} visual tokens [95 %]", _retention_rows(summary))
+    yield _rich(
+        f"Retention in percent of {_short(summary.reference)} at {summary.reference_budget} visual tokens [95 %]",
+        _retention_rows(summary),
+    )
     if len(_sub_score_rows(summary)) > 1:
         yield _rich("Sub-scores", _sub_score_rows(summary))
     yield _rich("Budgets and answers", _answer_rows(summary))
@@ -32,7 +35,10 @@ def evaluation_markdown(summary: Summary) -> str:
     parts = [f"# {summary.evaluation.name}: {summary.evaluation.model}"]
     for title, rows in (
         ("Scores [95 %]", _score_rows(summary)),
-        (f"Retention in percent of {summary.reference} at {summary.reference_budget} visual tokens [95 %]", _retention_rows(summary)),
+        (
+            f"Retention in percent of {summary.reference} at {summary.reference_budget} visual tokens [95 %]",
+            _retention_rows(summary),
+        ),
         ("Sub-scores", _sub_score_rows(summary)),
         ("Budgets and answers", _answer_rows(summary)),
     ):
@@ -66,14 +72,21 @@ def notes(summary: Summary) -> list[str]:
     found = []
     lost = unasked(summary.splits)
     if lost:
-        found.append(f"{lost} questions could not be asked; they are in no score, and result.json names them with the reason")
+        found.append(
+            f"{lost} questions could not be asked; they are in no score, and result.json names them with the reason"
+        )
     partial = [split.name for split in summary.splits if not split.additive and not split.rules.whole]
     if partial:
-        found.append(f"{', '.join(partial)}: scored on a part of the split, where this metric means nothing beside other numbers")
+        found.append(
+            f"{', '.join(partial)}: scored on a part of the split, where this metric means nothing beside other numbers"
+        )
     for benchmark in summary.evaluation.benchmarks:
         expected, rows = getattr(benchmark.config.source, "rows", None), benchmark.asked.pin.rows
         if expected is not None and expected != rows:
-            found.append(f"{benchmark.config.name}: the data have {rows} rows where {expected} are expected; these are not the numbers of the papers")
+            found.append(
+                f"{benchmark.config.name}: the data have {rows} rows where {expected} are expected; these are not the"
+                " numbers of the papers"
+            )
         if benchmark.config.unscorable is not None:
             found.append(f"{benchmark.config.name} is not scored: {benchmark.config.unscorable}")
     sensitive = summary.sensitive()
@@ -85,7 +98,17 @@ def notes(summary: Summary) -> list[str]:
 
 def comparison_table(comparisons: list[Comparison], first: str, second: str) -> Table:
     """One row per split: both scores, the paired difference and its tests."""
-    table = Table(Column("split", no_wrap=True), "metric", first, second, "difference [95 %]", "p (bootstrap)", "only first / second right", "p (McNemar)", "n")
+    table = Table(
+        Column("split", no_wrap=True),
+        "metric",
+        first,
+        second,
+        "difference [95 %]",
+        "p (bootstrap)",
+        "only first / second right",
+        "p (McNemar)",
+        "n",
+    )
     for each in comparisons:
         gap, test = each.difference, each.mcnemar
         table.add_row(
@@ -114,7 +137,14 @@ def _score_rows(summary: Summary) -> list[list[str]]:
         rows.append([split.name, split.metric, *scores, str(max(score.estimate.n for score in split.scores.values()))])
     for family, names in summary.families.items():
         if len(summary.families) > 1 and len(names) > 1:
-            rows.append([f"mean of {family}", "", *(_percent(summary.mean_score(budget, names)) for budget in summary.budgets), ""])
+            rows.append(
+                [
+                    f"mean of {family}",
+                    "",
+                    *(_percent(summary.mean_score(budget, names)) for budget in summary.budgets),
+                    "",
+                ]
+            )
     if len(summary.splits) > 1:
         rows.append(["mean of all", "", *(_percent(summary.mean_score(budget)) for budget in summary.budgets), ""])
     return rows
@@ -127,7 +157,9 @@ def _retention_rows(summary: Summary) -> list[list[str]]:
         rows.append([split.name, *(_percent(each) if each is not None else "-" for each in kept)])
     for family, names in summary.families.items():
         if len(summary.families) > 1 and len(names) > 1:
-            rows.append([f"mean of {family}", *(_percent(summary.mean_retention(budget, names)) for budget in summary.budgets)])
+            rows.append(
+                [f"mean of {family}", *(_percent(summary.mean_retention(budget, names)) for budget in summary.budgets)]
+            )
     if len(summary.splits) > 1:
         rows.append(["mean of all", *(_percent(summary.mean_retention(budget)) for budget in summary.budgets)])
     return rows
@@ -140,7 +172,9 @@ def _sub_score_rows(summary: Summary) -> list[list[str]]:
         headline, *others = next(iter(split.scores.values())).totals
         for name in others:
             if "/" not in name and name != headline:
-                rows.append([split.name, name, *(f"{split.scores[budget].totals[name]:.1f}" for budget in summary.budgets)])
+                rows.append(
+                    [split.name, name, *(f"{split.scores[budget].totals[name]:.1f}" for budget in summary.budgets)]
+                )
     return rows
 
 

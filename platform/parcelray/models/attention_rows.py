@@ -7,7 +7,9 @@ from torch import Tensor
 from transformers.models.llama.modeling_llama import rotate_half
 
 
-def attention_rows(layer: Any, hidden_BSL: Tensor, rotary: tuple[Tensor, Tensor], mask_B1RS: Tensor, rows: slice) -> Tensor:
+def attention_rows(
+    layer: Any, hidden_BSL: Tensor, rotary: tuple[Tensor, Tensor], mask_B1RS: Tensor, rows: slice
+) -> Tensor:
     """What some positions attend to.
 
     Args:

@@ -1,7 +1,8 @@
 """Model references and what they stand for: resolved once, to files that are pinned, checked, and free of pickle.
 
-A reference is a local folder, the name of a checkpoint in the package (`PACKAGED`), `models:/NAME@ALIAS`, `models:/NAME/VERSION`, or a
-Hugging Face id `ORG/NAME`, `ORG/NAME@REVISION`. What is reported and served is the pinned form, never the alias or branch.
+A reference is a local folder, the name of a checkpoint in the package (`PACKAGED`), `models:/NAME@ALIAS`,
+`models:/NAME/VERSION`, or a Hugging Face id `ORG/NAME`, `ORG/NAME@REVISION`. What is reported and served is the pinned
+form, never the alias or branch.
 """
 
 import hashlib
@@ -101,7 +102,10 @@ def resolve_checkpoint(
     if text in PACKAGED:
         folder = Path(parcelray.__file__).parent / "assets" / text
         if not folder.is_dir():
-            raise UserError(f"this installation of parcelray ships no {text!r} checkpoint; give a folder, models:/NAME@ALIAS or a Hugging Face id.")
+            raise UserError(
+                f"this installation of parcelray ships no {text!r} checkpoint; give a folder, models:/NAME@ALIAS or a"
+                " Hugging Face id."
+            )
         return ResolvedCheckpoint(folder, text, _check_folder(folder, verify))
     folder = Path(text).expanduser()
     if text and folder.is_dir():
@@ -109,8 +113,8 @@ def resolve_checkpoint(
     hub = _HUB_ID.fullmatch(text.removeprefix("hf:"))
     if hub is None or text.startswith((".", "~")):
         raise UserError(
-            f"model reference {text!r} is neither an existing folder nor {', '.join(PACKAGED)}, models:/NAME@ALIAS, models:/NAME/VERSION or a Hugging Face id "
-            "ORG/NAME[@REVISION]; check the path."
+            f"model reference {text!r} is neither an existing folder nor {', '.join(PACKAGED)}, models:/NAME@ALIAS,"
+            " models:/NAME/VERSION or a Hugging Face id ORG/NAME[@REVISION]; check the path."
         )
     path, commit = _download(hub["repo"], hub["revision"])
     _require_safetensors(path)
@@ -124,7 +128,10 @@ def content_digest(folder: Path) -> str:
 
 def _resolve_registry(reference: str, resolver: RegistryResolver | None, verify: bool) -> ResolvedCheckpoint:
     if resolver is None:
-        raise UserError(f"model reference {reference!r} needs a model registry; name a tracking URI, or give a folder or a Hugging Face id.")
+        raise UserError(
+            f"model reference {reference!r} needs a model registry; name a tracking URI, or give a folder or a Hugging"
+            " Face id."
+        )
     path, pinned = resolver(reference)
     _check_folder(path, verify)
     return ResolvedCheckpoint(path, reference, pinned)
@@ -146,7 +153,10 @@ def _entries(folder: Path, verify: bool) -> dict[str, ManifestEntry]:
 
 def _require_safetensors(folder: Path) -> None:
     if not any(folder.glob("*.safetensors")):
-        raise UserError(f"{folder} has no *.safetensors file, and other formats of weights are never loaded; convert it with save_pretrained.")
+        raise UserError(
+            f"{folder} has no *.safetensors file, and other formats of weights are never loaded; convert it with"
+            " save_pretrained."
+        )
 
 
 def refuse_pickles(folder: Path) -> None:
@@ -157,7 +167,10 @@ def refuse_pickles(folder: Path) -> None:
     """
     for name, path in _files(folder).items():
         if path.suffix.lower() in PICKLE_SUFFIXES:
-            raise UserError(f"{folder} holds {name}, a format that can run code when it is loaded; remove it, and keep weights as *.safetensors.")
+            raise UserError(
+                f"{folder} holds {name}, a format that can run code when it is loaded; remove it, and keep weights as"
+                " *.safetensors."
+            )
 
 
 def write_manifest(
@@ -209,10 +222,15 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         return Manifest.model_validate_json(path.read_bytes())
     except FileNotFoundError as error:
-        raise UserError(f"{folder} has no {MANIFEST_NAME}; write one with write_manifest, or train and export the checkpoint again.") from error
+        raise UserError(
+            f"{folder} has no {MANIFEST_NAME}; write one with write_manifest, or train and export the checkpoint again."
+        ) from error
     except ValidationError as error:
         problem = error.errors()[0]
-        raise UserError(f"{path} is not a manifest of format 1: {'.'.join(map(str, problem['loc'])) or 'content'}: {problem['msg']}.") from error
+        raise UserError(
+            f"{path} is not a manifest of format 1: {'.'.join(map(str, problem['loc'])) or 'content'}:"
+            f" {problem['msg']}."
+        ) from error
 
 
 def verify_manifest(folder: Path) -> Manifest:
@@ -235,17 +253,24 @@ def verify_manifest(folder: Path) -> Manifest:
             raise UserError(f"{folder} holds {name}, which its manifest does not list; remove it or {remedy}.")
         found = _sha256(path)
         if found != manifest.files[name].sha256:
-            raise UserError(f"{name} in {folder} has SHA-256 {found}, but its manifest says {manifest.files[name].sha256}; {remedy}.")
+            raise UserError(
+                f"{name} in {folder} has SHA-256 {found}, but its manifest says {manifest.files[name].sha256};"
+                f" {remedy}."
+            )
     return manifest
 
 
 def _files(folder: Path) -> dict[str, Path]:
     paths = (path for path in sorted(folder.rglob("*")) if path.is_file())
-    return {name: path for path in paths if (name := path.relative_to(folder).as_posix()) not in (MANIFEST_NAME, _CARD_NAME)}
+    return {
+        name: path for path in paths if (name := path.relative_to(folder).as_posix()) not in (MANIFEST_NAME, _CARD_NAME)
+    }
 
 
 def _hash_files(folder: Path) -> dict[str, ManifestEntry]:
-    return {name: ManifestEntry(sha256=_sha256(path), bytes=path.stat().st_size) for name, path in _files(folder).items()}
+    return {
+        name: ManifestEntry(sha256=_sha256(path), bytes=path.stat().st_size) for name, path in _files(folder).items()
+    }
 
 
 def _sha256(path: Path) -> str:
@@ -260,16 +285,27 @@ def _download(repo: str, revision: str | None) -> tuple[Path, str]:
     try:
         path = Path(snapshot_download(repo, revision=revision, allow_patterns=_HUB_FILES))
     except errors.GatedRepoError as error:
-        raise UserError(f"Hugging Face model {repo!r} is gated: accept its licence on its page, and set HF_TOKEN to a token of that account.") from error
+        raise UserError(
+            f"Hugging Face model {repo!r} is gated: accept its licence on its page, and set HF_TOKEN to a token of that"
+            " account."
+        ) from error
     except errors.RevisionNotFoundError as error:
-        raise UserError(f"Hugging Face model {repo!r} has no revision {revision!r}; name one of its commits, branches or tags.") from error
+        raise UserError(
+            f"Hugging Face model {repo!r} has no revision {revision!r}; name one of its commits, branches or tags."
+        ) from error
     except (errors.RepositoryNotFoundError, errors.HFValidationError) as error:
-        raise UserError(f"{repo!r} is neither a folder here nor a Hugging Face model that can be seen; check the spelling, or set HF_TOKEN.") from error
+        raise UserError(
+            f"{repo!r} is neither a folder here nor a Hugging Face model that can be seen; check the spelling, or set"
+            " HF_TOKEN."
+        ) from error
     except errors.LocalEntryNotFoundError as error:
         raise UserError(
-            f"{repo!r} is not a folder here, and as a Hugging Face model it is not in the local cache and the Hub cannot be reached (offline?); "
-            f"fetch it on a machine with network (`hf download {repo}`), or give a folder."
+            f"{repo!r} is not a folder here, and as a Hugging Face model it is not in the local cache and the Hub"
+            f" cannot be reached (offline?); fetch it on a machine with network (`hf download {repo}`), or give a"
+            " folder."
         ) from error
     except errors.HfHubHTTPError as error:
-        raise UserError(f"the Hugging Face Hub refused {repo!r}: {error}; try again later, or give a folder.") from error
+        raise UserError(
+            f"the Hugging Face Hub refused {repo!r}: {error}; try again later, or give a folder."
+        ) from error
     return path, path.name

@@ -38,10 +38,13 @@ def build_tokenizer(corpus: Iterable[str], vocab_size: int = 1024) -> PreTrained
         vocab_size: tokens before the location and segment tokens.
     """
     tokenizer = Tokenizer(models.BPE())
-    # The leading space makes a word the same token at the start of a text and inside it. A pre-tokenizer adds it, not a normaliser,
-    # which would also put one before the location tokens.
+    # The leading space makes a word the same token at the start of a text and inside it. A pre-tokenizer adds it, not a
+    # normaliser, which would also put one before the location tokens.
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.ByteLevel(add_prefix_space=True, use_regex=False), pre_tokenizers.Split(_WORD_PATTERN, behavior="isolated")]
+        [
+            pre_tokenizers.ByteLevel(add_prefix_space=True, use_regex=False),
+            pre_tokenizers.Split(_WORD_PATTERN, behavior="isolated"),
+        ]
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
@@ -97,8 +100,9 @@ def build_config(config: MiniModelConfig, processor: ElasticPaliGemmaProcessor) 
             "query_pre_attn_scalar": config.text_head_dim,
             "vocab_size": vocab_size,
             "max_position_embeddings": 8192,
-            # Fan-in scale: the default 0.02 suits a width of some 2,000; at 96 it starts every attention uniform and the embeddings at a
-            # fifth of what the post-norms add, and a model from scratch then sits on its plateau for thousands of steps.
+            # Fan-in scale: the default 0.02 suits a width of some 2,000; at 96 it starts every attention uniform and
+            # the embeddings at a fifth of what the post-norms add, and a model from scratch then sits on its plateau
+            # for thousands of steps.
             "initializer_range": config.text_width**-0.5,
             # No soft-capping: it rules out SDPA, and at this size the logits stay small.
             "attn_logit_softcapping": None,
@@ -133,8 +137,8 @@ def build_model(config: ElasticPaliGemmaConfig, seed: int) -> ElasticPaliGemmaFo
 def grid_positions(grid_size: int, width: int) -> Tensor:
     """Two-dimensional sine-cosine positions [N, D] in row-major order, half of the channels for the row and half for the column.
 
-    The starting value of the learnt position embeddings: random ones are a tenth of the patch content at this width, and a model from
-    scratch takes long to find out where a patch is.
+    The starting value of the learnt position embeddings: random ones are a tenth of the patch content at this width,
+    and a model from scratch takes long to find out where a patch is.
     """
     frequencies = _frequencies(width)
     angles = torch.arange(grid_size)[:, None] * frequencies
@@ -146,8 +150,9 @@ def grid_positions(grid_size: int, width: int) -> Tensor:
 def attend_to_neighbours(attention: SiglipAttention, first: int) -> None:
     """Starting queries and keys by which each head looks at one of the eight neighbours of a patch, as a convolution would.
 
-    A rotation by w d takes (sin w p, cos w p) to (sin w (p + d), cos w (p + d)), so a query rotated by a neighbour's offset agrees with the
-    key there. From random attention, shapes that span several patches are learnt a few times more slowly.
+    A rotation by w d takes (sin w p, cos w p) to (sin w (p + d), cos w (p + d)), so a query rotated by a neighbour's
+    offset agrees with the key there. From random attention, shapes that span several patches are learnt a few times
+    more slowly.
     """
     width, quarter = attention.embed_dim, attention.embed_dim // 4
     frequencies = _frequencies(width)[: attention.head_dim // 4]

@@ -32,7 +32,9 @@ def build(
 def build_processor(config: MiniLlavaModelConfig, corpus: Iterable[str]) -> ElasticLlavaProcessor:
     """Tokenizer and image processor of the mini LLaVA."""
     size = {"height": config.image_size, "width": config.image_size}
-    image_processor = CLIPImageProcessorPil(size={"shortest_edge": config.image_size}, crop_size=size, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    image_processor = CLIPImageProcessorPil(
+        size={"shortest_edge": config.image_size}, crop_size=size, image_mean=[0.5] * 3, image_std=[0.5] * 3
+    )
     tokenizer = build_tokenizer(corpus)
     tokenizer.add_tokens([f"<loc{number:04}>" for number in range(_LOCATIONS)])
     # As Llama's tokenizer does: a start token before every text.
@@ -118,7 +120,9 @@ def build_model(config: ElasticLlavaConfig, seed: int) -> ElasticLlavaForConditi
         patches = config.grid_size**2
         with torch.no_grad():
             # After the class token, where there is one.
-            vision.embeddings.position_embedding.weight[-patches:] = grid_positions(config.grid_size, vision.embeddings.embed_dim)
+            vision.embeddings.position_embedding.weight[-patches:] = grid_positions(
+                config.grid_size, vision.embeddings.embed_dim
+            )
             for index, layer in enumerate(vision.encoder.layers):
                 attend_to_neighbours(layer.self_attn, index * layer.self_attn.num_heads)
     return model

@@ -1,10 +1,13 @@
 """The decoder over reduced visual tokens, where transformers' own `generate` does not reach.
 
-That is: rotary positions of the tokens' places in the image, attention that knows how many patches a token stands for, and visual tokens
-that are dropped between the layers, with a KV cache of another length in each of them. The layers themselves are the stock ones.
+That is: rotary positions of the tokens' places in the image, attention that knows how many patches a token stands for,
+and visual tokens that are dropped between the layers, with a KV cache of another length in each of them. The layers
+themselves are the stock ones.
 
-Shapes: B prompts, O text tokens before the images, V visual tokens of a prompt, T text tokens after them, S = O + V + T, L width. Rows are
-aligned: padding stands between the visual tokens and the text after them, so that the last column is the last word of every prompt.
+Shapes: B prompts, O text tokens before the images, V visual tokens of a prompt, T text tokens after them, S = O + V +
+T, L width. Rows are
+aligned: padding stands between the visual tokens and the text after them, so that the last column is the last word of
+every prompt.
 """
 
 import math
@@ -52,20 +55,28 @@ class VisualTokens(NamedTuple):
     """Patches in each, int64."""
 
 
-def encode_prompts(processor: ElasticProcessor, texts: list[str], answers: list[str] | None, device: torch.device | str) -> Prompts:
+def encode_prompts(
+    processor: ElasticProcessor, texts: list[str], answers: list[str] | None, device: torch.device | str
+) -> Prompts:
     """Prompts, with answers whose likelihood is asked or without."""
     at = processor.visual_offset
     prefixes = processor.encode_prompts(texts)
     suffixes = processor.encode_answers(answers) if answers is not None else [[] for _ in texts]
     longest = max(len(prefix) - at for prefix in prefixes)
     shape = (len(texts), longest + max(len(suffix) for suffix in suffixes))
-    after, valid, answer = torch.full(shape, processor.tokenizer.pad_token_id), torch.zeros(shape, dtype=torch.bool), torch.zeros(shape, dtype=torch.bool)
+    after, valid, answer = (
+        torch.full(shape, processor.tokenizer.pad_token_id),
+        torch.zeros(shape, dtype=torch.bool),
+        torch.zeros(shape, dtype=torch.bool),
+    )
     for row, (prefix, suffix) in enumerate(zip(prefixes, suffixes, strict=True)):
         start, end = longest - (len(prefix) - at), longest + len(suffix)
         after[row, start:end] = torch.tensor(prefix[at:] + suffix)
         valid[row, start:end] = True
         answer[row, longest:end] = True
-    return Prompts(*(each.to(device) for each in (torch.tensor(prefixes[0][:at], dtype=torch.int64), after, valid, answer)))
+    return Prompts(
+        *(each.to(device) for each in (torch.tensor(prefixes[0][:at], dtype=torch.int64), after, valid, answer))
+    )
 
 
 @dataclass(frozen=True)
@@ -119,10 +130,10 @@ class ReducedDecoder:
 
     Args:
         model: in evaluation mode; its decoder is Llama, Gemma or Gemma-2.
-        positions: which rotary positions visual tokens get: `contiguous`: one after the other; `original`: of their place in the image, so that
-            the text stands where it would without reduction; `original_size_bias`: besides, log(size) is added to the attention logits of a
-            token that stands for several patches; `original_calibrated`: log(size * (2 - D(distance))) with D the mean cosine of the rotary
-            angles (RESTORE).
+        positions: which rotary positions visual tokens get: `contiguous`: one after the other; `original`: of their
+            place in the image, so that the text stands where it would without reduction; `original_size_bias`: besides,
+            log(size) is added to the attention logits of a token that stands for several patches;
+            `original_calibrated`: log(size * (2 - D(distance))) with D the mean cosine of the rotary angles (RESTORE).
     """
 
     def __init__(self, model: ElasticVLM, positions: Positions = "contiguous") -> None:
@@ -182,7 +193,9 @@ class ReducedDecoder:
             logits_BV = self._logits(self._step(next_B, len(new) - 1, cache, plan)).squeeze(1)
 
     @torch.inference_mode()
-    def logits(self, prompts: Prompts, visual: VisualTokens, *, reducer: TokenReducer | None = None, budget: int = 0) -> Tensor:
+    def logits(
+        self, prompts: Prompts, visual: VisualTokens, *, reducer: TokenReducer | None = None, budget: int = 0
+    ) -> Tensor:
         """Logits at the text after the images: [B, T, vocabulary]."""
         return self._logits(self._prefill(prompts, visual, reducer, budget)[0])
 
@@ -192,7 +205,9 @@ class ReducedDecoder:
         sequence = self._enter(prompts, visual)
         return self._probe(sequence, layers)
 
-    def _prefill(self, prompts: Prompts, visual: VisualTokens, reducer: TokenReducer | None, budget: int) -> tuple[Tensor, DynamicCache, list[_Group]]:
+    def _prefill(
+        self, prompts: Prompts, visual: VisualTokens, reducer: TokenReducer | None, budget: int
+    ) -> tuple[Tensor, DynamicCache, list[_Group]]:
         sequence = self._enter(prompts, visual)
         view = PromptView(
             embeddings_BTL=sequence.hidden_BSL[:, sequence.text],
@@ -202,13 +217,17 @@ class ReducedDecoder:
             num_layers=self.num_layers,
             grid_side=int(self._model.config.grid_size),
         )
-        view = replace(view, embeddings_BTL=view.embeddings_BTL[:, : _asked(prompts)], valid_BT=view.valid_BT[:, : _asked(prompts)])
+        view = replace(
+            view, embeddings_BTL=view.embeddings_BTL[:, : _asked(prompts)], valid_BT=view.valid_BT[:, : _asked(prompts)]
+        )
         stages: tuple[Stage, ...] = ()
         if isinstance(reducer, InDecoderReducer):
             stages = reducer.stages(self.num_layers, visual.tokens_BVL.shape[1], budget)
         elif reducer is not None:
             # Reducers keep the order of the whole batch's tokens, whatever images they are of.
-            sequence = self._reduced(sequence, reducer(visual.tokens_BVL, num_visual_tokens=budget, context=ReductionContext(prompt=view)))
+            sequence = self._reduced(
+                sequence, reducer(visual.tokens_BVL, num_visual_tokens=budget, context=ReductionContext(prompt=view))
+            )
         cache = DynamicCache()
         groups: list[_Group] = []
         edges = [0, *(stage.layer for stage in stages), self.num_layers]
@@ -220,22 +239,38 @@ class ReducedDecoder:
             rotary, mask = self._rotary(sequence), self._mask(sequence)
             for index in layers:
                 previous_input = sequence.hidden_BSL
-                hidden = self._run(index, sequence.hidden_BSL, rotary, sequence.positions_BS, mask[self._is_sliding(index)], cache)
+                hidden = self._run(
+                    index, sequence.hidden_BSL, rotary, sequence.positions_BS, mask[self._is_sliding(index)], cache
+                )
                 sequence = replace(sequence, hidden_BSL=hidden)
             groups.append(_Group(layers, sequence.valid_BS, sequence.positions_BS, sequence.sizes_BS, sequence.visual))
         return self._text.norm(sequence.hidden_BSL[:, sequence.text]), cache, groups
 
-    def _staged(self, sequence: _Sequence, stage: Stage, reducer: InDecoderReducer, view: PromptView, previous_input: Tensor, num_asked: int) -> _Sequence:
+    def _staged(
+        self,
+        sequence: _Sequence,
+        stage: Stage,
+        reducer: InDecoderReducer,
+        view: PromptView,
+        previous_input: Tensor,
+        num_asked: int,
+    ) -> _Sequence:
         """The sequence after a reduction between two layers."""
         rows = slice(sequence.text.start, sequence.text.start + num_asked)
         scored = sequence if stage.scored_at == stage.layer else replace(sequence, hidden_BSL=previous_input)
 
         def attention(layer: int) -> Tensor:
             mask = self._mask(sequence)[self._is_sliding(stage.scored_at)][:, :, rows]
-            return attention_rows(self._layers[stage.scored_at], scored.hidden_BSL, self._rotary(sequence), mask, rows)[:, :, :, sequence.visual]
+            return attention_rows(self._layers[stage.scored_at], scored.hidden_BSL, self._rotary(sequence), mask, rows)[
+                :, :, :, sequence.visual
+            ]
 
         here = replace(view, attention=attention)
-        reduction = reducer(sequence.hidden_BSL[:, sequence.visual], num_visual_tokens=stage.num_tokens, context=ReductionContext(prompt=here))
+        reduction = reducer(
+            sequence.hidden_BSL[:, sequence.visual],
+            num_visual_tokens=stage.num_tokens,
+            context=ReductionContext(prompt=here),
+        )
         return self._reduced(sequence, reduction)
 
     def _enter(self, prompts: Prompts, visual: VisualTokens) -> _Sequence:
@@ -247,12 +282,16 @@ class ReducedDecoder:
         hidden_BSL = torch.cat([before_BOL, visual.tokens_BVL.to(after_BTL.dtype), after_BTL], dim=1)
         device = hidden_BSL.device
         ones_BO = torch.ones(batch, offset, dtype=torch.bool, device=device)
-        valid_BS = torch.cat([ones_BO, torch.ones(batch, num_visual, dtype=torch.bool, device=device), prompts.valid_BT], dim=1)
+        valid_BS = torch.cat(
+            [ones_BO, torch.ones(batch, num_visual, dtype=torch.bool, device=device), prompts.valid_BT], dim=1
+        )
         text_1 = torch.ones(batch, prompts.after_BT.shape[1], dtype=torch.int64, device=device)
         sizes_BS = torch.cat([ones_BO.long(), visual.sizes_BV, text_1], dim=1)
         prefix_S = torch.ones(hidden_BSL.shape[1], dtype=torch.bool, device=device)
         prefix_S[offset + num_visual :] = ~prompts.answer_BT.any(dim=0)
-        sequence = _Sequence(hidden_BSL, valid_BS, valid_BS.long(), sizes_BS, prefix_S & self._bidirectional, offset, num_visual)
+        sequence = _Sequence(
+            hidden_BSL, valid_BS, valid_BS.long(), sizes_BS, prefix_S & self._bidirectional, offset, num_visual
+        )
         if self._positions == "contiguous":
             return _contiguous(sequence)
         # Without reduction the images would have filled all their places.
@@ -274,13 +313,17 @@ class ReducedDecoder:
             return torch.cat([values[:, :a], middle, values[:, b:]], dim=1)
 
         # Sizes add up over the members; a selection keeps those of its tokens.
-        sizes = torch.zeros_like(kept).scatter_add_(1, reduction.assignment_BN.clamp(min=0), sequence.sizes_BS[:, a:b] * (reduction.assignment_BN >= 0))
+        sizes = torch.zeros_like(kept).scatter_add_(
+            1, reduction.assignment_BN.clamp(min=0), sequence.sizes_BS[:, a:b] * (reduction.assignment_BN >= 0)
+        )
         result = _Sequence(
             around(sequence.hidden_BSL, reduction.tokens_BKD),
             around(sequence.valid_BS, torch.ones_like(kept, dtype=torch.bool)),
             around(sequence.positions_BS, sequence.positions_BS[:, a:b].gather(1, kept)),
             around(sequence.sizes_BS, sizes),
-            torch.cat([sequence.prefix_S[:a], sequence.prefix_S[a : a + 1].expand(kept.shape[1]), sequence.prefix_S[b:]]),
+            torch.cat(
+                [sequence.prefix_S[:a], sequence.prefix_S[a : a + 1].expand(kept.shape[1]), sequence.prefix_S[b:]]
+            ),
             sequence.offset,
             kept.shape[1],
         )
@@ -292,7 +335,13 @@ class ReducedDecoder:
         hidden = sequence.hidden_BSL
         for index in range(max(layers) + 1):
             if index in layers:
-                rows = attention_rows(self._layers[index], hidden, rotary, mask[self._is_sliding(index)][:, :, sequence.text], sequence.text)
+                rows = attention_rows(
+                    self._layers[index],
+                    hidden,
+                    rotary,
+                    mask[self._is_sliding(index)][:, :, sequence.text],
+                    sequence.text,
+                )
                 found[index] = rows[:, :, :, sequence.visual]
             if index < max(layers):
                 hidden = self._run(index, hidden, rotary, sequence.positions_BS, mask[self._is_sliding(index)], None)
@@ -303,7 +352,13 @@ class ReducedDecoder:
         new_BM = group.positions_BS[:, -1:] + torch.arange(1, num_steps + 1, device=hidden.device)
         positions_BS = torch.cat([group.positions_BS, new_BM], dim=1)
         allowed_B1S = torch.nn.functional.pad(group.valid_BS, (0, num_steps), value=True)[:, None]
-        places = (positions_BS, new_BM, torch.nn.functional.pad(group.sizes_BS, (0, num_steps), value=1), group.visual, hidden.dtype)
+        places = (
+            positions_BS,
+            new_BM,
+            torch.nn.functional.pad(group.sizes_BS, (0, num_steps), value=1),
+            group.visual,
+            hidden.dtype,
+        )
         full = self._additive(allowed_B1S, *places)
         near = full if self._window is None else self._additive(allowed_B1S & self._near(positions_BS, new_BM), *places)
         masks = (full.expand(-1, -1, num_steps, -1), near.expand(-1, -1, num_steps, -1))
@@ -317,13 +372,28 @@ class ReducedDecoder:
             rotary = (steps.rotary[0][:, row], steps.rotary[1][:, row])
             masks = [mask[:, :, row, : steps.num_before + number + 1] for mask in steps.masks]
             for index in steps.layers:
-                hidden = self._run(index, hidden, rotary, steps.positions_BM[:, row], masks[self._is_sliding(index)], cache)
+                hidden = self._run(
+                    index, hidden, rotary, steps.positions_BM[:, row], masks[self._is_sliding(index)], cache
+                )
         normed: Tensor = self._text.norm(hidden)
         return normed
 
-    def _run(self, index: int, hidden: Tensor, rotary: tuple[Tensor, Tensor], positions: Tensor, mask: Tensor, cache: DynamicCache | None) -> Tensor:
+    def _run(
+        self,
+        index: int,
+        hidden: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        positions: Tensor,
+        mask: Tensor,
+        cache: DynamicCache | None,
+    ) -> Tensor:
         output: Tensor = self._layers[index](
-            hidden, attention_mask=mask, position_embeddings=rotary, position_ids=positions, past_key_values=cache, use_cache=cache is not None
+            hidden,
+            attention_mask=mask,
+            position_embeddings=rotary,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=cache is not None,
         )
         return output
 
@@ -337,12 +407,20 @@ class ReducedDecoder:
         order = torch.arange(length, device=sequence.hidden_BSL.device)
         seen_SS = (order[None, :] <= order[:, None]) | (sequence.prefix_S[:, None] & sequence.prefix_S[None, :])
         allowed_BSS = seen_SS[None] & sequence.valid_BS[:, None]
-        places = (sequence.positions_BS, sequence.positions_BS, sequence.sizes_BS, sequence.visual, sequence.hidden_BSL.dtype)
+        places = (
+            sequence.positions_BS,
+            sequence.positions_BS,
+            sequence.sizes_BS,
+            sequence.visual,
+            sequence.hidden_BSL.dtype,
+        )
         full = self._additive(allowed_BSS, *places)
         if self._window is None:
             return full, full
         # What is read in both directions is seen as a whole also by layers with a window, as transformers has it.
-        near_BSS = self._near(sequence.positions_BS, sequence.positions_BS) | (sequence.prefix_S[:, None] & sequence.prefix_S[None, :])
+        near_BSS = self._near(sequence.positions_BS, sequence.positions_BS) | (
+            sequence.prefix_S[:, None] & sequence.prefix_S[None, :]
+        )
         return full, self._additive(allowed_BSS & near_BSS, *places)
 
     def _near(self, positions_BS: Tensor, rows_BR: Tensor) -> Tensor:
@@ -351,9 +429,20 @@ class ReducedDecoder:
         near_BRS: Tensor = rows_BR[:, :, None] - positions_BS[:, None] < self._window
         return near_BRS
 
-    def _additive(self, allowed_BRS: Tensor, positions_BS: Tensor, rows_BR: Tensor, sizes_BS: Tensor, visual: slice, dtype: torch.dtype) -> Tensor:
+    def _additive(
+        self,
+        allowed_BRS: Tensor,
+        positions_BS: Tensor,
+        rows_BR: Tensor,
+        sizes_BS: Tensor,
+        visual: slice,
+        dtype: torch.dtype,
+    ) -> Tensor:
         distances_BRS = rows_BR[:, :, None] - positions_BS[:, None]
-        bias = torch.zeros(distances_BRS.shape if self._positions == "original_calibrated" else (len(sizes_BS), 1, sizes_BS.shape[1]), device=sizes_BS.device)
+        bias = torch.zeros(
+            distances_BRS.shape if self._positions == "original_calibrated" else (len(sizes_BS), 1, sizes_BS.shape[1]),
+            device=sizes_BS.device,
+        )
         if self._positions in ("original_size_bias", "original_calibrated"):
             bias = bias + sizes_BS.clamp(min=1).log()[:, None]
         if self._positions == "original_calibrated":

@@ -26,7 +26,10 @@ def write_rerouted(source: Path, target: Path, routing: Sequence[RouteConfig], f
     """
     connector = config_of(source).connector_config
     if not isinstance(connector, ParcelConnectorConfig) or not connector.anchor_grids:
-        raise UserError(f"{source} is no supernet over splits (its connector has no anchor_grids), so its routing is fixed; train jobs/train/supernet.yaml.")
+        raise UserError(
+            f"{source} is no supernet over splits (its connector has no anchor_grids), so its routing is fixed; train"
+            " jobs/train/supernet.yaml."
+        )
     built = connector_of(source)
     for route in routing:
         for budget in (route.min_budget, route.max_budget):

@@ -20,7 +20,10 @@ from parcelray.models.connectors import Connector
 from parcelray.models.quiet import quiet_transformers
 
 ElasticConfig = ElasticPaliGemmaConfig | ElasticLlavaConfig
-_FAMILIES: dict[str, type[Any]] = {"paligemma": ElasticPaliGemmaForConditionalGeneration, "llava": ElasticLlavaForConditionalGeneration}
+_FAMILIES: dict[str, type[Any]] = {
+    "paligemma": ElasticPaliGemmaForConditionalGeneration,
+    "llava": ElasticLlavaForConditionalGeneration,
+}
 
 
 def family_of(path: str | Path) -> str:
@@ -31,11 +34,16 @@ def family_of(path: str | Path) -> str:
     """
     file = Path(path) / "config.json"
     if not file.is_file():
-        raise UserError(f"{path} is not a checkpoint folder (it has no config.json); give a folder written by save_pretrained.")
+        raise UserError(
+            f"{path} is not a checkpoint folder (it has no config.json); give a folder written by save_pretrained."
+        )
     kind = str(json.loads(file.read_text(encoding="utf-8")).get("model_type"))
     family = kind.removeprefix("elastic_")
     if family not in _FAMILIES:
-        raise UserError(f"{path} holds a model of type {kind}; legal are {', '.join(_FAMILIES)} and the elastic models made from them.")
+        raise UserError(
+            f"{path} holds a model of type {kind}; legal are {', '.join(_FAMILIES)} and the elastic models made from"
+            " them."
+        )
     return family
 
 
@@ -58,8 +66,8 @@ def connector_of(path: str | Path) -> Connector:
 def load_vlm(path: str | Path, *, connector: ConnectorConfig | None = None, seed: int = 0, **kwargs: Any) -> ElasticVLM:
     """Loads a checkpoint folder, stock or elastic, and inserts a connector when one is given.
 
-    A new connector starts from seeded random weights at the scale of the checkpoint's own patch features; every other weight must
-    be in the checkpoint (`from_pretrained` would fill a missing one at random with only a warning).
+    A new connector starts from seeded random weights at the scale of the checkpoint's own patch features; every other
+    weight must be in the checkpoint (`from_pretrained` would fill a missing one at random with only a warning).
 
     Args:
         path: folder with `config.json` and safetensors.
@@ -75,10 +83,14 @@ def load_vlm(path: str | Path, *, connector: ConnectorConfig | None = None, seed
         config.connector = connector.model_dump(mode="json")
     with torch.random.fork_rng(devices=[]), quiet_transformers():
         torch.manual_seed(seed)
-        model, info = _FAMILIES[family_of(path)].from_pretrained(path, config=config, output_loading_info=True, use_safetensors=True, **kwargs)
+        model, info = _FAMILIES[family_of(path)].from_pretrained(
+            path, config=config, output_loading_info=True, use_safetensors=True, **kwargs
+        )
     missing = sorted(key for key in info["missing_keys"] if not key.startswith("model.connector."))
     if missing:
-        raise UserError(f"{path} lacks {len(missing)} weights of the model, {missing[0]} among them; use a complete checkpoint.")
+        raise UserError(
+            f"{path} lacks {len(missing)} weights of the model, {missing[0]} among them; use a complete checkpoint."
+        )
     if any(key.startswith("model.connector.") for key in info["missing_keys"]):
         model.connector.match_scale(*model.model.feature_scale())
     return cast(ElasticVLM, model)

@@ -14,8 +14,8 @@ from parcelray.errors import UserError
 
 MINI_CONFIG = Path(__file__).parents[1] / "assets" / "mini_base" / "config.json"
 
-# A config.json only holds what differs from the defaults of its class, so the defaults of the towers that PaliGemma uses are needed
-# to read one (transformers 5.23: SiglipVisionConfig, GemmaConfig, Gemma2Config).
+# A config.json only holds what differs from the defaults of its class, so the defaults of the towers that PaliGemma
+# uses are needed to read one (transformers 5.23: SiglipVisionConfig, GemmaConfig, Gemma2Config).
 _VISION_DEFAULTS: dict[str, dict[str, int]] = {
     "siglip_vision_model": {
         "image_size": 224,
@@ -85,7 +85,9 @@ class BackboneShape:
     vision_mlp_width: int
     """M_v."""
     vision_heads: int
-    """Attention heads of the vision tower; they divide D_v and cost nothing by themselves. 0: a convolutional tower, of which the pointwise layers
+    """Attention heads of the vision tower; they divide D_v and cost nothing by themselves.
+
+    0: a convolutional tower, of which the pointwise layers
     are counted (16 N_v D_v^2 a block at every stage, because the map shrinks as the width grows)."""
     text_layers: int
     """L_l."""
@@ -110,12 +112,16 @@ class BackboneShape:
         for name in self.__slots__[1:]:
             value, least = getattr(self, name), 0 if name in ("class_tokens", "vision_heads") else 1
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise UserError(f"{name} of backbone {self.name} is {value!r}; it must be a whole number of at least {least}. Correct its config.json.")
+                raise UserError(
+                    f"{name} of backbone {self.name} is {value!r}; it must be a whole number of at least {least}."
+                    " Correct its config.json."
+                )
         if self.image_size % self.patch_size:
             below = self.image_size // self.patch_size * self.patch_size
             legal = ", ".join(str(value) for value in (below, below + self.patch_size) if value)
             raise UserError(
-                f"Resolution {self.image_size} is not a multiple of the patch size {self.patch_size} of {self.name}; the nearest that are: {legal}."
+                f"Resolution {self.image_size} is not a multiple of the patch size {self.patch_size} of {self.name};"
+                f" the nearest that are: {legal}."
             )
 
     @property
@@ -136,7 +142,8 @@ class BackboneShape:
         """
         if image_size < 1:
             raise UserError(
-                f"Resolution {image_size} is not a number of pixels; give a multiple of the patch size {self.patch_size}, such as {self.image_size}."
+                f"Resolution {image_size} is not a number of pixels; give a multiple of the patch size"
+                f" {self.patch_size}, such as {self.image_size}."
             )
         return replace(self, image_size=image_size)
 
@@ -200,7 +207,11 @@ def from_mapping(config: Mapping[str, Any], name: str) -> BackboneShape:
         UserError: `vision_config` or `text_config` is missing or of a kind whose cost is not modelled.
     """
     convolutional = config.get("vision_config", {}).get("model_type") == "convnext"
-    vision = _convnext(config["vision_config"]) if convolutional else _section(config, "vision_config", _VISION_DEFAULTS, name)
+    vision = (
+        _convnext(config["vision_config"])
+        if convolutional
+        else _section(config, "vision_config", _VISION_DEFAULTS, name)
+    )
     text = _section(config, "text_config", _TEXT_DEFAULTS, name)
     return BackboneShape(
         name=name,
@@ -266,7 +277,10 @@ def resolve_backbone(backbone: str, resolution: int | None = None) -> BackboneSh
 
 def _unknown_backbone(backbone: str) -> str:
     if Path(backbone).is_dir():
-        return f"The folder {backbone} has no config.json; give the folder of a saved checkpoint, paligemma2-3b, llava-1.5-7b or mini."
+        return (
+            f"The folder {backbone} has no config.json; give the folder of a saved checkpoint, paligemma2-3b,"
+            " llava-1.5-7b or mini."
+        )
     known = [*PRESETS, "mini"]
     close = difflib.get_close_matches(backbone, known, n=1)
     hint = f"; did you mean {close[0]}?" if close else "."
@@ -277,17 +291,27 @@ def _from_file(path: Path, name: str) -> BackboneShape:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"Cannot read {path}: {error}. Give the folder of a checkpoint that was saved whole.") from error
+        raise UserError(
+            f"Cannot read {path}: {error}. Give the folder of a checkpoint that was saved whole."
+        ) from error
     if not isinstance(content, dict):
-        raise UserError(f"{path} holds {type(content).__name__}, not an object with vision_config and text_config; give the folder of a saved checkpoint.")
+        raise UserError(
+            f"{path} holds {type(content).__name__}, not an object with vision_config and text_config; give the folder"
+            " of a saved checkpoint."
+        )
     return from_mapping(content, name)
 
 
 def _section(config: Mapping[str, Any], key: str, defaults: Mapping[str, dict[str, int]], name: str) -> dict[str, Any]:
     section = config.get(key)
     if not isinstance(section, Mapping):
-        raise UserError(f"The configuration of {name} has no {key}; give a PaliGemma or LLaVA checkpoint (paligemma2-3b, llava-1.5-7b, mini or a folder).")
+        raise UserError(
+            f"The configuration of {name} has no {key}; give a PaliGemma or LLaVA checkpoint (paligemma2-3b,"
+            " llava-1.5-7b, mini or a folder)."
+        )
     kind = str(section.get("model_type"))
     if kind not in defaults:
-        raise UserError(f"The {key} of {name} is of type {kind}, whose cost is not modelled; legal types are {', '.join(defaults)}.")
+        raise UserError(
+            f"The {key} of {name} is of type {kind}, whose cost is not modelled; legal types are {', '.join(defaults)}."
+        )
     return defaults[kind] | {field: section[field] for field in defaults[kind] if section.get(field) is not None}

@@ -1,6 +1,7 @@
 """FLOPs of each connector for one image, in the terms of the paper's cost model (arXiv 2605.30126, Appendix C).
 
-The paper gives PARCEL's; the others count the same blocks by the same formulas. Pooling, norms and positions are left out.
+The paper gives PARCEL's; the others count the same blocks by the same formulas. Pooling, norms and positions are left
+out.
 """
 
 from functools import lru_cache
@@ -57,7 +58,9 @@ def connector_flops(shape: BackboneShape, connector: ConnectorConfig | None, num
         self_attention = self_attention_flops(num_visual_tokens, width)
     elif isinstance(connector, DualCrossAttentionConnectorConfig):
         cross_attention += cross_attention_flops(num_queries, num_anchors, width)
-    return ConnectorFlops(self_attention, cross_attention, mlp_flops(num_queries, width, connector.mlp_width or shape.vision_mlp_width))
+    return ConnectorFlops(
+        self_attention, cross_attention, mlp_flops(num_queries, width, connector.mlp_width or shape.vision_mlp_width)
+    )
 
 
 def self_attention_flops(num_tokens: int, width: int) -> int:
@@ -77,8 +80,8 @@ def mlp_flops(num_tokens: int, width: int, mlp_width: int) -> int:
 
 @lru_cache(maxsize=64)
 def _built_on_meta(config: ConnectorConfig, width: int, grid_size: int, mlp_width: int) -> "Connector":
-    # The connector itself says what is legal and how a budget splits; on `meta` building it costs no memory. Imported here so
-    # that whatever only reads shapes stays free of torch.
+    # The connector itself says what is legal and how a budget splits; on `meta` building it costs no memory. Imported
+    # here so that whatever only reads shapes stays free of torch.
     import torch
 
     from parcelray.models.connectors import build_connector

@@ -18,7 +18,16 @@ if TYPE_CHECKING:
 
 CONNECTORS = ("parcel", "mqt", "m3", "identity")
 """The connectors that the table knows by name; a configuration of any type may be given instead."""
-LEFT_OUT = ("patch embedding", "pooling", "normalisation", "activation", "softmax", "biases", "rotary positions", "output head over the image tokens")
+LEFT_OUT = (
+    "patch embedding",
+    "pooling",
+    "normalisation",
+    "activation",
+    "softmax",
+    "biases",
+    "rotary positions",
+    "output head over the image tokens",
+)
 """What the paper's cost model does not count."""
 
 _CONNECTOR_ADAPTER: TypeAdapter[ConnectorConfig] = TypeAdapter(ConnectorConfig)
@@ -127,16 +136,24 @@ def build(
         text_tokens: length of the text prompt; None: the paper's (129 with an image, 65 with a video).
 
     Raises:
-        UserError: an unknown backbone or connector, a resolution that the patch size does not divide, or numbers that cannot be.
+        UserError: an unknown backbone or connector, a resolution that the patch size does not divide, or numbers that
+            cannot be.
         UnsupportedBudgetError: a budget that the connector cannot give.
     """
     shape = resolve_backbone(backbone, resolution)
     config = connector_from_name(connector) if isinstance(connector, str) else connector
     if not budgets or not frames:
-        raise UserError("No budget or no number of frames was given; give at least one of each, such as budgets 16,64,256 and frames 1.")
+        raise UserError(
+            "No budget or no number of frames was given; give at least one of each, such as budgets 16,64,256 and"
+            " frames 1."
+        )
     if min(frames) < 1:
-        raise UserError(f"{min(frames)} frames cannot be read; give 1 for an image, or the number of frames of a video.")
-    return CostTable(shape, config.type, tuple(_row(shape, config, budget, num, text_tokens) for num in frames for budget in budgets))
+        raise UserError(
+            f"{min(frames)} frames cannot be read; give 1 for an image, or the number of frames of a video."
+        )
+    return CostTable(
+        shape, config.type, tuple(_row(shape, config, budget, num, text_tokens) for num in frames for budget in budgets)
+    )
 
 
 def connector_from_name(name: str) -> ConnectorConfig:
@@ -147,11 +164,16 @@ def connector_from_name(name: str) -> ConnectorConfig:
     """
     if name not in CONNECTORS:
         close = difflib.get_close_matches(name, CONNECTORS, n=1)
-        raise UserError(f"Unknown connector {name!r}: choose one of {', '.join(CONNECTORS)}{f'; did you mean {close[0]}?' if close else '.'}")
+        raise UserError(
+            f"Unknown connector {name!r}: choose one of"
+            f" {', '.join(CONNECTORS)}{f'; did you mean {close[0]}?' if close else '.'}"
+        )
     return _CONNECTOR_ADAPTER.validate_python({"type": name})
 
 
-def _row(shape: BackboneShape, config: ConnectorConfig, budget: int, num_frames: int, text_tokens: int | None) -> CostRow:
+def _row(
+    shape: BackboneShape, config: ConnectorConfig, budget: int, num_frames: int, text_tokens: int | None
+) -> CostRow:
     num_text = default_text_tokens(num_frames) if text_tokens is None else text_tokens
     compressed = cost(shape, config, budget, num_frames, num_text)
     uncompressed = cost(shape, IdentityConnectorConfig(), shape.num_patches, num_frames, num_text)

@@ -1,8 +1,8 @@
 """The paper's cost model (arXiv 2605.30126, Appendix C): FLOPs of one prefill, term by term, in whole numbers.
 
-One multiply-add counts as 2 FLOPs. As in the paper, normalisation, activation, softmax, biases, pooling, the patch embedding
-(`patch_embedding_flops`) and the rotary positions are left out, and attention is counted in full, not halved for the causal part.
-Search and evaluation take their cost axis from `cost`.
+One multiply-add counts as 2 FLOPs. As in the paper, normalisation, activation, softmax, biases, pooling, the patch
+embedding (`patch_embedding_flops`) and the rotary positions are left out, and attention is counted in full, not halved
+for the causal part. Search and evaluation take their cost axis from `cost`.
 
 Symbols: T frames, B visual tokens a frame, N_v patches, N_p anchors, N_q queries, N_t text tokens, N_tot = T B + N_t;
 D_v, M_v, L_v: width, MLP width and layers of the vision tower; D_l, M_l, L_l, H_q, H_kv, d_h, V: of the language model.
@@ -101,7 +101,11 @@ def default_text_tokens(num_frames: int) -> int:
 
 
 def cost(
-    shape: BackboneShape, connector: ConnectorConfig | None, num_visual_tokens: int, num_frames: int = 1, num_text_tokens: int | None = None
+    shape: BackboneShape,
+    connector: ConnectorConfig | None,
+    num_visual_tokens: int,
+    num_frames: int = 1,
+    num_text_tokens: int | None = None,
 ) -> CostBreakdown:
     """FLOPs by term and KV-cache bytes of one prefill.
 
@@ -131,8 +135,17 @@ def cost(
         connector_self_attention=num_frames * reduction.self_attention,
         connector_cross_attention=num_frames * reduction.cross_attention,
         connector_mlp=num_frames * reduction.mlp,
-        projection=2 * num_frames * num_visual_tokens * (width + (shape.projector_layers - 1) * shape.text_width) * shape.text_width,
-        decoder_projections=layers * 4 * num_tokens * shape.text_width * shape.head_dim * (shape.num_heads + shape.num_kv_heads),
+        projection=2
+        * num_frames
+        * num_visual_tokens
+        * (width + (shape.projector_layers - 1) * shape.text_width)
+        * shape.text_width,
+        decoder_projections=layers
+        * 4
+        * num_tokens
+        * shape.text_width
+        * shape.head_dim
+        * (shape.num_heads + shape.num_kv_heads),
         decoder_attention=layers * 4 * num_tokens**2 * shape.num_heads * shape.head_dim,
         decoder_mlp=layers * 6 * num_tokens * shape.text_width * shape.text_mlp_width,
         output_head=2 * text_tokens * shape.text_width * shape.vocab_size,
@@ -150,8 +163,14 @@ def decoding_flops(shape: BackboneShape, num_prompt_tokens: int, num_new_tokens:
     """
     steps = max(0, num_new_tokens - 1)
     attended = steps * num_prompt_tokens + steps * (steps + 1) // 2
-    step = shape.text_layers * (4 * shape.text_width * shape.head_dim * (shape.num_heads + shape.num_kv_heads) + 6 * shape.text_width * shape.text_mlp_width)
-    return steps * (step + 2 * shape.text_width * shape.vocab_size) + attended * shape.text_layers * 4 * shape.num_heads * shape.head_dim
+    step = shape.text_layers * (
+        4 * shape.text_width * shape.head_dim * (shape.num_heads + shape.num_kv_heads)
+        + 6 * shape.text_width * shape.text_mlp_width
+    )
+    return (
+        steps * (step + 2 * shape.text_width * shape.vocab_size)
+        + attended * shape.text_layers * 4 * shape.num_heads * shape.head_dim
+    )
 
 
 def patch_embedding_flops(shape: BackboneShape, num_frames: int = 1) -> int:
@@ -161,12 +180,16 @@ def patch_embedding_flops(shape: BackboneShape, num_frames: int = 1) -> int:
 
 def _check(load: Workload, shape: BackboneShape) -> None:
     if load.num_frames < 0:
-        raise UserError(f"{load.num_frames} frames cannot be read; give 1 for an image, the number of frames of a video, or 0 for a prompt without images.")
+        raise UserError(
+            f"{load.num_frames} frames cannot be read; give 1 for an image, the number of frames of a video, or 0 for a"
+            " prompt without images."
+        )
     if load.num_text_tokens < 0:
         raise UserError(f"{load.num_text_tokens} text tokens is below 0; give 0 or more.")
     if not 1 <= load.num_visual_tokens <= shape.num_patches:
         raise UserError(
-            f"{load.num_visual_tokens} visual tokens per image is outside 1 to {shape.num_patches}, the patches of {shape.name} at {shape.image_size} px."
+            f"{load.num_visual_tokens} visual tokens per image is outside 1 to {shape.num_patches}, the patches of"
+            f" {shape.name} at {shape.image_size} px."
         )
 
 

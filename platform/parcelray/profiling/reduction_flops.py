@@ -1,11 +1,12 @@
 """FLOPs of a prefill with a training-free reduction: the paper's cost model (arXiv 2605.30126, Appendix C) with other counts in other layers.
 
-All tokens pass the projector where the reducer looks at projected ones or averages them; where it chooses or merges before the projector,
-or by place alone, only the budget does.
+All tokens pass the projector where the reducer looks at projected ones or averages them; where it chooses or merges
+before the projector, or by place alone, only the budget does.
 
-Counted besides: the similarity product 2 N^2 D of the reducers that compare all tokens with each other, PruneSID's principal components (2 N^2 D
-for their matrix, 9 N^3 for its eigenvectors: Golub and Van Loan's symmetric QR), and the merging run of ToMe instead of the plain one. Sorting,
-seeding and averaging are left out, as normalisation and softmax are there.
+Counted besides: the similarity product 2 N^2 D of the reducers that compare all tokens with each other, PruneSID's
+principal components (2 N^2 D for their matrix, 9 N^3 for its eigenvectors: Golub and Van Loan's symmetric QR), and the
+merging run of ToMe instead of the plain one. Sorting, seeding and averaging are left out, as normalisation and softmax
+are there.
 """
 
 from dataclasses import replace
@@ -39,11 +40,21 @@ _PROJECTED = (ClusterAggregateConfig, DivPruneConfig, RestoreConfig, MMTokConfig
 """Compare projected tokens with each other."""
 _ENCODED = (ScopeConfig, VisPrunerConfig, PruneSIDConfig)
 """Compare patch features with each other."""
-_BEFORE_THE_PROJECTOR = (RandomSamplingConfig, SpatialSamplingConfig, VisionZipConfig, PruMergeConfig, ScopeConfig, VisPrunerConfig, PruneSIDConfig)
+_BEFORE_THE_PROJECTOR = (
+    RandomSamplingConfig,
+    SpatialSamplingConfig,
+    VisionZipConfig,
+    PruMergeConfig,
+    ScopeConfig,
+    VisPrunerConfig,
+    PruneSIDConfig,
+)
 """Choose or merge without a look at projected tokens."""
 
 
-def reduced_prefill_flops(shape: BackboneShape, reducer: ReducerConfig | None, budget: int, num_text_tokens: int) -> int:
+def reduced_prefill_flops(
+    shape: BackboneShape, reducer: ReducerConfig | None, budget: int, num_text_tokens: int
+) -> int:
     """FLOPs of one prefill of one image.
 
     Args:
@@ -61,7 +72,10 @@ def reduced_prefill_flops(shape: BackboneShape, reducer: ReducerConfig | None, b
         stages = built.stages(shape.text_layers, shape.num_patches, budget)
         edges = [0, *(stage.layer for stage in stages), shape.text_layers]
         counts = [shape.num_patches, *(stage.num_tokens for stage in stages)]
-        decoder = sum((end - start) * _layer(shape, count, num_text_tokens) for start, end, count in zip(edges, edges[1:], counts, strict=False))
+        decoder = sum(
+            (end - start) * _layer(shape, count, num_text_tokens)
+            for start, end, count in zip(edges, edges[1:], counts, strict=False)
+        )
         return full.total - full.decoder + decoder
     short = cost(shape, None, budget, num_text_tokens=num_text_tokens)
     total = short.total

@@ -10,7 +10,9 @@ from parcelray.datasets.sample import Sample
 _PERCENTILE = 95
 
 
-def answer_p95_ms(answer: Callable[[Sample, int], object], samples: Sequence[Sample], budgets: Sequence[int]) -> dict[int, float]:
+def answer_p95_ms(
+    answer: Callable[[Sample, int], object], samples: Sequence[Sample], budgets: Sequence[int]
+) -> dict[int, float]:
     """95th percentile of the time that an answer takes, milliseconds, by budget.
 
     Budgets take turns on each question, so that what else the machine does meets all of them alike.

@@ -43,7 +43,10 @@ def check_retention(summary: Summary, gate: RetentionGate) -> Iterator[Check]:
     families = summary.families
     for family, by_budget in gate.families.items():
         if family not in families:
-            raise UserError(f"gates.retention.families names {family!r}, but the families that were asked are {', '.join(families)}; name one of them.")
+            raise UserError(
+                f"gates.retention.families names {family!r}, but the families that were asked are"
+                f" {', '.join(families)}; name one of them."
+            )
         for budget, least in by_budget.items():
             yield _retention(summary, family, families[family], budget, least)
 
@@ -66,7 +69,14 @@ def check_regression(candidate: Summary, champion: Summary, gate: RegressionGate
             if ours and base:
                 comparable.append(split.name)
             elif base:
-                yield Check("regression", f"the score on {split.name} at {budget} visual tokens", "nothing that could be scored", "a score", False, budget)
+                yield Check(
+                    "regression",
+                    f"the score on {split.name} at {budget} visual tokens",
+                    "nothing that could be scored",
+                    "a score",
+                    False,
+                    budget,
+                )
         for group, names, margin in groups:
             # Both over the same splits: a mean that leaves a hard one out is no better for it.
             both = [name for name in comparable if names is None or name in names]
@@ -87,11 +97,14 @@ def check_golden(splits: Sequence[SplitScores], golden: Sequence[GoldenAnswer]) 
     Raises:
         UserError: a sample was not asked.
     """
-    places = {(split.benchmark, sample.id): (split, place) for split in splits for place, sample in enumerate(split.samples)}
+    places = {
+        (split.benchmark, sample.id): (split, place) for split in splits for place, sample in enumerate(split.samples)
+    }
     for each in golden:
         if (each.benchmark, each.sample) not in places:
             raise UserError(
-                f"The golden sample {each.sample!r} is not among those asked of {each.benchmark}; name one that `samples.parquet` of the gate holds."
+                f"The golden sample {each.sample!r} is not among those asked of {each.benchmark}; name one that"
+                " `samples.parquet` of the gate holds."
             )
         split, place = places[each.benchmark, each.sample]
         legal = each.answers or split.samples[place].answers
@@ -117,7 +130,10 @@ def accepted_budgets(checks: Sequence[Check], budgets: Sequence[int]) -> list[in
     """
     if not all(check.passed for check in checks if check.gate == "card"):
         return []
-    about = {budget: [check.passed for check in checks if check.budget == budget and check.gate != "latency"] for budget in budgets}
+    about = {
+        budget: [check.passed for check in checks if check.budget == budget and check.gate != "latency"]
+        for budget in budgets
+    }
     return sorted(budget for budget, passed in about.items() if passed and all(passed))
 
 
@@ -135,6 +151,11 @@ def _retention(summary: Summary, group: str, names: Sequence[str] | None, budget
 
 
 def _check_same_samples(candidate: Sequence[SplitScores], champion: Sequence[SplitScores]) -> None:
-    ours, theirs = ({split.name: [sample.id for sample in split.samples] for split in splits} for splits in (candidate, champion))
+    ours, theirs = (
+        {split.name: [sample.id for sample in split.samples] for split in splits} for splits in (candidate, champion)
+    )
     if ours != theirs:
-        raise UserError("Candidate and champion were asked different samples, so they cannot be paired; ask both again on the same data.")
+        raise UserError(
+            "Candidate and champion were asked different samples, so they cannot be paired; ask both again on the same"
+            " data."
+        )

@@ -57,7 +57,14 @@ def check_latency(job: PromoteJob, gate: LatencyGate, checkpoint: ResolvedCheckp
 
         def answer(sample: Sample, budget: int) -> None:
             images = [prompts.pixels(decode_image(image)) for image in sample.images]
-            answer_all(engine, [prompts.request("gate", sample.prompt, images, num_visual_tokens=budget, sampling=sampling, timeout_s=_TIMEOUT_S)])
+            answer_all(
+                engine,
+                [
+                    prompts.request(
+                        "gate", sample.prompt, images, num_visual_tokens=budget, sampling=sampling, timeout_s=_TIMEOUT_S
+                    )
+                ],
+            )
 
         try:
             measured = answer_p95_ms(answer, samples[: gate.questions], list(gate.at_most_ms))

@@ -21,7 +21,12 @@ class ModelList:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-serialisable."""
-        return {"models": [{"name": name, "versions": len(pages), "aliases": _aliases(pages)} for name, pages in self.models.items()]}
+        return {
+            "models": [
+                {"name": name, "versions": len(pages), "aliases": _aliases(pages)}
+                for name, pages in self.models.items()
+            ]
+        }
 
     def to_rich(self) -> "Table":
         """For the console."""
@@ -54,7 +59,12 @@ class ModelPage:
         if self.whole:
             (page,) = self.versions
             table = Table("property", "value", title=f"models:/{self.name}/{page.version}")
-            facts = {"aliases": ", ".join(page.aliases) or "-", "created": page.created, "MLflow run": page.run_id, **page.tags}
+            facts = {
+                "aliases": ", ".join(page.aliases) or "-",
+                "created": page.created,
+                "MLflow run": page.run_id,
+                **page.tags,
+            }
             for key, value in facts.items():
                 table.add_row(key, value)
             return table
@@ -82,7 +92,11 @@ def show_model(name: str, version: str | None, tracking_uri: str | None) -> Mode
         UserError: there is no such model or version.
     """
     uri = _store(tracking_uri)
-    return ModelPage(name, versions_of(uri, name) if version is None else [find_version(uri, name, version)], whole=version is not None)
+    return ModelPage(
+        name,
+        versions_of(uri, name) if version is None else [find_version(uri, name, version)],
+        whole=version is not None,
+    )
 
 
 def roll_back(name: str, tracking_uri: str | None) -> ModelPage:
@@ -93,7 +107,9 @@ def roll_back(name: str, tracking_uri: str | None) -> ModelPage:
     """
     uri = _store(tracking_uri)
     rollback(uri, name)
-    return ModelPage(name, [page for page in versions_of(uri, name) if {CHAMPION, PREVIOUS} & set(page.aliases)], whole=False)
+    return ModelPage(
+        name, [page for page in versions_of(uri, name) if {CHAMPION, PREVIOUS} & set(page.aliases)], whole=False
+    )
 
 
 def _store(tracking_uri: str | None) -> str:

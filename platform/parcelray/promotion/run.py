@@ -123,12 +123,14 @@ def run_promotion(job: PromoteJob, console: Console, *, force: bool = False, add
     Args:
         job: the promotion.
         console: for progress and the table.
-        force: promote whatever the gates say of the answers; that is recorded with who did it. Files that are not what was registered are never promoted.
+        force: promote whatever the gates say of the answers; that is recorded with who did it. Files that are not what
+            was registered are never promoted.
         address: Ray cluster; None: RAY_ADDRESS, else a local instance. Unused with `compute.actors: 0`.
 
     Raises:
         GateRefusal: the candidate fell short.
-        UserError: there is no such candidate, the job cannot run as it is written, or another champion was made while the gates ran.
+        UserError: there is no such candidate, the job cannot run as it is written, or another champion was made while
+            the gates ran.
     """
     assert job.tracking.uri is not None
     uri = ensure_store(job.tracking.uri)
@@ -142,9 +144,15 @@ def run_promotion(job: PromoteJob, console: Console, *, force: bool = False, add
     with tracked_run(uri, job.tracking.experiment, name, params=params, tags=tags) as run_id:
         version = _candidate(job, uri, run_id)
         champion = _champion(uri, job.model)
-        console.print(f"Candidate models:/{job.model}/{version}, champion {f'version {champion}' if champion is not None else 'none yet'}", highlight=False)
+        console.print(
+            f"Candidate models:/{job.model}/{version}, champion"
+            f" {f'version {champion}' if champion is not None else 'none yet'}",
+            highlight=False,
+        )
         checks = tuple(_checks(job, uri, version, champion, console, address, run_id))
-        verdict = Verdict(job.model, version, champion, checks, tuple(accepted_budgets(checks, job.budgets)), force, user, run_id)
+        verdict = Verdict(
+            job.model, version, champion, checks, tuple(accepted_budgets(checks, job.budgets)), force, user, run_id
+        )
         _record(job, name, uri, verdict)
         if verdict.word != "failed":
             promote(uri, job.model, version, expected=champion)
@@ -172,7 +180,11 @@ def promotion_plan(job: PromoteJob) -> EvaluationPlan:
 def _pinned(job: PromoteJob, uri: str) -> PromoteJob:
     """The job with its candidate pinned: an alias that moved is another promotion."""
     folder = Path(job.candidate)
-    pinned = resolve_checkpoint(folder).pinned if folder.is_dir() else str(find_version(uri, job.model, job.candidate).version)
+    pinned = (
+        resolve_checkpoint(folder).pinned
+        if folder.is_dir()
+        else str(find_version(uri, job.model, job.candidate).version)
+    )
     return job.model_copy(update={"candidate": pinned})
 
 
@@ -182,7 +194,14 @@ def _candidate(job: PromoteJob, uri: str, run_id: str) -> int:
     if folder.is_dir():
         version = version_of_content(uri, job.model, resolve_checkpoint(folder).pinned)
         if version is None:
-            version = register_model(uri, folder, job.model, training_run(uri, folder) or run_id, pyfunc_file=PYFUNC_FILE, example_budget=job.budgets[0])
+            version = register_model(
+                uri,
+                folder,
+                job.model,
+                training_run(uri, folder) or run_id,
+                pyfunc_file=PYFUNC_FILE,
+                example_budget=job.budgets[0],
+            )
         promote(uri, job.model, version, alias=CHALLENGER)
         return version
     return find_version(uri, job.model, job.candidate).version
@@ -194,15 +213,29 @@ def _champion(uri: str, name: str) -> int | None:
     return next((page.version for page in versions_of(uri, name) if CHAMPION in page.aliases), None)
 
 
-def _checks(job: PromoteJob, uri: str, version: int, champion: int | None, console: Console, address: str | None, run_id: str) -> Iterator[Check]:
+def _checks(
+    job: PromoteJob, uri: str, version: int, champion: int | None, console: Console, address: str | None, run_id: str
+) -> Iterator[Check]:
     gates = job.gates
     problems = card_problems(uri, job.model, version)
-    yield Check("card", "signature, manifest and files", "; ".join(problems) or "in order", "what was registered, as safetensors", not problems)
+    yield Check(
+        "card",
+        "signature, manifest and files",
+        "; ".join(problems) or "in order",
+        "what was registered, as safetensors",
+        not problems,
+    )
     if problems:
         # Nothing of a version whose files are not what they should be is loaded.
         return
     ours = f"models:/{job.model}/{version}"
-    own = run_evaluation(job.evaluation(f"gate-{job.name}-v{version}", ours), console, address=address, parent_run_id=run_id, tables=False).summary
+    own = run_evaluation(
+        job.evaluation(f"gate-{job.name}-v{version}", ours),
+        console,
+        address=address,
+        parent_run_id=run_id,
+        tables=False,
+    ).summary
     if gates.retention is not None:
         yield from check_retention(own, gates.retention)
     if gates.regression is not None:
@@ -225,7 +258,9 @@ def _record(job: PromoteJob, name: str, uri: str, verdict: Verdict) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     # The same promotion against another champion is the same run: each verdict has a file of its own.
     numbers = itertools.count(1)
-    path = next(path for number in numbers if not (path := folder / f"verdict-v{verdict.version}-{number}.json").exists())
+    path = next(
+        path for number in numbers if not (path := folder / f"verdict-v{verdict.version}-{number}.json").exists()
+    )
     path.write_text(json.dumps(verdict.to_dict(), indent=2) + "\n", encoding="utf-8")
     tracker = MlflowRunLogger(uri, verdict.mlflow_run_id)
     tracker.set_tags({"parcel.gate": verdict.word, "parcel.model": f"models:/{verdict.model}/{verdict.version}"})

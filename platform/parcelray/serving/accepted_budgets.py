@@ -28,8 +28,10 @@ def gate_warnings(job: ServeJob, checkpoint: ResolvedCheckpoint) -> tuple[str, .
     given = open_budgets(job.budgets)
     if accepted is None:
         return (
-            f"{checkpoint.pinned} was never put to gates, so nothing says that {_listed(given)} visual tokens are enough for its answers; "
-            f"`parcelray models promote JOB --set candidate={found['version']}` asks it.",
+            (
+                f"{checkpoint.pinned} was never put to gates, so nothing says that {_listed(given)} visual tokens are"
+                f" enough for its answers; `parcelray models promote JOB --set candidate={found['version']}` asks it."
+            ),
         )
     legal = f"accepted are {_listed(accepted)}" if accepted else "no budget is accepted"
     if isinstance(job.budgets.policy, LoadPolicyConfig | InputPolicyConfig) and given[0] not in accepted:
@@ -39,14 +41,19 @@ def gate_warnings(job: ServeJob, checkpoint: ResolvedCheckpoint) -> tuple[str, .
             else "offer one"
         )
         raise UserError(
-            f"The {job.budgets.policy.type} policy may go down to {given[0]} visual tokens, which the gates of {checkpoint.pinned} did not accept "
-            f"({legal}); {remedy}, "
-            f"or put the version to a gate that asks for {given[0]}."
+            f"The {job.budgets.policy.type} policy may go down to {given[0]} visual tokens, which the gates of"
+            f" {checkpoint.pinned} did not accept ({legal}); {remedy}, or put the version to a gate that asks for"
+            f" {given[0]}."
         )
     missing = [budget for budget in given if budget not in accepted]
     if not missing:
         return ()
-    return (f"Requests that leave the choice open may get {_listed(missing)} visual tokens, which the gates of {checkpoint.pinned} did not accept ({legal}).",)
+    return (
+        (
+            f"Requests that leave the choice open may get {_listed(missing)} visual tokens, which the gates of"
+            f" {checkpoint.pinned} did not accept ({legal})."
+        ),
+    )
 
 
 def open_budgets(budgets: ServedBudgets) -> list[int]:

@@ -21,7 +21,10 @@ from parcelray.serving.replica.replica_settings import ReplicaSettings
 
 INGRESS_DEPLOYMENT = "Ingress"
 LOGGING = {"encoding": "JSON", "enable_access_log": False}
-"""One line of JSON a record. The endpoint's own record of a request says more than Serve's, which would add one in each of its three processes."""
+"""One line of JSON a record.
+
+The endpoint's own record of a request says more than Serve's, which would add one in each of its three processes.
+"""
 PROXY_TIMEOUT_S = 300.0
 """Time for Serve's proxy to become ready on a busy machine, seconds."""
 _PATIENCE = {"RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": f"{PROXY_TIMEOUT_S / 3:.0f}"}
@@ -80,8 +83,8 @@ def ingress_app(args: dict[str, Any]) -> Application:
         name=INGRESS_DEPLOYMENT,
         # One: what it counts (metrics, rates of keys, load, how a challenger does) is the whole endpoint's.
         num_replicas=1,
-        # Twice what it admits: the refused must reach it to be told when to come back. What is beyond that, Serve's proxy refuses. Bodies
-        # that are still on their way take no place here: the proxy waits for them.
+        # Twice what it admits: the refused must reach it to be told when to come back. What is beyond that, Serve's
+        # proxy refuses. Bodies that are still on their way take no place here: the proxy waits for them.
         max_ongoing_requests=2 * in_flight + 64,
         max_queued_requests=4 * in_flight,
         backpressure_config={"status_code": 429, "retry_after_s": 1},
@@ -113,16 +116,25 @@ def replica_settings(job: ServeJob, model: ServedModelConfig, checkpoint: Resolv
 def _input_policy(job: ServeJob) -> InputPolicyConfig | None:
     policy = job.budgets.policy
     # Replicas have another working directory.
-    return policy.model_copy(update={"predictor": str(Path(policy.predictor).resolve())}) if isinstance(policy, InputPolicyConfig) else None
+    return (
+        policy.model_copy(update={"predictor": str(Path(policy.predictor).resolve())})
+        if isinstance(policy, InputPolicyConfig)
+        else None
+    )
 
 
 def route_settings(settings: ReplicaSettings) -> RouteSettings:
-    """How the ingress reaches that model. The application's name is its content's, so that another version is another application."""
+    """How the ingress reaches that model.
+
+    The application's name is its content's, so that another version is another application.
+    """
     name = "model-" + hashlib.sha256(settings.model_dump_json().encode()).hexdigest()[:8]
     return RouteSettings(app=name, version=settings.version, path=settings.path, connector=settings.connector)
 
 
-def serve_config(job: ServeJob, champion: ReplicaSettings, challenger: ReplicaSettings | None = None, keys: str | None = None) -> dict[str, Any]:
+def serve_config(
+    job: ServeJob, champion: ReplicaSettings, challenger: ReplicaSettings | None = None, keys: str | None = None
+) -> dict[str, Any]:
     """The whole endpoint in the form of `serve deploy`.
 
     Args:
@@ -132,7 +144,11 @@ def serve_config(job: ServeJob, champion: ReplicaSettings, challenger: ReplicaSe
         keys: hash of the keys file, so that another file is read again.
     """
     models = [settings for settings in (champion, challenger) if settings is not None]
-    routes = IngressRoutes(champion=route_settings(champion), challenger=route_settings(challenger) if challenger is not None else None, keys=keys)
+    routes = IngressRoutes(
+        champion=route_settings(champion),
+        challenger=route_settings(challenger) if challenger is not None else None,
+        keys=keys,
+    )
     applications = [*(_model(job, each) for each in models), _ingress(job, routes)]
     return {**start_options(job), "applications": applications}
 
@@ -140,7 +156,11 @@ def serve_config(job: ServeJob, champion: ReplicaSettings, challenger: ReplicaSe
 def start_options(job: ServeJob) -> dict[str, Any]:
     """How Serve itself starts: where it listens, what stands before its proxy, what it logs and traces."""
     traces = job.traces
-    tracing = {"enabled": True, "exporter_import_path": traces.exporter, "sampling_ratio": traces.sampling_ratio} if traces is not None else None
+    tracing = (
+        {"enabled": True, "exporter_import_path": traces.exporter, "sampling_ratio": traces.sampling_ratio}
+        if traces is not None
+        else None
+    )
     return {
         "proxy_location": "HeadOnly",
         "http_options": {"host": job.http.host, "port": job.http.port, "keep_alive_timeout_s": 30},
@@ -152,7 +172,12 @@ def start_options(job: ServeJob) -> dict[str, Any]:
 
 def _model(job: ServeJob, settings: ReplicaSettings) -> dict[str, Any]:
     args = ModelAppArgs(settings=settings, replicas=job.replicas, longest_request_s=job.limits.timeout_s)
-    return {"name": route_settings(settings).app, "route_prefix": None, "import_path": f"{__name__}:model_app", "args": args.model_dump(mode="json")}
+    return {
+        "name": route_settings(settings).app,
+        "route_prefix": None,
+        "import_path": f"{__name__}:model_app",
+        "args": args.model_dump(mode="json"),
+    }
 
 
 def _ingress(job: ServeJob, routes: IngressRoutes) -> dict[str, Any]:

@@ -52,7 +52,9 @@ class ServingPlan:
             "endpoint": f"{self.url}/v1, {'with' if self.keys else 'without'} API keys",
             "KV cache": f"{self.kv_bytes / 1024**2:,.1f} MiB a replica",
             **{
-                f"{budget} visual tokens": f"{flops / 1e9:,.2f} GFLOP of prefill, {self.requests_in_kv[budget]:,} requests at the same time"
+                f"{budget} visual tokens": (
+                    f"{flops / 1e9:,.2f} GFLOP of prefill, {self.requests_in_kv[budget]:,} requests at the same time"
+                )
                 for budget, flops in self.flops.items()
             },
         }
@@ -67,12 +69,18 @@ def serve_job(target: str, overrides: list[str], *, host: str | None = None, por
     Raises:
         UserError: the file is no job of this kind, or the reference stands for nothing.
     """
-    changes = [*overrides, *([f"http.host={host}"] if host is not None else []), *([f"http.port={port}"] if port is not None else [])]
+    changes = [
+        *overrides,
+        *([f"http.host={host}"] if host is not None else []),
+        *([f"http.port={port}"] if port is not None else []),
+    ]
     if target.endswith((".yaml", ".yml")):
         return load_job_of(ServeJob, target, changes)
     bare = validate(ServeJob, {"kind": "serve", "name": _name(target), "model": {"reference": target}}, target)
     connector = connector_of(resolve(bare, bare.model).path)
-    data = bare.model_dump(mode="json", exclude_unset=True) | {"budgets": {"offered": _offered(connector.supported_budgets)}}
+    data = bare.model_dump(mode="json", exclude_unset=True) | {
+        "budgets": {"offered": _offered(connector.supported_budgets)}
+    }
     for change in changes:
         apply_override(data, change)
     return validate(ServeJob, data, target)
@@ -97,7 +105,10 @@ def serving_plan(job: ServeJob) -> ServingPlan:
         keys=job.http.keys_file is not None,
         kv_bytes=kv_cache_bytes(shape, job.engine.kv_tokens, bytes_per_value),
         flops={budget: each.total for budget, each in costs.items()},
-        requests_in_kv={budget: min(job.engine.max_running, job.engine.kv_tokens // (budget + 32 + job.limits.default_max_tokens)) for budget in costs},
+        requests_in_kv={
+            budget: min(job.engine.max_running, job.engine.kv_tokens // (budget + 32 + job.limits.default_max_tokens))
+            for budget in costs
+        },
         warnings=pinned.warnings,
         config=job.model_dump(mode="json"),
     )

@@ -56,7 +56,11 @@ class PinnedEndpoint:
         """For Serve."""
         champion = replica_settings(self.job, self.job.model, self.champion)
         canary = self.job.canary
-        challenger = replica_settings(self.job, canary.model, self.challenger) if canary is not None and self.challenger is not None else None
+        challenger = (
+            replica_settings(self.job, canary.model, self.challenger)
+            if canary is not None and self.challenger is not None
+            else None
+        )
         return serve_config(self.job, champion, challenger, self.keys)
 
     def to_yaml(self) -> str:
@@ -67,7 +71,10 @@ class PinnedEndpoint:
         lines = [
             f"{self.job.name}: {self.champion.pinned}. Deploy it with `serve deploy FILE`.",
             *(f"Every node needs {each}." for each in needed),
-            "http_options, controller_options and logging_config count only where this is the first that starts Serve on the cluster.",
+            (
+                "http_options, controller_options and logging_config count only where this is the first that starts"
+                " Serve on the cluster."
+            ),
         ]
         return "".join(f"# {line}\n" for line in lines) + yaml.safe_dump(self.config(), sort_keys=False)
 
@@ -76,8 +83,8 @@ def pin(job: ServeJob) -> PinnedEndpoint:
     """Resolves the models of a job and checks what can be checked before anything starts.
 
     Raises:
-        UserError: a model is not to be had, cannot give an offered budget, its gates did not accept the load policy's floor, or the keys or the
-            budget predictor cannot be read.
+        UserError: a model is not to be had, cannot give an offered budget, its gates did not accept the load policy's
+            floor, or the keys or the budget predictor cannot be read.
     """
     keys = None
     if job.http.keys_file is not None:
@@ -88,7 +95,9 @@ def pin(job: ServeJob) -> PinnedEndpoint:
         job = job.model_copy(update={"http": job.http.model_copy(update={"keys_file": str(file)})})
     if job.samples is not None and job.tracking.uri is not None:
         # The schema is made here, once; the ingress writes.
-        job = job.model_copy(update={"tracking": job.tracking.model_copy(update={"uri": ensure_store(job.tracking.uri)})})
+        job = job.model_copy(
+            update={"tracking": job.tracking.model_copy(update={"uri": ensure_store(job.tracking.uri)})}
+        )
     if isinstance(job.budgets.policy, InputPolicyConfig):
         load_predictor(job.budgets.policy, job.budgets.offered)
     champion = resolve(job, job.model)
@@ -97,9 +106,14 @@ def pin(job: ServeJob) -> PinnedEndpoint:
     if job.canary is not None and challenger is not None:
         _check_budgets(job, job.canary.model, challenger)
     models = [champion] if challenger is None else [champion, challenger]
-    pinned = PinnedEndpoint(job, champion, challenger, keys, tuple(warning for model in models for warning in gate_warnings(job, model)))
+    pinned = PinnedEndpoint(
+        job, champion, challenger, keys, tuple(warning for model in models for warning in gate_warnings(job, model))
+    )
     if len({app["name"] for app in pinned.config()["applications"]}) < len(pinned.config()["applications"]):
-        raise UserError(f"Champion and challenger are both {champion.pinned}, so there is nothing to compare; name another version in canary.model.reference.")
+        raise UserError(
+            f"Champion and challenger are both {champion.pinned}, so there is nothing to compare; name another version"
+            " in canary.model.reference."
+        )
     return pinned
 
 
@@ -118,7 +132,8 @@ def endpoint(pinned: PinnedEndpoint, *, address: str | None = None) -> Iterator[
         _check_port(job.http)
     with ray_session(address, num_cpus=max(4, cpus)) as session, ExitStack() as cleanup:
         if session.owned:
-            # Serve knows a session by its job's number, and the first job of every new Ray has the same: the next one would find this Serve.
+            # Serve knows a session by its job's number, and the first job of every new Ray has the same: the next one
+            # would find this Serve.
             cleanup.callback(_disconnect)
         if job.samples is not None and job.tracking.uri is not None:
             check_tracking_uri(job.tracking.uri, num_nodes())
@@ -140,11 +155,13 @@ def _start(job: ServeJob) -> None:
         # Serve waits for its proxy for one minute; the proxy of a busy machine takes longer and is not ended meanwhile.
         if not _proxy_becomes_ready():
             raise SystemFailure(
-                f"Serve's proxy was not ready after {PROXY_TIMEOUT_S:.0f} s. Read Serve's logs below {temporary_folder()} for the "
-                "reason, or start the endpoint again when the machine is less busy."
+                f"Serve's proxy was not ready after {PROXY_TIMEOUT_S:.0f} s. Read Serve's logs below"
+                f" {temporary_folder()} for the reason, or start the endpoint again when the machine is less busy."
             ) from error
     except RayActorError as error:
-        raise SystemFailure(f"The process of Serve's proxy ended at its start. Serve's logs below {temporary_folder()} hold the reason.") from error
+        raise SystemFailure(
+            f"The process of Serve's proxy ended at its start. Serve's logs below {temporary_folder()} hold the reason."
+        ) from error
 
 
 def _proxy_becomes_ready() -> bool:
@@ -171,10 +188,14 @@ def _proxy_will_start_here(address: str | None) -> bool:
 def _check_port(http: HttpConfig) -> None:
     """Serve's proxy would try again and again."""
     try:
-        with socket.create_server((http.host, http.port), family=socket.AF_INET6 if ":" in http.host else socket.AF_INET):
+        with socket.create_server(
+            (http.host, http.port), family=socket.AF_INET6 if ":" in http.host else socket.AF_INET
+        ):
             pass
     except OSError as error:
-        raise UserError(f"Port {http.port} of {http.host} cannot be listened on ({error.strerror}); choose another one with --port.") from None
+        raise UserError(
+            f"Port {http.port} of {http.host} cannot be listened on ({error.strerror}); choose another one with --port."
+        ) from None
 
 
 def _check_running(http: HttpConfig) -> None:
@@ -185,8 +206,9 @@ def _check_running(http: HttpConfig) -> None:
     running = client.http_config
     if (running.host, running.port) != (http.host, http.port):
         raise UserError(
-            f"Serve runs on this cluster already and listens on {running.host}:{running.port}, not on {http.host}:{http.port}; set http.host and "
-            "http.port so (another host than the loopback's needs keys), or end it first with `serve shutdown`."
+            f"Serve runs on this cluster already and listens on {running.host}:{running.port}, not on"
+            f" {http.host}:{http.port}; set http.host and http.port so (another host than the loopback's needs keys),"
+            " or end it first with `serve shutdown`."
         )
 
 
@@ -222,10 +244,16 @@ def deploy(pinned: PinnedEndpoint) -> None:
 
 
 def run_endpoint(pinned: PinnedEndpoint, console: Console, *, address: str | None = None) -> None:
-    """Serves until SIGINT or SIGTERM. SIGHUP resolves the job's references again and rolls over to what they stand for now."""
+    """Serves until SIGINT or SIGTERM.
+
+    SIGHUP resolves the job's references again and rolls over to what they stand for now.
+    """
     stop, again = threading.Event(), threading.Event()
     _warn(pinned, console)
-    console.print(f"Starting {pinned.champion.pinned} at {', '.join(map(str, sorted(pinned.job.budgets.offered)))} visual tokens", highlight=False)
+    console.print(
+        f"Starting {pinned.champion.pinned} at {', '.join(map(str, sorted(pinned.job.budgets.offered)))} visual tokens",
+        highlight=False,
+    )
     with endpoint(pinned, address=address) as url:
         # Only now: Ray puts its own handlers in when it starts.
         for number, event in ((signal.SIGINT, stop), (signal.SIGTERM, stop), (signal.SIGHUP, again)):
@@ -290,7 +318,10 @@ def _apply(config: dict[str, Any], applications: list[dict[str, Any]], awaited: 
             raise SystemFailure(f"Serve cannot start {failed[0]}: {_reason(found[failed[0]])}")
         if len(states) == len(awaited) and set(states.values()) <= {"RUNNING"} and set(found) <= names:
             return
-    raise SystemFailure(f"Serve did not bring the endpoint up within {_DEPLOY_TIMEOUT_S:.0f} s; its logs are below {temporary_folder()}.")
+    raise SystemFailure(
+        f"Serve did not bring the endpoint up within {_DEPLOY_TIMEOUT_S:.0f} s; its logs are below"
+        f" {temporary_folder()}."
+    )
 
 
 def _reason(application: Any) -> str:
@@ -327,4 +358,7 @@ def _with_environment(config: dict[str, Any]) -> dict[str, Any]:
     """Serve builds the applications in tasks of its own, which find this package as the workers do."""
     if (path := import_path()) is None:
         return config
-    return {**config, "applications": [{**app, "runtime_env": {"env_vars": {"PYTHONPATH": path}}} for app in config["applications"]]}
+    return {
+        **config,
+        "applications": [{**app, "runtime_env": {"env_vars": {"PYTHONPATH": path}}} for app in config["applications"]],
+    }

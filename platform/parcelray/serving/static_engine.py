@@ -1,7 +1,7 @@
 """The plain engine: transformers' `generate` over one batch of requests with equal budgets after the other.
 
-A batch ends with its longest answer, and nobody joins it before, not even a health check: a job with this engine keeps `limits.max_tokens` small.
-A model whose decoder the pooled one cannot run is served with it.
+A batch ends with its longest answer, and nobody joins it before, not even a health check: a job with this engine keeps
+`limits.max_tokens` small. A model whose decoder the pooled one cannot run is served with it.
 
 Shapes: B requests of the batch, S tokens of the longest prompt, V vocabulary.
 """
@@ -22,7 +22,15 @@ from parcelray.models.backbones import ElasticVLM
 from parcelray.models.backbones.processor_base import ElasticProcessor
 from parcelray.serving.engine.budget_chooser import BudgetChooser
 from parcelray.serving.engine.continuous_engine import EngineLimits
-from parcelray.serving.engine.engine import EngineRefusal, EngineStats, GenerateRequest, ImagePixels, Inspection, Listener, check_request
+from parcelray.serving.engine.engine import (
+    EngineRefusal,
+    EngineStats,
+    GenerateRequest,
+    ImagePixels,
+    Inspection,
+    Listener,
+    check_request,
+)
 from parcelray.serving.engine.job import AnswerWriter, Job, end_ids
 from parcelray.serving.engine.sampling import choose
 from parcelray.serving.engine.vision import VisionStage
@@ -57,7 +65,9 @@ class StaticEngine:
         self._name = name
         self._chooser = chooser
         self._writer = AnswerWriter(processor.tokenizer, end_ids(model, processor))
-        self._vision = VisionStage(model, processor, cache_bytes=limits.feature_cache_bytes, batch_size=limits.vision_batch)
+        self._vision = VisionStage(
+            model, processor, cache_bytes=limits.feature_cache_bytes, batch_size=limits.vision_batch
+        )
         self.supported_budgets = tuple(model.supported_budgets)
         self.max_request_tokens = min(int(model.config.text_config.max_position_embeddings), limits.kv_tokens)
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
@@ -78,13 +88,21 @@ class StaticEngine:
             if self._closing:
                 raise EngineRefusal("shutting_down", _CLOSING)
             if self._in_flight >= self._limits.max_running + self._limits.max_waiting and not request.urgent:
-                raise EngineRefusal("queue_full", f"{self._in_flight} requests are in flight already; send the request again later.")
+                raise EngineRefusal(
+                    "queue_full", f"{self._in_flight} requests are in flight already; send the request again later."
+                )
             self._in_flight += 1
             self._commands.put(lambda: self._waiting.appendleft(job) if request.urgent else self._waiting.append(job))
 
     def cancel(self, request_id: str) -> None:
         """See `Engine`."""
-        self._commands.put(lambda: self._fail([job for job in self._all() if job.request.request_id == request_id], "cancelled", "The request was cancelled."))
+        self._commands.put(
+            lambda: self._fail(
+                [job for job in self._all() if job.request.request_id == request_id],
+                "cancelled",
+                "The request was cancelled.",
+            )
+        )
 
     def inspect(self, image: ImagePixels, num_visual_tokens: int) -> Future[Inspection]:
         """See `Engine`."""
@@ -107,7 +125,10 @@ class StaticEngine:
         return found
 
     def stats(self) -> EngineStats:
-        """See `Engine`. Without a pool, the cache of a batch is what its longest request makes of it: no memory is reserved."""
+        """See `Engine`.
+
+        Without a pool, the cache of a batch is what its longest request makes of it: no memory is reserved.
+        """
         cache, running = self._vision.cache, len(self._batch)
         return EngineStats(
             engine=self._name,
@@ -140,7 +161,11 @@ class StaticEngine:
                         self._answer(self._batch)
                 except Exception:  # the loop must outlive a failed batch, whatever failed in it
                     logger.exception("a batch of %d requests failed", len(self._batch))
-                    self._fail(self._batch, "engine_error", "The engine failed on this batch of requests; send the request again.")
+                    self._fail(
+                        self._batch,
+                        "engine_error",
+                        "The engine failed on this batch of requests; send the request again.",
+                    )
                 self._batch = []
 
     def _take_commands(self, *, wait: bool) -> None:
@@ -169,7 +194,9 @@ class StaticEngine:
     def _choose_budget(self, job: Job) -> None:
         assert self._chooser is not None, "checked at its arrival"
         try:
-            job.request = self._chooser.settled(job.request, self._vision.encode(job.request.images).features, self.max_request_tokens)
+            job.request = self._chooser.settled(
+                job.request, self._vision.encode(job.request.images).features, self.max_request_tokens
+            )
         except Exception:  # as in `_loop`
             logger.exception("no budget could be chosen")
             self._fail([job], "engine_error", "The engine could not choose a budget for this request; name one.")
@@ -189,13 +216,21 @@ class StaticEngine:
             self._steps += 1
             self._take_commands(wait=False)
             now = time.perf_counter()
-            self._fail([job for job in self._all() if job.expires <= now], "deadline_exceeded", "The request was not finished by its deadline.")
-            tokens = choose(logits_BV.float(), [job.request.sampling for job in batch], [job.generator for job in batch])
+            self._fail(
+                [job for job in self._all() if job.expires <= now],
+                "deadline_exceeded",
+                "The request was not finished by its deadline.",
+            )
+            tokens = choose(
+                logits_BV.float(), [job.request.sampling for job in batch], [job.generator for job in batch]
+            )
             for job, token, logits_V in zip(batch, tokens, logits_BV.float(), strict=True):
                 if not job.ended:
                     self._append(job, token, logits_V, seen)
             forced_BV = torch.full_like(logits_BV, -torch.inf)
-            return forced_BV.scatter_(1, torch.tensor([token or 0 for token in tokens], device=logits_BV.device)[:, None], 0.0)
+            return forced_BV.scatter_(
+                1, torch.tensor([token or 0 for token in tokens], device=logits_BV.device)[:, None], 0.0
+            )
 
         def ended(input_ids: Tensor, scores: Tensor, **_: object) -> Tensor:
             return torch.tensor([job.ended for job in batch], device=input_ids.device)
@@ -228,10 +263,16 @@ class StaticEngine:
         for row, request in enumerate(requests):
             at = request.visual_offset
             placeholders = [self._processor.image_token_id] * request.num_image_tokens
-            ids_BS[row, length - request.num_prompt_tokens :] = torch.tensor([*request.prompt_ids[:at], *placeholders, *request.prompt_ids[at:]])
+            ids_BS[row, length - request.num_prompt_tokens :] = torch.tensor(
+                [*request.prompt_ids[:at], *placeholders, *request.prompt_ids[at:]]
+            )
             mask_BS[row, length - request.num_prompt_tokens :] = 1
         device = self._model.lm_head.weight.device
-        inputs = {"input_ids": ids_BS.to(device), "attention_mask": mask_BS.to(device), "token_type_ids": torch.zeros_like(ids_BS).to(device)}
+        inputs = {
+            "input_ids": ids_BS.to(device),
+            "attention_mask": mask_BS.to(device),
+            "token_type_ids": torch.zeros_like(ids_BS).to(device),
+        }
         tokens = [each for each in visual if each is not None]
         if tokens:
             width = requests[0].num_visual_tokens

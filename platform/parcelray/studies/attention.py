@@ -16,7 +16,16 @@ from parcelray.analysis.redundancy_profile import RedundancyProfile, redundancy_
 from parcelray.analysis.saliency import SaliencyReport, saliency_reports
 from parcelray.config.evaluate import EvaluateJob
 from parcelray.config.train import TrackingConfig
-from parcelray.evaluation.inputs import MINI, Pair, benchmark_pairs, benchmark_prompts, mini_pairs, open_model, study_images, study_prompts
+from parcelray.evaluation.inputs import (
+    MINI,
+    Pair,
+    benchmark_pairs,
+    benchmark_prompts,
+    mini_pairs,
+    open_model,
+    study_images,
+    study_prompts,
+)
 from parcelray.evaluation.scoring.intervals import Interval
 from parcelray.studies.attention_plots import plot_agreement, plot_heat_maps, plot_redundancy, plot_validity
 from parcelray.tracking.mlflow_tracker import MlflowRunLogger, tracked_run
@@ -46,7 +55,8 @@ def study_saliency(
         images: `mini`, or a folder of images.
         count: images.
         prompts: asked of every image; of the mini suite none are needed.
-        job: instead of images and prompts: the questions of its benchmarks about one image, each image with its own and two other images' ones.
+        job: instead of images and prompts: the questions of its benchmarks about one image, each image with its own and
+            two other images' ones.
         folder: for saliency.json, saliency.npz with all maps, agreement.png and heat maps.
         tracking: MLflow.
 
@@ -66,7 +76,11 @@ def study_saliency(
     reports = saliency_reports(maps)
     folder.mkdir(parents=True, exist_ok=True)
     content = {"model": opened.checkpoint.pinned} | {name: report.to_dict() for name, report in reports.items()}
-    files = [_write_json(folder / "saliency.json", content), _write_maps(folder / "saliency.npz", maps), folder / "agreement.png"]
+    files = [
+        _write_json(folder / "saliency.json", content),
+        _write_maps(folder / "saliency.npz", maps),
+        folder / "agreement.png",
+    ]
     plot_agreement(reports, folder / "agreement.png")
     for index in range(min(_SHOWN_IMAGES, count)):
         path = folder / f"heat_maps_{index}.png"
@@ -77,9 +91,23 @@ def study_saliency(
         for layer, each in enumerate(report.between_prompts):
             if each.spearman.low > _SAME:
                 value = each.spearman.value
-                console.print(f"Failure sign: in layer {layer} the maps of {name} hardly change with the prompt (Spearman {value:.2f}).", highlight=False)
-    metrics = {key: value for name, report in reports.items() for key, value in _saliency_metrics(name.replace(" ", "_"), report)}
-    _record(tracking, f"analyze-saliency-{folder.name}", {"model": opened.checkpoint.pinned, "images": count}, metrics, files)
+                console.print(
+                    f"Failure sign: in layer {layer} the maps of {name} hardly change with the prompt (Spearman"
+                    f" {value:.2f}).",
+                    highlight=False,
+                )
+    metrics = {
+        key: value
+        for name, report in reports.items()
+        for key, value in _saliency_metrics(name.replace(" ", "_"), report)
+    }
+    _record(
+        tracking,
+        f"analyze-saliency-{folder.name}",
+        {"model": opened.checkpoint.pinned, "images": count},
+        metrics,
+        files,
+    )
     console.print(f"Numbers and heat maps: {folder}", highlight=False)
     return reports
 
@@ -111,23 +139,38 @@ def study_validity(
     opened = open_model(reference, tracking.uri)
     side = opened.processor.image_size
     pairs: Sequence[Pair] = mini_pairs(count, side) if job is None else benchmark_pairs(job, count, side)
-    found = [leave_one_out(opened.model, opened.processor, pair, seed=index) for index, pair in enumerate(track(pairs, "Leaving out tokens", console=console))]
+    found = [
+        leave_one_out(opened.model, opened.processor, pair, seed=index)
+        for index, pair in enumerate(track(pairs, "Leaving out tokens", console=console))
+    ]
     result = validity([losses for losses, _ in found], [measures for _, measures in found], permutations=permutations)
     folder.mkdir(parents=True, exist_ok=True)
-    content = {"model": opened.checkpoint.pinned, "pairs": count, "measures": {name: each.to_dict() for name, each in result.items()}}
+    content = {
+        "model": opened.checkpoint.pinned,
+        "pairs": count,
+        "measures": {name: each.to_dict() for name, each in result.items()},
+    }
     files = [_write_json(folder / "validity.json", content)]
     plot_validity(result, folder / "validity.png")
     files.append(folder / "validity.png")
     console.print(_validity_table(result, count))
     metrics = {f"{name}/correlation": each.correlation.value for name, each in result.items()}
     metrics |= {f"{name}/p_holm": each.p_holm for name, each in result.items()}
-    _record(tracking, f"analyze-validity-{folder.name}", {"model": opened.checkpoint.pinned, "pairs": count}, metrics, files)
+    _record(
+        tracking, f"analyze-validity-{folder.name}", {"model": opened.checkpoint.pinned, "pairs": count}, metrics, files
+    )
     console.print(f"Numbers and picture: {folder}", highlight=False)
     return result
 
 
 def study_redundancy(
-    references: Sequence[str], console: Console, *, images: str = MINI, count: int = 64, folder: Path, tracking: TrackingConfig
+    references: Sequence[str],
+    console: Console,
+    *,
+    images: str = MINI,
+    count: int = 64,
+    folder: Path,
+    tracking: TrackingConfig,
 ) -> dict[str, RedundancyProfile]:
     """How redundant the tokens of several models are on the same images.
 
@@ -137,27 +180,58 @@ def study_redundancy(
     profiles = {}
     for reference in references:
         opened = open_model(reference, tracking.uri)
-        profiles[reference] = redundancy_profile(opened.model, opened.processor, study_images(images, count, opened.processor.image_size))
+        profiles[reference] = redundancy_profile(
+            opened.model, opened.processor, study_images(images, count, opened.processor.image_size)
+        )
     folder.mkdir(parents=True, exist_ok=True)
     files = [_write_json(folder / "redundancy.json", {name: each.to_dict() for name, each in profiles.items()})]
     plot_redundancy(profiles, folder / "redundancy.png")
     files.append(folder / "redundancy.png")
     console.print(_redundancy_table(profiles, count))
-    metrics = {f"{Path(name).name}/{measure}": value.value for name, each in profiles.items() for measure, value in each.measures.items()}
-    _record(tracking, f"analyze-redundancy-{folder.name}", {"models": ", ".join(references), "images": count}, metrics, files)
+    metrics = {
+        f"{Path(name).name}/{measure}": value.value
+        for name, each in profiles.items()
+        for measure, value in each.measures.items()
+    }
+    _record(
+        tracking,
+        f"analyze-redundancy-{folder.name}",
+        {"models": ", ".join(references), "images": count},
+        metrics,
+        files,
+    )
     console.print(f"Numbers and picture: {folder}", highlight=False)
     return profiles
 
 
 def _agreement_table(name: str, report: SaliencyReport) -> Table:
-    table = Table("layer", "pairs of", "Spearman", "Kendall", "Jaccard of the top 11 %", title=f"Do rankings by {name} agree? [95 % over images]")
+    table = Table(
+        "layer",
+        "pairs of",
+        "Spearman",
+        "Kendall",
+        "Jaccard of the top 11 %",
+        title=f"Do rankings by {name} agree? [95 % over images]",
+    )
     for layer, (prompts, images) in enumerate(zip(report.between_prompts, report.between_images, strict=True)):
         for pairs, each in (("prompts, heads averaged", prompts), ("images, one prompt", images)):
             table.add_row(str(layer), pairs, *map(_cell, each))
         by_head = sorted(enumerate(report.by_head[layer]), key=lambda item: item[1].spearman.value)
         for which, (head, overlap) in (("least", by_head[0]), ("most", by_head[-1])):
-            table.add_row(str(layer), f"prompts, head {head} ({which} stable)", _cell(overlap.spearman), "", _cell(overlap.jaccard))
-        table.add_row(str(layer), "heads, one image and prompt", _cell(report.between_heads[layer].spearman), "", _cell(report.between_heads[layer].jaccard))
+            table.add_row(
+                str(layer),
+                f"prompts, head {head} ({which} stable)",
+                _cell(overlap.spearman),
+                "",
+                _cell(overlap.jaccard),
+            )
+        table.add_row(
+            str(layer),
+            "heads, one image and prompt",
+            _cell(report.between_heads[layer].spearman),
+            "",
+            _cell(report.between_heads[layer].jaccard),
+        )
         if report.with_class_attention:
             table.add_row(str(layer), "decoder and vision tower", _cell(report.with_class_attention[layer]), "", "")
     return table
@@ -166,7 +240,9 @@ def _agreement_table(name: str, report: SaliencyReport) -> Table:
 def _layers_table(name: str, report: SaliencyReport) -> Table:
     """Neighbours, and the first with the last; saliency.json and agreement.png have all pairs."""
     last = len(report.between_layers) - 1
-    table = Table("layers", "Spearman", "Jaccard of the top 11 %", title=f"Do layers agree on {name}? [95 % over images]")
+    table = Table(
+        "layers", "Spearman", "Jaccard of the top 11 %", title=f"Do layers agree on {name}? [95 % over images]"
+    )
     for first, second in dict.fromkeys([*((layer, layer + 1) for layer in range(last)), (0, last)]):
         each = report.between_layers[first][second]
         table.add_row(f"{first} and {second}", _cell(each.spearman), _cell(each.jaccard))
@@ -175,7 +251,11 @@ def _layers_table(name: str, report: SaliencyReport) -> Table:
 
 def _drawn_table(name: str, report: SaliencyReport) -> Table:
     layers = [f"layer {layer}" for layer in range(len(report.between_prompts))]
-    table = Table("property", *layers, title=f"What draws the {name} whatever the prompt? Spearman with the mean over prompts [95 % over images]")
+    table = Table(
+        "property",
+        *layers,
+        title=f"What draws the {name} whatever the prompt? Spearman with the mean over prompts [95 % over images]",
+    )
     for measured, each in report.drawn_by.items():
         table.add_row(measured, *map(_cell, each))
     return table
@@ -224,7 +304,11 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> Path:
 
 def _write_maps(path: Path, maps: AttentionMaps) -> Path:
     """All maps, in the shapes that their names in `AttentionMaps` give."""
-    arrays = {"last_word_IPLHN": maps.last_word_IPLHN, "mean_word_IPLHN": maps.mean_word_IPLHN, "contrast_IN": maps.contrast_IN}
+    arrays = {
+        "last_word_IPLHN": maps.last_word_IPLHN,
+        "mean_word_IPLHN": maps.mean_word_IPLHN,
+        "contrast_IN": maps.contrast_IN,
+    }
     if maps.class_attention_IN is not None:
         arrays["class_attention_IN"] = maps.class_attention_IN
     with path.open("wb") as file:
@@ -232,7 +316,13 @@ def _write_maps(path: Path, maps: AttentionMaps) -> Path:
     return path
 
 
-def _record(tracking: TrackingConfig, name: str, params: Mapping[str, str | int], metrics: Mapping[str, float], files: Sequence[Path]) -> None:
+def _record(
+    tracking: TrackingConfig,
+    name: str,
+    params: Mapping[str, str | int],
+    metrics: Mapping[str, float],
+    files: Sequence[Path],
+) -> None:
     if tracking.uri is None:
         return
     uri = ensure_store(tracking.uri)

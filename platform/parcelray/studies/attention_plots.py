@@ -62,15 +62,43 @@ def plot_agreement(reports: Mapping[str, SaliencyReport], path: Path) -> None:
     """
     first = next(iter(reports.values()))
     layers, heads = len(first.by_head), len(first.by_head[0])
-    figure = Figure(figsize=(2 * (max(3.2, 0.5 * heads) + max(3.2, 0.5 * layers)), max(2.9, 0.45 * layers) * len(reports) + 0.4), dpi=130, layout="constrained")
+    figure = Figure(
+        figsize=(2 * (max(3.2, 0.5 * heads) + max(3.2, 0.5 * layers)), max(2.9, 0.45 * layers) * len(reports) + 0.4),
+        dpi=130,
+        layout="constrained",
+    )
     FigureCanvasAgg(figure)
     grid = figure.subplots(len(reports), 4, squeeze=False)
     for row, (name, report) in zip(grid, reports.items(), strict=True):
         by_head, by_layer = report.by_head, report.between_layers
-        _matrix(row[0], [[each.spearman.value for each in line] for line in by_head], f"{name}: between prompts\nSpearman", "head", "layer")
-        _matrix(row[1], [[each.jaccard.value for each in line] for line in by_head], "between prompts\nJaccard of the top 11 %", "head", "layer")
-        _matrix(row[2], [[each.spearman.value for each in line] for line in by_layer], "between layers\nSpearman", "layer", "layer")
-        _matrix(row[3], [[each.jaccard.value for each in line] for line in by_layer], "between layers\nJaccard of the top 11 %", "layer", "layer")
+        _matrix(
+            row[0],
+            [[each.spearman.value for each in line] for line in by_head],
+            f"{name}: between prompts\nSpearman",
+            "head",
+            "layer",
+        )
+        _matrix(
+            row[1],
+            [[each.jaccard.value for each in line] for line in by_head],
+            "between prompts\nJaccard of the top 11 %",
+            "head",
+            "layer",
+        )
+        _matrix(
+            row[2],
+            [[each.spearman.value for each in line] for line in by_layer],
+            "between layers\nSpearman",
+            "layer",
+            "layer",
+        )
+        _matrix(
+            row[3],
+            [[each.jaccard.value for each in line] for line in by_layer],
+            "between layers\nJaccard of the top 11 %",
+            "layer",
+            "layer",
+        )
     figure.savefig(path)
 
 
@@ -83,10 +111,22 @@ def plot_validity(result: Mapping[str, Validity], path: Path) -> None:
     for place, name in enumerate(names):
         value, low, high, _ = result[name].correlation
         fill = COLORS[0] if result[name].p_holm < 0.05 else "white"
-        axes.errorbar([value], [place], xerr=[[value - low], [high - value]], color=COLORS[0], marker="o", markerfacecolor=fill, capsize=3)
+        axes.errorbar(
+            [value],
+            [place],
+            xerr=[[value - low], [high - value]],
+            color=COLORS[0],
+            marker="o",
+            markerfacecolor=fill,
+            capsize=3,
+        )
     axes.axvline(0, color="black", linewidth=0.8)
     axes.set_yticks(range(len(names)), names, fontsize=8)
-    axes.set_xlabel("Spearman correlation with the loss of likelihood without the token (95 % intervals; filled: corrected p < 0.05)", fontsize=8)
+    axes.set_xlabel(
+        "Spearman correlation with the loss of likelihood without the token (95 % intervals; filled: corrected p <"
+        " 0.05)",
+        fontsize=8,
+    )
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path)
 
@@ -102,7 +142,13 @@ def plot_redundancy(profiles: Mapping[str, RedundancyProfile], path: Path) -> No
         errors = [values - [point.low for point in points], [point.high for point in points] - values]
         shares = [100 * share for share in SHARES]
         axes.errorbar(
-            shares, 100 * values, yerr=100 * np.array(errors), label=name, color=COLORS[index % len(COLORS)], marker=MARKERS[index % len(MARKERS)], capsize=3
+            shares,
+            100 * values,
+            yerr=100 * np.array(errors),
+            label=name,
+            color=COLORS[index % len(COLORS)],
+            marker=MARKERS[index % len(MARKERS)],
+            capsize=3,
         )
     axes.set_xlabel("clusters, % of the tokens")
     axes.set_ylabel("variance explained, %")
@@ -118,7 +164,15 @@ def _matrix(axes: Axes, values: Sequence[Sequence[float]], title: str, x: str, y
     if len(values) * len(values[0]) <= _NUMBERED:
         for row, line in enumerate(values):
             for column, value in enumerate(line):
-                axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=8, color="black" if value > 0.6 else "white")
+                axes.text(
+                    column,
+                    row,
+                    f"{value:.2f}",
+                    ha="center",
+                    va="center",
+                    fontsize=8,
+                    color="black" if value > 0.6 else "white",
+                )
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_title(title, fontsize=9)
@@ -128,7 +182,13 @@ def _matrix(axes: Axes, values: Sequence[Sequence[float]], title: str, x: str, y
 
 def _heat(axes: Axes, image: Image.Image, values_N: Floats, grid: int) -> None:
     axes.imshow(image.convert("L"), cmap="gray", alpha=0.5)
-    axes.imshow(values_N.reshape(grid, grid), cmap="inferno", alpha=0.75, extent=(0, image.width, image.height, 0), interpolation="nearest")
+    axes.imshow(
+        values_N.reshape(grid, grid),
+        cmap="inferno",
+        alpha=0.75,
+        extent=(0, image.width, image.height, 0),
+        interpolation="nearest",
+    )
 
 
 def _wrapped(text: str, width: int = 22) -> str:

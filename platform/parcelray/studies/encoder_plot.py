@@ -31,19 +31,33 @@ def plot_encoders(points: Sequence[EncoderPoint], path: Path, *, title: str) -> 
         path: PNG to write.
         title: above the figure.
     """
-    methods, encoders = (list(dict.fromkeys(each)) for each in zip(*((point.method, point.encoder) for point in points), strict=True))
+    methods, encoders = (
+        list(dict.fromkeys(each)) for each in zip(*((point.method, point.encoder) for point in points), strict=True)
+    )
     figure = Figure(figsize=(3.1 * len(methods) + 1.2, 3.8), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, len(methods), sharey=True, squeeze=False)[0]
     for axes, method in zip(panels, methods, strict=True):
         for index, encoder in enumerate(encoders):
-            own = sorted((point for point in points if (point.method, point.encoder) == (method, encoder)), key=lambda point: point.num_visual_tokens)
+            own = sorted(
+                (point for point in points if (point.method, point.encoder) == (method, encoder)),
+                key=lambda point: point.num_visual_tokens,
+            )
             kept = [point.retention for point in own]
             # Beside each other, so that error bars do not hide each other.
             places = [point.num_visual_tokens * (1 + 0.04 * (index - (len(encoders) - 1) / 2)) for point in own]
             errors = [[each.value - each.low for each in kept], [each.high - each.value for each in kept]]
             color, marker = COLORS[index % len(COLORS)], MARKERS[index % len(MARKERS)]
-            axes.errorbar(places, [each.value for each in kept], yerr=errors, label=encoder, color=color, marker=marker, markersize=4, capsize=2)
+            axes.errorbar(
+                places,
+                [each.value for each in kept],
+                yerr=errors,
+                label=encoder,
+                color=color,
+                marker=marker,
+                markersize=4,
+                capsize=2,
+            )
         axes.axhline(100, color="black", linewidth=0.8)
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_locator(FixedLocator(sorted({point.num_visual_tokens for point in points})))

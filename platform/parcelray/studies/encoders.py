@@ -19,13 +19,16 @@ from parcelray.tracking.store import ensure_store
 METHODS = ("cluster", "average pooling", "spatial", "DivPrune")
 """Those that read nothing but tokens, so that every encoder can have them; random sampling is always there."""
 CONFOUNDED = (
-    "What differs besides the encoder: each tower was trained together with its own projector and decoder, from random weights and with one seed, so a "
-    "difference is one of whole models; the towers differ in depth, width and pooling as their families do; a model that scores less in full has less "
-    "to lose. Retention is of each model's own full score. Compare encoders only where their intervals do not meet."
+    "What differs besides the encoder: each tower was trained together with its own projector and decoder, from random"
+    " weights and with one seed, so a difference is one of whole models; the towers differ in depth, width and pooling"
+    " as their families do; a model that scores less in full has less to lose. Retention is of each model's own full"
+    " score. Compare encoders only where their intervals do not meet."
 )
 
 
-def run_encoder_study(models: Mapping[str, str], job: EvaluateJob, console: Console, *, images: int = 64) -> list[EncoderPoint]:
+def run_encoder_study(
+    models: Mapping[str, str], job: EvaluateJob, console: Console, *, images: int = 64
+) -> list[EncoderPoint]:
     """Profiles the models, compares the methods on each of them, and joins the results.
 
     Args:
@@ -46,7 +49,11 @@ def run_encoder_study(models: Mapping[str, str], job: EvaluateJob, console: Cons
         points += encoder_points(name, run_reduction_study(own, console, methods=METHODS, equal_budgets=True))
     table, picture, note = folder / "encoders.csv", folder / "encoders.png", folder / "confounded.txt"
     _write(points, table)
-    plot_encoders([point for point in points if point.method != "full"], picture, title="What each encoder's tokens keep when they are reduced")
+    plot_encoders(
+        [point for point in points if point.method != "full"],
+        picture,
+        title="What each encoder's tokens keep when they are reduced",
+    )
     note.write_text(CONFOUNDED + "\n", encoding="utf-8")
     console.print(encoder_table(points))
     console.print(CONFOUNDED, highlight=False)
@@ -55,10 +62,15 @@ def run_encoder_study(models: Mapping[str, str], job: EvaluateJob, console: Cons
         with tracked_run(uri, job.tracking.experiment, "study-encoders", params=dict(models)) as run_id:
             tracker = MlflowRunLogger(uri, run_id)
             for point in points:
-                tracker.log_metrics({f"{point.encoder}/{point.method.replace(' ', '_')}/retention": point.retention.value}, point.num_visual_tokens)
+                tracker.log_metrics(
+                    {f"{point.encoder}/{point.method.replace(' ', '_')}/retention": point.retention.value},
+                    point.num_visual_tokens,
+                )
             for name, reference in models.items():
                 measures = profiles[reference].measures
-                tracker.log_metrics({f"{name}/{_metric(measure)}": value.value for measure, value in measures.items()}, 0)
+                tracker.log_metrics(
+                    {f"{name}/{_metric(measure)}": value.value for measure, value in measures.items()}, 0
+                )
             tracker.log_artifact(table)
             tracker.log_artifact(note)
             tracker.log_figure_file(picture)
@@ -79,7 +91,12 @@ def encoder_points(encoder: str, study: ReductionStudy) -> list[EncoderPoint]:
 def encoder_table(points: Sequence[EncoderPoint]) -> Table:
     """One row per encoder and method, one column per budget, for people."""
     budgets = sorted({point.num_visual_tokens for point in points})
-    table = Table("encoder", "method", *map(str, budgets), title="Percent of the same model's full score by visual tokens [95 %]; full: the score")
+    table = Table(
+        "encoder",
+        "method",
+        *map(str, budgets),
+        title="Percent of the same model's full score by visual tokens [95 %]; full: the score",
+    )
     for encoder, method in dict.fromkeys((point.encoder, point.method) for point in points):
         own = {point.num_visual_tokens: point for point in points if (point.encoder, point.method) == (encoder, method)}
         shown = {budget: point.score if method == "full" else point.retention for budget, point in own.items()}
@@ -90,8 +107,23 @@ def encoder_table(points: Sequence[EncoderPoint]) -> Table:
 def _write(points: Sequence[EncoderPoint], path: Path) -> None:
     with path.open("w", newline="", encoding="utf-8") as file:
         rows = csv.writer(file)
-        rows.writerow(["encoder", "method", "num_visual_tokens", "score", "score_low", "score_high", "retention", "retention_low", "retention_high"])
-        rows.writerows([point.encoder, point.method, point.num_visual_tokens, *point.score[:3], *point.retention[:3]] for point in points)
+        rows.writerow(
+            [
+                "encoder",
+                "method",
+                "num_visual_tokens",
+                "score",
+                "score_low",
+                "score_high",
+                "retention",
+                "retention_low",
+                "retention_high",
+            ]
+        )
+        rows.writerows(
+            [point.encoder, point.method, point.num_visual_tokens, *point.score[:3], *point.retention[:3]]
+            for point in points
+        )
 
 
 def _percent(interval: Interval) -> str:

@@ -20,8 +20,8 @@ def driver_tag() -> str:
 def is_other_live_driver(tag: str) -> bool:
     """Whether a driver tag names another process of this host that still runs.
 
-    A driver on another host cannot be seen from here and counts as dead: its job was submitted again, which the idempotent
-    submission id allows only after the first one ended.
+    A driver on another host cannot be seen from here and counts as dead: its job was submitted again, which the
+    idempotent submission id allows only after the first one ended.
     """
     host, _, pid_and_start = tag.partition(":")
     pid, _, started = pid_and_start.partition(":")
@@ -44,7 +44,8 @@ def _started(pid: int) -> str | None:
 def sigterm_as_exit() -> Iterator[None]:
     """Turns SIGTERM into SystemExit(143) while the block runs, so that `finally` and `except` clauses get their turn.
 
-    Only the main thread may set handlers; elsewhere the block just runs. A second SIGTERM is ignored while the first unwinds.
+    Only the main thread may set handlers; elsewhere the block just runs. A second SIGTERM is ignored while the first
+    unwinds.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -64,4 +65,6 @@ def sigterm_as_exit() -> Iterator[None]:
 def is_kill(error: BaseException) -> bool:
     """Whether an exception means that someone stopped the run, not that it failed."""
     # Ray's own SIGTERM handler, where it replaced ours, exits with the bare signal number.
-    return isinstance(error, KeyboardInterrupt) or (isinstance(error, SystemExit) and error.code in (_SIGTERM_EXIT_CODE, int(signal.SIGTERM)))
+    return isinstance(error, KeyboardInterrupt) or (
+        isinstance(error, SystemExit) and error.code in (_SIGTERM_EXIT_CODE, int(signal.SIGTERM))
+    )

@@ -1,6 +1,7 @@
 """What may be sent to MLflow: legal keys, values cut to its limits, batches of its size, and never a secret.
 
-Limits of MLflow 3.17: 100 params or tags and 1,000 metrics a batch, 1 MB a request, keys of 250, params of 6,000 and tags of 8,000 characters.
+Limits of MLflow 3.17: 100 params or tags and 1,000 metrics a batch, 1 MB a request, keys of 250, params of 6,000 and
+tags of 8,000 characters.
 """
 
 import json
@@ -23,7 +24,8 @@ REDACTED = "<redacted>"
 
 T = TypeVar("T")
 
-# A word that ends in one of these holds a secret; plurals (`num_visual_tokens`, `keys: content`) are our own vocabulary.
+# A word that ends in one of these holds a secret; plurals (`num_visual_tokens`, `keys: content`) are our own
+# vocabulary.
 _SECRET_WORD = re.compile(r"(token|passw(or)?ds?|secrets?|apikey|credentials?)$|^key$")
 
 

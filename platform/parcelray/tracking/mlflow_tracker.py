@@ -1,7 +1,7 @@
 """MLflow runs: the driver starts, resumes and ends them (`tracked_run`); workers only write to one by its id (`MlflowRunLogger`).
 
-Why not Ray's or MLflow's own callbacks: after a worker retry they open a second run and leave both RUNNING, they log metrics twice
-after recovery, and they fail when a resumed run repeats a parameter with another value.
+Why not Ray's or MLflow's own callbacks: after a worker retry they open a second run and leave both RUNNING, they log
+metrics twice after recovery, and they fail when a resumed run repeats a parameter with another value.
 """
 
 import logging
@@ -17,7 +17,16 @@ from mlflow.exceptions import MlflowException
 
 from parcelray.errors import SystemFailure, UserError
 from parcelray.tracking.drivers import driver_tag, is_kill, is_other_live_driver, sigterm_as_exit
-from parcelray.tracking.entries import METRICS_PER_BATCH, PARAMS_PER_BATCH, ParamValue, RunStatus, batches, clean_key, clean_params, clean_tags
+from parcelray.tracking.entries import (
+    METRICS_PER_BATCH,
+    PARAMS_PER_BATCH,
+    ParamValue,
+    RunStatus,
+    batches,
+    clean_key,
+    clean_params,
+    clean_tags,
+)
 from parcelray.tracking.store import artifact_location, ensure_store, store_lock
 
 IDENTITY_TAG = "parcel.identity"
@@ -41,8 +50,9 @@ def start_run(
 ) -> str:
     """Starts the run of an identity, or resumes it: one identity (under one parent) is one MLflow run for ever.
 
-    Params are written when the run is created; a resume that brings another value keeps the first one and records the new one
-    in the tag `resume.N.KEY`. Runs of the identity, and children of the run, that a dead driver left RUNNING are set to KILLED.
+    Params are written when the run is created; a resume that brings another value keeps the first one and records the
+    new one in the tag `resume.N.KEY`. Runs of the identity, and children of the run, that a dead driver left RUNNING
+    are set to KILLED.
 
     Args:
         tracking_uri: as `store.ensure_store` takes or returns it.
@@ -64,7 +74,9 @@ def start_run(
     client = MlflowClient(tracking_uri=uri)
     with store_lock(uri):
         experiment_id = _experiment_id(client, uri, experiment)
-        run = _adopt(client, experiment_id, run_name, parent_run_id) or _create(client, experiment_id, run_name, parent_run_id)
+        run = _adopt(client, experiment_id, run_name, parent_run_id) or _create(
+            client, experiment_id, run_name, parent_run_id
+        )
     run_id = str(run.info.run_id)
     _record_params(client, run, params)
     _set_tags(client, run_id, tags or {})
@@ -103,8 +115,8 @@ def tracked_run(
 ) -> Iterator[str]:
     """Holds a run for a `with` block, see `start_run`, and ends it whatever happens.
 
-    FINISHED after the block, KILLED on Ctrl-C and SIGTERM, FAILED on any other exception. Only SIGKILL and power loss leave the
-    run RUNNING; the next start of the identity takes it up again.
+    FINISHED after the block, KILLED on Ctrl-C and SIGTERM, FAILED on any other exception. Only SIGKILL and power loss
+    leave the run RUNNING; the next start of the identity takes it up again.
     """
     with sigterm_as_exit():
         run_id = start_run(tracking_uri, experiment, run_name, params=params, tags=tags, parent_run_id=parent_run_id)
@@ -165,8 +177,12 @@ class MlflowRunLogger:
                 self._send()
             except MlflowException as error:
                 if len(self._pending) > MAX_PENDING:
-                    raise SystemFailure(f"The tracking store has not taken {len(self._pending)} metrics of run {self._run_id}: {error}") from error
-                logger.warning("tracking store does not answer; %d metrics wait for the next flush: %s", len(self._pending), error)
+                    raise SystemFailure(
+                        f"The tracking store has not taken {len(self._pending)} metrics of run {self._run_id}: {error}"
+                    ) from error
+                logger.warning(
+                    "tracking store does not answer; %d metrics wait for the next flush: %s", len(self._pending), error
+                )
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
         """See `Tracker`."""
@@ -189,7 +205,9 @@ class MlflowRunLogger:
         try:
             self._send()
         except MlflowException as error:
-            raise SystemFailure(f"The tracking store did not take {len(self._pending)} metrics of run {self._run_id}: {error}") from error
+            raise SystemFailure(
+                f"The tracking store did not take {len(self._pending)} metrics of run {self._run_id}: {error}"
+            ) from error
 
     def close(self, status: RunStatus = "FINISHED") -> None:
         """See `Tracker`."""
@@ -200,7 +218,8 @@ class MlflowRunLogger:
         self._calls = 0
         self._flushed_at = time.monotonic()
         while self._pending:
-            # A batch leaves the buffer only once it is in the store; sent twice, it has the same timestamps and counts once.
+            # A batch leaves the buffer only once it is in the store; sent twice, it has the same timestamps and counts
+            # once.
             self._client.log_batch(self._run_id, metrics=self._pending[:METRICS_PER_BATCH], synchronous=True)
             del self._pending[:METRICS_PER_BATCH]
 
@@ -211,7 +230,8 @@ class MlflowRunLogger:
 
 
 def _last_steps(client: MlflowClient, run_id: str) -> dict[str, int]:
-    # The store keeps each metric's row of the highest step beside the run, so this is one query however long the history.
+    # The store keeps each metric's row of the highest step beside the run, so this is one query however long the
+    # history.
     return {str(metric.key): int(metric.step) for metric in client.get_run(run_id).data.to_proto().metrics}
 
 
@@ -225,12 +245,20 @@ def _experiment_id(client: MlflowClient, uri: str, name: str) -> str:
             if experiment is None:
                 raise
     if experiment.lifecycle_stage != "active":
-        raise UserError(f"MLflow experiment {name!r} was deleted; restore it (`mlflow experiments restore -x {experiment.experiment_id}`) or name another.")
+        raise UserError(
+            f"MLflow experiment {name!r} was deleted; restore it (`mlflow experiments restore -x"
+            f" {experiment.experiment_id}`) or name another."
+        )
     return str(experiment.experiment_id)
 
 
 def _create(client: MlflowClient, experiment_id: str, identity: str, parent_run_id: str | None) -> Run:
-    tags = {IDENTITY_TAG: identity, ATTEMPT_TAG: "1", DRIVER_TAG: driver_tag(), "mlflow.user": os.environ.get("USER", "unknown")}
+    tags = {
+        IDENTITY_TAG: identity,
+        ATTEMPT_TAG: "1",
+        DRIVER_TAG: driver_tag(),
+        "mlflow.user": os.environ.get("USER", "unknown"),
+    }
     if parent_run_id is not None:
         tags[PARENT_TAG] = parent_run_id
     return client.create_run(experiment_id, run_name=identity, tags=tags)
@@ -238,12 +266,17 @@ def _create(client: MlflowClient, experiment_id: str, identity: str, parent_run_
 
 def _adopt(client: MlflowClient, experiment_id: str, identity: str, parent_run_id: str | None) -> Run | None:
     """Takes up the newest run of an identity, and closes what dead drivers left open."""
-    found = client.search_runs([experiment_id], f"tags.`{IDENTITY_TAG}` = '{identity}'", order_by=["attributes.start_time DESC"])
+    found = client.search_runs(
+        [experiment_id], f"tags.`{IDENTITY_TAG}` = '{identity}'", order_by=["attributes.start_time DESC"]
+    )
     runs = [run for run in found if run.data.tags.get(PARENT_TAG) == parent_run_id]
     for run in runs:
         if run.info.status == "RUNNING" and is_other_live_driver(run.data.tags.get(DRIVER_TAG, "")):
             host_pid = run.data.tags[DRIVER_TAG].rpartition(":")[0]
-            raise UserError(f"run {identity!r} is in progress, driven by the process {host_pid}; wait for it, stop it, or change the job.")
+            raise UserError(
+                f"run {identity!r} is in progress, driven by the process {host_pid}; wait for it, stop it, or change"
+                " the job."
+            )
     if not runs:
         return None
     adopted, *others = runs
@@ -280,7 +313,11 @@ def _record_params(client: MlflowClient, run: Run, params: Mapping[str, ParamVal
         client.log_batch(run.info.run_id, params=[Param(key, value) for key, value in batch], synchronous=True)
     # Attempt 2 is the first resume.
     resume = _attempt(run) - 1
-    _set_tags(client, run.info.run_id, {f"resume.{resume}.{key}": value for key, value in cleaned.items() if known.get(key, value) != value})
+    _set_tags(
+        client,
+        run.info.run_id,
+        {f"resume.{resume}.{key}": value for key, value in cleaned.items() if known.get(key, value) != value},
+    )
 
 
 def _set_tags(client: MlflowClient, run_id: str, tags: Mapping[str, str]) -> None:

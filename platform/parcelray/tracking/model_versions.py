@@ -98,7 +98,10 @@ def find_version(tracking_uri: str, name: str, version_or_alias: str) -> Version
         if version_or_alias in (str(page.version), *page.aliases):
             return page
     aliases = ", ".join(sorted(alias for page in pages for alias in page.aliases)) or "none"
-    raise UserError(f"model {name!r} has no version or alias {version_or_alias!r}; its aliases are: {aliases}, its newest version is {pages[0].version}.")
+    raise UserError(
+        f"model {name!r} has no version or alias {version_or_alias!r}; its aliases are: {aliases}, its newest version"
+        f" is {pages[0].version}."
+    )
 
 
 def version_of_content(tracking_uri: str, name: str, content: str) -> int | None:
@@ -111,7 +114,9 @@ def version_of_content(tracking_uri: str, name: str, content: str) -> int | None
     """
     if name not in model_names(tracking_uri):
         return None
-    return next((page.version for page in versions_of(tracking_uri, name) if page.tags.get(CONTENT_TAG) == content), None)
+    return next(
+        (page.version for page in versions_of(tracking_uri, name) if page.tags.get(CONTENT_TAG) == content), None
+    )
 
 
 def training_run(tracking_uri: str, folder: Path) -> str | None:
@@ -121,7 +126,9 @@ def training_run(tracking_uri: str, folder: Path) -> str | None:
         return None
     client = MlflowClient(tracking_uri=tracking_uri)
     experiments = [experiment.experiment_id for experiment in client.search_experiments()]
-    runs = client.search_runs(experiments, f"tags.`{IDENTITY_TAG}` = '{trained}'", max_results=1, order_by=["attributes.start_time DESC"])
+    runs = client.search_runs(
+        experiments, f"tags.`{IDENTITY_TAG}` = '{trained}'", max_results=1, order_by=["attributes.start_time DESC"]
+    )
     return str(runs[0].info.run_id) if runs else None
 
 
@@ -183,7 +190,9 @@ def card_problems(tracking_uri: str, name: str, version: int) -> list[str]:
         problems.append(f"its files are {digest}, but {registered.tags.get(CONTENT_TAG)} was registered")
     signature = _signature(registered, tracking_uri, folder)
     if signature != SIGNATURE:
-        problems.append(f"its signature is {signature}, not that of an elastic model (prompt, image, num_visual_tokens -> answer)")
+        problems.append(
+            f"its signature is {signature}, not that of an elastic model (prompt, image, num_visual_tokens -> answer)"
+        )
     return problems
 
 
@@ -200,4 +209,6 @@ def _signature(version: ModelVersion, tracking_uri: str, folder: Path) -> Any:
 
 def _page(version: ModelVersion, aliases: list[str]) -> VersionPage:
     created = datetime.fromtimestamp(version.creation_timestamp / 1000, UTC).isoformat(timespec="seconds")
-    return VersionPage(version.name, int(version.version), tuple(sorted(aliases)), created, version.run_id or "", dict(version.tags))
+    return VersionPage(
+        version.name, int(version.version), tuple(sorted(aliases)), created, version.run_id or "", dict(version.tags)
+    )

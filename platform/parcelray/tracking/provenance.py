@@ -17,7 +17,9 @@ def resolve_model(model: CheckpointModelConfig, tracking_uri: str | None) -> Res
         model: its reference.
         tracking_uri: of the registry that `models:/...` is looked up in; None: such references are refused.
     """
-    resolver: RegistryResolver | None = functools.partial(resolve_registry, tracking_uri=tracking_uri) if tracking_uri is not None else None
+    resolver: RegistryResolver | None = (
+        functools.partial(resolve_registry, tracking_uri=tracking_uri) if tracking_uri is not None else None
+    )
     return resolve_checkpoint(model.reference, registry_resolver=resolver)
 
 

@@ -1,7 +1,8 @@
 """The model registry: checkpoints become versions, versions get aliases, references become pinned folders.
 
-A version is a models-from-code pyfunc around the checkpoint folder (safetensors, configuration, manifest); nothing in it is pickled.
-Only the client API is used: MLflow's fluent functions depend on a global tracking URI and on an active run.
+A version is a models-from-code pyfunc around the checkpoint folder (safetensors, configuration, manifest); nothing in
+it is pickled. Only the client API is used: MLflow's fluent functions depend on a global tracking URI and on an active
+run.
 """
 
 import base64
@@ -89,28 +90,39 @@ def register_model(
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-    own_tags = {CONTENT_TAG: content, "parcel.version": manifest.parcelray_version, "parcel.git_commit": manifest.git_commit or "unknown"}
-    created = client.create_model_version(name, logged.artifact_location, run_id, tags=clean_tags({**(tags or {}), **own_tags}), model_id=logged.model_id)
+    own_tags = {
+        CONTENT_TAG: content,
+        "parcel.version": manifest.parcelray_version,
+        "parcel.git_commit": manifest.git_commit or "unknown",
+    }
+    created = client.create_model_version(
+        name, logged.artifact_location, run_id, tags=clean_tags({**(tags or {}), **own_tags}), model_id=logged.model_id
+    )
     return int(created.version)
 
 
-def promote(tracking_uri: str, name: str, version: int, alias: str = CHAMPION, *, expected: int | Literal["any"] | None = "any") -> None:
-    """Points an alias at a version. For `champion`, the version that loses it becomes `previous` first; the alias moves last.
+def promote(
+    tracking_uri: str, name: str, version: int, alias: str = CHAMPION, *, expected: int | Literal["any"] | None = "any"
+) -> None:
+    """Points an alias at a version.
+
+    For `champion`, the version that loses it becomes `previous` first; the alias moves last.
 
     Args:
         tracking_uri: as for `register_model`.
         name: registered model.
         version: an existing version.
         alias: `champion`, `challenger` or another name of your own.
-        expected: the version that the alias must stand for still (None: no version), since something was decided on that; `any`: whatever it is.
+        expected: the version that the alias must stand for still (None: no version), since something was decided on
+            that; `any`: whatever it is.
 
     Raises:
         UserError: if the alias is reserved, the version does not exist, or the alias has moved from what was expected.
     """
     if alias == PREVIOUS or _RESERVED_ALIAS.fullmatch(alias) or re.fullmatch(r"[\w-]{1,255}", alias) is None:
         raise UserError(
-            f"alias {alias!r} cannot be set: 'latest' and 'v<number>' belong to MLflow, 'previous' follows 'champion', and others consist of letters, "
-            "digits, '-' and '_'; use champion, challenger or a name of your own."
+            f"alias {alias!r} cannot be set: 'latest' and 'v<number>' belong to MLflow, 'previous' follows 'champion',"
+            " and others consist of letters, digits, '-' and '_'; use champion, challenger or a name of your own."
         )
     client = MlflowClient(tracking_uri=tracking_uri)
     check_version(client, name, version)
@@ -120,7 +132,10 @@ def promote(tracking_uri: str, name: str, version: int, alias: str = CHAMPION, *
             return
         if expected not in ("any", former):
             was, now = (f"version {each}" if each is not None else "no version" for each in (expected, former))
-            raise UserError(f"{alias} of model {name!r} was {was} when this was decided and is {now} now; decide again: run the command once more.")
+            raise UserError(
+                f"{alias} of model {name!r} was {was} when this was decided and is {now} now; decide again: run the"
+                " command once more."
+            )
         if alias == CHAMPION and former is not None:
             client.set_registered_model_alias(name, PREVIOUS, str(former))
         client.set_registered_model_alias(name, alias, str(version))
@@ -155,14 +170,18 @@ def resolve_registry(reference: str, tracking_uri: str, cache_dir: Path | None =
         cache_dir: where versions from a remote store are kept, one folder each; default ~/.cache/parcelray/models.
 
     Returns:
-        The checkpoint folder (not yet verified: `models.checkpoint.resolve_checkpoint` does that) and `models:/NAME/VERSION`.
+        The checkpoint folder (not yet verified: `models.checkpoint.resolve_checkpoint` does that) and
+        `models:/NAME/VERSION`.
 
     Raises:
         UserError: if the reference is malformed, or names no version.
     """
     parts = _REFERENCE.fullmatch(reference)
     if parts is None:
-        raise UserError(f"registry reference {reference!r} is malformed; write models:/NAME@ALIAS or models:/NAME/VERSION (a number).")
+        raise UserError(
+            f"registry reference {reference!r} is malformed; write models:/NAME@ALIAS or models:/NAME/VERSION (a"
+            " number)."
+        )
     name = parts["name"]
     client = MlflowClient(tracking_uri=tracking_uri)
     if parts["version"]:
@@ -175,9 +194,14 @@ def resolve_registry(reference: str, tracking_uri: str, cache_dir: Path | None =
     if parsed.scheme in ("", "file"):
         folder = Path(unquote(parsed.path)) / _MODEL_SUBPATH
         if not folder.is_dir():
-            raise UserError(f"{reference!r} is version {version}, whose files ({folder}) are not on this machine; use a tracking server, or register it again.")
+            raise UserError(
+                f"{reference!r} is version {version}, whose files ({folder}) are not on this machine; use a tracking"
+                " server, or register it again."
+            )
     else:
-        folder = _download_once(uri, tracking_uri, _cache_root(cache_dir) / _store_name(tracking_uri) / name / str(version))
+        folder = _download_once(
+            uri, tracking_uri, _cache_root(cache_dir) / _store_name(tracking_uri) / name / str(version)
+        )
     return folder, f"models:/{name}/{version}"
 
 
@@ -186,11 +210,17 @@ def input_example(num_visual_tokens: int) -> pd.DataFrame:
     buffer = io.BytesIO()
     Image.new("RGB", (8, 8), "white").save(buffer, format="PNG")
     return pd.DataFrame(
-        {"prompt": ["What is in the image?"], "image": [base64.b64encode(buffer.getvalue()).decode()], "num_visual_tokens": [num_visual_tokens]}
+        {
+            "prompt": ["What is in the image?"],
+            "image": [base64.b64encode(buffer.getvalue()).decode()],
+            "num_visual_tokens": [num_visual_tokens],
+        }
     )
 
 
-def _log_model(client: MlflowClient, model_dir: Path, name: str, run_id: str, pyfunc_file: Path, example_budget: int) -> LoggedModel:
+def _log_model(
+    client: MlflowClient, model_dir: Path, name: str, run_id: str, pyfunc_file: Path, example_budget: int
+) -> LoggedModel:
     experiment_id = client.get_run(run_id).info.experiment_id
     logged = client.create_logged_model(experiment_id, name=name, source_run_id=run_id, model_type="elastic-vlm")
     try:
@@ -210,7 +240,8 @@ def _log_model(client: MlflowClient, model_dir: Path, name: str, run_id: str, py
 def _save_wrapper(path: Path, logged: LoggedModel, run_id: str, pyfunc_file: Path, example_budget: int) -> None:
     model = Model(artifact_path=logged.artifact_location, run_id=run_id, model_id=logged.model_id)
     with warnings.catch_warnings():
-        # MLflow warns about its own type hints when this part of it is imported, and calls pandas in a way that pandas deprecates.
+        # MLflow warns about its own type hints when this part of it is imported, and calls pandas in a way that pandas
+        # deprecates.
         warnings.filterwarnings("ignore", message=".*Any type hint is inferred", category=UserWarning)
         warnings.filterwarnings("ignore", message="Operation with range", category=DeprecationWarning)
         import mlflow.pyfunc
@@ -223,7 +254,8 @@ def _save_wrapper(path: Path, logged: LoggedModel, run_id: str, pyfunc_file: Pat
             pip_requirements=_requirements(),
             mlflow_model=model,
         )
-    # The wrapper was saved without the weights, which follow; and no version keeps a path of the machine that registered it.
+    # The wrapper was saved without the weights, which follow; and no version keeps a path of the machine that
+    # registered it.
     flavor = model.flavors[mlflow.pyfunc.FLAVOR_NAME]
     flavor["artifacts"] = {"model": {"path": _MODEL_SUBPATH, "uri": _MODEL_SUBPATH}}
     flavor["model_code_path"] = Path(flavor["model_code_path"]).name
@@ -232,7 +264,10 @@ def _save_wrapper(path: Path, logged: LoggedModel, run_id: str, pyfunc_file: Pat
 
 def _requirements() -> list[str]:
     # Local version labels ("+cpu") name a build, which another machine may not have.
-    pins = [f"{package}=={importlib.metadata.version(package).partition('+')[0]}" for package in ("mlflow", "torch", "transformers", "safetensors", "pillow")]
+    pins = [
+        f"{package}=={importlib.metadata.version(package).partition('+')[0]}"
+        for package in ("mlflow", "torch", "transformers", "safetensors", "pillow")
+    ]
     return [f"parcelray=={parcelray.__version__}", *pins]
 
 
@@ -256,7 +291,10 @@ def _version_of_alias(client: MlflowClient, name: str, alias: str) -> int:
     aliases = aliases_of(client, name)
     if alias not in aliases:
         known = ", ".join(sorted(aliases)) or "none"
-        raise UserError(f"model {name!r} has no alias {alias!r}; its aliases are: {known}. Promote a version, or name one by number.")
+        raise UserError(
+            f"model {name!r} has no alias {alias!r}; its aliases are: {known}. Promote a version, or name one by"
+            " number."
+        )
     return aliases[alias]
 
 
@@ -267,7 +305,13 @@ def check_version(client: MlflowClient, name: str, version: int) -> None:
     except MlflowException as error:
         if error.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
-        known = ", ".join(str(number) for number in sorted(int(found.version) for found in client.search_model_versions(f"name='{name}'"))) or "none"
+        known = (
+            ", ".join(
+                str(number)
+                for number in sorted(int(found.version) for found in client.search_model_versions(f"name='{name}'"))
+            )
+            or "none"
+        )
         raise UserError(f"model {name!r} has no version {version}; its versions are: {known}.") from error
 
 
@@ -285,7 +329,9 @@ def _download_once(uri: str, tracking_uri: str, target: Path) -> Path:
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-        got = mlflow.artifacts.download_artifacts(artifact_uri=f"{uri}/{_MODEL_SUBPATH}", dst_path=scratch, tracking_uri=tracking_uri)
+        got = mlflow.artifacts.download_artifacts(
+            artifact_uri=f"{uri}/{_MODEL_SUBPATH}", dst_path=scratch, tracking_uri=tracking_uri
+        )
         try:
             Path(got).rename(target)
         except OSError:

@@ -99,7 +99,9 @@ class RequestSamples:
     def _write(self, records: Sequence[Mapping[str, Any]]) -> None:
         try:
             if self._run_id is None:
-                self._run_id = start_run(self._uri, self._experiment, self._run_name, params={}, tags={"parcel.kind": "serve"})
+                self._run_id = start_run(
+                    self._uri, self._experiment, self._run_name, params={}, tags={"parcel.kind": "serve"}
+                )
             columns = list(dict.fromkeys(name for record in records for name in record))
             table = {"columns": columns, "data": [[record.get(name) for name in columns] for record in records]}
             # In the order of their names; the number keeps those of one second apart.

@@ -36,20 +36,25 @@ class RunFolder:
         """Takes the folder for this job.
 
         Args:
-            pins: digests of the contents that the job's references stand for, by reference; None: they are not looked at.
+            pins: digests of the contents that the job's references stand for, by reference; None: they are not looked
+                at.
 
         Raises:
-            UserError: it belongs to another configuration of the same name (the message has the differing keys), or to other contents.
+            UserError: it belongs to another configuration of the same name (the message has the differing keys), or to
+                other contents.
         """
         self.check()
         kept: dict[str, str] = (self._read(_JOB) or {}).get("pins", {})
         for reference, digest in (pins or {}).items():
             if kept.get(reference, digest) != digest:
                 raise UserError(
-                    f"{self.path} holds the run {self.identity} of another model: what {reference} names has changed since ({kept[reference][:19]} "
-                    f"then, {digest[:19]} now); give this one another name (--set name=...), or put the old model back to go on with the old run."
+                    f"{self.path} holds the run {self.identity} of another model: what {reference} names has changed"
+                    f" since ({kept[reference][:19]} then, {digest[:19]} now); give this one another name (--set"
+                    " name=...), or put the old model back to go on with the old run."
                 )
-        self._write(_JOB, {"identity": self.identity, "job": self._job.model_dump(mode="json"), "pins": kept | dict(pins or {})})
+        self._write(
+            _JOB, {"identity": self.identity, "job": self._job.model_dump(mode="json"), "pins": kept | dict(pins or {})}
+        )
 
     def check(self) -> None:
         """Looks whether the folder is free or this job's.
@@ -62,8 +67,9 @@ class RunFolder:
         if existing is not None and existing["identity"] != self.identity:
             differences = "; ".join(differing_keys(decisive(existing["job"]), decisive(resolved)))
             raise UserError(
-                f"{self.path} holds the run {existing['identity']}, whose configuration differs from this one ({differences}); "
-                "give this one another name (--set name=...), or restore the old values to go on with the old run."
+                f"{self.path} holds the run {existing['identity']}, whose configuration differs from this one"
+                f" ({differences}); give this one another name (--set name=...), or restore the old values to go on"
+                " with the old run."
             )
 
     def result(self) -> dict[str, Any] | None:
@@ -81,7 +87,9 @@ class RunFolder:
             UserError: the run folder is not on a local disk.
         """
         if not self.is_local:
-            raise UserError(f"{self.path} is not a local folder; fetch the run's model folder, or set storage to a local path.")
+            raise UserError(
+                f"{self.path} is not a local folder; fetch the run's model folder, or set storage to a local path."
+            )
         return Path(self.path) / name
 
     def upload(self, folder: Path, name: str) -> None:

@@ -26,7 +26,8 @@ def check_tracking_uri(uri: str, num_nodes: int) -> None:
         num_nodes: nodes of the cluster that the job runs on.
 
     Raises:
-        UserError: for a file store (gone from MLflow), an in-memory SQLite, SQLite on more than one node, or an unknown scheme.
+        UserError: for a file store (gone from MLflow), an in-memory SQLite, SQLite on more than one node, or an unknown
+            scheme.
     """
     scheme = uri.partition("://")[0].partition("+")[0] if "://" in uri else ""
     if scheme in SERVER_SCHEMES or scheme in DATABASE_SCHEMES:
@@ -36,20 +37,27 @@ def check_tracking_uri(uri: str, num_nodes: int) -> None:
         return
     if scheme in ("", "file"):
         raise UserError(
-            f"tracking URI {uri!r} is a file store, which MLflow no longer has; use sqlite:///runs/mlflow.db on one machine or http(s)://HOST:PORT of an "
-            "MLflow server (`mlflow migrate-filestore` moves an old mlruns folder to SQLite)."
+            f"tracking URI {uri!r} is a file store, which MLflow no longer has; use sqlite:///runs/mlflow.db on one"
+            " machine or http(s)://HOST:PORT of an MLflow server (`mlflow migrate-filestore` moves an old mlruns"
+            " folder to SQLite)."
         )
     legal = ", ".join(["sqlite", *SERVER_SCHEMES, *DATABASE_SCHEMES])
-    raise UserError(f"tracking URI {hide_credentials(uri)!r} has the unknown scheme {scheme!r}; legal schemes are {legal}.")
+    raise UserError(
+        f"tracking URI {hide_credentials(uri)!r} has the unknown scheme {scheme!r}; legal schemes are {legal}."
+    )
 
 
 def _check_sqlite(uri: str, num_nodes: int) -> None:
     if _sqlite_path(uri) is None:
-        raise UserError(f"tracking URI {uri!r} names no database file, and other processes cannot reach one in memory; write sqlite:///runs/mlflow.db.")
+        raise UserError(
+            f"tracking URI {uri!r} names no database file, and other processes cannot reach one in memory; write"
+            " sqlite:///runs/mlflow.db."
+        )
     if num_nodes > 1:
         raise UserError(
-            f"tracking URI {uri!r} is SQLite, but the cluster has {num_nodes} nodes and only processes of one node may write to it; "
-            "start an MLflow server (`mlflow server --backend-store-uri ...`) and give its http(s)://HOST:PORT."
+            f"tracking URI {uri!r} is SQLite, but the cluster has {num_nodes} nodes and only processes of one node may"
+            " write to it; start an MLflow server (`mlflow server --backend-store-uri ...`) and give its"
+            " http(s)://HOST:PORT."
         )
 
 
@@ -64,14 +72,15 @@ def _sqlite_path(uri: str) -> Path | None:
 def ensure_store(uri: str) -> str:
     """Creates the store where that is ours to do, and makes its URI independent of the working directory.
 
-    The driver calls this before any worker starts: creating the schema of a SQLite database takes seconds, and two processes
-    that do it at once meet "database is locked".
+    The driver calls this before any worker starts: creating the schema of a SQLite database takes seconds, and two
+    processes that do it at once meet "database is locked".
 
     Args:
         uri: a tracking URI that `check_tracking_uri` accepts for one node.
 
     Returns:
-        The URI to hand to workers: for SQLite with an absolute path, because Ray workers have another working directory.
+        The URI to hand to workers: for SQLite with an absolute path, because Ray workers have another working
+        directory.
     """
     check_tracking_uri(uri, num_nodes=1)
     path = _sqlite_path(uri)

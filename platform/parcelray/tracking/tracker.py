@@ -15,7 +15,10 @@ class Tracker(Protocol):
         ...
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
-        """Records metrics at an optimizer step. A step at or before the last recorded one of a metric is dropped, so a resumed run repeats nothing."""
+        """Records metrics at an optimizer step.
+
+        A step at or before the last recorded one of a metric is dropped, so a resumed run repeats nothing.
+        """
         ...
 
     def set_tags(self, tags: Mapping[str, str]) -> None:

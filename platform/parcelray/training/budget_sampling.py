@@ -32,8 +32,8 @@ class BudgetSampler:
     def budgets(self, step: int) -> tuple[int, ...]:
         """Budgets of a step: one, or for the sandwich rule the smallest, a random one and the largest.
 
-        The largest comes last because it uses every parameter: distributed data parallel exchanges gradients in the step's last
-        backward pass, and passes over the gradients of parameters that this pass did not use.
+        The largest comes last because it uses every parameter: distributed data parallel exchanges gradients in the
+        step's last backward pass, and passes over the gradients of parameters that this pass did not use.
         """
         draw = int(np.random.default_rng((self.seed, step)).choice(self._budgets, p=self._probabilities))
         if isinstance(self.config, SandwichBudgets):

@@ -1,8 +1,9 @@
 """The state of a training run on disk: everything that the rest of the run depends on.
 
-A checkpoint folder holds `model/` (Hugging Face layout, loadable as it is), `optimizer.pt` (states of optimiser, fp16 loss scaler and
-RNG, loaded with `weights_only=True` and only from a run's own folder) and `state.json` (step, budget sampler, configuration hash, newest metrics). The
-data position is the step: `data.schedule` derives the samples of every step from it.
+A checkpoint folder holds `model/` (Hugging Face layout, loadable as it is), `optimizer.pt` (states of optimiser, fp16
+loss scaler and RNG, loaded with `weights_only=True` and only from a run's own folder) and `state.json` (step, budget
+sampler, configuration hash, newest metrics). The data position is the step: `data.schedule` derives the samples of
+every step from it.
 """
 
 import json
@@ -15,7 +16,12 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, gather_object
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 
 from parcelray.errors import UserError
 from parcelray.models.backbones import ElasticVLM
@@ -49,7 +55,11 @@ def save(
 ) -> None:
     """Writes a checkpoint. Every rank calls it (sharded states are gathered); rank 0 writes."""
     weights = get_model_state_dict(model, options=_FULL)
-    moments = get_optimizer_state_dict(model, _inner(optimizer), options=_FULL) if is_sharded(accelerator) else _inner(optimizer).state_dict()
+    moments = (
+        get_optimizer_state_dict(model, _inner(optimizer), options=_FULL)
+        if is_sharded(accelerator)
+        else _inner(optimizer).state_dict()
+    )
     rng = gather_object([_rng_state()])
     if not accelerator.is_main_process:
         return
@@ -70,11 +80,15 @@ def read_state(folder: Path) -> TrainState:
     """
     path = folder / "state.json"
     if not path.is_file():
-        raise UserError(f"{folder} is not a training checkpoint (it has no state.json); give a checkpoint folder of a run.")
+        raise UserError(
+            f"{folder} is not a training checkpoint (it has no state.json); give a checkpoint folder of a run."
+        )
     return TrainState(**json.loads(path.read_text(encoding="utf-8")))
 
 
-def restore_optimizer(folder: Path, *, accelerator: Accelerator, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def restore_optimizer(
+    folder: Path, *, accelerator: Accelerator, model: torch.nn.Module, optimizer: torch.optim.Optimizer
+) -> None:
     """Puts optimiser moments, fp16 loss scale and this rank's RNG back; the model's weights are loaded with the model."""
     stored = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
     if is_sharded(accelerator):

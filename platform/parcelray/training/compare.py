@@ -19,12 +19,19 @@ REFERENCE = "vanilla"
 """The job without compression that retention is measured against."""
 
 
-def train_all(jobs: Mapping[str, TrainJob], console: Console, *, address: str | None, parent_run_id: str | None) -> dict[str, TrainedRun]:
+def train_all(
+    jobs: Mapping[str, TrainJob], console: Console, *, address: str | None, parent_run_id: str | None
+) -> dict[str, TrainedRun]:
     """Trains each job that is not done yet, one after the other."""
-    return {method: run_training(job, console, address=address, parent_run_id=parent_run_id, report=False) for method, job in jobs.items()}
+    return {
+        method: run_training(job, console, address=address, parent_run_id=parent_run_id, report=False)
+        for method, job in jobs.items()
+    }
 
 
-def build_frontier(jobs: Mapping[str, TrainJob], runs: Mapping[str, TrainedRun], report: ReportConfig, console: Console) -> Frontier:
+def build_frontier(
+    jobs: Mapping[str, TrainJob], runs: Mapping[str, TrainedRun], report: ReportConfig, console: Console
+) -> Frontier:
     """Scores every run at every budget, with retention against the reference at full tokens, beside the blind model and the majority class.
 
     Args:

@@ -11,7 +11,9 @@ from parcelray.config.train import TrainJob
 _FAMILIES = 4
 
 
-def held_out_evaluation(job: TrainJob, model_folder: Path, budgets: Sequence[int | BudgetName], samples: int) -> EvaluateJob:
+def held_out_evaluation(
+    job: TrainJob, model_folder: Path, budgets: Sequence[int | BudgetName], samples: int
+) -> EvaluateJob:
     """The evaluation that belongs to a training.
 
     Args:
@@ -28,7 +30,9 @@ def held_out_evaluation(job: TrainJob, model_folder: Path, budgets: Sequence[int
         benchmarks=(_benchmark(job.data, samples),),
         budgets=tuple(dict.fromkeys(budgets)),
         max_unscored=1.0,
-        compute=PassConfig(actors=0 if in_process else max(1, job.scaling.bounds[0]), gpus_per_actor=job.scaling.gpus_per_worker),
+        compute=PassConfig(
+            actors=0 if in_process else max(1, job.scaling.bounds[0]), gpus_per_actor=job.scaling.gpus_per_worker
+        ),
         tracking=job.tracking,
         storage=job.storage,
     )
@@ -36,7 +40,14 @@ def held_out_evaluation(job: TrainJob, model_folder: Path, budgets: Sequence[int
 
 def _benchmark(data: DataConfig, samples: int) -> BenchmarkChoice:
     if isinstance(data, MiniDataConfig):
-        return BenchmarkChoice(name="mini", source={"families": list(data.families), "samples": samples, "seed": data.seed})
+        return BenchmarkChoice(
+            name="mini", source={"families": list(data.families), "samples": samples, "seed": data.seed}
+        )
     if isinstance(data, NlvrDataConfig):
-        return BenchmarkChoice(name="nlvr", data=data.path, limit=samples, source={"view": data.view, "questions": list(data.questions), "seed": data.seed})
+        return BenchmarkChoice(
+            name="nlvr",
+            data=data.path,
+            limit=samples,
+            source={"view": data.view, "questions": list(data.questions), "seed": data.seed},
+        )
     return BenchmarkChoice(name="samples", data=data.path, limit=_FAMILIES * samples)

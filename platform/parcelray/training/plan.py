@@ -51,12 +51,18 @@ class TrainingPlan:
         from rich.table import Table
 
         table = Table("plan", self.identity, show_lines=False)
-        budgets = f"{self.budgets[0]} to {self.budgets[-1]} ({len(self.budgets)} budgets)" if len(self.budgets) > 3 else ", ".join(map(str, self.budgets))
+        budgets = (
+            f"{self.budgets[0]} to {self.budgets[-1]} ({len(self.budgets)} budgets)"
+            if len(self.budgets) > 3
+            else ", ".join(map(str, self.budgets))
+        )
         rows = {
             "starts from": self.start,
             "parameters": f"{self.num_parameters:,} ({self.connector_parameters:,} of the connector)",
             "visual-token budgets": budgets,
-            "workers": " to ".join(str(count) for count in sorted(set(self.workers))) if self.workers[1] else "in this process",
+            "workers": (
+                " to ".join(str(count) for count in sorted(set(self.workers))) if self.workers[1] else "in this process"
+            ),
             "memory per worker": f"at least {self.state_bytes / 2**20:,.0f} MiB for weights, gradients and moments",
             "compute": f"{self.flops / 1e12:,.1f} TFLOP",
             "time": f"at least {self.seconds / 60:,.1f} min at this machine's matrix-product speed",
@@ -71,14 +77,18 @@ def training_plan(job: TrainJob) -> TrainingPlan:
     """Resolves a job, checks that its parts fit together, and estimates its cost.
 
     Raises:
-        UserError: the parts do not fit: budgets that the connector cannot give, data that are not there, too few samples a step.
+        UserError: the parts do not fit: budgets that the connector cannot give, data that are not there, too few
+            samples a step.
     """
     start = resolve_start(job, job.tracking.uri)
     model, processor = build_start(job, start.path if start is not None else None)
     sampler = BudgetSampler(job.budget, job.seed)
     sampler.check(model.connector)
     if not set(job.validation.budgets) & set(model.supported_budgets):
-        raise UserError(f"validation.budgets {job.validation.budgets} holds no budget that {model.connector.name} can give; legal: {model.supported_budgets}.")
+        raise UserError(
+            f"validation.budgets {job.validation.budgets} holds no budget that {model.connector.name} can give; legal:"
+            f" {model.supported_budgets}."
+        )
     step_reader(job, processor, 0, max(1, job.scaling.bounds[0]))
     budgets = job.budget.values()
     shape = from_transformers_config(model.config)

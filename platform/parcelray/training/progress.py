@@ -28,7 +28,13 @@ def progress_bar(console: Console, title: str, num_steps: int) -> Iterator[Calla
     if not console.is_terminal:
         yield _line_writer(console, title, num_steps)
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[state]}"), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[state]}"),
+        TimeRemainingColumn(),
+    )
     with Bar(*columns, console=console) as bar:
         task = bar.add_task(title, total=num_steps, state="starting")
         yield lambda progress: bar.update(task, completed=progress.step, state=_describe(progress))

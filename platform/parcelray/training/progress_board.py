@@ -1,4 +1,7 @@
-"""Where the workers of a training leave their progress for the driver. Its process loads neither torch nor transformers, which take it seconds."""
+"""Where the workers of a training leave their progress for the driver.
+
+Its process loads neither torch nor transformers, which take it seconds.
+"""
 
 import threading
 from collections.abc import Callable, Iterator

@@ -1,7 +1,7 @@
 """What runs on each worker of Ray Train, and what its controller calls.
 
-The controller loads this module, too, before it starts the workers; it needs neither the model nor its libraries, so they are imported where the
-training begins.
+The controller loads this module, too, before it starts the workers; it needs neither the model nor its libraries, so
+they are imported where the training begins.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping

@@ -19,7 +19,9 @@ from parcelray.tracking.tracker import Tracker
 from parcelray.training.held_out import held_out_evaluation
 
 
-def report_training(job: TrainJob, model_folder: Path, tracker: Tracker, console: Console, run_id: str | None) -> dict[str, float]:
+def report_training(
+    job: TrainJob, model_folder: Path, tracker: Tracker, console: Console, run_id: str | None
+) -> dict[str, float]:
     """Evaluates the model as `job.report` says, shows and records the result.
 
     Args:
@@ -43,9 +45,13 @@ def report_training(job: TrainJob, model_folder: Path, tracker: Tracker, console
         *(frontier_point(method, budget, splits, None) for budget in job.report.budgets),
     ]
     frontier = Frontier(tuple(points), reference=None)
-    numbers, picture = write_frontier(frontier, model_folder.parent, f"{job.name}: test score against visual tokens per image")
+    numbers, picture = write_frontier(
+        frontier, model_folder.parent, f"{job.name}: test score against visual tokens per image"
+    )
     console.print(frontier_table(frontier))
-    metrics = {f"test/score@{point.num_visual_tokens}": point.overall.value for point in points if point.method == method}
+    metrics = {
+        f"test/score@{point.num_visual_tokens}": point.overall.value for point in points if point.method == method
+    }
     metrics |= _consistency(splits, console)
     tracker.log_metrics(metrics, job.training.steps)
     tracker.log_artifact(numbers)
@@ -64,7 +70,8 @@ def _consistency(splits: Sequence[SplitScores], console: Console) -> dict[str, f
                 metrics[f"test/consistency@{budget}"] = interval.value
                 name = f"{budget} visual tokens" if budget != BLIND else "blind"
                 console.print(
-                    f"Consistency, {name}: {100 * interval.value:.1f} % [{100 * interval.low:.1f}, {100 * interval.high:.1f}] of {interval.n} sentences",
+                    f"Consistency, {name}: {100 * interval.value:.1f} % [{100 * interval.low:.1f},"
+                    f" {100 * interval.high:.1f}] of {interval.n} sentences",
                     highlight=False,
                 )
     return metrics

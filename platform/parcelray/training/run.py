@@ -66,7 +66,9 @@ def run_training(
     folder.claim()
     done = folder.result()
     if done is not None:
-        console.print(f"{folder.identity} is finished; nothing to do. Its model is in {done['model']}.", highlight=False)
+        console.print(
+            f"{folder.identity} is finished; nothing to do. Its model is in {done['model']}.", highlight=False
+        )
         return TrainedRun(folder.identity, Path(done["model"]), done["metrics"], done["mlflow_run_id"], was_done=True)
     uri = ensure_store(job.tracking.uri) if job.tracking.uri is not None else None
     start = resolve_start(job, uri)
@@ -74,8 +76,13 @@ def run_training(
     with nullcontext() if in_process else ray_session(address):
         if uri is not None and not in_process:
             check_tracking_uri(uri, num_nodes())
-        with _tracked(job, folder, uri, start, parent_run_id) as run_id, progress_bar(console, job.name, job.training.steps) as show:
-            checkpoint, metrics = _fit(job, folder, start, functools.partial(open_tracker, uri, run_id), show, on_report)
+        with (
+            _tracked(job, folder, uri, start, parent_run_id) as run_id,
+            progress_bar(console, job.name, job.training.steps) as show,
+        ):
+            checkpoint, metrics = _fit(
+                job, folder, start, functools.partial(open_tracker, uri, run_id), show, on_report
+            )
             model_folder = _keep_model(job, folder, checkpoint, start)
             if report and job.report is not None:
                 metrics |= report_training(job, model_folder, open_tracker(uri, run_id), console, run_id)
@@ -88,24 +95,42 @@ def resolve_start(job: TrainJob, tracking_uri: str | None) -> ResolvedCheckpoint
     return resolve_model(job.model, tracking_uri) if isinstance(job.model, CheckpointModelConfig) else None
 
 
-def _fit(job: TrainJob, folder: RunFolder, start: ResolvedCheckpoint | None, logger: Any, show: Any, on_report: Any) -> tuple[Path, dict[str, float]]:
+def _fit(
+    job: TrainJob, folder: RunFolder, start: ResolvedCheckpoint | None, logger: Any, show: Any, on_report: Any
+) -> tuple[Path, dict[str, float]]:
     path = start.path if start is not None else None
     if job.scaling.bounds[1] == 0:
-        return fit_in_process(job, folder.local_path("in-process"), checkpoint=path, logger=logger(), on_progress=show, on_report=on_report)
+        return fit_in_process(
+            job,
+            folder.local_path("in-process"),
+            checkpoint=path,
+            logger=logger(),
+            on_progress=show,
+            on_report=on_report,
+        )
     # Ray Train takes seconds to import, which --dry-run and in-process runs should not wait for.
     from parcelray.training.trainer import fit
 
     return fit(job, folder, checkpoint=path, logger=logger, on_progress=show, on_report=on_report)
 
 
-def _tracked(job: TrainJob, folder: RunFolder, uri: str | None, start: ResolvedCheckpoint | None, parent_run_id: str | None) -> Any:
+def _tracked(
+    job: TrainJob, folder: RunFolder, uri: str | None, start: ResolvedCheckpoint | None, parent_run_id: str | None
+) -> Any:
     if uri is None:
         return nullcontext(None)
     tags = {"parcel.config_hash": config_hash(job), "parcel.start": start.pinned if start is not None else "scratch"}
     commit = git_commit()
     if commit is not None:
         tags["mlflow.source.git.commit"] = commit
-    return tracked_run(uri, job.tracking.experiment, folder.identity, params=flat_params(job.model_dump(mode="json")), tags=tags, parent_run_id=parent_run_id)
+    return tracked_run(
+        uri,
+        job.tracking.experiment,
+        folder.identity,
+        params=flat_params(job.model_dump(mode="json")),
+        tags=tags,
+        parent_run_id=parent_run_id,
+    )
 
 
 def _keep_model(job: TrainJob, folder: RunFolder, checkpoint: Path, start: ResolvedCheckpoint | None) -> Path:
@@ -119,7 +144,11 @@ def _keep_model(job: TrainJob, folder: RunFolder, checkpoint: Path, start: Resol
         git_commit=git_commit(),
         data=job.data.model_dump(mode="json"),
         seed=job.seed,
-        extra={"start": start.pinned if start is not None else "scratch", "identity": folder.identity, "torch": torch.__version__},
+        extra={
+            "start": start.pinned if start is not None else "scratch",
+            "identity": folder.identity,
+            "torch": torch.__version__,
+        },
     )
     if not folder.is_local:
         folder.upload(target, "model")

@@ -45,7 +45,9 @@ def build_start(job: TrainJob, checkpoint: Path | None) -> tuple[ElasticVLM, Ela
             model = build_model(config, job.seed)
     else:
         if checkpoint is None:
-            raise UserError(f"model.reference {job.model.reference} was not resolved to a folder; resolve it before the training.")
+            raise UserError(
+                f"model.reference {job.model.reference} was not resolved to a folder; resolve it before the training."
+            )
         processor = load_processor(checkpoint)
         model = load_vlm(checkpoint, connector=job.connector, seed=job.seed)
     use_sdpa_where_exact(model)
@@ -66,12 +68,14 @@ def step_reader(job: TrainJob, processor: ElasticProcessor, rank: int, world_siz
         UserError: a step has fewer samples than there are workers.
     """
     source = training_source(job.data, processor.image_size)
-    schedule = BatchSchedule(source, num_steps=job.training.steps, images_per_step=job.training.images_per_step, seed=job.seed)
+    schedule = BatchSchedule(
+        source, num_steps=job.training.steps, images_per_step=job.training.images_per_step, seed=job.seed
+    )
     largest = max(group.num_images for group in source.groups)
     if job.training.images_per_step // largest < world_size:
         raise UserError(
-            f"training.images_per_step is {job.training.images_per_step}, which at {largest} images a sample gives fewer samples a step than "
-            f"the {world_size} workers; raise it to at least {largest * world_size}."
+            f"training.images_per_step is {job.training.images_per_step}, which at {largest} images a sample gives"
+            f" fewer samples a step than the {world_size} workers; raise it to at least {largest * world_size}."
         )
     return StepReader(source, schedule, processor, rank, world_size, label_patches=job.training.patch_supervision > 0)
 

@@ -57,10 +57,15 @@ class TensorBatch:
 def to_tensors(batch: Batch, device: torch.device, processor: ElasticProcessor) -> TensorBatch:
     """Moves a collated batch to the device; pixels become floats with the mean and the standard deviation of the model's image processor."""
     mean_C11, std_C11 = (
-        torch.tensor(values, device=device)[:, None, None] for values in (processor.image_processor.image_mean, processor.image_processor.image_std)
+        torch.tensor(values, device=device)[:, None, None]
+        for values in (processor.image_processor.image_mean, processor.image_processor.image_std)
     )
     pixels = torch.from_numpy(np.ascontiguousarray(batch["pixel_values"])).to(device)
-    texts = {key: torch.from_numpy(np.array(values, dtype=np.int64)).to(device) for key, values in batch.items() if key != "pixel_values"}
+    texts = {
+        key: torch.from_numpy(np.array(values, dtype=np.int64)).to(device)
+        for key, values in batch.items()
+        if key != "pixel_values"
+    }
     return TensorBatch(
         pixels.float().div_(255).sub_(mean_C11).div_(std_C11),
         texts["input_ids"],
@@ -92,7 +97,8 @@ def with_placeholders(batch: TensorBatch, num_visual_tokens: int, image_token_id
 class Losses(NamedTuple):
     """The parts of a pass's loss, summed over its prompts; the caller divides by the prompts of the step over all ranks.
 
-    A prompt's part is the mean over its positions, so that long answers weigh no more than short ones (as PaliGemma is trained).
+    A prompt's part is the mean over its positions, so that long answers weigh no more than short ones (as PaliGemma is
+    trained).
     """
 
     answer_sum: Tensor
@@ -101,11 +107,13 @@ class Losses(NamedTuple):
     """Cross-entropy of the labelled patches; None where there are none."""
 
 
-def losses(model: nn.Module, batch: TensorBatch, *, num_visual_tokens: int, image_token_id: int, anchor_grid: int | None = None) -> Losses:
+def losses(
+    model: nn.Module, batch: TensorBatch, *, num_visual_tokens: int, image_token_id: int, anchor_grid: int | None = None
+) -> Losses:
     """Runs the model on a batch at a budget.
 
-    Only text positions get logits, unless patches are labelled: those of the visual tokens would be computed to be thrown away. Patch
-    labels count only where each visual token is one patch.
+    Only text positions get logits, unless patches are labelled: those of the visual tokens would be computed to be
+    thrown away. Patch labels count only where each visual token is one patch.
     """
     length = batch.input_ids_BS.shape[1]
     inputs = with_placeholders(batch, num_visual_tokens, image_token_id)
@@ -114,7 +122,9 @@ def losses(model: nn.Module, batch: TensorBatch, *, num_visual_tokens: int, imag
     if patch_labels is not None and (patch_labels.shape[1] != num_visual or not bool((patch_labels != IGNORED).any())):
         patch_labels = None
     keep = length if patch_labels is None else 0
-    logits_BSV = model(**inputs, num_visual_tokens=num_visual_tokens, anchor_grid=anchor_grid, logits_to_keep=keep, use_cache=False).logits.float()
+    logits_BSV = model(
+        **inputs, num_visual_tokens=num_visual_tokens, anchor_grid=anchor_grid, logits_to_keep=keep, use_cache=False
+    ).logits.float()
     answer_sum = _prompt_means(logits_BSV[:, -length:-1], batch.labels_BS[:, 1:]).sum()
     if patch_labels is None:
         return Losses(answer_sum, None)
@@ -124,7 +134,9 @@ def losses(model: nn.Module, batch: TensorBatch, *, num_visual_tokens: int, imag
 
 def _prompt_means(logits_BSV: Tensor, labels_BS: Tensor) -> Tensor:
     """Mean cross-entropy over the labelled positions of each prompt: [B], 0 where none is labelled."""
-    each_BS = F.cross_entropy(logits_BSV.flatten(0, 1), labels_BS.flatten(), ignore_index=IGNORED, reduction="none").view_as(labels_BS)
+    each_BS = F.cross_entropy(
+        logits_BSV.flatten(0, 1), labels_BS.flatten(), ignore_index=IGNORED, reduction="none"
+    ).view_as(labels_BS)
     means_B: Tensor = each_BS.sum(1) / (labels_BS != IGNORED).sum(1).clamp(min=1)
     return means_B
 

@@ -91,7 +91,9 @@ class _Loop:
         if inputs.resume_from is not None:
             state = checkpointing.read_state(inputs.resume_from)
             self.first_step, self.last_metrics = state.step, state.metrics
-            checkpointing.restore_optimizer(inputs.resume_from, accelerator=self.accelerator, model=self.model, optimizer=self.optimizer)
+            checkpointing.restore_optimizer(
+                inputs.resume_from, accelerator=self.accelerator, model=self.model, optimizer=self.optimizer
+            )
 
     def run(self) -> dict[str, float]:
         """All steps from the first; validations, metrics and checkpoints at their intervals."""
@@ -113,10 +115,16 @@ class _Loop:
                     "train/budget": float(budgets[-1]),
                     "train/tokens_per_second": clock.rate(),
                 }
-                metrics |= self._diagnostics(batch, budgets[-1], self.sampler.anchor_grid(step, len(budgets) - 1, budgets[-1]))
+                metrics |= self._diagnostics(
+                    batch, budgets[-1], self.sampler.anchor_grid(step, len(budgets) - 1, budgets[-1])
+                )
                 self._log(metrics, done)
                 self.last_metrics |= metrics
-                self.inputs.on_progress(Progress(done, training.steps, metrics["train/loss"], budgets[-1], metrics["train/tokens_per_second"]))
+                self.inputs.on_progress(
+                    Progress(
+                        done, training.steps, metrics["train/loss"], budgets[-1], metrics["train/tokens_per_second"]
+                    )
+                )
             validate = self._due(done, self.job.validation.every_steps)
             in_background = self.job.validation.in_background
             if validate and not in_background:
@@ -140,13 +148,20 @@ class _Loop:
         prompts = accelerator.reduce(torch.tensor(float(batch.num_prompts), device=accelerator.device), reduction="sum")
         parts = min(training.gradient_accumulation_steps, batch.num_prompts)
         grids = [self.sampler.anchor_grid(step, place, budget) for place, budget in enumerate(budgets)]
-        passes = [(batch.slice(part, parts), budget, grid) for part in range(parts) for budget, grid in zip(budgets, grids, strict=True)]
+        passes = [
+            (batch.slice(part, parts), budget, grid)
+            for part in range(parts)
+            for budget, grid in zip(budgets, grids, strict=True)
+        ]
         total = torch.zeros((), device=accelerator.device)
         for index, (micro_batch, budget, grid) in enumerate(passes):
             with accelerator.autocast(), _sync_only_last(accelerator, self.model, last=index == len(passes) - 1):
                 token_id = self.inputs.model.config.image_token_id
-                parts_of_loss = losses(self.model, micro_batch, num_visual_tokens=budget, image_token_id=token_id, anchor_grid=grid)
-                # Distributed training averages the ranks' gradients; the sum over all prompts is wanted, divided by their count.
+                parts_of_loss = losses(
+                    self.model, micro_batch, num_visual_tokens=budget, image_token_id=token_id, anchor_grid=grid
+                )
+                # Distributed training averages the ranks' gradients; the sum over all prompts is wanted, divided by
+                # their count.
                 scale = accelerator.num_processes / (prompts * len(budgets))
                 total += scale * parts_of_loss.answer_sum.detach()
                 loss = parts_of_loss.answer_sum
@@ -165,11 +180,14 @@ class _Loop:
             return {}  # sharded weights cannot run outside the wrapped forward
         model = self.inputs.model
         split = {} if anchor_grid is None else {"anchor_grid": anchor_grid}
-        tokens_IKD = model.connector(model.model.encode_patches(batch.pixel_values_ICHW[:8]), num_visual_tokens=budget, **split).float()
+        tokens_IKD = model.connector(
+            model.model.encode_patches(batch.pixel_values_ICHW[:8]), num_visual_tokens=budget, **split
+        ).float()
         count = model.connector.num_anchors(budget) if anchor_grid is None else anchor_grid**2
         metrics = {}
         for name, part_IKD in (("anchors", tokens_IKD[:, :count]), ("queries", tokens_IKD[:, count:])):
-            # Weights that have just overflowed end the run at the next step's loss, with a sentence; here they would end it in LAPACK.
+            # Weights that have just overflowed end the run at the next step's loss, with a sentence; here they would
+            # end it in LAPACK.
             if part_IKD.shape[1] > 1 and bool(part_IKD.isfinite().all()):
                 metrics[f"tokens/{name}_effective_rank"] = float(effective_rank(part_IKD).mean())
                 metrics[f"tokens/{name}_mean_cosine"] = float(mean_pairwise_cosine(part_IKD).mean())
@@ -194,14 +212,27 @@ class _Loop:
         return metrics
 
     def _checkpoint(self, done: int, *, validate: bool = False) -> None:
-        state = checkpointing.TrainState(done, config_hash(self.job), self.sampler.state(), self.accelerator.num_processes, self.last_metrics)
+        state = checkpointing.TrainState(
+            done, config_hash(self.job), self.sampler.state(), self.accelerator.num_processes, self.last_metrics
+        )
         if self.accelerator.is_main_process:
             self.inputs.logger.flush()
         with tempfile.TemporaryDirectory(prefix="parcelray-checkpoint-") as name:
             folder = Path(name)
-            checkpointing.save(folder, accelerator=self.accelerator, model=self.model, optimizer=self.optimizer, processor=self.inputs.processor, state=state)
+            checkpointing.save(
+                folder,
+                accelerator=self.accelerator,
+                model=self.model,
+                optimizer=self.optimizer,
+                processor=self.inputs.processor,
+                state=state,
+            )
             # Every rank reports, or the others wait for ever.
-            self.inputs.report({**self.last_metrics, "step": float(done)}, folder if self.accelerator.is_main_process else None, validate)
+            self.inputs.report(
+                {**self.last_metrics, "step": float(done)},
+                folder if self.accelerator.is_main_process else None,
+                validate,
+            )
 
     def _log(self, metrics: dict[str, float], done: int) -> None:
         if self.accelerator.is_main_process:

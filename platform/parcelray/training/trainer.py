@@ -31,7 +31,8 @@ def fit(
 ) -> tuple[Path, dict[str, float]]:
     """Trains a job on the Ray instance that this process is connected to.
 
-    The folder's identity names the Ray Train run, so the same call after a crash of the driver goes on from the newest checkpoint.
+    The folder's identity names the Ray Train run, so the same call after a crash of the driver goes on from the newest
+    checkpoint.
 
     Args:
         job: the training.
@@ -64,7 +65,9 @@ def fit(
         except ray.train.WorkerGroupError as error:
             raise _failure(error) from error
     if result.checkpoint is None:
-        raise SystemFailure(f"The run {folder.identity} ended without a checkpoint; see the Ray Train logs under {folder.path}.")
+        raise SystemFailure(
+            f"The run {folder.identity} ended without a checkpoint; see the Ray Train logs under {folder.path}."
+        )
     # Not `to_directory`: its lock is for processes that share the copy.
     target = tempfile.mkdtemp(prefix="parcelray-result-")
     pyarrow.fs.copy_files(result.checkpoint.path, target, source_filesystem=result.checkpoint.filesystem)
@@ -85,7 +88,10 @@ def _validation(job: TrainJob, logger: Callable[[], MetricLogger]) -> Validation
         return None
     from parcelray.training.validation import BackgroundValidation
 
-    return ValidationConfig(fn=BackgroundValidation(job, logger), ray_remote_kwargs={"num_cpus": 0, "num_gpus": job.validation.background_gpus})
+    return ValidationConfig(
+        fn=BackgroundValidation(job, logger),
+        ray_remote_kwargs={"num_cpus": 0, "num_gpus": job.validation.background_gpus},
+    )
 
 
 def _run_config(job: TrainJob, folder: RunFolder, on_report: Callable[[Mapping[str, float]], None] | None) -> RunConfig:
@@ -107,8 +113,9 @@ def _check_capacity(job: TrainJob) -> None:
     for name, each in (("CPU", job.scaling.cpus_per_worker), ("GPU", job.scaling.gpus_per_worker)):
         if workers * each > available.get(name, 0.0):
             raise UserError(
-                f"scaling asks for {workers} workers of {each:g} {name} each, but the Ray cluster has {available.get(name, 0.0):g} {name} in all; "
-                f"lower scaling.num_workers or scaling.{name.lower()}s_per_worker, or use a larger cluster."
+                f"scaling asks for {workers} workers of {each:g} {name} each, but the Ray cluster has"
+                f" {available.get(name, 0.0):g} {name} in all; lower scaling.num_workers or"
+                f" scaling.{name.lower()}s_per_worker, or use a larger cluster."
             )
 
 

@@ -23,11 +23,16 @@ def validation_metric(num_visual_tokens: int) -> str:
     return f"val/score@{num_visual_tokens}"
 
 
-def validation_values(job: TrainJob, model: ElasticVLM, processor: ElasticProcessor, samples: Sequence[Sample], device: str) -> dict[int, list[float]]:
+def validation_values(
+    job: TrainJob, model: ElasticVLM, processor: ElasticProcessor, samples: Sequence[Sample], device: str
+) -> dict[int, list[float]]:
     """The values of samples at each of the job's validation budgets that the model can give; the model must be in evaluation mode."""
     budgets = [budget for budget in job.validation.budgets if budget in model.supported_budgets]
     predictions = Predictor(model, processor, device=device).generate_budgets(samples, budgets)
-    return {budget: [each.value for each in score(samples, predictions[budget], num_visual_tokens=budget)] for budget in budgets}
+    return {
+        budget: [each.value for each in score(samples, predictions[budget], num_visual_tokens=budget)]
+        for budget in budgets
+    }
 
 
 @dataclass(frozen=True)
@@ -54,7 +59,9 @@ class BackgroundValidation:
             folder = Path(name)
             model, processor = build_resumed(folder)
             step = checkpointing.read_state(folder).step
-            values = validation_values(self.job, model.eval().to(device), processor, validation_samples(self.job, processor), device)
+            values = validation_values(
+                self.job, model.eval().to(device), processor, validation_samples(self.job, processor), device
+            )
         metrics = {validation_metric(budget): sum(scores) / len(scores) for budget, scores in values.items()}
         logger = self.logger()
         logger.log_metrics(metrics, step)

@@ -68,7 +68,12 @@ def _as_retention(splits: Sequence[SplitScores], evaluator: WarmEvaluator) -> li
     """The splits on the scale of what they keep of the reference; as everywhere, without those where it scores 0."""
     reference, budget = evaluator.reference
     full = {split.name: split.scores[budget].estimate.value for split in reference}
-    kept = [replace(split, scale=100 * split.scale / full[split.name]) for split in splits if full.get(split.name, 0) > 0]
+    kept = [
+        replace(split, scale=100 * split.scale / full[split.name]) for split in splits if full.get(split.name, 0) > 0
+    ]
     if not kept:
-        raise UserError("The reference scores 0 on every split, so nothing can be kept of it; ask more questions, or search by score.")
+        raise UserError(
+            "The reference scores 0 on every split, so nothing can be kept of it; ask more questions, or search by"
+            " score."
+        )
     return kept

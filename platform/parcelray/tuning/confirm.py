@@ -53,15 +53,26 @@ class Confirmation:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-serialisable."""
-        return asdict(self) | {"splits": [asdict(split) | {"trained": split.trained._asdict()} for split in self.splits]}
+        return asdict(self) | {
+            "splits": [asdict(split) | {"trained": split.trained._asdict()} for split in self.splits]
+        }
 
     def to_rich(self) -> Table:
         """For the console."""
-        title = f"Splits of {self.num_visual_tokens} tokens: rank correlation {self.correlation:.2f} over {len(self.splits)} splits, p = {self.p_value:.2f}"
+        title = (
+            f"Splits of {self.num_visual_tokens} tokens: rank correlation {self.correlation:.2f} over"
+            f" {len(self.splits)} splits, p = {self.p_value:.2f}"
+        )
         table = Table("anchors", "on the supernet", "trained by itself [95 %]", title=title)
         for split in sorted(self.splits, key=lambda each: -each.supernet):
-            name = (f"{split.anchor_grid} x {split.anchor_grid}" if split.anchor_grid else "none") + (", the paper's" if split.is_rule else "")
-            table.add_row(name, f"{split.supernet:.1f}", f"{split.trained.value:.1f} [{split.trained.low:.1f}, {split.trained.high:.1f}]")
+            name = (f"{split.anchor_grid} x {split.anchor_grid}" if split.anchor_grid else "none") + (
+                ", the paper's" if split.is_rule else ""
+            )
+            table.add_row(
+                name,
+                f"{split.supernet:.1f}",
+                f"{split.trained.value:.1f} [{split.trained.low:.1f}, {split.trained.high:.1f}]",
+            )
         return table
 
 
@@ -80,7 +91,10 @@ def confirm_splits(job: TuneJob, run: SearchRun, console: Console, *, address: s
     """
     confirm, splits = job.confirm, job.splits
     if confirm is None or splits is None:
-        raise UserError(f"The search {job.name} has no `confirm`; add the training job, the budget and how many splits to the job file.")
+        raise UserError(
+            f"The search {job.name} has no `confirm`; add the training job, the budget and how many splits to the job"
+            " file."
+        )
     first = job.objectives[0]
     trials = {
         int(trial.assignment[splits.anchor_grid]): trial.metrics
@@ -89,9 +103,16 @@ def confirm_splits(job: TuneJob, run: SearchRun, console: Console, *, address: s
     }
     order = sorted(trials, key=lambda grid: objective_value(first, trials[grid]), reverse=True)
     rule = next((each.rule for each in run.findings.splits if each.num_visual_tokens == confirm.budget), None)
-    chosen = list(dict.fromkeys([*order[: confirm.best], *([rule] if rule in trials else []), *order[len(order) - confirm.worst :]]))
+    chosen = list(
+        dict.fromkeys(
+            [*order[: confirm.best], *([rule] if rule in trials else []), *order[len(order) - confirm.worst :]]
+        )
+    )
     if len(chosen) < 3:
-        raise UserError(f"The search {job.name} has {len(order)} splits of {confirm.budget} tokens, too few to compare; choose another confirm.budget.")
+        raise UserError(
+            f"The search {job.name} has {len(order)} splits of {confirm.budget} tokens, too few to compare; choose"
+            " another confirm.budget."
+        )
     search = _search(job, chosen)
     with ray_session(address):
         trained = run_tuning(search, console, address=address, resume=True, parent_run_id=run.mlflow_run_id)
@@ -99,9 +120,16 @@ def confirm_splits(job: TuneJob, run: SearchRun, console: Console, *, address: s
             raise SystemFailure(f"A training of the confirmation failed: {trained.findings.failed[0].error}")
         found = []
         for grid in chosen:
-            folder = RunFolder(trial_job(search, str(trained.folder), _assignment(confirm.budget, grid))).local_path("model")
+            folder = RunFolder(trial_job(search, str(trained.folder), _assignment(confirm.budget, grid))).local_path(
+                "model"
+            )
             found.append(
-                ConfirmedSplit(grid, trials[grid]["retention"], _retention(job, folder, confirm.budget, grid, console, run.mlflow_run_id), grid == rule)
+                ConfirmedSplit(
+                    grid,
+                    trials[grid]["retention"],
+                    _retention(job, folder, confirm.budget, grid, console, run.mlflow_run_id),
+                    grid == rule,
+                )
             )
     correlation = spearmanr([each.supernet for each in found], [each.trained.value for each in found])
     exact = _exact_p([each.supernet for each in found], [each.trained.value for each in found])
@@ -125,7 +153,12 @@ def _search(job: TuneJob, grids: Sequence[int]) -> TuneJob:
         "kind": "tune",
         "name": f"{job.name[:50]}-confirm",
         "seed": job.seed,
-        "space": {"kind": "search_space", "name": "confirm", "job": "confirm", "parameters": {"connector.routing": {"type": "choice", "values": values}}},
+        "space": {
+            "kind": "search_space",
+            "name": "confirm",
+            "job": "confirm",
+            "parameters": {"connector.routing": {"type": "choice", "values": values}},
+        },
         "base": base,
         "algorithm": {"type": "grid"},
         "objectives": [{"metric": f"val/score@{budget}", "mode": "max"}],
@@ -152,7 +185,9 @@ def _retention(job: TuneJob, model: Path, budget: int, grid: int, console: Conso
         "budgets": (budget,),
         "tracking": job.tracking,
     }
-    summary = run_evaluation(EvaluateJob.model_validate(base.model_dump() | changes), console, parent_run_id=parent, tables=False).summary
+    summary = run_evaluation(
+        EvaluateJob.model_validate(base.model_dump() | changes), console, parent_run_id=parent, tables=False
+    ).summary
     return summary.mean_retention(budget).interval
 
 
@@ -171,7 +206,10 @@ def _record(uri: str, run_id: str, result: Confirmation, files: Sequence[Path]) 
     tracker.log_metrics({f"confirmation/{name}": value for name, value in found.items() if value == value}, budget)
     for each in sorted(result.splits, key=lambda split: split.anchor_grid):
         # The step is the side of the anchor grid, so that MLflow draws one curve over the splits for each.
-        tracker.log_metrics({f"confirmation/supernet@{budget}": each.supernet, f"confirmation/trained@{budget}": each.trained.value}, each.anchor_grid)
+        tracker.log_metrics(
+            {f"confirmation/supernet@{budget}": each.supernet, f"confirmation/trained@{budget}": each.trained.value},
+            each.anchor_grid,
+        )
     tracker.flush()
     for file in files:
         tracker.log_figure_file(file) if file.suffix == ".png" else tracker.log_artifact(file)
@@ -181,10 +219,18 @@ def _write(result: Confirmation, folder: Path) -> list[Path]:
     (folder / "confirmation.json").write_text(json.dumps(result.to_dict(), indent=2) + "\n", encoding="utf-8")
     plot_confirmation(
         [
-            (each.supernet, each.trained.value, each.trained.low, each.trained.high, f"{each.anchor_grid} x {each.anchor_grid}" if each.anchor_grid else "none")
+            (
+                each.supernet,
+                each.trained.value,
+                each.trained.low,
+                each.trained.high,
+                f"{each.anchor_grid} x {each.anchor_grid}" if each.anchor_grid else "none",
+            )
             for each in result.splits
         ],
         folder / "confirmation.png",
-        title=f"Splits of {result.num_visual_tokens} tokens: Spearman {result.correlation:.2f} (p = {result.p_value:.2f})",
+        title=(
+            f"Splits of {result.num_visual_tokens} tokens: Spearman {result.correlation:.2f} (p = {result.p_value:.2f})"
+        ),
     )
     return [folder / "confirmation.json", folder / "confirmation.png"]

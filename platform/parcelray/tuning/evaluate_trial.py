@@ -1,8 +1,8 @@
 """Evaluations that differ only in how an image's tokens are made, from one loaded model and one run of the vision tower over all images.
 
-A search asks the same questions of the same model at many splits, counts or reducers. Here the model, the questions and the patch features are
-held, so that a point costs the connector or reducer and the decoder. Answers go to the same store, under the same keys, as those of
-`parcelray evaluate`.
+A search asks the same questions of the same model at many splits, counts or reducers. Here the model, the questions and
+the patch features are held, so that a point costs the connector or reducer and the decoder. Answers go to the same
+store, under the same keys, as those of `parcelray evaluate`.
 """
 
 import json
@@ -41,7 +41,17 @@ TEXT_TOKENS = 32
 _LATENCY_REPEATS = 5
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 """Of a value, by arithmetic."""
-_PER_POINT = ("name", "budgets", "anchor_grid", "reducer", "need_within", "max_unscored", "tracking", "compute", "storage")
+_PER_POINT = (
+    "name",
+    "budgets",
+    "anchor_grid",
+    "reducer",
+    "need_within",
+    "max_unscored",
+    "tracking",
+    "compute",
+    "storage",
+)
 """Keys that a point may change without another model or other questions."""
 
 
@@ -81,7 +91,9 @@ def changed_job(job: EvaluateJob, assignment: Assignment) -> EvaluateJob:
     return validate(EvaluateJob, data, "the search")
 
 
-def prefill_costs(checkpoint: Path, connector: ConnectorConfig | None, budget: int, bytes_per_value: int) -> dict[str, float]:
+def prefill_costs(
+    checkpoint: Path, connector: ConnectorConfig | None, budget: int, bytes_per_value: int
+) -> dict[str, float]:
     """Of one image's prefill: visual tokens, GFLOPs, bytes of the KV cache.
 
     Args:
@@ -92,7 +104,11 @@ def prefill_costs(checkpoint: Path, connector: ConnectorConfig | None, budget: i
     """
     shape = from_transformers_config(config_of(checkpoint))
     flops = cost(shape, connector, budget, num_frames=1, num_text_tokens=TEXT_TOKENS).total
-    return {"tokens": float(budget), "gflops": flops / 1e9, "kv_cache_bytes": float(kv_cache_bytes(shape, budget + TEXT_TOKENS, bytes_per_value))}
+    return {
+        "tokens": float(budget),
+        "gflops": flops / 1e9,
+        "kv_cache_bytes": float(kv_cache_bytes(shape, budget + TEXT_TOKENS, bytes_per_value)),
+    }
 
 
 @dataclass
@@ -102,7 +118,8 @@ class WarmEvaluator:
     Args:
         job: the evaluation that points change.
         models: its model and those that points name instead, by reference.
-        reference: scores of the uncompressed model on the same questions, and their budget; retention is measured against them.
+        reference: scores of the uncompressed model on the same questions, and their budget; retention is measured
+            against them.
         settings: use of this process.
         measure_latency: whether a point's latency is measured, which takes some runs of one image.
     """
@@ -124,9 +141,17 @@ class WarmEvaluator:
         """
         point = self.evaluate(assignment)
         per_budget = [self._at(point, budget) for budget in point.budgets]
-        metrics = {name: statistics.fmean(each[name] for each in per_budget) for name in per_budget[0] if all(name in each for each in per_budget)}
+        metrics = {
+            name: statistics.fmean(each[name] for each in per_budget)
+            for name in per_budget[0]
+            if all(name in each for each in per_budget)
+        }
         if len(point.budgets) > 1:
-            metrics |= {f"{name}@{budget}": each[name] for budget, each in zip(point.budgets, per_budget, strict=True) for name in ("score", "retention")}
+            metrics |= {
+                f"{name}@{budget}": each[name]
+                for budget, each in zip(point.budgets, per_budget, strict=True)
+                for name in ("score", "retention")
+            }
         if self.measure_latency:
             metrics["latency_ms"] = statistics.fmean(self._latency_ms(point, budget) for budget in point.budgets)
         return metrics | {"computed": float(point.computed)}
@@ -137,7 +162,10 @@ class WarmEvaluator:
         held = self._hold(job)
         searched = self._model(job)
         budgets = tuple(budget for budget in budgets_for(job, searched.checkpoint) if budget != BLIND)
-        tasks = [replace(task, generation=generation_of(job, asked.choice, asked.config)) for asked, task in zip(held.benchmarks, held.tasks, strict=True)]
+        tasks = [
+            replace(task, generation=generation_of(job, asked.choice, asked.config))
+            for asked, task in zip(held.benchmarks, held.tasks, strict=True)
+        ]
         model = replace(held.model, budgets=budgets)
         passes = answer_tasks(tasks, model, held.answerer, settings=self.settings)
         evaluation = Evaluation(
@@ -147,10 +175,15 @@ class WarmEvaluator:
             budgets=budgets,
             full=max(connector_of(searched.checkpoint.path).supported_budgets),
             store=model.store,
-            benchmarks=tuple(AskedBenchmark(each.config, passes[each.config.name].asked, each.choice.metric) for each in held.benchmarks),
+            benchmarks=tuple(
+                AskedBenchmark(each.config, passes[each.config.name].asked, each.choice.metric)
+                for each in held.benchmarks
+            ),
             mask_decoder=job.mask_decoder,
         )
-        return EvaluatedPoint(job, budgets, evaluation.score(store=held.answerer.store), sum(each.computed for each in passes.values()))
+        return EvaluatedPoint(
+            job, budgets, evaluation.score(store=held.answerer.store), sum(each.computed for each in passes.values())
+        )
 
     def estimate(self, point: EvaluatedPoint, budget: int, metric: str) -> Estimate:
         """Score or retention, of all or of a family (`score/video`), with its draws: points share the questions, so differences are paired."""
@@ -162,7 +195,9 @@ class WarmEvaluator:
 
     def _at(self, point: EvaluatedPoint, budget: int) -> dict[str, float]:
         kept = retentions(point.splits, budget, *self.reference)
-        scores = {split.name: split.scores[budget].estimate for split in point.splits if split.scores[budget].estimate.n}
+        scores = {
+            split.name: split.scores[budget].estimate for split in point.splits if split.scores[budget].estimate.n
+        }
         metrics = {"score": mean_of(list(scores.values())).value}
         overall = mean_of(list(kept.values()))
         metrics |= {"retention": overall.value, "retention_std_error": overall.std_error}
@@ -179,13 +214,20 @@ class WarmEvaluator:
         path = self._model(job).checkpoint.path
         costs = prefill_costs(path, connector_at(job, config_of(path), budget), budget, BYTES[job.dtype])
         if job.reducer is not None:
-            costs["gflops"] = reduced_prefill_flops(from_transformers_config(config_of(path)), job.reducer, budget, TEXT_TOKENS) / 1e9
+            costs["gflops"] = (
+                reduced_prefill_flops(from_transformers_config(config_of(path)), job.reducer, budget, TEXT_TOKENS) / 1e9
+            )
         return costs
 
     def bounds(self) -> dict[str, tuple[float, float]]:
         """Range of each cost: from nothing to that of all patches without a connector."""
         full = self.reference[1]
-        return {name: (0.0, value) for name, value in prefill_costs(self._model(self.job).checkpoint.path, None, full, BYTES[self.job.dtype]).items()}
+        return {
+            name: (0.0, value)
+            for name, value in prefill_costs(
+                self._model(self.job).checkpoint.path, None, full, BYTES[self.job.dtype]
+            ).items()
+        }
 
     def _model(self, job: EvaluateJob) -> SearchedModel:
         return self.models[job.model.reference]
@@ -195,7 +237,12 @@ class WarmEvaluator:
         held = self._hold(point.job)
         task = held.tasks[0]
         sample: Sample = next(sample for row in task.rows for sample in task.reader.read(row).samples if sample.images)
-        generation = replace(generation_of(point.job, held.benchmarks[0].choice, held.benchmarks[0].config), max_new_tokens=1, decoding="greedy", num_beams=1)
+        generation = replace(
+            generation_of(point.job, held.benchmarks[0].choice, held.benchmarks[0].config),
+            max_new_tokens=1,
+            decoding="greedy",
+            num_beams=1,
+        )
         predictor = held.answerer.predictor(generation).without_features()
         times = []
         for repeat in range(_LATENCY_REPEATS + 1):
@@ -224,7 +271,9 @@ class _Held:
         store = job.storage if "://" in job.storage else str(Path(job.storage).absolute())
         self.model = EvaluatedModel(checkpoint.path, checkpoint.pinned, digest, (), f"{store}/predictions")
         self.benchmarks = prepare(job, image_size_of(checkpoint.path))
-        self.tasks: list[BenchmarkTask] = [replace(each.task, reader=_HeldReader(each.task.reader)) for each in self.benchmarks]
+        self.tasks: list[BenchmarkTask] = [
+            replace(each.task, reader=_HeldReader(each.task.reader)) for each in self.benchmarks
+        ]
         self.answerer = Answerer(self.model, settings, job.dtype, keep=True)
 
 

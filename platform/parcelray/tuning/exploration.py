@@ -14,7 +14,8 @@ _TRIES = 200
 def explore(space: SearchSpace, assignment: Assignment, rng: random.Random) -> Assignment:
     """A legal point near another: a neighbour in a list of values, numbers scaled and kept in their range.
 
-    A parameter that becomes active with the new values is drawn. Where no try keeps the constraints, the point stays as it is.
+    A parameter that becomes active with the new values is drawn. Where no try keeps the constraints, the point stays as
+    it is.
 
     Args:
         space: the space.
@@ -23,7 +24,11 @@ def explore(space: SearchSpace, assignment: Assignment, rng: random.Random) -> A
     """
     for _ in range(_TRIES):
         moved = {
-            name: _move(domain, assignment[name], rng) if name in assignment and rng.random() >= RESAMPLE else domain.draw(rng)
+            name: (
+                _move(domain, assignment[name], rng)
+                if name in assignment and rng.random() >= RESAMPLE
+                else domain.draw(rng)
+            )
             for name, domain in space.parameters.items()
         }
         found = space.active(moved)

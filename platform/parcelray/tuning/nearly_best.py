@@ -26,7 +26,10 @@ class FamilyChoice(NamedTuple):
 
 
 def nearly_best(estimates: Mapping[Key, Estimate]) -> tuple[Key, Sequence[Key]]:
-    """The best, and all within one standard error of it. The difference is paired, so its error is much smaller than that of either."""
+    """The best, and all within one standard error of it.
+
+    The difference is paired, so its error is much smaller than that of either.
+    """
     best = max(estimates, key=lambda key: estimates[key].value)
     return best, [key for key, each in estimates.items() if key == best or _within_one_error(estimates[best], each)]
 

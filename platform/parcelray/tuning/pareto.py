@@ -60,9 +60,9 @@ def hypervolume(losses_PM: Values, reference_M: Values) -> float:
 def knee_point(losses_PM: Values) -> int | None:
     """Index of the point where the front bends most (Das, 1999); None without points.
 
-    It has the smallest sum of losses, each scaled to the front's range: with two objectives the one that is deepest below the line through the
-    front's ends, with more the one that is deepest below the plane through the corners of the front's box, which need not be points. With
-    one objective, and where the front is one point, it is the best.
+    It has the smallest sum of losses, each scaled to the front's range: with two objectives the one that is deepest
+    below the line through the front's ends, with more the one that is deepest below the plane through the corners of
+    the front's box, which need not be points. With one objective, and where the front is one point, it is the best.
     """
     front = pareto_front(losses_PM)
     if not front:
@@ -76,7 +76,8 @@ def knee_point(losses_PM: Values) -> int | None:
 def volume_over_time(losses_PM: Values, low_M: Values, high_M: Values) -> list[float]:
     """Hypervolume after each point, as a share of the box between the best and the worst value that each objective can have.
 
-    The box is known before the first point, so the curve only rises, and two searches with the same box can be compared.
+    The box is known before the first point, so the curve only rises, and two searches with the same box can be
+    compared.
 
     Args:
         losses_PM: less is better; what is outside the box counts as on its edge.

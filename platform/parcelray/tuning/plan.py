@@ -64,7 +64,8 @@ def tuning_plan(job: TuneJob, address: str | None = None) -> TuningPlan:
 
     Args:
         job: the search.
-        address: of the Ray cluster that it would run on; None: RAY_ADDRESS, else a local instance, which is not started for this.
+        address: of the Ray cluster that it would run on; None: RAY_ADDRESS, else a local instance, which is not started
+            for this.
 
     Raises:
         UserError: the space does not fit its job, the job cannot run, or the cluster can never hold a trial.
@@ -101,4 +102,6 @@ def _nodes(address: str | None) -> tuple[Sequence[Mapping[str, float]], str]:
         with ray_session(address) as session:
             return cluster_nodes(), f"the cluster at {session.address}"
     gpus = torch.cuda.device_count()
-    return [{"CPU": float(default_num_cpus()), "GPU": float(gpus)}], f"a local Ray of {default_num_cpus()} CPUs" + (f" and {gpus} GPUs" if gpus else "")
+    return [{"CPU": float(default_num_cpus()), "GPU": float(gpus)}], f"a local Ray of {default_num_cpus()} CPUs" + (
+        f" and {gpus} GPUs" if gpus else ""
+    )

@@ -71,8 +71,8 @@ class ListPlanner(Planner):
     Args:
         points: all.
         record: see `Planner`.
-        together: whether all points are handed out as long as one is not known: members of a population are compared with each other, so
-            that a smaller one would be another search.
+        together: whether all points are handed out as long as one is not known: members of a population are compared
+            with each other, so that a smaller one would be another search.
     """
 
     def __init__(self, points: Sequence[Assignment], record: TrialRecord, *, together: bool = False) -> None:
@@ -100,11 +100,19 @@ class ListPlanner(Planner):
 class OptunaPlanner(Planner):
     """Batches that Optuna's TPE proposes, each from the results of those before it.
 
-    The sampler gets a new seed with every proposal, so that a proposal depends only on the search's seed and the results, and a search that was
-    killed goes on as if it had not been: what was asked is asked again, and answered from the record.
+    The sampler gets a new seed with every proposal, so that a proposal depends only on the search's seed and the
+    results, and a search that was killed goes on as if it had not been: what was asked is asked again, and answered
+    from the record.
     """
 
-    def __init__(self, space: SearchSpace, algorithm: OptunaAlgorithm, objectives: Sequence[Objective], seed: int, record: TrialRecord) -> None:
+    def __init__(
+        self,
+        space: SearchSpace,
+        algorithm: OptunaAlgorithm,
+        objectives: Sequence[Objective],
+        seed: int,
+        record: TrialRecord,
+    ) -> None:
         super().__init__(record)
         self._space = space
         self._algorithm = algorithm
@@ -112,7 +120,9 @@ class OptunaPlanner(Planner):
         self._seed = seed
         size = space.size
         self._num_points = algorithm.trials if size is None else min(size, algorithm.trials)
-        self._study = optuna.create_study(directions=["maximize" if objective.mode == "max" else "minimize" for objective in objectives])
+        self._study = optuna.create_study(
+            directions=["maximize" if objective.mode == "max" else "minimize" for objective in objectives]
+        )
         self._asked: dict[str, optuna.Trial] = {}
         self._order: list[str] = []
         self._told = 0
@@ -142,7 +152,9 @@ class OptunaPlanner(Planner):
 
     def _advance(self) -> None:
         """Makes the next batch once the one before is known, as often as the record knows a whole batch."""
-        while not self._batch and len(self._order) < self._num_points and all(key in self._results for key in self._order):
+        while (
+            not self._batch and len(self._order) < self._num_points and all(key in self._results for key in self._order)
+        ):
             # Results are told in the order of the questions, not in that in which they came.
             for key in self._order[self._told :]:
                 self._tell_study(key)
@@ -175,7 +187,8 @@ class OptunaPlanner(Planner):
                 self._asked[point_key(point)] = trial
                 return point
             self._study.tell(trial, state=TrialState.FAIL)
-        # The sampler repeats itself: a random point instead. There is one, since num_points is at most the size of the space.
+        # The sampler repeats itself: a random point instead. There is one, since num_points is at most the size of the
+        # space.
         points = _without_repeats(self._space, random.Random(self._next_seed()))
         point = next(point for point in points if point_key(point) not in self._asked)
         self._study.enqueue_trial(optuna_params(self._space, point))
@@ -197,7 +210,9 @@ class OptunaPlanner(Planner):
         return chosen
 
 
-def make_planner(space: SearchSpace, algorithm: SearchAlgorithm, objectives: Sequence[Objective], seed: int, record: TrialRecord) -> Planner:
+def make_planner(
+    space: SearchSpace, algorithm: SearchAlgorithm, objectives: Sequence[Objective], seed: int, record: TrialRecord
+) -> Planner:
     """The planner of an algorithm; a population starts from random points."""
     if isinstance(algorithm, OptunaAlgorithm):
         return OptunaPlanner(space, algorithm, objectives, seed, record)
@@ -210,9 +225,16 @@ def make_planner(space: SearchSpace, algorithm: SearchAlgorithm, objectives: Seq
 
 
 def distribution_of(domain: Domain) -> BaseDistribution:
-    """Optuna's distribution of a domain. Choices are indices; those that ascend as numbers keep their order for the sampler."""
+    """Optuna's distribution of a domain.
+
+    Choices are indices; those that ascend as numbers keep their order for the sampler.
+    """
     if isinstance(domain, ChoiceDomain):
-        return IntDistribution(0, len(domain.values) - 1) if _ascends(domain.values) else CategoricalDistribution(tuple(range(len(domain.values))))
+        return (
+            IntDistribution(0, len(domain.values) - 1)
+            if _ascends(domain.values)
+            else CategoricalDistribution(tuple(range(len(domain.values))))
+        )
     if isinstance(domain, IntegerDomain):
         # Optuna has no step on a logarithmic scale; what it proposes is moved to the step below.
         return IntDistribution(domain.low, domain.high, log=domain.log, step=1 if domain.log else domain.step)
@@ -221,16 +243,21 @@ def distribution_of(domain: Domain) -> BaseDistribution:
 
 def _sampler(seed: int, startup_trials: int) -> optuna.samplers.BaseSampler:
     with warnings.catch_warnings():
-        # Grouping parameters by what is active together is marked as experimental; without it TPE takes them one by one.
+        # Grouping parameters by what is active together is marked as experimental; without it TPE takes them one by
+        # one.
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        return optuna.samplers.TPESampler(seed=seed, n_startup_trials=startup_trials, multivariate=True, group=True, constant_liar=True)
+        return optuna.samplers.TPESampler(
+            seed=seed, n_startup_trials=startup_trials, multivariate=True, group=True, constant_liar=True
+        )
 
 
 def _suggest(trial: optuna.Trial, name: str, distribution: BaseDistribution) -> Any:
     if isinstance(distribution, CategoricalDistribution):
         return trial.suggest_categorical(name, distribution.choices)
     if isinstance(distribution, IntDistribution):
-        return trial.suggest_int(name, distribution.low, distribution.high, step=distribution.step, log=distribution.log)
+        return trial.suggest_int(
+            name, distribution.low, distribution.high, step=distribution.step, log=distribution.log
+        )
     assert isinstance(distribution, FloatDistribution)
     return trial.suggest_float(name, distribution.low, distribution.high, log=distribution.log)
 
@@ -254,7 +281,9 @@ def _to_optuna(domain: Domain, value: Any) -> Any:
 
 def _ascends(values: Sequence[Any]) -> bool:
     numbers = [value[0] if isinstance(value, list | tuple) and len(value) == 1 else value for value in values]
-    return all(isinstance(number, int | float) and not isinstance(number, bool) for number in numbers) and numbers == sorted(numbers)
+    return all(
+        isinstance(number, int | float) and not isinstance(number, bool) for number in numbers
+    ) and numbers == sorted(numbers)
 
 
 def _without_repeats(space: SearchSpace, rng: random.Random) -> Iterator[Assignment]:
@@ -273,7 +302,9 @@ def _without_repeats(space: SearchSpace, rng: random.Random) -> Iterator[Assignm
             yield point
 
 
-def importance(space: SearchSpace, trials: Sequence[FinishedTrial], objective: Objective, seed: int = 0) -> Mapping[str, float]:
+def importance(
+    space: SearchSpace, trials: Sequence[FinishedTrial], objective: Objective, seed: int = 0
+) -> Mapping[str, float]:
     """Share of an objective's variance that each parameter explains (fANOVA, Hutter et al., ICML 2014), over the parameters that every trial has.
 
     Empty with fewer than four trials, or where all of them are equally good.
@@ -285,7 +316,13 @@ def importance(space: SearchSpace, trials: Sequence[FinishedTrial], objective: O
     for trial in known:
         distributions = {name: distribution_of(space.parameters[name]) for name in trial.assignment}
         study.add_trial(
-            optuna.trial.create_trial(params=optuna_params(space, trial.assignment), distributions=distributions, value=trial.metrics[objective.metric])
+            optuna.trial.create_trial(
+                params=optuna_params(space, trial.assignment),
+                distributions=distributions,
+                value=trial.metrics[objective.metric],
+            )
         )
-    found = optuna.importance.get_param_importances(study, evaluator=optuna.importance.FanovaImportanceEvaluator(seed=seed))
+    found = optuna.importance.get_param_importances(
+        study, evaluator=optuna.importance.FanovaImportanceEvaluator(seed=seed)
+    )
     return {name: float(value) for name, value in found.items()}

@@ -71,29 +71,70 @@ def plot_search(
         curves: by name, points of policies that choose the budget, by ascending x.
     """
     figure, plane = _figure((9, 5.4))
-    plane.scatter([each.x for each in points], [each.y for each in points], color="#999999", s=16, label="trials", zorder=2)
+    plane.scatter(
+        [each.x for each in points], [each.y for each in points], color="#999999", s=16, label="trials", zorder=2
+    )
     front = sorted((each for each in points if each.on_front), key=lambda each: each.x)
-    plane.plot([each.x for each in front], [each.y for each in front], color="black", marker="o", markersize=5, linewidth=1.6, label="front", zorder=4)
+    plane.plot(
+        [each.x for each in front],
+        [each.y for each in front],
+        color="black",
+        marker="o",
+        markersize=5,
+        linewidth=1.6,
+        label="front",
+        zorder=4,
+    )
     for knee in (each for each in points if each.is_knee):
-        plane.scatter([knee.x], [knee.y], s=150, facecolors="none", edgecolors="black", linewidths=1.6, label="knee", zorder=5)
+        plane.scatter(
+            [knee.x], [knee.y], s=150, facecolors="none", edgecolors="black", linewidths=1.6, label="knee", zorder=5
+        )
     if rule:
-        plane.plot(*zip(*rule, strict=True), color=COLORS[0], marker=MARKERS[0], markersize=4, linewidth=1.4, label="the paper's rule", zorder=3)
+        plane.plot(
+            *zip(*rule, strict=True),
+            color=COLORS[0],
+            marker=MARKERS[0],
+            markersize=4,
+            linewidth=1.4,
+            label="the paper's rule",
+            zorder=3,
+        )
     for index, (name, members) in enumerate(rivals.items(), 1):
         ordered = sorted(members)
         errors = [[each.y - each.low for each in ordered], [each.high - each.y for each in ordered]]
         color, marker = COLORS[index % len(COLORS)], MARKERS[index % len(MARKERS)]
-        plane.errorbar([each.x for each in ordered], [each.y for each in ordered], yerr=errors, color=color, marker=marker, markersize=4, capsize=2, label=name)
+        plane.errorbar(
+            [each.x for each in ordered],
+            [each.y for each in ordered],
+            yerr=errors,
+            color=color,
+            marker=marker,
+            markersize=4,
+            capsize=2,
+            label=name,
+        )
     for index, (name, curve) in enumerate(curves.items()):
         color, line_style = COLORS[(len(rivals) + 1 + index) % len(COLORS)], (":", "-", "--")[index % 3]
         plane.plot(*zip(*curve, strict=True), color=color, linestyle=line_style, linewidth=1.6, label=name, zorder=3)
     if axes[0] == "tokens":
         _budget_axis(plane, sorted({each.x for each in points}))
     plane.set_xlabel({"tokens": "visual tokens per image"}.get(axes[0], axes[0]))
-    plane.set_ylabel({"retention": "retention, mean over families (%)", "score": "score, mean over families (%)"}.get(axes[1], axes[1]))
+    plane.set_ylabel(
+        {"retention": "retention, mean over families (%)", "score": "score, mean over families (%)"}.get(
+            axes[1], axes[1]
+        )
+    )
     _finish(figure, plane, path, title)
 
 
-def plot_splits(cells: Mapping[tuple[int, int], float], chosen: Mapping[int, int], rule: Mapping[int, int], path: Path, *, title: str) -> None:
+def plot_splits(
+    cells: Mapping[tuple[int, int], float],
+    chosen: Mapping[int, int],
+    rule: Mapping[int, int],
+    path: Path,
+    *,
+    title: str,
+) -> None:
     """Draws a value for every budget and anchor grid; a frame around the chosen ones, a dot in those of the paper's rule."""
     budgets, grids = sorted({budget for budget, _ in cells}), sorted({grid for _, grid in cells})
     values = np.full((len(grids), len(budgets)), np.nan)
@@ -133,7 +174,9 @@ def plot_parallel(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], pat
         row = rows[place]
         heights = [scale(row.get(column)) for scale, column in zip(scales, columns, strict=True)]
         share = (last[place] - low) / (high - low) if high > low else 1.0
-        plane.plot(range(len(columns)), heights, color=colors(share), linewidth=1.2, alpha=0.75, marker=".", markersize=4)
+        plane.plot(
+            range(len(columns)), heights, color=colors(share), linewidth=1.2, alpha=0.75, marker=".", markersize=4
+        )
     for index, scale in enumerate(scales):
         plane.axvline(index, color="black", linewidth=0.8)
         for height, label in scale.ticks:
@@ -155,11 +198,16 @@ def plot_families(rows: Sequence[FamilyRow], path: Path, *, title: str) -> None:
     )
     for index, (label, shift, members) in enumerate(kinds):
         values = [interval.value for interval, _ in members]
-        errors = [[interval.value - interval.low for interval, _ in members], [interval.high - interval.value for interval, _ in members]]
+        errors = [
+            [interval.value - interval.low for interval, _ in members],
+            [interval.high - interval.value for interval, _ in members],
+        ]
         heights = [place + shift for place in range(len(rows))]
         plane.errorbar(values, heights, xerr=errors, fmt=MARKERS[index], color=COLORS[index], capsize=3, label=label)
         for (interval, tokens), height in zip(members, heights, strict=True):
-            plane.annotate(f"{tokens:g} tokens", (interval.high, height), textcoords="offset points", xytext=(6, -3), fontsize=8)
+            plane.annotate(
+                f"{tokens:g} tokens", (interval.high, height), textcoords="offset points", xytext=(6, -3), fontsize=8
+            )
     plane.set_yticks(range(len(rows)), [row.family for row in rows])
     plane.set_xlabel("retention (%)")
     plane.margins(x=0.15)
@@ -195,13 +243,16 @@ def plot_confirmation(points: Sequence[tuple[float, float, float, float, str]], 
     """Draws what a supernet said of each split against what a model trained for it reached.
 
     Args:
-        points: retention on the supernet, that of the trained model with its 95 % interval (value, low, high), and a label.
+        points: retention on the supernet, that of the trained model with its 95 % interval (value, low, high), and a
+            label.
         path: PNG to write.
         title: above the axes.
     """
     figure, plane = _figure((6.4, 5))
     errors = [[value - low for _, value, low, _, _ in points], [high - value for _, value, _, high, _ in points]]
-    plane.errorbar([each[0] for each in points], [each[1] for each in points], yerr=errors, fmt="o", color=COLORS[0], capsize=3)
+    plane.errorbar(
+        [each[0] for each in points], [each[1] for each in points], yerr=errors, fmt="o", color=COLORS[0], capsize=3
+    )
     for supernet, trained, _, _, label in points:
         plane.annotate(label, (supernet, trained), textcoords="offset points", xytext=(7, 4), fontsize=9)
     plane.set_xlabel("retention on the supernet (%)")
@@ -216,7 +267,10 @@ class _scale:
 
     def __init__(self, values: Sequence[Any]) -> None:
         known = [_plain(value) for value in values if value is not None]
-        self._numeric = all(isinstance(value, int | float) and not isinstance(value, bool) for value in known) and len(set(known)) > 1
+        self._numeric = (
+            all(isinstance(value, int | float) and not isinstance(value, bool) for value in known)
+            and len(set(known)) > 1
+        )
         self._order: list[Any] = sorted(set(known)) if self._numeric else list(dict.fromkeys(sorted(map(str, known))))
         if self._numeric and len(self._order) > 12:
             low, high = self._order[0], self._order[-1]
@@ -225,11 +279,18 @@ class _scale:
         else:
             count = max(1, len(self._order) - 1)
             self._heights = {value: index / count for index, value in enumerate(self._order)}
-            self.ticks = [(height, f"{value:.4g}" if isinstance(value, float) else str(value)) for value, height in self._heights.items()]
+            self.ticks = [
+                (height, f"{value:.4g}" if isinstance(value, float) else str(value))
+                for value, height in self._heights.items()
+            ]
 
     def __call__(self, value: Any) -> float:
         plain = _plain(value) if value is not None else None
-        return self._heights.get(plain if self._numeric else str(plain), float("nan")) if plain is not None else float("nan")
+        return (
+            self._heights.get(plain if self._numeric else str(plain), float("nan"))
+            if plain is not None
+            else float("nan")
+        )
 
 
 def _plain(value: Any) -> Any:

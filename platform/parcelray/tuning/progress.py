@@ -42,7 +42,9 @@ class SearchProgress:
         bounds: of the objectives, see `bounds_of`.
     """
 
-    def __init__(self, job: TuneJob, planner: Planner, record: TrialRecord, console: Console, bounds: Bounds | None = None) -> None:
+    def __init__(
+        self, job: TuneJob, planner: Planner, record: TrialRecord, console: Console, bounds: Bounds | None = None
+    ) -> None:
         self._job = job
         self._planner = planner
         self._record = record
@@ -59,14 +61,18 @@ class SearchProgress:
 
     def reported(self, key: str, metrics: Mapping[str, float], steps: int) -> None:
         """See `SearchObserver`."""
-        values = ", ".join(f"{each.metric} {metrics[each.metric]:.4g}" for each in self._job.objectives if each.metric in metrics)
+        values = ", ".join(
+            f"{each.metric} {metrics[each.metric]:.4g}" for each in self._job.objectives if each.metric in metrics
+        )
         self._console.print(f"trial {key} at step {steps}: {values or 'no objective yet'}", highlight=False)
 
     def finished(self, trial: FinishedTrial) -> None:
         """See `SearchObserver`."""
         self._running.discard(trial.key)
         if trial.error is not None:
-            self._console.print(f"trial {trial.key} {describe(trial.assignment)} failed: {trial.error}", highlight=False, markup=False)
+            self._console.print(
+                f"trial {trial.key} {describe(trial.assignment)} failed: {trial.error}", highlight=False, markup=False
+            )
         is_last = len(self._record.trials) >= self._planner.num_points
         if is_last or time.monotonic() - self._shown_at >= _QUIET_SECONDS:
             self._shown_at = time.monotonic()
@@ -76,7 +82,11 @@ class SearchProgress:
         """The state of the search in one line."""
         trials = self._record.trials
         good = [trial for trial in trials if trial.error is None]
-        parts = [f"{len(good)} of {self._planner.num_points} trials done", f"{len(self._running)} running", f"{len(trials) - len(good)} failed"]
+        parts = [
+            f"{len(good)} of {self._planner.num_points} trials done",
+            f"{len(self._running)} running",
+            f"{len(trials) - len(good)} failed",
+        ]
         best = best_of(self._job, trials)
         if best is not None:
             first = self._job.objectives[0]
@@ -93,7 +103,8 @@ class SearchProgress:
 class TrialRuns:
     """One MLflow run a trial, below the search's, written by a thread of its own: the store answers more slowly than a warm trial does.
 
-    Trials that were recorded by a driver which was killed before it could tell MLflow are told now. See `SearchObserver`.
+    Trials that were recorded by a driver which was killed before it could tell MLflow are told now. See
+    `SearchObserver`.
 
     Args:
         job: the search.
@@ -103,7 +114,14 @@ class TrialRuns:
         bounds: of the objectives, see `bounds_of`.
     """
 
-    def __init__(self, job: TuneJob, uri: str, parent_run_id: str, known: Sequence[FinishedTrial] = (), bounds: Bounds | None = None) -> None:
+    def __init__(
+        self,
+        job: TuneJob,
+        uri: str,
+        parent_run_id: str,
+        known: Sequence[FinishedTrial] = (),
+        bounds: Bounds | None = None,
+    ) -> None:
         self._job = job
         self._uri = uri
         self._parent = parent_run_id
@@ -157,20 +175,36 @@ class TrialRuns:
             except ParcelrayError:
                 raise
             except Exception as error:  # whatever the store's client raises
-                raise SystemFailure(f"The tracking store did not take a trial ({error}); it is recorded all the same, and --resume tells the store.") from error
+                raise SystemFailure(
+                    f"The tracking store did not take a trial ({error}); it is recorded all the same, and --resume"
+                    " tells the store."
+                ) from error
 
     def _start(self, key: str, assignment: Assignment) -> None:
-        params = flat_params({name: str(value) if isinstance(value, list | tuple) else value for name, value in assignment.items()})
-        self._runs[key] = start_run(self._uri, self._job.tracking.experiment, self._name(key), params=params, parent_run_id=self._parent)
+        params = flat_params(
+            {name: str(value) if isinstance(value, list | tuple) else value for name, value in assignment.items()}
+        )
+        self._runs[key] = start_run(
+            self._uri, self._job.tracking.experiment, self._name(key), params=params, parent_run_id=self._parent
+        )
 
     def _finish(self, trial: FinishedTrial) -> None:
-        # Scores of a trial with one budget have it as their step, as those of an evaluation do, so that MLflow draws the frontier.
-        self._log(trial.key, dict(trial.metrics) | {"seconds": trial.seconds}, int(trial.metrics.get("step", trial.metrics.get("tokens", 0))))
-        outcome = f"failed: {trial.error}" if trial.error is not None else "stopped early" if trial.stopped else "finished"
+        # Scores of a trial with one budget have it as their step, as those of an evaluation do, so that MLflow draws
+        # the frontier.
+        self._log(
+            trial.key,
+            dict(trial.metrics) | {"seconds": trial.seconds},
+            int(trial.metrics.get("step", trial.metrics.get("tokens", 0))),
+        )
+        outcome = (
+            f"failed: {trial.error}" if trial.error is not None else "stopped early" if trial.stopped else "finished"
+        )
         MlflowRunLogger(self._uri, self._runs[trial.key]).set_tags({OUTCOME_TAG: outcome})
         self._finished.append(trial)
         if self._bounds is not None:
-            self._search.log_metrics({VOLUME: volumes(self._job, self._finished, self._bounds)[-1]}, len(self._finished))
+            self._search.log_metrics(
+                {VOLUME: volumes(self._job, self._finished, self._bounds)[-1]}, len(self._finished)
+            )
             self._search.flush()
         end_run(self._uri, self._runs.pop(trial.key), "FAILED" if trial.error is not None else "FINISHED")
 
@@ -207,7 +241,11 @@ class Observers:
 
 def best_of(job: TuneJob, trials: Sequence[FinishedTrial]) -> FinishedTrial | None:
     """The trial with the best first objective; of equal ones that with the best second, and so on, which is on the front."""
-    good = [trial for trial in trials if trial.error is None and all(each.metric in trial.metrics for each in job.objectives)]
+    good = [
+        trial
+        for trial in trials
+        if trial.error is None and all(each.metric in trial.metrics for each in job.objectives)
+    ]
     return max(good, key=lambda trial: [objective_value(each, trial.metrics) for each in job.objectives], default=None)
 
 
@@ -218,7 +256,10 @@ def bounds_of(objectives: Sequence[Objective], costs: Mapping[str, tuple[float, 
         objectives: of the search.
         costs: what is known of an evaluation's costs.
     """
-    known = [objective.bounds or costs.get(objective.metric) or _SCALES.get(re.split("[/@]", objective.metric)[0]) for objective in objectives]
+    known = [
+        objective.bounds or costs.get(objective.metric) or _SCALES.get(re.split("[/@]", objective.metric)[0])
+        for objective in objectives
+    ]
     found = [each for each in known if each is not None]
     return found if len(found) == len(known) else None
 

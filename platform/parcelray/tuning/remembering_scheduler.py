@@ -71,8 +71,8 @@ _BETWEEN: Any = _NoneLive()
 class RememberingScheduler(TrialScheduler):
     """Asynchronous early stopping (ASHA, median) whose rungs and means know what was reported before the search was interrupted.
 
-    Both decide by a trial's identity and the reports so far, so the same reports in the same order make the same state. A step of a training that
-    was decided on before is not decided on again, nor counted twice.
+    Both decide by a trial's identity and the reports so far, so the same reports in the same order make the same state.
+    A step of a training that was decided on before is not decided on again, nor counted twice.
 
     Args:
         scheduler: of Tune, new.

@@ -103,15 +103,28 @@ class SearchFindings:
             "knee": self.knee,
             "hypervolume": list(self.volume),
             "importance": dict(self.importance),
-            "families": [each._asdict() | {"retention": each.retention._asdict(), "best_retention": each.best_retention._asdict()} for each in self.families],
-            "splits": [each._asdict() | {"against_rule": each.against_rule._asdict() if each.against_rule is not None else None} for each in self.splits],
+            "families": [
+                each._asdict()
+                | {
+                    "retention": each.retention._asdict(),
+                    "best_retention": each.best_retention._asdict(),
+                }
+                for each in self.families
+            ],
+            "splits": [
+                each._asdict()
+                | {"against_rule": each.against_rule._asdict() if each.against_rule is not None else None}
+                for each in self.splits
+            ],
             "routing": [route.model_dump() for route in routing_of(self.splits, self.full)],
             "rivals": {name: [point._asdict() for point in points] for name, points in self.rivals.items()},
             "adaptive": frontier_curves(self.adaptive) if self.adaptive is not None else {},
         }
 
 
-def findings_of(job: TuneJob, trials: Sequence[FinishedTrial], evaluator: WarmEvaluator | None, rivals: Mapping[str, Rival]) -> SearchFindings:
+def findings_of(
+    job: TuneJob, trials: Sequence[FinishedTrial], evaluator: WarmEvaluator | None, rivals: Mapping[str, Rival]
+) -> SearchFindings:
     """Reads a search.
 
     Args:
@@ -120,20 +133,39 @@ def findings_of(job: TuneJob, trials: Sequence[FinishedTrial], evaluator: WarmEv
         evaluator: scores points again from their answers; None: the trials are trainings.
         rivals: evaluations of other models on the same questions.
     """
-    values = losses([[trial.metrics.get(each.metric, float("nan")) for each in job.objectives] for trial in trials], [each.mode for each in job.objectives])
+    values = losses(
+        [[trial.metrics.get(each.metric, float("nan")) for each in job.objectives] for trial in trials],
+        [each.mode for each in job.objectives],
+    )
     bounds = bounds_of(job.objectives, evaluator.bounds() if evaluator is not None else {})
-    points = {place: evaluator.evaluate(trial.assignment) for place, trial in enumerate(trials) if trial.error is None} if evaluator is not None else {}
+    points = (
+        {place: evaluator.evaluate(trial.assignment) for place, trial in enumerate(trials) if trial.error is None}
+        if evaluator is not None
+        else {}
+    )
     splits = _splits(job, trials, points, evaluator) if evaluator is not None and job.splits is not None else ()
-    adaptive, no_adaptive = _adaptive(job, splits, trials, points, evaluator) if evaluator is not None and job.adaptive is not None else (None, None)
+    adaptive, no_adaptive = (
+        _adaptive(job, splits, trials, points, evaluator)
+        if evaluator is not None and job.adaptive is not None
+        else (None, None)
+    )
     return SearchFindings(
         trials=trials,
         front=pareto_front(values),
         knee=knee_point(values),
         volume=volumes(job, trials, bounds) if bounds is not None else (),
         # The values of a population changed on the way, also past the ends of their domains.
-        importance={} if isinstance(job.algorithm, PbtAlgorithm) else importance(job.space, trials, job.objectives[0], job.seed),
+        importance=(
+            {}
+            if isinstance(job.algorithm, PbtAlgorithm)
+            else importance(job.space, trials, job.objectives[0], job.seed)
+        ),
         splits=splits,
-        rivals={name: _rival_points(job, rival, evaluator) for name, rival in rivals.items()} if evaluator is not None else {},
+        rivals=(
+            {name: _rival_points(job, rival, evaluator) for name, rival in rivals.items()}
+            if evaluator is not None
+            else {}
+        ),
         families=_families(trials, points, evaluator) if evaluator is not None else (),
         source=evaluator.models[evaluator.job.model.reference].checkpoint.path if evaluator is not None else None,
         full=evaluator.reference[1] if evaluator is not None else 0,
@@ -145,7 +177,8 @@ def findings_of(job: TuneJob, trials: Sequence[FinishedTrial], evaluator: WarmEv
 def select(job: TuneJob, trials: Sequence[FinishedTrial], text: str, path: Path) -> FinishedTrial:
     """Writes the job file of the trial that a selection asks for, such as `max retention subject to tokens <= 64`.
 
-    An evaluation asks the test split, whatever split the search chose on: the best of many on one split is too good there.
+    An evaluation asks the test split, whatever split the search chose on: the best of many on one split is too good
+    there.
 
     Raises:
         UserError: the selection has another form, or no trial satisfies it.
@@ -164,8 +197,13 @@ def select(job: TuneJob, trials: Sequence[FinishedTrial], text: str, path: Path)
     validate(type(job.base), data, "the selected trial")
     path.parent.mkdir(parents=True, exist_ok=True)
     found = ", ".join(f"{name} {value:.4g}" for name, value in chosen.metrics.items() if "/" not in name)
-    text = f"# parcelray {job.base.kind} {path}\n#\n# Selected from the search {job.name} by: {text}\n# In the search it measured {found}.\n"
-    path.write_text(text + yaml.safe_dump({"kind": data.pop("kind"), **data}, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    text = (
+        f"# parcelray {job.base.kind} {path}\n#\n# Selected from the search {job.name} by: {text}\n# In the search it"
+        f" measured {found}.\n"
+    )
+    path.write_text(
+        text + yaml.safe_dump({"kind": data.pop("kind"), **data}, sort_keys=False, allow_unicode=True), encoding="utf-8"
+    )
     return chosen
 
 
@@ -194,15 +232,28 @@ def write_findings(job: TuneJob, findings: SearchFindings, folder: Path) -> list
             curves=frontier_curves(findings.adaptive) if findings.adaptive is not None else {},
         )
     files.append(folder / "parallel.png")
-    plot_parallel([_row(job, trial) for trial in findings.trials if trial.error is None], [*job.space.parameters, first.metric], files[-1], title=job.name)
+    plot_parallel(
+        [_row(job, trial) for trial in findings.trials if trial.error is None],
+        [*job.space.parameters, first.metric],
+        files[-1],
+        title=job.name,
+    )
     if findings.importance:
         files.append(folder / "importance.png")
-        plot_importance(findings.importance, files[-1], title=f"{job.name}: share of the variance of {first.metric} that a parameter explains")
+        plot_importance(
+            findings.importance,
+            files[-1],
+            title=f"{job.name}: share of the variance of {first.metric} that a parameter explains",
+        )
     if findings.families:
         files.append(folder / "families.png")
         rows = [
             FamilyRow(
-                each.family, findings.trials[each.trial].metrics["tokens"], each.retention, findings.trials[each.best].metrics["tokens"], each.best_retention
+                each.family,
+                findings.trials[each.trial].metrics["tokens"],
+                each.retention,
+                findings.trials[each.best].metrics["tokens"],
+                each.best_retention,
             )
             for each in findings.families
         ]
@@ -217,7 +268,9 @@ def write_findings(job: TuneJob, findings: SearchFindings, folder: Path) -> list
 def show_findings(job: TuneJob, findings: SearchFindings, folder: Path, console: Console) -> None:
     """Prints the front, the best and the knee, and what to do next."""
     metrics = [objective.metric for objective in job.objectives]
-    table = Table("trial", *metrics, *(name.rpartition(".")[2] for name in job.space.parameters), title=f"{job.name}: the front")
+    table = Table(
+        "trial", *metrics, *(name.rpartition(".")[2] for name in job.space.parameters), title=f"{job.name}: the front"
+    )
     order = sorted(findings.front, key=lambda place: findings.trials[place].metrics.get(metrics[-1], 0.0))
     for place in order:
         trial = findings.trials[place]
@@ -233,24 +286,37 @@ def show_findings(job: TuneJob, findings: SearchFindings, folder: Path, console:
         console.print(_family_table(job, findings))
     if findings.splits:
         console.print(_split_table(findings.splits))
-        routing = json.dumps([route.model_dump() for route in routing_of(findings.splits, findings.full)]).replace('"', "")
+        routing = json.dumps([route.model_dump() for route in routing_of(findings.splits, findings.full)]).replace(
+            '"', ""
+        )
         if (folder / "model").is_dir():
             console.print(f"Model with this routing: {folder / 'model'}", highlight=False)
-        console.print(f"In a training or the quickstart: --set 'connector.routing={routing}'", highlight=False, soft_wrap=True)
+        console.print(
+            f"In a training or the quickstart: --set 'connector.routing={routing}'", highlight=False, soft_wrap=True
+        )
     if findings.adaptive is not None:
         console.print(adaptive_table(findings.adaptive))
     if findings.no_adaptive is not None:
         console.print(f"No budgets per image and question: {findings.no_adaptive}", highlight=False, markup=False)
     best = best_of(job, findings.trials)
     if best is not None:
-        console.print(f"Best {metrics[0]}: {best.metrics[metrics[0]]:.4g} at {describe(best.assignment)}", highlight=False)
+        console.print(
+            f"Best {metrics[0]}: {best.metrics[metrics[0]]:.4g} at {describe(best.assignment)}", highlight=False
+        )
     if findings.importance:
-        console.print("Importance: " + ", ".join(f"{name} {value:.2f}" for name, value in findings.importance.items()), highlight=False)
+        console.print(
+            "Importance: " + ", ".join(f"{name} {value:.2f}" for name, value in findings.importance.items()),
+            highlight=False,
+        )
     if findings.stopped:
-        console.print(f"{len(findings.stopped)} trials were stopped early; their numbers are those of their last report", highlight=False)
+        console.print(
+            f"{len(findings.stopped)} trials were stopped early; their numbers are those of their last report",
+            highlight=False,
+        )
     if findings.failed:
         console.print(
-            f"{len(findings.failed)} trials failed; --resume --retry-failed runs them again. The first: {findings.failed[0].error}",
+            f"{len(findings.failed)} trials failed; --resume --retry-failed runs them again. The first:"
+            f" {findings.failed[0].error}",
             highlight=False,
             markup=False,
         )
@@ -277,7 +343,9 @@ def record_findings(uri: str, run_id: str, findings: SearchFindings, files: Sequ
     tracker.close()
 
 
-def _splits(job: TuneJob, trials: Sequence[FinishedTrial], points: Mapping[int, EvaluatedPoint], evaluator: WarmEvaluator) -> list[ChosenSplit]:
+def _splits(
+    job: TuneJob, trials: Sequence[FinishedTrial], points: Mapping[int, EvaluatedPoint], evaluator: WarmEvaluator
+) -> list[ChosenSplit]:
     constraint = job.splits
     assert constraint is not None
     found: dict[int, dict[int, Estimate]] = {}
@@ -291,24 +359,41 @@ def _splits(job: TuneJob, trials: Sequence[FinishedTrial], points: Mapping[int, 
 
 
 def _adaptive(
-    job: TuneJob, splits: Sequence[ChosenSplit], trials: Sequence[FinishedTrial], points: Mapping[int, EvaluatedPoint], evaluator: WarmEvaluator
+    job: TuneJob,
+    splits: Sequence[ChosenSplit],
+    trials: Sequence[FinishedTrial],
+    points: Mapping[int, EvaluatedPoint],
+    evaluator: WarmEvaluator,
 ) -> tuple[AdaptiveStudy | None, str | None]:
     """The study, or why there is none: a search is worth its results also where too few questions are left to choose by."""
     assert job.splits is not None
     assert job.adaptive is not None
-    chosen = {each.num_visual_tokens: each.anchor_grid for each in splits if each.num_visual_tokens in job.adaptive.budgets}
+    chosen = {
+        each.num_visual_tokens: each.anchor_grid for each in splits if each.num_visual_tokens in job.adaptive.budgets
+    }
     found = {
-        budget: point for place, point in points.items() for budget in point.budgets if chosen.get(budget) == trials[place].assignment[job.splits.anchor_grid]
+        budget: point
+        for place, point in points.items()
+        for budget in point.budgets
+        if chosen.get(budget) == trials[place].assignment[job.splits.anchor_grid]
     }
     if len(found) < 2:
-        return None, f"{len(found)} of the budgets {', '.join(map(str, job.adaptive.budgets))} have a finished trial; at least two are needed."
+        return (
+            None,
+            (
+                f"{len(found)} of the budgets {', '.join(map(str, job.adaptive.budgets))} have a finished trial; at"
+                " least two are needed."
+            ),
+        )
     try:
         return study_split_search(found, evaluator, job.objectives[0].metric), None
     except UserError as error:
         return None, str(error)
 
 
-def _families(trials: Sequence[FinishedTrial], points: Mapping[int, EvaluatedPoint], evaluator: WarmEvaluator) -> list[FamilyChoice]:
+def _families(
+    trials: Sequence[FinishedTrial], points: Mapping[int, EvaluatedPoint], evaluator: WarmEvaluator
+) -> list[FamilyChoice]:
     found: dict[str, dict[int, Estimate]] = {}
     for place, point in points.items():
         for family in sorted({split.family for split in point.splits}):
@@ -329,7 +414,12 @@ def _rule(patch_grid: int, budgets: Sequence[int]) -> dict[int, int]:
         routes = default_routing(patch_grid)
     except UserError:
         return {}
-    return {budget: route.anchor_grid for budget in budgets for route in routes if route.min_budget <= budget <= route.max_budget}
+    return {
+        budget: route.anchor_grid
+        for budget in budgets
+        for route in routes
+        if route.min_budget <= budget <= route.max_budget
+    }
 
 
 def _rival_points(job: TuneJob, rival: Rival, evaluator: WarmEvaluator) -> list[RivalPoint]:
@@ -350,7 +440,9 @@ def _of_rival(metric: str, rival: Rival, budget: int, evaluator: WarmEvaluator) 
         return mean_of(list(retentions(splits, budget, *evaluator.reference).values())).interval
     if name == "score":
         return mean_of([split.scores[budget].estimate for split in splits]).interval
-    costs = prefill_costs(rival.checkpoint, config_of(rival.checkpoint).connector_config, budget, BYTES[evaluator.job.dtype])
+    costs = prefill_costs(
+        rival.checkpoint, config_of(rival.checkpoint).connector_config, budget, BYTES[evaluator.job.dtype]
+    )
     return Interval(costs[name], costs[name], costs[name], 0) if name in costs else None
 
 
@@ -364,7 +456,11 @@ def _points(job: TuneJob, findings: SearchFindings) -> list[SearchPoint]:
         if x in trial.metrics and y in trial.metrics:
             grid = trial.assignment.get(job.splits.anchor_grid) if job.splits is not None else None
             on_rule = (int(trial.metrics.get("tokens", 0)), grid) in rule
-            points.append(SearchPoint(trial.metrics[x], trial.metrics[y], place in findings.front, place == findings.knee, on_rule))
+            points.append(
+                SearchPoint(
+                    trial.metrics[x], trial.metrics[y], place in findings.front, place == findings.knee, on_rule
+                )
+            )
     return points
 
 
@@ -397,21 +493,48 @@ def _write_routing(job: TuneJob, findings: SearchFindings, folder: Path) -> list
 def _family_table(job: TuneJob, findings: SearchFindings) -> Table:
     columns = [name.rpartition(".")[2] for name in job.space.parameters]
     title = f"{job.name}: the cheapest within one standard error of the best, by family"
-    table = Table("family", "retention [95 %]", "tokens", *columns, "best of all [95 %]", "its tokens", "as good", title=title)
+    table = Table(
+        "family", "retention [95 %]", "tokens", *columns, "best of all [95 %]", "its tokens", "as good", title=title
+    )
     for each in findings.families:
         chosen, best = findings.trials[each.trial], findings.trials[each.best]
         values = (show_value(chosen.assignment.get(key, "-")) for key in job.space.parameters)
-        shown = [f"{interval.value:.1f} [{interval.low:.1f}, {interval.high:.1f}]" for interval in (each.retention, each.best_retention)]
-        table.add_row(each.family, shown[0], f"{chosen.metrics['tokens']:g}", *values, shown[1], f"{best.metrics['tokens']:g}", str(each.near))
+        shown = [
+            f"{interval.value:.1f} [{interval.low:.1f}, {interval.high:.1f}]"
+            for interval in (each.retention, each.best_retention)
+        ]
+        table.add_row(
+            each.family,
+            shown[0],
+            f"{chosen.metrics['tokens']:g}",
+            *values,
+            shown[1],
+            f"{best.metrics['tokens']:g}",
+            str(each.near),
+        )
     return table
 
 
 def _split_table(splits: Sequence[ChosenSplit]) -> Table:
-    table = Table("tokens", "anchors", "queries", "best", "paper's rule", "minus the rule, points [95 %]", title="The split of every budget")
+    table = Table(
+        "tokens",
+        "anchors",
+        "queries",
+        "best",
+        "paper's rule",
+        "minus the rule, points [95 %]",
+        title="The split of every budget",
+    )
     for each in splits:
         gap = each.against_rule
         anchors = each.anchor_grid**2
-        shown = "-" if gap is None else "same" if each.anchor_grid == each.rule else f"{gap.value:+.1f} [{gap.low:+.1f}, {gap.high:+.1f}]"
+        shown = (
+            "-"
+            if gap is None
+            else "same"
+            if each.anchor_grid == each.rule
+            else f"{gap.value:+.1f} [{gap.low:+.1f}, {gap.high:+.1f}]"
+        )
         names = [f"{side} x {side}" if side else "none" for side in (each.anchor_grid, each.best)]
         table.add_row(
             str(each.num_visual_tokens),

@@ -68,7 +68,8 @@ def run_tuning(
         parent_run_id: MLflow run to nest under.
 
     Raises:
-        UserError: the search cannot run as it is written, its name belongs to another one, or there are trials and `resume` is off.
+        UserError: the search cannot run as it is written, its name belongs to another one, or there are trials and
+            `resume` is off.
         SystemFailure: nothing computes, all trials failed, or MLflow did not take what it was told.
         KeyboardInterrupt: it was interrupted; what is finished is kept.
     """
@@ -80,7 +81,10 @@ def run_tuning(
     folder = run_folder.local_path("")
     record = TrialRecord(folder)
     if record.trials and not resume:
-        raise UserError(f"{folder} has {len(record.trials)} finished trials of this search; add --resume to go on, or give the search another name.")
+        raise UserError(
+            f"{folder} has {len(record.trials)} finished trials of this search; add --resume to go on, or give the"
+            " search another name."
+        )
     if retry_failed:
         console.print(f"{record.forget_failed()} failed trials are run again", highlight=False)
     again = "the same command goes on" if resume else "the same command with --resume goes on"
@@ -95,8 +99,8 @@ def run_tuning(
         show_findings(job, findings, folder, console)
         if findings.failed and len(findings.failed) == len(findings.trials):
             raise SystemFailure(
-                f"All {len(findings.trials)} trials of {job.name} failed, the first with: {findings.failed[0].error}. Mend it; "
-                "--resume --retry-failed runs them again."
+                f"All {len(findings.trials)} trials of {job.name} failed, the first with: {findings.failed[0].error}."
+                " Mend it; --resume --retry-failed runs them again."
             )
     run_folder.finish(findings.to_dict())
     return SearchRun(run_folder.identity, folder, findings, run_id)
@@ -139,7 +143,9 @@ class _Search:
         """Runs what is missing; returns what scores points again from their answers, None for trainings."""
         resources = trial_resources(self.job)
         # Refused before the reference is evaluated, which may take long.
-        count = resources.concurrency(cluster_nodes(), wanted_concurrency(self.job)) if not self.planner.is_finished else 0
+        count = (
+            resources.concurrency(cluster_nodes(), wanted_concurrency(self.job)) if not self.planner.is_finished else 0
+        )
         if isinstance(self.job.base, EvaluateJob):
             evaluator = self._evaluator(self.job.base)
             trial = evaluation_trial(evaluator.metrics, self.job.objectives[0])
@@ -169,19 +175,31 @@ class _Search:
         if isinstance(self.job.algorithm, PbtAlgorithm):
             if count and count < self.job.algorithm.population:
                 raise UserError(
-                    f"algorithm.population is {self.job.algorithm.population}, but the cluster holds {count} trainings at the same time; "
-                    "make it smaller, give the trainings fewer workers, or use a larger cluster."
+                    f"algorithm.population is {self.job.algorithm.population}, but the cluster holds {count} trainings"
+                    " at the same time; make it smaller, give the trainings fewer workers, or use a larger cluster."
                 )
             # Tune chooses whom to copy with the module's generator.
             random.seed(self.job.seed)
             trial = population_trial(train, first, self.job.algorithm)
-            self._search(trial, resources, count, scheduler=population_scheduler(self.job.space, self.job.algorithm, self.job.seed))
+            self._search(
+                trial,
+                resources,
+                count,
+                scheduler=population_scheduler(self.job.space, self.job.algorithm, self.job.seed),
+            )
             return
         steps = self.job.space.parameters.get("training.steps")
         total = max(steps.ends) if steps is not None else base.training.steps
         scheduler = early_stopping(self.job.early_stopping, total, self.folder)
-        if isinstance(self.job.early_stopping, HyperBandScheduler) and self.record.trials and not self.planner.is_finished:
-            self.console.print("HyperBand compares trainings that wait for each other: those that are left form brackets of their own", highlight=False)
+        if (
+            isinstance(self.job.early_stopping, HyperBandScheduler)
+            and self.record.trials
+            and not self.planner.is_finished
+        ):
+            self.console.print(
+                "HyperBand compares trainings that wait for each other: those that are left form brackets of their own",
+                highlight=False,
+            )
         # A new process for every trial: memory of a GPU that the last one left behind is gone with it (ray#23971).
         self._search(training_trial(train, first), resources, count, scheduler=scheduler)
 
@@ -196,16 +214,23 @@ class _Search:
         reuse_actors: bool = False,
     ) -> None:
         bounds = bounds_of(self.job.objectives, costs or {})
-        members: list[SearchProgress | TrialRuns] = [SearchProgress(self.job, self.planner, self.record, self.console, bounds)]
+        members: list[SearchProgress | TrialRuns] = [
+            SearchProgress(self.job, self.planner, self.record, self.console, bounds)
+        ]
         with ExitStack() as written:
             if self.uri is not None and self.run_id is not None:
-                # Also where nothing is left to run: a driver that was killed may have recorded more than it told MLflow.
-                members.append(written.enter_context(TrialRuns(self.job, self.uri, self.run_id, self.record.trials, bounds)))
+                # Also where nothing is left to run: a driver that was killed may have recorded more than it told
+                # MLflow.
+                members.append(
+                    written.enter_context(TrialRuns(self.job, self.uri, self.run_id, self.record.trials, bounds))
+                )
             if self.planner.is_finished:
                 return
             there = len(self.record.trials)
             known = f", {there} of them finished" if there else ""
-            self.console.print(f"{self.job.name}: {self.planner.num_points} trials{known}, {count} at the same time", highlight=False)
+            self.console.print(
+                f"{self.job.name}: {self.planner.num_points} trials{known}, {count} at the same time", highlight=False
+            )
             try:
                 run_search(
                     trainable,
@@ -221,7 +246,10 @@ class _Search:
                 )
             except KeyboardInterrupt:
                 done = len(self.record.trials)
-                self.console.print(f"Stopped. {done} of {self.planner.num_points} trials are finished and kept; {self.again}.", highlight=False)
+                self.console.print(
+                    f"Stopped. {done} of {self.planner.num_points} trials are finished and kept; {self.again}.",
+                    highlight=False,
+                )
                 raise
 
     def _reference(self, job: EvaluateJob | None) -> Reference:
@@ -293,5 +321,7 @@ def _tracked(job: TuneJob, folder: RunFolder, uri: str | None, parent_run_id: st
     commit = git_commit()
     if commit is not None:
         tags["mlflow.source.git.commit"] = commit
-    with tracked_run(uri, job.tracking.experiment, folder.identity, params=params, tags=tags, parent_run_id=parent_run_id) as run_id:
+    with tracked_run(
+        uri, job.tracking.experiment, folder.identity, params=params, tags=tags, parent_run_id=parent_run_id
+    ) as run_id:
         yield run_id

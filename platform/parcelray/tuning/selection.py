@@ -45,11 +45,24 @@ class Selection:
         measured = sorted({name for trial in trials for name in trial})
         for name in (self.metric, *(limit.metric for limit in self.limits)):
             if name not in measured:
-                raise UserError(f"--select names {name!r}, which no finished trial measured; measured: {', '.join(measured) or 'nothing yet'}.")
-        legal = [index for index, trial in enumerate(trials) if self.metric in trial and all(limit.holds(trial) for limit in self.limits)]
+                raise UserError(
+                    f"--select names {name!r}, which no finished trial measured; measured:"
+                    f" {', '.join(measured) or 'nothing yet'}."
+                )
+        legal = [
+            index
+            for index, trial in enumerate(trials)
+            if self.metric in trial and all(limit.holds(trial) for limit in self.limits)
+        ]
         if not legal:
-            ends = [f"{limit.metric} is {_range([trial[limit.metric] for trial in trials if limit.metric in trial])}" for limit in self.limits]
-            raise UserError(f"No finished trial has {' and '.join(map(str, self.limits))}; {', '.join(ends)}. Loosen the limit, or go on searching.")
+            ends = [
+                f"{limit.metric} is {_range([trial[limit.metric] for trial in trials if limit.metric in trial])}"
+                for limit in self.limits
+            ]
+            raise UserError(
+                f"No finished trial has {' and '.join(map(str, self.limits))}; {', '.join(ends)}. Loosen the limit, or"
+                " go on searching."
+            )
         return max(legal, key=lambda index: trials[index][self.metric] * (1 if self.largest else -1))
 
 

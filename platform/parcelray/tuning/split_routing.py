@@ -24,7 +24,9 @@ class ChosenSplit(NamedTuple):
     """The chosen one minus the paper's, paired over questions, in points."""
 
 
-def choose_splits(values: Mapping[int, Mapping[int, Estimate]], gflops: Mapping[int, Mapping[int, float]], rule: Mapping[int, int]) -> list[ChosenSplit]:
+def choose_splits(
+    values: Mapping[int, Mapping[int, Estimate]], gflops: Mapping[int, Mapping[int, float]], rule: Mapping[int, int]
+) -> list[ChosenSplit]:
     """The split of each budget: of all within one standard error of the best, the cheapest (see `nearly_best`).
 
     Args:
@@ -50,5 +52,7 @@ def routing_of(splits: Sequence[ChosenSplit], full: int) -> tuple[RouteConfig, .
         if routes and routes[-1].anchor_grid == split.anchor_grid:
             routes[-1] = routes[-1].model_copy(update={"max_budget": last})
         else:
-            routes.append(RouteConfig(min_budget=split.num_visual_tokens, max_budget=last, anchor_grid=split.anchor_grid))
+            routes.append(
+                RouteConfig(min_budget=split.num_visual_tokens, max_budget=last, anchor_grid=split.anchor_grid)
+            )
     return tuple(routes)

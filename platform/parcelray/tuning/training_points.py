@@ -82,7 +82,9 @@ def train_point(
     """
     training = trial_job(job, folder, assignment, segment=segment)
     with open(os.devnull, "w") as nowhere:
-        run = run_training(training, Console(file=nowhere), on_report=BeforeTheEnd(on_report, training.training.steps), report=False)
+        run = run_training(
+            training, Console(file=nowhere), on_report=BeforeTheEnd(on_report, training.training.steps), report=False
+        )
     before, _ = segment.steps(changed_training(job, assignment).training.steps)
     metrics = run.metrics | _costs(training, run.model_folder) | {"step": float(before + training.training.steps)}
     if job.evaluation is not None:
@@ -109,8 +111,12 @@ def training_resources(job: TuneJob) -> TrialResources:
     found = []
     for values in itertools.product(*scaling.values()):
         each = changed_training(job, dict(zip(scaling, values, strict=True))).scaling
-        found.append(worker_resources(each.bounds[1], each.cpus_per_worker, each.gpus_per_worker, each.data_tasks_per_worker))
-    return TrialResources(**{name: max(getattr(each, name) for each in found) for name in TrialResources.__dataclass_fields__})
+        found.append(
+            worker_resources(each.bounds[1], each.cpus_per_worker, each.gpus_per_worker, each.data_tasks_per_worker)
+        )
+    return TrialResources(
+        **{name: max(getattr(each, name) for each in found) for name in TrialResources.__dataclass_fields__}
+    )
 
 
 def _costs(training: TrainJob, model: Path) -> dict[str, float]:

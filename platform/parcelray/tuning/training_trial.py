@@ -13,7 +13,13 @@ from typing import Any, Protocol
 from ray import tune
 from ray.tune import Checkpoint
 from ray.tune.integration.ray_train import TuneReportCallback
-from ray.tune.schedulers import ASHAScheduler, HyperBandScheduler, MedianStoppingRule, PopulationBasedTraining, TrialScheduler
+from ray.tune.schedulers import (
+    ASHAScheduler,
+    HyperBandScheduler,
+    MedianStoppingRule,
+    PopulationBasedTraining,
+    TrialScheduler,
+)
 
 from parcelray.config.objectives import Objective
 from parcelray.config.search_space import Assignment, SearchSpace
@@ -56,7 +62,9 @@ WHOLE = Segment()
 class TrainPoint(Protocol):
     """Trains one point; given by the layer that knows jobs."""
 
-    def __call__(self, assignment: Assignment, on_report: Report, *, segment: Segment = WHOLE) -> tuple[dict[str, float], str]:
+    def __call__(
+        self, assignment: Assignment, on_report: Report, *, segment: Segment = WHOLE
+    ) -> tuple[dict[str, float], str]:
         """Trains a point to its end.
 
         Args:
@@ -98,7 +106,9 @@ def early_stopping(config: EarlyStopping | None, total_steps: int, folder: Path)
         grace = min(config.grace_steps, total_steps)
         scheduler = ASHAScheduler(**common, max_t=total_steps, grace_period=grace, reduction_factor=config.reduction)
     else:
-        scheduler = MedianStoppingRule(**common, grace_period=config.grace_steps, min_samples_required=config.min_trials)
+        scheduler = MedianStoppingRule(
+            **common, grace_period=config.grace_steps, min_samples_required=config.min_trials
+        )
     return RememberingScheduler(scheduler, ReportHistory(folder))
 
 
@@ -119,11 +129,19 @@ def population_scheduler(space: SearchSpace, algorithm: PbtAlgorithm, seed: int)
     )
 
 
-def worker_resources(num_workers: int, cpus_per_worker: float, gpus_per_worker: float, data_tasks: int) -> TrialResources:
+def worker_resources(
+    num_workers: int, cpus_per_worker: float, gpus_per_worker: float, data_tasks: int
+) -> TrialResources:
     """What a training trial takes: its workers' shares and a CPU for each task that prepares their data; in-process, a CPU."""
     if num_workers == 0:
         return TrialResources(cpus=1.0, gpus=gpus_per_worker)
-    return TrialResources(DRIVER_CPUS, workers=num_workers, worker_cpus=cpus_per_worker, worker_gpus=gpus_per_worker, helper_cpus=num_workers * data_tasks)
+    return TrialResources(
+        DRIVER_CPUS,
+        workers=num_workers,
+        worker_cpus=cpus_per_worker,
+        worker_gpus=gpus_per_worker,
+        helper_cpus=num_workers * data_tasks,
+    )
 
 
 def _train(config: dict[str, Any], train: TrainPoint, objective: Objective) -> None:
@@ -138,7 +156,9 @@ def _explored(config: dict[str, Any], space: SearchSpace, rng: random.Random) ->
 def _train_segments(config: dict[str, Any], train: TrainPoint, objective: Objective, segments: int) -> None:
     state = _restored()
     for place in range(state["segment"], segments):
-        metrics, model = train(config["assignment"], lambda metrics: None, segment=Segment(place, segments, state["model"]))
+        metrics, model = train(
+            config["assignment"], lambda metrics: None, segment=Segment(place, segments, state["model"])
+        )
         state = {"segment": place + 1, "model": model}
         with tempfile.TemporaryDirectory(prefix="parcelray-population-") as name:
             (Path(name) / _STATE).write_text(json.dumps(state), encoding="utf-8")
@@ -174,7 +194,8 @@ class _Reporter:
         if os.getpid() == self._process:
             tune.report(result)
         else:
-            # Ray's callback uses neither the run's context nor a checkpoint; called here, it puts the report into the trial's queue.
+            # Ray's callback uses neither the run's context nor a checkpoint; called here, it puts the report into the
+            # trial's queue.
             self._queue.after_report(None, [result], None)  # type: ignore[arg-type]
 
 

@@ -1,6 +1,7 @@
 """The record of a search: one line per finished trial, written as soon as it is finished, from which everything else is made again.
 
-Tune's own state is a pickle, which must not be loaded from a folder that others can write to, and holds no more than this record.
+Tune's own state is a pickle, which must not be loaded from a folder that others can write to, and holds no more than
+this record.
 """
 
 import hashlib
@@ -48,7 +49,9 @@ class TrialRecord:
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / _FILE
-        found = read_lines(self._path, FinishedTrial, what="finished trial", remedy="remove the line, and the trial is run again")
+        found = read_lines(
+            self._path, FinishedTrial, what="finished trial", remedy="remove the line, and the trial is run again"
+        )
         self._trials = {trial.key: trial for trial in found}
 
     @property

@@ -23,7 +23,9 @@ class TrialResources:
     """Of the tasks that read for the workers, all together."""
 
     def concurrency(self, nodes: Sequence[Mapping[str, float]], wanted: int | None) -> int:
-        """How many trials the cluster holds at the same time. With more, trials that start workers would wait for each other for ever (ray#54305).
+        """How many trials the cluster holds at the same time.
+
+        With more, trials that start workers would wait for each other for ever (ray#54305).
 
         Args:
             nodes: resources of each node.
@@ -32,7 +34,9 @@ class TrialResources:
         Raises:
             UserError: it cannot hold one.
         """
-        needs = _amounts(self.cpus + self.workers * self.worker_cpus + self.helper_cpus, self.gpus + self.workers * self.worker_gpus)
+        needs = _amounts(
+            self.cpus + self.workers * self.worker_cpus + self.helper_cpus, self.gpus + self.workers * self.worker_gpus
+        )
         total = {name: sum(node.get(name, 0.0) for node in nodes) for name in needs}
         holds = _times(total, needs)
         if holds < 1:
@@ -46,8 +50,9 @@ class TrialResources:
         if places < max(1, self.workers):
             name = f"A trial has {self.workers} workers, each of which" if self.workers else "A trial"
             raise UserError(
-                f"{name} needs {_listed(unit, unit)} on one node, but the Ray cluster's nodes ({'; '.join(_listed(node, unit) for node in nodes)}) "
-                f"have room for {places}; ask for less a worker, or use larger nodes."
+                f"{name} needs {_listed(unit, unit)} on one node, but the Ray cluster's nodes"
+                f" ({'; '.join(_listed(node, unit) for node in nodes)}) have room for {places}; ask for less a worker,"
+                " or use larger nodes."
             )
         holds = min(holds, places // max(1, self.workers))
         return holds if wanted is None else min(holds, wanted)
@@ -74,7 +79,8 @@ def _listed(amounts: Mapping[str, float], names: Iterable[str]) -> str:
 class Watchdog:
     """Ends a search in which nothing computes, and says why.
 
-    A trial that trains runs as soon as its driver does, which takes next to nothing; its workers may wait for ever all the same (ray#54305).
+    A trial that trains runs as soon as its driver does, which takes next to nothing; its workers may wait for ever all
+    the same (ray#54305).
 
     Args:
         resources: of a trial.
@@ -119,15 +125,18 @@ class Watchdog:
         own = self._resources
         if running:
             asked = f"{own.workers} workers of {_listed(each := _amounts(own.worker_cpus, own.worker_gpus), each)}"
-            what = f"{running} trials run, but for {self._stall_s:g} s none of them has got its workers: each asks for {asked}"
+            what = (
+                f"{running} trials run, but for {self._stall_s:g} s none of them has got its workers: each asks for"
+                f" {asked}"
+            )
         else:
             asked = _listed(each := _amounts(own.cpus, own.gpus), each)
             what = f"{waiting} trials have waited for {self._stall_s:g} s and none runs: each asks for {asked}"
         names = ("CPU", "GPU") if own.gpus or own.worker_gpus else ("CPU",)
         total, free = ray.cluster_resources(), ray.available_resources()  # type: ignore[no-untyped-call]
         return (
-            f"{what}, and of the cluster's {_listed(total, names)} are free {_listed(free, names)}. End what else runs there, or raise stall_s; "
-            "the same command with --resume goes on."
+            f"{what}, and of the cluster's {_listed(total, names)} are free {_listed(free, names)}. End what else runs"
+            " there, or raise stall_s; the same command with --resume goes on."
         )
 
 

@@ -56,7 +56,10 @@ def objective_value(objective: Objective, metrics: Mapping[str, float]) -> float
         UserError: it was not measured.
     """
     if objective.metric not in metrics:
-        raise UserError(f"The objective {objective.metric} was not measured; measured: {', '.join(sorted(metrics))}. Name one of them.")
+        raise UserError(
+            f"The objective {objective.metric} was not measured; measured: {', '.join(sorted(metrics))}. Name one of"
+            " them."
+        )
     value = metrics[objective.metric]
     return value if objective.mode == "max" else -value
 
@@ -121,7 +124,8 @@ def run_search(  # noqa: PLR0913 - the parts of a search
     )
     try:
         with warnings.catch_warnings():
-            # A member of a population gets a process of its own, like every training, so that none inherits what another left on a GPU.
+            # A member of a population gets a process of its own, like every training, so that none inherits what
+            # another left on a GPU.
             warnings.filterwarnings("ignore", "Consider boosting PBT performance", UserWarning)
             tuner.fit()
     except Exception:
@@ -184,7 +188,9 @@ class _Keeper(Callback):
         self._running[trial.trial_id] = (assignment, time.monotonic())
         self._observer.started(point_key(assignment), assignment)
 
-    def on_trial_result(self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any) -> None:
+    def on_trial_result(
+        self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any
+    ) -> None:
         self._watchdog.feed()
         if METRICS in result:
             self._last[trial.trial_id] = result
@@ -194,7 +200,9 @@ class _Keeper(Callback):
 
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         last = self._last.pop(trial.trial_id, {})
-        self._finish(trial, last, None if METRICS in last else "it ended without a result", stopped=not last.get(FINISHED, False))
+        self._finish(
+            trial, last, None if METRICS in last else "it ended without a result", stopped=not last.get(FINISHED, False)
+        )
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         self._last.pop(trial.trial_id, None)
@@ -211,9 +219,12 @@ class _Keeper(Callback):
     def _finish(self, trial: Trial, last: Mapping[str, Any], error: str | None, *, stopped: bool) -> None:
         self._watchdog.feed()
         point, began = self._running.pop(trial.trial_id)
-        # A member of a population keeps the key of the point that it started from, and ends with the values that it was trained with last.
+        # A member of a population keeps the key of the point that it started from, and ends with the values that it was
+        # trained with last.
         assignment, metrics = last.get(ASSIGNMENT, trial.config["assignment"]), last.get(METRICS, {})
-        finished = FinishedTrial(point_key(point), assignment, dict(metrics), time.monotonic() - began, error, stopped and error is None)
+        finished = FinishedTrial(
+            point_key(point), assignment, dict(metrics), time.monotonic() - began, error, stopped and error is None
+        )
         self._record.add(finished)
         self._planner.tell(finished)
         self._observer.finished(finished)
@@ -249,7 +260,13 @@ class _EvaluationTrial(tune.Trainable):
 
     def step(self) -> dict[str, Any]:
         metrics = dict(self._measure(self.config["assignment"]))
-        return {METRICS: metrics, SCALAR: objective_value(self._objective, metrics), STEPS: 1, FINISHED: True, "done": True}
+        return {
+            METRICS: metrics,
+            SCALAR: objective_value(self._objective, metrics),
+            STEPS: 1,
+            FINISHED: True,
+            "done": True,
+        }
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         return True

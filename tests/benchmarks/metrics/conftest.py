@@ -11,6 +11,16 @@ MakeSample = Callable[..., Sample]
 @pytest.fixture
 def make_sample() -> MakeSample:
     def make(*answers: str, id: str = "1", metric: str = "exact_match", **metadata: Any) -> Sample:
-        return Sample(id=id, benchmark="b", family="f", task="t", images=(), prompt="?", answers=answers, metric=metric, metadata=metadata)
+        return Sample(
+            id=id,
+            benchmark="b",
+            family="f",
+            task="t",
+            images=(),
+            prompt="?",
+            answers=answers,
+            metric=metric,
+            metadata=metadata,
+        )
 
     return make

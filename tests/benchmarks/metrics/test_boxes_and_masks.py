@@ -69,7 +69,9 @@ def test_run_lengths_go_down_the_columns() -> None:
 
 
 def test_agreement_with_an_installed_pycocotools() -> None:
-    official = pytest.importorskip("pycocotools.mask", reason="needs a package: .venv/bin/python -m pip install pycocotools")
+    official = pytest.importorskip(
+        "pycocotools.mask", reason="needs a package: .venv/bin/python -m pip install pycocotools"
+    )
     draw = np.random.default_rng(2)
     for _ in range(50):
         height, width = (int(side) for side in draw.integers(5, 40, 2))
@@ -83,7 +85,10 @@ def weights() -> dict[str, np.ndarray]:
     draw = np.random.default_rng(0)
     shapes = {"_vq_vae._embedding": (128, 8), "decoder.0.weight": (16, 8, 1, 1), "decoder.12.weight": (1, 1, 1, 1)}
     for block in (2, 3):
-        shapes |= {f"decoder.{block}.net.{layer}.weight": (16, 16, kernel, kernel) for layer, kernel in ((0, 3), (2, 3), (4, 1))}
+        shapes |= {
+            f"decoder.{block}.net.{layer}.weight": (16, 16, kernel, kernel)
+            for layer, kernel in ((0, 3), (2, 3), (4, 1))
+        }
     channels = (16, 16, 8, 4, 2)
     shapes |= {f"decoder.{4 + 2 * step}.weight": (channels[step], channels[step + 1], 4, 4) for step in range(4)}
     shapes["decoder.12.weight"] = (1, 2, 1, 1)
@@ -97,7 +102,9 @@ def weights() -> dict[str, np.ndarray]:
 
 def test_a_decoder_of_one_colour(weights) -> None:
     """With all weights zero but the last bias, every mask is that bias: foreground everywhere if it is positive."""
-    flat = {name: np.zeros_like(array) for name, array in weights.items()} | {"decoder.12.bias": np.array([0.5], dtype=np.float32)}
+    flat = {name: np.zeros_like(array) for name, array in weights.items()} | {
+        "decoder.12.bias": np.array([0.5], dtype=np.float32)
+    }
     masks = MaskDecoder(flat, "x")(np.zeros((2, 16), dtype=np.int64))
     assert masks.shape == (2, 64, 64)
     assert np.all(masks == 0.5)
@@ -170,16 +177,22 @@ def test_mask_iou_by_hand() -> None:
 
 
 def test_mean_iou_of_answers(tmp_path, make_sample, weights) -> None:
-    flat = {name: np.zeros_like(array) for name, array in weights.items()} | {"decoder.12.bias": np.array([0.5], dtype=np.float32)}
+    flat = {name: np.zeros_like(array) for name, array in weights.items()} | {
+        "decoder.12.bias": np.array([0.5], dtype=np.float32)
+    }
     np.savez(tmp_path / "vae.npz", **flat)
     mask = {"size": [10, 10], "counts": [0, 50, 50]}  # the left half
     left = _answer(format_locations(Box(0, 0, 1, 0.5)))
     samples = [make_sample(id=str(number), mask=mask) for number in range(4)] + [make_sample()]
-    result = metric("refseg_miou", mask_decoder=tmp_path / "vae.npz")([left, _answer(), "no", _answer("<loc0000><loc0000><loc0010><loc1023>"), left], samples)
-    # The box 0 to 512/1023 ends in pixel int(5.004) = 5: the mask is exact. The whole image: 50/100. The third has no tokens, the
-    # fourth is int(0.0978) = 0 pixels high.
+    result = metric("refseg_miou", mask_decoder=tmp_path / "vae.npz")(
+        [left, _answer(), "no", _answer("<loc0000><loc0000><loc0010><loc1023>"), left], samples
+    )
+    # The box 0 to 512/1023 ends in pixel int(5.004) = 5: the mask is exact. The whole image: 50/100. The third has no
+    # tokens, the fourth is int(0.0978) = 0 pixels high.
     assert result.values == pytest.approx((1, 0.5, 0, 0, np.nan), nan_ok=True)
     assert result.unparsed == 2
-    assert result.totals == pytest.approx({"refseg_miou": 0.375, "box_accuracy_50": 0.5, "box_accuracy_75": 0.25}, abs=1e-3)
+    assert result.totals == pytest.approx(
+        {"refseg_miou": 0.375, "box_accuracy_50": 0.5, "box_accuracy_75": 0.25}, abs=1e-3
+    )
     with pytest.raises(UserError, match=r"vae-oid\.npz"):
         metric("refseg_miou")([left], samples[:1])

@@ -40,7 +40,9 @@ def test_option_by_letter_then_by_text(text: str, letter: str | None) -> None:
         ("", None, None, None, None),
     ],
 )
-def test_readers_of_other_tools(text: str, llava: str | None, lmms_eval: str | None, first: str | None, paligemma: str | None) -> None:
+def test_readers_of_other_tools(
+    text: str, llava: str | None, lmms_eval: str | None, first: str | None, paligemma: str | None
+) -> None:
     assert read_llava_sqa(text, _CHOICES) == llava
     assert read_lmms_eval_sqa(text, _CHOICES) == lmms_eval
     assert read_first_character(text, _CHOICES) == first
@@ -65,7 +67,10 @@ def test_the_right_option_by_letter_text_or_sentence(make_sample) -> None:
 def _rotations(make_sample):
     # Question 7 in three rotations, question 8 in two.
     rows = [(7, "A"), (1_000_007, "B"), (2_000_007, "C"), (8, "A"), (1_000_008, "B")]
-    return [make_sample(answer, id=str(index), index=index, choices=_CHOICES, category="x" if index % 10 == 7 else "y") for index, answer in rows]
+    return [
+        make_sample(answer, id=str(index), index=index, choices=_CHOICES, category="x" if index % 10 == 7 else "y")
+        for index, answer in rows
+    ]
 
 
 def test_mmbench_counts_a_question_only_if_every_rotation_is_right(make_sample) -> None:

@@ -8,7 +8,14 @@ import pytest
 from parcelray.benchmarks.metrics import all_metrics, metric
 from parcelray.errors import UserError
 
-_METADATA = {"choices": ["red", "blue"], "index": 1, "category": "existence", "image_id": "1", "question_type": "comp", "box": [0, 0, 0.5, 0.5]}
+_METADATA = {
+    "choices": ["red", "blue"],
+    "index": 1,
+    "category": "existence",
+    "image_id": "1",
+    "question_type": "comp",
+    "box": [0, 0, 0.5, 0.5],
+}
 
 
 def test_names_lead_to_their_variants() -> None:
@@ -32,7 +39,9 @@ def test_only_metrics_of_independent_samples_are_additive() -> None:
 
 
 def _all_but_masks():
-    return [pytest.param(each, id=f"{each.name}:{each.variant}") for each in all_metrics() if each.name != "refseg_miou"]
+    return [
+        pytest.param(each, id=f"{each.name}:{each.variant}") for each in all_metrics() if each.name != "refseg_miou"
+    ]
 
 
 @pytest.mark.parametrize("each", _all_but_masks())
@@ -42,7 +51,11 @@ def test_the_order_of_samples_changes_nothing(each, make_sample) -> None:
     samples = []
     for number in range(24):
         answer = draw.choice(["yes", "no"]) if each.name in ("mme", "pope", "nlvr2") else draw.choice(["A", "B"])
-        pair = {"index": number // 2 + 1_000_000 * (number % 2), "image_id": str(number // 2), "category": ("existence", "count")[number // 2 % 2]}
+        pair = {
+            "index": number // 2 + 1_000_000 * (number % 2),
+            "image_id": str(number // 2),
+            "category": ("existence", "count")[number // 2 % 2],
+        }
         samples.append(make_sample(answer, answer, id=str(number), **(_METADATA | pair)))
     predictions = [draw.choice(words) for _ in samples]
     result = each(predictions, samples)

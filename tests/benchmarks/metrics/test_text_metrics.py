@@ -16,7 +16,14 @@ def _value(name, prediction, sample):
 
 @pytest.mark.parametrize(
     ("prediction", "answers", "value"),
-    [("Red", ("red",), 1), (" red. ", ("red",), 1), ("six", ("6", "six"), 1), ("dark  red", ("dark red",), 1), ("blue", ("red",), 0), ("", ("red",), 0)],
+    [
+        ("Red", ("red",), 1),
+        (" red. ", ("red",), 1),
+        ("six", ("6", "six"), 1),
+        ("dark  red", ("dark red",), 1),
+        ("blue", ("red",), 0),
+        ("", ("red",), 0),
+    ],
 )
 def test_exact_match(make_sample, prediction: str, answers: tuple[str, ...], value: float) -> None:
     assert _value("exact_match", prediction, make_sample(*answers)) == value
@@ -29,7 +36,9 @@ def test_exact_match(make_sample, prediction: str, answers: tuple[str, ...], val
 )  # fmt: skip
 def test_variants_of_exact_match(make_sample, prediction: str, equal_in: set[str]) -> None:
     variants = ("lenient", "raw", "lower", "lmms_eval", "vlmevalkit")
-    assert {variant for variant in variants if _value(f"exact_match:{variant}", prediction, make_sample("red"))} == equal_in
+    assert {
+        variant for variant in variants if _value(f"exact_match:{variant}", prediction, make_sample("red"))
+    } == equal_in
 
 
 def test_gqa_by_question_type(make_sample) -> None:
@@ -109,11 +118,21 @@ def test_relaxed_accuracy(make_sample, prediction: str, target: str, value: floa
 
 def test_charts_with_human_and_augmented_questions_are_reported_apart(make_sample) -> None:
     samples = [make_sample("1", type="human_test"), make_sample("2", type="augmented_test")]
-    assert metric("relaxed_accuracy")(["1", "3"], samples).totals == {"relaxed_accuracy": 0.5, "type/augmented_test": 0.0, "type/human_test": 1.0}
+    assert metric("relaxed_accuracy")(["1", "3"], samples).totals == {
+        "relaxed_accuracy": 0.5,
+        "type/augmented_test": 0.0,
+        "type/human_test": 1.0,
+    }
 
 
 def test_counting(make_sample) -> None:
-    samples = [make_sample("2", issimple=1), make_sample("Twenty", issimple=0), make_sample("0"), make_sample("3"), make_sample("4")]
+    samples = [
+        make_sample("2", issimple=1),
+        make_sample("Twenty", issimple=0),
+        make_sample("0"),
+        make_sample("3"),
+        make_sample("4"),
+    ]
     result = metric("counting")(["Two", "20", "none", "a few", "5"], samples)
     assert result.values == (1, 1, 1, 0, 0)
     assert result.unparsed == 1
@@ -124,7 +143,10 @@ def test_counting(make_sample) -> None:
 
 def test_rsvqa_averages_over_the_types_without_numbers(make_sample) -> None:
     kinds = ["comp", "comp", "presence", "count"]
-    result = metric("rsvqa")(["Yes", "no", "yes", "3"], [make_sample("yes" if kind != "count" else "4", question_type=kind) for kind in kinds])
+    result = metric("rsvqa")(
+        ["Yes", "no", "yes", "3"],
+        [make_sample("yes" if kind != "count" else "4", question_type=kind) for kind in kinds],
+    )
     # comp 1/2, presence 1, count 0: (0.5 + 1) / 2, (0.5 + 1 + 0) / 3, 2/4.
     assert (result.totals["rsvqa"], result.totals["average"], result.totals["overall"]) == (0.75, 0.5, 0.5)
     with pytest.raises(UserError, match="question_type"):

@@ -86,7 +86,11 @@ def test_sub_scores_by_answer_type(make_sample) -> None:
 
 
 def test_vizwiz_watches_the_answer_unanswerable(make_sample) -> None:
-    samples = [make_sample(*["unanswerable"] * 8, "cup", "mug"), make_sample(*["cup"] * 9, "unanswerable"), make_sample(*["pen"] * 10)]
+    samples = [
+        make_sample(*["unanswerable"] * 8, "cup", "mug"),
+        make_sample(*["cup"] * 9, "unanswerable"),
+        make_sample(*["pen"] * 10),
+    ]
     result = metric("vizwiz")(["Unanswerable", "unanswerable", "pen."], samples)
     # 8 agree: 1. One agrees: 0.3. All agree: 1.
     assert result.values == pytest.approx((1, 0.3, 1))

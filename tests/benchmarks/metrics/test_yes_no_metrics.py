@@ -10,7 +10,17 @@ from parcelray.errors import UserError
 
 @pytest.mark.parametrize(
     ("text", "answer"),
-    [("Yes", "yes"), (" no.", "no"), ("Y", "yes"), ("n.", "no"), ("x", None), ("Yes, it is", "yes"), ("Not", "no"), ("It is yes", None), ("", None)],
+    [
+        ("Yes", "yes"),
+        (" no.", "no"),
+        ("Y", "yes"),
+        ("n.", "no"),
+        ("x", None),
+        ("Yes, it is", "yes"),
+        ("Not", "no"),
+        ("It is yes", None),
+        ("", None),
+    ],
 )
 def test_reading_of_mme(text: str, answer: str | None) -> None:
     assert read_yes_no(text) == answer
@@ -18,7 +28,9 @@ def test_reading_of_mme(text: str, answer: str | None) -> None:
 
 def _mme(make_sample):
     images = [("existence", "1"), ("existence", "2"), ("OCR", "1"), ("code_reasoning", "9")]
-    return [make_sample(answer, category=category, image_id=image) for category, image in images for answer in ("yes", "no")]
+    return [
+        make_sample(answer, category=category, image_id=image) for category, image in images for answer in ("yes", "no")
+    ]
 
 
 def test_mme_points(make_sample) -> None:
@@ -51,7 +63,16 @@ def test_an_image_without_both_questions_is_left_out_and_counted(make_sample) ->
 
 @pytest.mark.parametrize(
     ("text", "answer"),
-    [("Yes", "yes"), ("No, there is none", "no"), ("There is not", "no"), ("Yes. No", "yes"), ("NO", "yes"), ("", "yes"), ("no.", "no"), ("nothing", "yes")],
+    [
+        ("Yes", "yes"),
+        ("No, there is none", "no"),
+        ("There is not", "no"),
+        ("Yes. No", "yes"),
+        ("NO", "yes"),
+        ("", "yes"),
+        ("no.", "no"),
+        ("nothing", "yes"),
+    ],
 )
 def test_official_reading_of_pope(text: str, answer: str) -> None:
     assert read_official(text) == answer
@@ -62,9 +83,12 @@ def test_pope_scores(make_sample) -> None:
     predictions = ["yes", "yes", "no", "yes", "no", "no", "no", "no"]
     for variant in ("official", "whole_output"):
         totals = metric(f"pope:{variant}")(predictions, samples).totals
-        # TP 2, FP 1, FN 1, TN 4: accuracy 6/8, P = R = F1 = 2/3; 3 of 8 predictions say yes, as it happens like the truth.
+        # TP 2, FP 1, FN 1, TN 4: accuracy 6/8, P = R = F1 = 2/3; 3 of 8 predictions say yes, as it happens like the
+        # truth.
         assert totals["pope"] == totals["f1"] == pytest.approx(2 / 3)
-        assert (totals["accuracy"], totals["precision"], totals["recall"], totals["yes_ratio"]) == pytest.approx((0.75, 2 / 3, 2 / 3, 0.375))
+        assert (totals["accuracy"], totals["precision"], totals["recall"], totals["yes_ratio"]) == pytest.approx(
+            (0.75, 2 / 3, 2 / 3, 0.375)
+        )
     assert metric("pope:paligemma")(predictions, samples).totals["pope"] == 0.75
 
 
@@ -86,7 +110,11 @@ def test_unread_answers_of_pope(make_sample) -> None:
 
 
 def test_pope_is_the_mean_over_its_categories(make_sample) -> None:
-    samples = [make_sample("yes", category="random"), make_sample("yes", category="popular"), make_sample("no", category="popular")]
+    samples = [
+        make_sample("yes", category="random"),
+        make_sample("yes", category="popular"),
+        make_sample("no", category="popular"),
+    ]
     totals = metric("pope")(["yes", "no", "no"], samples).totals
     assert totals["category/random/f1"] == 1
     assert totals["category/popular/f1"] == 0
@@ -94,7 +122,10 @@ def test_pope_is_the_mean_over_its_categories(make_sample) -> None:
 
 
 def test_nlvr2(make_sample) -> None:
-    samples = [make_sample(answer, identifier=sentence) for answer, sentence in (("True", "a"), ("False", "a"), ("True", "b"), ("False", "b"))]
+    samples = [
+        make_sample(answer, identifier=sentence)
+        for answer, sentence in (("True", "a"), ("False", "a"), ("True", "b"), ("False", "b"))
+    ]
     result = metric("nlvr2")(["true", "No.", "True", "perhaps"], samples)
     assert result.values == (1, 1, 1, 0)
     assert result.unparsed == 1

@@ -58,7 +58,11 @@ def test_shape_of_color(by_task):
 def test_count(by_task):
     for sample in by_task["count"]:
         what = sample.prompt.split()[2]
-        number = len(of_kind(sample, SINGULAR[what])) if what in SINGULAR else sum(color == what for color, _, _ in objects(sample))
+        number = (
+            len(of_kind(sample, SINGULAR[what]))
+            if what in SINGULAR
+            else sum(color == what for color, _, _ in objects(sample))
+        )
         assert sample.answers == (str(number), ("zero", "one", "two", "three", "four")[number])
         assert 5 <= len(objects(sample)) <= 7
 
@@ -67,7 +71,9 @@ def test_relation(by_task):
     for sample in by_task["relation"]:
         match = re.fullmatch(r"is the (\w+ \w+) (left of|above) the (\w+ \w+)", sample.prompt)
         assert match
-        boxes = [[box for color, label, box in objects(sample) if f"{color} {label}" == name] for name in match.group(1, 3)]
+        boxes = [
+            [box for color, label, box in objects(sample) if f"{color} {label}" == name] for name in match.group(1, 3)
+        ]
         assert [len(found) for found in boxes] == [1, 1]
         axis = 1 if match[2] == "left of" else 0
         first, second = (cell(found[0])[axis] for found in boxes)
@@ -88,7 +94,9 @@ def test_pairs(by_task):
         first, second = (len(of_kind(sample, SINGULAR[sample.prompt.split()[-1]], image)) for image in range(2))
         assert sample.answers[0] == ("first" if first > second else "second" if second > first else "same")
     for sample in by_task["pair_both"]:
-        assert sample.answers[0] == ("yes" if all(of_kind(sample, sample.prompt.split()[-1], image) for image in range(2)) else "no")
+        assert sample.answers[0] == (
+            "yes" if all(of_kind(sample, sample.prompt.split()[-1], image) for image in range(2)) else "no"
+        )
     for sample in by_task["pair_color"]:
         words = sample.prompt.split()
         [(color, _, _)] = of_kind(sample, words[4], ("first", "second").index(words[7]))
@@ -130,9 +138,13 @@ def test_grounding(by_task):
 def test_direction(by_task):
     for sample in by_task["direction"]:
         color, label = sample.prompt.split()[4:6]
-        path = [next(box for c, name, box in objects(sample, frame) if (c, name) == (color, label)) for frame in range(4)]
+        path = [
+            next(box for c, name, box in objects(sample, frame) if (c, name) == (color, label)) for frame in range(4)
+        ]
         dy, dx = path[3][0] - path[0][0], path[3][1] - path[0][1]
-        assert sample.answers == ({(0, 1): "right", (0, -1): "left", (1, 0): "down", (-1, 0): "up"}[int(np.sign(dy)), int(np.sign(dx))],)
+        assert sample.answers == (
+            {(0, 1): "right", (0, -1): "left", (1, 0): "down", (-1, 0): "up"}[int(np.sign(dy)), int(np.sign(dx))],
+        )
         assert abs(dy + dx) in (24, 36)
 
 
@@ -199,20 +211,30 @@ def test_dense_answers_describe_the_scene():
             elif sample.task in ("dense_pair_lists", "dense_frames"):
                 assert [sorted(re.findall(r"\w+ \w+", part)) for part in answer.split(" | ")] == names
             elif sample.task == "dense_detect":
-                expected = sorted(f"{loc_tokens(tuple(entry['box']))} {entry['name']}" for entry in sample.metadata["objects"][0])
+                expected = sorted(
+                    f"{loc_tokens(tuple(entry['box']))} {entry['name']}" for entry in sample.metadata["objects"][0]
+                )
                 assert sorted(answer.split(" ; ")) == expected
             elif sample.task == "dense_spell":
                 assert answer == " ".join(sample.metadata["objects"][0][0]["name"])
             elif sample.task in ("dense_read", "dense_bars"):
-                assert answer == (" ; " if sample.task == "dense_read" else " ").join(entry["name"] for entry in sample.metadata["objects"][0])
+                assert answer == (" ; " if sample.task == "dense_read" else " ").join(
+                    entry["name"] for entry in sample.metadata["objects"][0]
+                )
             elif sample.task == "dense_cell":
                 wanted = divmod("abcdefghijklmnop".index(sample.prompt.split()[1]), 4)
-                assert answer == next((f"{color} {label}" for color, label, box in objects(sample) if cell(box) == wanted), ".")
+                assert answer == next(
+                    (f"{color} {label}" for color, label, box in objects(sample) if cell(box) == wanted), "."
+                )
             elif sample.task == "dense_colors":
-                assert answer == " ".join(f"{color} {sum(c == color for c, _, _ in objects(sample))}" for color in COLORS)
+                assert answer == " ".join(
+                    f"{color} {sum(c == color for c, _, _ in objects(sample))}" for color in COLORS
+                )
             elif sample.task == "dense_track":
                 label = sample.prompt.split()[-1]
-                cells = [next(cell(box) for _, name, box in objects(sample, frame) if name == label) for frame in range(4)]
+                cells = [
+                    next(cell(box) for _, name, box in objects(sample, frame) if name == label) for frame in range(4)
+                ]
                 assert answer == " ".join("abcdefghijklmnop"[4 * row + column] for row, column in cells)
             else:
                 continue

@@ -20,7 +20,9 @@ def folder(tmp_path, monkeypatch):
 
 
 def test_round_trip_is_equal(folder):
-    written = {sample.id: sample for family in ("general", "video") for sample in family_samples("test", family, 24, seed=3)}
+    written = {
+        sample.id: sample for family in ("general", "video") for sample in family_samples("test", family, 24, seed=3)
+    }
     source = ParquetSource(folder)
     read = [source.get(group.name, index) for group in source.groups for index in range(group.size or 0)]
     assert {sample.id: sample for sample in read} == written
@@ -29,7 +31,11 @@ def test_round_trip_is_equal(folder):
 
 def test_groups_follow_the_number_of_images(folder):
     groups = ParquetSource(folder).groups
-    assert [(group.name, group.num_images, group.size) for group in groups] == [("images-1", 1, 15), ("images-2", 2, 9), ("images-4", 4, 24)]
+    assert [(group.name, group.num_images, group.size) for group in groups] == [
+        ("images-1", 1, 15),
+        ("images-2", 2, 9),
+        ("images-4", 4, 24),
+    ]
     assert sum(group.weight for group in groups) == pytest.approx(1)
     source = ParquetSource(folder)
     assert {len(source.get("images-2", index).images) for index in range(9)} == {2}

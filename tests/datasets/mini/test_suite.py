@@ -48,17 +48,24 @@ MAJORITY_BOUND = {
 
 @pytest.fixture(scope="module")
 def evaluation() -> dict[str, list[Sample]]:
-    return {split: [sample for family in FAMILIES for sample in family_samples(split, family, 400)] for split in ("train", "validation", "test")}
+    return {
+        split: [sample for family in FAMILIES for sample in family_samples(split, family, 400)]
+        for split in ("train", "validation", "test")
+    }
 
 
 def test_samples_are_pure_across_processes_and_order():
     suite = MiniSuite("train", seed=5)
-    shuffled = {(group, index): suite.get(group, index) for group in ("video", "single", "pair") for index in (11, 7, 3)}
+    shuffled = {
+        (group, index): suite.get(group, index) for group in ("video", "single", "pair") for index in (11, 7, 3)
+    }
     digest = sha256()
     for group in ("single", "pair", "video"):
         for index in (7, 3, 11):
             digest.update(repr(shuffled[group, index]).encode())
-    child = subprocess.run([sys.executable, "-c", _DIGEST], capture_output=True, text=True, check=True, env=_environment())
+    child = subprocess.run(
+        [sys.executable, "-c", _DIGEST], capture_output=True, text=True, check=True, env=_environment()
+    )
     assert child.stdout == digest.hexdigest()
 
 
@@ -83,7 +90,9 @@ def test_scenes_belong_to_their_split(split, evaluation):
 
 
 def test_splits_share_no_scene(evaluation):
-    stream = [MiniSuite("train").get(group, index).scene for group in ("single", "pair", "video") for index in range(250)]
+    stream = [
+        MiniSuite("train").get(group, index).scene for group in ("single", "pair", "video") for index in range(250)
+    ]
     train = {sample.scene for sample in evaluation["train"]} | set(stream)
     validation, test = ({sample.scene for sample in evaluation[split]} for split in ("validation", "test"))
     assert not train & validation

@@ -7,15 +7,38 @@ import pytest
 from numpy.typing import NDArray
 
 from parcelray.errors import UserError
-from parcelray.evaluation.adaptive.adaptive_budget import AFTER, BEFORE, FIXED, IMAGE, ORACLE, QUESTION, AdaptiveStudy, Signals, study_adaptive_budgets
-from parcelray.evaluation.adaptive.budget_policies import Accounts, BudgetTable, Ladder, best_mixture, escalate, fixed, mixture_at, oracle
+from parcelray.evaluation.adaptive.adaptive_budget import (
+    AFTER,
+    BEFORE,
+    FIXED,
+    IMAGE,
+    ORACLE,
+    QUESTION,
+    AdaptiveStudy,
+    Signals,
+    study_adaptive_budgets,
+)
+from parcelray.evaluation.adaptive.budget_policies import (
+    Accounts,
+    BudgetTable,
+    Ladder,
+    best_mixture,
+    escalate,
+    fixed,
+    mixture_at,
+    oracle,
+)
 from parcelray.evaluation.adaptive.budget_signals import answer_signals
 from parcelray.evaluation.scoring.split_scores import GivenAnswer
 
 BUDGETS = (16, 64, 256)
 
 
-def _table(values_NB: NDArray[np.float64], splits: tuple[str, ...] | None = None, log_probs_NB: NDArray[np.float64] | None = None) -> BudgetTable:
+def _table(
+    values_NB: NDArray[np.float64],
+    splits: tuple[str, ...] | None = None,
+    log_probs_NB: NDArray[np.float64] | None = None,
+) -> BudgetTable:
     count = len(values_NB)
     return BudgetTable(
         budgets=BUDGETS,
@@ -55,7 +78,9 @@ def test_the_oracle_pays_for_what_is_needed_and_no_more() -> None:
 
 
 def test_scores_and_costs_are_means_over_splits() -> None:
-    table = _table(np.array([[1, 1, 1], [0, 1, 1], [0, 0, 1], [0, 0, 1]], dtype=np.float64), splits=("a", "b", "b", "b"))
+    table = _table(
+        np.array([[1, 1, 1], [0, 1, 1], [0, 0, 1], [0, 0, 1]], dtype=np.float64), splits=("a", "b", "b", "b")
+    )
     spent = Accounts(table, draws=50).of(fixed(table, 0))
     assert spent.score.value == pytest.approx(50)
     assert spent.tokens.value == 16
@@ -82,9 +107,16 @@ def _made_up(count: int = 400, seed: int = 0) -> tuple[BudgetTable, Signals]:
     told_N = needed_N + rng.normal(scale=0.3, size=count)
     log_probs_NB = np.where(right_NB, -0.2, -0.6) + rng.normal(scale=0.1, size=right_NB.shape)
     table = _table(right_NB.astype(np.float64), log_probs_NB=log_probs_NB)
-    answers = [GivenAnswer("x", num_new_tokens=2, mean_log_prob=float(each), entropy=0.5) for each in log_probs_NB[:, 0]]
+    answers = [
+        GivenAnswer("x", num_new_tokens=2, mean_log_prob=float(each), entropy=0.5) for each in log_probs_NB[:, 0]
+    ]
     before_NS = np.stack([told_N, rng.normal(size=count)], axis=1)
-    return table, Signals(before_NS, ("image_mean_0", "question_0"), answer_signals(answers), ("answer_a", "answer_b", "answer_c", "answer_d"))
+    return table, Signals(
+        before_NS,
+        ("image_mean_0", "question_0"),
+        answer_signals(answers),
+        ("answer_a", "answer_b", "answer_c", "answer_d"),
+    )
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,14 @@ def _questions(count: int = 600) -> tuple[NDArray[np.float64], NDArray[np.bool_]
 @pytest.fixture(scope="module", params=[(), (8,)], ids=["logistic", "hidden layer"])
 def predictor(request: pytest.FixtureRequest) -> BudgetPredictor:
     signals_NS, right_NB = _questions()
-    return fit_predictor(signals_NS, right_NB, budgets=BUDGETS, names=NAMES, reads_answer=False, learning=Learning(request.param, decay=0.01))
+    return fit_predictor(
+        signals_NS,
+        right_NB,
+        budgets=BUDGETS,
+        names=NAMES,
+        reads_answer=False,
+        learning=Learning(request.param, decay=0.01),
+    )
 
 
 def test_it_learns_which_budgets_are_right(predictor: BudgetPredictor) -> None:
@@ -56,7 +63,12 @@ def test_a_saved_predictor_is_the_same(predictor: BudgetPredictor, tmp_path: Pat
     loaded = BudgetPredictor.load(tmp_path / "p")
     signals_NS, _ = _questions(50)
     np.testing.assert_array_equal(loaded.chances(signals_NS), predictor.chances(signals_NS))
-    assert (loaded.budgets, loaded.signals, loaded.price, loaded.flops) == (predictor.budgets, predictor.signals, predictor.price, predictor.flops)
+    assert (loaded.budgets, loaded.signals, loaded.price, loaded.flops) == (
+        predictor.budgets,
+        predictor.signals,
+        predictor.price,
+        predictor.flops,
+    )
     assert sorted(path.suffix for path in (tmp_path / "p").iterdir()) == [".json", ".safetensors"]
 
 
@@ -77,9 +89,13 @@ def test_what_is_no_predictor_is_refused(predictor: BudgetPredictor, tmp_path: P
 
 def test_budgets_that_are_always_or_never_right() -> None:
     signals_NS, right_NB = _questions()
-    right_NB = np.stack([np.zeros(len(right_NB), dtype=bool), right_NB[:, 0], np.ones(len(right_NB), dtype=bool)], axis=1)
+    right_NB = np.stack(
+        [np.zeros(len(right_NB), dtype=bool), right_NB[:, 0], np.ones(len(right_NB), dtype=bool)], axis=1
+    )
     for hidden in ((), (4,)):
-        found = fit_predictor(signals_NS, right_NB, budgets=BUDGETS, names=NAMES, reads_answer=False, learning=Learning(hidden, 0.01))
+        found = fit_predictor(
+            signals_NS, right_NB, budgets=BUDGETS, names=NAMES, reads_answer=False, learning=Learning(hidden, 0.01)
+        )
         chances_NB = found.chances(signals_NS)
         assert chances_NB[:, 0].max() < 1e-6
         assert chances_NB[:, 2].min() > 1 - 1e-6

@@ -25,7 +25,9 @@ def test_signals_are_the_same_from_images_and_from_patch_features(reader: Signal
     assert found.shape == (5, len(reader.names))
     assert np.isfinite(found).all()
     assert found[:, -1].tolist() == [1, 1, 1, 1, len(samples[4].images)]
-    assert found[:, -2].tolist() == [len(ids) for ids in reader._processor.encode_prompts([sample.prompt for sample in samples])]
+    assert found[:, -2].tolist() == [
+        len(ids) for ids in reader._processor.encode_prompts([sample.prompt for sample in samples])
+    ]
     for place in (0, 4):
         images = [decode_image(image) for image in samples[place].images]
         pixels = reader._processor.image_processor(images, return_tensors="pt")["pixel_values"]

@@ -3,7 +3,14 @@
 import numpy as np
 import pytest
 
-from parcelray.evaluation.adaptive.calibration import calibration_error, cool, fit_isotonic, fit_temperature, folds_by_group, reliability
+from parcelray.evaluation.adaptive.calibration import (
+    calibration_error,
+    cool,
+    fit_isotonic,
+    fit_temperature,
+    folds_by_group,
+    reliability,
+)
 
 
 def test_the_error_of_two_bins_by_hand() -> None:

@@ -20,7 +20,10 @@ from parcelray.evaluation.run import run_evaluation
 from ...stores import new_store
 from ...tiny import own_benchmark, tiny_checkpoint
 
-pytestmark = [pytest.mark.filterwarnings("ignore:The ``noload``:DeprecationWarning"), pytest.mark.usefixtures("without_pictures")]
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The ``noload``:DeprecationWarning"),
+    pytest.mark.usefixtures("without_pictures"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +52,11 @@ def _console() -> Console:
 
 def test_a_study_leaves_curves_a_picture_and_predictors(checkpoint: Path, tmp_path: Path) -> None:
     # An untrained model is never right, so the right answer to every other question is made what it says at 16 tokens.
-    asked = run_evaluation(_job(tmp_path / "before", checkpoint, own_benchmark(tmp_path / "a", [["nothing"]] * 40)), _console(), tables=False)
+    asked = run_evaluation(
+        _job(tmp_path / "before", checkpoint, own_benchmark(tmp_path / "a", [["nothing"]] * 40)),
+        _console(),
+        tables=False,
+    )
     said = [answer.text for answer in asked.summary.splits[0].answers[16]]
     data = own_benchmark(tmp_path / "b", [[text if number % 2 else "nothing"] for number, text in enumerate(said)])
     uri = new_store(tmp_path)
@@ -70,7 +77,9 @@ def test_a_study_leaves_curves_a_picture_and_predictors(checkpoint: Path, tmp_pa
     assert spent[16].tokens.value == 16
     assert spent[16].gflops.value < spent[64].gflops.value
     client = MlflowClient(uri)
-    (logged,) = client.search_runs([each.experiment_id for each in client.search_experiments()], "attributes.run_name LIKE 'analyze-adaptive-%'")
+    (logged,) = client.search_runs(
+        [each.experiment_id for each in client.search_experiments()], "attributes.run_name LIKE 'analyze-adaptive-%'"
+    )
     assert logged.info.status == "FINISHED"
     assert "predictor/score" in logged.data.metrics
 

@@ -27,7 +27,11 @@ from ...processes import LIMIT_S, end_session, wait_until
 from ...training.conftest import tiny_job
 from .readers import READER, Hangs, KillsItsReader, Waits, disturbed
 
-pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("ignore::DeprecationWarning"), pytest.mark.filterwarnings("ignore::ResourceWarning")]
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+]
 
 BUDGETS = (BLIND, 16, 64)
 GENERATION = GenerationSettings(max_new_tokens=6)
@@ -38,7 +42,9 @@ Answers = dict[tuple[str, int], Prediction]
 
 
 MARGIN = 1e-3
-"""Smallest difference of the two largest logits of a position. Logits have a standard deviation of 1, and other batches, threads
+"""Smallest difference of the two largest logits of a position.
+
+Logits have a standard deviation of 1, and other batches, threads
 and kernels change them by about 1e-6, so none of these can change an answer. The margin of this model is 7e-3."""
 
 
@@ -56,10 +62,14 @@ def _model(checkpoint: Path, store: Path, budgets: tuple[int, ...] = BUDGETS) ->
     return EvaluatedModel(checkpoint, "tiny", "digest", budgets, str(store))
 
 
-def _pass(checkpoint: Path, store: Path, reader: MiniReader = READER, settings: PassSettings = SMALL, **changes) -> BenchmarkPass:
+def _pass(
+    checkpoint: Path, store: Path, reader: MiniReader = READER, settings: PassSettings = SMALL, **changes
+) -> BenchmarkPass:
     rows = changes.pop("rows", reader.order())
     budgets = changes.pop("budgets", BUDGETS)
-    return run_pass([BenchmarkTask(reader, rows, GENERATION)], _model(checkpoint, store, budgets), settings=settings, **changes)["mini"]
+    return run_pass(
+        [BenchmarkTask(reader, rows, GENERATION)], _model(checkpoint, store, budgets), settings=settings, **changes
+    )["mini"]
 
 
 def _answers(store: Path) -> Answers:
@@ -80,11 +90,15 @@ def undisturbed(ray_session: None, checkpoint: Path, tmp_path_factory: pytest.Te
     progress: list[int] = []
     result = _pass(checkpoint, store, on_progress=lambda name, rows, total: progress.append(rows))
     assert (result.computed, result.present) == (ANSWERS, 0)
-    assert [record.sample.id for record in result.asked.records] == [READER.read(row).samples[0].id for row in READER.order()]
+    assert [record.sample.id for record in result.asked.records] == [
+        READER.read(row).samples[0].id for row in READER.order()
+    ]
     assert progress == sorted(progress)
     assert progress[-1] == 48
     answers = _answers(store)
-    assert {record.keys[16] for record in result.asked.records} == {prediction.key for (_, budget), prediction in answers.items() if budget == 16}
+    assert {record.keys[16] for record in result.asked.records} == {
+        prediction.key for (_, budget), prediction in answers.items() if budget == 16
+    }
     return answers
 
 
@@ -100,7 +114,9 @@ def test_the_pass_answers_as_a_plain_loop_does(undisturbed: Answers, checkpoint:
     model.lm_head.register_forward_hook(note)
     predictor = Predictor(model, load_processor(checkpoint), settings=GENERATION, batch_size=1)
     expected = {
-        (sample.id, budget): text for budget, texts in predictor.generate_budgets(samples, BUDGETS).items() for sample, text in zip(samples, texts, strict=True)
+        (sample.id, budget): text
+        for budget, texts in predictor.generate_budgets(samples, BUDGETS).items()
+        for sample, text in zip(samples, texts, strict=True)
     }
     assert {place: prediction.text for place, prediction in undisturbed.items()} == expected
     assert len(margins) >= ANSWERS
@@ -114,7 +130,9 @@ def test_an_illegal_budget_is_the_users_error(ray_session: None, checkpoint: Pat
 
 
 @pytest.mark.nightly
-def test_a_killed_reader_loses_nothing_and_damaged_rows_are_listed(undisturbed: Answers, checkpoint: Path, tmp_path: Path) -> None:
+def test_a_killed_reader_loses_nothing_and_damaged_rows_are_listed(
+    undisturbed: Answers, checkpoint: Path, tmp_path: Path
+) -> None:
     reader = disturbed(KillsItsReader, tmp_path / "died")
     result = _pass(checkpoint, tmp_path / "store", reader)
     assert (tmp_path / "died").exists()
@@ -126,18 +144,24 @@ def test_a_killed_reader_loses_nothing_and_damaged_rows_are_listed(undisturbed: 
     assert len(result.asked.records) == 46
     assert (result.computed, result.present) == (46 * len(BUDGETS), 0)
     lost = (undecodable, READER.read(3).samples[0].id)
-    assert _answers(tmp_path / "store") == {place: prediction for place, prediction in undisturbed.items() if place[0] not in lost}
+    assert _answers(tmp_path / "store") == {
+        place: prediction for place, prediction in undisturbed.items() if place[0] not in lost
+    }
 
 
 def _actor_processes() -> list[int]:
     """Processes of this test's own Ray, which its driver started, that answer."""
-    children = subprocess.run(["ps", "-eo", "pid=,ppid=,args="], capture_output=True, text=True, check=True).stdout.splitlines()
+    children = subprocess.run(
+        ["ps", "-eo", "pid=,ppid=,args="], capture_output=True, text=True, check=True
+    ).stdout.splitlines()
     rows = {int(line.split()[0]): (int(line.split()[1]), line) for line in children}
 
     def ours(process: int) -> bool:
         return process == os.getpid() or (process in rows and ours(rows[process][0]))
 
-    return [process for process, (_, line) in rows.items() if "ray::MapWorker(MapBatches(_Answer" in line and ours(process)]
+    return [
+        process for process, (_, line) in rows.items() if "ray::MapWorker(MapBatches(_Answer" in line and ours(process)
+    ]
 
 
 def test_a_killed_actor_loses_nothing(undisturbed: Answers, checkpoint: Path, tmp_path: Path) -> None:
@@ -173,14 +197,23 @@ class _Clock:
         return self._now
 
 
-def test_a_hang_ends_with_the_stage_and_only_what_is_missing_is_computed(undisturbed: Answers, checkpoint: Path, tmp_path: Path) -> None:
+def test_a_hang_ends_with_the_stage_and_only_what_is_missing_is_computed(
+    undisturbed: Answers, checkpoint: Path, tmp_path: Path
+) -> None:
     store, marker = tmp_path / "store", tmp_path / "hangs"
     # The reader hangs, and all that it has read before is answered.
     clock = _Clock(lambda: marker.exists() and len(PredictionStore(str(store)).keys("mini", "digest")) == 18)
     # Ray Data hands over a bundle once the next one is there, so the last of the three may not be counted.
     message = r"No bundle was finished for 15 s \([23] of 8 are\); what runs is: .*reading rows 18 to 23 of mini"
     with pytest.raises(SystemFailure, match=message):
-        _pass(checkpoint, store, disturbed(Hangs, marker), dataclasses.replace(SMALL, stall_s=15), budgets=(16,), clock=clock)
+        _pass(
+            checkpoint,
+            store,
+            disturbed(Hangs, marker),
+            dataclasses.replace(SMALL, stall_s=15),
+            budgets=(16,),
+            clock=clock,
+        )
     assert len(_answers(store)) == 18
     # The session is as usable as before; other bundles and more actors find the same answers again.
     second = _pass(checkpoint, store, settings=dataclasses.replace(SMALL, rows_per_bundle=16, actors=2))
@@ -220,7 +253,8 @@ def test_a_killed_driver_loses_nothing(undisturbed: Answers, checkpoint: Path, r
     wait_until(lambda: len(list(store.rglob("*.parquet"))) >= 3, "three files of answers are stored", driver)
     driver.kill()
     driver.wait()
-    # Its Ray outlives it, so its actors may store a last bundle; what belongs to the session that we made is ours to end.
+    # Its Ray outlives it, so its actors may store a last bundle; what belongs to the session that we made is ours to
+    # end.
     end_session(driver.pid)
     kept = len(_answers(store))
     assert 0 < kept < ANSWERS
@@ -269,7 +303,9 @@ if __name__ == "__main__":
 
 @pytest.mark.nightly
 def test_a_killed_node_loses_nothing(undisturbed: Answers, checkpoint: Path, repo_root: Path, tmp_path: Path) -> None:
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | {"RAY_AUTH_MODE": "disabled"}
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | {
+        "RAY_AUTH_MODE": "disabled"
+    }
     removed = tmp_path / "removed"
     command = [sys.executable, "-c", CLUSTER, str(repo_root), str(checkpoint), str(tmp_path / "store"), str(removed)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=LIMIT_S, check=False)

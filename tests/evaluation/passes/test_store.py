@@ -50,7 +50,14 @@ def test_whatever_changes_an_answer_changes_its_key(other: dict[str, Any]) -> No
 
 
 def test_what_only_scores_an_answer_does_not_change_its_key() -> None:
-    assert _key(dataclasses.replace(SAMPLE, answers=("3",), metric="anls", family="g", task="u", scene="s", metadata={"a": 1})) == _key()
+    assert (
+        _key(
+            dataclasses.replace(
+                SAMPLE, answers=("3",), metric="anls", family="g", task="u", scene="s", metadata={"a": 1}
+            )
+        )
+        == _key()
+    )
 
 
 def test_the_choices_count_only_where_one_of_them_is_chosen() -> None:
@@ -94,7 +101,9 @@ def test_confidence_comes_back_and_a_shard_without_it_is_left_alone(tmp_path: Pa
         store.read("b", "m", ["old"])
 
 
-def test_a_crash_in_the_middle_of_a_write_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_crash_in_the_middle_of_a_write_leaves_what_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     store = PredictionStore(str(tmp_path))
     store.write([_prediction("a")])
     with monkeypatch.context() as crash:

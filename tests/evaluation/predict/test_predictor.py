@@ -30,11 +30,32 @@ from parcelray.models.mini_llava import build as build_llava
 
 Decoding = Literal["greedy", "likelihood"]
 CONFIG = MiniModelConfig(
-    vision_width=24, vision_layers=1, vision_heads=2, vision_mlp_width=32, text_width=24, text_layers=1, text_heads=2, text_kv_heads=1, text_mlp_width=32
+    vision_width=24,
+    vision_layers=1,
+    vision_heads=2,
+    vision_mlp_width=32,
+    text_width=24,
+    text_layers=1,
+    text_heads=2,
+    text_kv_heads=1,
+    text_mlp_width=32,
 )
-PROMPTS = ("how many", "what color is the small red circle", "which image has more blue circles", "true or false: there is a tower")
+PROMPTS = (
+    "how many",
+    "what color is the small red circle",
+    "which image has more blue circles",
+    "true or false: there is a tower",
+)
 MINI_LLAVA = MiniLlavaModelConfig(
-    vision_width=32, vision_layers=2, vision_heads=4, vision_mlp_width=64, text_width=48, text_layers=2, text_heads=2, text_kv_heads=1, text_mlp_width=64
+    vision_width=32,
+    vision_layers=2,
+    vision_heads=4,
+    vision_mlp_width=64,
+    text_width=48,
+    text_layers=2,
+    text_heads=2,
+    text_kv_heads=1,
+    text_mlp_width=64,
 )
 
 
@@ -50,7 +71,8 @@ def model(processor: Processor) -> ElasticVLM:
     model = build_model(config, 0)
     model.eval()
     with torch.no_grad():
-        # The embeddings are also the output head: at their usual scale an untrained model repeats the prompt's last token.
+        # The embeddings are also the output head: at their usual scale an untrained model repeats the prompt's last
+        # token.
         model.get_input_embeddings().get_parameter("weight").mul_(0.02)
     return model
 
@@ -70,27 +92,46 @@ def _png(rng: np.random.Generator) -> bytes:
 
 def _sample(index: int, images: Sequence[bytes]) -> Sample:
     return Sample(
-        id=str(index), benchmark="b", family="f", task="t", images=tuple(images), prompt=PROMPTS[index % len(PROMPTS)], answers=("red",), scene=str(index)
+        id=str(index),
+        benchmark="b",
+        family="f",
+        task="t",
+        images=tuple(images),
+        prompt=PROMPTS[index % len(PROMPTS)],
+        answers=("red",),
+        scene=str(index),
     )
 
 
-def test_a_batch_answers_as_one_sample_at_a_time(model: ElasticVLM, processor: Processor, samples: list[Sample]) -> None:
-    together = Predictor(model, processor, batch_size=64, settings=GenerationSettings(max_new_tokens=4)).generate_budgets(samples, [BLIND, 16, 40])
-    alone = Predictor(model, processor, batch_size=1, settings=GenerationSettings(max_new_tokens=4)).generate_budgets(samples, [40, 16, BLIND])
+def test_a_batch_answers_as_one_sample_at_a_time(
+    model: ElasticVLM, processor: Processor, samples: list[Sample]
+) -> None:
+    together = Predictor(
+        model, processor, batch_size=64, settings=GenerationSettings(max_new_tokens=4)
+    ).generate_budgets(samples, [BLIND, 16, 40])
+    alone = Predictor(model, processor, batch_size=1, settings=GenerationSettings(max_new_tokens=4)).generate_budgets(
+        samples, [40, 16, BLIND]
+    )
     assert together == alone
     assert len(set(together[16])) >= 6, "the test means something only if answers differ"
 
 
 def test_an_answer_is_the_stock_paths_own(model: ElasticVLM, processor: Processor, samples: list[Sample]) -> None:
     sample = samples[1]
-    inputs = processor([[decode_image(image) for image in sample.images]], [sample.prompt], num_visual_tokens=40, return_tensors="pt")
+    inputs = processor(
+        [[decode_image(image) for image in sample.images]], [sample.prompt], num_visual_tokens=40, return_tensors="pt"
+    )
     with torch.inference_mode():
         tokens_BS = model.generate(**inputs, num_visual_tokens=40, max_new_tokens=4, do_sample=False)
     expected = processor.decode(tokens_BS[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
-    assert Predictor(model, processor, settings=GenerationSettings(max_new_tokens=4)).generate([sample], num_visual_tokens=40) == [expected]
+    assert Predictor(model, processor, settings=GenerationSettings(max_new_tokens=4)).generate(
+        [sample], num_visual_tokens=40
+    ) == [expected]
 
 
-def test_each_image_is_encoded_once_for_all_budgets_and_questions(model: ElasticVLM, processor: Processor, samples: list[Sample]) -> None:
+def test_each_image_is_encoded_once_for_all_budgets_and_questions(
+    model: ElasticVLM, processor: Processor, samples: list[Sample]
+) -> None:
     encoded: list[int] = []
 
     def count(module: torch.nn.Module, arguments: tuple[Tensor, ...]) -> None:
@@ -98,24 +139,32 @@ def test_each_image_is_encoded_once_for_all_budgets_and_questions(model: Elastic
 
     handle = model.model.vision_tower.register_forward_pre_hook(count)
     try:
-        Predictor(model, processor, settings=GenerationSettings(max_new_tokens=1)).generate_budgets(samples, [BLIND, 16, 64, 256])
+        Predictor(model, processor, settings=GenerationSettings(max_new_tokens=1)).generate_budgets(
+            samples, [BLIND, 16, 64, 256]
+        )
         assert sum(encoded) == sum(len(sample.images) for sample in samples)
         # Twelve more questions about the same images.
         again = [dataclasses.replace(sample, id=f"{sample.id}b", prompt="true or false") for sample in samples]
         encoded.clear()
-        shared = Predictor(model, processor, settings=GenerationSettings(max_new_tokens=2)).generate_budgets([*samples, *again], [16])[16]
+        shared = Predictor(model, processor, settings=GenerationSettings(max_new_tokens=2)).generate_budgets(
+            [*samples, *again], [16]
+        )[16]
         assert sum(encoded) == sum(len(sample.images) for sample in samples)
         apart = Predictor(model, processor, settings=GenerationSettings(max_new_tokens=2))
         assert shared == apart.generate(samples, num_visual_tokens=16) + apart.generate(again, num_visual_tokens=16)
         encoded.clear()
-        Predictor(model, processor, settings=GenerationSettings(max_new_tokens=1)).generate(samples, num_visual_tokens=BLIND)
+        Predictor(model, processor, settings=GenerationSettings(max_new_tokens=1)).generate(
+            samples, num_visual_tokens=BLIND
+        )
         assert sum(encoded) == 0, "the blind model looks at nothing"
     finally:
         handle.remove()
 
 
 @pytest.mark.parametrize("budget", [BLIND, 16, 256])
-def test_the_decoder_sees_as_many_visual_tokens_as_the_budget_says(model: ElasticVLM, processor: Processor, samples: list[Sample], budget: int) -> None:
+def test_the_decoder_sees_as_many_visual_tokens_as_the_budget_says(
+    model: ElasticVLM, processor: Processor, samples: list[Sample], budget: int
+) -> None:
     lengths: list[int] = []
 
     def look(module: torch.nn.Module, arguments: tuple[Tensor, ...], keywords: dict[str, Tensor]) -> None:
@@ -123,15 +172,23 @@ def test_the_decoder_sees_as_many_visual_tokens_as_the_budget_says(model: Elasti
 
     handle = model.model.language_model.register_forward_pre_hook(look, with_kwargs=True)
     try:
-        Predictor(model, processor, settings=GenerationSettings(max_new_tokens=2)).generate([samples[2]], num_visual_tokens=budget)
+        Predictor(model, processor, settings=GenerationSettings(max_new_tokens=2)).generate(
+            [samples[2]], num_visual_tokens=budget
+        )
     finally:
         handle.remove()
-    text = len(processor.tokenizer(f"{processor.tokenizer.bos_token}{samples[2].prompt}\n", add_special_tokens=False)["input_ids"])
+    text = len(
+        processor.tokenizer(f"{processor.tokenizer.bos_token}{samples[2].prompt}\n", add_special_tokens=False)[
+            "input_ids"
+        ]
+    )
     # The prompt, then one new token on top of the cached prompt.
     assert lengths == [3 * budget + text, 1]
 
 
-def test_blind_answers_do_not_depend_on_the_images(model: ElasticVLM, processor: Processor, samples: list[Sample]) -> None:
+def test_blind_answers_do_not_depend_on_the_images(
+    model: ElasticVLM, processor: Processor, samples: list[Sample]
+) -> None:
     predictor = Predictor(model, processor, settings=GenerationSettings(max_new_tokens=4))
     other = [_sample(index, [_png(np.random.default_rng(99))]) for index in range(12)]
     assert predictor.generate(samples, num_visual_tokens=BLIND) == predictor.generate(other, num_visual_tokens=BLIND)
@@ -143,7 +200,9 @@ def test_an_illegal_budget_is_refused(model: ElasticVLM, processor: Processor, s
         Predictor(model, processor).generate(samples, num_visual_tokens=8)
 
 
-def test_a_prompt_with_another_number_of_visual_tokens_is_a_failure(model: ElasticVLM, processor: Processor, samples: list[Sample]) -> None:
+def test_a_prompt_with_another_number_of_visual_tokens_is_a_failure(
+    model: ElasticVLM, processor: Processor, samples: list[Sample]
+) -> None:
     smuggled = Sample(**{**{name: getattr(samples[0], name) for name in Sample.__slots__}, "prompt": "what is <image>"})
     with pytest.raises(SystemFailure, match="about to see 17 visual tokens where the budget asks for 16"):
         Predictor(model, processor).generate([smuggled], num_visual_tokens=16)
@@ -153,25 +212,39 @@ def test_location_tokens_survive_decoding(processor: Processor) -> None:
     box = Box(0.1, 0.2, 0.5, 0.9)
     tokens = processor.tokenizer(format_locations(box), add_special_tokens=False)["input_ids"]
     assert len(tokens) == 4
-    assert parse_locations(processor.batch_decode([tokens], skip_special_tokens=True)[0]) == parse_locations(format_locations(box))
+    assert parse_locations(processor.batch_decode([tokens], skip_special_tokens=True)[0]) == parse_locations(
+        format_locations(box)
+    )
 
 
 def test_scores_carry_the_budget_and_the_answer(samples: list[Sample]) -> None:
     scores = score(samples[:2], ["Red.", "blue"], num_visual_tokens=40)
-    assert [(each.sample_id, each.num_visual_tokens, each.prediction, each.value) for each in scores] == [("0", 40, "Red.", 1.0), ("1", 40, "blue", 0.0)]
+    assert [(each.sample_id, each.num_visual_tokens, each.prediction, each.value) for each in scores] == [
+        ("0", 40, "Red.", 1.0),
+        ("1", 40, "blue", 0.0),
+    ]
     with pytest.raises(ValueError, match="shorter"):
         score(samples[:2], ["red"], num_visual_tokens=40)
 
 
-@pytest.mark.parametrize("settings", [GenerationSettings(max_new_tokens=4, decoding="beam", num_beams=3), GenerationSettings(decoding="likelihood")])
-def test_other_decodings_answer_alike_in_any_batch(model: ElasticVLM, processor: Processor, samples: list[Sample], settings: GenerationSettings) -> None:
-    asked = [dataclasses.replace(sample, metadata={"choices": ["red", "blue", "a tower of circles", "2"]}) for sample in samples]
+@pytest.mark.parametrize(
+    "settings",
+    [GenerationSettings(max_new_tokens=4, decoding="beam", num_beams=3), GenerationSettings(decoding="likelihood")],
+)
+def test_other_decodings_answer_alike_in_any_batch(
+    model: ElasticVLM, processor: Processor, samples: list[Sample], settings: GenerationSettings
+) -> None:
+    asked = [
+        dataclasses.replace(sample, metadata={"choices": ["red", "blue", "a tower of circles", "2"]})
+        for sample in samples
+    ]
     together = Predictor(model, processor, settings=settings).answer_budgets(asked, [BLIND, 16])
     alone = Predictor(model, processor, settings=settings, batch_size=1).answer_budgets(asked, [BLIND, 16])
     for budget in (BLIND, 16):
         for one, other in zip(together[budget], alone[budget], strict=True):
             assert one._replace(confidence=UNKNOWN) == other._replace(confidence=UNKNOWN)
-            # Kernels round differently for different batch sizes: about 1e-7 of each log-probability, seen in the seventh digit.
+            # Kernels round differently for different batch sizes: about 1e-7 of each log-probability, seen in the
+            # seventh digit.
             unknown = other.confidence == UNKNOWN
             assert one.confidence == (UNKNOWN if unknown else pytest.approx(other.confidence, rel=1e-4))
     assert len({answer.text for answer in together[16]}) > 1
@@ -179,7 +252,9 @@ def test_other_decodings_answer_alike_in_any_batch(model: ElasticVLM, processor:
 
 def test_a_beam_search_is_the_stock_paths_own(model: ElasticVLM, processor: Processor, samples: list[Sample]) -> None:
     sample = samples[1]
-    inputs = processor([[decode_image(image) for image in sample.images]], [sample.prompt], num_visual_tokens=16, return_tensors="pt")
+    inputs = processor(
+        [[decode_image(image) for image in sample.images]], [sample.prompt], num_visual_tokens=16, return_tensors="pt"
+    )
     with torch.inference_mode():
         tokens_BS = model.generate(**inputs, num_visual_tokens=16, max_new_tokens=4, do_sample=False, num_beams=3)
     expected = processor.decode(tokens_BS[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
@@ -199,23 +274,33 @@ def test_the_chosen_answer_is_the_likeliest(model: ElasticVLM, processor: Proces
         places = (inputs["labels"][0] != -100).nonzero().flatten()
         losses.append(sum(float(logits_SV[place - 1, inputs["labels"][0, place]]) for place in places))
     expected = choices[int(np.argmax(losses))]
-    assert Predictor(model, processor, settings=GenerationSettings(decoding="likelihood")).generate([sample], num_visual_tokens=16) == [expected]
+    assert Predictor(model, processor, settings=GenerationSettings(decoding="likelihood")).generate(
+        [sample], num_visual_tokens=16
+    ) == [expected]
 
 
 def test_without_choices_nothing_can_be_chosen(model: ElasticVLM, processor: Processor, samples: list[Sample]) -> None:
     with pytest.raises(UserError, match="has no choices to compare by likelihood"):
-        Predictor(model, processor, settings=GenerationSettings(decoding="likelihood")).generate(samples[:1], num_visual_tokens=16)
+        Predictor(model, processor, settings=GenerationSettings(decoding="likelihood")).generate(
+            samples[:1], num_visual_tokens=16
+        )
 
 
-def test_answers_say_how_long_they_are_and_whether_they_were_cut_off(model: ElasticVLM, processor: Processor, samples: list[Sample]) -> None:
+def test_answers_say_how_long_they_are_and_whether_they_were_cut_off(
+    model: ElasticVLM, processor: Processor, samples: list[Sample]
+) -> None:
     for limit in (1, 6):
-        answers = Predictor(model, processor, settings=GenerationSettings(max_new_tokens=limit)).answer_budgets(samples, [16])[16]
+        answers = Predictor(model, processor, settings=GenerationSettings(max_new_tokens=limit)).answer_budgets(
+            samples, [16]
+        )[16]
         assert all(answer.num_new_tokens == limit for answer in answers if answer.cut_off)
         assert all(1 <= answer.num_new_tokens <= limit for answer in answers)
         assert any(answer.cut_off for answer in answers)
 
 
-def test_confidence_is_what_a_forward_of_the_whole_answer_says(model: ElasticVLM, processor: Processor, samples: list[Sample]) -> None:
+def test_confidence_is_what_a_forward_of_the_whole_answer_says(
+    model: ElasticVLM, processor: Processor, samples: list[Sample]
+) -> None:
     sample = samples[1]
     images = [[decode_image(image) for image in sample.images]]
     inputs = processor(images, [sample.prompt], num_visual_tokens=16, return_tensors="pt")
@@ -223,28 +308,43 @@ def test_confidence_is_what_a_forward_of_the_whole_answer_says(model: ElasticVLM
     with torch.inference_mode():
         tokens_BS = model.generate(**inputs, num_visual_tokens=16, max_new_tokens=3, do_sample=False)
         types_BS = torch.nn.functional.pad(inputs["token_type_ids"], (0, tokens_BS.shape[1] - length), value=1)
-        whole = {"input_ids": tokens_BS, "token_type_ids": types_BS, "attention_mask": torch.ones_like(tokens_BS), "pixel_values": inputs["pixel_values"]}
+        whole = {
+            "input_ids": tokens_BS,
+            "token_type_ids": types_BS,
+            "attention_mask": torch.ones_like(tokens_BS),
+            "pixel_values": inputs["pixel_values"],
+        }
         logs_SV = model(**whole, num_visual_tokens=16).logits[0].float().log_softmax(-1)
     new_S = tokens_BS[0, length:]
     expected = logs_SV[length - 1 : -1].gather(1, new_S[:, None]).mean()
     # In a batch with others, longer and shorter, and at other budgets.
-    answer = Predictor(model, processor, settings=GenerationSettings(max_new_tokens=3)).answer_budgets(samples, [BLIND, 16])[16][1]
+    answer = Predictor(model, processor, settings=GenerationSettings(max_new_tokens=3)).answer_budgets(
+        samples, [BLIND, 16]
+    )[16][1]
     assert answer.num_new_tokens == len(new_S)
     assert answer.confidence.mean_log_prob == pytest.approx(float(expected), abs=1e-4)
-    assert answer.confidence.entropy == pytest.approx(float(-(logs_SV[length - 1].exp() * logs_SV[length - 1]).sum()), abs=1e-4)
+    assert answer.confidence.entropy == pytest.approx(
+        float(-(logs_SV[length - 1].exp() * logs_SV[length - 1]).sum()), abs=1e-4
+    )
 
 
 def test_confidence_of_choices_and_beams(model: ElasticVLM, processor: Processor, samples: list[Sample]) -> None:
     alike = dataclasses.replace(samples[0], metadata={"choices": ["red", "red"]})
-    (answer,) = Predictor(model, processor, settings=GenerationSettings(decoding="likelihood")).answer_budgets([alike], [16])[16]
+    (answer,) = Predictor(model, processor, settings=GenerationSettings(decoding="likelihood")).answer_budgets(
+        [alike], [16]
+    )[16]
     assert answer.confidence.entropy == pytest.approx(np.log(2), abs=1e-5)
     assert answer.confidence.mean_log_prob is not None
     assert answer.confidence.mean_log_prob < 0
-    (answer,) = Predictor(model, processor, settings=GenerationSettings(max_new_tokens=3, decoding="beam", num_beams=2)).answer_budgets(samples[:1], [16])[16]
+    (answer,) = Predictor(
+        model, processor, settings=GenerationSettings(max_new_tokens=3, decoding="beam", num_beams=2)
+    ).answer_budgets(samples[:1], [16])[16]
     assert answer.confidence == (None, None)
 
 
-def test_confidence_of_the_reduced_decoder_is_the_stock_paths(vanilla: tuple[ElasticVLM, ElasticProcessor], samples: list[Sample]) -> None:
+def test_confidence_of_the_reduced_decoder_is_the_stock_paths(
+    vanilla: tuple[ElasticVLM, ElasticProcessor], samples: list[Sample]
+) -> None:
     """FastV that keeps all tokens but one is decoded by our own decoder, and is nearly the same."""
     reduced = GenerationSettings(max_new_tokens=3, reducer='{"type": "fastv", "layer": 1}')
     ours = Predictor(*vanilla, settings=reduced).answer_budgets(samples[:3], [255])[255]
@@ -287,12 +387,16 @@ def choosing(samples: list[Sample]) -> list[Sample]:
 
 
 @pytest.fixture(scope="module")
-def answer_plainly(vanilla: tuple[ElasticVLM, ElasticProcessor], choosing: list[Sample]) -> Callable[[Decoding], dict[int, list[str]]]:
+def answer_plainly(
+    vanilla: tuple[ElasticVLM, ElasticProcessor], choosing: list[Sample]
+) -> Callable[[Decoding], dict[int, list[str]]]:
     """Answers without a reducer, blind and at the full budget."""
 
     @cache
     def answer(decoding: Decoding) -> dict[int, list[str]]:
-        return Predictor(*vanilla, settings=GenerationSettings(max_new_tokens=4, decoding=decoding)).generate_budgets(choosing, [BLIND, 256])
+        return Predictor(*vanilla, settings=GenerationSettings(max_new_tokens=4, decoding=decoding)).generate_budgets(
+            choosing, [BLIND, 256]
+        )
 
     return answer
 

@@ -19,7 +19,15 @@ from ...stores import new_store
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload``:DeprecationWarning")
 
 SMALL = MiniModelConfig(
-    image_size=64, vision_width=16, vision_layers=1, vision_heads=2, vision_mlp_width=16, text_width=16, text_layers=1, text_heads=2, text_mlp_width=16
+    image_size=64,
+    vision_width=16,
+    vision_layers=1,
+    vision_heads=2,
+    vision_mlp_width=16,
+    text_width=16,
+    text_layers=1,
+    text_heads=2,
+    text_mlp_width=16,
 )
 
 
@@ -54,7 +62,13 @@ def png(color):
 
 
 def test_a_registered_model_answers_each_row_at_its_budget(model):
-    rows = pd.DataFrame({"prompt": ["What is in the image?"] * 3, "image": [png("red"), png("blue"), png("red")], "num_visual_tokens": [64, 16, 64]})
+    rows = pd.DataFrame(
+        {
+            "prompt": ["What is in the image?"] * 3,
+            "image": [png("red"), png("blue"), png("red")],
+            "num_visual_tokens": [64, 16, 64],
+        }
+    )
     answers = model.predict(rows)
     assert list(answers.columns) == ["answer"]
     assert [type(answer) for answer in answers["answer"]] == [str] * 3
@@ -64,7 +78,9 @@ def test_a_registered_model_answers_each_row_at_its_budget(model):
 
 def test_what_the_signature_does_not_allow_is_refused(model):
     with pytest.raises(UserError, match="image of row 0 is not base64"):
-        model.predict(pd.DataFrame({"prompt": ["x"], "image": ["data:image/png;base64,AAAA"], "num_visual_tokens": [64]}))
+        model.predict(
+            pd.DataFrame({"prompt": ["x"], "image": ["data:image/png;base64,AAAA"], "num_visual_tokens": [64]})
+        )
     with pytest.raises(UserError, match="7 visual tokens"):
         model.predict(pd.DataFrame({"prompt": ["x"], "image": [png("red")], "num_visual_tokens": [7]}))
     with pytest.raises(Exception, match="num_visual_tokens"):

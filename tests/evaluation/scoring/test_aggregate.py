@@ -55,7 +55,18 @@ def _splits(values: dict[str, list[float]], budget: int = 64) -> list[SplitScore
     for family, members in values.items():
         for index, value in enumerate(members):
             right = () if math.isnan(value) else ("x",)
-            samples.append(Sample(f"{family}-{index}", "mini", family, f"{family}-task", (), "?", right, scene=f"{family}-{index // 2}"))
+            samples.append(
+                Sample(
+                    f"{family}-{index}",
+                    "mini",
+                    family,
+                    f"{family}-task",
+                    (),
+                    "?",
+                    right,
+                    scene=f"{family}-{index // 2}",
+                )
+            )
             answers.append(GivenAnswer("x" if value == 1 else "y"))
     return score_splits(samples, {budget: answers}, ScoringRules(split_of=lambda sample: f"mini/{sample.family}"))
 
@@ -65,7 +76,8 @@ def test_a_ratio_of_the_same_samples_varies_less_than_its_parts() -> None:
     half = _splits({"general": [float(index % 4 == 1) for index in range(200)], "video": [1.0] * 200})
     interval = mean_of(list(retentions(half, 64, reference, 64).values())).interval
     assert interval.value == pytest.approx(100 * (0.5 + 1) / 2)
-    # 100 of the samples tell; half of them are kept, so the ratio's standard error is sqrt(0.25 / 100) (scenes of two samples hold one each).
+    # 100 of the samples tell; half of them are kept, so the ratio's standard error is sqrt(0.25 / 100) (scenes of two
+    # samples hold one each).
     assert interval.high - interval.low == pytest.approx(100 * 2 * 1.96 * 0.05 / 2, rel=0.1)
 
 
@@ -102,6 +114,9 @@ def test_unscored_answers_are_counted_and_in_no_mean() -> None:
 
 def test_a_frontier_survives_json() -> None:
     splits = _splits({"general": [1.0, 0.0], "video": [1.0, 1.0]})
-    frontier = Frontier((frontier_point("parcel", 64, splits, (splits, 64)), frontier_point("blind", 64, splits, None, shown=0)), reference="vanilla")
+    frontier = Frontier(
+        (frontier_point("parcel", 64, splits, (splits, 64)), frontier_point("blind", 64, splits, None, shown=0)),
+        reference="vanilla",
+    )
     assert frontier.points[1].num_visual_tokens == 0
     assert Frontier.from_dict(frontier.to_dict()) == frontier

@@ -12,8 +12,14 @@ from parcelray.evaluation.scoring.split_scores import GivenAnswer, SplitScores, 
 def _split(right: dict[int, str], metric: str = "exact_match") -> SplitScores:
     """By budget, a letter for each sample: `1` right, `0` wrong."""
     count = len(next(iter(right.values())))
-    samples = [Sample(str(number), "b", "f", "t", (), "?", ("yes",), metric=metric, scene=str(number)) for number in range(count)]
-    return score_splits(samples, {budget: [GivenAnswer("yes" if mark == "1" else "no") for mark in marks] for budget, marks in right.items()})[0]
+    samples = [
+        Sample(str(number), "b", "f", "t", (), "?", ("yes",), metric=metric, scene=str(number))
+        for number in range(count)
+    ]
+    return score_splits(
+        samples,
+        {budget: [GivenAnswer("yes" if mark == "1" else "no") for mark in marks] for budget, marks in right.items()},
+    )[0]
 
 
 def test_the_needed_budget_is_the_smallest_within_reach() -> None:

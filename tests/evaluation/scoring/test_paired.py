@@ -9,9 +9,22 @@ from parcelray.evaluation.scoring.paired import compare, mcnemar
 from parcelray.evaluation.scoring.split_scores import GivenAnswer, ScoringRules, SplitScores, score_splits
 
 
-def _split(right: list[bool], metric: str = "exact_match", budget: int = 16, first: int = 0, whole: bool = True) -> SplitScores:
+def _split(
+    right: list[bool], metric: str = "exact_match", budget: int = 16, first: int = 0, whole: bool = True
+) -> SplitScores:
     samples = [
-        Sample(str(first + number), "b", "f", "t", (), "?", ("yes",), metric=metric, scene=str(first + number), metadata={"category": "random"})
+        Sample(
+            str(first + number),
+            "b",
+            "f",
+            "t",
+            (),
+            "?",
+            ("yes",),
+            metric=metric,
+            scene=str(first + number),
+            metadata={"category": "random"},
+        )
         for number in range(len(right))
     ]
     answers = {budget: [GivenAnswer("yes" if each else "no") for each in right]}

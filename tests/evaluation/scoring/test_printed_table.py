@@ -7,7 +7,8 @@ import pytest
 from parcelray.errors import UserError
 from parcelray.evaluation.scoring.printed_table import aggregate_table
 
-# LLaVA-1.5-7B at 192, 128 and 64 visual tokens; per-benchmark scores and averages as printed in papers on token compression (ToMe; VisionZip tuned at 64).
+# LLaVA-1.5-7B at 192, 128 and 64 visual tokens; per-benchmark scores and averages as printed in papers on token
+# compression (ToMe; VisionZip tuned at 64).
 _LLAVA = """benchmark,family,reference,tome_192,tome_128,tome_64,visionzip_64
 gqa,general,61.9,54.3,52.4,48.6,57.0
 mmbench,general,64.7,60.5,53.3,43.7,61.5

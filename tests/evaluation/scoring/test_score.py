@@ -10,7 +10,17 @@ from parcelray.evaluation.scoring.score import by_metric, score
 
 
 def _sample(number: int, metric: str, *answers: str) -> Sample:
-    return Sample(id=str(number), benchmark="b", family="f", task="t", images=(), prompt="?", answers=answers, metric=metric, scene=f"s{number}")
+    return Sample(
+        id=str(number),
+        benchmark="b",
+        family="f",
+        task="t",
+        images=(),
+        prompt="?",
+        answers=answers,
+        metric=metric,
+        scene=f"s{number}",
+    )
 
 
 def test_each_metric_scores_its_own_samples_and_the_order_is_kept() -> None:
@@ -31,15 +41,23 @@ def test_each_metric_scores_its_own_samples_and_the_order_is_kept() -> None:
 def test_a_corpus_metric_sees_its_samples_together() -> None:
     samples = [_sample(0, "cider", "a red cat"), _sample(1, "exact_match", "x"), _sample(2, "cider", "two birds")]
     scores = score(samples, ["a red cat", "x", "two birds"], num_visual_tokens=16)
-    # Each caption equals its reference: orders 1 to 3 of 4, and 1 to 2 of 4, are matched. Alone, every idf would be log 1 = 0.
+    # Each caption equals its reference: orders 1 to 3 of 4, and 1 to 2 of 4, are matched. Alone, every idf would be log
+    # 1 = 0.
     assert [scores[0].value, scores[2].value] == pytest.approx([7.5, 5])
     assert score(samples[:1], ["a red cat"], num_visual_tokens=16)[0].value == 0
 
 
 def test_unread_answers_are_counted_by_metric() -> None:
-    samples = [_sample(0, "counting", "2"), _sample(1, "counting", "3"), _sample(2, "box_iou", "<loc0000><loc0000><loc0512><loc0512>")]
+    samples = [
+        _sample(0, "counting", "2"),
+        _sample(1, "counting", "3"),
+        _sample(2, "box_iou", "<loc0000><loc0000><loc0512><loc0512>"),
+    ]
     results = by_metric(samples, ["two", "some", "left"], None)
-    assert {name: (result.totals[name], result.unparsed) for name, (_, result) in results.items()} == {"counting": (0.5, 1), "box_iou": (0, 1)}
+    assert {name: (result.totals[name], result.unparsed) for name, (_, result) in results.items()} == {
+        "counting": (0.5, 1),
+        "box_iou": (0, 1),
+    }
 
 
 def test_an_unknown_metric_and_a_missing_answer_are_refused() -> None:

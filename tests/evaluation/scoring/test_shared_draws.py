@@ -20,7 +20,9 @@ def test_the_draws_have_the_standard_error_of_a_mean_and_rows_are_paired() -> No
 def test_whole_clusters_are_drawn() -> None:
     # Ten scenes of ten equal values: as uncertain as ten values, not as a hundred.
     scenes = np.random.default_rng(0).normal(size=10)
-    draws = shared_draws(np.repeat(scenes, 10)[None], ["all"] * 100, [str(place // 10) for place in range(100)], seed=0, draws=4000)["all"][0]
+    draws = shared_draws(
+        np.repeat(scenes, 10)[None], ["all"] * 100, [str(place // 10) for place in range(100)], seed=0, draws=4000
+    )["all"][0]
     assert draws.std() == pytest.approx(scenes.std() / np.sqrt(10), rel=0.05)
 
 

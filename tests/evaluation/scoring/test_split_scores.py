@@ -12,7 +12,9 @@ from parcelray.evaluation.scoring.split_scores import GivenAnswer, ScoringRules,
 
 
 def _sample(number: int, metric: str, *answers: str, scene: str = "", **metadata: object) -> Sample:
-    return Sample(str(number), "b", "f", "t", (), "?", answers, metric=metric, scene=scene or str(number), metadata=metadata)
+    return Sample(
+        str(number), "b", "f", "t", (), "?", answers, metric=metric, scene=scene or str(number), metadata=metadata
+    )
 
 
 def _one(samples: list[Sample], texts: list[str], **rules: object) -> SplitScores:
@@ -31,7 +33,13 @@ def test_a_mean_has_the_bootstraps_width_and_the_papers_scale() -> None:
 
 def test_answers_are_counted_by_what_is_odd_about_them() -> None:
     samples = [_sample(number, "counting", "2") for number in range(4)] + [_sample(4, "counting")]
-    answers = [GivenAnswer("two", num_new_tokens=2), GivenAnswer("some", num_new_tokens=2), GivenAnswer(" "), GivenAnswer("2 2 2", True, 8), GivenAnswer("2")]
+    answers = [
+        GivenAnswer("two", num_new_tokens=2),
+        GivenAnswer("some", num_new_tokens=2),
+        GivenAnswer(" "),
+        GivenAnswer("2 2 2", True, 8),
+        GivenAnswer("2"),
+    ]
     (split,) = score_splits(samples, {16: answers})
     score = split.scores[16]
     assert (score.unscored, score.empty, score.cut_off, score.mean_new_tokens) == (1, 1, 1, 12 / 5)
@@ -40,7 +48,11 @@ def test_answers_are_counted_by_what_is_odd_about_them() -> None:
 
 
 def test_a_mixed_split_is_the_mean_of_its_values() -> None:
-    samples = [_sample(0, "exact_match", "x"), _sample(1, "exact_match", "x"), _sample(2, "box_iou", "<loc0000><loc0000><loc0512><loc0512>")]
+    samples = [
+        _sample(0, "exact_match", "x"),
+        _sample(1, "exact_match", "x"),
+        _sample(2, "box_iou", "<loc0000><loc0000><loc0512><loc0512>"),
+    ]
     split = _one(samples, ["x", "y", "<loc0000><loc0000><loc0512><loc0512>"])
     assert split.metric == "exact_match:lenient + box_iou:at_50"
     assert split.scores[16].estimate.value == pytest.approx(200 / 3)
@@ -66,21 +78,29 @@ def test_the_draws_of_two_budgets_are_paired() -> None:
     rng = random.Random(0)
     first = ["x" if rng.random() < 0.5 else "y" for _ in samples]
     second = [text if number % 10 else "x" for number, text in enumerate(first)]
-    (split,) = score_splits(samples, {16: [GivenAnswer(text) for text in first], 64: [GivenAnswer(text) for text in second]})
+    (split,) = score_splits(
+        samples, {16: [GivenAnswer(text) for text in first], 64: [GivenAnswer(text) for text in second]}
+    )
     gap = difference(split.scores[64].estimate, split.scores[16].estimate)
-    # 30 samples were made right, about half of them were wrong: the gap is about 5 points with an error of 1.3, not of 4.
+    # 30 samples were made right, about half of them were wrong: the gap is about 5 points with an error of 1.3, not of
+    # 4.
     assert 2 < gap.value < 8
     assert gap.std_error < 2
 
 
 def _pope(answers: list[str]) -> SplitScores:
-    samples = [_sample(number, "pope", "yes" if number % 2 else "no", category="random") for number in range(len(answers))]
+    samples = [
+        _sample(number, "pope", "yes" if number % 2 else "no", category="random") for number in range(len(answers))
+    ]
     return _one(samples, answers)
 
 
 def test_f1_has_the_jackknifes_error() -> None:
     rng = random.Random(1)
-    answers = [("yes" if number % 2 else "no") if rng.random() < 0.8 else ("no" if number % 2 else "yes") for number in range(600)]
+    answers = [
+        ("yes" if number % 2 else "no") if rng.random() < 0.8 else ("no" if number % 2 else "yes")
+        for number in range(600)
+    ]
     split = _pope(answers)
     assert not split.additive
     score = split.scores[16]
@@ -95,7 +115,14 @@ def test_f1_has_the_jackknifes_error() -> None:
 
 def test_mme_keeps_its_pairs_together() -> None:
     samples = [
-        _sample(2 * image + question, "mme", "yes" if question else "no", scene=str(image), category="existence", image_id=str(image))
+        _sample(
+            2 * image + question,
+            "mme",
+            "yes" if question else "no",
+            scene=str(image),
+            category="existence",
+            image_id=str(image),
+        )
         for image in range(40)
         for question in range(2)
     ]
@@ -106,7 +133,14 @@ def test_mme_keeps_its_pairs_together() -> None:
 
 
 def test_cider_is_the_mean_of_its_values_with_the_whole_sets_frequencies() -> None:
-    captions = ["a red cat on a mat", "two birds in the sky", "a dog runs", "a man with a hat", "the sea at night", "a green tree"]
+    captions = [
+        "a red cat on a mat",
+        "two birds in the sky",
+        "a dog runs",
+        "a man with a hat",
+        "the sea at night",
+        "a green tree",
+    ]
     samples = [_sample(number, "cider", caption) for number, caption in enumerate(captions)]
     score = _one(samples, [*captions[:4], "nothing at all", "x"]).scores[16]
     assert score.estimate.value == pytest.approx(100 * float(np.mean(score.values)))
@@ -115,5 +149,12 @@ def test_cider_is_the_mean_of_its_values_with_the_whole_sets_frequencies() -> No
 
 def test_splits_of_one_benchmark_are_told_apart() -> None:
     samples = [_sample(number, "exact_match", "x") for number in range(4)]
-    found = score_splits(samples, {0: [GivenAnswer("x")] * 4}, ScoringRules(split_of=lambda sample: f"b/{int(sample.id) % 2}", problems=3, whole=False))
-    assert [(split.name, len(split.samples), split.rules.problems, split.rules.whole) for split in found] == [("b/0", 2, 3, False), ("b/1", 2, 3, False)]
+    found = score_splits(
+        samples,
+        {0: [GivenAnswer("x")] * 4},
+        ScoringRules(split_of=lambda sample: f"b/{int(sample.id) % 2}", problems=3, whole=False),
+    )
+    assert [(split.name, len(split.samples), split.rules.problems, split.rules.whole) for split in found] == [
+        ("b/0", 2, 3, False),
+        ("b/1", 2, 3, False),
+    ]

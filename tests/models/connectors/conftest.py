@@ -24,7 +24,10 @@ from parcelray.config.connector import (
 from parcelray.models.connectors import Connector, build_connector
 
 WIDTH = 24
-ROUTES_12 = (RouteConfig(min_budget=9, max_budget=20, anchor_grid=3), RouteConfig(min_budget=36, max_budget=60, anchor_grid=6))
+ROUTES_12 = (
+    RouteConfig(min_budget=9, max_budget=20, anchor_grid=3),
+    RouteConfig(min_budget=36, max_budget=60, anchor_grid=6),
+)
 
 
 @dataclass(frozen=True)

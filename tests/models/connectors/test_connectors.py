@@ -15,7 +15,8 @@ from parcelray.errors import UnsupportedBudgetError, UserError, describe_values
 def test_every_legal_budget_gives_exactly_that_many_tokens(case: Any) -> None:
     connector = case.build(width=8).eval()
     features = case.features(batch_size=1, width=8)
-    # Of the thousand budgets of the large grid a sample, with both sides of every change, is enough: it is divided by the code of the small one.
+    # Of the thousand budgets of the large grid a sample, with both sides of every change, is enough: it is divided by
+    # the code of the small one.
     step = 1 if case.grid_size < 32 else 16
     with torch.inference_mode():
         for budget in sorted({*connector.supported_budgets[::step], *case.some_budgets(connector)}):
@@ -50,8 +51,11 @@ def test_gradients_reach_what_the_budget_uses_and_nothing_else(case_16: Any) -> 
         (tokens * torch.randn_like(tokens)).sum().backward()
         assert features.grad is not None
         num_queries = budget - connector.num_anchors(budget)
-        largest = max((float(each.grad.abs().max()) for each in connector.parameters() if each.grad is not None), default=0.0)
-        # Gradients that are zero in exact arithmetic are below 1e-6 of the largest one (rounding); the smallest real ones are above 1e-3 of it.
+        largest = max(
+            (float(each.grad.abs().max()) for each in connector.parameters() if each.grad is not None), default=0.0
+        )
+        # Gradients that are zero in exact arithmetic are below 1e-6 of the largest one (rounding); the smallest real
+        # ones are above 1e-3 of it.
         rounding = 1e-4 * largest
         for name, parameter in connector.named_parameters():
             gradient = parameter.grad
@@ -64,7 +68,9 @@ def test_gradients_reach_what_the_budget_uses_and_nothing_else(case_16: Any) -> 
             else:
                 assert gradient is not None, f"{name} got no gradient at budget {budget}"
                 reached = float(gradient.abs().max()) > rounding
-                assert reached != _is_cancelled(name, connector.name, budget), f"{name} at budget {budget}: {gradient.abs().max()}"
+                assert reached != _is_cancelled(name, connector.name, budget), (
+                    f"{name} at budget {budget}: {gradient.abs().max()}"
+                )
 
 
 def _is_cancelled(parameter: str, connector: str, budget: int) -> bool:
@@ -155,5 +161,7 @@ def test_weights_survive_construction_on_meta(case_16: Any) -> None:
     fresh = case_16.build()
     for (name, parameter), expected in zip(connector.named_parameters(), fresh.parameters(), strict=True):
         assert parameter.isfinite().all(), f"{name} was not initialised"
-        torch.testing.assert_close(parameter.float().std(correction=0), expected.float().std(correction=0), rtol=0.25, atol=1e-6)
+        torch.testing.assert_close(
+            parameter.float().std(correction=0), expected.float().std(correction=0), rtol=0.25, atol=1e-6
+        )
     assert connector(case_16.features(), num_visual_tokens=connector.supported_budgets[-1]).isfinite().all()

@@ -83,8 +83,11 @@ def test_mqt_tokens_of_a_small_budget_are_a_prefix_of_a_large_ones() -> None:
         with torch.no_grad():
             full = connector(features, num_visual_tokens=256)
             for budget in (1, 7, 64, 255):
-                # Normed tokens have values of about 1, which a dozen kernels round by 1e-7 each, differently for each budget.
-                torch.testing.assert_close(connector(features, num_visual_tokens=budget), full[:, :budget], atol=1e-5, rtol=1e-5)
+                # Normed tokens have values of about 1, which a dozen kernels round by 1e-7 each, differently for each
+                # budget.
+                torch.testing.assert_close(
+                    connector(features, num_visual_tokens=budget), full[:, :budget], atol=1e-5, rtol=1e-5
+                )
 
 
 def test_parcel_regimes_share_the_first_rows_of_one_bank(parcel: Any) -> None:
@@ -130,10 +133,16 @@ def test_conditioning_sees_the_anchors_where_the_design_says_so() -> None:
 
 def test_position_keys_read_the_same_patches_in_every_image() -> None:
     first, second = torch.randn(2, 1, 256, 24)
-    content, position = (_build(MqtConnectorConfig.model_validate({"num_heads": 4, "keys": keys})) for keys in ("content", "position"))
+    content, position = (
+        _build(MqtConnectorConfig.model_validate({"num_heads": 4, "keys": keys})) for keys in ("content", "position")
+    )
     with torch.no_grad():
-        torch.testing.assert_close(position.query_attention(first, num_visual_tokens=9), position.query_attention(second, num_visual_tokens=9))
-        assert not torch.allclose(content.query_attention(first, num_visual_tokens=9), content.query_attention(second, num_visual_tokens=9))
+        torch.testing.assert_close(
+            position.query_attention(first, num_visual_tokens=9), position.query_attention(second, num_visual_tokens=9)
+        )
+        assert not torch.allclose(
+            content.query_attention(first, num_visual_tokens=9), content.query_attention(second, num_visual_tokens=9)
+        )
 
 
 def test_cross_attention_is_blind_to_order_without_positions_only() -> None:
@@ -143,8 +152,15 @@ def test_cross_attention_is_blind_to_order_without_positions_only() -> None:
     positions = sincos_positions(16, 24, like=context)
     with torch.no_grad():
         torch.testing.assert_close(block(queries, context[:, order]), block(queries, context), atol=1e-5, rtol=1e-5)
-        assert not torch.allclose(block(queries, context[:, order], positions), block(queries, context, positions), atol=1e-3)
-        torch.testing.assert_close(block(queries, context[:, order], positions[order]), block(queries, context, positions), atol=1e-5, rtol=1e-5)
+        assert not torch.allclose(
+            block(queries, context[:, order], positions), block(queries, context, positions), atol=1e-3
+        )
+        torch.testing.assert_close(
+            block(queries, context[:, order], positions[order]),
+            block(queries, context, positions),
+            atol=1e-5,
+            rtol=1e-5,
+        )
 
 
 def test_sincos_positions_by_hand() -> None:
@@ -169,7 +185,11 @@ def test_match_scale_starts_learned_tokens_at_the_scale_of_the_patch_features(ca
         budget = connector.supported_budgets[-1]
         tokens = connector(features, num_visual_tokens=budget)
         is_query_free = connector.name in {"identity", "m3", "anchors_only"}
-        learned = tokens if is_query_free else tokens[:, 0 if connector.name == "m3_self_attention" else connector.num_anchors(budget) :]
+        learned = (
+            tokens
+            if is_query_free
+            else tokens[:, 0 if connector.name == "m3_self_attention" else connector.num_anchors(budget) :]
+        )
     if learned.shape[1] and connector.name != "anchors_only":
         ratio = learned.pow(2).mean().sqrt() / features.pow(2).mean().sqrt()
         assert 0.5 < ratio < 2
@@ -185,10 +205,15 @@ def test_match_scale_without_a_bias_starts_at_bias_zero(parcel: Any) -> None:
 def test_queries_start_diverse() -> None:
     """Mean pairwise cosine of the query tokens of one image, on features that share a large mean; 0.36 to 0.68 over three seeds and two widths.
 
-    With a bank of standard deviation 0.02 it would be 0.94 to 1.00: every query little more than the mean of the patches.
+    With a bank of standard deviation 0.02 it would be 0.94 to 1.00: every query little more than the mean of the
+    patches.
     """
     features = torch.randn(1, 256, 96) + 2 * torch.randn(96)
-    for config in (ParcelConnectorConfig(num_heads=4), MqtConnectorConfig(num_heads=4), DualCrossAttentionConnectorConfig(num_heads=4)):
+    for config in (
+        ParcelConnectorConfig(num_heads=4),
+        MqtConnectorConfig(num_heads=4),
+        DualCrossAttentionConnectorConfig(num_heads=4),
+    ):
         connector = _build(config, hidden_size=96)
         with torch.no_grad():
             tokens = connector(features, num_visual_tokens=256)[0, connector.num_anchors(256) :]
@@ -198,7 +223,9 @@ def test_queries_start_diverse() -> None:
 
 
 def test_a_routing_that_never_uses_queries_has_no_parameters() -> None:
-    connector = _build(ParcelConnectorConfig(num_heads=4, routing=(RouteConfig(min_budget=64, max_budget=64, anchor_grid=8),)))
+    connector = _build(
+        ParcelConnectorConfig(num_heads=4, routing=(RouteConfig(min_budget=64, max_budget=64, anchor_grid=8),))
+    )
     assert not list(connector.parameters())
     assert connector(torch.randn(1, 256, 24), num_visual_tokens=64).shape == (1, 64, 24)
     assert connector.query_attention(torch.randn(1, 256, 24), num_visual_tokens=64).shape == (1, 0, 256)
@@ -209,16 +236,28 @@ def test_a_routing_that_never_uses_queries_has_no_parameters() -> None:
     [
         (ParcelConnectorConfig(num_heads=5), {}, "num_heads 5 does not divide the vision width 24"),
         (MqtConnectorConfig(num_heads=2), {"hidden_size": 26}, "vision width 26 is not a multiple of 4"),
-        (FixedAnchorsConnectorConfig(num_heads=4, anchor_grid=8, max_budget=32), {}, "max_budget 32 is below the 64 anchors"),
-        (FixedAnchorsConnectorConfig(num_heads=4, anchor_grid=5), {}, "5 x 5 does not tile a patch grid of 16 x 16; legal sides are 1, 2, 4, 8, 16"),
+        (
+            FixedAnchorsConnectorConfig(num_heads=4, anchor_grid=8, max_budget=32),
+            {},
+            "max_budget 32 is below the 64 anchors",
+        ),
+        (
+            FixedAnchorsConnectorConfig(num_heads=4, anchor_grid=5),
+            {},
+            "5 x 5 does not tile a patch grid of 16 x 16; legal sides are 1, 2, 4, 8, 16",
+        ),
         (AnchorsOnlyConnectorConfig(anchor_grid=3), {"grid_size": 32}, "legal sides are 1, 2, 4, 8, 16, 32"),
         (
-            DualCrossAttentionConnectorConfig(num_heads=4, routing=(RouteConfig(min_budget=1, max_budget=9, anchor_grid=0),)),
+            DualCrossAttentionConnectorConfig(
+                num_heads=4, routing=(RouteConfig(min_budget=1, max_budget=9, anchor_grid=0),)
+            ),
             {},
             "interval 1 to 9 has anchor_grid 0",
         ),
     ],
 )
-def test_configurations_that_do_not_fit_the_vision_tower_are_refused(config: ConnectorConfig, sizes: dict[str, int], message: str) -> None:
+def test_configurations_that_do_not_fit_the_vision_tower_are_refused(
+    config: ConnectorConfig, sizes: dict[str, int], message: str
+) -> None:
     with pytest.raises(UserError, match=message):
         _build(config, **sizes)

@@ -5,7 +5,13 @@ import pytest
 from parcelray.config.connector import RouteConfig
 from parcelray.errors import UserError
 from parcelray.models.connectors.matryoshka_pooling import halving_budgets
-from parcelray.models.connectors.routing import bank_size, default_routing, resolve_routing, routed_budgets, split_budget
+from parcelray.models.connectors.routing import (
+    bank_size,
+    default_routing,
+    resolve_routing,
+    routed_budgets,
+    split_budget,
+)
 
 
 def _route(low: int, high: int, side: int) -> RouteConfig:
@@ -62,6 +68,9 @@ def test_bad_routing_is_refused_with_the_remedy(routing: tuple[RouteConfig, ...]
         resolve_routing(routing, 16)
 
 
-@pytest.mark.parametrize(("grid_size", "budgets"), [(16, (4, 16, 64, 256)), (32, (4, 16, 64, 256, 1024)), (12, (9, 36, 144)), (7, (49,)), (2, (4,))])
+@pytest.mark.parametrize(
+    ("grid_size", "budgets"),
+    [(16, (4, 16, 64, 256)), (32, (4, 16, 64, 256, 1024)), (12, (9, 36, 144)), (7, (49,)), (2, (4,))],
+)
 def test_m3_budgets(grid_size: int, budgets: tuple[int, ...]) -> None:
     assert halving_budgets(grid_size) == budgets

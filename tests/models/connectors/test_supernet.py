@@ -13,7 +13,9 @@ GRIDS = (0, 1, 2, 4, 8, 16)
 
 def _connector(**changes: object) -> Connector:
     torch.manual_seed(0)
-    return build_connector(ParcelConnectorConfig(num_heads=4, **changes), hidden_size=32, grid_size=16, mlp_width=64).eval()
+    return build_connector(
+        ParcelConnectorConfig(num_heads=4, **changes), hidden_size=32, grid_size=16, mlp_width=64
+    ).eval()
 
 
 @pytest.fixture
@@ -23,7 +25,9 @@ def features() -> Tensor:
 
 @pytest.mark.parametrize("anchor_grid", GRIDS)
 @pytest.mark.parametrize("budget", [1, 16, 63, 256])
-def test_every_split_gives_its_anchors_and_as_many_queries_as_are_left(anchor_grid: int, budget: int, features: Tensor) -> None:
+def test_every_split_gives_its_anchors_and_as_many_queries_as_are_left(
+    anchor_grid: int, budget: int, features: Tensor
+) -> None:
     connector = _connector(anchor_grids=GRIDS)
     if anchor_grid**2 > budget:
         with pytest.raises(UserError, match=f"cannot be {anchor_grid**2} anchors and queries"):
@@ -33,20 +37,33 @@ def test_every_split_gives_its_anchors_and_as_many_queries_as_are_left(anchor_gr
         tokens = connector(features, num_visual_tokens=budget, anchor_grid=anchor_grid)
     assert tokens.shape == (2, budget, 32)
     if anchor_grid:
-        pooled = torch.nn.functional.avg_pool2d(features.transpose(1, 2).reshape(2, 32, 16, 16), 16 // anchor_grid).flatten(2).transpose(1, 2)
+        pooled = (
+            torch.nn.functional.avg_pool2d(features.transpose(1, 2).reshape(2, 32, 16, 16), 16 // anchor_grid)
+            .flatten(2)
+            .transpose(1, 2)
+        )
         assert torch.allclose(tokens[:, : anchor_grid**2], pooled, atol=1e-6)
 
 
 def test_the_papers_split_is_one_of_them_and_a_chosen_routing_is_data(features: Tensor) -> None:
     supernet = _connector(anchor_grids=GRIDS)
     with torch.no_grad():
-        assert torch.equal(supernet(features, num_visual_tokens=40), supernet(features, num_visual_tokens=40, anchor_grid=4))
-        assert torch.equal(supernet(features, num_visual_tokens=100), supernet(features, num_visual_tokens=100, anchor_grid=8))
-    routing = (RouteConfig(min_budget=4, max_budget=99, anchor_grid=2), RouteConfig(min_budget=100, max_budget=256, anchor_grid=8))
+        assert torch.equal(
+            supernet(features, num_visual_tokens=40), supernet(features, num_visual_tokens=40, anchor_grid=4)
+        )
+        assert torch.equal(
+            supernet(features, num_visual_tokens=100), supernet(features, num_visual_tokens=100, anchor_grid=8)
+        )
+    routing = (
+        RouteConfig(min_budget=4, max_budget=99, anchor_grid=2),
+        RouteConfig(min_budget=100, max_budget=256, anchor_grid=8),
+    )
     chosen = _connector(anchor_grids=GRIDS, routing=routing)
     chosen.load_state_dict(supernet.state_dict())
     with torch.no_grad():
-        assert torch.equal(chosen(features, num_visual_tokens=40), supernet(features, num_visual_tokens=40, anchor_grid=2))
+        assert torch.equal(
+            chosen(features, num_visual_tokens=40), supernet(features, num_visual_tokens=40, anchor_grid=2)
+        )
     assert chosen.supported_budgets[0] == 4
 
 

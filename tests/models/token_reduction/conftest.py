@@ -21,7 +21,9 @@ def models(processor: ElasticProcessor) -> dict[str, Model]:
     """`paligemma` (no class token, features after the last norm), and LLaVA with each tower."""
     found: dict[str, Model] = {"paligemma": (build_model(build_config(CONFIG, processor), 0).eval(), processor)}  # type: ignore[arg-type]
     for tower in ("clip", "siglip", "convnext"):
-        model, its_processor = build(MiniLlavaModelConfig(**MINI_LLAVA.model_dump() | {"tower": tower}), CORPUS, None, seed=0)
+        model, its_processor = build(
+            MiniLlavaModelConfig(**MINI_LLAVA.model_dump() | {"tower": tower}), CORPUS, None, seed=0
+        )
         found[tower] = (model.eval(), its_processor)
     return found
 

@@ -61,7 +61,11 @@ def test_what_every_reduction_is(reducer: TokenReducer, tower: str, budget: int,
         return
     with torch.no_grad():
         found = reducer(tokens, num_visual_tokens=budget, context=ReductionContext(encoder=view))
-        alone = reducer(tokens[1:2], num_visual_tokens=budget, context=ReductionContext(encoder=EncoderView(view.model, view.pixel_values_ICHW[1:2])))
+        alone = reducer(
+            tokens[1:2],
+            num_visual_tokens=budget,
+            context=ReductionContext(encoder=EncoderView(view.model, view.pixel_values_ICHW[1:2])),
+        )
     assert found.tokens_BKD.shape == (3, budget, tokens.shape[2])
     assert found.tokens_BKD.isfinite().all()
     for image in range(3):
@@ -75,8 +79,9 @@ def test_what_every_reduction_is(reducer: TokenReducer, tower: str, budget: int,
 def _share_in_common(one: Reduction, other: Reduction) -> float:
     """Share of the first reduction's tokens that the second one has, too; both of one image.
 
-    Random weights have near ties, which kernels for another batch size may round to the other side: a patch then moves to another token, or a
-    neighbour in the ranking takes its place, and all later tokens have other numbers. What depends on the batch itself changes most tokens.
+    Random weights have near ties, which kernels for another batch size may round to the other side: a patch then moves
+    to another token, or a neighbour in the ranking takes its place, and all later tokens have other numbers. What
+    depends on the batch itself changes most tokens.
     """
     gaps_KK = (one.tokens_BKD[0, :, None] - other.tokens_BKD[0]).abs().amax(dim=2)
     return float((gaps_KK.amin(dim=1) < 1e-4).float().mean())
@@ -103,7 +108,9 @@ def test_a_convolutional_tower_is_refused(reducer: TokenReducer, views: dict[str
 
 
 @TOWERS
-def test_attention_and_keys_are_the_towers_own(tower: str, models: dict[str, Model], views: dict[str, EncoderView]) -> None:
+def test_attention_and_keys_are_the_towers_own(
+    tower: str, models: dict[str, Model], views: dict[str, EncoderView]
+) -> None:
     model, processor = models[tower]
     vision, layers = model.model.vision_tower, model.model.vision_tower.encoder.layers
     kept: dict[str, Any] = {}
@@ -138,7 +145,9 @@ def test_visionzip(tower: str, budget: int, views: dict[str, EncoderView]) -> No
         keys = _unit(_numpy(view.keys_IHND[image].mean(0)))
         has_class = view.class_features_ID is not None
         num_contextual = round(budget * 10 / 64)
-        dominant = sorted(sorted(range(256), key=lambda place: (-scores[place], place))[: budget - num_contextual - has_class])
+        dominant = sorted(
+            sorted(range(256), key=lambda place: (-scores[place], place))[: budget - num_contextual - has_class]
+        )
         rest = [place for place in range(256) if place not in dominant]
         rows = [features[place] for place in dominant]
         if view.class_features_ID is not None:
@@ -157,7 +166,9 @@ def test_visionzip(tower: str, budget: int, views: dict[str, EncoderView]) -> No
 def test_prumerge(tower: str, spatial: bool, views: dict[str, EncoderView]) -> None:
     view, budget = views[tower], 21
     with torch.no_grad():
-        found = PruMerge(spatial=spatial)(projected(view), num_visual_tokens=budget, context=ReductionContext(encoder=view))
+        found = PruMerge(spatial=spatial)(
+            projected(view), num_visual_tokens=budget, context=ReductionContext(encoder=view)
+        )
     for image in range(3):
         features, attention = _numpy(view.patch_features_IND[image]), _numpy(view.joint_attention_IN[image])
         keys = _unit(_numpy(view.joint_keys_IND[image]))
@@ -167,7 +178,9 @@ def test_prumerge(tower: str, spatial: bool, views: dict[str, EncoderView]) -> N
         kept += [rest[number * len(rest) // spaced] for number in range(spaced)]
         rows = []
         for place in kept:
-            near = sorted((other for other in range(256) if other != place), key=lambda other: -float(keys[place] @ keys[other]))[:32]
+            near = sorted(
+                (other for other in range(256) if other != place), key=lambda other: -float(keys[place] @ keys[other])
+            )[:32]
             rows.append(features[place] + sum(attention[other] * features[other] for other in near))
         pruned = [place for place in range(256) if place not in kept]
         rows.append(sum(attention[place] * features[place] for place in pruned))
@@ -234,8 +247,15 @@ def test_prunesid(tower: str, budget: int, views: dict[str, EncoderView]) -> Non
     for image in range(3):
         features, score = _numpy(view.patch_features_IND[image]), _numpy(view.attention_IHN[image].sum(0))
         columns = (1 / (1 + np.exp(-features))).T
-        loadings = np.abs(np.linalg.svd(columns - columns.mean(0), full_matrices=False)[2][: max(1, min(budget // 4, len(columns) - 1))])
-        groups = [[place for place in range(256) if int(loadings[:, place].argmax()) == number] for number in range(len(loadings))]
+        loadings = np.abs(
+            np.linalg.svd(columns - columns.mean(0), full_matrices=False)[2][
+                : max(1, min(budget // 4, len(columns) - 1))
+            ]
+        )
+        groups = [
+            [place for place in range(256) if int(loadings[:, place].argmax()) == number]
+            for number in range(len(loadings))
+        ]
         cosine = _unit(features) @ _unit(features).T
         threshold = budget / 32 * np.mean([cosine[i, j] for i in range(256) for j in range(i)])
         left, ranked = [], []
@@ -261,7 +281,11 @@ def test_prunesid(tower: str, budget: int, views: dict[str, EncoderView]) -> Non
             quotas[number] += min(most[number] - quotas[number], wanted - sum(quotas))
         kept = [place for quota, group in zip(quotas, ranked, strict=True) for place in group[:quota]]
         assert found.position_ids_BK[image].tolist() == [0] * class_token + kept
-        rows = features[kept] if view.class_features_ID is None else np.vstack([_numpy(view.class_features_ID[image]), features[kept]])
+        rows = (
+            features[kept]
+            if view.class_features_ID is None
+            else np.vstack([_numpy(view.class_features_ID[image]), features[kept]])
+        )
         assert np.allclose(_numpy(found.tokens_BKD[image]), _project(view, rows), atol=1e-4)
 
 
@@ -288,14 +312,18 @@ def test_restore(budget: int, views: dict[str, EncoderView]) -> None:
         merged = {rest[anchor]: values[[rest[i] for i in members]].mean(0) for anchor, members in groups.items()}
         expected = merged | {place: values[place] for place in chosen}
         assert found.position_ids_BK[image].tolist() == sorted(expected)
-        assert np.allclose(_numpy(found.tokens_BKD[image]), np.array([expected[place] for place in sorted(expected)]), atol=1e-4)
+        assert np.allclose(
+            _numpy(found.tokens_BKD[image]), np.array([expected[place] for place in sorted(expected)]), atol=1e-4
+        )
         assert int(found.sizes_BK[image].sum()) == 256
 
 
 def test_saliency_by_class_attention_and_with_the_rest_merged(views: dict[str, EncoderView]) -> None:
     view, tokens = views["clip"], projected(views["clip"])
     context = ReductionContext(encoder=view)
-    plain, merged = (Saliency(merge_rest=merge_rest)(tokens, num_visual_tokens=9, context=context) for merge_rest in (False, True))
+    plain, merged = (
+        Saliency(merge_rest=merge_rest)(tokens, num_visual_tokens=9, context=context) for merge_rest in (False, True)
+    )
     for image in range(3):
         score, values = _numpy(view.attention_IHN[image].sum(0)), _numpy(tokens[image])
         kept = sorted(sorted(range(256), key=lambda place: (-score[place], place))[:9])
@@ -303,8 +331,12 @@ def test_saliency_by_class_attention_and_with_the_rest_merged(views: dict[str, E
         unit = _unit(values)
         groups: dict[int, list[int]] = {place: [] for place in kept}
         for place in range(256):
-            groups[place if place in kept else max(kept, key=lambda other: float(unit[place] @ unit[other]))].append(place)
-        assert np.allclose(_numpy(merged.tokens_BKD[image]), [values[groups[place]].mean(0) for place in kept], atol=1e-4)
+            groups[place if place in kept else max(kept, key=lambda other: float(unit[place] @ unit[other]))].append(
+                place
+            )
+        assert np.allclose(
+            _numpy(merged.tokens_BKD[image]), [values[groups[place]].mean(0) for place in kept], atol=1e-4
+        )
     norms = Saliency(definition="norm")(tokens, num_visual_tokens=9)
     assert norms.position_ids_BK[0].tolist() == sorted(tokens[0].norm(dim=1).topk(9).indices.tolist())
 
@@ -326,7 +358,11 @@ def test_tome_merges_as_its_definition_says() -> None:
         for number, place in enumerate(sorted(groups)):
             members, weight = groups[place], _numpy(sizes[image][groups[place]])
             assert float(new_sizes[image, number]) == weight.sum()
-            assert np.allclose(_numpy(merged[image, number]), (_numpy(tokens[image][members]) * weight[:, None]).sum(0) / weight.sum(), atol=1e-5)
+            assert np.allclose(
+                _numpy(merged[image, number]),
+                (_numpy(tokens[image][members]) * weight[:, None]).sum(0) / weight.sum(),
+                atol=1e-5,
+            )
             assert {int(owner[image, member]) for member in members} == {number}
 
 
@@ -353,7 +389,9 @@ def unplaced(models: dict[str, Model]) -> Iterator[ElasticVLM]:
 
 
 @TOWERS
-def test_merged_patches_weigh_as_many_in_the_attention(tower: str, models: dict[str, Model], views: dict[str, EncoderView]) -> None:
+def test_merged_patches_weigh_as_many_in_the_attention(
+    tower: str, models: dict[str, Model], views: dict[str, EncoderView]
+) -> None:
     """Proportional attention, head by head: softmax(q k / sqrt(d) + log size); in double precision, where a wrong step cannot hide in rounding."""
     model, first = deepcopy(models[tower][0]).double(), int(tower == "clip")
     vision = model.model.vision_tower
@@ -367,9 +405,15 @@ def test_merged_patches_weigh_as_many_in_the_attention(tower: str, models: dict[
         sizes = torch.ones(3, hidden.shape[1] - first)
         for layer, count in zip(vision.encoder.layers[: run.num_layers], counts, strict=True):
             attention, normed = layer.self_attn, layer.layer_norm1(hidden)
-            queries, keys, values = (projection(normed).chunk(attention.num_heads, 2) for projection in (attention.q_proj, attention.k_proj, attention.v_proj))
+            queries, keys, values = (
+                projection(normed).chunk(attention.num_heads, 2)
+                for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
+            )
             weigh = torch.cat([torch.ones(3, first), sizes], dim=1).log()[:, None]
-            heads = [(q @ k.mT / q.shape[2] ** 0.5 + weigh).softmax(2) @ v for q, k, v in zip(queries, keys, values, strict=True)]
+            heads = [
+                (q @ k.mT / q.shape[2] ** 0.5 + weigh).softmax(2) @ v
+                for q, k, v in zip(queries, keys, values, strict=True)
+            ]
             hidden = hidden + attention.out_proj(torch.cat(heads, dim=2))
             merged, sizes, _ = merge(hidden[:, first:], torch.stack(keys).mean(0)[:, first:], sizes, count)
             hidden = torch.cat([hidden[:, :first], merged], dim=1)
@@ -377,7 +421,8 @@ def test_merged_patches_weigh_as_many_in_the_attention(tower: str, models: dict[
         expected = (vision.post_layernorm(hidden) if view.model.features_are_normed else hidden)[:, first:]
         single, its_owner = _Tower(views[tower]).run(counts)
     assert torch.allclose(found, expected, rtol=0, atol=1e-12)
-    # In single precision the same patches merge. Without a last norm features reach 7 after three layers, and the largest error 2e-5.
+    # In single precision the same patches merge. Without a last norm features reach 7 after three layers, and the
+    # largest error 2e-5.
     assert torch.equal(its_owner, owner)
     # The relative error is 1.5e-6 with every kernel tried; a wrong step would be one of more than 1e-3.
     assert float((single - expected).norm() / expected.norm()) < 1e-5

@@ -48,8 +48,13 @@ def test_pyramid_drop_at_half_a_stage_is_the_papers_schedule() -> None:
     assert PyramidDrop().stages(32, 576, round(mean)) == (Stage(8, 288, 8), Stage(16, 144, 16), Stage(24, 72, 24))
 
 
-# What each budget keeps, as published, and what recycling 30 % of the dropped, ten a cluster and one more, puts on top: (576 - 300) * 0.3 = 82, 9.
-PUBLISHED = [(192, (300 + 9, 200 + 4, 110 + 3), 192.03), (128, (303 + 9, 110 + 7, 36 + 3), 128.63), (64, (66 + 16, 30 + 2, 17 + 1), 64.81)]
+# What each budget keeps, as published, and what recycling 30 % of the dropped, ten a cluster and one more, puts on top:
+# (576 - 300) * 0.3 = 82, 9.
+PUBLISHED = [
+    (192, (300 + 9, 200 + 4, 110 + 3), 192.03),
+    (128, (303 + 9, 110 + 7, 36 + 3), 128.63),
+    (64, (66 + 16, 30 + 2, 17 + 1), 64.81),
+]
 
 
 @pytest.mark.parametrize(("budget", "totals", "mean"), PUBLISHED)
@@ -109,7 +114,10 @@ def test_the_last_word_ranks(reducer: Any, attention: Tensor, tokens: Tensor) ->
 def test_words_rank_together_and_padding_does_not(attention: Tensor, tokens: Tensor) -> None:
     valid = torch.tensor([[False, False, True, True, True], [True] * 5])
     context = ReductionContext(prompt=_view(attention, valid))
-    mean, largest = (Saliency(definition=definition)(tokens, num_visual_tokens=7, context=context).position_ids_BK for definition in ("mean_text", "max_text"))
+    mean, largest = (
+        Saliency(definition=definition)(tokens, num_visual_tokens=7, context=context).position_ids_BK
+        for definition in ("mean_text", "max_text")
+    )
     for prompt in range(2):
         rows = attention[prompt].mean(0)[valid[prompt]]
         assert mean[prompt].tolist() == _best(rows.mean(0), 7)
@@ -143,7 +151,9 @@ def _softmax(values: list[float]) -> Any:
 
 def test_windows_are_of_each_image_of_a_prompt(attention: Tensor, tokens: Tensor) -> None:
     # Ten images of 2 x 2 patches, one window each.
-    found = Saliency(definition="last_text", window=2)(tokens, num_visual_tokens=20, context=ReductionContext(prompt=_view(attention)))
+    found = Saliency(definition="last_text", window=2)(
+        tokens, num_visual_tokens=20, context=ReductionContext(prompt=_view(attention))
+    )
     for prompt in range(2):
         scores = attention[prompt].mean(0)[-1]
         expected = [4 * image + place for image in range(10) for place in _best(scores[4 * image : 4 * image + 4], 2)]
@@ -152,7 +162,9 @@ def test_windows_are_of_each_image_of_a_prompt(attention: Tensor, tokens: Tensor
 
 def test_a_layer_that_the_decoder_has_not_is_refused(attention: Tensor, tokens: Tensor) -> None:
     with pytest.raises(UserError, match=r"saliency\.layer 9 is not in this decoder of 4 layers; choose 0 to 3"):
-        Saliency(definition="last_text", layer=9)(tokens, num_visual_tokens=7, context=ReductionContext(prompt=_view(attention)))
+        Saliency(definition="last_text", layer=9)(
+            tokens, num_visual_tokens=7, context=ReductionContext(prompt=_view(attention))
+        )
 
 
 def test_raters_are_the_words_that_see_more_of_the_image_than_the_mean(attention: Tensor) -> None:
@@ -163,7 +175,10 @@ def test_raters_are_the_words_that_see_more_of_the_image_than_the_mean(attention
         words = [word for word in range(5) if valid[prompt, word]]
         shares = np.zeros(5)
         for visual in range(40):
-            logits = {word: float(view.visual_BVL[prompt, visual].double() @ view.embeddings_BTL[prompt, word].double()) for word in words}
+            logits = {
+                word: float(view.visual_BVL[prompt, visual].double() @ view.embeddings_BTL[prompt, word].double())
+                for word in words
+            }
             total = sum(math.exp(value) for value in logits.values())
             for word in words:
                 shares[word] += math.exp(logits[word]) / total / 40
@@ -177,7 +192,14 @@ def test_of_equal_words_some_rate(num_words: int) -> None:
     embeddings = torch.randn(1, 1, 64, generator=generator).expand(1, num_words, -1).contiguous()
     for num_visual in range(250, 262):
         visual = torch.randn(1, num_visual, 64, generator=generator)
-        view = PromptView(embeddings, torch.ones(1, num_words, dtype=torch.bool), visual, lambda layer: embeddings, num_layers=4, grid_side=2)
+        view = PromptView(
+            embeddings,
+            torch.ones(1, num_words, dtype=torch.bool),
+            visual,
+            lambda layer: embeddings,
+            num_layers=4,
+            grid_side=2,
+        )
         assert raters(view).any()
 
 
@@ -189,8 +211,12 @@ def test_recycling_keeps_the_count_and_merges_the_best_of_the_dropped(tokens: Te
     for prompt in range(2):
         kept = _best(scores[prompt], 4)
         assert found.position_ids_BK[prompt, :4].tolist() == kept
-        rest = sorted((place for place in range(40) if place not in kept), key=lambda place: -float(scores[prompt, place]))[:10]
-        merged = [[place for place in range(40) if int(found.assignment_BN[prompt, place]) == cluster] for cluster in (4, 5)]
+        rest = sorted(
+            (place for place in range(40) if place not in kept), key=lambda place: -float(scores[prompt, place])
+        )[:10]
+        merged = [
+            [place for place in range(40) if int(found.assignment_BN[prompt, place]) == cluster] for cluster in (4, 5)
+        ]
         assert sorted(merged[0] + merged[1]) == sorted(rest)
         for number, members in enumerate(merged):
             assert torch.allclose(found.tokens_BKD[prompt, 4 + number], tokens[prompt][members].mean(0), atol=1e-5)
@@ -212,4 +238,6 @@ def test_density_peaks_are_what_their_definition_finds(tokens: Tensor) -> None:
         expected = sorted(range(40), key=lambda i: -density[i] * gap[i])[:4]
         assert centres[image].tolist() == expected
         for i in range(40):
-            assert int(cluster[image, i]) == (expected.index(i) if i in expected else min(range(4), key=lambda c: distance[i][expected[c]]))
+            assert int(cluster[image, i]) == (
+                expected.index(i) if i in expected else min(range(4), key=lambda c: distance[i][expected[c]])
+            )

@@ -17,8 +17,14 @@ def _tokens(batch: int = 3, count: int = 48, width: int = 7, seed: int = 0) -> T
     """Blobs of different sizes, far from the origin."""
     generator = torch.Generator().manual_seed(seed)
     centres = 3 * torch.randn(batch, 6, width, generator=generator)
-    owner = torch.randint(6, (batch, count), generator=generator) * torch.randint(2, (batch, count), generator=generator)
-    return 20 + centres.gather(1, owner[:, :, None].expand(-1, -1, width)) + torch.randn(batch, count, width, generator=generator)
+    owner = torch.randint(6, (batch, count), generator=generator) * torch.randint(
+        2, (batch, count), generator=generator
+    )
+    return (
+        20
+        + centres.gather(1, owner[:, :, None].expand(-1, -1, width))
+        + torch.randn(batch, count, width, generator=generator)
+    )
 
 
 def _reference(tokens: np.ndarray, num_clusters: int, seed: int, candidates: int) -> tuple[np.ndarray, float]:
@@ -60,7 +66,13 @@ def test_the_inertia_is_that_of_scikit_learn() -> None:
     ours = np.mean([kmeans(tokens, 12, seed=seed).inertia_B.numpy() for seed in range(10)])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        theirs = np.mean([KMeans(12, n_init=1, random_state=seed).fit(image.numpy()).inertia_ for seed in range(10) for image in tokens])
+        theirs = np.mean(
+            [
+                KMeans(12, n_init=1, random_state=seed).fit(image.numpy()).inertia_
+                for seed in range(10)
+                for image in tokens
+            ]
+        )
     assert ours == pytest.approx(theirs, rel=0.02)
 
 

@@ -97,11 +97,15 @@ def test_aggregates_are_the_means_of_their_members(tokens: Tensor) -> None:
     for image in range(3):
         for cluster in range(10):
             members = tokens[image][found.assignment_BN[image] == cluster]
-            assert found.tokens_BKD[image, cluster].tolist() == pytest.approx(members.mean(0).tolist(), rel=1e-4, abs=1e-5)
+            assert found.tokens_BKD[image, cluster].tolist() == pytest.approx(
+                members.mean(0).tolist(), rel=1e-4, abs=1e-5
+            )
     weighted = ClusterAggregate(weighting="norm")(tokens, num_visual_tokens=10)
     members = tokens[0][weighted.assignment_BN[0] == 2]
     lengths = members.norm(dim=1, keepdim=True)
-    assert weighted.tokens_BKD[0, 2].tolist() == pytest.approx(((members * lengths).sum(0) / lengths.sum()).tolist(), rel=1e-4)
+    assert weighted.tokens_BKD[0, 2].tolist() == pytest.approx(
+        ((members * lengths).sum(0) / lengths.sum()).tolist(), rel=1e-4
+    )
 
 
 def test_an_aggregate_stands_in_the_middle_of_its_members() -> None:
@@ -127,19 +131,31 @@ def test_places_are_of_the_members_nearest_to_the_mean_place(tokens: Tensor, bud
 def test_cosine_ignores_lengths(tokens: Tensor) -> None:
     stretched = tokens * torch.linspace(0.5, 3, 64)[None, :, None]
     cosine = ClusterAggregate(metric="cosine")
-    assert torch.equal(cosine(tokens, num_visual_tokens=9).assignment_BN, cosine(stretched, num_visual_tokens=9).assignment_BN)
-    assert not torch.equal(ClusterAggregate()(tokens, num_visual_tokens=9).assignment_BN, ClusterAggregate()(stretched, num_visual_tokens=9).assignment_BN)
+    assert torch.equal(
+        cosine(tokens, num_visual_tokens=9).assignment_BN, cosine(stretched, num_visual_tokens=9).assignment_BN
+    )
+    assert not torch.equal(
+        ClusterAggregate()(tokens, num_visual_tokens=9).assignment_BN,
+        ClusterAggregate()(stretched, num_visual_tokens=9).assignment_BN,
+    )
 
 
 def test_the_order_changes_nothing_but_the_order(tokens: Tensor) -> None:
-    by_position, drawn = ClusterAggregate()(tokens, num_visual_tokens=12), ClusterAggregate(order="random")(tokens, num_visual_tokens=12)
+    by_position, drawn = (
+        ClusterAggregate()(tokens, num_visual_tokens=12),
+        ClusterAggregate(order="random")(tokens, num_visual_tokens=12),
+    )
     assert not torch.equal(by_position.tokens_BKD, drawn.tokens_BKD)
     for image in range(3):
-        assert sorted(map(tuple, by_position.tokens_BKD[image].tolist())) == sorted(map(tuple, drawn.tokens_BKD[image].tolist()))
+        assert sorted(map(tuple, by_position.tokens_BKD[image].tolist())) == sorted(
+            map(tuple, drawn.tokens_BKD[image].tolist())
+        )
 
 
 def test_random_places_are_those_of_the_seed(tokens: Tensor) -> None:
-    first, again, other = (RandomSampling(seed=seed)(tokens, num_visual_tokens=20).position_ids_BK for seed in (1, 1, 2))
+    first, again, other = (
+        RandomSampling(seed=seed)(tokens, num_visual_tokens=20).position_ids_BK for seed in (1, 1, 2)
+    )
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
 
@@ -152,7 +168,9 @@ def test_random_places_are_uniform(tokens: Tensor) -> None:
     assert abs(counts - 100).max() < 4.5 * 8.7
 
 
-@pytest.mark.parametrize(("side", "count"), [(8, 16), (24, 64), (24, 128), (24, 29), (16, 13), (4, 15), (8, 63), (3, 1)])
+@pytest.mark.parametrize(
+    ("side", "count"), [(8, 16), (24, 64), (24, 128), (24, 29), (16, 13), (4, 15), (8, 63), (3, 1)]
+)
 def test_even_places_are_spread(side: int, count: int) -> None:
     places = even_places(side, count)
     assert len(set(places)) == count
@@ -195,7 +213,9 @@ def test_uneven_cells_are_means_of_their_patches(tokens: Tensor, cells: int) -> 
     found = AveragePooling()(tokens, num_visual_tokens=cells * cells)
     for number in range(cells * cells):
         # A patch is in the cell that its upper left corner is in, with the grid's side as 1.
-        members = [place for place in range(64) if (place // 8 * cells // 8, place % 8 * cells // 8) == divmod(number, cells)]
+        members = [
+            place for place in range(64) if (place // 8 * cells // 8, place % 8 * cells // 8) == divmod(number, cells)
+        ]
         assert torch.allclose(found.tokens_BKD[:, number], tokens[:, members].mean(1), atol=1e-5)
         assert found.assignment_BN[0, members].tolist() == [number] * len(members)
         assert int(found.position_ids_BK[0, number]) in members

@@ -30,7 +30,9 @@ def test_a_llava_is_answered_as_offline(ask: Asker, samples: list[Sample]) -> No
     model.eval()
     some = samples[::4]
     budget = max(model.supported_budgets)
-    offline = Predictor(model, processor, settings=GenerationSettings(max_new_tokens=8)).generate_budgets(some, [budget, 0])
+    offline = Predictor(model, processor, settings=GenerationSettings(max_new_tokens=8)).generate_budgets(
+        some, [budget, 0]
+    )
     engine = ContinuousEngine(model, processor)
     asker = Asker(processor)
     found = answer_all(engine, [asker(sample, tokens) for tokens in (budget, 0) for sample in some])
@@ -56,7 +58,12 @@ def test_pieces_join_to_the_answer(engine: ContinuousEngine, samples: list[Sampl
 
 def test_a_seed_repeats_and_seeds_differ(engine: ContinuousEngine, samples: list[Sample], ask: Asker) -> None:
     def draw(seed: int) -> list[str]:
-        return [each.text for each in answer_all(engine, [ask(sample, 16, temperature=2.0, top_p=0.95, seed=seed) for sample in samples[:8]])]
+        return [
+            each.text
+            for each in answer_all(
+                engine, [ask(sample, 16, temperature=2.0, top_p=0.95, seed=seed) for sample in samples[:8]]
+            )
+        ]
 
     first, again = draw(1), draw(1)
     # Logits depend on the batch in their last digit, and what shares a step differs from time to time: about one draw
@@ -68,15 +75,25 @@ def test_a_seed_repeats_and_seeds_differ(engine: ContinuousEngine, samples: list
     assert [each.text for each in tiny_mass] == greedy
 
 
-def test_a_stop_text_ends_the_answer_and_is_no_part_of_it(engine: ContinuousEngine, samples: list[Sample], ask: Asker) -> None:
-    whole = next(each.text for each in answer_all(engine, [ask(sample, 256, max_new_tokens=16) for sample in samples]) if len(each.text) > 6)
-    sample = next(sample for sample in samples if answer_all(engine, [ask(sample, 256, max_new_tokens=16)])[0].text == whole)
+def test_a_stop_text_ends_the_answer_and_is_no_part_of_it(
+    engine: ContinuousEngine, samples: list[Sample], ask: Asker
+) -> None:
+    whole = next(
+        each.text
+        for each in answer_all(engine, [ask(sample, 256, max_new_tokens=16) for sample in samples])
+        if len(each.text) > 6
+    )
+    sample = next(
+        sample for sample in samples if answer_all(engine, [ask(sample, 256, max_new_tokens=16)])[0].text == whole
+    )
     stop = whole[3:5]
     (cut,) = answer_all(engine, [ask(sample, 256, max_new_tokens=16, stop=(stop,))])
     assert (cut.text, cut.reason) == (whole[: whole.index(stop)].strip(), "stop")
 
 
-def test_logprobs_are_those_of_the_model(model: ElasticVLM, processor: ElasticProcessor, engine: ContinuousEngine, samples: list[Sample], ask: Asker) -> None:
+def test_logprobs_are_those_of_the_model(
+    model: ElasticVLM, processor: ElasticProcessor, engine: ContinuousEngine, samples: list[Sample], ask: Asker
+) -> None:
     (found,) = answer_all(engine, [ask(samples[0], 0, logprobs=3)])
     inputs = processor.prompts([samples[0].prompt], 0, num_visual_tokens=0)
     with torch.inference_mode():
@@ -87,7 +104,9 @@ def test_logprobs_are_those_of_the_model(model: ElasticVLM, processor: ElasticPr
     assert first.token == first.top[0][0]
 
 
-def test_what_can_never_fit_is_refused_at_once(model: ElasticVLM, processor: ElasticProcessor, samples: list[Sample], ask: Asker) -> None:
+def test_what_can_never_fit_is_refused_at_once(
+    model: ElasticVLM, processor: ElasticProcessor, samples: list[Sample], ask: Asker
+) -> None:
     engine = ContinuousEngine(model, processor, EngineLimits(kv_tokens=128))
     with pytest.raises(EngineRefusal, match="may hold 128") as refusal:
         engine.submit(ask(samples[0], 256), lambda _: None)
@@ -97,7 +116,9 @@ def test_what_can_never_fit_is_refused_at_once(model: ElasticVLM, processor: Ela
     engine.close()
 
 
-def test_a_full_queue_refuses_but_not_the_urgent(model: ElasticVLM, processor: ElasticProcessor, samples: list[Sample], ask: Asker) -> None:
+def test_a_full_queue_refuses_but_not_the_urgent(
+    model: ElasticVLM, processor: ElasticProcessor, samples: list[Sample], ask: Asker
+) -> None:
     engine = ContinuousEngine(model, processor, EngineLimits(max_running=1, max_waiting=2))
     inbox: queue.SimpleQueue[Event] = queue.SimpleQueue()
     codes = []
@@ -118,7 +139,9 @@ def test_a_full_queue_refuses_but_not_the_urgent(model: ElasticVLM, processor: E
 
 
 @pytest.mark.usefixtures("never_ending")
-def test_whoever_stops_listening_frees_the_memory(model: ElasticVLM, processor: ElasticProcessor, samples: list[Sample], ask: Asker) -> None:
+def test_whoever_stops_listening_frees_the_memory(
+    model: ElasticVLM, processor: ElasticProcessor, samples: list[Sample], ask: Asker
+) -> None:
     engine = ContinuousEngine(model, processor)
 
     async def give_up() -> None:
@@ -143,7 +166,9 @@ def test_a_deadline_is_kept_inside_the_engine(engine: ContinuousEngine, samples:
 
 
 @pytest.mark.usefixtures("never_ending")
-def test_closing_fails_what_is_in_flight(model: ElasticVLM, processor: ElasticProcessor, samples: list[Sample], ask: Asker) -> None:
+def test_closing_fails_what_is_in_flight(
+    model: ElasticVLM, processor: ElasticProcessor, samples: list[Sample], ask: Asker
+) -> None:
     engine = ContinuousEngine(model, processor)
     inbox: queue.SimpleQueue[Event] = queue.SimpleQueue()
     for sample in samples[:5]:

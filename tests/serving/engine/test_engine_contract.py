@@ -29,7 +29,14 @@ def build(request: pytest.FixtureRequest, model: ElasticVLM, processor: ElasticP
     engines: list[Engine] = []
 
     def make(**limits: Any) -> Engine:
-        engines.append(build_engine(EngineConfig(type=request.param, **{"max_running": 8, "kv_tokens": 8192, **limits}), model, processor, name="it"))
+        engines.append(
+            build_engine(
+                EngineConfig(type=request.param, **{"max_running": 8, "kv_tokens": 8192, **limits}),
+                model,
+                processor,
+                name="it",
+            )
+        )
         return engines[-1]
 
     yield make
@@ -41,13 +48,19 @@ def test_greedy_answers_are_those_of_offline_generation(
     build: Build, model: ElasticVLM, processor: ElasticProcessor, samples: list[Sample], ask: Asker
 ) -> None:
     budgets = (0, 16, 256)
-    plain = Predictor(model, processor, settings=GenerationSettings(max_new_tokens=8)).answer_budgets(samples[::3], budgets)
+    plain = Predictor(model, processor, settings=GenerationSettings(max_new_tokens=8)).answer_budgets(
+        samples[::3], budgets
+    )
     mixed = [(index, budget) for index in range(len(samples[::3])) for budget in budgets]
     random.Random(0).shuffle(mixed)
     found = answer_all(build(), [ask(samples[::3][index], budget) for index, budget in mixed])
     for (index, budget), each in zip(mixed, found, strict=True):
         offline = plain[budget][index]
-        assert (each.text, each.num_new_tokens, each.reason) == (offline.text, offline.num_new_tokens, "length" if offline.cut_off else "stop")
+        assert (each.text, each.num_new_tokens, each.reason) == (
+            offline.text,
+            offline.num_new_tokens,
+            "length" if offline.cut_off else "stop",
+        )
         assert each.num_visual_tokens == budget
         assert each.stats.engine == "it"
 
@@ -76,12 +89,18 @@ def test_a_seed_gives_the_same_draws_in_any_company(build: Build, samples: list[
     # Logits depend on the batch in their last digit, which decides a draw at the edge of two tokens: about one draw in
     # ten thousand, and there are 72.
     assert sum(a != b for a, b in zip(together, alone, strict=True)) <= 1
-    assert together != [each.text for each in answer_all(engine, [ask(sample, 16, temperature=2.0, top_p=0.9, seed=6) for sample in samples[:6]])]
+    assert together != [
+        each.text
+        for each in answer_all(engine, [ask(sample, 16, temperature=2.0, top_p=0.9, seed=6) for sample in samples[:6]])
+    ]
 
 
 def test_what_cannot_be_answered_is_refused_at_once(build: Build, samples: list[Sample], ask: Asker) -> None:
     engine = build(kv_tokens=128, max_running=1, max_waiting=0)
-    for request, code in ((ask(samples[0], 256), "context_length_exceeded"), (ask(samples[0], 17), "unsupported_budget")):
+    for request, code in (
+        (ask(samples[0], 256), "context_length_exceeded"),
+        (ask(samples[0], 17), "unsupported_budget"),
+    ):
         with pytest.raises(EngineRefusal) as refusal:
             engine.submit(request, lambda _: None)
         assert refusal.value.code == code
@@ -90,7 +109,9 @@ def test_what_cannot_be_answered_is_refused_at_once(build: Build, samples: list[
     assert refusal.value.code == "queue_full"
 
 
-def test_cancelled_late_and_closed_requests_end_with_a_reason(build: Build, samples: list[Sample], ask: Asker, never_ending: None) -> None:
+def test_cancelled_late_and_closed_requests_end_with_a_reason(
+    build: Build, samples: list[Sample], ask: Asker, never_ending: None
+) -> None:
     engine = build()
     inbox: queue.SimpleQueue[Event] = queue.SimpleQueue()
 
@@ -115,7 +136,9 @@ def test_cancelled_late_and_closed_requests_end_with_a_reason(build: Build, samp
     assert inbox.empty()
 
 
-def test_an_inspection_that_nobody_waits_for_harms_nobody(build: Build, samples: list[Sample], ask: Asker, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_inspection_that_nobody_waits_for_harms_nobody(
+    build: Build, samples: list[Sample], ask: Asker, monkeypatch: pytest.MonkeyPatch
+) -> None:
     engine = build()
     (image,) = ask(samples[0], 16).images
     hold = threading.Event()

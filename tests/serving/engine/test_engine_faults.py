@@ -16,7 +16,15 @@ from parcelray.models.backbones.processor_base import ElasticProcessor
 from parcelray.serving.engine import continuous_engine, sampling
 from parcelray.serving.engine.continuous_engine import ContinuousEngine, EngineLimits
 from parcelray.serving.engine.decoder import Prompt
-from parcelray.serving.engine.engine import EngineRefusal, Event, Failed, Finished, GenerateRequest, ImagePixels, Sampling
+from parcelray.serving.engine.engine import (
+    EngineRefusal,
+    Event,
+    Failed,
+    Finished,
+    GenerateRequest,
+    ImagePixels,
+    Sampling,
+)
 from parcelray.serving.engine.health import HealthProbe
 from parcelray.serving.engine.vision import Encoded
 from parcelray.serving.engine.waiting import answer_all
@@ -64,7 +72,9 @@ def test_hardly_any_temperature_is_none_and_harms_nobody(running: Running, sampl
     assert running.goes_on()
 
 
-def test_a_row_without_a_token_fails_alone(running: Running, samples: list[Sample], ask: Asker, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_row_without_a_token_fails_alone(
+    running: Running, samples: list[Sample], ask: Asker, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole, prefill = sampling.choose, running.engine._decoder.prefill
 
     def choose(logits: Tensor, samplings: list[Sampling], generators: list[Any]) -> list[int | None]:
@@ -82,7 +92,9 @@ def test_a_row_without_a_token_fails_alone(running: Running, samples: list[Sampl
     assert running.goes_on()
 
 
-def test_a_failed_prefill_fails_its_batch_and_not_what_runs(running: Running, samples: list[Sample], ask: Asker, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_prefill_fails_its_batch_and_not_what_runs(
+    running: Running, samples: list[Sample], ask: Asker, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def broken(_: object) -> None:
         raise RuntimeError("broken")
 
@@ -122,7 +134,9 @@ def test_the_third_failure_in_a_row_ends_the_engine_whatever_goes_well_beside_it
         running.engine.inspect(image, 16).result(timeout=PATIENCE_S)
 
 
-def test_a_defect_of_the_loop_is_told_to_all_who_wait(running: Running, samples: list[Sample], ask: Asker, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_defect_of_the_loop_is_told_to_all_who_wait(
+    running: Running, samples: list[Sample], ask: Asker, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def broken() -> None:
         raise RuntimeError("broken")
 
@@ -154,7 +168,9 @@ def test_a_prefill_that_is_too_large_goes_in_halves(
         for number, sample in enumerate(samples[:8]):
             engine.submit(ask(sample, 0, max_new_tokens=2), lambda event, number=number: inbox.put((number, event)))  # type: ignore[misc]
     found = dict(inbox.get(timeout=PATIENCE_S) for _ in range(8))
-    assert {number: event.text for number, event in found.items() if isinstance(event, Finished)} == {number: each.text for number, each in enumerate(plain)}
+    assert {number: event.text for number, event in found.items() if isinstance(event, Finished)} == {
+        number: each.text for number, each in enumerate(plain)
+    }
     assert max(sizes) > 2
     engine.close()
 
@@ -184,7 +200,9 @@ def test_one_turn_encodes_no_more_images_than_one_batch(
     engine.close()
 
 
-def test_a_full_engine_is_healthy(model: ElasticVLM, processor: ElasticProcessor, samples: list[Sample], ask: Asker) -> None:
+def test_a_full_engine_is_healthy(
+    model: ElasticVLM, processor: ElasticProcessor, samples: list[Sample], ask: Asker
+) -> None:
     probe = HealthProbe(PromptBuilder(processor), (16, 64, 256), timeout_s=PATIENCE_S)
     for limits in (EngineLimits(max_running=1, kv_tokens=16384), EngineLimits(max_running=64, kv_tokens=4096)):
         engine = ContinuousEngine(model, processor, limits)
@@ -201,11 +219,16 @@ def test_a_full_engine_is_healthy(model: ElasticVLM, processor: ElasticProcessor
         after = engine.stats()
         assert (after.running, after.waiting) == (1, 3)
         # It went through the vision tower, past the cache.
-        assert (after.feature_cache_hits, after.feature_cache_misses) == (before.feature_cache_hits, before.feature_cache_misses)
+        assert (after.feature_cache_hits, after.feature_cache_misses) == (
+            before.feature_cache_hits,
+            before.feature_cache_misses,
+        )
         engine.close()
 
 
-def test_an_engine_that_hangs_or_sees_nothing_is_not_healthy(running: Running, processor: ElasticProcessor, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_engine_that_hangs_or_sees_nothing_is_not_healthy(
+    running: Running, processor: ElasticProcessor, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def blind(images: object) -> Encoded:
         raise RuntimeError("broken")
 
@@ -230,7 +253,9 @@ def test_an_engine_that_hangs_or_sees_nothing_is_not_healthy(running: Running, p
     hold.set()
 
 
-def test_those_who_ask_for_health_at_once_share_one_answer(engine: ContinuousEngine, processor: ElasticProcessor) -> None:
+def test_those_who_ask_for_health_at_once_share_one_answer(
+    engine: ContinuousEngine, processor: ElasticProcessor
+) -> None:
     probe = HealthProbe(PromptBuilder(processor), (16,), timeout_s=PATIENCE_S)
 
     async def many() -> None:

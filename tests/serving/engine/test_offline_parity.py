@@ -28,7 +28,9 @@ pytestmark = pytest.mark.usefixtures("never_ending")
 
 
 @torch.inference_mode()
-def generated(model: ElasticVLM, processor: ElasticProcessor, samples: Sequence[Sample], budget: int, length: int) -> list[Tensor]:
+def generated(
+    model: ElasticVLM, processor: ElasticProcessor, samples: Sequence[Sample], budget: int, length: int
+) -> list[Tensor]:
     """Greedy token ids of each sample, the end token no different from any other, up to the first that is not clear."""
     found: dict[int, Tensor] = {}
     for count in {len(sample.images) if budget else 0 for sample in samples}:
@@ -37,8 +39,17 @@ def generated(model: ElasticVLM, processor: ElasticProcessor, samples: Sequence[
         if count:
             pictures = [decode_image(image) for index in group for image in samples[index].images]
             pixels = processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
-            inputs |= model.image_inputs(model.model.compress(model.model.encode_patches(pixels), num_visual_tokens=budget))
-        made = model.generate(**inputs, max_new_tokens=length, do_sample=False, eos_token_id=-1, return_dict_in_generate=True, output_logits=True)
+            inputs |= model.image_inputs(
+                model.model.compress(model.model.encode_patches(pixels), num_visual_tokens=budget)
+            )
+        made = model.generate(
+            **inputs,
+            max_new_tokens=length,
+            do_sample=False,
+            eos_token_id=-1,
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
         best_BT2 = torch.stack(made.logits, dim=1).topk(2).values
         clear_BT = best_BT2[..., 0] - best_BT2[..., 1] > CLEAR
         lengths = clear_BT.long().cumprod(dim=1).sum(dim=1).tolist()
@@ -47,12 +58,18 @@ def generated(model: ElasticVLM, processor: ElasticProcessor, samples: Sequence[
     return [found[index] for index in range(len(samples))]
 
 
-def compare(model: ElasticVLM, processor: ElasticProcessor, samples: Sequence[Sample], caps: Sequence[int]) -> EngineStats:
+def compare(
+    model: ElasticVLM, processor: ElasticProcessor, samples: Sequence[Sample], caps: Sequence[int]
+) -> EngineStats:
     """Asks every sample at every budget, mixed, each as long as one of the caps."""
     rng = random.Random(0)
     plain = {budget: generated(model, processor, samples, budget, max(caps)) for budget in BUDGETS}
     drawn = [(index, budget, rng.choice(caps)) for index in range(len(samples)) for budget in BUDGETS]
-    mixed = [(index, budget, min(cap, len(plain[budget][index]))) for index, budget, cap in drawn if len(plain[budget][index])]
+    mixed = [
+        (index, budget, min(cap, len(plain[budget][index])))
+        for index, budget, cap in drawn
+        if len(plain[budget][index])
+    ]
     assert sum(cap for *_, cap in mixed) > 0.8 * sum(cap for *_, cap in drawn), "nearly all tokens are clear"
     rng.shuffle(mixed)
     asker = Asker(processor)
@@ -77,7 +94,9 @@ def test_mixed_requests(model: ElasticVLM, processor: ElasticProcessor, samples:
 
 
 @pytest.mark.nightly
-def test_two_hundred_mixed_requests_of_one_to_sixty_four_tokens(model: ElasticVLM, processor: ElasticProcessor, samples: list[Sample]) -> None:
+def test_two_hundred_mixed_requests_of_one_to_sixty_four_tokens(
+    model: ElasticVLM, processor: ElasticProcessor, samples: list[Sample]
+) -> None:
     stats = compare(model, processor, samples, CAPS)
     assert stats.prefilled > 180
 

@@ -35,7 +35,11 @@ pytestmark = pytest.mark.serving
 
 @pytest.fixture(scope="module")
 def running(model: ElasticVLM, processor: ElasticProcessor) -> Iterator[tuple[str, ChatService]]:
-    with endpoint(model, processor, limits={"body_mb": 1, "image_mb": 0.5, "image_megapixels": 1, "images": 4}) as (url, service, _):
+    with endpoint(model, processor, limits={"body_mb": 1, "image_mb": 0.5, "image_megapixels": 1, "images": 4}) as (
+        url,
+        service,
+        _,
+    ):
         yield url, service
 
 
@@ -58,7 +62,9 @@ def message(sample: Sample, **image_fields: Any) -> list[Any]:
     return [{"role": "user", "content": [*images, {"type": "text", "text": sample.prompt}]}]
 
 
-def post(url: str, body: bytes, headers: dict[str, str] | None = None, path: str = "/v1/chat/completions") -> tuple[int, dict[str, str], dict[str, Any]]:
+def post(
+    url: str, body: bytes, headers: dict[str, str] | None = None, path: str = "/v1/chat/completions"
+) -> tuple[int, dict[str, str], dict[str, Any]]:
     place = urlsplit(url)
     connection = http.client.HTTPConnection(str(place.hostname), place.port, timeout=PATIENCE_S)
     try:
@@ -80,7 +86,9 @@ def test_the_official_client_gets_the_engines_answer_at_each_budget(
     for budget in (16, 64, 256):
         for sample in samples[:6]:
             text = asyncio.run(engine.answer(ask(sample, budget))).text
-            raw = client.chat.completions.with_raw_response.create(model="mini", messages=message(sample), max_tokens=8, extra_body={"visual_tokens": budget})
+            raw = client.chat.completions.with_raw_response.create(
+                model="mini", messages=message(sample), max_tokens=8, extra_body={"visual_tokens": budget}
+            )
             answer = raw.parse()
             assert answer.choices[0].message.content == text
             assert raw.headers["x-visual-tokens"] == str(budget)
@@ -94,17 +102,30 @@ def test_the_official_client_gets_the_engines_answer_at_each_budget(
 
 def test_detail_names_the_ends_of_the_ladder(client: OpenAI, samples: list[Sample]) -> None:
     for detail, budget in (("low", "16"), ("high", "256"), ("auto", "256")):
-        raw = client.chat.completions.with_raw_response.create(model="mini", messages=message(samples[0], detail=detail))
+        raw = client.chat.completions.with_raw_response.create(
+            model="mini", messages=message(samples[0], detail=detail)
+        )
         assert raw.headers["x-visual-tokens"] == budget
 
 
 def test_the_client_streams(client: OpenAI, samples: list[Sample]) -> None:
-    whole = client.chat.completions.create(model="mini", messages=message(samples[0]), max_tokens=16, temperature=1.5, seed=3)
+    whole = client.chat.completions.create(
+        model="mini", messages=message(samples[0]), max_tokens=16, temperature=1.5, seed=3
+    )
     stream = client.chat.completions.create(
-        model="mini", messages=message(samples[0]), max_tokens=16, temperature=1.5, seed=3, stream=True, stream_options={"include_usage": True}
+        model="mini",
+        messages=message(samples[0]),
+        max_tokens=16,
+        temperature=1.5,
+        seed=3,
+        stream=True,
+        stream_options={"include_usage": True},
     )
     chunks = list(stream)
-    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices) == whole.choices[0].message.content
+    assert (
+        "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+        == whole.choices[0].message.content
+    )
     assert chunks[-2].choices[0].finish_reason == whole.choices[0].finish_reason
     assert chunks[-1].usage is not None
     assert chunks[-1].usage.completion_tokens == whole.usage.completion_tokens  # type: ignore[union-attr]
@@ -137,7 +158,11 @@ def _png(size: tuple[int, int] = (32, 32), kind: str = "PNG") -> bytes:
 
 def _with_image(url: str, **fields: Any) -> dict[str, Any]:
     image = {"type": "image_url", "image_url": {"url": url}}
-    return {"model": "mini", "messages": [{"role": "user", "content": [image, {"type": "text", "text": "what"}]}], **fields}
+    return {
+        "model": "mini",
+        "messages": [{"role": "user", "content": [image, {"type": "text", "text": "what"}]}],
+        **fields,
+    }
 
 
 def _with_text(**fields: Any) -> dict[str, Any]:
@@ -155,13 +180,28 @@ REFUSED = {
     "unknown field": (_with_text(colour=1), 422, "unknown_field", "colour"),
     "a text for a number": (_with_text(temperature="1"), 422, "invalid_value", "temperature"),
     "too hot": (_with_text(temperature=3), 422, "invalid_value", "temperature"),
-    "a budget that is not offered": (_with_image(data_url(_png()), visual_tokens=17), 422, "unsupported_budget", "visual_tokens"),
-    "a budget that is not offered, without an image": (_with_text(visual_tokens=17), 422, "unsupported_budget", "visual_tokens"),
+    "a budget that is not offered": (
+        _with_image(data_url(_png()), visual_tokens=17),
+        422,
+        "unsupported_budget",
+        "visual_tokens",
+    ),
+    "a budget that is not offered, without an image": (
+        _with_text(visual_tokens=17),
+        422,
+        "unsupported_budget",
+        "visual_tokens",
+    ),
     "a budget in words": (_with_text(visual_tokens="lots"), 422, "unsupported_budget", "visual_tokens"),
     "a huge budget": (_with_image(data_url(_png()), visual_tokens=10**30), 422, "unsupported_budget", "visual_tokens"),
     "two answers": (_with_text(n=2), 422, "invalid_value", "n"),
     "too long an answer": (_with_text(max_tokens=10**9), 422, "invalid_value", "max_tokens"),
-    "too long an answer, by the newer name": (_with_text(max_completion_tokens=10**9), 422, "invalid_value", "max_completion_tokens"),
+    "too long an answer, by the newer name": (
+        _with_text(max_completion_tokens=10**9),
+        422,
+        "invalid_value",
+        "max_completion_tokens",
+    ),
     "too many stops": (_with_text(stop=list("abcde")), 422, "invalid_value", "stop"),
     "an empty stop": (_with_text(stop=""), 422, "invalid_value", "stop"),
     "a penalty": (_with_text(presence_penalty=0.5), 422, "invalid_value", "presence_penalty"),
@@ -169,10 +209,24 @@ REFUSED = {
     "another form": (_with_text(response_format={"type": "json_object"}), 422, "invalid_value", "response_format.type"),
     "to be stored": (_with_text(store=True), 422, "invalid_value", "store"),
     "two turns": (_with_text(messages=[{"role": "user", "content": "a"}] * 2), 422, "invalid_request", None),
-    "a role that is none": (_with_text(messages=[{"role": "tool", "content": "a"}]), 422, "invalid_value", "messages.0"),
-    "a part that is none": (_with_text(messages=[{"role": "user", "content": [{"type": "audio"}]}]), 422, "invalid_value", "messages.0.content.0"),
+    "a role that is none": (
+        _with_text(messages=[{"role": "tool", "content": "a"}]),
+        422,
+        "invalid_value",
+        "messages.0",
+    ),
+    "a part that is none": (
+        _with_text(messages=[{"role": "user", "content": [{"type": "audio"}]}]),
+        422,
+        "invalid_value",
+        "messages.0.content.0",
+    ),
     "detail that is none": (
-        _with_text(messages=[{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:", "detail": "max"}}]}]),
+        _with_text(
+            messages=[
+                {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:", "detail": "max"}}]}
+            ]
+        ),
         422,
         "invalid_value",
         "messages.0.content.0.image_url.detail",
@@ -189,13 +243,20 @@ REFUSED = {
     "a remote image": (_with_image("https://example.com/a.png"), 403, "host", IMAGE),
     "the metadata service": (_with_image("http://169.254.169.254/latest"), 403, "host", IMAGE),
     "too many images": (
-        _with_text(messages=[{"role": "user", "content": [{"type": "image_url", "image_url": {"url": data_url(_png())}}] * 5}]),
+        _with_text(
+            messages=[{"role": "user", "content": [{"type": "image_url", "image_url": {"url": data_url(_png())}}] * 5}]
+        ),
         413,
         "too_many_images",
         "messages",
     ),
     "too large a body": (b" " * (1024**2 + 1), 413, "body_too_large", None),
-    "too long for the model": (_with_text(messages=[{"role": "user", "content": "7" * 32_000}], max_tokens=1000), 400, "context_length_exceeded", "messages"),
+    "too long for the model": (
+        _with_text(messages=[{"role": "user", "content": "7" * 32_000}], max_tokens=1000),
+        400,
+        "context_length_exceeded",
+        "messages",
+    ),
 }
 
 
@@ -229,8 +290,22 @@ def test_the_refusal_of_a_stop_says_what_is_legal(url: str) -> None:
 
 def test_fields_that_ask_for_nothing_are_taken(url: str) -> None:
     neutral: list[dict[str, Any]] = [
-        {"presence_penalty": 0, "frequency_penalty": 0.0, "response_format": {"type": "text"}, "store": False, "logit_bias": {}, "stop": []},
-        {"presence_penalty": None, "frequency_penalty": None, "response_format": None, "store": None, "logit_bias": None, "stop": None},
+        {
+            "presence_penalty": 0,
+            "frequency_penalty": 0.0,
+            "response_format": {"type": "text"},
+            "store": False,
+            "logit_bias": {},
+            "stop": [],
+        },
+        {
+            "presence_penalty": None,
+            "frequency_penalty": None,
+            "response_format": None,
+            "store": None,
+            "logit_bias": None,
+            "stop": None,
+        },
         {"stream": True, "stream_options": {"include_obfuscation": False}},
     ]
     for fields in neutral:
@@ -253,7 +328,9 @@ def test_another_host_name_is_refused_without_keys(url: str) -> None:
     assert (status, data["error"]["code"]) == (403, "host")
 
 
-def test_keys_open_the_door_and_have_a_rate(model: ElasticVLM, processor: ElasticProcessor, samples: list[Sample], tmp_path: Any) -> None:
+def test_keys_open_the_door_and_have_a_rate(
+    model: ElasticVLM, processor: ElasticProcessor, samples: list[Sample], tmp_path: Any
+) -> None:
     key = add_key(tmp_path / "keys.txt", "ann", per_minute=2)
     keys = read_keys(tmp_path / "keys.txt")
     assert key not in (tmp_path / "keys.txt").read_text()
@@ -286,7 +363,9 @@ def test_a_deadline_is_a_503(model: ElasticVLM, processor: ElasticProcessor) -> 
         assert "retry-after" in headers
 
 
-def test_a_slow_sender_is_no_slow_model(model: ElasticVLM, processor: ElasticProcessor, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_slow_sender_is_no_slow_model(
+    model: ElasticVLM, processor: ElasticProcessor, monkeypatch: pytest.MonkeyPatch
+) -> None:
     now = [0.0]
     clock = SimpleNamespace(perf_counter=lambda: now[0], time=time.time)
     for module in (api, chat):
@@ -313,7 +392,12 @@ def test_a_slow_sender_is_no_slow_model(model: ElasticVLM, processor: ElasticPro
 def test_metrics_carry_the_budget(running: tuple[str, ChatService], client: OpenAI, samples: list[Sample]) -> None:
     client.chat.completions.create(model="mini", messages=message(samples[0]), extra_body={"visual_tokens": 64})
     text = running[1].metrics.text().decode()
-    for name in ("time_to_first_token_seconds", "e2e_request_latency_seconds", "request_queue_time_seconds", "vision_encode_seconds"):
+    for name in (
+        "time_to_first_token_seconds",
+        "e2e_request_latency_seconds",
+        "request_queue_time_seconds",
+        "vision_encode_seconds",
+    ):
         assert f'parcel:{name}_count{{engine="0",model_name="mini",visual_tokens="64"}}' in text
     (line,) = [line for line in text.splitlines() if line.startswith("parcel:kv_cache_usage_perc{")]
     assert math.isclose(float(line.rpartition(" ")[2]), 0.0)

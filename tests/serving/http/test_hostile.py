@@ -32,7 +32,11 @@ LEAKS = ("Traceback", ".py", "/site-packages", "parcelray/", "0x7f")
 
 @pytest.fixture(scope="module")
 def running(model: ElasticVLM, processor: ElasticProcessor) -> Iterator[tuple[str, ChatService]]:
-    with endpoint(model, processor, limits={"body_mb": 2, "max_tokens": 64, "image_megapixels": 4}) as (url, service, _):
+    with endpoint(model, processor, limits={"body_mb": 2, "max_tokens": 64, "image_megapixels": 4}) as (
+        url,
+        service,
+        _,
+    ):
         yield url, service
 
 
@@ -44,7 +48,9 @@ def url(running: tuple[str, ChatService]) -> str:
 @pytest.fixture(autouse=True)
 def _still_answers(url: str) -> Iterator[None]:
     yield
-    status, _, data = post(url, json.dumps({"model": "mini", "messages": [{"role": "user", "content": "how many"}]}).encode())
+    status, _, data = post(
+        url, json.dumps({"model": "mini", "messages": [{"role": "user", "content": "how many"}]}).encode()
+    )
     assert status == 200, data
 
 
@@ -68,7 +74,13 @@ def chat(image: bytes | None = None, kind: str = "png", **fields: Any) -> dict[s
     parts: list[dict[str, Any]] = [{"type": "text", "text": "what"}]
     if image is not None:
         parts.insert(0, {"type": "image_url", "image_url": {"url": data_url(image, kind)}})
-    return {"model": "mini", "messages": [{"role": "user", "content": parts}], "visual_tokens": 16, "max_tokens": 2, **fields}
+    return {
+        "model": "mini",
+        "messages": [{"role": "user", "content": parts}],
+        "visual_tokens": 16,
+        "max_tokens": 2,
+        **fields,
+    }
 
 
 BAD_VALUES: tuple[Any, ...] = (
@@ -92,7 +104,9 @@ BAD_VALUES: tuple[Any, ...] = (
 )
 
 
-@pytest.mark.parametrize("values", [BAD_VALUES[::6], pytest.param(BAD_VALUES, marks=pytest.mark.nightly)], ids=["some", "all"])
+@pytest.mark.parametrize(
+    "values", [BAD_VALUES[::6], pytest.param(BAD_VALUES, marks=pytest.mark.nightly)], ids=["some", "all"]
+)
 def test_wrong_values_in_every_place(url: str, values: tuple[Any, ...]) -> None:
     base = chat(
         picture("PNG"),
@@ -195,7 +209,9 @@ def test_bombs_are_refused_by_their_header(url: str, monkeypatch: pytest.MonkeyP
     frames = [Image.new("RGB", (64, 64), (index, 0, 0)) for index in range(200)]
     buffer = io.BytesIO()
     frames[0].save(buffer, "WEBP", save_all=True, append_images=frames[1:])
-    assert refused(url, json.dumps(chat(buffer.getvalue(), "webp")).encode()) == 200, "of an animation the first frame counts"
+    assert refused(url, json.dumps(chat(buffer.getvalue(), "webp")).encode()) == 200, (
+        "of an animation the first frame counts"
+    )
     text = io.BytesIO()
     comment = PngInfo()
     comment.add_text("a", "b" * 20_000_000, zip=True)
@@ -265,13 +281,20 @@ def test_headers_that_lie(url: str) -> None:
     ):
         assert refused(url, body, headers) in (200, 415)
     assert _raw(
-        url, b"POST /v1/chat/completions HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\ncontent-length: 99999999999\r\n\r\n{}"
+        url,
+        b"POST /v1/chat/completions HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\ncontent-length:"
+        b" 99999999999\r\n\r\n{}",
     ).startswith(b"HTTP/1.1 413")
-    assert _raw(url, b"POST /v1/chat/completions HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-length: -5\r\n\r\n{}").startswith(b"HTTP/1.1 400")
+    assert _raw(
+        url, b"POST /v1/chat/completions HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-length: -5\r\n\r\n{}"
+    ).startswith(b"HTTP/1.1 400")
 
 
 def test_slow_clients_keep_nobody_from_an_answer(url: str) -> None:
-    head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\ncontent-length: 1000\r\n\r\n"
+    head = (
+        b"POST /v1/chat/completions HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\ncontent-length:"
+        b" 1000\r\n\r\n"
+    )
     place = urlsplit(url)
     idle = [socket.create_connection((place.hostname, place.port)) for _ in range(50)]
     for connection in idle:
@@ -283,14 +306,20 @@ def test_slow_clients_keep_nobody_from_an_answer(url: str) -> None:
 
 
 def test_a_body_that_does_not_come_is_a_408(model: ElasticVLM, processor: ElasticProcessor) -> None:
-    head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\ncontent-length: 1000\r\n\r\n"
+    head = (
+        b"POST /v1/chat/completions HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\ncontent-length:"
+        b" 1000\r\n\r\n"
+    )
     with endpoint(model, processor, limits={"body_timeout_s": 0.1}) as (url, _, _):
         assert _raw(url, head + b"{").startswith(b"HTTP/1.1 408")
 
 
 def test_clients_that_hang_up(url: str, running: tuple[str, ChatService]) -> None:
     body = json.dumps(chat(picture("PNG"), stream=True, max_tokens=64, temperature=2.0)).encode()
-    head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n".encode()
+    head = (
+        "POST /v1/chat/completions HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\ncontent-length:"
+        f" {len(body)}\r\n\r\n".encode()
+    )
     place = urlsplit(url)
     for part in (len(body) // 2, len(body)):
         for _ in range(20):
@@ -313,7 +342,13 @@ def _drawn(operation: Any, url: str, requests: int) -> Counter[int]:
 
     # With this seed some of the requests are good ones, as the test below needs.
     @seed(1)
-    @settings(max_examples=requests, deadline=None, database=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
+    @settings(
+        max_examples=requests,
+        deadline=None,
+        database=None,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
     @given(case=operation.as_strategy())
     def ask(case: Any) -> None:
         response = case.call(base_url=url)
@@ -321,7 +356,11 @@ def _drawn(operation: Any, url: str, requests: int) -> Counter[int]:
         assert response.status_code < 500, response.text
         if response.status_code != 200:
             error = response.json()["error"]
-            assert {name: type(value) for name, value in error.items() if name != "param"} == {"message": str, "type": str, "code": str}
+            assert {name: type(value) for name, value in error.items() if name != "param"} == {
+                "message": str,
+                "type": str,
+                "code": str,
+            }
             assert error["param"] is None or isinstance(error["param"], str)
 
     ask()
@@ -331,7 +370,11 @@ def _drawn(operation: Any, url: str, requests: int) -> Counter[int]:
 @pytest.mark.parametrize("requests", [30, pytest.param(60, marks=pytest.mark.nightly)])
 def test_requests_drawn_from_the_schema(url: str, requests: int) -> None:
     schema = schemathesis.openapi.from_url(f"{url}/openapi.json")
-    statuses = {result.ok().path: _drawn(result.ok(), url, requests) for result in schema.get_all_operations() if isinstance(result, Ok)}
+    statuses = {
+        result.ok().path: _drawn(result.ok(), url, requests)
+        for result in schema.get_all_operations()
+        if isinstance(result, Ok)
+    }
     # What stops at its model's name, or at the first check, says little of those behind it.
     assert all(counted[200] > 0 for path, counted in statuses.items() if path != "/playground/inspect"), statuses
     assert statuses["/playground/inspect"].total() >= requests
@@ -341,7 +384,9 @@ def test_requests_drawn_from_the_schema(url: str, requests: int) -> None:
 
 def test_what_the_playground_asks_is_checked_the_same(url: str) -> None:
     def status(body: Any) -> int:
-        found, _, data = post(url, body if isinstance(body, bytes) else json.dumps(body).encode(), path="/playground/inspect")
+        found, _, data = post(
+            url, body if isinstance(body, bytes) else json.dumps(body).encode(), path="/playground/inspect"
+        )
         assert found < 500, data
         if found != 200:
             assert set(data) == {"error"}

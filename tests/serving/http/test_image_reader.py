@@ -23,7 +23,9 @@ def reader() -> ImageReader:
     return ImageReader(RequestLimits(), HttpConfig(image_threads=1, image_hosts=("images.example.com",)))
 
 
-def test_an_image_that_takes_too_long_is_a_503(reader: ImageReader, processor: ElasticProcessor, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_image_that_takes_too_long_is_a_503(
+    reader: ImageReader, processor: ElasticProcessor, monkeypatch: pytest.MonkeyPatch
+) -> None:
     answered = threading.Event()
 
     def slow(*arguments: Any) -> Any:
@@ -33,11 +35,17 @@ def test_an_image_that_takes_too_long_is_a_503(reader: ImageReader, processor: E
     monkeypatch.setattr(image_reader, "open_image", slow)
     with pytest.raises(ApiError) as refused:
         asyncio.run(reader.read(PromptBuilder(processor), {"url": data_url(picture("PNG"))}, 0.1))
-    assert (refused.value.status, refused.value.code, refused.value.headers["retry-after"]) == (503, "deadline_exceeded", "1")
+    assert (refused.value.status, refused.value.code, refused.value.headers["retry-after"]) == (
+        503,
+        "deadline_exceeded",
+        "1",
+    )
     answered.set()
 
 
-def test_hosts_that_do_not_answer_keep_no_image_from_being_decoded(reader: ImageReader, processor: ElasticProcessor, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hosts_that_do_not_answer_keep_no_image_from_being_decoded(
+    reader: ImageReader, processor: ElasticProcessor, monkeypatch: pytest.MonkeyPatch
+) -> None:
     answered = threading.Event()
     asked: list[str] = []
 
@@ -51,7 +59,10 @@ def test_hosts_that_do_not_answer_keep_no_image_from_being_decoded(reader: Image
     prompts = PromptBuilder(processor)
 
     async def run() -> None:
-        stuck = [asyncio.create_task(reader.read(prompts, {"url": "https://images.example.com/a.png"}, PATIENCE_S)) for _ in range(20)]
+        stuck = [
+            asyncio.create_task(reader.read(prompts, {"url": "https://images.example.com/a.png"}, PATIENCE_S))
+            for _ in range(20)
+        ]
         while not asked:
             await asyncio.sleep(0)
         (image,) = await reader.read(prompts, {"url": data_url(picture("PNG"))}, PATIENCE_S)
@@ -63,7 +74,9 @@ def test_hosts_that_do_not_answer_keep_no_image_from_being_decoded(reader: Image
     asyncio.run(run())
 
 
-def test_a_host_that_does_not_answer_is_a_422(reader: ImageReader, processor: ElasticProcessor, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_host_that_does_not_answer_is_a_422(
+    reader: ImageReader, processor: ElasticProcessor, monkeypatch: pytest.MonkeyPatch
+) -> None:
     answered = threading.Event()
     monkeypatch.setattr(image_reader, "fetch_image", lambda *_: answered.wait())
     monkeypatch.setattr(image_reader, "TIMEOUT_S", 0.05)

@@ -51,7 +51,9 @@ def page(chromium: Browser, url: str) -> Browser:
     return chromium
 
 
-def test_an_image_is_asked_about_at_every_budget(page: Browser, parcel: ElasticVLM, processor: ElasticProcessor, samples: list[Sample], tmp_path: Path) -> None:
+def test_an_image_is_asked_about_at_every_budget(
+    page: Browser, parcel: ElasticVLM, processor: ElasticProcessor, samples: list[Sample], tmp_path: Path
+) -> None:
     sample = samples[0]
     (tmp_path / "image.png").write_bytes(sample.images[0])
     page.wait("return document.getElementById('budget').max === '2'")
@@ -66,9 +68,13 @@ def test_an_image_is_asked_about_at_every_budget(page: Browser, parcel: ElasticV
     page.click("#all")
     page.wait("return document.querySelectorAll('article').length === 3")
     # The two likeliest tokens differ by more than 0.5 in these answers, so that no rounding chooses between them.
-    offline = Predictor(parcel, processor, settings=GenerationSettings(max_new_tokens=64)).generate_budgets([sample], [16, 64, 256])
+    offline = Predictor(parcel, processor, settings=GenerationSettings(max_new_tokens=64)).generate_budgets(
+        [sample], [16, 64, 256]
+    )
     for budget, (answer,) in offline.items():
-        said = page.run("return document.querySelector(`article[data-budget='${arguments[0]}'] .said`).textContent", budget)
+        said = page.run(
+            "return document.querySelector(`article[data-budget='${arguments[0]}'] .said`).textContent", budget
+        )
         assert said == (answer or "(an empty answer)")
         rows = page.run("return document.querySelector(`article[data-budget='${arguments[0]}'] dl`).innerText", budget)
         assert str(budget * len(sample.images)) in rows
@@ -146,12 +152,14 @@ def test_the_example_is_drawn_and_what_is_wrong_is_said(page: Browser) -> None:
 def test_everything_has_a_name_and_nothing_comes_from_elsewhere(page: Browser) -> None:
     page.wait("return document.getElementById('budget').max === '2'")
     unnamed = page.run(
-        "return [...document.querySelectorAll('input, button, canvas')].filter((e) => !(e.labels && e.labels.length) && !e.textContent.trim() "
-        "&& !e.getAttribute('aria-label') && !e.closest('label') && e.type !== 'file').map((e) => e.outerHTML)"
+        "return [...document.querySelectorAll('input, button, canvas')].filter((e) => !(e.labels && e.labels.length) &&"
+        " !e.textContent.trim() && !e.getAttribute('aria-label') && !e.closest('label') && e.type !== 'file').map((e)"
+        " => e.outerHTML)"
     )
     assert unnamed == []
     assert page.run("return document.documentElement.lang") == "en"
     assert page.run(
-        "return performance.getEntriesByType('resource').every((entry) => entry.name.startsWith(location.origin) || entry.name.startsWith('data:'))"
+        "return performance.getEntriesByType('resource').every((entry) => entry.name.startsWith(location.origin) ||"
+        " entry.name.startsWith('data:'))"
     )
     assert [entry["message"] for entry in page.messages() if entry["level"] == "SEVERE"] == []

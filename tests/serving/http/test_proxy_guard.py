@@ -16,7 +16,13 @@ from starlette.types import Receive, Scope, Send
 from parcelray.config.serve import RequestLimits
 from parcelray.serving.http.api_errors import ApiError
 from parcelray.serving.http.bodies import Bodies
-from parcelray.serving.http.proxy_guard import LIMITS_VARIABLE, ProxyGuard, middlewares, proxy_environment, request_id_of
+from parcelray.serving.http.proxy_guard import (
+    LIMITS_VARIABLE,
+    ProxyGuard,
+    middlewares,
+    proxy_environment,
+    request_id_of,
+)
 from tests.serving.http.test_api import post
 from tests.serving.local import PATIENCE_S, serving
 
@@ -30,7 +36,11 @@ async def proxy(scope: Scope, receive: Receive, send: Send) -> None:
         raise RuntimeError("a secret of the inside")
     if scope["path"] == "/nothing":
         return
-    headers = [(b"content-type", b"text/plain; charset=utf-8"), (b"retry-after", b"7"), (b"x-request-id", b"the proxy's")]
+    headers = [
+        (b"content-type", b"text/plain; charset=utf-8"),
+        (b"retry-after", b"7"),
+        (b"x-request-id", b"the proxy's"),
+    ]
     if scope["path"].startswith("/refuse/"):
         await send({"type": "http.response.start", "status": int(scope["path"][8:]), "headers": headers})
         await send({"type": "http.response.body", "body": b"deployment Ingress at 10.0.0.1"})
@@ -59,7 +69,9 @@ def url() -> Iterator[str]:
 
 
 def test_an_id_of_ours_goes_to_the_application_and_to_the_client(url: str) -> None:
-    _, headers, data = post(url, b"{}", {"x-request-id": "mine", "x-session-id": "s", "x-request-disconnect-disabled": "?1", "x-other": "1"})
+    _, headers, data = post(
+        url, b"{}", {"x-request-id": "mine", "x-session-id": "s", "x-request-disconnect-disabled": "?1", "x-other": "1"}
+    )
     assert headers["x-request-id"] == data["id"] != "mine"
     assert not {"x-session-id", "x-request-disconnect-disabled"} & set(data["names"])
     assert data["names"].count("x-request-id") == 1
@@ -67,7 +79,8 @@ def test_an_id_of_ours_goes_to_the_application_and_to_the_client(url: str) -> No
 
 
 @pytest.mark.parametrize(
-    ("status", "code"), [(404, "not_found"), (408, "deadline_exceeded"), (429, "queue_full"), (503, "no_replica"), (500, "internal_error")]
+    ("status", "code"),
+    [(404, "not_found"), (408, "deadline_exceeded"), (429, "queue_full"), (503, "no_replica"), (500, "internal_error")],
 )
 def test_what_the_proxy_refuses_has_the_form_of_all_refusals(url: str, status: int, code: str) -> None:
     got, headers, data = post(url, b"{}", path=f"/refuse/{status}")
@@ -128,7 +141,10 @@ def test_all_bodies_together_have_a_bound() -> None:
     whole = bytes(1024**2)
 
     async def run() -> None:
-        async with bodies.read(_pieces(whole), limits, None), bodies.read(_pieces(whole[:1000], whole[1000:]), limits, None):
+        async with (
+            bodies.read(_pieces(whole), limits, None),
+            bodies.read(_pieces(whole[:1000], whole[1000:]), limits, None),
+        ):
             assert bodies.held_bytes == 2 * 1024**2
             with pytest.raises(ApiError) as refused:
                 async with bodies.read(_pieces(whole[:1000], whole[1000:]), limits, None):

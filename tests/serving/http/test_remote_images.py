@@ -46,7 +46,9 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
         .sign(key, hashes.SHA256())
     )
     file = tmp_path_factory.mktemp("tls") / "host.pem"
-    secret = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    secret = key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
     file.write_bytes(built.public_bytes(serialization.Encoding.PEM) + secret)
     return file
 
@@ -89,7 +91,11 @@ def server(certificate: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Serve
     monkeypatch.setattr(remote_images, "_PORT", server.port)
     monkeypatch.setattr(remote_images, "TIMEOUT_S", PATIENCE_S)
     monkeypatch.setattr(remote_images, "is_public", lambda address: not ipaddress.ip_address(address).is_multicast)
-    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: [(socket.AF_INET, socket.SOCK_STREAM, 0, "", ("127.0.0.1", server.port))])
+    monkeypatch.setattr(
+        socket,
+        "getaddrinfo",
+        lambda *_, **__: [(socket.AF_INET, socket.SOCK_STREAM, 0, "", ("127.0.0.1", server.port))],
+    )
     yield server
     server.close()
 
@@ -111,7 +117,10 @@ def test_an_image_comes(server: Server) -> None:
 
 def test_a_redirect_is_not_followed(server: Server) -> None:
     server.talk = answering("302 Found\r\nlocation: https://10.0.0.1/")
-    assert (refused().status, refused().message) == (422, "url was answered with status 302; redirects are not followed.")
+    assert (refused().status, refused().message) == (
+        422,
+        "url was answered with status 302; redirects are not followed.",
+    )
 
 
 def test_too_many_bytes_are_not_read_to_their_end(server: Server) -> None:
@@ -160,14 +169,18 @@ def trickle(connection: Any) -> None:
 
 
 @pytest.mark.parametrize("talk", [trickle, trickle_body, trickle_to_the_end])
-def test_a_host_that_trickles_is_left_at_the_end_of_the_time(server: Server, monkeypatch: pytest.MonkeyPatch, talk: Talk) -> None:
+def test_a_host_that_trickles_is_left_at_the_end_of_the_time(
+    server: Server, monkeypatch: pytest.MonkeyPatch, talk: Talk
+) -> None:
     monkeypatch.setattr(remote_images, "TIMEOUT_S", 0.5)
     server.talk = talk
     # It returns at all. The host itself would go on for ever.
     assert refused(max_bytes=10**9).status == 422
 
 
-def test_a_host_without_a_handshake_is_left_at_the_end_of_the_time(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_host_without_a_handshake_is_left_at_the_end_of_the_time(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(remote_images, "TIMEOUT_S", 0.5)
     monkeypatch.setattr(server, "_serve", trickle_handshake)
     assert refused().status == 422

@@ -74,7 +74,15 @@ def browser(profile: Path) -> Iterator[Browser]:
     try:
         wait_until(lambda: _is_ready(f"http://127.0.0.1:{port}/status"))
         options = {"args": [*_FLAGS, f"--user-data-dir={profile}"]}
-        wanted = {"capabilities": {"alwaysMatch": {"browserName": "chrome", "goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL"}}}}
+        wanted = {
+            "capabilities": {
+                "alwaysMatch": {
+                    "browserName": "chrome",
+                    "goog:chromeOptions": options,
+                    "goog:loggingPrefs": {"browser": "ALL"},
+                }
+            }
+        }
         session = _ask("POST", f"http://127.0.0.1:{port}/session", wanted)["sessionId"]
         page = Browser(f"http://127.0.0.1:{port}/session/{session}")
         yield page
@@ -92,7 +100,9 @@ def _is_ready(url: str) -> bool:
 
 
 def _ask(method: str, url: str, body: Any = None) -> Any:
-    request = Request(url, None if body is None else json.dumps(body).encode(), {"content-type": "application/json"}, method=method)
+    request = Request(
+        url, None if body is None else json.dumps(body).encode(), {"content-type": "application/json"}, method=method
+    )
     try:
         with urlopen(request, timeout=PATIENCE_S) as response:
             return json.loads(response.read())["value"]

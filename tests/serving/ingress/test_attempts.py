@@ -68,7 +68,9 @@ async def _streamed(service: ChatService, prepared: Prepared) -> str:
 
 
 @pytest.fixture(params=[_whole, _streamed])
-def run(request: pytest.FixtureRequest, model: ElasticVLM, processor: ElasticProcessor, samples: list[Sample], ask: Asker) -> Callable[..., str]:
+def run(
+    request: pytest.FixtureRequest, model: ElasticVLM, processor: ElasticProcessor, samples: list[Sample], ask: Asker
+) -> Callable[..., str]:
     def go(client: Failing, timeout_s: float = PATIENCE_S, arrived_s: float = 0.0) -> str:
         service = service_of(job_of(), model, processor, client)
         asked = replace(ask(samples[0], 64, stream=request.param is _streamed), timeout_s=timeout_s)
@@ -84,14 +86,21 @@ def run(request: pytest.FixtureRequest, model: ElasticVLM, processor: ElasticPro
     return go
 
 
-@pytest.mark.parametrize("first", [ReplicaLost(), EngineRefusal("shutting_down", "x"), EngineRefusal("engine_error", "x")])
-def test_a_replica_that_fails_is_not_asked_again(run: Callable[..., str], engine: ContinuousEngine, first: Exception) -> None:
+@pytest.mark.parametrize(
+    "first", [ReplicaLost(), EngineRefusal("shutting_down", "x"), EngineRefusal("engine_error", "x")]
+)
+def test_a_replica_that_fails_is_not_asked_again(
+    run: Callable[..., str], engine: ContinuousEngine, first: Exception
+) -> None:
     client = Failing(engine, first)
     assert run(client) == run(Failing(engine))
     assert len(client.seen) == 2
     with pytest.raises(ApiError) as error:
         run(Failing(engine, first, first, first))
-    assert (error.value.status, error.value.code) == (503, "no_replica" if isinstance(first, ReplicaLost) else cast(EngineRefusal, first).code)
+    assert (error.value.status, error.value.code) == (
+        503,
+        "no_replica" if isinstance(first, ReplicaLost) else cast(EngineRefusal, first).code,
+    )
 
 
 def test_a_refusal_that_any_replica_would_give_is_final(run: Callable[..., str], engine: ContinuousEngine) -> None:
@@ -123,7 +132,9 @@ def test_all_attempts_share_the_time_from_the_arrival(run: Callable[..., str], e
     assert late.seen == []
 
 
-def test_a_replica_that_says_nothing_is_not_waited_for(run: Callable[..., str], engine: ContinuousEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_replica_that_says_nothing_is_not_waited_for(
+    run: Callable[..., str], engine: ContinuousEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # The request's deadline is far away, and the patience with its replica ends soon.
     monkeypatch.setattr(chat, "_MARGIN_S", 0.1 - PATIENCE_S)
     client = Failing(engine, None)

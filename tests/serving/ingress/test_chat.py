@@ -1,4 +1,7 @@
-"""What the ingress makes of a model's events: times, counts, and who answers when a version fails. The model is a script."""
+"""What the ingress makes of a model's events: times, counts, and who answers when a version fails.
+
+The model is a script.
+"""
 
 import asyncio
 import json
@@ -12,7 +15,16 @@ import pytest
 
 from parcelray.config.serve import CanaryConfig
 from parcelray.models.backbones.processor_base import ElasticProcessor
-from parcelray.serving.engine.engine import EngineRefusal, EngineStats, Finished, GenerateRequest, ImagePixels, Inspection, Piece, Timings
+from parcelray.serving.engine.engine import (
+    EngineRefusal,
+    EngineStats,
+    Finished,
+    GenerateRequest,
+    ImagePixels,
+    Inspection,
+    Piece,
+    Timings,
+)
 from parcelray.serving.http.api_errors import ApiError
 from parcelray.serving.http.image_reader import ImageReader
 from parcelray.serving.http.schemas import ChatRequest, parse_chat
@@ -28,7 +40,9 @@ from parcelray.serving.ingress.request_samples import RequestSampler
 from parcelray.serving.ingress.routes import Route, Routes
 from tests.serving.local import job_of
 
-END = Finished("red", "stop", 3, Timings(queue_s=0.1, vision_s=0.0, prefill_s=0.1, first_token_s=0.2, total_s=0.5), cached_images=0)
+END = Finished(
+    "red", "stop", 3, Timings(queue_s=0.1, vision_s=0.0, prefill_s=0.1, first_token_s=0.2, total_s=0.5), cached_images=0
+)
 KEPT: list[Mapping[str, Any]] = []
 LOAD: dict[str, Any] = {"budgets": {"offered": [16, 64], "policy": {"type": "load", "objective_s": 10}}}
 
@@ -93,10 +107,17 @@ def service(prompts: PromptBuilder, champion: Script, challenger: Script | None 
 
 
 def chat(*, stream: bool = False, **fields: Any) -> ChatRequest:
-    return parse_chat(json.dumps({"model": "mini", "messages": [{"role": "user", "content": "what"}], "stream": stream, **fields}).encode(), (16, 64, 256))
+    return parse_chat(
+        json.dumps(
+            {"model": "mini", "messages": [{"role": "user", "content": "what"}], "stream": stream, **fields}
+        ).encode(),
+        (16, 64, 256),
+    )
 
 
-async def ask(service: ChatService, asked: ChatRequest, *, arrived: float = 1000.0, reads_on: asyncio.Event | None = None) -> tuple[str, str]:
+async def ask(
+    service: ChatService, asked: ChatRequest, *, arrived: float = 1000.0, reads_on: asyncio.Event | None = None
+) -> tuple[str, str]:
     """The answer's text and version, for a client who reads on after the first event only once `reads_on` is set."""
     prepared = await service.prepare(asked, "r1", arrived)
     if not asked.stream:
@@ -184,7 +205,9 @@ def test_a_client_that_hangs_up_ends_its_request(prompts: PromptBuilder) -> None
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("failure", [EngineRefusal("engine_error", "broken"), ReplicaLost()])
-def test_what_a_challenger_fails_on_the_champion_answers(prompts: PromptBuilder, stream: bool, failure: Exception) -> None:
+def test_what_a_challenger_fails_on_the_champion_answers(
+    prompts: PromptBuilder, stream: bool, failure: Exception
+) -> None:
     made = service(prompts, Script(), Script([failure]))
     assert asyncio.run(ask(made, chat(stream=stream))) == ("red", "v1")
     assert made.routes.challenger is not None
@@ -216,7 +239,12 @@ def test_samples_hold_texts_only_where_that_is_asked_for(prompts: PromptBuilder,
     made = service(prompts, Script(), samples={"ratio": 1.0, "texts": texts})
     asyncio.run(ask(made, chat(stream=True), arrived=998.0))
     (record,) = KEPT
-    assert (record["model_version"], record["visual_tokens"], record["new_tokens"], record["asked"]) == ("v1", 0, 3, "auto")
+    assert (record["model_version"], record["visual_tokens"], record["new_tokens"], record["asked"]) == (
+        "v1",
+        0,
+        3,
+        "auto",
+    )
     assert (record["latency_s"], record["first_token_s"]) == (pytest.approx(2.0), pytest.approx(1.7))
     assert ("question" in record, "answer" in record, "image_sha256" in record) == (texts,) * 3
     assert not texts or (record["question"], record["answer"]) == ("what", "red")

@@ -73,7 +73,10 @@ def test_refusals_do_not_count_as_finished_work() -> None:
     """What counts is answers a second: refusals, of which pressure brings many, would make a full queue look short."""
     now = [0.0]
     for refused in (0, 50):
-        policy = BudgetPolicy(ServedBudgets(offered=LADDER, policy=LoadPolicyConfig(objective_s=1.0, raise_after_s=1)), clock=lambda: now[0])
+        policy = BudgetPolicy(
+            ServedBudgets(offered=LADDER, policy=LoadPolicyConfig(objective_s=1.0, raise_after_s=1)),
+            clock=lambda: now[0],
+        )
         for _ in range(40):
             policy.started()
         for tick in range(200):
@@ -146,15 +149,21 @@ def test_a_request_that_says_is_left_alone(asked: int | str, given: int) -> None
 
 
 def test_the_policies_by_request_and_fixed() -> None:
-    by_request = BudgetPolicy(ServedBudgets.model_validate({"offered": LADDER, "policy": {"type": "request", "auto": 64}}))
+    by_request = BudgetPolicy(
+        ServedBudgets.model_validate({"offered": LADDER, "policy": {"type": "request", "auto": 64}})
+    )
     assert [by_request.decide(asked) for asked in ("auto", "low", "high", 128)] == [64, 16, 256, 128]
-    fixed = BudgetPolicy(ServedBudgets.model_validate({"offered": LADDER, "policy": {"type": "fixed", "visual_tokens": 64}}))
+    fixed = BudgetPolicy(
+        ServedBudgets.model_validate({"offered": LADDER, "policy": {"type": "fixed", "visual_tokens": 64}})
+    )
     assert [fixed.decide(asked) for asked in ("auto", "low", "high", 64)] == [64, 64, 64, 64]
     with pytest.raises(ApiError, match="64"):
         fixed.decide(128)
 
 
-@pytest.mark.parametrize("policy", [{"type": "fixed", "visual_tokens": 32}, {"type": "load", "floor": 17}, {"type": "request", "auto": 1}])
+@pytest.mark.parametrize(
+    "policy", [{"type": "fixed", "visual_tokens": 32}, {"type": "load", "floor": 17}, {"type": "request", "auto": 1}]
+)
 def test_a_policy_names_offered_budgets_only(policy: dict[str, object]) -> None:
     with pytest.raises(ValueError, match="not offered; legal: 16, 64, 128, 256"):
         ServedBudgets.model_validate({"offered": LADDER, "policy": policy})

@@ -14,12 +14,18 @@ def value(metrics: EndpointMetrics, name: str, **labels: str) -> float | None:
 
 
 def stats(engine: str, steps: int = 0, **changes: int) -> EngineStats:
-    return EngineStats(engine=engine, steps=steps, decoded_rows=3 * steps, kv_tokens_used=10, kv_tokens_total=40, **changes)
+    return EngineStats(
+        engine=engine, steps=steps, decoded_rows=3 * steps, kv_tokens_used=10, kv_tokens_total=40, **changes
+    )
 
 
 def test_what_replicas_did_adds_up_and_what_they_do_is_of_now() -> None:
     metrics = EndpointMetrics("m")
-    for each in (stats("a", 5, feature_cache_hits=2, feature_cache_misses=1, running=4), stats("b", 1), stats("a", 7, feature_cache_hits=3, running=2)):
+    for each in (
+        stats("a", 5, feature_cache_hits=2, feature_cache_misses=1, running=4),
+        stats("b", 1),
+        stats("a", 7, feature_cache_hits=3, running=2),
+    ):
         metrics.heard(each)
     # An answer that was overtaken says nothing new.
     metrics.heard(stats("a", 6, running=9))

@@ -54,7 +54,9 @@ def test_who_hangs_up_takes_the_probe_from_nobody() -> None:
         await asyncio.sleep(0)
         impatient.cancel()
         found = await asyncio.gather(*others, return_exceptions=True)
-        assert [(error.status, error.code) for error in found if isinstance(error, ApiError)] == [(503, "not_ready")] * 3
+        assert [(error.status, error.code) for error in found if isinstance(error, ApiError)] == [
+            (503, "not_ready")
+        ] * 3
         assert client.probes == 1
 
     asyncio.run(run())

@@ -43,18 +43,34 @@ def records(caplog: pytest.LogCaptureFixture, count: int) -> list[dict[str, Any]
     return [record.__dict__["request"] for record in found()]
 
 
-def test_who_asked_and_how_it_ended(model: ElasticVLM, processor: ElasticProcessor, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_who_asked_and_how_it_ended(
+    model: ElasticVLM, processor: ElasticProcessor, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     key = add_key(tmp_path / "keys.txt", "ann")
     known = {"authorization": f"Bearer {key}"}
-    with endpoint(model, processor, keys=read_keys(tmp_path / "keys.txt"), http={"keys_file": "keys.txt"}) as (url, service, _):
+    with endpoint(model, processor, keys=read_keys(tmp_path / "keys.txt"), http={"keys_file": "keys.txt"}) as (
+        url,
+        service,
+        _,
+    ):
         _, headers, data = post(url, json.dumps(QUESTION).encode(), known)
         post(url, b"{", known)
         post(url, b"{}")
         answered, broken, unknown = records(caplog, 3)
-    assert (answered["event"], answered["owner"], answered["id"], answered["model_version"]) == ("answered", "ann", data["id"], VERSION)
+    assert (answered["event"], answered["owner"], answered["id"], answered["model_version"]) == (
+        "answered",
+        "ann",
+        data["id"],
+        VERSION,
+    )
     assert headers["x-request-id"] == data["id"]
     assert answered["new_tokens"] == data["usage"]["completion_tokens"]
-    assert (broken["event"], broken["owner"], broken["status"], broken["code"]) == ("refused", "ann", 400, "invalid_json")
+    assert (broken["event"], broken["owner"], broken["status"], broken["code"]) == (
+        "refused",
+        "ann",
+        400,
+        "invalid_json",
+    )
     assert (unknown["owner"], unknown["status"]) == (None, 401)
     assert key not in caplog.text
     assert b'parcel:requests_rejected_total{model_name="mini",reason="invalid_json"} 1.0' in service.metrics.text()
@@ -68,7 +84,9 @@ class _Breaks(LocalClient):
         raise EngineRefusal("engine_error", "The replica failed on this request; send it again.")
 
 
-def test_a_stream_that_breaks_is_refused_in_the_log_too(model: ElasticVLM, processor: ElasticProcessor, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_stream_that_breaks_is_refused_in_the_log_too(
+    model: ElasticVLM, processor: ElasticProcessor, caplog: pytest.LogCaptureFixture
+) -> None:
     with endpoint(model, processor) as (url, service, engine):
         service.routes.champion.client = _Breaks(engine)
         assert post(url, json.dumps({**QUESTION, "stream": True}).encode())[0] == 200
@@ -82,7 +100,10 @@ def asking(url: str) -> socket.socket:
     """A connection on which a long stream was asked for."""
     place = urlsplit(url)
     body = json.dumps({**QUESTION, "stream": True, "max_tokens": 1000}).encode()
-    head = "POST /v1/chat/completions HTTP/1.1\r\nhost: 127.0.0.1\r\nconnection: close\r\ncontent-type: application/json\r\n"
+    head = (
+        "POST /v1/chat/completions HTTP/1.1\r\nhost: 127.0.0.1\r\nconnection: close\r\ncontent-type:"
+        " application/json\r\n"
+    )
     connection = socket.create_connection((place.hostname, place.port), timeout=PATIENCE_S)
     connection.sendall(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
     return connection
@@ -99,7 +120,9 @@ def in_the_middle(model: ElasticVLM, never_ending: None) -> Iterator[threading.E
     hook.remove()
 
 
-def test_who_hangs_up_is_in_the_log(model: ElasticVLM, processor: ElasticProcessor, caplog: pytest.LogCaptureFixture, in_the_middle: threading.Event) -> None:
+def test_who_hangs_up_is_in_the_log(
+    model: ElasticVLM, processor: ElasticProcessor, caplog: pytest.LogCaptureFixture, in_the_middle: threading.Event
+) -> None:
     with endpoint(model, processor) as (url, service, _):
         with asking(url) as connection:
             assert connection.recv(100).startswith(b"HTTP/1.1 200")
@@ -117,7 +140,9 @@ def test_a_deadline_in_the_middle_of_an_answer_ends_its_stream(
     in_the_middle: threading.Event,
 ) -> None:
     late_s = [0.0]
-    monkeypatch.setattr(continuous_engine, "time", SimpleNamespace(perf_counter=lambda: time.perf_counter() + late_s[0]))
+    monkeypatch.setattr(
+        continuous_engine, "time", SimpleNamespace(perf_counter=lambda: time.perf_counter() + late_s[0])
+    )
     with endpoint(model, processor) as (url, service, engine):
         with asking(url) as connection:
             said = b""

@@ -19,10 +19,14 @@ def route(version: str, share: float = 1.0) -> Route:
 
 
 def canary(**changes: object) -> CanaryConfig:
-    return CanaryConfig.model_validate({"model": {}, "share": 0.2, "min_requests": 20, "max_error_rate": 0.05, "max_latency_ratio": 1.5} | changes)
+    return CanaryConfig.model_validate(
+        {"model": {}, "share": 0.2, "min_requests": 20, "max_error_rate": 0.05, "max_latency_ratio": 1.5} | changes
+    )
 
 
-def compared(champion: Sequence[float | None], challenger: Sequence[float | None], records: Records | None = None) -> Routes:
+def compared(
+    champion: Sequence[float | None], challenger: Sequence[float | None], records: Records | None = None
+) -> Routes:
     """Both versions' answers (seconds; None: failed), taken in turn as they come."""
     routes = Routes(route("v1"), route("v2", 0.2), canary(), records=records)
     assert routes.challenger is not None
@@ -50,7 +54,10 @@ def test_a_good_challenger_stays() -> None:
 
 @pytest.mark.parametrize(
     ("outcomes", "says"),
-    [([0.2, 0.2, 0.2, None] * 10, "25.0% of its requests failed"), ([0.5] * 40, "its median latency is 500 ms, the champion's 200 ms")],
+    [
+        ([0.2, 0.2, 0.2, None] * 10, "25.0% of its requests failed"),
+        ([0.5] * 40, "its median latency is 500 ms, the champion's 200 ms"),
+    ],
     ids=["errors", "latency"],
 )
 def test_a_worse_challenger_goes(outcomes: list[float | None], says: str) -> None:

@@ -21,7 +21,12 @@ from tests.serving.local import VERSION, job_of, service_of
 
 
 def test_a_trace_has_the_budget_and_the_parts(
-    model: ElasticVLM, processor: ElasticProcessor, engine: ContinuousEngine, samples: list[Sample], ask: Asker, monkeypatch: pytest.MonkeyPatch
+    model: ElasticVLM,
+    processor: ElasticProcessor,
+    engine: ContinuousEngine,
+    samples: list[Sample],
+    ask: Asker,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     exporter = InMemorySpanExporter()
     provider = TracerProvider()

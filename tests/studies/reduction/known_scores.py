@@ -11,7 +11,10 @@ from parcelray.evaluation.scoring.summary import Summary
 
 def samples(tasks: Sequence[str], family: str = "general", benchmark: str = "known") -> list[Sample]:
     """One question per task, each of a scene of its own; the right answer is `yes`."""
-    return [Sample(f"{family}-{place}", benchmark, family, task, (), "is it", ("yes",), scene=f"{family}-{place}") for place, task in enumerate(tasks)]
+    return [
+        Sample(f"{family}-{place}", benchmark, family, task, (), "is it", ("yes",), scene=f"{family}-{place}")
+        for place, task in enumerate(tasks)
+    ]
 
 
 def summary(asked: Sequence[Sample], right: Mapping[int, Sequence[bool]]) -> Summary:

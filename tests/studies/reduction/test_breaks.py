@@ -11,7 +11,10 @@ from .known_scores import samples, summary
 
 def _kept(**values: tuple[float, float]) -> dict[int, Estimate]:
     """Percent with its standard error, by budget."""
-    return {int(budget[1:]): Estimate(value, value + error * np.random.default_rng(0).normal(size=4000), 100) for budget, (value, error) in values.items()}
+    return {
+        int(budget[1:]): Estimate(value, value + error * np.random.default_rng(0).normal(size=4000), 100)
+        for budget, (value, error) in values.items()
+    }
 
 
 def test_what_is_sure_is_told_from_what_is_likely() -> None:
@@ -29,7 +32,10 @@ def test_random_sampling_breaks_where_the_mean_over_its_seeds_does() -> None:
     asked = samples(["count"] * 100)
     full = summary(asked, {64: [True] * 100})
     # One seed alone keeps everything at 8 tokens; the mean over both is 80 %.
-    seeds = [summary(asked, {8: [True] * 100, 16: [True] * 100}), summary(asked, {8: [True] * 60 + [False] * 40, 16: [True] * 100})]
+    seeds = [
+        summary(asked, {8: [True] * 100, 16: [True] * 100}),
+        summary(asked, {8: [True] * 60 + [False] * 40, 16: [True] * 100}),
+    ]
     assert family_breaks("random", seeds, full, 64) == [Break("random", "general", 16, 16, 8)]
 
 

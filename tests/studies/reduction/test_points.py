@@ -35,7 +35,13 @@ def _point(name: str, score: float, gflops: float | None) -> FrontierPoint:
 
 
 def test_operating_points_are_those_that_nothing_beats_and_the_knee_is_where_they_bend() -> None:
-    points = [_point("blind", 99, None), _point("dear", 31, 10), _point("bend", 30, 3), _point("beaten", 29, 4), _point("cheap", 10, 1)]
+    points = [
+        _point("blind", 99, None),
+        _point("dear", 31, 10),
+        _point("bend", 30, 3),
+        _point("beaten", 29, 4),
+        _point("cheap", 10, 1),
+    ]
     front, knee = operating_points(points)
     assert [point.method for point in front] == ["cheap", "bend", "dear"], "what has no cost is no operating point"
     assert knee is not None

@@ -12,7 +12,14 @@ from PIL import Image
 from rich.console import Console
 
 from parcelray.config.evaluate import EvaluateJob
-from parcelray.config.reducer import AveragePoolingConfig, ClusterAggregateConfig, FastVConfig, PyramidDropConfig, SaliencyConfig, ToMeConfig
+from parcelray.config.reducer import (
+    AveragePoolingConfig,
+    ClusterAggregateConfig,
+    FastVConfig,
+    PyramidDropConfig,
+    SaliencyConfig,
+    ToMeConfig,
+)
 from parcelray.config.train import TrackingConfig
 from parcelray.errors import UserError
 from parcelray.models.backbones.base import Depths
@@ -42,7 +49,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-def test_the_study_compares_methods_with_random_and_records_them(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_study_compares_methods_with_random_and_records_them(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(reduction_methods, "RANDOM_SEEDS", 2)
     job = EvaluateJob.model_validate(
         {
@@ -77,15 +86,34 @@ def test_the_study_compares_methods_with_random_and_records_them(checkpoint: Pat
     assert {(each.method, each.num_visual_tokens) for each in study.against_spatial} == asked
     assert all(0 < each.p_value <= each.p_holm <= 1 for each in study.against_random)
     assert all(each.spread is not None for each in study.against_random)
-    assert {each.subject for each in study.breaks} <= {"general", "resolution", "grounding", "video", "text", "documents", "charts", "spatial"}
-    assert study.operating[-1].overall.value == max(point.overall.value for point in points.values() if point.gflops is not None)
+    assert {each.subject for each in study.breaks} <= {
+        "general",
+        "resolution",
+        "grounding",
+        "video",
+        "text",
+        "documents",
+        "charts",
+        "spatial",
+    }
+    assert study.operating[-1].overall.value == max(
+        point.overall.value for point in points.values() if point.gflops is not None
+    )
     written = json.loads((study.folder / "frontier.json").read_text())["points"]
     scores = {(point["method"], point["num_visual_tokens"]): point["overall"]["value"] for point in written}
     assert scores == {name: pytest.approx(point.overall.value) for name, point in points.items()}
-    for name, comparisons in (("against_random", study.against_random), ("against_spatial", study.against_spatial), ("against_best", study.against_best)):
+    for name, comparisons in (
+        ("against_random", study.against_random),
+        ("against_spatial", study.against_spatial),
+        ("against_best", study.against_best),
+    ):
         rows = _csv(study.folder / f"{name}.csv")
-        assert [(row["method"], int(row["num_visual_tokens"])) for row in rows] == [(each.method, each.num_visual_tokens) for each in comparisons]
-        assert [float(row["p_value"]) for row in rows] == pytest.approx([each.p_value for each in comparisons], abs=1e-3)
+        assert [(row["method"], int(row["num_visual_tokens"])) for row in rows] == [
+            (each.method, each.num_visual_tokens) for each in comparisons
+        ]
+        assert [float(row["p_value"]) for row in rows] == pytest.approx(
+            [each.p_value for each in comparisons], abs=1e-3
+        )
     operating = [(row["method"], int(row["num_visual_tokens"])) for row in _csv(study.folder / "operating_points.csv")]
     assert operating == [(point.method, point.num_visual_tokens) for point in study.operating]
     for name in ("accuracy_against_compute.png", "frontier.png"):
@@ -105,9 +133,17 @@ def test_the_study_compares_methods_with_random_and_records_them(checkpoint: Pat
 
 def test_an_unknown_method_is_named_with_the_known_ones(checkpoint: Path, tmp_path: Path) -> None:
     job = EvaluateJob.model_validate(
-        {"kind": "evaluate", "name": "study", "model": {"reference": str(checkpoint)}, "benchmarks": ["mini"], "tracking": {"uri": None}}
+        {
+            "kind": "evaluate",
+            "name": "study",
+            "model": {"reference": str(checkpoint)},
+            "benchmarks": ["mini"],
+            "tracking": {"uri": None},
+        }
     )
-    with pytest.raises(UserError, match="clusters is no training-free method of this model; choose from cluster, cluster, cosine"):
+    with pytest.raises(
+        UserError, match="clusters is no training-free method of this model; choose from cluster, cluster, cosine"
+    ):
         run_reduction_study(job, Console(quiet=True), methods=["clusters"])
 
 
@@ -156,12 +192,24 @@ def test_attention_and_redundancy_are_studied_and_recorded(checkpoint: Path, tmp
     output = StringIO()
     console = Console(file=output, width=200)
     saliency = study_saliency(str(checkpoint), console, count=2, folder=tmp_path / "saliency", tracking=tracking)
-    validity = study_validity(str(checkpoint), console, count=2, permutations=100, folder=tmp_path / "validity", tracking=tracking)
-    redundancy = study_redundancy([str(checkpoint)], console, count=2, folder=tmp_path / "redundancy", tracking=tracking)
-    for name in ("saliency/agreement.png", "saliency/heat_maps_1.png", "validity/validity.png", "redundancy/redundancy.png"):
+    validity = study_validity(
+        str(checkpoint), console, count=2, permutations=100, folder=tmp_path / "validity", tracking=tracking
+    )
+    redundancy = study_redundancy(
+        [str(checkpoint)], console, count=2, folder=tmp_path / "redundancy", tracking=tracking
+    )
+    for name in (
+        "saliency/agreement.png",
+        "saliency/heat_maps_1.png",
+        "validity/validity.png",
+        "redundancy/redundancy.png",
+    ):
         with Image.open(tmp_path / name) as image:
             assert image.width > 300
-    written = {name: json.loads((tmp_path / name / f"{name}.json").read_text()) for name in ("saliency", "validity", "redundancy")}
+    written = {
+        name: json.loads((tmp_path / name / f"{name}.json").read_text())
+        for name in ("saliency", "validity", "redundancy")
+    }
     assert written["saliency"]["last word"] == saliency["last word"].to_dict()
     assert written["validity"]["pairs"] == 2
     assert written["validity"]["measures"] == {name: each.to_dict() for name, each in validity.items()}
@@ -173,7 +221,9 @@ def test_attention_and_redundancy_are_studied_and_recorded(checkpoint: Path, tmp
     assert experiment is not None
     recorded = {run.info.run_name: run.data.metrics for run in client.search_runs([experiment.experiment_id])}
     assert recorded.keys() == {f"analyze-{name}-{name}" for name in written}
-    assert recorded["analyze-validity-validity"]["norm/correlation"] == pytest.approx(validity["norm"].correlation.value)
+    assert recorded["analyze-validity-validity"]["norm/correlation"] == pytest.approx(
+        validity["norm"].correlation.value
+    )
 
 
 def test_a_users_own_images_need_prompts_and_must_be_there(checkpoint: Path, tmp_path: Path) -> None:
@@ -182,8 +232,26 @@ def test_a_users_own_images_need_prompts_and_must_be_there(checkpoint: Path, tmp
     console, tracking = Console(quiet=True), TrackingConfig(uri=None)
     prompts = ["what is this", "how many"]
     with pytest.raises(UserError, match="0 prompts were given with the images of"):
-        study_saliency(str(checkpoint), console, images=str(tmp_path), count=2, folder=tmp_path / "out", tracking=tracking)
+        study_saliency(
+            str(checkpoint), console, images=str(tmp_path), count=2, folder=tmp_path / "out", tracking=tracking
+        )
     with pytest.raises(UserError, match="holds 2 images, fewer than the 9"):
-        study_saliency(str(checkpoint), console, images=str(tmp_path), count=9, prompts=prompts, folder=tmp_path / "out", tracking=tracking)
-    report = study_saliency(str(checkpoint), console, images=str(tmp_path), count=2, prompts=prompts, folder=tmp_path / "out", tracking=tracking)
+        study_saliency(
+            str(checkpoint),
+            console,
+            images=str(tmp_path),
+            count=9,
+            prompts=prompts,
+            folder=tmp_path / "out",
+            tracking=tracking,
+        )
+    report = study_saliency(
+        str(checkpoint),
+        console,
+        images=str(tmp_path),
+        count=2,
+        prompts=prompts,
+        folder=tmp_path / "out",
+        tracking=tracking,
+    )
     assert len(report["last word"].between_prompts) == 3

@@ -26,20 +26,30 @@ FINITE = Source((SampleGroup("single", 1, 0.5, 24), SampleGroup("pair", 2, 0.3, 
 ENDLESS = Source((SampleGroup("single", 1, 0.75, None), SampleGroup("video", 4, 0.25, None)))
 
 
-def _schedule(source: Source = FINITE, *, num_steps: int = 200, images_per_step: int = 8, seed: int = 0) -> BatchSchedule:
+def _schedule(
+    source: Source = FINITE, *, num_steps: int = 200, images_per_step: int = 8, seed: int = 0
+) -> BatchSchedule:
     return BatchSchedule(source, num_steps=num_steps, images_per_step=images_per_step, seed=seed)
 
 
 def test_a_step_reads_one_group_and_as_many_images_as_fit() -> None:
     schedule = _schedule(images_per_step=9)
-    sizes = {plan.group: (plan.num_images, len(plan.indices)) for plan in (schedule.plan(step) for step in range(len(schedule)))}
+    sizes = {
+        plan.group: (plan.num_images, len(plan.indices))
+        for plan in (schedule.plan(step) for step in range(len(schedule)))
+    }
     assert sizes == {"single": (1, 9), "pair": (2, 4), "video": (4, 2)}
 
 
 @pytest.mark.parametrize("group", FINITE.groups, ids=lambda group: group.name)
 def test_an_epoch_of_a_finite_group_reads_each_sample_once(group: SampleGroup) -> None:
     schedule = _schedule()
-    read = [index for step in range(len(schedule)) for index in schedule.plan(step).indices if schedule.plan(step).group == group.name]
+    read = [
+        index
+        for step in range(len(schedule))
+        for index in schedule.plan(step).indices
+        if schedule.plan(step).group == group.name
+    ]
     assert group.size is not None
     epochs = [read[start : start + group.size] for start in range(0, len(read) - group.size + 1, group.size)]
     assert len(epochs) > 3

@@ -51,17 +51,22 @@ def metric(name: str, *, mask_decoder: Path | None = None) -> Metric:
 
     Args:
         name: `vqa_accuracy` (its default variant) or `vqa_accuracy:simple`.
-        mask_decoder: the .npz file that `refseg_miou` decodes segmentation tokens with; the other metrics do not need it.
+        mask_decoder: the .npz file that `refseg_miou` decodes segmentation tokens with; the other metrics do not need
+            it.
 
     Raises:
         UserError: there is no such metric or variant.
     """
     family, _, variant = name.partition(":")
     if family not in _METRICS:
-        raise UserError(f"There is no metric {family!r}{_similar(family, _METRICS)}; the metrics are {', '.join(_METRICS)}.")
+        raise UserError(
+            f"There is no metric {family!r}{_similar(family, _METRICS)}; the metrics are {', '.join(_METRICS)}."
+        )
     members = _METRICS[family]
     if variant and variant not in members:
-        raise UserError(f"{family} has no variant {variant!r}{_similar(variant, members)}; its variants are {', '.join(members)}.")
+        raise UserError(
+            f"{family} has no variant {variant!r}{_similar(variant, members)}; its variants are {', '.join(members)}."
+        )
     found = members[variant] if variant else next(iter(members.values()))
     return dataclasses.replace(found, mask_decoder=mask_decoder) if isinstance(found, RefSegMiou) else found
 

@@ -3,10 +3,11 @@
 s = 1 - NL if NL < 0.5 else 0, with NL = edit distance / longer length; a question's score is the best over its answers.
 
 Variants:
-    strict: NL < 0.5 as in the paper and big_vision, on lower-cased text; an empty answer is matched only by an empty prediction.
+    strict: NL < 0.5 as in the paper and big_vision, on lower-cased text; an empty answer is matched only by an empty
+        prediction.
     permuted: the same, where an answer with ", " may come in any order of its parts (big_vision on InfographicVQA).
-    lmms_eval: NL = 0.5 still scores 0.5, and the distance on lower-cased text with squeezed spaces is divided by the lengths of the
-        raw strings (lmms-eval, VLMEvalKit).
+    lmms_eval: NL = 0.5 still scores 0.5, and the distance on lower-cased text with squeezed spaces is divided by the
+        lengths of the raw strings (lmms-eval, VLMEvalKit).
 """
 
 import itertools
@@ -65,5 +66,6 @@ def _best(similarity: Callable[[str, str], float]) -> Callable[[str, Sample], Ju
 
 
 ANLS = variants(
-    PerSampleMetric("anls", variant, _best(similarity)) for variant, similarity in (("strict", strict), ("permuted", permuted), ("lmms_eval", lmms_eval))
+    PerSampleMetric("anls", variant, _best(similarity))
+    for variant, similarity in (("strict", strict), ("permuted", permuted), ("lmms_eval", lmms_eval))
 )

@@ -32,7 +32,10 @@ class Metric(Protocol):
 
     @property
     def additive(self) -> bool:
-        """True: the headline is the mean of the values, so subsets and a bootstrap over values are right. False: recompute it."""
+        """True: the headline is the mean of the values, so subsets and a bootstrap over values are right.
+
+        False: recompute it.
+        """
 
     @property
     def paper_scale(self) -> float:
@@ -94,7 +97,9 @@ def scored_mean(values: Iterable[float]) -> float:
     return math.fsum(scored) / len(scored) if scored else math.nan
 
 
-def group_means(values: Sequence[float], samples: Sequence[Sample], groups: Callable[[Sample], tuple[str, ...]]) -> dict[str, float]:
+def group_means(
+    values: Sequence[float], samples: Sequence[Sample], groups: Callable[[Sample], tuple[str, ...]]
+) -> dict[str, float]:
     """Mean of each group, groups in alphabetical order so that the order of samples does not matter."""
     members: dict[str, list[float]] = {}
     for value, sample in zip(values, samples, strict=True):

@@ -6,8 +6,8 @@ Variants:
 
 The first box of an answer counts, never the best of several. An answer without a box is wrong and counted as unparsed.
 
-Metadata read: `box` (optional): the true box as [top, left, bottom, right] in fractions of the image's sides; without it, the boxes in the
-sample's answers.
+Metadata read: `box` (optional): the true box as [top, left, bottom, right] in fractions of the image's sides; without
+it, the boxes in the sample's answers.
 """
 
 import math
@@ -50,8 +50,15 @@ class BoxIou:
     def __call__(self, predictions: Sequence[str], samples: Sequence[Sample]) -> MetricResult:
         ious = [best_iou(prediction, sample) for prediction, sample in zip(predictions, samples, strict=True)]
         values = tuple(ious) if self.variant == "mean" else accuracies(ious, _THRESHOLD)
-        totals = {self.name: scored_mean(values), "accuracy_50": scored_mean(accuracies(ious, _THRESHOLD)), "mean_iou": scored_mean(ious)}
-        unparsed = sum(not math.isnan(value) and parse_locations(text) is None for value, text in zip(ious, predictions, strict=True))
+        totals = {
+            self.name: scored_mean(values),
+            "accuracy_50": scored_mean(accuracies(ious, _THRESHOLD)),
+            "mean_iou": scored_mean(ious),
+        }
+        unparsed = sum(
+            not math.isnan(value) and parse_locations(text) is None
+            for value, text in zip(ious, predictions, strict=True)
+        )
         return MetricResult(values, totals, unparsed)
 
 

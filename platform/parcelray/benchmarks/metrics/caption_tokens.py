@@ -1,15 +1,18 @@
 """Captions as tokens by Penn Treebank rules, without a Java runtime.
 
-Follows what coco-caption does to captions: the Stanford tokenizer in lower case, then without its list of punctuation tokens. Clitics are
-split off (`do n't`, `man 's`), numbers, abbreviations, file names and words with hyphens or slashes stay whole, brackets become `-lrb-` and the
-like (which the list of punctuation, in capitals, does not catch). Runs of `?` and `!` stay, for the same reason.
+Follows what coco-caption does to captions: the Stanford tokenizer in lower case, then without its list of punctuation
+tokens. Clitics are split off (`do n't`, `man 's`), numbers, abbreviations, file names and words with hyphens or slashes
+stay whole, brackets become `-lrb-` and the like (which the list of punctuation, in capitals, does not catch). Runs of
+`?` and `!` stay, for the same reason.
 """
 
 import re
 
 _REMOVED = frozenset({'"', "''", "'", "``", "`", ".", "?", "!", ",", ":", "-", "--", "...", ";"})
 _BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
-_TYPOGRAPHY = str.maketrans({"\u2018": "'", "\u2019": "'", "\u201c": '"', "\u201d": '"', "\u2013": " -- ", "\u2014": " -- ", "\u2026": "..."})
+_TYPOGRAPHY = str.maketrans(
+    {"\u2018": "'", "\u2019": "'", "\u201c": '"', "\u201d": '"', "\u2013": " -- ", "\u2014": " -- ", "\u2026": "..."}
+)
 _ABBREVIATIONS = (
     "mr|mrs|ms|dr|prof|st|ave|blvd|jr|sr|vs|etc|inc|ltd|co|corp|dept|est|gen|gov|sen|rep|rev|lt|col|sgt|capt|mt|ft|"
     "jan|feb|mar|apr|jun|jul|aug|sep|sept|oct|nov|dec"

@@ -1,7 +1,7 @@
 """CIDEr-D over a corpus of captions (Vedantam et al., CVPR 2015), as coco-caption and pycocoevalcap compute it.
 
-The weights of the n-grams come from the references of the evaluated set: the score of a subset, or a mean over draws of the values, is
-another metric. The values are 0 to 10; papers print 100 times their mean.
+The weights of the n-grams come from the references of the evaluated set: the score of a subset, or a mean over draws of
+the values, is another metric. The values are 0 to 10; papers print 100 times their mean.
 
 Variants:
     ptb: captions tokenised by Penn Treebank rules in lower case, punctuation removed (`caption_tokens`).
@@ -51,7 +51,9 @@ def cider_d(captions: Sequence[Tokens], references: Sequence[Sequence[Tokens]]) 
     scores = []
     for caption, each in zip(captions, documents, strict=True):
         candidate = _weighted(_ngrams(caption), idf, log_size)
-        scores.append(_SCALE * sum(_similarity(candidate, _weighted(reference, idf, log_size)) for reference in each) / len(each))
+        scores.append(
+            _SCALE * sum(_similarity(candidate, _weighted(reference, idf, log_size)) for reference in each) / len(each)
+        )
     return scores
 
 
@@ -67,14 +69,22 @@ class Cider:
 
     def __call__(self, predictions: Sequence[str], samples: Sequence[Sample]) -> MetricResult:
         pairs = list(zip(predictions, samples, strict=True))
-        scored = [(self.tokens(prediction), [self.tokens(answer) for answer in sample.answers]) for prediction, sample in pairs if sample.answers]
+        scored = [
+            (self.tokens(prediction), [self.tokens(answer) for answer in sample.answers])
+            for prediction, sample in pairs
+            if sample.answers
+        ]
         scores = iter(cider_d([caption for caption, _ in scored], [references for _, references in scored]))
         values = tuple(next(scores) if sample.answers else math.nan for sample in samples)
         return MetricResult(values, {self.name: scored_mean(values)}, 0)
 
 
 def _ngrams(tokens: Tokens) -> Counter[Ngram]:
-    return Counter(tuple(tokens[start : start + order]) for order in range(1, _ORDERS + 1) for start in range(len(tokens) - order + 1))
+    return Counter(
+        tuple(tokens[start : start + order])
+        for order in range(1, _ORDERS + 1)
+        for start in range(len(tokens) - order + 1)
+    )
 
 
 def _weighted(counts: Counter[Ngram], idf: dict[Ngram, float], unseen: float) -> _Weighted:
@@ -88,9 +98,13 @@ def _weighted(counts: Counter[Ngram], idf: dict[Ngram, float], unseen: float) ->
 def _similarity(candidate: _Weighted, reference: _Weighted) -> float:
     """Mean over the orders of the clipped cosine, times the penalty for a difference in length."""
     total = 0.0
-    for ours, theirs, norm, other_norm in zip(candidate.weights, reference.weights, candidate.norms, reference.norms, strict=True):
+    for ours, theirs, norm, other_norm in zip(
+        candidate.weights, reference.weights, candidate.norms, reference.norms, strict=True
+    ):
         if norm and other_norm:
-            overlap = sum(min(weight, theirs[ngram]) * theirs[ngram] for ngram, weight in ours.items() if ngram in theirs)
+            overlap = sum(
+                min(weight, theirs[ngram]) * theirs[ngram] for ngram, weight in ours.items() if ngram in theirs
+            )
             total += overlap / (norm * other_norm)
     difference = candidate.length - reference.length
     return total / _ORDERS * math.exp(-(difference**2) / (2 * _SIGMA**2))

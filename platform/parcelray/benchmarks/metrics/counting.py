@@ -39,4 +39,7 @@ def _groups(sample: Sample) -> tuple[str, ...]:
     return (names[kind],) if kind in names else ()
 
 
-COUNTING = variants(PerSampleMetric("counting", variant, _judge(clean), _groups) for variant, clean in (("official", as_is), ("lenient", normalize)))
+COUNTING = variants(
+    PerSampleMetric("counting", variant, _judge(clean), _groups)
+    for variant, clean in (("official", as_is), ("lenient", normalize))
+)

@@ -52,5 +52,11 @@ def matcher(text: Callable[[str], str]) -> Callable[[str, Sample], Judgement]:
 
 EXACT_MATCH = variants(
     PerSampleMetric("exact_match", variant, matcher(text), by_metadata("language"))
-    for variant, text in (("lenient", normalize), ("raw", as_is), ("lower", str.lower), ("lmms_eval", without_punctuation), ("vlmevalkit", stripped))
+    for variant, text in (
+        ("lenient", normalize),
+        ("raw", as_is),
+        ("lower", str.lower),
+        ("lmms_eval", without_punctuation),
+        ("vlmevalkit", stripped),
+    )
 )

@@ -1,8 +1,9 @@
 """From PaliGemma's 16 segmentation tokens to a mask: the decoder of a small VQ-VAE (Ning et al., arXiv 2301.02229).
 
-A codebook of 128 vectors on a 4 x 4 grid, a 1 x 1 convolution, two residual blocks, four transposed convolutions that double the side, and
-a 1 x 1 convolution to one channel: 64 x 64. The weights are a local .npz file with the key names of big_vision's vae-oid.npz
-(a PyTorch checkpoint: `_vq_vae._embedding`, `decoder.N.weight`, `decoder.N.bias`); its encoder is not read.
+A codebook of 128 vectors on a 4 x 4 grid, a 1 x 1 convolution, two residual blocks, four transposed convolutions that
+double the side, and a 1 x 1 convolution to one channel: 64 x 64. The weights are a local .npz file with the key names
+of big_vision's vae-oid.npz (a PyTorch checkpoint: `_vq_vae._embedding`, `decoder.N.weight`, `decoder.N.bias`); its
+encoder is not read.
 """
 
 import functools
@@ -63,7 +64,9 @@ class MaskDecoder:
         return masks
 
     def _convolution(self, features: torch.Tensor, name: str, padding: int = 0) -> torch.Tensor:
-        return functional.conv2d(features, self._weights[f"{name}.weight"], self._weights[f"{name}.bias"], padding=padding)
+        return functional.conv2d(
+            features, self._weights[f"{name}.weight"], self._weights[f"{name}.bias"], padding=padding
+        )
 
 
 @functools.lru_cache(maxsize=2)
@@ -77,9 +80,13 @@ def load_mask_decoder(path: Path) -> MaskDecoder:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in _names() if name in file.files}
     except FileNotFoundError:
-        raise UserError(f"There is no mask decoder at {path}; download PaliGemma's vae-oid.npz and name it with mask_decoder.") from None
+        raise UserError(
+            f"There is no mask decoder at {path}; download PaliGemma's vae-oid.npz and name it with mask_decoder."
+        ) from None
     except (ValueError, OSError, zipfile.BadZipFile, AttributeError):
-        raise UserError(f"{path} is not an .npz file of plain arrays; download PaliGemma's vae-oid.npz again.") from None
+        raise UserError(
+            f"{path} is not an .npz file of plain arrays; download PaliGemma's vae-oid.npz again."
+        ) from None
     return MaskDecoder(arrays, str(path))
 
 
@@ -90,7 +97,10 @@ def _names() -> list[str]:
 def _check(weights: Mapping[str, NDArray[np.float32]], source: str) -> None:
     missing = [name for name in _names() if name not in weights]
     if missing:
-        raise UserError(f"{source} lacks {', '.join(missing[:3])} ({len(missing)} arrays in all); it must be PaliGemma's mask decoder, vae-oid.npz.")
+        raise UserError(
+            f"{source} lacks {', '.join(missing[:3])} ({len(missing)} arrays in all); it must be PaliGemma's mask"
+            " decoder, vae-oid.npz."
+        )
     codebook = weights[_CODEBOOK]
     if codebook.ndim != 2 or len(codebook) != CODES:
         raise UserError(f"{source}: {_CODEBOOK} has shape {codebook.shape}, but the codebook must have {CODES} rows.")
@@ -99,13 +109,19 @@ def _check(weights: Mapping[str, NDArray[np.float32]], source: str) -> None:
         # A transposed convolution stores its inputs first.
         shape = ((inputs, outputs) if layer in _UPSAMPLING else (outputs, inputs)) + (kernel, kernel)
         if weights[f"{layer}.weight"].shape != shape or weights[f"{layer}.bias"].shape != (outputs,):
-            raise UserError(f"{source}: {layer}.weight has shape {weights[f'{layer}.weight'].shape}, but the mask decoder needs {shape}.")
+            raise UserError(
+                f"{source}: {layer}.weight has shape {weights[f'{layer}.weight'].shape}, but the mask decoder needs"
+                f" {shape}."
+            )
 
 
 def _channels(weights: Mapping[str, NDArray[np.float32]], embedding: int) -> list[tuple[str, int, int]]:
     """Each layer with its numbers of channels in and out; only the first layer's width is free."""
     width = len(weights[f"{_FIRST}.bias"])
-    layers = [(_FIRST, embedding, width), *((f"{block}.{layer}", width, width) for block in _RESIDUAL for layer in (0, 2, 4))]
+    layers = [
+        (_FIRST, embedding, width),
+        *((f"{block}.{layer}", width, width) for block in _RESIDUAL for layer in (0, 2, 4)),
+    ]
     sizes = [width, *(width >> step for step in range(len(_UPSAMPLING)))]
     layers += [(layer, sizes[step], sizes[step + 1]) for step, layer in enumerate(_UPSAMPLING)]
     return [*layers, (_LAST, sizes[-1], 1)]

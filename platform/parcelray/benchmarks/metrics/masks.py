@@ -18,8 +18,8 @@ def decode_mask(annotation: Any, where: str) -> Mask:
     """A mask of shape (height, width).
 
     Args:
-        annotation: {"size": [height, width], "counts": run lengths in column-major order, as a list or as COCO's compressed string}, or
-            {"size": [height, width], "polygons": [[x0, y0, x1, y1, ...], ...]} in pixels.
+        annotation: {"size": [height, width], "counts": run lengths in column-major order, as a list or as COCO's
+            compressed string}, or {"size": [height, width], "polygons": [[x0, y0, x1, y1, ...], ...]} in pixels.
         where: the sample's name, for the error.
 
     Raises:
@@ -35,7 +35,8 @@ def decode_mask(annotation: Any, where: str) -> Mask:
             if sum(runs) == height * width and all(run >= 0 for run in runs):
                 return _from_runs(runs, height, width)
     raise UserError(
-        f"The mask of sample {where!r} is not one of COCO's; give it a `size` [height, width] and either `polygons` or `counts` that add up to height x width."
+        f"The mask of sample {where!r} is not one of COCO's; give it a `size` [height, width] and either `polygons` or"
+        " `counts` that add up to height x width."
     )
 
 
@@ -47,8 +48,13 @@ def polygon_mask(points: Sequence[float], height: int, width: int) -> Mask:
         height: of the mask.
         width: of the mask.
     """
-    corners = [(int(_SUPERSAMPLING * x + 0.5), int(_SUPERSAMPLING * y + 0.5)) for x, y in zip(points[::2], points[1::2], strict=True)]
-    outline = [point for start, end in zip(corners, [*corners[1:], corners[0]], strict=True) for point in _edge(start, end)]
+    corners = [
+        (int(_SUPERSAMPLING * x + 0.5), int(_SUPERSAMPLING * y + 0.5))
+        for x, y in zip(points[::2], points[1::2], strict=True)
+    ]
+    outline = [
+        point for start, end in zip(corners, [*corners[1:], corners[0]], strict=True) for point in _edge(start, end)
+    ]
     flips = np.zeros(height * width + 1, dtype=np.int64)
     for (u0, v0), (u1, v1) in itertools.pairwise(outline):
         if u0 == u1:

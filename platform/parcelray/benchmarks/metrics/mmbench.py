@@ -4,10 +4,12 @@ Variants:
     circular: as the paper; rows of one question share their index modulo a million.
     vanilla: each question once, in its first rotation; several points higher, never to be mixed with the other.
 
-Answers are read by rule (a letter, then the text of exactly one option); where other tools ask a judge or draw an option at random,
-the answer is wrong here and counted. The values are those of the rows, so the headline is not their mean.
+Answers are read by rule (a letter, then the text of exactly one option); where other tools ask a judge or draw an
+option at random, the answer is wrong here and counted. The values are those of the rows, so the headline is not their
+mean.
 
-Metadata read: `index` (needed), `choices` (needed), `category` (optional; sub-scores). The first answer is the right letter.
+Metadata read: `index` (needed), `choices` (needed), `category` (optional; sub-scores). The first answer is the right
+letter.
 """
 
 import math
@@ -32,13 +34,18 @@ class MMBench:
     paper_scale: float = 100.0
 
     def __call__(self, predictions: Sequence[str], samples: Sequence[Sample]) -> MetricResult:
-        judged = [judge_choice(read_option, prediction, sample, self.name) for prediction, sample in zip(predictions, samples, strict=True)]
+        judged = [
+            judge_choice(read_option, prediction, sample, self.name)
+            for prediction, sample in zip(predictions, samples, strict=True)
+        ]
         values = tuple(judgement.value for judgement in judged)
         rotations: dict[int, dict[int, tuple[float, Sample]]] = {}
         for value, sample in zip(values, samples, strict=True):
             index = needed(sample, "index", int, self.name)
             rotations.setdefault(index % _ROTATION, {})[index] = (value, sample)
-        questions = {question: self._question([rows[index] for index in sorted(rows)]) for question, rows in rotations.items()}
+        questions = {
+            question: self._question([rows[index] for index in sorted(rows)]) for question, rows in rotations.items()
+        }
         totals = {self.name: scored_mean(value for value, _ in questions.values()), "rows": scored_mean(values)}
         return MetricResult(values, totals | _by_category(questions), count_unparsed(judged))
 
@@ -46,12 +53,17 @@ class MMBench:
         """A question's value and category; a question with a row that cannot be scored cannot be scored."""
         counted = rows if self.variant == "circular" else rows[:1]
         values = [value for value, _ in counted]
-        return (math.nan if any(math.isnan(value) for value in values) else float(all(values))), str(rows[0][1].metadata.get("category") or "")
+        return (math.nan if any(math.isnan(value) for value in values) else float(all(values))), str(
+            rows[0][1].metadata.get("category") or ""
+        )
 
 
 def _by_category(questions: dict[int, tuple[float, str]]) -> dict[str, float]:
     names = sorted({category for _, category in questions.values() if category})
-    return {f"category/{name}": scored_mean(value for value, category in questions.values() if category == name) for name in names}
+    return {
+        f"category/{name}": scored_mean(value for value, category in questions.values() if category == name)
+        for name in names
+    }
 
 
 MMBENCH = variants((MMBench("circular"), MMBench("vanilla")))

@@ -1,10 +1,12 @@
 """MME (Fu et al., 2023): two yes/no questions an image; a subtask's points are accuracy + accuracy+ in percent, 200 at most.
 
-accuracy: share of questions answered right; accuracy+: share of images with both right. Perception sums 10 subtasks (0 to 2000 points),
-cognition 4 (0 to 800); the headline is the sum of those that are there. Its unit is points, which no subsample of rows preserves.
+accuracy: share of questions answered right; accuracy+: share of images with both right. Perception sums 10 subtasks (0
+to 2000 points), cognition 4 (0 to 800); the headline is the sum of those that are there. Its unit is points, which no
+subsample of rows preserves.
 
-An answer is read as yes or no if it is one of yes, no, y, n, or holds yes or no within its first four characters; anything else is wrong
-and counted. An image without exactly two scored questions is left out and counted in `incomplete_images`.
+An answer is read as yes or no if it is one of yes, no, y, n, or holds yes or no within its first four characters;
+anything else is wrong and counted. An image without exactly two scored questions is left out and counted in
+`incomplete_images`.
 
 Metadata read: `category` (needed; a subtask's name), `image_id` (needed; shared by the two questions of an image).
 """
@@ -13,7 +15,15 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from parcelray.benchmarks.metrics.base import UNPARSED, UNSCORED, Judgement, MetricResult, count_unparsed, scored_mean, variants
+from parcelray.benchmarks.metrics.base import (
+    UNPARSED,
+    UNSCORED,
+    Judgement,
+    MetricResult,
+    count_unparsed,
+    scored_mean,
+    variants,
+)
 from parcelray.benchmarks.metrics.needed import needed
 from parcelray.datasets.sample import Sample
 from parcelray.errors import UserError
@@ -45,10 +55,18 @@ class Mme:
         judged = [_judge(prediction, sample) for prediction, sample in zip(predictions, samples, strict=True)]
         pairs: dict[tuple[str, str], list[float]] = {}
         for judgement, sample in zip(judged, samples, strict=True):
-            pairs.setdefault((_subtask(sample), str(needed(sample, "image_id", object, self.name))), []).append(judgement.value)
-        whole = {key: pair for key, pair in pairs.items() if len(pair) == _PAIR and not any(math.isnan(value) for value in pair)}
+            pairs.setdefault((_subtask(sample), str(needed(sample, "image_id", object, self.name))), []).append(
+                judgement.value
+            )
+        whole = {
+            key: pair
+            for key, pair in pairs.items()
+            if len(pair) == _PAIR and not any(math.isnan(value) for value in pair)
+        }
         totals = {self.name: math.nan} | _points(whole) | {"incomplete_images": float(len(pairs) - len(whole))}
-        totals[self.name] = math.fsum(totals[part] for part in ("perception", "cognition") if part in totals) if whole else math.nan
+        totals[self.name] = (
+            math.fsum(totals[part] for part in ("perception", "cognition") if part in totals) if whole else math.nan
+        )
         return MetricResult(tuple(judgement.value for judgement in judged), totals, count_unparsed(judged))
 
 
@@ -63,18 +81,26 @@ def _judge(prediction: str, sample: Sample) -> Judgement:
 def _subtask(sample: Sample) -> str:
     category = needed(sample, "category", str, "mme")
     if category not in PERCEPTION + COGNITION:
-        raise UserError(f"MME has no subtask {category!r} (sample {sample.id!r}); its subtasks are {', '.join(PERCEPTION + COGNITION)}.")
+        raise UserError(
+            f"MME has no subtask {category!r} (sample {sample.id!r}); its subtasks are"
+            f" {', '.join(PERCEPTION + COGNITION)}."
+        )
     return category
 
 
 def _points(pairs: dict[tuple[str, str], list[float]]) -> dict[str, float]:
-    totals = {"accuracy": scored_mean(value for pair in pairs.values() for value in pair), "accuracy_plus": _plus(list(pairs.values()))}
+    totals = {
+        "accuracy": scored_mean(value for pair in pairs.values() for value in pair),
+        "accuracy_plus": _plus(list(pairs.values())),
+    }
     for part, subtasks in (("perception", PERCEPTION), ("cognition", COGNITION)):
         points = {}
         for subtask in subtasks:
             members = [pair for (category, _), pair in pairs.items() if category == subtask]
             if members:
-                points[f"{part}/{subtask}"] = 100 * (scored_mean(value for pair in members for value in pair) + _plus(members))
+                points[f"{part}/{subtask}"] = 100 * (
+                    scored_mean(value for pair in members for value in pair) + _plus(members)
+                )
         if points:
             totals |= {part: math.fsum(points.values()), **points}
     return totals

@@ -1,13 +1,13 @@
 """MMMU (Yue et al., CVPR 2024): micro accuracy over multiple-choice and open questions.
 
-A multiple-choice answer is read by rule (a letter, then the text of exactly one option); where the official script draws an option at
-random, the answer is wrong here and counted. An open answer is right if a normalised right answer is among what it says: numbers are
-compared after rounding to two places, texts must occur in it.
+A multiple-choice answer is read by rule (a letter, then the text of exactly one option); where the official script
+draws an option at random, the answer is wrong here and counted. An open answer is right if a normalised right answer is
+among what it says: numbers are compared after rounding to two places, texts must occur in it.
 
 Sub-scores: `multiple_choice`, `open`, and one per category.
 
-Metadata read: `choices` (optional; none or empty: an open question), `category` (optional). An open question's first answer may be a list
-of right ones written in Python.
+Metadata read: `choices` (optional; none or empty: an open question), `category` (optional). An open question's first
+answer may be a list of right ones written in Python.
 """
 
 import ast

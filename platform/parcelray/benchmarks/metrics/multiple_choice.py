@@ -1,14 +1,18 @@
-"""Multiple choice: which option an answer names. An answer that no rule can read is wrong and counted; nothing is drawn at random.
+"""Multiple choice: which option an answer names.
+
+An answer that no rule can read is wrong and counted; nothing is drawn at random.
 
 Variants (readers):
-    option: a letter that stands alone, else the text of exactly one option (the rules of MMBench's scorer before its judge).
-    llava_sqa: the whole answer is a letter, or starts with "B. ", or holds exactly one "The answer is B." (LLaVA on ScienceQA).
+    option: a letter that stands alone, else the text of exactly one option (the rules of MMBench's scorer before its
+        judge).
+    llava_sqa: the whole answer is a letter, or starts with "B. ", or holds exactly one "The answer is B." (LLaVA on
+        ScienceQA).
     lmms_eval_sqa: the whole answer is a letter in any case, or starts with a capital and a full stop.
     first_character: of the stripped answer (lmms-eval on SEED-Bench).
     paligemma_sqa: in lower case, it starts with "the answer is b." (big_vision on ScienceQA).
 
-Metadata read: `choices`, the option texts in order (needed); `category` (optional; sub-scores). The sample's first answer is the
-right option's letter, its text, or the sentence "The answer is B.".
+Metadata read: `choices`, the option texts in order (needed); `category` (optional; sub-scores). The sample's first
+answer is the right option's letter, its text, or the sentence "The answer is B.".
 """
 
 import re
@@ -100,13 +104,20 @@ def _known(letter: str, choices: Sequence[str]) -> str | None:
 
 def _named_text(text: str, choices: Sequence[str]) -> str | None:
     said = text.lower()
-    found = [letter for letter, choice in zip(letters(choices), choices, strict=True) if choice.strip() and choice.strip().lower() in said]
+    found = [
+        letter
+        for letter, choice in zip(letters(choices), choices, strict=True)
+        if choice.strip() and choice.strip().lower() in said
+    ]
     return found[0] if len(found) == 1 else None
 
 
 def _metric(variant: str, read: Reader) -> PerSampleMetric:
     return PerSampleMetric(
-        "multiple_choice", variant, lambda prediction, sample: judge_choice(read, prediction, sample, "multiple_choice"), by_metadata("category")
+        "multiple_choice",
+        variant,
+        lambda prediction, sample: judge_choice(read, prediction, sample, "multiple_choice"),
+        by_metadata("category"),
     )
 
 

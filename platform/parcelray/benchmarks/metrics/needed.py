@@ -17,7 +17,7 @@ def needed(sample: Sample, key: str, kind: type[T], metric: str) -> T:
     value = sample.metadata.get(key)
     if not isinstance(value, kind):
         raise UserError(
-            f"The metric {metric} needs metadata {key!r} ({kind.__name__}) on every sample, but sample {sample.id!r} of {sample.benchmark} has {value!r}; "
-            f"give the benchmark a column for {key!r}, or choose another metric."
+            f"The metric {metric} needs metadata {key!r} ({kind.__name__}) on every sample, but sample {sample.id!r} of"
+            f" {sample.benchmark} has {value!r}; give the benchmark a column for {key!r}, or choose another metric."
         )
     return value

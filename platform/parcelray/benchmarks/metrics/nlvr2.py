@@ -1,18 +1,28 @@
 """NLVR2 accuracy: is the sentence true of the pair of images (Suhr et al., ACL 2019).
 
 Variants:
-    words: true or yes against false or no, in any case, a full stop at the end allowed; anything else is wrong and counted.
+    words: true or yes against false or no, in any case, a full stop at the end allowed; anything else is wrong and
+        counted.
     raw: the answer must be the string itself (`True`, `False`; big_vision).
 
 Sub-score `consistency`: share of sentences that are right on all their images.
 
-Metadata read: `identifier` (optional; the sentence, shared by its image pairs), `language` (optional; sub-scores, for MaRVL).
+Metadata read: `identifier` (optional; the sentence, shared by its image pairs), `language` (optional; sub-scores, for
+MaRVL).
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from parcelray.benchmarks.metrics.base import UNPARSED, UNSCORED, Judgement, MetricResult, PerSampleMetric, by_metadata, variants
+from parcelray.benchmarks.metrics.base import (
+    UNPARSED,
+    UNSCORED,
+    Judgement,
+    MetricResult,
+    PerSampleMetric,
+    by_metadata,
+    variants,
+)
 from parcelray.benchmarks.metrics.consistency import consistency
 from parcelray.datasets.sample import Sample
 
@@ -36,7 +46,11 @@ class Nlvr2:
 
     def __call__(self, predictions: Sequence[str], samples: Sequence[Sample]) -> MetricResult:
         result = PerSampleMetric(self.name, self.variant, self.judge, by_metadata("language"))(predictions, samples)
-        named = [(str(sample.metadata["identifier"]), value) for value, sample in zip(result.values, samples, strict=True) if "identifier" in sample.metadata]
+        named = [
+            (str(sample.metadata["identifier"]), value)
+            for value, sample in zip(result.values, samples, strict=True)
+            if "identifier" in sample.metadata
+        ]
         return result._replace(totals=result.totals | {"consistency": consistency(named)}) if named else result
 
 

@@ -1,14 +1,15 @@
 """POPE: does the model see objects that are not there (Li et al., EMNLP 2023); the positive class is yes.
 
 Variants:
-    official: the first sentence without commas; no if it holds the word No, no or not, else yes (the authors' script, LLaVA and the
-        papers on token compression). It reads every answer, so `assumed_yes` counts those that hold neither word. Headline F1.
-    whole_output: the whole answer must be yes or no in any case (lmms-eval). Headline F1; an answer that is neither is wrong and, if
-        the truth is yes, a miss (lmms-eval leaves it out of the recall).
+    official: the first sentence without commas; no if it holds the word No, no or not, else yes (the authors' script,
+        LLaVA and the papers on token compression). It reads every answer, so `assumed_yes` counts those that hold
+        neither word. Headline F1.
+    whole_output: the whole answer must be yes or no in any case (lmms-eval). Headline F1; an answer that is neither is
+        wrong and, if the truth is yes, a miss (lmms-eval leaves it out of the recall).
     paligemma: the same reading, without stripping; headline accuracy (big_vision).
 
-The totals are unweighted means over the categories (random, popular, adversarial), as papers report them. `yes_ratio` is the share of
-yes among the predictions.
+The totals are unweighted means over the categories (random, popular, adversarial), as papers report them. `yes_ratio`
+is the share of yes among the predictions.
 
 Metadata read: `category` (optional; sub-scores and the mean over them).
 """
@@ -17,7 +18,15 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from parcelray.benchmarks.metrics.base import UNPARSED, UNSCORED, Judgement, MetricResult, count_unparsed, scored_mean, variants
+from parcelray.benchmarks.metrics.base import (
+    UNPARSED,
+    UNSCORED,
+    Judgement,
+    MetricResult,
+    count_unparsed,
+    scored_mean,
+    variants,
+)
 from parcelray.datasets.sample import Sample
 
 _NAMES = ("accuracy", "precision", "recall", "f1", "yes_ratio")
@@ -59,9 +68,22 @@ class Pope:
                 categories.setdefault(str(sample.metadata.get("category") or ""), []).append((said, right))
         scores = {category: _scores(pairs) for category, pairs in sorted(categories.items())}
         means = {name: scored_mean(each[name] for each in scores.values()) for name in _NAMES}
-        parts = {f"category/{category}/{name}": value for category, each in scores.items() if category for name, value in each.items()}
-        assumed = {"assumed_yes": float(sum(not _says_either(text) for text in predictions))} if self.read is read_official else {}
-        return MetricResult(tuple(each.value for each in judged), {self.name: means[self.headline]} | means | assumed | parts, count_unparsed(judged))
+        parts = {
+            f"category/{category}/{name}": value
+            for category, each in scores.items()
+            if category
+            for name, value in each.items()
+        }
+        assumed = (
+            {"assumed_yes": float(sum(not _says_either(text) for text in predictions))}
+            if self.read is read_official
+            else {}
+        )
+        return MetricResult(
+            tuple(each.value for each in judged),
+            {self.name: means[self.headline]} | means | assumed | parts,
+            count_unparsed(judged),
+        )
 
 
 def _judge(said: str | None, right: str | None) -> Judgement:
@@ -96,4 +118,10 @@ def _yes_or_no(text: str) -> str | None:
     return text if text in ("yes", "no") else None
 
 
-POPE = variants((Pope("official", read_official), Pope("whole_output", read_whole_output), Pope("paligemma", read_paligemma, headline="accuracy")))
+POPE = variants(
+    (
+        Pope("official", read_official),
+        Pope("whole_output", read_whole_output),
+        Pope("paligemma", read_paligemma, headline="accuracy"),
+    )
+)

@@ -1,14 +1,14 @@
 """Referring-expression segmentation: mean IoU of masks written as location and segmentation tokens (PaliGemma; RefCOCO/+/g).
 
-An answer is four location tokens (top, left, bottom, right, of 1023) and 16 segmentation tokens; what follows is ignored. The tokens are
-decoded to 64 x 64, resized bilinearly to the box in whole pixels, and cut at 0; the score is the mean over expressions of the IoU with the
-full-resolution mask (not the ratio of summed areas). An answer with fewer tokens, a token out of range, or an empty or inverted box scores
-0 and is counted as unparsed.
+An answer is four location tokens (top, left, bottom, right, of 1023) and 16 segmentation tokens; what follows is
+ignored. The tokens are decoded to 64 x 64, resized bilinearly to the box in whole pixels, and cut at 0; the score is
+the mean over expressions of the IoU with the full-resolution mask (not the ratio of summed areas). An answer with fewer
+tokens, a token out of range, or an empty or inverted box scores 0 and is counted as unparsed.
 
 Sub-scores: `box_accuracy_50` and `box_accuracy_75`, the share of answers whose box has that IoU with the true one.
 
-Metadata read: `mask` (needed): see `masks.decode_mask`; `box` (optional): the true box as [top, left, bottom, right] in fractions; without it, the
-bounds of the mask.
+Metadata read: `mask` (needed): see `masks.decode_mask`; `box` (optional): the true box as [top, left, bottom, right] in
+fractions; without it, the bounds of the mask.
 """
 
 import math
@@ -67,19 +67,27 @@ class RefSegMiou:
                 boxes.append(math.nan)
                 continue
             truth = decode_mask(sample.metadata["mask"], sample.id)
-            value = mask_iou(segmentation.box, mask64, truth) if segmentation is not None and mask64 is not None else None
+            value = (
+                mask_iou(segmentation.box, mask64, truth) if segmentation is not None and mask64 is not None else None
+            )
             unparsed += value is None
             values.append(value or 0.0)
             boxes.append(iou(segmentation.box, _true_box(sample, truth)) if segmentation is not None else 0.0)
         totals = {self.name: scored_mean(values)}
-        totals |= {f"box_accuracy_{round(100 * threshold)}": scored_mean(accuracies(boxes, threshold)) for threshold in (0.5, 0.75)}
+        totals |= {
+            f"box_accuracy_{round(100 * threshold)}": scored_mean(accuracies(boxes, threshold))
+            for threshold in (0.5, 0.75)
+        }
         return MetricResult(tuple(values), totals, unparsed)
 
     def _masks(self, codes: Sequence[Sequence[int]]) -> Iterator[NDArray[np.float32]]:
         if not codes:
             return
         if self.mask_decoder is None:
-            raise UserError("refseg_miou needs the decoder of segmentation tokens; download PaliGemma's vae-oid.npz and name the file with mask_decoder.")
+            raise UserError(
+                "refseg_miou needs the decoder of segmentation tokens; download PaliGemma's vae-oid.npz and name the"
+                " file with mask_decoder."
+            )
         # Imported here because it is the only metric that needs torch.
         from parcelray.benchmarks.metrics.mask_decoder import load_mask_decoder
 
@@ -105,7 +113,12 @@ def read_segmentation(text: str) -> Segmentation | None:
 def mask_iou(box: Box, mask64: NDArray[np.float32], truth: Mask) -> float | None:
     """IoU of a decoded mask, placed in its box, with the true one; None if the box is empty in whole pixels."""
     height, width = truth.shape
-    top, left, bottom, right = int(box.top * height), int(box.left * width), int(box.bottom * height), int(box.right * width)
+    top, left, bottom, right = (
+        int(box.top * height),
+        int(box.left * width),
+        int(box.bottom * height),
+        int(box.right * width),
+    )
     if bottom <= top or right <= left:
         return None
     resized = Image.fromarray(mask64).resize((right - left, bottom - top), Image.Resampling.BILINEAR)

@@ -1,10 +1,11 @@
 """ChartQA's relaxed accuracy: numbers within 5 %, other answers exactly (Masry et al., ACL Findings 2022, section 5.1).
 
-Both sides are lower-cased and read as numbers (`12%` is 0.12); if both are numbers and the target is not 0, the answer is right from
-|p - t| / |t| <= 0.05 on, otherwise the strings must be equal. Commas, currency signs and spaces are not stripped. There is one variant:
-big_vision and lmms-eval agree.
+Both sides are lower-cased and read as numbers (`12%` is 0.12); if both are numbers and the target is not 0, the answer
+is right from |p - t| / |t| <= 0.05 on, otherwise the strings must be equal. Commas, currency signs and spaces are not
+stripped. There is one variant: big_vision and lmms-eval agree.
 
-Metadata read: `type` (optional; sub-scores, for ChartQA's human and augmented questions; the papers' overall is their mean).
+Metadata read: `type` (optional; sub-scores, for ChartQA's human and augmented questions; the papers' overall is their
+mean).
 """
 
 from parcelray.benchmarks.metrics.base import UNSCORED, Judgement, PerSampleMetric, by_metadata, variants

@@ -1,7 +1,8 @@
 """RSVQA: the mean of the accuracies of its non-numeric question types (Lobry et al., TGRS 2020; PaliGemma's convention).
 
-Lower-cased exact match; the headline is the unweighted mean over the types `comp`, `presence` and, in the low-resolution set,
-`rural_urban`. Sub-scores: each type, `overall` (all questions) and `average` (mean of all types, counts and areas included).
+Lower-cased exact match; the headline is the unweighted mean over the types `comp`, `presence` and, in the
+low-resolution set, `rural_urban`. Sub-scores: each type, `overall` (all questions) and `average` (mean of all types,
+counts and areas included).
 
 Metadata read: `question_type` (needed).
 """
@@ -33,7 +34,9 @@ class Rsvqa:
         types = group_means(values, samples, lambda sample: (needed(sample, "question_type", str, self.name),))
         headline = scored_mean(value for kind, value in types.items() if kind in _TYPES)
         totals = {self.name: headline, "overall": scored_mean(values), "average": scored_mean(types.values())}
-        return MetricResult(values, totals | {f"question_type/{kind}": value for kind, value in types.items()}, count_unparsed(judged))
+        return MetricResult(
+            values, totals | {f"question_type/{kind}": value for kind, value in types.items()}, count_unparsed(judged)
+        )
 
 
 RSVQA = variants((Rsvqa(),))

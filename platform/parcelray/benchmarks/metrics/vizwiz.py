@@ -5,8 +5,8 @@ Variants:
     official: leave-one-out as VQAv2's scorer does it.
     big_vision: min(equal strings / 3, 1) on raw text, empty human answers dropped (PaliGemma).
 
-A model that always says `unanswerable` gains from it, so the share of such answers and the accuracy on the questions that most
-people could answer are sub-scores.
+A model that always says `unanswerable` gains from it, so the share of such answers and the accuracy on the questions
+that most people could answer are sub-scores.
 
 Metadata read: `answer_type` (optional; sub-scores).
 """
@@ -15,7 +15,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from parcelray.benchmarks.metrics import vqa_accuracy
-from parcelray.benchmarks.metrics.base import Judgement, MetricResult, PerSampleMetric, by_metadata, scored_mean, variants
+from parcelray.benchmarks.metrics.base import (
+    Judgement,
+    MetricResult,
+    PerSampleMetric,
+    by_metadata,
+    scored_mean,
+    variants,
+)
 from parcelray.benchmarks.metrics.vqa_text import m4c_pre_step, normalize
 from parcelray.datasets.sample import Sample
 
@@ -33,11 +40,20 @@ class VizWiz:
     paper_scale: float = 100.0
 
     def __call__(self, predictions: Sequence[str], samples: Sequence[Sample]) -> MetricResult:
-        metric = PerSampleMetric(self.name, self.variant, lambda prediction, sample: self.rule(prediction, sample.answers), by_metadata("answer_type"))
+        metric = PerSampleMetric(
+            self.name,
+            self.variant,
+            lambda prediction, sample: self.rule(prediction, sample.answers),
+            by_metadata("answer_type"),
+        )
         result = metric(predictions, samples)
-        answerable = [value for value, sample in zip(result.values, samples, strict=True) if not _declined_by_most(sample)]
+        answerable = [
+            value for value, sample in zip(result.values, samples, strict=True) if not _declined_by_most(sample)
+        ]
         declined = [float(_declines(prediction)) for prediction in predictions]
-        return result._replace(totals=result.totals | {"answerable": scored_mean(answerable), "unanswerable_rate": scored_mean(declined)})
+        return result._replace(
+            totals=result.totals | {"answerable": scored_mean(answerable), "unanswerable_rate": scored_mean(declined)}
+        )
 
 
 def _big_vision(prediction: str, answers: Sequence[str]) -> Judgement:
@@ -52,4 +68,6 @@ def _declined_by_most(sample: Sample) -> bool:
     return 2 * sum(_declines(answer) for answer in sample.answers) > len(sample.answers)
 
 
-VIZWIZ = variants((VizWiz("m4c", vqa_accuracy.m4c), VizWiz("official", vqa_accuracy.official), VizWiz("big_vision", _big_vision)))
+VIZWIZ = variants(
+    (VizWiz("m4c", vqa_accuracy.m4c), VizWiz("official", vqa_accuracy.official), VizWiz("big_vision", _big_vision))
+)

@@ -1,12 +1,13 @@
 """VQA accuracy: an answer counts in full once three people gave it (Antol et al., ICCV 2015; visualqa.org/evaluation.html).
 
 Variants:
-    leave_one_out: the official scorer (VQAv2) and big_vision's `vqav2`: mean over the ways of leaving one human answer out of
-        min(matches among the others / 3, 1); text is normalised only where the people disagree.
+    leave_one_out: the official scorer (VQAv2) and big_vision's `vqav2`: mean over the ways of leaving one human answer
+        out of min(matches among the others / 3, 1); text is normalised only where the people disagree.
     always_normalized: the same, always normalised (lmms-eval since its pull request 794).
     m4c: the same as always_normalized after EvalAI's pre-step (lmms-eval's and LLaVA's TextVQA, VizWiz, OK-VQA).
     simple: min(matches / 3, 1) on normalised text.
-    big_vision: its evaluator `vqa`: min(equal strings / 3, 1), a single answer by equality; raw and case-sensitive text.
+    big_vision: its evaluator `vqa`: min(equal strings / 3, 1), a single answer by equality; raw and case-sensitive
+        text.
 
 Metadata read: `answer_type` and `question_type` (optional; sub-scores).
 """
@@ -74,7 +75,9 @@ def _groups(sample: Sample) -> tuple[str, ...]:
 
 
 def _metric(variant: str, rule: Callable[[str, Sequence[str]], Judgement]) -> PerSampleMetric:
-    return PerSampleMetric("vqa_accuracy", variant, lambda prediction, sample: rule(prediction, sample.answers), _groups)
+    return PerSampleMetric(
+        "vqa_accuracy", variant, lambda prediction, sample: rule(prediction, sample.answers), _groups
+    )
 
 
 VQA_ACCURACY = variants(

@@ -1,7 +1,7 @@
 """Text normalisation of the official VQA scorer (visualqa.org/evaluation.html), with its quirks.
 
-Number words and articles, contractions without their apostrophe, punctuation, and the extra step that EvalAI and the m4c scorers
-do before all of it.
+Number words and articles, contractions without their apostrophe, punctuation, and the extra step that EvalAI and the
+m4c scorers do before all of it.
 """
 
 import re
@@ -14,15 +14,16 @@ _COMMA_IN_NUMBER = re.compile(r"\d,\d")
 _FULL_STOP = re.compile(r"\.(?!\d)")
 _ARTICLES = frozenset({"a", "an", "the"})
 _NUMBERS = {word: digits for word, digits in NUMERALS.items() if int(digits) <= 10}
-# The scorer's table holds each of these with one apostrophe dropped. Its entries with capitals (Im, Ive, Id've) can never match a
-# lower-cased word and are not here.
+# The scorer's table holds each of these with one apostrophe dropped. Its entries with capitals (Im, Ive, Id've) can
+# never match a lower-cased word and are not here.
 _CONTRACTIONS = (
-    "ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've he's how'd how'll how's "
-    "isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've needn't not've o'clock oughtn't 'ow's'at shan't she'd've "
-    "should've shouldn't shouldn't've somebody'd've somebody'll somebody's someone'd someone'd've someone'll someone's something'd "
-    "something'd've something'll that's there'd there'd've there're there's they'd they'd've they'll they're they've 'twas wasn't we'd've we've "
-    "weren't what'll what're what's what've when's where'd where's where've who'd who'd've who'll who's who've why'll why're why's won't "
-    "would've wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're you've"
+    "ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've"
+    " he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've needn't"
+    " not've o'clock oughtn't 'ow's'at shan't she'd've should've shouldn't shouldn't've somebody'd've somebody'll"
+    " somebody's someone'd someone'd've someone'll someone's something'd something'd've something'll that's there'd"
+    " there'd've there're there's they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll"
+    " what're what's what've when's where'd where's where've who'd who'd've who'll who's who've why'll why're why's"
+    " won't would've wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're you've"
 )
 
 
@@ -31,7 +32,9 @@ def _without_one_apostrophe(word: str) -> list[str]:
 
 
 # "somebody'd" loses its apostrophe in the official table; that is what the scorer does.
-_RESTORED = {typed: word for word in _CONTRACTIONS.split() for typed in _without_one_apostrophe(word)} | {"somebody'd": "somebodyd"}
+_RESTORED = {typed: word for word in _CONTRACTIONS.split() for typed in _without_one_apostrophe(word)} | {
+    "somebody'd": "somebodyd"
+}
 
 
 def strip_spaces(text: str) -> str:

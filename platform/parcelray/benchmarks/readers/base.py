@@ -38,7 +38,10 @@ class DataPin(NamedTuple):
 
 
 class BenchmarkReader(Protocol):
-    """One benchmark's rows. Instances are picklable and cheap to copy to Ray workers, which open the files themselves."""
+    """One benchmark's rows.
+
+    Instances are picklable and cheap to copy to Ray workers, which open the files themselves.
+    """
 
     @property
     def name(self) -> str:

@@ -39,7 +39,9 @@ class NlvrReader:
 
     def read(self, row: int) -> RowSamples:
         """See `BenchmarkReader`."""
-        return RowSamples(tuple(self.source.get(group, index) for group, index in self._places.get(self.source.pictures[row].id, ())))
+        return RowSamples(
+            tuple(self.source.get(group, index) for group, index in self._places.get(self.source.pictures[row].id, ()))
+        )
 
     @cached_property
     def _places(self) -> dict[str, list[tuple[str, int]]]:

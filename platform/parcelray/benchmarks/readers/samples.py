@@ -55,11 +55,16 @@ class SamplesReader:
     def _rows(self) -> ParquetRows:
         files = tuple(sorted(self.path.glob("*.parquet")))
         if not files:
-            raise UserError(f"{self.path} holds no parquet files; give the folder of an exported suite, with validation/ and test/ in it.")
+            raise UserError(
+                f"{self.path} holds no parquet files; give the folder of an exported suite, with validation/ and test/"
+                " in it."
+            )
         rows = ParquetRows(files)
         missing = [name for name in SCHEMA.names if name not in rows.columns]
         if missing:
-            raise UserError(f"{self.path} lacks the columns {', '.join(missing)}; a sample has {', '.join(SCHEMA.names)}.")
+            raise UserError(
+                f"{self.path} lacks the columns {', '.join(missing)}; a sample has {', '.join(SCHEMA.names)}."
+            )
         return rows
 
     def __getstate__(self) -> dict[str, Any]:

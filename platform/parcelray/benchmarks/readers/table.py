@@ -13,7 +13,14 @@ from parcelray.benchmarks.readers.base import DataPin, Problem, RowSamples, ids_
 from parcelray.benchmarks.tables.images import BadCell, cell_images, image_size, video_frames, with_box
 from parcelray.benchmarks.tables.locate import open_rows
 from parcelray.benchmarks.tables.rows import Row, Rows
-from parcelray.config.benchmark import AnswersConfig, BenchmarkConfig, BoxConfig, ColumnsConfig, PromptFamily, TableSource
+from parcelray.config.benchmark import (
+    AnswersConfig,
+    BenchmarkConfig,
+    BoxConfig,
+    ColumnsConfig,
+    PromptFamily,
+    TableSource,
+)
 from parcelray.datasets.boxes import Box, format_locations
 from parcelray.datasets.sample import Sample
 from parcelray.errors import UserError
@@ -38,7 +45,10 @@ class TableReader:
     def __post_init__(self) -> None:
         if self.family not in self.benchmark.prompts:
             legal = ", ".join(self.benchmark.prompts) or "no family"
-            raise UserError(f"{self.name} has no prompt for {self.family} models (it has one for {legal}); add it in a file of your own.")
+            raise UserError(
+                f"{self.name} has no prompt for {self.family} models (it has one for {legal}); add it in a file of your"
+                " own."
+            )
 
     @property
     def name(self) -> str:
@@ -53,7 +63,10 @@ class TableReader:
         """
         rows = self._kept
         if not rows:
-            raise UserError(f"{self.name}: no row of the data has {self._columns.keep or 'anything in it'}; check that these are the right files.")
+            raise UserError(
+                f"{self.name}: no row of the data has {self._columns.keep or 'anything in it'}; check that these are"
+                " the right files."
+            )
         ids = [self._ids[row] for row in rows]
         if len(set(ids)) < len(ids):
             twice = next(name for name in ids if ids.count(name) > 1)
@@ -110,8 +123,9 @@ class TableReader:
             missing = sorted((self._columns.read() | asked) - {"split"} - set(table.columns))
             if missing:
                 raise UserError(
-                    f"{self.name}: the data of split {split} lack the columns {', '.join(missing)}; they have {', '.join(table.columns)}. "
-                    "Check that these are the right files, or name the columns in a file of your own."
+                    f"{self.name}: the data of split {split} lack the columns {', '.join(missing)}; they have"
+                    f" {', '.join(table.columns)}. Check that these are the right files, or name the columns in a file"
+                    " of your own."
                 )
         return tables
 
@@ -123,7 +137,10 @@ class TableReader:
         table = open_rows(source, source.splits[0], self.data, config=join.config)
         missing = sorted({join.key, join.image} - set(table.columns))
         if missing:
-            raise UserError(f"{self.name}: the image table {join.config} lacks the columns {', '.join(missing)}; it has {', '.join(table.columns)}.")
+            raise UserError(
+                f"{self.name}: the image table {join.config} lacks the columns {', '.join(missing)}; it has"
+                f" {', '.join(table.columns)}."
+            )
         return table, {key: row for row, key in enumerate(table.column(join.key))}
 
     @cached_property
@@ -143,21 +160,34 @@ class TableReader:
         """A column over all splits."""
         cache: dict[str, list[Any]] = self.__dict__.setdefault("_light", {})
         if column not in cache:
-            cache[column] = [value for split, table in self._tables for value in (table.column(column) if column in table.columns else [split] * len(table))]
+            cache[column] = [
+                value
+                for split, table in self._tables
+                for value in (table.column(column) if column in table.columns else [split] * len(table))
+            ]
         return cache[column]
 
     @cached_property
     def _ids(self) -> list[str]:
         if not self._columns.id:
             return [f"{split}-{index}" for split, table in self._tables for index in range(len(table))]
-        return ["/".join(str(part) for part in parts) for parts in zip(*(self._all(column) for column in self._columns.id), strict=True)]
+        return [
+            "/".join(str(part) for part in parts)
+            for parts in zip(*(self._all(column) for column in self._columns.id), strict=True)
+        ]
 
     @cached_property
     def _kept(self) -> list[int]:
         """Rows that count, in the order of the data; a filter on what `each` makes waits until the row is read."""
-        filters = {column: set(legal) for column, legal in self._columns.keep.items() if column not in self._columns.made()}
+        filters = {
+            column: set(legal) for column, legal in self._columns.keep.items() if column not in self._columns.made()
+        }
         values = {column: self._all(column) for column in filters}
-        return [row for row in range(self._starts[-1]) if all(values[column][row] in legal for column, legal in filters.items())]
+        return [
+            row
+            for row in range(self._starts[-1])
+            if all(values[column][row] in legal for column, legal in filters.items())
+        ]
 
     def _questions(self, cells: Row) -> list[Row]:
         """The row once for each entry of the columns in `each`."""
@@ -224,7 +254,11 @@ class TableReader:
         )
 
     def _prompt(self, cells: Row, choices: Sequence[str]) -> str:
-        templates = self.benchmark.prompts if choices or self.family not in self.benchmark.open_prompts else self.benchmark.open_prompts
+        templates = (
+            self.benchmark.prompts
+            if choices or self.family not in self.benchmark.open_prompts
+            else self.benchmark.open_prompts
+        )
         template = templates[self.family]
         named = list(zip(letters(choices), choices, strict=False))
         options = {
@@ -235,7 +269,9 @@ class TableReader:
         for name in _fields(template):
             if name not in options and cells.get(name) is None:
                 raise BadCell(f"nothing in the column {name}, which the prompt names")
-        texts = {name: ", ".join(map(str, value)) if isinstance(value, list) else value for name, value in cells.items()}
+        texts = {
+            name: ", ".join(map(str, value)) if isinstance(value, list) else value for name, value in cells.items()
+        }
         return template.format_map(texts | options).strip()
 
     def __getstate__(self) -> dict[str, Any]:

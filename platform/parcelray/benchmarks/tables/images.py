@@ -77,16 +77,20 @@ def with_box(image: bytes, box: tuple[float, float, float, float]) -> bytes:
     return buffer.getvalue()
 
 
-def video_frames(folder: Path, path: str, config: VideoConfig, segment: tuple[float, float] | None = None) -> tuple[bytes, ...]:
+def video_frames(
+    folder: Path, path: str, config: VideoConfig, segment: tuple[float, float] | None = None
+) -> tuple[bytes, ...]:
     """`config.frames` frames of a video file, or of a folder of frames, as encoded images.
 
-    Every `config.stride`-th frame from the start of the segment; the frames of a video that ends before are repeated from the first on.
+    Every `config.stride`-th frame from the start of the segment; the frames of a video that ends before are repeated
+    from the first on.
 
     Args:
         folder: of the data.
         path: below the folder.
         config: frames and stride.
-        segment: start and end, seconds; None: the whole video. In a folder of frames there is no time, so it must be None.
+        segment: start and end, seconds; None: the whole video. In a folder of frames there is no time, so it must be
+            None.
 
     Raises:
         BadCell: there is no such video, or it cannot be decoded.
@@ -127,7 +131,9 @@ def _decoded(file: Path, config: VideoConfig, segment: tuple[float, float] | Non
 def _file(folder: Path, path: str) -> Path:
     file = (folder / path).resolve()
     if not file.is_relative_to(folder.resolve()):
-        raise UserError(f"The path {path!r} in the data leads out of {folder}; paths in cells stay below the data's folder.")
+        raise UserError(
+            f"The path {path!r} in the data leads out of {folder}; paths in cells stay below the data's folder."
+        )
     if not file.exists():
         raise BadCell(f"no file {path}")
     return file

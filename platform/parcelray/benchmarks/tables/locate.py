@@ -13,8 +13,9 @@ def open_rows(source: TableSource, split: str, data: Path | None, *, config: str
     Args:
         source: of the benchmark.
         split: one of its splits.
-        data: a parquet or JSON-lines file, a folder with such files named after the split (also below a folder named after the
-            configuration, or below `data`, as on the hub), or a folder of a Hugging Face data set; None: the hub.
+        data: a parquet or JSON-lines file, a folder with such files named after the split (also below a folder named
+            after the configuration, or below `data`, as on the hub), or a folder of a Hugging Face data set; None: the
+            hub.
         config: configuration, where it is not the source's.
 
     Raises:
@@ -24,7 +25,9 @@ def open_rows(source: TableSource, split: str, data: Path | None, *, config: str
     if data is None:
         if source.hub is None:
             where = f" ({'; '.join(source.alternatives)})" if source.alternatives else ""
-            raise UserError(f"This benchmark has no copy on the Hugging Face hub{where}; give the folder of its data with data:.")
+            raise UserError(
+                f"This benchmark has no copy on the Hugging Face hub{where}; give the folder of its data with data:."
+            )
         return HuggingFaceRows(source.hub, config, split, source.revision)
     if not data.exists():
         raise UserError(f"{data} does not exist; give the file or folder of the benchmark's data.")
@@ -50,9 +53,14 @@ def _only(data: Path, config: str | None, split: str) -> Rows:
     """Nothing is named after the split: a folder that holds a single table, or whatever `load_dataset` can read."""
     if (data / "metadata.jsonl").is_file():
         return JsonlRows(data / "metadata.jsonl")
-    present = sorted(path.relative_to(data).as_posix() for pattern in ("*.parquet", "*.jsonl") for path in data.rglob(pattern))
+    present = sorted(
+        path.relative_to(data).as_posix() for pattern in ("*.parquet", "*.jsonl") for path in data.rglob(pattern)
+    )
     if present:
         shown = ", ".join(present[:8]) + (", ..." if len(present) > 8 else "")
         where = f"{config}/" if config else ""
-        raise UserError(f"{data} has no {where}{split}-*.parquet, {split}.parquet or {split}.jsonl; it has {shown}. Name the file itself, or rename it.")
+        raise UserError(
+            f"{data} has no {where}{split}-*.parquet, {split}.parquet or {split}.jsonl; it has {shown}. Name the file"
+            " itself, or rename it."
+        )
     return HuggingFaceRows(str(data), config, split)

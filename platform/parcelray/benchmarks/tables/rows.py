@@ -86,7 +86,10 @@ class ParquetRows:
         try:
             return [pq.ParquetFile(file, memory_map=True) for file in self.files]
         except pa.ArrowInvalid as error:
-            raise UserError(f"{', '.join(map(str, self.files[:3]))}: not all of these are parquet files ({error}); fetch the data again.") from None
+            raise UserError(
+                f"{', '.join(map(str, self.files[:3]))}: not all of these are parquet files ({error}); fetch the data"
+                " again."
+            ) from None
 
     @cached_property
     def _groups(self) -> list[tuple[int, int, int, int]]:
@@ -155,7 +158,9 @@ class JsonlRows:
                 try:
                     row = json.loads(line)
                 except json.JSONDecodeError as error:
-                    raise UserError(f"{self.file}: line {number} is not JSON ({error.msg}); write one object per line.") from None
+                    raise UserError(
+                        f"{self.file}: line {number} is not JSON ({error.msg}); write one object per line."
+                    ) from None
                 if not isinstance(row, dict):
                     raise UserError(f"{self.file}: line {number} is not a JSON object; write one object per line.")
                 rows.append(row)
@@ -214,8 +219,8 @@ class HuggingFaceRows:
         except (FileNotFoundError, ValueError, ConnectionError, OSError) as error:
             reason = str(error).splitlines()[0]
             raise UserError(
-                f"{self.path} (configuration {self.config}, split {self.split}) cannot be loaded: {reason}. Give the folder of a local copy with data:, "
-                "or fetch it on a machine with network first."
+                f"{self.path} (configuration {self.config}, split {self.split}) cannot be loaded: {reason}. Give the"
+                " folder of a local copy with data:, or fetch it on a machine with network first."
             ) from None
         return _encoded(found, datasets)
 

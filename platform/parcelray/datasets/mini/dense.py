@@ -1,7 +1,7 @@
 """Dense supervision, for training only: long targets that say everything about an image.
 
-Single-word answers give a small model from scratch too little signal to leave the plateau of the answer prior; captions of all
-cells, boxes of all objects and spelled texts do.
+Single-word answers give a small model from scratch too little signal to leave the plateau of the answer prior; captions
+of all cells, boxes of all objects and spelled texts do.
 """
 
 from collections.abc import Callable
@@ -20,8 +20,8 @@ _VIDEO_TASKS = tuple(video.TASKS.values())
 def dense_caption(draw: Draw) -> Question:
     """`caption colors` or `caption shapes`: each of the 16 cells by its letter, a to p in reading order, and one word, `.` for an empty one.
 
-    The letter tells the model where to look. Without it the place would have to be counted from the words before, which a model from
-    scratch learns long after everything else.
+    The letter tells the model where to look. Without it the place would have to be counted from the words before, which
+    a model from scratch learns long after everything else.
     """
     things = draw.scatter(draw.fillers(5, 9))
     aspect = draw.rng.choice(ASPECTS)
@@ -32,7 +32,11 @@ def dense_row(draw: Draw) -> Question:
     """`row 2 colors` or `row 2 shapes`: letter and word of each of the four cells of a row, counted from 1 at the top."""
     things = draw.scatter(draw.fillers(4, 7))
     row, aspect = draw.rng.randrange(GRID), draw.rng.choice(ASPECTS)
-    return Question(f"row {row + 1} {aspect}", (" ".join(_words(things, aspect)[GRID * row : GRID * (row + 1)]),), (ObjectPicture(things),))
+    return Question(
+        f"row {row + 1} {aspect}",
+        (" ".join(_words(things, aspect)[GRID * row : GRID * (row + 1)]),),
+        (ObjectPicture(things),),
+    )
 
 
 def dense_cell(draw: Draw) -> Question:
@@ -54,7 +58,11 @@ def dense_colors(draw: Draw) -> Question:
 def dense_detect(draw: Draw) -> Question:
     """`detect all`: box and name of up to four objects in reading order."""
     things = draw.scatter(draw.fillers(2, 4))
-    return Question("detect all", (" ; ".join(f"{loc_tokens(thing.box)} {thing.name}" for thing in raster(things)),), (ObjectPicture(things),))
+    return Question(
+        "detect all",
+        (" ; ".join(f"{loc_tokens(thing.box)} {thing.name}" for thing in raster(things)),),
+        (ObjectPicture(things),),
+    )
 
 
 def dense_spell(draw: Draw) -> Question:
@@ -114,7 +122,9 @@ def dense_track(draw: Draw) -> Question:
     frames = tuple(picture for picture in video.direction(draw).pictures if isinstance(picture, ObjectPicture))
     subject = draw.rng.choice(frames[0].things)
     path = [next(thing for thing in frame.things if thing.label == subject.label) for frame in frames]
-    return Question(f"track the {subject.label}", (" ".join(LETTERS[thing.row * GRID + thing.column] for thing in path),), frames)
+    return Question(
+        f"track the {subject.label}", (" ".join(LETTERS[thing.row * GRID + thing.column] for thing in path),), frames
+    )
 
 
 def grid_caption(things: tuple[Thing, ...], aspect: str) -> str:

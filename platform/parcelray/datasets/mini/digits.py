@@ -26,8 +26,8 @@ class DigitImage(NamedTuple):
 def digit_images(split: str) -> tuple[tuple[DigitImage, ...], ...]:
     """The images of a split for each value 0 to 9.
 
-    Each value's images are cut in their stored order (80 % training, 10 % validation, 10 % test), which keeps neighbouring
-    images, often by the same writer, on one side.
+    Each value's images are cut in their stored order (80 % training, 10 % validation, 10 % test), which keeps
+    neighbouring images, often by the same writer, on one side.
     """
     from sklearn.datasets import load_digits  # slow to import, and needed only when drawing
 

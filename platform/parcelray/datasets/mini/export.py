@@ -12,11 +12,13 @@ from parcelray.datasets.parquet import to_table
 ROWS_PER_SHARD = 1000
 
 
-def write_parquet(folder: Path, split: Split, families: Sequence[str] = FAMILIES, count: int = 1000, seed: int = 0) -> list[Path]:
+def write_parquet(
+    folder: Path, split: Split, families: Sequence[str] = FAMILIES, count: int = 1000, seed: int = 0
+) -> list[Path]:
     """Writes the first `count` evaluation samples of each family as shards `<split>/<family>-<shard>.parquet`.
 
-    Of the training split these are samples without dense supervision. A folder with all three splits is a `data.path` of a job with
-    `data.type: parquet`.
+    Of the training split these are samples without dense supervision. A folder with all three splits is a `data.path`
+    of a job with `data.type: parquet`.
 
     Returns:
         The files written, in order.

@@ -70,4 +70,8 @@ def _glyph(character: str, scale: int) -> Mask:
 
 def text_glyphs(text: str, scale: int) -> list[tuple[int, Mask]]:
     """The offset from the left in pixels and the mask [7 * scale, 5 * scale] of each character that is not a space."""
-    return [(_PITCH[scale] * position, _glyph(character, scale)) for position, character in enumerate(text) if character != " "]
+    return [
+        (_PITCH[scale] * position, _glyph(character, scale))
+        for position, character in enumerate(text)
+        if character != " "
+    ]

@@ -48,7 +48,9 @@ def count(draw: Draw) -> Question:
         prompt = f"how many {PLURALS[kind]}"
     else:
         color = draw.rng.choice(COLORS)
-        specs = [draw.spec(colors=(color,)) for _ in range(number)] + draw.fillers(others, others, colors=without(COLORS, color))
+        specs = [draw.spec(colors=(color,)) for _ in range(number)] + draw.fillers(
+            others, others, colors=without(COLORS, color)
+        )
         prompt = f"how many {color} objects"
     return Question(prompt, number_answers(number), (ObjectPicture(draw.scatter(specs)),))
 
@@ -64,7 +66,9 @@ def relation(draw: Draw) -> Question:
         first, second = (thing.column if phrase == "left of" else thing.row for thing in things[:2])
         if first != second and (first < second) == holds:
             break
-    return Question(f"is the {things[0].name} {phrase} the {things[1].name}", ("yes" if holds else "no",), (ObjectPicture(things),))
+    return Question(
+        f"is the {things[0].name} {phrase} the {things[1].name}", ("yes" if holds else "no",), (ObjectPicture(things),)
+    )
 
 
 def corner(draw: Draw) -> Question:
@@ -73,7 +77,9 @@ def corner(draw: Draw) -> Question:
     things = [draw.place(draw.spec(), _CORNERS[name])]
     cells = draw.rng.sample(_without_cell(_CORNERS[name]), draw.rng.randint(2, 5))
     things += [draw.place(draw.spec(), cell) for cell in cells]
-    return Question(f"what color and shape is in the {name} corner", _name_answers(things[0]), (ObjectPicture(tuple(things)),))
+    return Question(
+        f"what color and shape is in the {name} corner", _name_answers(things[0]), (ObjectPicture(tuple(things)),)
+    )
 
 
 def pair_more(draw: Draw) -> Question:
@@ -86,15 +92,24 @@ def pair_more(draw: Draw) -> Question:
         others = draw.rng.randint(4, 5) - number
         specs = [draw.spec((kind,)) for _ in range(number)] + draw.fillers(others, others, kinds=without(KINDS, kind))
         pictures.append(ObjectPicture(draw.scatter(specs)))
-    return Question(f"which image has more {PLURALS[kind]}", ("same", "equal") if answer == "same" else (answer,), tuple(pictures))
+    return Question(
+        f"which image has more {PLURALS[kind]}", ("same", "equal") if answer == "same" else (answer,), tuple(pictures)
+    )
 
 
 def pair_both(draw: Draw) -> Question:
     """`do both images show a circle`: for a no, one image or neither does."""
     kind = draw.rng.choice(KINDS)
-    shown = (True, True) if draw.rng.random() < 0.5 else draw.rng.choice(((True, False), (False, True), (True, False), (False, True), (False, False)))
+    shown = (
+        (True, True)
+        if draw.rng.random() < 0.5
+        else draw.rng.choice(((True, False), (False, True), (True, False), (False, True), (False, False)))
+    )
     others = without(KINDS, kind)
-    pictures = tuple(ObjectPicture(draw.scatter([draw.spec((kind,) if show else others), *draw.fillers(1, 3, kinds=others)])) for show in shown)
+    pictures = tuple(
+        ObjectPicture(draw.scatter([draw.spec((kind,) if show else others), *draw.fillers(1, 3, kinds=others)]))
+        for show in shown
+    )
     return Question(f"do both images show a {kind}", ("yes" if all(shown) else "no",), pictures)
 
 
@@ -103,8 +118,12 @@ def pair_color(draw: Draw) -> Question:
     kind, which = draw.rng.choice(KINDS), draw.rng.randrange(2)
     colors = draw.rng.sample(COLORS, 2)
     others = without(KINDS, kind)
-    pictures = tuple(ObjectPicture(draw.scatter([Spec(kind, color), *draw.fillers(1, 3, kinds=others)])) for color in colors)
-    return Question(f"what color is the {kind} in the {('first', 'second')[which]} image", color_answers(colors[which]), pictures)
+    pictures = tuple(
+        ObjectPicture(draw.scatter([Spec(kind, color), *draw.fillers(1, 3, kinds=others)])) for color in colors
+    )
+    return Question(
+        f"what color is the {kind} in the {('first', 'second')[which]} image", color_answers(colors[which]), pictures
+    )
 
 
 def _without_cell(excluded: int) -> list[int]:
@@ -124,4 +143,8 @@ SINGLE_TASKS: dict[str, Callable[[Draw], Question]] = {
     "relation": relation,
     "corner": corner,
 }
-PAIR_TASKS: dict[str, Callable[[Draw], Question]] = {"pair_more": pair_more, "pair_both": pair_both, "pair_color": pair_color}
+PAIR_TASKS: dict[str, Callable[[Draw], Question]] = {
+    "pair_more": pair_more,
+    "pair_both": pair_both,
+    "pair_color": pair_color,
+}

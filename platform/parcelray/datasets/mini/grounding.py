@@ -24,7 +24,9 @@ def box_largest(draw: Draw) -> Question:
     """`detect the largest circle`: one large among one or two small ones."""
     kind = draw.rng.choice(SHAPES)
     small = [Spec(kind, draw.rng.choice(COLORS), size=SMALL) for _ in range(draw.rng.randint(1, 2))]
-    things = draw.scatter([Spec(kind, draw.rng.choice(COLORS), size=LARGE), *small, *draw.fillers(1, 3, kinds=without(KINDS, kind))])
+    things = draw.scatter(
+        [Spec(kind, draw.rng.choice(COLORS), size=LARGE), *small, *draw.fillers(1, 3, kinds=without(KINDS, kind))]
+    )
     return Question(f"detect the largest {kind}", (loc_tokens(things[0].box),), (ObjectPicture(things),), METRIC)
 
 
@@ -33,7 +35,9 @@ def box_digit(draw: Draw) -> Question:
     values = draw.rng.sample(range(10), draw.rng.randint(2, 3))
     digits = [Spec("digit", draw.rng.choice(COLORS), value) for value in values]
     things = draw.scatter([*digits, *draw.fillers(1, 2, kinds=SHAPES)])
-    return Question(f"detect the digit {things[0].label}", (loc_tokens(things[0].box),), (ObjectPicture(things),), METRIC)
+    return Question(
+        f"detect the digit {things[0].label}", (loc_tokens(things[0].box),), (ObjectPicture(things),), METRIC
+    )
 
 
 TASKS: dict[str, Callable[[Draw], Question]] = {"box": box, "box_largest": box_largest, "box_digit": box_digit}

@@ -19,7 +19,8 @@ def regions_of(prompt: str, task: str, objects: list[list[dict[str, Any]]]) -> l
         objects: name and box [top, left, bottom, right] of every object, by image.
 
     Returns:
-        By image, `{"box": [top, left, bottom, right], "word": word}`; None where the prompt asks for nothing that has a place.
+        By image, `{"box": [top, left, bottom, right], "word": word}`; None where the prompt asks for nothing that has a
+        place.
     """
     if task in ("dense_spell", "dense_read"):
         return [[region for entry in image for region in _characters(entry["name"], entry["box"])] for image in objects]
@@ -33,5 +34,7 @@ def _characters(text: str, box: list[int]) -> list[dict[str, Any]]:
     top, left, bottom, right = box
     width = (right - left) / len(text)
     return [
-        {"box": [top, left + index * width, bottom, left + (index + 1) * width], "word": character} for index, character in enumerate(text) if character != " "
+        {"box": [top, left + index * width, bottom, left + (index + 1) * width], "word": character}
+        for index, character in enumerate(text)
+        if character != " "
     ]

@@ -36,7 +36,15 @@ class TextPicture:
     @property
     def objects(self) -> list[dict[str, Any]]:
         return [
-            {"name": line.text, "box": [line.top, line.left, line.top + GLYPH_HEIGHT * line.scale, line.left + text_width(line.text, line.scale)]}
+            {
+                "name": line.text,
+                "box": [
+                    line.top,
+                    line.left,
+                    line.top + GLYPH_HEIGHT * line.scale,
+                    line.left + text_width(line.text, line.scale),
+                ],
+            }
             for line in self.lines
         ]
 
@@ -62,14 +70,21 @@ class BarPicture:
 
     @property
     def objects(self) -> list[dict[str, Any]]:
-        return [{"name": f"{color} {height}", "box": list(self._box(position, height))} for position, (color, height) in enumerate(self.bars)]
+        return [
+            {"name": f"{color} {height}", "box": list(self._box(position, height))}
+            for position, (color, height) in enumerate(self.bars)
+        ]
 
     def paint(self, canvas: Canvas, backdrop: Backdrop) -> None:
         ink = backdrop.ink
         fill(canvas, (_BASE - MAX_BAR * _BAR_UNIT, _AXIS, _BASE + 1, _AXIS + 1), ink)
         fill(canvas, (_BASE, _AXIS, _BASE + 1, CANVAS - 2), ink)
         for value in range(1, MAX_BAR + 1):
-            fill(canvas, (_BASE - value * _BAR_UNIT, _AXIS - (4 if value % 4 == 0 else 2), _BASE - value * _BAR_UNIT + 1, _AXIS), ink)
+            fill(
+                canvas,
+                (_BASE - value * _BAR_UNIT, _AXIS - (4 if value % 4 == 0 else 2), _BASE - value * _BAR_UNIT + 1, _AXIS),
+                ink,
+            )
         labels = TextPicture(tuple(TextLine(str(value), _BASE - value * _BAR_UNIT - 3, 2, 1) for value in (4, 8)))
         labels.paint(canvas, backdrop)
         for position, (color, height) in enumerate(self.bars):
@@ -155,4 +170,10 @@ def _grid_position(draw: Draw, extent: int) -> int:
     return 4 * draw.rng.randint(0, (CANVAS - 2 - extent) // 4) + 1
 
 
-TASKS: dict[str, Callable[[Draw], Question]] = {"word": word, "number": number, "bar_tallest": bar_tallest, "bar_height": bar_height, "form": form}
+TASKS: dict[str, Callable[[Draw], Question]] = {
+    "word": word,
+    "number": number,
+    "bar_tallest": bar_tallest,
+    "bar_height": bar_height,
+    "form": form,
+}

@@ -1,7 +1,7 @@
 """Scenes of the mini suite: what is in a picture, how it is drawn, and which split it belongs to.
 
-A scene's content (objects, colours, cells, sizes, digit images, texts; not jitter, backdrop or noise) is hashed, and the hash
-decides the split. Generators draw until a scene falls into the wanted split, so no scene can occur in two.
+A scene's content (objects, colours, cells, sizes, digit images, texts; not jitter, backdrop or noise) is hashed, and
+the hash decides the split. Generators draw until a scene falls into the wanted split, so no scene can occur in two.
 """
 
 from collections.abc import Iterable, Sequence
@@ -81,7 +81,13 @@ class Thing(NamedTuple):
 
     def paint(self, canvas: Canvas) -> None:
         """Draws the object."""
-        stamp(canvas, shape_mask(self.label, self.height) if self.mask is None else self.mask, self.top, self.left, self.color)
+        stamp(
+            canvas,
+            shape_mask(self.label, self.height) if self.mask is None else self.mask,
+            self.top,
+            self.left,
+            self.color,
+        )
 
 
 class Picture(Protocol):
@@ -150,7 +156,16 @@ class Draw:
             value = self.rng.randrange(10) if spec.value is None else spec.value
             image = self.rng.choice(digit_images(self.split)[value])
             height, width = image.mask.shape
-            return Thing(str(value), spec.color, top, left + (CELL - width) // 2 // LATTICE * LATTICE, height, width, image.row, image.mask)
+            return Thing(
+                str(value),
+                spec.color,
+                top,
+                left + (CELL - width) // 2 // LATTICE * LATTICE,
+                height,
+                width,
+                image.row,
+                image.mask,
+            )
         size = self.rng.choice((SMALL, LARGE)) if spec.size is None else spec.size
         offset = (CELL - size) // 2 // LATTICE * LATTICE
         return Thing(spec.kind, spec.color, top + offset, left + offset, size, size)
@@ -158,16 +173,22 @@ class Draw:
     def place(self, spec: Spec, cell: int) -> Thing:
         """Realises a spec in a cell (row-major index), anywhere inside it on the 4-pixel lattice of the patches.
 
-        Off the lattice every shape looks different to every patch, and a model from scratch needs several times the samples.
+        Off the lattice every shape looks different to every patch, and a model from scratch needs several times the
+        samples.
         """
         top, left = cell // GRID * CELL, cell % GRID * CELL
         thing = self.thing(spec, top, left)
         steps_y, steps_x = (CELL - thing.height) // LATTICE, (CELL - thing.width) // LATTICE
-        return thing._replace(top=top + LATTICE * self.rng.randint(0, steps_y), left=left + LATTICE * self.rng.randint(0, steps_x))
+        return thing._replace(
+            top=top + LATTICE * self.rng.randint(0, steps_y), left=left + LATTICE * self.rng.randint(0, steps_x)
+        )
 
     def scatter(self, specs: Sequence[Spec]) -> tuple[Thing, ...]:
         """Realises specs in distinct random cells; the result keeps their order."""
-        return tuple(self.place(spec, cell) for spec, cell in zip(specs, self.rng.sample(range(GRID * GRID), len(specs)), strict=True))
+        return tuple(
+            self.place(spec, cell)
+            for spec, cell in zip(specs, self.rng.sample(range(GRID * GRID), len(specs)), strict=True)
+        )
 
     def spec(self, kinds: Sequence[str] = KINDS, colors: Sequence[str] = COLORS) -> Spec:
         """A random spec from the given kinds and colours."""

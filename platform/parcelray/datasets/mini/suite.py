@@ -31,7 +31,8 @@ _GENERATORS: dict[tuple[str, str], dict[str, Generator]] = {
 _GROUPS = {"single": (1, 0.7), "pair": (2, 0.12), "video": (4, 0.18)}
 
 TASKS: dict[str, tuple[str, ...]] = {
-    family: tuple(task for (_, owner), tasks in _GENERATORS.items() if owner == family for task in tasks) for family in FAMILIES
+    family: tuple(task for (_, owner), tasks in _GENERATORS.items() if owner == family for task in tasks)
+    for family in FAMILIES
 }
 """The tasks of each family, without the dense ones."""
 
@@ -50,9 +51,9 @@ class _Item(NamedTuple):
 class MiniSuite:
     """The procedural suite as a `SampleSource`.
 
-    Groups: `single` (one image), `pair` (two, general family) and `video` (four frames). The training split is endless and
-    mixes in dense supervision; validation and test have `EVAL_GROUP_SIZE` samples a group, never dense, that cycle through the
-    families and tasks.
+    Groups: `single` (one image), `pair` (two, general family) and `video` (four frames). The training split is endless
+    and mixes in dense supervision; validation and test have `EVAL_GROUP_SIZE` samples a group, never dense, that cycle
+    through the families and tasks.
     """
 
     split: Split
@@ -72,7 +73,9 @@ class MiniSuite:
         if not 0 <= self.dense_fraction <= 1:
             raise UserError(f"dense_fraction is {self.dense_fraction}; give a share from 0 to 1.")
         if self.image_size < CANVAS:
-            raise UserError(f"image_size is {self.image_size}; the mini suite's images are at least {CANVAS} pixels a side.")
+            raise UserError(
+                f"image_size is {self.image_size}; the mini suite's images are at least {CANVAS} pixels a side."
+            )
         if self.split != "train":
             object.__setattr__(self, "dense_fraction", 0.0)
 
@@ -107,7 +110,9 @@ class MiniSuite:
     def _item(self, group: str, index: int) -> _Item:
         families = self._families_of(group) if group in _GROUPS else []
         if not families:
-            raise UserError(f"The mini suite has no group {group!r}; its groups are {', '.join(g.name for g in self.groups)}.")
+            raise UserError(
+                f"The mini suite has no group {group!r}; its groups are {', '.join(g.name for g in self.groups)}."
+            )
         if index < 0 or (self.split != "train" and index >= EVAL_GROUP_SIZE):
             raise IndexError(f"index {index} is out of range for group {group!r} of split {self.split!r}")
         rng = _rng(self.seed, self.split, group, index)
@@ -125,7 +130,12 @@ def family_sample(split: Split, family: str, index: int, seed: int = 0, image_si
     """Evaluation sample `index` of a family: never dense, and cycling through all its tasks."""
     if family not in FAMILIES:
         raise UserError(f"The mini suite has no family {family!r}; choose one of {', '.join(FAMILIES)}.")
-    generators = {task: generator for (_, owner), tasks in _GENERATORS.items() if owner == family for task, generator in tasks.items()}
+    generators = {
+        task: generator
+        for (_, owner), tasks in _GENERATORS.items()
+        if owner == family
+        for task, generator in tasks.items()
+    }
     item = _cycled(_rng(seed, split, f"family-{family}", index), split, family, generators, index)
     return _render(item, split, family_sample_id(split, family, index, seed), image_size)
 
@@ -168,7 +178,9 @@ def _render(item: _Item, split: Split, sample_id: str, image_size: int) -> Sampl
     objects = [picture.objects for picture in item.question.pictures]
     metadata = {"split": split, "dense": item.dense, "objects": objects}
     if item.dense and (regions := regions_of(item.question.prompt, item.task, objects)) is not None:
-        metadata["regions"] = [[{**region, "box": [side / CANVAS for side in region["box"]]} for region in image] for image in regions]
+        metadata["regions"] = [
+            [{**region, "box": [side / CANVAS for side in region["box"]]} for region in image] for image in regions
+        ]
     return Sample(
         id=sample_id,
         benchmark=BENCHMARK,

@@ -14,7 +14,21 @@ frame frames has how image images in is largest last left list many more move no
 shape shapes show spell start tall tallest the top track up violet way what which word yes and
 """
 SYMBOLS = (".", ";", "|")
-VOCABULARY = tuple(sorted({*_PROMPT_WORDS.split(), *COLORS, *KINDS, *PLURALS.values(), *NUMBER_WORDS, *LEXICON, *FORM_KEYS, *LETTERS, *"0123456789"}))
+VOCABULARY = tuple(
+    sorted(
+        {
+            *_PROMPT_WORDS.split(),
+            *COLORS,
+            *KINDS,
+            *PLURALS.values(),
+            *NUMBER_WORDS,
+            *LEXICON,
+            *FORM_KEYS,
+            *LETTERS,
+            *"0123456789",
+        }
+    )
+)
 """All words of prompts and answers, without location tokens, symbols and numbers of more than one figure."""
 
 

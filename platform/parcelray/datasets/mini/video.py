@@ -3,7 +3,19 @@
 from collections.abc import Callable, Sequence
 
 from parcelray.datasets.mini.drawing import CANVAS, COLORS, SHAPES
-from parcelray.datasets.mini.scenes import CELL, GRID, LATTICE, Draw, ObjectPicture, Question, Spec, Thing, color_answers, number_answers, without
+from parcelray.datasets.mini.scenes import (
+    CELL,
+    GRID,
+    LATTICE,
+    Draw,
+    ObjectPicture,
+    Question,
+    Spec,
+    Thing,
+    color_answers,
+    number_answers,
+    without,
+)
 
 NUM_FRAMES = 4
 _DIRECTIONS = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}
@@ -29,7 +41,11 @@ def color_change(draw: Draw) -> Question:
     change = draw.rng.randint(1, NUM_FRAMES - 1)
     target, *rest = draw.scatter([Spec(kind, before), *draw.fillers(0, 1, kinds=without(SHAPES, kind))])
     frames = [[target._replace(color=before if frame < change else after), *rest] for frame in range(NUM_FRAMES)]
-    return Question(f"what color is the {kind} at the {moment}", color_answers(before if moment == "start" else after), _pictures(frames))
+    return Question(
+        f"what color is the {kind} at the {moment}",
+        color_answers(before if moment == "start" else after),
+        _pictures(frames),
+    )
 
 
 def order(draw: Draw) -> Question:
@@ -38,7 +54,9 @@ def order(draw: Draw) -> Question:
     kinds = draw.rng.sample(SHAPES, number)
     things = draw.scatter([Spec(kind, draw.rng.choice(COLORS)) for kind in kinds])
     starts = sorted(draw.rng.sample(range(NUM_FRAMES), number))
-    frames = [[thing for thing, start in zip(things, starts, strict=True) if start <= frame] for frame in range(NUM_FRAMES)]
+    frames = [
+        [thing for thing, start in zip(things, starts, strict=True) if start <= frame] for frame in range(NUM_FRAMES)
+    ]
     return Question(f"which shape appears {which}", (kinds[0] if which == "first" else kinds[-1],), _pictures(frames))
 
 
@@ -46,7 +64,10 @@ def digit_frames(draw: Draw) -> Question:
     """`how many frames show a digit`, 0 to 4; each frame shows two objects."""
     number = draw.rng.randint(0, NUM_FRAMES)
     with_digit = set(draw.rng.sample(range(NUM_FRAMES), number))
-    frames = [draw.scatter([draw.spec(SHAPES), draw.spec(("digit",) if frame in with_digit else SHAPES)]) for frame in range(NUM_FRAMES)]
+    frames = [
+        draw.scatter([draw.spec(SHAPES), draw.spec(("digit",) if frame in with_digit else SHAPES)])
+        for frame in range(NUM_FRAMES)
+    ]
     return Question("how many frames show a digit", number_answers(number), _pictures(frames))
 
 
@@ -60,7 +81,10 @@ def _track(draw: Draw, spec: Spec, heading: str, lane: int, *, moving: bool) -> 
         start += travel
     lane_start = lane * CELL
     thing = draw.thing(spec, *((start, lane_start) if d_row else (lane_start, start)))
-    return [thing._replace(top=thing.top + d_row * step * frame, left=thing.left + d_column * step * frame) for frame in range(NUM_FRAMES)]
+    return [
+        thing._replace(top=thing.top + d_row * step * frame, left=thing.left + d_column * step * frame)
+        for frame in range(NUM_FRAMES)
+    ]
 
 
 def _frames(tracks: Sequence[Sequence[Thing]]) -> tuple[ObjectPicture, ...]:
@@ -71,4 +95,9 @@ def _pictures(frames: Sequence[Sequence[Thing]]) -> tuple[ObjectPicture, ...]:
     return tuple(ObjectPicture(tuple(things)) for things in frames)
 
 
-TASKS: dict[str, Callable[[Draw], Question]] = {"direction": direction, "color_change": color_change, "order": order, "digit_frames": digit_frames}
+TASKS: dict[str, Callable[[Draw], Question]] = {
+    "direction": direction,
+    "color_change": color_change,
+    "order": order,
+    "digit_frames": digit_frames,
+}

@@ -26,7 +26,13 @@ class Thing(NamedTuple):
     @classmethod
     def from_json(cls, entry: Mapping[str, Any]) -> "Thing":
         """An entry of the structured representation."""
-        return cls(str(entry["type"]), _COLORS[str(entry["color"]).lower()], int(entry["size"]), int(entry["x_loc"]), int(entry["y_loc"]))
+        return cls(
+            str(entry["type"]),
+            _COLORS[str(entry["color"]).lower()],
+            int(entry["size"]),
+            int(entry["x_loc"]),
+            int(entry["y_loc"]),
+        )
 
     @property
     def name(self) -> str:
@@ -53,7 +59,9 @@ class Question:
     """Tells several questions of a task about one picture apart."""
 
 
-def questions_of(sentence: str, label: str, boxes: Sequence[Sequence[Thing]], tasks: Sequence[str], seed: str) -> list[Question]:
+def questions_of(
+    sentence: str, label: str, boxes: Sequence[Sequence[Thing]], tasks: Sequence[str], seed: str
+) -> list[Question]:
     """The questions about one picture, one per task where the picture allows it.
 
     Args:
@@ -66,7 +74,9 @@ def questions_of(sentence: str, label: str, boxes: Sequence[Sequence[Thing]], ta
     rng = Random(seed)
     things = [thing for box in boxes for thing in box]
     made = {
-        "statement": Question("statement", f"true or false: {' '.join(sentence.lower().split())}", (label.lower(),), metric="nlvr2"),
+        "statement": Question(
+            "statement", f"true or false: {' '.join(sentence.lower().split())}", (label.lower(),), metric="nlvr2"
+        ),
         "count": _count(things, rng),
         "color": _color(things, rng),
         "size": _size(things, rng),
@@ -115,7 +125,12 @@ def _size(things: Sequence[Thing], rng: Random) -> Question | None:
 
 def _box(boxes: Sequence[Sequence[Thing]], rng: Random) -> Question | None:
     """Where an object is in its box; only objects whose description is unique there."""
-    places = [(place, thing) for place, box in enumerate(boxes) for thing in box if sum(other.name == thing.name for other in box) == 1]
+    places = [
+        (place, thing)
+        for place, box in enumerate(boxes)
+        for thing in box
+        if sum(other.name == thing.name for other in box) == 1
+    ]
     if not places:
         return None
     place, thing = rng.choice(places)

@@ -1,8 +1,9 @@
 """NLVR: sentences written by people about pictures of three boxes (Suhr, Lewis, Yeh and Artzi, ACL 2017; data under CC-BY-4.0).
 
-A picture is 400 x 100 pixels: three boxes of 100 x 100 at x = 0, 150 and 300. Each sentence has six pictures, the permutations of its
-boxes; picture p shows box `PERMUTATIONS[p][k]` of the structured representation at place k. (Checked by drawing the representation:
-of the six orders this one is the nearest to the pixels, or as near as another, in all 11,874 pictures of the two splits.)
+A picture is 400 x 100 pixels: three boxes of 100 x 100 at x = 0, 150 and 300. Each sentence has six pictures, the
+permutations of its boxes; picture p shows box `PERMUTATIONS[p][k]` of the structured representation at place k.
+(Checked by drawing the representation: of the six orders this one is the nearest to the pixels, or as near as another,
+in all 11,874 pictures of the two splits.)
 
 The corpus's own scores are accuracy over pictures, and consistency: the share of sentences with all pictures right.
 """
@@ -65,12 +66,14 @@ class _Item(NamedTuple):
 class NlvrSource:
     """NLVR as a `SampleSource`.
 
-    Groups, by number of images: `boxes` (three images a prompt) or `picture` (one), and `box` (one image: the box questions).
+    Groups, by number of images: `boxes` (three images a prompt) or `picture` (one), and `box` (one image: the box
+    questions).
 
     Args:
         path: folder with dev.parquet and test.parquet, or the corpus's repository (nlvr/dev/dev.json and its images).
         split: split of the corpus.
-        part: `train` and `validation` are disjoint sets of the split's directories (sentences that were written together).
+        part: `train` and `validation` are disjoint sets of the split's directories (sentences that were written
+            together).
         view: three boxes as three images, or the whole picture as one (padded to a square with its background).
         questions: `statement`, and kinds of derived questions.
         seed: of the choice of validation directories and of derived questions.
@@ -94,8 +97,9 @@ class NlvrSource:
             raise UserError(f"NLVR has no questions {unknown}; choose at least one of {', '.join(TASKS)}.")
         if _layout(self.path, self.split) is None:
             raise UserError(
-                f"{self.path} holds no NLVR corpus (neither {self.split}.parquet nor nlvr/{self.split}/{self.split}.json); "
-                "get the corpus NLVR by Suhr et al. (ACL 2017) and set data.path to its folder: --set data.path=FOLDER."
+                f"{self.path} holds no NLVR corpus (neither {self.split}.parquet nor"
+                f" nlvr/{self.split}/{self.split}.json); get the corpus NLVR by Suhr et al. (ACL 2017) and set"
+                " data.path to its folder: --set data.path=FOLDER."
             )
 
     @property
@@ -104,7 +108,9 @@ class NlvrSource:
         sizes = {name: len(items) for name, items in _items(self).items() if items}
         shares = {name: _BOX_WEIGHT if name == "box" else 1 - _BOX_WEIGHT for name in sizes}
         total = sum(shares.values())
-        return tuple(SampleGroup(name, 3 if name == "boxes" else 1, shares[name] / total, size) for name, size in sizes.items())
+        return tuple(
+            SampleGroup(name, 3 if name == "boxes" else 1, shares[name] / total, size) for name, size in sizes.items()
+        )
 
     def get(self, group: str, index: int) -> Sample:
         """Sample `index` of a group.
@@ -115,7 +121,10 @@ class NlvrSource:
         """
         items = _items(self).get(group)
         if not items:
-            raise UserError(f"NLVR has no group {group!r} with these questions; its groups are {', '.join(each.name for each in self.groups)}.")
+            raise UserError(
+                f"NLVR has no group {group!r} with these questions; its groups are"
+                f" {', '.join(each.name for each in self.groups)}."
+            )
         if not 0 <= index < len(items):
             raise IndexError(f"index {index} is out of range for group {group!r} with {len(items)} samples")
         item = items[index]
@@ -158,7 +167,9 @@ class NlvrSource:
 
     def _png(self, image: Image.Image) -> bytes:
         buffer = io.BytesIO()
-        image.resize((self.image_size, self.image_size), Image.Resampling.BICUBIC).save(buffer, format="PNG", compress_level=1)
+        image.resize((self.image_size, self.image_size), Image.Resampling.BICUBIC).save(
+            buffer, format="PNG", compress_level=1
+        )
         return buffer.getvalue()
 
 
@@ -188,18 +199,41 @@ def _rows(path: Path, split: str) -> tuple[NlvrRow, ...]:
     assert file is not None, "checked when the source was made"
     if file.suffix == ".parquet":
         return tuple(
-            _row(row["sentence"], row["label"], row["identifier"], row["permutation"], row["directory"], row["structured_rep"], row["image"]["bytes"], split)
+            _row(
+                row["sentence"],
+                row["label"],
+                row["identifier"],
+                row["permutation"],
+                row["directory"],
+                row["structured_rep"],
+                row["image"]["bytes"],
+                split,
+            )
             for row in _read_parquet(file).to_pylist()
         )
     rows = []
     for line in file.read_text(encoding="utf-8").splitlines():
         entry = json.loads(line)
         for permutation in range(len(PERMUTATIONS)):
-            image = file.parent / "images" / str(entry["directory"]) / f"{split}-{entry['identifier']}-{permutation}.png"
+            image = (
+                file.parent / "images" / str(entry["directory"]) / f"{split}-{entry['identifier']}-{permutation}.png"
+            )
             if not image.is_file():
-                raise UserError(f"{image} is not there; the corpus NLVR has six pictures for each sentence of {file.name}: fetch its images too.")
+                raise UserError(
+                    f"{image} is not there; the corpus NLVR has six pictures for each sentence of {file.name}: fetch"
+                    " its images too."
+                )
             rows.append(
-                _row(entry["sentence"], entry["label"], entry["identifier"], permutation, str(entry["directory"]), entry["structured_rep"], image, split)
+                _row(
+                    entry["sentence"],
+                    entry["label"],
+                    entry["identifier"],
+                    permutation,
+                    str(entry["directory"]),
+                    entry["structured_rep"],
+                    image,
+                    split,
+                )
             )
     return tuple(rows)
 
@@ -216,11 +250,20 @@ def _read_parquet(file: Path) -> pa.Table:
 
 
 def _row(
-    sentence: str, label: str, identifier: str, permutation: int, directory: str, boxes: str | list[list[dict[str, object]]], image: bytes | Path, split: str
+    sentence: str,
+    label: str,
+    identifier: str,
+    permutation: int,
+    directory: str,
+    boxes: str | list[list[dict[str, object]]],
+    image: bytes | Path,
+    split: str,
 ) -> NlvrRow:
     parsed = json.loads(boxes) if isinstance(boxes, str) else boxes
     things = tuple(tuple(Thing.from_json(entry) for entry in parsed[place]) for place in PERMUTATIONS[permutation])
-    return NlvrRow(f"{split}-{identifier}-{permutation}", sentence, label, identifier, permutation, directory, things, image)
+    return NlvrRow(
+        f"{split}-{identifier}-{permutation}", sentence, label, identifier, permutation, directory, things, image
+    )
 
 
 @functools.lru_cache(maxsize=8)
@@ -240,7 +283,11 @@ def _part(source: NlvrSource) -> tuple[int, ...]:
     """Indices of the part's pictures."""
     rows = _rows(source.path, source.split)
     held_out = _validation_directories({row.directory for row in rows}, source.seed)
-    return tuple(index for index, row in enumerate(rows) if source.part == "all" or (row.directory in held_out) == (source.part == "validation"))
+    return tuple(
+        index
+        for index, row in enumerate(rows)
+        if source.part == "all" or (row.directory in held_out) == (source.part == "validation")
+    )
 
 
 def _validation_directories(directories: set[str], seed: int) -> set[str]:

@@ -1,7 +1,8 @@
 """Choosing the budget per image and question, measured: a rule and predictors against fixed budgets at equal cost.
 
-Nothing is judged by what it was fitted on: scenes are dealt into folds, and calibrations and predictors that answer for a fold have seen only the
-others. Every pass that a policy makes is paid. The baseline is the best random mixture of fixed budgets, a coin that needs no signals.
+Nothing is judged by what it was fitted on: scenes are dealt into folds, and calibrations and predictors that answer for
+a fold have seen only the others. Every pass that a policy makes is paid. The baseline is the best random mixture of
+fixed budgets, a coin that needs no signals.
 """
 
 import math
@@ -93,7 +94,10 @@ class BudgetCalibration(NamedTuple):
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-serialisable."""
-        own = {"bins": [each._asdict() for each in self.bins], "isotonic_bins": [each._asdict() for each in self.isotonic_bins]}
+        own = {
+            "bins": [each._asdict() for each in self.bins],
+            "isotonic_bins": [each._asdict() for each in self.isotonic_bins],
+        }
         return self._asdict() | own | {"auroc": None if math.isnan(self.auroc) else self.auroc}
 
 
@@ -108,11 +112,16 @@ class AdaptiveStudy:
     maps: tuple[Calibration, ...]
     """By budget, fitted on everything: for serving."""
     predictors: Mapping[str, BudgetPredictor]
-    """By method, fitted on everything: for serving. Their price is the highest that keeps the score, see `study_adaptive_budgets`."""
+    """By method, fitted on everything: for serving.
+
+    Their price is the highest that keeps the score, see `study_adaptive_budgets`.
+    """
 
     def curve(self, method: str) -> list[CurvePoint]:
         """A method's points, the cheapest first."""
-        return sorted((point for point in self.points if point.method == method), key=lambda point: point.spent.tokens.value)
+        return sorted(
+            (point for point in self.points if point.method == method), key=lambda point: point.spent.tokens.value
+        )
 
     @property
     def methods(self) -> tuple[str, ...]:
@@ -132,7 +141,9 @@ class AdaptiveStudy:
             "folds": FOLDS,
             "points": [point.to_dict() for point in self.points],
             "calibration": [each.to_dict() for each in self.calibration],
-            "isotonic_maps": {str(budget): each.to_dict() for budget, each in zip(self.budgets, self.maps, strict=True)},
+            "isotonic_maps": {
+                str(budget): each.to_dict() for budget, each in zip(self.budgets, self.maps, strict=True)
+            },
             "prices": {method: each.price for method, each in self.predictors.items()},
         }
 
@@ -172,8 +183,8 @@ def study_adaptive_budgets(table: BudgetTable, signals: Signals, *, keep_within:
     """
     if len(table.budgets) < 2 or len(set(table.scenes)) < 2 * FOLDS:
         raise UserError(
-            f"{len(set(table.scenes))} scenes at the budgets {', '.join(map(str, table.budgets))} are too few to choose between budgets; "
-            f"evaluate at least two budgets on {2 * FOLDS} scenes."
+            f"{len(set(table.scenes))} scenes at the budgets {', '.join(map(str, table.budgets))} are too few to choose"
+            f" between budgets; evaluate at least two budgets on {2 * FOLDS} scenes."
         )
     folds_N = folds_by_group(table.scenes, FOLDS, seed)
     sweep = _Sweep(table, seed)
@@ -213,13 +224,19 @@ class _Sweep:
 
     def add(self, method: str, setting: float, choices: Choices, choosing_flops: float = 0.0) -> None:
         spent = self._accounts.of(choices, choosing_flops)
-        gains = [difference(spent.score, mixture_at(cost, costs, self._scores)) for cost, costs in ((spent.tokens, self._tokens), (spent.gflops, self._gflops))]
+        gains = [
+            difference(spent.score, mixture_at(cost, costs, self._scores))
+            for cost, costs in ((spent.tokens, self._tokens), (spent.gflops, self._gflops))
+        ]
         self.points.append(CurvePoint(method, setting, spent, *gains))
 
     def highest_setting(self, method: str, keep_within: float) -> float:
         """The highest price whose score keeps within a percentage of the largest budget's; 0 where none does."""
         least = (1 - keep_within / 100) * self._scores[-1].value
-        return max((point.setting for point in self.points if point.method == method and point.spent.score.value >= least), default=0.0)
+        return max(
+            (point.setting for point in self.points if point.method == method and point.spent.score.value >= least),
+            default=0.0,
+        )
 
 
 def _ladder_name(budgets: Iterable[int]) -> str:
@@ -233,11 +250,23 @@ def _ladders(count: int) -> list[tuple[int, ...]]:
 
 
 def _maps(table: BudgetTable, inside_N: NDArray[np.bool_]) -> list[Calibration]:
-    return [fit_isotonic(table.confidence_NB[inside_N, place], table.right_NB[inside_N, place].astype(float)) for place in range(len(table.budgets))]
+    return [
+        fit_isotonic(table.confidence_NB[inside_N, place], table.right_NB[inside_N, place].astype(float))
+        for place in range(len(table.budgets))
+    ]
 
 
-def _fit(table: BudgetTable, told_NS: Floats, names: tuple[str, ...], inside_N: NDArray[np.bool_], method: str) -> BudgetPredictor:
-    return fit_predictor(told_NS[inside_N], table.right_NB[inside_N], budgets=table.budgets, names=names, reads_answer=method == AFTER, learning=_LEARNING)
+def _fit(
+    table: BudgetTable, told_NS: Floats, names: tuple[str, ...], inside_N: NDArray[np.bool_], method: str
+) -> BudgetPredictor:
+    return fit_predictor(
+        told_NS[inside_N],
+        table.right_NB[inside_N],
+        budgets=table.budgets,
+        names=names,
+        reads_answer=method == AFTER,
+        learning=_LEARNING,
+    )
 
 
 def _calibration(table: BudgetTable, place: int, chances_NB: Floats, folds_N: NDArray[np.int64]) -> BudgetCalibration:

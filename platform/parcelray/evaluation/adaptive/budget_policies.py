@@ -109,7 +109,13 @@ def escalate(table: BudgetTable, ladder: Ladder, chances_NB: Floats) -> Choices:
     return Choices(chosen_N, asked_NB)
 
 
-def predict(table: BudgetTable, predictors: Sequence[BudgetPredictor], folds_N: NDArray[np.int64], signals_NS: Floats, price: float) -> Choices:
+def predict(
+    table: BudgetTable,
+    predictors: Sequence[BudgetPredictor],
+    folds_N: NDArray[np.int64],
+    signals_NS: Floats,
+    price: float,
+) -> Choices:
     """What predictors choose, each for the questions of the fold that it has not seen.
 
     Args:
@@ -150,9 +156,16 @@ class Accounts:
     def __init__(self, table: BudgetTable, seed: int = 0, draws: int = DRAWS) -> None:
         self._table = table
         names, owner_N = np.unique(np.array(table.scenes), return_inverse=True)
-        self._counts_RS = np.random.default_rng(seed).multinomial(len(names), np.full(len(names), 1 / len(names)), size=draws).astype(np.float64)
+        self._counts_RS = (
+            np.random.default_rng(seed)
+            .multinomial(len(names), np.full(len(names), 1 / len(names)), size=draws)
+            .astype(np.float64)
+        )
         splits = np.array(table.splits)
-        self._members = [(places, owner_N[places]) for places in (np.flatnonzero(splits == split) for split in dict.fromkeys(table.splits))]
+        self._members = [
+            (places, owner_N[places])
+            for places in (np.flatnonzero(splits == split) for split in dict.fromkeys(table.splits))
+        ]
 
     def of(self, choices: Choices, choosing_flops: float = 0.0) -> Spent:
         """Score and costs of what a policy did.
@@ -179,7 +192,9 @@ class Accounts:
             np.add.at(sums_SX, owner, values_NX[places])
             totals_R = self._counts_RS @ np.bincount(owner, minlength=len(sums_SX)).astype(np.float64)
             sums_RX = self._counts_RS @ sums_SX
-            draws_RX += np.divide(sums_RX, totals_R[:, None], out=np.full(sums_RX.shape, np.nan), where=totals_R[:, None] > 0) / len(self._members)
+            draws_RX += np.divide(
+                sums_RX, totals_R[:, None], out=np.full(sums_RX.shape, np.nan), where=totals_R[:, None] > 0
+            ) / len(self._members)
             value_X += values_NX[places].mean(axis=0) / len(self._members)
         return [Estimate(float(value), draws_RX[:, column], len(values_NX)) for column, value in enumerate(value_X)]
 
@@ -187,9 +202,12 @@ class Accounts:
 def mixture_at(cost: Estimate, fixed_costs: Sequence[Estimate], fixed_scores: Sequence[Estimate]) -> Estimate:
     """What the best random mixture of two fixed budgets scores at a mean cost, drawn with the costs and scores that it is made of.
 
-    A coin that picks the budget of each question needs no signals at all: a policy is worth something only above this line.
+    A coin that picks the budget of each question needs no signals at all: a policy is worth something only above this
+    line.
     """
-    value = best_mixture(np.array([cost.value]), *(np.array([[each.value] for each in part]) for part in (fixed_costs, fixed_scores)))
+    value = best_mixture(
+        np.array([cost.value]), *(np.array([[each.value] for each in part]) for part in (fixed_costs, fixed_scores))
+    )
     draws = best_mixture(cost.draws, *(np.stack([each.draws for each in part]) for part in (fixed_costs, fixed_scores)))
     return Estimate(float(value[0]), draws, cost.n)
 
@@ -215,7 +233,9 @@ def best_mixture(cost_X: Floats, costs_BX: Floats, scores_BX: Floats) -> Floats:
 
     X are costs, or draws of one cost, each with the costs and scores of its own points.
     """
-    best_X = np.where(cost_X >= costs_BX.max(axis=0), np.take_along_axis(scores_BX, costs_BX.argmax(axis=0)[None], axis=0)[0], -np.inf)
+    best_X = np.where(
+        cost_X >= costs_BX.max(axis=0), np.take_along_axis(scores_BX, costs_BX.argmax(axis=0)[None], axis=0)[0], -np.inf
+    )
     for low in range(len(costs_BX)):
         for high in range(len(costs_BX)):
             gap_X = costs_BX[high] - costs_BX[low]

@@ -1,11 +1,12 @@
 """A small network that chooses the visual-token budget of a question from cheap signals.
 
-It gives the chance of a right answer at each budget, learnt from which budgets answered rightly in an evaluation. A price for visual tokens turns
-chances into a choice, so one predictor serves every point between cheap and careful:
+It gives the chance of a right answer at each budget, learnt from which budgets answered rightly in an evaluation. A
+price for visual tokens turns chances into a choice, so one predictor serves every point between cheap and careful:
 
     chosen = the budget with the largest (chance of being right - price x visual tokens that are still to be paid)
 
-Nothing here needs torch or a cluster, and nothing is pickled: a predictor is a folder with `predictor.safetensors` and `predictor.json`.
+Nothing here needs torch or a cluster, and nothing is pickled: a predictor is a folder with `predictor.safetensors` and
+`predictor.json`.
 """
 
 import json
@@ -84,7 +85,8 @@ class BudgetPredictor:
         """
         if signals_NS.ndim != 2 or signals_NS.shape[1] != len(self.signals):
             raise ValueError(
-                f"signals have the shape {signals_NS.shape}, and the predictor reads {len(self.signals)} a question: give [N, {len(self.signals)}]"
+                f"signals have the shape {signals_NS.shape}, and the predictor reads {len(self.signals)} a question:"
+                f" give [N, {len(self.signals)}]"
             )
         hidden_NO = np.clip((signals_NS - self.mean_S) / self.spread_S, -_FARTHEST, _FARTHEST)
         for number, layer in enumerate(self.layers, 1):
@@ -107,12 +109,15 @@ class BudgetPredictor:
         worth_NB: Floats = self.chances(signals_NS) - (self.price if price is None else price) * tokens_B
         return worth_NB
 
-    def choose(self, signals: Sequence[float], *, price: float | None = None, among: Sequence[int] | None = None) -> int:
+    def choose(
+        self, signals: Sequence[float], *, price: float | None = None, among: Sequence[int] | None = None
+    ) -> int:
         """The budget for one question.
 
         Args:
             signals: in the order of `signals`.
-            price: chance of a right answer that a visual token must buy; 0: as many tokens as help at all; None: the predictor's own.
+            price: chance of a right answer that a visual token must buy; 0: as many tokens as help at all; None: the
+                predictor's own.
             among: budgets to choose from, at least one of them the predictor's; None: all of its own.
 
         Returns:
@@ -132,7 +137,10 @@ class BudgetPredictor:
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {"mean": self.mean_S, "spread": self.spread_S}
         for number, layer in enumerate(self.layers):
-            tensors |= {f"layers.{number}.weight": np.ascontiguousarray(layer.weight_IO), f"layers.{number}.bias": layer.bias_O}
+            tensors |= {
+                f"layers.{number}.weight": np.ascontiguousarray(layer.weight_IO),
+                f"layers.{number}.bias": layer.bias_O,
+            }
         save_file(tensors, folder / _WEIGHTS)
         card = {
             "format": _FORMAT,
@@ -155,13 +163,24 @@ class BudgetPredictor:
             card: dict[str, Any] = json.loads((folder / _CARD).read_text(encoding="utf-8"))
             tensors: dict[str, Any] = load_file(folder / _WEIGHTS)
         except (OSError, ValueError) as error:
-            raise UserError(f"{folder} holds no budget predictor ({error}); give the folder that `parcelray analyze adaptive` wrote.") from error
+            raise UserError(
+                f"{folder} holds no budget predictor ({error}); give the folder that `parcelray analyze adaptive`"
+                " wrote."
+            ) from error
         if card.get("format") != _FORMAT:
-            raise UserError(f"{folder} holds a budget predictor of format {card.get('format')!r}; this version reads {_FORMAT}. Fit it again.")
-        layers = tuple(Layer(tensors[f"layers.{number}.weight"], tensors[f"layers.{number}.bias"]) for number in range(card["layers"]))
+            raise UserError(
+                f"{folder} holds a budget predictor of format {card.get('format')!r}; this version reads {_FORMAT}. Fit"
+                " it again."
+            )
+        layers = tuple(
+            Layer(tensors[f"layers.{number}.weight"], tensors[f"layers.{number}.bias"])
+            for number in range(card["layers"])
+        )
         widths = (len(tensors["mean"]), layers[0].weight_IO.shape[0], layers[-1].weight_IO.shape[1])
         if widths != (len(card["signals"]), len(card["signals"]), len(card["budgets"])):
-            raise UserError(f"{folder}: {_WEIGHTS} and {_CARD} do not belong together (widths {widths}); fit the predictor again.")
+            raise UserError(
+                f"{folder}: {_WEIGHTS} and {_CARD} do not belong together (widths {widths}); fit the predictor again."
+            )
         return cls(
             budgets=tuple(card["budgets"]),
             signals=tuple(card["signals"]),
@@ -197,22 +216,45 @@ def fit_predictor(
     """
     varies_B: NDArray[np.bool_] = np.asarray(right_NB.any(axis=0)) & ~np.asarray(right_NB.all(axis=0))
     if not varies_B.any():
-        raise UserError(f"Each budget is right on all {len(right_NB)} questions or on none, so no predictor can be fitted; evaluate more questions, or others.")
+        raise UserError(
+            f"Each budget is right on all {len(right_NB)} questions or on none, so no predictor can be fitted; evaluate"
+            " more questions, or others."
+        )
     mean_S, spread_S = signals_NS.mean(axis=0), np.maximum(signals_NS.std(axis=0), _LEAST_SPREAD)
     standard_NS = np.clip((signals_NS - mean_S) / spread_S, -_FARTHEST, _FARTHEST)
     fit = _network if learning.hidden else _logistic
     layers = fit(standard_NS, right_NB[:, varies_B].astype(np.int64), learning)
-    return BudgetPredictor(budgets, names, reads_answer, 0.0, mean_S, spread_S, (*layers[:-1], _all_budgets(layers[-1], right_NB, varies_B)))
+    return BudgetPredictor(
+        budgets,
+        names,
+        reads_answer,
+        0.0,
+        mean_S,
+        spread_S,
+        (*layers[:-1], _all_budgets(layers[-1], right_NB, varies_B)),
+    )
 
 
 def _logistic(standard_NS: Floats, right_NV: NDArray[np.int64], learning: Learning) -> list[Layer]:
     """One regression for each budget, as one layer."""
-    models = [LogisticRegression(C=1 / learning.decay, max_iter=2000).fit(standard_NS, right_N) for right_N in right_NV.T]
-    return [Layer(np.stack([model.coef_[0] for model in models], axis=1), np.array([model.intercept_[0] for model in models]))]
+    models = [
+        LogisticRegression(C=1 / learning.decay, max_iter=2000).fit(standard_NS, right_N) for right_N in right_NV.T
+    ]
+    return [
+        Layer(
+            np.stack([model.coef_[0] for model in models], axis=1), np.array([model.intercept_[0] for model in models])
+        )
+    ]
 
 
 def _network(standard_NS: Floats, right_NV: NDArray[np.int64], learning: Learning) -> list[Layer]:
-    model = MLPClassifier(hidden_layer_sizes=learning.hidden, alpha=learning.decay, solver="lbfgs", max_iter=300, random_state=learning.seed)
+    model = MLPClassifier(
+        hidden_layer_sizes=learning.hidden,
+        alpha=learning.decay,
+        solver="lbfgs",
+        max_iter=300,
+        random_state=learning.seed,
+    )
     with warnings.catch_warnings():
         # That the steps end before the gradient is nought is a regularisation, too.
         warnings.simplefilter("ignore", ConvergenceWarning)

@@ -1,7 +1,7 @@
 """What can be known of an image and a question before any token is decoded, and of an answer once the smallest budget has given one.
 
-Shapes: I images, N patches, D vision width, L language width, Q questions, S signals. The vision tower has run for every budget anyway, so pooling
-its features costs nothing that counts.
+Shapes: I images, N patches, D vision width, L language width, Q questions, S signals. The vision tower has run for
+every budget anyway, so pooling its features costs nothing that counts.
 """
 
 from collections.abc import Iterable, Sequence
@@ -33,7 +33,9 @@ class SignalReader:
         batch_size: images per batch of the vision tower.
     """
 
-    def __init__(self, model: ElasticVLM, processor: ElasticProcessor, *, device: str = "cpu", batch_size: int = 64) -> None:
+    def __init__(
+        self, model: ElasticVLM, processor: ElasticProcessor, *, device: str = "cpu", batch_size: int = 64
+    ) -> None:
         self._model = model
         self._processor = processor
         self._device = torch.device(device)
@@ -54,8 +56,16 @@ class SignalReader:
         found: dict[bytes, Floats] = {}
         for start in range(0, len(different), self._batch_size):
             part = different[start : start + self._batch_size]
-            pixels = self._processor.image_processor([decode_image(image) for image in part], return_tensors="pt")["pixel_values"]
-            found |= dict(zip(part, pool(self._model.model.encode_patches(pixels.to(self._device, self._model.dtype))), strict=True))
+            pixels = self._processor.image_processor([decode_image(image) for image in part], return_tensors="pt")[
+                "pixel_values"
+            ]
+            found |= dict(
+                zip(
+                    part,
+                    pool(self._model.model.encode_patches(pixels.to(self._device, self._model.dtype))),
+                    strict=True,
+                )
+            )
         return np.stack([self.of([found[image] for image in sample.images], sample.prompt) for sample in samples])
 
     @torch.inference_mode()
@@ -73,7 +83,13 @@ class SignalReader:
     def of_ids(self, pooled: Sequence[Floats], ids: Sequence[int]) -> Floats:
         """The same from the token ids of the whole prompt, without visual ones."""
         image_P = np.mean(pooled, axis=0) if len(pooled) else np.zeros(2 * self._model.config.vision_dims.hidden_size)
-        question_L = self._model.get_input_embeddings()(torch.tensor(list(ids), device=self._device)).double().mean(0).cpu().numpy()
+        question_L = (
+            self._model.get_input_embeddings()(torch.tensor(list(ids), device=self._device))
+            .double()
+            .mean(0)
+            .cpu()
+            .numpy()
+        )
         return np.concatenate([image_P, question_L, [len(ids), len(pooled)]])
 
 
@@ -87,6 +103,9 @@ def pool(patch_features_IND: Tensor) -> Floats:
 def answer_signals(answers: Iterable[GivenAnswer]) -> Floats:
     """Of answers whose confidence is known: [Q, 4], in the order of `ANSWER_SIGNALS`."""
     return np.array(
-        [[each.mean_log_prob, np.exp(each.mean_log_prob or 0.0), each.entropy, each.num_new_tokens] for each in answers],
+        [
+            [each.mean_log_prob, np.exp(each.mean_log_prob or 0.0), each.entropy, each.num_new_tokens]
+            for each in answers
+        ],
         dtype=np.float64,
     )

@@ -1,7 +1,8 @@
 """Whether confidence means what it says: of the answers given with 0.8, are eight of ten right?
 
-The expected calibration error is that of Naeini et al. (AAAI 2015) with equally wide bins; temperature scaling is that of Guo et al. (ICML 2017)
-with the answer as the one class that counts; isotonic regression is that of Zadrozny and Elkan (KDD 2002).
+The expected calibration error is that of Naeini et al. (AAAI 2015) with equally wide bins; temperature scaling is that
+of Guo et al. (ICML 2017) with the answer as the one class that counts; isotonic regression is that of Zadrozny and
+Elkan (KDD 2002).
 """
 
 from collections.abc import Sequence
@@ -54,13 +55,23 @@ def reliability(confidence_N: Floats, right_N: Floats, bins: int = BINS) -> list
     for index in range(bins):
         inside = place_N == index
         if inside.any():
-            found.append(ReliabilityBin(index / bins, (index + 1) / bins, float(confidence_N[inside].mean()), float(right_N[inside].mean()), int(inside.sum())))
+            found.append(
+                ReliabilityBin(
+                    index / bins,
+                    (index + 1) / bins,
+                    float(confidence_N[inside].mean()),
+                    float(right_N[inside].mean()),
+                    int(inside.sum()),
+                )
+            )
     return found
 
 
 def calibration_error(confidence_N: Floats, right_N: Floats, bins: int = BINS) -> float:
     """Expected calibration error: the mean over answers of their bin's distance between confidence and accuracy."""
-    return sum(each.n * abs(each.confidence - each.accuracy) for each in reliability(confidence_N, right_N, bins)) / len(confidence_N)
+    return sum(
+        each.n * abs(each.confidence - each.accuracy) for each in reliability(confidence_N, right_N, bins)
+    ) / len(confidence_N)
 
 
 def fit_isotonic(confidence_N: Floats, right_N: Floats) -> Calibration:

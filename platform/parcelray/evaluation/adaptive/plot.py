@@ -9,7 +9,15 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
 
-from parcelray.evaluation.adaptive.adaptive_budget import BEFORE, FIXED, IMAGE, ORACLE, QUESTION, AdaptiveStudy, CurvePoint
+from parcelray.evaluation.adaptive.adaptive_budget import (
+    BEFORE,
+    FIXED,
+    IMAGE,
+    ORACLE,
+    QUESTION,
+    AdaptiveStudy,
+    CurvePoint,
+)
 from parcelray.evaluation.adaptive.budget_policies import best_mixture
 from parcelray.evaluation.scoring.split_scores import Estimate
 from parcelray.plotting import COLORS, MARKERS
@@ -63,16 +71,35 @@ def _curves(axes: Axes, study: AdaptiveStudy, cost: Callable[[CurvePoint], Estim
         line = sorted((cost(point).value, point.spent.score.interval) for point in study.curve(method))
         costs = [each for each, _ in line]
         marker = MARKERS[number % len(MARKERS)]
-        axes.plot(costs, [score.value for _, score in line], label=method, color=color, linestyle=line_style, marker=marker, markersize=3, linewidth=1.3)
+        axes.plot(
+            costs,
+            [score.value for _, score in line],
+            label=method,
+            color=color,
+            linestyle=line_style,
+            marker=marker,
+            markersize=3,
+            linewidth=1.3,
+        )
         if method == BEFORE:
-            axes.fill_between(costs, [score.low for _, score in line], [score.high for _, score in line], color=color, alpha=0.12, linewidth=0)
+            axes.fill_between(
+                costs,
+                [score.low for _, score in line],
+                [score.high for _, score in line],
+                color=color,
+                alpha=0.12,
+                linewidth=0,
+            )
 
 
 def _reliability(axes: Axes, study: AdaptiveStudy) -> None:
     axes.plot([0, 1], [0, 1], color="black", linewidth=0.8, linestyle=":")
     for number, each in enumerate(study.calibration):
         color = COLORS[number % len(COLORS)]
-        for bins, style, error, name in ((each.bins, "--", each.raw, "raw"), (each.isotonic_bins, "-", each.with_isotonic, "isotonic")):
+        for bins, style, error, name in (
+            (each.bins, "--", each.raw, "raw"),
+            (each.isotonic_bins, "-", each.with_isotonic, "isotonic"),
+        ):
             label = f"{each.num_visual_tokens} tokens, {name}: ECE {error:.2f}"
             x, y = [one.confidence for one in bins], [one.accuracy for one in bins]
             axes.plot(x, y, color=color, linestyle=style, linewidth=1, label=label)

@@ -12,7 +12,15 @@ from parcelray.config.connector import ConnectorConfig
 from parcelray.config.evaluate import EvaluateJob
 from parcelray.config.loader import config_hash
 from parcelray.errors import UserError
-from parcelray.evaluation.adaptive.adaptive_budget import AFTER, BEFORE, FIXED, ORACLE, AdaptiveStudy, Signals, study_adaptive_budgets
+from parcelray.evaluation.adaptive.adaptive_budget import (
+    AFTER,
+    BEFORE,
+    FIXED,
+    ORACLE,
+    AdaptiveStudy,
+    Signals,
+    study_adaptive_budgets,
+)
 from parcelray.evaluation.adaptive.budget_policies import BudgetTable
 from parcelray.evaluation.adaptive.budget_signals import ANSWER_SIGNALS, Floats, SignalReader, answer_signals
 from parcelray.evaluation.adaptive.plot import plot_adaptive
@@ -72,7 +80,12 @@ def study_adaptive(job: EvaluateJob, console: Console, *, folder: Path, address:
     return AdaptiveRun(study, folder)
 
 
-def study_answers(job: EvaluateJob, splits: Sequence[SplitScores], opened: StudyModel, connectors: Mapping[int, ConnectorConfig | None]) -> AdaptiveStudy:
+def study_answers(
+    job: EvaluateJob,
+    splits: Sequence[SplitScores],
+    opened: StudyModel,
+    connectors: Mapping[int, ConnectorConfig | None],
+) -> AdaptiveStudy:
     """Compares rule and predictors with fixed budgets on answers that are there.
 
     Args:
@@ -82,7 +95,8 @@ def study_answers(job: EvaluateJob, splits: Sequence[SplitScores], opened: Study
         connectors: what gives each budget, the smallest first.
 
     Raises:
-        UserError: budgets cannot be chosen for each question: the answers lack values or confidences of their own, or are too few.
+        UserError: budgets cannot be chosen for each question: the answers lack values or confidences of their own, or
+            are too few.
     """
     for split in splits:
         _check_scorable(split)
@@ -117,18 +131,37 @@ def write_study(study: AdaptiveStudy, folder: Path, *, model: str, name: str) ->
     return [folder / "adaptive.json", folder / "adaptive.png", *(folder / part for part in PREDICTOR_FOLDERS.values())]
 
 
-def _budget_table(splits: Sequence[SplitScores], shape: BackboneShape, connectors: Mapping[int, ConnectorConfig | None], signals: Signals) -> BudgetTable:
+def _budget_table(
+    splits: Sequence[SplitScores],
+    shape: BackboneShape,
+    connectors: Mapping[int, ConnectorConfig | None],
+    signals: Signals,
+) -> BudgetTable:
     """The answers with what each of them cost."""
     budgets = tuple(connectors)
-    sizes_N2 = signals.before_NS[:, [signals.before_names.index(name) for name in ("num_text_tokens", "num_images")]].astype(int)
+    sizes_N2 = signals.before_NS[
+        :, [signals.before_names.index(name) for name in ("num_text_tokens", "num_images")]
+    ].astype(int)
     encoding, passes = [], []
-    answers = (dict(zip(budgets, given, strict=True)) for split in splits for given in zip(*(split.answers[budget] for budget in budgets), strict=True))
+    answers = (
+        dict(zip(budgets, given, strict=True))
+        for split in splits
+        for given in zip(*(split.answers[budget] for budget in budgets), strict=True)
+    )
     for (length, frames), given in zip(sizes_N2.tolist(), answers, strict=True):
-        costs = [cost(shape, connectors[budget], budget, num_frames=frames, num_text_tokens=length) for budget in budgets]
+        costs = [
+            cost(shape, connectors[budget], budget, num_frames=frames, num_text_tokens=length) for budget in budgets
+        ]
         decoding = [decoding_flops(shape, frames * budget + length, given[budget].num_new_tokens) for budget in budgets]
         encoding.append(costs[0].vision_encoder)
         passes.append([each.total - each.vision_encoder + more for each, more in zip(costs, decoding, strict=True)])
-    values_NB = np.array([[split.scores[budget].values[place] for budget in budgets] for split in splits for place in range(len(split.samples))])
+    values_NB = np.array(
+        [
+            [split.scores[budget].values[place] for budget in budgets]
+            for split in splits
+            for place in range(len(split.samples))
+        ]
+    )
     scales_N = np.array([split.scale for split in splits for _ in split.samples])
     return BudgetTable(
         budgets=budgets,
@@ -136,7 +169,13 @@ def _budget_table(splits: Sequence[SplitScores], shape: BackboneShape, connector
         scenes=tuple(sample.scene or sample.id for split in splits for sample in split.samples),
         values_NB=values_NB,
         scaled_NB=values_NB * scales_N[:, None],
-        log_probs_NB=np.array([[split.answers[budget][place].mean_log_prob for budget in budgets] for split in splits for place in range(len(split.samples))]),
+        log_probs_NB=np.array(
+            [
+                [split.answers[budget][place].mean_log_prob for budget in budgets]
+                for split in splits
+                for place in range(len(split.samples))
+            ]
+        ),
         encoding_N=np.array(encoding, dtype=np.float64),
         passes_NB=np.array(passes, dtype=np.float64),
     )
@@ -145,11 +184,20 @@ def _budget_table(splits: Sequence[SplitScores], shape: BackboneShape, connector
 def _check_scorable(split: SplitScores) -> None:
     """Refuses a split whose answers have no value or confidence of their own."""
     if not split.additive:
-        raise UserError(f"{split.name} is scored by {split.metric}, which is no mean over questions, so budgets cannot be chosen for each; leave it out.")
+        raise UserError(
+            f"{split.name} is scored by {split.metric}, which is no mean over questions, so budgets cannot be chosen"
+            " for each; leave it out."
+        )
     if any(answer.mean_log_prob is None for answers in split.answers.values() for answer in answers):
-        raise UserError(f"The answers on {split.name} have no confidence (a beam search keeps none); ask it greedily or by likelihood.")
+        raise UserError(
+            f"The answers on {split.name} have no confidence (a beam search keeps none); ask it greedily or by"
+            " likelihood."
+        )
     if any(score.unscored for score in split.scores.values()):
-        raise UserError(f"Some answers on {split.name} cannot be scored by {split.metric}; mend the data, or leave the benchmark out.")
+        raise UserError(
+            f"Some answers on {split.name} cannot be scored by {split.metric}; mend the data, or leave the benchmark"
+            " out."
+        )
 
 
 def _read_signals(job: EvaluateJob, splits: Sequence[SplitScores], reader: SignalReader, image_size: int) -> Floats:
@@ -158,8 +206,13 @@ def _read_signals(job: EvaluateJob, splits: Sequence[SplitScores], reader: Signa
     for benchmark in prepare(job, image_size):
         rows = list(benchmark.task.rows)
         for start in range(0, len(rows), _CHUNK):
-            samples = [sample for row in rows[start : start + _CHUNK] for sample in benchmark.task.reader.read(row).samples]
-            found |= {(sample.benchmark, sample.id): signals_S for sample, signals_S in zip(samples, reader.read(samples), strict=True)}
+            samples = [
+                sample for row in rows[start : start + _CHUNK] for sample in benchmark.task.reader.read(row).samples
+            ]
+            found |= {
+                (sample.benchmark, sample.id): signals_S
+                for sample, signals_S in zip(samples, reader.read(samples), strict=True)
+            }
     return np.stack([found[split.benchmark, sample.id] for split in splits for sample in split.samples])
 
 
@@ -168,7 +221,12 @@ def _record(job: EvaluateJob, study: AdaptiveStudy, files: Sequence[Path]) -> No
         return
     uri = ensure_store(job.tracking.uri)
     name = f"analyze-adaptive-{job.name}-{config_hash(job)}"
-    with tracked_run(uri, job.tracking.experiment, name, params={"budgets": ", ".join(map(str, study.budgets)), "questions": study.questions}) as run_id:
+    with tracked_run(
+        uri,
+        job.tracking.experiment,
+        name,
+        params={"budgets": ", ".join(map(str, study.budgets)), "questions": study.questions},
+    ) as run_id:
         tracker = MlflowRunLogger(uri, run_id)
         for method in study.methods:
             for point in study.curve(method):
@@ -180,7 +238,9 @@ def _record(job: EvaluateJob, study: AdaptiveStudy, files: Sequence[Path]) -> No
                 tracker.log_metrics(metrics, step)
         for each in study.calibration:
             errors = {"raw": each.raw, "temperature": each.with_temperature, "isotonic": each.with_isotonic}
-            tracker.log_metrics({f"calibration_error/{kind}": value for kind, value in errors.items()}, each.num_visual_tokens)
+            tracker.log_metrics(
+                {f"calibration_error/{kind}": value for kind, value in errors.items()}, each.num_visual_tokens
+            )
         for file in files:
             tracker.log_figure_file(file) if file.suffix == ".png" else tracker.log_artifact(file)
         tracker.close()

@@ -20,7 +20,10 @@ def adaptive_table(study: AdaptiveStudy) -> Table:
         "GFLOPs",
         "gain at equal tokens",
         "gain at equal FLOPs",
-        title=f"Budgets per image and question, {study.questions} questions, each judged by what was fitted on other scenes",
+        title=(
+            f"Budgets per image and question, {study.questions} questions, each judged by what was fitted on other"
+            " scenes"
+        ),
         caption="Gain: points over the best random mixture of fixed budgets at the same mean cost, paired over scenes.",
     )
     for point in study.curve(FIXED):
@@ -35,7 +38,15 @@ def adaptive_table(study: AdaptiveStudy) -> Table:
 
 def calibration_table(study: AdaptiveStudy) -> Table:
     """Expected calibration errors, and how well confidence ranks answers."""
-    table = Table("visual tokens", "ECE raw", "with temperature", "(temperature)", "isotonic", "AUROC", title="Is confidence the chance of being right?")
+    table = Table(
+        "visual tokens",
+        "ECE raw",
+        "with temperature",
+        "(temperature)",
+        "isotonic",
+        "AUROC",
+        title="Is confidence the chance of being right?",
+    )
     for each in study.calibration:
         values = (each.raw, each.with_temperature, each.temperature, each.with_isotonic, each.auroc)
         table.add_row(str(each.num_visual_tokens), *(f"{value:.3f}" for value in values))

@@ -1,7 +1,8 @@
 """The evaluation pass on Ray Data: every budget of a checkpoint in one pass over all benchmarks, nothing lost and nothing twice.
 
-read encoded bytes -> keep what the store lacks -> decode and answer at every budget, in actors that hold the model -> store. A bundle of
-rows is stored as soon as it is answered, so a pass that was killed computes only what is missing when it is started again.
+read encoded bytes -> keep what the store lacks -> decode and answer at every budget, in actors that hold the model ->
+store. A bundle of rows is stored as soon as it is answered, so a pass that was killed computes only what is missing
+when it is started again.
 """
 
 import functools
@@ -80,7 +81,14 @@ def run_pass(
         return collect(tasks, _finished(pipeline, len(bundles), settings.stall_s, board, clock), on_progress)
 
 
-def _pipeline(kinds: Sequence[Kind], model: EvaluatedModel, bundles: Sequence[Bundle], present: Any, settings: PassSettings, board: Any) -> ray.data.Dataset:
+def _pipeline(
+    kinds: Sequence[Kind],
+    model: EvaluatedModel,
+    bundles: Sequence[Bundle],
+    present: Any,
+    settings: PassSettings,
+    board: Any,
+) -> ray.data.Dataset:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.issue_detectors_config.detectors = []
@@ -105,7 +113,9 @@ def _pipeline(kinds: Sequence[Kind], model: EvaluatedModel, bundles: Sequence[Bu
     )
 
 
-def _finished(answered: ray.data.Dataset, total: int, stall_s: float, board: Any, clock: Callable[[], float]) -> Iterator[Done]:
+def _finished(
+    answered: ray.data.Dataset, total: int, stall_s: float, board: Any, clock: Callable[[], float]
+) -> Iterator[Done]:
     """The bundles as they finish; a thread takes them, so that a hang of the pipeline does not hang this one too."""
     finished: queue.Queue[dict[str, Any] | BaseException | None] = queue.Queue()
 
@@ -191,7 +201,9 @@ class _Read:
     def _read(self, bundle: Bundle) -> Work:
         kind = self._kinds[bundle.task]
         self._stages.begin(f"reading rows {bundle.rows[0]} to {bundle.rows[-1]} of {kind.name}")
-        return read_bundle(opened(kind.reader), kind.generation, bundle, self._model, _fetched(self._present)[bundle.task])
+        return read_bundle(
+            opened(kind.reader), kind.generation, bundle, self._model, _fetched(self._present)[bundle.task]
+        )
 
 
 @functools.lru_cache(maxsize=1)
@@ -256,7 +268,14 @@ class _StageBoard:
     def running(self) -> str:
         now = time.monotonic()
         stages = [f"{stage} (for {now - began:.0f} s)" for began, stage in sorted(self._running.values(), reverse=True)]
-        return "; ".join(stages) if stages else "nothing, the workers are not up (does the cluster have the CPUs, GPUs and memory that the pass asks for?)"
+        return (
+            "; ".join(stages)
+            if stages
+            else (
+                "nothing, the workers are not up (does the cluster have the CPUs, GPUs and memory that the pass asks"
+                " for?)"
+            )
+        )
 
 
 @contextmanager

@@ -72,8 +72,12 @@ def write_asked(asked: Asked, folder: Path) -> None:
         for each in asked.records
     ]
     pq.write_table(pa.Table.from_pylist(rows, schema=_SCHEMA), folder / "samples.parquet")
-    (folder / "problems.json").write_text(json.dumps([problem._asdict() for problem in asked.problems], indent=2) + "\n", encoding="utf-8")
-    (folder / "data.json").write_text(json.dumps({"pin": asked.pin._asdict(), "rows": asked.rows}, indent=2) + "\n", encoding="utf-8")
+    (folder / "problems.json").write_text(
+        json.dumps([problem._asdict() for problem in asked.problems], indent=2) + "\n", encoding="utf-8"
+    )
+    (folder / "data.json").write_text(
+        json.dumps({"pin": asked.pin._asdict(), "rows": asked.rows}, indent=2) + "\n", encoding="utf-8"
+    )
 
 
 def read_asked(folder: Path) -> Asked | None:
@@ -94,12 +98,22 @@ def check_pin(name: str, found: DataPin, expected: DataPin | None) -> None:
     """
     if expected is None or found == expected:
         return
-    changes = [f"{field} {before} -> {now}" for field, before, now in zip(DataPin._fields, expected, found, strict=True) if before != now]
+    changes = [
+        f"{field} {before} -> {now}"
+        for field, before, now in zip(DataPin._fields, expected, found, strict=True)
+        if before != now
+    ]
     raise UserError(
-        f"{name}: the data are not those of this evaluation's earlier run ({'; '.join(changes)}); get the pinned data again, or give the job another name."
+        f"{name}: the data are not those of this evaluation's earlier run ({'; '.join(changes)}); get the pinned data"
+        " again, or give the job another name."
     )
 
 
 def _from_row(row: dict[str, Any]) -> Record:
-    sample = Sample(**{name: row[name] for name in _TEXTS}, images=(), answers=tuple(row["answers"]), metadata=json.loads(row["metadata"]))
+    sample = Sample(
+        **{name: row[name] for name in _TEXTS},
+        images=(),
+        answers=tuple(row["answers"]),
+        metadata=json.loads(row["metadata"]),
+    )
     return Record(sample, row["num_images"], {int(budget): key for budget, key in json.loads(row["keys"]).items()})

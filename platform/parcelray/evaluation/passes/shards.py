@@ -120,7 +120,10 @@ class Done(NamedTuple):
 def make_bundles(tasks: Sequence[BenchmarkTask], size: int) -> list[Bundle]:
     """The rows of all benchmarks in bundles of one benchmark each."""
     places = [(number, start) for number, task in enumerate(tasks) for start in range(0, len(task.rows), size)]
-    return [Bundle(index, number, tuple(tasks[number].rows[start : start + size])) for index, (number, start) in enumerate(places)]
+    return [
+        Bundle(index, number, tuple(tasks[number].rows[start : start + size]))
+        for index, (number, start) in enumerate(places)
+    ]
 
 
 def dtype_of(tasks: Sequence[BenchmarkTask]) -> str:
@@ -141,19 +144,25 @@ def kinds_of(tasks: Sequence[BenchmarkTask]) -> list[Kind]:
     return [Kind(pickle.dumps(task.reader), task.reader.name, task.generation) for task in tasks]
 
 
-def stored_keys(tasks: Sequence[BenchmarkTask], model: EvaluatedModel, store: PredictionStore | None = None) -> list[frozenset[str]]:
+def stored_keys(
+    tasks: Sequence[BenchmarkTask], model: EvaluatedModel, store: PredictionStore | None = None
+) -> list[frozenset[str]]:
     """By benchmark, the keys of the answers that are there."""
     store = store or PredictionStore(model.store)
     return [store.keys(task.reader.name, model.digest) for task in tasks]
 
 
-def collect(tasks: Sequence[BenchmarkTask], finished: Iterable[Done], on_progress: Callable[[str, int, int], None]) -> dict[str, BenchmarkPass]:
+def collect(
+    tasks: Sequence[BenchmarkTask], finished: Iterable[Done], on_progress: Callable[[str, int, int], None]
+) -> dict[str, BenchmarkPass]:
     """Joins bundles as they finish, in any order, to what was asked of each benchmark."""
     parts: dict[int, list[Done]] = {number: [] for number in range(len(tasks))}
     for done in finished:
         number = done.bundle.task
         parts[number].append(done)
-        on_progress(tasks[number].reader.name, sum(len(part.bundle.rows) for part in parts[number]), len(tasks[number].rows))
+        on_progress(
+            tasks[number].reader.name, sum(len(part.bundle.rows) for part in parts[number]), len(tasks[number].rows)
+        )
     return {task.reader.name: _joined(task, parts[number]) for number, task in enumerate(tasks)}
 
 
@@ -165,14 +174,23 @@ def _joined(task: BenchmarkTask, parts: list[Done]) -> BenchmarkPass:
     return BenchmarkPass(asked, sum(done.computed for done in parts), sum(done.present for done in parts))
 
 
-def read_bundle(reader: BenchmarkReader, generation: GenerationSettings, bundle: Bundle, model: EvaluatedModel, present: frozenset[str]) -> Work:
+def read_bundle(
+    reader: BenchmarkReader,
+    generation: GenerationSettings,
+    bundle: Bundle,
+    model: EvaluatedModel,
+    present: frozenset[str],
+) -> Work:
     """Reads a bundle and leaves out what the store has."""
     work = Work(bundle, [], [], {budget: [] for budget in model.budgets}, {})
     for row in bundle.rows:
         found = reader.read(row)
         work.problems.extend(found.problems)
         for sample in found.samples:
-            keys = {budget: prediction_key(sample, model=model.digest, num_visual_tokens=budget, settings=generation) for budget in model.budgets}
+            keys = {
+                budget: prediction_key(sample, model=model.digest, num_visual_tokens=budget, settings=generation)
+                for budget in model.budgets
+            }
             for budget, key in keys.items():
                 if key not in present:
                     work.missing[budget].append(len(work.records))

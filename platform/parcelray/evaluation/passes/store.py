@@ -1,8 +1,9 @@
 """Answers on disk: parquet shards under a folder or any fsspec URI, each answer under a key of everything that decides it.
 
-The key holds what changes an answer (weights, budget, arithmetic, prompt, images, generation settings) and nothing of who computed it, so a
-rerun on another number of workers finds what is there. Shards are only ever added. A shard's name is derived from its keys: a block of
-answers that is computed twice, after a crash between writing and reporting, takes its own place.
+The key holds what changes an answer (weights, budget, arithmetic, prompt, images, generation settings) and nothing of
+who computed it, so a rerun on another number of workers finds what is there. Shards are only ever added. A shard's name
+is derived from its keys: a block of answers that is computed twice, after a crash between writing and reporting, takes
+its own place.
 """
 
 import hashlib
@@ -77,7 +78,8 @@ class PredictionStore:
 
     Args:
         uri: folder or fsspec URI; made when the first shard is written.
-        keep: whether to hold shards once they were read: for a process that reads the same ones again and again. They never change.
+        keep: whether to hold shards once they were read: for a process that reads the same ones again and again. They
+            never change.
     """
 
     def __init__(self, uri: str, *, keep: bool = False) -> None:
@@ -99,7 +101,8 @@ class PredictionStore:
             name = hashlib.sha256("".join(sorted(prediction.key for prediction in members)).encode()).hexdigest()[:32]
             table = pa.Table.from_pylist([asdict(prediction) for prediction in members], schema=_SCHEMA)
             self._filesystem.makedirs(folder, exist_ok=True)
-            # Written aside and moved: a reader must never see half a shard. Two writers of the same answers write the same shard.
+            # Written aside and moved: a reader must never see half a shard. Two writers of the same answers write the
+            # same shard.
             aside = f"{folder}/.{name}.partial"
             with self._filesystem.open(aside, "wb") as file:
                 pq.write_table(table, file)
@@ -148,4 +151,6 @@ class PredictionStore:
             with self._filesystem.open(shard, "rb") as file:
                 return pq.read_table(file, columns=columns)
         except (pa.ArrowInvalid, KeyError) as error:
-            raise UserError(f"{shard} is not a shard of answers ({error}); remove it, and its answers are computed again.") from error
+            raise UserError(
+                f"{shard} is not a shard of answers ({error}); remove it, and its answers are computed again."
+            ) from error

@@ -49,7 +49,9 @@ def run_pass_in_process(
 ) -> dict[str, BenchmarkPass]:
     """The pass in this process, one bundle after the other, with its threads unless a number is set; see `evaluate.run_pass`."""
     settings = replace(settings, threads_per_actor=settings.threads_per_actor or torch.get_num_threads())
-    return answer_tasks(tasks, model, Answerer(model, settings, dtype_of(tasks)), settings=settings, on_progress=on_progress)
+    return answer_tasks(
+        tasks, model, Answerer(model, settings, dtype_of(tasks)), settings=settings, on_progress=on_progress
+    )
 
 
 def answer_tasks(
@@ -66,7 +68,11 @@ def answer_tasks(
     def finished() -> Iterator[Done]:
         for bundle in make_bundles(tasks, settings.rows_per_bundle):
             task = tasks[bundle.task]
-            yield answerer.answer(read_bundle(task.reader, task.generation, bundle, model, present[bundle.task]), task.reader.name, task.generation)
+            yield answerer.answer(
+                read_bundle(task.reader, task.generation, bundle, model, present[bundle.task]),
+                task.reader.name,
+                task.generation,
+            )
 
     return collect(tasks, finished(), on_progress)
 
@@ -78,7 +84,8 @@ class Answerer:
         model: what answers, and where answers are stored.
         settings: of the pass.
         dtype: arithmetic of the model, as torch names it.
-        keep: whether to hold patch features (as `settings.feature_cache_gb` allows) and stored answers for the next pass.
+        keep: whether to hold patch features (as `settings.feature_cache_gb` allows) and stored answers for the next
+            pass.
     """
 
     def __init__(self, model: EvaluatedModel, settings: PassSettings, dtype: str, *, keep: bool = False) -> None:
@@ -89,14 +96,19 @@ class Answerer:
         self._features = FeatureCache(int(settings.feature_cache_gb * 2**30)) if keep else None
         self._predictors: dict[GenerationSettings, Predictor] = {}
 
-    def answer(self, work: Work, benchmark: str, generation: GenerationSettings, begin: Stage = lambda stage: None) -> Done:
+    def answer(
+        self, work: Work, benchmark: str, generation: GenerationSettings, begin: Stage = lambda stage: None
+    ) -> Done:
         """Answers what is missing of a bundle of a benchmark and stores it."""
         unreadable: dict[str, str] = {}
         computed = 0
         # Mostly every budget lacks the same samples; budgets that do share one encoding of their images.
         for budgets, places in _alike(work.missing):
             samples = [work.samples[place] for place in places]
-            begin(f"answering samples {samples[0].id} to {samples[-1].id} of {benchmark} at {', '.join(map(str, budgets))} visual tokens")
+            begin(
+                f"answering samples {samples[0].id} to {samples[-1].id} of {benchmark} at"
+                f" {', '.join(map(str, budgets))} visual tokens"
+            )
             answers = self.predictor(generation, begin).answer_budgets(samples, budgets)
             found = [
                 self._prediction(benchmark, generation, work.records[place], budget, answer)
@@ -104,7 +116,11 @@ class Answerer:
                 for place, answer in zip(places, answers[budget], strict=True)
                 if not answer.problem
             ]
-            unreadable |= {sample.id: answer.problem for sample, answer in zip(samples, answers[budgets[0]], strict=True) if answer.problem}
+            unreadable |= {
+                sample.id: answer.problem
+                for sample, answer in zip(samples, answers[budgets[0]], strict=True)
+                if answer.problem
+            }
             begin(f"storing {len(found)} answers on {benchmark}")
             self.store.write(found)
             computed += len(found)
@@ -113,7 +129,9 @@ class Answerer:
         present = len(work.records) * len(work.missing) - sum(map(len, work.missing.values()))
         return Done(work.bundle, records, problems, computed, present)
 
-    def _prediction(self, benchmark: str, generation: GenerationSettings, asked: Record, budget: int, answer: Answer) -> Prediction:
+    def _prediction(
+        self, benchmark: str, generation: GenerationSettings, asked: Record, budget: int, answer: Answer
+    ) -> Prediction:
         return Prediction(
             key=asked.keys[budget],
             benchmark=benchmark,
@@ -134,7 +152,12 @@ class Answerer:
             begin(f"loading {self._model.folder}")
             model, device = self._loaded
             self._predictors[generation] = Predictor(
-                model, self._processor, batch_size=self._settings.batch_size, settings=generation, device=device, features=self._features
+                model,
+                self._processor,
+                batch_size=self._settings.batch_size,
+                settings=generation,
+                device=device,
+                features=self._features,
             )
         return self._predictors[generation]
 
@@ -144,7 +167,9 @@ class Answerer:
         if device == "cpu":
             keep_freed_memory()
             # Ray gives a worker as many threads as it has CPUs, and those of an actor are a share for scheduling.
-            torch.set_num_threads(self._settings.threads_per_actor or max(1, (os.cpu_count() or 1) // max(1, self._settings.actors)))
+            torch.set_num_threads(
+                self._settings.threads_per_actor or max(1, (os.cpu_count() or 1) // max(1, self._settings.actors))
+            )
         model = load_vlm(self._folder, dtype=self._dtype).eval().to(device)
         use_sdpa_where_exact(model)
         return model, device
@@ -156,7 +181,10 @@ class Answerer:
         if folder.is_dir():
             return folder
         if not self._model.reference.startswith("hf:"):
-            raise UserError(f"{folder} is not on the node {os.uname().nodename}; keep checkpoints on storage that all nodes see, or on the hub.")
+            raise UserError(
+                f"{folder} is not on the node {os.uname().nodename}; keep checkpoints on storage that all nodes see, or"
+                " on the hub."
+            )
         return resolve_checkpoint(self._model.reference).path
 
     @cached_property

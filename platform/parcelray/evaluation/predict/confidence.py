@@ -52,7 +52,10 @@ class LogitsWatch:
         """
         assert self._entropy_B is not None
         logs_BS = torch.stack(self._log_probs, dim=1).tolist()
-        return [Confidence(sum(logs[:length]) / length, float(each)) for logs, length, each in zip(logs_BS, lengths, self._entropy_B.tolist(), strict=True)]
+        return [
+            Confidence(sum(logs[:length]) / length, float(each))
+            for logs, length, each in zip(logs_BS, lengths, self._entropy_B.tolist(), strict=True)
+        ]
 
 
 def entropy(logs: Tensor) -> Tensor:

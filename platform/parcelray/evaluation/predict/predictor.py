@@ -66,7 +66,8 @@ class Predictor:
         batch_size: images per batch of the encoder, and of the decoder (where a video counts its frames).
         settings: how answers are made.
         device: where the model is.
-        features: keeps what the vision tower saw, shared with other predictors of the same model; None: nothing is kept.
+        features: keeps what the vision tower saw, shared with other predictors of the same model; None: nothing is
+            kept.
     """
 
     def __init__(
@@ -85,13 +86,20 @@ class Predictor:
         self._batch_size = batch_size
         self._settings = settings
         self._device = torch.device(device)
-        self._reducer = build_reducer(TypeAdapter(ReducerConfig).validate_json(settings.reducer)) if settings.reducer is not None else None
+        self._reducer = (
+            build_reducer(TypeAdapter(ReducerConfig).validate_json(settings.reducer))
+            if settings.reducer is not None
+            else None
+        )
         self._decoder: ReducedDecoder | None = None
         if self._reducer is not None:
             check_uncompressed(model.connector)
             if self._reducer.reads == "prompt" or self._reducer.positions != "contiguous":
                 if settings.decoding == "beam":
-                    raise UserError(f"{self._reducer.name} with positions {self._reducer.positions} answers greedily or by likelihood, not by beam search.")
+                    raise UserError(
+                        f"{self._reducer.name} with positions {self._reducer.positions} answers greedily or by"
+                        " likelihood, not by beam search."
+                    )
                 self._decoder = ReducedDecoder(model, self._reducer.positions)
 
     def without_features(self) -> "Predictor":
@@ -131,7 +139,9 @@ class Predictor:
             shown = tuple(dict.fromkeys(image for index in chunk for image in samples[index].images))
             encoded = self._encoded(shown, blind=all(budget == BLIND for budget in budgets))
             for index in chunk:
-                problem = next((encoded.problems[image] for image in samples[index].images if image in encoded.problems), "")
+                problem = next(
+                    (encoded.problems[image] for image in samples[index].images if image in encoded.problems), ""
+                )
                 if problem:
                     for budget in budgets:
                         answers[budget][index] = Answer("", 0, False, problem)
@@ -139,7 +149,9 @@ class Predictor:
             for budget in budgets:
                 seen = self._see(encoded, budget)
                 for indices in _batches(samples, good, self._batch_size):
-                    for index, answer in zip(indices, self._decode([samples[index] for index in indices], seen, budget), strict=True):
+                    for index, answer in zip(
+                        indices, self._decode([samples[index] for index in indices], seen, budget), strict=True
+                    ):
                         answers[budget][index] = answer
         return answers
 
@@ -152,7 +164,11 @@ class Predictor:
             if blind or not decoded:
                 return EncodedImages(tuple(decoded), problems, None)
             pixels = self._processor.image_processor(list(decoded.values()), return_tensors="pt")["pixel_values"]
-            return EncodedImages(tuple(decoded), problems, EncoderView(self._model.model, pixels.to(self._device, self._model.dtype), watch=watch))
+            return EncodedImages(
+                tuple(decoded),
+                problems,
+                EncoderView(self._model.model, pixels.to(self._device, self._model.dtype), watch=watch),
+            )
 
         return encode() if self._features is None else self._features.get((images, blind, watch), encode)
 
@@ -163,15 +179,26 @@ class Predictor:
             return {}
         assert view is not None
         if self._reducer is None:
-            tokens_UKL = self._model.model.compress(view.patch_features_IND, num_visual_tokens=budget, anchor_grid=self._settings.anchor_grid)
+            tokens_UKL = self._model.model.compress(
+                view.patch_features_IND, num_visual_tokens=budget, anchor_grid=self._settings.anchor_grid
+            )
             reduction = unreduced(tokens_UKL)
         else:
-            full_UNL = self._model.model.compress(view.patch_features_IND, num_visual_tokens=max(self._model.supported_budgets))
+            full_UNL = self._model.model.compress(
+                view.patch_features_IND, num_visual_tokens=max(self._model.supported_budgets)
+            )
             # A reducer that reads the prompt is applied where there is one.
             apply = self._reducer.reads != "prompt"
             context = ReductionContext(encoder=view)
-            reduction = self._reducer(full_UNL, num_visual_tokens=budget, context=context) if apply else unreduced(full_UNL)
-        return {image: Seen(*each) for image, *each in zip(images, reduction.tokens_BKD, reduction.position_ids_BK, reduction.sizes_BK, strict=True)}
+            reduction = (
+                self._reducer(full_UNL, num_visual_tokens=budget, context=context) if apply else unreduced(full_UNL)
+            )
+        return {
+            image: Seen(*each)
+            for image, *each in zip(
+                images, reduction.tokens_BKD, reduction.position_ids_BK, reduction.sizes_BK, strict=True
+            )
+        }
 
     def _decode(self, batch: Sequence[Sample], seen: dict[bytes, Seen], budget: int) -> list[Answer]:
         if self._settings.decoding == "likelihood":
@@ -191,14 +218,22 @@ class Predictor:
             )
             return self._answers(new_BS, watch)
         inputs: dict[str, Any] = dict(
-            self._processor.prompts([sample.prompt for sample in batch], len(batch[0].images), num_visual_tokens=budget).to(self._device)
+            self._processor.prompts(
+                [sample.prompt for sample in batch], len(batch[0].images), num_visual_tokens=budget
+            ).to(self._device)
         )
         self._check_count(inputs["input_ids"], len(batch) * len(batch[0].images) * budget)
         inputs |= self._images_of(batch, seen)
         # A beam search sees the logits of all its beams, of which most are given up.
         is_greedy = self._settings.decoding == "greedy"
         processors = LogitsProcessorList([watch] if is_greedy else [])
-        tokens_BS = self._model.generate(**inputs, max_new_tokens=limit, do_sample=False, num_beams=self._settings.num_beams, logits_processor=processors)
+        tokens_BS = self._model.generate(
+            **inputs,
+            max_new_tokens=limit,
+            do_sample=False,
+            num_beams=self._settings.num_beams,
+            logits_processor=processors,
+        )
         return self._answers(tokens_BS[:, inputs["input_ids"].shape[1] :], watch if is_greedy else None)
 
     def _answers(self, new_BS: Tensor, watch: LogitsWatch | None) -> list[Answer]:
@@ -221,7 +256,9 @@ class Predictor:
         size = max(1, self._batch_size // max(1, len(batch[0].images)))
         for start in range(0, len(pairs), size):
             part = pairs[start : start + size]
-            logs_BS, answers_BS = self._log_likelihoods([batch[place] for place, _ in part], [choice for _, choice in part], seen, budget)
+            logs_BS, answers_BS = self._log_likelihoods(
+                [batch[place] for place, _ in part], [choice for _, choice in part], seen, budget
+            )
             scores += logs_BS.where(answers_BS, 0.0).sum(1).tolist()
             lengths += answers_BS.sum(1).tolist()
         chosen = []
@@ -229,23 +266,37 @@ class Predictor:
             own = [index for index, (owner, _) in enumerate(pairs) if owner == place]
             best = max(own, key=lambda index: scores[index])
             spread = float(entropy(torch.tensor([scores[index] for index in own]).log_softmax(0)))
-            chosen.append(Answer(pairs[best][1], lengths[best], False, confidence=Confidence(scores[best] / lengths[best], spread)))
+            chosen.append(
+                Answer(
+                    pairs[best][1], lengths[best], False, confidence=Confidence(scores[best] / lengths[best], spread)
+                )
+            )
         return chosen
 
-    def _log_likelihoods(self, batch: Sequence[Sample], answers: list[str], seen: dict[bytes, Seen], budget: int) -> tuple[Tensor, Tensor]:
+    def _log_likelihoods(
+        self, batch: Sequence[Sample], answers: list[str], seen: dict[bytes, Seen], budget: int
+    ) -> tuple[Tensor, Tensor]:
         """Log-probability of each token of an answer and of its end, [B, S], and which places are the answer's."""
         texts = [sample.prompt for sample in batch]
         if self._decoder is not None and self._is_reduced(budget):
             prompts = encode_prompts(self._processor, texts, answers, self._device)
-            logits_BSV = self._decoder.logits(prompts, self._visual_of(batch, seen), reducer=self._prompt_reducer, budget=self._total(batch, budget)).float()
+            logits_BSV = self._decoder.logits(
+                prompts, self._visual_of(batch, seen), reducer=self._prompt_reducer, budget=self._total(batch, budget)
+            ).float()
             ids_BS, answers_BS = prompts.after_BT[:, 1:], (prompts.answer_BT & prompts.valid_BT)[:, 1:]
         else:
-            inputs = dict(self._processor.prompts(texts, len(batch[0].images), num_visual_tokens=budget, answers=answers).to(self._device))
+            inputs = dict(
+                self._processor.prompts(texts, len(batch[0].images), num_visual_tokens=budget, answers=answers).to(
+                    self._device
+                )
+            )
             self._check_count(inputs["input_ids"], len(batch) * len(batch[0].images) * budget)
             everywhere_BS = inputs["token_type_ids"].bool() & inputs["attention_mask"].bool()
             first = int(everywhere_BS.int().argmax(1).min())
             keep = everywhere_BS.shape[1] - first + 1
-            logits_BSV = self._model(**inputs, **self._images_of(batch, seen), logits_to_keep=keep, use_cache=False).logits.float()
+            logits_BSV = self._model(
+                **inputs, **self._images_of(batch, seen), logits_to_keep=keep, use_cache=False
+            ).logits.float()
             ids_BS, answers_BS = inputs["input_ids"][:, first:], everywhere_BS[:, first:]
         return logits_BSV[:, :-1].log_softmax(-1).gather(2, ids_BS[:, :, None]).squeeze(2), answers_BS
 
@@ -267,20 +318,25 @@ class Predictor:
         rows = [[seen[image] for image in sample.images] for sample in batch]
         return VisualTokens(
             torch.stack([torch.cat([each.tokens_KL for each in row]) for row in rows]),
-            torch.stack([torch.cat([each.places_K + number * patches for number, each in enumerate(row)]) for row in rows]),
+            torch.stack(
+                [torch.cat([each.places_K + number * patches for number, each in enumerate(row)]) for row in rows]
+            ),
             torch.stack([torch.cat([each.sizes_K for each in row]) for row in rows]),
         )
 
     def _images_of(self, batch: Sequence[Sample], seen: dict[bytes, Seen]) -> dict[str, Any]:
         if not seen:
             return {}
-        return self._model.image_inputs(torch.stack([seen[image].tokens_KL for sample in batch for image in sample.images]))
+        return self._model.image_inputs(
+            torch.stack([seen[image].tokens_KL for sample in batch for image in sample.images])
+        )
 
     def _check_count(self, input_ids_BS: Tensor, expected: int) -> None:
         found = int((input_ids_BS == self._model.config.image_token_id).sum())
         if found != expected:
             raise SystemFailure(
-                f"The decoder was about to see {found} visual tokens where the budget asks for {expected}; the processor does not fit the model."
+                f"The decoder was about to see {found} visual tokens where the budget asks for {expected}; the"
+                " processor does not fit the model."
             )
 
 
@@ -301,7 +357,8 @@ def _choices(sample: Sample) -> list[str]:
     choices = sample.metadata.get("choices")
     if not choices:
         raise UserError(
-            f"Sample {sample.id!r} of {sample.benchmark} has no choices to compare by likelihood; give the benchmark a column of choices, or decode greedily."
+            f"Sample {sample.id!r} of {sample.benchmark} has no choices to compare by likelihood; give the benchmark a"
+            " column of choices, or decode greedily."
         )
     return [str(choice) for choice in choices]
 

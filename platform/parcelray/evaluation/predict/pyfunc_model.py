@@ -1,7 +1,7 @@
 """The registered model as MLflow runs it.
 
-MLflow copies this file into every model version and executes it on load (models from code), so that no pickle is involved:
-`MLFLOW_ALLOW_PICKLE_DESERIALIZATION=False` changes nothing. The weights are read on the first prediction.
+MLflow copies this file into every model version and executes it on load (models from code), so that no pickle is
+involved: `MLFLOW_ALLOW_PICKLE_DESERIALIZATION=False` changes nothing. The weights are read on the first prediction.
 """
 
 import base64
@@ -27,7 +27,9 @@ class ElasticVlmModel(PythonModel):
     def __init__(self) -> None:
         self._predictor: Predictor | None = None
 
-    def predict(self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
+    def predict(
+        self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, Any] | None = None
+    ) -> pd.DataFrame:
         """Generates one answer per row.
 
         Args:
@@ -41,14 +43,19 @@ class ElasticVlmModel(PythonModel):
         Raises:
             UserError: for an image that is not base64, or a budget that the model cannot give.
         """
-        samples = [_sample(row, prompt, image) for row, (prompt, image) in enumerate(zip(model_input["prompt"], model_input["image"], strict=True))]
+        samples = [
+            _sample(row, prompt, image)
+            for row, (prompt, image) in enumerate(zip(model_input["prompt"], model_input["image"], strict=True))
+        ]
         if self._predictor is None:
             self._predictor = _load(Path(context.artifacts["model"]))
         answers = [""] * len(samples)
         budgets = model_input["num_visual_tokens"].tolist()
         for budget in sorted(set(budgets)):
             rows = [row for row, row_budget in enumerate(budgets) if row_budget == budget]
-            for row, answer in zip(rows, self._predictor.generate([samples[row] for row in rows], num_visual_tokens=budget), strict=True):
+            for row, answer in zip(
+                rows, self._predictor.generate([samples[row] for row in rows], num_visual_tokens=budget), strict=True
+            ):
                 answers[row] = answer
         return pd.DataFrame({"answer": answers})
 
@@ -71,8 +78,12 @@ def _sample(row: int, prompt: str, image: str) -> Sample:
     try:
         encoded = base64.b64decode(image, validate=True)
     except binascii.Error as error:
-        raise UserError(f"image of row {row} is not base64 ({error}); send the base64 of PNG or JPEG bytes, without a data: prefix.") from error
-    return Sample(id=str(row), benchmark="pyfunc", family="general", task="vqa", images=(encoded,), prompt=prompt, answers=())
+        raise UserError(
+            f"image of row {row} is not base64 ({error}); send the base64 of PNG or JPEG bytes, without a data: prefix."
+        ) from error
+    return Sample(
+        id=str(row), benchmark="pyfunc", family="general", task="vqa", images=(encoded,), prompt=prompt, answers=()
+    )
 
 
 set_model(ElasticVlmModel())

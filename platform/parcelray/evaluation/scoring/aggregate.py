@@ -1,7 +1,8 @@
 """From the scores of splits to what a paper prints: means over splits and families, retention, and the frontier over budgets.
 
-A mean over splits is unweighted, so that a split with more samples does not count more; retention is 100 x score / score of the
-uncompressed reference for each split, and their mean is taken, not the ratio of the means (arXiv 2605.30126, Appendix E).
+A mean over splits is unweighted, so that a split with more samples does not count more; retention is 100 x score /
+score of the uncompressed reference for each split, and their mean is taken, not the ratio of the means (arXiv
+2605.30126, Appendix E).
 """
 
 import math
@@ -51,7 +52,12 @@ class Frontier:
 
 
 def frontier_point(
-    method: str, num_visual_tokens: int, splits: Sequence[SplitScores], reference: tuple[Sequence[SplitScores], int] | None, *, shown: int | None = None
+    method: str,
+    num_visual_tokens: int,
+    splits: Sequence[SplitScores],
+    reference: tuple[Sequence[SplitScores], int] | None,
+    *,
+    shown: int | None = None,
 ) -> FrontierPoint:
     """One method's scores at one budget, with retention where there is a reference on the same samples.
 
@@ -85,7 +91,9 @@ def estimates(splits: Sequence[SplitScores], num_visual_tokens: int) -> dict[str
     return {name: estimate for name, estimate in found.items() if estimate.n}
 
 
-def retentions(splits: Sequence[SplitScores], num_visual_tokens: int, reference: Sequence[SplitScores], reference_budget: int) -> dict[str, Estimate]:
+def retentions(
+    splits: Sequence[SplitScores], num_visual_tokens: int, reference: Sequence[SplitScores], reference_budget: int
+) -> dict[str, Estimate]:
     """Percent of the reference's score that each split keeps; a split where the reference scores 0 has no retention and is left out.
 
     Args:
@@ -94,7 +102,9 @@ def retentions(splits: Sequence[SplitScores], num_visual_tokens: int, reference:
         reference: the same splits of the uncompressed model.
         reference_budget: its budget.
     """
-    theirs = {split.name: split.scores[reference_budget].estimate for split in reference if reference_budget in split.scores}
+    theirs = {
+        split.name: split.scores[reference_budget].estimate for split in reference if reference_budget in split.scores
+    }
     found = {}
     for split in splits:
         ours, base = split.scores[num_visual_tokens].estimate, theirs.get(split.name)
@@ -109,7 +119,9 @@ def mean_of(members: Sequence[Estimate]) -> Estimate:
     if not members:
         return Estimate(math.nan, np.full(1, np.nan), 0)
     return Estimate(
-        float(np.mean([member.value for member in members])), np.mean([member.draws for member in members], axis=0), sum(member.n for member in members)
+        float(np.mean([member.value for member in members])),
+        np.mean([member.draws for member in members], axis=0),
+        sum(member.n for member in members),
     )
 
 

@@ -49,7 +49,8 @@ def oracle_curve(split: SplitScores) -> list[OraclePoint]:
     points = []
     for number, cap in enumerate(budgets, 1):
         best_N = values_BN[:number].max(axis=0)
-        # argmax is the first, so the smallest budget with the best value; a sample that nothing answers gets the smallest.
+        # argmax is the first, so the smallest budget with the best value; a sample that nothing answers gets the
+        # smallest.
         chosen_N = np.array(budgets)[values_BN[:number].argmax(axis=0)]
         points.append(OraclePoint(cap, split.scale * float(best_N.mean()), float(chosen_N.mean())))
     return points

@@ -57,7 +57,9 @@ class Evaluation:
             "full": self.full,
             "store": self.store,
             "mask_decoder": self.mask_decoder,
-            "benchmarks": [{"config": each.config.model_dump(mode="json"), "metric": each.metric} for each in self.benchmarks],
+            "benchmarks": [
+                {"config": each.config.model_dump(mode="json"), "metric": each.metric} for each in self.benchmarks
+            ],
         }
         (folder / _FILE).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
 
@@ -74,9 +76,15 @@ class Evaluation:
         known = [benchmark.config.name for benchmark in self.benchmarks]
         unknown = sorted(set(metrics) - set(known))
         if unknown:
-            raise UserError(f"The evaluation {self.name} has no benchmark {', '.join(unknown)}; it has {', '.join(known)}.")
+            raise UserError(
+                f"The evaluation {self.name} has no benchmark {', '.join(unknown)}; it has {', '.join(known)}."
+            )
         store = store or PredictionStore(self.store)
-        return [split for benchmark in self.benchmarks for split in self._score(benchmark, metrics.get(benchmark.config.name), store)]
+        return [
+            split
+            for benchmark in self.benchmarks
+            for split in self._score(benchmark, metrics.get(benchmark.config.name), store)
+        ]
 
     def _score(self, benchmark: AskedBenchmark, metric: str | None, store: PredictionStore) -> list[SplitScores]:
         config, asked = benchmark.config, benchmark.asked
@@ -85,10 +93,19 @@ class Evaluation:
         found = store.read(config.name, self.digest, (key for record in asked.records for key in record.keys.values()))
         missing = sum(key not in found for record in asked.records for key in record.keys.values())
         if missing:
-            raise UserError(f"{missing} answers on {config.name} are not in {self.store}; run the evaluation {self.name} again, and only they are computed.")
+            raise UserError(
+                f"{missing} answers on {config.name} are not in {self.store}; run the evaluation {self.name} again, and"
+                " only they are computed."
+            )
         answers = {
             budget: [
-                GivenAnswer(prediction.text, prediction.cut_off, prediction.num_new_tokens, prediction.mean_log_prob, prediction.entropy)
+                GivenAnswer(
+                    prediction.text,
+                    prediction.cut_off,
+                    prediction.num_new_tokens,
+                    prediction.mean_log_prob,
+                    prediction.entropy,
+                )
                 for prediction in (found[record.keys[budget]] for record in asked.records)
             ]
             for budget in self.budgets
@@ -120,7 +137,10 @@ def load_evaluation(folder: Path) -> Evaluation:
     """
     file = folder / _FILE
     if not file.is_file():
-        raise UserError(f"{folder} holds no evaluation (no {_FILE}); give the folder that `parcelray evaluate` wrote, such as runs/evaluate/NAME.")
+        raise UserError(
+            f"{folder} holds no evaluation (no {_FILE}); give the folder that `parcelray evaluate` wrote, such as"
+            " runs/evaluate/NAME."
+        )
     data = json.loads(file.read_text(encoding="utf-8"))
     return Evaluation(
         name=data["name"],

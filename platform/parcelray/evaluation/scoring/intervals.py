@@ -34,11 +34,14 @@ def wilson(successes: int, n: int) -> Interval:
     return Interval(share, max(0.0, centre - half), min(1.0, centre + half), n)
 
 
-def cluster_draws(groups: Mapping[str, tuple[Sequence[float], Sequence[str]]], seed: int, draws: int = DRAWS) -> dict[str, NDArray[np.float64]]:
+def cluster_draws(
+    groups: Mapping[str, tuple[Sequence[float], Sequence[str]]], seed: int, draws: int = DRAWS
+) -> dict[str, NDArray[np.float64]]:
     """Mean of each group of samples in each bootstrap draw of clusters.
 
-    The clusters of all groups are drawn together, so groups that share clusters (two kinds of question about one sentence) vary
-    together as they must. The same clusters under the same seed are drawn alike, which pairs two lists of scores of the same samples.
+    The clusters of all groups are drawn together, so groups that share clusters (two kinds of question about one
+    sentence) vary together as they must. The same clusters under the same seed are drawn alike, which pairs two lists
+    of scores of the same samples.
 
     Args:
         groups: by name, the values of the samples and the cluster of each.
@@ -75,9 +78,13 @@ def bootstrap_mean(values: Sequence[float], clusters: Sequence[str], seed: int =
     """Mean with its cluster-bootstrap interval."""
     if not values:
         return Interval(math.nan, math.nan, math.nan, 0)
-    return percentile_interval(float(np.mean(values)), cluster_draws({"": (values, clusters)}, seed, draws)[""], len(values))
+    return percentile_interval(
+        float(np.mean(values)), cluster_draws({"": (values, clusters)}, seed, draws)[""], len(values)
+    )
 
 
-def bootstrap_difference(first: Sequence[float], second: Sequence[float], clusters: Sequence[str], seed: int = 0, draws: int = DRAWS) -> Interval:
+def bootstrap_difference(
+    first: Sequence[float], second: Sequence[float], clusters: Sequence[str], seed: int = 0, draws: int = DRAWS
+) -> Interval:
     """Mean of first - second over the same samples, paired."""
     return bootstrap_mean([a - b for a, b in zip(first, second, strict=True)], clusters, seed, draws)

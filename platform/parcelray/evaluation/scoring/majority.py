@@ -25,7 +25,9 @@ def majority_scores(data: DataConfig, splits: Sequence[SplitScores], image_size:
     samples = [sample for split in splits for sample in split.samples]
     if not samples:
         return []
-    return score_splits(samples, {BLIND: [GivenAnswer(answers.get(sample.task, "")) for sample in samples]}, splits[0].rules)
+    return score_splits(
+        samples, {BLIND: [GivenAnswer(answers.get(sample.task, "")) for sample in samples]}, splits[0].rules
+    )
 
 
 @functools.lru_cache(maxsize=8)

@@ -57,16 +57,27 @@ def compare(first: SplitScores, first_budget: int, second: SplitScores, second_b
     """Compares one split of two evaluations, or at two budgets of one, on the samples that both have.
 
     Raises:
-        UserError: the scores cannot be compared: other metrics, no sample in common, or a corpus metric on different or partial sets.
+        UserError: the scores cannot be compared: other metrics, no sample in common, or a corpus metric on different or
+            partial sets.
     """
     if first.metric != second.metric:
-        raise UserError(f"{first.name} is scored by {first.metric} on one side and by {second.metric} on the other; score both alike.")
+        raise UserError(
+            f"{first.name} is scored by {first.metric} on one side and by {second.metric} on the other; score both"
+            " alike."
+        )
     ours, theirs = ({sample.id: place for place, sample in enumerate(split.samples)} for split in (first, second))
     shared = [name for name in ours if name in theirs]
     if not shared:
-        raise UserError(f"The two evaluations have no sample of {first.name} in common; evaluate both on the same rows.")
-    if not first.additive and (len(shared) < max(len(ours), len(theirs)) or not (first.rules.whole and second.rules.whole)):
-        raise UserError(f"{first.metric} on {first.name} is a score of the whole split, so it is not compared on a part of it; evaluate both without a limit.")
+        raise UserError(
+            f"The two evaluations have no sample of {first.name} in common; evaluate both on the same rows."
+        )
+    if not first.additive and (
+        len(shared) < max(len(ours), len(theirs)) or not (first.rules.whole and second.rules.whole)
+    ):
+        raise UserError(
+            f"{first.metric} on {first.name} is a score of the whole split, so it is not compared on a part of it;"
+            " evaluate both without a limit."
+        )
     one = _part(first, [ours[name] for name in shared], first_budget)
     other = _part(second, [theirs[name] for name in shared], second_budget)
     gap = difference(one.scores[first_budget].estimate, other.scores[second_budget].estimate)
@@ -107,4 +118,6 @@ def _part(split: SplitScores, places: Sequence[int], budget: int) -> SplitScores
     if list(places) == list(range(len(split.samples))):
         return split
     answers: dict[int, list[GivenAnswer]] = {budget: [split.answers[budget][place] for place in places]}
-    return score_splits([split.samples[place] for place in places], answers, replace(split.rules, split_of=lambda sample: split.name))[0]
+    return score_splits(
+        [split.samples[place] for place in places], answers, replace(split.rules, split_of=lambda sample: split.name)
+    )[0]

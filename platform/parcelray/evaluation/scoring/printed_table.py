@@ -31,7 +31,11 @@ class PrintedTable:
     def retention(self, method: str) -> dict[str, float]:
         """100 x score / reference for each benchmark that both have."""
         scores = self.methods[method]
-        return {name: 100 * scores[name] / self.reference[name] for name in self.benchmarks if name in scores and self.reference.get(name)}
+        return {
+            name: 100 * scores[name] / self.reference[name]
+            for name in self.benchmarks
+            if name in scores and self.reference.get(name)
+        }
 
     def mean_retention(self, method: str, family: str | None = None) -> float:
         """Unweighted mean over benchmarks, of a family or of all; NaN if there are none."""
@@ -57,10 +61,19 @@ class PrintedTable:
         from rich.table import Table
 
         families = list(dict.fromkeys(self.families.values()))
-        table = Table("method", "benchmarks", "mean retention (%)", *families, "most sensitive", title="Unweighted means of 100 x score / reference")
+        table = Table(
+            "method",
+            "benchmarks",
+            "mean retention (%)",
+            *families,
+            "most sensitive",
+            title="Unweighted means of 100 x score / reference",
+        )
         for method, row in self.to_dict().items():
             means = [f"{row['families'][family]:.1f}" for family in families]
-            table.add_row(method, str(row["benchmarks"]), f"{row['mean_retention']:.1f}", *means, ", ".join(row["most_sensitive"]))
+            table.add_row(
+                method, str(row["benchmarks"]), f"{row['mean_retention']:.1f}", *means, ", ".join(row["most_sensitive"])
+            )
         return table
 
 
@@ -75,7 +88,10 @@ def aggregate_table(file: Path) -> PrintedTable:
             reader = csv.DictReader(opened)
             rows, columns = list(reader), list(reader.fieldnames or ())
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{file} cannot be read as CSV ({error}); give a table with the columns {', '.join(_KEYS)} and one for each method.") from None
+        raise UserError(
+            f"{file} cannot be read as CSV ({error}); give a table with the columns {', '.join(_KEYS)} and one for each"
+            " method."
+        ) from None
     missing = [key for key in _KEYS if key not in columns]
     methods = [column for column in columns if column not in _KEYS]
     if missing or not methods:
@@ -97,5 +113,7 @@ def _scores(file: Path, rows: Sequence[Mapping[str, str]], column: str) -> dict[
             try:
                 scores[row["benchmark"]] = float(text)
             except ValueError:
-                raise UserError(f"{file}: {column} of {row['benchmark']} is {text!r}; give a number, or leave the cell empty.") from None
+                raise UserError(
+                    f"{file}: {column} of {row['benchmark']} is {text!r}; give a number, or leave the cell empty."
+                ) from None
     return scores

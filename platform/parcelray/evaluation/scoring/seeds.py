@@ -36,7 +36,10 @@ class SeedTable:
     def to_dict(self) -> dict[str, Any]:
         """JSON-serialisable."""
         return {
-            "scores": {name: {str(budget): spread._asdict() for budget, spread in row.items()} for name, row in self.scores.items()},
+            "scores": {
+                name: {str(budget): spread._asdict() for budget, spread in row.items()}
+                for name, row in self.scores.items()
+            },
             "mean_retention": {str(budget): spread._asdict() for budget, spread in self.retention.items()},
         }
 
@@ -45,7 +48,11 @@ class SeedTable:
         from rich.table import Table
 
         count = next(iter(self.retention.values())).n
-        table = Table("split", *(str(budget) if budget else "blind" for budget in self.budgets), title=f"Mean and standard deviation over {count} seeds")
+        table = Table(
+            "split",
+            *(str(budget) if budget else "blind" for budget in self.budgets),
+            title=f"Mean and standard deviation over {count} seeds",
+        )
         for name, row in self.scores.items():
             table.add_row(name, *(_cell(row[budget]) for budget in self.budgets))
         table.add_row("mean retention (%)", *(_cell(self.retention[budget]) for budget in self.budgets))
@@ -63,22 +70,30 @@ def over_seeds(summaries: Sequence[Summary]) -> SeedTable:
     for other in summaries[1:]:
         if [split.name for split in other.splits] != names or other.budgets != budgets:
             raise UserError(
-                f"{other.evaluation.name} has other splits or budgets than {first.evaluation.name}; give evaluations of the same job with other models."
+                f"{other.evaluation.name} has other splits or budgets than {first.evaluation.name}; give evaluations of"
+                " the same job with other models."
             )
     if len({summary.evaluation.digest for summary in summaries}) < len(summaries):
         raise UserError("Two of the evaluations are of the same weights; give one evaluation for each seed.")
     return SeedTable(
         budgets=budgets,
         scores={
-            name: {budget: _spread([summary.splits[place].scores[budget].estimate.value for summary in summaries]) for budget in budgets}
+            name: {
+                budget: _spread([summary.splits[place].scores[budget].estimate.value for summary in summaries])
+                for budget in budgets
+            }
             for place, name in enumerate(names)
         },
-        retention={budget: _spread([summary.mean_retention(budget).value for summary in summaries]) for budget in budgets},
+        retention={
+            budget: _spread([summary.mean_retention(budget).value for summary in summaries]) for budget in budgets
+        },
     )
 
 
 def _spread(values: Sequence[float]) -> SeedSpread:
-    return SeedSpread(float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else math.nan, len(values))
+    return SeedSpread(
+        float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else math.nan, len(values)
+    )
 
 
 def _cell(spread: SeedSpread) -> str:

@@ -13,7 +13,9 @@ _AT_A_TIME = 500
 """Draws whose counts are held at once."""
 
 
-def shared_draws(values_RN: Floats, groups: Sequence[str], clusters: Sequence[str], *, seed: int, draws: int) -> dict[str, Floats]:
+def shared_draws(
+    values_RN: Floats, groups: Sequence[str], clusters: Sequence[str], *, seed: int, draws: int
+) -> dict[str, Floats]:
     """Mean of each group of samples in each bootstrap draw of whole clusters, for every row.
 
     All rows and groups see the same draws, so differences and ratios of what is returned are paired.
@@ -32,8 +34,13 @@ def shared_draws(values_RN: Floats, groups: Sequence[str], clusters: Sequence[st
     owner_N = np.array([names[cluster] for cluster in clusters])
     group_N = np.array(groups)
     scored_RN = ~np.isnan(values_RN)
-    sums_CR = {name: _per_cluster(np.where(scored_RN, values_RN, 0.0), owner_N, group_N == name, len(names)) for name in dict.fromkeys(groups)}
-    counts_CR = {name: _per_cluster(scored_RN.astype(np.float64), owner_N, group_N == name, len(names)) for name in sums_CR}
+    sums_CR = {
+        name: _per_cluster(np.where(scored_RN, values_RN, 0.0), owner_N, group_N == name, len(names))
+        for name in dict.fromkeys(groups)
+    }
+    counts_CR = {
+        name: _per_cluster(scored_RN.astype(np.float64), owner_N, group_N == name, len(names)) for name in sums_CR
+    }
     found = {name: np.full((len(values_RN), draws), np.nan) for name in sums_CR}
     rng = np.random.default_rng(seed)
     for start in range(0, draws, _AT_A_TIME):

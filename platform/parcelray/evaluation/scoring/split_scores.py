@@ -1,9 +1,10 @@
 """Scores of a benchmark's splits at every budget, each with the draws that give every derived number its interval.
 
-The draws of one split at all its budgets, and of all splits of one benchmark, come from the same clusters drawn together, so differences,
-ratios and means over them are paired as they must be. Where the score is a mean of independent values, they are bootstrap draws; where it is
-not (F1, MME's points, circular accuracy), they are normal draws with the covariance of the delete-a-group jackknife. CIDEr's values are taken
-with the document frequencies of the whole set.
+The draws of one split at all its budgets, and of all splits of one benchmark, come from the same clusters drawn
+together, so differences, ratios and means over them are paired as they must be. Where the score is a mean of
+independent values, they are bootstrap draws; where it is not (F1, MME's points, circular accuracy), they are normal
+draws with the covariance of the delete-a-group jackknife. CIDEr's values are taken with the document frequencies of the
+whole set.
 """
 
 import math
@@ -125,7 +126,9 @@ class ScoringRules:
     """Questions that could not be asked."""
 
 
-def score_splits(samples: Sequence[Sample], answers: Mapping[int, Sequence[GivenAnswer]], rules: ScoringRules = ScoringRules()) -> list[SplitScores]:
+def score_splits(
+    samples: Sequence[Sample], answers: Mapping[int, Sequence[GivenAnswer]], rules: ScoringRules = ScoringRules()
+) -> list[SplitScores]:
     """Scores the answers to one benchmark's samples.
 
     Args:
@@ -144,7 +147,9 @@ def score_splits(samples: Sequence[Sample], answers: Mapping[int, Sequence[Given
         places.setdefault(rules.split_of(sample), []).append(place)
     splits = {name: _Split(name, [samples[place] for place in members], rules) for name, members in places.items()}
     by_budget = {
-        budget: _at_budget({name: (split, [given[place] for place in places[name]]) for name, split in splits.items()}, rules)
+        budget: _at_budget(
+            {name: (split, [given[place] for place in places[name]]) for name, split in splits.items()}, rules
+        )
         for budget, given in answers.items()
     }
     return [
@@ -171,8 +176,13 @@ class _Split:
         self.name = name
         self.samples = samples
         self.rules = rules
-        self.metrics: list[Metric] = [metric_of(each, mask_decoder=rules.mask_decoder) for each in dict.fromkeys(sample.metric for sample in samples)]
-        self.groups = [str(sample.metadata.get(rules.average_over, "")) if rules.average_over else "" for sample in samples]
+        self.metrics: list[Metric] = [
+            metric_of(each, mask_decoder=rules.mask_decoder)
+            for each in dict.fromkeys(sample.metric for sample in samples)
+        ]
+        self.groups = [
+            str(sample.metadata.get(rules.average_over, "")) if rules.average_over else "" for sample in samples
+        ]
         self.scale = self.metrics[0].paper_scale
 
     @property
@@ -214,7 +224,10 @@ class _Split:
 
 def _at_budget(splits: Mapping[str, tuple[_Split, list[GivenAnswer]]], rules: ScoringRules) -> dict[str, BudgetScore]:
     seed = zlib.crc32(next(iter(splits.values()))[0].samples[0].benchmark.encode()) if splits else 0
-    judged = {name: split.judge([answer.text for answer in given], range(len(given))) for name, (split, given) in splits.items()}
+    judged = {
+        name: split.judge([answer.text for answer in given], range(len(given)))
+        for name, (split, given) in splits.items()
+    }
     clusters: dict[str, tuple[list[float], list[str]]] = {}
     for name, (split, _) in splits.items():
         if split.is_mean:
@@ -255,7 +268,11 @@ def _jackknife_draws(split: _Split, texts: Sequence[str], value: float, seed: in
     rng = np.random.default_rng(seed)
     group_of = dict(zip(names, rng.permutation(len(names)) % groups, strict=True))
     left_out = np.array(
-        [split.headline(texts, [place for place, owner in enumerate(owners) if group_of[owner] != group]) for group in range(groups)], dtype=np.float64
+        [
+            split.headline(texts, [place for place, owner in enumerate(owners) if group_of[owner] != group])
+            for group in range(groups)
+        ],
+        dtype=np.float64,
     )
     weights = rng.standard_normal((DRAWS, groups))
     draws: NDArray[np.float64] = value + math.sqrt((groups - 1) / groups) * weights @ (left_out - left_out.mean())

@@ -50,7 +50,11 @@ class Summary:
 
     def needed(self, split: SplitScores) -> int | None:
         """The smallest budget within `need_within` percent of the largest."""
-        return needed_budget({budget: score.estimate.value for budget, score in split.scores.items()}, max(self.budgets), self.need_within)
+        return needed_budget(
+            {budget: score.estimate.value for budget, score in split.scores.items()},
+            max(self.budgets),
+            self.need_within,
+        )
 
     def oracle(self, split: SplitScores) -> list[OraclePoint]:
         """See `oracle_curve`."""
@@ -58,8 +62,14 @@ class Summary:
 
     def sensitive(self) -> list[str]:
         """The three splits that lose most at the smallest budget with images."""
-        visible = [budget for budget in self.budgets if budget and (budget != self.reference_budget or self.reference != self.evaluation.model)]
-        return most_sensitive({name: kept.value for name, kept in self.retention[visible[0]].items()}) if visible else []
+        visible = [
+            budget
+            for budget in self.budgets
+            if budget and (budget != self.reference_budget or self.reference != self.evaluation.model)
+        ]
+        return (
+            most_sensitive({name: kept.value for name, kept in self.retention[visible[0]].items()}) if visible else []
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-serialisable."""
@@ -73,10 +83,15 @@ class Summary:
             "data": {each.config.name: _data(each) for each in self.evaluation.benchmarks},
             "splits": [self._split(split) for split in self.splits],
             "families": {
-                family: {str(budget): _means(self.mean_score(budget, names), self.mean_retention(budget, names)) for budget in self.budgets}
+                family: {
+                    str(budget): _means(self.mean_score(budget, names), self.mean_retention(budget, names))
+                    for budget in self.budgets
+                }
                 for family, names in self.families.items()
             },
-            "overall": {str(budget): _means(self.mean_score(budget), self.mean_retention(budget)) for budget in self.budgets},
+            "overall": {
+                str(budget): _means(self.mean_score(budget), self.mean_retention(budget)) for budget in self.budgets
+            },
             "most_sensitive": self.sensitive(),
             "need_within_percent": self.need_within,
         }
@@ -101,14 +116,21 @@ class Summary:
                     "cut_off": score.cut_off,
                     "mean_new_tokens": score.mean_new_tokens,
                     "totals": dict(score.totals),
-                    "retention": _estimate(self.retention[budget][split.name]) if split.name in self.retention[budget] else None,
+                    "retention": (
+                        _estimate(self.retention[budget][split.name]) if split.name in self.retention[budget] else None
+                    ),
                 }
                 for budget, score in split.scores.items()
             },
         }
 
 
-def summarize(evaluation: Evaluation, splits: Sequence[SplitScores], need_within: float, reference: tuple[Evaluation, Sequence[SplitScores]] | None) -> Summary:
+def summarize(
+    evaluation: Evaluation,
+    splits: Sequence[SplitScores],
+    need_within: float,
+    reference: tuple[Evaluation, Sequence[SplitScores]] | None,
+) -> Summary:
     """Scores with retention against a reference.
 
     Args:
@@ -148,4 +170,10 @@ def _means(score: Estimate, retention: Estimate) -> dict[str, Any]:
 
 def _estimate(estimate: Estimate) -> dict[str, Any]:
     interval = estimate.interval
-    return {"value": interval.value, "std_error": estimate.std_error, "low": interval.low, "high": interval.high, "n": interval.n}
+    return {
+        "value": interval.value,
+        "std_error": estimate.std_error,
+        "low": interval.low,
+        "high": interval.high,
+        "n": interval.n,
+    }

@@ -115,7 +115,9 @@ class ElasticModel(nn.Module):
         """
         split = {} if anchor_grid is None else {"anchor_grid": anchor_grid}
         tokens_IKD = self.connector(patch_features_IND, num_visual_tokens=num_visual_tokens, **split)
-        assert tokens_IKD.shape[1] == num_visual_tokens, f"{self.connector.name} gave {tokens_IKD.shape[1]} tokens, not {num_visual_tokens}"
+        assert tokens_IKD.shape[1] == num_visual_tokens, (
+            f"{self.connector.name} gave {tokens_IKD.shape[1]} tokens, not {num_visual_tokens}"
+        )
         return cast(Tensor, self.multi_modal_projector(tokens_IKD))
 
     def get_image_features(
@@ -135,7 +137,10 @@ class ElasticModel(nn.Module):
         budget = patch_features_IND.shape[1] if num_visual_tokens is None else num_visual_tokens
         tokens_IKL = self.compress(patch_features_IND, num_visual_tokens=budget, anchor_grid=anchor_grid)
         return BaseModelOutputWithPooling(
-            last_hidden_state=patch_features_IND, pooler_output=tokens_IKL, hidden_states=outputs.hidden_states, attentions=outputs.get("attentions")
+            last_hidden_state=patch_features_IND,
+            pooler_output=tokens_IKL,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.get("attentions"),
         )
 
     def forward(
@@ -154,7 +159,9 @@ class ElasticModel(nn.Module):
         if pixel_values is not None and kwargs.get("mm_encoder_outputs"):
             raise ValueError("pixel_values and mm_encoder_outputs exclude each other; pass one of them")
         if pixel_values is not None:
-            kwargs["mm_encoder_outputs"] = {"image": self.get_image_features(pixel_values, num_visual_tokens, anchor_grid)}
+            kwargs["mm_encoder_outputs"] = {
+                "image": self.get_image_features(pixel_values, num_visual_tokens, anchor_grid)
+            }
         encoded = (kwargs.get("mm_encoder_outputs") or {}).get("image")
         if encoded is not None:
             if input_ids is not None:
@@ -171,13 +178,16 @@ class ElasticModel(nn.Module):
         images, budget = tokens_IKL.shape[:2]
         if found != images * budget:
             raise UserError(
-                f"The prompts hold {found} image placeholders but {images} images at {budget} visual tokens each give {images * budget}; "
-                "build the prompts with the processor's num_visual_tokens equal to the model's."
+                f"The prompts hold {found} image placeholders but {images} images at {budget} visual tokens each give"
+                f" {images * budget}; build the prompts with the processor's num_visual_tokens equal to the model's."
             )
 
 
 class ElasticVLM(nn.Module):
-    """The elastic model with its head: mixed into the transformers class before it. `generate` and `forward` take `num_visual_tokens`."""
+    """The elastic model with its head: mixed into the transformers class before it.
+
+    `generate` and `forward` take `num_visual_tokens`.
+    """
 
     config: Any
     model: ElasticModel

@@ -1,8 +1,8 @@
 """The elastic model over transformers' LLaVA-1.5 classes (arXiv 2310.03744): a vision tower, a two-layer projector, Llama.
 
-The tower is CLIP (its class token in front of the patches, which the strategy `default` leaves out), SigLIP (`full`: no such token), or
-a convolutional one whose last feature map is the patch grid (ConvNeXt). The visual tokens stand after the prompt's first words, and
-attention is causal throughout.
+The tower is CLIP (its class token in front of the patches, which the strategy `default` leaves out), SigLIP (`full`: no
+such token), or a convolutional one whose last feature map is the patch grid (ConvNeXt). The visual tokens stand after
+the prompt's first words, and attention is causal throughout.
 """
 
 import math
@@ -23,7 +23,14 @@ from transformers.models.llava.modeling_llava import (
 
 from parcelray.config.connector import ConnectorConfig
 from parcelray.errors import UserError
-from parcelray.models.backbones.base import Depths, ElasticModel, ElasticVLM, SelfInitialised, connector_for, read_connector
+from parcelray.models.backbones.base import (
+    Depths,
+    ElasticModel,
+    ElasticVLM,
+    SelfInitialised,
+    connector_for,
+    read_connector,
+)
 from parcelray.models.connectors.base import VisionDims
 
 MODEL_TYPE = "elastic_llava"
@@ -78,7 +85,9 @@ class ElasticLlavaConfig(LlavaConfig):  # type: ignore[misc]
     @property
     def depths(self) -> Depths:
         """Layers that reducers can reduce in."""
-        return Depths(0 if self.feature_layer is None else self.feature_layer + 1, int(self.text_config.num_hidden_layers))
+        return Depths(
+            0 if self.feature_layer is None else self.feature_layer + 1, int(self.text_config.num_hidden_layers)
+        )
 
     @property
     def vision_dims(self) -> VisionDims:
@@ -86,7 +95,10 @@ class ElasticLlavaConfig(LlavaConfig):  # type: ignore[misc]
         vision = self.vision_config
         width = int(vision.hidden_size)
         if not isinstance(self.vision_feature_layer, int):
-            raise UserError(f"vision_feature_layer {self.vision_feature_layer} joins several layers; elastic models take one, such as -2.")
+            raise UserError(
+                f"vision_feature_layer {self.vision_feature_layer} joins several layers; elastic models take one, such"
+                " as -2."
+            )
         return VisionDims(width, self.grid_size, getattr(vision, "intermediate_size", 4 * width), vision.layer_norm_eps)
 
 
@@ -132,7 +144,9 @@ class ElasticLlavaModel(ElasticModel, LlavaModel):  # type: ignore[misc]
 
     def as_stock(self, encoded: BaseModelOutputWithPooling) -> BaseModelOutputWithPooling:
         """The stock class takes a sequence of images of different sizes."""
-        return BaseModelOutputWithPooling(last_hidden_state=encoded.last_hidden_state, pooler_output=tuple(encoded.pooler_output))
+        return BaseModelOutputWithPooling(
+            last_hidden_state=encoded.last_hidden_state, pooler_output=tuple(encoded.pooler_output)
+        )
 
 
 class ElasticLlavaForConditionalGeneration(ElasticVLM, LlavaForConditionalGeneration):  # type: ignore[misc]
@@ -161,7 +175,10 @@ def _init_elastic_weights(model: LlavaPreTrainedModel, module: nn.Module) -> Non
     super(LlavaPreTrainedModel, model)._init_weights(module)
     if isinstance(module, LlavaMultiModalProjector):
         init.normal_(module.linear_1.weight, std=1 / math.sqrt(module.linear_1.in_features))
-        init.normal_(module.linear_2.weight, std=model.config.text_config.initializer_range / (_GELU_RMS * math.sqrt(module.linear_2.in_features)))
+        init.normal_(
+            module.linear_2.weight,
+            std=model.config.text_config.initializer_range / (_GELU_RMS * math.sqrt(module.linear_2.in_features)),
+        )
     elif isinstance(module, SelfInitialised) and not isinstance(module, LlavaPreTrainedModel):
         module.init_weights()
 

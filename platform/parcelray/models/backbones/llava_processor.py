@@ -44,11 +44,18 @@ class ElasticLlavaProcessor(ElasticProcessor, LlavaProcessor):  # type: ignore[m
         """See `ElasticProcessor`: scaled and cropped by the image processor, without its normalisation."""
         if image.size == (self.image_size, self.image_size):
             return image
-        pixels = self.image_processor(image, do_rescale=False, do_normalize=False, return_tensors="np")["pixel_values"][0]
+        pixels = self.image_processor(image, do_rescale=False, do_normalize=False, return_tensors="np")["pixel_values"][
+            0
+        ]
         return Image.fromarray(pixels.clip(0, 255).astype("uint8").transpose(1, 2, 0))
 
     def __call__(
-        self, images: Sequence[Sequence[Image.Image]] | None = None, text: Sequence[str] | None = None, *, num_visual_tokens: int | None = None, **kwargs: Any
+        self,
+        images: Sequence[Sequence[Image.Image]] | None = None,
+        text: Sequence[str] | None = None,
+        *,
+        num_visual_tokens: int | None = None,
+        **kwargs: Any,
     ) -> BatchFeature:
         """Builds a batch.
 
@@ -73,7 +80,11 @@ class ElasticLlavaProcessor(ElasticProcessor, LlavaProcessor):  # type: ignore[m
 
     def replace_image_token(self, image_inputs: dict[str, Any], image_idx: int, **kwargs: Any) -> str:
         """Placeholders of an image: as the call's budget says, or as the stock class writes them."""
-        return str(super().replace_image_token(image_inputs, image_idx, **kwargs)) if self._budget is None else self.image_token * self._budget
+        return (
+            str(super().replace_image_token(image_inputs, image_idx, **kwargs))
+            if self._budget is None
+            else self.image_token * self._budget
+        )
 
     def _line(self, text: str, with_image: bool, num_images: int = 1) -> str:
         return f"USER: {self.image_token * num_images}\n{text} ASSISTANT:" if with_image else f"USER: {text} ASSISTANT:"

@@ -1,8 +1,9 @@
 """The elastic model over transformers' PaliGemma classes (arXiv 2412.03555): SigLIP, a linear projector, Gemma or Gemma-2.
 
-The image features pass vision tower -> connector (N patches to K tokens, width D) -> `multi_modal_projector` (D to L), and take the
-place of I x K image placeholders in the prompt. Nothing else of the transformers classes changes, so `from_pretrained`,
-`save_pretrained`, `generate` and PEFT work as they do for the stock class, and a stock checkpoint loads as it is.
+The image features pass vision tower -> connector (N patches to K tokens, width D) -> `multi_modal_projector` (D to L),
+and take the place of I x K image placeholders in the prompt. Nothing else of the transformers classes changes, so
+`from_pretrained`, `save_pretrained`, `generate` and PEFT work as they do for the stock class, and a stock checkpoint
+loads as it is.
 """
 
 import math
@@ -21,7 +22,14 @@ from transformers.models.paligemma.modeling_paligemma import (
 )
 
 from parcelray.config.connector import ConnectorConfig
-from parcelray.models.backbones.base import Depths, ElasticModel, ElasticVLM, SelfInitialised, connector_for, read_connector
+from parcelray.models.backbones.base import (
+    Depths,
+    ElasticModel,
+    ElasticVLM,
+    SelfInitialised,
+    connector_for,
+    read_connector,
+)
 from parcelray.models.connectors.base import VisionDims
 
 MODEL_TYPE = "elastic_paligemma"
@@ -113,20 +121,25 @@ class ElasticPaliGemmaForConditionalGeneration(ElasticVLM, PaliGemmaForCondition
 def _init_elastic_weights(model: PaliGemmaPreTrainedModel, module: nn.Module) -> None:
     """Fresh weights: connectors initialise themselves, the projector starts at the text embeddings' scale, the rest as stock.
 
-    The patch features leave the vision tower through a LayerNorm and so have unit variance; the decoder's text embeddings have
-    standard deviation initializer_range * sqrt(L). A projector of any other scale drowns one of the two.
+    The patch features leave the vision tower through a LayerNorm and so have unit variance; the decoder's text
+    embeddings have standard deviation initializer_range * sqrt(L). A projector of any other scale drowns one of the
+    two.
     """
     super(PaliGemmaPreTrainedModel, model)._init_weights(module)
     if isinstance(module, PaliGemmaMultiModalProjector):
         text = model.config.text_config
-        init.normal_(module.linear.weight, std=text.initializer_range * math.sqrt(text.hidden_size / module.linear.in_features))
+        init.normal_(
+            module.linear.weight, std=text.initializer_range * math.sqrt(text.hidden_size / module.linear.in_features)
+        )
     elif isinstance(module, SelfInitialised) and not isinstance(module, PaliGemmaPreTrainedModel):
         module.init_weights()
 
 
 AutoConfig.register(MODEL_TYPE, ElasticPaliGemmaConfig)
 AutoModelForImageTextToText.register(ElasticPaliGemmaConfig, ElasticPaliGemmaForConditionalGeneration)
-# Checkpoints on the hub carry the key names of older releases. The stock classes rename them while loading; the rules are found by model
-# type for the whole model and by class name for the inner one, so both are registered for ours.
+# Checkpoints on the hub carry the key names of older releases. The stock classes rename them while loading; the rules
+# are found by model type for the whole model and by class name for the inner one, so both are registered for ours.
 register_checkpoint_conversion_mapping(MODEL_TYPE, get_checkpoint_conversion_mapping("paligemma"))
-register_checkpoint_conversion_mapping(ElasticPaliGemmaModel.__name__, get_checkpoint_conversion_mapping("PaliGemmaModel"))
+register_checkpoint_conversion_mapping(
+    ElasticPaliGemmaModel.__name__, get_checkpoint_conversion_mapping("PaliGemmaModel")
+)

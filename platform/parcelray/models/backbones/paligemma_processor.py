@@ -47,18 +47,27 @@ class ElasticPaliGemmaProcessor(ElasticProcessor, PaliGemmaProcessor):  # type: 
             kwargs: for the stock processor (`return_tensors`, `padding`, ...).
 
         Returns:
-            input_ids, attention_mask, token_type_ids [B, S] (0: bidirectional prefix, 1: causal suffix), and pixel_values [I, C, H, W].
+            input_ids, attention_mask, token_type_ids [B, S] (0: bidirectional prefix, 1: causal suffix), and
+            pixel_values [I, C, H, W].
         """
         prompts = list(text or [])
         if images is None:
             ends = [answer + self.tokenizer.eos_token for answer in suffix] if suffix is not None else None
-            return self.tokenizer([self._line(prompt) for prompt in prompts], text_pair=ends, return_token_type_ids=True, **kwargs)
+            return self.tokenizer(
+                [self._line(prompt) for prompt in prompts], text_pair=ends, return_token_type_ids=True, **kwargs
+            )
         placeholders = [self.image_token * len(group) + prompt for group, prompt in zip(images, prompts, strict=True)]
         default = self.image_seq_length
-        # The stock class reads the count from this attribute in the middle of its call; it is set for the call and put back.
+        # The stock class reads the count from this attribute in the middle of its call; it is set for the call and put
+        # back.
         self.image_seq_length = default if num_visual_tokens is None else num_visual_tokens
         try:
-            return super().__call__(images=[list(group) for group in images], text=placeholders, suffix=list(suffix) if suffix is not None else None, **kwargs)
+            return super().__call__(
+                images=[list(group) for group in images],
+                text=placeholders,
+                suffix=list(suffix) if suffix is not None else None,
+                **kwargs,
+            )
         finally:
             self.image_seq_length = default
 

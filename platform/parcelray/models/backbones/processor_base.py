@@ -10,7 +10,10 @@ from transformers import BatchFeature
 
 
 class ElasticProcessor:
-    """Text and pixels of an elastic model: mixed into the transformers processor before it. Saved files stay those of the stock class."""
+    """Text and pixels of an elastic model: mixed into the transformers processor before it.
+
+    Saved files stay those of the stock class.
+    """
 
     tokenizer: Any
     batch_decode: Callable[..., list[str]]
@@ -45,14 +48,20 @@ class ElasticProcessor:
 
     def encode_answers(self, answers: Sequence[str]) -> list[list[int]]:
         """Token ids of answers and the end after them."""
-        return list(self.tokenizer([answer + self.tokenizer.eos_token for answer in answers], add_special_tokens=False)["input_ids"])
+        return list(
+            self.tokenizer([answer + self.tokenizer.eos_token for answer in answers], add_special_tokens=False)[
+                "input_ids"
+            ]
+        )
 
     def fitted(self, image: Image.Image) -> Image.Image:
         """The image at the size of the model's input, as the image processor makes it."""
         size = (self.image_size, self.image_size)
         return image if image.size == size else image.resize(size, Image.Resampling.BICUBIC)
 
-    def prompts(self, texts: Sequence[str], num_images: int, *, num_visual_tokens: int, answers: Sequence[str] | None = None) -> BatchFeature:
+    def prompts(
+        self, texts: Sequence[str], num_images: int, *, num_visual_tokens: int, answers: Sequence[str] | None = None
+    ) -> BatchFeature:
         """Prompts for visual tokens that are already there: left-padded for generation, or right-padded with answers whose likelihood is asked.
 
         Args:
@@ -66,7 +75,9 @@ class ElasticProcessor:
         """
         placeholders = [self.image_token_id] * (num_images * num_visual_tokens)
         at = self.visual_offset
-        prefixes = [ids[:at] + placeholders + ids[at:] for ids in self.encode_prompts(texts, with_image=bool(placeholders))]
+        prefixes = [
+            ids[:at] + placeholders + ids[at:] for ids in self.encode_prompts(texts, with_image=bool(placeholders))
+        ]
         suffixes = self.encode_answers(answers) if answers is not None else [[] for _ in prefixes]
         length = max(len(prefix) + len(suffix) for prefix, suffix in zip(prefixes, suffixes, strict=True))
         shape = (len(prefixes), length)

@@ -45,7 +45,9 @@ _BUILDERS: dict[type[StrictModel], Callable[[Any, VisionDims], Connector]] = {
 }
 
 
-def build_connector(config: ConnectorConfig, *, hidden_size: int, grid_size: int, mlp_width: int, layer_norm_eps: float = 1e-6) -> Connector:
+def build_connector(
+    config: ConnectorConfig, *, hidden_size: int, grid_size: int, mlp_width: int, layer_norm_eps: float = 1e-6
+) -> Connector:
     """Builds the connector that a configuration names.
 
     Args:

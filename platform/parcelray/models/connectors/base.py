@@ -82,9 +82,10 @@ class Connector(nn.Module, ABC):
     def match_scale(self, gain_D: Tensor, bias_D: Tensor | None) -> None:
         """Starts the learned tokens at the scale of the patch features; does nothing where no token is learned.
 
-        The projector and the language model were trained on patch features, and the projector can multiply a wrong scale up to
-        tens of times the text embedding's standard deviation. With the vision tower's own post_layernorm affine in the
-        connector's output norm, anchors and query tokens enter the projector with the statistics it knows.
+        The projector and the language model were trained on patch features, and the projector can multiply a wrong
+        scale up to tens of times the text embedding's standard deviation. With the vision tower's own post_layernorm
+        affine in the connector's output norm, anchors and query tokens enter the projector with the statistics it
+        knows.
 
         Args:
             gain_D: weight of the vision tower's post_layernorm.
@@ -101,7 +102,10 @@ class Connector(nn.Module, ABC):
 
     def check_split(self, num_visual_tokens: int, anchor_grid: int) -> None:
         """Raises `UserError` unless the connector takes `anchor_grid` and can split the budget so."""
-        raise UserError(f"{self.name} has no anchor grid to choose; splits are searched with the connector parcel and its anchor_grids.")
+        raise UserError(
+            f"{self.name} has no anchor grid to choose; splits are searched with the connector parcel and its"
+            " anchor_grids."
+        )
 
     def check_inputs(self, patch_features_BND: Tensor, num_visual_tokens: int) -> None:
         """Refuses an illegal budget and features that are not [B, grid_size ** 2, hidden_size]."""
@@ -113,6 +117,7 @@ class Connector(nn.Module, ABC):
         expected = (self.grid_size**2, self.hidden_size)
         if patch_features_BND.ndim != 3 or tuple(patch_features_BND.shape[1:]) != expected:
             raise UserError(
-                f"{self.name} got patch features of shape {tuple(patch_features_BND.shape)}, but a {self.grid_size} x {self.grid_size} grid "
-                f"needs [batch, {expected[0]}, {expected[1]}]; match the image size to the grid, or build the connector for this vision tower."
+                f"{self.name} got patch features of shape {tuple(patch_features_BND.shape)}, but a {self.grid_size} x"
+                f" {self.grid_size} grid needs [batch, {expected[0]}, {expected[1]}]; match the image size to the grid,"
+                " or build the connector for this vision tower."
             )

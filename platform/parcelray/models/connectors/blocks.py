@@ -1,10 +1,11 @@
 """Attention blocks of the connectors: pre-norm, residual, GELU (tanh) as in SigLIP.
 
-Each module that owns layers sets their values in `init_weights`, which touches only its direct children and only through
-`torch.nn.init`. So it can run again on every submodule after a module was created on `meta` and materialised, and
-transformers' guards keep it from overwriting loaded weights.
+Each module that owns layers sets their values in `init_weights`, which touches only its direct children and only
+through `torch.nn.init`. So it can run again on every submodule after a module was created on `meta` and materialised,
+and transformers' guards keep it from overwriting loaded weights.
 
-Shape suffixes: B batch, N patches or context tokens, T tokens of self-attention, Q queries, D width, H heads, E width of a head.
+Shape suffixes: B batch, N patches or context tokens, T tokens of self-attention, Q queries, D width, H heads, E width
+of a head.
 """
 
 from typing import NamedTuple
@@ -33,17 +34,22 @@ def block_dims(config: AttentionConnectorConfig, *, width: int, mlp_width: int, 
         UserError: when the heads do not divide the width, or the width does not take two-dimensional positions.
     """
     if width % config.num_heads:
-        raise UserError(f"num_heads {config.num_heads} does not divide the vision width {width}; choose a divisor of {width}.")
+        raise UserError(
+            f"num_heads {config.num_heads} does not divide the vision width {width}; choose a divisor of {width}."
+        )
     if width % 4:
-        raise UserError(f"the vision width {width} is not a multiple of 4, which two-dimensional sine-cosine positions need; use another vision tower.")
+        raise UserError(
+            f"the vision width {width} is not a multiple of 4, which two-dimensional sine-cosine positions need; use"
+            " another vision tower."
+        )
     return BlockDims(width, config.num_heads, config.mlp_width or mlp_width, layer_norm_eps)
 
 
 def sincos_positions(grid_size: int, width: int, *, like: Tensor) -> Tensor:
     """Fixed two-dimensional sine-cosine positions of a row-major grid, in patch units; a quarter of the channels each for sine and cosine of row and column.
 
-    Computed where it is used rather than kept in a buffer: it is cheap, and a non-persistent buffer would be lost when the
-    module is created on `meta`.
+    Computed where it is used rather than kept in a buffer: it is cheap, and a non-persistent buffer would be lost when
+    the module is created on `meta`.
 
     Returns:
         [grid_size ** 2, width], on the device and in the dtype of `like`.
@@ -198,7 +204,9 @@ class CrossAttentionBlock(nn.Module):
 
     def attention_map(self, queries_BQD: Tensor, context_BND: Tensor, positions_ND: Tensor | None = None) -> Tensor:
         """Post-softmax weights averaged over the heads: [B, Q, N]."""
-        return self.attention.attention_map(self.query_norm(queries_BQD), self._keys(self.context_norm(context_BND), positions_ND))
+        return self.attention.attention_map(
+            self.query_norm(queries_BQD), self._keys(self.context_norm(context_BND), positions_ND)
+        )
 
     def _keys(self, normed_BND: Tensor, positions_ND: Tensor | None) -> Tensor:
         if positions_ND is None:

@@ -19,7 +19,8 @@ class AnchoredQueryConnector(Connector):
 
     1. The routing gives the anchor grid and N_q = budget - anchors.
     2. Anchors: average pooling of the patch grid.
-    3. Queries: the first N_q rows of the one shared bank, conditioned, then resampling the patches. Skipped when N_q = 0.
+    3. Queries: the first N_q rows of the one shared bank, conditioned, then resampling the patches. Skipped when N_q =
+    0.
 
     Args:
         config: heads and MLP width.
@@ -48,11 +49,14 @@ class AnchoredQueryConnector(Connector):
         # Of a supernet every budget may be all queries but for the smallest grid's anchors.
         searched = dims.grid_size**2 - min(anchor_grids) ** 2 if anchor_grids else 0
         num_queries = max(bank_size(routes), searched)
-        # A routing may spend every budget on anchors (a split search tries that); parameters that no budget uses must not exist.
+        # A routing may spend every budget on anchors (a split search tries that); parameters that no budget uses must
+        # not exist.
         self.query_path: QueryPath | None = None
         if num_queries:
             conditioner = None if make_conditioner is None else make_conditioner(block)
-            self.query_path = QueryPath(block, grid_size=dims.grid_size, num_queries=num_queries, conditioner=conditioner)
+            self.query_path = QueryPath(
+                block, grid_size=dims.grid_size, num_queries=num_queries, conditioner=conditioner
+            )
 
     def split(self, num_visual_tokens: int) -> Split:
         """How the budget divides into anchors and queries."""
@@ -68,12 +72,13 @@ class AnchoredQueryConnector(Connector):
         if anchor_grid not in self.anchor_grids:
             legal = ", ".join(map(str, self.anchor_grids)) or "none"
             raise UserError(
-                f"anchor_grid {anchor_grid} is not one of this {self.name}'s anchor_grids ({legal}); choose one of them, or train a supernet with it."
+                f"anchor_grid {anchor_grid} is not one of this {self.name}'s anchor_grids ({legal}); choose one of"
+                " them, or train a supernet with it."
             )
         if not max(1, anchor_grid**2) <= num_visual_tokens <= self.grid_size**2:
             raise UserError(
-                f"{num_visual_tokens} visual tokens cannot be {anchor_grid**2} anchors and queries; choose {max(1, anchor_grid**2)} to {self.grid_size**2} "
-                "tokens, or a smaller anchor_grid."
+                f"{num_visual_tokens} visual tokens cannot be {anchor_grid**2} anchors and queries; choose"
+                f" {max(1, anchor_grid**2)} to {self.grid_size**2} tokens, or a smaller anchor_grid."
             )
 
     def forward(self, patch_features_BND: Tensor, *, num_visual_tokens: int, anchor_grid: int | None = None) -> Tensor:
@@ -96,24 +101,36 @@ class AnchoredQueryConnector(Connector):
             return super().query_attention(patch_features_BND, num_visual_tokens=num_visual_tokens)
         return self.query_path.attention_map(anchors_BPD, patch_features_BND, num_queries)
 
-    def _anchors(self, patch_features_BND: Tensor, num_visual_tokens: int, anchor_grid: int | None = None) -> tuple[Tensor, int]:
+    def _anchors(
+        self, patch_features_BND: Tensor, num_visual_tokens: int, anchor_grid: int | None = None
+    ) -> tuple[Tensor, int]:
         if anchor_grid is None:
             self.check_inputs(patch_features_BND, num_visual_tokens)
             anchor_grid = split_budget(self.routing, num_visual_tokens).anchor_grid
         else:
             self.check_split(num_visual_tokens, anchor_grid)
             self.check_features(patch_features_BND)
-        return pool_grid(patch_features_BND, grid_size=self.grid_size, side=anchor_grid), num_visual_tokens - anchor_grid**2
+        return (
+            pool_grid(patch_features_BND, grid_size=self.grid_size, side=anchor_grid),
+            num_visual_tokens - anchor_grid**2,
+        )
 
 
 class ParcelConnector(AnchoredQueryConnector):
     """PARCEL: anchors and queries share one self-attention block, then the queries resample the patches (PCQR).
 
-    The tokens of a small budget are not a prefix of a larger one's, since all queries attend to one another: never reuse a KV
-    cache across budgets. Parameters at D = 1152, M = 4304, 16 x 16 patches: 20,780,624, of which 221,184 are the bank of 192.
+    The tokens of a small budget are not a prefix of a larger one's, since all queries attend to one another: never
+    reuse a KV cache across budgets. Parameters at D = 1152, M = 4304, 16 x 16 patches: 20,780,624, of which 221,184 are
+    the bank of 192.
     """
 
     name = "parcel"
 
     def __init__(self, config: ParcelConnectorConfig, dims: VisionDims) -> None:
-        super().__init__(config, dims, routing=config.routing, make_conditioner=SelfAttentionConditioner, anchor_grids=config.anchor_grids)
+        super().__init__(
+            config,
+            dims,
+            routing=config.routing,
+            make_conditioner=SelfAttentionConditioner,
+            anchor_grids=config.anchor_grids,
+        )

@@ -32,6 +32,6 @@ def check_divides(side: int, grid_size: int) -> None:
     if side != 0 and (side > grid_size or grid_size % side):
         divisors = ", ".join(str(value) for value in range(1, grid_size + 1) if grid_size % value == 0)
         raise UserError(
-            f"an anchor grid of {side} x {side} does not tile a patch grid of {grid_size} x {grid_size}; legal sides are {divisors} (or 0 for no anchors). "
-            "Change anchor_grid."
+            f"an anchor grid of {side} x {side} does not tile a patch grid of {grid_size} x {grid_size}; legal sides"
+            f" are {divisors} (or 0 for no anchors). Change anchor_grid."
         )

@@ -3,7 +3,14 @@
 import torch
 from torch import Tensor, nn
 
-from parcelray.models.connectors.blocks import BlockDims, CrossAttentionBlock, LearnedTokens, OutputNorm, SelfAttentionBlock, sincos_positions
+from parcelray.models.connectors.blocks import (
+    BlockDims,
+    CrossAttentionBlock,
+    LearnedTokens,
+    OutputNorm,
+    SelfAttentionBlock,
+    sincos_positions,
+)
 
 
 class SelfAttentionConditioner(nn.Module):
@@ -25,22 +32,32 @@ class SelfAttentionConditioner(nn.Module):
 class QueryPath(nn.Module):
     """Produces the first `num_queries` query tokens of one shared, ordered bank.
 
-    Departures from the paper's text, which leaves them open: keys carry fixed two-dimensional sine-cosine positions (free of
-    parameters and, in the cost model, of FLOPs), since learned queries otherwise depend on what position the vision tower
-    leaves in its last layer; and the path ends in a LayerNorm (see `Connector.match_scale`).
+    Departures from the paper's text, which leaves them open: keys carry fixed two-dimensional sine-cosine positions
+    (free of parameters and, in the cost model, of FLOPs), since learned queries otherwise depend on what position the
+    vision tower leaves in its last layer; and the path ends in a LayerNorm (see `Connector.match_scale`).
 
-    The bank starts with standard deviation 1, the scale of the normed features: with the customary 0.02 the residual stream
-    would be little more than the mean of the attended tokens, the same for every query, and the queries would start collapsed.
+    The bank starts with standard deviation 1, the scale of the normed features: with the customary 0.02 the residual
+    stream would be little more than the mean of the attended tokens, the same for every query, and the queries would
+    start collapsed.
 
     Args:
         dims: sizes.
         grid_size: side of the patch grid.
         num_queries: size of the bank.
-        conditioner: called with (anchors [B, P, D], queries [B, Q, D]) before the cross-attention, returns queries; None leaves them as they are.
+        conditioner: called with (anchors [B, P, D], queries [B, Q, D]) before the cross-attention, returns queries;
+            None leaves them as they are.
         content_keys: see `CrossAttentionBlock`.
     """
 
-    def __init__(self, dims: BlockDims, *, grid_size: int, num_queries: int, conditioner: nn.Module | None = None, content_keys: bool = True) -> None:
+    def __init__(
+        self,
+        dims: BlockDims,
+        *,
+        grid_size: int,
+        num_queries: int,
+        conditioner: nn.Module | None = None,
+        content_keys: bool = True,
+    ) -> None:
         super().__init__()
         self.grid_size = grid_size
         self.bank = LearnedTokens(num_queries, dims.width, std=1.0)
@@ -51,7 +68,9 @@ class QueryPath(nn.Module):
     def forward(self, anchors_BPD: Tensor, patch_features_BND: Tensor, num_queries: int) -> Tensor:
         """Returns query tokens [B, num_queries, D] in the dtype of the patch features; `num_queries` >= 1."""
         queries_BQD = self._conditioned(anchors_BPD, num_queries)
-        tokens_BQD: Tensor = self.output_norm(self.cross_attention(queries_BQD, patch_features_BND, self._positions(patch_features_BND)))
+        tokens_BQD: Tensor = self.output_norm(
+            self.cross_attention(queries_BQD, patch_features_BND, self._positions(patch_features_BND))
+        )
         return tokens_BQD.to(patch_features_BND.dtype)
 
     def attention_map(self, anchors_BPD: Tensor, patch_features_BND: Tensor, num_queries: int) -> Tensor:

@@ -11,12 +11,13 @@ from parcelray.models.connectors.query_path import QueryPath
 class MqtConnector(Connector):
     """The first K queries of the bank cross-attend to the patches, independently of one another; no anchors.
 
-    So the tokens of a small budget are exactly a prefix of a larger one's. Every budget from 1 to the size of the bank is
-    legal; the paper trains on even ones, which is the sampler's business. The block is PARCEL's cross-attention block, MLP
-    included, for a fair comparison (the released code has an attention layer and norms only). Parameters at D = 1152,
-    M = 4304 and 256 queries: 15,539,024 (PARCEL: 20,780,624).
+    So the tokens of a small budget are exactly a prefix of a larger one's. Every budget from 1 to the size of the bank
+    is legal; the paper trains on even ones, which is the sampler's business. The block is PARCEL's cross-attention
+    block, MLP included, for a fair comparison (the released code has an attention layer and norms only). Parameters at
+    D = 1152, M = 4304 and 256 queries: 15,539,024 (PARCEL: 20,780,624).
 
-    `keys: position` makes the keys from the positions alone: which patches a query reads is then the same for every image.
+    `keys: position` makes the keys from the positions alone: which patches a query reads is then the same for every
+    image.
     """
 
     name = "mqt"
@@ -24,7 +25,9 @@ class MqtConnector(Connector):
     def __init__(self, config: MqtConnectorConfig, dims: VisionDims) -> None:
         super().__init__(dims, tuple(range(1, config.num_queries + 1)))
         block = block_dims(config, width=dims.hidden_size, mlp_width=dims.mlp_width, layer_norm_eps=dims.layer_norm_eps)
-        self.query_path = QueryPath(block, grid_size=dims.grid_size, num_queries=config.num_queries, content_keys=config.keys == "content")
+        self.query_path = QueryPath(
+            block, grid_size=dims.grid_size, num_queries=config.num_queries, content_keys=config.keys == "content"
+        )
 
     def num_anchors(self, num_visual_tokens: int) -> int:
         """None."""

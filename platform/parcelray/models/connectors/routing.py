@@ -31,29 +31,34 @@ def default_routing(grid_size: int) -> tuple[RouteConfig, ...]:
     """
     if grid_size not in _PAPER_ROUTING:
         raise UserError(
-            f"there is no default routing for a patch grid of {grid_size} x {grid_size}; the paper gives one for 16 x 16 and 32 x 32. "
-            "Write the `routing` intervals in the connector's configuration."
+            f"there is no default routing for a patch grid of {grid_size} x {grid_size}; the paper gives one for 16 x"
+            " 16 and 32 x 32. Write the `routing` intervals in the connector's configuration."
         )
-    return tuple(RouteConfig(min_budget=low, max_budget=high, anchor_grid=side) for low, high, side in _PAPER_ROUTING[grid_size])
+    return tuple(
+        RouteConfig(min_budget=low, max_budget=high, anchor_grid=side) for low, high, side in _PAPER_ROUTING[grid_size]
+    )
 
 
 def resolve_routing(routing: Sequence[RouteConfig] | None, grid_size: int) -> tuple[RouteConfig, ...]:
     """The checked routing for a patch grid: as given, or the paper's when none is given.
 
-    Gaps between intervals are legal (their budgets are unsupported); overlaps, disorder and anchor grids that do not tile
-    the patch grid are not.
+    Gaps between intervals are legal (their budgets are unsupported); overlaps, disorder and anchor grids that do not
+    tile the patch grid are not.
     """
     if routing is None:
         return default_routing(grid_size)
     if not routing:
-        raise UserError("the routing is empty, so no budget is legal; give at least one interval, or leave `routing` unset for the paper's.")
+        raise UserError(
+            "the routing is empty, so no budget is legal; give at least one interval, or leave `routing` unset for the"
+            " paper's."
+        )
     for route in routing:
         check_divides(route.anchor_grid, grid_size)
     for before, after in pairwise(routing):
         if after.min_budget <= before.max_budget:
             raise UserError(
-                f"routing interval {after.min_budget} to {after.max_budget} follows {before.min_budget} to {before.max_budget}; "
-                "intervals must ascend without overlap. Reorder them, or move their limits."
+                f"routing interval {after.min_budget} to {after.max_budget} follows {before.min_budget} to"
+                f" {before.max_budget}; intervals must ascend without overlap. Reorder them, or move their limits."
             )
     return tuple(routing)
 

@@ -32,6 +32,10 @@ class AveragePooling(TokenReducer):
         # Cell c of a side begins at the first patch s with s * cells >= c * side.
         edges = [-(-cell * side // cells) for cell in range(cells + 1)]
         middles = [(first + after) // 2 for first, after in pairwise(edges)]
-        centres_K = torch.tensor([row * side + column for row in middles for column in middles], device=tokens_BND.device)
+        centres_K = torch.tensor(
+            [row * side + column for row in middles for column in middles], device=tokens_BND.device
+        )
         tokens_BKD = (sums_BKD / sizes_K[:, None]).to(tokens_BND.dtype)
-        return Reduction(tokens_BKD, centres_K.expand(batch, -1), sizes_K.expand(batch, -1), assignment_N.expand(batch, -1))
+        return Reduction(
+            tokens_BKD, centres_K.expand(batch, -1), sizes_K.expand(batch, -1), assignment_N.expand(batch, -1)
+        )

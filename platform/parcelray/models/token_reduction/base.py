@@ -39,7 +39,8 @@ class Reduction(NamedTuple):
 class TokenReducer(ABC):
     """Reduces the visual tokens of each image, after the projector and before the decoder, without any training.
 
-    It has no parameters, runs over a batch without a loop over its images, and gives an image the same tokens in any batch.
+    It has no parameters, runs over a batch without a loop over its images, and gives an image the same tokens in any
+    batch.
 
     Args:
         positions: which rotary positions the decoder gives the tokens that are left.
@@ -49,7 +50,9 @@ class TokenReducer(ABC):
 
     name: ClassVar[str]
 
-    def __call__(self, tokens_BND: Tensor, *, num_visual_tokens: int, context: ReductionContext = NO_CONTEXT) -> Reduction:
+    def __call__(
+        self, tokens_BND: Tensor, *, num_visual_tokens: int, context: ReductionContext = NO_CONTEXT
+    ) -> Reduction:
         """Reduces.
 
         Args:
@@ -67,7 +70,9 @@ class TokenReducer(ABC):
             raise UnsupportedBudgetError(num_visual_tokens, legal, self.name)
         # The largest of numbers with a NaN among them is a NaN.
         if not math.isfinite(float(torch.linalg.vector_norm(tokens_BND.detach(), math.inf))):
-            raise UserError(f"{self.name} got tokens that are not finite (NaN or infinite); check the model's precision.")
+            raise UserError(
+                f"{self.name} got tokens that are not finite (NaN or infinite); check the model's precision."
+            )
         if num_visual_tokens == num_tokens:
             return unreduced(tokens_BND)
         return self.reduce(tokens_BND, num_visual_tokens, context)
@@ -98,8 +103,8 @@ def check_uncompressed(connector: Connector) -> None:
     """
     if connector.name != "identity":
         raise UserError(
-            f"A training-free reducer takes the patch tokens of a model without compression, and this one has the connector {connector.name}; "
-            "evaluate it without a reducer, or give its vanilla base."
+            "A training-free reducer takes the patch tokens of a model without compression, and this one has the"
+            f" connector {connector.name}; evaluate it without a reducer, or give its vanilla base."
         )
 
 
@@ -134,9 +139,11 @@ def best_by_window(scores_BN: Tensor, count: int, side: int, window: int) -> Ten
 
     Args:
         scores_BN: of the patches of one image or of several, one after the other.
-        count: places to take; where the last round has more windows than places are left, those with the higher scores give one.
+        count: places to take; where the last round has more windows than places are left, those with the higher scores
+            give one.
         side: of an image's patch grid.
-        window: side of a window; those at the right and lower border are smaller where it does not divide the grid's side.
+        window: side of a window; those at the right and lower border are smaller where it does not divide the grid's
+            side.
 
     Returns:
         Places, ascending, int64 [B, count].

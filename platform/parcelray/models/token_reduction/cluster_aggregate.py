@@ -1,8 +1,8 @@
 """Cluster & Aggregate (arXiv 2504.17892): K-means++ on the projected visual tokens, one output token per cluster, its members' mean.
 
-The paper names the embedding similarity and the mean; the iterations, the order and the positions of the aggregates are not printed
-where they could be read, so they are choices here: until no token moves, and in the place of the member nearest to the members' mean row
-and column.
+The paper names the embedding similarity and the mean; the iterations, the order and the positions of the aggregates are
+not printed where they could be read, so they are choices here: until no token moves, and in the place of the member
+nearest to the members' mean row and column.
 """
 
 from dataclasses import dataclass
@@ -42,11 +42,15 @@ class ClusterAggregate(TokenReducer):
     def reduce(self, tokens_BND: Tensor, num_visual_tokens: int, context: ReductionContext) -> Reduction:
         """See `TokenReducer`."""
         features_BND = F.normalize(tokens_BND.float(), dim=2) if self.metric == "cosine" else tokens_BND
-        clusters = kmeans(features_BND, num_visual_tokens, seed=self.seed, seeding=self.seeding, max_iterations=self.max_iterations)
+        clusters = kmeans(
+            features_BND, num_visual_tokens, seed=self.seed, seeding=self.seeding, max_iterations=self.max_iterations
+        )
         weighted_BND, totals_BK1 = tokens_BND, clusters.sizes_BK[:, :, None]
         if self.weighting == "norm":
             weights_BN1 = tokens_BND.float().norm(dim=2, keepdim=True)
-            totals_BK1 = cluster_sums(weights_BN1, clusters.assignment_BN, num_visual_tokens).clamp(min=torch.finfo(torch.float32).tiny)
+            totals_BK1 = cluster_sums(weights_BN1, clusters.assignment_BN, num_visual_tokens).clamp(
+                min=torch.finfo(torch.float32).tiny
+            )
             weighted_BND = tokens_BND.float() * weights_BN1
         means_BKD = cluster_sums(weighted_BND, clusters.assignment_BN, num_visual_tokens) / totals_BK1
         merged = Reduction(means_BKD.to(tokens_BND.dtype), *_places(clusters.assignment_BN, clusters.sizes_BK))
@@ -66,5 +70,7 @@ def _places(assignment_BN: Tensor, sizes_BK: Tensor) -> tuple[Tensor, Tensor, Te
     # Gaps times the cluster's size are whole numbers, so equally near members are so on every device.
     gaps_BN2 = points_BN2 * sizes_BK.gather(1, assignment_BN)[:, :, None] - taken(sums_BK2, assignment_BN)
     keys_BN = gaps_BN2.square().sum(dim=2) * num_tokens + places_BN
-    least_BK = torch.full_like(sizes_BK, torch.iinfo(torch.int64).max).scatter_reduce_(1, assignment_BN, keys_BN, "amin")
+    least_BK = torch.full_like(sizes_BK, torch.iinfo(torch.int64).max).scatter_reduce_(
+        1, assignment_BN, keys_BN, "amin"
+    )
     return least_BK % num_tokens, sizes_BK, assignment_BN

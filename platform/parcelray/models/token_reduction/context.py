@@ -10,7 +10,10 @@ from parcelray.models.token_reduction.encoder_view import EncoderView
 
 @dataclass(frozen=True)
 class PromptView:
-    """The prompt and the decoder's attention. Shapes: B prompts, T text tokens after the images, V visual tokens now, H heads, L width."""
+    """The prompt and the decoder's attention.
+
+    Shapes: B prompts, T text tokens after the images, V visual tokens now, H heads, L width.
+    """
 
     embeddings_BTL: Tensor
     """Text as it enters the decoder, padding in front."""

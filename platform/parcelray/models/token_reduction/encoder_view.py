@@ -13,8 +13,9 @@ from parcelray.models.backbones.base import ElasticModel
 class EncoderView:
     """One run of a vision tower over some images.
 
-    Attention maps are computed when they are asked for, from the inputs of the two layers that reducers look at: the one whose output
-    the patch features are, and the tower's last one. The fused kernels that the run itself uses do not give them.
+    Attention maps are computed when they are asked for, from the inputs of the two layers that reducers look at: the
+    one whose output the patch features are, and the tower's last one. The fused kernels that the run itself uses do not
+    give them.
 
     Args:
         model: the inner model.
@@ -62,7 +63,10 @@ class EncoderView:
             UserError: the tower has no attention.
         """
         if self.model.feature_layer is None:
-            raise UserError("This reducer goes by the vision tower's attention, and a convolutional tower has none; choose one that goes by the tokens.")
+            raise UserError(
+                "This reducer goes by the vision tower's attention, and a convolutional tower has none; choose one that"
+                " goes by the tokens."
+            )
         return self.model.feature_layer
 
     @cached_property
@@ -122,7 +126,10 @@ class EncoderView:
         attention = layer.self_attn
         normed_ISD = layer.layer_norm1(self._inputs[index])
         queries_ISD = attention.q_proj(normed_ISD[:, : self._first] if self._first else normed_ISD)
-        rows_IHRD, keys_IHSD = (each.unflatten(2, (attention.num_heads, -1)).transpose(1, 2).float() for each in (queries_ISD, attention.k_proj(normed_ISD)))
+        rows_IHRD, keys_IHSD = (
+            each.unflatten(2, (attention.num_heads, -1)).transpose(1, 2).float()
+            for each in (queries_ISD, attention.k_proj(normed_ISD))
+        )
         return rows_IHRD, keys_IHSD, float(attention.scale)
 
     def _keep_input(self, index: int) -> Any:

@@ -24,7 +24,8 @@ class Stage(NamedTuple):
 class InDecoderReducer(TokenReducer):
     """A reducer that is called at each of its stages, with the hidden states of the visual tokens.
 
-    The budget of such a method is the mean over the decoder's layers, as it is counted where they are compared with each other.
+    The budget of such a method is the mean over the decoder's layers, as it is counted where they are compared with
+    each other.
     """
 
     @property
@@ -50,7 +51,9 @@ class InDecoderReducer(TokenReducer):
 
     def refused(self, budget: int, smallest: int, num_tokens: int) -> UnsupportedBudgetError:
         """The error for a budget below what the layers before the first stage already cost."""
-        return UnsupportedBudgetError(budget, tuple(range(smallest, num_tokens + 1)), f"{self.name} (mean over the decoder's layers)")
+        return UnsupportedBudgetError(
+            budget, tuple(range(smallest, num_tokens + 1)), f"{self.name} (mean over the decoder's layers)"
+        )
 
 
 def mean_tokens(stages: tuple[Stage, ...], num_layers: int, num_tokens: int) -> float:

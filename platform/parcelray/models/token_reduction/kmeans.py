@@ -1,8 +1,9 @@
 """K-means for the tokens of an image: batched, deterministic, and all arithmetic on the Gram matrix.
 
-An image has a few hundred tokens of a few thousand dimensions. One batched product gives all inner products, [B, N, N]; from then on the
-distances of the seeding (Arthur and Vassilvitskii, SODA 2007; greedy: several candidates a step, the best one kept), the assignments and
-the norms of the centroids (Lloyd, IEEE TIT 1982) are sums over entries of that matrix, whatever the dimension:
+An image has a few hundred tokens of a few thousand dimensions. One batched product gives all inner products, [B, N, N];
+from then on the distances of the seeding (Arthur and Vassilvitskii, SODA 2007; greedy: several candidates a step, the
+best one kept), the assignments and the norms of the centroids (Lloyd, IEEE TIT 1982) are sums over entries of that
+matrix, whatever the dimension:
 
     |x_i - c_j|^2 = G_ii - 2/n_j sum_{m in j} G_im + 1/n_j^2 sum_{m, m' in j} G_mm'.
 
@@ -40,16 +41,22 @@ class Clusters(NamedTuple):
 
 @torch.no_grad()
 def kmeans(
-    tokens_BND: Tensor, num_clusters: int, *, seed: int = 0, seeding: Seeding = "greedy", candidates: int | None = None, max_iterations: int = 100
+    tokens_BND: Tensor,
+    num_clusters: int,
+    *,
+    seed: int = 0,
+    seeding: Seeding = "greedy",
+    candidates: int | None = None,
+    max_iterations: int = 100,
 ) -> Clusters:
     """Clusters the tokens of each image by squared Euclidean distance; for cosine, normalise them first.
 
-    No gradient passes through a choice of clusters, so none is tracked. The same seed gives the same clusters for an image alone and in a batch,
-    on every device up to rounding.
+    No gradient passes through a choice of clusters, so none is tracked. The same seed gives the same clusters for an
+    image alone and in a batch, on every device up to rounding.
 
     Args:
-        tokens_BND: finite, any floating dtype; the arithmetic is float32. Tokens of half precision are on a GPU rounded to it again after their
-            mean was taken off; their products are exact, and added up in float32.
+        tokens_BND: finite, any floating dtype; the arithmetic is float32. Tokens of half precision are on a GPU rounded
+            to it again after their mean was taken off; their products are exact, and added up in float32.
         num_clusters: k, 1 to N.
         seed: of the seeding.
         seeding: `greedy` tries several candidates a step and keeps the best, as scikit-learn does; `plain` draws one.
@@ -64,13 +71,16 @@ def kmeans(
         raise UserError(f"{num_clusters} clusters of {num_tokens} tokens are impossible; choose 1 to {num_tokens}.")
     if not _multiplies_halves(tokens_BND):
         tokens_BND = tokens_BND.float()
-    # Distances do not change under a shift, and without the mean that all tokens share, less is lost in the differences.
+    # Distances do not change under a shift, and without the mean that all tokens share, less is lost in the
+    # differences.
     mean_B1D = tokens_BND.mean(dim=1, keepdim=True)
     gram_BNN = _gram(tokens_BND - mean_B1D)
     norms_BN = gram_BNN.diagonal(dim1=1, dim2=2)
     # The largest of numbers with a NaN among them is a NaN.
     if not math.isfinite(float(norms_BN.amax())):
-        raise UserError("Some tokens are not finite (NaN or infinite), so they cannot be clustered; check the model's precision.")
+        raise UserError(
+            "Some tokens are not finite (NaN or infinite), so they cannot be clustered; check the model's precision."
+        )
     count = 1 if seeding == "plain" else candidates or 2 + int(math.log(num_clusters))
     first, draws_KC = _draws(num_tokens, num_clusters, count, seed, gram_BNN.device)
     shift_B = mean_B1D.float().square().sum(dim=(1, 2))
@@ -83,7 +93,8 @@ def kmeans(
         inertia_B = (norms_BN.sum(dim=1) - lloyd.explained_B).clamp_(min=0)
         return Clusters(lloyd.assignment_BN.long(), lloyd.sizes_BK.long(), inertia_B, lloyd.iterations)
     assignment_BN = _seed(gram_BNN, norms_BN, first, draws_KC)
-    # What a sum of one number may be off by; for tokens that differ by no more than their own rounding, that of the shift besides.
+    # What a sum of one number may be off by; for tokens that differ by no more than their own rounding, that of the
+    # shift besides.
     rounding_BN = _EPSILON * (norms_BN + _EPSILON * shift_B[:, None])
     assignment_BN, iterations = _iterate(gram_BNN, assignment_BN, num_clusters, rounding_BN, max_iterations)
     sizes_BK = _sizes(assignment_BN, num_clusters)
@@ -151,7 +162,9 @@ def _distinct(seeds_BK: Tensor, spent_BK: Tensor, num_tokens: int) -> Tensor:
     return torch.where(spent_BK, unused_BN.gather(1, (spent_BK.cumsum(dim=1) - 1).clamp_(min=0)), seeds_BK)
 
 
-def _iterate(gram_BNN: Tensor, assignment_BN: Tensor, num_clusters: int, rounding_BN: Tensor, max_iterations: int) -> tuple[Tensor, int]:
+def _iterate(
+    gram_BNN: Tensor, assignment_BN: Tensor, num_clusters: int, rounding_BN: Tensor, max_iterations: int
+) -> tuple[Tensor, int]:
     """Lloyd's iterations until no token of any image moves, and their number."""
     for iterations in range(1, max_iterations + 1):
         updated_BN = _moved(gram_BNN, assignment_BN, num_clusters, rounding_BN)
@@ -187,7 +200,11 @@ def _scores(gram_BNN: Tensor, assignment_BN: Tensor, sizes_BK: Tensor) -> Tensor
     batch, num_tokens = assignment_BN.shape
     num_clusters = sizes_BK.shape[1]
     rows_BN = (assignment_BN + num_clusters * torch.arange(batch, device=gram_BNN.device)[:, None]).flatten()
-    sums_BKN = gram_BNN.new_zeros(batch * num_clusters, num_tokens).index_add_(0, rows_BN, gram_BNN.flatten(0, 1)).view(batch, num_clusters, num_tokens)
+    sums_BKN = (
+        gram_BNN.new_zeros(batch * num_clusters, num_tokens)
+        .index_add_(0, rows_BN, gram_BNN.flatten(0, 1))
+        .view(batch, num_clusters, num_tokens)
+    )
     counts_BK = sizes_BK.clamp(min=1).to(gram_BNN.dtype)
     # Of each token the inner product with its own cluster's sum; added up by cluster, the squared norm of that sum.
     own_BN = sums_BKN.gather(1, assignment_BN[:, None]).squeeze(1)
@@ -199,16 +216,24 @@ def _with_every_cluster(assignment_BN: Tensor, distances_BN: Tensor, sizes_BK: T
     """Gives each empty cluster the token that is farthest from its centroid, out of clusters that keep another one."""
     num_tokens, num_clusters = assignment_BN.shape[1], sizes_BK.shape[1]
     # The last that a cluster could give is its nearest one; of equally near ones the last.
-    least_BK = torch.full(sizes_BK.shape, torch.inf, device=sizes_BK.device).scatter_reduce_(1, assignment_BN, distances_BN, "amin")
+    least_BK = torch.full(sizes_BK.shape, torch.inf, device=sizes_BK.device).scatter_reduce_(
+        1, assignment_BN, distances_BN, "amin"
+    )
     places_BN = torch.arange(num_tokens, device=sizes_BK.device).expand_as(assignment_BN)
     nearest_BN = torch.where(distances_BN == least_BK.gather(1, assignment_BN), places_BN, -1)
     stays_BK = torch.full_like(sizes_BK, -1).scatter_reduce_(1, assignment_BN, nearest_BN, "amax")
     may_leave_BN = places_BN != stays_BK.gather(1, assignment_BN)
-    farthest_BK = distances_BN.masked_fill(~may_leave_BN, -torch.inf).sort(dim=1, descending=True, stable=True).indices[:, :num_clusters]
+    farthest_BK = (
+        distances_BN.masked_fill(~may_leave_BN, -torch.inf)
+        .sort(dim=1, descending=True, stable=True)
+        .indices[:, :num_clusters]
+    )
     empty_BK = sizes_BK == 0
     receivers_BK = empty_BK.to(torch.int8).argsort(dim=1, descending=True, stable=True)
     is_given_BK = torch.arange(num_clusters, device=sizes_BK.device) < empty_BK.sum(dim=1, keepdim=True)
-    return assignment_BN.scatter(1, farthest_BK, torch.where(is_given_BK, receivers_BK, assignment_BN.gather(1, farthest_BK)))
+    return assignment_BN.scatter(
+        1, farthest_BK, torch.where(is_given_BK, receivers_BK, assignment_BN.gather(1, farthest_BK))
+    )
 
 
 def _has_kernels(values: Tensor) -> bool:
@@ -223,14 +248,19 @@ def _multiplies_halves(tokens: Tensor) -> bool:
 
 def _product(left_BMN: Tensor, right_BNP: Tensor) -> Tensor:
     """Float32 [B, M, P] of either float32 or halves."""
-    return torch.bmm(left_BMN, right_BNP, out_dtype=torch.float32) if _multiplies_halves(left_BMN) else left_BMN @ right_BNP
+    return (
+        torch.bmm(left_BMN, right_BNP, out_dtype=torch.float32)
+        if _multiplies_halves(left_BMN)
+        else left_BMN @ right_BNP
+    )
 
 
 def _gram(tokens_BND: Tensor) -> Tensor:
     """All inner products, float32 [B, N, N]."""
     if tokens_BND.is_cuda:
         return _product(tokens_BND, tokens_BND.transpose(1, 2))
-    # The matrix is symmetric, and of 4 x 4 blocks 10 say everything. A GPU would wait for four small products longer than for one.
+    # The matrix is symmetric, and of 4 x 4 blocks 10 say everything. A GPU would wait for four small products longer
+    # than for one.
     batch, num_tokens, _ = tokens_BND.shape
     gram_BNN = tokens_BND.new_empty(batch, num_tokens, num_tokens)
     size = -(-num_tokens // _BLOCKS)

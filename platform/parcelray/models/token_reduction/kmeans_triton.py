@@ -1,8 +1,9 @@
 """The steps of `kmeans` on a GPU, where a hundred small operations an image would cost more in launches than in work.
 
-The seeding is one kernel, with an image's distances to its nearest seed in one program's registers from the first draw to the last. An iteration
-of Lloyd is three: the sums of Gram rows by cluster, the nearest centroid of each token, and the filling of clusters that lost all their tokens. No
-kernel adds floating-point numbers atomically, so the same tokens give the same clusters every time.
+The seeding is one kernel, with an image's distances to its nearest seed in one program's registers from the first draw
+to the last. An iteration of Lloyd is three: the sums of Gram rows by cluster, the nearest centroid of each token, and
+the filling of clusters that lost all their tokens. No kernel adds floating-point numbers atomically, so the same tokens
+give the same clusters every time.
 """
 
 from typing import NamedTuple
@@ -52,7 +53,9 @@ def seed_clusters(gram_BNN: Tensor, first: int, draws_KC: Tensor) -> Tensor:
     return assignment_BN
 
 
-def iterate(gram_BNN: Tensor, assignment_BN: Tensor, num_clusters: int, epsilon: float, shift_B: Tensor, max_iterations: int) -> Lloyd:
+def iterate(
+    gram_BNN: Tensor, assignment_BN: Tensor, num_clusters: int, epsilon: float, shift_B: Tensor, max_iterations: int
+) -> Lloyd:
     """Lloyd's iterations until no token of any image moves; a token moves to a nearer centroid only, and no cluster stays empty.
 
     Args:
@@ -69,7 +72,8 @@ def iterate(gram_BNN: Tensor, assignment_BN: Tensor, num_clusters: int, epsilon:
     sums_BKN = gram_BNN.new_empty(batch, num_clusters, num_tokens)
     partial_BJK = gram_BNN.new_empty(batch, blocks, num_clusters)
     distances_BN = gram_BNN.new_empty(batch, num_tokens)
-    # Before each iteration, and whether a token moved in it: whole numbers, so that atomic additions to zeros are exact.
+    # Before each iteration, and whether a token moved in it: whole numbers, so that atomic additions to zeros are
+    # exact.
     counts = torch.zeros((max_iterations + 1) * (batch * num_clusters + 1), dtype=torch.int32, device=device)
     sizes_IBK, moved_I = counts[: -max_iterations - 1].view(-1, batch, num_clusters), counts[-max_iterations - 1 :]
     current_BN, updated_BN = assignment_BN, torch.empty_like(assignment_BN)
@@ -102,7 +106,9 @@ def iterate(gram_BNN: Tensor, assignment_BN: Tensor, num_clusters: int, epsilon:
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _seed(gram, draws, assignment, first, num_tokens, num_clusters, candidates, TOKENS: tl.constexpr, CANDIDATES: tl.constexpr):  # type: ignore[no-untyped-def]
+def _seed(
+    gram, draws, assignment, first, num_tokens, num_clusters, candidates, TOKENS: tl.constexpr, CANDIDATES: tl.constexpr
+):  # type: ignore[no-untyped-def]
     image = tl.program_id(0)
     gram += image.to(tl.int64) * num_tokens * num_tokens
     token = tl.arange(0, TOKENS)
@@ -148,7 +154,17 @@ def _count(assignment, sizes, num_tokens, num_clusters, TOKENS: tl.constexpr):  
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _sum(gram, assignment, sums, partial, num_tokens, num_clusters, COLUMNS: tl.constexpr, ROWS: tl.constexpr, CLUSTERS: tl.constexpr):  # type: ignore[no-untyped-def]
+def _sum(
+    gram,
+    assignment,
+    sums,
+    partial,
+    num_tokens,
+    num_clusters,
+    COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr,
+    CLUSTERS: tl.constexpr,
+):  # type: ignore[no-untyped-def]
     block, image = tl.program_id(0), tl.program_id(2)
     cluster = tl.program_id(1) * CLUSTERS + tl.arange(0, CLUSTERS)
     column = block * COLUMNS + tl.arange(0, COLUMNS)
@@ -158,7 +174,11 @@ def _sum(gram, assignment, sums, partial, num_tokens, num_clusters, COLUMNS: tl.
     for start in range(0, num_tokens, ROWS):
         row = start + tl.arange(0, ROWS)
         of_row = tl.load(assignment + row, mask=row < num_tokens, other=-1)
-        products = tl.load(gram + row[:, None] * num_tokens + column[None, :], mask=(row < num_tokens)[:, None] & (column < num_tokens)[None, :], other=0.0)
+        products = tl.load(
+            gram + row[:, None] * num_tokens + column[None, :],
+            mask=(row < num_tokens)[:, None] & (column < num_tokens)[None, :],
+            other=0.0,
+        )
         # Whole float32 products: what decides between two clusters is a small difference of large sums.
         found = tl.dot((cluster[:, None] == of_row[None, :]).to(tl.float32), products, found, input_precision="ieee")
     of_column = tl.load(assignment + column, mask=column < num_tokens, other=-1)
@@ -178,11 +198,15 @@ def _assign(  # type: ignore[no-untyped-def]
     token = block * COLUMNS + tl.arange(0, COLUMNS)
     inside = token < num_tokens
     own = tl.load(assignment + image * num_tokens + token, mask=inside, other=-1)
-    norm = tl.load(gram + image.to(tl.int64) * num_tokens * num_tokens + token * (num_tokens + 1), mask=inside, other=0.0)
+    norm = tl.load(
+        gram + image.to(tl.int64) * num_tokens * num_tokens + token * (num_tokens + 1), mask=inside, other=0.0
+    )
     largest = 0
     for start in range(0, num_clusters, CLUSTERS):
         cluster = start + tl.arange(0, CLUSTERS)
-        largest = tl.maximum(largest, tl.max(tl.load(sizes + image * num_clusters + cluster, mask=cluster < num_clusters, other=0), 0))
+        largest = tl.maximum(
+            largest, tl.max(tl.load(sizes + image * num_clusters + cluster, mask=cluster < num_clusters, other=0), 0)
+        )
     # Where two centroids are equal but for the rounding of their sums, moving to and fro would never end.
     advantage = epsilon * (norm + epsilon * tl.load(shift + image)) * largest.to(tl.float32)  # type: ignore[attr-defined]
     least = tl.full([COLUMNS], float("inf"), dtype=tl.float32)
@@ -194,7 +218,11 @@ def _assign(  # type: ignore[no-untyped-def]
         norms = tl.zeros([CLUSTERS], dtype=tl.float32)
         for each in range(blocks):
             norms += tl.load(partial + (image * blocks + each) * num_clusters + cluster, mask=real, other=0.0)
-        found = tl.load(sums + (image * num_clusters + cluster[:, None]) * num_tokens + token[None, :], mask=real[:, None] & inside[None, :], other=0.0)
+        found = tl.load(
+            sums + (image * num_clusters + cluster[:, None]) * num_tokens + token[None, :],
+            mask=real[:, None] & inside[None, :],
+            other=0.0,
+        )
         scores = found * (-2.0 / count)[:, None] + (norms / (count * count))[:, None]
         scores = tl.where(cluster[:, None] == own[None, :], scores - advantage[None, :], scores)
         scores = tl.where(real[:, None], scores, float("inf"))
@@ -207,7 +235,9 @@ def _assign(  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _fill(assignment, updated, distances, sizes, moved, num_tokens, num_clusters, TOKENS: tl.constexpr, CLUSTERS: tl.constexpr):  # type: ignore[no-untyped-def]
+def _fill(
+    assignment, updated, distances, sizes, moved, num_tokens, num_clusters, TOKENS: tl.constexpr, CLUSTERS: tl.constexpr
+):  # type: ignore[no-untyped-def]
     """Gives each empty cluster the token that is farthest from its centroid, out of clusters that keep another one; says whether a token moved."""
     image = tl.program_id(0)
     token = tl.arange(0, TOKENS)

@@ -37,7 +37,12 @@ def reordered(reduction: Reduction, order_BK: Tensor) -> Reduction:
         order_BK: for each place of the output the place before.
     """
     rank_BK = order_BK.argsort(dim=1)
-    assignment_BN = torch.where(reduction.assignment_BN < 0, reduction.assignment_BN, rank_BK.gather(1, reduction.assignment_BN.clamp(min=0)))
+    assignment_BN = torch.where(
+        reduction.assignment_BN < 0, reduction.assignment_BN, rank_BK.gather(1, reduction.assignment_BN.clamp(min=0))
+    )
     return Reduction(
-        taken(reduction.tokens_BKD, order_BK), reduction.position_ids_BK.gather(1, order_BK), reduction.sizes_BK.gather(1, order_BK), assignment_BN
+        taken(reduction.tokens_BKD, order_BK),
+        reduction.position_ids_BK.gather(1, order_BK),
+        reduction.sizes_BK.gather(1, order_BK),
+        assignment_BN,
     )

@@ -1,7 +1,7 @@
 """LLaVA-PruMerge and PruMerge+ (ICCV 2025, arXiv 2403.15388): the patches that the class token looks at, each with its nearest ones added.
 
-The published method lets outliers of the attention decide the number of tokens; at a fixed budget the K - 1 with the most attention are
-taken, and one more token collects what is pruned.
+The published method lets outliers of the attention decide the number of tokens; at a fixed budget the K - 1 with the
+most attention are taken, and one more token collects what is pruned.
 """
 
 from dataclasses import dataclass

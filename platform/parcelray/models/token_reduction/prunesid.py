@@ -17,10 +17,11 @@ _TOKENS_A_GROUP, _SUPPRESSION, _MOST_OF_64 = 4, 32, 5
 class PruneSID(TokenReducer):
     """Selects before the projector, group by group, in each the patches that suppression leaves first.
 
-    Of a budget K: the sigmoid of the features, each patch centred over its width, has K / 4 principal components over the patches, and a patch is in
-    the group of the component where its loading is largest. In a group the patch with the most class attention, summed over heads, suppresses
-    those with a cosine above K / 32 times the mean cosine of all pairs, then the next one that is left does. A group gives at least one patch and
-    otherwise as many as its share of those that are left in all groups, but 5 for each 64 of the budget at most. The class token, where the tower has
+    Of a budget K: the sigmoid of the features, each patch centred over its width, has K / 4 principal components over
+    the patches, and a patch is in the group of the component where its loading is largest. In a group the patch with
+    the most class attention, summed over heads, suppresses those with a cosine above K / 32 times the mean cosine of
+    all pairs, then the next one that is left does. A group gives at least one patch and otherwise as many as its share
+    of those that are left in all groups, but 5 for each 64 of the budget at most. The class token, where the tower has
     one, comes first.
     """
 
@@ -44,28 +45,38 @@ class PruneSID(TokenReducer):
         rank_BN = view.attention_IHN.sum(dim=1).sort(dim=1, descending=True, stable=True).indices.argsort(dim=1)
         directions_BND = F.normalize(features_BND.float(), dim=2)
         cosine_BNN = directions_BND @ directions_BND.transpose(1, 2)
-        mean_B = (cosine_BNN.sum(dim=(1, 2)) - cosine_BNN.diagonal(dim1=1, dim2=2).sum(dim=1)) / (num_tokens * (num_tokens - 1))
-        left_BN = _unsuppressed(cosine_BNN > (num_visual_tokens / _SUPPRESSION * mean_B)[:, None, None], group_BN, rank_BN, num_groups)
+        mean_B = (cosine_BNN.sum(dim=(1, 2)) - cosine_BNN.diagonal(dim1=1, dim2=2).sum(dim=1)) / (
+            num_tokens * (num_tokens - 1)
+        )
+        left_BN = _unsuppressed(
+            cosine_BNN > (num_visual_tokens / _SUPPRESSION * mean_B)[:, None, None], group_BN, rank_BN, num_groups
+        )
         sizes_BG, left_BG = (_counts(group_BN, each, num_groups) for each in (torch.ones_like(left_BN), left_BN))
         quotas_BG = _quotas(sizes_BG, left_BG, num_visual_tokens, num_visual_tokens - first)
         # Group by group, in each those that are left before the suppressed ones.
         order_BN = ((group_BN * 2 + ~left_BN) * num_tokens + rank_BN).argsort(dim=1)
         ordered_BN = group_BN.gather(1, order_BN)
-        number_BN = torch.arange(num_tokens, device=order_BN.device) - (sizes_BG.cumsum(dim=1) - sizes_BG).gather(1, ordered_BN)
+        number_BN = torch.arange(num_tokens, device=order_BN.device) - (sizes_BG.cumsum(dim=1) - sizes_BG).gather(
+            1, ordered_BN
+        )
         chosen_BN = number_BN < quotas_BG.gather(1, ordered_BN)
-        kept_BK = order_BN.gather(1, (~chosen_BN).to(torch.int8).argsort(dim=1, stable=True)[:, : num_visual_tokens - first])
+        kept_BK = order_BN.gather(
+            1, (~chosen_BN).to(torch.int8).argsort(dim=1, stable=True)[:, : num_visual_tokens - first]
+        )
         tokens, places = taken(features_BND, kept_BK), kept_BK
         if class_BD is not None:
             tokens, places = torch.cat([class_BD[:, None], tokens], dim=1), F.pad(kept_BK, (1, 0))
         assignment_BN = torch.full_like(group_BN, DROPPED)
-        assignment_BN.scatter_(1, kept_BK, first + torch.arange(kept_BK.shape[1], device=kept_BK.device).expand_as(kept_BK))
+        assignment_BN.scatter_(
+            1, kept_BK, first + torch.arange(kept_BK.shape[1], device=kept_BK.device).expand_as(kept_BK)
+        )
         return Reduction(view.project(tokens), places, torch.ones_like(places), assignment_BN)
 
 
 def _groups(features_BND: Tensor, num_groups: int) -> Tensor:
     """Component with the largest loading of each patch, int64 [B, N]; the first one explains most."""
-    # The published randomised decomposition differs from run to run; this is what it approaches. In single precision the same image could be
-    # grouped otherwise in another batch.
+    # The published randomised decomposition differs from run to run; this is what it approaches. In single precision
+    # the same image could be grouped otherwise in another batch.
     squashed_BND = features_BND.double().sigmoid()
     centred_BND = squashed_BND - squashed_BND.mean(dim=2, keepdim=True)
     loadings_BNN = torch.linalg.eigh(centred_BND @ centred_BND.transpose(1, 2)).eigenvectors
@@ -79,11 +90,16 @@ def _unsuppressed(alike_BNN: Tensor, group_BN: Tensor, rank_BN: Tensor, num_grou
     waiting_BN = torch.ones_like(group_BN, dtype=torch.bool)
     left_BN = torch.zeros_like(waiting_BN)
     while bool(waiting_BN.any()):
-        best_BG = rank_BN.new_full((batch, num_groups), num_tokens).scatter_reduce_(1, group_BN, rank_BN.where(waiting_BN, num_tokens), "amin")
+        best_BG = rank_BN.new_full((batch, num_groups), num_tokens).scatter_reduce_(
+            1, group_BN, rank_BN.where(waiting_BN, num_tokens), "amin"
+        )
         turn_BN = waiting_BN & (rank_BN == best_BG.gather(1, group_BN))
         left_BN |= turn_BN
-        # At most one patch of a group has its turn, so that it alone suppresses there; a group that is done has none that waits.
-        place_BG = best_BG.new_zeros(batch, num_groups).scatter_add_(1, group_BN, torch.arange(num_tokens, device=group_BN.device) * turn_BN)
+        # At most one patch of a group has its turn, so that it alone suppresses there; a group that is done has none
+        # that waits.
+        place_BG = best_BG.new_zeros(batch, num_groups).scatter_add_(
+            1, group_BN, torch.arange(num_tokens, device=group_BN.device) * turn_BN
+        )
         suppressed_BN = alike_BNN.gather(2, place_BG.gather(1, group_BN)[:, :, None]).squeeze(2)
         waiting_BN &= ~(turn_BN | suppressed_BN)
     return left_BN

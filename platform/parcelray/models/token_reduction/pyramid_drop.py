@@ -23,7 +23,8 @@ class PyramidDrop(InDecoderReducer):
 
     Args:
         positions: see `TokenReducer`.
-        first_layer: of the first of three stages at even distances, for budgets below a quarter of the tokens; None: after the first quarter.
+        first_layer: of the first of three stages at even distances, for budgets below a quarter of the tokens; None:
+            after the first quarter.
     """
 
     positions: Positions = "contiguous"
@@ -34,10 +35,15 @@ class PyramidDrop(InDecoderReducer):
         """See `InDecoderReducer`; of a decoder with fewer than four layers, stages at the same layer are one."""
         first = num_layers / _STAGES_AND_ONE if self.first_layer is None else self.first_layer
         step = (num_layers - first) / (_STAGES_AND_ONE - 1)
-        layers = sorted({math.ceil(first + number * step) for number in range(_STAGES_AND_ONE - 1)} & set(range(1, num_layers)))
+        layers = sorted(
+            {math.ceil(first + number * step) for number in range(_STAGES_AND_ONE - 1)} & set(range(1, num_layers))
+        )
 
         def at(share: float) -> tuple[Stage, ...]:
-            return tuple(Stage(layer, max(1, int(num_tokens * share ** (number + 1))), layer) for number, layer in enumerate(layers))
+            return tuple(
+                Stage(layer, max(1, int(num_tokens * share ** (number + 1))), layer)
+                for number, layer in enumerate(layers)
+            )
 
         if not layers or mean_tokens(at(0.0), num_layers, num_tokens) > budget:
             full = layers[0] if layers else num_layers

@@ -1,7 +1,7 @@
 """RESTORE (ICML 2026, arXiv 2606.01711): half of the budget chosen, half merged from what the choice leaves out.
 
-The merged anchors stand for whole groups, so they go with their original positions and with attention logits that are calibrated for group
-size and distance (`positions: original_calibrated`), which is this reducer's default.
+The merged anchors stand for whole groups, so they go with their original positions and with attention logits that are
+calibrated for group size and distance (`positions: original_calibrated`), which is this reducer's default.
 """
 
 from dataclasses import dataclass
@@ -23,12 +23,13 @@ from parcelray.models.token_reduction.merging import in_order
 class Restore(TokenReducer):
     """Half by another reducer, half anchors of the rest.
 
-    With cosines C of the rest, R_i = sum_j C_ij; anchors are the patches with the largest R_i (1 - max over j with R_j > R_i of C_ij), and
-    every other patch of the rest is averaged into the anchor with the largest cosine.
+    With cosines C of the rest, R_i = sum_j C_ij; anchors are the patches with the largest R_i (1 - max over j with R_j
+    > R_i of C_ij), and every other patch of the rest is averaged into the anchor with the largest cosine.
 
     Args:
         positions: see `TokenReducer`.
-        base: chooses the first half: `divprune`, or `class_attention` (the saliency that pruners of the vision tower start from).
+        base: chooses the first half: `divprune`, or `class_attention` (the saliency that pruners of the vision tower
+            start from).
         share: of the budget that the base chooses.
     """
 
@@ -65,7 +66,11 @@ class Restore(TokenReducer):
         num_anchors = num_visual_tokens - num_chosen
         anchors_BA = best(scores_BR, num_anchors)
         numbers_BA = torch.arange(num_anchors, device=anchors_BA.device).expand_as(anchors_BA)
-        joined_BR = cosine_BRR.gather(2, anchors_BA[:, None].expand(-1, cosine_BRR.shape[1], -1)).argmax(dim=2).scatter_(1, anchors_BA, numbers_BA)
+        joined_BR = (
+            cosine_BRR.gather(2, anchors_BA[:, None].expand(-1, cosine_BRR.shape[1], -1))
+            .argmax(dim=2)
+            .scatter_(1, anchors_BA, numbers_BA)
+        )
         sizes_BA = torch.zeros_like(anchors_BA).scatter_add_(1, joined_BR, torch.ones_like(joined_BR))
         means_BAD = (cluster_sums(rest_BRD, joined_BR, num_anchors) / sizes_BA[:, :, None]).to(tokens_BND.dtype)
         assignment_BN = torch.zeros(tokens_BND.shape[:2], dtype=torch.int64, device=tokens_BND.device)

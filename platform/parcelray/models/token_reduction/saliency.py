@@ -1,7 +1,8 @@
 """Selection by saliency: the tokens that some map ranks highest, in an image or its windows, with or without merging the rest.
 
-The maps that arXiv 2504.17892 compares with clustering are not spelled out where they could be read; these are the ones that published
-methods use, each said so. `class_attention` is HiRED's selection for one image as well (arXiv 2408.10945).
+The maps that arXiv 2504.17892 compares with clustering are not spelled out where they could be read; these are the ones
+that published methods use, each said so. `class_attention` is HiRED's selection for one image as well (arXiv
+2408.10945).
 """
 
 from dataclasses import dataclass
@@ -11,7 +12,16 @@ import torch
 from torch import Tensor
 
 from parcelray.errors import UserError
-from parcelray.models.token_reduction.base import Reads, Reduction, TokenReducer, best, best_by_window, encoder_of, grid_side, selection
+from parcelray.models.token_reduction.base import (
+    Reads,
+    Reduction,
+    TokenReducer,
+    best,
+    best_by_window,
+    encoder_of,
+    grid_side,
+    selection,
+)
 from parcelray.models.token_reduction.context import PromptView, ReductionContext
 from parcelray.models.token_reduction.merging import merged_into, nearest_of
 
@@ -23,12 +33,13 @@ class Saliency(TokenReducer):
     """The K most salient tokens in the order of the grid.
 
     Args:
-        definition: `class_attention`: what the vision tower's class token looks at, summed over heads (without such a token: what patches look at
-            on average); `last_text`: what the prompt's last token looks at in a layer of the decoder, mean over heads; `mean_text` and `max_text`:
-            the mean or the maximum over all text tokens instead; `norm`: the token's own length.
+        definition: `class_attention`: what the vision tower's class token looks at, summed over heads (without such a
+            token: what patches look at on average); `last_text`: what the prompt's last token looks at in a layer of
+            the decoder, mean over heads; `mean_text` and `max_text`: the mean or the maximum over all text tokens
+            instead; `norm`: the token's own length.
         layer: of the decoder, counted from 0.
-        window: side in patches of the windows of the grid that each give their most salient tokens, as many as any other or one fewer; None: the
-            whole image competes.
+        window: side in patches of the windows of the grid that each give their most salient tokens, as many as any
+            other or one fewer; None: the whole image competes.
         merge_rest: whether the others are averaged into the kept token with the largest cosine, or dropped.
     """
 
@@ -67,7 +78,10 @@ class Saliency(TokenReducer):
             return encoder_of(context, self.name).attention_IHN.sum(dim=1)
         prompt = prompt_of(context, self.name)
         if self.layer >= prompt.num_layers:
-            raise UserError(f"saliency.layer {self.layer} is not in this decoder of {prompt.num_layers} layers; choose 0 to {prompt.num_layers - 1}.")
+            raise UserError(
+                f"saliency.layer {self.layer} is not in this decoder of {prompt.num_layers} layers; choose 0 to"
+                f" {prompt.num_layers - 1}."
+            )
         attention_BTN = prompt.attention(self.layer).mean(dim=1)
         if self.definition == "last_text":
             return attention_BTN[:, -1]

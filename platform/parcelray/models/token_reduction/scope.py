@@ -31,4 +31,6 @@ class Scope(TokenReducer):
         view = encoder_of(context, self.name)
         directions_BND = F.normalize(view.patch_features_IND.float(), dim=2)
         weights_BN = view.attention_IHN.mean(dim=1) ** self.alpha
-        return selection(tokens_BND, covering(directions_BND @ directions_BND.transpose(1, 2), num_visual_tokens, weights_BN))
+        return selection(
+            tokens_BND, covering(directions_BND @ directions_BND.transpose(1, 2), num_visual_tokens, weights_BN)
+        )

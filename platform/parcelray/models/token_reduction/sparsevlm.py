@@ -23,9 +23,10 @@ _RECYCLED_SHARE, _TOKENS_A_CLUSTER, _NEIGHBOURS = 0.3, 10, 5
 class SparseVLM(InDecoderReducer):
     """Stages at 2, 6 and 15 of 32 layers, ranked by the attention of the raters, mean over heads.
 
-    Raters are the words that see the image: with the softmax over words of the inner product of visual and text embeddings, those whose mean
-    over the visual tokens is above the mean of all words. Of the tokens that a stage drops, the best 30 % are recycled: density peaks
-    (Rodriguez and Laio, Science 2014; k nearest neighbours) cluster them, ten a cluster, and the clusters' means follow the kept tokens.
+    Raters are the words that see the image: with the softmax over words of the inner product of visual and text
+    embeddings, those whose mean over the visual tokens is above the mean of all words. Of the tokens that a stage
+    drops, the best 30 % are recycled: density peaks (Rodriguez and Laio, Science 2014; k nearest neighbours) cluster
+    them, ten a cluster, and the clusters' means follow the kept tokens.
     """
 
     name = "sparsevlm"
@@ -78,17 +79,21 @@ def raters(prompt: PromptView) -> Tensor:
 def recycled(tokens_BND: Tensor, scores_BN: Tensor, count: int) -> Reduction:
     """The best tokens in order, then means of clusters of the best that are dropped; `count` in all."""
     batch, num_tokens, _ = tokens_BND.shape
-    # Each cluster takes the place of a kept token, so that one more is dropped: the fewest that so many dropped tokens make.
-    # Most tokens are kept ones, however few there are.
+    # Each cluster takes the place of a kept token, so that one more is dropped: the fewest that so many dropped tokens
+    # make. Most tokens are kept ones, however few there are.
     most = (count - 1) // 2
-    num_clusters = next((number for number in range(most) if _recycling(num_tokens - count + number).num_clusters <= number), most)
+    num_clusters = next(
+        (number for number in range(most) if _recycling(num_tokens - count + number).num_clusters <= number), most
+    )
     num_recycled = _recycling(num_tokens - count + num_clusters).num_tokens
     kept_BK = best(scores_BN, count - num_clusters)
     rest_BR = others(kept_BK, num_tokens)
     order_BR = scores_BN.gather(1, rest_BR).argsort(dim=1, descending=True, stable=True)
     recycled_BM = rest_BR.gather(1, order_BR[:, :num_recycled])
     numbers_BK = torch.arange(kept_BK.shape[1], device=kept_BK.device).expand_as(kept_BK)
-    assignment_BN = torch.full((batch, num_tokens), -1, dtype=torch.int64, device=kept_BK.device).scatter_(1, kept_BK, numbers_BK)
+    assignment_BN = torch.full((batch, num_tokens), -1, dtype=torch.int64, device=kept_BK.device).scatter_(
+        1, kept_BK, numbers_BK
+    )
     tokens, places, sizes = [taken(tokens_BND, kept_BK)], [kept_BK], [torch.ones_like(kept_BK)]
     if num_clusters > 0:
         members_BMD = taken(tokens_BND, recycled_BM).float()

@@ -14,8 +14,8 @@ from parcelray.models.token_reduction.context import ReductionContext
 class SpatialSampling(TokenReducer):
     """Tokens at even distances, nothing else looked at.
 
-    The K places are rows of about the square root of K tokens each; rows and the places in them are centred, so that no border is
-    preferred.
+    The K places are rows of about the square root of K tokens each; rows and the places in them are centred, so that no
+    border is preferred.
     """
 
     name = "spatial_sampling"

@@ -20,9 +20,10 @@ from parcelray.models.token_reduction.merging import in_order
 class ToMe(TokenReducer):
     """Runs the vision tower a second time, merging about as many tokens in each layer until the budget is left.
 
-    In a layer the tokens are split into every other one; each of the first half has an edge to the token of the second half whose keys, as a
-    mean over the heads, are most similar, and the strongest edges merge, as means weighed by the tokens that are in them already. Larger
-    tokens get log(size) more in the attention of later layers. The class token is left alone.
+    In a layer the tokens are split into every other one; each of the first half has an edge to the token of the second
+    half whose keys, as a mean over the heads, are most similar, and the strongest edges merge, as means weighed by the
+    tokens that are in them already. Larger tokens get log(size) more in the attention of later layers. The class token
+    is left alone.
     """
 
     name = "tome"
@@ -34,7 +35,11 @@ class ToMe(TokenReducer):
 
     def budgets_of(self, num_tokens: int, depths: Depths) -> tuple[int, ...]:
         """See `TokenReducer`: a layer merges half of the tokens away at most."""
-        return tuple(budget for budget in range(1, num_tokens + 1) if merge_counts(num_tokens, budget, depths.encoder) is not None)
+        return tuple(
+            budget
+            for budget in range(1, num_tokens + 1)
+            if merge_counts(num_tokens, budget, depths.encoder) is not None
+        )
 
     def reduce(self, tokens_BND: Tensor, num_visual_tokens: int, context: ReductionContext) -> Reduction:
         """See `TokenReducer`.
@@ -49,7 +54,9 @@ class ToMe(TokenReducer):
             legal = self.budgets_of(tokens_BND.shape[1], Depths(tower.num_layers, 0))
             raise UnsupportedBudgetError(num_visual_tokens, legal, self.name)
         features_BKD, owner_BN = tower.run(counts)
-        sizes_BK = torch.zeros_like(owner_BN[:, :num_visual_tokens]).scatter_add_(1, owner_BN, torch.ones_like(owner_BN))
+        sizes_BK = torch.zeros_like(owner_BN[:, :num_visual_tokens]).scatter_add_(
+            1, owner_BN, torch.ones_like(owner_BN)
+        )
         places_BN = torch.arange(owner_BN.shape[1], device=owner_BN.device).expand_as(owner_BN)
         # A token lies where its first member does.
         firsts_BK = torch.full_like(sizes_BK, owner_BN.shape[1]).scatter_reduce_(1, owner_BN, places_BN, "amin")
@@ -60,7 +67,8 @@ def merge_counts(num_tokens: int, budget: int, num_layers: int) -> list[int] | N
     """Tokens that each layer merges away, as even as halving at most allows; None: the layers are too few."""
     counts = []
     for left in range(num_layers, 0, -1):
-        # After this layer at most budget * 2 ** (left - 1) may be left, or the layers after it could not get down to the budget.
+        # After this layer at most budget * 2 ** (left - 1) may be left, or the layers after it could not get down to
+        # the budget.
         count = max(-(-(num_tokens - budget) // left), num_tokens - budget * 2 ** (left - 1))
         if count > num_tokens // 2:
             return None
@@ -93,7 +101,9 @@ class _Tower:
             attended, _ = layer.self_attn(normed, attention_mask=bias if sizes.shape[1] < length - first else None)
             hidden = hidden + attended
             if count:
-                keys = layer.self_attn.k_proj(normed)[:, first:].unflatten(2, (layer.self_attn.num_heads, -1)).mean(dim=2)
+                keys = (
+                    layer.self_attn.k_proj(normed)[:, first:].unflatten(2, (layer.self_attn.num_heads, -1)).mean(dim=2)
+                )
                 merged, sizes, step_owner = merge(hidden[:, first:], keys, sizes, count)
                 hidden = torch.cat([hidden[:, :first], merged], dim=1)
                 owner = step_owner.gather(1, owner)

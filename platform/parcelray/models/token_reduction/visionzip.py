@@ -6,7 +6,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from parcelray.models.token_reduction.base import DROPPED, Reads, Reduction, TokenReducer, best, encoder_of, others, taken
+from parcelray.models.token_reduction.base import (
+    DROPPED,
+    Reads,
+    Reduction,
+    TokenReducer,
+    best,
+    encoder_of,
+    others,
+    taken,
+)
 from parcelray.models.token_reduction.context import ReductionContext
 from parcelray.models.token_reduction.kmeans import cluster_sums
 
@@ -18,9 +27,9 @@ _CONTEXTUAL_SHARE = 10 / 64
 class VisionZip(TokenReducer):
     """Dominant tokens by attention, contextual ones from the rest; all before the projector.
 
-    Of a budget K, 10/64 are contextual: every so-manieth of the remaining patches is a target, the others join the target with the most
-    similar key, and a contextual token is the target plus the mean of those that joined it. The class token, where the tower has one, is the
-    first of the dominant tokens.
+    Of a budget K, 10/64 are contextual: every so-manieth of the remaining patches is a target, the others join the
+    target with the most similar key, and a contextual token is the target plus the mean of those that joined it. The
+    class token, where the tower has one, is the first of the dominant tokens.
     """
 
     name = "visionzip"
@@ -40,13 +49,19 @@ class VisionZip(TokenReducer):
         kept_BM = best(view.attention_IHN.sum(dim=1), num_patches)
         rest_BR = others(kept_BM, num_tokens)
         # Evenly spread over what is left, the first so many.
-        targets_C = torch.arange(num_contextual, device=rest_BR.device) * max(1, rest_BR.shape[1] // max(1, num_contextual))
+        targets_C = torch.arange(num_contextual, device=rest_BR.device) * max(
+            1, rest_BR.shape[1] // max(1, num_contextual)
+        )
         targets_BC = rest_BR[:, targets_C]
         metric_BND = F.normalize(view.keys_IHND.mean(dim=1), dim=2)
         joined_BN = _joined(metric_BND, targets_BC, kept_BM)
         dropped_BN1 = (joined_BN < 0)[:, :, None]
-        sums_BCD = cluster_sums(features_BND.float().masked_fill(dropped_BN1, 0), joined_BN.clamp(min=0), max(1, num_contextual))[:, :num_contextual]
-        counts_BC1 = cluster_sums((~dropped_BN1).float(), joined_BN.clamp(min=0), max(1, num_contextual))[:, :num_contextual]
+        sums_BCD = cluster_sums(
+            features_BND.float().masked_fill(dropped_BN1, 0), joined_BN.clamp(min=0), max(1, num_contextual)
+        )[:, :num_contextual]
+        counts_BC1 = cluster_sums((~dropped_BN1).float(), joined_BN.clamp(min=0), max(1, num_contextual))[
+            :, :num_contextual
+        ]
         targets_BCD = taken(features_BND, targets_BC).float()
         contextual_BCD = targets_BCD + sums_BCD / counts_BC1.clamp(min=1)
         parts = [taken(features_BND, kept_BM), contextual_BCD.to(features_BND.dtype)]
@@ -61,7 +76,9 @@ class VisionZip(TokenReducer):
         assignment_BN.scatter_(1, kept_BM, first + torch.arange(num_patches, device=kept_BM.device).expand_as(kept_BM))
         numbers_BC = first + num_patches + torch.arange(num_contextual, device=kept_BM.device).expand_as(targets_BC)
         assignment_BN.scatter_(1, targets_BC, numbers_BC)
-        return Reduction(view.project(torch.cat(parts, dim=1)), torch.cat(places, dim=1), torch.cat(sizes, dim=1), assignment_BN)
+        return Reduction(
+            view.project(torch.cat(parts, dim=1)), torch.cat(places, dim=1), torch.cat(sizes, dim=1), assignment_BN
+        )
 
 
 def _joined(metric_BND: Tensor, targets_BC: Tensor, kept_BM: Tensor) -> Tensor:

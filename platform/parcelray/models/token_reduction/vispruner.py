@@ -6,7 +6,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from parcelray.models.token_reduction.base import Reads, Reduction, TokenReducer, best, encoder_of, others, selection, taken
+from parcelray.models.token_reduction.base import (
+    Reads,
+    Reduction,
+    TokenReducer,
+    best,
+    encoder_of,
+    others,
+    selection,
+    taken,
+)
 from parcelray.models.token_reduction.context import ReductionContext
 
 _REMOVED_A_STEP = 8
@@ -16,8 +25,8 @@ _REMOVED_A_STEP = 8
 class VisPruner(TokenReducer):
     """Important patches by the class token's attention; from the rest the most duplicated ones are removed, eight a step.
 
-    Duplicates are found as in ToMe: the rest is split into every other patch, and a patch of the one half is as duplicated as its largest
-    cosine with the other half.
+    Duplicates are found as in ToMe: the rest is split into every other patch, and a patch of the one half is as
+    duplicated as its largest cosine with the other half.
 
     Args:
         important: share of the budget that attention chooses.

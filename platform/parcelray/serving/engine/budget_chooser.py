@@ -34,14 +34,16 @@ class BudgetChooser:
         UserError: the predictor reads other signals than this model gives.
     """
 
-    def __init__(self, predictor: BudgetPredictor, model: ElasticVLM, processor: ElasticProcessor, *, price: float | None = None) -> None:
+    def __init__(
+        self, predictor: BudgetPredictor, model: ElasticVLM, processor: ElasticProcessor, *, price: float | None = None
+    ) -> None:
         self._predictor = predictor
         self._reader = SignalReader(model, processor, device=str(model.lm_head.weight.device))
         self._price = price
         if predictor.signals != self._reader.names:
             raise UserError(
-                f"The budget predictor reads {len(predictor.signals)} signals, and this model gives {len(self._reader.names)} or others; "
-                "serve the checkpoint that it was fitted on, or fit it again."
+                f"The budget predictor reads {len(predictor.signals)} signals, and this model gives"
+                f" {len(self._reader.names)} or others; serve the checkpoint that it was fitted on, or fit it again."
             )
 
     def settled(self, request: GenerateRequest, features: Mapping[str, Tensor], max_tokens: int) -> GenerateRequest:
@@ -58,7 +60,9 @@ class BudgetChooser:
         budget = among[-1]
         if any(each in self._predictor.budgets for each in among):
             pooled = pool(torch.stack([features[image.content] for image in request.images]))
-            budget = self._predictor.choose(self._reader.of_ids(list(pooled), request.prompt_ids).tolist(), price=self._price, among=among)
+            budget = self._predictor.choose(
+                self._reader.of_ids(list(pooled), request.prompt_ids).tolist(), price=self._price, among=among
+            )
         return replace(request, num_visual_tokens=budget, choices=())
 
 
@@ -66,20 +70,26 @@ def load_predictor(policy: InputPolicyConfig, offered: Sequence[int]) -> BudgetP
     """The predictor of a policy.
 
     Raises:
-        UserError: there is none, it needs an answer before it can choose, or its budgets do not fit those that are offered.
+        UserError: there is none, it needs an answer before it can choose, or its budgets do not fit those that are
+            offered.
     """
     predictor = BudgetPredictor.load(Path(policy.predictor))
     if predictor.reads_answer:
         raise UserError(
-            f"The budget predictor in {policy.predictor} reads the answer at {predictor.budgets[0]} visual tokens, which would be a second pass over "
-            "every request; serve one that chooses before any answer, which `parcelray analyze adaptive` saves."
+            f"The budget predictor in {policy.predictor} reads the answer at {predictor.budgets[0]} visual tokens,"
+            " which would be a second pass over every request; serve one that chooses before any answer, which"
+            " `parcelray analyze adaptive` saves."
         )
     missing = [budget for budget in predictor.budgets if budget not in offered]
     if missing:
         raise UserError(
-            f"The budget predictor in {policy.predictor} gives {', '.join(map(str, missing))} visual tokens, which are not among the offered "
-            f"{', '.join(map(str, sorted(offered)))}; offer them, or fit a predictor for the offered ones."
+            f"The budget predictor in {policy.predictor} gives {', '.join(map(str, missing))} visual tokens, which are"
+            f" not among the offered {', '.join(map(str, sorted(offered)))}; offer them, or fit a predictor for the"
+            " offered ones."
         )
     if policy.floor is not None and policy.floor > predictor.budgets[-1]:
-        raise UserError(f"The floor {policy.floor} is above every budget of the predictor in {policy.predictor}, {predictor.budgets[-1]} at most; lower it.")
+        raise UserError(
+            f"The floor {policy.floor} is above every budget of the predictor in {policy.predictor},"
+            f" {predictor.budgets[-1]} at most; lower it."
+        )
     return predictor

@@ -4,12 +4,14 @@ One thread owns the model. Each turn of its loop it
 
 1. takes what was submitted and cancelled, and drops what is past its deadline;
 2. looks at one image that somebody wants to inspect;
-3. takes the first requests of the queue as far as there is room: the vision tower runs over their new images, a budget is chosen for those that
-   leave it open, room in the KV pool is reserved for all that they may ever hold, and the prefill runs in batches of similar length;
+3. takes the first requests of the queue as far as there is room: the vision tower runs over their new images, a budget
+   is chosen for those that leave it open, room in the KV pool is reserved for all that they may ever hold, and the
+   prefill runs in batches of similar length;
 4. makes one decode step of all that run.
 
-A request joins and leaves between two steps. Room is reserved at admission, so nothing that runs is ever thrown out again. What fails takes along
-only those that it was done for; an engine whose turns keep failing ends, fails what it has, and refuses the rest.
+A request joins and leaves between two steps. Room is reserved at admission, so nothing that runs is ever thrown out
+again. What fails takes along only those that it was done for; an engine whose turns keep failing ends, fails what it
+has, and refuses the rest.
 """
 
 import itertools
@@ -94,7 +96,9 @@ class ContinuousEngine:
         self._writer = AnswerWriter(processor.tokenizer, end_ids(model, processor))
         self.supported_budgets = tuple(model.supported_budgets)
         self._decoder = PooledDecoder(model, max_tokens=limits.kv_tokens, spare_tokens=limits.urgent_tokens)
-        self._vision = VisionStage(model, processor, cache_bytes=limits.feature_cache_bytes, batch_size=limits.vision_batch)
+        self._vision = VisionStage(
+            model, processor, cache_bytes=limits.feature_cache_bytes, batch_size=limits.vision_batch
+        )
         self._chooser = chooser
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._waiting: deque[Job] = deque()
@@ -123,14 +127,20 @@ class ContinuousEngine:
             if self._closing or self._ended:
                 raise self._gone()
             if self._in_flight >= self._limits.max_running + self._limits.max_waiting and not request.urgent:
-                raise EngineRefusal("queue_full", f"{self._in_flight} requests are in flight already; send the request again later.")
+                raise EngineRefusal(
+                    "queue_full", f"{self._in_flight} requests are in flight already; send the request again later."
+                )
             self._in_flight += 1
             # Under the lock: what is put before the end is failed there, and nothing is put after it.
             self._commands.put(lambda: self._waiting.appendleft(job) if request.urgent else self._waiting.append(job))
 
     def cancel(self, request_id: str) -> None:
         """See `Engine`."""
-        self._commands.put(lambda: self._fail_where(lambda job: job.request.request_id == request_id, "cancelled", "The request was cancelled."))
+        self._commands.put(
+            lambda: self._fail_where(
+                lambda job: job.request.request_id == request_id, "cancelled", "The request was cancelled."
+            )
+        )
 
     def inspect(self, image: ImagePixels, num_visual_tokens: int) -> Future[Inspection]:
         """See `Engine`."""
@@ -209,7 +219,9 @@ class ContinuousEngine:
 
     def _turn(self) -> None:
         now = time.perf_counter()
-        self._fail_where(lambda job: job.expires <= now, "deadline_exceeded", "The request was not finished by its deadline.")
+        self._fail_where(
+            lambda job: job.expires <= now, "deadline_exceeded", "The request was not finished by its deadline."
+        )
         self._inspect_next()
         self._starting = self._next_jobs()
         if self._starting:
@@ -260,9 +272,15 @@ class ContinuousEngine:
         while self._waiting:
             job = self._waiting[0]
             tokens += job.request.least_prompt_tokens
-            images += sum(image.content not in self._vision.cache for image in job.request.images) if job.features is None else 0
+            images += (
+                sum(image.content not in self._vision.cache for image in job.request.images)
+                if job.features is None
+                else 0
+            )
             blocks += self._decoder.pool.blocks_for(job.least_tokens)
-            if len(self._running) + len(jobs) >= self._limits.max_running + job.request.urgent or blocks > self._free_blocks(job):
+            if len(self._running) + len(
+                jobs
+            ) >= self._limits.max_running + job.request.urgent or blocks > self._free_blocks(job):
                 break
             if jobs and (tokens > self._limits.prefill_tokens or images > self._limits.vision_batch):
                 break
@@ -309,7 +327,9 @@ class ContinuousEngine:
         tokens = 0
         for number, job in enumerate(jobs):
             tokens += job.request.num_prompt_tokens
-            if pool.blocks_for(job.most_tokens) > self._free_blocks(job) or (number and tokens > self._limits.prefill_tokens):
+            if pool.blocks_for(job.most_tokens) > self._free_blocks(job) or (
+                number and tokens > self._limits.prefill_tokens
+            ):
                 self._waiting.extendleft(reversed(jobs[number:]))
                 jobs = jobs[:number]
                 break
@@ -322,7 +342,10 @@ class ContinuousEngine:
         features = {content: found for job in jobs for content, found in (job.features or {}).items()}
         visual = self._vision.compress([job.request for job in jobs], features)
         logits_BV = self._decoder.prefill(
-            [Prompt(job.request.prompt_ids, job.request.visual_offset, visual_KL, job.blocks) for job, visual_KL in zip(jobs, visual, strict=True)],
+            [
+                Prompt(job.request.prompt_ids, job.request.visual_offset, visual_KL, job.blocks)
+                for job, visual_KL in zip(jobs, visual, strict=True)
+            ],
         )
         self._counts["prefill_batches"] += 1
         self._counts["prefilled"] += len(jobs)
@@ -335,7 +358,9 @@ class ContinuousEngine:
         self._advance(jobs, logits_BV)
 
     def _step(self, jobs: list[Job]) -> None:
-        logits_BV = self._decoder.decode([job.last_token for job in jobs], [job.length for job in jobs], [job.blocks for job in jobs])
+        logits_BV = self._decoder.decode(
+            [job.last_token for job in jobs], [job.length for job in jobs], [job.blocks for job in jobs]
+        )
         self._counts["steps"] += 1
         self._counts["decoded_rows"] += len(jobs)
         for job in jobs:
@@ -343,7 +368,10 @@ class ContinuousEngine:
         self._advance(jobs, logits_BV)
 
     def _advance(self, jobs: list[Job], logits_BV: Tensor) -> None:
-        """Gives each job its next token, tells who listens, and lets the finished ones go. What fails for one row fails that job alone."""
+        """Gives each job its next token, tells who listens, and lets the finished ones go.
+
+        What fails for one row fails that job alone.
+        """
         tokens = self._choose_tokens(jobs, logits_BV)
         for job, token, logits_V in zip(jobs, tokens, logits_BV, strict=True):
             try:

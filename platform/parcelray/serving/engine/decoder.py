@@ -1,9 +1,10 @@
 """The decoder over the pool of KV blocks: prefill of prompts of different lengths and budgets, and decode steps that they share.
 
-transformers' own continuous batching (5.23, `generation/continuous_batching`) is not used: its requests are lists of token ids, with no way in
-for visual tokens; its masks are causal, where PaliGemma reads its prompt in both directions; and its thread knows neither budgets nor a
-bounded queue. What is taken from transformers is the model itself: layers, rotary positions, attention. `generate` with a batch cannot let a
-request join or leave between two steps, which is all that is added here.
+transformers' own continuous batching (5.23, `generation/continuous_batching`) is not used: its requests are lists of
+token ids, with no way in for visual tokens; its masks are causal, where PaliGemma reads its prompt in both directions;
+and its thread knows neither budgets nor a bounded queue. What is taken from transformers is the model itself: layers,
+rotary positions, attention. `generate` with a batch cannot let a request join or leave between two steps, which is all
+that is added here.
 
 Shapes: B requests, S tokens of the longest prompt, L width, V vocabulary, K visual tokens of a prompt, M blocks.
 """
@@ -45,7 +46,12 @@ class _PrefillCache:
     valid_BS: Tensor
 
     def update(self, keys_BHSE: Tensor, values_BHSE: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
-        self.pool.write(layer_idx, self.slots_R, keys_BHSE.transpose(1, 2)[self.valid_BS], values_BHSE.transpose(1, 2)[self.valid_BS])
+        self.pool.write(
+            layer_idx,
+            self.slots_R,
+            keys_BHSE.transpose(1, 2)[self.valid_BS],
+            values_BHSE.transpose(1, 2)[self.valid_BS],
+        )
         return keys_BHSE, values_BHSE
 
 
@@ -104,7 +110,8 @@ class PooledDecoder:
         if not self._model.reads_both_ways:
             allowed_BSS = allowed_BSS & (order_S[None] <= order_S[:, None])
         places_BS = order_S.expand(len(prompts), -1)
-        # A prompt that is read in both directions is seen as a whole also by layers with a window, as transformers has it.
+        # A prompt that is read in both directions is seen as a whole also by layers with a window, as transformers has
+        # it.
         window = None if self._model.reads_both_ways else self._window
         hidden_BSL = self._run(self._embed(prompts, len(order_S)), allowed_BSS, places_BS, places_BS, cache, window)
         return self._logits(hidden_BSL[torch.arange(len(prompts), device=self.device), lengths - 1])
@@ -120,12 +127,18 @@ class PooledDecoder:
         longest = max(lengths) + 1
         tables_BM = table_of(blocks, longest, self.device)
         places_B = torch.tensor(lengths, device=self.device)
-        slots_B = tables_BM.gather(1, (places_B // BLOCK_TOKENS)[:, None]).squeeze(1) * BLOCK_TOKENS + places_B % BLOCK_TOKENS
+        slots_B = (
+            tables_BM.gather(1, (places_B // BLOCK_TOKENS)[:, None]).squeeze(1) * BLOCK_TOKENS + places_B % BLOCK_TOKENS
+        )
         order_S = torch.arange(tables_BM.shape[1] * BLOCK_TOKENS, device=self.device)
         allowed_B1S = (order_S[None] <= places_B[:, None])[:, None]
         hidden_B1L = self._model.get_input_embeddings()(torch.tensor(token_ids, device=self.device)[:, None])
         cache = _DecodeCache(self.pool, slots_B, tables_BM)
-        return self._logits(self._run(hidden_B1L, allowed_B1S, places_B[:, None], order_S.expand(len(lengths), -1), cache, self._window)[:, 0])
+        return self._logits(
+            self._run(
+                hidden_B1L, allowed_B1S, places_B[:, None], order_S.expand(len(lengths), -1), cache, self._window
+            )[:, 0]
+        )
 
     def _embed(self, prompts: list[Prompt], longest: int) -> Tensor:
         ids = torch.zeros(len(prompts), longest, dtype=torch.int64)
@@ -136,10 +149,20 @@ class PooledDecoder:
         hidden_BSL: Tensor = self._model.get_input_embeddings()(ids.to(self.device))
         for row, prompt in enumerate(prompts):
             if prompt.visual_KL is not None:
-                hidden_BSL[row, prompt.visual_offset : prompt.visual_offset + len(prompt.visual_KL)] = prompt.visual_KL.to(hidden_BSL.dtype)
+                hidden_BSL[row, prompt.visual_offset : prompt.visual_offset + len(prompt.visual_KL)] = (
+                    prompt.visual_KL.to(hidden_BSL.dtype)
+                )
         return hidden_BSL
 
-    def _run(self, hidden: Tensor, allowed_BQS: Tensor, rows_BQ: Tensor, columns_BS: Tensor, cache: _PrefillCache | _DecodeCache, window: int | None) -> Tensor:
+    def _run(
+        self,
+        hidden: Tensor,
+        allowed_BQS: Tensor,
+        rows_BQ: Tensor,
+        columns_BS: Tensor,
+        cache: _PrefillCache | _DecodeCache,
+        window: int | None,
+    ) -> Tensor:
         """Hidden states after all layers; `rows` and `columns` are places in the prompt, of queries and of keys."""
         positions_BQ = rows_BQ + self._model.first_position
         rotary = self._text.rotary_emb(hidden, positions_BQ)
@@ -147,7 +170,14 @@ class PooledDecoder:
         if window is not None and columns_BS.shape[1] > window:
             masks[1] = self._additive(allowed_BQS & (rows_BQ[:, :, None] - columns_BS[:, None] < window))
         for layer, sliding in zip(self._layers, self._sliding, strict=True):
-            hidden = layer(hidden, attention_mask=masks[sliding], position_embeddings=rotary, position_ids=positions_BQ, past_key_values=cache, use_cache=True)
+            hidden = layer(
+                hidden,
+                attention_mask=masks[sliding],
+                position_embeddings=rotary,
+                position_ids=positions_BQ,
+                past_key_values=cache,
+                use_cache=True,
+            )
         normed: Tensor = self._text.norm(hidden)
         return normed
 

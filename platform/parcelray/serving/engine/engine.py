@@ -1,4 +1,6 @@
-"""What an engine is to the rest of serving: requests in, events out. Another engine takes its place by implementing `Engine`.
+"""What an engine is to the rest of serving: requests in, events out.
+
+Another engine takes its place by implementing `Engine`.
 
 Nothing here imports torch, so the ingress, which has no model, shares these types with the replicas that have one.
 """
@@ -17,8 +19,8 @@ class EngineRefusal(ParcelrayError):
     """The engine did not take a request, or gave it up; `code` says why.
 
     Args:
-        code: `context_length_exceeded` (it can never fit), `unsupported_budget`, `queue_full`, `deadline_exceeded`, `cancelled`, `shutting_down` or
-            `engine_error`.
+        code: `context_length_exceeded` (it can never fit), `unsupported_budget`, `queue_full`, `deadline_exceeded`,
+            `cancelled`, `shutting_down` or `engine_error`.
         message: one sentence without paths or internals.
     """
 
@@ -60,7 +62,10 @@ class ImagePixels:
     rgb: bytes
     """side x side x 3, row-major."""
     kept: bool = True
-    """Whether its features come from the cache where they are, and stay in it. Not those of a health check, which is to run the vision tower."""
+    """Whether its features come from the cache where they are, and stay in it.
+
+    Not those of a health check, which is to run the vision tower.
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,8 +263,9 @@ def check_request(request: GenerateRequest, max_tokens: int, budgets: Collection
     if most > max_tokens:
         raise EngineRefusal(
             "context_length_exceeded",
-            f"{request.least_prompt_tokens} prompt tokens and {request.sampling.max_new_tokens} new ones are {most}, but a request may hold "
-            f"{max_tokens}; shorten the prompt, or lower max_tokens or the visual-token budget.",
+            f"{request.least_prompt_tokens} prompt tokens and {request.sampling.max_new_tokens} new ones are {most},"
+            f" but a request may hold {max_tokens}; shorten the prompt, or lower max_tokens or the visual-token"
+            " budget.",
         )
     for budget in (request.num_visual_tokens, *request.choices) if request.images else ():
         if budget not in budgets:

@@ -64,7 +64,9 @@ class HealthProbe:
         """
         for budget in self._budgets:
             started = time.perf_counter()
-            requests = [self._request(budget, number, _WARM_UP_TOKENS, _WARM_UP_TIMEOUT_S) for number in range(_WARM_UP_IMAGES)]
+            requests = [
+                self._request(budget, number, _WARM_UP_TOKENS, _WARM_UP_TIMEOUT_S) for number in range(_WARM_UP_IMAGES)
+            ]
             answer_all(engine, requests)
             logger.info("parcelray: %d visual tokens warmed up in %.2f s", budget, time.perf_counter() - started)
 
@@ -73,4 +75,6 @@ class HealthProbe:
         image = ImagePixels(f"probe-{shade}", side, bytes([64 * shade]) * (3 * side * side), kept=False)
         sampling = Sampling(max_new_tokens=max_new_tokens)
         name = f"probe-{next(self._numbers)}"
-        return self._prompts.request(name, "ready", [image], num_visual_tokens=budget, sampling=sampling, timeout_s=timeout_s, urgent=True)
+        return self._prompts.request(
+            name, "ready", [image], num_visual_tokens=budget, sampling=sampling, timeout_s=timeout_s, urgent=True
+        )

@@ -138,7 +138,18 @@ class AnswerWriter:
             total_s=time.perf_counter() - job.arrived,
         )
         logprobs = (*job.logprobs, *job.unsent)
-        job.tell(Finished(job.text.text, reason, job.num_new, timings, job.cached_images, logprobs, stats, job.request.num_visual_tokens))
+        job.tell(
+            Finished(
+                job.text.text,
+                reason,
+                job.num_new,
+                timings,
+                job.cached_images,
+                logprobs,
+                stats,
+                job.request.num_visual_tokens,
+            )
+        )
 
     def fail(self, job: Job, code: str, message: str) -> None:
         """Tells the end of a request that gets no answer."""

@@ -27,7 +27,15 @@ class KVPool:
     """
 
     def __init__(
-        self, *, num_layers: int, num_heads: int, head_width: int, max_tokens: int, dtype: torch.dtype, device: torch.device, spare_tokens: int = 0
+        self,
+        *,
+        num_layers: int,
+        num_heads: int,
+        head_width: int,
+        max_tokens: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        spare_tokens: int = 0,
     ) -> None:
         self.spare_blocks = self.blocks_for(spare_tokens)
         self.num_blocks = max_tokens // BLOCK_TOKENS + self.spare_blocks
@@ -76,7 +84,8 @@ class KVPool:
         batch = tables_BM.shape[0]
         flat = tables_BM.flatten()
         keys, values = (
-            pool[layer].index_select(0, flat).view(batch, -1, *pool[layer].shape[2:]).transpose(1, 2) for pool in (self._keys_MTHE, self._values_MTHE)
+            pool[layer].index_select(0, flat).view(batch, -1, *pool[layer].shape[2:]).transpose(1, 2)
+            for pool in (self._keys_MTHE, self._values_MTHE)
         )
         return keys, values
 

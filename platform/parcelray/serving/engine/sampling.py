@@ -1,7 +1,8 @@
 """The next token of every request of a step: the likeliest, or one drawn with its request's own random number.
 
-Drawing is the inverse of the cumulative distribution, for all rows together, where the logits are. Without `top_p` that needs no order. With it
-only the likeliest tokens of a row are sorted, and more of them where the nucleus does not provably end among these.
+Drawing is the inverse of the cumulative distribution, for all rows together, where the logits are. Without `top_p` that
+needs no order. With it only the likeliest tokens of a row are sorted, and more of them where the nucleus does not
+provably end among these.
 
 Shapes: B requests, R of them drawn, V vocabulary, K tokens that are sorted.
 """
@@ -41,7 +42,10 @@ def generator_of(sampling: Sampling) -> torch.Generator | None:
 
 
 def choose(logits_BV: Tensor, samplings: list[Sampling], generators: list[torch.Generator | None]) -> list[int | None]:
-    """Token ids, one a row; None: its logits are no numbers. A row's draw depends on nothing but its own logits and generator."""
+    """Token ids, one a row; None: its logits are no numbers.
+
+    A row's draw depends on nothing but its own logits and generator.
+    """
     largest_B, likeliest_B = logits_BV.max(dim=1)
     chosen: list[int | None] = likeliest_B.tolist()
     for row, largest in enumerate(largest_B.tolist()):
@@ -49,7 +53,11 @@ def choose(logits_BV: Tensor, samplings: list[Sampling], generators: list[torch.
             chosen[row] = None
     rows = [row for row, generator in enumerate(generators) if generator is not None and chosen[row] is not None]
     if rows:
-        drawn = _draw(logits_BV[rows], [samplings[row] for row in rows], [generator for row in rows if (generator := generators[row]) is not None])
+        drawn = _draw(
+            logits_BV[rows],
+            [samplings[row] for row in rows],
+            [generator for row in rows if (generator := generators[row]) is not None],
+        )
         for row, token in zip(rows, drawn, strict=True):
             chosen[row] = token
     return chosen
@@ -59,13 +67,21 @@ def logprobs_of(logits_V: Tensor, token_id: int, top: int) -> TopTokens:
     """Log-probabilities at one place, before temperature and `top_p`."""
     logs_V = logits_V.log_softmax(dim=0)
     best = logs_V.topk(top) if top else None
-    return TopTokens(float(logs_V[token_id]), [] if best is None else best.indices.tolist(), [] if best is None else best.values.tolist())
+    return TopTokens(
+        float(logs_V[token_id]),
+        [] if best is None else best.indices.tolist(),
+        [] if best is None else best.values.tolist(),
+    )
 
 
 def _draw(logits_RV: Tensor, samplings: list[Sampling], generators: list[torch.Generator]) -> list[int]:
     device = logits_RV.device
     temperature_R = torch.tensor([sampling.temperature for sampling in samplings], device=device)
-    uniform_R = torch.tensor([float(torch.rand((), generator=generator, dtype=torch.float64)) for generator in generators], dtype=torch.float64, device=device)
+    uniform_R = torch.tensor(
+        [float(torch.rand((), generator=generator, dtype=torch.float64)) for generator in generators],
+        dtype=torch.float64,
+        device=device,
+    )
     # The largest is taken off first: divided by a small temperature it could be infinite.
     mass_RV = ((logits_RV - logits_RV.amax(dim=1, keepdim=True)) / temperature_R[:, None]).exp_()
     tokens_R = torch.empty(len(samplings), dtype=torch.int64, device=device)
@@ -108,5 +124,7 @@ def _inverse(mass_RK: Tensor, uniform_R: Tensor) -> Tensor:
     """The place [R] at which the cumulative mass passes a share of the whole."""
     sums_RK = mass_RK.cumsum(dim=1, dtype=torch.float64)
     # The last place with any mass bounds it: a share that rounds to the whole must not fall behind it.
-    goal_R1 = torch.minimum(uniform_R[:, None] * sums_RK[:, -1:], torch.nextafter(sums_RK[:, -1:], torch.zeros_like(sums_RK[:, -1:])))
+    goal_R1 = torch.minimum(
+        uniform_R[:, None] * sums_RK[:, -1:], torch.nextafter(sums_RK[:, -1:], torch.zeros_like(sums_RK[:, -1:]))
+    )
     return torch.searchsorted(sums_RK, goal_R1, right=True).squeeze(1)

@@ -12,7 +12,8 @@ class TextStream:
     Args:
         tokenizer: of the model.
         stop: texts that end the answer and are no part of it.
-        live: whether the text is wanted before the end. If not, and nothing can stop it, it is decoded once, by `finish`.
+        live: whether the text is wanted before the end. If not, and nothing can stop it, it is decoded once, by
+            `finish`.
     """
 
     def __init__(self, tokenizer: Any, stop: Sequence[str] = (), *, live: bool = True) -> None:
@@ -20,8 +21,8 @@ class TextStream:
         self._stop = tuple(stop)
         self._live = live or bool(stop)
         self._ids: list[int] = []
-        # Tokens up to `_read` are in `_text`. Those from `_context` on are decoded again with the next one, because a tokenizer may write a
-        # token otherwise at the start of a text.
+        # Tokens up to `_read` are in `_text`. Those from `_context` on are decoded again with the next one, because a
+        # tokenizer may write a token otherwise at the start of a text.
         self._context = 0
         self._read = 0
         self._text = ""

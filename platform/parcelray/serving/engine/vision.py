@@ -71,7 +71,14 @@ class VisionStage:
     def compress(self, requests: Sequence[GenerateRequest], features: dict[str, Tensor]) -> list[Tensor | None]:
         """Projected tokens [K of all images, L] of each request's images, one after the other; None: it has no images."""
         tokens = self._compress(requests, features)
-        return [torch.cat([tokens[image.content, request.num_visual_tokens] for image in request.images]) if request.images else None for request in requests]
+        return [
+            (
+                torch.cat([tokens[image.content, request.num_visual_tokens] for image in request.images])
+                if request.images
+                else None
+            )
+            for request in requests
+        ]
 
     def inspect(self, image: ImagePixels, num_visual_tokens: int) -> Inspection:
         """What the connector makes of one image at one budget."""
@@ -81,24 +88,34 @@ class VisionStage:
         mean_N = attention_QN.mean(dim=0) if len(attention_QN) else torch.empty(0)
         largest = float(mean_N.max()) if len(mean_N) else 1.0
         return Inspection(
-            anchor_grid=math.isqrt(connector.num_anchors(num_visual_tokens)), grid=connector.grid_size, attention=tuple((mean_N.float() / largest).tolist())
+            anchor_grid=math.isqrt(connector.num_anchors(num_visual_tokens)),
+            grid=connector.grid_size,
+            attention=tuple((mean_N.float() / largest).tolist()),
         )
 
     def _encode(self, images: list[ImagePixels]) -> Tensor:
         pictures = [Image.frombytes("RGB", (image.side, image.side), image.rgb) for image in images]
-        pixels = self._processor.image_processor(pictures, return_tensors="pt")["pixel_values"].to(self._device, self._model.dtype)
+        pixels = self._processor.image_processor(pictures, return_tensors="pt")["pixel_values"].to(
+            self._device, self._model.dtype
+        )
         return self._model.model.encode_patches(pixels)
 
-    def _compress(self, requests: Sequence[GenerateRequest], features: dict[str, Tensor]) -> dict[tuple[str, int], Tensor]:
+    def _compress(
+        self, requests: Sequence[GenerateRequest], features: dict[str, Tensor]
+    ) -> dict[tuple[str, int], Tensor]:
         """By content and budget: requests with the same image at the same budget share the tokens."""
         wanted: dict[int, dict[str, None]] = {}
         for request in requests:
-            wanted.setdefault(request.num_visual_tokens, {}).update(dict.fromkeys(image.content for image in request.images))
+            wanted.setdefault(request.num_visual_tokens, {}).update(
+                dict.fromkeys(image.content for image in request.images)
+            )
         tokens: dict[tuple[str, int], Tensor] = {}
         for budget, contents in wanted.items():
             names = list(contents)
             for start in range(0, len(names), self._batch_size):
                 batch = names[start : start + self._batch_size]
-                tokens_UKL = self._model.model.compress(torch.stack([features[name] for name in batch]), num_visual_tokens=budget)
+                tokens_UKL = self._model.model.compress(
+                    torch.stack([features[name] for name in batch]), num_visual_tokens=budget
+                )
                 tokens.update({(name, budget): tokens_KL for name, tokens_KL in zip(batch, tokens_UKL, strict=True)})
         return tokens

@@ -58,7 +58,9 @@ class Api:
         log: one record a request.
     """
 
-    def __init__(self, name: str, http: HttpConfig, service: Callable[[], ChatService], gatekeeper: Gatekeeper, log: RequestLog) -> None:
+    def __init__(
+        self, name: str, http: HttpConfig, service: Callable[[], ChatService], gatekeeper: Gatekeeper, log: RequestLog
+    ) -> None:
         self._name = name
         self._http = http
         self._service = service
@@ -81,7 +83,10 @@ class Api:
             Route("/ready", self._open(self._ready)),
         ]
         if self._http.playground:
-            routes += [*playground_routes(), Route("/playground/inspect", self._guarded(self._inspect), methods=["POST"])]
+            routes += [
+                *playground_routes(),
+                Route("/playground/inspect", self._guarded(self._inspect), methods=["POST"]),
+            ]
         return Starlette(routes=routes, exception_handlers={HTTPException: _http_error, Exception: _unexpected})
 
     def _open(self, handler: Handler) -> Handler:
@@ -132,7 +137,9 @@ class Api:
         """The body of a request, within its limits."""
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "application/json":
-            raise ApiError(415, f"The content type is {kind[:60]!r}; legal is application/json.", code="unsupported_content_type")
+            raise ApiError(
+                415, f"The content type is {kind[:60]!r}; legal is application/json.", code="unsupported_content_type"
+            )
         return self._bodies.read(request.stream(), self._service().limits, request.headers.get("content-length"))
 
     def _check_host(self, request: Request) -> None:
@@ -141,7 +148,11 @@ class Api:
             return
         match = _HOST.fullmatch(request.headers.get("host", ""))
         if match is None or match["name"].strip("[]") not in LOOPBACK:
-            raise ApiError(403, f"The Host header is not one of {', '.join(sorted(LOOPBACK))}; this endpoint serves its own machine.", code="host")
+            raise ApiError(
+                403,
+                f"The Host header is not one of {', '.join(sorted(LOOPBACK))}; this endpoint serves its own machine.",
+                code="host",
+            )
 
     async def _chat(self, request: Request) -> Response:
         service = self._service()
@@ -152,7 +163,12 @@ class Api:
             arrived = time.perf_counter()
             chat = parse_chat(body, service.policy.offered)
             if chat.model not in {self._name, *(route.version for route in service.routes.all)}:
-                raise ApiError(404, f"Model {chat.model[:80]!r} is not served here; legal is {self._name}.", code="model_not_found", param="model")
+                raise ApiError(
+                    404,
+                    f"Model {chat.model[:80]!r} is not served here; legal is {self._name}.",
+                    code="model_not_found",
+                    param="model",
+                )
             visit.enter_context(service.admission.slot())
             prepared = await service.prepare(chat, request.state.request_id, arrived, request.state.owner)
             if chat.stream:
@@ -162,10 +178,14 @@ class Api:
                 include_usage = chat.stream_options is not None and chat.stream_options.include_usage
                 stream_end = _End()
                 pieces = self._pieces(request, prepared, first, events, include_usage, stream_end)
-                return _Stream(pieces, visit.pop_all(), responses.headers(prepared), stream_end, lambda: self._cancelled(request))
+                return _Stream(
+                    pieces, visit.pop_all(), responses.headers(prepared), stream_end, lambda: self._cancelled(request)
+                )
             end = await service.answer(prepared)
         answer = responses.completion(prepared, end, model=self._name, created=int(time.time()))
-        return JSONResponse(answer, headers={**responses.headers(prepared), "server-timing": responses.server_timing(end)})
+        return JSONResponse(
+            answer, headers={**responses.headers(prepared), "server-timing": responses.server_timing(end)}
+        )
 
     async def _pieces(
         self,
@@ -201,14 +221,20 @@ class Api:
     async def _model(self, request: Request) -> Response:
         if request.path_params["model"] != self._name:
             raise ApiError(
-                404, f"Model {request.path_params['model'][:80]!r} is not served here; legal is {self._name}.", code="model_not_found", param="model"
+                404,
+                f"Model {request.path_params['model'][:80]!r} is not served here; legal is {self._name}.",
+                code="model_not_found",
+                param="model",
             )
         return JSONResponse(self._card())
 
     def _card(self) -> dict[str, Any]:
         service = self._service()
         champion = service.routes.champion
-        costs = {budget: {"flops": cost.total, "kv_cache_bytes": cost.kv_cache_bytes} for budget, cost in champion.costs.items()}
+        costs = {
+            budget: {"flops": cost.total, "kv_cache_bytes": cost.kv_cache_bytes}
+            for budget, cost in champion.costs.items()
+        }
         return {
             "id": self._name,
             "object": "model",
@@ -221,14 +247,22 @@ class Api:
 
     async def _version(self, request: Request) -> Response:
         routes = self._service().routes
-        return JSONResponse({"parcelray": __version__, "models": [route.to_dict() for route in routes.all], "rolled_back": routes.rolled_back})
+        return JSONResponse(
+            {
+                "parcelray": __version__,
+                "models": [route.to_dict() for route in routes.all],
+                "rolled_back": routes.rolled_back,
+            }
+        )
 
     async def _metrics(self, request: Request) -> Response:
         return Response(self._service().metrics.text(), media_type="text/plain; version=0.0.4")
 
     async def _openapi(self, request: Request) -> Response:
         service = self._service()
-        return JSONResponse(openapi(self._name, service.policy.offered, service.limits.max_tokens, playground=self._http.playground))
+        return JSONResponse(
+            openapi(self._name, service.policy.offered, service.limits.max_tokens, playground=self._http.playground)
+        )
 
     async def _health(self, request: Request) -> Response:
         return JSONResponse({"status": "ok"})
@@ -246,7 +280,14 @@ class Api:
 class _Stream(StreamingResponse):
     """Server-sent events that give back what the request held however they end, also when the client is gone before the first of them."""
 
-    def __init__(self, pieces: AsyncIterator[bytes], visit: AsyncExitStack, headers: dict[str, str], end: _End, cancelled: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        pieces: AsyncIterator[bytes],
+        visit: AsyncExitStack,
+        headers: dict[str, str],
+        end: _End,
+        cancelled: Callable[[], None],
+    ) -> None:
         super().__init__(pieces, headers={**headers, "cache-control": "no-cache"}, media_type="text/event-stream")
         self._visit = visit
         self._end = end
@@ -270,7 +311,9 @@ async def _http_error(request: Request, error: Exception) -> Response:
         405: (f"This path does not take the method {request.method[:20]}; legal are {allowed}.", "method_not_allowed"),
     }
     text, code = texts.get(error.status_code, ("The request cannot be answered.", "invalid_request"))
-    return JSONResponse(ApiError(error.status_code, text, code=code).body(), error.status_code, dict(error.headers or {}))
+    return JSONResponse(
+        ApiError(error.status_code, text, code=code).body(), error.status_code, dict(error.headers or {})
+    )
 
 
 async def _unexpected(request: Request, error: Exception) -> Response:

@@ -1,11 +1,20 @@
-"""Refusals of the endpoint, in the form that OpenAI's clients understand. No message names a path, a key, or anything of the inside."""
+"""Refusals of the endpoint, in the form that OpenAI's clients understand.
+
+No message names a path, a key, or anything of the inside.
+"""
 
 from collections.abc import Mapping
 from typing import Any
 
 from parcelray.serving.engine.engine import EngineRefusal
 
-_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error", 503: "server_error", 500: "server_error"}
+_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    429: "rate_limit_error",
+    503: "server_error",
+    500: "server_error",
+}
 _ENGINE_STATUS = {
     "context_length_exceeded": 400,
     "unsupported_budget": 422,
@@ -30,7 +39,15 @@ class ApiError(Exception):
         headers: further headers, such as Retry-After.
     """
 
-    def __init__(self, status: int, message: str, *, code: str, param: str | None = None, headers: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        code: str,
+        param: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
         self.status = status
         self.message = message
         self.code = code

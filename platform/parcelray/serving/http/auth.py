@@ -1,6 +1,7 @@
 """API keys: a file of their hashes, compared in constant time, each with its own rate.
 
-A line of the file is `SHA256 NAME REQUESTS_PER_MINUTE`. Keys are 256 random bits, so that a plain hash of them cannot be guessed back.
+A line of the file is `SHA256 NAME REQUESTS_PER_MINUTE`. Keys are 256 random bits, so that a plain hash of them cannot
+be guessed back.
 """
 
 import hashlib
@@ -42,14 +43,19 @@ def read_keys(path: Path) -> list[ApiKey]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"keys file {path} cannot be read ({error}); make one with `parcelray keys add NAME --file {path}`.") from None
+        raise UserError(
+            f"keys file {path} cannot be read ({error}); make one with `parcelray keys add NAME --file {path}`."
+        ) from None
     keys = []
     for number, line in enumerate(lines, start=1):
         if not line.strip() or line.startswith("#"):
             continue
         match = _LINE.fullmatch(line.strip())
         if match is None:
-            raise UserError(f"keys file {path}, line {number}: is not of the form `SHA256 NAME REQUESTS_PER_MINUTE`; make it with `parcelray keys add`.")
+            raise UserError(
+                f"keys file {path}, line {number}: is not of the form `SHA256 NAME REQUESTS_PER_MINUTE`; make it with"
+                " `parcelray keys add`."
+            )
         keys.append(ApiKey(match["hash"], match["name"], int(match["rate"])))
     if not keys:
         raise UserError(f"keys file {path} holds no key; make one with `parcelray keys add NAME --file {path}`.")
@@ -65,7 +71,10 @@ def add_key(path: Path, name: str, per_minute: int = DEFAULT_PER_MINUTE) -> str:
     key = _PREFIX + secrets.token_urlsafe(32)
     line = f"{_hash(key)} {name} {per_minute}"
     if _LINE.fullmatch(line) is None:
-        raise UserError(f"key name {name!r} at {per_minute} requests a minute is not legal; use letters, digits, '.', '_' and '-', and a rate from 1 on.")
+        raise UserError(
+            f"key name {name!r} at {per_minute} requests a minute is not legal; use letters, digits, '.', '_' and '-',"
+            " and a rate from 1 on."
+        )
     if path.exists() and any(known.name == name for known in read_keys(path)):
         raise UserError(f"keys file {path} has a key of {name} already; remove that line, or take another name.")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -85,7 +94,9 @@ def remove_key(path: Path, name: str) -> None:
     if name not in names:
         raise UserError(f"keys file {path} has no key of {name}; it has those of {', '.join(names)}.")
     if len(names) == 1:
-        raise UserError(f"{name} has the only key of {path}, and without one an endpoint does not start; add another key first.")
+        raise UserError(
+            f"{name} has the only key of {path}, and without one an endpoint does not start; add another key first."
+        )
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     kept = [line for line in lines if (match := _LINE.fullmatch(line.strip())) is None or match["name"] != name]
     # Written beside it and moved, so that an endpoint that reads the file meanwhile finds all of one or the other.
@@ -134,7 +145,12 @@ class Gatekeeper:
         kept = self._buckets
         self._keys = keys
         self._buckets = {
-            key.name: kept[key.name] if key.name in kept and kept[key.name].per_minute == key.per_minute else _Bucket(key.per_minute, now) for key in keys
+            key.name: (
+                kept[key.name]
+                if key.name in kept and kept[key.name].per_minute == key.per_minute
+                else _Bucket(key.per_minute, now)
+            )
+            for key in keys
         }
 
     def admit(self, authorization: str | None) -> str | None:
@@ -149,10 +165,17 @@ class Gatekeeper:
         owner = self._owner(given.strip()) if scheme.lower() == "bearer" else None
         if owner is None:
             problem = "The API key is not known" if authorization else "An API key is missing"
-            raise ApiError(401, f"{problem}; send it as `Authorization: Bearer KEY`.", code="invalid_api_key", headers={"www-authenticate": "Bearer"})
+            raise ApiError(
+                401,
+                f"{problem}; send it as `Authorization: Bearer KEY`.",
+                code="invalid_api_key",
+                headers={"www-authenticate": "Bearer"},
+            )
         wait_s = self._buckets[owner.name].take(self._clock())
         if wait_s > 0:
-            message = f"This key may make {owner.per_minute} requests a minute; send the request again in {wait_s:.0f} s."
+            message = (
+                f"This key may make {owner.per_minute} requests a minute; send the request again in {wait_s:.0f} s."
+            )
             raise too_many(message, code="rate_limit_exceeded", retry_after_s=max(1, round(wait_s)))
         return owner.name
 

@@ -19,7 +19,9 @@ class Bodies:
         self.held_bytes = 0
 
     @asynccontextmanager
-    async def read(self, pieces: AsyncIterator[bytes], limits: RequestLimits, declared: str | None) -> AsyncIterator[bytes]:
+    async def read(
+        self, pieces: AsyncIterator[bytes], limits: RequestLimits, declared: str | None
+    ) -> AsyncIterator[bytes]:
         """The whole body, which counts as held until the end of the context.
 
         Args:
@@ -31,7 +33,9 @@ class Bodies:
             ApiError: 413 for too many bytes, 408 for too slow ones, 429 where other bodies take all the memory.
         """
         longest = int(limits.body_mb * _MIB)
-        too_large = ApiError(413, f"The body is larger than {limits.body_mb:g} MiB.", code="body_too_large", headers=_CLOSE)
+        too_large = ApiError(
+            413, f"The body is larger than {limits.body_mb:g} MiB.", code="body_too_large", headers=_CLOSE
+        )
         if declared is not None and declared.isdecimal() and int(declared[:20]) > longest:
             raise too_large
         found = bytearray()
@@ -41,7 +45,8 @@ class Bodies:
                     async for piece in pieces:
                         if len(found) + len(piece) > longest:
                             raise too_large
-                        # What a client only says that it will send takes no place; else a few slow ones would keep all of them.
+                        # What a client only says that it will send takes no place; else a few slow ones would keep all
+                        # of them.
                         self._check(len(piece), limits)
                         self.held_bytes += len(piece)
                         found += piece
@@ -54,6 +59,10 @@ class Bodies:
 
     def _check(self, size: int, limits: RequestLimits) -> None:
         if self.held_bytes + size > limits.bodies_mb * _MIB:
-            refusal = too_many("The bodies of other requests take all the memory for them; send the request again later.", code="queue_full", retry_after_s=1)
+            refusal = too_many(
+                "The bodies of other requests take all the memory for them; send the request again later.",
+                code="queue_full",
+                retry_after_s=1,
+            )
             refusal.headers |= _CLOSE
             raise refusal

@@ -52,7 +52,9 @@ class ImageReader:
         try:
             # The look-up of a name has no limit of its own.
             async with asyncio.timeout(TIMEOUT_S):
-                return await loop.run_in_executor(self._fetchers, fetch_image, url, self._hosts, self._limits.max_bytes, param)
+                return await loop.run_in_executor(
+                    self._fetchers, fetch_image, url, self._hosts, self._limits.max_bytes, param
+                )
         except TimeoutError:
             raise not_in_time(param) from None
 

@@ -41,16 +41,28 @@ def data_url_bytes(url: str, limits: ImageLimits, param: str) -> bytes:
     """
     match = _DATA_URL.match(url)
     if match is None:
-        raise ApiError(400, f"{param} is not of the form data:image/png;base64,...; encode the image so.", code="invalid_image_url", param=param)
+        raise ApiError(
+            400,
+            f"{param} is not of the form data:image/png;base64,...; encode the image so.",
+            code="invalid_image_url",
+            param=param,
+        )
     if (kind := match["type"]) not in _TYPES:
-        raise ApiError(415, f"{param} says {str(kind)[:60]}; legal are {', '.join(_TYPES)}.", code="unsupported_image_type", param=param)
+        raise ApiError(
+            415,
+            f"{param} says {str(kind)[:60]}; legal are {', '.join(_TYPES)}.",
+            code="unsupported_image_type",
+            param=param,
+        )
     encoded = url[match.end() :]
     if len(encoded) * 3 // 4 > limits.max_bytes + 3:
         raise _too_large(len(encoded) * 3 // 4, limits, param)
     try:
         return base64.b64decode(encoded, validate=True)
     except (binascii.Error, ValueError):
-        raise ApiError(400, f"{param} is not base64; encode the image without line ends.", code="invalid_base64", param=param) from None
+        raise ApiError(
+            400, f"{param} is not base64; encode the image without line ends.", code="invalid_base64", param=param
+        ) from None
 
 
 def open_image(data: bytes, limits: ImageLimits, param: str) -> Image.Image:
@@ -67,7 +79,9 @@ def open_image(data: bytes, limits: ImageLimits, param: str) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError:
-        raise ApiError(415, f"{param} is no {', '.join(FORMATS)} image.", code="unsupported_image_type", param=param) from None
+        raise ApiError(
+            415, f"{param} is no {', '.join(FORMATS)} image.", code="unsupported_image_type", param=param
+        ) from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         # Pillow's own limit is beside ours; where warnings are errors it also speaks up at half of it.
         raise _too_many_pixels(None, limits, param) from None
@@ -82,15 +96,23 @@ def open_image(data: bytes, limits: ImageLimits, param: str) -> Image.Image:
 
 
 def _too_large(size: int, limits: ImageLimits, param: str) -> ApiError:
-    message = f"{param} has {size / _MIB:.1f} MiB; legal are {limits.max_bytes / _MIB:g}. Send a smaller image: it is scaled down anyway."
+    message = (
+        f"{param} has {size / _MIB:.1f} MiB; legal are {limits.max_bytes / _MIB:g}. Send a smaller image: it is scaled"
+        " down anyway."
+    )
     return ApiError(413, message, code="image_too_large", param=param)
 
 
 def _too_many_pixels(size: tuple[int, int] | None, limits: ImageLimits, param: str) -> ApiError:
     shown = "too many" if size is None else f"{size[0]} x {size[1]}"
-    message = f"{param} has {shown} pixels; legal are {limits.max_pixels / 1e6:g} million. Send a smaller image: it is scaled down anyway."
+    message = (
+        f"{param} has {shown} pixels; legal are {limits.max_pixels / 1e6:g} million. Send a smaller image: it is scaled"
+        " down anyway."
+    )
     return ApiError(413, message, code="image_too_large", param=param)
 
 
 def _broken(param: str) -> ApiError:
-    return ApiError(422, f"{param} cannot be decoded; the image is truncated or broken.", code="broken_image", param=param)
+    return ApiError(
+        422, f"{param} cannot be decoded; the image is truncated or broken.", code="broken_image", param=param
+    )

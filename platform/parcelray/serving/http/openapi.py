@@ -39,16 +39,27 @@ def openapi(name: str, budgets: Sequence[int], max_tokens: int, *, playground: b
     components = schema.pop("$defs", {})
     schema["properties"]["model"]["enum"] = [name]
     offered: dict[str, Any] = {"enum": [*budgets, "auto"]}
-    schema["properties"]["visual_tokens"] = {"anyOf": [offered, {"type": "null"}], "description": "Budget per image; wins over `detail`."}
+    schema["properties"]["visual_tokens"] = {
+        "anyOf": [offered, {"type": "null"}],
+        "description": "Budget per image; wins over `detail`.",
+    }
     components["ProcessorOptions"]["properties"]["visual_tokens"] = offered
     for field in ("max_tokens", "max_completion_tokens"):
         schema["properties"][field]["anyOf"][0]["maximum"] = max_tokens
-    refusals = {status: {"description": "Refused", "content": {"application/json": {"schema": _ERROR}}} for status in _REFUSALS}
+    refusals = {
+        status: {"description": "Refused", "content": {"application/json": {"schema": _ERROR}}} for status in _REFUSALS
+    }
     answered = {
         "description": "The answer",
-        "content": {"application/json": {"schema": {"type": "object"}}, "text/event-stream": {"schema": {"type": "string"}}},
+        "content": {
+            "application/json": {"schema": {"type": "object"}},
+            "text/event-stream": {"schema": {"type": "string"}},
+        },
     }
-    found = {"200": {"description": "Found", "content": {"application/json": {"schema": {"type": "object"}}}}, **refusals}
+    found = {
+        "200": {"description": "Found", "content": {"application/json": {"schema": {"type": "object"}}}},
+        **refusals,
+    }
     chat = {
         "summary": "Answer a question about images",
         "requestBody": {"required": True, "content": {"application/json": {"schema": schema}}},
@@ -67,7 +78,9 @@ def openapi(name: str, budgets: Sequence[int], max_tokens: int, *, playground: b
         "paths": {
             "/v1/chat/completions": {"post": chat},
             "/v1/models": {"get": {"summary": "List the models", "responses": found}},
-            "/v1/models/{model}": {"get": {"summary": "The model, its budgets and their costs", "parameters": [model], "responses": found}},
+            "/v1/models/{model}": {
+                "get": {"summary": "The model, its budgets and their costs", "parameters": [model], "responses": found}
+            },
             "/health": {"get": {"summary": "Whether the endpoint runs", "responses": found}},
             "/ready": {"get": {"summary": "Whether the model answers", "responses": found}},
             "/version": {"get": {"summary": "What is served", "responses": found}},

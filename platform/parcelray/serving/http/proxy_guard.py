@@ -1,9 +1,10 @@
 """What stands before Serve's HTTP proxy, as middleware in the proxy's process.
 
-Serve's proxy obeys headers of its clients (its request id, the session, the timeout, whether a hang-up cancels), fails on some that are not
-UTF-8, names its applications to everybody, and hands a body on piece by piece, so that a slow client takes a place of the ingress. Here such
-headers are dropped, a request gets our own id, its body is read whole within its limits, and what the proxy itself refuses has the same form
-as all refusals. Serve takes middleware only by an environment variable of the proxy's process: `proxy_environment`.
+Serve's proxy obeys headers of its clients (its request id, the session, the timeout, whether a hang-up cancels), fails
+on some that are not UTF-8, names its applications to everybody, and hands a body on piece by piece, so that a slow
+client takes a place of the ingress. Here such headers are dropped, a request gets our own id, its body is read whole
+within its limits, and what the proxy itself refuses has the same form as all refusals. Serve takes middleware only by
+an environment variable of the proxy's process: `proxy_environment`.
 """
 
 import json
@@ -27,7 +28,15 @@ LIMITS_VARIABLE = "PARCELRAY_PROXY_LIMITS"
 CALLBACK = f"{__name__}:middlewares"
 _SCOPE_KEY = "parcelray.request_id"
 """In the ASGI scope, which travels to the ingress and which no header of a client can write."""
-_DROPPED = frozenset({b"x-request-id", b"x-session-id", b"x-request-timeout-seconds", b"x-request-disconnect-disabled", b"serve-multiplexed-model-id"})
+_DROPPED = frozenset(
+    {
+        b"x-request-id",
+        b"x-session-id",
+        b"x-request-timeout-seconds",
+        b"x-request-disconnect-disabled",
+        b"serve-multiplexed-model-id",
+    }
+)
 _HIDDEN = "/-/routes"
 _OWN_REFUSALS = {
     404: ("There is nothing at this path.", "not_found"),
@@ -40,7 +49,10 @@ _FAILED = ("The server failed on this request.", "internal_error")
 
 def proxy_environment(limits: RequestLimits) -> dict[str, str]:
     """Variables with which a process of Serve's proxy has this middleware."""
-    return {CALLBACK_VARIABLE: CALLBACK, LIMITS_VARIABLE: limits.model_dump_json(include={"body_mb", "body_timeout_s", "bodies_mb"})}
+    return {
+        CALLBACK_VARIABLE: CALLBACK,
+        LIMITS_VARIABLE: limits.model_dump_json(include={"body_mb", "body_timeout_s", "bodies_mb"}),
+    }
 
 
 def middlewares() -> list[Middleware]:
@@ -91,7 +103,9 @@ class ProxyGuard:
         request = Request(scope, receive)
         headers = [*_harmless(scope["headers"]), (b"x-request-id", request_id.encode())]
         async with answer.held as held:
-            body = await held.enter_async_context(self._bodies.read(request.stream(), self._limits, request.headers.get("content-length")))
+            body = await held.enter_async_context(
+                self._bodies.read(request.stream(), self._limits, request.headers.get("content-length"))
+            )
             await self._app({**scope, "headers": headers, _SCOPE_KEY: request_id}, _Replay(body, receive), answer.send)
 
 
@@ -147,7 +161,9 @@ class _Answer:
     async def _start(self, status: int, headers: Any) -> None:
         self.started = True
         kept = [(name, value) for name, value in headers if bytes(name).lower() != b"x-request-id"]
-        await self._send({"type": "http.response.start", "status": status, "headers": [*kept, (b"x-request-id", self._request_id)]})
+        await self._send(
+            {"type": "http.response.start", "status": status, "headers": [*kept, (b"x-request-id", self._request_id)]}
+        )
 
 
 def _new_id() -> str:
@@ -155,11 +171,16 @@ def _new_id() -> str:
 
 
 def _harmless(headers: Any) -> list[tuple[bytes, bytes]]:
-    """Without what Serve's proxy obeys. It decodes the name of every header, and the value of `traceparent`, as UTF-8."""
+    """Without what Serve's proxy obeys.
+
+    It decodes the name of every header, and the value of `traceparent`, as UTF-8.
+    """
     return [
         (name, value)
         for name, value in headers
-        if name.isascii() and name.lower().replace(b"_", b"-") not in _DROPPED and (name != b"traceparent" or value.isascii())
+        if name.isascii()
+        and name.lower().replace(b"_", b"-") not in _DROPPED
+        and (name != b"traceparent" or value.isascii())
     ]
 
 

@@ -1,8 +1,10 @@
-"""Images by https, where the operator allows hosts by name. Off by default: a server that fetches what strangers name is a way into its network.
+"""Images by https, where the operator allows hosts by name.
 
-One expression reads the URL, and what it read is what is dialled: two parsers that disagree have let requests past such lists. The name is
-resolved once, every address must be a public one, and the connection goes to the address that was checked, so that a name that resolves
-otherwise the second time gains nothing. Redirects are refused.
+Off by default: a server that fetches what strangers name is a way into its network.
+
+One expression reads the URL, and what it read is what is dialled: two parsers that disagree have let requests past such
+lists. The name is resolved once, every address must be a public one, and the connection goes to the address that was
+checked, so that a name that resolves otherwise the second time gains nothing. Redirects are refused.
 """
 
 import http.client
@@ -23,7 +25,10 @@ _URL = re.compile(r"https://(?P<host>[a-z0-9.-]{1,253})(?P<target>/[\w.~!$&'()*+
 _PORT = 443
 _CHUNK = 65536
 _UNICAST = ipaddress.ip_network("2000::/3")
-"""All that is routed of IPv6. Outside lie the addresses that hold one of IPv4 (mapped, translated, NAT64) and the old site-local ones."""
+"""All that is routed of IPv6.
+
+Outside lie the addresses that hold one of IPv4 (mapped, translated, NAT64) and the old site-local ones.
+"""
 _SIX_TO_FOUR = ipaddress.ip_network("2002::/16")
 
 
@@ -53,25 +58,35 @@ class _PinnedConnection(http.client.HTTPSConnection):
     def connect(self) -> None:
         plain = socket.create_connection((self._address, _PORT), timeout=max(0.001, self._deadline - time.monotonic()))
         # The watchdog knows the socket before the handshake: a socket's own timeout starts again with each byte.
-        self.sock = self._dialled = self._tls.wrap_socket(plain, server_hostname=self.host, do_handshake_on_connect=False)
+        self.sock = self._dialled = self._tls.wrap_socket(
+            plain, server_hostname=self.host, do_handshake_on_connect=False
+        )
         self._dialled.do_handshake()
 
     def _hang_up(self) -> None:
         if self._dialled is not None:
-            # Not the TLS socket's own method, which takes its state away from the thread that reads. It may be closed by now.
+            # Not the TLS socket's own method, which takes its state away from the thread that reads. It may be closed
+            # by now.
             with suppress(OSError):
                 socket.socket.shutdown(self._dialled, socket.SHUT_RDWR)
 
 
 def fetch_image(url: str, allowed_hosts: Collection[str], max_bytes: int, param: str) -> bytes:
-    """The bytes at an https URL. Blocks, for `TIMEOUT_S` or as long as the look-up of the name takes: call it in a thread.
+    """The bytes at an https URL.
+
+    Blocks, for `TIMEOUT_S` or as long as the look-up of the name takes: call it in a thread.
 
     Raises:
         ApiError: 403 where the host or its address is not allowed, 413 for too many bytes, 422 where nothing comes.
     """
     match = _URL.fullmatch(url)
     if match is None or match["host"] not in allowed_hosts:
-        raise ApiError(403, f"{param} is not at a host that this server fetches from; send the image as data:image/png;base64,...", code="host", param=param)
+        raise ApiError(
+            403,
+            f"{param} is not at a host that this server fetches from; send the image as data:image/png;base64,...",
+            code="host",
+            param=param,
+        )
     host = match["host"]
     deadline = time.monotonic() + TIMEOUT_S
     address = _public_address(host, param)
@@ -90,12 +105,19 @@ def fetch_image(url: str, allowed_hosts: Collection[str], max_bytes: int, param:
 
 def _read(response: http.client.HTTPResponse, max_bytes: int, param: str) -> bytes:
     if response.status != 200:
-        raise ApiError(422, f"{param} was answered with status {response.status}; redirects are not followed.", code="image_not_fetched", param=param)
+        raise ApiError(
+            422,
+            f"{param} was answered with status {response.status}; redirects are not followed.",
+            code="image_not_fetched",
+            param=param,
+        )
     data = bytearray()
     while chunk := response.read1(_CHUNK):
         data += chunk
         if len(data) > max_bytes:
-            raise ApiError(413, f"{param} is larger than {max_bytes / 1024**2:g} MiB.", code="image_too_large", param=param)
+            raise ApiError(
+                413, f"{param} is larger than {max_bytes / 1024**2:g} MiB.", code="image_too_large", param=param
+            )
     return bytes(data)
 
 
@@ -109,7 +131,9 @@ def _public_address(host: str, param: str) -> str:
     try:
         found = [str(entry[4][0]) for entry in socket.getaddrinfo(host, _PORT, type=socket.SOCK_STREAM)]
     except OSError:
-        raise ApiError(422, f"{param} names a host that cannot be found.", code="image_not_fetched", param=param) from None
+        raise ApiError(
+            422, f"{param} names a host that cannot be found.", code="image_not_fetched", param=param
+        ) from None
     if not found or not all(is_public(address) for address in found):
         raise ApiError(403, f"{param} names a host inside a private network.", code="host", param=param)
     return found[0]

@@ -19,13 +19,24 @@ def headers(prepared: Prepared) -> dict[str, str]:
 def server_timing(end: Finished) -> str:
     """Where the time went, milliseconds, as the header Server-Timing has it."""
     timings = end.timings
-    parts = {"queue": timings.queue_s, "vision": timings.vision_s, "prefill": timings.prefill_s, "first_token": timings.first_token_s, "total": timings.total_s}
+    parts = {
+        "queue": timings.queue_s,
+        "vision": timings.vision_s,
+        "prefill": timings.prefill_s,
+        "first_token": timings.first_token_s,
+        "total": timings.total_s,
+    }
     return ", ".join(f"{name};dur={seconds * 1000:.2f}" for name, seconds in parts.items())
 
 
 def completion(prepared: Prepared, end: Finished, *, model: str, created: int) -> dict[str, Any]:
     """The body of an answer."""
-    choice = {"index": 0, "message": {"role": "assistant", "content": end.text}, "finish_reason": end.reason, "logprobs": _logprobs(prepared, end.logprobs)}
+    choice = {
+        "index": 0,
+        "message": {"role": "assistant", "content": end.text},
+        "finish_reason": end.reason,
+        "logprobs": _logprobs(prepared, end.logprobs),
+    }
     return {**_head(prepared, "chat.completion", model, created), "choices": [choice], "usage": _usage(prepared, end)}
 
 
@@ -43,7 +54,9 @@ def chunk(prepared: Prepared, event: Piece | Finished, *, model: str, created: i
 
 def usage_chunk(prepared: Prepared, end: Finished, *, model: str, created: int) -> bytes:
     """The event that says what the answer cost."""
-    return sse({**_head(prepared, "chat.completion.chunk", model, created), "choices": [], "usage": _usage(prepared, end)})
+    return sse(
+        {**_head(prepared, "chat.completion.chunk", model, created), "choices": [], "usage": _usage(prepared, end)}
+    )
 
 
 def sse(data: dict[str, Any]) -> bytes:
@@ -51,13 +64,26 @@ def sse(data: dict[str, Any]) -> bytes:
     return b"data: " + json.dumps(data, separators=(",", ":")).encode() + b"\n\n"
 
 
-def _chunk(prepared: Prepared, model: str, created: int, delta: dict[str, str], reason: str | None, logprobs: dict[str, Any] | None) -> bytes:
+def _chunk(
+    prepared: Prepared,
+    model: str,
+    created: int,
+    delta: dict[str, str],
+    reason: str | None,
+    logprobs: dict[str, Any] | None,
+) -> bytes:
     choice = {"index": 0, "delta": delta, "finish_reason": reason, "logprobs": logprobs}
     return sse({**_head(prepared, "chat.completion.chunk", model, created), "choices": [choice]})
 
 
 def _head(prepared: Prepared, kind: str, model: str, created: int) -> dict[str, Any]:
-    return {"id": prepared.request.request_id, "object": kind, "created": created, "model": model, "system_fingerprint": prepared.route.version}
+    return {
+        "id": prepared.request.request_id,
+        "object": kind,
+        "created": created,
+        "model": model,
+        "system_fingerprint": prepared.route.version,
+    }
 
 
 def _usage(prepared: Prepared, end: Finished) -> dict[str, Any]:
@@ -74,7 +100,9 @@ def _usage(prepared: Prepared, end: Finished) -> dict[str, Any]:
 def _logprobs(prepared: Prepared, found: Sequence[TokenLogprob]) -> dict[str, Any] | None:
     if prepared.request.sampling.logprobs is None:
         return None
-    content = [{**_token(each.token, each.logprob), "top_logprobs": [_token(*pair) for pair in each.top]} for each in found]
+    content = [
+        {**_token(each.token, each.logprob), "top_logprobs": [_token(*pair) for pair in each.top]} for each in found
+    ]
     return {"content": content, "refusal": None}
 
 

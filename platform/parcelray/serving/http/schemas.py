@@ -1,6 +1,7 @@
 """The request of `/v1/chat/completions`: OpenAI's fields as far as this model has a meaning for them, and the visual-token budget.
 
-Strict: an unknown field or a wrong type is refused with the legal ones, because a client that sends it expects it to count.
+Strict: an unknown field or a wrong type is refused with the legal ones, because a client that sends it expects it to
+count.
 """
 
 import re
@@ -33,8 +34,12 @@ def _neutral(value: Any, reason: str) -> Any:
 def _legal_stop(value: Any) -> Any:
     # Before the types are looked at: of a union each member complains by itself.
     texts = value if isinstance(value, list) else [value]
-    if value is not None and (len(texts) > _MOST_STOPS or not all(isinstance(text, str) and 1 <= len(text) <= _LONGEST_STOP for text in texts)):
-        raise ValueError(f"legal is a text, or a list of at most {_MOST_STOPS}, of 1 to {_LONGEST_STOP} characters each")
+    if value is not None and (
+        len(texts) > _MOST_STOPS or not all(isinstance(text, str) and 1 <= len(text) <= _LONGEST_STOP for text in texts)
+    ):
+        raise ValueError(
+            f"legal is a text, or a list of at most {_MOST_STOPS}, of 1 to {_LONGEST_STOP} characters each"
+        )
     return value
 
 
@@ -125,7 +130,9 @@ class ChatRequest(_Strict):
     """Unset: 0, the likeliest token, as the model was evaluated."""
     top_p: float | None = Field(default=None, gt=0, le=1, allow_inf_nan=False)
     seed: int | None = Field(default=None, ge=-(2**63), le=2**63 - 1)
-    stop: Annotated[_StopText | Annotated[list[_StopText], Field(max_length=_MOST_STOPS)] | None, BeforeValidator(_legal_stop)] = None
+    stop: Annotated[
+        _StopText | Annotated[list[_StopText], Field(max_length=_MOST_STOPS)] | None, BeforeValidator(_legal_stop)
+    ] = None
     n: Literal[1] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -134,21 +141,33 @@ class ChatRequest(_Strict):
     user: str | None = Field(default=None, max_length=256)
     presence_penalty: _Penalty | None = None
     frequency_penalty: _Penalty | None = None
-    logit_bias: Annotated[dict[str, float], Field(json_schema_extra={"maxProperties": 0}), _neutral({}, "tokens are not weighted")] | None = None
+    logit_bias: (
+        Annotated[
+            dict[str, float], Field(json_schema_extra={"maxProperties": 0}), _neutral({}, "tokens are not weighted")
+        ]
+        | None
+    ) = None
     response_format: ResponseFormat | None = None
     store: Annotated[_Off, _neutral(False, "nothing is stored")] | None = None
 
     @model_validator(mode="after")
     def _check(self) -> "ChatRequest":
         if sum(message.role == "user" for message in self.messages) != 1 or self.messages[-1].role != "user":
-            raise ValueError("messages must be any number of system messages and then one user message: this model answers single questions")
+            raise ValueError(
+                "messages must be any number of system messages and then one user message: this model answers single"
+                " questions"
+            )
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options needs stream: true")
         if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs needs logprobs: true")
         if len({part.image_url.detail for part in self.images}) > 1:
             raise ValueError("all images of a request have one budget; give them the same detail")
-        asked = {value for value in (self.visual_tokens, self.mm_processor_kwargs and self.mm_processor_kwargs.visual_tokens) if value is not None}
+        asked = {
+            value
+            for value in (self.visual_tokens, self.mm_processor_kwargs and self.mm_processor_kwargs.visual_tokens)
+            if value is not None
+        }
         if len(asked) > 1:
             raise ValueError("visual_tokens and mm_processor_kwargs.visual_tokens differ; give one of them")
         return self
@@ -156,7 +175,13 @@ class ChatRequest(_Strict):
     @property
     def images(self) -> list[ImagePart]:
         """In the order of the prompt."""
-        return [part for message in self.messages if not isinstance(message.content, str) for part in message.content if isinstance(part, ImagePart)]
+        return [
+            part
+            for message in self.messages
+            if not isinstance(message.content, str)
+            for part in message.content
+            if isinstance(part, ImagePart)
+        ]
 
     @property
     def image_urls(self) -> dict[str, str]:
@@ -174,7 +199,11 @@ class ChatRequest(_Strict):
         """All texts, a line each."""
         texts: list[str] = []
         for message in self.messages:
-            parts = [message.content] if isinstance(message.content, str) else [part.text for part in message.content if isinstance(part, TextPart)]
+            parts = (
+                [message.content]
+                if isinstance(message.content, str)
+                else [part.text for part in message.content if isinstance(part, TextPart)]
+            )
             texts += [part for part in parts if part]
         return "\n".join(texts)
 
@@ -209,7 +238,9 @@ def parse_chat(body: bytes, budgets: Sequence[int]) -> ChatRequest:
     except ValueError as error:
         raise ApiError(400, f"The body is not JSON: {_short(str(error))}.", code="invalid_json") from None
     if not isinstance(data, dict):
-        raise ApiError(422, f"The body is {_kind(data)}, but must be an object with model and messages.", code="invalid_type")
+        raise ApiError(
+            422, f"The body is {_kind(data)}, but must be an object with model and messages.", code="invalid_type"
+        )
     try:
         return ChatRequest.model_validate(data)
     except ValidationError as error:
@@ -217,7 +248,9 @@ def parse_chat(body: bytes, budgets: Sequence[int]) -> ChatRequest:
 
 
 # pydantic names the members of a union in a location; a client knows only its own keys.
-_UNION_MEMBERS = re.compile(r"^(str|int|list\[.*|literal\[.*|constrained-.*|function-.*|user|system|developer|text|image_url)$")
+_UNION_MEMBERS = re.compile(
+    r"^(str|int|list\[.*|literal\[.*|constrained-.*|function-.*|user|system|developer|text|image_url)$"
+)
 
 
 def _explained(error: ValidationError, budgets: Sequence[int]) -> ApiError:
@@ -239,14 +272,23 @@ def _explained(error: ValidationError, budgets: Sequence[int]) -> ApiError:
         return ApiError(422, message, code="unsupported_budget", param=path)
     if not problem["loc"]:
         return ApiError(422, f"{message[:1].upper()}{message[1:]}.", code="invalid_request")
-    return ApiError(422, f"{path} is {_shown(problem['input'])}: {message[:1].lower()}{_short(message[1:], 300)}.", code="invalid_value", param=path)
+    return ApiError(
+        422,
+        f"{path} is {_shown(problem['input'])}: {message[:1].lower()}{_short(message[1:], 300)}.",
+        code="invalid_value",
+        param=path,
+    )
 
 
 def _path(location: tuple[int | str, ...]) -> str:
     kept: list[str] = []
     for index, part in enumerate(location):
         # `image_url` is a tag after a number and a key after that tag.
-        is_member = isinstance(part, str) and index > 0 and (isinstance(location[index - 1], int) or part not in ("text", "image_url", "user"))
+        is_member = (
+            isinstance(part, str)
+            and index > 0
+            and (isinstance(location[index - 1], int) or part not in ("text", "image_url", "user"))
+        )
         if is_member and _UNION_MEMBERS.match(str(part)):
             continue
         kept.append(str(part))
@@ -254,11 +296,22 @@ def _path(location: tuple[int | str, ...]) -> str:
 
 
 def _shown(value: Any) -> str:
-    return _short(repr(value[:_SHOWN] if isinstance(value, str) else value)) if isinstance(value, str | int | float | None) else _kind(value)
+    return (
+        _short(repr(value[:_SHOWN] if isinstance(value, str) else value))
+        if isinstance(value, str | int | float | None)
+        else _kind(value)
+    )
 
 
 def _kind(value: Any) -> str:
-    return {dict: "an object", list: "a list", str: "a text", bool: "a truth value", int: "a number", float: "a number"}.get(type(value), "null")
+    return {
+        dict: "an object",
+        list: "a list",
+        str: "a text",
+        bool: "a truth value",
+        int: "a number",
+        float: "a number",
+    }.get(type(value), "null")
 
 
 def _short(text: str, longest: int = _SHOWN) -> str:

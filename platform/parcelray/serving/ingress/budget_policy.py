@@ -3,7 +3,13 @@
 from collections.abc import Callable
 from time import monotonic
 
-from parcelray.config.budget_policy import FixedPolicyConfig, InputPolicyConfig, LoadPolicyConfig, RequestPolicyConfig, ServedBudgets
+from parcelray.config.budget_policy import (
+    FixedPolicyConfig,
+    InputPolicyConfig,
+    LoadPolicyConfig,
+    RequestPolicyConfig,
+    ServedBudgets,
+)
 from parcelray.serving.http.api_errors import ApiError
 from parcelray.serving.http.schemas import Detail
 from parcelray.serving.ingress.load_controller import LoadController
@@ -23,7 +29,9 @@ class BudgetPolicy:
         self.controller: LoadController | None = None
         if isinstance(self._config, LoadPolicyConfig):
             floor = self._config.floor or self.offered[0]
-            self.controller = LoadController(self._config, [budget for budget in self.offered if budget >= floor], clock)
+            self.controller = LoadController(
+                self._config, [budget for budget in self.offered if budget >= floor], clock
+            )
 
     def decide(self, asked: int | Detail) -> int:
         """The budget of one request.
@@ -41,7 +49,10 @@ class BudgetPolicy:
             return self._open()
         if asked not in self.offered:
             raise ApiError(
-                422, f"visual_tokens is {asked}; legal are {', '.join(map(str, self.offered))} and auto.", code="unsupported_budget", param="visual_tokens"
+                422,
+                f"visual_tokens is {asked}; legal are {', '.join(map(str, self.offered))} and auto.",
+                code="unsupported_budget",
+                param="visual_tokens",
             )
         return asked
 

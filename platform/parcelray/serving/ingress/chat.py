@@ -146,7 +146,9 @@ class ChatService:
                 self.policy.failed(time.perf_counter() - prepared.arrived, in_answer=False)
 
     def events(self, prepared: Prepared) -> AsyncGenerator[Piece | Finished, None]:
-        """The answer in pieces, taken from the model as it makes them. Only a request of which nothing was sent can go to another replica or version.
+        """The answer in pieces, taken from the model as it makes them.
+
+        Only a request of which nothing was sent can go to another replica or version.
 
         Raises:
             ApiError: there is none, or it ends in the middle.
@@ -231,9 +233,13 @@ class ChatService:
         asked = prepared.request
         prepared.route = champion
         left_s = self._left(prepared.arrived)
-        prepared.request = await self._request(prepared.chat, champion, asked.request_id, asked.num_visual_tokens, asked.sampling, left_s)
+        prepared.request = await self._request(
+            prepared.chat, champion, asked.request_id, asked.num_visual_tokens, asked.sampling, left_s
+        )
 
-    async def _request(self, chat: ChatRequest, route: Route, request_id: str, budget: int, sampling: Sampling, left_s: float) -> GenerateRequest:
+    async def _request(
+        self, chat: ChatRequest, route: Route, request_id: str, budget: int, sampling: Sampling, left_s: float
+    ) -> GenerateRequest:
         images = await self.images.read(route.prompts, chat.image_urls, left_s)
         return route.prompts.request(
             request_id,
@@ -249,7 +255,9 @@ class ChatService:
         asked = chat.max_completion_tokens if chat.max_completion_tokens is not None else chat.max_tokens
         if asked is not None and asked > self.limits.max_tokens:
             field = "max_tokens" if chat.max_completion_tokens is None else "max_completion_tokens"
-            raise ApiError(422, f"{field} is {asked}; legal are 1 to {self.limits.max_tokens}.", code="invalid_value", param=field)
+            raise ApiError(
+                422, f"{field} is {asked}; legal are 1 to {self.limits.max_tokens}.", code="invalid_value", param=field
+            )
         return Sampling(
             max_new_tokens=asked or self.limits.default_max_tokens,
             temperature=chat.temperature or 0.0,
@@ -286,9 +294,13 @@ class ChatService:
         first_token_s = latency_s - (end.timings.total_s - end.timings.first_token_s)
         self.admission.answered()
         self.policy.answered(latency_s, first_token_s)
-        self.metrics.finished(prepared.request, end, latency_s=latency_s, first_token_s=first_token_s, image_s=prepared.image_s)
+        self.metrics.finished(
+            prepared.request, end, latency_s=latency_s, first_token_s=first_token_s, image_s=prepared.image_s
+        )
         self._record(prepared, latency_s)
-        self._log.answered(prepared.request, end, owner=prepared.owner, version=prepared.route.version, latency_s=latency_s)
+        self._log.answered(
+            prepared.request, end, owner=prepared.owner, version=prepared.route.version, latency_s=latency_s
+        )
         if self._log.samples is not None:
             self._log.samples.answered(
                 prepared.request,
@@ -321,7 +333,9 @@ class ChatService:
 
     def _tell_of_challenger(self) -> None:
         challenger = self.routes.challenger
-        self.metrics.challenger(challenger.version if challenger is not None else None, rolled_back=self.routes.rolled_back is not None)
+        self.metrics.challenger(
+            challenger.version if challenger is not None else None, rolled_back=self.routes.rolled_back is not None
+        )
 
 
 def _gone() -> EngineRefusal:

@@ -4,7 +4,15 @@ import asyncio
 from collections.abc import AsyncGenerator
 from typing import Protocol
 
-from parcelray.serving.engine.engine import Engine, EngineStats, Finished, GenerateRequest, ImagePixels, Inspection, Piece
+from parcelray.serving.engine.engine import (
+    Engine,
+    EngineStats,
+    Finished,
+    GenerateRequest,
+    ImagePixels,
+    Inspection,
+    Piece,
+)
 from parcelray.serving.engine.waiting import answer, events
 
 

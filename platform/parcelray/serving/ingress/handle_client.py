@@ -8,7 +8,16 @@ from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
-from parcelray.serving.engine.engine import EngineRefusal, EngineStats, Failed, Finished, GenerateRequest, ImagePixels, Inspection, Piece
+from parcelray.serving.engine.engine import (
+    EngineRefusal,
+    EngineStats,
+    Failed,
+    Finished,
+    GenerateRequest,
+    ImagePixels,
+    Inspection,
+    Piece,
+)
 from parcelray.serving.ingress.clients import ReplicaLost
 
 
@@ -86,4 +95,6 @@ def _failed() -> EngineRefusal:
 
 
 def _full() -> EngineRefusal:
-    return EngineRefusal("queue_full", "Every replica has as many requests as it can hold; send the request again later.")
+    return EngineRefusal(
+        "queue_full", "Every replica has as many requests as it can hold; send the request again later."
+    )

@@ -1,8 +1,8 @@
 """The ingress on Ray Serve: takes requests and has no model.
 
-Which models there are comes as user configuration, so that it can change while requests are in flight: the new version must answer first,
-and only then does the next request go to it. Serve loads this module, too, where it only builds the application, so the processor's libraries are
-imported where a version is described.
+Which models there are comes as user configuration, so that it can change while requests are in flight: the new version
+must answer first, and only then does the next request go to it. Serve loads this module, too, where it only builds the
+application, so the processor's libraries are imported where a version is described.
 """
 
 import asyncio
@@ -103,7 +103,11 @@ class Ingress:
             metrics=metrics,
             admission=Admission(capacity),
             images=ImageReader(self._job.limits, self._job.http),
-            log=RequestLog(RequestSampler(self._job.samples, self._store.put) if self._job.samples is not None and self._store is not None else None),
+            log=RequestLog(
+                RequestSampler(self._job.samples, self._store.put)
+                if self._job.samples is not None and self._store is not None
+                else None
+            ),
             records=Records(),
         )
         self._gatekeeper = Gatekeeper(self._keys())
@@ -182,6 +186,10 @@ def _describe(settings: RouteSettings, budgets: tuple[int, ...]) -> tuple[Prompt
     from parcelray.models.vlm import config_of
 
     config = config_of(settings.path)
-    connector: ConnectorConfig = TypeAdapter(ConnectorConfig).validate_json(settings.connector) if settings.connector else config.connector_config
+    connector: ConnectorConfig = (
+        TypeAdapter(ConnectorConfig).validate_json(settings.connector)
+        if settings.connector
+        else config.connector_config
+    )
     shape = from_transformers_config(config)
     return PromptBuilder(load_processor(settings.path)), {budget: cost(shape, connector, budget) for budget in budgets}

@@ -1,9 +1,10 @@
 """Holds a latency objective by choosing how many visual tokens an image is worth while the load lasts.
 
-Two signals, of which the worse one counts: the quantile of the latencies that were seen lately, and the latency that a request starting now
-must expect, which is how many are in flight over how many are answered in a second (Little's law). The second one sees a burst before any
-request of it has ended. Refusals say nothing about either: under pressure there are many, and they end at once. Down is quick, a step at a time
-with a pause between; up is slow, and slower each time that it proved too early, so that the budget does not swing.
+Two signals, of which the worse one counts: the quantile of the latencies that were seen lately, and the latency that a
+request starting now must expect, which is how many are in flight over how many are answered in a second (Little's law).
+The second one sees a burst before any request of it has ended. Refusals say nothing about either: under pressure there
+are many, and they end at once. Down is quick, a step at a time with a pause between; up is slow, and slower each time
+that it proved too early, so that the budget does not swing.
 """
 
 import math
@@ -85,7 +86,10 @@ class LoadController:
                 self._lower(now)
         elif latency_s > self._config.raise_below * self._config.objective_s:
             self._calm_since = now
-        elif self._level < len(self._ladder) - 1 and now - max(self._calm_since, self._changed) >= self._config.raise_after_s * self._patience:
+        elif (
+            self._level < len(self._ladder) - 1
+            and now - max(self._calm_since, self._changed) >= self._config.raise_after_s * self._patience
+        ):
             self._level += 1
             self._raised_steps += 1
             self._raised = self._changed = now

@@ -1,8 +1,9 @@
 """Metrics of an endpoint, by the names that dashboards of serving engines know, with the visual-token budget as a label.
 
-Ray's own metrics (queues, replicas, autoscaling) come from Ray's port; these are what only the ingress sees. What the replicas say of themselves
-comes with every answer, and once a second beside them. vLLM's `num_preemptions` and `prefix_cache_*` are not among them: nothing that runs is ever
-thrown out, and what is kept of a request is its images' features (`feature_cache_*`).
+Ray's own metrics (queues, replicas, autoscaling) come from Ray's port; these are what only the ingress sees. What the
+replicas say of themselves comes with every answer, and once a second beside them. vLLM's `num_preemptions` and
+`prefix_cache_*` are not among them: nothing that runs is ever thrown out, and what is kept of a request is its images'
+features (`feature_cache_*`).
 """
 
 import time
@@ -13,7 +14,30 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 
 from parcelray.serving.engine.engine import EngineStats, Finished, GenerateRequest
 
-_SECONDS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0, 640.0, 2560.0)
+_SECONDS = (
+    0.001,
+    0.005,
+    0.01,
+    0.02,
+    0.04,
+    0.06,
+    0.08,
+    0.1,
+    0.25,
+    0.5,
+    0.75,
+    1.0,
+    2.5,
+    5.0,
+    7.5,
+    10.0,
+    20.0,
+    40.0,
+    80.0,
+    160.0,
+    640.0,
+    2560.0,
+)
 _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000)
 _FORGET_S = 60.0
 """A replica that was not heard of for so long is gone."""
@@ -61,12 +85,20 @@ class EndpointMetrics:
             return Counter(f"parcel:{name}", text, ["model_name", "engine"], registry=self.registry)
 
         self._histograms = {
-            "time_to_first_token_seconds": histogram("time_to_first_token_seconds", "From arrival at the ingress to the first token"),
-            "e2e_request_latency_seconds": histogram("e2e_request_latency_seconds", "From arrival at the ingress to the end of the answer"),
-            "request_queue_time_seconds": histogram("request_queue_time_seconds", "From arrival at the engine to the start of the prefill"),
+            "time_to_first_token_seconds": histogram(
+                "time_to_first_token_seconds", "From arrival at the ingress to the first token"
+            ),
+            "e2e_request_latency_seconds": histogram(
+                "e2e_request_latency_seconds", "From arrival at the ingress to the end of the answer"
+            ),
+            "request_queue_time_seconds": histogram(
+                "request_queue_time_seconds", "From arrival at the engine to the start of the prefill"
+            ),
             "request_prefill_time_seconds": histogram("request_prefill_time_seconds", "Of the prefill batch"),
             "request_decode_time_seconds": histogram("request_decode_time_seconds", "From the first token to the last"),
-            "inter_token_latency_seconds": histogram("inter_token_latency_seconds", "Mean time between two tokens of a request"),
+            "inter_token_latency_seconds": histogram(
+                "inter_token_latency_seconds", "Mean time between two tokens of a request"
+            ),
             "vision_encode_seconds": histogram("vision_encode_seconds", "Of the vision tower's batch"),
             "image_decode_seconds": histogram("image_decode_seconds", "Decoding and scaling of a request's images"),
             "request_prompt_tokens": histogram("request_prompt_tokens", "Prompt tokens, visual ones included", _TOKENS),
@@ -74,19 +106,53 @@ class EndpointMetrics:
         }
         self._tokens = {
             name: Counter(f"parcel:{name}", text, [*by_budget, "engine"], registry=self.registry)
-            for name, text in (("prompt_tokens", "Prompt tokens"), ("generation_tokens", "New tokens"), ("image_tokens", "Visual tokens"))
+            for name, text in (
+                ("prompt_tokens", "Prompt tokens"),
+                ("generation_tokens", "New tokens"),
+                ("image_tokens", "Visual tokens"),
+            )
         }
-        self._success = Counter("parcel:request_success", "Answers", [*by_budget, "engine", "finished_reason"], registry=self.registry)
-        self._rejected = Counter("parcel:requests_rejected", "Refused requests", ["model_name", "reason"], registry=self.registry)
-        self._decisions = Counter("parcel:budget_decisions", "Budgets given to requests", [*by_budget, "asked"], registry=self.registry)
-        self._samples_dropped = Counter("parcel:samples_dropped", "Samples of requests that MLflow did not get", ["model_name"], registry=self.registry)
-        self._retries = Counter("parcel:request_retries", "Requests sent to another replica", ["model_name"], registry=self.registry)
-        self._routed = Counter("parcel:requests_routed", "Requests by model version and outcome", ["model_name", "version", "outcome"], registry=self.registry)
-        self._auto = Gauge("parcel:auto_visual_tokens", "Budget that requests get now that leave it open", ["model_name"], registry=self.registry)
-        self._steps = Counter("parcel:budget_steps", "Steps of the load policy", ["model_name", "direction"], registry=self.registry)
-        self._in_flight = Gauge("parcel:num_requests_in_flight", "Requests that the ingress holds", ["model_name"], registry=self.registry)
+        self._success = Counter(
+            "parcel:request_success", "Answers", [*by_budget, "engine", "finished_reason"], registry=self.registry
+        )
+        self._rejected = Counter(
+            "parcel:requests_rejected", "Refused requests", ["model_name", "reason"], registry=self.registry
+        )
+        self._decisions = Counter(
+            "parcel:budget_decisions", "Budgets given to requests", [*by_budget, "asked"], registry=self.registry
+        )
+        self._samples_dropped = Counter(
+            "parcel:samples_dropped",
+            "Samples of requests that MLflow did not get",
+            ["model_name"],
+            registry=self.registry,
+        )
+        self._retries = Counter(
+            "parcel:request_retries", "Requests sent to another replica", ["model_name"], registry=self.registry
+        )
+        self._routed = Counter(
+            "parcel:requests_routed",
+            "Requests by model version and outcome",
+            ["model_name", "version", "outcome"],
+            registry=self.registry,
+        )
+        self._auto = Gauge(
+            "parcel:auto_visual_tokens",
+            "Budget that requests get now that leave it open",
+            ["model_name"],
+            registry=self.registry,
+        )
+        self._steps = Counter(
+            "parcel:budget_steps", "Steps of the load policy", ["model_name", "direction"], registry=self.registry
+        )
+        self._in_flight = Gauge(
+            "parcel:num_requests_in_flight", "Requests that the ingress holds", ["model_name"], registry=self.registry
+        )
         self._rolled_back = Gauge(
-            "parcel:challenger_rolled_back", "1: the challenger did worse and gets no requests", ["model_name", "version"], registry=self.registry
+            "parcel:challenger_rolled_back",
+            "1: the challenger did worse and gets no requests",
+            ["model_name", "version"],
+            registry=self.registry,
         )
         self._counted = {
             "feature_cache_hits": counter("feature_cache_hits", "Images that skipped the vision tower"),
@@ -99,7 +165,9 @@ class EndpointMetrics:
             "num_requests_waiting": gauge("num_requests_waiting", "Requests in the engine's queue"),
             "kv_cache_usage_perc": gauge("kv_cache_usage_perc", "Reserved share of the KV cache, 0 to 1"),
             "feature_cache_bytes": gauge("feature_cache_bytes", "Patch features that are kept"),
-            "model_load_seconds": gauge("model_load_seconds", "From the start of a replica until its model was loaded and warmed up"),
+            "model_load_seconds": gauge(
+                "model_load_seconds", "From the start of a replica until its model was loaded and warmed up"
+            ),
         }
 
     def decided(self, asked: int | str, budget: int) -> None:
@@ -144,7 +212,9 @@ class EndpointMetrics:
         """A request of a version ended."""
         self._routed.labels(self._model, version, outcome).inc()
 
-    def finished(self, request: GenerateRequest, end: Finished, *, latency_s: float, first_token_s: float, image_s: float) -> None:
+    def finished(
+        self, request: GenerateRequest, end: Finished, *, latency_s: float, first_token_s: float, image_s: float
+    ) -> None:
         """A request was answered."""
         engine = self.heard(end.stats)
         budget = request.num_visual_tokens
@@ -179,7 +249,9 @@ class EndpointMetrics:
         known = self._replicas.get(stats.engine)
         if known is None:
             taken = {replica.engine for replica in self._replicas.values()}
-            known = _Replica(next(str(number) for number in range(len(taken) + 1) if str(number) not in taken), 0.0, EngineStats())
+            known = _Replica(
+                next(str(number) for number in range(len(taken) + 1) if str(number) not in taken), 0.0, EngineStats()
+            )
             self._replicas[stats.engine] = known
         counted = self._counted_of.get(stats.engine, EngineStats())
         # Two answers may overtake each other.

@@ -46,4 +46,6 @@ class PromptBuilder:
         ids = self._processor.encode_prompts([text], with_image=bool(images))[0]
         offset = self._offset if images else 0
         budget = num_visual_tokens if images else 0
-        return GenerateRequest(request_id, tuple(ids), offset, tuple(images), budget, sampling, timeout_s, stream, urgent)
+        return GenerateRequest(
+            request_id, tuple(ids), offset, tuple(images), budget, sampling, timeout_s, stream, urgent
+        )

@@ -13,7 +13,9 @@ _FRESH_S = 1.0
 
 
 class Readiness:
-    """Probes a model on the way that requests take. Everybody may ask, and a probe goes before requests, so they share it.
+    """Probes a model on the way that requests take.
+
+    Everybody may ask, and a probe goes before requests, so they share it.
 
     Args:
         clock: seconds, monotonic.
@@ -31,7 +33,11 @@ class Readiness:
         Raises:
             ApiError: it does not answer.
         """
-        if self._probe is None or client is not self._client or (self._probe.done() and self._clock() - self._ended > _FRESH_S):
+        if (
+            self._probe is None
+            or client is not self._client
+            or (self._probe.done() and self._clock() - self._ended > _FRESH_S)
+        ):
             self._client = client
             self._probe = asyncio.create_task(self._ask(client))
         # Who hangs up does not take the probe away from the others.

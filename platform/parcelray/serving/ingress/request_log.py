@@ -22,7 +22,9 @@ class RequestLog:
     def __init__(self, samples: RequestSampler | None = None) -> None:
         self.samples = samples
 
-    def answered(self, request: GenerateRequest, end: Finished, *, owner: str | None, version: str, latency_s: float) -> None:
+    def answered(
+        self, request: GenerateRequest, end: Finished, *, owner: str | None, version: str, latency_s: float
+    ) -> None:
         """A request got its answer."""
         self._write(
             "answered",

@@ -18,13 +18,23 @@ class RequestSampler:
         rng: draws.
     """
 
-    def __init__(self, config: SamplesConfig, keep: Callable[[Mapping[str, Any]], None], rng: random.Random | None = None) -> None:
+    def __init__(
+        self, config: SamplesConfig, keep: Callable[[Mapping[str, Any]], None], rng: random.Random | None = None
+    ) -> None:
         self._config = config
         self._keep = keep
         self._rng = rng or random.Random()
 
     def answered(
-        self, request: GenerateRequest, end: Finished, *, question: str, asked: int | str, version: str, latency_s: float, first_token_s: float
+        self,
+        request: GenerateRequest,
+        end: Finished,
+        *,
+        question: str,
+        asked: int | str,
+        version: str,
+        latency_s: float,
+        first_token_s: float,
     ) -> None:
         """A request got its answer.
 
@@ -58,5 +68,9 @@ class RequestSampler:
             "decode_s": timings.total_s - timings.first_token_s,
         }
         if self._config.texts:
-            record |= {"question": question, "answer": end.text, "image_sha256": [image.content for image in request.images]}
+            record |= {
+                "question": question,
+                "answer": end.text,
+                "image_sha256": [image.content for image in request.images],
+            }
         self._keep(record)

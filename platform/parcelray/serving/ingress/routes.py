@@ -45,7 +45,13 @@ class Route:
 
     def to_dict(self) -> dict[str, Any]:
         """For `/version`."""
-        return {"version": self.version, "share": self.share, "requests": len(self.outcomes), "error_rate": self.error_rate, "median_s": self.median_s}
+        return {
+            "version": self.version,
+            "share": self.share,
+            "requests": len(self.outcomes),
+            "error_rate": self.error_rate,
+            "median_s": self.median_s,
+        }
 
 
 @dataclass
@@ -96,7 +102,11 @@ class Routes:
     @property
     def rolled_back(self) -> str | None:
         """Why the challenger was sent away; None: it was not."""
-        return None if self.challenger is None else self._records.rolled_back.get(self.challenger.app or self.challenger.version)
+        return (
+            None
+            if self.challenger is None
+            else self._records.rolled_back.get(self.challenger.app or self.challenger.version)
+        )
 
     def pick(self) -> Route:
         """Who gets the next request."""
@@ -123,5 +133,8 @@ class Routes:
         if challenger.error_rate > champion.error_rate + canary.max_error_rate:
             return f"{challenger.error_rate:.1%} of its requests failed, of the champion's {champion.error_rate:.1%}"
         if challenger.median_s > canary.max_latency_ratio * champion.median_s:
-            return f"its median latency is {challenger.median_s * 1000:.0f} ms, the champion's {champion.median_s * 1000:.0f} ms"
+            return (
+                f"its median latency is {challenger.median_s * 1000:.0f} ms, the champion's"
+                f" {champion.median_s * 1000:.0f} ms"
+            )
         return None

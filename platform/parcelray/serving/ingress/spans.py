@@ -1,6 +1,7 @@
 """What a request's trace says of it, where Serve records traces (`traces` of the job): the budget, and where the time went.
 
-Serve itself makes the spans of proxy, ingress and replica. Without tracing the current span records nothing, and neither does this.
+Serve itself makes the spans of proxy, ingress and replica. Without tracing the current span records nothing, and
+neither does this.
 """
 
 import time
@@ -32,7 +33,10 @@ def annotate(request: GenerateRequest, end: Finished, *, version: str) -> None:
     timings = end.timings
     tracer = trace.get_tracer("parcelray")
     arrived = time.time() - timings.total_s
-    parts = {"queue": (0.0, timings.queue_s), "prefill": (timings.first_token_s - timings.prefill_s, timings.first_token_s)}
+    parts = {
+        "queue": (0.0, timings.queue_s),
+        "prefill": (timings.first_token_s - timings.prefill_s, timings.first_token_s),
+    }
     if timings.vision_s:
         parts["vision"] = (timings.queue_s, timings.queue_s + timings.vision_s)
     parts["decode"] = (timings.first_token_s, timings.total_s)

@@ -1,6 +1,7 @@
 """One copy of a model on Ray Serve: loads, warms up every budget, and is healthy as long as an answer comes through its own request path.
 
-Serve loads this module, too, where it only builds the application, so the model and its libraries are imported where a replica begins.
+Serve loads this module, too, where it only builds the application, so the model and its libraries are imported where a
+replica begins.
 """
 
 import asyncio
@@ -11,7 +12,16 @@ from dataclasses import replace
 
 from ray import serve
 
-from parcelray.serving.engine.engine import EngineRefusal, EngineStats, Failed, Finished, GenerateRequest, ImagePixels, Inspection, Piece
+from parcelray.serving.engine.engine import (
+    EngineRefusal,
+    EngineStats,
+    Failed,
+    Finished,
+    GenerateRequest,
+    ImagePixels,
+    Inspection,
+    Piece,
+)
 from parcelray.serving.engine.waiting import answer, events
 from parcelray.serving.replica.replica_settings import ReplicaSettings
 

@@ -29,7 +29,9 @@ def load_model(settings: ReplicaSettings) -> ElasticVLM:
         UnsupportedBudgetError: it cannot give an offered budget.
         UserError: the checkpoint cannot be loaded.
     """
-    connector: ConnectorConfig | None = TypeAdapter(ConnectorConfig).validate_json(settings.connector) if settings.connector else None
+    connector: ConnectorConfig | None = (
+        TypeAdapter(ConnectorConfig).validate_json(settings.connector) if settings.connector else None
+    )
     model = load_vlm(settings.path, connector=connector, dtype=getattr(torch, settings.dtype))
     for budget in settings.budgets:
         if budget not in model.supported_budgets:
@@ -46,7 +48,9 @@ def load_chooser(settings: ReplicaSettings, model: ElasticVLM, processor: Elasti
     """
     if settings.policy is None:
         return None
-    return BudgetChooser(load_predictor(settings.policy, settings.budgets), model, processor, price=settings.policy.price)
+    return BudgetChooser(
+        load_predictor(settings.policy, settings.budgets), model, processor, price=settings.policy.price
+    )
 
 
 def load_engine(settings: ReplicaSettings, name: str) -> tuple[Engine, HealthProbe]:

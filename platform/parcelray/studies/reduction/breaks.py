@@ -75,7 +75,10 @@ def family_breaks(name: str, summaries: Sequence[Summary], reference: Summary, f
     for place, split in enumerate(summaries[0].splits):
         kept = {}
         for budget in summaries[0].budgets:
-            over_seeds = [retentions([summary.splits[place]], budget, reference.splits, full).get(split.name) for summary in summaries]
+            over_seeds = [
+                retentions([summary.splits[place]], budget, reference.splits, full).get(split.name)
+                for summary in summaries
+            ]
             known = [each for each in over_seeds if each is not None]
             if known:
                 kept[budget] = mean_of(known)
@@ -85,7 +88,9 @@ def family_breaks(name: str, summaries: Sequence[Summary], reference: Summary, f
     return found
 
 
-def kinds_kept(methods: Mapping[str, Sequence[Summary]], reference: Summary, full: int) -> dict[tuple[str, str], dict[int, Estimate]]:
+def kinds_kept(
+    methods: Mapping[str, Sequence[Summary]], reference: Summary, full: int
+) -> dict[tuple[str, str], dict[int, Estimate]]:
     """Percent of the full score that each method keeps of each kind of questions: by method and kind, then by budget.
 
     Args:
@@ -96,13 +101,19 @@ def kinds_kept(methods: Mapping[str, Sequence[Summary]], reference: Summary, ful
     rows = [(name, budget) for name, seeds in methods.items() for budget in seeds[0].budgets]
     found: dict[tuple[str, str], dict[int, Estimate]] = {}
     for benchmark in dict.fromkeys(split.benchmark for split in reference.splits):
-        places = [place for place, split in enumerate(reference.splits) if split.benchmark == benchmark and is_mean_of_values(split)]
+        places = [
+            place
+            for place, split in enumerate(reference.splits)
+            if split.benchmark == benchmark and is_mean_of_values(split)
+        ]
         samples = [sample for place in places for sample in reference.splits[place].samples]
         kinds = [kind_of(sample) for sample in samples]
         if not any(kinds):
             continue
         base = [_values(reference.splits, places, full)]
-        ours = [np.mean([_values(seed.splits, places, budget) for seed in methods[name]], axis=0) for name, budget in rows]
+        ours = [
+            np.mean([_values(seed.splits, places, budget) for seed in methods[name]], axis=0) for name, budget in rows
+        ]
         clusters = [cluster for place in places for cluster in clusters_of(reference.splits[place])]
         values_RN = np.array(base + ours)
         draws = shared_draws(values_RN, kinds, clusters, seed=zlib.crc32(benchmark.encode()), draws=_DRAWS)
@@ -112,7 +123,9 @@ def kinds_kept(methods: Mapping[str, Sequence[Summary]], reference: Summary, ful
             if means_R[0] <= 0:
                 continue
             for row, (name, budget) in enumerate(rows, start=1):
-                share = np.divide(draws[kind][row], draws[kind][0], out=np.full(_DRAWS, np.nan), where=draws[kind][0] > 0)
+                share = np.divide(
+                    draws[kind][row], draws[kind][0], out=np.full(_DRAWS, np.nan), where=draws[kind][0] > 0
+                )
                 # Benchmarks of one kind are averaged, as splits are.
                 own = Estimate(float(100 * means_R[row] / means_R[0]), 100 * share, int(inside.sum()))
                 before = found.setdefault((name, kind), {}).get(budget)
@@ -121,7 +134,9 @@ def kinds_kept(methods: Mapping[str, Sequence[Summary]], reference: Summary, ful
 
 
 def _values(splits: Sequence[SplitScores], places: Sequence[int], budget: int) -> Floats:
-    return np.concatenate([splits[place].scale * np.array(splits[place].scores[budget].values, dtype=np.float64) for place in places])
+    return np.concatenate(
+        [splits[place].scale * np.array(splits[place].scores[budget].values, dtype=np.float64) for place in places]
+    )
 
 
 def _from_here_on(enough: Mapping[int, bool]) -> int | None:

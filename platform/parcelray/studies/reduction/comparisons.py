@@ -49,7 +49,14 @@ def answer(questions: Sequence[Question]) -> list[Against]:
     gaps = gap_estimates(questions)
     p_values = [two_sided(gap) for gap in gaps]
     return [
-        Against(each.method, each.num_visual_tokens, gap.interval, p_value, corrected, spread_of(each.others, each.num_visual_tokens))
+        Against(
+            each.method,
+            each.num_visual_tokens,
+            gap.interval,
+            p_value,
+            corrected,
+            spread_of(each.others, each.num_visual_tokens),
+        )
         for each, gap, p_value, corrected in zip(questions, gaps, p_values, holm(p_values), strict=True)
     ]
 
@@ -62,8 +69,8 @@ def spread_of(seeds: Sequence[Summary], budget: int) -> float | None:
 def gap_estimates(questions: Sequence[Question]) -> list[Estimate]:
     """Differences of the mean score over splits, each with `DRAWS` draws.
 
-    Where a split's score is a mean of values, the draws are bootstrap draws of whole scenes, the same ones for all questions; elsewhere those that
-    the scores have already are repeated.
+    Where a split's score is a mean of values, the draws are bootstrap draws of whole scenes, the same ones for all
+    questions; elsewhere those that the scores have already are repeated.
     """
     gaps: list[list[Estimate]] = [[] for _ in questions]
     if not questions:
@@ -72,7 +79,9 @@ def gap_estimates(questions: Sequence[Question]) -> list[Estimate]:
         members = [split.name for split in questions[0].found.splits if split.benchmark == benchmark]
         drawn = {name for name in members if is_mean_of_values(_split(questions[0].found, name))}
         if drawn:
-            for gap, estimates in zip(gaps, _drawn_gaps(questions, [name for name in members if name in drawn], benchmark), strict=True):
+            for gap, estimates in zip(
+                gaps, _drawn_gaps(questions, [name for name in members if name in drawn], benchmark), strict=True
+            ):
                 gap += estimates
         for name in (name for name in members if name not in drawn):
             for gap, question in zip(gaps, questions, strict=True):
@@ -100,16 +109,27 @@ def _drawn_gaps(questions: Sequence[Question], names: Sequence[str], benchmark: 
     found = []
     for row, values_N in enumerate(values_RN):
         scored = {name: values_N[inside[name] & ~np.isnan(values_N)] for name in names}
-        found.append([Estimate(float(scored[name].mean()) if len(scored[name]) else np.nan, draws[name][row], len(scored[name])) for name in names])
+        found.append(
+            [
+                Estimate(
+                    float(scored[name].mean()) if len(scored[name]) else np.nan, draws[name][row], len(scored[name])
+                )
+                for name in names
+            ]
+        )
     return found
 
 
 def _gap_values(question: Question, name: str) -> Floats:
     """Method minus the mean of the others of each sample, on the paper's scale."""
     split, others = _split(question.found, name), [_split(other, name) for other in question.others]
-    assert all([sample.id for sample in other.samples] == [sample.id for sample in split.samples] for other in others), "the same questions"
+    assert all(
+        [sample.id for sample in other.samples] == [sample.id for sample in split.samples] for other in others
+    ), "the same questions"
     theirs = np.mean([other.scores[question.num_visual_tokens].values for other in others], axis=0)
-    return np.asarray(split.scale * (np.array(split.scores[question.num_visual_tokens].values) - theirs), dtype=np.float64)
+    return np.asarray(
+        split.scale * (np.array(split.scores[question.num_visual_tokens].values) - theirs), dtype=np.float64
+    )
 
 
 def _known_gap(question: Question, name: str) -> Estimate:

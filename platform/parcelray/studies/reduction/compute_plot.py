@@ -16,7 +16,9 @@ from parcelray.plotting import COLORS, MARKERS
 _COLUMNS = 3
 
 
-def plot_compute(frontier: Frontier, groups: Mapping[str, Sequence[str]], path: Path, *, title: str, baselines: Sequence[str]) -> None:
+def plot_compute(
+    frontier: Frontier, groups: Mapping[str, Sequence[str]], path: Path, *, title: str, baselines: Sequence[str]
+) -> None:
     """Draws the overall score against the GFLOPs of a prefill, with 95 % error bars.
 
     Args:
@@ -52,9 +54,15 @@ def plot_compute(frontier: Frontier, groups: Mapping[str, Sequence[str]], path: 
         axes.grid(axis="y", alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
         own = [each for each in zip(*axes.get_legend_handles_labels(), strict=True) if each[1] in members]
-        axes.legend(*zip(*own, strict=True), fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(0, -0.12), ncols=2)
+        axes.legend(
+            *zip(*own, strict=True), fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(0, -0.12), ncols=2
+        )
     # What every panel shows is named once, on the right.
-    shared = [each for each in zip(*panels[0].get_legend_handles_labels(), strict=True) if each[1] not in next(iter(groups.values()))]
+    shared = [
+        each
+        for each in zip(*panels[0].get_legend_handles_labels(), strict=True)
+        if each[1] not in next(iter(groups.values()))
+    ]
     figure.legend(*zip(*shared, strict=True), loc="outside right upper", frameon=False, fontsize=8)
     figure.supxlabel("GFLOPs of the prefill of one image")
     figure.supylabel("score, mean over families (%), 95 % intervals")
@@ -68,7 +76,10 @@ def _by_compute(points: list[FrontierPoint]) -> list[FrontierPoint]:
 
 def _line(axes: Axes, method: str, points: list[FrontierPoint], index: int) -> None:
     values = [point.overall.value for point in points]
-    errors = [[point.overall.value - point.overall.low for point in points], [point.overall.high - point.overall.value for point in points]]
+    errors = [
+        [point.overall.value - point.overall.low for point in points],
+        [point.overall.high - point.overall.value for point in points],
+    ]
     color, marker = COLORS[index % len(COLORS)], MARKERS[index % len(MARKERS)]
     style = "-" if index < len(COLORS) else ":"
     axes.errorbar(
@@ -87,7 +98,14 @@ def _line(axes: Axes, method: str, points: list[FrontierPoint], index: int) -> N
 
 def _band(axes: Axes, points: list[FrontierPoint], name: str, style: str) -> None:
     x = [point.gflops or 0.0 for point in points]
-    axes.fill_between(x, [point.overall.low for point in points], [point.overall.high for point in points], color="black", alpha=0.12, linewidth=0)
+    axes.fill_between(
+        x,
+        [point.overall.low for point in points],
+        [point.overall.high for point in points],
+        color="black",
+        alpha=0.12,
+        linewidth=0,
+    )
     axes.plot(x, [point.overall.value for point in points], color="black", linewidth=1, linestyle=style, label=name)
 
 
@@ -118,13 +136,26 @@ def plot_kinds(kept: Sequence[tuple[str, str, int, Interval]], path: Path, *, ti
                 lines.setdefault(method, []).append((budget, interval))
         for method, points in lines.items():
             if method not in shown:
-                axes.plot([budget for budget, _ in sorted(points)], [each.value for _, each in sorted(points)], color="#bbbbbb", linewidth=0.8)
+                axes.plot(
+                    [budget for budget, _ in sorted(points)],
+                    [each.value for _, each in sorted(points)],
+                    color="#bbbbbb",
+                    linewidth=0.8,
+                )
         for index, method in enumerate(each for each in shown if each in lines):
             budgets, intervals = zip(*sorted(lines[method]), strict=True)
             errors = [[each.value - each.low for each in intervals], [each.high - each.value for each in intervals]]
             color, marker = COLORS[index % len(COLORS)], MARKERS[index % len(MARKERS)]
             axes.errorbar(
-                budgets, [each.value for each in intervals], yerr=errors, label=method, color=color, marker=marker, markersize=4, capsize=2, linewidth=1.2
+                budgets,
+                [each.value for each in intervals],
+                yerr=errors,
+                label=method,
+                color=color,
+                marker=marker,
+                markersize=4,
+                capsize=2,
+                linewidth=1.2,
             )
         axes.axhline(100, color="black", linewidth=0.8)
         axes.set_xscale("log", base=2)

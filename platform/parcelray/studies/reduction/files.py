@@ -23,19 +23,47 @@ _SHOWN = (RANDOM["original"], SPATIAL["original"], "cluster", "average pooling",
 
 def against_table(answers: Sequence[Against], whom: str) -> Table:
     """Which methods beat a baseline, for people."""
-    table = Table("method", "tokens", "difference, points [95 %]", "p", "p, Holm", "sd over seeds", title=f"Against {whom} with tokens placed alike, paired")
+    table = Table(
+        "method",
+        "tokens",
+        "difference, points [95 %]",
+        "p",
+        "p, Holm",
+        "sd over seeds",
+        title=f"Against {whom} with tokens placed alike, paired",
+    )
     for each in answers:
         spread = f"{each.spread:.1f}" if each.spread is not None else "-"
-        table.add_row(each.method, str(each.num_visual_tokens), _signed(each.difference), f"{each.p_value:.4f}", f"{each.p_holm:.3f}", spread)
+        table.add_row(
+            each.method,
+            str(each.num_visual_tokens),
+            _signed(each.difference),
+            f"{each.p_value:.4f}",
+            f"{each.p_holm:.3f}",
+            spread,
+        )
     return table
 
 
 def operating_table(study: ReductionStudy) -> Table:
     """The best operating points, for people."""
-    table = Table("GFLOPs", "method", "tokens", "score [95 %]", "", title="Operating points that no other measured one beats in score and compute")
+    table = Table(
+        "GFLOPs",
+        "method",
+        "tokens",
+        "score [95 %]",
+        "",
+        title="Operating points that no other measured one beats in score and compute",
+    )
     for point in study.operating:
         score = f"{point.overall.value:.1f} [{point.overall.low:.1f}, {point.overall.high:.1f}]"
-        table.add_row(f"{point.gflops:.3g}", point.method, str(point.num_visual_tokens), score, "knee" if point == study.knee else "")
+        table.add_row(
+            f"{point.gflops:.3g}",
+            point.method,
+            str(point.num_visual_tokens),
+            score,
+            "knee" if point == study.knee else "",
+        )
     return table
 
 
@@ -59,7 +87,10 @@ def write_study(study: ReductionStudy, name: str) -> list[Path]:
         "against_spatial": table_rows(study.against_spatial),
         "against_best": table_rows(study.against_best),
         "breaks": [each._asdict() for each in study.breaks],
-        "fine_grained": [{"method": method, "kind": kind, "num_visual_tokens": budget, **_interval(kept)} for method, kind, budget, kept in fine],
+        "fine_grained": [
+            {"method": method, "kind": kind, "num_visual_tokens": budget, **_interval(kept)}
+            for method, kind, budget, kept in fine
+        ],
         "operating_points": [_operating(point, point == study.knee) for point in study.operating],
     }
     return files + [_write_csv(folder / f"{stem}.csv", rows) for stem, rows in tables.items() if rows]
@@ -93,7 +124,13 @@ def _write_csv(path: Path, rows: Sequence[Mapping[str, object]]) -> Path:
 
 def _operating(point: FrontierPoint, is_knee: bool) -> dict[str, object]:
     score = _interval(point.overall)
-    return {"method": point.method, "num_visual_tokens": point.num_visual_tokens, "gflops": point.gflops, **score, "knee": is_knee}
+    return {
+        "method": point.method,
+        "num_visual_tokens": point.num_visual_tokens,
+        "gflops": point.gflops,
+        **score,
+        "knee": is_knee,
+    }
 
 
 def _interval(interval: Interval) -> dict[str, float]:

@@ -45,8 +45,8 @@ class Method:
 def methods_of(depths: Depths) -> dict[str, Method]:
     """The methods for a model of such depth: with original positions, merging ones with size bias, and a few with contiguous positions, too.
 
-    Layers are those of the publications on LLaVA-1.5-7B, at the same relative depth elsewhere, at least 1. What reads the vision tower's
-    attention is left out where there is none.
+    Layers are those of the publications on LLaVA-1.5-7B, at the same relative depth elsewhere, at least 1. What reads
+    the vision tower's attention is left out where there is none.
     """
     early = max(1, round(_EARLY * depths.decoder / _OF_LAYERS))
     original: Positions = "original"
@@ -64,19 +64,33 @@ def methods_of(depths: Depths) -> dict[str, Method]:
         "VisPruner": Method(configs.VisPrunerConfig(positions=original), _COVERAGE),
         "PruneSID": Method(configs.PruneSIDConfig(positions=original), _COVERAGE),
         "class attention": Method(configs.SaliencyConfig(positions=original), ENCODER_ATTENTION),
-        "class attention, windows": Method(configs.SaliencyConfig(positions=original, window=_WINDOW), ENCODER_ATTENTION),
+        "class attention, windows": Method(
+            configs.SaliencyConfig(positions=original, window=_WINDOW), ENCODER_ATTENTION
+        ),
         "class attention, merged": Method(configs.SaliencyConfig(positions=biased, merge_rest=True), ENCODER_ATTENTION),
         "VisionZip": Method(configs.VisionZipConfig(positions=biased), ENCODER_ATTENTION),
         "PruMerge": Method(configs.PruMergeConfig(positions=original), ENCODER_ATTENTION),
         "PruMerge+": Method(configs.PruMergeConfig(positions=original, spatial=True), ENCODER_ATTENTION),
-        "last word": Method(configs.SaliencyConfig(positions=original, definition="last_text", layer=early), DECODER_ATTENTION),
-        "mean of words": Method(configs.SaliencyConfig(positions=original, definition="mean_text", layer=early), DECODER_ATTENTION),
-        "last word, merged": Method(configs.SaliencyConfig(positions=biased, definition="last_text", layer=early, merge_rest=True), DECODER_ATTENTION),
+        "last word": Method(
+            configs.SaliencyConfig(positions=original, definition="last_text", layer=early), DECODER_ATTENTION
+        ),
+        "mean of words": Method(
+            configs.SaliencyConfig(positions=original, definition="mean_text", layer=early), DECODER_ATTENTION
+        ),
+        "last word, merged": Method(
+            configs.SaliencyConfig(positions=biased, definition="last_text", layer=early, merge_rest=True),
+            DECODER_ATTENTION,
+        ),
         "norm": Method(configs.SaliencyConfig(positions=original, definition="norm"), DECODER_ATTENTION),
         "FastV": Method(configs.FastVConfig(layer=early), _INSIDE),
         "PyramidDrop": Method(configs.PyramidDropConfig(positions=original), _INSIDE),
-        # Published stages start after a quarter of the layers, whose tokens alone are 25 %; in a shallow decoder that is the early layer itself.
-        **({"PyramidDrop, early": Method(configs.PyramidDropConfig(positions=original, first_layer=early), _INSIDE)} if 4 * early < depths.decoder - 1 else {}),
+        # Published stages start after a quarter of the layers, whose tokens alone are 25 %; in a shallow decoder that
+        # is the early layer itself.
+        **(
+            {"PyramidDrop, early": Method(configs.PyramidDropConfig(positions=original, first_layer=early), _INSIDE)}
+            if 4 * early < depths.decoder - 1
+            else {}
+        ),
         "SparseVLM": Method(configs.SparseVLMConfig(positions=original), _INSIDE),
         "cluster, no size bias": Method(configs.ClusterAggregateConfig(positions=original), _POSITIONS),
         "cluster, contiguous": Method(configs.ClusterAggregateConfig(), _POSITIONS),
@@ -85,12 +99,19 @@ def methods_of(depths: Depths) -> dict[str, Method]:
         "class attention, contiguous": Method(configs.SaliencyConfig(), _POSITIONS),
         "VisionZip, contiguous": Method(configs.VisionZipConfig(), _POSITIONS),
     }
-    return {name: method for name, method in methods.items() if depths.encoder or build_reducer(method.reducer).reads != "encoder"}
+    return {
+        name: method
+        for name, method in methods.items()
+        if depths.encoder or build_reducer(method.reducer).reads != "encoder"
+    }
 
 
 def random_of(placement: Placement) -> list[Method]:
     """Random sampling with every seed."""
-    return [Method(configs.RandomSamplingConfig(seed=seed, positions=placement), RANDOM[placement]) for seed in range(RANDOM_SEEDS)]
+    return [
+        Method(configs.RandomSamplingConfig(seed=seed, positions=placement), RANDOM[placement])
+        for seed in range(RANDOM_SEEDS)
+    ]
 
 
 def groups_of(methods: Mapping[str, Method]) -> dict[str, list[str]]:
@@ -101,11 +122,13 @@ def groups_of(methods: Mapping[str, Method]) -> dict[str, list[str]]:
     return found
 
 
-def budgets_of(reducers: Iterable[ReducerConfig], num_tokens: int, depths: Depths, retentions: Sequence[float] = RETENTIONS) -> tuple[int, ...]:
+def budgets_of(
+    reducers: Iterable[ReducerConfig], num_tokens: int, depths: Depths, retentions: Sequence[float] = RETENTIONS
+) -> tuple[int, ...]:
     """The budgets nearest to some retentions that all of some reducers can give, ascending, each once.
 
-    A reducer inside the decoder cannot go below what the layers before its first stage cost; where that rules out all retentions but one, it is
-    asked at four steps between there and everything instead.
+    A reducer inside the decoder cannot go below what the layers before its first stage cost; where that rules out all
+    retentions but one, it is asked at four steps between there and everything instead.
     """
     built = [build_reducer(reducer) for reducer in reducers]
     common = set.intersection(*(set(each.budgets_of(num_tokens, depths)) for each in built))
@@ -117,7 +140,12 @@ def budgets_of(reducers: Iterable[ReducerConfig], num_tokens: int, depths: Depth
 
 
 def all_budgets(
-    methods: Mapping[str, Method], num_tokens: int, depths: Depths, *, equal: bool, retentions: Sequence[float] = RETENTIONS
+    methods: Mapping[str, Method],
+    num_tokens: int,
+    depths: Depths,
+    *,
+    equal: bool,
+    retentions: Sequence[float] = RETENTIONS,
 ) -> dict[str, tuple[int, ...]]:
     """At which budgets each method is asked; spatial sampling wherever a method with tokens placed alike is, so that each has its comparison.
 
@@ -128,8 +156,12 @@ def all_budgets(
         equal: whether all are asked at the budgets that all can give.
         retentions: shares of the tokens, see `budgets_of`.
     """
-    shared = budgets_of([method.reducer for method in methods.values()], num_tokens, depths, retentions) if equal else ()
-    budgets = {name: shared or budgets_of([method.reducer], num_tokens, depths, retentions) for name, method in methods.items()}
+    shared = (
+        budgets_of([method.reducer for method in methods.values()], num_tokens, depths, retentions) if equal else ()
+    )
+    budgets = {
+        name: shared or budgets_of([method.reducer], num_tokens, depths, retentions) for name, method in methods.items()
+    }
     for placement, name in SPATIAL.items():
         if name in methods:
             budgets[name] = union(budgets[other] for other, method in methods.items() if method.placement == placement)

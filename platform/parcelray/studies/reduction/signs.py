@@ -16,7 +16,11 @@ _LEVEL = 0.05
 
 
 def failure_signs(
-    frontier: Frontier, fine: Sequence[FinePoint], against_spatial: Sequence[Against], saliency: Sequence[str], spreads: Mapping[tuple[str, int], float]
+    frontier: Frontier,
+    fine: Sequence[FinePoint],
+    against_spatial: Sequence[Against],
+    saliency: Sequence[str],
+    spreads: Mapping[tuple[str, int], float],
 ) -> list[str]:
     """What speaks against the methods or the experiment; empty: none of the known signs.
 
@@ -27,7 +31,12 @@ def failure_signs(
         saliency: names of the methods that select by attention.
         spreads: standard deviation over seeds by random baseline and budget, points.
     """
-    return [*_blind_is_close(frontier), *_text_drops(frontier, fine), *_losers_to_spatial(against_spatial, saliency), *_wide_spreads(spreads)]
+    return [
+        *_blind_is_close(frontier),
+        *_text_drops(frontier, fine),
+        *_losers_to_spatial(against_spatial, saliency),
+        *_wide_spreads(spreads),
+    ]
 
 
 def _blind_is_close(frontier: Frontier) -> Iterator[str]:
@@ -36,32 +45,50 @@ def _blind_is_close(frontier: Frontier) -> Iterator[str]:
     for family, score in full.families.items() if blind is not None else ():
         guessed = blind.families.get(family) if blind is not None else None
         if guessed is not None and guessed.value >= _SEEING * score.value:
-            yield f"{family} measures language more than vision: without any image the model scores {guessed.value:.1f}, with all tokens {score.value:.1f}."
+            yield (
+                f"{family} measures language more than vision: without any image the model scores {guessed.value:.1f},"
+                f" with all tokens {score.value:.1f}."
+            )
 
 
 def _text_drops(frontier: Frontier, fine: Sequence[FinePoint]) -> Iterator[str]:
     full = next(point.num_visual_tokens for point in frontier.points if point.method == frontier.reference)
     for kind in READS_TEXT:
-        points = [point for point in fine if point.kind == kind and point.num_visual_tokens <= max(1, round(_SMALL * full))]
+        points = [
+            point for point in fine if point.kind == kind and point.num_visual_tokens <= max(1, round(_SMALL * full))
+        ]
         dropped = [point.method for point in points if point.retention.value < _BROKEN]
         if dropped:
             share = f"{len(dropped)} of {len(points)} methods"
-            yield f"At {_SMALL:.0%} of the tokens {kind} falls below half of its full score under {share}: {'; '.join(dropped)}."
+            yield (
+                f"At {_SMALL:.0%} of the tokens {kind} falls below half of its full score under {share}:"
+                f" {'; '.join(dropped)}."
+            )
 
 
 def _losers_to_spatial(against_spatial: Sequence[Against], saliency: Sequence[str]) -> Iterator[str]:
     for each in against_spatial:
         if each.method in saliency and each.difference.value < 0 and each.p_holm < _LEVEL:
             gap, p_value = -each.difference.value, each.p_holm
-            yield f"{each.method} loses to spatial sampling at {each.num_visual_tokens} tokens by {gap:.1f} points (p = {p_value:.3f}, corrected)."
+            yield (
+                f"{each.method} loses to spatial sampling at {each.num_visual_tokens} tokens by {gap:.1f} points (p ="
+                f" {p_value:.3f}, corrected)."
+            )
 
 
 def _wide_spreads(spreads: Mapping[tuple[str, int], float]) -> Iterator[str]:
     for (name, budget), spread in spreads.items():
         if spread > _WIDE:
-            yield f"{name} at {budget} tokens varies by {spread:.1f} points (standard deviation) over its seeds: one seed says little."
+            yield (
+                f"{name} at {budget} tokens varies by {spread:.1f} points (standard deviation) over its seeds: one seed"
+                " says little."
+            )
 
 
 def describe(signs: Sequence[str]) -> str:
     """For people."""
-    return "Failure signs:\n" + "\n".join(f"- {sign}" for sign in signs) if signs else "Failure signs: none of those that are looked for."
+    return (
+        "Failure signs:\n" + "\n".join(f"- {sign}" for sign in signs)
+        if signs
+        else "Failure signs: none of those that are looked for."
+    )

@@ -59,9 +59,11 @@ def run_reduction_study(
         job: model, benchmarks and use of the cluster; its reducer and budgets are set by the study.
         console: for progress.
         address: Ray cluster; None: RAY_ADDRESS, else a local instance.
-        methods: names out of `methods_of`; None: all. Random and spatial sampling with tokens placed alike are always there.
+        methods: names out of `methods_of`; None: all. Random and spatial sampling with tokens placed alike are always
+            there.
         shares: of the visual tokens; each method is asked at the nearest budgets that it can give.
-        equal_budgets: whether all methods are asked at the same budgets, those nearest to the retentions that all can give.
+        equal_budgets: whether all methods are asked at the same budgets, those nearest to the retentions that all can
+            give.
 
     Raises:
         UserError: see `run_evaluation`; or a method is unknown.
@@ -77,7 +79,11 @@ def run_reduction_study(
         "methods": len(chosen),
         "benchmarks": ", ".join(choice.name for choice in job.benchmarks),
     }
-    run = tracked_run(uri, job.tracking.experiment, f"study-{job.name}", params=params) if uri is not None else nullcontext(None)
+    run = (
+        tracked_run(uri, job.tracking.experiment, f"study-{job.name}", params=params)
+        if uri is not None
+        else nullcontext(None)
+    )
     with run as run_id, nullcontext() if job.compute.actors == 0 else ray_session(address):
 
         def evaluate(name: str, reducer: ReducerConfig | None, at: Sequence[int | str]) -> Summary:
@@ -90,7 +96,10 @@ def run_reduction_study(
         random = {}
         for placement in dict.fromkeys(method.placement for method in chosen.values()):
             at = union(budgets[name] for name, method in chosen.items() if method.placement == placement)
-            random[placement] = [evaluate(f"{RANDOM[placement]}, seed {seed}", each.reducer, at) for seed, each in enumerate(random_of(placement))]
+            random[placement] = [
+                evaluate(f"{RANDOM[placement]}, seed {seed}", each.reducer, at)
+                for seed, each in enumerate(random_of(placement))
+            ]
         found = Found(chosen, summaries, random, reference, full)
         study = study_of(found, from_transformers_config(config), Path(job.storage) / "studies" / job.name)
         files = write_study(study, job.name)
@@ -113,7 +122,10 @@ def study_of(found: Found, shape: BackboneShape, folder: Path) -> ReductionStudy
     ]
     seeds = {RANDOM[placement]: summaries for placement, summaries in found.random.items()}
     for name, each in seeds.items():
-        points += [random_point(name, each, budget, reference, full, _gflops(shape, None, budget)) for budget in each[0].budgets]
+        points += [
+            random_point(name, each, budget, reference, full, _gflops(shape, None, budget))
+            for budget in each[0].budgets
+        ]
     for name, summary in found.summaries.items():
         for budget in summary.budgets:
             flops = _gflops(shape, found.methods[name].reducer, budget)
@@ -121,12 +133,27 @@ def study_of(found: Found, shape: BackboneShape, folder: Path) -> ReductionStudy
     frontier = Frontier(tuple(points), reference="full")
     everything = seeds | {name: [summary] for name, summary in found.summaries.items()}
     kept = kinds_kept(everything, reference, full)
-    fine = [FinePoint(name, kind, budget, each.interval) for (name, kind), budgets in kept.items() for budget, each in budgets.items()]
-    breaks = [each for name, summaries in everything.items() for each in family_breaks(name, summaries, reference, full)]
+    fine = [
+        FinePoint(name, kind, budget, each.interval)
+        for (name, kind), budgets in kept.items()
+        for budget, each in budgets.items()
+    ]
+    breaks = [
+        each for name, summaries in everything.items() for each in family_breaks(name, summaries, reference, full)
+    ]
     breaks += [break_of(name, kind, budgets) for (name, kind), budgets in kept.items()]
-    against_spatial = answer(_questions(found, {placement: [found.summaries[name]] for placement, name in SPATIAL.items() if name in found.summaries}))
-    spreads = {(name, budget): spread_of(each, budget) or 0.0 for name, each in seeds.items() for budget in each[0].budgets}
-    saliency = [name for name, method in found.methods.items() if method.group in (ENCODER_ATTENTION, DECODER_ATTENTION)]
+    against_spatial = answer(
+        _questions(
+            found,
+            {placement: [found.summaries[name]] for placement, name in SPATIAL.items() if name in found.summaries},
+        )
+    )
+    spreads = {
+        (name, budget): spread_of(each, budget) or 0.0 for name, each in seeds.items() for budget in each[0].budgets
+    }
+    saliency = [
+        name for name, method in found.methods.items() if method.group in (ENCODER_ATTENTION, DECODER_ATTENTION)
+    ]
     operating, knee = operating_points(points)
     return ReductionStudy(
         frontier=frontier,
@@ -154,7 +181,9 @@ def operating_points(points: Sequence[FrontierPoint]) -> tuple[list[FrontierPoin
 def _chosen(known: Mapping[str, Method], names: Sequence[str] | None) -> dict[str, Method]:
     unknown = sorted(set(names or ()) - set(known))
     if unknown:
-        raise UserError(f"{', '.join(unknown)} is no training-free method of this model; choose from {', '.join(known)}.")
+        raise UserError(
+            f"{', '.join(unknown)} is no training-free method of this model; choose from {', '.join(known)}."
+        )
     placements = {method.placement for name, method in known.items() if names is None or name in names}
     baselines = {SPATIAL[placement] for placement in placements}
     return {name: method for name, method in known.items() if names is None or name in names or name in baselines}
@@ -176,9 +205,15 @@ def _against_the_best(found: Found) -> list[Question]:
     """At every budget that several methods have."""
     questions = []
     for budget in union(summary.budgets for summary in found.summaries.values()):
-        scores = {name: summary.mean_score(budget).value for name, summary in found.summaries.items() if budget in summary.budgets}
+        scores = {
+            name: summary.mean_score(budget).value
+            for name, summary in found.summaries.items()
+            if budget in summary.budgets
+        }
         best = max(scores, key=lambda name: scores[name])
-        questions += [Question(name, budget, found.summaries[name], [found.summaries[best]]) for name in scores if name != best]
+        questions += [
+            Question(name, budget, found.summaries[name], [found.summaries[best]]) for name in scores if name != best
+        ]
     return questions
 
 
@@ -186,12 +221,23 @@ def _gflops(shape: BackboneShape, reducer: ReducerConfig | None, budget: int) ->
     return reduced_prefill_flops(shape, reducer, budget, _TEXT_TOKENS) / 1e9
 
 
-def random_point(name: str, seeds: Sequence[Summary], budget: int, reference: Summary, full: int, gflops: float) -> FrontierPoint:
+def random_point(
+    name: str, seeds: Sequence[Summary], budget: int, reference: Summary, full: int, gflops: float
+) -> FrontierPoint:
     """Random sampling as the mean over its seeds, with the interval over samples."""
     points = [frontier_point(name, budget, summary.splits, (reference.splits, full)) for summary in seeds]
     kept = [mean_of(list(retentions(summary.splits, budget, reference.splits, full).values())) for summary in seeds]
     families = {
-        family: mean_of([split.scores[budget].estimate for summary in seeds for split in summary.splits if split.name.rpartition("/")[2] == family]).interval
+        family: (
+            mean_of(
+                [
+                    split.scores[budget].estimate
+                    for summary in seeds
+                    for split in summary.splits
+                    if split.name.rpartition("/")[2] == family
+                ]
+            ).interval
+        )
         for family in points[0].families
     }
     overall = mean_of([summary.mean_score(budget) for summary in seeds]).interval

@@ -1,12 +1,13 @@
 """Training batches through Ray Data: samples are made or read, decoded, tokenised and collated in Ray tasks, beside the training.
 
-Each rank streams its own share of the schedule. `streaming_split` would hand blocks to whichever rank asks first, so that the order
-of samples depended on timing; here rank r's batch of step s is a pure function of (seed, r, s), which is what makes a resumed run equal
-to an undisturbed one bit for bit, and lets it start at any step without reading what came before.
+Each rank streams its own share of the schedule. `streaming_split` would hand blocks to whichever rank asks first, so
+that the order of samples depended on timing; here rank r's batch of step s is a pure function of (seed, r, s), which is
+what makes a resumed run equal to an undisturbed one bit for bit, and lets it start at any step without reading what
+came before.
 
-A rank reads in windows of steps: while one is trained on, the next is made. One dataset over all steps would be simpler, but as soon as
-it is so far ahead that it must wait for its consumer, its executor polls without a pause (Ray 2.60), and in a training process that
-poll takes half of the interpreter.
+A rank reads in windows of steps: while one is trained on, the next is made. One dataset over all steps would be
+simpler, but as soon as it is so far ahead that it must wait for its consumer, its executor polls without a pause (Ray
+2.60), and in a training process that poll takes half of the interpreter.
 """
 
 from collections.abc import Iterator
@@ -56,7 +57,9 @@ def _make(reader: StepReader, steps: range, concurrency: int) -> MaterializedDat
     blocks = -(-len(steps) // _STEPS_PER_TASK)
     rows = ray.data.range(len(steps), override_num_blocks=blocks)
     read = _ReadSteps(reader, steps.start)
-    made: MaterializedDataset[Any] = rows.map_batches(read, batch_size=None, num_cpus=0.5, concurrency=min(concurrency, blocks)).materialize()
+    made: MaterializedDataset[Any] = rows.map_batches(
+        read, batch_size=None, num_cpus=0.5, concurrency=min(concurrency, blocks)
+    ).materialize()
     return made
 
 
@@ -76,7 +79,8 @@ class _ReadSteps:
 
 
 def _object_column(arrays: list[NDArray[Any]]) -> NDArray[Any]:
-    # Steps differ in shape (text length, images), so the column holds arrays as objects and Ray stores them as ragged tensors.
+    # Steps differ in shape (text length, images), so the column holds arrays as objects and Ray stores them as ragged
+    # tensors.
     column = np.empty(len(arrays), dtype=object)
     for index, array in enumerate(arrays):
         column[index] = array

@@ -44,7 +44,9 @@ class StepReader:
     def read(self, step: int) -> Batch:
         """The collated batch of a step."""
         plan = self._schedule.plan(step)
-        return self._collator([self._source.get(plan.group, index) for index in plan.share(self._rank, self._world_size)])
+        return self._collator(
+            [self._source.get(plan.group, index) for index in plan.share(self._rank, self._world_size)]
+        )
 
 
 def in_process_batches(reader: StepReader, first_step: int, num_steps: int) -> Iterator[Batch]:

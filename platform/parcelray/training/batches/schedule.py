@@ -1,8 +1,8 @@
 """Which samples each training step reads: a pure function of seed and step.
 
-A step draws one group of the source, so all its samples have the same number of images and cost the same on every rank. Finite
-groups are read in seeded permutations, one per epoch; endless groups are read in order. Because nothing depends on how far a reader
-has run, a resumed run starts at its step without reading what came before.
+A step draws one group of the source, so all its samples have the same number of images and cost the same on every rank.
+Finite groups are read in seeded permutations, one per epoch; endless groups are read in order. Because nothing depends
+on how far a reader has run, a resumed run starts at its step without reading what came before.
 """
 
 from typing import NamedTuple
@@ -45,7 +45,8 @@ class BatchSchedule:
         too_large = [group for group in self._groups if group.num_images > images_per_step]
         if too_large:
             raise UserError(
-                f"training.images_per_step is {images_per_step} but a sample of {too_large[0].name} has {too_large[0].num_images} images; raise it."
+                f"training.images_per_step is {images_per_step} but a sample of {too_large[0].name} has"
+                f" {too_large[0].num_images} images; raise it."
             )
         weights = np.array([group.weight for group in self._groups])
         rng = np.random.default_rng((seed, 0x5C))

@@ -35,6 +35,6 @@ class DualCrossAttentionConnector(AnchoredQueryConnector):
         for route in self.routing:
             if route.anchor_grid == 0:
                 raise UserError(
-                    f"dual_cross_attention: the interval {route.min_budget} to {route.max_budget} has anchor_grid 0, so its queries have "
-                    "no anchor to attend to. Set anchor_grid to at least 1."
+                    f"dual_cross_attention: the interval {route.min_budget} to {route.max_budget} has anchor_grid 0, so"
+                    " its queries have no anchor to attend to. Set anchor_grid to at least 1."
                 )

@@ -16,6 +16,9 @@ class FixedAnchorsConnector(AnchoredQueryConnector):
         num_anchors = config.anchor_grid**2
         max_budget = config.max_budget if config.max_budget is not None else dims.grid_size**2
         if max_budget < num_anchors:
-            raise UserError(f"fixed_anchors: max_budget {max_budget} is below the {num_anchors} anchors; raise max_budget or use a smaller anchor_grid.")
+            raise UserError(
+                f"fixed_anchors: max_budget {max_budget} is below the {num_anchors} anchors; raise max_budget or use a"
+                " smaller anchor_grid."
+            )
         routing = (RouteConfig(min_budget=num_anchors, max_budget=max_budget, anchor_grid=config.anchor_grid),)
         super().__init__(config, dims, routing=routing, make_conditioner=SelfAttentionConditioner)

@@ -15,8 +15,9 @@ from parcelray.models.connectors.pooling import pool_grid
 class M3SelfAttentionConnector(Connector):
     """The pooled tokens of M3 pass two self-attention blocks, the second with an MLP.
 
-    These have PARCEL's eight projections and its MLP. A learned position for each patch, pooled as the features are, stands
-    where PARCEL has its bank. Parameters at D = 1152, M = 4304, 16 x 16 patches: 20,852,048, 0.34 % above PARCEL's 20,780,624.
+    These have PARCEL's eight projections and its MLP. A learned position for each patch, pooled as the features are,
+    stands where PARCEL has its bank. Parameters at D = 1152, M = 4304, 16 x 16 patches: 20,852,048, 0.34 % above
+    PARCEL's 20,780,624.
     """
 
     name = "m3_self_attention"
@@ -39,7 +40,8 @@ class M3SelfAttentionConnector(Connector):
         self.check_inputs(patch_features_BND, num_visual_tokens)
         side = isqrt(num_visual_tokens)
         pooled_BKD = pool_grid(patch_features_BND, grid_size=self.grid_size, side=side)
-        # The residual stream starts at unit scale, as PARCEL's bank does; else the blocks' weight would depend on the tower's scale.
+        # The residual stream starts at unit scale, as PARCEL's bank does; else the blocks' weight would depend on the
+        # tower's scale.
         stream_BKD = F.layer_norm(pooled_BKD, (self.hidden_size,), eps=self.output_norm.eps)
         stream_BKD = stream_BKD + pool_grid(self.positions.weight[None], grid_size=self.grid_size, side=side)
         tokens_BKD: Tensor = self.output_norm(self.second_block(self.first_block(stream_BKD)))

@@ -9,7 +9,8 @@ from parcelray.models.connectors.query_path import SelfAttentionConditioner
 class MqtSelfAttentionConnector(AnchoredQueryConnector):
     """The first K queries attend to one another, then to the patches; no anchors, so the self-attention sees no image.
 
-    Parameters at D = 1152, M = 4304 and 256 queries: 20,854,352, 0.35 % above PARCEL's 20,780,624 (a bank of 256 instead of 192).
+    Parameters at D = 1152, M = 4304 and 256 queries: 20,854,352, 0.35 % above PARCEL's 20,780,624 (a bank of 256
+    instead of 192).
     """
 
     name = "mqt_self_attention"

@@ -14,11 +14,17 @@ from parcelray.serving.ingress.chat import ChatService
 from parcelray.serving.ingress.clients import ReplicaLost
 
 _FOLDER = Path(__file__).parent
-_FILES = {"/": ("index.html", "text/html"), "/playground/page.css": ("page.css", "text/css"), "/playground/page.js": ("page.js", "text/javascript")}
+_FILES = {
+    "/": ("index.html", "text/html"),
+    "/playground/page.css": ("page.css", "text/css"),
+    "/playground/page.js": ("page.js", "text/javascript"),
+}
 _HEADERS = {
     # Nothing from elsewhere, no framing, no inline script: what a page of a server that takes keys should say.
-    "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data: blob:; "
-    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "content-security-policy": (
+        "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data: blob:; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    ),
     "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",
     "cache-control": "no-cache",
@@ -50,7 +56,10 @@ async def inspect_request(body: bytes, service: ChatService) -> dict[str, Any]:
         asked = InspectRequest.model_validate_json(body)
     except ValidationError as error:
         field = ".".join(map(str, error.errors()[0]["loc"])) or None
-        message = "The body must be {url: data:image/..., visual_tokens: NUMBER}; the number is one of " + f"{', '.join(map(str, service.policy.offered))}."
+        message = (
+            "The body must be {url: data:image/..., visual_tokens: NUMBER}; the number is one of "
+            + f"{', '.join(map(str, service.policy.offered))}."
+        )
         raise ApiError(422, message, code="invalid_request", param=field) from None
     budget = service.policy.decide(asked.visual_tokens)
     route = service.routes.champion
@@ -59,7 +68,9 @@ async def inspect_request(body: bytes, service: ChatService) -> dict[str, Any]:
         try:
             found = await route.client.inspect(image, budget)
         except ReplicaLost:
-            raise ApiError(503, "The replica that had this request is gone; send it again.", code="no_replica") from None
+            raise ApiError(
+                503, "The replica that had this request is gone; send it again.", code="no_replica"
+            ) from None
         except EngineRefusal as refusal:
             raise from_refusal(refusal, 1) from None
     return {
