@@ -75,9 +75,8 @@ def run(job: TrainJob, console: Console) -> None:
         console.print(
             f"{name} is done; nothing to compute. Remove {folder} and {job.storage}/train/quickstart-* to start"
             " anew.\n",
-            highlight=False,
         )
-        console.print(finished.read_text(encoding="utf-8"), markup=False, highlight=False)
+        console.print(finished.read_text(encoding="utf-8"), markup=False)
         return
     with tracked_run(
         uri, job.tracking.experiment, name, params={"methods": ", ".join(jobs), "steps": job.training.steps}
@@ -92,11 +91,10 @@ def run(job: TrainJob, console: Console) -> None:
             uri, runs[winner].model_folder, MODEL_NAME, runs[winner].mlflow_run_id or run_id, pyfunc_file=PYFUNC_FILE
         )
         promote(uri, MODEL_NAME, version)
-        report = Console(record=True, width=console.width, file=console.file)
+        report = Console(record=True, highlight=False, width=console.width, file=console.file)
         report.print(frontier_table(frontier))
         report.print(
             f"Picture: {picture}\nRegistered: models:/{MODEL_NAME}/{version} ({winner}), alias champion",
-            highlight=False,
         )
         _answer(job, uri, report)
     finished.write_text(report.export_text(), encoding="utf-8")
@@ -130,10 +128,9 @@ def _answer(job: TrainJob, uri: str, console: Console) -> None:
     predictor = Predictor(load_vlm(path).eval(), load_processor(path))
     console.print(
         f'\n{pinned} on test sample {sample.id}: "{sample.prompt}" (right: {" or ".join(sample.answers)})',
-        highlight=False,
     )
     for budget, answers in predictor.generate_budgets([sample], job.report.budgets).items():
-        console.print(f"  {budget:>3} visual tokens: {answers[0]}", highlight=False)
+        console.print(f"  {budget:>3} visual tokens: {answers[0]}")
 
 
 def main() -> int:

@@ -7,6 +7,6 @@ _LOG_WIDTH = 160
 
 
 def open_console(*, stderr: bool = False) -> Console:
-    """A console on standard output or standard error."""
-    console = Console(stderr=stderr)
-    return console if console.is_terminal else Console(stderr=stderr, width=_LOG_WIDTH)
+    """Open a console on standard output or standard error that does not colour numbers and paths by itself."""
+    console = Console(stderr=stderr, highlight=False)
+    return console if console.is_terminal else Console(stderr=stderr, highlight=False, width=_LOG_WIDTH)

@@ -45,7 +45,6 @@ def _line_writer(console: Console) -> Callable[[str, int, int], None]:
             speed = rows / max(time.monotonic() - began, 1e-9)
             console.print(
                 f"{name}: {rows} of {total} rows, {speed:.1f} rows/s, about {(total - rows) / speed:.0f} s left",
-                highlight=False,
             )
 
     return write

@@ -52,7 +52,7 @@ def show(summary: Summary, console: Console) -> None:
     for table in evaluation_tables(summary):
         console.print(table)
     for note in notes(summary):
-        console.print(f"Note: {note}.", highlight=False)
+        console.print(f"Note: {note}.")
 
 
 def record_results(uri: str, run_id: str, summary: Summary, files: Sequence[Path]) -> None:

@@ -101,13 +101,13 @@ def run_evaluation(
             )
             computed, present = computed + more, present + there
             base = (base_evaluation, base_evaluation.score())
-        console.print(f"{computed} answers computed, {present} were there. Scoring", highlight=False)
+        console.print(f"{computed} answers computed, {present} were there. Scoring")
         summary = summarize(evaluation, evaluation.score(), job.need_within, base)
         _check_unscored(summary, job.max_unscored)
         files = write_results(summary, folder)
         if tables:
             show(summary, console)
-        console.print(f"Tables, picture and answers: {folder}", highlight=False)
+        console.print(f"Tables, picture and answers: {folder}")
         if run_id is not None and uri is not None:
             record_results(uri, run_id, summary, files)
     run_folder.finish(summary.to_dict())
@@ -130,7 +130,7 @@ def _ask(
     store = job.storage if "://" in job.storage else os.path.abspath(job.storage)
     model = EvaluatedModel(checkpoint.path, checkpoint.pinned, digest, budgets, f"{store}/predictions")
     shown = ", ".join("blind" if budget == BLIND else str(budget) for budget in budgets)
-    console.print(f"Asking {checkpoint.pinned} at {shown} visual tokens an image", highlight=False)
+    console.print(f"Asking {checkpoint.pinned} at {shown} visual tokens an image")
     with progress_bars(console, {each.config.name: len(each.task.rows) for each in benchmarks}) as on_progress:
         passes = _pass(job)(
             [benchmark.task for benchmark in benchmarks], model, settings=_settings(job), on_progress=on_progress

@@ -147,7 +147,6 @@ def run_promotion(job: PromoteJob, console: Console, *, force: bool = False, add
         console.print(
             f"Candidate models:/{job.model}/{version}, champion"
             f" {f'version {champion}' if champion is not None else 'none yet'}",
-            highlight=False,
         )
         checks = tuple(_checks(job, uri, version, champion, console, address, run_id))
         verdict = Verdict(
@@ -159,7 +158,7 @@ def run_promotion(job: PromoteJob, console: Console, *, force: bool = False, add
     console.print(verdict.to_rich())
     if verdict.word == "failed":
         raise GateRefusal(f"models:/{job.model}/{version}", verdict.failed, sound=verdict.sound)
-    console.print(f"models:/{job.model}@{CHAMPION} is version {version}", highlight=False)
+    console.print(f"models:/{job.model}@{CHAMPION} is version {version}")
     return verdict
 
 

@@ -252,23 +252,22 @@ def run_endpoint(pinned: PinnedEndpoint, console: Console, *, address: str | Non
     _warn(pinned, console)
     console.print(
         f"Starting {pinned.champion.pinned} at {', '.join(map(str, sorted(pinned.job.budgets.offered)))} visual tokens",
-        highlight=False,
     )
     with endpoint(pinned, address=address) as url:
         # Only now: Ray puts its own handlers in when it starts.
         for number, event in ((signal.SIGINT, stop), (signal.SIGTERM, stop), (signal.SIGHUP, again)):
             signal.signal(number, lambda *_, event=event: event.set())
-        console.print(f"{pinned.job.name} answers at {url}/v1; Ctrl-C stops it", highlight=False, soft_wrap=True)
+        console.print(f"{pinned.job.name} answers at {url}/v1; Ctrl-C stops it", soft_wrap=True)
         while not stop.wait(_POLL_S):
             if again.is_set():
                 again.clear()
                 pinned = _rolled_over(pinned, console)
-        console.print("Stopping: requests in flight may end", highlight=False)
+        console.print("Stopping: requests in flight may end")
 
 
 def _warn(pinned: PinnedEndpoint, console: Console) -> None:
     for warning in pinned.warnings:
-        console.print(warning, style="yellow", highlight=False, soft_wrap=True)
+        console.print(warning, style="yellow", soft_wrap=True)
 
 
 def _rolled_over(pinned: PinnedEndpoint, console: Console) -> PinnedEndpoint:
@@ -276,10 +275,10 @@ def _rolled_over(pinned: PinnedEndpoint, console: Console) -> PinnedEndpoint:
         new = pin(pinned.job)
         deploy(new)
     except (UserError, SystemFailure) as error:
-        console.print(f"The old version stays: {error}", style="red", highlight=False, soft_wrap=True)
+        console.print(f"The old version stays: {error}", style="red", soft_wrap=True)
         return pinned
     _warn(new, console)
-    console.print(f"Now serving {new.champion.pinned}", highlight=False)
+    console.print(f"Now serving {new.champion.pinned}")
     return new
 
 

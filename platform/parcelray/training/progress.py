@@ -48,7 +48,7 @@ def _line_writer(console: Console, title: str, num_steps: int) -> Callable[[Prog
         part = progress.step * _LINES // num_steps
         if part > shown:
             shown = part
-            console.print(f"{title}: step {progress.step}/{num_steps}, {_describe(progress)}", highlight=False)
+            console.print(f"{title}: step {progress.step}/{num_steps}, {_describe(progress)}")
 
     return write
 

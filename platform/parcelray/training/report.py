@@ -72,7 +72,6 @@ def _consistency(splits: Sequence[SplitScores], console: Console) -> dict[str, f
                 console.print(
                     f"Consistency, {name}: {100 * interval.value:.1f} % [{100 * interval.low:.1f},"
                     f" {100 * interval.high:.1f}] of {interval.n} sentences",
-                    highlight=False,
                 )
     return metrics
 

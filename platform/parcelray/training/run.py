@@ -66,9 +66,7 @@ def run_training(
     folder.claim()
     done = folder.result()
     if done is not None:
-        console.print(
-            f"{folder.identity} is finished; nothing to do. Its model is in {done['model']}.", highlight=False
-        )
+        console.print(f"{folder.identity} is finished; nothing to do. Its model is in {done['model']}.")
         return TrainedRun(folder.identity, Path(done["model"]), done["metrics"], done["mlflow_run_id"], was_done=True)
     uri = ensure_store(job.tracking.uri) if job.tracking.uri is not None else None
     start = resolve_start(job, uri)

@@ -86,7 +86,7 @@ def run_tuning(
             " search another name."
         )
     if retry_failed:
-        console.print(f"{record.forget_failed()} failed trials are run again", highlight=False)
+        console.print(f"{record.forget_failed()} failed trials are run again")
     again = "the same command goes on" if resume else "the same command with --resume goes on"
     with _tracked(job, run_folder, uri, parent_run_id) as run_id, ray_session(address):
         planner = make_planner(job.space, job.algorithm, job.objectives, job.seed, record)
@@ -162,7 +162,7 @@ class _Search:
         found = {}
         for name, reference in self.job.rivals.items():
             if not Path(reference).exists() and "/" in reference and not reference.startswith(("models:/", "hf:")):
-                self.console.print(f"{name}: {reference} is not there, so it is not in the figure", highlight=False)
+                self.console.print(f"{name}: {reference} is not there, so it is not in the figure")
                 continue
             checkpoint = resolve_model(CheckpointModelConfig(reference=reference), self.uri)
             legal = [budget for budget in budgets if budget in connector_of(checkpoint.path).supported_budgets]
@@ -198,7 +198,6 @@ class _Search:
         ):
             self.console.print(
                 "HyperBand compares trainings that wait for each other: those that are left form brackets of their own",
-                highlight=False,
             )
         # A new process for every trial: memory of a GPU that the last one left behind is gone with it (ray#23971).
         self._search(training_trial(train, first), resources, count, scheduler=scheduler)
@@ -228,9 +227,7 @@ class _Search:
                 return
             there = len(self.record.trials)
             known = f", {there} of them finished" if there else ""
-            self.console.print(
-                f"{self.job.name}: {self.planner.num_points} trials{known}, {count} at the same time", highlight=False
-            )
+            self.console.print(f"{self.job.name}: {self.planner.num_points} trials{known}, {count} at the same time")
             try:
                 run_search(
                     trainable,
@@ -248,7 +245,6 @@ class _Search:
                 done = len(self.record.trials)
                 self.console.print(
                     f"Stopped. {done} of {self.planner.num_points} trials are finished and kept; {self.again}.",
-                    highlight=False,
                 )
                 raise
 

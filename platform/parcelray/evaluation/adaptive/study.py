@@ -76,7 +76,7 @@ def study_adaptive(job: EvaluateJob, console: Console, *, folder: Path, address:
     console.print(adaptive_table(study))
     console.print(calibration_table(study))
     _record(job, study, files)
-    console.print(f"Curves, picture and predictors: {folder}", highlight=False)
+    console.print(f"Curves, picture and predictors: {folder}")
     return AdaptiveRun(study, folder)
 
 
