@@ -16,8 +16,7 @@ from parcelray.errors import UserError
 from parcelray.models.backbones.paligemma_processor import ElasticPaliGemmaProcessor
 from parcelray.models.mini import build_processor
 from parcelray.models.mini_llava import build_processor as build_llava_processor
-from parcelray.training.batches.reading import StepReader, in_process_batches
-from parcelray.training.batches.schedule import BatchSchedule
+from parcelray.training.batches.schedule import BatchSchedule, StepReader, in_process_batches
 from parcelray.training.step import TensorBatch, to_tensors, with_placeholders
 
 BUDGET = 16

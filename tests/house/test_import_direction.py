@@ -35,7 +35,6 @@ MAY_IMPORT = {
         "training.trainer",
         "training.ray_worker",
         "training.train_loop",
-        "training.progress_board",
         "training.batches.ray_reading",
         "serving",
         "tuning",

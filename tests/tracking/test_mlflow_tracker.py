@@ -7,8 +7,7 @@ import pytest
 from mlflow import MlflowClient
 
 from parcelray.errors import UserError
-from parcelray.tracking.mlflow_tracker import MlflowRunLogger, end_run, last_logged_step, start_run, tracked_run
-from parcelray.tracking.tracker import NoopTracker, open_tracker
+from parcelray.tracking.mlflow_tracker import MlflowRunLogger, end_run, start_run, tracked_run
 
 from ..stores import new_store
 
@@ -136,8 +135,7 @@ def test_metrics_are_buffered_flushed_and_never_repeated(uri, client):
     tracker.log_metrics({"train/loss": 0.7}, 3)
     tracker.close()
     assert steps(client, run_id) == [0, 1, 2, 3]
-    assert last_logged_step(uri, run_id, "val/nlvr/accuracy@64") == 1
-    assert last_logged_step(uri, run_id, "nothing") is None
+    assert steps(client, run_id, "val/nlvr/accuracy:64") == [1]
 
     resumed = MlflowRunLogger(uri, run_id)
     for step in range(2, 6):
@@ -158,7 +156,7 @@ def test_more_metrics_than_one_batch_are_sent(uri, client):
 
 def test_artifacts_and_figures_are_uploaded_beside_the_database(uri, client, tmp_path):
     run_id = start_run(uri, "files", "train-f", params={})
-    tracker = open_tracker(uri, run_id)
+    tracker = MlflowRunLogger(uri, run_id)
     (tmp_path / "frontier.png").write_bytes(b"png")
     (tmp_path / "report").mkdir()
     (tmp_path / "report" / "index.html").write_text("<p>")
@@ -168,27 +166,6 @@ def test_artifacts_and_figures_are_uploaded_beside_the_database(uri, client, tmp
     assert [item.path for item in client.list_artifacts(run_id, "report")] == ["report/index.html"]
     with pytest.raises(UserError, match="no such file"):
         tracker.log_artifact(tmp_path / "missing")
-
-
-def test_only_rank_0_with_a_run_records(uri, client, tmp_path):
-    run_id = start_run(uri, "ranks", "train-g", params={})
-    before = client.get_run(run_id).data
-    for tracker in (open_tracker(uri, run_id, rank=1), open_tracker(uri, None), open_tracker(None, run_id)):
-        assert isinstance(tracker, NoopTracker)
-        tracker.log_params({"lr": 0.1})
-        tracker.log_metrics({"a": 1.0}, 0)
-        tracker.set_tags({"t": "x"})
-        # Rank 0 would refuse this path.
-        tracker.log_artifact(tmp_path / "missing")
-        tracker.log_figure_file(tmp_path / "missing")
-        tracker.flush()
-        tracker.close()
-    after = client.get_run(run_id).data
-    assert (after.params, after.metrics, after.tags) == (before.params, before.metrics, before.tags)
-    first = open_tracker(uri, run_id, rank=0)
-    first.log_metrics({"a": 1.0}, 0)
-    first.close()
-    assert client.get_run(run_id).data.metrics == {"a": 1.0}
 
 
 def test_names_that_would_break_the_search_are_refused(uri):
@@ -220,7 +197,7 @@ def test_killed_drivers_leave_nothing_running_and_no_metric_twice(uri, client):
 
     with tracked_run(uri, "killed", "killed", params={"lr": 0.1}) as run_id:
         assert statuses(client, "killed") == {"killed": "RUNNING", "trial-0": "KILLED"}
-        tracker = open_tracker(uri, run_id)
+        tracker = MlflowRunLogger(uri, run_id)
         for step in range(3, 8):
             tracker.log_metrics({"train/loss": 0.0}, step)
         tracker.close()

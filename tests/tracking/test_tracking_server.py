@@ -10,13 +10,13 @@ import urllib.request
 
 import pytest
 import torch
+from mlflow import MlflowClient
 from safetensors.torch import save_file
 
 from parcelray.evaluation.predict import PYFUNC_FILE
 from parcelray.models.checkpoint import verify_manifest, write_manifest
-from parcelray.tracking.mlflow_tracker import last_logged_step, tracked_run
+from parcelray.tracking.mlflow_tracker import MlflowRunLogger, tracked_run
 from parcelray.tracking.registry import promote, register_model, resolve_registry
-from parcelray.tracking.tracker import open_tracker
 
 pytestmark = [pytest.mark.serving, pytest.mark.slow]
 
@@ -69,12 +69,13 @@ def test_runs_metrics_and_models_work_through_a_server(server, tmp_path):
     write_manifest(folder, config={}, git_commit=None, data={}, seed=0)
 
     with tracked_run(server, "remote", "train-a-00000000", params={"lr": 0.1}) as run_id:
-        tracker = open_tracker(server, run_id)
+        tracker = MlflowRunLogger(server, run_id)
         tracker.log_metrics({"train/loss": 1.0, "val/mini/accuracy@64": 0.5}, 3)
         tracker.close()
         version = register_model(server, folder, "parcel", run_id, pyfunc_file=PYFUNC_FILE)
         promote(server, "parcel", version)
-    assert last_logged_step(server, run_id, "val/mini/accuracy@64") == 3
+    history = MlflowClient(tracking_uri=server).get_metric_history(run_id, "val/mini/accuracy:64")
+    assert [metric.step for metric in history] == [3]
 
     first, pinned = resolve_registry("models:/parcel@champion", server, tmp_path / "cache")
     assert pinned == "models:/parcel/1"

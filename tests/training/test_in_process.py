@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 from parcelray.config.train import TrainJob
 from parcelray.errors import SystemFailure, UnsupportedBudgetError
 from parcelray.models.vlm import load_vlm
-from parcelray.training.in_process import fit_in_process
-from parcelray.training.metric_logger import NoMetrics
+from parcelray.tracking.metric_logger import NoMetrics
 from parcelray.training.start import build_start
+from parcelray.training.train_loop import fit_in_process
 
 from .conftest import tiny_job
 

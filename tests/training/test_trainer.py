@@ -17,10 +17,10 @@ from safetensors.torch import load_file
 from parcelray.config.train import TrainJob
 from parcelray.errors import UserError
 from parcelray.models.checkpoint import verify_manifest
+from parcelray.tracking.metric_logger import NoMetrics
 from parcelray.tracking.run_folder import RunFolder
-from parcelray.training.in_process import fit_in_process
-from parcelray.training.metric_logger import NoMetrics
 from parcelray.training.run import TrainedRun, run_training
+from parcelray.training.train_loop import fit_in_process
 from parcelray.training.trainer import fit
 
 from ..processes import LIMIT_S, end_session, own_ray, wait_until

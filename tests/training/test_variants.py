@@ -18,7 +18,7 @@ from parcelray.datasets.mini.scenes import SPLITS
 from parcelray.errors import UserError
 from parcelray.models.vlm import load_vlm
 from parcelray.training.batches.ray_reading import ray_batches
-from parcelray.training.batches.reading import in_process_batches
+from parcelray.training.batches.schedule import in_process_batches
 from parcelray.training.run import TrainedRun, run_training
 from parcelray.training.start import build_start, step_reader
 

@@ -14,7 +14,7 @@ from parcelray.config.model import CheckpointModelConfig
 from parcelray.config.train import TrainJob
 from parcelray.models.checkpoint import resolve_checkpoint
 from parcelray.tracking.run_folder import RunFolder
-from parcelray.training.in_process import fit_in_process
+from parcelray.training.train_loop import fit_in_process
 
 GOAL = ">= 0.95"
 _WARMUP_SHARE = 0.25

@@ -15,9 +15,9 @@ from parcelray.config.train import TrainJob
 from parcelray.config.tune import TuneJob
 from parcelray.evaluation.passes.shards import PassSettings
 from parcelray.models.checkpoint import ResolvedCheckpoint, content_digest, resolve_checkpoint, write_manifest
-from parcelray.training.in_process import fit_in_process
-from parcelray.training.metric_logger import NoMetrics
+from parcelray.tracking.metric_logger import NoMetrics
 from parcelray.training.start import build_start
+from parcelray.training.train_loop import fit_in_process
 from parcelray.tuning.evaluate_trial import SearchedModel, WarmEvaluator
 from parcelray.tuning.planner import make_planner
 from parcelray.tuning.training_points import train_point, training_resources, trial_job

@@ -21,7 +21,7 @@ from parcelray.models.backbones.processor_base import ElasticProcessor
 from parcelray.models.checkpoint import ResolvedCheckpoint
 from parcelray.models.processor import load_processor
 from parcelray.models.vlm import load_vlm, use_sdpa_where_exact
-from parcelray.tracking.provenance import resolve_model
+from parcelray.tracking.registry import resolve_model
 
 MINI = "mini"
 """As the source of images: single-image questions of the mini suite's test split."""

@@ -14,7 +14,7 @@ from parcelray.models.vlm import ElasticConfig, config_of
 from parcelray.profiling.backbone_shapes import from_transformers_config
 from parcelray.profiling.flops import cost
 from parcelray.profiling.machine import matmul_flops_per_second
-from parcelray.tracking.provenance import resolve_model
+from parcelray.tracking.registry import resolve_model
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -1,8 +1,8 @@
 """One evaluation job from its file to scores, tables and a record: what `parcelray evaluate`, training reports and pipelines call."""
 
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,7 +12,6 @@ from rich.console import Console
 from parcelray.benchmarks.readers.base import Problem
 from parcelray.cluster.session import ray_session
 from parcelray.config.evaluate import EvaluateJob
-from parcelray.config.loader import config_hash
 from parcelray.errors import UserError
 from parcelray.evaluation.passes.records import check_pin, read_asked
 from parcelray.evaluation.passes.shards import BenchmarkPass, EvaluatedModel, PassSettings
@@ -27,8 +26,8 @@ from parcelray.evaluation.setup import PreparedBenchmark, budgets_for, pinned_jo
 from parcelray.models.checkpoint import ResolvedCheckpoint, content_digest
 from parcelray.models.processor import image_size_of
 from parcelray.models.vlm import connector_of
-from parcelray.tracking.mlflow_tracker import tracked_run
-from parcelray.tracking.provenance import flat_params, git_commit, resolve_model
+from parcelray.tracking.mlflow_tracker import job_run
+from parcelray.tracking.registry import resolve_model
 from parcelray.tracking.run_folder import RunFolder
 from parcelray.tracking.store import ensure_store
 
@@ -81,7 +80,15 @@ def run_evaluation(
         check_pin(benchmark.config.name, benchmark.task.reader.pin(), before.pin if before is not None else None)
     with (
         nullcontext() if job.compute.actors == 0 else ray_session(address),
-        _tracked(job, run_folder, uri, checkpoint, parent_run_id) as run_id,
+        job_run(
+            job,
+            uri,
+            run_folder.identity,
+            params=job.model_dump(mode="json", exclude={"benchmarks"})
+            | {"benchmarks": ", ".join(choice.name for choice in job.benchmarks)},
+            tags={"parcel.model": checkpoint.pinned},
+            parent_run_id=parent_run_id,
+        ) as run_id,
     ):
         evaluation, computed, present = _ask(
             job, job.name, checkpoint, budgets_for(job, checkpoint), benchmarks, folder, console
@@ -189,23 +196,3 @@ def _check_unscored(summary: Summary, largest: float) -> None:
 
 def _first(problems: Sequence[Problem]) -> str:
     return "; ".join(f"{problem.row}: {problem.reason}" for problem in problems[:3])
-
-
-@contextmanager
-def _tracked(
-    job: EvaluateJob, folder: RunFolder, uri: str | None, checkpoint: ResolvedCheckpoint, parent_run_id: str | None
-) -> Iterator[str | None]:
-    if uri is None:
-        yield None
-        return
-    tags = {"parcel.config_hash": config_hash(job), "parcel.model": checkpoint.pinned}
-    commit = git_commit()
-    if commit is not None:
-        tags["mlflow.source.git.commit"] = commit
-    params = flat_params(job.model_dump(mode="json", exclude={"benchmarks"})) | {
-        "benchmarks": ", ".join(choice.name for choice in job.benchmarks)
-    }
-    with tracked_run(
-        uri, job.tracking.experiment, folder.identity, params=params, tags=tags, parent_run_id=parent_run_id
-    ) as run_id:
-        yield run_id

@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from parcelray.config.loader import config_hash, identity
+from parcelray.config.loader import identity
 from parcelray.config.model import CheckpointModelConfig
 from parcelray.config.promote import PromoteJob
 from parcelray.errors import UserError
@@ -22,7 +22,7 @@ from parcelray.evaluation.run import run_evaluation
 from parcelray.models.checkpoint import resolve_checkpoint
 from parcelray.promotion.gates import Check, accepted_budgets, check_golden, check_regression, check_retention
 from parcelray.promotion.latency import check_latency
-from parcelray.tracking.mlflow_tracker import MlflowRunLogger, tracked_run
+from parcelray.tracking.mlflow_tracker import MlflowRunLogger, job_run
 from parcelray.tracking.model_versions import (
     GateRecord,
     card_problems,
@@ -33,8 +33,7 @@ from parcelray.tracking.model_versions import (
     version_of_content,
     versions_of,
 )
-from parcelray.tracking.provenance import flat_params, git_commit, resolve_model
-from parcelray.tracking.registry import CHALLENGER, CHAMPION, promote, register_model
+from parcelray.tracking.registry import CHALLENGER, CHAMPION, promote, register_model, resolve_model
 from parcelray.tracking.store import ensure_store
 
 
@@ -135,13 +134,11 @@ def run_promotion(job: PromoteJob, console: Console, *, force: bool = False, add
     assert job.tracking.uri is not None
     uri = ensure_store(job.tracking.uri)
     user = getpass.getuser()
-    tags = {"parcel.config_hash": config_hash(job), "parcel.gate_user": user, "parcel.gate_force": str(force)}
-    commit = git_commit()
-    if commit is not None:
-        tags["mlflow.source.git.commit"] = commit
-    params = flat_params(job.model_dump(mode="json", exclude={"benchmarks"}))
+    tags = {"parcel.gate_user": user, "parcel.gate_force": str(force)}
+    params = job.model_dump(mode="json", exclude={"benchmarks"})
     name = identity(_pinned(job, uri))
-    with tracked_run(uri, job.tracking.experiment, name, params=params, tags=tags) as run_id:
+    with job_run(job, uri, name, params=params, tags=tags) as run_id:
+        assert run_id is not None
         version = _candidate(job, uri, run_id)
         champion = _champion(uri, job.model)
         console.print(

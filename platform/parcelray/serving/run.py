@@ -33,7 +33,7 @@ from parcelray.serving.accepted_budgets import gate_warnings
 from parcelray.serving.app import PROXY_TIMEOUT_S, replica_settings, serve_config, start_options
 from parcelray.serving.engine.budget_chooser import load_predictor
 from parcelray.serving.http.auth import read_keys
-from parcelray.tracking.provenance import resolve_model
+from parcelray.tracking.registry import resolve_model
 from parcelray.tracking.store import check_tracking_uri, ensure_store
 
 _POLL_S = 0.2

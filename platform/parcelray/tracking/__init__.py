@@ -1,9 +1,8 @@
-"""The record of every run in MLflow: runs and metrics (`tracker`, `mlflow_tracker`) and promoted models (`registry`)."""
+"""MLflow runs and metrics (`mlflow_tracker`), model registry (`registry`), and folders of runs (`run_folder`)."""
 
 import os
 
-# MLflow reads this once, when it is imported, and would report usage to its makers; a platform for closed clusters
-# stays silent.
+# MLflow reads these when it is imported. It would report usage to its vendor; a platform for closed clusters must not.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-# What MLflow tells of itself (tables made, signatures checked) would stand between a run's own lines.
+# MLflow's own messages (tables created, signatures checked) would appear between the lines of a run.
 os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")

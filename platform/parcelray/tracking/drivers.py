@@ -1,4 +1,4 @@
-"""Which process drives a run, and whether it is still alive: what tells an orphan from a run in progress."""
+"""The process that drives an MLflow run, and whether it is still alive: tells an orphaned run from one in progress."""
 
 import os
 import signal
@@ -13,15 +13,15 @@ _SIGTERM_EXIT_CODE = 128 + signal.SIGTERM
 
 
 def driver_tag() -> str:
-    """This process as `host:pid:start time`. The start time keeps a reused pid from passing for a dead driver."""
+    """This process as `host:pid:start time`; the start time distinguishes it from a later process with the same pid."""
     return f"{socket.gethostname()}:{os.getpid()}:{_started(os.getpid())}"
 
 
 def is_other_live_driver(tag: str) -> bool:
-    """Whether a driver tag names another process of this host that still runs.
+    """Whether a driver tag names another process of this host that is still running.
 
-    A driver on another host cannot be seen from here and counts as dead: its job was submitted again, which the
-    idempotent submission id allows only after the first one ended.
+    A driver on another host cannot be checked from here and counts as dead. Its job was submitted again, which the
+    idempotent submission id allows only after the first submission ended.
     """
     host, _, pid_and_start = tag.partition(":")
     pid, _, started = pid_and_start.partition(":")
@@ -31,7 +31,7 @@ def is_other_live_driver(tag: str) -> bool:
 
 
 def _started(pid: int) -> str | None:
-    """Start of a process in clock ticks since boot; None when it is gone (or a zombie), or the system has no /proc."""
+    """Start time of a process in clock ticks since boot; None if it is gone or a zombie, or there is no /proc."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except (FileNotFoundError, ProcessLookupError, PermissionError):
@@ -42,10 +42,10 @@ def _started(pid: int) -> str | None:
 
 @contextmanager
 def sigterm_as_exit() -> Iterator[None]:
-    """Turns SIGTERM into SystemExit(143) while the block runs, so that `finally` and `except` clauses get their turn.
+    """Raise SystemExit(143) on SIGTERM while the block runs, so that `finally` and `except` clauses are executed.
 
-    Only the main thread may set handlers; elsewhere the block just runs. A second SIGTERM is ignored while the first
-    unwinds.
+    Only the main thread may set signal handlers; in other threads the block runs unchanged. A second SIGTERM is ignored
+    while the first one unwinds the stack.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -63,8 +63,8 @@ def sigterm_as_exit() -> Iterator[None]:
 
 
 def is_kill(error: BaseException) -> bool:
-    """Whether an exception means that someone stopped the run, not that it failed."""
-    # Ray's own SIGTERM handler, where it replaced ours, exits with the bare signal number.
+    """Whether an exception means that the run was stopped from outside, not that it failed."""
+    # Ray's own SIGTERM handler, where it replaced ours, exits with the signal number alone.
     return isinstance(error, KeyboardInterrupt) or (
         isinstance(error, SystemExit) and error.code in (_SIGTERM_EXIT_CODE, int(signal.SIGTERM))
     )

@@ -1,33 +1,38 @@
-"""MLflow runs: the driver starts, resumes and ends them (`tracked_run`); workers only write to one by its id (`MlflowRunLogger`).
+"""MLflow runs: the driver starts, resumes and ends them; workers only write to a run by its id (`MlflowRunLogger`).
 
-Why not Ray's or MLflow's own callbacks: after a worker retry they open a second run and leave both RUNNING, they log
-metrics twice after recovery, and they fail when a resumed run repeats a parameter with another value.
+Ray's and MLflow's own callbacks are not used. After a worker retry they open a second run and leave both RUNNING, they
+log metrics twice after recovery, and they fail when a resumed run repeats a parameter with another value.
 """
 
 import logging
 import os
+import subprocess
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
 
+from parcelray.config.loader import StoredJob, config_hash
 from parcelray.errors import SystemFailure, UserError
 from parcelray.tracking.drivers import driver_tag, is_kill, is_other_live_driver, sigterm_as_exit
-from parcelray.tracking.entries import (
+from parcelray.tracking.store import (
     METRICS_PER_BATCH,
     PARAMS_PER_BATCH,
     ParamValue,
     RunStatus,
+    artifact_location,
     batches,
     clean_key,
     clean_params,
     clean_tags,
+    ensure_store,
+    store_lock,
 )
-from parcelray.tracking.store import artifact_location, ensure_store, store_lock
 
 IDENTITY_TAG = "parcel.identity"
 ATTEMPT_TAG = "parcel.attempt"
@@ -48,15 +53,15 @@ def start_run(
     tags: Mapping[str, str] | None = None,
     parent_run_id: str | None = None,
 ) -> str:
-    """Starts the run of an identity, or resumes it: one identity (under one parent) is one MLflow run for ever.
+    """Start the run of an identity, or resume it: one identity under one parent is always the same MLflow run.
 
-    Params are written when the run is created; a resume that brings another value keeps the first one and records the
-    new one in the tag `resume.N.KEY`. Runs of the identity, and children of the run, that a dead driver left RUNNING
+    Params are written when the run is created. A resume with another value keeps the first value and records the new
+    one in the tag `resume.N.KEY`. Other runs of the identity, and children of the run, that a dead driver left RUNNING
     are set to KILLED.
 
     Args:
         tracking_uri: as `store.ensure_store` takes or returns it.
-        experiment: name of the MLflow experiment; created when missing.
+        experiment: name of the MLflow experiment; created if missing.
         run_name: the job's identity, `<kind>-<name>-<hash8>`; also the run's name.
         params: flat parameters; secrets are masked.
         tags: further tags, such as `parcel.config_hash` and `mlflow.source.git.commit`.
@@ -66,10 +71,10 @@ def start_run(
         The run id to hand to workers.
 
     Raises:
-        UserError: if another live process of this host drives the run, or the experiment was deleted.
+        UserError: another live process of this host drives the run, or the experiment was deleted.
     """
     if any(quote in run_name for quote in "'\"`\\"):
-        raise UserError(f"run name {run_name!r} has quotes or backslashes; use letters, digits, '-', '_' and '.'.")
+        raise UserError(f"Run name {run_name!r} has quotes or backslashes; use letters, digits, '-', '_' and '.'.")
     uri = ensure_store(tracking_uri)
     client = MlflowClient(tracking_uri=uri)
     with store_lock(uri):
@@ -84,13 +89,13 @@ def start_run(
 
 
 def end_run(tracking_uri: str, run_id: str, status: RunStatus) -> None:
-    """Ends a run; children that are still RUNNING (stopped by a scheduler, lost with their node) become KILLED."""
+    """End a run; children that are still RUNNING (stopped by a scheduler, lost with their node) become KILLED."""
     client = MlflowClient(tracking_uri=tracking_uri)
     _end(client, client.get_run(run_id), status)
 
 
 def ended_children(tracking_uri: str, run_id: str) -> frozenset[str]:
-    """Names of the runs below a run that ended by themselves, well or not."""
+    """Names of the child runs of a run that ended by themselves, with status FINISHED or FAILED."""
     client = MlflowClient(tracking_uri=tracking_uri)
     experiment = client.get_run(run_id).info.experiment_id
     names: set[str] = set()
@@ -113,10 +118,10 @@ def tracked_run(
     tags: Mapping[str, str] | None = None,
     parent_run_id: str | None = None,
 ) -> Iterator[str]:
-    """Holds a run for a `with` block, see `start_run`, and ends it whatever happens.
+    """Start or resume a run (see `start_run`) for a `with` block and end it in every case.
 
-    FINISHED after the block, KILLED on Ctrl-C and SIGTERM, FAILED on any other exception. Only SIGKILL and power loss
-    leave the run RUNNING; the next start of the identity takes it up again.
+    The status is FINISHED after the block, KILLED on Ctrl-C and SIGTERM, and FAILED on any other exception. Only
+    SIGKILL and power loss leave the run RUNNING; the next start of the same identity resumes it.
     """
     with sigterm_as_exit():
         run_id = start_run(tracking_uri, experiment, run_name, params=params, tags=tags, parent_run_id=parent_run_id)
@@ -130,19 +135,75 @@ def tracked_run(
         end_run(uri, run_id, "FINISHED")
 
 
-def last_logged_step(tracking_uri: str, run_id: str, key: str) -> int | None:
-    """The highest step recorded for a metric of a run; None if there is none."""
-    return _last_steps(MlflowClient(tracking_uri=tracking_uri), run_id).get(clean_key(key))
+@contextmanager
+def job_run(
+    job: StoredJob,
+    tracking_uri: str | None,
+    run_name: str,
+    *,
+    params: Mapping[str, Any],
+    tags: Mapping[str, str] | None = None,
+    parent_run_id: str | None = None,
+) -> Iterator[str | None]:
+    """Start or resume the run of a job for a `with` block, and tag it with the configuration hash and the git commit.
+
+    Args:
+        job: the job; its `tracking.experiment` names the experiment.
+        tracking_uri: as returned by `store.ensure_store`; None: nothing is recorded and the run id is None.
+        run_name: the job's identity, `<kind>-<name>-<hash8>`.
+        params: parameters, possibly nested; see `flat_params`.
+        tags: further tags.
+        parent_run_id: the run to nest under.
+    """
+    if tracking_uri is None:
+        yield None
+        return
+    commit = git_commit()
+    common = {"parcel.config_hash": config_hash(job)} | ({"mlflow.source.git.commit": commit} if commit else {})
+    with tracked_run(
+        tracking_uri,
+        job.tracking.experiment,
+        run_name,
+        params=flat_params(params),
+        tags=common | dict(tags or {}),
+        parent_run_id=parent_run_id,
+    ) as run_id:
+        yield run_id
+
+
+def git_commit() -> str | None:
+    """The commit of the running code, with the suffix `-dirty` if files differ from it; None outside a git checkout."""
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
+
+
+def flat_params(values: Mapping[str, Any], prefix: str = "") -> dict[str, ParamValue]:
+    """Flatten nested mappings to keys such as `a.b`; lists become text."""
+    flat: dict[str, ParamValue] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= flat_params(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value if isinstance(value, str | int | float | bool | None) else str(value)
+    return flat
 
 
 class MlflowRunLogger:
-    """A `Tracker` that writes to a run which the driver owns. Metrics are buffered and sent in batches.
+    """Writes metrics, tags and files to a run that the driver owns. Metrics are buffered and sent in batches.
 
     Args:
         tracking_uri: as returned by `store.ensure_store`.
-        run_id: the run.
-        flush_every: calls of `log_metrics` between two batches.
-        flush_seconds: longest time that a metric waits, checked whenever metrics are logged.
+        run_id: id of the run.
+        flush_every: number of `log_metrics` calls between two batches.
+        flush_seconds: longest time that a metric stays in the buffer, in seconds; checked whenever metrics are logged.
     """
 
     def __init__(self, tracking_uri: str, run_id: str, *, flush_every: int = 50, flush_seconds: float = 10.0) -> None:
@@ -155,15 +216,13 @@ class MlflowRunLogger:
         self._calls = 0
         self._flushed_at = time.monotonic()
 
-    def log_params(self, params: Mapping[str, ParamValue]) -> None:
-        """See `Tracker`; other values of known parameters go to `resume.N.KEY` tags."""
-        _record_params(self._client, self._client.get_run(self._run_id), params)
-
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
-        """See `Tracker`. A store that does not answer here is retried later; only `flush` insists.
+        """Record metrics at a step (see `MetricLogger`).
+
+        If the store does not answer, the metrics stay in the buffer until the next call; only `flush` fails at once.
 
         Raises:
-            SystemFailure: if the store has not answered for so long that the buffer is full.
+            SystemFailure: the store has not answered for so long that the buffer is full.
         """
         timestamp = int(time.time() * 1000)
         for name, value in metrics.items():
@@ -178,60 +237,63 @@ class MlflowRunLogger:
             except MlflowException as error:
                 if len(self._pending) > MAX_PENDING:
                     raise SystemFailure(
-                        f"The tracking store has not taken {len(self._pending)} metrics of run {self._run_id}: {error}"
+                        f"The tracking store has not accepted {len(self._pending)} metrics of run {self._run_id}:"
+                        f" {error}. Check that the store is reachable, then run the same command again to resume."
                     ) from error
                 logger.warning(
-                    "tracking store does not answer; %d metrics wait for the next flush: %s", len(self._pending), error
+                    "The tracking store does not answer; %d metrics stay buffered until the next flush: %s",
+                    len(self._pending),
+                    error,
                 )
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
-        """See `Tracker`."""
+        """Set tags of the run; the last value wins."""
         _set_tags(self._client, self._run_id, tags)
 
     def log_artifact(self, path: Path) -> None:
-        """See `Tracker`."""
+        """Upload a small file or folder (reports, configs); checkpoints are not uploaded but named by a tag."""
         self._upload(path, None)
 
     def log_figure_file(self, path: Path) -> None:
-        """See `Tracker`."""
+        """Upload an image file to the run's folder `figures`."""
         self._upload(path, "figures")
 
     def flush(self) -> None:
-        """See `Tracker`.
+        """Send all buffered metrics to the store.
 
         Raises:
-            SystemFailure: if the store does not take the metrics; they stay in the buffer.
+            SystemFailure: the store does not accept the metrics; they stay in the buffer.
         """
         try:
             self._send()
         except MlflowException as error:
             raise SystemFailure(
-                f"The tracking store did not take {len(self._pending)} metrics of run {self._run_id}: {error}"
+                f"The tracking store did not accept {len(self._pending)} metrics of run {self._run_id}: {error}. Check"
+                " that the store is reachable, then run the same command again to resume."
             ) from error
 
-    def close(self, status: RunStatus = "FINISHED") -> None:
-        """See `Tracker`."""
+    def close(self) -> None:
+        """Flush, and record in a tag that this writer is done. The run itself is ended by the driver."""
         self.flush()
-        self._client.set_tag(self._run_id, WORKER_STATUS_TAG, status)
+        self._client.set_tag(self._run_id, WORKER_STATUS_TAG, "FINISHED")
 
     def _send(self) -> None:
         self._calls = 0
         self._flushed_at = time.monotonic()
         while self._pending:
-            # A batch leaves the buffer only once it is in the store; sent twice, it has the same timestamps and counts
-            # once.
+            # A batch leaves the buffer only when the store has it. If it is sent twice, its timestamps are the same and
+            # the store keeps one copy.
             self._client.log_batch(self._run_id, metrics=self._pending[:METRICS_PER_BATCH], synchronous=True)
             del self._pending[:METRICS_PER_BATCH]
 
     def _upload(self, path: Path, folder: str | None) -> None:
         if not path.exists():
-            raise UserError(f"cannot log {path}: there is no such file or folder.")
+            raise UserError(f"Cannot log {path}: there is no such file or folder.")
         self._client.log_artifact(self._run_id, str(path), artifact_path=folder)
 
 
 def _last_steps(client: MlflowClient, run_id: str) -> dict[str, int]:
-    # The store keeps each metric's row of the highest step beside the run, so this is one query however long the
-    # history.
+    # The store keeps each metric's highest step with the run, so this is one query, however long the history is.
     return {str(metric.key): int(metric.step) for metric in client.get_run(run_id).data.to_proto().metrics}
 
 
@@ -247,7 +309,7 @@ def _experiment_id(client: MlflowClient, uri: str, name: str) -> str:
     if experiment.lifecycle_stage != "active":
         raise UserError(
             f"MLflow experiment {name!r} was deleted; restore it (`mlflow experiments restore -x"
-            f" {experiment.experiment_id}`) or name another."
+            f" {experiment.experiment_id}`) or choose another name (tracking.experiment)."
         )
     return str(experiment.experiment_id)
 
@@ -265,16 +327,16 @@ def _create(client: MlflowClient, experiment_id: str, identity: str, parent_run_
 
 
 def _adopt(client: MlflowClient, experiment_id: str, identity: str, parent_run_id: str | None) -> Run | None:
-    """Takes up the newest run of an identity, and closes what dead drivers left open."""
-    found = client.search_runs(
+    """Resume the newest run of an identity, and end other runs that dead drivers left open; None if there is none."""
+    candidates = client.search_runs(
         [experiment_id], f"tags.`{IDENTITY_TAG}` = '{identity}'", order_by=["attributes.start_time DESC"]
     )
-    runs = [run for run in found if run.data.tags.get(PARENT_TAG) == parent_run_id]
+    runs = [run for run in candidates if run.data.tags.get(PARENT_TAG) == parent_run_id]
     for run in runs:
         if run.info.status == "RUNNING" and is_other_live_driver(run.data.tags.get(DRIVER_TAG, "")):
             host_pid = run.data.tags[DRIVER_TAG].rpartition(":")[0]
             raise UserError(
-                f"run {identity!r} is in progress, driven by the process {host_pid}; wait for it, stop it, or change"
+                f"Run {identity!r} is in progress, driven by the process {host_pid}; wait for it, stop it, or change"
                 " the job."
             )
     if not runs:

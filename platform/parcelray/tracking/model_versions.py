@@ -13,9 +13,9 @@ from mlflow.models import Model
 
 from parcelray.errors import UserError
 from parcelray.models.checkpoint import content_digest, read_manifest, verify_manifest
-from parcelray.tracking.entries import MAX_TAG, clean_tags
 from parcelray.tracking.mlflow_tracker import IDENTITY_TAG
 from parcelray.tracking.registry import CONTENT_TAG, SIGNATURE, aliases_of, check_version, resolve_registry
+from parcelray.tracking.store import MAX_TAG, clean_tags
 
 VERDICT_TAG = "parcel.gate"
 """`passed`, `failed`, or `forced`: made champion although a gate failed."""

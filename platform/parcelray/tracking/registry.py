@@ -6,6 +6,7 @@ run.
 """
 
 import base64
+import functools
 import hashlib
 import importlib.metadata
 import io
@@ -28,10 +29,10 @@ from mlflow.types import ColSpec, Schema
 from PIL import Image
 
 import parcelray
+from parcelray.config.model import CheckpointModelConfig
 from parcelray.errors import UserError
-from parcelray.models.checkpoint import read_manifest, resolve_checkpoint
-from parcelray.tracking.entries import clean_tags
-from parcelray.tracking.store import store_lock
+from parcelray.models.checkpoint import RegistryResolver, ResolvedCheckpoint, read_manifest, resolve_checkpoint
+from parcelray.tracking.store import clean_tags, store_lock
 
 CHAMPION = "champion"
 CHALLENGER = "challenger"
@@ -203,6 +204,19 @@ def resolve_registry(reference: str, tracking_uri: str, cache_dir: Path | None =
             uri, tracking_uri, _cache_root(cache_dir) / _store_name(tracking_uri) / name / str(version)
         )
     return folder, f"models:/{name}/{version}"
+
+
+def resolve_model(model: CheckpointModelConfig, tracking_uri: str | None) -> ResolvedCheckpoint:
+    """Resolve a job's model reference to a checkpoint folder and a pinned version.
+
+    Args:
+        model: the reference.
+        tracking_uri: store whose registry `models:/...` is looked up in; None: such references are refused.
+    """
+    resolver: RegistryResolver | None = (
+        functools.partial(resolve_registry, tracking_uri=tracking_uri) if tracking_uri is not None else None
+    )
+    return resolve_checkpoint(model.reference, registry_resolver=resolver)
 
 
 def input_example(num_visual_tokens: int) -> pd.DataFrame:

@@ -1,4 +1,7 @@
-"""Which visual-token budgets a training step uses: a pure function of seed and step, so every rank and every resume agrees."""
+"""The visual-token budgets of a training step, a pure function of seed and step.
+
+So all ranks draw the same budgets, and a resumed run draws the same as an uninterrupted one.
+"""
 
 import numpy as np
 
@@ -7,11 +10,11 @@ from parcelray.models.connectors import Connector
 
 
 class BudgetSampler:
-    """Draws the budgets of a step (random budget per step: arXiv 2605.30126, Appendix E).
+    """Draws the budgets of each step (random budget per step: arXiv 2605.30126, Appendix E).
 
     Args:
-        config: what to draw from, and how.
-        seed: of the draws.
+        config: the legal budgets and the distribution.
+        seed: seed of the draws.
     """
 
     def __init__(self, config: BudgetConfig, seed: int) -> None:
@@ -22,7 +25,12 @@ class BudgetSampler:
         self._probabilities = weights / weights.sum()
 
     def check(self, connector: Connector) -> None:
-        """Refuses budgets, or splits of them, that the connector cannot give, before any step runs."""
+        """Refuse budgets, or anchor grids for them, that the connector does not support.
+
+        Raises:
+            UnsupportedBudgetError: the connector does not support a budget.
+            UserError: the connector does not support an anchor grid.
+        """
         for budget in self._budgets:
             if self.config.anchor_grids is None:
                 connector.check_budget(budget)
@@ -30,30 +38,30 @@ class BudgetSampler:
                 connector.check_split(budget, side)
 
     def budgets(self, step: int) -> tuple[int, ...]:
-        """Budgets of a step: one, or for the sandwich rule the smallest, a random one and the largest.
+        """The budgets of a step: one, or with the sandwich rule the smallest, a random one and the largest.
 
-        The largest comes last because it uses every parameter: distributed data parallel exchanges gradients in the
-        step's last backward pass, and passes over the gradients of parameters that this pass did not use.
+        The largest comes last because it uses every parameter. Distributed data parallel exchanges gradients in the
+        step's last backward pass, and skips the gradients of parameters that this pass did not use.
         """
         draw = int(np.random.default_rng((self.seed, step)).choice(self._budgets, p=self._probabilities))
         if isinstance(self.config, SandwichBudgets):
             return (self._budgets[0], draw, self._budgets[-1])
         return (draw,)
 
-    def anchor_grid(self, step: int, place: int, num_visual_tokens: int) -> int | None:
-        """Side of the anchor grid of a step's pass; None: as the connector's routing says.
+    def anchor_grid(self, step: int, index: int, num_visual_tokens: int) -> int | None:
+        """Side of the anchor grid of one forward pass of a step; None if the connector's routing decides.
 
         Args:
             step: the step.
-            place: of the pass among the step's budgets.
-            num_visual_tokens: its budget.
+            index: index of the pass among the step's budgets.
+            num_visual_tokens: budget of the pass.
         """
         fitting = self._fitting(num_visual_tokens)
-        return int(np.random.default_rng((self.seed, step, 1 + place)).choice(fitting)) if fitting else None
+        return int(np.random.default_rng((self.seed, step, 1 + index)).choice(fitting)) if fitting else None
 
     def _fitting(self, num_visual_tokens: int) -> list[int]:
         return [side for side in self.config.anchor_grids or () if side * side <= num_visual_tokens]
 
     def state(self) -> dict[str, object]:
-        """For the checkpoint: what the draws depend on besides the step."""
+        """The values that the draws depend on besides the step; stored in the checkpoint."""
         return {"seed": self.seed, "config": self.config.model_dump(mode="json")}

@@ -1,9 +1,13 @@
-"""The state of a training run on disk: everything that the rest of the run depends on.
+"""Saves and restores the state of a training run: everything that the remaining steps depend on.
 
-A checkpoint folder holds `model/` (Hugging Face layout, loadable as it is), `optimizer.pt` (states of optimiser, fp16
-loss scaler and RNG, loaded with `weights_only=True` and only from a run's own folder) and `state.json` (step, budget
-sampler, configuration hash, newest metrics). The data position is the step: `data.schedule` derives the samples of
-every step from it.
+A checkpoint folder has three parts:
+
+- `model/`: the model in Hugging Face layout, loadable by itself;
+- `optimizer.pt`: states of optimiser, fp16 loss scaler and random number generators (RNG). It is loaded with
+  `weights_only=True`, and only from the run's own folder;
+- `state.json`: step, budget sampler, configuration hash, newest metrics.
+
+The data position is the step: `batches.schedule` derives the samples of every step from it.
 """
 
 import json
@@ -33,15 +37,15 @@ _FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 @dataclass(frozen=True, slots=True)
 class TrainState:
-    """What `state.json` holds."""
+    """The content of `state.json`."""
 
     step: int
-    """Optimiser steps done."""
+    """Number of finished optimiser steps."""
     config_hash: str
     budget_sampler: dict[str, Any]
     world_size: int
     metrics: dict[str, float]
-    """The newest value of each metric, which a run that has only this checkpoint left reports as its result."""
+    """The newest value of each metric; the result of a run that is resumed after its last step."""
 
 
 def save(
@@ -53,7 +57,7 @@ def save(
     processor: ElasticProcessor,
     state: TrainState,
 ) -> None:
-    """Writes a checkpoint. Every rank calls it (sharded states are gathered); rank 0 writes."""
+    """Write a checkpoint folder. Every rank must call it, because sharded states are gathered; rank 0 writes."""
     weights = get_model_state_dict(model, options=_FULL)
     moments = (
         get_optimizer_state_dict(model, _inner(optimizer), options=_FULL)
@@ -73,15 +77,15 @@ def save(
 
 
 def read_state(folder: Path) -> TrainState:
-    """Reads `state.json`.
+    """Read `state.json` of a checkpoint folder.
 
     Raises:
-        UserError: the folder is no checkpoint of a training run.
+        UserError: the folder is not a training checkpoint.
     """
     path = folder / "state.json"
     if not path.is_file():
         raise UserError(
-            f"{folder} is not a training checkpoint (it has no state.json); give a checkpoint folder of a run."
+            f"{folder} is not a training checkpoint (it has no state.json); use a folder checkpoint_* of a run."
         )
     return TrainState(**json.loads(path.read_text(encoding="utf-8")))
 
@@ -89,10 +93,11 @@ def read_state(folder: Path) -> TrainState:
 def restore_optimizer(
     folder: Path, *, accelerator: Accelerator, model: torch.nn.Module, optimizer: torch.optim.Optimizer
 ) -> None:
-    """Puts optimiser moments, fp16 loss scale and this rank's RNG back; the model's weights are loaded with the model."""
+    """Restore optimiser moments, fp16 loss scale and this rank's RNG; weights are restored when the model is loaded."""
     stored = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
     if is_sharded(accelerator):
-        # Not strict: a parameter that no step has used yet (a query path, at budgets without queries) has no moments.
+        # Not strict, because a parameter that no step has used yet (the query path, if all budgets had no queries) has
+        # no moments.
         options = StateDictOptions(full_state_dict=True, cpu_offload=True, strict=False)
         set_optimizer_state_dict(model, _inner(optimizer), optim_state_dict=stored["optimizer"], options=options)
     else:
@@ -105,7 +110,7 @@ def restore_optimizer(
 
 
 def is_sharded(accelerator: Accelerator) -> bool:
-    """Whether weights and moments are spread over the ranks."""
+    """Whether weights and moments are sharded over the ranks (FSDP)."""
     return bool(accelerator.distributed_type == DistributedType.FSDP)
 
 

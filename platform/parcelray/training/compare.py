@@ -1,4 +1,4 @@
-"""Several trainings from one start, against a reference trained as long, scored on the same samples: a frontier over budgets."""
+"""Compares several trainings with a reference that is trained for as many steps: scores over visual-token budgets."""
 
 from collections.abc import Mapping, Sequence
 
@@ -12,17 +12,17 @@ from parcelray.evaluation.scoring.aggregate import Frontier, frontier_point
 from parcelray.evaluation.scoring.majority import majority_scores
 from parcelray.evaluation.scoring.split_scores import SplitScores
 from parcelray.models.processor import image_size_of
-from parcelray.training.held_out import held_out_evaluation
+from parcelray.training.report import held_out_evaluation
 from parcelray.training.run import TrainedRun, run_training
 
 REFERENCE = "vanilla"
-"""The job without compression that retention is measured against."""
+"""Name of the training without compression, against which retention is measured."""
 
 
 def train_all(
     jobs: Mapping[str, TrainJob], console: Console, *, address: str | None, parent_run_id: str | None
 ) -> dict[str, TrainedRun]:
-    """Trains each job that is not done yet, one after the other."""
+    """Train each job that is not finished yet, one after the other; returns the runs by method."""
     return {
         method: run_training(job, console, address=address, parent_run_id=parent_run_id, report=False)
         for method, job in jobs.items()
@@ -32,12 +32,14 @@ def train_all(
 def build_frontier(
     jobs: Mapping[str, TrainJob], runs: Mapping[str, TrainedRun], report: ReportConfig, console: Console
 ) -> Frontier:
-    """Scores every run at every budget, with retention against the reference at full tokens, beside the blind model and the majority class.
+    """Score every run at every budget, with retention against the reference at all visual tokens.
+
+    The frontier also has two baselines: the majority class, and the reference without an image.
 
     Args:
-        jobs: by method; one of them is `REFERENCE`.
-        runs: their trainings.
-        report: budgets and sample count.
+        jobs: jobs by method; one of the methods is `REFERENCE`.
+        runs: finished trainings by method.
+        report: budgets and number of samples.
         console: for progress messages.
     """
 
@@ -62,7 +64,7 @@ def build_frontier(
 
 
 def best_method(frontier: Frontier) -> str:
-    """The elastic method with the highest mean score over its budgets."""
+    """The method with the highest mean score over its budgets, without reference and baselines."""
     scores: dict[str, list[float]] = {}
     for point in frontier.points:
         if point.method not in (REFERENCE, "blind", "majority"):

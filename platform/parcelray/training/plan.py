@@ -1,12 +1,15 @@
-"""What a training job would do, before it does it: the resolved configuration and estimates of time, memory and GPU hours."""
+"""The plan of a training job for --dry-run: resolved configuration, and estimates of time, memory and GPU hours."""
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich.table import Table
 
 from parcelray.config.loader import identity
 from parcelray.config.optimizer import AdamWConfig
 from parcelray.config.train import TrainJob
-from parcelray.errors import UserError
+from parcelray.console import key_value_table
+from parcelray.errors import UserError, describe_values
 from parcelray.profiling.backbone_shapes import from_transformers_config
 from parcelray.profiling.flops import cost
 from parcelray.profiling.machine import matmul_flops_per_second
@@ -14,18 +17,15 @@ from parcelray.training.budget_sampling import BudgetSampler
 from parcelray.training.run import resolve_start
 from parcelray.training.start import build_start, step_reader
 
-if TYPE_CHECKING:
-    from rich.table import Table
-
 _BACKWARD = 2
-"""A backward pass costs about twice the forward's FLOPs: one product for the inputs' gradients, one for the weights'."""
+"""FLOPs of a backward pass per FLOP of the forward pass: one product for input gradients, one for weight gradients."""
 _BYTES = 4
-"""Weights, gradients and moments are kept in fp32."""
+"""Bytes of one weight, gradient or optimiser moment (fp32)."""
 
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """The resolved job with its estimates."""
+    """The resolved job and its estimated cost."""
 
     identity: str
     start: str
@@ -34,23 +34,20 @@ class TrainingPlan:
     budgets: tuple[int, ...]
     workers: tuple[int, int]
     state_bytes: int
-    """Weights, gradients and optimiser moments on each worker (ddp), without activations."""
+    """Bytes of weights, gradients and optimiser moments on each worker, without activations."""
     flops: int
-    """Forward and backward of all steps, by the cost model at the mean budget, without text."""
+    """FLOPs of forward and backward passes of all steps, by the cost model at the mean budget, without text tokens."""
     seconds: float
-    """At the matrix-product speed measured on this machine now; a lower bound, since training never reaches it."""
+    """Time at the matrix-product speed measured on this machine; a lower bound, since training does not reach it."""
     gpu_hours: float
     config: dict[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-serialisable."""
-        return {key: getattr(self, key) for key in self.__dataclass_fields__}
+        """The plan as JSON-serialisable values."""
+        return asdict(self)
 
-    def to_rich(self) -> "Table":
-        """For the console."""
-        from rich.table import Table
-
-        table = Table("plan", self.identity, show_lines=False)
+    def to_rich(self) -> Table:
+        """The plan as a table for the console."""
         budgets = (
             f"{self.budgets[0]} to {self.budgets[-1]} ({len(self.budgets)} budgets)"
             if len(self.budgets) > 3
@@ -68,17 +65,15 @@ class TrainingPlan:
             "time": f"at least {self.seconds / 60:,.1f} min at this machine's matrix-product speed",
             "GPU hours": f"at least {self.gpu_hours:,.2f}" if self.gpu_hours else "none",
         }
-        for key, value in rows.items():
-            table.add_row(key, value)
-        return table
+        return key_value_table(rows, header=("plan", self.identity))
 
 
 def training_plan(job: TrainJob) -> TrainingPlan:
-    """Resolves a job, checks that its parts fit together, and estimates its cost.
+    """Resolve a job, check that its parts fit together, and estimate its cost.
 
     Raises:
-        UserError: the parts do not fit: budgets that the connector cannot give, data that are not there, too few
-            samples a step.
+        UserError: the parts do not fit together: the connector does not support a budget, the data do not exist, or a
+            step has too few samples.
     """
     start = resolve_start(job, job.tracking.uri)
     model, processor = build_start(job, start.path if start is not None else None)
@@ -86,8 +81,8 @@ def training_plan(job: TrainJob) -> TrainingPlan:
     sampler.check(model.connector)
     if not set(job.validation.budgets) & set(model.supported_budgets):
         raise UserError(
-            f"validation.budgets {job.validation.budgets} holds no budget that {model.connector.name} can give; legal:"
-            f" {model.supported_budgets}."
+            f"validation.budgets {job.validation.budgets} has no budget that {model.connector.name} supports; use some"
+            f" of {describe_values(model.supported_budgets)}."
         )
     step_reader(job, processor, 0, max(1, job.scaling.bounds[0]))
     budgets = job.budget.values()

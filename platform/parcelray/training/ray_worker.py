@@ -1,89 +1,72 @@
-"""What runs on each worker of Ray Train, and what its controller calls.
+"""What Ray's processes of a training load: the workers, the controller's callback, and the progress actor.
 
-The controller loads this module, too, before it starts the workers; it needs neither the model nor its libraries, so
-they are imported where the training begins.
+The controller and the actor need neither the model nor its libraries, which take seconds to import. So this module
+imports those only inside the functions that run on a worker or in a validation task.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import functools
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import ray
 import ray.train
 from ray.train import Checkpoint, UserCallback
 
 from parcelray.config.train import TrainJob
-from parcelray.training.metric_logger import MetricLogger
+from parcelray.tracking.metric_logger import MetricLogger, NoMetrics
 
-if TYPE_CHECKING:
-    from parcelray.datasets.collator import Batch
+_POLL_S = 0.5
+"""Interval in which the driver asks for the progress, in seconds."""
 
 
 @dataclass(frozen=True)
 class WorkerInputs:
-    """What travels to the workers."""
+    """The inputs that are sent to every worker."""
 
     job: TrainJob
     checkpoint: Path | None
+    """Folder that `job.model` was resolved to; None for a model from scratch."""
     logger: Callable[[], MetricLogger]
-    board: Any
+    """Creates the metric logger; called on rank 0 only."""
+    progress: Any
+    """Handle of the `ProgressActor`."""
 
 
 def train_worker(config: dict[str, Any]) -> None:
-    """The loop on one worker; Ray Train's `train_loop_per_worker`.
+    """Run the training loop on one worker; this is Ray Train's `train_loop_per_worker`.
 
     Args:
-        config: `inputs`.
+        config: has one key, `inputs`, with the `WorkerInputs`.
     """
     import torch
 
     from parcelray.models.allocator import keep_freed_memory
     from parcelray.training.batches.ray_reading import ray_batches
-    from parcelray.training.start import build_resumed, build_start, step_reader, validation_samples
     from parcelray.training.train_loop import LoopInputs, train
 
     inputs: WorkerInputs = config["inputs"]
-    job = inputs.job
-    if not job.scaling.gpus_per_worker:
+    scaling = inputs.job.scaling
+    if not scaling.gpus_per_worker:
         keep_freed_memory()
-        torch.set_num_threads(max(1, int(job.scaling.cpus_per_worker)))
-    context = ray.train.get_context()
+        torch.set_num_threads(max(1, int(scaling.cpus_per_worker)))
+    is_first = ray.train.get_context().get_world_rank() == 0
     with _restored_checkpoint() as resume_from:
-        model, processor = build_start(job, inputs.checkpoint) if resume_from is None else build_resumed(resume_from)
-
-        def batches(first_step: int, rank: int, world_size: int) -> Iterable["Batch"]:
-            reader = step_reader(job, processor, rank, world_size)
-            return ray_batches(reader, first_step, job.training.steps, concurrency=job.scaling.data_tasks_per_worker)
-
-        loop_inputs = LoopInputs(
-            model=model,
-            processor=processor,
-            batches=batches,
-            validation=validation_samples(job, processor),
-            resume_from=resume_from,
-            report=_report,
-            cpu_only=not job.scaling.gpus_per_worker,
-            **_rank_zero_outputs(inputs, context.get_world_rank()),
+        train(
+            inputs.job,
+            LoopInputs(
+                checkpoint=inputs.checkpoint,
+                resume_from=resume_from,
+                batches=functools.partial(ray_batches, concurrency=scaling.data_tasks_per_worker),
+                report=_report,
+                logger=inputs.logger() if is_first else NoMetrics(),
+                on_progress=inputs.progress.update.remote if is_first else lambda step, state: None,
+                cpu_only=not scaling.gpus_per_worker,
+            ),
         )
-        train(job, loop_inputs)
-
-
-class Reports(UserCallback):
-    """Passes on what rank 0 reports."""
-
-    def __init__(self, on_report: Callable[[Mapping[str, float]], None]) -> None:
-        self._on_report = on_report
-
-    def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
-        """See Ray's `UserCallback`."""
-        self._on_report(metrics[0])
-
-
-def _rank_zero_outputs(inputs: WorkerInputs, rank: int) -> dict[str, Any]:
-    if rank != 0:
-        return {}
-    return {"logger": inputs.logger(), "on_progress": lambda progress: inputs.board.update.remote(progress)}
 
 
 def _report(metrics: dict[str, float], folder: Path | None, validate: bool) -> None:
@@ -101,3 +84,87 @@ def _restored_checkpoint() -> Iterator[Path | None]:
         return
     with checkpoint.as_directory() as name:
         yield Path(name)
+
+
+class ReportCallback(UserCallback):
+    """Passes the metrics that rank 0 reports with a checkpoint to a function, in the controller's process."""
+
+    def __init__(self, on_report: Callable[[Mapping[str, float]], None]) -> None:
+        self._on_report = on_report
+
+    def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
+        """Call the function; see Ray's `UserCallback`."""
+        self._on_report(metrics[0])
+
+
+@dataclass(frozen=True)
+class BackgroundValidation:
+    """Scores a training checkpoint while the training continues; Ray Train calls it in a separate task.
+
+    Args:
+        job: the training.
+        logger: creates the metric logger of the training's run.
+    """
+
+    job: TrainJob
+    logger: Callable[[], MetricLogger]
+
+    def __call__(self, checkpoint: Any, **kwargs: Any) -> dict[str, float]:
+        """Score the checkpoint and log the scores at its step; returns them by metric name.
+
+        Args:
+            checkpoint: a checkpoint of `ray.train`.
+            kwargs: further arguments of Ray Train; there are none.
+        """
+        from parcelray.training.train_loop import validate_checkpoint
+
+        with checkpoint.as_directory() as name:
+            step, metrics = validate_checkpoint(self.job, Path(name))
+        logger = self.logger()
+        logger.log_metrics(metrics, step)
+        logger.flush()
+        return metrics
+
+
+@ray.remote(num_cpus=0)
+class ProgressActor:
+    """Holds rank 0's newest progress for the driver; workers and driver may be on different nodes."""
+
+    def __init__(self) -> None:
+        self._newest: tuple[int, str] | None = None
+
+    def update(self, step: int, state: str) -> None:
+        """Keep the number of finished steps and the text on the current state."""
+        self._newest = (step, state)
+
+    def newest(self) -> tuple[int, str] | None:
+        """The newest progress; None before the first."""
+        return self._newest
+
+
+@contextmanager
+def watched_progress(on_progress: Callable[[int, str], None]) -> Iterator[Any]:
+    """Start a `ProgressActor` and call `on_progress` in this process whenever its progress changes.
+
+    Yields:
+        The actor's handle, on which workers call `update.remote(step, state)`.
+    """
+    actor = ProgressActor.remote()  # type: ignore[attr-defined]
+    stop = threading.Event()
+
+    def poll() -> None:
+        shown = None
+        while not stop.wait(_POLL_S):
+            newest = ray.get(actor.newest.remote())
+            if newest is not None and newest != shown:
+                shown = newest
+                on_progress(*newest)
+
+    thread = threading.Thread(target=poll, name="parcelray-progress", daemon=True)
+    thread.start()
+    try:
+        yield actor
+    finally:
+        stop.set()
+        thread.join()
+        ray.kill(actor)

@@ -1,35 +1,43 @@
-"""The scores of a trained model on the test split, beside the majority class and the blind model: table, picture, MLflow."""
+"""Evaluates a trained model on the test split of its training data: scores, table, figure and MLflow metrics."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 
+from parcelray.config.data import DataConfig, MiniDataConfig, NlvrDataConfig
+from parcelray.config.evaluate import BenchmarkChoice, BudgetName, EvaluateJob, PassConfig
+from parcelray.config.model import CheckpointModelConfig
 from parcelray.config.train import TrainJob
+from parcelray.console import percent
 from parcelray.evaluation.frontier_files import write_frontier
 from parcelray.evaluation.frontier_table import frontier_table
 from parcelray.evaluation.predict.predictor import BLIND
 from parcelray.evaluation.run import run_evaluation
 from parcelray.evaluation.scoring.aggregate import Frontier, frontier_point
-from parcelray.evaluation.scoring.intervals import Interval, wilson
+from parcelray.evaluation.scoring.intervals import wilson
 from parcelray.evaluation.scoring.majority import majority_scores
 from parcelray.evaluation.scoring.split_scores import SplitScores
 from parcelray.models.processor import image_size_of
-from parcelray.tracking.tracker import Tracker
-from parcelray.training.held_out import held_out_evaluation
+from parcelray.tracking.mlflow_tracker import MlflowRunLogger
+
+_FAMILIES = 4
+"""Number of families of the mini suite."""
 
 
 def report_training(
-    job: TrainJob, model_folder: Path, tracker: Tracker, console: Console, run_id: str | None
+    job: TrainJob, model_folder: Path, console: Console, tracking_uri: str | None, run_id: str | None
 ) -> dict[str, float]:
-    """Evaluates the model as `job.report` says, shows and records the result.
+    """Evaluate the model as `job.report` says, print the scores, and record them.
+
+    The table has the model at each budget, and as baselines the majority class and the model without an image.
 
     Args:
-        job: with a report.
-        model_folder: the trained checkpoint; the report's files go beside it.
-        tracker: of the training's run.
+        job: a training with a report.
+        model_folder: the trained checkpoint; the report's files are written next to it.
         console: for the table.
-        run_id: the training's MLflow run, which the evaluation's is nested under.
+        tracking_uri: the tracking store; None for a run without tracking.
+        run_id: the training's MLflow run, which the evaluation's run is nested under; None for a run without tracking.
 
     Returns:
         The overall test score at each budget, by metric name.
@@ -45,7 +53,7 @@ def report_training(
         *(frontier_point(method, budget, splits, None) for budget in job.report.budgets),
     ]
     frontier = Frontier(tuple(points), reference=None)
-    numbers, picture = write_frontier(
+    table, figure = write_frontier(
         frontier, model_folder.parent, f"{job.name}: test score against visual tokens per image"
     )
     console.print(frontier_table(frontier))
@@ -53,30 +61,67 @@ def report_training(
         f"test/score@{point.num_visual_tokens}": point.overall.value for point in points if point.method == method
     }
     metrics |= _consistency(splits, console)
-    tracker.log_metrics(metrics, job.training.steps)
-    tracker.log_artifact(numbers)
-    tracker.log_figure_file(picture)
-    tracker.close()
+    if tracking_uri is not None and run_id is not None:
+        logger = MlflowRunLogger(tracking_uri, run_id)
+        logger.log_metrics(metrics, job.training.steps)
+        logger.log_artifact(table)
+        logger.log_figure_file(figure)
+        logger.close()
     return metrics
 
 
+def held_out_evaluation(
+    job: TrainJob, model_folder: Path, budgets: Sequence[int | BudgetName], samples: int
+) -> EvaluateJob:
+    """The evaluation job of a trained model on the test split of its training data.
+
+    Args:
+        job: the training.
+        model_folder: the trained model.
+        budgets: visual tokens per image.
+        samples: number of samples per family of the mini suite, or of pictures of NLVR (each with all its questions).
+    """
+    in_process = job.scaling.bounds[1] == 0
+    return EvaluateJob(
+        kind="evaluate",
+        name=f"{job.name}-test",
+        model=CheckpointModelConfig(reference=str(model_folder)),
+        benchmarks=(_benchmark(job.data, samples),),
+        budgets=tuple(dict.fromkeys(budgets)),
+        max_unscored=1.0,
+        compute=PassConfig(
+            actors=0 if in_process else max(1, job.scaling.bounds[0]), gpus_per_actor=job.scaling.gpus_per_worker
+        ),
+        tracking=job.tracking,
+        storage=job.storage,
+    )
+
+
+def _benchmark(data: DataConfig, samples: int) -> BenchmarkChoice:
+    if isinstance(data, MiniDataConfig):
+        return BenchmarkChoice(
+            name="mini", source={"families": list(data.families), "samples": samples, "seed": data.seed}
+        )
+    if isinstance(data, NlvrDataConfig):
+        return BenchmarkChoice(
+            name="nlvr",
+            data=data.path,
+            limit=samples,
+            source={"view": data.view, "questions": list(data.questions), "seed": data.seed},
+        )
+    return BenchmarkChoice(name="samples", data=data.path, limit=_FAMILIES * samples)
+
+
 def _consistency(splits: Sequence[SplitScores], console: Console) -> dict[str, float]:
-    """NLVR's second score: the share of sentences with all their images right."""
+    """NLVR's second score: the share of sentences with all images right, at each budget, with Wilson's interval."""
     metrics = {}
     for split in splits:
         for budget, score in split.scores.items():
             if "consistency" in score.totals:
-                interval = consistency_interval(split, budget)
+                sentences = len({sample.scene for sample in split.samples})
+                interval = wilson(round(score.totals["consistency"] / split.scale * sentences), sentences)
                 metrics[f"test/consistency@{budget}"] = interval.value
                 name = f"{budget} visual tokens" if budget != BLIND else "blind"
-                console.print(
-                    f"Consistency, {name}: {100 * interval.value:.1f} % [{100 * interval.low:.1f},"
-                    f" {100 * interval.high:.1f}] of {interval.n} sentences",
-                )
+                shown = percent(100 * interval.value, 100 * interval.low, 100 * interval.high)
+                console.print(f"Consistency, {name}: {shown} of {interval.n} sentences")
     return metrics
-
-
-def consistency_interval(split: SplitScores, budget: int) -> Interval:
-    """Share of sentences with all images right, with Wilson's interval over sentences."""
-    sentences = len({sample.scene for sample in split.samples})
-    return wilson(round(split.scores[budget].totals["consistency"] / split.scale * sentences), sentences)

@@ -1,4 +1,4 @@
-"""One training job from its file to a trained, scored, recorded model: what `parcelray train` and the pipelines call."""
+"""Runs one training job to a trained, scored and recorded model; called by `parcelray train` and the pipelines."""
 
 import functools
 import shutil
@@ -6,24 +6,22 @@ from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
 
 from parcelray.cluster.session import num_nodes, ray_session
-from parcelray.config.loader import config_hash
 from parcelray.config.model import CheckpointModelConfig
 from parcelray.config.train import TrainJob
+from parcelray.console import step_progress
 from parcelray.models.checkpoint import ResolvedCheckpoint, write_manifest
-from parcelray.tracking.mlflow_tracker import tracked_run
-from parcelray.tracking.provenance import flat_params, git_commit, resolve_model
+from parcelray.tracking.metric_logger import MetricLogger, open_metric_logger
+from parcelray.tracking.mlflow_tracker import git_commit, job_run
+from parcelray.tracking.registry import resolve_model
 from parcelray.tracking.run_folder import RunFolder
 from parcelray.tracking.store import check_tracking_uri, ensure_store
-from parcelray.tracking.tracker import open_tracker
-from parcelray.training.in_process import fit_in_process
-from parcelray.training.progress import progress_bar
 from parcelray.training.report import report_training
+from parcelray.training.train_loop import fit_in_process
 
 
 @dataclass(frozen=True)
@@ -32,11 +30,11 @@ class TrainedRun:
 
     identity: str
     model_folder: Path
-    """Checkpoint folder with a manifest."""
+    """Folder of the trained checkpoint, with a manifest."""
     metrics: dict[str, float]
     mlflow_run_id: str | None
     was_done: bool
-    """True if the run was finished before, and nothing was computed."""
+    """Whether the run was already finished, so that nothing was computed."""
 
 
 def run_training(
@@ -48,19 +46,19 @@ def run_training(
     report: bool = True,
     on_report: Callable[[Mapping[str, float]], None] | None = None,
 ) -> TrainedRun:
-    """Trains a job, or goes on with it, or says that it is done.
+    """Train a job, or resume it, or return at once if it is finished.
 
     Args:
         job: the training.
         console: for progress and messages.
-        address: Ray cluster; None: RAY_ADDRESS, else a local instance. Unused with `scaling.num_workers: 0`.
+        address: Ray cluster; None for RAY_ADDRESS or else a local instance. Unused with `scaling.num_workers: 0`.
         parent_run_id: MLflow run to nest under.
         report: whether to score the model as `job.report` says.
         on_report: called with the metrics at each checkpoint; picklable.
 
     Raises:
-        UserError: the job cannot run as it is written, or its name belongs to another configuration.
-        SystemFailure: the training failed for good.
+        UserError: the job is not valid, or its name belongs to another configuration.
+        SystemFailure: the training failed more often than `scaling.max_failures`.
     """
     folder = RunFolder(job)
     folder.claim()
@@ -75,64 +73,57 @@ def run_training(
         if uri is not None and not in_process:
             check_tracking_uri(uri, num_nodes())
         with (
-            _tracked(job, folder, uri, start, parent_run_id) as run_id,
-            progress_bar(console, job.name, job.training.steps) as show,
+            job_run(
+                job,
+                uri,
+                folder.identity,
+                params=job.model_dump(mode="json"),
+                tags={"parcel.start": start.pinned if start is not None else "scratch"},
+                parent_run_id=parent_run_id,
+            ) as run_id,
+            step_progress(console, job.name, job.training.steps) as on_progress,
         ):
-            checkpoint, metrics = _fit(
-                job, folder, start, functools.partial(open_tracker, uri, run_id), show, on_report
-            )
+            logger = functools.partial(open_metric_logger, uri, run_id)
+            checkpoint, metrics = _fit(job, folder, start, logger, on_progress, on_report)
             model_folder = _keep_model(job, folder, checkpoint, start)
             if report and job.report is not None:
-                metrics |= report_training(job, model_folder, open_tracker(uri, run_id), console, run_id)
+                metrics |= report_training(job, model_folder, console, uri, run_id)
     folder.finish({"model": str(model_folder), "metrics": metrics, "mlflow_run_id": run_id})
     return TrainedRun(folder.identity, model_folder, metrics, run_id, was_done=False)
 
 
 def resolve_start(job: TrainJob, tracking_uri: str | None) -> ResolvedCheckpoint | None:
-    """The checkpoint that the job starts from, resolved once; None for a model from scratch."""
+    """Resolve the checkpoint that the job starts from; None for a model from scratch."""
     return resolve_model(job.model, tracking_uri) if isinstance(job.model, CheckpointModelConfig) else None
 
 
 def _fit(
-    job: TrainJob, folder: RunFolder, start: ResolvedCheckpoint | None, logger: Any, show: Any, on_report: Any
+    job: TrainJob,
+    folder: RunFolder,
+    start: ResolvedCheckpoint | None,
+    logger: Callable[[], MetricLogger],
+    on_progress: Callable[[int, str], None],
+    on_report: Callable[[Mapping[str, float]], None] | None,
 ) -> tuple[Path, dict[str, float]]:
+    """Train in this process or on Ray Train; returns the last checkpoint and the last metrics."""
     path = start.path if start is not None else None
     if job.scaling.bounds[1] == 0:
+        local = folder.local_path("in-process")
         return fit_in_process(
-            job,
-            folder.local_path("in-process"),
-            checkpoint=path,
-            logger=logger(),
-            on_progress=show,
-            on_report=on_report,
+            job, local, checkpoint=path, logger=logger(), on_progress=on_progress, on_report=on_report
         )
-    # Ray Train takes seconds to import, which --dry-run and in-process runs should not wait for.
+    # Ray Train takes seconds to import, so in-process runs and --dry-run do not load it.
     from parcelray.training.trainer import fit
 
-    return fit(job, folder, checkpoint=path, logger=logger, on_progress=show, on_report=on_report)
-
-
-def _tracked(
-    job: TrainJob, folder: RunFolder, uri: str | None, start: ResolvedCheckpoint | None, parent_run_id: str | None
-) -> Any:
-    if uri is None:
-        return nullcontext(None)
-    tags = {"parcel.config_hash": config_hash(job), "parcel.start": start.pinned if start is not None else "scratch"}
-    commit = git_commit()
-    if commit is not None:
-        tags["mlflow.source.git.commit"] = commit
-    return tracked_run(
-        uri,
-        job.tracking.experiment,
-        folder.identity,
-        params=flat_params(job.model_dump(mode="json")),
-        tags=tags,
-        parent_run_id=parent_run_id,
-    )
+    return fit(job, folder, checkpoint=path, logger=logger, on_progress=on_progress, on_report=on_report)
 
 
 def _keep_model(job: TrainJob, folder: RunFolder, checkpoint: Path, start: ResolvedCheckpoint | None) -> Path:
-    """The last checkpoint's model with a manifest, in the run folder (a copy of it beside a remote run folder)."""
+    """Copy the last checkpoint's model to the run folder and write its manifest.
+
+    Returns:
+        The local folder of the model; with a remote run folder it is a copy in the checkpoint's folder.
+    """
     target = folder.local_path("model") if folder.is_local else checkpoint / "kept-model"
     shutil.rmtree(target, ignore_errors=True)
     shutil.copytree(checkpoint / "model", target)

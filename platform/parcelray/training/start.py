@@ -1,4 +1,4 @@
-"""What a training starts from: model, processor and data of a job. Torch and transformers only."""
+"""Builds what a training starts from: model, processor and data of a job. Needs only torch and transformers."""
 
 from pathlib import Path
 
@@ -14,19 +14,18 @@ from parcelray.models.backbones.processor_base import ElasticProcessor
 from parcelray.models.mini import build_config, build_model, build_processor
 from parcelray.models.processor import load_processor
 from parcelray.models.vlm import load_vlm, use_sdpa_where_exact
-from parcelray.training.batches.reading import StepReader
-from parcelray.training.batches.schedule import BatchSchedule
+from parcelray.training.batches.schedule import BatchSchedule, StepReader
 
 _TOKENIZER_TEXTS = 20_000
-"""Texts of the mini suite that a model from scratch gets its tokenizer from."""
+"""Number of texts of the mini suite from which the tokenizer of a model from scratch is built."""
 
 
 def build_start(job: TrainJob, checkpoint: Path | None) -> tuple[ElasticVLM, ElasticProcessor]:
-    """Model and processor at step 0.
+    """Build model and processor at step 0.
 
     Args:
         job: the training.
-        checkpoint: the folder that `job.model` was resolved to; None for a model from scratch.
+        checkpoint: folder that `job.model` was resolved to; None for a model from scratch.
 
     Raises:
         UserError: the checkpoint is unusable.
@@ -46,7 +45,7 @@ def build_start(job: TrainJob, checkpoint: Path | None) -> tuple[ElasticVLM, Ela
     else:
         if checkpoint is None:
             raise UserError(
-                f"model.reference {job.model.reference} was not resolved to a folder; resolve it before the training."
+                f"model.reference {job.model.reference} was not resolved to a folder; call resolve_start first."
             )
         processor = load_processor(checkpoint)
         model = load_vlm(checkpoint, connector=job.connector, seed=job.seed)
@@ -55,14 +54,14 @@ def build_start(job: TrainJob, checkpoint: Path | None) -> tuple[ElasticVLM, Ela
 
 
 def build_resumed(folder: Path) -> tuple[ElasticVLM, ElasticProcessor]:
-    """Model and processor of a training checkpoint."""
+    """Load model and processor of a training checkpoint."""
     model = load_vlm(folder / "model")
     use_sdpa_where_exact(model)
     return model, load_processor(folder / "model")
 
 
 def step_reader(job: TrainJob, processor: ElasticProcessor, rank: int, world_size: int) -> StepReader:
-    """The reader of one rank's batches.
+    """Build the reader of one rank's batches.
 
     Raises:
         UserError: a step has fewer samples than there are workers.
@@ -74,12 +73,13 @@ def step_reader(job: TrainJob, processor: ElasticProcessor, rank: int, world_siz
     largest = max(group.num_images for group in source.groups)
     if job.training.images_per_step // largest < world_size:
         raise UserError(
-            f"training.images_per_step is {job.training.images_per_step}, which at {largest} images a sample gives"
-            f" fewer samples a step than the {world_size} workers; raise it to at least {largest * world_size}."
+            f"training.images_per_step is {job.training.images_per_step}, which at {largest} images per sample gives"
+            f" fewer samples per step than there are workers ({world_size}); raise it to at least"
+            f" {largest * world_size}."
         )
     return StepReader(source, schedule, processor, rank, world_size, label_patches=job.training.patch_supervision > 0)
 
 
 def validation_samples(job: TrainJob, processor: ElasticProcessor) -> list[Sample]:
-    """The samples that the training is scored on while it runs."""
+    """The samples on which the model is scored during the training."""
     return held_out_samples(job.data, "validation", job.validation.samples, processor.image_size)

@@ -19,7 +19,7 @@ from parcelray.models.backbones.processor_base import ElasticProcessor
 
 @dataclass(frozen=True, slots=True)
 class TensorBatch:
-    """A collated batch on the device, still without image placeholders."""
+    """A collated batch on the device, before image placeholders are inserted."""
 
     pixel_values_ICHW: Tensor
     input_ids_BS: Tensor
@@ -27,13 +27,13 @@ class TensorBatch:
     attention_mask_BS: Tensor
     labels_BS: Tensor
     patch_labels_BN: Tensor | None = None
-    """Tokens that the patches of all images of a prompt should name."""
+    """Target tokens of the patches of all images of each prompt, with N patches; None without patch supervision."""
     visual_offset: int = 0
-    """Text tokens before the place of the image placeholders."""
+    """Number of text tokens before the image placeholders."""
 
     @property
     def num_prompts(self) -> int:
-        """B."""
+        """Number of prompts B."""
         return self.input_ids_BS.shape[0]
 
     def slice(self, part: int, num_parts: int) -> "TensorBatch":
@@ -55,7 +55,7 @@ class TensorBatch:
 
 
 def to_tensors(batch: Batch, device: torch.device, processor: ElasticProcessor) -> TensorBatch:
-    """Moves a collated batch to the device; pixels become floats with the mean and the standard deviation of the model's image processor."""
+    """Move a collated batch to the device, and normalise its pixels as the model's image processor does."""
     mean_C11, std_C11 = (
         torch.tensor(values, device=device)[:, None, None]
         for values in (processor.image_processor.image_mean, processor.image_processor.image_std)
@@ -78,7 +78,7 @@ def to_tensors(batch: Batch, device: torch.device, processor: ElasticProcessor) 
 
 
 def with_placeholders(batch: TensorBatch, num_visual_tokens: int, image_token_id: int) -> dict[str, Tensor]:
-    """Model inputs of the batch at a budget: I / B x K image placeholders in each prompt, at the batch's offset."""
+    """Model inputs of a batch at a budget: each prompt gets I / B x K image placeholders at `visual_offset`."""
     prompts = batch.num_prompts
     count = batch.pixel_values_ICHW.shape[0] // prompts * num_visual_tokens
 
@@ -95,25 +95,25 @@ def with_placeholders(batch: TensorBatch, num_visual_tokens: int, image_token_id
 
 
 class Losses(NamedTuple):
-    """The parts of a pass's loss, summed over its prompts; the caller divides by the prompts of the step over all ranks.
+    """The losses of one forward pass, summed over its prompts; the caller divides by the number of prompts.
 
-    A prompt's part is the mean over its positions, so that long answers weigh no more than short ones (as PaliGemma is
-    trained).
+    The loss of a prompt is the mean over its positions, so that long answers have the same weight as short ones (as in
+    PaliGemma's training).
     """
 
     answer_sum: Tensor
     """Cross-entropy of the answers."""
     patch_sum: Tensor | None
-    """Cross-entropy of the labelled patches; None where there are none."""
+    """Cross-entropy of the labelled patches; None without labelled patches."""
 
 
 def losses(
     model: nn.Module, batch: TensorBatch, *, num_visual_tokens: int, image_token_id: int, anchor_grid: int | None = None
 ) -> Losses:
-    """Runs the model on a batch at a budget.
+    """Run the model on a batch at a budget and compute its losses.
 
-    Only text positions get logits, unless patches are labelled: those of the visual tokens would be computed to be
-    thrown away. Patch labels count only where each visual token is one patch.
+    Without patch labels, logits are computed only at text positions, because those of the visual tokens are not used.
+    Patch labels are used only if each visual token is one patch.
     """
     length = batch.input_ids_BS.shape[1]
     inputs = with_placeholders(batch, num_visual_tokens, image_token_id)
@@ -133,7 +133,7 @@ def losses(
 
 
 def _prompt_means(logits_BSV: Tensor, labels_BS: Tensor) -> Tensor:
-    """Mean cross-entropy over the labelled positions of each prompt: [B], 0 where none is labelled."""
+    """Mean cross-entropy over the labelled positions of each prompt: [B], 0 for a prompt without labels."""
     each_BS = F.cross_entropy(
         logits_BSV.flatten(0, 1), labels_BS.flatten(), ignore_index=IGNORED, reduction="none"
     ).view_as(labels_BS)
@@ -142,7 +142,7 @@ def _prompt_means(logits_BSV: Tensor, labels_BS: Tensor) -> Tensor:
 
 
 def parameter_groups(model: ElasticVLM, config: OptimizerConfig) -> list[dict[str, object]]:
-    """Optimiser groups: connector or shared weights, each with and without weight decay (vectors have none)."""
+    """Optimiser groups: connector and shared weights, each with weight decay for matrices and without for vectors."""
     members: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -158,7 +158,7 @@ def parameter_groups(model: ElasticVLM, config: OptimizerConfig) -> list[dict[st
 
 
 def build_optimizer(model: ElasticVLM, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """The optimiser of the job."""
+    """Build the optimiser of a job."""
     groups = parameter_groups(model, config)
     if isinstance(config, AdamWConfig):
         return torch.optim.AdamW(groups, betas=(config.beta1, config.beta2), eps=config.epsilon)

@@ -1,9 +1,14 @@
-"""The training loop of one rank, over accelerate: the same code in-process and in a Ray Train worker."""
+"""The training loop of one rank, over accelerate: the same code in this process and in a Ray Train worker.
+
+`fit_in_process` runs it in this process, without Ray: on machines that have only torch and transformers, for debugging,
+and as the baseline of `parcelray bench train`. `ray_worker.train_worker` runs it on each worker of Ray Train.
+"""
 
 import math
+import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,44 +25,114 @@ from parcelray.config.train import TrainingConfig, TrainJob
 from parcelray.datasets.collator import Batch
 from parcelray.datasets.sample import Sample
 from parcelray.errors import SystemFailure
+from parcelray.evaluation.predict.predictor import Predictor
+from parcelray.evaluation.scoring.score import score
+from parcelray.models.allocator import keep_freed_memory
 from parcelray.models.backbones import ElasticVLM
 from parcelray.models.backbones.processor_base import ElasticProcessor
+from parcelray.tracking.metric_logger import MetricLogger, NoMetrics
 from parcelray.training import checkpointing
+from parcelray.training.batches.schedule import StepReader, in_process_batches
 from parcelray.training.budget_sampling import BudgetSampler
-from parcelray.training.metric_logger import MetricLogger, NoMetrics
-from parcelray.training.progress import Progress
+from parcelray.training.start import build_resumed, build_start, step_reader, validation_samples
 from parcelray.training.step import TensorBatch, build_optimizer, learning_rate_factor, losses, to_tensors
-from parcelray.training.validation import validation_metric, validation_values
 
 
 class Reporter(Protocol):
-    """Where a rank reports checkpoints; every rank calls it at the same steps (Ray Train's report is a barrier)."""
+    """Receives the checkpoints of a rank; every rank calls it at the same steps (Ray Train's report is a barrier)."""
 
     def __call__(self, metrics: dict[str, float], checkpoint: Path | None, validate: bool, /) -> None:
-        """`checkpoint` is a folder on rank 0 and None on the others."""
+        """Store the checkpoint with its metrics.
+
+        Args:
+            metrics: newest value of each metric, and `step`.
+            checkpoint: the folder to copy, on rank 0; None on the other ranks.
+            validate: whether to score the checkpoint in the background.
+        """
         ...
 
 
 @dataclass(frozen=True)
 class LoopInputs:
-    """Everything that the loop reads or calls, besides the job."""
+    """What the loop needs besides the job: where to start, how to read batches, and where its outputs go."""
 
-    model: ElasticVLM
-    """With the restored weights, when resuming."""
-    processor: ElasticProcessor
-    batches: Callable[[int, int, int], Iterable[Batch]]
-    """(first step, rank, world size) -> this rank's share of the steps from there on."""
-    validation: Sequence[Sample] = ()
-    resume_from: Path | None = None
-    """Checkpoint folder."""
-    report: Reporter = lambda metrics, checkpoint, validate: None
+    checkpoint: Path | None
+    """Folder that `job.model` was resolved to; None for a model from scratch."""
+    resume_from: Path | None
+    """Training checkpoint to resume from; None to start at step 0."""
+    batches: Callable[[StepReader, int, int], Iterable[Batch]]
+    """Called with (reader, first step, number of steps of the run); yields this rank's share of each step."""
+    report: Reporter
     logger: MetricLogger = field(default_factory=NoMetrics)
-    on_progress: Callable[[Progress], None] = lambda progress: None
+    on_progress: Callable[[int, str], None] = lambda step, state: None
+    """Called with the number of finished steps and a short text at every metric point."""
     cpu_only: bool = True
 
 
+def fit_in_process(
+    job: TrainJob,
+    folder: Path,
+    *,
+    checkpoint: Path | None,
+    logger: MetricLogger,
+    on_progress: Callable[[int, str], None] = lambda step, state: None,
+    on_report: Callable[[Mapping[str, float]], None] | None = None,
+) -> tuple[Path, dict[str, float]]:
+    """Train a job to its end in this process, resuming from the newest checkpoint in `folder`.
+
+    Args:
+        job: the training.
+        folder: folder of the checkpoints.
+        checkpoint: folder that `job.model` was resolved to; None for a model from scratch.
+        logger: receives the metrics.
+        on_progress: called with the number of finished steps and a short text at every metric point.
+        on_report: called with the metrics at each checkpoint.
+
+    Returns:
+        The newest checkpoint folder and the last metrics.
+    """
+    keep_freed_memory()
+
+    def report(metrics: dict[str, float], source: Path | None, validate: bool) -> None:
+        if source is not None:
+            _keep_checkpoint(source, folder / f"checkpoint_{int(metrics['step']):08d}", job.checkpointing.keep)
+        if on_report is not None:
+            on_report(metrics)
+
+    metrics = train(
+        job,
+        LoopInputs(
+            checkpoint=checkpoint,
+            resume_from=_newest_checkpoint(folder),
+            batches=in_process_batches,
+            report=report,
+            logger=logger,
+            on_progress=on_progress,
+            cpu_only=not torch.cuda.is_available(),
+        ),
+    )
+    newest = _newest_checkpoint(folder)
+    assert newest is not None, "the last step reports a checkpoint"
+    return newest, metrics
+
+
+def _newest_checkpoint(folder: Path) -> Path | None:
+    return max(folder.glob("checkpoint_*"), default=None)
+
+
+def _keep_checkpoint(source: Path, target: Path, count: int) -> None:
+    """Copy a checkpoint to its final name in one step, and delete all but the newest `count` checkpoints."""
+    partial = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(source, partial)
+    shutil.rmtree(target, ignore_errors=True)
+    partial.rename(target)
+    for old in sorted(target.parent.glob("checkpoint_*"))[:-count]:
+        shutil.rmtree(old)
+
+
 def train(job: TrainJob, inputs: LoopInputs) -> dict[str, float]:
-    """Runs the job's steps on this rank.
+    """Run the job's steps on this rank.
 
     Returns:
         The last step's metrics with the validation scores.
@@ -68,7 +143,7 @@ def train(job: TrainJob, inputs: LoopInputs) -> dict[str, float]:
     try:
         return _Loop(job, inputs).run()
     finally:
-        # accelerate keeps its state in the process; the next training there may want another precision.
+        # accelerate keeps its state in the process, but the next training in it may use another precision.
         AcceleratorState._reset_state(reset_partial_state=True)
 
 
@@ -76,16 +151,22 @@ class _Loop:
     def __init__(self, job: TrainJob, inputs: LoopInputs) -> None:
         self.job = job
         self.inputs = inputs
+        vlm, self.processor = (
+            build_start(job, inputs.checkpoint) if inputs.resume_from is None else build_resumed(inputs.resume_from)
+        )
+        self.vlm: ElasticVLM = vlm
+        self.validation = validation_samples(job, self.processor)
         set_seed(job.seed)
-        self.accelerator = _accelerator(job.training, inputs.model.layer_classes, cpu_only=inputs.cpu_only)
+        self.accelerator = _accelerator(job.training, vlm.layer_classes, cpu_only=inputs.cpu_only)
         if job.training.freeze_vision:
-            inputs.model.model.vision_tower.requires_grad_(False)
+            vlm.model.vision_tower.requires_grad_(False)
         self.sampler = BudgetSampler(job.budget, job.seed)
-        self.sampler.check(inputs.model.connector)
-        optimizer = build_optimizer(inputs.model, job.optimizer)
-        # Before a restore, which brings back the scheduled rates of its step.
+        self.sampler.check(vlm.connector)
+        optimizer = build_optimizer(vlm, job.optimizer)
+        # Before a restore, which sets the scheduled rates of the restored step.
         self.peak_rates = [float(group["lr"]) for group in optimizer.param_groups]
-        self.model, self.optimizer = self.accelerator.prepare(inputs.model.train(), optimizer)
+        # `self.model` is what the ranks train: `self.vlm`, wrapped by accelerate for DDP or FSDP.
+        self.model, self.optimizer = self.accelerator.prepare(vlm.train(), optimizer)
         self.first_step = 0
         self.last_metrics: dict[str, float] = {}
         if inputs.resume_from is not None:
@@ -96,12 +177,13 @@ class _Loop:
             )
 
     def run(self) -> dict[str, float]:
-        """All steps from the first; validations, metrics and checkpoints at their intervals."""
+        """Run all remaining steps, with metrics, validations and checkpoints at their intervals."""
         training, rank, world = self.job.training, self.accelerator.process_index, self.accelerator.num_processes
-        batches = iter(self.inputs.batches(self.first_step, rank, world))
+        reader = step_reader(self.job, self.processor, rank, world)
+        batches = iter(self.inputs.batches(reader, self.first_step, training.steps))
         clock = _Clock()
         for step in range(self.first_step, training.steps):
-            batch = to_tensors(next(batches), self.accelerator.device, self.inputs.processor)
+            batch = to_tensors(next(batches), self.accelerator.device, self.processor)
             budgets = self.sampler.budgets(step)
             loss, norm = self._step(step, batch, budgets)
             clock.add(_num_tokens(batch, budgets) * world)
@@ -120,11 +202,8 @@ class _Loop:
                 )
                 self._log(metrics, done)
                 self.last_metrics |= metrics
-                self.inputs.on_progress(
-                    Progress(
-                        done, training.steps, metrics["train/loss"], budgets[-1], metrics["train/tokens_per_second"]
-                    )
-                )
+                speed = metrics["train/tokens_per_second"]
+                self.inputs.on_progress(done, f"loss {loss:.3f}, {budgets[-1]} visual tokens, {speed:,.0f} tokens/s")
             validate = self._due(done, self.job.validation.every_steps)
             in_background = self.job.validation.in_background
             if validate and not in_background:
@@ -140,14 +219,18 @@ class _Loop:
         return done == self.job.training.steps or (every > 0 and done % every == 0)
 
     def _step(self, step: int, batch: TensorBatch, budgets: tuple[int, ...]) -> tuple[float, float]:
-        """One optimiser step; returns the mean answer loss over prompts and budgets of all ranks, and the gradient norm."""
+        """Do one optimiser step.
+
+        Returns:
+            The mean answer loss over prompts and budgets of all ranks, and the gradient norm.
+        """
         training, accelerator = self.job.training, self.accelerator
         factor = learning_rate_factor(step, training.steps, self.job.schedule)
         for group, peak in zip(self.optimizer.param_groups, self.peak_rates, strict=True):
             group["lr"] = peak * factor
         prompts = accelerator.reduce(torch.tensor(float(batch.num_prompts), device=accelerator.device), reduction="sum")
         parts = min(training.gradient_accumulation_steps, batch.num_prompts)
-        grids = [self.sampler.anchor_grid(step, place, budget) for place, budget in enumerate(budgets)]
+        grids = [self.sampler.anchor_grid(step, index, budget) for index, budget in enumerate(budgets)]
         passes = [
             (batch.slice(part, parts), budget, grid)
             for part in range(parts)
@@ -156,12 +239,12 @@ class _Loop:
         total = torch.zeros((), device=accelerator.device)
         for index, (micro_batch, budget, grid) in enumerate(passes):
             with accelerator.autocast(), _sync_only_last(accelerator, self.model, last=index == len(passes) - 1):
-                token_id = self.inputs.model.config.image_token_id
+                token_id = self.vlm.config.image_token_id
                 parts_of_loss = losses(
                     self.model, micro_batch, num_visual_tokens=budget, image_token_id=token_id, anchor_grid=grid
                 )
-                # Distributed training averages the ranks' gradients; the sum over all prompts is wanted, divided by
-                # their count.
+                # Distributed training averages the ranks' gradients. The gradient needed here is the sum over all
+                # prompts, divided by their number.
                 scale = accelerator.num_processes / (prompts * len(budgets))
                 total += scale * parts_of_loss.answer_sum.detach()
                 loss = parts_of_loss.answer_sum
@@ -175,10 +258,10 @@ class _Loop:
 
     @torch.no_grad()
     def _diagnostics(self, batch: TensorBatch, budget: int, anchor_grid: int | None) -> dict[str, float]:
-        """Effective rank and mean cosine of anchors and queries on a few images (facts: queries can collapse while anchors do not)."""
+        """Effective rank and mean cosine of anchors and queries on up to 8 images: queries can collapse alone."""
         if self.job.training.strategy == "fsdp":
             return {}  # sharded weights cannot run outside the wrapped forward
-        model = self.inputs.model
+        model = self.vlm
         split = {} if anchor_grid is None else {"anchor_grid": anchor_grid}
         tokens_IKD = model.connector(
             model.model.encode_patches(batch.pixel_values_ICHW[:8]), num_visual_tokens=budget, **split
@@ -186,29 +269,28 @@ class _Loop:
         count = model.connector.num_anchors(budget) if anchor_grid is None else anchor_grid**2
         metrics = {}
         for name, part_IKD in (("anchors", tokens_IKD[:, :count]), ("queries", tokens_IKD[:, count:])):
-            # Weights that have just overflowed end the run at the next step's loss, with a sentence; here they would
-            # end it in LAPACK.
+            # Weights that have just overflowed are reported at the next step's loss; here they would fail in LAPACK.
             if part_IKD.shape[1] > 1 and bool(part_IKD.isfinite().all()):
                 metrics[f"tokens/{name}_effective_rank"] = float(effective_rank(part_IKD).mean())
                 metrics[f"tokens/{name}_mean_cosine"] = float(mean_pairwise_cosine(part_IKD).mean())
         return metrics
 
     def _validate(self) -> dict[str, float]:
-        """Scores per budget over the validation samples, each rank doing its share."""
-        accelerator, samples = self.accelerator, self.inputs.validation
+        """Scores per budget over the validation samples; each rank scores its share."""
+        accelerator, samples = self.accelerator, self.validation
         if not samples:
             return {}
-        # Sharded weights need every rank in every forward, so there each rank does all.
+        # Sharded weights need every rank in every forward pass, so with FSDP each rank scores all samples.
         shared = self.job.training.strategy == "ddp"
         mine = samples[accelerator.process_index :: accelerator.num_processes] if shared else samples
-        self.inputs.model.eval()
-        values = validation_values(self.job, self.inputs.model, self.inputs.processor, mine, str(accelerator.device))
-        self.inputs.model.train()
+        self.vlm.eval()
+        values = _validation_values(self.job, self.vlm, self.processor, mine, str(accelerator.device))
+        self.vlm.train()
         metrics = {}
         for budget, scores in values.items():
             sums = torch.tensor([float(sum(scores)), float(len(scores))], device=accelerator.device)
             sums = accelerator.reduce(sums, reduction="sum")
-            metrics[validation_metric(budget)] = float(sums[0] / sums[1])
+            metrics[_validation_metric(budget)] = float(sums[0] / sums[1])
         return metrics
 
     def _checkpoint(self, done: int, *, validate: bool = False) -> None:
@@ -224,10 +306,10 @@ class _Loop:
                 accelerator=self.accelerator,
                 model=self.model,
                 optimizer=self.optimizer,
-                processor=self.inputs.processor,
+                processor=self.processor,
                 state=state,
             )
-            # Every rank reports, or the others wait for ever.
+            # Every rank must report: the report is a barrier.
             self.inputs.report(
                 {**self.last_metrics, "step": float(done)},
                 folder if self.accelerator.is_main_process else None,
@@ -239,8 +321,42 @@ class _Loop:
             self.inputs.logger.log_metrics(metrics, done)
 
 
+def validate_checkpoint(job: TrainJob, folder: Path) -> tuple[int, dict[str, float]]:
+    """Score the model of a training checkpoint on the validation samples.
+
+    Args:
+        job: the training.
+        folder: the checkpoint folder.
+
+    Returns:
+        The step of the checkpoint, and the score at each budget by metric name.
+    """
+    device = "cuda" if job.validation.background_gpus and torch.cuda.is_available() else "cpu"
+    model, processor = build_resumed(folder)
+    samples = validation_samples(job, processor)
+    values = _validation_values(job, model.eval().to(device), processor, samples, device)
+    metrics = {_validation_metric(budget): sum(scores) / len(scores) for budget, scores in values.items()}
+    return checkpointing.read_state(folder).step, metrics
+
+
+def _validation_metric(num_visual_tokens: int) -> str:
+    return f"val/score@{num_visual_tokens}"
+
+
+def _validation_values(
+    job: TrainJob, model: ElasticVLM, processor: ElasticProcessor, samples: Sequence[Sample], device: str
+) -> dict[int, list[float]]:
+    """Score of each sample at each validation budget that the model supports; the model must be in evaluation mode."""
+    budgets = [budget for budget in job.validation.budgets if budget in model.supported_budgets]
+    predictions = Predictor(model, processor, device=device).generate_budgets(samples, budgets)
+    return {
+        budget: [each.value for each in score(samples, predictions[budget], num_visual_tokens=budget)]
+        for budget in budgets
+    }
+
+
 class _Clock:
-    """Tokens per second since the last metric point, without the time of validations and checkpoints."""
+    """Measures tokens per second since the last metric point, without the time of validations and checkpoints."""
 
     def __init__(self) -> None:
         self._started, self._tokens = time.perf_counter(), 0
@@ -257,18 +373,18 @@ class _Clock:
 
 
 def _num_tokens(batch: TensorBatch, budgets: tuple[int, ...]) -> int:
-    """Text and visual tokens that this rank's decoder sees in a step."""
+    """Number of text and visual tokens that this rank's decoder processes in a step."""
     text = int(batch.attention_mask_BS.sum())
     return sum(text + batch.pixel_values_ICHW.shape[0] * budget for budget in budgets)
 
 
 def _check_finite(loss: float, norm: float, step: int, precision: str) -> None:
-    """Every step, so that no checkpoint holds lost weights, to which every restart would go back."""
+    """Fail on a loss or gradient norm that is not finite, so that no checkpoint (and no restart) has such weights."""
     # Under fp16 the loss scaler skips steps whose gradients overflow.
     if not math.isfinite(loss) or (not math.isfinite(norm) and precision != "fp16"):
         raise SystemFailure(
-            f"The loss at step {step} is {loss} and the gradient norm {norm}; "
-            "lower optimizer.learning_rate or training.clip_norm, or use precision bf16 or fp32."
+            f"The loss at step {step} is {loss} and the gradient norm {norm}; both must be finite. Lower"
+            " optimizer.learning_rate or training.clip_norm, or set training.precision to bf16 or fp32."
         )
 
 

@@ -13,8 +13,7 @@ from parcelray.config.objectives import Objective
 from parcelray.config.search_space import Assignment
 from parcelray.config.tune import TuneJob
 from parcelray.errors import ParcelrayError, SystemFailure
-from parcelray.tracking.mlflow_tracker import MlflowRunLogger, end_run, ended_children, start_run
-from parcelray.tracking.provenance import flat_params
+from parcelray.tracking.mlflow_tracker import MlflowRunLogger, end_run, ended_children, flat_params, start_run
 from parcelray.tuning.pareto import losses, volume_over_time
 from parcelray.tuning.planner import Planner
 from parcelray.tuning.trial_record import FinishedTrial, TrialRecord

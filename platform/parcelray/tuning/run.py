@@ -3,8 +3,8 @@
 import functools
 import os
 import random
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from rich.console import Console
 
 from parcelray.cluster.session import ray_session
 from parcelray.config.evaluate import EvaluateJob
-from parcelray.config.loader import check_search_space_of, config_hash
+from parcelray.config.loader import check_search_space_of
 from parcelray.config.model import CheckpointModelConfig
 from parcelray.config.train import TrainJob
 from parcelray.config.tune import HyperBandScheduler, PbtAlgorithm, TuneJob
@@ -23,8 +23,8 @@ from parcelray.evaluation.run import run_evaluation
 from parcelray.evaluation.scoring.summary import Summary
 from parcelray.models.checkpoint import content_digest
 from parcelray.models.vlm import connector_of
-from parcelray.tracking.mlflow_tracker import tracked_run
-from parcelray.tracking.provenance import flat_params, git_commit, resolve_model
+from parcelray.tracking.mlflow_tracker import job_run
+from parcelray.tracking.registry import resolve_model
 from parcelray.tracking.run_folder import RunFolder
 from parcelray.tracking.store import ensure_store
 from parcelray.tuning.evaluate_trial import Reference, SearchedModel, WarmEvaluator
@@ -88,7 +88,10 @@ def run_tuning(
     if retry_failed:
         console.print(f"{record.forget_failed()} failed trials are run again")
     again = "the same command goes on" if resume else "the same command with --resume goes on"
-    with _tracked(job, run_folder, uri, parent_run_id) as run_id, ray_session(address):
+    with (
+        job_run(job, uri, run_folder.identity, params=_run_params(job), parent_run_id=parent_run_id) as run_id,
+        ray_session(address),
+    ):
         planner = make_planner(job.space, job.algorithm, job.objectives, job.seed, record)
         searched = _Search(job, console, record, planner, folder, models, uri, run_id, again)
         evaluator = searched.run()
@@ -305,19 +308,8 @@ def _measures_latency(job: TuneJob) -> bool:
     return any(objective.metric == "latency_ms" for objective in job.objectives)
 
 
-@contextmanager
-def _tracked(job: TuneJob, folder: RunFolder, uri: str | None, parent_run_id: str | None) -> Iterator[str | None]:
-    if uri is None:
-        yield None
-        return
-    params = flat_params(job.model_dump(mode="json", include={"name", "seed", "algorithm", "early_stopping"}))
+def _run_params(job: TuneJob) -> dict[str, Any]:
+    """Parameters of the search's MLflow run."""
+    params = job.model_dump(mode="json", include={"name", "seed", "algorithm", "early_stopping"})
     params |= {"space": job.space.name, "parameters": ", ".join(job.space.parameters), "points": job.space.size}
-    params |= {"objectives": ", ".join(f"{each.mode} {each.metric}" for each in job.objectives)}
-    tags = {"parcel.config_hash": config_hash(job)}
-    commit = git_commit()
-    if commit is not None:
-        tags["mlflow.source.git.commit"] = commit
-    with tracked_run(
-        uri, job.tracking.experiment, folder.identity, params=params, tags=tags, parent_run_id=parent_run_id
-    ) as run_id:
-        yield run_id
+    return params | {"objectives": ", ".join(f"{each.mode} {each.metric}" for each in job.objectives)}

@@ -87,5 +87,5 @@ def test_the_shares_of_the_ranks_are_the_step(world_size: int) -> None:
 
 
 def test_a_step_smaller_than_a_sample_is_refused() -> None:
-    with pytest.raises(UserError, match=r"training.images_per_step is 3 but a sample of video has 4 images; raise it"):
+    with pytest.raises(UserError, match=r"training.images_per_step is 3, but a sample of video has 4 images; raise it"):
         _schedule(images_per_step=3)

@@ -37,7 +37,7 @@ from parcelray.studies.reduction.methods import (
 from parcelray.studies.reduction.results import Found, ReductionStudy
 from parcelray.studies.reduction.signs import describe, failure_signs
 from parcelray.tracking.mlflow_tracker import tracked_run
-from parcelray.tracking.provenance import resolve_model
+from parcelray.tracking.registry import resolve_model
 from parcelray.tracking.store import ensure_store
 from parcelray.tuning.pareto import knee_point, losses, pareto_front
 

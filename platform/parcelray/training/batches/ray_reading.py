@@ -1,13 +1,12 @@
-"""Training batches through Ray Data: samples are made or read, decoded, tokenised and collated in Ray tasks, beside the training.
+"""Training batches through Ray Data: Ray tasks read, decode, tokenise and collate samples in parallel to the training.
 
-Each rank streams its own share of the schedule. `streaming_split` would hand blocks to whichever rank asks first, so
-that the order of samples depended on timing; here rank r's batch of step s is a pure function of (seed, r, s), which is
-what makes a resumed run equal to an undisturbed one bit for bit, and lets it start at any step without reading what
-came before.
+Each rank streams its own share of the schedule. `streaming_split` would give blocks to whichever rank requests them
+first, so the order of samples would depend on timing. Here rank r's batch of step s is a pure function of (seed, r, s).
+So a resumed run equals an uninterrupted one bit for bit, and starts at any step without reading the earlier ones.
 
-A rank reads in windows of steps: while one is trained on, the next is made. One dataset over all steps would be
-simpler, but as soon as it is so far ahead that it must wait for its consumer, its executor polls without a pause (Ray
-2.60), and in a training process that poll takes half of the interpreter.
+A rank reads in windows of steps: while it trains on one window, the next is prepared. One dataset over all steps would
+be simpler. But when it is so far ahead that it must wait for its consumer, its executor polls without a pause (Ray
+2.60), and in a training process this takes half of the interpreter's time.
 """
 
 from collections.abc import Iterator
@@ -20,31 +19,31 @@ from numpy.typing import NDArray
 from ray.data.dataset import MaterializedDataset
 
 from parcelray.datasets.collator import Batch
-from parcelray.training.batches.reading import StepReader
+from parcelray.training.batches.schedule import StepReader
 
 _STEPS_PER_TASK = 8
-"""Steps that one Ray task collates: enough to hide a task's fixed cost, few enough to start early."""
+"""Steps that one Ray task collates: enough to hide a task's fixed cost, few enough that the first batch is early."""
 _IMAGES_PER_WINDOW = 2048
-"""Images of a rank that lie ready in the object store, of the window in use and of the next alike: 0.3 GB at 224 pixels."""
+"""Largest number of images in one window of a rank; the object store holds two windows (0.3 GB each at 224 pixels)."""
 
 
 def ray_batches(reader: StepReader, first_step: int, num_steps: int, *, concurrency: int) -> Iterator[Batch]:
-    """The reader's batches from step `first_step` on, in order, made ahead of their use by at most `concurrency` Ray tasks."""
+    """Yield the batches of steps `first_step` to `num_steps` - 1 in order, prepared by at most `concurrency` Ray tasks."""
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False
     with ThreadPoolExecutor(1, thread_name_prefix="parcelray-reading") as ahead:
-        coming = None
+        following = None
         for window in _windows(first_step, num_steps, reader.num_images):
-            current, coming = coming, ahead.submit(_make, reader, window, concurrency)
+            current, following = following, ahead.submit(_read_window, reader, window, concurrency)
             if current is not None:
                 yield from _batches(current.result())
-        if coming is not None:
-            yield from _batches(coming.result())
+        if following is not None:
+            yield from _batches(following.result())
 
 
 def _windows(first_step: int, num_steps: int, images_per_step: int) -> Iterator[range]:
-    """Ranges of steps, of growing length, so that the first is there soon."""
+    """Yield ranges of steps of growing length, so that the first batch is ready soon."""
     longest = max(2, _IMAGES_PER_WINDOW // images_per_step)
     length = min(_STEPS_PER_TASK, longest)
     while first_step < num_steps:
@@ -53,14 +52,14 @@ def _windows(first_step: int, num_steps: int, images_per_step: int) -> Iterator[
         first_step, length = window.stop, min(2 * length, longest)
 
 
-def _make(reader: StepReader, steps: range, concurrency: int) -> MaterializedDataset[Any]:
+def _read_window(reader: StepReader, steps: range, concurrency: int) -> MaterializedDataset[Any]:
     blocks = -(-len(steps) // _STEPS_PER_TASK)
     rows = ray.data.range(len(steps), override_num_blocks=blocks)
     read = _ReadSteps(reader, steps.start)
-    made: MaterializedDataset[Any] = rows.map_batches(
+    dataset: MaterializedDataset[Any] = rows.map_batches(
         read, batch_size=None, num_cpus=0.5, concurrency=min(concurrency, blocks)
     ).materialize()
-    return made
+    return dataset
 
 
 def _batches(window: MaterializedDataset[Any]) -> Iterator[Batch]:
@@ -79,8 +78,8 @@ class _ReadSteps:
 
 
 def _object_column(arrays: list[NDArray[Any]]) -> NDArray[Any]:
-    # Steps differ in shape (text length, images), so the column holds arrays as objects and Ray stores them as ragged
-    # tensors.
+    # Steps differ in shape (text length, number of images). So the column holds arrays as objects, which Ray stores as
+    # ragged tensors.
     column = np.empty(len(arrays), dtype=object)
     for index, array in enumerate(arrays):
         column[index] = array

@@ -1,16 +1,19 @@
-"""Which samples each training step reads: a pure function of seed and step.
+"""Which samples each training step reads, a pure function of seed and step; and the reader of one rank's share.
 
 A step draws one group of the source, so all its samples have the same number of images and cost the same on every rank.
 Finite groups are read in seeded permutations, one per epoch; endless groups are read in order. Because nothing depends
-on how far a reader has run, a resumed run starts at its step without reading what came before.
+on how far a reader has run, a resumed run starts at its step without reading the earlier ones.
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 
+from parcelray.datasets.collator import Batch, Collator
 from parcelray.datasets.source import SampleGroup, SampleSource
 from parcelray.errors import UserError
+from parcelray.models.backbones.processor_base import ElasticProcessor
 
 
 class StepPlan(NamedTuple):
@@ -19,10 +22,11 @@ class StepPlan(NamedTuple):
     step: int
     group: str
     num_images: int
+    """Images per sample."""
     indices: tuple[int, ...]
 
     def share(self, rank: int, world_size: int) -> tuple[int, ...]:
-        """The indices that one rank reads; the ranks' shares together are the step's samples, each once."""
+        """The sample indices that one rank reads; together the ranks read each sample of the step once."""
         return self.indices[rank::world_size]
 
 
@@ -30,29 +34,29 @@ class BatchSchedule:
     """Plans the steps of a run.
 
     Args:
-        source: what is read.
-        num_steps: length of the run.
+        source: source of the samples.
+        num_steps: number of steps of the run.
         images_per_step: images per step over all ranks.
-        seed: of the order.
+        seed: seed of the order.
     """
 
     def __init__(self, source: SampleSource, *, num_steps: int, images_per_step: int, seed: int) -> None:
         self._groups: list[SampleGroup] = list(source.groups)
         self._seed = seed
         self.images_per_step = images_per_step
-        """Images of a step over all ranks, at most."""
+        """Largest number of images of a step over all ranks."""
         self._cached: tuple[tuple[int, int], np.ndarray] | None = None
         too_large = [group for group in self._groups if group.num_images > images_per_step]
         if too_large:
             raise UserError(
-                f"training.images_per_step is {images_per_step} but a sample of {too_large[0].name} has"
-                f" {too_large[0].num_images} images; raise it."
+                f"training.images_per_step is {images_per_step}, but a sample of {too_large[0].name} has"
+                f" {too_large[0].num_images} images; raise it to at least {too_large[0].num_images}."
             )
         weights = np.array([group.weight for group in self._groups])
         rng = np.random.default_rng((seed, 0x5C))
         self._choice = rng.choice(len(self._groups), size=num_steps, p=weights / weights.sum())
         self._batch = [images_per_step // group.num_images for group in self._groups]
-        # first[g][s]: how many steps before s drew group g.
+        # earlier[g][s]: how many steps before step s drew group g.
         self._earlier = [np.concatenate([[0], np.cumsum(self._choice == g)]) for g in range(len(self._groups))]
 
     def __len__(self) -> int:
@@ -77,3 +81,50 @@ class BatchSchedule:
         if self._cached is None or self._cached[0] != (g, epoch):
             self._cached = ((g, epoch), np.random.default_rng((self._seed, g, epoch)).permutation(size))
         return self._cached[1]
+
+
+class StepReader:
+    """Reads and collates one rank's share of a step; callable in a Ray task and in the training process.
+
+    Args:
+        source: source of the samples.
+        schedule: decides which samples each step reads.
+        processor: tokenizer and image size.
+        rank: the rank that reads.
+        world_size: number of ranks.
+        label_patches: whether batches carry labels of the patches, see `Collator`.
+    """
+
+    def __init__(
+        self,
+        source: SampleSource,
+        schedule: BatchSchedule,
+        processor: ElasticProcessor,
+        rank: int,
+        world_size: int,
+        *,
+        label_patches: bool = False,
+    ) -> None:
+        self._source = source
+        self._schedule = schedule
+        self._collator = Collator(processor, label_patches=label_patches)
+        self._rank = rank
+        self._world_size = world_size
+
+    @property
+    def num_images(self) -> int:
+        """Largest number of images in this rank's share of a step."""
+        return -(-self._schedule.images_per_step // self._world_size)
+
+    def read(self, step: int) -> Batch:
+        """The collated batch of a step."""
+        plan = self._schedule.plan(step)
+        return self._collator(
+            [self._source.get(plan.group, index) for index in plan.share(self._rank, self._world_size)]
+        )
+
+
+def in_process_batches(reader: StepReader, first_step: int, num_steps: int) -> Iterator[Batch]:
+    """Yield the batches of steps `first_step` to `num_steps` - 1, each made in this process when it is requested."""
+    for step in range(first_step, num_steps):
+        yield reader.read(step)
