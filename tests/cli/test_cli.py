@@ -215,7 +215,7 @@ def test_an_empty_registry_and_jobs_of_another_kind(run: Any, tmp_path: Path) ->
         found = run("models", command, "nobody", "--tracking-uri", uri)
         assert (found.code, found.err) == (
             2,
-            "error: there is no registered model 'nobody'; registered models are: none.",
+            "error: There is no registered model 'nobody'; the registered models are: none.",
         )
     found = run("models", "promote", "jobs/evaluate/mini.yaml")
     assert found.code == 2

@@ -1,4 +1,4 @@
-"""Gates that stored answers decide, on answers by hand."""
+"""Promotion gates on stored answers, with answers written by hand."""
 
 import math
 from collections.abc import Sequence
@@ -21,7 +21,14 @@ FAMILIES = ("general", "grounding")
 def _summary(
     shares: dict[int, tuple[float, float]], count: int = 100, ids: str = "q", unscored: Sequence[str] = ()
 ) -> Summary:
-    """A model that answers a share of each family's questions rightly, at each budget the first ones; of some families none can be scored."""
+    """Scores of a model that answers the first `share` of each family's questions rightly, at each budget.
+
+    Args:
+        shares: share of right answers for each family of `FAMILIES`, by budget.
+        count: number of questions per family.
+        ids: prefix of the sample ids.
+        unscored: families of which no answer could be scored.
+    """
     samples = [
         Sample(
             id=f"{ids}{family}{index}",
@@ -41,13 +48,13 @@ def _summary(
         for budget, by_family in shares.items()
     }
     splits = score_splits(samples, answers, ScoringRules(split_of=lambda sample: f"b/{sample.family}"))
-    for place, split in enumerate(splits):
+    for index, split in enumerate(splits):
         if split.family in unscored:
             nothing = {
                 budget: replace(score, estimate=Estimate(math.nan, np.full_like(score.estimate.draws, np.nan), 0))
                 for budget, score in split.scores.items()
             }
-            splits[place] = replace(split, scores=nothing)
+            splits[index] = replace(split, scores=nothing)
     evaluation = Evaluation("e", "sha256:1", "sha256:1", tuple(sorted(shares)), max(shares), "nowhere", ())
     return summarize(evaluation, splits, 5.0, None)
 
@@ -55,23 +62,23 @@ def _summary(
 CANDIDATE = _summary({16: (0.4, 0.1), 256: (0.8, 0.5)})
 
 
-def test_retention_is_asked_overall_and_by_family() -> None:
-    # 16 tokens keep 50 % of general and 20 % of grounding.
+def test_retention_is_checked_overall_and_by_family() -> None:
+    # At 16 visual tokens, retention is 50 % in general and 20 % in grounding.
     gate = RetentionGate(overall={16: 35, 256: 100}, families={"general": {16: 50}, "grounding": {16: 30}})
     checks = list(check_retention(CANDIDATE, gate))
     assert [check.passed for check in checks] == [True, True, True, False]
     assert str(checks[-1]).startswith("retention of grounding at 16 visual tokens is 20.0 % [")
-    assert str(checks[-1]).endswith("but the gate asks for at least 30 %")
-    with pytest.raises(UserError, match=r"names 'video', but the families that were asked are general, grounding"):
+    assert str(checks[-1]).endswith("but the gate requires at least 30 %")
+    with pytest.raises(UserError, match=r"names 'video', but the evaluated families are general, grounding"):
         list(check_retention(CANDIDATE, RetentionGate(families={"video": {16: 1}})))
 
 
-def test_a_score_that_cannot_be_known_does_not_pass() -> None:
+def test_undefined_retention_does_not_pass() -> None:
     nothing = _summary({16: (0.0, 0.0), 256: (0.0, 0.0)})
     assert [check.passed for check in check_retention(nothing, RetentionGate(overall={16: 0}))] == [False]
 
 
-def test_regression_is_ruled_out_or_not() -> None:
+def test_regression_passes_only_within_the_margin() -> None:
     same = list(check_regression(CANDIDATE, CANDIDATE, RegressionGate(margin=0)))
     assert [check.passed for check in same] == [True, True]
     worse = _summary({16: (0.4, 0.1), 256: (0.7, 0.5)})
@@ -85,7 +92,7 @@ def test_regression_is_ruled_out_or_not() -> None:
         "the score on general at 256 visual tokens against the champion's": False,
         "the score on grounding at 256 visual tokens against the champion's": True,
     }
-    assert any("-5.00 points" in check.found for check in checks)
+    assert any("-5.00 points" in check.measured for check in checks)
     assert all(
         check.passed
         for check in check_regression(CANDIDATE, worse, RegressionGate(margin=0))
@@ -93,45 +100,46 @@ def test_regression_is_ruled_out_or_not() -> None:
     )
 
 
-def test_what_the_margin_allows_on_average_must_be_sure() -> None:
-    """Six points are lost with a margin of seven: with a hundred questions a family that is not sure, with two thousand it is."""
-    for count, sure in ((100, False), (2000, True)):
+def test_the_whole_interval_must_lie_within_the_margin() -> None:
+    """A loss of 6 points with a margin of 7 does not pass with 100 questions per family, but does with 2,000."""
+    for count, passes in ((100, False), (2000, True)):
         better, worse = (_summary({64: (share, share)}, count) for share in (0.80, 0.74))
-        assert [check.passed for check in check_regression(worse, better, RegressionGate(margin=7))] == [sure]
+        assert [check.passed for check in check_regression(worse, better, RegressionGate(margin=7))] == [passes]
 
 
-def test_both_are_averaged_over_the_same_splits() -> None:
-    """A champion with nothing scored on a hard split must not look better for it than a candidate that was scored on both."""
+def test_both_models_are_averaged_over_the_same_splits() -> None:
+    """A champion without a score on a hard split must not be better than a candidate that has scores on both."""
     champion = _summary({64: (0.8, 0.1)}, unscored=["grounding"])
     same = list(check_regression(_summary({64: (0.8, 0.1)}), champion, RegressionGate(margin=1)))
-    assert [(check.passed, check.found.split(" ")[0]) for check in same] == [(True, "+0.00")]
+    assert [(check.passed, check.measured.split(" ")[0]) for check in same] == [(True, "+0.00")]
     lost = list(check_regression(champion, _summary({64: (0.8, 0.1)}), RegressionGate(margin=1)))
     assert [check.passed for check in lost] == [False, True]
     assert (
         str(lost[0])
-        == "the score on b/grounding at 64 visual tokens is nothing that could be scored, but the gate asks for a score"
+        == "the score on b/grounding at 64 visual tokens is not available, because no answer could be scored,"
+        " but the gate requires a score"
     )
 
 
-def test_a_budget_is_accepted_when_all_that_was_asked_of_its_answers_passed() -> None:
+def test_a_budget_is_accepted_if_all_checks_of_its_answers_passed() -> None:
     def check(gate: str, budget: int | None, passed: bool = True) -> Check:
-        return Check(gate, "what", "found", "asked", passed, budget)
+        return Check(gate, "what", "measured", "required", passed, budget)
 
-    card = check("card", None)
-    asked = [
+    artifacts = check("artifacts", None)
+    others = [
         check("retention", 16),
         check("golden", 16, False),
         check("retention", 64),
         check("latency", 64, False),
         check("latency", 256),
     ]
-    assert accepted_budgets([card, *asked], [16, 64, 256]) == [64]
-    assert accepted_budgets([card, check("regression", None)], [16]) == []
-    assert accepted_budgets([card._replace(passed=False), *asked], [16, 64]) == []
+    assert accepted_budgets([artifacts, *others], [16, 64, 256]) == [64]
+    assert accepted_budgets([artifacts, check("regression", None)], [16]) == []
+    assert accepted_budgets([artifacts._replace(passed=False), *others], [16, 64]) == []
 
 
-def test_other_samples_are_not_compared() -> None:
-    with pytest.raises(UserError, match="different samples, so they cannot be paired"):
+def test_models_evaluated_on_different_samples_are_not_compared() -> None:
+    with pytest.raises(UserError, match="different samples, so they cannot be compared in pairs"):
         list(
             check_regression(
                 CANDIDATE, _summary({16: (0.4, 0.1), 256: (0.8, 0.5)}, ids="other"), RegressionGate(margin=1)
@@ -139,7 +147,7 @@ def test_other_samples_are_not_compared() -> None:
         )
 
 
-def test_golden_answers_are_right_by_metric_or_to_the_letter() -> None:
+def test_golden_answers_are_checked_by_the_metric_or_literally() -> None:
     golden = [
         GoldenAnswer(benchmark="b", sample="qgeneral0", budgets=(16, 256)),
         GoldenAnswer(benchmark="b", sample="qgrounding30", budgets=(16, 256)),
@@ -147,6 +155,6 @@ def test_golden_answers_are_right_by_metric_or_to_the_letter() -> None:
     ]
     checks = list(check_golden(CANDIDATE.splits, golden))
     assert [check.passed for check in checks] == [True, True, False, True, False]
-    assert str(checks[2]) == "the answer to qgrounding30 at 16 visual tokens is 'no', but the gate asks for 'yes'"
-    with pytest.raises(UserError, match="golden sample 'nobody' is not among those asked of b"):
+    assert str(checks[2]) == "the answer to qgrounding30 at 16 visual tokens is 'no', but the gate requires 'yes'"
+    with pytest.raises(UserError, match="golden sample 'nobody' is not among the evaluated samples of b"):
         list(check_golden(CANDIDATE.splits, [GoldenAnswer(benchmark="b", sample="nobody", budgets=(16,))]))

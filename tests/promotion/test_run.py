@@ -1,4 +1,4 @@
-"""Promotion on two tiny checkpoints: what passes becomes the champion, what falls short is named, and both are on record."""
+"""Promotion of two tiny checkpoints: a passing version becomes the champion, a failed check is named and recorded."""
 
 import getpass
 import io
@@ -16,7 +16,7 @@ from parcelray.errors import UserError
 from parcelray.evaluation.run import run_evaluation
 from parcelray.models.checkpoint import write_manifest
 from parcelray.promotion import run as promotion
-from parcelray.promotion.pages import list_models, roll_back, show_model
+from parcelray.promotion.registered_models import list_models, roll_back, show_model
 from parcelray.promotion.run import GateRefusal, Verdict, promotion_plan, run_promotion
 from parcelray.tracking import registry
 from parcelray.tracking.mlflow_tracker import end_run, start_run
@@ -33,25 +33,25 @@ pytestmark = [
 ROWS = 12
 
 
-class Place:
-    """A store with two checkpoints, and a benchmark that the first one answers rightly."""
+class Registry:
+    """A store with two checkpoints, and a benchmark on which the first one answers every question rightly."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
         self.uri = new_store(root)
         self.first, self.second = (tiny_checkpoint(root / str(seed), seed) for seed in (1, 2))
-        asked = self.job(
+        unscored = self.job(
             benchmarks=[{"name": "own", "data": str(own_benchmark(root / "blank", [["nothing"]] * ROWS))}],
             catalog=[str(root / "blank")],
         )
-        said = (
-            run_evaluation(asked.evaluation("before", str(self.first)), _console(), tables=False)
+        answers = (
+            run_evaluation(unscored.evaluation("before", str(self.first)), _console(), tables=False)
             .summary.splits[0]
             .answers
         )
-        # What it says at either budget is right.
+        # The first checkpoint's answers at both budgets are the legal answers.
         self.data = own_benchmark(
-            root / "data", [[few.text, many.text] for few, many in zip(said[16], said[64], strict=True)]
+            root / "data", [[few.text, many.text] for few, many in zip(answers[16], answers[64], strict=True)]
         )
 
     def job(self, **changes: Any) -> PromoteJob:
@@ -84,11 +84,11 @@ def _console() -> Console:
 
 
 @pytest.fixture(scope="module")
-def made(without_pictures: None, tmp_path_factory: pytest.TempPathFactory) -> Place:
-    return Place(tmp_path_factory.mktemp("place"))
+def made(without_pictures: None, tmp_path_factory: pytest.TempPathFactory) -> Registry:
+    return Registry(tmp_path_factory.mktemp("registry"))
 
 
-def test_a_first_version_passes_and_a_worse_one_is_refused_forced_and_rolled_back(made: Place) -> None:
+def test_a_passing_version_is_promoted_and_a_worse_one_is_refused_then_forced_then_rolled_back(made: Registry) -> None:
     gates = {
         "retention": {"overall": {"16": 90}, "families": {"general": {"16": 90}}},
         "regression": {"margin": 1.0},
@@ -97,7 +97,7 @@ def test_a_first_version_passes_and_a_worse_one_is_refused_forced_and_rolled_bac
     }
     verdict = made.promote(gates=gates, candidate=str(made.first))
     assert (verdict.version, verdict.champion, verdict.word) == (1, None, "passed")
-    assert {check.gate for check in verdict.checks} == {"card", "retention", "regression", "golden", "latency"}
+    assert {check.gate for check in verdict.checks} == {"artifacts", "retention", "regression", "golden", "latency"}
     assert made.aliases() == {"challenger": 1, "champion": 1}
     assert verdict.budgets == find_version(made.uri, "tiny", "1").gate_budgets == (16, 64)
 
@@ -108,14 +108,14 @@ def test_a_first_version_passes_and_a_worse_one_is_refused_forced_and_rolled_bac
     assert "the score on all splits at 16 visual tokens against the champion's is -100.00 points" in text
     assert "the answer to row 3 at 64 visual tokens is" in text
     assert made.aliases() == {"challenger": 2, "champion": 1}
-    page = find_version(made.uri, "tiny", "2")
-    assert (page.verdict, page.gate_budgets) == ("failed", ())
-    assert any("-100.00 points" in sentence for sentence in json.loads(page.tags["parcel.gate_failed"]))
-    run = MlflowClient(made.uri).get_run(page.tags["parcel.gate_run"])
-    assert run.info.status == "FINISHED", "the gates did their work"
+    failed = find_version(made.uri, "tiny", "2")
+    assert (failed.verdict, failed.gate_budgets) == ("failed", ())
+    assert any("-100.00 points" in sentence for sentence in json.loads(failed.tags["parcel.gate_failed"]))
+    run = MlflowClient(made.uri).get_run(failed.tags["parcel.gate_run"])
+    assert run.info.status == "FINISHED", "a failed gate is a result of the run, not a failure of it"
     assert run.data.tags["parcel.gate"] == "failed"
 
-    # The same files are the same version, however often they are put to the gates.
+    # The same files stay the same version, also in another promotion job.
     with pytest.raises(GateRefusal, match="models:/tiny/2 is not promoted"):
         made.promote(
             name="again", gates={"latency": {"at_most_ms": {"16": 0.001}, "questions": 5}}, candidate=str(made.second)
@@ -123,11 +123,11 @@ def test_a_first_version_passes_and_a_worse_one_is_refused_forced_and_rolled_bac
     forced = made.promote(gates=gates, candidate="challenger", force=True)
     assert (forced.version, forced.word) == (2, "forced")
     assert made.aliases() == {"challenger": 2, "champion": 2, "previous": 1}
-    page = find_version(made.uri, "tiny", "champion")
-    assert page.verdict == "forced"
-    assert json.loads(page.tags["parcel.gate_failed"])
-    assert page.tags["parcel.gate_user"] == getpass.getuser()
-    assert MlflowClient(made.uri).get_run(page.tags["parcel.gate_run"]).data.tags["parcel.gate_force"] == "True"
+    champion = find_version(made.uri, "tiny", "champion")
+    assert champion.verdict == "forced"
+    assert json.loads(champion.tags["parcel.gate_failed"])
+    assert champion.tags["parcel.gate_user"] == getpass.getuser()
+    assert MlflowClient(made.uri).get_run(champion.tags["parcel.gate_run"]).data.tags["parcel.gate_force"] == "True"
 
     back = roll_back("tiny", made.uri)
     assert [(each.version, "champion" in each.aliases) for each in back.versions] == [(2, False), (1, True)]
@@ -136,13 +136,13 @@ def test_a_first_version_passes_and_a_worse_one_is_refused_forced_and_rolled_bac
     assert listed.to_dict()["models"] == [
         {"name": "tiny", "versions": 2, "aliases": {"champion": 1, "challenger": 2, "previous": 2}}
     ]
-    assert {page.version: page.verdict for page in show_model("tiny", None, made.uri).versions} == {
+    assert {version.version: version.verdict for version in show_model("tiny", None, made.uri).versions} == {
         1: "passed",
         2: "forced",
     }
 
 
-def test_a_new_version_comes_from_the_run_that_trained_it(made: Place, tmp_path: Path) -> None:
+def test_a_new_version_belongs_to_the_run_that_trained_it(made: Registry, tmp_path: Path) -> None:
     trained = start_run(made.uri, "parcelray", "train-third-00000000", params={})
     end_run(made.uri, trained, "FINISHED")
     folder = tiny_checkpoint(tmp_path, 3)
@@ -152,14 +152,14 @@ def test_a_new_version_comes_from_the_run_that_trained_it(made: Place, tmp_path:
     assert find_version(made.uri, "other", "champion").run_id == trained
 
 
-def test_a_slow_answer_is_named(made: Place) -> None:
+def test_a_failed_latency_gate_names_the_measured_time(made: Registry) -> None:
     with pytest.raises(
-        GateRefusal, match=r"p95 of one question at 64 visual tokens is .* ms, but the gate asks for at most 0.001 ms"
+        GateRefusal, match=r"p95 of one question at 64 visual tokens is .* ms, but the gate requires at most 0.001 ms"
     ):
         made.promote(name="slow", gates={"latency": {"at_most_ms": {"64": 0.001}, "questions": 5}}, candidate=1)
 
 
-def test_files_that_changed_are_not_loaded(made: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_changed_files_are_not_promoted_even_by_force(made: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, _ = resolve_registry("models:/tiny/2", made.uri)
     kept = made.root / "kept.safetensors"
     shutil.copy(folder / "model.safetensors", kept)
@@ -181,18 +181,18 @@ def test_files_that_changed_are_not_loaded(made: Place, monkeypatch: pytest.Monk
         shutil.copy(kept, folder / "model.safetensors")
 
 
-def test_a_champion_that_changed_while_the_gates_ran_is_not_replaced(
-    made: Place, monkeypatch: pytest.MonkeyPatch
+def test_a_champion_that_changed_during_the_evaluation_is_not_replaced(
+    made: Registry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def meanwhile(*arguments: Any) -> list[str]:
         MlflowClient(made.uri).delete_registered_model_alias("tiny", "champion")
         return []
 
     assert made.aliases()["champion"] == 1
-    monkeypatch.setattr(promotion, "card_problems", meanwhile)
+    monkeypatch.setattr(promotion, "artifact_problems", meanwhile)
     try:
         with pytest.raises(
-            UserError, match=r"champion of model 'tiny' was version 1 when this was decided and is no version now"
+            UserError, match=r"champion of model 'tiny' pointed to version 1 when .* and points to no version now"
         ):
             made.promote(name="race", candidate=2)
         assert "champion" not in made.aliases()
@@ -200,7 +200,7 @@ def test_a_champion_that_changed_while_the_gates_ran_is_not_replaced(
         registry.promote(made.uri, "tiny", 1)
 
 
-def test_every_verdict_has_a_file_of_its_own(made: Place) -> None:
+def test_every_verdict_is_written_to_a_new_file(made: Registry) -> None:
     for _ in range(2):
         verdict = made.promote(name="files", candidate=1)
     folder = made.root / "promote" / "files" / verdict.mlflow_run_id
@@ -208,31 +208,31 @@ def test_every_verdict_has_a_file_of_its_own(made: Place) -> None:
     assert json.loads((folder / "verdict-v1-2.json").read_text())["user"] == getpass.getuser()
 
 
-def test_a_version_that_is_no_elastic_model_is_named(made: Place) -> None:
+def test_a_version_with_another_signature_is_refused(made: Registry) -> None:
     folder, _ = resolve_registry("models:/tiny/2", made.uri)
-    card = folder.parent.parent / "MLmodel"
-    text = card.read_text()
-    card.write_text(text.replace("num_visual_tokens", "tokens"))
+    description = folder.parent.parent / "MLmodel"
+    text = description.read_text()
+    description.write_text(text.replace("num_visual_tokens", "tokens"))
     try:
         with pytest.raises(GateRefusal, match="its signature is"):
             made.promote(name="signature", candidate=2)
     finally:
-        card.write_text(text)
+        description.write_text(text)
 
 
-def test_a_plan_says_what_is_asked_and_registers_nothing(made: Place) -> None:
+def test_a_plan_counts_questions_and_registers_nothing(made: Registry) -> None:
     plan = promotion_plan(made.job(candidate=str(made.second)))
     assert (plan.questions, plan.answers) == (ROWS, 2 * ROWS)
     assert promotion_plan(made.job(candidate="2")).model == "models:/tiny/2"
-    assert [page.version for page in show_model("tiny", None, made.uri).versions] == [2, 1]
+    assert [version.version for version in show_model("tiny", None, made.uri).versions] == [2, 1]
 
 
-def test_what_cannot_be_promoted_is_refused_in_one_sentence(made: Place) -> None:
-    with pytest.raises(UserError, match="model 'tiny' has no version 9; its versions are: 1, 2"):
+def test_candidates_that_do_not_exist_are_refused(made: Registry) -> None:
+    with pytest.raises(UserError, match="Model 'tiny' has no version 9; its versions are: 1, 2"):
         made.promote(candidate=9)
     with pytest.raises(UserError, match="has no version or alias 'nobody'; its aliases are: challenger, champion"):
         made.promote(candidate="nobody")
-    with pytest.raises(UserError, match="there is no registered model 'nobody'"):
+    with pytest.raises(UserError, match="There is no registered model 'nobody'"):
         made.promote(model="nobody", candidate="challenger")
 
 
@@ -251,6 +251,6 @@ def test_what_cannot_be_promoted_is_refused_in_one_sentence(made: Place) -> None
         ({"gates": {"latency": {"at_most_ms": {}}}}, "at least 1 item"),
     ],
 )
-def test_gates_that_could_never_be_checked_are_refused(made: Place, changes: dict[str, Any], says: str) -> None:
+def test_gates_that_cannot_be_checked_are_refused(made: Registry, changes: dict[str, Any], says: str) -> None:
     with pytest.raises(ValueError, match=says):
         made.job(**changes)

@@ -107,7 +107,8 @@ def test_promotion_keeps_the_former_champion_as_previous_and_rollback_swaps_them
 def test_what_was_decided_on_one_champion_does_not_replace_another(uri, client, versions):
     promote(uri, "parcel", 1)
     with pytest.raises(
-        UserError, match=r"champion of model 'parcel' was version 3 when this was decided and is version 1 now"
+        UserError,
+        match=r"champion of model 'parcel' pointed to version 3 when .* was made, and points to version 1 now",
     ):
         promote(uri, "parcel", 2, expected=3)
     with pytest.raises(UserError, match="was no version when this was decided and is version 1 now"):
@@ -176,7 +177,7 @@ def test_an_alias_resolves_to_a_pinned_version_whose_files_are_checked(uri, vers
     [
         ("models:/parcel@nope", "no alias 'nope'; its aliases are: .*Promote"),
         ("models:/parcel/9", "no version 9; its versions are: 1, 2, 3"),
-        ("models:/nobody@champion", "no registered model 'nobody'; registered models are: parcel"),
+        ("models:/nobody@champion", "no registered model 'nobody'; the registered models are: parcel"),
         ("models:/parcel/latest", "malformed"),
         ("models:/parcel", "malformed"),
     ],

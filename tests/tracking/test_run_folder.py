@@ -36,7 +36,7 @@ def test_the_same_job_takes_its_folder_again(storage: str) -> None:
 def test_another_configuration_under_the_same_name_is_refused_with_the_differing_keys(storage: str) -> None:
     _folder(storage).claim()
     other = _folder(storage, seed=4, training={"steps": 7}, scaling={"num_workers": 2})
-    with pytest.raises(UserError, match=r"holds the run train-tiny-\w{8}, whose configuration differs") as caught:
+    with pytest.raises(UserError, match=r"has the run train-tiny-\w{8}, whose configuration differs") as caught:
         other.claim()
     assert "(seed: 3 -> 4; training.steps: 6 -> 7)" in str(caught.value)
     _folder(storage, name="tiny2", seed=4).claim()
@@ -49,7 +49,7 @@ def test_the_contents_behind_its_references_belong_to_a_run_too(storage: str) ->
     folder.claim({"runs/other": "sha256:3333"})
     folder.claim({"runs/m": "sha256:1111"})
     with pytest.raises(
-        UserError, match=r"of another model: what runs/m names has changed since \(sha256:1111 then, sha256:2222 now\)"
+        UserError, match=r"with another model: the content of runs/m has changed \(sha256:1111 then, sha256:2222 now\)"
     ):
         folder.claim({"runs/m": "sha256:2222"})
 

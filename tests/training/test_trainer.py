@@ -123,7 +123,7 @@ def test_a_second_run_is_a_no_op_and_another_configuration_is_refused(undisturbe
     assert again.was_done
     assert again.model_folder == run.model_folder
     assert "nothing to do" in output.getvalue()
-    with pytest.raises(UserError, match=r"differs from this one \(seed: 3 -> 4\); give this one another name"):
+    with pytest.raises(UserError, match=r"differs from this one \(seed: 3 -> 4\); give this run another name"):
         run_training(job.model_copy(update={"seed": 4}), Console(file=output))
 
 

@@ -209,7 +209,7 @@ def test_a_search_is_not_gone_on_with_another_model_under_the_same_name(tmp_path
     (model / "model.safetensors").write_bytes(b"retrained")
     (model / MANIFEST_NAME).unlink()
     write_manifest(model, config={}, git_commit=None, data=None, seed=4)
-    with pytest.raises(UserError, match=rf"of another model: what {model} names has changed since"):
+    with pytest.raises(UserError, match=rf"with another model: the content of {model} has changed"):
         _run(job, resume=True)
 
 

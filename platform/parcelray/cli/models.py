@@ -19,7 +19,7 @@ _TrackingUri = Annotated[
 @models_app.command("list")
 def models_list(tracking_uri: _TrackingUri = None, as_json: AsJson = False) -> None:
     """List the registered models with their aliases."""
-    from parcelray.promotion.pages import list_models
+    from parcelray.promotion.registered_models import list_models
 
     show(list_models(tracking_uri), as_json, lambda value: value.to_rich())
 
@@ -34,7 +34,7 @@ def models_show(
     as_json: AsJson = False,
 ) -> None:
     """Show a model's versions, or all that is known of one: origin, scores, and the verdict of its gates."""
-    from parcelray.promotion.pages import show_model
+    from parcelray.promotion.registered_models import show_model
 
     show(show_model(name, version, tracking_uri), as_json, lambda value: value.to_rich())
 
@@ -70,6 +70,6 @@ def models_promote(
 @models_app.command("rollback")
 def models_rollback(name: _Name, tracking_uri: _TrackingUri = None, as_json: AsJson = False) -> None:
     """Make the previous champion the champion again; the two change places."""
-    from parcelray.promotion.pages import roll_back
+    from parcelray.promotion.registered_models import roll_back
 
     show(roll_back(name, tracking_uri), as_json, lambda value: value.to_rich())

@@ -1,9 +1,10 @@
-"""The gates of a promotion that stored answers decide: retention, regression against the champion, golden answers."""
+"""The promotion gates that stored predictions decide: retention, regression against the champion, golden answers."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from parcelray.config.promote import GoldenAnswer, RegressionGate, RetentionGate
+from parcelray.console import percent
 from parcelray.errors import UserError
 from parcelray.evaluation.scoring.aggregate import difference
 from parcelray.evaluation.scoring.split_scores import SplitScores
@@ -11,32 +12,38 @@ from parcelray.evaluation.scoring.summary import Summary
 
 
 class Check(NamedTuple):
-    """One number, or one fact, against what a gate asks."""
+    """One measured value or fact, and the requirement of a gate for it."""
 
     gate: str
+    """`artifacts`, `retention`, `regression`, `golden` or `latency`."""
     what: str
-    """What was looked at, such as `retention of grounding at 16 visual tokens`."""
-    found: str
-    """What it is."""
-    asked: str
-    """What the gate asks."""
+    """What was measured, such as `retention of grounding at 16 visual tokens`."""
+    measured: str
+    required: str
     passed: bool
     budget: int | None = None
-    """The visual-token budget that it is about; None: no single one."""
+    """Visual-token budget of the measured value; None if it has no single budget."""
 
     def __str__(self) -> str:
-        return f"{self.what} is {self.found}, but the gate asks for {self.asked}"
+        return f"{self.what} is {self.measured}, but the gate requires {self.required}"
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-serialisable."""
-        return self._asdict()
+        """The check as JSON-serialisable values."""
+        return {
+            "gate": self.gate,
+            "what": self.what,
+            "found": self.measured,
+            "asked": self.required,
+            "passed": self.passed,
+            "budget": self.budget,
+        }
 
 
 def check_retention(summary: Summary, gate: RetentionGate) -> Iterator[Check]:
-    """Retention at every budget that the gate names, overall and by family.
+    """Check the retention at every budget that the gate names, over all splits and by family.
 
     Raises:
-        UserError: the gate names a family that was not asked.
+        UserError: the gate names a family that was not evaluated.
     """
     for budget, least in gate.overall.items():
         yield _retention(summary, "all splits", None, budget, least)
@@ -44,18 +51,18 @@ def check_retention(summary: Summary, gate: RetentionGate) -> Iterator[Check]:
     for family, by_budget in gate.families.items():
         if family not in families:
             raise UserError(
-                f"gates.retention.families names {family!r}, but the families that were asked are"
-                f" {', '.join(families)}; name one of them."
+                f"gates.retention.families names {family!r}, but the evaluated families are {', '.join(families)};"
+                " name one of them."
             )
         for budget, least in by_budget.items():
             yield _retention(summary, family, families[family], budget, least)
 
 
 def check_regression(candidate: Summary, champion: Summary, gate: RegressionGate) -> Iterator[Check]:
-    """The candidate against the champion on the same samples, at every budget.
+    """Compare the candidate with the champion on the same samples, at every budget.
 
     Raises:
-        UserError: the two were not asked the same.
+        UserError: the two were evaluated on different samples.
     """
     _check_same_samples(candidate.splits, champion.splits)
     theirs = {split.name: split for split in champion.splits}
@@ -70,65 +77,67 @@ def check_regression(candidate: Summary, champion: Summary, gate: RegressionGate
                 comparable.append(split.name)
             elif base:
                 yield Check(
-                    "regression",
-                    f"the score on {split.name} at {budget} visual tokens",
-                    "nothing that could be scored",
-                    "a score",
-                    False,
-                    budget,
+                    gate="regression",
+                    what=f"the score on {split.name} at {budget} visual tokens",
+                    measured="not available, because no answer could be scored",
+                    required="a score",
+                    passed=False,
+                    budget=budget,
                 )
         for group, names, margin in groups:
-            # Both over the same splits: a mean that leaves a hard one out is no better for it.
+            # Both means are over the same splits: leaving out a hard split must not raise a model's mean.
             both = [name for name in comparable if names is None or name in names]
             gap = difference(candidate.mean_score(budget, both), champion.mean_score(budget, both)).interval
             yield Check(
                 gate="regression",
                 what=f"the score on {group} at {budget} visual tokens against the champion's",
-                found=f"{gap.value:+.2f} points [{gap.low:+.2f}, {gap.high:+.2f}]",
-                asked=f"a lower end of at least {-margin:+g}",
+                measured=f"{gap.value:+.2f} points [{gap.low:+.2f}, {gap.high:+.2f}]",
+                required=f"a lower end of at least {-margin:+g}",
                 passed=gap.low >= -margin,
                 budget=budget,
             )
 
 
 def check_golden(splits: Sequence[SplitScores], golden: Sequence[GoldenAnswer]) -> Iterator[Check]:
-    """Every golden question at every budget that it names.
+    """Check the answer to every golden question at every budget that it names.
 
     Raises:
-        UserError: a sample was not asked.
+        UserError: a golden sample was not evaluated.
     """
-    places = {
-        (split.benchmark, sample.id): (split, place) for split in splits for place, sample in enumerate(split.samples)
+    positions = {
+        (split.benchmark, sample.id): (split, position)
+        for split in splits
+        for position, sample in enumerate(split.samples)
     }
     for each in golden:
-        if (each.benchmark, each.sample) not in places:
+        if (each.benchmark, each.sample) not in positions:
             raise UserError(
-                f"The golden sample {each.sample!r} is not among those asked of {each.benchmark}; name one that"
-                " `samples.parquet` of the gate holds."
+                f"The golden sample {each.sample!r} is not among the evaluated samples of {each.benchmark}; name a"
+                " sample that is in `samples.parquet` of the gate's evaluation."
             )
-        split, place = places[each.benchmark, each.sample]
-        legal = each.answers or split.samples[place].answers
+        split, position = positions[each.benchmark, each.sample]
+        legal = each.answers or split.samples[position].answers
         for budget in each.budgets:
-            text = split.answers[budget][place].text
-            passed = text in each.answers if each.answers else split.scores[budget].values[place] >= 1
+            text = split.answers[budget][position].text
+            passed = text in each.answers if each.answers else split.scores[budget].values[position] >= 1
             yield Check(
                 gate="golden",
                 what=f"the answer to {each.sample} at {budget} visual tokens",
-                found=repr(text),
-                asked=" or ".join(map(repr, legal)),
+                measured=repr(text),
+                required=" or ".join(map(repr, legal)),
                 passed=passed,
                 budget=budget,
             )
 
 
 def accepted_budgets(checks: Sequence[Check], budgets: Sequence[int]) -> list[int]:
-    """Budgets that something was asked about the answers of, and nothing fell short of it; none where the files are not in order.
+    """The budgets whose answers were checked at least once and passed every check; none if the artifacts are wrong.
 
     Args:
-        checks: of all gates; those of the latency say nothing about answers.
-        budgets: that were asked.
+        checks: checks of all gates; those of the latency gate are ignored, since they do not concern answers.
+        budgets: the evaluated budgets.
     """
-    if not all(check.passed for check in checks if check.gate == "card"):
+    if not all(check.passed for check in checks if check.gate == "artifacts"):
         return []
     about = {
         budget: [check.passed for check in checks if check.budget == budget and check.gate != "latency"]
@@ -142,9 +151,9 @@ def _retention(summary: Summary, group: str, names: Sequence[str] | None, budget
     return Check(
         gate="retention",
         what=f"retention of {group} at {budget} visual tokens",
-        found=f"{kept.value:.1f} % [{kept.low:.1f}, {kept.high:.1f}]",
-        asked=f"at least {least:g} %",
-        # A comparison with NaN (nothing to retain) is false, so it does not pass.
+        measured=percent(kept.value, kept.low, kept.high),
+        required=f"at least {least:g} %",
+        # If the reference scored nothing, the retention is NaN; comparisons with NaN are false, so it does not pass.
         passed=kept.value >= least,
         budget=budget,
     )
@@ -156,6 +165,6 @@ def _check_same_samples(candidate: Sequence[SplitScores], champion: Sequence[Spl
     )
     if ours != theirs:
         raise UserError(
-            "Candidate and champion were asked different samples, so they cannot be paired; ask both again on the same"
-            " data."
+            "Candidate and champion were evaluated on different samples, so they cannot be compared in pairs; evaluate"
+            " both on the same data."
         )

@@ -1,4 +1,4 @@
-"""A promotion from its job file to the verdict: the candidate is put to the gates, and only what passes them becomes the champion."""
+"""Runs one promotion job: evaluates the candidate against the gates and, if it passes, makes it the champion."""
 
 import getpass
 import itertools
@@ -25,7 +25,7 @@ from parcelray.promotion.latency import check_latency
 from parcelray.tracking.mlflow_tracker import MlflowRunLogger, job_run
 from parcelray.tracking.model_versions import (
     GateRecord,
-    card_problems,
+    artifact_problems,
     find_version,
     model_names,
     record_verdict,
@@ -38,63 +38,63 @@ from parcelray.tracking.store import ensure_store
 
 
 class GateRefusal(UserError):
-    """A candidate that fell short of a gate; the message has every number that did.
+    """A candidate failed a gate; the message names every failed check.
 
     Args:
         version: `models:/NAME/VERSION`.
-        failed: what fell short, a sentence each.
-        sound: whether its files are what was registered; only such a version can be forced.
+        failed: the failed checks, one sentence each.
+        intact: whether the version's files are those that were registered; only such a version can be forced.
     """
 
-    def __init__(self, version: str, failed: Sequence[str], *, sound: bool = True) -> None:
+    def __init__(self, version: str, failed: Sequence[str], *, intact: bool = True) -> None:
         self.version = version
         self.failed = tuple(failed)
-        self.sound = sound
+        self.intact = intact
         remedy = (
-            "Train a better version, or change the gate; --force promotes it all the same, and records it."
-            if sound
-            else "Register the checkpoint again; --force does not promote files that are not what was registered."
+            "Train a better version, or change the gate; --force promotes it anyway, and records this."
+            if intact
+            else "Register the checkpoint again; --force does not promote files that differ from the registered ones."
         )
         super().__init__(f"{version} is not promoted: {'; '.join(failed)}. {remedy}")
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (partial(type(self), sound=self.sound), (self.version, self.failed))
+        return (partial(type(self), intact=self.intact), (self.version, self.failed))
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the gates said of a version."""
+    """The gate results of a version."""
 
     model: str
     version: int
     champion: int | None
-    """The champion when the gates ran; None: there was none."""
+    """Version of the champion when the gates ran; None if there was none."""
     checks: tuple[Check, ...]
     budgets: tuple[int, ...]
-    """Whose answers passed every check that was made of them: an endpoint may go down to these under load."""
+    """Budgets whose answers passed all their checks; under load, an endpoint may reduce the budget to these."""
     force: bool
-    """Whether it was to become the champion whatever the gates say of its answers."""
+    """Whether the version is promoted even if a gate fails."""
     user: str
-    """Who ran the promotion."""
+    """User who ran the promotion."""
     mlflow_run_id: str
 
     @property
     def failed(self) -> list[str]:
-        """What fell short, a sentence each."""
+        """The failed checks, one sentence each."""
         return [str(check) for check in self.checks if not check.passed]
 
     @property
     def word(self) -> str:
         """`passed`, `failed` or `forced`."""
-        return "passed" if not self.failed else "forced" if self.force and self.sound else "failed"
+        return "passed" if not self.failed else "forced" if self.force and self.intact else "failed"
 
     @property
-    def sound(self) -> bool:
-        """Whether its files are what was registered."""
-        return all(check.passed for check in self.checks if check.gate == "card")
+    def intact(self) -> bool:
+        """Whether the version's files are those that were registered."""
+        return all(check.passed for check in self.checks if check.gate == "artifacts")
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-serialisable."""
+        """The verdict as JSON-serialisable values."""
         return {
             "model": self.model,
             "version": self.version,
@@ -107,29 +107,31 @@ class Verdict:
         }
 
     def to_rich(self) -> Table:
-        """For the console."""
-        table = Table("gate", "what", "found", "asked", "", title=f"models:/{self.model}/{self.version}: {self.word}")
+        """The checks as a table for the console."""
+        title = f"models:/{self.model}/{self.version}: {self.word}"
+        table = Table("gate", "check", "measured", "required", "result", title=title)
         for check in self.checks:
-            table.add_row(check.gate, check.what, check.found, check.asked, "passed" if check.passed else "FAILED")
+            result = "passed" if check.passed else "FAILED"
+            table.add_row(check.gate, check.what, check.measured, check.required, result)
         return table
 
 
 def run_promotion(job: PromoteJob, console: Console, *, force: bool = False, address: str | None = None) -> Verdict:
-    """Puts the candidate to the gates and, if it passes them, makes it the champion; the former one becomes `previous`.
+    """Evaluate the candidate against the promotion gates and, on success, move the `champion` alias to it.
 
-    Answers that are stored are not computed again, so another gate on the same version costs next to nothing.
+    The former champion gets the alias `previous`. Stored predictions are reused, so checking the same version against
+    another gate takes little time.
 
     Args:
         job: the promotion.
         console: for progress and the table.
-        force: promote whatever the gates say of the answers; that is recorded with who did it. Files that are not what
-            was registered are never promoted.
-        address: Ray cluster; None: RAY_ADDRESS, else a local instance. Unused with `compute.actors: 0`.
+        force: promote the candidate even if a gate fails; this is recorded with the user's name. Files that differ from
+            the registered ones are never promoted.
+        address: Ray cluster; None for RAY_ADDRESS or else a local instance. Unused with `compute.actors: 0`.
 
     Raises:
-        GateRefusal: the candidate fell short.
-        UserError: there is no such candidate, the job cannot run as it is written, or another champion was made while
-            the gates ran.
+        GateRefusal: the candidate failed a gate.
+        UserError: there is no such candidate, the job is not valid, or the champion changed while the gates ran.
     """
     assert job.tracking.uri is not None
     uri = ensure_store(job.tracking.uri)
@@ -142,7 +144,7 @@ def run_promotion(job: PromoteJob, console: Console, *, force: bool = False, add
         version = _candidate(job, uri, run_id)
         champion = _champion(uri, job.model)
         console.print(
-            f"Candidate models:/{job.model}/{version}, champion"
+            f"Candidate: models:/{job.model}/{version}; champion:"
             f" {f'version {champion}' if champion is not None else 'none yet'}",
         )
         checks = tuple(_checks(job, uri, version, champion, console, address, run_id))
@@ -154,16 +156,16 @@ def run_promotion(job: PromoteJob, console: Console, *, force: bool = False, add
             promote(uri, job.model, version, expected=champion)
     console.print(verdict.to_rich())
     if verdict.word == "failed":
-        raise GateRefusal(f"models:/{job.model}/{version}", verdict.failed, sound=verdict.sound)
+        raise GateRefusal(f"models:/{job.model}/{version}", verdict.failed, intact=verdict.intact)
     console.print(f"models:/{job.model}@{CHAMPION} is version {version}")
     return verdict
 
 
 def promotion_plan(job: PromoteJob) -> EvaluationPlan:
-    """What the candidate would be asked, and what that costs where no answer is stored yet; registers nothing.
+    """Plan the candidate's evaluation for --dry-run, with its cost if no prediction is stored; registers nothing.
 
     Raises:
-        UserError: there is no such candidate, or the job cannot run as it is written.
+        UserError: there is no such candidate, or the job is not valid.
     """
     assert job.tracking.uri is not None
     uri = ensure_store(job.tracking.uri)
@@ -174,7 +176,7 @@ def promotion_plan(job: PromoteJob) -> EvaluationPlan:
 
 
 def _pinned(job: PromoteJob, uri: str) -> PromoteJob:
-    """The job with its candidate pinned: an alias that moved is another promotion."""
+    """The job with its candidate pinned to a version, so that a moved alias gives another run identity."""
     folder = Path(job.candidate)
     pinned = (
         resolve_checkpoint(folder).pinned
@@ -185,7 +187,10 @@ def _pinned(job: PromoteJob, uri: str) -> PromoteJob:
 
 
 def _candidate(job: PromoteJob, uri: str, run_id: str) -> int:
-    """The candidate's version; a folder that is no version yet is registered first, under the run that trained it where the store has it."""
+    """The candidate's version number; a checkpoint folder that has no version yet is registered first.
+
+    The new version belongs to the MLflow run that trained the checkpoint if the store has it, else to this promotion's.
+    """
     folder = Path(job.candidate)
     if folder.is_dir():
         version = version_of_content(uri, job.model, resolve_checkpoint(folder).pinned)
@@ -206,23 +211,23 @@ def _candidate(job: PromoteJob, uri: str, run_id: str) -> int:
 def _champion(uri: str, name: str) -> int | None:
     if name not in model_names(uri):
         return None
-    return next((page.version for page in versions_of(uri, name) if CHAMPION in page.aliases), None)
+    return next((each.version for each in versions_of(uri, name) if CHAMPION in each.aliases), None)
 
 
 def _checks(
     job: PromoteJob, uri: str, version: int, champion: int | None, console: Console, address: str | None, run_id: str
 ) -> Iterator[Check]:
     gates = job.gates
-    problems = card_problems(uri, job.model, version)
+    problems = artifact_problems(uri, job.model, version)
     yield Check(
-        "card",
-        "signature, manifest and files",
-        "; ".join(problems) or "in order",
-        "what was registered, as safetensors",
-        not problems,
+        gate="artifacts",
+        what="signature, manifest and files",
+        measured="; ".join(problems) or "valid",
+        required="the registered content, as safetensors",
+        passed=not problems,
     )
     if problems:
-        # Nothing of a version whose files are not what they should be is loaded.
+        # No file of a version that differs from what was registered is loaded.
         return
     ours = f"models:/{job.model}/{version}"
     own = run_evaluation(
@@ -236,8 +241,13 @@ def _checks(
         yield from check_retention(own, gates.retention)
     if gates.regression is not None:
         if champion is None or champion == version:
-            found = "none yet" if champion is None else "this version"
-            yield Check("regression", "the champion to compare with", found, "no loss against it", True)
+            yield Check(
+                gate="regression",
+                what="the champion to compare with",
+                measured="none yet" if champion is None else "this version",
+                required="no loss against it",
+                passed=True,
+            )
         else:
             other = job.evaluation(f"gate-{job.name}-v{champion}", f"models:/{job.model}/{champion}")
             theirs = run_evaluation(other, console, address=address, parent_run_id=run_id, tables=False).summary
@@ -252,7 +262,7 @@ def _record(job: PromoteJob, name: str, uri: str, verdict: Verdict) -> None:
     record_verdict(uri, verdict.model, verdict.version, record)
     folder = Path(job.storage) / "promote" / job.name / verdict.mlflow_run_id
     folder.mkdir(parents=True, exist_ok=True)
-    # The same promotion against another champion is the same run: each verdict has a file of its own.
+    # The same promotion against another champion is the same MLflow run, so each verdict gets a new file.
     numbers = itertools.count(1)
     path = next(
         path for number in numbers if not (path := folder / f"verdict-v{verdict.version}-{number}.json").exists()

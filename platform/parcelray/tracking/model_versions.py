@@ -1,8 +1,8 @@
-"""Registered models and their versions as people look at them, and the verdict of the gates on each."""
+"""Registered models, their versions, and the gate results that are stored on each version."""
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,41 +18,41 @@ from parcelray.tracking.registry import CONTENT_TAG, SIGNATURE, aliases_of, chec
 from parcelray.tracking.store import MAX_TAG, clean_tags
 
 VERDICT_TAG = "parcel.gate"
-"""`passed`, `failed`, or `forced`: made champion although a gate failed."""
+"""Tag with the verdict: `passed`, `failed`, or `forced` (made champion although a gate failed)."""
 BUDGETS_TAG = "parcel.gate_budgets"
-"""JSON list: the budgets whose answers passed every check that was made of them."""
+"""Tag with a JSON list of the budgets whose answers passed all their checks."""
 
 
 @dataclass(frozen=True)
-class VersionPage:
+class RegisteredVersion:
     """One version of a registered model."""
 
     name: str
     version: int
     aliases: tuple[str, ...]
     created: str
-    """UTC, ISO 8601."""
+    """Creation time in UTC, ISO 8601."""
     run_id: str
-    """MLflow run that it comes from."""
+    """MLflow run that the version was registered under."""
     tags: dict[str, str]
 
     @property
     def verdict(self) -> str:
-        """Of the last gate that it was put to; empty before the first."""
+        """The verdict of the last promotion; empty before the first."""
         return self.tags.get(VERDICT_TAG, "")
 
     @property
     def gate_budgets(self) -> tuple[int, ...] | None:
-        """Budgets whose answers the last gate accepted; None before the first."""
+        """Budgets that the last promotion accepted; None before the first."""
         return tuple(json.loads(self.tags[BUDGETS_TAG])) if BUDGETS_TAG in self.tags else None
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-serialisable."""
-        return {key: getattr(self, key) for key in self.__dataclass_fields__} | {"aliases": list(self.aliases)}
+        """The version as JSON-serialisable values."""
+        return asdict(self) | {"aliases": list(self.aliases)}
 
 
 def model_names(tracking_uri: str) -> list[str]:
-    """The registered models."""
+    """Names of the registered models, sorted."""
     client, names, token = MlflowClient(tracking_uri=tracking_uri), [], None
     while True:
         page = client.search_registered_models(page_token=token)
@@ -62,8 +62,8 @@ def model_names(tracking_uri: str) -> list[str]:
             return sorted(names)
 
 
-def versions_of(tracking_uri: str, name: str) -> list[VersionPage]:
-    """All versions of a registered model, the newest first.
+def versions_of(tracking_uri: str, name: str) -> list[RegisteredVersion]:
+    """All versions of a registered model, newest first.
 
     Raises:
         UserError: there is no such model.
@@ -72,55 +72,52 @@ def versions_of(tracking_uri: str, name: str) -> list[VersionPage]:
     by_version: dict[int, list[str]] = {}
     for alias, version in aliases_of(client, name).items():
         by_version.setdefault(version, []).append(alias)
-    found: list[ModelVersion] = []
+    versions: list[RegisteredVersion] = []
     token = None
     while True:
         page = client.search_model_versions(f"name='{name}'", page_token=token)
-        found += page
+        versions += [_version(each, by_version.get(int(each.version), [])) for each in page]
         token = page.token
         if not token:
-            break
-    pages = [_page(each, by_version.get(int(each.version), [])) for each in found]
-    return sorted(pages, key=lambda page: -page.version)
+            return sorted(versions, key=lambda version: -version.version)
 
 
-def find_version(tracking_uri: str, name: str, version_or_alias: str) -> VersionPage:
-    """One version by its number or alias.
+def find_version(tracking_uri: str, name: str, version_or_alias: str) -> RegisteredVersion:
+    """Find one version by its number or alias.
 
     Raises:
-        UserError: there is none.
+        UserError: there is no such version.
     """
     client = MlflowClient(tracking_uri=tracking_uri)
-    pages = versions_of(tracking_uri, name)
+    versions = versions_of(tracking_uri, name)
     if version_or_alias.isdigit():
         check_version(client, name, int(version_or_alias))
-    for page in pages:
-        if version_or_alias in (str(page.version), *page.aliases):
-            return page
-    aliases = ", ".join(sorted(alias for page in pages for alias in page.aliases)) or "none"
+    for version in versions:
+        if version_or_alias in (str(version.version), *version.aliases):
+            return version
+    aliases = ", ".join(sorted(alias for version in versions for alias in version.aliases)) or "none"
     raise UserError(
-        f"model {name!r} has no version or alias {version_or_alias!r}; its aliases are: {aliases}, its newest version"
-        f" is {pages[0].version}."
+        f"Model {name!r} has no version or alias {version_or_alias!r}; its aliases are: {aliases}, its newest version"
+        f" is {versions[0].version}."
     )
 
 
 def version_of_content(tracking_uri: str, name: str, content: str) -> int | None:
-    """The newest version of a model that holds these files; None if no version does, or there is no such model.
+    """The newest version of a model with this content; None if there is no such version or model.
 
     Args:
-        tracking_uri: of the registry.
+        tracking_uri: tracking URI of the registry.
         name: registered model.
-        content: digest, as `models.checkpoint.content_digest` gives it.
+        content: digest of the files, as computed by `models.checkpoint.content_digest`.
     """
     if name not in model_names(tracking_uri):
         return None
-    return next(
-        (page.version for page in versions_of(tracking_uri, name) if page.tags.get(CONTENT_TAG) == content), None
-    )
+    same = (each.version for each in versions_of(tracking_uri, name) if each.tags.get(CONTENT_TAG) == content)
+    return next(same, None)
 
 
 def training_run(tracking_uri: str, folder: Path) -> str | None:
-    """The MLflow run that trained a checkpoint, by the identity in its manifest; None where the store has none."""
+    """The MLflow run that trained a checkpoint, by the identity in its manifest; None if the store has no such run."""
     trained = read_manifest(folder).extra.get("identity")
     if not isinstance(trained, str) or "'" in trained:
         return None
@@ -133,30 +130,30 @@ def training_run(tracking_uri: str, folder: Path) -> str | None:
 
 
 class GateRecord(NamedTuple):
-    """What the gates said of a version, as the version keeps it."""
+    """The gate results that are stored on a version."""
 
     verdict: str
     """`passed`, `failed` or `forced`."""
     job: str
-    """Identity of the promotion."""
+    """Identity of the promotion job."""
     run_id: str
-    """Its MLflow run."""
+    """MLflow run of the promotion."""
     user: str
-    """Who ran it, and forced it where it was forced."""
+    """User who ran the promotion, and who forced it if it was forced."""
     budgets: Sequence[int]
-    """Whose answers were accepted."""
+    """Accepted budgets, see `promotion.gates.accepted_budgets`."""
     failed: Sequence[str]
-    """What fell short, a sentence each."""
+    """The failed checks, one sentence each."""
 
 
 def record_verdict(tracking_uri: str, name: str, version: int, record: GateRecord) -> None:
-    """Writes what the gates said onto the version; the last verdict wins, and the run keeps every report.
+    """Store gate results on a version; they replace earlier ones, which the promotions' MLflow runs keep.
 
     Args:
-        tracking_uri: of the registry.
+        tracking_uri: tracking URI of the registry.
         name: registered model.
-        version: its number.
-        record: what they said.
+        version: version number.
+        record: the gate results.
     """
     client = MlflowClient(tracking_uri=tracking_uri)
     sentences = json.dumps(list(record.failed))
@@ -169,15 +166,15 @@ def record_verdict(tracking_uri: str, name: str, version: int, record: GateRecor
         "parcel.gate_user": record.user,
         "parcel.gate_failed": sentences,
         BUDGETS_TAG: json.dumps(list(record.budgets)),
-        # Last: a version that carries it carries its reasons, too.
+        # Written last, so that a version with a verdict also has the reasons.
         VERDICT_TAG: record.verdict,
     }
     for key, value in clean_tags(tags).items():
         client.set_model_version_tag(name, str(version), key, value)
 
 
-def card_problems(tracking_uri: str, name: str, version: int) -> list[str]:
-    """What is wrong with a version's files: signature, manifest, digest; each file is read and compared."""
+def artifact_problems(tracking_uri: str, name: str, version: int) -> list[str]:
+    """Problems with a version's signature, manifest or files, one sentence each; reads every file."""
     try:
         folder, _ = resolve_registry(f"models:/{name}/{version}", tracking_uri)
         verify_manifest(folder)
@@ -187,7 +184,7 @@ def card_problems(tracking_uri: str, name: str, version: int) -> list[str]:
     problems = []
     registered = MlflowClient(tracking_uri=tracking_uri).get_model_version(name, str(version))
     if registered.tags.get(CONTENT_TAG) != digest:
-        problems.append(f"its files are {digest}, but {registered.tags.get(CONTENT_TAG)} was registered")
+        problems.append(f"its files have the digest {digest}, but {registered.tags.get(CONTENT_TAG)} was registered")
     signature = _signature(registered, tracking_uri, folder)
     if signature != SIGNATURE:
         problems.append(
@@ -200,15 +197,15 @@ def _signature(version: ModelVersion, tracking_uri: str, folder: Path) -> Any:
     wrapper = folder.parent.parent
     if (wrapper / "MLmodel").is_file():
         return Model.load(str(wrapper)).signature
-    # Of a remote store only the checkpoint is kept here.
+    # For a remote store, `resolve_registry` downloads only the checkpoint.
     from mlflow.artifacts import download_artifacts
 
     uri = MlflowClient(tracking_uri=tracking_uri).get_model_version_download_uri(version.name, version.version)
     return Model.load(download_artifacts(artifact_uri=f"{uri}/MLmodel", tracking_uri=tracking_uri)).signature
 
 
-def _page(version: ModelVersion, aliases: list[str]) -> VersionPage:
+def _version(version: ModelVersion, aliases: list[str]) -> RegisteredVersion:
     created = datetime.fromtimestamp(version.creation_timestamp / 1000, UTC).isoformat(timespec="seconds")
-    return VersionPage(
+    return RegisteredVersion(
         version.name, int(version.version), tuple(sorted(aliases)), created, version.run_id or "", dict(version.tags)
     )

@@ -1,8 +1,7 @@
-"""The model registry: checkpoints become versions, versions get aliases, references become pinned folders.
+"""The model registry: registers checkpoints as versions, moves aliases, and resolves references to checkpoint folders.
 
 A version is a models-from-code pyfunc around the checkpoint folder (safetensors, configuration, manifest); nothing in
-it is pickled. Only the client API is used: MLflow's fluent functions depend on a global tracking URI and on an active
-run.
+it is pickled. Only MLflow's client API is used: its fluent functions depend on a global tracking URI and an active run.
 """
 
 import base64
@@ -58,27 +57,30 @@ def register_model(
     example_budget: int = 64,
     tags: Mapping[str, str] | None = None,
 ) -> int:
-    """Uploads a checkpoint and makes it the next version of a registered model.
+    """Upload a checkpoint as the next version of a registered model.
 
-    Registering the same content from the same run again returns the version that is there.
+    Registering the same content from the same run again returns the existing version.
 
     Args:
         tracking_uri: as returned by `store.ensure_store`; the registry is in the same store.
         model_dir: checkpoint folder with a manifest (`models.checkpoint.write_manifest`).
-        name: registered model; created when missing.
-        run_id: the run that produced the checkpoint.
+        name: registered model; created if missing.
+        run_id: the MLflow run that produced the checkpoint.
         pyfunc_file: Python file that MLflow copies into the version and runs on load (models from code).
-        example_budget: num_visual_tokens of the input example; one that the model supports.
+        example_budget: num_visual_tokens of the input example; must be a budget that the model supports.
         tags: further tags of the version, such as scores.
 
     Returns:
         The version number.
 
     Raises:
-        UserError: if the name is illegal, or the folder holds pickles, has no manifest, or differs from it.
+        UserError: the name is not legal, or the folder contains pickles, has no manifest, or differs from its manifest.
     """
     if _NAME.fullmatch(name) is None:
-        raise UserError(f"model name {name!r} is illegal; use letters, digits, '-' and '_', at most 100.")
+        raise UserError(
+            f"Model name {name!r} is not legal; use at most 100 letters, digits, '-' and '_', and start with a letter"
+            " or digit."
+        )
     manifest = read_manifest(model_dir)
     content = resolve_checkpoint(model_dir.resolve()).pinned
     client = MlflowClient(tracking_uri=tracking_uri)
@@ -105,25 +107,25 @@ def register_model(
 def promote(
     tracking_uri: str, name: str, version: int, alias: str = CHAMPION, *, expected: int | Literal["any"] | None = "any"
 ) -> None:
-    """Points an alias at a version.
+    """Point an alias at a version.
 
-    For `champion`, the version that loses it becomes `previous` first; the alias moves last.
+    For `champion`, the former champion gets the alias `previous` first; the champion alias moves last.
 
     Args:
         tracking_uri: as for `register_model`.
         name: registered model.
         version: an existing version.
-        alias: `champion`, `challenger` or another name of your own.
-        expected: the version that the alias must stand for still (None: no version), since something was decided on
-            that; `any`: whatever it is.
+        alias: `champion`, `challenger` or any other legal name.
+        expected: the version that the alias must point to before the call (None: no version), because the decision was
+            based on it; `any` for no such condition.
 
     Raises:
-        UserError: if the alias is reserved, the version does not exist, or the alias has moved from what was expected.
+        UserError: the alias is reserved, the version does not exist, or the alias does not point to `expected`.
     """
     if alias == PREVIOUS or _RESERVED_ALIAS.fullmatch(alias) or re.fullmatch(r"[\w-]{1,255}", alias) is None:
         raise UserError(
-            f"alias {alias!r} cannot be set: 'latest' and 'v<number>' belong to MLflow, 'previous' follows 'champion',"
-            " and others consist of letters, digits, '-' and '_'; use champion, challenger or a name of your own."
+            f"Alias {alias!r} cannot be set: 'latest' and 'v<number>' are reserved by MLflow, and 'previous' is set"
+            " together with 'champion'. Use champion, challenger, or another name of letters, digits, '-' and '_'."
         )
     client = MlflowClient(tracking_uri=tracking_uri)
     check_version(client, name, version)
@@ -134,8 +136,8 @@ def promote(
         if expected not in ("any", former):
             was, now = (f"version {each}" if each is not None else "no version" for each in (expected, former))
             raise UserError(
-                f"{alias} of model {name!r} was {was} when this was decided and is {now} now; decide again: run the"
-                " command once more."
+                f"The alias {alias} of model {name!r} pointed to {was} when this decision was made, and points to {now}"
+                " now; run the command again."
             )
         if alias == CHAMPION and former is not None:
             client.set_registered_model_alias(name, PREVIOUS, str(former))
@@ -143,19 +145,19 @@ def promote(
 
 
 def rollback(tracking_uri: str, name: str) -> int:
-    """Makes the previous champion the champion again (and the other way round); returns its version.
+    """Exchange the aliases `champion` and `previous`; returns the version that is the champion now.
 
-    Here `champion` moves first: what stands between the two moves must be the version that is gone back to.
+    `champion` moves first, so that between the two moves the restored version is already the champion.
 
     Raises:
-        UserError: if there was no champion before this one.
+        UserError: there was no champion before this one.
     """
     client = MlflowClient(tracking_uri=tracking_uri)
     with store_lock(tracking_uri):
         aliases = aliases_of(client, name)
         previous, champion = aliases.get(PREVIOUS), aliases.get(CHAMPION)
         if previous is None or previous == champion:
-            raise UserError(f"model {name!r} has no previous champion to go back to; promote a version by its number.")
+            raise UserError(f"Model {name!r} has no previous champion to go back to; promote a version by its number.")
         client.set_registered_model_alias(name, CHAMPION, str(previous))
         if champion is not None:
             client.set_registered_model_alias(name, PREVIOUS, str(champion))
@@ -163,25 +165,25 @@ def rollback(tracking_uri: str, name: str) -> int:
 
 
 def resolve_registry(reference: str, tracking_uri: str, cache_dir: Path | None = None) -> tuple[Path, str]:
-    """Turns a registry reference into a folder and the version it stands for now.
+    """Resolve a registry reference to a checkpoint folder and the version that the reference names now.
 
     Args:
         reference: `models:/NAME@ALIAS` or `models:/NAME/VERSION`.
         tracking_uri: as for `register_model`.
-        cache_dir: where versions from a remote store are kept, one folder each; default ~/.cache/parcelray/models.
+        cache_dir: folder for versions downloaded from a remote store; default ~/.cache/parcelray/models.
 
     Returns:
-        The checkpoint folder (not yet verified: `models.checkpoint.resolve_checkpoint` does that) and
+        The checkpoint folder (not verified here: `models.checkpoint.resolve_checkpoint` does that) and
         `models:/NAME/VERSION`.
 
     Raises:
-        UserError: if the reference is malformed, or names no version.
+        UserError: the reference is malformed, or there is no such version.
     """
     parts = _REFERENCE.fullmatch(reference)
     if parts is None:
         raise UserError(
-            f"registry reference {reference!r} is malformed; write models:/NAME@ALIAS or models:/NAME/VERSION (a"
-            " number)."
+            f"Registry reference {reference!r} is malformed; write models:/NAME@ALIAS or models:/NAME/VERSION, where"
+            " VERSION is a number."
         )
     name = parts["name"]
     client = MlflowClient(tracking_uri=tracking_uri)
@@ -196,8 +198,8 @@ def resolve_registry(reference: str, tracking_uri: str, cache_dir: Path | None =
         folder = Path(unquote(parsed.path)) / _MODEL_SUBPATH
         if not folder.is_dir():
             raise UserError(
-                f"{reference!r} is version {version}, whose files ({folder}) are not on this machine; use a tracking"
-                " server, or register it again."
+                f"{reference!r} is version {version}, but its files ({folder}) are not on this machine; use a tracking"
+                " server, or register the checkpoint again."
             )
     else:
         folder = _download_once(
@@ -220,7 +222,7 @@ def resolve_model(model: CheckpointModelConfig, tracking_uri: str | None) -> Res
 
 
 def input_example(num_visual_tokens: int) -> pd.DataFrame:
-    """One row that fits the signature: a prompt, a small white PNG in base64, and a budget."""
+    """A data frame with one row that matches the signature: a prompt, a small white PNG in base64, and a budget."""
     buffer = io.BytesIO()
     Image.new("RGB", (8, 8), "white").save(buffer, format="PNG")
     return pd.DataFrame(
@@ -242,7 +244,7 @@ def _log_model(
             wrapper = Path(scratch) / "model"
             _save_wrapper(wrapper, logged, run_id, pyfunc_file, example_budget)
             client.log_model_artifacts(logged.model_id, str(wrapper))
-        # The weights go straight from the checkpoint folder to the store, without a copy in the temporary folder.
+        # The weights are uploaded from the checkpoint folder, without a copy in the temporary folder.
         client.log_model_artifacts(logged.model_id, str(model_dir), _MODEL_SUBPATH)
     except BaseException:
         client.finalize_logged_model(logged.model_id, "FAILED")
@@ -254,8 +256,7 @@ def _log_model(
 def _save_wrapper(path: Path, logged: LoggedModel, run_id: str, pyfunc_file: Path, example_budget: int) -> None:
     model = Model(artifact_path=logged.artifact_location, run_id=run_id, model_id=logged.model_id)
     with warnings.catch_warnings():
-        # MLflow warns about its own type hints when this part of it is imported, and calls pandas in a way that pandas
-        # deprecates.
+        # MLflow warns about its own type hints when mlflow.pyfunc is imported, and uses a deprecated pandas call.
         warnings.filterwarnings("ignore", message=".*Any type hint is inferred", category=UserWarning)
         warnings.filterwarnings("ignore", message="Operation with range", category=DeprecationWarning)
         import mlflow.pyfunc
@@ -268,8 +269,8 @@ def _save_wrapper(path: Path, logged: LoggedModel, run_id: str, pyfunc_file: Pat
             pip_requirements=_requirements(),
             mlflow_model=model,
         )
-    # The wrapper was saved without the weights, which follow; and no version keeps a path of the machine that
-    # registered it.
+    # The wrapper is saved without the weights, which are uploaded later. A version must not contain paths of the
+    # machine that registered it.
     flavor = model.flavors[mlflow.pyfunc.FLAVOR_NAME]
     flavor["artifacts"] = {"model": {"path": _MODEL_SUBPATH, "uri": _MODEL_SUBPATH}}
     flavor["model_code_path"] = Path(flavor["model_code_path"]).name
@@ -277,7 +278,7 @@ def _save_wrapper(path: Path, logged: LoggedModel, run_id: str, pyfunc_file: Pat
 
 
 def _requirements() -> list[str]:
-    # Local version labels ("+cpu") name a build, which another machine may not have.
+    # A local version label ("+cpu") names a build that another machine may not have.
     pins = [
         f"{package}=={importlib.metadata.version(package).partition('+')[0]}"
         for package in ("mlflow", "torch", "transformers", "safetensors", "pillow")
@@ -297,7 +298,7 @@ def aliases_of(client: MlflowClient, name: str) -> dict[str, int]:
         if error.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
         known = ", ".join(model.name for model in client.search_registered_models(max_results=20)) or "none"
-        raise UserError(f"there is no registered model {name!r}; registered models are: {known}.") from error
+        raise UserError(f"There is no registered model {name!r}; the registered models are: {known}.") from error
     return {alias: int(version) for alias, version in model.aliases.items()}
 
 
@@ -306,14 +307,18 @@ def _version_of_alias(client: MlflowClient, name: str, alias: str) -> int:
     if alias not in aliases:
         known = ", ".join(sorted(aliases)) or "none"
         raise UserError(
-            f"model {name!r} has no alias {alias!r}; its aliases are: {known}. Promote a version, or name one by"
+            f"Model {name!r} has no alias {alias!r}; its aliases are: {known}. Promote a version, or use a version"
             " number."
         )
     return aliases[alias]
 
 
 def check_version(client: MlflowClient, name: str, version: int) -> None:
-    """Refuses a version that does not exist."""
+    """Check that a version exists.
+
+    Raises:
+        UserError: there is no such version.
+    """
     try:
         client.get_model_version(name, str(version))
     except MlflowException as error:
@@ -322,11 +327,11 @@ def check_version(client: MlflowClient, name: str, version: int) -> None:
         known = (
             ", ".join(
                 str(number)
-                for number in sorted(int(found.version) for found in client.search_model_versions(f"name='{name}'"))
+                for number in sorted(int(each.version) for each in client.search_model_versions(f"name='{name}'"))
             )
             or "none"
         )
-        raise UserError(f"model {name!r} has no version {version}; its versions are: {known}.") from error
+        raise UserError(f"Model {name!r} has no version {version}; its versions are: {known}.") from error
 
 
 def _cache_root(cache_dir: Path | None) -> Path:
@@ -338,18 +343,18 @@ def _store_name(tracking_uri: str) -> str:
 
 
 def _download_once(uri: str, tracking_uri: str, target: Path) -> Path:
-    """Downloads the checkpoint of a version unless it is there; whole or not at all, also when several processes try."""
+    """Download the checkpoint of a version once; atomic even if several processes download it at the same time."""
     if target.is_dir():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-        got = mlflow.artifacts.download_artifacts(
+        downloaded = mlflow.artifacts.download_artifacts(
             artifact_uri=f"{uri}/{_MODEL_SUBPATH}", dst_path=scratch, tracking_uri=tracking_uri
         )
         try:
-            Path(got).rename(target)
+            Path(downloaded).rename(target)
         except OSError:
-            # Another process was faster; its folder is the same version.
+            # Another process was faster and made the same folder.
             if not target.is_dir():
                 raise
     return target

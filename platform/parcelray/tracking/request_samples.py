@@ -1,6 +1,6 @@
-"""Samples of an endpoint's requests in MLflow: one writer, which never makes a request wait.
+"""Writes samples of an endpoint's requests to MLflow in a background thread, so that no request waits for it.
 
-Each batch is one table (a JSON file of columns and rows) among the artifacts of the endpoint's run.
+Each batch is one table (a JSON file with columns and rows) among the artifacts of the endpoint's run.
 """
 
 import contextlib
@@ -21,16 +21,16 @@ FOLDER = "samples"
 
 
 class RequestSamples:
-    """Takes records of requests and writes them from a thread of its own.
+    """Queues records of requests and writes them to MLflow in a background thread.
 
     Args:
         tracking_uri: as returned by `store.ensure_store`.
         experiment: name of the MLflow experiment.
         run_name: identity of the endpoint, whose run gets the tables.
-        dropped: told how many records were lost, because too many came or the store did not take them.
-        capacity: records that wait at most.
-        batch: records of a table at most.
-        period_s: longest time that a record waits for its table to fill, seconds.
+        dropped: called with the number of lost records, when the queue is full or the store does not accept them.
+        capacity: largest number of queued records.
+        batch: largest number of records per table.
+        period_s: longest time that a record waits for its table to fill, in seconds.
     """
 
     def __init__(
@@ -57,14 +57,14 @@ class RequestSamples:
         self._thread.start()
 
     def put(self, record: Mapping[str, Any]) -> None:
-        """Keeps a record, or drops it where too many wait already; returns at once."""
+        """Queue a record, or drop it if the queue is full; returns at once."""
         try:
             self._waiting.put_nowait(record)
         except queue.Full:
             self._dropped(1)
 
     def close(self, timeout_s: float = 10.0) -> None:
-        """Writes what waits, and ends the run; gives up when the store has not answered for twice the timeout, in seconds."""
+        """Write the queued records and end the run; gives up after twice the timeout (seconds) without progress."""
         with contextlib.suppress(queue.Full):
             self._waiting.put(None, timeout=timeout_s)
         self._thread.join(timeout_s)
@@ -76,11 +76,15 @@ class RequestSamples:
             if records:
                 self._write(records)
         if self._run_id is not None:
-            with contextlib.suppress(Exception):  # the store is gone, and so is the process in a moment
+            with contextlib.suppress(Exception):  # the store does not answer, and this process is about to end
                 end_run(self._uri, self._run_id, "FINISHED")
 
     def _next_batch(self) -> tuple[list[Mapping[str, Any]], bool]:
-        """Records that came within one period of the first, and whether they are the last."""
+        """Wait for the records of the next table.
+
+        Returns:
+            The records that arrive within one period after the first, and whether the queue was closed.
+        """
         first = self._waiting.get()
         if first is None:
             return [], True
@@ -104,10 +108,10 @@ class RequestSamples:
                 )
             columns = list(dict.fromkeys(name for record in records for name in record))
             table = {"columns": columns, "data": [[record.get(name) for name in columns] for record in records]}
-            # In the order of their names; the number keeps those of one second apart.
+            # File names sort by time; the number distinguishes tables of the same second.
             name = f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{self._written:06d}.json"
             MlflowClient(tracking_uri=self._uri).log_dict(self._run_id, table, f"{FOLDER}/{name}")
             self._written += 1
-        except Exception:  # whatever the store has against it: samples must not cost an answer
-            logger.warning("%d samples could not be written to MLflow", len(records), exc_info=True)
+        except Exception:  # whatever the store raises: failing to record samples must not affect requests
+            logger.warning("%d request samples could not be written to MLflow", len(records), exc_info=True)
             self._dropped(len(records))

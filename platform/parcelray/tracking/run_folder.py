@@ -1,4 +1,4 @@
-"""The folder of one run, on a local disk or any fsspec URI: its resolved job, its result, and Ray Train's checkpoints below it."""
+"""The folder of one run, on a local disk or any fsspec URI: resolved job, result, and Ray Train's checkpoints."""
 
 import json
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ _JOB, _RESULT = "job.json", "result.json"
 
 
 class RunFolder:
-    """`<storage>/<kind>/<name>`: one name, one configuration, one folder.
+    """The folder `<storage>/<kind>/<name>` of a run; it belongs to one configuration.
 
     Args:
         job: the job; its `storage` may be a path or a URI such as s3://bucket/runs.
@@ -33,67 +33,66 @@ class RunFolder:
         return isinstance(self.filesystem, LocalFileSystem)
 
     def claim(self, pins: Mapping[str, str] | None = None) -> None:
-        """Takes the folder for this job.
+        """Claim the folder for this job: write the resolved job into it.
 
         Args:
-            pins: digests of the contents that the job's references stand for, by reference; None: they are not looked
-                at.
+            pins: content digest of each model reference of the job; None to skip the comparison with earlier digests.
 
         Raises:
-            UserError: it belongs to another configuration of the same name (the message has the differing keys), or to
-                other contents.
+            UserError: the folder belongs to another configuration of the same name (the message names the differing
+                keys), or a reference named another content when the run was started.
         """
         self.check()
         kept: dict[str, str] = (self._read(_JOB) or {}).get("pins", {})
         for reference, digest in (pins or {}).items():
             if kept.get(reference, digest) != digest:
                 raise UserError(
-                    f"{self.path} holds the run {self.identity} of another model: what {reference} names has changed"
-                    f" since ({kept[reference][:19]} then, {digest[:19]} now); give this one another name (--set"
-                    " name=...), or put the old model back to go on with the old run."
+                    f"{self.path} has the run {self.identity} with another model: the content of {reference} has"
+                    f" changed ({kept[reference][:19]} then, {digest[:19]} now). Give this run another name (--set"
+                    " name=...), or restore the old model to resume the old run."
                 )
         self._write(
             _JOB, {"identity": self.identity, "job": self._job.model_dump(mode="json"), "pins": kept | dict(pins or {})}
         )
 
     def check(self) -> None:
-        """Looks whether the folder is free or this job's.
+        """Check that the folder is free or belongs to this job.
 
         Raises:
-            UserError: it belongs to another configuration of the same name; the message has the differing keys.
+            UserError: it belongs to another configuration of the same name; the message names the differing keys.
         """
         resolved = self._job.model_dump(mode="json")
         existing = self._read(_JOB)
         if existing is not None and existing["identity"] != self.identity:
             differences = "; ".join(differing_keys(decisive(existing["job"]), decisive(resolved)))
             raise UserError(
-                f"{self.path} holds the run {existing['identity']}, whose configuration differs from this one"
-                f" ({differences}); give this one another name (--set name=...), or restore the old values to go on"
-                " with the old run."
+                f"{self.path} has the run {existing['identity']}, whose configuration differs from this one"
+                f" ({differences}); give this run another name (--set name=...), or restore the old values to resume"
+                " the old run."
             )
 
     def result(self) -> dict[str, Any] | None:
-        """What a finished run recorded; None before it is finished."""
+        """The stored result of a finished run; None before the run is finished."""
         return self._read(_RESULT)
 
     def finish(self, result: dict[str, Any]) -> None:
-        """Records that the run is finished."""
+        """Store the result, which marks the run as finished."""
         self._write(_RESULT, result)
 
     def local_path(self, name: str) -> Path:
-        """A folder for this run's local products, such as the trained model.
+        """Path of a file or folder in the run folder, such as the trained model.
 
         Raises:
             UserError: the run folder is not on a local disk.
         """
         if not self.is_local:
             raise UserError(
-                f"{self.path} is not a local folder; fetch the run's model folder, or set storage to a local path."
+                f"{self.path} is not a local folder; set storage to a local path, or download what you need from it."
             )
         return Path(self.path) / name
 
     def upload(self, folder: Path, name: str) -> None:
-        """Copies a local folder into the run folder."""
+        """Copy a local folder into the run folder."""
         self.filesystem.put(f"{folder}/", f"{self.path}/{name}/", recursive=True)
 
     def _read(self, name: str) -> dict[str, Any] | None:
@@ -106,8 +105,8 @@ class RunFolder:
 
     def _write(self, name: str, data: dict[str, Any]) -> None:
         self.filesystem.makedirs(self.path, exist_ok=True)
-        # Written aside and moved: an interrupted write must not leave half a file under the final name.
-        aside = f"{self.path}/.{name}.partial"
-        with self.filesystem.open(aside, "w") as file:
+        # Written to another name and moved, so that an interrupted write leaves no incomplete file.
+        partial = f"{self.path}/.{name}.partial"
+        with self.filesystem.open(partial, "w") as file:
             json.dump(data, file, indent=2)
-        self.filesystem.mv(aside, f"{self.path}/{name}")
+        self.filesystem.mv(partial, f"{self.path}/{name}")
