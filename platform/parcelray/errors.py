@@ -1,8 +1,8 @@
 """Errors that a user can act on.
 
-Every one of them is one clear sentence: the value, what is legal, what to do. The command line prints it without a
-traceback and exits with 2 (`UserError`) or 1 (`SystemFailure`). All of them cross Ray processes, so each keeps its
-constructor's arguments in `__reduce__`: without it Ray hands the driver an `UnserializableException` instead.
+Each message is short and complete: the wrong value, the legal values, and what to do. The command line prints it
+without a traceback and exits with 2 (`UserError`) or 1 (`SystemFailure`). These errors cross Ray processes, so each
+class with its own constructor defines `__reduce__`; without it, Ray raises `UnserializableException` in the driver.
 """
 
 from collections.abc import Sequence
@@ -11,24 +11,24 @@ from typing import Any
 
 
 class ParcelrayError(Exception):
-    """Base of all errors that parcelray raises on purpose."""
+    """Base class of all errors that parcelray raises deliberately."""
 
 
 class UserError(ParcelrayError):
-    """Something the user can mend: bad input, a missing file, an illegal value. Exit code 2."""
+    """An error that the user can fix: bad input, a missing file, a value that is not legal. Exit code 2."""
 
 
 class SystemFailure(ParcelrayError):
-    """Something that broke although the input was legal. Exit code 1."""
+    """A failure although the input was legal. Exit code 1."""
 
 
 class UnsupportedBudgetError(UserError, ValueError):
-    """A connector or reducer was asked for a number of visual tokens that it cannot produce.
+    """A connector or reducer does not support the requested number of visual tokens.
 
     Args:
-        num_visual_tokens: the budget that was asked for (visual tokens per image).
-        supported: the legal budgets, ascending.
-        connector: the name of the connector or reducer that refuses.
+        num_visual_tokens: the requested budget, in visual tokens per image.
+        supported: the legal budgets in ascending order.
+        connector: name of the connector or reducer.
     """
 
     def __init__(self, num_visual_tokens: int, supported: Sequence[int], connector: str) -> None:
@@ -36,7 +36,7 @@ class UnsupportedBudgetError(UserError, ValueError):
         self.supported = tuple(supported)
         self.connector = connector
         super().__init__(
-            f"{connector} cannot give {num_visual_tokens} visual tokens per image; legal budgets are"
+            f"{connector} does not support {num_visual_tokens} visual tokens per image; legal budgets are"
             f" {describe_values(self.supported)}. Choose one of them, or another connector or routing."
         )
 
@@ -45,7 +45,7 @@ class UnsupportedBudgetError(UserError, ValueError):
 
 
 def describe_values(values: Sequence[int]) -> str:
-    """Writes integers in short: an arithmetic progression as `16 to 256` (or `in steps of 2`), else a list."""
+    """Integers as short text: `16 to 256` or `16 to 256 in steps of 2` for an arithmetic progression, else a list."""
     if len(values) >= 4:
         step = values[1] - values[0]
         if step > 0 and all(b - a == step for a, b in pairwise(values)):

@@ -255,7 +255,7 @@ def test_a_limit_is_told_in_the_result(checkpoint: Path, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"budgets": [8]}, UnsupportedBudgetError, "cannot give 8 visual tokens"),
+        ({"budgets": [8]}, UnsupportedBudgetError, "does not support 8 visual tokens"),
         ({"benchmarks": ["nlvr"]}, UserError, "nlvr is read from local files; give their folder with data:"),
         ({"benchmarks": ["minni"]}, UserError, r"no benchmark 'minni' \(did you mean mini"),
         ({"benchmarks": [{"name": "mini", "metric": "anl"}]}, UserError, r"no metric 'anl' \(did you mean 'anls'"),
@@ -335,7 +335,7 @@ def test_a_training_free_reducer_is_part_of_the_answers(checkpoint: Path, tmp_pa
     assert texts[0] == texts[1]
     other = _run(_job(tmp_path, checkpoint, name="other", budgets=[13], reducer={"type": "random_sampling", "seed": 2}))
     assert other.computed == QUESTIONS
-    with pytest.raises(UnsupportedBudgetError, match="average_pooling cannot give 13 visual tokens"):
+    with pytest.raises(UnsupportedBudgetError, match="average_pooling does not support 13 visual tokens"):
         _run(_job(tmp_path, checkpoint, name="pooled", budgets=[13], reducer={"type": "average_pooling"}))
 
 

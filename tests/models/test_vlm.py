@@ -247,7 +247,7 @@ def test_the_prefix_is_bidirectional_and_the_suffix_causal(elastic: ElasticVLM, 
 
 def test_an_illegal_budget_names_the_legal_ones(elastic: ElasticVLM, processor: Processor) -> None:
     with pytest.raises(
-        UnsupportedBudgetError, match=r"parcel cannot give 8 visual tokens per image; legal budgets are 16 to 256"
+        UnsupportedBudgetError, match=r"parcel does not support 8 visual tokens per image; legal budgets are 16 to 256"
     ):
         elastic.generate(**_inputs(processor, 8), num_visual_tokens=8)
 

@@ -165,7 +165,7 @@ def test_the_blind_baseline_runs_the_decoder_alone() -> None:
 @pytest.mark.parametrize(("name", "budget"), [("parcel", 8), ("m3", 100), ("mqt", 257), ("identity", 64)])
 def test_budgets_that_a_connector_cannot_give_are_refused(name: str, budget: int) -> None:
     shape = PALIGEMMA.at_resolution(448) if budget > 256 else PALIGEMMA
-    with pytest.raises(UnsupportedBudgetError, match=f"{name} cannot give {budget} visual tokens"):
+    with pytest.raises(UnsupportedBudgetError, match=f"{name} does not support {budget} visual tokens"):
         cost(shape, _connector(name), budget)
 
 

@@ -13,7 +13,7 @@ from ..stores import new_store
 
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload``:DeprecationWarning")
 
-# A driver that records five steps and starts a child, says so, and then waits until it is killed or its parent is gone.
+# A driver that records five steps, starts a child run, prints `ready`, and waits until it is killed or stdin closes.
 DRIVER = textwrap.dedent("""
     import sys
     from parcelray.tracking.mlflow_tracker import MlflowRunLogger, start_run, tracked_run
@@ -41,8 +41,8 @@ def client(uri):
 
 
 def statuses(client, experiment):
-    found = client.search_runs([client.get_experiment_by_name(experiment).experiment_id])
-    return {run.info.run_name: run.info.status for run in found}
+    runs = client.search_runs([client.get_experiment_by_name(experiment).experiment_id])
+    return {run.info.run_name: run.info.status for run in runs}
 
 
 def steps(client, run_id, key="train/loss"):
@@ -90,7 +90,7 @@ def test_a_run_ends_with_the_status_of_its_exception(uri, client, error, status)
     assert client.get_run(run_id).info.status == status
 
 
-def test_the_signal_handler_is_put_back(uri):
+def test_the_signal_handler_is_restored(uri):
     before = signal.getsignal(signal.SIGTERM)
     with tracked_run(uri, "ends", "handler", params={}):
         assert signal.getsignal(signal.SIGTERM) is not before
@@ -124,7 +124,7 @@ def test_ending_a_run_closes_its_children(uri, client):
     assert statuses(client, "family") == {"tune-c": "FINISHED", "trial-0": "KILLED", "evaluate-0": "KILLED"}
 
 
-def test_metrics_are_buffered_flushed_and_never_repeated(uri, client):
+def test_metrics_are_buffered_and_never_recorded_twice(uri, client):
     run_id = start_run(uri, "metrics", "train-d", params={})
     tracker = MlflowRunLogger(uri, run_id, flush_every=3, flush_seconds=1000)
     tracker.log_metrics({"train/loss": 1.0}, 0)
@@ -146,7 +146,7 @@ def test_metrics_are_buffered_flushed_and_never_repeated(uri, client):
     end_run(uri, run_id, "FINISHED")
 
 
-def test_more_metrics_than_one_batch_are_sent(uri, client):
+def test_metrics_of_several_batches_are_sent(uri, client):
     run_id = start_run(uri, "metrics", "train-e", params={})
     tracker = MlflowRunLogger(uri, run_id)
     tracker.log_metrics({f"m{i}": float(i) for i in range(2500)}, 0)
@@ -154,7 +154,7 @@ def test_more_metrics_than_one_batch_are_sent(uri, client):
     assert len(client.get_run(run_id).data.metrics) == 2500
 
 
-def test_artifacts_and_figures_are_uploaded_beside_the_database(uri, client, tmp_path):
+def test_artifacts_and_figures_are_uploaded(uri, client, tmp_path):
     run_id = start_run(uri, "files", "train-f", params={})
     tracker = MlflowRunLogger(uri, run_id)
     (tmp_path / "frontier.png").write_bytes(b"png")
@@ -168,13 +168,13 @@ def test_artifacts_and_figures_are_uploaded_beside_the_database(uri, client, tmp
         tracker.log_artifact(tmp_path / "missing")
 
 
-def test_names_that_would_break_the_search_are_refused(uri):
+def test_run_names_with_quotes_are_refused(uri):
     with pytest.raises(UserError, match="quotes"):
         start_run(uri, "names", "it's", params={})
 
 
 @pytest.mark.slow
-def test_killed_drivers_leave_nothing_running_and_no_metric_twice(uri, client):
+def test_after_killed_drivers_no_run_stays_running_and_no_metric_is_recorded_twice(uri, client):
     names = ("killed", "terminated")
     drivers = [
         subprocess.Popen(

@@ -58,7 +58,7 @@ def versions(uri, run_id, tmp_path_factory):
     ]
 
 
-def test_versions_carry_their_origin_and_end_no_run(client, run_id, versions):
+def test_versions_have_tags_of_their_origin_and_the_run_stays_finished(client, run_id, versions):
     assert versions == [1, 2, 3]
     version = client.get_model_version("parcel", "2")
     assert version.run_id == run_id
@@ -70,7 +70,7 @@ def test_versions_carry_their_origin_and_end_no_run(client, run_id, versions):
     assert len(run.outputs.model_outputs) == 3
 
 
-def test_a_version_is_a_model_from_code_without_pickles_and_local_paths(uri, versions, monkeypatch):
+def test_a_version_is_a_model_from_code_without_pickles_or_local_paths(uri, versions, monkeypatch):
     monkeypatch.setenv("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "False")
     folder, _ = resolve_registry("models:/parcel/1", uri)
     root = folder.parent.parent
@@ -83,13 +83,13 @@ def test_a_version_is_a_model_from_code_without_pickles_and_local_paths(uri, ver
     assert model.input_example["num_visual_tokens"].tolist() == [64]
 
 
-def test_the_same_content_of_the_same_run_is_registered_once(uri, run_id, versions, tmp_path):
+def test_the_same_content_from_the_same_run_is_registered_once(uri, run_id, versions, tmp_path):
     assert register_model(uri, checkpoint_folder(tmp_path / "again", 2), "parcel", run_id, pyfunc_file=PYFUNC_FILE) == 2
 
 
 def test_promotion_keeps_the_former_champion_as_previous_and_rollback_swaps_them(uri, client, versions):
     def aliases():
-        # Numbers from a database, text from a server.
+        # A database returns numbers, a tracking server returns strings.
         return {alias: int(version) for alias, version in client.get_registered_model("parcel").aliases.items()}
 
     with pytest.raises(UserError, match="no previous champion"):
@@ -104,14 +104,14 @@ def test_promotion_keeps_the_former_champion_as_previous_and_rollback_swaps_them
     assert aliases() == {"champion": 1, "previous": 2, "challenger": 3}
 
 
-def test_what_was_decided_on_one_champion_does_not_replace_another(uri, client, versions):
+def test_promotion_is_refused_if_the_champion_is_not_the_expected_one(uri, client, versions):
     promote(uri, "parcel", 1)
     with pytest.raises(
         UserError,
         match=r"champion of model 'parcel' pointed to version 3 when .* was made, and points to version 1 now",
     ):
         promote(uri, "parcel", 2, expected=3)
-    with pytest.raises(UserError, match="was no version when this was decided and is version 1 now"):
+    with pytest.raises(UserError, match=r"pointed to no version when .* was made, and points to version 1 now"):
         promote(uri, "parcel", 2, expected=None)
     assert int(client.get_registered_model("parcel").aliases["champion"]) == 1
     promote(uri, "parcel", 2, expected=1)
@@ -119,7 +119,7 @@ def test_what_was_decided_on_one_champion_does_not_replace_another(uri, client, 
     promote(uri, "parcel", 2, expected=1)
 
 
-def test_a_crash_between_two_moves_leaves_a_champion_and_a_way_back(uri, client, versions, monkeypatch):
+def test_a_crash_between_two_alias_moves_leaves_a_valid_champion(uri, client, versions, monkeypatch):
     def aliases():
         return {
             alias: int(version)
@@ -142,7 +142,7 @@ def test_a_crash_between_two_moves_leaves_a_champion_and_a_way_back(uri, client,
     crash_at("champion")
     with pytest.raises(KeyboardInterrupt):
         promote(uri, "parcel", 3)
-    assert aliases() == {"champion": 2, "previous": 2}, "the champion has not moved, and would be the previous one"
+    assert aliases() == {"champion": 2, "previous": 2}, "the champion alias has not moved yet"
     monkeypatch.setattr(MlflowClient, "set_registered_model_alias", real)
     with pytest.raises(UserError, match="no previous champion"):
         rollback(uri, "parcel")
@@ -151,7 +151,7 @@ def test_a_crash_between_two_moves_leaves_a_champion_and_a_way_back(uri, client,
     crash_at("previous")
     with pytest.raises(KeyboardInterrupt):
         rollback(uri, "parcel")
-    assert aliases()["champion"] == 2, "what is gone back to comes first"
+    assert aliases()["champion"] == 2, "the restored version is the champion before `previous` moves"
 
 
 @pytest.mark.parametrize("alias", ["latest", "Latest", "v3", "V12", "previous", "", "a b"])
@@ -160,13 +160,13 @@ def test_reserved_aliases_are_refused(uri, versions, alias):
         promote(uri, "parcel", 1, alias=alias)
 
 
-def test_an_alias_resolves_to_a_pinned_version_whose_files_are_checked(uri, versions):
+def test_an_alias_resolves_to_a_pinned_version_with_verified_files(uri, versions):
     resolver = functools.partial(resolve_registry, tracking_uri=uri)
     promote(uri, "parcel", 3, alias="candidate")
-    found = resolve_checkpoint("models:/parcel@candidate", registry_resolver=resolver)
-    assert found.pinned == "models:/parcel/3"
-    assert resolve_checkpoint(found.pinned, registry_resolver=resolver).path == found.path
-    weights = found.path / "model.safetensors"
+    resolved = resolve_checkpoint("models:/parcel@candidate", registry_resolver=resolver)
+    assert resolved.pinned == "models:/parcel/3"
+    assert resolve_checkpoint(resolved.pinned, registry_resolver=resolver).path == resolved.path
+    weights = resolved.path / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
     with pytest.raises(UserError, match=r"model\.safetensors .* SHA-256"):
         resolve_checkpoint("models:/parcel@candidate", registry_resolver=resolver)
@@ -182,7 +182,7 @@ def test_an_alias_resolves_to_a_pinned_version_whose_files_are_checked(uri, vers
         ("models:/parcel", "malformed"),
     ],
 )
-def test_unknown_references_are_refused_with_what_there_is(uri, versions, reference, says):
+def test_unknown_references_are_refused_with_the_known_ones(uri, versions, reference, says):
     with pytest.raises(UserError, match=says):
         resolve_registry(reference, uri)
 
@@ -201,5 +201,5 @@ def test_a_checkpoint_without_manifest_or_with_pickles_is_not_registered(uri, ru
     (folder / "manifest.json").unlink()
     with pytest.raises(UserError, match="write_manifest"):
         register_model(uri, folder, "parcel", run_id, pyfunc_file=PYFUNC_FILE)
-    with pytest.raises(UserError, match="illegal"):
+    with pytest.raises(UserError, match="is not legal"):
         register_model(uri, folder, "org/parcel", run_id, pyfunc_file=PYFUNC_FILE)

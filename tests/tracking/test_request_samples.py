@@ -1,4 +1,4 @@
-"""Samples of requests reach MLflow in batches, and those that it cannot take cost nothing but themselves."""
+"""Request samples are written to MLflow in batches; samples that cannot be written are dropped and counted."""
 
 import threading
 from pathlib import Path
@@ -16,11 +16,11 @@ from ..stores import new_store
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload``:DeprecationWarning")
 
 
-# Only a hang takes as long: nothing below waits for its end.
+# Reached only if the code hangs: no test waits this long.
 LONG_S = 300.0
 
 
-def test_batches_are_tables_of_one_run(tmp_path: Path) -> None:
+def test_batches_are_written_as_tables_of_one_run(tmp_path: Path) -> None:
     uri = new_store(tmp_path)
     lost: list[int] = []
     samples = RequestSamples(uri, "served", "serve-mini-00000000", lost.append, batch=4, period_s=LONG_S)
@@ -47,7 +47,7 @@ def test_batches_are_tables_of_one_run(tmp_path: Path) -> None:
     }
 
 
-def test_a_record_is_written_after_its_period_though_its_table_is_not_full(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_table_that_is_not_full_is_written_after_the_period(monkeypatch: pytest.MonkeyPatch) -> None:
     written = threading.Event()
     tables: list[Any] = []
 
@@ -71,14 +71,14 @@ def test_a_record_is_written_after_its_period_though_its_table_is_not_full(monke
     samples.close(LONG_S)
 
 
-def test_what_comes_too_fast_is_dropped_and_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The store hangs: nobody who puts a record waits for it."""
-    hanging, go_on = threading.Event(), threading.Event()
+def test_records_beyond_the_capacity_are_dropped_and_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the store hangs, `put` returns at once."""
+    hanging, proceed = threading.Event(), threading.Event()
 
     def start(*arguments: Any, **_: Any) -> str:
         hanging.set()
-        go_on.wait(LONG_S)
-        raise ConnectionError("the store is away")
+        proceed.wait(LONG_S)
+        raise ConnectionError("the store is not reachable")
 
     monkeypatch.setattr(request_samples, "start_run", start)
     lost: list[int] = []
@@ -87,7 +87,7 @@ def test_what_comes_too_fast_is_dropped_and_counted(tmp_path: Path, monkeypatch:
     assert hanging.wait(LONG_S)
     for number in range(8):
         samples.put({"request_id": f"r{number}"})
-    assert lost == [1, 1, 1], "five wait, three were too many"
-    go_on.set()
+    assert lost == [1, 1, 1], "five records are queued, three exceed the capacity"
+    proceed.set()
     samples.close(LONG_S)
-    assert sum(lost) == 9, "and the others could not be written"
+    assert sum(lost) == 9, "the queued records could not be written"

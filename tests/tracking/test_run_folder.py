@@ -1,4 +1,4 @@
-"""One name, one configuration, one folder, on a disk or an object store."""
+"""Run folders on a local disk and on other fsspec file systems: one configuration per name."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +14,7 @@ from ..training.conftest import tiny_job
 
 @pytest.fixture(params=["path", "file", "memory"])
 def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
-    """Where runs are kept: a path, and two URIs."""
+    """The storage of runs: a path, and two URIs."""
     yield {"path": str(tmp_path), "file": f"file://{tmp_path}", "memory": "memory://"}[request.param]
     fsspec.filesystem("memory").store.clear()
 
@@ -23,7 +23,7 @@ def _folder(storage: str, **changes: object) -> RunFolder:
     return RunFolder(tiny_job(Path(), **changes).model_copy(update={"storage": storage}))
 
 
-def test_the_same_job_takes_its_folder_again(storage: str) -> None:
+def test_the_same_job_claims_its_folder_again(storage: str) -> None:
     folder = _folder(storage)
     folder.claim()
     again = _folder(storage, scaling={"num_workers": 2}, tracking={"uri": "sqlite:///elsewhere.db"})
@@ -42,7 +42,7 @@ def test_another_configuration_under_the_same_name_is_refused_with_the_differing
     _folder(storage, name="tiny2", seed=4).claim()
 
 
-def test_the_contents_behind_its_references_belong_to_a_run_too(storage: str) -> None:
+def test_a_reference_with_changed_content_is_refused(storage: str) -> None:
     folder = _folder(storage)
     folder.claim({"runs/m": "sha256:1111"})
     folder.claim()
@@ -54,14 +54,14 @@ def test_the_contents_behind_its_references_belong_to_a_run_too(storage: str) ->
         folder.claim({"runs/m": "sha256:2222"})
 
 
-def test_a_look_takes_nothing(storage: str) -> None:
+def test_check_does_not_claim_the_folder(storage: str) -> None:
     _folder(storage).check()
     _folder(storage, seed=4).claim()
     with pytest.raises(UserError, match=r"seed: 4 -> 3"):
         _folder(storage).check()
 
 
-def test_a_result_is_there_once_the_run_is_finished(storage: str) -> None:
+def test_a_finished_run_has_a_result(storage: str) -> None:
     folder = _folder(storage)
     folder.claim()
     assert folder.result() is None
@@ -74,7 +74,7 @@ def test_a_result_is_there_once_the_run_is_finished(storage: str) -> None:
     ]
 
 
-def test_a_folder_is_uploaded_with_what_is_in_it(storage: str, tmp_path: Path) -> None:
+def test_a_folder_is_uploaded_with_its_files(storage: str, tmp_path: Path) -> None:
     source = tmp_path / "source"
     (source / "deep").mkdir(parents=True)
     (source / "config.json").write_text("{}")
@@ -96,6 +96,6 @@ def test_only_a_local_folder_has_a_local_path(storage: str) -> None:
             folder.local_path("model")
 
 
-def test_a_relative_storage_is_below_the_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_relative_storage_is_in_the_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert Path(_folder("runs").path) == tmp_path / "runs" / "train" / "tiny"

@@ -48,23 +48,23 @@ def test_legal_tracking_uris_pass(uri, num_nodes):
         ("redis://u:hunter2@db", 1, "unknown scheme 'redis'"),
     ],
 )
-def test_illegal_tracking_uris_are_refused_with_a_remedy(uri, num_nodes, says):
+def test_tracking_uris_that_are_not_legal_are_refused_with_a_remedy(uri, num_nodes, says):
     with pytest.raises(UserError, match=says.replace("///", "/+")) as caught:
         check_tracking_uri(uri, num_nodes)
     assert "hunter2" not in str(caught.value)
 
 
-def test_the_store_is_created_once_and_its_uri_does_not_depend_on_the_working_directory(tmp_path, monkeypatch):
+def test_the_store_is_created_and_its_uri_made_absolute(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     uri = ensure_store("sqlite:///runs/mlflow.db")
     assert uri == f"sqlite:///{tmp_path}/runs/mlflow.db"
     assert (tmp_path / "runs" / "mlflow.db").stat().st_size > 0
     monkeypatch.chdir("/")
     assert ensure_store(uri) == uri
-    assert sorted(os.listdir(tmp_path)) == ["runs"], "nothing is written beside the store"
+    assert sorted(os.listdir(tmp_path)) == ["runs"], "nothing is written outside the folder of the store"
 
 
-def test_artifacts_lie_beside_a_database_and_a_server_decides_for_itself(tmp_path):
+def test_artifacts_of_a_database_are_next_to_it_and_a_server_decides_itself(tmp_path):
     assert (
         artifact_location(f"sqlite:///{tmp_path}/mlflow.db", "paper 224/a")
         == f"file://{tmp_path}/artifacts/paper_224_a"
@@ -87,11 +87,11 @@ def test_keys_of_secrets_are_recognised(key):
 @pytest.mark.parametrize(
     "key", ["num_visual_tokens", "connector.keys", "tokenizer", "monkey", "max_new_tokens", "keystone"]
 )
-def test_the_platforms_own_vocabulary_is_no_secret(key):
+def test_parcelrays_own_parameters_are_not_secrets(key):
     assert not is_secret_key(key)
 
 
-def test_values_of_secret_keys_and_credentials_in_urls_are_masked_and_numbers_are_kept():
+def test_secrets_and_credentials_in_urls_are_masked_and_numbers_are_kept():
     assert clean_params(
         {"hf_token": "abc", "image_token": 7, "uri": "https://me:pw@host/x", "lr": 0.1, "seed": None, "amp": True}
     ) == {
@@ -109,7 +109,7 @@ def test_values_are_cut_to_mlflows_limits():
     assert len(clean_tags({"a": "x" * 9000})["a"]) == MAX_TAG == 8000
 
 
-def test_illegal_characters_of_keys_are_replaced():
+def test_characters_that_mlflow_refuses_are_replaced_in_keys():
     assert clean_key("val/nlvr/accuracy@64") == "val/nlvr/accuracy:64"
     assert clean_key("loss(mean)") == "loss_mean_"
     assert len(clean_key("k" * 400)) == 250

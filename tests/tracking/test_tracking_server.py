@@ -1,4 +1,4 @@
-"""The same record through a tracking server, which is what a cluster of more than one node uses."""
+"""Runs, metrics and models through an MLflow tracking server, which a cluster of several nodes uses."""
 
 import os
 import socket
@@ -83,4 +83,4 @@ def test_runs_metrics_and_models_work_through_a_server(server, tmp_path):
     verify_manifest(first)
     written = (first / "model.safetensors").stat().st_mtime_ns
     again, _ = resolve_registry("models:/parcel/1", server, tmp_path / "cache")
-    assert (again / "model.safetensors").stat().st_mtime_ns == written, "downloaded once"
+    assert (again / "model.safetensors").stat().st_mtime_ns == written, "the files are downloaded once"

@@ -37,7 +37,7 @@ TINY: dict[str, Any] = {
 
 
 def tiny_job(storage: Path, **changes: Any) -> TrainJob:
-    """The tiny job with some of its sections changed."""
+    """The tiny job with some sections changed."""
     data = {**TINY, "storage": str(storage)}
     for key, value in changes.items():
         data[key] = {**data.get(key, {}), **value} if isinstance(value, dict) and "type" not in value else value
@@ -45,7 +45,7 @@ def tiny_job(storage: Path, **changes: Any) -> TrainJob:
 
 
 def few_tokenizer_texts(patch: pytest.MonkeyPatch) -> None:
-    """Makes a model from scratch read a tenth of the texts for its tokenizer: the same number of tokens, and two seconds less."""
+    """Build tokenizers of models from scratch from a tenth of the texts: the same size, and two seconds faster."""
     patch.setattr("parcelray.training.start._TOKENIZER_TEXTS", 2_000)
 
 

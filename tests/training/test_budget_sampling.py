@@ -1,4 +1,4 @@
-"""Budgets of a step: a pure function of seed and step, drawn as the configuration says."""
+"""Budgets of a step: a pure function of seed and step, drawn from the configured distribution."""
 
 from collections import Counter
 
@@ -54,11 +54,11 @@ def test_the_sandwich_is_the_smallest_a_random_one_and_the_largest() -> None:
     assert {middle for _, middle, _ in steps} == set(EIGHT.values())
 
 
-def test_budgets_that_the_connector_cannot_give_are_refused_with_the_legal_ones() -> None:
+def test_unsupported_budgets_are_refused_with_the_legal_ones() -> None:
     sampler = BudgetSampler(UniformBudgets(budgets=(16, 33)), 0)
     sampler.check(_connector(ParcelConnectorConfig(num_heads=4)))
     with pytest.raises(
-        UnsupportedBudgetError, match=r"m3 cannot give 33 visual tokens per image; legal budgets are 4, 16, 64, 256"
+        UnsupportedBudgetError, match=r"m3 does not support 33 visual tokens per image; legal budgets are 4, 16, 64, 256"
     ) as caught:
         sampler.check(_connector(M3ConnectorConfig()))
     assert caught.value.num_visual_tokens == 33
@@ -77,7 +77,7 @@ def test_a_supernet_draws_every_grid_that_fits_its_budget() -> None:
         (budget, sampler.anchor_grid(step, 0, budget)) for step in range(3000) for budget in sampler.budgets(step)
     )
     assert set(counts) == {(2, 0), (2, 1), (16, 0), (16, 1), (16, 4), (64, 0), (64, 1), (64, 4), (64, 8)}
-    # A third of the steps has 64 tokens, a quarter of those each grid: 250 each.
+    # A third of the steps has 64 tokens, and a quarter of these has each grid: 250 each.
     assert all(counts[64, side] == pytest.approx(250, abs=62) for side in (0, 1, 4, 8))
     again = BudgetSampler(SPLITS, 3)
     assert [again.anchor_grid(step, 0, 64) for step in range(50)] == [
@@ -86,7 +86,7 @@ def test_a_supernet_draws_every_grid_that_fits_its_budget() -> None:
     assert BudgetSampler(UniformBudgets(), 0).anchor_grid(5, 0, 64) is None
 
 
-def test_splits_that_the_connector_cannot_give_are_refused() -> None:
+def test_unsupported_anchor_grids_are_refused() -> None:
     BudgetSampler(SPLITS, 0).check(_connector(ParcelConnectorConfig(num_heads=4, anchor_grids=(0, 1, 4, 8))))
     with pytest.raises(UserError, match=r"anchor_grid 8 is not one of this parcel's anchor_grids \(0, 1, 4\)"):
         BudgetSampler(SPLITS, 0).check(_connector(ParcelConnectorConfig(num_heads=4, anchor_grids=(0, 1, 4))))
@@ -96,7 +96,7 @@ def test_splits_that_the_connector_cannot_give_are_refused() -> None:
         UniformBudgets(budgets=(4, 16), anchor_grids=(4, 8))
 
 
-def test_the_state_says_what_the_draws_depend_on() -> None:
+def test_the_state_has_seed_and_configuration() -> None:
     assert BudgetSampler(UniformBudgets(budgets=(16, 64)), 3).state() == {
         "seed": 3,
         "config": {"type": "uniform", "budgets": [16, 64], "anchor_grids": None},

@@ -1,4 +1,4 @@
-"""What a checkpoint keeps besides the weights, and what it refuses."""
+"""The state that a checkpoint stores besides the weights."""
 
 import random
 from collections.abc import Iterator
@@ -28,7 +28,7 @@ STATE = TrainState(
 
 @pytest.fixture
 def accelerator() -> Iterator[Accelerator]:
-    """On the CPU, with a loss scaler as under fp16."""
+    """An accelerator on the CPU with a loss scaler, as with fp16."""
     accelerator = Accelerator(cpu=True)
     accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     yield accelerator
@@ -36,13 +36,11 @@ def accelerator() -> Iterator[Accelerator]:
 
 
 def _draws() -> tuple[float, float, float]:
-    # The state of the global generators is what a checkpoint keeps.
+    # A checkpoint stores the state of the global generators.
     return random.random(), float(np.random.rand()), float(torch.rand(()))  # noqa: NPY002
 
 
-def test_a_checkpoint_brings_back_moments_loss_scale_and_random_numbers(
-    tmp_path: Path, accelerator: Accelerator
-) -> None:
+def test_a_checkpoint_restores_moments_loss_scale_and_random_numbers(tmp_path: Path, accelerator: Accelerator) -> None:
     job = tiny_job(tmp_path)
     model, processor = build_start(job, None)
     optimizer = build_optimizer(model, job.optimizer)
@@ -67,6 +65,6 @@ def test_a_checkpoint_brings_back_moments_loss_scale_and_random_numbers(
     )
 
 
-def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
+def test_a_folder_without_a_checkpoint_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"is not a training checkpoint \(it has no state.json\)"):
         read_state(tmp_path)

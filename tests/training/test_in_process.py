@@ -1,4 +1,4 @@
-"""The whole training loop without Ray: it learns, repeats itself exactly, and goes on after an interruption to the same bits."""
+"""The training loop without Ray: it learns, is deterministic, and resumes to bit-identical weights."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,24 +18,24 @@ from .conftest import tiny_job
 
 
 class Recorder:
-    """Keeps what is logged; can fail at a step, as a crash would."""
+    """Keeps the logged metrics; raises KeyboardInterrupt at step `fail_at`."""
 
     def __init__(self, fail_at: int | None = None) -> None:
         self.rows: list[tuple[int, str, float]] = []
         self._fail_at = fail_at
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
-        """Records, or fails."""
+        """Record the metrics, or fail."""
         if step == self._fail_at:
             raise KeyboardInterrupt
         self.rows += [(step, name, value) for name, value in metrics.items()]
 
     def flush(self) -> None:
-        """Has nothing buffered."""
+        """Do nothing: no metric is buffered."""
 
     def curve(self, name: str) -> dict[int, float]:
         """Values of a metric by step."""
-        return {step: value for step, found, value in self.rows if found == name}
+        return {step: value for step, metric, value in self.rows if metric == name}
 
 
 def _weights(checkpoint: Path) -> dict[str, torch.Tensor]:
@@ -48,15 +48,15 @@ def _same(first: Path, second: Path) -> bool:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Recorder]:
-    folder = tmp_path_factory.mktemp("undisturbed")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Recorder]:
+    folder = tmp_path_factory.mktemp("uninterrupted")
     recorder = Recorder()
     checkpoint, _ = fit_in_process(tiny_job(folder), folder, checkpoint=None, logger=recorder)
     return checkpoint, recorder
 
 
-def test_every_metric_is_there_once_per_step(undisturbed: tuple[Path, Recorder]) -> None:
-    recorder = undisturbed[1]
+def test_every_metric_is_logged_once_per_step(uninterrupted: tuple[Path, Recorder]) -> None:
+    recorder = uninterrupted[1]
     names = {name for _, name, _ in recorder.rows}
     assert names >= {
         "train/loss",
@@ -74,7 +74,7 @@ def test_every_metric_is_there_once_per_step(undisturbed: tuple[Path, Recorder])
     assert len({(step, name) for step, name, _ in recorder.rows}) == len(recorder.rows)
 
 
-def test_an_interrupted_run_ends_with_the_same_bits(tmp_path: Path, undisturbed: tuple[Path, Recorder]) -> None:
+def test_an_interrupted_run_resumes_to_identical_weights(tmp_path: Path, uninterrupted: tuple[Path, Recorder]) -> None:
     job = tiny_job(tmp_path)
     with pytest.raises(KeyboardInterrupt):
         fit_in_process(job, tmp_path, checkpoint=None, logger=Recorder(fail_at=5))
@@ -82,38 +82,38 @@ def test_an_interrupted_run_ends_with_the_same_bits(tmp_path: Path, undisturbed:
     checkpoint, _ = fit_in_process(job, tmp_path, checkpoint=None, logger=resumed)
     assert list(resumed.curve("train/loss")) == [4, 5, 6]
     assert resumed.curve("train/loss") == {
-        step: value for step, value in undisturbed[1].curve("train/loss").items() if step > 3
+        step: value for step, value in uninterrupted[1].curve("train/loss").items() if step > 3
     }
-    assert _same(checkpoint, undisturbed[0])
+    assert _same(checkpoint, uninterrupted[0])
     optimizers = [
         torch.load(path / "optimizer.pt", weights_only=True)["optimizer"]["state"]
-        for path in (checkpoint, undisturbed[0])
+        for path in (checkpoint, uninterrupted[0])
     ]
     assert optimizers[0].keys() == optimizers[1].keys()
     assert all(torch.equal(optimizers[0][index]["exp_avg"], optimizers[1][index]["exp_avg"]) for index in optimizers[0])
 
 
-def test_a_finished_run_computes_nothing(undisturbed: tuple[Path, Recorder]) -> None:
+def test_a_finished_run_computes_nothing(uninterrupted: tuple[Path, Recorder]) -> None:
     again = Recorder()
-    folder = undisturbed[0].parent
+    folder = uninterrupted[0].parent
     checkpoint, metrics = fit_in_process(tiny_job(folder), folder, checkpoint=None, logger=again)
     assert again.rows == []
-    assert checkpoint == undisturbed[0]
-    # What the run found is still known, though nobody wrote down that it was finished.
-    assert metrics["train/loss"] == undisturbed[1].curve("train/loss")[6]
+    assert checkpoint == uninterrupted[0]
+    # The metrics come from the checkpoint, although no result was stored.
+    assert metrics["train/loss"] == uninterrupted[1].curve("train/loss")[6]
     assert "val/score@16" in metrics
 
 
-def test_micro_batches_give_the_same_step(tmp_path: Path, undisturbed: tuple[Path, Recorder]) -> None:
+def test_micro_batches_give_the_same_step(tmp_path: Path, uninterrupted: tuple[Path, Recorder]) -> None:
     job = tiny_job(tmp_path, training={"gradient_accumulation_steps": 3})
     recorder = Recorder()
     fit_in_process(job, tmp_path, checkpoint=None, logger=recorder)
-    expected = undisturbed[1].curve("train/loss")
+    expected = uninterrupted[1].curve("train/loss")
     assert recorder.curve("train/loss") == pytest.approx(expected, rel=1e-4)
 
 
 def test_micro_batches_give_the_same_weights(tmp_path: Path) -> None:
-    # SGD: Adam divides by gradients that are nearly zero, and with them by rounding errors.
+    # With SGD, because Adam divides by gradients that are nearly zero, which amplifies rounding errors.
     weights = []
     for steps in (1, 2):
         job = tiny_job(tmp_path, optimizer={"type": "sgd"}, training={"gradient_accumulation_steps": steps})
@@ -122,7 +122,7 @@ def test_micro_batches_give_the_same_weights(tmp_path: Path) -> None:
         assert torch.allclose(weights[1][name], expected, atol=1e-6, rtol=0), name
 
 
-def test_a_step_that_is_repeated_logs_the_same_values_so_that_a_tracker_may_drop_them(tmp_path: Path) -> None:
+def test_a_repeated_step_logs_the_same_values(tmp_path: Path) -> None:
     job, before, after = tiny_job(tmp_path, checkpointing={"every_steps": 4}), Recorder(fail_at=6), Recorder()
     with pytest.raises(KeyboardInterrupt):
         fit_in_process(job, tmp_path, checkpoint=None, logger=before)
@@ -148,13 +148,13 @@ def test_a_step_that_is_repeated_logs_the_same_values_so_that_a_tracker_may_drop
         {"training": {"steps": 2}, "connector": {"type": "m3"}, "budget": {"type": "uniform", "budgets": [16, 64]}},
     ],
 )
-def test_variants_train(tmp_path: Path, changes: dict[str, object]) -> None:
+def test_variants_can_be_trained(tmp_path: Path, changes: dict[str, object]) -> None:
     recorder = Recorder()
     fit_in_process(tiny_job(tmp_path, **changes), tmp_path, checkpoint=None, logger=recorder)
     assert len(recorder.curve("train/loss")) == 2
 
 
-def test_a_frozen_vision_tower_stays_as_it_was(tmp_path: Path) -> None:
+def test_a_frozen_vision_tower_does_not_change(tmp_path: Path) -> None:
     job = tiny_job(tmp_path, training={"steps": 2, "freeze_vision": True})
     before = build_start(job, None)[0].model.vision_tower.state_dict()
     checkpoint, _ = fit_in_process(job, tmp_path, checkpoint=None, logger=NoMetrics())
@@ -168,7 +168,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
         fit_in_process(job, tmp_path, checkpoint=None, logger=NoMetrics())
 
 
-def test_no_checkpoint_holds_weights_that_are_lost(tmp_path: Path) -> None:
+def test_no_checkpoint_has_weights_that_are_not_finite(tmp_path: Path) -> None:
     job = tiny_job(
         tmp_path,
         optimizer={"type": "sgd", "learning_rate": 1.0, "weight_decay": 1e30},
@@ -181,26 +181,26 @@ def test_no_checkpoint_holds_weights_that_are_lost(tmp_path: Path) -> None:
         assert all(bool(values.isfinite().all()) for values in _weights(checkpoint).values())
 
 
-def test_a_budget_that_the_connector_cannot_give_stops_before_the_first_step(tmp_path: Path) -> None:
+def test_an_unsupported_budget_is_refused_before_the_first_step(tmp_path: Path) -> None:
     job: TrainJob = tiny_job(tmp_path, budget={"type": "uniform", "budgets": [8]})
-    with pytest.raises(UnsupportedBudgetError, match="parcel cannot give 8"):
+    with pytest.raises(UnsupportedBudgetError, match="parcel does not support 8"):
         fit_in_process(job, tmp_path, checkpoint=None, logger=NoMetrics())
 
 
-def test_a_supernet_draws_its_splits_and_goes_on_to_the_same_bits(tmp_path: Path) -> None:
+def test_a_supernet_resumes_to_identical_weights(tmp_path: Path) -> None:
     connector = {"type": "parcel", "num_heads": 2, "anchor_grids": [0, 2, 4, 8]}
     budget = {"type": "sandwich", "budgets": [4, 16, 64, 256], "anchor_grids": [0, 2, 4, 8]}
     whole, part = (
         tiny_job(tmp_path / name, connector=connector, budget=budget, validation={"samples": 1, "budgets": [16]})
         for name in ("whole", "part")
     )
-    undisturbed, metrics = fit_in_process(whole, tmp_path / "whole", checkpoint=None, logger=NoMetrics())
+    uninterrupted, metrics = fit_in_process(whole, tmp_path / "whole", checkpoint=None, logger=NoMetrics())
     assert metrics["train/loss"] > 0
     with pytest.raises(KeyboardInterrupt):
         fit_in_process(part, tmp_path / "part", checkpoint=None, logger=Recorder(fail_at=5))
     resumed, _ = fit_in_process(part, tmp_path / "part", checkpoint=None, logger=NoMetrics())
-    assert _same(undisturbed, resumed)
-    # The bank holds the queries of the widest split: all tokens but no anchors.
+    assert _same(uninterrupted, resumed)
+    # The query bank has enough queries for a split without anchors.
     model = load_vlm(resumed / "model")
     assert model.connector.num_anchors(64) == 64
     with torch.no_grad():
@@ -209,7 +209,7 @@ def test_a_supernet_draws_its_splits_and_goes_on_to_the_same_bits(tmp_path: Path
 
 
 @pytest.mark.parametrize("tower", ["clip", "convnext"])
-def test_a_llava_trains_and_its_checkpoint_goes_on(tower: str, tmp_path: Path) -> None:
+def test_a_llava_resumes_to_identical_weights(tower: str, tmp_path: Path) -> None:
     sizes = {"vision_width": 24, "vision_layers": 2, "vision_heads": 2, "vision_mlp_width": 32}
     sizes |= {
         "text_width": 24,
@@ -226,9 +226,9 @@ def test_a_llava_trains_and_its_checkpoint_goes_on(tower: str, tmp_path: Path) -
         "validation": {"samples": 1, "budgets": [16]},
     }
     whole, part = (tiny_job(tmp_path / name, **changes) for name in ("whole", "part"))
-    undisturbed, metrics = fit_in_process(whole, tmp_path / "whole", checkpoint=None, logger=NoMetrics())
+    uninterrupted, metrics = fit_in_process(whole, tmp_path / "whole", checkpoint=None, logger=NoMetrics())
     assert {"train/loss", "val/score@16"} <= set(metrics)
     with pytest.raises(KeyboardInterrupt):
         fit_in_process(part, tmp_path / "part", checkpoint=None, logger=Recorder(fail_at=5))
     resumed, _ = fit_in_process(part, tmp_path / "part", checkpoint=None, logger=NoMetrics())
-    assert _same(undisturbed, resumed)
+    assert _same(uninterrupted, resumed)

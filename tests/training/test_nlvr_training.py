@@ -1,4 +1,4 @@
-"""Real pictures and sentences through the same loop, report and files as the mini suite's."""
+"""Training and report on NLVR, with the same loop and files as on the mini suite."""
 
 import json
 from io import StringIO
@@ -15,7 +15,7 @@ from .conftest import tiny_job
 
 
 @pytest.mark.parametrize("view", ["boxes", "picture"])
-def test_nlvr_trains_and_reports_every_question_beside_majority_and_blind(
+def test_nlvr_report_has_all_tasks_and_the_baselines_majority_and_blind(
     view: str, nlvr_dir: Path, tmp_path: Path
 ) -> None:
     job = tiny_job(
@@ -36,13 +36,13 @@ def test_nlvr_trains_and_reports_every_question_beside_majority_and_blind(
     ]
     for point in frontier["points"]:
         assert set(point["families"]) == set(TASKS)
-        # Whole sentences: six pictures of each.
+        # The limit counts whole sentences, with six pictures each.
         assert point["families"]["statement"]["n"] == 60
     assert {f"test/consistency@{budget}" for budget in (0, 16, 64)} <= set(run.metrics)
     assert "of 10 sentences" in output.getvalue()
 
 
-def test_without_the_corpus_the_refusal_says_what_to_set(tmp_path: Path) -> None:
+def test_a_missing_corpus_is_refused_with_the_setting_to_change(tmp_path: Path) -> None:
     job = tiny_job(tmp_path, data={"type": "nlvr", "path": str(tmp_path / "nowhere")})
     with pytest.raises(UserError, match=r"holds no NLVR corpus .*--set data\.path=FOLDER"):
         run_training(job, Console(file=StringIO()))

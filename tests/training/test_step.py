@@ -1,4 +1,4 @@
-"""One training step against the model's own loss, its parts against the whole, and the numbers of schedule and optimiser groups."""
+"""One training step: losses against the model's own, micro-batches, optimiser groups, learning-rate schedule."""
 
 import numpy as np
 import pytest
@@ -58,7 +58,7 @@ def _sum(model: ElasticVLM, batch: TensorBatch, budget: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("group", "budget"), [("single", 16), ("single", 256), ("pair", 40)])
-def test_the_loss_is_the_models_own(
+def test_the_loss_equals_the_models_own_loss(
     model: ElasticVLM, processor: ElasticPaliGemmaProcessor, group: str, budget: int
 ) -> None:
     batch = _batch(processor, group)
@@ -66,7 +66,7 @@ def test_the_loss_is_the_models_own(
     labels = torch.full_like(inputs["input_ids"], IGNORED)
     labels[:, -batch.labels_BS.shape[1] :] = batch.labels_BS
     with torch.no_grad():
-        # The model's own loss is a mean over tokens; of one prompt it is that prompt's mean.
+        # The model's own loss is a mean over tokens; with one prompt it is that prompt's mean.
         images = inputs["pixel_values"].unflatten(0, (batch.num_prompts, -1))
         alone = [
             model(
@@ -78,11 +78,13 @@ def test_the_loss_is_the_models_own(
             for row in range(batch.num_prompts)
         ]
         expected = torch.stack(alone).sum()
-        found = _sum(model, batch, budget)
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+        actual = _sum(model, batch, budget)
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_logits_of_the_text_alone_change_nothing(model: ElasticVLM, processor: ElasticPaliGemmaProcessor) -> None:
+def test_computing_only_text_logits_gives_the_same_answer_loss(
+    model: ElasticVLM, processor: ElasticPaliGemmaProcessor
+) -> None:
     labelled = _batch(processor, count=8, label_patches=True)
     with torch.no_grad():
         whole = losses(model, labelled, num_visual_tokens=256, image_token_id=model.config.image_token_id)
@@ -91,7 +93,7 @@ def test_logits_of_the_text_alone_change_nothing(model: ElasticVLM, processor: E
     torch.testing.assert_close(whole.answer_sum, text_only, atol=1e-4, rtol=1e-5)
 
 
-def test_patches_have_a_loss_only_where_a_visual_token_is_a_patch(
+def test_patches_have_a_loss_only_if_each_visual_token_is_one_patch(
     model: ElasticVLM, processor: ElasticPaliGemmaProcessor
 ) -> None:
     batch = _batch(processor, count=8, label_patches=True)
@@ -99,7 +101,7 @@ def test_patches_have_a_loss_only_where_a_visual_token_is_a_patch(
         assert losses(model, batch, num_visual_tokens=64, image_token_id=model.config.image_token_id).patch_sum is None
         inputs = with_placeholders(batch, 256, model.config.image_token_id)
         logits = model(**inputs, num_visual_tokens=256).logits[:, :256]
-        found = losses(model, batch, num_visual_tokens=256, image_token_id=model.config.image_token_id).patch_sum
+        actual = losses(model, batch, num_visual_tokens=256, image_token_id=model.config.image_token_id).patch_sum
     assert batch.patch_labels_BN is not None
     chosen = batch.patch_labels_BN != IGNORED
     rows = [row for row in range(batch.num_prompts) if bool(chosen[row].any())]
@@ -108,7 +110,7 @@ def test_patches_have_a_loss_only_where_a_visual_token_is_a_patch(
         logits[row].log_softmax(-1)[chosen[row]].gather(1, batch.patch_labels_BN[row][chosen[row]][:, None]).mean()
         for row in rows
     )
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("group", "parts"), [("single", 2), ("single", 5), ("pair", 3)])
@@ -144,17 +146,17 @@ def test_the_groups_cover_every_trainable_parameter_once(model: ElasticVLM) -> N
     model.model.vision_tower.requires_grad_(False)
     groups = parameter_groups(model, AdamWConfig(learning_rate=0.01, connector_multiplier=5, weight_decay=0.1))
     names = {parameter: name for name, parameter in model.named_parameters()}
-    found: list[str] = []
+    grouped: list[str] = []
     for group in groups:
         members = group["params"]
         assert isinstance(members, list)
         for parameter in members:
             name = names[parameter]
-            found.append(name)
+            grouped.append(name)
             assert group["lr"] == pytest.approx(0.05 if ".connector." in name else 0.01), name
             assert group["weight_decay"] == (0.1 if parameter.ndim >= 2 else 0.0), name
     assert len(groups) == 4
-    assert sorted(found) == sorted(name for name, parameter in model.named_parameters() if parameter.requires_grad)
+    assert sorted(grouped) == sorted(name for name, parameter in model.named_parameters() if parameter.requires_grad)
 
 
 def test_the_optimizer_is_the_configured_one(model: ElasticVLM) -> None:
@@ -179,12 +181,14 @@ def test_the_learning_rate_warms_up_and_decays_to_its_final_fraction(shape: str,
     assert [learning_rate_factor(step, 7, config) for step in range(7)] == pytest.approx(factors, abs=1e-6)
 
 
-def test_a_schedule_without_warm_up_starts_at_the_peak_and_a_run_shorter_than_it_never_gets_there() -> None:
+def test_warm_up_can_be_off_or_longer_than_the_run() -> None:
     assert learning_rate_factor(0, 7, ScheduleConfig(warmup_steps=0)) == 1
     assert [learning_rate_factor(step, 2, ScheduleConfig(warmup_steps=4)) for step in range(2)] == [0.25, 0.5]
 
 
-def test_a_few_steps_learn_a_batch_by_heart(model: ElasticVLM, processor: ElasticPaliGemmaProcessor) -> None:
+def test_the_loss_of_a_repeated_batch_halves_in_25_steps(
+    model: ElasticVLM, processor: ElasticPaliGemmaProcessor
+) -> None:
     batch = _batch(processor, count=4)
     optimizer = build_optimizer(model, AdamWConfig(learning_rate=0.01))
     curve = []

@@ -1,4 +1,4 @@
-"""Training on Ray Train: what is lost when a worker or the driver dies (nothing), and what MLflow has afterwards."""
+"""Training on Ray Train: nothing is lost when a worker or the driver dies, and MLflow has one complete run."""
 
 import io
 import subprocess
@@ -58,7 +58,7 @@ LOADED = "modules-of-the-controller"
 
 
 @pytest.fixture(scope="module")
-def undisturbed(
+def uninterrupted(
     ray_session: None, tiny_start: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[TrainJob, TrainedRun]:
     job = _job(tmp_path_factory.mktemp("run"), tiny_start)
@@ -70,14 +70,16 @@ def undisturbed(
     return job, run_training(job, Console(file=io.StringIO()), on_report=note)
 
 
-def test_the_controller_loads_neither_the_models_libraries_nor_mlflow(undisturbed: tuple[TrainJob, TrainedRun]) -> None:
-    loaded = set((Path(undisturbed[0].storage) / LOADED).read_text(encoding="utf-8").split())
-    assert "parcelray.training.ray_worker" in loaded, "it is the controller that noted them"
+def test_the_controller_loads_neither_the_models_libraries_nor_mlflow(
+    uninterrupted: tuple[TrainJob, TrainedRun],
+) -> None:
+    loaded = set((Path(uninterrupted[0].storage) / LOADED).read_text(encoding="utf-8").split())
+    assert "parcelray.training.ray_worker" in loaded, "the modules are those of the controller"
     assert not {"transformers", "mlflow"} & loaded
 
 
-def test_a_run_is_recorded_once_and_whole(undisturbed: tuple[TrainJob, TrainedRun]) -> None:
-    job, run = undisturbed
+def test_a_run_is_recorded_once_and_completely(uninterrupted: tuple[TrainJob, TrainedRun]) -> None:
+    job, run = uninterrupted
     assert verify_manifest(run.model_folder).seed == 3
     assert job.tracking.uri is not None
     assert run.mlflow_run_id is not None
@@ -99,9 +101,9 @@ def test_a_run_is_recorded_once_and_whole(undisturbed: tuple[TrainJob, TrainedRu
 
 
 def test_two_workers_have_the_losses_of_one_process(
-    undisturbed: tuple[TrainJob, TrainedRun], tiny_start: dict[str, Any], tmp_path: Path
+    uninterrupted: tuple[TrainJob, TrainedRun], tiny_start: dict[str, Any], tmp_path: Path
 ) -> None:
-    job, run = undisturbed
+    job, run = uninterrupted
     assert job.tracking.uri is not None
     assert run.mlflow_run_id is not None
     of_workers = {
@@ -111,13 +113,15 @@ def test_two_workers_have_the_losses_of_one_process(
     of_one_process = Losses()
     alone = _job(tmp_path, tiny_start, scaling={"num_workers": 0})
     fit_in_process(alone, tmp_path / "one", checkpoint=Path(tiny_start["reference"]), logger=of_one_process)
-    # The losses agree to rounding (about 1e-6), which differs with the batch of a process; a lost or doubled sample
-    # changes them by per cents.
+    # The losses agree to rounding (about 1e-6), which depends on a process's batch size; a lost or repeated sample
+    # changes them by percents.
     assert of_workers == pytest.approx(of_one_process.losses, rel=1e-3)
 
 
-def test_a_second_run_is_a_no_op_and_another_configuration_is_refused(undisturbed: tuple[TrainJob, TrainedRun]) -> None:
-    job, run = undisturbed
+def test_a_second_run_is_a_no_op_and_another_configuration_is_refused(
+    uninterrupted: tuple[TrainJob, TrainedRun],
+) -> None:
+    job, run = uninterrupted
     output = io.StringIO()
     again = run_training(job, Console(file=output, width=200))
     assert again.was_done
@@ -127,8 +131,8 @@ def test_a_second_run_is_a_no_op_and_another_configuration_is_refused(undisturbe
         run_training(job.model_copy(update={"seed": 4}), Console(file=output))
 
 
-def test_a_killed_worker_costs_nothing_but_time(
-    tmp_path: Path, tiny_start: dict[str, Any], undisturbed: tuple[TrainJob, TrainedRun]
+def test_a_killed_worker_does_not_change_the_result(
+    tmp_path: Path, tiny_start: dict[str, Any], uninterrupted: tuple[TrainJob, TrainedRun]
 ) -> None:
     job = _job(tmp_path, tiny_start)
     folder = RunFolder(job)
@@ -152,9 +156,9 @@ def test_a_killed_worker_costs_nothing_but_time(
         "7",
         "8",
     ], "resumed from the checkpoint of step 3"
-    # Bit by bit: both runs have the same batches, shapes and threads, and gloo sums two workers' gradients, a + b, in
-    # either order to the same value. Neither the load nor the kind of the machine comes into it.
-    assert _same_weights(checkpoint / "model", undisturbed[1].model_folder)
+    # Bit-identical: both runs have the same batches, shapes and threads, and gloo sums two workers' gradients to the
+    # same value in either order. The result depends neither on the machine's load nor on its kind.
+    assert _same_weights(checkpoint / "model", uninterrupted[1].model_folder)
 
 
 def test_more_workers_than_the_cluster_has_are_refused(
@@ -166,10 +170,10 @@ def test_more_workers_than_the_cluster_has_are_refused(
 
 
 @pytest.mark.nightly
-def test_a_killed_driver_goes_on_with_the_same_command(tmp_path: Path) -> None:
+def test_the_same_command_resumes_after_a_killed_driver(tmp_path: Path) -> None:
     storage = tmp_path / "runs"
     uri = f"sqlite:///{tmp_path}/mlflow.db"
-    # Long enough to be killed before its end: after the first checkpoint, 37 steps and 12 checkpoints are left.
+    # Long enough to be killed before it ends: after the first checkpoint, 37 steps and 12 checkpoints remain.
     changes = {"training": JOB["training"] | {"steps": 40}, "scaling": {"num_workers": 1}}
     path = tmp_path / "job.yaml"
     path.write_text(yaml.safe_dump(JOB | {"storage": str(storage), "tracking": {"uri": uri}} | changes))
@@ -179,7 +183,7 @@ def test_a_killed_driver_goes_on_with_the_same_command(tmp_path: Path) -> None:
     wait_until(lambda: list(storage.glob("train/tiny/*/checkpoint_*/state.json")), "a checkpoint is stored", driver)
     driver.kill()
     driver.wait()
-    # Its Ray outlives it; what belongs to the session that we made is ours to end.
+    # The driver's Ray processes outlive it; end those of the session that this test started.
     end_session(driver.pid)
     assert not (storage / "train" / "tiny" / "result.json").exists()
     subprocess.run(command, check=True, timeout=LIMIT_S, **silent)

@@ -1,4 +1,4 @@
-"""Variants of training on Ray: where it keeps its files, how many workers it has, and how the model is spread over them."""
+"""Variants of training on Ray: storage, number of workers, sharding, and background validation."""
 
 import io
 import shutil
@@ -37,7 +37,7 @@ def _train(job: TrainJob) -> TrainedRun:
     return run_training(job, Console(file=io.StringIO()))
 
 
-def _tracked(folder: Path, **changes: Any) -> TrainJob:
+def _tracked_job(folder: Path, **changes: Any) -> TrainJob:
     return tiny_job(folder, tracking={"uri": f"sqlite:///{folder}/mlflow.db"}, **changes)
 
 
@@ -52,7 +52,7 @@ def _curve(job: TrainJob, run: TrainedRun, key: str = "train/loss") -> dict[int,
 @pytest.fixture(scope="module")
 def one_process(tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:
     """Losses of the tiny job without Ray."""
-    job = _tracked(tmp_path_factory.mktemp("one"))
+    job = _tracked_job(tmp_path_factory.mktemp("one"))
     return _curve(job, _train(job))
 
 
@@ -60,10 +60,10 @@ def one_process(tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:
     ("rank", "world_size", "first_step"),
     [(1, 2, 13), pytest.param(0, 1, 0, marks=pytest.mark.nightly), pytest.param(0, 2, 0, marks=pytest.mark.nightly)],
 )
-def test_ray_data_gives_the_very_batches_of_one_process(
+def test_ray_data_reads_the_same_batches_as_one_process(
     tmp_path: Path, tiny_start: dict[str, Any], rank: int, world_size: int, first_step: int
 ) -> None:
-    # Longer than the first window of steps, so that windows meet.
+    # Longer than the first window of steps, so that several windows are read.
     job = tiny_job(tmp_path, training={"steps": 22, "images_per_step": 8, "patch_supervision": 1.0})
     _, processor = build_start(job, Path(tiny_start["reference"]))
     reader = step_reader(job, processor, rank, world_size)
@@ -79,14 +79,14 @@ def test_ray_data_gives_the_very_batches_of_one_process(
 
 @pytest.mark.nightly
 def test_an_elastic_number_of_workers_does_not_change_the_losses(tmp_path: Path, one_process: dict[int, float]) -> None:
-    job = _tracked(tmp_path, scaling={"num_workers": [1, 2]})
-    # The tolerance is explained in test_training.py, where two workers are compared with one process.
+    job = _tracked_job(tmp_path, scaling={"num_workers": [1, 2]})
+    # The tolerance is explained in test_trainer.py, where two workers are compared with one process.
     assert _curve(job, _train(job)) == pytest.approx(one_process, rel=1e-3)
 
 
 @pytest.mark.nightly
-def test_sharded_training_goes_as_copies_do_and_its_model_loads(tmp_path: Path, one_process: dict[int, float]) -> None:
-    job = _tracked(
+def test_fsdp_has_the_losses_of_one_process_and_its_model_loads(tmp_path: Path, one_process: dict[int, float]) -> None:
+    job = _tracked_job(
         tmp_path,
         scaling={"num_workers": 2},
         training={"steps": 6, "images_per_step": 8, "log_every_steps": 1, "strategy": "fsdp"},
@@ -113,10 +113,10 @@ SHORT: dict[str, dict[str, Any]] = {
 }
 
 
-def test_the_suite_as_parquet_is_trained_on_and_a_uri_keeps_checkpoints_model_and_result(
+def test_training_on_parquet_files_stores_checkpoints_model_and_result_at_a_uri(
     tmp_path: Path, tiny_start: dict[str, Any], suite: Path
 ) -> None:
-    # A file system of fsspec that is not the local one: everything goes through its interface, as with an object store.
+    # An fsspec file system that is not the local one, so all accesses use fsspec, as with an object store.
     store = tmp_path / "store"
     changes = SHORT | {"data": {"type": "parquet", "path": str(suite)}, "model": tiny_start}
     job = tiny_job(tmp_path, scaling={"num_workers": 1}, **changes).model_copy(
@@ -135,29 +135,29 @@ def test_the_suite_as_parquet_is_trained_on_and_a_uri_keeps_checkpoints_model_an
     again = _train(job)
     assert again.was_done
     assert again.metrics == run.metrics
-    # The losses are those of one process that reads the same files.
+    # One process that reads the same files has the same losses.
     here = _train(tiny_job(tmp_path / "here", scaling={"num_workers": 0}, **changes))
     assert run.metrics["train/loss"] == pytest.approx(here.metrics["train/loss"], rel=1e-3)
 
 
 @pytest.mark.nightly
-def test_a_broken_parquet_file_is_the_users_error(tmp_path: Path, suite: Path) -> None:
+def test_a_broken_parquet_file_is_a_user_error(tmp_path: Path, suite: Path) -> None:
     broken = tmp_path / "suite"
     shutil.copytree(suite, broken)
     next((broken / "train").glob("video-*")).write_bytes(b"no parquet")
-    # Another try would find the same.
+    # A retry would fail in the same way.
     scaling = {"num_workers": 1, "max_failures": 0}
     with pytest.raises(UserError, match=r"video-00000\.parquet is not a parquet file"):
         _train(tiny_job(tmp_path, data={"type": "parquet", "path": str(broken)}, scaling=scaling, **SHORT))
 
 
 @pytest.mark.nightly
-def test_checkpoints_are_scored_while_the_workers_train_on(tmp_path: Path) -> None:
-    """The same scores at the same steps as where training stops for them, in one process."""
+def test_background_validation_has_the_scores_of_the_workers_own_validation(tmp_path: Path) -> None:
+    """Background scores equal those of a training in one process that pauses for its validation."""
     scores = {}
     for in_background in (False, True):
         validation = {"samples": 2, "budgets": [16, 64], "every_steps": 2, "in_background": in_background}
-        job = _tracked(
+        job = _tracked_job(
             tmp_path / str(in_background), scaling={"num_workers": int(in_background)}, validation=validation
         )
         run = _train(job)

@@ -125,7 +125,7 @@ def test_the_pass_answers_as_a_plain_loop_does(undisturbed: Answers, checkpoint:
 
 
 def test_an_illegal_budget_is_the_users_error(ray_session: None, checkpoint: Path, tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedBudgetError, match="cannot give 8 visual tokens"):
+    with pytest.raises(UnsupportedBudgetError, match="does not support 8 visual tokens"):
         _pass(checkpoint, tmp_path, budgets=(8,), rows=range(1))
 
 

@@ -101,7 +101,7 @@ def test_an_illegal_budget_names_the_legal_ones(case: Any) -> None:
     for budget in (0, -1, connector.supported_budgets[-1] + 1):
         with pytest.raises(UnsupportedBudgetError) as caught:
             connector(features, num_visual_tokens=budget)
-        assert f"{connector.name} cannot give {budget} visual tokens" in str(caught.value)
+        assert f"{connector.name} does not support {budget} visual tokens" in str(caught.value)
         assert describe_values(connector.supported_budgets) in str(caught.value)
         with pytest.raises(UnsupportedBudgetError):
             connector.num_anchors(budget)

@@ -85,7 +85,7 @@ def test_equal_tokens_are_no_trouble(reducer: TokenReducer) -> None:
 @EACH
 def test_what_is_illegal_is_refused(reducer: TokenReducer, tokens: Tensor) -> None:
     for budget in (0, 65):
-        with pytest.raises(UnsupportedBudgetError, match=f"cannot give {budget} visual tokens"):
+        with pytest.raises(UnsupportedBudgetError, match=f"does not support {budget} visual tokens"):
             reducer(tokens, num_visual_tokens=budget)
     tokens[0, 0, 0] = math.nan
     with pytest.raises(UserError, match="not finite"):

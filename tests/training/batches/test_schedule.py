@@ -1,4 +1,4 @@
-"""Which samples a step reads: a pure function of seed and step that covers every epoch."""
+"""The samples of a step: a pure function of seed and step that reads every sample once per epoch."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -13,12 +13,12 @@ from parcelray.training.batches.schedule import BatchSchedule
 
 @dataclass(frozen=True)
 class Source:
-    """Groups without samples: a schedule only counts."""
+    """A source without samples, since a schedule uses only the sizes of the groups."""
 
     groups: tuple[SampleGroup, ...]
 
     def get(self, group: str, index: int) -> Sample:
-        """Never asked for."""
+        """Fail: a schedule reads no sample."""
         raise NotImplementedError
 
 
@@ -71,7 +71,7 @@ def test_groups_are_drawn_by_their_weights() -> None:
     assert counts["video"] == pytest.approx(1000, abs=110)
 
 
-def test_a_plan_depends_on_nothing_but_seed_and_step() -> None:
+def test_a_plan_depends_only_on_seed_and_step() -> None:
     forward = [_schedule().plan(step) for step in range(60)]
     once = _schedule()
     assert [once.plan(step) for step in reversed(range(60))] == forward[::-1]
@@ -79,7 +79,7 @@ def test_a_plan_depends_on_nothing_but_seed_and_step() -> None:
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 5])
-def test_the_shares_of_the_ranks_are_the_step(world_size: int) -> None:
+def test_the_shares_of_the_ranks_cover_the_step(world_size: int) -> None:
     plan = _schedule(ENDLESS).plan(0)
     shares = [plan.share(rank, world_size) for rank in range(world_size)]
     assert sorted(index for share in shares for index in share) == sorted(plan.indices)

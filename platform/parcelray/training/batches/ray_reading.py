@@ -28,7 +28,7 @@ _IMAGES_PER_WINDOW = 2048
 
 
 def ray_batches(reader: StepReader, first_step: int, num_steps: int, *, concurrency: int) -> Iterator[Batch]:
-    """Yield the batches of steps `first_step` to `num_steps` - 1 in order, prepared by at most `concurrency` Ray tasks."""
+    """Yield the batches of steps `first_step` to `num_steps` - 1, prepared by at most `concurrency` Ray tasks."""
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False
