@@ -9,8 +9,7 @@ from PIL import Image
 from rich.console import Console
 
 from parcelray.datasets.sample import Sample
-from parcelray.evaluation.frontier_files import write_frontier
-from parcelray.evaluation.frontier_table import frontier_markdown, frontier_table
+from parcelray.evaluation.frontier import frontier_markdown, frontier_table, write_frontier
 from parcelray.evaluation.scoring.aggregate import Frontier, frontier_point
 from parcelray.evaluation.scoring.split_scores import GivenAnswer, ScoringRules, SplitScores, score_splits
 

@@ -16,11 +16,11 @@ from rich.console import Console
 
 from parcelray.config.evaluate import EvaluateJob
 from parcelray.errors import UnsupportedBudgetError, UserError
-from parcelray.evaluation.compare import compare_evaluations, over_seeds
+from parcelray.evaluation.compare import compare_evaluations, compare_seeds
 from parcelray.evaluation.plan import evaluation_plan
-from parcelray.evaluation.plot import plot_evaluation
-from parcelray.evaluation.results import rescore
+from parcelray.evaluation.results import plot_evaluation
 from parcelray.evaluation.run import EvaluatedRun, run_evaluation
+from parcelray.evaluation.scoring.summary import rescore
 
 from ..benchmarks.table_data import png
 from ..stores import new_store
@@ -54,7 +54,7 @@ def _job(storage: Path, checkpoint: Path, **changes: Any) -> EvaluateJob:
         "model": {"reference": str(checkpoint)},
         "benchmarks": [{"name": "mini", "source": {"samples": QUESTIONS // 4}, "max_new_tokens": 3}],
         "budgets": ["blind", 16, "full"],
-        "compute": {"actors": 0, "rows_per_bundle": 5},
+        "compute": {"actors": 0, "rows_per_shard": 5},
         "tracking": {"uri": None},
         "storage": str(storage),
     }
@@ -148,7 +148,7 @@ def test_it_is_scored_again_without_the_model(checkpoint: Path, tmp_path: Path) 
         rescore(run.folder, {"nlvr": "anls"}, 5.0)
     for shard in (tmp_path / "predictions").rglob("*.parquet"):
         shard.unlink()
-    with pytest.raises(UserError, match=f"{QUESTIONS * 3} answers on mini are not in"):
+    with pytest.raises(UserError, match=f"{QUESTIONS * 3} predictions on mini are not in"):
         rescore(run.folder, {}, 5.0)
     with pytest.raises(UserError, match="holds no evaluation"):
         rescore(tmp_path, {}, 5.0)
@@ -179,14 +179,14 @@ def test_two_evaluations_are_compared_on_the_same_samples(
 
 def test_seeds_are_averaged(checkpoint: Path, other_checkpoint: Path, shared: Path) -> None:
     runs = [_run(_job(shared, model, name=name)) for name, model in (("a", checkpoint), ("b", other_checkpoint))]
-    table = over_seeds([run.folder for run in runs])
+    table = compare_seeds([run.folder for run in runs])
     values = [run.summary.splits[3].scores[16].estimate.value for run in runs]
     spread = table.scores["mini/video"][16]
     assert spread.mean == pytest.approx(sum(values) / 2)
     assert spread.std == pytest.approx(abs(values[0] - values[1]) / 2**0.5)
     assert json.dumps(table.to_dict())
     with pytest.raises(UserError, match="of the same weights"):
-        over_seeds([runs[0].folder, runs[0].folder])
+        compare_seeds([runs[0].folder, runs[0].folder])
 
 
 def test_data_that_drift_are_refused_by_name(checkpoint: Path, tmp_path: Path) -> None:
@@ -196,7 +196,7 @@ def test_data_that_drift_are_refused_by_name(checkpoint: Path, tmp_path: Path) -
     _table(tmp_path, rows=11)
     with pytest.raises(
         UserError,
-        match=r"own: the data are not those of this evaluation's earlier run \(revision .*; rows 12 -> 11; ids .*",
+        match=r"own: the data differ from the data of this evaluation's earlier run \(revision .*; rows 12 -> 11; ids .*",
     ):
         _run(job)
 
@@ -208,11 +208,11 @@ def test_what_cannot_be_asked_is_counted_up_to_a_limit(checkpoint: Path, tmp_pat
     assert len(run.summary.splits[0].samples) == 9
     unasked = run.summary.to_dict()["data"]["own"]["unasked"]
     assert [problem["row"] for problem in unasked] == ["row 0", "row 1", "row 2"]
-    assert "3 questions could not be asked" in (run.folder / "result.md").read_text()
+    assert "3 samples could not be evaluated" in (run.folder / "result.md").read_text()
     with pytest.raises(
         UserError,
         match=(
-            r"own: 3 of 12 questions could not be asked, more than max_unscored 0.1 allows; the first: row 0: An image"
+            r"own: 3 of 12 samples could not be evaluated, more than max_unscored 0.1 allows; the first: row 0: An image"
             r" of 8 bytes"
         ),
     ):
@@ -247,7 +247,7 @@ def test_a_limit_is_told_in_the_result(checkpoint: Path, tmp_path: Path) -> None
     split = run.summary.to_dict()["splits"][0]
     assert (split["samples"], split["whole"]) == (4, False)
     assert (
-        "own: the data have 10 rows where 12 are expected; these are not the numbers of the papers"
+        "own: the data have 10 rows, but 12 are expected; do not compare these scores with published ones"
         in (run.folder / "result.md").read_text()
     )
 

@@ -15,7 +15,7 @@ from parcelray.datasets.images import decode_image
 from parcelray.datasets.mini.suite import MiniSuite
 from parcelray.datasets.sample import Sample
 from parcelray.errors import UserError
-from parcelray.evaluation.setup import prepare
+from parcelray.evaluation.plan import prepare
 from parcelray.models.backbones import ElasticVLM
 from parcelray.models.backbones.processor_base import ElasticProcessor
 from parcelray.models.checkpoint import ResolvedCheckpoint
@@ -149,8 +149,8 @@ def benchmark_samples(job: EvaluateJob, count: int, image_size: int) -> list[Sam
     """
     queues: dict[tuple[str, str], list[Sample]] = {}
     for each in prepare(job, image_size):
-        for row in each.task.rows:
-            for sample in each.task.reader.read(row).samples:
+        for row in each.rows:
+            for sample in each.reader.read(row).samples:
                 if len(sample.images) == 1 and sample.answers:
                     queues.setdefault((sample.benchmark, sample.family), []).append(sample)
     in_turn = [sample for turn in itertools.zip_longest(*queues.values()) for sample in turn if sample is not None]

@@ -5,10 +5,9 @@ from pathlib import Path
 
 from rich.console import Console
 
+from parcelray.config.evaluate import BLIND
 from parcelray.config.train import TrainJob
-from parcelray.evaluation.frontier_files import write_frontier
-from parcelray.evaluation.frontier_table import frontier_table
-from parcelray.evaluation.predict.predictor import BLIND
+from parcelray.evaluation.frontier import frontier_table, write_frontier
 from parcelray.evaluation.run import run_evaluation
 from parcelray.evaluation.scoring.aggregate import Frontier, frontier_point
 from parcelray.evaluation.scoring.intervals import Interval, wilson

@@ -10,7 +10,7 @@ import torch
 from parcelray.config.train import TrainJob
 from parcelray.datasets.sample import Sample
 from parcelray.evaluation.predict.predictor import Predictor
-from parcelray.evaluation.scoring.score import score
+from parcelray.evaluation.scoring.split_scores import score
 from parcelray.models.backbones import ElasticVLM
 from parcelray.models.backbones.processor_base import ElasticProcessor
 from parcelray.training import checkpointing
@@ -30,7 +30,7 @@ def validation_values(
     budgets = [budget for budget in job.validation.budgets if budget in model.supported_budgets]
     predictions = Predictor(model, processor, device=device).generate_budgets(samples, budgets)
     return {
-        budget: [each.value for each in score(samples, predictions[budget], num_visual_tokens=budget)]
+        budget: score(samples, predictions[budget])
         for budget in budgets
     }
 

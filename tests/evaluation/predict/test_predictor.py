@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from parcelray.config.connector import ParcelConnectorConfig
+from parcelray.config.evaluate import BLIND
 from parcelray.config.model import MiniLlavaModelConfig, MiniModelConfig
 from parcelray.datasets.boxes import Box, format_locations, parse_locations
 from parcelray.datasets.images import decode_image
@@ -20,8 +21,7 @@ from parcelray.datasets.sample import Sample
 from parcelray.errors import SystemFailure, UnsupportedBudgetError, UserError
 from parcelray.evaluation.predict.confidence import UNKNOWN
 from parcelray.evaluation.predict.generation import GenerationSettings
-from parcelray.evaluation.predict.predictor import BLIND, Predictor
-from parcelray.evaluation.scoring.score import score
+from parcelray.evaluation.predict.predictor import Predictor
 from parcelray.models.backbones import ElasticVLM
 from parcelray.models.backbones.paligemma_processor import ElasticPaliGemmaProcessor as Processor
 from parcelray.models.backbones.processor_base import ElasticProcessor
@@ -215,16 +215,6 @@ def test_location_tokens_survive_decoding(processor: Processor) -> None:
     assert parse_locations(processor.batch_decode([tokens], skip_special_tokens=True)[0]) == parse_locations(
         format_locations(box)
     )
-
-
-def test_scores_carry_the_budget_and_the_answer(samples: list[Sample]) -> None:
-    scores = score(samples[:2], ["Red.", "blue"], num_visual_tokens=40)
-    assert [(each.sample_id, each.num_visual_tokens, each.prediction, each.value) for each in scores] == [
-        ("0", 40, "Red.", 1.0),
-        ("1", 40, "blue", 0.0),
-    ]
-    with pytest.raises(ValueError, match="shorter"):
-        score(samples[:2], ["red"], num_visual_tokens=40)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Scores of splits at every budget: the metric's own number, and intervals that know what hangs together."""
+"""Scores of samples and of splits at every budget, and intervals that respect dependent samples."""
 
 import math
 import random
@@ -7,8 +7,16 @@ import numpy as np
 import pytest
 
 from parcelray.datasets.sample import Sample
+from parcelray.errors import UserError
 from parcelray.evaluation.scoring.aggregate import difference
-from parcelray.evaluation.scoring.split_scores import GivenAnswer, ScoringRules, SplitScores, score_splits
+from parcelray.evaluation.scoring.split_scores import (
+    GivenAnswer,
+    ScoringRules,
+    SplitScores,
+    by_metric,
+    score,
+    score_splits,
+)
 
 
 def _sample(number: int, metric: str, *answers: str, scene: str = "", **metadata: object) -> Sample:
@@ -158,3 +166,43 @@ def test_splits_of_one_benchmark_are_told_apart() -> None:
         ("b/0", 2, 3, False),
         ("b/1", 2, 3, False),
     ]
+
+
+def test_each_metric_scores_its_own_samples_and_the_order_is_kept() -> None:
+    samples = [
+        _sample(0, "exact_match", "red"),
+        _sample(1, "box_iou", "<loc0000><loc0000><loc0512><loc0512>"),
+        _sample(2, "exact_match", "blue"),
+        _sample(3, "exact_match"),
+    ]
+    predictions = ["Red.", "no box", "green", "x"]
+    assert score(samples, predictions) == pytest.approx([1, 0, 0, math.nan], nan_ok=True)
+
+
+def test_a_corpus_metric_scores_its_samples_together() -> None:
+    samples = [_sample(0, "cider", "a red cat"), _sample(1, "exact_match", "x"), _sample(2, "cider", "two birds")]
+    scores = score(samples, ["a red cat", "x", "two birds"]
+    # Each caption equals its reference: orders 1 to 3 of 4, and 1 to 2 of 4, are matched. Alone, every idf would be log
+    # 1 = 0.
+    assert [scores[0], scores[2]] == pytest.approx([7.5, 5])
+    assert score(samples[:1], ["a red cat"][0].value == 0
+
+
+def test_unparsed_answers_are_counted_by_metric() -> None:
+    samples = [
+        _sample(0, "counting", "2"),
+        _sample(1, "counting", "3"),
+        _sample(2, "box_iou", "<loc0000><loc0000><loc0512><loc0512>"),
+    ]
+    results = by_metric(samples, ["two", "some", "left"], None)
+    assert {name: (result.totals[name], result.unparsed) for name, (_, result) in results.items()} == {
+        "counting": (0.5, 1),
+        "box_iou": (0, 1),
+    }
+
+
+def test_an_unknown_metric_and_a_missing_prediction_are_refused() -> None:
+    with pytest.raises(UserError, match="did you mean 'exact_match'"):
+        score([_sample(0, "exact_mach", "x")], ["x"]
+    with pytest.raises(ValueError, match="1 predictions for 2 samples"):
+        score([_sample(0, "exact_match", "x")] * 2, ["x"]

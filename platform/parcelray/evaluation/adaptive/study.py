@@ -9,7 +9,7 @@ import numpy as np
 from rich.console import Console
 
 from parcelray.config.connector import ConnectorConfig
-from parcelray.config.evaluate import EvaluateJob
+from parcelray.config.evaluate import BLIND, EvaluateJob
 from parcelray.config.loader import config_hash
 from parcelray.errors import UserError
 from parcelray.evaluation.adaptive.adaptive_budget import (
@@ -26,11 +26,9 @@ from parcelray.evaluation.adaptive.budget_signals import ANSWER_SIGNALS, Floats,
 from parcelray.evaluation.adaptive.plot import plot_adaptive
 from parcelray.evaluation.adaptive.tables import adaptive_table, calibration_table
 from parcelray.evaluation.inputs import StudyModel, open_model
-from parcelray.evaluation.plan import connector_at
-from parcelray.evaluation.predict.predictor import BLIND
+from parcelray.evaluation.plan import connector_at, prepare
 from parcelray.evaluation.run import run_evaluation
 from parcelray.evaluation.scoring.split_scores import SplitScores
-from parcelray.evaluation.setup import prepare
 from parcelray.models.checkpoint import content_digest
 from parcelray.models.vlm import config_of
 from parcelray.profiling.backbone_shapes import BackboneShape, from_transformers_config
@@ -204,11 +202,9 @@ def _read_signals(job: EvaluateJob, splits: Sequence[SplitScores], reader: Signa
     """The signals of the questions in the order of the splits."""
     found: dict[tuple[str, str], Floats] = {}
     for benchmark in prepare(job, image_size):
-        rows = list(benchmark.task.rows)
+        rows = list(benchmark.rows)
         for start in range(0, len(rows), _CHUNK):
-            samples = [
-                sample for row in rows[start : start + _CHUNK] for sample in benchmark.task.reader.read(row).samples
-            ]
+            samples = [sample for row in rows[start : start + _CHUNK] for sample in benchmark.reader.read(row).samples]
             found |= {
                 (sample.benchmark, sample.id): signals_S
                 for sample, signals_S in zip(samples, reader.read(samples), strict=True)

@@ -10,6 +10,7 @@ from pydantic import TypeAdapter
 from torch import Tensor
 from transformers import LogitsProcessorList
 
+from parcelray.config.evaluate import BLIND
 from parcelray.config.reducer import ReducerConfig
 from parcelray.datasets.images import decode_image
 from parcelray.datasets.sample import Sample
@@ -24,9 +25,6 @@ from parcelray.models.token_reduction import TokenReducer, build_reducer
 from parcelray.models.token_reduction.base import check_uncompressed, unreduced
 from parcelray.models.token_reduction.context import ReductionContext
 from parcelray.models.token_reduction.encoder_view import EncoderView
-
-BLIND = 0
-"""The budget of the blind baseline: no image, no visual tokens."""
 
 
 class Seen(NamedTuple):

@@ -45,11 +45,6 @@ class Frontier:
         """JSON-serialisable."""
         return {"reference": self.reference, "points": [_point_to_dict(point) for point in self.points]}
 
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> "Frontier":
-        """The inverse of `to_dict`."""
-        return cls(points=tuple(_point_from_dict(point) for point in data["points"]), reference=data["reference"])
-
 
 def frontier_point(
     method: str,
@@ -76,11 +71,11 @@ def frontier_point(
         overall=mean_of(list(scores.values())).interval,
         retention=mean_of(list(kept.values())).interval if reference is not None else None,
         families={name: estimate.interval for name, estimate in scores.items()},
-        unscored=sum(split.scores[num_visual_tokens].unscored for split in splits) + unasked(splits),
+        unscored=sum(split.scores[num_visual_tokens].unscored for split in splits) + unevaluated(splits),
     )
 
 
-def unasked(splits: Sequence[SplitScores]) -> int:
+def unevaluated(splits: Sequence[SplitScores]) -> int:
     """Questions that could not be asked, over all benchmarks."""
     return sum({split.benchmark: split.rules.problems for split in splits}.values())
 
@@ -140,15 +135,3 @@ def _point_to_dict(point: FrontierPoint) -> dict[str, Any]:
         "unscored": point.unscored,
         "gflops": point.gflops,
     }
-
-
-def _point_from_dict(data: Mapping[str, Any]) -> FrontierPoint:
-    return FrontierPoint(
-        method=data["method"],
-        num_visual_tokens=data["num_visual_tokens"],
-        overall=Interval(**data["overall"]),
-        retention=Interval(**data["retention"]) if data["retention"] is not None else None,
-        families={family: Interval(**interval) for family, interval in data["families"].items()},
-        unscored=data["unscored"],
-        gflops=data.get("gflops"),
-    )

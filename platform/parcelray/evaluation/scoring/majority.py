@@ -5,8 +5,8 @@ from collections import Counter
 from collections.abc import Sequence
 
 from parcelray.config.data import DataConfig
+from parcelray.config.evaluate import BLIND
 from parcelray.datasets.open import training_source
-from parcelray.evaluation.predict.predictor import BLIND
 from parcelray.evaluation.scoring.split_scores import GivenAnswer, SplitScores, score_splits
 
 _SAMPLES = 2000

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from parcelray.errors import UserError
-from parcelray.evaluation.scoring.budget_curves import most_sensitive
+from parcelray.evaluation.scoring.summary import most_sensitive
 
 if TYPE_CHECKING:
     from rich.table import Table

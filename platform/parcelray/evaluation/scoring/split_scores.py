@@ -21,7 +21,6 @@ from parcelray.benchmarks.metrics import metric as metric_of
 from parcelray.benchmarks.metrics.base import Metric, MetricResult
 from parcelray.datasets.sample import Sample
 from parcelray.evaluation.scoring.intervals import DRAWS, Interval, cluster_draws, percentile_interval
-from parcelray.evaluation.scoring.score import by_metric
 
 _MEAN_WITH_FIXED_STATISTICS = ("cider",)
 """Metrics of a corpus whose score is the mean of the values once the corpus's statistics are fixed."""
@@ -167,6 +166,48 @@ def score_splits(
         )
         for name, split in splits.items()
     ]
+
+
+def score(samples: Sequence[Sample], predictions: Sequence[str], *, mask_decoder: Path | None = None) -> list[float]:
+    """Scores each prediction by its sample's metric: 0 to 1 (CIDEr: 0 to 10); NaN where it cannot be scored.
+
+    The values of a corpus metric (CIDEr) hold for exactly these samples: the score of a whole set is not the mean of
+    the values of its parts.
+
+    Args:
+        samples: the evaluated samples.
+        predictions: one answer per sample, in the same order.
+        mask_decoder: the .npz file that `refseg_miou` needs.
+
+    Raises:
+        UserError: a metric is unknown, or a sample lacks what its metric needs.
+        ValueError: the two sequences differ in length.
+    """
+    values = [0.0] * len(samples)
+    for indices, result in by_metric(samples, predictions, mask_decoder).values():
+        for index, value in zip(indices, result.values, strict=True):
+            values[index] = value
+    return values
+
+
+def by_metric(
+    samples: Sequence[Sample], predictions: Sequence[str], mask_decoder: Path | None
+) -> dict[str, tuple[list[int], MetricResult]]:
+    """Calls every metric that the samples name once; returns the indices of its samples and its result, by metric."""
+    if len(samples) != len(predictions):
+        raise ValueError(f"{len(predictions)} predictions for {len(samples)} samples; give one prediction per sample")
+    indices: dict[str, list[int]] = {}
+    for index, sample in enumerate(samples):
+        indices.setdefault(sample.metric, []).append(index)
+    return {
+        name: (
+            members,
+            metric_of(name, mask_decoder=mask_decoder)(
+                [predictions[index] for index in members], [samples[index] for index in members]
+            ),
+        )
+        for name, members in indices.items()
+    }
 
 
 class _Split:

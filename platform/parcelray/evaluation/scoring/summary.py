@@ -1,18 +1,39 @@
-"""Everything that an evaluation says, as numbers: splits, families, overall, retention, budgets that suffice."""
+"""All numbers of an evaluation: scores of splits and families, retention, the budget that a split needs, and the oracle.
 
+The oracle knows for each sample the smallest budget with the best answer; it bounds what choosing budgets can gain.
+"""
+
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
+import numpy as np
+
+from parcelray.evaluation.passes.store import EvaluatedBenchmark
 from parcelray.evaluation.scoring.aggregate import mean_of, retentions
-from parcelray.evaluation.scoring.budget_curves import OraclePoint, most_sensitive, needed_budget, oracle_curve
-from parcelray.evaluation.scoring.evaluation import AskedBenchmark, Evaluation
+from parcelray.evaluation.scoring.evaluation import Evaluation, load_evaluation
 from parcelray.evaluation.scoring.split_scores import Estimate, SplitScores
+
+REFERENCE_FOLDER = "reference"
+"""Folder of an evaluation that holds the evaluation of its reference model."""
+
+
+class OraclePoint(NamedTuple):
+    """A chooser that knows for each sample the fewest tokens that still answer, up to a cap."""
+
+    cap: int
+    """Largest budget that it may choose."""
+    score: float
+    """Mean over samples of the best value at any budget up to the cap, on the paper's scale."""
+    mean_tokens: float
+    """Visual tokens per image that it spends."""
 
 
 @dataclass(frozen=True)
 class Summary:
-    """An evaluation with its reference."""
+    """An evaluation with its scores and its reference."""
 
     evaluation: Evaluation
     splits: Sequence[SplitScores]
@@ -151,15 +172,75 @@ def summarize(
     )
 
 
-def _data(benchmark: AskedBenchmark) -> dict[str, Any]:
-    asked = benchmark.asked
+def rescore(folder: Path, metrics: Mapping[str, str], need_within: float) -> Summary:
+    """Scores a finished evaluation again from its stored predictions, without the model and the data.
+
+    Args:
+        folder: folder of the evaluation.
+        metrics: by benchmark, metric and variant that replace the evaluation's own.
+        need_within: percent of the full score that the needed budget may lose.
+
+    Raises:
+        UserError: the folder holds no evaluation, predictions are missing, or a metric cannot score them.
+    """
+    evaluation = load_evaluation(folder)
+    base = None
+    if (folder / REFERENCE_FOLDER).is_dir():
+        reference = load_evaluation(folder / REFERENCE_FOLDER)
+        base = (reference, reference.score(metrics))
+    return summarize(evaluation, evaluation.score(metrics), need_within, base)
+
+
+def needed_budget(scores: Mapping[int, float], full: int, within: float) -> int | None:
+    """The smallest budget whose score is within `within` percent of the full one.
+
+    Args:
+        scores: by budget, 0 the blind model.
+        full: the budget to compare with.
+        within: percent of its score that may be lost.
+
+    Returns:
+        None if the full score is 0 or unknown.
+    """
+    base = scores.get(full, math.nan)
+    if math.isnan(base) or base <= 0:
+        return None
+    return min(budget for budget, score in scores.items() if score >= (1 - within / 100) * base)
+
+
+def oracle_curve(split: SplitScores) -> list[OraclePoint]:
+    """The oracle at every cap, the blind model left out; empty where a score is no mean over samples."""
+    budgets = sorted(budget for budget in split.scores if budget)
+    if not split.additive or not budgets:
+        return []
+    values_BN = np.array([split.scores[budget].values for budget in budgets], dtype=np.float64)
+    values_BN = values_BN[:, ~np.isnan(values_BN).any(axis=0)]
+    if not values_BN.shape[1]:
+        return []
+    points = []
+    for number, cap in enumerate(budgets, 1):
+        best_N = values_BN[:number].max(axis=0)
+        # argmax is the first, so the smallest budget with the best value; a sample that nothing answers gets the
+        # smallest.
+        chosen_N = np.array(budgets)[values_BN[:number].argmax(axis=0)]
+        points.append(OraclePoint(cap, split.scale * float(best_N.mean()), float(chosen_N.mean())))
+    return points
+
+
+def most_sensitive(retentions: Mapping[str, float], count: int = 3) -> list[str]:
+    """The splits that lose most, the worst first: the paper's top-3 at 16 tokens."""
+    known = {name: value for name, value in retentions.items() if not math.isnan(value)}
+    return sorted(known, key=lambda name: (known[name], name))[:count]
+
+
+def _data(benchmark: EvaluatedBenchmark) -> dict[str, Any]:
     return {
-        "revision": asked.pin.revision,
-        "rows": asked.rows,
-        "rows_of_the_split": asked.pin.rows,
+        "revision": benchmark.fingerprint.revision,
+        "rows": benchmark.rows,
+        "rows_of_the_split": benchmark.fingerprint.rows,
         "rows_expected": getattr(benchmark.config.source, "rows", None),
-        "ids": asked.pin.ids,
-        "unasked": [problem._asdict() for problem in asked.problems],
+        "ids": benchmark.fingerprint.ids,
+        "unasked": [problem._asdict() for problem in benchmark.problems],
         "unscorable": benchmark.config.unscorable,
     }
 

@@ -1,10 +1,43 @@
-"""Draws that many rows share."""
+"""Intervals of proportions and means, and bootstrap draws that many rows share."""
+
+import math
 
 import numpy as np
 import pytest
 
+from parcelray.evaluation.scoring.intervals import bootstrap_mean, cluster_draws, shared_draws, wilson
 from parcelray.evaluation.scoring.paired import holm
-from parcelray.evaluation.scoring.shared_draws import shared_draws
+
+
+def test_wilson_has_the_textbook_values() -> None:
+    # 15 of 20: centre (0.75 + z2 / 40) / (1 + z2 / 20) with z2 = 3.8415.
+    assert wilson(15, 20)[:3] == pytest.approx((0.75, 0.5313, 0.8881), abs=1e-4)
+    assert wilson(0, 10)[:3] == pytest.approx((0.0, 0.0, 0.2775), abs=1e-4)
+    assert math.isnan(wilson(0, 0).value)
+
+
+def test_the_bootstrap_of_independent_samples_has_the_normal_width() -> None:
+    values = [float(index % 2) for index in range(400)]
+    interval = bootstrap_mean(values, [str(index) for index in range(400)])
+    assert interval.value == 0.5
+    assert interval.high - interval.low == pytest.approx(2 * 1.96 * 0.5 / 20, rel=0.08)
+
+
+def test_samples_of_one_scene_count_as_one() -> None:
+    values = [float(index // 4 % 2) for index in range(400)]
+    clustered = bootstrap_mean(values, [str(index // 4) for index in range(400)])
+    assert clustered.high - clustered.low == pytest.approx(2 * 1.96 * 0.5 / 10, rel=0.1)
+
+
+def test_families_that_share_their_scenes_vary_together() -> None:
+    values = [float(index % 2) for index in range(200)]
+    scenes = [str(index) for index in range(200)]
+    alike = cluster_draws({"a": (values, scenes), "b": (values, scenes)}, seed=1)
+    apart = cluster_draws({"a": (values, scenes), "b": (values, [f"other {scene}" for scene in scenes])}, seed=1)
+    assert (alike["a"] == alike["b"]).all()
+    assert abs(np.corrcoef(apart["a"], apart["b"])[0, 1]) < 0.1
+    # Standard error of a mean of 200 coin flips: 0.5 / sqrt(200).
+    assert apart["a"].std() == pytest.approx(0.03536, rel=0.06)
 
 
 def test_the_draws_have_the_standard_error_of_a_mean_and_rows_are_paired() -> None:

@@ -5,8 +5,8 @@ import math
 import pytest
 
 from parcelray.datasets.sample import Sample
-from parcelray.evaluation.scoring.budget_curves import most_sensitive, needed_budget, oracle_curve
 from parcelray.evaluation.scoring.split_scores import GivenAnswer, SplitScores, score_splits
+from parcelray.evaluation.scoring.summary import most_sensitive, needed_budget, oracle_curve
 
 
 def _split(right: dict[int, str], metric: str = "exact_match") -> SplitScores:
