@@ -1,4 +1,4 @@
-"""Compares finished evaluations, read from their folders: two evaluations on the same samples, or one method over seeds."""
+"""Compares finished evaluations: two evaluations on the same samples, or one method over training seeds."""
 
 import math
 from collections.abc import Sequence

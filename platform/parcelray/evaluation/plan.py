@@ -49,7 +49,7 @@ class EvaluationPlan:
     answers: int
     """Number of predictions: samples times budgets."""
     flops: int
-    """FLOPs of the vision tower once per image, and of connector and prefill at every budget; without decoding."""
+    """FLOPs of the vision tower once per image, and of connector and prefill at every budget; no decoding."""
     seconds: float
     """Lower bound of the time, from the speed of matrix products measured on this machine."""
     config: dict[str, Any]

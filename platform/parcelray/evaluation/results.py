@@ -1,4 +1,4 @@
-"""Presents a finished evaluation: tables for the console, Markdown, CSV, a plot, one row per prediction, and MLflow metrics."""
+"""Presents a finished evaluation: console tables, Markdown, CSV, a plot, one row per prediction, MLflow metrics."""
 
 import csv
 import io
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _CSV_COLUMNS = (
-    "split", "family", "metric", "num_visual_tokens", "score", "std_error", "low", "high", "n", "unscored", "unparsed", "empty", "cut_off",
-    "mean_new_tokens", "retention", "retention_low", "retention_high",
+    "split", "family", "metric", "num_visual_tokens", "score", "std_error", "low", "high", "n", "unscored", "unparsed",
+    "empty", "cut_off", "mean_new_tokens", "retention", "retention_low", "retention_high",
 )  # fmt: skip
 _MAX_LINES = 12
 """Largest number of splits that the plot shows one by one; with more, it shows families."""
@@ -205,7 +205,7 @@ def _retention_rows(summary: Summary) -> list[list[str]]:
 
 
 def _sub_score_rows(summary: Summary) -> list[list[str]]:
-    """Sub-scores such as consistency, yes-ratio and box accuracy; those of single categories are only in result.json."""
+    """Sub-scores such as consistency, yes-ratio and box accuracy; result.json also has those of single categories."""
     rows = [["split", "sub-score", *(budget_name(budget) for budget in summary.budgets)]]
     for split in summary.splits:
         headline, *others = next(iter(split.scores.values())).totals

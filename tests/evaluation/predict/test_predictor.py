@@ -204,7 +204,7 @@ def test_a_prompt_with_another_number_of_visual_tokens_is_a_failure(
     model: ElasticVLM, processor: Processor, samples: list[Sample]
 ) -> None:
     smuggled = Sample(**{**{name: getattr(samples[0], name) for name in Sample.__slots__}, "prompt": "what is <image>"})
-    with pytest.raises(SystemFailure, match="about to see 17 visual tokens where the budget asks for 16"):
+    with pytest.raises(SystemFailure, match="holds 17 visual tokens, but the budget requires 16"):
         Predictor(model, processor).generate([smuggled], num_visual_tokens=16)
 
 
@@ -270,7 +270,7 @@ def test_the_chosen_answer_is_the_likeliest(model: ElasticVLM, processor: Proces
 
 
 def test_without_choices_nothing_can_be_chosen(model: ElasticVLM, processor: Processor, samples: list[Sample]) -> None:
-    with pytest.raises(UserError, match="has no choices to compare by likelihood"):
+    with pytest.raises(UserError, match="has no choices, which decoding by likelihood needs"):
         Predictor(model, processor, settings=GenerationSettings(decoding="likelihood")).generate(
             samples[:1], num_visual_tokens=16
         )
@@ -415,5 +415,5 @@ def test_a_reducer_wants_a_model_without_compression(model: ElasticVLM, processo
 
 
 def test_beams_and_the_reduced_decoder_exclude_each_other(vanilla: tuple[ElasticVLM, ElasticProcessor]) -> None:
-    with pytest.raises(UserError, match="answers greedily or by likelihood, not by beam search"):
+    with pytest.raises(UserError, match="does not support beam search; set decoding to greedy or likelihood"):
         Predictor(*vanilla, settings=GenerationSettings(decoding="beam", num_beams=3, reducer='{"type": "fastv"}'))

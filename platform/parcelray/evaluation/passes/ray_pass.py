@@ -266,7 +266,8 @@ class _StageActor:
         now = time.monotonic()
         stages = [f"{stage} (for {now - began:.0f} s)" for began, stage in sorted(self._running.values(), reverse=True)]
         return "; ".join(stages) or (
-            "none, the workers have not started (does the cluster have the CPUs, GPUs and memory that the pass requests?)"
+            "none, the workers have not started; check that the cluster has the CPUs, GPUs and memory that the pass"
+            " requests"
         )
 
 

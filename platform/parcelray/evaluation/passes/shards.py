@@ -63,7 +63,7 @@ class PassResult(NamedTuple):
 class Shard(NamedTuple):
     """Rows of one benchmark that are read, evaluated and stored together."""
 
-    index: int
+    number: int
     benchmark: int
     """Index of the benchmark in the pass."""
     rows: tuple[int, ...]
@@ -176,7 +176,7 @@ def collect(
 
 
 def _joined(benchmark: PreparedBenchmark, parts: list[ShardResult]) -> EvaluatedBenchmark:
-    parts = sorted(parts, key=lambda result: result.shard.index)
+    parts = sorted(parts, key=lambda result: result.shard.number)
     return EvaluatedBenchmark(
         config=benchmark.config,
         metric=benchmark.choice.metric,

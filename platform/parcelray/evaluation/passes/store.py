@@ -1,4 +1,4 @@
-"""What an evaluation keeps on disk: stored predictions, and the samples of each benchmark with the keys of their predictions.
+"""What an evaluation keeps on disk: predictions, and the samples of each benchmark with their prediction keys.
 
 Predictions are parquet shards in a folder or under any fsspec URI. The key of a prediction holds everything that can
 change it (weights, budget, dtype, prompt, images, generation settings) and nothing about who computed it, so a rerun

@@ -1,4 +1,4 @@
-"""The model's part of a pass: evaluates shards at every budget and stores the predictions, in a Ray actor or in this process."""
+"""Evaluates shards with a model at every budget and stores the predictions, in a Ray actor or in this process."""
 
 import os
 from collections.abc import Callable, Iterator, Sequence

@@ -1,6 +1,8 @@
-"""95 % intervals: Wilson for proportions, and the cluster bootstrap for everything else.
+"""95 % confidence intervals: Wilson's for proportions, and the cluster bootstrap for everything else.
 
 Samples of one scene (or one NLVR sentence) are not independent, so the bootstrap draws whole scenes.
+
+Shapes: R rows, N samples, C clusters, W draws.
 """
 
 import math
@@ -13,13 +15,13 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float64]
 _Z95 = 1.959963984540054
 DRAWS = 2000
-"""Bootstrap draws; the limits of a 95 % interval then move by about a tenth of their distance between seeds."""
+"""Number of bootstrap draws; between seeds, the limits of a 95 % interval then vary by about 10 % of its width."""
 _DRAWS_PER_BLOCK = 500
 """Number of draws whose counts are in memory at once, in `shared_draws`."""
 
 
 class Interval(NamedTuple):
-    """An estimate with its 95 % interval over n samples; all NaN where there is nothing to estimate."""
+    """An estimate with its 95 % confidence interval over n samples; all NaN without samples."""
 
     value: float
     low: float
@@ -28,7 +30,7 @@ class Interval(NamedTuple):
 
 
 def wilson(successes: int, n: int) -> Interval:
-    """Wilson's score interval of a proportion (Wilson, JASA 1927)."""
+    """Computes Wilson's score interval of a proportion (Wilson, JASA 1927)."""
     if n == 0:
         return Interval(math.nan, math.nan, math.nan, 0)
     share, z2 = successes / n, _Z95**2
@@ -40,28 +42,28 @@ def wilson(successes: int, n: int) -> Interval:
 def cluster_draws(
     groups: Mapping[str, tuple[Sequence[float], Sequence[str]]], seed: int, draws: int = DRAWS
 ) -> dict[str, NDArray[np.float64]]:
-    """Mean of each group of samples in each bootstrap draw of clusters.
+    """Computes the mean of each group of samples in each bootstrap draw of clusters.
 
     The clusters of all groups are drawn together, so groups that share clusters (two kinds of question about one
-    sentence) vary together as they must. The same clusters under the same seed are drawn alike, which pairs two lists
-    of scores of the same samples.
+    sentence) vary together. The same clusters with the same seed give the same draws, which pairs two lists of scores
+    of the same samples.
 
     Args:
         groups: by name, the values of the samples and the cluster of each.
-        seed: of the draws.
-        draws: how many.
+        seed: seed of the draws.
+        draws: number of draws.
 
     Returns:
-        By name, [draws]; NaN where a draw holds no sample of the group.
+        The means by name, [draws]; NaN where a draw holds no sample of the group.
     """
     names = sorted({cluster for _, clusters in groups.values() for cluster in clusters})
-    place = {name: index for index, name in enumerate(names)}
+    index_of = {name: index for index, name in enumerate(names)}
     rng = np.random.default_rng(seed)
     counts = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), size=draws).astype(np.float64)
     means = {}
     for group, (values, clusters) in groups.items():
-        owner = np.array([place[cluster] for cluster in clusters])
-        # Sums per cluster first: the draws then need [draws, clusters] numbers, not [draws, samples].
+        owner = np.array([index_of[cluster] for cluster in clusters])
+        # Summing per cluster first needs [draws, clusters] numbers instead of [draws, samples].
         totals = counts @ np.bincount(owner, minlength=len(names)).astype(np.float64)
         sums = counts @ np.bincount(owner, weights=np.asarray(values, dtype=np.float64), minlength=len(names))
         means[group] = np.divide(sums, totals, out=np.full(draws, np.nan), where=totals > 0)
@@ -71,21 +73,22 @@ def cluster_draws(
 def shared_draws(
     values_RN: Floats, groups: Sequence[str], clusters: Sequence[str], *, seed: int, draws: int
 ) -> dict[str, Floats]:
-    """Mean of each group of samples in each bootstrap draw of whole clusters, for every row.
+    """Computes the mean of each group of samples in each bootstrap draw of whole clusters, for every row.
 
-    All rows and groups see the same draws, so differences and ratios of what is returned are paired.
+    The clusters are drawn once for all rows, so that ten thousand draws of many rows stay cheap. All rows and groups
+    use the same draws, so differences and ratios of the returned means are paired.
 
     Args:
-        values_RN: of every sample; NaN: not scored, in no mean.
-        groups: of each sample.
-        clusters: of each sample: a scene or a sentence.
-        seed: of the draws.
-        draws: W.
+        values_RN: value of every sample; NaN: not scored, and left out of the means.
+        groups: group of each sample.
+        clusters: cluster of each sample: a scene or a sentence.
+        seed: seed of the draws.
+        draws: number of draws, W.
 
     Returns:
-        By group, [R, W]; NaN where a draw holds no scored sample of the group.
+        The means by group, [R, W]; NaN where a draw holds no scored sample of the group.
     """
-    names = {name: place for place, name in enumerate(dict.fromkeys(clusters))}
+    names = {name: index for index, name in enumerate(dict.fromkeys(clusters))}
     owner_N = np.array([names[cluster] for cluster in clusters])
     group_N = np.array(groups)
     scored_RN = ~np.isnan(values_RN)
@@ -110,7 +113,7 @@ def shared_draws(
 
 
 def percentile_interval(value: float, draws: NDArray[np.float64], n: int) -> Interval:
-    """The middle 95 % of the draws around an estimate."""
+    """Returns the middle 95 % of the draws as the interval of an estimate."""
     legal = draws[np.isfinite(draws)]
     if n == 0 or not len(legal):
         return Interval(value, math.nan, math.nan, n)
@@ -119,7 +122,7 @@ def percentile_interval(value: float, draws: NDArray[np.float64], n: int) -> Int
 
 
 def bootstrap_mean(values: Sequence[float], clusters: Sequence[str], seed: int = 0, draws: int = DRAWS) -> Interval:
-    """Mean with its cluster-bootstrap interval."""
+    """Computes a mean with its cluster-bootstrap interval."""
     if not values:
         return Interval(math.nan, math.nan, math.nan, 0)
     return percentile_interval(
@@ -128,7 +131,7 @@ def bootstrap_mean(values: Sequence[float], clusters: Sequence[str], seed: int =
 
 
 def _per_cluster(values_RN: Floats, owner_N: NDArray[np.int64], inside_N: NDArray[np.bool_], count: int) -> Floats:
-    """Sums of a group's samples: [C, R]."""
+    """Sums a group's samples per cluster: [C, R]."""
     sums_CR = np.zeros((count, len(values_RN)))
     np.add.at(sums_CR, owner_N[inside_N], values_RN[:, inside_N].T)
     return sums_CR

@@ -1,4 +1,4 @@
-"""All numbers of an evaluation: scores of splits and families, retention, the budget that a split needs, and the oracle.
+"""All numbers of an evaluation: scores and retention of splits and families, the needed budget, and the oracle.
 
 The oracle knows for each sample the smallest budget with the best answer; it bounds what choosing budgets can gain.
 """
@@ -21,14 +21,14 @@ REFERENCE_FOLDER = "reference"
 
 
 class OraclePoint(NamedTuple):
-    """A chooser that knows for each sample the fewest tokens that still answer, up to a cap."""
+    """An oracle that gives each sample the smallest budget with the best answer, up to a cap."""
 
     cap: int
-    """Largest budget that it may choose."""
+    """Largest budget that the oracle may choose."""
     score: float
     """Mean over samples of the best value at any budget up to the cap, on the paper's scale."""
     mean_tokens: float
-    """Visual tokens per image that it spends."""
+    """Mean number of visual tokens per image."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Summary:
     reference: str
     """The model that retention is measured against, pinned."""
     reference_budget: int
-    """At how many visual tokens."""
+    """Visual tokens per image of the reference."""
     retention: Mapping[int, Mapping[str, Estimate]]
     """Percent of the reference, by budget and split."""
     need_within: float
@@ -53,24 +53,24 @@ class Summary:
 
     @property
     def families(self) -> dict[str, list[str]]:
-        """The splits of each family."""
+        """Names of the splits of each family."""
         members: dict[str, list[str]] = {}
         for split in self.splits:
             members.setdefault(split.family, []).append(split.name)
         return members
 
     def mean_retention(self, budget: int, names: Sequence[str] | None = None) -> Estimate:
-        """Unweighted mean over splits; of some, or of all."""
+        """Unweighted mean retention over splits: over the named ones, or over all."""
         kept = self.retention[budget]
         return mean_of([kept[name] for name in (names if names is not None else kept) if name in kept])
 
     def mean_score(self, budget: int, names: Sequence[str] | None = None) -> Estimate:
-        """Unweighted mean over splits of the scores on the paper's scale."""
+        """Unweighted mean score over splits, on the paper's scale: over the named ones, or over all."""
         chosen = [split for split in self.splits if names is None or split.name in names]
         return mean_of([split.scores[budget].estimate for split in chosen if split.scores[budget].estimate.n])
 
     def needed(self, split: SplitScores) -> int | None:
-        """The smallest budget within `need_within` percent of the largest."""
+        """The smallest budget whose score is within `need_within` percent of the score at the largest budget."""
         return needed_budget(
             {budget: score.estimate.value for budget, score in split.scores.items()},
             max(self.budgets),
@@ -78,7 +78,7 @@ class Summary:
         )
 
     def oracle(self, split: SplitScores) -> list[OraclePoint]:
-        """See `oracle_curve`."""
+        """The oracle at every cap, see `oracle_curve`."""
         return oracle_curve(split)
 
     def sensitive(self) -> list[str]:
@@ -93,7 +93,7 @@ class Summary:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-serialisable."""
+        """Returns the summary as JSON-serialisable values."""
         return {
             "name": self.evaluation.name,
             "model": self.evaluation.model,
@@ -152,13 +152,14 @@ def summarize(
     need_within: float,
     reference: tuple[Evaluation, Sequence[SplitScores]] | None,
 ) -> Summary:
-    """Scores with retention against a reference.
+    """Summarizes scores, with retention relative to a reference.
 
     Args:
-        evaluation: which model was asked what.
+        evaluation: the evaluation.
         splits: its scores.
         need_within: percent of the full score that the needed budget may lose.
-        reference: the uncompressed model, at its largest budget; None: the evaluation itself at its own.
+        reference: evaluation and scores of the uncompressed model, of which the largest budget counts; None: the
+            evaluation itself at its largest budget.
     """
     base, base_splits = reference if reference is not None else (evaluation, splits)
     budget = max(base.budgets)
@@ -192,15 +193,15 @@ def rescore(folder: Path, metrics: Mapping[str, str], need_within: float) -> Sum
 
 
 def needed_budget(scores: Mapping[int, float], full: int, within: float) -> int | None:
-    """The smallest budget whose score is within `within` percent of the full one.
+    """Returns the smallest budget whose score is within `within` percent of the full score.
 
     Args:
-        scores: by budget, 0 the blind model.
-        full: the budget to compare with.
-        within: percent of its score that may be lost.
+        scores: scores by budget; budget 0 is the blind baseline.
+        full: the budget whose score is the full score.
+        within: percent of the full score that may be lost.
 
     Returns:
-        None if the full score is 0 or unknown.
+        The budget; None if the full score is 0 or unknown.
     """
     base = scores.get(full, math.nan)
     if math.isnan(base) or base <= 0:
@@ -209,7 +210,7 @@ def needed_budget(scores: Mapping[int, float], full: int, within: float) -> int 
 
 
 def oracle_curve(split: SplitScores) -> list[OraclePoint]:
-    """The oracle at every cap, the blind model left out; empty where a score is no mean over samples."""
+    """Computes the oracle at every cap, without the blind baseline; empty if the score is not a mean over samples."""
     budgets = sorted(budget for budget in split.scores if budget)
     if not split.additive or not budgets:
         return []
@@ -220,15 +221,15 @@ def oracle_curve(split: SplitScores) -> list[OraclePoint]:
     points = []
     for number, cap in enumerate(budgets, 1):
         best_N = values_BN[:number].max(axis=0)
-        # argmax is the first, so the smallest budget with the best value; a sample that nothing answers gets the
-        # smallest.
+        # argmax returns the first index, which is the smallest budget with the best value. A sample that is wrong at
+        # every budget gets the smallest one.
         chosen_N = np.array(budgets)[values_BN[:number].argmax(axis=0)]
         points.append(OraclePoint(cap, split.scale * float(best_N.mean()), float(chosen_N.mean())))
     return points
 
 
 def most_sensitive(retentions: Mapping[str, float], count: int = 3) -> list[str]:
-    """The splits that lose most, the worst first: the paper's top-3 at 16 tokens."""
+    """Returns the splits with the lowest retention, the worst first (the paper reports 3 at 16 tokens)."""
     known = {name: value for name, value in retentions.items() if not math.isnan(value)}
     return sorted(known, key=lambda name: (known[name], name))[:count]
 
