@@ -1,4 +1,4 @@
-"""The frontier as table and picture."""
+"""The frontier as a table and as a plot."""
 
 import io
 import json
@@ -47,7 +47,7 @@ def test_the_table_has_a_row_per_method_and_budget(frontier: Frontier) -> None:
     assert rows[2].startswith("| majority | - | 20.0 [")
 
 
-def test_the_picture_is_a_readable_png(frontier: Frontier, tmp_path: Path) -> None:
+def test_the_plot_is_a_readable_png(frontier: Frontier, tmp_path: Path) -> None:
     numbers, picture = write_frontier(frontier, tmp_path, "a title")
     assert json.loads(numbers.read_text()) == json.loads(json.dumps(frontier.to_dict()))
     with Image.open(picture) as image:

@@ -49,7 +49,7 @@ class EvaluationPlan:
     answers: int
     """Number of predictions: samples times budgets."""
     flops: int
-    """FLOPs of the vision tower once per image, and of connector and prefill at every budget; no decoding."""
+    """FLOPs of the vision tower once per image, and of connector and prefill at each budget; without decoding."""
     seconds: float
     """Lower bound of the time, from the speed of matrix products measured on this machine."""
     config: dict[str, Any]
@@ -68,8 +68,8 @@ class EvaluationPlan:
             "visual-token budgets": ", ".join(budget_name(budget) for budget in self.budgets),
             "rows": ", ".join(f"{name} {count:,}" for name, count in self.rows.items()),
             "predictions": (
-                f"about {self.answers:,} ({self.questions:,} samples at {len(self.budgets)} budgets); stored predictions"
-                " are reused"
+                f"about {self.answers:,} ({self.questions:,} samples at {len(self.budgets)} budgets); stored"
+                " predictions are reused"
             ),
             "compute": f"{self.flops / 1e12:,.2f} TFLOP, without decoding",
             "time": f"at least {self.seconds / 60:,.1f} min at the speed of this machine's matrix products",

@@ -1,4 +1,4 @@
-"""The evaluation pass: every answer there once, whatever dies on the way."""
+"""The evaluation pass on Ray: every prediction is stored exactly once, even if processes or nodes die."""
 
 import dataclasses
 import os
@@ -102,7 +102,7 @@ def undisturbed(ray_session: None, checkpoint: Path, tmp_path_factory: pytest.Te
     return answers
 
 
-def test_the_pass_answers_as_a_plain_loop_does(undisturbed: Answers, checkpoint: Path) -> None:
+def test_the_pass_predicts_the_same_as_a_plain_loop(undisturbed: Answers, checkpoint: Path) -> None:
     samples = [READER.read(row).samples[0] for row in READER.order()]
     model = load_vlm(checkpoint).eval()
     margins: list[float] = []
@@ -124,7 +124,7 @@ def test_the_pass_answers_as_a_plain_loop_does(undisturbed: Answers, checkpoint:
     assert len(set(expected.values())) > 10, "the answers tell samples and budgets apart"
 
 
-def test_an_illegal_budget_is_the_users_error(ray_session: None, checkpoint: Path, tmp_path: Path) -> None:
+def test_an_unsupported_budget_is_a_user_error(ray_session: None, checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(UnsupportedBudgetError, match="cannot give 8 visual tokens"):
         _pass(checkpoint, tmp_path, budgets=(8,), rows=range(1))
 
@@ -199,7 +199,7 @@ class _Clock:
         return self._now
 
 
-def test_a_hang_ends_with_the_stage_and_only_what_is_missing_is_computed(
+def test_a_stall_is_reported_with_its_stage_and_a_rerun_computes_only_what_is_missing(
     undisturbed: Answers, checkpoint: Path, tmp_path: Path
 ) -> None:
     store, marker = tmp_path / "store", tmp_path / "hangs"
@@ -287,7 +287,8 @@ from tests.evaluation.passes.readers import Waits, disturbed, mini_benchmark
 
 if __name__ == "__main__":
     health = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "health_check_failure_threshold": 3}
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "_system_config": health, "include_dashboard": False})
+    head = {"num_cpus": 2, "_system_config": health, "include_dashboard": False}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
     second = cluster.add_node(num_cpus=2)
     ray.init(cluster.address, log_to_driver=False)
     # Rows are left to be read until the node is gone.

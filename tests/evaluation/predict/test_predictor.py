@@ -1,4 +1,4 @@
-"""Answers at any budget: the same alone and in a batch, from one encoding of each image, and blind."""
+"""Predictions at any budget: the same alone and in a batch, from one encoding of each image, and blind."""
 
 import dataclasses
 import io
@@ -116,7 +116,9 @@ def test_a_batch_answers_as_one_sample_at_a_time(
     assert len(set(together[16])) >= 6, "the test means something only if answers differ"
 
 
-def test_an_answer_is_the_stock_paths_own(model: ElasticVLM, processor: Processor, samples: list[Sample]) -> None:
+def test_an_answer_equals_that_of_the_stock_model(
+    model: ElasticVLM, processor: Processor, samples: list[Sample]
+) -> None:
     sample = samples[1]
     inputs = processor(
         [[decode_image(image) for image in sample.images]], [sample.prompt], num_visual_tokens=40, return_tensors="pt"
@@ -162,7 +164,7 @@ def test_each_image_is_encoded_once_for_all_budgets_and_questions(
 
 
 @pytest.mark.parametrize("budget", [BLIND, 16, 256])
-def test_the_decoder_sees_as_many_visual_tokens_as_the_budget_says(
+def test_the_decoder_gets_as_many_visual_tokens_as_the_budget(
     model: ElasticVLM, processor: Processor, samples: list[Sample], budget: int
 ) -> None:
     lengths: list[int] = []
@@ -200,7 +202,7 @@ def test_an_illegal_budget_is_refused(model: ElasticVLM, processor: Processor, s
         Predictor(model, processor).generate(samples, num_visual_tokens=8)
 
 
-def test_a_prompt_with_another_number_of_visual_tokens_is_a_failure(
+def test_a_prompt_with_a_wrong_number_of_visual_tokens_is_a_failure(
     model: ElasticVLM, processor: Processor, samples: list[Sample]
 ) -> None:
     smuggled = Sample(**{**{name: getattr(samples[0], name) for name in Sample.__slots__}, "prompt": "what is <image>"})
@@ -221,7 +223,7 @@ def test_location_tokens_survive_decoding(processor: Processor) -> None:
     "settings",
     [GenerationSettings(max_new_tokens=4, decoding="beam", num_beams=3), GenerationSettings(decoding="likelihood")],
 )
-def test_other_decodings_answer_alike_in_any_batch(
+def test_other_decodings_do_not_depend_on_the_batch(
     model: ElasticVLM, processor: Processor, samples: list[Sample], settings: GenerationSettings
 ) -> None:
     asked = [
@@ -240,7 +242,9 @@ def test_other_decodings_answer_alike_in_any_batch(
     assert len({answer.text for answer in together[16]}) > 1
 
 
-def test_a_beam_search_is_the_stock_paths_own(model: ElasticVLM, processor: Processor, samples: list[Sample]) -> None:
+def test_a_beam_search_equals_that_of_the_stock_model(
+    model: ElasticVLM, processor: Processor, samples: list[Sample]
+) -> None:
     sample = samples[1]
     inputs = processor(
         [[decode_image(image) for image in sample.images]], [sample.prompt], num_visual_tokens=16, return_tensors="pt"
@@ -269,14 +273,16 @@ def test_the_chosen_answer_is_the_likeliest(model: ElasticVLM, processor: Proces
     ) == [expected]
 
 
-def test_without_choices_nothing_can_be_chosen(model: ElasticVLM, processor: Processor, samples: list[Sample]) -> None:
+def test_likelihood_decoding_without_choices_is_refused(
+    model: ElasticVLM, processor: Processor, samples: list[Sample]
+) -> None:
     with pytest.raises(UserError, match="has no choices, which decoding by likelihood needs"):
         Predictor(model, processor, settings=GenerationSettings(decoding="likelihood")).generate(
             samples[:1], num_visual_tokens=16
         )
 
 
-def test_answers_say_how_long_they_are_and_whether_they_were_cut_off(
+def test_answers_have_their_length_and_whether_they_were_cut_off(
     model: ElasticVLM, processor: Processor, samples: list[Sample]
 ) -> None:
     for limit in (1, 6):
@@ -288,7 +294,7 @@ def test_answers_say_how_long_they_are_and_whether_they_were_cut_off(
         assert any(answer.cut_off for answer in answers)
 
 
-def test_confidence_is_what_a_forward_of_the_whole_answer_says(
+def test_confidence_equals_that_of_one_forward_pass_over_the_answer(
     model: ElasticVLM, processor: Processor, samples: list[Sample]
 ) -> None:
     sample = samples[1]
@@ -332,7 +338,7 @@ def test_confidence_of_choices_and_beams(model: ElasticVLM, processor: Processor
     assert answer.confidence == (None, None)
 
 
-def test_confidence_of_the_reduced_decoder_is_the_stock_paths(
+def test_confidence_of_the_reduced_decoder_equals_that_of_the_stock_model(
     vanilla: tuple[ElasticVLM, ElasticProcessor], samples: list[Sample]
 ) -> None:
     """FastV that keeps all tokens but one is decoded by our own decoder, and is nearly the same."""
@@ -360,12 +366,18 @@ def vanilla(request: pytest.FixtureRequest, processor: Processor) -> tuple[Elast
 
 
 REDUCERS = [
-    '{"type": "cluster_aggregate"}', '{"type": "cluster_aggregate", "positions": "original_size_bias"}', '{"type": "visionzip"}', '{"type": "tome"}',
-    '{"type": "saliency", "definition": "last_text", "layer": 0}', '{"type": "restore"}', '{"type": "fastv", "layer": 1}', '{"type": "sparsevlm"}',
-]  # fmt: skip
+    '{"type": "cluster_aggregate"}',
+    '{"type": "cluster_aggregate", "positions": "original_size_bias"}',
+    '{"type": "visionzip"}',
+    '{"type": "tome"}',
+    '{"type": "saliency", "definition": "last_text", "layer": 0}',
+    '{"type": "restore"}',
+    '{"type": "fastv", "layer": 1}',
+    '{"type": "sparsevlm"}',
+]
 
 
-# Likelihoods take two ways, with the reduced decoder and without; what a reducer does is the same in both.
+# Likelihood decoding has two code paths, with and without the reduced decoder; reducers behave the same in both.
 BY_LIKELIHOOD = ['{"type": "visionzip"}', '{"type": "restore"}', '{"type": "fastv", "layer": 1}']
 CASES = [*((reducer, "greedy") for reducer in REDUCERS), *((reducer, "likelihood") for reducer in BY_LIKELIHOOD)]
 
@@ -409,7 +421,7 @@ def test_reduced_answers_do_not_depend_on_the_batch(
         assert together[150] != together[256]
 
 
-def test_a_reducer_wants_a_model_without_compression(model: ElasticVLM, processor: Processor) -> None:
+def test_a_reducer_requires_a_model_without_compression(model: ElasticVLM, processor: Processor) -> None:
     with pytest.raises(UserError, match="and this one has the connector parcel; evaluate it without a reducer"):
         Predictor(model, processor, settings=GenerationSettings(reducer='{"type": "divprune"}'))
 

@@ -66,7 +66,7 @@ def test_a_split_without_a_reference_score_has_no_retention() -> None:
     assert math.isnan(point.retention.value)
 
 
-def test_unscored_answers_are_counted_and_in_no_mean() -> None:
+def test_unscored_answers_are_counted_and_left_out_of_means() -> None:
     point = frontier_point("m", 64, _splits({"general": [1.0, math.nan, 0.0]}), None)
     assert point.unscored == 1
     assert (point.families["general"].value, point.families["general"].n) == (50, 2)

@@ -59,14 +59,14 @@ def test_whole_clusters_are_drawn() -> None:
     assert draws.std() == pytest.approx(scenes.std() / np.sqrt(10), rel=0.05)
 
 
-def test_samples_without_a_score_are_in_no_mean() -> None:
+def test_unscored_samples_are_left_out_of_means() -> None:
     values = np.array([[1.0, np.nan, 3.0, 5.0]])
     draws = shared_draws(values, ["a", "a", "a", "b"], ["s", "s", "s", "t"], seed=0, draws=200)
     assert set(draws["a"][0][~np.isnan(draws["a"][0])]) == {2.0}
     assert np.isnan(draws["b"]).any(), "some draws hold no sample of the group"
 
 
-def test_holm_is_that_of_the_paper() -> None:
+def test_holm_correction_matches_the_paper() -> None:
     # 4 x 0.01 = 0.04; 3 x 0.02 = 0.06; 2 x 0.03 = 0.06; 1 x 0.04 is below the last and takes its value.
     assert holm([0.03, 0.01, 0.04, 0.02]) == pytest.approx([0.06, 0.04, 0.06, 0.06])
     assert holm([0.5, 0.9]) == [1.0, 1.0]

@@ -1,4 +1,4 @@
-"""Two models on the same samples."""
+"""Paired comparison of two models on the same samples."""
 
 import pytest
 from scipy.stats import binomtest
@@ -72,6 +72,6 @@ def test_scores_of_a_whole_split_are_not_compared_on_a_part() -> None:
     assert compare(_split([True] * 10, "pope"), 16, _split([True] * 10, "pope"), 16).difference.value == 0
 
 
-def test_other_metrics_are_not_compared() -> None:
+def test_different_metrics_are_not_compared() -> None:
     with pytest.raises(UserError, match="scored by exact_match:lenient on one side and by anls:strict on the other"):
         compare(_split([True]), 16, _split([True], "anls"), 16)

@@ -39,7 +39,7 @@ def test_a_mean_has_the_bootstraps_width_and_the_papers_scale() -> None:
     assert score.estimate.interval.n == 400
 
 
-def test_answers_are_counted_by_what_is_odd_about_them() -> None:
+def test_irregular_answers_are_counted_by_kind() -> None:
     samples = [_sample(number, "counting", "2") for number in range(4)] + [_sample(4, "counting")]
     answers = [
         GivenAnswer("two", num_new_tokens=2),
@@ -66,7 +66,7 @@ def test_a_mixed_split_is_the_mean_of_its_values() -> None:
     assert split.scores[16].estimate.value == pytest.approx(200 / 3)
 
 
-def test_a_mean_over_languages_weighs_them_alike() -> None:
+def test_a_mean_over_languages_weighs_them_equally() -> None:
     samples = [_sample(number, "exact_match", "x", language="de" if number < 3 else "zh") for number in range(4)]
     score = _one(samples, ["x", "x", "y", "y"], average_over="language").scores[16]
     assert score.estimate.value == pytest.approx((200 / 3 + 0) / 2)
@@ -155,7 +155,7 @@ def test_cider_is_the_mean_of_its_values_with_the_whole_sets_frequencies() -> No
     assert score.estimate.std_error > 0
 
 
-def test_splits_of_one_benchmark_are_told_apart() -> None:
+def test_splits_of_one_benchmark_are_scored_separately() -> None:
     samples = [_sample(number, "exact_match", "x") for number in range(4)]
     found = score_splits(
         samples,

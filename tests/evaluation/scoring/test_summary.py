@@ -1,4 +1,4 @@
-"""The budget that a split needs, the oracle, and the splits that suffer most: by hand."""
+"""The needed budget, the oracle, and the most sensitive splits, against numbers computed by hand."""
 
 import math
 
@@ -22,7 +22,7 @@ def _split(right: dict[int, str], metric: str = "exact_match") -> SplitScores:
     )[0]
 
 
-def test_the_needed_budget_is_the_smallest_within_reach() -> None:
+def test_the_needed_budget_is_the_smallest_within_the_tolerance() -> None:
     scores = {0: 20.0, 16: 57.0, 64: 57.1, 256: 60.0}
     assert needed_budget(scores, 256, 5) == 16
     assert needed_budget(scores, 256, 4.9) == 64
@@ -32,7 +32,7 @@ def test_the_needed_budget_is_the_smallest_within_reach() -> None:
     assert needed_budget({16: 1.0}, 256, 5) is None
 
 
-def test_the_oracle_takes_the_fewest_tokens_that_answer() -> None:
+def test_the_oracle_chooses_the_smallest_budget_with_the_best_answer() -> None:
     # The last sample is never right, the third only at 16.
     curve = oracle_curve(_split({0: "1111", 16: "0110", 64: "1100", 256: "1100"}))
     assert [(point.cap, point.score) for point in curve] == [(16, 50), (64, 75), (256, 75)]

@@ -94,8 +94,8 @@ class Predictor:
             if self._reducer.reads == "prompt" or self._reducer.positions != "contiguous":
                 if settings.decoding == "beam":
                     raise UserError(
-                        f"The reducer {self._reducer.name} with positions {self._reducer.positions} does not support beam"
-                        " search; set decoding to greedy or likelihood."
+                        f"The reducer {self._reducer.name} with positions {self._reducer.positions} does not support"
+                        " beam search; set decoding to greedy or likelihood."
                     )
                 self._decoder = ReducedDecoder(model, self._reducer.positions)
 
