@@ -111,13 +111,13 @@ class ScoringRules:
     """How a benchmark is scored."""
 
     metric: str | None = None
-    """Instead of those that the samples name."""
+    """Metric that replaces those of the samples; None: each sample's own."""
     split_of: Callable[[Sample], str] = lambda sample: sample.benchmark
     """Name of the split that a sample belongs to."""
     average_over: str | None = None
-    """Metadata whose values weigh alike."""
+    """Metadata field over whose values the score is averaged, each value with the same weight; None: no averaging."""
     mask_decoder: Path | None = None
-    """File that `refseg_miou` needs."""
+    """The .npz file that the metric `refseg_miou` needs."""
     whole: bool = True
     """Whether all rows of the data were evaluated."""
     problems: int = 0

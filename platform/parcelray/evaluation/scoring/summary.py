@@ -38,17 +38,17 @@ class Summary:
     evaluation: Evaluation
     splits: Sequence[SplitScores]
     reference: str
-    """The model that retention is measured against, pinned."""
+    """Pinned reference of the model that retention is relative to."""
     reference_budget: int
     """Visual tokens per image of the reference."""
     retention: Mapping[int, Mapping[str, Estimate]]
-    """Percent of the reference, by budget and split."""
+    """Percent of the reference's score, by budget and split."""
     need_within: float
     """Percent of the full score that the needed budget may lose."""
 
     @property
     def budgets(self) -> tuple[int, ...]:
-        """Ascending."""
+        """Visual tokens per image, ascending; 0: blind."""
         return self.evaluation.budgets
 
     @property
@@ -82,7 +82,7 @@ class Summary:
         return oracle_curve(split)
 
     def sensitive(self) -> list[str]:
-        """The three splits that lose most at the smallest budget with images."""
+        """Names of the three splits with the lowest retention at the smallest budget with images."""
         visible = [
             budget
             for budget in self.budgets
