@@ -52,12 +52,12 @@ def _console() -> Console:
 
 def test_a_study_writes_curves_a_plot_and_predictors(checkpoint: Path, tmp_path: Path) -> None:
     # An untrained model is never right, so the right answer to every other question is made what it says at 16 tokens.
-    run = run_evaluation(
+    evaluated = run_evaluation(
         _job(tmp_path / "before", checkpoint, own_benchmark(tmp_path / "a", [["nothing"]] * 40)),
         _console(),
         tables=False,
     )
-    texts = [answer.text for answer in run.summary.splits[0].answers[16]]
+    texts = [answer.text for answer in evaluated.summary.splits[0].answers[16]]
     data = own_benchmark(tmp_path / "b", [[text if number % 2 else "nothing"] for number, text in enumerate(texts)])
     uri = new_store(tmp_path)
     run = study_adaptive(_job(tmp_path, checkpoint, data, tracking={"uri": uri}), _console(), folder=tmp_path / "study")
