@@ -128,12 +128,12 @@ def test_validity_distinguishes_a_relevant_measure_from_an_irrelevant_one() -> N
 
 
 def test_a_shift_keeps_neighbours_together() -> None:
-    places = shifted_positions(64, 200, np.random.default_rng(0))
-    assert all(sorted(each) == list(range(64)) for each in places.tolist())
-    assert len({tuple(each) for each in places.tolist()}) > 100
-    rows, columns = np.divmod(places.reshape(-1, 8, 8), 8)
-    beside = np.abs(columns[:, :, 1:] - columns[:, :, :-1])
-    assert set(beside.ravel().tolist()) <= {1, 7}, "on a torus the first and the last column are neighbours"
+    positions = shifted_positions(64, 200, np.random.default_rng(0))
+    assert all(sorted(each) == list(range(64)) for each in positions.tolist())
+    assert len({tuple(each) for each in positions.tolist()}) > 100
+    rows, columns = np.divmod(positions.reshape(-1, 8, 8), 8)
+    neighbours = np.abs(columns[:, :, 1:] - columns[:, :, :-1])
+    assert set(neighbours.ravel().tolist()) <= {1, 7}, "on a torus the first and the last column are neighbours"
     assert (rows[:, :, 1:] == rows[:, :, :-1]).all()
 
 

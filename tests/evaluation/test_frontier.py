@@ -17,10 +17,10 @@ from parcelray.evaluation.scoring.split_scores import GivenAnswer, ScoringRules,
 @pytest.fixture
 def frontier() -> Frontier:
     def scores(right: int, budget: int) -> list[SplitScores]:
-        places = [(family, index) for family in ("general", "video") for index in range(10)]
+        rows = [(family, index) for family in ("general", "video") for index in range(10)]
         samples = [
             Sample(f"{family}-{index}", "mini", family, "t", (), "?", ("x",), scene=f"{index}")
-            for family, index in places
+            for family, index in rows
         ]
         answers = [GivenAnswer("x" if index < right else "y") for _ in range(2) for index in range(10)]
         return score_splits(samples, {budget: answers}, ScoringRules(split_of=lambda sample: f"mini/{sample.family}"))

@@ -51,7 +51,7 @@ def _console() -> Console:
 
 
 def test_a_study_writes_curves_a_plot_and_predictors(checkpoint: Path, tmp_path: Path) -> None:
-    # An untrained model is never right, so the right answer to every other question is made what it says at 16 tokens.
+    # An untrained model is never correct, so the reference of every other question becomes its own answer at 16 tokens.
     evaluated = run_evaluation(
         _job(tmp_path / "before", checkpoint, own_benchmark(tmp_path / "a", [["nothing"]] * 40)),
         _console(),
@@ -62,7 +62,7 @@ def test_a_study_writes_curves_a_plot_and_predictors(checkpoint: Path, tmp_path:
     uri = new_store(tmp_path)
     run = study_adaptive(_job(tmp_path, checkpoint, data, tracking={"uri": uri}), _console(), folder=tmp_path / "study")
     found = json.loads((tmp_path / "study" / "adaptive.json").read_text())
-    assert found["budgets"] == [16, 64], "the blind model is no budget"
+    assert found["budgets"] == [16, 64], "the blind baseline is not among the budgets"
     assert found["questions"] == 40
     assert {FIXED, BEFORE, AFTER, ORACLE, "escalate 16 > 64"} <= {point["method"] for point in found["points"]}
     with Image.open(tmp_path / "study" / "adaptive.png") as image:

@@ -52,7 +52,7 @@ and kernels change them by about 1e-6, so none of these can change an answer. Th
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")
-    # Of the first seeds, the one with the clearest decisions, see MARGIN.
+    # Among the first seeds, this one has the largest margin, see MARGIN.
     model, processor = build_start(tiny_job(folder, seed=4), None)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
@@ -78,8 +78,8 @@ def _answers(store: Path) -> Answers:
     found = PredictionStore(str(store)).read("mini", "digest", keys).values()
     assert all(prediction.mean_log_prob is not None for prediction in found)
     # The last digits of a confidence depend on the batch, which a disturbed pass changes; texts do not, see MARGIN.
-    said = (dataclasses.replace(prediction, mean_log_prob=None, entropy=None) for prediction in found)
-    answers = {(prediction.sample_id, prediction.num_visual_tokens): prediction for prediction in said}
+    texts = (dataclasses.replace(prediction, mean_log_prob=None, entropy=None) for prediction in found)
+    answers = {(prediction.sample_id, prediction.num_visual_tokens): prediction for prediction in texts}
     assert len(answers) == len(keys)
     return answers
 
@@ -118,7 +118,7 @@ def test_the_pass_predicts_the_same_as_a_plain_loop(undisturbed: Answers, checkp
         for budget, texts in predictor.generate_budgets(samples, BUDGETS).items()
         for sample, text in zip(samples, texts, strict=True)
     }
-    assert {place: prediction.text for place, prediction in undisturbed.items()} == expected
+    assert {key: prediction.text for key, prediction in undisturbed.items()} == expected
     assert len(margins) >= ANSWERS
     assert min(margins) > MARGIN, "choose weights with clearer decisions"
     assert len(set(expected.values())) > 10, "the answers tell samples and budgets apart"
@@ -145,7 +145,7 @@ def test_a_killed_reader_loses_nothing_and_damaged_rows_are_listed(
     assert (result.computed, result.present) == (46 * len(BUDGETS), 0)
     lost = (undecodable, READER.read(3).samples[0].id)
     assert _answers(tmp_path / "store") == {
-        place: prediction for place, prediction in undisturbed.items() if place[0] not in lost
+        key: prediction for key, prediction in undisturbed.items() if key[0] not in lost
     }
 
 

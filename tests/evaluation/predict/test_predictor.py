@@ -226,12 +226,12 @@ def test_location_tokens_survive_decoding(processor: Processor) -> None:
 def test_other_decodings_do_not_depend_on_the_batch(
     model: ElasticVLM, processor: Processor, samples: list[Sample], settings: GenerationSettings
 ) -> None:
-    asked = [
+    with_choices = [
         dataclasses.replace(sample, metadata={"choices": ["red", "blue", "a tower of circles", "2"]})
         for sample in samples
     ]
-    together = Predictor(model, processor, settings=settings).answer_budgets(asked, [BLIND, 16])
-    alone = Predictor(model, processor, settings=settings, batch_size=1).answer_budgets(asked, [BLIND, 16])
+    together = Predictor(model, processor, settings=settings).answer_budgets(with_choices, [BLIND, 16])
+    alone = Predictor(model, processor, settings=settings, batch_size=1).answer_budgets(with_choices, [BLIND, 16])
     for budget in (BLIND, 16):
         for one, other in zip(together[budget], alone[budget], strict=True):
             assert one._replace(confidence=UNKNOWN) == other._replace(confidence=UNKNOWN)
@@ -265,8 +265,8 @@ def test_the_chosen_answer_is_the_likeliest(model: ElasticVLM, processor: Proces
         inputs = processor(images, [sample.prompt], suffix=[choice], num_visual_tokens=16, return_tensors="pt")
         with torch.inference_mode():
             logits_SV = model(**inputs, num_visual_tokens=16).logits[0].float().log_softmax(-1)
-        places = (inputs["labels"][0] != -100).nonzero().flatten()
-        losses.append(sum(float(logits_SV[place - 1, inputs["labels"][0, place]]) for place in places))
+        positions = (inputs["labels"][0] != -100).nonzero().flatten()
+        losses.append(sum(float(logits_SV[position - 1, inputs["labels"][0, position]]) for position in positions))
     expected = choices[int(np.argmax(losses))]
     assert Predictor(model, processor, settings=GenerationSettings(decoding="likelihood")).generate(
         [sample], num_visual_tokens=16
@@ -325,9 +325,9 @@ def test_confidence_equals_that_of_one_forward_pass_over_the_answer(
 
 
 def test_confidence_of_choices_and_beams(model: ElasticVLM, processor: Processor, samples: list[Sample]) -> None:
-    alike = dataclasses.replace(samples[0], metadata={"choices": ["red", "red"]})
+    equal_choices = dataclasses.replace(samples[0], metadata={"choices": ["red", "red"]})
     (answer,) = Predictor(model, processor, settings=GenerationSettings(decoding="likelihood")).answer_budgets(
-        [alike], [16]
+        [equal_choices], [16]
     )[16]
     assert answer.confidence.entropy == pytest.approx(np.log(2), abs=1e-5)
     assert answer.confidence.mean_log_prob is not None

@@ -29,12 +29,12 @@ def test_samples_of_one_scene_count_as_one() -> None:
     assert clustered.high - clustered.low == pytest.approx(2 * 1.96 * 0.5 / 10, rel=0.1)
 
 
-def test_families_that_share_their_scenes_vary_together() -> None:
+def test_groups_that_share_their_scenes_vary_together() -> None:
     values = [float(index % 2) for index in range(200)]
     scenes = [str(index) for index in range(200)]
-    alike = cluster_draws({"a": (values, scenes), "b": (values, scenes)}, seed=1)
+    shared = cluster_draws({"a": (values, scenes), "b": (values, scenes)}, seed=1)
     apart = cluster_draws({"a": (values, scenes), "b": (values, [f"other {scene}" for scene in scenes])}, seed=1)
-    assert (alike["a"] == alike["b"]).all()
+    assert (shared["a"] == shared["b"]).all()
     assert abs(np.corrcoef(apart["a"], apart["b"])[0, 1]) < 0.1
     # Standard error of a mean of 200 coin flips: 0.5 / sqrt(200).
     assert apart["a"].std() == pytest.approx(0.03536, rel=0.06)
@@ -42,7 +42,7 @@ def test_families_that_share_their_scenes_vary_together() -> None:
 
 def test_the_draws_have_the_standard_error_of_a_mean_and_rows_are_paired() -> None:
     values = np.random.default_rng(0).normal(3, 2, size=500)
-    names = [str(place) for place in range(500)]
+    names = [str(index) for index in range(500)]
     draws = shared_draws(np.stack([values, values + 1]), ["all"] * 500, names, seed=1, draws=4000)["all"]
     assert draws.shape == (2, 4000)
     assert draws[0].mean() == pytest.approx(values.mean(), abs=0.01)
@@ -54,7 +54,7 @@ def test_whole_clusters_are_drawn() -> None:
     # Ten scenes of ten equal values: as uncertain as ten values, not as a hundred.
     scenes = np.random.default_rng(0).normal(size=10)
     draws = shared_draws(
-        np.repeat(scenes, 10)[None], ["all"] * 100, [str(place // 10) for place in range(100)], seed=0, draws=4000
+        np.repeat(scenes, 10)[None], ["all"] * 100, [str(index // 10) for index in range(100)], seed=0, draws=4000
     )["all"][0]
     assert draws.std() == pytest.approx(scenes.std() / np.sqrt(10), rel=0.05)
 

@@ -9,16 +9,16 @@ from parcelray.evaluation.scoring.split_scores import GivenAnswer, SplitScores, 
 from parcelray.evaluation.scoring.summary import most_sensitive, needed_budget, oracle_curve
 
 
-def _split(right: dict[int, str], metric: str = "exact_match") -> SplitScores:
-    """By budget, a letter for each sample: `1` right, `0` wrong."""
-    count = len(next(iter(right.values())))
+def _split(marks: dict[int, str], metric: str = "exact_match") -> SplitScores:
+    """A split with correct (`1`) and wrong (`0`) answers, one mark per sample, by budget."""
+    count = len(next(iter(marks.values())))
     samples = [
         Sample(str(number), "b", "f", "t", (), "?", ("yes",), metric=metric, scene=str(number))
         for number in range(count)
     ]
     return score_splits(
         samples,
-        {budget: [GivenAnswer("yes" if mark == "1" else "no") for mark in marks] for budget, marks in right.items()},
+        {budget: [GivenAnswer("yes" if mark == "1" else "no") for mark in row] for budget, row in marks.items()},
     )[0]
 
 
@@ -33,10 +33,10 @@ def test_the_needed_budget_is_the_smallest_within_the_tolerance() -> None:
 
 
 def test_the_oracle_chooses_the_smallest_budget_with_the_best_answer() -> None:
-    # The last sample is never right, the third only at 16.
+    # The last sample is wrong at every budget, the third is correct only at 16.
     curve = oracle_curve(_split({0: "1111", 16: "0110", 64: "1100", 256: "1100"}))
     assert [(point.cap, point.score) for point in curve] == [(16, 50), (64, 75), (256, 75)]
-    # Sample 0 needs 64, samples 1 and 2 are right at 16, sample 3 costs the least.
+    # Sample 0 needs 64, samples 1 and 2 are correct at 16, sample 3 gets the smallest budget.
     assert [point.mean_tokens for point in curve] == [16, (64 + 3 * 16) / 4, (64 + 3 * 16) / 4]
 
 
