@@ -19,8 +19,7 @@ from parcelray.config.connector import M3ConnectorConfig, MqtConnectorConfig
 from parcelray.config.loader import config_hash, load_job_of
 from parcelray.config.train import TrainJob
 from parcelray.datasets.open import held_out_samples
-from parcelray.evaluation.frontier_files import write_frontier
-from parcelray.evaluation.frontier_table import frontier_table
+from parcelray.evaluation.frontier import frontier_table, write_frontier
 from parcelray.evaluation.predict import PYFUNC_FILE
 from parcelray.evaluation.predict.predictor import Predictor
 from parcelray.evaluation.scoring.aggregate import Frontier

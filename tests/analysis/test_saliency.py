@@ -1,4 +1,4 @@
-"""What the studies of attention find in maps whose answer is known, and on a small model."""
+"""The studies of attention, on made-up maps with a known result and on a small model."""
 
 from dataclasses import replace
 
@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 
 from parcelray.analysis.attention_maps import AttentionMaps, attention_maps
-from parcelray.analysis.leave_token_out import leave_one_out, moved_places, validity
+from parcelray.analysis.leave_token_out import leave_one_out, shifted_positions, validity
 from parcelray.analysis.redundancy_profile import redundancy_profile
 from parcelray.analysis.saliency import jaccard, saliency_report, saliency_reports
 from parcelray.config.connector import M3ConnectorConfig
@@ -34,7 +34,7 @@ def _maps(last_IPLHN: np.ndarray, tokens_INW: np.ndarray) -> AttentionMaps:
     )
 
 
-def test_rankings_that_follow_the_image_and_not_the_prompt_are_told_from_those_that_follow_the_prompt() -> None:
+def test_rankings_by_the_image_are_distinguished_from_rankings_by_the_prompt() -> None:
     rng = np.random.default_rng(0)
     tokens = rng.normal(size=(6, 64, 4))
     by_image = np.broadcast_to(rng.random((6, 1, 1, 1, 64)), (6, 3, 1, 2, 64))
@@ -56,7 +56,7 @@ def test_rankings_that_follow_the_image_and_not_the_prompt_are_told_from_those_t
     assert report.with_class_attention == []
 
 
-def test_a_head_that_ignores_the_prompt_is_told_from_one_that_follows_it() -> None:
+def test_a_head_that_ignores_the_prompt_is_distinguished_from_one_that_depends_on_it() -> None:
     rng = np.random.default_rng(3)
     ignores = np.broadcast_to(rng.random((5, 1, 1, 1, 100)), (5, 3, 1, 1, 100))
     follows = 10 * rng.random((5, 3, 1, 1, 100))
@@ -91,7 +91,7 @@ def test_rankings_and_overlaps_are_those_of_scipy_and_of_sets() -> None:
     assert overlap.jaccard.value == pytest.approx(np.mean([jaccard(a, b) for a, b in pairs]))
 
 
-def test_what_draws_attention_is_found() -> None:
+def test_the_properties_that_attract_attention_are_identified() -> None:
     rng = np.random.default_rng(1)
     tokens = rng.normal(size=(5, 64, 4)) * rng.uniform(1, 3, size=(5, 64, 1))
     norms = np.linalg.norm(tokens, axis=2)
@@ -104,13 +104,13 @@ def test_what_draws_attention_is_found() -> None:
     assert abs(report.drawn_by["column"][0].value) < 0.2
 
 
-def test_the_overlap_is_of_the_highest() -> None:
+def test_the_jaccard_index_is_of_the_highest_values() -> None:
     first, second = np.zeros(100, dtype=np.float32), np.zeros(100, dtype=np.float32)
     first[:11], second[5:16] = 1, 1
     assert jaccard(first, second) == pytest.approx(6 / 16)
 
 
-def test_validity_tells_a_measure_that_matters_from_one_that_does_not() -> None:
+def test_validity_distinguishes_a_relevant_measure_from_an_irrelevant_one() -> None:
     rng = np.random.default_rng(2)
     losses = [rng.normal(size=64) for _ in range(30)]
     measures = [
@@ -127,17 +127,17 @@ def test_validity_tells_a_measure_that_matters_from_one_that_does_not() -> None:
     assert found["constant"].correlation.value == 0
 
 
-def test_a_movement_keeps_neighbours_together() -> None:
-    places = moved_places(64, 200, np.random.default_rng(0))
-    assert all(sorted(each) == list(range(64)) for each in places.tolist())
-    assert len({tuple(each) for each in places.tolist()}) > 100
-    rows, columns = np.divmod(places.reshape(-1, 8, 8), 8)
-    beside = np.abs(columns[:, :, 1:] - columns[:, :, :-1])
-    assert set(beside.ravel().tolist()) <= {1, 7}, "on a torus the first and the last column are neighbours"
+def test_a_shift_keeps_neighbours_together() -> None:
+    positions = shifted_positions(64, 200, np.random.default_rng(0))
+    assert all(sorted(each) == list(range(64)) for each in positions.tolist())
+    assert len({tuple(each) for each in positions.tolist()}) > 100
+    rows, columns = np.divmod(positions.reshape(-1, 8, 8), 8)
+    neighbours = np.abs(columns[:, :, 1:] - columns[:, :, :-1])
+    assert set(neighbours.ravel().tolist()) <= {1, 7}, "on a torus the first and the last column are neighbours"
     assert (rows[:, :, 1:] == rows[:, :, :-1]).all()
 
 
-def test_smooth_maps_that_have_nothing_to_do_with_each_other_are_not_significant() -> None:
+def test_unrelated_smooth_maps_are_not_significant() -> None:
     rng = np.random.default_rng(6)
 
     def smooth() -> np.ndarray:
@@ -183,8 +183,10 @@ def test_a_model_is_studied(tower: str) -> None:
 
 def test_compressing_models_and_uneven_prompts_are_refused() -> None:
     model, processor = build(MINI_LLAVA, CORPUS, M3ConnectorConfig().model_dump(mode="json"), seed=0)
-    with pytest.raises(UserError, match="and this one has the connector m3; give its vanilla base"):
+    with pytest.raises(
+        UserError, match="The model has the connector m3, but attention maps need a model without compression"
+    ):
         attention_maps(model.eval(), processor, random_images(1), [PROMPTS])
     plain, _ = build(MINI_LLAVA, CORPUS, None, seed=0)
-    with pytest.raises(UserError, match="give every image as many"):
+    with pytest.raises(UserError, match="give every image the same number of prompts"):
         attention_maps(plain.eval(), processor, random_images(2), [PROMPTS, PROMPTS[:1]])

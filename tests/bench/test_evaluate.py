@@ -12,7 +12,7 @@ from parcelray.bench import evaluate as evaluate_bench
 from parcelray.datasets.mini.suite import family_samples
 
 
-def test_the_rate_leaves_out_the_time_before_the_first_bundle() -> None:
+def test_the_rate_leaves_out_the_time_before_the_first_shard() -> None:
     times = iter([100.0, 110.0, 112.0, 118.0])
     clock = evaluate_bench._Clock(lambda: next(times))
     for rows in (64, 128, 192):
@@ -58,7 +58,7 @@ def test_the_memory_of_descendants_is_counted() -> None:
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
 def test_all_four_comparisons_are_measured(ray_session: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    # As few as each comparison needs: two bundles of 64, five questions to an image.
+    # As few as each comparison needs: two shards of 64, five questions to an image.
     monkeypatch.setattr(evaluate_bench, "_QUESTIONS", 6)
     monkeypatch.setattr(evaluate_bench, "_IMAGES", 5)
     monkeypatch.setattr(evaluate_bench, "_DIFFERENT", 75)

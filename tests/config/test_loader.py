@@ -45,6 +45,10 @@ def test_a_small_job_gets_every_default(tmp_path: Path) -> None:
             {"data": {"type": "mini", "sed": 1}},
             r"data.sed is not a known key; legal here: dense_fraction, families, seed, type \(did you mean seed\?\)",
         ),
+        (
+            {"kind": "evaluate", "compute": {"rows_per_bundle": 8}},
+            r"compute.rows_per_bundle is now called rows_per_shard; rename the key",
+        ),
         ({"training": {"steps": 0}}, r"training.steps is 0: input should be greater than or equal to 1"),
         ({"training": {"steps": "many"}}, r"training.steps is 'many': input should be a valid integer"),
         ({"training": {}}, r"training.steps is missing; add it"),

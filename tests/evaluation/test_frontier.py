@@ -1,4 +1,4 @@
-"""The frontier as table and picture."""
+"""The frontier as a table and as a plot."""
 
 import io
 import json
@@ -9,8 +9,7 @@ from PIL import Image
 from rich.console import Console
 
 from parcelray.datasets.sample import Sample
-from parcelray.evaluation.frontier_files import write_frontier
-from parcelray.evaluation.frontier_table import frontier_markdown, frontier_table
+from parcelray.evaluation.frontier import frontier_markdown, frontier_table, write_frontier
 from parcelray.evaluation.scoring.aggregate import Frontier, frontier_point
 from parcelray.evaluation.scoring.split_scores import GivenAnswer, ScoringRules, SplitScores, score_splits
 
@@ -18,10 +17,10 @@ from parcelray.evaluation.scoring.split_scores import GivenAnswer, ScoringRules,
 @pytest.fixture
 def frontier() -> Frontier:
     def scores(right: int, budget: int) -> list[SplitScores]:
-        places = [(family, index) for family in ("general", "video") for index in range(10)]
+        rows = [(family, index) for family in ("general", "video") for index in range(10)]
         samples = [
             Sample(f"{family}-{index}", "mini", family, "t", (), "?", ("x",), scene=f"{index}")
-            for family, index in places
+            for family, index in rows
         ]
         answers = [GivenAnswer("x" if index < right else "y") for _ in range(2) for index in range(10)]
         return score_splits(samples, {budget: answers}, ScoringRules(split_of=lambda sample: f"mini/{sample.family}"))
@@ -48,7 +47,7 @@ def test_the_table_has_a_row_per_method_and_budget(frontier: Frontier) -> None:
     assert rows[2].startswith("| majority | - | 20.0 [")
 
 
-def test_the_picture_is_a_readable_png(frontier: Frontier, tmp_path: Path) -> None:
+def test_the_plot_is_a_readable_png(frontier: Frontier, tmp_path: Path) -> None:
     numbers, picture = write_frontier(frontier, tmp_path, "a title")
     assert json.loads(numbers.read_text()) == json.loads(json.dumps(frontier.to_dict()))
     with Image.open(picture) as image:

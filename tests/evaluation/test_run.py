@@ -1,4 +1,4 @@
-"""An evaluation from its job to tables and MLflow, in this process; the pass on Ray is tested in tests/ray."""
+"""An evaluation from its job to tables and MLflow, in this process; passes/test_ray_pass.py tests the pass on Ray."""
 
 import io
 import json
@@ -16,11 +16,11 @@ from rich.console import Console
 
 from parcelray.config.evaluate import EvaluateJob
 from parcelray.errors import UnsupportedBudgetError, UserError
-from parcelray.evaluation.compare import compare_evaluations, over_seeds
+from parcelray.evaluation.compare import compare_evaluations, compare_seeds
 from parcelray.evaluation.plan import evaluation_plan
-from parcelray.evaluation.plot import plot_evaluation
-from parcelray.evaluation.results import rescore
+from parcelray.evaluation.results import plot_evaluation
 from parcelray.evaluation.run import EvaluatedRun, run_evaluation
+from parcelray.evaluation.scoring.summary import rescore
 
 from ..benchmarks.table_data import png
 from ..stores import new_store
@@ -28,12 +28,12 @@ from ..tiny import OWN, tiny_checkpoint
 
 pytestmark = pytest.mark.usefixtures("without_pictures")
 QUESTIONS = 12
-"""Of the mini suite, the same number of each of its four families."""
+"""Number of samples of the mini suite, equally many of each of its four families."""
 
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Storage of the tests that do not count what is computed: an answer that one of them has computed serves the others."""
+    """Storage of the tests that do not count computed predictions, so that they share stored predictions."""
     return tmp_path_factory.mktemp("shared")
 
 
@@ -54,7 +54,7 @@ def _job(storage: Path, checkpoint: Path, **changes: Any) -> EvaluateJob:
         "model": {"reference": str(checkpoint)},
         "benchmarks": [{"name": "mini", "source": {"samples": QUESTIONS // 4}, "max_new_tokens": 3}],
         "budgets": ["blind", 16, "full"],
-        "compute": {"actors": 0, "rows_per_bundle": 5},
+        "compute": {"actors": 0, "rows_per_shard": 5},
         "tracking": {"uri": None},
         "storage": str(storage),
     }
@@ -81,7 +81,7 @@ def _table(folder: Path, rows: int = 12, broken: int = 0) -> Path:
     return folder
 
 
-def test_an_evaluation_leaves_tables_a_picture_and_every_answer(checkpoint: Path, tmp_path: Path) -> None:
+def test_an_evaluation_writes_tables_a_plot_and_every_prediction(checkpoint: Path, tmp_path: Path) -> None:
     uri = new_store(tmp_path)
     job = _job(tmp_path, checkpoint, tracking={"uri": uri})
     threads = (os.cpu_count() or 1) + 1
@@ -132,13 +132,13 @@ def test_an_evaluation_leaves_tables_a_picture_and_every_answer(checkpoint: Path
     assert len(client.get_metric_history(run.mlflow_run_id, "mini/general/exact_match")) == 3
 
 
-def test_answers_are_shared_by_all_evaluations_of_the_same_weights(checkpoint: Path, tmp_path: Path) -> None:
+def test_predictions_are_shared_by_all_evaluations_of_the_same_weights(checkpoint: Path, tmp_path: Path) -> None:
     _run(_job(tmp_path, checkpoint))
     more = _run(_job(tmp_path, checkpoint, name="more", budgets=[16, 64]))
     assert (more.computed, more.present) == (QUESTIONS, QUESTIONS)
 
 
-def test_it_is_scored_again_without_the_model(checkpoint: Path, tmp_path: Path) -> None:
+def test_an_evaluation_is_scored_again_without_the_model(checkpoint: Path, tmp_path: Path) -> None:
     run = _run(_job(tmp_path, checkpoint))
     summary = rescore(run.folder, {}, 5.0)
     assert summary.to_dict() == run.summary.to_dict()
@@ -148,13 +148,13 @@ def test_it_is_scored_again_without_the_model(checkpoint: Path, tmp_path: Path) 
         rescore(run.folder, {"nlvr": "anls"}, 5.0)
     for shard in (tmp_path / "predictions").rglob("*.parquet"):
         shard.unlink()
-    with pytest.raises(UserError, match=f"{QUESTIONS * 3} answers on mini are not in"):
+    with pytest.raises(UserError, match=f"{QUESTIONS * 3} predictions on mini are not in"):
         rescore(run.folder, {}, 5.0)
     with pytest.raises(UserError, match="holds no evaluation"):
         rescore(tmp_path, {}, 5.0)
 
 
-def test_retention_is_against_the_reference_model(checkpoint: Path, other_checkpoint: Path, tmp_path: Path) -> None:
+def test_retention_is_relative_to_the_reference_model(checkpoint: Path, other_checkpoint: Path, tmp_path: Path) -> None:
     run = _run(_job(tmp_path, checkpoint, reference={"reference": str(other_checkpoint)}))
     assert run.computed == QUESTIONS * 4
     assert run.summary.reference != run.summary.evaluation.model
@@ -179,47 +179,47 @@ def test_two_evaluations_are_compared_on_the_same_samples(
 
 def test_seeds_are_averaged(checkpoint: Path, other_checkpoint: Path, shared: Path) -> None:
     runs = [_run(_job(shared, model, name=name)) for name, model in (("a", checkpoint), ("b", other_checkpoint))]
-    table = over_seeds([run.folder for run in runs])
+    table = compare_seeds([run.folder for run in runs])
     values = [run.summary.splits[3].scores[16].estimate.value for run in runs]
     spread = table.scores["mini/video"][16]
     assert spread.mean == pytest.approx(sum(values) / 2)
     assert spread.std == pytest.approx(abs(values[0] - values[1]) / 2**0.5)
     assert json.dumps(table.to_dict())
     with pytest.raises(UserError, match="of the same weights"):
-        over_seeds([runs[0].folder, runs[0].folder])
+        compare_seeds([runs[0].folder, runs[0].folder])
 
 
-def test_data_that_drift_are_refused_by_name(checkpoint: Path, tmp_path: Path) -> None:
+def test_changed_data_are_refused_by_name(checkpoint: Path, tmp_path: Path) -> None:
     data = _table(tmp_path)
     job = _job(tmp_path, checkpoint, benchmarks=[{"name": "own", "data": str(data)}], catalog=[str(data / "own.yaml")])
     assert _run(job).computed == 36
     _table(tmp_path, rows=11)
     with pytest.raises(
         UserError,
-        match=r"own: the data are not those of this evaluation's earlier run \(revision .*; rows 12 -> 11; ids .*",
+        match=r"own: the data differ from .* this evaluation's earlier run \(revision .*; rows 12 -> 11; ids .*",
     ):
         _run(job)
 
 
-def test_what_cannot_be_asked_is_counted_up_to_a_limit(checkpoint: Path, tmp_path: Path) -> None:
+def test_samples_that_cannot_be_evaluated_are_counted_up_to_a_limit(checkpoint: Path, tmp_path: Path) -> None:
     data = _table(tmp_path, broken=3)
     choice = {"benchmarks": [{"name": "own", "data": str(data)}], "catalog": [str(data / "own.yaml")]}
     run = _run(_job(tmp_path, checkpoint, max_unscored=0.25, **choice))
     assert len(run.summary.splits[0].samples) == 9
     unasked = run.summary.to_dict()["data"]["own"]["unasked"]
     assert [problem["row"] for problem in unasked] == ["row 0", "row 1", "row 2"]
-    assert "3 questions could not be asked" in (run.folder / "result.md").read_text()
+    assert "3 samples could not be evaluated" in (run.folder / "result.md").read_text()
     with pytest.raises(
         UserError,
         match=(
-            r"own: 3 of 12 questions could not be asked, more than max_unscored 0.1 allows; the first: row 0: An image"
-            r" of 8 bytes"
+            r"own: 3 of 12 samples could not be evaluated, more than max_unscored 0.1 allows; the first: row 0: An"
+            r" image of 8 bytes"
         ),
     ):
         _run(_job(tmp_path, checkpoint, name="strict", max_unscored=0.1, **choice))
 
 
-def test_the_likeliest_choice_is_taken_where_the_job_wants_it(checkpoint: Path, tmp_path: Path) -> None:
+def test_a_job_can_choose_decoding_by_likelihood(checkpoint: Path, tmp_path: Path) -> None:
     data = _table(tmp_path)
     own = (data / "own.yaml").read_text().replace("exact_match", "multiple_choice:option")
     (data / "own.yaml").write_text(
@@ -234,7 +234,7 @@ def test_the_likeliest_choice_is_taken_where_the_job_wants_it(checkpoint: Path, 
     assert all(score.unparsed == 0 for split in run.summary.splits for score in split.scores.values())
 
 
-def test_a_limit_is_told_in_the_result(checkpoint: Path, tmp_path: Path) -> None:
+def test_a_limit_is_reported_in_the_result(checkpoint: Path, tmp_path: Path) -> None:
     data = _table(tmp_path, rows=10)
     run = _run(
         _job(
@@ -247,7 +247,7 @@ def test_a_limit_is_told_in_the_result(checkpoint: Path, tmp_path: Path) -> None
     split = run.summary.to_dict()["splits"][0]
     assert (split["samples"], split["whole"]) == (4, False)
     assert (
-        "own: the data have 10 rows where 12 are expected; these are not the numbers of the papers"
+        "own: the data have 10 rows, but 12 are expected; do not compare these scores with published ones"
         in (run.folder / "result.md").read_text()
     )
 
@@ -263,7 +263,7 @@ def test_a_limit_is_told_in_the_result(checkpoint: Path, tmp_path: Path) -> None
         ({"model": {"reference": "nowhere"}}, UserError, "'nowhere' is neither an existing folder"),
     ],
 )
-def test_mistakes_end_before_anything_runs(
+def test_mistakes_are_reported_before_anything_runs(
     checkpoint: Path, tmp_path: Path, changes: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):
@@ -287,12 +287,12 @@ def test_another_configuration_under_the_same_name_is_refused(
         ({"benchmarks": []}, "at least 1 item"),
     ],
 )
-def test_what_is_no_evaluation_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+def test_an_invalid_job_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         _job(tmp_path, tmp_path, **changes)
 
 
-def test_a_plan_says_what_would_be_done(checkpoint: Path, shared: Path) -> None:
+def test_a_plan_has_the_rows_budgets_and_flops(checkpoint: Path, shared: Path) -> None:
     plan = evaluation_plan(_job(shared, checkpoint))
     assert (plan.rows, plan.questions, plan.answers, plan.budgets) == (
         {"mini": QUESTIONS},
@@ -304,7 +304,7 @@ def test_a_plan_says_what_would_be_done(checkpoint: Path, shared: Path) -> None:
     assert plan.identity == _run(_job(shared, checkpoint)).identity
 
 
-def test_a_plan_knows_reducers_and_splits(tmp_path: Path) -> None:
+def test_a_plan_accounts_for_reducers_and_splits(tmp_path: Path) -> None:
     vanilla = tiny_checkpoint(tmp_path / "vanilla", 1, connector=None)
     few, many = (
         evaluation_plan(_job(tmp_path, vanilla, budgets=[budget], reducer={"type": "cluster_aggregate"})).flops
@@ -320,7 +320,7 @@ def test_a_plan_knows_reducers_and_splits(tmp_path: Path) -> None:
     assert queries > anchors, "four queries cost attention, four anchors only pooling"
 
 
-def test_a_training_free_reducer_is_part_of_the_answers(checkpoint: Path, tmp_path: Path) -> None:
+def test_a_training_free_reducer_is_part_of_the_prediction_key(checkpoint: Path, tmp_path: Path) -> None:
     compressing, checkpoint = checkpoint, tiny_checkpoint(tmp_path / "vanilla", 1, connector=None)
     with pytest.raises(UserError, match="and this one has the connector parcel"):
         _run(_job(tmp_path, compressing, name="twice", budgets=[16], reducer={"type": "divprune"}))
@@ -339,7 +339,7 @@ def test_a_training_free_reducer_is_part_of_the_answers(checkpoint: Path, tmp_pa
         _run(_job(tmp_path, checkpoint, name="pooled", budgets=[13], reducer={"type": "average_pooling"}))
 
 
-def test_a_supernet_is_asked_at_any_split(tmp_path: Path) -> None:
+def test_a_supernet_is_evaluated_at_any_split(tmp_path: Path) -> None:
     grids = [0, 2, 4, 8]
     supernet = tiny_checkpoint(
         tmp_path / "supernet", 1, connector={"type": "parcel", "num_heads": 2, "anchor_grids": grids}
@@ -348,7 +348,7 @@ def test_a_supernet_is_asked_at_any_split(tmp_path: Path) -> None:
     split = {
         side: _run(_job(tmp_path, supernet, name=f"grid{side}", budgets=[16, 40], anchor_grid=side)) for side in (0, 4)
     }
-    # Another split is another setting with answers of its own; the paper's rule is the one with four anchors a side.
+    # Another split is another setting with other predictions; the paper's routing has four anchors per side.
     assert split[4].computed == 2 * QUESTIONS
     assert _answers(split[4], 40) == _answers(by_routing, 40)
     assert _answers(split[0], 40) != _answers(by_routing, 40)

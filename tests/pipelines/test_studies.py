@@ -168,5 +168,5 @@ def test_validity_is_studied_on_the_questions_of_a_job(tmp_path: Path, monkeypat
 
 
 def test_too_few_questions_are_one_sentence(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="questions about one image, fewer than the 99 that are asked for"):
+    with pytest.raises(UserError, match="samples with one image, but 99 are needed"):
         _run("validity", *_attention(tmp_path, 99))

@@ -8,7 +8,6 @@ import pytest
 from parcelray.config.evaluate import EvaluateJob
 from parcelray.errors import UserError
 from parcelray.evaluation.adaptive.adaptive_budget import BEFORE, FIXED
-from parcelray.evaluation.passes.shards import PassSettings
 from parcelray.models.checkpoint import content_digest, resolve_checkpoint
 from parcelray.tuning.adaptive import frontier_curves, study_split_search
 from parcelray.tuning.evaluate_trial import EvaluatedPoint, SearchedModel, WarmEvaluator
@@ -31,7 +30,7 @@ def _evaluator(storage: Path, model: Path, data: Path) -> WarmEvaluator:
         "storage": str(storage),
     }
     searched = SearchedModel(resolve_checkpoint(str(model)), content_digest(model))
-    return WarmEvaluator(EvaluateJob.model_validate(content), {str(model): searched}, ((), 0), PassSettings())
+    return WarmEvaluator(EvaluateJob.model_validate(content), {str(model): searched}, ((), 0))
 
 
 def _point(evaluator: WarmEvaluator, anchor_grid: int, budget: int) -> EvaluatedPoint:

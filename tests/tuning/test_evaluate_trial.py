@@ -13,7 +13,6 @@ from parcelray.config.evaluate import EvaluateJob
 from parcelray.config.loader import ConfigError
 from parcelray.config.tune import TuneJob
 from parcelray.errors import UserError
-from parcelray.evaluation.passes.shards import PassSettings
 from parcelray.evaluation.run import run_evaluation
 from parcelray.evaluation.scoring.split_scores import SplitScores
 from parcelray.models.checkpoint import content_digest, resolve_checkpoint
@@ -45,7 +44,7 @@ def _job(storage: Path, model: Path, **changes: Any) -> EvaluateJob:
         "model": {"reference": str(model)},
         "benchmarks": [{"name": "mini", "source": {"samples": QUESTIONS // 4}, "max_new_tokens": 3}],
         "budgets": [16, 256],
-        "compute": {"actors": 0, "rows_per_bundle": 8},
+        "compute": {"actors": 0, "rows_per_shard": 8},
         "tracking": {"uri": None},
         "storage": str(storage),
     }
@@ -62,7 +61,7 @@ def reference(supernet: Path, tmp_path_factory: pytest.TempPathFactory) -> Seque
 def _evaluator(job: EvaluateJob, model: Path, reference: Sequence[SplitScores], **changes: Any) -> WarmEvaluator:
     checkpoint = resolve_checkpoint(str(model))
     models = {str(model): SearchedModel(checkpoint, content_digest(checkpoint.path)), **changes.pop("others", {})}
-    return WarmEvaluator(job, models, (reference, 256), PassSettings(rows_per_bundle=8), **changes)
+    return WarmEvaluator(job, models, (reference, 256), **changes)
 
 
 def test_a_point_is_the_evaluation_of_its_job(tmp_path: Path, supernet: Path, reference: Sequence[SplitScores]) -> None:
@@ -167,7 +166,6 @@ def test_costs_lie_within_bounds_that_are_known_before_the_search(tmp_path: Path
         _job(tmp_path, supernet),
         {str(supernet): SearchedModel(resolve_checkpoint(str(supernet)), "")},
         ((), 256),
-        PassSettings(),
     )
     costs, bounds = evaluator.costs(evaluator.job, 64), evaluator.bounds()
     assert all(bounds[name][0] < value < bounds[name][1] for name, value in costs.items())

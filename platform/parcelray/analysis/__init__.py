@@ -1,1 +1,1 @@
-"""Diagnostics of visual tokens: redundancy, spectra, saliency."""
+"""Diagnostics of visual tokens: redundancy, attention, saliency."""

@@ -1,4 +1,4 @@
-"""Attention of a decoder's words to the visual tokens, for several prompts about each of some images.
+"""The attention of prompt words to the visual tokens in the decoder, for several prompts per image.
 
 Shapes: I images, P prompts, L layers, H heads, N visual tokens, W width of the projected tokens.
 """
@@ -22,58 +22,59 @@ Floats = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class AttentionMaps:
-    """What was measured on each image."""
+    """Attention maps and token properties of each image."""
 
     last_word_IPLHN: Floats
-    """Attention of each prompt's last word."""
+    """Attention of the last word of each prompt."""
     mean_word_IPLHN: Floats
-    """Mean over the words of each prompt."""
+    """Attention, averaged over the words of each prompt."""
     class_attention_IN: Floats | None
-    """What the vision tower looks at; None: a tower without attention."""
+    """Attention in the vision tower; None: the tower has no attention."""
     tokens_INW: Floats
-    """Projected visual tokens."""
+    """Projected visual tokens, as they enter the decoder."""
     contrast_IN: Floats
     """Standard deviation of the pixels of each patch."""
     grid_size: int
+    """Side of the token grid."""
 
 
 @torch.inference_mode()
 def attention_maps(
     model: ElasticVLM, processor: ElasticProcessor, images: Sequence[Image.Image], prompts: Sequence[Sequence[str]]
 ) -> AttentionMaps:
-    """Measures one image after the other, all its prompts at once.
+    """Measures the attention maps of images, with all prompts of an image in one batch.
 
     Args:
-        model: without compression, in evaluation mode.
-        processor: of the same checkpoint.
-        images: RGB.
-        prompts: of each image as many.
+        model: model without compression, in evaluation mode.
+        processor: processor of the same checkpoint.
+        images: RGB images.
+        prompts: prompts of each image, the same number for all images.
 
     Raises:
-        UserError: the model has a connector that compresses, or the images have different numbers of prompts.
+        UserError: the connector compresses, or the images have different numbers of prompts.
     """
     if model.connector.name != "identity":
         raise UserError(
-            f"Attention maps need a model without compression, and this one has the connector {model.connector.name};"
-            " give its vanilla base."
+            f"The model has the connector {model.connector.name}, but attention maps need a model without"
+            " compression; give the base model."
         )
     if len({len(each) for each in prompts}) != 1 or len(prompts) != len(images):
         raise UserError(
-            f"{len(images)} images have {sorted({len(each) for each in prompts})} prompts each; give every image as"
-            " many."
+            f"{len(images)} images have {sorted({len(each) for each in prompts})} prompts each; give every image the"
+            " same number of prompts."
         )
     device = next(model.parameters()).device
     decoder = ReducedDecoder(model)
     layers = list(range(decoder.num_layers))
     last, mean, classes, tokens, contrast = [], [], [], [], []
-    for image, asked in zip(images, prompts, strict=True):
+    for image, questions in zip(images, prompts, strict=True):
         pixels = processor.image_processor([image], return_tensors="pt")["pixel_values"].to(device, model.dtype)
         view = EncoderView(model.model, pixels)
         full_1NL = view.project(view.patch_features_IND)
         count = full_1NL.shape[1]
-        places = torch.arange(count, device=device).expand(len(asked), -1)
-        text = encode_prompts(processor, list(asked), None, device)
-        visual = VisualTokens(full_1NL.expand(len(asked), -1, -1), places, torch.ones_like(places))
+        position_ids = torch.arange(count, device=device).expand(len(questions), -1)
+        text = encode_prompts(processor, list(questions), None, device)
+        visual = VisualTokens(full_1NL.expand(len(questions), -1, -1), position_ids, torch.ones_like(position_ids))
         maps_LPHTN = torch.stack(decoder.attention(text, visual, layers)).float()
         valid = text.valid_BT[None, :, None, :, None]
         last.append(maps_LPHTN[:, :, :, -1].transpose(0, 1).cpu().numpy())

@@ -1,11 +1,11 @@
-"""Is a token that gets attention one that the answer needs? After arXiv 2504.17892, statistical validation.
+"""Tests whether tokens with high attention are needed for the answer (arXiv 2504.17892, statistical validation).
 
-For each image-question pair every visual token is left out in turn, at unchanged positions of the others, and the
-change of the answer's log likelihood is measured. The Spearman correlation of that change with each measure of
-importance, over the tokens of a pair, is averaged over pairs, with a bootstrap interval over pairs and a permutation
-test. Attention and losses are smooth over the image, so neighbours are no independent
-evidence: a permutation moves the whole map of losses by a random number of rows and columns, what leaves one side
-coming in at the other, and may flip it. All p-values are corrected together (Holm).
+For each image-question pair, every visual token is left out in turn, with unchanged positions of the others, and the
+loss of the answer's log-likelihood is measured. The Spearman correlation of the loss with each importance measure is
+computed over the tokens of a pair and averaged over pairs, with a bootstrap interval over pairs and a permutation test.
+Attention and losses are smooth over the image, so neighbouring tokens are not independent. A permutation therefore
+shifts the whole map of losses by a random number of rows and columns, with wrap-around, and may flip it. All p-values
+are corrected together (Holm).
 
 Shapes: N visual tokens in a square grid, R permutations.
 """
@@ -33,19 +33,19 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Validity:
-    """How a measure of importance goes with what is lost without the token."""
+    """The agreement of an importance measure with the loss when a token is left out."""
 
     correlation: Interval
-    """Mean Spearman correlation over pairs."""
+    """Mean Spearman correlation over image-question pairs."""
     p_value: float
-    """Share of permutations with a mean correlation as far from 0; never below one permutation's share."""
+    """Share of permutations with a mean correlation as far from 0; at least 1 / (1 + number of permutations)."""
     p_holm: float
-    """Corrected for all measures."""
+    """p-value, corrected for all measures."""
     mass: Interval
-    """Loss of the measure's top 11 % of the tokens, as a share of the loss of all tokens with a loss (chance: 0.11)."""
+    """Share of the total loss that falls on the top 11 % of the tokens by the measure (by chance: 0.11)."""
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-serialisable."""
+        """Returns the values as JSON-serialisable data."""
         return {
             "correlation": self.correlation._asdict(),
             "p_value": self.p_value,
@@ -58,17 +58,17 @@ class Validity:
 def leave_one_out(
     model: ElasticVLM, processor: ElasticProcessor, pair: Pair, *, batch_size: int = 64, seed: int = 0
 ) -> tuple[Floats, dict[str, Floats]]:
-    """The loss of each token of a pair, and what each measure says of it.
+    """Measures the loss without each token of a pair, and the importance measures of the tokens.
 
     Args:
-        model: without compression, in evaluation mode.
-        processor: of the same checkpoint.
-        pair: what is asked.
-        batch_size: prompts at a time.
-        seed: of the random measure.
+        model: model without compression, in evaluation mode.
+        processor: processor of the same checkpoint.
+        pair: image, question and answer.
+        batch_size: number of prompts per batch.
+        seed: seed of the random measure.
 
     Returns:
-        Decrease of the answer's log likelihood without each token [N], and the measures [N] by name.
+        The decrease of the answer's log-likelihood without each token [N], and the importance measures [N] by name.
     """
     device = next(model.parameters()).device
     view = EncoderView(
@@ -78,20 +78,20 @@ def leave_one_out(
     tokens_1NL = view.project(view.patch_features_IND)
     count = tokens_1NL.shape[1]
     decoder = ReducedDecoder(model, "original")
-    everywhere = torch.arange(count, device=device)
-    whole = _log_likelihood(decoder, processor, pair, tokens_1NL, everywhere[None])
+    all_positions_N = torch.arange(count, device=device)
+    whole = _log_likelihood(decoder, processor, pair, tokens_1NL, all_positions_N[None])
     losses = []
     for start in range(0, count, batch_size):
-        left_out = everywhere[start : start + batch_size]
-        # The places of all tokens but one, a row for each.
-        others_BM = everywhere.expand(len(left_out), -1)[everywhere[None] != left_out[:, None]].view(
+        left_out = all_positions_N[start : start + batch_size]
+        # The positions of all tokens but one, one row per token that is left out.
+        others_BM = all_positions_N.expand(len(left_out), -1)[all_positions_N[None] != left_out[:, None]].view(
             len(left_out), count - 1
         )
         losses.append(whole - _log_likelihood(decoder, processor, pair, tokens_1NL, others_BM))
     text = encode_prompts(processor, [pair.prompt], None, device)
     maps = decoder.attention(
         text,
-        VisualTokens(tokens_1NL, everywhere[None], torch.ones_like(everywhere[None])),
+        VisualTokens(tokens_1NL, all_positions_N[None], torch.ones_like(all_positions_N[None])),
         list(range(decoder.num_layers)),
     )
     measures = {f"last word, layer {layer}": each[0, :, -1].mean(0) for layer, each in enumerate(maps)}
@@ -109,13 +109,13 @@ def leave_one_out(
 def validity(
     losses: Sequence[Floats], measures: Sequence[Mapping[str, Floats]], *, permutations: int = 1000, seed: int = 0
 ) -> dict[str, Validity]:
-    """Correlation, significance and share of the loss of each measure.
+    """Computes the correlation, its significance and the share of the loss of each measure.
 
     Args:
-        losses: of the tokens of each pair, row by row of their grid.
-        measures: of the same pairs.
-        permutations: of the test.
-        seed: of the permutations.
+        losses: losses of the tokens of each pair, in the row-major order of their grid.
+        measures: importance measures of the tokens of the same pairs, by name.
+        permutations: number of permutations of the test.
+        seed: seed of the permutations.
     """
     rng = np.random.default_rng(seed)
     names = [str(index) for index in range(len(losses))]
@@ -123,8 +123,8 @@ def validity(
     chance = {name: np.zeros(permutations) for name in measures[0]}
     for loss_N, values in zip(losses, measures, strict=True):
         lost_N = _standardised(loss_N)
-        # One movement of a pair's losses serves all measures: the test of each is still its own.
-        moved_RN = lost_N[moved_places(len(lost_N), permutations, rng)]
+        # All measures share the permutations of a pair; the test of each measure remains valid.
+        moved_RN = lost_N[shifted_positions(len(lost_N), permutations, rng)]
         for name, measure_N in values.items():
             ranks_N = _standardised(measure_N)
             each[name].append(float(lost_N @ ranks_N) / len(lost_N))
@@ -140,11 +140,11 @@ def validity(
     }
 
 
-def moved_places(num_tokens: int, permutations: int, rng: np.random.Generator) -> NDArray[np.int64]:
-    """Which token stands where after random movements of the grid on a torus, and flips: [R, N].
+def shifted_positions(num_tokens: int, permutations: int, rng: np.random.Generator) -> NDArray[np.int64]:
+    """Draws random shifts with wrap-around and flips of the token grid: the source index of each position, [R, N].
 
     Raises:
-        UserError: the tokens fill no square grid.
+        UserError: the number of tokens is not a square.
     """
     side = grid_side(num_tokens)
     rows_N, columns_N = np.divmod(np.arange(num_tokens), side)
@@ -152,18 +152,22 @@ def moved_places(num_tokens: int, permutations: int, rng: np.random.Generator) -
         rng.integers(side, size=(2, permutations, 1)),
         rng.choice((-1, 1), size=(2, permutations, 1)),
     )
-    places_RN: NDArray[np.int64] = (up_R1 * rows_N + down_R1) % side * side + (left_R1 * columns_N + right_R1) % side
-    return places_RN
+    positions_RN: NDArray[np.int64] = (up_R1 * rows_N + down_R1) % side * side + (left_R1 * columns_N + right_R1) % side
+    return positions_RN
 
 
 def _log_likelihood(
-    decoder: ReducedDecoder, processor: ElasticProcessor, pair: Pair, tokens_1NL: torch.Tensor, places_BM: torch.Tensor
+    decoder: ReducedDecoder,
+    processor: ElasticProcessor,
+    pair: Pair,
+    tokens_1NL: torch.Tensor,
+    positions_BM: torch.Tensor,
 ) -> torch.Tensor:
-    """Log likelihood [B] of the answer and its end, with the tokens at some places only."""
-    batch = len(places_BM)
+    """Computes the log-likelihood [B] of the answer and its end token, with the tokens at some positions only."""
+    batch = len(positions_BM)
     prompts = encode_prompts(processor, [pair.prompt] * batch, [pair.answer] * batch, tokens_1NL.device)
     logits_BTV = decoder.logits(
-        prompts, VisualTokens(tokens_1NL[0][places_BM], places_BM, torch.ones_like(places_BM))
+        prompts, VisualTokens(tokens_1NL[0][positions_BM], positions_BM, torch.ones_like(positions_BM))
     ).float()
     logs_BT = logits_BTV[:, :-1].log_softmax(-1).gather(2, prompts.after_BT[:, 1:, None]).squeeze(2)
     return logs_BT.where((prompts.answer_BT & prompts.valid_BT)[:, 1:], 0.0).sum(1)

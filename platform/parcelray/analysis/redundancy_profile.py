@@ -1,4 +1,7 @@
-"""How redundant a vision tower's tokens are: what a reducer could merge without a loss (arXiv 2504.17892, encoder dependency)."""
+"""Measures how redundant the tokens of a vision tower are (arXiv 2504.17892, encoder dependency).
+
+The more redundant the tokens, the more of them a reducer can merge without a loss.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,18 +18,18 @@ from parcelray.models.backbones.processor_base import ElasticProcessor
 from parcelray.models.token_reduction.kmeans import kmeans
 
 SHARES = (0.05, 0.11, 0.20, 0.30)
-"""Clusters per token at which the explained variance is measured."""
+"""Numbers of clusters, as shares of the tokens, at which the explained variance is measured."""
 _BATCH = 16
 
 
 @dataclass(frozen=True)
 class RedundancyProfile:
-    """Means over images with bootstrap intervals, of the tokens as they enter the decoder and as they leave the vision tower."""
+    """Redundancy measures of patch features and of projected tokens: means over images with bootstrap intervals."""
 
     measures: dict[str, Interval]
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-serialisable."""
+        """Returns the measures as JSON-serialisable data."""
         return {name: interval._asdict() for name, interval in self.measures.items()}
 
 
@@ -34,11 +37,10 @@ class RedundancyProfile:
 def redundancy_profile(
     model: ElasticVLM, processor: ElasticProcessor, images: Sequence[Image.Image]
 ) -> RedundancyProfile:
-    """Profiles a model's tokens on some images.
+    """Measures the redundancy of a model's tokens on some images.
 
-    Effective rank (exponential of the singular values' entropy) as a share of the largest possible one; mean cosine of
-    all pairs; mean cosine of patches that lie side by side; and the share of the tokens' variance that K-means with 5
-    to 30 % as many centres explains.
+    The measures are: the effective rank as a share of its maximum; the mean cosine of all pairs; the mean cosine of
+    adjacent patches; and the share of the tokens' variance that K-means explains with 5 to 30 % as many centres.
     """
     device = next(model.parameters()).device
     found: dict[str, list[float]] = {}
@@ -47,12 +49,12 @@ def redundancy_profile(
             "pixel_values"
         ].to(device, model.dtype)
         features_BND = model.model.encode_patches(pixels)
-        for place, tokens in (
+        for stage, tokens in (
             ("patch features", features_BND),
             ("projected tokens", model.model.multi_modal_projector(features_BND)),
         ):
             for name, values_B in _measures(tokens.float(), int(model.config.grid_size)).items():
-                found.setdefault(f"{place}: {name}", []).extend(values_B.tolist())
+                found.setdefault(f"{stage}: {name}", []).extend(values_B.tolist())
     return RedundancyProfile(
         {name: bootstrap_mean(values, [str(index) for index in range(len(values))]) for name, values in found.items()}
     )
@@ -61,7 +63,7 @@ def redundancy_profile(
 def _measures(tokens_BND: Tensor, grid: int) -> dict[str, Tensor]:
     batch, count, width = tokens_BND.shape
     unit_BHWD = torch.nn.functional.normalize(tokens_BND, dim=2).view(batch, grid, grid, width)
-    beside = torch.cat(
+    neighbours = torch.cat(
         [
             (unit_BHWD[:, :, 1:] * unit_BHWD[:, :, :-1]).sum(3).flatten(1),
             (unit_BHWD[:, 1:] * unit_BHWD[:, :-1]).sum(3).flatten(1),
@@ -79,6 +81,6 @@ def _measures(tokens_BND: Tensor, grid: int) -> dict[str, Tensor]:
     return {
         "effective rank, share of the largest": effective_rank(centred) / min(count, width),
         "mean cosine of pairs": mean_pairwise_cosine(tokens_BND),
-        "mean cosine of neighbours": beside.mean(dim=1),
+        "mean cosine of neighbours": neighbours.mean(dim=1),
         **explained,
     }

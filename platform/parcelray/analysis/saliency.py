@@ -1,8 +1,9 @@
-"""Does saliency follow the prompt, and if not, what does it follow? After arXiv 2504.17892, questions 3 and 4.
+"""Tests whether saliency depends on the prompt, and what else it depends on (arXiv 2504.17892, questions 3 and 4).
 
-Rankings of the visual tokens by attention are compared between prompts about one image, with the heads averaged and
-head by head, between layers and between heads; as a control, between different images under one prompt: where that
-agrees, too, the ranking is of places and not of what is seen. All intervals are bootstraps over images.
+The visual tokens are ranked by attention. The rankings are compared between prompts about one image (with averaged
+heads, and per head), between layers, and between heads. As a control, they are compared between images with the same
+prompt: if these agree as well, the ranking depends on positions and not on the content. All intervals are bootstrap
+intervals over images.
 
 Shapes: I images, P prompts, L layers, H heads, N visual tokens.
 """
@@ -20,47 +21,47 @@ from parcelray.analysis.attention_maps import AttentionMaps, Floats
 from parcelray.evaluation.scoring.intervals import Interval, bootstrap_mean
 
 _TOP = 0.11
-"""Share of the tokens whose overlap is counted: 64 of 576."""
+"""Share of the tokens that are in the top set: 64 of 576."""
 
 
 class Overlap(NamedTuple):
-    """How alike rankings are, means over pairs."""
+    """The agreement of rankings, averaged over pairs."""
 
     spearman: Interval
     jaccard: Interval
-    """Of the top 11 % of the tokens; by chance 0.058."""
+    """Jaccard index of the top 11 % of the tokens; by chance 0.058."""
 
 
 class Agreement(NamedTuple):
-    """The same with Kendall's coefficient."""
+    """The agreement of rankings, averaged over pairs, with Kendall's coefficient."""
 
     spearman: Interval
     kendall: Interval
-    """Tau-b."""
+    """Kendall's tau-b."""
     jaccard: Interval
 
 
 @dataclass(frozen=True)
 class SaliencyReport:
-    """What was found of one definition of saliency; by layer where a sequence."""
+    """The results for one definition of saliency; sequences are by layer."""
 
     between_prompts: Sequence[Agreement]
-    """Heads averaged before."""
+    """Between prompts about one image, with averaged heads."""
     by_head: Sequence[Sequence[Overlap]]
-    """Between prompts, of each head of each layer by itself."""
+    """Between prompts about one image, for each head of each layer."""
     between_images: Sequence[Agreement]
-    """The control: the same prompt, another image."""
+    """Control: the same prompt with another image."""
     between_layers: Sequence[Sequence[Overlap]]
-    """Of each layer with each, heads averaged, on the same image and prompt."""
+    """Between each pair of layers, with averaged heads, for the same image and prompt."""
     between_heads: Sequence[Overlap]
-    """Of two heads of a layer, on the same image and prompt."""
+    """Between two heads of a layer, for the same image and prompt."""
     with_class_attention: Sequence[Interval]
-    """Spearman with what the vision tower looks at; empty without attention there."""
+    """Spearman correlation with the attention in the vision tower; empty if the tower has no attention."""
     drawn_by: Mapping[str, Sequence[Interval]]
-    """Spearman of the mean over the prompts with properties of the token and of its place."""
+    """Spearman correlation of the mean over the prompts with properties of the token and of its position."""
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-serialisable."""
+        """Returns the report as JSON-serialisable data."""
         return {
             "between_prompts": [_as_dict(each) for each in self.between_prompts],
             "by_head": [[_as_dict(each) for each in heads] for heads in self.by_head],
@@ -73,10 +74,10 @@ class SaliencyReport:
 
 
 def saliency_reports(maps: AttentionMaps) -> dict[str, SaliencyReport]:
-    """Compares the rankings by the last word's attention, and by the mean over all words of the prompt.
+    """Compares the rankings by the attention of the last word, and by the mean over all words of the prompt.
 
     Args:
-        maps: of at least two images with at least two prompts each.
+        maps: attention maps of at least two images with at least two prompts each.
     """
     return {
         "last word": saliency_report(maps.last_word_IPLHN, maps),
@@ -88,8 +89,8 @@ def saliency_report(attention_IPLHN: Floats, maps: AttentionMaps) -> SaliencyRep
     """Compares the rankings of one definition of saliency.
 
     Args:
-        attention_IPLHN: what is ranked.
-        maps: of the same images, for the properties of their tokens.
+        attention_IPLHN: attention by which the tokens are ranked.
+        maps: attention maps of the same images, for the properties of their tokens.
     """
     mean_IPLN = attention_IPLHN.mean(axis=3)
     num_prompts, num_layers, num_heads = attention_IPLHN.shape[1:4]
@@ -136,11 +137,12 @@ def saliency_report(attention_IPLHN: Floats, maps: AttentionMaps) -> SaliencyRep
 
 
 class _Ranked(NamedTuple):
-    """Maps as rankings: every pair of them is then a product."""
+    """Attention maps as standardised ranks, so that the correlation of any two is a mean of products."""
 
     ranks: Floats
-    """With mean 0 and variance 1 over the tokens; zeros where all are equal, which says nothing."""
+    """Ranks with mean 0 and variance 1 over the tokens; zeros if all values are equal."""
     top: NDArray[np.bool_]
+    """Whether the token is among the top 11 %."""
 
     @classmethod
     def of(cls, maps: Floats) -> "_Ranked":
@@ -154,7 +156,7 @@ class _Ranked(NamedTuple):
         return cls(np.divide(centred, spread, out=np.zeros_like(centred), where=spread > 0).astype(np.float32), top)
 
     def overlap(self, other: "_Ranked", mine: Any, theirs: Any) -> tuple[Floats, Floats]:
-        """Spearman and Jaccard of some maps with some others, by what is before the tokens."""
+        """Computes the Spearman correlation and the Jaccard index of selected maps, over the last axis."""
         shared = (self.top[mine] & other.top[theirs]).sum(axis=-1)
         either = 2 * _top_count(self.top.shape[-1]) - shared
         return (self.ranks[mine] * other.ranks[theirs]).mean(axis=-1), shared / either
@@ -170,28 +172,28 @@ def _mean_overlap(pairs: Sequence[tuple[Floats, Floats]]) -> tuple[Floats, Float
 
 
 def _overlap(measured: tuple[Floats, Floats], where: Any) -> Overlap:
-    """Means over all but the images, with intervals over images."""
+    """Averages over all axes but the images, with intervals over images."""
     spearman, jaccards = (each[where].reshape(len(each), -1).mean(axis=1).tolist() for each in measured)
     return Overlap(_over_images(spearman), _over_images(jaccards))
 
 
 def jaccard(first_N: Floats, second_N: Floats, share: float = _TOP) -> float:
-    """Overlap of the highest values of two rankings: intersection over union of the sets."""
+    """Computes the Jaccard index (intersection over union) of the tokens with the highest values."""
     count = max(1, round(share * len(first_N)))
     a, b = (set(np.argsort(-values, kind="stable")[:count].tolist()) for values in (first_N, second_N))
     return len(a & b) / len(a | b)
 
 
 def _properties(maps: AttentionMaps) -> dict[str, Floats]:
-    """What could draw attention whatever the prompt: [I, N] each."""
+    """Token properties that could attract attention independently of the prompt: [I, N] each."""
     images, count, _ = maps.tokens_INW.shape
     rows, columns = np.divmod(np.arange(count), maps.grid_size)
     middle = (maps.grid_size - 1) / 2
-    # How far a token's most unusual channel is from that channel's mean, in standard deviations over the image.
+    # The largest deviation of a token's channel from that channel's mean, in standard deviations over the image.
     scores = (maps.tokens_INW - maps.tokens_INW.mean(axis=1, keepdims=True)) / (
         maps.tokens_INW.std(axis=1, keepdims=True) + 1e-9
     )
-    places = {"row": rows, "column": columns, "distance to the middle": np.hypot(rows - middle, columns - middle)}
+    positions = {"row": rows, "column": columns, "distance to the middle": np.hypot(rows - middle, columns - middle)}
     return {
         "norm": np.linalg.norm(maps.tokens_INW, axis=2),
         "outlier channel": np.abs(scores).max(axis=2),
@@ -199,12 +201,12 @@ def _properties(maps: AttentionMaps) -> dict[str, Floats]:
             maps.tokens_INW - maps.tokens_INW.mean(axis=1, keepdims=True), axis=2
         ),
         "contrast of the pixels": maps.contrast_IN,
-        **{name: np.broadcast_to(values, (images, count)).astype(np.float32) for name, values in places.items()},
+        **{name: np.broadcast_to(values, (images, count)).astype(np.float32) for name, values in positions.items()},
     }
 
 
 def _agree(pairs: Sequence[tuple[Floats, Floats]]) -> Agreement:
-    """Means over the pairs of maps [I, N] of each image, with intervals over images."""
+    """Averages the agreement over pairs of maps [I, N] of each image, with intervals over images."""
     images = range(len(pairs[0][0]))
     return Agreement(
         _over_images([float(np.mean([_spearman(a[image], b[image]) for a, b in pairs])) for image in images]),
@@ -220,7 +222,7 @@ def _correlation(first_IN: Floats, second_IN: Floats) -> Interval:
 
 
 def _spearman(first_N: Floats, second_N: Floats) -> float:
-    # A ranking of equal values says nothing.
+    # The correlation with constant values is undefined; it counts as 0.
     if np.ptp(first_N) == 0 or np.ptp(second_N) == 0:
         return 0.0
     return float(stats.spearmanr(first_N, second_N).statistic)

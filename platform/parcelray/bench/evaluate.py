@@ -16,17 +16,20 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from parcelray.bench.measure import Measure, Report, interquartile_range, machine_info, time_pairs
+from parcelray.benchmarks.catalog import catalog, find
 from parcelray.benchmarks.readers.base import DataPin, RowSamples
 from parcelray.benchmarks.readers.samples import SamplesReader
 from parcelray.cluster.session import ray_session
 from parcelray.config.connector import ParcelConnectorConfig
+from parcelray.config.evaluate import BenchmarkChoice, PassConfig
 from parcelray.config.model import MiniModelConfig
 from parcelray.datasets.mini.suite import family_samples
 from parcelray.datasets.parquet import to_table
 from parcelray.datasets.sample import Sample
-from parcelray.evaluation.passes.shards import BenchmarkTask, EvaluatedModel, PassSettings
+from parcelray.evaluation.passes.shards import EvaluatedModel, PreparedBenchmark
 from parcelray.evaluation.predict.generation import GenerationSettings
 from parcelray.evaluation.predict.predictor import Predictor
+from parcelray.evaluation.run import evaluate_model
 from parcelray.models.backbones import ElasticVLM
 from parcelray.models.backbones.paligemma_processor import ElasticPaliGemmaProcessor
 from parcelray.models.backbones.processor_base import ElasticProcessor
@@ -144,22 +147,19 @@ def _sharing(model: Model, repeats: int) -> Iterator[Measure]:
 
 
 def _ray_data(folder: Path, count: int, repeats: int) -> Iterator[Measure]:
-    """(c) The Ray Data path with one actor against a plain loop, both timed between their first and last bundle."""
-    from parcelray.evaluation.passes.ray_pass import run_pass
-
-    data = _export(folder / "samples", count)
-    task = BenchmarkTask(SamplesReader("samples", data), range(count), _ANSWER)
-    settings = PassSettings(rows_per_bundle=64)
+    """(c) The Ray Data path with one actor against a plain loop, both timed between their first and last shard."""
+    benchmark = _benchmark(SamplesReader("samples", _export(folder / "samples", count)), _ANSWER)
+    settings = PassConfig(rows_per_shard=64)
     rates: dict[str, list[float]] = {"plain loop": [], "ray data": []}
     startups: list[float] = []
     with ray_session():
         for number in range(repeats):
             clock = _Clock()
-            _plain_loop(folder / "mini", task, clock)
+            _plain_loop(folder / "mini", benchmark, clock)
             rates["plain loop"].append(clock.rate())
             clock = _Clock()
             model = EvaluatedModel(folder / "mini", "mini", f"bench-{number}", (64,), str(folder / "store"))
-            run_pass([task], model, settings=settings, on_progress=clock.note)
+            evaluate_model("bench", model, [benchmark], settings, on_progress=clock.note)
             rates["ray data"].append(clock.rate())
             startups.append(clock.first())
     for name, values in rates.items():
@@ -178,16 +178,22 @@ def _ray_data(folder: Path, count: int, repeats: int) -> Iterator[Measure]:
     )
 
 
-def _plain_loop(checkpoint: Path, task: BenchmarkTask, clock: "_Clock") -> None:
+def _benchmark(reader: SamplesReader, generation: GenerationSettings) -> PreparedBenchmark:
+    choice = BenchmarkChoice(name="samples")
+    return PreparedBenchmark(choice, find(choice.name, catalog()), reader, reader.order(), generation)
+
+
+def _plain_loop(checkpoint: Path, benchmark: PreparedBenchmark, clock: "_Clock") -> None:
     """What one would write without a platform: read, answer, keep in a list."""
     model = load_vlm(checkpoint).eval()
     use_sdpa_where_exact(model)
-    predictor = Predictor(model, load_processor(checkpoint), settings=task.generation)
+    predictor = Predictor(model, load_processor(checkpoint), settings=benchmark.generation)
     answers: list[str] = []
-    for start in range(0, len(task.rows), 64):
-        samples = [sample for row in task.rows[start : start + 64] for sample in task.reader.read(row).samples]
+    rows, reader = benchmark.rows, benchmark.reader
+    for start in range(0, len(rows), 64):
+        samples = [sample for row in rows[start : start + 64] for sample in reader.read(row).samples]
         answers += predictor.generate(samples, num_visual_tokens=64)
-        clock.note("samples", len(answers), len(task.rows))
+        clock.note("samples", len(answers), len(rows))
 
 
 def _memory(folder: Path, counts: tuple[int, int]) -> Iterator[Measure]:
@@ -232,16 +238,10 @@ class _Repeated(SamplesReader):
 
 
 def _peak_of_a_pass(data: Path, checkpoint: Path, count: int, store: Path) -> int:
-    from parcelray.evaluation.passes.ray_pass import run_pass
-
-    reader = _Repeated("samples", data, count)
-    task = BenchmarkTask(reader, reader.order(), GenerationSettings(max_new_tokens=2))
+    benchmark = _benchmark(_Repeated("samples", data, count), GenerationSettings(max_new_tokens=2))
+    model = EvaluatedModel(checkpoint, "tiny", "bench", (16,), str(store))
     with ray_session(object_store_bytes=512 * 2**20), _peak_memory() as peak:
-        run_pass(
-            [task],
-            EvaluatedModel(checkpoint, "tiny", "bench", (16,), str(store)),
-            settings=PassSettings(rows_per_bundle=250),
-        )
+        evaluate_model("bench", model, [benchmark], PassConfig(rows_per_shard=250))
     return peak()
 
 
@@ -304,7 +304,7 @@ def _put_result(results: Any, call: Callable[..., int], arguments: tuple[Any, ..
 
 
 class _Clock:
-    """When bundles ended, in seconds of a clock."""
+    """When shards ended, in seconds of a clock."""
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self._clock = clock
@@ -316,12 +316,12 @@ class _Clock:
         self._points.append((rows, self._clock()))
 
     def rate(self) -> float:
-        """Rows per second from the first bundle's end to the last's."""
+        """Rows per second from the first shard's end to the last's."""
         (first_rows, first), (last_rows, last) = self._points[0], self._points[-1]
         return (last_rows - first_rows) / (last - first)
 
     def first(self) -> float:
-        """Seconds until the first bundle's end."""
+        """Seconds until the first shard's end."""
         return self._points[0][1] - self._began
 
 

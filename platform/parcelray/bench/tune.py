@@ -13,7 +13,6 @@ from parcelray.config.evaluate import EvaluateJob
 from parcelray.config.search_space import Assignment
 from parcelray.config.train import TrainJob
 from parcelray.config.tune import TuneJob
-from parcelray.evaluation.passes.shards import PassSettings
 from parcelray.models.checkpoint import ResolvedCheckpoint, content_digest, resolve_checkpoint, write_manifest
 from parcelray.tracking.metric_logger import NoMetrics
 from parcelray.training.start import build_start
@@ -109,7 +108,7 @@ def _points_per_minute(folder: Path, checkpoint: ResolvedCheckpoint, samples: in
     job = _search(folder, checkpoint, samples)
     assert isinstance(job.base, EvaluateJob)
     models = {job.base.model.reference: SearchedModel(checkpoint, content_digest(checkpoint.path))}
-    evaluator = WarmEvaluator(job.base, models, ((), 256), PassSettings(**job.base.compute.model_dump()))
+    evaluator = WarmEvaluator(job.base, models, ((), 256))
     record = TrialRecord(folder)
     planner = make_planner(job.space, job.algorithm, job.objectives, job.seed, record)
     started = time.perf_counter()

@@ -74,7 +74,8 @@ def evaluate_score(
     as_json: AsJson = False,
 ) -> None:
     """Score a finished evaluation again, without the model and the data."""
-    from parcelray.evaluation.results import rescore, show
+    from parcelray.evaluation.results import show
+    from parcelray.evaluation.scoring.summary import rescore
 
     chosen = dict(pair(text, "--metric", "BENCHMARK=METRIC:VARIANT") for text in metrics)
     summary = rescore(folder, chosen, need_within)
@@ -126,9 +127,9 @@ def evaluate_seeds(
     as_json: AsJson = False,
 ) -> None:
     """Mean and standard deviation over seeds."""
-    from parcelray.evaluation.compare import over_seeds
+    from parcelray.evaluation.compare import compare_seeds
 
-    show(over_seeds(folders), as_json, lambda value: value.to_rich())
+    show(compare_seeds(folders), as_json, lambda value: value.to_rich())
 
 
 @benchmarks_app.command("list")

@@ -11,6 +11,8 @@ from parcelray.config.reducer import ReducerConfig
 from parcelray.config.train import TrackingConfig
 
 BudgetName = Literal["blind", "full"]
+BLIND = 0
+"""The budget of the blind baseline: no image and no visual tokens."""
 
 
 class BenchmarkChoice(StrictModel):
@@ -47,12 +49,12 @@ class PassConfig(StrictModel):
     """Tasks that read rows at the same time."""
     batch_size: int = Field(default=64, ge=1)
     """Images per batch of the encoder and of the decoder."""
-    rows_per_bundle: int = Field(default=128, ge=1)
-    """Rows that are read, answered and stored together: what a crash can cost an actor."""
+    rows_per_shard: int = Field(default=128, ge=1)
+    """Rows that are read, evaluated and stored together: the most that an actor loses in a crash."""
     feature_cache_gb: float = Field(default=1.0, ge=0)
     """GiB of patch features that each actor of a search keeps between its trials."""
     stall_s: float = Field(default=600.0, gt=0)
-    """Longest time without a finished bundle, seconds, before the pass gives up and names what hangs."""
+    """Longest time without a finished shard, seconds, before the pass fails and names the stage that hangs."""
 
 
 class EvaluateJob(StrictModel):
@@ -120,3 +122,8 @@ class EvaluateJob(StrictModel):
                 f"budgets {list(self.budgets)} are not different token counts from 1 on, `blind` or `full`"
             )
         return self
+
+
+def budget_name(budget: int) -> str:
+    """Name of a budget in tables and messages: its number of visual tokens, or `blind`."""
+    return str(budget) if budget != BLIND else "blind"

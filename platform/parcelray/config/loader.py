@@ -12,6 +12,7 @@ from typing import Any, TypeVar, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from parcelray.config.base import RENAMED_KEYS
 from parcelray.config.evaluate import EvaluateJob
 from parcelray.config.promote import PromoteJob
 from parcelray.config.search_space import SearchSpace
@@ -275,6 +276,9 @@ def _explain(model: type[BaseModel], source: str, location: Sequence[Any], probl
     value = problem.get("input")
     if problem["type"] == "extra_forbidden":
         legal = _legal_keys(model, problem["loc"][:-1])
+        new = RENAMED_KEYS.get(str(location[-1]))
+        if new in legal:
+            return f"{source}: {path} is now called {new}; rename the key."
         return (
             f"{source}: {path} is not a known key; legal here:"
             f" {', '.join(legal)}{_did_you_mean(str(location[-1]), legal)}."

@@ -1,24 +1,27 @@
-"""Finished evaluations side by side, from their folders."""
+"""Compares finished evaluations: two evaluations on the same samples, or one method over training seeds."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
+
+from parcelray.config.evaluate import budget_name
 from parcelray.errors import UserError
-from parcelray.evaluation.results import rescore
-from parcelray.evaluation.scoring import seeds
 from parcelray.evaluation.scoring.evaluation import Evaluation, load_evaluation
 from parcelray.evaluation.scoring.paired import Comparison, compare
-from parcelray.evaluation.tables import budget_name, comparison_table
+from parcelray.evaluation.scoring.summary import Summary, rescore
 
 if TYPE_CHECKING:
     from rich.console import Group
+    from rich.table import Table
 
 
 @dataclass(frozen=True)
 class ComparedEvaluations:
-    """Every split that two evaluations share, at every pair of budgets that was asked for."""
+    """The comparison of every split that two evaluations share, at every requested pair of budgets."""
 
     first: str
     second: str
@@ -26,7 +29,7 @@ class ComparedEvaluations:
     """Budget of the first, budget of the second, and the comparisons."""
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-serialisable."""
+        """Returns the comparisons as JSON-serialisable values."""
         return {
             "first": self.first,
             "second": self.second,
@@ -41,28 +44,69 @@ class ComparedEvaluations:
         }
 
     def to_rich(self) -> "Group":
-        """For the console."""
+        """Returns one table per pair of budgets for the console."""
         from rich.console import Group
 
         return Group(
             *(
-                comparison_table(
-                    list(comparisons), f"{self.first} at {budget_name(one)}", f"{self.second} at {budget_name(other)}"
+                _comparison_table(
+                    comparisons, f"{self.first} at {budget_name(one)}", f"{self.second} at {budget_name(other)}"
                 )
                 for one, other, comparisons in self.pairs
             )
         )
 
 
+class SeedSpread(NamedTuple):
+    """Mean and standard deviation of a number over seeds."""
+
+    mean: float
+    std: float
+    """Sample standard deviation; NaN for a single seed."""
+    n: int
+
+
+@dataclass(frozen=True)
+class SeedTable:
+    """Scores and mean retention of one method over training seeds."""
+
+    budgets: tuple[int, ...]
+    scores: dict[str, dict[int, SeedSpread]]
+    """By split and budget, on the paper's scale."""
+    retention: dict[int, SeedSpread]
+    """Mean retention over splits, by budget."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the table as JSON-serialisable values."""
+        return {
+            "scores": {
+                name: {str(budget): spread._asdict() for budget, spread in row.items()}
+                for name, row in self.scores.items()
+            },
+            "mean_retention": {str(budget): spread._asdict() for budget, spread in self.retention.items()},
+        }
+
+    def to_rich(self) -> "Table":
+        """Returns the table for the console."""
+        from rich.table import Table
+
+        count = next(iter(self.retention.values())).n
+        table = Table("split", *map(budget_name, self.budgets), title=f"Mean and standard deviation over {count} seeds")
+        for name, row in self.scores.items():
+            table.add_row(name, *(_cell(row[budget]) for budget in self.budgets))
+        table.add_row("mean retention (%)", *(_cell(self.retention[budget]) for budget in self.budgets))
+        return table
+
+
 def compare_evaluations(first: str, second: str) -> ComparedEvaluations:
     """Compares two evaluations on the same samples.
 
     Args:
-        first: folder, with `@BUDGET` for one budget; without, every budget that both have.
-        second: the same.
+        first: folder of an evaluation, with `@BUDGET` for one budget; without it, every budget that both have.
+        second: folder of the other evaluation, or of the same at another budget.
 
     Raises:
-        UserError: a folder holds no evaluation, or there is nothing in common.
+        UserError: a folder holds no evaluation, or the evaluations have no split or budget in common.
     """
     (one, one_budget), (other, other_budget) = _named(first), _named(second)
     pairs = _pairs(one, one_budget, other, other_budget)
@@ -76,12 +120,41 @@ def compare_evaluations(first: str, second: str) -> ComparedEvaluations:
     return ComparedEvaluations(one.name, other.name, found)
 
 
-def over_seeds(folders: Sequence[Path]) -> seeds.SeedTable:
-    """Mean and standard deviation over evaluations of models that differ in their seed."""
-    return seeds.over_seeds([rescore(folder, {}, need_within=0.0) for folder in folders])
+def compare_seeds(folders: Sequence[Path]) -> SeedTable:
+    """Averages evaluations of models that differ only in their training seed.
+
+    Raises:
+        UserError: the evaluations have different splits or budgets, or two of them have the same weights.
+    """
+    summaries = [rescore(folder, {}, need_within=0.0) for folder in folders]
+    first = summaries[0]
+    names, budgets = [split.name for split in first.splits], first.budgets
+    for other in summaries[1:]:
+        if [split.name for split in other.splits] != names or other.budgets != budgets:
+            raise UserError(
+                f"{other.evaluation.name} has other splits or budgets than {first.evaluation.name}; give evaluations of"
+                " the same job with other models."
+            )
+    if len({summary.evaluation.digest for summary in summaries}) < len(summaries):
+        raise UserError("Two of the evaluations are of the same weights; give one evaluation for each seed.")
+
+    def score(summary: Summary, index: int, budget: int) -> float:
+        return summary.splits[index].scores[budget].estimate.value
+
+    return SeedTable(
+        budgets=budgets,
+        scores={
+            name: {budget: _spread([score(summary, index, budget) for summary in summaries]) for budget in budgets}
+            for index, name in enumerate(names)
+        },
+        retention={
+            budget: _spread([summary.mean_retention(budget).value for summary in summaries]) for budget in budgets
+        },
+    )
 
 
 def _named(text: str) -> tuple[Evaluation, int | None]:
+    """The evaluation and the budget that `FOLDER` or `FOLDER@BUDGET` names."""
     folder, at, budget = text.rpartition("@")
     if not at:
         return load_evaluation(Path(text)), None
@@ -98,6 +171,7 @@ def _named(text: str) -> tuple[Evaluation, int | None]:
 def _pairs(
     one: Evaluation, one_budget: int | None, other: Evaluation, other_budget: int | None
 ) -> list[tuple[int, int]]:
+    """The pairs of budgets to compare: the named ones, or every budget that both evaluations have."""
     if one_budget is not None or other_budget is not None:
         return [
             (
@@ -118,3 +192,47 @@ def _to_dict(comparison: Comparison) -> dict[str, Any]:
         "difference": comparison.difference._asdict(),
         "mcnemar": comparison.mcnemar._asdict() if comparison.mcnemar is not None else None,
     }
+
+
+def _comparison_table(comparisons: Sequence[Comparison], first: str, second: str) -> "Table":
+    """One row per split: both scores, the paired difference and its tests."""
+    from rich.table import Column, Table
+
+    table = Table(
+        Column("split", no_wrap=True),
+        "metric",
+        first,
+        second,
+        "difference [95 %]",
+        "p (bootstrap)",
+        "only first / second right",
+        "p (McNemar)",
+        "n",
+    )
+    for each in comparisons:
+        gap, test = each.difference, each.mcnemar
+        table.add_row(
+            each.split,
+            each.metric,
+            f"{each.first.value:.1f}",
+            f"{each.second.value:.1f}",
+            f"{gap.value:+.1f} [{gap.low:+.1f}, {gap.high:+.1f}]",
+            _p_value(each.p_value),
+            f"{test.only_first} / {test.only_second}" if test is not None else "-",
+            _p_value(test.p_value) if test is not None else "-",
+            str(each.n),
+        )
+    return table
+
+
+def _p_value(value: float) -> str:
+    return "-" if math.isnan(value) else ("< 0.001" if value < 0.001 else f"{value:.3f}")
+
+
+def _spread(values: Sequence[float]) -> SeedSpread:
+    std = float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
+    return SeedSpread(float(np.mean(values)), std, len(values))
+
+
+def _cell(spread: SeedSpread) -> str:
+    return f"{spread.mean:.1f}" if math.isnan(spread.std) else f"{spread.mean:.1f} +- {spread.std:.1f}"

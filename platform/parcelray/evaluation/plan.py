@@ -1,16 +1,28 @@
-"""What an evaluation would do, before it does it: rows, answers and an estimate of the compute."""
+"""Prepares an evaluation: pins its models, resolves its budgets, opens its benchmarks, and estimates its cost."""
 
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from parcelray.benchmarks.catalog import catalog, find
+from parcelray.benchmarks.metrics import metric
+from parcelray.benchmarks.open import open_reader
+from parcelray.benchmarks.readers.base import chosen_rows
+from parcelray.config.benchmark import BenchmarkConfig
 from parcelray.config.connector import ConnectorConfig, ParcelConnectorConfig, RouteConfig
-from parcelray.config.evaluate import EvaluateJob
-from parcelray.config.loader import identity
-from parcelray.evaluation.predict.predictor import BLIND
-from parcelray.evaluation.setup import budgets_for, pinned_job, prepare
-from parcelray.evaluation.tables import budget_name
+from parcelray.config.evaluate import BLIND, BenchmarkChoice, EvaluateJob, budget_name
+from parcelray.config.loader import identity, validate
+from parcelray.config.model import CheckpointModelConfig
+from parcelray.errors import UnsupportedBudgetError
+from parcelray.evaluation.passes.shards import EvaluatedModel, PreparedBenchmark
+from parcelray.evaluation.predict.generation import GenerationSettings
+from parcelray.models.checkpoint import ResolvedCheckpoint
 from parcelray.models.processor import image_size_of
-from parcelray.models.vlm import ElasticConfig, config_of
+from parcelray.models.token_reduction import build_reducer
+from parcelray.models.token_reduction.base import check_uncompressed
+from parcelray.models.vlm import ElasticConfig, config_of, connector_of
 from parcelray.profiling.backbone_shapes import from_transformers_config
 from parcelray.profiling.flops import cost
 from parcelray.profiling.machine import matmul_flops_per_second
@@ -19,31 +31,35 @@ from parcelray.tracking.registry import resolve_model
 if TYPE_CHECKING:
     from rich.table import Table
 
+_TEXT_TOKENS = 32
+"""Length of the prompt that costs are estimated for, tokens."""
+
 
 @dataclass(frozen=True)
 class EvaluationPlan:
-    """The resolved evaluation with its estimates."""
+    """A resolved evaluation with its estimated cost."""
 
     identity: str
     model: str
     budgets: tuple[int, ...]
     rows: dict[str, int]
-    """By benchmark."""
+    """Number of rows, by benchmark."""
     questions: int
-    """Estimated from the first row of each benchmark."""
+    """Number of samples, estimated from the first row of each benchmark."""
     answers: int
+    """Number of predictions: samples times budgets."""
     flops: int
-    """Vision tower once an image, connector and prefill at every budget; without the tokens of the answers."""
+    """FLOPs of the vision tower once per image, and of connector and prefill at each budget; without decoding."""
     seconds: float
-    """At the matrix-product speed measured on this machine now; a lower bound."""
+    """Lower bound of the time, from the speed of matrix products measured on this machine."""
     config: dict[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-serialisable."""
+        """Returns the plan as JSON-serialisable values."""
         return {key: getattr(self, key) for key in self.__dataclass_fields__}
 
     def to_rich(self) -> "Table":
-        """For the console."""
+        """Returns the plan as a table for the console."""
         from rich.table import Table
 
         table = Table("plan", self.identity, show_lines=False)
@@ -51,12 +67,12 @@ class EvaluationPlan:
             "model": self.model,
             "visual-token budgets": ", ".join(budget_name(budget) for budget in self.budgets),
             "rows": ", ".join(f"{name} {count:,}" for name, count in self.rows.items()),
-            "answers": (
-                f"about {self.answers:,} ({self.questions:,} questions at {len(self.budgets)} budgets); those in the"
-                " store are not computed again"
+            "predictions": (
+                f"about {self.answers:,} ({self.questions:,} samples at {len(self.budgets)} budgets); stored"
+                " predictions are reused"
             ),
-            "compute": f"{self.flops / 1e12:,.2f} TFLOP before the answers' own tokens",
-            "time": f"at least {self.seconds / 60:,.1f} min at this machine's matrix-product speed",
+            "compute": f"{self.flops / 1e12:,.2f} TFLOP, without decoding",
+            "time": f"at least {self.seconds / 60:,.1f} min at the speed of this machine's matrix products",
         }
         for key, value in rows.items():
             table.add_row(key, value)
@@ -67,7 +83,7 @@ def evaluation_plan(job: EvaluateJob) -> EvaluationPlan:
     """Resolves a job, checks that its parts fit together, and estimates its cost.
 
     Raises:
-        UserError: a model, benchmark or data set is not there, or the connector cannot give a budget.
+        UserError: a model, benchmark or data set does not exist, or the connector does not support a budget.
     """
     checkpoint = resolve_model(job.model, job.tracking.uri)
     reference = resolve_model(job.reference, job.tracking.uri) if job.reference is not None else None
@@ -77,23 +93,23 @@ def evaluation_plan(job: EvaluateJob) -> EvaluationPlan:
     shape = from_transformers_config(config)
     questions = flops = 0
     for benchmark in benchmarks:
-        first = benchmark.task.reader.read(benchmark.task.rows[0]).samples
-        count = len(benchmark.task.rows) * max(1, len(first))
+        first = benchmark.reader.read(benchmark.rows[0]).samples
+        count = len(benchmark.rows) * max(1, len(first))
         images = len(first[0].images) if first else 1
         questions += count
         costs = [
-            cost(shape, connector_at(job, config, budget), budget, num_frames=images, num_text_tokens=32)
+            cost(shape, connector_at(job, config, budget), budget, num_frames=images, num_text_tokens=_TEXT_TOKENS)
             for budget in budgets
             if budget != BLIND
         ]
         if costs:
             vision = costs[0].vision_encoder
-            flops += len(benchmark.task.rows) * vision + count * sum(each.total - each.vision_encoder for each in costs)
+            flops += len(benchmark.rows) * vision + count * sum(each.total - each.vision_encoder for each in costs)
     return EvaluationPlan(
         identity=identity(pinned_job(job, checkpoint, reference)),
         model=checkpoint.pinned,
         budgets=budgets,
-        rows={benchmark.config.name: len(benchmark.task.rows) for benchmark in benchmarks},
+        rows={benchmark.config.name: len(benchmark.rows) for benchmark in benchmarks},
         questions=questions,
         answers=questions * len(budgets),
         flops=flops,
@@ -102,8 +118,102 @@ def evaluation_plan(job: EvaluateJob) -> EvaluationPlan:
     )
 
 
+def pinned_job(job: EvaluateJob, checkpoint: ResolvedCheckpoint, reference: ResolvedCheckpoint | None) -> EvaluateJob:
+    """Returns the job with pinned model references: if an alias moves, the job becomes another evaluation."""
+    changes: dict[str, Any] = {"model": CheckpointModelConfig(reference=checkpoint.pinned)}
+    if reference is not None:
+        changes["reference"] = CheckpointModelConfig(reference=reference.pinned)
+    return job.model_copy(update=changes)
+
+
+def budgets_for(job: EvaluateJob, checkpoint: ResolvedCheckpoint) -> tuple[int, ...]:
+    """Resolves the job's budgets to visual tokens per image, ascending; `blind` becomes 0.
+
+    Raises:
+        UnsupportedBudgetError: the connector or the reducer does not support a budget.
+    """
+    connector = connector_of(checkpoint.path)
+    full = max(connector.supported_budgets)
+    if job.reducer is not None:
+        reducer = build_reducer(job.reducer)
+        check_uncompressed(connector)
+        legal, name = reducer.budgets_of(full, config_of(checkpoint.path).depths), reducer.name
+    else:
+        legal, name = connector.supported_budgets, connector.name
+    numbers = {BLIND if budget == "blind" else full if budget == "full" else budget for budget in job.budgets}
+    for number in sorted(numbers - {BLIND}):
+        if job.anchor_grid is not None:
+            connector.check_split(number, job.anchor_grid)
+        elif number not in legal:
+            raise UnsupportedBudgetError(number, legal, name)
+    return tuple(sorted(numbers))
+
+
+def evaluated_model(
+    checkpoint: ResolvedCheckpoint, digest: str, budgets: tuple[int, ...], storage: str
+) -> EvaluatedModel:
+    """Describes the model of a pass.
+
+    Args:
+        checkpoint: the model.
+        digest: of the checkpoint's content.
+        budgets: visual tokens per image; 0: blind.
+        storage: folder or URI of the job, below which predictions are stored.
+    """
+    root = storage if "://" in storage else os.path.abspath(storage)
+    return EvaluatedModel(checkpoint.path, checkpoint.pinned, digest, budgets, f"{root}/predictions")
+
+
+def prepare(job: EvaluateJob, image_size: int) -> list[PreparedBenchmark]:
+    """Opens the benchmarks of a job.
+
+    Args:
+        job: the evaluation job.
+        image_size: side of the images that procedural benchmarks draw, pixels.
+
+    Raises:
+        UserError: a benchmark or metric is unknown, or the data of a benchmark do not exist.
+    """
+    known = catalog([Path(path) for path in job.catalog])
+    prepared = []
+    for choice in job.benchmarks:
+        config = _with_source(find(choice.name, known), choice)
+        if choice.metric is not None:
+            metric(choice.metric)
+        reader = open_reader(
+            config,
+            family=job.prompt_family,
+            data=Path(choice.data) if choice.data is not None else None,
+            image_size=image_size,
+        )
+        rows: Sequence[int] = list(chosen_rows(reader, choice.limit, job.seed))
+        prepared.append(PreparedBenchmark(choice, config, reader, rows, generation_of(job, choice, config)))
+    return prepared
+
+
+def generation_of(job: EvaluateJob, choice: BenchmarkChoice, config: BenchmarkConfig) -> GenerationSettings:
+    """Returns how the answers to a benchmark are generated."""
+    return GenerationSettings(
+        max_new_tokens=choice.max_new_tokens or config.longest_answer(job.prompt_family),
+        dtype=job.dtype,
+        decoding=choice.decoding or config.decoding,
+        num_beams=config.num_beams if choice.decoding is None else 1,
+        reducer=job.reducer.model_dump_json() if job.reducer is not None else None,
+        anchor_grid=job.anchor_grid,
+    )
+
+
+def _with_source(config: BenchmarkConfig, choice: BenchmarkChoice) -> BenchmarkConfig:
+    if not choice.source:
+        return config
+    data = config.model_dump(mode="json")
+    return validate(
+        BenchmarkConfig, data | {"source": data["source"] | choice.source}, f"benchmark {config.name} of the job"
+    )
+
+
 def connector_at(job: EvaluateJob, config: ElasticConfig, budget: int) -> ConnectorConfig | None:
-    """What gives the budget; a reducer's own cost is left out."""
+    """Returns the connector whose cost counts at a budget; None with a reducer, whose own cost is left out."""
     if job.reducer is not None:
         return None
     connector = config.connector_config

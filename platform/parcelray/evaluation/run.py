@@ -1,28 +1,38 @@
-"""One evaluation job from its file to scores, tables and a record: what `parcelray evaluate`, training reports and pipelines call."""
+"""Runs one evaluation job, from its file to scores, tables and an MLflow run.
 
-import os
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+This is what `parcelray evaluate`, training reports, searches, promotions and pipelines call.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from parcelray.benchmarks.readers.base import Problem
 from parcelray.cluster.session import ray_session
 from parcelray.config.evaluate import EvaluateJob
+from parcelray.config.evaluate import PassConfig
+from parcelray.config.evaluate import budget_name
+from parcelray.config.loader import config_hash
 from parcelray.errors import UserError
-from parcelray.evaluation.passes.records import check_pin, read_asked
-from parcelray.evaluation.passes.shards import BenchmarkPass, EvaluatedModel, PassSettings
-from parcelray.evaluation.passes.worker import run_pass_in_process
-from parcelray.evaluation.predict.predictor import BLIND
-from parcelray.evaluation.progress import progress_bars
-from parcelray.evaluation.results import REFERENCE_FOLDER, record_results, show, write_results
-from parcelray.evaluation.scoring.evaluation import AskedBenchmark, Evaluation
+from parcelray.evaluation.passes.shards import (
+    EvaluatedModel,
+    OnProgress,
+    PassResult,
+    PreparedBenchmark,
+    dtype_of,
+)
+from parcelray.evaluation.passes.store import EvaluatedBenchmark, check_fingerprint
+from parcelray.evaluation.passes.worker import ModelWorker, run_in_process
+from parcelray.evaluation.plan import budgets_for, evaluated_model, pinned_job, prepare
+from parcelray.evaluation.results import record_results, show, write_results
+from parcelray.evaluation.scoring.evaluation import Evaluation
 from parcelray.evaluation.scoring.split_scores import SplitScores
-from parcelray.evaluation.scoring.summary import Summary, summarize
-from parcelray.evaluation.setup import PreparedBenchmark, budgets_for, pinned_job, prepare
+from parcelray.evaluation.scoring.summary import REFERENCE_FOLDER, Summary, summarize
 from parcelray.models.checkpoint import ResolvedCheckpoint, content_digest
 from parcelray.models.processor import image_size_of
 from parcelray.models.vlm import connector_of
@@ -31,19 +41,22 @@ from parcelray.tracking.registry import resolve_model
 from parcelray.tracking.run_folder import RunFolder
 from parcelray.tracking.store import ensure_store
 
+_PROGRESS_LINES = 5
+"""Number of progress lines per benchmark where the output is not a terminal."""
+
 
 @dataclass(frozen=True)
 class EvaluatedRun:
-    """A finished evaluation."""
+    """The result of a finished evaluation job."""
 
     identity: str
     folder: Path
-    """Tables, picture, result.json, and what was asked."""
+    """Folder with the tables, the plot, result.json and the evaluated samples."""
     summary: Summary
     computed: int
-    """Answers computed now."""
+    """Number of predictions that were computed."""
     present: int
-    """Answers that were there."""
+    """Number of predictions that were reused from the store."""
     mlflow_run_id: str | None
 
 
@@ -55,18 +68,20 @@ def run_evaluation(
     parent_run_id: str | None = None,
     tables: bool = True,
 ) -> EvaluatedRun:
-    """Evaluates a checkpoint as a job says; answers that are there already are not computed again.
+    """Evaluates a checkpoint as described by a job; stored predictions are reused.
 
     Args:
-        job: the evaluation.
+        job: the evaluation job.
         console: for progress, tables and messages.
-        address: Ray cluster; None: RAY_ADDRESS, else a local instance. Unused with `compute.actors: 0`.
-        parent_run_id: MLflow run to nest under.
-        tables: whether to print them.
+        address: address of the Ray cluster; None: RAY_ADDRESS, or else a local instance. Unused with
+            `compute.actors: 0`.
+        parent_run_id: parent of the MLflow run.
+        tables: whether to print the tables.
 
     Raises:
-        UserError: the job cannot run as it is written, its data drifted, or too many questions could not be asked.
-        SystemFailure: the pass hangs.
+        UserError: the job cannot run as written, its data changed since an earlier run, or too many samples could not
+            be evaluated or scored.
+        SystemFailure: the pass stalled.
     """
     uri = ensure_store(job.tracking.uri) if job.tracking.uri is not None else None
     checkpoint = resolve_model(job.model, uri)
@@ -76,8 +91,7 @@ def run_evaluation(
     folder = Path(run_folder.path) if run_folder.is_local else Path("runs") / "evaluate" / job.name
     benchmarks = prepare(job, image_size_of(checkpoint.path))
     for benchmark in benchmarks:
-        before = read_asked(folder / "asked" / benchmark.config.name)
-        check_pin(benchmark.config.name, benchmark.task.reader.pin(), before.pin if before is not None else None)
+        check_fingerprint(folder, benchmark.config.name, benchmark.reader.pin())
     with (
         nullcontext() if job.compute.actors == 0 else ray_session(address),
         job_run(
@@ -90,31 +104,30 @@ def run_evaluation(
             parent_run_id=parent_run_id,
         ) as run_id,
     ):
-        evaluation, computed, present = _ask(
+        evaluation, result = _evaluate_and_save(
             job, job.name, checkpoint, budgets_for(job, checkpoint), benchmarks, folder, console
         )
+        computed, present = result.computed, result.present
         base: tuple[Evaluation, Sequence[SplitScores]] | None = None
         if reference is not None:
             full = (max(connector_of(reference.path).supported_budgets),)
-            plain = [
-                replace(
-                    each,
-                    task=replace(each.task, generation=replace(each.task.generation, reducer=None, anchor_grid=None)),
-                )
+            unreduced = [
+                replace(each, generation=replace(each.generation, reducer=None, anchor_grid=None))
                 for each in benchmarks
             ]
-            base_evaluation, more, there = _ask(
-                job, f"{job.name}-{REFERENCE_FOLDER}", reference, full, plain, folder / REFERENCE_FOLDER, console
+            name = f"{job.name}-{REFERENCE_FOLDER}"
+            base_evaluation, result = _evaluate_and_save(
+                job, name, reference, full, unreduced, folder / REFERENCE_FOLDER, console
             )
-            computed, present = computed + more, present + there
+            computed, present = computed + result.computed, present + result.present
             base = (base_evaluation, base_evaluation.score())
-        console.print(f"{computed} answers computed, {present} were there. Scoring")
+        console.print(f"{computed:,} predictions computed, {present:,} reused. Scoring.")
         summary = summarize(evaluation, evaluation.score(), job.need_within, base)
         _check_unscored(summary, job.max_unscored)
         files = write_results(summary, folder)
         if tables:
             show(summary, console)
-        console.print(f"Tables, picture and answers: {folder}")
+        console.print(f"Tables, plot and predictions: {folder}")
         if run_id is not None and uri is not None:
             record_results(uri, run_id, summary, files)
     run_folder.finish(summary.to_dict())
@@ -123,7 +136,54 @@ def run_evaluation(
     return EvaluatedRun(run_folder.identity, folder, summary, computed, present, run_id)
 
 
-def _ask(
+def evaluate_model(
+    name: str,
+    model: EvaluatedModel,
+    benchmarks: Sequence[PreparedBenchmark],
+    settings: PassConfig,
+    *,
+    mask_decoder: str | None = None,
+    worker: ModelWorker | None = None,
+    on_progress: OnProgress = lambda benchmark, rows, total: None,
+) -> tuple[Evaluation, PassResult]:
+    """Runs one pass of a model over benchmarks: in this process with a worker or without actors, else on Ray.
+
+    Args:
+        name: name of the evaluation.
+        model: the model, its budgets, and the store of its predictions.
+        benchmarks: the benchmarks to evaluate.
+        settings: use of the cluster.
+        mask_decoder: the .npz file that the metric `refseg_miou` needs.
+        worker: a worker in this process that already holds the model.
+        on_progress: called after each shard.
+
+    Returns:
+        The evaluation, ready to be scored, and the result of the pass.
+    """
+    if worker is None and settings.actors == 0:
+        threads = settings.threads_per_actor or torch.get_num_threads()
+        settings = settings.model_copy(update={"threads_per_actor": threads})
+        worker = ModelWorker(model, settings, dtype_of(benchmarks))
+    if worker is not None:
+        result = run_in_process(benchmarks, model, worker, settings, on_progress)
+    else:
+        from parcelray.evaluation.passes.ray_pass import run_on_ray
+
+        result = run_on_ray(benchmarks, model, settings, on_progress)
+    evaluation = Evaluation(
+        name=name,
+        model=model.reference,
+        digest=model.digest,
+        budgets=model.budgets,
+        full=max(connector_of(model.folder).supported_budgets),
+        store=model.store,
+        benchmarks=result.benchmarks,
+        mask_decoder=mask_decoder,
+    )
+    return evaluation, result
+
+
+def _evaluate_and_save(
     job: EvaluateJob,
     name: str,
     checkpoint: ResolvedCheckpoint,
@@ -131,68 +191,79 @@ def _ask(
     benchmarks: Sequence[PreparedBenchmark],
     folder: Path,
     console: Console,
-) -> tuple[Evaluation, int, int]:
-    """One model on all benchmarks; answers go to the store, what was asked to the folder."""
-    digest = content_digest(checkpoint.path)
-    store = job.storage if "://" in job.storage else os.path.abspath(job.storage)
-    model = EvaluatedModel(checkpoint.path, checkpoint.pinned, digest, budgets, f"{store}/predictions")
-    shown = ", ".join("blind" if budget == BLIND else str(budget) for budget in budgets)
-    console.print(f"Asking {checkpoint.pinned} at {shown} visual tokens an image")
-    with progress_bars(console, {each.config.name: len(each.task.rows) for each in benchmarks}) as on_progress:
-        passes = _pass(job)(
-            [benchmark.task for benchmark in benchmarks], model, settings=_settings(job), on_progress=on_progress
+) -> tuple[Evaluation, PassResult]:
+    """Evaluates one checkpoint on all benchmarks of a job, and saves the evaluation into a folder."""
+    model = evaluated_model(checkpoint, content_digest(checkpoint.path), budgets, job.storage)
+    names = ", ".join(map(budget_name, budgets))
+    console.print(f"Evaluating {checkpoint.pinned} at budgets {names} (visual tokens per image)")
+    settings = job.compute
+    if settings.actors == 0 and torch.cuda.is_available():
+        settings = settings.model_copy(update={"gpus_per_actor": 1.0})
+    with _progress_bars(console, {each.config.name: len(each.rows) for each in benchmarks}) as on_progress:
+        evaluation, result = evaluate_model(
+            name, model, benchmarks, settings, mask_decoder=job.mask_decoder, on_progress=on_progress
         )
-    evaluation = Evaluation(
-        name=name,
-        model=checkpoint.pinned,
-        digest=digest,
-        budgets=budgets,
-        full=max(connector_of(checkpoint.path).supported_budgets),
-        store=model.store,
-        benchmarks=tuple(
-            AskedBenchmark(each.config, passes[each.config.name].asked, each.choice.metric) for each in benchmarks
-        ),
-        mask_decoder=job.mask_decoder,
-    )
     evaluation.save(folder)
-    for benchmark in benchmarks:
-        _check_asked(passes[benchmark.config.name], benchmark.config.name, job.max_unscored)
-    return evaluation, sum(each.computed for each in passes.values()), sum(each.present for each in passes.values())
+    for benchmark in result.benchmarks:
+        _check_evaluated(benchmark, job.max_unscored)
+    return evaluation, result
 
 
-def _pass(job: EvaluateJob) -> Callable[..., dict[str, BenchmarkPass]]:
-    if job.compute.actors == 0:
-        return run_pass_in_process
-    from parcelray.evaluation.passes.ray_pass import run_pass
-
-    return run_pass
-
-
-def _settings(job: EvaluateJob) -> PassSettings:
-    settings = PassSettings(**job.compute.model_dump())
-    if job.compute.actors == 0 and torch.cuda.is_available():
-        return PassSettings(**job.compute.model_dump() | {"gpus_per_actor": 1.0})
-    return settings
-
-
-def _check_asked(done: BenchmarkPass, name: str, largest: float) -> None:
-    problems, asked = done.asked.problems, len(done.asked.records)
-    if problems and len(problems) > largest * (len(problems) + asked):
+def _check_evaluated(benchmark: EvaluatedBenchmark, max_unscored: float) -> None:
+    problems, total = benchmark.problems, len(benchmark.problems) + len(benchmark.records)
+    if problems and len(problems) > max_unscored * total:
+        first = "; ".join(f"{problem.row}: {problem.reason}" for problem in problems[:3])
         raise UserError(
-            f"{name}: {len(problems)} of {len(problems) + asked} questions could not be asked, more than max_unscored"
-            f" {largest:g} allows; the first: {_first(problems)}. Mend the data, or raise max_unscored."
+            f"{benchmark.config.name}: {len(problems)} of {total} samples could not be evaluated, more than"
+            f" max_unscored {max_unscored:g} allows; the first: {first}. Fix the data, or raise max_unscored."
         )
 
 
-def _check_unscored(summary: Summary, largest: float) -> None:
+def _check_unscored(summary: Summary, max_unscored: float) -> None:
     for split in summary.splits:
         unscored = max(score.unscored for score in split.scores.values())
-        if unscored > largest * len(split.samples):
+        if unscored > max_unscored * len(split.samples):
             raise UserError(
-                f"{split.name}: {unscored} of {len(split.samples)} questions cannot be scored by {split.metric}, more"
-                f" than max_unscored {largest:g} allows. Mend the data, choose another metric, or raise max_unscored."
+                f"{split.name}: {unscored} of {len(split.samples)} samples cannot be scored by {split.metric}, more"
+                f" than max_unscored {max_unscored:g} allows. Fix the data, choose another metric, or raise"
+                " max_unscored."
             )
 
 
-def _first(problems: Sequence[Problem]) -> str:
-    return "; ".join(f"{problem.row}: {problem.reason}" for problem in problems[:3])
+@contextmanager
+def _progress_bars(console: Console, totals: Mapping[str, int]) -> Iterator[OnProgress]:
+    """Shows a bar per benchmark with rows/s and the remaining time; without a terminal, prints a few lines instead."""
+    if not console.is_terminal:
+        yield _progress_lines(console)
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[speed]}"),
+        TimeRemainingColumn(compact=True),
+    )
+    with Progress(*columns, console=console, transient=True) as progress:
+        bars = {name: progress.add_task(name, total=total, speed="") for name, total in totals.items()}
+
+        def show_rows(name: str, rows: int, total: int) -> None:
+            speed = progress.tasks[bars[name]].speed
+            progress.update(bars[name], completed=rows, total=total, speed=f"{speed:.1f} rows/s" if speed else "")
+
+        yield show_rows
+
+
+def _progress_lines(console: Console) -> Callable[[str, int, int], None]:
+    shown: dict[str, int] = {}
+    began = time.monotonic()
+
+    def write(name: str, rows: int, total: int) -> None:
+        part = rows * _PROGRESS_LINES // total
+        if part > shown.get(name, 0):
+            shown[name] = part
+            speed = rows / max(time.monotonic() - began, 1e-9)
+            console.print(
+                f"{name}: {rows} of {total} rows, {speed:.1f} rows/s, about {(total - rows) / speed:.0f} s left",
+            )
+
+    return write

@@ -10,7 +10,7 @@ import torch
 from parcelray.config.promote import LatencyGate, PromoteJob
 from parcelray.datasets.images import decode_image
 from parcelray.datasets.sample import Sample
-from parcelray.evaluation.setup import prepare
+from parcelray.evaluation.plan import prepare
 from parcelray.models.checkpoint import ResolvedCheckpoint
 from parcelray.models.processor import image_size_of, load_processor
 from parcelray.promotion.gates import Check
@@ -36,11 +36,11 @@ def check_latency(job: PromoteJob, gate: LatencyGate, checkpoint: ResolvedCheckp
     """
     first = prepare(job.evaluation("latency", checkpoint.reference), image_size_of(checkpoint.path))[0]
     samples: list[Sample] = []
-    for row in first.task.rows:
-        samples += first.task.reader.read(row).samples
+    for row in first.rows:
+        samples += first.reader.read(row).samples
         if len(samples) >= gate.questions:
             break
-    sampling = Sampling(max_new_tokens=first.task.generation.max_new_tokens)
+    sampling = Sampling(max_new_tokens=first.generation.max_new_tokens)
     with _threads(gate.threads):
         settings = ReplicaSettings(
             path=str(checkpoint.path),

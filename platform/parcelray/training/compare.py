@@ -4,9 +4,8 @@ from collections.abc import Mapping, Sequence
 
 from rich.console import Console
 
-from parcelray.config.evaluate import BudgetName
+from parcelray.config.evaluate import BLIND, BudgetName
 from parcelray.config.train import ReportConfig, TrainJob
-from parcelray.evaluation.predict.predictor import BLIND
 from parcelray.evaluation.run import run_evaluation
 from parcelray.evaluation.scoring.aggregate import Frontier, frontier_point
 from parcelray.evaluation.scoring.majority import majority_scores

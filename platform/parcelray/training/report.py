@@ -5,14 +5,19 @@ from pathlib import Path
 
 from rich.console import Console
 
-from parcelray.config.data import DataConfig, MiniDataConfig, NlvrDataConfig
-from parcelray.config.evaluate import BenchmarkChoice, BudgetName, EvaluateJob, PassConfig
+from parcelray.config.data import DataConfig
+from parcelray.config.data import MiniDataConfig
+from parcelray.config.data import NlvrDataConfig
+from parcelray.config.evaluate import BenchmarkChoice
+from parcelray.config.evaluate import BudgetName
+from parcelray.config.evaluate import EvaluateJob
+from parcelray.config.evaluate import PassConfig
 from parcelray.config.model import CheckpointModelConfig
 from parcelray.config.train import TrainJob
 from parcelray.console import percent
-from parcelray.evaluation.frontier_files import write_frontier
-from parcelray.evaluation.frontier_table import frontier_table
-from parcelray.evaluation.predict.predictor import BLIND
+from parcelray.config.evaluate import BLIND
+from parcelray.evaluation.frontier import frontier_table
+from parcelray.evaluation.frontier import write_frontier
 from parcelray.evaluation.run import run_evaluation
 from parcelray.evaluation.scoring.aggregate import Frontier, frontier_point
 from parcelray.evaluation.scoring.intervals import wilson

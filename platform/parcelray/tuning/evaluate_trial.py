@@ -17,21 +17,18 @@ import torch
 
 from parcelray.benchmarks.readers.base import BenchmarkReader, DataPin, RowSamples
 from parcelray.config.connector import ConnectorConfig
-from parcelray.config.evaluate import EvaluateJob
+from parcelray.config.evaluate import BLIND, EvaluateJob
 from parcelray.config.loader import set_key, validate
 from parcelray.config.search_space import Assignment
 from parcelray.datasets.sample import Sample
-from parcelray.evaluation.passes.shards import BenchmarkTask, EvaluatedModel, PassSettings
-from parcelray.evaluation.passes.worker import Answerer, answer_tasks
-from parcelray.evaluation.plan import connector_at
-from parcelray.evaluation.predict.predictor import BLIND
+from parcelray.evaluation.passes.worker import ModelWorker
+from parcelray.evaluation.plan import budgets_for, connector_at, evaluated_model, generation_of, prepare
+from parcelray.evaluation.run import evaluate_model
 from parcelray.evaluation.scoring.aggregate import mean_of, retentions
-from parcelray.evaluation.scoring.evaluation import AskedBenchmark, Evaluation
 from parcelray.evaluation.scoring.split_scores import Estimate, SplitScores
-from parcelray.evaluation.setup import budgets_for, generation_of, prepare
 from parcelray.models.checkpoint import ResolvedCheckpoint
 from parcelray.models.processor import image_size_of
-from parcelray.models.vlm import config_of, connector_of
+from parcelray.models.vlm import config_of
 from parcelray.profiling.backbone_shapes import from_transformers_config
 from parcelray.profiling.flops import cost, kv_cache_bytes
 from parcelray.profiling.reduction_flops import reduced_prefill_flops
@@ -120,14 +117,12 @@ class WarmEvaluator:
         models: its model and those that points name instead, by reference.
         reference: scores of the uncompressed model on the same questions, and their budget; retention is measured
             against them.
-        settings: use of this process.
         measure_latency: whether a point's latency is measured, which takes some runs of one image.
     """
 
     job: EvaluateJob
     models: Mapping[str, SearchedModel]
     reference: Reference
-    settings: PassSettings
     measure_latency: bool = False
     _held: dict[str, "_Held"] = field(default_factory=dict, repr=False)
 
@@ -162,28 +157,18 @@ class WarmEvaluator:
         held = self._hold(job)
         searched = self._model(job)
         budgets = tuple(budget for budget in budgets_for(job, searched.checkpoint) if budget != BLIND)
-        tasks = [
-            replace(task, generation=generation_of(job, asked.choice, asked.config))
-            for asked, task in zip(held.benchmarks, held.tasks, strict=True)
+        benchmarks = [
+            replace(each, generation=generation_of(job, each.choice, each.config)) for each in held.benchmarks
         ]
-        model = replace(held.model, budgets=budgets)
-        passes = answer_tasks(tasks, model, held.answerer, settings=self.settings)
-        evaluation = Evaluation(
-            name=job.name,
-            model=model.reference,
-            digest=searched.digest,
-            budgets=budgets,
-            full=max(connector_of(searched.checkpoint.path).supported_budgets),
-            store=model.store,
-            benchmarks=tuple(
-                AskedBenchmark(each.config, passes[each.config.name].asked, each.choice.metric)
-                for each in held.benchmarks
-            ),
+        evaluation, result = evaluate_model(
+            job.name,
+            replace(held.model, budgets=budgets),
+            benchmarks,
+            job.compute,
             mask_decoder=job.mask_decoder,
+            worker=held.worker,
         )
-        return EvaluatedPoint(
-            job, budgets, evaluation.score(store=held.answerer.store), sum(each.computed for each in passes.values())
-        )
+        return EvaluatedPoint(job, budgets, evaluation.score(store=held.worker.store), result.computed)
 
     def estimate(self, point: EvaluatedPoint, budget: int, metric: str) -> Estimate:
         """Score or retention, of all or of a family (`score/video`), with its draws: points share the questions, so differences are paired."""
@@ -235,15 +220,15 @@ class WarmEvaluator:
     def _latency_ms(self, point: EvaluatedPoint, budget: int) -> float:
         """Time from one image to the first token of its answer, milliseconds: the median of a few runs, nothing held."""
         held = self._hold(point.job)
-        task = held.tasks[0]
-        sample: Sample = next(sample for row in task.rows for sample in task.reader.read(row).samples if sample.images)
+        first = held.benchmarks[0]
+        sample: Sample = next(each for row in first.rows for each in first.reader.read(row).samples if each.images)
         generation = replace(
-            generation_of(point.job, held.benchmarks[0].choice, held.benchmarks[0].config),
+            generation_of(point.job, first.choice, first.config),
             max_new_tokens=1,
             decoding="greedy",
             num_beams=1,
         )
-        predictor = held.answerer.predictor(generation).without_features()
+        predictor = held.worker.predictor(generation).without_features()
         times = []
         for repeat in range(_LATENCY_REPEATS + 1):
             started = time.perf_counter()
@@ -259,22 +244,20 @@ class WarmEvaluator:
         if key not in self._held:
             # One at a time: what is held is a model and all its features.
             self._held.clear()
-            self._held[key] = _Held(job, self._model(job), self.settings)
+            self._held[key] = _Held(job, self._model(job))
         return self._held[key]
 
 
 class _Held:
     """The model and the questions of points that share them."""
 
-    def __init__(self, job: EvaluateJob, searched: SearchedModel, settings: PassSettings) -> None:
+    def __init__(self, job: EvaluateJob, searched: SearchedModel) -> None:
         checkpoint, digest = searched
-        store = job.storage if "://" in job.storage else str(Path(job.storage).absolute())
-        self.model = EvaluatedModel(checkpoint.path, checkpoint.pinned, digest, (), f"{store}/predictions")
-        self.benchmarks = prepare(job, image_size_of(checkpoint.path))
-        self.tasks: list[BenchmarkTask] = [
-            replace(each.task, reader=_HeldReader(each.task.reader)) for each in self.benchmarks
+        self.model = evaluated_model(checkpoint, digest, (), job.storage)
+        self.benchmarks = [
+            replace(each, reader=_HeldReader(each.reader)) for each in prepare(job, image_size_of(checkpoint.path))
         ]
-        self.answerer = Answerer(self.model, settings, job.dtype, keep=True)
+        self.worker = ModelWorker(self.model, job.compute, job.dtype, keep=True)
 
 
 class _HeldReader:

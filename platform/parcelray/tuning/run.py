@@ -18,7 +18,6 @@ from parcelray.config.model import CheckpointModelConfig
 from parcelray.config.train import TrainJob
 from parcelray.config.tune import HyperBandScheduler, PbtAlgorithm, TuneJob
 from parcelray.errors import SystemFailure, UserError
-from parcelray.evaluation.passes.shards import PassSettings
 from parcelray.evaluation.run import run_evaluation
 from parcelray.evaluation.scoring.summary import Summary
 from parcelray.models.checkpoint import content_digest
@@ -265,7 +264,6 @@ class _Search:
             job=base.model_copy(update={"storage": storage}),
             models=self.models,
             reference=self._reference(base),
-            settings=PassSettings(**base.compute.model_dump()),
             measure_latency=_measures_latency(self.job),
         )
 

@@ -15,7 +15,6 @@ from parcelray.config.model import CheckpointModelConfig
 from parcelray.config.search_space import Assignment
 from parcelray.config.train import TrainJob
 from parcelray.config.tune import TuneJob
-from parcelray.evaluation.passes.shards import PassSettings
 from parcelray.models.checkpoint import content_digest, resolve_checkpoint
 from parcelray.models.vlm import config_of, connector_of
 from parcelray.training.run import run_training
@@ -146,6 +145,5 @@ def _measured(job: TuneJob, model: str, reference: Reference) -> dict[str, float
     evaluation = job.evaluation.model_copy(update=changes)
     searched = SearchedModel(resolve_checkpoint(model), content_digest(Path(model)))
     latency = any(objective.metric == "latency_ms" for objective in job.objectives)
-    settings = PassSettings(**evaluation.compute.model_dump())
-    metrics = WarmEvaluator(evaluation, {model: searched}, reference, settings, measure_latency=latency).metrics({})
+    metrics = WarmEvaluator(evaluation, {model: searched}, reference, measure_latency=latency).metrics({})
     return {name: value for name, value in metrics.items() if name != "computed"}

@@ -1,4 +1,4 @@
-"""Policies on made-up answers: what each would have given, what it pays, and that nothing is judged by what it was fitted on."""
+"""Policies on made-up answers: the answers that each gives, its costs, and cross-fitting."""
 
 import dataclasses
 
@@ -19,9 +19,9 @@ from parcelray.evaluation.adaptive.adaptive_budget import (
     study_adaptive_budgets,
 )
 from parcelray.evaluation.adaptive.budget_policies import (
-    Accounts,
     BudgetTable,
-    Ladder,
+    EscalationRule,
+    PolicyScorer,
     best_mixture,
     escalate,
     fixed,
@@ -55,25 +55,25 @@ def _table(
 VALUES = np.array([[1, 1, 1], [0, 1, 1], [0, 0, 1], [0, 0, 0]], dtype=np.float64)
 
 
-def test_every_pass_of_an_escalation_is_paid() -> None:
+def test_the_cost_of_an_escalation_includes_every_pass() -> None:
     table = _table(VALUES)
     chances_NB = np.array([[0.9, 0.9, 0.9], [0.1, 0.9, 0.9], [0.1, 0.1, 0.9], [0.1, 0.1, 0.1]])
-    choices = escalate(table, Ladder((0, 1, 2), 0.5), chances_NB)
+    choices = escalate(table, EscalationRule((0, 1, 2), 0.5), chances_NB)
     assert choices.chosen_N.tolist() == [0, 1, 2, 2]
-    spent = Accounts(table, draws=50).of(choices)
+    spent = PolicyScorer(table, draws=50).score(choices)
     assert spent.score.value == pytest.approx(75)
     assert spent.answer_tokens.value == pytest.approx((16 + 64 + 256 + 256) / 4)
     assert spent.tokens.value == pytest.approx((16 + 80 + 336 + 336) / 4)
     # The vision tower runs once, however many passes follow.
     assert spent.gflops.value == pytest.approx(5 + (1 + 3 + 11 + 11) / 4)
-    straight = escalate(table, Ladder((0, 2), 0.5), chances_NB)
-    assert Accounts(table, draws=50).of(straight).tokens.value == pytest.approx((16 + 3 * 272) / 4)
+    straight = escalate(table, EscalationRule((0, 2), 0.5), chances_NB)
+    assert PolicyScorer(table, draws=50).score(straight).tokens.value == pytest.approx((16 + 3 * 272) / 4)
 
 
-def test_the_oracle_pays_for_what_is_needed_and_no_more() -> None:
+def test_the_oracle_chooses_the_smallest_budget_that_is_needed() -> None:
     table = _table(VALUES)
     assert oracle(table, 0.0).chosen_N.tolist() == [0, 1, 2, 0]
-    # A right answer is not worth 240 more tokens at this price, but 48.
+    # At this price, a correct answer is worth 48 more tokens, but not 240.
     assert oracle(table, 0.01).chosen_N.tolist() == [0, 1, 0, 0]
 
 
@@ -81,7 +81,7 @@ def test_scores_and_costs_are_means_over_splits() -> None:
     table = _table(
         np.array([[1, 1, 1], [0, 1, 1], [0, 0, 1], [0, 0, 1]], dtype=np.float64), splits=("a", "b", "b", "b")
     )
-    spent = Accounts(table, draws=50).of(fixed(table, 0))
+    spent = PolicyScorer(table, draws=50).score(fixed(table, 0))
     assert spent.score.value == pytest.approx(50)
     assert spent.tokens.value == 16
 
@@ -90,27 +90,27 @@ def test_the_mixture_is_the_best_line_between_fixed_budgets() -> None:
     costs, scores = np.array([[16.0], [64.0], [256.0]]), np.array([[20.0], [21.0], [50.0]])
     at = np.array([16.0, 64.0, 136.0, 256.0, 300.0])
     found = best_mixture(at, np.tile(costs, 5), np.tile(scores, 5))
-    # 64 tokens lie below the line from 16 to 256, so the best coin never uses them.
+    # 64 tokens lie below the line from 16 to 256, so the best mixture never uses them.
     np.testing.assert_allclose(found, [20, 26, 35, 50, 50])
     table = _table(VALUES)
-    accounts = Accounts(table, draws=200)
-    points = [accounts.of(fixed(table, place)) for place in range(3)]
+    scorer = PolicyScorer(table, draws=200)
+    points = [scorer.score(fixed(table, index)) for index in range(3)]
     at_budget = mixture_at(points[1].tokens, [each.tokens for each in points], [each.score for each in points])
     assert at_budget.value == pytest.approx(points[1].score.value)
 
 
 def _made_up(count: int = 400, seed: int = 0) -> tuple[BudgetTable, Signals]:
-    """Questions whose image says how many tokens they need, with a confidence that half knows it, too."""
+    """Questions with a signal that reveals the needed budget, and a confidence that is correlated with it."""
     rng = np.random.default_rng(seed)
     needed_N = rng.integers(0, 4, count)
-    right_NB = needed_N[:, None] <= np.arange(3)
-    told_N = needed_N + rng.normal(scale=0.3, size=count)
-    log_probs_NB = np.where(right_NB, -0.2, -0.6) + rng.normal(scale=0.1, size=right_NB.shape)
-    table = _table(right_NB.astype(np.float64), log_probs_NB=log_probs_NB)
+    correct_NB = needed_N[:, None] <= np.arange(3)
+    signal_N = needed_N + rng.normal(scale=0.3, size=count)
+    log_probs_NB = np.where(correct_NB, -0.2, -0.6) + rng.normal(scale=0.1, size=correct_NB.shape)
+    table = _table(correct_NB.astype(np.float64), log_probs_NB=log_probs_NB)
     answers = [
         GivenAnswer("x", num_new_tokens=2, mean_log_prob=float(each), entropy=0.5) for each in log_probs_NB[:, 0]
     ]
-    before_NS = np.stack([told_N, rng.normal(size=count)], axis=1)
+    before_NS = np.stack([signal_N, rng.normal(size=count)], axis=1)
     return table, Signals(
         before_NS,
         ("image_mean_0", "question_0"),
@@ -124,7 +124,7 @@ def study() -> AdaptiveStudy:
     return study_adaptive_budgets(*_made_up(), keep_within=5)
 
 
-def test_what_can_be_known_beats_a_coin_and_no_one_beats_the_oracle(study: AdaptiveStudy) -> None:
+def test_predictors_beat_a_random_mixture_and_nothing_beats_the_oracle(study: AdaptiveStudy) -> None:
     best = {method: max(point.gain_at_tokens.interval.low for point in study.curve(method)) for method in study.methods}
     assert best[BEFORE] > 5
     assert best[AFTER] > 5
@@ -135,8 +135,8 @@ def test_what_can_be_known_beats_a_coin_and_no_one_beats_the_oracle(study: Adapt
     assert all(point.gain_at_tokens.value == pytest.approx(0) for point in study.curve(FIXED))
 
 
-def test_noise_wins_nothing() -> None:
-    """With signals that know nothing a predictor that saw its own questions would seem to win; a cross-fitted one does not."""
+def test_random_signals_gain_nothing() -> None:
+    """With random signals, a predictor tested on the questions of its fit seems to win; a cross-fitted one does not."""
     table, signals = _made_up(200)
     noise = np.random.default_rng(3).normal(size=(200, 60))
     names = tuple(f"{part}_{index}" for part in ("image", "question") for index in range(30))
@@ -156,7 +156,7 @@ def test_the_price_for_serving_keeps_the_score(study: AdaptiveStudy) -> None:
     assert study.predictors[AFTER].reads_answer
 
 
-def test_calibration_is_mended_and_rises(study: AdaptiveStudy) -> None:
+def test_isotonic_maps_reduce_the_calibration_error_and_are_monotonic(study: AdaptiveStudy) -> None:
     for each in study.calibration:
         assert each.with_isotonic < each.raw
         assert each.auroc > 0.9
@@ -165,11 +165,11 @@ def test_calibration_is_mended_and_rises(study: AdaptiveStudy) -> None:
     assert data["isotonic_maps"].keys() == {"16", "64", "256"}
 
 
-def test_too_little_is_refused() -> None:
+def test_too_few_scenes_or_budgets_are_refused() -> None:
     table, signals = _made_up(12)
     with pytest.raises(UserError, match=r"6 scenes at the budgets .* evaluate at least two budgets on 10 scenes"):
         study_adaptive_budgets(table, signals, keep_within=5)
     table, signals = _made_up(100)
     one = dataclasses.replace(table, budgets=(16,))
-    with pytest.raises(UserError, match="are too few to choose between"):
+    with pytest.raises(UserError, match="are too few for a study of adaptive budgets"):
         study_adaptive_budgets(one, signals, keep_within=5)

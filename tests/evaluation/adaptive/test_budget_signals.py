@@ -1,4 +1,4 @@
-"""The signals: as many as their names, from encoded images or from patch features that are there, and the same."""
+"""The signals match their names, and are the same from encoded images and from patch features."""
 
 import numpy as np
 import pytest
@@ -28,11 +28,11 @@ def test_signals_are_the_same_from_images_and_from_patch_features(reader: Signal
     assert found[:, -2].tolist() == [
         len(ids) for ids in reader._processor.encode_prompts([sample.prompt for sample in samples])
     ]
-    for place in (0, 4):
-        images = [decode_image(image) for image in samples[place].images]
+    for index in (0, 4):
+        images = [decode_image(image) for image in samples[index].images]
         pixels = reader._processor.image_processor(images, return_tensors="pt")["pixel_values"]
         pooled = pool(reader._model.model.encode_patches(pixels).detach())
-        np.testing.assert_allclose(reader.of(list(pooled), samples[place].prompt), found[place], rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(reader.of(list(pooled), samples[index].prompt), found[index], rtol=1e-4, atol=1e-4)
 
 
 def test_signals_of_an_answer() -> None:

@@ -1,4 +1,4 @@
-"""The study from a job to files and MLflow, on a tiny checkpoint, and what it refuses."""
+"""The study of adaptive budgets from a job to files and MLflow, on a tiny checkpoint, and its errors."""
 
 import io
 import json
@@ -50,19 +50,19 @@ def _console() -> Console:
     return Console(file=io.StringIO(), width=200)
 
 
-def test_a_study_leaves_curves_a_picture_and_predictors(checkpoint: Path, tmp_path: Path) -> None:
-    # An untrained model is never right, so the right answer to every other question is made what it says at 16 tokens.
-    asked = run_evaluation(
+def test_a_study_writes_curves_a_plot_and_predictors(checkpoint: Path, tmp_path: Path) -> None:
+    # An untrained model is never correct, so the reference of every other question becomes its own answer at 16 tokens.
+    evaluated = run_evaluation(
         _job(tmp_path / "before", checkpoint, own_benchmark(tmp_path / "a", [["nothing"]] * 40)),
         _console(),
         tables=False,
     )
-    said = [answer.text for answer in asked.summary.splits[0].answers[16]]
-    data = own_benchmark(tmp_path / "b", [[text if number % 2 else "nothing"] for number, text in enumerate(said)])
+    texts = [answer.text for answer in evaluated.summary.splits[0].answers[16]]
+    data = own_benchmark(tmp_path / "b", [[text if number % 2 else "nothing"] for number, text in enumerate(texts)])
     uri = new_store(tmp_path)
     run = study_adaptive(_job(tmp_path, checkpoint, data, tracking={"uri": uri}), _console(), folder=tmp_path / "study")
     found = json.loads((tmp_path / "study" / "adaptive.json").read_text())
-    assert found["budgets"] == [16, 64], "the blind model is no budget"
+    assert found["budgets"] == [16, 64], "the blind baseline is not among the budgets"
     assert found["questions"] == 40
     assert {FIXED, BEFORE, AFTER, ORACLE, "escalate 16 > 64"} <= {point["method"] for point in found["points"]}
     with Image.open(tmp_path / "study" / "adaptive.png") as image:
@@ -84,7 +84,7 @@ def test_a_study_leaves_curves_a_picture_and_predictors(checkpoint: Path, tmp_pa
     assert "predictor/score" in logged.data.metrics
 
 
-def test_answers_of_a_beam_search_have_no_confidence_to_go_by(checkpoint: Path, tmp_path: Path) -> None:
+def test_answers_of_a_beam_search_are_refused_because_they_have_no_confidence(checkpoint: Path, tmp_path: Path) -> None:
     data = own_benchmark(tmp_path / "a", [["red"]] * 40, "decoding: beam\nnum_beams: 2\n")
     with pytest.raises(UserError, match="have no confidence"):
         study_adaptive(_job(tmp_path, checkpoint, data, budgets=[16]), _console(), folder=tmp_path / "study")

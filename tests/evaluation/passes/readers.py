@@ -11,8 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from parcelray.benchmarks.catalog import catalog, find
 from parcelray.benchmarks.readers.base import Problem, RowSamples
 from parcelray.benchmarks.readers.mini import MiniReader
+from parcelray.config.evaluate import BenchmarkChoice
+from parcelray.evaluation.passes.shards import PreparedBenchmark
+from parcelray.evaluation.predict.generation import GenerationSettings
 
 from ...processes import LIMIT_S
 
@@ -85,3 +89,9 @@ class Waits(MiniReader):
 def disturbed(kind: type[Any], marker: Path) -> Any:
     """A reader of the same rows with a disturbance."""
     return kind(**dataclasses.asdict(READER), marker=str(marker))
+
+
+def mini_benchmark(reader: MiniReader, generation: GenerationSettings) -> PreparedBenchmark:
+    """All rows of a reader of the mini suite, ready to be evaluated."""
+    choice = BenchmarkChoice(name="mini")
+    return PreparedBenchmark(choice, find(choice.name, catalog()), reader, reader.order(), generation)

@@ -1,4 +1,4 @@
-"""The evaluation pass: every answer there once, whatever dies on the way."""
+"""The evaluation pass on Ray: every prediction is stored exactly once, even if processes or nodes die."""
 
 import dataclasses
 import os
@@ -13,19 +13,20 @@ import torch
 
 from parcelray.benchmarks.readers.base import Problem
 from parcelray.benchmarks.readers.mini import MiniReader
+from parcelray.config.evaluate import BLIND, PassConfig
 from parcelray.errors import SystemFailure, UnsupportedBudgetError
-from parcelray.evaluation.passes.ray_pass import run_pass
-from parcelray.evaluation.passes.shards import BenchmarkPass, BenchmarkTask, EvaluatedModel, PassSettings
+from parcelray.evaluation.passes.ray_pass import run_on_ray
+from parcelray.evaluation.passes.shards import EvaluatedModel, PassResult
 from parcelray.evaluation.passes.store import Prediction, PredictionStore
 from parcelray.evaluation.predict.generation import GenerationSettings
-from parcelray.evaluation.predict.predictor import BLIND, Predictor
+from parcelray.evaluation.predict.predictor import Predictor
 from parcelray.models.processor import load_processor
 from parcelray.models.vlm import load_vlm
 from parcelray.training.start import build_start
 
 from ...processes import LIMIT_S, end_session, wait_until
 from ...training.conftest import tiny_job
-from .readers import READER, Hangs, KillsItsReader, Waits, disturbed
+from .readers import READER, Hangs, KillsItsReader, Waits, disturbed, mini_benchmark
 
 pytestmark = [
     pytest.mark.ray,
@@ -35,7 +36,7 @@ pytestmark = [
 
 BUDGETS = (BLIND, 16, 64)
 GENERATION = GenerationSettings(max_new_tokens=6)
-SMALL = PassSettings(rows_per_bundle=6, cpus_per_actor=0.5, threads_per_actor=1)
+SMALL = PassConfig(rows_per_shard=6, cpus_per_actor=0.5, threads_per_actor=1)
 ANSWERS = 48 * len(BUDGETS)
 Answers = dict[tuple[str, int], Prediction]
 """Stored predictions, by sample and budget."""
@@ -51,7 +52,7 @@ and kernels change them by about 1e-6, so none of these can change an answer. Th
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")
-    # Of the first seeds, the one with the clearest decisions, see MARGIN.
+    # Among the first seeds, this one has the largest margin, see MARGIN.
     model, processor = build_start(tiny_job(folder, seed=4), None)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
@@ -63,13 +64,12 @@ def _model(checkpoint: Path, store: Path, budgets: tuple[int, ...] = BUDGETS) ->
 
 
 def _pass(
-    checkpoint: Path, store: Path, reader: MiniReader = READER, settings: PassSettings = SMALL, **changes
-) -> BenchmarkPass:
+    checkpoint: Path, store: Path, reader: MiniReader = READER, settings: PassConfig = SMALL, **changes
+) -> PassResult:
     rows = changes.pop("rows", reader.order())
     budgets = changes.pop("budgets", BUDGETS)
-    return run_pass(
-        [BenchmarkTask(reader, rows, GENERATION)], _model(checkpoint, store, budgets), settings=settings, **changes
-    )["mini"]
+    benchmark = dataclasses.replace(mini_benchmark(reader, GENERATION), rows=rows)
+    return run_on_ray([benchmark], _model(checkpoint, store, budgets), settings, **changes)
 
 
 def _answers(store: Path) -> Answers:
@@ -78,8 +78,8 @@ def _answers(store: Path) -> Answers:
     found = PredictionStore(str(store)).read("mini", "digest", keys).values()
     assert all(prediction.mean_log_prob is not None for prediction in found)
     # The last digits of a confidence depend on the batch, which a disturbed pass changes; texts do not, see MARGIN.
-    said = (dataclasses.replace(prediction, mean_log_prob=None, entropy=None) for prediction in found)
-    answers = {(prediction.sample_id, prediction.num_visual_tokens): prediction for prediction in said}
+    texts = (dataclasses.replace(prediction, mean_log_prob=None, entropy=None) for prediction in found)
+    answers = {(prediction.sample_id, prediction.num_visual_tokens): prediction for prediction in texts}
     assert len(answers) == len(keys)
     return answers
 
@@ -90,19 +90,19 @@ def undisturbed(ray_session: None, checkpoint: Path, tmp_path_factory: pytest.Te
     progress: list[int] = []
     result = _pass(checkpoint, store, on_progress=lambda name, rows, total: progress.append(rows))
     assert (result.computed, result.present) == (ANSWERS, 0)
-    assert [record.sample.id for record in result.asked.records] == [
+    assert [record.sample.id for record in result.benchmarks[0].records] == [
         READER.read(row).samples[0].id for row in READER.order()
     ]
     assert progress == sorted(progress)
     assert progress[-1] == 48
     answers = _answers(store)
-    assert {record.keys[16] for record in result.asked.records} == {
+    assert {record.keys[16] for record in result.benchmarks[0].records} == {
         prediction.key for (_, budget), prediction in answers.items() if budget == 16
     }
     return answers
 
 
-def test_the_pass_answers_as_a_plain_loop_does(undisturbed: Answers, checkpoint: Path) -> None:
+def test_the_pass_predicts_the_same_as_a_plain_loop(undisturbed: Answers, checkpoint: Path) -> None:
     samples = [READER.read(row).samples[0] for row in READER.order()]
     model = load_vlm(checkpoint).eval()
     margins: list[float] = []
@@ -118,7 +118,7 @@ def test_the_pass_answers_as_a_plain_loop_does(undisturbed: Answers, checkpoint:
         for budget, texts in predictor.generate_budgets(samples, BUDGETS).items()
         for sample, text in zip(samples, texts, strict=True)
     }
-    assert {place: prediction.text for place, prediction in undisturbed.items()} == expected
+    assert {key: prediction.text for key, prediction in undisturbed.items()} == expected
     assert len(margins) >= ANSWERS
     assert min(margins) > MARGIN, "choose weights with clearer decisions"
     assert len(set(expected.values())) > 10, "the answers tell samples and budgets apart"
@@ -137,15 +137,15 @@ def test_a_killed_reader_loses_nothing_and_damaged_rows_are_listed(
     result = _pass(checkpoint, tmp_path / "store", reader)
     assert (tmp_path / "died").exists()
     undecodable = READER.read(7).samples[0].id
-    assert result.asked.problems[0] == Problem("row 3", "no answer")
-    assert result.asked.problems[1].row == undecodable
-    assert "cannot be decoded" in result.asked.problems[1].reason
-    assert len(result.asked.problems) == 2
-    assert len(result.asked.records) == 46
+    assert result.benchmarks[0].problems[0] == Problem("row 3", "no answer")
+    assert result.benchmarks[0].problems[1].row == undecodable
+    assert "cannot be decoded" in result.benchmarks[0].problems[1].reason
+    assert len(result.benchmarks[0].problems) == 2
+    assert len(result.benchmarks[0].records) == 46
     assert (result.computed, result.present) == (46 * len(BUDGETS), 0)
     lost = (undecodable, READER.read(3).samples[0].id)
     assert _answers(tmp_path / "store") == {
-        place: prediction for place, prediction in undisturbed.items() if place[0] not in lost
+        key: prediction for key, prediction in undisturbed.items() if key[0] not in lost
     }
 
 
@@ -160,7 +160,9 @@ def _actor_processes() -> list[int]:
         return process == os.getpid() or (process in rows and ours(rows[process][0]))
 
     return [
-        process for process, (_, line) in rows.items() if "ray::MapWorker(MapBatches(_Answer" in line and ours(process)
+        process
+        for process, (_, line) in rows.items()
+        if "ray::MapWorker(MapBatches(_Evaluate" in line and ours(process)
     ]
 
 
@@ -176,10 +178,10 @@ def test_a_killed_actor_loses_nothing(undisturbed: Answers, checkpoint: Path, tm
                 os.kill(process, signal.SIGKILL)
             went_on.touch()
 
-    settings = dataclasses.replace(SMALL, rows_per_bundle=2)
+    settings = SMALL.model_copy(update={"rows_per_shard": 2})
     result = _pass(checkpoint, tmp_path / "store", disturbed(Waits, went_on), settings=settings, on_progress=kill)
     assert killed
-    # A bundle that was stored before its actor died is computed once more and overwrites its own answers.
+    # A shard that was stored before its actor died is computed once more and overwrites its own answers.
     assert result.computed == ANSWERS
     assert _answers(tmp_path / "store") == undisturbed
 
@@ -197,26 +199,28 @@ class _Clock:
         return self._now
 
 
-def test_a_hang_ends_with_the_stage_and_only_what_is_missing_is_computed(
+def test_a_stall_is_reported_with_its_stage_and_a_rerun_computes_only_what_is_missing(
     undisturbed: Answers, checkpoint: Path, tmp_path: Path
 ) -> None:
     store, marker = tmp_path / "store", tmp_path / "hangs"
     # The reader hangs, and all that it has read before is answered.
     clock = _Clock(lambda: marker.exists() and len(PredictionStore(str(store)).keys("mini", "digest")) == 18)
-    # Ray Data hands over a bundle once the next one is there, so the last of the three may not be counted.
-    message = r"No bundle was finished for 15 s \([23] of 8 are\); what runs is: .*reading rows 18 to 23 of mini"
+    # Ray Data hands over a shard once the next one is there, so the last of the three may not be counted.
+    message = (
+        r"No shard was finished for 15 s \([23] of 8 are finished\); running stages: .*reading rows 18 to 23 of mini"
+    )
     with pytest.raises(SystemFailure, match=message):
         _pass(
             checkpoint,
             store,
             disturbed(Hangs, marker),
-            dataclasses.replace(SMALL, stall_s=15),
+            SMALL.model_copy(update={"stall_s": 15}),
             budgets=(16,),
             clock=clock,
         )
     assert len(_answers(store)) == 18
-    # The session is as usable as before; other bundles and more actors find the same answers again.
-    second = _pass(checkpoint, store, settings=dataclasses.replace(SMALL, rows_per_bundle=16, actors=2))
+    # The session is as usable as before; other shards and more actors find the same answers again.
+    second = _pass(checkpoint, store, settings=SMALL.model_copy(update={"rows_per_shard": 16, "actors": 2}))
     assert (second.computed, second.present) == (ANSWERS - 18, 18)
     assert _answers(store) == undisturbed
     third = _pass(checkpoint, store)
@@ -232,16 +236,18 @@ root, checkpoint, store, never = sys.argv[1:]
 sys.path.insert(0, root)
 
 from parcelray.cluster.session import ray_session
-from parcelray.evaluation.passes.shards import BenchmarkTask, EvaluatedModel, PassSettings
-from parcelray.evaluation.passes.ray_pass import run_pass
+from parcelray.config.evaluate import PassConfig
+from parcelray.evaluation.passes.shards import EvaluatedModel
+from parcelray.evaluation.passes.ray_pass import run_on_ray
 from parcelray.evaluation.predict.generation import GenerationSettings
-from tests.evaluation.passes.readers import Waits, disturbed
+from tests.evaluation.passes.readers import Waits, disturbed, mini_benchmark
 
 if __name__ == "__main__":
     reader = disturbed(Waits, Path(never))
-    task = BenchmarkTask(reader, reader.order(), GenerationSettings(max_new_tokens=6))
+    benchmark = mini_benchmark(reader, GenerationSettings(max_new_tokens=6))
     with ray_session("local"):
-        run_pass([task], EvaluatedModel(Path(checkpoint), "tiny", "digest", (0, 16, 64), store), settings=PassSettings(rows_per_bundle=2))
+        model = EvaluatedModel(Path(checkpoint), "tiny", "digest", (0, 16, 64), store)
+        run_on_ray([benchmark], model, PassConfig(rows_per_shard=2))
 """
 
 
@@ -253,7 +259,7 @@ def test_a_killed_driver_loses_nothing(undisturbed: Answers, checkpoint: Path, r
     wait_until(lambda: len(list(store.rglob("*.parquet"))) >= 3, "three files of answers are stored", driver)
     driver.kill()
     driver.wait()
-    # Its Ray outlives it, so its actors may store a last bundle; what belongs to the session that we made is ours to
+    # Its Ray outlives it, so its actors may store a last shard; what belongs to the session that we made is ours to
     # end.
     end_session(driver.pid)
     kept = len(_answers(store))
@@ -273,29 +279,31 @@ sys.path.insert(0, root)
 
 import ray
 from ray.cluster_utils import Cluster
-from parcelray.evaluation.passes.shards import BenchmarkTask, EvaluatedModel, PassSettings
-from parcelray.evaluation.passes.ray_pass import run_pass
+from parcelray.config.evaluate import PassConfig
+from parcelray.evaluation.passes.shards import EvaluatedModel
+from parcelray.evaluation.passes.ray_pass import run_on_ray
 from parcelray.evaluation.predict.generation import GenerationSettings
-from tests.evaluation.passes.readers import Waits, disturbed
+from tests.evaluation.passes.readers import Waits, disturbed, mini_benchmark
 
 if __name__ == "__main__":
     health = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "health_check_failure_threshold": 3}
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "_system_config": health, "include_dashboard": False})
+    head = {"num_cpus": 2, "_system_config": health, "include_dashboard": False}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
     second = cluster.add_node(num_cpus=2)
     ray.init(cluster.address, log_to_driver=False)
     # Rows are left to be read until the node is gone.
     reader = disturbed(Waits, Path(removed))
-    task = BenchmarkTask(reader, reader.order(), GenerationSettings(max_new_tokens=6))
+    benchmark = mini_benchmark(reader, GenerationSettings(max_new_tokens=6))
 
     def remove(name, rows, total):
         if not Path(removed).exists():
             cluster.remove_node(second, allow_graceful=False)
             Path(removed).touch()
 
-    settings = PassSettings(rows_per_bundle=2, actors=2, readers=2, cpus_per_actor=0.4)
+    settings = PassConfig(rows_per_shard=2, actors=2, readers=2, cpus_per_actor=0.4)
     model = EvaluatedModel(Path(checkpoint), "tiny", "digest", (0, 16, 64), store)
-    result = run_pass([task], model, settings=settings, on_progress=remove)["mini"]
-    print("RESULT", result.computed, result.present, len(result.asked.records))
+    result = run_on_ray([benchmark], model, settings, on_progress=remove)
+    print("RESULT", result.computed, result.present, len(result.benchmarks[0].records))
     ray.shutdown()
     cluster.shutdown()
 """

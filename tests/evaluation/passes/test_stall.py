@@ -1,18 +1,18 @@
-"""The limit of a pass on the time without a finished bundle."""
+"""The limit of a pass on the time without a finished shard."""
 
 import queue
 
 import pytest
 
-from parcelray.evaluation.passes import ray_pass as evaluate
+from parcelray.evaluation.passes import ray_pass
 
 
 @pytest.fixture(autouse=True)
 def _no_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(evaluate, "_STALL_POLL_S", 0.0)
+    monkeypatch.setattr(ray_pass, "_STALL_POLL_S", 0.0)
 
 
-def test_an_item_just_before_the_limit_is_returned_and_the_limit_counts_anew() -> None:
+def test_an_item_just_before_the_limit_is_returned_and_restarts_the_limit() -> None:
     items: queue.Queue[str] = queue.Queue()
     now = 0.0
 
@@ -23,8 +23,8 @@ def test_an_item_just_before_the_limit_is_returned_and_the_limit_counts_anew() -
             items.put(f"at {now:g} s")
         return now
 
-    assert evaluate._next(items, 15.0, clock) == "at 14 s"
-    assert evaluate._next(items, 15.0, clock) == "at 27 s"
+    assert ray_pass._next(items, 15.0, clock) == "at 14 s"
+    assert ray_pass._next(items, 15.0, clock) == "at 27 s"
 
 
 def test_no_item_until_the_limit_is_a_stall() -> None:
@@ -35,11 +35,11 @@ def test_no_item_until_the_limit_is_a_stall() -> None:
         return readings[-1]
 
     with pytest.raises(queue.Empty):
-        evaluate._next(queue.Queue(), 15.0, clock)
+        ray_pass._next(queue.Queue(), 15.0, clock)
     assert readings[-1] - readings[0] == 15.0
 
 
-def test_what_has_arrived_is_no_stall_however_late_it_is_taken() -> None:
+def test_an_item_that_has_arrived_is_no_stall_however_late_it_is_taken() -> None:
     items: queue.Queue[str] = queue.Queue()
     items.put("late")
-    assert evaluate._next(items, 0.0, lambda: 1e9) == "late"
+    assert ray_pass._next(items, 0.0, lambda: 1e9) == "late"

@@ -1,4 +1,4 @@
-"""Answers survive crashes and meet again under the same key, and only under it."""
+"""The prediction store: keys, crashes, and damaged shards."""
 
 import dataclasses
 from pathlib import Path
@@ -45,11 +45,11 @@ def _key(sample: Sample = SAMPLE, **changes: Any) -> str:
         {"sample": dataclasses.replace(SAMPLE, images=(b"onetwo",))},
     ],
 )
-def test_whatever_changes_an_answer_changes_its_key(other: dict[str, Any]) -> None:
+def test_everything_that_can_change_a_prediction_changes_its_key(other: dict[str, Any]) -> None:
     assert _key(**other) != _key()
 
 
-def test_what_only_scores_an_answer_does_not_change_its_key() -> None:
+def test_fields_that_only_affect_scoring_do_not_change_the_key() -> None:
     assert (
         _key(
             dataclasses.replace(
@@ -60,14 +60,14 @@ def test_what_only_scores_an_answer_does_not_change_its_key() -> None:
     )
 
 
-def test_the_choices_count_only_where_one_of_them_is_chosen() -> None:
+def test_choices_change_the_key_only_with_likelihood_decoding() -> None:
     choosing = GenerationSettings(decoding="likelihood")
     first, second = (dataclasses.replace(SAMPLE, metadata={"choices": choices}) for choices in (["a", "b"], ["a", "c"]))
     assert _key(first) == _key(second)
     assert _key(first, settings=choosing) != _key(second, settings=choosing)
 
 
-def test_answers_come_back(store: PredictionStore) -> None:
+def test_stored_predictions_are_read_back(store: PredictionStore) -> None:
     assert store.keys("b", "m") == frozenset()
     assert store.read("b", "m", ["a"]) == {}
     store.write([])
@@ -79,17 +79,17 @@ def test_answers_come_back(store: PredictionStore) -> None:
     assert store.read("b", "m", ["b", "c", "e"]) == {"b": _prediction("b", text="zwei, 2 \n")}
 
 
-def test_a_block_that_is_written_again_takes_its_own_place(tmp_path: Path) -> None:
+def test_a_shard_that_is_written_again_replaces_itself(tmp_path: Path) -> None:
     first, second = PredictionStore(str(tmp_path)), PredictionStore(str(tmp_path))
     first.write([_prediction("a"), _prediction("b")])
     second.write([_prediction("b"), _prediction("a")])
     assert len(list(tmp_path.rglob("*.parquet"))) == 1
-    # Another block with an answer in common: the answer is still one.
+    # Another shard with a prediction in common: the prediction is still returned once.
     second.write([_prediction("b"), _prediction("c")])
     assert sorted(first.read("b", "m", ["a", "b", "c"])) == ["a", "b", "c"]
 
 
-def test_confidence_comes_back_and_a_shard_without_it_is_left_alone(tmp_path: Path) -> None:
+def test_confidence_is_read_back_and_a_shard_without_it_is_ignored(tmp_path: Path) -> None:
     store = PredictionStore(str(tmp_path))
     store.write([_prediction("old")])
     (shard,) = tmp_path.rglob("*.parquet")
@@ -97,13 +97,11 @@ def test_confidence_comes_back_and_a_shard_without_it_is_left_alone(tmp_path: Pa
     sure = dataclasses.replace(_prediction("a"), mean_log_prob=-0.25, entropy=1.5)
     store.write([sure])
     assert store.read("b", "m", ["a"]) == {"a": sure}
-    with pytest.raises(UserError, match="remove it, and its answers are computed again"):
+    with pytest.raises(UserError, match="remove it, and its predictions are computed again"):
         store.read("b", "m", ["old"])
 
 
-def test_a_crash_in_the_middle_of_a_write_leaves_what_was_there(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_crash_during_a_write_leaves_earlier_shards_intact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = PredictionStore(str(tmp_path))
     store.write([_prediction("a")])
     with monkeypatch.context() as crash:
@@ -116,9 +114,9 @@ def test_a_crash_in_the_middle_of_a_write_leaves_what_was_there(
     assert len([path for path in tmp_path.rglob("*") if path.is_file()]) == 2
 
 
-def test_a_file_that_is_no_shard_is_named(tmp_path: Path) -> None:
+def test_the_error_names_a_file_that_is_not_a_shard(tmp_path: Path) -> None:
     store = PredictionStore(str(tmp_path))
     store.write([_prediction("a")])
     (tmp_path / "b" / "m" / "other.parquet").write_bytes(b"nothing")
-    with pytest.raises(UserError, match=r"other\.parquet is not a shard of answers"):
+    with pytest.raises(UserError, match=r"other\.parquet is not a shard of predictions"):
         store.keys("b", "m")

@@ -1,4 +1,4 @@
-"""The cache keeps what was asked for last, within its bytes."""
+"""The cache keeps the batches that were used last, within its size limit."""
 
 from types import SimpleNamespace
 from typing import Any, cast
@@ -10,7 +10,7 @@ def _images(num_bytes: int) -> EncodedImages:
     return EncodedImages((b"image",), {}, cast(Any, SimpleNamespace(num_bytes=num_bytes)))
 
 
-def test_the_oldest_goes_first_and_what_is_asked_for_is_new() -> None:
+def test_the_least_recently_used_batch_is_evicted() -> None:
     cache = FeatureCache(100)
     encoded: list[str] = []
 
@@ -31,7 +31,7 @@ def test_the_oldest_goes_first_and_what_is_asked_for_is_new() -> None:
     assert encoded == ["a", "b", "c", "b"]
 
 
-def test_what_is_too_large_is_not_kept_and_the_blind_cost_nothing() -> None:
+def test_a_too_large_batch_is_not_kept_and_a_blind_batch_has_no_size() -> None:
     cache = FeatureCache(10)
     assert cache.get("large", lambda: _images(11)).view is not None
     cache.get("blind", lambda: EncodedImages((), {}, None))

@@ -1,4 +1,4 @@
-"""Answers at any budget: the same alone and in a batch, from one encoding of each image, and blind."""
+"""Predictions at any budget: the same alone and in a batch, from one encoding of each image, and blind."""
 
 import dataclasses
 import io
@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from parcelray.config.connector import ParcelConnectorConfig
+from parcelray.config.evaluate import BLIND
 from parcelray.config.model import MiniLlavaModelConfig, MiniModelConfig
 from parcelray.datasets.boxes import Box, format_locations, parse_locations
 from parcelray.datasets.images import decode_image
@@ -20,8 +21,7 @@ from parcelray.datasets.sample import Sample
 from parcelray.errors import SystemFailure, UnsupportedBudgetError, UserError
 from parcelray.evaluation.predict.confidence import UNKNOWN
 from parcelray.evaluation.predict.generation import GenerationSettings
-from parcelray.evaluation.predict.predictor import BLIND, Predictor
-from parcelray.evaluation.scoring.score import score
+from parcelray.evaluation.predict.predictor import Predictor
 from parcelray.models.backbones import ElasticVLM
 from parcelray.models.backbones.paligemma_processor import ElasticPaliGemmaProcessor as Processor
 from parcelray.models.backbones.processor_base import ElasticProcessor
@@ -116,7 +116,9 @@ def test_a_batch_answers_as_one_sample_at_a_time(
     assert len(set(together[16])) >= 6, "the test means something only if answers differ"
 
 
-def test_an_answer_is_the_stock_paths_own(model: ElasticVLM, processor: Processor, samples: list[Sample]) -> None:
+def test_an_answer_equals_that_of_the_stock_model(
+    model: ElasticVLM, processor: Processor, samples: list[Sample]
+) -> None:
     sample = samples[1]
     inputs = processor(
         [[decode_image(image) for image in sample.images]], [sample.prompt], num_visual_tokens=40, return_tensors="pt"
@@ -162,7 +164,7 @@ def test_each_image_is_encoded_once_for_all_budgets_and_questions(
 
 
 @pytest.mark.parametrize("budget", [BLIND, 16, 256])
-def test_the_decoder_sees_as_many_visual_tokens_as_the_budget_says(
+def test_the_decoder_gets_as_many_visual_tokens_as_the_budget(
     model: ElasticVLM, processor: Processor, samples: list[Sample], budget: int
 ) -> None:
     lengths: list[int] = []
@@ -200,11 +202,11 @@ def test_an_illegal_budget_is_refused(model: ElasticVLM, processor: Processor, s
         Predictor(model, processor).generate(samples, num_visual_tokens=8)
 
 
-def test_a_prompt_with_another_number_of_visual_tokens_is_a_failure(
+def test_a_prompt_with_a_wrong_number_of_visual_tokens_is_a_failure(
     model: ElasticVLM, processor: Processor, samples: list[Sample]
 ) -> None:
     smuggled = Sample(**{**{name: getattr(samples[0], name) for name in Sample.__slots__}, "prompt": "what is <image>"})
-    with pytest.raises(SystemFailure, match="about to see 17 visual tokens where the budget asks for 16"):
+    with pytest.raises(SystemFailure, match="holds 17 visual tokens, but the budget requires 16"):
         Predictor(model, processor).generate([smuggled], num_visual_tokens=16)
 
 
@@ -217,29 +219,19 @@ def test_location_tokens_survive_decoding(processor: Processor) -> None:
     )
 
 
-def test_scores_carry_the_budget_and_the_answer(samples: list[Sample]) -> None:
-    scores = score(samples[:2], ["Red.", "blue"], num_visual_tokens=40)
-    assert [(each.sample_id, each.num_visual_tokens, each.prediction, each.value) for each in scores] == [
-        ("0", 40, "Red.", 1.0),
-        ("1", 40, "blue", 0.0),
-    ]
-    with pytest.raises(ValueError, match="shorter"):
-        score(samples[:2], ["red"], num_visual_tokens=40)
-
-
 @pytest.mark.parametrize(
     "settings",
     [GenerationSettings(max_new_tokens=4, decoding="beam", num_beams=3), GenerationSettings(decoding="likelihood")],
 )
-def test_other_decodings_answer_alike_in_any_batch(
+def test_other_decodings_do_not_depend_on_the_batch(
     model: ElasticVLM, processor: Processor, samples: list[Sample], settings: GenerationSettings
 ) -> None:
-    asked = [
+    with_choices = [
         dataclasses.replace(sample, metadata={"choices": ["red", "blue", "a tower of circles", "2"]})
         for sample in samples
     ]
-    together = Predictor(model, processor, settings=settings).answer_budgets(asked, [BLIND, 16])
-    alone = Predictor(model, processor, settings=settings, batch_size=1).answer_budgets(asked, [BLIND, 16])
+    together = Predictor(model, processor, settings=settings).answer_budgets(with_choices, [BLIND, 16])
+    alone = Predictor(model, processor, settings=settings, batch_size=1).answer_budgets(with_choices, [BLIND, 16])
     for budget in (BLIND, 16):
         for one, other in zip(together[budget], alone[budget], strict=True):
             assert one._replace(confidence=UNKNOWN) == other._replace(confidence=UNKNOWN)
@@ -250,7 +242,9 @@ def test_other_decodings_answer_alike_in_any_batch(
     assert len({answer.text for answer in together[16]}) > 1
 
 
-def test_a_beam_search_is_the_stock_paths_own(model: ElasticVLM, processor: Processor, samples: list[Sample]) -> None:
+def test_a_beam_search_equals_that_of_the_stock_model(
+    model: ElasticVLM, processor: Processor, samples: list[Sample]
+) -> None:
     sample = samples[1]
     inputs = processor(
         [[decode_image(image) for image in sample.images]], [sample.prompt], num_visual_tokens=16, return_tensors="pt"
@@ -271,22 +265,24 @@ def test_the_chosen_answer_is_the_likeliest(model: ElasticVLM, processor: Proces
         inputs = processor(images, [sample.prompt], suffix=[choice], num_visual_tokens=16, return_tensors="pt")
         with torch.inference_mode():
             logits_SV = model(**inputs, num_visual_tokens=16).logits[0].float().log_softmax(-1)
-        places = (inputs["labels"][0] != -100).nonzero().flatten()
-        losses.append(sum(float(logits_SV[place - 1, inputs["labels"][0, place]]) for place in places))
+        positions = (inputs["labels"][0] != -100).nonzero().flatten()
+        losses.append(sum(float(logits_SV[position - 1, inputs["labels"][0, position]]) for position in positions))
     expected = choices[int(np.argmax(losses))]
     assert Predictor(model, processor, settings=GenerationSettings(decoding="likelihood")).generate(
         [sample], num_visual_tokens=16
     ) == [expected]
 
 
-def test_without_choices_nothing_can_be_chosen(model: ElasticVLM, processor: Processor, samples: list[Sample]) -> None:
-    with pytest.raises(UserError, match="has no choices to compare by likelihood"):
+def test_likelihood_decoding_without_choices_is_refused(
+    model: ElasticVLM, processor: Processor, samples: list[Sample]
+) -> None:
+    with pytest.raises(UserError, match="has no choices, which decoding by likelihood needs"):
         Predictor(model, processor, settings=GenerationSettings(decoding="likelihood")).generate(
             samples[:1], num_visual_tokens=16
         )
 
 
-def test_answers_say_how_long_they_are_and_whether_they_were_cut_off(
+def test_answers_have_their_length_and_whether_they_were_cut_off(
     model: ElasticVLM, processor: Processor, samples: list[Sample]
 ) -> None:
     for limit in (1, 6):
@@ -298,7 +294,7 @@ def test_answers_say_how_long_they_are_and_whether_they_were_cut_off(
         assert any(answer.cut_off for answer in answers)
 
 
-def test_confidence_is_what_a_forward_of_the_whole_answer_says(
+def test_confidence_equals_that_of_one_forward_pass_over_the_answer(
     model: ElasticVLM, processor: Processor, samples: list[Sample]
 ) -> None:
     sample = samples[1]
@@ -329,9 +325,9 @@ def test_confidence_is_what_a_forward_of_the_whole_answer_says(
 
 
 def test_confidence_of_choices_and_beams(model: ElasticVLM, processor: Processor, samples: list[Sample]) -> None:
-    alike = dataclasses.replace(samples[0], metadata={"choices": ["red", "red"]})
+    equal_choices = dataclasses.replace(samples[0], metadata={"choices": ["red", "red"]})
     (answer,) = Predictor(model, processor, settings=GenerationSettings(decoding="likelihood")).answer_budgets(
-        [alike], [16]
+        [equal_choices], [16]
     )[16]
     assert answer.confidence.entropy == pytest.approx(np.log(2), abs=1e-5)
     assert answer.confidence.mean_log_prob is not None
@@ -342,7 +338,7 @@ def test_confidence_of_choices_and_beams(model: ElasticVLM, processor: Processor
     assert answer.confidence == (None, None)
 
 
-def test_confidence_of_the_reduced_decoder_is_the_stock_paths(
+def test_confidence_of_the_reduced_decoder_equals_that_of_the_stock_model(
     vanilla: tuple[ElasticVLM, ElasticProcessor], samples: list[Sample]
 ) -> None:
     """FastV that keeps all tokens but one is decoded by our own decoder, and is nearly the same."""
@@ -370,12 +366,18 @@ def vanilla(request: pytest.FixtureRequest, processor: Processor) -> tuple[Elast
 
 
 REDUCERS = [
-    '{"type": "cluster_aggregate"}', '{"type": "cluster_aggregate", "positions": "original_size_bias"}', '{"type": "visionzip"}', '{"type": "tome"}',
-    '{"type": "saliency", "definition": "last_text", "layer": 0}', '{"type": "restore"}', '{"type": "fastv", "layer": 1}', '{"type": "sparsevlm"}',
-]  # fmt: skip
+    '{"type": "cluster_aggregate"}',
+    '{"type": "cluster_aggregate", "positions": "original_size_bias"}',
+    '{"type": "visionzip"}',
+    '{"type": "tome"}',
+    '{"type": "saliency", "definition": "last_text", "layer": 0}',
+    '{"type": "restore"}',
+    '{"type": "fastv", "layer": 1}',
+    '{"type": "sparsevlm"}',
+]
 
 
-# Likelihoods take two ways, with the reduced decoder and without; what a reducer does is the same in both.
+# Likelihood decoding has two code paths, with and without the reduced decoder; reducers behave the same in both.
 BY_LIKELIHOOD = ['{"type": "visionzip"}', '{"type": "restore"}', '{"type": "fastv", "layer": 1}']
 CASES = [*((reducer, "greedy") for reducer in REDUCERS), *((reducer, "likelihood") for reducer in BY_LIKELIHOOD)]
 
@@ -419,11 +421,11 @@ def test_reduced_answers_do_not_depend_on_the_batch(
         assert together[150] != together[256]
 
 
-def test_a_reducer_wants_a_model_without_compression(model: ElasticVLM, processor: Processor) -> None:
+def test_a_reducer_requires_a_model_without_compression(model: ElasticVLM, processor: Processor) -> None:
     with pytest.raises(UserError, match="and this one has the connector parcel; evaluate it without a reducer"):
         Predictor(model, processor, settings=GenerationSettings(reducer='{"type": "divprune"}'))
 
 
 def test_beams_and_the_reduced_decoder_exclude_each_other(vanilla: tuple[ElasticVLM, ElasticProcessor]) -> None:
-    with pytest.raises(UserError, match="answers greedily or by likelihood, not by beam search"):
+    with pytest.raises(UserError, match="does not support beam search; set decoding to greedy or likelihood"):
         Predictor(*vanilla, settings=GenerationSettings(decoding="beam", num_beams=3, reducer='{"type": "fastv"}'))

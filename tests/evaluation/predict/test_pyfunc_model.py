@@ -76,7 +76,7 @@ def test_a_registered_model_answers_each_row_at_its_budget(model):
     assert len(model.predict(model.input_example)) == 1
 
 
-def test_what_the_signature_does_not_allow_is_refused(model):
+def test_inputs_that_violate_the_signature_are_refused(model):
     with pytest.raises(UserError, match="image of row 0 is not base64"):
         model.predict(
             pd.DataFrame({"prompt": ["x"], "image": ["data:image/png;base64,AAAA"], "num_visual_tokens": [64]})

@@ -1,52 +1,12 @@
-"""Scores, intervals and retention, against numbers computed by hand."""
+"""Frontier points, means over splits, and retention, against numbers computed by hand."""
 
 import math
 
-import numpy as np
 import pytest
 
 from parcelray.datasets.sample import Sample
-from parcelray.evaluation.scoring.aggregate import Frontier, frontier_point, mean_of, retentions
-from parcelray.evaluation.scoring.intervals import bootstrap_difference, bootstrap_mean, cluster_draws, wilson
+from parcelray.evaluation.scoring.aggregate import frontier_point, mean_of, retentions
 from parcelray.evaluation.scoring.split_scores import GivenAnswer, ScoringRules, SplitScores, score_splits
-
-
-def test_wilson_has_the_textbook_values() -> None:
-    # 15 of 20: centre (0.75 + z2 / 40) / (1 + z2 / 20) with z2 = 3.8415.
-    assert wilson(15, 20)[:3] == pytest.approx((0.75, 0.5313, 0.8881), abs=1e-4)
-    assert wilson(0, 10)[:3] == pytest.approx((0.0, 0.0, 0.2775), abs=1e-4)
-    assert math.isnan(wilson(0, 0).value)
-
-
-def test_the_bootstrap_of_independent_samples_has_the_normal_width() -> None:
-    values = [float(index % 2) for index in range(400)]
-    interval = bootstrap_mean(values, [str(index) for index in range(400)])
-    assert interval.value == 0.5
-    assert interval.high - interval.low == pytest.approx(2 * 1.96 * 0.5 / 20, rel=0.08)
-
-
-def test_samples_of_one_scene_count_as_one() -> None:
-    values = [float(index // 4 % 2) for index in range(400)]
-    clustered = bootstrap_mean(values, [str(index // 4) for index in range(400)])
-    assert clustered.high - clustered.low == pytest.approx(2 * 1.96 * 0.5 / 10, rel=0.1)
-
-
-def test_a_paired_difference_knows_that_the_samples_are_the_same() -> None:
-    values = [float(index % 2) for index in range(200)]
-    better = [value + 0.1 for value in values]
-    interval = bootstrap_difference(better, values, [str(index) for index in range(200)])
-    assert interval[:3] == pytest.approx((0.1, 0.1, 0.1))
-
-
-def test_families_that_share_their_scenes_vary_together() -> None:
-    values = [float(index % 2) for index in range(200)]
-    scenes = [str(index) for index in range(200)]
-    alike = cluster_draws({"a": (values, scenes), "b": (values, scenes)}, seed=1)
-    apart = cluster_draws({"a": (values, scenes), "b": (values, [f"other {scene}" for scene in scenes])}, seed=1)
-    assert (alike["a"] == alike["b"]).all()
-    assert abs(np.corrcoef(apart["a"], apart["b"])[0, 1]) < 0.1
-    # Standard error of a mean of 200 coin flips: 0.5 / sqrt(200).
-    assert apart["a"].std() == pytest.approx(0.03536, rel=0.06)
 
 
 def _splits(values: dict[str, list[float]], budget: int = 64) -> list[SplitScores]:
@@ -106,17 +66,7 @@ def test_a_split_without_a_reference_score_has_no_retention() -> None:
     assert math.isnan(point.retention.value)
 
 
-def test_unscored_answers_are_counted_and_in_no_mean() -> None:
+def test_unscored_answers_are_counted_and_left_out_of_means() -> None:
     point = frontier_point("m", 64, _splits({"general": [1.0, math.nan, 0.0]}), None)
     assert point.unscored == 1
     assert (point.families["general"].value, point.families["general"].n) == (50, 2)
-
-
-def test_a_frontier_survives_json() -> None:
-    splits = _splits({"general": [1.0, 0.0], "video": [1.0, 1.0]})
-    frontier = Frontier(
-        (frontier_point("parcel", 64, splits, (splits, 64)), frontier_point("blind", 64, splits, None, shown=0)),
-        reference="vanilla",
-    )
-    assert frontier.points[1].num_visual_tokens == 0
-    assert Frontier.from_dict(frontier.to_dict()) == frontier

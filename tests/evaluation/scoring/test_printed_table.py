@@ -1,4 +1,4 @@
-"""Printed tables go in, their aggregate rows come out."""
+"""Aggregates of published tables."""
 
 from pathlib import Path
 
@@ -28,7 +28,7 @@ def _file(folder: Path, text: str) -> Path:
 
 
 @pytest.mark.parametrize(("method", "average"), _PRINTED.items())
-def test_the_printed_average_comes_out(tmp_path: Path, method: str, average: float) -> None:
+def test_the_published_average_is_reproduced(tmp_path: Path, method: str, average: float) -> None:
     assert aggregate_table(_file(tmp_path, _LLAVA)).mean_retention(method) == pytest.approx(average, abs=0.055)
 
 
@@ -39,7 +39,7 @@ def test_the_mean_of_ratios_is_not_the_ratio_of_means(tmp_path: Path) -> None:
     assert table.to_dict()["m"]["most_sensitive"] == ["a", "b"]
 
 
-def test_families_are_averaged_apart(tmp_path: Path) -> None:
+def test_families_are_averaged_separately(tmp_path: Path) -> None:
     table = aggregate_table(_file(tmp_path, _LLAVA))
     assert table.mean_retention("tome_64", "text") == pytest.approx(100 * 45.3 / 58.2)
 
@@ -52,7 +52,7 @@ def test_families_are_averaged_apart(tmp_path: Path) -> None:
         ("benchmark,family,reference,m\na,x,1,high\n", "m of a is 'high'; give a number"),
     ],
 )
-def test_what_is_no_such_table_is_refused(tmp_path: Path, text: str, message: str) -> None:
+def test_a_malformed_table_is_refused(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         aggregate_table(_file(tmp_path, text))
 

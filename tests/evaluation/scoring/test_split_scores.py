@@ -1,4 +1,4 @@
-"""Scores of splits at every budget: the metric's own number, and intervals that know what hangs together."""
+"""Scores of samples and of splits at every budget, and intervals that respect dependent samples."""
 
 import math
 import random
@@ -7,8 +7,16 @@ import numpy as np
 import pytest
 
 from parcelray.datasets.sample import Sample
+from parcelray.errors import UserError
 from parcelray.evaluation.scoring.aggregate import difference
-from parcelray.evaluation.scoring.split_scores import GivenAnswer, ScoringRules, SplitScores, score_splits
+from parcelray.evaluation.scoring.split_scores import (
+    GivenAnswer,
+    ScoringRules,
+    SplitScores,
+    by_metric,
+    score,
+    score_splits,
+)
 
 
 def _sample(number: int, metric: str, *answers: str, scene: str = "", **metadata: object) -> Sample:
@@ -31,7 +39,7 @@ def test_a_mean_has_the_bootstraps_width_and_the_papers_scale() -> None:
     assert score.estimate.interval.n == 400
 
 
-def test_answers_are_counted_by_what_is_odd_about_them() -> None:
+def test_irregular_answers_are_counted_by_kind() -> None:
     samples = [_sample(number, "counting", "2") for number in range(4)] + [_sample(4, "counting")]
     answers = [
         GivenAnswer("two", num_new_tokens=2),
@@ -58,7 +66,7 @@ def test_a_mixed_split_is_the_mean_of_its_values() -> None:
     assert split.scores[16].estimate.value == pytest.approx(200 / 3)
 
 
-def test_a_mean_over_languages_weighs_them_alike() -> None:
+def test_a_mean_over_languages_weighs_them_equally() -> None:
     samples = [_sample(number, "exact_match", "x", language="de" if number < 3 else "zh") for number in range(4)]
     score = _one(samples, ["x", "x", "y", "y"], average_over="language").scores[16]
     assert score.estimate.value == pytest.approx((200 / 3 + 0) / 2)
@@ -147,7 +155,7 @@ def test_cider_is_the_mean_of_its_values_with_the_whole_sets_frequencies() -> No
     assert score.estimate.std_error > 0
 
 
-def test_splits_of_one_benchmark_are_told_apart() -> None:
+def test_splits_of_one_benchmark_are_scored_separately() -> None:
     samples = [_sample(number, "exact_match", "x") for number in range(4)]
     found = score_splits(
         samples,
@@ -158,3 +166,43 @@ def test_splits_of_one_benchmark_are_told_apart() -> None:
         ("b/0", 2, 3, False),
         ("b/1", 2, 3, False),
     ]
+
+
+def test_each_metric_scores_its_own_samples_and_the_order_is_kept() -> None:
+    samples = [
+        _sample(0, "exact_match", "red"),
+        _sample(1, "box_iou", "<loc0000><loc0000><loc0512><loc0512>"),
+        _sample(2, "exact_match", "blue"),
+        _sample(3, "exact_match"),
+    ]
+    predictions = ["Red.", "no box", "green", "x"]
+    assert score(samples, predictions) == pytest.approx([1, 0, 0, math.nan], nan_ok=True)
+
+
+def test_a_corpus_metric_scores_its_samples_together() -> None:
+    samples = [_sample(0, "cider", "a red cat"), _sample(1, "exact_match", "x"), _sample(2, "cider", "two birds")]
+    scores = score(samples, ["a red cat", "x", "two birds"])
+    # Each caption equals its reference: orders 1 to 3 of 4, and 1 to 2 of 4, are matched. Alone, every idf would be log
+    # 1 = 0.
+    assert [scores[0], scores[2]] == pytest.approx([7.5, 5])
+    assert score(samples[:1], ["a red cat"]) == [0]
+
+
+def test_unparsed_answers_are_counted_by_metric() -> None:
+    samples = [
+        _sample(0, "counting", "2"),
+        _sample(1, "counting", "3"),
+        _sample(2, "box_iou", "<loc0000><loc0000><loc0512><loc0512>"),
+    ]
+    results = by_metric(samples, ["two", "some", "left"], None)
+    assert {name: (result.totals[name], result.unparsed) for name, (_, result) in results.items()} == {
+        "counting": (0.5, 1),
+        "box_iou": (0, 1),
+    }
+
+
+def test_an_unknown_metric_and_a_missing_prediction_are_refused() -> None:
+    with pytest.raises(UserError, match="did you mean 'exact_match'"):
+        score([_sample(0, "exact_mach", "x")], ["x"])
+    with pytest.raises(ValueError, match="1 predictions for 2 samples"):
+        score([_sample(0, "exact_match", "x")] * 2, ["x"])

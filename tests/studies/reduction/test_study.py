@@ -231,11 +231,11 @@ def test_a_users_own_images_need_prompts_and_must_be_there(checkpoint: Path, tmp
         Image.fromarray(np.full((40, 50, 3), 100 * number, dtype=np.uint8)).save(tmp_path / f"{number}.png")
     console, tracking = Console(quiet=True), TrackingConfig(uri=None)
     prompts = ["what is this", "how many"]
-    with pytest.raises(UserError, match="0 prompts were given with the images of"):
+    with pytest.raises(UserError, match="0 prompts were given for the images of"):
         study_saliency(
             str(checkpoint), console, images=str(tmp_path), count=2, folder=tmp_path / "out", tracking=tracking
         )
-    with pytest.raises(UserError, match="holds 2 images, fewer than the 9"):
+    with pytest.raises(UserError, match="holds 2 images, but 9 are needed"):
         study_saliency(
             str(checkpoint),
             console,

@@ -1,4 +1,6 @@
-"""What an evaluation says of choosing the budget question by question: the answers that every policy would have given, and all that it would have paid.
+"""Budget policies, replayed on a finished evaluation: the answers that each policy would give, and its cost.
+
+A policy chooses a visual-token budget for each question.
 
 Shapes: N questions, B budgets, S scenes, R bootstrap draws.
 """
@@ -15,26 +17,26 @@ from parcelray.evaluation.adaptive.calibration import Calibration
 from parcelray.evaluation.scoring.intervals import DRAWS
 from parcelray.evaluation.scoring.split_scores import Estimate
 
-_RIGHT = 0.5
-"""Value from which an answer counts as right; most metrics know only 0 and 1."""
+_CORRECT = 0.5
+"""Smallest value of a correct answer; most metrics give only 0 and 1."""
 
 Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class BudgetTable:
-    """Every budget's answer to every question of an evaluation."""
+    """The answer to every question of an evaluation at every budget, with its value and cost."""
 
     budgets: tuple[int, ...]
-    """Visual tokens per image, ascending, without the blind model."""
+    """Visual tokens per image, ascending, without the blind baseline."""
     splits: tuple[str, ...]
-    """Of each question."""
+    """Split of each question."""
     scenes: tuple[str, ...]
-    """Of each question: what is drawn, and put into folds, together."""
+    """Scene of each question; the questions of a scene are drawn together and are in the same fold."""
     values_NB: Floats
-    """What each answer is worth, on the metric's own scale."""
+    """Value of each answer, on the metric's own scale."""
     scaled_NB: Floats
-    """The same on the paper's scale."""
+    """Value of each answer, on the paper's scale."""
     log_probs_NB: Floats
     """Mean log-probability of each answer."""
     encoding_N: Floats
@@ -43,70 +45,72 @@ class BudgetTable:
     """FLOPs of the rest of a pass: connector, prefill and decoding."""
 
     @property
-    def right_NB(self) -> NDArray[np.bool_]:
-        """Which answers are right."""
-        return self.values_NB >= _RIGHT
+    def correct_NB(self) -> NDArray[np.bool_]:
+        """Which answers are correct."""
+        return self.values_NB >= _CORRECT
 
     @property
     def confidence_NB(self) -> Floats:
-        """Geometric mean of the probabilities of an answer's tokens."""
+        """Confidence of each answer: the geometric mean of the probabilities of its tokens."""
         return np.exp(self.log_probs_NB)
 
 
 class Choices(NamedTuple):
-    """What a policy did with every question."""
+    """The budgets that a policy chose for every question."""
 
     chosen_N: NDArray[np.int64]
-    """Place of the budget whose answer is given."""
-    asked_NB: NDArray[np.bool_]
-    """Which budgets were asked on the way, that of the answer included."""
+    """Index of the budget whose answer is returned."""
+    evaluated_NB: NDArray[np.bool_]
+    """Which budgets were evaluated, including that of the returned answer."""
 
 
-class Spent(NamedTuple):
-    """A policy's score and costs, as means over splits whose draws belong together."""
+class PolicyResult(NamedTuple):
+    """A policy's score and costs, as means over splits with paired draws."""
 
     score: Estimate
-    """On the paper's scale."""
+    """Score, on the paper's scale."""
     answer_tokens: Estimate
-    """Visual tokens per image of the pass whose answer is given."""
+    """Visual tokens per image of the pass whose answer is returned."""
     tokens: Estimate
-    """Visual tokens per image of all passes."""
+    """Visual tokens per image, summed over all passes."""
     gflops: Estimate
-    """Of the vision tower and all passes, per question."""
+    """GFLOPs per question, of the vision tower and all passes."""
 
 
-class Ladder(NamedTuple):
-    """The rule "answer at the smallest budget, and go up while the confidence is low"."""
+class EscalationRule(NamedTuple):
+    """The rule "answer at the smallest budget, and escalate while the confidence is low"."""
 
-    rungs: tuple[int, ...]
-    """Places of the budgets, ascending."""
+    budgets: tuple[int, ...]
+    """Indices of the budgets to try, ascending."""
     threshold: float
-    """Chance of being right below which it goes on."""
+    """Probability of a correct answer below which the next budget is tried."""
 
 
-def fixed(table: BudgetTable, place: int) -> Choices:
-    """One budget for everything."""
-    asked_NB = np.zeros(table.values_NB.shape, dtype=bool)
-    asked_NB[:, place] = True
-    return Choices(np.full(len(asked_NB), place), asked_NB)
+def fixed(table: BudgetTable, index: int) -> Choices:
+    """Chooses one budget for all questions."""
+    evaluated_NB = np.zeros(table.values_NB.shape, dtype=bool)
+    evaluated_NB[:, index] = True
+    return Choices(np.full(len(evaluated_NB), index), evaluated_NB)
 
 
-def escalate(table: BudgetTable, ladder: Ladder, chances_NB: Floats) -> Choices:
-    """Goes up the rungs while the calibrated chance of the answer just given is below the threshold; every rung that is tried is paid.
+def escalate(table: BudgetTable, rule: EscalationRule, chances_NB: Floats) -> Choices:
+    """Tries larger budgets while the calibrated confidence of the last answer is below the threshold.
+
+    The costs include every budget that is tried.
 
     Args:
         table: the answers.
-        ladder: the rule.
+        rule: the budgets to try, and the threshold.
         chances_NB: calibrated confidence of each answer.
     """
-    asked_NB = np.zeros(table.values_NB.shape, dtype=bool)
-    chosen_N = np.full(len(asked_NB), ladder.rungs[0])
-    going_N = np.ones(len(asked_NB), dtype=bool)
-    for rung in ladder.rungs:
-        asked_NB[going_N, rung] = True
-        chosen_N[going_N] = rung
-        going_N = going_N & (chances_NB[:, rung] < ladder.threshold)
-    return Choices(chosen_N, asked_NB)
+    evaluated_NB = np.zeros(table.values_NB.shape, dtype=bool)
+    chosen_N = np.full(len(evaluated_NB), rule.budgets[0])
+    going_N = np.ones(len(evaluated_NB), dtype=bool)
+    for budget in rule.budgets:
+        evaluated_NB[going_N, budget] = True
+        chosen_N[going_N] = budget
+        going_N = going_N & (chances_NB[:, budget] < rule.threshold)
+    return Choices(chosen_N, evaluated_NB)
 
 
 def predict(
@@ -116,41 +120,41 @@ def predict(
     signals_NS: Floats,
     price: float,
 ) -> Choices:
-    """What predictors choose, each for the questions of the fold that it has not seen.
+    """Lets predictors choose, each for the questions of the fold that it was not fitted on.
 
     Args:
         table: the answers.
-        predictors: by fold, fitted on the other folds.
-        folds_N: of the questions.
-        signals_NS: of the questions.
+        predictors: one per fold, fitted on the other folds.
+        folds_N: fold of each question.
+        signals_NS: signals of each question.
         price: see `BudgetPredictor`.
     """
     chosen_N = np.zeros(len(folds_N), dtype=np.int64)
     for fold, predictor in enumerate(predictors):
         chosen_N[folds_N == fold] = predictor.choose_all(signals_NS[folds_N == fold], price=price)
-    asked_NB = np.zeros(table.values_NB.shape, dtype=bool)
-    asked_NB[np.arange(len(chosen_N)), chosen_N] = True
+    evaluated_NB = np.zeros(table.values_NB.shape, dtype=bool)
+    evaluated_NB[np.arange(len(chosen_N)), chosen_N] = True
     if predictors[0].reads_answer:
-        asked_NB[:, 0] = True
-    return Choices(chosen_N, asked_NB)
+        evaluated_NB[:, 0] = True
+    return Choices(chosen_N, evaluated_NB)
 
 
 def oracle(table: BudgetTable, price: float) -> Choices:
-    """The chooser that knows every value beforehand: an upper bound on every policy that pays for one pass."""
+    """Chooses with knowledge of every value: an upper bound of all policies with one pass per question."""
     worth_NB = table.values_NB - price * np.array(table.budgets)
     chosen_N = worth_NB.argmax(axis=1)
-    asked_NB = np.zeros(table.values_NB.shape, dtype=bool)
-    asked_NB[np.arange(len(chosen_N)), chosen_N] = True
-    return Choices(chosen_N, asked_NB)
+    evaluated_NB = np.zeros(table.values_NB.shape, dtype=bool)
+    evaluated_NB[np.arange(len(chosen_N)), chosen_N] = True
+    return Choices(chosen_N, evaluated_NB)
 
 
-class Accounts:
-    """Scores and costs of policies on one table, with the same scenes drawn for all of them.
+class PolicyScorer:
+    """Computes scores and costs of policies on one table, with the same bootstrap draws of scenes for all policies.
 
     Args:
         table: the answers.
-        seed: of the draws.
-        draws: how many.
+        seed: seed of the draws.
+        draws: number of draws.
     """
 
     def __init__(self, table: BudgetTable, seed: int = 0, draws: int = DRAWS) -> None:
@@ -163,47 +167,46 @@ class Accounts:
         )
         splits = np.array(table.splits)
         self._members = [
-            (places, owner_N[places])
-            for places in (np.flatnonzero(splits == split) for split in dict.fromkeys(table.splits))
+            (members, owner_N[members])
+            for members in (np.flatnonzero(splits == split) for split in dict.fromkeys(table.splits))
         ]
 
-    def of(self, choices: Choices, choosing_flops: float = 0.0) -> Spent:
-        """Score and costs of what a policy did.
+    def score(self, choices: Choices, choosing_flops: float = 0.0) -> PolicyResult:
+        """Computes the score and the costs of a policy.
 
         Args:
-            choices: of the policy.
-            choosing_flops: of the policy itself, per question.
+            choices: the choices of the policy.
+            choosing_flops: FLOPs of the policy itself, per question.
         """
         table = self._table
-        tokens_B, everyone = np.array(table.budgets, dtype=np.float64), np.arange(len(choices.chosen_N))
+        tokens_B, rows_N = np.array(table.budgets, dtype=np.float64), np.arange(len(choices.chosen_N))
         columns = [
-            table.scaled_NB[everyone, choices.chosen_N],
+            table.scaled_NB[rows_N, choices.chosen_N],
             tokens_B[choices.chosen_N],
-            choices.asked_NB @ tokens_B,
-            (table.encoding_N + (choices.asked_NB * table.passes_NB).sum(axis=1) + choosing_flops) / 1e9,
+            choices.evaluated_NB @ tokens_B,
+            (table.encoding_N + (choices.evaluated_NB * table.passes_NB).sum(axis=1) + choosing_flops) / 1e9,
         ]
-        return Spent(*self._means(np.stack(columns, axis=1)))
+        return PolicyResult(*self._means(np.stack(columns, axis=1)))
 
     def _means(self, values_NX: Floats) -> list[Estimate]:
-        """Unweighted means over splits of each column."""
+        """Computes the unweighted mean over splits of each column."""
         value_X, draws_RX = np.zeros(values_NX.shape[1]), np.zeros((len(self._counts_RS), values_NX.shape[1]))
-        for places, owner in self._members:
+        for members, owner in self._members:
             sums_SX = np.zeros((self._counts_RS.shape[1], values_NX.shape[1]))
-            np.add.at(sums_SX, owner, values_NX[places])
+            np.add.at(sums_SX, owner, values_NX[members])
             totals_R = self._counts_RS @ np.bincount(owner, minlength=len(sums_SX)).astype(np.float64)
             sums_RX = self._counts_RS @ sums_SX
             draws_RX += np.divide(
                 sums_RX, totals_R[:, None], out=np.full(sums_RX.shape, np.nan), where=totals_R[:, None] > 0
             ) / len(self._members)
-            value_X += values_NX[places].mean(axis=0) / len(self._members)
+            value_X += values_NX[members].mean(axis=0) / len(self._members)
         return [Estimate(float(value), draws_RX[:, column], len(values_NX)) for column, value in enumerate(value_X)]
 
 
 def mixture_at(cost: Estimate, fixed_costs: Sequence[Estimate], fixed_scores: Sequence[Estimate]) -> Estimate:
-    """What the best random mixture of two fixed budgets scores at a mean cost, drawn with the costs and scores that it is made of.
+    """Estimates the score of the best random mixture of two fixed budgets at a mean cost, with paired draws.
 
-    A coin that picks the budget of each question needs no signals at all: a policy is worth something only above this
-    line.
+    Choosing the budget of each question at random needs no signals, so a policy must exceed this baseline to be useful.
     """
     value = best_mixture(
         np.array([cost.value]), *(np.array([[each.value] for each in part]) for part in (fixed_costs, fixed_scores))
@@ -213,25 +216,26 @@ def mixture_at(cost: Estimate, fixed_costs: Sequence[Estimate], fixed_scores: Se
 
 
 def calibrated(table: BudgetTable, calibrations: Sequence[Sequence[Calibration]], folds_N: NDArray[np.int64]) -> Floats:
-    """Each answer's chance of being right by the calibration of its budget that was fitted on the other folds.
+    """Computes the probability that each answer is correct, by calibrations that were fitted on the other folds.
 
     Args:
         table: the answers.
-        calibrations: by fold and budget.
-        folds_N: of the questions.
+        calibrations: calibrations by fold and budget.
+        folds_N: fold of each question.
     """
     chances_NB = np.zeros(table.values_NB.shape)
     for fold, by_budget in enumerate(calibrations):
         inside = folds_N == fold
-        for place, calibration in enumerate(by_budget):
-            chances_NB[inside, place] = calibration(table.confidence_NB[inside, place])
+        for index, calibration in enumerate(by_budget):
+            chances_NB[inside, index] = calibration(table.confidence_NB[inside, index])
     return chances_NB
 
 
 def best_mixture(cost_X: Floats, costs_BX: Floats, scores_BX: Floats) -> Floats:
-    """The highest score at each cost on any line between two of the points; beyond the dearest point its own score.
+    """Computes the highest score at each cost on any line between two points.
 
-    X are costs, or draws of one cost, each with the costs and scores of its own points.
+    Above the cost of the most expensive point, it is the score of that point. X are costs, or draws of one cost, each
+    with the costs and scores of its own points.
     """
     best_X = np.where(
         cost_X >= costs_BX.max(axis=0), np.take_along_axis(scores_BX, costs_BX.argmax(axis=0)[None], axis=0)[0], -np.inf

@@ -1,12 +1,12 @@
 """A small network that chooses the visual-token budget of a question from cheap signals.
 
-It gives the chance of a right answer at each budget, learnt from which budgets answered rightly in an evaluation. A
-price for visual tokens turns chances into a choice, so one predictor serves every point between cheap and careful:
+It predicts the probability of a correct answer at each budget, and is fitted on the answers of an evaluation. A price
+per visual token turns the probabilities into a choice, so one predictor serves all trade-offs between cost and score:
 
-    chosen = the budget with the largest (chance of being right - price x visual tokens that are still to be paid)
+    chosen = the budget with the largest (probability of a correct answer - price x visual tokens still to compute)
 
-Nothing here needs torch or a cluster, and nothing is pickled: a predictor is a folder with `predictor.safetensors` and
-`predictor.json`.
+This module needs neither torch nor a cluster, and nothing is pickled: a predictor is a folder with
+`predictor.safetensors` and `predictor.json`.
 """
 
 import json
@@ -26,14 +26,14 @@ from sklearn.neural_network import MLPClassifier
 
 from parcelray.errors import UserError
 
-_WEIGHTS, _CARD = "predictor.safetensors", "predictor.json"
+_WEIGHTS, _CONFIG = "predictor.safetensors", "predictor.json"
 _FORMAT = 1
-_LEAST_SPREAD = 1e-6
-"""A signal that hardly varies where it was learnt is left at this spread, so that it cannot become huge elsewhere."""
-_SURE = 20.0
-"""Logit of what was always so."""
-_FARTHEST = 5.0
-"""Standard deviations that a signal may lie from its mean."""
+_MIN_SPREAD = 1e-6
+"""Smallest standard deviation of a signal: one that hardly varies in the fit must not become huge elsewhere."""
+_CERTAIN = 20.0
+"""Logit of a budget that was always correct in the fit; its negative, of one that never was."""
+_MAX_DEVIATION = 5.0
+"""Signals are clipped at this many standard deviations from their mean."""
 
 Floats = NDArray[np.float64]
 
@@ -45,50 +45,53 @@ class Layer(NamedTuple):
     bias_O: Floats
 
 
-class Learning(NamedTuple):
+class FitSettings(NamedTuple):
     """How a predictor is fitted."""
 
     hidden: tuple[int, ...] = ()
     """Widths of hidden layers; none: a logistic regression."""
     decay: float = 100.0
-    """Weight of the squared weights in the loss, against the sum over samples of the negative log-likelihood."""
+    """Factor of the squared weights in the loss, which sums the negative log-likelihood over the samples."""
     seed: int = 0
-    """Of the hidden layers' first weights."""
+    """Seed of the initial weights of hidden layers."""
 
 
-LOGISTIC = Learning()
-"""What a few thousand questions can carry."""
+LOGISTIC = FitSettings()
+"""A logistic regression per budget; a few thousand questions are too few for hidden layers."""
 
 
 @dataclass(frozen=True)
 class BudgetPredictor:
-    """Chooses budgets; see the module."""
+    """Chooses the budget of a question from its signals; see the module docstring."""
 
     budgets: tuple[int, ...]
     """Visual tokens per image, ascending."""
     signals: tuple[str, ...]
-    """What it is told, by name and in order; see `budget_signals`."""
+    """Names of the input signals, in order; see `budget_signals`."""
     reads_answer: bool
-    """Whether the last signals are of the smallest budget's answer: then that answer is there already, and staying with it costs nothing more."""
+    """Whether the last signals describe the smallest budget's answer.
+
+    That answer is then already computed, so choosing it costs nothing more.
+    """
     price: float
-    """Chance of a right answer that a visual token must buy, where a caller names no price."""
+    """Default price: the probability of a correct answer that each visual token must add."""
     mean_S: Floats
     spread_S: Floats
     layers: tuple[Layer, ...]
-    """The last one has an output for each budget, the logit of its chance; before it stand rectifiers."""
+    """The last layer outputs one logit per budget; the layers are separated by rectifiers."""
 
     def chances(self, signals_NS: Floats) -> Floats:
-        """Chance that each budget answers rightly: [N, budgets].
+        """Predicts the probability of a correct answer at each budget: [N, budgets].
 
         Raises:
-            ValueError: there are more or fewer signals than it was fitted on.
+            ValueError: the number of signals differs from that of the fit.
         """
         if signals_NS.ndim != 2 or signals_NS.shape[1] != len(self.signals):
             raise ValueError(
-                f"signals have the shape {signals_NS.shape}, and the predictor reads {len(self.signals)} a question:"
+                f"signals have the shape {signals_NS.shape}, but the predictor reads {len(self.signals)} per question;"
                 f" give [N, {len(self.signals)}]"
             )
-        hidden_NO = np.clip((signals_NS - self.mean_S) / self.spread_S, -_FARTHEST, _FARTHEST)
+        hidden_NO = np.clip((signals_NS - self.mean_S) / self.spread_S, -_MAX_DEVIATION, _MAX_DEVIATION)
         for number, layer in enumerate(self.layers, 1):
             hidden_NO = hidden_NO @ layer.weight_IO + layer.bias_O
             if number < len(self.layers):
@@ -97,12 +100,12 @@ class BudgetPredictor:
         return chances
 
     def choose_all(self, signals_NS: Floats, *, price: float | None = None) -> NDArray[np.int64]:
-        """For each question the place of its budget in `budgets`; of budgets that are worth the same the smaller."""
+        """Chooses the index of a budget for each question; of equally good budgets, the smaller."""
         chosen: NDArray[np.int64] = self._worth(signals_NS, price).argmax(axis=1)
         return chosen
 
     def _worth(self, signals_NS: Floats, price: float | None) -> Floats:
-        """[N, budgets]."""
+        """Probability minus price of the remaining tokens: [N, budgets]."""
         tokens_B = np.array(self.budgets, dtype=np.float64)
         if self.reads_answer:
             tokens_B[0] = 0.0
@@ -112,28 +115,28 @@ class BudgetPredictor:
     def choose(
         self, signals: Sequence[float], *, price: float | None = None, among: Sequence[int] | None = None
     ) -> int:
-        """The budget for one question.
+        """Chooses the budget of one question.
 
         Args:
-            signals: in the order of `signals`.
-            price: chance of a right answer that a visual token must buy; 0: as many tokens as help at all; None: the
-                predictor's own.
-            among: budgets to choose from, at least one of them the predictor's; None: all of its own.
+            signals: values of `signals`, in that order.
+            price: probability of a correct answer that each visual token must add; 0: the most accurate budget; None:
+                the predictor's default.
+            among: budgets to choose from, at least one of them the predictor's; None: all budgets of the predictor.
 
         Returns:
             Visual tokens per image.
         """
         (worth_B,) = self._worth(np.array([signals], dtype=np.float64), price)
-        allowed = [place for place, budget in enumerate(self.budgets) if among is None or budget in among]
-        return self.budgets[max(allowed, key=lambda place: (worth_B[place], -place))]
+        allowed = [index for index, budget in enumerate(self.budgets) if among is None or budget in among]
+        return self.budgets[max(allowed, key=lambda index: (worth_B[index], -index))]
 
     @property
     def flops(self) -> int:
-        """Of one choice."""
+        """FLOPs of one choice."""
         return sum(2 * layer.weight_IO.size for layer in self.layers)
 
     def save(self, folder: Path) -> None:
-        """Writes the two files of a predictor."""
+        """Writes the predictor's weights and configuration to a folder."""
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {"mean": self.mean_S, "spread": self.spread_S}
         for number, layer in enumerate(self.layers):
@@ -142,7 +145,7 @@ class BudgetPredictor:
                 f"layers.{number}.bias": layer.bias_O,
             }
         save_file(tensors, folder / _WEIGHTS)
-        card = {
+        config = {
             "format": _FORMAT,
             "budgets": list(self.budgets),
             "signals": list(self.signals),
@@ -150,42 +153,42 @@ class BudgetPredictor:
             "price": self.price,
             "layers": len(self.layers),
         }
-        (folder / _CARD).write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
+        (folder / _CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, folder: Path) -> "BudgetPredictor":
         """Reads what `save` wrote.
 
         Raises:
-            UserError: the folder holds no predictor, or one whose two files do not belong together.
+            UserError: the folder holds no predictor, or its two files do not match.
         """
         try:
-            card: dict[str, Any] = json.loads((folder / _CARD).read_text(encoding="utf-8"))
+            config: dict[str, Any] = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
             tensors: dict[str, Any] = load_file(folder / _WEIGHTS)
         except (OSError, ValueError) as error:
             raise UserError(
                 f"{folder} holds no budget predictor ({error}); give the folder that `parcelray analyze adaptive`"
                 " wrote."
             ) from error
-        if card.get("format") != _FORMAT:
+        if config.get("format") != _FORMAT:
             raise UserError(
-                f"{folder} holds a budget predictor of format {card.get('format')!r}; this version reads {_FORMAT}. Fit"
-                " it again."
+                f"{folder} holds a budget predictor of format {config.get('format')!r}, but this version reads"
+                f" {_FORMAT}; fit the predictor again."
             )
         layers = tuple(
             Layer(tensors[f"layers.{number}.weight"], tensors[f"layers.{number}.bias"])
-            for number in range(card["layers"])
+            for number in range(config["layers"])
         )
         widths = (len(tensors["mean"]), layers[0].weight_IO.shape[0], layers[-1].weight_IO.shape[1])
-        if widths != (len(card["signals"]), len(card["signals"]), len(card["budgets"])):
+        if widths != (len(config["signals"]), len(config["signals"]), len(config["budgets"])):
             raise UserError(
-                f"{folder}: {_WEIGHTS} and {_CARD} do not belong together (widths {widths}); fit the predictor again."
+                f"{folder}: {_WEIGHTS} and {_CONFIG} do not match (widths {widths}); fit the predictor again."
             )
         return cls(
-            budgets=tuple(card["budgets"]),
-            signals=tuple(card["signals"]),
-            reads_answer=card["reads_answer"],
-            price=card["price"],
+            budgets=tuple(config["budgets"]),
+            signals=tuple(config["signals"]),
+            reads_answer=config["reads_answer"],
+            price=config["price"],
             mean_S=tensors["mean"],
             spread_S=tensors["spread"],
             layers=layers,
@@ -194,36 +197,36 @@ class BudgetPredictor:
 
 def fit_predictor(
     signals_NS: Floats,
-    right_NB: NDArray[np.bool_],
+    correct_NB: NDArray[np.bool_],
     *,
     budgets: tuple[int, ...],
     names: tuple[str, ...],
     reads_answer: bool,
-    learning: Learning = LOGISTIC,
+    settings: FitSettings = LOGISTIC,
 ) -> BudgetPredictor:
     """Fits a predictor at price 0.
 
     Args:
-        signals_NS: of the questions.
-        right_NB: which budgets answer them rightly.
+        signals_NS: signals of each question.
+        correct_NB: which budgets answer each question correctly.
         budgets: visual tokens per image, ascending.
-        names: of the signals.
+        names: names of the signals.
         reads_answer: see `BudgetPredictor`.
-        learning: how.
+        settings: how to fit.
 
     Raises:
-        UserError: every budget is right or wrong on all questions, so there is nothing to learn.
+        UserError: every budget is correct on all questions or on none, so nothing can be fitted.
     """
-    varies_B: NDArray[np.bool_] = np.asarray(right_NB.any(axis=0)) & ~np.asarray(right_NB.all(axis=0))
+    varies_B: NDArray[np.bool_] = np.asarray(correct_NB.any(axis=0)) & ~np.asarray(correct_NB.all(axis=0))
     if not varies_B.any():
         raise UserError(
-            f"Each budget is right on all {len(right_NB)} questions or on none, so no predictor can be fitted; evaluate"
-            " more questions, or others."
+            f"Each budget is correct on all {len(correct_NB)} questions or on none, so no predictor can be fitted;"
+            " evaluate more or other questions."
         )
-    mean_S, spread_S = signals_NS.mean(axis=0), np.maximum(signals_NS.std(axis=0), _LEAST_SPREAD)
-    standard_NS = np.clip((signals_NS - mean_S) / spread_S, -_FARTHEST, _FARTHEST)
-    fit = _network if learning.hidden else _logistic
-    layers = fit(standard_NS, right_NB[:, varies_B].astype(np.int64), learning)
+    mean_S, spread_S = signals_NS.mean(axis=0), np.maximum(signals_NS.std(axis=0), _MIN_SPREAD)
+    standard_NS = np.clip((signals_NS - mean_S) / spread_S, -_MAX_DEVIATION, _MAX_DEVIATION)
+    fit = _network if settings.hidden else _logistic
+    layers = fit(standard_NS, correct_NB[:, varies_B].astype(np.int64), settings)
     return BudgetPredictor(
         budgets,
         names,
@@ -231,14 +234,15 @@ def fit_predictor(
         0.0,
         mean_S,
         spread_S,
-        (*layers[:-1], _all_budgets(layers[-1], right_NB, varies_B)),
+        (*layers[:-1], _all_budgets(layers[-1], correct_NB, varies_B)),
     )
 
 
-def _logistic(standard_NS: Floats, right_NV: NDArray[np.int64], learning: Learning) -> list[Layer]:
-    """One regression for each budget, as one layer."""
+def _logistic(standard_NS: Floats, correct_NV: NDArray[np.int64], settings: FitSettings) -> list[Layer]:
+    """Fits one logistic regression per budget; returns them as one layer."""
     models = [
-        LogisticRegression(C=1 / learning.decay, max_iter=2000).fit(standard_NS, right_N) for right_N in right_NV.T
+        LogisticRegression(C=1 / settings.decay, max_iter=2000).fit(standard_NS, correct_N)
+        for correct_N in correct_NV.T
     ]
     return [
         Layer(
@@ -247,24 +251,24 @@ def _logistic(standard_NS: Floats, right_NV: NDArray[np.int64], learning: Learni
     ]
 
 
-def _network(standard_NS: Floats, right_NV: NDArray[np.int64], learning: Learning) -> list[Layer]:
+def _network(standard_NS: Floats, correct_NV: NDArray[np.int64], settings: FitSettings) -> list[Layer]:
     model = MLPClassifier(
-        hidden_layer_sizes=learning.hidden,
-        alpha=learning.decay,
+        hidden_layer_sizes=settings.hidden,
+        alpha=settings.decay,
         solver="lbfgs",
         max_iter=300,
-        random_state=learning.seed,
+        random_state=settings.seed,
     )
     with warnings.catch_warnings():
-        # That the steps end before the gradient is nought is a regularisation, too.
+        # Stopping before convergence also regularises.
         warnings.simplefilter("ignore", ConvergenceWarning)
-        model.fit(standard_NS, right_NV if right_NV.shape[1] > 1 else right_NV[:, 0])
+        model.fit(standard_NS, correct_NV if correct_NV.shape[1] > 1 else correct_NV[:, 0])
     return [Layer(weight_IO, bias_O) for weight_IO, bias_O in zip(model.coefs_, model.intercepts_, strict=True)]
 
 
-def _all_budgets(last: Layer, right_NB: NDArray[np.bool_], varies_B: NDArray[np.bool_]) -> Layer:
-    """An output for every budget; one that was always right, or never, has that chance whatever the signals."""
+def _all_budgets(last: Layer, correct_NB: NDArray[np.bool_], varies_B: NDArray[np.bool_]) -> Layer:
+    """Adds outputs for the budgets that were always or never correct, which ignore the signals."""
     weight_IO = np.zeros((last.weight_IO.shape[0], len(varies_B)))
-    bias_O = np.where(right_NB.all(axis=0), _SURE, -_SURE).astype(np.float64)
+    bias_O = np.where(correct_NB.all(axis=0), _CERTAIN, -_CERTAIN).astype(np.float64)
     weight_IO[:, varies_B], bias_O[varies_B] = last.weight_IO, last.bias_O
     return Layer(weight_IO, bias_O)

@@ -1,7 +1,8 @@
-"""What can be known of an image and a question before any token is decoded, and of an answer once the smallest budget has given one.
+"""Signals for choosing a budget: of an image and a question before decoding, and of the smallest budget's answer.
 
-Shapes: I images, N patches, D vision width, L language width, Q questions, S signals. The vision tower has run for
-every budget anyway, so pooling its features costs nothing that counts.
+The vision tower runs once for all budgets anyway, so the cost of pooling its features is negligible.
+
+Shapes: I images, N patches, D vision width, L language width, Q questions, S signals.
 """
 
 from collections.abc import Iterable, Sequence
@@ -18,18 +19,18 @@ from parcelray.models.backbones import ElasticVLM
 from parcelray.models.backbones.processor_base import ElasticProcessor
 
 ANSWER_SIGNALS = ("mean_log_prob", "probability", "entropy", "num_new_tokens")
-"""Names of `answer_signals`."""
+"""Names of the signals that `answer_signals` returns."""
 
 Floats = NDArray[np.float64]
 
 
 class SignalReader:
-    """Reads the signals of images and questions.
+    """Computes the signals of images and questions.
 
     Args:
-        model: in evaluation mode.
-        processor: of the same checkpoint.
-        device: where the model is.
+        model: model in evaluation mode.
+        processor: processor of the same checkpoint.
+        device: device of the model.
         batch_size: images per batch of the vision tower.
     """
 
@@ -43,7 +44,7 @@ class SignalReader:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """What the signals are, in their order."""
+        """Names of the signals, in order."""
         config = self._model.config
         width, language = config.vision_dims.hidden_size, config.text_config.hidden_size
         pooled = [f"image_{kind}_{index}" for kind in ("mean", "std") for index in range(width)]
@@ -51,11 +52,11 @@ class SignalReader:
 
     @torch.inference_mode()
     def read(self, samples: Sequence[Sample]) -> Floats:
-        """The signals of questions about encoded images: [Q, S]."""
-        different = list(dict.fromkeys(image for sample in samples for image in sample.images))
+        """Computes the signals of samples: [Q, S]."""
+        distinct = list(dict.fromkeys(image for sample in samples for image in sample.images))
         found: dict[bytes, Floats] = {}
-        for start in range(0, len(different), self._batch_size):
-            part = different[start : start + self._batch_size]
+        for start in range(0, len(distinct), self._batch_size):
+            part = distinct[start : start + self._batch_size]
             pixels = self._processor.image_processor([decode_image(image) for image in part], return_tensors="pt")[
                 "pixel_values"
             ]
@@ -70,10 +71,10 @@ class SignalReader:
 
     @torch.inference_mode()
     def of(self, pooled: Sequence[Floats], prompt: str) -> Floats:
-        """The signals of one question: [S].
+        """Computes the signals of one question: [S].
 
         Args:
-            pooled: of each of its images, what `pool` says of the patch features.
+            pooled: pooled patch features of each of its images, see `pool`.
             prompt: the question.
         """
         (ids,) = self._processor.encode_prompts([prompt])
@@ -81,7 +82,7 @@ class SignalReader:
 
     @torch.inference_mode()
     def of_ids(self, pooled: Sequence[Floats], ids: Sequence[int]) -> Floats:
-        """The same from the token ids of the whole prompt, without visual ones."""
+        """Computes the signals from the token ids of the whole prompt, without visual tokens: [S]."""
         image_P = np.mean(pooled, axis=0) if len(pooled) else np.zeros(2 * self._model.config.vision_dims.hidden_size)
         question_L = (
             self._model.get_input_embeddings()(torch.tensor(list(ids), device=self._device))
@@ -94,14 +95,14 @@ class SignalReader:
 
 
 def pool(patch_features_IND: Tensor) -> Floats:
-    """Mean and standard deviation of each channel over the patches: [I, 2 D]."""
+    """Computes the mean and standard deviation of each channel over the patches: [I, 2 D]."""
     features_IND = patch_features_IND.float()
     pooled: Floats = torch.cat([features_IND.mean(1), features_IND.std(1)], dim=1).cpu().numpy().astype(np.float64)
     return pooled
 
 
 def answer_signals(answers: Iterable[GivenAnswer]) -> Floats:
-    """Of answers whose confidence is known: [Q, 4], in the order of `ANSWER_SIGNALS`."""
+    """Computes the signals of answers with known confidence: [Q, 4], in the order of `ANSWER_SIGNALS`."""
     return np.array(
         [
             [each.mean_log_prob, np.exp(each.mean_log_prob or 0.0), each.entropy, each.num_new_tokens]

@@ -1,12 +1,10 @@
-"""Adaptive budgets as a picture: score against tokens and FLOPs of all passes, and whether confidence means what it says."""
+"""Plots of adaptive budgets: score against tokens and FLOPs of all passes, and the calibration of confidence."""
 
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
 
 from parcelray.evaluation.adaptive.adaptive_budget import (
@@ -20,22 +18,21 @@ from parcelray.evaluation.adaptive.adaptive_budget import (
 )
 from parcelray.evaluation.adaptive.budget_policies import best_mixture
 from parcelray.evaluation.scoring.split_scores import Estimate
-from parcelray.plotting import COLORS, MARKERS
+from parcelray.plotting import COLORS, MARKERS, new_figure
 
 _SPECIAL = {ORACLE: ("#666666", "--"), QUESTION: ("#56B4E9", ":"), IMAGE: ("#56B4E9", "-.")}
-"""Colour and line of what is not a policy of its own: a bound, and parts of the predictor."""
+"""Colour and line style of the methods that are no policies: the upper bound, and ablations of the predictor."""
 
 
 def plot_adaptive(study: AdaptiveStudy, path: Path, *, title: str) -> None:
-    """Draws every policy's curve over its settings; the bars, and the band of the predictor, are 95 % intervals.
+    """Plots every policy's curve over its settings; error bars and the band of the predictor are 95 % intervals.
 
     Args:
         study: the curves and the calibration.
         path: PNG to write.
-        title: above the panels.
+        title: title of the figure.
     """
-    figure = Figure(figsize=(15, 5.6), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(15, 5.6)
     by_tokens, by_flops, calibration = figure.subplots(1, 3)
     _curves(by_tokens, study, lambda point: point.spent.tokens)
     _curves(by_flops, study, lambda point: point.spent.gflops)
@@ -103,7 +100,7 @@ def _reliability(axes: Axes, study: AdaptiveStudy) -> None:
             label = f"{each.num_visual_tokens} tokens, {name}: ECE {error:.2f}"
             x, y = [one.confidence for one in bins], [one.accuracy for one in bins]
             axes.plot(x, y, color=color, linestyle=style, linewidth=1, label=label)
-            # By area: a bin of few answers says little.
+            # The area of a marker is proportional to the number of answers in its bin.
             axes.scatter(x, y, s=[120 * one.n / study.questions for one in bins], color=color, linewidth=0)
     axes.set_xlabel("confidence of the answer")
     axes.set_ylabel("share of right answers")

@@ -1,4 +1,4 @@
-"""`parcelray analyze adaptive`: an evaluation job's answers, and what choosing the budget per image and question makes of them."""
+"""`parcelray analyze adaptive`: evaluates a job, and measures the choice of a budget per image and question."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -9,7 +9,7 @@ import numpy as np
 from rich.console import Console
 
 from parcelray.config.connector import ConnectorConfig
-from parcelray.config.evaluate import EvaluateJob
+from parcelray.config.evaluate import BLIND, EvaluateJob
 from parcelray.config.loader import config_hash
 from parcelray.errors import UserError
 from parcelray.evaluation.adaptive.adaptive_budget import (
@@ -26,11 +26,9 @@ from parcelray.evaluation.adaptive.budget_signals import ANSWER_SIGNALS, Floats,
 from parcelray.evaluation.adaptive.plot import plot_adaptive
 from parcelray.evaluation.adaptive.tables import adaptive_table, calibration_table
 from parcelray.evaluation.inputs import StudyModel, open_model
-from parcelray.evaluation.plan import connector_at
-from parcelray.evaluation.predict.predictor import BLIND
+from parcelray.evaluation.plan import connector_at, prepare
 from parcelray.evaluation.run import run_evaluation
 from parcelray.evaluation.scoring.split_scores import SplitScores
-from parcelray.evaluation.setup import prepare
 from parcelray.models.checkpoint import content_digest
 from parcelray.models.vlm import config_of
 from parcelray.profiling.backbone_shapes import BackboneShape, from_transformers_config
@@ -39,7 +37,7 @@ from parcelray.tracking.mlflow_tracker import MlflowRunLogger, tracked_run
 from parcelray.tracking.store import ensure_store
 
 _CHUNK = 256
-"""Questions whose images are in memory together."""
+"""Number of rows whose images are in memory at once."""
 PREDICTOR_FOLDERS = {BEFORE: "predictor", AFTER: "predictor_after_smallest"}
 """Folders of the fitted predictors, for serving."""
 
@@ -50,25 +48,25 @@ class AdaptiveRun:
 
     study: AdaptiveStudy
     folder: Path
-    """adaptive.json, adaptive.png, and a folder for each predictor."""
+    """Folder with adaptive.json, adaptive.png, and a folder per predictor."""
 
 
 def study_adaptive(job: EvaluateJob, console: Console, *, folder: Path, address: str | None = None) -> AdaptiveRun:
-    """Evaluates what is missing, reads the signals, and compares rule and predictors with fixed budgets.
+    """Runs an evaluation, computes the signals, and compares the rule and the predictors with fixed budgets.
 
     Args:
-        job: the evaluation, at two budgets at least.
+        job: the evaluation job, with two budgets or more.
         console: for progress and tables.
-        folder: for the results.
-        address: as for `run_evaluation`.
+        folder: folder of the results.
+        address: address of the Ray cluster, see `run_evaluation`.
 
     Raises:
-        UserError: the job's answers cannot be chosen from: one budget only, a corpus metric, a beam search.
+        UserError: the job does not allow a choice per question: it has one budget, a corpus metric, or beam search.
     """
     summary = run_evaluation(job, console, address=address, tables=False).summary
     opened = open_model(job.model.reference, job.tracking.uri)
     if content_digest(opened.checkpoint.path) != summary.evaluation.digest:
-        raise UserError(f"{job.model.reference} became another model while it was evaluated; run the study again.")
+        raise UserError(f"{job.model.reference} changed to another model during the evaluation; run the study again.")
     config = config_of(opened.checkpoint.path)
     connectors = {budget: connector_at(job, config, budget) for budget in summary.budgets if budget != BLIND}
     study = study_answers(job, summary.splits, opened, connectors)
@@ -76,7 +74,7 @@ def study_adaptive(job: EvaluateJob, console: Console, *, folder: Path, address:
     console.print(adaptive_table(study))
     console.print(calibration_table(study))
     _record(job, study, files)
-    console.print(f"Curves, picture and predictors: {folder}")
+    console.print(f"Curves, plot and predictors: {folder}")
     return AdaptiveRun(study, folder)
 
 
@@ -86,17 +84,16 @@ def study_answers(
     opened: StudyModel,
     connectors: Mapping[int, ConnectorConfig | None],
 ) -> AdaptiveStudy:
-    """Compares rule and predictors with fixed budgets on answers that are there.
+    """Compares the rule and the predictors with fixed budgets on given answers.
 
     Args:
-        job: the evaluation whose questions they are; its images are read again, because evaluations keep none.
-        splits: the questions with their answers at each of the budgets.
-        opened: the model that gave them.
-        connectors: what gives each budget, the smallest first.
+        job: the evaluation job of the answers; its images are read again, because evaluations do not store images.
+        splits: the samples with their answers at each of the budgets.
+        opened: the model of the answers.
+        connectors: the connector of each budget, the smallest budget first.
 
     Raises:
-        UserError: budgets cannot be chosen for each question: the answers lack values or confidences of their own, or
-            are too few.
+        UserError: budgets cannot be chosen per question: answers have no own value or no confidence, or are too few.
     """
     for split in splits:
         _check_scorable(split)
@@ -114,13 +111,13 @@ def study_answers(
 
 
 def write_study(study: AdaptiveStudy, folder: Path, *, model: str, name: str) -> list[Path]:
-    """Writes the numbers, the picture and the predictors; returns their files and folders.
+    """Writes the numbers, the plot and the predictors; returns their files and folders.
 
     Args:
         study: the study.
-        folder: to write to.
-        model: that was asked.
-        name: of the evaluation or search that asked it.
+        folder: folder to write to.
+        model: pinned reference of the evaluated model.
+        name: name of the evaluation or search.
     """
     folder.mkdir(parents=True, exist_ok=True)
     content = {"model": model, "evaluation": name} | study.to_dict()
@@ -137,7 +134,7 @@ def _budget_table(
     connectors: Mapping[int, ConnectorConfig | None],
     signals: Signals,
 ) -> BudgetTable:
-    """The answers with what each of them cost."""
+    """Builds the table of answers with their values and costs."""
     budgets = tuple(connectors)
     sizes_N2 = signals.before_NS[
         :, [signals.before_names.index(name) for name in ("num_text_tokens", "num_images")]
@@ -157,9 +154,9 @@ def _budget_table(
         passes.append([each.total - each.vision_encoder + more for each, more in zip(costs, decoding, strict=True)])
     values_NB = np.array(
         [
-            [split.scores[budget].values[place] for budget in budgets]
+            [split.scores[budget].values[index] for budget in budgets]
             for split in splits
-            for place in range(len(split.samples))
+            for index in range(len(split.samples))
         ]
     )
     scales_N = np.array([split.scale for split in splits for _ in split.samples])
@@ -171,9 +168,9 @@ def _budget_table(
         scaled_NB=values_NB * scales_N[:, None],
         log_probs_NB=np.array(
             [
-                [split.answers[budget][place].mean_log_prob for budget in budgets]
+                [split.answers[budget][index].mean_log_prob for budget in budgets]
                 for split in splits
-                for place in range(len(split.samples))
+                for index in range(len(split.samples))
             ]
         ),
         encoding_N=np.array(encoding, dtype=np.float64),
@@ -182,33 +179,31 @@ def _budget_table(
 
 
 def _check_scorable(split: SplitScores) -> None:
-    """Refuses a split whose answers have no value or confidence of their own."""
+    """Refuses a split whose answers have no own value or no confidence."""
     if not split.additive:
         raise UserError(
-            f"{split.name} is scored by {split.metric}, which is no mean over questions, so budgets cannot be chosen"
-            " for each; leave it out."
+            f"{split.name} is scored by {split.metric}, which is not a mean over samples, so budgets cannot be chosen"
+            " per question; leave the benchmark out."
         )
     if any(answer.mean_log_prob is None for answers in split.answers.values() for answer in answers):
         raise UserError(
-            f"The answers on {split.name} have no confidence (a beam search keeps none); ask it greedily or by"
-            " likelihood."
+            f"The answers on {split.name} have no confidence, because beam search records none; set decoding to greedy"
+            " or likelihood."
         )
     if any(score.unscored for score in split.scores.values()):
         raise UserError(
-            f"Some answers on {split.name} cannot be scored by {split.metric}; mend the data, or leave the benchmark"
+            f"Some answers on {split.name} cannot be scored by {split.metric}; fix the data, or leave the benchmark"
             " out."
         )
 
 
 def _read_signals(job: EvaluateJob, splits: Sequence[SplitScores], reader: SignalReader, image_size: int) -> Floats:
-    """The signals of the questions in the order of the splits."""
+    """Computes the signals of the samples, in the order of the splits."""
     found: dict[tuple[str, str], Floats] = {}
     for benchmark in prepare(job, image_size):
-        rows = list(benchmark.task.rows)
+        rows = list(benchmark.rows)
         for start in range(0, len(rows), _CHUNK):
-            samples = [
-                sample for row in rows[start : start + _CHUNK] for sample in benchmark.task.reader.read(row).samples
-            ]
+            samples = [sample for row in rows[start : start + _CHUNK] for sample in benchmark.reader.read(row).samples]
             found |= {
                 (sample.benchmark, sample.id): signals_S
                 for sample, signals_S in zip(samples, reader.read(samples), strict=True)
@@ -230,7 +225,7 @@ def _record(job: EvaluateJob, study: AdaptiveStudy, files: Sequence[Path]) -> No
         tracker = MlflowRunLogger(uri, run_id)
         for method in study.methods:
             for point in study.curve(method):
-                # The step axis is the cost, so that MLflow draws the curve.
+                # The cost is logged as the step, so that MLflow plots the curve.
                 step = round(point.spent.tokens.value)
                 metrics = {f"{method}/score": point.spent.score.value, f"{method}/gflops": point.spent.gflops.value}
                 if method not in (FIXED, ORACLE):

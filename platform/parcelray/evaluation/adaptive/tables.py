@@ -1,4 +1,4 @@
-"""Adaptive budgets as tables: curves at a few costs, and calibration."""
+"""Tables of adaptive budgets: policies at a few costs, and the calibration of confidence."""
 
 import math
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ from parcelray.evaluation.scoring.intervals import Interval
 
 
 def adaptive_table(study: AdaptiveStudy) -> Table:
-    """Every fixed budget; of each policy the points nearest to the costs between fixed budgets."""
+    """Lists every fixed budget, and of each policy the points nearest to the costs between fixed budgets."""
     table = Table(
         "policy",
         "setting",
@@ -20,10 +20,7 @@ def adaptive_table(study: AdaptiveStudy) -> Table:
         "GFLOPs",
         "gain at equal tokens",
         "gain at equal FLOPs",
-        title=(
-            f"Budgets per image and question, {study.questions} questions, each judged by what was fitted on other"
-            " scenes"
-        ),
+        title=(f"Budgets per image and question, {study.questions} questions, cross-fitted over scenes"),
         caption="Gain: points over the best random mixture of fixed budgets at the same mean cost, paired over scenes.",
     )
     for point in study.curve(FIXED):
@@ -37,7 +34,7 @@ def adaptive_table(study: AdaptiveStudy) -> Table:
 
 
 def calibration_table(study: AdaptiveStudy) -> Table:
-    """Expected calibration errors, and how well confidence ranks answers."""
+    """Lists the expected calibration errors, and how well confidence ranks answers (AUROC)."""
     table = Table(
         "visual tokens",
         "ECE raw",
@@ -45,7 +42,7 @@ def calibration_table(study: AdaptiveStudy) -> Table:
         "(temperature)",
         "isotonic",
         "AUROC",
-        title="Is confidence the chance of being right?",
+        title="Calibration of the confidence",
     )
     for each in study.calibration:
         values = (each.raw, each.with_temperature, each.temperature, each.with_isotonic, each.auroc)

@@ -1,8 +1,8 @@
-"""The evaluation pass on Ray Data: every budget of a checkpoint in one pass over all benchmarks, nothing lost and nothing twice.
+"""The evaluation pass on Ray Data: every budget of a checkpoint in one pass over all benchmarks, safe against crashes.
 
-read encoded bytes -> keep what the store lacks -> decode and answer at every budget, in actors that hold the model ->
-store. A bundle of rows is stored as soon as it is answered, so a pass that was killed computes only what is missing
-when it is started again.
+The stages are: read encoded bytes; drop what the store already has; decode and predict at every budget, in actors that
+hold the model; store. A shard is stored as soon as it is evaluated, so if a pass is killed and started again, it
+computes only the missing predictions.
 """
 
 import functools
@@ -14,98 +14,101 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import ray
 import ray.data
 from numpy.typing import NDArray
 
+from parcelray.config.evaluate import PassConfig
 from parcelray.errors import ParcelrayError, SystemFailure
 from parcelray.evaluation.passes.shards import (
-    DEFAULT_PASS,
-    BenchmarkPass,
-    BenchmarkTask,
-    Bundle,
-    Done,
     EvaluatedModel,
-    Kind,
-    PassSettings,
-    Work,
+    OnProgress,
+    PassResult,
+    PreparedBenchmark,
+    Shard,
+    ShardInput,
+    ShardResult,
     collect,
-    kinds_of,
-    make_bundles,
-    opened,
-    read_bundle,
+    dtype_of,
+    make_shards,
+    read_shard,
     stored_keys,
 )
+from parcelray.evaluation.passes.store import PredictionStore
 
 Item = TypeVar("Item")
 
 _READER_BYTES = 256 * 2**20
-"""Memory that a reading task reserves."""
+"""Memory that a reading task reserves, bytes."""
 _STALL_POLL_S = 1.0
-"""Interval at which the clock is compared with `stall_s`."""
+"""Interval at which the clock is compared with `stall_s`, seconds."""
 
 
-def run_pass(
-    tasks: Sequence[BenchmarkTask],
+def run_on_ray(
+    benchmarks: Sequence[PreparedBenchmark],
     model: EvaluatedModel,
+    settings: PassConfig,
+    on_progress: OnProgress = lambda benchmark, rows, total: None,
     *,
-    settings: PassSettings = DEFAULT_PASS,
-    on_progress: Callable[[str, int, int], None] = lambda benchmark, rows, total: None,
     clock: Callable[[], float] = time.monotonic,
-) -> dict[str, BenchmarkPass]:
-    """Answers benchmarks at every budget and stores the answers; what the store has already is not computed again.
+) -> PassResult:
+    """Evaluates benchmarks at every budget and stores the predictions; stored predictions are not computed again.
 
-    Samples of the same images in one bundle share one run of the vision tower, over all budgets.
+    Samples of one shard that show the same images share one run of the vision tower, over all budgets.
 
     Args:
-        tasks: the benchmarks; their readers travel to the workers.
-        model: what answers them.
+        benchmarks: the benchmarks; their readers are sent to the workers.
+        model: the model to evaluate.
         settings: use of the cluster.
-        on_progress: called with a benchmark, its rows done, and their total.
-        clock: time in seconds, which `settings.stall_s` is compared with.
-
-    Returns:
-        By benchmark, what was asked and how much was computed.
+        on_progress: called after each shard.
+        clock: time in seconds, which is compared with `settings.stall_s`.
 
     Raises:
-        SystemFailure: nothing was finished for `settings.stall_s`.
-        UserError: the data of a benchmark, or a budget, are not what they should be.
+        SystemFailure: no shard was finished for `settings.stall_s`.
+        UserError: the data of a benchmark are damaged, or the model does not support a budget.
     """
-    kinds, bundles = kinds_of(tasks), make_bundles(tasks, settings.rows_per_bundle)
-    if not bundles:
-        return collect(tasks, (), on_progress)
-    with _stage_board() as board:
-        pipeline = _pipeline(kinds, model, bundles, ray.put(stored_keys(tasks, model)), settings, board)
-        return collect(tasks, _finished(pipeline, len(bundles), settings.stall_s, board, clock), on_progress)
+    shards = make_shards(benchmarks, settings.rows_per_shard)
+    dtype = dtype_of(benchmarks)
+    if not shards:
+        return collect(benchmarks, (), on_progress)
+    present = stored_keys(benchmarks, model, PredictionStore(model.store))
+    with _stage_actor() as stages:
+        reading = ray.put(_Reading(tuple(benchmarks), model, present))
+        pipeline = _pipeline(reading, model, dtype, shards, settings, stages)
+        return collect(benchmarks, _finished(pipeline, len(shards), settings.stall_s, stages, clock), on_progress)
+
+
+class _Reading(NamedTuple):
+    """What the reading tasks need. Each process unpickles it once, so that a reader opens its files once."""
+
+    benchmarks: tuple[PreparedBenchmark, ...]
+    model: EvaluatedModel
+    present: list[frozenset[str]]
+    """Keys of the stored predictions of each benchmark."""
 
 
 def _pipeline(
-    kinds: Sequence[Kind],
-    model: EvaluatedModel,
-    bundles: Sequence[Bundle],
-    present: Any,
-    settings: PassSettings,
-    board: Any,
+    reading: Any, model: EvaluatedModel, dtype: str, shards: Sequence[Shard], settings: PassConfig, stages: Any
 ) -> ray.data.Dataset:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.issue_detectors_config.detectors = []
-    # Ray Data logs the stack traces of an error that it raises as well.
+    # Ray Data also logs the stack trace of an error that it raises.
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
-    rows = [{"bundle": pickle.dumps(bundle)} for bundle in bundles]
-    # Stages with the same resources would be fused into one, and then the model waits while rows are read.
+    rows = [{"shard": pickle.dumps(shard)} for shard in shards]
+    # Ray Data fuses stages with the same resources, and then the model waits while rows are read.
     read = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
-        _Read(kinds, model, present, board),
+        _Read(reading, stages),
         batch_size=1,
         num_cpus=0.5,
         memory=_READER_BYTES,
         compute=ray.data.TaskPoolStrategy(size=min(settings.readers, len(rows))),
     )
     return read.map_batches(
-        _Answer,
-        fn_constructor_args=(kinds, model, settings, board),
+        _Evaluate,
+        fn_constructor_args=(model, settings, dtype, stages),
         batch_size=1,
         compute=ray.data.ActorPoolStrategy(size=min(settings.actors, len(rows))),
         num_cpus=settings.cpus_per_actor,
@@ -114,50 +117,50 @@ def _pipeline(
 
 
 def _finished(
-    answered: ray.data.Dataset, total: int, stall_s: float, board: Any, clock: Callable[[], float]
-) -> Iterator[Done]:
-    """The bundles as they finish; a thread takes them, so that a hang of the pipeline does not hang this one too."""
+    evaluated: ray.data.Dataset, total: int, stall_s: float, stages: Any, clock: Callable[[], float]
+) -> Iterator[ShardResult]:
+    """Yields shards as they finish. A thread iterates over the pipeline, so that this process can report a stall."""
     finished: queue.Queue[dict[str, Any] | BaseException | None] = queue.Queue()
 
     def take() -> None:
         try:
-            for row in answered.iter_rows():
+            for row in evaluated.iter_rows():
                 finished.put(row)
             finished.put(None)
-        except BaseException as error:  # noqa: BLE001 - raised again where the pass was called
+        except BaseException as error:  # noqa: BLE001 - raised again in the thread that called the pass
             finished.put(error)
 
-    executors = _executors(answered)
+    executors = _executors(evaluated)
     threading.Thread(target=take, name="parcelray-evaluation", daemon=True).start()
     count = 0
     while True:
         try:
             row = _next(finished, stall_s, clock)
         except queue.Empty:
-            stages = ray.get(board.running.remote())
+            running = ray.get(stages.running.remote())
             for executor in executors:
                 executor.shutdown(force=True)
             raise SystemFailure(
-                f"No bundle was finished for {stall_s:g} s ({count} of {total} are); what runs is: {stages}. "
-                "Raise stall_s if it needs longer; start the same command again to go on."
+                f"No shard was finished for {stall_s:g} s ({count} of {total} are finished); running stages: {running}."
+                " Raise stall_s if a shard takes longer; run the same command again to resume."
             ) from None
         if row is None:
             return
         if isinstance(row, BaseException):
             raise row
-        # What a worker raises reaches us wrapped in Ray's words, so our own errors travel as data.
-        done: Done | ParcelrayError = pickle.loads(row["done"])
-        if isinstance(done, ParcelrayError):
-            raise done
+        # Ray wraps the exceptions of workers in its own, so this project's own errors are returned as data.
+        result: ShardResult | ParcelrayError = pickle.loads(row["result"])
+        if isinstance(result, ParcelrayError):
+            raise result
         count += 1
-        yield done
+        yield result
 
 
 def _next(items: queue.Queue[Item], stall_s: float, clock: Callable[[], float]) -> Item:
-    """The next item of a queue.
+    """Returns the next item of a queue.
 
     Raises:
-        queue.Empty: none has come for `stall_s` seconds of the clock.
+        queue.Empty: no item arrived for `stall_s` seconds of the clock.
     """
     began = clock()
     while True:
@@ -169,7 +172,7 @@ def _next(items: queue.Queue[Item], stall_s: float, clock: Callable[[], float]) 
 
 
 def _executors(dataset: ray.data.Dataset) -> list[Any]:
-    """A list that will hold what runs the pipeline: Ray Data has no call that ends a pipeline which hangs."""
+    """Returns a list that will contain the executors of a dataset, as Ray Data cannot stop a pipeline that hangs."""
     create: Callable[[], Any] = dataset._create_executor
     executors: list[Any] = []
 
@@ -182,84 +185,78 @@ def _executors(dataset: ray.data.Dataset) -> list[Any]:
 
 
 class _Read:
-    """Reads a bundle and leaves out what the store has."""
+    """Reads a shard and leaves out the predictions that are stored."""
 
-    def __init__(self, kinds: Sequence[Kind], model: EvaluatedModel, present: Any, board: Any) -> None:
-        self._kinds = kinds
-        self._model = model
-        self._present = present
-        self._stages = _Stages(board)
+    def __init__(self, reading: Any, stages: Any) -> None:
+        self._reading = reading
+        self._stages = _StageReporter(stages)
 
     def __call__(self, rows: dict[str, NDArray[Any]]) -> dict[str, list[bytes]]:
         try:
-            return {"work": [pickle.dumps(self._read(pickle.loads(rows["bundle"][0])))]}
+            return {"input": [pickle.dumps(self._read(pickle.loads(rows["shard"][0])))]}
         except ParcelrayError as error:
-            return {"work": [pickle.dumps(error)]}
+            return {"input": [pickle.dumps(error)]}
         finally:
             self._stages.end()
 
-    def _read(self, bundle: Bundle) -> Work:
-        kind = self._kinds[bundle.task]
-        self._stages.begin(f"reading rows {bundle.rows[0]} to {bundle.rows[-1]} of {kind.name}")
-        return read_bundle(
-            opened(kind.reader), kind.generation, bundle, self._model, _fetched(self._present)[bundle.task]
-        )
+    def _read(self, shard: Shard) -> ShardInput:
+        reading = _fetched(self._reading)
+        benchmark = reading.benchmarks[shard.benchmark]
+        self._stages.begin(f"reading rows {shard.rows[0]} to {shard.rows[-1]} of {benchmark.config.name}")
+        return read_shard(shard, benchmark, reading.model, reading.present[shard.benchmark])
 
 
 @functools.lru_cache(maxsize=1)
-def _fetched(present: Any) -> list[frozenset[str]]:
-    found: list[frozenset[str]] = ray.get(present)
+def _fetched(reading: Any) -> _Reading:
+    found: _Reading = ray.get(reading)
     return found
 
 
-class _Answer:
+class _Evaluate:
     """An actor with the model."""
 
-    def __init__(self, kinds: Sequence[Kind], model: EvaluatedModel, settings: PassSettings, board: Any) -> None:
-        # Here, so that the processes that only read need not load torch.
-        from parcelray.evaluation.passes.worker import Answerer
+    def __init__(self, model: EvaluatedModel, settings: PassConfig, dtype: str, stages: Any) -> None:
+        # Imported here, so that the processes that only read do not load torch.
+        from parcelray.evaluation.passes.worker import ModelWorker
 
-        self._kinds = kinds
-        self._answerer = Answerer(model, settings, kinds[0].generation.dtype)
-        self._stages = _Stages(board)
+        self._worker = ModelWorker(model, settings, dtype)
+        self._stages = _StageReporter(stages)
 
     def __call__(self, rows: dict[str, NDArray[Any]]) -> dict[str, list[bytes]]:
-        work: Work | ParcelrayError = pickle.loads(rows["work"][0])
+        read: ShardInput | ParcelrayError = pickle.loads(rows["input"][0])
+        if isinstance(read, ParcelrayError):
+            return {"result": [rows["input"][0]]}
         try:
-            return {"done": [pickle.dumps(work if isinstance(work, ParcelrayError) else self._answer(work))]}
+            return {"result": [pickle.dumps(self._worker.evaluate(read, self._stages.begin))]}
         except ParcelrayError as error:
-            return {"done": [pickle.dumps(error)]}
+            return {"result": [pickle.dumps(error)]}
         finally:
             self._stages.end()
 
-    def _answer(self, work: Work) -> Done:
-        kind = self._kinds[work.bundle.task]
-        return self._answerer.answer(work, kind.name, kind.generation, self._stages.begin)
 
+class _StageReporter:
+    """Reports what a worker does, for the error message of a pass that stalls."""
 
-class _Stages:
-    """What a worker does now, for the message of a pass that hangs."""
-
-    def __init__(self, board: Any) -> None:
-        self._board = board
+    def __init__(self, stages: Any) -> None:
+        self._stages = stages
 
     def begin(self, stage: str) -> None:
-        """Notes the stage that begins; it ends the one before."""
-        self._board.note.remote(f"{os.uname().nodename}/{os.getpid()}", stage)
+        """Reports that a stage begins, which ends the previous one."""
+        self._stages.report.remote(f"{os.uname().nodename}/{os.getpid()}", stage)
 
     def end(self) -> None:
-        """Notes that the worker waits."""
-        self._board.note.remote(f"{os.uname().nodename}/{os.getpid()}", None)
+        """Reports that the worker is idle."""
+        self._stages.report.remote(f"{os.uname().nodename}/{os.getpid()}", None)
 
 
 @ray.remote(num_cpus=0)
-class _StageBoard:
-    """What every worker does now."""
+class _StageActor:
+    """Knows the current stage of every worker."""
 
     def __init__(self) -> None:
         self._running: dict[str, tuple[float, str]] = {}
 
-    def note(self, worker: str, stage: str | None) -> None:
+    def report(self, worker: str, stage: str | None) -> None:
         if stage is None:
             self._running.pop(worker, None)
         else:
@@ -268,20 +265,16 @@ class _StageBoard:
     def running(self) -> str:
         now = time.monotonic()
         stages = [f"{stage} (for {now - began:.0f} s)" for began, stage in sorted(self._running.values(), reverse=True)]
-        return (
-            "; ".join(stages)
-            if stages
-            else (
-                "nothing, the workers are not up (does the cluster have the CPUs, GPUs and memory that the pass asks"
-                " for?)"
-            )
+        return "; ".join(stages) or (
+            "none, the workers have not started; check that the cluster has the CPUs, GPUs and memory that the pass"
+            " requests"
         )
 
 
 @contextmanager
-def _stage_board() -> Iterator[Any]:
-    board = _StageBoard.remote()  # type: ignore[attr-defined]
+def _stage_actor() -> Iterator[Any]:
+    stages = _StageActor.remote()  # type: ignore[attr-defined]
     try:
-        yield board
+        yield stages
     finally:
-        ray.kill(board)
+        ray.kill(stages)

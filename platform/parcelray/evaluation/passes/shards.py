@@ -1,206 +1,187 @@
-"""The parts of a pass over benchmarks: bundles of rows, what is read of them, and what the store lacks.
+"""The parts of an evaluation pass: prepared benchmarks, shards of their rows, and the result of each shard.
 
-Neither Ray nor torch is imported here, so processes that only read start quickly and stay small.
+This module imports neither Ray nor torch, so that processes that only read data start quickly and stay small.
 """
 
-import functools
-import pickle
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 from parcelray.benchmarks.readers.base import BenchmarkReader, Problem
+from parcelray.config.benchmark import BenchmarkConfig
+from parcelray.config.evaluate import BenchmarkChoice
 from parcelray.datasets.sample import Sample
-from parcelray.evaluation.passes.records import Asked, Record, record
-from parcelray.evaluation.passes.store import PredictionStore, prediction_key
+from parcelray.evaluation.passes.store import EvaluatedBenchmark, PredictionStore, SampleRecord, prediction_key
 from parcelray.evaluation.predict.generation import GenerationSettings
+
+OnProgress = Callable[[str, int, int], None]
+"""Called with the name of a benchmark, its number of finished rows, and its total number of rows."""
 
 
 @dataclass(frozen=True)
-class BenchmarkTask:
-    """One benchmark of a pass."""
+class PreparedBenchmark:
+    """A benchmark that is ready to be evaluated."""
 
+    choice: BenchmarkChoice
+    """The entry in the job file."""
+    config: BenchmarkConfig
     reader: BenchmarkReader
     rows: Sequence[int]
-    """Which rows, in the order in which they are read; those that share images next to each other."""
+    """Rows to evaluate, in the order in which they are read; rows that share images are adjacent."""
     generation: GenerationSettings
-    """How answers are made."""
+    """How answers are generated."""
 
 
 @dataclass(frozen=True)
 class EvaluatedModel:
-    """The model of a pass, and where its answers are kept."""
+    """The model of a pass, its budgets, and where its predictions are stored."""
 
     folder: Path
     """Checkpoint on the driver's node."""
     reference: str
-    """The checkpoint, pinned: what a node resolves that does not see the folder."""
+    """Pinned reference of the checkpoint, which a node resolves if it does not see the folder."""
     digest: str
-    """Of the weights; part of every answer's key."""
+    """Digest of the weights, part of every prediction key."""
     budgets: tuple[int, ...]
     """Visual tokens per image; 0: blind."""
     store: str
-    """Folder or URI of the answers that every node reaches."""
+    """Folder or URI of the stored predictions, reachable from every node."""
 
 
-@dataclass(frozen=True)
-class PassSettings:
-    """How a pass uses the cluster; none of it changes an answer."""
+class PassResult(NamedTuple):
+    """The result of a pass over all benchmarks."""
 
-    actors: int = 1
-    """Copies of the model."""
-    cpus_per_actor: float = 1.0
-    gpus_per_actor: float = 0.0
-    """May be a fraction: several actors share a GPU."""
-    threads_per_actor: int | None = None
-    """Threads of an actor's arithmetic on a CPU; None: the node's cores divided by the actors."""
-    readers: int = 1
-    """Tasks that read rows at the same time."""
-    batch_size: int = 64
-    """Images per batch of the encoder and of the decoder."""
-    rows_per_bundle: int = 128
-    """Rows that are read, answered and stored together: what a crash can cost an actor."""
-    feature_cache_gb: float = 1.0
-    """GiB of patch features that a search's actor keeps between its trials."""
-    stall_s: float = 600.0
-    """Longest time without a finished bundle before the pass gives up and names the stage that hangs."""
-
-
-DEFAULT_PASS = PassSettings()
-
-
-class BenchmarkPass(NamedTuple):
-    """What a pass did on one benchmark."""
-
-    asked: Asked
+    benchmarks: tuple[EvaluatedBenchmark, ...]
+    """In the order of the prepared benchmarks."""
     computed: int
-    """Answers computed now."""
+    """Number of predictions that were computed."""
     present: int
-    """Answers that the store had."""
+    """Number of predictions that were reused from the store."""
 
 
-class Kind(NamedTuple):
-    """What workers need of a benchmark."""
+class Shard(NamedTuple):
+    """Rows of one benchmark that are read, evaluated and stored together."""
 
-    reader: bytes
-    """Pickled, so that a process opens its files once and not with every bundle."""
-    name: str
-    generation: GenerationSettings
-
-
-class Bundle(NamedTuple):
     number: int
-    task: int
+    benchmark: int
+    """Index of the benchmark in the pass."""
     rows: tuple[int, ...]
 
 
-class Work(NamedTuple):
-    """A bundle that was read."""
+class ShardInput(NamedTuple):
+    """The samples of a shard, and which of their predictions are missing in the store."""
 
-    bundle: Bundle
-    records: list[Record]
+    shard: Shard
+    benchmark: str
+    """Name of the benchmark."""
+    generation: GenerationSettings
+    records: list[SampleRecord]
     problems: list[Problem]
     missing: dict[int, list[int]]
-    """By budget, which of the records lack an answer."""
+    """By budget, indices of the records without a stored prediction."""
     samples: dict[int, Sample]
-    """Those that lack one, by their place among the records."""
+    """The samples that lack a prediction at some budget, by the index of their record."""
 
 
-class Done(NamedTuple):
-    """A bundle that was answered and stored."""
+class ShardResult(NamedTuple):
+    """The outcome of a shard whose predictions are all stored."""
 
-    bundle: Bundle
-    records: list[Record]
+    shard: Shard
+    records: list[SampleRecord]
     problems: list[Problem]
     computed: int
+    """Number of predictions that were computed."""
     present: int
+    """Number of predictions that were reused from the store."""
 
 
-def make_bundles(tasks: Sequence[BenchmarkTask], size: int) -> list[Bundle]:
-    """The rows of all benchmarks in bundles of one benchmark each."""
-    places = [(number, start) for number, task in enumerate(tasks) for start in range(0, len(task.rows), size)]
+def make_shards(benchmarks: Sequence[PreparedBenchmark], size: int) -> list[Shard]:
+    """Splits the rows of all benchmarks into shards of at most `size` rows, each of one benchmark."""
+    starts = [(number, start) for number, each in enumerate(benchmarks) for start in range(0, len(each.rows), size)]
     return [
-        Bundle(index, number, tuple(tasks[number].rows[start : start + size]))
-        for index, (number, start) in enumerate(places)
+        Shard(index, number, tuple(benchmarks[number].rows[start : start + size]))
+        for index, (number, start) in enumerate(starts)
     ]
 
 
-def dtype_of(tasks: Sequence[BenchmarkTask]) -> str:
-    """The arithmetic that all benchmarks of a pass ask for.
+def dtype_of(benchmarks: Sequence[PreparedBenchmark]) -> str:
+    """Returns the dtype of the model, which all benchmarks of a pass must agree on.
 
     Raises:
-        ValueError: they do not agree on one.
+        ValueError: the benchmarks name different dtypes.
     """
-    dtypes = {task.generation.dtype for task in tasks}
+    dtypes = {each.generation.dtype for each in benchmarks}
     if len(dtypes) != 1:
-        raise ValueError("the benchmarks of a pass share one copy of the model, so their arithmetic must be the same")
+        raise ValueError(
+            f"the benchmarks of a pass share one copy of the model, but name the dtypes {sorted(dtypes)}; use one dtype"
+        )
     return dtypes.pop()
 
 
-def kinds_of(tasks: Sequence[BenchmarkTask]) -> list[Kind]:
-    """What workers need of the benchmarks."""
-    dtype_of(tasks)
-    return [Kind(pickle.dumps(task.reader), task.reader.name, task.generation) for task in tasks]
-
-
 def stored_keys(
-    tasks: Sequence[BenchmarkTask], model: EvaluatedModel, store: PredictionStore | None = None
+    benchmarks: Sequence[PreparedBenchmark], model: EvaluatedModel, store: PredictionStore
 ) -> list[frozenset[str]]:
-    """By benchmark, the keys of the answers that are there."""
-    store = store or PredictionStore(model.store)
-    return [store.keys(task.reader.name, model.digest) for task in tasks]
+    """Returns the keys of the model's stored predictions, for each benchmark."""
+    return [store.keys(each.config.name, model.digest) for each in benchmarks]
 
 
-def collect(
-    tasks: Sequence[BenchmarkTask], finished: Iterable[Done], on_progress: Callable[[str, int, int], None]
-) -> dict[str, BenchmarkPass]:
-    """Joins bundles as they finish, in any order, to what was asked of each benchmark."""
-    parts: dict[int, list[Done]] = {number: [] for number in range(len(tasks))}
-    for done in finished:
-        number = done.bundle.task
-        parts[number].append(done)
-        on_progress(
-            tasks[number].reader.name, sum(len(part.bundle.rows) for part in parts[number]), len(tasks[number].rows)
-        )
-    return {task.reader.name: _joined(task, parts[number]) for number, task in enumerate(tasks)}
+def read_shard(
+    shard: Shard, benchmark: PreparedBenchmark, model: EvaluatedModel, present: frozenset[str]
+) -> ShardInput:
+    """Reads the rows of a shard and determines which predictions are missing.
 
-
-def _joined(task: BenchmarkTask, parts: list[Done]) -> BenchmarkPass:
-    parts = sorted(parts, key=lambda done: done.bundle.number)
-    records = [each for done in parts for each in done.records]
-    problems = [problem for done in parts for problem in done.problems]
-    asked = Asked(records, problems, task.reader.pin(), len(task.rows))
-    return BenchmarkPass(asked, sum(done.computed for done in parts), sum(done.present for done in parts))
-
-
-def read_bundle(
-    reader: BenchmarkReader,
-    generation: GenerationSettings,
-    bundle: Bundle,
-    model: EvaluatedModel,
-    present: frozenset[str],
-) -> Work:
-    """Reads a bundle and leaves out what the store has."""
-    work = Work(bundle, [], [], {budget: [] for budget in model.budgets}, {})
-    for row in bundle.rows:
-        found = reader.read(row)
-        work.problems.extend(found.problems)
+    Args:
+        shard: rows to read.
+        benchmark: the benchmark of the shard.
+        model: the evaluated model.
+        present: keys of the model's stored predictions on the benchmark.
+    """
+    read = ShardInput(
+        shard, benchmark.config.name, benchmark.generation, [], [], {budget: [] for budget in model.budgets}, {}
+    )
+    for row in shard.rows:
+        found = benchmark.reader.read(row)
+        read.problems.extend(found.problems)
         for sample in found.samples:
             keys = {
-                budget: prediction_key(sample, model=model.digest, num_visual_tokens=budget, settings=generation)
+                budget: prediction_key(
+                    sample, model=model.digest, num_visual_tokens=budget, settings=benchmark.generation
+                )
                 for budget in model.budgets
             }
             for budget, key in keys.items():
                 if key not in present:
-                    work.missing[budget].append(len(work.records))
-                    work.samples[len(work.records)] = sample
-            work.records.append(record(sample, keys))
-    return work
+                    read.missing[budget].append(len(read.records))
+                    read.samples[len(read.records)] = sample
+            read.records.append(SampleRecord.of(sample, keys))
+    return read
 
 
-@functools.lru_cache(maxsize=64)
-def opened(reader: bytes) -> BenchmarkReader:
-    """A pickled reader, opened once a process."""
-    found: BenchmarkReader = pickle.loads(reader)
-    return found
+def collect(
+    benchmarks: Sequence[PreparedBenchmark], finished: Iterable[ShardResult], on_progress: OnProgress
+) -> PassResult:
+    """Joins the results of shards, which may finish in any order, to the result of the pass."""
+    parts: dict[int, list[ShardResult]] = {number: [] for number in range(len(benchmarks))}
+    for result in finished:
+        benchmark, own = benchmarks[result.shard.benchmark], parts[result.shard.benchmark]
+        own.append(result)
+        on_progress(benchmark.config.name, sum(len(part.shard.rows) for part in own), len(benchmark.rows))
+    results = [result for own in parts.values() for result in own]
+    return PassResult(
+        tuple(_joined(each, parts[number]) for number, each in enumerate(benchmarks)),
+        computed=sum(result.computed for result in results),
+        present=sum(result.present for result in results),
+    )
+
+
+def _joined(benchmark: PreparedBenchmark, parts: list[ShardResult]) -> EvaluatedBenchmark:
+    parts = sorted(parts, key=lambda result: result.shard.number)
+    return EvaluatedBenchmark(
+        config=benchmark.config,
+        metric=benchmark.choice.metric,
+        records=[record for result in parts for record in result.records],
+        problems=[problem for result in parts for problem in result.problems],
+        fingerprint=benchmark.reader.pin(),
+        rows=len(benchmark.rows),
+    )

@@ -1,25 +1,33 @@
-"""Answers on disk: parquet shards under a folder or any fsspec URI, each answer under a key of everything that decides it.
+"""What an evaluation keeps on disk: predictions, and the samples of each benchmark with their prediction keys.
 
-The key holds what changes an answer (weights, budget, arithmetic, prompt, images, generation settings) and nothing of
-who computed it, so a rerun on another number of workers finds what is there. Shards are only ever added. A shard's name
-is derived from its keys: a block of answers that is computed twice, after a crash between writing and reporting, takes
-its own place.
+Predictions are parquet shards in a folder or under any fsspec URI. The key of a prediction holds everything that can
+change it (weights, budget, dtype, prompt, images, generation settings) and nothing about who computed it, so a rerun
+with another number of workers reuses what is stored. Shards are only ever added. The name of a shard is a hash of its
+keys: if predictions are computed twice, after a crash between writing and reporting, the second shard replaces the
+first.
+
+With the stored predictions and the records of the samples, an evaluation can be scored again without the model and
+without the data.
 """
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from parcelray.benchmarks.readers.base import DataPin, Problem
+from parcelray.config.benchmark import BenchmarkConfig
 from parcelray.datasets.sample import Sample
 from parcelray.errors import UserError
 from parcelray.evaluation.predict.generation import GenerationSettings
 
-_SCHEMA = pa.schema(
+_PREDICTION_SCHEMA = pa.schema(
     [
         ("key", pa.string()),
         ("benchmark", pa.string()),
@@ -35,13 +43,23 @@ _SCHEMA = pa.schema(
     ]
 )
 _LAYOUT = 2
-"""Of a stored answer, and part of its key: a shard of an older layout lacks columns, so its answers are computed again."""
+"""Version of the columns above, part of every key: predictions in an older layout lack columns and are recomputed."""
 _MODEL_FOLDER_DIGITS = 16
+_TEXT_FIELDS = ("id", "benchmark", "family", "task", "prompt", "metric", "scene")
+_RECORD_SCHEMA = pa.schema(
+    [
+        *((name, pa.string()) for name in _TEXT_FIELDS),
+        ("answers", pa.list_(pa.string())),
+        ("metadata", pa.string()),
+        ("num_images", pa.int32()),
+        ("keys", pa.string()),
+    ]
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """One answer."""
+    """A stored prediction: the model's answer to one sample at one budget."""
 
     key: str
     """SHA-256, see `prediction_key`."""
@@ -55,9 +73,9 @@ class Prediction:
     """`GenerationSettings.to_json`."""
     text: str
     num_new_tokens: int
-    """Tokens of the answer, its end included."""
+    """Generated tokens, including the end token."""
     cut_off: bool
-    """Whether the answer reached `max_new_tokens` without an end."""
+    """Whether the answer reached `max_new_tokens` without an end token."""
     mean_log_prob: float | None = None
     """See `Confidence`."""
     entropy: float | None = None
@@ -65,7 +83,7 @@ class Prediction:
 
 
 def prediction_key(sample: Sample, *, model: str, num_visual_tokens: int, settings: GenerationSettings) -> str:
-    """SHA-256 over everything that decides an answer: 64 hexadecimal digits."""
+    """Computes the SHA-256 over everything that can change a prediction: 64 hexadecimal digits."""
     images = [hashlib.sha256(image).hexdigest() for image in sample.images]
     parts = [_LAYOUT, sample.benchmark, sample.id, model, num_visual_tokens, settings.to_json(), sample.prompt, images]
     if settings.decoding == "likelihood":
@@ -74,12 +92,12 @@ def prediction_key(sample: Sample, *, model: str, num_visual_tokens: int, settin
 
 
 class PredictionStore:
-    """Answers of any number of benchmarks, models and budgets, in one folder for each benchmark and model.
+    """Stored predictions of any number of benchmarks, models and budgets, in one folder per benchmark and model.
 
     Args:
-        uri: folder or fsspec URI; made when the first shard is written.
-        keep: whether to hold shards once they were read: for a process that reads the same ones again and again. They
-            never change.
+        uri: folder or fsspec URI; created when the first shard is written.
+        keep: whether to keep shards in memory once they were read. This is for a process that reads the same shards
+            repeatedly; shards never change.
     """
 
     def __init__(self, uri: str, *, keep: bool = False) -> None:
@@ -89,31 +107,31 @@ class PredictionStore:
         self._kept_keys: dict[str, frozenset[str]] = {}
 
     def keys(self, benchmark: str, model: str) -> frozenset[str]:
-        """The keys of a model's answers on a benchmark."""
+        """Returns the keys of all stored predictions of a model on a benchmark."""
         return frozenset[str]().union(*(self._keys_of(shard) for shard in self._shards(benchmark, model)))
 
     def write(self, predictions: Sequence[Prediction]) -> None:
-        """Adds answers as one shard for each benchmark and model, whole or not at all."""
+        """Adds predictions as one shard per benchmark and model; each shard is written atomically."""
         groups: dict[str, list[Prediction]] = {}
         for prediction in predictions:
             groups.setdefault(self._folder(prediction.benchmark, prediction.model), []).append(prediction)
         for folder, members in groups.items():
             name = hashlib.sha256("".join(sorted(prediction.key for prediction in members)).encode()).hexdigest()[:32]
-            table = pa.Table.from_pylist([asdict(prediction) for prediction in members], schema=_SCHEMA)
+            table = pa.Table.from_pylist([asdict(prediction) for prediction in members], schema=_PREDICTION_SCHEMA)
             self._filesystem.makedirs(folder, exist_ok=True)
-            # Written aside and moved: a reader must never see half a shard. Two writers of the same answers write the
-            # same shard.
-            aside = f"{folder}/.{name}.partial"
-            with self._filesystem.open(aside, "wb") as file:
+            # Written to a temporary name and then moved, because a reader must never see half a shard. Two writers of
+            # the same predictions write the same shard.
+            partial = f"{folder}/.{name}.partial"
+            with self._filesystem.open(partial, "wb") as file:
                 pq.write_table(table, file)
-            self._filesystem.mv(aside, f"{folder}/{name}.parquet")
+            self._filesystem.mv(partial, f"{folder}/{name}.parquet")
 
     def read(self, benchmark: str, model: str, keys: Iterable[str]) -> dict[str, Prediction]:
-        """The answers under keys, by key; those that are not there are left out."""
+        """Reads the predictions under some keys, by key; keys that are not stored are left out."""
         wanted = set(keys)
         found: dict[str, Prediction] = {}
         for shard in self._shards(benchmark, model):
-            # This spares a shard of an older layout, too: no key of today asks for it.
+            # This also skips shards in an older layout, because no current key is in one.
             if not wanted.isdisjoint(self._keys_of(shard)):
                 predictions = self._predictions(shard)
                 found = {key: predictions[key] for key in wanted & predictions.keys()} | found
@@ -130,7 +148,7 @@ class PredictionStore:
     def _predictions(self, shard: str) -> dict[str, Prediction]:
         if shard in self._kept:
             return self._kept[shard]
-        predictions = {row["key"]: Prediction(**row) for row in self._read(shard, _SCHEMA.names).to_pylist()}
+        predictions = {row["key"]: Prediction(**row) for row in self._read(shard, _PREDICTION_SCHEMA.names).to_pylist()}
         if self._keep:
             self._kept[shard] = predictions
         return predictions
@@ -140,7 +158,7 @@ class PredictionStore:
 
     def _shards(self, benchmark: str, model: str) -> list[str]:
         folder = self._folder(benchmark, model)
-        # Listings of some file systems are cached, and other processes write here.
+        # Some file systems cache listings, and other processes write to this folder.
         self._filesystem.invalidate_cache()
         if not self._filesystem.exists(folder):
             return []
@@ -152,5 +170,119 @@ class PredictionStore:
                 return pq.read_table(file, columns=columns)
         except (pa.ArrowInvalid, KeyError) as error:
             raise UserError(
-                f"{shard} is not a shard of answers ({error}); remove it, and its answers are computed again."
+                f"{shard} is not a shard of predictions ({error}); remove it, and its predictions are computed again."
             ) from error
+
+
+@dataclass(frozen=True, slots=True)
+class SampleRecord:
+    """An evaluated sample without its images, with the key of its prediction at every budget."""
+
+    sample: Sample
+    """The sample; its `images` are empty."""
+    num_images: int
+    """Number of images that the sample has."""
+    keys: Mapping[int, str]
+    """Prediction key, by budget."""
+
+    @classmethod
+    def of(cls, sample: Sample, keys: Mapping[int, str]) -> "SampleRecord":
+        """Creates the record of a sample, leaving its images out."""
+        return cls(replace(sample, images=()), len(sample.images), keys)
+
+
+@dataclass(frozen=True)
+class EvaluatedBenchmark:
+    """A benchmark of a finished evaluation: everything that is needed to score its stored predictions."""
+
+    config: BenchmarkConfig
+    metric: str | None
+    """Metric and variant that replace the benchmark's own; None: its own."""
+    records: Sequence[SampleRecord]
+    """The evaluated samples, in the order of the reader."""
+    problems: Sequence[Problem]
+    """Samples and rows that could not be evaluated."""
+    fingerprint: DataPin
+    """Identifies the data."""
+    rows: int
+    """Number of rows that were read: all rows of the data, or a part of them."""
+
+    def save(self, folder: Path) -> None:
+        """Writes the records, problems and data fingerprint to `folder/asked/NAME`; the fingerprint is written last."""
+        own = _benchmark_folder(folder, self.config.name)
+        own.mkdir(parents=True, exist_ok=True)
+        rows = [
+            {name: getattr(each.sample, name) for name in _TEXT_FIELDS}
+            | {
+                "answers": list(each.sample.answers),
+                "metadata": json.dumps(each.sample.metadata),
+                "num_images": each.num_images,
+                "keys": json.dumps({str(budget): key for budget, key in each.keys.items()}),
+            }
+            for each in self.records
+        ]
+        pq.write_table(pa.Table.from_pylist(rows, schema=_RECORD_SCHEMA), own / "samples.parquet")
+        problems = json.dumps([problem._asdict() for problem in self.problems], indent=2)
+        (own / "problems.json").write_text(problems + "\n", encoding="utf-8")
+        data = json.dumps({"pin": self.fingerprint._asdict(), "rows": self.rows}, indent=2)
+        (own / "data.json").write_text(data + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path, config: BenchmarkConfig, metric: str | None) -> "EvaluatedBenchmark":
+        """Reads what `save` wrote.
+
+        Raises:
+            UserError: the folder of the evaluation has no complete record of the benchmark.
+        """
+        own = _benchmark_folder(folder, config.name)
+        data = _saved_data(folder, config.name)
+        if data is None:
+            raise UserError(f"{folder} has no record of the samples of {config.name}; run the evaluation again.")
+        return cls(
+            config=config,
+            metric=metric,
+            records=[_record_of(row) for row in pq.read_table(own / "samples.parquet").to_pylist()],
+            problems=[Problem(**each) for each in json.loads((own / "problems.json").read_text(encoding="utf-8"))],
+            fingerprint=DataPin(**data["pin"]),
+            rows=data["rows"],
+        )
+
+
+def check_fingerprint(folder: Path, benchmark: str, found: DataPin) -> None:
+    """Refuses data that differ from those of an earlier evaluation in the same folder.
+
+    Raises:
+        UserError: the data changed; the message names the fields that differ.
+    """
+    saved = _saved_data(folder, benchmark)
+    if saved is None or found == DataPin(**saved["pin"]):
+        return
+    changes = [
+        f"{field} {saved['pin'][field]} -> {value}"
+        for field, value in found._asdict().items()
+        if value != saved["pin"][field]
+    ]
+    raise UserError(
+        f"{benchmark}: the data differ from the data of this evaluation's earlier run ({'; '.join(changes)}); restore"
+        " the earlier data, or give the job another name."
+    )
+
+
+def _saved_data(folder: Path, benchmark: str) -> dict[str, Any] | None:
+    file = _benchmark_folder(folder, benchmark) / "data.json"
+    return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else None
+
+
+def _benchmark_folder(folder: Path, benchmark: str) -> Path:
+    return folder / "asked" / benchmark
+
+
+def _record_of(row: dict[str, Any]) -> SampleRecord:
+    sample = Sample(
+        **{name: row[name] for name in _TEXT_FIELDS},
+        images=(),
+        answers=tuple(row["answers"]),
+        metadata=json.loads(row["metadata"]),
+    )
+    keys = {int(budget): key for budget, key in json.loads(row["keys"]).items()}
+    return SampleRecord(sample, row["num_images"], keys)

@@ -1,31 +1,28 @@
-"""The model's part of a pass: bundles answered at every budget and stored, in a Ray actor or in this process."""
+"""Evaluates shards with a model at every budget and stores the predictions, in a Ray actor or in this process."""
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
 import torch
 
 from parcelray.benchmarks.readers.base import Problem
+from parcelray.config.evaluate import PassConfig
 from parcelray.errors import UserError
-from parcelray.evaluation.passes.records import Record
 from parcelray.evaluation.passes.shards import (
-    DEFAULT_PASS,
-    BenchmarkPass,
-    BenchmarkTask,
-    Done,
     EvaluatedModel,
-    PassSettings,
-    Work,
+    OnProgress,
+    PassResult,
+    PreparedBenchmark,
+    ShardInput,
+    ShardResult,
     collect,
-    dtype_of,
-    make_bundles,
-    read_bundle,
+    make_shards,
+    read_shard,
     stored_keys,
 )
-from parcelray.evaluation.passes.store import Prediction, PredictionStore
+from parcelray.evaluation.passes.store import Prediction, PredictionStore, SampleRecord
 from parcelray.evaluation.predict.feature_cache import FeatureCache
 from parcelray.evaluation.predict.generation import GenerationSettings
 from parcelray.evaluation.predict.predictor import Answer, Predictor
@@ -36,59 +33,47 @@ from parcelray.models.checkpoint import resolve_checkpoint
 from parcelray.models.processor import load_processor
 from parcelray.models.vlm import load_vlm, use_sdpa_where_exact
 
-Stage = Callable[[str], None]
-"""Is told what begins, for the message of a pass that hangs."""
+OnStage = Callable[[str], None]
+"""Called with a description of the stage that begins; it is shown if the pass stalls."""
 
 
-def run_pass_in_process(
-    tasks: Sequence[BenchmarkTask],
+def run_in_process(
+    benchmarks: Sequence[PreparedBenchmark],
     model: EvaluatedModel,
-    *,
-    settings: PassSettings = DEFAULT_PASS,
-    on_progress: Callable[[str, int, int], None] = lambda benchmark, rows, total: None,
-) -> dict[str, BenchmarkPass]:
-    """The pass in this process, one bundle after the other, with its threads unless a number is set; see `evaluate.run_pass`."""
-    settings = replace(settings, threads_per_actor=settings.threads_per_actor or torch.get_num_threads())
-    return answer_tasks(
-        tasks, model, Answerer(model, settings, dtype_of(tasks)), settings=settings, on_progress=on_progress
-    )
-
-
-def answer_tasks(
-    tasks: Sequence[BenchmarkTask],
-    model: EvaluatedModel,
-    answerer: "Answerer",
-    *,
-    settings: PassSettings = DEFAULT_PASS,
-    on_progress: Callable[[str, int, int], None] = lambda benchmark, rows, total: None,
-) -> dict[str, BenchmarkPass]:
-    """A pass with an answerer that may have answered other passes of the same model before."""
-    present = stored_keys(tasks, model, answerer.store)
-
-    def finished() -> Iterator[Done]:
-        for bundle in make_bundles(tasks, settings.rows_per_bundle):
-            task = tasks[bundle.task]
-            yield answerer.answer(
-                read_bundle(task.reader, task.generation, bundle, model, present[bundle.task]),
-                task.reader.name,
-                task.generation,
-            )
-
-    return collect(tasks, finished(), on_progress)
-
-
-class Answerer:
-    """Holds the model, from the first bundle that needs it on.
+    worker: "ModelWorker",
+    settings: PassConfig,
+    on_progress: OnProgress,
+) -> PassResult:
+    """Runs a pass in this process, one shard after the other.
 
     Args:
-        model: what answers, and where answers are stored.
+        benchmarks: the benchmarks to evaluate.
+        model: the model to evaluate.
+        worker: holds the model; it may have served earlier passes with the same weights.
+        settings: only `rows_per_shard` is used here.
+        on_progress: called after each shard.
+    """
+    present = stored_keys(benchmarks, model, worker.store)
+
+    def finished() -> Iterator[ShardResult]:
+        for shard in make_shards(benchmarks, settings.rows_per_shard):
+            yield worker.evaluate(read_shard(shard, benchmarks[shard.benchmark], model, present[shard.benchmark]))
+
+    return collect(benchmarks, finished(), on_progress)
+
+
+class ModelWorker:
+    """Evaluates shards with one model, which is loaded when the first prediction is missing.
+
+    Args:
+        model: what to evaluate, and where to store predictions.
         settings: of the pass.
-        dtype: arithmetic of the model, as torch names it.
-        keep: whether to hold patch features (as `settings.feature_cache_gb` allows) and stored answers for the next
-            pass.
+        dtype: dtype of the model, by its torch name.
+        keep: whether to keep patch features (up to `settings.feature_cache_gb`) and stored predictions in memory for
+            the next pass.
     """
 
-    def __init__(self, model: EvaluatedModel, settings: PassSettings, dtype: str, *, keep: bool = False) -> None:
+    def __init__(self, model: EvaluatedModel, settings: PassConfig, dtype: str, *, keep: bool = False) -> None:
         self.store = PredictionStore(model.store, keep=keep)
         self._model = model
         self._settings = settings
@@ -96,24 +81,22 @@ class Answerer:
         self._features = FeatureCache(int(settings.feature_cache_gb * 2**30)) if keep else None
         self._predictors: dict[GenerationSettings, Predictor] = {}
 
-    def answer(
-        self, work: Work, benchmark: str, generation: GenerationSettings, begin: Stage = lambda stage: None
-    ) -> Done:
-        """Answers what is missing of a bundle of a benchmark and stores it."""
+    def evaluate(self, read: ShardInput, on_stage: OnStage = lambda stage: None) -> ShardResult:
+        """Computes the missing predictions of a shard and stores them."""
         unreadable: dict[str, str] = {}
         computed = 0
-        # Mostly every budget lacks the same samples; budgets that do share one encoding of their images.
-        for budgets, places in _alike(work.missing):
-            samples = [work.samples[place] for place in places]
-            begin(
-                f"answering samples {samples[0].id} to {samples[-1].id} of {benchmark} at"
+        # Usually every budget lacks the same samples; such budgets share one encoding of the images.
+        for budgets, indices in _budgets_by_samples(read.missing):
+            samples = [read.samples[index] for index in indices]
+            on_stage(
+                f"evaluating samples {samples[0].id} to {samples[-1].id} of {read.benchmark} at"
                 f" {', '.join(map(str, budgets))} visual tokens"
             )
-            answers = self.predictor(generation, begin).answer_budgets(samples, budgets)
-            found = [
-                self._prediction(benchmark, generation, work.records[place], budget, answer)
+            answers = self.predictor(read.generation, on_stage).answer_budgets(samples, budgets)
+            predictions = [
+                self._prediction(read, read.records[index], budget, answer)
                 for budget in budgets
-                for place, answer in zip(places, answers[budget], strict=True)
+                for index, answer in zip(indices, answers[budget], strict=True)
                 if not answer.problem
             ]
             unreadable |= {
@@ -121,24 +104,25 @@ class Answerer:
                 for sample, answer in zip(samples, answers[budgets[0]], strict=True)
                 if answer.problem
             }
-            begin(f"storing {len(found)} answers on {benchmark}")
-            self.store.write(found)
-            computed += len(found)
-        records = [each for each in work.records if each.sample.id not in unreadable]
-        problems = [*work.problems, *(Problem(name, reason) for name, reason in unreadable.items())]
-        present = len(work.records) * len(work.missing) - sum(map(len, work.missing.values()))
-        return Done(work.bundle, records, problems, computed, present)
+            on_stage(f"storing {len(predictions)} predictions on {read.benchmark}")
+            self.store.write(predictions)
+            computed += len(predictions)
+        return ShardResult(
+            shard=read.shard,
+            records=[record for record in read.records if record.sample.id not in unreadable],
+            problems=[*read.problems, *(Problem(name, reason) for name, reason in unreadable.items())],
+            computed=computed,
+            present=len(read.records) * len(read.missing) - sum(map(len, read.missing.values())),
+        )
 
-    def _prediction(
-        self, benchmark: str, generation: GenerationSettings, asked: Record, budget: int, answer: Answer
-    ) -> Prediction:
+    def _prediction(self, read: ShardInput, record: SampleRecord, budget: int, answer: Answer) -> Prediction:
         return Prediction(
-            key=asked.keys[budget],
-            benchmark=benchmark,
-            sample_id=asked.sample.id,
+            key=record.keys[budget],
+            benchmark=read.benchmark,
+            sample_id=record.sample.id,
             model=self._model.digest,
             num_visual_tokens=budget,
-            settings=generation.to_json(),
+            settings=read.generation.to_json(),
             text=answer.text,
             num_new_tokens=answer.num_new_tokens,
             cut_off=answer.cut_off,
@@ -146,10 +130,10 @@ class Answerer:
             entropy=answer.confidence.entropy,
         )
 
-    def predictor(self, generation: GenerationSettings, begin: Stage = lambda stage: None) -> Predictor:
-        """The model, answering in a certain way."""
+    def predictor(self, generation: GenerationSettings, on_stage: OnStage = lambda stage: None) -> Predictor:
+        """Returns the predictor for some generation settings; all predictors share the model."""
         if generation not in self._predictors:
-            begin(f"loading {self._model.folder}")
+            on_stage(f"loading {self._model.folder}")
             model, device = self._loaded
             self._predictors[generation] = Predictor(
                 model,
@@ -166,7 +150,7 @@ class Answerer:
         device = "cuda" if self._settings.gpus_per_actor and torch.cuda.is_available() else "cpu"
         if device == "cpu":
             keep_freed_memory()
-            # Ray gives a worker as many threads as it has CPUs, and those of an actor are a share for scheduling.
+            # Ray gives a worker as many threads as its `num_cpus`, but that number is only a share for scheduling.
             torch.set_num_threads(
                 self._settings.threads_per_actor or max(1, (os.cpu_count() or 1) // max(1, self._settings.actors))
             )
@@ -176,14 +160,14 @@ class Answerer:
 
     @cached_property
     def _folder(self) -> Path:
-        """The checkpoint on this node; one of the hub is fetched once a node, into the shared cache."""
+        """The checkpoint on this node; one of the hub is downloaded once per node, into the shared cache."""
         folder = self._model.folder
         if folder.is_dir():
             return folder
         if not self._model.reference.startswith("hf:"):
             raise UserError(
-                f"{folder} is not on the node {os.uname().nodename}; keep checkpoints on storage that all nodes see, or"
-                " on the hub."
+                f"The checkpoint {folder} does not exist on the node {os.uname().nodename}; keep checkpoints on storage"
+                " that all nodes share, or on the hub."
             )
         return resolve_checkpoint(self._model.reference).path
 
@@ -193,10 +177,10 @@ class Answerer:
         return processor
 
 
-def _alike(missing: dict[int, list[int]]) -> list[tuple[list[int], list[int]]]:
-    """Budgets that lack the same samples, and which."""
+def _budgets_by_samples(missing: dict[int, list[int]]) -> list[tuple[list[int], list[int]]]:
+    """Groups the budgets that lack the same samples: pairs of budgets and sample indices."""
     groups: dict[tuple[int, ...], list[int]] = {}
-    for budget, places in missing.items():
-        if places:
-            groups.setdefault(tuple(places), []).append(budget)
-    return [(budgets, list(places)) for places, budgets in groups.items()]
+    for budget, indices in missing.items():
+        if indices:
+            groups.setdefault(tuple(indices), []).append(budget)
+    return [(budgets, list(indices)) for indices, budgets in groups.items()]

@@ -1,4 +1,4 @@
-"""Answers of a model to samples, and the same model as MLflow loads it."""
+"""Predicts answers to samples with a model, and defines the model that MLflow loads."""
 
 from pathlib import Path
 

@@ -1,6 +1,6 @@
-"""How sure a model was of an answer, read off the logits that decoding has anyway.
+"""The confidence of a model in its answers, computed from the logits of decoding.
 
-Shapes: B answers of a batch, S tokens of the longest, V vocabulary.
+Shapes: B answers in a batch, S tokens of the longest answer, V vocabulary.
 """
 
 from collections.abc import Sequence
@@ -11,21 +11,24 @@ from torch import Tensor
 
 
 class Confidence(NamedTuple):
-    """Of one answer."""
+    """The confidence in one answer."""
 
     mean_log_prob: float | None
-    """Mean log-probability of its tokens and of the end after them, nats; None: the search keeps none (beams)."""
+    """Mean log-probability of the answer's tokens and its end token, nats; None: unknown (beam search)."""
     entropy: float | None
-    """Of the distribution of its first token, nats; where one of several choices is taken by likelihood, of the distribution over the choices."""
+    """Entropy of the distribution of the first token, nats; None: unknown.
+
+    Where the likeliest of several choices is taken, it is the entropy of the distribution over the choices.
+    """
 
 
 UNKNOWN = Confidence(None, None)
 
 
-class LogitsWatch:
-    """Keeps of every step of a greedy search the chosen token's log-probability, and of the first step the entropy.
+class ConfidenceRecorder:
+    """Records the chosen token's log-probability at every step of greedy decoding, and the entropy of the first step.
 
-    `generate` takes it as a logits processor. To keep all logits instead would cost B x S x V numbers.
+    `generate` accepts it as a logits processor. Keeping all logits instead would need B x S x V numbers.
     """
 
     def __init__(self) -> None:
@@ -33,22 +36,22 @@ class LogitsWatch:
         self._log_probs: list[Tensor] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """As transformers' logits processors; changes nothing."""
-        self.see(scores)
+        """Records one step and returns the scores unchanged, as a logits processor of transformers."""
+        self.record(scores)
         return scores
 
-    def see(self, logits_BV: Tensor) -> None:
-        """Notes one step."""
+    def record(self, logits_BV: Tensor) -> None:
+        """Records the logits of one step."""
         logs_BV = logits_BV.float().log_softmax(-1)
         if self._entropy_B is None:
             self._entropy_B = entropy(logs_BV)
         self._log_probs.append(logs_BV.amax(-1))
 
-    def of(self, lengths: Sequence[int]) -> list[Confidence]:
-        """The confidence of each answer; what was decoded after an answer's length does not count.
+    def confidences(self, lengths: Sequence[int]) -> list[Confidence]:
+        """Returns the confidence in each answer; tokens after the length of an answer are ignored.
 
         Args:
-            lengths: tokens of each answer, its end included.
+            lengths: number of tokens of each answer, including the end token.
         """
         assert self._entropy_B is not None
         logs_BS = torch.stack(self._log_probs, dim=1).tolist()
@@ -59,5 +62,5 @@ class LogitsWatch:
 
 
 def entropy(logs: Tensor) -> Tensor:
-    """Entropy of distributions given as log-probabilities along the last dimension, nats."""
+    """Computes the entropy of distributions given as log-probabilities along the last dimension, nats."""
     return -(logs.exp() * logs).nan_to_num().sum(-1)

@@ -1,4 +1,4 @@
-"""What the vision tower saw, kept for whoever asks about the same images again."""
+"""A cache of patch features, for repeated evaluations of the same images."""
 
 from collections.abc import Callable, Hashable, Mapping
 from typing import NamedTuple
@@ -9,23 +9,23 @@ from parcelray.models.token_reduction.encoder_view import EncoderView
 
 
 class EncodedImages(NamedTuple):
-    """Some images, encoded together."""
+    """A batch of encoded images."""
 
     images: tuple[bytes, ...]
-    """Those that can be decoded, in the order of the view."""
+    """The images that can be decoded, in the order of the view."""
     problems: Mapping[bytes, str]
-    """Why the others cannot."""
+    """The reason for each image that cannot be decoded."""
     view: EncoderView | None
-    """None for the blind model, and where no image can be decoded."""
+    """None for the blind baseline, and if no image can be decoded."""
 
 
 class FeatureCache:
-    """Keeps the batches of images that were asked for last, up to a number of bytes.
+    """An LRU cache of batches of encoded images, limited by its size in bytes.
 
-    Batches are kept whole: a search asks the same questions in the same order, so they come again as they were.
+    Batches are cached as a whole, because a search evaluates the same samples in the same order each time.
 
     Args:
-        max_bytes: of the tensors that are kept; a batch that alone is larger is not kept.
+        max_bytes: largest total size of the cached tensors; a batch that alone is larger is not cached.
     """
 
     def __init__(self, max_bytes: int) -> None:
@@ -33,11 +33,11 @@ class FeatureCache:
 
     @property
     def num_bytes(self) -> int:
-        """Of the tensors that are kept."""
+        """Total size of the cached tensors."""
         return int(self._kept.currsize)
 
     def get(self, key: Hashable, encode: Callable[[], EncodedImages]) -> EncodedImages:
-        """The batch under a key, encoded now if it is not there."""
+        """Returns the batch under a key; encodes it first on a cache miss."""
         found = self._kept.get(key)
         if found is None:
             found = encode()

@@ -1,4 +1,4 @@
-"""How answers are made: what a benchmark asks for, and part of the key of every answer."""
+"""Generation settings: how the answers to a benchmark are generated; part of every prediction key."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -7,26 +7,25 @@ from typing import Literal
 
 @dataclass(frozen=True, slots=True)
 class GenerationSettings:
-    """How answers are made; part of every key."""
+    """How answers are generated; part of every prediction key."""
 
     max_new_tokens: int = 32
-    """Longest answer, tokens; longer ones are cut off, and counted."""
+    """Largest number of generated tokens; longer answers are cut off and counted."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Arithmetic of the model."""
+    """Dtype of the model."""
     decoding: Literal["greedy", "beam", "likelihood"] = "greedy"
-    """The likeliest token at every place; beam search; or the likeliest of the sample's choices."""
+    """`greedy`: the likeliest token at every position; `beam`: beam search; `likelihood`: the likeliest choice."""
     num_beams: int = 1
-    """Beams of a beam search."""
+    """Number of beams of a beam search."""
     reducer: str | None = None
-    """JSON of the training-free reducer's configuration; None: the model's own connector gives the budget."""
-
+    """Configuration of the training-free reducer as JSON; None: the model's connector provides the budget."""
     anchor_grid: int | None = None
-    """Of a supernet over splits: side of the anchor grid; None: the model's routing."""
+    """Side of the anchor grid, for a supernet over splits; None: the model's routing decides."""
 
     def to_json(self) -> str:
-        """Canonical text, without what is unset."""
+        """Returns the settings as canonical JSON, without the fields that are None."""
         return json.dumps({key: value for key, value in asdict(self).items() if value is not None}, sort_keys=True)
 
 
 GREEDY = GenerationSettings()
-"""The defaults."""
+"""The default settings."""

@@ -1,4 +1,4 @@
-"""Answers at any budget, with one run of the vision tower per image for all budgets and all questions about it."""
+"""Predicts answers at any budget; the vision tower runs once per image for all budgets and all questions about it."""
 
 import copy
 from collections.abc import Iterable, Iterator, Sequence
@@ -10,11 +10,12 @@ from pydantic import TypeAdapter
 from torch import Tensor
 from transformers import LogitsProcessorList
 
+from parcelray.config.evaluate import BLIND
 from parcelray.config.reducer import ReducerConfig
 from parcelray.datasets.images import decode_image
 from parcelray.datasets.sample import Sample
 from parcelray.errors import SystemFailure, UserError
-from parcelray.evaluation.predict.confidence import UNKNOWN, Confidence, LogitsWatch, entropy
+from parcelray.evaluation.predict.confidence import UNKNOWN, Confidence, ConfidenceRecorder, entropy
 from parcelray.evaluation.predict.feature_cache import EncodedImages, FeatureCache
 from parcelray.evaluation.predict.generation import GREEDY, GenerationSettings
 from parcelray.models.backbones import ElasticVLM
@@ -25,49 +26,45 @@ from parcelray.models.token_reduction.base import check_uncompressed, unreduced
 from parcelray.models.token_reduction.context import ReductionContext
 from parcelray.models.token_reduction.encoder_view import EncoderView
 
-BLIND = 0
-"""The budget of the blind baseline: no image, no visual tokens."""
 
-
-class Seen(NamedTuple):
-    """The visual tokens of one image."""
+class ImageTokens(NamedTuple):
+    """The visual tokens of one image, as they enter the decoder."""
 
     tokens_KL: Tensor
-    """Projected."""
-    places_K: Tensor
-    """Place of each in the patch grid, int64."""
+    """Projected tokens."""
+    position_ids_K: Tensor
+    """Position of each token in the patch grid, int64."""
     sizes_K: Tensor
-    """Patches in each, int64."""
+    """Number of patches in each token, int64."""
 
 
 class Answer(NamedTuple):
-    """What a model said to one sample."""
+    """A model's answer to one sample at one budget."""
 
     text: str
     num_new_tokens: int
-    """The end token included."""
+    """Number of generated tokens, including the end token."""
     cut_off: bool
-    """Whether the longest answer was reached without an end token."""
+    """Whether the answer reached `max_new_tokens` without an end token."""
     problem: str = ""
-    """Why there is no answer: an image that cannot be decoded."""
+    """Why there is no answer (an image cannot be decoded); empty: there is one."""
     confidence: Confidence = UNKNOWN
-    """How sure the model was."""
+    """The model's confidence in the answer."""
 
 
 _NONE = Answer("", 0, False)
 
 
 class Predictor:
-    """Answers samples with one model.
+    """Predicts answers to samples with one model.
 
     Args:
         model: in evaluation mode.
         processor: of the same checkpoint.
-        batch_size: images per batch of the encoder, and of the decoder (where a video counts its frames).
-        settings: how answers are made.
-        device: where the model is.
-        features: keeps what the vision tower saw, shared with other predictors of the same model; None: nothing is
-            kept.
+        batch_size: images per batch of the encoder and of the decoder; each frame of a video counts.
+        settings: how answers are generated.
+        device: device of the model.
+        features: cache of patch features, shared with other predictors of the same model; None: no cache.
     """
 
     def __init__(
@@ -97,23 +94,23 @@ class Predictor:
             if self._reducer.reads == "prompt" or self._reducer.positions != "contiguous":
                 if settings.decoding == "beam":
                     raise UserError(
-                        f"{self._reducer.name} with positions {self._reducer.positions} answers greedily or by"
-                        " likelihood, not by beam search."
+                        f"The reducer {self._reducer.name} with positions {self._reducer.positions} does not support"
+                        " beam search; set decoding to greedy or likelihood."
                     )
                 self._decoder = ReducedDecoder(model, self._reducer.positions)
 
     def without_features(self) -> "Predictor":
-        """The same, encoding every image anew."""
+        """Returns the same predictor without its feature cache."""
         other = copy.copy(self)
         other._features = None
         return other
 
     def generate(self, samples: Sequence[Sample], *, num_visual_tokens: int) -> list[str]:
-        """Answers at one budget (0: blind), in the order of the samples."""
+        """Predicts the answers at one budget (0: blind), in the order of the samples."""
         return self.generate_budgets(samples, [num_visual_tokens])[num_visual_tokens]
 
     def generate_budgets(self, samples: Sequence[Sample], budgets: Sequence[int]) -> dict[int, list[str]]:
-        """The texts of `answer_budgets`.
+        """Returns the texts of `answer_budgets`.
 
         Raises:
             UserError: an image cannot be decoded.
@@ -126,13 +123,13 @@ class Predictor:
 
     @torch.inference_mode()
     def answer_budgets(self, samples: Sequence[Sample], budgets: Sequence[int]) -> dict[int, list[Answer]]:
-        """Answers at several budgets from one encoding of each image, however many samples show it.
+        """Predicts answers at several budgets; each image is encoded once, even if several samples show it.
 
-        A sample with an image that cannot be decoded has no answer at any budget, but a problem.
+        A sample with an image that cannot be decoded has a problem instead of an answer at every budget.
 
         Raises:
-            UnsupportedBudgetError: the model's connector cannot give a budget.
-            SystemFailure: the decoder saw another number of visual tokens than asked for.
+            UnsupportedBudgetError: the model's connector does not support a budget.
+            SystemFailure: the prompt holds another number of visual tokens than the budget.
         """
         answers: dict[int, list[Answer]] = {budget: [_NONE] * len(samples) for budget in budgets}
         for chunk in _chunks(samples, self._batch_size):
@@ -147,16 +144,16 @@ class Predictor:
                         answers[budget][index] = Answer("", 0, False, problem)
             good = [index for index in chunk if not answers[budgets[0]][index].problem]
             for budget in budgets:
-                seen = self._see(encoded, budget)
+                tokens = self._image_tokens(encoded, budget)
                 for indices in _batches(samples, good, self._batch_size):
                     for index, answer in zip(
-                        indices, self._decode([samples[index] for index in indices], seen, budget), strict=True
+                        indices, self._decode([samples[index] for index in indices], tokens, budget), strict=True
                     ):
                         answers[budget][index] = answer
         return answers
 
     def _encoded(self, images: tuple[bytes, ...], *, blind: bool) -> EncodedImages:
-        """What the vision tower sees in some images, from the cache where there is one."""
+        """Encodes images with the vision tower, or takes them from the cache."""
         watch = self._reducer is not None and self._reducer.reads == "encoder"
 
         def encode() -> EncodedImages:
@@ -172,8 +169,8 @@ class Predictor:
 
         return encode() if self._features is None else self._features.get((images, blind, watch), encode)
 
-    def _see(self, encoded: EncodedImages, budget: int) -> dict[bytes, Seen]:
-        """The visual tokens of each image as they enter the decoder; none for the blind model."""
+    def _image_tokens(self, encoded: EncodedImages, budget: int) -> dict[bytes, ImageTokens]:
+        """Compresses each image to its visual tokens; returns none for the blind baseline."""
         images, view = encoded.images, encoded.view
         if budget == BLIND or not images:
             return {}
@@ -187,83 +184,88 @@ class Predictor:
             full_UNL = self._model.model.compress(
                 view.patch_features_IND, num_visual_tokens=max(self._model.supported_budgets)
             )
-            # A reducer that reads the prompt is applied where there is one.
+            # A reducer that reads the prompt is applied in the decoder, where the prompt is known.
             apply = self._reducer.reads != "prompt"
             context = ReductionContext(encoder=view)
             reduction = (
                 self._reducer(full_UNL, num_visual_tokens=budget, context=context) if apply else unreduced(full_UNL)
             )
         return {
-            image: Seen(*each)
+            image: ImageTokens(*each)
             for image, *each in zip(
                 images, reduction.tokens_BKD, reduction.position_ids_BK, reduction.sizes_BK, strict=True
             )
         }
 
-    def _decode(self, batch: Sequence[Sample], seen: dict[bytes, Seen], budget: int) -> list[Answer]:
+    def _decode(self, batch: Sequence[Sample], tokens: dict[bytes, ImageTokens], budget: int) -> list[Answer]:
         if self._settings.decoding == "likelihood":
-            return self._choose(batch, seen, budget)
+            return self._choose(batch, tokens, budget)
         limit, end = self._settings.max_new_tokens, self._processor.tokenizer.eos_token_id
-        watch = LogitsWatch()
+        recorder = ConfidenceRecorder()
         if self._decoder is not None and self._is_reduced(budget):
             prompts = encode_prompts(self._processor, [sample.prompt for sample in batch], None, self._device)
             new_BS = self._decoder.generate(
                 prompts,
-                self._visual_of(batch, seen),
+                self._visual_of(batch, tokens),
                 max_new_tokens=limit,
                 eos_token_id=end,
                 reducer=self._prompt_reducer,
                 budget=self._total(batch, budget),
-                on_logits=watch.see,
+                on_logits=recorder.record,
             )
-            return self._answers(new_BS, watch)
+            return self._answers(new_BS, recorder)
         inputs: dict[str, Any] = dict(
             self._processor.prompts(
                 [sample.prompt for sample in batch], len(batch[0].images), num_visual_tokens=budget
             ).to(self._device)
         )
         self._check_count(inputs["input_ids"], len(batch) * len(batch[0].images) * budget)
-        inputs |= self._images_of(batch, seen)
-        # A beam search sees the logits of all its beams, of which most are given up.
+        inputs |= self._images_of(batch, tokens)
+        # Beam search calls the processor with the logits of all beams, most of which it drops later.
         is_greedy = self._settings.decoding == "greedy"
-        processors = LogitsProcessorList([watch] if is_greedy else [])
-        tokens_BS = self._model.generate(
+        processors = LogitsProcessorList([recorder] if is_greedy else [])
+        generated_BS = self._model.generate(
             **inputs,
             max_new_tokens=limit,
             do_sample=False,
             num_beams=self._settings.num_beams,
             logits_processor=processors,
         )
-        return self._answers(tokens_BS[:, inputs["input_ids"].shape[1] :], watch if is_greedy else None)
+        return self._answers(generated_BS[:, inputs["input_ids"].shape[1] :], recorder if is_greedy else None)
 
-    def _answers(self, new_BS: Tensor, watch: LogitsWatch | None) -> list[Answer]:
+    def _answers(self, new_BS: Tensor, recorder: ConfidenceRecorder | None) -> list[Answer]:
         limit = self._settings.max_new_tokens
         texts = self._processor.batch_decode(new_BS, skip_special_tokens=True)
         ended_BS = new_BS == self._processor.tokenizer.eos_token_id
-        # What stands after the end is padding; without an end the answer is as long as it may be.
+        # Tokens after the end token are padding; without an end token the answer has the maximum length.
         lengths = torch.where(ended_BS.any(1), ended_BS.int().argmax(1) + 1, limit).tolist()
-        sure = watch.of(lengths) if watch is not None else [UNKNOWN] * len(lengths)
+        confidences = recorder.confidences(lengths) if recorder is not None else [UNKNOWN] * len(lengths)
         return [
             Answer(str(text).strip(), length, not ended, confidence=confidence)
-            for text, length, ended, confidence in zip(texts, lengths, ended_BS.any(1).tolist(), sure, strict=True)
+            for text, length, ended, confidence in zip(
+                texts, lengths, ended_BS.any(1).tolist(), confidences, strict=True
+            )
         ]
 
-    def _choose(self, batch: Sequence[Sample], seen: dict[bytes, Seen], budget: int) -> list[Answer]:
-        """Of each sample's choices the likeliest: the one with the largest sum of log-probabilities of its tokens and of the end after it."""
-        pairs = [(place, choice) for place, sample in enumerate(batch) for choice in _choices(sample)]
+    def _choose(self, batch: Sequence[Sample], tokens: dict[bytes, ImageTokens], budget: int) -> list[Answer]:
+        """Returns the likeliest choice of each sample.
+
+        It has the largest sum of the log-probabilities of its tokens and its end token.
+        """
+        pairs = [(index, choice) for index, sample in enumerate(batch) for choice in _choices(sample)]
         scores: list[float] = []
         lengths: list[int] = []
         size = max(1, self._batch_size // max(1, len(batch[0].images)))
         for start in range(0, len(pairs), size):
             part = pairs[start : start + size]
             logs_BS, answers_BS = self._log_likelihoods(
-                [batch[place] for place, _ in part], [choice for _, choice in part], seen, budget
+                [batch[index] for index, _ in part], [choice for _, choice in part], tokens, budget
             )
             scores += logs_BS.where(answers_BS, 0.0).sum(1).tolist()
             lengths += answers_BS.sum(1).tolist()
         chosen = []
-        for place in range(len(batch)):
-            own = [index for index, (owner, _) in enumerate(pairs) if owner == place]
+        for sample_index in range(len(batch)):
+            own = [index for index, (owner, _) in enumerate(pairs) if owner == sample_index]
             best = max(own, key=lambda index: scores[index])
             spread = float(entropy(torch.tensor([scores[index] for index in own]).log_softmax(0)))
             chosen.append(
@@ -274,14 +276,14 @@ class Predictor:
         return chosen
 
     def _log_likelihoods(
-        self, batch: Sequence[Sample], answers: list[str], seen: dict[bytes, Seen], budget: int
+        self, batch: Sequence[Sample], answers: list[str], tokens: dict[bytes, ImageTokens], budget: int
     ) -> tuple[Tensor, Tensor]:
-        """Log-probability of each token of an answer and of its end, [B, S], and which places are the answer's."""
+        """Computes the log-probabilities of the answer tokens [B, S], and the mask of the answer positions [B, S]."""
         texts = [sample.prompt for sample in batch]
         if self._decoder is not None and self._is_reduced(budget):
             prompts = encode_prompts(self._processor, texts, answers, self._device)
             logits_BSV = self._decoder.logits(
-                prompts, self._visual_of(batch, seen), reducer=self._prompt_reducer, budget=self._total(batch, budget)
+                prompts, self._visual_of(batch, tokens), reducer=self._prompt_reducer, budget=self._total(batch, budget)
             ).float()
             ids_BS, answers_BS = prompts.after_BT[:, 1:], (prompts.answer_BT & prompts.valid_BT)[:, 1:]
         else:
@@ -295,7 +297,7 @@ class Predictor:
             first = int(everywhere_BS.int().argmax(1).min())
             keep = everywhere_BS.shape[1] - first + 1
             logits_BSV = self._model(
-                **inputs, **self._images_of(batch, seen), logits_to_keep=keep, use_cache=False
+                **inputs, **self._images_of(batch, tokens), logits_to_keep=keep, use_cache=False
             ).logits.float()
             ids_BS, answers_BS = inputs["input_ids"][:, first:], everywhere_BS[:, first:]
         return logits_BSV[:, :-1].log_softmax(-1).gather(2, ids_BS[:, :, None]).squeeze(2), answers_BS
@@ -305,43 +307,43 @@ class Predictor:
         return self._reducer if self._reducer is not None and self._reducer.reads == "prompt" else None
 
     def _is_reduced(self, budget: int) -> bool:
-        """Neither blind nor with every patch: only then positions and sizes are other than the stock model's."""
+        """Whether the budget is neither blind nor full: only then positions and sizes differ from the stock model's."""
         return BLIND < budget < self._processor.num_patches
 
     def _total(self, batch: Sequence[Sample], budget: int) -> int:
-        """Visual tokens of a prompt with all its images."""
+        """Number of visual tokens of a prompt with all its images."""
         return budget * len(batch[0].images)
 
-    def _visual_of(self, batch: Sequence[Sample], seen: dict[bytes, Seen]) -> VisualTokens:
-        """Visual tokens of each prompt, images after each other, places counted on from image to image."""
+    def _visual_of(self, batch: Sequence[Sample], tokens: dict[bytes, ImageTokens]) -> VisualTokens:
+        """Joins the visual tokens of each prompt's images; position ids continue from image to image."""
         patches = self._processor.num_patches
-        rows = [[seen[image] for image in sample.images] for sample in batch]
+        rows = [[tokens[image] for image in sample.images] for sample in batch]
         return VisualTokens(
             torch.stack([torch.cat([each.tokens_KL for each in row]) for row in rows]),
             torch.stack(
-                [torch.cat([each.places_K + number * patches for number, each in enumerate(row)]) for row in rows]
+                [torch.cat([each.position_ids_K + number * patches for number, each in enumerate(row)]) for row in rows]
             ),
             torch.stack([torch.cat([each.sizes_K for each in row]) for row in rows]),
         )
 
-    def _images_of(self, batch: Sequence[Sample], seen: dict[bytes, Seen]) -> dict[str, Any]:
-        if not seen:
+    def _images_of(self, batch: Sequence[Sample], tokens: dict[bytes, ImageTokens]) -> dict[str, Any]:
+        if not tokens:
             return {}
         return self._model.image_inputs(
-            torch.stack([seen[image].tokens_KL for sample in batch for image in sample.images])
+            torch.stack([tokens[image].tokens_KL for sample in batch for image in sample.images])
         )
 
     def _check_count(self, input_ids_BS: Tensor, expected: int) -> None:
         found = int((input_ids_BS == self._model.config.image_token_id).sum())
         if found != expected:
             raise SystemFailure(
-                f"The decoder was about to see {found} visual tokens where the budget asks for {expected}; the"
-                " processor does not fit the model."
+                f"The prompt holds {found} visual tokens, but the budget requires {expected}; the processor does not"
+                " match the model."
             )
 
 
 def _decoded(images: Iterable[bytes]) -> tuple[dict[bytes, Image.Image], dict[bytes, str]]:
-    """The different images, and why some cannot be decoded."""
+    """Decodes each distinct image; returns the images, and the reason for each one that cannot be decoded."""
     decoded: dict[bytes, Image.Image] = {}
     problems: dict[bytes, str] = {}
     for image in images:
@@ -357,14 +359,17 @@ def _choices(sample: Sample) -> list[str]:
     choices = sample.metadata.get("choices")
     if not choices:
         raise UserError(
-            f"Sample {sample.id!r} of {sample.benchmark} has no choices to compare by likelihood; give the benchmark a"
-            " column of choices, or decode greedily."
+            f"Sample {sample.id!r} of {sample.benchmark} has no choices, which decoding by likelihood needs; give the"
+            " benchmark a column of choices, or set decoding to greedy."
         )
     return [str(choice) for choice in choices]
 
 
 def _chunks(samples: Sequence[Sample], batch_size: int) -> Iterator[list[int]]:
-    """Indices of samples with at most `batch_size` different images (or one sample's), those that share images together."""
+    """Yields indices of samples with at most `batch_size` distinct images, or of one sample.
+
+    Samples that show the same images are in one chunk where possible.
+    """
     first_with: dict[tuple[bytes, ...], int] = {}
     owners = [first_with.setdefault(sample.images, index) for index, sample in enumerate(samples)]
     chunk: list[int] = []
@@ -380,7 +385,7 @@ def _chunks(samples: Sequence[Sample], batch_size: int) -> Iterator[list[int]]:
 
 
 def _batches(samples: Sequence[Sample], chunk: Sequence[int], batch_size: int) -> Iterator[list[int]]:
-    """A chunk's indices by number of images, prompts of similar length together (less padding)."""
+    """Yields a chunk's indices in batches with the same number of images and with prompts of similar length."""
     groups: dict[int, list[int]] = {}
     for index in chunk:
         groups.setdefault(len(samples[index].images), []).append(index)

@@ -1,7 +1,7 @@
-"""The registered model as MLflow runs it.
+"""The registered model that MLflow loads.
 
-MLflow copies this file into every model version and executes it on load (models from code), so that no pickle is
-involved: `MLFLOW_ALLOW_PICKLE_DESERIALIZATION=False` changes nothing. The weights are read on the first prediction.
+MLflow copies this file into every model version and executes it on load (models from code). No pickle is involved, so
+it also loads with `MLFLOW_ALLOW_PICKLE_DESERIALIZATION=False`. The weights are loaded on the first prediction.
 """
 
 import base64
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class ElasticVlmModel(PythonModel):
-    """Answers prompts about images, each row at its own visual-token budget."""
+    """Answers prompts about images, with one visual-token budget per row."""
 
     def __init__(self) -> None:
         self._predictor: Predictor | None = None
@@ -33,15 +33,15 @@ class ElasticVlmModel(PythonModel):
         """Generates one answer per row.
 
         Args:
-            context: holds the folder of the checkpoint as the artifact `model`.
+            context: has the folder of the checkpoint as the artifact `model`.
             model_input: columns prompt, image (base64 of PNG or JPEG bytes) and num_visual_tokens.
-            params: none are defined.
+            params: unused.
 
         Returns:
-            One column, answer, in the order of the rows.
+            One column, `answer`, in the order of the rows.
 
         Raises:
-            UserError: for an image that is not base64, or a budget that the model cannot give.
+            UserError: an image is not base64, or the model does not support a budget.
         """
         samples = [
             _sample(row, prompt, image)
@@ -79,7 +79,7 @@ def _sample(row: int, prompt: str, image: str) -> Sample:
         encoded = base64.b64decode(image, validate=True)
     except binascii.Error as error:
         raise UserError(
-            f"image of row {row} is not base64 ({error}); send the base64 of PNG or JPEG bytes, without a data: prefix."
+            f"image of row {row} is not base64 ({error}); send PNG or JPEG bytes as base64, without the prefix data:."
         ) from error
     return Sample(
         id=str(row), benchmark="pyfunc", family="general", task="vqa", images=(encoded,), prompt=prompt, answers=()

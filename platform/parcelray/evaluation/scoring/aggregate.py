@@ -1,7 +1,7 @@
-"""From the scores of splits to what a paper prints: means over splits and families, retention, and the frontier over budgets.
+"""Aggregates scores of splits: means over splits and families, retention, and the frontier over budgets.
 
-A mean over splits is unweighted, so that a split with more samples does not count more; retention is 100 x score /
-score of the uncompressed reference for each split, and their mean is taken, not the ratio of the means (arXiv
+A mean over splits is unweighted: a split with more samples does not count more. Retention is 100 x score / score of the
+uncompressed reference. It is computed per split and then averaged, and is not the ratio of the mean scores (arXiv
 2605.30126, Appendix E).
 """
 
@@ -24,31 +24,26 @@ class FrontierPoint:
     num_visual_tokens: int
     overall: Interval
     retention: Interval | None
-    """Percent of the reference; None for the baselines."""
+    """Percent of the reference's score; None for the baselines."""
     families: Mapping[str, Interval]
-    """By family, or by split where all are of one family."""
+    """Score by family, or by split if all splits are of one family."""
     unscored: int
-    """Samples that could not be scored; they are in no mean."""
+    """Number of samples that could not be scored; they are left out of all means."""
     gflops: float | None = None
-    """Of one prefill of one image, where it is known."""
+    """GFLOPs of one prefill with one image; None: unknown."""
 
 
 @dataclass(frozen=True)
 class Frontier:
-    """Scores of several methods over budgets, beside their reference."""
+    """Scores of several methods over budgets, with their reference."""
 
     points: tuple[FrontierPoint, ...]
     reference: str | None
-    """The method that retention is measured against; None: no retention."""
+    """The method that retention is relative to; None: there is no retention."""
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-serialisable."""
+        """Returns the frontier as JSON-serialisable values."""
         return {"reference": self.reference, "points": [_point_to_dict(point) for point in self.points]}
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> "Frontier":
-        """The inverse of `to_dict`."""
-        return cls(points=tuple(_point_from_dict(point) for point in data["points"]), reference=data["reference"])
 
 
 def frontier_point(
@@ -59,14 +54,14 @@ def frontier_point(
     *,
     shown: int | None = None,
 ) -> FrontierPoint:
-    """One method's scores at one budget, with retention where there is a reference on the same samples.
+    """Computes one method's scores at one budget, and its retention if there is a reference on the same samples.
 
     Args:
-        method: its name.
-        num_visual_tokens: the budget whose scores are taken.
-        splits: scored at that budget.
-        reference: the uncompressed model's splits and its budget.
-        shown: the budget to report instead, for a baseline that has none.
+        method: name of the method.
+        num_visual_tokens: the budget, in visual tokens per image.
+        splits: splits that are scored at that budget.
+        reference: the uncompressed model's splits and its budget; None: no retention.
+        shown: the budget to report instead, for a baseline without a budget.
     """
     scores = estimates(splits, num_visual_tokens)
     kept = retentions(splits, num_visual_tokens, *reference) if reference is not None else {}
@@ -76,17 +71,17 @@ def frontier_point(
         overall=mean_of(list(scores.values())).interval,
         retention=mean_of(list(kept.values())).interval if reference is not None else None,
         families={name: estimate.interval for name, estimate in scores.items()},
-        unscored=sum(split.scores[num_visual_tokens].unscored for split in splits) + unasked(splits),
+        unscored=sum(split.scores[num_visual_tokens].unscored for split in splits) + unevaluated(splits),
     )
 
 
-def unasked(splits: Sequence[SplitScores]) -> int:
-    """Questions that could not be asked, over all benchmarks."""
+def unevaluated(splits: Sequence[SplitScores]) -> int:
+    """Returns the number of samples that could not be evaluated, over all benchmarks."""
     return sum({split.benchmark: split.rules.problems for split in splits}.values())
 
 
 def estimates(splits: Sequence[SplitScores], num_visual_tokens: int) -> dict[str, Estimate]:
-    """Each split's score at a budget, by the last part of its name; splits that nothing could be scored on are left out."""
+    """Returns each split's score at a budget, by the last part of its name; splits without scores are left out."""
     found = {split.name.rpartition("/")[2]: split.scores[num_visual_tokens].estimate for split in splits}
     return {name: estimate for name, estimate in found.items() if estimate.n}
 
@@ -94,13 +89,15 @@ def estimates(splits: Sequence[SplitScores], num_visual_tokens: int) -> dict[str
 def retentions(
     splits: Sequence[SplitScores], num_visual_tokens: int, reference: Sequence[SplitScores], reference_budget: int
 ) -> dict[str, Estimate]:
-    """Percent of the reference's score that each split keeps; a split where the reference scores 0 has no retention and is left out.
+    """Computes the percentage of the reference's score that each split keeps.
+
+    A split on which the reference scores 0 has no retention and is left out.
 
     Args:
-        splits: scored at `num_visual_tokens`.
-        num_visual_tokens: the budget.
+        splits: splits that are scored at `num_visual_tokens`.
+        num_visual_tokens: the budget, in visual tokens per image.
         reference: the same splits of the uncompressed model.
-        reference_budget: its budget.
+        reference_budget: budget of the reference, in visual tokens per image.
     """
     theirs = {
         split.name: split.scores[reference_budget].estimate for split in reference if reference_budget in split.scores
@@ -115,7 +112,7 @@ def retentions(
 
 
 def mean_of(members: Sequence[Estimate]) -> Estimate:
-    """Unweighted mean of estimates whose draws belong together."""
+    """Computes the unweighted mean of estimates whose bootstrap draws are paired."""
     if not members:
         return Estimate(math.nan, np.full(1, np.nan), 0)
     return Estimate(
@@ -126,7 +123,7 @@ def mean_of(members: Sequence[Estimate]) -> Estimate:
 
 
 def difference(first: Estimate, second: Estimate) -> Estimate:
-    """First minus second, paired."""
+    """Computes first minus second, paired draw by draw."""
     return Estimate(first.value - second.value, first.draws - second.draws, min(first.n, second.n))
 
 
@@ -140,15 +137,3 @@ def _point_to_dict(point: FrontierPoint) -> dict[str, Any]:
         "unscored": point.unscored,
         "gflops": point.gflops,
     }
-
-
-def _point_from_dict(data: Mapping[str, Any]) -> FrontierPoint:
-    return FrontierPoint(
-        method=data["method"],
-        num_visual_tokens=data["num_visual_tokens"],
-        overall=Interval(**data["overall"]),
-        retention=Interval(**data["retention"]) if data["retention"] is not None else None,
-        families={family: Interval(**interval) for family, interval in data["families"].items()},
-        unscored=data["unscored"],
-        gflops=data.get("gflops"),
-    )

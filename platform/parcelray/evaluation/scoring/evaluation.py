@@ -1,54 +1,43 @@
-"""A finished evaluation on disk: what was asked of which model, from which everything is scored again without the model and the data."""
+"""A finished evaluation on disk, which is scored from stored predictions without the model and the data."""
 
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from parcelray.config.benchmark import BenchmarkConfig
 from parcelray.datasets.sample import Sample
 from parcelray.errors import UserError
-from parcelray.evaluation.passes.records import Asked, read_asked, write_asked
-from parcelray.evaluation.passes.store import PredictionStore
+from parcelray.evaluation.passes.store import EvaluatedBenchmark, PredictionStore
 from parcelray.evaluation.scoring.split_scores import GivenAnswer, ScoringRules, SplitScores, score_splits
 
 _FILE = "evaluation.json"
 
 
 @dataclass(frozen=True)
-class AskedBenchmark:
-    """One benchmark of an evaluation."""
-
-    config: BenchmarkConfig
-    asked: Asked
-    metric: str | None = None
-    """Instead of its own."""
-
-
-@dataclass(frozen=True)
 class Evaluation:
-    """Which model was asked what."""
+    """One model evaluated on some benchmarks, without the predictions."""
 
     name: str
     model: str
-    """The checkpoint, pinned."""
+    """Pinned reference of the checkpoint."""
     digest: str
-    """Of its weights."""
+    """Digest of the weights."""
     budgets: tuple[int, ...]
     """Visual tokens per image, ascending; 0: blind."""
     full: int
-    """The largest budget that the model can give; not always among the budgets."""
+    """The largest budget that the model supports, which may be missing in `budgets`."""
     store: str
-    """Where the answers are."""
-    benchmarks: tuple[AskedBenchmark, ...]
+    """Folder or URI of the stored predictions."""
+    benchmarks: tuple[EvaluatedBenchmark, ...]
     mask_decoder: str | None = None
+    """The .npz file that the metric `refseg_miou` needs."""
 
     def save(self, folder: Path) -> None:
-        """Writes everything but the answers, which are in the store."""
+        """Writes the evaluation to a folder; the predictions are in the store."""
         folder.mkdir(parents=True, exist_ok=True)
         for benchmark in self.benchmarks:
-            write_asked(benchmark.asked, folder / "asked" / benchmark.config.name)
+            benchmark.save(folder)
         data = {
             "name": self.name,
             "model": self.model,
@@ -67,11 +56,11 @@ class Evaluation:
         """Scores all benchmarks at all budgets.
 
         Args:
-            metrics: by benchmark, a metric instead of the evaluation's own.
-            store: the evaluation's, opened before; None: it is opened here.
+            metrics: by benchmark, a metric that replaces the evaluation's own.
+            store: the evaluation's store, if it is already open; None: it is opened here.
 
         Raises:
-            UserError: answers are missing, or a metric cannot score them.
+            UserError: predictions are missing, or a metric cannot score them.
         """
         known = [benchmark.config.name for benchmark in self.benchmarks]
         unknown = sorted(set(metrics) - set(known))
@@ -86,16 +75,17 @@ class Evaluation:
             for split in self._score(benchmark, metrics.get(benchmark.config.name), store)
         ]
 
-    def _score(self, benchmark: AskedBenchmark, metric: str | None, store: PredictionStore) -> list[SplitScores]:
-        config, asked = benchmark.config, benchmark.asked
-        if config.unscorable is not None or not asked.records:
+    def _score(self, benchmark: EvaluatedBenchmark, metric: str | None, store: PredictionStore) -> list[SplitScores]:
+        config, records = benchmark.config, benchmark.records
+        if config.unscorable is not None or not records:
             return []
-        found = store.read(config.name, self.digest, (key for record in asked.records for key in record.keys.values()))
-        missing = sum(key not in found for record in asked.records for key in record.keys.values())
+        keys = [key for record in records for key in record.keys.values()]
+        found = store.read(config.name, self.digest, keys)
+        missing = sum(key not in found for key in keys)
         if missing:
             raise UserError(
-                f"{missing} answers on {config.name} are not in {self.store}; run the evaluation {self.name} again, and"
-                " only they are computed."
+                f"{missing} predictions on {config.name} are not in {self.store}; run the evaluation {self.name} again,"
+                " which computes only the missing ones."
             )
         answers = {
             budget: [
@@ -106,7 +96,7 @@ class Evaluation:
                     prediction.mean_log_prob,
                     prediction.entropy,
                 )
-                for prediction in (found[record.keys[budget]] for record in asked.records)
+                for prediction in (found[record.keys[budget]] for record in records)
             ]
             for budget in self.budgets
         }
@@ -115,14 +105,14 @@ class Evaluation:
             split_of=split_naming(config),
             average_over=config.average_over,
             mask_decoder=Path(self.mask_decoder) if self.mask_decoder else None,
-            whole=asked.rows == asked.pin.rows,
-            problems=len(asked.problems),
+            whole=benchmark.rows == benchmark.fingerprint.rows,
+            problems=len(benchmark.problems),
         )
-        return score_splits([record.sample for record in asked.records], answers, rules)
+        return score_splits([record.sample for record in records], answers, rules)
 
 
 def split_naming(config: BenchmarkConfig) -> Callable[[Sample], str]:
-    """How the samples of a benchmark are told apart in its results."""
+    """Returns the function that names the split of a sample: the benchmark, or one part of it."""
     field = config.report_by
     if field is None:
         return lambda sample: config.name
@@ -130,10 +120,10 @@ def split_naming(config: BenchmarkConfig) -> Callable[[Sample], str]:
 
 
 def load_evaluation(folder: Path) -> Evaluation:
-    """Reads an evaluation.
+    """Reads an evaluation that `Evaluation.save` wrote.
 
     Raises:
-        UserError: the folder holds none.
+        UserError: the folder holds no evaluation.
     """
     file = folder / _FILE
     if not file.is_file():
@@ -149,14 +139,9 @@ def load_evaluation(folder: Path) -> Evaluation:
         budgets=tuple(data["budgets"]),
         full=data["full"],
         store=data["store"],
-        benchmarks=tuple(_benchmark(folder, each) for each in data["benchmarks"]),
+        benchmarks=tuple(
+            EvaluatedBenchmark.load(folder, BenchmarkConfig.model_validate(each["config"]), each["metric"])
+            for each in data["benchmarks"]
+        ),
         mask_decoder=data["mask_decoder"],
     )
-
-
-def _benchmark(folder: Path, data: dict[str, Any]) -> AskedBenchmark:
-    config = BenchmarkConfig.model_validate(data["config"])
-    asked = read_asked(folder / "asked" / config.name)
-    if asked is None:
-        raise UserError(f"{folder} lacks what was asked of {config.name}; run the evaluation again.")
-    return AskedBenchmark(config, asked, data["metric"])

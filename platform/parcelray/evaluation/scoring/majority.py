@@ -1,24 +1,24 @@
-"""The baseline that looks at nothing: always the answer that is most frequent for the task in the training data."""
+"""The majority baseline, which always gives the most frequent answer of the task in the training data."""
 
 import functools
 from collections import Counter
 from collections.abc import Sequence
 
 from parcelray.config.data import DataConfig
+from parcelray.config.evaluate import BLIND
 from parcelray.datasets.open import training_source
-from parcelray.evaluation.predict.predictor import BLIND
 from parcelray.evaluation.scoring.split_scores import GivenAnswer, SplitScores, score_splits
 
 _SAMPLES = 2000
-"""Training samples that the answers are counted over."""
+"""Number of training samples whose answers are counted."""
 
 
 def majority_scores(data: DataConfig, splits: Sequence[SplitScores], image_size: int) -> list[SplitScores]:
-    """The baseline's scores on the samples of an evaluation, under the blind model's budget.
+    """Scores the baseline on the samples of an evaluation, at the budget of the blind baseline.
 
     Args:
-        data: what the model was trained on.
-        splits: an evaluation's.
+        data: the training data of the model.
+        splits: scores of the evaluation.
         image_size: side of the training images, pixels.
     """
     answers = dict(_answers(data, image_size))

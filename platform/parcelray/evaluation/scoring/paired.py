@@ -1,4 +1,4 @@
-"""Two models, or two budgets, on the same samples."""
+"""Paired comparison of two models, or of two budgets, on the same samples."""
 
 import math
 from collections.abc import Sequence
@@ -15,18 +15,18 @@ from parcelray.evaluation.scoring.split_scores import Estimate, GivenAnswer, Spl
 
 
 class McNemar(NamedTuple):
-    """McNemar's exact test of two answers to the same questions (McNemar, Psychometrika 1947)."""
+    """Result of McNemar's exact test on the same samples (McNemar, Psychometrika 1947)."""
 
     only_first: int
-    """Questions that only the first answers right."""
+    """Number of samples that only the first answers correctly."""
     only_second: int
-    """Questions that only the second answers right."""
+    """Number of samples that only the second answers correctly."""
     p_value: float
-    """Of as uneven a pair under equal chances, two-sided."""
+    """Two-sided p-value of the null hypothesis that both are equally often correct."""
 
 
 class Comparison(NamedTuple):
-    """The first against the second on one split."""
+    """Comparison of the first with the second on one split."""
 
     split: str
     metric: str
@@ -35,15 +35,15 @@ class Comparison(NamedTuple):
     difference: Interval
     """First minus second, paired."""
     p_value: float
-    """Two-sided, from the draws of the difference; never below one draw's share."""
+    """Two-sided p-value, from the bootstrap draws of the difference; at least 1 / number of draws."""
     mcnemar: McNemar | None
-    """None where answers can be half right."""
+    """None if answers can be partly correct."""
     n: int
-    """Samples that both answered."""
+    """Number of samples that both have."""
 
 
 def mcnemar(first: Sequence[float], second: Sequence[float]) -> McNemar | None:
-    """The test on values of the same samples; None if a value is neither 0 nor 1."""
+    """Runs McNemar's test on values of the same samples; returns None if a value is neither 0 nor 1."""
     pairs = [(a, b) for a, b in zip(first, second, strict=True) if not (math.isnan(a) or math.isnan(b))]
     if any(value not in (0.0, 1.0) for pair in pairs for value in pair):
         return None
@@ -57,15 +57,15 @@ def compare(first: SplitScores, first_budget: int, second: SplitScores, second_b
     """Compares one split of two evaluations, or at two budgets of one, on the samples that both have.
 
     Raises:
-        UserError: the scores cannot be compared: other metrics, no sample in common, or a corpus metric on different or
-            partial sets.
+        UserError: the scores cannot be compared: the metrics differ, no sample is in common, or a corpus metric was
+            computed on different or partial sets.
     """
     if first.metric != second.metric:
         raise UserError(
-            f"{first.name} is scored by {first.metric} on one side and by {second.metric} on the other; score both"
-            " alike."
+            f"{first.name} is scored by {first.metric} in the first evaluation and by {second.metric} in the second;"
+            " score both by the same metric."
         )
-    ours, theirs = ({sample.id: place for place, sample in enumerate(split.samples)} for split in (first, second))
+    ours, theirs = ({sample.id: index for index, sample in enumerate(split.samples)} for split in (first, second))
     shared = [name for name in ours if name in theirs]
     if not shared:
         raise UserError(
@@ -75,7 +75,7 @@ def compare(first: SplitScores, first_budget: int, second: SplitScores, second_b
         len(shared) < max(len(ours), len(theirs)) or not (first.rules.whole and second.rules.whole)
     ):
         raise UserError(
-            f"{first.metric} on {first.name} is a score of the whole split, so it is not compared on a part of it;"
+            f"{first.metric} on {first.name} is defined on the whole split and cannot be compared on a part of it;"
             " evaluate both without a limit."
         )
     one = _part(first, [ours[name] for name in shared], first_budget)
@@ -94,7 +94,7 @@ def compare(first: SplitScores, first_budget: int, second: SplitScores, second_b
 
 
 def two_sided(gap: Estimate) -> float:
-    """Twice the smaller share of draws on either side of zero, ties to both."""
+    """Computes a two-sided p-value: twice the smaller share of draws on either side of zero; zeros count for both."""
     draws = gap.draws[np.isfinite(gap.draws)]
     if not len(draws):
         return math.nan
@@ -103,21 +103,25 @@ def two_sided(gap: Estimate) -> float:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's correction for several tests (Holm, Scandinavian Journal of Statistics 1979), in the order of the values; NaN stays and counts for none."""
-    known = sorted((value, place) for place, value in enumerate(p_values) if not math.isnan(value))
+    """Applies Holm's correction for several tests (Holm, Scandinavian Journal of Statistics 1979).
+
+    Returns:
+        The corrected p-values in the given order; NaN stays NaN and does not count as a test.
+    """
+    known = sorted((value, index) for index, value in enumerate(p_values) if not math.isnan(value))
     corrected = [math.nan] * len(p_values)
     largest = 0.0
-    for rank, (value, place) in enumerate(known):
+    for rank, (value, index) in enumerate(known):
         largest = max(largest, min(1.0, (len(known) - rank) * value))
-        corrected[place] = largest
+        corrected[index] = largest
     return corrected
 
 
-def _part(split: SplitScores, places: Sequence[int], budget: int) -> SplitScores:
-    """The split scored on some of its samples at one budget."""
-    if list(places) == list(range(len(split.samples))):
+def _part(split: SplitScores, indices: Sequence[int], budget: int) -> SplitScores:
+    """Scores some of a split's samples again, at one budget."""
+    if list(indices) == list(range(len(split.samples))):
         return split
-    answers: dict[int, list[GivenAnswer]] = {budget: [split.answers[budget][place] for place in places]}
+    answers: dict[int, list[GivenAnswer]] = {budget: [split.answers[budget][index] for index in indices]}
     return score_splits(
-        [split.samples[place] for place in places], answers, replace(split.rules, split_of=lambda sample: split.name)
+        [split.samples[index] for index in indices], answers, replace(split.rules, split_of=lambda sample: split.name)
     )[0]

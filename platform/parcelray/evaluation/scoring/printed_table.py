@@ -1,4 +1,4 @@
-"""The aggregate rows of a printed table, from its per-benchmark scores: what a paper's own numbers give by our rules."""
+"""Aggregates the per-benchmark scores of a published table by the rules of this project."""
 
 import csv
 import math
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from parcelray.errors import UserError
-from parcelray.evaluation.scoring.budget_curves import most_sensitive
+from parcelray.evaluation.scoring.summary import most_sensitive
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -18,18 +18,18 @@ _KEYS = ("benchmark", "family", "reference")
 
 @dataclass(frozen=True)
 class PrintedTable:
-    """Scores of methods on benchmarks, beside the uncompressed reference."""
+    """Scores of methods on benchmarks, with the uncompressed reference."""
 
     benchmarks: tuple[str, ...]
     families: Mapping[str, str]
-    """By benchmark."""
+    """Family, by benchmark."""
     reference: Mapping[str, float]
-    """By benchmark."""
+    """Score of the reference, by benchmark."""
     methods: Mapping[str, Mapping[str, float]]
-    """By method, the scores by benchmark; those that are not printed are missing."""
+    """By method, the scores by benchmark; scores that the table lacks are missing."""
 
     def retention(self, method: str) -> dict[str, float]:
-        """100 x score / reference for each benchmark that both have."""
+        """Computes 100 x score / reference for each benchmark with both scores."""
         scores = self.methods[method]
         return {
             name: 100 * scores[name] / self.reference[name]
@@ -38,12 +38,12 @@ class PrintedTable:
         }
 
     def mean_retention(self, method: str, family: str | None = None) -> float:
-        """Unweighted mean over benchmarks, of a family or of all; NaN if there are none."""
+        """Computes the unweighted mean over the benchmarks of a family or over all; NaN if there are none."""
         kept = [value for name, value in self.retention(method).items() if family in (None, self.families[name])]
         return math.fsum(kept) / len(kept) if kept else math.nan
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-serialisable."""
+        """Returns the aggregates as JSON-serialisable values."""
         families = list(dict.fromkeys(self.families.values()))
         return {
             method: {
@@ -57,7 +57,7 @@ class PrintedTable:
         }
 
     def to_rich(self) -> "Table":
-        """For the console."""
+        """Returns the aggregates as a table for the console."""
         from rich.table import Table
 
         families = list(dict.fromkeys(self.families.values()))
@@ -78,10 +78,10 @@ class PrintedTable:
 
 
 def aggregate_table(file: Path) -> PrintedTable:
-    """Reads a CSV with the columns benchmark, family, reference, and one for each method; an empty cell is a score that is not printed.
+    """Reads a CSV with the columns benchmark, family, reference, and one per method; empty cells are missing scores.
 
     Raises:
-        UserError: the file cannot be read as such a table.
+        UserError: the file is not such a table.
     """
     try:
         with file.open(encoding="utf-8", newline="") as opened:

@@ -1,55 +1,76 @@
-"""Everything that an evaluation says, as numbers: splits, families, overall, retention, budgets that suffice."""
+"""All numbers of an evaluation: scores and retention of splits and families, the needed budget, and the oracle.
 
+The oracle knows for each sample the smallest budget with the best answer; it bounds what choosing budgets can gain.
+"""
+
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
+import numpy as np
+
+from parcelray.evaluation.passes.store import EvaluatedBenchmark
 from parcelray.evaluation.scoring.aggregate import mean_of, retentions
-from parcelray.evaluation.scoring.budget_curves import OraclePoint, most_sensitive, needed_budget, oracle_curve
-from parcelray.evaluation.scoring.evaluation import AskedBenchmark, Evaluation
+from parcelray.evaluation.scoring.evaluation import Evaluation, load_evaluation
 from parcelray.evaluation.scoring.split_scores import Estimate, SplitScores
+
+REFERENCE_FOLDER = "reference"
+"""Folder of an evaluation that holds the evaluation of its reference model."""
+
+
+class OraclePoint(NamedTuple):
+    """An oracle that gives each sample the smallest budget with the best answer, up to a cap."""
+
+    cap: int
+    """Largest budget that the oracle may choose."""
+    score: float
+    """Mean over samples of the best value at any budget up to the cap, on the paper's scale."""
+    mean_tokens: float
+    """Mean number of visual tokens per image."""
 
 
 @dataclass(frozen=True)
 class Summary:
-    """An evaluation with its reference."""
+    """An evaluation with its scores and its reference."""
 
     evaluation: Evaluation
     splits: Sequence[SplitScores]
     reference: str
-    """The model that retention is measured against, pinned."""
+    """Pinned reference of the model that retention is relative to."""
     reference_budget: int
-    """At how many visual tokens."""
+    """Visual tokens per image of the reference."""
     retention: Mapping[int, Mapping[str, Estimate]]
-    """Percent of the reference, by budget and split."""
+    """Percent of the reference's score, by budget and split."""
     need_within: float
     """Percent of the full score that the needed budget may lose."""
 
     @property
     def budgets(self) -> tuple[int, ...]:
-        """Ascending."""
+        """Visual tokens per image, ascending; 0: blind."""
         return self.evaluation.budgets
 
     @property
     def families(self) -> dict[str, list[str]]:
-        """The splits of each family."""
+        """Names of the splits of each family."""
         members: dict[str, list[str]] = {}
         for split in self.splits:
             members.setdefault(split.family, []).append(split.name)
         return members
 
     def mean_retention(self, budget: int, names: Sequence[str] | None = None) -> Estimate:
-        """Unweighted mean over splits; of some, or of all."""
+        """Unweighted mean retention over splits: over the named ones, or over all."""
         kept = self.retention[budget]
         return mean_of([kept[name] for name in (names if names is not None else kept) if name in kept])
 
     def mean_score(self, budget: int, names: Sequence[str] | None = None) -> Estimate:
-        """Unweighted mean over splits of the scores on the paper's scale."""
+        """Unweighted mean score over splits, on the paper's scale: over the named ones, or over all."""
         chosen = [split for split in self.splits if names is None or split.name in names]
         return mean_of([split.scores[budget].estimate for split in chosen if split.scores[budget].estimate.n])
 
     def needed(self, split: SplitScores) -> int | None:
-        """The smallest budget within `need_within` percent of the largest."""
+        """The smallest budget whose score is within `need_within` percent of the score at the largest budget."""
         return needed_budget(
             {budget: score.estimate.value for budget, score in split.scores.items()},
             max(self.budgets),
@@ -57,11 +78,11 @@ class Summary:
         )
 
     def oracle(self, split: SplitScores) -> list[OraclePoint]:
-        """See `oracle_curve`."""
+        """The oracle at every cap, see `oracle_curve`."""
         return oracle_curve(split)
 
     def sensitive(self) -> list[str]:
-        """The three splits that lose most at the smallest budget with images."""
+        """Names of the three splits with the lowest retention at the smallest budget with images."""
         visible = [
             budget
             for budget in self.budgets
@@ -72,7 +93,7 @@ class Summary:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-serialisable."""
+        """Returns the summary as JSON-serialisable values."""
         return {
             "name": self.evaluation.name,
             "model": self.evaluation.model,
@@ -131,13 +152,14 @@ def summarize(
     need_within: float,
     reference: tuple[Evaluation, Sequence[SplitScores]] | None,
 ) -> Summary:
-    """Scores with retention against a reference.
+    """Summarizes scores, with retention relative to a reference.
 
     Args:
-        evaluation: which model was asked what.
+        evaluation: the evaluation.
         splits: its scores.
         need_within: percent of the full score that the needed budget may lose.
-        reference: the uncompressed model, at its largest budget; None: the evaluation itself at its own.
+        reference: evaluation and scores of the uncompressed model, of which the largest budget counts; None: the
+            evaluation itself at its largest budget.
     """
     base, base_splits = reference if reference is not None else (evaluation, splits)
     budget = max(base.budgets)
@@ -151,15 +173,75 @@ def summarize(
     )
 
 
-def _data(benchmark: AskedBenchmark) -> dict[str, Any]:
-    asked = benchmark.asked
+def rescore(folder: Path, metrics: Mapping[str, str], need_within: float) -> Summary:
+    """Scores a finished evaluation again from its stored predictions, without the model and the data.
+
+    Args:
+        folder: folder of the evaluation.
+        metrics: by benchmark, metric and variant that replace the evaluation's own.
+        need_within: percent of the full score that the needed budget may lose.
+
+    Raises:
+        UserError: the folder holds no evaluation, predictions are missing, or a metric cannot score them.
+    """
+    evaluation = load_evaluation(folder)
+    base = None
+    if (folder / REFERENCE_FOLDER).is_dir():
+        reference = load_evaluation(folder / REFERENCE_FOLDER)
+        base = (reference, reference.score(metrics))
+    return summarize(evaluation, evaluation.score(metrics), need_within, base)
+
+
+def needed_budget(scores: Mapping[int, float], full: int, within: float) -> int | None:
+    """Returns the smallest budget whose score is within `within` percent of the full score.
+
+    Args:
+        scores: scores by budget; budget 0 is the blind baseline.
+        full: the budget whose score is the full score.
+        within: percent of the full score that may be lost.
+
+    Returns:
+        The budget; None if the full score is 0 or unknown.
+    """
+    base = scores.get(full, math.nan)
+    if math.isnan(base) or base <= 0:
+        return None
+    return min(budget for budget, score in scores.items() if score >= (1 - within / 100) * base)
+
+
+def oracle_curve(split: SplitScores) -> list[OraclePoint]:
+    """Computes the oracle at every cap, without the blind baseline; empty if the score is not a mean over samples."""
+    budgets = sorted(budget for budget in split.scores if budget)
+    if not split.additive or not budgets:
+        return []
+    values_BN = np.array([split.scores[budget].values for budget in budgets], dtype=np.float64)
+    values_BN = values_BN[:, ~np.isnan(values_BN).any(axis=0)]
+    if not values_BN.shape[1]:
+        return []
+    points = []
+    for number, cap in enumerate(budgets, 1):
+        best_N = values_BN[:number].max(axis=0)
+        # argmax returns the first index, which is the smallest budget with the best value. A sample that is wrong at
+        # every budget gets the smallest one.
+        chosen_N = np.array(budgets)[values_BN[:number].argmax(axis=0)]
+        points.append(OraclePoint(cap, split.scale * float(best_N.mean()), float(chosen_N.mean())))
+    return points
+
+
+def most_sensitive(retentions: Mapping[str, float], count: int = 3) -> list[str]:
+    """Returns the splits with the lowest retention, the worst first (the paper reports 3 at 16 tokens)."""
+    known = {name: value for name, value in retentions.items() if not math.isnan(value)}
+    return sorted(known, key=lambda name: (known[name], name))[:count]
+
+
+def _data(benchmark: EvaluatedBenchmark) -> dict[str, Any]:
     return {
-        "revision": asked.pin.revision,
-        "rows": asked.rows,
-        "rows_of_the_split": asked.pin.rows,
+        "revision": benchmark.fingerprint.revision,
+        "rows": benchmark.rows,
+        "rows_of_the_split": benchmark.fingerprint.rows,
         "rows_expected": getattr(benchmark.config.source, "rows", None),
-        "ids": asked.pin.ids,
-        "unasked": [problem._asdict() for problem in asked.problems],
+        "ids": benchmark.fingerprint.ids,
+        "unasked": [problem._asdict() for problem in benchmark.problems],
         "unscorable": benchmark.config.unscorable,
     }
 

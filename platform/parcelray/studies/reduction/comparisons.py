@@ -8,9 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from parcelray.evaluation.scoring.aggregate import difference, mean_of
-from parcelray.evaluation.scoring.intervals import Interval
+from parcelray.evaluation.scoring.intervals import Interval, shared_draws
 from parcelray.evaluation.scoring.paired import holm, two_sided
-from parcelray.evaluation.scoring.shared_draws import shared_draws
 from parcelray.evaluation.scoring.split_scores import Estimate, SplitScores
 from parcelray.evaluation.scoring.summary import Summary
 

@@ -6,8 +6,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from parcelray.evaluation.frontier_files import write_frontier
-from parcelray.evaluation.frontier_table import frontier_markdown
+from parcelray.evaluation.frontier import frontier_markdown, write_frontier
 from parcelray.evaluation.scoring.aggregate import FrontierPoint
 from parcelray.evaluation.scoring.intervals import Interval
 from parcelray.studies.reduction.comparisons import Against, table_rows

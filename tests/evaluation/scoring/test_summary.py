@@ -1,28 +1,28 @@
-"""The budget that a split needs, the oracle, and the splits that suffer most: by hand."""
+"""The needed budget, the oracle, and the most sensitive splits, against numbers computed by hand."""
 
 import math
 
 import pytest
 
 from parcelray.datasets.sample import Sample
-from parcelray.evaluation.scoring.budget_curves import most_sensitive, needed_budget, oracle_curve
 from parcelray.evaluation.scoring.split_scores import GivenAnswer, SplitScores, score_splits
+from parcelray.evaluation.scoring.summary import most_sensitive, needed_budget, oracle_curve
 
 
-def _split(right: dict[int, str], metric: str = "exact_match") -> SplitScores:
-    """By budget, a letter for each sample: `1` right, `0` wrong."""
-    count = len(next(iter(right.values())))
+def _split(marks: dict[int, str], metric: str = "exact_match") -> SplitScores:
+    """A split with correct (`1`) and wrong (`0`) answers, one mark per sample, by budget."""
+    count = len(next(iter(marks.values())))
     samples = [
         Sample(str(number), "b", "f", "t", (), "?", ("yes",), metric=metric, scene=str(number))
         for number in range(count)
     ]
     return score_splits(
         samples,
-        {budget: [GivenAnswer("yes" if mark == "1" else "no") for mark in marks] for budget, marks in right.items()},
+        {budget: [GivenAnswer("yes" if mark == "1" else "no") for mark in row] for budget, row in marks.items()},
     )[0]
 
 
-def test_the_needed_budget_is_the_smallest_within_reach() -> None:
+def test_the_needed_budget_is_the_smallest_within_the_tolerance() -> None:
     scores = {0: 20.0, 16: 57.0, 64: 57.1, 256: 60.0}
     assert needed_budget(scores, 256, 5) == 16
     assert needed_budget(scores, 256, 4.9) == 64
@@ -32,11 +32,11 @@ def test_the_needed_budget_is_the_smallest_within_reach() -> None:
     assert needed_budget({16: 1.0}, 256, 5) is None
 
 
-def test_the_oracle_takes_the_fewest_tokens_that_answer() -> None:
-    # The last sample is never right, the third only at 16.
+def test_the_oracle_chooses_the_smallest_budget_with_the_best_answer() -> None:
+    # The last sample is wrong at every budget, the third is correct only at 16.
     curve = oracle_curve(_split({0: "1111", 16: "0110", 64: "1100", 256: "1100"}))
     assert [(point.cap, point.score) for point in curve] == [(16, 50), (64, 75), (256, 75)]
-    # Sample 0 needs 64, samples 1 and 2 are right at 16, sample 3 costs the least.
+    # Sample 0 needs 64, samples 1 and 2 are correct at 16, sample 3 gets the smallest budget.
     assert [point.mean_tokens for point in curve] == [16, (64 + 3 * 16) / 4, (64 + 3 * 16) / 4]
 
 
