@@ -100,6 +100,7 @@ def test_mistakes_are_named(arguments: dict[str, Any], message: str) -> None:
 
 def test_an_illegal_budget_names_the_legal_ones() -> None:
     with pytest.raises(
-        UnsupportedBudgetError, match="m3 does not support 100 visual tokens per image; legal budgets are 4, 16, 64, 256"
+        UnsupportedBudgetError,
+        match="m3 does not support 100 visual tokens per image; legal budgets are 4, 16, 64, 256",
     ):
         cost_table.build("paligemma2-3b", connector="m3", budgets=(100,))

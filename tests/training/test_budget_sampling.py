@@ -58,7 +58,8 @@ def test_unsupported_budgets_are_refused_with_the_legal_ones() -> None:
     sampler = BudgetSampler(UniformBudgets(budgets=(16, 33)), 0)
     sampler.check(_connector(ParcelConnectorConfig(num_heads=4)))
     with pytest.raises(
-        UnsupportedBudgetError, match=r"m3 does not support 33 visual tokens per image; legal budgets are 4, 16, 64, 256"
+        UnsupportedBudgetError,
+        match=r"m3 does not support 33 visual tokens per image; legal budgets are 4, 16, 64, 256",
     ) as caught:
         sampler.check(_connector(M3ConnectorConfig()))
     assert caught.value.num_visual_tokens == 33

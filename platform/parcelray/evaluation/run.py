@@ -14,10 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from parcelray.cluster.session import ray_session
-from parcelray.config.evaluate import EvaluateJob
-from parcelray.config.evaluate import PassConfig
-from parcelray.config.evaluate import budget_name
-from parcelray.config.loader import config_hash
+from parcelray.config.evaluate import EvaluateJob, PassConfig, budget_name
 from parcelray.errors import UserError
 from parcelray.evaluation.passes.shards import (
     EvaluatedModel,

@@ -5,19 +5,12 @@ from pathlib import Path
 
 from rich.console import Console
 
-from parcelray.config.data import DataConfig
-from parcelray.config.data import MiniDataConfig
-from parcelray.config.data import NlvrDataConfig
-from parcelray.config.evaluate import BenchmarkChoice
-from parcelray.config.evaluate import BudgetName
-from parcelray.config.evaluate import EvaluateJob
-from parcelray.config.evaluate import PassConfig
+from parcelray.config.data import DataConfig, MiniDataConfig, NlvrDataConfig
+from parcelray.config.evaluate import BLIND, BenchmarkChoice, BudgetName, EvaluateJob, PassConfig
 from parcelray.config.model import CheckpointModelConfig
 from parcelray.config.train import TrainJob
 from parcelray.console import percent
-from parcelray.config.evaluate import BLIND
-from parcelray.evaluation.frontier import frontier_table
-from parcelray.evaluation.frontier import write_frontier
+from parcelray.evaluation.frontier import frontier_table, write_frontier
 from parcelray.evaluation.run import run_evaluation
 from parcelray.evaluation.scoring.aggregate import Frontier, frontier_point
 from parcelray.evaluation.scoring.intervals import wilson

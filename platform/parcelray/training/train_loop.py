@@ -26,7 +26,7 @@ from parcelray.datasets.collator import Batch
 from parcelray.datasets.sample import Sample
 from parcelray.errors import SystemFailure
 from parcelray.evaluation.predict.predictor import Predictor
-from parcelray.evaluation.scoring.score import score
+from parcelray.evaluation.scoring.split_scores import score
 from parcelray.models.allocator import keep_freed_memory
 from parcelray.models.backbones import ElasticVLM
 from parcelray.models.backbones.processor_base import ElasticProcessor
@@ -349,10 +349,7 @@ def _validation_values(
     """Score of each sample at each validation budget that the model supports; the model must be in evaluation mode."""
     budgets = [budget for budget in job.validation.budgets if budget in model.supported_budgets]
     predictions = Predictor(model, processor, device=device).generate_budgets(samples, budgets)
-    return {
-        budget: [each.value for each in score(samples, predictions[budget], num_visual_tokens=budget)]
-        for budget in budgets
-    }
+    return {budget: score(samples, predictions[budget]) for budget in budgets}
 
 
 class _Clock:
