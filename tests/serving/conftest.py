@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import pytest
 
 from parcelray.config.connector import M3ConnectorConfig
+from parcelray.config.serve import EngineConfig
 from parcelray.datasets.images import decode_image
 from parcelray.datasets.mini import FAMILIES, family_samples
 from parcelray.datasets.sample import Sample
@@ -14,9 +15,8 @@ from parcelray.models.backbones.processor_base import ElasticProcessor
 from parcelray.models.checkpoint import MINI_BASE, resolve_checkpoint
 from parcelray.models.processor import load_processor
 from parcelray.models.vlm import load_vlm, use_sdpa_where_exact
-from parcelray.serving.engine.continuous_engine import ContinuousEngine, EngineLimits
-from parcelray.serving.engine.engine import GenerateRequest, Sampling
-from parcelray.serving.ingress.prompting import PromptBuilder
+from parcelray.serving.engine.continuous_engine import ContinuousEngine
+from parcelray.serving.engine.engine import GenerateRequest, PromptBuilder, Sampling
 
 
 @pytest.fixture(scope="session")
@@ -40,7 +40,7 @@ def samples() -> list[Sample]:
 
 @pytest.fixture
 def engine(model: ElasticVLM, processor: ElasticProcessor) -> Iterator[ContinuousEngine]:
-    engine = ContinuousEngine(model, processor, EngineLimits(max_running=24, kv_tokens=8192, vision_batch=16))
+    engine = ContinuousEngine(model, processor, EngineConfig(max_running=24, kv_tokens=8192, vision_batch=16))
     yield engine
     engine.close()
 
@@ -85,4 +85,3 @@ def ask(processor: ElasticProcessor) -> Asker:
 def never_ending(monkeypatch: pytest.MonkeyPatch) -> None:
     """Engines that are made now know no end token: answers are as long as they may be."""
     monkeypatch.setattr("parcelray.serving.engine.continuous_engine.end_ids", lambda *_: frozenset())
-    monkeypatch.setattr("parcelray.serving.static_engine.end_ids", lambda *_: frozenset())

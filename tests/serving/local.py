@@ -16,19 +16,16 @@ from parcelray.profiling.backbone_shapes import from_transformers_config
 from parcelray.profiling.flops import cost
 from parcelray.serving.engine.budget_chooser import BudgetChooser
 from parcelray.serving.engine.continuous_engine import ContinuousEngine
-from parcelray.serving.engine.engine import Engine
+from parcelray.serving.engine.engine import Engine, PromptBuilder
 from parcelray.serving.http.api import Api
 from parcelray.serving.http.auth import ApiKey, Gatekeeper
 from parcelray.serving.http.image_reader import ImageReader
-from parcelray.serving.ingress.admission import Admission
 from parcelray.serving.ingress.budget_policy import BudgetPolicy
-from parcelray.serving.ingress.chat import ChatService
+from parcelray.serving.ingress.chat import Admission, ChatService
 from parcelray.serving.ingress.clients import LocalClient, ModelClient
 from parcelray.serving.ingress.metrics import EndpointMetrics
-from parcelray.serving.ingress.prompting import PromptBuilder
 from parcelray.serving.ingress.request_log import RequestLog
 from parcelray.serving.ingress.routes import Route, Routes
-from parcelray.serving.replica.engine_factory import limits_of
 
 VERSION = "models:/mini/7"
 PATIENCE_S = 300.0
@@ -93,7 +90,7 @@ def endpoint(
 ) -> Iterator[tuple[str, ChatService, ContinuousEngine]]:
     """Its URL, its service and its engine, while the context lasts; its limits of time are patient unless they are changed."""
     job = job_of(**{**changes, "limits": {**PATIENT, **changes.get("limits", {})}})
-    engine = ContinuousEngine(model, processor, limits_of(job.engine), chooser=chooser)
+    engine = ContinuousEngine(model, processor, job.engine, chooser=chooser)
     service = service_of(job, model, processor, LocalClient(engine), capacity=capacity)
     api = Api(job.name, job.http, lambda: service, Gatekeeper(keys or []), RequestLog())
     with serving(api.application()) as url:

@@ -11,7 +11,7 @@ from parcelray.config.serve import ServeJob
 from parcelray.errors import UserError
 from parcelray.evaluation.predict import PYFUNC_FILE
 from parcelray.models.checkpoint import ResolvedCheckpoint, write_manifest
-from parcelray.serving.accepted_budgets import gate_warnings
+from parcelray.serving.plan import gate_warnings
 from parcelray.tracking.mlflow_tracker import end_run, start_run
 from parcelray.tracking.model_versions import GateRecord, record_verdict
 from parcelray.tracking.registry import register_model
@@ -50,8 +50,8 @@ def test_a_floor_that_the_gates_did_not_accept_is_refused(uri: str) -> None:
         with pytest.raises(
             UserError,
             match=(
-                r"down to 16 visual tokens, which the gates of models:/m/1 did not accept \(accepted are 64, 256\); set"
-                r" .*\(64, 256\)"
+                r"may choose 16 visual tokens, which the promotion gates of models:/m/1 did not accept \(accepted"
+                r" budgets: 64, 256\); set .*\(64, 256\)"
             ),
         ):
             ask(uri, 1, policy)
@@ -60,7 +60,7 @@ def test_a_floor_that_the_gates_did_not_accept_is_refused(uri: str) -> None:
 
 def test_a_version_without_a_verdict_is_served_with_a_word_about_it(uri: str) -> None:
     (warning,) = ask(uri, 2, {"type": "load", "floor": 16})
-    assert "models:/m/2 was never put to gates" in warning
+    assert "models:/m/2 has no promotion gate results" in warning
     assert "16, 64, 256 visual tokens" in warning
     assert "--set candidate=2" in warning
 

@@ -11,6 +11,7 @@ import pytest
 from openai import OpenAI
 
 from parcelray.config.budget_policy import InputPolicyConfig, ServedBudgets
+from parcelray.config.serve import EngineConfig
 from parcelray.datasets.sample import Sample
 from parcelray.errors import UserError
 from parcelray.evaluation.adaptive.budget_predictor import BudgetPredictor, fit_predictor
@@ -20,12 +21,10 @@ from parcelray.models.backbones.processor_base import ElasticProcessor
 from parcelray.models.checkpoint import MINI_BASE, resolve_checkpoint
 from parcelray.serving.app import replica_settings
 from parcelray.serving.engine.budget_chooser import BudgetChooser, load_predictor
-from parcelray.serving.engine.continuous_engine import ContinuousEngine, EngineLimits
-from parcelray.serving.engine.engine import EngineRefusal
-from parcelray.serving.engine.waiting import answer_all
-from parcelray.serving.replica.replica_loading import load_chooser
-from parcelray.serving.run import pin
-from parcelray.serving.static_engine import StaticEngine
+from parcelray.serving.engine.continuous_engine import ContinuousEngine
+from parcelray.serving.engine.engine import EngineRefusal, answer_all
+from parcelray.serving.plan import pin
+from parcelray.serving.replica.load import load_chooser
 from tests.serving.conftest import Asker
 from tests.serving.http.test_api import message
 from tests.serving.local import PATIENCE_S, endpoint, job_of
@@ -57,9 +56,7 @@ def is_clear(
     return bool(best - second > CLEAR)
 
 
-@pytest.mark.parametrize("kind", [ContinuousEngine, StaticEngine])
 def test_the_engine_chooses_as_the_predictor_does_offline(
-    kind: Any,
     model: ElasticVLM,
     processor: ElasticProcessor,
     samples: list[Sample],
@@ -69,7 +66,8 @@ def test_the_engine_chooses_as_the_predictor_does_offline(
 ) -> None:
     for price, floor in ((None, 16), (0.003, 16), (0.003, 64)):
         chooser = BudgetChooser(predictor, model, processor, price=price)
-        engine = kind(model, processor, EngineLimits(max_running=8, kv_tokens=4096, vision_batch=8), chooser=chooser)
+        config = EngineConfig(max_running=8, kv_tokens=4096, vision_batch=8)
+        engine = ContinuousEngine(model, processor, config, chooser=chooser)
         choices = tuple(budget for budget in BUDGETS if budget >= floor)
         some = [
             place for place in range(0, len(samples), 2) if is_clear(predictor, signals[place].tolist(), price, choices)
@@ -98,7 +96,7 @@ def test_what_does_not_fit_is_not_chosen(
     model: ElasticVLM, processor: ElasticProcessor, samples: list[Sample], predictor: BudgetPredictor, ask: Asker
 ) -> None:
     chooser = BudgetChooser(predictor, model, processor, price=0.0)
-    engine = ContinuousEngine(model, processor, EngineLimits(kv_tokens=128), chooser=chooser)
+    engine = ContinuousEngine(model, processor, EngineConfig(kv_tokens=128), chooser=chooser)
     one = [sample for sample in samples if len(sample.images) == 1]
     assert {
         each.num_visual_tokens
@@ -108,7 +106,7 @@ def test_what_does_not_fit_is_not_chosen(
         engine.submit(replace(ask(one[0], 256), choices=(256,)), lambda _: None)
     engine.close()
     plain = ContinuousEngine(model, processor)
-    with pytest.raises(EngineRefusal, match="chooses no budgets"):
+    with pytest.raises(EngineRefusal, match="has no budget predictor; set visual_tokens"):
         plain.submit(replace(ask(one[0], 256), choices=BUDGETS), lambda _: None)
     plain.close()
 
@@ -170,9 +168,9 @@ def test_a_predictor_that_cannot_serve_is_refused_in_words(
         return InputPolicyConfig(predictor=str(tmp_path / folder), floor=64)
 
     assert load_predictor(policy("good"), BUDGETS).budgets == BUDGETS
-    with pytest.raises(UserError, match="reads the answer at 16 visual tokens, which would be a second pass"):
+    with pytest.raises(UserError, match="needs the answer at 16 visual tokens, which would require a second pass"):
         load_predictor(policy("after", reads_answer=True), BUDGETS)
-    with pytest.raises(UserError, match="gives 64 visual tokens, which are not among the offered 16, 256"):
+    with pytest.raises(UserError, match=r"can choose 64 visual tokens, but budgets\.offered is 16, 256"):
         load_predictor(policy("good"), (16, 256))
     with pytest.raises(UserError, match="holds no budget predictor"):
         load_predictor(InputPolicyConfig(predictor=str(tmp_path / "none")), BUDGETS)

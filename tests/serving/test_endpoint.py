@@ -31,7 +31,8 @@ from parcelray.errors import UserError
 from parcelray.models.backbones import ElasticVLM
 from parcelray.models.backbones.processor_base import ElasticProcessor
 from parcelray.models.mini import save_checkpoint
-from parcelray.serving.run import PinnedEndpoint, deploy, endpoint, pin
+from parcelray.serving.plan import PinnedEndpoint, pin
+from parcelray.serving.run import deploy, endpoint
 from tests.serving.http.test_api import message
 from tests.serving.local import PATIENCE_S, PATIENT, job_of, wait_until
 

@@ -17,8 +17,8 @@ from ray.serve.schema import ProxyStatus
 from parcelray.errors import SystemFailure, UnsupportedBudgetError, UserError
 from parcelray.serving import run as serving_run
 from parcelray.serving.http.auth import add_key
-from parcelray.serving.plan import serve_job, serving_plan
-from parcelray.serving.run import endpoint, pin
+from parcelray.serving.plan import pin, serve_job, serving_plan
+from parcelray.serving.run import endpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.serving
@@ -41,7 +41,7 @@ def test_another_address_needs_keys(tmp_path: Path) -> None:
 def test_a_taken_port_is_said_before_anything_starts() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         pinned = pin(serve_job("mini_base", [], port=taken.getsockname()[1]))
-        with pytest.raises(UserError, match="choose another one with --port"), endpoint(pinned):
+        with pytest.raises(UserError, match="choose another port with --port"), endpoint(pinned):
             pass
 
 
@@ -67,7 +67,7 @@ def test_the_file_for_serve_deploy_is_the_whole_endpoint() -> None:
     assert (model.route_prefix, ingress.route_prefix, ingress.name) == (None, "/", "mini")
     assert written["applications"][1]["deployments"][0]["user_config"]["champion"]["app"] == model.name
     # The alias is not in it, but what it stood for.
-    assert written["applications"][0]["args"]["settings"]["version"].startswith("sha256:")
+    assert written["applications"][0]["args"]["settings"]["model"]["reference"].startswith("sha256:")
     # What stands before the proxy is started with it; nothing of this machine but the checkpoint's folder, which the
     # head names.
     variables = schema.controller_options.runtime_env["env_vars"]

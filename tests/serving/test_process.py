@@ -115,6 +115,6 @@ def test_a_process_answers_hears_and_ends_well(tmp_path: Path, repo_root: Path) 
         chunks += stream
         assert chunks[-1].choices[0].finish_reason in ("stop", "length")
         assert process.end() == 0
-    assert any("Stopping: requests in flight may end" in line for line in process.lines)
+    assert any("Stopping: finishing requests in flight" in line for line in process.lines)
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(("127.0.0.1", port), timeout=PATIENCE_S)

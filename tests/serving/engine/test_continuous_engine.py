@@ -8,6 +8,7 @@ from collections.abc import Iterable
 import pytest
 import torch
 
+from parcelray.config.serve import EngineConfig
 from parcelray.datasets.sample import Sample
 from parcelray.evaluation.predict.generation import GenerationSettings
 from parcelray.evaluation.predict.predictor import Predictor
@@ -16,10 +17,18 @@ from parcelray.models.backbones.processor_base import ElasticProcessor
 from parcelray.models.checkpoint import resolve_checkpoint
 from parcelray.models.processor import load_processor
 from parcelray.models.vlm import load_vlm
-from parcelray.serving.engine.continuous_engine import ContinuousEngine, EngineLimits
-from parcelray.serving.engine.engine import EngineRefusal, Event, Failed, Finished, ImagePixels
+from parcelray.serving.engine.continuous_engine import ContinuousEngine
+from parcelray.serving.engine.engine import (
+    EngineRefusal,
+    Event,
+    Failed,
+    Finished,
+    ImagePixels,
+    answer_all,
+    events,
+    last_event,
+)
 from parcelray.serving.engine.vision import Encoded
-from parcelray.serving.engine.waiting import answer, answer_all, events
 from tests.serving.conftest import Asker
 from tests.serving.local import PATIENCE_S, held
 
@@ -38,22 +47,6 @@ def test_a_llava_is_answered_as_offline(ask: Asker, samples: list[Sample]) -> No
     found = answer_all(engine, [asker(sample, tokens) for tokens in (budget, 0) for sample in some])
     engine.close()
     assert [each.text for each in found] == [*offline[budget], *offline[0]]
-
-
-def test_pieces_join_to_the_answer(engine: ContinuousEngine, samples: list[Sample], ask: Asker) -> None:
-    async def listen(sample: Sample) -> tuple[list[str], Finished]:
-        pieces: list[str] = []
-        async for event in events(engine, ask(sample, 64, stream=True, max_new_tokens=12)):
-            if isinstance(event, Finished):
-                return pieces, event
-            pieces.append(event.text)
-        raise AssertionError
-
-    async def all_of_them() -> list[tuple[list[str], Finished]]:
-        return await asyncio.gather(*(listen(sample) for sample in samples[:12]))
-
-    for pieces, end in asyncio.run(all_of_them()):
-        assert "".join(pieces) == end.text
 
 
 def test_a_seed_repeats_and_seeds_differ(engine: ContinuousEngine, samples: list[Sample], ask: Asker) -> None:
@@ -107,7 +100,7 @@ def test_logprobs_are_those_of_the_model(
 def test_what_can_never_fit_is_refused_at_once(
     model: ElasticVLM, processor: ElasticProcessor, samples: list[Sample], ask: Asker
 ) -> None:
-    engine = ContinuousEngine(model, processor, EngineLimits(kv_tokens=128))
+    engine = ContinuousEngine(model, processor, EngineConfig(kv_tokens=128))
     with pytest.raises(EngineRefusal, match="may hold 128") as refusal:
         engine.submit(ask(samples[0], 256), lambda _: None)
     assert refusal.value.code == "context_length_exceeded"
@@ -119,7 +112,7 @@ def test_what_can_never_fit_is_refused_at_once(
 def test_a_full_queue_refuses_but_not_the_urgent(
     model: ElasticVLM, processor: ElasticProcessor, samples: list[Sample], ask: Asker
 ) -> None:
-    engine = ContinuousEngine(model, processor, EngineLimits(max_running=1, max_waiting=2))
+    engine = ContinuousEngine(model, processor, EngineConfig(max_running=1, max_waiting=2))
     inbox: queue.SimpleQueue[Event] = queue.SimpleQueue()
     codes = []
     with held(engine):
@@ -145,7 +138,10 @@ def test_whoever_stops_listening_frees_the_memory(
     engine = ContinuousEngine(model, processor)
 
     async def give_up() -> None:
-        waits = [asyncio.create_task(answer(engine, ask(sample, 64, max_new_tokens=3000))) for sample in samples[:10]]
+        waits = [
+            asyncio.create_task(last_event(events(engine, ask(sample, 64, max_new_tokens=3000))))
+            for sample in samples[:10]
+        ]
         while engine.stats().running < 10:
             await asyncio.sleep(0)
         for wait in waits:

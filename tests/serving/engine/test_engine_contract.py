@@ -1,4 +1,4 @@
-"""What every engine owes: one file of tests over all of them."""
+"""Tests of the `Engine` interface, which hold for every engine."""
 
 import asyncio
 import queue
@@ -15,28 +15,22 @@ from parcelray.evaluation.predict.generation import GenerationSettings
 from parcelray.evaluation.predict.predictor import Predictor
 from parcelray.models.backbones import ElasticVLM
 from parcelray.models.backbones.processor_base import ElasticProcessor
-from parcelray.serving.engine.engine import Engine, EngineRefusal, Event, Failed, Finished, Piece
-from parcelray.serving.engine.waiting import answer_all, events
-from parcelray.serving.replica.engine_factory import build_engine
+from parcelray.serving.engine.continuous_engine import ContinuousEngine
+from parcelray.serving.engine.engine import Engine, EngineRefusal, Event, Failed, Finished, Piece, answer_all, events
 from tests.serving.conftest import Asker
 from tests.serving.local import PATIENCE_S, held
 
 Build = Callable[..., Engine]
 
 
-@pytest.fixture(params=["continuous", "static"])
-def build(request: pytest.FixtureRequest, model: ElasticVLM, processor: ElasticProcessor) -> Iterator[Build]:
+@pytest.fixture
+def build(model: ElasticVLM, processor: ElasticProcessor) -> Iterator[Build]:
+    """Builds engines with some limits, and closes them after the test."""
     engines: list[Engine] = []
 
     def make(**limits: Any) -> Engine:
-        engines.append(
-            build_engine(
-                EngineConfig(type=request.param, **{"max_running": 8, "kv_tokens": 8192, **limits}),
-                model,
-                processor,
-                name="it",
-            )
-        )
+        config = EngineConfig(**{"max_running": 8, "kv_tokens": 8192, **limits})
+        engines.append(ContinuousEngine(model, processor, config, name="it"))
         return engines[-1]
 
     yield make

@@ -10,11 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from parcelray.config.serve import EngineConfig
 from parcelray.datasets.sample import Sample
 from parcelray.models.backbones import ElasticVLM
 from parcelray.models.backbones.processor_base import ElasticProcessor
 from parcelray.serving.engine import continuous_engine, sampling
-from parcelray.serving.engine.continuous_engine import ContinuousEngine, EngineLimits
+from parcelray.serving.engine.continuous_engine import ContinuousEngine
 from parcelray.serving.engine.decoder import Prompt
 from parcelray.serving.engine.engine import (
     EngineRefusal,
@@ -23,12 +24,12 @@ from parcelray.serving.engine.engine import (
     Finished,
     GenerateRequest,
     ImagePixels,
+    PromptBuilder,
     Sampling,
+    answer_all,
 )
-from parcelray.serving.engine.health import HealthProbe
 from parcelray.serving.engine.vision import Encoded
-from parcelray.serving.engine.waiting import answer_all
-from parcelray.serving.ingress.prompting import PromptBuilder
+from parcelray.serving.replica.load import HealthProbe
 from tests.serving.conftest import Asker
 from tests.serving.local import PATIENCE_S, held
 
@@ -54,7 +55,7 @@ class Running:
 
 @pytest.fixture
 def running(model: ElasticVLM, processor: ElasticProcessor, samples: list[Sample], ask: Asker) -> Iterator[Running]:
-    engine = ContinuousEngine(model, processor, EngineLimits(max_running=8, kv_tokens=16384))
+    engine = ContinuousEngine(model, processor, EngineConfig(max_running=8, kv_tokens=16384))
     yield Running(engine, ask(samples[0], 0, stream=True, max_new_tokens=8000, temperature=1.0, seed=0))
     engine.close()
 
@@ -178,7 +179,7 @@ def test_a_prefill_that_is_too_large_goes_in_halves(
 def test_one_turn_encodes_no_more_images_than_one_batch(
     model: ElasticVLM, processor: ElasticProcessor, samples: list[Sample], ask: Asker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine = ContinuousEngine(model, processor, EngineLimits(vision_batch=4, kv_tokens=16384))
+    engine = ContinuousEngine(model, processor, EngineConfig(vision_batch=4, kv_tokens=16384))
     hold, whole = threading.Event(), engine._vision.encode
     sizes: list[int] = []
 
@@ -204,7 +205,7 @@ def test_a_full_engine_is_healthy(
     model: ElasticVLM, processor: ElasticProcessor, samples: list[Sample], ask: Asker
 ) -> None:
     probe = HealthProbe(PromptBuilder(processor), (16, 64, 256), timeout_s=PATIENCE_S)
-    for limits in (EngineLimits(max_running=1, kv_tokens=16384), EngineLimits(max_running=64, kv_tokens=4096)):
+    for limits in (EngineConfig(max_running=1, kv_tokens=16384), EngineConfig(max_running=64, kv_tokens=4096)):
         engine = ContinuousEngine(model, processor, limits)
         inbox: queue.SimpleQueue[Event] = queue.SimpleQueue()
         room = engine.max_request_tokens - 300 if limits.max_running > 1 else 8000 - 300

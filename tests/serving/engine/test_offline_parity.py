@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from parcelray.config.connector import ParcelConnectorConfig
+from parcelray.config.serve import EngineConfig
 from parcelray.datasets.images import decode_image
 from parcelray.datasets.sample import Sample
 from parcelray.models.backbones import ElasticVLM
 from parcelray.models.backbones.processor_base import ElasticProcessor
 from parcelray.models.mini import build_config, build_model, build_processor
-from parcelray.serving.engine.continuous_engine import ContinuousEngine, EngineLimits
-from parcelray.serving.engine.engine import EngineStats
-from parcelray.serving.engine.waiting import answer_all
+from parcelray.serving.engine.continuous_engine import ContinuousEngine
+from parcelray.serving.engine.engine import EngineStats, answer_all
 from tests.models.conftest import CONFIG, CORPUS
 from tests.serving.conftest import Asker
 
@@ -73,7 +73,7 @@ def compare(
     assert sum(cap for *_, cap in mixed) > 0.8 * sum(cap for *_, cap in drawn), "nearly all tokens are clear"
     rng.shuffle(mixed)
     asker = Asker(processor)
-    engine = ContinuousEngine(model, processor, EngineLimits(max_running=24, kv_tokens=8192, vision_batch=16))
+    engine = ContinuousEngine(model, processor, EngineConfig(max_running=24, kv_tokens=8192, vision_batch=16))
     asked = [asker(samples[index], budget, max_new_tokens=cap) for index, budget, cap in mixed]
     found = answer_all(engine, asked)
     stats = engine.stats()

@@ -8,20 +8,20 @@ from dataclasses import replace
 from typing import Any, cast
 
 import pytest
-from ray.exceptions import RayTaskError
+from ray.exceptions import RayActorError, RayTaskError
+from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle
 
 from parcelray.datasets.sample import Sample
 from parcelray.models.backbones import ElasticVLM
 from parcelray.models.backbones.processor_base import ElasticProcessor
 from parcelray.serving.engine.continuous_engine import ContinuousEngine
-from parcelray.serving.engine.engine import EngineRefusal, Finished, GenerateRequest, Piece
+from parcelray.serving.engine.engine import EngineRefusal, Finished, GenerateRequest, Piece, last_event
 from parcelray.serving.http.api_errors import ApiError
 from parcelray.serving.http.schemas import parse_chat
 from parcelray.serving.ingress import chat
 from parcelray.serving.ingress.chat import ChatService, Prepared
-from parcelray.serving.ingress.clients import LocalClient, ReplicaLost
-from parcelray.serving.ingress.handle_client import HandleClient
+from parcelray.serving.ingress.clients import HandleClient, LocalClient, ReplicaLost
 from tests.serving.conftest import Asker
 from tests.serving.http.test_api import message
 from tests.serving.local import PATIENCE_S, job_of, service_of
@@ -46,10 +46,6 @@ class Failing(LocalClient):
                 await asyncio.Event().wait()
             else:
                 raise first
-
-    async def answer(self, request: GenerateRequest) -> Finished:
-        await self._fail(request)
-        return await super().answer(request)
 
     async def events(self, request: GenerateRequest) -> AsyncGenerator[Piece | Finished, None]:
         for number in range(self._after):
@@ -144,16 +140,33 @@ def test_a_replica_that_says_nothing_is_not_waited_for(
     assert len(client.seen) == 1, "it was asked, and no other replica after it"
 
 
-def test_a_failure_inside_the_replica_has_a_name(samples: list[Sample], ask: Asker) -> None:
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("raised", "code"),
+    [
+        (RayTaskError("events", "trace", ValueError("a path")), "engine_error"),
+        (BackPressureError(num_queued_requests=1, max_queued_requests=1), "queue_full"),
+        (RayActorError(), None),
+    ],
+)
+def test_an_exception_of_ray_is_translated(
+    samples: list[Sample], ask: Asker, stream: bool, raised: Exception, code: str | None
+) -> None:
+    cancelled: list[bool] = []
+
     class Response:
         def __aiter__(self) -> "Response":
             return self
 
         async def __anext__(self) -> None:
-            raise RayTaskError("events", "trace", ValueError("a path"))
+            raise raised
+
+        def __await__(self) -> Any:
+            raise raised
+            yield
 
         def cancel(self) -> None:
-            pass
+            cancelled.append(True)
 
     class Handle:
         def options(self, **_: object) -> "Handle":
@@ -163,13 +176,17 @@ def test_a_failure_inside_the_replica_has_a_name(samples: list[Sample], ask: Ask
         def events(self) -> "Handle":
             return self
 
+        @property
+        def answer(self) -> "Handle":
+            return self
+
         def remote(self, _: object) -> Response:
             return Response()
 
-    async def listen() -> None:
-        async for _ in HandleClient(cast("DeploymentHandle[Any]", Handle())).events(ask(samples[0], 16)):
-            pass
-
-    with pytest.raises(EngineRefusal, match="failed on this request") as refusal:
-        asyncio.run(listen())
-    assert refusal.value.code == "engine_error"
+    client = HandleClient(cast("DeploymentHandle[Any]", Handle()))
+    with pytest.raises(ReplicaLost if code is None else EngineRefusal) as refusal:
+        asyncio.run(last_event(client.events(ask(samples[0], 16, stream=stream))))
+    if code is not None:
+        assert cast(EngineRefusal, refusal.value).code == code
+        assert "path" not in str(refusal.value)
+    assert cancelled == [True] * stream

@@ -23,20 +23,18 @@ from parcelray.serving.engine.engine import (
     ImagePixels,
     Inspection,
     Piece,
+    PromptBuilder,
     Timings,
 )
 from parcelray.serving.http.api_errors import ApiError
 from parcelray.serving.http.image_reader import ImageReader
 from parcelray.serving.http.schemas import ChatRequest, parse_chat
 from parcelray.serving.ingress import chat as chat_module
-from parcelray.serving.ingress.admission import Admission
 from parcelray.serving.ingress.budget_policy import BudgetPolicy
-from parcelray.serving.ingress.chat import ChatService
+from parcelray.serving.ingress.chat import Admission, ChatService
 from parcelray.serving.ingress.clients import ReplicaLost
 from parcelray.serving.ingress.metrics import EndpointMetrics
-from parcelray.serving.ingress.prompting import PromptBuilder
-from parcelray.serving.ingress.request_log import RequestLog
-from parcelray.serving.ingress.request_samples import RequestSampler
+from parcelray.serving.ingress.request_log import RequestLog, RequestSampler
 from parcelray.serving.ingress.routes import Route, Routes
 from tests.serving.local import job_of
 
@@ -53,12 +51,6 @@ class Script:
 
     events_of: list[Piece | Finished | Exception] = field(default_factory=lambda: [Piece("re"), Piece("d"), END])
     asked: int = 0
-
-    async def answer(self, request: GenerateRequest) -> Finished:
-        async for event in self.events(request):
-            if isinstance(event, Finished):
-                return event
-        raise AssertionError("a script ends")
 
     async def events(self, request: GenerateRequest) -> AsyncGenerator[Piece | Finished, None]:
         self.asked += 1

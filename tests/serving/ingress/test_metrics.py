@@ -26,9 +26,9 @@ def test_what_replicas_did_adds_up_and_what_they_do_is_of_now() -> None:
         stats("b", 1),
         stats("a", 7, feature_cache_hits=3, running=2),
     ):
-        metrics.heard(each)
+        metrics.update(each)
     # An answer that was overtaken says nothing new.
-    metrics.heard(stats("a", 6, running=9))
+    metrics.update(stats("a", 6, running=9))
     assert value(metrics, "decode_steps_total", engine="0") == 7
     assert value(metrics, "decode_rows_total", engine="0") == 21
     assert value(metrics, "feature_cache_hits_total", engine="0") == 3
@@ -41,24 +41,24 @@ def test_a_replica_that_is_gone_gives_its_number_back(monkeypatch: pytest.Monkey
     now = [0.0]
     monkeypatch.setattr("parcelray.serving.ingress.metrics.time", SimpleNamespace(monotonic=lambda: now[0]))
     metrics = EndpointMetrics("m")
-    metrics.heard(stats("a", 5))
-    metrics.heard(stats("b", 5))
+    metrics.update(stats("a", 5))
+    metrics.update(stats("b", 5))
     now[0] = 50.0
-    metrics.heard(stats("b", 6))
+    metrics.update(stats("b", 6))
     now[0] = 90.0
     assert value(metrics, "kv_cache_usage_perc", engine="0") is None
     assert value(metrics, "kv_cache_usage_perc", engine="1") == 0.25
-    assert metrics.heard(stats("c", 2)) == "0"
+    assert metrics.update(stats("c", 2)) == "0"
     assert value(metrics, "decode_steps_total", engine="0") == 7
     # It was silent only: what it did before is not counted again.
-    assert metrics.heard(stats("a", 8)) == "2"
+    assert metrics.update(stats("a", 8)) == "2"
     assert value(metrics, "decode_steps_total", engine="2") == 3
 
 
 def test_the_time_that_loading_took_stays() -> None:
     metrics = EndpointMetrics("m")
-    metrics.heard(EngineStats(engine="a", load_s=12.5))
-    metrics.heard(stats("a", 5))
+    metrics.update(EngineStats(engine="a", load_s=12.5))
+    metrics.update(stats("a", 5))
     assert value(metrics, "model_load_seconds", engine="0") == 12.5
 
 

@@ -6,8 +6,7 @@ from typing import Any
 import pytest
 
 from parcelray.serving.http.api_errors import ApiError
-from parcelray.serving.ingress.clients import ReplicaLost
-from parcelray.serving.ingress.readiness import Readiness
+from parcelray.serving.ingress.clients import Readiness, ReplicaLost
 
 
 class Client:

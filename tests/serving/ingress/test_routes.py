@@ -6,8 +6,8 @@ from collections.abc import Sequence
 import pytest
 
 from parcelray.config.serve import CanaryConfig
+from parcelray.serving.engine.engine import PromptBuilder
 from parcelray.serving.ingress.clients import ModelClient
-from parcelray.serving.ingress.prompting import PromptBuilder
 from parcelray.serving.ingress.routes import Records, Route, Routes
 
 
@@ -56,7 +56,7 @@ def test_a_good_challenger_stays() -> None:
     ("outcomes", "says"),
     [
         ([0.2, 0.2, 0.2, None] * 10, "25.0% of its requests failed"),
-        ([0.5] * 40, "its median latency is 500 ms, the champion's 200 ms"),
+        ([0.5] * 40, "its median latency is 500 ms, the champion's is 200 ms"),
     ],
     ids=["errors", "latency"],
 )
