@@ -1,4 +1,4 @@
-"""The packaged base at several budgets: its patches pooled, which needs no weights."""
+"""Fixtures: the packaged base model at several budgets, with pooled patches, which needs no connector weights."""
 
 import itertools
 from collections.abc import Iterator
@@ -34,7 +34,7 @@ def processor() -> ElasticProcessor:
 
 @pytest.fixture(scope="session")
 def samples() -> list[Sample]:
-    """Fifty questions of the mini suite: one to four images each."""
+    """Fifty samples of the mini suite with one to four images each."""
     return [sample for family in FAMILIES for sample in family_samples("test", family, 13)][:50]
 
 
@@ -46,7 +46,7 @@ def engine(model: ElasticVLM, processor: ElasticProcessor) -> Iterator[Continuou
 
 
 class Asker:
-    """Makes requests for samples."""
+    """Builds engine requests from samples."""
 
     def __init__(self, processor: ElasticProcessor) -> None:
         self._builder = PromptBuilder(processor)
@@ -83,5 +83,5 @@ def ask(processor: ElasticProcessor) -> Asker:
 
 @pytest.fixture
 def never_ending(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Engines that are made now know no end token: answers are as long as they may be."""
+    """Engines built after this have no end token, so answers have their maximum length."""
     monkeypatch.setattr("parcelray.serving.engine.continuous_engine.end_ids", lambda *_: frozenset())

@@ -1,4 +1,4 @@
-"""The engine's and the ingress' smaller parts, each alone."""
+"""Tests of API keys and of the addresses from which images may be fetched."""
 
 import socket
 from pathlib import Path
@@ -39,7 +39,7 @@ from parcelray.serving.http.remote_images import fetch_image, is_public
         ("fec0::1", False),
     ],
 )
-def test_only_public_addresses_are_dialled(address: str, public: bool) -> None:
+def test_only_public_addresses_are_allowed(address: str, public: bool) -> None:
     assert is_public(address) is public
 
 
@@ -59,8 +59,8 @@ def test_only_public_addresses_are_dialled(address: str, public: bool) -> None:
         "ftp://images.example.com/a.png",
     ],
 )
-def test_only_listed_hosts_are_asked(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: pytest.fail("a refused URL was looked up"))
+def test_only_listed_hosts_are_contacted(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: pytest.fail("a refused URL was resolved"))
     with pytest.raises(ApiError) as refused:
         fetch_image(url, {"images.example.com"}, 1000, "image 1")
     assert refused.value.status == 403
@@ -68,16 +68,16 @@ def test_only_listed_hosts_are_asked(url: str, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_listed_host_inside_a_private_network_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    # One public address beside a private one is no excuse: which of them is dialled would be the resolver's choice.
+    # Refused although one address is public, because the resolver decides which one is used.
     found = [(0, 0, 0, "", (address, 443)) for address in ("93.184.216.34", "10.0.0.1")]
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
-    monkeypatch.setattr(socket, "create_connection", lambda *_, **__: pytest.fail("a private address was dialled"))
+    monkeypatch.setattr(socket, "create_connection", lambda *_, **__: pytest.fail("a private address was contacted"))
     with pytest.raises(ApiError) as refused:
         fetch_image("https://images.example.com/a.png", {"images.example.com"}, 1000, "image 1")
     assert refused.value.status == 403
 
 
-def test_a_name_is_resolved_once_and_that_address_dialled(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_host_is_resolved_once_and_that_address_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     looked_up: list[Any] = []
     dialled: list[Any] = []
 
@@ -97,7 +97,7 @@ def test_a_name_is_resolved_once_and_that_address_dialled(monkeypatch: pytest.Mo
     assert (len(looked_up), dialled) == (1, [("93.184.216.34", 443)])
 
 
-def test_keys_are_hashes_in_a_private_file(tmp_path: Path) -> None:
+def test_keys_are_stored_as_hashes_in_a_private_file(tmp_path: Path) -> None:
     file = tmp_path / "keys" / "keys.txt"
     keys = [add_key(file, name, per_minute=60) for name in ("ann", "bob")]
     assert file.stat().st_mode & 0o077 == 0
@@ -141,7 +141,7 @@ def test_a_key_can_be_removed(tmp_path: Path) -> None:
         remove_key(file, "bob")
 
 
-def test_other_keys_do_not_fill_a_used_up_rate(tmp_path: Path) -> None:
+def test_reloading_the_keys_does_not_reset_a_used_up_rate(tmp_path: Path) -> None:
     key = add_key(tmp_path / "keys.txt", "ann", per_minute=1)
     keeper = Gatekeeper(read_keys(tmp_path / "keys.txt"), clock=lambda: 0.0)
     keeper.admit(f"Bearer {key}")
@@ -152,7 +152,7 @@ def test_other_keys_do_not_fill_a_used_up_rate(tmp_path: Path) -> None:
     assert refused.value.status == 429
 
 
-def test_a_key_has_its_rate(tmp_path: Path) -> None:
+def test_a_key_has_a_rate_limit(tmp_path: Path) -> None:
     now = [0.0]
     key = add_key(tmp_path / "keys.txt", "ann", per_minute=6)
     keeper = Gatekeeper(read_keys(tmp_path / "keys.txt"), clock=lambda: now[0])

@@ -13,7 +13,7 @@ def _pool(tokens: int) -> KVPool:
     )
 
 
-def test_the_pool_gives_back_what_each_request_wrote() -> None:
+def test_each_request_reads_back_what_it_wrote() -> None:
     pool = _pool(160)
     rng = random.Random(0)
     held: dict[int, tuple[list[int], torch.Tensor]] = {}
@@ -30,7 +30,7 @@ def test_the_pool_gives_back_what_each_request_wrote() -> None:
                 continue
             blocks = pool.reserve(length)
             written = torch.randn(length, 2, 4)
-            # Whole blocks, so that no place holds what another request has left.
+            # Whole blocks, so that no position holds values of an earlier request.
             padded = torch.zeros(len(blocks) * BLOCK_TOKENS, 2, 4)
             padded[:length] = written
             pool.write(1, torch.tensor(slots_of(blocks, 0, len(padded))), padded, padded + 1)

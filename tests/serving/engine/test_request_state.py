@@ -22,7 +22,7 @@ class _Counting:
         return "".join(self.text[each] for each in ids)
 
 
-def test_text_that_nobody_waits_for_is_decoded_once() -> None:
+def test_text_that_is_not_streamed_is_decoded_once() -> None:
     tokenizer = _Counting(" some text ")
     stream = TextStream(tokenizer, live=False)
     assert [stream.push(token) for token in range(11)] == [""] * 11
@@ -34,8 +34,8 @@ def test_text_that_nobody_waits_for_is_decoded_once() -> None:
     assert stopping.stopped
 
 
-def test_a_stop_text_that_comes_with_the_last_characters_is_the_reason() -> None:
-    # Characters that may be the start of another one are held back to the end.
+def test_a_stop_string_completed_at_the_end_sets_the_reason() -> None:
+    # A character that may be incomplete is held back until the end.
     writer = AnswerWriter(_Counting("ab\N{REPLACEMENT CHARACTER}"), frozenset())
     ends: list[Event] = []
     sampling = Sampling(max_new_tokens=3, stop=("b\N{REPLACEMENT CHARACTER}",))
@@ -48,7 +48,7 @@ def test_a_stop_text_that_comes_with_the_last_characters_is_the_reason() -> None
     assert (end.text, end.reason) == ("a", "stop")
 
 
-def test_a_stream_begins_with_its_first_token_also_where_that_is_no_text() -> None:
+def test_a_stream_begins_with_the_first_token_even_without_text() -> None:
     writer = AnswerWriter(_Counting("\N{REPLACEMENT CHARACTER}bc"), frozenset())
     events: list[Event] = []
     state = writer.new_state(
@@ -64,7 +64,7 @@ def test_a_stream_begins_with_its_first_token_also_where_that_is_no_text() -> No
 @pytest.mark.parametrize(
     "text", ["two words", "caf\u00e9 \u4f60\u597d", "  spaces   inside  ", "line\nline", "a", "1234567"]
 )
-def test_streamed_text_is_the_text(processor: ElasticProcessor, text: str) -> None:
+def test_streamed_text_equals_the_decoded_text(processor: ElasticProcessor, text: str) -> None:
     ids = processor.tokenizer(text, add_special_tokens=False)["input_ids"]
     stream = TextStream(processor.tokenizer)
     pieces = [stream.push(token) for token in ids]
@@ -73,7 +73,7 @@ def test_streamed_text_is_the_text(processor: ElasticProcessor, text: str) -> No
     assert not any("\N{REPLACEMENT CHARACTER}" in piece for piece in pieces)
 
 
-def test_no_part_of_a_stop_text_is_ever_sent(processor: ElasticProcessor) -> None:
+def test_no_part_of_a_stop_string_is_sent(processor: ElasticProcessor) -> None:
     ids = processor.tokenizer("red green STOP blue", add_special_tokens=False)["input_ids"]
     stream = TextStream(processor.tokenizer, stop=["STOP"])
     sent = ""

@@ -8,7 +8,7 @@ from parcelray.serving.http.api_errors import ApiError
 from parcelray.serving.ingress.chat import Admission
 
 
-def test_places_are_given_back_whatever_happens() -> None:
+def test_slots_are_released_after_failures() -> None:
     now = [0.0]
     admission = Admission(2, clock=lambda: now[0])
 
@@ -26,7 +26,7 @@ def test_places_are_given_back_whatever_happens() -> None:
     assert admission.in_flight == 0
 
 
-def test_when_to_come_back_follows_from_answers_only() -> None:
+def test_the_retry_time_depends_on_answers_only() -> None:
     now = [0.0]
     admission = Admission(40, clock=lambda: now[0])
     with ExitStack() as visits:
@@ -38,5 +38,5 @@ def test_when_to_come_back_follows_from_answers_only() -> None:
         for _ in range(500):
             with pytest.raises(ApiError), admission.slot():
                 pass
-        # Ten answers in ten seconds: twenty of forty take twenty seconds, however many were refused meanwhile.
+        # At one answer per second, half of 40 requests take 20 seconds, however many requests are refused.
         assert admission.retry_after_s() == 20
