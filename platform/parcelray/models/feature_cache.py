@@ -1,7 +1,7 @@
 """A least-recently-used cache of what the vision tower computed, bounded by bytes.
 
-Evaluation keeps whole batches of encoded images, serving keeps the patch features of single images. What is cached comes
-before the connector, so one entry serves every visual-token budget.
+Evaluation keeps whole batches of encoded images, serving keeps the patch features of single images. The cached values
+are computed before the connector, so one entry serves every visual-token budget.
 """
 
 from collections.abc import Hashable
