@@ -15,8 +15,8 @@ from PIL import Image
 from ray import serve
 
 from parcelray.models.processor import load_processor
+from parcelray.serving.replica import ReplicaSettings
 from parcelray.serving.replica.load import load_model
-from parcelray.serving.replica.model_replica import ReplicaSettings
 
 
 class PlainServer:

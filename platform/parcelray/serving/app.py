@@ -16,7 +16,8 @@ from parcelray.config.serve import ReplicasConfig, ServedModelConfig, ServeJob
 from parcelray.models.checkpoint import ResolvedCheckpoint
 from parcelray.serving.http.proxy_guard import proxy_environment
 from parcelray.serving.ingress.ingress import MODEL_DEPLOYMENT, Ingress, IngressRoutes, RouteSettings
-from parcelray.serving.replica.model_replica import ModelReplica, ReplicaSettings
+from parcelray.serving.replica import ReplicaSettings
+from parcelray.serving.replica.model_replica import ModelReplica
 
 INGRESS_DEPLOYMENT = "Ingress"
 LOGGING = {"encoding": "JSON", "enable_access_log": False}

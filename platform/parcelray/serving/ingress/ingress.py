@@ -31,7 +31,7 @@ from parcelray.serving.ingress.clients import HandleClient, ReplicaLost
 from parcelray.serving.ingress.metrics import EndpointMetrics
 from parcelray.serving.ingress.request_log import RequestLog, RequestSampler
 from parcelray.serving.ingress.routes import Records, Route, Routes
-from parcelray.serving.replica.model_replica import ReplicaSettings
+from parcelray.serving.replica import ReplicaSettings
 
 if TYPE_CHECKING:
     from parcelray.tracking.request_samples import RequestSamples

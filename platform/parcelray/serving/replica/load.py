@@ -27,7 +27,7 @@ from parcelray.serving.engine.engine import (
     events,
     last_event,
 )
-from parcelray.serving.replica.model_replica import ReplicaSettings
+from parcelray.serving.replica import ReplicaSettings
 
 logger = logging.getLogger("ray.serve")
 _TIMEOUT_S = 20.0

@@ -13,9 +13,6 @@ from dataclasses import replace
 
 from ray import serve
 
-from parcelray.config.base import StrictModel
-from parcelray.config.budget_policy import InputPolicyConfig
-from parcelray.config.serve import EngineConfig, ServedModelConfig
 from parcelray.serving.engine.engine import (
     EngineRefusal,
     EngineStats,
@@ -27,6 +24,7 @@ from parcelray.serving.engine.engine import (
     Piece,
     events,
 )
+from parcelray.serving.replica import ReplicaSettings
 
 logger = logging.getLogger("ray.serve")
 _REFUSAL_PAUSE_S = 0.5
@@ -34,23 +32,6 @@ _REFUSAL_PAUSE_S = 0.5
 
 Without it, a broken replica would always look idle, and the router would send it the requests of the healthy ones.
 """
-
-
-class ReplicaSettings(StrictModel):
-    """Everything that a replica is built from."""
-
-    path: str
-    """Folder of the checkpoint, on every node."""
-    model: ServedModelConfig
-    """The served model; its `reference` is pinned: it names what the folder holds."""
-    budgets: tuple[int, ...]
-    """Offered visual-token budgets, ascending; each is warmed up."""
-    policy: InputPolicyConfig | None = None
-    """How the replica chooses budgets that requests leave open; null: it chooses none."""
-    engine: EngineConfig
-    """Limits of the engine."""
-    threads: int | None
-    """CPU threads of the model; null: torch's default."""
 
 
 class ModelReplica:
