@@ -24,7 +24,7 @@ from parcelray.models.token_reduction.encoder_view import EncoderView
 from parcelray.models.token_reduction.kmeans import cluster_sums, kmeans
 from parcelray.models.vlm import load_vlm
 from parcelray.serving.engine.continuous_engine import ContinuousEngine
-from parcelray.serving.engine.waiting import answer_all
+from parcelray.serving.engine.engine import answer_all
 from parcelray.training.train_loop import fit_in_process
 from tests.serving.conftest import Asker
 from tests.training.conftest import tiny_job

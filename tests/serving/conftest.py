@@ -1,4 +1,4 @@
-"""The packaged base at several budgets: its patches pooled, which needs no weights."""
+"""Fixtures: the packaged base model at several budgets, with pooled patches, which needs no connector weights."""
 
 import itertools
 from collections.abc import Iterator
@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import pytest
 
 from parcelray.config.connector import M3ConnectorConfig
+from parcelray.config.serve import EngineConfig
 from parcelray.datasets.images import decode_image
 from parcelray.datasets.mini import FAMILIES, family_samples
 from parcelray.datasets.sample import Sample
@@ -14,9 +15,8 @@ from parcelray.models.backbones.processor_base import ElasticProcessor
 from parcelray.models.checkpoint import MINI_BASE, resolve_checkpoint
 from parcelray.models.processor import load_processor
 from parcelray.models.vlm import load_vlm, use_sdpa_where_exact
-from parcelray.serving.engine.continuous_engine import ContinuousEngine, EngineLimits
-from parcelray.serving.engine.engine import GenerateRequest, Sampling
-from parcelray.serving.ingress.prompting import PromptBuilder
+from parcelray.serving.engine.continuous_engine import ContinuousEngine
+from parcelray.serving.engine.engine import GenerateRequest, PromptBuilder, Sampling
 
 
 @pytest.fixture(scope="session")
@@ -34,19 +34,19 @@ def processor() -> ElasticProcessor:
 
 @pytest.fixture(scope="session")
 def samples() -> list[Sample]:
-    """Fifty questions of the mini suite: one to four images each."""
+    """Fifty samples of the mini suite with one to four images each."""
     return [sample for family in FAMILIES for sample in family_samples("test", family, 13)][:50]
 
 
 @pytest.fixture
 def engine(model: ElasticVLM, processor: ElasticProcessor) -> Iterator[ContinuousEngine]:
-    engine = ContinuousEngine(model, processor, EngineLimits(max_running=24, kv_tokens=8192, vision_batch=16))
+    engine = ContinuousEngine(model, processor, EngineConfig(max_running=24, kv_tokens=8192, vision_batch=16))
     yield engine
     engine.close()
 
 
 class Asker:
-    """Makes requests for samples."""
+    """Builds engine requests from samples."""
 
     def __init__(self, processor: ElasticProcessor) -> None:
         self._builder = PromptBuilder(processor)
@@ -83,6 +83,5 @@ def ask(processor: ElasticProcessor) -> Asker:
 
 @pytest.fixture
 def never_ending(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Engines that are made now know no end token: answers are as long as they may be."""
+    """Engines built after this have no end token, so answers have their maximum length."""
     monkeypatch.setattr("parcelray.serving.engine.continuous_engine.end_ids", lambda *_: frozenset())
-    monkeypatch.setattr("parcelray.serving.static_engine.end_ids", lambda *_: frozenset())

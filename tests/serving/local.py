@@ -1,4 +1,4 @@
-"""The endpoint without Ray: the same application over an engine in this process, behind a real HTTP server on the loopback."""
+"""An endpoint without Ray: the same ASGI application over an engine in this process, on a local HTTP server."""
 
 import socket
 import threading
@@ -16,30 +16,27 @@ from parcelray.profiling.backbone_shapes import from_transformers_config
 from parcelray.profiling.flops import cost
 from parcelray.serving.engine.budget_chooser import BudgetChooser
 from parcelray.serving.engine.continuous_engine import ContinuousEngine
-from parcelray.serving.engine.engine import Engine
+from parcelray.serving.engine.engine import Engine, PromptBuilder
 from parcelray.serving.http.api import Api
 from parcelray.serving.http.auth import ApiKey, Gatekeeper
 from parcelray.serving.http.image_reader import ImageReader
-from parcelray.serving.ingress.admission import Admission
 from parcelray.serving.ingress.budget_policy import BudgetPolicy
-from parcelray.serving.ingress.chat import ChatService
+from parcelray.serving.ingress.chat import Admission, ChatService
 from parcelray.serving.ingress.clients import LocalClient, ModelClient
 from parcelray.serving.ingress.metrics import EndpointMetrics
-from parcelray.serving.ingress.prompting import PromptBuilder
 from parcelray.serving.ingress.request_log import RequestLog
 from parcelray.serving.ingress.routes import Route, Routes
-from parcelray.serving.replica.engine_factory import limits_of
 
 VERSION = "models:/mini/7"
 PATIENCE_S = 300.0
-"""Limit of every wait in these tests, seconds. Only a hang reaches it, however busy the machine is."""
+"""Limit of every wait in these tests, seconds; long enough for a busy machine, so only a hang reaches it."""
 
 PATIENT = {"timeout_s": PATIENCE_S, "body_timeout_s": PATIENCE_S}
-"""Limits of an endpoint that lets nobody go because the machine is busy."""
+"""Limits of an endpoint that do not expire on a busy machine."""
 
 
 def wait_until(condition: Callable[[], object], what: object = "the condition") -> None:
-    """Returns once the condition holds."""
+    """Waits until the condition holds."""
     deadline = time.monotonic() + PATIENCE_S
     while not condition():
         assert time.monotonic() < deadline, what
@@ -48,17 +45,17 @@ def wait_until(condition: Callable[[], object], what: object = "the condition") 
 
 @contextmanager
 def held(engine: Engine) -> Iterator[None]:
-    """Keeps the engine from its next turn, so that all requests that are submitted in the context arrive together."""
-    go_on = threading.Event()
+    """Pauses the engine, so that all requests submitted in the context arrive together."""
+    resume = threading.Event()
 
     def wait() -> None:
-        go_on.wait()
+        resume.wait()
 
     engine._commands.put(wait)  # type: ignore[attr-defined]
     try:
         yield
     finally:
-        go_on.set()
+        resume.set()
 
 
 def job_of(**changes: Any) -> ServeJob:
@@ -91,9 +88,9 @@ def endpoint(
     chooser: BudgetChooser | None = None,
     **changes: Any,
 ) -> Iterator[tuple[str, ChatService, ContinuousEngine]]:
-    """Its URL, its service and its engine, while the context lasts; its limits of time are patient unless they are changed."""
+    """Runs an endpoint and yields its URL, service and engine; its timeouts are long unless changed."""
     job = job_of(**{**changes, "limits": {**PATIENT, **changes.get("limits", {})}})
-    engine = ContinuousEngine(model, processor, limits_of(job.engine), chooser=chooser)
+    engine = ContinuousEngine(model, processor, job.engine, chooser=chooser)
     service = service_of(job, model, processor, LocalClient(engine), capacity=capacity)
     api = Api(job.name, job.http, lambda: service, Gatekeeper(keys or []), RequestLog())
     with serving(api.application()) as url:

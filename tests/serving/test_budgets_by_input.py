@@ -1,4 +1,4 @@
-"""The policy by input: what the endpoint chooses is what the predictor chooses offline, and everything says what was chosen."""
+"""Tests of the input policy: the endpoint chooses the same budgets as the predictor offline, and reports them."""
 
 from collections import Counter
 from dataclasses import replace
@@ -11,6 +11,7 @@ import pytest
 from openai import OpenAI
 
 from parcelray.config.budget_policy import InputPolicyConfig, ServedBudgets
+from parcelray.config.serve import EngineConfig
 from parcelray.datasets.sample import Sample
 from parcelray.errors import UserError
 from parcelray.evaluation.adaptive.budget_predictor import BudgetPredictor, fit_predictor
@@ -20,20 +21,20 @@ from parcelray.models.backbones.processor_base import ElasticProcessor
 from parcelray.models.checkpoint import MINI_BASE, resolve_checkpoint
 from parcelray.serving.app import replica_settings
 from parcelray.serving.engine.budget_chooser import BudgetChooser, load_predictor
-from parcelray.serving.engine.continuous_engine import ContinuousEngine, EngineLimits
-from parcelray.serving.engine.engine import EngineRefusal
-from parcelray.serving.engine.waiting import answer_all
-from parcelray.serving.replica.replica_loading import load_chooser
-from parcelray.serving.run import pin
-from parcelray.serving.static_engine import StaticEngine
+from parcelray.serving.engine.continuous_engine import ContinuousEngine
+from parcelray.serving.engine.engine import EngineRefusal, answer_all
+from parcelray.serving.plan import pin
+from parcelray.serving.replica.load import load_chooser
 from tests.serving.conftest import Asker
 from tests.serving.http.test_api import message
 from tests.serving.local import PATIENCE_S, endpoint, job_of
 
 BUDGETS = (16, 64, 256)
 CLEAR = 1e-3
-"""Worth of the two best budgets differs by more, or rounding, which depends on kernels and batches and is below 1e-4, may
-choose between them."""
+"""Minimum difference in worth of the two best budgets for a sample to be compared.
+
+Rounding depends on kernels and batches and is below 1e-4; closer budgets may be swapped by it.
+"""
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +44,7 @@ def signals(model: ElasticVLM, processor: ElasticProcessor, samples: list[Sample
 
 @pytest.fixture(scope="module")
 def predictor(model: ElasticVLM, processor: ElasticProcessor, signals: Any) -> BudgetPredictor:
-    """One that has learnt chance, and so chooses each budget for some."""
+    """A predictor fitted on random outcomes, so that it chooses each budget for some samples."""
     right = np.random.default_rng(0).random((len(signals), len(BUDGETS))) < (0.4, 0.5, 0.7)
     names = SignalReader(model, processor).names
     return replace(fit_predictor(signals, right, budgets=BUDGETS, names=names, reads_answer=False), price=0.001)
@@ -57,9 +58,7 @@ def is_clear(
     return bool(best - second > CLEAR)
 
 
-@pytest.mark.parametrize("kind", [ContinuousEngine, StaticEngine])
-def test_the_engine_chooses_as_the_predictor_does_offline(
-    kind: Any,
+def test_the_engine_chooses_the_same_budgets_as_the_offline_predictor(
     model: ElasticVLM,
     processor: ElasticProcessor,
     samples: list[Sample],
@@ -69,36 +68,37 @@ def test_the_engine_chooses_as_the_predictor_does_offline(
 ) -> None:
     for price, floor in ((None, 16), (0.003, 16), (0.003, 64)):
         chooser = BudgetChooser(predictor, model, processor, price=price)
-        engine = kind(model, processor, EngineLimits(max_running=8, kv_tokens=4096, vision_batch=8), chooser=chooser)
+        config = EngineConfig(max_running=8, kv_tokens=4096, vision_batch=8)
+        engine = ContinuousEngine(model, processor, config, chooser=chooser)
         choices = tuple(budget for budget in BUDGETS if budget >= floor)
         some = [
-            place for place in range(0, len(samples), 2) if is_clear(predictor, signals[place].tolist(), price, choices)
+            index for index in range(0, len(samples), 2) if is_clear(predictor, signals[index].tolist(), price, choices)
         ]
         assert len(some) > 15
-        asked = [samples[place] for place in some]
-        found = answer_all(engine, [replace(ask(sample, 256), choices=choices) for sample in asked])
-        expected = [predictor.choose(signals[place].tolist(), price=price, among=choices) for place in some]
-        assert [each.num_visual_tokens for each in found] == expected
+        selected = [samples[index] for index in some]
+        answers = answer_all(engine, [replace(ask(sample, 256), choices=choices) for sample in selected])
+        expected = [predictor.choose(signals[index].tolist(), price=price, among=choices) for index in some]
+        assert [each.num_visual_tokens for each in answers] == expected
         assert min(expected) == floor
         if floor == 16:
-            assert expected == [BUDGETS[place] for place in predictor.choose_all(signals[some], price=price)]
-            assert len(set(expected)) > 1, "the test means something only if choices differ"
-        # Chosen or named, the answer at a budget is the same.
-        assert [each.text for each in found] == [
+            assert expected == [BUDGETS[index] for index in predictor.choose_all(signals[some], price=price)]
+            assert len(set(expected)) > 1, "the test is meaningful only if choices differ"
+        # The answer at a budget is the same whether it was chosen or requested.
+        assert [each.text for each in answers] == [
             each.text
             for each in answer_all(
-                engine, [ask(sample, budget) for sample, budget in zip(asked, expected, strict=True)]
+                engine, [ask(sample, budget) for sample, budget in zip(selected, expected, strict=True)]
             )
         ]
         assert engine.stats().kv_tokens_used == 0
         engine.close()
 
 
-def test_what_does_not_fit_is_not_chosen(
+def test_a_budget_that_does_not_fit_is_not_chosen(
     model: ElasticVLM, processor: ElasticProcessor, samples: list[Sample], predictor: BudgetPredictor, ask: Asker
 ) -> None:
     chooser = BudgetChooser(predictor, model, processor, price=0.0)
-    engine = ContinuousEngine(model, processor, EngineLimits(kv_tokens=128), chooser=chooser)
+    engine = ContinuousEngine(model, processor, EngineConfig(kv_tokens=128), chooser=chooser)
     one = [sample for sample in samples if len(sample.images) == 1]
     assert {
         each.num_visual_tokens
@@ -108,12 +108,12 @@ def test_what_does_not_fit_is_not_chosen(
         engine.submit(replace(ask(one[0], 256), choices=(256,)), lambda _: None)
     engine.close()
     plain = ContinuousEngine(model, processor)
-    with pytest.raises(EngineRefusal, match="chooses no budgets"):
+    with pytest.raises(EngineRefusal, match="has no budget predictor; set visual_tokens"):
         plain.submit(replace(ask(one[0], 256), choices=BUDGETS), lambda _: None)
     plain.close()
 
 
-def test_header_usage_metrics_and_log_say_what_was_chosen(
+def test_header_usage_metrics_and_log_hold_the_chosen_budget(
     model: ElasticVLM,
     processor: ElasticProcessor,
     samples: list[Sample],
@@ -123,28 +123,28 @@ def test_header_usage_metrics_and_log_say_what_was_chosen(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     predictor.save(tmp_path)
-    some = [place for place in range(len(samples)) if is_clear(predictor, signals[place].tolist())][:12]
-    expected = [predictor.choose(signals[place].tolist()) for place in some]
+    some = [index for index in range(len(samples)) if is_clear(predictor, signals[index].tolist())][:12]
+    expected = [predictor.choose(signals[index].tolist()) for index in some]
     caplog.set_level("INFO", logger="parcelray.requests")
     policy = {"type": "input", "predictor": str(tmp_path)}
     chooser = BudgetChooser(predictor, model, processor)
     with endpoint(model, processor, chooser=chooser, budgets={"offered": BUDGETS, "policy": policy}) as (url, _, _):
         client = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
-        for number, (sample, budget) in enumerate(zip([samples[place] for place in some], expected, strict=True)):
-            asked: dict[str, Any] = {"model": "mini", "messages": message(sample), "max_tokens": 8}
+        for number, (sample, budget) in enumerate(zip([samples[index] for index in some], expected, strict=True)):
+            arguments: dict[str, Any] = {"model": "mini", "messages": message(sample), "max_tokens": 8}
             if number % 2:
                 raw = client.chat.completions.with_raw_response.create(
-                    **asked, stream=True, stream_options={"include_usage": True}
+                    **arguments, stream=True, stream_options={"include_usage": True}
                 )
                 usage = list(raw.parse())[-1].usage
             else:
-                raw = client.chat.completions.with_raw_response.create(**asked)
+                raw = client.chat.completions.with_raw_response.create(**arguments)
                 usage = raw.parse().usage
             assert raw.headers["x-visual-tokens"] == str(budget)
             assert usage is not None
             assert usage.model_extra == {"visual_tokens": budget}
             assert usage.prompt_tokens_details.model_dump()["image_tokens"] == budget * len(sample.images)
-        # Whoever names a budget, or an end of the ladder, gets it.
+        # Requested budgets are used: a number, or the smallest one.
         named = client.chat.completions.with_raw_response.create(
             model="mini", messages=message(samples[0]), extra_body={"visual_tokens": 64}
         )
@@ -162,7 +162,7 @@ def test_header_usage_metrics_and_log_say_what_was_chosen(
     assert [record["visual_tokens"] for record in records][: len(expected)] == expected
 
 
-def test_a_predictor_that_cannot_serve_is_refused_in_words(
+def test_an_unusable_predictor_is_refused_with_an_explanation(
     model: ElasticVLM, processor: ElasticProcessor, predictor: BudgetPredictor, tmp_path: Path
 ) -> None:
     def policy(folder: str, **changes: Any) -> InputPolicyConfig:
@@ -170,9 +170,9 @@ def test_a_predictor_that_cannot_serve_is_refused_in_words(
         return InputPolicyConfig(predictor=str(tmp_path / folder), floor=64)
 
     assert load_predictor(policy("good"), BUDGETS).budgets == BUDGETS
-    with pytest.raises(UserError, match="reads the answer at 16 visual tokens, which would be a second pass"):
+    with pytest.raises(UserError, match="needs the answer at 16 visual tokens, which would require a second pass"):
         load_predictor(policy("after", reads_answer=True), BUDGETS)
-    with pytest.raises(UserError, match="gives 64 visual tokens, which are not among the offered 16, 256"):
+    with pytest.raises(UserError, match=r"can choose 64 visual tokens, but budgets\.offered is 16, 256"):
         load_predictor(policy("good"), (16, 256))
     with pytest.raises(UserError, match="holds no budget predictor"):
         load_predictor(InputPolicyConfig(predictor=str(tmp_path / "none")), BUDGETS)
@@ -186,7 +186,7 @@ def test_a_predictor_that_cannot_serve_is_refused_in_words(
         ServedBudgets(offered=BUDGETS, policy=InputPolicyConfig(predictor="p", floor=32))
 
 
-def test_a_replica_loads_its_predictor_from_wherever_it_runs(
+def test_a_replica_loads_its_predictor_from_any_working_directory(
     model: ElasticVLM,
     processor: ElasticProcessor,
     predictor: BudgetPredictor,

@@ -1,4 +1,4 @@
-"""The shipped dashboard asks for metrics that the endpoint has, by labels that they have."""
+"""Tests that the shipped dashboard queries existing metrics with existing labels."""
 
 import json
 import re
@@ -14,7 +14,7 @@ NAME = re.compile(r"parcel:\w+")
 
 
 def _declared() -> dict[str, set[str]]:
-    """Names as they are scraped, with their labels."""
+    """Returns the names of the exported metrics with their labels."""
     collectors: list[Any] = list(EndpointMetrics("m").registry._collector_to_names)
     return {name: set(collector._labelnames) for collector in collectors for name in _scraped(collector)}
 
@@ -28,25 +28,25 @@ def _scraped(metric: Any) -> list[str]:
     }[metric._type]
 
 
-def test_every_query_asks_for_what_is_there() -> None:
+def test_every_query_names_an_existing_metric_and_its_labels() -> None:
     declared = _declared()
     queries = _queries()
-    asked = {name for query in queries for name in NAME.findall(query)}
-    assert asked <= set(declared)
+    queried = {name for query in queries for name in NAME.findall(query)}
+    assert queried <= set(declared)
     for query in queries:
         grouped = {label.strip() for group in re.findall(r"by \(([^)]*)\)", query) for label in group.split(",")} - {
             "le"
         }
         for name in NAME.findall(query):
             assert grouped <= declared[name], query
-    # Every metric is on the dashboard but those that others tell.
+    # Every metric is on the dashboard, except those whose information others contain.
     left = {
         name.removesuffix("_bucket").removesuffix("_sum").removesuffix("_count").removesuffix("_total")
-        for name in set(declared) - asked
+        for name in set(declared) - queried
     }
     shown = {
         name.removesuffix("_bucket").removesuffix("_sum").removesuffix("_count").removesuffix("_total")
-        for name in asked
+        for name in queried
     }
     assert left - shown == {
         "parcel:request_prompt_tokens",
@@ -55,11 +55,11 @@ def test_every_query_asks_for_what_is_there() -> None:
     }
 
 
-def test_every_query_of_ray_names_a_metric_that_it_has() -> None:
+def test_every_query_of_ray_names_an_existing_metric() -> None:
     source = "".join(path.read_text() for path in Path(ray.serve.__file__).parent.rglob("*.py"))
     kinds = {name: kind for kind, name in re.findall(r'metrics\.(Counter|Gauge|Histogram)\(\s*"(serve_\w+)"', source)}
-    asked = {name for query in _queries() for name in re.findall(r"ray_(\w+)", query)}
-    for name in asked:
+    queried = {name for query in _queries() for name in re.findall(r"ray_(\w+)", query)}
+    for name in queried:
         bare = next((known for known in kinds if name == _as_scraped(known, kinds[known])), None)
         assert bare is not None, f"ray_{name}"
     wanted = (
@@ -68,11 +68,11 @@ def test_every_query_of_ray_names_a_metric_that_it_has() -> None:
         "deployment_error_counter",
         "replica_startup_latency_ms",
     )
-    assert {_as_scraped(f"serve_{name}", kinds[f"serve_{name}"]) for name in wanted} <= asked
+    assert {_as_scraped(f"serve_{name}", kinds[f"serve_{name}"]) for name in wanted} <= queried
 
 
 def _as_scraped(name: str, kind: str) -> str:
-    """Ray's counters end with `_total` once."""
+    """Returns the exported name; counters of Ray end with one `_total`."""
     return {"Counter": f"{name.removesuffix('_total')}_total", "Gauge": name, "Histogram": f"{name}_bucket"}[kind]
 
 

@@ -1,4 +1,4 @@
-"""The whole endpoint on Ray Serve, under pressure: replicas die, versions roll over, clients hang up, and nobody else notices."""
+"""Tests of the whole endpoint on Ray Serve: dying replicas, rollovers, disconnecting clients and overload."""
 
 import asyncio
 import copy
@@ -31,7 +31,8 @@ from parcelray.errors import UserError
 from parcelray.models.backbones import ElasticVLM
 from parcelray.models.backbones.processor_base import ElasticProcessor
 from parcelray.models.mini import save_checkpoint
-from parcelray.serving.run import PinnedEndpoint, deploy, endpoint, pin
+from parcelray.serving.plan import PinnedEndpoint, pin
+from parcelray.serving.run import deploy, endpoint
 from tests.serving.http.test_api import message
 from tests.serving.local import PATIENCE_S, PATIENT, job_of, wait_until
 
@@ -45,7 +46,7 @@ def _free_port() -> int:
         return port
 
 
-# A free one: Serve's proxies share a port that two of them are given, and each then gets half of the other's requests.
+# A free port: two Serve proxies on one port would share it, and each would get half of the other's requests.
 PORT = _free_port()
 STORE = TemporaryDirectory()
 
@@ -69,7 +70,7 @@ def url() -> Iterator[str]:
 
 
 class Load:
-    """Clients that ask again and again, each with its own questions, until told to stop."""
+    """Closed-loop clients, each with its own samples, that run until the end of the context."""
 
     def __init__(self, url: str, samples: list[Sample], clients: int, **fields: Any) -> None:
         self.outcomes: Counter[str] = Counter()
@@ -96,7 +97,7 @@ class Load:
     async def _ask(self, client: AsyncOpenAI, samples: list[Sample], fields: dict[str, Any]) -> None:
         while not self._stop.is_set():
             for sample in samples:
-                # Full cores would only keep what is deployed meanwhile from starting.
+                # A pause, because fully used cores would delay the start of the applications that tests deploy.
                 await asyncio.sleep(0.05)
                 try:
                     raw = await client.chat.completions.with_raw_response.create(
@@ -121,22 +122,23 @@ def get(url: str, path: str) -> Any:
         return json.loads(response.read())
 
 
-def test_an_answer_comes_whole_and_in_pieces_at_its_budget(url: str, samples: list[Sample]) -> None:
+def test_streamed_and_whole_answers_are_equal_at_each_budget(url: str, samples: list[Sample]) -> None:
     client = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
     for budget in (16, 256):
-        asked: dict[str, Any] = {
+        arguments: dict[str, Any] = {
             "model": "mini",
             "messages": message(samples[0]),
             "max_tokens": 8,
             "extra_body": {"visual_tokens": budget},
         }
-        raw_answer = client.chat.completions.with_raw_response.create(**asked)
+        raw_answer = client.chat.completions.with_raw_response.create(**arguments)
         assert raw_answer.headers["x-visual-tokens"] == str(budget)
         text = raw_answer.parse().choices[0].message.content
         assert text
         assert (
             "".join(
-                chunk.choices[0].delta.content or "" for chunk in client.chat.completions.create(**asked, stream=True)
+                chunk.choices[0].delta.content or ""
+                for chunk in client.chat.completions.create(**arguments, stream=True)
             )
             == text
         )
@@ -146,9 +148,9 @@ def test_an_answer_comes_whole_and_in_pieces_at_its_budget(url: str, samples: li
 def raw(
     url: str, path: str, headers: bytes = b"", body: bytes = b"", method: str = "POST"
 ) -> tuple[int, dict[str, str], Any]:
-    """Status, headers and JSON of a request whose headers no client library would send."""
-    place = urlsplit(url)
-    with socket.create_connection((place.hostname, place.port), timeout=PATIENCE_S) as connection:
+    """Sends a request with headers that no client library would send; returns status, headers and JSON."""
+    parts = urlsplit(url)
+    with socket.create_connection((parts.hostname, parts.port), timeout=PATIENCE_S) as connection:
         head = (
             f"{method} {path} HTTP/1.1\r\nhost: 127.0.0.1\r\nconnection: close\r\ncontent-type:"
             f" application/json\r\ncontent-length: {len(body)}\r\n"
@@ -164,9 +166,9 @@ def raw(
 
 
 def slow_client(url: str, length: int) -> socket.socket:
-    """A connection on which so many bytes are promised, and one comes."""
-    place = urlsplit(url)
-    connection = socket.create_connection((place.hostname, place.port), timeout=PATIENCE_S)
+    """Returns a connection that announces `length` bytes and has sent one."""
+    parts = urlsplit(url)
+    connection = socket.create_connection((parts.hostname, parts.port), timeout=PATIENCE_S)
     head = (
         "POST /v1/chat/completions HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\ncontent-length:"
         f" {length}\r\n\r\n{{"
@@ -201,13 +203,13 @@ CONTROL_HEADERS = [
 
 
 @pytest.mark.parametrize("header", CONTROL_HEADERS)
-def test_what_serve_would_obey_is_not_heard(url: str, header: bytes) -> None:
+def test_headers_that_control_serve_are_ignored(url: str, header: bytes) -> None:
     status, headers, data = raw(url, "/v1/chat/completions", header + b"\r\n", QUESTION)
     assert (status, headers["x-request-id"]) == (200, data["id"])
     assert data["id"].startswith("chatcmpl-")
 
 
-def test_the_proxy_names_nothing_and_refuses_in_the_same_form(url: str) -> None:
+def test_the_proxy_reveals_nothing_and_uses_the_same_error_format(url: str) -> None:
     for path in ("/-/routes", "/%2d/routes", "/none", "/v1"):
         status, headers, data = raw(url, path, method="GET")
         assert (status, data["error"]["code"], data["error"]["message"]) == (
@@ -218,7 +220,7 @@ def test_the_proxy_names_nothing_and_refuses_in_the_same_form(url: str) -> None:
         assert headers["x-request-id"].startswith("chatcmpl-")
 
 
-def test_a_request_is_one_line_of_json_with_its_one_id(url: str) -> None:
+def test_a_request_is_logged_as_one_json_line_with_one_id(url: str) -> None:
     _, headers, data = raw(url, "/v1/chat/completions", body=QUESTION)
     _, refused, _ = raw(url, "/v1/chat/completions", body=b"{")
     ids = {headers["x-request-id"]: "answered", refused["x-request-id"]: "refused"}
@@ -232,7 +234,7 @@ def test_a_request_is_one_line_of_json_with_its_one_id(url: str) -> None:
     wait_until(lambda: ids.keys() <= records().keys())
     found = records()
     assert {name: found[name]["request"]["event"] for name in ids} == ids
-    # Serve's own records of the same request have the same id.
+    # Records of Serve about the same request have the same id.
     assert all(found[name]["request_id"] == name for name in ids)
     assert found[data["id"]]["request"]["visual_tokens"] == 0
     assert not [
@@ -243,12 +245,12 @@ def test_a_request_is_one_line_of_json_with_its_one_id(url: str) -> None:
     ]
 
 
-def test_slow_clients_take_no_place(url: str) -> None:
-    """More of them than the ingress has places, each with half a body."""
+def test_slow_clients_do_not_count_as_in_flight(url: str) -> None:
+    """Opens more connections with incomplete bodies than the ingress admits."""
     slow = [slow_client(url, 1000) for _ in range(300)]
     try:
         assert raw(url, "/v1/chat/completions", body=QUESTION)[0] == 200
-        # None of them has been let go.
+        # None of them has been closed.
         for connection in slow:
             connection.setblocking(False)
             with pytest.raises(BlockingIOError):
@@ -258,7 +260,7 @@ def test_slow_clients_take_no_place(url: str) -> None:
             connection.close()
 
 
-def test_another_port_than_the_running_one_is_refused(url: str) -> None:
+def test_a_port_other_than_that_of_the_running_serve_is_refused(url: str) -> None:
     with (
         pytest.raises(UserError, match=f"listens on 127.0.0.1:{PORT}, not on 127.0.0.1:{PORT + 1}"),
         endpoint(job(http={"port": PORT + 1})),
@@ -267,7 +269,7 @@ def test_another_port_than_the_running_one_is_refused(url: str) -> None:
     assert get(url, "/ready") == {"status": "ready"}
 
 
-def test_a_slice_of_the_hostile_corpus(url: str) -> None:
+def test_hostile_bodies_get_a_client_error(url: str) -> None:
     base = {
         "model": "mini",
         "messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}],
@@ -287,7 +289,7 @@ def test_a_slice_of_the_hostile_corpus(url: str) -> None:
     assert get(url, "/ready") == {"status": "ready"}
 
 
-def test_a_replica_that_dies_under_load_costs_nobody_an_answer(url: str, samples: list[Sample]) -> None:
+def test_no_request_fails_when_a_replica_dies_under_load(url: str, samples: list[Sample]) -> None:
     with Load(url, samples, clients=6, max_tokens=8) as load:
         load.wait_for(20)
         os.kill(replica_pids()[0], signal.SIGKILL)
@@ -295,13 +297,13 @@ def test_a_replica_that_dies_under_load_costs_nobody_an_answer(url: str, samples
     assert set(load.outcomes) == {"ok"}, load.outcomes
 
 
-def test_idle_replicas_are_known_and_samples_reach_mlflow(url: str, samples: list[Sample]) -> None:
+def test_idle_replicas_are_reported_and_samples_reach_mlflow(url: str, samples: list[Sample]) -> None:
     def engines() -> set[str]:
         with urlopen(f"{url}/metrics", timeout=PATIENCE_S) as response:
             return set(re.findall(r'parcel:model_load_seconds\{engine="(\d+)"', response.read().decode()))
 
     client = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
-    asked = client.chat.completions.create(
+    request_id = client.chat.completions.create(
         model="mini", messages=message(samples[0]), max_tokens=1, extra_body={"visual_tokens": 64}
     ).id
     store = MlflowClient(f"sqlite:///{STORE.name}/mlflow.db")
@@ -320,23 +322,22 @@ def test_idle_replicas_are_known_and_samples_reach_mlflow(url: str, samples: lis
                         for row in table["data"]
                     }
                 )
-        return asked in found and len(engines()) >= 2
+        return request_id in found and len(engines()) >= 2
 
     wait_until(reached, found)
-    assert found[asked] == [64, 1]
+    assert found[request_id] == [64, 1]
 
 
 @pytest.fixture(scope="module")
 def endless(model: ElasticVLM, processor: ElasticProcessor, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Changes of the job: another version, whose answers are as long as they may be, on one replica."""
+    """Returns changes of the job: another version, whose answers have their maximum length, on one replica."""
     folder = tmp_path_factory.mktemp("endless")
     changed = copy.deepcopy(model)
     with torch.no_grad():
-        # Never the likeliest token, the end does not come.
+        # The end token is never the most likely one.
         changed.get_input_embeddings().get_parameter("weight")[processor.tokenizer.eos_token_id] = 0
     save_checkpoint(changed, processor, folder)
-    # One replica: of two, the one with less to do answers the short requests that ask how much is to do, and the other
-    # is not heard of.
+    # One replica: of two, the less busy one would answer the short requests that query the load.
     replicas = {"min": 1, "max": 1, "cpus": 0.5, "threads": 1}
     return {"model": {"reference": str(folder), "connector": M3ConnectorConfig().model_dump()}, "replicas": replicas}
 
@@ -358,7 +359,7 @@ def test_a_new_version_takes_over_without_a_failed_request(
 
 
 class Busy:
-    """What the only replica has to do, as it says with the answer to a short request; that itself has ended by then."""
+    """Returns the load of the only replica, as reported with the answer to a short request."""
 
     def __init__(self, url: str, sample: Sample) -> None:
         self._url = url
@@ -382,13 +383,12 @@ class Busy:
             return False
 
 
-# Few tokens, so that four long answers, and a short one beside them, are in the KV pool at the same time: none waits
-# for another's end.
+# Few tokens, so that four long answers and a short one fit in the KV pool together, and none waits for another.
 FEW = {"visual_tokens": 16}
 LONG: dict[str, Any] = {"model": "mini", "max_tokens": 900, "extra_body": FEW}
 
 
-def test_a_client_that_hangs_up_frees_its_place(url: str, samples: list[Sample], endless: dict[str, Any]) -> None:
+def test_a_client_that_disconnects_frees_its_slot(url: str, samples: list[Sample], endless: dict[str, Any]) -> None:
     deploy(job(**endless))
     busy = Busy(url, samples[0])
 
@@ -415,17 +415,17 @@ def test_a_client_that_hangs_up_frees_its_place(url: str, samples: list[Sample],
     assert 0 < decoded < 4 * 900 / 2, "they were begun, and not answered to their ends"
 
 
-def test_too_many_requests_are_told_to_come_back_and_the_others_answered(
+def test_excess_requests_get_a_retry_time_and_the_others_are_answered(
     url: str, samples: list[Sample], endless: dict[str, Any]
 ) -> None:
     deploy(job(**endless))
 
     async def flood() -> list[BaseException]:
-        """The errors until there is one, and an answer; who still waits then hangs up."""
+        """Returns the errors once there is an error and an answer; the other clients then disconnect."""
         async with AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=PATIENCE_S) as client:
-            # The endpoint holds 32.
-            asked = {**LONG, "messages": message(samples[0]), "max_tokens": 300}
-            left = {asyncio.create_task(client.chat.completions.create(**asked)) for _ in range(100)}
+            # The endpoint admits 32.
+            arguments = {**LONG, "messages": message(samples[0]), "max_tokens": 300}
+            left = {asyncio.create_task(client.chat.completions.create(**arguments)) for _ in range(100)}
             answers = 0
             errors: list[BaseException] = []
             while not answers or not errors:
@@ -444,11 +444,10 @@ def test_too_many_requests_are_told_to_come_back_and_the_others_answered(
 
 
 @pytest.mark.nightly
-def test_a_challenger_gets_its_share_and_goes_when_it_is_slow(
+def test_a_challenger_gets_its_share_and_is_rolled_back_when_slow(
     url: str, samples: list[Sample], endless: dict[str, Any]
 ) -> None:
-    # The same weights at twenty times the latency would need another model; a ratio below 1 makes any challenger too
-    # slow.
+    # A ratio far below 1 makes any challenger too slow, so no slower model is needed.
     canary = {"model": {"connector": {"type": "m3"}}, "share": 0.5, "min_requests": 20, "max_latency_ratio": 1e-6}
     deploy(job(**endless, canary=canary))
     with Load(url, samples, clients=4, max_tokens=8) as load:

@@ -1,4 +1,4 @@
-"""What `parcelray serve` means, its plan, and the file that it writes for `serve deploy`."""
+"""Tests of the plan of an endpoint, the file for `serve deploy`, and the checks before the start."""
 
 import socket
 from collections.abc import Iterator
@@ -17,35 +17,35 @@ from ray.serve.schema import ProxyStatus
 from parcelray.errors import SystemFailure, UnsupportedBudgetError, UserError
 from parcelray.serving import run as serving_run
 from parcelray.serving.http.auth import add_key
-from parcelray.serving.plan import serve_job, serving_plan
-from parcelray.serving.run import endpoint, pin
+from parcelray.serving.plan import pin, serve_job, serving_plan
+from parcelray.serving.run import endpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.serving
 
 
-def test_a_reference_stands_for_an_endpoint_at_its_own_budgets() -> None:
+def test_a_model_reference_is_served_at_its_supported_budgets() -> None:
     job = serve_job("mini_base", [], port=9000)
     assert (job.name, job.budgets.offered, job.http.host, job.http.port) == ("mini_base", (256,), "127.0.0.1", 9000)
     with pytest.raises(UnsupportedBudgetError):
         pin(serve_job("mini_base", ["budgets.offered=[16]"]))
 
 
-def test_another_address_needs_keys(tmp_path: Path) -> None:
+def test_a_public_address_needs_keys(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="keys_file is unset"):
         serve_job("mini_base", [], host="0.0.0.0")
     with pytest.raises(UserError, match="cannot be read"):
         pin(serve_job("mini_base", [f"http.keys_file={tmp_path / 'none'}"], host="0.0.0.0"))
 
 
-def test_a_taken_port_is_said_before_anything_starts() -> None:
+def test_a_port_in_use_is_reported_before_the_start() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         pinned = pin(serve_job("mini_base", [], port=taken.getsockname()[1]))
-        with pytest.raises(UserError, match="choose another one with --port"), endpoint(pinned):
+        with pytest.raises(UserError, match="choose another port with --port"), endpoint(pinned):
             pass
 
 
-def test_the_plan_says_what_fits() -> None:
+def test_the_plan_computes_the_memory_and_the_requests_that_fit() -> None:
     plan = serving_plan(
         serve_job(str(ROOT / "jobs" / "serve" / "mini.yaml"), ["engine.kv_tokens=1024", "engine.max_running=1000"])
     )
@@ -55,7 +55,7 @@ def test_the_plan_says_what_fits() -> None:
     assert plan.flops[16] < plan.flops[64] < plan.flops[256]
 
 
-def test_the_file_for_serve_deploy_is_the_whole_endpoint() -> None:
+def test_the_file_for_serve_deploy_describes_the_whole_endpoint() -> None:
     from ray.serve.schema import ServeDeploySchema
 
     pinned = pin(serve_job(str(ROOT / "jobs" / "serve" / "mini.yaml"), []))
@@ -66,28 +66,27 @@ def test_the_file_for_serve_deploy_is_the_whole_endpoint() -> None:
     assert str(schema.http_options.host) == "127.0.0.1"
     assert (model.route_prefix, ingress.route_prefix, ingress.name) == (None, "/", "mini")
     assert written["applications"][1]["deployments"][0]["user_config"]["champion"]["app"] == model.name
-    # The alias is not in it, but what it stood for.
-    assert written["applications"][0]["args"]["settings"]["version"].startswith("sha256:")
-    # What stands before the proxy is started with it; nothing of this machine but the checkpoint's folder, which the
-    # head names.
+    # The file holds the pinned reference, not the alias.
+    assert written["applications"][0]["args"]["settings"]["model"]["reference"].startswith("sha256:")
+    # The proxy middleware is configured. The only path of this machine is the checkpoint's folder, named in the header.
     variables = schema.controller_options.runtime_env["env_vars"]
     assert variables["RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"] == "parcelray.serving.http.proxy_guard:middlewares"
     assert 3 * float(variables["RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S"]) >= 300, (
-        "a busy machine's proxy has time to start"
+        "the proxy has time to start on a busy machine"
     )
     assert schema.logging_config.encoding == "JSON"
     assert "PYTHONPATH" not in text
     assert f"# Every node needs the folder {pinned.champion.path}." in text.splitlines()
 
 
-def test_the_file_names_the_keys_that_each_node_needs(tmp_path: Path) -> None:
+def test_the_file_names_the_keys_file_that_each_node_needs(tmp_path: Path) -> None:
     add_key(tmp_path / "keys.txt", "ann")
     pinned = pin(serve_job("mini_base", [f"http.keys_file={tmp_path / 'keys.txt'}"], host="0.0.0.0"))
     assert f"# Every node needs the file {tmp_path / 'keys.txt'}." in pinned.to_yaml().splitlines()
     before = pinned.config()["applications"][-1]
     add_key(tmp_path / "keys.txt", "bob")
     after = pin(pinned.job).config()["applications"][-1]
-    # The ingress stays, and is told to read the file again.
+    # The ingress keeps running, and reads the file again.
     assert before["deployments"] != after["deployments"]
     assert before["args"] == after["args"]
 
@@ -102,14 +101,14 @@ def test_a_challenger_that_is_the_champion_is_refused() -> None:
             check(job)
 
 
-def test_a_serve_that_listens_elsewhere_is_not_joined(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_serve_on_another_address_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     running = SimpleNamespace(http_config=SimpleNamespace(host="0.0.0.0", port=8000))
     monkeypatch.setattr(serving_run, "_get_global_client", lambda **_: running)
     monkeypatch.setattr(serving_run, "_proxy_will_start_here", lambda address: False)
     monkeypatch.setattr(serving_run, "ray_session", lambda *_, **__: nullcontext(SimpleNamespace(owned=False)))
-    monkeypatch.setattr(serve, "start", lambda **_: pytest.fail("it was joined"))
-    elsewhere: tuple[dict[str, Any], ...] = ({}, {"port": 8001})
-    for changes in elsewhere:
+    monkeypatch.setattr(serve, "start", lambda **_: pytest.fail("the running Serve was used"))
+    changes_of_address: tuple[dict[str, Any], ...] = ({}, {"port": 8001})
+    for changes in changes_of_address:
         with (
             pytest.raises(UserError, match=r"listens on 0\.0\.0\.0:8000, not on 127\.0\.0\.1"),
             endpoint(pin(serve_job("mini_base", [], **changes))),
@@ -118,7 +117,7 @@ def test_a_serve_that_listens_elsewhere_is_not_joined(monkeypatch: pytest.Monkey
 
 
 def _start_with(monkeypatch: pytest.MonkeyPatch, error: Exception, *statuses: ProxyStatus) -> Iterator[ProxyStatus]:
-    """Makes `serve.start` fail, and Serve's proxy report these statuses, one a second by the clock of the product code."""
+    """Makes `serve.start` fail, and Serve's proxy report these statuses, one per simulated second."""
     now, left = [0.0], iter(statuses)
 
     def start(**_: Any) -> None:
@@ -138,31 +137,30 @@ def _start_with(monkeypatch: pytest.MonkeyPatch, error: Exception, *statuses: Pr
     return left
 
 
-def test_a_proxy_that_needs_more_than_serves_minute_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_proxy_that_takes_longer_than_serves_timeout_is_awaited(monkeypatch: pytest.MonkeyPatch) -> None:
     statuses = [ProxyStatus.STARTING] * 100
     left = _start_with(monkeypatch, TimeoutError(), *statuses, ProxyStatus.HEALTHY)
     serving_run._start(serve_job("mini_base", []))
-    assert next(left, None) is None, "it has waited for the last status"
+    assert next(left, None) is None, "it waited for the last status"
 
 
 @pytest.mark.parametrize(
-    ("error", "says"),
+    ("error", "message"),
     [
         (GetTimeoutError("Get timed out: some object(s) not ready."), "proxy was not ready after 300 s"),
         (RayActorError(), "proxy ended at its start"),
     ],
 )
 def test_a_proxy_that_does_not_start_is_reported_in_one_sentence(
-    monkeypatch: pytest.MonkeyPatch, error: Exception, says: str
+    monkeypatch: pytest.MonkeyPatch, error: Exception, message: str
 ) -> None:
     _start_with(monkeypatch, error)
-    with pytest.raises(SystemFailure, match=says):
+    with pytest.raises(SystemFailure, match=message):
         serving_run._start(serve_job("mini_base", []))
 
 
-def test_what_a_process_knows_of_serve_goes_with_its_own_ray(monkeypatch: pytest.MonkeyPatch) -> None:
-    # The first job of every new Ray has the same number, by which Serve would take this client for one of the next
-    # session.
+def test_the_client_of_serve_is_dropped_with_its_own_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The first job of every new Ray has the same number, so Serve would reuse this client in the next session.
     for owned in (False, True):
         known: Any = SimpleNamespace(http_config=SimpleNamespace(host="127.0.0.1", port=1))
         monkeypatch.setattr(serve_context, "_global_client", known)

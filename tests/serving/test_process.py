@@ -1,4 +1,4 @@
-"""`parcelray serve` as a process of its own: it answers, hears SIGHUP, and lets a stream end before it goes."""
+"""Tests `parcelray serve` as a separate process: answers, SIGHUP, and the end of a stream after SIGTERM."""
 
 import signal
 import socket
@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.serving, pytest.mark.ray, pytest.mark.slow]
 
 
 class Process:
-    """The command, with what it has printed."""
+    """A running command and its printed lines."""
 
     def __init__(self, arguments: list[str], folder: Path) -> None:
         command = [sys.executable, "-m", "parcelray.cli", "serve", *arguments]
@@ -72,7 +72,7 @@ def serving(arguments: list[str], folder: Path) -> Iterator[Process]:
         process.kill()
 
 
-def test_a_process_answers_hears_and_ends_well(tmp_path: Path, repo_root: Path) -> None:
+def test_the_command_answers_reloads_on_sighup_and_drains_on_sigterm(tmp_path: Path, repo_root: Path) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -93,7 +93,7 @@ def test_a_process_answers_hears_and_ends_well(tmp_path: Path, repo_root: Path) 
                 return False
 
         assert knows(keys["ann"])
-        # Another key counts, and a removed one does not, once the process has been told.
+        # Changed keys take effect after SIGHUP.
         keys["bob"] = add_key(tmp_path / "keys.txt", "bob")
         remove_key(tmp_path / "keys.txt", "ann")
         assert not knows(keys["bob"])
@@ -115,6 +115,6 @@ def test_a_process_answers_hears_and_ends_well(tmp_path: Path, repo_root: Path) 
         chunks += stream
         assert chunks[-1].choices[0].finish_reason in ("stop", "length")
         assert process.end() == 0
-    assert any("Stopping: requests in flight may end" in line for line in process.lines)
+    assert any("Stopping: finishing requests in flight" in line for line in process.lines)
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(("127.0.0.1", port), timeout=PATIENCE_S)

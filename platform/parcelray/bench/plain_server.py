@@ -15,8 +15,8 @@ from PIL import Image
 from ray import serve
 
 from parcelray.models.processor import load_processor
-from parcelray.serving.replica.replica_loading import load_model
-from parcelray.serving.replica.replica_settings import ReplicaSettings
+from parcelray.serving.replica import ReplicaSettings
+from parcelray.serving.replica.load import load_model
 
 
 class PlainServer:
@@ -29,7 +29,7 @@ class PlainServer:
     def __init__(self, settings: ReplicaSettings) -> None:
         if settings.threads is not None:
             torch.set_num_threads(settings.threads)
-        self._model = load_model(settings)
+        self._model = load_model(settings.path, settings.model, settings.budgets)
         self._processor = load_processor(settings.path)
 
     def __serve_build_asgi_app__(self) -> FastAPI:

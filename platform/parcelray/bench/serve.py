@@ -43,10 +43,10 @@ from parcelray.models.mini import build_config, build_model, build_processor, sa
 from parcelray.models.vlm import use_sdpa_where_exact
 from parcelray.serving.app import replica_settings
 from parcelray.serving.engine.continuous_engine import ContinuousEngine
-from parcelray.serving.engine.engine import Sampling
+from parcelray.serving.engine.engine import PromptBuilder, Sampling, last_event
 from parcelray.serving.ingress.clients import LocalClient
-from parcelray.serving.ingress.prompting import PromptBuilder
-from parcelray.serving.run import deploy, endpoint, pin
+from parcelray.serving.plan import pin
+from parcelray.serving.run import deploy, endpoint
 
 OFFLINE_GOAL = ">= 0.85"
 PLAIN_GOAL = ">= 2"
@@ -217,11 +217,10 @@ async def _in_process(bench: _Bench, prompts: PromptBuilder, client: LocalClient
     data = bench.image()
     started = time.perf_counter()
     pixels = prompts.pixels(decode_image(data))
-    await client.answer(
-        prompts.request(
-            "r", _QUESTION, [pixels], num_visual_tokens=budget, sampling=Sampling(max_new_tokens=4), timeout_s=60
-        )
+    request = prompts.request(
+        "r", _QUESTION, [pixels], num_visual_tokens=budget, sampling=Sampling(max_new_tokens=4), timeout_s=60
     )
+    await last_event(client.events(request))
     return time.perf_counter() - started
 
 

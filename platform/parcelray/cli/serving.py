@@ -33,13 +33,13 @@ def serve(
     as_json: AsJson = False,
 ) -> None:
     """Answer requests, OpenAI-compatible, at any visual-token budget; until Ctrl-C."""
-    from parcelray.serving.plan import serve_job, serving_plan
+    from parcelray.serving.plan import pin, serve_job, serving_plan
 
     job = serve_job(target, overrides, host=host, port=port)
     if dry_run:
         show(serving_plan(job), as_json, lambda plan: plan.to_rich())
         return
-    from parcelray.serving.run import pin, run_endpoint
+    from parcelray.serving.run import run_endpoint
 
     pinned = pin(job)
     if build is not None:

@@ -28,8 +28,8 @@ class ServedModelConfig(StrictModel):
 class EngineConfig(StrictModel):
     """What makes the answers of one replica, and what it holds at the same time."""
 
-    type: Literal["continuous", "static"] = "continuous"
-    """continuous: requests join and leave between two decode steps; static: transformers' `generate`, one batch of equal budgets after the other."""
+    type: Literal["continuous"] = "continuous"
+    """continuous: requests join and leave between two decode steps."""
     max_running: int = Field(default=64, ge=1)
     """Requests that share a decode step."""
     max_waiting: int = Field(default=128, ge=0)

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from parcelray.config.promote import LatencyGate, PromoteJob
+from parcelray.config.serve import ServedModelConfig
 from parcelray.datasets.images import decode_image
 from parcelray.datasets.sample import Sample
 from parcelray.evaluation.plan import prepare
@@ -15,12 +16,8 @@ from parcelray.models.checkpoint import ResolvedCheckpoint
 from parcelray.models.processor import image_size_of, load_processor
 from parcelray.promotion.gates import Check
 from parcelray.serving.engine.continuous_engine import ContinuousEngine
-from parcelray.serving.engine.engine import Sampling
-from parcelray.serving.engine.waiting import answer_all
-from parcelray.serving.ingress.prompting import PromptBuilder
-from parcelray.serving.replica.engine_factory import limits_of
-from parcelray.serving.replica.replica_loading import load_model
-from parcelray.serving.replica.replica_settings import ReplicaSettings
+from parcelray.serving.engine.engine import PromptBuilder, Sampling, answer_all
+from parcelray.serving.replica.load import load_model
 
 _TIMEOUT_S = 600.0
 _PERCENTILE = 95
@@ -42,20 +39,12 @@ def check_latency(job: PromoteJob, gate: LatencyGate, checkpoint: ResolvedCheckp
             break
     sampling = Sampling(max_new_tokens=first.generation.max_new_tokens)
     with _threads(gate.threads):
-        settings = ReplicaSettings(
-            path=str(checkpoint.path),
-            version=checkpoint.pinned,
-            connector=None,
-            dtype=gate.dtype,
-            device=gate.device,
-            budgets=tuple(gate.at_most_ms),
-            # The budgets share the images. With a feature cache, only the first budget's time would include the vision
-            # tower.
-            engine=gate.engine.model_copy(update={"feature_cache_mb": 0}),
-            threads=gate.threads,
-        )
+        config = ServedModelConfig(reference=checkpoint.pinned, dtype=gate.dtype, device=gate.device)
+        model = load_model(checkpoint.path, config, gate.at_most_ms)
         processor = load_processor(checkpoint.path)
-        engine = ContinuousEngine(load_model(settings), processor, limits_of(settings.engine), name="gate")
+        # The budgets share the images: with a cache, the vision tower would be timed once for all of them.
+        limits = gate.engine.model_copy(update={"feature_cache_mb": 0})
+        engine = ContinuousEngine(model, processor, limits, name="gate")
         prompts = PromptBuilder(processor)
 
         def answer(sample: Sample, budget: int) -> None:

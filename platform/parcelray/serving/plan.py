@@ -1,59 +1,112 @@
-"""Which endpoint `parcelray serve` means, and what it would hold, before anything starts."""
+"""Resolves and checks an endpoint before anything starts, and plans what it will need."""
 
+import hashlib
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import yaml
+
+from parcelray import __version__
+from parcelray.config.budget_policy import FixedPolicyConfig, InputPolicyConfig, LoadPolicyConfig, ServedBudgets
 from parcelray.config.loader import apply_override, identity, load_job_of, validate
-from parcelray.config.serve import ServeJob
+from parcelray.config.model import CheckpointModelConfig
+from parcelray.config.serve import ServedModelConfig, ServeJob
+from parcelray.errors import UserError
+from parcelray.models.checkpoint import ResolvedCheckpoint
 from parcelray.models.vlm import config_of, connector_of
 from parcelray.profiling.backbone_shapes import from_transformers_config
 from parcelray.profiling.flops import cost, kv_cache_bytes
-from parcelray.serving.run import pin, resolve
+from parcelray.serving.app import replica_settings, serve_config
+from parcelray.serving.engine.budget_chooser import load_predictor
+from parcelray.serving.http.auth import read_keys
+from parcelray.tracking.provenance import resolve_model
+from parcelray.tracking.store import ensure_store
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-_USUAL = (16, 64, 256)
-"""Budgets of an endpoint that is not described by a job, where the model can give them."""
-_MOST = 5
-"""Budgets offered at most then."""
+_DEFAULT_BUDGETS = (16, 64, 256)
+"""Budgets of an endpoint without a job file, if the model supports them."""
+_MAX_DEFAULT_BUDGETS = 5
+"""Maximum number of budgets of an endpoint without a job file."""
+_REGISTERED_VERSION = re.compile(r"models:/(?P<name>[^/]+)/(?P<version>\d+)")
+
+
+@dataclass(frozen=True)
+class PinnedEndpoint:
+    """A job whose model references are resolved, once."""
+
+    job: ServeJob
+    champion: ResolvedCheckpoint
+    challenger: ResolvedCheckpoint | None
+    keys: str | None
+    """Hash of the keys file; None: there is none."""
+    warnings: tuple[str, ...] = ()
+    """Sentences that the operator should read before the endpoint starts."""
+
+    def config(self) -> dict[str, Any]:
+        """Returns the configuration for Serve."""
+        champion = replica_settings(self.job, self.job.model, self.champion)
+        canary = self.job.canary
+        challenger = (
+            replica_settings(self.job, canary.model, self.challenger)
+            if canary is not None and self.challenger is not None
+            else None
+        )
+        return serve_config(self.job, champion, challenger, self.keys)
+
+    def to_yaml(self) -> str:
+        """Returns the file for `serve deploy`."""
+        folders = [checkpoint.path for checkpoint in (self.champion, self.challenger) if checkpoint is not None]
+        needed = [f"parcelray {__version__}, installed", *(f"the folder {folder}" for folder in folders)]
+        needed += [f"the file {self.job.http.keys_file}"] if self.job.http.keys_file is not None else []
+        lines = [
+            f"{self.job.name}: {self.champion.pinned}. Deploy it with `serve deploy FILE`.",
+            *(f"Every node needs {each}." for each in needed),
+            (
+                "http_options, controller_options and logging_config have an effect only if this file starts Serve on"
+                " the cluster."
+            ),
+        ]
+        return "".join(f"# {line}\n" for line in lines) + yaml.safe_dump(self.config(), sort_keys=False)
 
 
 @dataclass(frozen=True)
 class ServingPlan:
-    """The resolved endpoint with its memory and its cost by budget."""
+    """The resolved endpoint, its memory, and its compute by budget."""
 
     identity: str
     model: str
     url: str
     keys: bool
     kv_bytes: int
-    """KV cache of one replica."""
+    """Size of one replica's KV cache, bytes."""
     flops: dict[int, int]
-    """Prefill of one image at each offered budget."""
+    """FLOPs of the prefill of one image at each offered budget."""
     requests_in_kv: dict[int, int]
-    """Requests with one image and the default answer that fit the KV cache together."""
+    """Number of concurrent requests with one image and the default answer length that fit the KV cache, by budget."""
     warnings: tuple[str, ...]
-    """What the gates leave open of the model's budgets."""
+    """Warnings about budgets that the promotion gates did not accept."""
     config: dict[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-serialisable."""
+        """Returns the plan as JSON-serialisable values."""
         return {key: getattr(self, key) for key in self.__dataclass_fields__}
 
     def to_rich(self) -> "Table":
-        """For the console."""
+        """Returns the plan as a table for the console."""
         from rich.table import Table
 
         table = Table("plan", self.identity)
         rows = {
             "model": self.model,
             "endpoint": f"{self.url}/v1, {'with' if self.keys else 'without'} API keys",
-            "KV cache": f"{self.kv_bytes / 1024**2:,.1f} MiB a replica",
+            "KV cache": f"{self.kv_bytes / 1024**2:,.1f} MiB per replica",
             **{
                 f"{budget} visual tokens": (
-                    f"{flops / 1e9:,.2f} GFLOP of prefill, {self.requests_in_kv[budget]:,} requests at the same time"
+                    f"{flops / 1e9:,.2f} GFLOP of prefill, {self.requests_in_kv[budget]:,} concurrent requests"
                 )
                 for budget, flops in self.flops.items()
             },
@@ -64,10 +117,16 @@ class ServingPlan:
 
 
 def serve_job(target: str, overrides: list[str], *, host: str | None = None, port: int | None = None) -> ServeJob:
-    """The job of a file, or one around a model reference.
+    """Returns the job of a job file, or a default job for a model reference.
+
+    Args:
+        target: path of a job file, or a model reference.
+        overrides: changes such as `engine.kv_tokens=1024`.
+        host: address to listen on; None: as in the job.
+        port: port to listen on; None: as in the job.
 
     Raises:
-        UserError: the file is no job of this kind, or the reference stands for nothing.
+        UserError: the file is not a serve job, or the reference cannot be resolved.
     """
     changes = [
         *overrides,
@@ -79,7 +138,7 @@ def serve_job(target: str, overrides: list[str], *, host: str | None = None, por
     bare = validate(ServeJob, {"kind": "serve", "name": _name(target), "model": {"reference": target}}, target)
     connector = connector_of(resolve(bare, bare.model).path)
     data = bare.model_dump(mode="json", exclude_unset=True) | {
-        "budgets": {"offered": _offered(connector.supported_budgets)}
+        "budgets": {"offered": _default_budgets(connector.supported_budgets)}
     }
     for change in changes:
         apply_override(data, change)
@@ -87,7 +146,7 @@ def serve_job(target: str, overrides: list[str], *, host: str | None = None, por
 
 
 def serving_plan(job: ServeJob) -> ServingPlan:
-    """Resolves a job and says what it would hold.
+    """Resolves a job and computes its memory and compute.
 
     Raises:
         UserError: see `pin`.
@@ -114,6 +173,121 @@ def serving_plan(job: ServeJob) -> ServingPlan:
     )
 
 
+def pin(job: ServeJob) -> PinnedEndpoint:
+    """Resolves the models of a job and checks everything that can be checked before the start.
+
+    Raises:
+        UserError: a model cannot be resolved or does not support an offered budget, the promotion gates did not accept
+            the lowest budget of the policy, or the keys or the budget predictor cannot be read.
+    """
+    keys = None
+    if job.http.keys_file is not None:
+        # The path is made absolute: the ingress has another working directory.
+        file = Path(job.http.keys_file).resolve()
+        read_keys(file)
+        keys = hashlib.sha256(file.read_bytes()).hexdigest()
+        job = job.model_copy(update={"http": job.http.model_copy(update={"keys_file": str(file)})})
+    if job.samples is not None and job.tracking.uri is not None:
+        # The database schema is created here, once; the ingress only writes.
+        job = job.model_copy(
+            update={"tracking": job.tracking.model_copy(update={"uri": ensure_store(job.tracking.uri)})}
+        )
+    if isinstance(job.budgets.policy, InputPolicyConfig):
+        load_predictor(job.budgets.policy, job.budgets.offered)
+    champion = resolve(job, job.model)
+    challenger = resolve(job, job.canary.model) if job.canary is not None else None
+    _check_budgets(job, job.model, champion)
+    if job.canary is not None and challenger is not None:
+        _check_budgets(job, job.canary.model, challenger)
+    models = [champion] if challenger is None else [champion, challenger]
+    pinned = PinnedEndpoint(
+        job, champion, challenger, keys, tuple(warning for model in models for warning in gate_warnings(job, model))
+    )
+    if len({app["name"] for app in pinned.config()["applications"]}) < len(pinned.config()["applications"]):
+        raise UserError(
+            f"Champion and challenger are both {champion.pinned}, so there is nothing to compare; set"
+            " canary.model.reference to another version."
+        )
+    return pinned
+
+
+def resolve(job: ServeJob, model: ServedModelConfig) -> ResolvedCheckpoint:
+    """Resolves the reference of one of a job's models to a checkpoint.
+
+    Raises:
+        UserError: the reference cannot be resolved.
+    """
+    uri = job.tracking.uri
+    # The registry is opened only if it is needed: importing MLflow takes seconds.
+    tracking_uri = ensure_store(uri) if uri is not None and model.reference.startswith("models:/") else None
+    return resolve_model(CheckpointModelConfig(reference=model.reference), tracking_uri)
+
+
+def gate_warnings(job: ServeJob, checkpoint: ResolvedCheckpoint) -> tuple[str, ...]:
+    """Returns warnings about budgets that the promotion gates did not accept; none for a model outside the registry.
+
+    Raises:
+        UserError: the load or input policy may choose a budget that the gates did not accept.
+    """
+    registered = _REGISTERED_VERSION.fullmatch(checkpoint.pinned)
+    if registered is None:
+        return ()
+    assert job.tracking.uri is not None, "the reference was resolved there"
+    # Importing MLflow takes seconds.
+    from parcelray.tracking.model_versions import find_version
+
+    version = find_version(ensure_store(job.tracking.uri), registered["name"], registered["version"])
+    accepted = version.gate_budgets
+    possible = open_budgets(job.budgets)
+    if accepted is None:
+        return (
+            (
+                f"{checkpoint.pinned} has no promotion gate results, so its quality at {_listed(possible)} visual"
+                f" tokens is not verified; evaluate it with `parcelray models promote JOB --set"
+                f" candidate={registered['version']}`."
+            ),
+        )
+    legal = f"accepted budgets: {_listed(accepted)}" if accepted else "no budget is accepted"
+    if isinstance(job.budgets.policy, LoadPolicyConfig | InputPolicyConfig) and possible[0] not in accepted:
+        remedy = (
+            f"set budgets.policy.floor to an accepted budget ({_listed(offered)})"
+            if (offered := [each for each in possible if each in accepted])
+            else "offer an accepted budget"
+        )
+        raise UserError(
+            f"The {job.budgets.policy.type} policy may choose {possible[0]} visual tokens, which the promotion gates of"
+            f" {checkpoint.pinned} did not accept ({legal}); {remedy}, or promote the version with a gate at"
+            f" {possible[0]}."
+        )
+    missing = [budget for budget in possible if budget not in accepted]
+    if not missing:
+        return ()
+    return (
+        (
+            f"Requests without a budget may get {_listed(missing)} visual tokens, which the promotion gates of"
+            f" {checkpoint.pinned} did not accept ({legal})."
+        ),
+    )
+
+
+def open_budgets(budgets: ServedBudgets) -> list[int]:
+    """Returns the budgets, ascending, that a request may get which leaves its budget open."""
+    policy, offered = budgets.policy, sorted(budgets.offered)
+    if isinstance(policy, FixedPolicyConfig):
+        return [policy.visual_tokens]
+    if isinstance(policy, LoadPolicyConfig | InputPolicyConfig):
+        return [budget for budget in offered if budget >= (policy.floor or offered[0])]
+    return [policy.auto or offered[-1]]
+
+
+def _check_budgets(job: ServeJob, model: ServedModelConfig, checkpoint: ResolvedCheckpoint) -> None:
+    if model.connector is not None:
+        return
+    connector = connector_of(checkpoint.path)
+    for budget in job.budgets.offered:
+        connector.check_budget(budget)
+
+
 def _name(reference: str) -> str:
     last = re.sub(r"[@:].*", "", reference.removeprefix("models:/").rstrip("/")).split("/")
     words = [part for part in last if part and not part.isdigit()]
@@ -121,9 +295,13 @@ def _name(reference: str) -> str:
     return name[:63] or "model"
 
 
-def _offered(supported: tuple[int, ...]) -> list[int]:
-    usual = [budget for budget in _USUAL if budget in supported]
-    if usual:
-        return usual
-    step = max(1, (len(supported) - 1) // (_MOST - 1))
-    return sorted({*supported[::step][: _MOST - 1], supported[-1]})
+def _default_budgets(supported: tuple[int, ...]) -> list[int]:
+    default = [budget for budget in _DEFAULT_BUDGETS if budget in supported]
+    if default:
+        return default
+    step = max(1, (len(supported) - 1) // (_MAX_DEFAULT_BUDGETS - 1))
+    return sorted({*supported[::step][: _MAX_DEFAULT_BUDGETS - 1], supported[-1]})
+
+
+def _listed(budgets: list[int] | tuple[int, ...]) -> str:
+    return ", ".join(map(str, budgets))

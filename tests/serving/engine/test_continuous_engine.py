@@ -1,4 +1,4 @@
-"""The engine answers as offline generation does, shares its steps, keeps to its memory, and lets go of what is given up."""
+"""Tests of the continuous engine: answers, sampling options, memory, deadlines and cancellation."""
 
 import asyncio
 import queue
@@ -8,6 +8,7 @@ from collections.abc import Iterable
 import pytest
 import torch
 
+from parcelray.config.serve import EngineConfig
 from parcelray.datasets.sample import Sample
 from parcelray.evaluation.predict.generation import GenerationSettings
 from parcelray.evaluation.predict.predictor import Predictor
@@ -16,15 +17,23 @@ from parcelray.models.backbones.processor_base import ElasticProcessor
 from parcelray.models.checkpoint import resolve_checkpoint
 from parcelray.models.processor import load_processor
 from parcelray.models.vlm import load_vlm
-from parcelray.serving.engine.continuous_engine import ContinuousEngine, EngineLimits
-from parcelray.serving.engine.engine import EngineRefusal, Event, Failed, Finished, ImagePixels
+from parcelray.serving.engine.continuous_engine import ContinuousEngine
+from parcelray.serving.engine.engine import (
+    EngineRefusal,
+    Event,
+    Failed,
+    Finished,
+    ImagePixels,
+    answer_all,
+    events,
+    last_event,
+)
 from parcelray.serving.engine.vision import Encoded
-from parcelray.serving.engine.waiting import answer, answer_all, events
 from tests.serving.conftest import Asker
 from tests.serving.local import PATIENCE_S, held
 
 
-def test_a_llava_is_answered_as_offline(ask: Asker, samples: list[Sample]) -> None:
+def test_llava_answers_equal_offline_generation(ask: Asker, samples: list[Sample]) -> None:
     path = resolve_checkpoint("mini_llava").path
     model, processor = load_vlm(path), load_processor(path)
     model.eval()
@@ -40,23 +49,7 @@ def test_a_llava_is_answered_as_offline(ask: Asker, samples: list[Sample]) -> No
     assert [each.text for each in found] == [*offline[budget], *offline[0]]
 
 
-def test_pieces_join_to_the_answer(engine: ContinuousEngine, samples: list[Sample], ask: Asker) -> None:
-    async def listen(sample: Sample) -> tuple[list[str], Finished]:
-        pieces: list[str] = []
-        async for event in events(engine, ask(sample, 64, stream=True, max_new_tokens=12)):
-            if isinstance(event, Finished):
-                return pieces, event
-            pieces.append(event.text)
-        raise AssertionError
-
-    async def all_of_them() -> list[tuple[list[str], Finished]]:
-        return await asyncio.gather(*(listen(sample) for sample in samples[:12]))
-
-    for pieces, end in asyncio.run(all_of_them()):
-        assert "".join(pieces) == end.text
-
-
-def test_a_seed_repeats_and_seeds_differ(engine: ContinuousEngine, samples: list[Sample], ask: Asker) -> None:
+def test_a_seed_is_reproducible_and_seeds_differ(engine: ContinuousEngine, samples: list[Sample], ask: Asker) -> None:
     def draw(seed: int) -> list[str]:
         return [
             each.text
@@ -66,8 +59,8 @@ def test_a_seed_repeats_and_seeds_differ(engine: ContinuousEngine, samples: list
         ]
 
     first, again = draw(1), draw(1)
-    # Logits depend on the batch in their last digit, and what shares a step differs from time to time: about one draw
-    # in ten thousand, at the edge of two tokens, comes out differently.
+    # The last digit of the logits depends on the batch, which differs from run to run. About one sample in ten thousand
+    # lies so close to the edge between two tokens that it comes out differently.
     assert sum(a != b for a, b in zip(first, again, strict=True)) <= 1
     assert first != draw(2)
     greedy = [each.text for each in answer_all(engine, [ask(sample, 16) for sample in samples[:8]])]
@@ -75,7 +68,7 @@ def test_a_seed_repeats_and_seeds_differ(engine: ContinuousEngine, samples: list
     assert [each.text for each in tiny_mass] == greedy
 
 
-def test_a_stop_text_ends_the_answer_and_is_no_part_of_it(
+def test_a_stop_string_ends_the_answer_and_is_not_part_of_it(
     engine: ContinuousEngine, samples: list[Sample], ask: Asker
 ) -> None:
     whole = next(
@@ -91,7 +84,7 @@ def test_a_stop_text_ends_the_answer_and_is_no_part_of_it(
     assert (cut.text, cut.reason) == (whole[: whole.index(stop)].strip(), "stop")
 
 
-def test_logprobs_are_those_of_the_model(
+def test_logprobs_equal_those_of_the_model(
     model: ElasticVLM, processor: ElasticProcessor, engine: ContinuousEngine, samples: list[Sample], ask: Asker
 ) -> None:
     (found,) = answer_all(engine, [ask(samples[0], 0, logprobs=3)])
@@ -104,22 +97,22 @@ def test_logprobs_are_those_of_the_model(
     assert first.token == first.top[0][0]
 
 
-def test_what_can_never_fit_is_refused_at_once(
+def test_a_request_that_can_never_fit_is_rejected_at_once(
     model: ElasticVLM, processor: ElasticProcessor, samples: list[Sample], ask: Asker
 ) -> None:
-    engine = ContinuousEngine(model, processor, EngineLimits(kv_tokens=128))
+    engine = ContinuousEngine(model, processor, EngineConfig(kv_tokens=128))
     with pytest.raises(EngineRefusal, match="may hold 128") as refusal:
         engine.submit(ask(samples[0], 256), lambda _: None)
     assert refusal.value.code == "context_length_exceeded"
-    # The others wait for room, and all of them come through.
+    # The others wait for memory, and all of them are answered.
     assert len(answer_all(engine, [ask(sample, 16) for sample in samples[:20] if len(sample.images) == 1])) >= 10
     engine.close()
 
 
-def test_a_full_queue_refuses_but_not_the_urgent(
+def test_a_full_queue_rejects_all_but_urgent_requests(
     model: ElasticVLM, processor: ElasticProcessor, samples: list[Sample], ask: Asker
 ) -> None:
-    engine = ContinuousEngine(model, processor, EngineLimits(max_running=1, max_waiting=2))
+    engine = ContinuousEngine(model, processor, EngineConfig(max_running=1, max_waiting=2))
     inbox: queue.SimpleQueue[Event] = queue.SimpleQueue()
     codes = []
     with held(engine):
@@ -128,7 +121,7 @@ def test_a_full_queue_refuses_but_not_the_urgent(
                 engine.submit(ask(sample, 16), inbox.put)
             except EngineRefusal as refusal:
                 codes.append(refusal.code)
-        # Goes before the three that were accepted.
+        # Is answered before the three accepted requests.
         engine.submit(ask(samples[0], 0, urgent=True, max_new_tokens=1), inbox.put)
     assert codes == ["queue_full"] * 7
     ends = [inbox.get(timeout=PATIENCE_S) for _ in range(4)]
@@ -139,13 +132,16 @@ def test_a_full_queue_refuses_but_not_the_urgent(
 
 
 @pytest.mark.usefixtures("never_ending")
-def test_whoever_stops_listening_frees_the_memory(
+def test_a_cancelled_wait_frees_the_memory(
     model: ElasticVLM, processor: ElasticProcessor, samples: list[Sample], ask: Asker
 ) -> None:
     engine = ContinuousEngine(model, processor)
 
     async def give_up() -> None:
-        waits = [asyncio.create_task(answer(engine, ask(sample, 64, max_new_tokens=3000))) for sample in samples[:10]]
+        waits = [
+            asyncio.create_task(last_event(events(engine, ask(sample, 64, max_new_tokens=3000))))
+            for sample in samples[:10]
+        ]
         while engine.stats().running < 10:
             await asyncio.sleep(0)
         for wait in waits:
@@ -155,18 +151,18 @@ def test_whoever_stops_listening_frees_the_memory(
     asyncio.run(give_up())
     answer_all(engine, [ask(samples[0], 16)])
     assert engine.stats().kv_tokens_used == 0
-    assert engine.stats().decoded_rows < 10 * 3000 / 2, "they were given up, and not answered to their ends"
+    assert engine.stats().decoded_rows < 10 * 3000 / 2, "they were cancelled, not answered"
     engine.close()
 
 
-def test_a_deadline_is_kept_inside_the_engine(engine: ContinuousEngine, samples: list[Sample], ask: Asker) -> None:
+def test_the_engine_enforces_the_deadline(engine: ContinuousEngine, samples: list[Sample], ask: Asker) -> None:
     with pytest.raises(EngineRefusal) as refusal:
         answer_all(engine, [ask(samples[0], 16, timeout_s=0.0)])
     assert refusal.value.code == "deadline_exceeded"
 
 
 @pytest.mark.usefixtures("never_ending")
-def test_closing_fails_what_is_in_flight(
+def test_closing_fails_the_requests_in_flight(
     model: ElasticVLM, processor: ElasticProcessor, samples: list[Sample], ask: Asker
 ) -> None:
     engine = ContinuousEngine(model, processor)
@@ -180,18 +176,18 @@ def test_closing_fails_what_is_in_flight(
         engine.submit(ask(samples[0], 16), inbox.put)
 
 
-def test_a_failed_batch_fails_its_requests_and_no_others(
+def test_a_failed_batch_fails_only_its_requests(
     model: ElasticVLM, processor: ElasticProcessor, samples: list[Sample], ask: Asker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = ContinuousEngine(model, processor)
     broken = threading.Event()
-    whole = engine._vision.encode
+    original = engine._vision.encode
 
     def encode(images: Iterable[ImagePixels]) -> Encoded:
         if not broken.is_set():
             broken.set()
             raise RuntimeError("out of memory at /some/path")
-        return whole(images)
+        return original(images)
 
     monkeypatch.setattr(engine._vision, "encode", encode)
     with pytest.raises(EngineRefusal, match="failed on this batch") as refusal:

@@ -1,4 +1,4 @@
-"""What every engine owes: one file of tests over all of them."""
+"""Tests of the `Engine` interface, which hold for every engine."""
 
 import asyncio
 import queue
@@ -15,28 +15,22 @@ from parcelray.evaluation.predict.generation import GenerationSettings
 from parcelray.evaluation.predict.predictor import Predictor
 from parcelray.models.backbones import ElasticVLM
 from parcelray.models.backbones.processor_base import ElasticProcessor
-from parcelray.serving.engine.engine import Engine, EngineRefusal, Event, Failed, Finished, Piece
-from parcelray.serving.engine.waiting import answer_all, events
-from parcelray.serving.replica.engine_factory import build_engine
+from parcelray.serving.engine.continuous_engine import ContinuousEngine
+from parcelray.serving.engine.engine import Engine, EngineRefusal, Event, Failed, Finished, Piece, answer_all, events
 from tests.serving.conftest import Asker
 from tests.serving.local import PATIENCE_S, held
 
 Build = Callable[..., Engine]
 
 
-@pytest.fixture(params=["continuous", "static"])
-def build(request: pytest.FixtureRequest, model: ElasticVLM, processor: ElasticProcessor) -> Iterator[Build]:
+@pytest.fixture
+def build(model: ElasticVLM, processor: ElasticProcessor) -> Iterator[Build]:
+    """Builds engines with some limits, and closes them after the test."""
     engines: list[Engine] = []
 
     def make(**limits: Any) -> Engine:
-        engines.append(
-            build_engine(
-                EngineConfig(type=request.param, **{"max_running": 8, "kv_tokens": 8192, **limits}),
-                model,
-                processor,
-                name="it",
-            )
-        )
+        config = EngineConfig(**{"max_running": 8, "kv_tokens": 8192, **limits})
+        engines.append(ContinuousEngine(model, processor, config, name="it"))
         return engines[-1]
 
     yield make
@@ -44,7 +38,7 @@ def build(request: pytest.FixtureRequest, model: ElasticVLM, processor: ElasticP
         engine.close()
 
 
-def test_greedy_answers_are_those_of_offline_generation(
+def test_greedy_answers_equal_offline_generation(
     build: Build, model: ElasticVLM, processor: ElasticProcessor, samples: list[Sample], ask: Asker
 ) -> None:
     budgets = (0, 16, 256)
@@ -53,8 +47,8 @@ def test_greedy_answers_are_those_of_offline_generation(
     )
     mixed = [(index, budget) for index in range(len(samples[::3])) for budget in budgets]
     random.Random(0).shuffle(mixed)
-    found = answer_all(build(), [ask(samples[::3][index], budget) for index, budget in mixed])
-    for (index, budget), each in zip(mixed, found, strict=True):
+    answers = answer_all(build(), [ask(samples[::3][index], budget) for index, budget in mixed])
+    for (index, budget), each in zip(mixed, answers, strict=True):
         offline = plain[budget][index]
         assert (each.text, each.num_new_tokens, each.reason) == (
             offline.text,
@@ -65,7 +59,7 @@ def test_greedy_answers_are_those_of_offline_generation(
         assert each.stats.engine == "it"
 
 
-def test_pieces_join_to_the_answer_and_come_before_its_one_end(build: Build, samples: list[Sample], ask: Asker) -> None:
+def test_pieces_join_to_the_answer_and_precede_one_end(build: Build, samples: list[Sample], ask: Asker) -> None:
     engine = build()
 
     async def listen(sample: Sample) -> list[Piece | Finished]:
@@ -81,13 +75,13 @@ def test_pieces_join_to_the_answer_and_come_before_its_one_end(build: Build, sam
         assert [each for piece in pieces for each in piece.logprobs] == list(end.logprobs)
 
 
-def test_a_seed_gives_the_same_draws_in_any_company(build: Build, samples: list[Sample], ask: Asker) -> None:
+def test_a_seed_gives_the_same_samples_in_any_batch(build: Build, samples: list[Sample], ask: Asker) -> None:
     engine = build()
-    asked = [ask(sample, 16, temperature=2.0, top_p=0.9, seed=5, max_new_tokens=12) for sample in samples[:6]]
-    together = [each.text for each in answer_all(engine, asked)]
-    alone = [answer_all(engine, [each])[0].text for each in asked]
-    # Logits depend on the batch in their last digit, which decides a draw at the edge of two tokens: about one draw in
-    # ten thousand, and there are 72.
+    requests = [ask(sample, 16, temperature=2.0, top_p=0.9, seed=5, max_new_tokens=12) for sample in samples[:6]]
+    together = [each.text for each in answer_all(engine, requests)]
+    alone = [answer_all(engine, [each])[0].text for each in requests]
+    # The last digit of the logits depends on the batch. It decides about one token in ten thousand, at the edge between
+    # two tokens, and there are 72.
     assert sum(a != b for a, b in zip(together, alone, strict=True)) <= 1
     assert together != [
         each.text
@@ -95,7 +89,7 @@ def test_a_seed_gives_the_same_draws_in_any_company(build: Build, samples: list[
     ]
 
 
-def test_what_cannot_be_answered_is_refused_at_once(build: Build, samples: list[Sample], ask: Asker) -> None:
+def test_requests_that_cannot_be_answered_are_rejected_at_once(build: Build, samples: list[Sample], ask: Asker) -> None:
     engine = build(kv_tokens=128, max_running=1, max_waiting=0)
     for request, code in (
         (ask(samples[0], 256), "context_length_exceeded"),
@@ -109,7 +103,7 @@ def test_what_cannot_be_answered_is_refused_at_once(build: Build, samples: list[
     assert refusal.value.code == "queue_full"
 
 
-def test_cancelled_late_and_closed_requests_end_with_a_reason(
+def test_cancelled_late_and_closed_requests_end_with_their_code(
     build: Build, samples: list[Sample], ask: Asker, never_ending: None
 ) -> None:
     engine = build()
@@ -124,7 +118,7 @@ def test_cancelled_late_and_closed_requests_end_with_a_reason(
     engine.submit(long, inbox.put)
     engine.cancel(long.request_id)
     assert code() == "cancelled"
-    # Hundreds of tokens take longer on any machine.
+    # Hundreds of tokens take longer than the timeout on any machine.
     engine.submit(ask(samples[0], 16, max_new_tokens=900, timeout_s=0.05), inbox.put)
     assert code() == "deadline_exceeded"
     engine.submit(ask(samples[0], 16, max_new_tokens=900), inbox.put)
@@ -136,17 +130,17 @@ def test_cancelled_late_and_closed_requests_end_with_a_reason(
     assert inbox.empty()
 
 
-def test_an_inspection_that_nobody_waits_for_harms_nobody(
+def test_a_cancelled_inspection_has_no_effect_on_others(
     build: Build, samples: list[Sample], ask: Asker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = build()
     (image,) = ask(samples[0], 16).images
     hold = threading.Event()
-    whole = engine._vision.inspect  # type: ignore[attr-defined]
-    monkeypatch.setattr(engine._vision, "inspect", lambda *asked: hold.wait() and whole(*asked))  # type: ignore[attr-defined]
+    original = engine._vision.inspect  # type: ignore[attr-defined]
+    monkeypatch.setattr(engine._vision, "inspect", lambda *arguments: hold.wait() and original(*arguments))  # type: ignore[attr-defined]
     first, second = engine.inspect(image, 16), engine.inspect(image, 16)
     assert second.cancel()
     hold.set()
     assert first.result(timeout=PATIENCE_S).grid == 16
     assert answer_all(engine, [ask(samples[0], 16)])[0].text
-    assert engine.stats().feature_cache_hits == 1, "what was inspected is in the cache"
+    assert engine.stats().feature_cache_hits == 1, "the inspected image is in the cache"

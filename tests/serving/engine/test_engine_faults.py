@@ -1,4 +1,4 @@
-"""What fails in the engine fails for those it was done for, and an engine that is full is healthy while one that hangs is not."""
+"""Tests of failures inside the engine and of its health check."""
 
 import asyncio
 import queue
@@ -10,11 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from parcelray.config.serve import EngineConfig
 from parcelray.datasets.sample import Sample
 from parcelray.models.backbones import ElasticVLM
 from parcelray.models.backbones.processor_base import ElasticProcessor
 from parcelray.serving.engine import continuous_engine, sampling
-from parcelray.serving.engine.continuous_engine import ContinuousEngine, EngineLimits
+from parcelray.serving.engine.continuous_engine import ContinuousEngine
 from parcelray.serving.engine.decoder import Prompt
 from parcelray.serving.engine.engine import (
     EngineRefusal,
@@ -23,12 +24,12 @@ from parcelray.serving.engine.engine import (
     Finished,
     GenerateRequest,
     ImagePixels,
+    PromptBuilder,
     Sampling,
+    answer_all,
 )
-from parcelray.serving.engine.health import HealthProbe
 from parcelray.serving.engine.vision import Encoded
-from parcelray.serving.engine.waiting import answer_all
-from parcelray.serving.ingress.prompting import PromptBuilder
+from parcelray.serving.replica.load import HealthProbe
 from tests.serving.conftest import Asker
 from tests.serving.local import PATIENCE_S, held
 
@@ -36,7 +37,7 @@ pytestmark = pytest.mark.usefixtures("never_ending")
 
 
 class Running:
-    """An engine with one long request in it, whose events are kept."""
+    """An engine with one long request in progress, whose events are collected."""
 
     def __init__(self, engine: ContinuousEngine, request: GenerateRequest) -> None:
         self.engine = engine
@@ -45,8 +46,8 @@ class Running:
         engine.submit(request, self.inbox.put)
         self.inbox.get(timeout=PATIENCE_S)
 
-    def goes_on(self) -> bool:
-        """Whether there is another piece after all that came so far."""
+    def continues(self) -> bool:
+        """Whether the request produces another piece after the collected ones."""
         while not self.inbox.empty():
             assert not isinstance(self.inbox.get(), Failed | Finished)
         return not isinstance(self.inbox.get(timeout=PATIENCE_S), Failed | Finished)
@@ -54,7 +55,7 @@ class Running:
 
 @pytest.fixture
 def running(model: ElasticVLM, processor: ElasticProcessor, samples: list[Sample], ask: Asker) -> Iterator[Running]:
-    engine = ContinuousEngine(model, processor, EngineLimits(max_running=8, kv_tokens=16384))
+    engine = ContinuousEngine(model, processor, EngineConfig(max_running=8, kv_tokens=16384))
     yield Running(engine, ask(samples[0], 0, stream=True, max_new_tokens=8000, temperature=1.0, seed=0))
     engine.close()
 
@@ -65,54 +66,56 @@ def code_of(engine: ContinuousEngine, request: GenerateRequest) -> str:
     return refusal.value.code
 
 
-def test_hardly_any_temperature_is_none_and_harms_nobody(running: Running, samples: list[Sample], ask: Asker) -> None:
+def test_a_tiny_temperature_is_greedy_and_does_not_affect_others(
+    running: Running, samples: list[Sample], ask: Asker
+) -> None:
     cold = [ask(samples[1], 16, temperature=temperature, seed=1) for temperature in (1e-50, 1e-40, 1e-6, 0.0)]
     assert len({each.text for each in answer_all(running.engine, cold)}) == 1
     assert answer_all(running.engine, [ask(samples[1], 16, temperature=1e-5, top_p=0.5, seed=1)])[0].num_new_tokens == 8
-    assert running.goes_on()
+    assert running.continues()
 
 
-def test_a_row_without_a_token_fails_alone(
+def test_a_row_without_a_token_fails_only_its_request(
     running: Running, samples: list[Sample], ask: Asker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole, prefill = sampling.choose, running.engine._decoder.prefill
+    original, prefill = sampling.choose, running.engine._decoder.prefill
 
     def choose(logits: Tensor, samplings: list[Sampling], generators: list[Any]) -> list[int | None]:
         if any(sampling.seed == 13 for sampling in samplings):
-            raise RuntimeError("a row that cannot be drawn")
-        return whole(logits, samplings, generators)
+            raise RuntimeError("a row that cannot be sampled")
+        return original(logits, samplings, generators)
 
     monkeypatch.setattr(continuous_engine, "choose", choose)
     for _ in range(4):
         assert code_of(running.engine, ask(samples[1], 16, temperature=1.0, seed=13)) == "engine_error"
-    assert running.goes_on()
+    assert running.continues()
     monkeypatch.setattr(running.engine._decoder, "prefill", lambda prompts: prefill(prompts) * torch.nan)
     for _ in range(4):
         assert code_of(running.engine, ask(samples[1], 16)) == "engine_error"
-    assert running.goes_on()
+    assert running.continues()
 
 
-def test_a_failed_prefill_fails_its_batch_and_not_what_runs(
+def test_a_failed_prefill_fails_its_batch_but_not_running_requests(
     running: Running, samples: list[Sample], ask: Asker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(_: object) -> None:
         raise RuntimeError("broken")
 
-    whole = running.engine._decoder.prefill
+    original = running.engine._decoder.prefill
     monkeypatch.setattr(running.engine._decoder, "prefill", broken)
     for _ in range(2):
         assert code_of(running.engine, ask(samples[1], 16)) == "engine_error"
-        assert running.goes_on()
-    monkeypatch.setattr(running.engine._decoder, "prefill", whole)
+        assert running.continues()
+    monkeypatch.setattr(running.engine._decoder, "prefill", original)
     assert answer_all(running.engine, [ask(samples[1], 16)])[0].text
-    # Two failures, an answer, two failures: never three in a row.
+    # Two failures, an answer, two failures: never three consecutive ones.
     monkeypatch.setattr(running.engine._decoder, "prefill", broken)
     for _ in range(2):
         assert code_of(running.engine, ask(samples[1], 16)) == "engine_error"
-    assert running.goes_on()
+    assert running.continues()
 
 
-def test_the_third_failure_in_a_row_ends_the_engine_whatever_goes_well_beside_it(
+def test_the_third_consecutive_failure_stops_the_engine_despite_other_successes(
     running: Running, samples: list[Sample], ask: Asker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(_: object) -> None:
@@ -121,9 +124,9 @@ def test_the_third_failure_in_a_row_ends_the_engine_whatever_goes_well_beside_it
     monkeypatch.setattr(running.engine._decoder, "prefill", broken)
     (image,) = ask(samples[0], 16).images
     for _ in range(3):
-        # A turn that did other work says nothing about prefills.
+        # An iteration with other successful work does not reset the failures of prefills.
         running.engine.inspect(image, 16).result(timeout=PATIENCE_S)
-        running.engine.cancel("nobody")
+        running.engine.cancel("unknown")
         assert code_of(running.engine, ask(samples[1], 16)) == "engine_error"
     while not isinstance(end := running.inbox.get(timeout=PATIENCE_S), Failed):
         pass
@@ -134,7 +137,7 @@ def test_the_third_failure_in_a_row_ends_the_engine_whatever_goes_well_beside_it
         running.engine.inspect(image, 16).result(timeout=PATIENCE_S)
 
 
-def test_a_defect_of_the_loop_is_told_to_all_who_wait(
+def test_a_bug_in_the_loop_fails_all_waiting_requests(
     running: Running, samples: list[Sample], ask: Asker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken() -> None:
@@ -148,19 +151,19 @@ def test_a_defect_of_the_loop_is_told_to_all_who_wait(
     assert code_of(running.engine, ask(samples[1], 16)) == "engine_error"
 
 
-def test_a_prefill_that_is_too_large_goes_in_halves(
+def test_a_prefill_that_runs_out_of_memory_is_split_in_halves(
     model: ElasticVLM, processor: ElasticProcessor, samples: list[Sample], ask: Asker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = ContinuousEngine(model, processor)
     plain = answer_all(engine, [ask(sample, 0, max_new_tokens=2) for sample in samples[:8]])
-    whole = engine._decoder.prefill
+    original = engine._decoder.prefill
     sizes: list[int] = []
 
     def prefill(prompts: list[Prompt]) -> Tensor:
         sizes.append(len(prompts))
         if len(prompts) > 2:
             raise torch.OutOfMemoryError
-        return whole(prompts)
+        return original(prompts)
 
     monkeypatch.setattr(engine._decoder, "prefill", prefill)
     inbox: queue.SimpleQueue[tuple[int, Event]] = queue.SimpleQueue()
@@ -175,16 +178,16 @@ def test_a_prefill_that_is_too_large_goes_in_halves(
     engine.close()
 
 
-def test_one_turn_encodes_no_more_images_than_one_batch(
+def test_one_iteration_encodes_at_most_one_batch_of_images(
     model: ElasticVLM, processor: ElasticProcessor, samples: list[Sample], ask: Asker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine = ContinuousEngine(model, processor, EngineLimits(vision_batch=4, kv_tokens=16384))
-    hold, whole = threading.Event(), engine._vision.encode
+    engine = ContinuousEngine(model, processor, EngineConfig(vision_batch=4, kv_tokens=16384))
+    hold, original = threading.Event(), engine._vision.encode
     sizes: list[int] = []
 
     def encode(images: Iterable[ImagePixels]) -> Encoded:
         hold.wait()
-        found = whole(images)
+        found = original(images)
         sizes.append(len(found.new))
         return found
 
@@ -194,7 +197,7 @@ def test_one_turn_encodes_no_more_images_than_one_batch(
         engine.submit(ask(sample, 16, max_new_tokens=2), inbox.put)
     hold.set()
     assert all(isinstance(inbox.get(timeout=PATIENCE_S), Finished) for _ in samples)
-    # Videos have four images, and nothing has more.
+    # Videos have four images, the maximum.
     assert max(sizes) == 4
     assert sum(sizes) == engine.stats().feature_cache_misses
     engine.close()
@@ -204,13 +207,13 @@ def test_a_full_engine_is_healthy(
     model: ElasticVLM, processor: ElasticProcessor, samples: list[Sample], ask: Asker
 ) -> None:
     probe = HealthProbe(PromptBuilder(processor), (16, 64, 256), timeout_s=PATIENCE_S)
-    for limits in (EngineLimits(max_running=1, kv_tokens=16384), EngineLimits(max_running=64, kv_tokens=4096)):
+    for limits in (EngineConfig(max_running=1, kv_tokens=16384), EngineConfig(max_running=64, kv_tokens=4096)):
         engine = ContinuousEngine(model, processor, limits)
         inbox: queue.SimpleQueue[Event] = queue.SimpleQueue()
         room = engine.max_request_tokens - 300 if limits.max_running > 1 else 8000 - 300
         engine.submit(ask(samples[0], 256, stream=True, max_new_tokens=room), inbox.put)
         inbox.get(timeout=PATIENCE_S)
-        # Every row or every block is taken, and more wait for them.
+        # Every row or every block is in use, and more requests wait.
         for sample in samples[1:4]:
             engine.submit(ask(sample, 64, max_new_tokens=600), lambda _: None)
         before = engine.stats()
@@ -218,7 +221,7 @@ def test_a_full_engine_is_healthy(
             asyncio.run(probe.check(engine))
         after = engine.stats()
         assert (after.running, after.waiting) == (1, 3)
-        # It went through the vision tower, past the cache.
+        # The health check ran the vision tower and did not use the cache.
         assert (after.feature_cache_hits, after.feature_cache_misses) == (
             before.feature_cache_hits,
             before.feature_cache_misses,
@@ -226,18 +229,18 @@ def test_a_full_engine_is_healthy(
         engine.close()
 
 
-def test_an_engine_that_hangs_or_sees_nothing_is_not_healthy(
+def test_an_engine_that_hangs_or_cannot_encode_is_not_healthy(
     running: Running, processor: ElasticProcessor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def blind(images: object) -> Encoded:
+    def failing(images: object) -> Encoded:
         raise RuntimeError("broken")
 
     probe = HealthProbe(PromptBuilder(processor), (16,), timeout_s=PATIENCE_S)
-    whole = running.engine._vision._encode
-    monkeypatch.setattr(running.engine._vision, "_encode", blind)
+    original = running.engine._vision._encode
+    monkeypatch.setattr(running.engine._vision, "_encode", failing)
     with pytest.raises(EngineRefusal):
         asyncio.run(probe.check(running.engine))
-    monkeypatch.setattr(running.engine._vision, "_encode", whole)
+    monkeypatch.setattr(running.engine._vision, "_encode", original)
     asyncio.run(probe.check(running.engine))
     hangs, hold, step = threading.Event(), threading.Event(), running.engine._step
 
@@ -253,9 +256,7 @@ def test_an_engine_that_hangs_or_sees_nothing_is_not_healthy(
     hold.set()
 
 
-def test_those_who_ask_for_health_at_once_share_one_answer(
-    engine: ContinuousEngine, processor: ElasticProcessor
-) -> None:
+def test_concurrent_health_checks_share_one_request(engine: ContinuousEngine, processor: ElasticProcessor) -> None:
     probe = HealthProbe(PromptBuilder(processor), (16,), timeout_s=PATIENCE_S)
 
     async def many() -> None:

@@ -1,4 +1,4 @@
-"""The continuous engine makes the tokens that transformers' `generate` makes, whatever shares its steps: budgets, lengths, architectures."""
+"""Tests that the continuous engine generates the same tokens as transformers' `generate`, in mixed batches."""
 
 import random
 from collections.abc import Sequence
@@ -8,21 +8,23 @@ import torch
 from torch import Tensor
 
 from parcelray.config.connector import ParcelConnectorConfig
+from parcelray.config.serve import EngineConfig
 from parcelray.datasets.images import decode_image
 from parcelray.datasets.sample import Sample
 from parcelray.models.backbones import ElasticVLM
 from parcelray.models.backbones.processor_base import ElasticProcessor
 from parcelray.models.mini import build_config, build_model, build_processor
-from parcelray.serving.engine.continuous_engine import ContinuousEngine, EngineLimits
-from parcelray.serving.engine.engine import EngineStats
-from parcelray.serving.engine.waiting import answer_all
+from parcelray.serving.engine.continuous_engine import ContinuousEngine
+from parcelray.serving.engine.engine import EngineStats, answer_all
 from tests.models.conftest import CONFIG, CORPUS
 from tests.serving.conftest import Asker
 
 CAPS = (1, 2, 4, 8, 16, 32, 64)
 CLEAR = 1e-3
-"""Logits of the two likeliest tokens differ by more, or rounding, which depends on kernels and batches and is below 1e-4,
-may choose between them."""
+"""Minimum difference of the two largest logits for a token to be compared.
+
+Rounding depends on kernels and batches and is below 1e-4; closer tokens may be swapped by it.
+"""
 BUDGETS = (0, 16, 64, 256)
 pytestmark = pytest.mark.usefixtures("never_ending")
 
@@ -31,7 +33,7 @@ pytestmark = pytest.mark.usefixtures("never_ending")
 def generated(
     model: ElasticVLM, processor: ElasticProcessor, samples: Sequence[Sample], budget: int, length: int
 ) -> list[Tensor]:
-    """Greedy token ids of each sample, the end token no different from any other, up to the first that is not clear."""
+    """Returns the greedy token ids of each sample up to the first unclear one; the end token does not end an answer."""
     found: dict[int, Tensor] = {}
     for count in {len(sample.images) if budget else 0 for sample in samples}:
         group = [index for index, sample in enumerate(samples) if not budget or len(sample.images) == count]
@@ -61,7 +63,7 @@ def generated(
 def compare(
     model: ElasticVLM, processor: ElasticProcessor, samples: Sequence[Sample], caps: Sequence[int]
 ) -> EngineStats:
-    """Asks every sample at every budget, mixed, each as long as one of the caps."""
+    """Compares all samples at all budgets, in random order, each with one of the lengths."""
     rng = random.Random(0)
     plain = {budget: generated(model, processor, samples, budget, max(caps)) for budget in BUDGETS}
     drawn = [(index, budget, rng.choice(caps)) for index in range(len(samples)) for budget in BUDGETS]
@@ -73,28 +75,30 @@ def compare(
     assert sum(cap for *_, cap in mixed) > 0.8 * sum(cap for *_, cap in drawn), "nearly all tokens are clear"
     rng.shuffle(mixed)
     asker = Asker(processor)
-    engine = ContinuousEngine(model, processor, EngineLimits(max_running=24, kv_tokens=8192, vision_batch=16))
-    asked = [asker(samples[index], budget, max_new_tokens=cap) for index, budget, cap in mixed]
-    found = answer_all(engine, asked)
+    engine = ContinuousEngine(model, processor, EngineConfig(max_running=24, kv_tokens=8192, vision_batch=16))
+    requests = [asker(samples[index], budget, max_new_tokens=cap) for index, budget, cap in mixed]
+    answers = answer_all(engine, requests)
     stats = engine.stats()
     engine.close()
-    for (index, budget, cap), each in zip(mixed, found, strict=True):
+    for (index, budget, cap), each in zip(mixed, answers, strict=True):
         offline = processor.tokenizer.decode(plain[budget][index][:cap], skip_special_tokens=True).strip()
         assert (each.text, each.num_new_tokens, each.reason) == (offline, cap, "length"), (index, budget)
-    assert len({each.text for each in found}) > len(mixed) / 4, "the test means something only if answers differ"
+    assert len({each.text for each in answers}) > len(mixed) / 4, "the test is meaningful only if answers differ"
     assert stats.decoded_rows > 4 * stats.steps
-    # Every image was encoded once, whatever the number of budgets and questions.
-    assert stats.feature_cache_misses == len({image.content for request in asked for image in request.images})
+    # Every image was encoded once, although there are several budgets and questions.
+    assert stats.feature_cache_misses == len({image.content for request in requests for image in request.images})
     assert (stats.kv_tokens_used, stats.running, stats.waiting) == (0, 0, 0)
     return stats
 
 
-def test_mixed_requests(model: ElasticVLM, processor: ElasticProcessor, samples: list[Sample]) -> None:
+def test_mixed_requests_equal_offline_generation(
+    model: ElasticVLM, processor: ElasticProcessor, samples: list[Sample]
+) -> None:
     compare(model, processor, samples[::5], (1, 2, 4, 8, 16))
 
 
 @pytest.mark.nightly
-def test_two_hundred_mixed_requests_of_one_to_sixty_four_tokens(
+def test_two_hundred_mixed_requests_equal_offline_generation(
     model: ElasticVLM, processor: ElasticProcessor, samples: list[Sample]
 ) -> None:
     stats = compare(model, processor, samples, CAPS)
@@ -102,8 +106,8 @@ def test_two_hundred_mixed_requests_of_one_to_sixty_four_tokens(
 
 
 @pytest.mark.parametrize("kind", ["parcel", "soft_capped", "sliding_window"])
-def test_other_architectures(kind: str, samples: list[Sample]) -> None:
-    """Queries and routing; capped logits, which take another attention; a window shorter than most prompts."""
+def test_other_architectures_equal_offline_generation(kind: str, samples: list[Sample]) -> None:
+    """Covers queries and routing, soft-capped logits (eager attention), and a window shorter than most prompts."""
     processor = build_processor(CONFIG, [*CORPUS, *(sample.prompt for sample in samples)])
     config = build_config(CONFIG.model_copy(update={"text_layers": 4}), processor)
     config.connector = ParcelConnectorConfig(num_heads=4).model_dump(mode="json")
@@ -115,7 +119,7 @@ def test_other_architectures(kind: str, samples: list[Sample]) -> None:
     model = build_model(config, 0)
     model.eval()
     with torch.no_grad():
-        # Attention of random weights is nearly uniform, and embeddings that are also the head repeat the last word.
+        # With random weights, attention is nearly uniform, and tied embeddings repeat the last word.
         for layer in model.model.language_model.layers:
             layer.self_attn.q_proj.weight.mul_(8)
         model.get_input_embeddings().get_parameter("weight").mul_(0.2)

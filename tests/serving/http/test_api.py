@@ -22,6 +22,7 @@ from PIL import Image
 from parcelray.datasets.sample import Sample
 from parcelray.models.backbones import ElasticVLM
 from parcelray.models.backbones.processor_base import ElasticProcessor
+from parcelray.serving.engine.engine import last_event
 from parcelray.serving.http import api
 from parcelray.serving.http.auth import add_key, read_keys
 from parcelray.serving.http.bodies import Bodies
@@ -85,7 +86,7 @@ def test_the_official_client_gets_the_engines_answer_at_each_budget(
     engine = running[1].routes.champion.client
     for budget in (16, 64, 256):
         for sample in samples[:6]:
-            text = asyncio.run(engine.answer(ask(sample, budget))).text
+            text = asyncio.run(last_event(engine.events(ask(sample, budget)))).text
             raw = client.chat.completions.with_raw_response.create(
                 model="mini", messages=message(sample), max_tokens=8, extra_body={"visual_tokens": budget}
             )

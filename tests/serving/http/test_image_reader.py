@@ -8,11 +8,11 @@ import pytest
 
 from parcelray.config.serve import HttpConfig, RequestLimits
 from parcelray.models.backbones.processor_base import ElasticProcessor
+from parcelray.serving.engine.engine import PromptBuilder
 from parcelray.serving.http import image_reader
 from parcelray.serving.http.api_errors import ApiError
 from parcelray.serving.http.image_reader import ImageReader
 from parcelray.serving.http.images import open_image
-from parcelray.serving.ingress.prompting import PromptBuilder
 from tests.serving.http.test_api import data_url
 from tests.serving.http.test_hostile import picture
 from tests.serving.local import PATIENCE_S

@@ -1,4 +1,4 @@
-"""A request's attempts: it goes to another replica where that can help, keeps one deadline over all of them, and never waits for ever."""
+"""Tests of retries: on another replica where that can help, with one deadline over all attempts."""
 
 import asyncio
 import json
@@ -8,20 +8,20 @@ from dataclasses import replace
 from typing import Any, cast
 
 import pytest
-from ray.exceptions import RayTaskError
+from ray.exceptions import RayActorError, RayTaskError
+from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle
 
 from parcelray.datasets.sample import Sample
 from parcelray.models.backbones import ElasticVLM
 from parcelray.models.backbones.processor_base import ElasticProcessor
 from parcelray.serving.engine.continuous_engine import ContinuousEngine
-from parcelray.serving.engine.engine import EngineRefusal, Finished, GenerateRequest, Piece
+from parcelray.serving.engine.engine import EngineRefusal, Finished, GenerateRequest, Piece, last_event
 from parcelray.serving.http.api_errors import ApiError
 from parcelray.serving.http.schemas import parse_chat
 from parcelray.serving.ingress import chat
 from parcelray.serving.ingress.chat import ChatService, Prepared
-from parcelray.serving.ingress.clients import LocalClient, ReplicaLost
-from parcelray.serving.ingress.handle_client import HandleClient
+from parcelray.serving.ingress.clients import HandleClient, LocalClient, ReplicaLost
 from tests.serving.conftest import Asker
 from tests.serving.http.test_api import message
 from tests.serving.local import PATIENCE_S, job_of, service_of
@@ -30,26 +30,22 @@ Ask = Callable[[ChatService, Prepared], Any]
 
 
 class Failing(LocalClient):
-    """Fails first, attempt by attempt (None: says nothing, for ever), and then answers."""
+    """A client whose first attempts fail with the given exceptions (None: hangs), and which then answers."""
 
     def __init__(self, engine: ContinuousEngine, *first: Exception | None, after: int = 0) -> None:
         super().__init__(engine)
-        self.seen: list[GenerateRequest] = []
+        self.attempts: list[GenerateRequest] = []
         self._first = list(first)
         self._after = after
 
     async def _fail(self, request: GenerateRequest) -> None:
-        self.seen.append(request)
+        self.attempts.append(request)
         if self._first:
             first = self._first.pop(0)
             if first is None:
                 await asyncio.Event().wait()
             else:
                 raise first
-
-    async def answer(self, request: GenerateRequest) -> Finished:
-        await self._fail(request)
-        return await super().answer(request)
 
     async def events(self, request: GenerateRequest) -> AsyncGenerator[Piece | Finished, None]:
         for number in range(self._after):
@@ -71,30 +67,30 @@ async def _streamed(service: ChatService, prepared: Prepared) -> str:
 def run(
     request: pytest.FixtureRequest, model: ElasticVLM, processor: ElasticProcessor, samples: list[Sample], ask: Asker
 ) -> Callable[..., str]:
-    def go(client: Failing, timeout_s: float = PATIENCE_S, arrived_s: float = 0.0) -> str:
+    def send(client: Failing, timeout_s: float = PATIENCE_S, arrived_s: float = 0.0) -> str:
         service = service_of(job_of(), model, processor, client)
-        asked = replace(ask(samples[0], 64, stream=request.param is _streamed), timeout_s=timeout_s)
+        engine_request = replace(ask(samples[0], 64, stream=request.param is _streamed), timeout_s=timeout_s)
         prepared = Prepared(
             parse_chat(json.dumps({"model": "mini", "messages": message(samples[0])}).encode(), (16, 64, 256)),
-            asked,
+            engine_request,
             service.routes.champion,
             time.perf_counter() - arrived_s,
             0.0,
         )
         return cast(str, asyncio.run(request.param(service, prepared)))
 
-    return go
+    return send
 
 
 @pytest.mark.parametrize(
     "first", [ReplicaLost(), EngineRefusal("shutting_down", "x"), EngineRefusal("engine_error", "x")]
 )
-def test_a_replica_that_fails_is_not_asked_again(
+def test_a_request_is_retried_after_its_replica_failed(
     run: Callable[..., str], engine: ContinuousEngine, first: Exception
 ) -> None:
     client = Failing(engine, first)
     assert run(client) == run(Failing(engine))
-    assert len(client.seen) == 2
+    assert len(client.attempts) == 2
     with pytest.raises(ApiError) as error:
         run(Failing(engine, first, first, first))
     assert (error.value.status, error.value.code) == (
@@ -103,57 +99,76 @@ def test_a_replica_that_fails_is_not_asked_again(
     )
 
 
-def test_a_refusal_that_any_replica_would_give_is_final(run: Callable[..., str], engine: ContinuousEngine) -> None:
+def test_a_refusal_that_any_replica_would_give_is_not_retried(
+    run: Callable[..., str], engine: ContinuousEngine
+) -> None:
     client = Failing(engine, EngineRefusal("context_length_exceeded", "too long"))
     with pytest.raises(ApiError, match="too long"):
         run(client)
-    assert len(client.seen) == 1
+    assert len(client.attempts) == 1
 
 
-# Of a whole answer nothing is sent before its end.
+# A non-streamed answer has no event before its end.
 @pytest.mark.parametrize("run", [_streamed], indirect=True)
-def test_what_was_sent_is_not_sent_again(engine: ContinuousEngine, run: Callable[..., str]) -> None:
+def test_a_started_stream_is_not_retried(engine: ContinuousEngine, run: Callable[..., str]) -> None:
     client = Failing(engine, EngineRefusal("engine_error", "in the middle"), after=2)
     with pytest.raises(ApiError, match="in the middle"):
         run(client)
-    assert len(client.seen) == 1
+    assert len(client.attempts) == 1
 
 
-def test_all_attempts_share_the_time_from_the_arrival(run: Callable[..., str], engine: ContinuousEngine) -> None:
+def test_all_attempts_share_one_deadline(run: Callable[..., str], engine: ContinuousEngine) -> None:
     client = Failing(engine, ReplicaLost())
-    # It arrived a third of its time ago; the two attempts have the rest, less the time that they themselves take.
+    # One third of its time has passed; the two attempts share the rest.
     run(client, timeout_s=3 * PATIENCE_S, arrived_s=PATIENCE_S)
-    assert all(PATIENCE_S < each.timeout_s <= 2 * PATIENCE_S for each in client.seen)
-    assert client.seen[1].timeout_s < client.seen[0].timeout_s
+    assert all(PATIENCE_S < each.timeout_s <= 2 * PATIENCE_S for each in client.attempts)
+    assert client.attempts[1].timeout_s < client.attempts[0].timeout_s
     late = Failing(engine)
     with pytest.raises(ApiError) as error:
         run(late, timeout_s=1.0, arrived_s=1.5)
     assert (error.value.status, error.value.code) == (503, "deadline_exceeded")
-    assert late.seen == []
+    assert late.attempts == []
 
 
-def test_a_replica_that_says_nothing_is_not_waited_for(
+def test_a_silent_replica_is_given_up_after_the_deadline(
     run: Callable[..., str], engine: ContinuousEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # The request's deadline is far away, and the patience with its replica ends soon.
+    # The deadline of the request is far away, but the wait for its replica ends soon.
     monkeypatch.setattr(chat, "_MARGIN_S", 0.1 - PATIENCE_S)
     client = Failing(engine, None)
     with pytest.raises(ApiError) as error:
         run(client)
     assert (error.value.status, error.value.code) == (503, "deadline_exceeded")
-    assert len(client.seen) == 1, "it was asked, and no other replica after it"
+    assert len(client.attempts) == 1, "it was tried, and no other replica after it"
 
 
-def test_a_failure_inside_the_replica_has_a_name(samples: list[Sample], ask: Asker) -> None:
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("raised", "code"),
+    [
+        (RayTaskError("events", "trace", ValueError("a path")), "engine_error"),
+        (BackPressureError(num_queued_requests=1, max_queued_requests=1), "queue_full"),
+        (RayActorError(), None),
+    ],
+)
+def test_an_exception_of_ray_is_translated(
+    samples: list[Sample], ask: Asker, stream: bool, raised: Exception, code: str | None
+) -> None:
+    cancelled: list[bool] = []
+
     class Response:
         def __aiter__(self) -> "Response":
             return self
 
         async def __anext__(self) -> None:
-            raise RayTaskError("events", "trace", ValueError("a path"))
+            raise raised
+
+        def __await__(self) -> Any:
+            raise raised
+            yield
 
         def cancel(self) -> None:
-            pass
+            cancelled.append(True)
 
     class Handle:
         def options(self, **_: object) -> "Handle":
@@ -163,13 +178,17 @@ def test_a_failure_inside_the_replica_has_a_name(samples: list[Sample], ask: Ask
         def events(self) -> "Handle":
             return self
 
+        @property
+        def answer(self) -> "Handle":
+            return self
+
         def remote(self, _: object) -> Response:
             return Response()
 
-    async def listen() -> None:
-        async for _ in HandleClient(cast("DeploymentHandle[Any]", Handle())).events(ask(samples[0], 16)):
-            pass
-
-    with pytest.raises(EngineRefusal, match="failed on this request") as refusal:
-        asyncio.run(listen())
-    assert refusal.value.code == "engine_error"
+    client = HandleClient(cast("DeploymentHandle[Any]", Handle()))
+    with pytest.raises(ReplicaLost if code is None else EngineRefusal) as refusal:
+        asyncio.run(last_event(client.events(ask(samples[0], 16, stream=stream))))
+    if code is not None:
+        assert cast(EngineRefusal, refusal.value).code == code
+        assert "path" not in str(refusal.value)
+    assert cancelled == [True] * stream

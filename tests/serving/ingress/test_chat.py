@@ -1,7 +1,4 @@
-"""What the ingress makes of a model's events: times, counts, and who answers when a version fails.
-
-The model is a script.
-"""
+"""Tests of the chat service over a scripted model: latencies, counts, and the fallback to the champion."""
 
 import asyncio
 import json
@@ -23,20 +20,18 @@ from parcelray.serving.engine.engine import (
     ImagePixels,
     Inspection,
     Piece,
+    PromptBuilder,
     Timings,
 )
 from parcelray.serving.http.api_errors import ApiError
 from parcelray.serving.http.image_reader import ImageReader
 from parcelray.serving.http.schemas import ChatRequest, parse_chat
 from parcelray.serving.ingress import chat as chat_module
-from parcelray.serving.ingress.admission import Admission
 from parcelray.serving.ingress.budget_policy import BudgetPolicy
-from parcelray.serving.ingress.chat import ChatService
+from parcelray.serving.ingress.chat import Admission, ChatService
 from parcelray.serving.ingress.clients import ReplicaLost
 from parcelray.serving.ingress.metrics import EndpointMetrics
-from parcelray.serving.ingress.prompting import PromptBuilder
-from parcelray.serving.ingress.request_log import RequestLog
-from parcelray.serving.ingress.request_samples import RequestSampler
+from parcelray.serving.ingress.request_log import RequestLog, RequestSampler
 from parcelray.serving.ingress.routes import Route, Routes
 from tests.serving.local import job_of
 
@@ -49,19 +44,13 @@ LOAD: dict[str, Any] = {"budgets": {"offered": [16, 64], "policy": {"type": "loa
 
 @dataclass
 class Script:
-    """A model that gives these events; an exception is raised."""
+    """A model that yields these events; an exception is raised."""
 
     events_of: list[Piece | Finished | Exception] = field(default_factory=lambda: [Piece("re"), Piece("d"), END])
-    asked: int = 0
-
-    async def answer(self, request: GenerateRequest) -> Finished:
-        async for event in self.events(request):
-            if isinstance(event, Finished):
-                return event
-        raise AssertionError("a script ends")
+    calls: int = 0
 
     async def events(self, request: GenerateRequest) -> AsyncGenerator[Piece | Finished, None]:
-        self.asked += 1
+        self.calls += 1
         for event in self.events_of:
             await asyncio.sleep(0)
             if isinstance(event, Exception):
@@ -80,7 +69,7 @@ class Script:
 
 @pytest.fixture(autouse=True)
 def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The time by the service's clock, seconds; it stands still unless a test moves it."""
+    """The time of the service's clock, seconds; tests move it."""
     now = [1000.0]
     monkeypatch.setattr(chat_module, "time", SimpleNamespace(perf_counter=lambda: now[0]))
     return now
@@ -116,17 +105,17 @@ def chat(*, stream: bool = False, **fields: Any) -> ChatRequest:
 
 
 async def ask(
-    service: ChatService, asked: ChatRequest, *, arrived: float = 1000.0, reads_on: asyncio.Event | None = None
+    service: ChatService, chat_request: ChatRequest, *, arrived: float = 1000.0, resume: asyncio.Event | None = None
 ) -> tuple[str, str]:
-    """The answer's text and version, for a client who reads on after the first event only once `reads_on` is set."""
-    prepared = await service.prepare(asked, "r1", arrived)
-    if not asked.stream:
+    """Returns the answer's text and model version; the client pauses after the first event until `resume` is set."""
+    prepared = await service.prepare(chat_request, "r1", arrived)
+    if not chat_request.stream:
         return (await service.answer(prepared)).text, prepared.route.version
     text = ""
     async for event in service.events(prepared):
         text += event.text if isinstance(event, Piece) else ""
-        if reads_on is not None:
-            await reads_on.wait()
+        if resume is not None:
+            await resume.wait()
     return text, prepared.route.version
 
 
@@ -142,45 +131,45 @@ def in_flight(service: ChatService) -> int:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_the_wait_for_the_first_token_begins_at_the_door(prompts: PromptBuilder, stream: bool) -> None:
-    made = service(prompts, Script())
-    asyncio.run(ask(made, chat(stream=stream), arrived=998.0))
-    first = value(made, "time_to_first_token_seconds_sum", visual_tokens="0", engine="0")
-    whole = value(made, "e2e_request_latency_seconds_sum", visual_tokens="0", engine="0")
+def test_the_time_to_first_token_begins_at_the_arrival(prompts: PromptBuilder, stream: bool) -> None:
+    chat_service = service(prompts, Script())
+    asyncio.run(ask(chat_service, chat(stream=stream), arrived=998.0))
+    first = value(chat_service, "time_to_first_token_seconds_sum", visual_tokens="0", engine="0")
+    whole = value(chat_service, "e2e_request_latency_seconds_sum", visual_tokens="0", engine="0")
     assert whole == pytest.approx(2.0)
     assert whole - first == pytest.approx(END.timings.total_s - END.timings.first_token_s)
 
 
-def test_a_slow_reader_is_no_slow_model(prompts: PromptBuilder, now: list[float]) -> None:
+def test_a_slow_client_does_not_count_as_latency(prompts: PromptBuilder, now: list[float]) -> None:
     model = Script()
-    made = service(prompts, model, **LOAD)
+    chat_service = service(prompts, model, **LOAD)
 
     async def watched() -> None:
-        reads_on = asyncio.Event()
-        reading = asyncio.create_task(ask(made, chat(stream=True), reads_on=reads_on))
-        # The model is done while the reader has its first piece.
-        while not model.asked or in_flight(made):
+        resume = asyncio.Event()
+        reading = asyncio.create_task(ask(chat_service, chat(stream=True), resume=resume))
+        # The model finishes while the client has only its first piece.
+        while not model.calls or in_flight(chat_service):
             await asyncio.sleep(0)
         now[0] += 500.0
-        reads_on.set()
+        resume.set()
         assert await reading == ("red", "v1")
 
     asyncio.run(watched())
-    assert value(made, "e2e_request_latency_seconds_sum", visual_tokens="0", engine="0") == 0.0
+    assert value(chat_service, "e2e_request_latency_seconds_sum", visual_tokens="0", engine="0") == 0.0
 
 
-def test_what_is_refused_before_the_model_is_no_load(prompts: PromptBuilder) -> None:
-    made = service(prompts, Script(), **LOAD)
+def test_refused_requests_do_not_count_as_load(prompts: PromptBuilder) -> None:
+    chat_service = service(prompts, Script(), **LOAD)
     with pytest.raises(ApiError, match="max_tokens"):
-        asyncio.run(ask(made, chat(max_tokens=100_000)))
-    assert in_flight(made) == 0
+        asyncio.run(ask(chat_service, chat(max_tokens=100_000)))
+    assert in_flight(chat_service) == 0
     full = service(prompts, Script([EngineRefusal("queue_full", "full")]), **LOAD)
     with pytest.raises(ApiError, match="full"):
         asyncio.run(ask(full, chat()))
     assert in_flight(full) == 0
 
 
-def test_a_client_that_hangs_up_ends_its_request(prompts: PromptBuilder) -> None:
+def test_a_client_that_disconnects_cancels_its_request(prompts: PromptBuilder) -> None:
     closed = []
 
     class Endless(Script):
@@ -192,52 +181,52 @@ def test_a_client_that_hangs_up_ends_its_request(prompts: PromptBuilder) -> None
             finally:
                 closed.append(request.request_id)
 
-    made = service(prompts, Endless(), **LOAD)
+    chat_service = service(prompts, Endless(), **LOAD)
 
-    async def hang_up() -> None:
-        events = made.events(await made.prepare(chat(stream=True), "r1", 1000.0))
+    async def disconnect() -> None:
+        events = chat_service.events(await chat_service.prepare(chat(stream=True), "r1", 1000.0))
         await anext(events)
         await events.aclose()
 
-    asyncio.run(hang_up())
-    assert (closed, in_flight(made)) == (["r1"], 0)
+    asyncio.run(disconnect())
+    assert (closed, in_flight(chat_service)) == (["r1"], 0)
 
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("failure", [EngineRefusal("engine_error", "broken"), ReplicaLost()])
-def test_what_a_challenger_fails_on_the_champion_answers(
+def test_the_champion_answers_requests_that_the_challenger_failed_on(
     prompts: PromptBuilder, stream: bool, failure: Exception
 ) -> None:
-    made = service(prompts, Script(), Script([failure]))
-    assert asyncio.run(ask(made, chat(stream=stream))) == ("red", "v1")
-    assert made.routes.challenger is not None
-    assert list(made.routes.challenger.outcomes) == [None]
-    assert value(made, "requests_routed_total", version="v2", outcome="failed") == 1
-    assert value(made, "requests_routed_total", version="v1", outcome="answered") == 1
+    chat_service = service(prompts, Script(), Script([failure]))
+    assert asyncio.run(ask(chat_service, chat(stream=stream))) == ("red", "v1")
+    assert chat_service.routes.challenger is not None
+    assert list(chat_service.routes.challenger.outcomes) == [None]
+    assert value(chat_service, "requests_routed_total", version="v2", outcome="failed") == 1
+    assert value(chat_service, "requests_routed_total", version="v1", outcome="answered") == 1
 
 
-def test_a_champion_that_fails_has_nobody_behind_it(prompts: PromptBuilder) -> None:
+def test_a_failure_of_the_champion_is_not_sent_to_the_challenger(prompts: PromptBuilder) -> None:
     broken = [EngineRefusal("engine_error", "broken")]
     champion = Script([*broken])
-    made = service(prompts, champion, Script([*broken]))
+    chat_service = service(prompts, champion, Script([*broken]))
     with pytest.raises(ApiError, match="broken"):
-        asyncio.run(ask(made, chat()))
-    assert champion.asked == 1 + made.limits.retries, "its other replicas, and no other version"
+        asyncio.run(ask(chat_service, chat()))
+    assert champion.calls == 1 + chat_service.limits.retries, "its other replicas, but no other version"
 
 
-def test_an_answer_that_has_begun_is_not_begun_again(prompts: PromptBuilder) -> None:
+def test_a_started_answer_is_not_restarted_by_the_champion(prompts: PromptBuilder) -> None:
     champion = Script()
-    made = service(prompts, champion, Script([Piece("re"), EngineRefusal("engine_error", "broken")]))
+    chat_service = service(prompts, champion, Script([Piece("re"), EngineRefusal("engine_error", "broken")]))
     with pytest.raises(ApiError, match="broken"):
-        asyncio.run(ask(made, chat(stream=True)))
-    assert champion.asked == 0
+        asyncio.run(ask(chat_service, chat(stream=True)))
+    assert champion.calls == 0
 
 
 @pytest.mark.parametrize("texts", [False, True])
-def test_samples_hold_texts_only_where_that_is_asked_for(prompts: PromptBuilder, texts: bool) -> None:
+def test_samples_hold_texts_only_if_configured(prompts: PromptBuilder, texts: bool) -> None:
     KEPT.clear()
-    made = service(prompts, Script(), samples={"ratio": 1.0, "texts": texts})
-    asyncio.run(ask(made, chat(stream=True), arrived=998.0))
+    chat_service = service(prompts, Script(), samples={"ratio": 1.0, "texts": texts})
+    asyncio.run(ask(chat_service, chat(stream=True), arrived=998.0))
     (record,) = KEPT
     assert (record["model_version"], record["visual_tokens"], record["new_tokens"], record["asked"]) == (
         "v1",
@@ -250,11 +239,11 @@ def test_samples_hold_texts_only_where_that_is_asked_for(prompts: PromptBuilder,
     assert not texts or (record["question"], record["answer"]) == ("what", "red")
 
 
-def test_a_share_of_the_requests_is_kept(prompts: PromptBuilder) -> None:
+def test_a_share_of_the_requests_is_sampled(prompts: PromptBuilder) -> None:
     KEPT.clear()
-    made = service(prompts, Script([END]), samples={"ratio": 0.2})
+    chat_service = service(prompts, Script([END]), samples={"ratio": 0.2})
     for _ in range(300):
-        asyncio.run(ask(made, chat()))
+        asyncio.run(ask(chat_service, chat()))
     assert 40 <= len(KEPT) <= 80
 
 

@@ -1,4 +1,4 @@
-"""What `/metrics` says of replicas that come, idle and go, and of the policy's steps."""
+"""Tests of the metrics of replicas, of the load policy and of the challenger."""
 
 from types import SimpleNamespace
 
@@ -19,16 +19,16 @@ def stats(engine: str, steps: int = 0, **changes: int) -> EngineStats:
     )
 
 
-def test_what_replicas_did_adds_up_and_what_they_do_is_of_now() -> None:
+def test_counters_of_replicas_add_up_and_gauges_are_current() -> None:
     metrics = EndpointMetrics("m")
     for each in (
         stats("a", 5, feature_cache_hits=2, feature_cache_misses=1, running=4),
         stats("b", 1),
         stats("a", 7, feature_cache_hits=3, running=2),
     ):
-        metrics.heard(each)
-    # An answer that was overtaken says nothing new.
-    metrics.heard(stats("a", 6, running=9))
+        metrics.update(each)
+    # Statistics that arrive late are ignored.
+    metrics.update(stats("a", 6, running=9))
     assert value(metrics, "decode_steps_total", engine="0") == 7
     assert value(metrics, "decode_rows_total", engine="0") == 21
     assert value(metrics, "feature_cache_hits_total", engine="0") == 3
@@ -37,32 +37,32 @@ def test_what_replicas_did_adds_up_and_what_they_do_is_of_now() -> None:
     assert value(metrics, "kv_cache_usage_perc", engine="1") == 0.25
 
 
-def test_a_replica_that_is_gone_gives_its_number_back(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_label_of_a_removed_replica_is_reused(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr("parcelray.serving.ingress.metrics.time", SimpleNamespace(monotonic=lambda: now[0]))
     metrics = EndpointMetrics("m")
-    metrics.heard(stats("a", 5))
-    metrics.heard(stats("b", 5))
+    metrics.update(stats("a", 5))
+    metrics.update(stats("b", 5))
     now[0] = 50.0
-    metrics.heard(stats("b", 6))
+    metrics.update(stats("b", 6))
     now[0] = 90.0
     assert value(metrics, "kv_cache_usage_perc", engine="0") is None
     assert value(metrics, "kv_cache_usage_perc", engine="1") == 0.25
-    assert metrics.heard(stats("c", 2)) == "0"
+    assert metrics.update(stats("c", 2)) == "0"
     assert value(metrics, "decode_steps_total", engine="0") == 7
-    # It was silent only: what it did before is not counted again.
-    assert metrics.heard(stats("a", 8)) == "2"
+    # The replica was only silent: its earlier counts are not added again.
+    assert metrics.update(stats("a", 8)) == "2"
     assert value(metrics, "decode_steps_total", engine="2") == 3
 
 
-def test_the_time_that_loading_took_stays() -> None:
+def test_the_load_time_is_kept() -> None:
     metrics = EndpointMetrics("m")
-    metrics.heard(EngineStats(engine="a", load_s=12.5))
-    metrics.heard(stats("a", 5))
+    metrics.update(EngineStats(engine="a", load_s=12.5))
+    metrics.update(stats("a", 5))
     assert value(metrics, "model_load_seconds", engine="0") == 12.5
 
 
-def test_the_policy_and_the_challenger_are_metrics() -> None:
+def test_policy_steps_and_the_challenger_are_reported() -> None:
     metrics = EndpointMetrics("m")
     metrics.load_policy(64, lowered=2, raised=0)
     metrics.load_policy(256, lowered=0, raised=1)

@@ -1,4 +1,4 @@
-"""Everybody may ask whether the model answers; the model is asked once."""
+"""Tests of the readiness probe, which concurrent callers share."""
 
 import asyncio
 from typing import Any
@@ -6,12 +6,11 @@ from typing import Any
 import pytest
 
 from parcelray.serving.http.api_errors import ApiError
-from parcelray.serving.ingress.clients import ReplicaLost
-from parcelray.serving.ingress.readiness import Readiness
+from parcelray.serving.ingress.clients import Readiness, ReplicaLost
 
 
 class Client:
-    """Counts probes."""
+    """A client that counts probes."""
 
     def __init__(self, error: Exception | None = None) -> None:
         self.probes = 0
@@ -24,7 +23,7 @@ class Client:
             raise self._error
 
 
-def test_one_probe_serves_all_who_ask_within_a_second() -> None:
+def test_one_probe_serves_all_callers_within_a_second() -> None:
     now = [0.0]
     client: Any = Client()
 
@@ -43,7 +42,7 @@ def test_one_probe_serves_all_who_ask_within_a_second() -> None:
     asyncio.run(run())
 
 
-def test_who_hangs_up_takes_the_probe_from_nobody() -> None:
+def test_a_cancelled_caller_does_not_cancel_the_probe_of_others() -> None:
     client: Any = Client(ReplicaLost())
 
     async def run() -> None:
@@ -62,7 +61,7 @@ def test_who_hangs_up_takes_the_probe_from_nobody() -> None:
     asyncio.run(run())
 
 
-def test_what_failed_is_asked_again() -> None:
+def test_a_failed_probe_is_repeated_after_a_second() -> None:
     now = [0.0]
     client: Any = Client(ReplicaLost())
 

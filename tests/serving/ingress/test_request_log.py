@@ -1,4 +1,4 @@
-"""Each request leaves one record, however it ended, and a count; neither holds what was asked."""
+"""Tests that each request leaves one log record and one count, without its text."""
 
 import itertools
 import json
@@ -33,7 +33,7 @@ def _logged(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def records(caplog: pytest.LogCaptureFixture, count: int) -> list[dict[str, Any]]:
-    """The first records, once there are so many."""
+    """Returns the records once there are `count` of them."""
 
     def found() -> list[logging.LogRecord]:
         return [record for record in caplog.records if record.name == "parcelray.requests"]
@@ -43,7 +43,7 @@ def records(caplog: pytest.LogCaptureFixture, count: int) -> list[dict[str, Any]
     return [record.__dict__["request"] for record in found()]
 
 
-def test_who_asked_and_how_it_ended(
+def test_the_log_holds_the_key_name_and_the_outcome(
     model: ElasticVLM, processor: ElasticProcessor, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     key = add_key(tmp_path / "keys.txt", "ann")
@@ -77,14 +77,14 @@ def test_who_asked_and_how_it_ended(
 
 
 class _Breaks(LocalClient):
-    """Gives a piece, and then gives up."""
+    """A client that yields one piece and then fails."""
 
     async def events(self, request: GenerateRequest) -> AsyncGenerator[Piece | Finished, None]:
         yield Piece("red")
         raise EngineRefusal("engine_error", "The replica failed on this request; send it again.")
 
 
-def test_a_stream_that_breaks_is_refused_in_the_log_too(
+def test_a_stream_that_breaks_off_is_logged_as_refused(
     model: ElasticVLM, processor: ElasticProcessor, caplog: pytest.LogCaptureFixture
 ) -> None:
     with endpoint(model, processor) as (url, service, engine):
@@ -96,65 +96,65 @@ def test_a_stream_that_breaks_is_refused_in_the_log_too(
     assert b'parcel:requests_rejected_total{model_name="mini",reason="engine_error"} 1.0' in service.metrics.text()
 
 
-def asking(url: str) -> socket.socket:
-    """A connection on which a long stream was asked for."""
-    place = urlsplit(url)
+def streaming_connection(url: str) -> socket.socket:
+    """Returns a connection on which a long stream was requested."""
+    parts = urlsplit(url)
     body = json.dumps({**QUESTION, "stream": True, "max_tokens": 1000}).encode()
     head = (
         "POST /v1/chat/completions HTTP/1.1\r\nhost: 127.0.0.1\r\nconnection: close\r\ncontent-type:"
         " application/json\r\n"
     )
-    connection = socket.create_connection((place.hostname, place.port), timeout=PATIENCE_S)
+    connection = socket.create_connection((parts.hostname, parts.port), timeout=PATIENCE_S)
     connection.sendall(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
     return connection
 
 
 @pytest.fixture
-def in_the_middle(model: ElasticVLM, never_ending: None) -> Iterator[threading.Event]:
-    """Keeps every answer after its fourth token until the event is set."""
-    go_on = threading.Event()
+def paused_answers(model: ElasticVLM, never_ending: None) -> Iterator[threading.Event]:
+    """Pauses the model after its fourth forward pass until the event is set."""
+    resume = threading.Event()
     tokens = itertools.count(1)
-    hook = model.lm_head.register_forward_pre_hook(lambda *_: go_on.wait() and None if next(tokens) > 4 else None)
-    yield go_on
-    go_on.set()
+    hook = model.lm_head.register_forward_pre_hook(lambda *_: resume.wait() and None if next(tokens) > 4 else None)
+    yield resume
+    resume.set()
     hook.remove()
 
 
-def test_who_hangs_up_is_in_the_log(
-    model: ElasticVLM, processor: ElasticProcessor, caplog: pytest.LogCaptureFixture, in_the_middle: threading.Event
+def test_a_disconnected_client_is_logged_as_cancelled(
+    model: ElasticVLM, processor: ElasticProcessor, caplog: pytest.LogCaptureFixture, paused_answers: threading.Event
 ) -> None:
     with endpoint(model, processor) as (url, service, _):
-        with asking(url) as connection:
+        with streaming_connection(url) as connection:
             assert connection.recv(100).startswith(b"HTTP/1.1 200")
         (record,) = records(caplog, 1)
-        in_the_middle.set()
+        paused_answers.set()
     assert record["event"] == "cancelled"
     assert b'parcel:requests_rejected_total{model_name="mini",reason="cancelled"} 1.0' in service.metrics.text()
 
 
-def test_a_deadline_in_the_middle_of_an_answer_ends_its_stream(
+def test_a_deadline_during_an_answer_ends_its_stream(
     model: ElasticVLM,
     processor: ElasticProcessor,
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
-    in_the_middle: threading.Event,
+    paused_answers: threading.Event,
 ) -> None:
     late_s = [0.0]
     monkeypatch.setattr(
         continuous_engine, "time", SimpleNamespace(perf_counter=lambda: time.perf_counter() + late_s[0])
     )
     with endpoint(model, processor) as (url, service, engine):
-        with asking(url) as connection:
-            said = b""
-            while said.count(b"data: ") <= 2:
-                said += connection.recv(65536)
+        with streaming_connection(url) as connection:
+            received = b""
+            while received.count(b"data: ") <= 2:
+                received += connection.recv(65536)
             late_s[0] = PATIENCE_S
-            in_the_middle.set()
-            said += b"".join(iter(lambda: connection.recv(65536), b""))
+            paused_answers.set()
+            received += b"".join(iter(lambda: connection.recv(65536), b""))
         (record,) = records(caplog, 1)
         assert engine.stats().kv_tokens_used == 0
     assert service.admission.in_flight == 0
-    assert said.startswith(b"HTTP/1.1 200")
-    assert b'"code":"deadline_exceeded"' in said
-    assert b"[DONE]" not in said
+    assert received.startswith(b"HTTP/1.1 200")
+    assert b'"code":"deadline_exceeded"' in received
+    assert b"[DONE]" not in received
     assert (record["event"], record["code"]) == ("refused", "deadline_exceeded")

@@ -1,4 +1,4 @@
-"""Who gets a request, and when a challenger is sent away."""
+"""Tests of the assignment of requests to versions, and of the rollback of a challenger."""
 
 import random
 from collections.abc import Sequence
@@ -6,13 +6,13 @@ from collections.abc import Sequence
 import pytest
 
 from parcelray.config.serve import CanaryConfig
+from parcelray.serving.engine.engine import PromptBuilder
 from parcelray.serving.ingress.clients import ModelClient
-from parcelray.serving.ingress.prompting import PromptBuilder
 from parcelray.serving.ingress.routes import Records, Route, Routes
 
 
 def route(version: str, share: float = 1.0) -> Route:
-    """Nothing is asked of its model here."""
+    """Returns a route without a model."""
     client: ModelClient = None  # type: ignore[assignment]
     prompts: PromptBuilder = None  # type: ignore[assignment]
     return Route(version, client, prompts, {}, share)
@@ -27,13 +27,13 @@ def canary(**changes: object) -> CanaryConfig:
 def compared(
     champion: Sequence[float | None], challenger: Sequence[float | None], records: Records | None = None
 ) -> Routes:
-    """Both versions' answers (seconds; None: failed), taken in turn as they come."""
+    """Records the outcomes of both versions (seconds; None: failed) in turn."""
     routes = Routes(route("v1"), route("v2", 0.2), canary(), records=records)
     assert routes.challenger is not None
-    for place in range(max(len(champion), len(challenger))):
+    for index in range(max(len(champion), len(challenger))):
         for each, outcomes in ((routes.champion, champion), (routes.challenger, challenger)):
-            if place < len(outcomes):
-                routes.record(each, outcomes[place])
+            if index < len(outcomes):
+                routes.record(each, outcomes[index])
     return routes
 
 
@@ -44,7 +44,7 @@ def test_the_challenger_gets_its_share() -> None:
     assert [each.share for each in routes.all] == [0.8, 0.2]
 
 
-def test_a_good_challenger_stays() -> None:
+def test_an_equal_challenger_is_kept() -> None:
     rng = random.Random(0)
     ours, theirs = ([rng.uniform(0.1, 0.3) if rng.random() > 0.02 else None for _ in range(400)] for _ in range(2))
     routes = compared(ours, theirs)
@@ -53,30 +53,30 @@ def test_a_good_challenger_stays() -> None:
 
 
 @pytest.mark.parametrize(
-    ("outcomes", "says"),
+    ("outcomes", "reason"),
     [
         ([0.2, 0.2, 0.2, None] * 10, "25.0% of its requests failed"),
-        ([0.5] * 40, "its median latency is 500 ms, the champion's 200 ms"),
+        ([0.5] * 40, "its median latency is 500 ms, the champion's is 200 ms"),
     ],
     ids=["errors", "latency"],
 )
-def test_a_worse_challenger_goes(outcomes: list[float | None], says: str) -> None:
+def test_a_worse_challenger_is_rolled_back(outcomes: list[float | None], reason: str) -> None:
     routes = compared([0.2] * 40, outcomes)
-    assert says in (routes.rolled_back or "")
+    assert reason in (routes.rolled_back or "")
     assert [each.share for each in routes.all] == [1.0, 0.0]
     assert {routes.pick().version for _ in range(100)} == {"v1"}
 
 
-def test_errors_of_both_are_no_fault_of_the_challenger() -> None:
+def test_errors_of_both_versions_do_not_roll_back() -> None:
     assert compared([0.2, None] * 20, [0.2, None] * 20).rolled_back is None
 
 
 @pytest.mark.parametrize(("ours", "theirs"), [(19, 100), (100, 19)])
-def test_small_numbers_decide_nothing(ours: int, theirs: int) -> None:
+def test_too_few_requests_do_not_roll_back(ours: int, theirs: int) -> None:
     assert compared([0.2] * theirs, [None] * ours).rolled_back is None
 
 
-def test_a_challenger_that_went_does_not_come_back_with_new_routes() -> None:
+def test_a_rolled_back_challenger_stays_so_after_a_change_of_routes() -> None:
     records = Records()
     reason = compared([0.2] * 40, [0.5] * 40, records).rolled_back
     again = Routes(route("v1"), route("v2", 0.2), canary(), records=records)

@@ -23,13 +23,13 @@ from parcelray.evaluation.passes.shards import (
     stored_keys,
 )
 from parcelray.evaluation.passes.store import Prediction, PredictionStore, SampleRecord
-from parcelray.evaluation.predict.feature_cache import FeatureCache
 from parcelray.evaluation.predict.generation import GenerationSettings
-from parcelray.evaluation.predict.predictor import Answer, Predictor
+from parcelray.evaluation.predict.predictor import Answer, EncodedImages, Predictor
 from parcelray.models.allocator import keep_freed_memory
 from parcelray.models.backbones import ElasticVLM
 from parcelray.models.backbones.processor_base import ElasticProcessor
 from parcelray.models.checkpoint import resolve_checkpoint
+from parcelray.models.feature_cache import FeatureCache
 from parcelray.models.processor import load_processor
 from parcelray.models.vlm import load_vlm, use_sdpa_where_exact
 
@@ -78,7 +78,7 @@ class ModelWorker:
         self._model = model
         self._settings = settings
         self._dtype: torch.dtype = getattr(torch, dtype)
-        self._features = FeatureCache(int(settings.feature_cache_gb * 2**30)) if keep else None
+        self._features = FeatureCache[EncodedImages](int(settings.feature_cache_gb * 2**30)) if keep else None
         self._predictors: dict[GenerationSettings, Predictor] = {}
 
     def evaluate(self, read: ShardInput, on_stage: OnStage = lambda stage: None) -> ShardResult:

@@ -1,7 +1,7 @@
 """Predicts answers at any budget; the vision tower runs once per image for all budgets and all questions about it."""
 
 import copy
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,15 +16,31 @@ from parcelray.datasets.images import decode_image
 from parcelray.datasets.sample import Sample
 from parcelray.errors import SystemFailure, UserError
 from parcelray.evaluation.predict.confidence import UNKNOWN, Confidence, ConfidenceRecorder, entropy
-from parcelray.evaluation.predict.feature_cache import EncodedImages, FeatureCache
 from parcelray.evaluation.predict.generation import GREEDY, GenerationSettings
 from parcelray.models.backbones import ElasticVLM
 from parcelray.models.backbones.processor_base import ElasticProcessor
+from parcelray.models.feature_cache import FeatureCache
 from parcelray.models.reduced_decoder import ReducedDecoder, VisualTokens, encode_prompts
 from parcelray.models.token_reduction import TokenReducer, build_reducer
 from parcelray.models.token_reduction.base import check_uncompressed, unreduced
 from parcelray.models.token_reduction.context import ReductionContext
 from parcelray.models.token_reduction.encoder_view import EncoderView
+
+
+class EncodedImages(NamedTuple):
+    """Some images, encoded together."""
+
+    images: tuple[bytes, ...]
+    """Those that can be decoded, in the order of the view."""
+    problems: Mapping[bytes, str]
+    """Why the others cannot be decoded."""
+    view: EncoderView | None
+    """None for the blind model, and where no image can be decoded."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors that are held."""
+        return self.view.num_bytes if self.view is not None else 0
 
 
 class ImageTokens(NamedTuple):
@@ -75,7 +91,7 @@ class Predictor:
         batch_size: int = 64,
         settings: GenerationSettings = GREEDY,
         device: str = "cpu",
-        features: FeatureCache | None = None,
+        features: FeatureCache[EncodedImages] | None = None,
     ) -> None:
         self._model = model
         self._features = features
@@ -167,7 +183,14 @@ class Predictor:
                 EncoderView(self._model.model, pixels.to(self._device, self._model.dtype), watch=watch),
             )
 
-        return encode() if self._features is None else self._features.get((images, blind, watch), encode)
+        if self._features is None:
+            return encode()
+        key = (images, blind, watch)
+        encoded = self._features.get(key)
+        if encoded is None:
+            encoded = encode()
+            self._features.put(key, encoded)
+        return encoded
 
     def _image_tokens(self, encoded: EncodedImages, budget: int) -> dict[bytes, ImageTokens]:
         """Compresses each image to its visual tokens; returns none for the blind baseline."""

@@ -1,6 +1,6 @@
-"""Chooses the budget of a request by its images and its question, with a predictor that evaluation has fitted.
+"""Chooses the visual-token budget of a request from its images and question, with a predictor fitted by evaluation.
 
-The vision tower runs for every budget alike, so what it saw is there before the choice is made.
+The vision tower's output does not depend on the budget, so the patch features exist before the choice is made.
 
 Shapes: N patches, D vision width.
 """
@@ -22,16 +22,16 @@ from parcelray.serving.engine.engine import GenerateRequest
 
 
 class BudgetChooser:
-    """Chooses as `BudgetPredictor.choose` does offline.
+    """Chooses budgets as `BudgetPredictor.choose` does offline.
 
     Args:
-        predictor: of this checkpoint.
-        model: in evaluation mode, on its device.
-        processor: of the same checkpoint.
-        price: chance of a right answer that a visual token must buy; None: the predictor's own.
+        predictor: predictor that was fitted for this checkpoint.
+        model: model in evaluation mode, on its device.
+        processor: processor of the same checkpoint.
+        price: probability of a correct answer that one visual token must add; None: the predictor's own price.
 
     Raises:
-        UserError: the predictor reads other signals than this model gives.
+        UserError: the predictor needs other signals than this model produces.
     """
 
     def __init__(
@@ -42,21 +42,22 @@ class BudgetChooser:
         self._price = price
         if predictor.signals != self._reader.names:
             raise UserError(
-                f"The budget predictor reads {len(predictor.signals)} signals, and this model gives"
-                f" {len(self._reader.names)} or others; serve the checkpoint that it was fitted on, or fit it again."
+                f"The budget predictor was fitted on {len(predictor.signals)} signals, but this model produces"
+                f" {len(self._reader.names)} signals or differently named ones; serve the checkpoint that it was"
+                " fitted on, or fit it again."
             )
 
-    def settled(self, request: GenerateRequest, features: Mapping[str, Tensor], max_tokens: int) -> GenerateRequest:
-        """A request that leaves its budget open, with the budget that it gets.
+    def choose(self, request: GenerateRequest, features: Mapping[str, Tensor], max_tokens: int) -> GenerateRequest:
+        """Returns a request with the budget that is chosen from its `choices`.
 
         Args:
-            request: with choices, the smallest of which fits.
+            request: request with choices, the smallest of which fits.
             features: patch features [N, D] of its images by content.
-            max_tokens: that prompt and answer may hold.
+            max_tokens: maximum number of prompt and answer tokens.
         """
         room = max_tokens - len(request.prompt_ids) - request.sampling.max_new_tokens
         among = [budget for budget in request.choices if len(request.images) * budget <= room]
-        # Where what fits is smaller than all that the predictor knows, there is nothing to predict.
+        # If every fitting budget is smaller than the predictor's budgets, there is nothing to predict.
         budget = among[-1]
         if any(each in self._predictor.budgets for each in among):
             pooled = pool(torch.stack([features[image.content] for image in request.images]))
@@ -67,29 +68,29 @@ class BudgetChooser:
 
 
 def load_predictor(policy: InputPolicyConfig, offered: Sequence[int]) -> BudgetPredictor:
-    """The predictor of a policy.
+    """Loads the predictor of a policy.
 
     Raises:
-        UserError: there is none, it needs an answer before it can choose, or its budgets do not fit those that are
-            offered.
+        UserError: it does not exist, needs an answer before it can choose, or its budgets do not match the offered
+            ones.
     """
     predictor = BudgetPredictor.load(Path(policy.predictor))
     if predictor.reads_answer:
         raise UserError(
-            f"The budget predictor in {policy.predictor} reads the answer at {predictor.budgets[0]} visual tokens,"
-            " which would be a second pass over every request; serve one that chooses before any answer, which"
-            " `parcelray analyze adaptive` saves."
+            f"The budget predictor in {policy.predictor} needs the answer at {predictor.budgets[0]} visual tokens,"
+            " which would require a second pass over every request; use a predictor that does not need an answer,"
+            " as saved by `parcelray analyze adaptive`."
         )
     missing = [budget for budget in predictor.budgets if budget not in offered]
     if missing:
         raise UserError(
-            f"The budget predictor in {policy.predictor} gives {', '.join(map(str, missing))} visual tokens, which are"
-            f" not among the offered {', '.join(map(str, sorted(offered)))}; offer them, or fit a predictor for the"
-            " offered ones."
+            f"The budget predictor in {policy.predictor} can choose {', '.join(map(str, missing))} visual tokens, but"
+            f" budgets.offered is {', '.join(map(str, sorted(offered)))}; add them to budgets.offered, or fit a"
+            " predictor for the offered budgets."
         )
     if policy.floor is not None and policy.floor > predictor.budgets[-1]:
         raise UserError(
-            f"The floor {policy.floor} is above every budget of the predictor in {policy.predictor},"
-            f" {predictor.budgets[-1]} at most; lower it."
+            f"budgets.policy.floor is {policy.floor}, above the largest budget {predictor.budgets[-1]} of the predictor"
+            f" in {policy.predictor}; lower it."
         )
     return predictor

@@ -1,17 +1,17 @@
 """The engine over a transformers model: continuous batching of requests with different budgets, prompts and lengths.
 
-One thread owns the model. Each turn of its loop it
+One thread owns the model. Each iteration of its loop
 
-1. takes what was submitted and cancelled, and drops what is past its deadline;
-2. looks at one image that somebody wants to inspect;
-3. takes the first requests of the queue as far as there is room: the vision tower runs over their new images, a budget
-   is chosen for those that leave it open, room in the KV pool is reserved for all that they may ever hold, and the
-   prefill runs in batches of similar length;
-4. makes one decode step of all that run.
+1. processes submissions and cancellations, and aborts requests past their deadline;
+2. computes one pending inspection of an image;
+3. starts the first requests of the queue as far as memory allows: the vision tower encodes their new images, a budget
+   is chosen where the request leaves it open, KV memory is reserved for the longest possible answer, and the prefill
+   runs in batches of similar length;
+4. runs one decode step of all running requests.
 
-A request joins and leaves between two steps. Room is reserved at admission, so nothing that runs is ever thrown out
-again. What fails takes along only those that it was done for; an engine whose turns keep failing ends, fails what it
-has, and refuses the rest.
+Requests join and leave between two steps. Memory is reserved at admission, so no running request is ever preempted. A
+failure affects only the requests of the failed batch. After several failures in a row the engine stops, fails all its
+requests and rejects new ones.
 """
 
 import itertools
@@ -22,12 +22,12 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from parcelray.config.serve import EngineConfig
 from parcelray.models.backbones import ElasticVLM
 from parcelray.models.backbones.processor_base import ElasticProcessor
 from parcelray.serving.engine.budget_chooser import BudgetChooser
@@ -41,119 +41,103 @@ from parcelray.serving.engine.engine import (
     Listener,
     check_request,
 )
-from parcelray.serving.engine.job import AnswerWriter, Job, by_length, end_ids
+from parcelray.serving.engine.request_state import AnswerWriter, RequestState, by_length, end_ids
 from parcelray.serving.engine.sampling import choose
 from parcelray.serving.engine.vision import VisionStage
 
 logger = logging.getLogger(__name__)
 _MAX_FAILURES = 3
-"""Times that one kind of work may fail, one after the other, before the engine calls itself broken."""
-Work = Literal["vision", "prefill", "decode"]
-
-
-@dataclass(frozen=True)
-class EngineLimits:
-    """What an engine holds at the same time."""
-
-    max_running: int = 64
-    """Requests that share a decode step."""
-    max_waiting: int = 256
-    """Requests in the queue before it."""
-    kv_tokens: int = 32768
-    """Tokens of the KV pool."""
-    urgent_tokens: int = 64
-    """Further tokens of it, and a row of the decode step, that only urgent requests get."""
-    prefill_tokens: int = 8192
-    """Prompt tokens that one turn prefills at most, or one request: what the running requests' next token waits for."""
-    vision_batch: int = 32
-    """Images per run of the vision tower, and new ones in one turn, or those of one request."""
-    feature_cache_bytes: int = 256 * 1024**2
-    """Patch features that are kept."""
+"""Number of consecutive failures of one stage after which the engine stops."""
+Stage = Literal["vision", "prefill", "decode"]
+DEFAULT_CONFIG = EngineConfig()
 
 
 class ContinuousEngine:
     """See the module's docstring; implements `parcelray.serving.engine.engine.Engine`.
 
     Args:
-        model: in evaluation mode, on its device.
-        processor: of the same checkpoint.
-        limits: of memory and queue.
-        name: in its statistics.
-        chooser: of budgets that requests leave open; None: such requests are refused.
+        model: model in evaluation mode, on its device.
+        processor: processor of the same checkpoint.
+        config: limits of memory, batches and the queue.
+        urgent_tokens: additional KV memory for urgent requests, tokens.
+        name: name of the engine in its statistics.
+        chooser: chooses budgets that requests leave open; None: such requests are rejected.
     """
 
     def __init__(
         self,
         model: ElasticVLM,
         processor: ElasticProcessor,
-        limits: EngineLimits = EngineLimits(),
+        config: EngineConfig = DEFAULT_CONFIG,
         *,
+        urgent_tokens: int = 64,
         name: str = "local",
         chooser: BudgetChooser | None = None,
     ) -> None:
         self._name = name
-        self._limits = limits
+        self._config = config
         self._writer = AnswerWriter(processor.tokenizer, end_ids(model, processor))
         self.supported_budgets = tuple(model.supported_budgets)
-        self._decoder = PooledDecoder(model, max_tokens=limits.kv_tokens, spare_tokens=limits.urgent_tokens)
+        self._decoder = PooledDecoder(model, max_tokens=config.kv_tokens, spare_tokens=urgent_tokens)
         self._vision = VisionStage(
-            model, processor, cache_bytes=limits.feature_cache_bytes, batch_size=limits.vision_batch
+            model, processor, cache_bytes=config.feature_cache_mb * 1024**2, batch_size=config.vision_batch
         )
         self._chooser = chooser
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._waiting: deque[Job] = deque()
-        self._starting: list[Job] = []
-        self._running: list[Job] = []
+        self._waiting: deque[RequestState] = deque()
+        self._starting: list[RequestState] = []
+        self._running: list[RequestState] = []
         self._inspections: deque[tuple[Future[Inspection], ImagePixels, int]] = deque()
         self._in_flight = 0
         self._lock = threading.Lock()
         self._closing = False
         self._ended = False
-        self._failures: dict[Work, int] = {"vision": 0, "prefill": 0, "decode": 0}
+        self._failures: dict[Stage, int] = {"vision": 0, "prefill": 0, "decode": 0}
         self._counts = dict.fromkeys(("steps", "decoded_rows", "prefill_batches", "prefilled"), 0)
         self._thread = threading.Thread(target=self._loop, name="parcelray-engine", daemon=True)
         self._thread.start()
 
     @property
     def max_request_tokens(self) -> int:
-        """Prompt and answer of the longest request that can ever run."""
+        """Maximum number of prompt and answer tokens of one request."""
         return min(self._decoder.max_positions, self._decoder.pool.total_tokens)
 
     def submit(self, request: GenerateRequest, listener: Listener) -> None:
         """See `Engine`."""
         check_request(request, self.max_request_tokens, self.supported_budgets, chooses=self._chooser is not None)
-        job = self._writer.job(request, listener)
+        state = self._writer.new_state(request, listener)
         with self._lock:
             if self._closing or self._ended:
-                raise self._gone()
-            if self._in_flight >= self._limits.max_running + self._limits.max_waiting and not request.urgent:
+                raise self._stopped()
+            if self._in_flight >= self._config.max_running + self._config.max_waiting and not request.urgent:
                 raise EngineRefusal(
-                    "queue_full", f"{self._in_flight} requests are in flight already; send the request again later."
+                    "queue_full", f"The queue is full ({self._in_flight} requests in flight); retry the request later."
                 )
             self._in_flight += 1
-            # Under the lock: what is put before the end is failed there, and nothing is put after it.
-            self._commands.put(lambda: self._waiting.appendleft(job) if request.urgent else self._waiting.append(job))
+            # Under the lock: `_end` fails every command put before it, and none is put after it.
+            put = self._waiting.appendleft if request.urgent else self._waiting.append
+            self._commands.put(lambda: put(state))
 
     def cancel(self, request_id: str) -> None:
         """See `Engine`."""
         self._commands.put(
             lambda: self._fail_where(
-                lambda job: job.request.request_id == request_id, "cancelled", "The request was cancelled."
+                lambda state: state.request.request_id == request_id, "cancelled", "The request was cancelled."
             )
         )
 
     def inspect(self, image: ImagePixels, num_visual_tokens: int) -> Future[Inspection]:
         """See `Engine`."""
-        found: Future[Inspection] = Future()
+        result: Future[Inspection] = Future()
         with self._lock:
             if self._closing or self._ended:
-                found.set_exception(self._gone())
+                result.set_exception(self._stopped())
             else:
-                self._commands.put(lambda: self._inspections.append((found, image, num_visual_tokens)))
-        return found
+                self._commands.put(lambda: self._inspections.append((result, image, num_visual_tokens)))
+        return result
 
     def stats(self) -> EngineStats:
-        """See `Engine`. Read without a lock: each number is right, their sum need not be of one moment."""
+        """See `Engine`. Read without a lock: each number is correct, but they may be of different moments."""
         pool, cache = self._decoder.pool, self._vision.cache
         return EngineStats(
             engine=self._name,
@@ -163,7 +147,7 @@ class ContinuousEngine:
             kv_tokens_total=pool.total_tokens,
             feature_cache_hits=cache.hits,
             feature_cache_misses=cache.misses,
-            feature_cache_bytes=cache.bytes,
+            feature_cache_bytes=cache.num_bytes,
             **self._counts,
         )
 
@@ -171,7 +155,7 @@ class ContinuousEngine:
         """See `Engine`."""
         with self._lock:
             self._closing = True
-        # While idle the loop sleeps until something comes.
+        # Wakes the loop if it is idle.
         self._commands.put(lambda: None)
         self._thread.join()
 
@@ -179,9 +163,9 @@ class ContinuousEngine:
         try:
             with torch.inference_mode():
                 while not self._closing and max(self._failures.values()) < _MAX_FAILURES:
-                    self._take_commands()
-                    self._turn()
-        except Exception:  # a defect; those who wait must hear of it
+                    self._process_commands()
+                    self._iterate()
+        except Exception:  # a bug; the waiting requests must be failed
             logger.exception("the engine's thread failed")
         finally:
             self._end()
@@ -190,40 +174,40 @@ class ContinuousEngine:
         with self._lock:
             self._ended = True
         while not self._commands.empty():
-            self._take(self._commands.get())
-        gone = self._gone()
-        self._fail_where(lambda _: True, gone.code, gone.message)
+            self._process(self._commands.get())
+        refusal = self._stopped()
+        self._fail_where(lambda _: True, refusal.code, refusal.message)
         while self._inspections:
-            found, *_ = self._inspections.popleft()
-            if found.set_running_or_notify_cancel():
-                found.set_exception(self._gone())
+            result, *_ = self._inspections.popleft()
+            if result.set_running_or_notify_cancel():
+                result.set_exception(self._stopped())
 
-    def _gone(self) -> EngineRefusal:
+    def _stopped(self) -> EngineRefusal:
         if self._closing:
-            return EngineRefusal("shutting_down", "This replica is shutting down; send the request again.")
-        return EngineRefusal("engine_error", "The engine of this replica is broken; send the request again.")
+            return EngineRefusal("shutting_down", "This replica is shutting down; retry the request.")
+        return EngineRefusal("engine_error", "The engine of this replica has failed; retry the request.")
 
-    def _take_commands(self) -> None:
+    def _process_commands(self) -> None:
         idle = not self._waiting and not self._running and not self._inspections
-        # While idle it sleeps until something comes.
+        # An idle loop blocks until a command arrives.
         if idle:
-            self._take(self._commands.get())
+            self._process(self._commands.get())
         while not self._commands.empty():
-            self._take(self._commands.get())
+            self._process(self._commands.get())
 
-    def _take(self, command: Callable[[], None]) -> None:
+    def _process(self, command: Callable[[], None]) -> None:
         try:
             command()
-        except Exception:  # one request's; the others know nothing of it
+        except Exception:  # concerns one request; the others continue
             logger.exception("a command of the engine failed")
 
-    def _turn(self) -> None:
+    def _iterate(self) -> None:
         now = time.perf_counter()
         self._fail_where(
-            lambda job: job.expires <= now, "deadline_exceeded", "The request was not finished by its deadline."
+            lambda state: state.deadline <= now, "deadline_exceeded", "The request was not finished by its deadline."
         )
         self._inspect_next()
-        self._starting = self._next_jobs()
+        self._starting = self._next_requests()
         if self._starting:
             self._start(self._starting)
             self._starting = []
@@ -231,186 +215,194 @@ class ContinuousEngine:
             self._attempt("decode", list(self._running), self._step)
 
     def _inspect_next(self) -> None:
-        """One a turn: those who wait for a token must not wait for all who want to look at an image."""
+        """Computes one inspection: running requests must not wait for all of them."""
         while self._inspections:
-            found, image, num_visual_tokens = self._inspections.popleft()
-            if not found.set_running_or_notify_cancel():
+            result, image, num_visual_tokens = self._inspections.popleft()
+            if not result.set_running_or_notify_cancel():
                 continue
             try:
                 inspection = self._vision.inspect(image, num_visual_tokens)
             except Exception:  # as in `_attempt`
                 logger.exception("an image could not be inspected")
-                found.set_exception(EngineRefusal("engine_error", "The image cannot be inspected at this budget."))
+                result.set_exception(EngineRefusal("engine_error", "The image cannot be inspected at this budget."))
             else:
-                found.set_result(inspection)
+                result.set_result(inspection)
             return
 
-    def _attempt(self, kind: Work, jobs: list[Job], work: Callable[[list[Job]], None]) -> None:
-        """Does a part of the work for some requests; if it fails, so do they, and no others."""
+    def _attempt(self, stage: Stage, states: list[RequestState], work: Callable[[list[RequestState]], None]) -> None:
+        """Runs a stage for some requests; if it fails, exactly these requests fail."""
         try:
-            work(jobs)
-        except Exception as error:  # the loop must outlive a failed batch, whatever failed in it
-            logger.exception("%s of %d requests failed", kind, len(jobs))
-            too_large = kind == "prefill" and len(jobs) > 1 and isinstance(error, torch.OutOfMemoryError)
+            work(states)
+        except Exception as error:  # the loop must survive a failed batch, whatever failed
+            logger.exception("%s of %d requests failed", stage, len(states))
+            too_large = stage == "prefill" and len(states) > 1 and isinstance(error, torch.OutOfMemoryError)
         else:
-            self._failures[kind] = 0
+            self._failures[stage] = 0
             return
-        # Not above: an exception that is being handled keeps all that its frames hold in memory.
+        # Not inside `except`: an exception being handled keeps everything in its frames in memory.
         if too_large:
-            for half in (jobs[: len(jobs) // 2], jobs[len(jobs) // 2 :]):
-                self._attempt(kind, half, work)
+            for half in (states[: len(states) // 2], states[len(states) // 2 :]):
+                self._attempt(stage, half, work)
             return
-        self._failures[kind] += 1
-        for job in jobs:
-            if not job.ended:
-                self._fail(job, "engine_error", "The engine failed on this batch of requests; send the request again.")
+        self._failures[stage] += 1
+        for state in states:
+            if not state.ended:
+                self._fail(state, "engine_error", "The engine failed on this batch of requests; retry the request.")
 
-    def _next_jobs(self) -> list[Job]:
-        """The first requests of the queue that one turn can start; none overtakes another, so that a large one is not starved."""
-        jobs: list[Job] = []
+    def _next_requests(self) -> list[RequestState]:
+        """Takes the first requests of the queue that fit one iteration; in order, so that large ones do not starve."""
+        states: list[RequestState] = []
         tokens = images = blocks = 0
         while self._waiting:
-            job = self._waiting[0]
-            tokens += job.request.least_prompt_tokens
-            images += (
-                sum(image.content not in self._vision.cache for image in job.request.images)
-                if job.features is None
-                else 0
-            )
-            blocks += self._decoder.pool.blocks_for(job.least_tokens)
-            if len(self._running) + len(
-                jobs
-            ) >= self._limits.max_running + job.request.urgent or blocks > self._free_blocks(job):
+            state = self._waiting[0]
+            tokens += state.request.min_prompt_tokens
+            if state.features is None:
+                images += sum(image.content not in self._vision.cache for image in state.request.images)
+            blocks += self._decoder.pool.blocks_for(state.min_tokens)
+            max_running = self._config.max_running + state.request.urgent
+            if len(self._running) + len(states) >= max_running or blocks > self._free_blocks(state):
                 break
-            if jobs and (tokens > self._limits.prefill_tokens or images > self._limits.vision_batch):
+            if states and (tokens > self._config.prefill_tokens or images > self._config.vision_batch):
                 break
-            jobs.append(self._waiting.popleft())
-        return jobs
+            states.append(self._waiting.popleft())
+        return states
 
-    def _free_blocks(self, job: Job) -> int:
+    def _free_blocks(self, state: RequestState) -> int:
         pool = self._decoder.pool
-        return pool.free_blocks if job.request.urgent else pool.free_blocks - pool.spare_blocks
+        return pool.free_blocks if state.request.urgent else pool.free_blocks - pool.spare_blocks
 
-    def _start(self, jobs: list[Job]) -> None:
+    def _start(self, states: list[RequestState]) -> None:
         now = time.perf_counter()
-        for job in jobs:
-            job.started = now
-        unseen = [job for job in jobs if job.request.images and job.features is None]
-        if unseen:
-            self._attempt("vision", unseen, self._see)
-        for job in jobs:
-            if job.request.choices and not job.ended:
-                self._choose_budget(job)
-        for batch in by_length(self._admit([job for job in jobs if not job.ended])):
+        for state in states:
+            state.started = now
+        not_encoded = [state for state in states if state.request.images and state.features is None]
+        if not_encoded:
+            self._attempt("vision", not_encoded, self._encode)
+        for state in states:
+            if state.request.choices and not state.ended:
+                self._choose_budget(state)
+        for batch in by_length(self._admit([state for state in states if not state.ended])):
             self._attempt("prefill", batch, self._prefill)
 
-    def _see(self, jobs: list[Job]) -> None:
-        encoded = self._vision.encode(image for job in jobs for image in job.request.images)
-        for job in jobs:
-            contents = [image.content for image in job.request.images]
-            job.features = {content: encoded.features[content] for content in contents}
-            job.cached_images = sum(content not in encoded.new for content in contents)
-            job.vision_s = encoded.seconds if job.cached_images < len(contents) else 0.0
+    def _encode(self, states: list[RequestState]) -> None:
+        encoded = self._vision.encode(image for state in states for image in state.request.images)
+        for state in states:
+            contents = [image.content for image in state.request.images]
+            state.features = {content: encoded.features[content] for content in contents}
+            state.cached_images = sum(content not in encoded.new for content in contents)
+            state.vision_s = encoded.seconds if state.cached_images < len(contents) else 0.0
 
-    def _choose_budget(self, job: Job) -> None:
-        assert self._chooser is not None, "checked at its arrival"
-        assert job.features is not None, "seen before"
+    def _choose_budget(self, state: RequestState) -> None:
+        assert self._chooser is not None, "checked by `submit`"
+        assert state.features is not None, "its images are encoded"
         try:
-            job.request = self._chooser.settled(job.request, job.features, self.max_request_tokens)
+            state.request = self._chooser.choose(state.request, state.features, self.max_request_tokens)
         except Exception:  # as in `_attempt`
             logger.exception("no budget could be chosen")
-            self._fail(job, "engine_error", "The engine could not choose a budget for this request; name one.")
+            self._fail(
+                state,
+                "engine_error",
+                "The engine could not choose a budget for this request; set visual_tokens to a number.",
+            )
 
-    def _admit(self, jobs: list[Job]) -> list[Job]:
-        """Reserves room for the first ones; where budgets came out too large for all, the rest goes back to the head of the queue."""
+    def _admit(self, states: list[RequestState]) -> list[RequestState]:
+        """Reserves memory for the first requests; the rest is queued again if the chosen budgets do not fit."""
         pool = self._decoder.pool
         tokens = 0
-        for number, job in enumerate(jobs):
-            tokens += job.request.num_prompt_tokens
-            if pool.blocks_for(job.most_tokens) > self._free_blocks(job) or (
-                number and tokens > self._limits.prefill_tokens
+        for index, state in enumerate(states):
+            tokens += state.request.num_prompt_tokens
+            if pool.blocks_for(state.max_tokens) > self._free_blocks(state) or (
+                index and tokens > self._config.prefill_tokens
             ):
-                self._waiting.extendleft(reversed(jobs[number:]))
-                jobs = jobs[:number]
+                self._waiting.extendleft(reversed(states[index:]))
+                states = states[:index]
                 break
-            job.blocks = pool.reserve(job.most_tokens)
-        self._running += jobs
-        return jobs
+            state.blocks = pool.reserve(state.max_tokens)
+        self._running += states
+        return states
 
-    def _prefill(self, jobs: list[Job]) -> None:
+    def _prefill(self, states: list[RequestState]) -> None:
         before = time.perf_counter()
-        features = {content: found for job in jobs for content, found in (job.features or {}).items()}
-        visual = self._vision.compress([job.request for job in jobs], features)
+        features = {content: each for state in states for content, each in (state.features or {}).items()}
+        visual = self._vision.compress([state.request for state in states], features)
         logits_BV = self._decoder.prefill(
             [
-                Prompt(job.request.prompt_ids, job.request.visual_offset, visual_KL, job.blocks)
-                for job, visual_KL in zip(jobs, visual, strict=True)
+                Prompt(state.request.prompt_ids, state.request.visual_offset, visual_KL, state.blocks)
+                for state, visual_KL in zip(states, visual, strict=True)
             ],
         )
         self._counts["prefill_batches"] += 1
-        self._counts["prefilled"] += len(jobs)
-        for job in jobs:
-            job.length = job.request.num_prompt_tokens
-            # What it saw is in the pool now.
-            job.features = None
-            job.first_token_at = time.perf_counter()
-            job.prefill_s = job.first_token_at - before
-        self._advance(jobs, logits_BV)
+        self._counts["prefilled"] += len(states)
+        for state in states:
+            state.length = state.request.num_prompt_tokens
+            # The features are no longer needed: the visual tokens are in the KV pool.
+            state.features = None
+            state.first_token_at = time.perf_counter()
+            state.prefill_s = state.first_token_at - before
+        self._advance(states, logits_BV)
 
-    def _step(self, jobs: list[Job]) -> None:
+    def _step(self, states: list[RequestState]) -> None:
         logits_BV = self._decoder.decode(
-            [job.last_token for job in jobs], [job.length for job in jobs], [job.blocks for job in jobs]
+            [state.last_token for state in states],
+            [state.length for state in states],
+            [state.blocks for state in states],
         )
         self._counts["steps"] += 1
-        self._counts["decoded_rows"] += len(jobs)
-        for job in jobs:
-            job.length += 1
-        self._advance(jobs, logits_BV)
+        self._counts["decoded_rows"] += len(states)
+        for state in states:
+            state.length += 1
+        self._advance(states, logits_BV)
 
-    def _advance(self, jobs: list[Job], logits_BV: Tensor) -> None:
-        """Gives each job its next token, tells who listens, and lets the finished ones go.
+    def _advance(self, states: list[RequestState], logits_BV: Tensor) -> None:
+        """Adds the next token to each request, sends events, and removes finished requests.
 
-        What fails for one row fails that job alone.
+        A failure in one row fails that request only.
         """
-        tokens = self._choose_tokens(jobs, logits_BV)
-        for job, token, logits_V in zip(jobs, tokens, logits_BV, strict=True):
+        tokens = self._choose_tokens(states, logits_BV)
+        for state, token, logits_V in zip(states, tokens, logits_BV, strict=True):
             try:
                 if token is None:
-                    raise ArithmeticError("there is no likeliest token")
-                reason = self._writer.append(job, token, logits_V)
+                    raise ArithmeticError("the logits are not finite")
+                reason = self._writer.append(state, token, logits_V)
                 if reason is not None:
-                    self._let_go(job)
-                    self._writer.finish(job, reason, self.stats())
+                    self._remove(state)
+                    self._writer.finish(state, reason, self.stats())
             except Exception:  # as in `_attempt`
-                logger.exception("a request has no next token")
-                if not job.ended:
-                    self._fail(job, "engine_error", "The model gave no next token for this request.")
+                logger.exception("request %s has no next token", state.request.request_id)
+                if not state.ended:
+                    self._fail(state, "engine_error", "The model produced no next token for this request.")
 
-    def _choose_tokens(self, jobs: list[Job], logits_BV: Tensor) -> list[int | None]:
+    def _choose_tokens(self, states: list[RequestState], logits_BV: Tensor) -> list[int | None]:
         try:
-            return choose(logits_BV, [job.request.sampling for job in jobs], [job.generator for job in jobs])
+            return choose(
+                logits_BV, [state.request.sampling for state in states], [state.generator for state in states]
+            )
         except Exception:  # as in `_attempt`
-            if len(jobs) == 1:
+            if len(states) == 1:
                 logger.exception("no token could be chosen")
                 return [None]
-        return [token for row, job in enumerate(jobs) for token in self._choose_tokens([job], logits_BV[row : row + 1])]
+        return [
+            token
+            for row, state in enumerate(states)
+            for token in self._choose_tokens([state], logits_BV[row : row + 1])
+        ]
 
-    def _fail_where(self, doomed: Callable[[Job], bool], code: str, message: str) -> None:
-        for job in [job for job in itertools.chain(self._waiting, self._starting, self._running) if doomed(job)]:
-            if not job.ended:
-                self._fail(job, code, message)
+    def _fail_where(self, selected: Callable[[RequestState], bool], code: str, message: str) -> None:
+        for state in [each for each in itertools.chain(self._waiting, self._starting, self._running) if selected(each)]:
+            if not state.ended:
+                self._fail(state, code, message)
 
-    def _fail(self, job: Job, code: str, message: str) -> None:
-        self._let_go(job)
-        self._writer.fail(job, code, message)
+    def _fail(self, state: RequestState, code: str, message: str) -> None:
+        self._remove(state)
+        self._writer.fail(state, code, message)
 
-    def _let_go(self, job: Job) -> None:
-        job.ended = True
-        job.features = None
+    def _remove(self, state: RequestState) -> None:
+        state.ended = True
+        state.features = None
         for group in (self._waiting, self._running):
-            if job in group:
-                group.remove(job)
-        self._decoder.pool.release(job.blocks)
-        job.blocks = []
+            if state in group:
+                group.remove(state)
+        self._decoder.pool.release(state.blocks)
+        state.blocks = []
         with self._lock:
             self._in_flight -= 1

@@ -1,14 +1,18 @@
-"""The decoder over the pool of KV blocks: prefill of prompts of different lengths and budgets, and decode steps that they share.
+"""The decoder over a pool of KV blocks: prefill of different prompts and budgets, and shared decode steps.
 
-transformers' own continuous batching (5.23, `generation/continuous_batching`) is not used: its requests are lists of
-token ids, with no way in for visual tokens; its masks are causal, where PaliGemma reads its prompt in both directions;
-and its thread knows neither budgets nor a bounded queue. What is taken from transformers is the model itself: layers,
-rotary positions, attention. `generate` with a batch cannot let a request join or leave between two steps, which is all
-that is added here.
+The pool is the memory limit of an engine (`engine.kv_tokens`): it is allocated once, requests of any length share it
+block by block, and none can exceed what it reserved.
 
-Shapes: B requests, S tokens of the longest prompt, L width, V vocabulary, K visual tokens of a prompt, M blocks.
+transformers' own continuous batching (5.23, `generation/continuous_batching`) is not used. Its requests are lists of
+token ids, without a way to pass visual tokens. Its masks are causal, whereas PaliGemma attends to its prompt in both
+directions. Its thread knows neither budgets nor a bounded queue. The layers, rotary positions and attention are those
+of transformers. What is added here is that requests join and leave between two steps, which `generate` cannot do.
+
+Shapes: B requests, S tokens of the longest prompt, L width, V vocabulary, K visual tokens of a prompt, M blocks,
+T tokens per block, H key-value heads, E head width, R rows written at once.
 """
 
+import math
 from dataclasses import dataclass
 from itertools import chain
 
@@ -16,30 +20,123 @@ import torch
 from torch import Tensor
 
 from parcelray.models.backbones import ElasticVLM
-from parcelray.serving.engine.kv_pool import BLOCK_TOKENS, KVPool, slots_of, table_of
+
+BLOCK_TOKENS = 16
+"""Tokens per block of the KV pool."""
+_SCRATCH = 0
+"""A block that no request owns; it pads the block tables."""
+
+
+class KVPool:
+    """Keys and values of all requests in flight, in blocks of `BLOCK_TOKENS` tokens.
+
+    Args:
+        num_layers: layers of the decoder.
+        num_heads: key-value heads of a layer.
+        head_width: width of a head.
+        max_tokens: tokens that all requests together may hold; rounded down to whole blocks.
+        spare_tokens: additional tokens for urgent requests; rounded up to whole blocks.
+        dtype: data type of the model.
+        device: device of the model.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_layers: int,
+        num_heads: int,
+        head_width: int,
+        max_tokens: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        spare_tokens: int = 0,
+    ) -> None:
+        self.spare_blocks = self.blocks_for(spare_tokens)
+        self.num_blocks = max_tokens // BLOCK_TOKENS + self.spare_blocks
+        shape = (self.num_blocks + 1, BLOCK_TOKENS, num_heads, head_width)
+        # Zeros, not uninitialised memory: masked positions are multiplied by 0, and 0 times NaN is NaN.
+        self._keys_MTHE = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+        self._values_MTHE = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+        self._free = list(range(self.num_blocks, _SCRATCH, -1))
+
+    @property
+    def free_blocks(self) -> int:
+        """Number of blocks that no request owns."""
+        return len(self._free)
+
+    @property
+    def used_tokens(self) -> int:
+        """Number of reserved tokens."""
+        return (self.num_blocks - len(self._free)) * BLOCK_TOKENS
+
+    @property
+    def total_tokens(self) -> int:
+        """Number of tokens that can be reserved, without the spare ones."""
+        return (self.num_blocks - self.spare_blocks) * BLOCK_TOKENS
+
+    def blocks_for(self, num_tokens: int) -> int:
+        """Returns the number of blocks that hold `num_tokens` tokens."""
+        return math.ceil(num_tokens / BLOCK_TOKENS)
+
+    def reserve(self, num_tokens: int) -> list[int]:
+        """Reserves blocks for a request of at most `num_tokens` tokens; the caller has checked `free_blocks`."""
+        count = self.blocks_for(num_tokens)
+        assert count <= len(self._free), "reserved more blocks than are free"
+        return [self._free.pop() for _ in range(count)]
+
+    def release(self, blocks: list[int]) -> None:
+        """Returns blocks to the pool."""
+        self._free += blocks
+
+    def write(self, layer: int, slots_R: Tensor, keys_RHE: Tensor, values_RHE: Tensor) -> None:
+        """Stores rows at slots (block x T + position in the block)."""
+        self._keys_MTHE[layer].flatten(0, 1).index_copy_(0, slots_R, keys_RHE)
+        self._values_MTHE[layer].flatten(0, 1).index_copy_(0, slots_R, values_RHE)
+
+    def read(self, layer: int, tables_BM: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns keys and values [B, H, S, E] of requests, S the tokens of the longest block table."""
+        batch = tables_BM.shape[0]
+        flat = tables_BM.flatten()
+        keys, values = (
+            pool[layer].index_select(0, flat).view(batch, -1, *pool[layer].shape[2:]).transpose(1, 2)
+            for pool in (self._keys_MTHE, self._values_MTHE)
+        )
+        return keys, values
+
+
+def table_of(blocks: list[list[int]], num_tokens: int, device: torch.device) -> Tensor:
+    """Returns the block tables [B, M] of requests for `num_tokens` tokens, padded with the scratch block."""
+    width = math.ceil(num_tokens / BLOCK_TOKENS)
+    return torch.tensor([(row + [_SCRATCH] * width)[:width] for row in blocks], device=device)
+
+
+def slots_of(blocks: list[int], start: int, end: int) -> list[int]:
+    """Returns the slots of a request's tokens from position `start` to before `end`."""
+    return [blocks[position // BLOCK_TOKENS] * BLOCK_TOKENS + position % BLOCK_TOKENS for position in range(start, end)]
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """What one request's prefill reads."""
+    """The input of one request's prefill."""
 
     token_ids: tuple[int, ...]
-    """Text, without placeholders."""
+    """Text tokens, without image placeholders."""
     visual_offset: int
+    """Number of text tokens before the visual tokens."""
     visual_KL: Tensor | None
     """Projected visual tokens of all its images; None: a prompt without images."""
     blocks: list[int]
-    """Its part of the pool."""
+    """Blocks of the KV pool that the request owns."""
 
     @property
     def length(self) -> int:
-        """Tokens that enter the decoder."""
+        """Number of tokens that enter the decoder."""
         return len(self.token_ids) + (0 if self.visual_KL is None else self.visual_KL.shape[0])
 
 
 @dataclass
 class _PrefillCache:
-    """Stands where the layers expect a transformers `Cache`: keeps the prompts' keys and values, and attends to no others."""
+    """Replaces a transformers `Cache` during prefill: stores keys and values; each prompt attends to itself only."""
 
     pool: KVPool
     slots_R: Tensor
@@ -57,7 +154,7 @@ class _PrefillCache:
 
 @dataclass
 class _DecodeCache:
-    """The same for one more token of each request, which attends to all that its request has in the pool."""
+    """Replaces a transformers `Cache` in a decode step: each new token attends to all of its request's tokens."""
 
     pool: KVPool
     slots_B: Tensor
@@ -69,12 +166,12 @@ class _DecodeCache:
 
 
 class PooledDecoder:
-    """Runs a model's decoder over pooled memory.
+    """Runs a model's decoder with its keys and values in a `KVPool`.
 
     Args:
-        model: in evaluation mode.
-        max_tokens: of the KV pool.
-        spare_tokens: of it, for requests that must not wait.
+        model: model in evaluation mode.
+        max_tokens: size of the KV pool, tokens.
+        spare_tokens: additional tokens for urgent requests.
     """
 
     def __init__(self, model: ElasticVLM, *, max_tokens: int, spare_tokens: int = 0) -> None:
@@ -100,7 +197,7 @@ class PooledDecoder:
         )
 
     def prefill(self, prompts: list[Prompt]) -> Tensor:
-        """Logits [B, V] of the first token after each prompt."""
+        """Processes whole prompts and returns the logits [B, V] of the first token after each."""
         lengths = torch.tensor([prompt.length for prompt in prompts], device=self.device)
         order_S = torch.arange(int(lengths.max()), device=self.device)
         valid_BS = order_S[None] < lengths[:, None]
@@ -109,34 +206,36 @@ class PooledDecoder:
         allowed_BSS = valid_BS[:, None].expand(-1, len(order_S), -1)
         if not self._model.reads_both_ways:
             allowed_BSS = allowed_BSS & (order_S[None] <= order_S[:, None])
-        places_BS = order_S.expand(len(prompts), -1)
-        # A prompt that is read in both directions is seen as a whole also by layers with a window, as transformers has
-        # it.
+        positions_BS = order_S.expand(len(prompts), -1)
+        # Where the prompt is attended to in both directions, layers with a window see all of it, as in transformers.
         window = None if self._model.reads_both_ways else self._window
-        hidden_BSL = self._run(self._embed(prompts, len(order_S)), allowed_BSS, places_BS, places_BS, cache, window)
+        hidden_BSL = self._run(
+            self._embed(prompts, len(order_S)), allowed_BSS, positions_BS, positions_BS, cache, window
+        )
         return self._logits(hidden_BSL[torch.arange(len(prompts), device=self.device), lengths - 1])
 
     def decode(self, token_ids: list[int], lengths: list[int], blocks: list[list[int]]) -> Tensor:
-        """Logits [B, V] after one more token of each request.
+        """Processes one more token of each request and returns the logits [B, V] of the next.
 
         Args:
-            token_ids: the token that each request has just made.
-            lengths: tokens of each that are in the pool already.
-            blocks: of each request.
+            token_ids: the token that each request has just generated.
+            lengths: number of tokens of each request that are already in the pool.
+            blocks: blocks of each request.
         """
         longest = max(lengths) + 1
         tables_BM = table_of(blocks, longest, self.device)
-        places_B = torch.tensor(lengths, device=self.device)
+        positions_B = torch.tensor(lengths, device=self.device)
         slots_B = (
-            tables_BM.gather(1, (places_B // BLOCK_TOKENS)[:, None]).squeeze(1) * BLOCK_TOKENS + places_B % BLOCK_TOKENS
+            tables_BM.gather(1, (positions_B // BLOCK_TOKENS)[:, None]).squeeze(1) * BLOCK_TOKENS
+            + positions_B % BLOCK_TOKENS
         )
         order_S = torch.arange(tables_BM.shape[1] * BLOCK_TOKENS, device=self.device)
-        allowed_B1S = (order_S[None] <= places_B[:, None])[:, None]
+        allowed_B1S = (order_S[None] <= positions_B[:, None])[:, None]
         hidden_B1L = self._model.get_input_embeddings()(torch.tensor(token_ids, device=self.device)[:, None])
         cache = _DecodeCache(self.pool, slots_B, tables_BM)
         return self._logits(
             self._run(
-                hidden_B1L, allowed_B1S, places_B[:, None], order_S.expand(len(lengths), -1), cache, self._window
+                hidden_B1L, allowed_B1S, positions_B[:, None], order_S.expand(len(lengths), -1), cache, self._window
             )[:, 0]
         )
 
@@ -158,23 +257,24 @@ class PooledDecoder:
         self,
         hidden: Tensor,
         allowed_BQS: Tensor,
-        rows_BQ: Tensor,
-        columns_BS: Tensor,
+        query_positions_BQ: Tensor,
+        key_positions_BS: Tensor,
         cache: _PrefillCache | _DecodeCache,
         window: int | None,
     ) -> Tensor:
-        """Hidden states after all layers; `rows` and `columns` are places in the prompt, of queries and of keys."""
-        positions_BQ = rows_BQ + self._model.first_position
-        rotary = self._text.rotary_emb(hidden, positions_BQ)
+        """Returns the hidden states after all layers; positions are those in each request's prompt and answer."""
+        position_ids_BQ = query_positions_BQ + self._model.first_position
+        rotary = self._text.rotary_emb(hidden, position_ids_BQ)
         masks = [self._additive(allowed_BQS)] * 2
-        if window is not None and columns_BS.shape[1] > window:
-            masks[1] = self._additive(allowed_BQS & (rows_BQ[:, :, None] - columns_BS[:, None] < window))
+        if window is not None and key_positions_BS.shape[1] > window:
+            near_BQS = query_positions_BQ[:, :, None] - key_positions_BS[:, None] < window
+            masks[1] = self._additive(allowed_BQS & near_BQS)
         for layer, sliding in zip(self._layers, self._sliding, strict=True):
             hidden = layer(
                 hidden,
                 attention_mask=masks[sliding],
                 position_embeddings=rotary,
-                position_ids=positions_BQ,
+                position_ids=position_ids_BQ,
                 past_key_values=cache,
                 use_cache=True,
             )
@@ -182,7 +282,10 @@ class PooledDecoder:
         return normed
 
     def _additive(self, allowed_BQS: Tensor) -> Tensor:
-        """Zero where attention is allowed, else the smallest number: soft-capped (eager) attention takes no Booleans."""
+        """Returns an additive mask: 0 where attention is allowed, else the smallest number.
+
+        Soft-capped (eager) attention does not accept boolean masks.
+        """
         mask = torch.zeros(allowed_BQS.shape, dtype=self._dtype, device=self.device)
         return mask.masked_fill_(~allowed_BQS, torch.finfo(self._dtype).min)[:, None]
 

@@ -1,27 +1,36 @@
-"""What an engine is to the rest of serving: requests in, events out.
+"""The interface of an engine: how requests are built and submitted, and how their events are awaited.
 
-Another engine takes its place by implementing `Engine`.
-
-Nothing here imports torch, so the ingress, which has no model, shares these types with the replicas that have one.
+Another engine can be used by implementing `Engine`. Nothing here imports torch, so the ingress, which has no model,
+shares these types with the replicas, which have one.
 """
 
-from collections.abc import Callable, Collection
+import asyncio
+import contextlib
+import hashlib
+import queue
+from collections.abc import AsyncGenerator, Callable, Collection, Sequence
 from concurrent.futures import Future
+from contextlib import aclosing
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from PIL import Image
 
 from parcelray.errors import ParcelrayError
+
+if TYPE_CHECKING:
+    from parcelray.models.backbones.processor_base import ElasticProcessor
 
 FinishReason = Literal["stop", "length"]
 
 
 class EngineRefusal(ParcelrayError):
-    """The engine did not take a request, or gave it up; `code` says why.
+    """The engine rejected a request or aborted it; `code` says why.
 
     Args:
         code: `context_length_exceeded` (it can never fit), `unsupported_budget`, `queue_full`, `deadline_exceeded`,
-            `cancelled`, `shutting_down` or `engine_error`.
-        message: one sentence without paths or internals.
+            `cancelled`, `shutting_down`, `engine_error` or `no_replica`.
+        message: one sentence for the client, without paths or internals.
     """
 
     def __init__(self, code: str, message: str) -> None:
@@ -38,119 +47,119 @@ class Sampling:
     """How the next token is chosen."""
 
     max_new_tokens: int
-    """Longest answer, tokens, the end token included."""
+    """Maximum length of the answer in tokens, including the end token."""
     temperature: float = 0.0
-    """0: the likeliest token, as in evaluation."""
+    """0 takes the most likely token, as evaluation does."""
     top_p: float = 1.0
-    """Probability mass that is sampled from."""
+    """Probability mass to sample from."""
     seed: int | None = None
-    """Of the request's own generator; None: a fresh one."""
+    """Seed of the request's own random generator; None: not reproducible."""
     stop: tuple[str, ...] = ()
-    """Texts that end the answer and are no part of it."""
+    """Strings that end the answer and are not part of it."""
     logprobs: int | None = None
-    """Likeliest tokens to report at each place beside the chosen one; None: no log-probabilities."""
+    """Number of most likely tokens to report at each position, next to the chosen one; None: no log-probabilities."""
 
 
 @dataclass(frozen=True, slots=True)
 class ImagePixels:
-    """One image at the model's input size, 8 bits a channel."""
+    """One image at the model's input size, 8 bits per channel."""
 
     content: str
-    """SHA-256 of `rgb`, the key of the feature cache; different for different images."""
+    """SHA-256 of `rgb`, the key of the feature cache."""
     side: int
-    """Pixels of a side."""
+    """Width and height, pixels."""
     rgb: bytes
-    """side x side x 3, row-major."""
-    kept: bool = True
-    """Whether its features come from the cache where they are, and stay in it.
+    """Pixel values, side x side x 3, row-major."""
+    use_cache: bool = True
+    """Whether its features are read from and written to the feature cache.
 
-    Not those of a health check, which is to run the vision tower.
+    False for health checks, which must run the vision tower.
     """
 
 
 @dataclass(frozen=True, slots=True)
 class GenerateRequest:
-    """One answer to make."""
+    """A request for one answer."""
 
     request_id: str
-    """Unique among those in flight."""
+    """Unique among the requests in flight."""
     prompt_ids: tuple[int, ...]
     """Token ids of the text, without image placeholders."""
     visual_offset: int
-    """Tokens of the prompt that stand before the visual tokens."""
+    """Number of prompt tokens before the visual tokens."""
     images: tuple[ImagePixels, ...]
-    """In the order of the prompt."""
+    """Images in the order of the prompt."""
     num_visual_tokens: int
-    """The budget of each image; 0 without images. Of those in `choices` the largest."""
+    """Visual-token budget per image; 0 without images. With `choices`, the largest of them."""
     sampling: Sampling
     """How tokens are chosen."""
     timeout_s: float
-    """Time from arrival at the engine after which the request is given up, seconds."""
+    """Seconds from arrival at the engine until the request is aborted."""
     stream: bool = False
-    """Whether pieces of the answer are wanted as they come."""
+    """Whether parts of the answer are sent as they are generated."""
     urgent: bool = False
-    """Goes before the queue, into room that is kept for it: health checks, which must not wait for the load that they watch."""
+    """Whether the request skips the queue and uses reserved memory: for health checks, which must not wait for load."""
     choices: tuple[int, ...] = ()
-    """Budgets that the engine may choose among by image and question, ascending; empty: `num_visual_tokens` it is."""
+    """Budgets, ascending, from which the engine chooses by image and question; empty: `num_visual_tokens` is used."""
 
     @property
     def num_image_tokens(self) -> int:
-        """Visual tokens of all images together."""
+        """Number of visual tokens of all images together."""
         return len(self.images) * self.num_visual_tokens
 
     @property
     def num_prompt_tokens(self) -> int:
-        """Length of the decoder's input."""
+        """Length of the decoder's input, tokens."""
         return len(self.prompt_ids) + self.num_image_tokens
 
     @property
-    def least_prompt_tokens(self) -> int:
-        """The same at the smallest budget that it may get."""
+    def min_prompt_tokens(self) -> int:
+        """Length of the decoder's input at the smallest budget the request may get, tokens."""
         return len(self.prompt_ids) + len(self.images) * (self.choices[0] if self.choices else self.num_visual_tokens)
 
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """A token and the logarithm of its probability under the model, before temperature."""
+    """A token and its log-probability under the model, before temperature."""
 
     token: str
     logprob: float
     top: tuple[tuple[str, float], ...] = ()
-    """The likeliest tokens at that place."""
+    """The most likely tokens at that position with their log-probabilities."""
 
 
 @dataclass(frozen=True, slots=True)
 class Timings:
-    """Seconds that the parts of one request took."""
+    """Durations of the parts of one request, seconds."""
 
     queue_s: float
-    """From arrival to the start of its prefill."""
+    """From arrival at the engine to the turn that starts the request."""
     vision_s: float
-    """Of the vision tower's batch that it was in; 0: every image was in the cache."""
+    """Duration of the vision-tower batch that held its images; 0: every image was in the cache."""
     prefill_s: float
-    """Of the prefill's batch that it was in."""
+    """Duration of its prefill batch."""
     first_token_s: float
-    """From arrival to the first token."""
+    """From arrival at the engine to the first token."""
     total_s: float
-    """From arrival to the last token."""
+    """From arrival at the engine to the last token."""
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Text that the answer went on with; empty where the first token is no whole character."""
+    """The next part of a streamed answer; its text is empty when the first token is not yet a whole character."""
 
     text: str
     logprobs: tuple[TokenLogprob, ...] = ()
     num_visual_tokens: int = 0
-    """The budget that each image got."""
+    """Visual-token budget that each image got."""
 
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """What an engine is doing, and has done since its start."""
+    """The current load of an engine and its counters since its start."""
 
     engine: str = ""
-    """Which engine, where there are several."""
+    """Name of the engine, to tell replicas apart."""
     running: int = 0
     waiting: int = 0
     kv_tokens_used: int = 0
@@ -160,34 +169,34 @@ class EngineStats:
     feature_cache_misses: int = 0
     feature_cache_bytes: int = 0
     steps: int = 0
-    """Decode steps."""
+    """Number of decode steps."""
     decoded_rows: int = 0
-    """Requests over all decode steps: divided by `steps`, how many shared one."""
+    """Sum of batch sizes over all decode steps; divided by `steps`, the mean batch size."""
     prefill_batches: int = 0
     prefilled: int = 0
-    """Requests over all prefill batches."""
+    """Number of requests over all prefill batches."""
     load_s: float = 0.0
-    """From the start of its replica until its model was loaded and warmed up."""
+    """Seconds from the start of the replica until its model was loaded and warmed up."""
 
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """The end of an answer."""
+    """The end of an answer, with the whole answer."""
 
     text: str
-    """All of it, white space at its ends left out."""
+    """The whole answer, without leading and trailing white space."""
     reason: FinishReason
-    """`stop`: the end token or a stop text; `length`: as long as it may be."""
+    """`stop`: the end token or a stop string; `length`: the maximum length."""
     num_new_tokens: int
-    """Tokens made, the end token included."""
+    """Number of generated tokens, including the end token."""
     timings: Timings
     cached_images: int
-    """Images whose features were in the cache."""
+    """Number of images whose features were in the cache."""
     logprobs: tuple[TokenLogprob, ...] = ()
     stats: EngineStats = field(default_factory=EngineStats)
-    """The engine at that moment."""
+    """Statistics of the engine at that moment."""
     num_visual_tokens: int = 0
-    """The budget that each image got."""
+    """Visual-token budget that each image got."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,27 +208,27 @@ class Failed:
 
 Event = Piece | Finished | Failed
 Listener = Callable[[Event], None]
-"""Called from the engine's thread: it must return at once."""
+"""Receives the events of one request in the engine's thread, so it must return at once."""
 
 
 @dataclass(frozen=True, slots=True)
 class Inspection:
-    """What a model makes of one image at one budget, for people to look at."""
+    """How the connector compresses one image at one budget, for display in the playground."""
 
     anchor_grid: int
-    """Side of the grid of pooled anchors; 0: none."""
+    """Side length of the grid of pooled anchors; 0: no anchors."""
     grid: int
-    """Side of the patch grid."""
+    """Side length of the patch grid."""
     attention: tuple[float, ...]
-    """How much the queries look at each patch, row-major, mean over the queries, 1 at the largest; empty without queries."""
+    """Attention of the queries to each patch, row-major, mean over queries, maximum 1; empty without queries."""
 
 
 class Engine(Protocol):
-    """Makes answers, many at a time."""
+    """Generates the answers of many requests at the same time."""
 
     @property
     def supported_budgets(self) -> tuple[int, ...]:
-        """Legal values of `num_visual_tokens`, ascending."""
+        """Supported values of `num_visual_tokens`, ascending."""
         ...
 
     def submit(self, request: GenerateRequest, listener: Listener) -> None:
@@ -231,44 +240,142 @@ class Engine(Protocol):
         ...
 
     def cancel(self, request_id: str) -> None:
-        """Gives a request up, before the next step; unknown ids are ignored."""
+        """Aborts a request before the next step; unknown ids are ignored."""
         ...
 
     def inspect(self, image: ImagePixels, num_visual_tokens: int) -> Future[Inspection]:
-        """Looks at one image, between two steps; a future that was cancelled by then costs nothing."""
+        """Computes the inspection of one image between two steps; a future cancelled before then costs nothing."""
         ...
 
     def stats(self) -> EngineStats:
-        """What the engine is doing now."""
+        """Returns the current statistics."""
         ...
 
     def close(self) -> None:
-        """Fails what is in flight and ends the engine."""
+        """Fails the requests in flight and stops the engine."""
         ...
 
 
-def check_request(request: GenerateRequest, max_tokens: int, budgets: Collection[int], *, chooses: bool) -> None:
-    """Refuses what an engine can never answer.
+class PromptBuilder:
+    """Builds the requests for the engine of one checkpoint; needs its processor, not its model.
 
     Args:
-        request: that has just arrived.
-        max_tokens: that prompt and answer may hold.
-        budgets: that the model gives.
-        chooses: whether the engine chooses budgets that are left open.
+        processor: processor of the checkpoint.
+    """
+
+    def __init__(self, processor: "ElasticProcessor") -> None:
+        self._processor = processor
+        self._offset = processor.visual_offset
+        self.image_size = processor.image_size
+        self.crops = processor.crops
+
+    def pixels(self, image: Image.Image) -> ImagePixels:
+        """Scales an image to the model's input size and hashes it."""
+        rgb = self._processor.fitted(image).tobytes()
+        return ImagePixels(hashlib.sha256(rgb).hexdigest(), self.image_size, rgb)
+
+    def request(
+        self,
+        request_id: str,
+        text: str,
+        images: Sequence[ImagePixels],
+        *,
+        num_visual_tokens: int,
+        sampling: Sampling,
+        timeout_s: float,
+        stream: bool = False,
+        urgent: bool = False,
+    ) -> GenerateRequest:
+        """Builds one request; see `GenerateRequest` for the arguments."""
+        ids = self._processor.encode_prompts([text], with_image=bool(images))[0]
+        offset = self._offset if images else 0
+        budget = num_visual_tokens if images else 0
+        return GenerateRequest(
+            request_id, tuple(ids), offset, tuple(images), budget, sampling, timeout_s, stream, urgent
+        )
+
+
+async def events(engine: Engine, request: GenerateRequest) -> AsyncGenerator[Piece | Finished, None]:
+    """Yields the events of a request: its pieces, if streamed, and its end. Closing the generator cancels the request.
 
     Raises:
-        EngineRefusal: it does not fit, or asks for a budget that is not to be had.
+        EngineRefusal: the request was rejected or aborted.
     """
-    most = request.least_prompt_tokens + request.sampling.max_new_tokens
-    if most > max_tokens:
+    loop = asyncio.get_running_loop()
+    inbox: asyncio.Queue[Event] = asyncio.Queue()
+
+    def deliver(event: Event) -> None:
+        # After the loop is closed, nobody waits for the event.
+        with contextlib.suppress(RuntimeError):
+            loop.call_soon_threadsafe(inbox.put_nowait, event)
+
+    engine.submit(request, deliver)
+    ended = False
+    try:
+        while not ended:
+            event = await inbox.get()
+            ended = not isinstance(event, Piece)
+            if isinstance(event, Failed):
+                raise event.refusal
+            yield event
+    finally:
+        if not ended:
+            engine.cancel(request.request_id)
+
+
+async def last_event(stream: AsyncGenerator[Piece | Finished, None]) -> Finished:
+    """Returns the end of an answer out of its events; cancelling the wait closes the stream."""
+    async with aclosing(stream):
+        async for event in stream:
+            if isinstance(event, Finished):
+                return event
+    raise AssertionError("a stream of events ended without a Finished event")
+
+
+def answer_all(engine: Engine, requests: list[GenerateRequest]) -> list[Finished]:
+    """Submits many requests together and returns their answers in the same order.
+
+    Raises:
+        EngineRefusal: of the first request that has no answer.
+    """
+    inbox: queue.SimpleQueue[tuple[int, Event]] = queue.SimpleQueue()
+    for index, request in enumerate(requests):
+        engine.submit(request, lambda event, index=index: inbox.put((index, event)))  # type: ignore[misc]
+    answers: dict[int, Finished] = {}
+    while len(answers) < len(requests):
+        index, event = inbox.get()
+        if isinstance(event, Failed):
+            raise event.refusal
+        if isinstance(event, Finished):
+            answers[index] = event
+    return [answers[index] for index in range(len(requests))]
+
+
+def check_request(request: GenerateRequest, max_tokens: int, budgets: Collection[int], *, chooses: bool) -> None:
+    """Rejects a request that an engine can never answer.
+
+    Args:
+        request: a request that has just arrived.
+        max_tokens: maximum number of prompt and answer tokens of one request.
+        budgets: visual-token budgets that the model supports.
+        chooses: whether the engine can choose a budget from `request.choices`.
+
+    Raises:
+        EngineRefusal: the request does not fit, or needs a budget that is not supported.
+    """
+    new = request.sampling.max_new_tokens
+    if request.min_prompt_tokens + new > max_tokens:
         raise EngineRefusal(
             "context_length_exceeded",
-            f"{request.least_prompt_tokens} prompt tokens and {request.sampling.max_new_tokens} new ones are {most},"
-            f" but a request may hold {max_tokens}; shorten the prompt, or lower max_tokens or the visual-token"
-            " budget.",
+            f"The request needs {request.min_prompt_tokens} prompt tokens and {new} new tokens, but one request may"
+            f" hold {max_tokens} tokens; shorten the prompt, or lower max_tokens or the visual-token budget.",
         )
     for budget in (request.num_visual_tokens, *request.choices) if request.images else ():
         if budget not in budgets:
-            raise EngineRefusal("unsupported_budget", f"{budget} visual tokens is no budget of this model.")
+            raise EngineRefusal(
+                "unsupported_budget",
+                f"visual_tokens is {budget}; this model supports {len(budgets)} budgets from {min(budgets)} to"
+                f" {max(budgets)}.",
+            )
     if request.choices and not chooses:
-        raise EngineRefusal("unsupported_budget", "This engine chooses no budgets; name one.")
+        raise EngineRefusal("unsupported_budget", "This engine has no budget predictor; set visual_tokens to a number.")

@@ -1,10 +1,10 @@
-"""The next token of every request of a step: the likeliest, or one drawn with its request's own random number.
+"""Chooses the next token of every request of a step: the most likely one, or a sample with the request's own generator.
 
-Drawing is the inverse of the cumulative distribution, for all rows together, where the logits are. Without `top_p` that
-needs no order. With it only the likeliest tokens of a row are sorted, and more of them where the nucleus does not
+Sampling inverts the cumulative distribution of all rows together, on the device of the logits. Without `top_p` no order
+is needed. With `top_p` only the most likely tokens of a row are sorted, and more of them if the nucleus does not
 provably end among these.
 
-Shapes: B requests, R of them drawn, V vocabulary, K tokens that are sorted.
+Shapes: B requests, R of them sampled, V vocabulary, K sorted tokens.
 """
 
 import math
@@ -15,14 +15,14 @@ from torch import Tensor
 
 from parcelray.serving.engine.engine import Sampling
 
-_COLDEST = 1e-5
-"""Temperatures below it choose the likeliest token: in single precision the logits over it would be infinite, or all but one so."""
+_MIN_TEMPERATURE = 1e-5
+"""Lower temperatures take the most likely token, because logits divided by them overflow single precision."""
 _SORTED = (256, 8192)
-"""Likeliest tokens of a row that are sorted, and if they are too few; then all of them."""
+"""Number of most likely tokens of a row that are sorted: first attempt and second attempt; then all are sorted."""
 
 
 class TopTokens(NamedTuple):
-    """The chosen token's log-probability and the likeliest tokens at its place."""
+    """Log-probability of the chosen token, and the most likely tokens at its position."""
 
     logprob: float
     ids: list[int]
@@ -30,8 +30,8 @@ class TopTokens(NamedTuple):
 
 
 def generator_of(sampling: Sampling) -> torch.Generator | None:
-    """The generator of one request; None where nothing is drawn."""
-    if sampling.temperature < _COLDEST:
+    """Returns the random generator of one request, or None if it takes the most likely tokens."""
+    if sampling.temperature < _MIN_TEMPERATURE:
         return None
     generator = torch.Generator()
     if sampling.seed is None:
@@ -42,29 +42,29 @@ def generator_of(sampling: Sampling) -> torch.Generator | None:
 
 
 def choose(logits_BV: Tensor, samplings: list[Sampling], generators: list[torch.Generator | None]) -> list[int | None]:
-    """Token ids, one a row; None: its logits are no numbers.
+    """Returns one token id per row, or None where the logits are not finite.
 
-    A row's draw depends on nothing but its own logits and generator.
+    The sample of a row depends only on its own logits and generator.
     """
-    largest_B, likeliest_B = logits_BV.max(dim=1)
-    chosen: list[int | None] = likeliest_B.tolist()
+    largest_B, best_B = logits_BV.max(dim=1)
+    chosen: list[int | None] = best_B.tolist()
     for row, largest in enumerate(largest_B.tolist()):
         if not math.isfinite(largest):
             chosen[row] = None
     rows = [row for row, generator in enumerate(generators) if generator is not None and chosen[row] is not None]
     if rows:
-        drawn = _draw(
+        sampled = _sample(
             logits_BV[rows],
             [samplings[row] for row in rows],
             [generator for row in rows if (generator := generators[row]) is not None],
         )
-        for row, token in zip(rows, drawn, strict=True):
+        for row, token in zip(rows, sampled, strict=True):
             chosen[row] = token
     return chosen
 
 
 def logprobs_of(logits_V: Tensor, token_id: int, top: int) -> TopTokens:
-    """Log-probabilities at one place, before temperature and `top_p`."""
+    """Returns the log-probabilities at one position, before temperature and `top_p`."""
     logs_V = logits_V.log_softmax(dim=0)
     best = logs_V.topk(top) if top else None
     return TopTokens(
@@ -74,7 +74,7 @@ def logprobs_of(logits_V: Tensor, token_id: int, top: int) -> TopTokens:
     )
 
 
-def _draw(logits_RV: Tensor, samplings: list[Sampling], generators: list[torch.Generator]) -> list[int]:
+def _sample(logits_RV: Tensor, samplings: list[Sampling], generators: list[torch.Generator]) -> list[int]:
     device = logits_RV.device
     temperature_R = torch.tensor([sampling.temperature for sampling in samplings], device=device)
     uniform_R = torch.tensor(
@@ -82,7 +82,7 @@ def _draw(logits_RV: Tensor, samplings: list[Sampling], generators: list[torch.G
         dtype=torch.float64,
         device=device,
     )
-    # The largest is taken off first: divided by a small temperature it could be infinite.
+    # The maximum is subtracted first: divided by a small temperature, it could overflow.
     mass_RV = ((logits_RV - logits_RV.amax(dim=1, keepdim=True)) / temperature_R[:, None]).exp_()
     tokens_R = torch.empty(len(samplings), dtype=torch.int64, device=device)
     whole = [row for row, sampling in enumerate(samplings) if sampling.top_p >= 1.0]
@@ -93,37 +93,41 @@ def _draw(logits_RV: Tensor, samplings: list[Sampling], generators: list[torch.G
         if not rows:
             break
         top_p_R = torch.tensor([samplings[row].top_p for row in rows], dtype=torch.float64, device=device)
-        drawn_R, certain_R = _draw_nucleus(mass_RV[rows], top_p_R, uniform_R[rows], min(count, mass_RV.shape[1]))
-        tokens_R[rows] = drawn_R
+        sampled_R, certain_R = _sample_nucleus(mass_RV[rows], top_p_R, uniform_R[rows], min(count, mass_RV.shape[1]))
+        tokens_R[rows] = sampled_R
         rows = [row for row, certain in zip(rows, certain_R.tolist(), strict=True) if not certain]
     return list(map(int, tokens_R.tolist()))
 
 
-def _draw_nucleus(mass_RV: Tensor, top_p_R: Tensor, uniform_R: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Draws [R] from the nucleus, and whether it ends among the `count` likeliest tokens of its row [R]; only then the draw counts."""
+def _sample_nucleus(mass_RV: Tensor, top_p_R: Tensor, uniform_R: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Samples [R] from the nucleus among the `count` most likely tokens of each row.
+
+    Returns:
+        The samples, and whether the nucleus ends among these tokens [R]; if not, the sample is not valid.
+    """
     if count == mass_RV.shape[1]:
         sorted_RK, ids_RK = mass_RV.sort(dim=1, descending=True, stable=True)
     else:
         sorted_RK, ids_RK = mass_RV.topk(count, dim=1)
-        # `topk` leaves open in which order equal ones come.
+        # `topk` does not define the order of equal values.
         ids_RK, order_RK = ids_RK.sort(dim=1)
-        sorted_RK, again_RK = sorted_RK.gather(1, order_RK).sort(dim=1, descending=True, stable=True)
-        ids_RK = ids_RK.gather(1, again_RK)
+        sorted_RK, stable_RK = sorted_RK.gather(1, order_RK).sort(dim=1, descending=True, stable=True)
+        ids_RK = ids_RK.gather(1, stable_RK)
     goal_R = top_p_R * mass_RV.sum(dim=1, dtype=torch.float64)
     sums_RK = sorted_RK.cumsum(dim=1, dtype=torch.float64)
-    # A token is in the nucleus if those before it have not yet the mass: the first always is.
+    # A token is in the nucleus if the tokens before it do not reach the mass; so the first token always is.
     last_R = (sums_RK < goal_R[:, None]).sum(dim=1).clamp_(max=count - 1)
     inside_RK = torch.arange(count, device=mass_RV.device)[None] <= last_R[:, None]
-    drawn_R = ids_RK.gather(1, _inverse(sorted_RK * inside_RK, uniform_R)[:, None]).squeeze(1)
-    # Of tokens as likely as the last one that was sorted, others may have been left out.
+    sampled_R = ids_RK.gather(1, _inverse(sorted_RK * inside_RK, uniform_R)[:, None]).squeeze(1)
+    # There may be more tokens with the same probability as the last sorted one.
     certain_R = (sorted_RK.gather(1, last_R[:, None]).squeeze(1) > sorted_RK[:, -1]) | (count == mass_RV.shape[1])
-    return drawn_R, certain_R
+    return sampled_R, certain_R
 
 
 def _inverse(mass_RK: Tensor, uniform_R: Tensor) -> Tensor:
-    """The place [R] at which the cumulative mass passes a share of the whole."""
+    """Returns the index [R] at which the cumulative mass exceeds a share of the total."""
     sums_RK = mass_RK.cumsum(dim=1, dtype=torch.float64)
-    # The last place with any mass bounds it: a share that rounds to the whole must not fall behind it.
+    # The bound keeps a share that rounds to the total at the last index with any mass.
     goal_R1 = torch.minimum(
         uniform_R[:, None] * sums_RK[:, -1:], torch.nextafter(sums_RK[:, -1:], torch.zeros_like(sums_RK[:, -1:]))
     )

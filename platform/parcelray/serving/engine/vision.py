@@ -1,4 +1,4 @@
-"""Visual tokens of a batch of requests: the vision tower once per new image, the connector once per budget.
+"""Computes the visual tokens of a batch of requests: vision tower once per new image, connector once per budget.
 
 Shapes: U different images, N patches, D vision width, K visual tokens of an image, L language width.
 """
@@ -14,28 +14,28 @@ from torch import Tensor
 
 from parcelray.models.backbones import ElasticVLM
 from parcelray.models.backbones.processor_base import ElasticProcessor
+from parcelray.models.feature_cache import FeatureCache
 from parcelray.serving.engine.engine import GenerateRequest, ImagePixels, Inspection
-from parcelray.serving.feature_cache import FeatureCache
 
 
 class Encoded(NamedTuple):
-    """What the vision tower saw in some images."""
+    """Patch features of some images."""
 
     features: dict[str, Tensor]
     """Patch features [N, D] by content."""
     new: frozenset[str]
     """Contents that were not in the cache."""
     seconds: float
-    """Of the vision tower's batches; 0: all were in the cache."""
+    """Duration of the vision-tower batches; 0 if all images were in the cache."""
 
 
 class VisionStage:
     """Turns images into visual tokens.
 
     Args:
-        model: in evaluation mode.
-        processor: of the same checkpoint.
-        cache_bytes: of patch features kept.
+        model: model in evaluation mode.
+        processor: processor of the same checkpoint.
+        cache_bytes: size of the cache of patch features, bytes.
         batch_size: images per run of the vision tower.
     """
 
@@ -44,32 +44,33 @@ class VisionStage:
         self._processor = processor
         self._batch_size = batch_size
         self._device = model.lm_head.weight.device
-        self.cache = FeatureCache(cache_bytes)
+        self.cache = FeatureCache[Tensor](cache_bytes)
 
     def encode(self, images: Iterable[ImagePixels]) -> Encoded:
-        """Patch features of each different image: out of the cache, or of the vision tower."""
+        """Returns the patch features of each different image, from the cache or from the vision tower."""
         started = time.perf_counter()
         features: dict[str, Tensor] = {}
         new: dict[str, ImagePixels] = {}
         for image in images:
             if image.content in features or image.content in new:
                 continue
-            found = self.cache.get(image.content) if image.kept else None
-            if found is None:
+            cached = self.cache.get(image.content) if image.use_cache else None
+            if cached is None:
                 new[image.content] = image
             else:
-                features[image.content] = found
+                features[image.content] = cached
         pending = list(new.values())
         for start in range(0, len(pending), self._batch_size):
             batch = pending[start : start + self._batch_size]
             for image, features_ND in zip(batch, self._encode(batch), strict=True):
                 features[image.content] = features_ND
-                if image.kept:
-                    self.cache.put(image.content, features_ND)
+                if image.use_cache:
+                    # A copy: a row of the encoder's batch would keep the whole batch in memory.
+                    self.cache.put(image.content, features_ND.clone())
         return Encoded(features, frozenset(new), time.perf_counter() - started if new else 0.0)
 
     def compress(self, requests: Sequence[GenerateRequest], features: dict[str, Tensor]) -> list[Tensor | None]:
-        """Projected tokens [K of all images, L] of each request's images, one after the other; None: it has no images."""
+        """Returns each request's projected tokens [K of all images, L], or None for a request without images."""
         tokens = self._compress(requests, features)
         return [
             (
@@ -81,7 +82,7 @@ class VisionStage:
         ]
 
     def inspect(self, image: ImagePixels, num_visual_tokens: int) -> Inspection:
-        """What the connector makes of one image at one budget."""
+        """Returns the anchors and the attention of the connector for one image at one budget."""
         connector = self._model.connector
         features_1ND = self.encode([image]).features[image.content][None]
         attention_QN = connector.query_attention(features_1ND, num_visual_tokens=num_visual_tokens)[0]
@@ -103,7 +104,7 @@ class VisionStage:
     def _compress(
         self, requests: Sequence[GenerateRequest], features: dict[str, Tensor]
     ) -> dict[tuple[str, int], Tensor]:
-        """By content and budget: requests with the same image at the same budget share the tokens."""
+        """Returns the tokens [K, L] by content and budget; equal images at equal budgets are computed once."""
         wanted: dict[int, dict[str, None]] = {}
         for request in requests:
             wanted.setdefault(request.num_visual_tokens, {}).update(

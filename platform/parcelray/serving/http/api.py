@@ -31,7 +31,7 @@ from parcelray.serving.http.playground import inspect_request, playground_routes
 from parcelray.serving.http.proxy_guard import request_id_of
 from parcelray.serving.http.schemas import parse_chat
 from parcelray.serving.ingress.chat import ChatService, Prepared
-from parcelray.serving.ingress.readiness import Readiness
+from parcelray.serving.ingress.clients import Readiness
 from parcelray.serving.ingress.request_log import RequestLog
 
 logger = logging.getLogger(__name__)

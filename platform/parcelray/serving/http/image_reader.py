@@ -5,11 +5,10 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 from parcelray.config.serve import HttpConfig, RequestLimits
-from parcelray.serving.engine.engine import ImagePixels
+from parcelray.serving.engine.engine import ImagePixels, PromptBuilder
 from parcelray.serving.http.api_errors import ApiError
 from parcelray.serving.http.images import ImageLimits, data_url_bytes, open_image
 from parcelray.serving.http.remote_images import TIMEOUT_S, fetch_image, not_in_time
-from parcelray.serving.ingress.prompting import PromptBuilder
 
 _FETCHES = 8
 """Images that are fetched at the same time."""

@@ -1,33 +1,78 @@
-"""From a validated request to a model's answer: budget, images, prompt, route, retries, records."""
+"""From a validated request to a model's answer: budget, images, prompt, admission, route, retries and records."""
 
 import asyncio
+import contextlib
 import logging
+import math
 import time
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from collections import deque
+from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, replace
 
 from parcelray.config.serve import RequestLimits
-from parcelray.serving.engine.engine import EngineRefusal, Finished, GenerateRequest, Piece, Sampling
-from parcelray.serving.http.api_errors import ApiError, from_refusal
+from parcelray.serving.engine.engine import EngineRefusal, Finished, GenerateRequest, Piece, Sampling, last_event
+from parcelray.serving.http.api_errors import ApiError, from_refusal, too_many
 from parcelray.serving.http.image_reader import ImageReader
 from parcelray.serving.http.schemas import ChatRequest
-from parcelray.serving.ingress.admission import Admission
 from parcelray.serving.ingress.budget_policy import BudgetPolicy
 from parcelray.serving.ingress.clients import ReplicaLost
 from parcelray.serving.ingress.metrics import EndpointMetrics
-from parcelray.serving.ingress.read_ahead import read_ahead
 from parcelray.serving.ingress.request_log import RequestLog
 from parcelray.serving.ingress.routes import Route, Routes
-from parcelray.serving.ingress.spans import annotate
 
 logger = logging.getLogger(__name__)
 _CLIENT_ERRORS = frozenset({"context_length_exceeded", "unsupported_budget", "cancelled", "queue_full"})
-"""Refusals that say nothing against the version that gave them."""
-_ELSEWHERE = frozenset({"shutting_down", "engine_error"})
-"""Refusals of one replica that another one need not give."""
+"""Refusals that do not count against the model version that gave them."""
+_RETRYABLE = frozenset({"shutting_down", "engine_error"})
+"""Refusals by one replica that another replica may not give."""
 _MARGIN_S = 5.0
-"""Beyond the deadline, which the replica keeps; a replica that hangs does not, and must not hold a request for ever."""
+"""Time after the deadline to wait for a replica, seconds. A replica enforces the deadline itself, unless it hangs."""
+_RATE_WINDOW_S = 10.0
+"""Time over which the rate of answers is measured, seconds."""
+_MAX_RETRY_AFTER_S = 30
+
+
+class Admission:
+    """Bounds the number of requests in flight in one ingress.
+
+    Args:
+        capacity: maximum number of requests in flight; more are refused.
+        clock: seconds, monotonic.
+    """
+
+    def __init__(self, capacity: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self._capacity = capacity
+        self._clock = clock
+        self._answers: deque[float] = deque(maxlen=1024)
+        self.in_flight = 0
+
+    @contextmanager
+    def slot(self) -> Iterator[None]:
+        """Counts one request as in flight for the duration of the context.
+
+        Raises:
+            ApiError: 429 if the capacity is reached.
+        """
+        if self.in_flight >= self._capacity:
+            message = f"The queue is full ({self.in_flight} requests in flight); retry the request later."
+            raise too_many(message, code="queue_full", retry_after_s=self.retry_after_s())
+        self.in_flight += 1
+        try:
+            yield
+        finally:
+            self.in_flight -= 1
+
+    def answered(self) -> None:
+        """Records an answer. Refusals and failures end at once and do not predict when others will end."""
+        self._answers.append(self._clock())
+
+    def retry_after_s(self) -> int:
+        """Estimates the seconds until half of the requests in flight are answered, 1 to 30."""
+        now = self._clock()
+        recent = sum(at >= now - _RATE_WINDOW_S for at in self._answers)
+        rate = recent / _RATE_WINDOW_S
+        return max(1, min(_MAX_RETRY_AFTER_S, math.ceil(self.in_flight / 2 / rate))) if rate else 1
 
 
 @dataclass
@@ -36,33 +81,34 @@ class Prepared:
 
     chat: ChatRequest
     request: GenerateRequest
-    """With the first event its budget is settled, also where the replica chooses it."""
+    """The engine's request. A budget that the replica chooses is entered with the first event."""
     route: Route
-    """Whose answer it is: the champion's, once a challenger has failed on it."""
+    """The model version that answers: after a failure of the challenger, the champion."""
     arrived: float
+    """Time of arrival, by `time.perf_counter`."""
     image_s: float
-    """Decoding and scaling its images."""
+    """Duration of decoding and scaling its images, seconds."""
     owner: str | None = None
-    """Whose key it came with."""
+    """Name of the API key that it came with."""
 
     @property
     def deadline(self) -> float:
-        """When it is given up, by the clock of `arrived`."""
+        """Time at which the request is aborted, by the clock of `arrived`."""
         return self.arrived + self.request.timeout_s
 
     def attempt(self) -> GenerateRequest:
-        """The request as it goes to a replica now, with the time that is left to it.
+        """Returns the request for a replica, with the remaining time.
 
         Raises:
-            EngineRefusal: none is left.
+            EngineRefusal: no time remains.
         """
-        left = self.deadline - time.perf_counter()
-        if left <= 0:
-            raise _late()
-        return replace(self.request, timeout_s=left)
+        remaining_s = self.deadline - time.perf_counter()
+        if remaining_s <= 0:
+            raise _deadline_exceeded()
+        return replace(self.request, timeout_s=remaining_s)
 
     def patience_s(self) -> float:
-        """How long to wait for the replica's next sign."""
+        """Returns how long to wait for the next event of the replica, seconds."""
         return max(0.0, self.deadline - time.perf_counter()) + _MARGIN_S
 
 
@@ -71,12 +117,12 @@ class ChatService:
 
     Args:
         routes: the model versions.
-        limits: of requests.
-        policy: of budgets.
-        metrics: of this ingress.
-        admission: what it may have in flight.
-        images: reads them.
-        log: one record a request.
+        limits: limits of a request.
+        policy: decides the visual-token budget.
+        metrics: metrics of this ingress.
+        admission: bounds the requests in flight.
+        images: reads the images of requests.
+        log: records every request.
     """
 
     def __init__(
@@ -98,17 +144,17 @@ class ChatService:
         self.images = images
         self._log = log
         metrics.watch_in_flight(lambda: admission.in_flight)
-        self._tell_of_challenger()
+        self._report_challenger()
 
     async def prepare(self, chat: ChatRequest, request_id: str, arrived: float, owner: str | None = None) -> Prepared:
-        """Everything that can be refused without the model.
+        """Does everything that does not need the model: checks, budget, images, prompt and route.
 
         Raises:
             ApiError: the request cannot be answered as it is.
         """
         sampling = self._sampling(chat)
         self._check_sizes(chat)
-        # Decided without images, too: a budget that is not offered is never passed over.
+        # Also decided without images, so that a budget that is not offered is always refused.
         decided = self.policy.decide(chat.asked_budget)
         budget = decided if chat.images else 0
         choices = self.policy.choices(chat.asked_budget)
@@ -119,51 +165,39 @@ class ChatService:
             self.metrics.load_policy(budget, lowered=lowered, raised=raised)
         route = self.routes.pick()
         started = time.perf_counter()
-        request = await self._request(chat, route, request_id, budget, sampling, self._left(arrived))
+        request = await self._request(chat, route, request_id, budget, sampling, self._remaining_s(arrived))
         request = replace(request, choices=choices if request.images else ())
         return Prepared(chat, request, route, arrived, time.perf_counter() - started, owner)
 
     async def answer(self, prepared: Prepared) -> Finished:
-        """The whole answer; a request whose replica died or failed goes to another one, and one on which a challenger failed to the champion.
+        """Returns the end of the answer, which holds the whole answer.
 
         Raises:
-            ApiError: there is none.
+            ApiError: the request gets no answer.
         """
-        answered = False
-        self.policy.started()
-        try:
-            while True:
-                try:
-                    end = await self._answer(prepared)
-                except EngineRefusal as refusal:
-                    await self._turn_to_champion(prepared, refusal)
-                else:
-                    self._finished(prepared, end)
-                    answered = True
-                    return end
-        finally:
-            if not answered:
-                self.policy.failed(time.perf_counter() - prepared.arrived, in_answer=False)
+        return await last_event(self._events(prepared))
 
     def events(self, prepared: Prepared) -> AsyncGenerator[Piece | Finished, None]:
-        """The answer in pieces, taken from the model as it makes them.
-
-        Only a request of which nothing was sent can go to another replica or version.
+        """Yields the events of the answer, read from the model as fast as it generates them.
 
         Raises:
-            ApiError: there is none, or it ends in the middle.
+            ApiError: the request gets no answer, or the answer breaks off.
         """
         return read_ahead(self._events(prepared))
 
     async def _events(self, prepared: Prepared) -> AsyncGenerator[Piece | Finished, None]:
+        """Yields the events of the answer; what fails on the challenger is sent to the champion.
+
+        Only a request of which nothing was sent can go to another replica or version.
+        """
         sent = answered = False
         self.policy.started()
         try:
             while not answered:
                 try:
-                    # Closed at once when the client hangs up, which is what cancels the request.
-                    async with aclosing(self._pieces(prepared)) as found:
-                        async for event in found:
+                    # Closed immediately when the client disconnects, which cancels the request.
+                    async with aclosing(self._route_events(prepared)) as stream:
+                        async for event in stream:
                             sent = True
                             if isinstance(event, Finished):
                                 self._finished(prepared, event)
@@ -172,75 +206,56 @@ class ChatService:
                 except EngineRefusal as refusal:
                     if sent:
                         raise self._refused(prepared, refusal) from None
-                    await self._turn_to_champion(prepared, refusal)
+                    await self._fall_back_to_champion(prepared, refusal)
         finally:
             if not answered:
                 self.policy.failed(time.perf_counter() - prepared.arrived, in_answer=sent)
 
-    async def _answer(self, prepared: Prepared) -> Finished:
-        """Of the route's version."""
-        for attempt in range(self.limits.retries + 1):
-            try:
-                async with asyncio.timeout(prepared.patience_s()):
-                    end = await prepared.route.client.answer(prepared.attempt())
-            except ReplicaLost:
-                self._lost(prepared, attempt)
-            except TimeoutError:
-                raise _late() from None
-            except EngineRefusal as refusal:
-                if not self._goes_elsewhere(refusal, attempt):
-                    raise
-                self._lost(prepared, attempt)
-            else:
-                self._settle(prepared, end)
-                return end
-        raise _gone()
-
-    async def _pieces(self, prepared: Prepared) -> AsyncGenerator[Piece | Finished, None]:
-        """Of the route's version."""
+    async def _route_events(self, prepared: Prepared) -> AsyncGenerator[Piece | Finished, None]:
+        """Yields the events of the request's model version, with retries on its other replicas."""
         sent = False
         for attempt in range(self.limits.retries + 1):
             try:
-                async with aclosing(prepared.route.client.events(prepared.attempt())) as found:
-                    while (event := await _next(found, prepared.patience_s())) is not None:
+                async with aclosing(prepared.route.client.events(prepared.attempt())) as stream:
+                    while (event := await _next(stream, prepared.patience_s())) is not None:
                         sent = True
-                        self._settle(prepared, event)
+                        self._enter_budget(prepared, event)
                         yield event
             except ReplicaLost:
                 self._lost(prepared, attempt)
                 if sent:
                     break
             except TimeoutError:
-                raise _late() from None
+                raise _deadline_exceeded() from None
             except EngineRefusal as refusal:
-                if sent or not self._goes_elsewhere(refusal, attempt):
+                if sent or refusal.code not in _RETRYABLE or attempt >= self.limits.retries:
                     raise
                 self._lost(prepared, attempt)
             else:
                 return
-        raise _gone()
+        raise EngineRefusal("no_replica", "The replica that had this request is gone; retry the request.")
 
-    async def _turn_to_champion(self, prepared: Prepared, refusal: EngineRefusal) -> None:
-        """A challenger is tried on requests whose senders know nothing of it: what it fails on is the champion's to answer.
+    async def _fall_back_to_champion(self, prepared: Prepared, refusal: EngineRefusal) -> None:
+        """Routes a request that the challenger failed on to the champion: clients do not know of the challenger.
 
         Raises:
-            ApiError: the refusal is the request's own fault, or was the champion's.
+            ApiError: the refusal is the fault of the request, or came from the champion.
         """
         champion = self.routes.champion
         error = self._refused(prepared, refusal)
         if refusal.code in _CLIENT_ERRORS or prepared.route is champion:
             raise error from None
-        asked = prepared.request
+        before = prepared.request
         prepared.route = champion
-        left_s = self._left(prepared.arrived)
+        remaining_s = self._remaining_s(prepared.arrived)
         prepared.request = await self._request(
-            prepared.chat, champion, asked.request_id, asked.num_visual_tokens, asked.sampling, left_s
+            prepared.chat, champion, before.request_id, before.num_visual_tokens, before.sampling, remaining_s
         )
 
     async def _request(
-        self, chat: ChatRequest, route: Route, request_id: str, budget: int, sampling: Sampling, left_s: float
+        self, chat: ChatRequest, route: Route, request_id: str, budget: int, sampling: Sampling, remaining_s: float
     ) -> GenerateRequest:
-        images = await self.images.read(route.prompts, chat.image_urls, left_s)
+        images = await self.images.read(route.prompts, chat.image_urls, remaining_s)
         return route.prompts.request(
             request_id,
             chat.text,
@@ -252,14 +267,13 @@ class ChatService:
         )
 
     def _sampling(self, chat: ChatRequest) -> Sampling:
-        asked = chat.max_completion_tokens if chat.max_completion_tokens is not None else chat.max_tokens
-        if asked is not None and asked > self.limits.max_tokens:
+        max_tokens = chat.max_completion_tokens if chat.max_completion_tokens is not None else chat.max_tokens
+        if max_tokens is not None and max_tokens > self.limits.max_tokens:
             field = "max_tokens" if chat.max_completion_tokens is None else "max_completion_tokens"
-            raise ApiError(
-                422, f"{field} is {asked}; legal are 1 to {self.limits.max_tokens}.", code="invalid_value", param=field
-            )
+            message = f"{field} is {max_tokens}; legal values are 1 to {self.limits.max_tokens}."
+            raise ApiError(422, message, code="invalid_value", param=field)
         return Sampling(
-            max_new_tokens=asked or self.limits.default_max_tokens,
+            max_new_tokens=max_tokens or self.limits.default_max_tokens,
             temperature=chat.temperature or 0.0,
             top_p=1.0 if chat.top_p is None else chat.top_p,
             seed=chat.seed,
@@ -267,30 +281,26 @@ class ChatService:
             logprobs=(chat.top_logprobs or 0) if chat.logprobs else None,
         )
 
-    def _left(self, arrived: float) -> float:
-        """Seconds until the request is given up."""
+    def _remaining_s(self, arrived: float) -> float:
         return max(0.001, self.limits.timeout_s - (time.perf_counter() - arrived))
 
     def _check_sizes(self, chat: ChatRequest) -> None:
         if len(chat.images) > self.limits.images:
-            message = f"The request has {len(chat.images)} images; legal are {self.limits.images} at most."
+            message = f"The request has {len(chat.images)} images; the maximum is {self.limits.images}."
             raise ApiError(413, message, code="too_many_images", param="messages")
         if len(chat.text) > self.limits.prompt_chars:
-            message = f"The texts have {len(chat.text)} characters; legal are {self.limits.prompt_chars} at most."
+            message = f"The texts have {len(chat.text)} characters; the maximum is {self.limits.prompt_chars}."
             raise ApiError(413, message, code="prompt_too_long", param="messages")
 
-    def _settle(self, prepared: Prepared, event: Piece | Finished) -> None:
-        """Takes over the budget that the replica chose."""
+    def _enter_budget(self, prepared: Prepared, event: Piece | Finished) -> None:
+        """Enters the budget that the replica chose."""
         if prepared.request.choices:
             prepared.request = replace(prepared.request, num_visual_tokens=event.num_visual_tokens, choices=())
             self.metrics.decided("auto", event.num_visual_tokens)
 
-    def _goes_elsewhere(self, refusal: EngineRefusal, attempt: int) -> bool:
-        return refusal.code in _ELSEWHERE and attempt < self.limits.retries
-
     def _finished(self, prepared: Prepared, end: Finished) -> None:
         latency_s = time.perf_counter() - prepared.arrived
-        # What came before the engine (HTTP, images, routing) is the client's wait for the first token, too.
+        # The time before the engine (HTTP, images, routing) is also part of the client's time to first token.
         first_token_s = latency_s - (end.timings.total_s - end.timings.first_token_s)
         self.admission.answered()
         self.policy.answered(latency_s, first_token_s)
@@ -299,19 +309,15 @@ class ChatService:
         )
         self._record(prepared, latency_s)
         self._log.answered(
-            prepared.request, end, owner=prepared.owner, version=prepared.route.version, latency_s=latency_s
+            prepared.request,
+            end,
+            owner=prepared.owner,
+            version=prepared.route.version,
+            question=prepared.chat.text,
+            requested_budget=prepared.chat.asked_budget,
+            latency_s=latency_s,
+            first_token_s=first_token_s,
         )
-        if self._log.samples is not None:
-            self._log.samples.answered(
-                prepared.request,
-                end,
-                question=prepared.chat.text,
-                asked=prepared.chat.asked_budget,
-                version=prepared.route.version,
-                latency_s=latency_s,
-                first_token_s=first_token_s,
-            )
-        annotate(prepared.request, end, version=prepared.route.version)
 
     def _refused(self, prepared: Prepared, refusal: EngineRefusal) -> ApiError:
         if refusal.code not in _CLIENT_ERRORS:
@@ -328,29 +334,51 @@ class ChatService:
         self.routes.record(prepared.route, latency_s)
         self.metrics.routed(prepared.route.version, "failed" if latency_s is None else "answered")
         if self.routes.rolled_back is not None and before is None:
-            logger.error("the challenger gets no more requests: %s", self.routes.rolled_back)
-            self._tell_of_challenger()
+            logger.error("the challenger was rolled back and gets no more requests: %s", self.routes.rolled_back)
+            self._report_challenger()
 
-    def _tell_of_challenger(self) -> None:
+    def _report_challenger(self) -> None:
         challenger = self.routes.challenger
         self.metrics.challenger(
             challenger.version if challenger is not None else None, rolled_back=self.routes.rolled_back is not None
         )
 
 
-def _gone() -> EngineRefusal:
-    return EngineRefusal("no_replica", "The replica that had this request is gone; send the request again.")
+async def read_ahead(source: AsyncGenerator[Piece | Finished, None]) -> AsyncGenerator[Piece | Finished, None]:
+    """Yields the events of a source that is read at its own speed; closing this closes the source.
+
+    Events that were not yet taken are buffered, so the source must be bounded, as an answer is.
+    """
+    buffer: asyncio.Queue[Piece | Finished | None] = asyncio.Queue()
+
+    async def read() -> None:
+        try:
+            async with aclosing(source):
+                async for event in source:
+                    buffer.put_nowait(event)
+        finally:
+            buffer.put_nowait(None)
+
+    reading = asyncio.create_task(read())
+    try:
+        while (event := await buffer.get()) is not None:
+            yield event
+        await reading
+    finally:
+        reading.cancel()
+        with contextlib.suppress(asyncio.CancelledError, Exception):
+            await reading
 
 
-async def _next(found: AsyncGenerator[Piece | Finished, None], patience_s: float) -> Piece | Finished | None:
-    """The next event; None: there is none.
+async def _next(stream: AsyncGenerator[Piece | Finished, None], patience_s: float) -> Piece | Finished | None:
+    """Returns the next event, or None at the end of the stream.
 
     Raises:
-        TimeoutError: it does not come.
+        TimeoutError: the event does not come in time.
     """
     async with asyncio.timeout(patience_s):
-        return await anext(found, None)
+        return await anext(stream, None)
 
 
-def _late() -> EngineRefusal:
+def _deadline_exceeded() -> EngineRefusal:
     return EngineRefusal("deadline_exceeded", "The request was not finished by its deadline.")

@@ -1,19 +1,31 @@
-"""How the endpoint reaches a model: here what it asks of it, and a model in its own process; `handle_client` has the one over Ray Serve."""
+"""How the ingress reaches a model: over a handle of Ray Serve, or in its own process; and whether the model answers."""
 
 import asyncio
-from collections.abc import AsyncGenerator
-from typing import Protocol
+from collections.abc import AsyncGenerator, Callable
+from time import monotonic
+from typing import Any, Protocol
+
+from ray.exceptions import RayActorError, RayTaskError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+from ray.serve.handle import DeploymentHandle
 
 from parcelray.serving.engine.engine import (
     Engine,
+    EngineRefusal,
     EngineStats,
+    Failed,
     Finished,
     GenerateRequest,
     ImagePixels,
     Inspection,
     Piece,
+    events,
 )
-from parcelray.serving.engine.waiting import answer, events
+from parcelray.serving.http.api_errors import ApiError, from_refusal
+
+_PROBE_TIMEOUT_S = 10.0
+_PROBE_VALID_S = 1.0
+"""Time for which the result of a readiness probe is reused, seconds."""
 
 
 class ReplicaLost(Exception):
@@ -21,31 +33,27 @@ class ReplicaLost(Exception):
 
 
 class ModelClient(Protocol):
-    """One version of a model."""
+    """Access to one version of a model."""
 
-    async def answer(self, request: GenerateRequest) -> Finished:
-        """The whole answer; cancelling the wait cancels the request.
+    def events(self, request: GenerateRequest) -> AsyncGenerator[Piece | Finished, None]:
+        """Yields the events of a request: its pieces, if streamed, and its end. Closing it cancels the request.
 
         Raises:
-            EngineRefusal: it was refused or given up.
+            EngineRefusal: the request was rejected or aborted.
             ReplicaLost: the replica died.
         """
         ...
 
-    def events(self, request: GenerateRequest) -> AsyncGenerator[Piece | Finished, None]:
-        """The answer in pieces; raises as `answer` does."""
-        ...
-
     async def inspect(self, image: ImagePixels, num_visual_tokens: int) -> Inspection:
-        """See `Inspection`."""
+        """Returns the inspection of an image, see `Inspection`."""
         ...
 
     async def stats(self) -> EngineStats:
-        """Of one of its replicas, any of them."""
+        """Returns the statistics of one of its replicas, whichever the router picks."""
         ...
 
     async def ping(self) -> None:
-        """Returns once an answer came through the same path as requests take."""
+        """Returns once an answer came through the path that requests take."""
         ...
 
 
@@ -53,15 +61,11 @@ class LocalClient:
     """A model in this process.
 
     Args:
-        engine: already running.
+        engine: a running engine.
     """
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-
-    async def answer(self, request: GenerateRequest) -> Finished:
-        """See `ModelClient`."""
-        return await answer(self._engine, request)
 
     def events(self, request: GenerateRequest) -> AsyncGenerator[Piece | Finished, None]:
         """See `ModelClient`."""
@@ -76,4 +80,121 @@ class LocalClient:
         return self._engine.stats()
 
     async def ping(self) -> None:
-        """See `ModelClient`: an engine that runs in this process has no path of its own."""
+        """See `ModelClient`; an engine in this process needs no probe."""
+
+
+class HandleClient:
+    """A model in deployments of Ray Serve.
+
+    Args:
+        handle: handle of the model's deployment.
+    """
+
+    def __init__(self, handle: DeploymentHandle[Any]) -> None:
+        self._handle = handle
+        self._streams = handle.options(stream=True)
+
+    async def events(self, request: GenerateRequest) -> AsyncGenerator[Piece | Finished, None]:
+        """See `ModelClient`."""
+        if not request.stream:
+            # A plain call: a streaming one takes 0.7 ms more, and with 16 clients the handle's rate falls by a fifth.
+            yield _checked(await self._call(self._handle.answer.remote(request)))
+            return
+        response: Any = self._streams.events.remote(request)
+        ended = False
+        try:
+            async for event in response:
+                ended = not isinstance(event, Piece)
+                yield event if isinstance(event, Piece) else _checked(event)
+        except (RayActorError, DeploymentUnavailableError, BackPressureError, RayTaskError) as error:
+            raise _translated(error) from None
+        finally:
+            if not ended:
+                response.cancel()
+
+    async def inspect(self, image: ImagePixels, num_visual_tokens: int) -> Inspection:
+        """See `ModelClient`."""
+        inspection: Inspection = await self._call(self._handle.inspect.remote(image, num_visual_tokens))
+        return inspection
+
+    async def stats(self) -> EngineStats:
+        """See `ModelClient`."""
+        stats: EngineStats = await self._call(self._handle.stats.remote())
+        return stats
+
+    async def ping(self) -> None:
+        """See `ModelClient`."""
+        await self._call(self._handle.ping.remote())
+
+    async def _call(self, response: Any) -> Any:
+        try:
+            return await response
+        except asyncio.CancelledError:
+            # Serve cancels the calls that a request has started, but occasionally misses one (ray#52533).
+            response.cancel()
+            raise
+        except (RayActorError, DeploymentUnavailableError, BackPressureError, RayTaskError) as error:
+            raise _translated(error) from None
+
+
+def _checked(end: Finished | Failed) -> Finished:
+    if isinstance(end, Failed):
+        raise end.refusal
+    return end
+
+
+def _translated(error: Exception) -> ReplicaLost | EngineRefusal:
+    """Returns what an exception of Ray means for the request."""
+    if isinstance(error, RayActorError | DeploymentUnavailableError):
+        return ReplicaLost()
+    if isinstance(error, BackPressureError):
+        return EngineRefusal(
+            "queue_full", "All replicas hold their maximum number of requests; retry the request later."
+        )
+    return EngineRefusal("engine_error", "The replica failed on this request; retry the request.")
+
+
+class Readiness:
+    """Probes whether a model answers, through the path that requests take.
+
+    Anybody may request a probe, and it skips the queue. So there is one probe at a time, and its result is reused for a
+    second.
+
+    Args:
+        clock: seconds, monotonic.
+    """
+
+    def __init__(self, clock: Callable[[], float] = monotonic) -> None:
+        self._clock = clock
+        self._client: ModelClient | None = None
+        self._probe: asyncio.Task[ApiError | None] | None = None
+        self._ended = 0.0
+
+    async def check(self, client: ModelClient) -> None:
+        """Returns once the model has answered, or if it did within the last second.
+
+        Raises:
+            ApiError: the model does not answer.
+        """
+        if (
+            self._probe is None
+            or client is not self._client
+            or (self._probe.done() and self._clock() - self._ended > _PROBE_VALID_S)
+        ):
+            self._client = client
+            self._probe = asyncio.create_task(self._ping(client))
+        # A client that disconnects must not cancel the probe of the others.
+        refusal = await asyncio.shield(self._probe)
+        if refusal is not None:
+            raise ApiError(refusal.status, refusal.message, code=refusal.code, headers=refusal.headers)
+
+    async def _ping(self, client: ModelClient) -> ApiError | None:
+        try:
+            await asyncio.wait_for(client.ping(), _PROBE_TIMEOUT_S)
+        except (TimeoutError, ReplicaLost):
+            return ApiError(503, "The model does not answer.", code="not_ready", headers={"retry-after": "1"})
+        except EngineRefusal as refusal:
+            return from_refusal(refusal, 1)
+        finally:
+            self._ended = self._clock()
+        return None

@@ -1,8 +1,8 @@
-"""The ingress on Ray Serve: takes requests and has no model.
+"""The ingress on Ray Serve: accepts HTTP requests and holds no model.
 
-Which models there are comes as user configuration, so that it can change while requests are in flight: the new version
-must answer first, and only then does the next request go to it. Serve loads this module, too, where it only builds the
-application, so the processor's libraries are imported where a version is described.
+The model versions come as user configuration, so that they can change while requests are in flight: the new version
+must answer a probe first, and only then gets requests. Serve also imports this module where it only builds the
+application, so the processor's libraries are imported when a version is loaded.
 """
 
 import asyncio
@@ -13,30 +13,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import TypeAdapter
 from ray import serve
 from starlette.types import ASGIApp
 
 from parcelray.config.base import StrictModel
-from parcelray.config.connector import ConnectorConfig
 from parcelray.config.loader import identity
 from parcelray.config.serve import ServeJob
 from parcelray.profiling.backbone_shapes import from_transformers_config
 from parcelray.profiling.flops import CostBreakdown, cost
-from parcelray.serving.engine.engine import EngineRefusal
+from parcelray.serving.engine.engine import EngineRefusal, PromptBuilder
 from parcelray.serving.http.api import Api
 from parcelray.serving.http.auth import ApiKey, Gatekeeper, read_keys
 from parcelray.serving.http.image_reader import ImageReader
-from parcelray.serving.ingress.admission import Admission
 from parcelray.serving.ingress.budget_policy import BudgetPolicy
-from parcelray.serving.ingress.chat import ChatService
-from parcelray.serving.ingress.clients import ReplicaLost
-from parcelray.serving.ingress.handle_client import HandleClient
+from parcelray.serving.ingress.chat import Admission, ChatService
+from parcelray.serving.ingress.clients import HandleClient, ReplicaLost
 from parcelray.serving.ingress.metrics import EndpointMetrics
-from parcelray.serving.ingress.prompting import PromptBuilder
-from parcelray.serving.ingress.request_log import RequestLog
-from parcelray.serving.ingress.request_samples import RequestSampler
+from parcelray.serving.ingress.request_log import RequestLog, RequestSampler
 from parcelray.serving.ingress.routes import Records, Route, Routes
+from parcelray.serving.replica import ReplicaSettings
 
 if TYPE_CHECKING:
     from parcelray.tracking.request_samples import RequestSamples
@@ -49,30 +44,26 @@ _STATS_TIMEOUT_S = 5.0
 
 
 class RouteSettings(StrictModel):
-    """One version of the model, as the user configuration names it."""
+    """One version of the model in the user configuration."""
 
     app: str
-    """Application on Serve that runs it."""
-    version: str
-    """Pinned reference."""
-    path: str
-    """Folder of the checkpoint, for its processor and configuration."""
-    connector: str | None = None
-    """JSON of a connector put into it."""
+    """Serve application that runs it."""
+    settings: ReplicaSettings
+    """Settings of its replicas."""
 
 
 class IngressRoutes(StrictModel):
-    """The user configuration."""
+    """The user configuration of the ingress."""
 
     champion: RouteSettings
     challenger: RouteSettings | None = None
     keys: str | None = None
-    """Hash of the keys file: a change of it makes the ingress read the file again."""
+    """Hash of the keys file; a change makes the ingress read the file again."""
 
 
 @dataclass(frozen=True)
 class _Shared:
-    """What outlives a change of routes."""
+    """The parts of a chat service that survive a change of routes."""
 
     policy: BudgetPolicy
     metrics: EndpointMetrics
@@ -83,36 +74,35 @@ class _Shared:
 
 
 class Ingress:
-    """The class that Serve makes ingress replicas of.
+    """The class that Serve creates ingress replicas of.
 
     Args:
-        job: JSON of the endpoint's job.
+        job: the job of the endpoint.
     """
 
-    def __init__(self, job: str) -> None:
+    def __init__(self, job: ServeJob) -> None:
         logging.getLogger("parcelray").setLevel(logging.INFO)
         for handler in logger.handlers:
             logging.getLogger("parcelray").addHandler(handler)
-        self._job = ServeJob.model_validate_json(job)
-        replicas = self._job.replicas.max
-        capacity = (self._job.engine.max_running + self._job.engine.max_waiting) * replicas
-        metrics = EndpointMetrics(self._job.name)
-        self._store = _sample_store(self._job, metrics)
+        self._job = job
+        capacity = (job.engine.max_running + job.engine.max_waiting) * job.replicas.max
+        metrics = EndpointMetrics(job.name)
+        self._store = _sample_store(job, metrics)
         self._shared = _Shared(
-            policy=BudgetPolicy(self._job.budgets),
+            policy=BudgetPolicy(job.budgets),
             metrics=metrics,
             admission=Admission(capacity),
-            images=ImageReader(self._job.limits, self._job.http),
+            images=ImageReader(job.limits, job.http),
             log=RequestLog(
-                RequestSampler(self._job.samples, self._store.put)
-                if self._job.samples is not None and self._store is not None
+                RequestSampler(job.samples, self._store.put)
+                if job.samples is not None and self._store is not None
                 else None
             ),
             records=Records(),
         )
         self._gatekeeper = Gatekeeper(self._keys())
         self._service: ChatService | None = None
-        self._watching: asyncio.Task[None] | None = None
+        self._polling: asyncio.Task[None] | None = None
 
     def __del__(self) -> None:
         """Called by Serve after the requests in flight have ended."""
@@ -120,11 +110,11 @@ class Ingress:
             store.close()
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
-        """Called by Serve once the routes are known."""
+        """Called by Serve after the first `reconfigure`."""
         return Api(self._job.name, self._job.http, self._current, self._gatekeeper, self._shared.log).application()
 
     async def reconfigure(self, user_config: Mapping[str, Any]) -> None:
-        """Called by Serve at the start and whenever the routes change; requests in flight keep the service they began with."""
+        """Called by Serve at the start and on every change of routes; requests in flight keep their chat service."""
         settings = IngressRoutes.model_validate(user_config)
         self._gatekeeper.replace(self._keys())
         champion = await self._route(settings.champion)
@@ -142,54 +132,51 @@ class Ingress:
             images=shared.images,
             log=shared.log,
         )
-        if self._watching is None:
-            self._watching = asyncio.create_task(self._watch())
+        if self._polling is None:
+            self._polling = asyncio.create_task(self._poll_stats())
         logger.info("parcelray: requests go to %s", ", ".join(route.version for route in self._service.routes.all))
 
-    async def _watch(self) -> None:
-        """Asks a replica of each version what it does, any of them: with time all, so that those without requests are known, too."""
+    async def _poll_stats(self) -> None:
+        """Polls the statistics of any replica of each version; over time this also covers replicas without requests."""
         while True:
             await asyncio.sleep(_STATS_PERIOD_S)
             for route in self._current().routes.all:
-                # A replica that cannot be asked now is asked again.
+                # A replica that does not respond is polled again later.
                 with contextlib.suppress(ReplicaLost, EngineRefusal, TimeoutError):
-                    self._shared.metrics.heard(await asyncio.wait_for(route.client.stats(), _STATS_TIMEOUT_S))
+                    self._shared.metrics.update(await asyncio.wait_for(route.client.stats(), _STATS_TIMEOUT_S))
 
     def _keys(self) -> list[ApiKey]:
         file = self._job.http.keys_file
         return read_keys(Path(file)) if file else []
 
     def _current(self) -> ChatService:
-        assert self._service is not None, "Serve configures before it serves"
+        assert self._service is not None, "Serve calls `reconfigure` before it sends requests"
         return self._service
 
-    async def _route(self, settings: RouteSettings) -> Route:
-        client = HandleClient(serve.get_deployment_handle(MODEL_DEPLOYMENT, settings.app))
-        prompts, costs = await asyncio.to_thread(_describe, settings, self._job.budgets.offered)
-        # A version that does not answer gets no request.
+    async def _route(self, route: RouteSettings) -> Route:
+        client = HandleClient(serve.get_deployment_handle(MODEL_DEPLOYMENT, route.app))
+        prompts, costs = await asyncio.to_thread(_load_prompts_and_costs, route.settings)
+        # A version that does not answer gets no requests.
         await client.ping()
-        return Route(settings.version, client, prompts, costs, app=settings.app)
+        return Route(route.settings.model.reference, client, prompts, costs, app=route.app)
 
 
 def _sample_store(job: ServeJob, metrics: EndpointMetrics) -> "RequestSamples | None":
     if job.samples is None:
         return None
-    # MLflow takes seconds to load, and most endpoints keep no samples.
+    # Importing MLflow takes seconds, and most endpoints keep no samples.
     from parcelray.tracking.request_samples import RequestSamples
 
-    assert job.tracking.uri is not None
+    assert job.tracking.uri is not None, "checked by `ServeJob`"
     return RequestSamples(job.tracking.uri, job.tracking.experiment, identity(job), metrics.samples_dropped)
 
 
-def _describe(settings: RouteSettings, budgets: tuple[int, ...]) -> tuple[PromptBuilder, dict[int, CostBreakdown]]:
+def _load_prompts_and_costs(settings: ReplicaSettings) -> tuple[PromptBuilder, dict[int, CostBreakdown]]:
     from parcelray.models.processor import load_processor
     from parcelray.models.vlm import config_of
 
     config = config_of(settings.path)
-    connector: ConnectorConfig = (
-        TypeAdapter(ConnectorConfig).validate_json(settings.connector)
-        if settings.connector
-        else config.connector_config
-    )
+    connector = settings.model.connector or config.connector_config
     shape = from_transformers_config(config)
-    return PromptBuilder(load_processor(settings.path)), {budget: cost(shape, connector, budget) for budget in budgets}
+    costs = {budget: cost(shape, connector, budget) for budget in settings.budgets}
+    return PromptBuilder(load_processor(settings.path)), costs

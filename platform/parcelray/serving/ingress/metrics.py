@@ -1,9 +1,9 @@
-"""Metrics of an endpoint, by the names that dashboards of serving engines know, with the visual-token budget as a label.
+"""Prometheus metrics of an endpoint, named as in other serving engines, with the visual-token budget as a label.
 
-Ray's own metrics (queues, replicas, autoscaling) come from Ray's port; these are what only the ingress sees. What the
-replicas say of themselves comes with every answer, and once a second beside them. vLLM's `num_preemptions` and
-`prefix_cache_*` are not among them: nothing that runs is ever thrown out, and what is kept of a request is its images'
-features (`feature_cache_*`).
+Ray exports its own metrics (queues, replicas, autoscaling) on its own port. The ones here are known only to the
+ingress. Replicas send their statistics with every answer, and the ingress polls them once per second. vLLM's
+`num_preemptions` and `prefix_cache_*` are missing on purpose: running requests are never preempted, and the engine
+caches image features (`feature_cache_*`) instead of prefixes.
 """
 
 import time
@@ -39,29 +39,29 @@ _SECONDS = (
     2560.0,
 )
 _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000)
-_FORGET_S = 60.0
-"""A replica that was not heard of for so long is gone."""
-_COUNTED: dict[str, Callable[[EngineStats], int]] = {
+_EXPIRY_S = 60.0
+"""Time without statistics after which a replica counts as gone, seconds."""
+_COUNTERS: dict[str, Callable[[EngineStats], int]] = {
     "feature_cache_hits": lambda stats: stats.feature_cache_hits,
     "feature_cache_queries": lambda stats: stats.feature_cache_hits + stats.feature_cache_misses,
     "decode_steps": lambda stats: stats.steps,
     "decode_rows": lambda stats: stats.decoded_rows,
 }
-"""Counters out of what a replica has done since its start."""
+"""Counters that are computed from the statistics of a replica since its start."""
 
 
 @dataclass
 class _Replica:
-    """What is known of one replica."""
+    """The last statistics of one replica."""
 
     engine: str
-    """Its label: a small number, which another replica gets when it is gone, so that there are only so many series."""
-    heard: float
+    """Label of the replica: a small number, reused after the replica is gone, which bounds the number of series."""
+    updated: float
     stats: EngineStats
 
 
 class EndpointMetrics:
-    """Counts what one ingress does.
+    """The metrics of one ingress.
 
     Args:
         model_name: label of every metric.
@@ -72,7 +72,7 @@ class EndpointMetrics:
         self._model = model_name
         self._replicas: dict[str, _Replica] = {}
         self._counted_of: dict[str, EngineStats] = {}
-        """What the counters hold of each replica; kept of those that are gone, which may only have been silent."""
+        """Statistics that the counters include, by replica; not removed, because a silent replica may come back."""
         by_budget = ["model_name", "visual_tokens"]
 
         def histogram(name: str, text: str, buckets: tuple[float, ...] = _SECONDS) -> Histogram:
@@ -94,14 +94,16 @@ class EndpointMetrics:
             "request_queue_time_seconds": histogram(
                 "request_queue_time_seconds", "From arrival at the engine to the start of the prefill"
             ),
-            "request_prefill_time_seconds": histogram("request_prefill_time_seconds", "Of the prefill batch"),
+            "request_prefill_time_seconds": histogram("request_prefill_time_seconds", "Duration of the prefill batch"),
             "request_decode_time_seconds": histogram("request_decode_time_seconds", "From the first token to the last"),
             "inter_token_latency_seconds": histogram(
                 "inter_token_latency_seconds", "Mean time between two tokens of a request"
             ),
-            "vision_encode_seconds": histogram("vision_encode_seconds", "Of the vision tower's batch"),
+            "vision_encode_seconds": histogram("vision_encode_seconds", "Duration of the vision-tower batch"),
             "image_decode_seconds": histogram("image_decode_seconds", "Decoding and scaling of a request's images"),
-            "request_prompt_tokens": histogram("request_prompt_tokens", "Prompt tokens, visual ones included", _TOKENS),
+            "request_prompt_tokens": histogram(
+                "request_prompt_tokens", "Prompt tokens, including visual tokens", _TOKENS
+            ),
             "request_generation_tokens": histogram("request_generation_tokens", "New tokens", _TOKENS),
         }
         self._tokens = {
@@ -113,17 +115,23 @@ class EndpointMetrics:
             )
         }
         self._success = Counter(
-            "parcel:request_success", "Answers", [*by_budget, "engine", "finished_reason"], registry=self.registry
+            "parcel:request_success",
+            "Answered requests",
+            [*by_budget, "engine", "finished_reason"],
+            registry=self.registry,
         )
         self._rejected = Counter(
             "parcel:requests_rejected", "Refused requests", ["model_name", "reason"], registry=self.registry
         )
         self._decisions = Counter(
-            "parcel:budget_decisions", "Budgets given to requests", [*by_budget, "asked"], registry=self.registry
+            "parcel:budget_decisions",
+            "Visual-token budgets assigned to requests",
+            [*by_budget, "asked"],
+            registry=self.registry,
         )
         self._samples_dropped = Counter(
             "parcel:samples_dropped",
-            "Samples of requests that MLflow did not get",
+            "Request samples that were not written to MLflow",
             ["model_name"],
             registry=self.registry,
         )
@@ -138,85 +146,88 @@ class EndpointMetrics:
         )
         self._auto = Gauge(
             "parcel:auto_visual_tokens",
-            "Budget that requests get now that leave it open",
+            "Current budget of requests that leave it open",
             ["model_name"],
             registry=self.registry,
         )
         self._steps = Counter(
-            "parcel:budget_steps", "Steps of the load policy", ["model_name", "direction"], registry=self.registry
+            "parcel:budget_steps",
+            "Budget changes by the load policy",
+            ["model_name", "direction"],
+            registry=self.registry,
         )
         self._in_flight = Gauge(
-            "parcel:num_requests_in_flight", "Requests that the ingress holds", ["model_name"], registry=self.registry
+            "parcel:num_requests_in_flight", "Requests in flight in the ingress", ["model_name"], registry=self.registry
         )
         self._rolled_back = Gauge(
             "parcel:challenger_rolled_back",
-            "1: the challenger did worse and gets no requests",
+            "1: the challenger was rolled back and gets no requests",
             ["model_name", "version"],
             registry=self.registry,
         )
         self._counted = {
-            "feature_cache_hits": counter("feature_cache_hits", "Images that skipped the vision tower"),
-            "feature_cache_queries": counter("feature_cache_queries", "Images that were looked up"),
+            "feature_cache_hits": counter("feature_cache_hits", "Images whose features were in the cache"),
+            "feature_cache_queries": counter("feature_cache_queries", "Image lookups in the feature cache"),
             "decode_steps": counter("decode_steps", "Decode steps"),
-            "decode_rows": counter("decode_rows", "Requests over all decode steps"),
+            "decode_rows": counter("decode_rows", "Sum of batch sizes over all decode steps"),
         }
         self._gauges = {
-            "num_requests_running": gauge("num_requests_running", "Requests that share decode steps"),
+            "num_requests_running": gauge("num_requests_running", "Running requests"),
             "num_requests_waiting": gauge("num_requests_waiting", "Requests in the engine's queue"),
             "kv_cache_usage_perc": gauge("kv_cache_usage_perc", "Reserved share of the KV cache, 0 to 1"),
-            "feature_cache_bytes": gauge("feature_cache_bytes", "Patch features that are kept"),
+            "feature_cache_bytes": gauge("feature_cache_bytes", "Size of the cached patch features"),
             "model_load_seconds": gauge(
-                "model_load_seconds", "From the start of a replica until its model was loaded and warmed up"
+                "model_load_seconds", "Time from the start of a replica until its model was loaded and warmed up"
             ),
         }
 
-    def decided(self, asked: int | str, budget: int) -> None:
-        """A request got a budget."""
-        self._decisions.labels(self._model, budget, asked if isinstance(asked, str) else "tokens").inc()
+    def decided(self, requested: int | str, budget: int) -> None:
+        """Counts the budget that a request got."""
+        self._decisions.labels(self._model, budget, requested if isinstance(requested, str) else "tokens").inc()
 
     def load_policy(self, budget: int, *, lowered: int, raised: int) -> None:
-        """What requests get now that leave their budget open.
+        """Reports the budget that the load policy gives now to requests that leave it open.
 
         Args:
             budget: visual tokens.
             lowered: steps down since the last call.
-            raised: steps up since then.
+            raised: steps up since the last call.
         """
         self._auto.labels(self._model).set(budget)
         self._steps.labels(self._model, "down").inc(lowered)
         self._steps.labels(self._model, "up").inc(raised)
 
     def watch_in_flight(self, count: Callable[[], int]) -> None:
-        """How many requests the ingress holds, asked at each scrape."""
+        """Sets the function that returns the number of requests in flight at each scrape."""
         self._in_flight.labels(self._model).set_function(count)
 
     def challenger(self, version: str | None, *, rolled_back: bool) -> None:
-        """Whether the challenger, if there is one, was sent away."""
+        """Reports whether the challenger, if there is one, was rolled back."""
         self._rolled_back.clear()
         if version is not None:
             self._rolled_back.labels(self._model, version).set(rolled_back)
 
     def rejected(self, reason: str) -> None:
-        """A request was refused; `reason` is one of the error codes."""
+        """Counts a refused request; `reason` is its error code."""
         self._rejected.labels(self._model, reason).inc()
 
     def samples_dropped(self, count: int) -> None:
-        """Samples were lost."""
+        """Counts samples that were lost."""
         self._samples_dropped.labels(self._model).inc(count)
 
     def retried(self) -> None:
-        """A request went to another replica."""
+        """Counts a request that was sent to another replica."""
         self._retries.labels(self._model).inc()
 
     def routed(self, version: str, outcome: str) -> None:
-        """A request of a version ended."""
+        """Counts a request of a model version; `outcome` is `answered` or `failed`."""
         self._routed.labels(self._model, version, outcome).inc()
 
     def finished(
         self, request: GenerateRequest, end: Finished, *, latency_s: float, first_token_s: float, image_s: float
     ) -> None:
-        """A request was answered."""
-        engine = self.heard(end.stats)
+        """Records an answered request; the latencies are from its arrival at the ingress, seconds."""
+        engine = self.update(end.stats)
         budget = request.num_visual_tokens
         timings = end.timings
         decode_s = timings.total_s - timings.first_token_s
@@ -243,9 +254,9 @@ class EndpointMetrics:
             self._tokens[name].labels(self._model, budget, engine).inc(count)
         self._success.labels(self._model, budget, engine, end.reason).inc()
 
-    def heard(self, stats: EngineStats) -> str:
-        """A replica said what it does; returns its label."""
-        self._forget()
+    def update(self, stats: EngineStats) -> str:
+        """Takes new statistics of a replica over and returns the replica's label."""
+        self._remove_expired()
         known = self._replicas.get(stats.engine)
         if known is None:
             taken = {replica.engine for replica in self._replicas.values()}
@@ -254,19 +265,19 @@ class EndpointMetrics:
             )
             self._replicas[stats.engine] = known
         counted = self._counted_of.get(stats.engine, EngineStats())
-        # Two answers may overtake each other.
+        # Statistics may arrive out of order.
         if stats.steps >= counted.steps:
-            for name, read in _COUNTED.items():
+            for name, read in _COUNTERS.items():
                 self._counted[name].labels(self._model, known.engine).inc(max(0, read(stats) - read(counted)))
             self._counted_of[stats.engine] = stats
-            # Answers do not carry the time that loading took.
+            # Statistics in answers do not include the load time.
             known.stats = replace(stats, load_s=stats.load_s or known.stats.load_s)
-        known.heard = time.monotonic()
+        known.updated = time.monotonic()
         return known.engine
 
     def text(self) -> bytes:
-        """All of it in Prometheus' text format."""
-        self._forget()
+        """Returns all metrics in Prometheus' text format."""
+        self._remove_expired()
         for gauge in self._gauges.values():
             gauge.clear()
         for replica in self._replicas.values():
@@ -282,6 +293,6 @@ class EndpointMetrics:
                 self._gauges[key].labels(self._model, replica.engine).set(value)
         return generate_latest(self.registry)
 
-    def _forget(self) -> None:
-        oldest = time.monotonic() - _FORGET_S
-        self._replicas = {name: replica for name, replica in self._replicas.items() if replica.heard >= oldest}
+    def _remove_expired(self) -> None:
+        oldest = time.monotonic() - _EXPIRY_S
+        self._replicas = {name: replica for name, replica in self._replicas.items() if replica.updated >= oldest}

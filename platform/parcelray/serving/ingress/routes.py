@@ -1,4 +1,4 @@
-"""Which model versions an endpoint has, what share of the requests each gets, and whether a challenger does as well as the champion."""
+"""The model versions of an endpoint, their shares of the requests, and the comparison of challenger and champion."""
 
 import random
 import statistics
@@ -8,11 +8,11 @@ from typing import Any
 
 from parcelray.config.serve import CanaryConfig
 from parcelray.profiling.flops import CostBreakdown
+from parcelray.serving.engine.engine import PromptBuilder
 from parcelray.serving.ingress.clients import ModelClient
-from parcelray.serving.ingress.prompting import PromptBuilder
 
-_KEPT = 500
-"""Requests of each version that are compared."""
+_MAX_OUTCOMES = 500
+"""Number of recent requests of each version that are compared."""
 
 
 @dataclass
@@ -20,17 +20,17 @@ class Route:
     """One version of the model."""
 
     version: str
-    """Pinned reference, as it is reported."""
+    """Pinned reference, as reported to clients."""
     client: ModelClient
     prompts: PromptBuilder
     costs: dict[int, CostBreakdown]
-    """Of one image at each offered budget."""
+    """Cost of one image at each offered budget."""
     share: float = 1.0
-    """Of the requests; the champion gets what the others leave."""
-    outcomes: deque[float | None] = field(default_factory=lambda: deque(maxlen=_KEPT))
-    """Seconds of each answer; None: it failed."""
+    """Share of the requests, 0 to 1; the champion gets the remaining share."""
+    outcomes: deque[float | None] = field(default_factory=lambda: deque(maxlen=_MAX_OUTCOMES))
+    """Latency of each recent request, seconds; None: it failed."""
     app: str = ""
-    """Application that runs it: one version may run twice, with two connectors."""
+    """Serve application that runs it; one version may run twice, with two connectors."""
 
     @property
     def error_rate(self) -> float:
@@ -39,12 +39,12 @@ class Route:
 
     @property
     def median_s(self) -> float:
-        """Median latency of its answers."""
+        """Median latency of the answers, seconds."""
         answered = [outcome for outcome in self.outcomes if outcome is not None]
         return statistics.median(answered) if answered else 0.0
 
     def to_dict(self) -> dict[str, Any]:
-        """For `/version`."""
+        """Returns the entry of this version in `/version`."""
         return {
             "version": self.version,
             "share": self.share,
@@ -56,22 +56,22 @@ class Route:
 
 @dataclass
 class Records:
-    """How versions did, by application; outlives a change of routes, since a challenger that was sent away must not come back with it."""
+    """Outcomes by application, kept across changes of routes: a rolled-back challenger must stay rolled back."""
 
     outcomes: dict[str, deque[float | None]] = field(default_factory=dict)
     rolled_back: dict[str, str] = field(default_factory=dict)
-    """Why a challenger was sent away."""
+    """Reason why a challenger was rolled back."""
 
 
 class Routes:
-    """The champion, and a challenger where there is one.
+    """The champion and, during a canary, a challenger.
 
     Args:
-        champion: gets every request that the challenger does not.
-        challenger: None: there is none.
-        canary: when the challenger is sent away.
-        records: what is known of them from before.
-        rng: draws who gets a request.
+        champion: gets every request that the challenger does not get.
+        challenger: another version with a share of the requests; None: there is none.
+        canary: limits beyond which the challenger is rolled back.
+        records: outcomes from before this change of routes.
+        rng: random generator that assigns requests to versions.
     """
 
     def __init__(
@@ -96,12 +96,12 @@ class Routes:
 
     @property
     def all(self) -> list[Route]:
-        """Champion first."""
+        """All versions, champion first."""
         return [self.champion] if self.challenger is None else [self.champion, self.challenger]
 
     @property
     def rolled_back(self) -> str | None:
-        """Why the challenger was sent away; None: it was not."""
+        """Reason why the challenger was rolled back, or None."""
         return (
             None
             if self.challenger is None
@@ -109,32 +109,34 @@ class Routes:
         )
 
     def pick(self) -> Route:
-        """Who gets the next request."""
+        """Returns the version that gets the next request."""
         if self.challenger is not None and self.rolled_back is None and self._rng.random() < self.challenger.share:
             return self.challenger
         return self.champion
 
     def record(self, route: Route, seconds: float | None) -> None:
-        """How a request ended; None: it failed. A challenger that does worse gets no more."""
+        """Records the latency of a request (None: it failed) and rolls a worse challenger back."""
         route.outcomes.append(seconds)
         challenger = self.challenger
         if challenger is None or self._canary is None or self.rolled_back is not None:
             return
-        reason = self._verdict(challenger, self._canary)
+        reason = self._rollback_reason(challenger, self._canary)
         if reason is not None:
             self._records.rolled_back[challenger.app or challenger.version] = reason
             challenger.share, self.champion.share = 0.0, 1.0
 
-    def _verdict(self, challenger: Route, canary: CanaryConfig) -> str | None:
-        """Why the challenger must go; None: it may stay, or it is too early to say."""
+    def _rollback_reason(self, challenger: Route, canary: CanaryConfig) -> str | None:
+        """Returns why the challenger must be rolled back, or None if it may stay or too few requests were recorded."""
         champion = self.champion
         if len(challenger.outcomes) < canary.min_requests or len(champion.outcomes) < canary.min_requests:
             return None
         if challenger.error_rate > champion.error_rate + canary.max_error_rate:
-            return f"{challenger.error_rate:.1%} of its requests failed, of the champion's {champion.error_rate:.1%}"
+            return (
+                f"{challenger.error_rate:.1%} of its requests failed, but {champion.error_rate:.1%} of the champion's"
+            )
         if challenger.median_s > canary.max_latency_ratio * champion.median_s:
             return (
-                f"its median latency is {challenger.median_s * 1000:.0f} ms, the champion's"
+                f"its median latency is {challenger.median_s * 1000:.0f} ms, the champion's is"
                 f" {champion.median_s * 1000:.0f} ms"
             )
         return None

@@ -1,0 +1,22 @@
+"""The replicas of a model: what they are built from (here), how they are loaded, and the class that Serve runs."""
+
+from parcelray.config.base import StrictModel
+from parcelray.config.budget_policy import InputPolicyConfig
+from parcelray.config.serve import EngineConfig, ServedModelConfig
+
+
+class ReplicaSettings(StrictModel):
+    """Everything that a replica is built from."""
+
+    path: str
+    """Folder of the checkpoint, on every node."""
+    model: ServedModelConfig
+    """The served model; its `reference` is pinned: it names what the folder holds."""
+    budgets: tuple[int, ...]
+    """Offered visual-token budgets, ascending; each is warmed up."""
+    policy: InputPolicyConfig | None = None
+    """How the replica chooses budgets that requests leave open; null: it chooses none."""
+    engine: EngineConfig
+    """Limits of the engine."""
+    threads: int | None
+    """CPU threads of the model; null: torch's default."""

@@ -1,4 +1,4 @@
-"""An endpoint goes no lower than the gates accepted, and says what they were never asked."""
+"""Tests of the warnings about budgets that the promotion gates did not accept."""
 
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from parcelray.config.serve import ServeJob
 from parcelray.errors import UserError
 from parcelray.evaluation.predict import PYFUNC_FILE
 from parcelray.models.checkpoint import ResolvedCheckpoint, write_manifest
-from parcelray.serving.accepted_budgets import gate_warnings
+from parcelray.serving.plan import gate_warnings
 from parcelray.tracking.mlflow_tracker import end_run, start_run
 from parcelray.tracking.model_versions import GateRecord, record_verdict
 from parcelray.tracking.registry import register_model
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:The ``noload``:DeprecationWarnin
 
 @pytest.fixture(scope="module")
 def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A store with two versions of `m`: the first was put to gates, which accepted 64 and 256 visual tokens; the second never was."""
+    """A store with two versions of `m`: the gates accepted 64 and 256 visual tokens of the first only."""
     root = tmp_path_factory.mktemp("store")
     uri = new_store(root)
     run_id = start_run(uri, "gates", "train-a-00000000", params={})
@@ -39,7 +39,7 @@ def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
     return uri
 
 
-def ask(uri: str, version: int, policy: dict[str, Any]) -> tuple[str, ...]:
+def warnings_of(uri: str, version: int, policy: dict[str, Any]) -> tuple[str, ...]:
     budgets = {"offered": [16, 64, 256], "policy": policy}
     job = ServeJob.model_validate({"kind": "serve", "name": "m", "budgets": budgets, "tracking": {"uri": uri}})
     return gate_warnings(job, ResolvedCheckpoint(Path("nowhere"), "models:/m@champion", f"models:/m/{version}"))
@@ -50,27 +50,27 @@ def test_a_floor_that_the_gates_did_not_accept_is_refused(uri: str) -> None:
         with pytest.raises(
             UserError,
             match=(
-                r"down to 16 visual tokens, which the gates of models:/m/1 did not accept \(accepted are 64, 256\); set"
-                r" .*\(64, 256\)"
+                r"may choose 16 visual tokens, which the promotion gates of models:/m/1 did not accept \(accepted"
+                r" budgets: 64, 256\); set .*\(64, 256\)"
             ),
         ):
-            ask(uri, 1, policy)
-    assert ask(uri, 1, {"type": "load", "floor": 64}) == ()
+            warnings_of(uri, 1, policy)
+    assert warnings_of(uri, 1, {"type": "load", "floor": 64}) == ()
 
 
-def test_a_version_without_a_verdict_is_served_with_a_word_about_it(uri: str) -> None:
-    (warning,) = ask(uri, 2, {"type": "load", "floor": 16})
-    assert "models:/m/2 was never put to gates" in warning
+def test_a_version_without_gate_results_is_served_with_a_warning(uri: str) -> None:
+    (warning,) = warnings_of(uri, 2, {"type": "load", "floor": 16})
+    assert "models:/m/2 has no promotion gate results" in warning
     assert "16, 64, 256 visual tokens" in warning
     assert "--set candidate=2" in warning
 
 
-def test_what_open_requests_get_beside_what_was_accepted_is_said(uri: str) -> None:
-    assert ask(uri, 1, {"type": "request"}) == ()
-    assert "may get 16 visual tokens" in ask(uri, 1, {"type": "request", "auto": 16})[0]
-    assert "may get 16 visual tokens" in ask(uri, 1, {"type": "fixed", "visual_tokens": 16})[0]
+def test_a_budget_that_was_not_accepted_gives_a_warning(uri: str) -> None:
+    assert warnings_of(uri, 1, {"type": "request"}) == ()
+    assert "may get 16 visual tokens" in warnings_of(uri, 1, {"type": "request", "auto": 16})[0]
+    assert "may get 16 visual tokens" in warnings_of(uri, 1, {"type": "fixed", "visual_tokens": 16})[0]
 
 
-def test_a_folder_has_no_gates(uri: str) -> None:
+def test_a_model_outside_the_registry_gives_no_warning(uri: str) -> None:
     job = ServeJob.model_validate({"kind": "serve", "name": "m", "tracking": {"uri": None}})
     assert gate_warnings(job, ResolvedCheckpoint(Path("nowhere"), "mini_base", "sha256:1")) == ()

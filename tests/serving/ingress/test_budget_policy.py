@@ -1,4 +1,4 @@
-"""The controller holds its objective on a simulated server, and does not swing."""
+"""Tests of the budget policies, the load policy on a simulated server."""
 
 import heapq
 import itertools
@@ -13,7 +13,7 @@ LADDER = (16, 64, 128, 256)
 
 
 class Simulation:
-    """One server that answers one request after the other, the time of each proportional to its budget."""
+    """A server that answers one request at a time, with a duration proportional to the budget."""
 
     def __init__(self, policy: LoadPolicyConfig) -> None:
         self.now = 0.0
@@ -21,12 +21,12 @@ class Simulation:
         self.latencies: list[tuple[float, float]] = []
         self.budgets: list[tuple[float, int]] = []
         self.decode_s = 0.0
-        """After the first token: it holds up no other request."""
+        """Time after the first token; it does not delay other requests."""
         self._free_at = 0.0
         self._ends: list[tuple[float, float]] = []
 
     def run(self, rate: float, seconds: float, refusals: float = 0.0) -> None:
-        """Requests at an even rate, each 4 ms and 0.25 ms a visual token; beside them some that the server refuses at once, so many a second."""
+        """Sends requests at an even rate, each 4 ms plus 0.25 ms per visual token, and `refusals` per second."""
         end = self.now + seconds
         arrival = self.now
         while arrival < end:
@@ -49,8 +49,8 @@ class Simulation:
         self.policy.answered(at - arrived, at - arrived - self.decode_s)
 
     def p95(self, start: float) -> float:
-        found = sorted(latency for at, latency in self.latencies if at >= start)
-        return found[int(0.95 * len(found))]
+        latencies = sorted(latency for at, latency in self.latencies if at >= start)
+        return latencies[int(0.95 * len(latencies))]
 
 
 def test_low_load_gets_the_largest_budget() -> None:
@@ -59,18 +59,18 @@ def test_low_load_gets_the_largest_budget() -> None:
     assert {budget for _, budget in simulation.budgets} == {256}
 
 
-def test_the_objective_is_held_under_a_load_that_the_largest_budget_cannot_carry() -> None:
+def test_the_objective_holds_under_a_load_too_high_for_the_largest_budget() -> None:
     simulation = Simulation(LoadPolicyConfig(objective_s=0.5))
     simulation.run(rate=5, seconds=10)
-    simulation.run(rate=60, seconds=60)  # 256 tokens carry 14.7 requests a second, 16 tokens 125
+    simulation.run(rate=60, seconds=60)  # the limit is 14.7 requests per second at 256 tokens and 125 at 16 tokens
     assert simulation.p95(start=30) <= 0.5
     fixed = Simulation(LoadPolicyConfig(objective_s=1e6))
     fixed.run(rate=60, seconds=60)
     assert fixed.p95(start=30) > 10
 
 
-def test_refusals_do_not_count_as_finished_work() -> None:
-    """What counts is answers a second: refusals, of which pressure brings many, would make a full queue look short."""
+def test_refusals_do_not_count_as_answers() -> None:
+    """Refusals, which are many under load, would make a full queue look short if they counted as answers."""
     now = [0.0]
     for refused in (0, 50):
         policy = BudgetPolicy(
@@ -81,7 +81,7 @@ def test_refusals_do_not_count_as_finished_work() -> None:
             policy.started()
         for tick in range(200):
             now[0] += 0.1
-            if tick % 2:  # five answers a second, and as many new requests: eight seconds' work is in flight
+            if tick % 2:  # five answers per second and as many new requests: 8 s of work in flight
                 policy.answered(0.3, 0.3)
                 policy.started()
             for _ in range(refused // 10):
@@ -91,15 +91,15 @@ def test_refusals_do_not_count_as_finished_work() -> None:
         assert budget == 16
 
 
-def test_the_objective_is_held_among_refusals() -> None:
+def test_the_objective_holds_with_many_refusals() -> None:
     simulation = Simulation(LoadPolicyConfig(objective_s=0.5))
     simulation.run(rate=5, seconds=10, refusals=50)
     simulation.run(rate=60, seconds=60, refusals=300)
     assert simulation.p95(start=30) <= 0.5
 
 
-def test_clients_that_give_up_are_latency_too() -> None:
-    """Where nobody waits long enough for an answer there is no latency to see but theirs."""
+def test_disconnected_clients_count_as_latency() -> None:
+    """If no client waits long enough for an answer, their waiting time is the only latency."""
     now = [0.0]
     policy = BudgetPolicy(ServedBudgets(offered=LADDER, policy=LoadPolicyConfig(objective_s=1.0)), clock=lambda: now[0])
     for _ in range(40):
@@ -110,16 +110,16 @@ def test_clients_that_give_up_are_latency_too() -> None:
     assert budget == 16
 
 
-def test_long_answers_are_no_wait_for_the_first_token() -> None:
+def test_long_answers_do_not_count_as_wait_for_the_first_token() -> None:
     simulation = Simulation(LoadPolicyConfig(objective_s=0.5, measure="first_token"))
     simulation.decode_s = 5.0
-    simulation.run(rate=10, seconds=60)  # fifty in flight, but each has its first token after 68 ms
+    simulation.run(rate=10, seconds=60)  # 50 in flight, but each has its first token after 68 ms
     assert simulation.budgets[-1][1] == 256
     simulation.run(rate=60, seconds=60)
     assert simulation.budgets[-1][1] < 256
 
 
-def test_the_budget_comes_back_when_the_load_has_gone() -> None:
+def test_the_budget_rises_again_after_the_load() -> None:
     simulation = Simulation(LoadPolicyConfig(objective_s=0.5, raise_after_s=2))
     simulation.run(rate=60, seconds=20)
     assert simulation.budgets[-1][1] < 256
@@ -127,36 +127,36 @@ def test_the_budget_comes_back_when_the_load_has_gone() -> None:
     assert simulation.budgets[-1][1] == 256
 
 
-def test_it_does_not_swing() -> None:
+def test_the_budget_does_not_oscillate() -> None:
     simulation = Simulation(LoadPolicyConfig(objective_s=0.5, raise_after_s=2))
     simulation.run(rate=30, seconds=300)
     late = [budget for at, budget in simulation.budgets if at > 100]
     changes = sum(a != b for a, b in itertools.pairwise(late))
-    assert changes <= 12, "a step in at most every 16 seconds"
+    assert changes <= 12, "at most one step per 16 seconds"
 
 
-def test_it_never_goes_below_the_floor() -> None:
+def test_the_budget_never_falls_below_the_floor() -> None:
     simulation = Simulation(LoadPolicyConfig(objective_s=0.05, floor=64))
     simulation.run(rate=200, seconds=20)
     assert min(budget for _, budget in simulation.budgets) == 64
 
 
-@pytest.mark.parametrize(("asked", "given"), [("low", 16), ("high", 256), (64, 64)])
-def test_a_request_that_says_is_left_alone(asked: int | str, given: int) -> None:
+@pytest.mark.parametrize(("requested", "expected"), [("low", 16), ("high", 256), (64, 64)])
+def test_a_requested_budget_is_not_changed_by_load(requested: int | str, expected: int) -> None:
     simulation = Simulation(LoadPolicyConfig(objective_s=0.001))
     simulation.run(rate=100, seconds=10)
-    assert simulation.policy.decide(asked) == given  # type: ignore[arg-type]
+    assert simulation.policy.decide(requested) == expected  # type: ignore[arg-type]
 
 
 def test_the_policies_by_request_and_fixed() -> None:
     by_request = BudgetPolicy(
         ServedBudgets.model_validate({"offered": LADDER, "policy": {"type": "request", "auto": 64}})
     )
-    assert [by_request.decide(asked) for asked in ("auto", "low", "high", 128)] == [64, 16, 256, 128]
+    assert [by_request.decide(requested) for requested in ("auto", "low", "high", 128)] == [64, 16, 256, 128]
     fixed = BudgetPolicy(
         ServedBudgets.model_validate({"offered": LADDER, "policy": {"type": "fixed", "visual_tokens": 64}})
     )
-    assert [fixed.decide(asked) for asked in ("auto", "low", "high", 64)] == [64, 64, 64, 64]
+    assert [fixed.decide(requested) for requested in ("auto", "low", "high", 64)] == [64, 64, 64, 64]
     with pytest.raises(ApiError, match="64"):
         fixed.decide(128)
 
@@ -164,6 +164,6 @@ def test_the_policies_by_request_and_fixed() -> None:
 @pytest.mark.parametrize(
     "policy", [{"type": "fixed", "visual_tokens": 32}, {"type": "load", "floor": 17}, {"type": "request", "auto": 1}]
 )
-def test_a_policy_names_offered_budgets_only(policy: dict[str, object]) -> None:
+def test_a_policy_may_only_name_offered_budgets(policy: dict[str, object]) -> None:
     with pytest.raises(ValueError, match="not offered; legal: 16, 64, 128, 256"):
         ServedBudgets.model_validate({"offered": LADDER, "policy": policy})

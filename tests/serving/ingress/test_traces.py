@@ -1,4 +1,4 @@
-"""A traced request says its budget and where its time went; an untraced one costs nothing."""
+"""Tests of the trace attributes and spans of a request."""
 
 import asyncio
 import time
@@ -20,7 +20,7 @@ from tests.serving.conftest import Asker
 from tests.serving.local import VERSION, job_of, service_of
 
 
-def test_a_trace_has_the_budget_and_the_parts(
+def test_a_trace_holds_the_budget_and_the_stages(
     model: ElasticVLM,
     processor: ElasticProcessor,
     engine: ContinuousEngine,
@@ -42,7 +42,7 @@ def test_a_trace_has_the_budget_and_the_parts(
     *parts, whole = exporter.get_finished_spans()
     assert whole.attributes is not None
     assert (whole.attributes["parcel.visual_tokens"], whole.attributes["parcel.model_version"]) == (64, VERSION)
-    # The second time the image is in the cache, and the vision tower does nothing.
+    # The second request finds its image in the cache, so there is no span of the vision tower.
     assert [part.name for part in parts] == ["queue", "prefill", "decode"]
     assert all(part.parent is not None and part.parent.span_id == whole.context.span_id for part in parts)
     assert all((part.start_time or 0) <= (part.end_time or 0) for part in parts)
