@@ -27,7 +27,7 @@ from parcelray.tuning.confirm import confirm_splits
 from parcelray.tuning.run import run_tuning
 
 JOBS = Path(__file__).resolve().parent.parent / "jobs"
-RIVALS = {
+BASELINES = {
     "m3": {"connector": {"type": "m3"}, "budget": {"type": "uniform", "budgets": [4, 16, 64, 256]}},
     "mqt": {
         "connector": {"type": "mqt", "num_heads": 6},
@@ -54,7 +54,9 @@ def jobs_of(overrides: Sequence[str]) -> tuple[TrainJob, TuneJob, TuneJob]:
     ]
     trained = Path(supernet.storage) / "train"
     models = [f"base.model.reference={trained / supernet.name / 'model'}"]
-    models += [f"rivals.{rival.upper()}={trained / rival_job(supernet, rival).name / 'model'}" for rival in RIVALS]
+    models += [
+        f"baselines.{name.upper()}={trained / baseline_job(supernet, name).name / 'model'}" for name in BASELINES
+    ]
     splits = load_job_of(TuneJob, JOBS / "tune" / "anchor_query_split.yaml", [*place, *models, *own["splits."]])
     clusters = load_job_of(TuneJob, JOBS / "tune" / "cluster_count.yaml", [*place, *own["clusters."]])
     return supernet, splits, clusters
@@ -69,7 +71,7 @@ def run(arguments: list[str], console: Console) -> None:
         tracked_run(uri, supernet.tracking.experiment, name, params={"steps": supernet.training.steps}) as run_id,
         ray_session(),
     ):
-        for job in (supernet, *(rival_job(supernet, rival) for rival in RIVALS)):
+        for job in (supernet, *(baseline_job(supernet, name) for name in BASELINES)):
             run_training(job, console, parent_run_id=run_id, report=False)
         found = run_tuning(splits, console, resume=True, parent_run_id=run_id)
         run_tuning(clusters, console, resume=True, parent_run_id=run_id)
@@ -77,9 +79,11 @@ def run(arguments: list[str], console: Console) -> None:
             confirm_splits(splits, found, console)
 
 
-def rival_job(supernet: TrainJob, rival: str) -> TrainJob:
-    """A rival from the same base, with the supernet's data, steps and seed."""
-    return TrainJob.model_validate(supernet.model_dump() | {"name": f"{supernet.name}-{rival}"} | RIVALS[rival])
+def baseline_job(supernet: TrainJob, baseline: str) -> TrainJob:
+    """Returns the training of a baseline from the same base, with the supernet's data, steps and seed."""
+    return TrainJob.model_validate(
+        supernet.model_dump() | {"name": f"{supernet.name}-{baseline}"} | BASELINES[baseline]
+    )
 
 
 def main() -> int:

@@ -116,5 +116,5 @@ def test_a_searched_routing_is_trained_under_a_name_of_its_own_beside_the_shippe
     for job in (*before.values(), *after.values()):
         RunFolder(job).claim()
     assert {job.name for job in before.values()} == {f"quickstart-{method}" for method in METHODS}
-    assert [method for method in METHODS if before[method] != after[method]] == ["parcel"], "the rivals are used again"
+    assert [method for method in METHODS if before[method] != after[method]] == ["parcel"], "the baselines are reused"
     assert after["parcel"].name.startswith("quickstart-parcel-")

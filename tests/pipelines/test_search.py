@@ -28,20 +28,20 @@ def test_changes_go_to_the_supernet_and_to_the_search_that_they_name(tmp_path: P
     trained = tmp_path / "train"
     assert isinstance(splits.base, EvaluateJob)
     assert splits.base.model.reference == str(trained / "supernet" / "model")
-    assert splits.rivals == {name.upper(): str(trained / f"supernet-{name}" / "model") for name in ("m3", "mqt")}
+    assert splits.baselines == {name.upper(): str(trained / f"supernet-{name}" / "model") for name in ("m3", "mqt")}
     with pytest.raises(ConfigError, match="stepz is not a known key"):
         script("search").jobs_of(["training.stepz=2"])
 
 
-def test_rivals_differ_from_the_supernet_in_connector_and_budgets_only() -> None:
+def test_baselines_differ_from_the_supernet_in_connector_and_budgets_only() -> None:
     search = script("search")
     supernet, _, _ = search.jobs_of(["training.steps=2"])
-    for rival in search.RIVALS:
-        job = search.rival_job(supernet, rival)
+    for baseline in search.BASELINES:
+        job = search.baseline_job(supernet, baseline)
         differing = {key for key, value in job.model_dump().items() if value != supernet.model_dump()[key]}
         assert differing == {"name", "connector", "budget"}
         assert job.connector is not None
-        assert job.connector.type == rival
+        assert job.connector.type == baseline
 
 
 def _arguments(folder: Path) -> list[str]:
@@ -76,7 +76,7 @@ def test_a_killed_search_goes_on_and_leaves_frontiers_in_mlflow(tmp_path: Path) 
     done = run_script(*command)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("is finished; nothing to do") == 3, (
-        "the supernet and its rivals were trained before the kill"
+        "the supernet and the baselines were trained before the kill"
     )
     search = tmp_path / "tune" / "anchor_query_split"
     lines = [json.loads(line)["key"] for line in (search / "trials.jsonl").read_text().splitlines()]

@@ -20,7 +20,7 @@ from parcelray.models.checkpoint import content_digest, resolve_checkpoint
 from parcelray.models.token_reduction.encoder_view import EncoderView
 from parcelray.models.vlm import load_vlm
 from parcelray.tuning.evaluate_trial import SearchedModel, WarmEvaluator, changed_job
-from parcelray.tuning.results import Rival, findings_of
+from parcelray.tuning.results import Baseline, findings_of
 
 from ..tiny import tiny_checkpoint
 
@@ -174,11 +174,11 @@ def test_costs_lie_within_bounds_that_are_known_before_the_search(tmp_path: Path
     assert bounds["tokens"] == (0.0, 256.0)
 
 
-def test_a_rival_stands_at_its_own_costs(tmp_path: Path, supernet: Path, reference: Sequence[SplitScores]) -> None:
+def test_a_baseline_is_drawn_at_its_own_costs(tmp_path: Path, supernet: Path, reference: Sequence[SplitScores]) -> None:
     job = _job(tmp_path, supernet, budgets=[16, 64])
     evaluator = _evaluator(job, supernet, reference)
     summary = run_evaluation(
-        _job(tmp_path, supernet, budgets=[16, 64], name="rival"), Console(file=io.StringIO()), tables=False
+        _job(tmp_path, supernet, budgets=[16, 64], name="baseline"), Console(file=io.StringIO()), tables=False
     ).summary
     for cost in ("gflops", "kv_cache_bytes", "tokens", "latency_ms"):
         search = TuneJob.model_validate(
@@ -196,9 +196,9 @@ def test_a_rival_stands_at_its_own_costs(tmp_path: Path, supernet: Path, referen
                 "objectives": [{"metric": "score", "mode": "max"}, {"metric": cost, "mode": "min"}],
             }
         )
-        points = findings_of(search, [], evaluator, {"rival": Rival(summary, supernet)}).rivals["rival"]
+        points = findings_of(search, [], evaluator, {"baseline": Baseline(summary, supernet)}).baselines["baseline"]
         expected = [] if cost == "latency_ms" else [(evaluator.costs(job, budget)[cost], budget) for budget in (16, 64)]
         assert [(point.x, point.num_visual_tokens) for point in points] == expected, (
-            "what is not known of a rival is not drawn"
+            "points with an unknown cost are not drawn"
         )
         assert [point.y for point in points] == [summary.mean_score(budget).value for _, budget in expected]

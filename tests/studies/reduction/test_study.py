@@ -86,7 +86,7 @@ def test_the_study_compares_methods_with_random_and_records_them(
     assert {(each.method, each.num_visual_tokens) for each in study.against_spatial} == asked
     assert all(0 < each.p_value <= each.p_holm <= 1 for each in study.against_random)
     assert all(each.spread is not None for each in study.against_random)
-    assert {each.subject for each in study.breaks} <= {
+    assert {each.subject for each in study.breakpoints} <= {
         "general",
         "resolution",
         "grounding",
@@ -142,7 +142,7 @@ def test_an_unknown_method_is_named_with_the_known_ones(checkpoint: Path, tmp_pa
         }
     )
     with pytest.raises(
-        UserError, match="clusters is no training-free method of this model; choose from cluster, cluster, cosine"
+        UserError, match="clusters is not a training-free method of this model; choose from cluster, cluster, cosine"
     ):
         run_reduction_study(job, Console(quiet=True), methods=["clusters"])
 
