@@ -57,7 +57,7 @@ def _run(
     stop_after: int | None = None,
     measure: Any = _measure,
 ) -> list[Assignment]:
-    """Runs a search with three points at the same time, which finish out of order, and returns the points that were run."""
+    """Runs a search with three points at a time, which finish out of order, and returns the points that were run."""
     record = TrialRecord(folder)
     planner = make_planner(space, algorithm, objectives, 7, record)
     run: list[Assignment] = []

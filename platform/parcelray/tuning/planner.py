@@ -25,7 +25,7 @@ optuna.logging.set_verbosity(optuna.logging.ERROR)
 _MAX_PROPOSALS = 100
 """Number of illegal or repeated proposals after which a random point is used instead."""
 _MAX_LISTED = 100_000
-"""Size of the largest space whose points are listed and shuffled; points of a larger one are drawn and rarely repeat."""
+"""Size of the largest space whose points are listed and shuffled; the points of a larger one are drawn at random."""
 
 
 class Planner(ABC):

@@ -278,12 +278,13 @@ class _Scale:
     """
 
     def __init__(self, values: Sequence[Any]) -> None:
-        known = [_item_of(value) for value in values if value is not None]
+        items = [_item_of(value) for value in values if value is not None]
         self._numeric = (
-            all(isinstance(value, int | float) and not isinstance(value, bool) for value in known)
-            and len(set(known)) > 1
+            all(isinstance(item, int | float) and not isinstance(item, bool) for item in items)
+            and len(set(items)) > 1
         )
-        self._order: list[Any] = sorted(set(known)) if self._numeric else list(dict.fromkeys(sorted(map(str, known))))
+        self._order: list[Any] = sorted(set(items)) if self._numeric else list(dict.fromkeys(sorted(map(str, items))))
+        self._heights: dict[Any, float]
         if self._numeric and len(self._order) > 12:
             low, high = self._order[0], self._order[-1]
             self._heights = {value: (value - low) / (high - low) for value in self._order}

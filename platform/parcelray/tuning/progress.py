@@ -191,8 +191,8 @@ class TrialRuns:
         )
 
     def _finish(self, trial: FinishedTrial) -> None:
-        # The step of the scores of a trial with one budget is that budget, as in an evaluation, so that MLflow plots the
-        # frontier.
+        # For a trial with one budget, the step of its scores is that budget, as in an evaluation, so that MLflow plots
+        # the frontier.
         self._log(
             trial.key,
             dict(trial.metrics) | {"seconds": trial.seconds},

@@ -74,7 +74,7 @@ _REPLAY: Any = _NoLiveTrials()
 
 
 class ResumableScheduler(TrialScheduler):
-    """Asynchronous early stopping (ASHA, median rule) that continues with the reports of earlier sessions of the search.
+    """Asynchronous early stopping (ASHA, median rule) that continues with the reports of earlier sessions.
 
     Both rules decide by the identity of a trial and the reports so far, so the same reports in the same order restore
     the same state. A step that was already decided on is neither decided again nor counted twice.

@@ -83,8 +83,8 @@ def run_tuning(
     record = TrialRecord(folder)
     if record.trials and not resume:
         raise UserError(
-            f"{folder} has {len(record.trials)} finished trials of this search; add --resume to continue it, or give the"
-            " search another name."
+            f"{folder} has {len(record.trials)} finished trials of this search; add --resume to continue it, or give"
+            " the search another name."
         )
     if retry_failed:
         console.print(f"{record.forget_failed()} failed trials are run again", highlight=False)
@@ -183,8 +183,9 @@ class _Search:
         if isinstance(self.job.algorithm, PbtAlgorithm):
             if count and count < self.job.algorithm.population:
                 raise UserError(
-                    f"algorithm.population is {self.job.algorithm.population}, but the cluster can run {count} trainings"
-                    " at the same time; make it smaller, give the trainings fewer workers, or use a larger cluster."
+                    f"algorithm.population is {self.job.algorithm.population}, but the cluster can run only {count}"
+                    " trainings at the same time; make it smaller, give the trainings fewer workers, or use a larger"
+                    " cluster."
                 )
             # Tune uses Python's global generator to choose the member to copy.
             random.seed(self.job.seed)

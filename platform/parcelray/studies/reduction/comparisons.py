@@ -15,7 +15,7 @@ from parcelray.evaluation.scoring.split_scores import Estimate, SplitScores
 from parcelray.evaluation.scoring.summary import Summary
 
 DRAWS = 10_000
-"""Number of bootstrap draws. The smallest p-value is 1 / DRAWS, which must survive the correction over a whole table."""
+"""Number of bootstrap draws. The smallest p-value is 1 / DRAWS; it must be small enough for Holm's correction."""
 
 Floats = NDArray[np.float64]
 

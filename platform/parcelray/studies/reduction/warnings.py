@@ -1,6 +1,6 @@
-"""Warnings about the methods or the experiment, in sentences, from the literature on token reduction (arXiv 2504.17892).
+"""Warnings about the methods or the experiment of the reduction study, each in one sentence.
 
-They tell what to check before the result of a training-free method is believed.
+They are known signs that a result of a training-free method is not reliable (arXiv 2504.17892 and its critics).
 """
 
 from collections.abc import Iterator, Mapping, Sequence
