@@ -63,7 +63,9 @@ def _check_results(folder: Path) -> None:
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_the_quickstart_compares_models_registers_one_and_answers_and_a_second_run_does_nothing(ray_session: None, tmp_path: Path) -> None:
+def test_the_quickstart_compares_and_registers_models_and_a_second_run_does_nothing(
+    ray_session: None, tmp_path: Path
+) -> None:
     quickstart = script("quickstart")
     job = load_job_of(TrainJob, quickstart.JOB, _changes(tmp_path, "training.steps=1", "report.samples=1"))
     output = io.StringIO()

@@ -1,6 +1,5 @@
 """The pipelines of the studies: how they use the benchmarks of a job, and the numbers that they write."""
 
-import csv
 import io
 import itertools
 import json
@@ -25,7 +24,7 @@ from parcelray.studies import attention as attention_studies
 from parcelray.studies.reduction.methods import all_budgets, methods_of
 
 from ..benchmarks.table_data import write_benchmark
-from .scripts import run_script, script, sets
+from .scripts import script, sets
 
 
 def _run(pipeline: str, *arguments: str) -> str:
@@ -68,7 +67,7 @@ def test_the_plan_of_the_llava_study_has_the_size_of_its_benchmarks(llava_job: t
 def test_the_llava_study_compares_all_methods_at_one_budget(
     llava_job: tuple[Path, list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Checks the arguments of the study; the study itself runs in tests/studies/reduction/test_study.py."""
+    """Checks the arguments of the study. tests/studies/reduction/test_study.py runs a study on these benchmarks."""
     calls: list[tuple[EvaluateJob, dict[str, Any]]] = []
     pipeline = script("training_free_llava")
     monkeypatch.setattr(pipeline, "run_reduction_study", lambda job, console, **options: calls.append((job, options)))
@@ -81,24 +80,6 @@ def test_the_llava_study_compares_all_methods_at_one_budget(
         chosen = {name: known[name] for name in options["methods"]}
         budgets = all_budgets(chosen, num_tokens, depths, equal=False, retentions=options["shares"])
         assert set(budgets.values()) == {(budget,)}
-
-
-@pytest.mark.nightly
-@pytest.mark.slow
-@pytest.mark.timeout(1800)
-def test_clusters_on_gqa_and_textvqa_are_compared_at_one_budget(llava_job: tuple[Path, list[str]]) -> None:
-    storage, job = llava_job
-    done = run_script("training_free_llava", *job)
-    assert done.returncode == 0, done.stdout + done.stderr
-    folder = storage / "studies" / "training_free_llava"
-    table = (folder / "frontier.md").read_text()
-    # 64 of 576 is 28 of 256.
-    assert "| cluster | 28 |" in table
-    assert "| blind | - |" in table
-    assert "textvqa_val" in table
-    with (folder / "against_random.csv").open(encoding="utf-8") as file:
-        compared = {(row["method"], row["num_visual_tokens"]) for row in csv.DictReader(file)}
-    assert compared >= {(method, "28") for method in ("cluster", "cluster, no size bias", "cluster, contiguous")}
 
 
 def test_saliency_is_studied_with_the_prompts_of_each_image_and_of_two_others(tmp_path: Path) -> None:

@@ -280,8 +280,7 @@ class _Scale:
     def __init__(self, values: Sequence[Any]) -> None:
         items = [_item_of(value) for value in values if value is not None]
         self._numeric = (
-            all(isinstance(item, int | float) and not isinstance(item, bool) for item in items)
-            and len(set(items)) > 1
+            all(isinstance(item, int | float) and not isinstance(item, bool) for item in items) and len(set(items)) > 1
         )
         self._order: list[Any] = sorted(set(items)) if self._numeric else list(dict.fromkeys(sorted(map(str, items))))
         self._heights: dict[Any, float]

@@ -39,8 +39,10 @@ DRIVER_CPUS = 0.01
 With a whole CPU, the drivers of all trials would take the CPUs that their workers wait for; Tune refuses 0.
 """
 RESAMPLE = 0.25
-"""Probability that `explore` draws a parameter anew instead of changing it a little (Jaderberg et al., 2017, as in Ray
-Tune)."""
+"""Probability that `explore` draws a parameter at random instead of changing it a little.
+
+The value is that of Jaderberg et al., 2017, and of Ray Tune.
+"""
 FACTORS = (0.8, 1.2)
 """Factors that `explore` scales numbers by."""
 _EXPLORE_ATTEMPTS = 200
