@@ -187,7 +187,7 @@ class WarmEvaluator:
         )
 
     def estimate(self, point: EvaluatedPoint, budget: int, metric: str) -> Estimate:
-        """Returns the score or retention of a point, over all families or for one (`score/video`), with bootstrap draws.
+        """Returns the score or retention of a point, of all families or one (`score/video`), with bootstrap draws.
 
         All points have the same samples and draws, so differences between them are paired.
         """
@@ -237,7 +237,7 @@ class WarmEvaluator:
         return self.models[job.model.reference]
 
     def _latency_ms(self, point: EvaluatedPoint, budget: int) -> float:
-        """Measures the time from one image to the first token, milliseconds: the median of a few runs without a cache."""
+        """Measures the time from an image to the first token, milliseconds: the median of a few runs without cache."""
         held = self._hold(point.job)
         task = held.tasks[0]
         sample: Sample = next(sample for row in task.rows for sample in task.reader.read(row).samples if sample.images)
