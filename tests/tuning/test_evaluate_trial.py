@@ -121,9 +121,7 @@ def test_costs_depend_on_the_point_and_are_averaged_over_budgets(
         evaluator.metrics({"anchor_grid": 4, "budgets": [64]}),
     )
     without = evaluator.metrics({"anchor_grid": 0, "budgets": [16]})
-    assert few["gflops"] < without["gflops"] < many["gflops"], (
-        "queries cost more than anchors, and more tokens cost more"
-    )
+    assert few["gflops"] < without["gflops"] < many["gflops"], "queries cost more than anchors"
     assert few["kv_cache_bytes"] < many["kv_cache_bytes"]
     assert 0 < few["latency_ms"] < math.inf
     both = evaluator.metrics({"anchor_grid": 4, "budgets": [16, 64]})
