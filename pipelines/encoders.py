@@ -1,8 +1,8 @@
 """Compares vision encoders: token redundancy, and retention of the same reduction methods at equal budgets.
 
 The default models are three mini LLaVAs with CLIP, SigLIP and ConvNeXt, trained in the same way.
-`--set models.NAME=REF` replaces or adds a model. The budgets are the four square numbers nearest to 5, 11, 20 and 30 % of the tokens, because
-average pooling supports only square numbers.
+`--set models.NAME=REF` replaces or adds a model. The budgets are the four square numbers nearest to 5, 11, 20 and 30 %
+of the tokens, because average pooling supports only square numbers.
 
     python pipelines/encoders.py [--set models.SigLIP=FOLDER ...] [--set storage=FOLDER]
 """
