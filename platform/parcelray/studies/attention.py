@@ -98,7 +98,6 @@ def study_saliency(
                 console.print(
                     f"Warning: in layer {layer} the maps of {name} hardly change with the prompt (Spearman"
                     f" {value:.2f}).",
-                    highlight=False,
                 )
     metrics = {
         key: value
@@ -112,7 +111,7 @@ def study_saliency(
         metrics,
         files,
     )
-    console.print(f"Numbers and heat maps: {folder}", highlight=False)
+    console.print(f"Numbers and heat maps: {folder}")
     return reports
 
 
@@ -165,7 +164,7 @@ def study_validity(
     _record(
         tracking, f"analyze-validity-{folder.name}", {"model": opened.checkpoint.pinned, "pairs": count}, metrics, files
     )
-    console.print(f"Numbers and picture: {folder}", highlight=False)
+    console.print(f"Numbers and picture: {folder}")
     return result
 
 
@@ -214,7 +213,7 @@ def study_redundancy(
         metrics,
         files,
     )
-    console.print(f"Numbers and picture: {folder}", highlight=False)
+    console.print(f"Numbers and picture: {folder}")
     return profiles
 
 

@@ -56,7 +56,7 @@ def run_encoder_study(
     )
     note.write_text(CONFOUNDED + "\n", encoding="utf-8")
     console.print(encoder_table(points))
-    console.print(CONFOUNDED, highlight=False)
+    console.print(CONFOUNDED)
     if job.tracking.uri is not None:
         uri = ensure_store(job.tracking.uri)
         with tracked_run(uri, job.tracking.experiment, "study-encoders", params=dict(models)) as run_id:
@@ -75,7 +75,7 @@ def run_encoder_study(
             tracker.log_artifact(note)
             tracker.log_figure_file(picture)
             tracker.close()
-    console.print(f"Table and figure of all encoders: {folder}", highlight=False)
+    console.print(f"Table and figure of all encoders: {folder}")
     return points
 
 

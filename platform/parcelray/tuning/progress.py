@@ -66,19 +66,17 @@ class SearchProgress:
         values = ", ".join(
             f"{each.metric} {metrics[each.metric]:.4g}" for each in self._job.objectives if each.metric in metrics
         )
-        self._console.print(f"trial {key} at step {steps}: {values or 'no objective yet'}", highlight=False)
+        self._console.print(f"trial {key} at step {steps}: {values or 'no objective yet'}")
 
     def finished(self, trial: FinishedTrial) -> None:
         """See `SearchObserver`."""
         self._running.discard(trial.key)
         if trial.error is not None:
-            self._console.print(
-                f"trial {trial.key} {describe(trial.assignment)} failed: {trial.error}", highlight=False, markup=False
-            )
+            self._console.print(f"trial {trial.key} {describe(trial.assignment)} failed: {trial.error}", markup=False)
         is_last = len(self._record.trials) >= self._planner.num_points
         if is_last or time.monotonic() - self._shown_at >= _MIN_SECONDS_BETWEEN_LINES:
             self._shown_at = time.monotonic()
-            self._console.print(self.line(), highlight=False, markup=False)
+            self._console.print(self.line(), markup=False)
 
     def line(self) -> str:
         """Returns the state of the search in one line."""

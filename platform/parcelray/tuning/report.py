@@ -122,35 +122,30 @@ def show_findings(job: TuneJob, findings: SearchFindings, folder: Path, console:
             '"', ""
         )
         if (folder / "model").is_dir():
-            console.print(f"Model with this routing: {folder / 'model'}", highlight=False)
-        console.print(f"To train with it: --set 'connector.routing={routing}'", highlight=False, soft_wrap=True)
+            console.print(f"Model with this routing: {folder / 'model'}")
+        console.print(f"To train with it: --set 'connector.routing={routing}'", soft_wrap=True)
     if findings.adaptive is not None:
         console.print(adaptive_table(findings.adaptive))
     if findings.adaptive_problem is not None:
-        console.print(f"No adaptive budgets: {findings.adaptive_problem}", highlight=False, markup=False)
+        console.print(f"No adaptive budgets: {findings.adaptive_problem}", markup=False)
     best = best_of(job, findings.trials)
     if best is not None:
-        console.print(
-            f"Best {metrics[0]}: {best.metrics[metrics[0]]:.4g} at {describe(best.assignment)}", highlight=False
-        )
+        console.print(f"Best {metrics[0]}: {best.metrics[metrics[0]]:.4g} at {describe(best.assignment)}")
     if findings.importance:
         console.print(
             "Importance: " + ", ".join(f"{name} {value:.2f}" for name, value in findings.importance.items()),
-            highlight=False,
         )
     if findings.stopped:
         console.print(
             f"{len(findings.stopped)} trials were stopped early; their metrics are those of their last report",
-            highlight=False,
         )
     if findings.failed:
         console.print(
             f"{len(findings.failed)} trials failed; re-run them with --resume --retry-failed. The first error:"
             f" {findings.failed[0].error}",
-            highlight=False,
             markup=False,
         )
-    console.print(f"Numbers and pictures: {folder}", highlight=False)
+    console.print(f"Numbers and pictures: {folder}")
 
 
 def record_findings(uri: str, run_id: str, findings: SearchFindings, files: Sequence[Path]) -> None:

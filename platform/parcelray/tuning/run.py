@@ -87,7 +87,7 @@ def run_tuning(
             " the search another name."
         )
     if retry_failed:
-        console.print(f"{record.forget_failed()} failed trials are run again", highlight=False)
+        console.print(f"{record.forget_failed()} failed trials are run again")
     how_to_resume = f"re-run the same command{'' if resume else ' with --resume'} to continue"
     with _tracked(job, run_folder, uri, parent_run_id) as run_id, ray_session(address):
         planner = make_planner(job.space, job.algorithm, job.objectives, job.seed, record)
@@ -169,7 +169,7 @@ class _Search:
         baselines = {}
         for name, reference in self.job.baselines.items():
             if not Path(reference).exists() and "/" in reference and not reference.startswith(("models:/", "hf:")):
-                self.console.print(f"Baseline {name} is left out: {reference} does not exist", highlight=False)
+                self.console.print(f"Baseline {name} is left out: {reference} does not exist")
                 continue
             checkpoint = resolve_model(CheckpointModelConfig(reference=reference), self.uri)
             legal = [budget for budget in budgets if budget in connector_of(checkpoint.path).supported_budgets]
@@ -207,7 +207,6 @@ class _Search:
         ):
             self.console.print(
                 "HyperBand compares only trainings of one session: the remaining ones form new brackets",
-                highlight=False,
             )
         # Every trial runs in a new process, so that no GPU memory of the previous one remains in use (ray#23971).
         self._search(training_trial(train, first), resources, count, scheduler=scheduler)
@@ -237,12 +236,10 @@ class _Search:
             if num_finished:
                 self.console.print(
                     f"Resuming from {self.folder / RECORD_FILE}; Ray Tune's own state of earlier sessions is ignored",
-                    highlight=False,
                 )
             finished = f", {num_finished} of them finished" if num_finished else ""
             self.console.print(
                 f"{self.job.name}: {self.planner.num_points} trials{finished}, {count} at the same time",
-                highlight=False,
             )
             try:
                 run_search(
@@ -262,7 +259,6 @@ class _Search:
                 self.console.print(
                     f"Interrupted. {num_finished} of {self.planner.num_points} trials are finished and kept;"
                     f" {self.how_to_resume}.",
-                    highlight=False,
                 )
                 raise
 

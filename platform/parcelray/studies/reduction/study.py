@@ -111,8 +111,8 @@ def run_reduction_study(
             record_study(uri, run_id, study, files)
     console.print(pairwise_table(study.against_random, "random sampling"))
     console.print(operating_table(study))
-    console.print(describe(study.warnings), highlight=False)
-    console.print(f"Tables and figures: {study.folder}", highlight=False)
+    console.print(describe(study.warnings))
+    console.print(f"Tables and figures: {study.folder}")
     return study
 
 
