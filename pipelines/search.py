@@ -1,12 +1,13 @@
-"""The searches on a laptop, run by `make search`: the split of every budget on one supernet, and the cluster count, without one training a point.
+"""Runs the searches of `make search`: the split of every budget on one supernet, and the number of clusters.
 
-Trains the supernet and, as long, M3 and MQT to draw beside it; searches 63 splits; searches clusters on the mini LLaVA.
-With --confirm it also trains a few splits by themselves, to see whether the supernet ranked them well.
+It trains the supernet, and the baselines M3 and MQT with the same number of steps. It then searches 63 splits, and
+clusters on the mini LLaVA; no point needs a training. With --confirm it also trains a few splits separately, to check
+the supernet's ranking.
 
     python pipelines/search.py [--confirm] [--set a.b=c ...]
 
-A key that starts with `splits.` or `clusters.` is of that search, any other of the supernet's training. A second run
-does nothing and says so; an interrupted one goes on where it was.
+A key that starts with `splits.` or `clusters.` belongs to that search, any other key to the training of the supernet.
+Re-run the same command to resume; a run that is finished computes nothing.
 """
 
 import sys
@@ -27,19 +28,19 @@ from parcelray.tuning.confirm import confirm_splits
 from parcelray.tuning.run import run_tuning
 
 JOBS = Path(__file__).resolve().parent.parent / "jobs"
-RIVALS = {
+BASELINES = {
     "m3": {"connector": {"type": "m3"}, "budget": {"type": "uniform", "budgets": [4, 16, 64, 256]}},
     "mqt": {
         "connector": {"type": "mqt", "num_heads": 6},
         "budget": {"type": "uniform", "budgets": {"start": 4, "stop": 256, "step": 4}},
     },
 }
-"""What they change in the supernet's training: their connectors, and the budgets of their own papers."""
+"""Changes of the supernet's training for each baseline: its connector, and the budgets of its own paper."""
 CONFIRM = "--confirm"
 
 
 def jobs_of(overrides: Sequence[str]) -> tuple[TrainJob, TuneJob, TuneJob]:
-    """The supernet's training, and the searches for splits and for clusters, with the searches' own changes."""
+    """Returns the training of the supernet and the two searches, with the overrides of each applied."""
     own = {
         name: [each.removeprefix(name) for each in overrides if each.startswith(name)]
         for name in ("splits.", "clusters.")
@@ -47,21 +48,23 @@ def jobs_of(overrides: Sequence[str]) -> tuple[TrainJob, TuneJob, TuneJob]:
     supernet = load_job_of(
         TrainJob, JOBS / "train" / "supernet.yaml", [each for each in overrides if not each.startswith(tuple(own))]
     )
-    place = [
+    storage = [
         f"storage={supernet.storage}",
         f"base.storage={supernet.storage}",
         f"tracking.uri={supernet.tracking.uri or 'null'}",
     ]
     trained = Path(supernet.storage) / "train"
     models = [f"base.model.reference={trained / supernet.name / 'model'}"]
-    models += [f"rivals.{rival.upper()}={trained / rival_job(supernet, rival).name / 'model'}" for rival in RIVALS]
-    splits = load_job_of(TuneJob, JOBS / "tune" / "anchor_query_split.yaml", [*place, *models, *own["splits."]])
-    clusters = load_job_of(TuneJob, JOBS / "tune" / "cluster_count.yaml", [*place, *own["clusters."]])
+    models += [
+        f"baselines.{name.upper()}={trained / baseline_job(supernet, name).name / 'model'}" for name in BASELINES
+    ]
+    splits = load_job_of(TuneJob, JOBS / "tune" / "anchor_query_split.yaml", [*storage, *models, *own["splits."]])
+    clusters = load_job_of(TuneJob, JOBS / "tune" / "cluster_count.yaml", [*storage, *own["clusters."]])
     return supernet, splits, clusters
 
 
 def run(arguments: list[str], console: Console) -> None:
-    """Runs what is missing."""
+    """Runs the trainings and searches that are not finished."""
     supernet, splits, clusters = jobs_of(overrides_of([argument for argument in arguments if argument != CONFIRM]))
     uri = ensure_store(supernet.tracking.uri or "sqlite:///runs/mlflow.db")
     name = f"pipeline-search-{config_hash(supernet)}"
@@ -69,7 +72,7 @@ def run(arguments: list[str], console: Console) -> None:
         tracked_run(uri, supernet.tracking.experiment, name, params={"steps": supernet.training.steps}) as run_id,
         ray_session(),
     ):
-        for job in (supernet, *(rival_job(supernet, rival) for rival in RIVALS)):
+        for job in (supernet, *(baseline_job(supernet, name) for name in BASELINES)):
             run_training(job, console, parent_run_id=run_id, report=False)
         found = run_tuning(splits, console, resume=True, parent_run_id=run_id)
         run_tuning(clusters, console, resume=True, parent_run_id=run_id)
@@ -77,9 +80,11 @@ def run(arguments: list[str], console: Console) -> None:
             confirm_splits(splits, found, console)
 
 
-def rival_job(supernet: TrainJob, rival: str) -> TrainJob:
-    """A rival from the same base, with the supernet's data, steps and seed."""
-    return TrainJob.model_validate(supernet.model_dump() | {"name": f"{supernet.name}-{rival}"} | RIVALS[rival])
+def baseline_job(supernet: TrainJob, baseline: str) -> TrainJob:
+    """Returns the training of a baseline from the same base, with the supernet's data, steps and seed."""
+    return TrainJob.model_validate(
+        supernet.model_dump() | {"name": f"{supernet.name}-{baseline}"} | BASELINES[baseline]
+    )
 
 
 def main() -> int:

@@ -1,6 +1,7 @@
-"""Cluster & Aggregate at 64 of 576 visual tokens on GQA and TextVQA, on LLaVA-1.5-7B: with every kind of positions, against random and spatial sampling.
+"""Studies Cluster & Aggregate on LLaVA-1.5-7B at 64 of 576 visual tokens, on GQA and TextVQA.
 
-Blind and in full besides. The same budget as a share of the tokens is asked of another model.
+All token placements are compared with random and spatial sampling, with all tokens, and blind. For another model, the
+budget is the same share of its tokens.
 
     python pipelines/training_free_llava.py [--dry-run] [--set 'benchmarks=[{name: gqa, data: FOLDER}, {name:
     textvqa_val, data: FOLDER}]']
@@ -24,7 +25,7 @@ DRY_RUN = "--dry-run"
 
 
 def run(arguments: list[str], console: Console) -> None:
-    """Runs the study, or shows the plan of its first evaluation and stops."""
+    """Runs the study; with --dry-run, only prints the plan of its first evaluation."""
     job = load_job_of(EvaluateJob, JOB, overrides_of([argument for argument in arguments if argument != DRY_RUN]))
     if DRY_RUN in arguments:
         console.print(evaluation_plan(job).to_rich())
@@ -33,7 +34,7 @@ def run(arguments: list[str], console: Console) -> None:
 
 
 def main() -> int:
-    """Runs the pipeline; `--set a.b=c` changes its job."""
+    """Runs the pipeline with the command-line arguments."""
     return run_script(lambda console: run(sys.argv[1:], console))
 
 

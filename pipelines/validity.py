@@ -1,6 +1,8 @@
-"""Do attended tokens matter? Each visual token left out of 120 questions of a job; correlation with attention, against maps that are moved at random.
+"""Studies whether attended tokens matter, by leaving out each visual token of 120 samples of a job.
 
-python pipelines/validity.py [--set count=120] [--set 'benchmarks=[{name: gqa, data: FOLDER}]']
+The loss without a token is correlated with its attention, and tested against attention maps that are shifted at random.
+
+    python pipelines/validity.py [--set count=120] [--set 'benchmarks=[{name: gqa, data: FOLDER}]']
 """
 
 import sys
@@ -18,7 +20,7 @@ COUNT = 120
 
 
 def run(arguments: list[str], console: Console) -> None:
-    """Runs the study; a key of its own is `count=NUMBER`."""
+    """Runs the study; the argument `--set count=NUMBER` sets the number of samples."""
     count, changes = split_count(overrides_of(arguments), COUNT)
     job = load_job_of(EvaluateJob, JOB, changes)
     folder = Path(job.storage) / "studies" / f"validity-{job.name}"
@@ -26,7 +28,7 @@ def run(arguments: list[str], console: Console) -> None:
 
 
 def main() -> int:
-    """Runs the pipeline; `--set a.b=c` changes its job."""
+    """Runs the pipeline with the command-line arguments."""
     return run_script(lambda console: run(sys.argv[1:], console))
 
 

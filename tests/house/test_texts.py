@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-BINARY = {".safetensors", ".png", ".jpg", ".parquet", ".npz", ".pt2", ".woff2", ".ico", ".gif", ".pdf"}
+BINARY = {".safetensors", ".pkl", ".png", ".jpg", ".parquet", ".npz", ".pt2", ".woff2", ".ico", ".gif", ".pdf"}
 # Written in pieces, so that this file passes its own test.
 REGISTRY_HOSTS = [
     ".".join(parts)

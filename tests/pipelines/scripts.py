@@ -1,4 +1,4 @@
-"""The scripts of pipelines/, as modules in this process and as commands of their own."""
+"""Helpers for the scripts of pipelines/: as modules in this process, and as processes."""
 
 import importlib.util
 import subprocess
@@ -11,12 +11,12 @@ from types import ModuleType
 from ..processes import own_ray
 
 ROOT = Path(__file__).resolve().parents[2]
-# Only a hang takes as long.
 LIMIT_S = 1200
+"""Timeout of a script, seconds; only a hanging script reaches it."""
 
 
 def script(name: str) -> ModuleType:
-    """The module of a script; its work starts only with `main`."""
+    """Imports a script as a module, which does not run its `main`."""
     spec = importlib.util.spec_from_file_location(f"pipelines_{name}", ROOT / "pipelines" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
@@ -26,12 +26,12 @@ def script(name: str) -> ModuleType:
 
 
 def sets(*changes: str) -> list[str]:
-    """Changes of a job as the arguments of a script."""
+    """Returns changes of a job as command-line arguments."""
     return [part for change in changes for part in ("--set", change)]
 
 
 def run_script(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Runs a script as its user does."""
+    """Runs a script in a new process, as a user does."""
     command = _command(name, arguments)
     return subprocess.run(
         command, cwd=ROOT, env=own_ray(), capture_output=True, text=True, timeout=LIMIT_S, check=False
@@ -39,7 +39,7 @@ def run_script(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def kill_script(name: str, *arguments: str, log: Path, when: Callable[[], bool]) -> None:
-    """Runs a script and kills it with SIGKILL as soon as a condition holds."""
+    """Runs a script in a new process and kills it with SIGKILL as soon as a condition holds."""
     with log.open("w") as output:
         command = _command(name, arguments)
         driver = subprocess.Popen(command, cwd=ROOT, env=own_ray(), stdout=output, stderr=subprocess.STDOUT)

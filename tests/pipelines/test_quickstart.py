@@ -1,4 +1,4 @@
-"""The quickstart with fewer steps and samples: once in this process, and as its user runs it, killed in the middle."""
+"""The quickstart with fewer steps and samples: in this process, and as a script that is killed and restarted."""
 
 import io
 import json
@@ -24,7 +24,7 @@ def _changes(folder: Path, *more: str) -> list[str]:
         f"tracking.uri={new_store(folder)}",
         "training.steps=2",
         "training.images_per_step=8",
-        # Ray Train's processes take far longer to start than two steps; what they do is tested where training is.
+        # Starting Ray Train's processes takes much longer than two steps; they are tested in tests/training.
         "scaling.num_workers=0",
         "validation.samples=1",
         "report.samples=3",
@@ -52,7 +52,7 @@ def _check_results(folder: Path) -> None:
     assert experiment is not None
     runs = client.search_runs([experiment.experiment_id])
     assert {run.info.status for run in runs} == {"FINISHED"}
-    # The pipeline, its trainings, and the evaluation of each below it.
+    # The runs are the pipeline, its trainings, and an evaluation nested under each training.
     parents = {run.info.run_id: run.data.tags.get("mlflow.parentRunId") for run in runs}
     (pipeline,) = (run for run, parent in parents.items() if parent is None)
     trainings = [run for run, parent in parents.items() if parent == pipeline]
@@ -63,7 +63,9 @@ def _check_results(folder: Path) -> None:
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_the_quickstart_compares_registers_answers_and_is_then_done(ray_session: None, tmp_path: Path) -> None:
+def test_the_quickstart_compares_and_registers_models_and_a_second_run_does_nothing(
+    ray_session: None, tmp_path: Path
+) -> None:
     quickstart = script("quickstart")
     job = load_job_of(TrainJob, quickstart.JOB, _changes(tmp_path, "training.steps=1", "report.samples=1"))
     output = io.StringIO()
@@ -83,7 +85,7 @@ def test_the_quickstart_compares_registers_answers_and_is_then_done(ray_session:
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_a_killed_quickstart_goes_on_and_is_then_done(tmp_path: Path) -> None:
+def test_a_killed_quickstart_is_resumed_and_a_further_run_does_nothing(tmp_path: Path) -> None:
     command = ("quickstart", *sets(*_changes(tmp_path)))
     kill_script(*command, log=tmp_path / "killed.log", when=lambda: bool(list(tmp_path.glob("train/*/result.json"))))
     assert not list(tmp_path.glob("quickstart/*.done"))
@@ -101,20 +103,20 @@ def test_a_killed_quickstart_goes_on_and_is_then_done(tmp_path: Path) -> None:
     assert _weights(tmp_path) == models
 
 
-def test_an_argument_that_the_quickstart_does_not_know_is_refused() -> None:
-    found = run_script("quickstart", "--steps", "3")
-    assert found.returncode == 2
-    assert "--set a.b=c" in found.stdout
+def test_an_unknown_argument_of_the_quickstart_is_refused() -> None:
+    done = run_script("quickstart", "--steps", "3")
+    assert done.returncode == 2
+    assert "--set a.b=c" in done.stdout
 
 
-def test_a_searched_routing_is_trained_under_a_name_of_its_own_beside_the_shipped_run(tmp_path: Path) -> None:
+def test_a_searched_routing_is_trained_under_another_name_than_the_shipped_one(tmp_path: Path) -> None:
     quickstart = script("quickstart")
-    place = f"storage={tmp_path}"
+    storage = f"storage={tmp_path}"
     routing = "connector.routing=[{min_budget: 16, max_budget: 256, anchor_grid: 2}]"
-    shipped, routed = (load_job_of(TrainJob, quickstart.JOB, changes) for changes in ([place], [place, routing]))
+    shipped, routed = (load_job_of(TrainJob, quickstart.JOB, changes) for changes in ([storage], [storage, routing]))
     before, after = (quickstart.named_jobs(job, load_job_of(TrainJob, quickstart.JOB)) for job in (shipped, routed))
     for job in (*before.values(), *after.values()):
         RunFolder(job).claim()
     assert {job.name for job in before.values()} == {f"quickstart-{method}" for method in METHODS}
-    assert [method for method in METHODS if before[method] != after[method]] == ["parcel"], "the rivals are used again"
+    assert [method for method in METHODS if before[method] != after[method]] == ["parcel"], "the baselines are reused"
     assert after["parcel"].name.startswith("quickstart-parcel-")

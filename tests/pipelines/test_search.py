@@ -1,4 +1,4 @@
-"""`make search`: the jobs that it runs, and as its user runs it, with fewer steps, points and samples, and its driver killed in the middle."""
+"""`make search`: the jobs that it runs, and the whole script with a small job, whose driver is killed and restarted."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ from ..stores import new_store
 from .scripts import kill_script, run_script, script, sets
 
 
-def test_changes_go_to_the_supernet_and_to_the_search_that_they_name(tmp_path: Path) -> None:
+def test_overrides_apply_to_the_supernet_or_to_the_search_that_they_name(tmp_path: Path) -> None:
     changes = [f"storage={tmp_path}", "training.steps=2", "splits.adaptive.budgets=[16, 64]", "clusters.seed=7"]
     supernet, splits, clusters = script("search").jobs_of(changes)
     assert (supernet.training.steps, clusters.seed) == (2, 7)
@@ -24,28 +24,28 @@ def test_changes_go_to_the_supernet_and_to_the_search_that_they_name(tmp_path: P
     assert splits.adaptive.budgets == (16, 64)
     assert {supernet.storage, splits.storage, clusters.storage, splits.base.storage} == {str(tmp_path)}
     assert {splits.tracking.uri, clusters.tracking.uri} == {supernet.tracking.uri}
-    # The search asks the supernet, and draws beside it what is trained as long as it.
+    # The search evaluates the supernet; the baselines are trained for as many steps as the supernet.
     trained = tmp_path / "train"
     assert isinstance(splits.base, EvaluateJob)
     assert splits.base.model.reference == str(trained / "supernet" / "model")
-    assert splits.rivals == {name.upper(): str(trained / f"supernet-{name}" / "model") for name in ("m3", "mqt")}
+    assert splits.baselines == {name.upper(): str(trained / f"supernet-{name}" / "model") for name in ("m3", "mqt")}
     with pytest.raises(ConfigError, match="stepz is not a known key"):
         script("search").jobs_of(["training.stepz=2"])
 
 
-def test_rivals_differ_from_the_supernet_in_connector_and_budgets_only() -> None:
+def test_baselines_differ_from_the_supernet_in_connector_and_budgets_only() -> None:
     search = script("search")
     supernet, _, _ = search.jobs_of(["training.steps=2"])
-    for rival in search.RIVALS:
-        job = search.rival_job(supernet, rival)
+    for baseline in search.BASELINES:
+        job = search.baseline_job(supernet, baseline)
         differing = {key for key, value in job.model_dump().items() if value != supernet.model_dump()[key]}
         assert differing == {"name", "connector", "budget"}
         assert job.connector is not None
-        assert job.connector.type == rival
+        assert job.connector.type == baseline
 
 
 def _arguments(folder: Path) -> list[str]:
-    # Few processes: nearly all of the time is theirs to start.
+    # As few processes as possible, because starting them takes nearly all of the time.
     return sets(
         f"storage={folder}",
         f"tracking.uri={new_store(folder)}",
@@ -68,7 +68,7 @@ def _arguments(folder: Path) -> list[str]:
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_a_killed_search_goes_on_and_leaves_frontiers_in_mlflow(tmp_path: Path) -> None:
+def test_a_killed_search_is_resumed_and_logs_its_frontiers_to_mlflow(tmp_path: Path) -> None:
     command = ("search", *_arguments(tmp_path))
     trials_of = tmp_path / "tune" / "anchor_query_split"
     kill_script(*command, log=tmp_path / "killed.log", when=lambda: bool(TrialRecord(trials_of).trials))
@@ -76,11 +76,11 @@ def test_a_killed_search_goes_on_and_leaves_frontiers_in_mlflow(tmp_path: Path) 
     done = run_script(*command)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("is finished; nothing to do") == 3, (
-        "the supernet and its rivals were trained before the kill"
+        "the supernet and the baselines were trained before the kill"
     )
     search = tmp_path / "tune" / "anchor_query_split"
     lines = [json.loads(line)["key"] for line in (search / "trials.jsonl").read_text().splitlines()]
-    assert len(lines) == len(set(lines)) == 6, "no trial lost, none run again"
+    assert len(lines) == len(set(lines)) == 6, "no trial is lost or run again"
     assert before < set(lines)
     assert len(TrialRecord(tmp_path / "tune" / "cluster_count").trials) == 3
     verify_manifest(search / "model")
@@ -95,7 +95,7 @@ def test_a_killed_search_goes_on_and_leaves_frontiers_in_mlflow(tmp_path: Path) 
     assert experiment is not None
     runs = client.search_runs([experiment.experiment_id], max_results=1000)
     assert {run.info.status for run in runs} == {"FINISHED"}, (
-        "none is left RUNNING, and what the kill left open is ended"
+        "no run is left RUNNING, not even those of the killed driver"
     )
     trials = [run.info.run_name for run in runs if (run.info.run_name or "").startswith("trial-anchor_query_split-")]
     assert sorted(trials) == sorted(f"trial-anchor_query_split-{key}" for key in lines)

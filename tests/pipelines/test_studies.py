@@ -1,6 +1,5 @@
-"""The pipelines of the studies: what they ask of a job's benchmarks, and the numbers that they write."""
+"""The pipelines of the studies: how they use the benchmarks of a job, and the numbers that they write."""
 
-import csv
 import io
 import itertools
 import json
@@ -25,11 +24,11 @@ from parcelray.studies import attention as attention_studies
 from parcelray.studies.reduction.methods import all_budgets, methods_of
 
 from ..benchmarks.table_data import write_benchmark
-from .scripts import run_script, script, sets
+from .scripts import script, sets
 
 
 def _run(pipeline: str, *arguments: str) -> str:
-    """Runs a pipeline in this process; what it prints."""
+    """Runs a pipeline in this process and returns its output."""
     output = io.StringIO()
     script(pipeline).run(list(arguments), Console(file=output, width=200))
     return output.getvalue()
@@ -43,7 +42,7 @@ def _attention(storage: Path, count: int) -> list[str]:
 
 @pytest.fixture(scope="module")
 def llava_job(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
-    """Where results go, and GQA and TextVQA with four rows each, on the mini LLaVA in this process."""
+    """The storage folder, and overrides for GQA and TextVQA with four rows each on the mini LLaVA."""
     folder = tmp_path_factory.mktemp("llava")
     for name in ("gqa", "textvqa_val"):
         write_benchmark(find(name, catalog()), folder / name)
@@ -58,22 +57,22 @@ def llava_job(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]
     )
 
 
-def test_clusters_on_gqa_and_textvqa_are_planned(llava_job: tuple[Path, list[str]]) -> None:
+def test_the_plan_of_the_llava_study_has_the_size_of_its_benchmarks(llava_job: tuple[Path, list[str]]) -> None:
     storage, job = llava_job
     plan = _run("training_free_llava", "--dry-run", *job)
     assert "gqa 4, textvqa_val 4" in plan
-    assert not storage.exists(), "a plan computes nothing"
+    assert not storage.exists(), "a plan writes nothing"
 
 
-def test_clusters_on_gqa_and_textvqa_are_one_study_at_one_budget(
+def test_the_llava_study_compares_all_methods_at_one_budget(
     llava_job: tuple[Path, list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What the pipeline asks the study for; the study itself is run in tests/cluster/test_reduction_study.py."""
-    asked: list[tuple[EvaluateJob, dict[str, Any]]] = []
+    """Checks the arguments of the study. tests/studies/reduction/test_study.py runs a study on these benchmarks."""
+    calls: list[tuple[EvaluateJob, dict[str, Any]]] = []
     pipeline = script("training_free_llava")
-    monkeypatch.setattr(pipeline, "run_reduction_study", lambda job, console, **options: asked.append((job, options)))
+    monkeypatch.setattr(pipeline, "run_reduction_study", lambda job, console, **options: calls.append((job, options)))
     pipeline.run(llava_job[1], Console(quiet=True))
-    ((job, options),) = asked
+    ((job, options),) = calls
     assert [choice.name for choice in job.benchmarks] == ["gqa", "textvqa_val"]
     # LLaVA-1.5-7B has 576 visual tokens and a decoder of 32 layers; the mini LLaVA has 256 and 3.
     for num_tokens, depths, budget in ((576, Depths(23, 32), 64), (256, Depths(3, 3), 28)):
@@ -83,25 +82,7 @@ def test_clusters_on_gqa_and_textvqa_are_one_study_at_one_budget(
         assert set(budgets.values()) == {(budget,)}
 
 
-@pytest.mark.nightly
-@pytest.mark.slow
-@pytest.mark.timeout(1800)
-def test_clusters_on_gqa_and_textvqa_are_compared_at_one_budget(llava_job: tuple[Path, list[str]]) -> None:
-    storage, job = llava_job
-    done = run_script("training_free_llava", *job)
-    assert done.returncode == 0, done.stdout + done.stderr
-    folder = storage / "studies" / "training_free_llava"
-    table = (folder / "frontier.md").read_text()
-    # 64 of 576 is 28 of 256.
-    assert "| cluster | 28 |" in table
-    assert "| blind | - |" in table
-    assert "textvqa_val" in table
-    with (folder / "against_random.csv").open(encoding="utf-8") as file:
-        compared = {(row["method"], row["num_visual_tokens"]) for row in csv.DictReader(file)}
-    assert compared >= {(method, "28") for method in ("cluster", "cluster, no size bias", "cluster, contiguous")}
-
-
-def test_saliency_is_studied_on_each_images_own_question_and_those_of_others(tmp_path: Path) -> None:
+def test_saliency_is_studied_with_the_prompts_of_each_image_and_of_two_others(tmp_path: Path) -> None:
     _run("saliency", *_attention(tmp_path, 4))
     folder = tmp_path / "studies" / "saliency-attention"
     maps = np.load(folder / "saliency.npz")
@@ -111,15 +92,15 @@ def test_saliency_is_studied_on_each_images_own_question_and_those_of_others(tmp
         maps_IPLHN = maps[array]
         assert maps_IPLHN.shape[:2] == (4, 3)
         assert maps_IPLHN.shape[-1] == 256
-        # What a word pays to the image is a share of all that it pays.
+        # The attention of a word to the image is a share of its whole attention, which sums to 1.
         assert maps_IPLHN.min() >= 0
         assert 0 < maps_IPLHN.sum(-1).max() <= 1 + 1e-4
         mean_IPLN = maps_IPLHN.mean(3)
-        found = [each["spearman"]["value"] for each in report[name]["between_prompts"]]
+        measured = [each["spearman"]["value"] for each in report[name]["between_prompts"]]
         expected = [_mean_spearman(mean_IPLN[:, :, layer]) for layer in range(mean_IPLN.shape[2])]
-        # The mean over heads is rounded to single precision, so neighbours in the ranking may change places.
-        assert found == pytest.approx(expected, abs=1e-3)
-        assert max(found) < 1, "the prompts of an image differ"
+        # The mean over heads is rounded to single precision, so neighbours in the ranking may be swapped.
+        assert measured == pytest.approx(expected, abs=1e-3)
+        assert max(measured) < 1, "the maps of an image differ between its prompts"
     for picture in ("agreement.png", "heat_maps_3.png"):
         with Image.open(folder / picture) as image:
             assert image.width > 300
@@ -134,14 +115,14 @@ def _mean_spearman(maps_IPN: NDArray[np.float32]) -> float:
     return float(np.mean([stats.spearmanr(first, second).statistic for first, second in pairs]))
 
 
-def test_validity_is_studied_on_the_questions_of_a_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Losses are made up, so that the numbers are known; on a model they are measured in tests/analysis and tests/cluster/test_reduction_study.py."""
-    asked: list[Pair] = []
+def test_validity_is_studied_on_the_samples_of_a_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The losses are made up, so that the numbers are known; tests/analysis measures them on a model."""
+    pairs: list[Pair] = []
 
     def leave_one_out(
         model: object, processor: object, pair: Pair, *, seed: int
     ) -> tuple[NDArray[np.float64], Mapping[str, NDArray[np.float64]]]:
-        asked.append(pair)
+        pairs.append(pair)
         loss_N = np.random.default_rng(seed).random(256)
         return loss_N, {
             "follows": loss_N**2,
@@ -151,22 +132,22 @@ def test_validity_is_studied_on_the_questions_of_a_job(tmp_path: Path, monkeypat
 
     monkeypatch.setattr(attention_studies, "leave_one_out", leave_one_out)
     _run("validity", *_attention(tmp_path, 5))
-    found = json.loads((tmp_path / "studies" / "validity-attention" / "validity.json").read_text())
-    assert found["pairs"] == 5
-    # The families that ask about one image, in turn: a video has four.
+    written = json.loads((tmp_path / "studies" / "validity-attention" / "validity.json").read_text())
+    assert written["pairs"] == 5
+    # The samples come in turn from the families with one image per sample; a video sample has four images.
     first = {family: family_samples("test", family, 3)[0].prompt for family in FAMILIES if family != "video"}
-    assert [pair.prompt for pair in asked[: len(first)]] == list(first.values())
-    follows, opposes, random = (found["measures"][name] for name in ("follows", "opposes", "random"))
+    assert [pair.prompt for pair in pairs[: len(first)]] == list(first.values())
+    follows, opposes, random = (written["measures"][name] for name in ("follows", "opposes", "random"))
     assert follows["correlation"]["value"] == pytest.approx(1)
     assert opposes["correlation"]["value"] == pytest.approx(-1)
     assert abs(random["correlation"]["value"]) < 0.2
-    # One of a thousand permutations and the observed one: three measures are corrected together.
+    # The smallest p-value is one of 1,000 permutations plus the observed order. Three measures are corrected together.
     assert follows["p_value"] == opposes["p_value"] == pytest.approx(1 / 1001)
     assert follows["p_holm"] == pytest.approx(3 / 1001)
     assert random["p_value"] > 0.01
     assert follows["mass"]["value"] > 0.15 > random["mass"]["value"] > opposes["mass"]["value"]
 
 
-def test_too_few_questions_are_one_sentence(tmp_path: Path) -> None:
+def test_too_few_samples_are_reported_in_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="samples with one image, but 99 are needed"):
         _run("validity", *_attention(tmp_path, 99))

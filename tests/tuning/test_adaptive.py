@@ -1,4 +1,4 @@
-"""Budgets chosen per image and question on the answers of a split search, on a tiny supernet."""
+"""Budgets chosen per image and question from the predictions of a split search on a tiny supernet."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -9,8 +9,8 @@ from parcelray.config.evaluate import EvaluateJob
 from parcelray.errors import UserError
 from parcelray.evaluation.adaptive.adaptive_budget import BEFORE, FIXED
 from parcelray.models.checkpoint import content_digest, resolve_checkpoint
-from parcelray.tuning.adaptive import frontier_curves, study_split_search
 from parcelray.tuning.evaluate_trial import EvaluatedPoint, SearchedModel, WarmEvaluator
+from parcelray.tuning.results import frontier_curves, study_split_search
 
 from ..tiny import own_benchmark, tiny_checkpoint
 
@@ -37,12 +37,12 @@ def _point(evaluator: WarmEvaluator, anchor_grid: int, budget: int) -> Evaluated
     return evaluator.evaluate({"anchor_grid": anchor_grid, "budgets": [budget]})
 
 
-def test_each_budget_is_taken_at_its_chosen_split_and_scored_as_the_search_scores_it(tmp_path: Path) -> None:
+def test_each_budget_uses_its_chosen_split_and_is_scored_as_in_the_search(tmp_path: Path) -> None:
     model = tiny_checkpoint(tmp_path, 3, connector={"type": "parcel", "num_heads": 2, "anchor_grids": [0, 2, 4, 8]})
-    # An untrained model is never right, so the right answer to every other question is made what it says at 16 tokens.
+    # An untrained model is never correct. So its answer at 16 tokens becomes the ground truth of every other sample.
     before = _evaluator(tmp_path / "before", model, own_benchmark(tmp_path / "a", [["nothing"]] * 40))
-    said = [answer.text for answer in _point(before, 4, 16).splits[0].answers[16]]
-    data = own_benchmark(tmp_path / "b", [[text if number % 2 else "nothing"] for number, text in enumerate(said)])
+    predicted = [answer.text for answer in _point(before, 4, 16).splits[0].answers[16]]
+    data = own_benchmark(tmp_path / "b", [[text if number % 2 else "nothing"] for number, text in enumerate(predicted)])
     evaluator = _evaluator(tmp_path, model, data)
     points = {64: _point(evaluator, 8, 64), 16: _point(evaluator, 4, 16)}
     evaluator.reference = (points[16].splits, 16)
@@ -66,10 +66,10 @@ def test_each_budget_is_taken_at_its_chosen_split_and_scored_as_the_search_score
     other = {point.setting: point.spent for point in by_score.curve(FIXED)}
     assert other[16].score.value == pytest.approx(50)
     assert other[16].gflops.value == spent[16].gflops.value
-    assert other[64].gflops.value != spent[64].gflops.value, "the connector pays for the split that was chosen"
+    assert other[64].gflops.value != spent[64].gflops.value, "the compute of the connector is that of the chosen split"
 
     (split,) = points[16].splits
     nothing = replace(split.scores[16], estimate=replace(split.scores[16].estimate, value=0.0))
     evaluator.reference = ([replace(split, scores={16: nothing})], 16)
-    with pytest.raises(UserError, match=r"The reference scores 0 on every split, so nothing can be kept of it"):
+    with pytest.raises(UserError, match=r"The reference scores 0 on every split, so retention is undefined"):
         study_split_search(points, evaluator, "retention")

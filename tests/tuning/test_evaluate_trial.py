@@ -1,4 +1,4 @@
-"""A warm evaluation gives what `parcelray evaluate` gives, without loading and encoding anew."""
+"""A warm evaluation has the results of `parcelray evaluate`, without loading the model and encoding images again."""
 
 import io
 import math
@@ -19,13 +19,13 @@ from parcelray.models.checkpoint import content_digest, resolve_checkpoint
 from parcelray.models.token_reduction.encoder_view import EncoderView
 from parcelray.models.vlm import load_vlm
 from parcelray.tuning.evaluate_trial import SearchedModel, WarmEvaluator, changed_job
-from parcelray.tuning.results import Rival, findings_of
+from parcelray.tuning.results import Baseline, findings_of
 
 from ..tiny import tiny_checkpoint
 
 pytestmark = pytest.mark.usefixtures("without_pictures")
-QUESTIONS = 12
-"""Of the mini suite, the same number of each of its four families."""
+NUM_SAMPLES = 12
+"""Samples of the mini suite, the same number from each of its four families."""
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def _job(storage: Path, model: Path, **changes: Any) -> EvaluateJob:
         "kind": "evaluate",
         "name": "e",
         "model": {"reference": str(model)},
-        "benchmarks": [{"name": "mini", "source": {"samples": QUESTIONS // 4}, "max_new_tokens": 3}],
+        "benchmarks": [{"name": "mini", "source": {"samples": NUM_SAMPLES // 4}, "max_new_tokens": 3}],
         "budgets": [16, 256],
         "compute": {"actors": 0, "rows_per_shard": 8},
         "tracking": {"uri": None},
@@ -64,7 +64,9 @@ def _evaluator(job: EvaluateJob, model: Path, reference: Sequence[SplitScores], 
     return WarmEvaluator(job, models, (reference, 256), **changes)
 
 
-def test_a_point_is_the_evaluation_of_its_job(tmp_path: Path, supernet: Path, reference: Sequence[SplitScores]) -> None:
+def test_a_point_has_the_results_of_an_evaluation_of_its_job(
+    tmp_path: Path, supernet: Path, reference: Sequence[SplitScores]
+) -> None:
     job = _job(tmp_path / "warm", supernet)
     evaluator = _evaluator(job, supernet, reference)
     for number, (grid, budgets) in enumerate([(4, [16]), (0, [16]), (8, [64])]):
@@ -80,16 +82,16 @@ def test_a_point_is_the_evaluation_of_its_job(tmp_path: Path, supernet: Path, re
         assert {name: metrics[f"score/{name}"] for name in alone.families} == {
             name: alone.mean_score(budget, members).value for name, members in alone.families.items()
         }
-        assert (metrics["tokens"], metrics["computed"]) == (budget, QUESTIONS)
-        # The same answers under the same keys: the cold evaluation, asked from the warm store, has nothing left to do.
+        assert (metrics["tokens"], metrics["computed"]) == (budget, NUM_SAMPLES)
+        # The predictions have the same keys: a cold evaluation with the store of the warm one computes nothing.
         again = run_evaluation(
             changed_job(job, point | {"name": f"e{number}"}), Console(file=io.StringIO()), tables=False
         )
-        assert (again.computed, again.present) == (0, QUESTIONS)
+        assert (again.computed, again.present) == (0, NUM_SAMPLES)
         assert evaluator.metrics(point)["computed"] == 0
 
 
-def test_points_share_the_model_and_the_features_until_the_questions_change(
+def test_points_share_the_model_and_the_features_until_one_changes_them(
     tmp_path: Path, supernet: Path, reference: Sequence[SplitScores], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loads: list[int] = []
@@ -99,17 +101,17 @@ def test_points_share_the_model_and_the_features_until_the_questions_change(
     evaluator = _evaluator(_job(tmp_path, supernet), supernet, reference)
     del loads[:], encodings[:]
     assert "latency_ms" not in evaluator.metrics({"anchor_grid": 4, "budgets": [16]}), (
-        "measured only where it is an objective"
+        "the latency is measured only if it is an objective"
     )
     once = len(encodings)
     evaluator.metrics({"anchor_grid": 2, "budgets": [16]})
     evaluator.metrics({"anchor_grid": None, "budgets": [256], "reducer": None})
     assert (len(loads), len(encodings)) == (1, once)
     evaluator.metrics({"anchor_grid": 4, "budgets": [16], "dtype": "bfloat16"})
-    assert len(loads) == 2, "another arithmetic, another copy of the model"
+    assert len(loads) == 2, "another data type needs another copy of the model"
 
 
-def test_costs_follow_the_point_and_several_budgets_are_averaged(
+def test_costs_depend_on_the_point_and_are_averaged_over_budgets(
     tmp_path: Path, supernet: Path, reference: Sequence[SplitScores]
 ) -> None:
     evaluator = _evaluator(_job(tmp_path, supernet), supernet, reference, measure_latency=True)
@@ -118,7 +120,7 @@ def test_costs_follow_the_point_and_several_budgets_are_averaged(
         evaluator.metrics({"anchor_grid": 4, "budgets": [64]}),
     )
     without = evaluator.metrics({"anchor_grid": 0, "budgets": [16]})
-    assert few["gflops"] < without["gflops"] < many["gflops"], "queries cost, and more tokens cost more"
+    assert few["gflops"] < without["gflops"] < many["gflops"], "queries cost more than anchors"
     assert few["kv_cache_bytes"] < many["kv_cache_bytes"]
     assert 0 < few["latency_ms"] < math.inf
     both = evaluator.metrics({"anchor_grid": 4, "budgets": [16, 64]})
@@ -126,7 +128,9 @@ def test_costs_follow_the_point_and_several_budgets_are_averaged(
     assert (both["score@16"], both["tokens"]) == (few["score"], 40)
 
 
-def test_an_illegal_point_says_why(tmp_path: Path, supernet: Path, reference: Sequence[SplitScores]) -> None:
+def test_an_illegal_point_is_refused_with_the_reason(
+    tmp_path: Path, supernet: Path, reference: Sequence[SplitScores]
+) -> None:
     evaluator = _evaluator(_job(tmp_path, supernet), supernet, reference)
     with pytest.raises(UserError, match="anchor"):
         evaluator.metrics({"anchor_grid": 8, "budgets": [16]})
@@ -142,7 +146,7 @@ def _counted(function: Callable[..., Any], calls: list[int]) -> Callable[..., An
     return call
 
 
-def test_a_point_may_ask_another_model(tmp_path: Path, supernet: Path, reference: Sequence[SplitScores]) -> None:
+def test_a_point_may_evaluate_another_model(tmp_path: Path, supernet: Path, reference: Sequence[SplitScores]) -> None:
     other = tiny_checkpoint(
         tmp_path / "other", 4, connector={"type": "parcel", "num_heads": 2, "anchor_grids": [0, 1, 2, 4, 8, 16]}
     )
@@ -153,15 +157,15 @@ def test_a_point_may_ask_another_model(tmp_path: Path, supernet: Path, reference
     alone = run_evaluation(
         _job(tmp_path / "cold", other, budgets=[16]), Console(file=io.StringIO()), tables=False
     ).summary
-    theirs = evaluator.evaluate({"budgets": [16]})
+    default = evaluator.evaluate({"budgets": [16]})
     texts = [
         [[answer.text for answer in split.answers[16]] for split in splits]
-        for splits in (point.splits, alone.splits, theirs.splits)
+        for splits in (point.splits, alone.splits, default.splits)
     ]
     assert texts[0] == texts[1] != texts[2]
 
 
-def test_costs_lie_within_bounds_that_are_known_before_the_search(tmp_path: Path, supernet: Path) -> None:
+def test_costs_are_within_the_bounds_that_are_known_before_the_search(tmp_path: Path, supernet: Path) -> None:
     evaluator = WarmEvaluator(
         _job(tmp_path, supernet),
         {str(supernet): SearchedModel(resolve_checkpoint(str(supernet)), "")},
@@ -172,11 +176,11 @@ def test_costs_lie_within_bounds_that_are_known_before_the_search(tmp_path: Path
     assert bounds["tokens"] == (0.0, 256.0)
 
 
-def test_a_rival_stands_at_its_own_costs(tmp_path: Path, supernet: Path, reference: Sequence[SplitScores]) -> None:
+def test_a_baseline_is_drawn_at_its_own_costs(tmp_path: Path, supernet: Path, reference: Sequence[SplitScores]) -> None:
     job = _job(tmp_path, supernet, budgets=[16, 64])
     evaluator = _evaluator(job, supernet, reference)
     summary = run_evaluation(
-        _job(tmp_path, supernet, budgets=[16, 64], name="rival"), Console(file=io.StringIO()), tables=False
+        _job(tmp_path, supernet, budgets=[16, 64], name="baseline"), Console(file=io.StringIO()), tables=False
     ).summary
     for cost in ("gflops", "kv_cache_bytes", "tokens", "latency_ms"):
         search = TuneJob.model_validate(
@@ -194,9 +198,9 @@ def test_a_rival_stands_at_its_own_costs(tmp_path: Path, supernet: Path, referen
                 "objectives": [{"metric": "score", "mode": "max"}, {"metric": cost, "mode": "min"}],
             }
         )
-        points = findings_of(search, [], evaluator, {"rival": Rival(summary, supernet)}).rivals["rival"]
+        points = findings_of(search, [], evaluator, {"baseline": Baseline(summary, supernet)}).baselines["baseline"]
         expected = [] if cost == "latency_ms" else [(evaluator.costs(job, budget)[cost], budget) for budget in (16, 64)]
         assert [(point.x, point.num_visual_tokens) for point in points] == expected, (
-            "what is not known of a rival is not drawn"
+            "points with an unknown cost are not drawn"
         )
         assert [point.y for point in points] == [summary.mean_score(budget).value for _, budget in expected]

@@ -1,4 +1,4 @@
-"""What a population tries next stays in its space, whatever kinds of parameters that has."""
+"""The points that population-based training explores stay inside the space, for all kinds of parameters."""
 
 import random
 from typing import Any
@@ -8,8 +8,7 @@ from ray.tune.schedulers.pbt import _explore
 
 from parcelray.config.search_space import Assignment, SearchSpace
 from parcelray.config.tune import PbtAlgorithm
-from parcelray.tuning.exploration import explore
-from parcelray.tuning.training_trial import population_scheduler
+from parcelray.tuning.training_trial import explore, population_scheduler
 
 SPACE = SearchSpace.model_validate(
     {
@@ -31,13 +30,13 @@ SPACE = SearchSpace.model_validate(
 
 def _check(point: Assignment) -> None:
     assert SPACE.allows(point)
-    assert ("momentum" in point) == (point["type"] == "sgd"), "what a new value makes active is drawn"
+    assert ("momentum" in point) == (point["type"] == "sgd"), "a parameter that becomes active is drawn"
     assert point["warmup"] in (4, 7, 10)
     assert 1e-3 <= point["rate"] <= 1e-2
     assert point["grid"] in (0, 2, 4, 8)
 
 
-def test_every_step_of_a_long_walk_is_a_legal_point_and_all_values_are_reached() -> None:
+def test_every_point_of_a_long_random_walk_is_legal_and_all_values_are_reached() -> None:
     rng = random.Random(0)
     point = SPACE.sample(rng)
     walked = []
@@ -49,8 +48,8 @@ def test_every_step_of_a_long_walk_is_a_legal_point_and_all_values_are_reached()
         assert {each[name] for each in walked} == legal
 
 
-def test_a_choice_moves_to_a_neighbour_and_a_number_by_a_factor(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("parcelray.tuning.exploration.RESAMPLE", 0.0)
+def test_a_choice_moves_to_a_neighbour_and_a_number_is_scaled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("parcelray.tuning.training_trial.RESAMPLE", 0.0)
     point: dict[str, Any] = {"type": "adamw", "grid": 2, "budgets": [64], "warmup": 7, "rate": 5e-3}
     moves = [explore(SPACE, point, random.Random(seed)) for seed in range(60)]
     assert {each["grid"] for each in moves} <= {0, 4}
@@ -58,7 +57,7 @@ def test_a_choice_moves_to_a_neighbour_and_a_number_by_a_factor(monkeypatch: pyt
     assert {round(each["rate"], 6) for each in moves} == {4e-3, 6e-3}
 
 
-def test_tunes_scheduler_explores_by_the_space() -> None:
+def test_the_scheduler_of_tune_explores_within_the_space() -> None:
     scheduler = population_scheduler(SPACE, PbtAlgorithm(population=2, segments=2), seed=1)
     config = {"assignment": SPACE.sample(random.Random(3))}
     for _ in range(50):

@@ -1,4 +1,4 @@
-"""Points depend on the seed and the record only, so a search that was killed goes on as if it had not been."""
+"""The proposed points depend only on the seed and the record, so a resumed search continues unchanged."""
 
 import math
 from pathlib import Path
@@ -42,7 +42,7 @@ TWO = [Objective(metric="y", mode="max"), Objective(metric="cost", mode="min")]
 
 
 def _measure(point: Assignment) -> dict[str, float]:
-    """Best at curved, x = 0.7, rate = 0.01."""
+    """Measures a point; the optimum is at kind = curved, x = 0.7, rate = 0.01."""
     penalty = 0.0 if point.get("kind") == "curved" else 0.5
     y = 1 - penalty - (point["x"] - 0.7) ** 2 - 0.05 * abs(math.log10(point["rate"]) + 2)
     return {"y": y, "cost": point["x"]}
@@ -57,7 +57,7 @@ def _run(
     stop_after: int | None = None,
     measure: Any = _measure,
 ) -> list[Assignment]:
-    """Runs a search with three points at the same time that finish in an order of their own; returns the points that were run."""
+    """Runs a search with three points at a time, which finish out of order, and returns the points that were run."""
     record = TrialRecord(folder)
     planner = make_planner(space, algorithm, objectives, 7, record)
     run: list[Assignment] = []
@@ -85,17 +85,19 @@ def _run(
     ids=lambda each: each.type,
 )
 @pytest.mark.parametrize("stop_after", [1, 9, 24])
-def test_a_search_that_was_killed_ends_with_the_points_of_one_that_was_not(
+def test_a_resumed_search_runs_the_points_of_an_uninterrupted_one(
     tmp_path: Path, algorithm: SearchAlgorithm, stop_after: int
 ) -> None:
-    undisturbed = _run(tmp_path / "undisturbed", SPACE, algorithm)
+    uninterrupted = _run(tmp_path / "uninterrupted", SPACE, algorithm)
     before = _run(tmp_path / "killed", SPACE, algorithm, stop_after=stop_after)
     after = _run(tmp_path / "killed", SPACE, algorithm)
-    assert sorted(map(point_key, before + after)) == sorted(map(point_key, undisturbed)), "no point lost, none twice"
-    assert len(undisturbed) == 25
+    assert sorted(map(point_key, before + after)) == sorted(map(point_key, uninterrupted)), (
+        "no point is lost or repeated"
+    )
+    assert len(uninterrupted) == 25
 
 
-def test_a_grid_is_every_point_once_and_what_is_recorded_is_left_out(tmp_path: Path) -> None:
+def test_a_grid_has_every_point_once_and_skips_recorded_points(tmp_path: Path) -> None:
     measure = lambda point: {"y": 0.0}  # noqa: E731
     before = _run(tmp_path, SPLITS, GridAlgorithm(), stop_after=2, measure=measure)
     after = _run(tmp_path, SPLITS, GridAlgorithm(), measure=measure)
@@ -104,7 +106,7 @@ def test_a_grid_is_every_point_once_and_what_is_recorded_is_left_out(tmp_path: P
     assert all(SPLITS.allows(point) for point in points)
 
 
-def test_tpe_finds_the_best_place_sooner_than_random_points(tmp_path: Path) -> None:
+def test_tpe_finds_good_points_sooner_than_random_search(tmp_path: Path) -> None:
     best = {}
     for algorithm in (RandomAlgorithm(trials=50), OptunaAlgorithm(trials=50, startup_trials=12, batch=4)):
         points = _run(tmp_path / algorithm.type, SPACE, algorithm)
@@ -113,7 +115,7 @@ def test_tpe_finds_the_best_place_sooner_than_random_points(tmp_path: Path) -> N
     assert best["optuna"] > best["random"] + 0.15
 
 
-def test_conditions_constraints_and_a_small_space_hold_under_tpe(tmp_path: Path) -> None:
+def test_tpe_respects_conditions_constraints_and_the_size_of_a_small_space(tmp_path: Path) -> None:
     points = _run(tmp_path / "conditions", SPACE, OptunaAlgorithm(trials=30, startup_trials=5), TWO)
     assert all(("power" in point) == (point["kind"] == "curved") for point in points)
     splits = _run(
@@ -122,10 +124,12 @@ def test_conditions_constraints_and_a_small_space_hold_under_tpe(tmp_path: Path)
         OptunaAlgorithm(trials=100, startup_trials=2),
         measure=lambda point: {"y": float(point["anchor_grid"])},
     )
-    assert len(splits) == len({point_key(point) for point in splits}) == 7, "all of the space, and then it ends"
+    assert len(splits) == len({point_key(point) for point in splits}) == 7, (
+        "all points of the space, and then the search ends"
+    )
 
 
-def test_a_failed_trial_neither_stops_tpe_nor_is_asked_again(tmp_path: Path) -> None:
+def test_a_failed_trial_neither_stops_tpe_nor_is_proposed_again(tmp_path: Path) -> None:
     record = TrialRecord(tmp_path)
     planner = make_planner(SPACE, OptunaAlgorithm(trials=12, startup_trials=4, batch=3), ONE, 0, record)
     keys = []
@@ -144,26 +148,26 @@ def test_a_failed_trial_neither_stops_tpe_nor_is_asked_again(tmp_path: Path) -> 
     assert len(set(keys)) == 12
 
 
-def test_importance_is_the_parameters_share(tmp_path: Path) -> None:
+def test_importance_is_the_share_of_variance_of_each_parameter(tmp_path: Path) -> None:
     trials = [
         FinishedTrial(point_key(point), point, _measure(point), 1.0)
         for point in _run(tmp_path, SPACE, RandomAlgorithm(trials=60))
     ]
     shares = importance(SPACE, trials, ONE[0])
-    assert set(shares) == {"kind", "x", "rate"}, "over the parameters that every trial has"
+    assert set(shares) == {"kind", "x", "rate"}, "only parameters that are active in every trial"
     assert shares["kind"] > shares["x"]
     assert sum(shares.values()) == pytest.approx(1)
     assert importance(SPACE, trials[:3], ONE[0]) == {}
 
 
-def test_a_population_is_asked_again_as_a_whole_as_long_as_one_member_is_not_known(tmp_path: Path) -> None:
+def test_a_population_is_run_again_as_a_whole_unless_all_members_are_finished(tmp_path: Path) -> None:
     def planner() -> Planner:
         return make_planner(SPACE, PbtAlgorithm(population=3, segments=2), ONE, 0, TrialRecord(tmp_path))
 
     first = planner()
     members = [first.ask() for _ in range(3)]
     assert first.is_finished
-    assert not first.is_done, "asked for, not trained: an interruption now is none of a finished search"
+    assert not first.is_done, "proposed, but not trained: the search is not finished yet"
     for member in members[:2]:
         assert member is not None
         trial = FinishedTrial(point_key(member), member, _measure(member), 1.0)

@@ -1,4 +1,4 @@
-"""What is made of a search's trials, without running one."""
+"""Results, report and MLflow runs of a search, from made-up trials."""
 
 import io
 from pathlib import Path
@@ -15,7 +15,8 @@ from parcelray.errors import SystemFailure
 from parcelray.tracking.mlflow_tracker import start_run
 from parcelray.tuning import progress as tuning_progress
 from parcelray.tuning.progress import TrialRuns, best_of, bounds_of, volumes
-from parcelray.tuning.results import findings_of, select, show_findings
+from parcelray.tuning.report import show_findings
+from parcelray.tuning.results import findings_of, select
 from parcelray.tuning.trial_record import FinishedTrial, point_key
 
 from ..stores import new_store
@@ -51,20 +52,20 @@ def _trial(budget: int, retention: float, **changes: Any) -> FinishedTrial:
 TRIALS = [_trial(16, 70.0), _trial(64, 90.0, stopped=True)]
 
 
-def test_a_selected_evaluation_asks_the_test_split(tmp_path: Path) -> None:
+def test_a_selected_evaluation_uses_the_test_split(tmp_path: Path) -> None:
     select(_job(tmp_path), TRIALS, "max retention subject to tokens <= 16", tmp_path / "chosen.yaml")
     written: Any = load_job(tmp_path / "chosen.yaml")
     assert written.benchmarks[0].source == {"split": "test", "samples": 9}
 
 
-def test_the_hypervolume_has_a_box_that_is_known_before_the_first_trial() -> None:
+def test_the_box_of_the_hypervolume_is_known_before_the_first_trial() -> None:
     objectives = _job(Path()).objectives
     bounds = bounds_of(objectives, {"tokens": (0.0, 256.0)})
     assert bounds == [(0.0, 100.0), (0.0, 256.0)]
     job = _job(Path())
     assert volumes(job, TRIALS, bounds)[0] == volumes(job, TRIALS[:1], bounds)[0] < volumes(job, TRIALS, bounds)[1] < 1
     assert bounds_of([*objectives, Objective(metric="latency_ms", mode="min")], {"tokens": (0.0, 256.0)}) is None, (
-        "nobody knows how slow"
+        "the latency has no upper bound"
     )
     assert bounds_of(
         [Objective(metric="latency_ms", mode="min", bounds=(0.0, 50.0)), Objective(metric="val/score@64", mode="max")],
@@ -75,14 +76,14 @@ def test_the_hypervolume_has_a_box_that_is_known_before_the_first_trial() -> Non
     ]
 
 
-def test_of_equally_good_trials_the_best_is_on_the_front(tmp_path: Path) -> None:
+def test_among_equal_trials_the_best_is_on_the_front(tmp_path: Path) -> None:
     job, trials, text = _job(tmp_path), [_trial(64, 90.0), _trial(16, 90.0)], io.StringIO()
     assert best_of(job, trials) == trials[1]
     show_findings(job, findings_of(job, trials, None, {}), tmp_path, Console(file=text, width=200))
     assert "Best retention: 90 at budgets 16\n" in text.getvalue()
 
 
-def test_stopped_trials_are_shown_as_such(tmp_path: Path) -> None:
+def test_stopped_trials_are_marked(tmp_path: Path) -> None:
     job, text = _job(tmp_path), io.StringIO()
     show_findings(job, findings_of(job, TRIALS, None, {}), tmp_path, Console(file=text, width=200))
     assert f"{TRIALS[1].key} (stopped)" in text.getvalue()
@@ -90,7 +91,7 @@ def test_stopped_trials_are_shown_as_such(tmp_path: Path) -> None:
     assert "Model with this routing" not in text.getvalue()
 
 
-def test_a_store_that_takes_no_trial_is_named_and_does_not_hide_what_ended_the_search(
+def test_a_failing_tracking_store_is_reported_but_does_not_hide_another_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     uri = new_store(tmp_path)
@@ -101,7 +102,9 @@ def test_a_store_that_takes_no_trial_is_named_and_does_not_hide_what_ended_the_s
 
     monkeypatch.setattr(tuning_progress, "start_run", broken)
     with (
-        pytest.raises(SystemFailure, match=r"did not take a trial \(database is locked\); it is recorded all the same"),
+        pytest.raises(
+            SystemFailure, match=r"failed to write a trial \(database is locked\). The trial itself is recorded"
+        ),
         TrialRuns(_job(tmp_path), uri, parent) as runs,
     ):
         runs.started("k", {})
@@ -110,7 +113,7 @@ def test_a_store_that_takes_no_trial_is_named_and_does_not_hide_what_ended_the_s
     runs.__exit__(KeyboardInterrupt, None, None)
 
 
-def test_a_trial_that_was_tried_again_no_longer_shows_its_error(tmp_path: Path) -> None:
+def test_a_retried_trial_no_longer_shows_its_error(tmp_path: Path) -> None:
     from mlflow import MlflowClient
 
     uri = new_store(tmp_path)

@@ -1,4 +1,4 @@
-"""Searches on Ray Tune, and what can go wrong in one."""
+"""Whole searches on Ray Tune, from the job to results, pictures and MLflow, and their refusals."""
 
 import io
 import itertools
@@ -37,8 +37,8 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def supernet(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("supernet")
-    # The mini base with a connector that was not trained: its anchors are pooled patches, which the model can read, and
-    # its queries are noise.
+    # The mini base with an untrained connector: its anchors are pooled patches, which the model understands, but its
+    # queries are noise.
     connector = {"type": "parcel", "num_heads": 3, "anchor_grids": [0, 1, 2, 4, 8, 16]}
     job = tiny_job(folder, model={"type": "checkpoint", "reference": "mini_base"}, connector=connector)
     model, processor = build_start(job, resolve_checkpoint("mini_base").path)
@@ -71,9 +71,9 @@ def _split_job(storage: Path, supernet: Path, **changes: Any) -> TuneJob:
             "benchmarks": [
                 {"name": "mini", "source": {"samples": 12, "families": ["general", "video"]}, "max_new_tokens": 8}
             ],
-            # The reference is asked in this process, and one actor takes the trials: more would take longer to start
-            # than all points.
-            "compute": {"actors": 0, "rows_per_shard": 8, "threads_per_actor": 1},
+            # The reference is evaluated in this process, and one actor runs all trials, because starting more actors
+            # would take longer than all trials.
+            "compute": {"actors": 0, "rows_per_bundle": 8, "threads_per_actor": 1},
             "storage": str(storage),
         },
         "algorithm": {"type": "grid"},
@@ -98,13 +98,13 @@ def searched(
     return job, *_run(job)
 
 
-def test_a_split_search_leaves_numbers_pictures_and_a_model(searched: tuple[TuneJob, SearchRun, str]) -> None:
+def test_a_split_search_writes_results_pictures_and_a_model(searched: tuple[TuneJob, SearchRun, str]) -> None:
     job, run, text = searched
     findings = run.findings
     assert (len(findings.trials), len(findings.failed)) == (job.space.size, 0) == (9, 0)
     assert findings.front
     assert findings.knee in findings.front
-    # Pooled patches are what the model can read, so noise alone cannot be best where they fit.
+    # The model understands only pooled patches, so the split without anchors is not the best one.
     assert [each.anchor_grid for each in findings.splits][-1] == 8
     assert {each.num_visual_tokens: each.rule for each in findings.splits} == {8: None, 16: 4, 64: 8}
     assert set(findings.importance) == {"anchor_grid", "budgets"}
@@ -133,8 +133,7 @@ def test_a_split_search_leaves_numbers_pictures_and_a_model(searched: tuple[Tune
     assert connector.routing is not None
     assert [route.anchor_grid for route in connector.routing][-1] == findings.splits[-1].anchor_grid
     assert "9 of 9 trials done" in text
-    # Drawn on the search's own frontier: where the predictor pays for everything it is the dearer of its budgets, never
-    # more.
+    # The curves are drawn on the frontier of the search. The predictor never spends more than the larger budget.
     assert findings.adaptive is not None
     curves = json.loads((run.folder / "results.json").read_text())["adaptive"]
     assert list(curves) == ["mixture of the chosen splits", "budget by predictor", "escalate 16 > 64"]
@@ -151,7 +150,7 @@ def test_a_split_search_leaves_numbers_pictures_and_a_model(searched: tuple[Tune
     assert "--set 'connector.routing=[{min_budget: 8," in text
 
 
-def test_mlflow_has_a_run_per_trial_and_none_is_left_running(searched: tuple[TuneJob, SearchRun, str]) -> None:
+def test_mlflow_has_one_finished_run_per_trial(searched: tuple[TuneJob, SearchRun, str]) -> None:
     job, run, _ = searched
     assert run.mlflow_run_id is not None
     client = MlflowClient(job.tracking.uri)
@@ -176,24 +175,24 @@ def test_mlflow_has_a_run_per_trial_and_none_is_left_running(searched: tuple[Tun
     assert child.data.tags["parcel.outcome"] == "finished"
 
 
-def test_a_finished_search_is_only_read_again_and_mlflow_told_what_a_killed_driver_did_not(
+def test_a_finished_search_is_only_read_and_missing_mlflow_runs_are_written(
     searched: tuple[TuneJob, SearchRun, str], supernet: Path
 ) -> None:
     job, run, _ = searched
     assert run.mlflow_run_id is not None
     client = MlflowClient(job.tracking.uri)
     experiment = client.get_run(run.mlflow_run_id).info.experiment_id
-    untold = f"trial-splits-{run.findings.trials[-1].key}"
-    (told,) = client.search_runs([experiment], f"attributes.run_name = '{untold}'")
-    client.delete_run(told.info.run_id)
+    missing = f"trial-splits-{run.findings.trials[-1].key}"
+    (existing,) = client.search_runs([experiment], f"attributes.run_name = '{missing}'")
+    client.delete_run(existing.info.run_id)
     with pytest.raises(UserError, match=r"has 9 finished trials of this search; add --resume"):
         _run(job)
     again, text = _run(job, resume=True)
     assert again.findings.to_dict() == run.findings.to_dict()
     assert "at the same time" not in text
-    (retold,) = client.search_runs([experiment], f"attributes.run_name = '{untold}'")
-    assert retold.info.status == "FINISHED"
-    assert retold.data.metrics["score"] == run.findings.trials[-1].metrics["score"]
+    (rewritten,) = client.search_runs([experiment], f"attributes.run_name = '{missing}'")
+    assert rewritten.info.status == "FINISHED"
+    assert rewritten.data.metrics["score"] == run.findings.trials[-1].metrics["score"]
     changed = _split_job(Path(job.storage), supernet, seed=1, algorithm={"type": "random", "trials": 3})
     with pytest.raises(
         UserError, match=r"algorithm.trials: None -> 3; algorithm.type: 'grid' -> 'random'; seed: 0 -> 1"
@@ -201,7 +200,7 @@ def test_a_finished_search_is_only_read_again_and_mlflow_told_what_a_killed_driv
         _run(changed, resume=True)
 
 
-def test_a_search_is_not_gone_on_with_another_model_under_the_same_name(tmp_path: Path, supernet: Path) -> None:
+def test_a_search_is_not_resumed_if_its_model_has_changed(tmp_path: Path, supernet: Path) -> None:
     model = tmp_path / "model"
     shutil.copytree(supernet, model)
     job = _split_job(tmp_path, model)
@@ -217,14 +216,14 @@ def test_an_impossible_search_is_refused_before_the_reference_is_evaluated(
     ray_session: None, tmp_path: Path, supernet: Path
 ) -> None:
     base = _split_job(tmp_path, supernet).base.model_dump() | {"compute": {"cpus_per_actor": 64}}
-    with pytest.raises(UserError, match=r"A trial needs 64 CPU, but the Ray cluster has 4 CPU in all"):
+    with pytest.raises(UserError, match=r"A trial needs 64 CPU, but the Ray cluster has 4 CPU in total"):
         _run(_split_job(tmp_path, supernet, base=base))
     assert not (tmp_path / "predictions").exists()
     with pytest.raises(UserError, match=r"A trial needs 64 CPU"):
         tuning_plan(_split_job(tmp_path, supernet, base=base))
 
 
-def test_the_selected_trial_is_a_job_file_that_runs(searched: tuple[TuneJob, SearchRun, str], tmp_path: Path) -> None:
+def test_the_selected_trial_is_written_as_a_job_file(searched: tuple[TuneJob, SearchRun, str], tmp_path: Path) -> None:
     job, run, _ = searched
     chosen = select(job, run.findings.trials, "max score subject to tokens <= 16", tmp_path / "chosen.yaml")
     written = load_job(tmp_path / "chosen.yaml")
@@ -264,8 +263,10 @@ def test_trained_splits_confirm_the_search(searched: tuple[TuneJob, SearchRun, s
     assert run.mlflow_run_id is not None
     client = MlflowClient(job.tracking.uri)
     assert "confirmation.json" in {file.path for file in client.list_artifacts(run.mlflow_run_id)}
-    told = client.get_metric_history(run.mlflow_run_id, "confirmation/trained:16")
-    assert {each.step: each.value for each in told} == {each.anchor_grid: each.trained.value for each in result.splits}
+    logged = client.get_metric_history(run.mlflow_run_id, "confirmation/trained:16")
+    assert {each.step: each.value for each in logged} == {
+        each.anchor_grid: each.trained.value for each in result.splits
+    }
     assert {each.anchor_grid for each in result.splits} == {0, 2, 4}
     assert [each.is_rule for each in result.splits if each.anchor_grid == 4] == [True]
     assert -1 <= result.correlation <= 1 or result.correlation != result.correlation
@@ -274,7 +275,7 @@ def test_trained_splits_confirm_the_search(searched: tuple[TuneJob, SearchRun, s
     assert written["num_visual_tokens"] == 16
 
 
-def test_a_plan_says_what_a_search_would_do(searched: tuple[TuneJob, SearchRun, str], supernet: Path) -> None:
+def test_a_plan_has_the_trials_and_points_of_a_search(searched: tuple[TuneJob, SearchRun, str], supernet: Path) -> None:
     job = searched[0]
     plan = tuning_plan(job)
     assert (plan.trials, plan.points) == (9, 9)

@@ -1,4 +1,4 @@
-"""The supernet is trained for the splits that it is asked at."""
+"""The supernet is trained for the splits at which the search evaluates it."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from parcelray.training.budget_sampling import BudgetSampler
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_every_split_of_the_space_is_as_likely_and_is_trained() -> None:
+def test_every_split_of_the_space_is_equally_likely_and_is_trained() -> None:
     job = load_job_of(TrainJob, ROOT / "jobs" / "train" / "supernet.yaml")
     budget = job.budget
     assert isinstance(budget, WeightedBudgets)
@@ -32,4 +32,6 @@ def test_every_split_of_the_space_is_as_likely_and_is_trained() -> None:
         for step in range(job.training.steps)
         for tokens in sampler.budgets(step)
     ]
-    assert {drawn.count(split) > 0 for split in ((4, 16), (8, 64), (16, 256))} == {True}, "anchors alone, too"
+    assert {drawn.count(split) > 0 for split in ((4, 16), (8, 64), (16, 256))} == {True}, (
+        "including splits of anchors only"
+    )

@@ -1,4 +1,4 @@
-"""The training of a point: what a space changes, its segments, and what is measured of its model."""
+"""The training of a point: its job, its segments, and the metrics of the trained model."""
 
 from pathlib import Path
 from typing import Any
@@ -36,15 +36,15 @@ def test_a_searched_number_of_steps_is_trained(tmp_path: Path) -> None:
     assert [trial_job(job, str(tmp_path), {"training.steps": steps}).training.steps for steps in (7, 9)] == [7, 9]
 
 
-def test_segments_share_all_steps_and_have_data_and_draws_of_their_own(tmp_path: Path) -> None:
+def test_segments_divide_the_steps_and_have_different_seeds(tmp_path: Path) -> None:
     job = _job(
         tmp_path,
         {"optimizer.learning_rate": {"type": "real", "low": 1e-4, "high": 1e-3}},
         algorithm={"type": "random", "trials": 1},
     )
     parts = [
-        trial_job(job, str(tmp_path), {}, segment=Segment(place, 4, "mini_base" if place else None))
-        for place in range(4)
+        trial_job(job, str(tmp_path), {}, segment=Segment(index, 4, "mini_base" if index else None))
+        for index in range(4)
     ]
     assert [part.training.steps for part in parts] == [2, 3, 2, 3]
     assert [part.seed for part in parts] == [3, 4, 5, 6]
@@ -52,7 +52,7 @@ def test_segments_share_all_steps_and_have_data_and_draws_of_their_own(tmp_path:
     assert Segment(3, 4).steps(10) == (7, 10)
 
 
-def test_a_space_over_workers_asks_the_cluster_for_the_most(tmp_path: Path) -> None:
+def test_a_space_over_workers_needs_the_resources_of_its_largest_point(tmp_path: Path) -> None:
     parameters = {
         "scaling.num_workers": {"type": "integer", "low": 1, "high": 3},
         "scaling.cpus_per_worker": {"type": "choice", "values": [1.0, 2.0]},
@@ -62,15 +62,15 @@ def test_a_space_over_workers_asks_the_cluster_for_the_most(tmp_path: Path) -> N
     )
 
 
-def test_the_report_of_the_last_step_is_left_to_the_end() -> None:
-    told: list[Any] = []
-    report = BeforeTheEnd(told.append, steps=4)
+def test_the_report_of_the_last_step_is_not_passed_on() -> None:
+    reports: list[Any] = []
+    report = BeforeTheEnd(reports.append, steps=4)
     for step in (1.0, 2.0, 4.0):
         report({"step": step})
-    assert told == [{"step": 1.0}, {"step": 2.0}]
+    assert reports == [{"step": 1.0}, {"step": 2.0}]
 
 
-def test_a_trained_model_is_asked_its_evaluation_and_has_costs(tmp_path: Path) -> None:
+def test_a_trained_model_is_evaluated_and_has_costs(tmp_path: Path) -> None:
     evaluation = {
         "kind": "evaluate",
         "name": "after",
@@ -83,9 +83,9 @@ def test_a_trained_model_is_asked_its_evaluation_and_has_costs(tmp_path: Path) -
     objectives = [{"metric": "score/video", "mode": "max"}, {"metric": "gflops@16", "mode": "min"}]
     base = TINY | {"training": {"steps": 2, "images_per_step": 8}, "validation": {"samples": 1, "budgets": [16]}}
     job = _job(tmp_path, STEPS, objectives=objectives, evaluation=evaluation, base=base)
-    told: list[Any] = []
+    reports: list[Any] = []
     assignment: Assignment = {"training.steps": 2}
-    metrics, model = train_point(job, str(tmp_path), ((), 0), assignment, told.append)
+    metrics, model = train_point(job, str(tmp_path), ((), 0), assignment, reports.append)
     assert (Path(model) / "model.safetensors").is_file()
     assert {
         "score/video",

@@ -1,4 +1,4 @@
-"""Trials that train: in their own process, on Ray Train's workers, stopped early, and as a population."""
+"""Trials that train: in their own process, on Ray Train workers, with early stopping, and as a population."""
 
 import io
 import json
@@ -11,7 +11,7 @@ from rich.console import Console
 
 from parcelray.config.tune import TuneJob
 from parcelray.errors import SystemFailure, UserError
-from parcelray.tuning.remembering_scheduler import ReportHistory
+from parcelray.tuning.resumable_scheduler import ReportHistory
 from parcelray.tuning.run import SearchRun, run_tuning
 
 from ..training.conftest import TINY
@@ -63,7 +63,7 @@ def _run(job: TuneJob, **options: Any) -> SearchRun:
     "stopping",
     [
         {"type": "asha", "grace_steps": 1, "reduction": 2},
-        # What the platform adds to ASHA and the median rule is tested without Ray in test_remembering_scheduler.py.
+        # ResumableScheduler is tested for ASHA and the median rule in test_resumable_scheduler.py, without Ray.
         pytest.param({"type": "hyperband", "reduction": 2}, marks=pytest.mark.nightly),
         pytest.param({"type": "median", "grace_steps": 1, "min_trials": 2}, marks=pytest.mark.nightly),
     ],
@@ -79,10 +79,12 @@ def test_trainings_report_at_their_checkpoints_and_may_be_stopped(
     assert [trial.error for trial in trials] == [None] * 3
     assert all(trial.metrics["train/loss"] > 0 for trial in trials)
     finished = [trial for trial in trials if trial.metrics["step"] == 4]
-    assert finished, "one is trained to its end"
-    assert [trial.stopped for trial in finished] == [False] * len(finished), "the end is no early stop"
+    assert finished, "at least one is trained to its end"
+    assert [trial.stopped for trial in finished] == [False] * len(finished), (
+        "a training that reached its end is not marked as stopped"
+    )
     assert len(list((run.folder / "trials" / "train").glob("*/model/model.safetensors"))) >= len(finished), (
-        "its model is kept"
+        "its model is saved"
     )
     assert all("gflops@16" in trial.metrics for trial in finished)
     client = MlflowClient(job.tracking.uri)
@@ -92,10 +94,10 @@ def test_trainings_report_at_their_checkpoints_and_may_be_stopped(
     assert {each.info.status for each in children} == {"FINISHED"}
     steps = [[metric.step for metric in client.get_metric_history(each.info.run_id, "train/loss")] for each in children]
     assert all(each == sorted(each) and each[0] == 1 for each in steps), (
-        "a curve for each, from its first checkpoint on"
+        "each run has a curve from its first checkpoint on"
     )
     if stopping["type"] != "hyperband":
-        # Told to early stopping again where the search goes on; hyperband's brackets cannot be.
+        # A resumed search replays these reports to early stopping; HyperBand's brackets cannot be restored.
         reports = ReportHistory(run.folder).reports
         assert {report.key: report.steps for report in reports if report.ended} == {
             trial.key: trial.metrics["step"] for trial in trials
@@ -104,7 +106,7 @@ def test_trainings_report_at_their_checkpoints_and_may_be_stopped(
 
 
 @pytest.mark.nightly
-def test_trials_on_ray_train_workers_run_as_many_at_a_time_as_the_cluster_holds(
+def test_trials_on_ray_train_workers_run_as_many_at_a_time_as_the_cluster_can_hold(
     ray_session: None, tmp_path: Path
 ) -> None:
     job = _job(tmp_path, base={"scaling": {"num_workers": 1}}, algorithm={"type": "random", "trials": 2})
@@ -123,8 +125,10 @@ def test_trials_that_the_cluster_cannot_hold_are_refused(ray_session: None, tmp_
 
 
 @pytest.mark.nightly
-def test_a_population_trains_in_segments_and_the_worse_go_on_from_the_better(ray_session: None, tmp_path: Path) -> None:
-    # A choice and a condition, which Tune's own mutations do not know.
+def test_a_population_trains_in_segments_and_worse_members_continue_from_better_ones(
+    ray_session: None, tmp_path: Path
+) -> None:
+    # A choice and a condition, which Tune's own mutations do not support.
     parameters = {
         "optimizer.type": {"type": "choice", "values": ["adamw", "sgd"]},
         "optimizer.beta2": {"type": "choice", "values": [0.95, 0.999], "when": {"optimizer.type": ["adamw"]}},
@@ -137,16 +141,18 @@ def test_a_population_trains_in_segments_and_the_worse_go_on_from_the_better(ray
     assert [trial.metrics["step"] for trial in run.findings.trials] == [4, 4]
     jobs = [json.loads(path.read_text())["job"] for path in (run.folder / "trials" / "train").glob("*/job.json")]
     assert {each["training"]["steps"] for each in jobs} == {2}
-    assert sorted(each["seed"] for each in jobs) == [3, 3, 4, 4], "each segment has data of its own"
+    assert sorted(each["seed"] for each in jobs) == [3, 3, 4, 4], "each segment has its own data"
     trained = [_searched(each) for each in jobs if each["seed"] == 4]
     assert all(
         _searched({"optimizer": {"type": "adamw", "beta2": None} | _nested(trial.assignment)}) in trained
         for trial in run.findings.trials
     )
     starts = [each["model"].get("reference") for each in jobs]
-    assert starts.count(None) == 2, "the first segment of both is from scratch"
+    assert starts.count(None) == 2, "the first segments start from scratch"
     assert len(starts) - starts.count(None) == 2
-    assert len({start for start in starts if start}) == 1, "after it both go on from the better one's model"
+    assert len({start for start in starts if start}) == 1, (
+        "the second segments both continue from the model of the better member"
+    )
 
 
 def _nested(assignment: dict[str, Any]) -> dict[str, Any]:
@@ -154,12 +160,12 @@ def _nested(assignment: dict[str, Any]) -> dict[str, Any]:
 
 
 def _searched(job: dict[str, Any]) -> tuple[Any, ...]:
-    """Values of the searched parameters."""
+    """Returns the values of the searched parameters."""
     return tuple(job["optimizer"].get(name) for name in ("type", "learning_rate", "beta2"))
 
 
-def test_a_search_whose_trials_all_fail_says_so_and_fails(ray_session: None, tmp_path: Path) -> None:
-    # M3 pools squares only, so it is never scored at 40.
+def test_a_search_whose_trials_all_fail_fails_with_the_first_error(ray_session: None, tmp_path: Path) -> None:
+    # M3 supports only square budgets, so it has no score at 40 tokens.
     base = {
         "validation": {"samples": 1, "budgets": [16, 40]},
         "connector": {"type": "m3"},
@@ -173,7 +179,7 @@ def test_a_search_whose_trials_all_fail_says_so_and_fails(ray_session: None, tmp
     )
     with pytest.raises(
         SystemFailure,
-        match=r"All 1 trials of rates failed, .*The objective val/score@40 was not measured; measured: .*val/score@16",
+        match=r"All 1 trials of rates failed, .*The objective val/score@40 was not measured; name one .*val/score@16",
     ):
         _run(job)
     (parent,) = MlflowClient(job.tracking.uri).search_runs(["1"], "attributes.run_name LIKE 'tune-%'")

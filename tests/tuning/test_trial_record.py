@@ -1,4 +1,4 @@
-"""The record survives what can happen to a driver."""
+"""The record of finished trials survives a killed driver."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ def _trial(value: int, error: str | None = None) -> FinishedTrial:
     )
 
 
-def test_a_record_is_read_as_it_was_written(tmp_path: Path) -> None:
+def test_a_record_is_read_back_as_written(tmp_path: Path) -> None:
     record = TrialRecord(tmp_path)
     for trial in (_trial(1), _trial(2, "it broke")):
         record.add(trial)
@@ -27,7 +27,7 @@ def test_a_record_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert point_key({"budgets": [1], "a": 1}) == again.trials[0].key, "the order of keys does not matter"
 
 
-def test_a_line_that_was_cut_off_is_a_trial_that_did_not_finish(tmp_path: Path) -> None:
+def test_a_line_that_was_cut_off_is_removed(tmp_path: Path) -> None:
     record = TrialRecord(tmp_path)
     record.add(_trial(1))
     file = tmp_path / "trials.jsonl"
@@ -44,11 +44,11 @@ def test_a_broken_line_in_the_middle_is_named(tmp_path: Path) -> None:
     record.add(_trial(1))
     file = tmp_path / "trials.jsonl"
     file.write_text("not json\n" + file.read_text())
-    with pytest.raises(UserError, match=r"trials.jsonl, line 1, is no finished trial"):
+    with pytest.raises(UserError, match=r"trials.jsonl, line 1, is not a finished trial"):
         TrialRecord(tmp_path)
 
 
-def test_failed_trials_are_run_again_only_when_asked(tmp_path: Path) -> None:
+def test_failed_trials_can_be_forgotten_and_run_again(tmp_path: Path) -> None:
     record = TrialRecord(tmp_path)
     record.add(_trial(1))
     record.add(_trial(2, "it broke"))
@@ -58,4 +58,4 @@ def test_failed_trials_are_run_again_only_when_asked(tmp_path: Path) -> None:
     assert [(trial.assignment["a"], trial.error) for trial in TrialRecord(tmp_path).trials] == [
         (1, None),
         (2, None),
-    ], "the last try counts"
+    ], "the last attempt counts"

@@ -1,4 +1,4 @@
-"""How many trials a cluster holds, and what it can never hold."""
+"""How many trials a cluster can run at the same time, and which trials it cannot run."""
 
 import pytest
 
@@ -6,13 +6,13 @@ from parcelray.errors import UserError
 from parcelray.tuning.trial_resources import TrialResources
 
 
-def test_a_cluster_holds_as_many_as_its_resources_and_its_nodes_allow() -> None:
+def test_concurrency_is_limited_by_total_resources_and_by_nodes() -> None:
     need = TrialResources(cpus=0.01, workers=1, worker_cpus=2.0, helper_cpus=1.0)
     assert need.concurrency([{"CPU": 8.0}], None) == 2
     assert need.concurrency([{"CPU": 8.0}], 1) == 1
     assert TrialResources(cpus=0.25).concurrency([{"CPU": 4.0}], None) == 16
     assert TrialResources(cpus=1.0, gpus=0.5).concurrency([{"CPU": 4.0, "GPU": 1.0}], None) == 2
-    # Of three nodes of four CPUs each holds one worker of three.
+    # Each of three nodes with four CPUs has room for one worker with three CPUs.
     assert TrialResources(cpus=0.01, workers=2, worker_cpus=3.0).concurrency([{"CPU": 4.0}] * 3, None) == 1
 
 
@@ -22,7 +22,7 @@ def test_a_cluster_holds_as_many_as_its_resources_and_its_nodes_allow() -> None:
         (
             TrialResources(cpus=0.01, workers=1, worker_cpus=3.0),
             [{"CPU": 2.0}],
-            "A trial needs 3.01 CPU, but the Ray cluster has 2 CPU in all",
+            "A trial needs 3.01 CPU, but the Ray cluster has 2 CPU in total",
         ),
         (
             TrialResources(cpus=1.0, gpus=1.0),
@@ -41,7 +41,7 @@ def test_a_cluster_holds_as_many_as_its_resources_and_its_nodes_allow() -> None:
         ),
     ],
 )
-def test_what_it_cannot_hold_is_refused_with_the_numbers(
+def test_a_trial_that_does_not_fit_is_refused_with_the_numbers(
     resources: TrialResources, nodes: list[dict[str, float]], message: str
 ) -> None:
     with pytest.raises(UserError, match=message):

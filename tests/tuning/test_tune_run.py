@@ -1,7 +1,7 @@
-"""How a search runs on Ray Tune: processes that are shared, failures, nothing that runs, a driver that is ended.
+"""Searches on Ray Tune: shared processes, failures, a stalled search, and a killed or interrupted driver.
 
-The trials measure nothing. Their processes load this module, so it needs neither torch nor transformers, which would
-take most of the time.
+The trials only square a number. Their processes load this module, so it imports neither torch nor transformers, which
+would take most of the time.
 """
 
 import os
@@ -39,7 +39,7 @@ SCORE = Objective(metric="score", mode="max")
 
 
 class _Square:
-    """Measures a number at once, or fails at one, or waits from one on until a file exists."""
+    """Squares a number; fails at one number, and waits from another number on until a file exists."""
 
     def __init__(self, fails_at: int | None = None, waits_from: int = 6, release: Path = Path()) -> None:
         self.fails_at = fails_at
@@ -50,7 +50,7 @@ class _Square:
         if int(assignment["a"]) >= self.waits_from:
             wait_until(self.release.exists, f"{self.release} exists")
         if assignment["a"] == self.fails_at:
-            raise UserError(f"{self.fails_at} is not a number that this takes")
+            raise UserError(f"the number {self.fails_at} is refused")
         return {"score": float(assignment["a"] ** 2), "process": float(os.getpid())}
 
 
@@ -65,7 +65,7 @@ class _Observer:
         self.most = max(self.most, len(self.running))
 
     def reported(self, key: str, metrics: Mapping[str, float], steps: int) -> None:
-        raise AssertionError("trials that measure at once report nothing before their end")
+        raise AssertionError("trials with a single step report nothing before their end")
 
     def finished(self, trial: FinishedTrial) -> None:
         self.running.discard(trial.key)
@@ -76,40 +76,40 @@ def _numbers(folder: Path, trial: Any, observer: _Observer, **options: Any) -> T
     record = TrialRecord(folder)
     planner = make_planner(NUMBERS, GridAlgorithm(), [SCORE], 0, record)
     settings: dict[str, Any] = {"folder": folder, "resources": TrialResources(1.0), "max_concurrent": 2} | options
-    run_search(evaluation_trial(trial.measure, SCORE), planner, record, observer, **settings)
+    run_search(evaluation_trial(trial.measure, SCORE), planner, record, [observer], **settings)
     return record
 
 
-def test_trials_share_processes_and_a_failed_one_ends_nothing(ray_session: None, tmp_path: Path) -> None:
+def test_trials_share_processes_and_a_failed_trial_does_not_end_the_search(ray_session: None, tmp_path: Path) -> None:
     observer = _Observer()
     record = _numbers(tmp_path, _Square(fails_at=3), observer, reuse_actors=True)
     assert sorted(trial.assignment["a"] for trial in record.trials) == list(range(6))
     failed = next(trial for trial in record.trials if trial.error is not None)
     assert (failed.assignment, failed.metrics) == ({"a": 3}, {})
     assert failed.error is not None
-    assert failed.error.endswith("3 is not a number that this takes")
+    assert failed.error.endswith("the number 3 is refused")
     assert len({trial.metrics["process"] for trial in record.trials if trial.error is None}) <= 3, (
         "two, and one after the failure"
     )
     assert observer.most <= 2
-    assert TrialRecord(tmp_path).trials == record.trials, "recorded when it was told"
+    assert TrialRecord(tmp_path).trials == record.trials, "recorded on disk"
 
 
-def test_a_search_in_which_nothing_runs_says_so(ray_session: None, tmp_path: Path) -> None:
-    # Asked for past the check, as where another job took the cluster in the meantime.
+def test_a_search_in_which_nothing_runs_fails_with_the_reason(ray_session: None, tmp_path: Path) -> None:
+    # This bypasses the check before the search, as if another job had taken the cluster in the meantime.
     with pytest.raises(
         SystemFailure,
-        match=r"trials have waited for 2 s and none runs: each asks for 40 CPU, and of the cluster's 4 CPU are free",
+        match=r"trials have waited for 2 s and none is running: each requests 40 CPU; the cluster has 4 CPU, of which",
     ):
         _numbers(tmp_path, _Square(), _Observer(), resources=TrialResources(40.0), stall_s=2.0)
 
 
-def test_workers_that_wait_are_told_from_those_that_are_placed(ray_session: None) -> None:
+def test_waiting_workers_are_distinguished_from_placed_ones(ray_session: None) -> None:
     needs = TrialResources(0.01, workers=1, worker_cpus=1.0)
-    wait_until(lambda: not _has_worker_group(needs), "the workers of the tests before this one are gone")
+    wait_until(lambda: not _has_worker_group(needs), "the workers of the previous tests have ended")
     own, waiting = placement_group([{"CPU": 0.01}]), placement_group([{"CPU": 40.0}])
     assert own.wait(LIMIT_S)
-    assert not _has_worker_group(needs), "a trial's own process, and workers that no node can hold"
+    assert not _has_worker_group(needs), "only a trial's own process, and workers that fit on no node"
     placed = placement_group([{"CPU": 1.0}])
     assert placed.wait(LIMIT_S)
     assert _has_worker_group(needs)
@@ -123,7 +123,7 @@ def _check_resumed(folder: Path) -> None:
     observer = _Observer()
     record = _numbers(folder, _Square(), observer, reuse_actors=True)
     assert sorted(trial.assignment["a"] for trial in record.trials) == list(range(6))
-    assert len(observer.done) == 6 - len(before), "none is run again"
+    assert len(observer.done) == 6 - len(before), "no trial is run again"
     assert {trial.metrics["score"] for trial in record.trials} == {0.0, 1.0, 4.0, 9.0, 16.0, 25.0}
 
 
@@ -148,13 +148,13 @@ def test_a_search_whose_driver_is_killed_resumes(ray_session: None, tmp_path: Pa
     wait_until(lambda: TrialRecord(tmp_path).trials, "a trial is recorded", driver)
     driver.kill()
     driver.wait()
-    # Its Ray outlives it; what belongs to the session that we made is ours to end.
+    # The Ray processes of the driver survive it; they belong to the session that this test started, so it ends them.
     end_session(driver.pid)
     _check_resumed(tmp_path)
 
 
 class _Interrupts(_Observer):
-    """Sends SIGINT, what Ctrl-C sends, to this process once a trial is finished, and then lets the trials that run end."""
+    """Sends SIGINT (Ctrl-C) to this process once a trial is finished, and then lets the running trials end."""
 
     def __init__(self, release: Path) -> None:
         super().__init__()

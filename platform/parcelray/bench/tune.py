@@ -116,7 +116,7 @@ def _points_per_minute(folder: Path, checkpoint: ResolvedCheckpoint, samples: in
         evaluation_trial(evaluator.metrics, job.objectives[0]),
         planner,
         record,
-        _Silent(),
+        [_Silent()],
         folder=folder,
         resources=TrialResources(1.0),
         max_concurrent=2,
@@ -141,7 +141,9 @@ def _search_seconds(folder: Path, steps: int, count: int, workers: int) -> float
     planner = make_planner(search.space, search.algorithm, search.objectives, 0, record)
     trial = training_trial(functools.partial(train_point, search, str(folder), ((), 0)), search.objectives[0])
     started = time.perf_counter()
-    run_search(trial, planner, record, _Silent(), folder=folder, resources=training_resources(search), max_concurrent=1)
+    run_search(
+        trial, planner, record, [_Silent()], folder=folder, resources=training_resources(search), max_concurrent=1
+    )
     return time.perf_counter() - started
 
 

@@ -36,8 +36,18 @@ JOB_MODELS: dict[str, type[Job]] = {
 _COMMANDS = {"promote": "models promote"}
 """Of the kinds whose command is not called as they are."""
 # Where a run is kept, who records it, what computes it and what follows it do not change the result, so they are no
-# part of its identity.
-_NOT_IDENTITY = ("storage", "tracking", "scaling", "compute", "max_concurrent", "stall_s", "rivals", "confirm")
+# part of its identity. Jobs that were stored before the key was renamed have `rivals` instead of `baselines`.
+_NOT_IDENTITY = (
+    "storage",
+    "tracking",
+    "scaling",
+    "compute",
+    "max_concurrent",
+    "stall_s",
+    "baselines",
+    "rivals",
+    "confirm",
+)
 
 
 class ConfigError(UserError):

@@ -139,7 +139,7 @@ class TuneJob(StrictModel):
     evaluation: EvaluateJob | None = None
     """Of trainings: asked of each trained model, as its `model`; what it measures can be an objective, and retention where it names a
     `reference`. In a file: {job: PATH, set: {...}}."""
-    rivals: dict[str, str] = Field(default_factory=dict)
+    baselines: dict[str, str] = Field(default_factory=dict)
     """By name, checkpoints that are evaluated at the searched budgets and drawn beside the frontier, such as M3 and MQT; those not there are left out."""
     adaptive: AdaptiveConfig | None = None
     """Of a split search by retention (or score) and tokens: what choosing the budget per image and question adds, without one more answer."""

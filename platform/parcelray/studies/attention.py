@@ -1,4 +1,4 @@
-"""`parcelray analyze`: studies of attention and redundancy, from a model reference to tables, pictures and a record."""
+"""Studies of attention and redundancy for `parcelray analyze`: tables, pictures and an MLflow run of each."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,9 +31,10 @@ from parcelray.studies.attention_plots import plot_agreement, plot_heat_maps, pl
 from parcelray.tracking.mlflow_tracker import MlflowRunLogger, tracked_run
 from parcelray.tracking.store import ensure_store
 
-_SHOWN_IMAGES = 4
-_SAME = 0.9
-"""Rank correlation between prompts above which attention is said not to follow them."""
+_NUM_HEAT_MAPS = 4
+"""Number of images for which heat maps are drawn."""
+_SAME_RANKING = 0.9
+"""Rank correlation between prompts above which a warning says that the attention ignores the prompt."""
 
 
 def study_saliency(
@@ -47,32 +48,35 @@ def study_saliency(
     folder: Path,
     tracking: TrackingConfig,
 ) -> dict[str, SaliencyReport]:
-    """Saliency against the prompt: rank agreement between prompts, images, layers and heads, what draws attention, and heat maps.
+    """Measures how much the saliency of image patches depends on the prompt.
+
+    The study gives the rank agreement between prompts, images, layers and heads, the patch properties that attract
+    attention, and heat maps.
 
     Args:
         reference: a model reference.
-        console: for the tables.
+        console: prints the tables.
         images: `mini`, or a folder of images.
-        count: images.
-        prompts: asked of every image; of the mini suite none are needed.
-        job: instead of images and prompts: the questions of its benchmarks about one image, each image with its own and
-            two other images' ones.
-        folder: for saliency.json, saliency.npz with all maps, agreement.png and heat maps.
-        tracking: MLflow.
+        count: number of images.
+        prompts: prompts used with every image; not needed for the mini suite.
+        job: evaluation job whose benchmarks replace `images` and `prompts`. Only samples with one image are used; each
+            image gets its own prompt and those of two other images.
+        folder: folder for saliency.json, saliency.npz with all maps, agreement.png and the heat maps.
+        tracking: MLflow settings.
 
     Returns:
-        By definition of saliency: the last word's attention, and the mean of all words'.
+        The report of each definition of saliency: attention of the last word, and mean attention of all words.
 
     Raises:
-        UserError: model, images or prompts are not as they must be.
+        UserError: the model, the images or the prompts cannot be used.
     """
     opened = open_model(reference, tracking.uri)
     side = opened.processor.image_size
     if job is None:
-        pictures, asked = study_images(images, count, side), study_prompts(images, count, prompts, side)
+        pictures, prompts_of = study_images(images, count, side), study_prompts(images, count, prompts, side)
     else:
-        pictures, asked = benchmark_prompts(job, count, side)
-    maps = attention_maps(opened.model, opened.processor, pictures, asked)
+        pictures, prompts_of = benchmark_prompts(job, count, side)
+    maps = attention_maps(opened.model, opened.processor, pictures, prompts_of)
     reports = saliency_reports(maps)
     folder.mkdir(parents=True, exist_ok=True)
     content = {"model": opened.checkpoint.pinned} | {name: report.to_dict() for name, report in reports.items()}
@@ -82,17 +86,17 @@ def study_saliency(
         folder / "agreement.png",
     ]
     plot_agreement(reports, folder / "agreement.png")
-    for index in range(min(_SHOWN_IMAGES, count)):
+    for index in range(min(_NUM_HEAT_MAPS, count)):
         path = folder / f"heat_maps_{index}.png"
-        plot_heat_maps(pictures[index], asked[index], maps, index, path)
+        plot_heat_maps(pictures[index], prompts_of[index], maps, index, path)
         files.append(path)
     for name, report in reports.items():
-        console.print(_agreement_table(name, report), _layers_table(name, report), _drawn_table(name, report))
+        console.print(_agreement_table(name, report), _layers_table(name, report), _properties_table(name, report))
         for layer, each in enumerate(report.between_prompts):
-            if each.spearman.low > _SAME:
+            if each.spearman.low > _SAME_RANKING:
                 value = each.spearman.value
                 console.print(
-                    f"Failure sign: in layer {layer} the maps of {name} hardly change with the prompt (Spearman"
+                    f"Warning: in layer {layer} the maps of {name} hardly change with the prompt (Spearman"
                     f" {value:.2f}).",
                 )
     metrics = {
@@ -121,28 +125,30 @@ def study_validity(
     folder: Path,
     tracking: TrackingConfig,
 ) -> dict[str, Validity]:
-    """Attention against what the answer needs: leaves out each token of many image-question pairs.
+    """Measures whether important tokens matter, by leaving out each visual token of many image-question pairs.
 
     Args:
         reference: a model reference.
-        console: for progress and the table.
-        count: pairs.
-        permutations: of the test.
-        job: whose benchmarks' questions about one image are asked; None: the mini suite's.
-        folder: for validity.json and validity.png.
-        tracking: MLflow.
+        console: prints progress and the table.
+        count: number of image-question pairs.
+        permutations: number of permutations of the permutation test.
+        job: evaluation job whose benchmarks provide the samples with one image; None: the mini suite.
+        folder: folder for validity.json and validity.png.
+        tracking: MLflow settings.
 
     Raises:
-        UserError: the model cannot be loaded, or compresses; or there are not as many questions.
+        UserError: the model cannot be loaded, or compresses its visual tokens; or there are too few samples.
     """
     opened = open_model(reference, tracking.uri)
     side = opened.processor.image_size
     pairs: Sequence[Pair] = mini_pairs(count, side) if job is None else benchmark_pairs(job, count, side)
-    found = [
+    measured = [
         leave_one_out(opened.model, opened.processor, pair, seed=index)
         for index, pair in enumerate(track(pairs, "Leaving out tokens", console=console))
     ]
-    result = validity([losses for losses, _ in found], [measures for _, measures in found], permutations=permutations)
+    result = validity(
+        [losses for losses, _ in measured], [measures for _, measures in measured], permutations=permutations
+    )
     folder.mkdir(parents=True, exist_ok=True)
     content = {
         "model": opened.checkpoint.pinned,
@@ -171,10 +177,18 @@ def study_redundancy(
     folder: Path,
     tracking: TrackingConfig,
 ) -> dict[str, RedundancyProfile]:
-    """How redundant the tokens of several models are on the same images.
+    """Measures the redundancy of the visual tokens of several models on the same images.
+
+    Args:
+        references: model references.
+        console: prints the table.
+        images: `mini`, or a folder of images.
+        count: number of images.
+        folder: folder for redundancy.json and redundancy.png.
+        tracking: MLflow settings.
 
     Raises:
-        UserError: a model or the images are not as they must be.
+        UserError: a model or the images cannot be used.
     """
     profiles = {}
     for reference in references:
@@ -237,7 +251,7 @@ def _agreement_table(name: str, report: SaliencyReport) -> Table:
 
 
 def _layers_table(name: str, report: SaliencyReport) -> Table:
-    """Neighbours, and the first with the last; saliency.json and agreement.png have all pairs."""
+    """Returns a table of neighbouring layers, and of the first and the last; saliency.json has all pairs."""
     last = len(report.between_layers) - 1
     table = Table(
         "layers", "Spearman", "Jaccard of the top 11 %", title=f"Do layers agree on {name}? [95 % over images]"
@@ -248,12 +262,12 @@ def _layers_table(name: str, report: SaliencyReport) -> Table:
     return table
 
 
-def _drawn_table(name: str, report: SaliencyReport) -> Table:
+def _properties_table(name: str, report: SaliencyReport) -> Table:
     layers = [f"layer {layer}" for layer in range(len(report.between_prompts))]
     table = Table(
         "property",
         *layers,
-        title=f"What draws the {name} whatever the prompt? Spearman with the mean over prompts [95 % over images]",
+        title=f"Which patch properties attract {name}? Spearman with the mean over prompts [95 % over images]",
     )
     for measured, each in report.drawn_by.items():
         table.add_row(measured, *map(_cell, each))
@@ -278,7 +292,7 @@ def _validity_table(result: Mapping[str, Validity], count: int) -> Table:
         "p",
         "p, Holm",
         "loss in its top 11 %",
-        title=f"Do important tokens matter? {count} questions [95 % over questions]",
+        title=f"Do important tokens matter? {count} samples [95 % over samples]",
     )
     for name, each in sorted(result.items(), key=lambda item: -item[1].correlation.value):
         table.add_row(name, _cell(each.correlation), f"{each.p_value:.3f}", f"{each.p_holm:.3f}", _cell(each.mass))
@@ -302,7 +316,7 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> Path:
 
 
 def _write_maps(path: Path, maps: AttentionMaps) -> Path:
-    """All maps, in the shapes that their names in `AttentionMaps` give."""
+    """Writes all maps; the shape of each is given by the suffix of its name, as in `AttentionMaps`."""
     arrays = {
         "last_word_IPLHN": maps.last_word_IPLHN,
         "mean_word_IPLHN": maps.mean_word_IPLHN,

@@ -1,4 +1,4 @@
-"""Pictures of the studies of attention and redundancy."""
+"""Plots of the studies of attention and redundancy."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,18 +16,20 @@ from parcelray.analysis.redundancy_profile import SHARES, RedundancyProfile
 from parcelray.analysis.saliency import SaliencyReport
 from parcelray.plotting import COLORS, MARKERS
 
-_NUMBERED = 64
-"""Cells up to which a matrix shows its numbers."""
+_MAX_NUMBERED_CELLS = 64
+"""Largest number of cells for which a matrix shows its values."""
 
 
 def plot_heat_maps(image: Image.Image, prompts: Sequence[str], maps: AttentionMaps, index: int, path: Path) -> None:
-    """One row per prompt: the image, and the last word's attention in each layer, heads averaged; the vision tower's at the end.
+    """Draws the attention of the last word in each layer, averaged over heads, with one row per prompt.
+
+    The first column shows the image, the last one the attention of the vision tower, if it has any.
 
     Args:
-        image: what was shown.
-        prompts: what was asked.
-        maps: of all images.
-        index: which of them.
+        image: the image.
+        prompts: the prompts.
+        maps: attention maps of all images.
+        index: index of the image in the maps.
         path: PNG to write.
     """
     layers = maps.last_word_IPLHN.shape[2]
@@ -54,10 +56,10 @@ def plot_heat_maps(image: Image.Image, prompts: Sequence[str], maps: AttentionMa
 
 
 def plot_agreement(reports: Mapping[str, SaliencyReport], path: Path) -> None:
-    """How alike rankings are by layer and head: between prompts for each head, and between layers; one row per definition of saliency.
+    """Draws the agreement of rankings between prompts for each layer and head, and between layers.
 
     Args:
-        reports: by definition.
+        reports: reports by definition of saliency; each is one row.
         path: PNG to write.
     """
     first = next(iter(reports.values()))
@@ -103,17 +105,20 @@ def plot_agreement(reports: Mapping[str, SaliencyReport], path: Path) -> None:
 
 
 def plot_validity(result: Mapping[str, Validity], path: Path) -> None:
-    """Correlation of each measure with the loss of leaving a token out, with 95 % intervals; filled where the corrected p is below 0.05."""
+    """Draws the correlation of each measure with the loss of leaving a token out, with 95 % intervals.
+
+    Markers are filled where the corrected p-value is below 0.05.
+    """
     names = sorted(result, key=lambda name: result[name].correlation.value)
     figure = Figure(figsize=(7.5, 0.34 * len(names) + 1.4), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    for place, name in enumerate(names):
+    for position, name in enumerate(names):
         value, low, high, _ = result[name].correlation
         fill = COLORS[0] if result[name].p_holm < 0.05 else "white"
         axes.errorbar(
             [value],
-            [place],
+            [position],
             xerr=[[value - low], [high - value]],
             color=COLORS[0],
             marker="o",
@@ -132,7 +137,7 @@ def plot_validity(result: Mapping[str, Validity], path: Path) -> None:
 
 
 def plot_redundancy(profiles: Mapping[str, RedundancyProfile], path: Path) -> None:
-    """Share of the projected tokens' variance that a few centres explain, one line per model, with 95 % intervals."""
+    """Draws the share of the projected tokens' variance that a few cluster centres explain, one line per model."""
     figure = Figure(figsize=(7, 4.2), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
@@ -161,7 +166,7 @@ def plot_redundancy(profiles: Mapping[str, RedundancyProfile], path: Path) -> No
 
 def _matrix(axes: Axes, values: Sequence[Sequence[float]], title: str, x: str, y: str) -> None:
     axes.imshow(values, cmap="viridis", vmin=0, vmax=1)
-    if len(values) * len(values[0]) <= _NUMBERED:
+    if len(values) * len(values[0]) <= _MAX_NUMBERED_CELLS:
         for row, line in enumerate(values):
             for column, value in enumerate(line):
                 axes.text(

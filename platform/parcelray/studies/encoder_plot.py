@@ -1,4 +1,4 @@
-"""Retention against budget for several encoders."""
+"""The plot of the encoder study: retention against budget for several encoders."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,23 +13,24 @@ from parcelray.plotting import COLORS, MARKERS
 
 
 class EncoderPoint(NamedTuple):
-    """One method at one budget on a model with one kind of encoder; numbers in percent."""
+    """The result of one method at one budget on the model of one encoder."""
 
     encoder: str
     method: str
     num_visual_tokens: int
     score: Interval
+    """Score, percent."""
     retention: Interval
-    """Of the same model with all tokens."""
+    """Share of the score of the same model with all tokens, percent."""
 
 
 def plot_encoders(points: Sequence[EncoderPoint], path: Path, *, title: str) -> None:
-    """One panel per method, one line per encoder, with 95 % error bars.
+    """Draws one panel per method and one line per encoder, with 95 % error bars.
 
     Args:
-        points: of all encoders at the same budgets.
+        points: points of all encoders at the same budgets.
         path: PNG to write.
-        title: above the figure.
+        title: title of the figure.
     """
     methods, encoders = (
         list(dict.fromkeys(each)) for each in zip(*((point.method, point.encoder) for point in points), strict=True)
@@ -44,12 +45,12 @@ def plot_encoders(points: Sequence[EncoderPoint], path: Path, *, title: str) -> 
                 key=lambda point: point.num_visual_tokens,
             )
             kept = [point.retention for point in own]
-            # Beside each other, so that error bars do not hide each other.
-            places = [point.num_visual_tokens * (1 + 0.04 * (index - (len(encoders) - 1) / 2)) for point in own]
+            # The encoders are shifted horizontally, so that their error bars do not overlap.
+            x = [point.num_visual_tokens * (1 + 0.04 * (index - (len(encoders) - 1) / 2)) for point in own]
             errors = [[each.value - each.low for each in kept], [each.high - each.value for each in kept]]
             color, marker = COLORS[index % len(COLORS)], MARKERS[index % len(MARKERS)]
             axes.errorbar(
-                places,
+                x,
                 [each.value for each in kept],
                 yerr=errors,
                 label=encoder,

@@ -1,4 +1,4 @@
-"""How much the vision encoder decides: redundancy of the tokens, and what the same reductions keep at the same budgets, several models side by side."""
+"""The study of vision encoders: token redundancy, and retention of the same reduction methods at the same budgets."""
 
 import csv
 from collections.abc import Mapping, Sequence
@@ -17,25 +17,25 @@ from parcelray.tracking.mlflow_tracker import MlflowRunLogger, tracked_run
 from parcelray.tracking.store import ensure_store
 
 METHODS = ("cluster", "average pooling", "spatial", "DivPrune")
-"""Those that read nothing but tokens, so that every encoder can have them; random sampling is always there."""
+"""Methods that read only the tokens, so that every encoder supports them; random sampling is always added."""
 CONFOUNDED = (
-    "What differs besides the encoder: each tower was trained together with its own projector and decoder, from random"
-    " weights and with one seed, so a difference is one of whole models; the towers differ in depth, width and pooling"
-    " as their families do; a model that scores less in full has less to lose. Retention is of each model's own full"
-    " score. Compare encoders only where their intervals do not meet."
+    "The encoder is not the only difference. Each tower was trained together with its own projector and decoder, from"
+    " random weights and with one seed, so differences are differences between whole models. The towers also differ in"
+    " depth, width and pooling, as their families do. A model with a lower full score has less to lose: retention is"
+    " relative to the full score of each model. Compare encoders only if their intervals do not overlap."
 )
 
 
 def run_encoder_study(
     models: Mapping[str, str], job: EvaluateJob, console: Console, *, images: int = 64
 ) -> list[EncoderPoint]:
-    """Profiles the models, compares the methods on each of them, and joins the results.
+    """Measures the redundancy of each model, runs the reduction study on each of them, and joins the results.
 
     Args:
         models: references of vanilla models by the name of their encoder.
-        job: benchmarks and use of the cluster; its model, reducer and budgets are set by the study.
-        console: for tables and progress.
-        images: of the redundancy profile.
+        job: benchmarks and use of the cluster; the study sets the model, the reducer and the budgets.
+        console: prints tables and progress.
+        images: number of images of the redundancy profile.
 
     Raises:
         UserError: see `run_evaluation` and `study_redundancy`.
@@ -80,7 +80,7 @@ def run_encoder_study(
 
 
 def encoder_points(encoder: str, study: ReductionStudy) -> list[EncoderPoint]:
-    """Everything that a study has a retention for: the full model, random sampling and the methods."""
+    """Returns the points of a reduction study that have a retention: full model, random sampling and all methods."""
     return [
         EncoderPoint(encoder, point.method, point.num_visual_tokens, point.overall, point.retention)
         for point in study.frontier.points
@@ -89,7 +89,7 @@ def encoder_points(encoder: str, study: ReductionStudy) -> list[EncoderPoint]:
 
 
 def encoder_table(points: Sequence[EncoderPoint]) -> Table:
-    """One row per encoder and method, one column per budget, for people."""
+    """Returns a table with one row per encoder and method, and one column per budget."""
     budgets = sorted({point.num_visual_tokens for point in points})
     table = Table(
         "encoder",

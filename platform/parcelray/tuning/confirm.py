@@ -1,4 +1,7 @@
-"""Whether a search over splits on a supernet told the truth: a few splits of one budget, each trained by itself from the base."""
+"""Checks the supernet's ranking of splits: trains a few splits of one budget separately and compares the order.
+
+Called by `parcelray tune --confirm`.
+"""
 
 import itertools
 import json
@@ -29,41 +32,42 @@ from parcelray.tuning.tune_run import objective_value
 
 @dataclass(frozen=True)
 class ConfirmedSplit:
-    """One split, on the supernet and trained by itself."""
+    """One split, evaluated on the supernet and as a separately trained model."""
 
     anchor_grid: int
+    """Side of the anchor grid."""
     supernet: float
     """Retention on the supernet, percent."""
     trained: Interval
-    """Retention of the model that was trained for it."""
+    """Retention of the model that was trained for this split, percent."""
     is_rule: bool
-    """Whether it is the paper's."""
+    """Whether it is the split of the paper's rule."""
 
 
 @dataclass(frozen=True)
 class Confirmation:
-    """How well the supernet's ranking predicted the trained one."""
+    """How well the supernet's ranking of splits predicts the ranking of separately trained models."""
 
     num_visual_tokens: int
     splits: Sequence[ConfirmedSplit]
     correlation: float
-    """Spearman's, over the splits; NaN if all are alike."""
+    """Spearman's rank correlation over the splits; NaN if all values are equal."""
     p_value: float
-    """Of as large a correlation under a random order, one-sided, exact."""
+    """Exact one-sided p-value of the correlation."""
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-serialisable."""
+        """Returns the result as JSON-serialisable values."""
         return asdict(self) | {
             "splits": [asdict(split) | {"trained": split.trained._asdict()} for split in self.splits]
         }
 
     def to_rich(self) -> Table:
-        """For the console."""
+        """Returns the result as a table."""
         title = (
             f"Splits of {self.num_visual_tokens} tokens: rank correlation {self.correlation:.2f} over"
             f" {len(self.splits)} splits, p = {self.p_value:.2f}"
         )
-        table = Table("anchors", "on the supernet", "trained by itself [95 %]", title=title)
+        table = Table("anchors", "on the supernet", "trained separately [95 %]", title=title)
         for split in sorted(self.splits, key=lambda each: -each.supernet):
             name = (f"{split.anchor_grid} x {split.anchor_grid}" if split.anchor_grid else "none") + (
                 ", the paper's" if split.is_rule else ""
@@ -81,19 +85,18 @@ def confirm_splits(job: TuneJob, run: SearchRun, console: Console, *, address: s
 
     Args:
         job: the search, with `confirm`.
-        run: its findings.
-        console: for progress and the result.
-        address: Ray cluster; None: RAY_ADDRESS, else a local instance.
+        run: the finished search.
+        console: prints progress and the result.
+        address: address of the Ray cluster; None: RAY_ADDRESS, else a local instance.
 
     Raises:
-        UserError: the job names no trainings, or the search has too few splits of that budget.
+        UserError: the job has no `confirm`, or the search has too few splits of that budget.
         SystemFailure: a training failed.
     """
     confirm, splits = job.confirm, job.splits
     if confirm is None or splits is None:
         raise UserError(
-            f"The search {job.name} has no `confirm`; add the training job, the budget and how many splits to the job"
-            " file."
+            f"The search {job.name} has no `confirm`; add `confirm` with job, budget, best and worst to the job file."
         )
     first = job.objectives[0]
     trials = {
@@ -110,20 +113,20 @@ def confirm_splits(job: TuneJob, run: SearchRun, console: Console, *, address: s
     )
     if len(chosen) < 3:
         raise UserError(
-            f"The search {job.name} has {len(order)} splits of {confirm.budget} tokens, too few to compare; choose"
-            " another confirm.budget."
+            f"The search {job.name} has {len(order)} finished splits of {confirm.budget} tokens, but at least three are"
+            " needed to compare rankings; choose another confirm.budget."
         )
     search = _search(job, chosen)
     with ray_session(address):
         trained = run_tuning(search, console, address=address, resume=True, parent_run_id=run.mlflow_run_id)
         if trained.findings.failed:
             raise SystemFailure(f"A training of the confirmation failed: {trained.findings.failed[0].error}")
-        found = []
+        confirmed = []
         for grid in chosen:
             folder = RunFolder(trial_job(search, str(trained.folder), _assignment(confirm.budget, grid))).local_path(
                 "model"
             )
-            found.append(
+            confirmed.append(
                 ConfirmedSplit(
                     grid,
                     trials[grid]["retention"],
@@ -131,9 +134,9 @@ def confirm_splits(job: TuneJob, run: SearchRun, console: Console, *, address: s
                     grid == rule,
                 )
             )
-    correlation = spearmanr([each.supernet for each in found], [each.trained.value for each in found])
-    exact = _exact_p([each.supernet for each in found], [each.trained.value for each in found])
-    result = Confirmation(confirm.budget, found, float(correlation.statistic), exact)
+    supernet_values, trained_values = [each.supernet for each in confirmed], [each.trained.value for each in confirmed]
+    correlation = float(spearmanr(supernet_values, trained_values).statistic)
+    result = Confirmation(confirm.budget, confirmed, correlation, _exact_p(supernet_values, trained_values))
     files = _write(result, run.folder)
     if job.tracking.uri is not None and run.mlflow_run_id is not None:
         _record(ensure_store(job.tracking.uri), run.mlflow_run_id, result, files)
@@ -142,7 +145,7 @@ def confirm_splits(job: TuneJob, run: SearchRun, console: Console, *, address: s
 
 
 def _search(job: TuneJob, grids: Sequence[int]) -> TuneJob:
-    """The trainings as a search of their own, so that they share the cluster, the record and the tracking of any search."""
+    """Returns the trainings as a search, so that they use the cluster, the record and the tracking of a search."""
     assert job.confirm is not None
     budget = job.confirm.budget
     base = job.confirm.job.model_dump(mode="json")
@@ -174,7 +177,7 @@ def _assignment(budget: int, grid: int) -> dict[str, Any]:
 
 
 def _retention(job: TuneJob, model: Path, budget: int, grid: int, console: Console, parent: str | None) -> Interval:
-    """Of a trained model on the questions of the search."""
+    """Evaluates a trained model on the samples of the search and returns its retention."""
     base = job.base
     assert isinstance(base, EvaluateJob)
     changes = {
@@ -192,20 +195,20 @@ def _retention(job: TuneJob, model: Path, budget: int, grid: int, console: Conso
 
 
 def _exact_p(first: Sequence[float], second: Sequence[float]) -> float:
-    """One-sided p-value over all orders; the usual approximation means nothing for a handful of points."""
+    """Returns the one-sided p-value over all permutations; the usual approximation is wrong for so few points."""
     observed = spearmanr(first, second).statistic
-    orders = [spearmanr(first, order).statistic for order in itertools.permutations(second)]
-    return float(sum(each >= observed - 1e-12 for each in orders) / len(orders))
+    permuted = [spearmanr(first, order).statistic for order in itertools.permutations(second)]
+    return float(sum(each >= observed - 1e-12 for each in permuted) / len(permuted))
 
 
 def _record(uri: str, run_id: str, result: Confirmation, files: Sequence[Path]) -> None:
-    """Adds the confirmation to the search's own run."""
+    """Adds the result to the MLflow run of the search."""
     tracker = MlflowRunLogger(uri, run_id)
     budget = result.num_visual_tokens
-    found = {"rank_correlation": result.correlation, "p_value": result.p_value}
-    tracker.log_metrics({f"confirmation/{name}": value for name, value in found.items() if value == value}, budget)
+    metrics = {"rank_correlation": result.correlation, "p_value": result.p_value}
+    tracker.log_metrics({f"confirmation/{name}": value for name, value in metrics.items() if value == value}, budget)
     for each in sorted(result.splits, key=lambda split: split.anchor_grid):
-        # The step is the side of the anchor grid, so that MLflow draws one curve over the splits for each.
+        # The step is the side of the anchor grid, so that MLflow plots each metric over the splits.
         tracker.log_metrics(
             {f"confirmation/supernet@{budget}": each.supernet, f"confirmation/trained@{budget}": each.trained.value},
             each.anchor_grid,

@@ -1,8 +1,8 @@
-"""Evaluations that differ only in how an image's tokens are made, from one loaded model and one run of the vision tower over all images.
+"""Evaluations of many points of a search with one loaded model and one pass of the vision tower over all images.
 
-A search asks the same questions of the same model at many splits, counts or reducers. Here the model, the questions and
-the patch features are held, so that a point costs the connector or reducer and the decoder. Answers go to the same
-store, under the same keys, as those of `parcelray evaluate`.
+A search evaluates the same model on the same samples at many splits, budgets or reducers. The model, the samples and
+the patch features are kept, so a point costs only the connector or reducer and the decoder. Predictions go to the
+same store, under the same keys, as those of `parcelray evaluate`.
 """
 
 import json
@@ -34,10 +34,11 @@ from parcelray.profiling.flops import cost, kv_cache_bytes
 from parcelray.profiling.reduction_flops import reduced_prefill_flops
 
 TEXT_TOKENS = 32
-"""Of the prompt that costs are given for."""
+"""Tokens of the prompt for which costs are given."""
 _LATENCY_REPEATS = 5
+"""Number of timed runs of a latency measurement."""
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-"""Of a value, by arithmetic."""
+"""Bytes of one value, by data type."""
 _PER_POINT = (
     "name",
     "budgets",
@@ -49,38 +50,38 @@ _PER_POINT = (
     "compute",
     "storage",
 )
-"""Keys that a point may change without another model or other questions."""
+"""Keys of the job that a point may change while the model and the samples stay the same."""
 
 
 Reference = tuple[Sequence[SplitScores], int]
-"""Scores of an uncompressed model on the questions of a search, and its budget."""
+"""Scores of an uncompressed model on the samples of a search, and its budget."""
 
 
 class SearchedModel(NamedTuple):
-    """A model that points ask."""
+    """A model that points of a search evaluate."""
 
     checkpoint: ResolvedCheckpoint
     digest: str
-    """Of its content."""
+    """Digest of its content."""
 
 
 @dataclass(frozen=True)
 class EvaluatedPoint:
-    """One point of a search, answered and scored."""
+    """The evaluation of one point of a search."""
 
     job: EvaluateJob
     budgets: tuple[int, ...]
-    """Visual tokens per image; without the blind model."""
+    """Budgets in visual tokens per image, without `blind`."""
     splits: Sequence[SplitScores]
     computed: int
-    """Answers that were not there."""
+    """Number of new predictions; the others were in the store."""
 
 
 def changed_job(job: EvaluateJob, assignment: Assignment) -> EvaluateJob:
-    """A job with the values of a point.
+    """Returns an evaluation job with the values of a point.
 
     Raises:
-        ConfigError: the job does not take one of them.
+        ConfigError: the job does not accept one of the values.
     """
     data = job.model_dump(mode="json", exclude_unset=True)
     for key, value in assignment.items():
@@ -91,13 +92,13 @@ def changed_job(job: EvaluateJob, assignment: Assignment) -> EvaluateJob:
 def prefill_costs(
     checkpoint: Path, connector: ConnectorConfig | None, budget: int, bytes_per_value: int
 ) -> dict[str, float]:
-    """Of one image's prefill: visual tokens, GFLOPs, bytes of the KV cache.
+    """Returns the costs of the prefill of one image: visual tokens, GFLOPs, and bytes of the KV cache.
 
     Args:
         checkpoint: folder of the model.
-        connector: what gives the budget; None: nothing that costs.
+        connector: the connector that produces the visual tokens; None: none, so nothing is added for it.
         budget: visual tokens.
-        bytes_per_value: of the KV cache.
+        bytes_per_value: bytes of one value in the KV cache.
     """
     shape = from_transformers_config(config_of(checkpoint))
     flops = cost(shape, connector, budget, num_frames=1, num_text_tokens=TEXT_TOKENS).total
@@ -110,7 +111,7 @@ def prefill_costs(
 
 @dataclass
 class WarmEvaluator:
-    """Evaluates points of one job, holding what they share; a point that changes the model or the questions loads anew.
+    """Evaluates points of one job, and keeps the model and the samples until a point changes one of them.
 
     Args:
         job: the evaluation that points change.
@@ -127,12 +128,12 @@ class WarmEvaluator:
     _held: dict[str, "_Held"] = field(default_factory=dict, repr=False)
 
     def metrics(self, assignment: Assignment) -> dict[str, float]:
-        """What a search may want of a point: percent for scores and retention, and the cost of one image's prefill.
+        """Returns the metrics of a point: scores and retention in percent, and the costs of the prefill of one image.
 
-        Of several budgets, means over them, and scores and retention of each as `score@64`.
+        With several budgets, these are means over the budgets, plus score and retention of each, such as `score@64`.
 
         Raises:
-            UserError: the point is not legal, or its answers cannot be scored.
+            UserError: the point is not legal, or its predictions cannot be scored.
         """
         point = self.evaluate(assignment)
         per_budget = [self._at(point, budget) for budget in point.budgets]
@@ -152,7 +153,7 @@ class WarmEvaluator:
         return metrics | {"computed": float(point.computed)}
 
     def evaluate(self, assignment: Assignment) -> EvaluatedPoint:
-        """Answers a point's questions, as far as the store does not have the answers, and scores them."""
+        """Evaluates a point; predictions that are in the store are reused."""
         job = changed_job(self.job, assignment)
         held = self._hold(job)
         searched = self._model(job)
@@ -171,7 +172,10 @@ class WarmEvaluator:
         return EvaluatedPoint(job, budgets, evaluation.score(store=held.worker.store), result.computed)
 
     def estimate(self, point: EvaluatedPoint, budget: int, metric: str) -> Estimate:
-        """Score or retention, of all or of a family (`score/video`), with its draws: points share the questions, so differences are paired."""
+        """Returns the score or retention of a point, of all families or one (`score/video`), with bootstrap draws.
+
+        All points have the same samples and draws, so differences between them are paired.
+        """
         name, _, family = metric.partition("/")
         splits = [split for split in point.splits if not family or split.family == family]
         if name == "retention":
@@ -195,7 +199,7 @@ class WarmEvaluator:
         return metrics | self.costs(point.job, budget)
 
     def costs(self, job: EvaluateJob, budget: int) -> dict[str, float]:
-        """Of one image's prefill at a budget: visual tokens, GFLOPs, bytes of the KV cache."""
+        """Returns the costs of the prefill of one image at a budget (see `prefill_costs`)."""
         path = self._model(job).checkpoint.path
         costs = prefill_costs(path, connector_at(job, config_of(path), budget), budget, BYTES[job.dtype])
         if job.reducer is not None:
@@ -205,7 +209,7 @@ class WarmEvaluator:
         return costs
 
     def bounds(self) -> dict[str, tuple[float, float]]:
-        """Range of each cost: from nothing to that of all patches without a connector."""
+        """Returns the range of each cost: from 0 to the cost of all patches without a connector."""
         full = self.reference[1]
         return {
             name: (0.0, value)
@@ -218,7 +222,7 @@ class WarmEvaluator:
         return self.models[job.model.reference]
 
     def _latency_ms(self, point: EvaluatedPoint, budget: int) -> float:
-        """Time from one image to the first token of its answer, milliseconds: the median of a few runs, nothing held."""
+        """Measures the time from an image to the first token, milliseconds: the median of a few runs without cache."""
         held = self._hold(point.job)
         first = held.benchmarks[0]
         sample: Sample = next(each for row in first.rows for each in first.reader.read(row).samples if each.images)
@@ -242,14 +246,14 @@ class WarmEvaluator:
     def _hold(self, job: EvaluateJob) -> "_Held":
         key = json.dumps(job.model_dump(mode="json", exclude=set(_PER_POINT)), sort_keys=True)
         if key not in self._held:
-            # One at a time: what is held is a model and all its features.
+            # Only one is kept, because it holds a model and all patch features.
             self._held.clear()
             self._held[key] = _Held(job, self._model(job))
         return self._held[key]
 
 
 class _Held:
-    """The model and the questions of points that share them."""
+    """The model and the samples that several points share."""
 
     def __init__(self, job: EvaluateJob, searched: SearchedModel) -> None:
         checkpoint, digest = searched
@@ -261,7 +265,7 @@ class _Held:
 
 
 class _HeldReader:
-    """A reader that reads every row once."""
+    """A reader that reads every row only once and keeps it."""
 
     def __init__(self, reader: BenchmarkReader) -> None:
         self._reader = reader

@@ -1,6 +1,6 @@
-"""Several objectives at once: the points that none beats in all, the volume that they dominate, and the knee between them.
+"""Multi-objective measures: the Pareto front, its hypervolume, and its knee point.
 
-Shapes: P points, M objectives.
+Shapes: P points, M objectives, F points on the front.
 """
 
 from collections.abc import Sequence
@@ -14,32 +14,35 @@ Values = NDArray[np.float64]
 
 
 def losses(values_PM: Sequence[Sequence[float]], modes: Sequence[Mode]) -> Values:
-    """The same values with less being better in every column; [0, M] for no points."""
+    """Returns the values [P, M] with signs changed so that less is better in every column; [0, M] for no points."""
     signs = np.array([1.0 if mode == "min" else -1.0 for mode in modes])
     signed_PM: Values = np.asarray(values_PM, dtype=float).reshape(-1, len(modes)) * signs
     return signed_PM
 
 
 def pareto_front(losses_PM: Values) -> list[int]:
-    """Indices of the points that no other one beats: at least as good in all objectives and better in one.
+    """Returns the indices of the points that no other point dominates.
 
-    Points with NaN are never in it; of equal points all are.
+    A point dominates another if it is at least as good in all objectives and better in one. Points with NaN are never
+    on the front; of equal points all are.
     """
-    found = []
+    front = []
     for index, point_M in enumerate(losses_PM):
         if np.isnan(point_M).any():
             continue
-        beaten = (losses_PM <= point_M).all(1) & (losses_PM < point_M).any(1)
-        if not beaten.any():
-            found.append(index)
-    return found
+        dominates_P = (losses_PM <= point_M).all(1) & (losses_PM < point_M).any(1)
+        if not dominates_P.any():
+            front.append(index)
+    return front
 
 
 def hypervolume(losses_PM: Values, reference_M: Values) -> float:
-    """Volume that the points dominate below a reference point (Zitzler and Thiele, 1999), exact, by slicing the last objective.
+    """Returns the volume that the points dominate, up to a reference point (Zitzler and Thiele, 1999).
+
+    The result is exact; the volume is sliced along the last objective.
 
     Args:
-        losses_PM: less is better; points that are not below the reference in every objective add nothing.
+        losses_PM: less is better; points that are not better than the reference in every objective add nothing.
         reference_M: worst value of each objective.
     """
     inside_PM = losses_PM[(losses_PM < reference_M).all(1)]
@@ -50,19 +53,19 @@ def hypervolume(losses_PM: Values, reference_M: Values) -> float:
     ordered_PM = inside_PM[np.argsort(inside_PM[:, -1], kind="stable")]
     edges = [*ordered_PM[:, -1], reference_M[-1]]
     volume = 0.0
-    for place in range(len(ordered_PM)):
-        thickness = edges[place + 1] - edges[place]
+    for index in range(len(ordered_PM)):
+        thickness = edges[index + 1] - edges[index]
         if thickness > 0:
-            volume += thickness * hypervolume(ordered_PM[: place + 1, :-1], reference_M[:-1])
+            volume += thickness * hypervolume(ordered_PM[: index + 1, :-1], reference_M[:-1])
     return volume
 
 
 def knee_point(losses_PM: Values) -> int | None:
-    """Index of the point where the front bends most (Das, 1999); None without points.
+    """Returns the index of the knee of the Pareto front (Das, 1999); None without points.
 
-    It has the smallest sum of losses, each scaled to the front's range: with two objectives the one that is deepest
-    below the line through the front's ends, with more the one that is deepest below the plane through the corners of
-    the front's box, which need not be points. With one objective, and where the front is one point, it is the best.
+    The knee has the smallest sum of losses, each scaled to the range of the front. With two objectives it is the point
+    farthest below the line through the ends of the front. With more it is the point farthest below the plane through
+    the corners of the front's bounding box. With one objective it is the best point.
     """
     front = pareto_front(losses_PM)
     if not front:
@@ -74,23 +77,23 @@ def knee_point(losses_PM: Values) -> int | None:
 
 
 def volume_over_time(losses_PM: Values, low_M: Values, high_M: Values) -> list[float]:
-    """Hypervolume after each point, as a share of the box between the best and the worst value that each objective can have.
+    """Returns the hypervolume after each point, as a share of the box between the best and worst possible values.
 
-    The box is known before the first point, so the curve only rises, and two searches with the same box can be
+    The box is known before the first point, so the values never decrease, and searches with the same box can be
     compared.
 
     Args:
-        losses_PM: less is better; what is outside the box counts as on its edge.
-        low_M: best value of each objective.
-        high_M: worst.
+        losses_PM: less is better; values outside the box are clipped to its edge.
+        low_M: best possible value of each objective.
+        high_M: worst possible value of each objective.
     """
-    # A little outside the worst values, or points on the box's edge would add nothing.
+    # The reference is slightly worse than the worst values, so that points on the edge of the box add volume, too.
     scaled_PM, reference_M = np.clip((losses_PM - low_M) / (high_M - low_M), 0.0, 1.0), np.full(losses_PM.shape[1], 1.1)
     shares = []
-    kept: list[int] = []
+    front: list[int] = []
     for index, point_M in enumerate(scaled_PM):
         if not np.isnan(point_M).any():
-            kept = [*kept, index]
-            kept = [kept[place] for place in pareto_front(scaled_PM[kept])]
-        shares.append(hypervolume(scaled_PM[kept], reference_M) / float(reference_M.prod()) if kept else 0.0)
+            front = [*front, index]
+            front = [front[each] for each in pareto_front(scaled_PM[front])]
+        shares.append(hypervolume(scaled_PM[front], reference_M) / float(reference_M.prod()) if front else 0.0)
     return shares

@@ -1,4 +1,4 @@
-"""What a search would do, before it does it: its points and an estimate of the compute."""
+"""The plan of a search, for `parcelray tune --dry-run`: its points, its cost, and how many trials run at once."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -23,36 +23,43 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TuningPlan:
-    """The resolved search with its estimates."""
+    """A resolved search with estimates of its cost."""
 
     identity: str
     trials: int
+    """Number of trials."""
     points: int | None
-    """Of the space; None: not finite."""
+    """Number of points in the space; None if it is infinite."""
     objectives: tuple[str, ...]
+    """The objectives, each as `max METRIC` or `min METRIC`."""
     trial: Any
-    """Plan of the space's own job, as one trial runs it."""
+    """Plan of one trial: a training plan or an evaluation plan."""
     seconds: float
-    """All trials one after the other, a lower bound; a warm search runs the vision tower once an actor, not once a trial."""
+    """Lower bound of the time of all trials one after the other, seconds.
+
+    It counts the vision tower once per trial, although warm evaluations run it only once per actor.
+    """
     gpu_hours: float
+    """Estimated GPU hours of all trials."""
     concurrent: int
-    """Trials at the same time on the cluster that the search would run on."""
+    """Number of trials that run at the same time on the cluster."""
     cluster: str
-    """Which one that is."""
+    """The cluster that the search would run on, in words."""
     config: dict[str, Any]
+    """The resolved job."""
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-serialisable."""
+        """Returns the plan as JSON-serialisable values."""
         return {key: getattr(self, key) for key in self.__dataclass_fields__} | {"trial": self.trial.to_dict()}
 
     def to_rich(self) -> "Table":
-        """For the console."""
+        """Returns the plan as a table."""
         from rich.table import Table
 
         table = Table("plan", self.identity, show_lines=False)
         table.add_row("trials", f"{self.trials:,}" + (f" of {self.points:,} points" if self.points is not None else ""))
         table.add_row("objectives", ", ".join(self.objectives))
-        table.add_row("a trial", f"{self.trial.identity}, at least {self.trial.seconds / 60:,.1f} min")
+        table.add_row("per trial", f"{self.trial.identity}, at least {self.trial.seconds / 60:,.1f} min")
         table.add_row("at the same time", f"{self.concurrent} on {self.cluster}")
         table.add_row("time", f"at least {self.seconds / self.concurrent / 60:,.1f} min")
         table.add_row("GPU hours", f"at least {self.gpu_hours:,.2f}" if self.gpu_hours else "none")
@@ -60,15 +67,14 @@ class TuningPlan:
 
 
 def tuning_plan(job: TuneJob, address: str | None = None) -> TuningPlan:
-    """Resolves a search, checks that its parts fit together, and estimates its cost.
+    """Validates a search and estimates its cost.
 
     Args:
         job: the search.
-        address: of the Ray cluster that it would run on; None: RAY_ADDRESS, else a local instance, which is not started
-            for this.
+        address: address of the Ray cluster; None: RAY_ADDRESS, else a local instance, which is not started.
 
     Raises:
-        UserError: the space does not fit its job, the job cannot run, or the cluster can never hold a trial.
+        UserError: the space does not fit its job, the job cannot run, or the cluster cannot run a single trial.
     """
     check_search_space_of(job)
     nodes, cluster = _nodes(address)
@@ -96,7 +102,7 @@ def tuning_plan(job: TuneJob, address: str | None = None) -> TuningPlan:
 
 
 def _nodes(address: str | None) -> tuple[Sequence[Mapping[str, float]], str]:
-    """Resources of the cluster's nodes, and how to call it."""
+    """Returns the resources of the cluster's nodes, and a description of the cluster."""
     named = address or os.environ.get(ADDRESS_VARIABLE)
     if ray.is_initialized() or (named is not None and named != "local"):
         with ray_session(address) as session:

@@ -1,4 +1,8 @@
-"""Which points a search tries, as a function of its seed and of what is known: a search that goes on asks the same again and skips what it has."""
+"""Planners: propose the points of a search as a function of its seed and the finished trials.
+
+A resumed search replays the proposals and skips the points whose trials are finished. The interface is Optuna's
+"ask and tell": `ask` returns the next point, `tell` passes a finished trial back.
+"""
 
 import json
 import random
@@ -18,61 +22,61 @@ from parcelray.tuning.trial_record import FinishedTrial, TrialRecord, point_key
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 
-_TRIES = 100
-"""Proposals that may be illegal or known before a random point takes their place."""
-_LISTED = 100_000
-"""Largest space whose points are all listed and shuffled; of a larger one points are drawn, which hardly ever repeat."""
+_MAX_PROPOSALS = 100
+"""Number of illegal or repeated proposals after which a random point is used instead."""
+_MAX_LISTED = 100_000
+"""Size of the largest space whose points are listed and shuffled; the points of a larger one are drawn at random."""
 
 
 class Planner(ABC):
-    """Hands out points and takes results.
+    """Proposes points and receives finished trials.
 
     Args:
-        record: of the trials that are finished; their points are not handed out.
+        record: the finished trials of earlier sessions; their points are skipped.
     """
 
     def __init__(self, record: TrialRecord) -> None:
         self._record = record
-        self._open: set[str] = set()
+        self._pending: set[str] = set()
 
     @property
     @abstractmethod
     def num_points(self) -> int:
-        """Points of the whole search, those that are known included."""
+        """Number of points of the whole search, including those with finished trials."""
 
     def ask(self) -> Assignment | None:
-        """The next point; None: there is none now (see `is_finished`)."""
+        """Returns the next point; None if none is available now (see `is_finished`)."""
         point = self._next()
         if point is not None:
-            self._open.add(point_key(point))
+            self._pending.add(point_key(point))
         return point
 
     @property
     @abstractmethod
     def is_finished(self) -> bool:
-        """Whether no more points will come."""
+        """Whether all points have been proposed."""
 
     @property
     def is_done(self) -> bool:
-        """Whether no more points will come and all that were handed out are known."""
-        return self.is_finished and not self._open
+        """Whether all points have been proposed and all their trials are finished."""
+        return self.is_finished and not self._pending
 
     def tell(self, trial: FinishedTrial) -> None:
-        """A trial that has been added to the record."""
-        self._open.discard(trial.key)
+        """Receives a trial that has been added to the record."""
+        self._pending.discard(trial.key)
 
     @abstractmethod
     def _next(self) -> Assignment | None: ...
 
 
 class ListPlanner(Planner):
-    """A list that is known before the search: a grid, random points, or a population.
+    """A list of points that is fixed before the search: a grid, random points, or a population.
 
     Args:
-        points: all.
+        points: all points of the search.
         record: see `Planner`.
-        together: whether all points are handed out as long as one is not known: members of a population are compared
-            with each other, so that a smaller one would be another search.
+        together: whether all points are run again unless all their trials are finished. Members of a population are
+            compared with each other, so a smaller population would be a different search.
     """
 
     def __init__(self, points: Sequence[Assignment], record: TrialRecord, *, together: bool = False) -> None:
@@ -98,11 +102,10 @@ class ListPlanner(Planner):
 
 
 class OptunaPlanner(Planner):
-    """Batches that Optuna's TPE proposes, each from the results of those before it.
+    """Batches of points proposed by Optuna's TPE, each from the results of the earlier batches.
 
-    The sampler gets a new seed with every proposal, so that a proposal depends only on the search's seed and the
-    results, and a search that was killed goes on as if it had not been: what was asked is asked again, and answered
-    from the record.
+    The sampler gets a new seed for every proposal, so a proposal depends only on the seed of the search and the
+    results. A resumed search therefore makes the same proposals and takes their results from the record.
     """
 
     def __init__(
@@ -123,12 +126,12 @@ class OptunaPlanner(Planner):
         self._study = optuna.create_study(
             directions=["maximize" if objective.mode == "max" else "minimize" for objective in objectives]
         )
-        self._asked: dict[str, optuna.Trial] = {}
+        self._proposed: dict[str, optuna.Trial] = {}
         self._order: list[str] = []
-        self._told = 0
+        self._num_told = 0
         self._batch: list[Assignment] = []
         self._results: dict[str, FinishedTrial] = {}
-        self._proposals = 0
+        self._num_proposals = 0
 
     @property
     def num_points(self) -> int:
@@ -151,21 +154,21 @@ class OptunaPlanner(Planner):
         self._results[trial.key] = trial
 
     def _advance(self) -> None:
-        """Makes the next batch once the one before is known, as often as the record knows a whole batch."""
+        """Proposes the next batch once the previous one is finished; repeats this while the record has all results."""
         while (
             not self._batch and len(self._order) < self._num_points and all(key in self._results for key in self._order)
         ):
-            # Results are told in the order of the questions, not in that in which they came.
-            for key in self._order[self._told :]:
+            # Results are passed on in the order of the proposals, not in the order in which the trials finished.
+            for key in self._order[self._num_told :]:
                 self._tell_study(key)
-            self._told = len(self._order)
+            self._num_told = len(self._order)
             for _ in range(min(self._algorithm.batch, self._num_points - len(self._order))):
                 point = self._propose()
                 key = point_key(point)
                 self._order.append(key)
-                known = self._record.get(key)
-                if known is not None:
-                    self._results[key] = known
+                recorded = self._record.get(key)
+                if recorded is not None:
+                    self._results[key] = recorded
                 else:
                     self._batch.append(point)
 
@@ -173,36 +176,36 @@ class OptunaPlanner(Planner):
         trial = self._results[key]
         values = [trial.metrics.get(objective.metric) for objective in self._objectives]
         if trial.error is not None or any(value is None for value in values):
-            self._study.tell(self._asked[key], state=TrialState.FAIL)
+            self._study.tell(self._proposed[key], state=TrialState.FAIL)
         else:
-            self._study.tell(self._asked[key], [float(value) for value in values if value is not None])
+            self._study.tell(self._proposed[key], [float(value) for value in values if value is not None])
 
     def _propose(self) -> Assignment:
-        """A legal point that was not proposed before."""
-        for _ in range(_TRIES):
+        """Returns a legal point that was not proposed before."""
+        for _ in range(_MAX_PROPOSALS):
             self._study.sampler = _sampler(self._next_seed(), self._algorithm.startup_trials)
             trial = self._study.ask()
             point = self._suggested(trial)
-            if self._space.allows(point) and point_key(point) not in self._asked:
-                self._asked[point_key(point)] = trial
+            if self._space.allows(point) and point_key(point) not in self._proposed:
+                self._proposed[point_key(point)] = trial
                 return point
             self._study.tell(trial, state=TrialState.FAIL)
-        # The sampler repeats itself: a random point instead. There is one, since num_points is at most the size of the
-        # space.
+        # The sampler repeats itself, so a random point is used. One is left, since num_points is at most the size of
+        # the space.
         points = _without_repeats(self._space, random.Random(self._next_seed()))
-        point = next(point for point in points if point_key(point) not in self._asked)
+        point = next(point for point in points if point_key(point) not in self._proposed)
         self._study.enqueue_trial(optuna_params(self._space, point))
         trial = self._study.ask()
         self._suggested(trial)
-        self._asked[point_key(point)] = trial
+        self._proposed[point_key(point)] = trial
         return point
 
     def _next_seed(self) -> int:
-        self._proposals += 1
-        return (self._seed * 1_000_003 + self._proposals) % 2**32
+        self._num_proposals += 1
+        return (self._seed * 1_000_003 + self._num_proposals) % 2**32
 
     def _suggested(self, trial: optuna.Trial) -> Assignment:
-        """A point, its parameters suggested in order and only where they are active."""
+        """Returns a point whose parameters are suggested in order, leaving out inactive ones."""
         chosen: Assignment = {}
         for name, domain in self._space.parameters.items():
             if all(other in chosen and chosen[other] in legal for other, legal in domain.when.items()):
@@ -213,7 +216,7 @@ class OptunaPlanner(Planner):
 def make_planner(
     space: SearchSpace, algorithm: SearchAlgorithm, objectives: Sequence[Objective], seed: int, record: TrialRecord
 ) -> Planner:
-    """The planner of an algorithm; a population starts from random points."""
+    """Returns the planner of a search algorithm; a population starts from random points."""
     if isinstance(algorithm, OptunaAlgorithm):
         return OptunaPlanner(space, algorithm, objectives, seed, record)
     if isinstance(algorithm, RandomAlgorithm | PbtAlgorithm):
@@ -225,9 +228,9 @@ def make_planner(
 
 
 def distribution_of(domain: Domain) -> BaseDistribution:
-    """Optuna's distribution of a domain.
+    """Returns Optuna's distribution of a domain.
 
-    Choices are indices; those that ascend as numbers keep their order for the sampler.
+    Choices become indices; for choices that are ascending numbers, the sampler can use their order.
     """
     if isinstance(domain, ChoiceDomain):
         return (
@@ -236,15 +239,15 @@ def distribution_of(domain: Domain) -> BaseDistribution:
             else CategoricalDistribution(tuple(range(len(domain.values))))
         )
     if isinstance(domain, IntegerDomain):
-        # Optuna has no step on a logarithmic scale; what it proposes is moved to the step below.
+        # Optuna supports no step on a logarithmic scale; its proposal is rounded down to a step.
         return IntDistribution(domain.low, domain.high, log=domain.log, step=1 if domain.log else domain.step)
     return FloatDistribution(domain.low, domain.high, log=domain.log)
 
 
 def _sampler(seed: int, startup_trials: int) -> optuna.samplers.BaseSampler:
     with warnings.catch_warnings():
-        # Grouping parameters by what is active together is marked as experimental; without it TPE takes them one by
-        # one.
+        # The option `group`, which models parameters that are active together jointly, is marked as experimental.
+        # Without it, TPE models each parameter independently.
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         return optuna.samplers.TPESampler(
             seed=seed, n_startup_trials=startup_trials, multivariate=True, group=True, constant_liar=True
@@ -263,7 +266,7 @@ def _suggest(trial: optuna.Trial, name: str, distribution: BaseDistribution) -> 
 
 
 def optuna_params(space: SearchSpace, assignment: Assignment) -> dict[str, Any]:
-    """A point in Optuna's values."""
+    """Converts a point to Optuna's values."""
     return {name: _to_optuna(space.parameters[name], value) for name, value in assignment.items()}
 
 
@@ -287,8 +290,8 @@ def _ascends(values: Sequence[Any]) -> bool:
 
 
 def _without_repeats(space: SearchSpace, rng: random.Random) -> Iterator[Assignment]:
-    """Different random points; all of a small space in the end."""
-    if space.size is not None and space.size <= _LISTED:
+    """Yields different random points; for a small space, finally all of them."""
+    if space.size is not None and space.size <= _MAX_LISTED:
         points = list(space.grid())
         rng.shuffle(points)
         yield from points
@@ -305,15 +308,16 @@ def _without_repeats(space: SearchSpace, rng: random.Random) -> Iterator[Assignm
 def importance(
     space: SearchSpace, trials: Sequence[FinishedTrial], objective: Objective, seed: int = 0
 ) -> Mapping[str, float]:
-    """Share of an objective's variance that each parameter explains (fANOVA, Hutter et al., ICML 2014), over the parameters that every trial has.
+    """Returns the share of an objective's variance that each parameter explains (fANOVA, Hutter et al., ICML 2014).
 
-    Empty with fewer than four trials, or where all of them are equally good.
+    Only parameters that are active in every trial are included. The result is empty if there are fewer than four
+    trials, or if all of them are equally good.
     """
-    known = [trial for trial in trials if trial.error is None and objective.metric in trial.metrics]
-    if len(known) < 4 or len({trial.metrics[objective.metric] for trial in known}) < 2:
+    measured = [trial for trial in trials if trial.error is None and objective.metric in trial.metrics]
+    if len(measured) < 4 or len({trial.metrics[objective.metric] for trial in measured}) < 2:
         return {}
     study = optuna.create_study(direction="maximize" if objective.mode == "max" else "minimize")
-    for trial in known:
+    for trial in measured:
         distributions = {name: distribution_of(space.parameters[name]) for name in trial.assignment}
         study.add_trial(
             optuna.trial.create_trial(
@@ -322,7 +326,7 @@ def importance(
                 value=trial.metrics[objective.metric],
             )
         )
-    found = optuna.importance.get_param_importances(
+    shares = optuna.importance.get_param_importances(
         study, evaluator=optuna.importance.FanovaImportanceEvaluator(seed=seed)
     )
-    return {name: float(value) for name, value in found.items()}
+    return {name: float(value) for name, value in shares.items()}

@@ -1,4 +1,4 @@
-"""The pictures of a search: the front, every split, parallel coordinates, what mattered, and the hypervolume over trials."""
+"""Plots of a search: Pareto front, splits, parallel coordinates, families, importance, hypervolume, confirmation."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,22 +13,23 @@ from matplotlib.ticker import FixedLocator, NullFormatter, ScalarFormatter
 from parcelray.evaluation.scoring.intervals import Interval
 from parcelray.plotting import COLORS, MARKERS
 
-_NAMED_APART = 1.25
+_MIN_LABEL_RATIO = 1.25
+"""Smallest ratio of two neighbouring budgets that both get a label on the axis."""
 
 
 class SearchPoint(NamedTuple):
-    """A trial in the plane of two objectives."""
+    """A trial in the plane of the first two objectives."""
 
     x: float
     y: float
     on_front: bool
     is_knee: bool
     on_rule: bool
-    """Whether it is the paper's split of its budget."""
+    """Whether it is the split of the paper's rule at its budget."""
 
 
-class RivalPoint(NamedTuple):
-    """Another model in the same plane, with its 95 % interval."""
+class BaselinePoint(NamedTuple):
+    """A baseline model in the same plane, with its 95 % interval."""
 
     x: float
     y: float
@@ -38,20 +39,22 @@ class RivalPoint(NamedTuple):
 
 
 class FamilyRow(NamedTuple):
-    """What a search found for one benchmark family."""
+    """The chosen and the best trial of one benchmark family."""
 
     family: str
     tokens: float
-    """Of the chosen trial."""
+    """Visual tokens of the chosen trial."""
     retention: Interval
+    """Retention of the chosen trial, percent."""
     best_tokens: float
-    """Of the trial with the highest retention."""
+    """Visual tokens of the trial with the highest retention."""
     best_retention: Interval
+    """Retention of that trial, percent."""
 
 
 def plot_search(
     points: Sequence[SearchPoint],
-    rivals: Mapping[str, Sequence[RivalPoint]],
+    baselines: Mapping[str, Sequence[BaselinePoint]],
     rule: Sequence[tuple[float, float]],
     path: Path,
     *,
@@ -59,16 +62,16 @@ def plot_search(
     axes: tuple[str, str],
     curves: Mapping[str, Sequence[tuple[float, float]]] = {},
 ) -> None:
-    """Draws all trials, the front through them, the paper's rule, the rivals, and what choosing the budget per image and question reaches.
+    """Draws all trials, their Pareto front, the paper's rule, the baselines, and the curves of adaptive budgets.
 
     Args:
         points: the trials.
-        rivals: by name.
-        rule: the paper's rule, by ascending x; may be empty.
+        baselines: points of other models, by name.
+        rule: points of the paper's rule, by ascending x; may be empty.
         path: PNG to write.
-        title: above the axes.
-        axes: labels of x and y.
-        curves: by name, points of policies that choose the budget, by ascending x.
+        title: title of the plot.
+        axes: metrics of the x and y axes.
+        curves: points of policies that choose the budget per image and question, by name and ascending x.
     """
     figure, plane = _figure((9, 5.4))
     plane.scatter(
@@ -82,7 +85,7 @@ def plot_search(
         marker="o",
         markersize=5,
         linewidth=1.6,
-        label="front",
+        label="Pareto front",
         zorder=4,
     )
     for knee in (each for each in points if each.is_knee):
@@ -99,7 +102,7 @@ def plot_search(
             label="the paper's rule",
             zorder=3,
         )
-    for index, (name, members) in enumerate(rivals.items(), 1):
+    for index, (name, members) in enumerate(baselines.items(), 1):
         ordered = sorted(members)
         errors = [[each.y - each.low for each in ordered], [each.high - each.y for each in ordered]]
         color, marker = COLORS[index % len(COLORS)], MARKERS[index % len(MARKERS)]
@@ -114,7 +117,7 @@ def plot_search(
             label=name,
         )
     for index, (name, curve) in enumerate(curves.items()):
-        color, line_style = COLORS[(len(rivals) + 1 + index) % len(COLORS)], (":", "-", "--")[index % 3]
+        color, line_style = COLORS[(len(baselines) + 1 + index) % len(COLORS)], (":", "-", "--")[index % 3]
         plane.plot(*zip(*curve, strict=True), color=color, linestyle=line_style, linewidth=1.6, label=name, zorder=3)
     if axes[0] == "tokens":
         _budget_axis(plane, sorted({each.x for each in points}))
@@ -135,7 +138,10 @@ def plot_splits(
     *,
     title: str,
 ) -> None:
-    """Draws a value for every budget and anchor grid; a frame around the chosen ones, a dot in those of the paper's rule."""
+    """Draws a value for every budget and anchor grid.
+
+    The chosen splits have a frame, those of the paper's rule a dot.
+    """
     budgets, grids = sorted({budget for budget, _ in cells}), sorted({grid for _, grid in cells})
     values = np.full((len(grids), len(budgets)), np.nan)
     for (budget, grid), value in cells.items():
@@ -148,8 +154,7 @@ def plot_splits(
             color = "black" if value > middle else "white"
             plane.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=8, color=color)
     for budget, grid in chosen.items():
-        place = (budgets.index(budget) - 0.47, grids.index(grid) - 0.45)
-        plane.add_patch(_frame(place))
+        plane.add_patch(_frame((budgets.index(budget) - 0.47, grids.index(grid) - 0.45)))
     known = [(budgets.index(budget), grids.index(grid)) for budget, grid in rule.items() if (budget, grid) in cells]
     if known:
         x, y = zip(*known, strict=True)
@@ -164,16 +169,19 @@ def plot_splits(
 
 
 def plot_parallel(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], path: Path, *, title: str) -> None:
-    """Draws each trial as a line over its parameters, coloured by the last column; a parameter that is not active has no place."""
+    """Draws each trial as a line over its parameters, coloured by the last column.
+
+    The line has a gap at a parameter that is not active.
+    """
     figure, plane = _figure((max(6.0, 1.7 * len(columns)), 5))
-    scales = [_scale([row.get(column) for row in rows]) for column in columns]
+    scales = [_Scale([row.get(column) for row in rows]) for column in columns]
     last = np.array([float(row[columns[-1]]) if row.get(columns[-1]) is not None else np.nan for row in rows])
     low, high = float(np.nanmin(last)), float(np.nanmax(last))
     colors = _colormap()
-    for place in np.argsort(last):
-        row = rows[place]
+    for index in np.argsort(last):
+        row = rows[index]
         heights = [scale(row.get(column)) for scale, column in zip(scales, columns, strict=True)]
-        share = (last[place] - low) / (high - low) if high > low else 1.0
+        share = (last[index] - low) / (high - low) if high > low else 1.0
         plane.plot(
             range(len(columns)), heights, color=colors(share), linewidth=1.2, alpha=0.75, marker=".", markersize=4
         )
@@ -202,7 +210,7 @@ def plot_families(rows: Sequence[FamilyRow], path: Path, *, title: str) -> None:
             [interval.value - interval.low for interval, _ in members],
             [interval.high - interval.value for interval, _ in members],
         ]
-        heights = [place + shift for place in range(len(rows))]
+        heights = [position + shift for position in range(len(rows))]
         plane.errorbar(values, heights, xerr=errors, fmt=MARKERS[index], color=COLORS[index], capsize=3, label=label)
         for (interval, tokens), height in zip(members, heights, strict=True):
             plane.annotate(
@@ -215,7 +223,7 @@ def plot_families(rows: Sequence[FamilyRow], path: Path, *, title: str) -> None:
 
 
 def plot_importance(shares: Mapping[str, float], path: Path, *, title: str) -> None:
-    """Draws the importance of each parameter as a bar."""
+    """Draws the importance of each parameter as a bar, in ascending order."""
     figure, plane = _figure((8, 1.2 + 0.4 * len(shares)))
     ordered = sorted(shares.items(), key=lambda each: each[1])
     bars = plane.barh([name for name, _ in ordered], [value for _, value in ordered], color=COLORS[0])
@@ -227,7 +235,7 @@ def plot_importance(shares: Mapping[str, float], path: Path, *, title: str) -> N
 
 
 def plot_volume(shares: Sequence[float], path: Path, *, title: str) -> None:
-    """Draws the hypervolume after each trial."""
+    """Draws the hypervolume after each finished trial."""
     figure, plane = _figure((8, 4))
     plane.step(range(1, len(shares) + 1), shares, where="post", color=COLORS[0])
     plane.set_xlabel("finished trials")
@@ -240,13 +248,13 @@ def plot_volume(shares: Sequence[float], path: Path, *, title: str) -> None:
 
 
 def plot_confirmation(points: Sequence[tuple[float, float, float, float, str]], path: Path, *, title: str) -> None:
-    """Draws what a supernet said of each split against what a model trained for it reached.
+    """Draws the retention of separately trained models against that of the supernet, one point per split.
 
     Args:
-        points: retention on the supernet, that of the trained model with its 95 % interval (value, low, high), and a
-            label.
+        points: for each split, the retention on the supernet, the retention of the trained model with its 95 % interval
+            (value, low, high), and a label; percent.
         path: PNG to write.
-        title: above the axes.
+        title: title of the plot.
     """
     figure, plane = _figure((6.4, 5))
     errors = [[value - low for _, value, low, _, _ in points], [high - value for _, value, _, high, _ in points]]
@@ -256,22 +264,26 @@ def plot_confirmation(points: Sequence[tuple[float, float, float, float, str]], 
     for supernet, trained, _, _, label in points:
         plane.annotate(label, (supernet, trained), textcoords="offset points", xytext=(7, 4), fontsize=9)
     plane.set_xlabel("retention on the supernet (%)")
-    plane.set_ylabel("retention, trained by itself (%), 95 % intervals")
+    plane.set_ylabel("retention of the separately trained model (%), 95 % intervals")
     plane.set_title(title, fontsize=10)
     plane.spines[["top", "right"]].set_visible(False)
     figure.savefig(path)
 
 
-class _scale:
-    """Where a value of a column stands between 0 and 1: numbers by their size (their rank where they span decades), others by their order."""
+class _Scale:
+    """Maps the values of a column to heights between 0 and 1.
+
+    Up to 12 different numbers are spaced evenly in ascending order, more are placed by size. Other values are spaced
+    evenly in alphabetical order.
+    """
 
     def __init__(self, values: Sequence[Any]) -> None:
-        known = [_plain(value) for value in values if value is not None]
+        items = [_item_of(value) for value in values if value is not None]
         self._numeric = (
-            all(isinstance(value, int | float) and not isinstance(value, bool) for value in known)
-            and len(set(known)) > 1
+            all(isinstance(item, int | float) and not isinstance(item, bool) for item in items) and len(set(items)) > 1
         )
-        self._order: list[Any] = sorted(set(known)) if self._numeric else list(dict.fromkeys(sorted(map(str, known))))
+        self._order: list[Any] = sorted(set(items)) if self._numeric else list(dict.fromkeys(sorted(map(str, items))))
+        self._heights: dict[Any, float]
         if self._numeric and len(self._order) > 12:
             low, high = self._order[0], self._order[-1]
             self._heights = {value: (value - low) / (high - low) for value in self._order}
@@ -285,15 +297,13 @@ class _scale:
             ]
 
     def __call__(self, value: Any) -> float:
-        plain = _plain(value) if value is not None else None
-        return (
-            self._heights.get(plain if self._numeric else str(plain), float("nan"))
-            if plain is not None
-            else float("nan")
-        )
+        if value is None:
+            return float("nan")
+        item = _item_of(value)
+        return self._heights.get(item if self._numeric else str(item), float("nan"))
 
 
-def _plain(value: Any) -> Any:
+def _item_of(value: Any) -> Any:
     return value[0] if isinstance(value, list | tuple) and len(value) == 1 else value
 
 
@@ -312,22 +322,22 @@ def _finish(figure: Figure, plane: Axes, path: Path, title: str) -> None:
 
 def _budget_axis(plane: Axes, budgets: Sequence[float]) -> None:
     plane.set_xscale("log", base=2)
-    # The names of neighbours nearer than a third of an octave would touch.
-    named: list[float] = []
+    # The labels of closer neighbours would overlap.
+    labelled: list[float] = []
     for budget in sorted(budgets, reverse=True):
-        if not named or budget * _NAMED_APART <= named[-1]:
-            named.append(budget)
-    plane.xaxis.set_major_locator(FixedLocator(named))
+        if not labelled or budget * _MIN_LABEL_RATIO <= labelled[-1]:
+            labelled.append(budget)
+    plane.xaxis.set_major_locator(FixedLocator(labelled))
     plane.xaxis.set_minor_locator(FixedLocator(list(budgets)))
     plane.xaxis.set_major_formatter(ScalarFormatter())
     plane.xaxis.set_minor_formatter(NullFormatter())
     plane.tick_params(axis="x", labelsize=7)
 
 
-def _frame(place: tuple[float, float]) -> Any:
+def _frame(corner: tuple[float, float]) -> Any:
     from matplotlib.patches import Rectangle
 
-    return Rectangle(place, 0.94, 0.9, fill=False, edgecolor="red", linewidth=2)
+    return Rectangle(corner, 0.94, 0.9, fill=False, edgecolor="red", linewidth=2)
 
 
 def _colormap() -> Any:

@@ -1,4 +1,4 @@
-"""What happens in a search, for the reader at the console and for MLflow."""
+"""Progress of a search: lines on the console, one MLflow run per trial, and the values that both show."""
 
 import re
 import time
@@ -20,25 +20,27 @@ from parcelray.tuning.trial_record import FinishedTrial, TrialRecord
 from parcelray.tuning.tune_run import objective_value
 
 OUTCOME_TAG = "parcel.outcome"
-"""Of a trial's run: finished, stopped early, or failed and with what; a later try overwrites it."""
+"""Tag of a trial's MLflow run: "finished", "stopped early" or "failed: ERROR"; a retry overwrites it."""
 VOLUME = "search/hypervolume"
-"""Metric of the search's run, by the number of finished trials."""
+"""Metric of the search's MLflow run; its step is the number of finished trials."""
 Bounds = Sequence[tuple[float, float]]
 """Smallest and largest value of each objective."""
 _SCALES = {"score": (0.0, 100.0), "retention": (0.0, 100.0), "val": (0.0, 1.0)}
-_QUIET_SECONDS = 5.0
-"""Shortest time between two lines of a search whose trials are quick."""
+_MIN_SECONDS_BETWEEN_LINES = 5.0
+"""Shortest time between two progress lines, seconds; it matters for short trials."""
 
 
 class SearchProgress:
-    """Prints one line as trials finish, with done, running, failed, the best so far, the hypervolume and the time left; see `SearchObserver`.
+    """Prints a progress line as trials finish (see `SearchObserver`).
+
+    The line has the numbers of finished, running and failed trials, the best trial, the hypervolume, and the time left.
 
     Args:
         job: the search.
-        planner: knows how many points there are.
-        record: holds the finished trials.
-        console: for the lines.
-        bounds: of the objectives, see `bounds_of`.
+        planner: provides the number of points.
+        record: provides the finished trials.
+        console: prints the lines.
+        bounds: bounds of the objectives, see `bounds_of`; None: the hypervolume is not shown.
     """
 
     def __init__(
@@ -71,24 +73,24 @@ class SearchProgress:
         if trial.error is not None:
             self._console.print(f"trial {trial.key} {describe(trial.assignment)} failed: {trial.error}", markup=False)
         is_last = len(self._record.trials) >= self._planner.num_points
-        if is_last or time.monotonic() - self._shown_at >= _QUIET_SECONDS:
+        if is_last or time.monotonic() - self._shown_at >= _MIN_SECONDS_BETWEEN_LINES:
             self._shown_at = time.monotonic()
             self._console.print(self.line(), markup=False)
 
     def line(self) -> str:
-        """The state of the search in one line."""
+        """Returns the state of the search in one line."""
         trials = self._record.trials
-        good = [trial for trial in trials if trial.error is None]
+        succeeded = [trial for trial in trials if trial.error is None]
         parts = [
-            f"{len(good)} of {self._planner.num_points} trials done",
+            f"{len(succeeded)} of {self._planner.num_points} trials done",
             f"{len(self._running)} running",
-            f"{len(trials) - len(good)} failed",
+            f"{len(trials) - len(succeeded)} failed",
         ]
         best = best_of(self._job, trials)
         if best is not None:
             first = self._job.objectives[0]
             parts.append(f"best {first.metric} {best.metrics[first.metric]:.4g} at {describe(best.assignment)}")
-        if len(self._job.objectives) > 1 and good and self._bounds is not None:
+        if len(self._job.objectives) > 1 and succeeded and self._bounds is not None:
             parts.append(f"hypervolume {volumes(self._job, trials, self._bounds)[-1]:.3f}")
         new = len(trials) - self._before
         if new > 0 and len(trials) < self._planner.num_points:
@@ -98,17 +100,17 @@ class SearchProgress:
 
 
 class TrialRuns:
-    """One MLflow run a trial, below the search's, written by a thread of its own: the store answers more slowly than a warm trial does.
+    """Writes one MLflow run per trial, nested under the run of the search (see `SearchObserver`).
 
-    Trials that were recorded by a driver which was killed before it could tell MLflow are told now. See
-    `SearchObserver`.
+    A separate thread writes the runs, because the tracking store is slower than a warm trial. Trials that an earlier
+    driver recorded, but did not write to MLflow before it was killed, are written at the start.
 
     Args:
         job: the search.
-        uri: of the tracking store.
-        parent_run_id: the search's run.
-        known: trials that are recorded.
-        bounds: of the objectives, see `bounds_of`.
+        uri: URI of the tracking store.
+        parent_run_id: MLflow run of the search.
+        recorded: trials that are in the record already.
+        bounds: bounds of the objectives, see `bounds_of`; None: the hypervolume is not logged.
     """
 
     def __init__(
@@ -116,7 +118,7 @@ class TrialRuns:
         job: TuneJob,
         uri: str,
         parent_run_id: str,
-        known: Sequence[FinishedTrial] = (),
+        recorded: Sequence[FinishedTrial] = (),
         bounds: Bounds | None = None,
     ) -> None:
         self._job = job
@@ -128,9 +130,9 @@ class TrialRuns:
         self._bounds = bounds
         self._search = MlflowRunLogger(uri, parent_run_id)
         self._finished: list[FinishedTrial] = []
-        told = ended_children(uri, parent_run_id) if known else frozenset()
-        for trial in known:
-            if self._name(trial.key) in told:
+        written = ended_children(uri, parent_run_id) if recorded else frozenset()
+        for trial in recorded:
+            if self._name(trial.key) in written:
                 self._finished.append(trial)
             else:
                 self.started(trial.key, trial.assignment)
@@ -143,7 +145,7 @@ class TrialRuns:
         try:
             self.close()
         except ParcelrayError:
-            # What ends the search already is the first thing to say; what MLflow was not told, --resume tells it.
+            # An error that ends the search has priority. The trials that MLflow misses are written by --resume.
             if kind is None:
                 raise
 
@@ -163,7 +165,7 @@ class TrialRuns:
         """Waits until everything is written.
 
         Raises:
-            ParcelrayError: the store did not take something.
+            ParcelrayError: the tracking store failed to write a trial.
         """
         self._writer.shutdown()
         for each in self._pending:
@@ -173,8 +175,8 @@ class TrialRuns:
                 raise
             except Exception as error:  # whatever the store's client raises
                 raise SystemFailure(
-                    f"The tracking store did not take a trial ({error}); it is recorded all the same, and --resume"
-                    " tells the store."
+                    f"The tracking store failed to write a trial ({error}). The trial itself is recorded; re-run the"
+                    " same command with --resume to write it to the tracking store."
                 ) from error
 
     def _start(self, key: str, assignment: Assignment) -> None:
@@ -186,7 +188,7 @@ class TrialRuns:
         )
 
     def _finish(self, trial: FinishedTrial) -> None:
-        # Scores of a trial with one budget have it as their step, as those of an evaluation do, so that MLflow draws
+        # For a trial with one budget, the step of its scores is that budget, as in an evaluation, so that MLflow plots
         # the frontier.
         self._log(
             trial.key,
@@ -214,55 +216,38 @@ class TrialRuns:
         return f"trial-{self._job.name}-{key}"
 
 
-class Observers:
-    """Tells several; see `SearchObserver`."""
-
-    def __init__(self, members: Sequence[SearchProgress | TrialRuns]) -> None:
-        self._members = members
-
-    def started(self, key: str, assignment: Assignment) -> None:
-        """See `SearchObserver`."""
-        for member in self._members:
-            member.started(key, assignment)
-
-    def reported(self, key: str, metrics: Mapping[str, float], steps: int) -> None:
-        """See `SearchObserver`."""
-        for member in self._members:
-            member.reported(key, metrics, steps)
-
-    def finished(self, trial: FinishedTrial) -> None:
-        """See `SearchObserver`."""
-        for member in self._members:
-            member.finished(trial)
-
-
 def best_of(job: TuneJob, trials: Sequence[FinishedTrial]) -> FinishedTrial | None:
-    """The trial with the best first objective; of equal ones that with the best second, and so on, which is on the front."""
-    good = [
+    """Returns the trial with the best first objective, or None without trials.
+
+    Ties are broken by the second objective, and so on, so that the trial is on the Pareto front.
+    """
+    complete = [
         trial
         for trial in trials
         if trial.error is None and all(each.metric in trial.metrics for each in job.objectives)
     ]
-    return max(good, key=lambda trial: [objective_value(each, trial.metrics) for each in job.objectives], default=None)
+    return max(
+        complete, key=lambda trial: [objective_value(each, trial.metrics) for each in job.objectives], default=None
+    )
 
 
 def bounds_of(objectives: Sequence[Objective], costs: Mapping[str, tuple[float, float]]) -> Bounds | None:
-    """Smallest and largest value that each objective can have, as far as that is known before the search; None where one is not.
+    """Returns the smallest and largest possible value of each objective; None if one of them is unknown.
 
     Args:
-        objectives: of the search.
-        costs: what is known of an evaluation's costs.
+        objectives: objectives of the search.
+        costs: smallest and largest value of each cost of an evaluation.
     """
-    known = [
+    candidates = [
         objective.bounds or costs.get(objective.metric) or _SCALES.get(re.split("[/@]", objective.metric)[0])
         for objective in objectives
     ]
-    found = [each for each in known if each is not None]
-    return found if len(found) == len(known) else None
+    bounds = [each for each in candidates if each is not None]
+    return bounds if len(bounds) == len(candidates) else None
 
 
 def volumes(job: TuneJob, trials: Sequence[FinishedTrial], bounds: Bounds) -> list[float]:
-    """Hypervolume after each trial, see `volume_over_time`; failed ones add nothing."""
+    """Returns the hypervolume after each trial (see `volume_over_time`); failed trials add nothing."""
     modes = [objective.mode for objective in job.objectives]
     values = [[trial.metrics.get(objective.metric, float("nan")) for objective in job.objectives] for trial in trials]
     box = np.sort(losses(list(zip(*bounds, strict=True)), modes), axis=0)
@@ -270,11 +255,11 @@ def volumes(job: TuneJob, trials: Sequence[FinishedTrial], bounds: Bounds) -> li
 
 
 def describe(assignment: Assignment) -> str:
-    """A point in one line, each parameter by the last part of its key."""
+    """Returns a point in one line, with the last part of each key as the name of the parameter."""
     return ", ".join(f"{name.rpartition('.')[2]} {show_value(value)}" for name, value in assignment.items())
 
 
 def show_value(value: Any) -> str:
-    """A parameter's value: a list of one as what it holds, numbers with four digits."""
-    plain = value[0] if isinstance(value, list | tuple) and len(value) == 1 else value
-    return f"{plain:.4g}" if isinstance(plain, float) else str(plain)
+    """Formats a parameter's value: a list of one item as the item, numbers with four digits."""
+    item = value[0] if isinstance(value, list | tuple) and len(value) == 1 else value
+    return f"{item:.4g}" if isinstance(item, float) else str(item)

@@ -1,4 +1,4 @@
-"""One search from its file to a frontier, a chosen configuration and a record: what `parcelray tune` and the pipelines call."""
+"""Runs one search from its job file to its results; called by `parcelray tune` and the pipelines."""
 
 import functools
 import os
@@ -28,13 +28,14 @@ from parcelray.tracking.run_folder import RunFolder
 from parcelray.tracking.store import ensure_store
 from parcelray.tuning.evaluate_trial import Reference, SearchedModel, WarmEvaluator
 from parcelray.tuning.planner import Planner, make_planner
-from parcelray.tuning.progress import Observers, SearchProgress, TrialRuns, bounds_of
-from parcelray.tuning.results import Rival, SearchFindings, findings_of, record_findings, show_findings, write_findings
+from parcelray.tuning.progress import SearchProgress, TrialRuns, bounds_of
+from parcelray.tuning.report import record_findings, show_findings, write_findings
+from parcelray.tuning.results import Baseline, SearchFindings, findings_of
 from parcelray.tuning.training_points import train_point, training_resources
 from parcelray.tuning.training_trial import early_stopping, population_scheduler, population_trial, training_trial
-from parcelray.tuning.trial_record import TrialRecord
+from parcelray.tuning.trial_record import RECORD_FILE, TrialRecord
 from parcelray.tuning.trial_resources import TrialResources, cluster_nodes
-from parcelray.tuning.tune_run import evaluation_trial, run_search
+from parcelray.tuning.tune_run import SearchObserver, evaluation_trial, run_search
 
 
 @dataclass(frozen=True)
@@ -56,21 +57,21 @@ def run_tuning(
     retry_failed: bool = False,
     parent_run_id: str | None = None,
 ) -> SearchRun:
-    """Runs a search, or goes on with it.
+    """Runs a search, or resumes it.
 
     Args:
         job: the search.
-        console: for progress and results.
-        address: Ray cluster; None: RAY_ADDRESS, else a local instance.
-        resume: whether trials that are finished may be there; they are not run again.
-        retry_failed: whether those that failed are.
-        parent_run_id: MLflow run to nest under.
+        console: prints progress and results.
+        address: address of the Ray cluster; None: RAY_ADDRESS, else a local instance.
+        resume: whether the folder may contain finished trials, which are then skipped.
+        retry_failed: whether failed trials are run again.
+        parent_run_id: MLflow run under which the run of the search is nested.
 
     Raises:
-        UserError: the search cannot run as it is written, its name belongs to another one, or there are trials and
-            `resume` is off.
-        SystemFailure: nothing computes, all trials failed, or MLflow did not take what it was told.
-        KeyboardInterrupt: it was interrupted; what is finished is kept.
+        UserError: the job is not valid, its name belongs to another search, or there are finished trials and `resume`
+            is False.
+        SystemFailure: nothing computes, all trials failed, or the tracking store failed.
+        KeyboardInterrupt: the search was interrupted; finished trials are kept.
     """
     check_search_space_of(job)
     uri = ensure_store(job.tracking.uri) if job.tracking.uri is not None else None
@@ -81,20 +82,20 @@ def run_tuning(
     record = TrialRecord(folder)
     if record.trials and not resume:
         raise UserError(
-            f"{folder} has {len(record.trials)} finished trials of this search; add --resume to go on, or give the"
-            " search another name."
+            f"{folder} has {len(record.trials)} finished trials of this search; add --resume to continue it, or give"
+            " the search another name."
         )
     if retry_failed:
         console.print(f"{record.forget_failed()} failed trials are run again")
-    again = "the same command goes on" if resume else "the same command with --resume goes on"
+    how_to_resume = f"re-run the same command{'' if resume else ' with --resume'} to continue"
     with (
         job_run(job, uri, run_folder.identity, params=_run_params(job), parent_run_id=parent_run_id) as run_id,
         ray_session(address),
     ):
         planner = make_planner(job.space, job.algorithm, job.objectives, job.seed, record)
-        searched = _Search(job, console, record, planner, folder, models, uri, run_id, again)
-        evaluator = searched.run()
-        findings = findings_of(job, record.trials, evaluator, searched.rivals(evaluator))
+        search = _Search(job, console, record, planner, folder, models, uri, run_id, how_to_resume)
+        evaluator = search.run()
+        findings = findings_of(job, record.trials, evaluator, search.baselines(evaluator))
         files = write_findings(job, findings, folder)
         if uri is not None and run_id is not None:
             record_findings(uri, run_id, findings, files)
@@ -102,33 +103,35 @@ def run_tuning(
         if findings.failed and len(findings.failed) == len(findings.trials):
             raise SystemFailure(
                 f"All {len(findings.trials)} trials of {job.name} failed, the first with: {findings.failed[0].error}."
-                " Mend it; --resume --retry-failed runs them again."
+                " Fix the cause, then re-run the same command with --resume --retry-failed."
             )
     run_folder.finish(findings.to_dict())
     return SearchRun(run_folder.identity, folder, findings, run_id)
 
 
 def searched_models(job: TuneJob, uri: str | None) -> dict[str, SearchedModel]:
-    """The checkpoints that the search's results hang on, by reference: those that are asked or started from, and what they are compared with.
+    """Returns the checkpoints that the results of a search depend on, by reference.
+
+    These are the models that are evaluated or trained from, and the references of the retention.
 
     Args:
         job: the search.
-        uri: of the registry that `models:/...` is looked up in.
+        uri: URI of the model registry for references of the form `models:/...`.
     """
     named = [job.base.model, *(each.reference for each in (job.base, job.evaluation) if isinstance(each, EvaluateJob))]
     references = [each.reference for each in named if isinstance(each, CheckpointModelConfig)]
     domain = job.space.parameters.get("model.reference")
     references += list(domain.ends) if domain is not None else []
-    found = {}
+    models = {}
     for reference in dict.fromkeys(map(str, references)):
         checkpoint = resolve_model(CheckpointModelConfig(reference=reference), uri)
-        found[reference] = SearchedModel(checkpoint, content_digest(checkpoint.path))
-    return found
+        models[reference] = SearchedModel(checkpoint, content_digest(checkpoint.path))
+    return models
 
 
 @dataclass(frozen=True)
 class _Search:
-    """The trials of a search."""
+    """One session of a search: runs the missing trials, and evaluates the models they are compared with."""
 
     job: TuneJob
     console: Console
@@ -138,13 +141,17 @@ class _Search:
     models: Mapping[str, SearchedModel]
     uri: str | None
     run_id: str | None
-    again: str
-    """How to go on after an interruption."""
+    how_to_resume: str
+    """What to do after an interruption, for a message."""
 
     def run(self) -> WarmEvaluator | None:
-        """Runs what is missing; returns what scores points again from their answers, None for trainings."""
+        """Runs the missing trials.
+
+        Returns:
+            The evaluator, which can score all points again from their predictions; None if the trials are trainings.
+        """
         resources = trial_resources(self.job)
-        # Refused before the reference is evaluated, which may take long.
+        # A search that the cluster cannot run is refused before the reference is evaluated, which may take long.
         count = (
             resources.concurrency(cluster_nodes(), wanted_concurrency(self.job)) if not self.planner.is_finished else 0
         )
@@ -156,20 +163,21 @@ class _Search:
         self._run_trainings(self.job.base, resources, count)
         return None
 
-    def rivals(self, evaluator: WarmEvaluator | None) -> dict[str, Rival]:
-        """Evaluations of the rivals that are there, at those of the searched budgets that they can give."""
+    def baselines(self, evaluator: WarmEvaluator | None) -> dict[str, Baseline]:
+        """Evaluates the baselines whose checkpoints exist, at the searched budgets that they support."""
         if evaluator is None:
             return {}
         budgets = sorted({int(trial.metrics["tokens"]) for trial in self.record.trials if "tokens" in trial.metrics})
-        found = {}
-        for name, reference in self.job.rivals.items():
+        baselines = {}
+        for name, reference in self.job.baselines.items():
             if not Path(reference).exists() and "/" in reference and not reference.startswith(("models:/", "hf:")):
-                self.console.print(f"{name}: {reference} is not there, so it is not in the figure")
+                self.console.print(f"Baseline {name} is left out: {reference} does not exist")
                 continue
             checkpoint = resolve_model(CheckpointModelConfig(reference=reference), self.uri)
             legal = [budget for budget in budgets if budget in connector_of(checkpoint.path).supported_budgets]
-            found[name] = Rival(self._evaluation(evaluator.job, name, reference, tuple(legal)), checkpoint.path)
-        return found
+            summary = self._evaluation(evaluator.job, name, reference, tuple(legal))
+            baselines[name] = Baseline(summary, checkpoint.path)
+        return baselines
 
     def _run_trainings(self, base: TrainJob, resources: TrialResources, count: int) -> None:
         train = functools.partial(train_point, self.job, str(self.folder), self._reference(self.job.evaluation))
@@ -177,10 +185,11 @@ class _Search:
         if isinstance(self.job.algorithm, PbtAlgorithm):
             if count and count < self.job.algorithm.population:
                 raise UserError(
-                    f"algorithm.population is {self.job.algorithm.population}, but the cluster holds {count} trainings"
-                    " at the same time; make it smaller, give the trainings fewer workers, or use a larger cluster."
+                    f"algorithm.population is {self.job.algorithm.population}, but the cluster can run only {count}"
+                    " trainings at the same time; make it smaller, give the trainings fewer workers, or use a larger"
+                    " cluster."
                 )
-            # Tune chooses whom to copy with the module's generator.
+            # Tune uses Python's global generator to choose the member to copy.
             random.seed(self.job.seed)
             trial = population_trial(train, first, self.job.algorithm)
             self._search(
@@ -199,9 +208,9 @@ class _Search:
             and not self.planner.is_finished
         ):
             self.console.print(
-                "HyperBand compares trainings that wait for each other: those that are left form brackets of their own",
+                "HyperBand compares only trainings of one session: the remaining ones form new brackets",
             )
-        # A new process for every trial: memory of a GPU that the last one left behind is gone with it (ray#23971).
+        # Every trial runs in a new process, so that no GPU memory of the previous one remains in use (ray#23971).
         self._search(training_trial(train, first), resources, count, scheduler=scheduler)
 
     def _search(
@@ -215,27 +224,31 @@ class _Search:
         reuse_actors: bool = False,
     ) -> None:
         bounds = bounds_of(self.job.objectives, costs or {})
-        members: list[SearchProgress | TrialRuns] = [
-            SearchProgress(self.job, self.planner, self.record, self.console, bounds)
-        ]
-        with ExitStack() as written:
+        observers: list[SearchObserver] = [SearchProgress(self.job, self.planner, self.record, self.console, bounds)]
+        with ExitStack() as stack:
             if self.uri is not None and self.run_id is not None:
-                # Also where nothing is left to run: a driver that was killed may have recorded more than it told
-                # MLflow.
-                members.append(
-                    written.enter_context(TrialRuns(self.job, self.uri, self.run_id, self.record.trials, bounds))
+                # Also if no trial is left to run: an earlier driver may have been killed after recording a trial, but
+                # before writing it to MLflow.
+                observers.append(
+                    stack.enter_context(TrialRuns(self.job, self.uri, self.run_id, self.record.trials, bounds))
                 )
             if self.planner.is_finished:
                 return
-            there = len(self.record.trials)
-            known = f", {there} of them finished" if there else ""
-            self.console.print(f"{self.job.name}: {self.planner.num_points} trials{known}, {count} at the same time")
+            num_finished = len(self.record.trials)
+            if num_finished:
+                self.console.print(
+                    f"Resuming from {self.folder / RECORD_FILE}; Ray Tune's own state of earlier sessions is ignored",
+                )
+            finished = f", {num_finished} of them finished" if num_finished else ""
+            self.console.print(
+                f"{self.job.name}: {self.planner.num_points} trials{finished}, {count} at the same time",
+            )
             try:
                 run_search(
                     trainable,
                     self.planner,
                     self.record,
-                    Observers(members),
+                    observers,
                     folder=self.folder,
                     resources=resources,
                     max_concurrent=count,
@@ -244,19 +257,23 @@ class _Search:
                     stall_s=self.job.stall_s,
                 )
             except KeyboardInterrupt:
-                done = len(self.record.trials)
+                num_finished = len(self.record.trials)
                 self.console.print(
-                    f"Stopped. {done} of {self.planner.num_points} trials are finished and kept; {self.again}.",
+                    f"Interrupted. {num_finished} of {self.planner.num_points} trials are finished and kept;"
+                    f" {self.how_to_resume}.",
                 )
                 raise
 
     def _reference(self, job: EvaluateJob | None) -> Reference:
-        """Of an evaluation, the uncompressed model's scores; none where retention is not asked for."""
+        """Returns the scores of the reference model with all visual tokens; empty if the evaluation has no reference.
+
+        A search over evaluations without a reference uses its own model.
+        """
         model = (job.reference or (job.model if job is self.job.base else None)) if job is not None else None
         if job is None or model is None:
             return (), 0
-        found = self._evaluation(job, "reference", model.reference, ("full",))
-        return found.splits, max(found.budgets)
+        summary = self._evaluation(job, "reference", model.reference, ("full",))
+        return summary.splits, max(summary.budgets)
 
     def _evaluator(self, base: EvaluateJob) -> WarmEvaluator:
         storage = base.storage if "://" in base.storage else os.path.abspath(base.storage)
@@ -268,7 +285,7 @@ class _Search:
         )
 
     def _evaluation(self, base: EvaluateJob, name: str, reference: str, budgets: tuple[int | str, ...]) -> Summary:
-        """Another model on the questions of the search."""
+        """Evaluates another model on the samples of the search."""
         slug = "".join(letter if letter.isalnum() else "_" for letter in name.lower())
         changes = {
             "name": f"{self.job.name}-{slug}"[:63],
@@ -284,20 +301,20 @@ class _Search:
 
 
 def trial_resources(job: TuneJob) -> TrialResources:
-    """What a trial of a search takes."""
+    """Returns the resources of a trial."""
     if isinstance(job.base, TrainJob):
         return training_resources(job)
     return TrialResources(cpus=job.base.compute.cpus_per_actor, gpus=job.base.compute.gpus_per_actor)
 
 
 def wanted_concurrency(job: TuneJob) -> int | None:
-    """How many trials at the same time a search wants at most; None: as many as the cluster holds."""
+    """Returns the largest number of trials at the same time; None: as many as the cluster can run."""
     if _measures_latency(job):
-        # Beside another one a model is slower than it is.
+        # Another trial on the same machine would slow the model down.
         return 1
     if isinstance(job.base, TrainJob):
         return job.max_concurrent
-    # Each trial at the same time is a copy of the model.
+    # Each trial that runs at the same time holds a copy of the model.
     actors = max(1, job.base.compute.actors)
     return min(actors, job.max_concurrent or actors)
 

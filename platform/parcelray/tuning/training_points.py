@@ -1,4 +1,4 @@
-"""A point of a search over trainings: its job, its training, and what is measured of the trained model."""
+"""A point of a search over trainings: its job, its training, and the metrics of the trained model."""
 
 import itertools
 import os
@@ -24,14 +24,14 @@ from parcelray.tuning.trial_record import point_key
 from parcelray.tuning.trial_resources import TrialResources
 
 _CACHE_BYTES = 2
-"""Of a value in the KV cache: as served, in bf16."""
+"""Bytes of one value in the KV cache: models are served in bf16."""
 
 
 def changed_training(job: TuneJob, assignment: Assignment) -> TrainJob:
-    """The search's training with the values of a point.
+    """Returns the training job of the search with the values of a point.
 
     Raises:
-        ConfigError: the training does not take one of them.
+        ConfigError: the training job does not accept one of the values.
     """
     data = job.base.model_dump(mode="json", exclude_unset=True)
     for key, value in assignment.items():
@@ -40,25 +40,27 @@ def changed_training(job: TuneJob, assignment: Assignment) -> TrainJob:
 
 
 def trial_job(job: TuneJob, folder: str, assignment: Assignment, *, segment: Segment = WHOLE) -> TrainJob:
-    """The training of a point; its run folder is below the search's, so that one that was paused or lost goes on from its newest checkpoint.
+    """Returns the training job of a point.
+
+    Its run folder is inside the search's, so a trial that was paused or lost resumes from its newest checkpoint.
 
     Args:
         job: the search.
-        folder: of the search.
-        assignment: the point.
-        segment: the part of the training.
+        folder: run folder of the search.
+        assignment: values that the point sets in the training job.
+        segment: the part of the training to run.
     """
     whole = changed_training(job, assignment)
     data = whole.model_dump(mode="json", exclude_unset=True)
     if segment.model is not None:
         data["model"] = {"type": "checkpoint", "reference": segment.model}
-        # The connector came with the first segment.
+        # The checkpoint of the first segment contains the connector.
         data["connector"] = None
     before, end = segment.steps(whole.training.steps)
     data["training"]["steps"] = max(1, end - before)
     # The same seed would train every segment on the same batches and budgets.
-    data["seed"] = whole.seed + segment.place
-    # The driver records the trial; a training's own run would be a second one.
+    data["seed"] = whole.seed + segment.index
+    # The driver of the search records the trial; a run of the training itself would be a duplicate.
     data["tracking"] = {"uri": None}
     data["report"] = None
     data["storage"] = os.path.abspath(f"{folder}/trials")
@@ -69,15 +71,15 @@ def trial_job(job: TuneJob, folder: str, assignment: Assignment, *, segment: Seg
 def train_point(
     job: TuneJob, folder: str, reference: Reference, assignment: Assignment, on_report: Any, *, segment: Segment = WHOLE
 ) -> tuple[dict[str, float], str]:
-    """Trains a point and measures the model, see `TrainPoint`.
+    """Trains a point and measures the trained model (see `TrainPoint`).
 
     Args:
         job: the search.
-        folder: of the search.
-        reference: scores that retention is measured against, for `job.evaluation`.
-        assignment: the point.
-        on_report: called at each checkpoint but the last.
-        segment: the part of the training.
+        folder: run folder of the search.
+        reference: scores of the uncompressed model, for the retention of `job.evaluation`.
+        assignment: values that the point sets in the training job.
+        on_report: called at each checkpoint except the last.
+        segment: the part of the training to run.
     """
     training = trial_job(job, folder, assignment, segment=segment)
     with open(os.devnull, "w") as nowhere:
@@ -93,33 +95,37 @@ def train_point(
 
 @dataclass(frozen=True)
 class BeforeTheEnd:
-    """Passes a training's reports on, but for that of its last step: early stopping would end the trial there, before its model is kept."""
+    """Passes on the reports of a training except the one of its last step.
+
+    With that report, early stopping would end the trial before its model is saved.
+    """
 
     on_report: Callable[[Mapping[str, float]], None]
     steps: int
+    """Number of steps of the training."""
 
     def __call__(self, metrics: Mapping[str, float]) -> None:
-        """A checkpoint."""
+        """Passes on the metrics of a checkpoint."""
         if metrics.get("step", 0) < self.steps:
             self.on_report(metrics)
 
 
 def training_resources(job: TuneJob) -> TrialResources:
-    """What a trial takes where the space asks for most."""
+    """Returns the resources of a trial at the point of the space that needs the most."""
     scaling = {name: domain.ends for name, domain in job.space.parameters.items() if name.split(".")[0] == "scaling"}
-    found = []
+    candidates = []
     for values in itertools.product(*scaling.values()):
         each = changed_training(job, dict(zip(scaling, values, strict=True))).scaling
-        found.append(
+        candidates.append(
             worker_resources(each.bounds[1], each.cpus_per_worker, each.gpus_per_worker, each.data_tasks_per_worker)
         )
     return TrialResources(
-        **{name: max(getattr(each, name) for each in found) for name in TrialResources.__dataclass_fields__}
+        **{name: max(getattr(each, name) for each in candidates) for name in TrialResources.__dataclass_fields__}
     )
 
 
 def _costs(training: TrainJob, model: Path) -> dict[str, float]:
-    """Of the trained model, at each budget of the validation that it can give."""
+    """Returns the prefill costs of the trained model at each validation budget that it supports."""
     config, legal = config_of(model), connector_of(model).supported_budgets
     metrics: dict[str, float] = {}
     for budget in training.validation.budgets:
@@ -130,7 +136,10 @@ def _costs(training: TrainJob, model: Path) -> dict[str, float]:
 
 
 def _evaluated(job: TuneJob, training: TrainJob, model: Path, reference: Reference) -> dict[str, float]:
-    """Where the training was: in this process, or on a share of the cluster as large as one of its workers', which are gone by now."""
+    """Evaluates the trained model where it was trained: in this process, or on the resources of one of its workers.
+
+    The workers have ended by then, so their share of the cluster is free.
+    """
     scaling = training.scaling
     if scaling.bounds[1] == 0:
         return _measured(job, str(model), reference)

@@ -1,78 +1,125 @@
-"""The record of a search: one line per finished trial, written as soon as it is finished, from which everything else is made again.
+"""The record of a search: one JSON line per finished trial, written as soon as the trial is finished.
 
-Tune's own state is a pickle, which must not be loaded from a folder that others can write to, and holds no more than
-this record.
+All results of a search are computed from this record. Ray Tune's own state is not used: it is a pickle, which must not
+be loaded from a folder that others can write to, and it holds nothing more.
 """
 
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any, TypeVar
 
 from parcelray.config.search_space import Assignment
-from parcelray.tuning.json_lines import append_line, read_lines
+from parcelray.errors import UserError
 
-_FILE = "trials.jsonl"
+RECORD_FILE = "trials.jsonl"
+
+_Line = TypeVar("_Line")
 
 
 @dataclass(frozen=True)
 class FinishedTrial:
-    """One trial."""
+    """One finished or failed trial."""
 
     key: str
-    """Of its point, see `point_key`."""
+    """Key of its point (see `point_key`)."""
     assignment: Assignment
-    """What it changed in the job."""
+    """Values that the trial set in the job, by key path."""
     metrics: Mapping[str, float]
-    """What it measured; empty if it failed."""
+    """Measured metrics by name; empty if the trial failed."""
     seconds: float
-    """That it took."""
+    """Duration of the trial."""
     error: str | None = None
-    """Last line of what it failed with; None: it did not."""
+    """Last line of the error that the trial failed with; None if it succeeded."""
     stopped: bool = False
-    """Whether early stopping ended it; its metrics are those of its last report."""
+    """Whether early stopping ended the trial; its metrics are then those of its last report."""
 
 
 def point_key(assignment: Assignment) -> str:
-    """First 12 hexadecimal digits of the SHA-256 of a point."""
+    """Returns the first 12 hexadecimal digits of the SHA-256 of a point."""
     return hashlib.sha256(json.dumps(assignment, sort_keys=True).encode()).hexdigest()[:12]
 
 
 class TrialRecord:
-    """The finished trials of a search in a folder; reading them again gives the same.
+    """The finished trials of a search, stored in `trials.jsonl` of its run folder.
 
     Args:
-        folder: of the search.
+        folder: run folder of the search.
+
+    Raises:
+        UserError: the file has a line that is not a finished trial.
     """
 
     def __init__(self, folder: Path) -> None:
-        self._path = folder / _FILE
-        found = read_lines(
-            self._path, FinishedTrial, what="finished trial", remedy="remove the line, and the trial is run again"
+        self._path = folder / RECORD_FILE
+        trials = read_lines(
+            self._path, FinishedTrial, what="a finished trial", remedy="remove the line to run the trial again"
         )
-        self._trials = {trial.key: trial for trial in found}
+        self._trials = {trial.key: trial for trial in trials}
 
     @property
     def trials(self) -> Sequence[FinishedTrial]:
-        """In the order in which they finished; of a point that was tried again, the last."""
+        """The trials in the order in which they finished; of a point that was retried, only the last trial."""
         return tuple(self._trials.values())
 
     def get(self, key: str) -> FinishedTrial | None:
-        """The trial of a point."""
+        """Returns the trial of a point by its key; None if it is not finished."""
         return self._trials.get(key)
 
     def add(self, trial: FinishedTrial) -> None:
-        """Adds a trial; it is on disk when this returns. What is NaN was not measured, and is left out."""
+        """Adds a trial, and returns once it is on disk. Metrics that are NaN were not measured and are left out."""
         trial = replace(trial, metrics={name: value for name, value in trial.metrics.items() if not math.isnan(value)})
         append_line(self._path, asdict(trial))
         self._trials.pop(trial.key, None)
         self._trials[trial.key] = trial
 
     def forget_failed(self) -> int:
-        """Leaves out the failed trials, so that they are run again; returns how many."""
+        """Drops the failed trials from memory, so that they are run again, and returns their number."""
         failed = [key for key, trial in self._trials.items() if trial.error is not None]
         for key in failed:
             del self._trials[key]
         return len(failed)
+
+
+def append_line(path: Path, content: Mapping[str, Any]) -> None:
+    """Appends one line to a JSON Lines file, and returns once it is on disk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(content) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_lines(path: Path, make: Callable[..., _Line], *, what: str, remedy: str) -> list[_Line]:
+    """Reads a JSON Lines file; an empty list if it does not exist.
+
+    A last line that was cut off, because the driver was killed while writing it, is removed from the file.
+
+    Args:
+        path: the file.
+        make: makes an item from the content of a line, passed as keyword arguments.
+        what: what a line describes, for the error message.
+        remedy: what to do about a line that describes something else, for the error message.
+
+    Raises:
+        UserError: a complete line is not valid.
+    """
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    items = []
+    for number, line in enumerate(lines, 1):
+        try:
+            items.append(make(**json.loads(line)))
+        except (json.JSONDecodeError, TypeError) as error:
+            if number == len(lines) and not line.endswith("\n"):
+                # Otherwise the next line would be appended to the fragment.
+                with path.open("r+b") as file:
+                    file.truncate(sum(len(each.encode()) for each in lines[:-1]))
+                break
+            raise UserError(f"{path}, line {number}, is not {what} ({error}); {remedy}.") from error
+    return items

@@ -1,10 +1,10 @@
-"""A search on Ray Tune: a planner's points as trials, each recorded as soon as it is finished."""
+"""A search on Ray Tune: runs the points of a planner as trials, and records each trial as soon as it is finished."""
 
 import logging
 import os
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,43 +22,43 @@ from parcelray.tuning.trial_record import FinishedTrial, TrialRecord, point_key
 from parcelray.tuning.trial_resources import TrialResources, Watchdog
 
 SCALAR = "objective"
-"""In a trial's result: the first objective, more being better; what early stopping compares."""
+"""Key in the result of a trial: the first objective, larger is better; early stopping compares it."""
 STEPS = "steps"
-"""In a trial's result: steps of the training so far."""
+"""Key in the result of a trial: steps trained so far."""
 METRICS = "metrics"
-"""In a trial's result: what it measured, by name."""
+"""Key in the result of a trial: the measured metrics by name."""
 FINISHED = "finished"
-"""In a trial's result: whether it is the last one."""
+"""Key in the result of a trial: whether it is the last result."""
 ASSIGNMENT = "trained_assignment"
-"""In a result of a member of a population: the values that it was trained with last."""
+"""Key in the result of a population member: the values that it was last trained with."""
 
 
-_NO_REASON = "it failed without a word"
+_UNKNOWN_ERROR = "it failed without an error message"
 
 
 class SearchObserver(Protocol):
-    """Is told what happens to the trials, in the driver."""
+    """Receives the events of the trials, in the driver's process."""
 
     def started(self, key: str, assignment: Assignment) -> None:
-        """A trial runs."""
+        """Called when a trial starts."""
 
     def reported(self, key: str, metrics: Mapping[str, float], steps: int) -> None:
-        """A training has got to a step."""
+        """Called when a training reports the metrics of a step."""
 
     def finished(self, trial: FinishedTrial) -> None:
-        """A trial has ended, well or not, and is recorded."""
+        """Called when a trial has succeeded or failed, after it has been recorded."""
 
 
 def objective_value(objective: Objective, metrics: Mapping[str, float]) -> float:
-    """An objective, more being better.
+    """Returns the value of an objective with its sign changed where needed, so that larger is better.
 
     Raises:
-        UserError: it was not measured.
+        UserError: the metric was not measured.
     """
     if objective.metric not in metrics:
         raise UserError(
-            f"The objective {objective.metric} was not measured; measured: {', '.join(sorted(metrics))}. Name one of"
-            " them."
+            f"The objective {objective.metric} was not measured; name one of the measured metrics:"
+            f" {', '.join(sorted(metrics))}."
         )
     value = metrics[objective.metric]
     return value if objective.mode == "max" else -value
@@ -68,7 +68,7 @@ def run_search(  # noqa: PLR0913 - the parts of a search
     trainable: Any,
     planner: Planner,
     record: TrialRecord,
-    observer: SearchObserver,
+    observers: Sequence[SearchObserver],
     *,
     folder: Path,
     resources: TrialResources,
@@ -77,32 +77,32 @@ def run_search(  # noqa: PLR0913 - the parts of a search
     reuse_actors: bool = False,
     stall_s: float = 300.0,
 ) -> None:
-    """Runs the points that the planner hands out until it has no more, on the Ray instance that this process is connected to.
+    """Runs the points of a planner on the connected Ray instance until there are no more.
 
     Args:
-        trainable: of Tune; its config has `assignment`, its results `METRICS` and, at the end, `FINISHED`.
-        planner: of the points.
-        record: takes the finished trials, before anyone is told.
-        observer: of the trials.
-        folder: for what Tune itself keeps; nothing in it is read again.
-        resources: of a trial.
-        max_concurrent: trials at the same time.
+        trainable: Tune trainable whose config has `assignment`, and whose results have `METRICS` and `FINISHED`.
+        planner: proposes the points.
+        record: stores each finished trial before the observers are called.
+        observers: receive the events of the trials.
+        folder: folder for Tune's own state, which is never read again.
+        resources: resources of a trial.
+        max_concurrent: number of trials that run at the same time.
         scheduler: early stopping; None: every trial runs to its end.
-        reuse_actors: whether a trial may take over the process of one that is finished, with all that it holds.
-        stall_s: longest time in which trials wait, none runs, or none of those that run has its workers.
+        reuse_actors: whether a trial may run in the process of a finished one and reuse the objects that it holds.
+        stall_s: longest time in which nothing computes, seconds.
 
     Raises:
-        SystemFailure: nothing has computed for so long.
-        KeyboardInterrupt: the search was interrupted; what is finished is recorded.
+        SystemFailure: nothing has computed for `stall_s` seconds.
+        KeyboardInterrupt: the search was interrupted; finished trials are recorded.
     """
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
-    # The observer tells what happens; Tune's tables of every trial would hide it.
+    # The observers print the progress; Tune's tables of all trials would hide it.
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     # Tune's own state is never read again; writing it after every trial would take longer than the trials.
     os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "600")
-    keeper = _Keeper(planner, record, observer, Watchdog(resources, stall_s))
-    # A population takes no search algorithm: all its members are known before any starts.
+    recorder = TrialRecorder(planner, record, observers, Watchdog(resources, stall_s))
+    # A population uses no search algorithm, because all its members are known before any of them starts.
     is_population = isinstance(scheduler, PopulationBasedTraining)
     tuner = tune.Tuner(
         tune.with_resources(trainable, {"CPU": resources.cpus} | ({"GPU": resources.gpus} if resources.gpus else {})),
@@ -117,21 +117,21 @@ def run_search(  # noqa: PLR0913 - the parts of a search
         run_config=tune.RunConfig(
             name="tune",
             storage_path=str(folder.resolve()),
-            callbacks=[keeper],
+            callbacks=[recorder],
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
             verbose=0,
         ),
     )
     try:
         with warnings.catch_warnings():
-            # A member of a population gets a process of its own, like every training, so that none inherits what
-            # another left on a GPU.
+            # A population member runs in a new process, like every training, so that it inherits no GPU memory of
+            # another one.
             warnings.filterwarnings("ignore", "Consider boosting PBT performance", UserWarning)
             tuner.fit()
     except Exception:
-        # What a callback raises reaches us wrapped in Tune's words.
-        if keeper.failure is not None:
-            raise keeper.failure from None
+        # Tune wraps the errors of its callbacks; raise the original one.
+        if recorder.failure is not None:
+            raise recorder.failure from None
         raise
     if not planner.is_done:
         raise KeyboardInterrupt
@@ -151,52 +151,56 @@ class _PlannedPoints(Searcher):
         return Searcher.FINISHED if self._planner.is_finished else None
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        """The planner is told by the keeper, which records first."""
+        """Does nothing: `TrialRecorder` records a trial first, and then passes it to the planner."""
 
     def __getstate__(self) -> dict[str, Any]:
-        """Nothing: Tune writes itself to disk at its start, and is never read from there."""
+        """Returns an empty state: Tune pickles this object at its start, and the pickle is never read again."""
         return {}
 
     def save(self, checkpoint_path: str) -> None:
-        """The record is all that is kept."""
+        """Does nothing: all that is needed is in the record."""
 
     def restore(self, checkpoint_path: str) -> None:
-        """Nothing was saved."""
+        """Does nothing, see `save`."""
 
 
-class _Keeper(Callback):
-    """Records trials as they finish, tells the planner and the observer, and has it watched that something runs."""
+class TrialRecorder(Callback):
+    """Records each trial as it finishes, passes it to the planner and the observers, and runs the watchdog."""
 
-    def __init__(self, planner: Planner, record: TrialRecord, observer: SearchObserver, watchdog: Watchdog) -> None:
+    def __init__(
+        self, planner: Planner, record: TrialRecord, observers: Sequence[SearchObserver], watchdog: Watchdog
+    ) -> None:
         self._planner = planner
         self._record = record
-        self._observer = observer
+        self._observers = observers
         self._watchdog = watchdog
         self._running: dict[str, tuple[Assignment, float]] = {}
         self._last: dict[str, Mapping[str, Any]] = {}
         self.failure: ParcelrayError | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Nothing, see `_PlannedPoints`."""
+        """Returns an empty state, see `_PlannedPoints`."""
         return {}
 
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        self._watchdog.feed()
+        self._watchdog.reset()
         if trial.trial_id in self._running:
-            return  # goes on after a pause
+            return  # The trial continues after a pause.
         assignment = trial.config["assignment"]
         self._running[trial.trial_id] = (assignment, time.monotonic())
-        self._observer.started(point_key(assignment), assignment)
+        for observer in self._observers:
+            observer.started(point_key(assignment), assignment)
 
     def on_trial_result(
         self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any
     ) -> None:
-        self._watchdog.feed()
+        self._watchdog.reset()
         if METRICS in result:
             self._last[trial.trial_id] = result
             if not result.get(FINISHED):
                 started, _ = self._running[trial.trial_id]
-                self._observer.reported(point_key(started), result[METRICS], int(result.get(STEPS, 0)))
+                for observer in self._observers:
+                    observer.reported(point_key(started), result[METRICS], int(result.get(STEPS, 0)))
 
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         last = self._last.pop(trial.trial_id, {})
@@ -211,44 +215,46 @@ class _Keeper(Callback):
     def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
         statuses = [trial.status for trial in trials]
         try:
-            self._watchdog.look(statuses.count(Trial.RUNNING), statuses.count(Trial.PENDING))
+            self._watchdog.check(statuses.count(Trial.RUNNING), statuses.count(Trial.PENDING))
         except SystemFailure as error:
             self.failure = error
             raise
 
     def _finish(self, trial: Trial, last: Mapping[str, Any], error: str | None, *, stopped: bool) -> None:
-        self._watchdog.feed()
+        self._watchdog.reset()
         point, began = self._running.pop(trial.trial_id)
-        # A member of a population keeps the key of the point that it started from, and ends with the values that it was
-        # trained with last.
+        # A population member keeps the key of its first point. Its assignment holds the values of its last training.
         assignment, metrics = last.get(ASSIGNMENT, trial.config["assignment"]), last.get(METRICS, {})
         finished = FinishedTrial(
             point_key(point), assignment, dict(metrics), time.monotonic() - began, error, stopped and error is None
         )
         self._record.add(finished)
         self._planner.tell(finished)
-        self._observer.finished(finished)
+        for observer in self._observers:
+            observer.finished(finished)
 
 
 def _reason(trial: Trial) -> str:
-    """The last line of what a trial failed with, from the file that Tune has just written; its other record of it is a pickle."""
+    """Returns the last line of a trial's error from the text file that Tune writes; its other copy is a pickle."""
     if trial.error_file is None:
-        return _NO_REASON
-    return last_line(Path(trial.error_file).read_text(encoding="utf-8", errors="replace")) or _NO_REASON
+        return _UNKNOWN_ERROR
+    return last_line(Path(trial.error_file).read_text(encoding="utf-8", errors="replace")) or _UNKNOWN_ERROR
 
 
 def last_line(text: str) -> str:
-    """What a trial failed with: the last line of a traceback that is not empty; "" without any."""
+    """Returns the last line of a traceback that is not empty, without our package's name; "" if there is none."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return lines[-1].removeprefix("parcelray.errors.") if lines else ""
 
 
 def evaluation_trial(measure: Callable[[Assignment], Mapping[str, float]], objective: Objective) -> Any:
-    """A trial that measures a point at once, in an actor that keeps what the measuring object holds for the next one.
+    """Returns a Tune trainable that measures a point in a single step.
+
+    Its actor keeps the objects that `measure` holds, such as the model, for the next trial.
 
     Args:
-        measure: of an object that each actor gets a copy of.
-        objective: the first.
+        measure: measures a point; usually a method of an object of which each actor gets a copy.
+        objective: the first objective of the search.
     """
     return tune.with_parameters(_EvaluationTrial, measure=measure, objective=objective)
 

@@ -1,4 +1,4 @@
-"""Evaluations whose answers are made up, so that what a study says of them is known."""
+"""Evaluations with made-up predictions, so that the results of a study are known."""
 
 from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
@@ -10,16 +10,16 @@ from parcelray.evaluation.scoring.summary import Summary
 
 
 def samples(tasks: Sequence[str], family: str = "general", benchmark: str = "known") -> list[Sample]:
-    """One question per task, each of a scene of its own; the right answer is `yes`."""
+    """Returns one sample per task, each in its own scene; the correct answer is `yes`."""
     return [
-        Sample(f"{family}-{place}", benchmark, family, task, (), "is it", ("yes",), scene=f"{family}-{place}")
-        for place, task in enumerate(tasks)
+        Sample(f"{family}-{index}", benchmark, family, task, (), "is it", ("yes",), scene=f"{family}-{index}")
+        for index, task in enumerate(tasks)
     ]
 
 
-def summary(asked: Sequence[Sample], right: Mapping[int, Sequence[bool]]) -> Summary:
-    """An evaluation that answered some of the questions right, by budget."""
-    answers = {budget: [GivenAnswer("yes" if each else "no") for each in given] for budget, given in right.items()}
-    splits = score_splits(asked, answers, ScoringRules(split_of=lambda sample: f"{sample.benchmark}/{sample.family}"))
-    evaluation = cast(Any, SimpleNamespace(budgets=tuple(sorted(right)), model="known"))
-    return Summary(evaluation, splits, "known", max(right), {}, 5.0)
+def summary(samples: Sequence[Sample], correct: Mapping[int, Sequence[bool]]) -> Summary:
+    """Returns an evaluation from whether each sample is answered correctly, by budget."""
+    answers = {budget: [GivenAnswer("yes" if each else "no") for each in given] for budget, given in correct.items()}
+    splits = score_splits(samples, answers, ScoringRules(split_of=lambda sample: f"{sample.benchmark}/{sample.family}"))
+    evaluation = cast(Any, SimpleNamespace(budgets=tuple(sorted(correct)), model="known"))
+    return Summary(evaluation, splits, "known", max(correct), {}, 5.0)

@@ -1,4 +1,4 @@
-"""A method against another on the same questions, with many draws and one correction for all comparisons of a table."""
+"""Paired tests of methods on the same samples, with one Holm correction over all tests of a table."""
 
 import zlib
 from collections.abc import Mapping, Sequence
@@ -14,101 +14,103 @@ from parcelray.evaluation.scoring.split_scores import Estimate, SplitScores
 from parcelray.evaluation.scoring.summary import Summary
 
 DRAWS = 10_000
-"""So that p-values of a whole table can be corrected: the smallest is one draw's share."""
+"""Number of bootstrap draws. The smallest p-value is 1 / DRAWS; it must be small enough for Holm's correction."""
 
 Floats = NDArray[np.float64]
 
 
-class Question(NamedTuple):
-    """Is a method better than the mean of some others at a budget?"""
+class PairwiseTest(NamedTuple):
+    """A test whether a method is better than the mean of some baselines at one budget."""
 
     method: str
     num_visual_tokens: int
-    found: Summary
-    others: Sequence[Summary]
+    summary: Summary
+    """Evaluation of the method."""
+    baselines: Sequence[Summary]
+    """Evaluations of the baselines, for example one per seed of random sampling."""
 
 
-class Against(NamedTuple):
-    """The answer."""
+class PairwiseResult(NamedTuple):
+    """The result of a pairwise test."""
 
     method: str
     num_visual_tokens: int
     difference: Interval
-    """Method minus the mean over the others, in points of the mean score over splits."""
+    """Method minus the mean over the baselines, in points of the mean score over splits."""
     p_value: float
-    """Two-sided, from the paired draws."""
+    """Two-sided p-value, from the paired draws."""
     p_holm: float
-    """Corrected for all comparisons of the table."""
+    """The p-value with Holm's correction over all tests of the table."""
     spread: float | None
-    """Standard deviation of the others, points; None: there is one."""
+    """Standard deviation of the baselines' scores, points; None for a single baseline."""
 
 
-def answer(questions: Sequence[Question]) -> list[Against]:
-    """Answers all questions of one table."""
-    gaps = gap_estimates(questions)
+def run_tests(tests: Sequence[PairwiseTest]) -> list[PairwiseResult]:
+    """Runs all tests of one table, which are corrected together."""
+    gaps = gap_estimates(tests)
     p_values = [two_sided(gap) for gap in gaps]
     return [
-        Against(
+        PairwiseResult(
             each.method,
             each.num_visual_tokens,
             gap.interval,
             p_value,
             corrected,
-            spread_of(each.others, each.num_visual_tokens),
+            spread_of(each.baselines, each.num_visual_tokens),
         )
-        for each, gap, p_value, corrected in zip(questions, gaps, p_values, holm(p_values), strict=True)
+        for each, gap, p_value, corrected in zip(tests, gaps, p_values, holm(p_values), strict=True)
     ]
 
 
 def spread_of(seeds: Sequence[Summary], budget: int) -> float | None:
-    """Standard deviation of the score over seeds, points; None for one."""
+    """Returns the standard deviation of the score over seeds, points; None for one seed."""
     return float(np.std([each.mean_score(budget).value for each in seeds], ddof=1)) if len(seeds) > 1 else None
 
 
-def gap_estimates(questions: Sequence[Question]) -> list[Estimate]:
-    """Differences of the mean score over splits, each with `DRAWS` draws.
+def gap_estimates(tests: Sequence[PairwiseTest]) -> list[Estimate]:
+    """Returns the difference of the mean score over splits for each test, with `DRAWS` draws.
 
-    Where a split's score is a mean of values, the draws are bootstrap draws of whole scenes, the same ones for all
-    questions; elsewhere those that the scores have already are repeated.
+    If the score of a split is a mean over samples, whole scenes are bootstrapped, with the same draws for all tests.
+    Otherwise the draws that belong to the scores are repeated.
     """
-    gaps: list[list[Estimate]] = [[] for _ in questions]
-    if not questions:
+    gaps: list[list[Estimate]] = [[] for _ in tests]
+    if not tests:
         return []
-    for benchmark in dict.fromkeys(split.benchmark for split in questions[0].found.splits):
-        members = [split.name for split in questions[0].found.splits if split.benchmark == benchmark]
-        drawn = {name for name in members if is_mean_of_values(_split(questions[0].found, name))}
+    for benchmark in dict.fromkeys(split.benchmark for split in tests[0].summary.splits):
+        members = [split.name for split in tests[0].summary.splits if split.benchmark == benchmark]
+        drawn = {name for name in members if is_mean_of_values(_split(tests[0].summary, name))}
         if drawn:
             for gap, estimates in zip(
-                gaps, _drawn_gaps(questions, [name for name in members if name in drawn], benchmark), strict=True
+                gaps, _drawn_gaps(tests, [name for name in members if name in drawn], benchmark), strict=True
             ):
                 gap += estimates
         for name in (name for name in members if name not in drawn):
-            for gap, question in zip(gaps, questions, strict=True):
-                gap.append(_known_gap(question, name))
+            for gap, test in zip(gaps, tests, strict=True):
+                gap.append(_repeated_gap(test, name))
     return [mean_of([each for each in members if each.n]) for members in gaps]
 
 
 def is_mean_of_values(split: SplitScores) -> bool:
-    """Whether the values of the samples are all that the score is made of."""
+    """Whether the score of a split is the plain mean of the values of its samples."""
     return split.additive and split.rules.average_over is None
 
 
 def clusters_of(split: SplitScores) -> list[str]:
-    """What is drawn as a whole: the scene of each sample."""
+    """Returns the bootstrap cluster of each sample: its scene, or the sample itself."""
     return [sample.scene or sample.id for sample in split.samples]
 
 
-def _drawn_gaps(questions: Sequence[Question], names: Sequence[str], benchmark: str) -> list[list[Estimate]]:
-    values_RN = np.array([np.concatenate([_gap_values(question, name) for name in names]) for question in questions])
-    splits = [_split(questions[0].found, name) for name in names]
+def _drawn_gaps(tests: Sequence[PairwiseTest], names: Sequence[str], benchmark: str) -> list[list[Estimate]]:
+    values_RN = np.array([np.concatenate([_gap_values(test, name) for name in names]) for test in tests])
+    splits = [_split(tests[0].summary, name) for name in names]
     groups = [split.name for split in splits for _ in split.samples]
     clusters = [cluster for split in splits for cluster in clusters_of(split)]
     draws = shared_draws(values_RN, groups, clusters, seed=zlib.crc32(benchmark.encode()), draws=DRAWS)
     inside = {name: np.array([group == name for group in groups]) for name in names}
-    found = []
+    gaps = []
     for row, values_N in enumerate(values_RN):
         scored = {name: values_N[inside[name] & ~np.isnan(values_N)] for name in names}
-        found.append(
+        gaps.append(
             [
                 Estimate(
                     float(scored[name].mean()) if len(scored[name]) else np.nan, draws[name][row], len(scored[name])
@@ -116,25 +118,23 @@ def _drawn_gaps(questions: Sequence[Question], names: Sequence[str], benchmark: 
                 for name in names
             ]
         )
-    return found
+    return gaps
 
 
-def _gap_values(question: Question, name: str) -> Floats:
-    """Method minus the mean of the others of each sample, on the paper's scale."""
-    split, others = _split(question.found, name), [_split(other, name) for other in question.others]
+def _gap_values(test: PairwiseTest, name: str) -> Floats:
+    """Returns the method's value minus the mean of the baselines' values for each sample, on the paper's scale."""
+    split, baselines = _split(test.summary, name), [_split(each, name) for each in test.baselines]
     assert all(
-        [sample.id for sample in other.samples] == [sample.id for sample in split.samples] for other in others
-    ), "the same questions"
-    theirs = np.mean([other.scores[question.num_visual_tokens].values for other in others], axis=0)
-    return np.asarray(
-        split.scale * (np.array(split.scores[question.num_visual_tokens].values) - theirs), dtype=np.float64
-    )
+        [sample.id for sample in each.samples] == [sample.id for sample in split.samples] for each in baselines
+    ), "the baselines have the same samples"
+    mean_N = np.mean([each.scores[test.num_visual_tokens].values for each in baselines], axis=0)
+    return np.asarray(split.scale * (np.array(split.scores[test.num_visual_tokens].values) - mean_N), dtype=np.float64)
 
 
-def _known_gap(question: Question, name: str) -> Estimate:
-    budget = question.num_visual_tokens
-    theirs = mean_of([_split(other, name).scores[budget].estimate for other in question.others])
-    gap = difference(_split(question.found, name).scores[budget].estimate, theirs)
+def _repeated_gap(test: PairwiseTest, name: str) -> Estimate:
+    budget = test.num_visual_tokens
+    baseline = mean_of([_split(each, name).scores[budget].estimate for each in test.baselines])
+    gap = difference(_split(test.summary, name).scores[budget].estimate, baseline)
     return Estimate(gap.value, np.resize(gap.draws, DRAWS), gap.n)
 
 
@@ -142,8 +142,8 @@ def _split(summary: Summary, name: str) -> SplitScores:
     return next(split for split in summary.splits if split.name == name)
 
 
-def table_rows(answers: Sequence[Against]) -> list[Mapping[str, str | int | float | None]]:
-    """For a CSV file."""
+def table_rows(results: Sequence[PairwiseResult]) -> list[Mapping[str, str | int | float | None]]:
+    """Returns the rows of a CSV file, one per test."""
     return [
         {
             "method": each.method,
@@ -155,5 +155,5 @@ def table_rows(answers: Sequence[Against]) -> list[Mapping[str, str | int | floa
             "p_holm": each.p_holm,
             "sd_over_seeds": each.spread,
         }
-        for each in answers
+        for each in results
     ]

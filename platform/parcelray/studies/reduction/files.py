@@ -1,4 +1,4 @@
-"""The study of training-free reduction as tables, pictures and a record in MLflow."""
+"""Tables, pictures and MLflow records of the study of training-free reduction."""
 
 import csv
 from collections.abc import Mapping, Sequence
@@ -9,19 +9,19 @@ from rich.table import Table
 from parcelray.evaluation.frontier import frontier_markdown, write_frontier
 from parcelray.evaluation.scoring.aggregate import FrontierPoint
 from parcelray.evaluation.scoring.intervals import Interval
-from parcelray.studies.reduction.comparisons import Against, table_rows
-from parcelray.studies.reduction.compute_plot import plot_compute, plot_kinds
+from parcelray.studies.reduction.comparisons import PairwiseResult, table_rows
 from parcelray.studies.reduction.methods import RANDOM, RANDOM_SEEDS, SPATIAL
+from parcelray.studies.reduction.plots import plot_compute, plot_kinds
 from parcelray.studies.reduction.results import ReductionStudy
-from parcelray.studies.reduction.signs import describe
+from parcelray.studies.reduction.warnings import describe
 from parcelray.tracking.mlflow_tracker import MlflowRunLogger
 
-_SHOWN = (RANDOM["original"], SPATIAL["original"], "cluster", "average pooling", "class attention", "FastV")
-"""In colour where a picture has too many methods to tell apart."""
+_COLOURED = (RANDOM["original"], SPATIAL["original"], "cluster", "average pooling", "class attention", "FastV")
+"""Methods drawn in colour in a picture that has too many methods to tell apart."""
 
 
-def against_table(answers: Sequence[Against], whom: str) -> Table:
-    """Which methods beat a baseline, for people."""
+def pairwise_table(results: Sequence[PairwiseResult], baseline: str) -> Table:
+    """Returns a table of the tests of all methods against a baseline."""
     table = Table(
         "method",
         "tokens",
@@ -29,9 +29,9 @@ def against_table(answers: Sequence[Against], whom: str) -> Table:
         "p",
         "p, Holm",
         "sd over seeds",
-        title=f"Against {whom} with tokens placed alike, paired",
+        title=f"Paired difference to {baseline} with the same token placement",
     )
-    for each in answers:
+    for each in results:
         spread = f"{each.spread:.1f}" if each.spread is not None else "-"
         table.add_row(
             each.method,
@@ -45,14 +45,14 @@ def against_table(answers: Sequence[Against], whom: str) -> Table:
 
 
 def operating_table(study: ReductionStudy) -> Table:
-    """The best operating points, for people."""
+    """Returns a table of the operating points on the Pareto front."""
     table = Table(
         "GFLOPs",
         "method",
         "tokens",
         "score [95 %]",
         "",
-        title="Operating points that no other measured one beats in score and compute",
+        title="Operating points on the Pareto front of score and compute",
     )
     for point in study.operating:
         score = f"{point.overall.value:.1f} [{point.overall.low:.1f}, {point.overall.high:.1f}]"
@@ -67,25 +67,25 @@ def operating_table(study: ReductionStudy) -> Table:
 
 
 def write_study(study: ReductionStudy, name: str) -> list[Path]:
-    """Writes everything into the study's folder; the files."""
+    """Writes all tables and pictures into the folder of the study, and returns their paths."""
     folder = study.folder
     numbers, picture = write_frontier(study.frontier, folder, f"{name}: score against visual tokens")
     compute, kinds = folder / "accuracy_against_compute.png", folder / "fine_grained.png"
     title = f"{name}: training-free reduction, {RANDOM_SEEDS} seeds of random sampling"
     plot_compute(study.frontier, study.groups, compute, title=title, baselines=tuple(RANDOM.values()))
-    table, signs = folder / "frontier.md", folder / "failure_signs.txt"
+    table, warnings = folder / "frontier.md", folder / "failure_signs.txt"
     table.write_text(frontier_markdown(study.frontier) + "\n", encoding="utf-8")
-    signs.write_text(describe(study.signs) + "\n", encoding="utf-8")
+    warnings.write_text(describe(study.warnings) + "\n", encoding="utf-8")
     fine = [(point.method, point.kind, point.num_visual_tokens, point.retention) for point in study.fine]
-    files = [numbers, table, signs, picture, compute]
+    files = [numbers, table, warnings, picture, compute]
     if fine:
-        plot_kinds(fine, kinds, title=f"{name}: percent of the full score, by kind of question", shown=_SHOWN)
+        plot_kinds(fine, kinds, title=f"{name}: percent of the full score, by kind of question", shown=_COLOURED)
         files.append(kinds)
     tables: dict[str, Sequence[Mapping[str, object]]] = {
         "against_random": table_rows(study.against_random),
         "against_spatial": table_rows(study.against_spatial),
         "against_best": table_rows(study.against_best),
-        "breaks": [each._asdict() for each in study.breaks],
+        "breaks": [each._asdict() for each in study.breakpoints],
         "fine_grained": [
             {"method": method, "kind": kind, "num_visual_tokens": budget, **_interval(kept)}
             for method, kind, budget, kept in fine
@@ -96,7 +96,7 @@ def write_study(study: ReductionStudy, name: str) -> list[Path]:
 
 
 def record_study(uri: str, run_id: str, study: ReductionStudy, files: Sequence[Path]) -> None:
-    """Scores and files; the step axis is the budget."""
+    """Logs the scores and files to the MLflow run of the study; the step of a score is the budget."""
     tracker = MlflowRunLogger(uri, run_id)
     for point in study.frontier.points:
         metrics = {f"{slug(point.method)}/score": point.overall.value}
@@ -109,7 +109,7 @@ def record_study(uri: str, run_id: str, study: ReductionStudy, files: Sequence[P
 
 
 def slug(name: str) -> str:
-    """A method's name in the names of runs and metrics."""
+    """Returns the name of a method as used in the names of runs and metrics."""
     return name.replace(", ", "-").replace(" ", "_").replace("+", "_plus").lower()
 
 

@@ -1,4 +1,4 @@
-"""The training-free methods of a study, in the groups that its figure shows."""
+"""The training-free methods of the reduction study, in the groups of its figure, and the budgets of each method."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,18 +11,19 @@ from parcelray.models.token_reduction import build_reducer
 from parcelray.models.token_reduction.in_decoder import InDecoderReducer
 
 Placement = Literal["original", "contiguous"]
-"""Where the tokens that are left stand: in the places of the image, with or without size bias and calibration, or one after the other."""
+"""Position ids of the remaining tokens: those of the full image (with or without size bias), or consecutive ones."""
 
 RANDOM: Mapping[Placement, str] = {"original": "random", "contiguous": "random, contiguous"}
 SPATIAL: Mapping[Placement, str] = {"original": "spatial", "contiguous": "spatial, contiguous"}
-"""The two baselines: a method is held against those whose tokens are placed as its own are."""
+"""Names of the two baselines; a method is compared with the baselines of the same token placement."""
 RANDOM_SEEDS = 5
+"""Number of seeds of random sampling."""
 RETENTIONS = (0.05, 0.11, 0.20, 0.30)
-"""Shares of the visual tokens (arXiv 2504.17892)."""
+"""Shares of the visual tokens at which methods are compared (arXiv 2504.17892)."""
 _EARLY, _OF_LAYERS = 2, 32
-"""Layer at which FastV is published to prune, and to rank tokens by the decoder's attention, of LLaVA-1.5-7B's layers."""
+"""Decoder layer at which FastV ranks and prunes tokens, and the number of layers of its model, LLaVA-1.5-7B."""
 _WINDOW = 4
-"""Side of the windows that each give their own most attended patches, in patches."""
+"""Side of the windows in which the most attended patches are selected separately, patches."""
 
 _CLUSTERS, _COVERAGE = "clusters and pooling (size bias)", "sampling and coverage"
 ENCODER_ATTENTION, DECODER_ATTENTION = "attention of the vision tower", "attention of the decoder, and norm"
@@ -31,22 +32,23 @@ _INSIDE, _POSITIONS = "inside the decoder (mean over its layers)", "positions"
 
 @dataclass(frozen=True)
 class Method:
-    """One reducer in the study."""
+    """One reducer of the study."""
 
     reducer: ReducerConfig
     group: str
 
     @property
     def placement(self) -> Placement:
-        """Decides which baselines it is compared with."""
+        """The placement of its tokens, which decides the baselines it is compared with."""
         return "contiguous" if self.reducer.positions == "contiguous" else "original"
 
 
 def methods_of(depths: Depths) -> dict[str, Method]:
-    """The methods for a model of such depth: with original positions, merging ones with size bias, and a few with contiguous positions, too.
+    """Returns the methods for a model with the given numbers of layers, by name.
 
-    Layers are those of the publications on LLaVA-1.5-7B, at the same relative depth elsewhere, at least 1. What reads
-    the vision tower's attention is left out where there is none.
+    Methods keep original positions; merging methods add a size bias; a few are added with contiguous positions. Layers
+    are the published ones of LLaVA-1.5-7B, scaled to the depth of the model, at least 1. Methods that read the
+    attention of the vision tower are left out if the tower has none.
     """
     early = max(1, round(_EARLY * depths.decoder / _OF_LAYERS))
     original: Positions = "original"
@@ -84,8 +86,8 @@ def methods_of(depths: Depths) -> dict[str, Method]:
         "norm": Method(configs.SaliencyConfig(positions=original, definition="norm"), DECODER_ATTENTION),
         "FastV": Method(configs.FastVConfig(layer=early), _INSIDE),
         "PyramidDrop": Method(configs.PyramidDropConfig(positions=original), _INSIDE),
-        # Published stages start after a quarter of the layers, whose tokens alone are 25 %; in a shallow decoder that
-        # is the early layer itself.
+        # The published stages start after a quarter of the layers, which alone costs 25 % of the tokens. In a shallow
+        # decoder that is the early layer itself.
         **(
             {"PyramidDrop, early": Method(configs.PyramidDropConfig(positions=original, first_layer=early), _INSIDE)}
             if 4 * early < depths.decoder - 1
@@ -107,7 +109,7 @@ def methods_of(depths: Depths) -> dict[str, Method]:
 
 
 def random_of(placement: Placement) -> list[Method]:
-    """Random sampling with every seed."""
+    """Returns random sampling with each seed."""
     return [
         Method(configs.RandomSamplingConfig(seed=seed, positions=placement), RANDOM[placement])
         for seed in range(RANDOM_SEEDS)
@@ -115,20 +117,26 @@ def random_of(placement: Placement) -> list[Method]:
 
 
 def groups_of(methods: Mapping[str, Method]) -> dict[str, list[str]]:
-    """Methods by group."""
-    found: dict[str, list[str]] = {}
+    """Returns the names of the methods by group."""
+    groups: dict[str, list[str]] = {}
     for name, method in methods.items():
-        found.setdefault(method.group, []).append(name)
-    return found
+        groups.setdefault(method.group, []).append(name)
+    return groups
 
 
 def budgets_of(
     reducers: Iterable[ReducerConfig], num_tokens: int, depths: Depths, retentions: Sequence[float] = RETENTIONS
 ) -> tuple[int, ...]:
-    """The budgets nearest to some retentions that all of some reducers can give, ascending, each once.
+    """Returns the budgets nearest to the given shares that all of the reducers support, ascending and unique.
 
-    A reducer inside the decoder cannot go below what the layers before its first stage cost; where that rules out all
-    retentions but one, it is asked at four steps between there and everything instead.
+    A reducer inside the decoder cannot go below the cost of the layers before its first stage. If this rules out all
+    shares except one, four equal steps between its smallest budget and all tokens are used instead.
+
+    Args:
+        reducers: the reducers.
+        num_tokens: number of all visual tokens.
+        depths: numbers of layers of the model.
+        retentions: shares of the tokens.
     """
     built = [build_reducer(reducer) for reducer in reducers]
     common = set.intersection(*(set(each.budgets_of(num_tokens, depths)) for each in built))
@@ -147,13 +155,15 @@ def all_budgets(
     equal: bool,
     retentions: Sequence[float] = RETENTIONS,
 ) -> dict[str, tuple[int, ...]]:
-    """At which budgets each method is asked; spatial sampling wherever a method with tokens placed alike is, so that each has its comparison.
+    """Returns the budgets of each method, by name.
+
+    Spatial sampling has the budgets of all methods with the same token placement, so that each can be compared.
 
     Args:
-        methods: of the study.
-        num_tokens: all visual tokens.
-        depths: of the model.
-        equal: whether all are asked at the budgets that all can give.
+        methods: methods of the study.
+        num_tokens: number of all visual tokens.
+        depths: numbers of layers of the model.
+        equal: whether all methods use the same budgets, which all of them support.
         retentions: shares of the tokens, see `budgets_of`.
     """
     shared = (
@@ -169,5 +179,5 @@ def all_budgets(
 
 
 def union(budgets: Iterable[Sequence[int]]) -> tuple[int, ...]:
-    """Of several, ascending."""
+    """Returns the union of several lists of budgets, ascending."""
     return tuple(sorted({budget for each in budgets for budget in each}))

@@ -1,4 +1,7 @@
-"""Every training-free method on the same model and questions: accuracy against compute, which of them beat random, and where families break."""
+"""The study of training-free reduction: all methods on the same model and samples.
+
+It gives accuracy against compute, tests against random and spatial sampling, and the breakpoints of each family.
+"""
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -17,9 +20,9 @@ from parcelray.evaluation.scoring.summary import Summary
 from parcelray.models.vlm import config_of, connector_of
 from parcelray.profiling.backbone_shapes import BackboneShape, from_transformers_config
 from parcelray.profiling.reduction_flops import reduced_prefill_flops
-from parcelray.studies.reduction.breaks import FinePoint, break_of, family_breaks, kinds_kept
-from parcelray.studies.reduction.comparisons import Question, answer, spread_of
-from parcelray.studies.reduction.files import against_table, operating_table, record_study, slug, write_study
+from parcelray.studies.reduction.breakpoints import FinePoint, breakpoint_of, family_breakpoints, kinds_kept
+from parcelray.studies.reduction.comparisons import PairwiseTest, run_tests, spread_of
+from parcelray.studies.reduction.files import operating_table, pairwise_table, record_study, slug, write_study
 from parcelray.studies.reduction.methods import (
     DECODER_ATTENTION,
     ENCODER_ATTENTION,
@@ -34,14 +37,15 @@ from parcelray.studies.reduction.methods import (
     random_of,
     union,
 )
-from parcelray.studies.reduction.results import Found, ReductionStudy
-from parcelray.studies.reduction.signs import describe, failure_signs
+from parcelray.studies.reduction.results import ReductionStudy, StudyEvaluations
+from parcelray.studies.reduction.warnings import describe, warnings_of
 from parcelray.tracking.mlflow_tracker import tracked_run
 from parcelray.tracking.registry import resolve_model
 from parcelray.tracking.store import ensure_store
 from parcelray.tuning.pareto import knee_point, losses, pareto_front
 
 _TEXT_TOKENS = 32
+"""Tokens of the prompt for which compute is given."""
 
 
 def run_reduction_study(
@@ -53,20 +57,20 @@ def run_reduction_study(
     shares: Sequence[float] = RETENTIONS,
     equal_budgets: bool = False,
 ) -> ReductionStudy:
-    """Evaluates all methods; what is there already is not computed again.
+    """Evaluates all methods, reusing stored predictions, and writes the results.
 
     Args:
-        job: model, benchmarks and use of the cluster; its reducer and budgets are set by the study.
-        console: for progress.
-        address: Ray cluster; None: RAY_ADDRESS, else a local instance.
-        methods: names out of `methods_of`; None: all. Random and spatial sampling with tokens placed alike are always
-            there.
-        shares: of the visual tokens; each method is asked at the nearest budgets that it can give.
-        equal_budgets: whether all methods are asked at the same budgets, those nearest to the retentions that all can
-            give.
+        job: model, benchmarks and use of the cluster; the study sets the reducer and the budgets.
+        console: prints progress and results.
+        address: address of the Ray cluster; None: RAY_ADDRESS, else a local instance.
+        methods: names of methods from `methods_of`; None: all. Random and spatial sampling with the same token
+            placement are always added.
+        shares: shares of the visual tokens; each method is evaluated at the nearest budgets that it supports.
+        equal_budgets: whether all methods are evaluated at the same budgets, those nearest to `shares` that all
+            methods support.
 
     Raises:
-        UserError: see `run_evaluation`; or a method is unknown.
+        UserError: a method is unknown; or see `run_evaluation`.
     """
     uri = ensure_store(job.tracking.uri) if job.tracking.uri is not None else None
     checkpoint = resolve_model(job.model, uri)
@@ -100,121 +104,125 @@ def run_reduction_study(
                 evaluate(f"{RANDOM[placement]}, seed {seed}", each.reducer, at)
                 for seed, each in enumerate(random_of(placement))
             ]
-        found = Found(chosen, summaries, random, reference, full)
-        study = study_of(found, from_transformers_config(config), Path(job.storage) / "studies" / job.name)
+        evaluations = StudyEvaluations(chosen, summaries, random, reference, full)
+        study = study_of(evaluations, from_transformers_config(config), Path(job.storage) / "studies" / job.name)
         files = write_study(study, job.name)
         if uri is not None and run_id is not None:
             record_study(uri, run_id, study, files)
-    console.print(against_table(study.against_random, "random sampling"))
+    console.print(pairwise_table(study.against_random, "random sampling"))
     console.print(operating_table(study))
-    console.print(describe(study.signs))
+    console.print(describe(study.warnings))
     console.print(f"Tables and figures: {study.folder}")
     return study
 
 
-def study_of(found: Found, shape: BackboneShape, folder: Path) -> ReductionStudy:
-    """What the answers say."""
-    reference, full = found.reference, found.full
+def study_of(evaluations: StudyEvaluations, shape: BackboneShape, folder: Path) -> ReductionStudy:
+    """Computes the results of a study from its evaluations.
+
+    Args:
+        evaluations: the evaluations of all methods.
+        shape: shape of the model, for the compute.
+        folder: folder for the tables and figures.
+    """
+    reference, full = evaluations.reference, evaluations.full
     base = (reference.splits, full)
     points = [
         frontier_point("blind", 0, reference.splits, None),
         replace(frontier_point("full", full, reference.splits, base), gflops=_gflops(shape, None, full)),
     ]
-    seeds = {RANDOM[placement]: summaries for placement, summaries in found.random.items()}
+    seeds = {RANDOM[placement]: summaries for placement, summaries in evaluations.random.items()}
     for name, each in seeds.items():
         points += [
             random_point(name, each, budget, reference, full, _gflops(shape, None, budget))
             for budget in each[0].budgets
         ]
-    for name, summary in found.summaries.items():
+    for name, summary in evaluations.summaries.items():
         for budget in summary.budgets:
-            flops = _gflops(shape, found.methods[name].reducer, budget)
+            flops = _gflops(shape, evaluations.methods[name].reducer, budget)
             points.append(replace(frontier_point(name, budget, summary.splits, base), gflops=flops))
     frontier = Frontier(tuple(points), reference="full")
-    everything = seeds | {name: [summary] for name, summary in found.summaries.items()}
-    kept = kinds_kept(everything, reference, full)
+    all_methods = seeds | {name: [summary] for name, summary in evaluations.summaries.items()}
+    kept = kinds_kept(all_methods, reference, full)
     fine = [
         FinePoint(name, kind, budget, each.interval)
         for (name, kind), budgets in kept.items()
         for budget, each in budgets.items()
     ]
-    breaks = [
-        each for name, summaries in everything.items() for each in family_breaks(name, summaries, reference, full)
+    breakpoints = [
+        each for name, summaries in all_methods.items() for each in family_breakpoints(name, summaries, reference, full)
     ]
-    breaks += [break_of(name, kind, budgets) for (name, kind), budgets in kept.items()]
-    against_spatial = answer(
-        _questions(
-            found,
-            {placement: [found.summaries[name]] for placement, name in SPATIAL.items() if name in found.summaries},
-        )
-    )
+    breakpoints += [breakpoint_of(name, kind, budgets) for (name, kind), budgets in kept.items()]
+    spatial = {
+        placement: [evaluations.summaries[name]] for placement, name in SPATIAL.items() if name in evaluations.summaries
+    }
+    against_spatial = run_tests(_tests(evaluations, spatial))
     spreads = {
         (name, budget): spread_of(each, budget) or 0.0 for name, each in seeds.items() for budget in each[0].budgets
     }
     saliency = [
-        name for name, method in found.methods.items() if method.group in (ENCODER_ATTENTION, DECODER_ATTENTION)
+        name for name, method in evaluations.methods.items() if method.group in (ENCODER_ATTENTION, DECODER_ATTENTION)
     ]
     operating, knee = operating_points(points)
     return ReductionStudy(
         frontier=frontier,
-        groups=groups_of(found.methods),
-        against_random=answer(_questions(found, found.random)),
+        groups=groups_of(evaluations.methods),
+        against_random=run_tests(_tests(evaluations, evaluations.random)),
         against_spatial=against_spatial,
-        against_best=answer(_against_the_best(found)),
+        against_best=run_tests(_tests_against_best(evaluations)),
         fine=fine,
-        breaks=breaks,
+        breakpoints=breakpoints,
         operating=operating,
         knee=knee,
-        signs=failure_signs(frontier, fine, against_spatial, saliency, spreads),
+        warnings=warnings_of(frontier, fine, against_spatial, saliency, spreads),
         folder=folder,
     )
 
 
 def operating_points(points: Sequence[FrontierPoint]) -> tuple[list[FrontierPoint], FrontierPoint | None]:
-    """The points that no other beats in both score and compute, from the cheapest on, and where they bend most."""
+    """Returns the points on the Pareto front of score and compute, by ascending compute, and the knee of the front."""
     measured = sorted((point for point in points if point.gflops is not None), key=lambda point: point.gflops or 0.0)
     values = losses([(point.overall.value, point.gflops or 0.0) for point in measured], ("max", "min"))
     knee = knee_point(values)
-    return [measured[place] for place in pareto_front(values)], measured[knee] if knee is not None else None
+    return [measured[index] for index in pareto_front(values)], measured[knee] if knee is not None else None
 
 
 def _chosen(known: Mapping[str, Method], names: Sequence[str] | None) -> dict[str, Method]:
     unknown = sorted(set(names or ()) - set(known))
     if unknown:
         raise UserError(
-            f"{', '.join(unknown)} is no training-free method of this model; choose from {', '.join(known)}."
+            f"{', '.join(unknown)} is not a training-free method of this model; choose from {', '.join(known)}."
         )
     placements = {method.placement for name, method in known.items() if names is None or name in names}
     baselines = {SPATIAL[placement] for placement in placements}
     return {name: method for name, method in known.items() if names is None or name in names or name in baselines}
 
 
-def _questions(found: Found, baselines: Mapping[Placement, Sequence[Summary]]) -> list[Question]:
-    """Each method against a baseline with its tokens placed alike, wherever both were asked; a baseline is not held against itself."""
+def _tests(evaluations: StudyEvaluations, baselines: Mapping[Placement, Sequence[Summary]]) -> list[PairwiseTest]:
+    """Returns the tests of each method against the baseline with the same token placement, at all common budgets.
+
+    A baseline is not tested against itself.
+    """
     return [
-        Question(name, budget, summary, others)
-        for name, summary in found.summaries.items()
-        for others in [baselines.get(found.methods[name].placement, ())]
+        PairwiseTest(name, budget, summary, others)
+        for name, summary in evaluations.summaries.items()
+        for others in [baselines.get(evaluations.methods[name].placement, ())]
         if others and summary not in others
         for budget in summary.budgets
         if budget in others[0].budgets
     ]
 
 
-def _against_the_best(found: Found) -> list[Question]:
-    """At every budget that several methods have."""
-    questions = []
-    for budget in union(summary.budgets for summary in found.summaries.values()):
+def _tests_against_best(evaluations: StudyEvaluations) -> list[PairwiseTest]:
+    """Returns the tests against the best method at every budget that several methods have."""
+    summaries = evaluations.summaries
+    tests = []
+    for budget in union(summary.budgets for summary in summaries.values()):
         scores = {
-            name: summary.mean_score(budget).value
-            for name, summary in found.summaries.items()
-            if budget in summary.budgets
+            name: summary.mean_score(budget).value for name, summary in summaries.items() if budget in summary.budgets
         }
         best = max(scores, key=lambda name: scores[name])
-        questions += [
-            Question(name, budget, found.summaries[name], [found.summaries[best]]) for name in scores if name != best
-        ]
-    return questions
+        tests += [PairwiseTest(name, budget, summaries[name], [summaries[best]]) for name in scores if name != best]
+    return tests
 
 
 def _gflops(shape: BackboneShape, reducer: ReducerConfig | None, budget: int) -> float:
@@ -224,7 +232,7 @@ def _gflops(shape: BackboneShape, reducer: ReducerConfig | None, budget: int) ->
 def random_point(
     name: str, seeds: Sequence[Summary], budget: int, reference: Summary, full: int, gflops: float
 ) -> FrontierPoint:
-    """Random sampling as the mean over its seeds, with the interval over samples."""
+    """Returns the frontier point of random sampling: the mean over its seeds, with the interval over samples."""
     points = [frontier_point(name, budget, summary.splits, (reference.splits, full)) for summary in seeds]
     kept = [mean_of(list(retentions(summary.splits, budget, reference.splits, full).values())) for summary in seeds]
     families = {

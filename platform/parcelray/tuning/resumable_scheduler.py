@@ -1,4 +1,7 @@
-"""Early stopping that a search which goes on takes up where it was: what trainings reported is on disk, and told to Tune's scheduler again."""
+"""Early stopping that survives an interruption of the search.
+
+The reports of all trainings are stored in `reports.jsonl`. A resumed search replays them into a new Tune scheduler.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,75 +11,77 @@ from typing import Any, NamedTuple
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import TrialScheduler
 
-from parcelray.tuning.json_lines import append_line, read_lines
-from parcelray.tuning.trial_record import point_key
+from parcelray.tuning.trial_record import append_line, point_key, read_lines
 from parcelray.tuning.tune_run import SCALAR, STEPS
 
 _FILE = "reports.jsonl"
 
 
 class Report(NamedTuple):
-    """What early stopping was told of a training."""
+    """One report of a training to early stopping, or the end of a training."""
 
     key: str
-    """Of its point, see `point_key`."""
+    """Key of its point (see `point_key`)."""
     steps: int
-    """Of the training so far."""
+    """Steps trained so far."""
     value: float
-    """First objective, more being better."""
+    """First objective; larger is better."""
     ended: bool = False
-    """Whether it says that the trial ended with the report before."""
+    """Whether this line records the end of the trial, after the report with the same values."""
 
     @property
     def result(self) -> dict[str, Any]:
-        """As Tune's schedulers read it."""
+        """The report as a result of Tune's schedulers."""
         return {STEPS: self.steps, SCALAR: self.value}
 
 
 class ReportHistory:
-    """The reports of all trainings of a search in a folder, in the order in which they came.
+    """The reports of all trainings of a search, in the order in which they arrived.
 
     Args:
-        folder: of the search.
+        folder: run folder of the search.
+
+    Raises:
+        UserError: `reports.jsonl` has a line that is not a report.
     """
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / _FILE
-        remedy = "remove the line, and early stopping does without the report"
-        self.reports = read_lines(self._path, Report, what="report of a training", remedy=remedy)
+        remedy = "remove the line; early stopping then ignores this report"
+        self.reports = read_lines(self._path, Report, what="a report of a training", remedy=remedy)
 
     def add(self, report: Report) -> None:
-        """Adds a report; it is on disk when this returns."""
+        """Adds a report, and returns once it is on disk."""
         append_line(self._path, report._asdict())
         self.reports.append(report)
 
 
 @dataclass(frozen=True)
-class _KnownTrial:
-    """A trial by its point, as Tune's schedulers tell trials apart; Tune's own have new ids each time that a search goes on."""
+class _TrialOfPoint:
+    """A trial identified by the key of its point; Tune's own trials get new ids each time that a search is resumed."""
 
     trial_id: str
 
 
-class _NoneLive:
-    """Tune's controller, as far as these schedulers ask it, between two sessions of a search."""
+class _NoLiveTrials:
+    """The part of Tune's controller that the schedulers use, while no trial is running."""
 
     def get_live_trials(self) -> tuple[Trial, ...]:
         return ()
 
 
-_BETWEEN: Any = _NoneLive()
+_REPLAY: Any = _NoLiveTrials()
 
 
-class RememberingScheduler(TrialScheduler):
-    """Asynchronous early stopping (ASHA, median) whose rungs and means know what was reported before the search was interrupted.
+class ResumableScheduler(TrialScheduler):
+    """Asynchronous early stopping (ASHA, median rule) that continues with the reports of earlier sessions.
 
-    Both decide by a trial's identity and the reports so far, so the same reports in the same order make the same state.
-    A step of a training that was decided on before is not decided on again, nor counted twice.
+    Both rules decide by the identity of a trial and the reports so far, so the same reports in the same order restore
+    the same state. A step that was already decided on is neither decided again nor counted twice.
 
     Args:
-        scheduler: of Tune, new.
-        history: of the search.
+        scheduler: a new scheduler of Tune.
+        history: the reports of the search.
     """
 
     def __init__(self, scheduler: TrialScheduler, history: ReportHistory) -> None:
@@ -88,13 +93,13 @@ class RememberingScheduler(TrialScheduler):
         self._stopped: set[str] = set()
         for report in history.reports:
             if report.key not in self._last:
-                scheduler.on_trial_add(_BETWEEN, _known(report.key))
-            self._take(_BETWEEN, report)
+                scheduler.on_trial_add(_REPLAY, _trial_of(report.key))
+            self._apply(_REPLAY, report)
 
     def on_trial_add(self, tune_controller: Any, trial: Trial) -> None:
         """See `TrialScheduler`."""
         if _key(trial) not in self._last:
-            self._scheduler.on_trial_add(tune_controller, _known(_key(trial)))
+            self._scheduler.on_trial_add(tune_controller, _trial_of(_key(trial)))
 
     def on_trial_result(self, tune_controller: Any, trial: Trial, result: Mapping[str, Any]) -> str:
         """See `TrialScheduler`."""
@@ -107,7 +112,7 @@ class RememberingScheduler(TrialScheduler):
         if report.key in self._last and report.steps <= self._last[report.key].steps:
             return self.CONTINUE
         self._history.add(report)
-        return self._take(tune_controller, report)
+        return self._apply(tune_controller, report)
 
     def on_trial_complete(self, tune_controller: Any, trial: Trial, result: Mapping[str, Any]) -> None:
         """See `TrialScheduler`."""
@@ -115,16 +120,16 @@ class RememberingScheduler(TrialScheduler):
         if last is not None and not last.ended:
             end = last._replace(ended=True)
             self._history.add(end)
-            self._take(tune_controller, end)
+            self._apply(tune_controller, end)
 
     def on_trial_error(self, tune_controller: Any, trial: Trial) -> None:
         """See `TrialScheduler`."""
-        self._scheduler.on_trial_error(tune_controller, _known(_key(trial)))
+        self._scheduler.on_trial_error(tune_controller, _trial_of(_key(trial)))
 
     def on_trial_remove(self, tune_controller: Any, trial: Trial) -> None:
         """See `TrialScheduler`."""
         if _key(trial) not in self._last or not self._last[_key(trial)].ended:
-            self._scheduler.on_trial_remove(tune_controller, _known(_key(trial)))
+            self._scheduler.on_trial_remove(tune_controller, _trial_of(_key(trial)))
 
     def choose_trial_to_run(self, tune_controller: Any) -> Trial | None:
         """See `TrialScheduler`."""
@@ -134,19 +139,19 @@ class RememberingScheduler(TrialScheduler):
         """See `TrialScheduler`."""
         return self._scheduler.debug_string()
 
-    def _take(self, tune_controller: Any, report: Report) -> str:
+    def _apply(self, tune_controller: Any, report: Report) -> str:
         self._last[report.key] = report
         if report.ended:
-            self._scheduler.on_trial_complete(tune_controller, _known(report.key), report.result)
+            self._scheduler.on_trial_complete(tune_controller, _trial_of(report.key), report.result)
             return self.CONTINUE
-        decision = self._scheduler.on_trial_result(tune_controller, _known(report.key), report.result)
+        decision = self._scheduler.on_trial_result(tune_controller, _trial_of(report.key), report.result)
         if decision == self.STOP:
             self._stopped.add(report.key)
         return decision
 
 
-def _known(key: str) -> Any:
-    return _KnownTrial(key)
+def _trial_of(key: str) -> Any:
+    return _TrialOfPoint(key)
 
 
 def _key(trial: Trial) -> str:

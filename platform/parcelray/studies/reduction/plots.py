@@ -1,4 +1,4 @@
-"""Accuracy against compute for many methods, one panel per group of them; and what is kept of each kind of question."""
+"""Figures of the reduction study: accuracy against compute, and retention by kind of question."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -22,10 +22,10 @@ def plot_compute(
     """Draws the overall score against the GFLOPs of a prefill, with 95 % error bars.
 
     Args:
-        frontier: points with `gflops`; blind and the reference become horizontal lines.
-        groups: panels by title, each with its methods.
+        frontier: points with `gflops`; the blind model and the reference are drawn as horizontal lines.
+        groups: names of the methods in each panel, by panel title.
         path: PNG to write.
-        title: above the figure.
+        title: title of the figure.
         baselines: methods that are drawn as grey bands in every panel.
     """
     methods: dict[str, list[FrontierPoint]] = {}
@@ -46,7 +46,7 @@ def plot_compute(
         for index, method in enumerate(member for member in members if member in methods):
             _line(axes, method, _by_compute(methods[method]), index)
         axes.set_title(name, fontsize=10)
-        # Budgets are near to a geometric row, so compute is, too.
+        # Budgets are approximately a geometric sequence, so compute is, too.
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
         axes.xaxis.set_minor_locator(NullLocator())
@@ -57,7 +57,7 @@ def plot_compute(
         axes.legend(
             *zip(*own, strict=True), fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(0, -0.12), ncols=2
         )
-    # What every panel shows is named once, on the right.
+    # The lines that all panels share have one legend, on the right.
     shared = [
         each
         for each in zip(*panels[0].get_legend_handles_labels(), strict=True)
@@ -118,13 +118,13 @@ def _levels(axes: Axes, frontier: Frontier) -> None:
 
 
 def plot_kinds(kept: Sequence[tuple[str, str, int, Interval]], path: Path, *, title: str, shown: Sequence[str]) -> None:
-    """Percent of the full score against visual tokens, one panel per kind of question; some methods with 95 % error bars, the others in grey.
+    """Draws retention against visual tokens, one panel per kind of question.
 
     Args:
-        kept: method, kind, visual tokens and percent.
+        kept: method, kind of question, visual tokens, and retention in percent of the full score.
         path: PNG to write.
-        title: above the figure.
-        shown: the methods in colour.
+        title: title of the figure.
+        shown: methods that are drawn in colour, with 95 % error bars; the others are grey.
     """
     kinds = list(dict.fromkeys(kind for _, kind, _, _ in kept))
     figure = Figure(figsize=(3.6 * len(kinds) + 1.6, 4), dpi=130, layout="constrained")
