@@ -63,7 +63,7 @@ def test_a_folder_of_images_needs_prompts_and_enough_images(checkpoint: Path, tm
         Image.fromarray(np.full((40, 50, 3), 100 * number, dtype=np.uint8)).save(tmp_path / f"{number}.png")
     console, tracking = Console(quiet=True), TrackingConfig(uri=None)
     prompts = ["what is this", "how many"]
-    with pytest.raises(UserError, match="0 prompts were given with the images of"):
+    with pytest.raises(UserError, match="0 prompts were given for the images of"):
         study_saliency(
             str(checkpoint), console, images=str(tmp_path), count=2, folder=tmp_path / "out", tracking=tracking
         )

@@ -73,7 +73,7 @@ def _split_job(storage: Path, supernet: Path, **changes: Any) -> TuneJob:
             ],
             # The reference is evaluated in this process, and one actor runs all trials, because starting more actors
             # would take longer than all trials.
-            "compute": {"actors": 0, "rows_per_bundle": 8, "threads_per_actor": 1},
+            "compute": {"actors": 0, "rows_per_shard": 8, "threads_per_actor": 1},
             "storage": str(storage),
         },
         "algorithm": {"type": "grid"},

@@ -21,7 +21,7 @@ from parcelray.profiling.flops import cost, kv_cache_bytes
 from parcelray.serving.app import replica_settings, serve_config
 from parcelray.serving.engine.budget_chooser import load_predictor
 from parcelray.serving.http.auth import read_keys
-from parcelray.tracking.provenance import resolve_model
+from parcelray.tracking.registry import resolve_model
 from parcelray.tracking.store import ensure_store
 
 if TYPE_CHECKING:

@@ -11,8 +11,7 @@ import numpy as np
 
 from parcelray.datasets.sample import Sample
 from parcelray.evaluation.scoring.aggregate import mean_of, retentions
-from parcelray.evaluation.scoring.intervals import Interval
-from parcelray.evaluation.scoring.shared_draws import Floats, shared_draws
+from parcelray.evaluation.scoring.intervals import Floats, Interval, shared_draws
 from parcelray.evaluation.scoring.split_scores import Estimate, SplitScores
 from parcelray.evaluation.scoring.summary import Summary
 from parcelray.studies.reduction.comparisons import clusters_of, is_mean_of_values
