@@ -16,13 +16,11 @@ from parcelray.datasets.sample import Sample
 from parcelray.evaluation.predict.generation import GenerationSettings
 from parcelray.evaluation.predict.predictor import Predictor
 from parcelray.models.checkpoint import resolve_checkpoint
-from parcelray.models.processor import load_processor
 from parcelray.models.token_reduction import build_reducer
-from parcelray.models.token_reduction.base import taken
-from parcelray.models.token_reduction.context import ReductionContext
+from parcelray.models.token_reduction.base import ReductionContext, gather_tokens
 from parcelray.models.token_reduction.encoder_view import EncoderView
 from parcelray.models.token_reduction.kmeans import cluster_sums, kmeans
-from parcelray.models.vlm import load_vlm
+from parcelray.models.vlm import load_processor, load_vlm
 from parcelray.serving.engine.continuous_engine import ContinuousEngine
 from parcelray.serving.engine.waiting import answer_all
 from parcelray.training.in_process import fit_in_process
@@ -78,7 +76,7 @@ def test_half_precision_clusters_as_well(num_clusters: int) -> None:
             cluster_sums(tokens, assignment_BN, num_clusters)
             / torch.stack([each.bincount() for each in assignment_BN])[:, :, None]
         )
-        return float((tokens - taken(means_BKD, assignment_BN)).square().sum())
+        return float((tokens - gather_tokens(means_BKD, assignment_BN)).square().sum())
 
     assert inertia(found.assignment_BN.cpu()) == pytest.approx(inertia(expected.assignment_BN), rel=0.01)
 

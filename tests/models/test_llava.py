@@ -15,8 +15,7 @@ from parcelray.models.backbones import ElasticLlavaConfig, ElasticLlavaForCondit
 from parcelray.models.backbones.llava_processor import ElasticLlavaProcessor
 from parcelray.models.mini import save_checkpoint
 from parcelray.models.mini_llava import build, build_config, build_processor
-from parcelray.models.processor import image_size_of, load_processor
-from parcelray.models.vlm import connector_of, load_vlm
+from parcelray.models.vlm import connector_of, image_size_of, load_processor, load_vlm
 
 from .conftest import CORPUS, MINI_LLAVA, random_images, write_tower_as_on_the_hub
 
@@ -155,5 +154,5 @@ def test_features_of_several_layers_are_refused(llava_processor: ElasticLlavaPro
 
 def test_another_family_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "qwen2_vl"}')
-    with pytest.raises(UserError, match="a model of type qwen2_vl; legal are paligemma, llava"):
+    with pytest.raises(UserError, match="a model of type qwen2_vl; supported types are paligemma, llava"):
         load_vlm(tmp_path)

@@ -10,6 +10,7 @@ from torch import Tensor
 from parcelray.config.model import MiniLlavaModelConfig
 from parcelray.models.backbones import ElasticVLM
 from parcelray.models.backbones.processor_base import ElasticProcessor
+from parcelray.models.decoder_attention import rotary_decay
 from parcelray.models.mini import build_config, build_model, build_processor
 from parcelray.models.mini_llava import build
 from parcelray.models.reduced_decoder import ReducedDecoder, VisualTokens, encode_prompts
@@ -221,7 +222,7 @@ def test_a_token_of_size_two_is_two_equal_tokens(case: Case) -> None:
 
 def test_the_calibration_is_restores(case: Case) -> None:
     model = case[0]
-    decay = ReducedDecoder(model, "original_calibrated")._rotary_decay(300)
+    decay = rotary_decay(model.model.language_model, 300)
     width = model.model.language_model.rotary_emb.inv_freq.shape[0] * 2
     theta = [10_000 ** (-2 * index / width) for index in range(width // 2)]
     assert float(decay[0]) == 1

@@ -10,8 +10,7 @@ import torch
 from parcelray.config.connector import RouteConfig
 from parcelray.errors import UserError
 from parcelray.models.checkpoint import verify_manifest
-from parcelray.models.rerouting import write_rerouted
-from parcelray.models.vlm import connector_of, load_vlm
+from parcelray.models.vlm import connector_of, load_vlm, write_rerouted
 
 from ..tiny import tiny_checkpoint
 
@@ -55,7 +54,7 @@ def test_the_new_routing_is_followed_with_the_old_weights(source: Path, tmp_path
 
 
 def test_a_checkpoint_that_is_no_supernet_or_lacks_a_grid_is_refused(source: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"is no supernet over splits"):
+    with pytest.raises(UserError, match=r"is not a supernet over splits"):
         write_rerouted(_with_grids(source, tmp_path / "plain", []), tmp_path / "routed", ROUTING, "s")
     with pytest.raises(UserError, match=r"anchor_grid 2 is not one of this parcel's anchor_grids"):
         write_rerouted(_with_grids(source, tmp_path / "other", [0, 4]), tmp_path / "routed", ROUTING, "s")

@@ -12,8 +12,7 @@ from parcelray.datasets.sample import Sample
 from parcelray.models.backbones import ElasticVLM
 from parcelray.models.backbones.processor_base import ElasticProcessor
 from parcelray.models.checkpoint import MINI_BASE, resolve_checkpoint
-from parcelray.models.processor import load_processor
-from parcelray.models.vlm import load_vlm, use_sdpa_where_exact
+from parcelray.models.vlm import load_processor, load_vlm, use_sdpa_where_exact
 from parcelray.serving.engine.continuous_engine import ContinuousEngine, EngineLimits
 from parcelray.serving.engine.engine import GenerateRequest, Sampling
 from parcelray.serving.ingress.prompting import PromptBuilder

@@ -14,7 +14,7 @@ from fastapi import FastAPI
 from PIL import Image
 from ray import serve
 
-from parcelray.models.processor import load_processor
+from parcelray.models.vlm import load_processor
 from parcelray.serving.replica.replica_loading import load_model
 from parcelray.serving.replica.replica_settings import ReplicaSettings
 

@@ -9,8 +9,7 @@ from parcelray.config.loader import identity
 from parcelray.evaluation.predict.predictor import BLIND
 from parcelray.evaluation.setup import budgets_for, pinned_job, prepare
 from parcelray.evaluation.tables import budget_name
-from parcelray.models.processor import image_size_of
-from parcelray.models.vlm import ElasticConfig, config_of
+from parcelray.models.vlm import ElasticConfig, config_of, image_size_of
 from parcelray.profiling.backbone_shapes import from_transformers_config
 from parcelray.profiling.flops import cost
 from parcelray.profiling.machine import matmul_flops_per_second

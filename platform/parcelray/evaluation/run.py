@@ -25,8 +25,7 @@ from parcelray.evaluation.scoring.split_scores import SplitScores
 from parcelray.evaluation.scoring.summary import Summary, summarize
 from parcelray.evaluation.setup import PreparedBenchmark, budgets_for, pinned_job, prepare
 from parcelray.models.checkpoint import ResolvedCheckpoint, content_digest
-from parcelray.models.processor import image_size_of
-from parcelray.models.vlm import connector_of
+from parcelray.models.vlm import connector_of, image_size_of
 from parcelray.tracking.mlflow_tracker import tracked_run
 from parcelray.tracking.provenance import flat_params, git_commit, resolve_model
 from parcelray.tracking.run_folder import RunFolder

@@ -10,7 +10,7 @@ from parcelray.datasets.images import decode_image
 from parcelray.datasets.sample import Sample
 from parcelray.evaluation.setup import prepare
 from parcelray.models.checkpoint import ResolvedCheckpoint
-from parcelray.models.processor import image_size_of, load_processor
+from parcelray.models.vlm import image_size_of, load_processor
 from parcelray.promotion.answer_latency import answer_p95_ms
 from parcelray.promotion.gates import Check
 from parcelray.serving.engine.continuous_engine import ContinuousEngine

@@ -14,7 +14,7 @@ from parcelray.evaluation.scoring.aggregate import Frontier, frontier_point
 from parcelray.evaluation.scoring.intervals import Interval, wilson
 from parcelray.evaluation.scoring.majority import majority_scores
 from parcelray.evaluation.scoring.split_scores import SplitScores
-from parcelray.models.processor import image_size_of
+from parcelray.models.vlm import image_size_of
 from parcelray.tracking.tracker import Tracker
 from parcelray.training.held_out import held_out_evaluation
 

@@ -30,8 +30,7 @@ from parcelray.evaluation.scoring.evaluation import AskedBenchmark, Evaluation
 from parcelray.evaluation.scoring.split_scores import Estimate, SplitScores
 from parcelray.evaluation.setup import budgets_for, generation_of, prepare
 from parcelray.models.checkpoint import ResolvedCheckpoint
-from parcelray.models.processor import image_size_of
-from parcelray.models.vlm import config_of, connector_of
+from parcelray.models.vlm import config_of, connector_of, image_size_of
 from parcelray.profiling.backbone_shapes import from_transformers_config
 from parcelray.profiling.flops import cost, kv_cache_bytes
 from parcelray.profiling.reduction_flops import reduced_prefill_flops

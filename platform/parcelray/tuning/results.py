@@ -24,8 +24,7 @@ from parcelray.evaluation.scoring.split_scores import Estimate
 from parcelray.evaluation.scoring.summary import Summary
 from parcelray.models.checkpoint import MANIFEST_NAME
 from parcelray.models.connectors.routing import default_routing
-from parcelray.models.rerouting import write_rerouted
-from parcelray.models.vlm import config_of
+from parcelray.models.vlm import config_of, write_rerouted
 from parcelray.tracking.mlflow_tracker import MlflowRunLogger
 from parcelray.tuning.adaptive import frontier_curves, study_split_search
 from parcelray.tuning.evaluate_trial import BYTES, EvaluatedPoint, WarmEvaluator, prefill_costs

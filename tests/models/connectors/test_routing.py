@@ -4,7 +4,7 @@ import pytest
 
 from parcelray.config.connector import RouteConfig
 from parcelray.errors import UserError
-from parcelray.models.connectors.matryoshka_pooling import halving_budgets
+from parcelray.models.connectors.pooling import halving_budgets
 from parcelray.models.connectors.routing import (
     bank_size,
     default_routing,

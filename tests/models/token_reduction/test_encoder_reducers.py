@@ -12,8 +12,7 @@ from numpy.typing import NDArray
 
 from parcelray.errors import UnsupportedBudgetError, UserError
 from parcelray.models.backbones import ElasticVLM
-from parcelray.models.token_reduction.base import Reduction, TokenReducer
-from parcelray.models.token_reduction.context import ReductionContext
+from parcelray.models.token_reduction.base import Reduction, ReductionContext, TokenReducer
 from parcelray.models.token_reduction.encoder_view import EncoderView
 from parcelray.models.token_reduction.prumerge import PruMerge
 from parcelray.models.token_reduction.prunesid import PruneSID
@@ -429,7 +428,7 @@ def test_merged_patches_weigh_as_many_in_the_attention(
 
 
 def test_tome_needs_no_attention_map_of_the_plain_run(views: dict[str, EncoderView]) -> None:
-    view = views["clip"].again()
+    view = views["clip"].without_maps()
     ToMe()(projected(view), num_visual_tokens=90, context=ReductionContext(encoder=view))
     assert "attention_IHN" not in vars(view)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from parcelray.errors import UnsupportedBudgetError, UserError
-from parcelray.models.token_reduction.context import PromptView, ReductionContext
+from parcelray.models.token_reduction.base import PromptView, ReductionContext
 from parcelray.models.token_reduction.fastv import FastV
 from parcelray.models.token_reduction.in_decoder import InDecoderReducer, Stage, mean_tokens
 from parcelray.models.token_reduction.mmtok import MMTok
@@ -161,7 +161,7 @@ def test_windows_are_of_each_image_of_a_prompt(attention: Tensor, tokens: Tensor
 
 
 def test_a_layer_that_the_decoder_has_not_is_refused(attention: Tensor, tokens: Tensor) -> None:
-    with pytest.raises(UserError, match=r"saliency\.layer 9 is not in this decoder of 4 layers; choose 0 to 3"):
+    with pytest.raises(UserError, match=r"saliency\.layer 9 is not a layer of this decoder of 4 layers; choose 0 to 3"):
         Saliency(definition="last_text", layer=9)(
             tokens, num_visual_tokens=7, context=ReductionContext(prompt=_view(attention))
         )

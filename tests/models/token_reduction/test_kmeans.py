@@ -175,7 +175,7 @@ def test_tokens_with_a_gradient_are_clustered_like_others() -> None:
 
 @pytest.mark.parametrize("num_clusters", [0, 49, -1])
 def test_impossible_counts_are_refused(num_clusters: int) -> None:
-    with pytest.raises(UserError, match=f"{num_clusters} clusters of 48 tokens are impossible; choose 1 to 48"):
+    with pytest.raises(UserError, match=f"48 tokens cannot form {num_clusters} clusters; choose 1 to 48"):
         kmeans(_tokens(), num_clusters)
 
 

@@ -14,9 +14,8 @@ from parcelray.models.token_reduction.average_pooling import AveragePooling
 from parcelray.models.token_reduction.base import DROPPED, TokenReducer
 from parcelray.models.token_reduction.cluster_aggregate import ClusterAggregate
 from parcelray.models.token_reduction.divprune import DivPrune
-from parcelray.models.token_reduction.random_sampling import RandomSampling
 from parcelray.models.token_reduction.saliency import Saliency
-from parcelray.models.token_reduction.spatial_sampling import SpatialSampling, even_places
+from parcelray.models.token_reduction.sampling import RandomSampling, SpatialSampling, even_positions
 
 REDUCERS: list[TokenReducer] = [
     ClusterAggregate(),
@@ -171,8 +170,8 @@ def test_random_places_are_uniform(tokens: Tensor) -> None:
 @pytest.mark.parametrize(
     ("side", "count"), [(8, 16), (24, 64), (24, 128), (24, 29), (16, 13), (4, 15), (8, 63), (3, 1)]
 )
-def test_even_places_are_spread(side: int, count: int) -> None:
-    places = even_places(side, count)
+def test_even_positions_are_spread(side: int, count: int) -> None:
+    places = even_positions(side, count)
     assert len(set(places)) == count
     assert places == sorted(places)
     sides = [(place // side < side / 2, place % side < side / 2) for place in places]
@@ -181,8 +180,8 @@ def test_even_places_are_spread(side: int, count: int) -> None:
     assert max(quarters) - min(quarters) <= count**0.5 + 1
 
 
-def test_four_even_places_are_the_middles_of_the_quarters() -> None:
-    assert even_places(8, 4) == [2 * 8 + 2, 2 * 8 + 6, 6 * 8 + 2, 6 * 8 + 6]
+def test_four_even_positions_are_the_middles_of_the_quarters() -> None:
+    assert even_positions(8, 4) == [2 * 8 + 2, 2 * 8 + 6, 6 * 8 + 2, 6 * 8 + 6]
 
 
 def test_pooling_is_torchs_own_where_cells_are_even(tokens: Tensor) -> None:

@@ -33,8 +33,7 @@ from parcelray.models.allocator import keep_freed_memory
 from parcelray.models.backbones import ElasticVLM
 from parcelray.models.backbones.processor_base import ElasticProcessor
 from parcelray.models.checkpoint import resolve_checkpoint
-from parcelray.models.processor import load_processor
-from parcelray.models.vlm import load_vlm, use_sdpa_where_exact
+from parcelray.models.vlm import load_processor, load_vlm, use_sdpa_where_exact
 
 Stage = Callable[[str], None]
 """Is told what begins, for the message of a pass that hangs."""

@@ -21,8 +21,7 @@ from parcelray.models.backbones import ElasticVLM
 from parcelray.models.backbones.processor_base import ElasticProcessor
 from parcelray.models.reduced_decoder import ReducedDecoder, VisualTokens, encode_prompts
 from parcelray.models.token_reduction import TokenReducer, build_reducer
-from parcelray.models.token_reduction.base import check_uncompressed, unreduced
-from parcelray.models.token_reduction.context import ReductionContext
+from parcelray.models.token_reduction.base import ReductionContext, check_uncompressed, unreduced
 from parcelray.models.token_reduction.encoder_view import EncoderView
 
 BLIND = 0
@@ -34,8 +33,8 @@ class Seen(NamedTuple):
 
     tokens_KL: Tensor
     """Projected."""
-    places_K: Tensor
-    """Place of each in the patch grid, int64."""
+    position_ids_K: Tensor
+    """Position of each in the patch grid, int64."""
     sizes_K: Tensor
     """Patches in each, int64."""
 
@@ -319,7 +318,7 @@ class Predictor:
         return VisualTokens(
             torch.stack([torch.cat([each.tokens_KL for each in row]) for row in rows]),
             torch.stack(
-                [torch.cat([each.places_K + number * patches for number, each in enumerate(row)]) for row in rows]
+                [torch.cat([each.position_ids_K + number * patches for number, each in enumerate(row)]) for row in rows]
             ),
             torch.stack([torch.cat([each.sizes_K for each in row]) for row in rows]),
         )

@@ -15,8 +15,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from parcelray.config.connector import ConnectorConfig
 from parcelray.errors import UserError
-from parcelray.models.connectors import Connector, build_connector
-from parcelray.models.connectors.base import VisionDims
+from parcelray.models.connectors import Connector
 
 _CONNECTOR_ADAPTER: TypeAdapter[ConnectorConfig] = TypeAdapter(ConnectorConfig)
 
@@ -42,17 +41,6 @@ class Depths(NamedTuple):
 def read_connector(connector: dict[str, Any] | None) -> ConnectorConfig:
     """The connector in a model's configuration, validated (unset: identity)."""
     return _CONNECTOR_ADAPTER.validate_python(connector or {"type": "identity"})
-
-
-def connector_for(connector: ConnectorConfig, dims: VisionDims) -> Connector:
-    """The connector of a model with such a vision tower."""
-    return build_connector(
-        connector,
-        hidden_size=dims.hidden_size,
-        grid_size=dims.grid_size,
-        mlp_width=dims.mlp_width,
-        layer_norm_eps=dims.layer_norm_eps,
-    )
 
 
 class ElasticModel(nn.Module):

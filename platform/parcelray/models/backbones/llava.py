@@ -28,9 +28,9 @@ from parcelray.models.backbones.base import (
     ElasticModel,
     ElasticVLM,
     SelfInitialised,
-    connector_for,
     read_connector,
 )
+from parcelray.models.connectors import build_connector
 from parcelray.models.connectors.base import VisionDims
 
 MODEL_TYPE = "elastic_llava"
@@ -109,7 +109,7 @@ class ElasticLlavaModel(ElasticModel, LlavaModel):  # type: ignore[misc]
 
     def __init__(self, config: ElasticLlavaConfig) -> None:
         super().__init__(config)
-        self.connector = connector_for(config.connector_config, config.vision_dims)
+        self.connector = build_connector(config.connector_config, **config.vision_dims._asdict())
         self.post_init()
 
     @torch.no_grad()

@@ -182,8 +182,7 @@ def _sample_store(job: ServeJob, metrics: EndpointMetrics) -> "RequestSamples | 
 
 
 def _describe(settings: RouteSettings, budgets: tuple[int, ...]) -> tuple[PromptBuilder, dict[int, CostBreakdown]]:
-    from parcelray.models.processor import load_processor
-    from parcelray.models.vlm import config_of
+    from parcelray.models.vlm import config_of, load_processor
 
     config = config_of(settings.path)
     connector: ConnectorConfig = (
