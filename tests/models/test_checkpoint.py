@@ -160,7 +160,7 @@ def test_what_is_no_reference_is_refused_with_the_legal_forms(reference, tmp_pat
 
 def test_the_packaged_base_is_found_or_said_to_be_missing(tmp_path, monkeypatch, folder):
     monkeypatch.setattr(parcelray, "__file__", str(tmp_path / "package" / "__init__.py"))
-    with pytest.raises(UserError, match="ships no 'mini_base'"):
+    with pytest.raises(UserError, match="does not contain the checkpoint 'mini_base'"):
         resolve_checkpoint("mini_base")
     (tmp_path / "package" / "assets").mkdir(parents=True)
     folder.rename(tmp_path / "package" / "assets" / "mini_base")

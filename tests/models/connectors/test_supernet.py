@@ -30,7 +30,7 @@ def test_every_split_gives_its_anchors_and_as_many_queries_as_are_left(
 ) -> None:
     connector = _connector(anchor_grids=GRIDS)
     if anchor_grid**2 > budget:
-        with pytest.raises(UserError, match=f"cannot be {anchor_grid**2} anchors and queries"):
+        with pytest.raises(UserError, match=f"cannot be split into {anchor_grid**2} anchors and queries"):
             connector(features, num_visual_tokens=budget, anchor_grid=anchor_grid)
         return
     with torch.no_grad():
