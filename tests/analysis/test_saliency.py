@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 
 from parcelray.analysis.attention_maps import AttentionMaps, attention_maps
-from parcelray.analysis.leave_token_out import leave_one_out, moved_places, validity
+from parcelray.analysis.leave_token_out import leave_one_out, moved_positions, validity
 from parcelray.analysis.redundancy_profile import redundancy_profile
 from parcelray.analysis.saliency import jaccard, saliency_report, saliency_reports
 from parcelray.config.connector import M3ConnectorConfig
@@ -128,10 +128,10 @@ def test_validity_tells_a_measure_that_matters_from_one_that_does_not() -> None:
 
 
 def test_a_movement_keeps_neighbours_together() -> None:
-    places = moved_places(64, 200, np.random.default_rng(0))
-    assert all(sorted(each) == list(range(64)) for each in places.tolist())
-    assert len({tuple(each) for each in places.tolist()}) > 100
-    rows, columns = np.divmod(places.reshape(-1, 8, 8), 8)
+    positions = moved_positions(64, 200, np.random.default_rng(0))
+    assert all(sorted(each) == list(range(64)) for each in positions.tolist())
+    assert len({tuple(each) for each in positions.tolist()}) > 100
+    rows, columns = np.divmod(positions.reshape(-1, 8, 8), 8)
     beside = np.abs(columns[:, :, 1:] - columns[:, :, :-1])
     assert set(beside.ravel().tolist()) <= {1, 7}, "on a torus the first and the last column are neighbours"
     assert (rows[:, :, 1:] == rows[:, :, :-1]).all()

@@ -71,9 +71,9 @@ def attention_maps(
         view = EncoderView(model.model, pixels)
         full_1NL = view.project(view.patch_features_IND)
         count = full_1NL.shape[1]
-        places = torch.arange(count, device=device).expand(len(asked), -1)
+        position_ids = torch.arange(count, device=device).expand(len(asked), -1)
         text = encode_prompts(processor, list(asked), None, device)
-        visual = VisualTokens(full_1NL.expand(len(asked), -1, -1), places, torch.ones_like(places))
+        visual = VisualTokens(full_1NL.expand(len(asked), -1, -1), position_ids, torch.ones_like(position_ids))
         maps_LPHTN = torch.stack(decoder.attention(text, visual, layers)).float()
         valid = text.valid_BT[None, :, None, :, None]
         last.append(maps_LPHTN[:, :, :, -1].transpose(0, 1).cpu().numpy())

@@ -83,7 +83,7 @@ def leave_one_out(
     losses = []
     for start in range(0, count, batch_size):
         left_out = everywhere[start : start + batch_size]
-        # The places of all tokens but one, a row for each.
+        # The positions of all tokens but one, a row for each.
         others_BM = everywhere.expand(len(left_out), -1)[everywhere[None] != left_out[:, None]].view(
             len(left_out), count - 1
         )
@@ -124,7 +124,7 @@ def validity(
     for loss_N, values in zip(losses, measures, strict=True):
         lost_N = _standardised(loss_N)
         # One movement of a pair's losses serves all measures: the test of each is still its own.
-        moved_RN = lost_N[moved_places(len(lost_N), permutations, rng)]
+        moved_RN = lost_N[moved_positions(len(lost_N), permutations, rng)]
         for name, measure_N in values.items():
             ranks_N = _standardised(measure_N)
             each[name].append(float(lost_N @ ranks_N) / len(lost_N))
@@ -140,7 +140,7 @@ def validity(
     }
 
 
-def moved_places(num_tokens: int, permutations: int, rng: np.random.Generator) -> NDArray[np.int64]:
+def moved_positions(num_tokens: int, permutations: int, rng: np.random.Generator) -> NDArray[np.int64]:
     """Which token stands where after random movements of the grid on a torus, and flips: [R, N].
 
     Raises:
@@ -152,18 +152,22 @@ def moved_places(num_tokens: int, permutations: int, rng: np.random.Generator) -
         rng.integers(side, size=(2, permutations, 1)),
         rng.choice((-1, 1), size=(2, permutations, 1)),
     )
-    places_RN: NDArray[np.int64] = (up_R1 * rows_N + down_R1) % side * side + (left_R1 * columns_N + right_R1) % side
-    return places_RN
+    positions_RN: NDArray[np.int64] = (up_R1 * rows_N + down_R1) % side * side + (left_R1 * columns_N + right_R1) % side
+    return positions_RN
 
 
 def _log_likelihood(
-    decoder: ReducedDecoder, processor: ElasticProcessor, pair: Pair, tokens_1NL: torch.Tensor, places_BM: torch.Tensor
+    decoder: ReducedDecoder,
+    processor: ElasticProcessor,
+    pair: Pair,
+    tokens_1NL: torch.Tensor,
+    positions_BM: torch.Tensor,
 ) -> torch.Tensor:
-    """Log likelihood [B] of the answer and its end, with the tokens at some places only."""
-    batch = len(places_BM)
+    """Log likelihood [B] of the answer and its end, with the tokens at some positions only."""
+    batch = len(positions_BM)
     prompts = encode_prompts(processor, [pair.prompt] * batch, [pair.answer] * batch, tokens_1NL.device)
     logits_BTV = decoder.logits(
-        prompts, VisualTokens(tokens_1NL[0][places_BM], places_BM, torch.ones_like(places_BM))
+        prompts, VisualTokens(tokens_1NL[0][positions_BM], positions_BM, torch.ones_like(positions_BM))
     ).float()
     logs_BT = logits_BTV[:, :-1].log_softmax(-1).gather(2, prompts.after_BT[:, 1:, None]).squeeze(2)
     return logs_BT.where((prompts.answer_BT & prompts.valid_BT)[:, 1:], 0.0).sum(1)

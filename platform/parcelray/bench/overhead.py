@@ -98,8 +98,8 @@ class _Setting:
         self, reducer: TokenReducer | None, positions: Positions, budget: int, new_tokens: int
     ) -> Tensor:
         """The same in the loop of the reduced decoder, with the reduction inside."""
-        places = torch.arange(self.num_tokens, device=self.device).expand(len(self.tokens_BND), -1)
-        visual = VisualTokens(self.tokens_BND, places, torch.ones_like(places))
+        position_ids = torch.arange(self.num_tokens, device=self.device).expand(len(self.tokens_BND), -1)
+        visual = VisualTokens(self.tokens_BND, position_ids, torch.ones_like(position_ids))
         decoder = ReducedDecoder(self.model, positions)
         return decoder.generate(
             self.prompts, visual, max_new_tokens=new_tokens, eos_token_id=-1, reducer=reducer, budget=budget

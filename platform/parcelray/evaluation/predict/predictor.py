@@ -33,8 +33,8 @@ class Seen(NamedTuple):
 
     tokens_KL: Tensor
     """Projected."""
-    position_ids_K: Tensor
-    """Position of each in the patch grid, int64."""
+    places_K: Tensor
+    """Place of each in the patch grid, int64."""
     sizes_K: Tensor
     """Patches in each, int64."""
 
@@ -318,7 +318,7 @@ class Predictor:
         return VisualTokens(
             torch.stack([torch.cat([each.tokens_KL for each in row]) for row in rows]),
             torch.stack(
-                [torch.cat([each.position_ids_K + number * patches for number, each in enumerate(row)]) for row in rows]
+                [torch.cat([each.places_K + number * patches for number, each in enumerate(row)]) for row in rows]
             ),
             torch.stack([torch.cat([each.sizes_K for each in row]) for row in rows]),
         )
