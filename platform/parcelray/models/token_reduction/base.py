@@ -137,7 +137,7 @@ def check_uncompressed(connector: Connector) -> None:
     """Raises `UserError` if the model already compresses, that is, if its connector is not the identity."""
     if connector.name != "identity":
         raise UserError(
-            "A training-free reducer needs the patch tokens of a model without compression, but this model has the"
+            "A training-free reducer needs the patch tokens of a model without compression, and this one has the"
             f" connector {connector.name}; evaluate it without a reducer, or give its vanilla base."
         )
 

@@ -117,9 +117,9 @@ def iterate(
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _seed(
+def _seed(  # type: ignore[no-untyped-def]
     gram, draws, assignment, first, num_tokens, num_clusters, candidates, TOKENS: tl.constexpr, CANDIDATES: tl.constexpr
-):  # type: ignore[no-untyped-def]
+):
     image = tl.program_id(0)
     gram += image.to(tl.int64) * num_tokens * num_tokens
     token = tl.arange(0, TOKENS)
@@ -165,7 +165,7 @@ def _count(assignment, sizes, num_tokens, num_clusters, TOKENS: tl.constexpr):  
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _sum(
+def _sum(  # type: ignore[no-untyped-def]
     gram,
     assignment,
     sums,
@@ -175,7 +175,7 @@ def _sum(
     COLUMNS: tl.constexpr,
     ROWS: tl.constexpr,
     CLUSTERS: tl.constexpr,
-):  # type: ignore[no-untyped-def]
+):
     block, image = tl.program_id(0), tl.program_id(2)
     cluster = tl.program_id(1) * CLUSTERS + tl.arange(0, CLUSTERS)
     column = block * COLUMNS + tl.arange(0, COLUMNS)
@@ -246,9 +246,9 @@ def _assign(  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _fill(
+def _fill(  # type: ignore[no-untyped-def]
     assignment, updated, distances, sizes, moved, num_tokens, num_clusters, TOKENS: tl.constexpr, CLUSTERS: tl.constexpr
-):  # type: ignore[no-untyped-def]
+):
     """Gives each empty cluster the token farthest from its centroid, from clusters with more than one token.
 
     Also sets `moved` if a token of the image changed its cluster.
