@@ -104,8 +104,8 @@ def build_config(config: MiniModelConfig, processor: ElasticPaliGemmaProcessor) 
             "vocab_size": vocab_size,
             "max_position_embeddings": 8192,
             # Fan-in scale. The default 0.02 suits a width of about 2,000. At width 96, every attention would start
-            # uniform and the embeddings would start at a fifth of what the post-norms add, so that training from
-            # scratch would stay on a plateau for thousands of steps.
+            # uniform, and the embeddings would start at a fifth of what the post-norms add. Training from scratch would
+            # then stay on a plateau for thousands of steps.
             "initializer_range": config.text_width**-0.5,
             # No soft-capping: SDPA does not support it, and at this size the logits stay small.
             "attn_logit_softcapping": None,
@@ -141,8 +141,8 @@ def grid_positions(grid_size: int, width: int) -> Tensor:
     """Returns two-dimensional sine-cosine positions [N, D] in row-major order.
 
     Half of the channels encode the row, half the column. These are the initial values of the learnt position
-    embeddings. Random ones would be a tenth of the patch content at this width, and a model trained from scratch would
-    take long to learn where a patch is.
+    embeddings. Random values would be a tenth of the patch content at this width. A model trained from scratch would
+    then take long to learn where a patch is.
     """
     frequencies = _frequencies(width)
     angles = torch.arange(grid_size)[:, None] * frequencies
@@ -154,9 +154,9 @@ def grid_positions(grid_size: int, width: int) -> Tensor:
 def attend_to_neighbours(attention: SiglipAttention, first: int) -> None:
     """Initialises queries and keys so that each head attends to one of the eight neighbours of a patch.
 
-    A rotation by w d takes (sin w p, cos w p) to (sin w (p + d), cos w (p + d)), so a query that is rotated by the
-    offset of a neighbour matches the key there. The result resembles a convolution. From random attention, shapes that
-    span several patches are learnt a few times more slowly.
+    A rotation by w d takes (sin w p, cos w p) to (sin w (p + d), cos w (p + d)). A query that is rotated by the offset
+    of a neighbour therefore matches the key there. The result resembles a convolution. From random attention, shapes
+    that span several patches are learnt a few times more slowly.
 
     Args:
         attention: attention of a SigLIP or CLIP layer, changed in place.

@@ -1,8 +1,8 @@
 """Runs a decoder over reduced visual tokens, for the cases that transformers' own `generate` does not support.
 
-These are: rotary positions taken from the raster of the image, attention that weighs a token by the number of its
-patches, and visual tokens that are dropped between layers, which gives each layer a KV cache of its own length. The
-layers themselves are the stock ones.
+There are three such cases: rotary positions taken from the raster of the image; attention that weights a token by the
+number of its patches; and visual tokens that are dropped between layers, so that layers have KV caches of different
+lengths. The layers themselves are the stock ones.
 
 Shape suffixes: B prompts, O text tokens before the images, V visual tokens of a prompt, T text tokens after them,
 S = O + V + T, M generated tokens, H query heads, L language width. Rows are aligned at the end: padding is placed

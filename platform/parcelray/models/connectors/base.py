@@ -86,10 +86,10 @@ class Connector(nn.Module, ABC):
     def match_scale(self, gain_D: Tensor, bias_D: Tensor | None) -> None:
         """Initialises the learned tokens at the scale of the patch features; no effect without learned tokens.
 
-        The projector and the language model were trained on patch features, and the projector can amplify a wrong scale
-        to tens of times the standard deviation of the text embeddings. If the connector's output norm has the affine
-        parameters of the vision tower's post_layernorm, anchors and query tokens enter the projector with the
-        statistics that it was trained on.
+        The projector and the language model were trained on patch features. The projector can amplify a wrong scale to
+        tens of times the standard deviation of the text embeddings. The connector's output norm therefore gets the
+        affine parameters of the vision tower's post_layernorm. Anchors and query tokens then enter the projector with
+        the statistics that it was trained on.
 
         Args:
             gain_D: weight of the vision tower's post_layernorm.

@@ -28,10 +28,10 @@ class PruneSID(TokenReducer):
 
     1. Groups. The sigmoid of the features, each patch centred over its width, has K / 4 principal components over the
        patches. A patch is in the group of the component with its largest loading.
-    2. Suppression. In each group, the patch with the most class attention (summed over heads) suppresses the patches
-       whose cosine is above K / 32 times the mean cosine of all pairs. Then the next remaining patch does the same.
-    3. Quotas. A group gives at least one patch and otherwise its share of the remaining patches of all groups, but at
-       most 5 for each 64 of the budget.
+    2. Suppression. In each group, the patch with the most class attention (summed over heads) suppresses similar ones:
+       those with a cosine above K / 32 times the mean cosine of all pairs. Then the next remaining patch does the same.
+    3. Quotas. A group gives its share of the remaining patches of all groups. This is at least one patch, and at most 5
+       for each 64 of the budget.
 
     The class token, if the tower has one, comes first.
     """

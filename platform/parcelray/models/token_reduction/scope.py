@@ -20,7 +20,7 @@ from parcelray.models.token_reduction.base import (
 class Scope(TokenReducer):
     """Selects patches greedily by the coverage that they add, times their attention to the power `alpha`.
 
-    Each step takes the patch j with the largest sum_i max(0, cos(i, j) - c_i) * attention_j ** alpha, where c_i is the
+    Each step takes the patch j with the largest sum_i max(0, cos(i, j) - c_i) * attention_j ** alpha. Here, c_i is the
     largest cosine of patch i with a patch taken so far.
 
     Args:

@@ -32,10 +32,10 @@ _RECYCLED_SHARE, _TOKENS_A_CLUSTER, _NEIGHBOURS = 0.3, 10, 5
 class SparseVLM(InDecoderReducer):
     """Drops tokens at layers 2, 6 and 15 of 32, ranked by the attention of the raters, averaged over heads.
 
-    Raters are the words that matter for the image: those whose mean over the visual tokens, after a softmax over the
-    words of the inner products of visual and text embeddings, is above the mean of all words. The best 30 % of the
-    tokens that a stage drops are recycled: density peaks (Rodriguez and Laio, Science 2014; k nearest neighbours)
-    cluster them, ten tokens per cluster, and the means of the clusters follow the kept tokens.
+    Raters are the words that matter for the image. For each visual token, a softmax over the words is taken of the
+    inner products with the text embeddings. Words whose mean over the visual tokens is above the mean of all words are
+    raters. The best 30 % of the tokens that a stage drops are recycled: density peaks (Rodriguez and Laio, Science
+    2014; k nearest neighbours) cluster them, ten tokens per cluster. The means of the clusters follow the kept tokens.
     """
 
     name = "sparsevlm"
