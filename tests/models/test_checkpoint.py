@@ -65,7 +65,7 @@ def test_a_changed_file_is_named(folder):
 def test_a_file_of_another_size_is_named(folder):
     written(folder)
     (folder / "config.json").write_text("{}")
-    with pytest.raises(UserError, match=r"config\.json in .* has 2 bytes, but its manifest says 19"):
+    with pytest.raises(UserError, match=r"config\.json in .* has 2 bytes, but its manifest lists 19"):
         verify_manifest(folder)
 
 

@@ -251,14 +251,14 @@ def verify_manifest(folder: Path) -> Manifest:
             raise UserError(f"{folder} lacks {name}, which its manifest lists; {remedy}.")
         size = present[name].stat().st_size
         if size != entry.bytes:
-            raise UserError(f"{name} in {folder} has {size} bytes, but its manifest says {entry.bytes}; {remedy}.")
+            raise UserError(f"{name} in {folder} has {size} bytes, but its manifest lists {entry.bytes}; {remedy}.")
     for name, path in present.items():
         if name not in manifest.files:
             raise UserError(f"{folder} contains {name}, which its manifest does not list; remove it or {remedy}.")
         digest = _sha256(path)
         if digest != manifest.files[name].sha256:
             raise UserError(
-                f"{name} in {folder} has SHA-256 {digest}, but its manifest says {manifest.files[name].sha256};"
+                f"{name} in {folder} has SHA-256 {digest}, but its manifest lists {manifest.files[name].sha256};"
                 f" {remedy}."
             )
     return manifest

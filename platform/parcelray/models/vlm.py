@@ -1,6 +1,6 @@
 """Loads a model and its processor from a checkpoint folder, for every backbone family, and rewrites its routing.
 
-What the configuration alone tells (family, sizes, connector, legal budgets) is read without the weights.
+Properties of the configuration (family, sizes, connector, legal budgets) are read without loading the weights.
 """
 
 import json
