@@ -23,8 +23,7 @@ from parcelray.evaluation.frontier import frontier_table, write_frontier
 from parcelray.evaluation.predict import PYFUNC_FILE
 from parcelray.evaluation.predict.predictor import Predictor
 from parcelray.evaluation.scoring.aggregate import Frontier
-from parcelray.models.processor import image_size_of, load_processor
-from parcelray.models.vlm import load_vlm
+from parcelray.models.vlm import image_size_of, load_processor, load_vlm
 from parcelray.tracking.mlflow_tracker import MlflowRunLogger, tracked_run
 from parcelray.tracking.registry import promote, register_model, resolve_registry
 from parcelray.tracking.store import ensure_store

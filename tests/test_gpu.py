@@ -1,4 +1,4 @@
-"""What runs on a GPU does there as on a CPU: clustering, every reducer, offline answers, the serving engine and a training."""
+"""Results on a GPU compared with a CPU: clustering, every reducer, offline answers, serving engine and training."""
 
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,11 @@ from parcelray.datasets.sample import Sample
 from parcelray.evaluation.predict.generation import GenerationSettings
 from parcelray.evaluation.predict.predictor import Predictor
 from parcelray.models.checkpoint import resolve_checkpoint
-from parcelray.models.processor import load_processor
 from parcelray.models.token_reduction import build_reducer
-from parcelray.models.token_reduction.base import taken
-from parcelray.models.token_reduction.context import ReductionContext
+from parcelray.models.token_reduction.base import ReductionContext, gather_tokens
 from parcelray.models.token_reduction.encoder_view import EncoderView
 from parcelray.models.token_reduction.kmeans import cluster_sums, kmeans
-from parcelray.models.vlm import load_vlm
+from parcelray.models.vlm import load_processor, load_vlm
 from parcelray.serving.engine.continuous_engine import ContinuousEngine
 from parcelray.serving.engine.engine import answer_all
 from parcelray.training.train_loop import fit_in_process
@@ -36,7 +34,7 @@ DEVICES = ("cpu", "cuda")
 
 @pytest.fixture(autouse=True)
 def whole_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Convolutions in float32, as on a CPU: by default they are rounded to TF32 on the way in."""
+    """Computes convolutions in full float32, as on a CPU; the default on a GPU is TF32."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
@@ -46,41 +44,44 @@ def samples() -> list[Sample]:
 
 
 def overlap(one_BN: Tensor, two_BN: Tensor) -> float:
-    """Of the pairs of tokens that are in one output token by either assignment, the share that are so by both; 1: the same but for its numbers."""
+    """Returns how similar two assignments of tokens are, independent of the numbering of the output tokens.
+
+    It is the number of token pairs that share an output token in both assignments, divided by the number in either.
+    """
     together = [(each[:, :, None] == each[:, None]) & (each >= 0)[:, None] for each in (one_BN.cpu(), two_BN.cpu())]
     return float((together[0] & together[1]).sum() / (together[0] | together[1]).sum())
 
 
 @pytest.mark.parametrize("num_clusters", [1, 13, 64, 192, 575])
 @pytest.mark.parametrize("seeding", ["greedy", "plain"])
-def test_photographs_are_clustered_as_on_a_cpu(num_clusters: int, seeding: Any) -> None:
+def test_clusters_of_photographs_match_the_cpu(num_clusters: int, seeding: Any) -> None:
     tokens = photograph_tokens(3, 256)
-    expected, found, again = (
+    expected, result, again = (
         kmeans(each, num_clusters, seeding=seeding) for each in (tokens, tokens.cuda(), tokens.cuda())
     )
-    # A token halfway between two may fall to either side.
-    assert overlap(found.assignment_BN, expected.assignment_BN) >= 0.97
-    assert found.inertia_B.tolist() == pytest.approx(expected.inertia_B.tolist(), rel=1e-3, abs=1e-2)
-    assert int(found.sizes_BK.min()) >= 1
+    # A token halfway between two centroids may be assigned to either.
+    assert overlap(result.assignment_BN, expected.assignment_BN) >= 0.97
+    assert result.inertia_B.tolist() == pytest.approx(expected.inertia_B.tolist(), rel=1e-3, abs=1e-2)
+    assert int(result.sizes_BK.min()) >= 1
     assert torch.equal(
-        found.sizes_BK, torch.stack([each.bincount(minlength=num_clusters) for each in found.assignment_BN])
+        result.sizes_BK, torch.stack([each.bincount(minlength=num_clusters) for each in result.assignment_BN])
     )
-    assert torch.equal(found.assignment_BN, again.assignment_BN)
+    assert torch.equal(result.assignment_BN, again.assignment_BN)
 
 
 @pytest.mark.parametrize("num_clusters", [32, 128])
-def test_half_precision_clusters_as_well(num_clusters: int) -> None:
+def test_half_precision_clusters_are_as_good(num_clusters: int) -> None:
     tokens = photograph_tokens(4, 1024)
-    expected, found = kmeans(tokens, num_clusters), kmeans(tokens.cuda().bfloat16(), num_clusters)
+    expected, result = kmeans(tokens, num_clusters), kmeans(tokens.cuda().bfloat16(), num_clusters)
 
     def inertia(assignment_BN: Tensor) -> float:
         means_BKD = (
             cluster_sums(tokens, assignment_BN, num_clusters)
             / torch.stack([each.bincount() for each in assignment_BN])[:, :, None]
         )
-        return float((tokens - taken(means_BKD, assignment_BN)).square().sum())
+        return float((tokens - gather_tokens(means_BKD, assignment_BN)).square().sum())
 
-    assert inertia(found.assignment_BN.cpu()) == pytest.approx(inertia(expected.assignment_BN), rel=0.01)
+    assert inertia(result.assignment_BN.cpu()) == pytest.approx(inertia(expected.assignment_BN), rel=0.01)
 
 
 def test_as_many_clusters_as_tokens() -> None:
@@ -92,15 +93,15 @@ def test_clusters_that_lose_all_their_tokens_are_filled() -> None:
     generator = torch.Generator().manual_seed(0)
     points = torch.rand(4, 120, 3, generator=generator)
     gram = points @ points.transpose(1, 2)
-    # Clusters of neighbours in the order, each all over the place: their means nearly coincide, and many lose all.
+    # Each cluster is spread over all tokens, so the means nearly coincide and many clusters lose all their tokens.
     start = (torch.arange(120, dtype=torch.int32) % 60).repeat(4, 1)
-    found = kernels.iterate(gram.cuda(), start.cuda(), 60, 0.0, torch.zeros(4, device="cuda"), 50)
-    for each in found.assignment_BN:
+    result = kernels.iterate(gram.cuda(), start.cuda(), 60, 0.0, torch.zeros(4, device="cuda"), 50)
+    for each in result.assignment_BN:
         assert sorted(each.unique().tolist()) == list(range(60))
 
 
 @pytest.mark.parametrize("name", REDUCERS)
-def test_a_reducer_keeps_what_it_keeps_on_a_cpu(name: str, samples: list[Sample]) -> None:
+def test_reductions_match_the_cpu(name: str, samples: list[Sample]) -> None:
     config = REDUCERS[name]
     path = resolve_checkpoint("mini_llava").path
     processor = load_processor(path)
@@ -120,7 +121,7 @@ def test_a_reducer_keeps_what_it_keeps_on_a_cpu(name: str, samples: list[Sample]
         return
     images = [decode_image(sample.images[0]) for sample in samples[:12]]
     pixels = processor.image_processor(images, return_tensors="pt")["pixel_values"]
-    found: list[Tensor] = []
+    result: list[Tensor] = []
     for device in DEVICES:
         model = load_vlm(path).to(device).eval()
         with torch.no_grad():
@@ -129,11 +130,11 @@ def test_a_reducer_keeps_what_it_keeps_on_a_cpu(name: str, samples: list[Sample]
                 view.project(view.patch_features_IND), num_visual_tokens=budget, context=ReductionContext(encoder=view)
             )
         assert reduction.tokens_BKD.shape[1] == budget
-        found.append(reduction.assignment_BN)
-    assert overlap(*found) >= 0.9
+        result.append(reduction.assignment_BN)
+    assert overlap(*result) >= 0.9
 
 
-def test_answers_at_every_budget_are_those_of_a_cpu(samples: list[Sample]) -> None:
+def test_answers_at_every_budget_match_the_cpu(samples: list[Sample]) -> None:
     path = resolve_checkpoint("mini_base").path
     processor = load_processor(path)
     budgets = [0, 16, 64, 256]
@@ -150,7 +151,7 @@ def test_answers_at_every_budget_are_those_of_a_cpu(samples: list[Sample]) -> No
         assert same >= 0.95 * len(samples), budget
 
 
-def test_the_engine_answers_as_offline(samples: list[Sample]) -> None:
+def test_the_engine_matches_offline_answers(samples: list[Sample]) -> None:
     path = resolve_checkpoint("mini_base").path
     processor = load_processor(path)
     model = load_vlm(path, connector=M3ConnectorConfig()).to("cuda").eval()
@@ -159,13 +160,13 @@ def test_the_engine_answers_as_offline(samples: list[Sample]) -> None:
     ).generate_budgets(samples, [16, 256])
     engine = ContinuousEngine(model, processor)
     ask = Asker(processor)
-    found = answer_all(engine, [ask(sample, budget) for budget in (16, 256) for sample in samples])
+    result = answer_all(engine, [ask(sample, budget) for budget in (16, 256) for sample in samples])
     engine.close()
-    same = sum(one.text == two for one, two in zip(found, [*offline[16], *offline[256]], strict=True))
-    assert same >= 0.97 * len(found)
+    same = sum(one.text == two for one, two in zip(result, [*offline[16], *offline[256]], strict=True))
+    assert same >= 0.97 * len(result)
 
 
-def test_a_training_in_bf16_follows_the_one_in_float32(tmp_path: Path) -> None:
+def test_training_in_bf16_follows_float32(tmp_path: Path) -> None:
     losses = []
     for precision in ("fp32", "bf16"):
         recorder, folder = Recorder(), tmp_path / precision

@@ -1,4 +1,4 @@
-"""A tiny untrained checkpoint, and a benchmark whose right answers can be made what it says."""
+"""A tiny untrained checkpoint, and a benchmark whose reference answers a test can choose."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,7 +30,7 @@ metric: exact_match
 
 
 def tiny_checkpoint(folder: Path, seed: int, **changes: Any) -> Path:
-    """A checkpoint with a manifest; the folder of its files."""
+    """Writes a checkpoint with a manifest; returns the folder of its files."""
     with pytest.MonkeyPatch.context() as patch:
         few_tokenizer_texts(patch)
         model, processor = build_start(tiny_job(folder, seed=seed, **changes), None)
@@ -41,7 +41,10 @@ def tiny_checkpoint(folder: Path, seed: int, **changes: Any) -> Path:
 
 
 def own_benchmark(folder: Path, answers: Sequence[Sequence[str]], more: str = "") -> Path:
-    """One question about patches of as many colours as there are sets of right answers; the folder of own.yaml and its data."""
+    """Writes a benchmark with one question about patches of different colours, one row per set of reference answers.
+
+    Returns the folder of own.yaml and its data.
+    """
     folder.mkdir()
     (folder / "own.yaml").write_text(OWN % len(answers) + more)
     rows = [

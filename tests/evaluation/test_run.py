@@ -352,7 +352,7 @@ def test_a_supernet_is_evaluated_at_any_split(tmp_path: Path) -> None:
     assert split[4].computed == 2 * QUESTIONS
     assert _answers(split[4], 40) == _answers(by_routing, 40)
     assert _answers(split[0], 40) != _answers(by_routing, 40)
-    with pytest.raises(UserError, match="40 visual tokens cannot be 64 anchors and queries"):
+    with pytest.raises(UserError, match="40 visual tokens cannot be split into 64 anchors and queries"):
         _run(_job(tmp_path, supernet, name="large", budgets=[40], anchor_grid=8))
 
 

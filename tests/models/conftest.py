@@ -1,4 +1,4 @@
-"""A small elastic model with random weights."""
+"""Small elastic models with random weights."""
 
 from pathlib import Path
 
@@ -40,13 +40,16 @@ CORPUS = ["what color is the circle", "how many red blue green 47", "which image
 
 
 def random_images(count: int, seed: int = 0) -> list[Image.Image]:
-    """Seeded noise, 64 x 64."""
+    """Returns images of seeded noise, 64 x 64 pixels."""
     rng = np.random.default_rng(seed)
     return [Image.fromarray(rng.integers(0, 255, (64, 64, 3), dtype=np.uint8)) for _ in range(count)]
 
 
 def write_tower_as_on_the_hub(folder: Path) -> None:
-    """Gives the vision tower's weights the names of the released checkpoints, which later versions of transformers shortened."""
+    """Renames the vision tower's weights to the keys of the released checkpoints.
+
+    Later versions of transformers shortened these keys.
+    """
     weights = load_file(folder / "model.safetensors")
     old = {key.replace("vision_tower.", "vision_tower.vision_model.", 1): value for key, value in weights.items()}
     save_file(old, folder / "model.safetensors", metadata={"format": "pt"})
@@ -54,13 +57,13 @@ def write_tower_as_on_the_hub(folder: Path) -> None:
 
 @pytest.fixture(autouse=True)
 def seed() -> None:
-    """What a test draws from torch's global generator does not depend on the tests before it."""
+    """Seeds torch's global generator, so that random numbers do not depend on the tests before."""
     torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")
 def processor() -> ElasticPaliGemmaProcessor:
-    """Tokenizer and image processor of the mini model."""
+    """The processor of the mini model."""
     return build_processor(CONFIG, CORPUS)
 
 

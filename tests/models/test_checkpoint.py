@@ -1,3 +1,5 @@
+"""Resolving model references, and writing and verifying manifests."""
+
 import json
 
 import huggingface_hub.constants
@@ -33,7 +35,7 @@ def written(folder):
     )
 
 
-def test_a_manifest_says_where_a_checkpoint_comes_from_and_what_its_files_are(folder):
+def test_a_manifest_records_provenance_and_checksums(folder):
     path = written(folder)
     manifest = verify_manifest(folder)
     assert path.name == "manifest.json"
@@ -63,14 +65,14 @@ def test_a_changed_file_is_named(folder):
 def test_a_file_of_another_size_is_named(folder):
     written(folder)
     (folder / "config.json").write_text("{}")
-    with pytest.raises(UserError, match=r"config\.json in .* has 2 bytes, but its manifest says 19"):
+    with pytest.raises(UserError, match=r"config\.json in .* has 2 bytes, but its manifest lists 19"):
         verify_manifest(folder)
 
 
 def test_a_missing_and_an_unlisted_file_are_named(folder):
     written(folder)
     (folder / "added.json").write_text("{}")
-    with pytest.raises(UserError, match=r"holds added\.json, which its manifest does not list"):
+    with pytest.raises(UserError, match=r"contains added\.json, which its manifest does not list"):
         verify_manifest(folder)
     (folder / "added.json").rename(folder / "config.json")
     (folder / "config.json").unlink()
@@ -88,13 +90,13 @@ def test_a_manifest_cannot_reach_outside_its_folder(folder):
 
 
 @pytest.mark.parametrize("content", ["{}", "not json", '{"format": 2}'])
-def test_something_else_is_not_a_manifest(folder, content):
+def test_an_invalid_manifest_is_refused(folder, content):
     (folder / "manifest.json").write_text(content)
     with pytest.raises(UserError, match="is not a manifest of format 1"):
         read_manifest(folder)
 
 
-def test_a_folder_without_a_manifest_says_so(folder):
+def test_a_folder_without_a_manifest_is_refused(folder):
     with pytest.raises(UserError, match=r"has no manifest\.json"):
         verify_manifest(folder)
 
@@ -134,11 +136,11 @@ def test_a_folder_without_safetensors_is_refused(folder):
         resolve_checkpoint(folder)
 
 
-def test_registry_references_go_to_the_resolver_once(folder):
-    asked = []
+def test_registry_references_are_resolved_once(folder):
+    references = []
 
     def resolver(reference):
-        asked.append(reference)
+        references.append(reference)
         return folder, "models:/parcel/3"
 
     assert resolve_checkpoint("models:/parcel@champion", registry_resolver=resolver) == (
@@ -146,21 +148,21 @@ def test_registry_references_go_to_the_resolver_once(folder):
         "models:/parcel@champion",
         "models:/parcel/3",
     )
-    assert asked == ["models:/parcel@champion"]
+    assert references == ["models:/parcel@champion"]
     with pytest.raises(UserError, match="needs a model registry"):
         resolve_checkpoint("models:/parcel@champion")
 
 
 @pytest.mark.parametrize("reference", ["nowhere", "./nowhere/model", "/nowhere/model", "~/nowhere/model", "a/b/c", ""])
-def test_what_is_no_reference_is_refused_with_the_legal_forms(reference, tmp_path, monkeypatch):
+def test_an_invalid_reference_is_refused_with_the_legal_forms(reference, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="models:/NAME@ALIAS"):
         resolve_checkpoint(reference)
 
 
-def test_the_packaged_base_is_found_or_said_to_be_missing(tmp_path, monkeypatch, folder):
+def test_the_packaged_base_is_resolved_or_reported_missing(tmp_path, monkeypatch, folder):
     monkeypatch.setattr(parcelray, "__file__", str(tmp_path / "package" / "__init__.py"))
-    with pytest.raises(UserError, match="ships no 'mini_base'"):
+    with pytest.raises(UserError, match="does not contain the checkpoint 'mini_base'"):
         resolve_checkpoint("mini_base")
     (tmp_path / "package" / "assets").mkdir(parents=True)
     folder.rename(tmp_path / "package" / "assets" / "mini_base")
@@ -169,7 +171,7 @@ def test_the_packaged_base_is_found_or_said_to_be_missing(tmp_path, monkeypatch,
 
 @pytest.fixture
 def hub_cache(tmp_path, monkeypatch):
-    """An offline machine with an empty cache of the Hub."""
+    """An offline machine with an empty Hub cache."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     return tmp_path / "hub"
@@ -188,6 +190,6 @@ def test_a_hub_model_is_pinned_to_its_commit(hub_cache, folder):
     (repository / "snapshots").mkdir()
     folder.rename(repository / "snapshots" / commit)
     for reference in ("org/name", "hf:org/name", f"org/name@{commit}", f"hf:org/name@{commit}"):
-        found = resolve_checkpoint(reference)
-        assert found.pinned == f"hf:org/name@{commit}"
-        assert found.path == repository / "snapshots" / commit
+        result = resolve_checkpoint(reference)
+        assert result.pinned == f"hf:org/name@{commit}"
+        assert result.path == repository / "snapshots" / commit

@@ -1,4 +1,4 @@
-"""The elastic LLaVA against the stock transformers class, with each kind of vision tower."""
+"""The elastic LLaVA compared with the stock transformers class, for each kind of vision tower."""
 
 from pathlib import Path
 
@@ -15,8 +15,7 @@ from parcelray.models.backbones import ElasticLlavaConfig, ElasticLlavaForCondit
 from parcelray.models.backbones.llava_processor import ElasticLlavaProcessor
 from parcelray.models.mini import save_checkpoint
 from parcelray.models.mini_llava import build, build_config, build_processor
-from parcelray.models.processor import image_size_of, load_processor
-from parcelray.models.vlm import connector_of, load_vlm
+from parcelray.models.vlm import connector_of, image_size_of, load_processor, load_vlm
 
 from .conftest import CORPUS, MINI_LLAVA, random_images, write_tower_as_on_the_hub
 
@@ -30,7 +29,10 @@ def llava_processor() -> ElasticLlavaProcessor:
 
 @pytest.fixture(scope="module")
 def stock_folder(tmp_path_factory: pytest.TempPathFactory, llava_processor: ElasticLlavaProcessor) -> Path:
-    """A stock LLaVA-1.5 checkpoint with random weights, in the hub's layout: features from the last layer but one, the key names of its release."""
+    """A stock LLaVA-1.5 checkpoint with random weights, in the layout of the hub.
+
+    The features come from the second-to-last layer, and the keys have the names of the original release.
+    """
     folder = tmp_path_factory.mktemp("stock_llava")
     values = build_config(MINI_LLAVA, llava_processor).to_dict() | {"vision_feature_layer": -2}
     config = LlavaConfig(
@@ -55,16 +57,16 @@ def test_the_stock_folder_has_the_hubs_key_names(stock_folder: Path) -> None:
     assert "vision_tower.vision_model.encoder.layers.0.mlp.fc1.weight" in keys
 
 
-def test_the_processor_writes_prompts_as_the_stock_one_does(
+def test_the_processor_writes_the_prompts_of_the_stock_processor(
     llava_processor: ElasticLlavaProcessor, stock_folder: Path
 ) -> None:
     stock = LlavaProcessor.from_pretrained(stock_folder)
     lines = [f"USER: <image>\n{prompt} ASSISTANT:" for prompt in PROMPTS]
     images = [random_images(1, seed=index)[0] for index in range(2)]
     expected = stock(images=images, text=lines, return_tensors="pt", padding=True)
-    found = _inputs(llava_processor, None)
+    result = _inputs(llava_processor, None)
     for key in ("input_ids", "attention_mask", "pixel_values"):
-        assert torch.equal(found[key], expected[key])
+        assert torch.equal(result[key], expected[key])
     assert torch.equal(llava_processor.prompts(PROMPTS, 1, num_visual_tokens=256)["input_ids"], expected["input_ids"])
     blind = llava_processor.prompts(PROMPTS, 1, num_visual_tokens=0)
     assert torch.equal(
@@ -118,19 +120,19 @@ def test_a_connector_survives_save_and_load(
 
 def test_prompts_for_another_budget_are_refused(stock_folder: Path, llava_processor: ElasticLlavaProcessor) -> None:
     model = load_vlm(stock_folder, connector=M3ConnectorConfig()).eval()
-    with pytest.raises(UserError, match="32 image placeholders but 2 images at 64 visual tokens each give 128"):
+    with pytest.raises(UserError, match="32 image placeholders, but 2 images at 64 visual tokens each need 128"):
         model(**_inputs(llava_processor, 16), num_visual_tokens=64)
 
 
 @pytest.mark.parametrize(("tower", "has_class_token"), [("clip", True), ("siglip", False), ("convnext", False)])
-def test_every_tower_gives_the_whole_grid_and_trains(tower: str, has_class_token: bool, tmp_path: Path) -> None:
+def test_every_tower_gives_the_whole_grid_and_can_be_trained(tower: str, has_class_token: bool, tmp_path: Path) -> None:
     config = MiniLlavaModelConfig(**MINI_LLAVA.model_dump() | {"tower": tower})
     model, processor = build(config, CORPUS, None, seed=0)
     inputs = _inputs(processor, 256)
     patches = model.model.encode_patches(inputs["pixel_values"])
     assert patches.shape == (2, 256, MINI_LLAVA.vision_width)
     assert model.model.has_class_token is has_class_token
-    # Patches are in the order of the grid: what changes in the first row of the picture moves the first patches most.
+    # Patches are in grid order: a change in the first row of the image changes the first patches most.
     moved = inputs["pixel_values"].clone()
     moved[:, :, :4] += 1
     change = (model.model.encode_patches(moved) - patches).detach().norm(dim=2)
@@ -153,7 +155,7 @@ def test_features_of_several_layers_are_refused(llava_processor: ElasticLlavaPro
         ElasticLlavaForConditionalGeneration(ElasticLlavaConfig(**values))
 
 
-def test_another_family_is_refused(tmp_path: Path) -> None:
+def test_an_unsupported_family_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "qwen2_vl"}')
-    with pytest.raises(UserError, match="a model of type qwen2_vl; legal are paligemma, llava"):
+    with pytest.raises(UserError, match="a model of type qwen2_vl; supported types are paligemma, llava"):
         load_vlm(tmp_path)

@@ -1,4 +1,4 @@
-"""The reduced decoder against transformers' own forward and generate, and against masks in the place of dropped tokens."""
+"""The reduced decoder compared with transformers' own `forward` and `generate`, with dropped tokens masked there."""
 
 import math
 from typing import Any
@@ -10,6 +10,7 @@ from torch import Tensor
 from parcelray.config.model import MiniLlavaModelConfig
 from parcelray.models.backbones import ElasticVLM
 from parcelray.models.backbones.processor_base import ElasticProcessor
+from parcelray.models.decoder_attention import rotary_decay
 from parcelray.models.mini import build_config, build_model, build_processor
 from parcelray.models.mini_llava import build
 from parcelray.models.reduced_decoder import ReducedDecoder, VisualTokens, encode_prompts
@@ -49,26 +50,26 @@ def case(request: pytest.FixtureRequest) -> Case:
 def _case_of(model: ElasticVLM, processor: ElasticProcessor) -> Case:
     model.eval()
     with torch.no_grad():
-        # Attention of random weights is nearly uniform, and embeddings that are also the head repeat the last word.
+        # With random weights, attention is nearly uniform, and tied embeddings repeat the last word; both are adjusted.
         for layer in model.model.language_model.layers:
             layer.self_attn.q_proj.weight.mul_(8)
         model.get_input_embeddings().get_parameter("weight").mul_(0.2)
         pixels = processor.image_processor(random_images(len(PROMPTS)), return_tensors="pt")["pixel_values"]
         tokens = model.model.compress(model.model.encode_patches(pixels), num_visual_tokens=256)
-    places = torch.arange(256).expand(len(PROMPTS), -1)
-    return model, processor, VisualTokens(tokens, places, torch.ones_like(places))
+    position_ids = torch.arange(256).expand(len(PROMPTS), -1)
+    return model, processor, VisualTokens(tokens, position_ids, torch.ones_like(position_ids))
 
 
 def _generate(case: Case, decoder: ReducedDecoder, rows: slice = slice(None), **kwargs: Any) -> Tensor:
     _, processor, visual = case
     prompts = encode_prompts(processor, PROMPTS[rows], None, "cpu")
-    # An id that is no token: nothing ends early.
+    # The id -1 is no token, so no answer ends early.
     return decoder.generate(
         prompts, VisualTokens(*(each[rows] for each in visual)), max_new_tokens=NEW_TOKENS, eos_token_id=-1, **kwargs
     )
 
 
-def test_without_reduction_it_answers_as_transformers_does(case: Case) -> None:
+def test_without_reduction_answers_equal_those_of_transformers(case: Case) -> None:
     model, processor, visual = case
     inputs = processor.prompts(PROMPTS, 1, num_visual_tokens=256)
     expected = model.generate(
@@ -89,34 +90,38 @@ def test_an_answer_may_be_one_token(case: Case, positions: Any) -> None:
     assert torch.equal(one, _generate(case, decoder)[:, :1])
 
 
-def test_a_window_leaves_the_prompt_whole_and_cuts_the_answer() -> None:
+def test_a_sliding_window_applies_to_the_answer_only() -> None:
     processor = build_processor(CONFIG, CORPUS)
     config = build_config(CONFIG, processor)
     config.text_config.sliding_window = 32
     config.text_config.layer_types = ["sliding_attention"] * CONFIG.text_layers
     model = build_model(config, 0).eval()
-    test_without_reduction_it_answers_as_transformers_does(_case_of(model, processor))
+    test_without_reduction_answers_equal_those_of_transformers(_case_of(model, processor))
 
 
 @pytest.mark.parametrize("positions", ["contiguous", "original", "original_size_bias"])
-def test_its_logits_are_transformers_own(case: Case, positions: Any) -> None:
+def test_logits_equal_those_of_transformers(case: Case, positions: Any) -> None:
     model, processor, visual = case
     answers = ["red", "blue 47", "4"]
     inputs = processor.prompts(PROMPTS, 1, num_visual_tokens=256, answers=answers)
     prompts = encode_prompts(processor, PROMPTS, answers, "cpu")
     with torch.no_grad():
         stock = model(**inputs, **model.image_inputs(visual.tokens_BVL)).logits
-    found = ReducedDecoder(model, positions).logits(prompts, visual)
+    result = ReducedDecoder(model, positions).logits(prompts, visual)
     for row in range(len(PROMPTS)):
-        # Whatever pads where, the text after the images is the last part of the one and the valid part of the other.
+        # With padding removed, the text after the images is the end of the stock sequence.
         kept = stock[row, : int(inputs["attention_mask"][row].sum())][-int(prompts.valid_BT[row].sum()) :]
-        assert torch.allclose(found[row, prompts.valid_BT[row]], kept, atol=2e-4)
+        assert torch.allclose(result[row, prompts.valid_BT[row]], kept, atol=2e-4)
 
 
 REDUCERS: list[Any] = [
-    FastV(layer=2), PyramidDrop(), PyramidDrop(positions="original"), SparseVLM(), SparseVLM(positions="original_size_bias"),
+    FastV(layer=2),
+    PyramidDrop(),
+    PyramidDrop(positions="original"),
+    SparseVLM(),
+    SparseVLM(positions="original_size_bias"),
     SparseVLM(positions="original_calibrated"),
-]  # fmt: skip
+]
 
 
 BEFORE_THE_LAYERS = [
@@ -127,7 +132,7 @@ BEFORE_THE_LAYERS = [
 
 
 @pytest.mark.parametrize("reducer", [*REDUCERS, *BEFORE_THE_LAYERS], ids=repr)
-def test_a_prompt_is_answered_alike_alone_and_in_a_batch(case: Case, reducer: Any) -> None:
+def test_a_prompt_gets_the_same_answer_alone_and_in_a_batch(case: Case, reducer: Any) -> None:
     decoder = ReducedDecoder(case[0], reducer.positions)
     together = _generate(case, decoder, reducer=reducer, budget=140)
     for row in range(len(PROMPTS)):
@@ -137,31 +142,31 @@ def test_a_prompt_is_answered_alike_alone_and_in_a_batch(case: Case, reducer: An
 
 
 @pytest.mark.parametrize("reducer", REDUCERS, ids=repr)
-def test_the_cache_changes_nothing(case: Case, reducer: InDecoderReducer) -> None:
-    """Each new token from a cache of different lengths, and from the whole answer so far at once."""
+def test_the_cache_does_not_change_the_answers(case: Case, reducer: InDecoderReducer) -> None:
+    """Each new token from a cache with different lengths equals that from the whole answer so far."""
     model, processor, visual = case
     decoder = ReducedDecoder(model, reducer.positions)
-    found = _generate(case, decoder, slice(0, 1), reducer=reducer, budget=140)[0]
+    result = _generate(case, decoder, slice(0, 1), reducer=reducer, budget=140)[0]
     first = VisualTokens(*(each[:1] for each in visual))
     prompts = encode_prompts(processor, PROMPTS[:1], None, "cpu")
     for length in range(1, NEW_TOKENS):
-        answer = found[None, :length]
+        answer = result[None, :length]
         longer = prompts._replace(
             after_BT=torch.cat([prompts.after_BT, answer], dim=1),
             valid_BT=torch.cat([prompts.valid_BT, torch.ones_like(answer, dtype=torch.bool)], dim=1),
             answer_BT=torch.cat([prompts.answer_BT, torch.ones_like(answer, dtype=torch.bool)], dim=1),
         )
         logits = decoder.logits(longer, first, reducer=reducer, budget=140)
-        assert int(logits[0, -1].argmax()) == int(found[length])
+        assert int(logits[0, -1].argmax()) == int(result[length])
 
 
 @pytest.mark.parametrize("layer", [1, 2, 4])
 def test_fastv_is_the_stock_decoder_with_the_dropped_tokens_masked(case: Case, layer: int) -> None:
-    """With original positions, a token that is dropped from a layer on is one that nothing attends to from there on."""
+    """With original positions, dropping a token after a layer equals masking it in all later layers."""
     model, processor, visual = case
     prompts = encode_prompts(processor, PROMPTS, None, "cpu")
     stages = FastV(layer=layer).stages(6, 256, 200)
-    found = ReducedDecoder(model, "original").logits(prompts, visual, reducer=FastV(layer=layer), budget=200)
+    result = ReducedDecoder(model, "original").logits(prompts, visual, reducer=FastV(layer=layer), budget=200)
     rows = ReducedDecoder(model).attention(prompts, visual, [layer - 1])[0].mean(dim=1)[:, -1]
     kept = rows.topk(stages[0].num_tokens, dim=1).indices
     dropped = torch.ones(len(PROMPTS), 256, dtype=torch.bool).scatter(1, kept, False)
@@ -180,7 +185,7 @@ def test_fastv_is_the_stock_decoder_with_the_dropped_tokens_masked(case: Case, l
             hook.remove()
     for row in range(len(PROMPTS)):
         length = int(prompts.valid_BT[row].sum())
-        assert torch.allclose(found[row, -length:], stock[row, -length:], atol=2e-3)
+        assert torch.allclose(result[row, -length:], stock[row, -length:], atol=2e-3)
 
 
 def _mask_out(dropped: Tensor, starts: Tensor) -> Any:
@@ -200,28 +205,28 @@ def _mask_out(dropped: Tensor, starts: Tensor) -> Any:
 
 
 def test_a_token_of_size_two_is_two_equal_tokens(case: Case) -> None:
-    """Proportional attention: with log(size) and no positions apart, merging equal tokens changes nothing for those who look at them."""
+    """Proportional attention: merging equal tokens at one position to a token of size 2 changes nothing for others."""
     model, processor, visual = case
     prompts = encode_prompts(processor, PROMPTS[:1], None, "cpu")
     twice = visual.tokens_BVL[:1, :4].repeat_interleave(2, dim=1)
-    places = torch.zeros(1, 8, dtype=torch.int64)
+    position_ids = torch.zeros(1, 8, dtype=torch.int64)
     decoder = ReducedDecoder(model, "original_size_bias")
-    pairs = decoder.logits(prompts, VisualTokens(twice, places, torch.ones_like(places)))
-    merged = decoder.logits(prompts, VisualTokens(twice[:, ::2], places[:, ::2], torch.full((1, 4), 2)))
+    pairs = decoder.logits(prompts, VisualTokens(twice, position_ids, torch.ones_like(position_ids)))
+    merged = decoder.logits(prompts, VisualTokens(twice[:, ::2], position_ids[:, ::2], torch.full((1, 4), 2)))
     plain = ReducedDecoder(model, "original").logits(
-        prompts, VisualTokens(twice[:, ::2], places[:, ::2], torch.full((1, 4), 2))
+        prompts, VisualTokens(twice[:, ::2], position_ids[:, ::2], torch.full((1, 4), 2))
     )
     if model.reads_both_ways:
         assert torch.allclose(pairs, merged, atol=2e-4)
         assert not torch.allclose(pairs, plain, atol=2e-4)
     else:
-        # Causal attention lets the first of two equal tokens not see the second.
+        # With causal attention, the first of two equal tokens does not attend to the second.
         assert float((pairs - merged).norm()) < float((pairs - plain).norm())
 
 
-def test_the_calibration_is_restores(case: Case) -> None:
+def test_the_calibration_is_that_of_restore(case: Case) -> None:
     model = case[0]
-    decay = ReducedDecoder(model, "original_calibrated")._rotary_decay(300)
+    decay = rotary_decay(model.model.language_model, 300)
     width = model.model.language_model.rotary_emb.inv_freq.shape[0] * 2
     theta = [10_000 ** (-2 * index / width) for index in range(width // 2)]
     assert float(decay[0]) == 1
@@ -230,14 +235,14 @@ def test_the_calibration_is_restores(case: Case) -> None:
 
 
 def test_the_calibration_is_in_the_logits(case: Case) -> None:
-    """Calibrated attention is that of original positions with log(size (2 - D)) added by hand where visual tokens are the keys."""
+    """Calibrated attention equals original positions plus log(size * (2 - D)), added by hand to the visual keys."""
     model, processor, visual = case
     prompts = encode_prompts(processor, PROMPTS[:1], None, "cpu")
-    places = torch.arange(0, 256, 4)[None]
+    position_ids = torch.arange(0, 256, 4)[None]
     sizes = torch.randint(1, 9, (1, 64), generator=torch.Generator().manual_seed(0))
-    few = VisualTokens(visual.tokens_BVL[:1, ::4], places, sizes)
+    few = VisualTokens(visual.tokens_BVL[:1, ::4], position_ids, sizes)
     at, length = processor.visual_offset, prompts.after_BT.shape[1]
-    positions = [*range(at), *(at + places[0]).tolist(), *range(at + 256, at + 256 + length)]
+    positions = [*range(at), *(at + position_ids[0]).tolist(), *range(at + 256, at + 256 + length)]
     width = model.model.language_model.rotary_emb.inv_freq.shape[0] * 2
     bias = torch.zeros(len(positions), len(positions))
     for row, here in enumerate(positions):
@@ -256,26 +261,26 @@ def test_the_calibration_is_in_the_logits(case: Case) -> None:
     ) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
         return args, kwargs | {"attention_mask": kwargs["attention_mask"] + bias}
 
-    found, plain = (ReducedDecoder(model, kind).logits(prompts, few) for kind in ("original_calibrated", "original"))
+    result, plain = (ReducedDecoder(model, kind).logits(prompts, few) for kind in ("original_calibrated", "original"))
     hooks = [layer.register_forward_pre_hook(add, with_kwargs=True) for layer in model.model.language_model.layers]
     try:
         expected = ReducedDecoder(model, "original").logits(prompts, few)
     finally:
         for hook in hooks:
             hook.remove()
-    assert torch.allclose(found, expected, atol=2e-3)
-    assert not torch.allclose(found, plain, atol=2e-3)
+    assert torch.allclose(result, expected, atol=2e-3)
+    assert not torch.allclose(result, plain, atol=2e-3)
 
 
-def test_pyramid_drop_is_the_stock_decoder_with_ever_more_tokens_masked(case: Case) -> None:
-    """At each stage the stock model's own attention, with the tokens masked that went before, says which ones go."""
+def test_pyramid_drop_is_the_stock_decoder_with_more_tokens_masked_per_stage(case: Case) -> None:
+    """The stock model's attention, with dropped tokens masked, selects the tokens of each stage."""
     model, processor, visual = case
     prompts = encode_prompts(processor, PROMPTS[:1], None, "cpu")
     first = VisualTokens(*(each[:1] for each in visual))
     reducer = PyramidDrop(positions="original")
     stages = reducer.stages(6, 256, 140)
     assert len(stages) == 3
-    found = ReducedDecoder(model, "original").logits(prompts, first, reducer=reducer, budget=140)
+    result = ReducedDecoder(model, "original").logits(prompts, first, reducer=reducer, budget=140)
     inputs = processor.prompts(PROMPTS[:1], 1, num_visual_tokens=256)
     start = inputs["input_ids"].eq(model.config.image_token_id).int().argmax(dim=1)
     before = model.config.text_config._attn_implementation
@@ -299,18 +304,18 @@ def test_pyramid_drop_is_the_stock_decoder_with_ever_more_tokens_masked(case: Ca
             hook.remove()
         model.set_attn_implementation(before)
     length = prompts.after_BT.shape[1]
-    assert torch.allclose(found[0], stock[0, -length:], atol=2e-3)
+    assert torch.allclose(result[0], stock[0, -length:], atol=2e-3)
 
 
-def test_sparsevlm_is_what_its_definition_says_layer_by_layer(case: Case) -> None:
-    """One prompt through the stock layers, its visual tokens rated, dropped, recycled and counted anew one at a time."""
+def test_sparsevlm_matches_its_definition_layer_by_layer(case: Case) -> None:
+    """Runs one prompt through the stock layers and applies each stage by a slow reference."""
     model, processor, visual = case
     text, at = model.model.language_model, processor.visual_offset
     for row, budget in ((0, 140), (1, 70), (2, 200)):
         prompts = encode_prompts(processor, PROMPTS[row : row + 1], None, "cpu")
         stages = SparseVLM().stages(6, 256, budget)
         assert [stage.layer for stage in stages] == ([3] if budget == 200 else [1, 3])
-        found = ReducedDecoder(model).logits(
+        result = ReducedDecoder(model).logits(
             prompts, VisualTokens(*(each[row : row + 1] for each in visual)), reducer=SparseVLM(), budget=budget
         )
         before = model.config.text_config._attn_implementation
@@ -331,8 +336,8 @@ def test_sparsevlm_is_what_its_definition_says_layer_by_layer(case: Case) -> Non
                                 dim=0
                             )
                             scores = [
-                                sum(float(weights[at + num_visual + word, at + place]) for word in rating)
-                                for place in range(num_visual)
+                                sum(float(weights[at + num_visual + word, at + patch]) for word in rating)
+                                for patch in range(num_visual)
                             ]
                             fewer = _pruned(hidden[0, at : at + num_visual], scores, stage.num_tokens)
                             hidden = torch.cat([hidden[0, :at], fewer, hidden[0, at + num_visual :]])[None]
@@ -343,11 +348,11 @@ def test_sparsevlm_is_what_its_definition_says_layer_by_layer(case: Case) -> Non
         finally:
             model.set_attn_implementation(before)
         softcap = getattr(model.config.text_config, "final_logit_softcapping", None)
-        assert torch.allclose(found[0], logits if softcap is None else softcap * (logits / softcap).tanh(), atol=2e-3)
+        assert torch.allclose(result[0], logits if softcap is None else softcap * (logits / softcap).tanh(), atol=2e-3)
 
 
 def _inputs(model: ElasticVLM, hidden: Tensor) -> dict[str, Any]:
-    """Positions one after the other, and a mask that is causal but where the model reads in both directions."""
+    """Returns consecutive positions, and a mask that is causal unless the model's attention is bidirectional."""
     length = hidden.shape[1]
     positions = torch.arange(length)[None]
     mask = (
@@ -363,7 +368,7 @@ def _inputs(model: ElasticVLM, hidden: Tensor) -> dict[str, Any]:
 
 
 def _raters(visual: Tensor, words: Tensor) -> list[int]:
-    """Words whose share of a softmax over the words, as a mean over the visual tokens, is above the mean."""
+    """Returns the words whose softmax share, averaged over the visual tokens, is above the mean."""
     shares = [0.0] * len(words)
     for token in visual.double():
         weights = [math.exp(float(token @ word)) for word in words.double()]
@@ -372,34 +377,37 @@ def _raters(visual: Tensor, words: Tensor) -> list[int]:
 
 
 def _pruned(hidden: Tensor, scores: list[float], count: int) -> Tensor:
-    """As many of the best in order as leave room for the clusters of the best 30 % of the others, then the means of those clusters."""
-    order = sorted(range(len(hidden)), key=lambda place: -scores[place])
+    """Returns the best tokens in order, then the means of clusters of the best 30 % of the others.
+
+    The number of kept tokens is the largest that leaves room for the clusters.
+    """
+    order = sorted(range(len(hidden)), key=lambda patch: -scores[patch])
     for num_kept in range(count, 0, -1):
         num_recycled = int(0.3 * (len(hidden) - num_kept))
         num_clusters = min(num_recycled, num_recycled // 10 + 1, num_kept - 1)
         if num_kept + num_clusters <= count:
             break
-    again = order[num_kept : num_kept + num_recycled]
+    pruned = order[num_kept : num_kept + num_recycled]
     distance = {
         (i, j): float((hidden[i].double() - hidden[j].double()).norm()) / hidden.shape[1] ** 0.5
-        for i in again
-        for j in again
+        for i in pruned
+        for j in pruned
     }
-    density = {i: math.exp(-sum(sorted(distance[i, j] ** 2 for j in again)[:5]) / min(5, len(again))) for i in again}
+    density = {i: math.exp(-sum(sorted(distance[i, j] ** 2 for j in pruned)[:5]) / min(5, len(pruned))) for i in pruned}
     gap = {
-        i: min((distance[i, j] for j in again if density[j] > density[i]), default=max(distance.values(), default=0))
-        for i in again
+        i: min((distance[i, j] for j in pruned if density[j] > density[i]), default=max(distance.values(), default=0))
+        for i in pruned
     }
-    centres = sorted(again, key=lambda i: -density[i] * gap[i])[:num_clusters]
+    centres = sorted(pruned, key=lambda i: -density[i] * gap[i])[:num_clusters]
     members: dict[int, list[int]] = {centre: [] for centre in centres}
-    for i in again:
+    for i in pruned:
         members[min(centres, key=lambda centre: distance[i, centre])].append(i)
     return torch.stack(
         [hidden[i] for i in sorted(order[:num_kept])] + [hidden[each].mean(dim=0) for each in members.values()]
     )
 
 
-def test_attention_is_the_eager_decoders_own(case: Case) -> None:
+def test_attention_equals_that_of_the_eager_decoder(case: Case) -> None:
     model, processor, visual = case
     prompts = encode_prompts(processor, PROMPTS[:1], None, "cpu")
     first = VisualTokens(*(each[:1] for each in visual))
@@ -412,5 +420,5 @@ def test_attention_is_the_eager_decoders_own(case: Case) -> None:
     finally:
         model.set_attn_implementation(before)
     at, length = processor.visual_offset, prompts.after_BT.shape[1]
-    for layer, found in zip([0, 5], ReducedDecoder(model).attention(prompts, first, [0, 5]), strict=True):
-        assert torch.allclose(found, stock[layer][:, :, -length:, at : at + 256], atol=2e-3)
+    for layer, result in zip([0, 5], ReducedDecoder(model).attention(prompts, first, [0, 5]), strict=True):
+        assert torch.allclose(result, stock[layer][:, :, -length:, at : at + 256], atol=2e-3)

@@ -1,4 +1,4 @@
-"""A routing that a search found becomes part of a checkpoint."""
+"""Writing the routing that a search found into a checkpoint."""
 
 import json
 import shutil
@@ -10,8 +10,7 @@ import torch
 from parcelray.config.connector import RouteConfig
 from parcelray.errors import UserError
 from parcelray.models.checkpoint import verify_manifest
-from parcelray.models.rerouting import write_rerouted
-from parcelray.models.vlm import connector_of, load_vlm
+from parcelray.models.vlm import connector_of, load_vlm, write_rerouted
 
 from ..tiny import tiny_checkpoint
 
@@ -32,7 +31,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _with_grids(source: Path, target: Path, anchor_grids: list[int]) -> Path:
-    """The same checkpoint as if it had been trained for other grids; empty: for the paper's split alone."""
+    """Copies a checkpoint as if it had been trained with other anchor grids; empty: not a supernet."""
     shutil.copytree(source, target)
     config = json.loads((target / "config.json").read_text())
     config["connector"]["anchor_grids"] = anchor_grids
@@ -40,7 +39,7 @@ def _with_grids(source: Path, target: Path, anchor_grids: list[int]) -> Path:
     return target
 
 
-def test_the_new_routing_is_followed_with_the_old_weights(source: Path, tmp_path: Path) -> None:
+def test_the_new_routing_applies_to_the_old_weights(source: Path, tmp_path: Path) -> None:
     target = write_rerouted(source, tmp_path / "routed", ROUTING, "tune-s")
     manifest = verify_manifest(target)
     assert (manifest.config, manifest.seed, manifest.extra["routing_found_by"]) == ({}, 3, "tune-s")
@@ -49,13 +48,13 @@ def test_the_new_routing_is_followed_with_the_old_weights(source: Path, tmp_path
     assert (connector.num_anchors(16), connector.num_anchors(64), min(connector.supported_budgets)) == (4, 0, 4)
     features = torch.randn(1, 256, 24)
     with torch.inference_mode():
-        asked = load_vlm(source).eval().connector(features, num_visual_tokens=16, anchor_grid=2)
+        chosen = load_vlm(source).eval().connector(features, num_visual_tokens=16, anchor_grid=2)
         routed = load_vlm(target).eval().connector(features, num_visual_tokens=16)
-    assert torch.equal(asked, routed)
+    assert torch.equal(chosen, routed)
 
 
-def test_a_checkpoint_that_is_no_supernet_or_lacks_a_grid_is_refused(source: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"is no supernet over splits"):
+def test_a_checkpoint_without_the_anchor_grids_is_refused(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"is not a supernet over splits"):
         write_rerouted(_with_grids(source, tmp_path / "plain", []), tmp_path / "routed", ROUTING, "s")
     with pytest.raises(UserError, match=r"anchor_grid 2 is not one of this parcel's anchor_grids"):
         write_rerouted(_with_grids(source, tmp_path / "other", [0, 4]), tmp_path / "routed", ROUTING, "s")

@@ -1,4 +1,4 @@
-"""The elastic model against the stock transformers class, and through transformers' own interfaces."""
+"""The elastic model compared with the stock transformers class, and used through transformers' own interfaces."""
 
 import json
 from pathlib import Path
@@ -25,7 +25,10 @@ PROMPTS = ["what color is the circle", "how many"]
 
 @pytest.fixture(scope="module")
 def stock_folder(tmp_path_factory: pytest.TempPathFactory, processor: Processor) -> Path:
-    """A stock PaliGemma-2 checkpoint with random weights, in the hub's layout: shards, an index, and the key names of its release."""
+    """A stock PaliGemma-2 checkpoint with random weights, in the layout of the hub.
+
+    It has shards, an index, and the key names of the original release.
+    """
     folder = tmp_path_factory.mktemp("stock")
     values = build_config(CONFIG, processor).to_dict()
     values.pop("connector")
@@ -97,10 +100,10 @@ def test_identity_trains_as_the_stock_model_exactly(stock_folder: Path, processo
     second.loss.backward()
     assert torch.equal(first.loss, second.loss)
     name = "vision_tower.encoder.layers.0.mlp.fc1.weight"
-    expected, found = stock.model.get_parameter(name).grad, elastic.model.get_parameter(name).grad
+    expected, result = stock.model.get_parameter(name).grad, elastic.model.get_parameter(name).grad
     assert expected is not None
-    assert found is not None
-    assert torch.equal(expected, found)
+    assert result is not None
+    assert torch.equal(expected, result)
 
 
 @pytest.mark.parametrize(
@@ -149,7 +152,7 @@ def test_visual_tokens_start_at_the_scale_of_the_text_embeddings(
 
 
 @pytest.mark.parametrize("budget", [16, 40, 64, 256])
-def test_the_decoder_sees_as_many_visual_tokens_as_the_budget(
+def test_the_decoder_gets_as_many_visual_tokens_as_the_budget(
     elastic: ElasticVLM, processor: Processor, budget: int
 ) -> None:
     inputs = _inputs(processor, budget)
@@ -159,9 +162,7 @@ def test_the_decoder_sees_as_many_visual_tokens_as_the_budget(
 
 
 @pytest.mark.parametrize("num_images", [2, 4])
-def test_several_images_in_a_prompt_each_get_the_budget(
-    elastic: ElasticVLM, processor: Processor, num_images: int
-) -> None:
+def test_each_image_of_a_prompt_gets_the_budget(elastic: ElasticVLM, processor: Processor, num_images: int) -> None:
     inputs = _inputs(processor, 16, num_images)
     assert int((inputs["input_ids"][0] == elastic.config.image_token_id).sum()) == 16 * num_images
     tokens = elastic.generate(**inputs, num_visual_tokens=16, max_new_tokens=3, do_sample=False)
@@ -245,7 +246,7 @@ def test_the_prefix_is_bidirectional_and_the_suffix_causal(elastic: ElasticVLM, 
     assert not torch.allclose(first[:, 20], elastic(**changed, num_visual_tokens=16).logits[:, 20])
 
 
-def test_an_illegal_budget_names_the_legal_ones(elastic: ElasticVLM, processor: Processor) -> None:
+def test_the_error_for_an_illegal_budget_names_the_legal_ones(elastic: ElasticVLM, processor: Processor) -> None:
     with pytest.raises(
         UnsupportedBudgetError, match=r"parcel does not support 8 visual tokens per image; legal budgets are 16 to 256"
     ):
@@ -253,7 +254,7 @@ def test_an_illegal_budget_names_the_legal_ones(elastic: ElasticVLM, processor: 
 
 
 def test_a_prompt_with_the_wrong_number_of_placeholders_is_refused(elastic: ElasticVLM, processor: Processor) -> None:
-    with pytest.raises(UserError, match="hold 32 image placeholders but 2 images at 64 visual tokens each give 128"):
+    with pytest.raises(UserError, match="have 32 image placeholders, but 2 images at 64 visual tokens each need 128"):
         elastic(**_inputs(processor, 16), num_visual_tokens=64)
 
 
@@ -284,7 +285,7 @@ def test_peft_trains_adapters_through_the_budget(tmp_path: Path, elastic: Elasti
     assert adapted.generate(**prompt, num_visual_tokens=16, max_new_tokens=2).shape[0] == 1
 
 
-def test_the_tokenizer_reads_any_text_and_keeps_locations_whole() -> None:
+def test_the_tokenizer_encodes_any_text_and_keeps_location_tokens_whole() -> None:
     tokenizer = build_processor(MiniModelConfig(), CORPUS).tokenizer
     for text in ("red circle 47", "Ceci n'est pas une pipe: \u00e9\u4e2d", "<loc0001><loc1023><loc0512><loc0007> red"):
         assert tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]).strip() == text

@@ -67,7 +67,7 @@ def test_a_folder_of_images_needs_prompts_and_enough_images(checkpoint: Path, tm
         study_saliency(
             str(checkpoint), console, images=str(tmp_path), count=2, folder=tmp_path / "out", tracking=tracking
         )
-    with pytest.raises(UserError, match="holds 2 images, fewer than the 9"):
+    with pytest.raises(UserError, match="holds 2 images, but 9 are needed"):
         study_saliency(
             str(checkpoint),
             console,

@@ -91,7 +91,7 @@ def test_unsupported_anchor_grids_are_refused() -> None:
     BudgetSampler(SPLITS, 0).check(_connector(ParcelConnectorConfig(num_heads=4, anchor_grids=(0, 1, 4, 8))))
     with pytest.raises(UserError, match=r"anchor_grid 8 is not one of this parcel's anchor_grids \(0, 1, 4\)"):
         BudgetSampler(SPLITS, 0).check(_connector(ParcelConnectorConfig(num_heads=4, anchor_grids=(0, 1, 4))))
-    with pytest.raises(UserError, match="m3 has no anchor grid to choose"):
+    with pytest.raises(UserError, match="m3 does not support a choice of the anchor grid"):
         BudgetSampler(SPLITS, 0).check(_connector(M3ConnectorConfig()))
     with pytest.raises(ValidationError, match="none of the anchor_grids"):
         UniformBudgets(budgets=(4, 16), anchor_grids=(4, 8))

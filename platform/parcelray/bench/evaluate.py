@@ -35,9 +35,7 @@ from parcelray.models.backbones.paligemma_processor import ElasticPaliGemmaProce
 from parcelray.models.backbones.processor_base import ElasticProcessor
 from parcelray.models.checkpoint import MINI_BASE, resolve_checkpoint
 from parcelray.models.mini import build_config, build_model
-from parcelray.models.processor import load_processor
-from parcelray.models.quiet import quiet_transformers
-from parcelray.models.vlm import load_vlm, use_sdpa_where_exact
+from parcelray.models.vlm import load_processor, load_vlm, quiet_transformers, use_sdpa_where_exact
 
 BUDGETS = (16, 64, 256)
 _ANSWER = GenerationSettings(max_new_tokens=4)

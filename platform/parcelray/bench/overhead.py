@@ -26,8 +26,7 @@ from parcelray.errors import UserError
 from parcelray.models.backbones import ElasticLlavaConfig, ElasticVLM
 from parcelray.models.reduced_decoder import Prompts, ReducedDecoder, VisualTokens
 from parcelray.models.token_reduction import Reduction, TokenReducer, build_reducer
-from parcelray.models.token_reduction.base import selection
-from parcelray.models.token_reduction.context import ReductionContext
+from parcelray.models.token_reduction.base import ReductionContext, selection
 from parcelray.models.token_reduction.encoder_view import EncoderView
 from parcelray.models.token_reduction.tome import ToMe
 from parcelray.models.vlm import ElasticConfig
@@ -99,8 +98,8 @@ class _Setting:
         self, reducer: TokenReducer | None, positions: Positions, budget: int, new_tokens: int
     ) -> Tensor:
         """The same in the loop of the reduced decoder, with the reduction inside."""
-        places = torch.arange(self.num_tokens, device=self.device).expand(len(self.tokens_BND), -1)
-        visual = VisualTokens(self.tokens_BND, places, torch.ones_like(places))
+        position_ids = torch.arange(self.num_tokens, device=self.device).expand(len(self.tokens_BND), -1)
+        visual = VisualTokens(self.tokens_BND, position_ids, torch.ones_like(position_ids))
         decoder = ReducedDecoder(self.model, positions)
         return decoder.generate(
             self.prompts, visual, max_new_tokens=new_tokens, eos_token_id=-1, reducer=reducer, budget=budget
@@ -277,7 +276,7 @@ def _break_even(gains: dict[int, float], num_tokens: int, cost: float) -> float:
 
 def _reduce(setting: _Setting, reducer: TokenReducer, budget: int) -> object:
     # A view of its own each time, because attention maps are kept once they are computed.
-    view = setting.view.again() if reducer.reads == "encoder" else setting.view
+    view = setting.view.without_maps() if reducer.reads == "encoder" else setting.view
     return reducer(setting.tokens_BND, num_visual_tokens=budget, context=ReductionContext(encoder=view))
 
 

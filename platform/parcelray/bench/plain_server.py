@@ -14,7 +14,7 @@ from fastapi import FastAPI
 from PIL import Image
 from ray import serve
 
-from parcelray.models.processor import load_processor
+from parcelray.models.vlm import load_processor
 from parcelray.serving.replica import ReplicaSettings
 from parcelray.serving.replica.load import load_model
 

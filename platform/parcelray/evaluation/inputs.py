@@ -19,8 +19,7 @@ from parcelray.evaluation.plan import prepare
 from parcelray.models.backbones import ElasticVLM
 from parcelray.models.backbones.processor_base import ElasticProcessor
 from parcelray.models.checkpoint import ResolvedCheckpoint
-from parcelray.models.processor import load_processor
-from parcelray.models.vlm import load_vlm, use_sdpa_where_exact
+from parcelray.models.vlm import load_processor, load_vlm, use_sdpa_where_exact
 from parcelray.tracking.registry import resolve_model
 
 MINI = "mini"

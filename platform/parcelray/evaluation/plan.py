@@ -19,10 +19,9 @@ from parcelray.errors import UnsupportedBudgetError
 from parcelray.evaluation.passes.shards import EvaluatedModel, PreparedBenchmark
 from parcelray.evaluation.predict.generation import GenerationSettings
 from parcelray.models.checkpoint import ResolvedCheckpoint
-from parcelray.models.processor import image_size_of
 from parcelray.models.token_reduction import build_reducer
 from parcelray.models.token_reduction.base import check_uncompressed
-from parcelray.models.vlm import ElasticConfig, config_of, connector_of
+from parcelray.models.vlm import ElasticConfig, config_of, connector_of, image_size_of
 from parcelray.profiling.backbone_shapes import from_transformers_config
 from parcelray.profiling.flops import cost
 from parcelray.profiling.machine import matmul_flops_per_second

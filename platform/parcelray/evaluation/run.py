@@ -31,8 +31,7 @@ from parcelray.evaluation.scoring.evaluation import Evaluation
 from parcelray.evaluation.scoring.split_scores import SplitScores
 from parcelray.evaluation.scoring.summary import REFERENCE_FOLDER, Summary, summarize
 from parcelray.models.checkpoint import ResolvedCheckpoint, content_digest
-from parcelray.models.processor import image_size_of
-from parcelray.models.vlm import connector_of
+from parcelray.models.vlm import connector_of, image_size_of
 from parcelray.tracking.mlflow_tracker import job_run
 from parcelray.tracking.registry import resolve_model
 from parcelray.tracking.run_folder import RunFolder

@@ -1,8 +1,8 @@
-"""Model references and what they stand for: resolved once, to files that are pinned, checked, and free of pickle.
+"""Resolves model references once to files that are pinned, verified and free of pickle.
 
 A reference is a local folder, the name of a checkpoint in the package (`PACKAGED`), `models:/NAME@ALIAS`,
-`models:/NAME/VERSION`, or a Hugging Face id `ORG/NAME`, `ORG/NAME@REVISION`. What is reported and served is the pinned
-form, never the alias or branch.
+`models:/NAME/VERSION`, or a Hugging Face id `ORG/NAME` or `ORG/NAME@REVISION`. Reports and serving use the pinned form,
+never the alias or branch.
 """
 
 import hashlib
@@ -23,58 +23,61 @@ from parcelray.errors import UserError
 MANIFEST_NAME = "manifest.json"
 MINI_BASE = "mini_base"
 PACKAGED = (MINI_BASE, "mini_llava", "mini_llava_siglip", "mini_llava_convnext")
-"""Checkpoints that the package ships."""
+"""Names of the checkpoints that are part of the package."""
 _CARD_NAME = "README.md"
-"""A checkpoint's card: text for people, written after the weights and free to change."""
+"""The model card, which is written after the weights and may change, so the manifest does not cover it."""
 PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy", ".h5", ".msgpack"})
 _HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
 _HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
 
 RegistryResolver = Callable[[str], tuple[Path, str]]
-"""From `models:/NAME@ALIAS` or `models:/NAME/VERSION` to a local folder and `models:/NAME/VERSION`; see `tracking.registry`."""
+"""Maps `models:/NAME@ALIAS` or `models:/NAME/VERSION` to a local folder and `models:/NAME/VERSION`.
+
+See `tracking.registry`.
+"""
 
 
 class ResolvedCheckpoint(NamedTuple):
-    """A model reference after resolution."""
+    """A model reference, and the files that it was resolved to."""
 
     path: Path
     """Local folder with config.json and *.safetensors."""
     reference: str
-    """What the user wrote."""
+    """The reference as the user wrote it."""
     pinned: str
-    """What was found: `models:/NAME/VERSION`, `hf:ID@COMMIT` or `sha256:DIGEST` of the files."""
+    """The pinned reference: `models:/NAME/VERSION`, `hf:ID@COMMIT` or `sha256:DIGEST` of the files."""
 
 
 class ManifestEntry(StrictModel):
-    """One file of a checkpoint."""
+    """The checksum and size of one file of a checkpoint."""
 
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
-    """SHA-256 of the content."""
+    """SHA-256 of the content, hexadecimal."""
     bytes: int = Field(ge=0)
-    """Size."""
+    """Size in bytes."""
 
 
 class Manifest(StrictModel):
-    """Where a checkpoint comes from, and what its files must be."""
+    """The provenance of a checkpoint, and the checksums of its files."""
 
     format: Literal[1] = 1
-    """Version of this layout."""
+    """Version of the manifest format."""
     created: str
-    """UTC time, ISO 8601."""
+    """Time of creation in UTC, ISO 8601."""
     parcelray_version: str
-    """Version that wrote the checkpoint."""
+    """Version of parcelray that wrote the checkpoint."""
     git_commit: str | None
-    """Commit of the code that trained it; None outside a work tree."""
+    """Git commit of the training code; None outside a work tree."""
     seed: int | None
     """Seed of the training run."""
     data: Any
-    """What it was trained on, as JSON."""
+    """Description of the training data, as JSON."""
     config: Any
     """Resolved configuration of the run, as JSON."""
     extra: dict[str, Any]
-    """Anything else worth keeping, such as scores."""
+    """Other information, such as scores."""
     files: dict[str, ManifestEntry]
-    """By path relative to the folder, with '/'."""
+    """Files by path relative to the folder, with `/` as separator."""
 
 
 def resolve_checkpoint(
@@ -83,18 +86,19 @@ def resolve_checkpoint(
     registry_resolver: RegistryResolver | None = None,
     verify: bool = True,
 ) -> ResolvedCheckpoint:
-    """Finds the files that a model reference stands for. Call it once per job, and pass the result on.
+    """Resolves a model reference to local files; called once per job, by the driver.
 
     Args:
-        reference: see the module's docstring. Of a folder and a Hub id of the same name the folder wins.
-        registry_resolver: for `models:/...`, `functools.partial(tracking.registry.resolve_registry, tracking_uri=...)`.
-        verify: compare every file with the manifest, where the folder has one (reads all weights).
+        reference: see the module's docstring. If both a folder and a Hugging Face id match, the folder is used.
+        registry_resolver: resolver for `models:/...`, that is,
+            `functools.partial(tracking.registry.resolve_registry, tracking_uri=...)`.
+        verify: compare every file with the manifest, if the folder has one (reads all weights).
 
     Returns:
         The folder and the pinned reference.
 
     Raises:
-        UserError: if the reference cannot be resolved, or the files are not what the manifest says, or hold pickles.
+        UserError: the reference cannot be resolved, the files differ from the manifest, or they include pickles.
     """
     text = str(reference)
     if text.startswith("models:/"):
@@ -103,8 +107,8 @@ def resolve_checkpoint(
         folder = Path(parcelray.__file__).parent / "assets" / text
         if not folder.is_dir():
             raise UserError(
-                f"this installation of parcelray ships no {text!r} checkpoint; give a folder, models:/NAME@ALIAS or a"
-                " Hugging Face id."
+                f"this installation of parcelray does not contain the checkpoint {text!r}; give a folder,"
+                " models:/NAME@ALIAS or a Hugging Face id."
             )
         return ResolvedCheckpoint(folder, text, _check_folder(folder, verify))
     folder = Path(text).expanduser()
@@ -122,14 +126,14 @@ def resolve_checkpoint(
 
 
 def content_digest(folder: Path) -> str:
-    """`sha256:...` over the files of a checkpoint: the same wherever it was found."""
+    """Returns `sha256:DIGEST` over the files of a checkpoint; it does not depend on the location of the folder."""
     return _check_folder(folder, verify=False)
 
 
 def _resolve_registry(reference: str, resolver: RegistryResolver | None, verify: bool) -> ResolvedCheckpoint:
     if resolver is None:
         raise UserError(
-            f"model reference {reference!r} needs a model registry; name a tracking URI, or give a folder or a Hugging"
+            f"model reference {reference!r} needs a model registry; set a tracking URI, or give a folder or a Hugging"
             " Face id."
         )
     path, pinned = resolver(reference)
@@ -138,7 +142,7 @@ def _resolve_registry(reference: str, resolver: RegistryResolver | None, verify:
 
 
 def _check_folder(folder: Path, verify: bool) -> str:
-    """Refuses what must not be loaded; returns the digest of the content as `sha256:...`."""
+    """Refuses a folder that must not be loaded; returns the digest of its content as `sha256:DIGEST`."""
     refuse_pickles(folder)
     _require_safetensors(folder)
     lines = "".join(f"{entry.sha256}  {name}\n" for name, entry in sorted(_entries(folder, verify).items()))
@@ -154,22 +158,22 @@ def _entries(folder: Path, verify: bool) -> dict[str, ManifestEntry]:
 def _require_safetensors(folder: Path) -> None:
     if not any(folder.glob("*.safetensors")):
         raise UserError(
-            f"{folder} has no *.safetensors file, and other formats of weights are never loaded; convert it with"
+            f"{folder} has no *.safetensors file, and weights in other formats are never loaded; convert them with"
             " save_pretrained."
         )
 
 
 def refuse_pickles(folder: Path) -> None:
-    """Refuses a folder with files in formats that can run code when they are loaded, or that could be mistaken for weights.
+    """Refuses a folder that contains a file in a format that can run code on loading, or could be mistaken for weights.
 
     Raises:
-        UserError: naming the first such file.
+        UserError: the message names the first such file.
     """
     for name, path in _files(folder).items():
         if path.suffix.lower() in PICKLE_SUFFIXES:
             raise UserError(
-                f"{folder} holds {name}, a format that can run code when it is loaded; remove it, and keep weights as"
-                " *.safetensors."
+                f"{folder} contains {name}, a format that can run code when it is loaded; remove it, and store weights"
+                " as *.safetensors."
             )
 
 
@@ -182,15 +186,15 @@ def write_manifest(
     seed: int | None,
     extra: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Writes manifest.json over every file that is in the folder now, whole or not at all.
+    """Writes manifest.json, atomically, with the checksums of all files that are in the folder now.
 
     Args:
         folder: a finished checkpoint.
-        config: resolved configuration of the run; JSON-serialisable, as are `data` and `extra`.
-        git_commit: commit of the code, None when unknown.
-        data: what the model was trained on.
+        config: resolved configuration of the run; JSON-serialisable, as `data` and `extra`.
+        git_commit: commit of the code; None if unknown.
+        data: description of the training data.
         seed: seed of the run.
-        extra: anything else, such as scores.
+        extra: other information, such as scores.
 
     Returns:
         Path of the manifest.
@@ -213,10 +217,10 @@ def write_manifest(
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Reads manifest.json without looking at the files it names.
+    """Reads manifest.json without checking the files that it lists.
 
     Raises:
-        UserError: if it is missing or not a manifest.
+        UserError: the file is missing or is not a manifest.
     """
     path = folder / MANIFEST_NAME
     try:
@@ -234,27 +238,27 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def verify_manifest(folder: Path) -> Manifest:
-    """Compares a folder with its manifest, sizes first.
+    """Compares the files of a folder with its manifest, sizes before checksums.
 
     Raises:
-        UserError: naming the file that is missing, unlisted, or different.
+        UserError: the message names the file that is missing, not listed, or different.
     """
     manifest = read_manifest(folder)
-    remedy = "get the checkpoint again from where it came"
+    remedy = "download or copy the checkpoint again"
     present = _files(folder)
     for name, entry in manifest.files.items():
         if name not in present:
             raise UserError(f"{folder} lacks {name}, which its manifest lists; {remedy}.")
         size = present[name].stat().st_size
         if size != entry.bytes:
-            raise UserError(f"{name} in {folder} has {size} bytes, but its manifest says {entry.bytes}; {remedy}.")
+            raise UserError(f"{name} in {folder} has {size} bytes, but its manifest lists {entry.bytes}; {remedy}.")
     for name, path in present.items():
         if name not in manifest.files:
-            raise UserError(f"{folder} holds {name}, which its manifest does not list; remove it or {remedy}.")
-        found = _sha256(path)
-        if found != manifest.files[name].sha256:
+            raise UserError(f"{folder} contains {name}, which its manifest does not list; remove it or {remedy}.")
+        digest = _sha256(path)
+        if digest != manifest.files[name].sha256:
             raise UserError(
-                f"{name} in {folder} has SHA-256 {found}, but its manifest says {manifest.files[name].sha256};"
+                f"{name} in {folder} has SHA-256 {digest}, but its manifest lists {manifest.files[name].sha256};"
                 f" {remedy}."
             )
     return manifest
@@ -279,30 +283,30 @@ def _sha256(path: Path) -> str:
 
 
 def _download(repo: str, revision: str | None) -> tuple[Path, str]:
-    """Fetches a Hub repository (without pickles) into the shared cache, once per node; returns its folder and commit."""
+    """Downloads a Hub repository without pickles into the node's shared cache; returns its folder and commit."""
     from huggingface_hub import errors, snapshot_download
 
     try:
         path = Path(snapshot_download(repo, revision=revision, allow_patterns=_HUB_FILES))
     except errors.GatedRepoError as error:
         raise UserError(
-            f"Hugging Face model {repo!r} is gated: accept its licence on its page, and set HF_TOKEN to a token of that"
-            " account."
+            f"Hugging Face model {repo!r} is gated: accept its licence on its web page, and set HF_TOKEN to a token of"
+            " that account."
         ) from error
     except errors.RevisionNotFoundError as error:
         raise UserError(
-            f"Hugging Face model {repo!r} has no revision {revision!r}; name one of its commits, branches or tags."
+            f"Hugging Face model {repo!r} has no revision {revision!r}; give one of its commits, branches or tags."
         ) from error
     except (errors.RepositoryNotFoundError, errors.HFValidationError) as error:
         raise UserError(
-            f"{repo!r} is neither a folder here nor a Hugging Face model that can be seen; check the spelling, or set"
+            f"{repo!r} is neither a local folder nor an accessible Hugging Face model; check the spelling, or set"
             " HF_TOKEN."
         ) from error
     except errors.LocalEntryNotFoundError as error:
         raise UserError(
-            f"{repo!r} is not a folder here, and as a Hugging Face model it is not in the local cache and the Hub"
-            f" cannot be reached (offline?); fetch it on a machine with network (`hf download {repo}`), or give a"
-            " folder."
+            f"{repo!r} is not a local folder, and as a Hugging Face model it is not in the local cache and the Hub"
+            f" cannot be reached (offline?); download it on a machine with network access (`hf download {repo}`), or"
+            " give a folder."
         ) from error
     except errors.HfHubHTTPError as error:
         raise UserError(

@@ -1,4 +1,4 @@
-"""The mini model: PaliGemma-2 at a size that trains on a laptop, with its tokenizer and processor."""
+"""Mini model: PaliGemma-2 at a size that can be trained on a laptop, with its tokenizer and processor."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,30 +16,33 @@ from parcelray.models.backbones.paligemma_processor import ElasticPaliGemmaProce
 from parcelray.models.backbones.processor_base import ElasticProcessor
 
 _FREQUENCY_BASE = 10.0
-"""Of the squared geometric frequencies: from one radian a patch down to a hundredth."""
+"""Base of the geometric position frequencies, which fall from 1 radian per patch to about 1/100."""
 _NEIGHBOURS = ((-1, 0), (1, 0), (0, -1), (0, 1), (-1, -1), (1, 1), (-1, 1), (1, -1))
-"""(down, right) in patches."""
+"""Offsets (down, right) in patches."""
 _NEIGHBOUR_SHARPNESS = 3.0
-"""Scale of the position part of queries and keys: without content a head has 0.97 or more of its weight at its neighbour."""
+"""Scale of the position part of queries and keys.
+
+Without content, at least 0.97 of a head's attention is then at its neighbour.
+"""
 SPECIAL_TOKENS = ("<pad>", "<eos>", "<bos>", "<unk>", "<image>")
-"""In the order of PaliGemma's first ids, the image token after them."""
-# Whole words, single digits, line ends: digits apart so that numbers of any length are read the same way.
-# In the byte-level alphabet, where U+0120 stands for a space and U+010A for a line end.
+"""Special tokens in the order of PaliGemma's first ids, followed by the image token."""
+# Splits into words, single digits and line ends. Digits are separate, so that numbers of any length are tokenized in
+# the same way. The byte-level alphabet writes a space as U+0120 and a line end as U+010A.
 _WORD_PATTERN = Regex("\u0120?[a-zA-Z]+|\u0120?[0-9]|\u010a|\u0120?[^a-zA-Z0-9\u0120\u010a]+|\u0120+")
 
 
 def build_tokenizer(corpus: Iterable[str], vocab_size: int = 1024) -> PreTrainedTokenizerFast:
-    """Trains a byte-pair tokenizer that reads any text (byte fallback by construction).
+    """Trains a byte-pair tokenizer that can encode any text (with a byte fallback).
 
-    The location and segment tokens are added by the processor, as in PaliGemma.
+    The processor adds the location and segment tokens, as in PaliGemma.
 
     Args:
         corpus: representative texts; the same texts in the same order give the same tokenizer.
-        vocab_size: tokens before the location and segment tokens.
+        vocab_size: number of tokens without the location and segment tokens.
     """
     tokenizer = Tokenizer(models.BPE())
-    # The leading space makes a word the same token at the start of a text and inside it. A pre-tokenizer adds it, not a
-    # normaliser, which would also put one before the location tokens.
+    # With the leading space, a word is the same token at the start of a text and inside it. It is added by a
+    # pre-tokenizer, because a normaliser would also add one before the location tokens.
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.ByteLevel(add_prefix_space=True, use_regex=False),
@@ -66,7 +69,7 @@ def build_tokenizer(corpus: Iterable[str], vocab_size: int = 1024) -> PreTrained
 
 
 def build_processor(config: MiniModelConfig, corpus: Iterable[str]) -> ElasticPaliGemmaProcessor:
-    """Tokenizer and image processor of the mini model."""
+    """Builds the tokenizer and the image processor of the mini model."""
     size = {"height": config.image_size, "width": config.image_size}
     image_processor = SiglipImageProcessorPil(size=size)
     image_processor.image_seq_length = (config.image_size // config.patch_size) ** 2
@@ -74,7 +77,7 @@ def build_processor(config: MiniModelConfig, corpus: Iterable[str]) -> ElasticPa
 
 
 def build_config(config: MiniModelConfig, processor: ElasticPaliGemmaProcessor) -> ElasticPaliGemmaConfig:
-    """The transformers configuration of the mini model."""
+    """Builds the transformers configuration of the mini model."""
     tokenizer = processor.tokenizer
     # A multiple of 64 keeps the output head's matrix product on aligned shapes.
     vocab_size = -(-len(tokenizer) // 64) * 64
@@ -100,11 +103,11 @@ def build_config(config: MiniModelConfig, processor: ElasticPaliGemmaProcessor) 
             "query_pre_attn_scalar": config.text_head_dim,
             "vocab_size": vocab_size,
             "max_position_embeddings": 8192,
-            # Fan-in scale: the default 0.02 suits a width of some 2,000; at 96 it starts every attention uniform and
-            # the embeddings at a fifth of what the post-norms add, and a model from scratch then sits on its plateau
-            # for thousands of steps.
+            # Fan-in scale. The default 0.02 suits a width of about 2,000. At width 96, every attention would start
+            # uniform, and the embeddings would start at a fifth of what the post-norms add. Training from scratch would
+            # then stay on a plateau for thousands of steps.
             "initializer_range": config.text_width**-0.5,
-            # No soft-capping: it rules out SDPA, and at this size the logits stay small.
+            # No soft-capping: SDPA does not support it, and at this size the logits stay small.
             "attn_logit_softcapping": None,
             "final_logit_softcapping": None,
             "pad_token_id": tokenizer.pad_token_id,
@@ -122,7 +125,7 @@ def build_config(config: MiniModelConfig, processor: ElasticPaliGemmaProcessor) 
 
 
 def build_model(config: ElasticPaliGemmaConfig, seed: int) -> ElasticPaliGemmaForConditionalGeneration:
-    """A model with seeded random weights."""
+    """Builds a model with seeded random weights."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = ElasticPaliGemmaForConditionalGeneration(config)
@@ -135,10 +138,11 @@ def build_model(config: ElasticPaliGemmaConfig, seed: int) -> ElasticPaliGemmaFo
 
 
 def grid_positions(grid_size: int, width: int) -> Tensor:
-    """Two-dimensional sine-cosine positions [N, D] in row-major order, half of the channels for the row and half for the column.
+    """Returns two-dimensional sine-cosine positions [N, D] in row-major order.
 
-    The starting value of the learnt position embeddings: random ones are a tenth of the patch content at this width,
-    and a model from scratch takes long to find out where a patch is.
+    Half of the channels encode the row, half the column. These are the initial values of the learnt position
+    embeddings. Random values would be a tenth of the patch content at this width. A model trained from scratch would
+    then take long to learn where a patch is.
     """
     frequencies = _frequencies(width)
     angles = torch.arange(grid_size)[:, None] * frequencies
@@ -148,11 +152,15 @@ def grid_positions(grid_size: int, width: int) -> Tensor:
 
 
 def attend_to_neighbours(attention: SiglipAttention, first: int) -> None:
-    """Starting queries and keys by which each head looks at one of the eight neighbours of a patch, as a convolution would.
+    """Initialises queries and keys so that each head attends to one of the eight neighbours of a patch.
 
-    A rotation by w d takes (sin w p, cos w p) to (sin w (p + d), cos w (p + d)), so a query rotated by a neighbour's
-    offset agrees with the key there. From random attention, shapes that span several patches are learnt a few times
-    more slowly.
+    A rotation by w d takes (sin w p, cos w p) to (sin w (p + d), cos w (p + d)). A query that is rotated by the offset
+    of a neighbour therefore matches the key there. The result resembles a convolution. From random attention, shapes
+    that span several patches are learnt a few times more slowly.
+
+    Args:
+        attention: attention of a SigLIP or CLIP layer, changed in place.
+        first: number of heads in the layers before; head i of the tower attends to neighbour i modulo 8.
     """
     width, quarter = attention.embed_dim, attention.embed_dim // 4
     frequencies = _frequencies(width)[: attention.head_dim // 4]
@@ -172,7 +180,7 @@ def attend_to_neighbours(attention: SiglipAttention, first: int) -> None:
 
 
 def _frequencies(width: int) -> Tensor:
-    """Radians per patch of the position channels: [D / 4], falling."""
+    """Returns the frequencies of the position channels in radians per patch, [D / 4], in descending order."""
     quarter = width // 4
     return _FREQUENCY_BASE ** -(torch.arange(quarter) / quarter * 2)
 

@@ -1,4 +1,7 @@
-"""The mini LLaVA: LLaVA-1.5 at a size that trains on a laptop, with a CLIP, SigLIP or ConvNeXt tower, its tokenizer and processor."""
+"""Mini LLaVA: LLaVA-1.5 at a size that can be trained on a laptop, with its tokenizer and processor.
+
+The vision tower is CLIP, SigLIP or ConvNeXt.
+"""
 
 from collections.abc import Iterable
 from typing import Any
@@ -14,15 +17,15 @@ from parcelray.models.backbones.llava_processor import ElasticLlavaProcessor
 from parcelray.models.mini import attend_to_neighbours, build_tokenizer, grid_positions
 
 _LOCATIONS = 1024
-"""Location tokens of the grounding questions, as PaliGemma's processor adds them to its own tokenizer."""
+"""Number of location tokens for grounding, the same as those that PaliGemma's processor adds to its tokenizer."""
 _STAGE_STRIDE = 2
-"""Of each stage of a ConvNeXt after the first."""
+"""Stride of each stage of a ConvNeXt after the first."""
 
 
 def build(
     config: MiniLlavaModelConfig, corpus: Iterable[str], connector: dict[str, Any] | None, seed: int
 ) -> tuple[ElasticLlavaForConditionalGeneration, ElasticLlavaProcessor]:
-    """Model with seeded random weights, and its processor."""
+    """Builds a model with seeded random weights, and its processor."""
     processor = build_processor(config, corpus)
     model_config = build_config(config, processor)
     model_config.connector = connector
@@ -30,14 +33,14 @@ def build(
 
 
 def build_processor(config: MiniLlavaModelConfig, corpus: Iterable[str]) -> ElasticLlavaProcessor:
-    """Tokenizer and image processor of the mini LLaVA."""
+    """Builds the tokenizer and the image processor of the mini LLaVA."""
     size = {"height": config.image_size, "width": config.image_size}
     image_processor = CLIPImageProcessorPil(
         size={"shortest_edge": config.image_size}, crop_size=size, image_mean=[0.5] * 3, image_std=[0.5] * 3
     )
     tokenizer = build_tokenizer(corpus)
     tokenizer.add_tokens([f"<loc{number:04}>" for number in range(_LOCATIONS)])
-    # As Llama's tokenizer does: a start token before every text.
+    # Adds a start token before every text, as Llama's tokenizer does.
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{tokenizer.bos_token} $A", special_tokens=[(tokenizer.bos_token, tokenizer.bos_token_id)]
     )
@@ -52,7 +55,7 @@ def build_processor(config: MiniLlavaModelConfig, corpus: Iterable[str]) -> Elas
 
 
 def build_config(config: MiniLlavaModelConfig, processor: ElasticLlavaProcessor) -> ElasticLlavaConfig:
-    """The transformers configuration of the mini LLaVA."""
+    """Builds the transformers configuration of the mini LLaVA."""
     tokenizer: PreTrainedTokenizerFast = processor.tokenizer
     return ElasticLlavaConfig(
         vision_config=_vision_config(config),
@@ -67,7 +70,7 @@ def build_config(config: MiniLlavaModelConfig, processor: ElasticLlavaProcessor)
             # A multiple of 64 keeps the output head's matrix product on aligned shapes.
             "vocab_size": -(-len(tokenizer) // 64) * 64,
             "max_position_embeddings": 8192,
-            # Fan-in scale, as for the mini PaliGemma.
+            # Fan-in scale, as in the mini PaliGemma.
             "initializer_range": config.text_width**-0.5,
             "pad_token_id": tokenizer.pad_token_id,
             "bos_token_id": tokenizer.bos_token_id,
@@ -75,7 +78,7 @@ def build_config(config: MiniLlavaModelConfig, processor: ElasticLlavaProcessor)
         },
         image_token_index=processor.image_token_id,
         image_seq_length=processor.num_patches,
-        # The whole tower is trained here, so that no layer is left over after the features.
+        # The whole tower is trained here, so the features are the output of its last layer.
         vision_feature_layer=-1,
         vision_feature_select_strategy=processor.vision_feature_select_strategy,
         pad_token_id=tokenizer.pad_token_id,
@@ -86,7 +89,7 @@ def build_config(config: MiniLlavaModelConfig, processor: ElasticLlavaProcessor)
 
 def _vision_config(config: MiniLlavaModelConfig) -> dict[str, Any]:
     if config.tower == "convnext":
-        # Half of the stride in the stem, half between two stages.
+        # Half of the stride is in the stem, half between the two stages.
         first = config.vision_layers // 2
         return {
             "model_type": "convnext",
@@ -96,7 +99,7 @@ def _vision_config(config: MiniLlavaModelConfig) -> dict[str, Any]:
             "hidden_sizes": [config.vision_width // 2, config.vision_width],
             "depths": [first, config.vision_layers - first],
             "layer_norm_eps": 1e-6,
-            # The default of 1e-6 is made for dozens of blocks; the few here would start as if they were not there.
+            # The default 1e-6 is meant for dozens of blocks; the few blocks here would start with no effect.
             "layer_scale_init_value": 0.1,
         }
     return {
@@ -111,7 +114,7 @@ def _vision_config(config: MiniLlavaModelConfig) -> dict[str, Any]:
 
 
 def build_model(config: ElasticLlavaConfig, seed: int) -> ElasticLlavaForConditionalGeneration:
-    """A model with seeded random weights."""
+    """Builds a model with seeded random weights."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = ElasticLlavaForConditionalGeneration(config)
@@ -119,7 +122,7 @@ def build_model(config: ElasticLlavaConfig, seed: int) -> ElasticLlavaForConditi
         vision = model.model.vision_tower
         patches = config.grid_size**2
         with torch.no_grad():
-            # After the class token, where there is one.
+            # The last rows: the first one belongs to the class token, if there is one.
             vision.embeddings.position_embedding.weight[-patches:] = grid_positions(
                 config.grid_size, vision.embeddings.embed_dim
             )

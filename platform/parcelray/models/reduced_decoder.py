@@ -1,13 +1,12 @@
-"""The decoder over reduced visual tokens, where transformers' own `generate` does not reach.
+"""Runs a decoder over reduced visual tokens, for the cases that transformers' own `generate` does not support.
 
-That is: rotary positions of the tokens' places in the image, attention that knows how many patches a token stands for,
-and visual tokens that are dropped between the layers, with a KV cache of another length in each of them. The layers
-themselves are the stock ones.
+There are three such cases: rotary positions taken from the raster of the image; attention that weights a token by the
+number of its patches; and visual tokens that are dropped between layers, so that layers have KV caches of different
+lengths. The layers themselves are the stock ones.
 
-Shapes: B prompts, O text tokens before the images, V visual tokens of a prompt, T text tokens after them, S = O + V +
-T, L width. Rows are
-aligned: padding stands between the visual tokens and the text after them, so that the last column is the last word of
-every prompt.
+Shape suffixes: B prompts, O text tokens before the images, V visual tokens of a prompt, T text tokens after them,
+S = O + V + T, M generated tokens, H query heads, L language width. Rows are aligned at the end: padding is placed
+between the visual tokens and the text after them, so that the last column holds the last token of every prompt.
 """
 
 import math
@@ -20,49 +19,52 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 from parcelray.config.reducer import Positions
-from parcelray.models.attention_rows import attention_rows
 from parcelray.models.backbones import ElasticVLM
 from parcelray.models.backbones.processor_base import ElasticProcessor
-from parcelray.models.token_reduction.base import Reduction, TokenReducer
-from parcelray.models.token_reduction.context import PromptView, ReductionContext
+from parcelray.models.decoder_attention import AttentionMasks, Keys, LayerMasks, attention_rows
+from parcelray.models.token_reduction.base import PromptView, Reduction, ReductionContext, TokenReducer
 from parcelray.models.token_reduction.in_decoder import InDecoderReducer, Stage
-
-_CALIBRATION = 2.0
-"""c of RESTORE's calibration (arXiv 2606.01711)."""
 
 
 class Prompts(NamedTuple):
-    """Text of a batch around its visual tokens, on the device."""
+    """The text of a batch of prompts around their visual tokens, on the device of the model."""
 
     before_O: Tensor
-    """Token ids, the same in every prompt."""
+    """Token ids before the images, the same in every prompt."""
     after_BT: Tensor
-    """Token ids, padding in front (and behind, after shorter answers)."""
+    """Token ids after the images, left-padded (and right-padded after shorter answers)."""
     valid_BT: Tensor
-    """False: padding."""
+    """False for padding."""
     answer_BT: Tensor
-    """True: an answer, read causally even where the prompt is not."""
+    """True for tokens of an answer, which have causal attention even if the prompt has not."""
 
 
 class VisualTokens(NamedTuple):
-    """Visual tokens of a batch of prompts, all images of a prompt after each other."""
+    """The visual tokens of a batch of prompts; the images of a prompt follow one another."""
 
     tokens_BVL: Tensor
-    """Projected."""
-    places_BV: Tensor
-    """Place of each in the patch grids of its prompt's images, int64."""
+    """Projected tokens."""
+    position_ids_BV: Tensor
+    """Position of each token in the patch grids of its prompt's images, counted on from image to image, int64."""
     sizes_BV: Tensor
-    """Patches in each, int64."""
+    """Number of patches in each token, int64."""
 
 
 def encode_prompts(
     processor: ElasticProcessor, texts: list[str], answers: list[str] | None, device: torch.device | str
 ) -> Prompts:
-    """Prompts, with answers whose likelihood is asked or without."""
-    at = processor.visual_offset
+    """Encodes prompts, with answers for likelihood scoring if they are given.
+
+    Args:
+        processor: processor of the model.
+        texts: prompts without image placeholders.
+        answers: one answer per prompt; None for generation.
+        device: device of the result.
+    """
+    offset = processor.visual_offset
     prefixes = processor.encode_prompts(texts)
     suffixes = processor.encode_answers(answers) if answers is not None else [[] for _ in texts]
-    longest = max(len(prefix) - at for prefix in prefixes)
+    longest = max(len(prefix) - offset for prefix in prefixes)
     shape = (len(texts), longest + max(len(suffix) for suffix in suffixes))
     after, valid, answer = (
         torch.full(shape, processor.tokenizer.pad_token_id),
@@ -70,26 +72,25 @@ def encode_prompts(
         torch.zeros(shape, dtype=torch.bool),
     )
     for row, (prefix, suffix) in enumerate(zip(prefixes, suffixes, strict=True)):
-        start, end = longest - (len(prefix) - at), longest + len(suffix)
-        after[row, start:end] = torch.tensor(prefix[at:] + suffix)
+        start, end = longest - (len(prefix) - offset), longest + len(suffix)
+        after[row, start:end] = torch.tensor(prefix[offset:] + suffix)
         valid[row, start:end] = True
         answer[row, longest:end] = True
     return Prompts(
-        *(each.to(device) for each in (torch.tensor(prefixes[0][:at], dtype=torch.int64), after, valid, answer))
+        *(each.to(device) for each in (torch.tensor(prefixes[0][:offset], dtype=torch.int64), after, valid, answer))
     )
 
 
 @dataclass(frozen=True)
 class _Sequence:
-    """What some layers read."""
+    """The input of some decoder layers: hidden states, and what attention needs to know about each position."""
 
     hidden_BSL: Tensor
     valid_BS: Tensor
     positions_BS: Tensor
     sizes_BS: Tensor
-    """Patches in each visual token; 1: text."""
     prefix_S: Tensor
-    """True: read in both directions."""
+    """True for positions with bidirectional attention."""
     offset: int
     num_visual: int
 
@@ -101,39 +102,39 @@ class _Sequence:
     def text(self) -> slice:
         return slice(self.offset + self.num_visual, self.hidden_BSL.shape[1])
 
+    @property
+    def keys(self) -> Keys:
+        return Keys(self.valid_BS, self.positions_BS, self.sizes_BS, self.visual)
+
 
 class _Group(NamedTuple):
-    """Layers that read the same positions: what decoding has to know of them."""
+    """Consecutive layers that attend to the same positions."""
 
     layers: range
-    valid_BS: Tensor
-    positions_BS: Tensor
-    sizes_BS: Tensor
-    visual: slice
+    keys: Keys
 
 
 class _Steps(NamedTuple):
-    """What some layers need for each of M tokens to come."""
+    """What a group of layers needs for each of M tokens to be generated."""
 
     layers: range
     positions_BM: Tensor
     rotary: tuple[Tensor, Tensor]
-    """Cosines and sines, [B, M, head width]."""
-    masks: tuple[Tensor, Tensor]
-    """Added to the attention logits [B, 1, M, S + M], of layers that see everything and of those with a window; a token sees up to its own column."""
+    """Cosines and sines, [B, M, head width] each."""
+    masks: LayerMasks
+    """Masks [B, 1, M, S + M]."""
     num_before: int
-    """S, before the first of them."""
+    """Number of columns before the first generated token, S."""
 
 
 class ReducedDecoder:
-    """Runs a model's decoder layer by layer over visual tokens that are already there.
+    """Runs a model's decoder layer by layer over visual tokens that are already projected.
 
     Args:
-        model: in evaluation mode; its decoder is Llama, Gemma or Gemma-2.
-        positions: which rotary positions visual tokens get: `contiguous`: one after the other; `original`: of their
-            place in the image, so that the text stands where it would without reduction; `original_size_bias`: besides,
-            log(size) is added to the attention logits of a token that stands for several patches;
-            `original_calibrated`: log(size * (2 - D(distance))) with D the mean cosine of the rotary angles (RESTORE).
+        model: model in evaluation mode; its decoder is Llama, Gemma or Gemma-2.
+        positions: rotary positions of the visual tokens. `contiguous`: consecutive. `original`: the token's position in
+            the image, so that the text has the same positions as without reduction. `original_size_bias` and
+            `original_calibrated`: as `original`, with a bias on the attention logits (see `AttentionMasks`).
     """
 
     def __init__(self, model: ElasticVLM, positions: Positions = "contiguous") -> None:
@@ -141,15 +142,15 @@ class ReducedDecoder:
         self._text = model.model.language_model
         self._layers = list(self._text.layers)
         self._positions = positions
-        # Gemma reads the prompt in both directions, Llama never.
+        # Gemma attends to the prompt in both directions, Llama is causal throughout.
         self._bidirectional = model.reads_both_ways
         config = model.config.text_config
-        self._window = getattr(config, "sliding_window", None)
         self._softcap = getattr(config, "final_logit_softcapping", None)
+        self._masks = AttentionMasks(self._text, getattr(config, "sliding_window", None), positions)
 
     @property
     def num_layers(self) -> int:
-        """Of the decoder."""
+        """Number of layers of the decoder."""
         return len(self._layers)
 
     @torch.inference_mode()
@@ -164,22 +165,22 @@ class ReducedDecoder:
         budget: int = 0,
         on_logits: Callable[[Tensor], None] = lambda logits: None,
     ) -> Tensor:
-        """Greedy answers.
+        """Generates answers by greedy decoding.
 
         Args:
-            prompts: without answers.
-            visual: all tokens that enter the decoder.
-            max_new_tokens: at most.
-            eos_token_id: ends an answer; what comes after it is this token, too.
-            reducer: one that reads the prompt, applied here; None: the tokens are as they should be.
-            budget: its visual tokens per prompt.
-            on_logits: sees the logits [B, vocabulary] of every step.
+            prompts: prompts without answers.
+            visual: all visual tokens that enter the decoder.
+            max_new_tokens: maximum length of an answer, in tokens.
+            eos_token_id: token that ends an answer; shorter answers are padded with it.
+            reducer: a reducer that reads the prompt, applied in the decoder; None leaves the tokens as they are.
+            budget: visual tokens per prompt after the reducer.
+            on_logits: called with the logits [B, vocabulary] of every step.
 
         Returns:
             Token ids [B, at most max_new_tokens].
         """
         hidden_BTL, cache, groups = self._prefill(prompts, visual, reducer, budget)
-        plan = [self._planned(group, max_new_tokens, hidden_BTL) for group in groups]
+        plan = [self._plan_steps(group, max_new_tokens, hidden_BTL) for group in groups]
         new: list[Tensor] = []
         ended_B = torch.zeros(len(hidden_BTL), dtype=torch.bool, device=hidden_BTL.device)
         logits_BV = self._logits(hidden_BTL[:, -1:]).squeeze(1)
@@ -196,35 +197,38 @@ class ReducedDecoder:
     def logits(
         self, prompts: Prompts, visual: VisualTokens, *, reducer: TokenReducer | None = None, budget: int = 0
     ) -> Tensor:
-        """Logits at the text after the images: [B, T, vocabulary]."""
+        """Returns the logits at the text after the images, [B, T, vocabulary]; see `generate` for the arguments."""
         return self._logits(self._prefill(prompts, visual, reducer, budget)[0])
 
     @torch.inference_mode()
     def attention(self, prompts: Prompts, visual: VisualTokens, layers: list[int]) -> list[Tensor]:
-        """What the text looks at in some layers, without any reduction: [B, H, T, V] each."""
-        sequence = self._enter(prompts, visual)
-        return self._probe(sequence, layers)
+        """Returns the attention of the text to the visual tokens in some layers, without any reduction.
+
+        Returns:
+            One tensor [B, H, T, V] per layer, in float32.
+        """
+        return self._text_attention(self._embed(prompts, visual), layers)
 
     def _prefill(
         self, prompts: Prompts, visual: VisualTokens, reducer: TokenReducer | None, budget: int
     ) -> tuple[Tensor, DynamicCache, list[_Group]]:
-        sequence = self._enter(prompts, visual)
+        """Runs the prompts through all layers; returns hidden states of the text [B, T, L], KV cache and groups."""
+        sequence = self._embed(prompts, visual)
+        # Reducers score by the prompt alone, so the columns of the answers are cut off.
+        num_text = int((~prompts.answer_BT.any(dim=0)).sum())
         view = PromptView(
-            embeddings_BTL=sequence.hidden_BSL[:, sequence.text],
-            valid_BT=prompts.valid_BT & ~prompts.answer_BT,
+            embeddings_BTL=sequence.hidden_BSL[:, sequence.text][:, :num_text],
+            valid_BT=(prompts.valid_BT & ~prompts.answer_BT)[:, :num_text],
             visual_BVL=visual.tokens_BVL,
-            attention=lambda layer: self._probe(sequence, [layer])[0][:, :, : _asked(prompts)],
+            attention=lambda layer: self._text_attention(sequence, [layer])[0][:, :, :num_text],
             num_layers=self.num_layers,
             grid_side=int(self._model.config.grid_size),
-        )
-        view = replace(
-            view, embeddings_BTL=view.embeddings_BTL[:, : _asked(prompts)], valid_BT=view.valid_BT[:, : _asked(prompts)]
         )
         stages: tuple[Stage, ...] = ()
         if isinstance(reducer, InDecoderReducer):
             stages = reducer.stages(self.num_layers, visual.tokens_BVL.shape[1], budget)
         elif reducer is not None:
-            # Reducers keep the order of the whole batch's tokens, whatever images they are of.
+            # The reducer sees the visual tokens of all images of a prompt as one sequence.
             sequence = self._reduced(
                 sequence, reducer(visual.tokens_BVL, num_visual_tokens=budget, context=ReductionContext(prompt=view))
             )
@@ -235,45 +239,39 @@ class ReducedDecoder:
         for number, layers in enumerate(map(range, edges[:-1], edges[1:])):
             if number:
                 assert isinstance(reducer, InDecoderReducer)
-                sequence = self._staged(sequence, stages[number - 1], reducer, view, previous_input, _asked(prompts))
-            rotary, mask = self._rotary(sequence), self._mask(sequence)
+                sequence = self._reduced_at(sequence, stages[number - 1], reducer, view, previous_input)
+            rotary, masks = self._rotary(sequence), self._prompt_masks(sequence)
             for index in layers:
                 previous_input = sequence.hidden_BSL
                 hidden = self._run(
-                    index, sequence.hidden_BSL, rotary, sequence.positions_BS, mask[self._is_sliding(index)], cache
+                    index, sequence.hidden_BSL, rotary, sequence.positions_BS, masks.of(self._is_windowed(index)), cache
                 )
                 sequence = replace(sequence, hidden_BSL=hidden)
-            groups.append(_Group(layers, sequence.valid_BS, sequence.positions_BS, sequence.sizes_BS, sequence.visual))
+            groups.append(_Group(layers, sequence.keys))
         return self._text.norm(sequence.hidden_BSL[:, sequence.text]), cache, groups
 
-    def _staged(
-        self,
-        sequence: _Sequence,
-        stage: Stage,
-        reducer: InDecoderReducer,
-        view: PromptView,
-        previous_input: Tensor,
-        num_asked: int,
+    def _reduced_at(
+        self, sequence: _Sequence, stage: Stage, reducer: InDecoderReducer, view: PromptView, previous_input: Tensor
     ) -> _Sequence:
-        """The sequence after a reduction between two layers."""
-        rows = slice(sequence.text.start, sequence.text.start + num_asked)
+        """Returns the sequence after the reduction at a stage between two layers."""
+        rows = slice(sequence.text.start, sequence.text.start + view.valid_BT.shape[1])
         scored = sequence if stage.scored_at == stage.layer else replace(sequence, hidden_BSL=previous_input)
 
         def attention(layer: int) -> Tensor:
-            mask = self._mask(sequence)[self._is_sliding(stage.scored_at)][:, :, rows]
+            mask = self._prompt_masks(sequence).of(self._is_windowed(stage.scored_at))[:, :, rows]
             return attention_rows(self._layers[stage.scored_at], scored.hidden_BSL, self._rotary(sequence), mask, rows)[
                 :, :, :, sequence.visual
             ]
 
-        here = replace(view, attention=attention)
         reduction = reducer(
             sequence.hidden_BSL[:, sequence.visual],
             num_visual_tokens=stage.num_tokens,
-            context=ReductionContext(prompt=here),
+            context=ReductionContext(prompt=replace(view, attention=attention)),
         )
         return self._reduced(sequence, reduction)
 
-    def _enter(self, prompts: Prompts, visual: VisualTokens) -> _Sequence:
+    def _embed(self, prompts: Prompts, visual: VisualTokens) -> _Sequence:
+        """Returns the input of the first layer."""
         embed = self._model.get_input_embeddings()
         batch, num_visual, _ = visual.tokens_BVL.shape
         after_BTL = embed(prompts.after_BT)
@@ -285,8 +283,8 @@ class ReducedDecoder:
         valid_BS = torch.cat(
             [ones_BO, torch.ones(batch, num_visual, dtype=torch.bool, device=device), prompts.valid_BT], dim=1
         )
-        text_1 = torch.ones(batch, prompts.after_BT.shape[1], dtype=torch.int64, device=device)
-        sizes_BS = torch.cat([ones_BO.long(), visual.sizes_BV, text_1], dim=1)
+        ones_BT = torch.ones(batch, prompts.after_BT.shape[1], dtype=torch.int64, device=device)
+        sizes_BS = torch.cat([ones_BO.long(), visual.sizes_BV, ones_BT], dim=1)
         prefix_S = torch.ones(hidden_BSL.shape[1], dtype=torch.bool, device=device)
         prefix_S[offset + num_visual :] = ~prompts.answer_BT.any(dim=0)
         sequence = _Sequence(
@@ -294,25 +292,29 @@ class ReducedDecoder:
         )
         if self._positions == "contiguous":
             return _contiguous(sequence)
-        # Without reduction the images would have filled all their places.
-        num_places = self._places(num_visual, visual)
+        # The text has the positions that it would have if the images filled all their positions.
         before = torch.arange(offset, device=device).expand(batch, -1)
-        after = offset + num_places + prompts.valid_BT.long().cumsum(dim=1) - 1
-        return replace(sequence, positions_BS=torch.cat([before, offset + visual.places_BV, after.clamp(min=0)], dim=1))
+        after = offset + self._num_image_positions(visual) + prompts.valid_BT.long().cumsum(dim=1) - 1
+        return replace(
+            sequence, positions_BS=torch.cat([before, offset + visual.position_ids_BV, after.clamp(min=0)], dim=1)
+        )
 
-    def _places(self, num_visual: int, visual: VisualTokens) -> int:
+    def _num_image_positions(self, visual: VisualTokens) -> int:
+        """Returns the number of patches of a prompt's images, derived from the largest position of a visual token."""
+        if not visual.position_ids_BV.shape[1]:
+            return 0
         patches = int(self._model.config.grid_size**2)
-        return patches * math.ceil((int(visual.places_BV.max()) + 1) / patches) if num_visual else 0
+        return patches * math.ceil((int(visual.position_ids_BV.max()) + 1) / patches)
 
     def _reduced(self, sequence: _Sequence, reduction: Reduction) -> _Sequence:
-        """The sequence with other visual tokens in the place of its own."""
+        """Returns the sequence with its visual tokens replaced by the reduced ones."""
         a, b = sequence.visual.start, sequence.visual.stop
         kept = reduction.position_ids_BK
 
         def around(values: Tensor, middle: Tensor) -> Tensor:
             return torch.cat([values[:, :a], middle, values[:, b:]], dim=1)
 
-        # Sizes add up over the members; a selection keeps those of its tokens.
+        # The size of a merged token is the sum over its members; a selected token keeps its size.
         sizes = torch.zeros_like(kept).scatter_add_(
             1, reduction.assignment_BN.clamp(min=0), sequence.sizes_BS[:, a:b] * (reduction.assignment_BN >= 0)
         )
@@ -329,52 +331,48 @@ class ReducedDecoder:
         )
         return _contiguous(result) if self._positions == "contiguous" else result
 
-    def _probe(self, sequence: _Sequence, layers: list[int]) -> list[Tensor]:
-        rotary, mask = self._rotary(sequence), self._mask(sequence)
-        found = {}
+    def _text_attention(self, sequence: _Sequence, layers: list[int]) -> list[Tensor]:
+        """Returns the attention [B, H, T, V] of the text to the visual tokens in each of the layers."""
+        rotary, masks = self._rotary(sequence), self._prompt_masks(sequence)
+        attention_of = {}
         hidden = sequence.hidden_BSL
         for index in range(max(layers) + 1):
+            mask = masks.of(self._is_windowed(index))
             if index in layers:
-                rows = attention_rows(
-                    self._layers[index],
-                    hidden,
-                    rotary,
-                    mask[self._is_sliding(index)][:, :, sequence.text],
-                    sequence.text,
-                )
-                found[index] = rows[:, :, :, sequence.visual]
+                rows = attention_rows(self._layers[index], hidden, rotary, mask[:, :, sequence.text], sequence.text)
+                attention_of[index] = rows[:, :, :, sequence.visual]
             if index < max(layers):
-                hidden = self._run(index, hidden, rotary, sequence.positions_BS, mask[self._is_sliding(index)], None)
-        return [found[layer] for layer in layers]
+                hidden = self._run(index, hidden, rotary, sequence.positions_BS, mask, None)
+        return [attention_of[layer] for layer in layers]
 
-    def _planned(self, group: _Group, num_steps: int, hidden: Tensor) -> _Steps:
-        """What the next tokens' positions and masks are, known before the tokens themselves."""
-        new_BM = group.positions_BS[:, -1:] + torch.arange(1, num_steps + 1, device=hidden.device)
-        positions_BS = torch.cat([group.positions_BS, new_BM], dim=1)
-        allowed_B1S = torch.nn.functional.pad(group.valid_BS, (0, num_steps), value=True)[:, None]
-        places = (
-            positions_BS,
-            new_BM,
-            torch.nn.functional.pad(group.sizes_BS, (0, num_steps), value=1),
-            group.visual,
-            hidden.dtype,
-        )
-        full = self._additive(allowed_B1S, *places)
-        near = full if self._window is None else self._additive(allowed_B1S & self._near(positions_BS, new_BM), *places)
-        masks = (full.expand(-1, -1, num_steps, -1), near.expand(-1, -1, num_steps, -1))
-        return _Steps(group.layers, new_BM, self._text.rotary_emb(hidden, new_BM), masks, group.positions_BS.shape[1])
+    def _plan_steps(self, group: _Group, num_steps: int, hidden: Tensor) -> _Steps:
+        """Computes positions and masks of the tokens to be generated, which do not depend on the tokens themselves."""
+        last_B1 = group.keys.positions_BS[:, -1:]
+        positions_BM = last_B1 + torch.arange(1, num_steps + 1, device=hidden.device)
+        masks = self._masks.of_generated(positions_BM, group.keys, hidden.dtype)
+        rotary = self._text.rotary_emb(hidden, positions_BM)
+        return _Steps(group.layers, positions_BM, rotary, masks, group.keys.positions_BS.shape[1])
 
     def _step(self, token_B: Tensor, number: int, cache: DynamicCache, plan: list[_Steps]) -> Tensor:
-        """The hidden state [B, 1, L] of one more token; `number` were there before it since the prompt."""
+        """Runs one more token through all layers.
+
+        Args:
+            token_B: the last generated token of each prompt.
+            number: how many tokens were generated before it.
+            cache: KV cache, extended here.
+            plan: see `_plan_steps`.
+
+        Returns:
+            Hidden state [B, 1, L] of the token.
+        """
         hidden = self._model.get_input_embeddings()(token_B[:, None])
         row = slice(number, number + 1)
         for steps in plan:
             rotary = (steps.rotary[0][:, row], steps.rotary[1][:, row])
-            masks = [mask[:, :, row, : steps.num_before + number + 1] for mask in steps.masks]
+            masks = LayerMasks(*(mask[:, :, row, : steps.num_before + number + 1] for mask in steps.masks))
             for index in steps.layers:
-                hidden = self._run(
-                    index, hidden, rotary, steps.positions_BM[:, row], masks[self._is_sliding(index)], cache
-                )
+                mask = masks.of(self._is_windowed(index))
+                hidden = self._run(index, hidden, rotary, steps.positions_BM[:, row], mask, cache)
         normed: Tensor = self._text.norm(hidden)
         return normed
 
@@ -401,64 +399,10 @@ class ReducedDecoder:
         cosines, sines = self._text.rotary_emb(sequence.hidden_BSL, sequence.positions_BS)
         return cosines, sines
 
-    def _mask(self, sequence: _Sequence) -> tuple[Tensor, Tensor]:
-        """Added to the attention logits [B, 1, S, S] of layers that see everything, and of those with a sliding window."""
-        length = sequence.hidden_BSL.shape[1]
-        order = torch.arange(length, device=sequence.hidden_BSL.device)
-        seen_SS = (order[None, :] <= order[:, None]) | (sequence.prefix_S[:, None] & sequence.prefix_S[None, :])
-        allowed_BSS = seen_SS[None] & sequence.valid_BS[:, None]
-        places = (
-            sequence.positions_BS,
-            sequence.positions_BS,
-            sequence.sizes_BS,
-            sequence.visual,
-            sequence.hidden_BSL.dtype,
-        )
-        full = self._additive(allowed_BSS, *places)
-        if self._window is None:
-            return full, full
-        # What is read in both directions is seen as a whole also by layers with a window, as transformers has it.
-        near_BSS = self._near(sequence.positions_BS, sequence.positions_BS) | (
-            sequence.prefix_S[:, None] & sequence.prefix_S[None, :]
-        )
-        return full, self._additive(allowed_BSS & near_BSS, *places)
+    def _prompt_masks(self, sequence: _Sequence) -> LayerMasks:
+        return self._masks.of_prompt(sequence.keys, sequence.prefix_S, sequence.hidden_BSL.dtype)
 
-    def _near(self, positions_BS: Tensor, rows_BR: Tensor) -> Tensor:
-        """Whether a key lies in the window of a row."""
-        assert self._window is not None
-        near_BRS: Tensor = rows_BR[:, :, None] - positions_BS[:, None] < self._window
-        return near_BRS
-
-    def _additive(
-        self,
-        allowed_BRS: Tensor,
-        positions_BS: Tensor,
-        rows_BR: Tensor,
-        sizes_BS: Tensor,
-        visual: slice,
-        dtype: torch.dtype,
-    ) -> Tensor:
-        distances_BRS = rows_BR[:, :, None] - positions_BS[:, None]
-        bias = torch.zeros(
-            distances_BRS.shape if self._positions == "original_calibrated" else (len(sizes_BS), 1, sizes_BS.shape[1]),
-            device=sizes_BS.device,
-        )
-        if self._positions in ("original_size_bias", "original_calibrated"):
-            bias = bias + sizes_BS.clamp(min=1).log()[:, None]
-        if self._positions == "original_calibrated":
-            decay = self._rotary_decay(int(distances_BRS.abs().max()))
-            calibration = (_CALIBRATION - decay[distances_BRS.abs()]).log()
-            bias[:, :, visual] += calibration[:, :, visual]
-        masked: Tensor = bias.masked_fill(~allowed_BRS, torch.finfo(dtype).min).to(dtype)
-        return masked[:, None]
-
-    def _rotary_decay(self, longest: int) -> Tensor:
-        """D of each distance: the mean cosine of the rotary angles, 1 at 0."""
-        frequencies = self._text.rotary_emb.inv_freq.float()
-        decay: Tensor = (torch.arange(longest + 1, device=frequencies.device)[:, None] * frequencies).cos().mean(dim=1)
-        return decay
-
-    def _is_sliding(self, index: int) -> bool:
+    def _is_windowed(self, index: int) -> bool:
         return getattr(self._layers[index].self_attn, "sliding_window", None) is not None
 
     def _logits(self, hidden: Tensor) -> Tensor:
@@ -467,10 +411,5 @@ class ReducedDecoder:
 
 
 def _contiguous(sequence: _Sequence) -> _Sequence:
-    """Positions one after the other, padding left out."""
+    """Returns the sequence with consecutive positions, padding not counted."""
     return replace(sequence, positions_BS=(sequence.valid_BS.long().cumsum(dim=1) - 1).clamp(min=0))
-
-
-def _asked(prompts: Prompts) -> int:
-    """Columns of the text after the images that belong to the prompt."""
-    return int((~prompts.answer_BT.any(dim=0)).sum())

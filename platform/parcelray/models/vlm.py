@@ -1,12 +1,19 @@
-"""The elastic vision-language model, whatever its backbone: loading, and what a checkpoint's configuration alone tells."""
+"""Loads a model and its processor from a checkpoint folder, for every backbone family, and rewrites its routing.
+
+Properties of the configuration (family, sizes, connector, legal budgets) are read without loading the weights.
+"""
 
 import json
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
+from transformers.utils import logging
 
-from parcelray.config.connector import ConnectorConfig
+from parcelray.config.connector import ConnectorConfig, ParcelConnectorConfig, RouteConfig
 from parcelray.errors import UserError
 from parcelray.models.backbones import (
     ElasticLlavaConfig,
@@ -15,88 +22,177 @@ from parcelray.models.backbones import (
     ElasticPaliGemmaForConditionalGeneration,
     ElasticVLM,
 )
-from parcelray.models.backbones.base import connector_for
-from parcelray.models.connectors import Connector
-from parcelray.models.quiet import quiet_transformers
+from parcelray.models.backbones.llava_processor import ElasticLlavaProcessor
+from parcelray.models.backbones.paligemma_processor import ElasticPaliGemmaProcessor
+from parcelray.models.backbones.processor_base import ElasticProcessor
+from parcelray.models.checkpoint import MANIFEST_NAME, read_manifest, write_manifest
+from parcelray.models.connectors import Connector, build_connector
+from parcelray.models.connectors.routing import resolve_routing
 
 ElasticConfig = ElasticPaliGemmaConfig | ElasticLlavaConfig
-_FAMILIES: dict[str, type[Any]] = {
-    "paligemma": ElasticPaliGemmaForConditionalGeneration,
-    "llava": ElasticLlavaForConditionalGeneration,
+
+
+class _Family(NamedTuple):
+    model: type[Any]
+    processor: type[Any]
+
+
+_FAMILIES = {
+    "paligemma": _Family(ElasticPaliGemmaForConditionalGeneration, ElasticPaliGemmaProcessor),
+    "llava": _Family(ElasticLlavaForConditionalGeneration, ElasticLlavaProcessor),
 }
 
 
 def family_of(path: str | Path) -> str:
-    """`paligemma` or `llava`: whose classes a checkpoint folder, stock or elastic, needs.
+    """Returns the backbone family of a checkpoint folder, stock or elastic: `paligemma` or `llava`.
 
     Raises:
-        UserError: the folder is no checkpoint, or one of another family.
+        UserError: the folder is not a checkpoint, or its family is not supported.
     """
     file = Path(path) / "config.json"
     if not file.is_file():
         raise UserError(
             f"{path} is not a checkpoint folder (it has no config.json); give a folder written by save_pretrained."
         )
-    kind = str(json.loads(file.read_text(encoding="utf-8")).get("model_type"))
-    family = kind.removeprefix("elastic_")
+    model_type = str(json.loads(file.read_text(encoding="utf-8")).get("model_type"))
+    family = model_type.removeprefix("elastic_")
     if family not in _FAMILIES:
         raise UserError(
-            f"{path} holds a model of type {kind}; legal are {', '.join(_FAMILIES)} and the elastic models made from"
-            " them."
+            f"{path} holds a model of type {model_type}; supported types are {', '.join(_FAMILIES)} and the elastic"
+            " models made from them."
         )
     return family
 
 
 def config_of(path: str | Path) -> ElasticConfig:
-    """The configuration of a checkpoint folder, stock or elastic.
+    """Returns the configuration of a checkpoint folder, stock or elastic.
 
     Raises:
         UserError: see `family_of`.
     """
-    return cast(ElasticConfig, _FAMILIES[family_of(path)].config_class.from_pretrained(path))
+    return cast(ElasticConfig, _FAMILIES[family_of(path)].model.config_class.from_pretrained(path))
 
 
 def connector_of(path: str | Path) -> Connector:
-    """The connector of a checkpoint folder without its weights: what it is called and which budgets it can give."""
+    """Builds the connector of a checkpoint folder on the meta device, to read its name and legal budgets."""
     config = config_of(path)
     with torch.device("meta"):
-        return connector_for(config.connector_config, config.vision_dims)
+        return build_connector(config.connector_config, **config.vision_dims._asdict())
+
+
+def load_processor(path: str | Path) -> ElasticProcessor:
+    """Loads the processor (tokenizer and image processor) of a checkpoint folder, stock or elastic.
+
+    Raises:
+        UserError: see `family_of`.
+    """
+    return cast(ElasticProcessor, _FAMILIES[family_of(path)].processor.from_pretrained(path))
+
+
+def image_size_of(path: Path) -> int:
+    """Returns the side in pixels of a checkpoint's square input images."""
+    return load_processor(path).image_size
 
 
 def load_vlm(path: str | Path, *, connector: ConnectorConfig | None = None, seed: int = 0, **kwargs: Any) -> ElasticVLM:
-    """Loads a checkpoint folder, stock or elastic, and inserts a connector when one is given.
+    """Loads a checkpoint folder, stock or elastic, and inserts a new connector if one is given.
 
-    A new connector starts from seeded random weights at the scale of the checkpoint's own patch features; every other
-    weight must be in the checkpoint (`from_pretrained` would fill a missing one at random with only a warning).
+    A new connector starts from seeded random weights at the scale of the checkpoint's patch features. All other weights
+    must be in the checkpoint: `from_pretrained` alone would initialise missing ones at random with only a warning.
 
     Args:
-        path: folder with `config.json` and safetensors.
+        path: folder with `config.json` and safetensors files.
         connector: replaces the checkpoint's connector; None keeps it (identity for a stock checkpoint).
-        seed: of the new connector's weights.
-        kwargs: for `from_pretrained`, such as `dtype` and `attn_implementation`.
+        seed: seed of the new connector's weights.
+        kwargs: passed to `from_pretrained`, such as `dtype` and `attn_implementation`.
 
     Raises:
-        UserError: the folder is no checkpoint of a known family, or weights are missing from it.
+        UserError: the folder is not a checkpoint of a supported family, or weights are missing from it.
     """
     config = config_of(path)
     if connector is not None:
         config.connector = connector.model_dump(mode="json")
     with torch.random.fork_rng(devices=[]), quiet_transformers():
         torch.manual_seed(seed)
-        model, info = _FAMILIES[family_of(path)].from_pretrained(
+        model, info = _FAMILIES[family_of(path)].model.from_pretrained(
             path, config=config, output_loading_info=True, use_safetensors=True, **kwargs
         )
     missing = sorted(key for key in info["missing_keys"] if not key.startswith("model.connector."))
     if missing:
         raise UserError(
-            f"{path} lacks {len(missing)} weights of the model, {missing[0]} among them; use a complete checkpoint."
+            f"{path} lacks {len(missing)} weights of the model, for example {missing[0]}; use a complete checkpoint."
         )
     if any(key.startswith("model.connector.") for key in info["missing_keys"]):
         model.connector.match_scale(*model.model.feature_scale())
     return cast(ElasticVLM, model)
 
 
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Hides transformers' progress bars and its report of missing weights, which would break up the caller's output.
+
+    The report is redundant: `load_vlm` raises an error if any weight other than a new connector's is missing.
+    """
+    shown, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if shown:
+            logging.enable_progress_bar()
+
+
 def use_sdpa_where_exact(model: ElasticVLM) -> None:
-    """Switches the decoder to scaled-dot-product attention when it has no logit soft-capping (which SDPA cannot express)."""
+    """Switches the decoder to scaled-dot-product attention (SDPA) if that gives exact results.
+
+    It does unless the decoder has logit soft-capping, which SDPA cannot express.
+    """
     if getattr(model.config.text_config, "attn_logit_softcapping", None) is None:
         model.model.language_model.config._attn_implementation = "sdpa"
+
+
+def write_rerouted(source: Path, target: Path, routing: Sequence[RouteConfig], found_by: str) -> Path:
+    """Copies a supernet checkpoint and replaces the routing in its configuration; the weights stay the same.
+
+    Args:
+        source: checkpoint folder with a manifest, trained as a supernet over splits.
+        target: folder to write; existing content is replaced.
+        routing: the new intervals, which evaluation and serving will follow.
+        found_by: name of the search, recorded in the manifest.
+
+    Returns:
+        The target folder.
+
+    Raises:
+        UserError: the checkpoint is not a supernet, or was not trained with one of the anchor grids.
+    """
+    connector = config_of(source).connector_config
+    if not isinstance(connector, ParcelConnectorConfig) or not connector.anchor_grids:
+        raise UserError(
+            f"{source} is not a supernet over splits (its connector has no anchor_grids), so its routing is fixed;"
+            " train jobs/train/supernet.yaml."
+        )
+    built = connector_of(source)
+    for route in routing:
+        for budget in (route.min_budget, route.max_budget):
+            built.check_split(budget, route.anchor_grid)
+    resolve_routing(routing, int(max(built.supported_budgets) ** 0.5))
+    shutil.rmtree(target, ignore_errors=True)
+    shutil.copytree(source, target)
+    file = target / "config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    config["connector"]["routing"] = [route.model_dump(mode="json") for route in routing]
+    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    manifest = read_manifest(source)
+    (target / MANIFEST_NAME).unlink()
+    write_manifest(
+        target,
+        config=manifest.config,
+        git_commit=manifest.git_commit,
+        data=manifest.data,
+        seed=manifest.seed,
+        extra={**manifest.extra, "routing_found_by": found_by, "rerouted_from": str(source)},
+    )
+    return target

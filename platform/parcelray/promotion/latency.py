@@ -13,7 +13,7 @@ from parcelray.datasets.images import decode_image
 from parcelray.datasets.sample import Sample
 from parcelray.evaluation.plan import prepare
 from parcelray.models.checkpoint import ResolvedCheckpoint
-from parcelray.models.processor import image_size_of, load_processor
+from parcelray.models.vlm import image_size_of, load_processor
 from parcelray.promotion.gates import Check
 from parcelray.serving.engine.continuous_engine import ContinuousEngine
 from parcelray.serving.engine.engine import PromptBuilder, Sampling, answer_all

@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.state_dict import (
 from parcelray.errors import UserError
 from parcelray.models.backbones import ElasticVLM
 from parcelray.models.backbones.processor_base import ElasticProcessor
-from parcelray.models.quiet import quiet_transformers
+from parcelray.models.vlm import quiet_transformers
 
 _FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
 

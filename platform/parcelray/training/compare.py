@@ -10,7 +10,7 @@ from parcelray.evaluation.run import run_evaluation
 from parcelray.evaluation.scoring.aggregate import Frontier, frontier_point
 from parcelray.evaluation.scoring.majority import majority_scores
 from parcelray.evaluation.scoring.split_scores import SplitScores
-from parcelray.models.processor import image_size_of
+from parcelray.models.vlm import image_size_of
 from parcelray.training.report import held_out_evaluation
 from parcelray.training.run import TrainedRun, run_training
 

@@ -16,7 +16,7 @@ from parcelray.evaluation.scoring.aggregate import Frontier, frontier_point
 from parcelray.evaluation.scoring.intervals import wilson
 from parcelray.evaluation.scoring.majority import majority_scores
 from parcelray.evaluation.scoring.split_scores import SplitScores
-from parcelray.models.processor import image_size_of
+from parcelray.models.vlm import image_size_of
 from parcelray.tracking.mlflow_tracker import MlflowRunLogger
 
 _FAMILIES = 4

@@ -12,8 +12,7 @@ from parcelray.models import mini_llava
 from parcelray.models.backbones import ElasticVLM
 from parcelray.models.backbones.processor_base import ElasticProcessor
 from parcelray.models.mini import build_config, build_model, build_processor
-from parcelray.models.processor import load_processor
-from parcelray.models.vlm import load_vlm, use_sdpa_where_exact
+from parcelray.models.vlm import load_processor, load_vlm, use_sdpa_where_exact
 from parcelray.training.batches.schedule import BatchSchedule, StepReader
 
 _TOKENIZER_TEXTS = 20_000

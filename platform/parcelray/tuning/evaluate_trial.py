@@ -27,8 +27,7 @@ from parcelray.evaluation.run import evaluate_model
 from parcelray.evaluation.scoring.aggregate import mean_of, retentions
 from parcelray.evaluation.scoring.split_scores import Estimate, SplitScores
 from parcelray.models.checkpoint import ResolvedCheckpoint
-from parcelray.models.processor import image_size_of
-from parcelray.models.vlm import config_of
+from parcelray.models.vlm import config_of, image_size_of
 from parcelray.profiling.backbone_shapes import from_transformers_config
 from parcelray.profiling.flops import cost, kv_cache_bytes
 from parcelray.profiling.reduction_flops import reduced_prefill_flops

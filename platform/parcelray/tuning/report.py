@@ -14,7 +14,7 @@ from parcelray.config.tune import TuneJob
 from parcelray.evaluation.adaptive.study import write_study
 from parcelray.evaluation.adaptive.tables import adaptive_table
 from parcelray.models.checkpoint import MANIFEST_NAME
-from parcelray.models.rerouting import write_rerouted
+from parcelray.models.vlm import write_rerouted
 from parcelray.tracking.mlflow_tracker import MlflowRunLogger
 from parcelray.tuning.plots import (
     FamilyRow,

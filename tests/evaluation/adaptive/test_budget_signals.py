@@ -8,8 +8,7 @@ from parcelray.datasets.mini.suite import MiniSuite
 from parcelray.evaluation.adaptive.budget_signals import ANSWER_SIGNALS, SignalReader, answer_signals, pool
 from parcelray.evaluation.scoring.split_scores import GivenAnswer
 from parcelray.models.checkpoint import resolve_checkpoint
-from parcelray.models.processor import load_processor
-from parcelray.models.vlm import load_vlm
+from parcelray.models.vlm import load_processor, load_vlm
 
 
 @pytest.fixture(scope="module")

@@ -20,8 +20,7 @@ from parcelray.evaluation.passes.shards import EvaluatedModel, PassResult
 from parcelray.evaluation.passes.store import Prediction, PredictionStore
 from parcelray.evaluation.predict.generation import GenerationSettings
 from parcelray.evaluation.predict.predictor import Predictor
-from parcelray.models.processor import load_processor
-from parcelray.models.vlm import load_vlm
+from parcelray.models.vlm import load_processor, load_vlm
 from parcelray.training.start import build_start
 
 from ...processes import LIMIT_S, end_session, wait_until

@@ -1,4 +1,4 @@
-"""Small connectors of every type, on the paper's two grids and on one that needs its own routing."""
+"""Small connectors of every type, on the paper's two grids and on a grid that needs a routing."""
 
 from dataclasses import dataclass
 from itertools import pairwise
@@ -32,7 +32,7 @@ ROUTES_12 = (
 
 @dataclass(frozen=True)
 class Case:
-    """A configuration on a grid."""
+    """A connector configuration and a grid size."""
 
     config: ConnectorConfig
     grid_size: int
@@ -44,7 +44,7 @@ class Case:
         return torch.randn(batch_size, self.grid_size**2, width)
 
     def some_budgets(self, connector: Connector) -> list[int]:
-        """The ends, the middle, and both sides of every gap or regime change."""
+        """Returns the first, middle and last budget, and both sides of every gap and regime change."""
         budgets = connector.supported_budgets
         changes = [
             budget

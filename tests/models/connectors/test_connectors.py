@@ -1,4 +1,4 @@
-"""Properties that hold for every connector."""
+"""Properties of every connector."""
 
 import pickle
 from math import isqrt
@@ -15,8 +15,8 @@ from parcelray.errors import UnsupportedBudgetError, UserError, describe_values
 def test_every_legal_budget_gives_exactly_that_many_tokens(case: Any) -> None:
     connector = case.build(width=8).eval()
     features = case.features(batch_size=1, width=8)
-    # Of the thousand budgets of the large grid a sample, with both sides of every change, is enough: it is divided by
-    # the code of the small one.
+    # For the thousand budgets of the large grid, a sample with both sides of every change is enough: the code is the
+    # same as for the small grid.
     step = 1 if case.grid_size < 32 else 16
     with torch.inference_mode():
         for budget in sorted({*connector.supported_budgets[::step], *case.some_budgets(connector)}):
@@ -42,7 +42,7 @@ def test_leading_tokens_are_the_average_pooled_grid(case: Any) -> None:
             torch.testing.assert_close(tokens[:, :num_anchors], pooled, atol=1e-6, rtol=0)
 
 
-def test_gradients_reach_what_the_budget_uses_and_nothing_else(case_16: Any) -> None:
+def test_gradients_reach_exactly_the_parameters_that_the_budget_uses(case_16: Any) -> None:
     connector = case_16.build()
     for budget in case_16.some_budgets(connector):
         connector.zero_grad(set_to_none=True)
@@ -54,8 +54,8 @@ def test_gradients_reach_what_the_budget_uses_and_nothing_else(case_16: Any) -> 
         largest = max(
             (float(each.grad.abs().max()) for each in connector.parameters() if each.grad is not None), default=0.0
         )
-        # Gradients that are zero in exact arithmetic are below 1e-6 of the largest one (rounding); the smallest real
-        # ones are above 1e-3 of it.
+        # Gradients that are zero in exact arithmetic are below 1e-6 of the largest gradient (rounding); the smallest
+        # other ones are above 1e-3 of it.
         rounding = 1e-4 * largest
         for name, parameter in connector.named_parameters():
             gradient = parameter.grad
@@ -74,17 +74,20 @@ def test_gradients_reach_what_the_budget_uses_and_nothing_else(case_16: Any) -> 
 
 
 def _is_cancelled(parameter: str, connector: str, budget: int) -> bool:
-    """Whether a softmax cancels the parameter's effect, so that its gradient is zero in exact arithmetic."""
-    # A shift of all keys changes every logit of a query alike.
+    """Whether a softmax cancels the effect of the parameter, so that its gradient is zero in exact arithmetic."""
+    # A shift of all keys changes all logits of a query by the same amount.
     if parameter.endswith("k_proj.bias"):
         return True
-    # A softmax over one key is 1 whatever the logit: a single query without anchors attends to itself.
+    # A softmax over one key is always 1: a single query without anchors attends only to itself.
     is_alone = connector == "mqt_self_attention" and budget == 1
     return is_alone and "conditioner" in parameter and ("q_proj" in parameter or "k_proj" in parameter)
 
 
 def test_bfloat16_agrees_with_float32(case_16: Any) -> None:
-    """Bfloat16 keeps 8 bits (relative step 2 ** -8); through two blocks the worst measured relative rms error is 0.005."""
+    """Compares bfloat16 with float32; it keeps 8 bits (relative step 2 ** -8).
+
+    After two blocks, the worst measured relative RMS error is 0.005.
+    """
     connector = case_16.build().eval()
     features = case_16.features().bfloat16()
     budget = connector.supported_budgets[-1]
@@ -95,7 +98,7 @@ def test_bfloat16_agrees_with_float32(case_16: Any) -> None:
     assert (rounded.float() - exact).pow(2).mean().sqrt() < 0.01 * exact.pow(2).mean().sqrt()
 
 
-def test_an_illegal_budget_names_the_legal_ones(case: Any) -> None:
+def test_the_error_for_an_illegal_budget_names_the_legal_ones(case: Any) -> None:
     connector = case.build()
     features = case.features(batch_size=1)
     for budget in (0, -1, connector.supported_budgets[-1] + 1):
@@ -120,7 +123,7 @@ def test_features_of_another_grid_or_width_are_refused(case_16: Any) -> None:
 
 
 def test_permuting_the_patches_changes_the_tokens(case_16: Any) -> None:
-    """Anchors are cells of the grid, and keys carry positions: no connector takes the patches for a set."""
+    """Anchors are cells of the grid and keys carry positions, so no connector treats the patches as a set."""
     connector = case_16.build().eval()
     features = case_16.features(batch_size=1)
     permuted = features[:, torch.randperm(256)]
@@ -128,7 +131,7 @@ def test_permuting_the_patches_changes_the_tokens(case_16: Any) -> None:
         for budget in case_16.some_budgets(connector):
             before, after = (connector(x, num_visual_tokens=budget) for x in (features, permuted))
             changed = (before - after).abs().amax(dim=(0, 2)) > 1e-4
-            assert changed.all(), f"{int((~changed).sum())} tokens of budget {budget} did not notice"
+            assert changed.all(), f"{int((~changed).sum())} tokens of budget {budget} did not change"
 
 
 def test_query_attention_is_a_distribution_over_the_patches(case_16: Any) -> None:
@@ -144,7 +147,7 @@ def test_query_attention_is_a_distribution_over_the_patches(case_16: Any) -> Non
 
 
 def test_weights_survive_construction_on_meta(case_16: Any) -> None:
-    """As transformers does it: create on meta, materialise, initialise each submodule, innermost first."""
+    """As in transformers: create on meta, materialise, initialise each submodule, innermost first."""
     with torch.device("meta"):
         connector = case_16.build()
     connector.to_empty(device="cpu")

@@ -62,8 +62,8 @@ def test_parameter_counts_at_siglip_so400m_size(config: ConnectorConfig, expecte
 
 
 @pytest.mark.parametrize(("budget", "num_queries"), [(64, 0), (16, 0), (63, 47), (65, 1), (256, 192)])
-def test_parcel_costs_what_the_paper_counts(budget: int, num_queries: int) -> None:
-    """Appendix C, connector term, at D = 1152 and M = 4304."""
+def test_the_flops_of_parcel_match_the_paper(budget: int, num_queries: int) -> None:
+    """Connector term of Appendix C, at D = 1152 and M = 4304."""
     with torch.device("meta"):
         connector = build_connector(ParcelConnectorConfig(), hidden_size=1152, grid_size=16, mlp_width=4304)
         features = torch.empty(1, 256, 1152)
@@ -83,7 +83,7 @@ def test_mqt_tokens_of_a_small_budget_are_a_prefix_of_a_large_ones() -> None:
         with torch.no_grad():
             full = connector(features, num_visual_tokens=256)
             for budget in (1, 7, 64, 255):
-                # Normed tokens have values of about 1, which a dozen kernels round by 1e-7 each, differently for each
+                # Normed tokens have values of about 1; a dozen kernels round them by 1e-7 each, differently for each
                 # budget.
                 torch.testing.assert_close(
                     connector(features, num_visual_tokens=budget), full[:, :budget], atol=1e-5, rtol=1e-5
@@ -91,7 +91,7 @@ def test_mqt_tokens_of_a_small_budget_are_a_prefix_of_a_large_ones() -> None:
 
 
 def test_parcel_regimes_share_the_first_rows_of_one_bank(parcel: Any) -> None:
-    """Row 0 of the bank moves the first query of both regimes; row 1 cannot matter where one query is used."""
+    """Row 0 of the bank changes the first query of both regimes; row 1 has no effect with one query."""
     features = torch.randn(1, 256, 24)
     bank = parcel.query_path.bank.weight
     assert bank.shape == (192, 24)
@@ -116,8 +116,11 @@ def test_parcel_is_not_nested_across_budgets(parcel: Any) -> None:
     assert (small[:, 64] - large[:, 64]).abs().max() > 1e-4
 
 
-def test_conditioning_sees_the_anchors_where_the_design_says_so() -> None:
-    """The gradient of the conditioned queries with respect to the anchors: there in parcel and dual, absent in the ViT-only ablation."""
+def test_queries_depend_on_the_anchors_only_with_conditioning() -> None:
+    """The gradient of the queries with respect to the anchors is nonzero in parcel and dual cross-attention.
+
+    In the ablation without conditioning there is none.
+    """
     anchors = torch.randn(1, 16, 24, requires_grad=True)
     features = torch.randn(1, 256, 24)
     for config, is_aware in (
@@ -145,7 +148,7 @@ def test_position_keys_read_the_same_patches_in_every_image() -> None:
         )
 
 
-def test_cross_attention_is_blind_to_order_without_positions_only() -> None:
+def test_cross_attention_ignores_the_order_only_without_positions() -> None:
     torch.manual_seed(0)
     block = CrossAttentionBlock(BlockDims(width=24, num_heads=4, mlp_width=40, layer_norm_eps=1e-6), with_mlp=True)
     queries, context, order = torch.randn(1, 5, 24), torch.randn(1, 256, 24), torch.randperm(256)
@@ -164,7 +167,7 @@ def test_cross_attention_is_blind_to_order_without_positions_only() -> None:
 
 
 def test_sincos_positions_by_hand() -> None:
-    """Grid 2, width 8: two octaves of sine then cosine, row first."""
+    """Grid side 2, width 8: two octaves of sine, then cosine; the row before the column."""
     positions = sincos_positions(2, 8, like=torch.zeros(1))
     angles = torch.tensor([1.0, 0.01])
     one, zero = torch.cat([angles.sin(), angles.cos()]), torch.tensor([0.0, 0.0, 1.0, 1.0])
@@ -203,10 +206,10 @@ def test_match_scale_without_a_bias_starts_at_bias_zero(parcel: Any) -> None:
 
 
 def test_queries_start_diverse() -> None:
-    """Mean pairwise cosine of the query tokens of one image, on features that share a large mean; 0.36 to 0.68 over three seeds and two widths.
+    """The mean pairwise cosine of an image's query tokens is low, on features with a large common mean.
 
-    With a bank of standard deviation 0.02 it would be 0.94 to 1.00: every query little more than the mean of the
-    patches.
+    It is 0.36 to 0.68 over three seeds and two widths. With a bank of standard deviation 0.02, it would be 0.94 to
+    1.00: every query would be little more than the mean of the patches.
     """
     features = torch.randn(1, 256, 96) + 2 * torch.randn(96)
     for config in (
@@ -256,7 +259,7 @@ def test_a_routing_that_never_uses_queries_has_no_parameters() -> None:
         ),
     ],
 )
-def test_configurations_that_do_not_fit_the_vision_tower_are_refused(
+def test_configurations_that_do_not_match_the_vision_tower_are_refused(
     config: ConnectorConfig, sizes: dict[str, int], message: str
 ) -> None:
     with pytest.raises(UserError, match=message):

@@ -1,10 +1,10 @@
-"""Routing as data."""
+"""Budget-aware routing, and the budgets of M3."""
 
 import pytest
 
 from parcelray.config.connector import RouteConfig
 from parcelray.errors import UserError
-from parcelray.models.connectors.matryoshka_pooling import halving_budgets
+from parcelray.models.connectors.pooling import halving_budgets
 from parcelray.models.connectors.routing import (
     bank_size,
     default_routing,
@@ -31,19 +31,19 @@ def _route(low: int, high: int, side: int) -> RouteConfig:
         (32, 1024, (16, 256, 768)),
     ],
 )
-def test_the_papers_rule(grid_size: int, budget: int, split: tuple[int, int, int]) -> None:
+def test_the_routing_of_the_paper(grid_size: int, budget: int, split: tuple[int, int, int]) -> None:
     assert split_budget(default_routing(grid_size), budget) == split
 
 
 @pytest.mark.parametrize(("grid_size", "last", "bank"), [(16, 256, 192), (32, 1024, 768)])
-def test_the_papers_rule_covers_every_budget_with_one_bank(grid_size: int, last: int, bank: int) -> None:
+def test_the_routing_of_the_paper_covers_every_budget_with_one_bank(grid_size: int, last: int, bank: int) -> None:
     routing = default_routing(grid_size)
     assert routed_budgets(routing) == tuple(range(16, last + 1))
     assert bank_size(routing) == bank
 
 
-def test_another_grid_needs_its_own_routing() -> None:
-    with pytest.raises(UserError, match=r"no default routing for a patch grid of 24 x 24.*Write the `routing`"):
+def test_another_grid_needs_a_routing() -> None:
+    with pytest.raises(UserError, match=r"no default routing for a patch grid of 24 x 24.*Set the `routing`"):
         resolve_routing(None, 24)
     assert resolve_routing((_route(9, 40, 3),), 24) == (_route(9, 40, 3),)
 

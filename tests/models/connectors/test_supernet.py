@@ -1,4 +1,4 @@
-"""One set of weights, every split of every budget."""
+"""A supernet: one set of weights for every split of every budget."""
 
 import pytest
 import torch
@@ -25,12 +25,12 @@ def features() -> Tensor:
 
 @pytest.mark.parametrize("anchor_grid", GRIDS)
 @pytest.mark.parametrize("budget", [1, 16, 63, 256])
-def test_every_split_gives_its_anchors_and_as_many_queries_as_are_left(
+def test_every_split_gives_its_anchors_and_the_remaining_queries(
     anchor_grid: int, budget: int, features: Tensor
 ) -> None:
     connector = _connector(anchor_grids=GRIDS)
     if anchor_grid**2 > budget:
-        with pytest.raises(UserError, match=f"cannot be {anchor_grid**2} anchors and queries"):
+        with pytest.raises(UserError, match=f"cannot be split into {anchor_grid**2} anchors and queries"):
             connector(features, num_visual_tokens=budget, anchor_grid=anchor_grid)
         return
     with torch.no_grad():
@@ -45,7 +45,7 @@ def test_every_split_gives_its_anchors_and_as_many_queries_as_are_left(
         assert torch.allclose(tokens[:, : anchor_grid**2], pooled, atol=1e-6)
 
 
-def test_the_papers_split_is_one_of_them_and_a_chosen_routing_is_data(features: Tensor) -> None:
+def test_a_supernet_includes_the_papers_split_and_follows_another_routing(features: Tensor) -> None:
     supernet = _connector(anchor_grids=GRIDS)
     with torch.no_grad():
         assert torch.equal(
@@ -67,7 +67,7 @@ def test_the_papers_split_is_one_of_them_and_a_chosen_routing_is_data(features: 
     assert chosen.supported_budgets[0] == 4
 
 
-def test_a_connector_without_grids_to_choose_says_so(features: Tensor) -> None:
+def test_anchor_grids_that_were_not_trained_are_refused(features: Tensor) -> None:
     with pytest.raises(UserError, match=r"anchor_grid 2 is not one of this parcel's anchor_grids \(none\)"):
         _connector()(features, num_visual_tokens=40, anchor_grid=2)
     with pytest.raises(UserError, match="an anchor grid of 3 x 3 does not tile"):

@@ -1,4 +1,4 @@
-"""Small models of both families with random weights, and what a reducer sees of them."""
+"""Small models of both families with random weights, and runs of their vision towers."""
 
 import pytest
 import torch
@@ -18,30 +18,30 @@ Model = tuple[ElasticVLM, ElasticProcessor]
 
 @pytest.fixture(scope="session")
 def models(processor: ElasticProcessor) -> dict[str, Model]:
-    """`paligemma` (no class token, features after the last norm), and LLaVA with each tower."""
-    found: dict[str, Model] = {"paligemma": (build_model(build_config(CONFIG, processor), 0).eval(), processor)}  # type: ignore[arg-type]
+    """`paligemma` (no class token, features after the last norm), and LLaVA with each kind of tower."""
+    result: dict[str, Model] = {"paligemma": (build_model(build_config(CONFIG, processor), 0).eval(), processor)}  # type: ignore[arg-type]
     for tower in ("clip", "siglip", "convnext"):
         model, its_processor = build(
             MiniLlavaModelConfig(**MINI_LLAVA.model_dump() | {"tower": tower}), CORPUS, None, seed=0
         )
-        found[tower] = (model.eval(), its_processor)
-    return found
+        result[tower] = (model.eval(), its_processor)
+    return result
 
 
 @pytest.fixture(scope="session")
 def views(models: dict[str, Model]) -> dict[str, EncoderView]:
-    """Three images through each vision tower."""
+    """Runs of each vision tower over three images."""
     with torch.no_grad():
         return {name: EncoderView(model.model, pixels(processor)) for name, (model, processor) in models.items()}
 
 
 def pixels(processor: ElasticProcessor, count: int = 3) -> Tensor:
-    """Normalised pixels of seeded images."""
+    """Returns normalised pixels of seeded images."""
     values: Tensor = processor.image_processor(random_images(count), return_tensors="pt")["pixel_values"]
     return values
 
 
 def projected(view: EncoderView) -> Tensor:
-    """All visual tokens."""
+    """Returns all visual tokens, projected."""
     with torch.no_grad():
         return view.project(view.patch_features_IND)

@@ -1,4 +1,4 @@
-"""Reducers that read the vision tower against slow references written from their definitions, one token at a time."""
+"""Reducers that read the vision tower, compared with slow references that follow their definitions token by token."""
 
 import math
 from collections.abc import Iterator
@@ -12,8 +12,7 @@ from numpy.typing import NDArray
 
 from parcelray.errors import UnsupportedBudgetError, UserError
 from parcelray.models.backbones import ElasticVLM
-from parcelray.models.token_reduction.base import Reduction, TokenReducer
-from parcelray.models.token_reduction.context import ReductionContext
+from parcelray.models.token_reduction.base import Reduction, ReductionContext, TokenReducer
 from parcelray.models.token_reduction.encoder_view import EncoderView
 from parcelray.models.token_reduction.prumerge import PruMerge
 from parcelray.models.token_reduction.prunesid import PruneSID
@@ -28,9 +27,19 @@ from .conftest import Model, pixels, projected
 
 Floats = NDArray[np.float64]
 REDUCERS: list[TokenReducer] = [
-    Saliency(), Saliency(merge_rest=True), Saliency(window=4), VisionZip(), ToMe(), PruMerge(), PruMerge(spatial=True), Scope(), VisPruner(), PruneSID(),
-    Restore(), Restore(base="class_attention"),
-]  # fmt: skip
+    Saliency(),
+    Saliency(merge_rest=True),
+    Saliency(window=4),
+    VisionZip(),
+    ToMe(),
+    PruMerge(),
+    PruMerge(spatial=True),
+    Scope(),
+    VisPruner(),
+    PruneSID(),
+    Restore(),
+    Restore(base="class_attention"),
+]
 EACH = pytest.mark.parametrize("reducer", REDUCERS, ids=repr)
 TOWERS = pytest.mark.parametrize("tower", ["paligemma", "clip", "siglip"])
 
@@ -51,37 +60,39 @@ def _project(view: EncoderView, features: Floats) -> Floats:
 @TOWERS
 @EACH
 @pytest.mark.parametrize("budget", [32, 64, 100])
-def test_what_every_reduction_is(reducer: TokenReducer, tower: str, budget: int, views: dict[str, EncoderView]) -> None:
+def test_every_reduction_is_consistent(
+    reducer: TokenReducer, tower: str, budget: int, views: dict[str, EncoderView]
+) -> None:
     view = views[tower]
     tokens = projected(view)
     if isinstance(reducer, ToMe) and tower == "paligemma" and budget < 64:
-        # Its two layers halve 256 tokens to 64 at most.
+        # Two layers can halve 256 tokens to 64 at the least.
         with pytest.raises(UnsupportedBudgetError, match="tome cannot give 32 visual tokens"):
             reducer(tokens, num_visual_tokens=budget, context=ReductionContext(encoder=view))
         return
     with torch.no_grad():
-        found = reducer(tokens, num_visual_tokens=budget, context=ReductionContext(encoder=view))
+        result = reducer(tokens, num_visual_tokens=budget, context=ReductionContext(encoder=view))
         alone = reducer(
             tokens[1:2],
             num_visual_tokens=budget,
             context=ReductionContext(encoder=EncoderView(view.model, view.pixel_values_ICHW[1:2])),
         )
-    assert found.tokens_BKD.shape == (3, budget, tokens.shape[2])
-    assert found.tokens_BKD.isfinite().all()
+    assert result.tokens_BKD.shape == (3, budget, tokens.shape[2])
+    assert result.tokens_BKD.isfinite().all()
     for image in range(3):
-        members = torch.bincount(found.assignment_BN[image][found.assignment_BN[image] >= 0], minlength=budget)
-        # The class token, which VisionZip and PruneSID keep, has no place in the grid.
+        members = torch.bincount(result.assignment_BN[image][result.assignment_BN[image] >= 0], minlength=budget)
+        # The class token, which VisionZip and PruneSID keep, has no position in the grid.
         class_token = isinstance(reducer, VisionZip | PruneSID) and view.class_features_ID is not None
-        assert members.tolist()[int(class_token) :] == found.sizes_BK[image].tolist()[int(class_token) :]
-    assert _share_in_common(alone, Reduction(*(each[1:2] for each in found))) >= 0.9
+        assert members.tolist()[int(class_token) :] == result.sizes_BK[image].tolist()[int(class_token) :]
+    assert _share_in_common(alone, Reduction(*(each[1:2] for each in result))) >= 0.9
 
 
 def _share_in_common(one: Reduction, other: Reduction) -> float:
-    """Share of the first reduction's tokens that the second one has, too; both of one image.
+    """Returns the share of the first reduction's tokens that are also in the second one; both are of one image.
 
-    Random weights have near ties, which kernels for another batch size may round to the other side: a patch then moves
-    to another token, or a neighbour in the ranking takes its place, and all later tokens have other numbers. What
-    depends on the batch itself changes most tokens.
+    Random weights have near ties, which kernels for another batch size may round differently. A patch then moves to
+    another token, or its neighbour in the ranking replaces it, and all later tokens have other indices. If a reducer
+    itself depended on the batch, most tokens would change.
     """
     gaps_KK = (one.tokens_BKD[0, :, None] - other.tokens_BKD[0]).abs().amax(dim=2)
     return float((gaps_KK.amin(dim=1) < 1e-4).float().mean())
@@ -108,7 +119,7 @@ def test_a_convolutional_tower_is_refused(reducer: TokenReducer, views: dict[str
 
 
 @TOWERS
-def test_attention_and_keys_are_the_towers_own(
+def test_attention_and_keys_equal_those_of_the_eager_tower(
     tower: str, models: dict[str, Model], views: dict[str, EncoderView]
 ) -> None:
     model, processor = models[tower]
@@ -127,7 +138,7 @@ def test_attention_and_keys_are_the_towers_own(
     expected = weights[:, :, 0, 1:] if start else weights.mean(dim=2)
     assert torch.allclose(view.attention_IHN, expected, atol=1e-5)
     heads = view.keys_IHND.shape[1]
-    # Keys are as large as 7, and both runs round them through three layers, each with attention kernels of its own.
+    # Keys reach 7, and both runs round them in three layers with different attention kernels.
     assert torch.allclose(view.keys_IHND.transpose(1, 2).flatten(2), kept["keys"][:, start:], atol=1e-4)
     assert heads == layers[-1].self_attn.num_heads
     with torch.no_grad():
@@ -139,26 +150,26 @@ def test_attention_and_keys_are_the_towers_own(
 def test_visionzip(tower: str, budget: int, views: dict[str, EncoderView]) -> None:
     view = views[tower]
     with torch.no_grad():
-        found = VisionZip()(projected(view), num_visual_tokens=budget, context=ReductionContext(encoder=view))
+        result = VisionZip()(projected(view), num_visual_tokens=budget, context=ReductionContext(encoder=view))
     for image in range(3):
         features, scores = _numpy(view.patch_features_IND[image]), _numpy(view.attention_IHN[image].sum(0))
         keys = _unit(_numpy(view.keys_IHND[image].mean(0)))
         has_class = view.class_features_ID is not None
         num_contextual = round(budget * 10 / 64)
         dominant = sorted(
-            sorted(range(256), key=lambda place: (-scores[place], place))[: budget - num_contextual - has_class]
+            sorted(range(256), key=lambda patch: (-scores[patch], patch))[: budget - num_contextual - has_class]
         )
-        rest = [place for place in range(256) if place not in dominant]
-        rows = [features[place] for place in dominant]
+        rest = [patch for patch in range(256) if patch not in dominant]
+        rows = [features[patch] for patch in dominant]
         if view.class_features_ID is not None:
             rows.insert(0, _numpy(view.class_features_ID[image]))
         targets = rest[:: max(1, len(rest) // max(1, num_contextual))][:num_contextual]
         joined: dict[int, list[int]] = {target: [] for target in targets}
-        for place in rest:
-            if targets and place not in targets:
-                joined[max(targets, key=lambda target: keys[place] @ keys[target])].append(place)
+        for patch in rest:
+            if targets and patch not in targets:
+                joined[max(targets, key=lambda target: keys[patch] @ keys[target])].append(patch)
         rows += [features[target] + (features[joined[target]].mean(0) if joined[target] else 0) for target in targets]
-        assert np.allclose(_numpy(found.tokens_BKD[image]), _project(view, np.array(rows)), atol=1e-4)
+        assert np.allclose(_numpy(result.tokens_BKD[image]), _project(view, np.array(rows)), atol=1e-4)
 
 
 @TOWERS
@@ -166,29 +177,29 @@ def test_visionzip(tower: str, budget: int, views: dict[str, EncoderView]) -> No
 def test_prumerge(tower: str, spatial: bool, views: dict[str, EncoderView]) -> None:
     view, budget = views[tower], 21
     with torch.no_grad():
-        found = PruMerge(spatial=spatial)(
+        result = PruMerge(spatial=spatial)(
             projected(view), num_visual_tokens=budget, context=ReductionContext(encoder=view)
         )
     for image in range(3):
         features, attention = _numpy(view.patch_features_IND[image]), _numpy(view.joint_attention_IN[image])
         keys = _unit(_numpy(view.joint_keys_IND[image]))
         spaced = int(20 * 3 / 4) if spatial else 0
-        kept = sorted(range(256), key=lambda place: (-attention[place], place))[: 20 - spaced]
-        rest = [place for place in range(256) if place not in kept]
+        kept = sorted(range(256), key=lambda patch: (-attention[patch], patch))[: 20 - spaced]
+        rest = [patch for patch in range(256) if patch not in kept]
         kept += [rest[number * len(rest) // spaced] for number in range(spaced)]
         rows = []
-        for place in kept:
+        for patch in kept:
             near = sorted(
-                (other for other in range(256) if other != place), key=lambda other: -float(keys[place] @ keys[other])
+                (other for other in range(256) if other != patch), key=lambda other: -float(keys[patch] @ keys[other])
             )[:32]
-            rows.append(features[place] + sum(attention[other] * features[other] for other in near))
-        pruned = [place for place in range(256) if place not in kept]
-        rows.append(sum(attention[place] * features[place] for place in pruned))
-        assert np.allclose(_numpy(found.tokens_BKD[image]), _project(view, np.array(rows)), atol=1e-4)
+            rows.append(features[patch] + sum(attention[other] * features[other] for other in near))
+        pruned = [patch for patch in range(256) if patch not in kept]
+        rows.append(sum(attention[patch] * features[patch] for patch in pruned))
+        assert np.allclose(_numpy(result.tokens_BKD[image]), _project(view, np.array(rows)), atol=1e-4)
 
 
 @TOWERS
-def test_joint_attention_is_of_the_whole_width(tower: str, views: dict[str, EncoderView]) -> None:
+def test_joint_attention_uses_the_whole_width(tower: str, views: dict[str, EncoderView]) -> None:
     view = views[tower]
     layer = view.model.vision_tower.encoder.layers[-1]
     entering = layer.layer_norm1(view._inputs[len(view.model.vision_tower.encoder.layers) - 1])
@@ -202,7 +213,7 @@ def test_joint_attention_is_of_the_whole_width(tower: str, views: dict[str, Enco
 
 def test_scope(views: dict[str, EncoderView]) -> None:
     view = views["clip"]
-    found = Scope()(projected(view), num_visual_tokens=12, context=ReductionContext(encoder=view))
+    result = Scope()(projected(view), num_visual_tokens=12, context=ReductionContext(encoder=view))
     for image in range(3):
         unit, weight = _unit(_numpy(view.patch_features_IND[image])), _numpy(view.attention_IHN[image].mean(0))
         cosine, covered, kept = unit @ unit.T, np.zeros(256), list[int]()
@@ -210,31 +221,31 @@ def test_scope(views: dict[str, EncoderView]) -> None:
             gain = np.maximum(0, cosine - covered[:, None]).sum(0) * weight
             kept.append(max((j for j in range(256) if j not in kept), key=lambda j: gain[j]))
             covered = np.maximum(covered, cosine[:, kept[-1]])
-        assert found.position_ids_BK[image].tolist() == sorted(kept)
+        assert result.position_ids_BK[image].tolist() == sorted(kept)
 
 
 @pytest.mark.parametrize("important", [0, 1])
-def test_vispruner_may_choose_all_by_attention_or_nothing(important: int, views: dict[str, EncoderView]) -> None:
+def test_vispruner_can_select_all_tokens_by_attention_or_none(important: int, views: dict[str, EncoderView]) -> None:
     view, context = views["clip"], ReductionContext(encoder=views["clip"])
-    found = VisPruner(important=important)(projected(view), num_visual_tokens=20, context=context)
+    result = VisPruner(important=important)(projected(view), num_visual_tokens=20, context=context)
     by_attention = Saliency()(projected(view), num_visual_tokens=20, context=context)
-    assert torch.equal(found.position_ids_BK, by_attention.position_ids_BK) == bool(important)
-    assert [len(set(places)) for places in found.position_ids_BK.tolist()] == [20] * 3
+    assert torch.equal(result.position_ids_BK, by_attention.position_ids_BK) == bool(important)
+    assert [len(set(positions)) for positions in result.position_ids_BK.tolist()] == [20] * 3
 
 
 def test_vispruner(views: dict[str, EncoderView]) -> None:
     view = views["clip"]
-    found = VisPruner()(projected(view), num_visual_tokens=41, context=ReductionContext(encoder=view))
+    result = VisPruner()(projected(view), num_visual_tokens=41, context=ReductionContext(encoder=view))
     for image in range(3):
         unit, score = _unit(_numpy(view.patch_features_IND[image])), _numpy(view.attention_IHN[image].mean(0))
-        important = sorted(sorted(range(256), key=lambda place: (-score[place], place))[:20])
-        rest = [place for place in range(256) if place not in important]
+        important = sorted(sorted(range(256), key=lambda patch: (-score[patch], patch))[:20])
+        rest = [patch for patch in range(256) if patch not in important]
         while len(rest) > 21:
             first, second = rest[::2], rest[1::2]
-            alike = {place: max(float(unit[place] @ unit[other]) for other in second) for place in first}
-            gone = sorted(first, key=lambda place: -alike[place])[: min(8, len(rest) - 21)]
-            rest = [place for place in rest if place not in gone]
-        assert found.position_ids_BK[image].tolist() == sorted(important + rest)
+            alike = {patch: max(float(unit[patch] @ unit[other]) for other in second) for patch in first}
+            gone = sorted(first, key=lambda patch: -alike[patch])[: min(8, len(rest) - 21)]
+            rest = [patch for patch in rest if patch not in gone]
+        assert result.position_ids_BK[image].tolist() == sorted(important + rest)
 
 
 @TOWERS
@@ -242,7 +253,7 @@ def test_vispruner(views: dict[str, EncoderView]) -> None:
 def test_prunesid(tower: str, budget: int, views: dict[str, EncoderView]) -> None:
     view = views[tower]
     with torch.no_grad():
-        found = PruneSID()(projected(view), num_visual_tokens=budget, context=ReductionContext(encoder=view))
+        result = PruneSID()(projected(view), num_visual_tokens=budget, context=ReductionContext(encoder=view))
     class_token = view.class_features_ID is not None
     for image in range(3):
         features, score = _numpy(view.patch_features_IND[image]), _numpy(view.attention_IHN[image].sum(0))
@@ -253,19 +264,19 @@ def test_prunesid(tower: str, budget: int, views: dict[str, EncoderView]) -> Non
             ]
         )
         groups = [
-            [place for place in range(256) if int(loadings[:, place].argmax()) == number]
+            [patch for patch in range(256) if int(loadings[:, patch].argmax()) == number]
             for number in range(len(loadings))
         ]
         cosine = _unit(features) @ _unit(features).T
         threshold = budget / 32 * np.mean([cosine[i, j] for i in range(256) for j in range(i)])
         left, ranked = [], []
         for group in groups:
-            by_score, survivors = sorted(group, key=lambda place: -score[place]), list[int]()
-            for place in by_score:
-                if all(cosine[place, better] <= threshold for better in survivors):
-                    survivors.append(place)
+            by_score, survivors = sorted(group, key=lambda patch: -score[patch]), list[int]()
+            for patch in by_score:
+                if all(cosine[patch, better] <= threshold for better in survivors):
+                    survivors.append(patch)
             left.append(len(survivors))
-            ranked.append(survivors + [place for place in by_score if place not in survivors])
+            ranked.append(survivors + [patch for patch in by_score if patch not in survivors])
         most = [min(5 * math.ceil(budget / 64), count) for count in left]
         while sum(most) < budget:
             most = [min(limit + 1, len(group)) for limit, group in zip(most, groups, strict=True)]
@@ -279,25 +290,25 @@ def test_prunesid(tower: str, budget: int, views: dict[str, EncoderView]) -> Non
             quotas[number] = min(quotas[number] + part, most[number])
         for number in sorted(range(len(groups)), key=lambda number: -left[number]):
             quotas[number] += min(most[number] - quotas[number], wanted - sum(quotas))
-        kept = [place for quota, group in zip(quotas, ranked, strict=True) for place in group[:quota]]
-        assert found.position_ids_BK[image].tolist() == [0] * class_token + kept
+        kept = [patch for quota, group in zip(quotas, ranked, strict=True) for patch in group[:quota]]
+        assert result.position_ids_BK[image].tolist() == [0] * class_token + kept
         rows = (
             features[kept]
             if view.class_features_ID is None
             else np.vstack([_numpy(view.class_features_ID[image]), features[kept]])
         )
-        assert np.allclose(_numpy(found.tokens_BKD[image]), _project(view, rows), atol=1e-4)
+        assert np.allclose(_numpy(result.tokens_BKD[image]), _project(view, rows), atol=1e-4)
 
 
 @pytest.mark.parametrize("budget", [1, 2, 30])
 def test_restore(budget: int, views: dict[str, EncoderView]) -> None:
     view = views["clip"]
     tokens = projected(view)
-    found = Restore(base="class_attention")(tokens, num_visual_tokens=budget, context=ReductionContext(encoder=view))
+    result = Restore(base="class_attention")(tokens, num_visual_tokens=budget, context=ReductionContext(encoder=view))
     for image in range(3):
         values, score = _numpy(tokens[image]), _numpy(view.attention_IHN[image].mean(0))
-        chosen = sorted(range(256), key=lambda place: (-score[place], place))[: min(budget // 2, budget - 1)]
-        rest = [place for place in range(256) if place not in chosen]
+        chosen = sorted(range(256), key=lambda patch: (-score[patch], patch))[: min(budget // 2, budget - 1)]
+        rest = [patch for patch in range(256) if patch not in chosen]
         unit = _unit(values[rest])
         cosine = unit @ unit.T
         density = cosine.sum(1)
@@ -310,12 +321,12 @@ def test_restore(budget: int, views: dict[str, EncoderView]) -> None:
         for i in range(len(rest)):
             groups[i if i in anchors else max(anchors, key=lambda anchor: cosine[i, anchor])].append(i)
         merged = {rest[anchor]: values[[rest[i] for i in members]].mean(0) for anchor, members in groups.items()}
-        expected = merged | {place: values[place] for place in chosen}
-        assert found.position_ids_BK[image].tolist() == sorted(expected)
+        expected = merged | {patch: values[patch] for patch in chosen}
+        assert result.position_ids_BK[image].tolist() == sorted(expected)
         assert np.allclose(
-            _numpy(found.tokens_BKD[image]), np.array([expected[place] for place in sorted(expected)]), atol=1e-4
+            _numpy(result.tokens_BKD[image]), np.array([expected[patch] for patch in sorted(expected)]), atol=1e-4
         )
-        assert int(found.sizes_BK[image].sum()) == 256
+        assert int(result.sizes_BK[image].sum()) == 256
 
 
 def test_saliency_by_class_attention_and_with_the_rest_merged(views: dict[str, EncoderView]) -> None:
@@ -326,22 +337,22 @@ def test_saliency_by_class_attention_and_with_the_rest_merged(views: dict[str, E
     )
     for image in range(3):
         score, values = _numpy(view.attention_IHN[image].sum(0)), _numpy(tokens[image])
-        kept = sorted(sorted(range(256), key=lambda place: (-score[place], place))[:9])
+        kept = sorted(sorted(range(256), key=lambda patch: (-score[patch], patch))[:9])
         assert plain.position_ids_BK[image].tolist() == merged.position_ids_BK[image].tolist() == kept
         unit = _unit(values)
-        groups: dict[int, list[int]] = {place: [] for place in kept}
-        for place in range(256):
-            groups[place if place in kept else max(kept, key=lambda other: float(unit[place] @ unit[other]))].append(
-                place
+        groups: dict[int, list[int]] = {patch: [] for patch in kept}
+        for patch in range(256):
+            groups[patch if patch in kept else max(kept, key=lambda other: float(unit[patch] @ unit[other]))].append(
+                patch
             )
         assert np.allclose(
-            _numpy(merged.tokens_BKD[image]), [values[groups[place]].mean(0) for place in kept], atol=1e-4
+            _numpy(merged.tokens_BKD[image]), [values[groups[patch]].mean(0) for patch in kept], atol=1e-4
         )
     norms = Saliency(definition="norm")(tokens, num_visual_tokens=9)
     assert norms.position_ids_BK[0].tolist() == sorted(tokens[0].norm(dim=1).topk(9).indices.tolist())
 
 
-def test_tome_merges_as_its_definition_says() -> None:
+def test_tome_merges_by_its_definition() -> None:
     generator = torch.Generator().manual_seed(1)
     tokens, keys = torch.randn(2, 11, 5, generator=generator), torch.randn(2, 11, 3, generator=generator)
     sizes = torch.randint(1, 5, (2, 11), generator=generator).float()
@@ -352,11 +363,11 @@ def test_tome_merges_as_its_definition_says() -> None:
         for a in range(0, 11, 2):
             b = max(range(1, 11, 2), key=lambda other: float(unit[a] @ unit[other]))
             edges.append((float(unit[a] @ unit[b]), a, b))
-        groups: dict[int, list[int]] = {place: [place] for place in range(11)}
+        groups: dict[int, list[int]] = {patch: [patch] for patch in range(11)}
         for _, a, b in sorted(edges, reverse=True)[:4]:
             groups[b] += groups.pop(a)
-        for number, place in enumerate(sorted(groups)):
-            members, weight = groups[place], _numpy(sizes[image][groups[place]])
+        for number, patch in enumerate(sorted(groups)):
+            members, weight = groups[patch], _numpy(sizes[image][groups[patch]])
             assert float(new_sizes[image, number]) == weight.sum()
             assert np.allclose(
                 _numpy(merged[image, number]),
@@ -367,7 +378,7 @@ def test_tome_merges_as_its_definition_says() -> None:
 
 
 @TOWERS
-def test_tome_without_merging_is_the_tower(tower: str, views: dict[str, EncoderView]) -> None:
+def test_tome_without_merging_equals_the_tower(tower: str, views: dict[str, EncoderView]) -> None:
     view = views[tower]
     tower_run = _Tower(view)
     with torch.no_grad():
@@ -377,8 +388,8 @@ def test_tome_without_merging_is_the_tower(tower: str, views: dict[str, EncoderV
 
 
 @pytest.fixture
-def unplaced(models: dict[str, Model]) -> Iterator[ElasticVLM]:
-    """A tower without positions: patches of one colour are equal."""
+def tower_without_positions(models: dict[str, Model]) -> Iterator[ElasticVLM]:
+    """A vision tower without positions, in which all patches of one colour are equal."""
     model, _ = models["siglip"]
     embedding = model.model.vision_tower.embeddings.position_embedding.weight
     before = embedding.detach().clone()
@@ -389,17 +400,20 @@ def unplaced(models: dict[str, Model]) -> Iterator[ElasticVLM]:
 
 
 @TOWERS
-def test_merged_patches_weigh_as_many_in_the_attention(
+def test_merged_patches_have_the_weight_of_their_size_in_the_attention(
     tower: str, models: dict[str, Model], views: dict[str, EncoderView]
 ) -> None:
-    """Proportional attention, head by head: softmax(q k / sqrt(d) + log size); in double precision, where a wrong step cannot hide in rounding."""
+    """Proportional attention per head: softmax(q k / sqrt(d) + log size).
+
+    Computed in double precision, so that rounding cannot hide a wrong step.
+    """
     model, first = deepcopy(models[tower][0]).double(), int(tower == "clip")
     vision = model.model.vision_tower
     view = EncoderView(model.model, views[tower].pixel_values_ICHW.double())
     run = _Tower(view)
     counts = [100, *[20] * (run.num_layers - 1)]
     with torch.no_grad():
-        found, owner = run.run(counts)
+        result, owner = run.run(counts)
         hidden = vision.embeddings(view.pixel_values_ICHW)
         hidden = vision.pre_layrnorm(hidden) if tower == "clip" else hidden
         sizes = torch.ones(3, hidden.shape[1] - first)
@@ -419,35 +433,37 @@ def test_merged_patches_weigh_as_many_in_the_attention(
             hidden = torch.cat([hidden[:, :first], merged], dim=1)
             hidden = hidden + layer.mlp(layer.layer_norm2(hidden))
         expected = (vision.post_layernorm(hidden) if view.model.features_are_normed else hidden)[:, first:]
-        single, its_owner = _Tower(views[tower]).run(counts)
-    assert torch.allclose(found, expected, rtol=0, atol=1e-12)
-    # In single precision the same patches merge. Without a last norm features reach 7 after three layers, and the
-    # largest error 2e-5.
-    assert torch.equal(its_owner, owner)
-    # The relative error is 1.5e-6 with every kernel tried; a wrong step would be one of more than 1e-3.
+        single, single_owner = _Tower(views[tower]).run(counts)
+    assert torch.allclose(result, expected, rtol=0, atol=1e-12)
+    # In single precision, the same patches merge. Without a last norm, features reach 7 after three layers, and the
+    # largest error is 2e-5.
+    assert torch.equal(single_owner, owner)
+    # The relative error is 1.5e-6 with every kernel tried; a wrong step would cause more than 1e-3.
     assert float((single - expected).norm() / expected.norm()) < 1e-5
 
 
-def test_tome_needs_no_attention_map_of_the_plain_run(views: dict[str, EncoderView]) -> None:
-    view = views["clip"].again()
+def test_tome_computes_no_attention_map_of_the_plain_run(views: dict[str, EncoderView]) -> None:
+    view = views["clip"].without_maps()
     ToMe()(projected(view), num_visual_tokens=90, context=ReductionContext(encoder=view))
     assert "attention_IHN" not in vars(view)
 
 
 @EACH
-def test_equal_tokens_are_no_trouble(reducer: TokenReducer, unplaced: ElasticVLM) -> None:
-    view = EncoderView(unplaced.model, torch.full((2, 3, 64, 64), 0.3))
+def test_equal_tokens_are_reduced_to_equal_tokens(reducer: TokenReducer, tower_without_positions: ElasticVLM) -> None:
+    view = EncoderView(tower_without_positions.model, torch.full((2, 3, 64, 64), 0.3))
     tokens = view.project(view.patch_features_IND)
-    found = reducer(tokens, num_visual_tokens=64, context=ReductionContext(encoder=view))
-    assert found.tokens_BKD.isfinite().all()
+    result = reducer(tokens, num_visual_tokens=64, context=ReductionContext(encoder=view))
+    assert result.tokens_BKD.isfinite().all()
     if not isinstance(reducer, VisionZip | PruMerge):
-        # Those two add up.
-        assert torch.allclose(found.tokens_BKD, tokens[:, :64], atol=1e-4)
+        # These two add features, so their tokens differ from the input.
+        assert torch.allclose(result.tokens_BKD, tokens[:, :64], atol=1e-4)
 
 
 MERGES = [(576, 72, 24, [21] * 24), (256, 32, 3, [128, 64, 32]), (256, 31, 3, None), (10, 10, 2, [0, 0])]
 
 
 @pytest.mark.parametrize(("tokens", "budget", "layers", "expected"), MERGES)
-def test_merges_are_spread_over_the_layers(tokens: int, budget: int, layers: int, expected: list[int] | None) -> None:
+def test_merges_are_spread_evenly_over_the_layers(
+    tokens: int, budget: int, layers: int, expected: list[int] | None
+) -> None:
     assert merge_counts(tokens, budget, layers) == expected

@@ -1,4 +1,4 @@
-"""Where and how far in-decoder methods reduce, and what their rankings and mergers are, against slow references."""
+"""Schedules, rankings and mergers of the in-decoder methods, compared with slow references."""
 
 import math
 from typing import Any
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from parcelray.errors import UnsupportedBudgetError, UserError
-from parcelray.models.token_reduction.context import PromptView, ReductionContext
+from parcelray.models.token_reduction.base import PromptView, ReductionContext
 from parcelray.models.token_reduction.fastv import FastV
 from parcelray.models.token_reduction.in_decoder import InDecoderReducer, Stage, mean_tokens
 from parcelray.models.token_reduction.mmtok import MMTok
@@ -24,32 +24,32 @@ EACH = pytest.mark.parametrize("reducer", [FastV(), FastV(layer=3), PyramidDrop(
 @pytest.mark.parametrize("budget", [64, 128, 192, 300, 576])
 def test_the_budget_is_the_mean_over_the_layers(reducer: InDecoderReducer, budget: int) -> None:
     stages = reducer.stages(32, 576, budget)
-    found = mean_tokens(stages, 32, 576)
-    assert budget - 1.5 <= found <= budget
+    result = mean_tokens(stages, 32, 576)
+    assert budget - 1.5 <= result <= budget
     assert all(1 <= stage.layer < 32 and 1 <= stage.num_tokens < 576 for stage in stages)
     assert list(stages) == sorted(stages)
 
 
 @pytest.mark.parametrize(("reducer", "smallest"), [(FastV(), 37), (PyramidDrop(), 145), (SparseVLM(), 37)])
-def test_what_the_first_layers_cost_is_the_smallest_budget(reducer: InDecoderReducer, smallest: int) -> None:
+def test_the_smallest_budget_covers_the_first_layers(reducer: InDecoderReducer, smallest: int) -> None:
     assert mean_tokens(reducer.stages(32, 576, smallest), 32, 576) <= smallest
     with pytest.raises(UnsupportedBudgetError, match=rf"cannot give {smallest - 2} visual tokens"):
         reducer.stages(32, 576, smallest - 2)
 
 
-def test_fastv_at_half_of_the_tokens_costs_what_the_paper_says() -> None:
-    # K = 3 and R = 50 % of 32 layers.
+def test_fastv_with_half_of_the_tokens_has_the_papers_mean() -> None:
+    # K = 3 and R = 50 %, in 32 layers.
     assert mean_tokens((Stage(3, 288, 2),), 32, 576) == pytest.approx(315)
     assert FastV(layer=3).stages(32, 576, 315) == (Stage(3, 288, 2),)
 
 
-def test_pyramid_drop_at_half_a_stage_is_the_papers_schedule() -> None:
+def test_pyramid_drop_with_half_per_stage_is_the_papers_schedule() -> None:
     mean = 576 * (1 + 0.5 + 0.25 + 0.125) / 4
     assert PyramidDrop().stages(32, 576, round(mean)) == (Stage(8, 288, 8), Stage(16, 144, 16), Stage(24, 72, 24))
 
 
-# What each budget keeps, as published, and what recycling 30 % of the dropped, ten a cluster and one more, puts on top:
-# (576 - 300) * 0.3 = 82, 9.
+# Published numbers of kept tokens for each budget, plus the clusters of the recycled 30 % (one per ten tokens, plus
+# one). Example: (576 - 300) * 0.3 = 82 recycled tokens, 9 clusters.
 PUBLISHED = [
     (192, (300 + 9, 200 + 4, 110 + 3), 192.03),
     (128, (303 + 9, 110 + 7, 36 + 3), 128.63),
@@ -58,8 +58,8 @@ PUBLISHED = [
 
 
 @pytest.mark.parametrize(("budget", "totals", "mean"), PUBLISHED)
-def test_sparsevlm_stands_where_the_paper_has_its_stages(budget: int, totals: tuple[int, ...], mean: float) -> None:
-    # With the recycled ones on top, the published numbers are what the budget's name says, a little more.
+def test_sparsevlm_has_the_stages_of_the_paper(budget: int, totals: tuple[int, ...], mean: float) -> None:
+    # With the recycled tokens, the mean of the published numbers is slightly above the nominal budget.
     published = tuple(Stage(layer, total, layer) for layer, total in zip((2, 6, 15), totals, strict=True))
     assert mean_tokens(published, 32, 576) == pytest.approx(mean, abs=0.01)
     stages = SparseVLM().stages(32, 576, budget)
@@ -67,7 +67,7 @@ def test_sparsevlm_stands_where_the_paper_has_its_stages(budget: int, totals: tu
     assert all(0 <= total - stage.num_tokens <= 1 for stage, total in zip(stages, totals, strict=True))
 
 
-def test_a_shallow_decoder_has_the_stages_that_it_can() -> None:
+def test_a_shallow_decoder_has_fewer_stages() -> None:
     assert FastV().stages(3, 256, 200) == (Stage(2, 88, 1),)
     assert PyramidDrop().stages(3, 256, 256) == ()
     assert [stage.layer for stage in PyramidDrop().stages(3, 256, 128)] == [1, 2]
@@ -101,17 +101,17 @@ def tokens() -> Tensor:
 
 
 def _best(scores: Any, count: int) -> list[int]:
-    return sorted(sorted(range(len(scores)), key=lambda place: -float(scores[place]))[:count])
+    return sorted(sorted(range(len(scores)), key=lambda token: -float(scores[token]))[:count])
 
 
 @pytest.mark.parametrize("reducer", [FastV(), PyramidDrop(), Saliency(definition="last_text")], ids=repr)
-def test_the_last_word_ranks(reducer: Any, attention: Tensor, tokens: Tensor) -> None:
-    found = reducer(tokens, num_visual_tokens=7, context=ReductionContext(prompt=_view(attention)))
+def test_the_last_word_ranks_the_tokens(reducer: Any, attention: Tensor, tokens: Tensor) -> None:
+    result = reducer(tokens, num_visual_tokens=7, context=ReductionContext(prompt=_view(attention)))
     for prompt in range(2):
-        assert found.position_ids_BK[prompt].tolist() == _best(attention[prompt].mean(0)[-1], 7)
+        assert result.position_ids_BK[prompt].tolist() == _best(attention[prompt].mean(0)[-1], 7)
 
 
-def test_words_rank_together_and_padding_does_not(attention: Tensor, tokens: Tensor) -> None:
+def test_all_words_but_no_padding_rank_the_tokens(attention: Tensor, tokens: Tensor) -> None:
     valid = torch.tensor([[False, False, True, True, True], [True] * 5])
     context = ReductionContext(prompt=_view(attention, valid))
     mean, largest = (
@@ -127,7 +127,7 @@ def test_words_rank_together_and_padding_does_not(attention: Tensor, tokens: Ten
 def test_mmtok_covers_words_and_tokens(attention: Tensor, tokens: Tensor) -> None:
     valid = torch.tensor([[False, False, True, True, True], [True] * 5])
     view = _view(attention, valid)
-    found = MMTok()(tokens, num_visual_tokens=9, context=ReductionContext(prompt=view))
+    result = MMTok()(tokens, num_visual_tokens=9, context=ReductionContext(prompt=view))
     for prompt in range(2):
         patches = _unit(tokens[prompt].double().numpy())
         words = _unit(view.embeddings_BTL[prompt][valid[prompt]].double().numpy())
@@ -135,9 +135,9 @@ def test_mmtok_covers_words_and_tokens(attention: Tensor, tokens: Tensor) -> Non
         rows += [0.5 * _softmax([float(other @ patch) / 0.2 for patch in patches]) / 40 for other in patches]
         kept: list[int] = []
         while len(kept) < 9:
-            rest = [place for place in range(40) if place not in kept]
-            kept.append(max(rest, key=lambda place: sum(max(row[each] for each in [*kept, place]) for row in rows)))
-        assert found.position_ids_BK[prompt].tolist() == sorted(kept)
+            rest = [token for token in range(40) if token not in kept]
+            kept.append(max(rest, key=lambda token: sum(max(row[each] for each in [*kept, token]) for row in rows)))
+        assert result.position_ids_BK[prompt].tolist() == sorted(kept)
 
 
 def _unit(values: Any) -> Any:
@@ -149,28 +149,28 @@ def _softmax(values: list[float]) -> Any:
     return exponentials / exponentials.sum()
 
 
-def test_windows_are_of_each_image_of_a_prompt(attention: Tensor, tokens: Tensor) -> None:
+def test_windows_apply_to_each_image_of_a_prompt(attention: Tensor, tokens: Tensor) -> None:
     # Ten images of 2 x 2 patches, one window each.
-    found = Saliency(definition="last_text", window=2)(
+    result = Saliency(definition="last_text", window=2)(
         tokens, num_visual_tokens=20, context=ReductionContext(prompt=_view(attention))
     )
     for prompt in range(2):
         scores = attention[prompt].mean(0)[-1]
-        expected = [4 * image + place for image in range(10) for place in _best(scores[4 * image : 4 * image + 4], 2)]
-        assert found.position_ids_BK[prompt].tolist() == expected
+        expected = [4 * image + token for image in range(10) for token in _best(scores[4 * image : 4 * image + 4], 2)]
+        assert result.position_ids_BK[prompt].tolist() == expected
 
 
-def test_a_layer_that_the_decoder_has_not_is_refused(attention: Tensor, tokens: Tensor) -> None:
-    with pytest.raises(UserError, match=r"saliency\.layer 9 is not in this decoder of 4 layers; choose 0 to 3"):
+def test_a_layer_outside_the_decoder_is_refused(attention: Tensor, tokens: Tensor) -> None:
+    with pytest.raises(UserError, match=r"saliency\.layer 9 is not a layer of this decoder of 4 layers; choose 0 to 3"):
         Saliency(definition="last_text", layer=9)(
             tokens, num_visual_tokens=7, context=ReductionContext(prompt=_view(attention))
         )
 
 
-def test_raters_are_the_words_that_see_more_of_the_image_than_the_mean(attention: Tensor) -> None:
+def test_raters_are_the_words_above_the_mean(attention: Tensor) -> None:
     valid = torch.tensor([[False, True, True, True, True], [True] * 5])
     view = _view(attention, valid)
-    found = raters(view)
+    result = raters(view)
     for prompt in range(2):
         words = [word for word in range(5) if valid[prompt, word]]
         shares = np.zeros(5)
@@ -183,11 +183,11 @@ def test_raters_are_the_words_that_see_more_of_the_image_than_the_mean(attention
             for word in words:
                 shares[word] += math.exp(logits[word]) / total / 40
         mean = sum(shares[word] for word in words) / len(words)
-        assert [bool(each) for each in found[prompt]] == [word in words and shares[word] >= mean for word in range(5)]
+        assert [bool(each) for each in result[prompt]] == [word in words and shares[word] >= mean for word in range(5)]
 
 
 @pytest.mark.parametrize("num_words", [2, 3, 7, 11, 37])
-def test_of_equal_words_some_rate(num_words: int) -> None:
+def test_equal_words_include_a_rater(num_words: int) -> None:
     generator = torch.Generator().manual_seed(0)
     embeddings = torch.randn(1, 1, 64, generator=generator).expand(1, num_words, -1).contiguous()
     for num_visual in range(250, 262):
@@ -205,27 +205,27 @@ def test_of_equal_words_some_rate(num_words: int) -> None:
 
 def test_recycling_keeps_the_count_and_merges_the_best_of_the_dropped(tokens: Tensor) -> None:
     scores = torch.rand(2, 40, generator=torch.Generator().manual_seed(5))
-    found = recycled(tokens, scores, 6)
+    result = recycled(tokens, scores, 6)
     # 4 kept and 36 dropped, 10 of them recycled, in 10 // 10 + 1 = 2 clusters.
-    assert found.tokens_BKD.shape == (2, 6, 6)
+    assert result.tokens_BKD.shape == (2, 6, 6)
     for prompt in range(2):
         kept = _best(scores[prompt], 4)
-        assert found.position_ids_BK[prompt, :4].tolist() == kept
+        assert result.position_ids_BK[prompt, :4].tolist() == kept
         rest = sorted(
-            (place for place in range(40) if place not in kept), key=lambda place: -float(scores[prompt, place])
+            (token for token in range(40) if token not in kept), key=lambda token: -float(scores[prompt, token])
         )[:10]
         merged = [
-            [place for place in range(40) if int(found.assignment_BN[prompt, place]) == cluster] for cluster in (4, 5)
+            [token for token in range(40) if int(result.assignment_BN[prompt, token]) == cluster] for cluster in (4, 5)
         ]
         assert sorted(merged[0] + merged[1]) == sorted(rest)
         for number, members in enumerate(merged):
-            assert torch.allclose(found.tokens_BKD[prompt, 4 + number], tokens[prompt][members].mean(0), atol=1e-5)
-            assert int(found.sizes_BK[prompt, 4 + number]) == len(members)
+            assert torch.allclose(result.tokens_BKD[prompt, 4 + number], tokens[prompt][members].mean(0), atol=1e-5)
+            assert int(result.sizes_BK[prompt, 4 + number]) == len(members)
     assert recycled(tokens, scores, 1).tokens_BKD.shape == (2, 1, 6)
     assert recycled(tokens, scores, 39).tokens_BKD.shape == (2, 39, 6)
 
 
-def test_density_peaks_are_what_their_definition_finds(tokens: Tensor) -> None:
+def test_density_peaks_match_their_definition(tokens: Tensor) -> None:
     centres, cluster = density_peaks(tokens, 4)
     for image in range(2):
         values = tokens[image].double().numpy()

@@ -15,8 +15,7 @@ from parcelray.evaluation.predict.predictor import Predictor
 from parcelray.models.backbones import ElasticVLM
 from parcelray.models.backbones.processor_base import ElasticProcessor
 from parcelray.models.checkpoint import resolve_checkpoint
-from parcelray.models.processor import load_processor
-from parcelray.models.vlm import load_vlm
+from parcelray.models.vlm import load_processor, load_vlm
 from parcelray.serving.engine.continuous_engine import ContinuousEngine
 from parcelray.serving.engine.engine import (
     EngineRefusal,

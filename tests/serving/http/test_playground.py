@@ -15,8 +15,7 @@ from parcelray.evaluation.predict.predictor import Predictor
 from parcelray.models.backbones import ElasticVLM
 from parcelray.models.backbones.processor_base import ElasticProcessor
 from parcelray.models.checkpoint import MINI_BASE, resolve_checkpoint
-from parcelray.models.processor import load_processor
-from parcelray.models.vlm import load_vlm
+from parcelray.models.vlm import load_processor, load_vlm
 from tests.serving.http.webdriver import Browser, browser
 from tests.serving.local import endpoint
 

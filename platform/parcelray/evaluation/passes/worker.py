@@ -30,8 +30,7 @@ from parcelray.models.backbones import ElasticVLM
 from parcelray.models.backbones.processor_base import ElasticProcessor
 from parcelray.models.checkpoint import resolve_checkpoint
 from parcelray.models.feature_cache import FeatureCache
-from parcelray.models.processor import load_processor
-from parcelray.models.vlm import load_vlm, use_sdpa_where_exact
+from parcelray.models.vlm import load_processor, load_vlm, use_sdpa_where_exact
 
 OnStage = Callable[[str], None]
 """Called with a description of the stage that begins; it is shown if the pass stalls."""

@@ -22,8 +22,7 @@ from parcelray.models.backbones.processor_base import ElasticProcessor
 from parcelray.models.feature_cache import FeatureCache
 from parcelray.models.reduced_decoder import ReducedDecoder, VisualTokens, encode_prompts
 from parcelray.models.token_reduction import TokenReducer, build_reducer
-from parcelray.models.token_reduction.base import check_uncompressed, unreduced
-from parcelray.models.token_reduction.context import ReductionContext
+from parcelray.models.token_reduction.base import ReductionContext, check_uncompressed, unreduced
 from parcelray.models.token_reduction.encoder_view import EncoderView
 
 

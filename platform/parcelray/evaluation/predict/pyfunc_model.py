@@ -64,8 +64,7 @@ def _load(folder: Path) -> "Predictor":
     import torch
 
     from parcelray.evaluation.predict.predictor import Predictor
-    from parcelray.models.processor import load_processor
-    from parcelray.models.vlm import load_vlm
+    from parcelray.models.vlm import load_processor, load_vlm
 
     checkpoint = resolve_checkpoint(folder)
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,4 +1,4 @@
-"""The elastic model over each family of transformers' vision-language classes."""
+"""Elastic models over transformers' vision-language classes, one module per backbone family."""
 
 from parcelray.models.backbones.base import ElasticModel, ElasticVLM
 from parcelray.models.backbones.llava import ElasticLlavaConfig, ElasticLlavaForConditionalGeneration

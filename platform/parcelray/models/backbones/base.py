@@ -1,6 +1,6 @@
-"""What every elastic model does besides its transformers class: a connector between vision tower and projector.
+"""Base classes of the elastic models, which insert a connector between vision tower and projector.
 
-Shapes: I images of the whole batch, N patches, K visual tokens (the budget), D vision width, L language width.
+Shape suffixes: I images of the whole batch, N patches, K visual tokens (the budget), D vision width, L language width.
 """
 
 from abc import abstractmethod
@@ -15,48 +15,36 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from parcelray.config.connector import ConnectorConfig
 from parcelray.errors import UserError
-from parcelray.models.connectors import Connector, build_connector
-from parcelray.models.connectors.base import VisionDims
+from parcelray.models.connectors import Connector
 
 _CONNECTOR_ADAPTER: TypeAdapter[ConnectorConfig] = TypeAdapter(ConnectorConfig)
 
 
 @runtime_checkable
 class SelfInitialised(Protocol):
-    """A module that knows its own initial weights."""
+    """A module that sets its own initial weights."""
 
     def init_weights(self) -> None:
-        """Sets them, drawing from torch's global generator."""
+        """Sets the weights, drawing from torch's global generator."""
         ...
 
 
 class Depths(NamedTuple):
-    """Layers of a model, which some reducers reduce in."""
+    """Number of layers of a model, for reducers that reduce inside the layers."""
 
     encoder: int
-    """Of the vision tower, up to the patch features; 0: no attention."""
+    """Layers of the vision tower up to the patch features; 0 for a tower without attention."""
     decoder: int
-    """Of the language model."""
+    """Layers of the language model."""
 
 
 def read_connector(connector: dict[str, Any] | None) -> ConnectorConfig:
-    """The connector in a model's configuration, validated (unset: identity)."""
+    """Validates the connector section of a model's configuration; None means identity."""
     return _CONNECTOR_ADAPTER.validate_python(connector or {"type": "identity"})
 
 
-def connector_for(connector: ConnectorConfig, dims: VisionDims) -> Connector:
-    """The connector of a model with such a vision tower."""
-    return build_connector(
-        connector,
-        hidden_size=dims.hidden_size,
-        grid_size=dims.grid_size,
-        mlp_width=dims.mlp_width,
-        layer_norm_eps=dims.layer_norm_eps,
-    )
-
-
 class ElasticModel(nn.Module):
-    """The inner model, without a head: mixed into the transformers class before it."""
+    """The elastic model without its head: a mix-in that precedes the transformers class."""
 
     config: Any
     connector: Connector
@@ -68,12 +56,12 @@ class ElasticModel(nn.Module):
 
     @property
     def vision_options(self) -> dict[str, Any]:
-        """What the vision tower is asked for."""
+        """Keyword arguments of the vision tower's forward pass."""
         return {}
 
     @property
     def feature_layer(self) -> int | None:
-        """Layer of the vision tower, counted from 0, whose output the patch features are; None: a tower without attention."""
+        """Layer of the vision tower, counted from 0, that outputs the patch features; None without attention."""
         return cast("int | None", self.config.feature_layer)
 
     @property
@@ -83,16 +71,16 @@ class ElasticModel(nn.Module):
 
     @property
     def has_class_token(self) -> bool:
-        """Whether a class token stands before the patches in the vision tower."""
+        """Whether the vision tower puts a class token before the patches."""
         return False
 
     @abstractmethod
     def patch_features(self, outputs: Any) -> Tensor:
-        """Patch features [I, N, D] out of the vision tower's outputs, in the order of the grid."""
+        """Returns the patch features [I, N, D] from the vision tower's outputs, row-major."""
 
     @abstractmethod
     def feature_scale(self) -> tuple[Tensor, Tensor | None]:
-        """Standard deviation and mean of each channel of the patch features: what the projector is used to."""
+        """Returns standard deviation and mean of each channel of the patch features, which the projector expects."""
 
     def encode_patches(self, pixel_values_ICHW: Tensor) -> Tensor:
         """Runs the vision tower alone.
@@ -101,7 +89,7 @@ class ElasticModel(nn.Module):
             pixel_values_ICHW: normalised pixels of all images of the batch, in prompt order.
 
         Returns:
-            Patch features [I, N, D]; one encoding serves every budget.
+            Patch features [I, N, D], which can be compressed to every budget.
         """
         return self.patch_features(self.vision_tower(pixel_values_ICHW, **self.vision_options))
 
@@ -109,9 +97,10 @@ class ElasticModel(nn.Module):
         """Reduces patch features to the budget and projects them to the language model's width: [I, N, D] -> [I, K, L].
 
         Args:
-            patch_features_IND: of the vision tower.
-            num_visual_tokens: K.
-            anchor_grid: of a supernet over splits, see `ParcelConnector`; None: the connector's routing.
+            patch_features_IND: output of the vision tower.
+            num_visual_tokens: budget K.
+            anchor_grid: side of the anchor grid in a supernet over splits, see `ParcelConnector`; None: the connector's
+                routing.
         """
         split = {} if anchor_grid is None else {"anchor_grid": anchor_grid}
         tokens_IKD = self.connector(patch_features_IND, num_visual_tokens=num_visual_tokens, **split)
@@ -123,13 +112,16 @@ class ElasticModel(nn.Module):
     def get_image_features(
         self, pixel_values: Tensor, num_visual_tokens: int | None = None, anchor_grid: int | None = None, **kwargs: Any
     ) -> BaseModelOutputWithPooling:
-        """Image features for the decoder; `pooler_output` is [I, K, L] and `last_hidden_state` the patch features [I, N, D].
+        """Returns image features for the decoder.
 
         Args:
-            pixel_values: [I, C, H, W].
-            num_visual_tokens: the budget per image; None means all N patches, as in the stock class.
+            pixel_values: pixels [I, C, H, W].
+            num_visual_tokens: budget per image; None means all N patches, as in the stock class.
             anchor_grid: see `compress`.
-            kwargs: for the vision tower.
+            kwargs: passed to the vision tower.
+
+        Returns:
+            `pooler_output`: visual tokens [I, K, L]; `last_hidden_state`: patch features [I, N, D].
         """
         kwargs.pop("return_dict", None)
         outputs = self.vision_tower(pixel_values, **self.vision_options, **kwargs)
@@ -151,13 +143,20 @@ class ElasticModel(nn.Module):
         anchor_grid: int | None = None,
         **kwargs: Any,
     ) -> Any:
-        """As the stock class; `num_visual_tokens` is the budget per image (None: all patches).
+        """Runs the model like the stock class, with a budget.
+
+        Args:
+            input_ids: token ids [B, S] with I x K image placeholders.
+            pixel_values: pixels [I, C, H, W].
+            num_visual_tokens: budget K per image; None means all patches.
+            anchor_grid: see `compress`.
+            kwargs: passed to the stock class.
 
         Raises:
-            UserError: the prompts have not as many placeholders as there are visual tokens.
+            UserError: the prompts do not have as many placeholders as there are visual tokens.
         """
         if pixel_values is not None and kwargs.get("mm_encoder_outputs"):
-            raise ValueError("pixel_values and mm_encoder_outputs exclude each other; pass one of them")
+            raise ValueError("pixel_values and mm_encoder_outputs are mutually exclusive; pass one of them")
         if pixel_values is not None:
             kwargs["mm_encoder_outputs"] = {
                 "image": self.get_image_features(pixel_values, num_visual_tokens, anchor_grid)
@@ -170,21 +169,22 @@ class ElasticModel(nn.Module):
         return super().forward(input_ids=input_ids, **kwargs)
 
     def as_stock(self, encoded: BaseModelOutputWithPooling) -> BaseModelOutputWithPooling:
-        """Encoded images in the form that the stock class takes."""
+        """Returns encoded images in the form that the stock class expects."""
         return encoded
 
     def _check_placeholders(self, input_ids: Tensor, tokens_IKL: Tensor) -> None:
-        found = int((input_ids == self.config.image_token_id).sum())
+        placeholders = int((input_ids == self.config.image_token_id).sum())
         images, budget = tokens_IKL.shape[:2]
-        if found != images * budget:
+        if placeholders != images * budget:
             raise UserError(
-                f"The prompts hold {found} image placeholders but {images} images at {budget} visual tokens each give"
-                f" {images * budget}; build the prompts with the processor's num_visual_tokens equal to the model's."
+                f"The prompts have {placeholders} image placeholders, but {images} images at {budget} visual tokens"
+                f" each need {images * budget}; build the prompts with the processor's num_visual_tokens equal to the"
+                " model's."
             )
 
 
 class ElasticVLM(nn.Module):
-    """The elastic model with its head: mixed into the transformers class before it.
+    """The elastic model with its head: a mix-in that precedes the transformers class.
 
     `generate` and `forward` take `num_visual_tokens`.
     """
@@ -200,11 +200,11 @@ class ElasticVLM(nn.Module):
     post_init: Callable[[], None]
 
     reads_both_ways: ClassVar[bool]
-    """Whether the prompt's tokens also attend to those after them."""
+    """Whether attention in the prompt is bidirectional."""
     first_position: ClassVar[int]
-    """Rotary position that `generate` gives to the first token of a prompt."""
+    """Rotary position of the first token of a prompt in `generate`."""
     layer_classes: ClassVar[tuple[str, ...]]
-    """Names of the layers that sharded training wraps."""
+    """Class names of the layers that sharded training wraps."""
 
     @property
     def connector(self) -> Connector:
@@ -213,14 +213,14 @@ class ElasticVLM(nn.Module):
 
     @property
     def supported_budgets(self) -> tuple[int, ...]:
-        """Legal values of `num_visual_tokens`, ascending."""
+        """The legal values of `num_visual_tokens` in ascending order."""
         return self.connector.supported_budgets
 
     def image_inputs(self, tokens_IKL: Tensor) -> dict[str, Any]:
-        """Inputs of `forward` and `generate` from visual tokens that are already there: one encoding, many budgets."""
+        """Returns inputs of `forward` and `generate` for visual tokens that were computed before, [I, K, L]."""
         return {"mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=tokens_IKL)}}
 
-    def forward(  # noqa: PLR0913 - generate and PEFT read the legal inputs off this signature, which is the stock ones' plus the budget
+    def forward(  # noqa: PLR0913 - `generate` and PEFT inspect this signature: the stock one plus the budget
         self,
         input_ids: Tensor | None = None,
         pixel_values: Tensor | None = None,
@@ -237,9 +237,10 @@ class ElasticVLM(nn.Module):
         anchor_grid: int | None = None,
         **kwargs: Any,
     ) -> Any:
-        """As the stock class; `num_visual_tokens` is the budget per image (None: all patches), `anchor_grid` see `ElasticModel.compress`.
+        """Runs the model like the stock class, with a budget.
 
-        `token_type_ids` (0: the prompt, 1: an answer) change nothing where attention is causal in the prompt, too.
+        `num_visual_tokens` is the budget per image (None: all patches); for `anchor_grid` see `ElasticModel.compress`.
+        `token_type_ids` (0: prompt, 1: answer) have no effect if attention is also causal in the prompt.
         """
         if pixel_values is not None:
             kwargs |= {"num_visual_tokens": num_visual_tokens, "anchor_grid": anchor_grid}

@@ -1,8 +1,8 @@
-"""The elastic model over transformers' LLaVA-1.5 classes (arXiv 2310.03744): a vision tower, a two-layer projector, Llama.
+"""The elastic model over transformers' LLaVA-1.5 classes (arXiv 2310.03744): vision tower, two-layer projector, Llama.
 
-The tower is CLIP (its class token in front of the patches, which the strategy `default` leaves out), SigLIP (`full`: no
-such token), or a convolutional one whose last feature map is the patch grid (ConvNeXt). The visual tokens stand after
-the prompt's first words, and attention is causal throughout.
+The vision tower is one of three kinds: CLIP, whose class token before the patches is dropped by the strategy `default`;
+SigLIP, which has no class token (`full`); or ConvNeXt, whose last feature map is the patch grid. The visual tokens
+follow the first words of the prompt, and attention is causal throughout.
 """
 
 import math
@@ -28,32 +28,35 @@ from parcelray.models.backbones.base import (
     ElasticModel,
     ElasticVLM,
     SelfInitialised,
-    connector_for,
     read_connector,
 )
+from parcelray.models.connectors import build_connector
 from parcelray.models.connectors.base import VisionDims
 
 MODEL_TYPE = "elastic_llava"
 _GELU_RMS = 0.65
 """Root mean square of GELU of a standard normal variable."""
 _SCALE_IMAGES = 4
-"""Images of noise that the scale of patch features is measured on, where the tower has no last LayerNorm."""
+"""Number of noise images that the scale of the patch features is measured on."""
 
 
 class ElasticLlavaConfig(LlavaConfig):  # type: ignore[misc]
-    """LLaVA's configuration and the connector's (a mapping as in `parcelray.config.connector`; unset: identity)."""
+    """LLaVA's configuration with a connector.
+
+    `connector` is a mapping as in `parcelray.config.connector`; None means identity.
+    """
 
     model_type = MODEL_TYPE
     connector: dict[str, Any] | None = None
 
     @property
     def connector_config(self) -> ConnectorConfig:
-        """The connector's configuration, validated."""
+        """The validated configuration of the connector."""
         return read_connector(self.connector)
 
     def __post_init__(self, **kwargs: Any) -> None:
-        """Gives a convolutional tower the `hidden_size` that the stock projector asks for."""
-        # A stock checkpoint's, which would hide this class's own.
+        """Sets the `hidden_size` of a convolutional tower, which the stock projector reads."""
+        # The value of a stock checkpoint would hide this class's own.
         kwargs.pop("model_type", None)
         super().__post_init__(**kwargs)
         if self.convolutional:
@@ -61,7 +64,7 @@ class ElasticLlavaConfig(LlavaConfig):  # type: ignore[misc]
 
     @property
     def convolutional(self) -> bool:
-        """Whether the vision tower gives a feature map and no tokens."""
+        """Whether the vision tower outputs a feature map instead of tokens."""
         return hasattr(self.vision_config, "hidden_sizes")
 
     @property
@@ -76,40 +79,40 @@ class ElasticLlavaConfig(LlavaConfig):  # type: ignore[misc]
 
     @property
     def feature_layer(self) -> int | None:
-        """Layer of the vision tower, counted from 0, whose output the patch features are; None: a tower without attention."""
+        """Layer of the vision tower, counted from 0, that outputs the patch features; None without attention."""
         if self.convolutional:
             return None
-        # Of a model with L layers there are L + 1 hidden states, the first one before them all.
+        # A tower with L layers has L + 1 hidden states; the first one is the input of the first layer.
         return int(self.vision_feature_layer % (self.vision_config.num_hidden_layers + 1)) - 1
 
     @property
     def depths(self) -> Depths:
-        """Layers that reducers can reduce in."""
+        """Number of layers in which reducers can reduce."""
         return Depths(
             0 if self.feature_layer is None else self.feature_layer + 1, int(self.text_config.num_hidden_layers)
         )
 
     @property
     def vision_dims(self) -> VisionDims:
-        """What a connector is built from."""
+        """Sizes of the vision tower that a connector is built from."""
         vision = self.vision_config
         width = int(vision.hidden_size)
         if not isinstance(self.vision_feature_layer, int):
             raise UserError(
-                f"vision_feature_layer {self.vision_feature_layer} joins several layers; elastic models take one, such"
-                " as -2."
+                f"vision_feature_layer {self.vision_feature_layer} joins several layers; elastic models support one"
+                " layer, such as -2."
             )
         return VisionDims(width, self.grid_size, getattr(vision, "intermediate_size", 4 * width), vision.layer_norm_eps)
 
 
 class ElasticLlavaModel(ElasticModel, LlavaModel):  # type: ignore[misc]
-    """LLaVA without its language-model head, with a connector between vision tower and projector."""
+    """LLaVA without its head, with a connector between vision tower and projector."""
 
     config: ElasticLlavaConfig
 
     def __init__(self, config: ElasticLlavaConfig) -> None:
         super().__init__(config)
-        self.connector = connector_for(config.connector_config, config.vision_dims)
+        self.connector = build_connector(config.connector_config, **config.vision_dims._asdict())
         self.post_init()
 
     @torch.no_grad()
@@ -118,7 +121,7 @@ class ElasticLlavaModel(ElasticModel, LlavaModel):  # type: ignore[misc]
 
     @property
     def vision_options(self) -> dict[str, Any]:
-        """The one layer whose output is used; the others are not kept."""
+        """Requests only the hidden state that is used, so that the others are not kept."""
         return {} if self.config.convolutional else {"output_hidden_states": self.config.vision_feature_layer}
 
     @property
@@ -135,7 +138,10 @@ class ElasticLlavaModel(ElasticModel, LlavaModel):  # type: ignore[misc]
 
     @torch.no_grad()
     def feature_scale(self) -> tuple[Tensor, Tensor | None]:
-        """Measured on images of seeded noise: hidden states of a middle layer pass no LayerNorm that would tell."""
+        """Returns standard deviation and mean of each channel, measured on images of seeded noise.
+
+        The patch features come from a middle layer, so no LayerNorm determines their scale.
+        """
         side = int(self.config.vision_config.image_size)
         parameter = next(self.vision_tower.parameters())
         noise = torch.randn(_SCALE_IMAGES, 3, side, side, generator=torch.Generator().manual_seed(0))
@@ -143,14 +149,14 @@ class ElasticLlavaModel(ElasticModel, LlavaModel):  # type: ignore[misc]
         return features.std(dim=0), features.mean(dim=0)
 
     def as_stock(self, encoded: BaseModelOutputWithPooling) -> BaseModelOutputWithPooling:
-        """The stock class takes a sequence of images of different sizes."""
+        """Returns the visual tokens as a sequence of images, which the stock class expects."""
         return BaseModelOutputWithPooling(
             last_hidden_state=encoded.last_hidden_state, pooler_output=tuple(encoded.pooler_output)
         )
 
 
 class ElasticLlavaForConditionalGeneration(ElasticVLM, LlavaForConditionalGeneration):  # type: ignore[misc]
-    """The elastic model with its head. `generate` and `forward` take `num_visual_tokens`, the budget per image."""
+    """The elastic LLaVA with its head; `generate` and `forward` take the budget as `num_visual_tokens`."""
 
     config_class = ElasticLlavaConfig
     config: ElasticLlavaConfig
@@ -159,7 +165,7 @@ class ElasticLlavaForConditionalGeneration(ElasticVLM, LlavaForConditionalGenera
     layer_classes = ("CLIPEncoderLayer", "LlamaDecoderLayer")
 
     def __init__(self, config: ElasticLlavaConfig) -> None:
-        # Not the stock constructor: it would build a second, stock inner model only to drop it.
+        # The stock constructor is skipped: it would build a stock inner model that is then discarded.
         LlavaPreTrainedModel.__init__(self, config)
         self.model = ElasticLlavaModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
@@ -171,7 +177,10 @@ class ElasticLlavaForConditionalGeneration(ElasticVLM, LlavaForConditionalGenera
 
 
 def _init_elastic_weights(model: LlavaPreTrainedModel, module: nn.Module) -> None:
-    """Fresh weights: connectors initialise themselves, the projector starts at the text embeddings' scale, the rest as stock."""
+    """Sets initial weights: connectors initialise themselves, the projector starts at the scale of the text embeddings.
+
+    All other modules are initialised as in the stock class.
+    """
     super(LlavaPreTrainedModel, model)._init_weights(module)
     if isinstance(module, LlavaMultiModalProjector):
         init.normal_(module.linear_1.weight, std=1 / math.sqrt(module.linear_1.in_features))
@@ -185,6 +194,6 @@ def _init_elastic_weights(model: LlavaPreTrainedModel, module: nn.Module) -> Non
 
 AutoConfig.register(MODEL_TYPE, ElasticLlavaConfig)
 AutoModelForImageTextToText.register(ElasticLlavaConfig, ElasticLlavaForConditionalGeneration)
-# As for PaliGemma: the hub's key names are renamed while loading, by rules that are found under the model's own names.
+# As for PaliGemma: keys of hub checkpoints are renamed on loading, by rules registered under these models' names.
 register_checkpoint_conversion_mapping(MODEL_TYPE, get_checkpoint_conversion_mapping("llava"))
 register_checkpoint_conversion_mapping(ElasticLlavaModel.__name__, get_checkpoint_conversion_mapping("LlavaModel"))

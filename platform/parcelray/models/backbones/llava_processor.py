@@ -10,7 +10,10 @@ from parcelray.models.backbones.processor_base import ElasticProcessor
 
 
 class ElasticLlavaProcessor(ElasticProcessor, LlavaProcessor):  # type: ignore[misc]
-    """LLaVA's processor with the budget as a keyword of the call. Saved files stay those of the stock processor."""
+    """LLaVA's processor with the budget as a keyword of the call.
+
+    Saved files are those of the stock processor.
+    """
 
     _budget: int | None = None
 
@@ -22,7 +25,7 @@ class ElasticLlavaProcessor(ElasticProcessor, LlavaProcessor):  # type: ignore[m
 
     @property
     def crops(self) -> bool:
-        """See `ElasticProcessor`: where the image processor scales the shorter edge and crops."""
+        """See `ElasticProcessor`; True if the image processor scales the shorter edge and crops."""
         return bool(self.image_processor.do_center_crop)
 
     @property
@@ -37,11 +40,11 @@ class ElasticLlavaProcessor(ElasticProcessor, LlavaProcessor):  # type: ignore[m
 
     def encode_prompts(self, texts: Sequence[str], *, with_image: bool = True) -> list[list[int]]:
         """See `ElasticProcessor`."""
-        found = self.tokenizer([self._line(text, with_image) for text in texts])["input_ids"]
-        return [[token for token in ids if token != self.image_token_id] for ids in found]
+        encoded = self.tokenizer([self._line(text, with_image) for text in texts])["input_ids"]
+        return [[token for token in ids if token != self.image_token_id] for ids in encoded]
 
     def fitted(self, image: Image.Image) -> Image.Image:
-        """See `ElasticProcessor`: scaled and cropped by the image processor, without its normalisation."""
+        """See `ElasticProcessor`; scaled and cropped by the image processor, without its normalisation."""
         if image.size == (self.image_size, self.image_size):
             return image
         pixels = self.image_processor(image, do_rescale=False, do_normalize=False, return_tensors="np")["pixel_values"][
@@ -60,18 +63,18 @@ class ElasticLlavaProcessor(ElasticProcessor, LlavaProcessor):  # type: ignore[m
         """Builds a batch.
 
         Args:
-            images: for each prompt its images (or video frames) in order; None for text only (the blind baseline).
-            text: the questions, without placeholders.
+            images: images (or video frames) of each prompt in order; None for text only (the blind baseline).
+            text: prompts without placeholders.
             num_visual_tokens: placeholders per image; None means one per patch, as in the stock processor.
-            kwargs: for the stock processor (`return_tensors`, `padding`, ...).
+            kwargs: passed to the stock processor (`return_tensors`, `padding`, ...).
 
         Returns:
-            input_ids, attention_mask [B, S], and pixel_values [I, C, H, W].
+            input_ids and attention_mask [B, S], pixel_values [I, C, H, W].
         """
-        questions = list(text or [])
+        prompts = list(text or [])
         if images is None:
-            return super().__call__(text=[self._line(question, False) for question in questions], **kwargs)
-        lines = [self._line(question, True, len(group)) for group, question in zip(images, questions, strict=True)]
+            return super().__call__(text=[self._line(prompt, False) for prompt in prompts], **kwargs)
+        lines = [self._line(prompt, True, len(group)) for group, prompt in zip(images, prompts, strict=True)]
         self._budget = num_visual_tokens
         try:
             return super().__call__(images=[image for group in images for image in group], text=lines, **kwargs)
@@ -79,7 +82,7 @@ class ElasticLlavaProcessor(ElasticProcessor, LlavaProcessor):  # type: ignore[m
             self._budget = None
 
     def replace_image_token(self, image_inputs: dict[str, Any], image_idx: int, **kwargs: Any) -> str:
-        """Placeholders of an image: as the call's budget says, or as the stock class writes them."""
+        """Returns the placeholders of an image: the budget of the current call, or as in the stock class."""
         return (
             str(super().replace_image_token(image_inputs, image_idx, **kwargs))
             if self._budget is None

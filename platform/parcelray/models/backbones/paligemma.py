@@ -1,9 +1,9 @@
-"""The elastic model over transformers' PaliGemma classes (arXiv 2412.03555): SigLIP, a linear projector, Gemma or Gemma-2.
+"""The elastic model over transformers' PaliGemma classes (arXiv 2412.03555): SigLIP, linear projector, Gemma(-2).
 
-The image features pass vision tower -> connector (N patches to K tokens, width D) -> `multi_modal_projector` (D to L),
-and take the place of I x K image placeholders in the prompt. Nothing else of the transformers classes changes, so
-`from_pretrained`, `save_pretrained`, `generate` and PEFT work as they do for the stock class, and a stock checkpoint
-loads as it is.
+The image features pass the vision tower, the connector (N patches to K tokens of width D) and `multi_modal_projector`
+(width D to L). They replace the I x K image placeholders of the prompt. Nothing else of the transformers classes
+changes: `from_pretrained`, `save_pretrained`, `generate` and PEFT work as with the stock class, and a stock checkpoint
+can be loaded unchanged.
 """
 
 import math
@@ -27,23 +27,26 @@ from parcelray.models.backbones.base import (
     ElasticModel,
     ElasticVLM,
     SelfInitialised,
-    connector_for,
     read_connector,
 )
+from parcelray.models.connectors import build_connector
 from parcelray.models.connectors.base import VisionDims
 
 MODEL_TYPE = "elastic_paligemma"
 
 
 class ElasticPaliGemmaConfig(PaliGemmaConfig):  # type: ignore[misc]
-    """PaliGemma's configuration and the connector's (a mapping as in `parcelray.config.connector`; unset: identity)."""
+    """PaliGemma's configuration with a connector.
+
+    `connector` is a mapping as in `parcelray.config.connector`; None means identity.
+    """
 
     model_type = MODEL_TYPE
     connector: dict[str, Any] | None = None
 
     @property
     def connector_config(self) -> ConnectorConfig:
-        """The connector's configuration, validated."""
+        """The validated configuration of the connector."""
         return read_connector(self.connector)
 
     @property
@@ -53,29 +56,29 @@ class ElasticPaliGemmaConfig(PaliGemmaConfig):  # type: ignore[misc]
 
     @property
     def feature_layer(self) -> int:
-        """Layer of the vision tower, counted from 0, whose output the patch features are."""
+        """Layer of the vision tower, counted from 0, that outputs the patch features."""
         return int(self.vision_config.num_hidden_layers) - 1
 
     @property
     def depths(self) -> Depths:
-        """Layers that reducers can reduce in."""
+        """Number of layers in which reducers can reduce."""
         return Depths(self.feature_layer + 1, int(self.text_config.num_hidden_layers))
 
     @property
     def vision_dims(self) -> VisionDims:
-        """What a connector is built from."""
+        """Sizes of the vision tower that a connector is built from."""
         vision = self.vision_config
         return VisionDims(vision.hidden_size, self.grid_size, vision.intermediate_size, vision.layer_norm_eps)
 
 
 class ElasticPaliGemmaModel(ElasticModel, PaliGemmaModel):  # type: ignore[misc]
-    """PaliGemma without its language-model head, with a connector between vision tower and projector."""
+    """PaliGemma without its head, with a connector between vision tower and projector."""
 
     config: ElasticPaliGemmaConfig
 
     def __init__(self, config: ElasticPaliGemmaConfig) -> None:
         super().__init__(config)
-        self.connector = connector_for(config.connector_config, config.vision_dims)
+        self.connector = build_connector(config.connector_config, **config.vision_dims._asdict())
         self.post_init()
 
     @torch.no_grad()
@@ -92,13 +95,13 @@ class ElasticPaliGemmaModel(ElasticModel, PaliGemmaModel):  # type: ignore[misc]
         return cast(Tensor, outputs.last_hidden_state)
 
     def feature_scale(self) -> tuple[Tensor, Tensor | None]:
-        """The affine part of the tower's last LayerNorm."""
+        """Returns weight and bias of the tower's last LayerNorm."""
         norm = self.vision_tower.post_layernorm
         return norm.weight, norm.bias
 
 
 class ElasticPaliGemmaForConditionalGeneration(ElasticVLM, PaliGemmaForConditionalGeneration):  # type: ignore[misc]
-    """The elastic model with its head. `generate` and `forward` take `num_visual_tokens`, the budget per image."""
+    """The elastic PaliGemma with its head; `generate` and `forward` take the budget as `num_visual_tokens`."""
 
     config_class = ElasticPaliGemmaConfig
     config: ElasticPaliGemmaConfig
@@ -107,7 +110,7 @@ class ElasticPaliGemmaForConditionalGeneration(ElasticVLM, PaliGemmaForCondition
     layer_classes = ("SiglipEncoderLayer", "Gemma2DecoderLayer")
 
     def __init__(self, config: ElasticPaliGemmaConfig) -> None:
-        # Not the stock constructor: it would build a second, stock inner model only to drop it.
+        # The stock constructor is skipped: it would build a stock inner model that is then discarded.
         PaliGemmaPreTrainedModel.__init__(self, config)
         self.model = ElasticPaliGemmaModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
@@ -119,11 +122,11 @@ class ElasticPaliGemmaForConditionalGeneration(ElasticVLM, PaliGemmaForCondition
 
 
 def _init_elastic_weights(model: PaliGemmaPreTrainedModel, module: nn.Module) -> None:
-    """Fresh weights: connectors initialise themselves, the projector starts at the text embeddings' scale, the rest as stock.
+    """Sets initial weights: connectors initialise themselves, the projector starts at the scale of the text embeddings.
 
-    The patch features leave the vision tower through a LayerNorm and so have unit variance; the decoder's text
-    embeddings have standard deviation initializer_range * sqrt(L). A projector of any other scale drowns one of the
-    two.
+    All other modules are initialised as in the stock class. The patch features leave the vision tower through a
+    LayerNorm, so they have unit variance. The text embeddings of the decoder have the standard deviation
+    initializer_range * sqrt(L). With a projector of any other scale, one of the two would dominate.
     """
     super(PaliGemmaPreTrainedModel, model)._init_weights(module)
     if isinstance(module, PaliGemmaMultiModalProjector):
@@ -137,8 +140,8 @@ def _init_elastic_weights(model: PaliGemmaPreTrainedModel, module: nn.Module) ->
 
 AutoConfig.register(MODEL_TYPE, ElasticPaliGemmaConfig)
 AutoModelForImageTextToText.register(ElasticPaliGemmaConfig, ElasticPaliGemmaForConditionalGeneration)
-# Checkpoints on the hub carry the key names of older releases. The stock classes rename them while loading; the rules
-# are found by model type for the whole model and by class name for the inner one, so both are registered for ours.
+# Checkpoints on the hub have the key names of older releases, which the stock classes rename on loading. The rules are
+# registered by model type for the whole model and by class name for the inner one, so both are registered here.
 register_checkpoint_conversion_mapping(MODEL_TYPE, get_checkpoint_conversion_mapping("paligemma"))
 register_checkpoint_conversion_mapping(
     ElasticPaliGemmaModel.__name__, get_checkpoint_conversion_mapping("PaliGemmaModel")

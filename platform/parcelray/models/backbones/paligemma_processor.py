@@ -10,7 +10,10 @@ from parcelray.models.backbones.processor_base import ElasticProcessor
 
 
 class ElasticPaliGemmaProcessor(ElasticProcessor, PaliGemmaProcessor):  # type: ignore[misc]
-    """PaliGemma's processor with the budget as a keyword of the call. Saved files stay those of the stock processor."""
+    """PaliGemma's processor with the budget as a keyword of the call.
+
+    Saved files are those of the stock processor.
+    """
 
     image_seq_length: int
 
@@ -40,14 +43,14 @@ class ElasticPaliGemmaProcessor(ElasticProcessor, PaliGemmaProcessor):  # type: 
         """Builds a batch.
 
         Args:
-            images: for each prompt its images (or video frames) in order; None for text only (the blind baseline).
-            text: the prompts, without placeholders.
-            suffix: the answers, for training: adds `labels`.
+            images: images (or video frames) of each prompt in order; None for text only (the blind baseline).
+            text: prompts without placeholders.
+            suffix: answers, for training; adds `labels` to the result.
             num_visual_tokens: placeholders per image; None means one per patch, as in the stock processor.
-            kwargs: for the stock processor (`return_tensors`, `padding`, ...).
+            kwargs: passed to the stock processor (`return_tensors`, `padding`, ...).
 
         Returns:
-            input_ids, attention_mask, token_type_ids [B, S] (0: bidirectional prefix, 1: causal suffix), and
+            input_ids, attention_mask and token_type_ids [B, S] (0: bidirectional prefix, 1: causal suffix), and
             pixel_values [I, C, H, W].
         """
         prompts = list(text or [])
@@ -58,8 +61,8 @@ class ElasticPaliGemmaProcessor(ElasticProcessor, PaliGemmaProcessor):  # type: 
             )
         placeholders = [self.image_token * len(group) + prompt for group, prompt in zip(images, prompts, strict=True)]
         default = self.image_seq_length
-        # The stock class reads the count from this attribute in the middle of its call; it is set for the call and put
-        # back.
+        # The stock class reads the count from this attribute during its call, so it is set for the call and restored
+        # afterwards.
         self.image_seq_length = default if num_visual_tokens is None else num_visual_tokens
         try:
             return super().__call__(

@@ -1,4 +1,4 @@
-"""What every elastic processor does besides its transformers class: prompts whose image placeholders are the budget."""
+"""Base class of the elastic processors: prompts with as many image placeholders as the budget."""
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
@@ -10,9 +10,9 @@ from transformers import BatchFeature
 
 
 class ElasticProcessor:
-    """Text and pixels of an elastic model: mixed into the transformers processor before it.
+    """Text and pixel processing of an elastic model: a mix-in that precedes the transformers processor.
 
-    Saved files stay those of the stock class.
+    Saved files are those of the stock class.
     """
 
     tokenizer: Any
@@ -24,30 +24,33 @@ class ElasticProcessor:
 
     @property
     def visual_offset(self) -> int:
-        """Tokens of a prompt before its image placeholders."""
+        """Number of tokens of a prompt before its image placeholders."""
         return 0
 
     @property
     @abstractmethod
     def image_size(self) -> int:
-        """Side of the square input image, pixels."""
+        """Side of the square input image in pixels."""
 
     @property
     def crops(self) -> bool:
-        """Whether `fitted` keeps an image's shape and cuts off what is beyond the middle square; else it is squeezed into the square."""
+        """Whether `fitted` keeps an image's aspect ratio and crops it to the central square.
+
+        Otherwise the image is resized to the square.
+        """
         return False
 
     @property
     @abstractmethod
     def num_patches(self) -> int:
-        """Patches of an image, N."""
+        """Number of patches of an image, N."""
 
     @abstractmethod
     def encode_prompts(self, texts: Sequence[str], *, with_image: bool = True) -> list[list[int]]:
-        """Token ids of whole prompts without image placeholders, which belong at `visual_offset`."""
+        """Returns the token ids of whole prompts without image placeholders, which belong at `visual_offset`."""
 
     def encode_answers(self, answers: Sequence[str]) -> list[list[int]]:
-        """Token ids of answers and the end after them."""
+        """Returns the token ids of answers with their end token."""
         return list(
             self.tokenizer([answer + self.tokenizer.eos_token for answer in answers], add_special_tokens=False)[
                 "input_ids"
@@ -55,28 +58,32 @@ class ElasticProcessor:
         )
 
     def fitted(self, image: Image.Image) -> Image.Image:
-        """The image at the size of the model's input, as the image processor makes it."""
+        """Returns the image at the model's input size, resized as by the image processor."""
         size = (self.image_size, self.image_size)
         return image if image.size == size else image.resize(size, Image.Resampling.BICUBIC)
 
     def prompts(
         self, texts: Sequence[str], num_images: int, *, num_visual_tokens: int, answers: Sequence[str] | None = None
     ) -> BatchFeature:
-        """Prompts for visual tokens that are already there: left-padded for generation, or right-padded with answers whose likelihood is asked.
+        """Builds prompts for visual tokens that were computed before.
+
+        Without answers, the prompts are left-padded for generation. With answers, whose likelihood can then be
+        computed, they are right-padded.
 
         Args:
-            texts: the prompts, without placeholders.
-            num_images: images per prompt.
+            texts: prompts without placeholders.
+            num_images: number of images per prompt.
             num_visual_tokens: placeholders per image; 0 writes none (the blind baseline).
-            answers: text after each prompt, its end included; None: nothing after it.
+            answers: text after each prompt, without the end token, which is added; None: no answers.
 
         Returns:
-            input_ids, attention_mask, token_type_ids [B, S]; the token type of answers is 1.
+            input_ids, attention_mask and token_type_ids [B, S]; the token type of answers is 1.
         """
         placeholders = [self.image_token_id] * (num_images * num_visual_tokens)
-        at = self.visual_offset
+        offset = self.visual_offset
         prefixes = [
-            ids[:at] + placeholders + ids[at:] for ids in self.encode_prompts(texts, with_image=bool(placeholders))
+            ids[:offset] + placeholders + ids[offset:]
+            for ids in self.encode_prompts(texts, with_image=bool(placeholders))
         ]
         suffixes = self.encode_answers(answers) if answers is not None else [[] for _ in prefixes]
         length = max(len(prefix) + len(suffix) for prefix, suffix in zip(prefixes, suffixes, strict=True))

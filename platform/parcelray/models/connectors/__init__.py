@@ -1,4 +1,4 @@
-"""Connectors between the vision tower and the language model: one configuration class, one connector class."""
+"""Connectors between the vision tower and the language model: one connector class per configuration class."""
 
 from collections.abc import Callable
 from typing import Any
@@ -17,16 +17,17 @@ from parcelray.config.connector import (
     ParcelConnectorConfig,
     VitCrossAttentionConnectorConfig,
 )
-from parcelray.models.connectors.ablations.anchors_only import AnchorsOnlyConnector
-from parcelray.models.connectors.ablations.dual_cross_attention import DualCrossAttentionConnector
-from parcelray.models.connectors.ablations.fixed_anchors import FixedAnchorsConnector
-from parcelray.models.connectors.ablations.m3_self_attention import M3SelfAttentionConnector
-from parcelray.models.connectors.ablations.mqt_self_attention import MqtSelfAttentionConnector
-from parcelray.models.connectors.ablations.vit_cross_attention import VitCrossAttentionConnector
+from parcelray.models.connectors.ablations import (
+    AnchorsOnlyConnector,
+    DualCrossAttentionConnector,
+    FixedAnchorsConnector,
+    M3SelfAttentionConnector,
+    MqtSelfAttentionConnector,
+    VitCrossAttentionConnector,
+)
 from parcelray.models.connectors.base import Connector, VisionDims
-from parcelray.models.connectors.identity import IdentityConnector
-from parcelray.models.connectors.matryoshka_pooling import M3Connector
 from parcelray.models.connectors.parcel import ParcelConnector
+from parcelray.models.connectors.pooling import IdentityConnector, M3Connector
 from parcelray.models.connectors.query_resampler import MqtConnector
 
 __all__ = ["Connector", "build_connector"]
@@ -48,16 +49,16 @@ _BUILDERS: dict[type[StrictModel], Callable[[Any, VisionDims], Connector]] = {
 def build_connector(
     config: ConnectorConfig, *, hidden_size: int, grid_size: int, mlp_width: int, layer_norm_eps: float = 1e-6
 ) -> Connector:
-    """Builds the connector that a configuration names.
+    """Builds the connector for a configuration.
 
     Args:
-        config: any member of the `ConnectorConfig` union.
+        config: a member of the `ConnectorConfig` union.
         hidden_size: width D_v of the vision tower.
-        grid_size: side of its square patch grid.
-        mlp_width: its `intermediate_size`, used when the configuration leaves `mlp_width` unset.
-        layer_norm_eps: epsilon of the connector's norms.
+        grid_size: side of the tower's square patch grid.
+        mlp_width: the tower's `intermediate_size`, used when the configuration leaves `mlp_width` unset.
+        layer_norm_eps: epsilon of the connector's LayerNorms.
 
     Raises:
-        UserError: when the configuration does not fit the vision tower.
+        UserError: the configuration does not fit the vision tower.
     """
     return _BUILDERS[type(config)](config, VisionDims(hidden_size, grid_size, mlp_width, layer_norm_eps))

@@ -1,4 +1,4 @@
-"""What every connector shares: the interface, its checks, and the sizes it takes from the vision tower.
+"""Base class of the connectors: the interface, its checks, and the sizes taken from the vision tower.
 
 Shape suffixes: B batch, N patches, P anchors, Q queries, K visual tokens (the budget), D vision width.
 """
@@ -21,17 +21,19 @@ class VisionDims(NamedTuple):
     grid_size: int
     """Side of the square patch grid."""
     mlp_width: int
-    """Width of the vision tower's own MLP, used where the connector's configuration names none."""
+    """Width of the vision tower's MLP, used if the connector's configuration does not set one."""
     layer_norm_eps: float = 1e-6
+    """Epsilon of the connector's LayerNorms."""
 
 
 class Connector(nn.Module, ABC):
-    """Turns the patch features of one image into exactly `num_visual_tokens` tokens of the same width.
+    """Compresses the patch features of an image to exactly `num_visual_tokens` tokens of the same width.
 
-    The linear projection D_v -> D_l is not part of it: the VLM applies its stock `multi_modal_projector` afterwards.
+    The linear projection D_v -> D_l is not part of the connector: the VLM applies its stock `multi_modal_projector`
+    afterwards.
 
     Attributes:
-        name: the `type` of the configuration, for messages and records.
+        name: `type` of the configuration, used in messages and records.
         hidden_size: width D_v of patch features and tokens.
         grid_size: side of the square patch grid; N = grid_size ** 2.
     """
@@ -46,7 +48,7 @@ class Connector(nn.Module, ABC):
 
     @property
     def supported_budgets(self) -> tuple[int, ...]:
-        """The legal values of `num_visual_tokens`, ascending."""
+        """The legal values of `num_visual_tokens` in ascending order."""
         return self._supported_budgets
 
     @abstractmethod
@@ -54,42 +56,44 @@ class Connector(nn.Module, ABC):
         """Compresses patch features to the budget.
 
         Args:
-            patch_features_BND: output of the vision tower's post_layernorm, row-major patches.
-            num_visual_tokens: the budget per image.
+            patch_features_BND: patch features of the vision tower, row-major.
+            num_visual_tokens: budget per image.
 
         Returns:
-            Tokens of shape [B, num_visual_tokens, D]; the anchors come first.
+            Tokens [B, num_visual_tokens, D]; the anchors come first.
 
         Raises:
-            UnsupportedBudgetError: when the budget is not in `supported_budgets`.
-            UserError: when the features do not fit the grid and the width.
+            UnsupportedBudgetError: the budget is not in `supported_budgets`.
+            UserError: the features do not match the grid and the width.
         """
 
     @abstractmethod
     def num_anchors(self, num_visual_tokens: int) -> int:
-        """How many of the leading output tokens are bound to fixed cells of the patch grid."""
+        """Returns the number of leading output tokens that are bound to fixed cells of the patch grid."""
 
     def query_attention(self, patch_features_BND: Tensor, *, num_visual_tokens: int) -> Tensor:
-        """Post-softmax attention of the query tokens over the patches, averaged over the heads (for the spectral diagnostics).
+        """Returns the attention of the query tokens to the patches after softmax, averaged over the heads.
+
+        It is used for spectral diagnostics.
 
         Returns:
-            [B, Q, N], rows sum to 1; Q = 0 for a connector without queries.
+            Attention [B, Q, N], rows sum to 1; Q = 0 for a connector without queries.
         """
         self.check_inputs(patch_features_BND, num_visual_tokens)
         batch_size, num_patches, _ = patch_features_BND.shape
         return patch_features_BND.new_zeros(batch_size, 0, num_patches)
 
     def match_scale(self, gain_D: Tensor, bias_D: Tensor | None) -> None:
-        """Starts the learned tokens at the scale of the patch features; does nothing where no token is learned.
+        """Initialises the learned tokens at the scale of the patch features; no effect without learned tokens.
 
-        The projector and the language model were trained on patch features, and the projector can multiply a wrong
-        scale up to tens of times the text embedding's standard deviation. With the vision tower's own post_layernorm
-        affine in the connector's output norm, anchors and query tokens enter the projector with the statistics it
-        knows.
+        The projector and the language model were trained on patch features. The projector can amplify a wrong scale to
+        tens of times the standard deviation of the text embeddings. The connector's output norm therefore gets the
+        affine parameters of the vision tower's post_layernorm. Anchors and query tokens then enter the projector with
+        the statistics that it was trained on.
 
         Args:
             gain_D: weight of the vision tower's post_layernorm.
-            bias_D: its bias; None is read as zero.
+            bias_D: its bias; None means zero.
         """
         for module in self.modules():
             if isinstance(module, OutputNorm):
@@ -101,19 +105,19 @@ class Connector(nn.Module, ABC):
             raise UnsupportedBudgetError(num_visual_tokens, self._supported_budgets, self.name)
 
     def check_split(self, num_visual_tokens: int, anchor_grid: int) -> None:
-        """Raises `UserError` unless the connector takes `anchor_grid` and can split the budget so."""
+        """Raises `UserError` unless the connector supports `anchor_grid` and this split of the budget."""
         raise UserError(
-            f"{self.name} has no anchor grid to choose; splits are searched with the connector parcel and its"
-            " anchor_grids."
+            f"{self.name} does not support a choice of the anchor grid; use the connector parcel with anchor_grids to"
+            " search splits."
         )
 
     def check_inputs(self, patch_features_BND: Tensor, num_visual_tokens: int) -> None:
-        """Refuses an illegal budget and features that are not [B, grid_size ** 2, hidden_size]."""
+        """Raises an error for an illegal budget and for features that are not [B, grid_size ** 2, hidden_size]."""
         self.check_budget(num_visual_tokens)
         self.check_features(patch_features_BND)
 
     def check_features(self, patch_features_BND: Tensor) -> None:
-        """Refuses features that are not [B, grid_size ** 2, hidden_size]."""
+        """Raises `UserError` for features that are not [B, grid_size ** 2, hidden_size]."""
         expected = (self.grid_size**2, self.hidden_size)
         if patch_features_BND.ndim != 3 or tuple(patch_features_BND.shape[1:]) != expected:
             raise UserError(

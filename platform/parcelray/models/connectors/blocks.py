@@ -1,8 +1,8 @@
-"""Attention blocks of the connectors: pre-norm, residual, GELU (tanh) as in SigLIP.
+"""Attention blocks of the connectors: pre-norm, residual, with GELU (tanh) as in SigLIP.
 
-Each module that owns layers sets their values in `init_weights`, which touches only its direct children and only
-through `torch.nn.init`. So it can run again on every submodule after a module was created on `meta` and materialised,
-and transformers' guards keep it from overwriting loaded weights.
+Each module that owns layers sets their values in `init_weights`, which changes only its direct children and only
+through `torch.nn.init`. It can therefore run again on every submodule after a module was created on `meta` and
+materialised, and transformers' guards keep it from overwriting loaded weights.
 
 Shape suffixes: B batch, N patches or context tokens, T tokens of self-attention, Q queries, D width, H heads, E width
 of a head.
@@ -19,7 +19,7 @@ from parcelray.errors import UserError
 
 
 class BlockDims(NamedTuple):
-    """Sizes of an attention block."""
+    """The sizes of an attention block."""
 
     width: int
     num_heads: int
@@ -28,10 +28,16 @@ class BlockDims(NamedTuple):
 
 
 def block_dims(config: AttentionConnectorConfig, *, width: int, mlp_width: int, layer_norm_eps: float) -> BlockDims:
-    """Sizes from a configuration and the vision tower (`mlp_width` is the tower's, used when the configuration names none).
+    """Returns the sizes of a block for a configuration and a vision tower.
+
+    Args:
+        config: heads and MLP width.
+        width: width of the vision tower.
+        mlp_width: MLP width of the vision tower, used if the configuration does not set one.
+        layer_norm_eps: epsilon of the LayerNorms.
 
     Raises:
-        UserError: when the heads do not divide the width, or the width does not take two-dimensional positions.
+        UserError: the number of heads does not divide the width, or the width is not a multiple of 4.
     """
     if width % config.num_heads:
         raise UserError(
@@ -39,20 +45,20 @@ def block_dims(config: AttentionConnectorConfig, *, width: int, mlp_width: int, 
         )
     if width % 4:
         raise UserError(
-            f"the vision width {width} is not a multiple of 4, which two-dimensional sine-cosine positions need; use"
+            f"the vision width {width} is not a multiple of 4, as two-dimensional sine-cosine positions require; use"
             " another vision tower."
         )
     return BlockDims(width, config.num_heads, config.mlp_width or mlp_width, layer_norm_eps)
 
 
 def sincos_positions(grid_size: int, width: int, *, like: Tensor) -> Tensor:
-    """Fixed two-dimensional sine-cosine positions of a row-major grid, in patch units; a quarter of the channels each for sine and cosine of row and column.
+    """Returns fixed two-dimensional sine-cosine positions of a row-major grid, in patch units.
 
-    Computed where it is used rather than kept in a buffer: it is cheap, and a non-persistent buffer would be lost when
-    the module is created on `meta`.
+    A quarter of the channels each encodes sine and cosine of row and column. They are computed on each call, which is
+    cheap; a non-persistent buffer would be lost when the module is created on `meta`.
 
     Returns:
-        [grid_size ** 2, width], on the device and in the dtype of `like`.
+        Positions [grid_size ** 2, width], on the device and in the dtype of `like`.
     """
     steps = torch.arange(grid_size, device=like.device, dtype=torch.float32)
     octaves = torch.arange(width // 4, device=like.device, dtype=torch.float32) / (width // 4)
@@ -64,21 +70,21 @@ def sincos_positions(grid_size: int, width: int, *, like: Tensor) -> Tensor:
 
 
 class OutputNorm(nn.LayerNorm):
-    """The LayerNorm that ends a learned path; its affine can be taken from the vision tower's post_layernorm."""
+    """The final LayerNorm of a learned path; it can take the affine parameters of the tower's post_layernorm."""
 
     def init_weights(self) -> None:
-        """Gain 1, bias 0."""
+        """Sets gain 1 and bias 0."""
         self.reset_parameters()
 
     @torch.no_grad()
     def match_scale(self, gain_D: Tensor, bias_D: Tensor | None) -> None:
-        """Copies gain and bias, so that the tokens start with the statistics of the patch features."""
+        """Copies gain and bias, so that the initial tokens have the statistics of the patch features."""
         self.weight.copy_(gain_D)
         self.bias.zero_() if bias_D is None else self.bias.copy_(bias_D)
 
 
 class LearnedTokens(nn.Module):
-    """A table of learned tokens, drawn from a normal distribution of the given standard deviation."""
+    """A table of learned tokens with normally distributed initial values."""
 
     def __init__(self, num_tokens: int, width: int, *, std: float) -> None:
         super().__init__()
@@ -87,12 +93,12 @@ class LearnedTokens(nn.Module):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """Draws the table from the global generator."""
+        """Draws the table from torch's global generator."""
         nn.init.normal_(self.weight, std=self.std)
 
 
 class Attention(nn.Module):
-    """Multi-head attention with separate inputs for queries, keys and values; normalisation and residual are the caller's."""
+    """Multi-head attention with separate inputs for queries, keys and values, without norm and residual."""
 
     def __init__(self, dims: BlockDims) -> None:
         super().__init__()
@@ -104,12 +110,15 @@ class Attention(nn.Module):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """Xavier, zero biases: unit-scale inputs give logits of about unit scale, so heads and queries start with different maps."""
+        """Sets Xavier-uniform weights and zero biases.
+
+        Inputs of unit scale then give logits of about unit scale, so heads and queries start with different maps.
+        """
         for layer in (self.q_proj, self.k_proj, self.v_proj, self.out_proj):
             init_linear(layer)
 
     def forward(self, queries_BQD: Tensor, keys_BND: Tensor, values_BND: Tensor) -> Tensor:
-        """Attends; returns [B, Q, D]."""
+        """Returns the attended values [B, Q, D]."""
         q_BHQE = self._split_heads(self.q_proj(queries_BQD))
         k_BHNE = self._split_heads(self.k_proj(keys_BND))
         v_BHNE = self._split_heads(self.v_proj(values_BND))
@@ -118,7 +127,7 @@ class Attention(nn.Module):
         return mixed_BQD
 
     def attention_map(self, queries_BQD: Tensor, keys_BND: Tensor) -> Tensor:
-        """Post-softmax weights averaged over the heads, in float32: [B, Q, N]."""
+        """Returns the attention after softmax, averaged over the heads, [B, Q, N] in float32."""
         q_BHQE = self._split_heads(self.q_proj(queries_BQD)).float()
         k_BHNE = self._split_heads(self.k_proj(keys_BND)).float()
         logits = q_BHQE @ k_BHNE.transpose(-1, -2) * q_BHQE.shape[-1] ** -0.5
@@ -131,7 +140,7 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Pre-norm residual MLP of two layers."""
+    """A pre-norm residual MLP with two layers."""
 
     def __init__(self, dims: BlockDims) -> None:
         super().__init__()
@@ -141,7 +150,7 @@ class FeedForward(nn.Module):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """Xavier, zero biases."""
+        """Sets Xavier-uniform weights, zero biases, and gain 1 and bias 0 in the norm."""
         self.norm.reset_parameters()
         init_linear(self.up_proj)
         init_linear(self.down_proj)
@@ -153,7 +162,7 @@ class FeedForward(nn.Module):
 
 
 class SelfAttentionBlock(nn.Module):
-    """Pre-norm residual self-attention, with an MLP on request."""
+    """Pre-norm residual self-attention, optionally followed by an MLP."""
 
     def __init__(self, dims: BlockDims, *, with_mlp: bool) -> None:
         super().__init__()
@@ -162,23 +171,23 @@ class SelfAttentionBlock(nn.Module):
         self.mlp = FeedForward(dims) if with_mlp else nn.Identity()
 
     def init_weights(self) -> None:
-        """Gain 1, bias 0 in the norm."""
+        """Sets gain 1 and bias 0 in the norm."""
         self.norm.reset_parameters()
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        """Same shape out as in."""
+        """Returns the updated tokens [B, T, D]."""
         normed_BTD = self.norm(x_BTD)
         out_BTD: Tensor = self.mlp(x_BTD + self.attention(normed_BTD, normed_BTD, normed_BTD))
         return out_BTD
 
 
 class CrossAttentionBlock(nn.Module):
-    """Pre-norm residual cross-attention from queries to a context, with an MLP on the queries on request.
+    """Pre-norm residual cross-attention from queries to a context, optionally followed by an MLP on the queries.
 
     Args:
-        dims: sizes.
+        dims: sizes of the block.
         with_mlp: adds the MLP.
-        content_keys: keys are made from the normed context (plus its positions); otherwise from the positions alone.
+        content_keys: keys are the normed context plus its positions; otherwise only the positions.
     """
 
     def __init__(self, dims: BlockDims, *, with_mlp: bool, content_keys: bool = True) -> None:
@@ -190,12 +199,12 @@ class CrossAttentionBlock(nn.Module):
         self.mlp = FeedForward(dims) if with_mlp else nn.Identity()
 
     def init_weights(self) -> None:
-        """Gain 1, bias 0 in the norms."""
+        """Sets gain 1 and bias 0 in the norms."""
         self.query_norm.reset_parameters()
         self.context_norm.reset_parameters()
 
     def forward(self, queries_BQD: Tensor, context_BND: Tensor, positions_ND: Tensor | None = None) -> Tensor:
-        """Returns the updated queries [B, Q, D]; positions enter the keys only."""
+        """Returns the updated queries [B, Q, D]; the positions are added to the keys only."""
         context_BND = self.context_norm(context_BND)
         keys_BND = self._keys(context_BND, positions_ND)
         attended_BQD = queries_BQD + self.attention(self.query_norm(queries_BQD), keys_BND, context_BND)
@@ -203,7 +212,7 @@ class CrossAttentionBlock(nn.Module):
         return out_BQD
 
     def attention_map(self, queries_BQD: Tensor, context_BND: Tensor, positions_ND: Tensor | None = None) -> Tensor:
-        """Post-softmax weights averaged over the heads: [B, Q, N]."""
+        """Returns the attention after softmax, averaged over the heads, [B, Q, N] in float32."""
         return self.attention.attention_map(
             self.query_norm(queries_BQD), self._keys(self.context_norm(context_BND), positions_ND)
         )
@@ -215,6 +224,6 @@ class CrossAttentionBlock(nn.Module):
 
 
 def init_linear(layer: nn.Linear) -> None:
-    """Xavier-uniform weight, zero bias."""
+    """Sets a Xavier-uniform weight and a zero bias."""
     nn.init.xavier_uniform_(layer.weight)
     nn.init.zeros_(layer.bias)

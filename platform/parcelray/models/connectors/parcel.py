@@ -15,19 +15,19 @@ from parcelray.models.connectors.routing import Split, bank_size, resolve_routin
 
 
 class AnchoredQueryConnector(Connector):
-    """Output = [anchors; query tokens], divided by the routing; PARCEL and those of its ablations that keep both kinds of token.
+    """Base of PARCEL and of its ablations that keep both kinds of token; outputs [anchors; query tokens].
 
-    1. The routing gives the anchor grid and N_q = budget - anchors.
+    1. The routing gives the anchor grid of the budget; N_q = budget - number of anchors.
     2. Anchors: average pooling of the patch grid.
-    3. Queries: the first N_q rows of the one shared bank, conditioned, then resampling the patches. Skipped when N_q =
-    0.
+    3. Queries: the first N_q rows of the shared bank, conditioned on the anchors, then resampling the patches by
+       cross-attention. Skipped if N_q = 0.
 
     Args:
-        config: heads and MLP width.
+        config: number of heads and MLP width.
         dims: sizes of the vision tower.
-        routing: intervals; None for the paper's.
-        anchor_grids: sides of anchor grids that a call may ask for instead of the routing's (a supernet over splits).
-        make_conditioner: builds what makes queries aware of the anchors; None for nothing.
+        routing: routing intervals; None for the paper's.
+        anchor_grids: sides of anchor grids that a call may choose instead of the routing's (a supernet over splits).
+        make_conditioner: builds the module that conditions the queries on the anchors; None for no conditioning.
     """
 
     def __init__(
@@ -46,11 +46,11 @@ class AnchoredQueryConnector(Connector):
         super().__init__(dims, routed_budgets(routes))
         self.routing = routes
         block = block_dims(config, width=dims.hidden_size, mlp_width=dims.mlp_width, layer_norm_eps=dims.layer_norm_eps)
-        # Of a supernet every budget may be all queries but for the smallest grid's anchors.
+        # In a supernet, a budget may have as few anchors as the smallest grid.
         searched = dims.grid_size**2 - min(anchor_grids) ** 2 if anchor_grids else 0
         num_queries = max(bank_size(routes), searched)
-        # A routing may spend every budget on anchors (a split search tries that); parameters that no budget uses must
-        # not exist.
+        # A routing may use only anchors at every budget (a split search tries that). Then the query path must not
+        # exist, because no budget would use its parameters.
         self.query_path: QueryPath | None = None
         if num_queries:
             conditioner = None if make_conditioner is None else make_conditioner(block)
@@ -59,12 +59,12 @@ class AnchoredQueryConnector(Connector):
             )
 
     def split(self, num_visual_tokens: int) -> Split:
-        """How the budget divides into anchors and queries."""
+        """Returns how the budget divides into anchors and queries."""
         self.check_budget(num_visual_tokens)
         return split_budget(self.routing, num_visual_tokens)
 
     def num_anchors(self, num_visual_tokens: int) -> int:
-        """N_p of the interval."""
+        """Returns the number of anchors N_p of the budget's interval."""
         return self.split(num_visual_tokens).num_anchors
 
     def check_split(self, num_visual_tokens: int, anchor_grid: int) -> None:
@@ -77,17 +77,17 @@ class AnchoredQueryConnector(Connector):
             )
         if not max(1, anchor_grid**2) <= num_visual_tokens <= self.grid_size**2:
             raise UserError(
-                f"{num_visual_tokens} visual tokens cannot be {anchor_grid**2} anchors and queries; choose"
+                f"{num_visual_tokens} visual tokens cannot be split into {anchor_grid**2} anchors and queries; choose"
                 f" {max(1, anchor_grid**2)} to {self.grid_size**2} tokens, or a smaller anchor_grid."
             )
 
     def forward(self, patch_features_BND: Tensor, *, num_visual_tokens: int, anchor_grid: int | None = None) -> Tensor:
-        """Returns [anchors; query tokens], shape [B, num_visual_tokens, D].
+        """Returns [anchors; query tokens] of shape [B, num_visual_tokens, D].
 
         Args:
             patch_features_BND: see `Connector.forward`.
             num_visual_tokens: the budget.
-            anchor_grid: side of the anchor grid instead of the routing's, one of `anchor_grids`.
+            anchor_grid: side of the anchor grid, one of `anchor_grids`; None: the routing's.
         """
         anchors_BPD, num_queries = self._anchors(patch_features_BND, num_visual_tokens, anchor_grid)
         if self.query_path is None or num_queries == 0:
@@ -119,9 +119,9 @@ class AnchoredQueryConnector(Connector):
 class ParcelConnector(AnchoredQueryConnector):
     """PARCEL: anchors and queries share one self-attention block, then the queries resample the patches (PCQR).
 
-    The tokens of a small budget are not a prefix of a larger one's, since all queries attend to one another: never
-    reuse a KV cache across budgets. Parameters at D = 1152, M = 4304, 16 x 16 patches: 20,780,624, of which 221,184 are
-    the bank of 192.
+    The tokens of a small budget are not a prefix of those of a larger budget, because all queries attend to one
+    another. Never reuse a KV cache across budgets. Parameters at D = 1152, M = 4304 and 16 x 16 patches: 20,780,624, of
+    which 221,184 are the bank of 192 queries.
     """
 
     name = "parcel"

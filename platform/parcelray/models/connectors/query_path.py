@@ -1,4 +1,4 @@
-"""The learned half of the query connectors: bank -> conditioning -> cross-attention to the patches -> output norm."""
+"""The learned part of the query connectors: bank, conditioning, cross-attention to the patches, output norm."""
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +14,10 @@ from parcelray.models.connectors.blocks import (
 
 
 class SelfAttentionConditioner(nn.Module):
-    """One self-attention block over [anchors; queries], of which the query part is kept (PCQR, arXiv 2605.30126, Section 3).
+    """One self-attention block over [anchors; queries], of which the queries are returned (PCQR).
 
-    No MLP, as in the cost model of Appendix C: 8 K D^2 + 4 K^2 D for K = P + Q tokens.
+    See Section 3 of arXiv 2605.30126. The block has no MLP, as in the cost model of Appendix C: 8 K D^2 + 4 K^2 D for
+    K = P + Q tokens.
     """
 
     def __init__(self, dims: BlockDims) -> None:
@@ -24,28 +25,28 @@ class SelfAttentionConditioner(nn.Module):
         self.block = SelfAttentionBlock(dims, with_mlp=False)
 
     def forward(self, anchors_BPD: Tensor, queries_BQD: Tensor) -> Tensor:
-        """Returns the pool-aware queries [B, Q, D]."""
+        """Returns the anchor-conditioned queries [B, Q, D]."""
         mixed_BKD: Tensor = self.block(torch.cat([anchors_BPD, queries_BQD], dim=1))
         return mixed_BKD[:, anchors_BPD.shape[1] :]
 
 
 class QueryPath(nn.Module):
-    """Produces the first `num_queries` query tokens of one shared, ordered bank.
+    """Computes the first `num_queries` query tokens of one shared, ordered bank.
 
-    Departures from the paper's text, which leaves them open: keys carry fixed two-dimensional sine-cosine positions
-    (free of parameters and, in the cost model, of FLOPs), since learned queries otherwise depend on what position the
-    vision tower leaves in its last layer; and the path ends in a LayerNorm (see `Connector.match_scale`).
+    Two choices that the paper leaves open. Keys have fixed two-dimensional sine-cosine positions, without parameters
+    and, in the cost model, without FLOPs; otherwise the learned queries would depend on the position information in the
+    last layer of the vision tower. The path ends in a LayerNorm (see `Connector.match_scale`).
 
-    The bank starts with standard deviation 1, the scale of the normed features: with the customary 0.02 the residual
-    stream would be little more than the mean of the attended tokens, the same for every query, and the queries would
-    start collapsed.
+    The bank is initialised with standard deviation 1, the scale of the normed features. With the customary 0.02, the
+    residual stream would be little more than the mean of the attended tokens. That mean is the same for every query, so
+    the queries would start collapsed.
 
     Args:
-        dims: sizes.
+        dims: sizes of the blocks.
         grid_size: side of the patch grid.
         num_queries: size of the bank.
-        conditioner: called with (anchors [B, P, D], queries [B, Q, D]) before the cross-attention, returns queries;
-            None leaves them as they are.
+        conditioner: module that maps anchors [B, P, D] and queries [B, Q, D] to queries before the cross-attention;
+            None leaves the queries unchanged.
         content_keys: see `CrossAttentionBlock`.
     """
 
@@ -66,7 +67,7 @@ class QueryPath(nn.Module):
         self.output_norm = OutputNorm(dims.width, eps=dims.layer_norm_eps)
 
     def forward(self, anchors_BPD: Tensor, patch_features_BND: Tensor, num_queries: int) -> Tensor:
-        """Returns query tokens [B, num_queries, D] in the dtype of the patch features; `num_queries` >= 1."""
+        """Returns query tokens [B, num_queries, D] in the dtype of the patch features; `num_queries` is at least 1."""
         queries_BQD = self._conditioned(anchors_BPD, num_queries)
         tokens_BQD: Tensor = self.output_norm(
             self.cross_attention(queries_BQD, patch_features_BND, self._positions(patch_features_BND))
@@ -74,7 +75,7 @@ class QueryPath(nn.Module):
         return tokens_BQD.to(patch_features_BND.dtype)
 
     def attention_map(self, anchors_BPD: Tensor, patch_features_BND: Tensor, num_queries: int) -> Tensor:
-        """Head-averaged attention of the queries over the patches, [B, num_queries, N]."""
+        """Returns the attention of the queries to the patches, averaged over the heads, [B, num_queries, N]."""
         queries_BQD = self._conditioned(anchors_BPD, num_queries)
         return self.cross_attention.attention_map(queries_BQD, patch_features_BND, self._positions(patch_features_BND))
 

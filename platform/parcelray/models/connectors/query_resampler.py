@@ -1,4 +1,4 @@
-"""MQT: a query resampler with nested dropout of its bank (baseline of arXiv 2605.30126, Appendix E)."""
+"""MQT: a query resampler with nested dropout of its query bank (baseline of arXiv 2605.30126, Appendix E)."""
 
 from torch import Tensor
 
@@ -11,13 +11,12 @@ from parcelray.models.connectors.query_path import QueryPath
 class MqtConnector(Connector):
     """The first K queries of the bank cross-attend to the patches, independently of one another; no anchors.
 
-    So the tokens of a small budget are exactly a prefix of a larger one's. Every budget from 1 to the size of the bank
-    is legal; the paper trains on even ones, which is the sampler's business. The block is PARCEL's cross-attention
-    block, MLP included, for a fair comparison (the released code has an attention layer and norms only). Parameters at
-    D = 1152, M = 4304 and 256 queries: 15,539,024 (PARCEL: 20,780,624).
+    The tokens of a small budget are therefore exactly a prefix of those of a larger one. Every budget from 1 to the
+    size of the bank is legal; the paper trains on even budgets, which is a setting of the budget sampler. For a fair
+    comparison, the block is PARCEL's cross-attention block including its MLP (the released code has only an attention
+    layer and norms). Parameters at D = 1152, M = 4304 and 256 queries: 15,539,024 (PARCEL: 20,780,624).
 
-    `keys: position` makes the keys from the positions alone: which patches a query reads is then the same for every
-    image.
+    With `keys: position`, the keys are the positions alone, so a query reads the same patches in every image.
     """
 
     name = "mqt"
@@ -30,7 +29,7 @@ class MqtConnector(Connector):
         )
 
     def num_anchors(self, num_visual_tokens: int) -> int:
-        """None."""
+        """Returns 0."""
         self.check_budget(num_visual_tokens)
         return 0
 

@@ -1,4 +1,4 @@
-"""Budget-aware routing as data: which anchor grid, and how many queries, a budget uses (arXiv 2605.30126, Section 3)."""
+"""Budget-aware routing: the anchor grid and the number of queries of each budget (arXiv 2605.30126, Section 3)."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -12,11 +12,11 @@ _PAPER_ROUTING: dict[int, tuple[tuple[int, int, int], ...]] = {
     16: ((16, 63, 4), (64, 256, 8)),
     32: ((16, 63, 4), (64, 255, 8), (256, 1024, 16)),
 }
-"""Patch grid side -> (min_budget, max_budget, anchor_grid): 224 px and 448 px images with 14 px patches."""
+"""(min_budget, max_budget, anchor_grid) by side of the patch grid: images of 224 px and 448 px with 14 px patches."""
 
 
 class Split(NamedTuple):
-    """How one budget divides into anchors and queries."""
+    """The division of a budget into anchors and queries."""
 
     anchor_grid: int
     num_anchors: int
@@ -24,15 +24,15 @@ class Split(NamedTuple):
 
 
 def default_routing(grid_size: int) -> tuple[RouteConfig, ...]:
-    """The paper's routing for a patch grid of 16 x 16 (224 px) or 32 x 32 (448 px).
+    """Returns the paper's routing for a patch grid of 16 x 16 (224 px) or 32 x 32 (448 px).
 
     Raises:
-        UserError: for any other grid, whose routing must be written out.
+        UserError: the grid has another size, so its routing must be given.
     """
     if grid_size not in _PAPER_ROUTING:
         raise UserError(
             f"there is no default routing for a patch grid of {grid_size} x {grid_size}; the paper gives one for 16 x"
-            " 16 and 32 x 32. Write the `routing` intervals in the connector's configuration."
+            " 16 and 32 x 32. Set the `routing` intervals in the connector's configuration."
         )
     return tuple(
         RouteConfig(min_budget=low, max_budget=high, anchor_grid=side) for low, high, side in _PAPER_ROUTING[grid_size]
@@ -40,10 +40,10 @@ def default_routing(grid_size: int) -> tuple[RouteConfig, ...]:
 
 
 def resolve_routing(routing: Sequence[RouteConfig] | None, grid_size: int) -> tuple[RouteConfig, ...]:
-    """The checked routing for a patch grid: as given, or the paper's when none is given.
+    """Returns the checked routing for a patch grid: the given one, or the paper's if none is given.
 
-    Gaps between intervals are legal (their budgets are unsupported); overlaps, disorder and anchor grids that do not
-    tile the patch grid are not.
+    Gaps between intervals are legal (their budgets are unsupported). Overlaps, descending order, and anchor grids that
+    do not tile the patch grid are errors.
     """
     if routing is None:
         return default_routing(grid_size)
@@ -64,17 +64,17 @@ def resolve_routing(routing: Sequence[RouteConfig] | None, grid_size: int) -> tu
 
 
 def routed_budgets(routing: Sequence[RouteConfig]) -> tuple[int, ...]:
-    """Every integer budget inside the intervals, ascending."""
+    """Returns every integer budget inside the intervals in ascending order."""
     return tuple(budget for route in routing for budget in range(route.min_budget, route.max_budget + 1))
 
 
 def bank_size(routing: Sequence[RouteConfig]) -> int:
-    """Number of queries that the shared bank needs: the most that any routed budget uses."""
+    """Returns the size of the shared query bank: the largest number of queries that a routed budget uses."""
     return max(route.max_budget - route.anchor_grid**2 for route in routing)
 
 
 def split_budget(routing: Sequence[RouteConfig], num_visual_tokens: int) -> Split:
-    """Anchors and queries of one budget, which must be inside an interval."""
+    """Returns the anchors and queries of a budget, which must be inside an interval."""
     route = next(route for route in routing if route.min_budget <= num_visual_tokens <= route.max_budget)
     num_anchors = route.anchor_grid**2
     return Split(route.anchor_grid, num_anchors, num_visual_tokens - num_anchors)

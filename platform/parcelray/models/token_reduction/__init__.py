@@ -1,4 +1,4 @@
-"""Training-free reducers of visual tokens: one configuration class, one reducer class."""
+"""Training-free reducers of visual tokens: one reducer class per configuration class."""
 
 from parcelray.config import reducer as configs
 from parcelray.config.base import StrictModel
@@ -12,12 +12,11 @@ from parcelray.models.token_reduction.mmtok import MMTok
 from parcelray.models.token_reduction.prumerge import PruMerge
 from parcelray.models.token_reduction.prunesid import PruneSID
 from parcelray.models.token_reduction.pyramid_drop import PyramidDrop
-from parcelray.models.token_reduction.random_sampling import RandomSampling
 from parcelray.models.token_reduction.restore import Restore
 from parcelray.models.token_reduction.saliency import Saliency
+from parcelray.models.token_reduction.sampling import RandomSampling, SpatialSampling
 from parcelray.models.token_reduction.scope import Scope
 from parcelray.models.token_reduction.sparsevlm import SparseVLM
-from parcelray.models.token_reduction.spatial_sampling import SpatialSampling
 from parcelray.models.token_reduction.tome import ToMe
 from parcelray.models.token_reduction.visionzip import VisionZip
 from parcelray.models.token_reduction.vispruner import VisPruner
@@ -46,5 +45,5 @@ _CLASSES: dict[type[StrictModel], type[TokenReducer]] = {
 
 
 def build_reducer(config: ReducerConfig) -> TokenReducer:
-    """The reducer that a configuration names."""
+    """Builds the reducer for a configuration."""
     return _CLASSES[type(config)](**config.model_dump(exclude={"type"}))

@@ -1,4 +1,4 @@
-"""Average pooling over the cells of a coarser grid (M3's operation, without its training)."""
+"""Average pooling over the cells of a coarser grid: the operation of M3, without its training."""
 
 from dataclasses import dataclass
 from itertools import pairwise
@@ -6,19 +6,21 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from parcelray.models.token_reduction.base import Reduction, TokenReducer, grid_side
-from parcelray.models.token_reduction.context import ReductionContext
+from parcelray.models.token_reduction.base import Reduction, ReductionContext, TokenReducer, grid_side
 from parcelray.models.token_reduction.kmeans import cluster_sums
 
 
 @dataclass(frozen=True)
 class AveragePooling(TokenReducer):
-    """Means of rectangular cells; the budget must be a square number, and the cells differ by one patch a side at most."""
+    """Averages rectangular cells of the grid; the budget must be a square number.
+
+    The sides of the cells differ by at most one patch.
+    """
 
     name = "average_pooling"
 
     def supported_budgets(self, num_tokens: int) -> tuple[int, ...]:
-        """The squares up to N."""
+        """Returns the squares up to N."""
         return tuple(side * side for side in range(1, grid_side(num_tokens) + 1))
 
     def reduce(self, tokens_BND: Tensor, num_visual_tokens: int, context: ReductionContext) -> Reduction:

@@ -1,8 +1,8 @@
-"""Cluster & Aggregate (arXiv 2504.17892): K-means++ on the projected visual tokens, one output token per cluster, its members' mean.
+"""Cluster & Aggregate (arXiv 2504.17892): K-means++ on the projected visual tokens; each cluster's mean is a token.
 
-The paper names the embedding similarity and the mean; the iterations, the order and the positions of the aggregates are
-not printed where they could be read, so they are choices here: until no token moves, and in the place of the member
-nearest to the members' mean row and column.
+The paper specifies the similarity of the embeddings and the mean. The iterations, the order and the positions of the
+output tokens are not given in the text that is accessible, so they are choices made here: Lloyd's iterations run until
+no token changes its cluster, and a cluster has the position of the member nearest to its mean row and column.
 """
 
 from dataclasses import dataclass
@@ -12,23 +12,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from parcelray.models.token_reduction.base import Reduction, TokenReducer, grid_side, taken
-from parcelray.models.token_reduction.context import ReductionContext
+from parcelray.models.token_reduction.base import Reduction, ReductionContext, TokenReducer, gather_tokens, grid_side
 from parcelray.models.token_reduction.kmeans import Seeding, cluster_sums, kmeans
-from parcelray.models.token_reduction.merging import in_order, reordered
+from parcelray.models.token_reduction.merging import reordered, sorted_by_position
 
 
 @dataclass(frozen=True)
 class ClusterAggregate(TokenReducer):
-    """Means of clusters.
+    """Replaces the tokens by the means of K clusters.
 
     Args:
-        metric: `euclidean` on the tokens as they are, or `cosine`: on the tokens at length 1.
-        order: of the output: by the `position` of the members, or `random`, seeded.
-        weighting: `mean`: every member alike; `norm`: by its length.
+        metric: `euclidean`: distance of the tokens; `cosine`: distance of the tokens scaled to length 1.
+        order: order of the output: by `position`, or `random` (seeded).
+        weighting: weight of each member in its cluster's mean: `mean`: equal; `norm`: the token's length.
         seeding: see `kmeans`.
         max_iterations: see `kmeans`.
-        seed: of the seeding.
+        seed: seed of the K-means seeding and of the random order.
     """
 
     metric: Literal["euclidean", "cosine"] = "euclidean"
@@ -53,23 +52,26 @@ class ClusterAggregate(TokenReducer):
             )
             weighted_BND = tokens_BND.float() * weights_BN1
         means_BKD = cluster_sums(weighted_BND, clusters.assignment_BN, num_visual_tokens) / totals_BK1
-        merged = Reduction(means_BKD.to(tokens_BND.dtype), *_places(clusters.assignment_BN, clusters.sizes_BK))
+        merged = Reduction(means_BKD.to(tokens_BND.dtype), *_positions(clusters.assignment_BN, clusters.sizes_BK))
         if self.order == "position":
-            return in_order(merged)
+            return sorted_by_position(merged)
         drawn_K = torch.randperm(num_visual_tokens, generator=torch.Generator().manual_seed(self.seed))
         return reordered(merged, drawn_K.to(tokens_BND.device).expand(tokens_BND.shape[0], -1))
 
 
-def _places(assignment_BN: Tensor, sizes_BK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The member nearest to the mean row and column of each cluster, of equally near ones the first; with sizes and assignment."""
+def _positions(assignment_BN: Tensor, sizes_BK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns position, size and assignment of the clusters, as in `Reduction`.
+
+    The position is that of the member nearest to the mean row and column; ties go to the lower position.
+    """
     num_tokens = assignment_BN.shape[1]
     side = grid_side(num_tokens)
-    places_BN = torch.arange(num_tokens, device=assignment_BN.device).expand_as(assignment_BN)
-    points_BN2 = torch.stack([places_BN // side, places_BN % side], dim=2)
+    positions_BN = torch.arange(num_tokens, device=assignment_BN.device).expand_as(assignment_BN)
+    points_BN2 = torch.stack([positions_BN // side, positions_BN % side], dim=2)
     sums_BK2 = cluster_sums(points_BN2, assignment_BN, sizes_BK.shape[1])
-    # Gaps times the cluster's size are whole numbers, so equally near members are so on every device.
-    gaps_BN2 = points_BN2 * sizes_BK.gather(1, assignment_BN)[:, :, None] - taken(sums_BK2, assignment_BN)
-    keys_BN = gaps_BN2.square().sum(dim=2) * num_tokens + places_BN
+    # Gaps are multiplied by the cluster's size, which keeps them integers, so that ties are the same on every device.
+    gaps_BN2 = points_BN2 * sizes_BK.gather(1, assignment_BN)[:, :, None] - gather_tokens(sums_BK2, assignment_BN)
+    keys_BN = gaps_BN2.square().sum(dim=2) * num_tokens + positions_BN
     least_BK = torch.full_like(sizes_BK, torch.iinfo(torch.int64).max).scatter_reduce_(
         1, assignment_BN, keys_BN, "amin"
     )

@@ -1,4 +1,4 @@
-"""DivPrune (CVPR 2025): the tokens that differ most from each other, by greedy max-min distance on the projected embeddings."""
+"""DivPrune (CVPR 2025): maximises the smallest distance between the kept tokens, greedily."""
 
 from dataclasses import dataclass
 
@@ -6,15 +6,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from parcelray.models.token_reduction.base import Reduction, TokenReducer, selection
-from parcelray.models.token_reduction.context import ReductionContext
+from parcelray.models.token_reduction.base import Reduction, ReductionContext, TokenReducer, selection
 
 
 @dataclass(frozen=True)
 class DivPrune(TokenReducer):
-    """First the token whose nearest neighbour is farthest, then again and again the one farthest from all that were taken.
+    """Keeps the tokens that differ most from one another, by greedy max-min selection on the projected embeddings.
 
-    Distance is 1 - cosine; of equal distances the first token wins; the output is in the order of the grid.
+    The first token is the one whose nearest neighbour is farthest. Each next token is the farthest from all tokens kept
+    so far. The distance is 1 - cosine; ties go to the lower position; the output is in the order of the grid.
     """
 
     name = "divprune"
@@ -25,7 +25,7 @@ class DivPrune(TokenReducer):
 
 
 def most_different(tokens_BND: Tensor, count: int) -> Tensor:
-    """Places of the tokens that differ most from each other, ascending: int64 [B, count]."""
+    """Returns the positions of the most different tokens in ascending order, int64 [B, count]; see `DivPrune`."""
     directions_BND = F.normalize(tokens_BND.float(), dim=2)
     distances_BNN = 1 - directions_BND @ directions_BND.transpose(1, 2)
     batch, num_tokens = distances_BNN.shape[:2]
@@ -37,7 +37,7 @@ def most_different(tokens_BND: Tensor, count: int) -> Tensor:
     for step in range(count):
         kept_BK[:, step] = chosen_B
         nearest_BN = torch.minimum(nearest_BN, distances_BNN[images_B, chosen_B])
-        # Taken tokens stay out even where all others are equal to them.
+        # Kept tokens stay excluded even if all remaining tokens are equal to them.
         nearest_BN[images_B, chosen_B] = -torch.inf
         chosen_B = nearest_BN.argmax(dim=1)
     return kept_BK.sort(dim=1).values

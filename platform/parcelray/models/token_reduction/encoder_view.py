@@ -1,4 +1,8 @@
-"""What the vision tower's attention looked at, for the reducers that go by it."""
+"""One run of the vision tower, with the attention maps and keys that some reducers read.
+
+Shape suffixes: I images, N patches, S tokens of the tower (class token, if it has one, and patches), R attention rows,
+H heads, D width, L width of the language model.
+"""
 
 from functools import cached_property
 from typing import Any
@@ -11,16 +15,15 @@ from parcelray.models.backbones.base import ElasticModel
 
 
 class EncoderView:
-    """One run of a vision tower over some images.
+    """A run of the vision tower over some images.
 
-    Attention maps are computed when they are asked for, from the inputs of the two layers that reducers look at: the
-    one whose output the patch features are, and the tower's last one. The fused kernels that the run itself uses do not
-    give them.
+    Attention maps are computed on first access, from the inputs of the two layers that reducers use: the layer whose
+    output the patch features are, and the last layer. The fused kernels of the run itself do not return attention.
 
     Args:
-        model: the inner model.
+        model: the elastic model without its head.
         pixel_values_ICHW: normalised pixels.
-        watch: False keeps nothing but the patch features, for reducers that need no more.
+        watch: whether to keep the inputs and outputs of these two layers; False keeps only the patch features.
     """
 
     def __init__(self, model: ElasticModel, pixel_values_ICHW: Tensor, *, watch: bool = True) -> None:
@@ -44,12 +47,12 @@ class EncoderView:
 
     @property
     def num_bytes(self) -> int:
-        """Of the tensors that it holds from the start; attention maps, computed when they are asked for, are not counted."""
+        """Size in bytes of the tensors held from the start; attention maps, computed later, are not counted."""
         held = (self.pixel_values_ICHW, self.patch_features_IND, *self._inputs.values(), *self._outputs.values())
         return sum(tensor.nbytes for tensor in held)
 
-    def again(self) -> "EncoderView":
-        """The same run, with its attention maps still to be computed."""
+    def without_maps(self) -> "EncoderView":
+        """Returns the same run without the attention maps and keys computed so far."""
         other = object.__new__(EncoderView)
         for name in ("model", "pixel_values_ICHW", "patch_features_IND", "_inputs", "_outputs"):
             setattr(other, name, getattr(self, name))
@@ -57,34 +60,36 @@ class EncoderView:
 
     @property
     def feature_layer(self) -> int:
-        """Layer of the tower whose output the patch features are.
+        """Layer of the tower, counted from 0, whose output the patch features are.
 
         Raises:
             UserError: the tower has no attention.
         """
         if self.model.feature_layer is None:
             raise UserError(
-                "This reducer goes by the vision tower's attention, and a convolutional tower has none; choose one that"
-                " goes by the tokens."
+                "This reducer reads the attention of the vision tower, but a convolutional tower has none; choose a"
+                " reducer that reads only the tokens."
             )
         return self.model.feature_layer
 
     @cached_property
     def class_features_ID(self) -> Tensor | None:
-        """Feature of the class token, at the layer of the patch features; None where there is no such token."""
+        """Features of the class token at the layer of the patch features; None if there is no class token."""
         if not self.model.has_class_token:
             return None
         assert self.model.feature_layer is not None
         return self._outputs[self.model.feature_layer][:, 0]
 
     def project(self, features_IKD: Tensor) -> Tensor:
-        """From the vision tower's width to the decoder's: [I, K, D] -> [I, K, L]."""
+        """Projects features from the vision tower's width to the decoder's: [I, K, D] -> [I, K, L]."""
         projected: Tensor = self.model.multi_modal_projector(features_IKD)
         return projected
 
     @cached_property
     def attention_IHN(self) -> Tensor:
-        """Attention that each patch gets at the layer of the features, per head: from the class token, or without one from a patch on average.
+        """Attention that each patch receives at the layer of the patch features, per head.
+
+        It is the attention of the class token, or without a class token the mean over all patches.
 
         Raises:
             UserError: the tower has no attention.
@@ -95,12 +100,12 @@ class EncoderView:
 
     @cached_property
     def keys_IHND(self) -> Tensor:
-        """Keys of the patches at the layer of the features, per head."""
+        """Keys of the patches at the layer of the patch features, per head."""
         return self._projections(self.feature_layer)[1][:, :, self._first :]
 
     @cached_property
     def joint_attention_IN(self) -> Tensor:
-        """As `attention_IHN`, at the tower's last layer, with all heads as one of the whole width (LLaVA-PruMerge)."""
+        """Attention that each patch receives at the last layer, with all heads joined into one (LLaVA-PruMerge)."""
         rows_IRD, keys_ISD = (each.transpose(1, 2).flatten(2) for each in self._projections(self._last_layer)[:2])
         logits_IRS = rows_IRD @ keys_ISD.transpose(1, 2) * keys_ISD.shape[2] ** -0.5
         weights_IRS: Tensor = logits_IRS.softmax(dim=2)
@@ -108,12 +113,12 @@ class EncoderView:
 
     @cached_property
     def joint_keys_IND(self) -> Tensor:
-        """Keys of the patches at the tower's last layer, heads side by side."""
+        """Keys of the patches at the last layer, with the heads concatenated."""
         return self._projections(self._last_layer)[1].transpose(1, 2).flatten(2)[:, self._first :]
 
     @property
     def _first(self) -> int:
-        """Place of the first patch."""
+        """Index of the first patch among the tower's tokens."""
         return int(self.model.has_class_token)
 
     @property
@@ -121,7 +126,10 @@ class EncoderView:
         return max(self._inputs, default=self.feature_layer)
 
     def _projections(self, index: int) -> tuple[Tensor, Tensor, float]:
-        """Queries of the class token, or of all patches without one, [I, H, R, D], keys of all tokens [I, H, S, D], and the scale of a layer."""
+        """Returns the queries [I, H, R, D], the keys [I, H, S, D] and the scale of a layer's attention.
+
+        The queries are those of the class token, or without a class token those of all patches.
+        """
         layer = self.model.vision_tower.encoder.layers[index]
         attention = layer.self_attn
         normed_ISD = layer.layer_norm1(self._inputs[index])

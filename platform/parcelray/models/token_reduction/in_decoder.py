@@ -1,4 +1,4 @@
-"""Reducers that drop visual tokens between the layers of the decoder: when, and how many, so that the layers' mean is the budget."""
+"""Reducers that drop visual tokens between decoder layers, so that the mean over the layers is the budget."""
 
 from abc import abstractmethod
 from dataclasses import dataclass
@@ -10,31 +10,31 @@ from parcelray.models.token_reduction.base import Reads, TokenReducer
 
 
 class Stage(NamedTuple):
-    """A reduction inside the decoder."""
+    """A reduction between two layers of the decoder."""
 
     layer: int
-    """Layers from this one on see fewer tokens, counted from 0; at least 1."""
+    """First layer with fewer tokens, counted from 0; at least 1."""
     num_tokens: int
-    """Visual tokens that are left."""
+    """Number of visual tokens that remain."""
     scored_at: int
-    """Layer whose attention ranks the tokens; `layer` itself: its projections, on what enters it."""
+    """Layer whose attention ranks the tokens: the one before `layer`, or `layer` itself, applied to its input."""
 
 
 @dataclass(frozen=True)
 class InDecoderReducer(TokenReducer):
-    """A reducer that is called at each of its stages, with the hidden states of the visual tokens.
+    """A reducer that is called at each of its stages with the hidden states of the visual tokens.
 
-    The budget of such a method is the mean over the decoder's layers, as it is counted where they are compared with
-    each other.
+    The budget of such a method is the mean number of visual tokens over the decoder's layers, the usual basis for
+    comparing these methods.
     """
 
     @property
     def reads(self) -> Reads:
-        """The decoder's attention."""
+        """The prompt and the attention of the decoder."""
         return "prompt"
 
     def budgets_of(self, num_tokens: int, depths: Depths) -> tuple[int, ...]:
-        """See `TokenReducer`: at least what the layers before the first stage cost."""
+        """See `TokenReducer`: the smallest budget covers the layers before the first stage."""
         try:
             self.stages(depths.decoder, num_tokens, 1)
         except UnsupportedBudgetError as error:
@@ -43,21 +43,21 @@ class InDecoderReducer(TokenReducer):
 
     @abstractmethod
     def stages(self, num_layers: int, num_tokens: int, budget: int) -> tuple[Stage, ...]:
-        """Where and how far to reduce N tokens.
+        """Returns the layers and token counts of a reduction from N tokens.
 
         Raises:
             UnsupportedBudgetError: no such reduction has the budget as its mean over the layers.
         """
 
-    def refused(self, budget: int, smallest: int, num_tokens: int) -> UnsupportedBudgetError:
-        """The error for a budget below what the layers before the first stage already cost."""
+    def budget_error(self, budget: int, smallest: int, num_tokens: int) -> UnsupportedBudgetError:
+        """Returns the error for a budget that the layers before the first stage already exceed."""
         return UnsupportedBudgetError(
             budget, tuple(range(smallest, num_tokens + 1)), f"{self.name} (mean over the decoder's layers)"
         )
 
 
 def mean_tokens(stages: tuple[Stage, ...], num_layers: int, num_tokens: int) -> float:
-    """Visual tokens that a layer of the decoder sees on average."""
+    """Returns the mean number of visual tokens per layer of the decoder."""
     total, count, start = 0, num_tokens, 0
     for stage in stages:
         total += (stage.layer - start) * count

@@ -1,13 +1,13 @@
-"""K-means for the tokens of an image: batched, deterministic, and all arithmetic on the Gram matrix.
+"""K-means for the tokens of an image: batched, deterministic, with all arithmetic on the Gram matrix.
 
-An image has a few hundred tokens of a few thousand dimensions. One batched product gives all inner products, [B, N, N];
-from then on the distances of the seeding (Arthur and Vassilvitskii, SODA 2007; greedy: several candidates a step, the
-best one kept), the assignments and the norms of the centroids (Lloyd, IEEE TIT 1982) are sums over entries of that
-matrix, whatever the dimension:
+An image has a few hundred tokens of a few thousand dimensions. One batched product gives all inner products, [B, N, N].
+All later quantities are sums over entries of that matrix, independent of the dimension: the distances of the seeding
+(Arthur and Vassilvitskii, SODA 2007; greedy: several candidates per step, the best one is kept), the assignments, and
+the norms of the centroids (Lloyd, IEEE TIT 1982):
 
     |x_i - c_j|^2 = G_ii - 2/n_j sum_{m in j} G_im + 1/n_j^2 sum_{m, m' in j} G_mm'.
 
-The centroids themselves are formed once, at the end.
+Shape suffixes: B images, N tokens, K clusters, C candidates of the seeding, D width of a token.
 """
 
 import importlib.util
@@ -30,13 +30,16 @@ class Clusters(NamedTuple):
     """A clustering of the tokens of each image."""
 
     assignment_BN: Tensor
-    """Cluster of each token, int64; every cluster from 0 to k - 1 has a token."""
+    """Cluster of each token, int64; none of the clusters 0 to K - 1 is empty."""
     sizes_BK: Tensor
-    """Tokens of each cluster, int64."""
+    """Number of tokens of each cluster, int64."""
     inertia_B: Tensor
-    """Sum over the tokens of their squared distance to their centroid."""
+    """Sum over the tokens of the squared distance to their centroid."""
     iterations: int
-    """Lloyd iterations until no token of any image changed its cluster, or the limit; on a GPU, which is asked every few, up to three more."""
+    """Number of Lloyd iterations until no token of any image changed its cluster, or the limit.
+
+    On a GPU, convergence is checked every few iterations, so the number may be up to three higher.
+    """
 
 
 @torch.no_grad()
@@ -49,37 +52,38 @@ def kmeans(
     candidates: int | None = None,
     max_iterations: int = 100,
 ) -> Clusters:
-    """Clusters the tokens of each image by squared Euclidean distance; for cosine, normalise them first.
+    """Clusters the tokens of each image by squared Euclidean distance; for cosine distance, normalise them first.
 
-    No gradient passes through a choice of clusters, so none is tracked. The same seed gives the same clusters for an
-    image alone and in a batch, on every device up to rounding.
+    No gradients are tracked, because none pass through an assignment. The same seed gives an image the same clusters
+    alone and in a batch, and on every device up to rounding.
 
     Args:
-        tokens_BND: finite, any floating dtype; the arithmetic is float32. Tokens of half precision are on a GPU rounded
-            to it again after their mean was taken off; their products are exact, and added up in float32.
-        num_clusters: k, 1 to N.
-        seed: of the seeding.
-        seeding: `greedy` tries several candidates a step and keeps the best, as scikit-learn does; `plain` draws one.
-        candidates: of the greedy seeding; None: 2 + log k, scikit-learn's.
-        max_iterations: limit of Lloyd's iterations; 0: the seeding alone.
+        tokens_BND: finite tokens of any floating dtype; the arithmetic is float32. On a GPU, half-precision tokens are
+            rounded to half precision again after the subtraction of their mean; their products are exact and are
+            summed in float32.
+        num_clusters: K, 1 to N.
+        seed: seed of the seeding.
+        seeding: `greedy` draws several candidates per step and keeps the best, like scikit-learn; `plain` draws one.
+        candidates: candidates per step of the greedy seeding; None: 2 + log K, like scikit-learn.
+        max_iterations: limit of Lloyd's iterations; 0: only the seeding.
 
     Raises:
-        UserError: k is not between 1 and N, or a token is not finite.
+        UserError: K is not between 1 and N, or a token is not finite.
     """
     num_tokens = tokens_BND.shape[1]
     if not 1 <= num_clusters <= num_tokens:
-        raise UserError(f"{num_clusters} clusters of {num_tokens} tokens are impossible; choose 1 to {num_tokens}.")
+        raise UserError(f"{num_tokens} tokens cannot form {num_clusters} clusters; choose 1 to {num_tokens} clusters.")
     if not _multiplies_halves(tokens_BND):
         tokens_BND = tokens_BND.float()
-    # Distances do not change under a shift, and without the mean that all tokens share, less is lost in the
+    # Distances do not change when all tokens are shifted, and without the common mean, less precision is lost in the
     # differences.
     mean_B1D = tokens_BND.mean(dim=1, keepdim=True)
     gram_BNN = _gram(tokens_BND - mean_B1D)
     norms_BN = gram_BNN.diagonal(dim1=1, dim2=2)
-    # The largest of numbers with a NaN among them is a NaN.
+    # The maximum of values that include a NaN is NaN.
     if not math.isfinite(float(norms_BN.amax())):
         raise UserError(
-            "Some tokens are not finite (NaN or infinite), so they cannot be clustered; check the model's precision."
+            "Some tokens are not finite (NaN or infinite) and cannot be clustered; check the model's precision."
         )
     count = 1 if seeding == "plain" else candidates or 2 + int(math.log(num_clusters))
     first, draws_KC = _draws(num_tokens, num_clusters, count, seed, gram_BNN.device)
@@ -87,14 +91,13 @@ def kmeans(
     if _has_kernels(gram_BNN):
         from parcelray.models.token_reduction import kmeans_triton
 
-        lloyd = kmeans_triton.iterate(
-            gram_BNN, kmeans_triton.seed_clusters(gram_BNN, first, draws_KC), num_clusters, _EPSILON, shift_B, max_iterations
-        )  # fmt: skip
+        seeded_BN = kmeans_triton.seed_clusters(gram_BNN, first, draws_KC)
+        lloyd = kmeans_triton.iterate(gram_BNN, seeded_BN, num_clusters, _EPSILON, shift_B, max_iterations)
         inertia_B = (norms_BN.sum(dim=1) - lloyd.explained_B).clamp_(min=0)
         return Clusters(lloyd.assignment_BN.long(), lloyd.sizes_BK.long(), inertia_B, lloyd.iterations)
     assignment_BN = _seed(gram_BNN, norms_BN, first, draws_KC)
-    # What a sum of one number may be off by; for tokens that differ by no more than their own rounding, that of the
-    # shift besides.
+    # Rounding error of one number. The second term is the rounding error of the shift, which matters for tokens that
+    # differ only by rounding.
     rounding_BN = _EPSILON * (norms_BN + _EPSILON * shift_B[:, None])
     assignment_BN, iterations = _iterate(gram_BNN, assignment_BN, num_clusters, rounding_BN, max_iterations)
     sizes_BK = _sizes(assignment_BN, num_clusters)
@@ -103,10 +106,10 @@ def kmeans(
 
 
 def cluster_sums(tokens_BND: Tensor, assignment_BN: Tensor, num_clusters: int) -> Tensor:
-    """Sum of the tokens of each cluster: [B, K, D], float32 unless the tokens are whole numbers."""
+    """Returns the sum of the tokens of each cluster, [B, K, D]; float32 unless the tokens are integers."""
     batch, _, width = tokens_BND.shape
     if tokens_BND.is_cuda and tokens_BND.is_floating_point():
-        # There scattered additions come in any order; a product is the same every time.
+        # On a GPU, scattered additions have no fixed order; a matrix product is reproducible.
         members_BKN = assignment_BN[:, None] == torch.arange(num_clusters, device=assignment_BN.device)[:, None]
         return _product(members_BKN.to(tokens_BND.dtype), tokens_BND)
     if tokens_BND.is_floating_point():
@@ -117,15 +120,15 @@ def cluster_sums(tokens_BND: Tensor, assignment_BN: Tensor, num_clusters: int) -
 
 @lru_cache(maxsize=64)
 def _draws(num_tokens: int, num_clusters: int, candidates: int, seed: int, device: torch.device) -> tuple[int, Tensor]:
-    """The token that every image's seeding starts from, and the draws of each step, uniform from 0 to 1: [K, C]."""
-    # Drawn on the CPU and alike for all images, so that neither the device nor the rest of the batch matters.
+    """Returns the first seed token of every image, and the uniform draws in [0, 1) of each step, [K, C]."""
+    # Drawn on the CPU, the same for all images, so that the result depends neither on the device nor on the batch.
     generator = torch.Generator().manual_seed(seed)
     first = int(torch.randint(num_tokens, (), generator=generator))
     return first, torch.rand(num_clusters, candidates, generator=generator).to(device)
 
 
 def _seed(gram_BNN: Tensor, norms_BN: Tensor, first: int, draws_KC: Tensor) -> Tensor:
-    """The nearest seed of each token, int64 [B, N]; every seed has a token."""
+    """Returns the nearest seed of each token, int64 [B, N]; every seed has a token."""
     batch, num_tokens, _ = gram_BNN.shape
     num_clusters, candidates = draws_KC.shape
     device = gram_BNN.device
@@ -149,13 +152,19 @@ def _seed(gram_BNN: Tensor, norms_BN: Tensor, first: int, draws_KC: Tensor) -> T
             closest_BN = torch.minimum(closest_BN, distances_BNN[images_B1, chosen_BC].squeeze(1))
     seeds_BK = _distinct(seeds_BK, totals_BK <= 0, num_tokens)
     assignment_BN = distances_BNN.gather(1, seeds_BK[:, :, None].expand(-1, -1, num_tokens)).argmin(dim=1)
-    # A token that is equal to an earlier seed was seeded only because no distance was left; its cluster starts empty.
+    # Each seed token belongs to its own cluster, even if it is equal to an earlier seed.
     return assignment_BN.scatter_(1, seeds_BK, torch.arange(num_clusters, device=device).expand(batch, -1))
 
 
 def _distinct(seeds_BK: Tensor, spent_BK: Tensor, num_tokens: int) -> Tensor:
-    """Seeds, and where all tokens were equal to a seed already and nothing was left to draw by, the first tokens that are none."""
-    # Once spent, always spent: the seeds before are those to keep.
+    """Returns distinct seeds: those drawn while all distances were 0 are replaced by unused tokens, lowest first.
+
+    Args:
+        seeds_BK: seeds as drawn.
+        spent_BK: True for steps at which every token was equal to an earlier seed, so that the draw is meaningless.
+        num_tokens: N.
+    """
+    # After the first spent step all steps are spent, so the seeds before it are kept.
     free_BN = torch.ones(len(seeds_BK), num_tokens, dtype=torch.int8, device=seeds_BK.device)
     free_BN.scatter_(1, torch.where(spent_BK, seeds_BK[:, :1], seeds_BK), 0)
     unused_BN = free_BN.argsort(dim=1, descending=True, stable=True)
@@ -165,7 +174,7 @@ def _distinct(seeds_BK: Tensor, spent_BK: Tensor, num_tokens: int) -> Tensor:
 def _iterate(
     gram_BNN: Tensor, assignment_BN: Tensor, num_clusters: int, rounding_BN: Tensor, max_iterations: int
 ) -> tuple[Tensor, int]:
-    """Lloyd's iterations until no token of any image moves, and their number."""
+    """Runs Lloyd's iterations until no token of any image moves; returns the assignment and their number."""
     for iterations in range(1, max_iterations + 1):
         updated_BN = _moved(gram_BNN, assignment_BN, num_clusters, rounding_BN)
         if torch.equal(updated_BN, assignment_BN):
@@ -175,10 +184,13 @@ def _iterate(
 
 
 def _moved(gram_BNN: Tensor, assignment_BN: Tensor, num_clusters: int, rounding_BN: Tensor) -> Tensor:
-    """An iteration of Lloyd: each token in the cluster with the nearest centroid, its own one where no other is nearer; no cluster empty."""
+    """Runs one Lloyd iteration: each token moves to the nearest centroid if that is nearer than its own one.
+
+    No cluster stays empty.
+    """
     sizes_BK = _sizes(assignment_BN, num_clusters)
     scores_BKN = _scores(gram_BNN, assignment_BN, sizes_BK)
-    # Where two centroids are equal but for the rounding of their sums, moving to and fro would never end.
+    # A token at equal distance (up to rounding) from two centroids would otherwise move back and forth forever.
     advantage_BN = rounding_BN * sizes_BK.amax(dim=1, keepdim=True)
     scores_BKN.scatter_add_(1, assignment_BN[:, None], -advantage_BN[:, None])
     moved_BN = scores_BKN.argmin(dim=1)
@@ -190,13 +202,13 @@ def _moved(gram_BNN: Tensor, assignment_BN: Tensor, num_clusters: int, rounding_
 
 
 def _sizes(assignment_BN: Tensor, num_clusters: int) -> Tensor:
-    """Tokens of each cluster, int64 [B, K]."""
+    """Returns the number of tokens of each cluster, int64 [B, K]."""
     sizes_BK = torch.zeros(assignment_BN.shape[0], num_clusters, dtype=torch.int64, device=assignment_BN.device)
     return sizes_BK.scatter_add_(1, assignment_BN, torch.ones_like(assignment_BN))
 
 
 def _scores(gram_BNN: Tensor, assignment_BN: Tensor, sizes_BK: Tensor) -> Tensor:
-    """Squared distance of each token to each centroid without the token's own norm: [B, K, N]."""
+    """Returns the squared distance of each token to each centroid minus the token's squared norm, [B, K, N]."""
     batch, num_tokens = assignment_BN.shape
     num_clusters = sizes_BK.shape[1]
     rows_BN = (assignment_BN + num_clusters * torch.arange(batch, device=gram_BNN.device)[:, None]).flatten()
@@ -206,23 +218,23 @@ def _scores(gram_BNN: Tensor, assignment_BN: Tensor, sizes_BK: Tensor) -> Tensor
         .view(batch, num_clusters, num_tokens)
     )
     counts_BK = sizes_BK.clamp(min=1).to(gram_BNN.dtype)
-    # Of each token the inner product with its own cluster's sum; added up by cluster, the squared norm of that sum.
+    # Inner product of each token with the sum of its cluster. Summed by cluster, this is the squared norm of that sum.
     own_BN = sums_BKN.gather(1, assignment_BN[:, None]).squeeze(1)
     norms_BK = gram_BNN.new_zeros(batch, num_clusters).scatter_add_(1, assignment_BN, own_BN) / counts_BK.square()
     return sums_BKN.mul_(-2 / counts_BK[:, :, None]).add_(norms_BK[:, :, None])
 
 
 def _with_every_cluster(assignment_BN: Tensor, distances_BN: Tensor, sizes_BK: Tensor) -> Tensor:
-    """Gives each empty cluster the token that is farthest from its centroid, out of clusters that keep another one."""
+    """Gives each empty cluster the token farthest from its centroid, from clusters with more than one token."""
     num_tokens, num_clusters = assignment_BN.shape[1], sizes_BK.shape[1]
-    # The last that a cluster could give is its nearest one; of equally near ones the last.
+    # Each cluster keeps its nearest token; among equally near ones, the last.
     least_BK = torch.full(sizes_BK.shape, torch.inf, device=sizes_BK.device).scatter_reduce_(
         1, assignment_BN, distances_BN, "amin"
     )
-    places_BN = torch.arange(num_tokens, device=sizes_BK.device).expand_as(assignment_BN)
-    nearest_BN = torch.where(distances_BN == least_BK.gather(1, assignment_BN), places_BN, -1)
+    positions_BN = torch.arange(num_tokens, device=sizes_BK.device).expand_as(assignment_BN)
+    nearest_BN = torch.where(distances_BN == least_BK.gather(1, assignment_BN), positions_BN, -1)
     stays_BK = torch.full_like(sizes_BK, -1).scatter_reduce_(1, assignment_BN, nearest_BN, "amax")
-    may_leave_BN = places_BN != stays_BK.gather(1, assignment_BN)
+    may_leave_BN = positions_BN != stays_BK.gather(1, assignment_BN)
     farthest_BK = (
         distances_BN.masked_fill(~may_leave_BN, -torch.inf)
         .sort(dim=1, descending=True, stable=True)
@@ -237,17 +249,17 @@ def _with_every_cluster(assignment_BN: Tensor, distances_BN: Tensor, sizes_BK: T
 
 
 def _has_kernels(values: Tensor) -> bool:
-    """Whether the steps run as kernels of a GPU, which PyTorch's builds for Linux bring the compiler for."""
+    """Whether the steps run as GPU kernels; PyTorch's builds for Linux include their compiler, Triton."""
     return values.is_cuda and importlib.util.find_spec("triton") is not None
 
 
 def _multiplies_halves(tokens: Tensor) -> bool:
-    """Whether the device has units that multiply numbers of this half precision and add up in float32."""
+    """Whether the device multiplies numbers of this half precision natively and sums in float32."""
     return tokens.is_cuda and tokens.dtype in (torch.bfloat16, torch.float16)
 
 
 def _product(left_BMN: Tensor, right_BNP: Tensor) -> Tensor:
-    """Float32 [B, M, P] of either float32 or halves."""
+    """Returns the float32 product [B, M, P] of float32 or half-precision factors."""
     return (
         torch.bmm(left_BMN, right_BNP, out_dtype=torch.float32)
         if _multiplies_halves(left_BMN)
@@ -256,11 +268,11 @@ def _product(left_BMN: Tensor, right_BNP: Tensor) -> Tensor:
 
 
 def _gram(tokens_BND: Tensor) -> Tensor:
-    """All inner products, float32 [B, N, N]."""
+    """Returns all inner products, float32 [B, N, N]."""
     if tokens_BND.is_cuda:
         return _product(tokens_BND, tokens_BND.transpose(1, 2))
-    # The matrix is symmetric, and of 4 x 4 blocks 10 say everything. A GPU would wait for four small products longer
-    # than for one.
+    # The matrix is symmetric, so 10 of its 4 x 4 blocks suffice. On a GPU, four small products would take longer than
+    # one.
     batch, num_tokens, _ = tokens_BND.shape
     gram_BNN = tokens_BND.new_empty(batch, num_tokens, num_tokens)
     size = -(-num_tokens // _BLOCKS)

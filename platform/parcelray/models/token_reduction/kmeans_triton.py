@@ -1,9 +1,11 @@
-"""The steps of `kmeans` on a GPU, where a hundred small operations an image would cost more in launches than in work.
+"""The steps of `kmeans` as GPU kernels: a hundred small operations per image would be dominated by launch overhead.
 
-The seeding is one kernel, with an image's distances to its nearest seed in one program's registers from the first draw
-to the last. An iteration of Lloyd is three: the sums of Gram rows by cluster, the nearest centroid of each token, and
-the filling of clusters that lost all their tokens. No kernel adds floating-point numbers atomically, so the same tokens
-give the same clusters every time.
+The seeding is one kernel: one program per image keeps the distances to the nearest seed in registers from the first
+draw to the last. An iteration of Lloyd is three kernels: the sums of Gram rows by cluster, the nearest centroid of each
+token, and the filling of clusters that lost all their tokens. No kernel adds floating-point numbers atomically, so the
+result is reproducible.
+
+Shape suffixes: B images, N tokens, K clusters, C candidates of the seeding, J blocks of tokens, I iterations.
 """
 
 from typing import NamedTuple
@@ -14,29 +16,34 @@ import triton.language as tl
 from torch import Tensor
 
 _CHECK_EVERY = 4
-"""Iterations between two questions whether a token moved: each is a wait of the CPU for the GPU."""
+"""Iterations between convergence checks; at each check the CPU waits for the GPU."""
 _COLUMNS, _ROWS, _CLUSTERS = 32, 64, 64
 _MIN_CANDIDATES = 2
 
 
 class Lloyd(NamedTuple):
-    """Where the iterations ended."""
+    """The result of Lloyd's iterations."""
 
     assignment_BN: Tensor
-    """int32."""
+    """Cluster of each token, int32."""
     sizes_BK: Tensor
-    """int32."""
+    """Number of tokens of each cluster, int32."""
     explained_B: Tensor
-    """Sum over the clusters of their centroid's squared norm, as often as the cluster has tokens; what the inertia is smaller by than the norms."""
+    """Sum over the clusters of size times squared norm of the centroid.
+
+    The inertia is the sum of the squared norms of the tokens minus this.
+    """
     iterations: int
 
 
 def seed_clusters(gram_BNN: Tensor, first: int, draws_KC: Tensor) -> Tensor:
-    """K-means++ seeding, the best of C candidates a step; where all tokens are equal to a seed already, the first tokens that are none.
+    """Runs K-means++ seeding with the best of C candidates per step.
+
+    If all tokens are equal to a seed, the unused tokens with the lowest positions become seeds.
 
     Args:
         gram_BNN: inner products, float32, contiguous.
-        first: the token that every image starts from.
+        first: first seed token of every image.
         draws_KC: uniform draws from 0 to 1.
 
     Returns:
@@ -48,7 +55,8 @@ def seed_clusters(gram_BNN: Tensor, first: int, draws_KC: Tensor) -> Tensor:
     block = triton.next_power_of_2(num_tokens)
     _seed[(batch,)](
         gram_BNN, draws_KC, assignment_BN, first, num_tokens, num_clusters, candidates,
-        TOKENS=block, CANDIDATES=max(_MIN_CANDIDATES, triton.next_power_of_2(candidates)), num_warps=8 if block <= 1024 else 16,
+        TOKENS=block, CANDIDATES=max(_MIN_CANDIDATES, triton.next_power_of_2(candidates)),
+        num_warps=8 if block <= 1024 else 16,
     )  # fmt: skip
     return assignment_BN
 
@@ -56,15 +64,17 @@ def seed_clusters(gram_BNN: Tensor, first: int, draws_KC: Tensor) -> Tensor:
 def iterate(
     gram_BNN: Tensor, assignment_BN: Tensor, num_clusters: int, epsilon: float, shift_B: Tensor, max_iterations: int
 ) -> Lloyd:
-    """Lloyd's iterations until no token of any image moves; a token moves to a nearer centroid only, and no cluster stays empty.
+    """Runs Lloyd's iterations until no token of any image moves.
+
+    A token only moves to a nearer centroid, and no cluster stays empty.
 
     Args:
         gram_BNN: inner products, float32, contiguous.
-        assignment_BN: cluster of each token, int32, contiguous; every cluster has one.
+        assignment_BN: cluster of each token, int32, contiguous; no cluster is empty.
         num_clusters: K.
-        epsilon: relative rounding of a number.
-        shift_B: squared length of what was taken off the tokens; it has left a rounding of its own.
-        max_iterations: limit.
+        epsilon: relative rounding error of a number.
+        shift_B: squared length of the mean that was subtracted from the tokens, which left a rounding error of its own.
+        max_iterations: maximum number of iterations.
     """
     batch, num_tokens, _ = gram_BNN.shape
     device = gram_BNN.device
@@ -72,7 +82,7 @@ def iterate(
     sums_BKN = gram_BNN.new_empty(batch, num_clusters, num_tokens)
     partial_BJK = gram_BNN.new_empty(batch, blocks, num_clusters)
     distances_BN = gram_BNN.new_empty(batch, num_tokens)
-    # Before each iteration, and whether a token moved in it: whole numbers, so that atomic additions to zeros are
+    # Cluster sizes before each iteration, and whether a token moved in it. They are integers, so atomic additions are
     # exact.
     counts = torch.zeros((max_iterations + 1) * (batch * num_clusters + 1), dtype=torch.int32, device=device)
     sizes_IBK, moved_I = counts[: -max_iterations - 1].view(-1, batch, num_clusters), counts[-max_iterations - 1 :]
@@ -81,7 +91,8 @@ def iterate(
 
     def add_up() -> None:
         _sum[(blocks, groups, batch)](
-            gram_BNN, current_BN, sums_BKN, partial_BJK, num_tokens, num_clusters, COLUMNS=_COLUMNS, ROWS=_ROWS, CLUSTERS=_CLUSTERS
+            gram_BNN, current_BN, sums_BKN, partial_BJK, num_tokens, num_clusters,
+            COLUMNS=_COLUMNS, ROWS=_ROWS, CLUSTERS=_CLUSTERS,
         )  # fmt: skip
 
     iterations = 0
@@ -89,8 +100,8 @@ def iterate(
         new_sizes_BK = sizes_IBK[iterations + 1]
         add_up()
         _assign[(blocks, batch)](
-            gram_BNN, sums_BKN, partial_BJK, sizes_IBK[iterations], current_BN, shift_B, updated_BN, distances_BN, new_sizes_BK, epsilon,
-            num_tokens, num_clusters, blocks, COLUMNS=_COLUMNS, CLUSTERS=_CLUSTERS,
+            gram_BNN, sums_BKN, partial_BJK, sizes_IBK[iterations], current_BN, shift_B, updated_BN, distances_BN,
+            new_sizes_BK, epsilon, num_tokens, num_clusters, blocks, COLUMNS=_COLUMNS, CLUSTERS=_CLUSTERS,
         )  # fmt: skip
         _fill[(batch,)](
             current_BN, updated_BN, distances_BN, new_sizes_BK, moved_I[iterations:], num_tokens, num_clusters,
@@ -106,9 +117,9 @@ def iterate(
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _seed(
+def _seed(  # type: ignore[no-untyped-def]
     gram, draws, assignment, first, num_tokens, num_clusters, candidates, TOKENS: tl.constexpr, CANDIDATES: tl.constexpr
-):  # type: ignore[no-untyped-def]
+):
     image = tl.program_id(0)
     gram += image.to(tl.int64) * num_tokens * num_tokens
     token = tl.arange(0, TOKENS)
@@ -132,7 +143,7 @@ def _seed(
             best = tl.argmin(tl.where(candidate < candidates, tl.sum(after, 1), float("inf")), 0)
             nearer = tl.sum(tl.where((candidate == best)[:, None], after, 0.0), 0)
             seed = tl.sum(tl.where(candidate == best, chosen, 0), 0)
-            # A sum that was rounded may have drawn a seed again.
+            # Rounding of the sum may have drawn a token that is a seed already.
             is_free = tl.max(tl.where(free & (token == seed), 1, 0), 0)
             seed = tl.where(is_free == 1, seed, tl.min(tl.where(free, token, TOKENS), 0))
             nearest = tl.where(nearer < closest, step, nearest)
@@ -154,7 +165,7 @@ def _count(assignment, sizes, num_tokens, num_clusters, TOKENS: tl.constexpr):  
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _sum(
+def _sum(  # type: ignore[no-untyped-def]
     gram,
     assignment,
     sums,
@@ -164,13 +175,13 @@ def _sum(
     COLUMNS: tl.constexpr,
     ROWS: tl.constexpr,
     CLUSTERS: tl.constexpr,
-):  # type: ignore[no-untyped-def]
+):
     block, image = tl.program_id(0), tl.program_id(2)
     cluster = tl.program_id(1) * CLUSTERS + tl.arange(0, CLUSTERS)
     column = block * COLUMNS + tl.arange(0, COLUMNS)
     gram += image.to(tl.int64) * num_tokens * num_tokens
     assignment += image * num_tokens
-    found = tl.zeros([CLUSTERS, COLUMNS], dtype=tl.float32)
+    total = tl.zeros([CLUSTERS, COLUMNS], dtype=tl.float32)
     for start in range(0, num_tokens, ROWS):
         row = start + tl.arange(0, ROWS)
         of_row = tl.load(assignment + row, mask=row < num_tokens, other=-1)
@@ -179,20 +190,20 @@ def _sum(
             mask=(row < num_tokens)[:, None] & (column < num_tokens)[None, :],
             other=0.0,
         )
-        # Whole float32 products: what decides between two clusters is a small difference of large sums.
-        found = tl.dot((cluster[:, None] == of_row[None, :]).to(tl.float32), products, found, input_precision="ieee")
+        # Full float32 products (no TF32): the decision between two clusters is a small difference of large sums.
+        total = tl.dot((cluster[:, None] == of_row[None, :]).to(tl.float32), products, total, input_precision="ieee")
     of_column = tl.load(assignment + column, mask=column < num_tokens, other=-1)
-    # Of each token the inner product with its own cluster's sum; added up by cluster, the squared norm of that sum.
-    own = tl.sum(tl.where(cluster[:, None] == of_column[None, :], found, 0.0), 1)
+    # Inner product of each token with the sum of its cluster. Summed by cluster, this is the squared norm of that sum.
+    own = tl.sum(tl.where(cluster[:, None] == of_column[None, :], total, 0.0), 1)
     inside = (cluster < num_clusters)[:, None] & (column < num_tokens)[None, :]
-    tl.store(sums + (image * num_clusters + cluster[:, None]) * num_tokens + column[None, :], found, mask=inside)
+    tl.store(sums + (image * num_clusters + cluster[:, None]) * num_tokens + column[None, :], total, mask=inside)
     tl.store(partial + (image * tl.num_programs(0) + block) * num_clusters + cluster, own, mask=cluster < num_clusters)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _assign(  # type: ignore[no-untyped-def]
-    gram, sums, partial, sizes, assignment, shift, updated, distances, new_sizes, epsilon, num_tokens, num_clusters, blocks,
-    COLUMNS: tl.constexpr, CLUSTERS: tl.constexpr,
+    gram, sums, partial, sizes, assignment, shift, updated, distances, new_sizes, epsilon,
+    num_tokens, num_clusters, blocks, COLUMNS: tl.constexpr, CLUSTERS: tl.constexpr,
 ):  # fmt: skip
     block, image = tl.program_id(0), tl.program_id(1)
     token = block * COLUMNS + tl.arange(0, COLUMNS)
@@ -207,7 +218,7 @@ def _assign(  # type: ignore[no-untyped-def]
         largest = tl.maximum(
             largest, tl.max(tl.load(sizes + image * num_clusters + cluster, mask=cluster < num_clusters, other=0), 0)
         )
-    # Where two centroids are equal but for the rounding of their sums, moving to and fro would never end.
+    # A token at equal distance (up to rounding) from two centroids would otherwise move back and forth forever.
     advantage = epsilon * (norm + epsilon * tl.load(shift + image)) * largest.to(tl.float32)  # type: ignore[attr-defined]
     least = tl.full([COLUMNS], float("inf"), dtype=tl.float32)
     nearest = tl.zeros([COLUMNS], dtype=tl.int32)
@@ -218,12 +229,12 @@ def _assign(  # type: ignore[no-untyped-def]
         norms = tl.zeros([CLUSTERS], dtype=tl.float32)
         for each in range(blocks):
             norms += tl.load(partial + (image * blocks + each) * num_clusters + cluster, mask=real, other=0.0)
-        found = tl.load(
+        total = tl.load(
             sums + (image * num_clusters + cluster[:, None]) * num_tokens + token[None, :],
             mask=real[:, None] & inside[None, :],
             other=0.0,
         )
-        scores = found * (-2.0 / count)[:, None] + (norms / (count * count))[:, None]
+        scores = total * (-2.0 / count)[:, None] + (norms / (count * count))[:, None]
         scores = tl.where(cluster[:, None] == own[None, :], scores - advantage[None, :], scores)
         scores = tl.where(real[:, None], scores, float("inf"))
         score = tl.min(scores, 0)
@@ -235,10 +246,13 @@ def _assign(  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _fill(
+def _fill(  # type: ignore[no-untyped-def]
     assignment, updated, distances, sizes, moved, num_tokens, num_clusters, TOKENS: tl.constexpr, CLUSTERS: tl.constexpr
-):  # type: ignore[no-untyped-def]
-    """Gives each empty cluster the token that is farthest from its centroid, out of clusters that keep another one; says whether a token moved."""
+):
+    """Gives each empty cluster the token farthest from its centroid, from clusters with more than one token.
+
+    Also sets `moved` if a token of the image changed its cluster.
+    """
     image = tl.program_id(0)
     token = tl.arange(0, TOKENS)
     cluster = tl.arange(0, CLUSTERS)
@@ -251,7 +265,7 @@ def _fill(
         may_leave = inside
         for each in range(num_clusters):
             members = new == each
-            # The nearest stays; of equally near ones the last.
+            # The nearest token stays; among equally near ones, the last.
             at_least = members & (distance == tl.min(tl.where(members, distance, float("inf")), 0))
             may_leave = may_leave & (token != tl.max(tl.where(at_least, token, -1), 0))
         for each in range(num_clusters):

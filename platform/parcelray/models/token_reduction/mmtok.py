@@ -1,7 +1,7 @@
-"""MMTok (arXiv 2508.18264): the visual tokens that cover both the words of the prompt and all visual tokens.
+"""MMTok (arXiv 2508.18264): selects visual tokens that cover the words of the prompt and all visual tokens.
 
-Published with the coverage of visual tokens before the projector. This reducer runs where the prompt is known, inside
-the decoder's loop, and there are no features of the vision tower there: both parts go by the projected tokens.
+The published method covers the visual tokens before the projector. This reducer runs in the decoder, where the prompt
+is known but the features of the vision tower are not, so both parts use the projected tokens.
 """
 
 from dataclasses import dataclass
@@ -10,10 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from parcelray.models.token_reduction.base import Reads, Reduction, TokenReducer, selection
-from parcelray.models.token_reduction.context import ReductionContext
-from parcelray.models.token_reduction.coverage import covering
-from parcelray.models.token_reduction.saliency import prompt_of
+from parcelray.models.token_reduction.base import Reads, Reduction, ReductionContext, TokenReducer, prompt_of, selection
+from parcelray.models.token_reduction.scope import greedy_cover
 
 _TEXT_TEMPERATURE, _VISUAL_TEMPERATURE = 0.02, 0.2
 _VISUAL_WEIGHT = 0.5
@@ -21,17 +19,17 @@ _VISUAL_WEIGHT = 0.5
 
 @dataclass(frozen=True)
 class MMTok(TokenReducer):
-    """Greedy coverage of two kinds of rows, each a softmax over the visual tokens of cosines divided by a temperature.
+    """Selects tokens by greedy coverage of two kinds of rows: words of the prompt and visual tokens.
 
-    A word counts one part of all words, a visual token half of one part of all visual tokens. The output is in the
-    order of the grid.
+    A row is the softmax over the visual tokens of its cosines divided by a temperature. The words have the weight 1 in
+    total, the visual tokens 1/2 in total. The output is in the order of the grid.
     """
 
     name = "mmtok"
 
     @property
     def reads(self) -> Reads:
-        """The words' embeddings."""
+        """The prompt: the embeddings of its words."""
         return "prompt"
 
     def reduce(self, tokens_BND: Tensor, num_visual_tokens: int, context: ReductionContext) -> Reduction:
@@ -48,4 +46,4 @@ class MMTok(TokenReducer):
             [text_BTN * prompt.valid_BT[:, :, None] / num_words_B11, _VISUAL_WEIGHT * visual_BNN / tokens_BND.shape[1]],
             dim=1,
         )
-        return selection(tokens_BND, covering(rows_BRN, num_visual_tokens))
+        return selection(tokens_BND, greedy_cover(rows_BRN, num_visual_tokens))

@@ -1,7 +1,7 @@
-"""LLaVA-PruMerge and PruMerge+ (ICCV 2025, arXiv 2403.15388): the patches that the class token looks at, each with its nearest ones added.
+"""LLaVA-PruMerge and PruMerge+ (ICCV 2025, arXiv 2403.15388): the most attended patches, merged with their neighbours.
 
-The published method lets outliers of the attention decide the number of tokens; at a fixed budget the K - 1 with the
-most attention are taken, and one more token collects what is pruned.
+In the published method, the outliers of the attention determine the number of tokens. Here, with a fixed budget K, the
+K - 1 most attended patches are kept, and one more token collects the pruned patches.
 """
 
 from dataclasses import dataclass
@@ -10,20 +10,30 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from parcelray.models.token_reduction.base import Reads, Reduction, TokenReducer, encoder_of, others, taken
-from parcelray.models.token_reduction.context import ReductionContext
+from parcelray.models.token_reduction.base import (
+    Reads,
+    Reduction,
+    ReductionContext,
+    TokenReducer,
+    encoder_of,
+    gather_tokens,
+    other_positions,
+)
 
 _NEIGHBOURS = 32
 _SPATIAL_SHARE = 3 / 4
-"""Of PruMerge+: three evenly spaced patches to each one chosen by attention."""
+"""Share of evenly spaced patches in PruMerge+: three for each patch selected by attention."""
 
 
 @dataclass(frozen=True)
 class PruMerge(TokenReducer):
-    """Kept patches in the order of their attention, plus attention times feature of the 32 patches with the nearest keys; before the projector.
+    """Keeps the most attended patches and adds to each the attention-weighted features of its 32 nearest patches.
+
+    Nearest are the patches with the largest cosine of their keys. The merging is before the projector. The output is in
+    the order of the attention.
 
     Args:
-        spatial: adds evenly spaced patches, so that parts of the image without attention are there, too (PruMerge+).
+        spatial: adds evenly spaced patches, so that regions without attention are represented (PruMerge+).
     """
 
     spatial: bool = False
@@ -43,20 +53,20 @@ class PruMerge(TokenReducer):
         num_spaced = int(_SPATIAL_SHARE * count) if self.spatial else 0
         kept_BK = attention_BN.sort(dim=1, descending=True, stable=True).indices[:, : count - num_spaced]
         if num_spaced:
-            rest_BR = others(kept_BK, num_tokens)
+            rest_BR = other_positions(kept_BK, num_tokens)
             spaced = torch.arange(num_spaced, device=kept_BK.device) * rest_BR.shape[1] // num_spaced
             kept_BK = torch.cat([kept_BK, rest_BR[:, spaced]], dim=1)
         weighted_BND = features_BND * attention_BN[:, :, None]
         keys_BND = F.normalize(view.joint_keys_IND, dim=2)
-        similarity_BKN = taken(keys_BND, kept_BK) @ keys_BND.transpose(1, 2)
+        similarity_BKN = gather_tokens(keys_BND, kept_BK) @ keys_BND.transpose(1, 2)
         # A patch is not its own neighbour.
         similarity_BKN.scatter_(2, kept_BK[:, :, None], -torch.inf)
         near_BKM = similarity_BKN.topk(min(_NEIGHBOURS, num_tokens - 1), dim=2).indices
-        # A product with ones at the neighbours, as gathering 32 tokens for each one that is kept would fill memory.
+        # A matrix product with ones at the neighbours: gathering 32 tokens per kept one would take too much memory.
         near_BKN = torch.zeros_like(similarity_BKN).scatter_(2, near_BKM, 1)
-        merged_BKD = taken(features_BND, kept_BK) + near_BKN @ weighted_BND
-        pruned_BR = others(kept_BK, num_tokens)
-        extra_B1D = taken(weighted_BND, pruned_BR).sum(dim=1, keepdim=True)
+        merged_BKD = gather_tokens(features_BND, kept_BK) + near_BKN @ weighted_BND
+        pruned_BR = other_positions(kept_BK, num_tokens)
+        extra_B1D = gather_tokens(weighted_BND, pruned_BR).sum(dim=1, keepdim=True)
         assignment_BN = torch.full((batch, num_tokens), count, dtype=torch.int64, device=kept_BK.device)
         assignment_BN.scatter_(1, kept_BK, torch.arange(count, device=kept_BK.device).expand_as(kept_BK))
         strongest_B1 = pruned_BR.gather(1, attention_BN.gather(1, pruned_BR).argmax(dim=1, keepdim=True))

@@ -1,4 +1,4 @@
-"""PruneSID (ICLR 2026, arXiv 2603.09480): groups by principal components, and the most attended, least alike patches of each."""
+"""PruneSID (ICLR 2026, arXiv 2603.09480): groups patches by principal components and selects within each group."""
 
 import math
 from dataclasses import dataclass
@@ -7,22 +7,33 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from parcelray.models.token_reduction.base import DROPPED, Reads, Reduction, TokenReducer, encoder_of, taken
-from parcelray.models.token_reduction.context import ReductionContext
+from parcelray.models.token_reduction.base import (
+    DROPPED,
+    Reads,
+    Reduction,
+    ReductionContext,
+    TokenReducer,
+    encoder_of,
+    gather_tokens,
+)
 
 _TOKENS_A_GROUP, _SUPPRESSION, _MOST_OF_64 = 4, 32, 5
 
 
 @dataclass(frozen=True)
 class PruneSID(TokenReducer):
-    """Selects before the projector, group by group, in each the patches that suppression leaves first.
+    """Selects the most attended patches of each group that are not too similar to one another, before the projector.
 
-    Of a budget K: the sigmoid of the features, each patch centred over its width, has K / 4 principal components over
-    the patches, and a patch is in the group of the component where its loading is largest. In a group the patch with
-    the most class attention, summed over heads, suppresses those with a cosine above K / 32 times the mean cosine of
-    all pairs, then the next one that is left does. A group gives at least one patch and otherwise as many as its share
-    of those that are left in all groups, but 5 for each 64 of the budget at most. The class token, where the tower has
-    one, comes first.
+    For a budget K:
+
+    1. Groups. The sigmoid of the features, each patch centred over its width, has K / 4 principal components over the
+       patches. A patch is in the group of the component with its largest loading.
+    2. Suppression. In each group, the patch with the most class attention (summed over heads) suppresses similar ones:
+       those with a cosine above K / 32 times the mean cosine of all pairs. Then the next remaining patch does the same.
+    3. Quotas. A group gives its share of the remaining patches of all groups. This is at least one patch, and at most 5
+       for each 64 of the budget.
+
+    The class token, if the tower has one, comes first.
     """
 
     name = "prunesid"
@@ -38,10 +49,10 @@ class PruneSID(TokenReducer):
         features_BND, class_BD = view.patch_features_IND, view.class_features_ID
         num_tokens, width = features_BND.shape[1:]
         first = int(class_BD is not None)
-        # Centred features of so many dimensions have one component fewer; what comes after them is rounding.
+        # Centred features have at most `width - 1` components; further ones would be rounding errors.
         num_groups = max(1, min(num_visual_tokens // _TOKENS_A_GROUP, width - 1))
         group_BN = _groups(features_BND, num_groups)
-        # Places in the order of attention, so that of equal patches the first one counts more.
+        # Ranks by attention; ties go to the lower position.
         rank_BN = view.attention_IHN.sum(dim=1).sort(dim=1, descending=True, stable=True).indices.argsort(dim=1)
         directions_BND = F.normalize(features_BND.float(), dim=2)
         cosine_BNN = directions_BND @ directions_BND.transpose(1, 2)
@@ -53,7 +64,7 @@ class PruneSID(TokenReducer):
         )
         sizes_BG, left_BG = (_counts(group_BN, each, num_groups) for each in (torch.ones_like(left_BN), left_BN))
         quotas_BG = _quotas(sizes_BG, left_BG, num_visual_tokens, num_visual_tokens - first)
-        # Group by group, in each those that are left before the suppressed ones.
+        # Sorted by group, and within each group the remaining patches before the suppressed ones.
         order_BN = ((group_BN * 2 + ~left_BN) * num_tokens + rank_BN).argsort(dim=1)
         ordered_BN = group_BN.gather(1, order_BN)
         number_BN = torch.arange(num_tokens, device=order_BN.device) - (sizes_BG.cumsum(dim=1) - sizes_BG).gather(
@@ -63,20 +74,20 @@ class PruneSID(TokenReducer):
         kept_BK = order_BN.gather(
             1, (~chosen_BN).to(torch.int8).argsort(dim=1, stable=True)[:, : num_visual_tokens - first]
         )
-        tokens, places = taken(features_BND, kept_BK), kept_BK
+        tokens, positions = gather_tokens(features_BND, kept_BK), kept_BK
         if class_BD is not None:
-            tokens, places = torch.cat([class_BD[:, None], tokens], dim=1), F.pad(kept_BK, (1, 0))
+            tokens, positions = torch.cat([class_BD[:, None], tokens], dim=1), F.pad(kept_BK, (1, 0))
         assignment_BN = torch.full_like(group_BN, DROPPED)
         assignment_BN.scatter_(
             1, kept_BK, first + torch.arange(kept_BK.shape[1], device=kept_BK.device).expand_as(kept_BK)
         )
-        return Reduction(view.project(tokens), places, torch.ones_like(places), assignment_BN)
+        return Reduction(view.project(tokens), positions, torch.ones_like(positions), assignment_BN)
 
 
 def _groups(features_BND: Tensor, num_groups: int) -> Tensor:
-    """Component with the largest loading of each patch, int64 [B, N]; the first one explains most."""
-    # The published randomised decomposition differs from run to run; this is what it approaches. In single precision
-    # the same image could be grouped otherwise in another batch.
+    """Returns the component with the largest loading of each patch, int64 [B, N]; component 0 explains the most."""
+    # The published randomised decomposition varies from run to run; this is its exact limit. In single precision, the
+    # groups of an image could depend on the batch that it is in.
     squashed_BND = features_BND.double().sigmoid()
     centred_BND = squashed_BND - squashed_BND.mean(dim=2, keepdim=True)
     loadings_BNN = torch.linalg.eigh(centred_BND @ centred_BND.transpose(1, 2)).eigenvectors
@@ -85,7 +96,10 @@ def _groups(features_BND: Tensor, num_groups: int) -> Tensor:
 
 
 def _unsuppressed(alike_BNN: Tensor, group_BN: Tensor, rank_BN: Tensor, num_groups: int) -> Tensor:
-    """Which patches no better one of their group suppresses, bool [B, N]; all groups of all images go on together, a patch a step."""
+    """Returns which patches no higher-ranked patch of their group suppresses, bool [B, N].
+
+    All groups of all images are processed in parallel, one patch per group and step.
+    """
     batch, num_tokens = group_BN.shape
     waiting_BN = torch.ones_like(group_BN, dtype=torch.bool)
     left_BN = torch.zeros_like(waiting_BN)
@@ -95,12 +109,12 @@ def _unsuppressed(alike_BNN: Tensor, group_BN: Tensor, rank_BN: Tensor, num_grou
         )
         turn_BN = waiting_BN & (rank_BN == best_BG.gather(1, group_BN))
         left_BN |= turn_BN
-        # At most one patch of a group has its turn, so that it alone suppresses there; a group that is done has none
-        # that waits.
-        place_BG = best_BG.new_zeros(batch, num_groups).scatter_add_(
+        # At most one patch of a group has its turn, so the sum is its position. A finished group has no waiting patch
+        # that could be suppressed.
+        position_BG = best_BG.new_zeros(batch, num_groups).scatter_add_(
             1, group_BN, torch.arange(num_tokens, device=group_BN.device) * turn_BN
         )
-        suppressed_BN = alike_BNN.gather(2, place_BG.gather(1, group_BN)[:, :, None]).squeeze(2)
+        suppressed_BN = alike_BNN.gather(2, position_BG.gather(1, group_BN)[:, :, None]).squeeze(2)
         waiting_BN &= ~(turn_BN | suppressed_BN)
     return left_BN
 
@@ -110,17 +124,17 @@ def _counts(group_BN: Tensor, counted_BN: Tensor, num_groups: int) -> Tensor:
 
 
 def _quotas(sizes_BG: Tensor, left_BG: Tensor, budget: int, num_patches: int) -> Tensor:
-    """Patches that each group gives, `num_patches` in all: int64 [B, G]."""
+    """Returns the number of patches that each group gives, `num_patches` in total: int64 [B, G]."""
     most_BG = torch.minimum(left_BG, sizes_BG).clamp(max=_MOST_OF_64 * math.ceil(budget / 64))
     while bool((short_B1 := most_BG.sum(dim=1, keepdim=True) < budget).any()):
         most_BG = torch.where(short_B1, torch.minimum(most_BG + 1, sizes_BG), most_BG)
     least_BG = sizes_BG.clamp(max=min(1, num_patches))
     rest_B1 = num_patches - least_BG.sum(dim=1, keepdim=True)
     share_BG = left_BG / left_BG.sum(dim=1, keepdim=True)
-    # Rounded as sums from the first group on, so that the parts add up.
+    # Cumulative sums are rounded, so that the parts add up to the total.
     parts_BG = (share_BG.double().cumsum(dim=1) * rest_B1).round().long().diff(dim=1, prepend=torch.zeros_like(rest_B1))
     quotas_BG = torch.minimum(least_BG + parts_BG, most_BG)
-    # What some groups may not give, the largest others give.
+    # Where groups have reached their limit, the largest other groups give more.
     order_BG = left_BG.argsort(dim=1, descending=True, stable=True)
     room_BG = (most_BG - quotas_BG).gather(1, order_BG)
     missing_B1 = num_patches - quotas_BG.sum(dim=1, keepdim=True)

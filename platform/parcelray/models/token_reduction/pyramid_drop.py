@@ -1,4 +1,4 @@
-"""PyramidDrop (CVPR 2025, arXiv 2410.17247): after each quarter of the decoder the same share of the visual tokens is left."""
+"""PyramidDrop (CVPR 2025, arXiv 2410.17247): keeps the same share of tokens after each quarter of the decoder."""
 
 import math
 from dataclasses import dataclass
@@ -6,10 +6,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from parcelray.config.reducer import Positions
-from parcelray.models.token_reduction.base import Reduction, best, selection
-from parcelray.models.token_reduction.context import ReductionContext
+from parcelray.models.token_reduction.base import Reduction, ReductionContext, prompt_of, selection, top_positions
 from parcelray.models.token_reduction.in_decoder import InDecoderReducer, Stage, mean_tokens
-from parcelray.models.token_reduction.saliency import prompt_of
 
 _STAGES_AND_ONE = 4
 _BISECTIONS = 60
@@ -17,14 +15,15 @@ _BISECTIONS = 60
 
 @dataclass(frozen=True)
 class PyramidDrop(InDecoderReducer):
-    """Stages after every quarter of the layers, ranked by the prompt's last token with the projections of the layer that follows.
+    """Drops tokens after each quarter of the layers, ranked by the attention of the prompt's last token.
 
-    Published with half of the tokens left each time; here the share is what makes the mean over the layers the budget.
+    The attention is computed with the projections of the layer after the stage. The published method keeps half of the
+    tokens at each stage; here, the share is chosen so that the mean over the layers is the budget.
 
     Args:
         positions: see `TokenReducer`.
-        first_layer: of the first of three stages at even distances, for budgets below a quarter of the tokens; None:
-            after the first quarter.
+        first_layer: layer of the first of the three stages, which have equal distances; a low value allows budgets
+            below a quarter of the tokens. None: after the first quarter of the layers.
     """
 
     positions: Positions = "contiguous"
@@ -32,7 +31,7 @@ class PyramidDrop(InDecoderReducer):
     name = "pyramid_drop"
 
     def stages(self, num_layers: int, num_tokens: int, budget: int) -> tuple[Stage, ...]:
-        """See `InDecoderReducer`; of a decoder with fewer than four layers, stages at the same layer are one."""
+        """See `InDecoderReducer`; in a decoder with fewer than four layers, stages at the same layer are merged."""
         first = num_layers / _STAGES_AND_ONE if self.first_layer is None else self.first_layer
         step = (num_layers - first) / (_STAGES_AND_ONE - 1)
         layers = sorted(
@@ -47,7 +46,7 @@ class PyramidDrop(InDecoderReducer):
 
         if not layers or mean_tokens(at(0.0), num_layers, num_tokens) > budget:
             full = layers[0] if layers else num_layers
-            raise self.refused(budget, -(-(full * num_tokens + num_layers - full) // num_layers), num_tokens)
+            raise self.budget_error(budget, -(-(full * num_tokens + num_layers - full) // num_layers), num_tokens)
         low, high = 0.0, 1.0
         for _ in range(_BISECTIONS):
             middle = (low + high) / 2
@@ -57,4 +56,4 @@ class PyramidDrop(InDecoderReducer):
     def reduce(self, tokens_BND: Tensor, num_visual_tokens: int, context: ReductionContext) -> Reduction:
         """See `TokenReducer`."""
         scores_BN = prompt_of(context, self.name).attention(-1).mean(dim=1)[:, -1]
-        return selection(tokens_BND, best(scores_BN, num_visual_tokens))
+        return selection(tokens_BND, top_positions(scores_BN, num_visual_tokens))

@@ -1,7 +1,7 @@
-"""Selection by saliency: the tokens that some map ranks highest, in an image or its windows, with or without merging the rest.
+"""Selection by saliency: keeps the tokens with the highest scores of an image, or of each of its windows.
 
-The maps that arXiv 2504.17892 compares with clustering are not spelled out where they could be read; these are the ones
-that published methods use, each said so. `class_attention` is HiRED's selection for one image as well (arXiv
+arXiv 2504.17892 compares clustering with saliency maps, but does not define them in the text that is accessible. The
+definitions here are those of published methods. For one image, `class_attention` is also HiRED's selection (arXiv
 2408.10945).
 """
 
@@ -15,14 +15,15 @@ from parcelray.errors import UserError
 from parcelray.models.token_reduction.base import (
     Reads,
     Reduction,
+    ReductionContext,
     TokenReducer,
-    best,
-    best_by_window,
     encoder_of,
     grid_side,
+    prompt_of,
     selection,
+    top_positions,
+    top_positions_by_window,
 )
-from parcelray.models.token_reduction.context import PromptView, ReductionContext
 from parcelray.models.token_reduction.merging import merged_into, nearest_of
 
 Definition = Literal["class_attention", "last_text", "mean_text", "max_text", "norm"]
@@ -30,17 +31,16 @@ Definition = Literal["class_attention", "last_text", "mean_text", "max_text", "n
 
 @dataclass(frozen=True)
 class Saliency(TokenReducer):
-    """The K most salient tokens in the order of the grid.
+    """Keeps the K most salient tokens, in the order of the grid.
 
     Args:
-        definition: `class_attention`: what the vision tower's class token looks at, summed over heads (without such a
-            token: what patches look at on average); `last_text`: what the prompt's last token looks at in a layer of
-            the decoder, mean over heads; `mean_text` and `max_text`: the mean or the maximum over all text tokens
-            instead; `norm`: the token's own length.
-        layer: of the decoder, counted from 0.
-        window: side in patches of the windows of the grid that each give their most salient tokens, as many as any
-            other or one fewer; None: the whole image competes.
-        merge_rest: whether the others are averaged into the kept token with the largest cosine, or dropped.
+        definition: score of a token. `class_attention`: attention of the vision tower's class token, summed over heads
+            (without a class token: mean attention of all patches). `last_text`: attention of the prompt's last token in
+            a decoder layer, averaged over heads. `mean_text` and `max_text`: mean or maximum over all text tokens
+            instead. `norm`: length of the token.
+        layer: layer of the decoder, counted from 0.
+        window: side in patches of windows that each give the same number of tokens, up to one; None: no windows.
+        merge_rest: whether the other tokens are averaged into the kept token with the largest cosine, or dropped.
     """
 
     definition: Definition = "class_attention"
@@ -51,7 +51,7 @@ class Saliency(TokenReducer):
 
     @property
     def reads(self) -> Reads:
-        """Depends on the definition."""
+        """Depends on `definition`."""
         if self.definition == "norm":
             return "tokens"
         return "encoder" if self.definition == "class_attention" else "prompt"
@@ -60,17 +60,17 @@ class Saliency(TokenReducer):
         """See `TokenReducer`."""
         scores_BN = self.scores(tokens_BND, context)
         if self.window is None:
-            kept_BK = best(scores_BN, num_visual_tokens)
+            kept_BK = top_positions(scores_BN, num_visual_tokens)
         else:
-            # A prompt may have several images; what looks at no prompt sees one at a time.
+            # A prompt may have several images; without a prompt, each row is one image.
             side = grid_side(tokens_BND.shape[1]) if context.prompt is None else context.prompt.grid_side
-            kept_BK = best_by_window(scores_BN, num_visual_tokens, side, self.window)
+            kept_BK = top_positions_by_window(scores_BN, num_visual_tokens, side, self.window)
         if self.merge_rest:
             return merged_into(tokens_BND, kept_BK, nearest_of(tokens_BND, kept_BK))
         return selection(tokens_BND, kept_BK)
 
     def scores(self, tokens_BND: Tensor, context: ReductionContext) -> Tensor:
-        """How salient each token is: [B, N], higher is more."""
+        """Returns the saliency of each token, [B, N]; higher is more salient."""
         if self.definition == "norm":
             norms_BN: Tensor = torch.linalg.vector_norm(tokens_BND.float(), dim=2)
             return norms_BN
@@ -79,7 +79,7 @@ class Saliency(TokenReducer):
         prompt = prompt_of(context, self.name)
         if self.layer >= prompt.num_layers:
             raise UserError(
-                f"saliency.layer {self.layer} is not in this decoder of {prompt.num_layers} layers; choose 0 to"
+                f"saliency.layer {self.layer} is not a layer of this decoder of {prompt.num_layers} layers; choose 0 to"
                 f" {prompt.num_layers - 1}."
             )
         attention_BTN = prompt.attention(self.layer).mean(dim=1)
@@ -90,14 +90,3 @@ class Saliency(TokenReducer):
             return attention_BTN.masked_fill(~valid_BT1, 0).amax(dim=1)
         means_BN: Tensor = (attention_BTN * valid_BT1).sum(dim=1) / valid_BT1.sum(dim=1)
         return means_BN
-
-
-def prompt_of(context: ReductionContext, name: str) -> PromptView:
-    """Prompt and decoder.
-
-    Raises:
-        ValueError: the context has none.
-    """
-    if context.prompt is None:
-        raise ValueError(f"{name} reads the prompt; give it a context with one")
-    return context.prompt

@@ -1,4 +1,4 @@
-"""SparseVLM (ICML 2025, arXiv 2410.04417): three stages, ranked by the words that matter for the image, with recycling of what is pruned."""
+"""SparseVLM (ICML 2025, arXiv 2410.04417): three stages ranked by relevant words, with recycling of pruned tokens."""
 
 import math
 from dataclasses import dataclass
@@ -7,51 +7,60 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from parcelray.models.token_reduction.base import Reduction, best, others, taken
-from parcelray.models.token_reduction.context import PromptView, ReductionContext
+from parcelray.models.token_reduction.base import (
+    PromptView,
+    Reduction,
+    ReductionContext,
+    gather_tokens,
+    other_positions,
+    prompt_of,
+    top_positions,
+)
 from parcelray.models.token_reduction.in_decoder import InDecoderReducer, Stage, mean_tokens
 from parcelray.models.token_reduction.kmeans import cluster_sums
-from parcelray.models.token_reduction.saliency import prompt_of
 
 _LAYERS, _OF_LAYERS, _OF_TOKENS = (2, 6, 15), 32, 576
 _SCHEDULES: dict[int, tuple[int, int, int]] = {192: (300, 200, 110), 128: (303, 110, 36), 64: (66, 30, 17)}
-"""Tokens kept at each stage, by budget, as published for 32 layers and 576 tokens; what is recycled comes on top, which makes the layers' mean the budget."""
+"""Tokens kept at each stage by budget, as published for 32 layers and 576 tokens.
+
+Recycled tokens are added to these numbers; with them, the mean over the layers is the budget.
+"""
 _RECYCLED_SHARE, _TOKENS_A_CLUSTER, _NEIGHBOURS = 0.3, 10, 5
 
 
 @dataclass(frozen=True)
 class SparseVLM(InDecoderReducer):
-    """Stages at 2, 6 and 15 of 32 layers, ranked by the attention of the raters, mean over heads.
+    """Drops tokens at layers 2, 6 and 15 of 32, ranked by the attention of the raters, averaged over heads.
 
-    Raters are the words that see the image: with the softmax over words of the inner product of visual and text
-    embeddings, those whose mean over the visual tokens is above the mean of all words. Of the tokens that a stage
-    drops, the best 30 % are recycled: density peaks (Rodriguez and Laio, Science 2014; k nearest neighbours) cluster
-    them, ten a cluster, and the clusters' means follow the kept tokens.
+    Raters are the words that matter for the image. For each visual token, a softmax over the words is taken of the
+    inner products with the text embeddings. Words whose mean over the visual tokens is above the mean of all words are
+    raters. The best 30 % of the tokens that a stage drops are recycled: density peaks (Rodriguez and Laio, Science
+    2014; k nearest neighbours) cluster them, ten tokens per cluster. The means of the clusters follow the kept tokens.
     """
 
     name = "sparsevlm"
 
     def stages(self, num_layers: int, num_tokens: int, budget: int) -> tuple[Stage, ...]:
-        """See `InDecoderReducer`: the published schedule of the nearest budget, at the same depths, scaled to the mean that is asked for."""
+        """See `InDecoderReducer`: scales the published schedule of the nearest budget, at the same relative depths."""
         share = budget / num_tokens
         pattern = _SCHEDULES[min(_SCHEDULES, key=lambda known: abs(known / _OF_TOKENS - share))]
         wanted: dict[int, float] = {}
         for layer, left in zip(_LAYERS, pattern, strict=True):
-            # Stages that a shallow decoder cannot tell apart are one, the last of them.
+            # In a shallow decoder, stages can fall on the same layer; the last of them counts.
             wanted[min(num_layers - 1, max(1, round(layer * num_layers / _OF_LAYERS)))] = left / _OF_TOKENS
 
         def at(scale: float) -> tuple[Stage, ...]:
-            found, before = [], num_tokens
+            stages, before = [], num_tokens
             for layer, left in wanted.items():
                 kept = max(1, int(num_tokens * left * scale))
                 if kept < before:
                     before = kept + min(_recycling(before - kept).num_clusters, kept - 1)
-                    found.append(Stage(layer, before, layer))
-            return tuple(found)
+                    stages.append(Stage(layer, before, layer))
+            return tuple(stages)
 
         smallest = mean_tokens(at(0.0), num_layers, num_tokens)
         if smallest > budget:
-            raise self.refused(budget, math.ceil(smallest), num_tokens)
+            raise self.budget_error(budget, math.ceil(smallest), num_tokens)
         low, high = 0.0, 1 / min(wanted.values())
         for _ in range(60):
             middle = (low + high) / 2
@@ -68,42 +77,42 @@ class SparseVLM(InDecoderReducer):
 
 
 def raters(prompt: PromptView) -> Tensor:
-    """The words that rate: bool [B, T], at least one a prompt."""
+    """Returns the words that rate the visual tokens, bool [B, T]; at least one per prompt."""
     products_BVT = prompt.visual_BVL.float() @ prompt.embeddings_BTL.float().transpose(1, 2)
     shares_BT = products_BVT.masked_fill(~prompt.valid_BT[:, None], -torch.inf).softmax(dim=2).mean(dim=1)
     mean_B1 = shares_BT.sum(dim=1, keepdim=True) / prompt.valid_BT.sum(dim=1, keepdim=True)
-    # Where all words are equal, rounding can lift their mean above each of them.
+    # If all words are equal, rounding can put their mean above each of them.
     return (shares_BT >= torch.minimum(mean_B1, shares_BT.amax(dim=1, keepdim=True))) & prompt.valid_BT
 
 
 def recycled(tokens_BND: Tensor, scores_BN: Tensor, count: int) -> Reduction:
-    """The best tokens in order, then means of clusters of the best that are dropped; `count` in all."""
+    """Returns the best tokens in order, then means of clusters of the best dropped tokens; `count` tokens in total."""
     batch, num_tokens, _ = tokens_BND.shape
-    # Each cluster takes the place of a kept token, so that one more is dropped: the fewest that so many dropped tokens
-    # make. Most tokens are kept ones, however few there are.
+    # Each cluster replaces a kept token, so that one more token is dropped. Chosen is the smallest number of clusters
+    # that is consistent with the number of dropped tokens. At any count, more than half of the tokens are kept ones.
     most = (count - 1) // 2
     num_clusters = next(
         (number for number in range(most) if _recycling(num_tokens - count + number).num_clusters <= number), most
     )
     num_recycled = _recycling(num_tokens - count + num_clusters).num_tokens
-    kept_BK = best(scores_BN, count - num_clusters)
-    rest_BR = others(kept_BK, num_tokens)
+    kept_BK = top_positions(scores_BN, count - num_clusters)
+    rest_BR = other_positions(kept_BK, num_tokens)
     order_BR = scores_BN.gather(1, rest_BR).argsort(dim=1, descending=True, stable=True)
     recycled_BM = rest_BR.gather(1, order_BR[:, :num_recycled])
     numbers_BK = torch.arange(kept_BK.shape[1], device=kept_BK.device).expand_as(kept_BK)
     assignment_BN = torch.full((batch, num_tokens), -1, dtype=torch.int64, device=kept_BK.device).scatter_(
         1, kept_BK, numbers_BK
     )
-    tokens, places, sizes = [taken(tokens_BND, kept_BK)], [kept_BK], [torch.ones_like(kept_BK)]
+    tokens, positions, sizes = [gather_tokens(tokens_BND, kept_BK)], [kept_BK], [torch.ones_like(kept_BK)]
     if num_clusters > 0:
-        members_BMD = taken(tokens_BND, recycled_BM).float()
+        members_BMD = gather_tokens(tokens_BND, recycled_BM).float()
         centres_BC, cluster_BM = density_peaks(members_BMD, num_clusters)
         sizes_BC = torch.zeros_like(centres_BC).scatter_add_(1, cluster_BM, torch.ones_like(cluster_BM))
         tokens.append((cluster_sums(members_BMD, cluster_BM, num_clusters) / sizes_BC[:, :, None]).to(tokens_BND.dtype))
-        places.append(recycled_BM.gather(1, centres_BC))
+        positions.append(recycled_BM.gather(1, centres_BC))
         sizes.append(sizes_BC)
         assignment_BN.scatter_(1, recycled_BM, cluster_BM + kept_BK.shape[1])
-    return Reduction(torch.cat(tokens, dim=1), torch.cat(places, dim=1), torch.cat(sizes, dim=1), assignment_BN)
+    return Reduction(torch.cat(tokens, dim=1), torch.cat(positions, dim=1), torch.cat(sizes, dim=1), assignment_BN)
 
 
 class _Recycling(NamedTuple):
@@ -112,20 +121,20 @@ class _Recycling(NamedTuple):
 
 
 def _recycling(num_dropped: int) -> _Recycling:
-    """How many of the dropped tokens are recycled, and into how many."""
+    """Returns how many of the dropped tokens are recycled, and into how many clusters."""
     num_tokens = int(_RECYCLED_SHARE * num_dropped)
     return _Recycling(num_tokens, min(num_tokens, num_tokens // _TOKENS_A_CLUSTER + 1))
 
 
 def density_peaks(tokens_BMD: Tensor, num_clusters: int) -> tuple[Tensor, Tensor]:
-    """Centres int64 [B, C] and the cluster of each token [B, M]: the nearest centre."""
+    """Returns the cluster centres, int64 [B, C], and the cluster of each token [B, M]: the nearest centre."""
     num_tokens, width = tokens_BMD.shape[1:]
     distances_BMM = torch.cdist(tokens_BMD, tokens_BMD) / width**0.5
     near_BMk = distances_BMM.topk(min(_NEIGHBOURS, num_tokens), dim=2, largest=False).values
     density_BM = (-near_BMk.square().mean(dim=2)).exp()
     denser_BMM = density_BM[:, None, :] > density_BM[:, :, None]
     gap_BM = distances_BMM.masked_fill(~denser_BMM, torch.inf).amin(dim=2)
-    # The densest one has no denser neighbour: it is as far from one as any token is.
+    # The densest token has no denser neighbour; its gap is the largest distance of the image.
     gap_BM = torch.where(gap_BM.isinf(), distances_BMM.amax(dim=(1, 2))[:, None], gap_BM)
     centres_BC = (density_BM * gap_BM).sort(dim=1, descending=True, stable=True).indices[:, :num_clusters]
     cluster_BM = distances_BMM.gather(2, centres_BC[:, None].expand(-1, num_tokens, -1)).argmin(dim=2)

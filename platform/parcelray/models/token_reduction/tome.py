@@ -1,4 +1,4 @@
-"""ToMe (ICLR 2023, arXiv 2210.09461): tokens merged inside the vision tower, between attention and MLP of each layer."""
+"""ToMe (ICLR 2023, arXiv 2210.09461): merges tokens in each layer of the vision tower, between attention and MLP."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -9,32 +9,31 @@ from torch import Tensor
 
 from parcelray.errors import UnsupportedBudgetError
 from parcelray.models.backbones.base import Depths
-from parcelray.models.token_reduction.base import Reads, Reduction, TokenReducer, encoder_of
-from parcelray.models.token_reduction.context import ReductionContext
+from parcelray.models.token_reduction.base import Reads, Reduction, ReductionContext, TokenReducer, encoder_of
 from parcelray.models.token_reduction.encoder_view import EncoderView
 from parcelray.models.token_reduction.kmeans import cluster_sums
-from parcelray.models.token_reduction.merging import in_order
+from parcelray.models.token_reduction.merging import sorted_by_position
 
 
 @dataclass(frozen=True)
 class ToMe(TokenReducer):
-    """Runs the vision tower a second time, merging about as many tokens in each layer until the budget is left.
+    """Runs the vision tower a second time and merges about the same number of tokens in each layer, down to the budget.
 
-    In a layer the tokens are split into every other one; each of the first half has an edge to the token of the second
-    half whose keys, as a mean over the heads, are most similar, and the strongest edges merge, as means weighed by the
-    tokens that are in them already. Larger tokens get log(size) more in the attention of later layers. The class token
-    is left alone.
+    In a layer, every other token is in the first half, the others are in the second half. Each token of the first half
+    has an edge to the token of the second half with the most similar key (mean over heads). The strongest edges are
+    merged to means, weighted by the number of patches in each token. In later layers, log(size) is added to the
+    attention logits of merged tokens. The class token is never merged.
     """
 
     name = "tome"
 
     @property
     def reads(self) -> Reads:
-        """The vision tower, which it runs again."""
+        """The vision tower, which is run again."""
         return "encoder"
 
     def budgets_of(self, num_tokens: int, depths: Depths) -> tuple[int, ...]:
-        """See `TokenReducer`: a layer merges half of the tokens away at most."""
+        """See `TokenReducer`: a layer merges at most half of its tokens."""
         return tuple(
             budget
             for budget in range(1, num_tokens + 1)
@@ -45,7 +44,7 @@ class ToMe(TokenReducer):
         """See `TokenReducer`.
 
         Raises:
-            UnsupportedBudgetError: the tower has too few layers to halve the tokens as often as the budget asks for.
+            UnsupportedBudgetError: the tower has too few layers to halve the tokens down to the budget.
         """
         view = encoder_of(context, self.name)
         tower = _Tower(view)
@@ -57,17 +56,20 @@ class ToMe(TokenReducer):
         sizes_BK = torch.zeros_like(owner_BN[:, :num_visual_tokens]).scatter_add_(
             1, owner_BN, torch.ones_like(owner_BN)
         )
-        places_BN = torch.arange(owner_BN.shape[1], device=owner_BN.device).expand_as(owner_BN)
-        # A token lies where its first member does.
-        firsts_BK = torch.full_like(sizes_BK, owner_BN.shape[1]).scatter_reduce_(1, owner_BN, places_BN, "amin")
-        return in_order(Reduction(view.project(features_BKD), firsts_BK, sizes_BK, owner_BN))
+        positions_BN = torch.arange(owner_BN.shape[1], device=owner_BN.device).expand_as(owner_BN)
+        # A merged token has the position of its first member.
+        firsts_BK = torch.full_like(sizes_BK, owner_BN.shape[1]).scatter_reduce_(1, owner_BN, positions_BN, "amin")
+        return sorted_by_position(Reduction(view.project(features_BKD), firsts_BK, sizes_BK, owner_BN))
 
 
 def merge_counts(num_tokens: int, budget: int, num_layers: int) -> list[int] | None:
-    """Tokens that each layer merges away, as even as halving at most allows; None: the layers are too few."""
+    """Returns the number of tokens that each layer merges, as even as possible with at most half per layer.
+
+    Returns None if there are too few layers.
+    """
     counts = []
     for left in range(num_layers, 0, -1):
-        # After this layer at most budget * 2 ** (left - 1) may be left, or the layers after it could not get down to
+        # After this layer, at most budget * 2 ** (left - 1) tokens may remain; otherwise the later layers cannot reach
         # the budget.
         count = max(-(-(num_tokens - budget) // left), num_tokens - budget * 2 ** (left - 1))
         if count > num_tokens // 2:
@@ -78,6 +80,8 @@ def merge_counts(num_tokens: int, budget: int, num_layers: int) -> list[int] | N
 
 
 class _Tower:
+    """The vision tower with merging between attention and MLP of its layers."""
+
     def __init__(self, view: EncoderView) -> None:
         self._model = view.model
         self._tower = view.model.vision_tower
@@ -86,7 +90,7 @@ class _Tower:
         self._first = int(view.model.has_class_token)
 
     def run(self, counts: list[int]) -> tuple[Tensor, Tensor]:
-        """Patch features [B, K, D], and for each patch the token that it ended in [B, N]."""
+        """Returns the patch features [B, K, D] and the output token of each patch [B, N]."""
         hidden = self._tower.embeddings(self._pixels)
         if hasattr(self._tower, "pre_layrnorm"):
             hidden = self._tower.pre_layrnorm(hidden)
@@ -97,7 +101,7 @@ class _Tower:
         for layer, count in zip(self._tower.encoder.layers[: self.num_layers], counts, strict=True):
             normed = layer.layer_norm1(hidden)
             bias = F.pad(sizes.log(), (first, 0))[:, None, None, :].expand(-1, -1, normed.shape[1], -1).to(hidden.dtype)
-            # Without merged tokens the bias is nothing, and the stock path is the faster one.
+            # Without merged tokens the bias is zero, and the stock path is faster.
             attended, _ = layer.self_attn(normed, attention_mask=bias if sizes.shape[1] < length - first else None)
             hidden = hidden + attended
             if count:
@@ -111,36 +115,36 @@ class _Tower:
         return self._features(hidden), owner
 
     def _features(self, hidden: Tensor) -> Tensor:
-        """As the tower ends: with its last norm where the patch features pass it."""
+        """Returns the patch features, after the tower's last norm if they pass it."""
         outputs: Any = self._tower.post_layernorm(hidden) if self._model.features_are_normed else hidden
         features: Tensor = outputs[:, self._first :]
         return features
 
 
 def merge(tokens_BND: Tensor, keys_BNC: Tensor, sizes_BN: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Bipartite soft matching: merges `count` tokens away.
+    """Merges `count` tokens away by bipartite soft matching.
 
     Args:
         tokens_BND: tokens in order.
-        keys_BNC: what similarity goes by.
-        sizes_BN: patches in each token.
-        count: at most half of N.
+        keys_BNC: keys that define the similarity.
+        sizes_BN: number of patches in each token.
+        count: number of tokens to merge away, at most N / 2.
 
     Returns:
-        Tokens [B, N - count, D] in order, their sizes, and for each token before the one after [B, N].
+        Tokens [B, N - count, D] in order, their sizes, and the output token of each input token [B, N].
     """
     batch, num_tokens, _ = tokens_BND.shape
     directions = F.normalize(keys_BNC.float(), dim=2)
     similarity_BAO = directions[:, ::2] @ directions[:, 1::2].transpose(1, 2)
     strength_BA, target_BA = similarity_BAO.max(dim=2)
     merging_BC = strength_BA.sort(dim=1, descending=True, stable=True).indices[:, :count]
-    # Tokens of the first half have even places, those of the second half odd ones.
+    # Tokens of the first half have even positions, those of the second half odd ones.
     new_BN = torch.arange(num_tokens, device=tokens_BND.device).repeat(batch, 1)
     new_BN.scatter_(1, 2 * merging_BC, 2 * target_BA.gather(1, merging_BC) + 1)
     alive_BN = torch.ones(batch, num_tokens, dtype=torch.int64, device=tokens_BND.device).scatter_(1, 2 * merging_BC, 0)
     number_BN = alive_BN.cumsum(dim=1) - 1
     owner_BN = number_BN.gather(1, new_BN)
-    # Sizes are float32: half precision is added up in that, double precision stays what it is.
+    # The sizes are float32, so half-precision tokens are summed in float32; double precision is kept.
     weighted = tokens_BND * sizes_BN[:, :, None]
     sums = cluster_sums(weighted, owner_BN, num_tokens - count)
     sizes = cluster_sums(sizes_BN[:, :, None], owner_BN, num_tokens - count)

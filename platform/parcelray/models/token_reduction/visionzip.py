@@ -1,4 +1,4 @@
-"""VisionZip (CVPR 2025, arXiv 2412.04467): the patches that the class token looks at, the class token, and merged rest."""
+"""VisionZip (CVPR 2025, arXiv 2412.04467): the most attended patches, the class token, and the merged rest."""
 
 from dataclasses import dataclass
 
@@ -10,33 +10,33 @@ from parcelray.models.token_reduction.base import (
     DROPPED,
     Reads,
     Reduction,
+    ReductionContext,
     TokenReducer,
-    best,
     encoder_of,
-    others,
-    taken,
+    gather_tokens,
+    other_positions,
+    top_positions,
 )
-from parcelray.models.token_reduction.context import ReductionContext
 from parcelray.models.token_reduction.kmeans import cluster_sums
 
 _CONTEXTUAL_SHARE = 10 / 64
-"""Merged tokens of a budget, as 10 of 64, 20 of 128 and 30 of 192."""
+"""Share of merged (contextual) tokens in a budget: 10 of 64, 20 of 128, 30 of 192."""
 
 
 @dataclass(frozen=True)
 class VisionZip(TokenReducer):
-    """Dominant tokens by attention, contextual ones from the rest; all before the projector.
+    """Selects dominant tokens by attention and merges contextual tokens from the rest, before the projector.
 
-    Of a budget K, 10/64 are contextual: every so-manieth of the remaining patches is a target, the others join the
-    target with the most similar key, and a contextual token is the target plus the mean of those that joined it. The
-    class token, where the tower has one, is the first of the dominant tokens.
+    Of a budget K, 10/64 are contextual. Their targets are evenly spaced among the remaining patches. Each other
+    remaining patch joins the target with the most similar key. A contextual token is the target plus the mean of the
+    patches that joined it. The class token, if the tower has one, is the first dominant token.
     """
 
     name = "visionzip"
 
     @property
     def reads(self) -> Reads:
-        """The vision tower's attention and keys."""
+        """Attention and keys of the vision tower."""
         return "encoder"
 
     def reduce(self, tokens_BND: Tensor, num_visual_tokens: int, context: ReductionContext) -> Reduction:
@@ -46,9 +46,9 @@ class VisionZip(TokenReducer):
         batch, num_tokens, _ = features_BND.shape
         num_contextual = round(_CONTEXTUAL_SHARE * num_visual_tokens)
         num_patches = num_visual_tokens - num_contextual - int(class_BD is not None)
-        kept_BM = best(view.attention_IHN.sum(dim=1), num_patches)
-        rest_BR = others(kept_BM, num_tokens)
-        # Evenly spread over what is left, the first so many.
+        kept_BM = top_positions(view.attention_IHN.sum(dim=1), num_patches)
+        rest_BR = other_positions(kept_BM, num_tokens)
+        # Evenly spaced over the remaining patches, from the first one on.
         targets_C = torch.arange(num_contextual, device=rest_BR.device) * max(
             1, rest_BR.shape[1] // max(1, num_contextual)
         )
@@ -62,29 +62,32 @@ class VisionZip(TokenReducer):
         counts_BC1 = cluster_sums((~dropped_BN1).float(), joined_BN.clamp(min=0), max(1, num_contextual))[
             :, :num_contextual
         ]
-        targets_BCD = taken(features_BND, targets_BC).float()
+        targets_BCD = gather_tokens(features_BND, targets_BC).float()
         contextual_BCD = targets_BCD + sums_BCD / counts_BC1.clamp(min=1)
-        parts = [taken(features_BND, kept_BM), contextual_BCD.to(features_BND.dtype)]
-        places, sizes = [kept_BM, targets_BC], [torch.ones_like(kept_BM), 1 + counts_BC1.squeeze(2).long()]
+        parts = [gather_tokens(features_BND, kept_BM), contextual_BCD.to(features_BND.dtype)]
+        positions, sizes = [kept_BM, targets_BC], [torch.ones_like(kept_BM), 1 + counts_BC1.squeeze(2).long()]
         first = 0
         if class_BD is not None:
             first = 1
             parts.insert(0, class_BD[:, None])
-            places.insert(0, kept_BM.new_zeros(batch, 1))
+            positions.insert(0, kept_BM.new_zeros(batch, 1))
             sizes.insert(0, kept_BM.new_ones(batch, 1))
         assignment_BN = torch.where(joined_BN < 0, DROPPED, joined_BN + first + num_patches)
         assignment_BN.scatter_(1, kept_BM, first + torch.arange(num_patches, device=kept_BM.device).expand_as(kept_BM))
         numbers_BC = first + num_patches + torch.arange(num_contextual, device=kept_BM.device).expand_as(targets_BC)
         assignment_BN.scatter_(1, targets_BC, numbers_BC)
         return Reduction(
-            view.project(torch.cat(parts, dim=1)), torch.cat(places, dim=1), torch.cat(sizes, dim=1), assignment_BN
+            view.project(torch.cat(parts, dim=1)), torch.cat(positions, dim=1), torch.cat(sizes, dim=1), assignment_BN
         )
 
 
 def _joined(metric_BND: Tensor, targets_BC: Tensor, kept_BM: Tensor) -> Tensor:
-    """Which target each patch joins, int64 [B, N]; -1: a dominant one or a target itself, and all where there is no target."""
+    """Returns the target that each patch joins, int64 [B, N]; -1 for dominant patches and targets.
+
+    Without any target, all are -1.
+    """
     none_BN = torch.full(metric_BND.shape[:2], DROPPED, dtype=torch.int64, device=metric_BND.device)
     if targets_BC.shape[1] == 0:
         return none_BN
-    joined_BN = (metric_BND @ taken(metric_BND, targets_BC).transpose(1, 2)).argmax(dim=2)
+    joined_BN = (metric_BND @ gather_tokens(metric_BND, targets_BC).transpose(1, 2)).argmax(dim=2)
     return joined_BN.scatter(1, kept_BM, DROPPED).scatter(1, targets_BC, DROPPED)

@@ -1,4 +1,4 @@
-"""VisPruner (ICCV 2025, arXiv 2412.01818): the most attended patches, and of the rest those that are least alike."""
+"""VisPruner (ICCV 2025, arXiv 2412.01818): the most attended patches, and the least similar ones of the rest."""
 
 from dataclasses import dataclass
 
@@ -9,27 +9,27 @@ from torch import Tensor
 from parcelray.models.token_reduction.base import (
     Reads,
     Reduction,
+    ReductionContext,
     TokenReducer,
-    best,
     encoder_of,
-    others,
+    gather_tokens,
+    other_positions,
     selection,
-    taken,
+    top_positions,
 )
-from parcelray.models.token_reduction.context import ReductionContext
 
 _REMOVED_A_STEP = 8
 
 
 @dataclass(frozen=True)
 class VisPruner(TokenReducer):
-    """Important patches by the class token's attention; from the rest the most duplicated ones are removed, eight a step.
+    """Keeps the patches with the most class attention, and prunes the rest by removing duplicates, eight per step.
 
-    Duplicates are found as in ToMe: the rest is split into every other patch, and a patch of the one half is as
-    duplicated as its largest cosine with the other half.
+    Duplicates are found as in ToMe: every other patch of the rest is in the first half, the others are in the second
+    half. The patches of the first half with the largest cosine to any patch of the second half are removed.
 
     Args:
-        important: share of the budget that attention chooses.
+        important: share of the budget that is selected by attention.
     """
 
     important: float = 0.5
@@ -37,23 +37,25 @@ class VisPruner(TokenReducer):
 
     @property
     def reads(self) -> Reads:
-        """The vision tower's attention and features."""
+        """Attention and features of the vision tower."""
         return "encoder"
 
     def reduce(self, tokens_BND: Tensor, num_visual_tokens: int, context: ReductionContext) -> Reduction:
         """See `TokenReducer`."""
         view = encoder_of(context, self.name)
         num_important = int(self.important * num_visual_tokens)
-        important_BI = best(view.attention_IHN.mean(dim=1), num_important)
+        important_BI = top_positions(view.attention_IHN.mean(dim=1), num_important)
         if num_important == num_visual_tokens:
             return selection(tokens_BND, important_BI)
-        rest_BR = others(important_BI, tokens_BND.shape[1])
+        rest_BR = other_positions(important_BI, tokens_BND.shape[1])
         directions_BND = F.normalize(view.patch_features_IND.float(), dim=2)
         wanted = num_visual_tokens - num_important
         while rest_BR.shape[1] > wanted:
             first_BA, second_BO = rest_BR[:, ::2], rest_BR[:, 1::2]
-            alike_BA = (taken(directions_BND, first_BA) @ taken(directions_BND, second_BO).transpose(1, 2)).amax(dim=2)
-            # At most a whole half a step: the half that is compared with stays.
+            alike_BA = (
+                gather_tokens(directions_BND, first_BA) @ gather_tokens(directions_BND, second_BO).transpose(1, 2)
+            ).amax(dim=2)
+            # At most the whole first half per step; the second half is kept.
             removed = min(_REMOVED_A_STEP, rest_BR.shape[1] - wanted, first_BA.shape[1])
             left_BA = alike_BA.argsort(dim=1, stable=True)[:, : first_BA.shape[1] - removed]
             rest_BR = torch.cat([first_BA.gather(1, left_BA), second_BO], dim=1).sort(dim=1).values

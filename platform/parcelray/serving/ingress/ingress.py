@@ -172,8 +172,7 @@ def _sample_store(job: ServeJob, metrics: EndpointMetrics) -> "RequestSamples | 
 
 
 def _load_prompts_and_costs(settings: ReplicaSettings) -> tuple[PromptBuilder, dict[int, CostBreakdown]]:
-    from parcelray.models.processor import load_processor
-    from parcelray.models.vlm import config_of
+    from parcelray.models.vlm import config_of, load_processor
 
     config = config_of(settings.path)
     connector = settings.model.connector or config.connector_config
