@@ -18,6 +18,7 @@ import yaml
 import parcelray
 from parcelray.cluster import jobs, preflight
 from parcelray.config import loader
+from parcelray.config.identity import identity
 from parcelray.config.train import TrainJob
 from parcelray.errors import UserError
 from parcelray.models.vlm import load_vlm
@@ -243,7 +244,7 @@ def test_a_training_runs_as_a_job(cluster: Cluster, tmp_path: Path) -> None:
     path.write_text(yaml.safe_dump(job), encoding="utf-8")
     for arguments in (["init", "-q"], ["add", "."]):
         subprocess.run(["git", "-C", str(root), *arguments], check=True, capture_output=True)
-    name = loader.identity(loader.load_job(path))
+    name = identity(loader.load_job(path))
 
     assert jobs.submit(path, identity=name, address=cluster.address).created
     pieces: list[str] = []

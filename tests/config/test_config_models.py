@@ -8,10 +8,9 @@ import pytest
 from pydantic import TypeAdapter, ValidationError
 
 from parcelray.config.base import StrictModel
-from parcelray.config.budget import BudgetConfig, BudgetRange
 from parcelray.config.connector import ParcelConnectorConfig, RouteConfig
 from parcelray.config.model import MiniModelConfig
-from parcelray.config.train import ScalingConfig, TrainJob
+from parcelray.config.train import BudgetConfig, BudgetRange, ScalingConfig, TrainJob
 
 BUDGETS: TypeAdapter[BudgetConfig] = TypeAdapter(BudgetConfig)
 

@@ -8,15 +8,8 @@ import yaml
 from pydantic import ValidationError
 
 from parcelray.config.evaluate import EvaluateJob
-from parcelray.config.loader import (
-    ConfigError,
-    apply_override,
-    config_hash,
-    differing_keys,
-    identity,
-    load_job,
-    load_job_of,
-)
+from parcelray.config.identity import config_hash, differing_keys, identity
+from parcelray.config.loader import ConfigError, apply_override, load_job, load_job_of
 from parcelray.config.train import TrainJob
 
 JOB = {"kind": "train", "name": "x", "data": {"type": "mini"}, "training": {"steps": 5}}

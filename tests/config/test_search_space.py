@@ -8,8 +8,9 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from parcelray.config.loader import ConfigError, check_search_space, load_search_space
+from parcelray.config.loader import ConfigError
 from parcelray.config.search_space import IntegerDomain, RealDomain, SearchSpace
+from parcelray.config.space_checks import check_search_space, load_search_space
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from openai import OpenAI
 
-from parcelray.config.budget_policy import InputPolicyConfig, ServedBudgets
+from parcelray.config.serve import InputPolicyConfig, ServedBudgets
 from parcelray.datasets.sample import Sample
 from parcelray.errors import UserError
 from parcelray.evaluation.adaptive.budget_predictor import BudgetPredictor, fit_predictor

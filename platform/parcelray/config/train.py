@@ -1,15 +1,135 @@
 """One training run as data: `jobs/train/*.yaml`."""
 
-from typing import Literal
+import math
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from parcelray.config.base import StrictModel
-from parcelray.config.budget import BudgetConfig, UniformBudgets
 from parcelray.config.connector import ConnectorConfig
 from parcelray.config.data import DataConfig
 from parcelray.config.model import CheckpointModelConfig, ModelConfig
-from parcelray.config.optimizer import AdamWConfig, OptimizerConfig, ScheduleConfig
+
+
+class BudgetRange(StrictModel):
+    """Budgets start, start + step, ... up to stop (included)."""
+
+    start: int = Field(ge=1)
+    """Smallest budget, visual tokens per image."""
+    stop: int = Field(ge=1)
+    """Largest budget."""
+    step: int = Field(default=2, ge=1)
+    """Distance between budgets (the paper: even budgets, so 2)."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "BudgetRange":
+        if self.stop < self.start:
+            raise ValueError(f"stop {self.stop} is below start {self.start}; write the smaller one first")
+        return self
+
+    def values(self) -> tuple[int, ...]:
+        """The budgets, ascending."""
+        return tuple(range(self.start, self.stop + 1, self.step))
+
+
+class _Budgets(StrictModel):
+    budgets: BudgetRange | tuple[int, ...] = BudgetRange(start=16, stop=256)
+    """The budgets to draw from: a range, or a list."""
+    anchor_grids: tuple[int, ...] | None = None
+    """A supernet over splits: the side of the anchor grid is drawn, too, among those of these that fit the budget (0: no anchors). null: the
+    connector's routing decides."""
+
+    @model_validator(mode="after")
+    def _not_empty(self) -> "_Budgets":
+        if not self.values():
+            raise ValueError("budgets is empty; list at least one visual-token budget")
+        if self.anchor_grids is not None and not any(
+            side >= 0 and side * side <= min(self.values()) for side in self.anchor_grids
+        ):
+            raise ValueError(
+                f"none of the anchor_grids {list(self.anchor_grids)} fits the smallest budget, {min(self.values())};"
+                " add one with at most as many cells"
+            )
+        return self
+
+    def values(self) -> tuple[int, ...]:
+        """The budgets, ascending."""
+        return self.budgets.values() if isinstance(self.budgets, BudgetRange) else tuple(sorted(self.budgets))
+
+
+class UniformBudgets(_Budgets):
+    """One budget per step, each as likely (arXiv 2605.30126, Appendix E)."""
+
+    type: Literal["uniform"] = "uniform"
+
+
+class WeightedBudgets(_Budgets):
+    """One budget per step, drawn with the given weights."""
+
+    type: Literal["weighted"] = "weighted"
+    weights: tuple[float, ...] = Field(min_length=1)
+    """One positive weight per budget, ascending budgets."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "WeightedBudgets":
+        if len(self.weights) != len(self.values()) or not all(0 < weight < math.inf for weight in self.weights):
+            raise ValueError(
+                f"weights has {len(self.weights)} entries for {len(self.values())} budgets; give one positive weight"
+                " per budget"
+            )
+        return self
+
+
+class SandwichBudgets(_Budgets):
+    """Three budgets per step on the same batch: the smallest, the largest and a random one between."""
+
+    type: Literal["sandwich"] = "sandwich"
+
+
+BudgetConfig = Annotated[UniformBudgets | WeightedBudgets | SandwichBudgets, Field(discriminator="type")]
+
+
+class _Optimizer(StrictModel):
+    learning_rate: float = Field(default=1e-3, gt=0, le=1)
+    """Peak learning rate of the shared (pretrained) weights."""
+    connector_multiplier: float = Field(default=1.0, gt=0)
+    """Factor on the learning rate of the new connector parameters."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Weight decay of matrices; vectors (norms, biases) have none."""
+
+
+class AdamWConfig(_Optimizer):
+    """AdamW."""
+
+    type: Literal["adamw"] = "adamw"
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    """Decay of the first moment."""
+    beta2: float = Field(default=0.95, ge=0, lt=1)
+    """Decay of the second moment."""
+    epsilon: float = Field(default=1e-8, gt=0)
+    """Added to the denominator."""
+
+
+class SgdConfig(_Optimizer):
+    """Stochastic gradient descent."""
+
+    type: Literal["sgd"] = "sgd"
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+    """Momentum."""
+
+
+OptimizerConfig = Annotated[AdamWConfig | SgdConfig, Field(discriminator="type")]
+
+
+class ScheduleConfig(StrictModel):
+    """Learning rate over the steps: linear warm-up, then a decay to `final_fraction` of the peak."""
+
+    type: Literal["cosine", "linear", "constant"] = "cosine"
+    """Shape of the decay after the warm-up."""
+    warmup_steps: int = Field(default=20, ge=0)
+    """Steps of linear warm-up."""
+    final_fraction: float = Field(default=0.05, ge=0, le=1)
+    """Learning rate at the last step as a fraction of the peak."""
 
 
 class TrainingConfig(StrictModel):

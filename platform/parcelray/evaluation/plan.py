@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from parcelray.config.connector import ConnectorConfig, ParcelConnectorConfig, RouteConfig
 from parcelray.config.evaluate import EvaluateJob
-from parcelray.config.loader import identity
+from parcelray.config.identity import identity
 from parcelray.evaluation.predict.predictor import BLIND
 from parcelray.evaluation.setup import budgets_for, pinned_job, prepare
 from parcelray.evaluation.tables import budget_name

@@ -12,7 +12,7 @@ from rich.console import Console
 from parcelray.benchmarks.readers.base import Problem
 from parcelray.cluster.session import ray_session
 from parcelray.config.evaluate import EvaluateJob
-from parcelray.config.loader import config_hash
+from parcelray.config.identity import config_hash
 from parcelray.errors import UserError
 from parcelray.evaluation.passes.records import check_pin, read_asked
 from parcelray.evaluation.passes.shards import BenchmarkPass, EvaluatedModel, PassSettings

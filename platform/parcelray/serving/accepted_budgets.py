@@ -2,8 +2,7 @@
 
 import re
 
-from parcelray.config.budget_policy import FixedPolicyConfig, InputPolicyConfig, LoadPolicyConfig, ServedBudgets
-from parcelray.config.serve import ServeJob
+from parcelray.config.serve import FixedPolicyConfig, InputPolicyConfig, LoadPolicyConfig, ServedBudgets, ServeJob
 from parcelray.errors import UserError
 from parcelray.models.checkpoint import ResolvedCheckpoint
 from parcelray.tracking.store import ensure_store

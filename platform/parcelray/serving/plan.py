@@ -4,7 +4,8 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from parcelray.config.loader import apply_override, identity, load_job_of, validate
+from parcelray.config.identity import identity
+from parcelray.config.loader import apply_override, load_job_of, validate
 from parcelray.config.serve import ServeJob
 from parcelray.models.vlm import config_of, connector_of
 from parcelray.profiling.backbone_shapes import from_transformers_config

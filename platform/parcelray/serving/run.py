@@ -23,9 +23,8 @@ from rich.console import Console
 
 from parcelray import __version__
 from parcelray.cluster.session import ADDRESS_VARIABLE, import_path, num_nodes, ray_session, temporary_folder
-from parcelray.config.budget_policy import InputPolicyConfig
 from parcelray.config.model import CheckpointModelConfig
-from parcelray.config.serve import HttpConfig, ServedModelConfig, ServeJob
+from parcelray.config.serve import HttpConfig, InputPolicyConfig, ServedModelConfig, ServeJob
 from parcelray.errors import SystemFailure, UserError
 from parcelray.models.checkpoint import ResolvedCheckpoint
 from parcelray.models.vlm import connector_of

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from parcelray.config.budget import BudgetConfig, SandwichBudgets, WeightedBudgets
+from parcelray.config.train import BudgetConfig, SandwichBudgets, WeightedBudgets
 from parcelray.models.connectors import Connector
 
 

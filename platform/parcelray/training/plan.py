@@ -3,9 +3,8 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from parcelray.config.loader import identity
-from parcelray.config.optimizer import AdamWConfig
-from parcelray.config.train import TrainJob
+from parcelray.config.identity import identity
+from parcelray.config.train import AdamWConfig, TrainJob
 from parcelray.errors import UserError
 from parcelray.profiling.backbone_shapes import from_transformers_config
 from parcelray.profiling.flops import cost

@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 
 from parcelray.cluster.session import num_nodes, ray_session
-from parcelray.config.loader import config_hash
+from parcelray.config.identity import config_hash
 from parcelray.config.model import CheckpointModelConfig
 from parcelray.config.train import TrainJob
 from parcelray.models.checkpoint import ResolvedCheckpoint, write_manifest

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from time import monotonic
 
-from parcelray.config.budget_policy import (
+from parcelray.config.serve import (
     FixedPolicyConfig,
     InputPolicyConfig,
     LoadPolicyConfig,

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from parcelray.config.budget_policy import LoadPolicyConfig
+from parcelray.config.serve import LoadPolicyConfig
 
 _MOST_PATIENT = 16
 """The pause before a step up grows to so many times its configured length at most."""

@@ -1,8 +1,7 @@
 """What a replica of a model is made from."""
 
 from parcelray.config.base import StrictModel
-from parcelray.config.budget_policy import InputPolicyConfig
-from parcelray.config.serve import EngineConfig
+from parcelray.config.serve import EngineConfig, InputPolicyConfig
 
 
 class ReplicaSettings(StrictModel):
