@@ -34,8 +34,8 @@ class Problem(NamedTuple):
 def problems(model: type[BaseModel], error: ValidationError) -> list[Problem]:
     """Lists the mistakes behind a validation error.
 
-    Pydantic reports every variant of a union that it tried, and a list counts as empty once its items are rejected. Only
-    the errors at the deepest keys are therefore kept.
+    Pydantic reports every variant of a union that it tried, and a list counts as empty once its items are rejected.
+    Only the errors at the deepest keys are therefore kept.
 
     Args:
         model: the model that was validated.
