@@ -247,7 +247,7 @@ def test_what_cannot_be_promoted_is_refused_in_one_sentence(made: Place) -> None
             {"gates": {"golden": [{"benchmark": "mini", "sample": "x", "budgets": [16]}]}},
             r"golden answers name the benchmarks \['mini'\]",
         ),
-        ({"tracking": {"uri": None}}, "the registry is in the tracking store"),
+        ({"tracking": {"uri": None}}, "the model registry is in the tracking store"),
         ({"gates": {"latency": {"at_most_ms": {}}}}, "at least 1 item"),
     ],
 )

@@ -178,11 +178,11 @@ def test_a_predictor_that_cannot_serve_is_refused_in_words(
         load_predictor(InputPolicyConfig(predictor=str(tmp_path / "none")), BUDGETS)
     with pytest.raises(UserError, match="serve the checkpoint that it was fitted on"):
         BudgetChooser(replace(predictor, signals=predictor.signals[1:]), model, processor)
-    with pytest.raises(ValueError, match="belongs to one checkpoint, and canary names a second"):
+    with pytest.raises(ValueError, match="belongs to one checkpoint, but canary adds a second one"):
         job_of(budgets={"policy": {"type": "input", "predictor": "p"}}, canary={"model": {}})
     with pytest.raises(UserError, match="holds no budget predictor"):
         pin(job_of(budgets={"offered": BUDGETS, "policy": {"type": "input", "predictor": str(tmp_path / "none")}}))
-    with pytest.raises(ValueError, match="floor of the policy is 32, which is not offered"):
+    with pytest.raises(ValueError, match="floor of the policy is 32, which is not in offered"):
         ServedBudgets(offered=BUDGETS, policy=InputPolicyConfig(predictor="p", floor=32))
 
 

@@ -32,7 +32,7 @@ def test_a_reference_stands_for_an_endpoint_at_its_own_budgets() -> None:
 
 
 def test_another_address_needs_keys(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="keys_file is unset"):
+    with pytest.raises(UserError, match="keys_file is not set"):
         serve_job("mini_base", [], host="0.0.0.0")
     with pytest.raises(UserError, match="cannot be read"):
         pin(serve_job("mini_base", [f"http.keys_file={tmp_path / 'none'}"], host="0.0.0.0"))

@@ -95,7 +95,8 @@ def _problem(model: type[BaseModel], detail: Any) -> Problem:
     unknown = [location.pop()] if kind in ("extra_forbidden", "invalid_key") else []
     written, models = _located(model, location)
     message = detail["msg"].removeprefix("Value error, ")
-    key, legal = "", ()
+    key = ""
+    legal: tuple[str, ...] = ()
     context = detail.get("ctx", {})
     if kind == "extra_forbidden":
         legal = tuple(sorted({name for candidate in models for name in candidate.model_fields}))
