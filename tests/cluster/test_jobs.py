@@ -1,4 +1,4 @@
-"""Jobs against a real `ray start --head` with token authentication on the loopback address; one cluster for the module."""
+"""Ray Jobs on a real `ray start --head` with token authentication on loopback; one cluster for the module."""
 
 import os
 import secrets

@@ -180,7 +180,7 @@ def test_a_source_travels_as_its_settings(folder: Path) -> None:
 def test_a_picture_that_is_not_there_is_named(tmp_path: Path) -> None:
     _write_corpus(tmp_path)
     (tmp_path / "nlvr" / "dev" / "images" / "1" / "dev-1-0-3.png").unlink()
-    with pytest.raises(UserError, match=r"dev-1-0-3\.png is not there; .* fetch its images"):
+    with pytest.raises(UserError, match=r"dev-1-0-3\.png does not exist, .*; download its images"):
         NlvrSource(tmp_path, "dev", "all").get("boxes", 0)
 
 
@@ -194,7 +194,7 @@ def test_parquet_of_another_kind_is_refused(tmp_path: Path) -> None:
 
 
 def test_an_absent_corpus_is_one_sentence(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"holds no NLVR corpus .* --set data.path=FOLDER"):
+    with pytest.raises(UserError, match=r"contains no NLVR corpus .* --set data.path=FOLDER"):
         NlvrSource(tmp_path, "dev", "train")
 
 

@@ -44,5 +44,5 @@ def test_nlvr_trains_and_reports_every_question_beside_majority_and_blind(
 
 def test_without_the_corpus_the_refusal_says_what_to_set(tmp_path: Path) -> None:
     job = tiny_job(tmp_path, data={"type": "nlvr", "path": str(tmp_path / "nowhere")})
-    with pytest.raises(UserError, match=r"holds no NLVR corpus .*--set data\.path=FOLDER"):
+    with pytest.raises(UserError, match=r"contains no NLVR corpus .*--set data\.path=FOLDER"):
         run_training(job, Console(file=StringIO()))
