@@ -56,3 +56,9 @@ def test_long_keys_get_no_suggestion() -> None:
         Body.model_validate({"parts": [], "parts" * 100: 1})
     (problem,) = problems(Body, caught.value)
     assert "did you mean" not in sentence(problem)
+
+
+def test_the_number_of_explained_errors_is_limited() -> None:
+    with pytest.raises(ValidationError) as caught:
+        Body.model_validate({"parts": []} | {f"key{index}": 1 for index in range(200_000)})
+    assert 0 < len(problems(Body, caught.value)) <= 100

@@ -11,6 +11,8 @@ _DISCRIMINATORS = ("type", "kind", "role")
 """Names of the fields that select one variant of a union."""
 _MAX_SUGGESTED = 80
 """Longest key or value for which a similar legal one is suggested, characters; the comparison takes quadratic time."""
+_MAX_PROBLEMS = 100
+"""Largest number of errors that are explained, so that a hostile input with millions of errors costs little time."""
 _NEEDS_MAPPING = ("model_type", "model_attributes_type", "dict_type")
 
 
@@ -41,13 +43,9 @@ def problems(model: type[BaseModel], error: ValidationError) -> list[Problem]:
         model: the model that was validated.
         error: the error that pydantic raised.
     """
-    found = [_problem(model, detail) for detail in error.errors(include_url=False)]
-    paths = [problem.path for problem in found]
-    return [
-        problem
-        for problem in found
-        if not any(other.startswith(f"{problem.path}.") or (other and not problem.path) for other in paths)
-    ]
+    found = [_problem(model, detail) for detail in error.errors(include_url=False)[:_MAX_PROBLEMS]]
+    parents = {keys[:length] for keys, _ in found for length in range(len(keys))}
+    return [problem for keys, problem in found if keys not in parents]
 
 
 def sentence(problem: Problem, show: Callable[[Any], str] = repr) -> str:
@@ -67,18 +65,18 @@ def sentence(problem: Problem, show: Callable[[Any], str] = repr) -> str:
         case "union_tag_not_found":
             return f"{selector} is missing; add it: one of {legal}"
         case "union_tag_invalid" | "literal_error":
-            return (
-                f"{selector} is {show(problem.value)}; legal: {legal}{did_you_mean(str(problem.value), problem.legal)}"
-            )
+            return f"{selector} is {show(problem.value)}; legal: {legal}{did_you_mean(problem.value, problem.legal)}"
     if not path:
         return problem.message
     value = show(problem.value)
     return f"{path} is {value}: {problem.message}" if value else f"{path}: {problem.message}"
 
 
-def did_you_mean(word: str, legal: Iterable[str]) -> str:
+def did_you_mean(word: Any, legal: Iterable[str]) -> str:
     """Suggests the legal word that is closest to a misspelt one, as ` (did you mean X?)`, or gives an empty text."""
-    close = difflib.get_close_matches(word, list(legal), n=1, cutoff=0.6) if len(word) <= _MAX_SUGGESTED else []
+    if not isinstance(word, str) or len(word) > _MAX_SUGGESTED:
+        return ""
+    close = difflib.get_close_matches(word, list(legal), n=1, cutoff=0.6)
     return f" (did you mean {close[0]}?)" if close else ""
 
 
@@ -89,7 +87,8 @@ def _unknown_key(problem: Problem) -> str:
     )
 
 
-def _problem(model: type[BaseModel], detail: Any) -> Problem:
+def _problem(model: type[BaseModel], detail: Any) -> tuple[tuple[Any, ...], Problem]:
+    """Gives the keys that the user wrote, and the mistake at these keys."""
     kind, location, value = detail["type"], list(detail["loc"]), detail["input"]
     # No field has the name of a rejected key, and a variant of a union may have it.
     unknown = [location.pop()] if kind in ("extra_forbidden", "invalid_key") else []
@@ -111,7 +110,8 @@ def _problem(model: type[BaseModel], detail: Any) -> Problem:
         message = "must be a mapping of keys to values"
     elif written and not kind.startswith("value_error"):
         message = message[0].lower() + message[1:]
-    return Problem(".".join(str(part) for part in written + unknown), kind, value, message, key, legal)
+    keys = (*written, *unknown)
+    return keys, Problem(".".join(str(part) for part in keys), kind, value, message, key, legal)
 
 
 def _listed(expected: str) -> tuple[str, ...]:

@@ -68,9 +68,7 @@ def load_job(path: str | Path, overrides: Sequence[str] = ()) -> Job:
     for override in overrides:
         apply_override(data, override)
     if not isinstance(kind, str) or kind not in JOB_MODELS:
-        raise ConfigError(
-            f"{path}: kind is {kind!r}; legal: {', '.join(JOB_MODELS)}{did_you_mean(str(kind), JOB_MODELS)}."
-        )
+        raise ConfigError(f"{path}: kind is {kind!r}; legal: {', '.join(JOB_MODELS)}{did_you_mean(kind, JOB_MODELS)}.")
     return validate(JOB_MODELS[kind], data, str(path))
 
 
