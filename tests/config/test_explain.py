@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 import pytest
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from parcelray.config import explain
 from parcelray.config.explain import problems, sentence
 
 
@@ -62,3 +63,12 @@ def test_the_number_of_explained_errors_is_limited() -> None:
     with pytest.raises(ValidationError) as caught:
         Body.model_validate({"parts": []} | {f"key{index}": 1 for index in range(200_000)})
     assert 0 < len(problems(Body, caught.value)) <= 100
+
+
+def test_a_renamed_key_is_explained_with_its_new_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(explain, "RENAMED_KEYS", {"scale": "size"})
+    with pytest.raises(ValidationError) as caught:
+        Body.model_validate({"parts": [], "scale": "small"})
+    assert [sentence(problem) for problem in problems(Body, caught.value)] == [
+        "scale is now called size; rename the key"
+    ]

@@ -7,3 +7,7 @@ class StrictModel(BaseModel):
     """A frozen pydantic model that rejects unknown keys and documents each field by the docstring under it."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True)
+
+
+RENAMED_KEYS = {"rivals": "baselines", "rows_per_bundle": "rows_per_shard"}
+"""New names of renamed job-file keys, by old name; an old key is refused with an error that gives the new one."""

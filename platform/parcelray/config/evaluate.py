@@ -54,11 +54,11 @@ class PassConfig(StrictModel):
     batch_size: int = Field(default=64, ge=1)
     """Images per batch of the vision tower and of the language model."""
     rows_per_bundle: int = Field(default=128, ge=1)
-    """Rows that are read, answered and stored together: what a crash can cost an actor."""
+    """Rows that are read, evaluated and stored together: the most that an actor loses in a crash."""
     feature_cache_gb: float = Field(default=1.0, ge=0)
     """Size of each actor's cache of patch features, GiB; a search reuses it between its trials."""
     stall_s: float = Field(default=600.0, gt=0)
-    """Longest time without a finished bundle, seconds, before the pass gives up and names what hangs."""
+    """Longest time without a finished shard, seconds, before the pass fails and names the stage that hangs."""
 
 
 class EvaluateJob(StrictModel):

@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_ori
 
 from pydantic import BaseModel, ValidationError
 
+from parcelray.config.base import RENAMED_KEYS
+
 _DISCRIMINATORS = ("type", "kind", "role")
 """Names of the fields that select one variant of a union."""
 _MAX_SUGGESTED = 80
@@ -82,6 +84,9 @@ def did_you_mean(word: Any, legal: Iterable[str]) -> str:
 
 def _unknown_key(problem: Problem) -> str:
     key = problem.path.rpartition(".")[2]
+    new = RENAMED_KEYS.get(key)
+    if new in problem.legal:
+        return f"{problem.path} is now called {new}; rename the key"
     return (
         f"{problem.path} is not a known key; legal here: {', '.join(problem.legal)}{did_you_mean(key, problem.legal)}"
     )

@@ -14,8 +14,19 @@ StoredJob = TrainJob | EvaluateJob | TuneJob | PromoteJob
 """Jobs that leave files in a run folder."""
 Job = StoredJob | ServeJob
 
-# Storage, tracking, compute resources and what runs after the job itself do not change the result.
-_NOT_IDENTITY = ("storage", "tracking", "scaling", "compute", "max_concurrent", "stall_s", "rivals", "confirm")
+# Storage, tracking, compute resources and what runs after the job itself do not change the result. Jobs that were
+# stored before the key was renamed have `rivals` instead of `baselines`.
+_NOT_IDENTITY = (
+    "storage",
+    "tracking",
+    "scaling",
+    "compute",
+    "max_concurrent",
+    "stall_s",
+    "baselines",
+    "rivals",
+    "confirm",
+)
 
 
 def identity(job: Job) -> str:

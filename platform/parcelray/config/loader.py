@@ -112,10 +112,10 @@ def _located(file: str, path: Path) -> Path:
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """Reads a YAML file that holds a mapping.
+    """Reads a YAML file that contains a mapping.
 
     Raises:
-        ConfigError: the file cannot be read, is not YAML or holds something other than a mapping.
+        ConfigError: the file cannot be read, is not YAML or does not contain a mapping.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
@@ -131,7 +131,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: is not YAML ({str(error).splitlines()[0]}); fix the syntax.") from None
     if not isinstance(data, dict):
-        raise ConfigError(f"{path}: holds {type(data).__name__}, not a mapping; start it with 'kind: train'.")
+        raise ConfigError(f"{path}: contains a {type(data).__name__}, not a mapping; start it with 'kind: train'.")
     return data
 
 
@@ -153,7 +153,8 @@ def set_key(data: dict[str, Any], keys: str, value: Any, source: str) -> None:
     """Sets the value at a key path such as `a.b`, or `a.0.b` for index 0 of a list, in place.
 
     Raises:
-        ConfigError: a key on the path holds no mapping, or a list without that index; the message starts with `source`.
+        ConfigError: a key on the path has no mapping as value, or its list has no such index; the message starts with
+            `source`.
     """
     *parents, last = keys.split(".")
     target: Any = data

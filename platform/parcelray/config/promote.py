@@ -23,7 +23,7 @@ class RetentionGate(StrictModel):
 class RegressionGate(StrictModel):
     """Largest loss against the champion, by a paired test on the same samples.
 
-    A budget passes if the lower end of the 95 % confidence interval of the paired difference lies above minus the
+    A budget passes if the lower end of the 95 % confidence interval of the paired difference is above minus the
     margin. More samples make the interval narrower.
     """
 

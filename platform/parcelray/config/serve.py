@@ -177,7 +177,7 @@ class RequestLimits(StrictModel):
     body_timeout_s: float = Field(default=10.0, gt=0)
     """Time limit for receiving a request body, seconds."""
     bodies_mb: float = Field(default=256.0, gt=0)
-    """Largest total size of the request bodies that one process holds at the same time, MiB."""
+    """Largest total size of the request bodies in the memory of one process, MiB."""
     images: int = Field(default=8, ge=0)
     """Largest number of images per request."""
     image_mb: float = Field(default=10.0, gt=0)

@@ -132,14 +132,14 @@ def form(draw: Draw) -> Question:
 
 
 def form_picture(draw: Draw) -> tuple[TextPicture, dict[str, str]]:
-    """Draws a form of two or three lines, and gives its values by key from top to bottom."""
+    """Draws a form of two or three lines; returns its picture and its values by key, from top to bottom."""
     keys = draw.rng.sample(FORM_KEYS, draw.rng.randint(2, 3))
     fields = {key: str(random_number(draw, draw.rng.randint(1, 2))) for key in keys}
     return stack_lines(draw, [f"{key} {value}" for key, value in fields.items()]), fields
 
 
 def stack_lines(draw: Draw, texts: list[str]) -> TextPicture:
-    """Up to three small lines of text, left-aligned, at a random place on the 4-pixel grid."""
+    """Draws up to three small, left-aligned lines of text at a random position on the 4-pixel grid."""
     pitch = 16
     width = max(text_width(text, 1) for text in texts)
     height = pitch * (len(texts) - 1) + GLYPH_HEIGHT
