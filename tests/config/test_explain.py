@@ -41,7 +41,10 @@ class Body(Closed):
         ),
         ({"parts": [{"text": "a"}]}, "parts.0.type is missing; add it: one of picture, text"),
         ({"parts": [{"type": "txt"}]}, "parts.0.type is 'txt'; legal: text, picture (did you mean text?)"),
-        ({"parts": [], "weights": {"a.b": "x"}}, "weights.a.b is 'x': input should be a valid number"),
+        (
+            {"parts": [], "weights": {"a.b": "x"}},
+            "weights.a.b is 'x': input should be a valid number, unable to parse string as a number",
+        ),
         ({"parts": [], "size": "big"}, "size is 'big'; legal: small, large"),
         ({"parts": [3]}, "parts.0 is 3: must be a mapping of keys to values"),
     ],
