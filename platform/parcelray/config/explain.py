@@ -58,7 +58,7 @@ def sentence(problem: Problem, show: Callable[[Any], str] = repr) -> str:
         show: writes the rejected value; an empty text leaves it out.
     """
     path, legal = problem.path, ", ".join(problem.legal)
-    selector = f"{path}.{problem.key}" if problem.key else path
+    selector = ".".join(part for part in (path, problem.key) if part)
     match problem.kind:
         case "extra_forbidden":
             return _unknown_key(problem)
