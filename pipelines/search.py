@@ -18,7 +18,8 @@ from rich.console import Console
 
 from parcelray.cli.scripts import overrides_of, run_script
 from parcelray.cluster.session import ray_session
-from parcelray.config.loader import config_hash, load_job_of
+from parcelray.config.identity import config_hash
+from parcelray.config.loader import load_job_of
 from parcelray.config.train import TrainJob
 from parcelray.config.tune import TuneJob
 from parcelray.tracking.mlflow_tracker import tracked_run

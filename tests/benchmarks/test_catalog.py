@@ -161,12 +161,12 @@ metric: exact_match
         ),
         (
             "columns: {types: {picture: image, a: string}, answers: {column: a}}",
-            "in exactly one way: images, join or video",
+            "set exactly one of images, join and video",
         ),
-        ("columns: {types: {picture: image, a: string}, images: [picture]}", "nothing says what is right"),
-        ("metric: null", "give the metric, or say in unscorable why there is none"),
-        ("decoding: beam", "a beam search has at least two"),
-        ("source: {type: mini}", "columns belong to a source of type table"),
+        ("columns: {types: {picture: image, a: string}, images: [picture]}", "no target is set"),
+        ("metric: null", "set either metric, or unscorable with the reason why there is no metric"),
+        ("decoding: beam", "legal: beam with at least 2 beams"),
+        ("source: {type: mini}", "columns are required for a source of type table"),
     ],
 )
 def test_what_is_wrong_with_a_file_is_said(tmp_path: Path, change: str, message: str) -> None:

@@ -1,4 +1,4 @@
-"""ray_cluster.yaml against Ray's own validator, and the promises of its comments."""
+"""ray_cluster.yaml passes Ray's validator and has the properties that its comments state."""
 
 from importlib import metadata
 from pathlib import Path
@@ -19,12 +19,12 @@ def cluster() -> dict[str, Any]:
     return loaded
 
 
-def test_rays_own_schema_accepts_it(cluster: dict[str, Any]) -> None:
+def test_rays_schema_accepts_the_file(cluster: dict[str, Any]) -> None:
     validate_config(cluster)
     validate_config(prepare_config(cluster))
 
 
-def test_rays_own_schema_refuses_a_misspelled_key(cluster: dict[str, Any]) -> None:
+def test_rays_schema_rejects_a_misspelled_key(cluster: dict[str, Any]) -> None:
     with pytest.raises(jsonschema.ValidationError, match="max_worker"):
         validate_config(cluster | {"max_worker": 3})
 
@@ -34,7 +34,7 @@ def test_the_head_runs_no_work(cluster: dict[str, Any]) -> None:
     assert "--num-cpus=0" in cluster["head_start_ray_commands"][-1]
 
 
-def test_there_are_cpu_and_gpu_workers_with_bounds(cluster: dict[str, Any]) -> None:
+def test_cpu_and_gpu_workers_have_bounds(cluster: dict[str, Any]) -> None:
     cpu, gpu = cluster["available_node_types"]["cpu_worker"], cluster["available_node_types"]["gpu_worker"]
     assert "GPU" not in cpu["resources"]
     assert gpu["resources"]["GPU"] >= 1
@@ -42,7 +42,7 @@ def test_there_are_cpu_and_gpu_workers_with_bounds(cluster: dict[str, Any]) -> N
     assert cpu["max_workers"] + gpu["max_workers"] <= cluster["max_workers"]
 
 
-def test_every_node_demands_the_token_and_the_dashboard_stays_on_loopback(cluster: dict[str, Any]) -> None:
+def test_every_node_requires_the_token_and_the_dashboard_listens_on_loopback(cluster: dict[str, Any]) -> None:
     head, worker = cluster["head_start_ray_commands"][-1], cluster["worker_start_ray_commands"][-1]
     assert head.startswith("RAY_AUTH_MODE=token ")
     assert worker.startswith("RAY_AUTH_MODE=token ")
@@ -52,7 +52,7 @@ def test_every_node_demands_the_token_and_the_dashboard_stays_on_loopback(cluste
     assert "RAY_AUTH_TOKEN=" not in PATH.read_text()
 
 
-def test_the_images_run_the_ray_and_python_of_the_lock(cluster: dict[str, Any]) -> None:
+def test_the_images_contain_the_locked_versions_of_ray_and_python(cluster: dict[str, Any]) -> None:
     images = [
         cluster["docker"]["head_image"],
         cluster["docker"]["worker_image"],

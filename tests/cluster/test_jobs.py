@@ -1,4 +1,4 @@
-"""Jobs against a real `ray start --head` with token authentication on the loopback address; one cluster for the module."""
+"""Ray Jobs on a real `ray start --head` with token authentication on loopback; one cluster for the module."""
 
 import os
 import secrets
@@ -18,6 +18,7 @@ import yaml
 import parcelray
 from parcelray.cluster import jobs, preflight
 from parcelray.config import loader
+from parcelray.config.identity import identity
 from parcelray.config.train import TrainJob
 from parcelray.errors import UserError
 from parcelray.models.vlm import load_vlm
@@ -29,7 +30,7 @@ from ..training.conftest import TINY
 # Ray 2.60's client opens its log stream in a way that aiohttp 3.14 calls deprecated.
 pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("ignore:ssl=None is deprecated:DeprecationWarning")]
 
-# Stands in for the real command: the job file says what to do. `work` joins the cluster as every real job does.
+# Replaces the real command: the job file selects the behaviour. `work` joins the cluster as every real job does.
 STAND_IN = """
 import sys, time
 from pathlib import Path
@@ -56,7 +57,7 @@ with ray_session() as session:
 """
 
 
-# A driver that someone starts by hand on a machine that reaches the cluster.
+# A driver that is started manually on a machine with access to the cluster.
 DRIVER = """
 import ray
 from parcelray.cluster.session import ray_session
@@ -73,7 +74,7 @@ with ray_session() as session:
 
 class Cluster(NamedTuple):
     address: str
-    """Of the dashboard."""
+    """URL of the dashboard."""
     gcs: str
     token: str
 
@@ -145,7 +146,7 @@ def cluster() -> Iterator[Cluster]:
                 pytest.fail(f"The cluster did not start. {error} {log.read_text()[-2000:]}")
             yield Cluster(url, f"127.0.0.1:{gcs}", token)
         finally:
-            # Told to stop, it would wait half a minute for the actors that Ray Data leaves behind.
+            # A regular stop would wait half a minute for the actors that Ray Data leaves behind.
             end_session(head.pid)
             head.wait(timeout=LIMIT_S)
 
@@ -182,9 +183,9 @@ def environment(cluster: Cluster, monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("RAY_AUTH_TOKEN", cluster.token)
-    # The dashboard of a busy machine answers late.
+    # The dashboard of a busy machine responds slowly.
     monkeypatch.setattr(preflight, "TIMEOUT_S", LIMIT_S)
-    # Ray's own client would prefer this to the address that it is given.
+    # In Ray's own client, this variable would override the given address.
     monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:9")
 
 
@@ -194,7 +195,7 @@ def wait_for_status(submission_id: str, status: str, address: str) -> None:
     )
 
 
-def test_a_job_runs_with_the_projects_package_and_is_sent_only_once(cluster: Cluster, project: Path) -> None:
+def test_a_job_runs_with_the_package_of_the_project_and_is_submitted_only_once(cluster: Cluster, project: Path) -> None:
     identity = "train-work-0000000a"
     send = partial(
         jobs.submit,
@@ -224,7 +225,7 @@ def test_a_job_runs_with_the_projects_package_and_is_sent_only_once(cluster: Clu
 
     second = send()
     assert (second.created, second.submission_id, second.status) == (False, identity, "SUCCEEDED")
-    assert "already on the cluster and SUCCEEDED" in second.message
+    assert "already exists with status SUCCEEDED" in second.message
 
 
 @pytest.mark.nightly
@@ -243,7 +244,7 @@ def test_a_training_runs_as_a_job(cluster: Cluster, tmp_path: Path) -> None:
     path.write_text(yaml.safe_dump(job), encoding="utf-8")
     for arguments in (["init", "-q"], ["add", "."]):
         subprocess.run(["git", "-C", str(root), *arguments], check=True, capture_output=True)
-    name = loader.identity(loader.load_job(path))
+    name = identity(loader.load_job(path))
 
     assert jobs.submit(path, identity=name, address=cluster.address).created
     pieces: list[str] = []
@@ -256,7 +257,7 @@ def test_a_training_runs_as_a_job(cluster: Cluster, tmp_path: Path) -> None:
     assert not jobs.submit(path, identity=name, address=cluster.address).created
 
 
-def test_a_running_job_is_listed_never_doubled_and_can_be_stopped(cluster: Cluster, project: Path) -> None:
+def test_a_running_job_is_listed_is_not_duplicated_and_can_be_stopped(cluster: Cluster, project: Path) -> None:
     identity, job_file = "tune-sleep-0000000b", project / "jobs" / "sleep.yaml"
     jobs.submit(job_file, identity=identity, address=cluster.address)
     wait_for_status(identity, "RUNNING", cluster.address)
@@ -278,22 +279,22 @@ def test_a_failed_job_exits_with_1_and_its_next_attempt_gets_a_number(cluster: C
     assert (state.status, state.exit_code) == ("FAILED", 1)
     assert "this job fails" in "".join(pieces)
 
-    retry = jobs.submit(job_file, identity=identity, address=cluster.address, entrypoint="echo mended")
+    retry = jobs.submit(job_file, identity=identity, address=cluster.address, entrypoint="echo fixed")
     assert (retry.created, retry.submission_id) == (True, f"{identity}-r2")
     assert jobs.wait(retry.submission_id, address=cluster.address, write=pieces.append).exit_code == 0
     assert not jobs.submit(job_file, identity=identity, address=cluster.address).created
 
 
-def test_without_a_token_it_is_one_sentence(cluster: Cluster, project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_or_wrong_token_is_reported(cluster: Cluster, project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_AUTH_TOKEN")
-    with pytest.raises(UserError, match=r"wants a token \(401\) and none was found; set RAY_AUTH_TOKEN"):
+    with pytest.raises(UserError, match=r"requires a token \(401\) and none was found; set RAY_AUTH_TOKEN"):
         jobs.submit(project / "jobs" / "work.yaml", identity="train-work-0000000d", address=cluster.address)
     monkeypatch.setenv("RAY_AUTH_TOKEN", "wrong")
     with pytest.raises(UserError, match=r"does not accept this token \(403\)"):
         jobs.list_jobs(address=cluster.address)
 
 
-def test_another_version_of_ray_is_refused_for_sending_but_not_for_listing(
+def test_another_version_of_ray_prevents_submitting_but_not_listing(
     cluster: Cluster, project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     here = preflight.local_ray_version()
@@ -303,15 +304,15 @@ def test_another_version_of_ray_is_refused_for_sending_but_not_for_listing(
     jobs.list_jobs(address=cluster.address)
 
 
-def test_an_unknown_job_is_one_sentence(cluster: Cluster) -> None:
-    for ask in (jobs.status, jobs.stop):
+def test_an_unknown_job_is_reported(cluster: Cluster) -> None:
+    for query in (jobs.status, jobs.stop):
         with pytest.raises(UserError, match="There is no job train-none-0000000e"):
-            ask("train-none-0000000e", address=cluster.address)
+            query("train-none-0000000e", address=cluster.address)
     with pytest.raises(UserError, match="There is no job"):
         list(jobs.logs("train-none-0000000e", address=cluster.address, follow=True))
 
 
-def test_settings_that_everyone_could_read_hold_no_secrets(cluster: Cluster, project: Path) -> None:
+def test_secrets_in_readable_settings_are_rejected(cluster: Cluster, project: Path) -> None:
     send = partial(jobs.submit, project / "jobs" / "work.yaml", identity="train-work-0000000f", address=cluster.address)
     with pytest.raises(UserError, match="HF_TOKEN looks like a secret"):
         send(env_vars={"HF_TOKEN": "x"})
@@ -319,19 +320,19 @@ def test_settings_that_everyone_could_read_hold_no_secrets(cluster: Cluster, pro
         send(overrides=["hub.login=" + "hf_" + "a1B2" * 9])
 
 
-def test_an_identity_of_another_form_is_refused(cluster: Cluster, project: Path) -> None:
-    with pytest.raises(UserError, match="legal is KIND-NAME-HASH8"):
+def test_a_malformed_identity_is_rejected(cluster: Cluster, project: Path) -> None:
+    with pytest.raises(UserError, match="legal: KIND-NAME-HASH8"):
         jobs.submit(project / "jobs" / "work.yaml", identity="train; rm -rf", address=cluster.address)
 
 
-def test_the_clusters_resources_can_be_asked_for(cluster: Cluster) -> None:
+def test_the_resources_of_the_cluster_can_be_queried(cluster: Cluster) -> None:
     resources = preflight.cluster_resources(cluster.address)
     assert resources["CPU"] == 2.0
-    with pytest.raises(UserError, match=r"GPU 1 \(there: 0\)"):
+    with pytest.raises(UserError, match=r"GPU 1 \(available: 0\)"):
         preflight.check_resources({"CPU": 2, "GPU": 1}, resources)
 
 
-def test_a_driver_outside_of_a_job_joins_and_brings_the_package(cluster: Cluster) -> None:
+def test_a_driver_outside_of_a_job_joins_and_sends_the_package(cluster: Cluster) -> None:
     variables = os.environ | {
         "RAY_ADDRESS": cluster.gcs,
         "OMP_NUM_THREADS": "1",

@@ -1,3 +1,5 @@
+"""Checks before a submission: dashboard address, token, version of Ray and resources."""
+
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -11,19 +13,19 @@ from parcelray.errors import UserError
 
 
 @pytest.fixture(autouse=True)
-def no_cluster_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def no_cluster_configured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
 
 
-class Answer(BaseHTTPRequestHandler):
-    """Redirects /api/version elsewhere, as a proxy with a login page does."""
+class RedirectHandler(BaseHTTPRequestHandler):
+    """Redirects every request to a login page, as some proxies do."""
 
-    seen: list[str | None] = []  # noqa: RUF012
+    tokens: list[str | None] = []  # noqa: RUF012
 
     def do_GET(self) -> None:
-        self.seen.append(self.headers.get("Authorization"))
+        self.tokens.append(self.headers.get("Authorization"))
         self.send_response(302)
         self.send_header("Location", "/login")
         self.end_headers()
@@ -34,17 +36,17 @@ class Answer(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def redirecting() -> Iterator[str]:
-    server = HTTPServer(("127.0.0.1", 0), Answer)
+    server = HTTPServer(("127.0.0.1", 0), RedirectHandler)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
-    Answer.seen.clear()
+    RedirectHandler.tokens.clear()
     yield f"http://127.0.0.1:{server.server_port}"
     server.shutdown()
     thread.join()
     server.server_close()
 
 
-def test_the_address_given_wins_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_given_address_takes_precedence_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "http://ray:1")
     assert dashboard_url(None) == "http://ray:1"
     monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://api:2")
@@ -56,40 +58,40 @@ def test_the_address_given_wins_over_the_environment(monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize(
     "address", ["ray://head:10001", "auto", "local", "http://", "http://user:pass@head:8265", "http://head:8265/api"]
 )
-def test_what_is_no_dashboard_is_refused(address: str) -> None:
+def test_an_address_that_is_not_a_dashboard_is_rejected(address: str) -> None:
     with pytest.raises(UserError, match="is not the address of a Ray dashboard"):
         dashboard_url(address)
 
 
-def test_no_address_is_one_sentence() -> None:
-    with pytest.raises(UserError, match="No cluster was named"):
+def test_a_missing_address_is_rejected() -> None:
+    with pytest.raises(UserError, match="No cluster address is set"):
         dashboard_url(None)
 
 
-def test_nothing_answers() -> None:
-    with pytest.raises(UserError, match=r"Nothing answers at http://127\.0\.0\.1:9 "):
+def test_an_unreachable_dashboard_is_reported() -> None:
+    with pytest.raises(UserError, match=r"Nothing responds at http://127\.0\.0\.1:9 "):
         cluster_version("http://127.0.0.1:9", None)
 
 
-def test_a_redirect_is_refused_so_that_the_token_goes_nowhere_else(redirecting: str) -> None:
-    with pytest.raises(UserError, match="answers with status 302"):
+def test_a_redirect_is_rejected_and_the_token_is_not_sent_to_its_target(redirecting: str) -> None:
+    with pytest.raises(UserError, match="responds with status 302"):
         cluster_version(redirecting, "t0ken")
-    assert Answer.seen == ["Bearer t0ken"]
+    assert RedirectHandler.tokens == ["Bearer t0ken"]
 
 
-def test_versions_are_both_named() -> None:
+def test_a_version_mismatch_names_both_versions() -> None:
     check_version("2.60.0", "2.60.0")
     with pytest.raises(UserError, match=r"cluster runs Ray 2\.54\.0 and this machine Ray 2\.60\.0"):
         check_version("2.54.0", "2.60.0")
 
 
-def test_resources_that_are_short_are_named_with_both_numbers() -> None:
+def test_insufficient_resources_are_named_with_both_amounts() -> None:
     check_resources({"CPU": 4, "GPU": 0}, {"CPU": 4.0})
-    with pytest.raises(UserError, match=r"needs CPU 9 \(there: 4\), GPU 2 \(there: 0\)\. Lower"):
+    with pytest.raises(UserError, match=r"needs CPU 9 \(available: 4\), GPU 2 \(available: 0\)\. Reduce"):
         check_resources({"GPU": 2, "CPU": 9, "memory": 1}, {"CPU": 4.0, "memory": 8.0})
 
 
-def test_the_token_is_found_in_rays_order(tmp_path: Path) -> None:
+def test_the_token_is_looked_up_in_rays_order(tmp_path: Path) -> None:
     home = {"HOME": str(tmp_path)}
     assert find_token(home) is None
     (tmp_path / ".ray").mkdir()
@@ -103,7 +105,7 @@ def test_the_token_is_found_in_rays_order(tmp_path: Path) -> None:
     assert auth_headers(None) == {}
 
 
-def test_a_named_token_file_that_is_missing_or_empty_is_an_error(tmp_path: Path) -> None:
+def test_a_missing_or_empty_token_file_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot be read"):
         find_token({"RAY_AUTH_TOKEN_PATH": str(tmp_path / "absent")})
     (tmp_path / "empty").touch()

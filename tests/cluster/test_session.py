@@ -1,3 +1,5 @@
+"""Ray sessions: addresses, and a private local instance that is removed completely."""
+
 import os
 import stat
 import subprocess
@@ -24,7 +26,7 @@ def ray_folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         yield Path(folder)
 
 
-def test_there_are_always_four_slots() -> None:
+def test_a_local_instance_has_at_least_four_logical_cpus() -> None:
     assert default_num_cpus() >= 4
 
 
@@ -34,7 +36,7 @@ def test_the_import_path_is_the_folder_above_the_package() -> None:
 
 
 @pytest.mark.parametrize("address", ["ray://head:10001", "http://head:8265", "auto"])
-def test_an_address_that_is_not_a_gcs_is_refused(
+def test_an_address_that_is_not_a_gcs_is_rejected(
     ray_folder: Path, monkeypatch: pytest.MonkeyPatch, address: str
 ) -> None:
     monkeypatch.setenv("RAY_ADDRESS", address)
@@ -43,13 +45,13 @@ def test_an_address_that_is_not_a_gcs_is_refused(
     assert os.environ["RAY_ADDRESS"] == address
 
 
-def test_a_dead_address_is_noticed_at_once(ray_folder: Path) -> None:
-    with pytest.raises(UserError, match=r"Nothing answers at 127\.0\.0\.1:9 "), ray_session("127.0.0.1:9"):
+def test_an_unreachable_address_is_reported_at_once(ray_folder: Path) -> None:
+    with pytest.raises(UserError, match=r"Nothing responds at 127\.0\.0\.1:9 "), ray_session("127.0.0.1:9"):
         pass
     assert not ray.is_initialized()
 
 
-# A process has one Ray at a time, and that of the tests may have the shared one already.
+# Runs in a separate process: a process has only one Ray connection, and that of the tests may already be in use.
 PRIVATE = """
 import logging
 import os
@@ -81,16 +83,16 @@ if __name__ == "__main__":
     with ray_session() as session:
         assert session.owned
         assert session.resources["CPU"] == default_num_cpus()
-        seen = ray.get(probe.remote())
-        assert Path(seen["module"]).is_file()
-        assert seen["address"] == os.environ["RAY_ADDRESS"]
-        assert seen["nice"] == os.nice(0), "workers have the driver's priority"
-        assert seen["address"].split(":")[1] == session.address.split(":")[1]
+        worker = ray.get(probe.remote())
+        assert Path(worker["module"]).is_file()
+        assert worker["address"] == os.environ["RAY_ADDRESS"]
+        assert worker["nice"] == os.nice(0), "workers have the driver's priority"
+        assert worker["address"].split(":")[1] == session.address.split(":")[1]
         with ray_session() as inner:
             assert not inner.owned
             assert inner.address == session.address
         assert ray.is_initialized()
-        # Ray would print it as `(raylet) ...`; here it only reaches the logger.
+        # Ray would print the message as `(raylet) ...`; here only the logger receives it.
         publish_error_to_driver("test", "a task is retried", gcs_client=ray._private.worker.global_worker.gcs_client)
         assert Published.arrived.wait(300)
     assert not ray.is_initialized()
@@ -100,7 +102,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.ray
-def test_a_local_session_is_private_and_leaves_nothing_behind(ray_folder: Path) -> None:
+def test_a_local_session_is_private_and_restores_the_environment(ray_folder: Path) -> None:
     done = subprocess.run([sys.executable, "-c", PRIVATE], capture_output=True, text=True, timeout=400, check=False)
     assert done.stdout == "ENDED\n", done.stderr[-3000:]
     assert list(ray_folder.glob("ray/session_*"))

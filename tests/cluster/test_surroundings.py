@@ -1,4 +1,4 @@
-"""Commands in surroundings that a user may have: any path, any user of the machine, and workers that cannot start."""
+"""Commands in unusual environments: special paths, a second user of the machine, and workers that cannot start."""
 
 import os
 import re
@@ -70,19 +70,19 @@ main()
 
 @pytest.fixture
 def folder() -> Iterator[Path]:
-    """A temporary folder of the system with a path that is short enough for Ray's sockets."""
+    """A temporary folder with a path that is short enough for Ray's sockets."""
     with tempfile.TemporaryDirectory(prefix="pr", ignore_cleanup_errors=True) as name:
         yield Path(name)
 
 
 def _environment(folder: Path) -> dict[str, str]:
-    """As a user has it: no Ray of another test is named, and the system's temporary folder is `folder`."""
+    """The environment of a user: no variables of another test's Ray, and `folder` as the system's temporary folder."""
     kept = {name: value for name, value in own_ray().items() if name not in ("RAY_TMPDIR", "PYTHONPATH")}
     return kept | {"TMPDIR": str(folder), "HOME": str(folder)}
 
 
 def _virtual_environment(folder: Path, python: str, root: Path) -> Path:
-    """The interpreter of a virtual environment in `folder` that has this one's packages, and the repository's parcelray."""
+    """Creates a virtual environment with the current packages and the repository's parcelray; gives its interpreter."""
     subprocess.run([python, "-m", "venv", "--without-pip", str(folder)], check=True, timeout=LIMIT_S)
     (packages,) = folder.glob("lib/python*/site-packages")
     paths = [sysconfig.get_path("purelib"), str(root / "platform")]
@@ -118,11 +118,11 @@ def _assert_trained(done: subprocess.CompletedProcess[str], folder: Path) -> Non
     assert not INTERNALS.search(done.stdout + done.stderr), done.stdout + done.stderr
 
 
-def test_a_training_runs_in_a_path_with_a_space_and_a_letter_outside_ascii(folder: Path, repo_root: Path) -> None:
-    place = folder / "my f\u00f6lder"
-    place.mkdir()
-    python = _virtual_environment(place / "venv", sys.executable, repo_root)
-    _assert_trained(_run("train", python, place, env=_environment(folder)), place)
+def test_a_training_runs_in_a_path_with_a_space_and_a_non_ascii_letter(folder: Path, repo_root: Path) -> None:
+    working_folder = folder / "my f\u00f6lder"
+    working_folder.mkdir()
+    python = _virtual_environment(working_folder / "venv", sys.executable, repo_root)
+    _assert_trained(_run("train", python, working_folder, env=_environment(folder)), working_folder)
 
 
 @pytest.mark.nightly
@@ -145,7 +145,7 @@ def test_a_training_runs_for_a_second_user_of_a_machine_on_which_root_ran_ray(fo
         "HF_HOME": str(home / "hf"),
         "MPLCONFIGDIR": str(home / "mpl"),
     }
-    # With the evaluation on Ray Data, whose actors Ray's C++ part used to report on the terminal.
+    # The report evaluates with Ray Data, whose actors Ray's C++ part used to report on the terminal.
     report = {"report": {"samples": 1, "budgets": [16]}}
     done = _run("train", python, home, env=environment, user=NOBODY, group=NOBODY, extra_groups=[], changes=report)
     _assert_trained(done, home)
@@ -165,7 +165,7 @@ def _can_run(*command: str) -> bool:
     "command",
     ["train", pytest.param("evaluate", marks=pytest.mark.nightly), pytest.param("serve", marks=pytest.mark.nightly)],
 )
-def test_a_worker_interpreter_that_does_not_exist_ends_a_command_with_the_reason(
+def test_a_missing_worker_interpreter_ends_a_command_with_the_reason(
     folder: Path, repo_root: Path, command: str
 ) -> None:
     environment = _environment(folder) | {"PYTHONPATH": str(repo_root / "platform")}

@@ -1,4 +1,4 @@
-"""The reason why workers do not start, as it is found in the logs of a Ray session, and when the wait for one ends."""
+"""Extraction of the reason why workers do not start from Ray's logs, and the limits of the wait for a worker."""
 
 import itertools
 import os
@@ -49,7 +49,7 @@ START = (
         ({}, "the last line of an exception"),
     ],
 )
-def test_the_reason_is_the_line_that_tells_the_cause(tmp_path: Path, logs: dict[str, str], reason: str) -> None:
+def test_the_reason_is_the_log_line_with_the_cause(tmp_path: Path, logs: dict[str, str], reason: str) -> None:
     for name, text in logs.items():
         (tmp_path / name).write_text(text)
     found = failure_reason(tmp_path, "Traceback:\nthe last line of an exception\n")
@@ -58,13 +58,13 @@ def test_the_reason_is_the_line_that_tells_the_cause(tmp_path: Path, logs: dict[
     assert "\n" not in found
 
 
-def test_a_missing_reason_is_said(tmp_path: Path) -> None:
+def test_a_missing_reason_is_reported(tmp_path: Path) -> None:
     assert failure_reason(tmp_path / "missing").startswith("no reason is logged")
 
 
 @pytest.fixture
 def no_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A Ray in which no worker starts; the folder of its logs."""
+    """Replaces Ray by one in which no worker starts, and gives the folder of its logs."""
     node = SimpleNamespace(get_logs_dir_path=lambda: str(tmp_path))
     monkeypatch.setattr(ray._private.worker, "global_worker", SimpleNamespace(node=node))
     monkeypatch.setattr(worker_start, "_start", SimpleNamespace(remote=object))
@@ -77,20 +77,20 @@ def no_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_the_wait_for_a_worker_that_neither_starts_nor_ends_is_limited(no_worker: Path, on_this_host: bool) -> None:
     (no_worker / "raylet.out").write_text(START.format(os.getpid()) + "\n")
     clock: Any = itertools.count(step=10.0).__next__
-    with pytest.raises(SystemFailure, match=rf"^No worker of Ray started within {START_LIMIT_S:.0f} s: {SHELL}"):
+    with pytest.raises(SystemFailure, match=rf"^No Ray worker started within {START_LIMIT_S:.0f} s: {SHELL}"):
         await_worker(on_this_host=on_this_host, clock=clock)
 
 
-def test_the_end_of_a_starting_worker_ends_the_wait(no_worker: Path) -> None:
+def test_the_death_of_a_starting_worker_ends_the_wait(no_worker: Path) -> None:
     child = os.spawnlp(os.P_NOWAIT, "true", "true")
     os.waitpid(child, 0)
     (no_worker / "raylet.out").write_text(f"{START.format(os.getpid())}\n{START.format(child)}\n")
-    with pytest.raises(SystemFailure, match=f"^Ray's workers end while they start: {SHELL}"):
+    with pytest.raises(SystemFailure, match=f"^Ray's workers die while they start: {SHELL}"):
         await_worker(on_this_host=True, clock=lambda: 0.0)
 
 
 @pytest.mark.parametrize(("reason", "attempts"), [("Timed out waiting for file x", 3), ("Cannot allocate memory", 1)])
-def test_ray_is_started_again_where_only_its_own_limit_was_too_short(
+def test_the_start_of_ray_is_retried_only_after_a_timeout(
     monkeypatch: pytest.MonkeyPatch, reason: str, attempts: int
 ) -> None:
     calls = []
@@ -102,7 +102,7 @@ def test_ray_is_started_again_where_only_its_own_limit_was_too_short(
     monkeypatch.setattr(session, "_start", fails)
     monkeypatch.setattr(ray, "shutdown", lambda: None)
     with pytest.raises(SystemFailure, match=reason):
-        session._start_patiently(None, None, None, False)
+        session._start_with_retries(None, None, None, False)
     assert len(calls) == attempts
 
 
@@ -117,9 +117,9 @@ def test_ray_is_started_again_where_only_its_own_limit_was_too_short(
         (WorkerCrashedError(), "worker died unexpectedly"),
     ],
 )
-def test_the_end_of_a_worker_is_one_sentence(error: Exception, sentence: str) -> None:
+def test_the_death_of_a_worker_is_reported_in_one_sentence(error: Exception, sentence: str) -> None:
     with (
-        pytest.raises(SystemFailure, match=r"^A worker of Ray ended: [^\n]+\.$") as failure,
+        pytest.raises(SystemFailure, match=r"^A Ray worker died: [^\n]+\.$") as failure,
         explained_worker_failures(),
     ):
         raise error

@@ -1,4 +1,4 @@
-"""Every configuration model keeps the house rules: frozen, closed, bounded, documented, and writable as a JSON schema."""
+"""Rules for all configuration models: frozen, no unknown keys, bounded, documented, and exportable as a JSON schema."""
 
 import json
 import math
@@ -8,10 +8,9 @@ import pytest
 from pydantic import TypeAdapter, ValidationError
 
 from parcelray.config.base import StrictModel
-from parcelray.config.budget import BudgetConfig, BudgetRange
 from parcelray.config.connector import ParcelConnectorConfig, RouteConfig
 from parcelray.config.model import MiniModelConfig
-from parcelray.config.train import ScalingConfig, TrainJob
+from parcelray.config.train import BudgetConfig, BudgetRange, ScalingConfig, TrainJob
 
 BUDGETS: TypeAdapter[BudgetConfig] = TypeAdapter(BudgetConfig)
 
@@ -25,7 +24,7 @@ def _all_models(root: type[StrictModel] = StrictModel) -> list[type[StrictModel]
     ]
 
 
-def test_models_are_frozen_closed_and_documented() -> None:
+def test_models_are_frozen_reject_unknown_keys_and_document_their_fields() -> None:
     models = _all_models()
     assert TrainJob in models
     assert [model.__name__ for model in models if not model.model_config["frozen"]] == []
@@ -41,7 +40,7 @@ def test_assigning_to_a_model_fails() -> None:
         config.stop = 128  # type: ignore[misc]
 
 
-def test_the_schema_names_every_key_and_bound() -> None:
+def test_the_schema_contains_every_key_and_bound() -> None:
     schema = json.loads(json.dumps(TrainJob.model_json_schema()))
     assert set(schema["properties"]) == set(TrainJob.model_fields)
     assert schema["required"] == ["kind", "name", "data", "training"]
@@ -50,7 +49,7 @@ def test_the_schema_names_every_key_and_bound() -> None:
     assert schema["$defs"]["TrainingConfig"]["properties"]["steps"]["minimum"] == 1
 
 
-def test_a_dumped_job_reads_back_as_the_same_job() -> None:
+def test_a_dumped_job_loads_as_the_same_job() -> None:
     job = TrainJob.model_validate(
         {
             "kind": "train",
@@ -75,17 +74,17 @@ def test_a_dumped_job_reads_back_as_the_same_job() -> None:
         ({"type": "weighted", "budgets": [16, 64], "weights": [3, 1]}, (16, 64)),
     ],
 )
-def test_budgets_come_out_ascending(config: dict[str, Any], values: tuple[int, ...]) -> None:
+def test_budgets_are_sorted_in_ascending_order(config: dict[str, Any], values: tuple[int, ...]) -> None:
     assert BUDGETS.validate_python(config).values() == values
 
 
 @pytest.mark.parametrize("weights", [[1], [1, 0], [1, -1], [1, 2, 3], [1, math.nan], [1, math.inf]])
-def test_weights_are_positive_and_one_per_budget(weights: list[float]) -> None:
+def test_weights_must_be_positive_and_one_per_budget(weights: list[float]) -> None:
     with pytest.raises(ValidationError, match="give one positive weight per budget"):
         BUDGETS.validate_python({"type": "weighted", "budgets": [16, 64], "weights": weights})
 
 
-def test_a_route_needs_room_for_its_anchors() -> None:
+def test_a_route_rejects_budgets_below_its_number_of_anchors() -> None:
     assert (
         ParcelConnectorConfig(routing=(RouteConfig(min_budget=16, max_budget=32, anchor_grid=4),)).routing is not None
     )
@@ -101,17 +100,17 @@ def test_a_route_needs_room_for_its_anchors() -> None:
         ({"text_kv_heads": 3}, "text_heads 4 is not a multiple of text_kv_heads 3"),
     ],
 )
-def test_a_mini_model_that_cannot_be_built_is_refused(changes: dict[str, int], message: str) -> None:
+def test_inconsistent_mini_model_dimensions_are_rejected(changes: dict[str, int], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         MiniModelConfig.model_validate(changes)
 
 
 @pytest.mark.parametrize(("workers", "bounds"), [(0, (0, 0)), (3, (3, 3)), ([1, 4], (1, 4))])
-def test_worker_counts_have_bounds(workers: object, bounds: tuple[int, int]) -> None:
+def test_worker_counts_give_smallest_and_largest_count(workers: object, bounds: tuple[int, int]) -> None:
     assert ScalingConfig.model_validate({"num_workers": workers}).bounds == bounds
 
 
 @pytest.mark.parametrize("workers", [-1, [0, 2], [2, 1]])
-def test_impossible_worker_counts_are_refused(workers: object) -> None:
+def test_invalid_worker_counts_are_rejected(workers: object) -> None:
     with pytest.raises(ValidationError, match="is not a worker count"):
         ScalingConfig.model_validate({"num_workers": workers})

@@ -1,4 +1,4 @@
-"""Job files: what is legal, and what the message says when it is not."""
+"""Reading of job files, error messages and identities."""
 
 import re
 from pathlib import Path
@@ -8,15 +8,8 @@ import yaml
 from pydantic import ValidationError
 
 from parcelray.config.evaluate import EvaluateJob
-from parcelray.config.loader import (
-    ConfigError,
-    apply_override,
-    config_hash,
-    differing_keys,
-    identity,
-    load_job,
-    load_job_of,
-)
+from parcelray.config.identity import config_hash, identity
+from parcelray.config.loader import ConfigError, apply_override, load_job, load_job_of
 from parcelray.config.train import TrainJob
 
 JOB = {"kind": "train", "name": "x", "data": {"type": "mini"}, "training": {"steps": 5}}
@@ -28,7 +21,7 @@ def _write(tmp_path: Path, **changes: object) -> Path:
     return path
 
 
-def test_a_small_job_gets_every_default(tmp_path: Path) -> None:
+def test_a_minimal_job_gets_all_defaults(tmp_path: Path) -> None:
     job = load_job_of(TrainJob, _write(tmp_path))
     assert job.budget.values() == tuple(range(16, 257, 2))
     assert identity(job) == f"train-x-{config_hash(job)}"
@@ -65,7 +58,7 @@ def test_a_small_job_gets_every_default(tmp_path: Path) -> None:
         ({"name": "No Good"}, r"name is 'No Good'"),
     ],
 )
-def test_a_mistake_names_file_key_value_and_what_is_legal(
+def test_an_error_names_file_key_value_and_legal_values(
     tmp_path: Path, changes: dict[str, object], message: str
 ) -> None:
     path = _write(tmp_path, **changes)
@@ -103,7 +96,7 @@ def test_a_mistake_names_file_key_value_and_what_is_legal(
         ({"model": {"type": "checkpoint", "referense": "x"}}, "model.referense"),
     ],
 )
-def test_a_mistake_is_one_line_with_the_path_as_the_file_has_it(
+def test_an_error_is_one_line_with_the_key_path_of_the_file(
     tmp_path: Path, changes: dict[str, object], path: str
 ) -> None:
     job = _write(tmp_path, **changes)
@@ -112,7 +105,7 @@ def test_a_mistake_is_one_line_with_the_path_as_the_file_has_it(
     assert re.fullmatch(rf"{re.escape(f'{job}: {path} is ')}.+", str(caught.value))
 
 
-def test_every_mistake_gets_its_line(tmp_path: Path) -> None:
+def test_every_error_has_its_own_line(tmp_path: Path) -> None:
     path = _write(tmp_path, sed=1, name="No Good", scaling={"num_workers": "two"})
     with pytest.raises(ConfigError) as caught:
         load_job(path)
@@ -120,22 +113,22 @@ def test_every_mistake_gets_its_line(tmp_path: Path) -> None:
     assert keys == ["name", "scaling.num_workers", "scaling.num_workers", "sed"]
 
 
-@pytest.mark.parametrize(("text", "message"), [("a: [", "is not YAML"), ("- 1", "holds list, not a mapping")])
-def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path, text: str, message: str) -> None:
+@pytest.mark.parametrize(("text", "message"), [("a: [", "is not YAML"), ("- 1", "contains a list, not a mapping")])
+def test_a_file_without_a_mapping_is_rejected(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "job.yaml"
     path.write_text(text)
     with pytest.raises(ConfigError, match=message):
         load_job(path)
 
 
-def test_a_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
+def test_a_binary_file_is_rejected(tmp_path: Path) -> None:
     path = tmp_path / "job.yaml"
     path.write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ConfigError, match=r"job\.yaml: is not text in UTF-8"):
+    with pytest.raises(ConfigError, match=r"job\.yaml: is not UTF-8 text"):
         load_job(path)
 
 
-def test_a_missing_file_is_named(tmp_path: Path) -> None:
+def test_a_missing_file_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"nothing\.yaml: cannot be read"):
         load_job(tmp_path / "nothing.yaml")
 
@@ -150,29 +143,9 @@ def test_set_changes_nested_values_and_creates_mappings(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("override", ["steps", "=3", "a..b=1", "name.x=1", "name=[", ".=1"])
-def test_a_malformed_set_is_refused(override: str) -> None:
+def test_a_malformed_override_is_rejected(override: str) -> None:
     with pytest.raises(ConfigError, match="--set"):
         apply_override(dict(JOB), override)
-
-
-def test_the_identity_ignores_where_a_run_is_kept_and_on_how_many_workers(tmp_path: Path) -> None:
-    path = _write(tmp_path)
-    first = identity(load_job(path))
-    assert identity(load_job(path, ["storage=elsewhere", "tracking.uri=null", "scaling.num_workers=2"])) == first
-    assert identity(load_job(path, ["seed=1"])) != first
-
-
-def test_the_identity_depends_on_values_not_on_how_they_are_written(tmp_path: Path) -> None:
-    first = identity(load_job(_write(tmp_path)))
-    path = tmp_path / "other.yaml"
-    path.write_text(
-        "training: {steps: 5.0, precision: fp32}\ndata: {type: mini, seed: 0}\nseed: 0\nname: x\nkind: train\n"
-    )
-    assert identity(load_job(path)) == first
-
-
-def test_differing_keys_are_paths() -> None:
-    assert differing_keys({"a": {"b": 1, "c": 2}}, {"a": {"b": 1, "c": 3}, "d": 4}) == ["a.c: 2 -> 3", "d: None -> 4"]
 
 
 def test_a_job_cannot_be_changed(tmp_path: Path) -> None:
@@ -181,7 +154,7 @@ def test_a_job_cannot_be_changed(tmp_path: Path) -> None:
         job.seed = 3  # type: ignore[misc]
 
 
-def test_a_job_of_another_kind_is_sent_to_its_command(tmp_path: Path) -> None:
+def test_a_job_of_another_kind_is_rejected_with_the_right_command(tmp_path: Path) -> None:
     with pytest.raises(
         ConfigError, match="kind is train, but this command runs evaluate jobs; run it with `parcelray train"
     ):

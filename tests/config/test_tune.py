@@ -1,4 +1,4 @@
-"""What a search cannot do is refused when its file is read."""
+"""Searches that cannot work are rejected when the job file is read."""
 
 from typing import Any
 
@@ -36,10 +36,11 @@ def _job(base: dict[str, Any], parameters: dict[str, Any], metrics: list[str], *
         (EVALUATION, "reference.reference"),
     ],
 )
-def test_a_key_that_no_trial_follows_is_refused_by_name(base: dict[str, Any], key: str) -> None:
+def test_a_space_over_a_key_without_effect_on_trials_is_rejected(base: dict[str, Any], key: str) -> None:
     metric = "train/loss" if base is TINY else "score"
     with pytest.raises(
-        ConfigError, match=rf"changes {key}, which no trial of a search follows; not searchable: kind, name, storage"
+        ConfigError,
+        match=rf"changes {key}, which has no effect on a trial; remove it. Not searchable: kind, name, storage",
     ):
         _job(base, {key: {"type": "choice", "values": [1]}}, [metric])
 
@@ -47,18 +48,18 @@ def test_a_key_that_no_trial_follows_is_refused_by_name(base: dict[str, Any], ke
 @pytest.mark.parametrize(
     "metric", ["val/score@128", "val/score", "retention", "score", "val/accuracy@16", "gflops@32", "latency_ms"]
 )
-def test_what_a_training_does_not_measure_is_refused_before_it_starts(metric: str) -> None:
+def test_an_objective_that_a_training_does_not_measure_is_rejected(metric: str) -> None:
     with pytest.raises(
         ConfigError,
         match=(
-            rf"objective '{metric}' is not measured by a training that is validated at budgets 16, 64; legal:"
+            rf"objective '{metric}' is not measured by a training with validation budgets 16, 64; legal:"
             r" val/score@B"
         ),
     ):
         _job(TINY, {"optimizer.learning_rate": RATE}, [metric])
 
 
-def test_what_a_training_and_its_evaluation_measure_is_legal() -> None:
+def test_objectives_that_a_training_or_its_evaluation_measures_are_accepted() -> None:
     _job(TINY, {"optimizer.learning_rate": RATE}, ["val/score@64", "gflops@16", "kv_cache_bytes@64", "train/loss"])
     _job(TINY, {"validation.budgets": {"type": "choice", "values": [[128]]}}, ["val/score@128"])
     _job(TINY, {"optimizer.learning_rate": RATE}, ["score/video", "tokens"], evaluation=EVALUATION)
@@ -72,25 +73,25 @@ def test_what_a_training_and_its_evaluation_measure_is_legal() -> None:
     )
 
 
-def test_early_stopping_needs_what_is_measured_on_the_way() -> None:
+def test_early_stopping_needs_an_objective_that_is_measured_during_training() -> None:
     stopping = {"type": "asha", "grace_steps": 1}
     with pytest.raises(
         ConfigError,
-        match=r"val/score@64 is not measured before a training's end; name .* base.validation.every_steps above 0",
+        match=r"val/score@64 is only measured at the end of a training; use .* base.validation.every_steps above 0",
     ):
         _job(TINY, {"optimizer.learning_rate": RATE}, ["val/score@64"], early_stopping=stopping)
     validated = TINY | {"validation": {"every_steps": 3, "budgets": [64]}}
     _job(validated, {"optimizer.learning_rate": RATE}, ["val/score@64"], early_stopping=stopping)
 
 
-def test_a_key_path_may_lead_through_a_list() -> None:
+def test_a_key_path_can_contain_list_indices() -> None:
     data: dict[str, Any] = {"benchmarks": [{"name": "mini"}], "budgets": [16, 64]}
     set_key(data, "benchmarks.0.limit", 5, "the search")
     set_key(data, "budgets.1", 32, "the search")
     assert data == {"benchmarks": [{"name": "mini", "limit": 5}], "budgets": [16, 32]}
     for key in ("benchmarks.1.limit", "benchmarks.limit"):
         with pytest.raises(
-            ConfigError, match=r"the search: benchmarks is a list of 1, which has no place .*; legal: 0 to 0"
+            ConfigError, match=r"the search: benchmarks is a list of 1 items and has no index .*; legal: 0 to 0"
         ):
             set_key(data, key, 5, "the search")
 
@@ -109,10 +110,10 @@ def test_adaptive_budgets_belong_to_a_split_search_by_retention_and_tokens() -> 
         _job(EVALUATION, parameters, ["retention", "tokens"], space=space, adaptive={"budgets": [16, 256]})
     with pytest.raises(
         ConfigError,
-        match=r"drawn as retention or score against tokens, but the objectives are retention, gflops; put these first",
+        match=r"needs retention or score as first objective and tokens as second, .* are retention, gflops; reorder",
     ):
         _job(EVALUATION, parameters, ["retention", "gflops"], space=space, adaptive={"budgets": [16, 64]})
     with pytest.raises(
-        ConfigError, match=r"adaptive needs a space of splits, but s is not one of two parameters under anchors_fit"
+        ConfigError, match=r"adaptive needs a space of splits: exactly two parameters under anchors_fit, unlike s;"
     ):
         _job(EVALUATION, parameters, ["retention", "tokens"], adaptive={"budgets": [16, 64]})

@@ -1,4 +1,4 @@
-"""A collated batch, with placeholders put in, is what the processor makes of the same samples."""
+"""A collated batch with placeholders equals the output of the processor for the same samples."""
 
 import io
 
@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def processor() -> ElasticPaliGemmaProcessor:
-    """Processor of the mini model; its tokenizer knows few words, so that texts become many tokens."""
+    """Processor of the mini model; its tokenizer has few words, so that texts become many tokens."""
     return build_processor(MiniModelConfig(), ["what color is the circle", "how many red blue green 47"] * 20)
 
 
@@ -55,9 +55,7 @@ def _collate(processor: ElasticPaliGemmaProcessor, samples: list[Sample]) -> Ten
 
 
 @pytest.mark.parametrize("num_images", [1, 3])
-def test_tokens_types_and_labels_are_those_of_the_processor(
-    processor: ElasticPaliGemmaProcessor, num_images: int
-) -> None:
+def test_tokens_types_and_labels_match_the_processor(processor: ElasticPaliGemmaProcessor, num_images: int) -> None:
     texts = [
         ("what color is the circle", "red"),
         ("how many?", "47 <loc0001><loc1023> Circle"),
@@ -81,7 +79,7 @@ def test_tokens_types_and_labels_are_those_of_the_processor(
 
 
 @pytest.mark.parametrize("side", [64, 48, 100])
-def test_pixels_are_those_of_the_image_processor(processor: ElasticPaliGemmaProcessor, side: int) -> None:
+def test_pixels_match_the_image_processor(processor: ElasticPaliGemmaProcessor, side: int) -> None:
     batch = _collate(processor, [_sample("a", "b", num_images=2, side=side)])
     expected = processor.image_processor([decode_image(_noise(side, seed)) for seed in range(2)], return_tensors="pt")[
         "pixel_values"
@@ -90,14 +88,14 @@ def test_pixels_are_those_of_the_image_processor(processor: ElasticPaliGemmaProc
     torch.testing.assert_close(batch.pixel_values_ICHW, expected, atol=1e-6, rtol=0)
 
 
-def test_images_stand_in_the_order_of_the_prompts(processor: ElasticPaliGemmaProcessor) -> None:
+def test_images_are_in_the_order_of_the_prompts(processor: ElasticPaliGemmaProcessor) -> None:
     samples = [
         _sample("a", "b", images=(_noise(64, 1), _noise(64, 2))),
         _sample("c", "d", images=(_noise(64, 3), _noise(64, 4))),
     ]
     pixels = Collator(processor)(samples)["pixel_values"]
-    for position, seed in enumerate((1, 2, 3, 4)):
-        assert np.array_equal(pixels[position].transpose(1, 2, 0), np.asarray(decode_image(_noise(64, seed))))
+    for index, seed in enumerate((1, 2, 3, 4)):
+        assert np.array_equal(pixels[index].transpose(1, 2, 0), np.asarray(decode_image(_noise(64, seed))))
 
 
 def test_grey_and_transparent_images_become_rgb() -> None:
@@ -105,7 +103,7 @@ def test_grey_and_transparent_images_become_rgb() -> None:
 
 
 def _with_a_broken_chunk(png: bytes) -> bytes:
-    # Pillow finds a chunk's name that is not one only while it decodes, and calls that a SyntaxError.
+    # Pillow detects an invalid chunk name only while decoding, and raises a SyntaxError.
     start = png.index(b"IDAT")
     return png[: start - 4] + (10).to_bytes(4, "big") + png[start : start + 14] + b"\x00" * 4 + b"\xdd\xa1\xd4C" * 8
 
@@ -115,12 +113,12 @@ def _with_a_broken_chunk(png: bytes) -> bytes:
     [b"", b"no image", _noise(64, 0)[:300], _with_a_broken_chunk(_noise(64, 0))],
     ids=["empty", "text", "cut", "chunk"],
 )
-def test_bytes_that_are_no_image_are_refused(data: bytes) -> None:
+def test_bytes_that_are_not_an_image_are_rejected(data: bytes) -> None:
     with pytest.raises(UserError, match=rf"An image of {len(data)} bytes cannot be decoded; give PNG or JPEG bytes"):
         decode_image(data)
 
 
-def test_patches_are_labelled_with_the_word_of_their_region(processor: ElasticPaliGemmaProcessor) -> None:
+def test_patches_get_the_word_of_their_region_as_label(processor: ElasticPaliGemmaProcessor) -> None:
     regions = [[{"box": [0, 0.25, 0.125, 0.5], "word": "red"}], []]
     samples = [_sample("a", "b", num_images=2, metadata={"regions": regions}), _sample("a", "b", num_images=2)]
     batch = Collator(processor, label_patches=True)(samples)
@@ -128,20 +126,20 @@ def test_patches_are_labelled_with_the_word_of_their_region(processor: ElasticPa
     first, second = batch["patch_labels"][0].reshape(2, 16, 16)
     assert bool((first[:2, 4:8] == red).all())
     assert int((first == red).sum()) == 8
-    # As many patches of the background as of regions, and one where there are none.
+    # About as many background patches as region patches are labelled, and one if there are no regions.
     assert 8 <= int((first == background).sum()) <= 16
     assert [int((second == label).sum()) for label in (background, IGNORED)] == [1, 255]
     assert bool((batch["patch_labels"][1] == IGNORED).all())
 
 
-def test_a_region_smaller_than_a_patch_still_labels_one(processor: ElasticPaliGemmaProcessor) -> None:
+def test_a_region_smaller_than_a_patch_labels_one_patch(processor: ElasticPaliGemmaProcessor) -> None:
     sample = _sample("a", "b", metadata={"regions": [[{"box": [0.5, 0.5, 0.505, 0.505], "word": "red"}]]})
     labels = Collator(processor, label_patches=True)([sample])["patch_labels"].reshape(16, 16)
     red = processor.tokenizer("red", add_special_tokens=False)["input_ids"][0]
     assert [(int(row), int(column)) for row, column in np.argwhere(labels == red)] == [(8, 8)]
 
 
-def test_ranks_read_their_shares_of_the_same_step_and_a_late_start_changes_nothing(
+def test_ranks_read_disjoint_parts_of_a_step_and_a_later_start_reads_the_same_batches(
     processor: ElasticPaliGemmaProcessor,
 ) -> None:
     suite = MiniSuite(split="train")
@@ -158,8 +156,8 @@ def test_ranks_read_their_shares_of_the_same_step_and_a_late_start_changes_nothi
     assert all(np.array_equal(later[index]["input_ids"], reader.read(4 + index)["input_ids"]) for index in range(2))
 
 
-def test_a_llava_is_trained_on_the_pixels_and_tokens_that_it_is_asked_with() -> None:
-    """CLIP's own mean and deviation, an image that must be scaled and cropped, and placeholders after the prompt's first words."""
+def test_training_and_inference_of_a_llava_use_the_same_pixels_and_tokens() -> None:
+    """Uses CLIP's mean and deviation, an image that is scaled and cropped, and placeholders inside of the prompt."""
     processor = build_llava_processor(MiniLlavaModelConfig(), ["what color is the circle red"] * 20)
     processor.image_processor.image_mean, processor.image_processor.image_std = [0.48, 0.46, 0.41], [0.27, 0.26, 0.28]
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (80, 120, 3), dtype=np.uint8))
@@ -177,11 +175,11 @@ def test_a_llava_is_trained_on_the_pixels_and_tokens_that_it_is_asked_with() -> 
     )
     batch = to_tensors(Collator(processor)([sample]), CPU, processor)
     inputs = with_placeholders(batch, 16, processor.image_token_id)
-    asked = processor(images=[[image]], text=[sample.prompt], num_visual_tokens=16, return_tensors="pt")
-    # Whole numbers of grey levels are what a training batch carries: half a level of 255, over the deviation.
-    assert torch.allclose(inputs["pixel_values"], asked["pixel_values"], atol=1.01 / 255 / 0.26)
-    length = asked["input_ids"].shape[1]
-    assert torch.equal(inputs["input_ids"][:, :length], asked["input_ids"])
+    expected = processor(images=[[image]], text=[sample.prompt], num_visual_tokens=16, return_tensors="pt")
+    # A training batch contains integer grey levels: the tolerance is one level of 255, divided by the deviation.
+    assert torch.allclose(inputs["pixel_values"], expected["pixel_values"], atol=1.01 / 255 / 0.26)
+    length = expected["input_ids"].shape[1]
+    assert torch.equal(inputs["input_ids"][:, :length], expected["input_ids"])
     answer = inputs["input_ids"][0, length:].tolist()
     assert answer == processor.encode_answers(["red"])[0]
     assert inputs["token_type_ids"][0].tolist() == [0] * length + [1] * len(answer)

@@ -1,4 +1,4 @@
-"""The NLVR reader, on small files in exactly the corpus's two layouts and on the real ones."""
+"""The NLVR source, on small files in the two layouts of the corpus and on the real corpus."""
 
 import io
 import json
@@ -32,9 +32,9 @@ BOXES: list[list[dict[str, Any]]] = [
 
 def _picture(permutation: int) -> bytes:
     pixels = np.full((BOX, 400, 3), 128, dtype=np.uint8)
-    for place, start in enumerate(BOX_STARTS):
+    for index, start in enumerate(BOX_STARTS):
         pixels[:, start : start + BOX] = 211
-        for thing in BOXES[PERMUTATIONS[permutation][place]]:
+        for thing in BOXES[PERMUTATIONS[permutation][index]]:
             x, y, size = thing["x_loc"], thing["y_loc"], thing["size"]
             pixels[y : y + size, start + x : start + x + size] = RGB[thing["color"]]
     buffer = io.BytesIO()
@@ -116,7 +116,7 @@ def test_the_whole_picture_is_one_image(folder: Path) -> None:
     assert len(sample.images) == 1
 
 
-def test_boxes_are_where_the_pixels_are(folder: Path) -> None:
+def test_box_answers_match_the_pixels(folder: Path) -> None:
     source = NlvrSource(folder, "dev", "all", questions=("box",), image_size=100)
     for index in range(12):
         sample = source.get("box", index)
@@ -128,7 +128,7 @@ def test_boxes_are_where_the_pixels_are(folder: Path) -> None:
         assert np.abs(image[min(rows, 99), min(columns, 99)] - RGB[color]).sum() < 60
 
 
-# Every question that can be asked about BOXES, with its answer.
+# Every possible question about BOXES, with its answer.
 ANSWERS = {
     "how many yellow objects": "1",
     "how many black objects": "2",
@@ -146,16 +146,16 @@ ANSWERS = {
 }
 
 
-def test_derived_answers_follow_from_the_representation(folder: Path) -> None:
+def test_derived_answers_match_the_representation(folder: Path) -> None:
     source = NlvrSource(folder, "dev", "all", questions=("count", "color", "size"))
     (group,) = source.groups
     samples = [source.get(group.name, index) for index in range(group.size or 0)]
     assert len(samples) == 3 * 36
-    asked = {sample.prompt: sample.answers for sample in samples}
-    absent = {prompt for prompt in asked if prompt.endswith(("triangles", "circles"))} - ANSWERS.keys()
-    assert asked == {prompt: (ANSWERS.get(prompt, "0"),) for prompt in asked}
-    assert asked.keys() - absent <= ANSWERS.keys()
-    assert len(asked) > 10
+    answers = {sample.prompt: sample.answers for sample in samples}
+    absent = {prompt for prompt in answers if prompt.endswith(("triangles", "circles"))} - ANSWERS.keys()
+    assert answers == {prompt: (ANSWERS.get(prompt, "0"),) for prompt in answers}
+    assert answers.keys() - absent <= ANSWERS.keys()
+    assert len(answers) > 10
 
 
 def test_training_and_validation_share_no_directory(folder: Path) -> None:
@@ -169,7 +169,7 @@ def test_training_and_validation_share_no_directory(folder: Path) -> None:
     assert not directories[0] & directories[1]
 
 
-def test_a_source_travels_as_its_settings(folder: Path) -> None:
+def test_a_source_is_pickled_without_its_data(folder: Path) -> None:
     source = NlvrSource(folder, "dev", "train")
     source.get("boxes", 0)
     data = pickle.dumps(source)
@@ -177,14 +177,14 @@ def test_a_source_travels_as_its_settings(folder: Path) -> None:
     assert pickle.loads(data).get("boxes", 3) == source.get("boxes", 3)
 
 
-def test_a_picture_that_is_not_there_is_named(tmp_path: Path) -> None:
+def test_a_missing_picture_is_reported(tmp_path: Path) -> None:
     _write_corpus(tmp_path)
     (tmp_path / "nlvr" / "dev" / "images" / "1" / "dev-1-0-3.png").unlink()
-    with pytest.raises(UserError, match=r"dev-1-0-3\.png is not there; .* fetch its images"):
+    with pytest.raises(UserError, match=r"dev-1-0-3\.png does not exist, .*; download its images"):
         NlvrSource(tmp_path, "dev", "all").get("boxes", 0)
 
 
-def test_parquet_of_another_kind_is_refused(tmp_path: Path) -> None:
+def test_files_that_are_not_nlvr_are_rejected(tmp_path: Path) -> None:
     pq.write_table(pa.table({"sentence": ["a"], "label": ["true"]}), tmp_path / "dev.parquet")
     with pytest.raises(UserError, match=r"lacks the columns identifier, permutation, directory, structured_rep, image"):
         NlvrSource(tmp_path, "dev", "all").get("boxes", 0)
@@ -193,12 +193,12 @@ def test_parquet_of_another_kind_is_refused(tmp_path: Path) -> None:
         NlvrSource(tmp_path, "test", "all").get("boxes", 0)
 
 
-def test_an_absent_corpus_is_one_sentence(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"holds no NLVR corpus .* --set data.path=FOLDER"):
+def test_a_missing_corpus_is_reported(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"contains no NLVR corpus .* --set data.path=FOLDER"):
         NlvrSource(tmp_path, "dev", "train")
 
 
-def test_the_real_corpus(nlvr_dir: Path) -> None:
+def test_the_real_corpus_has_the_expected_samples(nlvr_dir: Path) -> None:
     samples = held_out_samples(NlvrDataConfig(path=str(nlvr_dir)), "test", 60, 64)
     assert {sample.task for sample in samples} == {"statement", "count", "color", "size", "box"}
     statements = [sample for sample in samples if sample.task == "statement"]
@@ -211,7 +211,7 @@ def test_the_real_corpus(nlvr_dir: Path) -> None:
     assert sizes == {"dev": 5934, "test": 5940}
 
 
-def test_the_real_pixels_agree_with_the_representation(nlvr_dir: Path) -> None:
+def test_the_real_pixels_match_the_representation(nlvr_dir: Path) -> None:
     source = NlvrSource(nlvr_dir, "dev", "all", questions=("box",), image_size=100)
     size = source.groups[0].size or 0
     for index in range(0, size, 37):
@@ -220,6 +220,6 @@ def test_the_real_pixels_agree_with_the_representation(nlvr_dir: Path) -> None:
         assert box is not None
         image = np.asarray(Image.open(io.BytesIO(sample.images[0]))).astype(int)
         color = {"yellow": "Yellow", "black": "Black", "blue": "#0099ff"}[sample.prompt.split()[2]]
-        # 0.6 of the height: above it a triangle may be thinner than a pixel's rounding.
+        # At 0.6 of the height; further up, a triangle may be narrower than the rounding to pixels.
         row, column = round((0.4 * box.top + 0.6 * box.bottom) * 99), round((box.left + box.right) * 49.5)
         assert np.abs(image[row, column] - RGB[color]).sum() < 120, sample.id

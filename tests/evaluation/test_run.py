@@ -281,8 +281,8 @@ def test_another_configuration_under_the_same_name_is_refused(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"benchmarks": ["mini", {"name": "mini"}]}, "named twice"),
-        ({"budgets": [16, 16]}, "not different token counts"),
+        ({"benchmarks": ["mini", {"name": "mini"}]}, "listed twice"),
+        ({"budgets": [16, 16]}, "must be distinct"),
         ({"budgets": ["all"]}, "blind"),
         ({"benchmarks": []}, "at least 1 item"),
     ],

@@ -2,7 +2,9 @@
 
 from pathlib import Path
 
-from parcelray.config.loader import check_search_space, command_of, identity, load_job, load_search_space
+from parcelray.config.identity import identity
+from parcelray.config.loader import command_of, load_job
+from parcelray.config.space_checks import check_search_space, load_search_space
 
 ROOT = Path(__file__).resolve().parents[2]
 JOBS = sorted((ROOT / "jobs").rglob("*.yaml"))

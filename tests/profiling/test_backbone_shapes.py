@@ -1,4 +1,4 @@
-"""Backbone shapes from presets, files and transformers configurations."""
+"""Dimensions of backbones from presets, files and transformers configurations."""
 
 import json
 from pathlib import Path
@@ -10,8 +10,7 @@ from parcelray.errors import UserError
 from parcelray.profiling import backbone_shapes
 from parcelray.profiling.backbone_shapes import PRESETS, from_transformers_config, resolve_backbone
 
-# What google/paligemma2-3b-pt-224 writes: head_dim, image_size and num_channels are left to the defaults of their
-# classes.
+# The config.json of google/paligemma2-3b-pt-224, in which head_dim, image_size and num_channels have default values.
 PALIGEMMA2_3B_JSON = {
     "model_type": "paligemma",
     "text_config": {
@@ -44,13 +43,13 @@ def _dims(shape: backbone_shapes.BackboneShape) -> tuple[object, ...]:
     return tuple(getattr(shape, name) for name in shape.__slots__ if name != "name")
 
 
-def test_preset_grids() -> None:
+def test_presets_have_the_expected_patch_grids() -> None:
     shape = resolve_backbone("paligemma2-3b")
     assert (shape.image_size, shape.grid_size, shape.num_patches) == (224, 16, 256)
     assert resolve_backbone("paligemma2-3b", 448).num_patches == 1024
 
 
-def test_a_saved_config_with_defaults_left_out_equals_the_preset(checkpoint: Path) -> None:
+def test_a_saved_config_without_default_values_equals_the_preset(checkpoint: Path) -> None:
     assert _dims(resolve_backbone(str(checkpoint))) == _dims(PRESETS["paligemma2-3b"])
 
 
@@ -64,13 +63,13 @@ def test_transformers_config_and_its_saved_file_agree(tmp_path: Path) -> None:
     )
 
 
-def test_mini_comes_with_the_package() -> None:
+def test_the_mini_backbone_is_packaged() -> None:
     shape = resolve_backbone("mini")
     assert shape.name == "mini"
     assert shape.num_patches == 256
 
 
-def test_missing_mini_is_a_clear_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_missing_mini_checkpoint_is_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(backbone_shapes, "MINI_CONFIG", tmp_path / "config.json")
     with pytest.raises(UserError, match="mini checkpoint"):
         resolve_backbone("mini")
@@ -82,17 +81,17 @@ def test_missing_mini_is_a_clear_error(monkeypatch: pytest.MonkeyPatch, tmp_path
         ("paligemma2-3B", None, r"did you mean paligemma2-3b\?"),
         ("no-such-folder", None, "choose paligemma2-3b, llava-1.5-7b, mini or a folder"),
         ("paligemma2-3b", 230, "Resolution 230 is not a multiple of the patch size 14 .* 224, 238"),
-        ("paligemma2-3b", 7, "nearest that are: 14"),
+        ("paligemma2-3b", 7, "nearest multiples are 14"),
         ("paligemma2-3b", 0, "Resolution 0"),
         ("paligemma2-3b", -14, "Resolution -14"),
     ],
 )
-def test_mistakes_are_named(backbone: str, resolution: int | None, message: str) -> None:
+def test_illegal_arguments_are_rejected(backbone: str, resolution: int | None, message: str) -> None:
     with pytest.raises(UserError, match=message):
         resolve_backbone(backbone, resolution)
 
 
-def test_a_folder_without_config_is_named(tmp_path: Path) -> None:
+def test_a_folder_without_config_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"has no config\.json"):
         resolve_backbone(str(tmp_path))
 
@@ -105,7 +104,7 @@ def test_a_folder_without_config_is_named(tmp_path: Path) -> None:
         ("{}", "has no vision_config"),
         (
             json.dumps(PALIGEMMA2_3B_JSON | {"text_config": {"model_type": "qwen3"}}),
-            "type qwen3, .*legal types are gemma, gemma2, llama",
+            "type qwen3, .*legal: gemma, gemma2, llama",
         ),
         (
             json.dumps(
@@ -115,7 +114,7 @@ def test_a_folder_without_config_is_named(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_broken_files_are_named(tmp_path: Path, content: str, message: str) -> None:
+def test_invalid_files_are_rejected(tmp_path: Path, content: str, message: str) -> None:
     (tmp_path / "config.json").write_text(content, encoding="utf-8")
     with pytest.raises(UserError, match=message):
         resolve_backbone(str(tmp_path))

@@ -1,4 +1,4 @@
-"""The table behind `parcelray flops`."""
+"""The cost table of `parcelray flops`."""
 
 import io
 import json
@@ -12,7 +12,7 @@ from parcelray.errors import UnsupportedBudgetError, UserError
 from parcelray.profiling import cost_table
 
 
-def test_rows_cover_every_budget_at_every_number_of_frames() -> None:
+def test_the_table_has_a_row_for_every_budget_and_number_of_frames() -> None:
     table = cost_table.build("paligemma2-3b", budgets=(16, 64), frames=(1, 16))
     assert [(row.num_visual_tokens, row.num_frames, row.num_text_tokens) for row in table.rows] == [
         (16, 1, 129),
@@ -29,7 +29,7 @@ def test_savings_are_against_all_patches_without_a_connector() -> None:
     assert 0.75 < row.flops_saving < 0.85
 
 
-def test_no_compression_saves_nothing_and_a_connector_at_full_budget_costs() -> None:
+def test_identity_saves_nothing_and_a_connector_at_full_budget_increases_the_cost() -> None:
     (identity,) = cost_table.build("paligemma2-3b", budgets=(256,), connector="identity").rows
     assert identity.flops_saving == 0
     assert identity.kv_saving == 0
@@ -37,13 +37,13 @@ def test_no_compression_saves_nothing_and_a_connector_at_full_budget_costs() -> 
     assert parcel.flops_saving < 0
 
 
-def test_448_px_routes_on_its_own_grid() -> None:
+def test_at_448_px_the_routing_uses_the_grid_of_that_resolution() -> None:
     table = cost_table.build("paligemma2-3b", resolution=448, budgets=(64, 256, 1024))
     assert table.backbone.num_patches == 1024
     assert [row.cost.connector > 0 for row in table.rows] == [False, False, True]
 
 
-def test_json_holds_every_term_exactly() -> None:
+def test_json_contains_every_term_exactly() -> None:
     table = cost_table.build("paligemma2-3b", budgets=(256,))
     content = json.loads(table.to_json())
     assert content["backbone"]["text_width"] == 2304
@@ -64,12 +64,12 @@ def test_the_printed_table_shows_terms_totals_and_savings() -> None:
         "KV cache, MB",
         "FLOPs saved",
         "16 frames",
-        "Left out: patch embedding",
+        "Not counted: patch embedding",
     ):
         assert expected in text
 
 
-def test_a_configuration_may_stand_for_the_name() -> None:
+def test_a_connector_can_be_given_as_configuration() -> None:
     table = cost_table.build("paligemma2-3b", connector=DualCrossAttentionConnectorConfig(), budgets=(100,))
     assert table.connector == "dual_cross_attention"
 
@@ -93,12 +93,12 @@ def test_text_tokens_can_be_given() -> None:
         ({"text_tokens": -1}, "-1 text tokens"),
     ],
 )
-def test_mistakes_are_named(arguments: dict[str, Any], message: str) -> None:
+def test_illegal_arguments_are_rejected(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         cost_table.build("paligemma2-3b", **arguments)
 
 
-def test_an_illegal_budget_names_the_legal_ones() -> None:
+def test_an_unsupported_budget_is_rejected_with_the_legal_budgets() -> None:
     with pytest.raises(
         UnsupportedBudgetError,
         match="m3 does not support 100 visual tokens per image; legal budgets are 4, 16, 64, 256",

@@ -1,4 +1,4 @@
-"""The cost model: the paper's table, exact terms, and every connector against torch's own count."""
+"""The cost model: the paper's table, exact terms, and comparisons with torch's FLOP counter."""
 
 import functools
 from collections.abc import Callable
@@ -80,7 +80,7 @@ def _frozen_connector(config: ConnectorConfig, shape: BackboneShape) -> Connecto
     connector = build_connector(
         config, hidden_size=shape.vision_width, grid_size=shape.grid_size, mlp_width=shape.vision_mlp_width
     )
-    # The counter follows modules through gradient functions, which a learned query bank has none of under no_grad.
+    # The counter follows modules through gradient functions, but under no_grad a learned query bank has none.
     return connector.requires_grad_(False)
 
 
@@ -101,7 +101,9 @@ def _counted(run: Callable[[], object]) -> int:
         (16, 256, "24.3", "423"),
     ],
 )
-def test_the_table_of_the_paper_to_its_printed_digits(num_frames: int, budget: int, tflop: str, kv_mb: str) -> None:
+def test_the_table_of_the_paper_is_reproduced_to_its_printed_digits(
+    num_frames: int, budget: int, tflop: str, kv_mb: str
+) -> None:
     result = cost(PALIGEMMA, ParcelConnectorConfig(), budget, num_frames)
     assert f"{result.total / 1e12:.1f}" == tflop
     assert f"{result.kv_cache_bytes / BYTES_PER_MB:.0f}" == kv_mb
@@ -109,7 +111,7 @@ def test_the_table_of_the_paper_to_its_printed_digits(num_frames: int, budget: i
 
 def test_every_term_at_256_tokens_is_exact() -> None:
     result = cost(PALIGEMMA, ParcelConnectorConfig(), 256)
-    # 256 = 64 anchors + 192 queries; each line written out from Appendix C.
+    # 256 = 64 anchors + 192 queries; each line is a formula of Appendix C.
     assert result == CostBreakdown(
         vision_projections=27 * 8 * 256 * 1152**2,
         vision_attention=27 * 4 * 256**2 * 1152,
@@ -144,26 +146,26 @@ def test_frames_scale_everything_before_the_decoder() -> None:
     assert sixteen.kv_cache_bytes == kv_cache_bytes(PALIGEMMA, 16 * 100 + 65)
 
 
-def test_the_routing_of_the_configuration_decides() -> None:
+def test_the_routing_of_the_configuration_is_used() -> None:
     routed = ParcelConnectorConfig(routing=(RouteConfig(min_budget=64, max_budget=256, anchor_grid=4),))
-    # 16 anchors leave 48 queries where the paper's routing has none.
+    # 16 anchors leave 48 queries, while the paper's routing has none at this budget.
     assert cost(PALIGEMMA, routed, 64).connector_mlp == 4 * 48 * 1152 * 4304
 
 
-def test_a_reduction_without_counted_cost_takes_any_budget() -> None:
+def test_without_connector_any_budget_is_legal() -> None:
     result = cost(PALIGEMMA, None, 77)
     assert result.connector == 0
     assert result.kv_cache_bytes == kv_cache_bytes(PALIGEMMA, 77 + 129)
 
 
-def test_the_blind_baseline_runs_the_decoder_alone() -> None:
+def test_the_blind_baseline_runs_only_the_decoder() -> None:
     result = cost(PALIGEMMA, None, 1, num_frames=0)
     assert result.total == result.decoder + result.output_head
     assert result.kv_cache_bytes == kv_cache_bytes(PALIGEMMA, 129)
 
 
 @pytest.mark.parametrize(("name", "budget"), [("parcel", 8), ("m3", 100), ("mqt", 257), ("identity", 64)])
-def test_budgets_that_a_connector_cannot_give_are_refused(name: str, budget: int) -> None:
+def test_unsupported_budgets_are_rejected(name: str, budget: int) -> None:
     shape = PALIGEMMA.at_resolution(448) if budget > 256 else PALIGEMMA
     with pytest.raises(UnsupportedBudgetError, match=f"{name} does not support {budget} visual tokens"):
         cost(shape, _connector(name), budget)
@@ -178,14 +180,14 @@ def test_budgets_that_a_connector_cannot_give_are_refused(name: str, budget: int
         (16, 1, -5, "-5 text tokens"),
     ],
 )
-def test_impossible_numbers_are_refused(budget: int, num_frames: int, num_text: int | None, message: str) -> None:
+def test_illegal_numbers_are_rejected(budget: int, num_frames: int, num_text: int | None, message: str) -> None:
     with pytest.raises(UserError, match=message):
         cost(PALIGEMMA, ParcelConnectorConfig(), budget, num_frames, num_text)
 
 
 @pytest.mark.parametrize("name", ALL_CONNECTORS)
 @pytest.mark.parametrize("resolution", [224, 448])
-def test_every_connector_agrees_with_torch_exactly(name: str, resolution: int) -> None:
+def test_every_connector_matches_the_count_of_torch_exactly(name: str, resolution: int) -> None:
     shape = PALIGEMMA.at_resolution(resolution)
     config = _connector(name)
     with torch.device("meta"):
@@ -205,7 +207,7 @@ def _meta_paligemma(dims: dict[str, dict[str, int]]) -> PaliGemmaForConditionalG
     config = PaliGemmaConfig(
         vision_config=vision, text_config=text, projection_dim=width, hidden_size=width, image_token_index=5
     )
-    # Eager attention is plain matrix products, which the counter sees on every device.
+    # Eager attention consists of plain matrix products, which the counter recognises on every device.
     config._attn_implementation = "eager"
     with torch.device("meta"):
         return PaliGemmaForConditionalGeneration(config).eval()
@@ -218,8 +220,8 @@ def _run_parts(
     budget: int,
     head_tokens: int,
 ) -> int:
-    # The parts in the order of the forward pass: its check of the placeholders reads values, which meta tensors do not
-    # have.
+    # The parts run one after the other, because the forward pass checks the placeholders and meta tensors have no
+    # values.
     with torch.device("meta"):
         connector = _frozen_connector(config, shape)
         pixels = torch.empty(1, 3, shape.image_size, shape.image_size)
@@ -249,7 +251,7 @@ def _run_parts(
         (REAL_3B, "identity", 256),
     ],
 )
-def test_the_prefill_is_torchs_count_without_the_patch_embedding_and_the_head_over_image_tokens(
+def test_the_prefill_matches_torch_except_for_patch_embedding_and_head_over_image_tokens(
     dims: dict[str, dict[str, int]], name: str, budget: int
 ) -> None:
     model = _meta_paligemma(dims)
@@ -260,14 +262,14 @@ def test_the_prefill_is_torchs_count_without_the_patch_embedding_and_the_head_ov
     as_in_the_paper = result.total + patch_embedding_flops(shape)
     assert _run_parts(model, shape, config, budget, head_tokens=129) == as_in_the_paper
 
-    # A plain forward also runs the head over the image tokens, which the paper leaves out.
+    # A plain forward pass also runs the head over the image tokens, which the paper does not count.
     head_over_image_tokens = 2 * budget * shape.text_width * shape.vocab_size
     assert (
         _run_parts(model, shape, config, budget, head_tokens=budget + 129) == as_in_the_paper + head_over_image_tokens
     )
 
 
-def test_decoding_is_torchs_count_step_by_step() -> None:
+def test_decoding_matches_the_count_of_torch_step_by_step() -> None:
     model = _meta_paligemma(SMALL)
     shape = from_transformers_config(model.config)
     cache = DynamicCache(config=model.config.text_config)
@@ -287,7 +289,7 @@ def test_decoding_is_torchs_count_step_by_step() -> None:
     assert decoding_flops(shape, 20, 1) == decoding_flops(shape, 20, 0) == 0
 
 
-def test_the_elastic_model_itself_agrees_with_torch() -> None:
+def test_the_elastic_model_matches_the_count_of_torch() -> None:
     config = ElasticPaliGemmaConfig(
         vision_config={"model_type": "siglip_vision_model", "vision_use_head": False} | SMALL["vision_config"],
         text_config={"model_type": "gemma2"} | SMALL["text_config"],
@@ -303,7 +305,7 @@ def test_the_elastic_model_itself_agrees_with_torch() -> None:
     pixels = torch.zeros(1, 3, 64, 64)
 
     def prefill() -> object:
-        # The fused kernel of the CPU is one operation that the counter does not know.
+        # The counter does not support the fused CPU kernel.
         with sdpa_kernel(SDPBackend.MATH):
             ones = torch.ones_like(ids)
             return model(

@@ -247,7 +247,7 @@ def test_candidates_that_do_not_exist_are_refused(made: Registry) -> None:
             {"gates": {"golden": [{"benchmark": "mini", "sample": "x", "budgets": [16]}]}},
             r"golden answers name the benchmarks \['mini'\]",
         ),
-        ({"tracking": {"uri": None}}, "the registry is in the tracking store"),
+        ({"tracking": {"uri": None}}, "the model registry is in the tracking store"),
         ({"gates": {"latency": {"at_most_ms": {}}}}, "at least 1 item"),
     ],
 )

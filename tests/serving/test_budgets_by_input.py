@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 from openai import OpenAI
 
-from parcelray.config.budget_policy import InputPolicyConfig, ServedBudgets
-from parcelray.config.serve import EngineConfig
+from parcelray.config.serve import EngineConfig, InputPolicyConfig, ServedBudgets
 from parcelray.datasets.sample import Sample
 from parcelray.errors import UserError
 from parcelray.evaluation.adaptive.budget_predictor import BudgetPredictor, fit_predictor
@@ -178,11 +177,11 @@ def test_an_unusable_predictor_is_refused_with_an_explanation(
         load_predictor(InputPolicyConfig(predictor=str(tmp_path / "none")), BUDGETS)
     with pytest.raises(UserError, match="serve the checkpoint that it was fitted on"):
         BudgetChooser(replace(predictor, signals=predictor.signals[1:]), model, processor)
-    with pytest.raises(ValueError, match="belongs to one checkpoint, and canary names a second"):
+    with pytest.raises(ValueError, match="belongs to one checkpoint, but canary adds a second one"):
         job_of(budgets={"policy": {"type": "input", "predictor": "p"}}, canary={"model": {}})
     with pytest.raises(UserError, match="holds no budget predictor"):
         pin(job_of(budgets={"offered": BUDGETS, "policy": {"type": "input", "predictor": str(tmp_path / "none")}}))
-    with pytest.raises(ValueError, match="floor of the policy is 32, which is not offered"):
+    with pytest.raises(ValueError, match="floor of the policy is 32, which is not in offered"):
         ServedBudgets(offered=BUDGETS, policy=InputPolicyConfig(predictor="p", floor=32))
 
 

@@ -32,7 +32,7 @@ def test_a_model_reference_is_served_at_its_supported_budgets() -> None:
 
 
 def test_a_public_address_needs_keys(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="keys_file is unset"):
+    with pytest.raises(UserError, match="keys_file is not set"):
         serve_job("mini_base", [], host="0.0.0.0")
     with pytest.raises(UserError, match="cannot be read"):
         pin(serve_job("mini_base", [f"http.keys_file={tmp_path / 'none'}"], host="0.0.0.0"))

@@ -5,8 +5,8 @@ from collections import Counter
 import pytest
 from pydantic import ValidationError
 
-from parcelray.config.budget import BudgetConfig, BudgetRange, SandwichBudgets, UniformBudgets, WeightedBudgets
 from parcelray.config.connector import ConnectorConfig, M3ConnectorConfig, ParcelConnectorConfig
+from parcelray.config.train import BudgetConfig, BudgetRange, SandwichBudgets, UniformBudgets, WeightedBudgets
 from parcelray.errors import UnsupportedBudgetError, UserError
 from parcelray.models.connectors import Connector, build_connector
 from parcelray.training.budget_sampling import BudgetSampler

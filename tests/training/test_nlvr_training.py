@@ -44,5 +44,5 @@ def test_nlvr_report_has_all_tasks_and_the_baselines_majority_and_blind(
 
 def test_a_missing_corpus_is_refused_with_the_setting_to_change(tmp_path: Path) -> None:
     job = tiny_job(tmp_path, data={"type": "nlvr", "path": str(tmp_path / "nowhere")})
-    with pytest.raises(UserError, match=r"holds no NLVR corpus .*--set data\.path=FOLDER"):
+    with pytest.raises(UserError, match=r"contains no NLVR corpus .*--set data\.path=FOLDER"):
         run_training(job, Console(file=StringIO()))

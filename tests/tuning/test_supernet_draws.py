@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from parcelray.config.budget import WeightedBudgets
-from parcelray.config.loader import load_job_of, load_search_space
-from parcelray.config.train import TrainJob
+from parcelray.config.loader import load_job_of
+from parcelray.config.space_checks import load_search_space
+from parcelray.config.train import TrainJob, WeightedBudgets
 from parcelray.training.budget_sampling import BudgetSampler
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -14,7 +14,7 @@ config_app = typer.Typer(no_args_is_help=True, help="Read, check and explain job
 @config_app.command("validate")
 def config_validate(job_file: JobFile, overrides: Set = []) -> None:
     """Check a job file; exit code 2 and one line per mistake if it is not legal."""
-    from parcelray.config.loader import identity
+    from parcelray.config.identity import identity
 
     console().print(f"{job_file} is legal: {identity(load(job_file, overrides))}", soft_wrap=True)
 

@@ -19,7 +19,7 @@ from parcelray.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from parcelray.config.loader import Job
+    from parcelray.config.identity import Job
 
 jobs_app = typer.Typer(no_args_is_help=True, help="Jobs on a Ray cluster.")
 
@@ -37,7 +37,7 @@ def submit(
 ) -> None:
     """Send a job file to a Ray cluster. Sending the same job twice runs it once."""
     from parcelray.cluster import jobs
-    from parcelray.config.loader import identity
+    from parcelray.config.identity import identity
 
     job = load(job_file, overrides)
     _warn_of_lost_paths(job)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from parcelray.bench.measure import Report
-    from parcelray.config.loader import Job
+    from parcelray.config.identity import Job
 
 JobFile = Annotated[Path, typer.Argument(help="A job file, such as jobs/train/nlvr_parcel.yaml.", show_default=False)]
 Set = Annotated[

@@ -1,4 +1,4 @@
-"""The cluster's shared token: where it is found, and the rule that it never leaves the request header."""
+"""Lookup of the cluster's shared authentication token. The token is sent only in the request header."""
 
 import os
 from collections.abc import Mapping
@@ -12,16 +12,16 @@ MODE_VARIABLE = "RAY_AUTH_MODE"
 
 
 def find_token(environment: Mapping[str, str] | None = None) -> str | None:
-    """Finds the token in Ray's own order: RAY_AUTH_TOKEN, then the file RAY_AUTH_TOKEN_PATH, then `~/.ray/auth_token`.
+    """Finds the token in Ray's order: RAY_AUTH_TOKEN, then the file RAY_AUTH_TOKEN_PATH, then `~/.ray/auth_token`.
 
     Args:
-        environment: variables to read; None: those of this process.
+        environment: environment variables to read; None: those of this process.
 
     Returns:
-        The token, or None when there is none or RAY_AUTH_MODE=disabled says not to use one.
+        The token; None if there is no token, or if RAY_AUTH_MODE is `disabled`.
 
     Raises:
-        UserError: RAY_AUTH_TOKEN_PATH names a file that cannot be read or is empty.
+        UserError: the file in RAY_AUTH_TOKEN_PATH cannot be read or is empty.
     """
     variables = os.environ if environment is None else environment
     if variables.get(MODE_VARIABLE, "").lower() == "disabled":
@@ -35,7 +35,7 @@ def find_token(environment: Mapping[str, str] | None = None) -> str | None:
 
 
 def auth_headers(token: str | None) -> dict[str, str]:
-    """The header that Ray's dashboard expects; empty without a token."""
+    """Builds the authorization header for Ray's dashboard; empty without a token."""
     return {"Authorization": f"Bearer {token}"} if token else {}
 
 
@@ -44,11 +44,11 @@ def _read_named(path: Path) -> str:
         token = path.read_text().strip()
     except OSError as error:
         raise UserError(
-            f"{TOKEN_PATH_VARIABLE}={path} cannot be read ({error.strerror}); point it to the cluster's token file or"
-            " unset it."
+            f"{TOKEN_PATH_VARIABLE}={path} cannot be read ({error.strerror}); set it to the path of the cluster's token"
+            " file or unset it."
         ) from error
     if not token:
         raise UserError(
-            f"{TOKEN_PATH_VARIABLE}={path} is an empty file; write the cluster's token into it or unset the variable."
+            f"{TOKEN_PATH_VARIABLE}={path} is an empty file; write the cluster's token to it or unset the variable."
         )
     return token

@@ -1,9 +1,9 @@
-"""Jobs on a running cluster, through Ray Jobs: send a job file with the files of its project, then list, follow and stop.
+"""Jobs on a running cluster, through Ray Jobs: submit, list, follow and stop.
 
-A job's id is its identity, `<kind>-<name>-<hash8>`, so sending the same job twice gives the job that is there. A job
-that failed or was stopped cannot be started again under its id (Ray runs an id once), so a new attempt is
-`<identity>-r2`, `-r3`, ...; the run inside has the same identity and resumes from its checkpoints. Listing, logs and
-stopping work across versions of Ray; sending does not.
+A job is sent with the files of its project. Its id is the identity of the job file, `<kind>-<name>-<hash8>`, so
+submitting the same job twice returns the existing job. Ray runs each id only once. After a failure or a stop, a new
+attempt therefore has the id `<identity>-r2`, `-r3`, ...; the run inside keeps its identity and resumes from its
+checkpoints. Listing, logs and stopping work across versions of Ray; submitting does not.
 """
 
 import asyncio
@@ -51,65 +51,66 @@ _SECRET_VARIABLE = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|API_?KEY
 
 @dataclass(frozen=True)
 class SubmittedJob:
-    """What became of a submission."""
+    """The result of a submission."""
 
     submission_id: str
-    """Id of the job on the cluster: the identity, with `-rN` from the second attempt on."""
+    """Id of the job on the cluster: the identity, with the suffix `-rN` from the second attempt on."""
     created: bool
-    """False if a job of this identity was there and nothing was sent."""
+    """False if a job with this identity already existed and nothing was sent."""
     status: str
-    """PENDING, RUNNING, SUCCEEDED (of an existing job), ..."""
+    """Ray's job status: PENDING, RUNNING, SUCCEEDED (of an existing job), ..."""
     message: str
     """One sentence for the user."""
 
 
 @dataclass(frozen=True)
 class Submission:
-    """What a submission would send."""
+    """The plan of a submission: what would be sent where."""
 
     identity: str
     entrypoint: str
-    """Shell command in the root of the project's copy."""
+    """Shell command that runs in the root of the project's copy."""
     address: str
     """URL of the cluster's dashboard."""
     num_files: int
     num_bytes: int
     largest: dict[str, int]
-    """The five largest files, bytes."""
+    """Sizes of the five largest files in bytes."""
     git_commit: str
     git_dirty: bool
-    """Whether tracked files differ from the commit; what is sent is what is on disk."""
+    """Whether tracked files differ from the commit; the files are sent as they are on disk."""
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-serialisable."""
+        """Gives the plan as a JSON-serialisable dictionary."""
         return asdict(self)
 
     def to_rich(self) -> Table:
-        """For the console."""
-        table = Table("would be sent", self.identity)
-        table.add_row("to", self.address)
+        """Gives the plan as a table for the console."""
+        table = Table("job to submit", self.identity)
+        table.add_row("cluster", self.address)
         table.add_row("command", self.entrypoint)
-        table.add_row("files", f"{self.num_files} ({self.num_bytes / 2**20:.1f} MiB), what git tracks")
+        table.add_row("files", f"{self.num_files} git-tracked files ({self.num_bytes / 2**20:.1f} MiB)")
         table.add_row("largest", "\n".join(f"{name} ({size / 2**20:.2f} MiB)" for name, size in self.largest.items()))
-        table.add_row("commit", self.git_commit + (", with changes" if self.git_dirty else ""))
+        table.add_row("commit", self.git_commit + (", with uncommitted changes" if self.git_dirty else ""))
         return table
 
 
 @dataclass(frozen=True)
 class JobState:
-    """One job as the cluster sees it."""
+    """The state of one job on the cluster."""
 
     submission_id: str
     status: str
     """PENDING, RUNNING, SUCCEEDED, FAILED or STOPPED."""
     message: str
-    """Ray's own words on the status; the first line."""
+    """First line of Ray's message about the status."""
     entrypoint: str
     started: datetime.datetime | None
-    """UTC; None before the cluster has it."""
+    """Start time in UTC; None if the job has not started."""
     ended: datetime.datetime | None
+    """End time in UTC; None if the job has not ended."""
     metadata: Mapping[str, str]
-    """What `submit` stored: user, identity, config_hash, git_commit, git_dirty, job_file, attempt."""
+    """Metadata stored by `submit`: user, identity, config_hash, git_commit, git_dirty, job_file, attempt."""
 
     @property
     def is_ended(self) -> bool:
@@ -118,7 +119,7 @@ class JobState:
 
     @property
     def exit_code(self) -> int:
-        """0 if the job succeeded, else 1."""
+        """Exit code for the command line: 0 if the job succeeded, else 1."""
         return 0 if self.status == "SUCCEEDED" else 1
 
 
@@ -133,21 +134,21 @@ def submit(
     again: bool = False,
     max_package_bytes: int = MAX_PACKAGE_BYTES,
 ) -> SubmittedJob:
-    """Sends a job file, with the git-tracked files of its project, to a cluster; returns without waiting for the end.
+    """Sends a job file and the git-tracked files of its project to a cluster, without waiting for the job's end.
 
     Args:
         job_file: a file inside the project; git need not track it.
-        identity: `<kind>-<name>-<hash8>` from the resolved configuration.
-        address: the cluster's dashboard, see `preflight.dashboard_url`.
-        overrides: `a.b=c` texts, handed on as `--set`.
+        identity: `<kind>-<name>-<hash8>` of the resolved configuration.
+        address: address of the cluster's dashboard, see `preflight.dashboard_url`.
+        overrides: `a.b=c` texts, passed to the command as `--set`.
         entrypoint: shell command to run instead of `parcelray <kind> <job file>`, in the root of the project's copy.
-        env_vars: environment variables for the job. Anyone who may list jobs can read them, so names of secrets are
-            refused.
-        again: start a new attempt although this job succeeded; a job that still runs is never doubled.
-        max_package_bytes: limit of the package.
+        env_vars: environment variables of the job. Names of secrets are rejected, as anyone with permission to list
+            jobs can read the variables.
+        again: whether to start a new attempt of a job that succeeded. A running job is never duplicated.
+        max_package_bytes: limit for the size of the package in bytes.
 
     Raises:
-        UserError: the cluster cannot be used, the package is refused, or an argument is illegal.
+        UserError: the cluster cannot be used, the package is rejected, or an argument is illegal.
         SystemFailure: the cluster failed on a legal request.
     """
     match = _matched(identity)
@@ -183,7 +184,7 @@ def submit(
 
 
 def plan_submission(job_file: Path, *, identity: str, address: str | None, overrides: Sequence[str] = ()) -> Submission:
-    """What `submit` would send, without asking the cluster; raises UserError where the package or an argument would be refused."""
+    """Plans a submission without contacting the cluster; raises UserError where `submit` would."""
     match = _matched(identity)
     _check_public(overrides, {})
     root = project_root(job_file)
@@ -203,15 +204,15 @@ def plan_submission(job_file: Path, *, identity: str, address: str | None, overr
 
 
 def build_entrypoint(kind: str, job_file: str, overrides: Sequence[str] = ()) -> str:
-    """The shell command that a job runs in the root of the project's copy; every part is quoted."""
+    """Builds the quoted shell command that a job runs in the root of the project's copy."""
     settings = [part for override in overrides for part in ("--set", override)]
-    # A second attempt of a search finds the trials of the first; every other kind goes on by itself.
-    goes_on = ["--resume"] if kind == "tune" else []
-    return shlex.join(["python", "-m", "parcelray.cli", *command_of(kind).split(), job_file, *settings, *goes_on])
+    # A search resumes the trials of an earlier attempt only with this flag; all other kinds always resume.
+    resume = ["--resume"] if kind == "tune" else []
+    return shlex.join(["python", "-m", "parcelray.cli", *command_of(kind).split(), job_file, *settings, *resume])
 
 
 def list_jobs(*, address: str | None) -> list[JobState]:
-    """All jobs that were submitted to a cluster, newest first; drivers that were started by hand are left out."""
+    """Lists all jobs that were submitted to a cluster, newest first, without manually started drivers."""
     url, client = _connect(address)
     with _explained(url):
         states = [_state(details) for details in client.list_jobs() if details.submission_id]
@@ -220,22 +221,22 @@ def list_jobs(*, address: str | None) -> list[JobState]:
 
 
 def status(submission_id: str, *, address: str | None) -> JobState:
-    """The state of one job; raises UserError for an id that the cluster does not know."""
+    """Queries the state of one job; raises UserError if the cluster has no job with this id."""
     url, client = _connect(address)
     return _get_state(client, url, submission_id)
 
 
 def logs(submission_id: str, *, address: str | None, follow: bool = False) -> Iterator[str]:
-    """The output of a job's driver, in pieces that end where they end (write them without adding newlines).
+    """Yields the output of a job's driver in pieces, to be written without additional newlines.
 
     Args:
-        submission_id: the job's id on the cluster.
-        address: the cluster's dashboard.
-        follow: keep giving what comes, until the job ends.
+        submission_id: id of the job on the cluster.
+        address: address of the cluster's dashboard.
+        follow: whether to continue with new output until the job ends.
 
     Raises:
-        UserError: no such job.
-        SystemFailure: the connection broke; the job goes on.
+        UserError: the cluster has no such job.
+        SystemFailure: the connection was lost; the job continues.
     """
     url, client = _connect(address)
     _get_state(client, url, submission_id)
@@ -254,12 +255,12 @@ def logs(submission_id: str, *, address: str | None, follow: bool = False) -> It
 
 
 def wait(submission_id: str, *, address: str | None, write: Callable[[str], object]) -> JobState:
-    """Follows a job's output until it has ended.
+    """Follows the output of a job until the job has ended.
 
     Args:
-        submission_id: the job's id on the cluster.
-        address: the cluster's dashboard.
-        write: takes each piece of output, for example `sys.stdout.write`.
+        submission_id: id of the job on the cluster.
+        address: address of the cluster's dashboard.
+        write: called with each piece of output, for example `sys.stdout.write`.
 
     Returns:
         The final state; its `exit_code` is 0 or 1.
@@ -273,11 +274,11 @@ def wait(submission_id: str, *, address: str | None, write: Callable[[str], obje
 
 
 def stop(submission_id: str, *, address: str | None, timeout_s: float = 30.0) -> JobState:
-    """Asks a job to stop and waits for it; a job that has ended is left as it is.
+    """Stops a job and waits for its end; a job that has already ended is left unchanged.
 
     Args:
-        submission_id: the job's id on the cluster.
-        address: the cluster's dashboard.
+        submission_id: id of the job on the cluster.
+        address: address of the cluster's dashboard.
         timeout_s: longest wait in seconds. Ray kills a driver that ignores SIGTERM after about 3 s.
 
     Returns:
@@ -303,10 +304,10 @@ def _connect(address: str | None) -> tuple[str, JobSubmissionClient]:
 
 
 def _client(url: str, token: str | None) -> JobSubmissionClient:
-    """Ray's client for exactly this address and token.
+    """Creates Ray's client for exactly this address and token.
 
-    The client lets two environment variables win over its argument, so they are hidden from it; and the header is given
-    explicitly because the client adds one only if RAY_AUTH_MODE was set before Ray was imported.
+    In the client, two environment variables override its argument, so they are removed while it is created. The header
+    is passed explicitly because the client adds one only if RAY_AUTH_MODE was set before the import of Ray.
     """
     hidden = {name: os.environ.pop(name) for name in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS") if name in os.environ}
     try:
@@ -317,7 +318,7 @@ def _client(url: str, token: str | None) -> JobSubmissionClient:
 
 
 def _attempts(client: JobSubmissionClient, url: str, identity: str, again: bool) -> tuple[JobState | None, int]:
-    """The latest attempt if it stands for this submission, else None, and the number that the next attempt gets."""
+    """Gives the latest attempt, or None if a new attempt is to be started, and the number of the next attempt."""
     numbered = re.compile(re.escape(identity) + r"(?:-r(\d+))?")
     with _explained(url):
         known = {
@@ -342,13 +343,13 @@ def _send(
         stage(package, folder)
         runtime_env: dict[str, Any] = {"working_dir": str(folder), "env_vars": {"PYTHONUNBUFFERED": "1", **env_vars}}
         if (folder / PACKAGE_FOLDER).is_dir():
-            # On every node this puts the package on PYTHONPATH. A PYTHONPATH of `platform` would only serve the driver:
-            # workers start in another folder.
+            # This puts the package on the PYTHONPATH of every node. The entry `platform` would only work for the
+            # driver, as workers start in another folder.
             runtime_env |= {"py_modules": [str(folder / PACKAGE_FOLDER)], "excludes": [f"/{PACKAGE_FOLDER.as_posix()}"]}
         try:
             client.submit_job(**request, runtime_env=runtime_env)
         except RuntimeError as error:
-            # Someone else sent the same job since we looked.
+            # The same job was submitted by someone else after the check for existing attempts.
             if "already exists" not in str(error):
                 raise
             return _existing(_get_state(client, url, submission_id))
@@ -357,22 +358,21 @@ def _send(
         created=True,
         status="PENDING",
         message=(
-            f"Sent {submission_id} with {len(package.files)} files ({package.num_bytes / 1024**2:.1f} MiB) to {url}."
+            f"Submitted {submission_id} with {len(package.files)} files ({package.num_bytes / 1024**2:.1f} MiB) to"
+            f" {url}."
         ),
     )
 
 
 def _existing(state: JobState) -> SubmittedJob:
     remedy = (
-        "run with --again for a new attempt"
-        if state.status == "SUCCEEDED"
-        else "follow or stop it with `parcelray jobs`"
+        "start a new attempt with --again" if state.status == "SUCCEEDED" else "follow or stop it with `parcelray jobs`"
     )
     return SubmittedJob(
         submission_id=state.submission_id,
         created=False,
         status=state.status,
-        message=f"{state.submission_id} is already on the cluster and {state.status}; nothing was sent ({remedy}).",
+        message=f"{state.submission_id} already exists with status {state.status}; nothing was sent ({remedy}).",
     )
 
 
@@ -380,24 +380,25 @@ def _matched(identity: str) -> re.Match[str]:
     match = _IDENTITY.fullmatch(identity)
     if match is None:
         raise UserError(
-            f"{identity} is not a job's identity; legal is KIND-NAME-HASH8 with letters, digits, '.', '_' and '-', as"
-            " in train-nlvr-0a1b2c3d."
+            f"{identity} is not the identity of a job; legal: KIND-NAME-HASH8 with letters, digits, '.', '_' and '-',"
+            " for example train-nlvr-0a1b2c3d."
         )
     return match
 
 
 def _check_public(overrides: Sequence[str], env_vars: Mapping[str, str]) -> None:
+    """Rejects secrets in settings that anyone with permission to list jobs can read."""
     for name in env_vars:
         if _SECRET_VARIABLE.search(name):
             raise UserError(
-                f"{name} looks like a secret, and anyone who may list jobs could read it; set it in the cluster's own"
-                " environment instead."
+                f"{name} looks like a secret, and anyone with permission to list jobs could read it; set it in the"
+                " environment of the cluster's nodes instead."
             )
     for text in (*overrides, *env_vars.values()):
         if find_secret(text.encode()):
             raise UserError(
-                "A setting holds what looks like an access token or a private key, and anyone who may list jobs could"
-                " read it; take it out."
+                "A setting contains text that looks like an access token or a private key, and anyone with permission"
+                " to list jobs could read it; remove it."
             )
 
 
@@ -427,22 +428,22 @@ def _user() -> str:
     try:
         return getpass.getuser()
     except (KeyError, OSError):
-        # A container without an entry in /etc/passwd.
+        # In a container, the user may have no entry in /etc/passwd.
         return f"uid-{os.getuid()}"
 
 
 @contextlib.contextmanager
 def _explained(url: str, submission_id: str = "") -> Iterator[None]:
-    """Turns the errors of Ray's client into sentences."""
+    """Turns the errors of Ray's client into one-sentence errors."""
     try:
         yield
     except (requests.RequestException, aiohttp.ClientError, ConnectionError) as error:
         raise SystemFailure(
-            f"The connection to {url} broke ({type(error).__name__}); what was sent before goes on, see `parcelray jobs"
+            f"The connection to {url} was lost ({type(error).__name__}); submitted jobs continue, see `parcelray jobs"
             " list`."
         ) from error
     except RuntimeError as error:
         text = " ".join(str(error).split())
         if "status code 404" in text:
-            raise UserError(f"There is no job {submission_id} on {url}; `parcelray jobs list` shows all.") from error
+            raise UserError(f"There is no job {submission_id} on {url}; `parcelray jobs list` lists all.") from error
         raise SystemFailure(f"The cluster at {url} failed on this request: {text[:500]}") from error

@@ -1,4 +1,4 @@
-"""What travels with a job: an explicit list of git-tracked files, checked for links, secrets and size, and copied to a clean folder."""
+"""The files that are sent with a job: git-tracked files, checked for links, secrets and size."""
 
 import re
 import shutil
@@ -36,7 +36,7 @@ _SECRET_TEXT = re.compile(
     rb"|\bgithub_pat_[A-Za-z0-9_]{50,}\b"
     rb"|\bxox[baprs]-[A-Za-z0-9-]{20,}\b"
 )
-# Ray leaves out of the upload what these name, even when git tracks it.
+# Ray excludes the files listed in these files from the upload, even if git tracks them.
 _IGNORE_FILES = (".gitignore", ".rayignore")
 
 
@@ -47,63 +47,70 @@ class PackageFile:
     name: str
     """Path below the project, with forward slashes."""
     source: Path
-    """Where its content is; differs from `name` for a link."""
+    """Path of the content; for a link, the path of its target."""
     num_bytes: int
+    """Size of the file in bytes."""
 
 
 @dataclass(frozen=True)
 class Package:
-    """The files of a project that a job takes along."""
+    """The files of a project that are sent with a job."""
 
     root: Path
+    """Root of the project's git working tree."""
     files: tuple[PackageFile, ...]
+    """All files, sorted by name."""
 
     @property
     def num_bytes(self) -> int:
-        """Size of all files together."""
+        """Total size of all files in bytes."""
         return sum(file.num_bytes for file in self.files)
 
 
 def project_root(path: Path) -> Path:
-    """The root of the git working tree that holds `path`; raises UserError outside of one."""
+    """Finds the root of the git working tree that contains a path.
+
+    Raises:
+        UserError: the path does not exist or is not in a git working tree.
+    """
     folder = path if path.is_dir() else path.parent
     if not folder.is_dir():
-        raise UserError(f"{path} does not exist; name a job file inside the project.")
+        raise UserError(f"{path} does not exist; give a job file inside the project.")
     return Path(_git(folder, "rev-parse", "--show-toplevel").strip()).resolve()
 
 
 def collect(root: Path, extra: Iterable[Path] = (), *, max_bytes: int = MAX_PACKAGE_BYTES) -> Package:
-    """Lists what git tracks (staged new files too) as it is on disk now, plus `extra`.
+    """Lists all files that git tracks or that are staged, with their current content on disk, plus `extra`.
 
     Args:
-        root: the project, a git working tree.
-        extra: files inside the project that git may not track, such as a new job file.
-        max_bytes: limit for all files together.
+        root: root of the project's git working tree.
+        extra: further files inside the project, such as an untracked job file.
+        max_bytes: limit for the total size in bytes.
 
     Raises:
-        UserError: a link out of the package, a file that looks like a secret, a submodule, or too many bytes (names the
-            five largest).
+        UserError: the package contains a link to a file outside of it, a file that looks like a secret or a submodule,
+            or it exceeds the limit (the message names the five largest files).
     """
     root = root.resolve()
     names = {name for name in _git(root, "ls-files", "-z", "--cached").split("\0") if name}
     names |= {inside(root, path) for path in extra}
     present = sorted(name for name in names if (root / name).is_symlink() or (root / name).exists())
     if not present:
-        raise UserError(f"git tracks no files in {root}; run `git add` on what the job needs.")
+        raise UserError(f"git tracks no files in {root}; run `git add` on the files that the job needs.")
     files = tuple(_checked(root, name, names) for name in present)
     package = Package(root=root, files=files)
     if package.num_bytes > max_bytes:
         largest = sorted(files, key=lambda file: -file.num_bytes)[:5]
         raise UserError(
-            f"The package is {_mib(package.num_bytes)}, more than the {_mib(max_bytes)} allowed; the largest files are "
+            f"The package has {_mib(package.num_bytes)}, but the limit is {_mib(max_bytes)}; the largest files are "
             + ", ".join(f"{file.name} ({_mib(file.num_bytes)})" for file in largest)
-            + ". Keep data and weights out of git: put them on shared storage and name them in the job file."
+            + ". Keep data and weights out of git: put them on shared storage and set their paths in the job file."
         )
     return package
 
 
 def stage(package: Package, folder: Path) -> None:
-    """Copies a package into an empty folder, links as the files that they point to."""
+    """Copies the files of a package into an empty folder; links are replaced by their targets."""
     for file in package.files:
         if Path(file.name).name in _IGNORE_FILES:
             continue
@@ -113,20 +120,24 @@ def stage(package: Package, folder: Path) -> None:
 
 
 def inside(root: Path, path: Path) -> str:
-    """The name of `path` below `root`; raises UserError for a path that leads out of the project."""
+    """Gives the path relative to the project's root.
+
+    Raises:
+        UserError: the path is outside of the project.
+    """
     resolved = path.resolve()
     if not resolved.is_relative_to(root.resolve()):
-        raise UserError(f"{path} is outside of the project {root}; only files inside of it can be sent.")
+        raise UserError(f"{path} is outside of the project {root}; give a file inside the project.")
     return resolved.relative_to(root.resolve()).as_posix()
 
 
 def find_secret(text: bytes) -> bool:
-    """Whether bytes hold something in the form of a private key or of an access token of a well-known service."""
+    """Whether the bytes contain a private key or an access token of a well-known service, judged by its format."""
     return _SECRET_TEXT.search(text) is not None
 
 
 def git_state(root: Path) -> tuple[str, bool]:
-    """The commit of a working tree (`none` before the first one) and whether tracked files differ from it."""
+    """Gives the current commit (`none` before the first one) and whether tracked files differ from it."""
     head = subprocess.run(
         ["git", "-C", str(root), "rev-parse", "--verify", "-q", "HEAD"], capture_output=True, text=True, check=False
     )
@@ -139,24 +150,24 @@ def _checked(root: Path, name: str, names: set[str]) -> PackageFile:
     source = path.resolve()
     if not source.is_relative_to(root) or source.relative_to(root).as_posix() not in names:
         raise UserError(
-            f"{name} is a link to {source}, which is not part of the package; replace the link by the file or remove it"
-            " from git."
+            f"{name} is a link to {source}, which is not part of the package; replace the link by the file, or remove"
+            " the link from git."
         )
     if source.is_dir():
         raise UserError(
-            f"{name} is a folder to git (a submodule); only plain files can be sent, so copy what the job needs into"
-            " the project."
+            f"{name} is a git submodule, but only plain files can be sent; copy the files that the job needs into the"
+            " project."
         )
     for each in (path, source):
         if any(fnmatch(each.name, pattern) for pattern in _SECRET_NAMES) and each.name not in _HARMLESS_NAMES:
             raise UserError(
-                f"{name} has the name of a secret and would be readable on the cluster; remove it from git (`git rm"
-                f" --cached {name}`)."
+                f"{name} has the file name of a secret and would be readable on the cluster; remove it from git (`git"
+                f" rm --cached {name}`)."
             )
     if find_secret(source.read_bytes()):
         raise UserError(
-            f"{name} contains what looks like a private key or an access token; remove it (and revoke it if it was ever"
-            " pushed)."
+            f"{name} contains text that looks like a private key or an access token; remove it, and revoke it if it was"
+            " ever pushed."
         )
     return PackageFile(name=name, source=source, num_bytes=source.stat().st_size)
 
@@ -165,11 +176,13 @@ def _git(folder: Path, *arguments: str) -> str:
     try:
         return subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True).stdout
     except FileNotFoundError as error:
-        raise UserError("git is not installed, and a job takes along what git tracks; install git.") from error
+        raise UserError(
+            "git is not installed, but a job is sent with the files that git tracks; install git."
+        ) from error
     except subprocess.CalledProcessError as error:
         reason = error.stderr.strip().splitlines()[0] if error.stderr.strip() else f"git exited with {error.returncode}"
         raise UserError(
-            f"{folder} cannot be read as a git working tree ({reason}); send jobs from inside the project's clone."
+            f"{folder} cannot be read as a git working tree ({reason}); submit jobs from a clone of the project."
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""Checks before anything is sent to a cluster: it answers, it lets us in, it runs our version of Ray, it has what the job needs."""
+"""Checks before a job is sent to a cluster: connection, authentication, version of Ray and resources."""
 
 import importlib.metadata
 import json
@@ -21,50 +21,51 @@ log = logging.getLogger(__name__)
 
 
 def dashboard_url(address: str | None) -> str:
-    """Resolves the dashboard of a cluster: the address given, else RAY_API_SERVER_ADDRESS, else RAY_ADDRESS.
+    """Resolves the dashboard of a cluster: the given address, else RAY_API_SERVER_ADDRESS, else RAY_ADDRESS.
 
-    Ray's own client lets the two variables win over its argument, so that a job can reach another cluster than the one
-    named; here the address given always wins.
+    A given address always takes precedence. In Ray's own client the two variables override it, so that a job can reach
+    another cluster than intended.
 
     Args:
         address: `http(s)://HOST:PORT`, or `HOST:PORT` for http; None: from the environment.
 
     Raises:
-        UserError: no address, or one that is not the dashboard's (`ray://`, `auto`, `local`).
+        UserError: there is no address, or it is not that of a dashboard (`ray://`, `auto`, `local`).
     """
-    found = address or os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS")
-    if not found:
+    chosen = address or os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS")
+    if not chosen:
         raise UserError(
-            "No cluster was named; give --address http://HOST:8265 (the Ray dashboard) or set RAY_API_SERVER_ADDRESS."
+            "No cluster address is set; give --address http://HOST:8265 (the Ray dashboard) or set"
+            " RAY_API_SERVER_ADDRESS."
         )
-    url = found if "://" in found else f"http://{found}"
+    url = chosen if "://" in chosen else f"http://{chosen}"
     parts = urllib.parse.urlsplit(url)
     if (
         parts.scheme not in ("http", "https")
-        or found in ("auto", "local")
+        or chosen in ("auto", "local")
         or not parts.hostname
         or parts.username
         or parts.path not in ("", "/")
     ):
         raise UserError(
-            f"{found} is not the address of a Ray dashboard; legal is http://HOST:PORT or https://HOST:PORT, as in"
+            f"{chosen} is not the address of a Ray dashboard; legal: http://HOST:PORT or https://HOST:PORT, for example"
             " http://127.0.0.1:8265."
         )
     return f"{parts.scheme}://{parts.netloc}"
 
 
 def check_cluster(url: str, token: str | None) -> str:
-    """Checks that a cluster answers, lets us in and runs our version of Ray.
+    """Checks that a cluster responds, accepts the token and runs the same version of Ray as this machine.
 
     Args:
-        url: what `dashboard_url` returned.
-        token: what `find_token` returned.
+        url: URL of the dashboard, from `dashboard_url`.
+        token: authentication token, from `find_token`.
 
     Returns:
-        The version of Ray on both sides.
+        The version of Ray.
 
     Raises:
-        UserError: unreachable, refused (401, 403) or another version.
+        UserError: the cluster is unreachable, rejects the token (401, 403) or runs another version of Ray.
     """
     version = cluster_version(url, token)
     check_version(version, local_ray_version())
@@ -72,15 +73,18 @@ def check_cluster(url: str, token: str | None) -> str:
 
 
 def cluster_version(url: str, token: str | None) -> str:
-    """Asks a dashboard for its version of Ray; raises as `check_cluster` does."""
+    """Queries the version of Ray of a cluster; raises UserError if the cluster is unreachable or rejects the token."""
     return str(_get(url, "/api/version", token)["ray_version"])
 
 
 def cluster_resources(address: str | None) -> dict[str, float]:
-    """What all living nodes of a cluster have in total, used or not, as Ray counts it (`CPU`, `GPU`, `memory` in bytes, ...).
+    """Queries the total resources of all live nodes of a cluster, including those in use.
 
     Args:
-        address: as in `dashboard_url`.
+        address: address of the dashboard, as in `dashboard_url`.
+
+    Returns:
+        Amounts by Ray's resource names (`CPU`, `GPU`, `memory` in bytes, ...).
     """
     url = dashboard_url(address)
     answer = _get(
@@ -94,44 +98,44 @@ def cluster_resources(address: str | None) -> dict[str, float]:
 
 
 def local_ray_version() -> str:
-    """The version of Ray installed here, read without importing Ray."""
+    """Gives the version of Ray that is installed on this machine, without importing Ray."""
     return importlib.metadata.version("ray")
 
 
 def check_version(cluster: str, local: str) -> None:
-    """Raises UserError when two versions of Ray differ; Ray promises nothing between versions."""
+    """Raises UserError if two versions of Ray differ, as Ray guarantees no compatibility between versions."""
     if cluster != local:
         raise UserError(
-            f"The cluster runs Ray {cluster} and this machine Ray {local}; install ray=={cluster} here or name a"
-            f" cluster with Ray {local}."
+            f"The cluster runs Ray {cluster} and this machine Ray {local}; install ray=={cluster} here or use a cluster"
+            f" with Ray {local}."
         )
 
 
 def check_resources(need: Mapping[str, float], available: Mapping[str, float]) -> None:
-    """Refuses a request that could never be met: Ray itself would wait for ever, without a word.
+    """Checks that a cluster is large enough for a job. Ray itself would wait forever, without a message.
 
     Args:
-        need: resources in Ray's names and units, for example `{"CPU": 5, "GPU": 4}`.
-        available: the cluster's totals, from `cluster_resources` or `ray.cluster_resources()`; with an autoscaler, its
+        need: required amounts by Ray's resource names, for example `{"CPU": 5, "GPU": 4}`.
+        available: totals of the cluster, from `cluster_resources` or `ray.cluster_resources()`; with an autoscaler, its
             upper limits.
 
     Raises:
-        UserError: names every resource that is short, with both numbers.
+        UserError: the cluster is too small; names every insufficient resource with both amounts.
     """
     short = [
-        f"{name} {amount:g} (there: {available.get(name, 0.0):g})"
+        f"{name} {amount:g} (available: {available.get(name, 0.0):g})"
         for name, amount in sorted(need.items())
         if amount > available.get(name, 0.0)
     ]
     if short:
         raise UserError(
-            f"The cluster is too small for this job; it needs {', '.join(short)}. Lower the job's resources or add"
+            f"The cluster is too small for this job, which needs {', '.join(short)}. Reduce the job's resources or add"
             " nodes."
         )
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """urllib would carry the token along to wherever a redirect points."""
+    """Rejects redirects, because urllib would send the token to the target of the redirect."""
 
     def redirect_request(
         self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: HTTPMessage, newurl: str
@@ -143,8 +147,8 @@ def _get(url: str, path: str, token: str | None) -> dict[str, Any]:
     host = urllib.parse.urlsplit(url).hostname
     if token and url.startswith("http://") and host not in _LOOPBACK:
         log.warning(
-            "The token travels unencrypted to %s; prefer https, or an SSH tunnel to the dashboard on the head's"
-            " loopback.",
+            "The token is sent unencrypted to %s; use https, or an SSH tunnel to the dashboard on the loopback address"
+            " of the head node.",
             host,
         )
     request = urllib.request.Request(url + path, headers=auth_headers(token))
@@ -156,16 +160,16 @@ def _get(url: str, path: str, token: str | None) -> dict[str, Any]:
     except OSError as error:
         reason = getattr(error, "reason", None) or error
         raise UserError(
-            f"Nothing answers at {url} ({reason}); check the address, and the tunnel to the head if its dashboard is on"
-            " loopback."
+            f"Nothing responds at {url} ({reason}); check the address, and the SSH tunnel to the head node if its"
+            " dashboard listens on the loopback address."
         ) from error
     except json.JSONDecodeError as error:
         raise UserError(
-            f"{url} answers, but not as a Ray dashboard; legal is the address that `ray start --head` prints."
+            f"{url} responds, but not as a Ray dashboard; give the address that `ray start --head` prints."
         ) from error
     if not isinstance(answer, dict):
         raise SystemFailure(
-            f"{url}{path} answered with something that is not an object; the cluster may run another version of Ray."
+            f"The response of {url}{path} is not a JSON object; the cluster may run another version of Ray."
         )
     return answer
 
@@ -173,17 +177,17 @@ def _get(url: str, path: str, token: str | None) -> dict[str, Any]:
 def _refusal(url: str, code: int) -> UserError | SystemFailure:
     if code == 401:
         return UserError(
-            f"The cluster at {url} wants a token (401) and none was found; set RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or"
-            " write it to ~/.ray/auth_token."
+            f"The cluster at {url} requires a token (401) and none was found; set RAY_AUTH_TOKEN or"
+            " RAY_AUTH_TOKEN_PATH, or write the token to ~/.ray/auth_token."
         )
     if code == 403:
         return UserError(
-            f"The cluster at {url} does not accept this token (403); take the one of its head node (`ray"
+            f"The cluster at {url} does not accept this token (403); use the token of its head node (printed by `ray"
             " get-auth-token` there)."
         )
     if code < 500:
         return UserError(
-            f"{url} answers with status {code}, not as a Ray dashboard; legal is the address that `ray start --head`"
+            f"{url} responds with status {code} and not as a Ray dashboard; give the address that `ray start --head`"
             " prints."
         )
-    return SystemFailure(f"The cluster at {url} answers with status {code}; see dashboard.log on its head node.")
+    return SystemFailure(f"The cluster at {url} responds with status {code}; see dashboard.log on its head node.")

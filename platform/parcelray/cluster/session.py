@@ -1,4 +1,4 @@
-"""A Ray session for this process: join a cluster that was named, else start a private instance and end it again."""
+"""A Ray session for this process: it joins a given cluster, or starts a private local instance and ends it again."""
 
 import contextlib
 import logging
@@ -30,7 +30,7 @@ ADDRESS_VARIABLE = "RAY_ADDRESS"
 FOLDER_VARIABLE = "RAY_TMPDIR"
 CONNECT_TIMEOUT_S = 5.0
 _START_ATTEMPTS = 3
-# Ray sets it for the driver of a submitted job, whose runtime environment already brings the package along.
+# Ray sets this variable for the driver of a submitted job, whose runtime environment already contains the package.
 _JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 _LEVEL_VARIABLE = "RAY_BACKEND_LOG_LEVEL"
 _NICENESS_VARIABLE = "RAY_worker_niceness"
@@ -47,7 +47,7 @@ class RaySession:
     owned: bool
     """True if `ray_session` made the connection and will end it; False if Ray was initialised before."""
     resources: Mapping[str, float]
-    """Totals over all nodes at the start, in Ray's names and units (`CPU`, `GPU`, `memory` in bytes)."""
+    """Total resources of all nodes at the start, by Ray's resource names (`CPU`, `GPU`, `memory` in bytes)."""
 
 
 @contextlib.contextmanager
@@ -61,44 +61,47 @@ def ray_session(
 ) -> Iterator[RaySession]:
     """Connects this process to Ray and, on exit, ends only what it started.
 
-    Which Ray: one that this process has initialised already, else `address`, else RAY_ADDRESS, else a new local
-    instance. A local instance keeps its files in `temporary_folder()`, has a token (an existing one, or one that lives
-    only in this process: Ray by itself would write `~/.ray/auth_token` readable for everyone), and tells its workers
-    its own address, so that it does not get mixed up with another instance on the same host. Workers can import the
-    parcelray that runs here, installed or not. A first worker has started when the context begins, because Ray itself
-    waits forever for workers that cannot start.
+    It uses the Ray instance that this process has already initialised, else `address`, else RAY_ADDRESS, else a new
+    local instance.
+
+    A local instance keeps its files in `temporary_folder()`. It uses an existing authentication token, or one that
+    exists only in this process; Ray itself would write a world-readable `~/.ray/auth_token`. Its workers get its
+    address, so that it is not confused with another instance on the same host.
+
+    Workers can import the parcelray of this process, whether it is installed or not. The first worker has started when
+    the context begins, because Ray itself waits forever for workers that cannot start.
 
     Args:
-        address: `HOST:PORT` of a cluster's GCS; `local`: a new instance whatever RAY_ADDRESS says; None: as above.
-        num_cpus: logical CPUs of a local instance; None: the machine's, at least 4. With fewer, the tasks of Ray Data
-            wait for ever for a CPU beside two train workers. They are slots for scheduling, not cores, so more of them
-            than cores does no harm.
-        num_gpus: GPUs of a local instance; None: all that Ray finds.
-        object_store_bytes: shared memory of a local instance; None: Ray's choice.
-        dashboard: whether a local instance gets a dashboard on the loopback address; it costs about ten processes of 95
-            MB, and without it Ray's state API does not work.
+        address: `HOST:PORT` of a cluster's GCS; `local`: a new instance regardless of RAY_ADDRESS; None: as above.
+        num_cpus: logical CPUs of a local instance; None: those of the machine, at least 4. With fewer, the tasks of Ray
+            Data would wait forever for a CPU next to two training workers. Logical CPUs are slots for scheduling and
+            may exceed the number of cores.
+        num_gpus: GPUs of a local instance; None: all that Ray detects.
+        object_store_bytes: shared memory of a local instance in bytes; None: Ray's default.
+        dashboard: whether a local instance has a dashboard on the loopback address. It takes about ten processes of 95
+            MB each. Ray's state API needs it.
 
     Raises:
-        UserError: the address is not a GCS address, nothing answers there, the cluster refuses us, or Ray's temporary
-            folder cannot be used.
-        SystemFailure: Ray or its workers do not start, or a worker ended for good.
+        UserError: the address is not a GCS address, nothing responds there, the cluster rejects the connection, or
+            Ray's temporary folder cannot be used.
+        SystemFailure: Ray or its workers do not start, or a worker died and was not restarted.
     """
     if ray.is_initialized():
         yield _describe(owned=False)
         return
     target = address or os.environ.get(ADDRESS_VARIABLE) or "local"
     with contextlib.ExitStack() as cleanup:
-        # Registered first, so that the variables are put back after Ray is down.
+        # Registered first, so that the variables are restored after the shutdown of Ray.
         cleanup.enter_context(_restored(ADDRESS_VARIABLE, TOKEN_VARIABLE, MODE_VARIABLE, FOLDER_VARIABLE))
         cleanup.enter_context(_restored("RAY_GCS_SERVER_PORT", "PYTHONBREAKPOINT", _NICENESS_VARIABLE))
-        # Also on a joined cluster: this process creates Ray's lock files in the same folder.
+        # Needed on a joined cluster, too: this process creates Ray's lock files in the same folder.
         os.environ[FOLDER_VARIABLE] = str(temporary_folder())
         cleanup.callback(ray.shutdown)
-        # Ray prints the errors that it publishes, such as a retried task, also with `log_to_driver=False`.
+        # Ray prints published errors, such as a retried task, even with `log_to_driver=False`.
         cleanup.enter_context(_published_errors_logged())
         with _quiet_core_worker():
             if target == "local":
-                _start_patiently(num_cpus, num_gpus, object_store_bytes, dashboard)
+                _start_with_retries(num_cpus, num_gpus, object_store_bytes, dashboard)
             else:
                 _join(target)
         await_worker(on_this_host=target == "local")
@@ -106,18 +109,24 @@ def ray_session(
             yield _describe(owned=True)
 
 
+def num_nodes() -> int:
+    """Counts the live nodes of the cluster that this process is connected to."""
+    return sum(bool(node["Alive"]) for node in ray.nodes())  # type: ignore[no-untyped-call]
+
+
 def default_num_cpus() -> int:
-    """Logical CPUs of a local instance: those that this process may use, at least 4."""
+    """Gives the logical CPUs of a local instance: those that this process may use, at least 4."""
     return max(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
 def temporary_folder() -> Path:
-    """The folder for Ray's sessions and lock files: RAY_TMPDIR, else `parcelray-<user id>` in the system's temporary one.
+    """Gives the folder for Ray's sessions and lock files.
 
-    Ray's own default belongs to the user who ran Ray first on the machine, and its lock files refuse every other user.
+    It is RAY_TMPDIR, else `parcelray-<user id>` in the system's temporary folder. Ray's own default belongs to the user
+    who ran Ray first on the machine, and other users cannot open its lock files.
 
     Raises:
-        UserError: the folder cannot be created, others can write to it, or Ray cannot use its path.
+        UserError: the folder cannot be created, other users can write to it, or Ray cannot use its path.
     """
     if chosen := os.environ.get(FOLDER_VARIABLE):
         folder = Path(chosen)
@@ -125,35 +134,41 @@ def temporary_folder() -> Path:
         folder = Path(tempfile.gettempdir()) / f"parcelray-{os.getuid()}"
         try:
             folder.mkdir(mode=0o700, exist_ok=True)
-            # Not followed: a link in a folder where everyone may write can be anyone's.
+            # Links are not followed: in a world-writable folder, any user could have created them.
             status = folder.lstat()
         except OSError as error:
             raise UserError(
                 f"{folder} cannot be created ({error}); set {FOLDER_VARIABLE} to a writable folder."
             ) from error
         if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o077:
-            raise UserError(f"{folder} must be a folder that only you can open; remove it, or set {FOLDER_VARIABLE}.")
+            raise UserError(
+                f"{folder} must be a folder that only you can open; remove it, or set {FOLDER_VARIABLE} to another"
+                " folder."
+            )
     if not str(folder).isascii():
         raise UserError(
-            f"{folder} has a character outside ASCII, which Ray refuses; set {FOLDER_VARIABLE} to another path."
+            f"{folder} has a character outside ASCII, which Ray rejects; set {FOLDER_VARIABLE} to another path."
         )
     return folder
 
 
 def import_path() -> str | None:
-    """The folder that workers need on PYTHONPATH to import this parcelray; None where it is installed and found without.
+    """Gives the folder that workers need on PYTHONPATH to import this parcelray; None if parcelray is installed.
 
-    Site-packages never goes on PYTHONPATH: there it would stand before the standard library.
+    Site-packages is never added to PYTHONPATH, where it would precede the standard library.
     """
     folder = Path(parcelray.__file__).resolve().parent.parent
     installed = {Path(sysconfig.get_path(name)).resolve() for name in ("purelib", "platlib")}
     return None if folder in installed else str(folder)
 
 
-def _start_patiently(
+def _start_with_retries(
     num_cpus: int | None, num_gpus: int | None, object_store_bytes: int | None, dashboard: bool
 ) -> None:
-    """Ray gives its own processes fixed times to start (15 and 30 s), which a busy machine exceeds: then it is started again."""
+    """Starts a local instance, with retries after timeouts.
+
+    Ray has fixed limits of 15 and 30 s for the start of its own processes, which a busy machine can exceed.
+    """
     for attempts_left in reversed(range(_START_ATTEMPTS)):
         try:
             _start(num_cpus, num_gpus, object_store_bytes, dashboard)
@@ -165,12 +180,12 @@ def _start_patiently(
 
 
 def _start(num_cpus: int | None, num_gpus: int | None, object_store_bytes: int | None, dashboard: bool) -> None:
-    # The port is chosen here because the workers' environment must name it before the instance exists.
+    # The port is chosen here because the workers' environment must contain it before the instance exists.
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     os.environ["RAY_GCS_SERVER_PORT"] = port
-    # Ray's default is 15: next to other busy processes its workers would get 3 % of a core, and hardly start.
+    # Ray's default is 15: next to busy processes its workers would get 3 % of a core and would hardly start.
     os.environ.setdefault(_NICENESS_VARIABLE, "0")
     if os.environ.get(MODE_VARIABLE, "").lower() != "disabled" and find_token() is None:
         os.environ[TOKEN_VARIABLE] = _process_token()
@@ -195,20 +210,19 @@ def _start(num_cpus: int | None, num_gpus: int | None, object_store_bytes: int |
             f"Ray cannot start here ({error}); set {FOLDER_VARIABLE} to a short, writable path with free space."
         ) from error
     except Exception as error:
-        # Ray raises plain exceptions, RuntimeError and ValueError when one of its processes ends at the start.
+        # Ray raises plain exceptions, RuntimeError and ValueError when one of its processes dies at the start.
         raise SystemFailure(f"Ray does not start here: {failure_reason(_newest_logs(), str(error))}") from error
-    # State queries of this process would otherwise search the host's processes for an instance, and fail when there are
-    # two.
+    # Otherwise, state queries of this process search the host's processes for an instance, and fail if there are two.
     os.environ[ADDRESS_VARIABLE] = f"127.0.0.1:{port}"
 
 
 def _worker_interpreter() -> str:
-    """This interpreter, quoted: Ray puts it into a line of a shell as it is, which would cut a path at a space."""
+    """Gives the path of this interpreter, quoted because Ray inserts it into a shell command."""
     return shlex.quote(sys.executable)
 
 
 def _newest_logs() -> Path:
-    """The log folder of the instance that this process started last; the name of a session ends with the driver's id."""
+    """Finds the logs of the newest instance of this process; a session's name ends with the driver's process id."""
     sessions = Path(os.environ[FOLDER_VARIABLE], "ray").glob(f"session_*_{os.getpid()}")
     return max(sessions, default=Path(os.environ[FOLDER_VARIABLE])) / "logs"
 
@@ -217,39 +231,39 @@ def _join(target: str) -> None:
     match = _GCS_ADDRESS.fullmatch(target)
     if match is None:
         raise UserError(
-            f"{target} cannot be joined from here; legal is HOST:PORT of the cluster's GCS (port 6379 by default), or"
-            " `local`; to send a job from outside, use `parcelray submit --address http://HOST:8265`."
+            f"{target} cannot be joined from here; legal: HOST:PORT of the cluster's GCS (port 6379 by default), or"
+            " `local`. To send a job from outside, use `parcelray submit --address http://HOST:8265`."
         )
     try:
-        # Ray tries a dead address for minutes.
+        # Checked first because Ray retries a dead address for minutes.
         socket.create_connection((match["host"], int(match["port"])), timeout=CONNECT_TIMEOUT_S).close()
     except OSError as error:
         raise UserError(
-            f"Nothing answers at {target} ({error}); check the address, unset {ADDRESS_VARIABLE} for a local run, or"
+            f"Nothing responds at {target} ({error}); check the address, unset {ADDRESS_VARIABLE} for a local run, or"
             " start the cluster."
         ) from error
     try:
-        # Ray itself turns tokens on only for instances that it starts or finds on this host, never for an address.
+        # Ray itself enables tokens only for instances on this host, never for a given address.
         with _quiet_about_auth():
             maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
         ray.init(target, runtime_env=_shipped_package(), **_quiet())
     except (AuthenticationError, ConnectionError) as error:
-        # With a wrong token Ray reports only that it could not connect.
+        # With a wrong token, Ray reports only that it could not connect.
         raise UserError(
-            f"{target} is open but does not let us in as a Ray cluster; set RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to"
-            " the token of its head node, and check that this is the port of the GCS (6379 by default)."
+            f"{target} is open but rejects the connection; set RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to the token of"
+            " its head node, and check that this is the port of the GCS (6379 by default)."
         ) from error
     except RuntimeError as error:
         if "Version mismatch" not in str(error):
             raise
         raise UserError(
-            f"The cluster at {target} runs another version: {' '.join(str(error).split())}; install its Ray and Python"
-            " versions here."
+            f"The cluster at {target} runs another version: {' '.join(str(error).split())}; install its versions of Ray"
+            " and Python here."
         ) from error
 
 
 def _shipped_package() -> dict[str, Any] | None:
-    """The other nodes need not have this parcelray, so it is sent along, unless the job that we run in has done so."""
+    """Builds a runtime environment that sends this parcelray to the other nodes; None inside a submitted job."""
     return None if _JOB_VARIABLE in os.environ else {"py_modules": [str(Path(parcelray.__file__).resolve().parent)]}
 
 
@@ -263,7 +277,7 @@ def _quiet() -> dict[str, Any]:
 
 @cache
 def _process_token() -> str:
-    # One per process: Ray keeps the first token that it reads, so a second instance must have the same.
+    # One token per process: Ray caches the first token that it reads, so a second instance must use the same.
     return secrets.token_hex(32)
 
 
@@ -280,7 +294,7 @@ def _quiet_about_auth() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _published_errors_logged() -> Iterator[None]:
-    """Sends what Ray would print as `(raylet) ...` to the logger `parcelray.ray`, level INFO."""
+    """Redirects the messages that Ray would print as `(raylet) ...` to the logger `parcelray.ray`, at level INFO."""
     original = ray._private.worker.print_to_stdstream
 
     def log(data: Mapping[str, Any], ignore_prefix: bool = False) -> None:
@@ -295,17 +309,18 @@ def _published_errors_logged() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet_core_worker() -> Iterator[None]:
-    """Keeps the log records of Ray's C++ part out of the terminal; it reads its level when this process connects.
+    """Hides the log records of Ray's C++ part, which reads its log level when this process connects.
 
-    They are not for users: Ray reports each actor of Ray Data, for example, for having arguments in the object store.
+    The records are not meant for users. For example, each actor of Ray Data is reported for having arguments in the
+    object store.
     """
     if _LEVEL_VARIABLE in os.environ:
         yield
         return
-    # Not in `os.environ`, of which Ray's other processes get a copy: their logs hold the reason when something fails.
+    # Not set in `os.environ`, which Ray's other processes inherit: their logs must keep the reasons of failures.
     os.putenv(_LEVEL_VARIABLE, "fatal")
     try:
-        # The level itself is reported, too.
+        # Ray also reports the change of the level itself.
         with _without_ray_records():
             yield
     finally:
@@ -314,7 +329,7 @@ def _quiet_core_worker() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _without_ray_records() -> Iterator[None]:
-    """Holds back what this process writes to its standard error, and on exit writes all of it but Ray's records."""
+    """Buffers the standard error of this process and, on exit, writes all of it except Ray's log records."""
     with tempfile.TemporaryFile() as held:
         terminal = os.dup(2)
         os.dup2(held.fileno(), 2)
@@ -331,6 +346,7 @@ def _without_ray_records() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _restored(*names: str) -> Iterator[None]:
+    """Restores environment variables on exit."""
     before = {name: os.environ.get(name) for name in names}
     try:
         yield
@@ -340,8 +356,3 @@ def _restored(*names: str) -> Iterator[None]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
-
-
-def num_nodes() -> int:
-    """Count the living nodes of the cluster that this process is connected to."""
-    return sum(bool(node["Alive"]) for node in ray.nodes())  # type: ignore[no-untyped-call]

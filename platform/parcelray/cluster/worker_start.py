@@ -1,4 +1,4 @@
-"""Workers of Ray that do not start or end: a first one is awaited, and the reason becomes one sentence."""
+"""Start of Ray's workers: waits for the first one, and reports in one sentence why a worker did not start or died."""
 
 import os
 import re
@@ -14,15 +14,15 @@ from ray.exceptions import RayActorError, RayError, RaySystemError, WorkerCrashe
 from parcelray.errors import SystemFailure
 
 START_LIMIT_S = 90.0
-"""Time for a first worker, in seconds. With the start of Ray, a failure is reported within two minutes."""
+"""Time limit for the start of the first worker, seconds. Including the start of Ray, a failure takes two minutes."""
 _POLL_S = 1.0
 _STARTED_PROCESS = re.compile(r"Started worker process with pid (\d+)")
 RAY_RECORD = re.compile(r"\[\d{4}-[^\]]* (?P<severity>[A-Z]) \d+ \d+\](?P<message>.*)")
 """A log record of Ray's C++ part: `[2026-11-29 04:30:32,426 E 5337 5337] (raylet) worker_pool.cc:660: message`.
 
-Its severities of failures are E, C and F.
+The severities of failures are E, C and F.
 """
-# A worker that started notes its job and actor first; a stack trace has an address in each line.
+# Lines without a reason: a started worker first writes its job and actor, and stack traces have an address per line.
 _OTHER_LINE = re.compile(r":(job_id|actor_name|task_name):|\*\*\* |.*\[0x[0-9a-f]+\]")
 _RAYLET_LOGS = ("raylet.err", "raylet.out", "gcs_server.err", "gcs_server.out")
 _MAX_LENGTH = 400
@@ -30,18 +30,19 @@ _MAX_LENGTH = 400
 
 @ray.remote(num_cpus=0)
 def _start() -> None:
-    """Runs as soon as a worker is there."""
+    """A task that runs as soon as a worker has started."""
 
 
 def await_worker(*, on_this_host: bool, clock: Callable[[], float] = time.monotonic) -> None:
-    """Waits for a first worker, which is idle afterwards and runs the next task or actor.
+    """Waits for the first worker. It is idle afterwards and runs the next task or actor.
 
     Args:
-        on_this_host: whether all workers are processes of this machine; then the end of a starting one is noticed soon.
-        clock: seconds.
+        on_this_host: whether all workers are processes of this machine. The death of a starting worker is then detected
+            at once.
+        clock: gives the time in seconds.
 
     Raises:
-        SystemFailure: no worker started within START_LIMIT_S, or the newest one ended while it started.
+        SystemFailure: no worker started within START_LIMIT_S, or the newest one died while it started.
     """
     node: Any = ray._private.worker.global_worker.node
     logs = Path(node.get_logs_dir_path())
@@ -49,12 +50,12 @@ def await_worker(*, on_this_host: bool, clock: Callable[[], float] = time.monoto
     started = _start.remote()
     ended = False
     while not ray.wait([started], timeout=_POLL_S)[0]:
-        # Seen twice: the first time the task may just have ended together with its worker.
+        # Required twice in a row: the first time, the task and its worker may just have ended together.
         ended_before, ended = ended, on_this_host and _newest_worker_has_ended(logs)
         if ended and ended_before:
-            raise SystemFailure(f"Ray's workers end while they start: {failure_reason(logs)}")
+            raise SystemFailure(f"Ray's workers die while they start: {failure_reason(logs)}")
         if clock() > deadline:
-            raise SystemFailure(f"No worker of Ray started within {START_LIMIT_S:.0f} s: {failure_reason(logs)}")
+            raise SystemFailure(f"No Ray worker started within {START_LIMIT_S:.0f} s: {failure_reason(logs)}")
     try:
         ray.get(started)
     except RayError as error:
@@ -63,25 +64,25 @@ def await_worker(*, on_this_host: bool, clock: Callable[[], float] = time.monoto
 
 @contextmanager
 def explained_worker_failures() -> Iterator[None]:
-    """Turns the end of an actor or a worker, for example because a library cannot be loaded there, into one sentence.
+    """Turns the death of an actor or worker, for example because a library is missing, into a one-sentence error.
 
     Raises:
-        SystemFailure: an actor or a worker ended, and nothing started it again.
+        SystemFailure: an actor or worker died and was not restarted.
     """
     try:
         yield
     except (RayActorError, RaySystemError, WorkerCrashedError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         reason = lines[-1][:_MAX_LENGTH].rstrip(".") if lines else type(error).__name__
-        raise SystemFailure(f"A worker of Ray ended: {reason}.") from error
+        raise SystemFailure(f"A Ray worker died: {reason}.") from error
 
 
 def failure_reason(logs: Path, fallback: str = "") -> str:
-    """The line of Ray's logs that tells why a process ended, and where the logs are.
+    """Finds the line in Ray's logs that tells why a process died, and adds the path of the logs.
 
     Args:
-        logs: `logs` in the folder of a Ray session; it need not exist.
-        fallback: text whose last line is the reason if the logs hold none.
+        logs: folder `logs` of a Ray session; it need not exist.
+        fallback: text whose last line is the reason if the logs contain none.
     """
     lines = [line for name in _RAYLET_LOGS for line in reversed(_lines(logs / name))]
     records = [record for line in lines if (record := RAY_RECORD.match(line))]
@@ -96,9 +97,9 @@ def failure_reason(logs: Path, fallback: str = "") -> str:
 
 
 def _last_words(logs: Path) -> Iterator[str]:
-    """What the shell, the dynamic linker and Python wrote, the newest line of each file first.
+    """Yields the output of shell, dynamic linker and Python, the newest line of each file first.
 
-    Until a worker opens its own log, it writes into raylet.err.
+    A worker writes to raylet.err until it opens its own log.
     """
     workers = sorted(logs.glob("worker-*.err"), key=lambda path: path.stat().st_mtime, reverse=True)
     for path in (logs / "raylet.err", *workers):

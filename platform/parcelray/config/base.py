@@ -1,10 +1,10 @@
-"""The base of every configuration model: frozen, and strict about unknown keys."""
+"""Base class of all configuration models: frozen, and strict about unknown keys."""
 
 from pydantic import BaseModel, ConfigDict
 
 
 class StrictModel(BaseModel):
-    """A frozen pydantic model that refuses unknown keys and documents its fields by the docstring under each."""
+    """A frozen pydantic model that rejects unknown keys and documents each field by the docstring under it."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True)
 

@@ -1,4 +1,4 @@
-"""One benchmark split as data: where its rows are, what their columns mean, how it is asked and how it is scored."""
+"""Configuration of one benchmark split: the source of its rows, the meaning of their columns, prompts and metrics."""
 
 from string import Formatter
 from typing import Annotated, Literal
@@ -9,114 +9,123 @@ from parcelray.config.base import StrictModel
 from parcelray.config.data import Family, NlvrQuestion
 
 PromptFamily = Literal["paligemma", "llava"]
-"""Model families that are asked in their own words."""
+"""Model families that have their own prompt templates."""
 OPTION_FIELDS = ("options_lines", "options_tabs", "options_inline")
-"""What a template may name beside columns: the choices as `A. x` lines, separated by tabs, or as `(A) x, (B) y`."""
+"""Template fields besides columns: the choices as `A. x` lines, separated by tabs, or as `(A) x, (B) y`."""
 
 
 class VideoConfig(StrictModel):
-    """Frames of a video: every `stride`-th from the start (of the segment); shorter ones repeat until there are enough."""
+    """Frame sampling of a video: every `stride`-th frame from the start of the video or segment.
+
+    A video with too few frames is repeated until there are enough.
+    """
 
     path: str
-    """File or folder of frames below the data's folder; may name columns: `videos/v_{video_name}.mp4`."""
+    """Video file or folder of frames, relative to the data folder; may contain columns: `videos/v_{video_name}.mp4`."""
     frames: int = Field(ge=1)
-    """Frames per video."""
+    """Number of frames per video."""
     stride: int = Field(ge=1)
-    """Frames from one to the next."""
+    """Distance between two sampled frames, in frames."""
     segment: tuple[str, str] | None = None
-    """Columns with start and end of the segment, seconds; None: the whole video."""
+    """Columns with start and end of the segment in seconds; None: the whole video."""
 
 
 class JoinConfig(StrictModel):
-    """Images that lie in a table of their own."""
+    """Join with a separate table of images."""
 
     config: str
     """Configuration (folder) of the image table."""
     column: str
-    """Column of the question table that names the image."""
+    """Column of the question table with the key of the image."""
     key: str = "id"
-    """Column of the image table that it names."""
+    """Key column of the image table."""
     image: str = "image"
-    """Column of the image table with the image."""
+    """Image column of the image table."""
 
 
 class AnswersConfig(StrictModel):
-    """What is right, and in which form a column says it."""
+    """The column of the correct answers, and their format."""
 
     column: str
-    """Column of the answers."""
+    """Column with the answers."""
     form: Literal["text", "list", "records", "literal", "choice_text", "choice_letter", "truth"] = "text"
-    """`text`: one answer; `list`: several; `records`: a list of mappings; `literal`: a Python list in a string; `choice_text`,
-    `choice_letter`: the index of a choice, 0 the first; `truth`: true or false."""
+    """Format of the column.
+
+    `text`: one answer; `list`: several answers; `records`: a list of mappings; `literal`: a Python list in a string;
+    `choice_text`, `choice_letter`: the index of a choice, from 0; `truth`: true or false.
+    """
     field: str | None = None
-    """Of the mappings, the key of the answer."""
+    """Key of the answer in each mapping, for the format `records`."""
     template: str = "{answer}"
-    """How the model is to say it, for example `The answer is {answer}.`"""
+    """Template of the expected output, for example `The answer is {answer}.`"""
     drop_empty: bool = False
-    """Whether empty answers among several are left out."""
+    """Whether empty answers are dropped if there are several."""
 
 
 class BoxConfig(StrictModel):
-    """A box in the image."""
+    """The column of a box in the image, and its format."""
 
     column: str
-    """Column of four numbers."""
+    """Column with four numbers."""
     form: Literal["xywh", "xyxy", "yxyx"] = "xywh"
-    """Order of the numbers."""
+    """Order of the four numbers."""
     unit: Literal["pixels", "fractions"] = "pixels"
-    """Of the numbers."""
+    """Unit of the numbers: pixels, or fractions of the image's sides."""
 
 
 class ColumnsConfig(StrictModel):
-    """What the columns of a table mean."""
+    """The meaning of the columns of a table."""
 
     types: dict[str, str]
-    """Arrow types of the columns that are read: string, int64, image, list<string>, struct<bytes: binary, path: string>, ..."""
+    """Arrow types of the columns that are read.
+
+    For example string, int64, image, list<string> or struct<bytes: binary, path: string>.
+    """
     id: tuple[str, ...] = ()
-    """Columns that name a row; none: its number."""
+    """Columns that identify a row; empty: the row number."""
     images: tuple[str, ...] = ()
-    """Columns with an image or a list of images, in the order of the prompt; empty cells are left out."""
+    """Columns with an image or a list of images, in the order of the prompt; empty cells are skipped."""
     join: JoinConfig | None = None
-    """The images lie in another table."""
+    """Separate table of the images."""
     video: VideoConfig | None = None
-    """The images are frames of a video."""
+    """Video whose frames are the images."""
     each: tuple[str, ...] = ()
-    """Columns of lists of the same length, of which each entry is a question of its own; of mappings, their keys become columns."""
+    """Columns of lists of equal length; each list entry is a separate question, and keys of mappings become columns."""
     answers: AnswersConfig | None = None
-    """What is right; None where the truth is a box or a mask."""
+    """Correct answers; None if the target is a box or a mask."""
     choices: tuple[str, ...] = ()
-    """One column with the list of choices (or such a list in a string), or one column for each choice; empty cells are left out."""
+    """One column with a list of choices (or a list in a string), or one column per choice; empty cells are skipped."""
     box: BoxConfig | None = None
-    """The true box."""
+    """Target box."""
     mask: str | None = None
-    """Column of the true mask: polygons in pixels, or COCO's run lengths."""
+    """Column of the target mask: polygons in pixels, or COCO run lengths."""
     draw_box: BoxConfig | None = None
-    """A box that is drawn into the image in red, one pixel wide."""
+    """Box that is drawn into the image, in red and one pixel wide."""
     cluster: str | None = None
-    """Column that questions about the same image share; None: the images themselves."""
+    """Column whose value is equal for questions about the same image; None: the images are compared."""
     metadata: dict[str, str] = Field(default_factory=dict)
-    """Columns that the metric reads, under the names that it knows."""
+    """Columns that the metric reads, by the metadata names that the metric expects."""
     keep: dict[str, tuple[str | int | bool, ...]] = Field(default_factory=dict)
-    """Rows that count: a column, and its legal values; the others are left out."""
+    """Row filter: accepted values by column; other rows are dropped."""
     remove: dict[str, str] = Field(default_factory=dict)
-    """Text that is taken out of a column."""
+    """Text to remove from the values, by column."""
     empty: dict[str, str] = Field(default_factory=dict)
-    """Text that stands for an empty cell of a column."""
+    """Replacement of empty cells, by column."""
 
     @model_validator(mode="after")
     def _check(self) -> "ColumnsConfig":
         sources = [bool(self.images), self.join is not None, self.video is not None]
         if sum(sources) != 1:
-            raise ValueError("say where the images are in exactly one way: images, join or video")
+            raise ValueError(f"{sum(sources)} sources of images are set; set exactly one of images, join and video")
         if self.answers is None and self.box is None and self.mask is None:
-            raise ValueError("nothing says what is right; give answers, box or mask")
+            raise ValueError("no target is set; set answers, box or mask")
         unknown = sorted(self.read() - self.types.keys() - {"split"})
         if unknown:
-            raise ValueError(f"types lacks the columns {', '.join(unknown)}; give their types")
+            raise ValueError(f"types lacks the columns {', '.join(unknown)}; add their types")
         return self
 
     def read(self) -> set[str]:
-        """The columns that are read, before `each` makes new ones."""
+        """Names of the columns to read, without those that `each` creates."""
         boxes = [box.column for box in (self.box, self.draw_box) if box is not None]
         video = [] if self.video is None else [*_names(self.video.path), *(self.video.segment or ())]
         named = {
@@ -141,30 +150,30 @@ class ColumnsConfig(StrictModel):
         return named - self.made()
 
     def made(self) -> set[str]:
-        """Columns that `each` makes out of mappings."""
+        """Names of the columns that `each` creates from mappings."""
         return {name for column in self.each for name in _keys(self.types.get(column, ""))}
 
 
 class TableSource(StrictModel):
-    """Rows in a table: a Hugging Face data set (hub or local), parquet, or JSON lines beside an image folder."""
+    """Rows of a table: a Hugging Face data set (hub or local), parquet, or JSON lines next to an image folder."""
 
     type: Literal["table"] = "table"
     hub: str | None = None
-    """Id on the Hugging Face hub; None: local only."""
+    """Data set id on the Hugging Face hub; None: local only."""
     hub_legacy: str | None = None
-    """Id before the data set moved; older caches use it."""
+    """Earlier id of a data set that was renamed; older caches use it."""
     alternatives: tuple[str, ...] = ()
-    """Other copies, and where the raw data are."""
+    """Other copies, and the source of the raw data."""
     big_vision: str | None = None
-    """Name of the split in big_vision's configurations."""
+    """Name of the split in the configurations of big_vision."""
     revision: str | None = None
-    """Commit to pin; None: the newest, recorded in the result."""
+    """Commit to pin; None: the newest, which is recorded in the result."""
     config: str | None = None
-    """Configuration of the data set."""
+    """Name of the data set's configuration."""
     splits: tuple[str, ...] = Field(min_length=1)
-    """Splits, one after the other; a row's split is the column `split`."""
+    """Splits to concatenate; the column `split` holds the split of a row."""
     rows: int | None = Field(default=None, ge=1)
-    """Rows that the split should have (after `keep`); None: unknown."""
+    """Expected number of rows after `keep`; None: unknown."""
 
 
 class MiniSource(StrictModel):
@@ -172,11 +181,11 @@ class MiniSource(StrictModel):
 
     type: Literal["mini"] = "mini"
     split: Literal["validation", "test"] = "test"
-    """Split of the suite; no scene is in two of them."""
+    """Split of the suite; the splits share no scene."""
     families: tuple[Family, ...] = Field(default=("general", "resolution", "grounding", "video"), min_length=1)
-    """Families to ask."""
+    """Task families to evaluate."""
     samples: int = Field(default=500, ge=1)
-    """Samples per family."""
+    """Number of samples per family."""
     seed: int = Field(default=0, ge=0)
     """Seed of the scenes."""
 
@@ -186,86 +195,89 @@ class NlvrSource(StrictModel):
 
     type: Literal["nlvr"] = "nlvr"
     split: Literal["validation", "test"] = "test"
-    """The corpus's test split, or the directories of its development split that are kept for validation."""
+    """`test`: the corpus's test split; `validation`: the held-out directories of its development split."""
     view: Literal["boxes", "picture"] = "boxes"
-    """Three images a prompt, one per box, or the whole picture as one."""
+    """`boxes`: three images per prompt, one per box; `picture`: the whole picture as one image."""
     questions: tuple[NlvrQuestion, ...] = Field(default=("statement", "count", "color", "size", "box"), min_length=1)
-    """The true/false statement, and questions derived from the structured representation."""
+    """Kinds of questions: the true/false statement, and those derived from the structured representation."""
     seed: int = Field(default=0, ge=0)
-    """Seed of the choice among derived questions."""
+    """Seed of the derived questions and of the validation directories."""
 
 
 class SamplesSource(StrictModel):
-    """Parquet files with the columns of `parcelray.datasets.sample.Sample`, as the mini suite's export writes them."""
+    """Parquet files with the columns of `parcelray.datasets.sample.Sample`, such as an export of the mini suite."""
 
     type: Literal["samples"] = "samples"
     split: Literal["validation", "test"] = "test"
-    """Folder of the split."""
+    """Split to evaluate, which is also the name of its folder."""
 
 
 class ReferenceScore(StrictModel):
-    """A score that somebody printed."""
+    """A published score."""
 
     model: str
     """Model and resolution, for example `paligemma2-3b-224`."""
     score: float
-    """As printed, on the paper's scale."""
+    """Score as published, on the scale of the publication."""
     std: float | None = None
-    """Standard deviation over fine-tuning runs."""
+    """Standard deviation over fine-tuning runs; None: not published."""
     note: str = ""
-    """What must be known to compare with it."""
+    """Caveats for comparisons with this score."""
     source: str
-    """Where it is printed."""
+    """Publication of the score."""
 
 
 class BenchmarkConfig(StrictModel):
-    """One benchmark split."""
+    """Configuration of one benchmark split."""
 
     name: str = Field(pattern=r"^[a-z0-9][A-Za-z0-9_]*$")
     """Name on the command line and in every result."""
     title: str = ""
-    """Name that people use."""
+    """Display name."""
     family: str
     """Group for aggregation: video, grounding, resolution_sensitive, general, caption, llava_suite, ..."""
     group: str | None = None
-    """Splits of one benchmark that are reported together, for example `refcoco`."""
+    """Name of the benchmark whose splits are reported together, for example `refcoco`; None: reported alone."""
     sets: tuple[str, ...] = ()
-    """Evaluation sets that it belongs to: parcel, paligemma, llava, local."""
+    """Evaluation sets that contain the split: parcel, paligemma, llava, local."""
     source: Annotated[TableSource | MiniSource | NlvrSource | SamplesSource, Field(discriminator="type")]
-    """Where the rows are."""
+    """Source of the rows."""
     columns: ColumnsConfig | None = None
-    """What the columns of a table mean; the other sources know."""
+    """Meaning of the columns, for sources of type table only."""
     prompts: dict[PromptFamily, str] = Field(default_factory=dict)
-    """What each model family is asked; `{column}` stands for a column.
+    """Prompt template by model family; `{column}` inserts the value of a column.
 
-    Without one, a family cannot be evaluated on it.
+    A family without a template cannot be evaluated on the split.
     """
     open_prompts: dict[PromptFamily, str] = Field(default_factory=dict)
-    """What is asked instead where a row has no choices."""
+    """Prompt template by model family for rows without choices."""
     max_new_tokens: int | dict[PromptFamily, int] = 32
-    """Longest answer, tokens; of all families, or of each."""
+    """Largest number of tokens of an answer, for all families or by family."""
     decoding: Literal["greedy", "beam", "likelihood"] = "greedy"
-    """How answers are made."""
+    """Decoding method."""
     num_beams: int = Field(default=1, ge=1)
-    """Beams of a beam search."""
+    """Number of beams of a beam search."""
     metric: str | None = None
-    """Metric and variant that the reference scores use, such as `anls:strict`; None where the samples name their own, or nothing can be scored."""
+    """Metric and variant of the reference scores, such as `anls:strict`.
+
+    None: the samples name their metric, or the split cannot be scored.
+    """
     other_metrics: tuple[str, ...] = ()
-    """Metrics that other tools use on it."""
+    """Metrics that other tools use for the split."""
     report_by: Literal["family", "task"] | None = None
-    """Results for each family or task of the samples, instead of one."""
+    """Field of the samples by which results are reported separately; None: one result."""
     average_over: str | None = None
-    """Metadata whose values weigh alike: the score is the mean of the scores of each value (a language)."""
+    """Metadata field (such as a language) for macro-averaging: the score is the mean of the scores of its values."""
     references: tuple[ReferenceScore, ...] = ()
-    """Scores in print."""
+    """Published scores."""
     notes: tuple[str, ...] = ()
-    """What one must know before one compares numbers."""
+    """Caveats for comparisons of scores."""
     unscorable: str | None = None
-    """Why the platform cannot score it (no public answers, a paid judge); None: it can."""
+    """Reason why the platform cannot score the split (no public answers, a paid judge); None: it can."""
     confidence: dict[str, Literal["high", "medium", "low"]] = Field(default_factory=dict)
-    """How sure the facts are, by field; low: check on the first download."""
+    """Confidence in the facts of this configuration, by field; low: check on the first download."""
     facts: tuple[str, ...] = ()
-    """Where the facts were read."""
+    """Sources of the facts of this configuration."""
 
     @field_validator("source", mode="before")
     @classmethod
@@ -276,27 +288,29 @@ class BenchmarkConfig(StrictModel):
     def _check(self) -> "BenchmarkConfig":
         if isinstance(self.source, TableSource) != (self.columns is not None):
             raise ValueError(
-                f"columns belong to a source of type table, and to no other; the source is {self.source.type}"
+                f"columns are required for a source of type table and illegal for others; the type is"
+                f" {self.source.type}"
             )
         if self.columns is not None:
             legal = {*self.columns.types, *self.columns.made(), *OPTION_FIELDS, "split"}
             if (self.metric is None) == (self.unscorable is None):
-                raise ValueError("give the metric, or say in unscorable why there is none")
+                raise ValueError("set either metric, or unscorable with the reason why there is no metric")
             for family, prompt in (*self.prompts.items(), *self.open_prompts.items()):
                 unknown = sorted(set(_names(prompt)) - legal)
                 if unknown:
                     raise ValueError(
-                        f"the prompt for {family} names {', '.join(unknown)}, which is no column; legal:"
+                        f"the prompt for {family} uses {', '.join(unknown)}, which is not a column; legal:"
                         f" {', '.join(sorted(legal))}"
                     )
         if (self.decoding == "beam") != (self.num_beams > 1):
             raise ValueError(
-                f"decoding {self.decoding} does not go with num_beams {self.num_beams}; a beam search has at least two"
+                f"decoding {self.decoding} is incompatible with num_beams {self.num_beams}; legal: beam with at least"
+                " 2 beams, other methods with 1"
             )
         return self
 
     def longest_answer(self, family: PromptFamily) -> int:
-        """Tokens of the longest answer of a model family."""
+        """Largest number of tokens of an answer, for a model family."""
         return self.max_new_tokens if isinstance(self.max_new_tokens, int) else self.max_new_tokens.get(family, 32)
 
 
@@ -305,6 +319,6 @@ def _names(template: str) -> list[str]:
 
 
 def _keys(type_text: str) -> list[str]:
-    """Keys of a list of mappings: `list<struct<question: string, answer: string>>`."""
-    _, found, inner = type_text.partition("list<struct<")
-    return [part.split(":")[0].strip() for part in inner.removesuffix(">>").split(",")] if found else []
+    """Reads the keys from the type of a list of mappings, such as `list<struct<question: string, answer: string>>`."""
+    _, prefix, inner = type_text.partition("list<struct<")
+    return [part.split(":")[0].strip() for part in inner.removesuffix(">>").split(",")] if prefix else []

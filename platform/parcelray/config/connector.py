@@ -1,4 +1,4 @@
-"""Connectors as data: which module stands between the vision tower and the language model, and how it routes a budget."""
+"""Configuration of connectors: the module between vision tower and language model, and how it routes a budget."""
 
 from typing import Annotated, Literal
 
@@ -8,21 +8,19 @@ from parcelray.config.base import StrictModel
 
 
 class RouteConfig(StrictModel):
-    """One routing interval: budgets from `min_budget` to `max_budget` (both legal) use an anchor grid of `anchor_grid` x `anchor_grid`."""
+    """One routing interval: the anchor grid for all budgets from `min_budget` to `max_budget`, both included."""
 
     min_budget: int = Field(ge=1)
     """Smallest budget of the interval, in visual tokens per image."""
     max_budget: int = Field(ge=1)
-    """Largest budget of the interval."""
+    """Largest budget of the interval, in visual tokens per image."""
     anchor_grid: int = Field(ge=0)
-    """Side of the square anchor grid; 0 means no anchors."""
+    """Side of the square anchor grid; 0: no anchors."""
 
     @model_validator(mode="after")
     def _check(self) -> "RouteConfig":
         if self.max_budget < self.min_budget:
-            raise ValueError(
-                f"max_budget {self.max_budget} is below min_budget {self.min_budget}; write the smaller one first"
-            )
+            raise ValueError(f"max_budget {self.max_budget} is below min_budget {self.min_budget}; swap them")
         if self.min_budget < self.anchor_grid**2:
             raise ValueError(
                 f"min_budget {self.min_budget} is smaller than the {self.anchor_grid**2} anchors of a"
@@ -32,16 +30,16 @@ class RouteConfig(StrictModel):
 
 
 class AttentionConnectorConfig(StrictModel):
-    """What every connector with attention blocks shares."""
+    """Common settings of all connectors with attention blocks."""
 
     num_heads: int = Field(default=12, ge=1)
-    """Attention heads; must divide the vision width D_v (the paper: 12 of 1152)."""
+    """Number of attention heads; must divide the vision width D_v (in the paper 12, for a width of 1152)."""
     mlp_width: int | None = Field(default=None, ge=1)
-    """Width of the MLP of the block; unset: the vision tower's own (4304 for SigLIP-So400m)."""
+    """Width of the block's MLP; null: the MLP width of the vision tower (4304 for SigLIP-So400m)."""
 
 
 class IdentityConnectorConfig(StrictModel):
-    """No compression: the patch features pass as they are; the only budget is the number of patches."""
+    """No compression: the patch features pass unchanged; the only legal budget is the number of patches."""
 
     type: Literal["identity"] = "identity"
 
@@ -51,12 +49,12 @@ class ParcelConnectorConfig(AttentionConnectorConfig):
 
     type: Literal["parcel"] = "parcel"
     routing: tuple[RouteConfig, ...] | None = None
-    """Routing intervals, ascending and without overlap; unset: the paper's rule for the patch grid (16 x 16 or 32 x 32)."""
+    """Routing intervals, ascending and disjoint; null: the paper's rule for patch grids of 16 x 16 or 32 x 32."""
     anchor_grids: tuple[int, ...] = ()
-    """A supernet over splits: sides of anchor grids that a step may use instead of the routing's (0: no anchors).
+    """Sides of further anchor grids that a step may use, for a supernet over anchor/query splits; 0: no anchors.
 
-    The query bank is large enough for
-    all of them."""
+    The query bank is large enough for all of them.
+    """
 
 
 class MqtConnectorConfig(AttentionConnectorConfig):
@@ -64,23 +62,26 @@ class MqtConnectorConfig(AttentionConnectorConfig):
 
     type: Literal["mqt"] = "mqt"
     keys: Literal["content", "position"] = "content"
-    """`content`: keys from the patch features; `position`: keys from sine-cosine positions only, as in the released code."""
+    """Source of the attention keys.
+
+    `content`: the patch features; `position`: sine-cosine positions only, as in the released code.
+    """
     num_queries: int = Field(default=256, ge=1)
     """Size of the query bank, the largest budget."""
 
 
 class M3ConnectorConfig(StrictModel):
-    """M3: square average pooling of the patch grid, one scale per budget."""
+    """M3: average pooling of the patch grid to a square grid, one scale per budget."""
 
     type: Literal["m3"] = "m3"
 
 
 class AnchorsOnlyConnectorConfig(StrictModel):
-    """Ablation: one anchor grid, no queries; one budget."""
+    """Ablation: one anchor grid and no queries, hence a single budget."""
 
     type: Literal["anchors_only"] = "anchors_only"
     anchor_grid: int = Field(default=4, ge=1)
-    """Side of the anchor grid; the budget is its square."""
+    """Side of the square anchor grid; the budget is its square."""
 
 
 class FixedAnchorsConnectorConfig(AttentionConnectorConfig):
@@ -88,17 +89,17 @@ class FixedAnchorsConnectorConfig(AttentionConnectorConfig):
 
     type: Literal["fixed_anchors"] = "fixed_anchors"
     anchor_grid: int = Field(default=4, ge=1)
-    """Side of the anchor grid, used at every budget."""
+    """Side of the square anchor grid, used at every budget."""
     max_budget: int | None = Field(default=None, ge=1)
-    """Largest budget; unset: the number of patches."""
+    """Largest budget; null: the number of patches."""
 
 
 class VitCrossAttentionConnectorConfig(AttentionConnectorConfig):
-    """Ablation: queries cross-attend to the patch features only; no conditioning on the anchors."""
+    """Ablation: queries cross-attend to the patch features only, without conditioning on the anchors."""
 
     type: Literal["vit_cross_attention"] = "vit_cross_attention"
     routing: tuple[RouteConfig, ...] | None = None
-    """As for parcel."""
+    """Routing intervals, as for the connector parcel."""
 
 
 class DualCrossAttentionConnectorConfig(AttentionConnectorConfig):
@@ -106,11 +107,11 @@ class DualCrossAttentionConnectorConfig(AttentionConnectorConfig):
 
     type: Literal["dual_cross_attention"] = "dual_cross_attention"
     routing: tuple[RouteConfig, ...] | None = None
-    """As for parcel."""
+    """Routing intervals, as for the connector parcel."""
 
 
 class MqtSelfAttentionConnectorConfig(AttentionConnectorConfig):
-    """Ablation: MQT with a self-attention block over the queries, capacity matched to PARCEL."""
+    """Ablation: MQT with a self-attention block over the queries, with the capacity of PARCEL."""
 
     type: Literal["mqt_self_attention"] = "mqt_self_attention"
     num_queries: int = Field(default=256, ge=1)
@@ -118,7 +119,7 @@ class MqtSelfAttentionConnectorConfig(AttentionConnectorConfig):
 
 
 class M3SelfAttentionConnectorConfig(AttentionConnectorConfig):
-    """Ablation: M3 with attention blocks over the pooled tokens, capacity matched to PARCEL."""
+    """Ablation: M3 with attention blocks over the pooled tokens, with the capacity of PARCEL."""
 
     type: Literal["m3_self_attention"] = "m3_self_attention"
 

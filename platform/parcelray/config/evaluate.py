@@ -1,4 +1,4 @@
-"""One evaluation as data: `jobs/evaluate/*.yaml`."""
+"""Job files of evaluations: `jobs/evaluate/*.yaml`."""
 
 from typing import Any, Literal
 
@@ -19,83 +19,92 @@ class BenchmarkChoice(StrictModel):
     """One benchmark of the evaluation."""
 
     name: str
-    """As `parcelray benchmarks list` shows it, or of a file in `catalog`."""
+    """Benchmark name, as printed by `parcelray benchmarks list` or defined in a file of `catalog`."""
     data: str | None = None
-    """File or folder of its data; null: the Hugging Face hub, or procedural."""
+    """File or folder with the benchmark's data; null: the Hugging Face hub, or generated procedurally."""
     limit: int | None = Field(default=None, ge=1)
-    """Rows to ask, a random part of the images; null: all. CIDEr, MME and their like mean nothing on a part."""
+    """Number of rows to evaluate, a random subset of the images; null: all.
+
+    Corpus-level metrics such as CIDEr and MME are not meaningful on a subset.
+    """
     source: dict[str, Any] = Field(default_factory=dict)
-    """Fields of its source to change: {samples: 250} of the mini suite, {view: picture} of NLVR, {revision: COMMIT} of a table."""
+    """Overrides of the source: {samples: 250} (mini suite), {view: picture} (NLVR), {revision: COMMIT} (table)."""
     metric: str | None = None
-    """Metric and variant instead of its own: `anls:lmms_eval`."""
+    """Metric and variant such as `anls:lmms_eval`; null: the benchmark's default."""
     max_new_tokens: int | None = Field(default=None, ge=1)
-    """Longest answer, tokens; null: the benchmark's own."""
+    """Largest number of tokens of an answer; null: the benchmark's default."""
     decoding: Literal["greedy", "likelihood"] | None = None
-    """Instead of the benchmark's own: the likeliest token at every place, or the likeliest of the question's choices."""
+    """Decoding method; null: the benchmark's default.
+
+    `greedy`: the likeliest token at every position; `likelihood`: the likeliest of the question's choices.
+    """
 
 
 class PassConfig(StrictModel):
-    """How the pass uses the cluster; none of it changes an answer."""
+    """Use of the cluster by an evaluation; no setting changes a prediction."""
 
     actors: int = Field(default=1, ge=0)
-    """Copies of the model; 0: in this process, without Ray."""
+    """Number of copies of the model; 0: evaluate in this process, without Ray."""
     cpus_per_actor: float = Field(default=1.0, ge=0)
-    """Logical CPUs of each."""
+    """Logical CPUs per actor."""
     gpus_per_actor: float = Field(default=0.0, ge=0)
-    """GPUs of each; a fraction lets several share one."""
+    """GPUs per actor; with a fraction, several actors share one GPU."""
     threads_per_actor: int | None = Field(default=None, ge=1)
-    """Threads of each on a CPU; null: the node's cores divided by the actors, or with 0 actors those of the process."""
+    """CPU threads per actor; null: the node's cores divided by the actors, or with 0 actors the process's default."""
     readers: int = Field(default=1, ge=1)
-    """Tasks that read rows at the same time."""
+    """Number of concurrent tasks that read rows."""
     batch_size: int = Field(default=64, ge=1)
-    """Images per batch of the encoder and of the decoder."""
+    """Images per batch of the vision tower and of the language model."""
     rows_per_shard: int = Field(default=128, ge=1)
     """Rows that are read, evaluated and stored together: the most that an actor loses in a crash."""
     feature_cache_gb: float = Field(default=1.0, ge=0)
-    """GiB of patch features that each actor of a search keeps between its trials."""
+    """Size of each actor's cache of patch features, GiB; a search reuses it between its trials."""
     stall_s: float = Field(default=600.0, gt=0)
     """Longest time without a finished shard, seconds, before the pass fails and names the stage that hangs."""
 
 
 class EvaluateJob(StrictModel):
-    """One whole evaluation: a checkpoint at all its budgets on any number of benchmarks."""
+    """Job file of one evaluation: a checkpoint at one or more budgets on any number of benchmarks."""
 
     kind: Literal["evaluate"]
-    """What the file describes."""
+    """Kind of the job."""
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")
-    """Short name, part of the run's identity."""
+    """Short name of the job, part of the run's identity."""
     model: CheckpointModelConfig = CheckpointModelConfig()
-    """The checkpoint."""
+    """Checkpoint to evaluate."""
     reducer: ReducerConfig | None = None
-    """A training-free reducer between the projector and the decoder; null: the checkpoint's own connector gives every budget."""
+    """Training-free reducer between projector and decoder; null: the checkpoint's connector produces each budget."""
     anchor_grid: int | None = Field(default=None, ge=0)
-    """Of a supernet over splits: side of the anchor grid at every budget; null: the checkpoint's routing."""
+    """Side of the anchor grid at every budget, for supernets over splits; null: the checkpoint's routing."""
     reference: CheckpointModelConfig | None = None
-    """The uncompressed model that retention is measured against, at all its patches; null: the checkpoint itself at its largest budget."""
+    """Uncompressed model for the retention metric, at all its patches; null: the checkpoint at its largest budget."""
     benchmarks: tuple[BenchmarkChoice, ...] = Field(min_length=1)
-    """What is asked; a name alone stands for {name: NAME}."""
+    """Benchmarks to evaluate; a plain name is short for {name: NAME}."""
     catalog: tuple[str, ...] = ()
-    """YAML files, or folders of them, with benchmarks of your own."""
+    """YAML files, or folders of YAML files, with additional benchmarks."""
     budgets: tuple[int | BudgetName, ...] = Field(default=("blind", 16, 64, "full"), min_length=1)
-    """Visual tokens per image; `blind`: no image at all; `full`: the largest that the connector can give."""
+    """Budgets in visual tokens per image; `blind`: no image; `full`: the largest budget that the connector supports."""
     prompt_family: PromptFamily = "paligemma"
-    """In whose words benchmarks are asked."""
+    """Prompt template family: paligemma or llava."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Arithmetic of the model."""
+    """Data type of the model's weights and arithmetic."""
     seed: int = Field(default=0, ge=0)
-    """Seed of the choice of rows under a limit."""
+    """Seed of the random subset that a benchmark's `limit` selects."""
     need_within: float = Field(default=5.0, ge=0, le=100)
-    """Percent of the full score that may be lost at the budget that a benchmark is said to need."""
+    """Largest loss against the full score, percent, at the smallest budget that is reported as sufficient."""
     max_unscored: float = Field(default=0.02, ge=0, le=1)
-    """Share of a benchmark's questions that may be unanswerable or unscorable before the run fails."""
+    """Largest fraction of a benchmark's questions without prediction or score; above it the run fails."""
     mask_decoder: str | None = None
-    """The .npz file of PaliGemma's segmentation decoder, for referring segmentation."""
+    """Path of the .npz file of PaliGemma's segmentation decoder, for referring segmentation; null: not available."""
     compute: PassConfig = PassConfig()
-    """Use of the cluster."""
+    """Cluster resources of the evaluation."""
     tracking: TrackingConfig = TrackingConfig()
-    """MLflow."""
+    """MLflow tracking."""
     storage: str = "runs"
-    """Folder or fsspec URI of the answers (all evaluations share them) and folder of the results; several nodes need one that all reach."""
+    """Folder or fsspec URI of the predictions, which all evaluations share, and of the results.
+
+    With several nodes, every node must have access to it.
+    """
 
     @field_validator("benchmarks", mode="before")
     @classmethod
@@ -110,16 +119,16 @@ class EvaluateJob(StrictModel):
     def _check(self) -> "EvaluateJob":
         names = [choice.name for choice in self.benchmarks]
         if len(set(names)) < len(names):
-            raise ValueError(f"a benchmark is named twice in {', '.join(names)}; name each once")
+            raise ValueError(f"a benchmark is listed twice in {', '.join(names)}; list each once")
         if self.anchor_grid is not None and self.reducer is not None:
             raise ValueError(
-                "anchor_grid and reducer exclude each other: a reducer takes all patch tokens; leave one of them out"
+                "anchor_grid and reducer exclude each other, as a reducer takes all patch tokens; remove one of them"
             )
         if any(isinstance(budget, int) and budget < 1 for budget in self.budgets) or len(set(self.budgets)) < len(
             self.budgets
         ):
             raise ValueError(
-                f"budgets {list(self.budgets)} are not different token counts from 1 on, `blind` or `full`"
+                f"budgets {list(self.budgets)} must be distinct; legal: integers of at least 1, `blind` and `full`"
             )
         return self
 

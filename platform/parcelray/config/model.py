@@ -8,16 +8,19 @@ from parcelray.config.base import StrictModel
 
 
 class CheckpointModelConfig(StrictModel):
-    """A checkpoint that is there already."""
+    """An existing checkpoint."""
 
     type: Literal["checkpoint"] = "checkpoint"
     reference: str = "mini_base"
-    """A packaged one (`mini_base`, `mini_llava`, `mini_llava_siglip`, `mini_llava_convnext`), a folder, `models:/NAME@alias` or
-    `models:/NAME/VERSION`, a hub id; resolved once, to a pinned version."""
+    """Reference of the checkpoint, resolved once to a pinned version.
+
+    A packaged checkpoint (`mini_base`, `mini_llava`, `mini_llava_siglip`, `mini_llava_convnext`), a folder,
+    `models:/NAME@alias`, `models:/NAME/VERSION`, or a Hugging Face hub id.
+    """
 
 
 class _MiniSizes(StrictModel):
-    """Sizes of a small model from scratch."""
+    """Dimensions of a small, randomly initialised model."""
 
     image_size: int = Field(default=64, ge=8)
     """Side of the square input image, pixels."""
@@ -26,21 +29,21 @@ class _MiniSizes(StrictModel):
     vision_width: int = Field(default=96, ge=8)
     """Width D_v of the vision tower."""
     vision_layers: int = Field(default=3, ge=1)
-    """Layers of the vision tower."""
+    """Number of layers of the vision tower."""
     vision_heads: int = Field(default=4, ge=1)
-    """Attention heads of the vision tower."""
+    """Number of attention heads of the vision tower."""
     vision_mlp_width: int = Field(default=288, ge=8)
     """MLP width of the vision tower."""
     text_width: int = Field(default=96, ge=8)
     """Width D_l of the language model."""
     text_layers: int = Field(default=4, ge=1)
-    """Layers of the language model."""
+    """Number of layers of the language model."""
     text_heads: int = Field(default=4, ge=1)
-    """Query heads of the language model."""
+    """Number of query heads of the language model."""
     text_kv_heads: int = Field(default=2, ge=1)
-    """Key-value heads of the language model; must divide text_heads."""
+    """Number of key-value heads of the language model; must divide text_heads."""
     text_head_dim: int = Field(default=24, ge=4)
-    """Width of a head of the language model."""
+    """Width of one attention head of the language model."""
     text_mlp_width: int = Field(default=288, ge=8)
     """MLP width of the language model."""
 
@@ -64,17 +67,17 @@ class _MiniSizes(StrictModel):
 
 
 class MiniModelConfig(_MiniSizes):
-    """PaliGemma-2 from scratch at a small size (arXiv 2412.03555 gives the full-size architecture)."""
+    """A small, randomly initialised PaliGemma-2 (arXiv 2412.03555 describes the full-size architecture)."""
 
     type: Literal["mini"] = "mini"
 
 
 class MiniLlavaModelConfig(_MiniSizes):
-    """LLaVA-1.5 from scratch at a small size (arXiv 2310.03744 gives the full-size architecture)."""
+    """A small, randomly initialised LLaVA-1.5 (arXiv 2310.03744 describes the full-size architecture)."""
 
     type: Literal["mini_llava"] = "mini_llava"
     tower: Literal["clip", "siglip", "convnext"] = "clip"
-    """Vision tower; of a convolutional one `vision_layers` are the blocks, and heads and MLP width mean nothing."""
+    """Type of the vision tower. For `convnext`, `vision_layers` counts blocks; heads and MLP width are ignored."""
 
 
 ModelConfig = Annotated[CheckpointModelConfig | MiniModelConfig | MiniLlavaModelConfig, Field(discriminator="type")]

@@ -1,4 +1,4 @@
-"""What a search can drive, and what it can change: checked before anything starts."""
+"""Objectives of a search, and checks of objectives and search spaces before the search starts."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -9,9 +9,9 @@ from parcelray.config.search_space import SearchSpace
 from parcelray.config.train import TrainJob
 
 COSTS = ("tokens", "gflops", "kv_cache_bytes", "latency_ms")
-"""What an evaluation measures besides its scores: visual tokens, FLOPs of the prefill, bytes of its KV cache, time to the first token."""
+"""Costs that an evaluation measures: visual tokens, prefill GFLOPs, KV-cache bytes, time to first token (ms)."""
 SCORES = ("score", "retention")
-"""What it measures of the answers, in percent; of a family as `score/FAMILY`."""
+"""Quality metrics of an evaluation, in percent; `score/FAMILY` is the score of one benchmark family."""
 _TRAINING = (
     *(f"train/{name}" for name in ("loss", "grad_norm", "learning_rate", "budget", "tokens_per_second")),
     *(f"tokens/{part}_{name}" for part in ("anchors", "queries") for name in ("effective_rank", "mean_cosine")),
@@ -21,33 +21,39 @@ _FIXED = {
     "train": ("kind", "name", "storage", "tracking", "report"),
     "evaluate": ("kind", "name", "storage", "tracking", "compute", "reference", "need_within", "max_unscored"),
 }
-"""Keys that belong to the search and not to a trial, or that no trial looks at."""
+"""Job keys that a space must not change: the search sets them, or no trial reads them."""
 
 
 class Objective(StrictModel):
-    """One number that a search drives."""
+    """One number that a search optimizes."""
 
     metric: str
-    """Of an evaluation `score`, `retention`, either with `/FAMILY`, or a cost (tokens, gflops, kv_cache_bytes, latency_ms); of a training
-    `val/score@BUDGET`, `gflops@BUDGET`, `kv_cache_bytes@BUDGET`, one of its own metrics (train/loss), or what
-    `evaluation` measures."""
+    """Name of the metric.
+
+    Evaluations: `score` or `retention`, optionally with `/FAMILY`, or a cost (tokens, gflops, kv_cache_bytes,
+    latency_ms). Trainings: `val/score@BUDGET`, `gflops@BUDGET`, `kv_cache_bytes@BUDGET`, a training metric such as
+    `train/loss`, or any metric of `evaluation`.
+    """
     mode: Literal["max", "min"]
-    """Whether more is better."""
+    """Direction: `max` if larger values are better, `min` if smaller ones are."""
     bounds: tuple[float, float] | None = None
-    """Smallest and largest value for the hypervolume; null: those of scores and of an evaluation's costs are known, of the others there is none."""
+    """Smallest and largest value, for the hypervolume.
+
+    null: the known bounds of scores and evaluation costs; other metrics have none.
+    """
 
 
 def check_space(space: SearchSpace, base: EvaluateJob | TrainJob) -> None:
-    """Refuses parameters that no trial would follow.
+    """Checks that a space changes only keys that trials read.
 
     Raises:
-        ValueError: naming the parameter and what no space can change.
+        ValueError: the space changes another key; names it and all keys that cannot be searched.
     """
     fixed = _FIXED[base.kind]
     for name in space.parameters:
         if name.split(".")[0] in fixed:
             raise ValueError(
-                f"the space {space.name} changes {name}, which no trial of a search follows; not searchable:"
+                f"the space {space.name} changes {name}, which has no effect on a trial; remove it. Not searchable:"
                 f" {', '.join(fixed)}"
             )
 
@@ -55,17 +61,17 @@ def check_space(space: SearchSpace, base: EvaluateJob | TrainJob) -> None:
 def check_objectives(
     objectives: Sequence[Objective], base: EvaluateJob | TrainJob, evaluation: EvaluateJob | None, space: SearchSpace
 ) -> None:
-    """Refuses objectives that no trial measures.
+    """Checks that every objective is measured by the trials.
 
     Raises:
-        ValueError: naming the objective and what is measured.
+        ValueError: an objective is not measured; names it and the legal metrics.
     """
     for metric in (objective.metric for objective in objectives):
         if isinstance(base, EvaluateJob):
             if not _is_evaluated(metric, has_reference=True):
                 raise ValueError(
-                    f"objective {metric!r} is not measured by an evaluation; legal: {', '.join(SCORES)}, either with"
-                    f" /FAMILY, {', '.join(COSTS)}"
+                    f"objective {metric!r} is not measured by an evaluation; legal: {', '.join(SCORES)} (both also"
+                    f" with /FAMILY), {', '.join(COSTS)}"
                 )
         elif not _is_trained(metric, base, space) and not (
             evaluation is not None and _is_evaluated(metric, has_reference=evaluation.reference is not None)
@@ -73,18 +79,18 @@ def check_objectives(
             budgets = ", ".join(map(str, base.validation.budgets))
             names = ", ".join(("val/score@B", *(f"{cost}@B" for cost in _COSTS_OF_TRAINED)))
             other = (
-                "what its evaluation measures (retention only with evaluation.reference)"
+                "metrics of its evaluation (retention only with evaluation.reference)"
                 if evaluation
-                else "with `evaluation` score, retention and costs"
+                else "with the key evaluation also score, retention and costs"
             )
             raise ValueError(
-                f"objective {metric!r} is not measured by a training that is validated at budgets {budgets}; legal:"
-                f" {names} for those budgets (base.validation.budgets adds others), {', '.join(_TRAINING)}; {other}"
+                f"objective {metric!r} is not measured by a training with validation budgets {budgets}; legal:"
+                f" {names} for these budgets B (add others to base.validation.budgets), {', '.join(_TRAINING)}; {other}"
             )
 
 
 def is_measured_during(metric: str, base: TrainJob) -> bool:
-    """Whether a training knows it at its checkpoints, and not only at its end."""
+    """Whether a training measures a metric at its checkpoints, and not only at its end."""
     return metric in _TRAINING or (metric.startswith("val/") and base.validation.every_steps > 0)
 
 

@@ -1,4 +1,4 @@
-"""What a model version must show before it becomes the champion: `jobs/promote/*.yaml`."""
+"""Job files of promotions: the gates that a model version must pass to become the champion (`jobs/promote/*.yaml`)."""
 
 from typing import Any, Literal
 
@@ -12,99 +12,99 @@ from parcelray.config.train import TrackingConfig
 
 
 class RetentionGate(StrictModel):
-    """The least percentage of the reference's score that is kept, the mean over splits."""
+    """Smallest retention of the reference's score, percent, as the mean over splits."""
 
     overall: dict[int, float] = Field(default_factory=dict)
-    """By budget (visual tokens per image): over all splits."""
+    """Smallest retention over all splits, by budget (visual tokens per image)."""
     families: dict[str, dict[int, float]] = Field(default_factory=dict)
-    """By family and budget: over its splits."""
+    """Smallest retention over the splits of a family, by family and budget."""
 
 
 class RegressionGate(StrictModel):
-    """How much worse than the champion the candidate may be, by a paired test on the same samples.
+    """Largest loss against the champion, by a paired test on the same samples.
 
-    A budget passes if a loss of more than the margin is ruled out: the lower end of the 95 % interval of the paired
-    difference lies above minus the margin. More samples make the interval narrower.
+    A budget passes if the lower end of the 95 % confidence interval of the paired difference is above minus the
+    margin. More samples make the interval narrower.
     """
 
     margin: float = Field(ge=0)
-    """Points of the mean score over splits."""
+    """Margin in points of the mean score over all splits."""
     family_margin: float | None = Field(default=None, ge=0)
-    """Points of the mean score over a family's splits; null: families are not tested."""
+    """Margin in points of the mean score over the splits of a family; null: families are not tested."""
 
 
 class GoldenAnswer(StrictModel):
-    """A question that every champion answers rightly."""
+    """A question that every champion must answer correctly."""
 
     benchmark: str
-    """One of the job's."""
+    """Name of one of the job's benchmarks."""
     sample: str
-    """Its id."""
+    """Id of the sample."""
     budgets: tuple[int, ...] = Field(min_length=1)
-    """At which visual tokens per image it must be right."""
+    """Budgets (visual tokens per image) at which the answer must be correct."""
     answers: tuple[str, ...] = ()
-    """Legal answers, letter by letter; none: what the benchmark's metric counts as right."""
+    """Accepted answers, compared exactly; empty: any answer that the benchmark's metric scores as correct."""
 
 
 class LatencyGate(StrictModel):
-    """The longest time that one question may take alone on the engine that serves, in this process on this machine when the gate runs."""
+    """Largest latency of single requests on the serving engine, measured in this process on this machine."""
 
     at_most_ms: dict[int, float] = Field(min_length=1)
-    """By budget: 95th percentile over the questions, from the encoded image to the answer, milliseconds."""
+    """Largest 95th percentile over the questions, by budget, milliseconds from the encoded image to the answer."""
     questions: int = Field(default=20, ge=5)
-    """Questions of the first benchmark that are timed, after one that is not."""
+    """Number of timed questions of the first benchmark, after one warm-up question."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Arithmetic of the model, as in the job that serves it."""
+    """Data type of the model; use the same as in the serve job."""
     device: Literal["cpu", "cuda"] = "cpu"
-    """Where it runs, as there."""
+    """Device of the model; use the same as in the serve job."""
     threads: int | None = Field(default=None, ge=1)
-    """Threads of its arithmetic on a CPU, as there; null: all cores."""
+    """Number of CPU threads; use the same as in the serve job. null: all cores."""
     engine: EngineConfig = EngineConfig()
-    """As there; but features of images are never kept, since every image is new."""
+    """Engine settings; use the same as in the serve job. The feature cache is always off, as every image is new."""
 
 
 class GateSet(StrictModel):
-    """All gates. Signature, manifest and weights without pickle are always checked."""
+    """All promotion gates; signature, manifest and pickle-free weights are always checked."""
 
     retention: RetentionGate | None = None
-    """Against the reference; null: not asked."""
+    """Retention against the reference; null: not checked."""
     regression: RegressionGate | None = None
-    """Against the champion; null: not asked. Where there is no champion yet it passes."""
+    """Regression against the champion; null: not checked. It passes if there is no champion yet."""
     golden: tuple[GoldenAnswer, ...] = ()
-    """Questions that must be answered rightly."""
+    """Questions that must be answered correctly."""
     latency: LatencyGate | None = None
-    """How long an answer may take; null: not asked."""
+    """Latency of single requests; null: not checked."""
 
 
 class PromoteJob(StrictModel):
-    """One promotion: a candidate, what it is asked, and what it must reach."""
+    """Job file of one promotion: a candidate, its evaluation and the gates that it must pass."""
 
     kind: Literal["promote"]
-    """What the file describes."""
+    """Kind of the job."""
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,40}$")
-    """Short name, part of the run's identity."""
+    """Short name of the job, part of the run's identity."""
     model: str = Field(pattern=r"^[A-Za-z0-9][\w-]{0,99}$")
-    """The registered model whose champion is chosen."""
+    """Name of the registered model whose champion is selected."""
     candidate: str = "challenger"
-    """A version (`3`), an alias, or a checkpoint folder, which becomes the next version and the challenger."""
+    """Version (`3`), alias, or checkpoint folder; a folder is registered as the next version and as challenger."""
     reference: CheckpointModelConfig | None = None
-    """The uncompressed model that retention is measured against; null: the candidate itself at its largest budget."""
+    """Uncompressed model for the retention metric; null: the candidate itself at its largest budget."""
     benchmarks: tuple[BenchmarkChoice, ...] = Field(min_length=1)
-    """What is asked, as in an evaluation."""
+    """Benchmarks to evaluate, as in an evaluate job."""
     catalog: tuple[str, ...] = ()
-    """As in an evaluation."""
+    """YAML files with additional benchmarks, as in an evaluate job."""
     budgets: tuple[int, ...] = Field(min_length=1)
-    """Visual tokens per image."""
+    """Budgets to evaluate, visual tokens per image."""
     gates: GateSet
-    """What must be reached."""
+    """Gates that the candidate must pass."""
     seed: int = Field(default=0, ge=0)
-    """Of the rows that a `limit` draws."""
+    """Seed of the random subset that a benchmark's `limit` selects."""
     compute: PassConfig = PassConfig()
-    """How the cluster is used."""
+    """Cluster resources of the evaluation."""
     tracking: TrackingConfig = TrackingConfig()
-    """MLflow: the registry is in its store."""
+    """MLflow tracking; its store also holds the model registry."""
     storage: str = "runs"
-    """As in an evaluation, whose answers it shares."""
+    """Folder or fsspec URI of predictions and results, as in an evaluate job; evaluations share the predictions."""
 
     @model_validator(mode="before")
     @classmethod
@@ -116,34 +116,34 @@ class PromoteJob(StrictModel):
     @model_validator(mode="after")
     def _check(self) -> "PromoteJob":
         gates = self.gates
-        asked = (
+        gated = (
             []
             if gates.retention is None
             else [*gates.retention.overall, *(each for family in gates.retention.families.values() for each in family)]
         )
-        asked += [budget for golden in gates.golden for budget in golden.budgets]
-        missing = sorted(set(asked) - set(self.budgets))
+        gated += [budget for golden in gates.golden for budget in golden.budgets]
+        missing = sorted(set(gated) - set(self.budgets))
         if missing:
             raise ValueError(
-                f"gates name the budgets {missing}, which are not among budgets {list(self.budgets)}; add them there"
+                f"gates use the budgets {missing}, which are not in budgets {list(self.budgets)}; add them to budgets"
             )
         unknown = sorted({golden.benchmark for golden in gates.golden} - {choice.name for choice in self.benchmarks})
         if unknown:
             raise ValueError(
-                f"golden answers name the benchmarks {unknown}, which are not among the job's; add them there"
+                f"golden answers use the benchmarks {unknown}, which are not in benchmarks; add them to benchmarks"
             )
         if self.tracking.uri is None:
-            raise ValueError("tracking.uri is null, but the registry is in the tracking store; name one")
-        # What an evaluation refuses (a benchmark named twice, budgets below 1) is refused here, too.
+            raise ValueError("tracking.uri is null, but the model registry is in the tracking store; set tracking.uri")
+        # An evaluation rejects further mistakes, such as a benchmark listed twice or budgets below 1.
         self.evaluation("gate", "candidate")
         return self
 
     def evaluation(self, name: str, reference: str) -> EvaluateJob:
-        """The evaluation of one model on what the job asks.
+        """Builds the evaluate job of one model on the benchmarks and budgets of this promotion.
 
         Args:
-            name: of the evaluation.
-            reference: of the model.
+            name: name of the evaluate job.
+            reference: reference of the model to evaluate.
         """
         return EvaluateJob(
             kind="evaluate",

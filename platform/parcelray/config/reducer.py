@@ -1,4 +1,4 @@
-"""Training-free token reducers as data."""
+"""Configuration of training-free token reducers."""
 
 from typing import Annotated, Literal
 
@@ -10,11 +10,14 @@ Positions = Literal["contiguous", "original", "original_size_bias", "original_ca
 
 
 class _ReducerConfig(StrictModel):
-    """What every reducer has."""
+    """Common settings of all reducers."""
 
     positions: Positions = "contiguous"
-    """Rotary positions of the tokens that are left: one after the other; of their place in the image; besides with log(size) added to the attention
-    logits of merged tokens; or with that and RESTORE's calibration for distance."""
+    """Rotary positions of the remaining tokens.
+
+    `contiguous`: consecutive positions; `original`: the positions in the image; `original_size_bias`: also adds
+    log(size) to the attention logits of merged tokens; `original_calibrated`: adds RESTORE's distance calibration, too.
+    """
 
 
 class ClusterAggregateConfig(_ReducerConfig):
@@ -22,35 +25,35 @@ class ClusterAggregateConfig(_ReducerConfig):
 
     type: Literal["cluster_aggregate"] = "cluster_aggregate"
     metric: Literal["euclidean", "cosine"] = "euclidean"
-    """Distance between tokens."""
+    """Distance measure between tokens."""
     order: Literal["position", "random"] = "position"
-    """Order of the aggregates."""
+    """Order of the aggregated tokens."""
     weighting: Literal["mean", "norm"] = "mean"
-    """How members weigh in their mean: alike, or by their length."""
+    """Weights of a cluster's tokens in its mean: equal (`mean`), or proportional to the token's norm (`norm`)."""
     seeding: Literal["greedy", "plain"] = "greedy"
-    """Whether the seeding tries several candidates a step."""
+    """K-means++ seeding: `greedy` tries several candidates per step, `plain` one."""
     max_iterations: int = Field(default=20, ge=0)
-    """Lloyd iterations at most."""
+    """Largest number of Lloyd iterations."""
     seed: int = Field(default=0, ge=0)
-    """Seed of the seeding."""
+    """Random seed of the K-means++ seeding."""
 
 
 class RandomSamplingConfig(_ReducerConfig):
-    """Tokens at random places, the same for every image."""
+    """Tokens at random positions, the same for every image."""
 
     type: Literal["random_sampling"] = "random_sampling"
     seed: int = Field(default=0, ge=0)
-    """Seed of the places; results need several."""
+    """Random seed of the positions; report results over several seeds."""
 
 
 class SpatialSamplingConfig(_ReducerConfig):
-    """Tokens spread evenly over the grid."""
+    """Tokens sampled evenly over the patch grid."""
 
     type: Literal["spatial_sampling"] = "spatial_sampling"
 
 
 class AveragePoolingConfig(_ReducerConfig):
-    """Means of the cells of a coarser grid; the budget must be a square number."""
+    """Average pooling to a coarser grid; the budget must be a square number."""
 
     type: Literal["average_pooling"] = "average_pooling"
 
@@ -62,18 +65,21 @@ class DivPruneConfig(_ReducerConfig):
 
 
 class SaliencyConfig(_ReducerConfig):
-    """The tokens that an attention map, or their length, ranks highest."""
+    """The tokens with the highest saliency: attention received, or the token's norm."""
 
     type: Literal["saliency"] = "saliency"
     definition: Literal["class_attention", "last_text", "mean_text", "max_text", "norm"] = "class_attention"
-    """Whose attention: the vision tower's class token; the prompt's last token, or all its tokens (mean, maximum) in a layer of the decoder; `norm`:
-    no attention, but the token's length."""
+    """Definition of saliency.
+
+    `class_attention`: attention of the vision tower's class token. `last_text`, `mean_text`, `max_text`: attention of
+    the prompt's last token, or the mean or maximum over all its tokens, in one decoder layer. `norm`: the token's norm.
+    """
     layer: int = Field(default=2, ge=0)
-    """Layer of the decoder, counted from 0."""
+    """Index of the decoder layer for the definitions over text, from 0."""
     window: int | None = Field(default=None, ge=1)
-    """Side in patches of windows that each give their most salient tokens; null: the whole image competes."""
+    """Side of the windows in patches; each window keeps its most salient tokens. null: one window, the whole image."""
     merge_rest: bool = False
-    """Whether the others are averaged into the nearest kept token, or dropped."""
+    """Whether the other tokens are averaged into the nearest kept token; false: they are dropped."""
 
 
 class VisionZipConfig(_ReducerConfig):
@@ -83,25 +89,25 @@ class VisionZipConfig(_ReducerConfig):
 
 
 class ToMeConfig(_ReducerConfig):
-    """Tokens merged inside the vision tower (ToMe, ICLR 2023); a tower of n layers can halve them n times."""
+    """Tokens merged inside the vision tower (ToMe, ICLR 2023); each layer can at most halve their number."""
 
     type: Literal["tome"] = "tome"
 
 
 class PruMergeConfig(_ReducerConfig):
-    """Patches by the class token's attention, with their nearest ones added (LLaVA-PruMerge, ICCV 2025)."""
+    """Patches chosen by the class token's attention, merged with their nearest ones (LLaVA-PruMerge, ICCV 2025)."""
 
     type: Literal["prumerge"] = "prumerge"
     spatial: bool = False
-    """Adds evenly spaced patches (PruMerge+)."""
+    """Whether evenly spaced patches are added (PruMerge+)."""
 
 
 class ScopeConfig(_ReducerConfig):
-    """Patches that cover the others, weighed by the class token's attention (SCOPE, NeurIPS 2025)."""
+    """Patches that cover the others, weighted by the class token's attention (SCOPE, NeurIPS 2025)."""
 
     type: Literal["scope"] = "scope"
     alpha: float = Field(default=1.0, ge=0)
-    """How much the attention counts."""
+    """Exponent of the attention weights."""
 
 
 class MMTokConfig(_ReducerConfig):
@@ -111,51 +117,57 @@ class MMTokConfig(_ReducerConfig):
 
 
 class VisPrunerConfig(_ReducerConfig):
-    """Attended patches, and the least duplicated of the rest (VisPruner, ICCV 2025)."""
+    """The most attended patches, and the least redundant of the rest (VisPruner, ICCV 2025)."""
 
     type: Literal["vispruner"] = "vispruner"
     important: float = Field(default=0.5, ge=0, le=1)
-    """Share of the budget that attention chooses."""
+    """Fraction of the budget that is chosen by attention."""
 
 
 class PruneSIDConfig(_ReducerConfig):
-    """Attended patches of groups by principal components, without those that are alike (PruneSID, ICLR 2026)."""
+    """Attended patches of principal-component groups, without near-duplicates (PruneSID, ICLR 2026)."""
 
     type: Literal["prunesid"] = "prunesid"
 
 
 class RestoreConfig(_ReducerConfig):
-    """Half chosen, half merged from the rest, with calibrated attention (RESTORE, ICML 2026)."""
+    """Selected tokens plus merged tokens of the rest, with calibrated attention (RESTORE, ICML 2026)."""
 
     type: Literal["restore"] = "restore"
     positions: Positions = "original_calibrated"
-    """See the other reducers."""
+    """Rotary positions of the remaining tokens, as for the other reducers."""
     base: Literal["divprune", "class_attention"] = "divprune"
-    """What chooses the first half."""
+    """Method that selects the kept tokens."""
     share: float = Field(default=0.5, ge=0, le=1)
-    """Of the budget that the base chooses."""
+    """Fraction of the budget that `base` selects."""
 
 
 class FastVConfig(_ReducerConfig):
-    """Drops visual tokens after the decoder's first layers (FastV, ECCV 2024); the budget is the mean over the layers."""
+    """Drops visual tokens after the decoder's first layers (FastV, ECCV 2024); the budget is the mean over layers."""
 
     type: Literal["fastv"] = "fastv"
     positions: Positions = "original"
-    """See the other reducers."""
+    """Rotary positions of the remaining tokens, as for the other reducers."""
     layer: int = Field(default=2, ge=1)
-    """First layer of the decoder that sees fewer tokens."""
+    """Index of the first decoder layer that processes fewer tokens."""
 
 
 class PyramidDropConfig(_ReducerConfig):
-    """Drops a share of the visual tokens after each quarter of the decoder (PyramidDrop, CVPR 2025); the budget is the mean over the layers."""
+    """Drops a fraction of the visual tokens at three depths of the decoder (PyramidDrop, CVPR 2025).
+
+    The budget is the mean over the layers.
+    """
 
     type: Literal["pyramid_drop"] = "pyramid_drop"
     first_layer: int | None = Field(default=None, ge=1)
-    """Layer of the decoder at the first of the three stages; null: a quarter of the layers."""
+    """Index of the decoder layer of the first of the three stages; null: a quarter of the layers."""
 
 
 class SparseVLMConfig(_ReducerConfig):
-    """Drops visual tokens at three depths by the words that matter, and recycles some (SparseVLM, ICML 2025); the budget is the layers' mean."""
+    """Drops visual tokens at three depths by attention of relevant words, and recycles some (SparseVLM, ICML 2025).
+
+    The budget is the mean over the layers.
+    """
 
     type: Literal["sparsevlm"] = "sparsevlm"
 

@@ -1,4 +1,4 @@
-"""Search spaces as data: `search_spaces/*.yaml`. Any key of a job file can be searched."""
+"""Search spaces: `search_spaces/*.yaml`. Any key of a job file can be searched."""
 
 import itertools
 import math
@@ -12,22 +12,25 @@ from pydantic import Field, field_validator, model_validator
 from parcelray.config.base import StrictModel
 
 Assignment = dict[str, Any]
-"""Values by key path of the job; parameters that are not active are not in it."""
+"""Values by key path of the job, for the active parameters only."""
 _TRIES = 1000
-"""Draws before a space is said to be empty."""
+"""Number of draws after which a space counts as empty."""
 
 
 class _Domain(StrictModel):
     when: dict[str, tuple[Any, ...]] = Field(default_factory=dict)
-    """The parameter is active only where each of these others has one of these values; else the job keeps its own."""
+    """Condition: the parameter is active only if each of these other parameters has one of the listed values.
+
+    The job's own value applies while the parameter is inactive.
+    """
 
 
 class ChoiceDomain(_Domain):
-    """One of some values."""
+    """One of several listed values."""
 
     type: Literal["choice"] = "choice"
     values: tuple[Any, ...] = Field(min_length=1)
-    """Any YAML."""
+    """Legal values, of any YAML type."""
 
     @property
     def steps(self) -> tuple[Any, ...]:
@@ -36,33 +39,33 @@ class ChoiceDomain(_Domain):
 
     @property
     def ends(self) -> tuple[Any, ...]:
-        """All values, of which none stands for another."""
+        """All values, since choices have no order."""
         return self.values
 
     def draw(self, rng: random.Random) -> Any:
-        """A value, all equally likely."""
+        """Draws one of the values with equal probability."""
         return rng.choice(self.values)
 
 
 class IntegerDomain(_Domain):
-    """A whole number."""
+    """An integer from a range."""
 
     type: Literal["integer"] = "integer"
     low: int
-    """Smallest."""
+    """Smallest value."""
     high: int
-    """Largest, itself included."""
+    """Largest value, included."""
     step: int = Field(default=1, ge=1)
-    """Between two values."""
+    """Difference between two values."""
     log: bool = False
-    """Whether each order of magnitude is as likely as another."""
+    """Whether values are drawn uniformly on a logarithmic scale."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.high < self.low or (self.log and self.low < 1):
             raise ValueError(
-                f"{self.low} to {self.high} is no range{' for a logarithm' if self.log else ''}; give low <="
-                f" high{', low >= 1' if self.log else ''}"
+                f"{self.low} to {self.high} is not a valid{' logarithmic' if self.log else ''} range; give low <="
+                f" high{' and low >= 1' if self.log else ''}"
             )
         return self
 
@@ -73,11 +76,11 @@ class IntegerDomain(_Domain):
 
     @property
     def ends(self) -> tuple[int, int]:
-        """Smallest and largest."""
+        """Smallest and largest value."""
         return self.low, self.high
 
     def draw(self, rng: random.Random) -> int:
-        """A value."""
+        """Draws a value."""
         if not self.log:
             return rng.choice(self.steps)
         drawn = math.exp(rng.uniform(math.log(self.low), math.log(self.high + 1)))
@@ -85,36 +88,36 @@ class IntegerDomain(_Domain):
 
 
 class RealDomain(_Domain):
-    """A number."""
+    """A real number from an interval."""
 
     type: Literal["real"] = "real"
     low: float
-    """Smallest."""
+    """Smallest value."""
     high: float
-    """Largest."""
+    """Largest value."""
     log: bool = False
-    """Whether each order of magnitude is as likely as another."""
+    """Whether values are drawn uniformly on a logarithmic scale."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.high <= self.low:
-            raise ValueError(f"{self.low} to {self.high} is no range; give low < high")
+            raise ValueError(f"{self.low} to {self.high} is not a valid range; give low < high")
         if self.log and self.low <= 0:
-            raise ValueError(f"{self.low} to {self.high} is no range for a logarithm; give low > 0")
+            raise ValueError(f"{self.low} to {self.high} is not a valid logarithmic range; give low > 0")
         return self
 
     @property
     def steps(self) -> None:
-        """Too many to list."""
+        """None: an interval has no list of values."""
         return
 
     @property
     def ends(self) -> tuple[float, float]:
-        """Smallest and largest."""
+        """Smallest and largest value."""
         return self.low, self.high
 
     def draw(self, rng: random.Random) -> float:
-        """A value."""
+        """Draws a value."""
         return (
             math.exp(rng.uniform(math.log(self.low), math.log(self.high)))
             if self.log
@@ -126,23 +129,26 @@ Domain = Annotated[ChoiceDomain | IntegerDomain | RealDomain, Field(discriminato
 
 
 class AnchorsFit(StrictModel):
-    """A split that a patch grid and a budget allow: the anchor grid divides the patch grid, and N_p + N_q = budget with N_q >= 0."""
+    """Constraint of anchor/query splits.
+
+    The anchor grid must divide the patch grid, and the number of queries N_q = budget - N_p must be at least 0.
+    """
 
     type: Literal["anchors_fit"] = "anchors_fit"
     anchor_grid: str
-    """Parameter with the side of the anchor grid; 0: no anchors."""
+    """Name of the parameter with the side of the anchor grid; 0: no anchors."""
     budget: str
-    """Parameter with the budget, a number or a list of one."""
+    """Name of the parameter with the budget, an integer or a list of one integer."""
     patch_grid: int = Field(ge=1)
-    """Side of the patch grid."""
+    """Side of the patch grid, in patches."""
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """Parameters that it looks at."""
+        """Names of the parameters that the constraint uses."""
         return (self.anchor_grid, self.budget)
 
     def allows(self, assignment: Assignment) -> bool:
-        """Whether an assignment is legal; where one of the parameters is not active it is."""
+        """Whether an assignment satisfies the constraint; true if one of the parameters is inactive."""
         if any(key not in assignment for key in self.keys):
             return True
         side, budget = assignment[self.anchor_grid], assignment[self.budget]
@@ -154,18 +160,18 @@ Constraint = AnchorsFit
 
 
 class SearchSpace(StrictModel):
-    """What a search may change in a job."""
+    """The keys of a job that a search may change, with their domains."""
 
     kind: Literal["search_space"]
-    """What this file describes."""
+    """Kind of the file."""
     name: str = Field(pattern=r"^[\w.-]+$")
-    """Of the space."""
+    """Name of the space."""
     job: str
-    """The job file that is changed."""
+    """Path of the job file that the search changes."""
     parameters: dict[str, Domain] = Field(min_length=1)
-    """Domains by key path of the job, such as `reducer.metric`; a parameter can only depend on those before it."""
+    """Domains by key path of the job, such as `reducer.metric`; a parameter can depend only on earlier ones."""
     constraints: tuple[Constraint, ...] = ()
-    """What values have to be together; assignments that break one are not part of the space."""
+    """Constraints between parameters; assignments that violate one are not part of the space."""
 
     @field_validator("parameters")
     @classmethod
@@ -174,12 +180,14 @@ class SearchSpace(StrictModel):
         for name, domain in parameters.items():
             for other, values in domain.when.items():
                 if other not in known:
-                    raise ValueError(f"{name} depends on {other}, which is not a parameter before it; put it first")
+                    raise ValueError(
+                        f"{name} depends on {other}, which is not an earlier parameter; list {other} first"
+                    )
                 legal = known[other].steps
                 unknown = [value for value in values if legal is not None and value not in legal]
                 if unknown:
                     raise ValueError(
-                        f"{name} depends on {other} being {unknown[0]!r}, which it never is; its values are"
+                        f"{name} depends on {other} being {unknown[0]!r}, which is not a value of {other}; legal:"
                         f" {list(legal or ())}"
                     )
             known[name] = domain
@@ -191,18 +199,18 @@ class SearchSpace(StrictModel):
             for key in constraint.keys:
                 if key not in self.parameters:
                     raise ValueError(
-                        f"constraint {constraint.type} names {key}, which is no parameter; legal:"
+                        f"constraint {constraint.type} uses {key}, which is not a parameter; legal:"
                         f" {', '.join(self.parameters)}"
                     )
         return self
 
     def allows(self, assignment: Assignment) -> bool:
-        """Whether no constraint is broken."""
+        """Whether an assignment satisfies all constraints."""
         return all(constraint.allows(assignment) for constraint in self.constraints)
 
     @cached_property
     def size(self) -> int | None:
-        """Number of different assignments; None: not finite."""
+        """Number of distinct assignments; None: infinite."""
         domains = self.parameters.values()
         columns = [domain.steps for domain in domains if domain.steps is not None]
         if len(columns) < len(self.parameters):
@@ -212,10 +220,10 @@ class SearchSpace(StrictModel):
         return math.prod(len({repr(value) for value in column}) for column in columns)
 
     def grid(self) -> Iterator[Assignment]:
-        """All assignments, each once.
+        """Yields every assignment once.
 
         Raises:
-            ValueError: a parameter has no list of values.
+            ValueError: a parameter is real-valued.
         """
         names = list(self.parameters)
         seen = set()
@@ -223,7 +231,7 @@ class SearchSpace(StrictModel):
         for name in names:
             steps = self.parameters[name].steps
             if steps is None:
-                raise ValueError(f"{name} is a real number, so there is no grid; sample the space instead")
+                raise ValueError(f"{name} is real-valued, so the space has no grid; use random or optuna")
             columns.append(steps)
         for values in itertools.product(*columns):
             assignment = self.active(dict(zip(names, values, strict=True)))
@@ -233,26 +241,28 @@ class SearchSpace(StrictModel):
                 yield assignment
 
     def needs(self, name: str) -> Assignment:
-        """Values under which a parameter is active."""
-        found: Assignment = {}
+        """Returns values of other parameters that make a parameter active."""
+        needed: Assignment = {}
         for other, values in self.parameters[name].when.items():
-            found |= self.needs(other) | {other: values[0]}
-        return found
+            needed |= self.needs(other) | {other: values[0]}
+        return needed
 
     def sample(self, rng: random.Random) -> Assignment:
-        """A random assignment; inactive parameters draw, too, so that a parameter's draws do not depend on the others.
+        """Draws a random assignment.
+
+        Inactive parameters are drawn as well, so that the draws of a parameter do not depend on the others.
 
         Raises:
-            ValueError: of many draws none keeps the constraints.
+            ValueError: none of many draws satisfies the constraints.
         """
         for _ in range(_TRIES):
             assignment = self.active({name: domain.draw(rng) for name, domain in self.parameters.items()})
             if self.allows(assignment):
                 return assignment
-        raise ValueError(f"none of {_TRIES} draws from {self.name} keeps its constraints; widen the domains")
+        raise ValueError(f"none of {_TRIES} draws from {self.name} satisfies its constraints; widen the domains")
 
     def active(self, values: Mapping[str, Any]) -> Assignment:
-        """Of values for all parameters those that are active."""
+        """Selects the values of the active parameters from values for all parameters."""
         chosen: Assignment = {}
         for name, domain in self.parameters.items():
             if all(other in chosen and chosen[other] in legal for other, legal in domain.when.items()):

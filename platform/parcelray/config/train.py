@@ -1,64 +1,192 @@
-"""One training run as data: `jobs/train/*.yaml`."""
+"""Job files of training runs: `jobs/train/*.yaml`."""
 
-from typing import Literal
+import math
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from parcelray.config.base import StrictModel
-from parcelray.config.budget import BudgetConfig, UniformBudgets
 from parcelray.config.connector import ConnectorConfig
 from parcelray.config.data import DataConfig
 from parcelray.config.model import CheckpointModelConfig, ModelConfig
-from parcelray.config.optimizer import AdamWConfig, OptimizerConfig, ScheduleConfig
+
+
+class BudgetRange(StrictModel):
+    """The budgets start, start + step, ... up to and including stop."""
+
+    start: int = Field(ge=1)
+    """Smallest budget, visual tokens per image."""
+    stop: int = Field(ge=1)
+    """Largest budget, visual tokens per image."""
+    step: int = Field(default=2, ge=1)
+    """Difference between two budgets (2 in the paper, which trains even budgets)."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "BudgetRange":
+        if self.stop < self.start:
+            raise ValueError(f"stop {self.stop} is below start {self.start}; swap them")
+        return self
+
+    def values(self) -> tuple[int, ...]:
+        """The budgets, ascending."""
+        return tuple(range(self.start, self.stop + 1, self.step))
+
+
+class _Budgets(StrictModel):
+    budgets: BudgetRange | tuple[int, ...] = BudgetRange(start=16, stop=256)
+    """Budgets to draw from (visual tokens per image): a range or a list."""
+    anchor_grids: tuple[int, ...] | None = None
+    """Sides of the anchor grids of a supernet over anchor/query splits; 0: no anchors.
+
+    Each step also draws one of the sides that fit its budget. null: the connector's routing decides.
+    """
+
+    @model_validator(mode="after")
+    def _not_empty(self) -> "_Budgets":
+        if not self.values():
+            raise ValueError("budgets is empty; list at least one visual-token budget")
+        if self.anchor_grids is not None and not any(
+            side >= 0 and side * side <= min(self.values()) for side in self.anchor_grids
+        ):
+            raise ValueError(
+                f"none of the anchor_grids {list(self.anchor_grids)} fits the smallest budget, {min(self.values())};"
+                " add one whose square is at most that budget"
+            )
+        return self
+
+    def values(self) -> tuple[int, ...]:
+        """The budgets, ascending."""
+        return self.budgets.values() if isinstance(self.budgets, BudgetRange) else tuple(sorted(self.budgets))
+
+
+class UniformBudgets(_Budgets):
+    """One budget per step, drawn uniformly (arXiv 2605.30126, Appendix E)."""
+
+    type: Literal["uniform"] = "uniform"
+
+
+class WeightedBudgets(_Budgets):
+    """One budget per step, drawn with the given weights."""
+
+    type: Literal["weighted"] = "weighted"
+    weights: tuple[float, ...] = Field(min_length=1)
+    """One positive weight per budget, in ascending order of the budgets."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "WeightedBudgets":
+        if len(self.weights) != len(self.values()) or not all(0 < weight < math.inf for weight in self.weights):
+            raise ValueError(
+                f"weights has {len(self.weights)} entries for {len(self.values())} budgets; give one positive weight"
+                " per budget"
+            )
+        return self
+
+
+class SandwichBudgets(_Budgets):
+    """Three budgets per step on the same batch: the smallest, the largest and a random one in between."""
+
+    type: Literal["sandwich"] = "sandwich"
+
+
+BudgetConfig = Annotated[UniformBudgets | WeightedBudgets | SandwichBudgets, Field(discriminator="type")]
+
+
+class _Optimizer(StrictModel):
+    learning_rate: float = Field(default=1e-3, gt=0, le=1)
+    """Peak learning rate of the shared (pretrained) weights."""
+    connector_multiplier: float = Field(default=1.0, gt=0)
+    """Factor by which the learning rate of new connector parameters is multiplied."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Weight decay of matrices; vectors (norms, biases) are not decayed."""
+
+
+class AdamWConfig(_Optimizer):
+    """The AdamW optimizer."""
+
+    type: Literal["adamw"] = "adamw"
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    """Decay rate of the first moment."""
+    beta2: float = Field(default=0.95, ge=0, lt=1)
+    """Decay rate of the second moment."""
+    epsilon: float = Field(default=1e-8, gt=0)
+    """Constant added to the denominator for numerical stability."""
+
+
+class SgdConfig(_Optimizer):
+    """Stochastic gradient descent."""
+
+    type: Literal["sgd"] = "sgd"
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+    """Momentum coefficient."""
+
+
+OptimizerConfig = Annotated[AdamWConfig | SgdConfig, Field(discriminator="type")]
+
+
+class ScheduleConfig(StrictModel):
+    """Learning-rate schedule: linear warm-up, then a decay to `final_fraction` of the peak."""
+
+    type: Literal["cosine", "linear", "constant"] = "cosine"
+    """Shape of the decay after the warm-up."""
+    warmup_steps: int = Field(default=20, ge=0)
+    """Number of steps of linear warm-up."""
+    final_fraction: float = Field(default=0.05, ge=0, le=1)
+    """Learning rate at the last step as a fraction of the peak."""
 
 
 class TrainingConfig(StrictModel):
     """Length and numerics of the training."""
 
     steps: int = Field(ge=1)
-    """Optimiser steps."""
+    """Number of optimizer steps."""
     images_per_step: int = Field(default=32, ge=1)
-    """Images per optimiser step over all workers: a batch of samples with n images each holds images_per_step / n samples."""
+    """Images per optimizer step over all workers; a batch of n-image samples has images_per_step / n samples."""
     gradient_accumulation_steps: int = Field(default=1, ge=1)
-    """Micro-batches that each worker splits its share of a step into."""
+    """Number of micro-batches per worker and step."""
     clip_norm: float = Field(default=1.0, gt=0)
-    """Largest global gradient norm; larger gradients are scaled down to it."""
+    """Largest global gradient norm; larger gradients are scaled down to this norm."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Arithmetic of forward and backward; weights stay fp32 under bf16 and fp16."""
+    """Precision of the forward and backward pass; weights stay fp32 with bf16 and fp16."""
     strategy: Literal["ddp", "fsdp"] = "ddp"
-    """How the model is spread over workers: copies (ddp) or shards (fsdp)."""
+    """Distribution of the model over workers: replicated (ddp) or sharded (fsdp)."""
     patch_supervision: float = Field(default=0.0, ge=0)
-    """Weight of a loss on the patches themselves: at the place of each visual token the decoder is to name what the patch shows. Only
-    where the data label regions and the budget is the full patch grid; what brings a model from scratch to see."""
+    """Weight of an auxiliary loss: at each visual token the decoder predicts the word for what the patch shows.
+
+    It applies only to data with labelled regions, at the budget of the full patch grid. Models from scratch need it to
+    learn to use the image.
+    """
     freeze_vision: bool = False
-    """Keep the vision tower's weights as they are."""
+    """Whether the weights of the vision tower are frozen."""
     log_every_steps: int = Field(default=10, ge=1)
-    """Steps between metric points; token diagnostics come with them."""
+    """Steps between logged metrics, including token diagnostics."""
 
 
 class ValidationConfig(StrictModel):
-    """Scores during training."""
+    """Validation during training."""
 
     every_steps: int = Field(default=0, ge=0)
-    """Steps between validations; 0: only at the end."""
+    """Number of steps between validations; 0: only at the end."""
     samples: int = Field(default=64, ge=1)
-    """Samples per family (or per question kind)."""
+    """Number of samples per family (or per question kind)."""
     budgets: tuple[int, ...] = Field(default=(16, 64, 256), min_length=1)
     """Visual-token budgets to score."""
     in_background: bool = False
-    """Score checkpoints in a task of their own while the workers train on; false: the workers stop and share the work.
+    """Whether a separate task scores the checkpoints while the workers continue to train; it needs Ray workers.
 
-    Needs Ray workers.
+    false: the workers pause the training and share the validation.
     """
     background_gpus: float = Field(default=0.0, ge=0)
-    """GPUs of that task; 0: it computes on a CPU."""
+    """Number of GPUs of the separate task; 0: CPU only."""
 
 
 class ReportConfig(StrictModel):
-    """Scores after training, on the test split, beside the majority class and the blind model."""
+    """Scores on the test split after training, compared with the majority class and the blind model."""
 
     samples: int = Field(default=500, ge=1)
-    """Samples per family; NLVR: whole sentences (six images each) up to this many samples, and as many per derived question."""
+    """Number of samples per family.
+
+    For NLVR: per question kind; statements are taken as whole sentences of six samples each.
+    """
     budgets: tuple[int, ...] = Field(default=(16, 64, 256), min_length=1)
     """Visual-token budgets to score."""
 
@@ -67,90 +195,90 @@ class CheckpointingConfig(StrictModel):
     """Checkpoints of the training state."""
 
     every_steps: int = Field(default=100, ge=1)
-    """Steps between checkpoints; the last step always has one."""
+    """Steps between checkpoints; the last step always saves one."""
     keep: int = Field(default=2, ge=1)
-    """How many to keep."""
+    """Number of newest checkpoints to keep."""
 
 
 class ScalingConfig(StrictModel):
     """Workers of the Ray Train run."""
 
     num_workers: int | tuple[int, int] = 1
-    """Worker count, or [min, max] for an elastic group; 0 trains in this process, without Ray."""
+    """Number of workers, or [min, max] for an elastic group; 0: train in this process, without Ray."""
     cpus_per_worker: float = Field(default=1.0, gt=0)
     """Logical CPUs per worker."""
     gpus_per_worker: float = Field(default=0.0, ge=0)
     """GPUs per worker."""
     data_tasks_per_worker: int = Field(default=1, ge=1)
-    """Ray Data tasks that prepare batches for each worker at the same time."""
+    """Number of concurrent Ray Data tasks that prepare batches for each worker."""
     max_failures: int = Field(default=2, ge=-1)
-    """Restarts of the worker group after failures; -1: without limit."""
+    """Largest number of restarts of the worker group after failures; -1: no limit."""
 
     @model_validator(mode="after")
     def _check(self) -> "ScalingConfig":
         low, high = self.bounds
         if low < 0 or high < low or (low == 0 and high != 0):
             raise ValueError(
-                f"num_workers {self.num_workers} is not a worker count; give a whole number from 0, or [min, max] with"
-                " 1 <= min <= max"
+                f"num_workers {self.num_workers} is not a worker count; give an integer of at least 0, or [min, max]"
+                " with 1 <= min <= max"
             )
         return self
 
     @property
     def bounds(self) -> tuple[int, int]:
-        """Smallest and largest worker count."""
+        """Smallest and largest number of workers."""
         return self.num_workers if isinstance(self.num_workers, tuple) else (self.num_workers, self.num_workers)
 
 
 class TrackingConfig(StrictModel):
-    """Where the record of the run goes."""
+    """MLflow tracking of the run."""
 
     uri: str | None = "sqlite:///runs/mlflow.db"
-    """MLflow tracking URI; null: no tracking. More than one node needs a server."""
+    """MLflow tracking URI; null: no tracking. A cluster of more than one node needs a tracking server."""
     experiment: str = "parcelray"
-    """MLflow experiment."""
+    """Name of the MLflow experiment."""
 
 
 class TrainJob(StrictModel):
-    """One whole training run."""
+    """Job file of one training run."""
 
     kind: Literal["train"]
-    """What the file describes."""
+    """Kind of the job."""
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")
-    """Short name, part of the run's identity."""
+    """Short name of the job, part of the run's identity."""
     seed: int = Field(default=0, ge=0)
-    """Seed of weights, budgets and data order."""
+    """Seed of weight initialisation, budgets and data order."""
     model: ModelConfig = CheckpointModelConfig()
-    """What the training starts from."""
+    """Model that the training starts from."""
     connector: ConnectorConfig | None = None
-    """Connector to insert, with new weights; null keeps the checkpoint's own."""
+    """Connector to insert with new weights; null: keep the checkpoint's own connector."""
     data: DataConfig
-    """What to train on."""
+    """Training data."""
     budget: BudgetConfig = UniformBudgets()
-    """Visual-token budgets of the steps."""
+    """Visual-token budgets of the training steps."""
     optimizer: OptimizerConfig = AdamWConfig()
-    """Optimiser."""
+    """Optimizer of the training."""
     schedule: ScheduleConfig = ScheduleConfig()
-    """Learning-rate schedule; starts anew in every training."""
+    """Learning-rate schedule; it starts at step 0 in every training."""
     training: TrainingConfig
-    """Length and numerics."""
+    """Length and numerics of the run."""
     validation: ValidationConfig = ValidationConfig()
-    """Scores during training."""
+    """Validation during the training."""
     report: ReportConfig | None = None
-    """Scores after training; null: none."""
+    """Test scores after training; null: no report."""
     checkpointing: CheckpointingConfig = CheckpointingConfig()
-    """Checkpoints."""
+    """Checkpointing of the training state."""
     scaling: ScalingConfig = ScalingConfig()
-    """Ray Train workers."""
+    """Workers of Ray Train."""
     tracking: TrackingConfig = TrackingConfig()
-    """MLflow."""
+    """MLflow tracking."""
     storage: str = "runs"
-    """Folder or fsspec URI under which the run keeps its checkpoints; several nodes need one that all of them reach."""
+    """Folder or fsspec URI of the run's checkpoints; with several nodes, every node must have access to it."""
 
     @model_validator(mode="after")
     def _check(self) -> "TrainJob":
         if self.validation.in_background and self.scaling.bounds[1] == 0:
             raise ValueError(
-                "validation.in_background needs Ray workers, but scaling.num_workers is 0; set one of them"
+                "validation.in_background needs Ray workers, but scaling.num_workers is 0; change one of them"
             )
         return self

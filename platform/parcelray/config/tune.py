@@ -1,4 +1,4 @@
-"""One search as data: `jobs/tune/*.yaml`. What is searched is a space; what a trial runs is the space's own job."""
+"""Job files of searches: `jobs/tune/*.yaml`. A trial runs the job of the search space with changed values."""
 
 from typing import Annotated, Literal
 
@@ -12,44 +12,44 @@ from parcelray.config.train import TrackingConfig, TrainJob
 
 
 class GridAlgorithm(StrictModel):
-    """Every point of the space, once."""
+    """Grid search: every point of the space once."""
 
     type: Literal["grid"] = "grid"
 
 
 class RandomAlgorithm(StrictModel):
-    """Different random points."""
+    """Random search over distinct points."""
 
     type: Literal["random"] = "random"
     trials: int = Field(ge=1)
-    """How many; fewer where the space has fewer."""
+    """Number of trials; fewer if the space has fewer points."""
 
 
 class OptunaAlgorithm(StrictModel):
-    """Points that Optuna's TPE proposes (Bergstra et al., NeurIPS 2011; with several objectives its multi-objective form)."""
+    """Optuna's TPE (Bergstra et al., NeurIPS 2011), or its multi-objective form for several objectives."""
 
     type: Literal["optuna"] = "optuna"
     trials: int = Field(ge=1)
-    """How many; fewer where the space has fewer."""
+    """Number of trials; fewer if the space has fewer points."""
     startup_trials: int = Field(default=10, ge=1)
-    """Random ones before the first proposal."""
+    """Number of random trials before the first proposal."""
     batch: int = Field(default=4, ge=1)
-    """Points that are proposed together, before any of them is known.
+    """Number of points that are proposed together, before the result of any of them is known.
 
-    A batch waits for the one before it, so a search depends on its seed and
-    not on the cluster."""
+    Each batch waits for the previous one. The search therefore depends on its seed and not on the cluster.
+    """
 
 
 class PbtAlgorithm(StrictModel):
-    """Population-based training (Jaderberg et al., 2017) over Tune's scheduler: trainings in segments, the worse half going on from the better."""
+    """Population-based training (Jaderberg et al., 2017): after each segment, the worst trainings copy the best."""
 
     type: Literal["pbt"] = "pbt"
     population: int = Field(ge=2)
-    """Trainings at the same time; the cluster must hold them all."""
+    """Number of concurrent trainings; the cluster must have resources for all of them."""
     segments: int = Field(ge=2)
-    """Times that the population is compared; the job's steps are divided by it."""
+    """Number of segments of equal length that the job's steps are divided into; trainings are compared after each."""
     quantile: float = Field(default=0.5, gt=0, le=0.5)
-    """Share that copies, and share that is copied."""
+    """Fraction of the population that is replaced, which equals the fraction that is copied."""
 
 
 SearchAlgorithm = Annotated[
@@ -60,106 +60,117 @@ SearchAlgorithm = Annotated[
 class AshaScheduler(StrictModel):
     """Asynchronous successive halving (Li et al., MLSys 2020).
 
-    It only stops, never pauses, and the first trials pass every rung.
+    It stops trials and never pauses them. The first trials pass every rung.
     """
 
     type: Literal["asha"] = "asha"
     grace_steps: int = Field(ge=1)
-    """Steps that every training gets."""
+    """Smallest number of steps of each training."""
     reduction: int = Field(default=3, ge=2)
-    """One in so many goes on at each rung."""
+    """Reduction factor: one in this many trials continues after each rung."""
 
 
 class HyperBandScheduler(StrictModel):
-    """HyperBand (Li et al., JMLR 2018): pauses trainings at each rung and goes on with the best."""
+    """HyperBand (Li et al., JMLR 2018): pauses trainings at each rung and continues the best."""
 
     type: Literal["hyperband"] = "hyperband"
     reduction: int = Field(default=3, ge=2)
-    """One in so many goes on at each rung."""
+    """Reduction factor: one in this many trials continues after each rung."""
 
 
 class MedianScheduler(StrictModel):
-    """Stops a training whose best score is below the median of the others' means at the same step (Golovin et al., KDD 2017)."""
+    """Median stopping rule (Golovin et al., KDD 2017).
+
+    It stops a training whose best score is below the median of the other trainings' means at the same step.
+    """
 
     type: Literal["median"] = "median"
     grace_steps: int = Field(ge=1)
-    """Steps that every training gets."""
+    """Smallest number of steps of each training."""
     min_trials: int = Field(default=3, ge=2)
-    """Trainings that have reached a step before one can be stopped there."""
+    """Number of trainings that must have reached a step before one can be stopped there."""
 
 
 EarlyStopping = Annotated[AshaScheduler | HyperBandScheduler | MedianScheduler, Field(discriminator="type")]
 
 
 class ConfirmConfig(StrictModel):
-    """The check of a split search by real trainings from the base: the best splits of one budget, the paper's, and the worst."""
+    """Confirmation of a split search by separate trainings of the best, the worst and the paper's splits."""
 
     job: TrainJob
-    """The training; its connector's routing and its budget become each split's.
+    """Training job; its connector's routing and its budget are replaced by those of each split.
 
-    In a file: a job file's path, or {job: PATH, set: {...}}.
+    In a job file: the path of a train job, or {job: PATH, set: {...}}.
     """
     budget: int = Field(ge=1)
-    """The budget whose splits are trained."""
+    """Budget whose splits are trained, visual tokens per image."""
     best: int = Field(default=3, ge=1)
-    """How many of the best."""
+    """Number of best splits to train."""
     worst: int = Field(default=1, ge=0)
-    """How many of the worst; without any, a correlation over a few good ones says little."""
+    """Number of worst splits to train; without them, a correlation over a few good splits says little."""
 
 
 class AdaptiveConfig(StrictModel):
-    """Budgets chosen per image and question, on the answers of a split search and drawn on its frontier."""
+    """Study of budgets chosen per image and question, from the predictions of a split search."""
 
     budgets: tuple[int, ...] = Field(min_length=2)
-    """That are chosen between: budgets of the space, each at the split that the search chose for it."""
+    """Budgets of the space to choose from, each at the split that the search selected for it."""
 
 
 class TuneJob(StrictModel):
-    """One whole search."""
+    """Job file of one search."""
 
     kind: Literal["tune"]
-    """What the file describes."""
+    """Kind of the job."""
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")
-    """Short name, part of the search's identity."""
+    """Short name of the job, part of the search's identity."""
     seed: int = Field(default=0, ge=0)
-    """Seed of the points."""
+    """Seed of the proposed points."""
     space: SearchSpace
-    """What is searched. In a file: the path of the space's file."""
+    """Search space. In a job file: the path of the space's file."""
     base: Annotated[EvaluateJob | TrainJob, Field(discriminator="kind")]
-    """What a trial changes and runs: the space's job.
+    """Job that each trial changes and runs.
 
-    In a file: key paths and values that differ from the job file's.
+    In a job file: a mapping of key paths to values that differ from the job file of the space.
     """
     algorithm: SearchAlgorithm
-    """Which points are tried."""
+    """Search algorithm."""
     early_stopping: EarlyStopping | None = None
-    """Of trainings, on the first objective."""
+    """Early stopping of trainings on the first objective; null: every training runs to its end."""
     objectives: tuple[Objective, ...] = Field(min_length=1, max_length=4)
-    """What is wanted; the first is what early stopping, the best so far and the importance of parameters look at."""
+    """Objectives; early stopping, the best trial and parameter importance use the first one."""
     evaluation: EvaluateJob | None = None
-    """Of trainings: asked of each trained model, as its `model`; what it measures can be an objective, and retention where it names a
-    `reference`. In a file: {job: PATH, set: {...}}."""
+    """Evaluation of each trained model, for searches over trainings; its metrics can be objectives.
+
+    Retention needs the key `reference`. The key `model` is replaced. In a job file: {job: PATH, set: {...}}.
+    """
     baselines: dict[str, str] = Field(default_factory=dict)
-    """By name, checkpoints that are evaluated at the searched budgets and drawn beside the frontier, such as M3 and MQT; those not there are left out."""
+    """Baseline checkpoints by name, such as M3 and MQT, evaluated at the searched budgets and plotted.
+
+    Missing checkpoints are skipped.
+    """
     adaptive: AdaptiveConfig | None = None
-    """Of a split search by retention (or score) and tokens: what choosing the budget per image and question adds, without one more answer."""
+    """Study of adaptive budgets, for a split search by retention (or score) and tokens; it reuses all predictions."""
     confirm: ConfirmConfig | None = None
-    """Real trainings of a few splits, after the search."""
+    """Separate trainings of a few splits after the search; null: none."""
     max_concurrent: int | None = Field(default=None, ge=1)
-    """At most so many trials at the same time; null: as many trainings as the cluster holds, or as many evaluations as `base.compute.actors`."""
+    """Largest number of concurrent trials.
+
+    null: as many trainings as the cluster has resources for, or as many evaluations as `base.compute.actors`.
+    """
     stall_s: float = Field(default=300.0, gt=0)
-    """Longest time in which trials wait and no process of any computes, seconds, before the search gives up and says why."""
+    """Longest time without progress while trials wait, seconds; after it the search fails and reports the reason."""
     tracking: TrackingConfig = TrackingConfig()
-    """MLflow."""
+    """MLflow tracking."""
     storage: str = "runs"
-    """Folder under which the search keeps its record; several nodes need one that all of them reach."""
+    """Folder of the search's record; with several nodes, every node must have access to it."""
 
     @field_validator("objectives")
     @classmethod
-    def _once(cls, objectives: tuple[Objective, ...]) -> tuple[Objective, ...]:
+    def _unique(cls, objectives: tuple[Objective, ...]) -> tuple[Objective, ...]:
         names = [objective.metric for objective in objectives]
         if len(set(names)) < len(names):
-            raise ValueError(f"an objective is named twice in {', '.join(names)}; name each once")
+            raise ValueError(f"an objective is listed twice in {', '.join(names)}; list each once")
         return objectives
 
     @model_validator(mode="after")
@@ -168,11 +179,11 @@ class TuneJob(StrictModel):
         check_space(self.space, self.base)
         check_objectives(self.objectives, self.base, self.evaluation, self.space)
         if evaluates and self.evaluation is not None:
-            raise ValueError("evaluation is for trainings, but the space's job is an evaluation itself; leave it out")
+            raise ValueError("evaluation is for trainings, but the space's job is an evaluation itself; remove it")
         if evaluates and isinstance(self.algorithm, PbtAlgorithm):
             raise ValueError("pbt needs trainings, but the space's job is an evaluation; use grid, random or optuna")
         if self.early_stopping is not None and (evaluates or isinstance(self.algorithm, PbtAlgorithm)):
-            raise ValueError("early_stopping is for trainings that grid, random or optuna chose; leave it out")
+            raise ValueError("early_stopping needs trainings and algorithm grid, random or optuna; remove it")
         first = self.objectives[0].metric
         if (
             self.early_stopping is not None
@@ -180,18 +191,18 @@ class TuneJob(StrictModel):
             and not is_measured_during(first, self.base)
         ):
             raise ValueError(
-                f"early_stopping looks at the first objective, but {first} is not measured before a training's end;"
-                " name val/score@BUDGET with base.validation.every_steps above 0, or a metric such as train/loss, or"
-                " leave it out"
+                f"early_stopping uses the first objective, but {first} is only measured at the end of a training; use"
+                " val/score@BUDGET with base.validation.every_steps above 0 or a metric such as train/loss, or remove"
+                " early_stopping"
             )
         if isinstance(self.algorithm, GridAlgorithm) and self.space.size is None:
             raise ValueError(
-                f"the space {self.space.name} has a real parameter, so it has no grid; use random or optuna"
+                f"the space {self.space.name} has a real-valued parameter and hence no grid; use random or optuna"
             )
         if self.confirm is not None and self.splits is None:
             raise ValueError(
-                f"confirm needs a space of splits, but {self.space.name} is not one of two parameters under"
-                " anchors_fit; leave it out"
+                f"confirm needs a space of splits: exactly two parameters under anchors_fit, unlike {self.space.name};"
+                " remove confirm"
             )
         if self.adaptive is not None:
             self._check_adaptive(self.adaptive)
@@ -200,8 +211,8 @@ class TuneJob(StrictModel):
     def _check_adaptive(self, adaptive: AdaptiveConfig) -> None:
         if self.splits is None:
             raise ValueError(
-                f"adaptive needs a space of splits, but {self.space.name} is not one of two parameters under"
-                " anchors_fit; leave it out"
+                f"adaptive needs a space of splits: exactly two parameters under anchors_fit, unlike {self.space.name};"
+                " remove adaptive"
             )
         steps = self.space.parameters[self.splits.budget].steps or ()
         known = [min(step) if isinstance(step, list | tuple) else step for step in steps]
@@ -211,18 +222,18 @@ class TuneJob(StrictModel):
                 f"adaptive.budgets has {unknown[0]}, which the space {self.space.name} does not search; legal:"
                 f" {', '.join(map(str, known))}"
             )
-        found = [objective.metric for objective in self.objectives]
-        if found[0] not in SCORES or found[1:2] != ["tokens"]:
+        metrics = [objective.metric for objective in self.objectives]
+        if metrics[0] not in SCORES or metrics[1:2] != ["tokens"]:
             raise ValueError(
-                f"adaptive is drawn as retention or score against tokens, but the objectives are {', '.join(found)};"
-                " put these first, or leave it out"
+                "adaptive needs retention or score as first objective and tokens as second, but the objectives are"
+                f" {', '.join(metrics)}; reorder them, or remove adaptive"
             )
 
     @property
     def splits(self) -> AnchorsFit | None:
-        """The constraint that makes the space one of splits, with an anchor grid and a budget and nothing else; None if it is not."""
-        found = next((constraint for constraint in self.space.constraints), None)
+        """The constraint of a space of splits (an anchor grid, a budget and nothing else); None for other spaces."""
+        first = next(iter(self.space.constraints), None)
         is_split = (
-            found is not None and isinstance(self.base, EvaluateJob) and set(self.space.parameters) == set(found.keys)
+            first is not None and isinstance(self.base, EvaluateJob) and set(self.space.parameters) == set(first.keys)
         )
-        return found if is_split else None
+        return first if is_split else None

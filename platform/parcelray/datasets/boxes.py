@@ -1,4 +1,4 @@
-"""Boxes in fractions of the image's sides, and PaliGemma's location tokens for them."""
+"""Boxes in fractions of the image's sides, and their PaliGemma location tokens."""
 
 import re
 from typing import NamedTuple
@@ -17,11 +17,11 @@ class Box(NamedTuple):
 
 
 def format_locations(box: Box) -> str:
-    """Four location tokens (y_min, x_min, y_max, x_max), bin = round(fraction x 1023)."""
+    """Writes a box as four location tokens (top, left, bottom, right), with bin = round(fraction x 1023)."""
     return "".join(f"<loc{round(min(max(value, 0.0), 1.0) * _LAST_BIN):04d}>" for value in box)
 
 
 def parse_locations(text: str) -> Box | None:
-    """The first box in a text; None if there is none."""
+    """Parses the first box in a text; None if the text contains no box."""
     match = _LOCATIONS.search(text)
     return Box(*(int(group) / _LAST_BIN for group in match.groups())) if match else None

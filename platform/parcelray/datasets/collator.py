@@ -1,8 +1,8 @@
-"""From samples to the arrays of a training batch, budget left open.
+"""Collation of samples into training batches that do not depend on the budget.
 
-The image placeholders stand at the same place in every prompt of a model, so a batch is collated without them and
-`training.step` puts in as many as the step's budget asks for: one collated batch serves any budget, and several (the
-sandwich rule).
+A batch is collated without image placeholders, because they are at the same position in every prompt of a model.
+`training.step` inserts as many placeholders as the budget of the step requires. One batch can therefore be used at any
+budget, or at several (the sandwich rule).
 """
 
 import math
@@ -17,20 +17,24 @@ from parcelray.datasets.sample import Sample
 from parcelray.models.backbones.processor_base import ElasticProcessor
 
 Batch = dict[str, NDArray[np.generic]]
-"""pixel_values uint8 [I, C, H, W]; input_ids, token_type_ids, attention_mask, labels int32 [B, S], right-padded, without image placeholders."""
+"""Arrays of a batch by name.
+
+`pixel_values`: uint8 [I, C, H, W]. `input_ids`, `token_type_ids`, `attention_mask`, `labels`: int32 [B, S],
+right-padded and without image placeholders. `patch_labels` (optional): int32 [B, images x N].
+"""
 
 IGNORED = -100
-"""Label of positions without a loss."""
+"""Label of positions that do not contribute to the loss."""
 
 
 class Collator:
-    """Samples of one group to a `Batch`.
+    """Collates samples of one group into a `Batch`.
 
     Args:
-        processor: its tokenizer writes the text as the processor would; its image processor gives the pixel size.
-        label_patches: adds `patch_labels`, int32 [B, images x N]: the token of the region that a patch's centre lies in
-            (`Sample.metadata["regions"]`: by image, boxes in fractions with a word each), the background's for some of
-            the others.
+        processor: processor of the model, for tokenization and image size.
+        label_patches: whether to add `patch_labels`, int32 [B, images x N]. The label of a patch is the token of the
+            region that contains its centre (`Sample.metadata["regions"]`: for each image, boxes in fractions of the
+            sides, each with a word). Some of the other patches get the label of the background.
     """
 
     def __init__(self, processor: ElasticProcessor, *, label_patches: bool = False) -> None:
@@ -40,7 +44,7 @@ class Collator:
         self._grid_size = math.isqrt(processor.num_patches)
 
     def __call__(self, samples: Sequence[Sample]) -> Batch:
-        """Collates; every sample must have the same number of images."""
+        """Collates samples that all have the same number of images."""
         prefixes = self._processor.encode_prompts([sample.prompt for sample in samples])
         suffixes = self._processor.encode_answers([sample.answers[0] for sample in samples])
         length = max(len(prefix) + len(suffix) for prefix, suffix in zip(prefixes, suffixes, strict=True))
@@ -63,18 +67,18 @@ class Collator:
         return batch
 
     def _patch_labels(self, sample: Sample) -> NDArray[np.int32]:
-        """[images x N]; without regions nothing is labelled.
+        """Labels the patches of a sample: int32 [images x N]. Samples without regions get no labels.
 
-        Of the background only about as many patches are labelled as lie in regions, evenly spread: all of it would be
-        most of the loss, and what the objects are would be learnt several times later.
+        Only about as many background patches are labelled as there are patches in regions, evenly spread. Otherwise the
+        background would dominate the loss and the model would learn the objects several times later.
         """
         grid = self._grid_size
         labels = np.full((len(sample.images), grid * grid), IGNORED, dtype=np.int32)
         for image, regions in enumerate(sample.metadata.get("regions", [])):
             words = np.full((grid, grid), IGNORED, dtype=np.int32)
             for region in regions:
-                # The patches whose centres lie inside, and at least one. (A patch's centre is half a patch after its
-                # start.)
+                # All patches whose centres are inside the box, and at least one. The centre of a patch is half a patch
+                # after its start.
                 top, left, bottom, right = (math.ceil(side * grid - 0.5) for side in region["box"])
                 words[top : max(bottom, top + 1), left : max(right, left + 1)] = self._token(region["word"])
             labels[image] = words.reshape(-1)

@@ -1,4 +1,4 @@
-"""The one image decoder of training, evaluation and serving."""
+"""The image decoder of training, evaluation and serving."""
 
 import io
 
@@ -11,13 +11,10 @@ def decode_image(data: bytes) -> Image.Image:
     """Decodes PNG or JPEG bytes to RGB.
 
     Raises:
-        UserError: the bytes are no image.
+        UserError: the bytes are not a valid image.
     """
     try:
         return Image.open(io.BytesIO(data)).convert("RGB")
-    except (
-        OSError,
-        SyntaxError,
-        Image.DecompressionBombError,
-    ):  # Pillow's PNG reader calls a broken chunk a SyntaxError
+    # Pillow's PNG reader raises a SyntaxError for a broken chunk.
+    except (OSError, SyntaxError, Image.DecompressionBombError):
         raise UserError(f"An image of {len(data)} bytes cannot be decoded; give PNG or JPEG bytes.") from None

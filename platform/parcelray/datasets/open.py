@@ -1,4 +1,4 @@
-"""From a data configuration to the samples that a run reads."""
+"""Opens the data sources and held-out samples of a data configuration."""
 
 from pathlib import Path
 from typing import Literal
@@ -16,18 +16,18 @@ _NLVR_PARTS: dict[Split, tuple[CorpusSplit, Part]] = {
     "validation": ("dev", "validation"),
     "test": ("test", "all"),
 }
-_PICTURES_OF_A_SENTENCE = len(PERMUTATIONS)
+_PICTURES_PER_SENTENCE = len(PERMUTATIONS)
 
 
 def training_source(config: DataConfig, image_size: int) -> SampleSource:
-    """What a training reads.
+    """Opens the training split of a data configuration.
 
     Args:
-        config: the job's data.
+        config: data configuration of the job.
         image_size: side of the model's input images, pixels.
 
     Raises:
-        UserError: the data are not there or not as expected.
+        UserError: the data are missing or malformed.
     """
     return _source(config, "train", image_size)
 
@@ -35,7 +35,7 @@ def training_source(config: DataConfig, image_size: int) -> SampleSource:
 def held_out_samples(
     config: DataConfig, split: Literal["validation", "test"], count: int, image_size: int
 ) -> list[Sample]:
-    """About `count` samples of each family (mini suite, parquet) or question kind (NLVR), always the same ones."""
+    """Reads about `count` samples per family (mini suite, parquet) or question kind (NLVR), the same in every call."""
     if isinstance(config, MiniDataConfig):
         return [
             sample
@@ -60,14 +60,17 @@ def held_out_samples(
 
 
 def _spread(source: NlvrSource, count: int) -> list[Sample]:
-    """Blocks of six samples in a row (for statements: whole sentences, as consistency needs them), evenly over the split."""
+    """Reads blocks of six consecutive samples, evenly spread over the split.
+
+    For statements, a block is a whole sentence, as the consistency metric requires.
+    """
     samples = []
     for group in source.groups:
-        blocks = (group.size or 0) // _PICTURES_OF_A_SENTENCE
-        wanted = min(blocks, max(1, count // _PICTURES_OF_A_SENTENCE))
-        for block in (number * blocks // wanted for number in range(wanted)):
-            first = block * _PICTURES_OF_A_SENTENCE
-            samples += [source.get(group.name, index) for index in range(first, first + _PICTURES_OF_A_SENTENCE)]
+        blocks = (group.size or 0) // _PICTURES_PER_SENTENCE
+        num_chosen = min(blocks, max(1, count // _PICTURES_PER_SENTENCE))
+        for block in (number * blocks // num_chosen for number in range(num_chosen)):
+            first = block * _PICTURES_PER_SENTENCE
+            samples += [source.get(group.name, index) for index in range(first, first + _PICTURES_PER_SENTENCE)]
     return samples
 
 
@@ -86,8 +89,8 @@ def _source(config: DataConfig, split: Split, image_size: int) -> SampleSource:
 
 
 def _nlvr(config: NlvrDataConfig, split: Split, image_size: int, questions: tuple[str, ...]) -> NlvrSource:
-    # The development split is trained on, and a part of its directories kept for validation; the corpus's training
-    # split is not needed.
+    # Training uses the development split, of which some directories are held out for validation. The training split of
+    # the corpus is not used.
     corpus_split, part = _NLVR_PARTS[split]
     return NlvrSource(
         Path(config.path),

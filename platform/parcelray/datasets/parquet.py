@@ -1,4 +1,4 @@
-"""Samples in parquet: the columns, and a source that reads a folder of shards."""
+"""Samples in parquet files: the schema, conversion of rows, and a source that reads a folder of shards."""
 
 import json
 from collections.abc import Iterable
@@ -29,16 +29,16 @@ SCHEMA = pa.schema(
         ("metadata", pa.string()),
     ]
 )
-"""One row a sample. `images` is laid out as the Hugging Face hub lays out image features; `metadata` is JSON."""
+"""Schema with one sample per row. `images` has the format of Hugging Face image features; `metadata` is JSON."""
 
 
 def to_table(samples: Iterable[Sample]) -> pa.Table:
-    """The samples as an Arrow table of `SCHEMA`."""
+    """Converts samples to an Arrow table with `SCHEMA`."""
     return pa.Table.from_pylist([_to_row(sample) for sample in samples], schema=SCHEMA)
 
 
 def from_row(row: dict[str, Any]) -> Sample:
-    """One sample from a row of `SCHEMA`; the image paths are dropped."""
+    """Converts a row of `SCHEMA` to a sample; the image paths are dropped."""
     images = tuple(image["bytes"] for image in row["images"])
     return Sample(
         **{**row, "images": images, "answers": tuple(row["answers"]), "metadata": json.loads(row["metadata"])}
@@ -47,20 +47,22 @@ def from_row(row: dict[str, Any]) -> Sample:
 
 @dataclass(frozen=True)
 class ParquetSource:
-    """A folder of parquet shards (or one file) as a `SampleSource`.
+    """A `SampleSource` over a folder of parquet shards or one parquet file.
 
-    The groups are named `images-<n>` after the number of images; each one's weight is its share of the rows, and its
-    order is that of the shards' names and rows. Only the path travels to a worker: a process reads the shards into
+    The groups are named `images-<n>` after the number of images. The weight of a group is its fraction of the rows, and
+    its samples are ordered by shard name and row. Only the path is sent to a worker: each process reads the shards into
     memory once, on first use.
     """
 
     path: Path
+    """Folder of the shards, or one file."""
+
     pattern: str = "*.parquet"
-    """Which files of the folder to read, for example `video-*.parquet`."""
+    """Pattern of the files to read, for example `video-*.parquet`."""
 
     @property
     def groups(self) -> tuple[SampleGroup, ...]:
-        """One finite group for each number of images, ascending."""
+        """One finite group for each number of images, in ascending order."""
         tables = self._tables
         total = sum(table.num_rows for table in tables.values())
         return tuple(
@@ -68,10 +70,10 @@ class ParquetSource:
         )
 
     def get(self, group: str, index: int) -> Sample:
-        """Row `index` of a group.
+        """Reads row `index` of a group.
 
         Raises:
-            UserError: the group is not one of `groups`, or the files cannot be read as samples.
+            UserError: the group is not one of `groups`, or the files do not contain samples.
             IndexError: the index is out of range.
         """
         for number, table in self._tables.items():
@@ -79,7 +81,7 @@ class ParquetSource:
                 if not 0 <= index < table.num_rows:
                     raise IndexError(f"index {index} is out of range for group {group!r} with {table.num_rows} samples")
                 return from_row(table.slice(index, 1).to_pylist()[0])
-        raise UserError(f"{self.path} has no group {group!r}; its groups are {', '.join(g.name for g in self.groups)}.")
+        raise UserError(f"{self.path} has no group {group!r}; legal: {', '.join(g.name for g in self.groups)}.")
 
     @cached_property
     def _tables(self) -> dict[int, pa.Table]:
@@ -106,8 +108,8 @@ def _files(path: Path, pattern: str) -> list[Path]:
     files = [path] if path.is_file() else sorted(path.glob(pattern))
     if not files:
         raise UserError(
-            f"{path} holds no files that match {pattern}; give a parquet file, or a folder of shards with the columns"
-            " of a Sample."
+            f"{path} contains no files that match {pattern}; give a parquet file, or a folder of shards with the"
+            " columns of a Sample."
         )
     return files
 
@@ -121,5 +123,7 @@ def _read(file: Path) -> pa.Table:
         ) from error
     missing = [name for name in SCHEMA.names if name not in names]
     if missing:
-        raise UserError(f"{file} lacks the columns {', '.join(missing)}; a sample has {', '.join(SCHEMA.names)}.")
+        raise UserError(
+            f"{file} lacks the columns {', '.join(missing)}; give shards with the columns {', '.join(SCHEMA.names)}."
+        )
     return pq.read_table(file, columns=SCHEMA.names).cast(SCHEMA)

@@ -1,4 +1,4 @@
-"""The unit that every reader yields and every trainer, evaluator and server reads."""
+"""The sample type of all data sources and benchmark readers."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,20 +8,20 @@ from typing import Any
 class Sample:
     """One question about one or more images, with its acceptable answers.
 
-    Images stay encoded (PNG or JPEG bytes) until the process that needs pixels decodes them: bytes are about 20 times
-    smaller than decoded images in Ray's object store.
+    Images stay encoded (PNG or JPEG bytes) until a process needs their pixels. In Ray's object store, the bytes are
+    about 20 times smaller than decoded images.
     """
 
     id: str
-    """Unique within the benchmark, stable between runs."""
+    """Identifier, unique within the benchmark and stable between runs."""
     benchmark: str
-    """For example `mini` or `nlvr`."""
+    """Name of the benchmark, for example `mini` or `nlvr`."""
     family: str
     """Group for reporting: `general`, `resolution`, `grounding`, `video`, ..."""
     task: str
     """Kind of question within the family, for example `count`."""
     images: tuple[bytes, ...]
-    """Encoded images in prompt order; the frames of a video in time order."""
+    """Encoded images in the order of the prompt; the frames of a video in temporal order."""
     prompt: str
     """Text after the images, without image placeholders."""
     answers: tuple[str, ...]
@@ -29,6 +29,6 @@ class Sample:
     metric: str = "exact_match"
     """Name of the per-sample metric in `parcelray.benchmarks.metrics`."""
     scene: str = ""
-    """What must never be split between training and testing (a scene, a sentence)."""
+    """Identifier of the scene or sentence; samples with the same value must be in the same split."""
     metadata: dict[str, Any] = field(default_factory=dict)
-    """JSON-serialisable extras, for example an NLVR permutation."""
+    """Further JSON-serialisable values, for example an NLVR permutation."""

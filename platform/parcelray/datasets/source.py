@@ -1,4 +1,4 @@
-"""What training and evaluation read from: named groups of samples that have the same number of images."""
+"""Sources of samples: named groups of samples with the same number of images."""
 
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
@@ -7,18 +7,20 @@ from parcelray.datasets.sample import Sample
 
 
 class SampleGroup(NamedTuple):
-    """Samples that can share a batch: each has `num_images` images."""
+    """A group of samples that can be in one batch, as all have the same number of images."""
 
     name: str
+    """Name of the group within the source."""
     num_images: int
+    """Number of images per sample."""
     weight: float
-    """Share of the training steps that draw from this group; the weights of a source sum to 1."""
+    """Fraction of the training steps that draw from this group; the weights of a source sum to 1."""
     size: int | None
-    """How many samples there are; None: endless (procedural)."""
+    """Number of samples; None: endless (procedural)."""
 
 
 class SampleSource(Protocol):
-    """A readable collection of samples. Instances are picklable and cheap to copy to Ray workers."""
+    """A collection of samples. Instances can be pickled and are cheap to copy to Ray workers."""
 
     @property
     def groups(self) -> Sequence[SampleGroup]:
@@ -26,5 +28,5 @@ class SampleSource(Protocol):
         ...
 
     def get(self, group: str, index: int) -> Sample:
-        """Sample `index` of a group; the same sample each time, in every process."""
+        """Reads sample `index` of a group; the result is the same in every call and process."""
         ...

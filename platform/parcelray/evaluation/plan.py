@@ -13,7 +13,8 @@ from parcelray.benchmarks.readers.base import chosen_rows
 from parcelray.config.benchmark import BenchmarkConfig
 from parcelray.config.connector import ConnectorConfig, ParcelConnectorConfig, RouteConfig
 from parcelray.config.evaluate import BLIND, BenchmarkChoice, EvaluateJob, budget_name
-from parcelray.config.loader import identity, validate
+from parcelray.config.identity import identity
+from parcelray.config.loader import validate
 from parcelray.config.model import CheckpointModelConfig
 from parcelray.errors import UnsupportedBudgetError
 from parcelray.evaluation.passes.shards import EvaluatedModel, PreparedBenchmark

@@ -1,1 +1,1 @@
-"""What a visual token costs: the paper's cost model, measured time and memory, and the shape that every bench reports in."""
+"""The cost of visual tokens: FLOPs, KV-cache size, dimensions of backbones, and the speed of this machine."""

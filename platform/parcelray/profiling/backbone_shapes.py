@@ -1,6 +1,6 @@
-"""The dimensions of a backbone, which decide what it costs, read from a preset, a checkpoint's config.json or a transformers config.
+"""The dimensions of a backbone, from a preset, the config.json of a checkpoint or a transformers configuration.
 
-No torch and no transformers: `parcelray flops` answers before either could be imported.
+This module imports neither torch nor transformers, so that `parcelray flops` starts quickly.
 """
 
 import difflib
@@ -14,8 +14,8 @@ from parcelray.errors import UserError
 
 MINI_CONFIG = Path(__file__).parents[1] / "assets" / "mini_base" / "config.json"
 
-# A config.json only holds what differs from the defaults of its class, so the defaults of the towers that PaliGemma
-# uses are needed to read one (transformers 5.23: SiglipVisionConfig, GemmaConfig, Gemma2Config).
+# A config.json contains only the values that differ from the defaults of its class. Reading one therefore needs the
+# defaults (transformers 5.23: SiglipVisionConfig, CLIPVisionConfig, GemmaConfig, Gemma2Config, LlamaConfig).
 _VISION_DEFAULTS: dict[str, dict[str, int]] = {
     "siglip_vision_model": {
         "image_size": 224,
@@ -72,77 +72,79 @@ class BackboneShape:
     """The dimensions of a backbone, with their symbols in the cost model of arXiv 2605.30126 (Appendix C)."""
 
     name: str
+    """Name for messages and tables."""
     image_size: int
-    """Side of the square input image, in pixels."""
+    """Side of the square input image in pixels."""
     patch_size: int
-    """Side of a patch, in pixels."""
+    """Side of a patch in pixels."""
     num_channels: int
-    """Colour channels of the image."""
+    """Number of colour channels of the image."""
     vision_layers: int
-    """L_v."""
+    """L_v, number of layers of the vision tower."""
     vision_width: int
-    """D_v."""
+    """D_v, width of the vision tower."""
     vision_mlp_width: int
-    """M_v."""
+    """M_v, width of the MLP of the vision tower."""
     vision_heads: int
-    """Attention heads of the vision tower; they divide D_v and cost nothing by themselves.
+    """Number of attention heads of the vision tower; it does not change the cost.
 
-    0: a convolutional tower, of which the pointwise layers
-    are counted (16 N_v D_v^2 a block at every stage, because the map shrinks as the width grows)."""
+    0: a convolutional tower. Its pointwise layers are counted: 16 N_v D_v^2 per block at every stage, because the
+    feature map shrinks as the width grows.
+    """
     text_layers: int
-    """L_l."""
+    """L_l, number of layers of the language model."""
     text_width: int
-    """D_l."""
+    """D_l, width of the language model."""
     text_mlp_width: int
-    """M_l."""
+    """M_l, width of the MLP of the language model."""
     num_heads: int
-    """H_q, query heads of the language model."""
+    """H_q, number of query heads of the language model."""
     num_kv_heads: int
-    """H_kv, key and value heads of the language model."""
+    """H_kv, number of key-value heads of the language model."""
     head_dim: int
-    """d_h of the language model."""
+    """d_h, width of an attention head of the language model."""
     vocab_size: int
-    """V."""
+    """V, number of tokens in the vocabulary."""
     class_tokens: int = 0
-    """Tokens of the vision tower besides the patches."""
+    """Number of tokens of the vision tower in addition to the patches."""
     projector_layers: int = 1
-    """Linear layers from D_v to D_l; those after the first are D_l x D_l."""
+    """Number of linear layers of the projector: one from D_v to D_l, and further ones from D_l to D_l."""
 
     def __post_init__(self) -> None:
         for name in self.__slots__[1:]:
             value, least = getattr(self, name), 0 if name in ("class_tokens", "vision_heads") else 1
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise UserError(
-                    f"{name} of backbone {self.name} is {value!r}; it must be a whole number of at least {least}."
-                    " Correct its config.json."
+                    f"{name} of backbone {self.name} is {value!r}; legal: integers of at least {least}. Correct its"
+                    " config.json."
                 )
         if self.image_size % self.patch_size:
             below = self.image_size // self.patch_size * self.patch_size
             legal = ", ".join(str(value) for value in (below, below + self.patch_size) if value)
             raise UserError(
                 f"Resolution {self.image_size} is not a multiple of the patch size {self.patch_size} of {self.name};"
-                f" the nearest that are: {legal}."
+                f" the nearest multiples are {legal}."
             )
 
     @property
     def grid_size(self) -> int:
-        """Patches along one side of the image."""
+        """Number of patches along one side of the image."""
         return self.image_size // self.patch_size
 
     @property
     def num_patches(self) -> int:
-        """N_v, patches of the image."""
+        """N_v, number of patches of the image."""
         return self.grid_size**2
 
     def at_resolution(self, image_size: int) -> "BackboneShape":
-        """The same backbone with square images of `image_size` pixels.
+        """Gives the same backbone with square images of `image_size` x `image_size` pixels.
 
         Raises:
-            UserError: `image_size` is not a positive multiple of the patch size.
+            UserError: the size is not a positive multiple of the patch size.
         """
         if image_size < 1:
             raise UserError(
-                f"Resolution {image_size} is not a number of pixels; give a multiple of the patch size"
+                f"Resolution {image_size} is below 1 pixel; give a multiple of the patch size"
                 f" {self.patch_size}, such as {self.image_size}."
             )
         return replace(self, image_size=image_size)
@@ -185,26 +187,26 @@ _LLAVA_7B = BackboneShape(
     projector_layers=2,
 )
 PRESETS: dict[str, BackboneShape] = {"paligemma2-3b": _PALIGEMMA2_3B, "llava-1.5-7b": _LLAVA_7B}
-"""Backbones by name, at their base resolution; `at_resolution` gives the others (paligemma2-3b: 224 and 448)."""
+"""Backbones by name at their base resolution; use `at_resolution` for others (paligemma2-3b: 224 and 448)."""
 
 
 def from_transformers_config(config: Any) -> BackboneShape:
-    """Reads the shape of a PaliGemma or LLaVA configuration, any subclass of it included.
+    """Reads the dimensions from a PaliGemma or LLaVA configuration of transformers, or a subclass of these.
 
     Args:
         config: a `transformers` configuration with `vision_config` and `text_config`.
 
     Raises:
-        UserError: another vision tower or language model.
+        UserError: the cost of the vision tower or language model is not modelled.
     """
     return from_mapping(config.to_dict(), name=str(config.model_type))
 
 
 def from_mapping(config: Mapping[str, Any], name: str) -> BackboneShape:
-    """Reads the shape from the plain content of a config.json; what it leaves out has the default of its class.
+    """Reads the dimensions from the content of a config.json; missing values have the default of their class.
 
     Raises:
-        UserError: `vision_config` or `text_config` is missing or of a kind whose cost is not modelled.
+        UserError: `vision_config` or `text_config` is missing, or its cost is not modelled.
     """
     convolutional = config.get("vision_config", {}).get("model_type") == "convnext"
     vision = (
@@ -238,7 +240,7 @@ def _convnext(vision: Mapping[str, Any]) -> dict[str, int]:
     width = int(vision["hidden_sizes"][-1])
     return {
         "image_size": int(vision["image_size"]),
-        # Each stage after the first halves the map.
+        # Each stage after the first halves the side of the feature map.
         "patch_size": int(vision["patch_size"]) * 2 ** (len(vision["depths"]) - 1),
         "num_channels": int(vision.get("num_channels", 3)),
         "hidden_size": width,
@@ -249,14 +251,15 @@ def _convnext(vision: Mapping[str, Any]) -> dict[str, int]:
 
 
 def resolve_backbone(backbone: str, resolution: int | None = None) -> BackboneShape:
-    """Finds a backbone by name or by folder.
+    """Finds the dimensions of a backbone by name or folder.
 
     Args:
-        backbone: a name in `PRESETS`, `mini` (the packaged mini checkpoint) or a folder that holds a config.json.
-        resolution: side of the image in pixels; None: the backbone's own.
+        backbone: name from `PRESETS`, `mini` (the packaged mini checkpoint) or a folder with a config.json.
+        resolution: side of the image in pixels; None: the backbone's default.
 
     Raises:
-        UserError: unknown backbone, unreadable config.json, or a resolution that the patch size does not divide.
+        UserError: the backbone is unknown, its config.json cannot be read, or the resolution is not a multiple of the
+            patch size.
     """
     if backbone in PRESETS:
         shape = PRESETS[backbone]
@@ -278,8 +281,8 @@ def resolve_backbone(backbone: str, resolution: int | None = None) -> BackboneSh
 def _unknown_backbone(backbone: str) -> str:
     if Path(backbone).is_dir():
         return (
-            f"The folder {backbone} has no config.json; give the folder of a saved checkpoint, paligemma2-3b,"
-            " llava-1.5-7b or mini."
+            f"The folder {backbone} has no config.json; give the folder of a saved checkpoint, or one of paligemma2-3b,"
+            " llava-1.5-7b and mini."
         )
     known = [*PRESETS, "mini"]
     close = difflib.get_close_matches(backbone, known, n=1)
@@ -291,9 +294,7 @@ def _from_file(path: Path, name: str) -> BackboneShape:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"Cannot read {path}: {error}. Give the folder of a checkpoint that was saved whole."
-        ) from error
+        raise UserError(f"Cannot read {path}: {error}. Give the folder of a complete checkpoint.") from error
     if not isinstance(content, dict):
         raise UserError(
             f"{path} holds {type(content).__name__}, not an object with vision_config and text_config; give the folder"
@@ -312,6 +313,6 @@ def _section(config: Mapping[str, Any], key: str, defaults: Mapping[str, dict[st
     kind = str(section.get("model_type"))
     if kind not in defaults:
         raise UserError(
-            f"The {key} of {name} is of type {kind}, whose cost is not modelled; legal types are {', '.join(defaults)}."
+            f"The {key} of {name} has the type {kind}, whose cost is not modelled; legal: {', '.join(defaults)}."
         )
     return defaults[kind] | {field: section[field] for field in defaults[kind] if section.get(field) is not None}

@@ -1,7 +1,7 @@
-"""FLOPs of each connector for one image, in the terms of the paper's cost model (arXiv 2605.30126, Appendix C).
+"""FLOPs of each connector for one image, by the paper's cost model (arXiv 2605.30126, Appendix C).
 
-The paper gives PARCEL's; the others count the same blocks by the same formulas. Pooling, norms and positions are left
-out.
+The paper gives the formulas for PARCEL. The other connectors use the same formulas for the same blocks. Pooling, norms
+and positions are not counted.
 """
 
 from functools import lru_cache
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class ConnectorFlops(NamedTuple):
-    """FLOPs of one image."""
+    """FLOPs of a connector for one image, by block."""
 
     self_attention: int = 0
     cross_attention: int = 0
@@ -31,15 +31,15 @@ class ConnectorFlops(NamedTuple):
 
 
 def connector_flops(shape: BackboneShape, connector: ConnectorConfig | None, num_visual_tokens: int) -> ConnectorFlops:
-    """FLOPs between vision tower and projection, for one image.
+    """Computes the FLOPs between vision tower and projection for one image.
 
     Args:
-        shape: the backbone.
-        connector: the connector; None: a reduction that is not counted, at any budget.
-        num_visual_tokens: the budget B.
+        shape: dimensions of the backbone.
+        connector: configuration of the connector; None: no connector cost, at any budget.
+        num_visual_tokens: budget B, visual tokens per image.
 
     Raises:
-        UnsupportedBudgetError: the connector cannot give the budget.
+        UnsupportedBudgetError: the connector does not support the budget.
     """
     if connector is None:
         return ConnectorFlops()
@@ -64,24 +64,24 @@ def connector_flops(shape: BackboneShape, connector: ConnectorConfig | None, num
 
 
 def self_attention_flops(num_tokens: int, width: int) -> int:
-    """8 n D^2 + 4 n^2 D: four projections, and the products with keys and values."""
+    """Computes 8 n D^2 + 4 n^2 D: four projections, and the products with keys and values."""
     return 8 * num_tokens * width**2 + 4 * num_tokens**2 * width
 
 
 def cross_attention_flops(num_queries: int, num_context: int, width: int) -> int:
-    """4 (q + n) D^2 + 4 q n D: two projections of the queries, two of the context, and the products."""
+    """Computes 4 (q + n) D^2 + 4 q n D: two projections each of queries and context, and the two products."""
     return 4 * (num_queries + num_context) * width**2 + 4 * num_queries * num_context * width
 
 
 def mlp_flops(num_tokens: int, width: int, mlp_width: int) -> int:
-    """4 n D M: two layers."""
+    """Computes 4 n D M: the two layers of an MLP."""
     return 4 * num_tokens * width * mlp_width
 
 
 @lru_cache(maxsize=64)
 def _built_on_meta(config: ConnectorConfig, width: int, grid_size: int, mlp_width: int) -> "Connector":
-    # The connector itself says what is legal and how a budget splits; on `meta` building it costs no memory. Imported
-    # here so that whatever only reads shapes stays free of torch.
+    # The connector itself defines its legal budgets and their split into anchors and queries. On `meta`, building it
+    # takes no memory. Imported here because code that only reads shapes must work without torch.
     import torch
 
     from parcelray.models.connectors import build_connector

@@ -1,4 +1,4 @@
-"""The table behind `parcelray flops`: every term of the cost model by budget, and what is saved against no compression."""
+"""The table of `parcelray flops`: every term of the cost model by budget, and the savings against no compression."""
 
 import difflib
 import json
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 CONNECTORS = ("parcel", "mqt", "m3", "identity")
-"""The connectors that the table knows by name; a configuration of any type may be given instead."""
+"""Connectors that can be given by name; a configuration of any connector is legal, too."""
 LEFT_OUT = (
     "patch embedding",
     "pooling",
@@ -28,35 +28,35 @@ LEFT_OUT = (
     "rotary positions",
     "output head over the image tokens",
 )
-"""What the paper's cost model does not count."""
+"""Operations that the paper's cost model does not count."""
 
 _CONNECTOR_ADAPTER: TypeAdapter[ConnectorConfig] = TypeAdapter(ConnectorConfig)
 
 
 @dataclass(frozen=True, slots=True)
 class CostRow:
-    """One budget and number of frames."""
+    """The cost of one budget and number of frames."""
 
     num_visual_tokens: int
-    """Per frame."""
+    """Budget, visual tokens per frame."""
     num_frames: int
     num_text_tokens: int
     cost: CostBreakdown
     uncompressed: CostBreakdown
-    """The same prompt with all patches as visual tokens and no connector."""
+    """Cost of the same prompt with all patches as visual tokens and without connector."""
 
     @property
     def flops_saving(self) -> float:
-        """Share of the uncompressed prefill's FLOPs that is saved; negative where the connector costs more than it saves."""
+        """Fraction of the uncompressed FLOPs that is saved; negative if the connector costs more than it saves."""
         return 1 - self.cost.total / self.uncompressed.total
 
     @property
     def kv_saving(self) -> float:
-        """Share of the uncompressed KV cache that is saved."""
+        """Fraction of the uncompressed KV cache that is saved."""
         return 1 - self.cost.kv_cache_bytes / self.uncompressed.kv_cache_bytes
 
     def to_dict(self) -> dict[str, Any]:
-        """All numbers of the row; FLOPs and bytes are exact."""
+        """Gives all numbers of the row as a dictionary; FLOPs and bytes are exact."""
         return {
             "num_visual_tokens": self.num_visual_tokens,
             "num_frames": self.num_frames,
@@ -73,14 +73,14 @@ class CostRow:
 
 @dataclass(frozen=True, slots=True)
 class CostTable:
-    """Costs of one backbone and connector over budgets and frames."""
+    """The costs of one backbone and connector by budget and number of frames."""
 
     backbone: BackboneShape
     connector: str
     rows: tuple[CostRow, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """Backbone, connector, rows, and what the model leaves out."""
+        """Gives backbone, connector, rows and the operations that are not counted as a dictionary."""
         return {
             "backbone": asdict(self.backbone),
             "connector": self.connector,
@@ -89,17 +89,19 @@ class CostTable:
         }
 
     def to_json(self) -> str:
-        """`to_dict` as JSON."""
+        """Gives `to_dict` as JSON."""
         return json.dumps(self.to_dict())
 
     def to_rich(self) -> "Table":
-        """One column per row of the table, one line per term (GFLOP), then totals, KV cache and savings."""
+        """Gives a table for the console: a column per budget and number of frames, and a row per term (GFLOP)."""
         from rich.table import Table
 
         shape = self.backbone
         table = Table(
             title=f"{shape.name} at {shape.image_size} px ({shape.num_patches} patches), connector {self.connector}",
-            caption="One multiply-add = 2 FLOPs (arXiv 2605.30126, Appendix C). Left out: " + ", ".join(LEFT_OUT) + ".",
+            caption="One multiply-add = 2 FLOPs (arXiv 2605.30126, Appendix C). Not counted: "
+            + ", ".join(LEFT_OUT)
+            + ".",
         )
         table.add_column("GFLOP")
         for row in self.rows:
@@ -128,39 +130,37 @@ def build(
     """Computes the cost of every budget at every number of frames.
 
     Args:
-        backbone: `paligemma2-3b`, `mini`, or a folder with a config.json.
-        resolution: side of the image in pixels; None: the backbone's own.
-        budgets: visual tokens per frame.
-        frames: 1 for an image, or the frames of a video.
-        connector: one of `CONNECTORS`, or the configuration of any connector.
-        text_tokens: length of the text prompt; None: the paper's (129 with an image, 65 with a video).
+        backbone: name from `PRESETS`, `mini`, or a folder with a config.json.
+        resolution: side of the image in pixels; None: the backbone's default.
+        budgets: budgets, visual tokens per frame.
+        frames: numbers of frames: 1 for an image, more for a video.
+        connector: name from `CONNECTORS`, or the configuration of any connector.
+        text_tokens: length of the text prompt in tokens; None: as in the paper (129 with an image, 65 with a video).
 
     Raises:
-        UserError: an unknown backbone or connector, a resolution that the patch size does not divide, or numbers that
-            cannot be.
-        UnsupportedBudgetError: a budget that the connector cannot give.
+        UserError: the backbone or connector is unknown, the resolution is not a multiple of the patch size, or a number
+            is illegal.
+        UnsupportedBudgetError: the connector does not support a budget.
     """
     shape = resolve_backbone(backbone, resolution)
     config = connector_from_name(connector) if isinstance(connector, str) else connector
     if not budgets or not frames:
         raise UserError(
-            "No budget or no number of frames was given; give at least one of each, such as budgets 16,64,256 and"
+            "No budget or no number of frames is given; give at least one of each, such as budgets 16,64,256 and"
             " frames 1."
         )
     if min(frames) < 1:
-        raise UserError(
-            f"{min(frames)} frames cannot be read; give 1 for an image, or the number of frames of a video."
-        )
+        raise UserError(f"{min(frames)} frames is below 1; give 1 for an image, or the number of frames of a video.")
     return CostTable(
         shape, config.type, tuple(_row(shape, config, budget, num, text_tokens) for num in frames for budget in budgets)
     )
 
 
 def connector_from_name(name: str) -> ConnectorConfig:
-    """The default configuration of a connector of `CONNECTORS`.
+    """Gives the default configuration of a connector of `CONNECTORS`.
 
     Raises:
-        UserError: another name.
+        UserError: the name is not in `CONNECTORS`.
     """
     if name not in CONNECTORS:
         close = difflib.get_close_matches(name, CONNECTORS, n=1)

@@ -1,10 +1,10 @@
-"""The paper's cost model (arXiv 2605.30126, Appendix C): FLOPs of one prefill, term by term, in whole numbers.
+"""The paper's cost model (arXiv 2605.30126, Appendix C): exact FLOPs of one prefill, term by term.
 
 One multiply-add counts as 2 FLOPs. As in the paper, normalisation, activation, softmax, biases, pooling, the patch
-embedding (`patch_embedding_flops`) and the rotary positions are left out, and attention is counted in full, not halved
-for the causal part. Search and evaluation take their cost axis from `cost`.
+embedding (`patch_embedding_flops`) and rotary positions are not counted. Attention is counted in full and not halved
+for the causal mask. Search and evaluation use `cost` for their cost axis.
 
-Symbols: T frames, B visual tokens a frame, N_v patches, N_p anchors, N_q queries, N_t text tokens, N_tot = T B + N_t;
+Symbols: T frames, B visual tokens per frame, N_v patches, N_p anchors, N_q queries, N_t text tokens, N_tot = T B + N_t;
 D_v, M_v, L_v: width, MLP width and layers of the vision tower; D_l, M_l, L_l, H_q, H_kv, d_h, V: of the language model.
 """
 
@@ -17,27 +17,27 @@ from parcelray.profiling.backbone_shapes import BackboneShape
 from parcelray.profiling.connector_flops import connector_flops
 
 IMAGE_TEXT_TOKENS = 128 + 1
-"""N_t of an image prompt in the paper: 128 tokens of text and one separator."""
+"""N_t of an image prompt in the paper: 128 text tokens and one separator."""
 VIDEO_TEXT_TOKENS = 64 + 1
-"""N_t of a prompt with several frames in the paper."""
+"""N_t of a prompt with several frames in the paper: 64 text tokens and one separator."""
 
 BYTES_PER_MB = 1024**2
-"""The paper's MB (arXiv 2605.30126, Appendix C)."""
+"""Bytes of one MB in the paper (arXiv 2605.30126, Appendix C)."""
 
 
 class Workload(NamedTuple):
-    """What one prefill reads."""
+    """Numbers of tokens and frames of one prefill."""
 
     num_visual_tokens: int
-    """B, per image or frame."""
+    """B, visual tokens per image or frame."""
     num_frames: int
-    """T."""
+    """T, number of images or frames."""
     num_text_tokens: int
-    """N_t."""
+    """N_t, number of text tokens."""
 
     @property
     def num_tokens(self) -> int:
-        """N_tot, the length of the decoder's input."""
+        """N_tot, the length of the decoder's input in tokens."""
         return self.num_frames * self.num_visual_tokens + self.num_text_tokens
 
 
@@ -48,27 +48,27 @@ class CostBreakdown:
     vision_projections: int
     """T L_v 8 N_v D_v^2: query, key, value and output projections of the vision tower."""
     vision_attention: int
-    """T L_v 4 N_v^2 D_v."""
+    """T L_v 4 N_v^2 D_v: attention scores and weighted values of the vision tower."""
     vision_mlp: int
-    """T L_v 4 N_v D_v M_v."""
+    """T L_v 4 N_v D_v M_v: MLP of the vision tower."""
     connector_self_attention: int
-    """PARCEL: T (8 B D_v^2 + 4 B^2 D_v) where N_q > 0."""
+    """PARCEL: T (8 B D_v^2 + 4 B^2 D_v) if N_q > 0."""
     connector_cross_attention: int
-    """PARCEL: T (4 (N_q + N_v) D_v^2 + 4 N_q N_v D_v) where N_q > 0."""
+    """PARCEL: T (4 (N_q + N_v) D_v^2 + 4 N_q N_v D_v) if N_q > 0."""
     connector_mlp: int
     """PARCEL: T 4 N_q D_v M_v."""
     projection: int
-    """2 T B D_v D_l: to the language model's width; of LLaVA's second layer 2 T B D_l^2 more."""
+    """2 T B D_v D_l: projection to the language model's width; LLaVA's second layer adds 2 T B D_l^2."""
     decoder_projections: int
-    """L_l 4 N_tot D_l d_h (H_q + H_kv)."""
+    """L_l 4 N_tot D_l d_h (H_q + H_kv): query, key, value and output projections of the language model."""
     decoder_attention: int
-    """L_l 4 N_tot^2 H_q d_h."""
+    """L_l 4 N_tot^2 H_q d_h: attention scores and weighted values of the language model."""
     decoder_mlp: int
-    """L_l 6 N_tot D_l M_l: gate, up and down."""
+    """L_l 6 N_tot D_l M_l: gate, up and down projections of the language model."""
     output_head: int
-    """2 N_t D_l V: over the text prefix."""
+    """2 N_t D_l V: output head over the text tokens."""
     kv_cache_bytes: int
-    """N_tot x 2 x 2 x L_l x H_kv x d_h: bf16. Not part of `total`."""
+    """N_tot x 2 x 2 x L_l x H_kv x d_h: bytes of the KV cache in bf16. Not part of `total`."""
 
     @property
     def vision_encoder(self) -> int:
@@ -96,7 +96,7 @@ class CostBreakdown:
 
 
 def default_text_tokens(num_frames: int) -> int:
-    """N_t where none is given: the paper's for one image, and the paper's for a video."""
+    """Gives the paper's number of text tokens N_t for one image or for a video."""
     return IMAGE_TEXT_TOKENS if num_frames <= 1 else VIDEO_TEXT_TOKENS
 
 
@@ -107,18 +107,18 @@ def cost(
     num_frames: int = 1,
     num_text_tokens: int | None = None,
 ) -> CostBreakdown:
-    """FLOPs by term and KV-cache bytes of one prefill.
+    """Computes the FLOPs by term and the KV-cache bytes of one prefill.
 
     Args:
-        shape: the backbone.
-        connector: its connector; None: tokens that come at no counted cost (a training-free reducer), at any budget.
-        num_visual_tokens: the budget, per image or frame.
-        num_frames: images or frames of the sequence; 0: none, the blind baseline.
-        num_text_tokens: text tokens of the prompt; None: `default_text_tokens`.
+        shape: dimensions of the backbone.
+        connector: configuration of the connector; None: no connector cost, at any budget (for training-free reducers).
+        num_visual_tokens: budget, visual tokens per image or frame.
+        num_frames: number of images or frames; 0: the blind baseline.
+        num_text_tokens: number of text tokens of the prompt; None: `default_text_tokens`.
 
     Raises:
-        UnsupportedBudgetError: the connector cannot give `num_visual_tokens`.
-        UserError: a negative number of frames or text tokens, or more visual tokens than patches.
+        UnsupportedBudgetError: the connector does not support the budget.
+        UserError: a number is negative, or the budget exceeds the number of patches.
     """
     text_tokens = default_text_tokens(num_frames) if num_text_tokens is None else num_text_tokens
     load = Workload(num_visual_tokens, num_frames, text_tokens)
@@ -154,12 +154,14 @@ def cost(
 
 
 def decoding_flops(shape: BackboneShape, num_prompt_tokens: int, num_new_tokens: int) -> int:
-    """FLOPs of the tokens of an answer after the first, which the prefill gives: each is one step that attends to everything before it.
+    """Computes the FLOPs of all tokens of an answer after the first one.
+
+    The prefill produces the first token. Every other token is one step that attends to all tokens before it.
 
     Args:
-        shape: the backbone.
-        num_prompt_tokens: length of the decoder's input, N_tot.
-        num_new_tokens: tokens of the answer, its end included.
+        shape: dimensions of the backbone.
+        num_prompt_tokens: length of the decoder's input in tokens, N_tot.
+        num_new_tokens: number of tokens of the answer, including the end token.
     """
     steps = max(0, num_new_tokens - 1)
     attended = steps * num_prompt_tokens + steps * (steps + 1) // 2
@@ -174,31 +176,33 @@ def decoding_flops(shape: BackboneShape, num_prompt_tokens: int, num_new_tokens:
 
 
 def patch_embedding_flops(shape: BackboneShape, num_frames: int = 1) -> int:
-    """FLOPs of the convolution that embeds the patches, which the paper's model leaves out: T 2 N_v (channels patch^2) D_v."""
+    """Computes the FLOPs of the patch embedding, which the paper does not count: T 2 N_v (channels patch^2) D_v."""
     return num_frames * 2 * shape.num_patches * shape.num_channels * shape.patch_size**2 * shape.vision_width
 
 
 def _check(load: Workload, shape: BackboneShape) -> None:
     if load.num_frames < 0:
         raise UserError(
-            f"{load.num_frames} frames cannot be read; give 1 for an image, the number of frames of a video, or 0 for a"
+            f"{load.num_frames} frames is below 0; give 1 for an image, the number of frames of a video, or 0 for a"
             " prompt without images."
         )
     if load.num_text_tokens < 0:
         raise UserError(f"{load.num_text_tokens} text tokens is below 0; give 0 or more.")
     if not 1 <= load.num_visual_tokens <= shape.num_patches:
         raise UserError(
-            f"{load.num_visual_tokens} visual tokens per image is outside 1 to {shape.num_patches}, the patches of"
-            f" {shape.name} at {shape.image_size} px."
+            f"{load.num_visual_tokens} visual tokens per image is outside 1 to {shape.num_patches}, the number of"
+            f" patches of {shape.name} at {shape.image_size} px."
         )
 
 
 def kv_cache_bytes(shape: BackboneShape, num_tokens: int, bytes_per_value: int = 2) -> int:
-    """Bytes of the key-value cache: a key and a value per token, layer and key-value head (arXiv 2605.30126, Appendix C).
+    """Computes the size of the KV cache in bytes (arXiv 2605.30126, Appendix C).
+
+    The cache has a key and a value per token, layer and key-value head.
 
     Args:
-        shape: the backbone.
-        num_tokens: visual and text tokens together.
+        shape: dimensions of the backbone.
+        num_tokens: number of visual and text tokens together.
         bytes_per_value: 2 for bf16, 4 for float32.
     """
     return num_tokens * 2 * bytes_per_value * shape.text_layers * shape.num_kv_heads * shape.head_dim

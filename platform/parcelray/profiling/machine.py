@@ -1,4 +1,4 @@
-"""Speed of the machine that a plan is made on."""
+"""Speed of this machine, for the time estimates of plans."""
 
 import time
 
@@ -6,7 +6,7 @@ import torch
 
 
 def matmul_flops_per_second(size: int = 512, repeats: int = 8) -> float:
-    """Measure the speed of float32 products of two `size` x `size` matrices, in FLOPs per second."""
+    """Measures the speed of float32 products of two `size` x `size` matrices, in FLOPs per second."""
     matrix = torch.randn(size, size)
     matrix @ matrix
     started = time.perf_counter()

@@ -1,12 +1,14 @@
-"""FLOPs of a prefill with a training-free reduction: the paper's cost model (arXiv 2605.30126, Appendix C) with other counts in other layers.
+"""FLOPs of a prefill with a training-free reducer, by the paper's cost model (arXiv 2605.30126, Appendix C).
 
-All tokens pass the projector where the reducer looks at projected ones or averages them; where it chooses or merges
-before the projector, or by place alone, only the budget does.
+The number of tokens differs between the layers. A reducer that uses or averages projected tokens needs all tokens to
+pass the projector. If it selects or merges before the projector, or by position alone, only the budget passes it.
 
-Counted besides: the similarity product 2 N^2 D of the reducers that compare all tokens with each other, PruneSID's
-principal components (2 N^2 D for their matrix, 9 N^3 for its eigenvectors: Golub and Van Loan's symmetric QR), and the
-merging run of ToMe instead of the plain one. Sorting, seeding and averaging are left out, as normalisation and softmax
-are there.
+These operations of reducers are counted in addition:
+- the similarity product 2 N^2 D, if all tokens are compared with each other;
+- the principal components of PruneSID: 2 N^2 D for the matrix, and 9 N^3 for its eigenvectors (Golub and Van Loan's
+  symmetric QR);
+- for ToMe, the vision tower with merging instead of the plain one.
+Sorting, seeding and averaging are not counted, just as normalisation and softmax.
 """
 
 from dataclasses import replace
@@ -37,9 +39,9 @@ from parcelray.profiling.backbone_shapes import BackboneShape
 from parcelray.profiling.flops import cost
 
 _PROJECTED = (ClusterAggregateConfig, DivPruneConfig, RestoreConfig, MMTokConfig)
-"""Compare projected tokens with each other."""
+"""Reducers that compare projected tokens with each other."""
 _ENCODED = (ScopeConfig, VisPrunerConfig, PruneSIDConfig)
-"""Compare patch features with each other."""
+"""Reducers that compare patch features with each other."""
 _BEFORE_THE_PROJECTOR = (
     RandomSamplingConfig,
     SpatialSamplingConfig,
@@ -49,19 +51,19 @@ _BEFORE_THE_PROJECTOR = (
     VisPrunerConfig,
     PruneSIDConfig,
 )
-"""Choose or merge without a look at projected tokens."""
+"""Reducers that select or merge tokens without using projected tokens."""
 
 
 def reduced_prefill_flops(
     shape: BackboneShape, reducer: ReducerConfig | None, budget: int, num_text_tokens: int
 ) -> int:
-    """FLOPs of one prefill of one image.
+    """Computes the FLOPs of one prefill with one image.
 
     Args:
-        shape: the backbone.
-        reducer: None: the first `budget` tokens, at no cost.
-        budget: visual tokens; of a reducer inside the decoder the mean over its layers.
-        num_text_tokens: of the prompt.
+        shape: dimensions of the backbone.
+        reducer: configuration of the reducer; None: the first `budget` tokens, at no cost.
+        budget: number of visual tokens; for a reducer inside the decoder, the mean over its layers.
+        num_text_tokens: number of text tokens of the prompt.
     """
     full = cost(shape, None, shape.num_patches, num_text_tokens=num_text_tokens)
     if budget == shape.num_patches or reducer is None:
@@ -85,7 +87,7 @@ def reduced_prefill_flops(
     if isinstance(reducer, ToMeConfig):
         return short.total - short.vision_encoder + _merging_tower(shape, budget)
     if isinstance(reducer, SaliencyConfig) and reducer.definition.endswith("text"):
-        # The layers up to the one that is asked read all tokens once more.
+        # The decoder layers up to the one that gives the saliency process all tokens once more.
         total += (reducer.layer + 1) * _layer(shape, patches, num_text_tokens)
     if isinstance(reducer, _PROJECTED):
         total += 2 * patches**2 * shape.text_width
@@ -100,7 +102,7 @@ def reduced_prefill_flops(
 
 def _is_before_the_projector(reducer: ReducerConfig) -> bool:
     if isinstance(reducer, SaliencyConfig):
-        # The rest is merged by its projected tokens.
+        # With `merge_rest`, the other tokens are merged after the projector.
         return reducer.definition == "class_attention" and not reducer.merge_rest
     return isinstance(reducer, _BEFORE_THE_PROJECTOR)
 
@@ -110,7 +112,7 @@ def _layer(shape: BackboneShape, num_visual_tokens: int, num_text_tokens: int) -
 
 
 def _merging_tower(shape: BackboneShape, budget: int) -> int:
-    """The vision tower with fewer tokens from layer to layer: attention before the merge, MLP after it."""
+    """Computes the FLOPs of a vision tower that merges tokens in each layer, between attention and MLP."""
     counts = merge_counts(shape.num_patches, budget, shape.vision_layers)
     assert counts is not None, "the budget is legal"
     total, tokens, width = 0, shape.num_patches + shape.class_tokens, shape.vision_width

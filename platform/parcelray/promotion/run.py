@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from parcelray.config.loader import identity
+from parcelray.config.identity import identity
 from parcelray.config.model import CheckpointModelConfig
 from parcelray.config.promote import PromoteJob
 from parcelray.errors import UserError

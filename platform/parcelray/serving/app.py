@@ -11,8 +11,7 @@ from ray import serve
 from ray.serve import Application
 
 from parcelray.config.base import StrictModel
-from parcelray.config.budget_policy import InputPolicyConfig
-from parcelray.config.serve import ReplicasConfig, ServedModelConfig, ServeJob
+from parcelray.config.serve import InputPolicyConfig, ReplicasConfig, ServedModelConfig, ServeJob
 from parcelray.models.checkpoint import ResolvedCheckpoint
 from parcelray.serving.http.proxy_guard import proxy_environment
 from parcelray.serving.ingress.ingress import MODEL_DEPLOYMENT, Ingress, IngressRoutes, RouteSettings

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from parcelray import __version__
-from parcelray.config.budget_policy import FixedPolicyConfig, InputPolicyConfig, LoadPolicyConfig, ServedBudgets
-from parcelray.config.loader import apply_override, identity, load_job_of, validate
+from parcelray.config.identity import identity
+from parcelray.config.loader import apply_override, load_job_of, validate
 from parcelray.config.model import CheckpointModelConfig
 from parcelray.config.serve import ServedModelConfig, ServeJob
 from parcelray.errors import UserError

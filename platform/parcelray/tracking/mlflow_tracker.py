@@ -17,7 +17,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
 
-from parcelray.config.loader import StoredJob, config_hash
+from parcelray.config.identity import StoredJob, config_hash
 from parcelray.errors import SystemFailure, UserError
 from parcelray.tracking.drivers import driver_tag, is_kill, is_other_live_driver, sigterm_as_exit
 from parcelray.tracking.store import (

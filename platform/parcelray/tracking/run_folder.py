@@ -8,7 +8,7 @@ from typing import Any
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from parcelray.config.loader import StoredJob, decisive, differing_keys, identity
+from parcelray.config.identity import StoredJob, decisive, differing_keys, identity
 from parcelray.errors import UserError
 
 _JOB, _RESULT = "job.json", "result.json"

@@ -5,7 +5,7 @@ So all ranks draw the same budgets, and a resumed run draws the same as an unint
 
 import numpy as np
 
-from parcelray.config.budget import BudgetConfig, SandwichBudgets, WeightedBudgets
+from parcelray.config.train import BudgetConfig, SandwichBudgets, WeightedBudgets
 from parcelray.models.connectors import Connector
 
 

@@ -5,9 +5,8 @@ from typing import Any
 
 from rich.table import Table
 
-from parcelray.config.loader import identity
-from parcelray.config.optimizer import AdamWConfig
-from parcelray.config.train import TrainJob
+from parcelray.config.identity import identity
+from parcelray.config.train import AdamWConfig, TrainJob
 from parcelray.console import key_value_table
 from parcelray.errors import UserError, describe_values
 from parcelray.profiling.backbone_shapes import from_transformers_config

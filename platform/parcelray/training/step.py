@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from parcelray.config.optimizer import AdamWConfig, OptimizerConfig, ScheduleConfig
+from parcelray.config.train import AdamWConfig, OptimizerConfig, ScheduleConfig
 from parcelray.datasets.collator import IGNORED, Batch
 from parcelray.models.backbones import ElasticVLM
 from parcelray.models.backbones.processor_base import ElasticProcessor

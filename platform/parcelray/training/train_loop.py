@@ -20,7 +20,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, set_seed
 
 from parcelray.analysis.redundancy import effective_rank, mean_pairwise_cosine
-from parcelray.config.loader import config_hash
+from parcelray.config.identity import config_hash
 from parcelray.config.train import TrainingConfig, TrainJob
 from parcelray.datasets.collator import Batch
 from parcelray.datasets.sample import Sample

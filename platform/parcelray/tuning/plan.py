@@ -10,7 +10,8 @@ import torch
 
 from parcelray.cluster.session import ADDRESS_VARIABLE, default_num_cpus, ray_session
 from parcelray.config.evaluate import EvaluateJob
-from parcelray.config.loader import check_search_space_of, identity
+from parcelray.config.identity import identity
+from parcelray.config.space_checks import check_search_space_of
 from parcelray.config.tune import OptunaAlgorithm, PbtAlgorithm, RandomAlgorithm, TuneJob
 from parcelray.evaluation.plan import evaluation_plan
 from parcelray.training.plan import training_plan

@@ -13,8 +13,8 @@ from rich.console import Console
 
 from parcelray.cluster.session import ray_session
 from parcelray.config.evaluate import EvaluateJob
-from parcelray.config.loader import check_search_space_of
 from parcelray.config.model import CheckpointModelConfig
+from parcelray.config.space_checks import check_search_space_of
 from parcelray.config.train import TrainJob
 from parcelray.config.tune import HyperBandScheduler, PbtAlgorithm, TuneJob
 from parcelray.errors import SystemFailure, UserError

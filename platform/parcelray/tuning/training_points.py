@@ -10,7 +10,8 @@ from typing import Any
 import ray
 from rich.console import Console
 
-from parcelray.config.loader import config_hash, set_key, validate
+from parcelray.config.identity import config_hash
+from parcelray.config.loader import set_key, validate
 from parcelray.config.model import CheckpointModelConfig
 from parcelray.config.search_space import Assignment
 from parcelray.config.train import TrainJob

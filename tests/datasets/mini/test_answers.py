@@ -1,4 +1,4 @@
-"""Answers checked against the pixels and against the objects that each sample lists."""
+"""Answers of the mini suite, checked against the objects in the metadata, and objects checked against the pixels."""
 
 import io
 import re
@@ -19,15 +19,15 @@ SINGULAR = {plural: kind for kind, plural in PLURALS.items()}
 
 @pytest.fixture(scope="module")
 def by_task() -> dict[str, list[Sample]]:
-    found: dict[str, list[Sample]] = {}
+    samples: dict[str, list[Sample]] = {}
     for family in FAMILIES:
         for sample in family_samples("test", family, 200):
-            found.setdefault(sample.task, []).append(sample)
-    return found
+            samples.setdefault(sample.task, []).append(sample)
+    return samples
 
 
 def objects(sample: Sample, image: int = 0) -> list[tuple[str, str, Box]]:
-    """(colour, label, box) of each object."""
+    """Lists (colour, label, box) of each object of an image."""
     return [(*entry["name"].split(), tuple(entry["box"])) for entry in sample.metadata["objects"][image]]
 
 
@@ -46,13 +46,13 @@ def test_color_of_shape(by_task):
 
 
 def test_shape_of_color(by_task):
-    seen = set()
+    counts = set()
     for sample in by_task["shape_of_color"]:
         color = sample.prompt.split()[-1]
         labels = {label for c, label, _ in objects(sample) if c == color}
         assert labels == set(sample.answers) <= set(SHAPES)
-        seen.add(len(labels))
-    assert seen == {1, 2}
+        counts.add(len(labels))
+    assert counts == {1, 2}
 
 
 def test_count(by_task):
@@ -74,9 +74,9 @@ def test_relation(by_task):
         boxes = [
             [box for color, label, box in objects(sample) if f"{color} {label}" == name] for name in match.group(1, 3)
         ]
-        assert [len(found) for found in boxes] == [1, 1]
+        assert [len(candidates) for candidates in boxes] == [1, 1]
         axis = 1 if match[2] == "left of" else 0
-        first, second = (cell(found[0])[axis] for found in boxes)
+        first, second = (cell(candidates[0])[axis] for candidates in boxes)
         assert first != second
         assert sample.answers == ("yes" if first < second else "no",)
 
@@ -84,8 +84,8 @@ def test_relation(by_task):
 def test_corner(by_task):
     for sample in by_task["corner"]:
         vertical, horizontal = sample.prompt.split()[-3:-1]
-        wanted = (3 if vertical == "bottom" else 0, 3 if horizontal == "right" else 0)
-        [name] = [f"{color} {label}" for color, label, box in objects(sample) if cell(box) == wanted]
+        corner = (3 if vertical == "bottom" else 0, 3 if horizontal == "right" else 0)
+        [name] = [f"{color} {label}" for color, label, box in objects(sample) if cell(box) == corner]
         assert sample.answers[0] == name
 
 
@@ -154,12 +154,12 @@ def test_other_videos(by_task):
         [(color, _, _)] = of_kind(sample, words[4], 3 if words[-1] == "end" else 0)
         assert sample.answers[0] == color
     for sample in by_task["order"]:
-        seen: list[str] = []
+        appeared: list[str] = []
         for frame in range(4):
-            new = [label for _, label, _ in objects(sample, frame) if label not in seen]
+            new = [label for _, label, _ in objects(sample, frame) if label not in appeared]
             assert len(new) <= 1
-            seen += new
-        assert sample.answers == (seen[0] if sample.prompt.endswith("first") else seen[-1],)
+            appeared += new
+        assert sample.answers == (appeared[0] if sample.prompt.endswith("first") else appeared[-1],)
     for sample in by_task["digit_frames"]:
         assert sample.answers[0] == str(sum(bool(of_kind(sample, "digit", frame)) for frame in range(4)))
 
@@ -206,8 +206,8 @@ def test_dense_answers_describe_the_scene():
                 word = 0 if sample.prompt.endswith("colors") else 1
                 parts = [part.split() for part in answer.split(" | ")]
                 assert [part[::2] for part in parts] == [list("abcdefghijklmnop")] * len(sample.images)
-                found = [sorted(entry for entry in part[1::2] if entry != ".") for part in parts]
-                assert found == [sorted(name.split()[word] for name in image) for image in names]
+                words = [sorted(entry for entry in part[1::2] if entry != ".") for part in parts]
+                assert words == [sorted(name.split()[word] for name in image) for image in names]
             elif sample.task in ("dense_pair_lists", "dense_frames"):
                 assert [sorted(re.findall(r"\w+ \w+", part)) for part in answer.split(" | ")] == names
             elif sample.task == "dense_detect":
@@ -222,9 +222,9 @@ def test_dense_answers_describe_the_scene():
                     entry["name"] for entry in sample.metadata["objects"][0]
                 )
             elif sample.task == "dense_cell":
-                wanted = divmod("abcdefghijklmnop".index(sample.prompt.split()[1]), 4)
+                position = divmod("abcdefghijklmnop".index(sample.prompt.split()[1]), 4)
                 assert answer == next(
-                    (f"{color} {label}" for color, label, box in objects(sample) if cell(box) == wanted), "."
+                    (f"{color} {label}" for color, label, box in objects(sample) if cell(box) == position), "."
                 )
             elif sample.task == "dense_colors":
                 assert answer == " ".join(

@@ -1,4 +1,4 @@
-"""The mini suite through parquet and back."""
+"""Export of the mini suite to parquet, and reading of the files."""
 
 import pickle
 
@@ -19,7 +19,7 @@ def folder(tmp_path, monkeypatch):
     return tmp_path / "mini" / "test"
 
 
-def test_round_trip_is_equal(folder):
+def test_reading_returns_the_exported_samples(folder):
     written = {
         sample.id: sample for family in ("general", "video") for sample in family_samples("test", family, 24, seed=3)
     }
@@ -29,7 +29,7 @@ def test_round_trip_is_equal(folder):
     assert len(read) == len(written) == 48
 
 
-def test_groups_follow_the_number_of_images(folder):
+def test_groups_are_formed_by_the_number_of_images(folder):
     groups = ParquetSource(folder).groups
     assert [(group.name, group.num_images, group.size) for group in groups] == [
         ("images-1", 1, 15),
@@ -41,7 +41,7 @@ def test_groups_follow_the_number_of_images(folder):
     assert {len(source.get("images-2", index).images) for index in range(9)} == {2}
 
 
-def test_shards_and_schema(folder):
+def test_files_have_the_expected_names_schema_and_rows(folder):
     files = sorted(path.name for path in folder.iterdir())
     assert files == [f"{family}-{shard:05d}.parquet" for family in ("general", "video") for shard in range(3)]
     assert pq.read_schema(folder / files[0]).equals(SCHEMA)
@@ -49,7 +49,7 @@ def test_shards_and_schema(folder):
     assert ParquetSource(folder / files[-1]).groups[0].size == 4
 
 
-def test_source_travels_light(folder):
+def test_a_source_is_pickled_without_its_data(folder):
     source = ParquetSource(folder)
     sample = source.get("images-1", 3)
     state = pickle.dumps(source)
@@ -57,7 +57,7 @@ def test_source_travels_light(folder):
     assert pickle.loads(state).get("images-1", 3) == sample
 
 
-def test_errors_name_the_remedy(folder, tmp_path):
+def test_invalid_files_and_groups_are_rejected(folder, tmp_path):
     with pytest.raises(UserError, match="no files that match"):
         _ = ParquetSource(tmp_path / "nothing").groups
     with pytest.raises(UserError, match=r"'images-3'.*images-1, images-2, images-4"):

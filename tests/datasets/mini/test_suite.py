@@ -1,4 +1,4 @@
-"""The mini suite: purity, balance, disjoint splits, groups and errors."""
+"""The mini suite: reproducibility, balance, disjoint splits, groups and errors."""
 
 import io
 import pickle
@@ -28,7 +28,7 @@ for group in ("single", "pair", "video"):
 sys.stdout.write(digest.hexdigest())
 """
 
-# The largest share that the most frequent answer may have among the samples of a task.
+# Largest fraction of the samples of a task that may have the most frequent answer.
 MAJORITY_BOUND = {
     "relation": 0.56,
     "pair_both": 0.56,
@@ -54,7 +54,7 @@ def evaluation() -> dict[str, list[Sample]]:
     }
 
 
-def test_samples_are_pure_across_processes_and_order():
+def test_samples_do_not_depend_on_process_and_order():
     suite = MiniSuite("train", seed=5)
     shuffled = {
         (group, index): suite.get(group, index) for group in ("video", "single", "pair") for index in (11, 7, 3)
@@ -102,7 +102,7 @@ def test_splits_share_no_scene(evaluation):
 
 def test_digit_images_are_disjoint_and_complete():
     rows = {split: {image.row for pool in digit_images(split) for image in pool} for split in SPLITS}
-    assert sum(len(found) for found in rows.values()) == len(set.union(*rows.values())) == 1797
+    assert sum(len(of_split) for of_split in rows.values()) == len(set.union(*rows.values())) == 1797
     assert all(len(pool) >= 15 for split in SPLITS for pool in digit_images(split))
 
 
@@ -118,13 +118,13 @@ def test_answers_are_balanced(split, evaluation):
         answers[sample.task][sample.answers[0]] += 1
     for task, counter in answers.items():
         share = counter.most_common(1)[0][1] / counter.total()
-        # Three standard errors of the share on top: the smallest task has 50 samples here.
+        # Plus three standard errors of the fraction, as the smallest task has only 50 samples here.
         bound = MAJORITY_BOUND.get(task, 0.10)
         assert share <= bound + 3 * (bound * (1 - bound) / counter.total()) ** 0.5, (task, counter.most_common(3))
 
 
-def test_blind_baseline_is_weak(evaluation):
-    """Answering each task's most frequent training answer, by exact match: no task can be guessed."""
+def test_the_majority_baseline_is_weak(evaluation):
+    """The most frequent training answer of each task has a low exact-match score on the validation split."""
     counts: defaultdict[str, Counter[str]] = defaultdict(Counter)
     for sample in evaluation["train"]:
         counts[sample.task][sample.answers[0]] += 1
@@ -138,7 +138,7 @@ def test_blind_baseline_is_weak(evaluation):
     assert sum(scores.values()) / len(scores) < 0.22
 
 
-def test_family_samples_cycle_through_all_tasks_without_dense(evaluation):
+def test_family_samples_cycle_through_all_tasks_without_dense_supervision(evaluation):
     for family in FAMILIES:
         samples = [sample for sample in evaluation["test"] if sample.family == family]
         counts = Counter(sample.task for sample in samples)
@@ -154,7 +154,7 @@ def test_ids_are_unique(evaluation):
     assert len(ids) == len(set(ids))
 
 
-def test_a_prefix_does_not_depend_on_the_count():
+def test_the_first_samples_do_not_depend_on_the_count():
     assert family_samples("test", "general", 20)[:8] == family_samples("test", "general", 8)
 
 
@@ -174,7 +174,7 @@ def test_groups_and_weights(families, expected):
     assert {group.size for group in MiniSuite("test", families=families).groups} == {4000}
 
 
-def test_groups_hold_their_number_of_images_and_families():
+def test_groups_contain_the_expected_numbers_of_images_and_families():
     for split in SPLITS:
         suite = MiniSuite(split, families=("general", "video"))
         for group in suite.groups:
@@ -225,12 +225,12 @@ def test_suite_is_picklable_and_small():
         ({"split": "train", "image_size": 32}, "32.*64"),
     ],
 )
-def test_bad_arguments_are_user_errors(arguments, message):
+def test_illegal_arguments_are_rejected(arguments, message):
     with pytest.raises(UserError, match=message):
         MiniSuite(**arguments)
 
 
-def test_bad_groups_and_indices():
+def test_unknown_groups_and_illegal_indices_are_rejected():
     with pytest.raises(UserError, match=r"'pair'.*video"):
         MiniSuite("train", families=("video",)).get("pair", 0)
     with pytest.raises(UserError, match="'sound'"):

@@ -284,7 +284,7 @@ def test_what_is_no_budget_is_told_the_legal_ones(url: str) -> None:
 def test_the_refusal_of_a_stop_says_what_is_legal(url: str) -> None:
     for stop in (list("abcde"), "", [""], 3):
         assert (
-            "legal is a text, or a list of at most 4, of 1 to 64 characters each"
+            "legal is a string, or a list of at most 4 strings, of 1 to 64 characters each"
             in post(url, json.dumps(_with_text(stop=stop)).encode())[2]["error"]["message"]
         )
 

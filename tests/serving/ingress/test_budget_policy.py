@@ -5,7 +5,7 @@ import itertools
 
 import pytest
 
-from parcelray.config.budget_policy import LoadPolicyConfig, ServedBudgets
+from parcelray.config.serve import LoadPolicyConfig, ServedBudgets
 from parcelray.serving.http.api_errors import ApiError
 from parcelray.serving.ingress.budget_policy import BudgetPolicy
 

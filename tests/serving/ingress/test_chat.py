@@ -248,5 +248,5 @@ def test_a_share_of_the_requests_is_sampled(prompts: PromptBuilder) -> None:
 
 
 def test_samples_need_a_store() -> None:
-    with pytest.raises(ValueError, match=r"samples are kept in MLflow, but tracking\.uri is null"):
+    with pytest.raises(ValueError, match=r"samples are stored in MLflow, but tracking\.uri is null"):
         job_of(samples={"ratio": 0.1}, tracking={"uri": None})

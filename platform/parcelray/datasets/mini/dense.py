@@ -1,7 +1,7 @@
-"""Dense supervision, for training only: long targets that say everything about an image.
+"""Dense supervision for training: long targets that describe a whole image.
 
-Single-word answers give a small model from scratch too little signal to leave the plateau of the answer prior; captions
-of all cells, boxes of all objects and spelled texts do.
+Single-word answers give a small model from scratch too little signal to learn more than the answer prior. Captions of
+all cells, boxes of all objects and spelled texts give enough.
 """
 
 from collections.abc import Callable
@@ -18,10 +18,10 @@ _VIDEO_TASKS = tuple(video.TASKS.values())
 
 
 def dense_caption(draw: Draw) -> Question:
-    """`caption colors` or `caption shapes`: each of the 16 cells by its letter, a to p in reading order, and one word, `.` for an empty one.
+    """`caption colors` or `caption shapes`: letter and word of each of the 16 cells.
 
-    The letter tells the model where to look. Without it the place would have to be counted from the words before, which
-    a model from scratch learns long after everything else.
+    The letters are a to p in reading order; the word of an empty cell is `.`. The letter tells the model which cell is
+    described. Without it, the model would have to count the preceding words, which a model from scratch learns late.
     """
     things = draw.scatter(draw.fillers(5, 9))
     aspect = draw.rng.choice(ASPECTS)
@@ -29,7 +29,7 @@ def dense_caption(draw: Draw) -> Question:
 
 
 def dense_row(draw: Draw) -> Question:
-    """`row 2 colors` or `row 2 shapes`: letter and word of each of the four cells of a row, counted from 1 at the top."""
+    """`row 2 colors` or `row 2 shapes`: letter and word of each cell of a row; rows count from 1 at the top."""
     things = draw.scatter(draw.fillers(4, 7))
     row, aspect = draw.rng.randrange(GRID), draw.rng.choice(ASPECTS)
     return Question(
@@ -40,7 +40,7 @@ def dense_row(draw: Draw) -> Question:
 
 
 def dense_cell(draw: Draw) -> Question:
-    """`cell g`: the object in a cell, lettered a to p in reading order; `.` if it is empty (one time in five)."""
+    """`cell g`: the object in a cell (a to p in reading order), or `.` if it is empty (with probability 1/5)."""
     things = draw.scatter(draw.fillers(4, 7))
     cells = _cells(things)
     empty = draw.rng.random() < 0.2
@@ -49,14 +49,14 @@ def dense_cell(draw: Draw) -> Question:
 
 
 def dense_colors(draw: Draw) -> Question:
-    """`count all colors`: the number of objects of each colour, in the palette's order."""
+    """`count all colors`: the number of objects of each colour, in the order of the palette."""
     things = draw.scatter(draw.fillers(3, 7))
     counts = " ".join(f"{color} {sum(thing.color == color for thing in things)}" for color in COLORS)
     return Question("count all colors", (counts,), (ObjectPicture(things),))
 
 
 def dense_detect(draw: Draw) -> Question:
-    """`detect all`: box and name of up to four objects in reading order."""
+    """`detect all`: boxes and names of up to four objects, in reading order."""
     things = draw.scatter(draw.fillers(2, 4))
     return Question(
         "detect all",
@@ -66,7 +66,7 @@ def dense_detect(draw: Draw) -> Question:
 
 
 def dense_spell(draw: Draw) -> Question:
-    """`spell`: the characters of a word, of random letters or of a number, separated by spaces."""
+    """`spell`: the characters of a word, a random string or a number, separated by spaces."""
     source = draw.rng.random()
     characters = draw.rng.choices(LETTERS if source < 0.7 else "0123456789", k=draw.rng.randint(3, 6))
     text = draw.rng.choice(LEXICON) if source < 0.3 else "".join(characters)
@@ -85,13 +85,13 @@ def dense_read(draw: Draw) -> Question:
 
 
 def dense_bars(draw: Draw) -> Question:
-    """`read all bars`: colour and height from left to right."""
+    """`read all bars`: colour and height of each bar, from left to right."""
     picture = bars(draw)
     return Question("read all bars", (" ".join(f"{color} {height}" for color, height in picture.bars),), (picture,))
 
 
 def dense_pair(draw: Draw) -> Question:
-    """`caption colors` or `caption shapes`: the cells of both images."""
+    """`caption colors` or `caption shapes` for two images: letter and word of each cell."""
     first, second = draw.scatter(draw.fillers(2, 4)), draw.scatter(draw.fillers(2, 4))
     aspect = draw.rng.choice(ASPECTS)
     answer = f"{grid_caption(first, aspect)} | {grid_caption(second, aspect)}"
@@ -99,20 +99,20 @@ def dense_pair(draw: Draw) -> Question:
 
 
 def dense_pair_lists(draw: Draw) -> Question:
-    """`list all`: the objects of each image in reading order."""
+    """`list all`: the objects of both images, in reading order."""
     pictures = tuple(ObjectPicture(draw.scatter(draw.fillers(2, 5))) for _ in range(2))
     return Question("list all", (" | ".join(_names(picture.things) for picture in pictures),), pictures)
 
 
 def dense_frame(draw: Draw) -> Question:
-    """`caption frame 3 colors` or `... shapes`: the cells of one frame, frames counted from 1."""
+    """`caption frame 3 colors` or `... shapes`: letter and word of each cell of one frame; frames count from 1."""
     frames = _video(draw)
     index, aspect = draw.rng.randrange(len(frames)), draw.rng.choice(ASPECTS)
     return Question(f"caption frame {index + 1} {aspect}", (grid_caption(frames[index].things, aspect),), frames)
 
 
 def dense_frames(draw: Draw) -> Question:
-    """`list all frames`: the objects of each frame in reading order."""
+    """`list all frames`: the objects of each frame, in reading order."""
     frames = _video(draw)
     return Question("list all frames", (" | ".join(_names(frame.things) or EMPTY for frame in frames),), frames)
 
@@ -128,7 +128,7 @@ def dense_track(draw: Draw) -> Question:
 
 
 def grid_caption(things: tuple[Thing, ...], aspect: str) -> str:
-    """Letter, and colour or shape (for a digit its value), of every cell in reading order; `.` for an empty cell."""
+    """Writes letter and word of each cell in reading order: colour or shape (for digits the value), or `.` if empty."""
     return " ".join(_words(things, aspect))
 
 
@@ -167,4 +167,4 @@ DENSE_TASKS: dict[tuple[str, str], dict[str, Callable[[Draw], Question]]] = {
     ("pair", "general"): {"dense_pair": dense_pair, "dense_pair_lists": dense_pair_lists},
     ("video", "video"): {"dense_frame": dense_frame, "dense_frames": dense_frames, "dense_track": dense_track},
 }
-"""The generators by group and family."""
+"""The generators of dense supervision by group and family."""

@@ -1,4 +1,7 @@
-"""Real handwritten digits (UCI optical recognition set, 8 x 8 pixels, as shipped with scikit-learn), disjoint between the splits."""
+"""Handwritten digits for the mini suite, disjoint between the splits.
+
+The images are the UCI optical recognition set that is part of scikit-learn (8 x 8 pixels).
+"""
 
 from functools import cache
 from typing import NamedTuple
@@ -17,19 +20,19 @@ class DigitImage(NamedTuple):
     """One handwritten digit, cropped to its ink and scaled."""
 
     row: int
-    """Where the image is in the data set."""
+    """Row of the image in the data set."""
     mask: Mask
     """Coverage, [13, width], 0 to 1."""
 
 
 @cache
 def digit_images(split: str) -> tuple[tuple[DigitImage, ...], ...]:
-    """The images of a split for each value 0 to 9.
+    """Gives the images of a split for each value 0 to 9.
 
-    Each value's images are cut in their stored order (80 % training, 10 % validation, 10 % test), which keeps
-    neighbouring images, often by the same writer, on one side.
+    The images of each value are split in their stored order (80 % training, 10 % validation, 10 % test). Adjacent
+    images, which are often by the same writer, are therefore in the same split.
     """
-    from sklearn.datasets import load_digits  # slow to import, and needed only when drawing
+    from sklearn.datasets import load_digits  # imported here because the import is slow
 
     data = load_digits()
     pools: list[tuple[DigitImage, ...]] = []

@@ -1,6 +1,6 @@
-"""Pixels of the mini suite: palette, shape masks, backdrops and a fast PNG writer.
+"""Rendering of the mini suite: palette, shape masks, backdrops and a fast PNG encoder.
 
-Everything is drawn on a float canvas of `CANVAS` x `CANVAS` pixels, shape [64, 64, 3], values 0 to 255.
+Everything is drawn on a float canvas of `CANVAS` x `CANVAS` pixels with shape [64, 64, 3] and values 0 to 255.
 """
 
 import struct
@@ -17,7 +17,7 @@ Canvas = npt.NDArray[np.float32]
 Mask = npt.NDArray[np.float32]
 
 CANVAS = 64
-"""Side of the canvas in pixels; other image sizes are resized from it."""
+"""Side of the canvas in pixels; images of other sizes are resized from it."""
 
 PALETTE: dict[str, tuple[int, int, int]] = {
     "red": (225, 30, 40),
@@ -41,7 +41,7 @@ _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 @cache
 def shape_mask(shape: str, size: int) -> Mask:
-    """Coverage of a shape that fills a square of `size` pixels: [size, size], 0 to 1, anti-aliased."""
+    """Renders the anti-aliased coverage of a shape that fills a square: [size, size], values 0 to 1."""
     oversampling = 8
     axis = (np.arange(size * oversampling, dtype=np.float32) + 0.5) / (size * oversampling) * 2 - 1
     v, u = axis[:, None], axis[None, :]
@@ -58,23 +58,23 @@ def shape_mask(shape: str, size: int) -> Mask:
 
 
 def stamp(canvas: Canvas, mask: Mask, top: int, left: int, color: str) -> None:
-    """Blends a colour of the palette into the canvas under a mask."""
+    """Blends a palette colour into the canvas, weighted by a mask."""
     height, width = mask.shape
     region = canvas[top : top + height, left : left + width]
     region += (_RGB[color] - region) * mask[:, :, None]
 
 
 def fill(canvas: Canvas, box: tuple[int, int, int, int], color: str | float) -> None:
-    """Fills `box` = (top, left, bottom, right) with a colour of the palette or a grey level."""
+    """Fills `box` = (top, left, bottom, right) with a palette colour or a grey level."""
     top, left, bottom, right = box
     canvas[top:bottom, left:right] = _RGB[color] if isinstance(color, str) else color
 
 
 class Backdrop(NamedTuple):
-    """A tinted grey background with a slight slope in brightness; the frames of one sample share it.
+    """A tinted grey background with a slight brightness gradient; all images of a sample share it.
 
-    Greys near the middle, because SigLIP's normalisation takes them to about zero: a background far from it would be
-    the largest signal in every patch, and a small model from scratch learns from what is left.
+    The greys are near the middle because SigLIP's normalisation maps these to about zero. A brighter or darker
+    background would dominate every patch, and a small model from scratch would learn less about the objects.
     """
 
     is_dark: bool
@@ -84,27 +84,27 @@ class Backdrop(NamedTuple):
 
     @classmethod
     def sample(cls, rng: Random) -> "Backdrop":
-        """Draws a backdrop; levels leave every palette colour visible."""
+        """Samples a backdrop on which every palette colour is visible."""
         level = rng.uniform(104, 148)
         red, green, blue = (level + rng.uniform(-8, 8) for _ in range(3))
         return cls(level < 126, (red, green, blue), rng.randrange(2), rng.uniform(-6, 6))
 
     def canvas(self, rng: Random) -> Canvas:
-        """A fresh canvas with this backdrop and its own mild noise."""
+        """Creates a canvas with this backdrop and mild noise."""
         noise = np.frombuffer(rng.randbytes(CANVAS * CANVAS), dtype=np.uint8).reshape(CANVAS, CANVAS, 1) & 7
         return _RAMPS[self.axis] * np.float32(self.slope) + noise + np.array(self.rgb, dtype=np.float32)
 
     @property
     def ink(self) -> float:
-        """A grey level that reads well on the backdrop."""
+        """A grey level with high contrast to the backdrop."""
         return 245.0 if self.is_dark else 10.0
 
 
 def encode_png(canvas: Canvas, image_size: int) -> bytes:
-    """Encodes a canvas as an RGB PNG of `image_size` pixels a side.
+    """Encodes a canvas as a square RGB PNG of `image_size` x `image_size` pixels.
 
-    Unfiltered rows and the fastest deflate level: about a third of the time of a general encoder, for files some 30 %
-    larger.
+    It uses unfiltered rows and the fastest deflate level. This takes about a third of the time of a general encoder,
+    for files that are about 30 % larger.
     """
     pixels = np.clip(canvas, 0, 255).astype(np.uint8)
     if image_size != CANVAS:

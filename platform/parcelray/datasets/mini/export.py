@@ -1,4 +1,4 @@
-"""The mini suite as parquet shards, for readers that want files: Ray Data, other tools, a frozen copy."""
+"""Export of the mini suite to parquet shards, for Ray Data, other tools or a fixed copy."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,11 +17,18 @@ def write_parquet(
 ) -> list[Path]:
     """Writes the first `count` evaluation samples of each family as shards `<split>/<family>-<shard>.parquet`.
 
-    Of the training split these are samples without dense supervision. A folder with all three splits is a `data.path`
-    of a job with `data.type: parquet`.
+    Samples of the training split have no dense supervision. A folder with all three splits is a valid `data.path` of a
+    job with `data.type: parquet`.
+
+    Args:
+        folder: folder to write to.
+        split: split to export.
+        families: families to export.
+        count: number of samples per family.
+        seed: seed of the scenes.
 
     Returns:
-        The files written, in order.
+        The written files, in order.
     """
     target = folder / split
     target.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""A 5 x 7 pixel font of capitals and figures, and a closed lexicon."""
+"""A 5 x 7 pixel font of capital letters and digits, and a closed lexicon."""
 
 from functools import cache
 
@@ -50,14 +50,14 @@ _GLYPH_WIDTH = 5
 _PITCH = {1: 8, 2: 12}
 
 _WORDS = """
-cat dog sun box key jug map pen fox bus cup hat ice jam van web zoo axe lion fish tree bird milk moon ship rain snow lamp desk door
-book king quiz yarn leaf gold rock wolf duck frog
+cat dog sun box key jug map pen fox bus cup hat ice jam van web zoo axe lion fish tree bird milk moon ship rain snow
+lamp desk door book king quiz yarn leaf gold rock wolf duck frog
 """
 LEXICON = tuple(_WORDS.split())
 
 
 def text_width(text: str, scale: int) -> int:
-    """Width of a line in pixels. The pitch is a whole number of 4-pixel patches at both scales."""
+    """Width of a line of text in pixels. The character pitch is a multiple of the 4-pixel patch at both scales."""
     return _PITCH[scale] * (len(text) - 1) + _GLYPH_WIDTH * scale
 
 
@@ -69,9 +69,7 @@ def _glyph(character: str, scale: int) -> Mask:
 
 
 def text_glyphs(text: str, scale: int) -> list[tuple[int, Mask]]:
-    """The offset from the left in pixels and the mask [7 * scale, 5 * scale] of each character that is not a space."""
+    """Lists the left offset in pixels and the mask [7 * scale, 5 * scale] of each character other than spaces."""
     return [
-        (_PITCH[scale] * position, _glyph(character, scale))
-        for position, character in enumerate(text)
-        if character != " "
+        (_PITCH[scale] * index, _glyph(character, scale)) for index, character in enumerate(text) if character != " "
     ]

@@ -1,4 +1,4 @@
-"""The general family: colours, shapes, counts and relations in one image, comparisons of two."""
+"""The general family: colours, shapes, counts and relations in one image, and comparisons of two images."""
 
 from collections.abc import Callable
 
@@ -22,14 +22,14 @@ _CORNERS = {"top left": 0, "top right": GRID - 1, "bottom left": GRID * (GRID - 
 
 
 def color_of_shape(draw: Draw) -> Question:
-    """`what color is the circle`, where only one object is a circle."""
+    """`what color is the circle`, where exactly one object is a circle."""
     target = draw.spec()
     things = draw.scatter([target, *draw.fillers(2, 5, kinds=without(KINDS, target.kind))])
     return Question(f"what color is the {target.kind}", color_answers(target.color), (ObjectPicture(things),))
 
 
 def shape_of_color(draw: Draw) -> Question:
-    """`what shape is red`; where two objects are red, either shape will do and the first in reading order is the target."""
+    """`what shape is red`; of two red objects both shapes are accepted, and the first in reading order is trained."""
     color = draw.rng.choice(COLORS)
     specs = [draw.spec(SHAPES, (color,)) for _ in range(2 if draw.rng.random() < 0.25 else 1)]
     things = draw.scatter([*specs, *draw.fillers(2, 4, colors=without(COLORS, color))])
@@ -38,8 +38,8 @@ def shape_of_color(draw: Draw) -> Question:
 
 
 def count(draw: Draw) -> Question:
-    """`how many circles` or `how many red objects`, 0 to 4."""
-    # The total is drawn apart from the answer, so that counting all objects gives nothing away.
+    """`how many circles` or `how many red objects`: 0 to 4."""
+    # The total is drawn independently of the answer, so that counting all objects does not reveal the answer.
     number, total = draw.rng.randint(0, 4), draw.rng.randint(5, 7)
     others = total - number
     if draw.rng.random() < 0.5:
@@ -56,7 +56,7 @@ def count(draw: Draw) -> Question:
 
 
 def relation(draw: Draw) -> Question:
-    """`is the red circle left of the blue square` or `above`, both unique and in different columns or rows."""
+    """`is the red circle left of the blue square` or `above`; both are unique and in different columns or rows."""
     holds, phrase = draw.rng.random() < 0.5, draw.rng.choice(("left of", "above"))
     subject = draw.spec(SHAPES)
     other = Spec(draw.rng.choice(without(SHAPES, subject.kind)), draw.rng.choice(without(COLORS, subject.color)))
@@ -72,7 +72,7 @@ def relation(draw: Draw) -> Question:
 
 
 def corner(draw: Draw) -> Question:
-    """`what color and shape is in the top left corner` (a digit: colour and value)."""
+    """`what color and shape is in the top left corner`; for a digit, the answer is colour and value."""
     name = draw.rng.choice(list(_CORNERS))
     things = [draw.place(draw.spec(), _CORNERS[name])]
     cells = draw.rng.sample(_without_cell(_CORNERS[name]), draw.rng.randint(2, 5))
@@ -83,7 +83,7 @@ def corner(draw: Draw) -> Question:
 
 
 def pair_more(draw: Draw) -> Question:
-    """`which image has more circles`: first, second or same."""
+    """`which image has more circles`: `first`, `second` or `same`."""
     answer, kind = draw.rng.choice(("first", "second", "same")), draw.rng.choice(KINDS)
     few, many = sorted(draw.rng.sample(range(4), 2))
     counts = {"first": (many, few), "second": (few, many), "same": (many, many)}[answer]
@@ -98,7 +98,7 @@ def pair_more(draw: Draw) -> Question:
 
 
 def pair_both(draw: Draw) -> Question:
-    """`do both images show a circle`: for a no, one image or neither does."""
+    """`do both images show a circle`; if the answer is `no`, one image or neither shows one."""
     kind = draw.rng.choice(KINDS)
     shown = (
         (True, True)
@@ -114,7 +114,7 @@ def pair_both(draw: Draw) -> Question:
 
 
 def pair_color(draw: Draw) -> Question:
-    """`what color is the circle in the second image`, where the other image has one of another colour."""
+    """`what color is the circle in the second image`, where the other image has a circle of another colour."""
     kind, which = draw.rng.choice(KINDS), draw.rng.randrange(2)
     colors = draw.rng.sample(COLORS, 2)
     others = without(KINDS, kind)
@@ -127,12 +127,12 @@ def pair_color(draw: Draw) -> Question:
 
 
 def _without_cell(excluded: int) -> list[int]:
-    """All cells but one."""
+    """Lists all cells except one."""
     return [cell for cell in range(GRID * GRID) if cell != excluded]
 
 
 def _name_answers(thing: Thing) -> tuple[str, ...]:
-    """Acceptable ways to name an object by colour and shape or value."""
+    """Lists the acceptable names of an object: colour, and shape or value."""
     return tuple(f"{color} {thing.label}" for color in color_answers(thing.color))
 
 

@@ -9,19 +9,19 @@ METRIC = "box_iou"
 
 
 def box(draw: Draw) -> Question:
-    """`detect red circle`, where only one object is a red circle; others share its colour or its shape."""
+    """`detect red circle`, where exactly one object is a red circle; distractors share its colour or its shape."""
     target = draw.spec(SHAPES)
-    rivals = [
+    distractors = [
         Spec(target.kind, draw.rng.choice(without(COLORS, target.color))),
         Spec(draw.rng.choice(without(KINDS, target.kind)), target.color),
     ]
     others = [spec for spec in draw.fillers(0, 2) if spec[:2] != target[:2]]
-    things = draw.scatter([target, *draw.rng.sample(rivals, draw.rng.randint(1, 2)), *others])
+    things = draw.scatter([target, *draw.rng.sample(distractors, draw.rng.randint(1, 2)), *others])
     return Question(f"detect {things[0].name}", (loc_tokens(things[0].box),), (ObjectPicture(things),), METRIC)
 
 
 def box_largest(draw: Draw) -> Question:
-    """`detect the largest circle`: one large among one or two small ones."""
+    """`detect the largest circle`: one large circle among one or two small ones."""
     kind = draw.rng.choice(SHAPES)
     small = [Spec(kind, draw.rng.choice(COLORS), size=SMALL) for _ in range(draw.rng.randint(1, 2))]
     things = draw.scatter(

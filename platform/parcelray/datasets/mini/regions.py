@@ -1,6 +1,6 @@
-"""What each part of an image should make the model say: labels for the patches themselves, for training only.
+"""Region labels of dense samples: the word that the model should predict for each part of an image, for training only.
 
-A region is a box in pixels of the canvas and one word. Patches outside every region are to say `BACKGROUND`.
+A region is a box in pixels of the canvas with one word. The word of patches outside of all regions is `BACKGROUND`.
 """
 
 from typing import Any
@@ -11,16 +11,15 @@ _SHAPES = ("dense_cell", "dense_detect", "dense_track")
 
 
 def regions_of(prompt: str, task: str, objects: list[list[dict[str, Any]]]) -> list[list[dict[str, Any]]] | None:
-    """The regions of every image of a dense sample.
+    """Labels the regions of every image of a dense sample.
 
     Args:
-        prompt: may say which aspect counts: `... colors` or `... shapes`.
-        task: says it otherwise; texts are labelled character by character.
-        objects: name and box [top, left, bottom, right] of every object, by image.
+        prompt: prompt of the sample; an end `colors` or `shapes` selects the aspect that the words describe.
+        task: task of the sample, which selects the aspect otherwise; texts are labelled character by character.
+        objects: for each image, name and box [top, left, bottom, right] of every object.
 
     Returns:
-        By image, `{"box": [top, left, bottom, right], "word": word}`; None where the prompt asks for nothing that has a
-        place.
+        For each image, a list of `{"box": [top, left, bottom, right], "word": word}`; None if the task has no regions.
     """
     if task in ("dense_spell", "dense_read"):
         return [[region for entry in image for region in _characters(entry["name"], entry["box"])] for image in objects]

@@ -15,7 +15,7 @@ _BAR_UNIT, _BAR_WIDTH, _BAR_PITCH, _BASE, _AXIS = 6, 8, 12, 58, 13
 
 @dataclass(frozen=True, slots=True)
 class TextLine:
-    """A line of text; `top` and `left` in canvas pixels."""
+    """A line of text with its position (`top`, `left`) in canvas pixels."""
 
     text: str
     top: int
@@ -25,7 +25,7 @@ class TextLine:
 
 @dataclass(frozen=True, slots=True)
 class TextPicture:
-    """Lines of text in one ink."""
+    """A picture of lines of text in one colour."""
 
     lines: tuple[TextLine, ...]
 
@@ -59,7 +59,7 @@ class TextPicture:
 
 @dataclass(frozen=True, slots=True)
 class BarPicture:
-    """A bar chart with integer heights and an axis with ticks from 0 to 8, numbered at 4 and 8."""
+    """A bar chart with integer heights and an axis with ticks from 0 to 8, labelled at 4 and 8."""
 
     bars: tuple[tuple[str, int], ...]
     """(colour, height) from left to right."""
@@ -71,8 +71,8 @@ class BarPicture:
     @property
     def objects(self) -> list[dict[str, Any]]:
         return [
-            {"name": f"{color} {height}", "box": list(self._box(position, height))}
-            for position, (color, height) in enumerate(self.bars)
+            {"name": f"{color} {height}", "box": list(self._box(index, height))}
+            for index, (color, height) in enumerate(self.bars)
         ]
 
     def paint(self, canvas: Canvas, backdrop: Backdrop) -> None:
@@ -87,29 +87,29 @@ class BarPicture:
             )
         labels = TextPicture(tuple(TextLine(str(value), _BASE - value * _BAR_UNIT - 3, 2, 1) for value in (4, 8)))
         labels.paint(canvas, backdrop)
-        for position, (color, height) in enumerate(self.bars):
-            fill(canvas, self._box(position, height), color)
+        for index, (color, height) in enumerate(self.bars):
+            fill(canvas, self._box(index, height), color)
 
     @staticmethod
-    def _box(position: int, height: int) -> tuple[int, int, int, int]:
-        left = _AXIS + 3 + position * _BAR_PITCH
+    def _box(index: int, height: int) -> tuple[int, int, int, int]:
+        left = _AXIS + 3 + index * _BAR_PITCH
         return (_BASE - height * _BAR_UNIT, left, _BASE, left + _BAR_WIDTH)
 
 
 def word(draw: Draw) -> Question:
-    """`read the word`: a word of the lexicon, at one of two sizes, anywhere."""
+    """`read the word`: a word of the lexicon in one of two sizes, at a random position."""
     text = draw.rng.choice(LEXICON)
     return Question("read the word", (text,), (place_text(draw, text),))
 
 
 def number(draw: Draw) -> Question:
-    """`read the number`: one to three figures, each length equally often."""
+    """`read the number`: one to three digits, each length with the same probability."""
     text = str(random_number(draw, draw.rng.randint(1, 3)))
     return Question("read the number", (text,), (place_text(draw, text),))
 
 
 def bar_tallest(draw: Draw) -> Question:
-    """`which bar is tallest`, with one tallest bar."""
+    """`which bar is tallest`, where exactly one bar is the tallest."""
     while True:
         picture = bars(draw)
         color, height = max(picture.bars, key=lambda bar: bar[1])
@@ -118,7 +118,7 @@ def bar_tallest(draw: Draw) -> Question:
 
 
 def bar_height(draw: Draw) -> Question:
-    """`how tall is the red bar`, 1 to 8."""
+    """`how tall is the red bar`: 1 to 8."""
     picture = bars(draw)
     color, height = draw.rng.choice(picture.bars)
     return Question(f"how tall is the {color} bar", number_answers(height), (picture,))
@@ -132,14 +132,14 @@ def form(draw: Draw) -> Question:
 
 
 def form_picture(draw: Draw) -> tuple[TextPicture, dict[str, str]]:
-    """A form of two or three lines and its values by key, from top to bottom."""
+    """Draws a form of two or three lines; returns its picture and its values by key, from top to bottom."""
     keys = draw.rng.sample(FORM_KEYS, draw.rng.randint(2, 3))
     fields = {key: str(random_number(draw, draw.rng.randint(1, 2))) for key in keys}
     return stack_lines(draw, [f"{key} {value}" for key, value in fields.items()]), fields
 
 
 def stack_lines(draw: Draw, texts: list[str]) -> TextPicture:
-    """Up to three small lines of text, left-aligned, at a random place on the 4-pixel grid."""
+    """Draws up to three small, left-aligned lines of text at a random position on the 4-pixel grid."""
     pitch = 16
     width = max(text_width(text, 1) for text in texts)
     height = pitch * (len(texts) - 1) + GLYPH_HEIGHT
@@ -148,25 +148,25 @@ def stack_lines(draw: Draw, texts: list[str]) -> TextPicture:
 
 
 def place_text(draw: Draw, text: str) -> TextPicture:
-    """One line of text at a random size and place on the 4-pixel grid."""
+    """Draws one line of text with a random size and position on the 4-pixel grid."""
     scale = draw.rng.choice((1, 2)) if text_width(text, 2) <= CANVAS - 2 else 1
     left, top = _grid_position(draw, text_width(text, scale)), _grid_position(draw, GLYPH_HEIGHT * scale)
     return TextPicture((TextLine(text, top, left, scale),))
 
 
 def bars(draw: Draw) -> BarPicture:
-    """Three or four bars of different colours and independent heights."""
+    """Draws three or four bars of different colours and independent heights."""
     colors = draw.rng.sample(COLORS, draw.rng.randint(3, 4))
     return BarPicture(tuple((color, draw.rng.randint(1, MAX_BAR)) for color in colors))
 
 
 def random_number(draw: Draw, figures: int) -> int:
-    """A number with exactly so many figures, without leading zeros."""
+    """Draws a number with the given number of digits, without leading zeros."""
     return draw.rng.randint(10 ** (figures - 1) if figures > 1 else 0, 10**figures - 1)
 
 
 def _grid_position(draw: Draw, extent: int) -> int:
-    """A start on the patch grid (4 k + 1), so that a glyph's place within its patches is always the same."""
+    """Draws a start coordinate 4 k + 1, so that the position of a glyph within its patches is always the same."""
     return 4 * draw.rng.randint(0, (CANVAS - 2 - extent) // 4) + 1
 
 

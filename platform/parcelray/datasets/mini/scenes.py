@@ -1,7 +1,8 @@
-"""Scenes of the mini suite: what is in a picture, how it is drawn, and which split it belongs to.
+"""Scenes of the mini suite: the objects of a picture, their rendering, and the split of a scene.
 
-A scene's content (objects, colours, cells, sizes, digit images, texts; not jitter, backdrop or noise) is hashed, and
-the hash decides the split. Generators draw until a scene falls into the wanted split, so no scene can occur in two.
+The content of a scene (objects, colours, cells, sizes, digit images, texts; not jitter, backdrop or noise) is hashed,
+and the hash decides the split. Generators draw scenes until one belongs to the required split. No scene can therefore
+occur in two splits.
 """
 
 from collections.abc import Iterable, Sequence
@@ -24,20 +25,20 @@ KINDS = (*SHAPES, "digit")
 PLURALS = {kind: "crosses" if kind == "cross" else f"{kind}s" for kind in KINDS}
 SMALL, LARGE = 8, 12
 LATTICE = 4
-"""Pixels between the places that objects can take."""
+"""Distance between the possible positions of objects, pixels."""
 
 NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 
 class Spec(NamedTuple):
-    """What to place, before it has a position."""
+    """Specification of an object that has no position yet."""
 
     kind: str
     color: str
     value: int | None = None
-    """Value of a digit; None draws one."""
+    """Value of a digit; None: drawn at random."""
     size: int | None = None
-    """Side of a shape in pixels; None draws small or large."""
+    """Side of a shape in pixels; None: small or large, drawn at random."""
 
 
 class Thing(NamedTuple):
@@ -91,16 +92,16 @@ class Thing(NamedTuple):
 
 
 class Picture(Protocol):
-    """What one image shows."""
+    """The content of one image."""
 
     @property
     def content(self) -> str:
-        """Canonical description without nuisances; equal contents are the same scene."""
+        """Canonical description without jitter, backdrop and noise; equal descriptions are the same scene."""
         ...
 
     @property
     def objects(self) -> list[dict[str, Any]]:
-        """Name and box of each part, JSON-serialisable."""
+        """Name and box of each object or line of text, JSON-serialisable."""
         ...
 
     def paint(self, canvas: Canvas, backdrop: Backdrop) -> None:
@@ -110,7 +111,7 @@ class Picture(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class ObjectPicture:
-    """Objects in cells."""
+    """A picture of objects in cells."""
 
     things: tuple[Thing, ...]
 
@@ -145,13 +146,13 @@ class Question:
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """The randomness of one sample, and the split whose digit images it may use."""
+    """The random generator of one sample, and the split whose digit images it may use."""
 
     rng: Random
     split: Split
 
     def thing(self, spec: Spec, top: int, left: int) -> Thing:
-        """Realises a spec in the middle of the cell whose top left corner is at (`top`, `left`)."""
+        """Creates an object in the middle of the cell whose top left corner is at (`top`, `left`)."""
         if spec.kind == "digit":
             value = self.rng.randrange(10) if spec.value is None else spec.value
             image = self.rng.choice(digit_images(self.split)[value])
@@ -171,10 +172,10 @@ class Draw:
         return Thing(spec.kind, spec.color, top + offset, left + offset, size, size)
 
     def place(self, spec: Spec, cell: int) -> Thing:
-        """Realises a spec in a cell (row-major index), anywhere inside it on the 4-pixel lattice of the patches.
+        """Creates an object at a random position inside a cell (row-major index), on the 4-pixel grid of the patches.
 
-        Off the lattice every shape looks different to every patch, and a model from scratch needs several times the
-        samples.
+        At other positions, the same shape would look different in every patch, and a model from scratch would need
+        several times as many samples.
         """
         top, left = cell // GRID * CELL, cell % GRID * CELL
         thing = self.thing(spec, top, left)
@@ -184,47 +185,47 @@ class Draw:
         )
 
     def scatter(self, specs: Sequence[Spec]) -> tuple[Thing, ...]:
-        """Realises specs in distinct random cells; the result keeps their order."""
+        """Creates objects in distinct random cells, in the order of the specs."""
         return tuple(
             self.place(spec, cell)
             for spec, cell in zip(specs, self.rng.sample(range(GRID * GRID), len(specs)), strict=True)
         )
 
     def spec(self, kinds: Sequence[str] = KINDS, colors: Sequence[str] = COLORS) -> Spec:
-        """A random spec from the given kinds and colours."""
+        """Draws a random spec from the given kinds and colours."""
         return Spec(self.rng.choice(kinds), self.rng.choice(colors))
 
     def fillers(self, low: int, high: int, kinds: Sequence[str] = KINDS, colors: Sequence[str] = COLORS) -> list[Spec]:
-        """`low` to `high` random specs from the given kinds and colours."""
+        """Draws `low` to `high` random specs from the given kinds and colours."""
         return [self.spec(kinds, colors) for _ in range(self.rng.randint(low, high))]
 
 
 def split_of(scene: str) -> Split:
-    """The split that a scene hash belongs to: 80 % training, 10 % validation, 10 % test."""
+    """Gives the split of a scene hash: 80 % training, 10 % validation, 10 % test."""
     bucket = int(scene, 16) % 10
     return "train" if bucket < 8 else "validation" if bucket == 8 else "test"
 
 
 def without(values: Iterable[str], *excluded: str) -> list[str]:
-    """The values that are not excluded, in order."""
+    """Lists the values that are not excluded, in order."""
     return [value for value in values if value not in excluded]
 
 
 def raster(things: Iterable[Thing]) -> list[Thing]:
-    """Objects in reading order of their cells."""
+    """Sorts objects in the reading order of their cells."""
     return sorted(things, key=lambda thing: (thing.row, thing.column))
 
 
 def color_answers(color: str) -> tuple[str, ...]:
-    """Acceptable names of a colour."""
+    """Lists the acceptable names of a colour."""
     return ("purple", "violet") if color == "purple" else (color,)
 
 
 def number_answers(number: int) -> tuple[str, ...]:
-    """Acceptable ways to write a number from 0 to 9."""
+    """Lists the acceptable ways to write a number from 0 to 9."""
     return (str(number), NUMBER_WORDS[number])
 
 
 def loc_tokens(box: Box) -> str:
-    """PaliGemma location tokens of a box: top, left, bottom, right, each in 1024 bins over the image's side."""
+    """Writes a box as PaliGemma location tokens: top, left, bottom, right, each in 1024 bins over the image's side."""
     return "".join(f"<loc{round(edge / CANVAS * 1023):04d}>" for edge in box)

@@ -1,4 +1,4 @@
-"""The mini suite as a sample source: four families, three splits, any number of samples, each a pure function of its index."""
+"""The mini suite as a sample source: four families and three splits; each sample is a pure function of its index."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -34,11 +34,11 @@ TASKS: dict[str, tuple[str, ...]] = {
     family: tuple(task for (_, owner), tasks in _GENERATORS.items() if owner == family for task in tasks)
     for family in FAMILIES
 }
-"""The tasks of each family, without the dense ones."""
+"""The tasks of each family, without dense supervision."""
 
 
 class _Item(NamedTuple):
-    """A question that is drawn but not rendered; `rng` goes on to draw the backdrop and noise."""
+    """A question that is not yet rendered; `rng` then draws the backdrop and the noise."""
 
     family: str
     task: str
@@ -51,16 +51,18 @@ class _Item(NamedTuple):
 class MiniSuite:
     """The procedural suite as a `SampleSource`.
 
-    Groups: `single` (one image), `pair` (two, general family) and `video` (four frames). The training split is endless
-    and mixes in dense supervision; validation and test have `EVAL_GROUP_SIZE` samples a group, never dense, that cycle
-    through the families and tasks.
+    The groups are `single` (one image), `pair` (two images, general family) and `video` (four frames). The training
+    split is endless and includes dense supervision. Validation and test have `EVAL_GROUP_SIZE` samples per group, which
+    cycle through the families and tasks and have no dense supervision.
     """
 
     split: Split
     seed: int = 0
+    """Seed of the scenes."""
     families: tuple[str, ...] = FAMILIES
+    """Families to draw samples from."""
     dense_fraction: float = 0.5
-    """Share of dense-supervision samples in the training stream; 0 outside the training split."""
+    """Fraction of dense-supervision samples in the training split; 0 in the other splits."""
     image_size: int = CANVAS
     """Side of the images in pixels; scenes are drawn at 64 pixels and resized."""
 
@@ -71,24 +73,24 @@ class MiniSuite:
         if unknown or not self.families:
             raise UserError(f"The mini suite has no families {unknown}; choose at least one of {', '.join(FAMILIES)}.")
         if not 0 <= self.dense_fraction <= 1:
-            raise UserError(f"dense_fraction is {self.dense_fraction}; give a share from 0 to 1.")
+            raise UserError(f"dense_fraction is {self.dense_fraction}; legal: 0 to 1.")
         if self.image_size < CANVAS:
             raise UserError(
-                f"image_size is {self.image_size}; the mini suite's images are at least {CANVAS} pixels a side."
+                f"image_size is {self.image_size}; legal for images of the mini suite: at least {CANVAS} pixels."
             )
         if self.split != "train":
             object.__setattr__(self, "dense_fraction", 0.0)
 
     @property
     def groups(self) -> tuple[SampleGroup, ...]:
-        """The groups that the chosen families fill, with weights that sum to 1."""
+        """The non-empty groups of the chosen families, with weights that sum to 1."""
         names = [name for name in _GROUPS if self._families_of(name)]
         total = sum(_GROUPS[name][1] for name in names)
         size = None if self.split == "train" else EVAL_GROUP_SIZE
         return tuple(SampleGroup(name, _GROUPS[name][0], _GROUPS[name][1] / total, size) for name in names)
 
     def get(self, group: str, index: int) -> Sample:
-        """Sample `index` of a group, a pure function of seed, split, group, index, families and dense share.
+        """Generates sample `index` of a group, a pure function of the source's fields, the group and the index.
 
         Raises:
             UserError: the group is not one of `groups`.
@@ -98,7 +100,10 @@ class MiniSuite:
         return _render(item, self.split, f"{self.split}-{self.seed}-{group}-{index:06d}", self.image_size)
 
     def texts(self, count: int) -> Iterator[str]:
-        """Prompt and first answer of the first `count` samples, groups in proportion to their weights; nothing is rendered."""
+        """Yields prompt and first answer of about `count` samples, without rendering images.
+
+        The number of samples per group is proportional to the weights.
+        """
         for group in self.groups:
             for index in range(round(count * group.weight)):
                 question = self._item(group.name, index).question
@@ -110,9 +115,7 @@ class MiniSuite:
     def _item(self, group: str, index: int) -> _Item:
         families = self._families_of(group) if group in _GROUPS else []
         if not families:
-            raise UserError(
-                f"The mini suite has no group {group!r}; its groups are {', '.join(g.name for g in self.groups)}."
-            )
+            raise UserError(f"The mini suite has no group {group!r}; legal: {', '.join(g.name for g in self.groups)}.")
         if index < 0 or (self.split != "train" and index >= EVAL_GROUP_SIZE):
             raise IndexError(f"index {index} is out of range for group {group!r} of split {self.split!r}")
         rng = _rng(self.seed, self.split, group, index)
@@ -127,7 +130,7 @@ class MiniSuite:
 
 
 def family_sample(split: Split, family: str, index: int, seed: int = 0, image_size: int = CANVAS) -> Sample:
-    """Evaluation sample `index` of a family: never dense, and cycling through all its tasks."""
+    """Generates evaluation sample `index` of a family; the samples cycle through all tasks of the family."""
     if family not in FAMILIES:
         raise UserError(f"The mini suite has no family {family!r}; choose one of {', '.join(FAMILIES)}.")
     generators = {
@@ -141,17 +144,17 @@ def family_sample(split: Split, family: str, index: int, seed: int = 0, image_si
 
 
 def family_sample_id(split: Split, family: str, index: int, seed: int = 0) -> str:
-    """The id of such a sample."""
+    """Gives the id of an evaluation sample of a family."""
     return f"{split}-{seed}-{family}-{index:06d}"
 
 
 def family_samples(split: Split, family: str, count: int, seed: int = 0, image_size: int = CANVAS) -> list[Sample]:
-    """The first `count` evaluation samples of a family."""
+    """Generates the first `count` evaluation samples of a family."""
     return [family_sample(split, family, index, seed, image_size) for index in range(count)]
 
 
 def _rng(seed: int, split: str, stream: str, index: int) -> Random:
-    # A string seed is hashed by SHA-512, so neighbouring indices are independent and every process agrees.
+    # Python hashes a string seed with SHA-512, so adjacent indices are independent and all processes agree.
     return Random(f"{BENCHMARK}/{seed}/{split}/{stream}/{index}")
 
 
@@ -161,6 +164,7 @@ def _cycled(rng: Random, split: Split, family: str, generators: dict[str, Genera
 
 
 def _draw(rng: Random, split: Split, generator: Generator) -> Question:
+    """Draws questions until the scene of one belongs to the split."""
     draw = Draw(rng, split)
     while True:
         question = generator(draw)

@@ -1,4 +1,4 @@
-"""The closed vocabulary of the mini suite, and texts to train a tokenizer on."""
+"""The closed vocabulary of the mini suite, and texts for training a tokenizer."""
 
 from collections.abc import Iterator
 
@@ -9,9 +9,10 @@ from parcelray.datasets.mini.scenes import KINDS, NUMBER_WORDS, PLURALS
 from parcelray.datasets.mini.suite import MiniSuite
 
 _PROMPT_WORDS = """
-a above all appears at bar bars both bottom caption cell color colors corner count detect digit digits do does down end equal first
-frame frames has how image images in is largest last left list many more move no number object objects of read right row same second
-shape shapes show spell start tall tallest the top track up violet way what which word yes and
+a above all appears at bar bars both bottom caption cell color colors corner count detect digit digits do does down end
+equal first frame frames has how image images in is largest last left list many more move no number object objects of
+read right row same second shape shapes show spell start tall tallest the top track up violet way what which word yes
+and
 """
 SYMBOLS = (".", ";", "|")
 VOCABULARY = tuple(
@@ -29,10 +30,10 @@ VOCABULARY = tuple(
         }
     )
 )
-"""All words of prompts and answers, without location tokens, symbols and numbers of more than one figure."""
+"""All words of prompts and answers, without location tokens, symbols and numbers of several digits."""
 
 
 def corpus(count: int = 20_000, seed: int = 0) -> Iterator[str]:
-    """Prompt and answer of `count` training samples, in fixed order; the last line holds the whole vocabulary."""
+    """Yields prompt and answer of `count` training samples in fixed order, then one line with the whole vocabulary."""
     yield from MiniSuite("train", seed).texts(count)
     yield " ".join((*VOCABULARY, *SYMBOLS))

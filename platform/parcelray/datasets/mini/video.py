@@ -1,4 +1,4 @@
-"""The video family: four frames with motion, changes of colour, appearances and digits."""
+"""The video family: four frames with motion, colour changes, appearing objects and digits."""
 
 from collections.abc import Callable, Sequence
 
@@ -22,7 +22,7 @@ _DIRECTIONS = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}
 
 
 def direction(draw: Draw) -> Question:
-    """`which way does the red circle move`; a second object, if any, moves or rests in another lane."""
+    """`which way does the red circle move`; a second object may move or rest in another lane."""
     answer = draw.rng.choice(list(_DIRECTIONS))
     subject = draw.spec(SHAPES)
     lanes = draw.rng.sample(range(GRID), 2)
@@ -35,7 +35,7 @@ def direction(draw: Draw) -> Question:
 
 
 def color_change(draw: Draw) -> Question:
-    """`what color is the square at the end` or `at the start`; it changes colour once and rests."""
+    """`what color is the square at the end` or `at the start`; the square changes its colour once and does not move."""
     kind, moment = draw.rng.choice(SHAPES), draw.rng.choice(("start", "end"))
     before, after = draw.rng.sample(COLORS, 2)
     change = draw.rng.randint(1, NUM_FRAMES - 1)
@@ -61,7 +61,7 @@ def order(draw: Draw) -> Question:
 
 
 def digit_frames(draw: Draw) -> Question:
-    """`how many frames show a digit`, 0 to 4; each frame shows two objects."""
+    """`how many frames show a digit`: 0 to 4; each frame shows two objects."""
     number = draw.rng.randint(0, NUM_FRAMES)
     with_digit = set(draw.rng.sample(range(NUM_FRAMES), number))
     frames = [
@@ -72,7 +72,7 @@ def digit_frames(draw: Draw) -> Question:
 
 
 def _track(draw: Draw, spec: Spec, heading: str, lane: int, *, moving: bool) -> list[Thing]:
-    """One object in each frame, moving 8 or 12 pixels a frame along a row or column, or at rest in it."""
+    """Creates the object of each frame; it moves 8 or 12 pixels per frame along a row or column, or rests."""
     step = draw.rng.choice((8, 12)) if moving else 0
     d_row, d_column = _DIRECTIONS[heading]
     travel = step * (NUM_FRAMES - 1)

@@ -1,4 +1,4 @@
-"""The questions that are asked about an NLVR picture: its sentence, and what follows from its structured representation."""
+"""Questions about an NLVR picture: its sentence, and questions derived from its structured representation."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ _SIDE = 100
 
 
 class Thing(NamedTuple):
-    """One object of a box, lengths in pixels of a 100 x 100 box."""
+    """One object in a box, with lengths in pixels of a 100 x 100 box."""
 
     shape: str
     color: str
@@ -25,7 +25,7 @@ class Thing(NamedTuple):
 
     @classmethod
     def from_json(cls, entry: Mapping[str, Any]) -> "Thing":
-        """An entry of the structured representation."""
+        """Reads one entry of the structured representation."""
         return cls(
             str(entry["type"]),
             _COLORS[str(entry["color"]).lower()],
@@ -36,44 +36,44 @@ class Thing(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Size, colour and shape in words."""
+        """Size, colour and shape in words, for example `small yellow circle`."""
         return f"{_SIZES[self.size]} {self.color} {self.shape}"
 
     @property
     def box(self) -> Box:
-        """Where it is; objects may touch the edge, where the box ends."""
+        """The bounding box in fractions of the box's sides, clipped to the box."""
         return Box(*(min(value, _SIDE) / _SIDE for value in (self.y, self.x, self.y + self.size, self.x + self.size)))
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A prompt with its acceptable answers."""
+    """A prompt with its acceptable answers and its metric."""
 
     task: str
     prompt: str
     answers: tuple[str, ...]
     metric: str = "exact_match"
     box: int | None = None
-    """Place of the only box that is shown; None: the whole picture."""
+    """Index of the only box that is shown; None: the whole picture."""
     key: str = ""
-    """Tells several questions of a task about one picture apart."""
+    """Suffix of the sample id that distinguishes several questions of one task about the same picture."""
 
 
 def questions_of(
     sentence: str, label: str, boxes: Sequence[Sequence[Thing]], tasks: Sequence[str], seed: str
 ) -> list[Question]:
-    """The questions about one picture, one per task where the picture allows it.
+    """Creates the questions about one picture: one per task, if the picture allows it.
 
     Args:
-        sentence: what a person wrote.
-        label: whether it is true of the picture.
-        boxes: objects of each box, in the picture's order.
-        tasks: of `TASKS`.
-        seed: of the choices; the same picture gets the same questions.
+        sentence: sentence about the picture.
+        label: whether the sentence is true (`true` or `false`).
+        boxes: objects of each box, in the order of the picture.
+        tasks: names from `TASKS`.
+        seed: seed of the random choices; the same seed gives the same questions.
     """
     rng = Random(seed)
     things = [thing for box in boxes for thing in box]
-    made = {
+    by_task = {
         "statement": Question(
             "statement", f"true or false: {' '.join(sentence.lower().split())}", (label.lower(),), metric="nlvr2"
         ),
@@ -82,14 +82,17 @@ def questions_of(
         "size": _size(things, rng),
         "box": _box(boxes, rng),
     }
-    return [question for task in tasks if (question := made[task]) is not None]
+    return [question for task in tasks if (question := by_task[task]) is not None]
 
 
 def _count(things: Sequence[Thing], rng: Random) -> Question:
-    """How many of a colour, a shape or both, over all boxes; three times in four a kind that is there."""
-    there = rng.choice(things) if things and rng.random() < 0.75 else None
-    color = there.color if there is not None else rng.choice(list(_COLORS.values()))
-    shape = there.shape if there is not None else rng.choice(_SHAPES)
+    """Asks for the number of objects of a colour, a shape or both, over all boxes.
+
+    With probability 3/4, the picture contains such an object.
+    """
+    example = rng.choice(things) if things and rng.random() < 0.75 else None
+    color = example.color if example is not None else rng.choice(list(_COLORS.values()))
+    shape = example.shape if example is not None else rng.choice(_SHAPES)
     color, shape = rng.choice([(color, shape), (color, ""), ("", shape)])
     count = sum((not color or thing.color == color) and (not shape or thing.shape == shape) for thing in things)
     words = " ".join(word for word in (color, f"{shape}s" if shape else "objects") if word)
@@ -97,7 +100,7 @@ def _count(things: Sequence[Thing], rng: Random) -> Question:
 
 
 def _color(things: Sequence[Thing], rng: Random) -> Question | None:
-    """The colour of a shape or of a size and shape that comes in one colour only."""
+    """Asks for the colour of a shape, or of a size and shape, whose objects all have the same colour."""
     kinds: dict[str, set[str]] = {}
     for thing in things:
         for name in (thing.shape, f"{_SIZES[thing.size]} {thing.shape}"):
@@ -110,28 +113,28 @@ def _color(things: Sequence[Thing], rng: Random) -> Question | None:
 
 
 def _size(things: Sequence[Thing], rng: Random) -> Question | None:
-    """The size of a colour and shape that comes in one size only."""
+    """Asks for the size of a colour and shape whose objects all have the same size."""
     kinds: dict[str, set[int]] = {}
     for thing in things:
         kinds.setdefault(f"{thing.color} {thing.shape}", set()).add(thing.size)
     unique = sorted(name for name, sizes in kinds.items() if len(sizes) == 1)
     if not unique:
         return None
-    # Most objects are medium, so the size is drawn first: always answering "medium" must not be enough.
+    # Most objects are medium. The size is therefore drawn first, so that the constant answer "medium" scores low.
     size = rng.choice(sorted({next(iter(kinds[name])) for name in unique}))
     name = rng.choice([name for name in unique if kinds[name] == {size}])
     return Question("size", f"what size is the {name}", (_SIZES[size],))
 
 
 def _box(boxes: Sequence[Sequence[Thing]], rng: Random) -> Question | None:
-    """Where an object is in its box; only objects whose description is unique there."""
-    places = [
-        (place, thing)
-        for place, box in enumerate(boxes)
+    """Asks for the bounding box of an object whose description is unique within its box."""
+    candidates = [
+        (index, thing)
+        for index, box in enumerate(boxes)
         for thing in box
         if sum(other.name == thing.name for other in box) == 1
     ]
-    if not places:
+    if not candidates:
         return None
-    place, thing = rng.choice(places)
-    return Question("box", f"detect {thing.name}", (format_locations(thing.box),), metric="box_iou", box=place)
+    index, thing = rng.choice(candidates)
+    return Question("box", f"detect {thing.name}", (format_locations(thing.box),), metric="box_iou", box=index)

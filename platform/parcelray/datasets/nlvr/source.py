@@ -1,11 +1,12 @@
-"""NLVR: sentences written by people about pictures of three boxes (Suhr, Lewis, Yeh and Artzi, ACL 2017; data under CC-BY-4.0).
+"""The NLVR corpus: human-written sentences about pictures of three boxes (Suhr et al., ACL 2017; CC-BY-4.0).
 
-A picture is 400 x 100 pixels: three boxes of 100 x 100 at x = 0, 150 and 300. Each sentence has six pictures, the
-permutations of its boxes; picture p shows box `PERMUTATIONS[p][k]` of the structured representation at place k.
-(Checked by drawing the representation: of the six orders this one is the nearest to the pixels, or as near as another,
-in all 11,874 pictures of the two splits.)
+A picture has 400 x 100 pixels: three boxes of 100 x 100 pixels at x = 0, 150 and 300. Each sentence has six pictures,
+one for each permutation of its boxes. Position k of picture p shows box `PERMUTATIONS[p][k]` of the structured
+representation. This order was verified by rendering the representation: in all 11,874 pictures of the two splits, no
+other order is closer to the pixels.
 
-The corpus's own scores are accuracy over pictures, and consistency: the share of sentences with all pictures right.
+The metrics of the corpus are accuracy over pictures, and consistency: the fraction of sentences whose pictures are all
+answered correctly.
 """
 
 import functools
@@ -22,18 +23,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from parcelray.datasets.images import decode_image
 from parcelray.datasets.nlvr.questions import TASKS, Question, Thing, questions_of
 from parcelray.datasets.sample import Sample
 from parcelray.datasets.source import SampleGroup
 from parcelray.errors import UserError
 
 BOX = 100
-"""Side of a box, pixels."""
+"""Side of a box in pixels."""
 BOX_STARTS = (0, 150, 300)
 PERMUTATIONS = tuple(itertools.permutations(range(3)))
 _VALIDATION_SHARE = 0.15
 _BOX_WEIGHT = 0.2
-"""Share of the training steps with box questions; the others draw from the questions about the whole picture alike."""
+"""Fraction of the training steps with box questions; the other steps draw from all other questions uniformly."""
 
 _COLUMNS = ("sentence", "label", "identifier", "permutation", "directory", "structured_rep", "image")
 
@@ -52,35 +54,37 @@ class NlvrRow(NamedTuple):
     permutation: int
     directory: str
     things: tuple[tuple[Thing, ...], ...]
-    """Objects of each box, boxes in the order of the picture."""
+    """Objects of each box, in the order of the picture."""
     image: bytes | Path
-    """PNG bytes, or where they are."""
+    """PNG bytes, or the path of the PNG file."""
 
 
 class _Item(NamedTuple):
+    """A question about the picture in a row of the split."""
+
     row: int
     question: Question
 
 
 @dataclass(frozen=True)
 class NlvrSource:
-    """NLVR as a `SampleSource`.
+    """A `SampleSource` over NLVR.
 
-    Groups, by number of images: `boxes` (three images a prompt) or `picture` (one), and `box` (one image: the box
+    The groups are `boxes` (three images per prompt) or `picture` (one image), and `box` (one image, for the box
     questions).
 
     Args:
         path: folder with dev.parquet and test.parquet, or the corpus's repository (nlvr/dev/dev.json and its images).
         split: split of the corpus.
-        part: `train` and `validation` are disjoint sets of the split's directories (sentences that were written
-            together).
-        view: three boxes as three images, or the whole picture as one (padded to a square with its background).
-        questions: `statement`, and kinds of derived questions.
-        seed: of the choice of validation directories and of derived questions.
-        image_size: side of the images, pixels.
+        part: part of the split. `train` and `validation` are disjoint sets of its directories; a directory contains
+            sentences that were written together.
+        view: three boxes as three images, or the whole picture as one image, padded to a square with its background.
+        questions: names from `TASKS`: `statement`, and kinds of derived questions.
+        seed: seed of the validation directories and of the derived questions.
+        image_size: side of the images in pixels.
 
     Raises:
-        UserError: the corpus is not there, or not as expected.
+        UserError: the corpus is missing or malformed.
     """
 
     path: Path
@@ -94,17 +98,17 @@ class NlvrSource:
     def __post_init__(self) -> None:
         unknown = [name for name in self.questions if name not in TASKS]
         if unknown or not self.questions:
-            raise UserError(f"NLVR has no questions {unknown}; choose at least one of {', '.join(TASKS)}.")
+            raise UserError(f"NLVR has no question kinds {unknown}; choose at least one of {', '.join(TASKS)}.")
         if _layout(self.path, self.split) is None:
             raise UserError(
-                f"{self.path} holds no NLVR corpus (neither {self.split}.parquet nor"
+                f"{self.path} contains no NLVR corpus (neither {self.split}.parquet nor"
                 f" nlvr/{self.split}/{self.split}.json); get the corpus NLVR by Suhr et al. (ACL 2017) and set"
                 " data.path to its folder: --set data.path=FOLDER."
             )
 
     @property
     def groups(self) -> Sequence[SampleGroup]:
-        """The groups that the chosen questions fill; weights sum to 1."""
+        """The non-empty groups of the chosen questions; their weights sum to 1."""
         sizes = {name: len(items) for name, items in _items(self).items() if items}
         shares = {name: _BOX_WEIGHT if name == "box" else 1 - _BOX_WEIGHT for name in sizes}
         total = sum(shares.values())
@@ -113,16 +117,16 @@ class NlvrSource:
         )
 
     def get(self, group: str, index: int) -> Sample:
-        """Sample `index` of a group.
+        """Reads sample `index` of a group.
 
         Raises:
-            UserError: there is no such group.
-            IndexError: the index is past the end of the group.
+            UserError: the group is not one of `groups`.
+            IndexError: the index is out of range.
         """
         items = _items(self).get(group)
         if not items:
             raise UserError(
-                f"NLVR has no group {group!r} with these questions; its groups are"
+                f"NLVR has no group {group!r} with the chosen questions; legal:"
                 f" {', '.join(each.name for each in self.groups)}."
             )
         if not 0 <= index < len(items):
@@ -144,12 +148,12 @@ class NlvrSource:
 
     @property
     def pictures(self) -> Sequence[NlvrRow]:
-        """The pictures of the part, in the corpus's order; those of a sentence stand together."""
+        """The pictures of the part, in the order of the corpus; the pictures of a sentence are consecutive."""
         rows = _rows(self.path, self.split)
         return tuple(rows[row] for row in _part(self))
 
     def questions_in_order(self) -> Iterator[tuple[str, int, NlvrRow]]:
-        """Group, index and picture of every question."""
+        """Yields group, index within the group, and picture of every question."""
         rows = _rows(self.path, self.split)
         for group, items in _items(self).items():
             for index, item in enumerate(items):
@@ -160,7 +164,7 @@ class NlvrSource:
         if question.box is not None:
             return (self._png(_box(picture, question.box)),)
         if self.view == "boxes":
-            return tuple(self._png(_box(picture, place)) for place in range(3))
+            return tuple(self._png(_box(picture, index)) for index in range(3))
         square = Image.new("RGB", (picture.width, picture.width), picture.getpixel((BOX + 1, 0)))
         square.paste(picture, (0, (picture.width - picture.height) // 2))
         return (self._png(square),)
@@ -176,27 +180,27 @@ class NlvrSource:
 def _open(row: NlvrRow) -> Image.Image:
     data = row.image if isinstance(row.image, bytes) else row.image.read_bytes()
     try:
-        return Image.open(io.BytesIO(data)).convert("RGB")
-    except OSError:
-        raise UserError(f"The picture of NLVR row {row.id} cannot be decoded; fetch the corpus again.") from None
+        return decode_image(data)
+    except UserError:
+        raise UserError(f"The picture of NLVR row {row.id} cannot be decoded; download the corpus again.") from None
 
 
-def _box(picture: Image.Image, place: int) -> Image.Image:
-    left = BOX_STARTS[place]
+def _box(picture: Image.Image, index: int) -> Image.Image:
+    left = BOX_STARTS[index]
     return picture.crop((left, 0, left + BOX, BOX))
 
 
 def _layout(path: Path, split: str) -> Path | None:
-    """The file that lists a split's rows; None if there is none."""
+    """Finds the file that lists the rows of a split; None if there is none."""
     candidates = (path / f"{split}.parquet", path / "nlvr" / split / f"{split}.json", path / split / f"{split}.json")
     return next((file for file in candidates if file.is_file()), None)
 
 
 @functools.lru_cache(maxsize=4)
 def _rows(path: Path, split: str) -> tuple[NlvrRow, ...]:
-    """All pictures of a split, in the corpus's order; read once per process."""
+    """Reads all pictures of a split in the order of the corpus, once per process."""
     file = _layout(path, split)
-    assert file is not None, "checked when the source was made"
+    assert file is not None, "checked when the source was created"
     if file.suffix == ".parquet":
         return tuple(
             _row(
@@ -220,8 +224,8 @@ def _rows(path: Path, split: str) -> tuple[NlvrRow, ...]:
             )
             if not image.is_file():
                 raise UserError(
-                    f"{image} is not there; the corpus NLVR has six pictures for each sentence of {file.name}: fetch"
-                    " its images too."
+                    f"{image} does not exist, but NLVR has six pictures for each sentence of {file.name}; download its"
+                    " images too."
                 )
             rows.append(
                 _row(
@@ -242,10 +246,12 @@ def _read_parquet(file: Path) -> pa.Table:
     try:
         names = pq.read_schema(file).names
     except pa.ArrowInvalid:
-        raise UserError(f"{file} is not a parquet file; fetch the corpus NLVR again.") from None
+        raise UserError(f"{file} is not a parquet file; download the NLVR corpus again.") from None
     missing = [name for name in _COLUMNS if name not in names]
     if missing:
-        raise UserError(f"{file} lacks the columns {', '.join(missing)}; NLVR's have {', '.join(_COLUMNS)}.")
+        raise UserError(
+            f"{file} lacks the columns {', '.join(missing)}; give NLVR files with the columns {', '.join(_COLUMNS)}."
+        )
     return pq.read_table(file, columns=list(_COLUMNS), memory_map=True)
 
 
@@ -260,7 +266,7 @@ def _row(
     split: str,
 ) -> NlvrRow:
     parsed = json.loads(boxes) if isinstance(boxes, str) else boxes
-    things = tuple(tuple(Thing.from_json(entry) for entry in parsed[place]) for place in PERMUTATIONS[permutation])
+    things = tuple(tuple(Thing.from_json(entry) for entry in parsed[box]) for box in PERMUTATIONS[permutation])
     return NlvrRow(
         f"{split}-{identifier}-{permutation}", sentence, label, identifier, permutation, directory, things, image
     )
@@ -268,7 +274,7 @@ def _row(
 
 @functools.lru_cache(maxsize=8)
 def _items(source: NlvrSource) -> dict[str, tuple[_Item, ...]]:
-    """Every question of a source by group, statements first and whole sentences together."""
+    """Creates all questions of a source by group, in the order of the pictures."""
     groups: dict[str, list[_Item]] = {source.view: [], "box": []}
     rows = _rows(source.path, source.split)
     for index in _part(source):
@@ -280,7 +286,7 @@ def _items(source: NlvrSource) -> dict[str, tuple[_Item, ...]]:
 
 @functools.lru_cache(maxsize=8)
 def _part(source: NlvrSource) -> tuple[int, ...]:
-    """Indices of the part's pictures."""
+    """Gives the row indices of the part's pictures."""
     rows = _rows(source.path, source.split)
     held_out = _validation_directories({row.directory for row in rows}, source.seed)
     return tuple(
@@ -291,6 +297,6 @@ def _part(source: NlvrSource) -> tuple[int, ...]:
 
 
 def _validation_directories(directories: set[str], seed: int) -> set[str]:
-    """A seeded share of the directories, at least one where there are two."""
+    """Selects a seeded fraction of the directories, and at least one if there are two."""
     shuffled = sorted(directories, key=lambda name: hashlib.blake2b(f"{seed}/{name}".encode()).digest())
     return set(shuffled[: max(len(shuffled) > 1, round(_VALIDATION_SHARE * len(shuffled)))])

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from parcelray.config.connector import ConnectorConfig
 from parcelray.config.evaluate import BLIND, EvaluateJob
-from parcelray.config.loader import config_hash
+from parcelray.config.identity import config_hash
 from parcelray.errors import UserError
 from parcelray.evaluation.adaptive.adaptive_budget import (
     AFTER,

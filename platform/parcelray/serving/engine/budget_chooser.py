@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from parcelray.config.budget_policy import InputPolicyConfig
+from parcelray.config.serve import InputPolicyConfig
 from parcelray.errors import UserError
 from parcelray.evaluation.adaptive.budget_predictor import BudgetPredictor
 from parcelray.evaluation.adaptive.budget_signals import SignalReader, pool

@@ -4,17 +4,18 @@ Strict: an unknown field or a wrong type is refused with the legal ones, because
 count.
 """
 
-import re
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import from_json
 
+from parcelray.config.explain import problems, sentence
 from parcelray.serving.http.api_errors import ApiError
 
 _SHOWN = 80
-"""Characters of a refused value that an answer repeats."""
+"""Longest part of a rejected value that an error message repeats, characters."""
+_LONGEST_MESSAGE = 300
 Detail = Literal["low", "high", "auto"]
 _LONGEST_STOP = 64
 _MOST_STOPS = 4
@@ -38,7 +39,7 @@ def _legal_stop(value: Any) -> Any:
         len(texts) > _MOST_STOPS or not all(isinstance(text, str) and 1 <= len(text) <= _LONGEST_STOP for text in texts)
     ):
         raise ValueError(
-            f"legal is a text, or a list of at most {_MOST_STOPS}, of 1 to {_LONGEST_STOP} characters each"
+            f"legal is a string, or a list of at most {_MOST_STOPS} strings, of 1 to {_LONGEST_STOP} characters each"
         )
     return value
 
@@ -247,52 +248,16 @@ def parse_chat(body: bytes, budgets: Sequence[int]) -> ChatRequest:
         raise _explained(error, budgets) from None
 
 
-# pydantic names the members of a union in a location; a client knows only its own keys.
-_UNION_MEMBERS = re.compile(
-    r"^(str|int|list\[.*|literal\[.*|constrained-.*|function-.*|user|system|developer|text|image_url)$"
-)
-
-
 def _explained(error: ValidationError, budgets: Sequence[int]) -> ApiError:
-    problems = error.errors(include_url=False, include_context=False)
-    # Of a union every member is reported; the deepest one is the member that was meant.
-    problem = max(problems, key=lambda each: len(each["loc"]))
-    path = _path(problem["loc"])
-    kind = str(problem["type"])
-    if kind == "extra_forbidden":
-        legal = ""
-        if len(problem["loc"]) == 1:
-            legal = f"; legal here: {', '.join(sorted(ChatRequest.model_fields))}"
-        return ApiError(422, f"{_short(path)} is not a known field{legal}.", code="unknown_field", param=_short(path))
-    message = str(problem["msg"]).removeprefix("Value error, ")
-    if kind == "missing":
-        return ApiError(422, f"{path} is missing; add it.", code="missing_field", param=path)
-    if path.endswith("visual_tokens") and kind != "model_type":
-        message = f"{path} is {_shown(problem['input'])}; legal are {', '.join(map(str, budgets))} and auto."
+    # The error at the deepest key belongs to the variant of a union that the client meant.
+    problem = max(problems(ChatRequest, error), key=lambda each: each.path.count("."))
+    problem = problem._replace(path=_short(problem.path), message=_short(problem.message, _LONGEST_MESSAGE))
+    kind, path = problem.kind, problem.path
+    if path.endswith("visual_tokens") and kind not in ("extra_forbidden", "missing", "model_type"):
+        message = f"{path} is {_shown(problem.value)}; legal are {', '.join(map(str, budgets))} and auto."
         return ApiError(422, message, code="unsupported_budget", param=path)
-    if not problem["loc"]:
-        return ApiError(422, f"{message[:1].upper()}{message[1:]}.", code="invalid_request")
-    return ApiError(
-        422,
-        f"{path} is {_shown(problem['input'])}: {message[:1].lower()}{_short(message[1:], 300)}.",
-        code="invalid_value",
-        param=path,
-    )
-
-
-def _path(location: tuple[int | str, ...]) -> str:
-    kept: list[str] = []
-    for index, part in enumerate(location):
-        # `image_url` is a tag after a number and a key after that tag.
-        is_member = (
-            isinstance(part, str)
-            and index > 0
-            and (isinstance(location[index - 1], int) or part not in ("text", "image_url", "user"))
-        )
-        if is_member and _UNION_MEMBERS.match(str(part)):
-            continue
-        kept.append(str(part))
-    return ".".join(kept)
+    code = {"extra_forbidden": "unknown_field", "missing": "missing_field"}.get(kind, "invalid_value")
+    return ApiError(422, f"{sentence(problem, _shown)}.", code=code if path else "invalid_request", param=path or None)
 
 
 def _shown(value: Any) -> str:
@@ -307,8 +272,8 @@ def _kind(value: Any) -> str:
     return {
         dict: "an object",
         list: "a list",
-        str: "a text",
-        bool: "a truth value",
+        str: "a string",
+        bool: "a boolean",
         int: "a number",
         float: "a number",
     }.get(type(value), "null")

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from time import monotonic
 from typing import NamedTuple
 
-from parcelray.config.budget_policy import (
+from parcelray.config.serve import (
     FixedPolicyConfig,
     InputPolicyConfig,
     LoadPolicyConfig,

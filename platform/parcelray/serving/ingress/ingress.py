@@ -17,7 +17,7 @@ from ray import serve
 from starlette.types import ASGIApp
 
 from parcelray.config.base import StrictModel
-from parcelray.config.loader import identity
+from parcelray.config.identity import identity
 from parcelray.config.serve import ServeJob
 from parcelray.profiling.backbone_shapes import from_transformers_config
 from parcelray.profiling.flops import CostBreakdown, cost

@@ -1,8 +1,7 @@
 """The replicas of a model: what they are built from (here), how they are loaded, and the class that Serve runs."""
 
 from parcelray.config.base import StrictModel
-from parcelray.config.budget_policy import InputPolicyConfig
-from parcelray.config.serve import EngineConfig, ServedModelConfig
+from parcelray.config.serve import EngineConfig, InputPolicyConfig, ServedModelConfig
 
 
 class ReplicaSettings(StrictModel):

@@ -1,0 +1,64 @@
+"""The identity of a run: a hash of everything in the job that decides its result."""
+
+import hashlib
+import json
+from typing import Any
+
+from parcelray.config.evaluate import EvaluateJob
+from parcelray.config.promote import PromoteJob
+from parcelray.config.serve import ServeJob
+from parcelray.config.train import TrainJob
+from parcelray.config.tune import TuneJob
+
+StoredJob = TrainJob | EvaluateJob | TuneJob | PromoteJob
+"""Jobs that leave files in a run folder."""
+Job = StoredJob | ServeJob
+
+# Storage, tracking, compute resources and what runs after the job itself do not change the result. Jobs that were
+# stored before the key was renamed have `rivals` instead of `baselines`.
+_NOT_IDENTITY = (
+    "storage",
+    "tracking",
+    "scaling",
+    "compute",
+    "max_concurrent",
+    "stall_s",
+    "baselines",
+    "rivals",
+    "confirm",
+)
+
+
+def identity(job: Job) -> str:
+    """The identity `<kind>-<name>-<hash8>` of a resolved job; jobs with the same identity are the same run."""
+    return f"{job.kind}-{job.name}-{config_hash(job)}"
+
+
+def config_hash(job: Job) -> str:
+    """First 8 hex digits of the sha256 of the canonical JSON of everything that decides the result.
+
+    Unset values are left out. A key that a later version adds does not change the identity of existing jobs.
+    """
+    text = json.dumps(decisive(job.model_dump(mode="json", exclude_none=True)), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def decisive(job: dict[str, Any]) -> dict[str, Any]:
+    """The part of a resolved job that decides its result, applied to nested jobs as well."""
+    return {
+        key: decisive(value) if isinstance(value, dict) else value
+        for key, value in job.items()
+        if key not in _NOT_IDENTITY
+    }
+
+
+def differing_keys(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    """Key paths whose values differ, each as `path: old -> new`."""
+    lines = []
+    for key in sorted(old.keys() | new.keys()):
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, dict) and isinstance(after, dict):
+            lines += differing_keys(before, after, f"{prefix}{key}.")
+        elif before != after:
+            lines.append(f"{prefix}{key}: {before!r} -> {after!r}")
+    return lines
