@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from parcelray.bench.measure import Measure, Report, interquartile_range, machine_info, time_pairs
-from parcelray.benchmarks.readers.base import DataPin, RowSamples
+from parcelray.benchmarks.readers.base import DatasetFingerprint, RowSamples
 from parcelray.benchmarks.readers.samples import SamplesReader
 from parcelray.cluster.session import ray_session
 from parcelray.config.connector import ParcelConnectorConfig
@@ -214,7 +214,7 @@ class _Repeated(SamplesReader):
 
     count: int = 0
 
-    def pin(self) -> DataPin:
+    def pin(self) -> DatasetFingerprint:
         """As of the samples."""
         return super().pin()._replace(rows=self.count)
 

@@ -3,9 +3,7 @@
 from pathlib import Path
 
 from parcelray.benchmarks.readers.base import BenchmarkReader
-from parcelray.benchmarks.readers.mini import MiniReader
-from parcelray.benchmarks.readers.nlvr import NlvrReader
-from parcelray.benchmarks.readers.samples import SamplesReader
+from parcelray.benchmarks.readers.samples import MiniReader, NlvrReader, SamplesReader
 from parcelray.benchmarks.readers.table import TableReader
 from parcelray.config import benchmark as config
 from parcelray.datasets.nlvr.source import NlvrSource

@@ -9,8 +9,7 @@ import pytest
 from parcelray.benchmarks.metrics import metric
 from parcelray.benchmarks.metrics.box_iou import iou
 from parcelray.benchmarks.metrics.mask_decoder import MaskDecoder, load_mask_decoder
-from parcelray.benchmarks.metrics.masks import decode_mask, polygon_mask
-from parcelray.benchmarks.metrics.refseg_miou import mask_iou, read_segmentation
+from parcelray.benchmarks.metrics.refseg_miou import decode_mask, mask_iou, polygon_mask, read_segmentation
 from parcelray.datasets.boxes import Box, format_locations, parse_locations
 from parcelray.errors import UserError
 

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from parcelray.benchmarks.metrics import metric
-from parcelray.benchmarks.metrics.caption_tokens import caption_tokens
-from parcelray.benchmarks.metrics.cider import cider_d
+from parcelray.benchmarks.metrics.cider import caption_tokens, cider_d
 
 _OFFICIAL = json.loads((Path(__file__).parent / "official_scores.json").read_text(encoding="utf-8"))
 

@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from parcelray.benchmarks.metrics import all_metrics, metric
+from parcelray.benchmarks.metrics import METRICS, metric
 from parcelray.errors import UserError
 
 _METADATA = {
@@ -18,11 +18,14 @@ _METADATA = {
 }
 
 
+_ALL = [metric for variants in METRICS.values() for metric in variants.values()]
+
+
 def test_names_lead_to_their_variants() -> None:
     assert metric("vqa_accuracy").variant == "leave_one_out"
     assert metric("vqa_accuracy:simple").variant == "simple"
     assert metric("exact_match").variant == "lenient"
-    for each in all_metrics():
+    for each in _ALL:
         assert metric(f"{each.name}:{each.variant}") == each
 
 
@@ -34,14 +37,12 @@ def test_unknown_names_are_answered_with_the_nearest() -> None:
 
 
 def test_only_metrics_of_independent_samples_are_additive() -> None:
-    assert {each.name for each in all_metrics() if not each.additive} == {"cider", "mmbench", "mme", "pope", "rsvqa"}
+    assert {each.name for each in _ALL if not each.additive} == {"cider", "mmbench", "mme", "pope", "rsvqa"}
     assert metric("mme").paper_scale == 1
 
 
 def _all_but_masks():
-    return [
-        pytest.param(each, id=f"{each.name}:{each.variant}") for each in all_metrics() if each.name != "refseg_miou"
-    ]
+    return [pytest.param(each, id=f"{each.name}:{each.variant}") for each in _ALL if each.name != "refseg_miou"]
 
 
 @pytest.mark.parametrize("each", _all_but_masks())

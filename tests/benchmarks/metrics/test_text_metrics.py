@@ -6,7 +6,7 @@ import pytest
 
 from parcelray.benchmarks.metrics import metric
 from parcelray.benchmarks.metrics.anls import edit_distance
-from parcelray.benchmarks.metrics.consistency import consistency
+from parcelray.benchmarks.metrics.nlvr2 import consistency
 from parcelray.errors import UserError
 
 

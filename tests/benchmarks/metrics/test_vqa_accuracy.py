@@ -5,7 +5,7 @@ import math
 import pytest
 
 from parcelray.benchmarks.metrics import metric
-from parcelray.benchmarks.metrics.vqa_text import m4c_pre_step, normalize
+from parcelray.benchmarks.metrics.vqa_accuracy import m4c_pre_step, normalize
 
 
 def _value(name, prediction, sample):

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from parcelray.benchmarks.readers.base import Problem, RowSamples
-from parcelray.benchmarks.readers.mini import MiniReader
+from parcelray.benchmarks.readers.samples import MiniReader
 
 from ...processes import LIMIT_S
 

@@ -25,7 +25,7 @@ from parcelray.benchmarks.metrics.vizwiz import VIZWIZ
 from parcelray.benchmarks.metrics.vqa_accuracy import VQA_ACCURACY
 from parcelray.errors import UserError
 
-_METRICS: Mapping[str, Mapping[str, Metric]] = {
+METRICS: Mapping[str, Mapping[str, Metric]] = {
     "anls": ANLS,
     "box_iou": BOX_IOU,
     "cider": CIDER,
@@ -58,22 +58,17 @@ def metric(name: str, *, mask_decoder: Path | None = None) -> Metric:
         UserError: there is no such metric or variant.
     """
     family, _, variant = name.partition(":")
-    if family not in _METRICS:
+    if family not in METRICS:
         raise UserError(
-            f"There is no metric {family!r}{_similar(family, _METRICS)}; the metrics are {', '.join(_METRICS)}."
+            f"There is no metric {family!r}{_similar(family, METRICS)}; the metrics are {', '.join(METRICS)}."
         )
-    members = _METRICS[family]
+    members = METRICS[family]
     if variant and variant not in members:
         raise UserError(
             f"{family} has no variant {variant!r}{_similar(variant, members)}; its variants are {', '.join(members)}."
         )
     found = members[variant] if variant else next(iter(members.values()))
     return dataclasses.replace(found, mask_decoder=mask_decoder) if isinstance(found, RefSegMiou) else found
-
-
-def all_metrics() -> tuple[Metric, ...]:
-    """Every metric in every variant; of each name, the default variant first."""
-    return tuple(member for members in _METRICS.values() for member in members.values())
 
 
 def _similar(name: str, known: Mapping[str, object]) -> str:

@@ -3,9 +3,12 @@
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 from parcelray.datasets.sample import Sample
+from parcelray.errors import UserError
+
+T = TypeVar("T")
 
 
 class MetricResult(NamedTuple):
@@ -116,6 +119,21 @@ def by_metadata(key: str) -> Callable[[Sample], tuple[str, ...]]:
         return () if value is None else (f"{key}/{value}",)
 
     return groups
+
+
+def needed(sample: Sample, key: str, kind: type[T], metric: str) -> T:
+    """A sample's metadata under a key.
+
+    Raises:
+        UserError: it is missing, or of another type.
+    """
+    value = sample.metadata.get(key)
+    if not isinstance(value, kind):
+        raise UserError(
+            f"The metric {metric} needs metadata {key!r} ({kind.__name__}) on every sample, but sample {sample.id!r} of"
+            f" {sample.benchmark} has {value!r}; give the benchmark a column for {key!r}, or choose another metric."
+        )
+    return value
 
 
 def count_unparsed(judged: Iterable[Judgement]) -> int:

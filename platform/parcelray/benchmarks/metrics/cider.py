@@ -11,13 +11,13 @@ All references of an image count; give them all as the sample's answers.
 """
 
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from parcelray.benchmarks.metrics.base import MetricResult, scored_mean, variants
-from parcelray.benchmarks.metrics.caption_tokens import caption_tokens
 from parcelray.datasets.sample import Sample
 
 _ORDERS = 4
@@ -108,6 +108,58 @@ def _similarity(candidate: _Weighted, reference: _Weighted) -> float:
             total += overlap / (norm * other_norm)
     difference = candidate.length - reference.length
     return total / _ORDERS * math.exp(-(difference**2) / (2 * _SIGMA**2))
+
+
+_REMOVED = frozenset({'"', "''", "'", "``", "`", ".", "?", "!", ",", ":", "-", "--", "...", ";"})
+_BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
+_TYPOGRAPHY = str.maketrans(
+    {"\u2018": "'", "\u2019": "'", "\u201c": '"', "\u201d": '"', "\u2013": " -- ", "\u2014": " -- ", "\u2026": "..."}
+)
+_ABBREVIATIONS = (
+    "mr|mrs|ms|dr|prof|st|ave|blvd|jr|sr|vs|etc|inc|ltd|co|corp|dept|est|gen|gov|sen|rep|rev|lt|col|sgt|capt|mt|ft|"
+    "jan|feb|mar|apr|jun|jul|aug|sep|sept|oct|nov|dec"
+)
+_TOKEN = re.compile(
+    rf"""
+    <[^<>\s]+>                                     # a tag
+    | [\w.+-]+@[\w-]+(?:\.[\w-]+)+                 # an address
+    | (?:https?://|www\.)[^\s,;]+
+    | (?:[^\W\d_]\.){{2,}}                         # u.s.
+    | ph\.d\.?
+    | (?:{_ABBREVIATIONS})\.(?=\s|,|$)
+    | no\.(?=\s*\d)
+    | [@\#][^\W\d]\w*                              # names and tags
+    | \d+(?:[.,:/]\d+)*(?:[\w/-]*\w)?              # 3.5-inch, 1,000, 10:30, 1/2
+    | '(?:tis|twas)\b | n't\b | y'(?=all\b)
+    | o'clock\b | ma'am\b | [odl]'(?=[^\W\d_])\w+
+    | [^\W\d_]\w*(?:[-/._&]\w+)*                   # a word, and its parts
+    | '(?:s|re|ve|ll|d|m)\b
+    | '\d0s | \.{{2,}} | -{{2,}} | [?!]+ | \S
+    """,
+    re.VERBOSE,
+)
+_NEGATION = re.compile(r"(?<=[^\W\d_])n't\b")
+_PAIRS = {
+    "cannot": ("can", "not"),
+    "gonna": ("gon", "na"),
+    "gotta": ("got", "ta"),
+    "wanna": ("wan", "na"),
+    "gimme": ("gim", "me"),
+    "lemme": ("lem", "me"),
+    "'tis": ("'t", "is"),
+    "'twas": ("'t", "was"),
+}
+
+
+def caption_tokens(text: str) -> list[str]:
+    """A caption's tokens in lower case, punctuation removed."""
+    clean = _NEGATION.sub(" n't", text.lower().translate(_TYPOGRAPHY))
+    tokens = (part for token in _TOKEN.findall(clean) for part in _PAIRS.get(token, (_BRACKETS.get(token, token),)))
+    return [token for token in tokens if not _is_removed(token)]
+
+
+def _is_removed(token: str) -> bool:
+    return token in _REMOVED or not token.strip(".") or not token.strip("-")
 
 
 CIDER = variants((Cider("ptb", caption_tokens), Cider("pretokenized", str.split)))

@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 from parcelray.benchmarks.metrics.base import UNSCORED, Judgement, PerSampleMetric, variants
 from parcelray.benchmarks.metrics.exact_match import as_is, normalize
-from parcelray.benchmarks.metrics.numerals import NUMERALS
+from parcelray.benchmarks.metrics.vqa_accuracy import NUMERALS
 from parcelray.datasets.sample import Sample
 
 

@@ -16,9 +16,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from parcelray.benchmarks.metrics.base import MetricResult, count_unparsed, scored_mean, variants
+from parcelray.benchmarks.metrics.base import MetricResult, count_unparsed, needed, scored_mean, variants
 from parcelray.benchmarks.metrics.multiple_choice import judge_choice, read_option
-from parcelray.benchmarks.metrics.needed import needed
 from parcelray.datasets.sample import Sample
 
 _ROTATION = 1_000_000

@@ -21,10 +21,10 @@ from parcelray.benchmarks.metrics.base import (
     Judgement,
     MetricResult,
     count_unparsed,
+    needed,
     scored_mean,
     variants,
 )
-from parcelray.benchmarks.metrics.needed import needed
 from parcelray.datasets.sample import Sample
 from parcelray.errors import UserError
 

@@ -19,8 +19,15 @@ import re
 import string
 from collections.abc import Callable, Sequence
 
-from parcelray.benchmarks.metrics.base import UNPARSED, UNSCORED, Judgement, PerSampleMetric, by_metadata, variants
-from parcelray.benchmarks.metrics.needed import needed
+from parcelray.benchmarks.metrics.base import (
+    UNPARSED,
+    UNSCORED,
+    Judgement,
+    PerSampleMetric,
+    by_metadata,
+    needed,
+    variants,
+)
 from parcelray.datasets.sample import Sample
 
 Reader = Callable[[str, Sequence[str]], str | None]

@@ -11,7 +11,7 @@ Metadata read: `identifier` (optional; the sentence, shared by its image pairs),
 MaRVL).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from parcelray.benchmarks.metrics.base import (
@@ -23,7 +23,6 @@ from parcelray.benchmarks.metrics.base import (
     by_metadata,
     variants,
 )
-from parcelray.benchmarks.metrics.consistency import consistency
 from parcelray.datasets.sample import Sample
 
 _MEANINGS = {"true": True, "yes": True, "false": False, "no": False}
@@ -32,6 +31,21 @@ _MEANINGS = {"true": True, "yes": True, "false": False, "no": False}
 def read_truth(text: str) -> bool | None:
     """What an answer says; None if it says neither."""
     return _MEANINGS.get(text.strip().rstrip(".").lower())
+
+
+def consistency(scores: Iterable[tuple[str, float]]) -> float:
+    """Share of sentences with all their images right.
+
+    Args:
+        scores: (sentence, score of one of its images), in any order; a NaN is not right.
+
+    Returns:
+        0 to 1; NaN without scores.
+    """
+    right: dict[str, bool] = {}
+    for sentence, value in scores:
+        right[sentence] = right.get(sentence, True) and value == 1.0
+    return sum(right.values()) / len(right) if right else float("nan")
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,8 @@ Metadata read: `question_type` (needed).
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from parcelray.benchmarks.metrics.base import MetricResult, count_unparsed, group_means, scored_mean, variants
+from parcelray.benchmarks.metrics.base import MetricResult, count_unparsed, group_means, needed, scored_mean, variants
 from parcelray.benchmarks.metrics.exact_match import matcher
-from parcelray.benchmarks.metrics.needed import needed
 from parcelray.datasets.sample import Sample
 
 _TYPES = ("comp", "presence", "rural_urban")

@@ -23,7 +23,7 @@ from parcelray.benchmarks.metrics.base import (
     scored_mean,
     variants,
 )
-from parcelray.benchmarks.metrics.vqa_text import m4c_pre_step, normalize
+from parcelray.benchmarks.metrics.vqa_accuracy import m4c_pre_step, normalize
 from parcelray.datasets.sample import Sample
 
 _UNANSWERABLE = "unanswerable"

@@ -26,7 +26,7 @@ class RowSamples(NamedTuple):
     """What is wrong with the row."""
 
 
-class DataPin(NamedTuple):
+class DatasetFingerprint(NamedTuple):
     """What the data of a result are; another pin under the same name is a drift."""
 
     revision: str
@@ -47,7 +47,7 @@ class BenchmarkReader(Protocol):
     def name(self) -> str:
         """Of the benchmark."""
 
-    def pin(self) -> DataPin:
+    def pin(self) -> DatasetFingerprint:
         """What the data are; reads no images."""
 
     def order(self) -> Sequence[int]:

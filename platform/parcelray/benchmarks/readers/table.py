@@ -9,10 +9,9 @@ from string import Formatter
 from typing import Any
 
 from parcelray.benchmarks.metrics.multiple_choice import letters
-from parcelray.benchmarks.readers.base import DataPin, Problem, RowSamples, ids_digest
+from parcelray.benchmarks.readers.base import DatasetFingerprint, Problem, RowSamples, ids_digest
 from parcelray.benchmarks.tables.images import BadCell, cell_images, image_size, video_frames, with_box
-from parcelray.benchmarks.tables.locate import open_rows
-from parcelray.benchmarks.tables.rows import Row, Rows
+from parcelray.benchmarks.tables.rows import Row, Rows, open_rows
 from parcelray.config.benchmark import (
     AnswersConfig,
     BenchmarkConfig,
@@ -55,7 +54,7 @@ class TableReader:
         """Of the benchmark."""
         return self.benchmark.name
 
-    def pin(self) -> DataPin:
+    def pin(self) -> DatasetFingerprint:
         """See `BenchmarkReader`.
 
         Raises:
@@ -71,7 +70,7 @@ class TableReader:
         if len(set(ids)) < len(ids):
             twice = next(name for name in ids if ids.count(name) > 1)
             raise UserError(f"{self.name}: more than one row has the id {twice!r}; name more columns in columns.id.")
-        return DataPin(" ".join(table.revision for _, table in self._tables), len(rows), ids_digest(ids))
+        return DatasetFingerprint(" ".join(table.revision for _, table in self._tables), len(rows), ids_digest(ids))
 
     def order(self) -> Sequence[int]:
         """See `BenchmarkReader`."""

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from parcelray.benchmarks.readers.base import DataPin, Problem
+from parcelray.benchmarks.readers.base import DatasetFingerprint, Problem
 from parcelray.datasets.sample import Sample
 from parcelray.errors import UserError
 
@@ -47,7 +47,7 @@ class Asked(NamedTuple):
     """In the order of the reader."""
     problems: Sequence[Problem]
     """What could not be asked."""
-    pin: DataPin
+    pin: DatasetFingerprint
     """What the data are."""
     rows: int
     """Rows that were read: all of the pin's, or a part."""
@@ -87,10 +87,10 @@ def read_asked(folder: Path) -> Asked | None:
     data = json.loads((folder / "data.json").read_text(encoding="utf-8"))
     problems = json.loads((folder / "problems.json").read_text(encoding="utf-8"))
     records = [_from_row(row) for row in pq.read_table(folder / "samples.parquet").to_pylist()]
-    return Asked(records, [Problem(**problem) for problem in problems], DataPin(**data["pin"]), data["rows"])
+    return Asked(records, [Problem(**problem) for problem in problems], DatasetFingerprint(**data["pin"]), data["rows"])
 
 
-def check_pin(name: str, found: DataPin, expected: DataPin | None) -> None:
+def check_pin(name: str, found: DatasetFingerprint, expected: DatasetFingerprint | None) -> None:
     """Refuses data that drifted from those of an earlier result.
 
     Raises:
@@ -100,7 +100,7 @@ def check_pin(name: str, found: DataPin, expected: DataPin | None) -> None:
         return
     changes = [
         f"{field} {before} -> {now}"
-        for field, before, now in zip(DataPin._fields, expected, found, strict=True)
+        for field, before, now in zip(DatasetFingerprint._fields, expected, found, strict=True)
         if before != now
     ]
     raise UserError(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from parcelray.benchmarks.catalog import catalog, find
 from parcelray.benchmarks.open import open_reader
-from parcelray.benchmarks.readers.base import DataPin, Problem
+from parcelray.benchmarks.readers.base import DatasetFingerprint, Problem
 from parcelray.config.benchmark import BenchmarkConfig, TableSource
 from parcelray.datasets.images import decode_image
 from parcelray.datasets.sample import Sample
@@ -71,7 +71,7 @@ class DataCheck:
     """What reading the data showed."""
 
     benchmark: str
-    pin: DataPin
+    pin: DatasetFingerprint
     rows_expected: int | None
     rows_read: int
     questions: int
