@@ -9,7 +9,18 @@ import pytest
 import torch
 from rich.console import Console
 
-from parcelray.bench.measure import Measure, PairTiming, Report, interquartile_range, machine_info, time_pairs
+from parcelray.bench.measure import (
+    Measure,
+    PairTiming,
+    Report,
+    interquartile_range,
+    machine_info,
+    peak_memory_bytes,
+    time_pairs,
+)
+
+CPU = torch.device("cpu")
+KIB = 1024
 
 
 def _rendered(report: Report) -> str:
@@ -111,3 +122,27 @@ def test_machine_names_what_a_time_depends_on() -> None:
     assert {"cpu", "cores", "python", "torch", "torch_threads"} <= info.keys()
     assert info["cores"] == len(os.sched_getaffinity(0))
     assert info["torch_threads"] == torch.get_num_threads()
+
+
+def test_results_that_live_together_add_up() -> None:
+    def call() -> torch.Tensor:
+        first = torch.zeros(KIB, dtype=torch.uint8)
+        second = first + 1
+        return second + 1
+
+    assert peak_memory_bytes(call, CPU) == 3 * KIB
+
+
+def test_freed_results_do_not_count() -> None:
+    def call() -> torch.Tensor:
+        x = torch.zeros(KIB, dtype=torch.uint8)
+        for _ in range(5):
+            x = x + 1
+        return x
+
+    assert peak_memory_bytes(call, CPU) == 2 * KIB
+
+
+def test_inputs_views_and_in_place_work_cost_nothing() -> None:
+    given = torch.zeros(KIB, dtype=torch.uint8)
+    assert peak_memory_bytes(lambda: given.view(32, 32).t().add_(1), CPU) == 0

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from parcelray.bench.measure import Measure, Report, machine_info, time_pairs
-from parcelray.bench.memory import peak_memory_bytes
+from parcelray.bench.measure import Measure, Report, machine_info, peak_memory_bytes, time_pairs
 from parcelray.config.connector import ConnectorConfig
 from parcelray.errors import UserError, describe_values
 from parcelray.models.connectors import Connector, build_connector
@@ -157,7 +156,7 @@ def _materialise(config: ConnectorConfig, shape: BackboneShape, like: Tensor) ->
 
 def _random_prefill(backbone: str, shape: BackboneShape, batch_size: int, device: torch.device) -> _Prefill:
     # Imported here because transformers' model classes take seconds, which a mistake in the options need not wait for.
-    from parcelray.bench.random_models import model_config, random_model
+    from parcelray.bench.workload import model_config, random_model
 
     model = random_model(model_config(backbone, shape), device)
     generator = torch.Generator(device).manual_seed(0)

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from parcelray.bench.measure import Measure, Report, interquartile_range, machine_info
-from parcelray.bench.photographs import photographs
+from parcelray.bench.workload import photographs
 from parcelray.errors import UserError
 from parcelray.models.token_reduction.kmeans import kmeans
 

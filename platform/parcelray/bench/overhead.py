@@ -16,10 +16,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from parcelray.bench.measure import Measure, PairTiming, Report, machine_info, time_pairs
-from parcelray.bench.memory import peak_memory_bytes
-from parcelray.bench.photographs import photographs
-from parcelray.bench.random_models import model_config, random_model
+from parcelray.bench.measure import Measure, PairTiming, Report, machine_info, peak_memory_bytes, time_pairs
+from parcelray.bench.workload import model_config, photographs, random_model
 from parcelray.config import reducer as configs
 from parcelray.config.reducer import Positions, ReducerConfig
 from parcelray.errors import UserError

@@ -27,8 +27,8 @@ from ray import serve
 
 from parcelray.bench.load_generator import LoadResult, closed_loop, open_loop
 from parcelray.bench.measure import Measure, Report, interquartile_range, machine_info
-from parcelray.bench.photographs import photographs
 from parcelray.bench.plain_server import PlainServer
+from parcelray.bench.workload import photographs
 from parcelray.config.connector import M3ConnectorConfig
 from parcelray.config.model import MiniModelConfig
 from parcelray.config.serve import ServeJob

@@ -24,7 +24,7 @@ from parcelray.models.backbones import ElasticVLM
 from parcelray.models.backbones.processor_base import ElasticProcessor
 from parcelray.serving.http import api
 from parcelray.serving.http.auth import add_key, read_keys
-from parcelray.serving.http.bodies import Bodies
+from parcelray.serving.http.proxy_guard import BodyReader
 from parcelray.serving.ingress import chat
 from parcelray.serving.ingress.chat import ChatService
 from tests.serving.conftest import Asker
@@ -372,7 +372,7 @@ def test_a_slow_sender_is_no_slow_model(
         monkeypatch.setattr(module, "time", clock)
     begun = threading.Event()
     # Called with each piece of a body.
-    monkeypatch.setattr(Bodies, "_check", lambda *_: begun.set())
+    monkeypatch.setattr(BodyReader, "_check", lambda *_: begun.set())
     with endpoint(model, processor) as (url, service, _):
         body = json.dumps(_with_text(max_tokens=1)).encode()
         connection = http.client.HTTPConnection(str(urlsplit(url).hostname), urlsplit(url).port, timeout=PATIENCE_S)

@@ -15,9 +15,9 @@ from starlette.types import Receive, Scope, Send
 
 from parcelray.config.serve import RequestLimits
 from parcelray.serving.http.api_errors import ApiError
-from parcelray.serving.http.bodies import Bodies
 from parcelray.serving.http.proxy_guard import (
     LIMITS_VARIABLE,
+    BodyReader,
     ProxyGuard,
     middlewares,
     proxy_environment,
@@ -137,7 +137,7 @@ async def _pieces(*pieces: bytes) -> AsyncIterator[bytes]:
 
 def test_all_bodies_together_have_a_bound() -> None:
     limits = RequestLimits(body_mb=1, bodies_mb=2.5)
-    bodies = Bodies()
+    bodies = BodyReader()
     whole = bytes(1024**2)
 
     async def run() -> None:
@@ -159,7 +159,7 @@ def test_all_bodies_together_have_a_bound() -> None:
 
 def test_what_is_only_promised_takes_no_place() -> None:
     limits = RequestLimits(body_mb=1, bodies_mb=1, body_timeout_s=0.2)
-    bodies = Bodies()
+    bodies = BodyReader()
 
     async def slow() -> AsyncIterator[bytes]:
         yield b"a"

@@ -25,11 +25,9 @@ from parcelray.serving.engine.engine import Finished, Piece
 from parcelray.serving.http import responses
 from parcelray.serving.http.api_errors import ApiError
 from parcelray.serving.http.auth import Gatekeeper
-from parcelray.serving.http.bodies import Bodies
-from parcelray.serving.http.openapi import openapi
 from parcelray.serving.http.playground import inspect_request, playground_routes
-from parcelray.serving.http.proxy_guard import request_id_of
-from parcelray.serving.http.schemas import parse_chat
+from parcelray.serving.http.proxy_guard import BodyReader, request_id_of
+from parcelray.serving.http.schemas import openapi, parse_chat
 from parcelray.serving.ingress.chat import ChatService, Prepared
 from parcelray.serving.ingress.readiness import Readiness
 from parcelray.serving.ingress.request_log import RequestLog
@@ -67,7 +65,7 @@ class Api:
         self._gatekeeper = gatekeeper
         self._log = log
         self._created = int(time.time())
-        self._bodies = Bodies()
+        self._bodies = BodyReader()
         self._readiness = Readiness()
 
     def application(self) -> Starlette:

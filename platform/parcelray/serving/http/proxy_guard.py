@@ -7,11 +7,13 @@ within its limits, and what the proxy itself refuses has the same form as all re
 an environment variable of the proxy's process: `proxy_environment`.
 """
 
+import asyncio
 import json
 import logging
 import os
 import secrets
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
 from starlette.middleware import Middleware
@@ -19,8 +21,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from parcelray.config.serve import RequestLimits
-from parcelray.serving.http.api_errors import ApiError
-from parcelray.serving.http.bodies import Bodies
+from parcelray.serving.http.api_errors import ApiError, too_many
 
 logger = logging.getLogger("ray.serve")
 CALLBACK_VARIABLE = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
@@ -44,6 +45,9 @@ _OWN_REFUSALS = {
     429: ("The endpoint has as many requests as it can hold; send the request again later.", "queue_full"),
     503: ("No replica of the endpoint answers; send the request again later.", "no_replica"),
 }
+_MIB = 1024**2
+_CLOSE = {"connection": "close"}
+"""The rest of a refused body is not read, so the connection cannot be used again."""
 _FAILED = ("The server failed on this request.", "internal_error")
 
 
@@ -65,6 +69,62 @@ def request_id_of(scope: Scope) -> str:
     return str(scope.get(_SCOPE_KEY) or _new_id())
 
 
+class BodyReader:
+    """The bodies that one process holds."""
+
+    def __init__(self) -> None:
+        self.held_bytes = 0
+
+    @asynccontextmanager
+    async def read(
+        self, pieces: AsyncIterator[bytes], limits: RequestLimits, declared: str | None
+    ) -> AsyncIterator[bytes]:
+        """The whole body, which counts as held until the end of the context.
+
+        Args:
+            pieces: of the body, as they arrive.
+            limits: of one body, and of all together.
+            declared: the header Content-Length.
+
+        Raises:
+            ApiError: 413 for too many bytes, 408 for too slow ones, 429 where other bodies take all the memory.
+        """
+        longest = int(limits.body_mb * _MIB)
+        too_large = ApiError(
+            413, f"The body is larger than {limits.body_mb:g} MiB.", code="body_too_large", headers=_CLOSE
+        )
+        if declared is not None and declared.isdecimal() and int(declared[:20]) > longest:
+            raise too_large
+        found = bytearray()
+        try:
+            try:
+                async with asyncio.timeout(limits.body_timeout_s):
+                    async for piece in pieces:
+                        if len(found) + len(piece) > longest:
+                            raise too_large
+                        # What a client only says that it will send takes no place; else a few slow ones would keep all
+                        # of them.
+                        self._check(len(piece), limits)
+                        self.held_bytes += len(piece)
+                        found += piece
+            except TimeoutError:
+                message = f"The body did not arrive within {limits.body_timeout_s:g} s."
+                raise ApiError(408, message, code="body_timeout", headers=_CLOSE) from None
+            yield bytes(found)
+        finally:
+            self.held_bytes -= len(found)
+
+    def _check(self, size: int, limits: RequestLimits) -> None:
+        if self.held_bytes + size > limits.bodies_mb * _MIB:
+            refusal = too_many(
+                "The bodies of other requests take all the memory for them; send the request again later.",
+                code="queue_full",
+                retry_after_s=1,
+            )
+            refusal.headers |= _CLOSE
+            raise refusal
+
+
 class ProxyGuard:
     """See the module's docstring.
 
@@ -76,7 +136,7 @@ class ProxyGuard:
     def __init__(self, app: ASGIApp, limits: RequestLimits) -> None:
         self._app = app
         self._limits = limits
-        self._bodies = Bodies()
+        self._bodies = BodyReader()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request."""

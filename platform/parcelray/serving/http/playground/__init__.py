@@ -1,15 +1,16 @@
 """The playground at `/`: one page without any download from elsewhere, and what it asks the server beside answers."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ValidationError
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
 from parcelray.serving.engine.engine import EngineRefusal
 from parcelray.serving.http.api_errors import ApiError, from_refusal
+from parcelray.serving.http.schemas import InspectRequest
 from parcelray.serving.ingress.chat import ChatService
 from parcelray.serving.ingress.clients import ReplicaLost
 
@@ -29,16 +30,6 @@ _HEADERS = {
     "referrer-policy": "no-referrer",
     "cache-control": "no-cache",
 }
-
-
-class InspectRequest(BaseModel):
-    """Body of `/playground/inspect`."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
-    type: Literal["image"] = "image"
-    url: str = Field(min_length=1)
-    visual_tokens: int = Field(ge=1)
 
 
 def playground_routes() -> list[Route]:
