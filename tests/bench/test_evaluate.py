@@ -31,7 +31,7 @@ def test_answers_that_differ_are_counted_over_all_budgets() -> None:
 def test_repeated_samples_have_names_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(evaluate_bench, "_DIFFERENT", 4)
     reader = evaluate_bench._Repeated("samples", evaluate_bench._export(tmp_path / "few", 4), 10)
-    assert reader.pin().rows == 10
+    assert reader.fingerprint().rows == 10
     samples = [sample for row in reader.order() for sample in reader.read(row).samples]
     assert len({sample.id for sample in samples}) == 10
     assert [dataclasses.replace(sample, id="") for sample in samples[4:8]] == [

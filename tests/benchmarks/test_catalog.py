@@ -53,7 +53,7 @@ def test_a_split_is_read_from_its_own_schema(name: str, tmp_path: Path) -> None:
     rows = write_benchmark(config, tmp_path)
     for family in config.prompts:
         reader = open_reader(config, family=family, data=tmp_path)
-        assert reader.pin().rows == rows
+        assert reader.fingerprint().rows == rows
         found = [reader.read(row) for row in reader.order()]
         assert not [problem for each in found for problem in each.problems]
         samples = [sample for each in found for sample in each.samples]

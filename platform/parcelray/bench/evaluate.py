@@ -214,9 +214,9 @@ class _Repeated(SamplesReader):
 
     count: int = 0
 
-    def pin(self) -> DatasetFingerprint:
+    def fingerprint(self) -> DatasetFingerprint:
         """As of the samples."""
-        return super().pin()._replace(rows=self.count)
+        return super().fingerprint()._replace(rows=self.count)
 
     def order(self) -> Sequence[int]:
         """Every repeat."""

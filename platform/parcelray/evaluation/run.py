@@ -78,7 +78,7 @@ def run_evaluation(
     benchmarks = prepare(job, image_size_of(checkpoint.path))
     for benchmark in benchmarks:
         before = read_asked(folder / "asked" / benchmark.config.name)
-        check_pin(benchmark.config.name, benchmark.task.reader.pin(), before.pin if before is not None else None)
+        check_pin(benchmark.config.name, benchmark.task.reader.fingerprint(), before.pin if before is not None else None)
     with (
         nullcontext() if job.compute.actors == 0 else ray_session(address),
         _tracked(job, run_folder, uri, checkpoint, parent_run_id) as run_id,

@@ -289,8 +289,8 @@ class _HeldReader:
     def name(self) -> str:
         return self._reader.name
 
-    def pin(self) -> DatasetFingerprint:
-        self._pin = self._pin or self._reader.pin()
+    def fingerprint(self) -> DatasetFingerprint:
+        self._pin = self._pin or self._reader.fingerprint()
         return self._pin
 
     def order(self) -> Sequence[int]:

@@ -1,4 +1,4 @@
-"""The metrics by name: `metric("vqa_accuracy")` is the default variant, `metric("vqa_accuracy:simple")` a named one."""
+"""All metrics by name: `metric("vqa_accuracy")` is the default variant, `metric("vqa_accuracy:simple")` a named one."""
 
 import dataclasses
 import difflib
@@ -44,28 +44,26 @@ METRICS: Mapping[str, Mapping[str, Metric]] = {
     "vizwiz": VIZWIZ,
     "vqa_accuracy": VQA_ACCURACY,
 }
+"""Variants of every metric by name; the first variant is the default."""
 
 
 def metric(name: str, *, mask_decoder: Path | None = None) -> Metric:
-    """The metric of a name, with or without a variant.
+    """Returns the metric of a name, with or without a variant.
 
     Args:
         name: `vqa_accuracy` (its default variant) or `vqa_accuracy:simple`.
-        mask_decoder: the .npz file that `refseg_miou` decodes segmentation tokens with; the other metrics do not need
-            it.
+        mask_decoder: .npz file with which `refseg_miou` decodes segmentation tokens; other metrics ignore it.
 
     Raises:
-        UserError: there is no such metric or variant.
+        UserError: the metric or the variant does not exist.
     """
     family, _, variant = name.partition(":")
     if family not in METRICS:
-        raise UserError(
-            f"There is no metric {family!r}{_similar(family, METRICS)}; the metrics are {', '.join(METRICS)}."
-        )
+        raise UserError(f"There is no metric {family!r}{_similar(family, METRICS)}; legal: {', '.join(METRICS)}.")
     members = METRICS[family]
     if variant and variant not in members:
         raise UserError(
-            f"{family} has no variant {variant!r}{_similar(variant, members)}; its variants are {', '.join(members)}."
+            f"{family} has no variant {variant!r}{_similar(variant, members)}; legal: {', '.join(members)}."
         )
     found = members[variant] if variant else next(iter(members.values()))
     return dataclasses.replace(found, mask_decoder=mask_decoder) if isinstance(found, RefSegMiou) else found

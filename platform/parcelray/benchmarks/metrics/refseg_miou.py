@@ -1,14 +1,14 @@
-"""Referring-expression segmentation: mean IoU of masks written as location and segmentation tokens (PaliGemma; RefCOCO/+/g).
+"""Referring-expression segmentation (PaliGemma; RefCOCO/+/g): mean IoU of masks written as tokens.
 
-An answer is four location tokens (top, left, bottom, right, of 1023) and 16 segmentation tokens; what follows is
-ignored. The tokens are decoded to 64 x 64, resized bilinearly to the box in whole pixels, and cut at 0; the score is
-the mean over expressions of the IoU with the full-resolution mask (not the ratio of summed areas). An answer with fewer
-tokens, a token out of range, or an empty or inverted box scores 0 and is counted as unparsed.
+A prediction is four location tokens (top, left, bottom, right, 0 to 1023) and 16 segmentation tokens; the rest is
+ignored. The tokens are decoded to 64 x 64 pixels, resized bilinearly to the box in whole pixels, and thresholded at 0.
+The score is the mean over expressions of the IoU with the full-resolution mask (not the ratio of summed areas). A
+prediction with fewer tokens, a token out of range, or an empty or inverted box scores 0 and is counted as unparsed.
 
-Sub-scores: `box_accuracy_50` and `box_accuracy_75`, the share of answers whose box has that IoU with the true one.
+Sub-scores: `box_accuracy_50` and `box_accuracy_75`, the share of predictions whose box has at least that IoU.
 
-Metadata read: `mask` (needed): see `decode_mask`; `box` (optional): the true box as [top, left, bottom, right] in
-fractions; without it, the bounds of the mask.
+Metadata read: `mask` (required): see `decode_mask`. `box` (optional): the true box as [top, left, bottom, right] in
+fractions; without it, the bounding box of the mask.
 """
 
 import itertools
@@ -39,7 +39,7 @@ Mask = NDArray[np.bool_]
 
 
 class Segmentation(NamedTuple):
-    """A box and the codes of the mask inside it."""
+    """A box, and the codes of the mask inside it."""
 
     box: Box
     codes: tuple[int, ...]
@@ -47,10 +47,10 @@ class Segmentation(NamedTuple):
 
 @dataclass(frozen=True)
 class RefSegMiou:
-    """Mean mask IoU.
+    """Mean IoU of masks.
 
     Args:
-        mask_decoder: the .npz file with the decoder's weights.
+        mask_decoder: .npz file with the decoder's weights.
     """
 
     mask_decoder: Path | None = None
@@ -88,8 +88,8 @@ class RefSegMiou:
             return
         if self.mask_decoder is None:
             raise UserError(
-                "refseg_miou needs the decoder of segmentation tokens; download PaliGemma's vae-oid.npz and name the"
-                " file with mask_decoder."
+                "refseg_miou needs the decoder of segmentation tokens; download PaliGemma's vae-oid.npz and give its"
+                " path with mask_decoder."
             )
         # Imported here because it is the only metric that needs torch.
         from parcelray.benchmarks.metrics.mask_decoder import load_mask_decoder
@@ -100,7 +100,7 @@ class RefSegMiou:
 
 
 def read_segmentation(text: str) -> Segmentation | None:
-    """The box and the codes at the start of an answer; None if there are fewer, one is out of range, or the box is empty."""
+    """Parses the box and codes at the start of a prediction; None if a token is missing or illegal, or the box is empty."""
     match = _TOKENS.match(text)
     if match is None:
         return None
@@ -109,12 +109,12 @@ def read_segmentation(text: str) -> Segmentation | None:
     if max(locations) > _LAST_BIN or max(codes) >= _CODES or bottom <= top or right <= left:
         return None
     box = parse_locations(match.group(1))
-    assert box is not None, "the pattern holds four locations"
+    assert box is not None, "the pattern contains four locations"
     return Segmentation(box, tuple(codes))
 
 
 def mask_iou(box: Box, mask64: NDArray[np.float32], truth: Mask) -> float | None:
-    """IoU of a decoded mask, placed in its box, with the true one; None if the box is empty in whole pixels."""
+    """Returns the IoU of a decoded mask, placed in its box, with the true mask; None if the box has no whole pixel."""
     height, width = truth.shape
     top, left, bottom, right = (
         int(box.top * height),
@@ -142,15 +142,15 @@ def _true_box(sample: Sample, truth: Mask) -> Box:
 
 
 def decode_mask(annotation: Any, where: str) -> Mask:
-    """A mask of shape (height, width).
+    """Decodes a COCO annotation (run lengths, compressed run lengths or polygons) into a mask of shape (height, width).
 
     Args:
         annotation: {"size": [height, width], "counts": run lengths in column-major order, as a list or as COCO's
             compressed string}, or {"size": [height, width], "polygons": [[x0, y0, x1, y1, ...], ...]} in pixels.
-        where: the sample's name, for the error.
+        where: id of the sample, for the error message.
 
     Raises:
-        UserError: it is neither of these, or the runs do not fill the size.
+        UserError: the annotation has another form, or the runs do not add up to the size.
     """
     if isinstance(annotation, dict) and "size" in annotation:
         height, width = (int(side) for side in annotation["size"])
@@ -162,18 +162,20 @@ def decode_mask(annotation: Any, where: str) -> Mask:
             if sum(runs) == height * width and all(run >= 0 for run in runs):
                 return _from_runs(runs, height, width)
     raise UserError(
-        f"The mask of sample {where!r} is not one of COCO's; give it a `size` [height, width] and either `polygons` or"
-        " `counts` that add up to height x width."
+        f"The mask of sample {where!r} is not a COCO annotation; give it `size` [height, width] and either `polygons`"
+        " or `counts` that add up to height x width."
     )
 
 
 def polygon_mask(points: Sequence[float], height: int, width: int) -> Mask:
-    """Fills a polygon as COCO's reference code does: its outline on a grid five times as fine, then parity down each column.
+    """Fills a polygon as COCO's reference code does.
+
+    It draws the outline on a grid that is five times finer, then fills by parity down each column.
 
     Args:
         points: x0, y0, x1, y1, ... in pixels.
-        height: of the mask.
-        width: of the mask.
+        height: height of the mask in pixels.
+        width: width of the mask in pixels.
     """
     corners = [
         (int(_SUPERSAMPLING * x + 0.5), int(_SUPERSAMPLING * y + 0.5))
@@ -195,7 +197,7 @@ def polygon_mask(points: Sequence[float], height: int, width: int) -> Mask:
 
 
 def _edge(start: tuple[int, int], end: tuple[int, int]) -> list[tuple[int, int]]:
-    """Points of an edge, one per step of its longer side, computed from its lower end so that both directions agree."""
+    """Returns the points of an edge, one per step of its longer side. Both directions give the same points."""
     (xs, ys), (xe, ye) = start, end
     dx, dy = abs(xe - xs), abs(ye - ys)
     flipped = xs > xe if dx >= dy else ys > ye
@@ -221,7 +223,11 @@ def _from_runs(runs: Sequence[int], height: int, width: int) -> Mask:
 
 
 def _decompressed(text: str) -> list[int]:
-    """COCO's string: groups of five bits, low ones first, offset by 48; from the third run on, differences to the last but one."""
+    """Decodes COCO's compressed run lengths.
+
+    Each character holds five bits, low bits first, offset by 48. From the third run on, a value is the difference to
+    the run before the last.
+    """
     runs: list[int] = []
     value, shift = 0, 0
     for character in text:

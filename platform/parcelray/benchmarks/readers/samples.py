@@ -17,14 +17,14 @@ from parcelray.errors import UserError
 
 @dataclass(frozen=True)
 class MiniReader:
-    """One row a sample, family after family; see `BenchmarkReader`.
+    """Reads the mini suite: one sample per row, one family after the other. See `BenchmarkReader`.
 
     Args:
-        split: of the suite.
-        families: in the order of the rows.
-        samples: per family.
-        seed: of the scenes.
-        image_size: side of the images, pixels.
+        split: split of the suite.
+        families: families in the order of the rows.
+        samples: number of samples per family.
+        seed: seed of the scenes.
+        image_size: side of the images in pixels.
     """
 
     split: Split
@@ -35,10 +35,10 @@ class MiniReader:
 
     @property
     def name(self) -> str:
-        """Of the benchmark."""
+        """Name of the benchmark."""
         return BENCHMARK
 
-    def pin(self) -> DatasetFingerprint:
+    def fingerprint(self) -> DatasetFingerprint:
         """See `BenchmarkReader`."""
         rows = self.order()
         return DatasetFingerprint(f"seed:{self.seed}", len(rows), ids_digest(self.cluster(row) for row in rows))
@@ -48,35 +48,35 @@ class MiniReader:
         return range(self.samples * len(self.families))
 
     def cluster(self, row: int) -> str:
-        """See `BenchmarkReader`; samples are independent."""
-        family, index = self._place(row)
+        """See `BenchmarkReader`. Every sample is its own cluster."""
+        family, index = self._family_and_index(row)
         return family_sample_id(self.split, family, index, self.seed)
 
     def read(self, row: int) -> RowSamples:
         """See `BenchmarkReader`."""
-        family, index = self._place(row)
+        family, index = self._family_and_index(row)
         return RowSamples((family_sample(self.split, family, index, self.seed, self.image_size),))
 
-    def _place(self, row: int) -> tuple[str, int]:
+    def _family_and_index(self, row: int) -> tuple[str, int]:
         return self.families[row // self.samples], row % self.samples
 
 
 @dataclass(frozen=True)
 class NlvrReader:
-    """The pictures of a split, those of a sentence together; see `BenchmarkReader`.
+    """Reads NLVR: one row per picture, with the statement and all derived questions about it. See `BenchmarkReader`.
 
     Args:
-        source: which split, view and questions.
+        source: the NLVR data with split, view and questions.
     """
 
     source: NlvrSource
 
     @property
     def name(self) -> str:
-        """Of the benchmark."""
+        """Name of the benchmark."""
         return "nlvr"
 
-    def pin(self) -> DatasetFingerprint:
+    def fingerprint(self) -> DatasetFingerprint:
         """See `BenchmarkReader`."""
         rows = self.source.pictures
         return DatasetFingerprint(
@@ -88,22 +88,25 @@ class NlvrReader:
         return range(len(self.source.pictures))
 
     def cluster(self, row: int) -> str:
-        """See `BenchmarkReader`: the pictures of a sentence hang together."""
+        """See `BenchmarkReader`. The pictures of one sentence form a cluster."""
         return self.source.pictures[row].identifier
 
     def read(self, row: int) -> RowSamples:
         """See `BenchmarkReader`."""
         return RowSamples(
-            tuple(self.source.get(group, index) for group, index in self._places.get(self.source.pictures[row].id, ()))
+            tuple(
+                self.source.get(group, index)
+                for group, index in self._samples_of_picture.get(self.source.pictures[row].id, ())
+            )
         )
 
     @cached_property
-    def _places(self) -> dict[str, list[tuple[str, int]]]:
-        """Where the questions about each picture are in the source."""
-        places: dict[str, list[tuple[str, int]]] = {}
+    def _samples_of_picture(self) -> dict[str, list[tuple[str, int]]]:
+        """Group and index in the source of every question, by picture id."""
+        found: dict[str, list[tuple[str, int]]] = {}
         for group, index, picture in self.source.questions_in_order():
-            places.setdefault(picture.id, []).append((group, index))
-        return places
+            found.setdefault(picture.id, []).append((group, index))
+        return found
 
     def __getstate__(self) -> dict[str, Any]:
         return {"source": self.source}
@@ -111,30 +114,30 @@ class NlvrReader:
 
 @dataclass(frozen=True)
 class SamplesReader:
-    """One row a sample; see `BenchmarkReader`.
+    """Reads parquet files of samples, such as an exported mini suite: one sample per row. See `BenchmarkReader`.
 
     Args:
-        name: of the benchmark.
+        name: name of the benchmark.
         path: folder of parquet files.
 
     Raises:
-        UserError: the folder holds no parquet files, or they lack a column of a sample.
+        UserError: the folder has no parquet files, or a required column is missing.
     """
 
     name: str
     path: Path
 
-    def pin(self) -> DatasetFingerprint:
+    def fingerprint(self) -> DatasetFingerprint:
         """See `BenchmarkReader`."""
         ids = self._rows.column("id")
         return DatasetFingerprint(self._rows.revision, len(ids), ids_digest(ids))
 
     def order(self) -> Sequence[int]:
-        """See `BenchmarkReader`; samples of one scene stand together."""
-        places: dict[str, int] = {}
+        """See `BenchmarkReader`. Samples of one scene are next to each other."""
+        first_rows: dict[str, int] = {}
         for row, scene in enumerate(self._scenes):
-            places.setdefault(scene, row)
-        return sorted(range(len(self._scenes)), key=lambda row: (places[self._scenes[row]], row))
+            first_rows.setdefault(scene, row)
+        return sorted(range(len(self._scenes)), key=lambda row: (first_rows[self._scenes[row]], row))
 
     def cluster(self, row: int) -> str:
         """See `BenchmarkReader`."""
@@ -153,14 +156,14 @@ class SamplesReader:
         files = tuple(sorted(self.path.glob("*.parquet")))
         if not files:
             raise UserError(
-                f"{self.path} holds no parquet files; give the folder of an exported suite, with validation/ and test/"
-                " in it."
+                f"{self.path} contains no parquet files; give the folder of an exported suite, which contains"
+                " validation/ and test/."
             )
         rows = ParquetRows(files)
         missing = [name for name in SCHEMA.names if name not in rows.columns]
         if missing:
             raise UserError(
-                f"{self.path} lacks the columns {', '.join(missing)}; a sample has {', '.join(SCHEMA.names)}."
+                f"{self.path} lacks the columns {', '.join(missing)}; required are {', '.join(SCHEMA.names)}."
             )
         return rows
 

@@ -170,7 +170,7 @@ def _joined(task: BenchmarkTask, parts: list[Done]) -> BenchmarkPass:
     parts = sorted(parts, key=lambda done: done.bundle.number)
     records = [each for done in parts for each in done.records]
     problems = [problem for done in parts for problem in done.problems]
-    asked = Asked(records, problems, task.reader.pin(), len(task.rows))
+    asked = Asked(records, problems, task.reader.fingerprint(), len(task.rows))
     return BenchmarkPass(asked, sum(done.computed for done in parts), sum(done.present for done in parts))
 
 
