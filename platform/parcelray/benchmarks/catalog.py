@@ -55,7 +55,7 @@ def find(name: str, benchmarks: dict[str, BenchmarkConfig]) -> BenchmarkConfig:
         close = difflib.get_close_matches(name, benchmarks, n=3)
         nearest = f" (did you mean {' or '.join(close)}?)" if close else ""
         raise UserError(
-            f"There is no benchmark {name!r}{nearest}; `parcelray benchmarks list` lists all of them. You can add your own as"
-            " a YAML file."
+            f"There is no benchmark {name!r}{nearest}; `parcelray benchmarks list` lists all. Add your own as a YAML"
+            " file."
         )
     return benchmarks[name]

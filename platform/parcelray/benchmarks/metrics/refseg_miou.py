@@ -100,7 +100,7 @@ class RefSegMiou:
 
 
 def read_segmentation(text: str) -> Segmentation | None:
-    """Parses the box and codes at the start of a prediction; None if a token is missing or illegal, or the box is empty."""
+    """Parses the box and codes at the start of a prediction; None if tokens are missing or the box is empty."""
     match = _TOKENS.match(text)
     if match is None:
         return None
