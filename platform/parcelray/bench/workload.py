@@ -1,4 +1,7 @@
-"""Models with random weights at any backbone's shape: time and memory do not depend on what the weights are."""
+"""The workload of benches: models with random weights at any backbone's shape, and crops of real photographs.
+
+Time and memory of a model do not depend on its weights, so no checkpoint is needed.
+"""
 
 from pathlib import Path
 from typing import cast
@@ -19,7 +22,7 @@ from parcelray.profiling.backbone_shapes import MINI_CONFIG, PRESETS, BackboneSh
 
 
 def random_model(config: ElasticConfig, device: torch.device) -> ElasticVLM:
-    """A model in evaluation mode with seeded random weights, in bf16 on a GPU and in fp32 on a CPU."""
+    """Builds a model in evaluation mode with seeded random weights, in bf16 on a GPU and in fp32 on a CPU."""
     kind = (
         ElasticLlavaForConditionalGeneration
         if isinstance(config, ElasticLlavaConfig)
@@ -29,7 +32,7 @@ def random_model(config: ElasticConfig, device: torch.device) -> ElasticVLM:
     before = torch.get_default_dtype()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(0)
-        # Made in its own precision: a 7B model in float32 first would not fit beside itself.
+        # Built directly in this precision: a 7B model would not fit into memory twice, in float32 and converted.
         torch.set_default_dtype(dtype)
         try:
             with torch.device(device):
@@ -42,11 +45,11 @@ def random_model(config: ElasticConfig, device: torch.device) -> ElasticVLM:
 
 
 def model_config(backbone: str, shape: BackboneShape) -> ElasticConfig:
-    """The transformers configuration of a backbone, without a connector.
+    """Returns the transformers configuration of a backbone, without a connector.
 
     Args:
         backbone: a name in `PRESETS`, `mini`, or a checkpoint folder.
-        shape: its shape, at the resolution that is wanted.
+        shape: shape of the backbone at the resolution to measure.
     """
     if backbone not in PRESETS:
         config = config_of(MINI_CONFIG.parent if backbone == "mini" else Path(backbone))
@@ -88,7 +91,7 @@ def model_config(backbone: str, shape: BackboneShape) -> ElasticConfig:
 
 
 def photographs(count: int, side: int, seed: int = 0) -> Tensor:
-    """Square crops of scikit-learn's two photographs: [count, 3, side, side], from -1 to 1."""
+    """Returns random square crops of scikit-learn's two photographs: [count, 3, side, side], values from -1 to 1."""
     from sklearn.datasets import load_sample_images
 
     rng = np.random.default_rng(seed)
