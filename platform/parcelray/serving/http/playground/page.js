@@ -1,5 +1,5 @@
 "use strict";
-// The playground: an image, a question, a budget; answers side by side; what the connector makes of the image at that budget.
+// The playground: answers for an image and a question at several budgets, and the anchors and attention of the connector.
 
 const byId = (id) => document.getElementById(id);
 const state = { model: null, budgets: [], costs: {}, picture: null, url: null, inspections: new Map(), wanted: 0 };
@@ -36,7 +36,7 @@ async function loadModel() {
     showBudget();
     say("");
   } catch (error) {
-    byId("model").textContent = "The model's card cannot be read.";
+    byId("model").textContent = "The model cannot be loaded.";
     say(error.message);
   }
 }
@@ -52,7 +52,7 @@ function showBudget() {
 
 async function setPicture(blob) {
   const bitmap = await createImageBitmap(blob).catch(() => null);
-  if (!bitmap) { say("This file is not an image that can be shown."); return; }
+  if (!bitmap) { say("This file is not an image that the browser can show."); return; }
   state.url = await new Promise((resolve) => { const reader = new FileReader(); reader.onload = () => resolve(reader.result); reader.readAsDataURL(blob); });
   state.picture = bitmap;
   state.inspections.clear();
@@ -61,7 +61,7 @@ async function setPicture(blob) {
   showBudget();
 }
 
-// What the server made of this image at this budget; while the slider moves only the last place counts.
+// Anchors and attention of this image at this budget; while the slider moves, only its last position is requested.
 async function inspect() {
   const tokens = budget();
   const turn = ++state.wanted;
@@ -82,7 +82,7 @@ function draw() {
   context.clearRect(0, 0, SIDE, SIDE);
   if (!state.picture) return;
   const found = state.inspections.get(budget());
-  // The model sees a square: of the image's middle, or with all of the image squeezed into it.
+  // The model's input is a square: the centre of the image, or the whole image resized to it.
   const { width, height } = state.picture;
   const [across, down] = found && found.cropped ? [Math.min(width, height), Math.min(width, height)] : [width, height];
   context.imageSmoothingEnabled = width > SIDE;
@@ -93,7 +93,7 @@ function draw() {
     parts.push(`${anchors} anchors and ${found.visual_tokens - anchors} queries`);
     if (byId("heat").checked && found.attention.length) heat(context, found);
     if (byId("anchors").checked && found.anchor_grid) grid(context, found.anchor_grid);
-    byId("split").textContent = `${found.visual_tokens} visual tokens: ${parts[0]}${found.attention.length ? "; bright is what the queries look at" : ""}.`;
+    byId("split").textContent = `${found.visual_tokens} visual tokens: ${parts[0]}${found.attention.length ? "; bright regions have high query attention" : ""}.`;
   }
   canvas.setAttribute("aria-label", found ? `The image at ${found.visual_tokens} visual tokens: ${parts[0]}` : "The image");
   canvas.dataset.budget = found ? String(found.visual_tokens) : "";
@@ -102,7 +102,7 @@ function draw() {
 function heat(context, found) {
   const cell = SIDE / found.grid;
   found.attention.forEach((value, index) => {
-    // A shade leaves the colors as they are: questions ask for them.
+    // Only the brightness changes, because questions are often about colors.
     context.fillStyle = `rgba(0, 0, 0, ${0.5 * (1 - value)})`;
     context.fillRect((index % found.grid) * cell, Math.floor(index / found.grid) * cell, cell, cell);
   });
@@ -123,7 +123,7 @@ function grid(context, side) {
   context.shadowBlur = 0;
 }
 
-async function askAt(tokens) {
+async function answerAt(tokens) {
   const text = byId("prompt").value.trim();
   const content = [{ type: "text", text }];
   if (state.url) content.unshift({ type: "image_url", image_url: { url: state.url } });
@@ -143,41 +143,41 @@ function card(found) {
     parent.append(element);
     return element;
   };
-  const seen = found.usage.prompt_tokens_details.image_tokens;
-  add("h3", "", seen ? `${found.tokens} visual tokens` : "Without an image");
-  add("p", "asked", found.text);
-  add("p", "said", found.answer || "(an empty answer)");
+  const imageTokens = found.usage.prompt_tokens_details.image_tokens;
+  add("h3", "", imageTokens ? `${found.tokens} visual tokens` : "Without an image");
+  add("p", "prompt", found.text);
+  add("p", "answer", found.answer || "(an empty answer)");
   const list = add("dl", "", "");
   const rows = {
     "prompt tokens": found.usage.prompt_tokens,
-    "of them visual": seen,
+    "of these visual": imageTokens,
     "new tokens": found.usage.completion_tokens,
     "first token": `${number(Number(found.timing.first_token))} ms`,
     "in the engine": `${number(Number(found.timing.total))} ms`,
-    "seen from here": `${number(found.elapsed)} ms`,
-    ...(seen ? { "prefill": flops(state.costs[found.tokens].flops) } : {}),
+    "in the browser": `${number(found.elapsed)} ms`,
+    ...(imageTokens ? { "prefill": flops(state.costs[found.tokens].flops) } : {}),
   };
   for (const [name, value] of Object.entries(rows)) { add("dt", "", name, list); add("dd", "", String(value), list); }
   byId("answers").prepend(article);
 }
 
-async function ask(budgets) {
+async function answerAll(budgets) {
   if (!state.model) { await loadModel(); if (!state.model) return; }
   if (!byId("prompt").value.trim()) { say("Write a question."); byId("prompt").focus(); return; }
   const buttons = [byId("ask"), byId("all")];
   buttons.forEach((button) => { button.disabled = true; });
-  say("Asking.");
+  say("Waiting for the answer.");
   try {
-    // One after the other, so that the times are those of one request; the largest last, so that cards stand in order.
+    // Sequentially, so that each time is that of a single request; in descending order, because new answers go on top.
     // Without an image the budget changes nothing.
     const turns = state.url ? [...budgets].sort((a, b) => b - a) : [budget()];
-    for (const tokens of turns) card(await askAt(tokens));
+    for (const tokens of turns) card(await answerAt(tokens));
     say(turns.length > 1 ? `Answered at ${turns.length} budgets.` : "Answered.");
   } catch (error) { say(error.message); }
   buttons.forEach((button) => { button.disabled = false; });
 }
 
-// A scene like those of the mini suite: shapes on a grid of cells.
+// A scene like those of the mini suite: shapes on a grid.
 function example() {
   const canvas = document.createElement("canvas");
   canvas.width = canvas.height = 64;
@@ -201,6 +201,6 @@ byId("budget").addEventListener("input", showBudget);
 byId("anchors").addEventListener("change", draw);
 byId("heat").addEventListener("change", draw);
 byId("key").addEventListener("change", loadModel);
-byId("form").addEventListener("submit", (event) => { event.preventDefault(); ask([budget()]); });
-byId("all").addEventListener("click", () => ask(state.budgets));
+byId("form").addEventListener("submit", (event) => { event.preventDefault(); answerAll([budget()]); });
+byId("all").addEventListener("click", () => answerAll(state.budgets));
 loadModel();
