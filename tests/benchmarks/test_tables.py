@@ -1,4 +1,4 @@
-"""Rows from every kind of file, frames from videos, and what is wrong with a row."""
+"""Reading of rows from every kind of file, frames from videos, and reporting of problems."""
 
 import io
 import json
@@ -128,7 +128,7 @@ def _shards(folder: Path) -> Path:
         pytest.param(_single_hugging_face, id="save_to_disk, one split"),
     ],
 )
-def test_the_same_rows_come_out_of_every_kind_of_file(make: Any, tmp_path: Path) -> None:
+def test_every_kind_of_file_gives_the_same_rows(make: Any, tmp_path: Path) -> None:
     reader = _reader(make(tmp_path / "data"))
     for each in (reader, pickle.loads(pickle.dumps(reader))):
         assert each.fingerprint().rows == 6
@@ -145,7 +145,7 @@ def test_the_same_rows_come_out_of_every_kind_of_file(make: Any, tmp_path: Path)
     )
 
 
-def test_other_data_have_another_pin(tmp_path: Path) -> None:
+def test_changed_data_have_another_fingerprint(tmp_path: Path) -> None:
     first = _reader(_parquet(tmp_path / "a.parquet")).fingerprint()
     assert _reader(_parquet(tmp_path / "b.parquet", _ROWS[:5])).fingerprint().ids != first.ids
     changed = [*_ROWS[:5], _ROWS[5] | {"question": "another"}]
@@ -163,14 +163,14 @@ def test_a_limit_takes_whole_clusters(tmp_path: Path) -> None:
     assert list(chosen_rows(reader, None)) == list(range(6))
 
 
-def test_only_rows_that_count_are_read(tmp_path: Path) -> None:
+def test_only_rows_that_pass_the_filter_are_read(tmp_path: Path) -> None:
     reader = _reader(_parquet(tmp_path / "x.parquet"), keep={"scene": ["s1"]})
     assert [reader.read(row).samples[0].id for row in reader.order()] == ["2", "3"]
     with pytest.raises(UserError, match="no row of the data passes the filter"):
         _reader(_parquet(tmp_path / "x.parquet"), keep={"scene": ["s9"]}).fingerprint()
 
 
-def test_what_is_wrong_with_a_row_is_named(tmp_path: Path) -> None:
+def test_problems_of_rows_are_reported(tmp_path: Path) -> None:
     rows = [
         _ROWS[0] | {"answers": []},
         _ROWS[1] | {"image": None},
@@ -190,7 +190,7 @@ def test_what_is_wrong_with_a_row_is_named(tmp_path: Path) -> None:
     assert [len(each.samples) for each in found] == [0, 0, 0, 0, 1]
 
 
-def test_missing_columns_are_named(tmp_path: Path) -> None:
+def test_missing_columns_are_reported(tmp_path: Path) -> None:
     file = tmp_path / "x.parquet"
     pq.write_table(pa.table({"name": ["0"], "Question": ["q"]}), file)
     with pytest.raises(
@@ -217,12 +217,12 @@ def test_ids_must_be_unique(tmp_path: Path) -> None:
         (lambda folder: None, "is not on the Hugging Face hub"),
     ],
 )
-def test_data_that_are_not_there_are_asked_for(make: Any, message: str, tmp_path: Path) -> None:
+def test_missing_data_are_refused(make: Any, message: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=message):
         open_reader(_config(), data=make(tmp_path)).fingerprint()
 
 
-def test_broken_files_are_named(tmp_path: Path) -> None:
+def test_broken_files_are_reported(tmp_path: Path) -> None:
     (tmp_path / "x.parquet").write_bytes(b"PAR1 no")
     with pytest.raises(UserError, match="not all of these are parquet files"):
         _reader(tmp_path / "x.parquet").fingerprint()
@@ -231,14 +231,14 @@ def test_broken_files_are_named(tmp_path: Path) -> None:
         _reader(tmp_path / "x.jsonl").fingerprint()
 
 
-def test_paths_stay_below_the_data(tmp_path: Path) -> None:
+def test_paths_must_stay_below_the_data(tmp_path: Path) -> None:
     (tmp_path / "secret.png").write_bytes(png())
     (tmp_path / "data").mkdir()
     with pytest.raises(UserError, match="leads out of"):
         cell_images("../secret.png", tmp_path / "data")
 
 
-def test_cells_hold_images_in_many_ways(tmp_path: Path) -> None:
+def test_cells_hold_images_in_several_forms(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"A")
     assert cell_images(
         [b"x", {"bytes": b"y", "path": None}, {"bytes": None, "path": "a.png"}, "a.png", None], tmp_path
@@ -257,7 +257,7 @@ def test_a_box_is_drawn_in_red() -> None:
 
 @pytest.fixture
 def video(tmp_path: Path) -> Path:
-    """Thirty frames at 10 frames a second, brighter and brighter."""
+    """A folder with a video of 30 frames at 10 frames per second, with increasing brightness."""
     with av.open(str(tmp_path / "v.mp4"), "w") as container:
         stream = container.add_stream("mpeg4", rate=10)
         stream.width, stream.height, stream.pix_fmt = 32, 32, "yuv420p"
@@ -281,7 +281,7 @@ def _brightness(frames: tuple[bytes, ...]) -> list[int]:
         ({"frames": 3, "stride": 2}, (1.0, 1.25), [10, 12, 10]),
     ],
 )
-def test_frames_come_at_a_fixed_stride_and_repeat(
+def test_frames_have_a_fixed_stride_and_repeat(
     video: Path, config: dict[str, int], segment: tuple[float, float] | None, expected: list[int]
 ) -> None:
     frames = video_frames(video, "v.mp4", VideoConfig(path="", **config), segment)

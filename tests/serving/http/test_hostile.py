@@ -173,7 +173,7 @@ def _png_header(width: int, height: int, data: bytes = b"") -> bytes:
 
 
 def _with_scans(count: int) -> bytes:
-    """Returns a grey progressive JPEG that repeats its last scan: few bytes, but each scan is a pass over all pixels."""
+    """Returns a grey progressive JPEG that repeats its last scan. A scan has few bytes, but covers all pixels."""
     buffer = io.BytesIO()
     Image.new("L", (2000, 2000), 128).save(buffer, "JPEG", progressive=True)
     whole = buffer.getvalue()
