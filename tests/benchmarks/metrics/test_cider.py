@@ -14,9 +14,10 @@ _OFFICIAL = json.loads((Path(__file__).parent / "official_scores.json").read_tex
 
 
 def test_by_hand() -> None:
-    # Two images, each n-gram in one of them, so idf = log 2. "a b" against itself: orders 1 and 2 have cosine 1, orders 3
-    # and 4 have no n-grams: 10 x 2/4 = 5. "c x" against "c d": in order 1 one of two words agrees, and x, which is in no
-    # reference, also has weight log 2: cosine 1/2. Order 2 has no match: 10 x (1/2)/4 = 1.25.
+    # Two images, each n-gram in one of them, so idf = log 2.
+    # "a b" against itself: orders 1 and 2 have cosine 1, orders 3 and 4 have no n-grams: 10 x 2/4 = 5.
+    # "c x" against "c d": in order 1 one of two words agrees, and x, which is in no reference, also has weight log 2:
+    # cosine 1/2. Order 2 has no match: 10 x (1/2)/4 = 1.25.
     assert cider_d([["a", "b"], ["c", "x"]], [[["a", "b"]], [["c", "d"]]]) == pytest.approx([5, 1.25])
 
 

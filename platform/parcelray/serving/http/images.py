@@ -173,8 +173,8 @@ def _too_large(size: int, limits: ImageLimits, param: str) -> ApiError:
 def _too_many_pixels(size: tuple[int, int] | None, limits: ImageLimits, param: str) -> ApiError:
     shown = "too many" if size is None else f"{size[0]} x {size[1]}"
     message = (
-        f"{param} has {shown} pixels; legal are at most {limits.max_pixels / 1e6:g} million. Send a smaller"
-        " image: the model scales it down anyway."
+        f"{param} has {shown} pixels; legal are at most {limits.max_pixels / 1e6:g} million. Send a"
+        " smaller image: the model scales it down anyway."
     )
     return ApiError(413, message, code="image_too_large", param=param)
 
