@@ -164,8 +164,8 @@ def open_image(data: bytes, limits: ImageLimits, param: str) -> Image.Image:
 
 def _too_large(size: int, limits: ImageLimits, param: str) -> ApiError:
     message = (
-        f"{param} has {size / _MIB:.1f} MiB; legal are at most {limits.max_bytes / _MIB:g} MiB. Send a smaller image: the"
-        " model scales it down anyway."
+        f"{param} has {size / _MIB:.1f} MiB; legal are at most {limits.max_bytes / _MIB:g} MiB. Send a smaller image:"
+        " the model scales it down anyway."
     )
     return ApiError(413, message, code="image_too_large", param=param)
 
