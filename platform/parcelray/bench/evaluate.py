@@ -276,10 +276,10 @@ def _descendants(root: int) -> list[int]:
                 parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
             except OSError:
                 continue
-    found = [root]
-    for process in found:
-        found += [child for child, parent in parents.items() if parent == process]
-    return found
+    processes = [root]
+    for process in processes:
+        processes += [child for child, parent in parents.items() if parent == process]
+    return processes
 
 
 def _proportional_bytes(process: int) -> int:
@@ -297,9 +297,9 @@ def _run_in_new_process(call: Callable[..., int], arguments: tuple[Any, ...]) ->
     results = context.Queue()
     process = context.Process(target=_put_result, args=(results, call, arguments))
     process.start()
-    found: int = results.get(timeout=3600)
+    result: int = results.get(timeout=3600)
     process.join()
-    return found
+    return result
 
 
 def _put_result(results: Any, call: Callable[..., int], arguments: tuple[Any, ...]) -> None:

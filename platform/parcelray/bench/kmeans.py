@@ -284,15 +284,15 @@ def _fast_pytorch_kmeans(images: Tensor, num_clusters: int, seed: int, starts: i
     from fast_pytorch_kmeans import KMeans
 
     torch.manual_seed(seed)
-    found = []
+    labels = []
     for image in images:
         # This library has no restarts.
-        tries = [
+        attempts = [
             KMeans(num_clusters, max_iter=_ITERATIONS, init_method="kmeans++").fit_predict(image).cpu().numpy()
             for _ in range(starts)
         ]
-        found.append(tries[0] if starts == 1 else min(tries, key=partial(_inertia, image.cpu().numpy())))
-    return found
+        labels.append(attempts[0] if starts == 1 else min(attempts, key=partial(_inertia, image.cpu().numpy())))
+    return labels
 
 
 def _torch_kmeans(images: Tensor, num_clusters: int, seed: int, starts: int) -> list[Any]:
@@ -315,7 +315,7 @@ def _faiss(images: Tensor, num_clusters: int, seed: int, starts: int, *, seeded:
     import faiss
 
     method = faiss.ClusteringInitMethod_KMEANS_PLUS_PLUS if seeded else faiss.ClusteringInitMethod_RANDOM
-    found = []
+    labels = []
     for image in images.cpu().numpy():
         model = faiss.Kmeans(
             image.shape[1],
@@ -327,8 +327,8 @@ def _faiss(images: Tensor, num_clusters: int, seed: int, starts: int, *, seeded:
             init_method=method,
         )
         model.train(image)
-        found.append(model.index.search(image, 1)[1][:, 0])
-    return found
+        labels.append(model.index.search(image, 1)[1][:, 0])
+    return labels
 
 
 def _mean_inertia(images: Tensor, labels: list[Any]) -> float:

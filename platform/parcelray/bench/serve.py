@@ -307,9 +307,9 @@ def _load_policy(bench: _Bench, url: str, load_seconds: float) -> list[Measure]:
             "256 tokens",
         ),
     ]
-    given = by_load.budgets.total()
+    total = by_load.budgets.total()
     return measures + [
-        Measure(f"by load, share of {budget} tokens", by_load.budgets[str(budget)] / max(1, given), "")
+        Measure(f"by load, share of {budget} tokens", by_load.budgets[str(budget)] / max(1, total), "")
         for budget in BUDGETS
     ]
 

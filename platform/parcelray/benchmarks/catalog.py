@@ -36,13 +36,13 @@ def catalog(user_files: Iterable[Path] = ()) -> dict[str, BenchmarkConfig]:
     Raises:
         UserError: a file cannot be read, or is not valid.
     """
-    found = dict(builtin())
+    benchmarks = dict(builtin())
     for path in user_files:
         files = sorted(path.glob("*.yaml")) if path.is_dir() else [path]
         if not files:
             raise UserError(f"{path} contains no YAML files; give files that describe one benchmark each.")
-        found |= {config.name: config for config in map(load_benchmark, files)}
-    return found
+        benchmarks |= {config.name: config for config in map(load_benchmark, files)}
+    return benchmarks
 
 
 def find(name: str, benchmarks: dict[str, BenchmarkConfig]) -> BenchmarkConfig:

@@ -39,8 +39,8 @@ class Listing:
         """
         if only is not None and only not in _SETS:
             raise UserError(f"There is no set {only!r}; legal: {', '.join(_SETS)}.")
-        found = [config for config in catalog(user_files).values() if only is None or only in config.sets]
-        return cls(tuple(sorted(found, key=lambda config: (config.family, config.name))))
+        selected = [config for config in catalog(user_files).values() if only is None or only in config.sets]
+        return cls(tuple(sorted(selected, key=lambda config: (config.family, config.name))))
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the content of `--json`."""

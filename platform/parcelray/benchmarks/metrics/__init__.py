@@ -65,8 +65,8 @@ def metric(name: str, *, mask_decoder: Path | None = None) -> Metric:
         raise UserError(
             f"{family} has no variant {variant!r}{_similar(variant, members)}; legal: {', '.join(members)}."
         )
-    found = members[variant] if variant else next(iter(members.values()))
-    return dataclasses.replace(found, mask_decoder=mask_decoder) if isinstance(found, RefSegMiou) else found
+    selected = members[variant] if variant else next(iter(members.values()))
+    return dataclasses.replace(selected, mask_decoder=mask_decoder) if isinstance(selected, RefSegMiou) else selected
 
 
 def _similar(name: str, known: Mapping[str, object]) -> str:

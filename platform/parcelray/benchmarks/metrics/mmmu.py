@@ -41,7 +41,7 @@ def _parse_answers(answer: str) -> list[str]:
 def _contains(prediction: str, answer: str) -> bool:
     number = _number(answer)
     if number is not None:
-        return any(_number(found) == number for found in _NUMBER.findall(prediction))
+        return any(_number(part) == number for part in _NUMBER.findall(prediction))
     return answer.strip().lower() in prediction.lower()
 
 

@@ -61,8 +61,8 @@ def read_llava_sqa(text: str, choices: Sequence[str]) -> str | None:
     """Parses a letter, "B. ...", or exactly one "The answer is B."."""
     if len(text) == 1 or text[1:3] == ". ":
         return _known(text[:1], choices)
-    found = _ANSWER_IS.findall(text)
-    return _known(found[0], choices) if len(found) == 1 else None
+    answers = _ANSWER_IS.findall(text)
+    return _known(answers[0], choices) if len(answers) == 1 else None
 
 
 def read_lmms_eval_sqa(text: str, choices: Sequence[str]) -> str | None:
@@ -79,8 +79,8 @@ def read_first_character(text: str, choices: Sequence[str]) -> str | None:
 
 def read_paligemma_sqa(text: str, choices: Sequence[str]) -> str | None:
     """Parses "the answer is b." at the start, in any case."""
-    found = re.match(r"the answer is ([a-z])\.", text.lower())
-    return _known(found.group(1).upper(), choices) if found else None
+    match = re.match(r"the answer is ([a-z])\.", text.lower())
+    return _known(match.group(1).upper(), choices) if match else None
 
 
 def target_letter(sample: Sample, choices: Sequence[str]) -> str | None:
@@ -111,12 +111,12 @@ def _known(letter: str, choices: Sequence[str]) -> str | None:
 
 def _named_text(text: str, choices: Sequence[str]) -> str | None:
     lowered = text.lower()
-    found = [
+    named = [
         letter
         for letter, choice in zip(letters(choices), choices, strict=True)
         if choice.strip() and choice.strip().lower() in lowered
     ]
-    return found[0] if len(found) == 1 else None
+    return named[0] if len(named) == 1 else None
 
 
 def _metric(variant: str, read: Reader) -> PerSampleMetric:

@@ -103,10 +103,10 @@ class NlvrReader:
     @cached_property
     def _samples_of_picture(self) -> dict[str, list[tuple[str, int]]]:
         """Group and index in the source of every question, by picture id."""
-        found: dict[str, list[tuple[str, int]]] = {}
+        by_picture: dict[str, list[tuple[str, int]]] = {}
         for group, index, picture in self.source.questions_in_order():
-            found.setdefault(picture.id, []).append((group, index))
-        return found
+            by_picture.setdefault(picture.id, []).append((group, index))
+        return by_picture
 
     def __getstate__(self) -> dict[str, Any]:
         return {"source": self.source}

@@ -215,15 +215,15 @@ class TableReader:
             key = cells[columns.join.column]
             if key not in row_of_key:
                 raise BadCell(f"no image {key!r} in {columns.join.config}")
-            found = cell_images(images.row(row_of_key[key])[columns.join.image], images.folder)
+            encoded = cell_images(images.row(row_of_key[key])[columns.join.image], images.folder)
         else:
-            found = [image for name in columns.images for image in cell_images(cells[name], table.folder)]
-        if not found:
+            encoded = [image for name in columns.images for image in cell_images(cells[name], table.folder)]
+        if not encoded:
             raise BadCell("no image")
         if columns.draw_box is not None:
-            box = _box(columns.draw_box, cells, found[0])
-            found[0] = with_box(found[0], box)
-        return tuple(found)
+            box = _box(columns.draw_box, cells, encoded[0])
+            encoded[0] = with_box(encoded[0], box)
+        return tuple(encoded)
 
     def _sample(self, label: str, row: int, cells: Row, images: tuple[bytes, ...]) -> Sample:
         columns = self._columns
@@ -303,18 +303,18 @@ def _listed(value: Any) -> list[Any]:
 def _answers(config: AnswersConfig, value: Any, choices: Sequence[str]) -> tuple[str, ...]:
     match config.form:
         case "text":
-            found = [value]
+            values = [value]
         case "list":
-            found = list(value or [])
+            values = list(value or [])
         case "records":
-            found = [record[config.field] for record in value or []]
+            values = [record[config.field] for record in value or []]
         case "literal":
-            found = _listed(value)
+            values = _listed(value)
         case "truth":
-            found = [] if value is None else ["True" if value in (True, "True", "true", 1) else "False"]
+            values = [] if value is None else ["True" if value in (True, "True", "true", 1) else "False"]
         case "choice_text" | "choice_letter":
-            found = [_choice(value, choices, as_letter=config.form == "choice_letter")]
-    texts = ["" if answer is None else str(answer) for answer in found]
+            values = [_choice(value, choices, as_letter=config.form == "choice_letter")]
+    texts = ["" if answer is None else str(answer) for answer in values]
     if config.drop_empty:
         texts = [text for text in texts if text]
     return tuple(config.template.format(answer=text) for text in texts) if any(texts) else ()

@@ -103,12 +103,12 @@ def video_frames(
     video = _file(folder, path)
     if video.is_dir():
         files = [file for file in sorted(video.iterdir()) if file.suffix.lower() in _FRAME_SUFFIXES]
-        found = [file.read_bytes() for file in files[:: config.stride][: config.frames]]
+        frames = [file.read_bytes() for file in files[:: config.stride][: config.frames]]
     else:
-        found = list(_decoded(video, config, segment))
-    if not found:
+        frames = list(_decoded(video, config, segment))
+    if not frames:
         raise BadCell(f"no frames in {path}")
-    return tuple(found[number % len(found)] for number in range(config.frames))
+    return tuple(frames[number % len(frames)] for number in range(config.frames))
 
 
 def _decoded(file: Path, config: VideoConfig, segment: tuple[float, float] | None) -> Iterator[bytes]:

@@ -75,8 +75,8 @@ class ParquetRows:
     def row(self, index: int) -> Row:
         for file, group, start, end in self._groups:
             if start <= index < end:
-                found: Row = self._group(file, group).slice(index - start, 1).to_pylist()[0]
-                return found
+                row: Row = self._group(file, group).slice(index - start, 1).to_pylist()[0]
+                return row
         raise IndexError(f"row {index} is out of range for {len(self)} rows")
 
     def column(self, name: str) -> list[Any]:
@@ -205,8 +205,8 @@ class HuggingFaceRows:
         return int(self._dataset.num_rows)
 
     def row(self, index: int) -> Row:
-        found: Row = self._dataset[index]
-        return found
+        row: Row = self._dataset[index]
+        return row
 
     def column(self, name: str) -> list[Any]:
         return list(self._dataset.select_columns([name])[name])
@@ -216,14 +216,14 @@ class HuggingFaceRows:
         import datasets
 
         try:
-            found = self._load(datasets)
+            dataset = self._load(datasets)
         except (FileNotFoundError, ValueError, ConnectionError, OSError) as error:
             reason = str(error).splitlines()[0]
             raise UserError(
                 f"{self.path} (configuration {self.config}, split {self.split}) cannot be loaded: {reason}. Give the"
                 " folder of a local copy with data:, or download it first on a machine with network access."
             ) from None
-        return _encoded(found, datasets)
+        return _encoded(dataset, datasets)
 
     def _load(self, datasets: Any) -> Any:
         folder = Path(self.path)
@@ -268,7 +268,7 @@ def open_rows(source: TableSource, split: str, data: Path | None, *, config: str
         config: configuration of the data set; None: the one of the source.
 
     Raises:
-        UserError: no data are found.
+        UserError: there are no such data.
     """
     config = config if config is not None else source.config
     if data is None:

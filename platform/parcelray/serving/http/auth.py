@@ -184,12 +184,12 @@ class Gatekeeper:
 
     def _owner(self, given: str) -> ApiKey | None:
         hashed = _hash(given)
-        found = None
+        owner = None
         # All keys are compared, so that the time does not reveal which key matches, or whether one does.
         for key in self._keys:
             if hmac.compare_digest(key.hash, hashed):
-                found = key
-        return found
+                owner = key
+        return owner
 
 
 def _hash(key: str) -> str:

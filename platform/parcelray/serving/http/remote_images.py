@@ -137,16 +137,16 @@ def not_in_time(param: str) -> ApiError:
 def _public_address(host: str, param: str) -> str:
     """Returns the first address of a host. All its addresses must be public."""
     try:
-        found = [str(entry[4][0]) for entry in socket.getaddrinfo(host, _PORT, type=socket.SOCK_STREAM)]
+        addresses = [str(entry[4][0]) for entry in socket.getaddrinfo(host, _PORT, type=socket.SOCK_STREAM)]
     except OSError:
         raise ApiError(
             422, f"{param} has a host name that cannot be resolved.", code="image_not_fetched", param=param
         ) from None
-    if not found or not all(is_public(address) for address in found):
+    if not addresses or not all(is_public(address) for address in addresses):
         raise ApiError(
             403, f"{param} has a host with a private address; legal are public hosts.", code="host", param=param
         )
-    return found[0]
+    return addresses[0]
 
 
 def is_public(address: str) -> bool:

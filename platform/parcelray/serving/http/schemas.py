@@ -379,7 +379,7 @@ def openapi(name: str, budgets: Sequence[int], max_tokens: int, *, playground: b
             "text/event-stream": {"schema": {"type": "string"}},
         },
     }
-    found = {
+    success = {
         "200": {"description": "Found", "content": {"application/json": {"schema": {"type": "object"}}}},
         **refusals,
     }
@@ -391,7 +391,7 @@ def openapi(name: str, budgets: Sequence[int], max_tokens: int, *, playground: b
     inspect = {
         "summary": "Anchor grid and query attention of an image",
         "requestBody": {"required": True, "content": {"application/json": {"schema": _inspect_schema(budgets)}}},
-        "responses": found,
+        "responses": success,
     }
     model = {"name": "model", "in": "path", "required": True, "schema": {"type": "string", "enum": [name]}}
     text = {"200": {"description": "Metrics", "content": {"text/plain": {"schema": {"type": "string"}}}}, **refusals}
@@ -400,13 +400,17 @@ def openapi(name: str, budgets: Sequence[int], max_tokens: int, *, playground: b
         "info": {"title": f"parcelray: {name}", "version": __version__},
         "paths": {
             "/v1/chat/completions": {"post": chat},
-            "/v1/models": {"get": {"summary": "List the models", "responses": found}},
+            "/v1/models": {"get": {"summary": "List the models", "responses": success}},
             "/v1/models/{model}": {
-                "get": {"summary": "The model, its budgets and their costs", "parameters": [model], "responses": found}
+                "get": {
+                    "summary": "The model, its budgets and their costs",
+                    "parameters": [model],
+                    "responses": success,
+                }
             },
-            "/health": {"get": {"summary": "Whether the endpoint is running", "responses": found}},
-            "/ready": {"get": {"summary": "Whether the model answers", "responses": found}},
-            "/version": {"get": {"summary": "Versions of the served models", "responses": found}},
+            "/health": {"get": {"summary": "Whether the endpoint is running", "responses": success}},
+            "/ready": {"get": {"summary": "Whether the model answers", "responses": success}},
+            "/version": {"get": {"summary": "Versions of the served models", "responses": success}},
             "/metrics": {"get": {"summary": "Metrics for Prometheus", "responses": text}},
             **({"/playground/inspect": {"post": inspect}} if playground else {}),
         },
