@@ -1,4 +1,4 @@
-"""The connector bench, at a shape that takes milliseconds."""
+"""`parcelray bench connector`, at a shape that takes milliseconds."""
 
 import json
 from collections.abc import Callable
@@ -50,11 +50,11 @@ def tiny_checkpoint(tmp_path: Path) -> str:
     return str(tmp_path)
 
 
-def test_every_connector_is_measured_at_the_budgets_that_it_can_give(
+def test_every_connector_is_measured_at_its_supported_budgets(
     tiny_checkpoint: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def time_once(alone: Callable[[], object], whole: Callable[[], object], *_: object, **__: object) -> PairTiming:
-        """Runs both, and reports 2 ms and 8 ms: which of two short times is longer depends on the machine's load."""
+        """Runs both and reports 2 ms and 8 ms, because real times depend on the load of the machine."""
         alone()
         whole()
         return PairTiming(0.002, 0.008, 0.25, 0.001, 0.001, 0.01)
@@ -86,7 +86,7 @@ def test_the_setting_is_part_of_the_report(tiny_checkpoint: str) -> None:
     assert {measure["unit"] for measure in content["measures"]} == {"ms", "MB", "%"}
 
 
-def test_mistakes_are_named(tiny_checkpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_illegal_options_are_refused(tiny_checkpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match="Unknown device 'tpu'"):
         bench_connectors(tiny_checkpoint, budgets=(16,), device="tpu")
@@ -97,7 +97,7 @@ def test_mistakes_are_named(tiny_checkpoint: str, monkeypatch: pytest.MonkeyPatc
     with pytest.raises(UserError, match="repeats 0"):
         bench_connectors(tiny_checkpoint, budgets=(16,), repeats=0)
     with pytest.raises(
-        UserError, match="No connector can give 300 visual tokens of 256 patches; legal budgets are 1 to 256"
+        UserError, match="No connector supports 300 visual tokens for 256 patches; legal budgets are 1 to 256"
     ):
         bench_connectors(tiny_checkpoint, budgets=(300,))
 

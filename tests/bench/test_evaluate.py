@@ -1,18 +1,22 @@
-"""`parcelray bench evaluate`: what it computes from times and memory, and the whole bench, in which sharing changes no answer."""
+"""`parcelray bench evaluate`: its measures follow from known times and memory; the whole bench runs."""
 
 import dataclasses
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from parcelray.bench import evaluate as evaluate_bench
+from parcelray.bench.measure import PairTiming
 from parcelray.datasets.mini.suite import family_samples
+from parcelray.datasets.sample import Sample
 
 
-def test_the_rate_leaves_out_the_time_before_the_first_shard() -> None:
+def test_the_rate_excludes_the_time_before_the_first_shard() -> None:
     times = iter([100.0, 110.0, 112.0, 118.0])
     clock = evaluate_bench._Clock(lambda: next(times))
     for rows in (64, 128, 192):
@@ -21,17 +25,17 @@ def test_the_rate_leaves_out_the_time_before_the_first_shard() -> None:
     assert clock.rate() == (192 - 64) / (118 - 110)
 
 
-def test_answers_that_differ_are_counted_over_all_budgets() -> None:
+def test_different_answers_are_counted_over_all_budgets() -> None:
     one = {16: ["a", "b"], 64: ["c", "d"], 256: ["e", "f"]}
     other = {16: ["a", "x"], 64: ["c", "d"], 256: ["y", "z"]}
-    assert evaluate_bench._differing(one, one) == 0
-    assert evaluate_bench._differing(one, other) == 3
+    assert evaluate_bench._count_different(one, one) == 0
+    assert evaluate_bench._count_different(one, other) == 3
 
 
-def test_repeated_samples_have_names_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_repeated_samples_have_unique_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(evaluate_bench, "_DIFFERENT", 4)
     reader = evaluate_bench._Repeated("samples", evaluate_bench._export(tmp_path / "few", 4), 10)
-    assert reader.pin().rows == 10
+    assert reader.fingerprint().rows == 10
     samples = [sample for row in reader.order() for sample in reader.read(row).samples]
     assert len({sample.id for sample in samples}) == 10
     assert [dataclasses.replace(sample, id="") for sample in samples[4:8]] == [
@@ -39,6 +43,49 @@ def test_repeated_samples_have_names_of_their_own(tmp_path: Path, monkeypatch: p
     ]
     assert len({sample.prompt + str(sample.images) for sample in samples}) == 4
     assert samples[0].images == family_samples("test", "general", 1)[0].images
+
+
+class _Predictor:
+    """Generates other answers to two of the samples when it is called with all budgets at once."""
+
+    def generate_budgets(self, samples: list[Sample], budgets: Sequence[int]) -> dict[int, list[str]]:
+        num_changed = 2 if len(budgets) == len(evaluate_bench.BUDGETS) else 0
+        return {budget: ["b"] * num_changed + ["a"] * (len(samples) - num_changed) for budget in budgets}
+
+
+def test_one_pass_is_compared_with_one_pass_per_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+
+    def time_pairs(apart: Callable[[], object], together: Callable[[], object], repeats: int) -> PairTiming:
+        for call in (apart, together):
+            results = call()
+            calls.append(f"{len(results) if isinstance(results, list) else 1} passes, {repeats} repeats")
+        return PairTiming(3.0, 2.0, 1.5, 0.1, 0.1, 0.2)
+
+    monkeypatch.setattr(evaluate_bench, "Predictor", lambda *_, **__: _Predictor())
+    monkeypatch.setattr(evaluate_bench, "time_pairs", time_pairs)
+    model: Any = (None, None)
+    speed, different = evaluate_bench._one_pass("vision-heavy", model, repeats=4)
+    assert calls == ["3 passes, 4 repeats", "1 passes, 4 repeats"]
+    assert (speed.value, speed.spread, speed.goal, speed.missed) == (1.5, 0.2, ">= 1.8", True)
+    # Two samples at each of three budgets.
+    assert (different.value, different.missed) == (6, True)
+    assert next(evaluate_bench._one_pass("mini", model, repeats=4)).goal is None
+
+
+@pytest.mark.parametrize(("larger_mib", "missed"), [(330, False), (360, True)])
+def test_peak_memory_must_not_grow_with_the_samples(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, larger_mib: int, missed: bool
+) -> None:
+    peaks = {50: 300 * 2**20, 75: larger_mib * 2**20}
+    monkeypatch.setattr(evaluate_bench, "_export", lambda folder, count: folder)
+    monkeypatch.setattr(evaluate_bench, "_random", lambda config: None)
+    monkeypatch.setattr(evaluate_bench, "_save", lambda model, folder: None)
+    monkeypatch.setattr(evaluate_bench, "_run_in_new_process", lambda call, arguments: peaks[arguments[2]])
+    small, large, ratio = evaluate_bench._memory(tmp_path, (50, 75))
+    assert [(small.value, small.unit), (large.value, large.unit)] == [(300, "MiB"), (larger_mib, "MiB")]
+    assert ratio.value == pytest.approx(larger_mib / 300)
+    assert ratio.missed is missed
 
 
 def test_the_memory_of_descendants_is_counted() -> None:
@@ -58,7 +105,6 @@ def test_the_memory_of_descendants_is_counted() -> None:
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
 def test_all_four_comparisons_are_measured(ray_session: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    # As few as each comparison needs: two shards of 64, five questions to an image.
     monkeypatch.setattr(evaluate_bench, "_QUESTIONS", 6)
     monkeypatch.setattr(evaluate_bench, "_IMAGES", 5)
     monkeypatch.setattr(evaluate_bench, "_DIFFERENT", 75)
@@ -80,9 +126,5 @@ def test_all_four_comparisons_are_measured(ray_session: None, monkeypatch: pytes
     ]
     values = {measure.name: measure.value for measure in report.measures}
     assert [measure.value for measure in report.measures if measure.name.endswith("answers that differ")] == [0, 0, 0]
-    # The driver and the actor have loaded torch each, which takes more than 100 MiB of their own in any build.
+    # Driver and actor each load torch, which takes more than 100 MiB in any build.
     assert values["peak memory, 50 samples"] > 200
-    assert (
-        values["peak memory, 75 over 50 samples"]
-        == values["peak memory, 75 samples"] / values["peak memory, 50 samples"]
-    )

@@ -1,4 +1,4 @@
-"""`parcelray bench serve` computes its measures from known times, and a small run has every comparison."""
+"""`parcelray bench serve`: its measures follow from known times; a small run has every comparison."""
 
 import socket
 from collections import Counter
@@ -24,7 +24,7 @@ SMALL = MiniModelConfig(
     text_head_dim=12,
     text_mlp_width=32,
 )
-# What the measures read of the bench's model: nothing, as no request is sent.
+# A stand-in for the bench: no model is needed, because no request is sent.
 BENCH: Any = SimpleNamespace(
     body=lambda *_, **__: b"{}",
     samples=lambda count: [None] * count,
@@ -65,7 +65,7 @@ def test_the_endpoint_is_compared_with_offline_generation(monkeypatch: pytest.Mo
     }
 
 
-def test_the_overhead_is_what_the_endpoint_adds_to_a_request(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_overhead_is_the_difference_to_a_request_in_process(monkeypatch: pytest.MonkeyPatch) -> None:
     async def in_process(*_: Any) -> float:
         return 0.010
 
@@ -82,7 +82,7 @@ def test_the_overhead_is_what_the_endpoint_adds_to_a_request(monkeypatch: pytest
 
 def test_latencies_are_quantiles_by_budget_and_clients(monkeypatch: pytest.MonkeyPatch) -> None:
     def load(_: str, bodies: Any, *, clients: int) -> LoadResult:
-        # 1 to 100 ms for one client, and so many times more for more of them.
+        # 1 to 100 ms for one client, and `clients` times as long for more clients.
         latencies = [clients * each / 1000 for each in range(1, 101)]
         return answered(latencies, seconds=2.0, first_tokens_s=[each / 2 for each in latencies])
 
@@ -98,12 +98,12 @@ def test_latencies_are_quantiles_by_budget_and_clients(monkeypatch: pytest.Monke
         assert found[f"{name}: first token, p50"] == pytest.approx(25.5 * clients)
 
 
-def test_the_highest_rate_is_the_last_that_is_answered_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_highest_rate_is_the_last_within_the_objective(monkeypatch: pytest.MonkeyPatch) -> None:
     rates: list[float] = []
 
     def load(_: str, bodies: Any, *, rate: float, seed: int) -> LoadResult:
         rates.append(rate)
-        # One miss below the limit, for example of a busy machine, ends nothing. Of a hundred answers four may be late.
+        # A single miss below the limit, as on a busy machine, does not end the search. Four of 100 may be late.
         late = 100 if rate > 20 or len(rates) == 3 else 4
         return answered([0.5] * (100 - late) + [1.5] * late, budgets=Counter({"16": 1}))
 
@@ -112,7 +112,7 @@ def test_the_highest_rate_is_the_last_that_is_answered_in_time(monkeypatch: pyte
     assert rates == pytest.approx([5 * 1.2**step for step in range(10)])
     assert found.rate == pytest.approx(5 * 1.2**7)
     assert found.budgets == {"16": 1}
-    # Refusals are no answers in time.
+    # A load with refused requests does not meet the objective.
     refused = LoadResult(seconds=1.0, latencies_s=[0.1], statuses=Counter({200: 1, 429: 1}))
     monkeypatch.setattr(serve_bench, "open_loop", lambda *_, **__: refused)
     assert serve_bench._highest_rate(BENCH, "", 256, alone_s=0.1, load_seconds=1.0).rate == 0.0

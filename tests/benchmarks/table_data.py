@@ -1,4 +1,4 @@
-"""Small files in exactly the schema of a benchmark split, with four rows each."""
+"""Writes small files with the exact schema of a benchmark split, four rows each."""
 
 import io
 from pathlib import Path
@@ -12,15 +12,21 @@ from parcelray.config.benchmark import BenchmarkConfig, ColumnsConfig, TableSour
 
 ROWS = 4
 _SIMPLE = {
-    "string": pa.string(), "bool": pa.bool_(), "binary": pa.binary(), "int8": pa.int8(), "int32": pa.int32(), "int64": pa.int64(), "float": pa.float32(),
+    "string": pa.string(),
+    "bool": pa.bool_(),
+    "binary": pa.binary(),
+    "int8": pa.int8(),
+    "int32": pa.int32(),
+    "int64": pa.int64(),
+    "float": pa.float32(),
     "double": pa.float64(),
-}  # fmt: skip
+}
 _IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 _CHOICES = ["red", "blue", "green", "white"]
 
 
 def arrow_type(text: str) -> pa.DataType:
-    """From the catalog's notation: string, image, list<...>, struct<name: type, ...>."""
+    """Parses a type in the catalog's notation: string, image, list<...>, struct<name: type, ...>."""
     text = text.strip()
     if text == "image":
         return _IMAGE
@@ -34,7 +40,7 @@ def arrow_type(text: str) -> pa.DataType:
 
 
 def write_benchmark(config: BenchmarkConfig, folder: Path) -> int:
-    """Writes the files of all splits below a folder; returns the rows that count."""
+    """Writes the files of all splits below a folder and returns their number of rows."""
     source, columns = config.source, config.columns
     assert isinstance(source, TableSource)
     assert columns is not None
@@ -55,14 +61,14 @@ def write_benchmark(config: BenchmarkConfig, folder: Path) -> int:
 
 
 def png(color: tuple[int, int, int] = (200, 30, 30), size: tuple[int, int] = (32, 24)) -> bytes:
-    """An image of one colour."""
+    """Returns an image of one colour as PNG."""
     buffer = io.BytesIO()
     Image.new("RGB", size, color).save(buffer, format="PNG")
     return buffer.getvalue()
 
 
 def _parts(text: str) -> list[str]:
-    """Splits at the commas that are in no brackets."""
+    """Splits a text at commas outside brackets."""
     depth, parts = 0, [""]
     for letter in text:
         depth += (letter == "<") - (letter == ">")

@@ -1,4 +1,4 @@
-"""Every split of the catalog: legal, complete, and read from a small file in exactly its schema."""
+"""Every split of the catalog is valid, complete, and readable from a small file with its exact schema."""
 
 import dataclasses
 from pathlib import Path
@@ -19,7 +19,7 @@ from .table_data import ROWS, write_benchmark
 TABLES = sorted(name for name, config in builtin().items() if isinstance(config.source, TableSource))
 
 
-def test_the_three_sets_are_whole() -> None:
+def test_the_sets_have_all_their_splits() -> None:
     sets = {
         name: sum(name in config.sets for config in builtin().values())
         for name in ("parcel", "paligemma", "llava", "local")
@@ -35,11 +35,11 @@ def test_the_three_sets_are_whole() -> None:
     assert len(TABLES) == 60
 
 
-def test_splits_say_what_one_must_know() -> None:
+def test_splits_have_references_facts_and_prompts() -> None:
     configs = [builtin()[name] for name in TABLES]
-    assert [config.name for config in configs if not config.references] == [], "no score in print"
-    assert [config.name for config in configs if not config.facts] == [], "not said where the facts were read"
-    assert [config.name for config in configs if not config.prompts] == [], "not said what is asked"
+    assert [config.name for config in configs if not config.references] == [], "splits without a published score"
+    assert [config.name for config in configs if not config.facts] == [], "splits without sources"
+    assert [config.name for config in configs if not config.prompts] == [], "splits without prompts"
     for config in configs:
         for each in (config.metric, *config.other_metrics):
             assert each is None or metric(each)
@@ -48,12 +48,12 @@ def test_splits_say_what_one_must_know() -> None:
 
 
 @pytest.mark.parametrize("name", TABLES)
-def test_a_split_is_read_from_its_own_schema(name: str, tmp_path: Path) -> None:
+def test_a_split_is_read_from_its_schema(name: str, tmp_path: Path) -> None:
     config = builtin()[name]
     rows = write_benchmark(config, tmp_path)
     for family in config.prompts:
         reader = open_reader(config, family=family, data=tmp_path)
-        assert reader.pin().rows == rows
+        assert reader.fingerprint().rows == rows
         found = [reader.read(row) for row in reader.order()]
         assert not [problem for each in found for problem in each.problems]
         samples = [sample for each in found for sample in each.samples]
@@ -88,17 +88,17 @@ def test_the_refcoco_mask_and_box_are_those_of_the_row(tmp_path: Path) -> None:
 def test_prompts_are_those_of_the_model_family(tmp_path: Path) -> None:
     config = builtin()["ai2d"]
     write_benchmark(config, tmp_path)
-    asked = {
+    samples = {
         family: open_reader(config, family=family, data=tmp_path).read(0).samples[0]
         for family in ("paligemma", "llava")
     }
-    assert asked["paligemma"].prompt == "answer en  question 0 choose from: red \t blue \t green \t white"
+    assert samples["paligemma"].prompt == "answer en  question 0 choose from: red \t blue \t green \t white"
     assert (
-        asked["llava"].prompt
+        samples["llava"].prompt
         == "question 0\nA. red\nB. blue\nC. green\nD. white\nAnswer with the option's letter from the given choices"
         " directly."
     )
-    assert asked["llava"].answers == ("blue",)
+    assert samples["llava"].answers == ("blue",)
     science = builtin()["scienceqa_img"]
     write_benchmark(science, tmp_path / "science")
     sample = open_reader(science, data=tmp_path / "science").read(0).samples[0]
@@ -111,7 +111,7 @@ def test_prompts_are_those_of_the_model_family(tmp_path: Path) -> None:
         open_reader(builtin()["mmbench_en_dev"], data=tmp_path)
 
 
-def test_languages_are_told_apart(tmp_path: Path) -> None:
+def test_samples_have_their_language(tmp_path: Path) -> None:
     config = builtin()["marvl5"]
     write_benchmark(config, tmp_path)
     reader = open_reader(config, data=tmp_path)
@@ -120,7 +120,7 @@ def test_languages_are_told_apart(tmp_path: Path) -> None:
     assert reader.read(0).samples[0].answers == ("True",)
 
 
-def test_questions_about_one_image_stand_together(tmp_path: Path) -> None:
+def test_rows_with_the_same_image_are_next_to_each_other(tmp_path: Path) -> None:
     config = builtin()["gqa"]
     write_benchmark(config, tmp_path)
     reader = open_reader(config, data=tmp_path)
@@ -129,7 +129,7 @@ def test_questions_about_one_image_stand_together(tmp_path: Path) -> None:
     assert list(reader.order()) == [0, 2, 1, 3]
 
 
-def test_a_benchmark_of_your_own_is_one_file(tmp_path: Path) -> None:
+def test_a_user_benchmark_is_one_file(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text("""
 name: mine
 family: general
@@ -169,7 +169,7 @@ metric: exact_match
         ("source: {type: mini}", "columns are required for a source of type table"),
     ],
 )
-def test_what_is_wrong_with_a_file_is_said(tmp_path: Path, change: str, message: str) -> None:
+def test_errors_in_a_file_are_reported(tmp_path: Path, change: str, message: str) -> None:
     lines = {
         "name": "name: mine",
         "family": "family: general",
@@ -184,8 +184,8 @@ def test_what_is_wrong_with_a_file_is_said(tmp_path: Path, change: str, message:
         catalog([file])
 
 
-def test_an_unknown_name_is_answered_with_the_nearest() -> None:
+def test_the_error_about_an_unknown_name_suggests_similar_ones() -> None:
     with pytest.raises(UserError, match=r"no benchmark 'texvqa_val' \(did you mean textvqa_val"):
         find("texvqa_val", catalog())
-    with pytest.raises(UserError, match="holds no YAML files"):
+    with pytest.raises(UserError, match="contains no YAML files"):
         catalog([Path(__file__).parent])

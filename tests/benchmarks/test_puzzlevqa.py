@@ -1,4 +1,4 @@
-"""PuzzleVQA's published files, where they are present: JSON lines with choices of mixed types, and an image folder."""
+"""PuzzleVQA's published files, if present: JSON lines with choices of mixed types, and an image folder."""
 
 import dataclasses
 import json
@@ -29,7 +29,7 @@ BENCHMARK = BenchmarkConfig.model_validate(
 )
 
 
-def test_every_puzzle_is_read_and_scored_by_its_letter(puzzlevqa_dir: Path) -> None:
+def test_every_puzzle_is_read_and_scored_by_letter(puzzlevqa_dir: Path) -> None:
     files = sorted(puzzlevqa_dir.glob("*.json"))
     assert len(files) == 20
     for file in files:
@@ -37,7 +37,7 @@ def test_every_puzzle_is_read_and_scored_by_its_letter(puzzlevqa_dir: Path) -> N
         reader = open_reader(BENCHMARK, data=file)
         samples = [sample for row in reader.order() for sample in reader.read(row).samples]
         assert len(samples) == len(rows), f"{file.name}: no puzzle has a problem"
-        places = []
+        correct = []
         for sample, row in zip(samples, rows, strict=True):
             (image,) = sample.images
             assert image == (puzzlevqa_dir / row["image"]).read_bytes()
@@ -45,11 +45,11 @@ def test_every_puzzle_is_read_and_scored_by_its_letter(puzzlevqa_dir: Path) -> N
             choices = [str(option) for option in row["options"]]
             assert sample.metadata["choices"] == choices
             assert sample.answers == (str(row["answer"]),)
-            places.append(choices.index(str(row["answer"])))
+            correct.append(choices.index(str(row["answer"])))
             assert sample.prompt.endswith(", ".join(f"({'ABCD'[i]}) {choice}" for i, choice in enumerate(choices)))
         answers = {number: [GivenAnswer(f"({letter})")] * len(samples) for number, letter in enumerate("ABCD", 1)}
-        answers[256] = [GivenAnswer("ABCD"[place]) for place in places]
+        answers[256] = [GivenAnswer("ABCD"[index]) for index in correct]
         (split,) = score_splits([dataclasses.replace(sample, images=()) for sample in samples], answers)
         scores = [split.scores[number].estimate.value for number in answers]
-        shares = [100 * places.count(place) / len(places) for place in range(4)]
-        assert scores == pytest.approx([*shares, 100]), "always the same letter, and always the right one"
+        shares = [100 * correct.count(index) / len(correct) for index in range(4)]
+        assert scores == pytest.approx([*shares, 100]), "always one letter, and always the correct letter"

@@ -1,4 +1,4 @@
-"""Rows from every kind of file, frames from videos, and what is wrong with a row."""
+"""Reading of rows from every kind of file, frames from videos, and reporting of problems."""
 
 import io
 import json
@@ -128,28 +128,28 @@ def _shards(folder: Path) -> Path:
         pytest.param(_single_hugging_face, id="save_to_disk, one split"),
     ],
 )
-def test_the_same_rows_come_out_of_every_kind_of_file(make: Any, tmp_path: Path) -> None:
+def test_every_kind_of_file_gives_the_same_rows(make: Any, tmp_path: Path) -> None:
     reader = _reader(make(tmp_path / "data"))
     for each in (reader, pickle.loads(pickle.dumps(reader))):
-        assert each.pin().rows == 6
-        assert len(each.pin().ids) == 64
+        assert each.fingerprint().rows == 6
+        assert len(each.fingerprint().ids) == 64
         samples = [sample for row in each.order() for sample in each.read(row).samples]
         assert [sample.prompt for sample in samples] == [f"answer en q{number}" for number in range(6)]
         assert [sample.answers for sample in samples] == [(f"a{number}", "a") for number in range(6)]
         assert [np.asarray(Image.open(io.BytesIO(sample.images[0])))[0, 0, 0] for sample in samples] == list(range(6))
         assert [sample.scene for sample in samples] == ["s0", "s0", "s1", "s1", "s2", "s2"]
     assert (
-        reader.pin() == _reader(make(tmp_path / "again")).pin()
+        reader.fingerprint() == _reader(make(tmp_path / "again")).fingerprint()
         or "save_to_disk" in str(make)
-        or reader.pin().ids == _reader(tmp_path / "data").pin().ids
+        or reader.fingerprint().ids == _reader(tmp_path / "data").fingerprint().ids
     )
 
 
-def test_other_data_have_another_pin(tmp_path: Path) -> None:
-    first = _reader(_parquet(tmp_path / "a.parquet")).pin()
-    assert _reader(_parquet(tmp_path / "b.parquet", _ROWS[:5])).pin().ids != first.ids
+def test_changed_data_have_another_fingerprint(tmp_path: Path) -> None:
+    first = _reader(_parquet(tmp_path / "a.parquet")).fingerprint()
+    assert _reader(_parquet(tmp_path / "b.parquet", _ROWS[:5])).fingerprint().ids != first.ids
     changed = [*_ROWS[:5], _ROWS[5] | {"question": "another"}]
-    second = _reader(_parquet(tmp_path / "a.parquet", changed)).pin()
+    second = _reader(_parquet(tmp_path / "a.parquet", changed)).fingerprint()
     assert second.ids == first.ids
     assert second.revision != first.revision
 
@@ -163,14 +163,14 @@ def test_a_limit_takes_whole_clusters(tmp_path: Path) -> None:
     assert list(chosen_rows(reader, None)) == list(range(6))
 
 
-def test_only_rows_that_count_are_read(tmp_path: Path) -> None:
+def test_only_rows_that_pass_the_filter_are_read(tmp_path: Path) -> None:
     reader = _reader(_parquet(tmp_path / "x.parquet"), keep={"scene": ["s1"]})
     assert [reader.read(row).samples[0].id for row in reader.order()] == ["2", "3"]
-    with pytest.raises(UserError, match="no row of the data has"):
-        _reader(_parquet(tmp_path / "x.parquet"), keep={"scene": ["s9"]}).pin()
+    with pytest.raises(UserError, match="no row of the data passes the filter"):
+        _reader(_parquet(tmp_path / "x.parquet"), keep={"scene": ["s9"]}).fingerprint()
 
 
-def test_what_is_wrong_with_a_row_is_named(tmp_path: Path) -> None:
+def test_problems_of_rows_are_reported(tmp_path: Path) -> None:
     rows = [
         _ROWS[0] | {"answers": []},
         _ROWS[1] | {"image": None},
@@ -184,25 +184,25 @@ def test_what_is_wrong_with_a_row_is_named(tmp_path: Path) -> None:
     assert reasons == [
         ("0", "no answer"),
         ("1", "no image"),
-        ("2", "nothing in the column question, which the prompt names"),
-        ("3", "no file gone.png"),
+        ("2", "the column question, which the prompt uses, is empty"),
+        ("3", "the file gone.png does not exist"),
     ]
     assert [len(each.samples) for each in found] == [0, 0, 0, 0, 1]
 
 
-def test_missing_columns_are_named(tmp_path: Path) -> None:
+def test_missing_columns_are_reported(tmp_path: Path) -> None:
     file = tmp_path / "x.parquet"
     pq.write_table(pa.table({"name": ["0"], "Question": ["q"]}), file)
     with pytest.raises(
         UserError,
         match="mine: the data of split test lack the columns answers, image, question, scene; they have name, Question",
     ):
-        _reader(file).pin()
+        _reader(file).fingerprint()
 
 
 def test_ids_must_be_unique(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="more than one row has the id '1'; name more columns"):
-        _reader(_parquet(tmp_path / "x.parquet", [_ROWS[1], _ROWS[1]])).pin()
+        _reader(_parquet(tmp_path / "x.parquet", [_ROWS[1], _ROWS[1]])).fingerprint()
 
 
 @pytest.mark.parametrize(
@@ -214,31 +214,31 @@ def test_ids_must_be_unique(tmp_path: Path) -> None:
             lambda folder: _parquet(folder / "validation.parquet").parent,
             r"has no test-\*.parquet, test.parquet or test.jsonl; it has validation.parquet",
         ),
-        (lambda folder: None, "has no copy on the Hugging Face hub"),
+        (lambda folder: None, "is not on the Hugging Face hub"),
     ],
 )
-def test_data_that_are_not_there_are_asked_for(make: Any, message: str, tmp_path: Path) -> None:
+def test_missing_data_are_refused(make: Any, message: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=message):
-        open_reader(_config(), data=make(tmp_path)).pin()
+        open_reader(_config(), data=make(tmp_path)).fingerprint()
 
 
-def test_broken_files_are_named(tmp_path: Path) -> None:
+def test_broken_files_are_reported(tmp_path: Path) -> None:
     (tmp_path / "x.parquet").write_bytes(b"PAR1 no")
     with pytest.raises(UserError, match="not all of these are parquet files"):
-        _reader(tmp_path / "x.parquet").pin()
+        _reader(tmp_path / "x.parquet").fingerprint()
     (tmp_path / "x.jsonl").write_text('{"name": 1}\n{"name": \n')
     with pytest.raises(UserError, match="line 2 is not JSON"):
-        _reader(tmp_path / "x.jsonl").pin()
+        _reader(tmp_path / "x.jsonl").fingerprint()
 
 
-def test_paths_stay_below_the_data(tmp_path: Path) -> None:
+def test_paths_must_stay_below_the_data(tmp_path: Path) -> None:
     (tmp_path / "secret.png").write_bytes(png())
     (tmp_path / "data").mkdir()
     with pytest.raises(UserError, match="leads out of"):
         cell_images("../secret.png", tmp_path / "data")
 
 
-def test_cells_hold_images_in_many_ways(tmp_path: Path) -> None:
+def test_cells_hold_images_in_several_forms(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"A")
     assert cell_images(
         [b"x", {"bytes": b"y", "path": None}, {"bytes": None, "path": "a.png"}, "a.png", None], tmp_path
@@ -257,7 +257,7 @@ def test_a_box_is_drawn_in_red() -> None:
 
 @pytest.fixture
 def video(tmp_path: Path) -> Path:
-    """Thirty frames at 10 frames a second, brighter and brighter."""
+    """A folder with a video of 30 frames at 10 frames per second, with increasing brightness."""
     with av.open(str(tmp_path / "v.mp4"), "w") as container:
         stream = container.add_stream("mpeg4", rate=10)
         stream.width, stream.height, stream.pix_fmt = 32, 32, "yuv420p"
@@ -281,7 +281,7 @@ def _brightness(frames: tuple[bytes, ...]) -> list[int]:
         ({"frames": 3, "stride": 2}, (1.0, 1.25), [10, 12, 10]),
     ],
 )
-def test_frames_come_at_a_fixed_stride_and_repeat(
+def test_frames_have_a_fixed_stride_and_repeat(
     video: Path, config: dict[str, int], segment: tuple[float, float] | None, expected: list[int]
 ) -> None:
     frames = video_frames(video, "v.mp4", VideoConfig(path="", **config), segment)
@@ -293,7 +293,7 @@ def test_videos_that_cannot_be_read_are_reported(video: Path) -> None:
     (video / "broken.mp4").write_bytes(b"no video")
     (video / "empty").mkdir()
     for path, reason in (
-        ("none.mp4", "no file none.mp4"),
+        ("none.mp4", "the file none.mp4 does not exist"),
         ("broken.mp4", "cannot be decoded"),
         ("empty", "no frames in empty"),
     ):

@@ -19,7 +19,7 @@ from parcelray.serving.engine.continuous_engine import ContinuousEngine
 from parcelray.serving.engine.engine import Engine, PromptBuilder
 from parcelray.serving.http.api import Api
 from parcelray.serving.http.auth import ApiKey, Gatekeeper
-from parcelray.serving.http.image_reader import ImageReader
+from parcelray.serving.http.images import ImageReader
 from parcelray.serving.ingress.budget_policy import BudgetPolicy
 from parcelray.serving.ingress.chat import Admission, ChatService
 from parcelray.serving.ingress.clients import LocalClient, ModelClient

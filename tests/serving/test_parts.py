@@ -127,7 +127,7 @@ def test_a_key_can_be_removed(tmp_path: Path) -> None:
     file = tmp_path / "keys.txt"
     keys = {name: add_key(file, name) for name in ("ann", "bob")}
     file.write_text("# of the team\n" + file.read_text())
-    with pytest.raises(UserError, match="no key of eve; it has those of ann, bob"):
+    with pytest.raises(UserError, match="no key named eve; it has ann, bob"):
         remove_key(file, "eve")
     keeper = Gatekeeper(read_keys(file))
     remove_key(file, "ann")

@@ -1,7 +1,7 @@
-"""What each connector takes of a forward pass: time and peak memory by budget, with random weights.
+"""`parcelray bench connector`: time and peak memory of each connector by budget, alone and within a prefill.
 
-The whole pass is one prefill: vision tower, connector, projector, language model. The weights do not matter for either
-number, so no checkpoint is needed and PaliGemma-2 3B can be measured at its real shape.
+The prefill runs the vision tower, connector, projector and language model. The weights are random, because neither time
+nor memory depends on them. No checkpoint is needed, so PaliGemma-2 3B can be measured at its real shape.
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from parcelray.bench.measure import Measure, Report, machine_info, time_pairs
-from parcelray.bench.memory import peak_memory_bytes
+from parcelray.bench.measure import Measure, Report, machine_info, peak_memory_bytes, time_pairs
 from parcelray.config.connector import ConnectorConfig
 from parcelray.errors import UserError, describe_values
 from parcelray.models.connectors import Connector, build_connector
@@ -29,7 +28,7 @@ CONNECTOR_CONFIGS: tuple[ConnectorConfig, ...] = tuple(
 
 
 class _Prefill(NamedTuple):
-    """One batch and the model that reads it."""
+    """A model and one batch of its inputs."""
 
     model: "ElasticVLM"
     pixels_ICHW: Tensor
@@ -64,36 +63,33 @@ def bench_connectors(
     *,
     resolution: int | None = None,
 ) -> Report:
-    """Times every connector, and a whole prefill with it, alternately, at each budget that the connector can give.
+    """Times every connector and a whole prefill with it, alternately, at each budget that the connector supports.
 
     Args:
         backbone: `mini`, a folder with a config.json, or `paligemma2-3b` (GPU only).
         budgets: visual tokens per image.
-        batch_size: images; each comes with a prompt of the paper's length (129 tokens).
-        repeats: timed rounds after two that are not timed; the measures are medians.
+        batch_size: number of images; each has a prompt of the paper's length (129 tokens).
+        repeats: number of timed rounds after two warm-up rounds; the measures are medians.
         device: `cpu` (float32) or `cuda` (bfloat16).
-        resolution: side of the image in pixels; None: the backbone's own.
+        resolution: side of the image in pixels; None: the resolution of the backbone.
 
     Returns:
-        For every connector and legal budget: its time and peak memory, those of the whole prefill, and its share of the
-        time.
+        For every connector and supported budget: time and peak memory of the connector and of the whole prefill, and
+        the connector's share of the time.
 
     Raises:
-        UserError: an unknown backbone, no GPU where one is asked for, numbers below 1, or a budget that no connector
-            can give.
+        UserError: the backbone is unknown, the GPU is missing, a number is below 1, or no connector supports a budget.
     """
     shape = resolve_backbone(backbone, resolution)
     target = _device(device, backbone)
     if batch_size < 1 or repeats < 1:
-        raise UserError(
-            f"batch size {batch_size} and repeats {repeats} must both be at least 1; raise the one that is not."
-        )
+        raise UserError(f"batch size {batch_size} and repeats {repeats} must both be at least 1.")
     connectors = [(config, _build(config, shape)) for config in CONNECTOR_CONFIGS]
     legal = sorted({budget for _, connector in connectors for budget in connector.supported_budgets})
     for budget in budgets:
         if budget not in legal:
             raise UserError(
-                f"No connector can give {budget} visual tokens of {shape.num_patches} patches; legal budgets are"
+                f"No connector supports {budget} visual tokens for {shape.num_patches} patches; legal budgets are"
                 f" {describe_values(legal)}."
             )
     prefill = _random_prefill(backbone, shape, batch_size, target)
@@ -132,7 +128,9 @@ def _device(device: str, backbone: str) -> torch.device:
     if device not in ("cpu", "cuda"):
         raise UserError(f"Unknown device {device!r}: choose cpu or cuda.")
     if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("No CUDA device is visible to this process; run on a machine that has one, or choose cpu.")
+        raise UserError(
+            "No CUDA device is visible to this process; run on a machine with a CUDA device, or choose cpu."
+        )
     if device == "cpu" and backbone in PRESETS:
         raise UserError(
             f"{backbone} needs a GPU for this bench (about 12 GB in float32); choose cuda, or the backbone mini."
@@ -156,8 +154,8 @@ def _materialise(config: ConnectorConfig, shape: BackboneShape, like: Tensor) ->
 
 
 def _random_prefill(backbone: str, shape: BackboneShape, batch_size: int, device: torch.device) -> _Prefill:
-    # Imported here because transformers' model classes take seconds, which a mistake in the options need not wait for.
-    from parcelray.bench.random_models import model_config, random_model
+    # Imported here because transformers' model classes take seconds to import; errors in options are reported before.
+    from parcelray.bench.workload import model_config, random_model
 
     model = random_model(model_config(backbone, shape), device)
     generator = torch.Generator(device).manual_seed(0)
@@ -170,7 +168,7 @@ def _random_prefill(backbone: str, shape: BackboneShape, batch_size: int, device
         device=device,
         generator=generator,
     )
-    # Below the image token's id and clear of the special tokens' smallest ones; which text it is changes no time.
+    # Ids below the image token's id. The text does not influence the time.
     ids = torch.randint(
         0, model.config.image_token_id, (batch_size, IMAGE_TEXT_TOKENS), device=device, generator=generator
     )

@@ -1,4 +1,4 @@
-"""`parcelray bench evaluate`: what one pass over all budgets saves, what sharing an image saves, what Ray Data costs, and whether memory grows."""
+"""`parcelray bench evaluate`: savings of one pass over all budgets and of shared images, cost of Ray Data, memory."""
 
 import dataclasses
 import multiprocessing
@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from parcelray.bench.measure import Measure, Report, interquartile_range, machine_info, time_pairs
 from parcelray.benchmarks.catalog import catalog, find
-from parcelray.benchmarks.readers.base import DataPin, RowSamples
+from parcelray.benchmarks.readers.base import DatasetFingerprint, RowSamples
 from parcelray.benchmarks.readers.samples import SamplesReader
 from parcelray.cluster.session import ray_session
 from parcelray.config.connector import ParcelConnectorConfig
@@ -40,9 +40,12 @@ from parcelray.models.vlm import load_processor, load_vlm, quiet_transformers, u
 BUDGETS = (16, 64, 256)
 _ANSWER = GenerationSettings(max_new_tokens=4)
 _QUESTIONS = 48
-"""Of the comparison of one pass with one for each budget."""
+"""Number of questions in the comparison of one pass with one pass per budget."""
 _IMAGES = 12
-"""Of the comparison of shared images with copies; at least `_QUESTIONS_PER_IMAGE`, because each question is that of one of them."""
+"""Number of images in the comparison of shared images with copies.
+
+At least `_QUESTIONS_PER_IMAGE`, because the questions about an image are taken from the first images.
+"""
 _QUESTIONS_PER_IMAGE = 5
 _VISION_HEAVY = MiniModelConfig(vision_width=192, vision_layers=12, vision_heads=4, vision_mlp_width=768, text_layers=2)
 _TINY = MiniModelConfig(
@@ -58,7 +61,7 @@ _TINY = MiniModelConfig(
 )
 _MEMORY_POLL_S = 0.5
 _DIFFERENT = 1000
-"""Samples of the memory comparison that differ; the others repeat them."""
+"""Number of distinct samples in the memory comparison; further samples repeat them."""
 
 Model = tuple[ElasticVLM, ElasticProcessor]
 
@@ -67,9 +70,9 @@ def bench_evaluation(*, samples: int, repeats: int, memory_samples: tuple[int, i
     """Runs all four comparisons.
 
     Args:
-        samples: of the comparison of Ray Data with a plain loop.
-        repeats: rounds of each comparison.
-        memory_samples: a smaller and a larger evaluation whose peak memory is compared.
+        samples: number of samples in the comparison of Ray Data with a plain loop.
+        repeats: number of rounds of each comparison.
+        memory_samples: numbers of samples of a smaller and a larger evaluation, whose peak memory is compared.
     """
     with tempfile.TemporaryDirectory(prefix="parcelray-bench-") as name:
         folder = Path(name)
@@ -85,7 +88,7 @@ def bench_evaluation(*, samples: int, repeats: int, memory_samples: tuple[int, i
 
 
 def _one_pass(name: str, model: Model, repeats: int) -> Iterator[Measure]:
-    """(a) Three budgets in one pass against one pass for each."""
+    """(a) Compares one pass over three budgets with one pass per budget."""
     predictor = Predictor(*model, settings=_ANSWER)
     samples = family_samples("test", "general", _QUESTIONS)
     apart = {budget: predictor.generate_budgets(samples, [budget])[budget] for budget in BUDGETS}
@@ -106,7 +109,7 @@ def _one_pass(name: str, model: Model, repeats: int) -> Iterator[Measure]:
     )
     yield Measure(
         f"{name}: answers that differ",
-        _differing(apart, together),
+        _count_different(apart, together),
         "answers",
         goal="<= 0",
         against="one pass per budget",
@@ -114,7 +117,7 @@ def _one_pass(name: str, model: Model, repeats: int) -> Iterator[Measure]:
 
 
 def _sharing(model: Model, repeats: int) -> Iterator[Measure]:
-    """(b) Questions that share an image against the same questions about copies of it."""
+    """(b) Compares questions that share an image with the same questions about copies of the image."""
     predictor = Predictor(*model, settings=_ANSWER)
     images = family_samples("test", "general", _IMAGES)
     shared = [
@@ -122,7 +125,7 @@ def _sharing(model: Model, repeats: int) -> Iterator[Measure]:
         for sample in images
         for number in range(_QUESTIONS_PER_IMAGE)
     ]
-    # Bytes after the end of a PNG change nothing of the picture, but no longer are the bytes the same.
+    # Extra bytes after the end of a PNG do not change the picture, but the images are no longer equal as bytes.
     copied = [
         dataclasses.replace(sample, images=(sample.images[0] + number.to_bytes(4, "big"),))
         for number, sample in enumerate(shared)
@@ -137,7 +140,7 @@ def _sharing(model: Model, repeats: int) -> Iterator[Measure]:
     yield Measure(label, timing.ratio, "times faster", timing.spread_ratio, against="the same without sharing")
     yield Measure(
         "mini: answers that differ",
-        _differing(apart, together),
+        _count_different(apart, together),
         "answers",
         goal="<= 0",
         against="the same without sharing",
@@ -145,7 +148,7 @@ def _sharing(model: Model, repeats: int) -> Iterator[Measure]:
 
 
 def _ray_data(folder: Path, count: int, repeats: int) -> Iterator[Measure]:
-    """(c) The Ray Data path with one actor against a plain loop, both timed between their first and last shard."""
+    """(c) Compares the Ray Data path (one actor) with a plain loop, both timed from their first to their last shard."""
     benchmark = _benchmark(SamplesReader("samples", _export(folder / "samples", count)), _ANSWER)
     settings = PassConfig(rows_per_shard=64)
     rates: dict[str, list[float]] = {"plain loop": [], "ray data": []}
@@ -182,7 +185,7 @@ def _benchmark(reader: SamplesReader, generation: GenerationSettings) -> Prepare
 
 
 def _plain_loop(checkpoint: Path, benchmark: PreparedBenchmark, clock: "_Clock") -> None:
-    """What one would write without a platform: read, answer, keep in a list."""
+    """Evaluates without the platform: reads samples, predicts, and keeps the predictions in a list."""
     model = load_vlm(checkpoint).eval()
     use_sdpa_where_exact(model)
     predictor = Predictor(model, load_processor(checkpoint), settings=benchmark.generation)
@@ -195,13 +198,13 @@ def _plain_loop(checkpoint: Path, benchmark: PreparedBenchmark, clock: "_Clock")
 
 
 def _memory(folder: Path, counts: tuple[int, int]) -> Iterator[Measure]:
-    """(d) Peak memory of the driver and of all that Ray starts for it, for a smaller and a larger evaluation."""
+    """(d) Compares the peak memory of a smaller and a larger evaluation: the driver and all processes of Ray."""
     data = _export(folder / "few", _DIFFERENT)
     checkpoint = folder / "tiny"
     _save(_random(_TINY), checkpoint)
     peaks = []
     for count in counts:
-        peaks.append(_in_a_process(_peak_of_a_pass, (data, checkpoint, count, folder / f"store-{count}")))
+        peaks.append(_run_in_new_process(_peak_of_a_pass, (data, checkpoint, count, folder / f"store-{count}")))
         yield Measure(f"peak memory, {count} samples", peaks[-1] / 2**20, "MiB")
     yield Measure(
         f"peak memory, {counts[1]} over {counts[0]} samples",
@@ -214,20 +217,20 @@ def _memory(folder: Path, counts: tuple[int, int]) -> Iterator[Measure]:
 
 @dataclass(frozen=True)
 class _Repeated(SamplesReader):
-    """The same samples again and again, under new names."""
+    """Repeats the same samples under new ids."""
 
     count: int = 0
 
-    def pin(self) -> DataPin:
-        """As of the samples."""
-        return super().pin()._replace(rows=self.count)
+    def fingerprint(self) -> DatasetFingerprint:
+        """Returns the fingerprint of the samples, with the repeated number of rows."""
+        return super().fingerprint()._replace(rows=self.count)
 
     def order(self) -> Sequence[int]:
-        """Every repeat."""
+        """Returns all rows, repeats included."""
         return range(self.count)
 
     def read(self, row: int) -> RowSamples:
-        """A sample under the row's name."""
+        """Returns a sample with the row number in its id."""
         (sample,) = super().read(row % _DIFFERENT).samples
         return RowSamples((dataclasses.replace(sample, id=f"{sample.id}-{row}"),))
 
@@ -245,7 +248,7 @@ def _peak_of_a_pass(data: Path, checkpoint: Path, count: int, store: Path) -> in
 
 @contextmanager
 def _peak_memory() -> Iterator[Callable[[], int]]:
-    """Largest proportional memory of this process and its descendants, polled."""
+    """Polls the proportional memory of this process and its descendants; yields a function that returns the maximum."""
     peak = 0
     stop = threading.Event()
 
@@ -271,14 +274,14 @@ def _descendants(root: int) -> list[int]:
                 parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
             except OSError:
                 continue
-    found = [root]
-    for process in found:
-        found += [child for child, parent in parents.items() if parent == process]
-    return found
+    processes = [root]
+    for process in processes:
+        processes += [child for child, parent in parents.items() if parent == process]
+    return processes
 
 
 def _proportional_bytes(process: int) -> int:
-    """Memory of a process, shared pages divided among those that share them."""
+    """Returns the memory of a process in bytes, with shared pages divided by the number of their processes."""
     try:
         lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
     except OSError:
@@ -286,15 +289,15 @@ def _proportional_bytes(process: int) -> int:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:")), 0)
 
 
-def _in_a_process(call: Callable[..., int], arguments: tuple[Any, ...]) -> int:
-    """The result of a call in a fresh process, so that nothing of an earlier one is counted."""
+def _run_in_new_process(call: Callable[..., int], arguments: tuple[Any, ...]) -> int:
+    """Returns the result of a call in a new process, so that memory of earlier calls is not counted."""
     context = multiprocessing.get_context("spawn")
     results = context.Queue()
     process = context.Process(target=_put_result, args=(results, call, arguments))
     process.start()
-    found: int = results.get(timeout=3600)
+    result: int = results.get(timeout=3600)
     process.join()
-    return found
+    return result
 
 
 def _put_result(results: Any, call: Callable[..., int], arguments: tuple[Any, ...]) -> None:
@@ -302,29 +305,29 @@ def _put_result(results: Any, call: Callable[..., int], arguments: tuple[Any, ..
 
 
 class _Clock:
-    """When shards ended, in seconds of a clock."""
+    """Records when shards end."""
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self._clock = clock
-        self._began = clock()
+        self._started = clock()
         self._points: list[tuple[int, float]] = []
 
     def note(self, benchmark: str, rows: int, total: int) -> None:
-        """Notes the rows that are done."""
+        """Records the current time and the number of rows that are done."""
         self._points.append((rows, self._clock()))
 
     def rate(self) -> float:
-        """Rows per second from the first shard's end to the last's."""
+        """Returns the rows per second from the end of the first shard to the end of the last."""
         (first_rows, first), (last_rows, last) = self._points[0], self._points[-1]
         return (last_rows - first_rows) / (last - first)
 
     def first(self) -> float:
-        """Seconds until the first shard's end."""
-        return self._points[0][1] - self._began
+        """Returns the seconds until the end of the first shard."""
+        return self._points[0][1] - self._started
 
 
 def _mini() -> Model:
-    """The mini base with PARCEL inserted: the arithmetic of a trained elastic model."""
+    """Loads the mini base with a PARCEL connector, which has the cost of a trained elastic model."""
     base = resolve_checkpoint(MINI_BASE).path
     model = load_vlm(base, connector=ParcelConnectorConfig(num_heads=6)).eval()
     use_sdpa_where_exact(model)
@@ -356,5 +359,5 @@ def _export(folder: Path, count: int) -> Path:
     return folder
 
 
-def _differing(first: dict[int, list[str]], second: dict[int, list[str]]) -> int:
+def _count_different(first: dict[int, list[str]], second: dict[int, list[str]]) -> int:
     return sum(a != b for budget in BUDGETS for a, b in zip(first[budget], second[budget], strict=True))

@@ -1,12 +1,12 @@
-"""`parcelray bench kmeans`: our clustering of visual tokens beside scikit-learn's and three other libraries', in one run.
+"""`parcelray bench kmeans`: compares our clustering of visual tokens with scikit-learn and three other libraries.
 
-The tokens have the structure of photographs: 14 x 14 patches of crops from scikit-learn's two sample pictures, through
-a random two-layer network to the width of CLIP's features (1024) and of LLaVA-1.5's projected tokens (4096). No trained
+The tokens have the structure of photographs: 14 x 14 patches of crops from scikit-learn's two sample pictures. A random
+two-layer network maps them to the width of CLIP's features (1024) or of LLaVA-1.5's projected tokens (4096). No trained
 weights are needed.
 
-Speed is compared at equal inertia, so every other library may start again (1, 2 or 4 times) until it is within 0.5 % of
-scikit-learn's single start. One that is not even then is timed at its last try, which it would have to exceed: the
-ratio against it is a lower bound.
+Speed is compared at equal inertia. Every other library may use 1, 2 or 4 starts until its inertia is within 0.5 % of
+scikit-learn's single start. If 4 starts do not suffice, the library is timed with the last number of starts. It would
+need more time for equal inertia, so the ratio is then a lower bound.
 """
 
 import importlib.util
@@ -24,30 +24,35 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from parcelray.bench.measure import Measure, Report, interquartile_range, machine_info
-from parcelray.bench.photographs import photographs
+from parcelray.bench.workload import photographs
 from parcelray.errors import UserError
 from parcelray.models.token_reduction.kmeans import kmeans
 
 SIDE, PATCH = 24, 14
 _HIDDEN = 1024
 _IMAGES_FOR_OTHERS = 2
-"""The others are timed on so many images; a larger batch takes them proportionally longer."""
+"""Number of images on which other libraries are timed; their time is proportional to the number of images."""
 _IMAGES_FOR_INERTIA = 4
 _SEEDS = 10
 _SEEDS_FOR_OTHERS = 3
 _ITERATIONS = 100
 _STARTS = (1, 2, 4)
 _PATIENCE_SECONDS = 10.0
-"""An other library is not asked for more starts once a try took longer."""
-
+"""A library gets no more starts after an attempt that took longer than this."""
 _SETTLE_SECONDS = 0.3
 _EQUAL = 1.005
-"""Largest inertia beside scikit-learn's that counts as equal."""
+"""Largest ratio to scikit-learn's inertia that counts as equal."""
 _TORCH_KMEANS_NUMBERS = 2**26
-"""torch-kmeans forms all differences N x k x D at once; beyond so many numbers it takes most of a minute an image and is left out."""
+"""Largest size for torch-kmeans, which computes all N x k x D differences at once.
+
+Beyond this size it takes most of a minute per image, and is left out.
+"""
 
 Clusterer = Callable[[Tensor, int, int, int], list[Any]]
-"""Clusters images [B, N, D] into k clusters each, under a seed, as the best of so many starts; returns the labels of each image."""
+"""Clusters images [B, N, D] into k clusters each and returns the labels of each image.
+
+Arguments: images, k, seed, number of starts (the best one counts).
+"""
 _REFERENCE = "scikit-learn"
 
 
@@ -60,12 +65,12 @@ class _Setting(NamedTuple):
 
 
 class _Other(NamedTuple):
-    """Another library with so many starts."""
+    """Another library with a number of starts."""
 
     name: str
     starts: int
     inertia: float
-    """Mean, beside scikit-learn's single start."""
+    """Mean inertia as a ratio to scikit-learn's single start."""
 
     def __str__(self) -> str:
         return f"{self.name}, {self.starts} {'start' if self.starts == 1 else 'starts'}"
@@ -80,22 +85,22 @@ def bench_kmeans(
     device: str = "cpu",
     say: Callable[[str], None] = lambda line: None,
 ) -> Report:
-    """Time and inertia for every width, number of clusters and batch size.
+    """Measures time and inertia for every token width, number of clusters and batch size.
 
     Args:
-        widths: of the tokens.
-        clusters: k.
-        batch_sizes: images at a time.
-        repeats: timed rounds, in each of which everybody has a turn.
-        device: `cpu` or `cuda`: of ours, and of the others that know it.
-        say: told each setting as it begins; the whole takes six minutes.
+        widths: widths of the tokens.
+        clusters: numbers of clusters k.
+        batch_sizes: numbers of images per batch.
+        repeats: number of timed rounds; each round runs every library once.
+        device: `cpu` or `cuda`, for our clustering and for the libraries that support it.
+        say: called with each setting when it starts; the whole bench takes six minutes.
 
     Raises:
-        UserError: there is no such device.
+        UserError: the device is unknown or missing.
     """
     if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
         raise UserError(
-            f"--device {device} is not here; choose"
+            f"--device {device} is not available; choose"
             f" cpu{', or a machine with a CUDA device' if device == 'cuda' else ' or cuda'}."
         )
     known = _clusterers()
@@ -117,27 +122,27 @@ def bench_kmeans(
                     f"left out: more than {_TORCH_KMEANS_NUMBERS} differences at once"
                 )
             measures.append(_quality(tokens, setting))
-            others = list(_tried(calls, tokens, setting))
+            others = list(_attempts(calls, tokens, setting))
             measures += _speed(calls, others, tokens, setting, batch_sizes, repeats)
     return Report(tuple(measures), machine_info() | {"device": device} | skipped)
 
 
 def photograph_tokens(count: int, width: int, seed: int = 0) -> Tensor:
-    """Tokens of crops of photographs: [count, 576, width]."""
+    """Returns tokens of crops of photographs: [count, 576, width]."""
     generator = torch.Generator().manual_seed(seed)
     first = torch.randn(3 * PATCH * PATCH, _HIDDEN, generator=generator) / (3 * PATCH * PATCH) ** 0.5
     second = torch.randn(_HIDDEN, width, generator=generator) / _HIDDEN**0.5
-    places = 0.3 * torch.randn(SIDE * SIDE, _HIDDEN, generator=generator)
+    positions = 0.3 * torch.randn(SIDE * SIDE, _HIDDEN, generator=generator)
     crops = photographs(count, SIDE * PATCH, seed).permute(0, 2, 3, 1)
     patches = (
         crops.reshape(count, SIDE, PATCH, SIDE, PATCH, 3).permute(0, 1, 3, 2, 4, 5).reshape(count, SIDE * SIDE, -1)
     )
-    tokens: Tensor = F.gelu(patches @ first + places) @ second
+    tokens: Tensor = F.gelu(patches @ first + positions) @ second
     return tokens
 
 
 def _quality(tokens: Tensor, setting: _Setting) -> Measure:
-    """Mean inertia over seeds beside scikit-learn's."""
+    """Measures the mean inertia over seeds as a ratio to scikit-learn's."""
     images = tokens[:_IMAGES_FOR_INERTIA]
     ours = fmean(
         float(kmeans(images, setting.num_clusters, seed=seed, max_iterations=_ITERATIONS).inertia_B.mean())
@@ -150,31 +155,36 @@ def _quality(tokens: Tensor, setting: _Setting) -> Measure:
     return Measure(f"inertia, {setting}", ours / theirs, "ratio", goal=f"<= {_EQUAL}", against=against)
 
 
-def _tried(calls: dict[str, Clusterer], tokens: Tensor, setting: _Setting) -> Iterator[_Other]:
-    """Each library at a single start, and at as many as it takes to equal scikit-learn's single start, or as were tried."""
+def _attempts(calls: dict[str, Clusterer], tokens: Tensor, setting: _Setting) -> Iterator[_Other]:
+    """Yields each library with a single start, and with the starts it needs for equal inertia (or the most tried)."""
     images = tokens[:_IMAGES_FOR_OTHERS]
     base = 1.0
     for name, call in calls.items():
-        found: list[_Other] = []
+        attempts: list[_Other] = []
         for starts in _STARTS:
-            began = time.perf_counter()
+            started = time.perf_counter()
             inertia = fmean(
                 _mean_inertia(images, call(images, setting.num_clusters, seed, starts))
                 for seed in range(_SEEDS_FOR_OTHERS)
             )
-            # The reference comes first.
+            # The reference is the first library.
             base = inertia if name == _REFERENCE else base
-            found.append(_Other(name, starts, inertia / base))
-            if found[-1].inertia <= _EQUAL or time.perf_counter() - began > _PATIENCE_SECONDS:
+            attempts.append(_Other(name, starts, inertia / base))
+            if attempts[-1].inertia <= _EQUAL or time.perf_counter() - started > _PATIENCE_SECONDS:
                 break
-        yield found[0]
-        if len(found) > 1:
-            yield found[-1]
+        yield attempts[0]
+        if len(attempts) > 1:
+            yield attempts[-1]
 
 
 def _speed(
-    calls: dict[str, Clusterer], others: list[_Other], tokens: Tensor, setting: _Setting, batch_sizes: list[int], repeats: int
-) -> Iterator[Measure]:  # fmt: skip
+    calls: dict[str, Clusterer],
+    others: list[_Other],
+    tokens: Tensor,
+    setting: _Setting,
+    batch_sizes: list[int],
+    repeats: int,
+) -> Iterator[Measure]:
     images = tokens[:_IMAGES_FOR_OTHERS]
     turns: dict[int | _Other, Callable[[int], object]] = {
         size: partial(_ours, tokens[:size], setting.num_clusters) for size in batch_sizes
@@ -206,32 +216,33 @@ def _speed(
             )
 
         yield faster(next(each for each in others if each.name == _REFERENCE), ">= 10", _REFERENCE)
-        rivals = sorted(
+        baselines = sorted(
             (each for each in others if each.name != _REFERENCE),
             key=lambda other: median(each[other] for each in rounds),
         )
-        equal = [each for each in rivals if each.inertia <= _EQUAL]
+        equal = [each for each in baselines if each.inertia <= _EQUAL]
         if equal:
             yield faster(equal[0], ">= 5", f"{equal[0]}, the fastest other of equal inertia")
-        elif rivals:
-            # The last tries alone bound what equality would cost.
+        elif baselines:
+            # Only the largest number of starts gives a bound on the time for equal inertia.
             last = [
                 each
-                for each in rivals
-                if each.starts == max(other.starts for other in rivals if other.name == each.name)
+                for each in baselines
+                if each.starts == max(other.starts for other in baselines if other.name == each.name)
             ]
             yield faster(
                 last[0],
                 ">= 5",
-                f"{last[0]}: no other gets to equal inertia, and this is the fastest last try ({last[0].inertia:.3f});"
-                " a lower bound",
+                f"{last[0]}: no other library reaches equal inertia; this is the fastest with its most starts"
+                f" ({last[0].inertia:.3f}), so the ratio is a lower bound",
             )
-        if rivals:
-            yield faster(rivals[0], ">= 5", f"{rivals[0]}, the fastest other at any inertia ({rivals[0].inertia:.3f})")
+        if baselines:
+            against = f"{baselines[0]}, the fastest other at any inertia ({baselines[0].inertia:.3f})"
+            yield faster(baselines[0], ">= 5", against)
 
 
 def _ours(tokens: Tensor, num_clusters: int, seed: int) -> None:
-    # The sizes leave the device, so that no work is left on it.
+    # Copying the sizes to the CPU waits for all work on the device.
     kmeans(tokens, num_clusters, seed=seed, max_iterations=_ITERATIONS).sizes_BK.cpu()
 
 
@@ -240,15 +251,15 @@ def _theirs(call: Clusterer, images: Tensor, num_clusters: int, starts: int, see
 
 
 def _seconds(call: Callable[[], object]) -> float:
-    # The threads of the library before this one wait for more work, spinning on the cores, for a fifth of a second.
+    # The threads of the previous library keep spinning on the cores for a fifth of a second.
     time.sleep(_SETTLE_SECONDS)
-    began = time.perf_counter()
+    started = time.perf_counter()
     call()
-    return time.perf_counter() - began
+    return time.perf_counter() - started
 
 
 def _clusterers() -> dict[str, tuple[str, Clusterer]]:
-    """By name: the module, and how it clusters; scikit-learn first."""
+    """Returns the module and the clustering function of each library by name; scikit-learn is the first."""
     return {
         _REFERENCE: ("sklearn", _scikit_learn),
         "fast-pytorch-kmeans": ("fast_pytorch_kmeans", _fast_pytorch_kmeans),
@@ -273,15 +284,15 @@ def _fast_pytorch_kmeans(images: Tensor, num_clusters: int, seed: int, starts: i
     from fast_pytorch_kmeans import KMeans
 
     torch.manual_seed(seed)
-    found = []
+    labels = []
     for image in images:
-        # It knows no restarts.
-        tries = [
+        # This library has no restarts.
+        attempts = [
             KMeans(num_clusters, max_iter=_ITERATIONS, init_method="kmeans++").fit_predict(image).cpu().numpy()
             for _ in range(starts)
         ]
-        found.append(tries[0] if starts == 1 else min(tries, key=partial(_inertia, image.cpu().numpy())))
-    return found
+        labels.append(attempts[0] if starts == 1 else min(attempts, key=partial(_inertia, image.cpu().numpy())))
+    return labels
 
 
 def _torch_kmeans(images: Tensor, num_clusters: int, seed: int, starts: int) -> list[Any]:
@@ -304,7 +315,7 @@ def _faiss(images: Tensor, num_clusters: int, seed: int, starts: int, *, seeded:
     import faiss
 
     method = faiss.ClusteringInitMethod_KMEANS_PLUS_PLUS if seeded else faiss.ClusteringInitMethod_RANDOM
-    found = []
+    labels = []
     for image in images.cpu().numpy():
         model = faiss.Kmeans(
             image.shape[1],
@@ -316,8 +327,8 @@ def _faiss(images: Tensor, num_clusters: int, seed: int, starts: int, *, seeded:
             init_method=method,
         )
         model.train(image)
-        found.append(model.index.search(image, 1)[1][:, 0])
-    return found
+        labels.append(model.index.search(image, 1)[1][:, 0])
+    return labels
 
 
 def _mean_inertia(images: Tensor, labels: list[Any]) -> float:

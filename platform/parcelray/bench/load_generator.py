@@ -1,4 +1,4 @@
-"""A load of requests on the loopback, closed (each client asks when it was answered) or open (requests come when they come)."""
+"""Load generator for the loopback: a closed loop (a fixed number of clients) or an open loop (random arrival times)."""
 
 import asyncio
 import json
@@ -15,48 +15,48 @@ from parcelray.config.serve import LOOPBACK
 from parcelray.errors import UserError
 
 MOST_IN_FLIGHT = 512
-"""Requests of an open load that may be in flight: beyond them the load itself would be what is measured."""
+"""Most requests of an open loop in flight. Beyond this number, the load generator itself would be the bottleneck."""
 _TIMEOUT_S = 120.0
 
 
 @dataclass
 class LoadResult:
-    """What a load met."""
+    """Latencies and statuses of one load."""
 
     seconds: float = 0.0
-    """From the first request to the last answer."""
+    """Seconds from the first request to the last response."""
     latencies_s: list[float] = field(default_factory=list)
-    """Of the answers."""
+    """Latency of each successful request, in seconds."""
     first_tokens_s: list[float] = field(default_factory=list)
-    """From sending a request to the first piece of its answer; empty unless the requests ask for a stream."""
+    """Seconds from sending a request to the first streamed token; empty for requests without streaming."""
     budgets: Counter[str] = field(default_factory=Counter)
-    """Answers by the budget that they say they had."""
+    """Number of responses by visual-token budget, as the response headers report it."""
     statuses: Counter[int] = field(default_factory=Counter)
-    """0: no answer at all."""
+    """Number of responses by HTTP status; 0: no response."""
     new_tokens: int = 0
-    """Tokens of all answers, as they say."""
+    """Tokens of all answers, as the responses report them."""
 
     @property
     def rate(self) -> float:
-        """Answers a second."""
+        """Successful requests per second."""
         return self.statuses[200] / self.seconds
 
     @property
     def failed(self) -> int:
-        """Requests without an answer."""
+        """Number of requests that did not succeed."""
         return self.statuses.total() - self.statuses[200]
 
     def quantile(self, share: float) -> float:
-        """Of the latencies, seconds; NaN without answers."""
+        """Returns a quantile of the latencies in seconds; NaN if no request succeeded."""
         return _quantile(self.latencies_s, share)
 
     def first_token_quantile(self, share: float) -> float:
-        """Of the times to the first piece, seconds; NaN without streams."""
+        """Returns a quantile of the times to the first token in seconds; NaN without streaming."""
         return _quantile(self.first_tokens_s, share)
 
 
 def closed_loop(url: str, bodies: Sequence[bytes], *, clients: int) -> LoadResult:
-    """So many clients share the bodies out; each sends its next one when it has its answer."""
+    """Sends the bodies from a fixed number of clients. Each client sends its next request after its last response."""
 
     async def run() -> LoadResult:
         result = LoadResult()
@@ -64,7 +64,7 @@ def closed_loop(url: str, bodies: Sequence[bytes], *, clients: int) -> LoadResul
 
         async def client(session: aiohttp.ClientSession) -> None:
             for body in left:
-                await _ask(session, url, body, result)
+                await _send(session, url, body, result)
 
         async with _session(url, clients) as session:
             started = time.perf_counter()
@@ -76,24 +76,27 @@ def closed_loop(url: str, bodies: Sequence[bytes], *, clients: int) -> LoadResul
 
 
 def open_loop(url: str, bodies: Sequence[bytes], *, rate: float, seed: int = 0) -> LoadResult:
-    """Requests at random times, so many a second in the mean (a Poisson process), whether or not the earlier ones are answered."""
+    """Sends the bodies at random times (a Poisson process) with `rate` requests per second on average.
+
+    It does not wait for earlier responses.
+    """
 
     async def run() -> LoadResult:
         result = LoadResult()
         rng = random.Random(seed)
-        waits: set[asyncio.Task[None]] = set()
+        pending: set[asyncio.Task[None]] = set()
         async with _session(url, MOST_IN_FLIGHT) as session:
             started = due = time.perf_counter()
             for body in bodies:
                 due += rng.expovariate(rate)
                 await asyncio.sleep(max(0.0, due - time.perf_counter()))
-                if len(waits) >= MOST_IN_FLIGHT:
+                if len(pending) >= MOST_IN_FLIGHT:
                     result.statuses[0] += 1
                     continue
-                wait = asyncio.create_task(_ask(session, url, body, result))
-                waits.add(wait)
-                wait.add_done_callback(waits.discard)
-            await asyncio.gather(*waits)
+                task = asyncio.create_task(_send(session, url, body, result))
+                pending.add(task)
+                task.add_done_callback(pending.discard)
+            await asyncio.gather(*pending)
             result.seconds = time.perf_counter() - started
         return result
 
@@ -102,15 +105,15 @@ def open_loop(url: str, bodies: Sequence[bytes], *, rate: float, seed: int = 0) 
 
 def _session(url: str, connections: int) -> aiohttp.ClientSession:
     if urlsplit(url).hostname not in LOOPBACK:
-        raise UserError(f"{url} is not on this machine; the load generator is for the loopback only.")
+        raise UserError(f"{url} is not on this machine; the load generator only sends to the loopback.")
     return aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(limit=connections), timeout=aiohttp.ClientTimeout(total=_TIMEOUT_S)
     )
 
 
-async def _ask(session: aiohttp.ClientSession, url: str, body: bytes, result: LoadResult) -> None:
+async def _send(session: aiohttp.ClientSession, url: str, body: bytes, result: LoadResult) -> None:
     started = time.perf_counter()
-    first_piece_s = None
+    first_token_s = None
     usage: dict[str, int] = {}
     try:
         async with session.post(url, data=body, headers={"content-type": "application/json"}) as response:
@@ -119,8 +122,8 @@ async def _ask(session: aiohttp.ClientSession, url: str, body: bytes, result: Lo
                 async for line in response.content:
                     if not line.startswith(b"data: {"):
                         continue
-                    if first_piece_s is None:
-                        first_piece_s = time.perf_counter() - started
+                    if first_token_s is None:
+                        first_token_s = time.perf_counter() - started
                     usage = json.loads(line.removeprefix(b"data: ")).get("usage") or usage
             else:
                 usage = (await response.json(content_type=None)).get("usage", {})
@@ -133,10 +136,10 @@ async def _ask(session: aiohttp.ClientSession, url: str, body: bytes, result: Lo
     result.latencies_s.append(time.perf_counter() - started)
     result.budgets[headers.get("x-visual-tokens", "?")] += 1
     result.new_tokens += usage.get("completion_tokens", 0)
-    if first_piece_s is not None:
-        result.first_tokens_s.append(first_piece_s)
+    if first_token_s is not None:
+        result.first_tokens_s.append(first_token_s)
 
 
 def _quantile(values: Sequence[float], share: float) -> float:
-    found = sorted(values)
-    return found[min(len(found) - 1, int(share * len(found)))] if found else float("nan")
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(share * len(ordered)))] if ordered else float("nan")

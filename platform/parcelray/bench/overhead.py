@@ -1,10 +1,12 @@
-"""`parcelray bench overhead`: what a training-free reduction costs against what the shorter prompt saves, side by side in one run.
+"""`parcelray bench overhead`: compares the cost of a training-free reduction with the savings of the shorter prompt.
 
-For each reducer, batch size and budget: the time of the reduction, the time and memory that the decoder's prefill
-saves, the time that its later steps save, the net gain, and the break-even budget. A reduction inside the decoder or by
-the prompt runs in the project's own loop over the decoder's layers: its gain is against that loop without a reduction,
-its time against that loop with as many tokens at the same layers, chosen without a look. ToMe's run of the vision tower
-replaces the plain one, and its time is the difference.
+Measured for each reducer, batch size and budget: the time of the reduction, the time and memory saved in the decoder's
+prefill, the time saved in later decoding steps, the net gain, and the break-even budget.
+
+Reducers before the decoder are timed by themselves. ToMe replaces the plain run of the vision tower, so its time is the
+difference to that run. Reducers inside the decoder, or by the prompt, run in the project's own loop over the decoder's
+layers. Their gain is relative to this loop without a reduction. Their time is relative to this loop with the same
+number of tokens at the same layers, where the first tokens are kept without computing any scores.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -16,10 +18,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from parcelray.bench.measure import Measure, PairTiming, Report, machine_info, time_pairs
-from parcelray.bench.memory import peak_memory_bytes
-from parcelray.bench.photographs import photographs
-from parcelray.bench.random_models import model_config, random_model
+from parcelray.bench.measure import Measure, PairTiming, Report, machine_info, peak_memory_bytes, time_pairs
+from parcelray.bench.workload import model_config, photographs, random_model
 from parcelray.config import reducer as configs
 from parcelray.config.reducer import Positions, ReducerConfig
 from parcelray.errors import UserError
@@ -58,12 +58,12 @@ LAPTOP = "laptop"
 _TEXT_TOKENS = 32
 _NEW_TOKENS = 8
 _CLUSTERING_GOAL = ("cluster_aggregate", 64, 8)
-"""Clustering must not cost more than 3 % of the prefill that it saves, on a GPU, at this budget and batch size."""
+"""Reducer, budget and batch size of the goal: on a GPU, clustering takes at most 3 % of the prefill time it saves."""
 
 
 @dataclass(frozen=True)
 class _Setting:
-    """A model with random weights and the images that it reads."""
+    """A model with random weights and one batch of its inputs."""
 
     model: ElasticVLM
     view: EncoderView
@@ -80,7 +80,7 @@ class _Setting:
         return self.tokens_BND.device
 
     def answer(self, tokens_BKD: Tensor, new_tokens: int) -> Any:
-        """Prefill, and all steps but the first, which the prefill gives."""
+        """Runs the prefill, which gives the first token, and the remaining decoding steps."""
         batch, count, _ = tokens_BKD.shape
         text_BT = self.prompts.after_BT
         ids_BS = torch.cat([text_BT.new_full((batch, count), self.model.config.image_token_id), text_BT], dim=1)
@@ -97,7 +97,7 @@ class _Setting:
     def answer_in_loop(
         self, reducer: TokenReducer | None, positions: Positions, budget: int, new_tokens: int
     ) -> Tensor:
-        """The same in the loop of the reduced decoder, with the reduction inside."""
+        """Runs the same in the loop of the reduced decoder, with the reduction inside."""
         position_ids = torch.arange(self.num_tokens, device=self.device).expand(len(self.tokens_BND), -1)
         visual = VisualTokens(self.tokens_BND, position_ids, torch.ones_like(position_ids))
         decoder = ReducedDecoder(self.model, positions)
@@ -110,31 +110,38 @@ class _Setting:
 
 
 def bench_overhead(
-    *, budgets: Sequence[int], batch_sizes: Sequence[int], reducers: Sequence[str], repeats: int, backbone: str = LAPTOP, device: str = "cpu",
-    resolution: int | None = None, say: Callable[[str], None] = lambda line: None,
-) -> Report:  # fmt: skip
-    """Every reducer at every batch size and budget.
+    *,
+    budgets: Sequence[int],
+    batch_sizes: Sequence[int],
+    reducers: Sequence[str],
+    repeats: int,
+    backbone: str = LAPTOP,
+    device: str = "cpu",
+    resolution: int | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> Report:
+    """Measures every reducer at every batch size and budget.
 
     Args:
-        budgets: visual tokens; a reducer takes those that it can give.
-        batch_sizes: images at a time.
-        reducers: names out of `REDUCERS`.
-        repeats: timed rounds.
-        backbone: `laptop`: LLaVA with 576 visual tokens at 0.1 billion parameters; a preset (on a GPU), `mini`, or a
+        budgets: visual tokens per image; a reducer skips budgets that it does not support.
+        batch_sizes: numbers of images per batch.
+        reducers: names in `REDUCERS`.
+        repeats: number of timed rounds.
+        backbone: `laptop` (LLaVA with 576 visual tokens and 0.1 billion parameters), a preset (on a GPU), `mini`, or a
             folder.
         device: `cpu` or `cuda`.
-        resolution: side of the image in pixels; None: the backbone's own.
-        say: told each reducer as its turn begins; the whole takes minutes.
+        resolution: side of the image in pixels; None: the resolution of the backbone.
+        say: called with each reducer when it starts; the whole bench takes minutes.
 
     Raises:
-        UserError: there is no such reducer, backbone or device.
+        UserError: the reducer, backbone or device is unknown, or the device is missing.
     """
     unknown = [name for name in reducers if name not in REDUCERS]
     if unknown:
-        raise UserError(f"--reducers names {', '.join(unknown)}; legal: {', '.join(REDUCERS)}.")
+        raise UserError(f"--reducers contains unknown names: {', '.join(unknown)}; legal: {', '.join(REDUCERS)}.")
     if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
         raise UserError(
-            f"--device {device} is not here; choose"
+            f"--device {device} is not available; choose"
             f" cpu{', or a machine with a CUDA device' if device == 'cuda' else ' or cuda'}."
         )
     if device == "cpu" and backbone in PRESETS:
@@ -162,7 +169,7 @@ def bench_overhead(
 
 @dataclass(frozen=True)
 class _Saved:
-    """What a shorter prompt saves, in seconds and bytes."""
+    """Savings of a shorter prompt, in seconds and bytes."""
 
     prefill: float
     prefill_spread: float
@@ -221,12 +228,12 @@ def _reducer(setting: _Setting, name: str, saved: dict[int, _Saved], repeats: in
             f"{name}, batch {batch}: break-even budget",
             zero,
             "tokens",
-            against="by linear interpolation; below it, it pays",
+            against="by linear interpolation; smaller budgets have a net gain",
         )
 
 
 def _before(setting: _Setting, reducer: TokenReducer, budget: int, repeats: int) -> tuple[float, float]:
-    """Seconds of a reduction before the decoder, and their spread."""
+    """Returns the seconds of a reduction before the decoder, and their spread."""
     call = partial(_reduce, setting, reducer, budget)
     if isinstance(reducer, ToMe):
         timing = setting.time(
@@ -238,32 +245,32 @@ def _before(setting: _Setting, reducer: TokenReducer, budget: int, repeats: int)
 
 
 def _inside(setting: _Setting, reducer: TokenReducer, budget: int, repeats: int) -> tuple[float, float, float]:
-    """Seconds of a reduction in the decoder's loop, what an answer gains by it there, and the spread of both."""
+    """Returns the seconds of a reduction in the decoder's loop, the seconds it saves there, and the spread of both."""
     run = partial(setting.answer_in_loop, positions=reducer.positions, budget=budget, new_tokens=1 + _NEW_TOKENS)
-    price = setting.time(partial(run, reducer), partial(run, _without_looking(reducer)), repeats)
+    price = setting.time(partial(run, reducer), partial(run, _without_scores(reducer)), repeats)
     whole = setting.time(partial(run, None), partial(run, reducer), repeats)
     return price.median_a - price.median_b, whole.median_a - whole.median_b, whole.spread_a + whole.spread_b
 
 
-def _without_looking(reducer: TokenReducer) -> TokenReducer:
-    """As many tokens at the same layers, but simply the first ones."""
+def _without_scores(reducer: TokenReducer) -> TokenReducer:
+    """Returns a reducer that keeps the same number of tokens at the same layers, but always the first tokens."""
 
     def reduce(self: TokenReducer, tokens_BND: Tensor, num_visual_tokens: int, context: ReductionContext) -> Reduction:
         return selection(
             tokens_BND, torch.arange(num_visual_tokens, device=tokens_BND.device).expand(len(tokens_BND), -1)
         )
 
-    blind = type("WithoutLooking", (type(reducer),), {"reduce": reduce})
+    blind = type("WithoutScores", (type(reducer),), {"reduce": reduce})
     return cast(TokenReducer, blind(**vars(reducer)))
 
 
 def _break_even(gains: dict[int, float], num_tokens: int, cost: float) -> float:
-    """Budget at which the net gain is 0, by linear interpolation; 0 where not even the smallest measured budget pays.
+    """Returns the budget at which the net gain is 0, by linear interpolation; 0 if no measured budget has a gain.
 
     Args:
-        gains: net gain by budget, seconds.
-        num_tokens: the full budget, where nothing is saved.
-        cost: of the reduction there, seconds.
+        gains: net gain in seconds by budget.
+        num_tokens: the full budget, at which nothing is saved.
+        cost: cost of the reduction at the full budget, in seconds.
     """
     ordered = [*sorted(gains.items()), (num_tokens, -cost)]
     if ordered[0][1] <= 0:
@@ -275,7 +282,7 @@ def _break_even(gains: dict[int, float], num_tokens: int, cost: float) -> float:
 
 
 def _reduce(setting: _Setting, reducer: TokenReducer, budget: int) -> object:
-    # A view of its own each time, because attention maps are kept once they are computed.
+    # A new view each time, because a view caches the attention maps that it computes.
     view = setting.view.without_maps() if reducer.reads == "encoder" else setting.view
     return reducer(setting.tokens_BND, num_visual_tokens=budget, context=ReductionContext(encoder=view))
 
@@ -292,15 +299,30 @@ def _setting(model: ElasticVLM, config: ElasticConfig, batch_size: int) -> _Sett
 
 
 def _laptop() -> ElasticLlavaConfig:
-    """LLaVA-1.5's 576 tokens at a size that a laptop runs, wide enough for its matrix products to count."""
+    """Returns a LLaVA configuration with 576 visual tokens that a laptop can run.
+
+    It is wide enough for matrix products to dominate the time, as in LLaVA-1.5.
+    """
     return ElasticLlavaConfig(
         vision_config={
-            "model_type": "clip_vision_model", "image_size": 336, "patch_size": 14, "hidden_size": 384, "intermediate_size": 1536,
-            "num_hidden_layers": 6, "num_attention_heads": 6,
+            "model_type": "clip_vision_model",
+            "image_size": 336,
+            "patch_size": 14,
+            "hidden_size": 384,
+            "intermediate_size": 1536,
+            "num_hidden_layers": 6,
+            "num_attention_heads": 6,
         },
         text_config={
-            "model_type": "llama", "hidden_size": 768, "intermediate_size": 2304, "num_hidden_layers": 12, "num_attention_heads": 12,
-            "num_key_value_heads": 12, "head_dim": 64, "vocab_size": 2048, "max_position_embeddings": 4096,
+            "model_type": "llama",
+            "hidden_size": 768,
+            "intermediate_size": 2304,
+            "num_hidden_layers": 12,
+            "num_attention_heads": 12,
+            "num_key_value_heads": 12,
+            "head_dim": 64,
+            "vocab_size": 2048,
+            "max_position_embeddings": 4096,
         },
         image_token_index=2047,
-    )  # fmt: skip
+    )

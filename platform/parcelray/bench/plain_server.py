@@ -1,8 +1,7 @@
-"""The yardstick of `parcelray bench serve`: what one writes in an afternoon, FastAPI and `generate` behind Ray Serve's own batching.
+"""A minimal FastAPI server, the baseline of `parcelray bench serve`: `generate` behind Ray Serve's own batching.
 
-It collects up to a batch of requests, runs `generate` once for each budget among them, up to the longest answer asked
-for, and cuts off what was too long. Same checkpoint, processor, arithmetic and threads as the endpoint it is compared
-with.
+It collects a batch of requests and runs `generate` once per budget, up to the largest `max_tokens` of the batch. Longer
+answers are cut. Checkpoint, processor, precision and threads are those of the endpoint that it is compared with.
 """
 
 import base64
@@ -20,10 +19,10 @@ from parcelray.serving.replica.load import load_model
 
 
 class PlainServer:
-    """One replica that does everything.
+    """One replica that parses requests and generates answers.
 
     Args:
-        settings: of the model.
+        settings: settings of the model.
     """
 
     def __init__(self, settings: ReplicaSettings) -> None:
@@ -33,7 +32,7 @@ class PlainServer:
         self._processor = load_processor(settings.path)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        """Called by Serve."""
+        """Returns the application; called by Ray Serve."""
         api = FastAPI()
 
         @api.post("/v1/chat/completions")
@@ -70,9 +69,9 @@ class PlainServer:
         longest = max(body["max_tokens"] for body in bodies)
         tokens = self._model.generate(**inputs, num_visual_tokens=budget, max_new_tokens=longest, do_sample=False)
         end = self._processor.tokenizer.eos_token_id
-        found = []
+        answers = []
         for body, row in zip(bodies, tokens[:, inputs["input_ids"].shape[1] :].tolist(), strict=True):
             new = row[: body["max_tokens"]]
             new = new[: new.index(end) + 1] if end in new else new
-            found.append((self._processor.tokenizer.decode(new, skip_special_tokens=True).strip(), len(new)))
-        return found
+            answers.append((self._processor.tokenizer.decode(new, skip_special_tokens=True).strip(), len(new)))
+        return answers

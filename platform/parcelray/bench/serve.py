@@ -1,8 +1,8 @@
-"""`parcelray bench serve`: the endpoint against the model's own limit, against a plain server, and its load policy against fixed budgets.
+"""`parcelray bench serve`: compares the endpoint with offline generation, a plain server, and fixed budgets.
 
-All of it on one machine in one run, the sides in turns, clients on the same cores. The model has random weights at a
-size where one request with all visual tokens takes 100 ms or more on a laptop's core, its vision tower and decoder in
-the proportion of PaliGemma-2 3B; answers end where the request says, because random weights never end them.
+All comparisons run alternately on one machine in one run, with the clients on the same cores. The model has random
+weights. One request with all visual tokens takes 100 ms or more on a laptop core, and vision tower and decoder have the
+proportion of PaliGemma-2 3B. Answers end at `max_tokens`, because random weights do not produce an end token.
 """
 
 import asyncio
@@ -27,8 +27,8 @@ from ray import serve
 
 from parcelray.bench.load_generator import LoadResult, closed_loop, open_loop
 from parcelray.bench.measure import Measure, Report, interquartile_range, machine_info
-from parcelray.bench.photographs import photographs
 from parcelray.bench.plain_server import PlainServer
+from parcelray.bench.workload import photographs
 from parcelray.config.connector import M3ConnectorConfig
 from parcelray.config.model import MiniModelConfig
 from parcelray.config.serve import ServeJob
@@ -67,12 +67,12 @@ MODEL = MiniModelConfig(
 )
 _CHAT = "/v1/chat/completions"
 _CLIMB = 1.2
-"""From one rate of the open load to the next."""
+"""Factor from one request rate of the open loop to the next."""
 _QUESTION = "what color is the small circle"
 
 
 class _Bench:
-    """The model, its job and its requests."""
+    """The model, job and requests of the bench."""
 
     def __init__(self, folder: Path, model: MiniModelConfig, *, port: int, threads: int, device: str) -> None:
         self.processor: ElasticProcessor = build_processor(model, MiniSuite("train").texts(2000))
@@ -93,14 +93,14 @@ class _Bench:
         self._numbers = itertools.count()
 
     def job(self, policy: dict[str, Any] | None = None) -> ServeJob:
-        """The endpoint; no features are kept, because every request brings another image."""
+        """Returns the job of the endpoint. The feature cache is off, because every request has a new image."""
         return ServeJob.model_validate(
             {
                 "kind": "serve",
                 "name": "bench",
                 "model": {"reference": str(self.folder), "device": self.device},
                 "budgets": {"offered": BUDGETS, "policy": policy or {"type": "request"}},
-                # As many prompt tokens at a time as the offline batch has: 32 prompts with all visual tokens.
+                # As many prompt tokens per step as the offline batch: 32 prompts with all visual tokens.
                 "engine": {"max_running": 32, "max_waiting": 480, "feature_cache_mb": 0, "prefill_tokens": 16384},
                 "replicas": {"threads": self.threads, "gpus": 0.5 if self.device == "cuda" else 0},
                 "http": {"port": self.port},
@@ -109,7 +109,7 @@ class _Bench:
         )
 
     def image(self) -> bytes:
-        """Another picture each time."""
+        """Returns a new image, encoded as PNG."""
         pixels = photographs(1, self.image_size, seed=next(self._numbers))[0]
         buffer = io.BytesIO()
         scaled = (pixels - pixels.min()) / (pixels.max() - pixels.min()) * 255
@@ -117,7 +117,7 @@ class _Bench:
         return buffer.getvalue()
 
     def body(self, budget: int | str, max_tokens: int, **more: object) -> bytes:
-        """One request."""
+        """Returns the body of a request with a new image."""
         url = "data:image/png;base64," + base64.b64encode(self.image()).decode()
         content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": _QUESTION}]
         body = {
@@ -129,7 +129,7 @@ class _Bench:
         return json.dumps(body | more).encode()
 
     def samples(self, count: int) -> list[Sample]:
-        """The same requests for offline generation."""
+        """Returns samples like the requests, for offline generation."""
         return [
             Sample(
                 id=str(index),
@@ -158,22 +158,22 @@ def bench_serving(
     """Runs all comparisons.
 
     Args:
-        requests: of each measured load at 32 clients; less than 100 measure the ends of the load, where not all clients
-            are busy.
-        repeats: rounds of each comparison.
-        port: to listen on.
-        threads: of the model's arithmetic, on every side; None: torch's choice.
-        device: of the model, on every side.
-        load_seconds: length of each open load.
-        model: shapes of the model.
+        requests: number of requests per load with 32 clients. Below 100, the start and end of the load dominate, where
+            not all clients are busy.
+        repeats: number of rounds of each comparison.
+        port: port of the endpoint.
+        threads: number of threads of the model, in every comparison; None: torch's default.
+        device: device of the model, in every comparison.
+        load_seconds: length of each open loop in seconds.
+        model: shape of the model.
     """
     measures: list[Measure] = []
     with tempfile.TemporaryDirectory(prefix="parcelray-bench-") as name:
         before = torch.get_num_threads()
-        used = threads or before
-        torch.set_num_threads(used)
+        num_threads = threads or before
+        torch.set_num_threads(num_threads)
         try:
-            bench = _Bench(Path(name) / "model", model, port=port, threads=used, device=device)
+            bench = _Bench(Path(name) / "model", model, port=port, threads=num_threads, device=device)
             with endpoint(pin(bench.job())) as url:
                 measures += _one_request(bench, url, repeats)
                 measures += _against_offline(bench, url, requests, repeats)
@@ -183,11 +183,11 @@ def bench_serving(
                 measures += _load_policy(bench, url, load_seconds)
         finally:
             torch.set_num_threads(before)
-    return Report(tuple(measures), {**machine_info(), "threads": used, "requests": requests, "device": device})
+    return Report(tuple(measures), {**machine_info(), "threads": num_threads, "requests": requests, "device": device})
 
 
 def _one_request(bench: _Bench, url: str, repeats: int) -> list[Measure]:
-    """What HTTP, the ingress and the way to the replica add to one request, at the smallest budget and the largest."""
+    """Measures the overhead of HTTP, ingress and replica call per request, at the smallest and the largest budget."""
     measures: list[Measure] = []
     engine = ContinuousEngine(bench.model, bench.processor)
     client, prompts = LocalClient(engine), PromptBuilder(bench.processor)
@@ -213,7 +213,7 @@ def _one_request(bench: _Bench, url: str, repeats: int) -> list[Measure]:
 
 
 async def _in_process(bench: _Bench, prompts: PromptBuilder, client: LocalClient, budget: int) -> float:
-    """Seconds from the encoded image to the answer."""
+    """Returns the seconds from the encoded image to the answer, without HTTP."""
     data = bench.image()
     started = time.perf_counter()
     pixels = prompts.pixels(decode_image(data))
@@ -225,7 +225,7 @@ async def _in_process(bench: _Bench, prompts: PromptBuilder, client: LocalClient
 
 
 def _against_offline(bench: _Bench, url: str, requests: int, repeats: int) -> list[Measure]:
-    """32 clients at the largest budget against `generate` in batches of 32 over as many questions."""
+    """Compares 32 clients at the largest budget with `generate` in batches of 32, for the same number of questions."""
     predictor = Predictor(bench.model, bench.processor, batch_size=32, settings=GenerationSettings(max_new_tokens=8))
     offline, served = [], []
     for _ in range(repeats):
@@ -247,23 +247,23 @@ def _by_concurrency(bench: _Bench, url: str, requests: int) -> list[Measure]:
     for budget in BUDGETS:
         for clients in (1, 8, 32):
             count = max(clients, requests * min(clients, 16) // 32)
-            found = _load(
+            result = _load(
                 url,
                 [bench.body(budget, 8, stream=True, stream_options={"include_usage": True}) for _ in range(count)],
                 clients,
             )
             name = f"{budget} tokens, {clients} clients"
-            measures.append(Measure(f"{name}: throughput", found.rate, "1/s"))
+            measures.append(Measure(f"{name}: throughput", result.rate, "1/s"))
             for share in (50, 95, 99):
                 measures.append(
-                    Measure(f"{name}: first token, p{share}", found.first_token_quantile(share / 100) * 1000, "ms")
+                    Measure(f"{name}: first token, p{share}", result.first_token_quantile(share / 100) * 1000, "ms")
                 )
-                measures.append(Measure(f"{name}: whole answer, p{share}", found.quantile(share / 100) * 1000, "ms"))
+                measures.append(Measure(f"{name}: whole answer, p{share}", result.quantile(share / 100) * 1000, "ms"))
     return measures
 
 
 def _against_plain(bench: _Bench, url: str, plain_url: str, requests: int, repeats: int) -> list[Measure]:
-    """32 clients with mixed budgets and lengths, the same bodies for both."""
+    """Compares the endpoint with the plain server: 32 clients, mixed budgets and lengths, the same bodies."""
     ours, plain = [], []
     for repeat in range(repeats):
         rng = random.Random(repeat)
@@ -275,7 +275,7 @@ def _against_plain(bench: _Bench, url: str, plain_url: str, requests: int, repea
 
 
 def _load_policy(bench: _Bench, url: str, load_seconds: float) -> list[Measure]:
-    """The request rate that keeps p95 within the objective: at the largest budget always, and with the budget left to the load."""
+    """Compares the highest request rate within the p95 objective: at the largest budget, and with budgets by load."""
     alone = _load(url, [bench.body(_FULL, 4) for _ in range(8)], 1).quantile(0.5)
     objective = 10 * alone
     fixed = _highest_rate(bench, url, _FULL, alone, load_seconds)
@@ -306,31 +306,39 @@ def _load_policy(bench: _Bench, url: str, load_seconds: float) -> list[Measure]:
             "256 tokens",
         ),
     ]
-    given = by_load.budgets.total()
+    total = by_load.budgets.total()
     return measures + [
-        Measure(f"by load, share of {budget} tokens", by_load.budgets[str(budget)] / max(1, given), "")
+        Measure(f"by load, share of {budget} tokens", by_load.budgets[str(budget)] / max(1, total), "")
         for budget in BUDGETS
     ]
 
 
 @dataclass(frozen=True)
 class _Sustained:
-    """The highest rate of an open load that is answered in time."""
+    """The highest request rate of an open loop that meets the latency objective."""
 
     rate: float
-    """Requests a second as they were sent; 0: none was."""
+    """Requests sent per second; 0: no rate meets the objective."""
     budgets: Counter[str]
-    """Of its answers."""
+    """Number of its responses by budget."""
 
 
 def _highest_rate(bench: _Bench, url: str, budget: int | str, alone_s: float, load_seconds: float) -> _Sustained:
-    """Climbs step by step from half of what one client would get, until p95 is above ten times the latency alone, twice."""
+    """Raises the rate from half of one client's rate, until p95 exceeds ten times the latency alone twice in a row.
+
+    Args:
+        bench: the bench.
+        url: URL of the endpoint.
+        budget: visual tokens per image, or `auto`.
+        alone_s: median latency of a single client, in seconds.
+        load_seconds: length of each load in seconds.
+    """
     rate, misses, best = 0.5 / alone_s, 0, _Sustained(0.0, Counter())
     while misses < 2:
         bodies = [bench.body(budget, 4) for _ in range(max(20, int(rate * load_seconds)))]
-        found = open_loop(url + _CHAT, bodies, rate=rate, seed=int(rate * 1000))
-        if found.failed == 0 and found.quantile(0.95) <= 10 * alone_s:
-            best, misses = _Sustained(rate, found.budgets), 0
+        result = open_loop(url + _CHAT, bodies, rate=rate, seed=int(rate * 1000))
+        if result.failed == 0 and result.quantile(0.95) <= 10 * alone_s:
+            best, misses = _Sustained(rate, result.budgets), 0
         else:
             misses += 1
         rate *= _CLIMB
@@ -339,7 +347,7 @@ def _highest_rate(bench: _Bench, url: str, budget: int | str, alone_s: float, lo
 
 @contextmanager
 def _plain(bench: _Bench) -> Iterator[str]:
-    """The plain server beside ours; idle while the other is measured."""
+    """Deploys the plain server next to the endpoint. Each is idle while the other is measured."""
     deployment: Any = serve.deployment(name="Plain", max_ongoing_requests=256, ray_actor_options={"num_cpus": 0.1})(
         serve.ingress()(PlainServer)
     )
@@ -354,13 +362,13 @@ def _plain(bench: _Bench) -> Iterator[str]:
 
 
 def _load(url: str, bodies: Sequence[bytes], clients: int) -> LoadResult:
-    found = closed_loop(url + _CHAT, bodies, clients=clients)
-    assert found.failed == 0, f"the bench's own requests failed: {dict(found.statuses)}"
-    return found
+    result = closed_loop(url + _CHAT, bodies, clients=clients)
+    assert result.failed == 0, f"requests of the bench failed: {dict(result.statuses)}"
+    return result
 
 
 def _ratio(name: str, ours: list[float], theirs: list[float], goal: str, against: str) -> Measure:
-    """Round by round."""
+    """Measures the median and spread of the ratios per round."""
     ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
     return Measure(name, statistics.median(ratios), "ratio", interquartile_range(ratios), goal, against)
 

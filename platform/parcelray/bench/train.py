@@ -1,4 +1,4 @@
-"""`parcelray bench train`: what the Ray Train path costs over the same loop in this process, side by side in one run."""
+"""`parcelray bench train`: compares the training speed on Ray Train with the same loop in this process."""
 
 import statistics
 import tempfile
@@ -18,23 +18,23 @@ from parcelray.training.train_loop import fit_in_process
 
 GOAL = ">= 0.95"
 _WARMUP_SHARE = 0.25
-"""Share of a run's steps that is left out of its speed: imports, first batches, the allocator's growth."""
+"""Share of the steps that is not timed, because of imports, first batches and growing allocator pools."""
 
 
 def bench_training(*, steps: int, repeats: int) -> Report:
-    """Steps per second of the loop in-process and on Ray Train with one worker, in turns.
+    """Measures the steps per second of the training loop, alternately in-process and on Ray Train with one worker.
 
-    Both run the same job (PARCEL inserted into the mini base, random budgets, fp32) from step 0, and are timed between
-    their metric points, after the warm-up, so start-up and checkpoints count for neither.
+    Both run the same job from step 0: PARCEL inserted into the mini base, random budgets, fp32. They are timed between
+    logged steps after the warm-up, so start-up and checkpoints are not counted.
 
     Args:
-        steps: optimiser steps per measured run.
-        repeats: pairs of runs.
+        steps: number of optimiser steps per run.
+        repeats: number of pairs of runs.
     """
     rates: dict[str, list[float]] = {"in-process": [], "ray-train": []}
     with tempfile.TemporaryDirectory(prefix="parcelray-bench-") as name, ray_session():
         threads = torch.get_num_threads()
-        # As many as the Ray worker takes for its one CPU.
+        # The Ray worker uses one thread for its one CPU.
         torch.set_num_threads(1)
         try:
             for index in range(repeats):
@@ -53,22 +53,22 @@ def bench_training(*, steps: int, repeats: int) -> Report:
 
 
 class _StepClock:
-    """A metric logger that notes when the steps end; in the worker itself, so that no poll of the driver blurs it."""
+    """A metric logger that records when steps end. It runs in the worker, so driver polling does not add noise."""
 
     def __init__(self) -> None:
         self._file = Path(tempfile.mkstemp(prefix="parcelray-clock-")[1])
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
-        """Notes the time of a metric point."""
+        """Records the time of a logged training step."""
         if "train/loss" in metrics:
             with self._file.open("a", encoding="utf-8") as file:
                 file.write(f"{step} {time.perf_counter()}\n")
 
     def flush(self) -> None:
-        """Has nothing buffered."""
+        """Does nothing, because nothing is buffered."""
 
     def rate(self) -> float:
-        """Steps per second after the warm-up."""
+        """Returns the steps per second after the warm-up, and deletes the record."""
         points = [line.split() for line in self._file.read_text(encoding="utf-8").splitlines()]
         self._file.unlink()
         warm = points[int(len(points) * _WARMUP_SHARE) :]

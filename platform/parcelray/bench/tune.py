@@ -1,4 +1,4 @@
-"""`parcelray bench tune`: what warm actors save in a split search, and what a trial costs over its bare training, side by side in one run."""
+"""`parcelray bench tune`: savings of warm actors in a split search, and overhead of a trial over its bare training."""
 
 import functools
 import statistics
@@ -27,26 +27,26 @@ from parcelray.tuning.tune_run import evaluation_trial, run_search
 
 _WARM_GOAL = ">= 3"
 _FEW, _MANY = 1, 3
-"""Trainings of two searches, whose difference in time is that of the further ones."""
+"""Numbers of trainings of a short and a long search; their difference in time is that of the extra trainings."""
 _WORKERS = {"in its own process": 0, "on a Ray Train worker": 1}
 _BUDGETS = ([16], [32], [64])
 _GRIDS = (0, 1, 2, 4)
 
 
 def bench_tuning(*, samples: int, steps: int, repeats: int, say: Callable[[str], None] = lambda line: None) -> Report:
-    """Points per minute of a split search in warm actors and with a process for every point; and a trial's seconds over its bare training.
+    """Measures the speed of a split search with and without warm actors, and the overhead of a training trial.
 
-    What a trial takes is the slope between a search of one and one of three, one after the other, so that Tune's own
-    start is not in it.
+    The time of a trial is the slope between a search with one training and a search with three, run sequentially. The
+    start of Tune is therefore not part of it.
 
-    The searched model is a supernet over splits with a connector that was not trained: speed does not hang on the
-    weights. Every search has an answer store of its own, so no answer is reused.
+    The searched model is a supernet over splits with an untrained connector, because speed does not depend on the
+    weights. Every search has its own prediction store, so no prediction is reused.
 
     Args:
-        samples: questions per family of the mini suite.
-        steps: of the training whose overhead is measured.
-        repeats: of each comparison.
-        say: told what begins; a round takes minutes.
+        samples: number of questions per family of the mini suite.
+        steps: number of steps of the training whose overhead is measured.
+        repeats: number of rounds of each comparison.
+        say: called with each part when it starts; a round takes minutes.
     """
     rates: dict[str, list[float]] = {"warm": [], "a process per point": []}
     trials: dict[str, list[float]] = {kind: [] for kind in _WORKERS}
@@ -126,7 +126,7 @@ def _points_per_minute(folder: Path, checkpoint: ResolvedCheckpoint, samples: in
 
 
 def _bare_seconds(folder: Path, steps: int) -> float:
-    """Of the training by itself, in this process."""
+    """Returns the seconds of the training in this process, without a search."""
     job = trial_job(_training_search(folder, steps, 1, 0), str(folder), {"seed": 0})
     start = resolve_checkpoint("mini_base").path
     started = time.perf_counter()
@@ -135,7 +135,7 @@ def _bare_seconds(folder: Path, steps: int) -> float:
 
 
 def _search_seconds(folder: Path, steps: int, count: int, workers: int) -> float:
-    """Of a search over so many of these trainings, one after the other."""
+    """Returns the seconds of a search over `count` trainings, run sequentially."""
     search = _training_search(folder, steps, count, workers)
     record = TrialRecord(folder)
     planner = make_planner(search.space, search.algorithm, search.objectives, 0, record)
@@ -221,19 +221,19 @@ def _training(folder: Path, steps: int) -> dict[str, object]:
 
 
 class _Silent:
-    """Tells nobody; see `SearchObserver`."""
+    """Ignores progress; see `SearchObserver`."""
 
     def started(self, key: str, assignment: Assignment) -> None:
-        """A trial runs."""
+        """Called when a trial starts."""
 
     def reported(self, key: str, metrics: Mapping[str, float], steps: int) -> None:
-        """A training has got to a step."""
+        """Called when a training reports a step."""
 
     def finished(self, trial: FinishedTrial) -> None:
-        """A trial has ended.
+        """Called when a trial has ended.
 
         Raises:
-            RuntimeError: it failed, so nothing was measured.
+            RuntimeError: the trial failed, so its time is not valid.
         """
         if trial.error is not None:
             raise RuntimeError(f"the trial {trial.assignment} failed: {trial.error}")

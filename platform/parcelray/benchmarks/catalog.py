@@ -1,4 +1,4 @@
-"""Every benchmark split by name: one YAML file each, those of the package and those of the user."""
+"""The catalog of benchmark splits: one YAML file per split, from the package and from the user."""
 
 import difflib
 from collections.abc import Iterable
@@ -13,49 +13,49 @@ _SPLITS = Path(__file__).parent / "splits"
 
 
 def load_benchmark(file: Path) -> BenchmarkConfig:
-    """Reads one file.
+    """Reads the YAML file of one benchmark split.
 
     Raises:
-        UserError: naming the file, the key, the value and what is legal.
+        UserError: the file is not valid. The message names the file, the key, the value and the legal values.
     """
     return validate(BenchmarkConfig, read_yaml(file), str(file))
 
 
 @cache
 def builtin() -> dict[str, BenchmarkConfig]:
-    """The package's own splits by name."""
+    """Returns the splits of the package by name."""
     return {config.name: config for config in map(load_benchmark, sorted(_SPLITS.glob("*.yaml")))}
 
 
-def catalog(own: Iterable[Path] = ()) -> dict[str, BenchmarkConfig]:
-    """All splits by name; a file of the user's goes before the package's split of the same name.
+def catalog(user_files: Iterable[Path] = ()) -> dict[str, BenchmarkConfig]:
+    """Returns all splits by name. A file of the user overrides the package's split of the same name.
 
     Args:
-        own: YAML files, or folders of them.
+        user_files: YAML files of the user, or folders of them.
 
     Raises:
-        UserError: a file cannot be read, or is not legal.
+        UserError: a file cannot be read, or is not valid.
     """
-    found = dict(builtin())
-    for path in own:
+    benchmarks = dict(builtin())
+    for path in user_files:
         files = sorted(path.glob("*.yaml")) if path.is_dir() else [path]
         if not files:
-            raise UserError(f"{path} holds no YAML files; give files that describe a benchmark each.")
-        found |= {config.name: config for config in map(load_benchmark, files)}
-    return found
+            raise UserError(f"{path} contains no YAML files; give files that describe one benchmark each.")
+        benchmarks |= {config.name: config for config in map(load_benchmark, files)}
+    return benchmarks
 
 
 def find(name: str, benchmarks: dict[str, BenchmarkConfig]) -> BenchmarkConfig:
-    """A split by name.
+    """Returns the split of a name.
 
     Raises:
-        UserError: there is none of that name.
+        UserError: the name is not in the catalog. The message suggests similar names.
     """
     if name not in benchmarks:
         close = difflib.get_close_matches(name, benchmarks, n=3)
         nearest = f" (did you mean {' or '.join(close)}?)" if close else ""
         raise UserError(
-            f"There is no benchmark {name!r}{nearest}; `parcelray benchmarks list` shows all, and a YAML file of your"
-            " own adds one."
+            f"There is no benchmark {name!r}{nearest}; `parcelray benchmarks list` lists all. Add your own as a YAML"
+            " file."
         )
     return benchmarks[name]

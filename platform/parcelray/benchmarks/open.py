@@ -1,18 +1,16 @@
-"""From a benchmark's configuration to its reader."""
+"""Opens the reader that belongs to a benchmark's configuration."""
 
 from pathlib import Path
 
 from parcelray.benchmarks.readers.base import BenchmarkReader
-from parcelray.benchmarks.readers.mini import MiniReader
-from parcelray.benchmarks.readers.nlvr import NlvrReader
-from parcelray.benchmarks.readers.samples import SamplesReader
+from parcelray.benchmarks.readers.samples import MiniReader, NlvrReader, SamplesReader
 from parcelray.benchmarks.readers.table import TableReader
 from parcelray.config import benchmark as config
-from parcelray.datasets.nlvr.source import NlvrSource
+from parcelray.datasets.nlvr.source import CorpusSplit, NlvrSource, Part
 from parcelray.errors import UserError
 
 DEFAULT_IMAGE_SIZE = 64
-_NLVR_PARTS = {"test": ("test", "all"), "validation": ("dev", "validation")}
+_NLVR_PARTS: dict[str, tuple[CorpusSplit, Part]] = {"test": ("test", "all"), "validation": ("dev", "validation")}
 
 
 def open_reader(
@@ -22,16 +20,16 @@ def open_reader(
     data: Path | None = None,
     image_size: int = DEFAULT_IMAGE_SIZE,
 ) -> BenchmarkReader:
-    """The reader of a benchmark.
+    """Opens the reader of a benchmark.
 
     Args:
-        benchmark: which one.
-        family: model family whose prompt is asked.
-        data: file or folder of its data; None: the hub, or procedural.
-        image_size: side of the images that a procedural benchmark draws, pixels.
+        benchmark: configuration of the benchmark.
+        family: model family, which selects the prompt template.
+        data: file or folder of its data; None: the hub, or procedural data.
+        image_size: side in pixels of the images that a procedural benchmark draws.
 
     Raises:
-        UserError: the data are needed and not there, or the family has no prompt.
+        UserError: the benchmark needs local data and `data` is None, or it has no prompt for the family.
     """
     source = benchmark.source
     if isinstance(source, config.TableSource):
@@ -43,8 +41,7 @@ def open_reader(
     if isinstance(source, config.SamplesSource):
         return SamplesReader(benchmark.name, data / source.split)
     split, part = _NLVR_PARTS[source.split]
-    return NlvrReader(
-        NlvrSource(
-            data, split, part, view=source.view, questions=source.questions, seed=source.seed, image_size=image_size
-        )  # type: ignore[arg-type]
+    nlvr = NlvrSource(
+        data, split, part, view=source.view, questions=source.questions, seed=source.seed, image_size=image_size
     )
+    return NlvrReader(nlvr)

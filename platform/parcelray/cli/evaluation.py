@@ -141,7 +141,7 @@ def benchmarks_list(
     as_json: AsJson = False,
 ) -> None:
     """List the benchmark splits."""
-    from parcelray.benchmarks.pages import Listing
+    from parcelray.benchmarks.listing import Listing
 
     show(Listing.of(own, only), as_json, lambda value: value.to_rich())
 
@@ -180,7 +180,7 @@ def benchmarks_check(
 
     Exit code 2 if something is wrong.
     """
-    from parcelray.benchmarks.pages import check_data
+    from parcelray.benchmarks.listing import check_data
 
     report = check_data(name, data, own, rows, family)
     show(report, as_json, lambda value: value.to_rich())

@@ -87,7 +87,7 @@ def run_evaluation(
     folder = Path(run_folder.path) if run_folder.is_local else Path("runs") / "evaluate" / job.name
     benchmarks = prepare(job, image_size_of(checkpoint.path))
     for benchmark in benchmarks:
-        check_fingerprint(folder, benchmark.config.name, benchmark.reader.pin())
+        check_fingerprint(folder, benchmark.config.name, benchmark.reader.fingerprint())
     with (
         nullcontext() if job.compute.actors == 0 else ray_session(address),
         job_run(

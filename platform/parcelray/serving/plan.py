@@ -12,7 +12,14 @@ from parcelray import __version__
 from parcelray.config.identity import identity
 from parcelray.config.loader import apply_override, load_job_of, validate
 from parcelray.config.model import CheckpointModelConfig
-from parcelray.config.serve import ServedModelConfig, ServeJob
+from parcelray.config.serve import (
+    FixedPolicyConfig,
+    InputPolicyConfig,
+    LoadPolicyConfig,
+    ServedBudgets,
+    ServedModelConfig,
+    ServeJob,
+)
 from parcelray.errors import UserError
 from parcelray.models.checkpoint import ResolvedCheckpoint
 from parcelray.models.vlm import config_of, connector_of

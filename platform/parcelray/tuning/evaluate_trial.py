@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 
-from parcelray.benchmarks.readers.base import BenchmarkReader, DataPin, RowSamples
+from parcelray.benchmarks.readers.base import BenchmarkReader, DatasetFingerprint, RowSamples
 from parcelray.config.connector import ConnectorConfig
 from parcelray.config.evaluate import BLIND, EvaluateJob
 from parcelray.config.loader import set_key, validate
@@ -269,14 +269,14 @@ class _HeldReader:
     def __init__(self, reader: BenchmarkReader) -> None:
         self._reader = reader
         self._rows: dict[int, RowSamples] = {}
-        self._pin: DataPin | None = None
+        self._pin: DatasetFingerprint | None = None
 
     @property
     def name(self) -> str:
         return self._reader.name
 
-    def pin(self) -> DataPin:
-        self._pin = self._pin or self._reader.pin()
+    def fingerprint(self) -> DatasetFingerprint:
+        self._pin = self._pin or self._reader.fingerprint()
         return self._pin
 
     def order(self) -> Sequence[int]:

@@ -9,8 +9,7 @@ import pytest
 from parcelray.benchmarks.metrics import metric
 from parcelray.benchmarks.metrics.box_iou import iou
 from parcelray.benchmarks.metrics.mask_decoder import MaskDecoder, load_mask_decoder
-from parcelray.benchmarks.metrics.masks import decode_mask, polygon_mask
-from parcelray.benchmarks.metrics.refseg_miou import mask_iou, read_segmentation
+from parcelray.benchmarks.metrics.refseg_miou import decode_mask, mask_iou, polygon_mask, read_segmentation
 from parcelray.datasets.boxes import Box, format_locations, parse_locations
 from parcelray.errors import UserError
 
@@ -19,14 +18,14 @@ _WHOLE = "<loc0000><loc0000><loc1023><loc1023>"
 
 
 def test_intersection_over_union() -> None:
-    # Unit square against its right half and as much beside it: 0.5 / 1.5.
+    # The unit square and a unit square shifted by half a side: 0.5 / 1.5.
     assert iou(Box(0, 0, 1, 1), Box(0, 0.5, 1, 1.5)) == pytest.approx(1 / 3)
     assert iou(Box(0, 0, 1, 1), Box(0, 0, 1, 1)) == 1
     assert iou(Box(0, 0, 0.2, 0.2), Box(0.5, 0.5, 1, 1)) == 0
     assert iou(Box(0.5, 0.5, 0.1, 0.1), Box(0, 0, 1, 1)) == 0
 
 
-def test_locations_are_written_as_paligemma_does() -> None:
+def test_boxes_are_written_as_location_tokens() -> None:
     text = format_locations(Box(0.0, 0.25, 0.5, 1.0))
     assert text == "<loc0000><loc0256><loc0512><loc1023>"
     box = parse_locations(f"{text} red circle")
@@ -35,7 +34,7 @@ def test_locations_are_written_as_paligemma_does() -> None:
     assert parse_locations("<loc0000><loc0256>") is None
 
 
-def test_a_box_counts_from_half_overlap_on(make_sample) -> None:
+def test_a_box_is_correct_from_iou_one_half(make_sample) -> None:
     target = format_locations(Box(0, 0, 0.5, 0.5))
     sample = make_sample(f"{target} cat")
     boxes = [target, format_locations(Box(0, 0, 0.5, 0.3)), format_locations(Box(0, 0, 0.5, 0.2)), "nothing"]
@@ -43,18 +42,18 @@ def test_a_box_counts_from_half_overlap_on(make_sample) -> None:
     assert result.values == (1, 1, 0, 0)
     assert result.unparsed == 1
     mean = metric("box_iou:mean")(boxes, [sample] * 4)
-    # Widths 0.3 and 0.2 of 0.5, give or take a bin.
+    # Widths 0.3 and 0.2 of 0.5, up to one bin.
     assert mean.values == pytest.approx((1, 0.6, 0.4, 0), abs=5e-3)
     assert mean.totals["accuracy_50"] == result.totals["box_iou"] == 0.5
     assert metric("box_iou")([target], [make_sample(box=[0, 0, 0.5, 0.5])]).values == (1,)
 
 
-def test_the_first_box_counts_and_never_the_best_of_several(make_sample) -> None:
+def test_only_the_first_box_counts(make_sample) -> None:
     right, wrong = format_locations(Box(0, 0, 0.5, 0.5)), format_locations(Box(0.5, 0.5, 1, 1))
     assert metric("box_iou")([f"{wrong} ; {right}"], [make_sample(right)]).values == (0,)
 
 
-def test_masks_as_pycocotools_draws_them() -> None:
+def test_polygons_are_filled_as_by_pycocotools() -> None:
     for case in _OFFICIAL["masks"]:
         drawn = polygon_mask(case["polygon"], *case["size"])
         assert np.array_equal(drawn, decode_mask({"size": case["size"], "counts": case["counts"]}, "1"))
@@ -100,8 +99,8 @@ def weights() -> dict[str, np.ndarray]:
     return arrays
 
 
-def test_a_decoder_of_one_colour(weights) -> None:
-    """With all weights zero but the last bias, every mask is that bias: foreground everywhere if it is positive."""
+def test_a_decoder_with_only_a_bias_gives_constant_masks(weights) -> None:
+    """With all weights 0 except the last bias, every pixel of a mask equals that bias."""
     flat = {name: np.zeros_like(array) for name, array in weights.items()} | {
         "decoder.12.bias": np.array([0.5], dtype=np.float32)
     }
@@ -111,12 +110,12 @@ def test_a_decoder_of_one_colour(weights) -> None:
 
 
 def test_codes_fill_the_grid_row_by_row(weights) -> None:
-    """Residual and upsampling layers that pass their input on show which code lies where: each on a square of 16 pixels."""
+    """If residual and upsampling layers copy their input, each code covers a square of 16 x 16 pixels."""
     plain = {name: np.zeros_like(array) for name, array in weights.items()}
     plain["_vq_vae._embedding"][:, 0] = np.arange(128)
     plain["decoder.0.weight"][0, 0] = 1
     for layer in (4, 6, 8, 10):
-        # Of the 4 x 4 kernel the middle 2 x 2 copies each input to its own 2 x 2 outputs.
+        # The middle 2 x 2 of the 4 x 4 kernel copies each input to its own 2 x 2 outputs.
         plain[f"decoder.{layer}.weight"][0, 0, 1:3, 1:3] = 1
     plain["decoder.12.weight"][0, 0] = 1
     mask = MaskDecoder(plain, "x")(np.arange(16, dtype=np.int64)[None])[0]
@@ -153,7 +152,7 @@ def _answer(locations: str = _WHOLE, codes: int = 16) -> str:
     return locations + "<seg007>" * codes
 
 
-def test_segmentations_that_are_refused() -> None:
+def test_invalid_segmentation_tokens_are_refused() -> None:
     read = read_segmentation(_answer() + " cat ; and more")
     assert read is not None
     assert read.codes == (7,) * 16
@@ -169,14 +168,14 @@ def test_mask_iou_by_hand() -> None:
     truth = np.zeros((10, 10), dtype=bool)
     truth[:, :5] = True
     full = np.ones((64, 64), dtype=np.float32)
-    # The whole image against its left half: 50 / 100. The top half against it: 25 / (50 + 50 - 25).
+    # The whole image against its left half: 50 / 100. The top half against the left half: 25 / (50 + 50 - 25).
     assert mask_iou(Box(0, 0, 1, 1), full, truth) == 0.5
     assert mask_iou(Box(0, 0, 0.5, 1), full, truth) == pytest.approx(1 / 3)
     assert mask_iou(Box(0, 0, 0.05, 1), full, truth) is None
     assert mask_iou(Box(0, 0, 1, 1), -full, truth) == 0
 
 
-def test_mean_iou_of_answers(tmp_path, make_sample, weights) -> None:
+def test_mean_iou_of_predictions(tmp_path, make_sample, weights) -> None:
     flat = {name: np.zeros_like(array) for name, array in weights.items()} | {
         "decoder.12.bias": np.array([0.5], dtype=np.float32)
     }

@@ -1,4 +1,4 @@
-"""Which option an answer names, by hand from each tool's rule; nothing is drawn at random."""
+"""Multiple-choice metrics: which option a prediction names, computed by hand from each tool's rule."""
 
 import pytest
 
@@ -17,8 +17,11 @@ _CHOICES = ["red cat", "blue dog", "green bird"]
 
 @pytest.mark.parametrize(
     ("text", "letter"),
-    [("B", "B"), ("b", "B"), ("(B)", "B"), ("B.", "B"), ("B. blue dog", "B"), ("The answer is C.", "C"), ("It is a Blue dog", "B"), ("A red cat", "A"),
-     ("A man walks with a blue dog", "B"), ("A or B", None), ("a red cat and a blue dog", None), ("D", None), ("", None), ("neither", None)],
+    [
+        ("B", "B"), ("b", "B"), ("(B)", "B"), ("B.", "B"), ("B. blue dog", "B"), ("The answer is C.", "C"),
+        ("It is a Blue dog", "B"), ("A red cat", "A"), ("A man walks with a blue dog", "B"), ("A or B", None),
+        ("a red cat and a blue dog", None), ("D", None), ("", None), ("neither", None),
+    ],
 )  # fmt: skip
 def test_option_by_letter_then_by_text(text: str, letter: str | None) -> None:
     assert read_option(text, _CHOICES) == letter
@@ -40,7 +43,7 @@ def test_option_by_letter_then_by_text(text: str, letter: str | None) -> None:
         ("", None, None, None, None),
     ],
 )
-def test_readers_of_other_tools(
+def test_parsers_of_other_tools(
     text: str, llava: str | None, lmms_eval: str | None, first: str | None, paligemma: str | None
 ) -> None:
     assert read_llava_sqa(text, _CHOICES) == llava
@@ -49,7 +52,7 @@ def test_readers_of_other_tools(
     assert read_paligemma_sqa(text, _CHOICES) == paligemma
 
 
-def test_an_answer_that_cannot_be_read_is_wrong_and_counted(make_sample) -> None:
+def test_an_unparsed_prediction_is_wrong_and_counted(make_sample) -> None:
     samples = [make_sample("B", choices=_CHOICES)] * 4
     result = metric("multiple_choice")(["B", "C", "no idea", ""], samples)
     assert result.values == (1, 0, 0, 0)
@@ -57,7 +60,7 @@ def test_an_answer_that_cannot_be_read_is_wrong_and_counted(make_sample) -> None
     assert all(metric("multiple_choice")(["no idea"] * 4, samples).values == (0, 0, 0, 0) for _ in range(5))
 
 
-def test_the_right_option_by_letter_text_or_sentence(make_sample) -> None:
+def test_the_answer_may_be_a_letter_a_text_or_a_sentence(make_sample) -> None:
     for answer in ("B", "blue dog", "The answer is B."):
         assert metric("multiple_choice")(["B"], [make_sample(answer, choices=_CHOICES)]).values == (1,)
     with pytest.raises(UserError, match="choices"):
@@ -73,10 +76,10 @@ def _rotations(make_sample):
     ]
 
 
-def test_mmbench_counts_a_question_only_if_every_rotation_is_right(make_sample) -> None:
+def test_an_mmbench_question_is_correct_only_in_every_rotation(make_sample) -> None:
     samples = _rotations(make_sample)
     result = metric("mmbench")(["A", "B", "A", "A", "B"], samples)
-    # Question 7 misses a rotation; question 8 is right: 1/2. Rows: 4/5.
+    # Question 7 is wrong in one rotation, question 8 is correct: 1/2. Rows: 4/5.
     assert result.totals == {"mmbench": 0.5, "rows": 0.8, "category/x": 0.0, "category/y": 1.0}
     assert metric("mmbench:vanilla")(["A", "B", "A", "A", "B"], samples).totals["mmbench"] == 1
     assert metric("mmbench")(["?", "B", "C", "A", "B"], samples).unparsed == 1

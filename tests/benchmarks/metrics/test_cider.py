@@ -1,4 +1,4 @@
-"""CIDEr-D: by hand, against pycocoevalcap's own numbers, and its tokens against the Stanford tokenizer's."""
+"""CIDEr-D: computed by hand, compared with pycocoevalcap's scores and with the tokens of the Stanford tokenizer."""
 
 import json
 import math
@@ -8,26 +8,26 @@ from pathlib import Path
 import pytest
 
 from parcelray.benchmarks.metrics import metric
-from parcelray.benchmarks.metrics.caption_tokens import caption_tokens
-from parcelray.benchmarks.metrics.cider import cider_d
+from parcelray.benchmarks.metrics.cider import caption_tokens, cider_d
 
 _OFFICIAL = json.loads((Path(__file__).parent / "official_scores.json").read_text(encoding="utf-8"))
 
 
 def test_by_hand() -> None:
-    # Two images, every n-gram in one of them: idf = log 2 for each. "a b" against itself: orders 1 and 2 have cosine 1,
-    # orders 3 and 4 have no n-grams: 10 x 2/4 = 5. "c x" against "c d": of order 1 one of two weights agrees, but x is
-    # unseen and weighs log 2 too: cosine 1/2; order 2 nothing: 10 x (1/2)/4 = 1.25.
+    # Two images, each n-gram in one of them, so idf = log 2.
+    # "a b" against itself: orders 1 and 2 have cosine 1, orders 3 and 4 have no n-grams: 10 x 2/4 = 5.
+    # "c x" against "c d": in order 1 one of two words agrees, and x, which is in no reference, also has weight log 2:
+    # cosine 1/2. Order 2 has no match: 10 x (1/2)/4 = 1.25.
     assert cider_d([["a", "b"], ["c", "x"]], [[["a", "b"]], [["c", "d"]]]) == pytest.approx([5, 1.25])
 
 
-def test_repeated_words_are_clipped_and_length_is_punished() -> None:
+def test_repeated_words_are_clipped_and_a_wrong_length_is_penalised() -> None:
     # "a a" against "a": order 1 weights 2w and w: min(2w, w) x w / (2w x w) = 1/2. Lengths in bigrams are 1 and 0, so
     # the penalty is exp(-1/72): 10 x (1/2)/4 x exp(-1/72).
     assert cider_d([["a", "a"], ["b"]], [[["a"]], [["b"]]])[0] == pytest.approx(1.25 * math.exp(-1 / 72))
 
 
-def test_numbers_of_pycocoevalcap() -> None:
+def test_scores_equal_those_of_pycocoevalcap() -> None:
     cases = _OFFICIAL["cider"]
     ours = cider_d(
         [case["caption"].split() for case in cases], [[text.split() for text in case["references"]] for case in cases]
@@ -52,7 +52,7 @@ def test_agreement_with_an_installed_pycocoevalcap() -> None:
         )
 
 
-def test_a_corpus_score_is_no_mean_of_subsets(make_sample) -> None:
+def test_a_corpus_score_is_not_a_mean_over_subsets(make_sample) -> None:
     samples = [
         make_sample("a red cat on grass", "the cat"),
         make_sample("a blue dog on grass"),
@@ -84,7 +84,7 @@ def test_case_and_punctuation_do_not_matter(make_sample) -> None:
 
 @pytest.mark.parametrize(
     ("caption", "tokens"),
-    # What the Stanford tokenizer 3.4.1 gives with coco-caption's options and list of punctuation.
+    # Output of the Stanford tokenizer 3.4.1 with coco-caption's options and list of punctuation.
     [
         ("A man's photo of a dog, sitting on a 3.5-inch chair.", "a man 's photo of a dog sitting on a 3.5-inch chair"),
         (

@@ -1,11 +1,11 @@
-"""Metrics by name, and what holds for all of them."""
+"""Metrics by name, and properties of all metrics."""
 
 import math
 import random
 
 import pytest
 
-from parcelray.benchmarks.metrics import all_metrics, metric
+from parcelray.benchmarks.metrics import METRICS, metric
 from parcelray.errors import UserError
 
 _METADATA = {
@@ -18,15 +18,18 @@ _METADATA = {
 }
 
 
-def test_names_lead_to_their_variants() -> None:
+_ALL = [metric for variants in METRICS.values() for metric in variants.values()]
+
+
+def test_every_variant_is_found_by_name() -> None:
     assert metric("vqa_accuracy").variant == "leave_one_out"
     assert metric("vqa_accuracy:simple").variant == "simple"
     assert metric("exact_match").variant == "lenient"
-    for each in all_metrics():
+    for each in _ALL:
         assert metric(f"{each.name}:{each.variant}") == each
 
 
-def test_unknown_names_are_answered_with_the_nearest() -> None:
+def test_errors_about_unknown_names_suggest_similar_ones() -> None:
     with pytest.raises(UserError, match="did you mean 'vqa_accuracy'"):
         metric("vqa_acuracy")
     with pytest.raises(UserError, match=r"no variant 'leave_one_in' \(did you mean 'leave_one_out'"):
@@ -34,14 +37,12 @@ def test_unknown_names_are_answered_with_the_nearest() -> None:
 
 
 def test_only_metrics_of_independent_samples_are_additive() -> None:
-    assert {each.name for each in all_metrics() if not each.additive} == {"cider", "mmbench", "mme", "pope", "rsvqa"}
+    assert {each.name for each in _ALL if not each.additive} == {"cider", "mmbench", "mme", "pope", "rsvqa"}
     assert metric("mme").paper_scale == 1
 
 
 def _all_but_masks():
-    return [
-        pytest.param(each, id=f"{each.name}:{each.variant}") for each in all_metrics() if each.name != "refseg_miou"
-    ]
+    return [pytest.param(each, id=f"{each.name}:{each.variant}") for each in _ALL if each.name != "refseg_miou"]
 
 
 @pytest.mark.parametrize("each", _all_but_masks())
@@ -60,8 +61,8 @@ def test_the_order_of_samples_changes_nothing(each, make_sample) -> None:
     predictions = [draw.choice(words) for _ in samples]
     result = each(predictions, samples)
     order = draw.sample(range(24), 24)
-    shuffled = each([predictions[place] for place in order], [samples[place] for place in order])
-    assert shuffled.values == pytest.approx([result.values[place] for place in order], nan_ok=True)
+    shuffled = each([predictions[index] for index in order], [samples[index] for index in order])
+    assert shuffled.values == pytest.approx([result.values[index] for index in order], nan_ok=True)
     assert shuffled.totals == pytest.approx(result.totals, nan_ok=True)
     assert shuffled.unparsed == result.unparsed
     assert next(iter(result.totals)) == each.name

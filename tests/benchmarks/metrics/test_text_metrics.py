@@ -1,4 +1,4 @@
-"""Metrics that compare strings and numbers, by hand from their rules."""
+"""Metrics that compare strings and numbers: scores computed by hand from their rules."""
 
 import math
 
@@ -6,7 +6,7 @@ import pytest
 
 from parcelray.benchmarks.metrics import metric
 from parcelray.benchmarks.metrics.anls import edit_distance
-from parcelray.benchmarks.metrics.consistency import consistency
+from parcelray.benchmarks.metrics.nlvr2 import consistency
 from parcelray.errors import UserError
 
 
@@ -31,9 +31,14 @@ def test_exact_match(make_sample, prediction: str, answers: tuple[str, ...], val
 
 @pytest.mark.parametrize(
     ("prediction", "equal_in"),
-    [("red", {"lenient", "raw", "lower", "lmms_eval", "vlmevalkit"}), ("Red", {"lenient", "lower", "lmms_eval", "vlmevalkit"}),
-     (" red", {"lenient", "vlmevalkit"}), ("red.", {"lenient", "lmms_eval"}), ("r-ed", {"lmms_eval"})],
-)  # fmt: skip
+    [
+        ("red", {"lenient", "raw", "lower", "lmms_eval", "vlmevalkit"}),
+        ("Red", {"lenient", "lower", "lmms_eval", "vlmevalkit"}),
+        (" red", {"lenient", "vlmevalkit"}),
+        ("red.", {"lenient", "lmms_eval"}),
+        ("r-ed", {"lmms_eval"}),
+    ],
+)
 def test_variants_of_exact_match(make_sample, prediction: str, equal_in: set[str]) -> None:
     variants = ("lenient", "raw", "lower", "lmms_eval", "vlmevalkit")
     assert {
@@ -75,7 +80,7 @@ def test_edit_distance() -> None:
         ("pariz", ("paris", "x"), 0.8, 0.8),  # 1 edit of 5
         ("ab", ("ac",), 0, 0.5),  # NL is exactly 0.5
         ("abc", ("xyz",), 0, 0),
-        # Three spaces too many: 3 edits of 6 when spaces count, 0 of 6 when they are squeezed.
+        # Three extra spaces: 3 edits of 6 if spaces count, 0 of 6 if they are squeezed.
         ("a    b", ("a b",), 0, 1),
         # lmms-eval divides the one edit by the raw length 6, not by the squeezed length 3: 5/6.
         ("a    c", ("a b",), 0, 5 / 6),
@@ -116,7 +121,7 @@ def test_relaxed_accuracy(make_sample, prediction: str, target: str, value: floa
     assert _value("relaxed_accuracy", prediction, make_sample(target)) == value
 
 
-def test_charts_with_human_and_augmented_questions_are_reported_apart(make_sample) -> None:
+def test_human_and_augmented_chart_questions_have_sub_scores(make_sample) -> None:
     samples = [make_sample("1", type="human_test"), make_sample("2", type="augmented_test")]
     assert metric("relaxed_accuracy")(["1", "3"], samples).totals == {
         "relaxed_accuracy": 0.5,
@@ -141,7 +146,7 @@ def test_counting(make_sample) -> None:
     assert _value("counting:lenient", "two.", make_sample("2")) == 1
 
 
-def test_rsvqa_averages_over_the_types_without_numbers(make_sample) -> None:
+def test_rsvqa_averages_over_the_non_numeric_types(make_sample) -> None:
     kinds = ["comp", "comp", "presence", "count"]
     result = metric("rsvqa")(
         ["Yes", "no", "yes", "3"],
@@ -153,7 +158,7 @@ def test_rsvqa_averages_over_the_types_without_numbers(make_sample) -> None:
         metric("rsvqa")(["yes"], [make_sample("yes")])
 
 
-def test_a_sentence_is_consistent_only_if_all_its_pictures_are_right() -> None:
+def test_a_sentence_is_consistent_only_if_all_its_pictures_are_correct() -> None:
     assert consistency([("a", 1.0), ("b", 1.0), ("a", 1.0), ("b", 0.0), ("c", 1.0)]) == pytest.approx(2 / 3)
     assert consistency([("a", 1.0), ("a", math.nan), ("a", 1.0)]) == 0
     assert math.isnan(consistency([]))

@@ -1,11 +1,11 @@
-"""VQA accuracy and its text normalisation, by hand from visualqa.org/evaluation.html."""
+"""VQA accuracy and its text normalisation: scores computed by hand from visualqa.org/evaluation.html."""
 
 import math
 
 import pytest
 
 from parcelray.benchmarks.metrics import metric
-from parcelray.benchmarks.metrics.vqa_text import m4c_pre_step, normalize
+from parcelray.benchmarks.metrics.vqa_accuracy import m4c_pre_step, normalize
 
 
 def _value(name, prediction, sample):
@@ -14,10 +14,12 @@ def _value(name, prediction, sample):
 
 @pytest.mark.parametrize(
     ("matches", "leave_one_out", "simple"),
-    # n of 10 people agree. Leaving one out: n times min((n-1)/3, 1) and 10-n times min(n/3, 1), over 10.
+    # n of 10 annotators agree. Leave-one-out: (n min((n-1)/3, 1) + (10-n) min(n/3, 1)) / 10.
     [(0, 0, 0), (1, 0.3, 1 / 3), (2, 0.6, 2 / 3), (3, 0.9, 1), (4, 1, 1), (10, 1, 1)],
 )
-def test_accuracy_by_how_many_people_agree(make_sample, matches: int, leave_one_out: float, simple: float) -> None:
+def test_accuracy_by_number_of_matching_annotators(
+    make_sample, matches: int, leave_one_out: float, simple: float
+) -> None:
     sample = make_sample(*["cat"] * matches, *[f"other {number}" for number in range(10 - matches)])
     for variant in ("leave_one_out", "always_normalized", "m4c"):
         assert _value(f"vqa_accuracy:{variant}", "cat", sample) == pytest.approx(leave_one_out)
@@ -28,13 +30,13 @@ def test_accuracy_by_how_many_people_agree(make_sample, matches: int, leave_one_
 def test_fewer_than_ten_answers(make_sample) -> None:
     # Two of three agree: (1/3 + 1/3 + 2/3) / 3 = 4/9.
     assert _value("vqa_accuracy", "cat", make_sample("cat", "cat", "dog")) == pytest.approx(4 / 9)
-    # With one answer nothing is left to match; big_vision compares instead.
+    # Leave-one-out is undefined for a single answer; big_vision compares by equality.
     assert math.isnan(_value("vqa_accuracy", "cat", make_sample("cat")))
     assert _value("vqa_accuracy:big_vision", "cat", make_sample("cat")) == 1
     assert _value("vqa_accuracy:big_vision", "Cat", make_sample("cat")) == 0
 
 
-def test_text_is_normalised_only_where_people_disagree(make_sample) -> None:
+def test_text_is_normalised_only_if_annotators_disagree(make_sample) -> None:
     unanimous, divided = make_sample(*["Yes"] * 10), make_sample(*["Yes"] * 9, "no")
     assert _value("vqa_accuracy", "yes", unanimous) == 0
     assert _value("vqa_accuracy", "Yes\n", unanimous) == 1
@@ -53,7 +55,7 @@ def test_text_is_normalised_only_where_people_disagree(make_sample) -> None:
         ("dont", "don't"),
         ("couldntve", "couldntve"),  # two apostrophes are missing
         ("couldnt've", "couldn't've"),
-        ("somebody'd", "somebodyd"),  # the official table's own slip
+        ("somebody'd", "somebodyd"),  # an error in the official table
         ("red/blue", "red blue"),
         ("red, blue", "red blue"),
         ("red,blue", "red blue"),
@@ -62,7 +64,7 @@ def test_text_is_normalised_only_where_people_disagree(make_sample) -> None:
         ("3.5", "3.5"),
         ("3.", "3"),
         ("st. john", "st john"),
-        ("10:30", "10:30"),  # the colon is no mark
+        ("10:30", "10:30"),  # the colon is not a removed mark
         ("A", ""),
     ],
 )
@@ -85,7 +87,7 @@ def test_sub_scores_by_answer_type(make_sample) -> None:
     assert result.totals == {"vqa_accuracy": 0.5, "answer_type/number": 0.0, "answer_type/yes/no": 1.0}
 
 
-def test_vizwiz_watches_the_answer_unanswerable(make_sample) -> None:
+def test_vizwiz_reports_unanswerable_separately(make_sample) -> None:
     samples = [
         make_sample(*["unanswerable"] * 8, "cup", "mug"),
         make_sample(*["cup"] * 9, "unanswerable"),
@@ -95,5 +97,5 @@ def test_vizwiz_watches_the_answer_unanswerable(make_sample) -> None:
     # 8 agree: 1. One agrees: 0.3. All agree: 1.
     assert result.values == pytest.approx((1, 0.3, 1))
     assert result.totals == pytest.approx({"vizwiz": 2.3 / 3, "answerable": 0.65, "unanswerable_rate": 2 / 3})
-    # Empty human answers are dropped: one answer is left, which is compared.
+    # Empty human answers are dropped; the remaining one is compared by equality.
     assert metric("vizwiz:big_vision")(["pen"], [make_sample("", "pen", "")]).values == (1,)

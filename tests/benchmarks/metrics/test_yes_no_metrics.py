@@ -1,4 +1,4 @@
-"""MME, POPE and NLVR2, by hand from their rules."""
+"""MME, POPE and NLVR2: scores computed by hand from their rules."""
 
 import pytest
 
@@ -22,7 +22,7 @@ from parcelray.errors import UserError
         ("", None),
     ],
 )
-def test_reading_of_mme(text: str, answer: str | None) -> None:
+def test_yes_no_parsing_of_mme(text: str, answer: str | None) -> None:
     assert read_yes_no(text) == answer
 
 
@@ -52,7 +52,7 @@ def test_mme_points(make_sample) -> None:
     )
 
 
-def test_an_image_without_both_questions_is_left_out_and_counted(make_sample) -> None:
+def test_an_image_with_a_missing_question_is_left_out_and_counted(make_sample) -> None:
     samples = _mme(make_sample)[:5]
     result = metric("mme")(["yes", "no", "yes", "no", "yes"], samples)
     assert result.totals["mme"] == 200
@@ -74,7 +74,7 @@ def test_an_image_without_both_questions_is_left_out_and_counted(make_sample) ->
         ("nothing", "yes"),
     ],
 )
-def test_official_reading_of_pope(text: str, answer: str) -> None:
+def test_official_parsing_of_pope(text: str, answer: str) -> None:
     assert read_official(text) == answer
 
 
@@ -83,8 +83,7 @@ def test_pope_scores(make_sample) -> None:
     predictions = ["yes", "yes", "no", "yes", "no", "no", "no", "no"]
     for variant in ("official", "whole_output"):
         totals = metric(f"pope:{variant}")(predictions, samples).totals
-        # TP 2, FP 1, FN 1, TN 4: accuracy 6/8, P = R = F1 = 2/3; 3 of 8 predictions say yes, as it happens like the
-        # truth.
+        # TP 2, FP 1, FN 1, TN 4: accuracy 6/8, P = R = F1 = 2/3. 3 of 8 predictions are yes, as many as answers.
         assert totals["pope"] == totals["f1"] == pytest.approx(2 / 3)
         assert (totals["accuracy"], totals["precision"], totals["recall"], totals["yes_ratio"]) == pytest.approx(
             (0.75, 2 / 3, 2 / 3, 0.375)
@@ -92,19 +91,19 @@ def test_pope_scores(make_sample) -> None:
     assert metric("pope:paligemma")(predictions, samples).totals["pope"] == 0.75
 
 
-def test_yes_ratio_is_of_the_predictions(make_sample) -> None:
+def test_yes_ratio_is_the_share_of_predictions(make_sample) -> None:
     samples = [make_sample("yes"), make_sample("no")]
     assert metric("pope")(["yes", "yes"], samples).totals["yes_ratio"] == 1
     assert metric("pope")(["no", "no"], samples).totals["yes_ratio"] == 0
 
 
-def test_unread_answers_of_pope(make_sample) -> None:
+def test_unparsed_predictions_of_pope(make_sample) -> None:
     samples = [make_sample("yes"), make_sample("no"), make_sample("yes")]
     official = metric("pope")(["maybe", "Yes.", "yes"], samples)
     assert official.values == (1, 0, 1)
     assert (official.unparsed, official.totals["assumed_yes"]) == (0, 1)
     whole = metric("pope:whole_output")(["maybe", "Yes.", "yes"], samples)
-    # The unread answer to a yes question is a miss: TP 1, FN 1, FP 0.
+    # The unparsed prediction for a yes question is a false negative: TP 1, FN 1, FP 0.
     assert whole.values == (0, 0, 1)
     assert (whole.unparsed, whole.totals["recall"], whole.totals["precision"]) == (2, 0.5, 1)
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from parcelray.benchmarks.catalog import catalog, find
 from parcelray.benchmarks.readers.base import Problem, RowSamples
-from parcelray.benchmarks.readers.mini import MiniReader
+from parcelray.benchmarks.readers.samples import MiniReader
 from parcelray.config.evaluate import BenchmarkChoice
 from parcelray.evaluation.passes.shards import PreparedBenchmark
 from parcelray.evaluation.predict.generation import GenerationSettings

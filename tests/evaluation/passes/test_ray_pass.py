@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from parcelray.benchmarks.readers.base import Problem
-from parcelray.benchmarks.readers.mini import MiniReader
+from parcelray.benchmarks.readers.samples import MiniReader
 from parcelray.config.evaluate import BLIND, PassConfig
 from parcelray.errors import SystemFailure, UnsupportedBudgetError
 from parcelray.evaluation.passes.ray_pass import run_on_ray

@@ -1,4 +1,4 @@
-"""The interface: the official client works unchanged, and what cannot be answered is refused in words that help."""
+"""The HTTP API: the official OpenAI client works unchanged, and invalid requests get helpful errors."""
 
 import asyncio
 import base64
@@ -25,7 +25,7 @@ from parcelray.models.backbones.processor_base import ElasticProcessor
 from parcelray.serving.engine.engine import last_event
 from parcelray.serving.http import api
 from parcelray.serving.http.auth import add_key, read_keys
-from parcelray.serving.http.bodies import Bodies
+from parcelray.serving.http.proxy_guard import BodyReader
 from parcelray.serving.ingress import chat
 from parcelray.serving.ingress.chat import ChatService
 from tests.serving.conftest import Asker
@@ -66,17 +66,17 @@ def message(sample: Sample, **image_fields: Any) -> list[Any]:
 def post(
     url: str, body: bytes, headers: dict[str, str] | None = None, path: str = "/v1/chat/completions"
 ) -> tuple[int, dict[str, str], dict[str, Any]]:
-    place = urlsplit(url)
-    connection = http.client.HTTPConnection(str(place.hostname), place.port, timeout=PATIENCE_S)
+    address = urlsplit(url)
+    connection = http.client.HTTPConnection(str(address.hostname), address.port, timeout=PATIENCE_S)
     try:
-        # A server that refuses by the header does not wait for the rest of the body.
+        # A server that refuses a request by its header does not read the rest of the body.
         with suppress(BrokenPipeError, ConnectionResetError):
             connection.request("POST", path, body, {"content-type": "application/json", **(headers or {})})
         response = connection.getresponse()
         text = response.read() or b"{}"
     finally:
         connection.close()
-    # A stream's pieces are not one JSON.
+    # A stream is not one JSON document.
     return response.status, dict(response.getheaders()), {} if text.startswith(b"data:") else json.loads(text)
 
 
@@ -101,7 +101,7 @@ def test_the_official_client_gets_the_engines_answer_at_each_budget(
             assert answer.usage.prompt_tokens_details.model_dump()["image_tokens"] == budget * len(sample.images)
 
 
-def test_detail_names_the_ends_of_the_ladder(client: OpenAI, samples: list[Sample]) -> None:
+def test_detail_selects_the_smallest_or_largest_budget(client: OpenAI, samples: list[Sample]) -> None:
     for detail, budget in (("low", "16"), ("high", "256"), ("auto", "256")):
         raw = client.chat.completions.with_raw_response.create(
             model="mini", messages=message(samples[0], detail=detail)
@@ -174,13 +174,13 @@ IMAGE = "messages.0.content.0.image_url.url"
 REFUSED = {
     "not JSON": (b"{", 400, "invalid_json", None),
     "a list": (b"[]", 422, "invalid_type", None),
-    "deep": (b"[" * 100_000, 400, "invalid_json", None),
+    "deeply nested JSON": (b"[" * 100_000, 400, "invalid_json", None),
     "NaN": (b'{"model":"mini","temperature":NaN}', 400, "invalid_json", None),
     "no model": ({"messages": [{"role": "user", "content": "a"}]}, 422, "missing_field", "model"),
     "another model": (_with_text() | {"model": "gpt"}, 404, "model_not_found", "model"),
     "unknown field": (_with_text(colour=1), 422, "unknown_field", "colour"),
-    "a text for a number": (_with_text(temperature="1"), 422, "invalid_value", "temperature"),
-    "too hot": (_with_text(temperature=3), 422, "invalid_value", "temperature"),
+    "a string for a number": (_with_text(temperature="1"), 422, "invalid_value", "temperature"),
+    "a temperature above the limit": (_with_text(temperature=3), 422, "invalid_value", "temperature"),
     "a budget that is not offered": (
         _with_image(data_url(_png()), visual_tokens=17),
         422,
@@ -206,23 +206,28 @@ REFUSED = {
     "too many stops": (_with_text(stop=list("abcde")), 422, "invalid_value", "stop"),
     "an empty stop": (_with_text(stop=""), 422, "invalid_value", "stop"),
     "a penalty": (_with_text(presence_penalty=0.5), 422, "invalid_value", "presence_penalty"),
-    "a bias": (_with_text(logit_bias={"5": 1}), 422, "invalid_value", "logit_bias"),
-    "another form": (_with_text(response_format={"type": "json_object"}), 422, "invalid_value", "response_format.type"),
-    "to be stored": (_with_text(store=True), 422, "invalid_value", "store"),
+    "a logit bias": (_with_text(logit_bias={"5": 1}), 422, "invalid_value", "logit_bias"),
+    "another response format": (
+        _with_text(response_format={"type": "json_object"}),
+        422,
+        "invalid_value",
+        "response_format.type",
+    ),
+    "a stored answer": (_with_text(store=True), 422, "invalid_value", "store"),
     "two turns": (_with_text(messages=[{"role": "user", "content": "a"}] * 2), 422, "invalid_request", None),
-    "a role that is none": (
+    "an unknown role": (
         _with_text(messages=[{"role": "tool", "content": "a"}]),
         422,
         "invalid_value",
         "messages.0",
     ),
-    "a part that is none": (
+    "an unknown content part": (
         _with_text(messages=[{"role": "user", "content": [{"type": "audio"}]}]),
         422,
         "invalid_value",
         "messages.0.content.0",
     ),
-    "detail that is none": (
+    "an unknown detail": (
         _with_text(
             messages=[
                 {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:", "detail": "max"}}]}
@@ -262,7 +267,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_a_request_that_cannot_be_answered_is_refused(url: str, name: str) -> None:
+def test_an_invalid_request_is_refused(url: str, name: str) -> None:
     body, status, code, param = REFUSED[name]
     got, headers, data = post(url, body if isinstance(body, bytes) else json.dumps(body).encode())
     assert (got, data["error"]["code"], data["error"]["param"]) == (status, code, param), data
@@ -276,12 +281,12 @@ def test_the_refusal_of_a_budget_lists_the_legal_ones(client: OpenAI, samples: l
         client.chat.completions.create(model="mini", messages=message(samples[0]), extra_body={"visual_tokens": 20})
 
 
-def test_what_is_no_budget_is_told_the_legal_ones(url: str) -> None:
+def test_the_refusal_of_a_word_as_budget_lists_the_legal_ones(url: str) -> None:
     _, _, data = post(url, json.dumps(_with_text(visual_tokens="lots")).encode())
     assert data["error"]["message"] == "visual_tokens is 'lots'; legal are 16, 64, 256 and auto."
 
 
-def test_the_refusal_of_a_stop_says_what_is_legal(url: str) -> None:
+def test_the_refusal_of_a_stop_lists_what_is_legal(url: str) -> None:
     for stop in (list("abcde"), "", [""], 3):
         assert (
             "legal is a string, or a list of at most 4 strings, of 1 to 64 characters each"
@@ -289,7 +294,7 @@ def test_the_refusal_of_a_stop_says_what_is_legal(url: str) -> None:
         )
 
 
-def test_fields_that_ask_for_nothing_are_taken(url: str) -> None:
+def test_neutral_values_of_unsupported_fields_are_accepted(url: str) -> None:
     neutral: list[dict[str, Any]] = [
         {
             "presence_penalty": 0,
@@ -313,14 +318,14 @@ def test_fields_that_ask_for_nothing_are_taken(url: str) -> None:
         assert post(url, json.dumps(_with_text(max_tokens=1, **fields)).encode())[0] == 200
 
 
-def test_a_wrong_method_is_told_the_right_one(url: str) -> None:
+def test_the_refusal_of_a_method_lists_the_legal_ones(url: str) -> None:
     status, headers, data = post(url, b"{}", path="/v1/models")
     assert (status, data["error"]["code"]) == (405, "method_not_allowed")
     assert "POST" in data["error"]["message"]
     assert "GET" in headers["allow"]
 
 
-def test_only_json_is_read(url: str) -> None:
+def test_only_json_is_accepted(url: str) -> None:
     assert post(url, b"a=1", {"content-type": "application/x-www-form-urlencoded"})[0] == 415
 
 
@@ -329,7 +334,7 @@ def test_another_host_name_is_refused_without_keys(url: str) -> None:
     assert (status, data["error"]["code"]) == (403, "host")
 
 
-def test_keys_open_the_door_and_have_a_rate(
+def test_keys_are_required_and_rate_limited(
     model: ElasticVLM, processor: ElasticProcessor, samples: list[Sample], tmp_path: Any
 ) -> None:
     key = add_key(tmp_path / "keys.txt", "ann", per_minute=2)
@@ -348,7 +353,7 @@ def test_keys_open_the_door_and_have_a_rate(
         assert post(url, b"{}", path="/v1/chat/completions")[0] == 401
 
 
-def test_beyond_the_bound_requests_are_told_when_to_come_back(model: ElasticVLM, processor: ElasticProcessor) -> None:
+def test_requests_above_the_capacity_get_a_retry_time(model: ElasticVLM, processor: ElasticProcessor) -> None:
     with endpoint(model, processor, capacity=0) as (url, service, _):
         status, headers, data = post(url, json.dumps(_with_text()).encode())
         assert (status, data["error"]["code"]) == (429, "queue_full")
@@ -357,23 +362,23 @@ def test_beyond_the_bound_requests_are_told_when_to_come_back(model: ElasticVLM,
 
 
 def test_a_deadline_is_a_503(model: ElasticVLM, processor: ElasticProcessor) -> None:
-    # It has passed when the request is read.
+    # The deadline has passed when the request is read.
     with endpoint(model, processor, limits={"timeout_s": 1e-9}) as (url, _, _):
         status, headers, data = post(url, json.dumps(_with_text(max_tokens=1000, temperature=2.0)).encode())
         assert (status, data["error"]["code"]) == (503, "deadline_exceeded")
         assert "retry-after" in headers
 
 
-def test_a_slow_sender_is_no_slow_model(
+def test_slow_sending_does_not_count_as_latency(
     model: ElasticVLM, processor: ElasticProcessor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = [0.0]
     clock = SimpleNamespace(perf_counter=lambda: now[0], time=time.time)
     for module in (api, chat):
         monkeypatch.setattr(module, "time", clock)
-    begun = threading.Event()
-    # Called with each piece of a body.
-    monkeypatch.setattr(Bodies, "_check", lambda *_: begun.set())
+    body_started = threading.Event()
+    # Called for each piece of a body.
+    monkeypatch.setattr(BodyReader, "_check", lambda *_: body_started.set())
     with endpoint(model, processor) as (url, service, _):
         body = json.dumps(_with_text(max_tokens=1)).encode()
         connection = http.client.HTTPConnection(str(urlsplit(url).hostname), urlsplit(url).port, timeout=PATIENCE_S)
@@ -381,7 +386,7 @@ def test_a_slow_sender_is_no_slow_model(
         for name, value in (("content-type", "application/json"), ("content-length", str(len(body)))):
             connection.putheader(name, value)
         connection.endheaders(body[:10])
-        assert begun.wait(PATIENCE_S)
+        assert body_started.wait(PATIENCE_S)
         now[0] = 20.0
         connection.send(body[10:])
         assert connection.getresponse().status == 200
@@ -390,7 +395,9 @@ def test_a_slow_sender_is_no_slow_model(
         assert service.metrics.registry.get_sample_value("parcel:e2e_request_latency_seconds_sum", labels) == 0.0
 
 
-def test_metrics_carry_the_budget(running: tuple[str, ChatService], client: OpenAI, samples: list[Sample]) -> None:
+def test_metrics_have_the_budget_as_label(
+    running: tuple[str, ChatService], client: OpenAI, samples: list[Sample]
+) -> None:
     client.chat.completions.create(model="mini", messages=message(samples[0]), extra_body={"visual_tokens": 64})
     text = running[1].metrics.text().decode()
     for name in (

@@ -1,4 +1,4 @@
-"""Requests that mean no good, several hundred of them: none gets a 5xx, none sees the inside, and the endpoint answers afterwards."""
+"""Hostile requests: no response is a 5xx or reveals internals, and the endpoint still answers afterwards."""
 
 import copy
 import io
@@ -107,7 +107,7 @@ BAD_VALUES: tuple[Any, ...] = (
 @pytest.mark.parametrize(
     "values", [BAD_VALUES[::6], pytest.param(BAD_VALUES, marks=pytest.mark.nightly)], ids=["some", "all"]
 )
-def test_wrong_values_in_every_place(url: str, values: tuple[Any, ...]) -> None:
+def test_wrong_values_in_every_field(url: str, values: tuple[Any, ...]) -> None:
     base = chat(
         picture("PNG"),
         temperature=0.0,
@@ -173,7 +173,7 @@ def _png_header(width: int, height: int, data: bytes = b"") -> bytes:
 
 
 def _with_scans(count: int) -> bytes:
-    """A grey progressive JPEG whose last scan stands there again and again: each is a pass over all pixels, and takes a few bytes."""
+    """Returns a grey progressive JPEG that repeats its last scan. A scan has few bytes, but covers all pixels."""
     buffer = io.BytesIO()
     Image.new("L", (2000, 2000), 128).save(buffer, "JPEG", progressive=True)
     whole = buffer.getvalue()
@@ -185,17 +185,17 @@ def test_bombs_are_refused_by_their_header(url: str, monkeypatch: pytest.MonkeyP
     decoded: list[tuple[int, int]] = []
     load = ImageFile.ImageFile.load
 
-    def seen(image: ImageFile.ImageFile) -> Any:
+    def record(image: ImageFile.ImageFile) -> Any:
         decoded.append(image.size)
         return load(image)
 
-    monkeypatch.setattr(ImageFile.ImageFile, "load", seen)
+    monkeypatch.setattr(ImageFile.ImageFile, "load", record)
     scans = _with_scans(2000)
     assert len(scans) < 1_000_000
     assert refused(url, json.dumps(chat(scans, "jpeg")).encode()) == 413
     assert decoded == []
     assert refused(url, json.dumps(chat(_with_scans(5), "jpeg")).encode()) == 200
-    assert set(decoded) == {(2000, 2000)}, "the images that are decoded are seen here"
+    assert set(decoded) == {(2000, 2000)}, "decoded images are recorded"
     bombs = [
         _png_header(50_000, 50_000, bytes(1_000_000)),
         _png_header(2**31 - 1, 2**31 - 1),
@@ -210,7 +210,7 @@ def test_bombs_are_refused_by_their_header(url: str, monkeypatch: pytest.MonkeyP
     buffer = io.BytesIO()
     frames[0].save(buffer, "WEBP", save_all=True, append_images=frames[1:])
     assert refused(url, json.dumps(chat(buffer.getvalue(), "webp")).encode()) == 200, (
-        "of an animation the first frame counts"
+        "only the first frame of an animation is decoded"
     )
     text = io.BytesIO()
     comment = PngInfo()
@@ -219,7 +219,7 @@ def test_bombs_are_refused_by_their_header(url: str, monkeypatch: pytest.MonkeyP
     assert refused(url, json.dumps(chat(text.getvalue())).encode()) in (413, 415, 422)
 
 
-def test_json_that_is_too_much(url: str) -> None:
+def test_excessive_json(url: str) -> None:
     bodies = [
         b'{"a":' * 50_000 + b"1" + b"}" * 50_000,
         b"[" * 500_000,
@@ -238,7 +238,7 @@ def test_json_that_is_too_much(url: str) -> None:
     assert {refused(url, body) for body in bodies} <= {400, 413, 422}
 
 
-def test_urls_of_images_reach_nothing(url: str) -> None:
+def test_image_urls_reach_no_internal_address(url: str) -> None:
     inside = [
         "http://127.0.0.1/",
         "https://localhost/",
@@ -264,14 +264,14 @@ def test_urls_of_images_reach_nothing(url: str) -> None:
         assert refused(url, json.dumps(body).encode()) in (400, 403, 415)
 
 
-def test_special_tokens_in_a_question_are_words(url: str) -> None:
+def test_special_tokens_in_a_question_are_plain_text(url: str) -> None:
     for text in ("<image>" * 300, "<eos><bos><pad>", "<loc0001><seg001>", "what<image>is"):
         body = chat(picture("PNG"))
         body["messages"][0]["content"][1]["text"] = text
         assert refused(url, json.dumps(body).encode()) == 200
 
 
-def test_headers_that_lie(url: str) -> None:
+def test_wrong_headers(url: str) -> None:
     body = json.dumps(chat()).encode()
     for headers in (
         {"content-type": "application/json; charset=utf-7"},
@@ -290,22 +290,22 @@ def test_headers_that_lie(url: str) -> None:
     ).startswith(b"HTTP/1.1 400")
 
 
-def test_slow_clients_keep_nobody_from_an_answer(url: str) -> None:
+def test_slow_clients_do_not_block_others(url: str) -> None:
     head = (
         b"POST /v1/chat/completions HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\ncontent-length:"
         b" 1000\r\n\r\n"
     )
-    place = urlsplit(url)
-    idle = [socket.create_connection((place.hostname, place.port)) for _ in range(50)]
+    address = urlsplit(url)
+    idle = [socket.create_connection((address.hostname, address.port)) for _ in range(50)]
     for connection in idle:
         connection.sendall(head + b"{")
-    # Fifty that say nothing more do not keep the fifty-first from its answer.
+    # Fifty idle clients do not block the fifty-first.
     assert refused(url, json.dumps(chat(picture("PNG"))).encode()) == 200
     for connection in idle:
         connection.close()
 
 
-def test_a_body_that_does_not_come_is_a_408(model: ElasticVLM, processor: ElasticProcessor) -> None:
+def test_a_body_that_does_not_arrive_is_a_408(model: ElasticVLM, processor: ElasticProcessor) -> None:
     head = (
         b"POST /v1/chat/completions HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\ncontent-length:"
         b" 1000\r\n\r\n"
@@ -314,33 +314,33 @@ def test_a_body_that_does_not_come_is_a_408(model: ElasticVLM, processor: Elasti
         assert _raw(url, head + b"{").startswith(b"HTTP/1.1 408")
 
 
-def test_clients_that_hang_up(url: str, running: tuple[str, ChatService]) -> None:
+def test_clients_that_disconnect(url: str, running: tuple[str, ChatService]) -> None:
     body = json.dumps(chat(picture("PNG"), stream=True, max_tokens=64, temperature=2.0)).encode()
     head = (
         "POST /v1/chat/completions HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\ncontent-length:"
         f" {len(body)}\r\n\r\n".encode()
     )
-    place = urlsplit(url)
+    address = urlsplit(url)
     for part in (len(body) // 2, len(body)):
         for _ in range(20):
-            connection = socket.create_connection((place.hostname, place.port))
+            connection = socket.create_connection((address.hostname, address.port))
             connection.sendall(head + body[:part])
             connection.close()
-    wait_until(lambda: not running[1].admission.in_flight, "a place was not given back")
+    wait_until(lambda: not running[1].admission.in_flight, "a slot was not released")
 
 
 def _raw(url: str, data: bytes) -> bytes:
-    place = urlsplit(url)
-    with socket.create_connection((place.hostname, place.port), timeout=PATIENCE_S) as connection:
+    address = urlsplit(url)
+    with socket.create_connection((address.hostname, address.port), timeout=PATIENCE_S) as connection:
         connection.sendall(data)
         return connection.recv(200)
 
 
-def _drawn(operation: Any, url: str, requests: int) -> Counter[int]:
-    """The statuses that so many requests of one operation get."""
+def _send_generated(operation: Any, url: str, requests: int) -> Counter[int]:
+    """Sends generated requests of one operation and counts the statuses."""
     counted: Counter[int] = Counter()
 
-    # With this seed some of the requests are good ones, as the test below needs.
+    # With this seed some of the requests are valid, as the test below requires.
     @seed(1)
     @settings(
         max_examples=requests,
@@ -350,7 +350,7 @@ def _drawn(operation: Any, url: str, requests: int) -> Counter[int]:
         suppress_health_check=list(HealthCheck),
     )
     @given(case=operation.as_strategy())
-    def ask(case: Any) -> None:
+    def send(case: Any) -> None:
         response = case.call(base_url=url)
         counted[response.status_code] += 1
         assert response.status_code < 500, response.text
@@ -363,26 +363,26 @@ def _drawn(operation: Any, url: str, requests: int) -> Counter[int]:
             }
             assert error["param"] is None or isinstance(error["param"], str)
 
-    ask()
+    send()
     return counted
 
 
 @pytest.mark.parametrize("requests", [30, pytest.param(60, marks=pytest.mark.nightly)])
-def test_requests_drawn_from_the_schema(url: str, requests: int) -> None:
+def test_requests_generated_from_the_schema(url: str, requests: int) -> None:
     schema = schemathesis.openapi.from_url(f"{url}/openapi.json")
     statuses = {
-        result.ok().path: _drawn(result.ok(), url, requests)
+        result.ok().path: _send_generated(result.ok(), url, requests)
         for result in schema.get_all_operations()
         if isinstance(result, Ok)
     }
-    # What stops at its model's name, or at the first check, says little of those behind it.
+    # Requests that already fail at the model's name, or at the first check, do not test the later checks.
     assert all(counted[200] > 0 for path, counted in statuses.items() if path != "/playground/inspect"), statuses
     assert statuses["/playground/inspect"].total() >= requests
     assert "/metrics" in statuses
     assert "/v1/models/{model}" in statuses
 
 
-def test_what_the_playground_asks_is_checked_the_same(url: str) -> None:
+def test_playground_requests_are_checked_like_chat_requests(url: str) -> None:
     def status(body: Any) -> int:
         found, _, data = post(
             url, body if isinstance(body, bytes) else json.dumps(body).encode(), path="/playground/inspect"

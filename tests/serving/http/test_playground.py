@@ -1,4 +1,4 @@
-"""The page at `/`, in headless Chromium: an image, a question, a budget; answers side by side."""
+"""The playground page at `/`, in headless Chromium."""
 
 import base64
 import io
@@ -24,7 +24,7 @@ pytestmark = [pytest.mark.serving, pytest.mark.browser]
 
 @pytest.fixture(scope="module")
 def parcel() -> ElasticVLM:
-    """The base with PARCEL's connector, untrained."""
+    """The mini base with an untrained PARCEL connector."""
     model = load_vlm(resolve_checkpoint(MINI_BASE).path, connector=ParcelConnectorConfig(num_heads=4))
     model.eval()
     return model
@@ -44,13 +44,13 @@ def url(parcel: ElasticVLM, processor: ElasticProcessor) -> Iterator[str]:
 
 @pytest.fixture
 def page(chromium: Browser, url: str) -> Browser:
-    """The page as it is when it is opened, and no messages of the tests before."""
+    """The newly opened page, with the console messages of earlier tests removed."""
     chromium.open(url)
     chromium.messages()
     return chromium
 
 
-def test_an_image_is_asked_about_at_every_budget(
+def test_a_question_is_answered_at_every_budget(
     page: Browser, parcel: ElasticVLM, processor: ElasticProcessor, samples: list[Sample], tmp_path: Path
 ) -> None:
     sample = samples[0]
@@ -66,15 +66,15 @@ def test_an_image_is_asked_about_at_every_budget(
     page.run("document.getElementById('prompt').value = arguments[0]", sample.prompt)
     page.click("#all")
     page.wait("return document.querySelectorAll('article').length === 3")
-    # The two likeliest tokens differ by more than 0.5 in these answers, so that no rounding chooses between them.
+    # The logits of the two most likely tokens differ by more than 0.5 in these answers, so rounding does not matter.
     offline = Predictor(parcel, processor, settings=GenerationSettings(max_new_tokens=64)).generate_budgets(
         [sample], [16, 64, 256]
     )
     for budget, (answer,) in offline.items():
-        said = page.run(
-            "return document.querySelector(`article[data-budget='${arguments[0]}'] .said`).textContent", budget
+        shown = page.run(
+            "return document.querySelector(`article[data-budget='${arguments[0]}'] .answer`).textContent", budget
         )
-        assert said == (answer or "(an empty answer)")
+        assert shown == (answer or "(an empty answer)")
         rows = page.run("return document.querySelector(`article[data-budget='${arguments[0]}'] dl`).innerText", budget)
         assert str(budget * len(sample.images)) in rows
         assert "FLOP" in rows
@@ -85,12 +85,13 @@ DROP = """
 const bytes = Uint8Array.from(atob(arguments[0]), (letter) => letter.charCodeAt(0));
 const transfer = new DataTransfer();
 transfer.items.add(new File([bytes], "dropped.png", { type: "image/png" }));
-document.getElementById("drop").dispatchEvent(new DragEvent("drop", { dataTransfer: transfer, bubbles: true, cancelable: true }));
+const drop = new DragEvent("drop", { dataTransfer: transfer, bubbles: true, cancelable: true });
+document.getElementById("drop").dispatchEvent(drop);
 """
 
 
 def picture_of(*colors: str) -> str:
-    """A wide image of vertical stripes, base64."""
+    """Returns a wide image of vertical stripes as base64."""
     image = Image.new("RGB", (60 * len(colors), 60))
     for index, color in enumerate(colors):
         image.paste(color, (60 * index, 0, 60 * index + 60, 60))
@@ -99,20 +100,20 @@ def picture_of(*colors: str) -> str:
     return base64.b64encode(buffer.getvalue()).decode()
 
 
-def test_an_image_is_dropped_and_shown_as_the_model_sees_it(page: Browser) -> None:
+def test_a_dropped_image_is_shown_resized_for_paligemma(page: Browser) -> None:
     page.wait("return document.getElementById('budget').max === '2'")
     page.click("#anchors")
     page.click("#heat")
     page.run(DROP, picture_of("#ff0000", "#00ff00", "#0000ff"))
     page.wait("return document.getElementById('view').dataset.budget === '256'")
-    # PaliGemma squeezes the whole image into its square.
+    # PaliGemma resizes the whole image to its square input.
     assert [page.run(PIXEL, at)[:3] for at in (50, 224, 400)] == [[255, 0, 0], [0, 255, 0], [0, 0, 255]]
 
 
 PIXEL = "return [...document.getElementById('view').getContext('2d').getImageData(arguments[0], 224, 1, 1).data]"
 
 
-def test_where_the_model_sees_the_middle_the_page_shows_the_middle(chromium: Browser) -> None:
+def test_the_image_is_shown_cropped_for_llava(chromium: Browser) -> None:
     folder = resolve_checkpoint("mini_llava").path
     llava = load_vlm(folder, connector=ParcelConnectorConfig(num_heads=4))
     llava.eval()
@@ -136,7 +137,7 @@ def test_without_an_image_there_are_no_visual_tokens(page: Browser) -> None:
     assert page.run("return document.getElementById('status').textContent") == "Answered."
 
 
-def test_the_example_is_drawn_and_what_is_wrong_is_said(page: Browser) -> None:
+def test_the_example_is_drawn_and_errors_are_shown(page: Browser) -> None:
     page.wait("return document.getElementById('budget').max === '2'")
     page.run("document.getElementById('prompt').value = ''")
     page.click("#ask")
@@ -148,7 +149,7 @@ def test_the_example_is_drawn_and_what_is_wrong_is_said(page: Browser) -> None:
     page.wait("return document.getElementById('status').textContent.includes('legal are')")
 
 
-def test_everything_has_a_name_and_nothing_comes_from_elsewhere(page: Browser) -> None:
+def test_every_control_has_a_label_and_no_resource_is_external(page: Browser) -> None:
     page.wait("return document.getElementById('budget').max === '2'")
     unnamed = page.run(
         "return [...document.querySelectorAll('input, button, canvas')].filter((e) => !(e.labels && e.labels.length) &&"

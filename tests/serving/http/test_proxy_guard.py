@@ -1,4 +1,4 @@
-"""What stands before Serve's proxy, alone: before an application that obeys and fails as that proxy does."""
+"""The proxy middleware, in front of an application that behaves and fails like Serve's proxy."""
 
 import asyncio
 import http.client
@@ -15,9 +15,9 @@ from starlette.types import Receive, Scope, Send
 
 from parcelray.config.serve import RequestLimits
 from parcelray.serving.http.api_errors import ApiError
-from parcelray.serving.http.bodies import Bodies
 from parcelray.serving.http.proxy_guard import (
     LIMITS_VARIABLE,
+    BodyReader,
     ProxyGuard,
     middlewares,
     proxy_environment,
@@ -30,10 +30,10 @@ pytestmark = pytest.mark.serving
 
 
 async def proxy(scope: Scope, receive: Receive, send: Send) -> None:
-    """Refuses in plain text, and answers with what came through."""
+    """Refuses in plain text, and otherwise answers with the headers and body size that it received."""
     message = await receive()
     if scope["path"] == "/defect":
-        raise RuntimeError("a secret of the inside")
+        raise RuntimeError("an internal secret")
     if scope["path"] == "/nothing":
         return
     headers = [
@@ -58,8 +58,8 @@ def guarded(**limits: Any) -> Iterator[str]:
 
 
 def connected(url: str) -> socket.socket:
-    place = urlsplit(url)
-    return socket.create_connection((place.hostname, place.port), timeout=PATIENCE_S)
+    address = urlsplit(url)
+    return socket.create_connection((address.hostname, address.port), timeout=PATIENCE_S)
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,7 @@ def url() -> Iterator[str]:
         yield url
 
 
-def test_an_id_of_ours_goes_to_the_application_and_to_the_client(url: str) -> None:
+def test_the_application_and_the_client_get_our_request_id(url: str) -> None:
     _, headers, data = post(
         url, b"{}", {"x-request-id": "mine", "x-session-id": "s", "x-request-disconnect-disabled": "?1", "x-other": "1"}
     )
@@ -82,7 +82,7 @@ def test_an_id_of_ours_goes_to_the_application_and_to_the_client(url: str) -> No
     ("status", "code"),
     [(404, "not_found"), (408, "deadline_exceeded"), (429, "queue_full"), (503, "no_replica"), (500, "internal_error")],
 )
-def test_what_the_proxy_refuses_has_the_form_of_all_refusals(url: str, status: int, code: str) -> None:
+def test_errors_of_the_proxy_have_the_format_of_all_errors(url: str, status: int, code: str) -> None:
     got, headers, data = post(url, b"{}", path=f"/refuse/{status}")
     assert (got, data["error"]["code"], set(data["error"])) == (status, code, {"message", "type", "param", "code"})
     assert "10.0.0.1" not in data["error"]["message"]
@@ -91,22 +91,22 @@ def test_what_the_proxy_refuses_has_the_form_of_all_refusals(url: str, status: i
 
 
 @pytest.mark.parametrize("path", ["/defect", "/nothing"])
-def test_what_the_proxy_does_not_answer_is_an_answer(url: str, path: str) -> None:
+def test_a_failure_of_the_proxy_is_a_500(url: str, path: str) -> None:
     status, _, data = post(url, b"{}", path=path)
     assert (status, data["error"]["message"]) == (500, "The server failed on this request.")
 
 
 @pytest.mark.parametrize("path", ["/-/routes", "/%2d/routes", "/-/%72outes"])
-def test_applications_are_named_to_nobody(url: str, path: str) -> None:
+def test_the_list_of_applications_is_hidden(url: str, path: str) -> None:
     assert post(url, b"", path=path)[0] == 404
 
 
-def test_a_body_comes_whole_or_not_at_all(url: str) -> None:
+def test_a_body_is_forwarded_whole_or_refused(url: str) -> None:
     assert post(url, bytes(1024**2))[2]["size"] == 1024**2
     assert post(url, bytes(1024**2 + 1))[0] == 413
     with connected(url) as connection:
         connection.sendall(b"POST / HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\n\r\n1\r\na\r\n")
-        # A pause, so that the pieces come one by one.
+        # A pause, so that the pieces arrive separately.
         time.sleep(0.1)
         connection.sendall(b"1\r\nb\r\n0\r\n\r\n")
         response = http.client.HTTPResponse(connection)
@@ -114,7 +114,7 @@ def test_a_body_comes_whole_or_not_at_all(url: str) -> None:
         assert (response.status, json.loads(response.read())["size"]) == (200, 2)
 
 
-def test_a_body_that_does_not_come_is_a_408() -> None:
+def test_a_body_that_does_not_arrive_is_a_408() -> None:
     with guarded(body_timeout_s=0.1) as url, connected(url) as connection:
         connection.sendall(b"POST / HTTP/1.1\r\nhost: a\r\ncontent-length: 10\r\n\r\na")
         response = http.client.HTTPResponse(connection)
@@ -122,7 +122,7 @@ def test_a_body_that_does_not_come_is_a_408() -> None:
         assert response.status == 408
 
 
-def test_the_limits_travel_with_the_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_limits_are_passed_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     environment = proxy_environment(RequestLimits(body_mb=3, bodies_mb=30, body_timeout_s=4))
     monkeypatch.setenv(LIMITS_VARIABLE, environment[LIMITS_VARIABLE])
     (middleware,) = middlewares()
@@ -135,9 +135,9 @@ async def _pieces(*pieces: bytes) -> AsyncIterator[bytes]:
         yield piece
 
 
-def test_all_bodies_together_have_a_bound() -> None:
+def test_all_bodies_together_have_a_limit() -> None:
     limits = RequestLimits(body_mb=1, bodies_mb=2.5)
-    bodies = Bodies()
+    bodies = BodyReader()
     whole = bytes(1024**2)
 
     async def run() -> None:
@@ -157,29 +157,29 @@ def test_all_bodies_together_have_a_bound() -> None:
     asyncio.run(run())
 
 
-def test_what_is_only_promised_takes_no_place() -> None:
+def test_declared_bytes_do_not_count_as_held() -> None:
     limits = RequestLimits(body_mb=1, bodies_mb=1, body_timeout_s=0.2)
-    bodies = Bodies()
+    bodies = BodyReader()
 
     async def slow() -> AsyncIterator[bytes]:
         yield b"a"
         await asyncio.Event().wait()
 
     async def run() -> None:
-        async def promise() -> None:
+        async def declare() -> None:
             with pytest.raises(ApiError) as refused:
                 async with bodies.read(slow(), limits, str(1024**2)):
                     pass
             assert refused.value.status == 408
 
         async def send() -> None:
-            # Each of the slow ones has sent its first byte.
+            # Wait until each slow client has sent its first byte.
             while bodies.held_bytes < 50:
                 await asyncio.sleep(0)
             async with bodies.read(_pieces(bytes(1024**2 - 100)), limits, None) as body:
                 assert len(body) == 1024**2 - 100
 
-        await asyncio.gather(*(promise() for _ in range(50)), send())
+        await asyncio.gather(*(declare() for _ in range(50)), send())
         assert bodies.held_bytes == 0
 
     asyncio.run(run())

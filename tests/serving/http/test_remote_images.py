@@ -1,4 +1,4 @@
-"""Images by https, from a TLS server on the loopback that stands for an allowed host."""
+"""Images by https, from a TLS server on the loopback that plays an allowed host."""
 
 import datetime
 import ipaddress
@@ -29,7 +29,7 @@ Talk = Callable[[ssl.SSLSocket], None]
 
 @pytest.fixture(scope="module")
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Its own authority, for one name: certificate and key in one file."""
+    """A self-signed certificate for one name, with its key in the same file."""
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, HOST)])
     now = datetime.datetime.now(datetime.UTC)
@@ -54,7 +54,7 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Server:
-    """Answers each connection with what a test says."""
+    """A TLS server that runs the `talk` function of a test on each connection."""
 
     def __init__(self, certificate: Path) -> None:
         self.talk: Talk = lambda connection: None
@@ -110,7 +110,7 @@ def refused(max_bytes: int = 1000, host: str = HOST) -> ApiError:
     return found.value
 
 
-def test_an_image_comes(server: Server) -> None:
+def test_an_image_is_downloaded(server: Server) -> None:
     server.talk = answering("200 OK\r\ncontent-length: 5", b"image")
     assert fetch_image(f"https://{HOST}/a.png?b=1", {HOST}, 5, "url") == b"image"
 
@@ -119,11 +119,11 @@ def test_a_redirect_is_not_followed(server: Server) -> None:
     server.talk = answering("302 Found\r\nlocation: https://10.0.0.1/")
     assert (refused().status, refused().message) == (
         422,
-        "url was answered with status 302; redirects are not followed.",
+        "The host of url answered with status 302; legal is 200, redirects are not followed.",
     )
 
 
-def test_too_many_bytes_are_not_read_to_their_end(server: Server) -> None:
+def test_reading_stops_after_too_many_bytes(server: Server) -> None:
     def talk(connection: Any) -> None:
         connection.sendall(b"HTTP/1.1 200 OK\r\n\r\n")
         while True:
@@ -133,7 +133,7 @@ def test_too_many_bytes_are_not_read_to_their_end(server: Server) -> None:
     assert refused(max_bytes=200_000).status == 413
 
 
-def test_less_than_was_said_is_no_image(server: Server) -> None:
+def test_fewer_bytes_than_declared_are_refused(server: Server) -> None:
     server.talk = answering("200 OK\r\ncontent-length: 50", b"image")
     assert refused().status == 422
 
@@ -154,14 +154,14 @@ def trickle_to_the_end(connection: Any) -> None:
 
 
 def trickle_handshake(plain: socket.socket) -> None:
-    # The head of a handshake record of 16 KiB, which then takes its time.
+    # The header of a handshake record of 16 KiB, whose content then arrives slowly.
     plain.sendall(b"\x16\x03\x03\x40\x00")
     with plain:
         trickle(plain)
 
 
 def trickle(connection: Any) -> None:
-    """A byte every so often until the client hangs up: a socket's own timeout never passes."""
+    """Sends a byte every 50 ms until the client disconnects, so a socket timeout never expires."""
     with suppress(OSError):
         while True:
             connection.sendall(b"a")
@@ -169,16 +169,16 @@ def trickle(connection: Any) -> None:
 
 
 @pytest.mark.parametrize("talk", [trickle, trickle_body, trickle_to_the_end])
-def test_a_host_that_trickles_is_left_at_the_end_of_the_time(
+def test_a_slow_host_is_disconnected_at_the_deadline(
     server: Server, monkeypatch: pytest.MonkeyPatch, talk: Talk
 ) -> None:
     monkeypatch.setattr(remote_images, "TIMEOUT_S", 0.5)
     server.talk = talk
-    # It returns at all. The host itself would go on for ever.
+    # The host itself would send forever.
     assert refused(max_bytes=10**9).status == 422
 
 
-def test_a_host_without_a_handshake_is_left_at_the_end_of_the_time(
+def test_a_host_without_a_handshake_is_disconnected_at_the_deadline(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(remote_images, "TIMEOUT_S", 0.5)

@@ -1,4 +1,4 @@
-"""As much of the W3C WebDriver protocol as the page's test needs, over Debian's chromedriver: no package beside the standard library."""
+"""A minimal W3C WebDriver client for the playground's tests, with Debian's chromedriver and the standard library."""
 
 import json
 import shutil
@@ -15,7 +15,7 @@ from tests.serving.local import PATIENCE_S, wait_until
 
 DRIVER = shutil.which("chromedriver")
 _ELEMENT = "element-6066-11e4-a52e-4f735466cecf"
-# Without its background services Chromium asks nobody for anything.
+# Without its background services Chromium makes no network requests of its own.
 _FLAGS = (
     "--headless",
     "--no-sandbox",
@@ -53,15 +53,15 @@ class Browser:
         self.command("POST", f"/element/{self.element(selector)}/value", {"text": text})
 
     def wait(self, script: str, *arguments: Any) -> None:
-        """Until a script gives something true."""
+        """Waits until a script returns a true value."""
         wait_until(lambda: self.run(script, *arguments), script)
 
     def messages(self) -> list[dict[str, Any]]:
-        """Of the console, since the last call."""
+        """Returns the console messages since the last call."""
         return list(self.command("POST", "/se/log", {"type": "browser"}))
 
     def command(self, method: str, path: str, body: Any = None) -> Any:
-        return _ask(method, self._base + path, body)
+        return _send(method, self._base + path, body)
 
 
 @contextmanager
@@ -83,7 +83,7 @@ def browser(profile: Path) -> Iterator[Browser]:
                 }
             }
         }
-        session = _ask("POST", f"http://127.0.0.1:{port}/session", wanted)["sessionId"]
+        session = _send("POST", f"http://127.0.0.1:{port}/session", wanted)["sessionId"]
         page = Browser(f"http://127.0.0.1:{port}/session/{session}")
         yield page
         page.command("DELETE", "")
@@ -94,12 +94,12 @@ def browser(profile: Path) -> Iterator[Browser]:
 
 def _is_ready(url: str) -> bool:
     try:
-        return bool(_ask("GET", url)["ready"])
+        return bool(_send("GET", url)["ready"])
     except URLError:
         return False
 
 
-def _ask(method: str, url: str, body: Any = None) -> Any:
+def _send(method: str, url: str, body: Any = None) -> Any:
     request = Request(
         url, None if body is None else json.dumps(body).encode(), {"content-type": "application/json"}, method=method
     )

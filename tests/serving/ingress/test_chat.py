@@ -24,7 +24,7 @@ from parcelray.serving.engine.engine import (
     Timings,
 )
 from parcelray.serving.http.api_errors import ApiError
-from parcelray.serving.http.image_reader import ImageReader
+from parcelray.serving.http.images import ImageReader
 from parcelray.serving.http.schemas import ChatRequest, parse_chat
 from parcelray.serving.ingress import chat as chat_module
 from parcelray.serving.ingress.budget_policy import BudgetPolicy

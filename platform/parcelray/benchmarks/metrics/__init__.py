@@ -1,4 +1,4 @@
-"""The metrics by name: `metric("vqa_accuracy")` is the default variant, `metric("vqa_accuracy:simple")` a named one."""
+"""All metrics by name: `metric("vqa_accuracy")` is the default variant, `metric("vqa_accuracy:simple")` a named one."""
 
 import dataclasses
 import difflib
@@ -25,7 +25,7 @@ from parcelray.benchmarks.metrics.vizwiz import VIZWIZ
 from parcelray.benchmarks.metrics.vqa_accuracy import VQA_ACCURACY
 from parcelray.errors import UserError
 
-_METRICS: Mapping[str, Mapping[str, Metric]] = {
+METRICS: Mapping[str, Mapping[str, Metric]] = {
     "anls": ANLS,
     "box_iou": BOX_IOU,
     "cider": CIDER,
@@ -44,36 +44,29 @@ _METRICS: Mapping[str, Mapping[str, Metric]] = {
     "vizwiz": VIZWIZ,
     "vqa_accuracy": VQA_ACCURACY,
 }
+"""Variants of every metric by name; the first variant is the default."""
 
 
 def metric(name: str, *, mask_decoder: Path | None = None) -> Metric:
-    """The metric of a name, with or without a variant.
+    """Returns the metric of a name, with or without a variant.
 
     Args:
         name: `vqa_accuracy` (its default variant) or `vqa_accuracy:simple`.
-        mask_decoder: the .npz file that `refseg_miou` decodes segmentation tokens with; the other metrics do not need
-            it.
+        mask_decoder: .npz file with which `refseg_miou` decodes segmentation tokens; other metrics ignore it.
 
     Raises:
-        UserError: there is no such metric or variant.
+        UserError: the metric or the variant does not exist.
     """
     family, _, variant = name.partition(":")
-    if family not in _METRICS:
-        raise UserError(
-            f"There is no metric {family!r}{_similar(family, _METRICS)}; the metrics are {', '.join(_METRICS)}."
-        )
-    members = _METRICS[family]
+    if family not in METRICS:
+        raise UserError(f"There is no metric {family!r}{_similar(family, METRICS)}; legal: {', '.join(METRICS)}.")
+    members = METRICS[family]
     if variant and variant not in members:
         raise UserError(
-            f"{family} has no variant {variant!r}{_similar(variant, members)}; its variants are {', '.join(members)}."
+            f"{family} has no variant {variant!r}{_similar(variant, members)}; legal: {', '.join(members)}."
         )
-    found = members[variant] if variant else next(iter(members.values()))
-    return dataclasses.replace(found, mask_decoder=mask_decoder) if isinstance(found, RefSegMiou) else found
-
-
-def all_metrics() -> tuple[Metric, ...]:
-    """Every metric in every variant; of each name, the default variant first."""
-    return tuple(member for members in _METRICS.values() for member in members.values())
+    selected = members[variant] if variant else next(iter(members.values()))
+    return dataclasses.replace(selected, mask_decoder=mask_decoder) if isinstance(selected, RefSegMiou) else selected
 
 
 def _similar(name: str, known: Mapping[str, object]) -> str:

@@ -1,13 +1,14 @@
 """Average normalised Levenshtein similarity (Biten et al., ICCV 2019, equation 1).
 
-s = 1 - NL if NL < 0.5 else 0, with NL = edit distance / longer length; a question's score is the best over its answers.
+s = 1 - NL if NL < 0.5 else 0, with NL = edit distance / longer length. The score of a sample is the best over its
+answers.
 
 Variants:
-    strict: NL < 0.5 as in the paper and big_vision, on lower-cased text; an empty answer is matched only by an empty
+    strict: NL < 0.5 as in the paper and big_vision, on lower-cased text. An empty answer matches only an empty
         prediction.
-    permuted: the same, where an answer with ", " may come in any order of its parts (big_vision on InfographicVQA).
-    lmms_eval: NL = 0.5 still scores 0.5, and the distance on lower-cased text with squeezed spaces is divided by the
-        lengths of the raw strings (lmms-eval, VLMEvalKit).
+    permuted: like strict, but the parts of an answer with ", " may be in any order (big_vision on InfographicVQA).
+    lmms_eval: NL = 0.5 scores 0.5. The distance is computed on lower-cased text with squeezed spaces, and divided by
+        the length of the longer raw string (lmms-eval, VLMEvalKit).
 """
 
 import itertools
@@ -20,7 +21,7 @@ _THRESHOLD = 0.5
 
 
 def edit_distance(first: str, second: str) -> int:
-    """Levenshtein distance: insertions, deletions and substitutions, each 1."""
+    """Returns the Levenshtein distance: insertions, deletions and substitutions cost 1 each."""
     row = list(range(len(second) + 1))
     for i, left in enumerate(first, 1):
         previous, row[0] = row[0], i
@@ -30,7 +31,7 @@ def edit_distance(first: str, second: str) -> int:
 
 
 def strict(prediction: str, answer: str) -> float:
-    """The paper's rule on lower-cased text."""
+    """Returns the similarity by the paper's rule on lower-cased text."""
     given, target = prediction.lower(), answer.lower()
     if not target:
         return float(not given)
@@ -39,7 +40,7 @@ def strict(prediction: str, answer: str) -> float:
 
 
 def lmms_eval(prediction: str, answer: str) -> float:
-    """Squeezed text over raw lengths, the threshold included."""
+    """Returns the similarity by the rule of lmms-eval: squeezed text, raw lengths, threshold included."""
     longest = max(len(prediction), len(answer))
     if not longest:
         return 1.0
@@ -48,7 +49,7 @@ def lmms_eval(prediction: str, answer: str) -> float:
 
 
 def permuted(prediction: str, answer: str) -> float:
-    """The best over all orders of the parts of an answer with several spans."""
+    """Returns the best similarity over all orders of the comma-separated parts of an answer."""
     return max(strict(prediction, ", ".join(parts)) for parts in set(itertools.permutations(answer.split(", "))))
 
 

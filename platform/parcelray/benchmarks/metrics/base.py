@@ -1,48 +1,51 @@
-"""What every metric is: predictions and samples in, one value per sample and the totals out."""
+"""The interface of metrics: predictions and samples in, one value per sample and the totals out."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 from parcelray.datasets.sample import Sample
+from parcelray.errors import UserError
+
+T = TypeVar("T")
 
 
 class MetricResult(NamedTuple):
-    """What a metric says about a set of answers."""
+    """The scores of a set of predictions under one metric."""
 
     values: tuple[float, ...]
-    """One per sample, 0 to 1 (CIDEr: 0 to 10); NaN: cannot be scored (counted, never silently 0)."""
+    """One value per sample, 0 to 1 (CIDEr: 0 to 10). NaN: the sample cannot be scored and is not counted as 0."""
     totals: dict[str, float]
-    """The headline under the metric's own name first, then its sub-scores; all on the scale of `values` except MME's points."""
+    """The headline score under the metric's name, then the sub-scores, on the scale of `values` (MME: points)."""
     unparsed: int
-    """Answers that no rule could read; they are scored as wrong."""
+    """Number of predictions that no rule could parse. They are scored as wrong."""
 
 
 class Metric(Protocol):
-    """A named rule of scoring, in one named variant."""
+    """A scoring rule in one variant."""
 
     @property
     def name(self) -> str:
-        """For example `vqa_accuracy`."""
+        """Name of the metric, for example `vqa_accuracy`."""
 
     @property
     def variant(self) -> str:
-        """For example `leave_one_out`; written into every result, because tools disagree."""
+        """Name of the variant, for example `leave_one_out`. Stored with every result, as tools score differently."""
 
     @property
     def additive(self) -> bool:
-        """True: the headline is the mean of the values, so subsets and a bootstrap over values are right.
+        """Whether the headline is the mean of the values.
 
-        False: recompute it.
+        If it is, the mean over a subset or a bootstrap sample of the values is correct. If not, recompute the metric.
         """
 
     @property
     def paper_scale(self) -> float:
-        """The headline times this is what papers print: 100, or 1 where the headline is in points."""
+        """Factor from the headline to the number that papers print: 100, or 1 if the headline is in points."""
 
     def __call__(self, predictions: Sequence[str], samples: Sequence[Sample]) -> MetricResult:
-        """Scores one answer per sample.
+        """Scores one prediction per sample.
 
         Raises:
             UserError: a sample lacks metadata that the rule needs.
@@ -51,7 +54,7 @@ class Metric(Protocol):
 
 
 class Judgement(NamedTuple):
-    """One answer's worth."""
+    """The score of one prediction, and whether a rule could parse it."""
 
     value: float
     parsed: bool = True
@@ -62,19 +65,19 @@ UNPARSED = Judgement(0.0, parsed=False)
 
 
 def no_groups(sample: Sample) -> tuple[str, ...]:
-    """No sub-scores."""
+    """Returns no groups: the metric has no sub-scores."""
     return ()
 
 
 @dataclass(frozen=True)
 class PerSampleMetric:
-    """A metric whose headline is the mean of independent values.
+    """A metric whose headline is the mean of independent values per sample.
 
     Args:
-        name: of the metric.
-        variant: of the rule.
-        judge: an answer's worth.
-        groups: names of the sub-scores that a sample belongs to; each is a mean like the headline.
+        name: name of the metric.
+        variant: name of the variant.
+        judge: scores one prediction.
+        groups: names of the sub-scores that a sample belongs to. Each sub-score is a mean, like the headline.
     """
 
     name: str
@@ -92,7 +95,7 @@ class PerSampleMetric:
 
 
 def scored_mean(values: Iterable[float]) -> float:
-    """Mean of the values that are not NaN; NaN if there are none."""
+    """Returns the mean of the values that are not NaN; NaN if there are none."""
     scored = [value for value in values if not math.isnan(value)]
     return math.fsum(scored) / len(scored) if scored else math.nan
 
@@ -100,7 +103,7 @@ def scored_mean(values: Iterable[float]) -> float:
 def group_means(
     values: Sequence[float], samples: Sequence[Sample], groups: Callable[[Sample], tuple[str, ...]]
 ) -> dict[str, float]:
-    """Mean of each group, groups in alphabetical order so that the order of samples does not matter."""
+    """Returns the mean of each group, in alphabetical order so that the order of samples does not matter."""
     members: dict[str, list[float]] = {}
     for value, sample in zip(values, samples, strict=True):
         for group in groups(sample):
@@ -109,7 +112,7 @@ def group_means(
 
 
 def by_metadata(key: str) -> Callable[[Sample], tuple[str, ...]]:
-    """Sub-scores `key/value` for samples whose metadata has the key."""
+    """Makes a function that puts a sample into the group `key/value` if its metadata has the key."""
 
     def groups(sample: Sample) -> tuple[str, ...]:
         value = sample.metadata.get(key)
@@ -118,11 +121,26 @@ def by_metadata(key: str) -> Callable[[Sample], tuple[str, ...]]:
     return groups
 
 
+def needed(sample: Sample, key: str, kind: type[T], metric: str) -> T:
+    """Returns required metadata of a sample.
+
+    Raises:
+        UserError: the value is missing, or has another type than `kind`.
+    """
+    value = sample.metadata.get(key)
+    if not isinstance(value, kind):
+        raise UserError(
+            f"The metric {metric} needs metadata {key!r} ({kind.__name__}) on every sample, but sample {sample.id!r} of"
+            f" {sample.benchmark} has {value!r}; give the benchmark a column for {key!r}, or choose another metric."
+        )
+    return value
+
+
 def count_unparsed(judged: Iterable[Judgement]) -> int:
-    """Scored answers that no rule could read."""
+    """Returns the number of scored predictions that no rule could parse."""
     return sum(not judgement.parsed and not math.isnan(judgement.value) for judgement in judged)
 
 
 def variants(metrics: Iterable[Metric]) -> Mapping[str, Metric]:
-    """Metrics by variant, the default one first."""
+    """Returns the metrics by variant, the default variant first."""
     return {metric.variant: metric for metric in metrics}

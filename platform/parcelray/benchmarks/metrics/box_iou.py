@@ -1,13 +1,13 @@
-"""Boxes as PaliGemma writes them: accuracy at an intersection over union of one half, and the mean of the latter.
+"""Accuracy and mean IoU of boxes that are written as PaliGemma's location tokens.
 
 Variants:
-    at_50: the share of samples with IoU >= 0.5 (RefCOCO's convention).
-    mean: the mean IoU.
+    at_50: share of samples with IoU >= 0.5 (RefCOCO's convention).
+    mean: mean IoU.
 
-The first box of an answer counts, never the best of several. An answer without a box is wrong and counted as unparsed.
+Only the first box of a prediction counts. A prediction without a box is wrong and counted as unparsed.
 
-Metadata read: `box` (optional): the true box as [top, left, bottom, right] in fractions of the image's sides; without
-it, the boxes in the sample's answers.
+Metadata read: `box` (optional): the true box as [top, left, bottom, right], fractions of the image's sides. Without
+it, the boxes in the sample's answers are the true ones.
 """
 
 import math
@@ -22,7 +22,7 @@ _THRESHOLD = 0.5
 
 
 def iou(first: Box, second: Box) -> float:
-    """Intersection over union; 0 for an empty or inverted box."""
+    """Returns the intersection over union; 0 for an empty or inverted box."""
     height = max(0.0, min(first.bottom, second.bottom) - max(first.top, second.top))
     width = max(0.0, min(first.right, second.right) - max(first.left, second.left))
     union = _area(first) + _area(second) - height * width
@@ -30,7 +30,7 @@ def iou(first: Box, second: Box) -> float:
 
 
 def best_iou(prediction: str, sample: Sample) -> float:
-    """IoU of the predicted box with the nearest acceptable one; 0 without a predicted box, NaN without a true one."""
+    """Returns the largest IoU of the predicted box with a true box; 0 without a prediction, NaN without a true box."""
     targets = _targets(sample)
     if not targets:
         return math.nan
@@ -40,7 +40,7 @@ def best_iou(prediction: str, sample: Sample) -> float:
 
 @dataclass(frozen=True)
 class BoxIou:
-    """Accuracy at 0.5 or mean IoU."""
+    """Accuracy at IoU 0.5, or mean IoU."""
 
     variant: str
     name: str = "box_iou"
@@ -63,7 +63,7 @@ class BoxIou:
 
 
 def accuracies(ious: Sequence[float], threshold: float) -> tuple[float, ...]:
-    """1 from the threshold on, else 0; NaN stays."""
+    """Returns 1 for each IoU that reaches the threshold, else 0; NaN stays NaN."""
     return tuple(value if math.isnan(value) else float(value >= threshold) for value in ious)
 
 

@@ -1,10 +1,12 @@
-"""Counting accuracy: number words up to twenty as digits on both sides, then exact match (TallyQA, CountBenchQA; big_vision `tallyqa`).
+"""Counting accuracy: exact match after number words up to twenty become digits on both sides.
+
+Used for TallyQA and CountBenchQA (big_vision `tallyqa`).
 
 Variants:
-    official: as above; nothing is stripped.
-    lenient: surrounding spaces and a full stop at the end do not count.
+    official: as above, without stripping.
+    lenient: surrounding spaces and a full stop at the end are ignored.
 
-An answer that holds no number is wrong like any other and counted as unparsed.
+A prediction that contains no number is wrong and counted as unparsed.
 
 Metadata read: `issimple` (optional; 1 simple, 0 complex: sub-scores).
 """
@@ -13,12 +15,12 @@ from collections.abc import Callable
 
 from parcelray.benchmarks.metrics.base import UNSCORED, Judgement, PerSampleMetric, variants
 from parcelray.benchmarks.metrics.exact_match import as_is, normalize
-from parcelray.benchmarks.metrics.numerals import NUMERALS
+from parcelray.benchmarks.metrics.vqa_accuracy import NUMERALS
 from parcelray.datasets.sample import Sample
 
 
 def numeral(text: str) -> str:
-    """A number word as digits; any other text as it is."""
+    """Returns a number word as digits, and any other text unchanged."""
     return NUMERALS.get(text.lower(), text)
 
 

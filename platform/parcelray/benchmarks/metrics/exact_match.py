@@ -1,11 +1,11 @@
 """Exact match with any acceptable answer.
 
 Variants:
-    lenient: case, spacing and a full stop at the end do not count (the mini suite, NLVR).
+    lenient: case, spacing and a full stop at the end are ignored (the mini suite, NLVR).
     raw: equal strings (big_vision).
     lower: equal in lower case (big_vision with `to_lower`: OCR-VQA, RSVQA).
-    lmms_eval: case and ASCII punctuation do not count, surrounding spaces do (its GQA).
-    vlmevalkit: stripped and in lower case.
+    lmms_eval: case and ASCII punctuation are ignored, surrounding spaces are not (its GQA).
+    vlmevalkit: equal after stripping, in lower case.
 
 Metadata read: `language` (optional; sub-scores, for xGQA and MaRVL).
 """
@@ -20,27 +20,27 @@ _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def normalize(text: str) -> str:
-    """Lower case, single spaces, no full stop at the end: what a reader would call the same answer."""
+    """Returns the text in lower case, with single spaces and without a full stop at the end."""
     return " ".join(text.lower().split()).rstrip(".").rstrip()
 
 
 def as_is(text: str) -> str:
-    """The text itself."""
+    """Returns the text unchanged."""
     return text
 
 
 def without_punctuation(text: str) -> str:
-    """Lower case without ASCII punctuation, spaces kept."""
+    """Returns the text in lower case without ASCII punctuation; spaces stay."""
     return text.lower().translate(_NO_PUNCTUATION)
 
 
 def stripped(text: str) -> str:
-    """Lower case without surrounding spaces."""
+    """Returns the text in lower case without surrounding spaces."""
     return text.strip().lower()
 
 
 def matcher(text: Callable[[str], str]) -> Callable[[str, Sample], Judgement]:
-    """Judges by equality after a normalisation of both sides; unscored without answers."""
+    """Makes a judge by equality after normalising both sides. A sample without answers is unscored."""
 
     def judge(prediction: str, sample: Sample) -> Judgement:
         if not sample.answers:

@@ -1,11 +1,11 @@
-"""GQA accuracy: one answer a question, by exact match (Hudson and Manning, CVPR 2019).
+"""GQA accuracy: exact match with the one answer of a question (Hudson and Manning, CVPR 2019).
 
 Variants:
     official: equal strings (the official scorer; big_vision).
-    lmms_eval: case and ASCII punctuation do not count, surrounding spaces do.
-    vlmevalkit: stripped and in lower case.
+    lmms_eval: case and ASCII punctuation are ignored, surrounding spaces are not.
+    vlmevalkit: equal after stripping, in lower case.
 
-Sub-scores `binary` and `open` (structural type `query` is open), and one per structural and per semantic type.
+Sub-scores: `binary` and `open` (structural type `query` is open), and one per structural and semantic type.
 
 Metadata read: `types`, a mapping with `structural` and `semantic` (optional).
 """

@@ -1,9 +1,9 @@
-"""From PaliGemma's 16 segmentation tokens to a mask: the decoder of a small VQ-VAE (Ning et al., arXiv 2301.02229).
+"""Decoder of PaliGemma's 16 segmentation tokens into a mask, a small VQ-VAE (Ning et al., arXiv 2301.02229).
 
-A codebook of 128 vectors on a 4 x 4 grid, a 1 x 1 convolution, two residual blocks, four transposed convolutions that
-double the side, and a 1 x 1 convolution to one channel: 64 x 64. The weights are a local .npz file with the key names
-of big_vision's vae-oid.npz (a PyTorch checkpoint: `_vq_vae._embedding`, `decoder.N.weight`, `decoder.N.bias`); its
-encoder is not read.
+Layers: a codebook of 128 vectors on a 4 x 4 grid, a 1 x 1 convolution, two residual blocks, four transposed
+convolutions that double the side, and a 1 x 1 convolution to one channel. The mask has 64 x 64 pixels. The weights are
+a local .npz file with the key names of big_vision's vae-oid.npz (a PyTorch checkpoint: `_vq_vae._embedding`,
+`decoder.N.weight`, `decoder.N.bias`). Its encoder is not read.
 """
 
 import functools
@@ -34,14 +34,14 @@ _KERNELS = {
 
 
 class MaskDecoder:
-    """Segmentation tokens to masks.
+    """Decodes segmentation tokens into masks.
 
     Args:
-        weights: arrays by the names above.
-        source: where they come from, for the errors.
+        weights: arrays by name, as in the module's docstring.
+        source: path of the weights, for error messages.
 
     Raises:
-        UserError: an array is missing or has another shape than the architecture needs.
+        UserError: an array is missing, or its shape does not fit the architecture.
     """
 
     def __init__(self, weights: Mapping[str, NDArray[np.float32]], source: str) -> None:
@@ -49,7 +49,7 @@ class MaskDecoder:
         self._weights = {name: torch.from_numpy(np.asarray(weights[name], dtype=np.float32)) for name in _names()}
 
     def __call__(self, codes_B16: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Masks of shape (batch, 64, 64), about -1 (background) to 1 (foreground)."""
+        """Returns masks of shape (batch, 64, 64), with values from about -1 (background) to 1 (foreground)."""
         with torch.inference_mode():
             grid = self._weights[_CODEBOOK][torch.from_numpy(codes_B16)].reshape(len(codes_B16), GRID, GRID, -1)
             features = functional.relu(self._convolution(grid.permute(0, 3, 1, 2), _FIRST))
@@ -71,17 +71,17 @@ class MaskDecoder:
 
 @functools.lru_cache(maxsize=2)
 def load_mask_decoder(path: Path) -> MaskDecoder:
-    """The decoder in a local .npz file; pickled arrays are refused.
+    """Loads the decoder from a local .npz file. Pickled arrays are refused.
 
     Raises:
-        UserError: the file is missing, is no .npz file, or holds another model.
+        UserError: the file is missing, is not an .npz file, or contains another model.
     """
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in _names() if name in file.files}
     except FileNotFoundError:
         raise UserError(
-            f"There is no mask decoder at {path}; download PaliGemma's vae-oid.npz and name it with mask_decoder."
+            f"There is no mask decoder at {path}; download PaliGemma's vae-oid.npz and give its path with mask_decoder."
         ) from None
     except (ValueError, OSError, zipfile.BadZipFile, AttributeError):
         raise UserError(
@@ -98,7 +98,7 @@ def _check(weights: Mapping[str, NDArray[np.float32]], source: str) -> None:
     missing = [name for name in _names() if name not in weights]
     if missing:
         raise UserError(
-            f"{source} lacks {', '.join(missing[:3])} ({len(missing)} arrays in all); it must be PaliGemma's mask"
+            f"{source} lacks {', '.join(missing[:3])} ({len(missing)} arrays in total); it must be PaliGemma's mask"
             " decoder, vae-oid.npz."
         )
     codebook = weights[_CODEBOOK]
@@ -116,7 +116,7 @@ def _check(weights: Mapping[str, NDArray[np.float32]], source: str) -> None:
 
 
 def _channels(weights: Mapping[str, NDArray[np.float32]], embedding: int) -> list[tuple[str, int, int]]:
-    """Each layer with its numbers of channels in and out; only the first layer's width is free."""
+    """Returns the input and output channels of each layer. Only the width of the first layer is free."""
     width = len(weights[f"{_FIRST}.bias"])
     layers = [
         (_FIRST, embedding, width),

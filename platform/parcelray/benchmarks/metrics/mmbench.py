@@ -1,24 +1,23 @@
-"""MMBench (Liu et al., ECCV 2024): a question counts only if it is answered right in every rotation of its options.
+"""MMBench (Liu et al., ECCV 2024): a question is right only if it is right in every rotation of its options.
 
 Variants:
-    circular: as the paper; rows of one question share their index modulo a million.
-    vanilla: each question once, in its first rotation; several points higher, never to be mixed with the other.
+    circular: as in the paper. Rows of one question share their index modulo a million.
+    vanilla: only the first rotation of each question. Scores are several points higher; never mix them with circular.
 
-Answers are read by rule (a letter, then the text of exactly one option); where other tools ask a judge or draw an
-option at random, the answer is wrong here and counted. The values are those of the rows, so the headline is not their
-mean.
+Predictions are parsed by rule (a letter, then the text of exactly one option). Other tools call a judge model or draw
+an option at random where no rule applies; here such a prediction is wrong and counted as unparsed. There is one value
+per row, so the headline is not the mean of the values.
 
-Metadata read: `index` (needed), `choices` (needed), `category` (optional; sub-scores). The first answer is the right
-letter.
+Metadata read: `index` (required), `choices` (required), `category` (optional; sub-scores). The first answer is the
+correct letter.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from parcelray.benchmarks.metrics.base import MetricResult, count_unparsed, scored_mean, variants
+from parcelray.benchmarks.metrics.base import MetricResult, count_unparsed, needed, scored_mean, variants
 from parcelray.benchmarks.metrics.multiple_choice import judge_choice, read_option
-from parcelray.benchmarks.metrics.needed import needed
 from parcelray.datasets.sample import Sample
 
 _ROTATION = 1_000_000
@@ -50,7 +49,7 @@ class MMBench:
         return MetricResult(values, totals | _by_category(questions), count_unparsed(judged))
 
     def _question(self, rows: Sequence[tuple[float, Sample]]) -> tuple[float, str]:
-        """A question's value and category; a question with a row that cannot be scored cannot be scored."""
+        """Returns the value and category of a question. The value is NaN if a counted row cannot be scored."""
         counted = rows if self.variant == "circular" else rows[:1]
         values = [value for value, _ in counted]
         return (math.nan if any(math.isnan(value) for value in values) else float(all(values))), str(

@@ -1,14 +1,15 @@
-"""MME (Fu et al., 2023): two yes/no questions an image; a subtask's points are accuracy + accuracy+ in percent, 200 at most.
+"""MME (Fu et al., 2023): two yes/no questions per image; a subtask scores accuracy + accuracy+ in percent.
 
-accuracy: share of questions answered right; accuracy+: share of images with both right. Perception sums 10 subtasks (0
-to 2000 points), cognition 4 (0 to 800); the headline is the sum of those that are there. Its unit is points, which no
-subsample of rows preserves.
+accuracy: share of correct questions. accuracy+: share of images with both questions correct. A subtask has at most 200
+points. Perception is the sum of 10 subtasks (0 to 2000 points), cognition of 4 (0 to 800). The headline is the sum of
+the parts that are present. A subset of rows does not preserve these points.
 
-An answer is read as yes or no if it is one of yes, no, y, n, or holds yes or no within its first four characters;
-anything else is wrong and counted. An image without exactly two scored questions is left out and counted in
+A prediction is parsed as yes or no if it is yes, no, y or n, or contains yes or no within its first four characters.
+Anything else is wrong and counted as unparsed. An image without exactly two scored questions is left out and counted in
 `incomplete_images`.
 
-Metadata read: `category` (needed; a subtask's name), `image_id` (needed; shared by the two questions of an image).
+Metadata read: `category` (required; name of the subtask), `image_id` (required; shared by the two questions of an
+image).
 """
 
 import math
@@ -21,10 +22,10 @@ from parcelray.benchmarks.metrics.base import (
     Judgement,
     MetricResult,
     count_unparsed,
+    needed,
     scored_mean,
     variants,
 )
-from parcelray.benchmarks.metrics.needed import needed
 from parcelray.datasets.sample import Sample
 from parcelray.errors import UserError
 
@@ -35,16 +36,16 @@ _PAIR = 2
 
 
 def read_yes_no(text: str) -> str | None:
-    """`yes`, `no`, or None if neither can be read."""
-    said = text.lower().strip().replace(".", "")
-    if len(said) == 1:
-        return {"y": "yes", "n": "no"}.get(said)
-    return next((word for word in ("yes", "no") if word in said[:_PREFIX]), None)
+    """Parses `yes` or `no`; None if the text is neither."""
+    answer = text.lower().strip().replace(".", "")
+    if len(answer) == 1:
+        return {"y": "yes", "n": "no"}.get(answer)
+    return next((word for word in ("yes", "no") if word in answer[:_PREFIX]), None)
 
 
 @dataclass(frozen=True)
 class Mme:
-    """Points over subtasks."""
+    """Sum of the points of all subtasks."""
 
     name: str = "mme"
     variant: str = "official"
@@ -82,8 +83,7 @@ def _subtask(sample: Sample) -> str:
     category = needed(sample, "category", str, "mme")
     if category not in PERCEPTION + COGNITION:
         raise UserError(
-            f"MME has no subtask {category!r} (sample {sample.id!r}); its subtasks are"
-            f" {', '.join(PERCEPTION + COGNITION)}."
+            f"MME has no subtask {category!r} (sample {sample.id!r}); legal: {', '.join(PERCEPTION + COGNITION)}."
         )
     return category
 

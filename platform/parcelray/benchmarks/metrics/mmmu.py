@@ -1,13 +1,14 @@
 """MMMU (Yue et al., CVPR 2024): micro accuracy over multiple-choice and open questions.
 
-A multiple-choice answer is read by rule (a letter, then the text of exactly one option); where the official script
-draws an option at random, the answer is wrong here and counted. An open answer is right if a normalised right answer is
-among what it says: numbers are compared after rounding to two places, texts must occur in it.
+A multiple-choice prediction is parsed by rule (a letter, then the text of exactly one option). The official script
+draws an option at random where no rule applies; here such a prediction is wrong and counted as unparsed. An open
+prediction is correct if it contains a correct answer: numbers are compared after rounding to two decimals, texts must
+occur in the prediction.
 
 Sub-scores: `multiple_choice`, `open`, and one per category.
 
-Metadata read: `choices` (optional; none or empty: an open question), `category` (optional). An open question's first
-answer may be a list of right ones written in Python.
+Metadata read: `choices` (optional; missing or empty: an open question), `category` (optional). The first answer of an
+open question may be a Python list of correct answers.
 """
 
 import ast
@@ -24,11 +25,11 @@ _NUMBER = re.compile(r"-?\d[\d,]*\.?\d*(?:[eE][+-]?\d+)?")
 def _judge(prediction: str, sample: Sample) -> Judgement:
     if sample.metadata.get("choices"):
         return judge_choice(read_option, prediction, sample, "mmmu")
-    right = [text for answer in sample.answers for text in _several(answer) if text.strip()]
-    return Judgement(float(any(_says(prediction, text) for text in right))) if right else UNSCORED
+    correct = [text for answer in sample.answers for text in _parse_answers(answer) if text.strip()]
+    return Judgement(float(any(_contains(prediction, text) for text in correct))) if correct else UNSCORED
 
 
-def _several(answer: str) -> list[str]:
+def _parse_answers(answer: str) -> list[str]:
     if answer.startswith("["):
         try:
             return [str(part) for part in ast.literal_eval(answer)]
@@ -37,11 +38,11 @@ def _several(answer: str) -> list[str]:
     return [answer]
 
 
-def _says(prediction: str, right: str) -> bool:
-    number = _number(right)
+def _contains(prediction: str, answer: str) -> bool:
+    number = _number(answer)
     if number is not None:
-        return any(_number(found) == number for found in _NUMBER.findall(prediction))
-    return right.strip().lower() in prediction.lower()
+        return any(_number(part) == number for part in _NUMBER.findall(prediction))
+    return answer.strip().lower() in prediction.lower()
 
 
 def _number(text: str) -> float | None:

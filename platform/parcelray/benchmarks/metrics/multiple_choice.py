@@ -1,30 +1,37 @@
-"""Multiple choice: which option an answer names.
+"""Multiple-choice accuracy: parses which option a prediction names.
 
-An answer that no rule can read is wrong and counted; nothing is drawn at random.
+A prediction that no rule can parse is wrong and counted as unparsed. No option is drawn at random.
 
-Variants (readers):
-    option: a letter that stands alone, else the text of exactly one option (the rules of MMBench's scorer before its
-        judge).
-    llava_sqa: the whole answer is a letter, or starts with "B. ", or holds exactly one "The answer is B." (LLaVA on
-        ScienceQA).
-    lmms_eval_sqa: the whole answer is a letter in any case, or starts with a capital and a full stop.
-    first_character: of the stripped answer (lmms-eval on SEED-Bench).
-    paligemma_sqa: in lower case, it starts with "the answer is b." (big_vision on ScienceQA).
+Variants (parsers):
+    option: a single letter as a word, else the text of exactly one option (the rules that MMBench's scorer tries
+        before it calls a judge model).
+    llava_sqa: the whole prediction is a letter, or starts with "B. ", or contains exactly one "The answer is B."
+        (LLaVA on ScienceQA).
+    lmms_eval_sqa: the whole prediction is a letter in any case, or starts with a capital letter and a full stop.
+    first_character: the first character of the stripped prediction (lmms-eval on SEED-Bench).
+    paligemma_sqa: the prediction in lower case starts with "the answer is b." (big_vision on ScienceQA).
 
-Metadata read: `choices`, the option texts in order (needed); `category` (optional; sub-scores). The sample's first
-answer is the right option's letter, its text, or the sentence "The answer is B.".
+Metadata read: `choices` (required; option texts in order), `category` (optional; sub-scores). The first answer of a
+sample is the letter of the correct option, its text, or the sentence "The answer is B.".
 """
 
 import re
 import string
 from collections.abc import Callable, Sequence
 
-from parcelray.benchmarks.metrics.base import UNPARSED, UNSCORED, Judgement, PerSampleMetric, by_metadata, variants
-from parcelray.benchmarks.metrics.needed import needed
+from parcelray.benchmarks.metrics.base import (
+    UNPARSED,
+    UNSCORED,
+    Judgement,
+    PerSampleMetric,
+    by_metadata,
+    needed,
+    variants,
+)
 from parcelray.datasets.sample import Sample
 
 Reader = Callable[[str, Sequence[str]], str | None]
-"""From an answer and the option texts to a letter; None: unreadable."""
+"""Maps a prediction and the option texts to a letter; None if it cannot be parsed."""
 
 _ANSWER_IS = re.compile(r"The answer is ([A-Z])\.")
 _MARKS = re.compile(r"[.()\[\],:;!*#{}'\"]")
@@ -32,14 +39,14 @@ _SHORT = 3
 
 
 def letters(choices: Sequence[str]) -> str:
-    """The letters of the options, from A on."""
+    """Returns the letters of the options, starting at A."""
     return string.ascii_uppercase[: len(choices)]
 
 
 def read_option(text: str, choices: Sequence[str]) -> str | None:
-    """A letter that stands alone, else the text of exactly one option.
+    """Parses a single letter as a word, else the text of exactly one option.
 
-    `A` inside a longer answer may be the article, so it does not count there.
+    `A` inside a longer prediction may be the article, so it is ignored there.
     """
     words = _MARKS.sub(" ", text).split()
     if len(words) == 1 and words[0].upper() in letters(choices):
@@ -51,33 +58,33 @@ def read_option(text: str, choices: Sequence[str]) -> str | None:
 
 
 def read_llava_sqa(text: str, choices: Sequence[str]) -> str | None:
-    """The letter, "B. ...", or exactly one "The answer is B."."""
+    """Parses a letter, "B. ...", or exactly one "The answer is B."."""
     if len(text) == 1 or text[1:3] == ". ":
         return _known(text[:1], choices)
-    found = _ANSWER_IS.findall(text)
-    return _known(found[0], choices) if len(found) == 1 else None
+    answers = _ANSWER_IS.findall(text)
+    return _known(answers[0], choices) if len(answers) == 1 else None
 
 
 def read_lmms_eval_sqa(text: str, choices: Sequence[str]) -> str | None:
-    """The letter in any case, or a capital and a full stop first."""
+    """Parses a letter in any case, or a capital letter and a full stop at the start."""
     if len(text) == 1:
         return _known(text.upper(), choices)
     return _known(text[0], choices) if text[1:2] == "." and text[0].isupper() else None
 
 
 def read_first_character(text: str, choices: Sequence[str]) -> str | None:
-    """The first character of the stripped answer."""
+    """Parses the first character of the stripped prediction."""
     return _known(text.strip()[:1], choices)
 
 
 def read_paligemma_sqa(text: str, choices: Sequence[str]) -> str | None:
-    """The answer starts with "the answer is b." in any case."""
-    found = re.match(r"the answer is ([a-z])\.", text.lower())
-    return _known(found.group(1).upper(), choices) if found else None
+    """Parses "the answer is b." at the start, in any case."""
+    match = re.match(r"the answer is ([a-z])\.", text.lower())
+    return _known(match.group(1).upper(), choices) if match else None
 
 
 def target_letter(sample: Sample, choices: Sequence[str]) -> str | None:
-    """The right option's letter; None if the sample's answer names none."""
+    """Returns the letter of the correct option; None if the sample's answer names no option."""
     if not sample.answers:
         return None
     answer = sample.answers[0].strip()
@@ -89,7 +96,7 @@ def target_letter(sample: Sample, choices: Sequence[str]) -> str | None:
 
 
 def judge_choice(read: Reader, prediction: str, sample: Sample, metric: str) -> Judgement:
-    """Whether an answer names the right option."""
+    """Scores whether a prediction names the correct option."""
     choices = needed(sample, "choices", list, metric)
     target = target_letter(sample, choices)
     if target is None:
@@ -103,13 +110,13 @@ def _known(letter: str, choices: Sequence[str]) -> str | None:
 
 
 def _named_text(text: str, choices: Sequence[str]) -> str | None:
-    said = text.lower()
-    found = [
+    lowered = text.lower()
+    named = [
         letter
         for letter, choice in zip(letters(choices), choices, strict=True)
-        if choice.strip() and choice.strip().lower() in said
+        if choice.strip() and choice.strip().lower() in lowered
     ]
-    return found[0] if len(found) == 1 else None
+    return named[0] if len(named) == 1 else None
 
 
 def _metric(variant: str, read: Reader) -> PerSampleMetric:

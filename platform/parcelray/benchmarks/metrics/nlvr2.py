@@ -1,17 +1,17 @@
-"""NLVR2 accuracy: is the sentence true of the pair of images (Suhr et al., ACL 2019).
+"""NLVR2 accuracy: whether a sentence is true of a pair of images (Suhr et al., ACL 2019).
 
 Variants:
-    words: true or yes against false or no, in any case, a full stop at the end allowed; anything else is wrong and
-        counted.
-    raw: the answer must be the string itself (`True`, `False`; big_vision).
+    words: `true` or `yes` against `false` or `no`, in any case, with or without a full stop. Anything else is wrong and
+        counted as unparsed.
+    raw: the prediction must equal the answer string (`True`, `False`; big_vision).
 
-Sub-score `consistency`: share of sentences that are right on all their images.
+Sub-score `consistency`: share of sentences whose image pairs are all correct.
 
 Metadata read: `identifier` (optional; the sentence, shared by its image pairs), `language` (optional; sub-scores, for
 MaRVL).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from parcelray.benchmarks.metrics.base import (
@@ -23,20 +23,34 @@ from parcelray.benchmarks.metrics.base import (
     by_metadata,
     variants,
 )
-from parcelray.benchmarks.metrics.consistency import consistency
 from parcelray.datasets.sample import Sample
 
 _MEANINGS = {"true": True, "yes": True, "false": False, "no": False}
 
 
 def read_truth(text: str) -> bool | None:
-    """What an answer says; None if it says neither."""
+    """Parses true or false; None if the text is neither."""
     return _MEANINGS.get(text.strip().rstrip(".").lower())
+
+
+def consistency(scores: Iterable[tuple[str, float]]) -> float:
+    """Returns the share of sentences whose images are all correct (NLVR; Suhr et al., ACL 2017).
+
+    Args:
+        scores: pairs of a sentence and the score of one of its images, in any order. NaN counts as not correct.
+
+    Returns:
+        A value from 0 to 1; NaN without scores.
+    """
+    correct: dict[str, bool] = {}
+    for sentence, value in scores:
+        correct[sentence] = correct.get(sentence, True) and value == 1.0
+    return sum(correct.values()) / len(correct) if correct else float("nan")
 
 
 @dataclass(frozen=True)
 class Nlvr2:
-    """Accuracy over pairs, with consistency."""
+    """Accuracy over image pairs, with consistency as sub-score."""
 
     variant: str
     judge: Callable[[str, Sample], Judgement]

@@ -1,15 +1,15 @@
-"""POPE: does the model see objects that are not there (Li et al., EMNLP 2023); the positive class is yes.
+"""POPE: object hallucination, with yes as the positive class (Li et al., EMNLP 2023).
 
 Variants:
-    official: the first sentence without commas; no if it holds the word No, no or not, else yes (the authors' script,
-        LLaVA and the papers on token compression). It reads every answer, so `assumed_yes` counts those that hold
-        neither word. Headline F1.
-    whole_output: the whole answer must be yes or no in any case (lmms-eval). Headline F1; an answer that is neither is
-        wrong and, if the truth is yes, a miss (lmms-eval leaves it out of the recall).
-    paligemma: the same reading, without stripping; headline accuracy (big_vision).
+    official: a prediction is no if its first sentence, without commas, contains the word No, no or not; else yes (the
+        authors' script, LLaVA and the papers on token compression). Every prediction is parsed, so `assumed_yes`
+        counts the predictions that contain neither yes nor no. Headline: F1.
+    whole_output: the whole prediction must be yes or no in any case (lmms-eval). Headline: F1. A prediction that is
+        neither is wrong and, if the answer is yes, a false negative (lmms-eval leaves it out of the recall).
+    paligemma: like whole_output, but without stripping (big_vision). Headline: accuracy.
 
-The totals are unweighted means over the categories (random, popular, adversarial), as papers report them. `yes_ratio`
-is the share of yes among the predictions.
+The totals are unweighted means over the categories (random, popular, adversarial), as in papers. `yes_ratio` is the
+share of yes among the predictions.
 
 Metadata read: `category` (optional; sub-scores and the mean over them).
 """
@@ -33,23 +33,23 @@ _NAMES = ("accuracy", "precision", "recall", "f1", "yes_ratio")
 
 
 def read_official(text: str) -> str:
-    """`no` if the first sentence denies, else `yes`."""
+    """Returns `no` if the first sentence contains No, no or not; else `yes`."""
     return "no" if {"No", "not", "no"} & set(_first_sentence(text).split(" ")) else "yes"
 
 
 def read_whole_output(text: str) -> str | None:
-    """The answer itself, if it is yes or no."""
+    """Returns the stripped prediction in lower case if it is yes or no, else None."""
     return _yes_or_no(text.strip().lower())
 
 
 def read_paligemma(text: str) -> str | None:
-    """The answer itself in lower case, spaces kept."""
+    """Returns the prediction in lower case, spaces kept, if it is yes or no, else None."""
     return _yes_or_no(text.lower())
 
 
 @dataclass(frozen=True)
 class Pope:
-    """Accuracy, precision, recall, F1 and the ratio of yes."""
+    """Accuracy, precision, recall, F1 and the share of yes."""
 
     variant: str
     read: Callable[[str], str | None]
@@ -61,11 +61,11 @@ class Pope:
     def __call__(self, predictions: Sequence[str], samples: Sequence[Sample]) -> MetricResult:
         given = [self.read(prediction) for prediction in predictions]
         truth = [_yes_or_no(sample.answers[0].strip().lower()) if sample.answers else None for sample in samples]
-        judged = [_judge(said, right) for said, right in zip(given, truth, strict=True)]
+        judged = [_judge(parsed, target) for parsed, target in zip(given, truth, strict=True)]
         categories: dict[str, list[tuple[str | None, str]]] = {}
-        for said, right, sample in zip(given, truth, samples, strict=True):
-            if right is not None:
-                categories.setdefault(str(sample.metadata.get("category") or ""), []).append((said, right))
+        for parsed, target, sample in zip(given, truth, samples, strict=True):
+            if target is not None:
+                categories.setdefault(str(sample.metadata.get("category") or ""), []).append((parsed, target))
         scores = {category: _scores(pairs) for category, pairs in sorted(categories.items())}
         means = {name: scored_mean(each[name] for each in scores.values()) for name in _NAMES}
         parts = {
@@ -75,7 +75,7 @@ class Pope:
             for name, value in each.items()
         }
         assumed = (
-            {"assumed_yes": float(sum(not _says_either(text) for text in predictions))}
+            {"assumed_yes": float(sum(not _contains_yes_or_no(text) for text in predictions))}
             if self.read is read_official
             else {}
         )
@@ -86,23 +86,23 @@ class Pope:
         )
 
 
-def _judge(said: str | None, right: str | None) -> Judgement:
-    if right is None:
+def _judge(parsed: str | None, target: str | None) -> Judgement:
+    if target is None:
         return UNSCORED
-    return UNPARSED if said is None else Judgement(float(said == right))
+    return UNPARSED if parsed is None else Judgement(float(parsed == target))
 
 
 def _scores(pairs: Sequence[tuple[str | None, str]]) -> dict[str, float]:
-    hits = sum(said == right == "yes" for said, right in pairs)
-    said_yes = sum(said == "yes" for said, _ in pairs)
-    are_yes = sum(right == "yes" for _, right in pairs)
+    hits = sum(parsed == target == "yes" for parsed, target in pairs)
+    predicted_yes = sum(parsed == "yes" for parsed, _ in pairs)
+    actual_yes = sum(target == "yes" for _, target in pairs)
     return {
-        "accuracy": sum(said == right for said, right in pairs) / len(pairs) if pairs else math.nan,
-        "precision": hits / said_yes if said_yes else 0.0,
-        "recall": hits / are_yes if are_yes else 0.0,
-        # 2PR / (P + R) with P = hits / said_yes and R = hits / are_yes.
-        "f1": 2 * hits / (said_yes + are_yes) if said_yes + are_yes else 0.0,
-        "yes_ratio": said_yes / len(pairs) if pairs else math.nan,
+        "accuracy": sum(parsed == target for parsed, target in pairs) / len(pairs) if pairs else math.nan,
+        "precision": hits / predicted_yes if predicted_yes else 0.0,
+        "recall": hits / actual_yes if actual_yes else 0.0,
+        # 2PR / (P + R) with P = hits / predicted_yes and R = hits / actual_yes.
+        "f1": 2 * hits / (predicted_yes + actual_yes) if predicted_yes + actual_yes else 0.0,
+        "yes_ratio": predicted_yes / len(pairs) if pairs else math.nan,
     }
 
 
@@ -110,7 +110,7 @@ def _first_sentence(text: str) -> str:
     return text.split(".")[0].replace(",", "")
 
 
-def _says_either(text: str) -> bool:
+def _contains_yes_or_no(text: str) -> bool:
     return bool({"yes", "no", "not"} & set(_first_sentence(text).lower().split(" ")))
 
 

@@ -1,18 +1,17 @@
-"""RSVQA: the mean of the accuracies of its non-numeric question types (Lobry et al., TGRS 2020; PaliGemma's convention).
+"""RSVQA: mean accuracy over the non-numeric question types (Lobry et al., TGRS 2020; PaliGemma's convention).
 
-Lower-cased exact match; the headline is the unweighted mean over the types `comp`, `presence` and, in the
-low-resolution set, `rural_urban`. Sub-scores: each type, `overall` (all questions) and `average` (mean of all types,
-counts and areas included).
+Exact match in lower case. The headline is the unweighted mean over the types `comp`, `presence` and, in the
+low-resolution set, `rural_urban`. Sub-scores: each type, `overall` (mean over all questions) and `average` (mean over
+all types, including counts and areas).
 
-Metadata read: `question_type` (needed).
+Metadata read: `question_type` (required).
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from parcelray.benchmarks.metrics.base import MetricResult, count_unparsed, group_means, scored_mean, variants
+from parcelray.benchmarks.metrics.base import MetricResult, count_unparsed, group_means, needed, scored_mean, variants
 from parcelray.benchmarks.metrics.exact_match import matcher
-from parcelray.benchmarks.metrics.needed import needed
 from parcelray.datasets.sample import Sample
 
 _TYPES = ("comp", "presence", "rural_urban")

@@ -1,12 +1,12 @@
-"""VizWiz-VQA: VQA accuracy with `unanswerable` watched apart (Gurari et al., CVPR 2018).
+"""VizWiz-VQA: VQA accuracy, with separate scores for `unanswerable` (Gurari et al., CVPR 2018).
 
 Variants:
     m4c: leave-one-out with EvalAI's normalisation (its server, lmms-eval, LLaVA).
     official: leave-one-out as VQAv2's scorer does it.
-    big_vision: min(equal strings / 3, 1) on raw text, empty human answers dropped (PaliGemma).
+    big_vision: min(equal strings / 3, 1) on raw text, without empty human answers (PaliGemma).
 
-A model that always says `unanswerable` gains from it, so the share of such answers and the accuracy on the questions
-that most people could answer are sub-scores.
+Always answering `unanswerable` raises the score. Two sub-scores therefore show it: `unanswerable_rate` is the share of
+such predictions, and `answerable` is the accuracy on questions that most annotators could answer.
 
 Metadata read: `answer_type` (optional; sub-scores).
 """
@@ -23,7 +23,7 @@ from parcelray.benchmarks.metrics.base import (
     scored_mean,
     variants,
 )
-from parcelray.benchmarks.metrics.vqa_text import m4c_pre_step, normalize
+from parcelray.benchmarks.metrics.vqa_accuracy import m4c_pre_step, normalize
 from parcelray.datasets.sample import Sample
 
 _UNANSWERABLE = "unanswerable"
@@ -31,7 +31,7 @@ _UNANSWERABLE = "unanswerable"
 
 @dataclass(frozen=True)
 class VizWiz:
-    """VQA accuracy, and how often the model declines."""
+    """VQA accuracy, and the share of `unanswerable` among the predictions."""
 
     variant: str
     rule: Callable[[str, Sequence[str]], Judgement]
@@ -48,11 +48,12 @@ class VizWiz:
         )
         result = metric(predictions, samples)
         answerable = [
-            value for value, sample in zip(result.values, samples, strict=True) if not _declined_by_most(sample)
+            value for value, sample in zip(result.values, samples, strict=True) if not _unanswerable_for_most(sample)
         ]
-        declined = [float(_declines(prediction)) for prediction in predictions]
+        unanswerable = [float(_is_unanswerable(prediction)) for prediction in predictions]
         return result._replace(
-            totals=result.totals | {"answerable": scored_mean(answerable), "unanswerable_rate": scored_mean(declined)}
+            totals=result.totals
+            | {"answerable": scored_mean(answerable), "unanswerable_rate": scored_mean(unanswerable)}
         )
 
 
@@ -60,12 +61,12 @@ def _big_vision(prediction: str, answers: Sequence[str]) -> Judgement:
     return vqa_accuracy.big_vision(prediction, [answer for answer in answers if answer])
 
 
-def _declines(text: str) -> bool:
+def _is_unanswerable(text: str) -> bool:
     return normalize(m4c_pre_step(text)) == _UNANSWERABLE
 
 
-def _declined_by_most(sample: Sample) -> bool:
-    return 2 * sum(_declines(answer) for answer in sample.answers) > len(sample.answers)
+def _unanswerable_for_most(sample: Sample) -> bool:
+    return 2 * sum(_is_unanswerable(answer) for answer in sample.answers) > len(sample.answers)
 
 
 VIZWIZ = variants(

@@ -1,4 +1,4 @@
-"""What evaluation reads from: a benchmark's rows, each giving the questions about its images, or the reason why it cannot."""
+"""The interface of benchmark readers: each row of a benchmark gives samples, or the reason why it gives none."""
 
 import hashlib
 import random
@@ -9,59 +9,59 @@ from parcelray.datasets.sample import Sample
 
 
 class Problem(NamedTuple):
-    """A question that cannot be asked or scored: kept apart and counted, never a silent 0."""
+    """A row that cannot be evaluated or scored. Problems are reported and counted, never scored as 0."""
 
     row: str
-    """Which row, as the data name it."""
+    """Id of the row, or of the question within the row."""
     reason: str
-    """What is wrong with it."""
+    """The reason, in words."""
 
 
 class RowSamples(NamedTuple):
-    """What one row of a benchmark gives."""
+    """The samples and problems of one row of a benchmark."""
 
     samples: tuple[Sample, ...]
-    """The questions of the row; they show the same images as a rule."""
+    """One sample per question of the row. The samples of a row usually share their images."""
     problems: tuple[Problem, ...] = ()
-    """What is wrong with the row."""
+    """Questions of the row that cannot be evaluated."""
 
 
-class DataPin(NamedTuple):
-    """What the data of a result are; another pin under the same name is a drift."""
+class DatasetFingerprint(NamedTuple):
+    """Identifies the data that a result was computed on. A changed fingerprint means that the data changed."""
 
     revision: str
     """Revision of the source: a commit of the hub, a digest of local files, or the seed of a procedural suite."""
     rows: int
-    """Rows of the whole split."""
+    """Number of rows of the whole split."""
     ids: str
-    """SHA-256 over the row ids in order."""
+    """SHA-256 of the row ids in their order."""
 
 
 class BenchmarkReader(Protocol):
-    """One benchmark's rows.
+    """Reads the rows of one benchmark.
 
-    Instances are picklable and cheap to copy to Ray workers, which open the files themselves.
+    Instances are picklable and cheap to copy to Ray workers. The workers open the files themselves.
     """
 
     @property
     def name(self) -> str:
-        """Of the benchmark."""
+        """Name of the benchmark."""
 
-    def pin(self) -> DataPin:
-        """What the data are; reads no images."""
+    def fingerprint(self) -> DatasetFingerprint:
+        """Returns the fingerprint of the data. Reads no images."""
 
     def order(self) -> Sequence[int]:
-        """The rows, those that show the same images next to each other; reads no images."""
+        """Returns the row indices, with rows that share images next to each other. Reads no images."""
 
     def cluster(self, row: int) -> str:
-        """What the row shares with those that are not independent of it: an image, a sentence."""
+        """Returns the cluster of a row. Rows of one cluster share an image or a sentence: they are not independent."""
 
     def read(self, row: int) -> RowSamples:
-        """One row with its images, still encoded; the same in every process."""
+        """Reads one row with its images still encoded. The result is the same in every process."""
 
 
 def ids_digest(ids: Iterable[str]) -> str:
-    """SHA-256 over row ids in order."""
+    """Returns the SHA-256 of row ids in the given order."""
     digest = hashlib.sha256()
     for name in ids:
         digest.update(name.encode() + b"\0")
@@ -69,14 +69,14 @@ def ids_digest(ids: Iterable[str]) -> str:
 
 
 def chosen_rows(reader: BenchmarkReader, limit: int | None, seed: int = 0) -> Sequence[int]:
-    """The rows of a benchmark, or those of a random part of its clusters.
+    """Returns all rows of a benchmark, or the rows of a random subset of its clusters.
 
-    Clusters are whole, and those of a smaller limit are among those of a larger one.
+    Clusters are never split, and the rows of a smaller limit are a subset of the rows of a larger limit.
 
     Args:
-        reader: of the benchmark.
-        limit: rows, at least; None: all.
-        seed: of the choice.
+        reader: reader of the benchmark.
+        limit: smallest number of rows to return; None: all rows.
+        seed: seed of the random choice.
     """
     if limit is None:
         return reader.order()

@@ -1,4 +1,4 @@
-"""Samples in parquet as a benchmark: what the mini suite's export writes, or anybody's data in the same columns."""
+"""Readers of benchmarks whose rows are samples already: the mini suite, NLVR, and parquet files of samples."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,38 +6,138 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from parcelray.benchmarks.readers.base import DataPin, RowSamples, ids_digest
+from parcelray.benchmarks.readers.base import DatasetFingerprint, RowSamples, ids_digest
 from parcelray.benchmarks.tables.rows import ParquetRows
+from parcelray.datasets.mini.scenes import Split
+from parcelray.datasets.mini.suite import BENCHMARK, FAMILIES, family_sample, family_sample_id
+from parcelray.datasets.nlvr.source import NlvrSource
 from parcelray.datasets.parquet import SCHEMA, from_row
 from parcelray.errors import UserError
 
 
 @dataclass(frozen=True)
-class SamplesReader:
-    """One row a sample; see `BenchmarkReader`.
+class MiniReader:
+    """Reads the mini suite: one sample per row, one family after the other. See `BenchmarkReader`.
 
     Args:
-        name: of the benchmark.
+        split: split of the suite.
+        families: families in the order of the rows.
+        samples: number of samples per family.
+        seed: seed of the scenes.
+        image_size: side of the images in pixels.
+    """
+
+    split: Split
+    families: tuple[str, ...] = FAMILIES
+    samples: int = 500
+    seed: int = 0
+    image_size: int = 64
+
+    @property
+    def name(self) -> str:
+        """Name of the benchmark."""
+        return BENCHMARK
+
+    def fingerprint(self) -> DatasetFingerprint:
+        """See `BenchmarkReader`."""
+        rows = self.order()
+        return DatasetFingerprint(f"seed:{self.seed}", len(rows), ids_digest(self.cluster(row) for row in rows))
+
+    def order(self) -> Sequence[int]:
+        """See `BenchmarkReader`."""
+        return range(self.samples * len(self.families))
+
+    def cluster(self, row: int) -> str:
+        """See `BenchmarkReader`. Every sample is its own cluster."""
+        family, index = self._family_and_index(row)
+        return family_sample_id(self.split, family, index, self.seed)
+
+    def read(self, row: int) -> RowSamples:
+        """See `BenchmarkReader`."""
+        family, index = self._family_and_index(row)
+        return RowSamples((family_sample(self.split, family, index, self.seed, self.image_size),))
+
+    def _family_and_index(self, row: int) -> tuple[str, int]:
+        return self.families[row // self.samples], row % self.samples
+
+
+@dataclass(frozen=True)
+class NlvrReader:
+    """Reads NLVR: one row per picture, with the statement and all derived questions about it. See `BenchmarkReader`.
+
+    Args:
+        source: the NLVR data with split, view and questions.
+    """
+
+    source: NlvrSource
+
+    @property
+    def name(self) -> str:
+        """Name of the benchmark."""
+        return "nlvr"
+
+    def fingerprint(self) -> DatasetFingerprint:
+        """See `BenchmarkReader`."""
+        rows = self.source.pictures
+        return DatasetFingerprint(
+            f"{self.source.split}:{self.source.view}", len(rows), ids_digest(row.id for row in rows)
+        )
+
+    def order(self) -> Sequence[int]:
+        """See `BenchmarkReader`."""
+        return range(len(self.source.pictures))
+
+    def cluster(self, row: int) -> str:
+        """See `BenchmarkReader`. The pictures of one sentence form a cluster."""
+        return self.source.pictures[row].identifier
+
+    def read(self, row: int) -> RowSamples:
+        """See `BenchmarkReader`."""
+        return RowSamples(
+            tuple(
+                self.source.get(group, index)
+                for group, index in self._samples_of_picture.get(self.source.pictures[row].id, ())
+            )
+        )
+
+    @cached_property
+    def _samples_of_picture(self) -> dict[str, list[tuple[str, int]]]:
+        """Group and index in the source of every question, by picture id."""
+        by_picture: dict[str, list[tuple[str, int]]] = {}
+        for group, index, picture in self.source.questions_in_order():
+            by_picture.setdefault(picture.id, []).append((group, index))
+        return by_picture
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"source": self.source}
+
+
+@dataclass(frozen=True)
+class SamplesReader:
+    """Reads parquet files of samples, such as an exported mini suite: one sample per row. See `BenchmarkReader`.
+
+    Args:
+        name: name of the benchmark.
         path: folder of parquet files.
 
     Raises:
-        UserError: the folder holds no parquet files, or they lack a column of a sample.
+        UserError: the folder has no parquet files, or a required column is missing.
     """
 
     name: str
     path: Path
 
-    def pin(self) -> DataPin:
+    def fingerprint(self) -> DatasetFingerprint:
         """See `BenchmarkReader`."""
         ids = self._rows.column("id")
-        return DataPin(self._rows.revision, len(ids), ids_digest(ids))
+        return DatasetFingerprint(self._rows.revision, len(ids), ids_digest(ids))
 
     def order(self) -> Sequence[int]:
-        """See `BenchmarkReader`; samples of one scene stand together."""
-        places: dict[str, int] = {}
+        """See `BenchmarkReader`. Samples of one scene are next to each other."""
+        first_rows: dict[str, int] = {}
         for row, scene in enumerate(self._scenes):
-            places.setdefault(scene, row)
-        return sorted(range(len(self._scenes)), key=lambda row: (places[self._scenes[row]], row))
+            first_rows.setdefault(scene, row)
+        return sorted(range(len(self._scenes)), key=lambda row: (first_rows[self._scenes[row]], row))
 
     def cluster(self, row: int) -> str:
         """See `BenchmarkReader`."""
@@ -56,14 +156,14 @@ class SamplesReader:
         files = tuple(sorted(self.path.glob("*.parquet")))
         if not files:
             raise UserError(
-                f"{self.path} holds no parquet files; give the folder of an exported suite, with validation/ and test/"
-                " in it."
+                f"{self.path} contains no parquet files; give the folder of an exported suite, which contains"
+                " validation/ and test/."
             )
         rows = ParquetRows(files)
         missing = [name for name in SCHEMA.names if name not in rows.columns]
         if missing:
             raise UserError(
-                f"{self.path} lacks the columns {', '.join(missing)}; a sample has {', '.join(SCHEMA.names)}."
+                f"{self.path} lacks the columns {', '.join(missing)}; required are {', '.join(SCHEMA.names)}."
             )
         return rows
 

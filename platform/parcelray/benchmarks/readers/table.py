@@ -1,4 +1,4 @@
-"""A benchmark in a table: its columns turned into questions as its configuration says."""
+"""Reader of benchmarks in tables: turns the columns of a row into samples as the benchmark's configuration says."""
 
 import ast
 from collections.abc import Mapping, Sequence
@@ -9,10 +9,9 @@ from string import Formatter
 from typing import Any
 
 from parcelray.benchmarks.metrics.multiple_choice import letters
-from parcelray.benchmarks.readers.base import DataPin, Problem, RowSamples, ids_digest
+from parcelray.benchmarks.readers.base import DatasetFingerprint, Problem, RowSamples, ids_digest
 from parcelray.benchmarks.tables.images import BadCell, cell_images, image_size, video_frames, with_box
-from parcelray.benchmarks.tables.locate import open_rows
-from parcelray.benchmarks.tables.rows import Row, Rows
+from parcelray.benchmarks.tables.rows import Row, Rows, open_rows
 from parcelray.config.benchmark import (
     AnswersConfig,
     BenchmarkConfig,
@@ -30,12 +29,12 @@ _NUMBERS_OF_A_BOX = 4
 
 @dataclass(frozen=True)
 class TableReader:
-    """A benchmark whose rows are in a table; see `BenchmarkReader`.
+    """Reads a benchmark whose rows are in a table. See `BenchmarkReader`.
 
     Args:
-        benchmark: with a source of type table.
-        family: model family whose prompt is asked.
-        data: file or folder of the data; None: the hub.
+        benchmark: configuration with a source of type table.
+        family: model family, which selects the prompt template.
+        data: file or folder of the data; None: the Hugging Face hub.
     """
 
     benchmark: BenchmarkConfig
@@ -46,50 +45,52 @@ class TableReader:
         if self.family not in self.benchmark.prompts:
             legal = ", ".join(self.benchmark.prompts) or "no family"
             raise UserError(
-                f"{self.name} has no prompt for {self.family} models (it has one for {legal}); add it in a file of your"
-                " own."
+                f"{self.name} has no prompt for {self.family} models, only for {legal}; add one in your own"
+                " benchmark file."
             )
 
     @property
     def name(self) -> str:
-        """Of the benchmark."""
+        """Name of the benchmark."""
         return self.benchmark.name
 
-    def pin(self) -> DataPin:
+    def fingerprint(self) -> DatasetFingerprint:
         """See `BenchmarkReader`.
 
         Raises:
-            UserError: columns are missing, no row is left, or two rows have the same id.
+            UserError: columns are missing, no row passes the filter, or two rows have the same id.
         """
         rows = self._kept
         if not rows:
             raise UserError(
-                f"{self.name}: no row of the data has {self._columns.keep or 'anything in it'}; check that these are"
-                " the right files."
+                f"{self.name}: no row of the data passes the filter columns.keep {self._columns.keep}; check that these"
+                " are the right files."
             )
         ids = [self._ids[row] for row in rows]
         if len(set(ids)) < len(ids):
-            twice = next(name for name in ids if ids.count(name) > 1)
-            raise UserError(f"{self.name}: more than one row has the id {twice!r}; name more columns in columns.id.")
-        return DataPin(" ".join(table.revision for _, table in self._tables), len(rows), ids_digest(ids))
+            duplicate = next(name for name in ids if ids.count(name) > 1)
+            raise UserError(
+                f"{self.name}: more than one row has the id {duplicate!r}; name more columns in columns.id."
+            )
+        return DatasetFingerprint(" ".join(table.revision for _, table in self._tables), len(rows), ids_digest(ids))
 
     def order(self) -> Sequence[int]:
         """See `BenchmarkReader`."""
         if self._columns.cluster is None:
             return self._kept
-        places: dict[Any, int] = {}
+        first_rows: dict[Any, int] = {}
         clusters = self._all(self._columns.cluster)
         for row in self._kept:
-            places.setdefault(clusters[row], row)
-        return sorted(self._kept, key=lambda row: (places[clusters[row]], row))
+            first_rows.setdefault(clusters[row], row)
+        return sorted(self._kept, key=lambda row: (first_rows[clusters[row]], row))
 
     def cluster(self, row: int) -> str:
         """See `BenchmarkReader`."""
         return str(self._all(self._columns.cluster)[row]) if self._columns.cluster is not None else self._ids[row]
 
     def read(self, row: int) -> RowSamples:
-        """See `BenchmarkReader`; what is wrong with a row is reported, not raised."""
-        split, table, index = self._place(row)
+        """See `BenchmarkReader`. Problems of a row are returned, not raised."""
+        split, table, index = self._locate(row)
         cells = {"split": split} | table.row(index)
         for name, text in self._columns.remove.items():
             cells[name] = str(cells[name]).replace(text, "")
@@ -100,7 +101,7 @@ class TableReader:
         for number, question in enumerate(self._questions(cells)):
             label = f"{name}#{number}" if self._columns.each else name
             try:
-                # Questions of one row are about the same images, unless each is a segment of its own of a video.
+                # Questions of one row share their images, unless each question has its own segment of a video.
                 if shared is None or (self._columns.video is not None and self._columns.video.segment is not None):
                     shared = self._images(question, table)
                 samples.append(self._sample(label, row, question, shared))
@@ -118,14 +119,14 @@ class TableReader:
         source = self.benchmark.source
         assert isinstance(source, TableSource)
         tables = [(split, open_rows(source, split, self.data)) for split in source.splits]
-        asked = {name for name in _fields(self.benchmark.prompts[self.family]) if name in self._columns.types}
+        in_prompt = {name for name in _fields(self.benchmark.prompts[self.family]) if name in self._columns.types}
         for split, table in tables:
-            missing = sorted((self._columns.read() | asked) - {"split"} - set(table.columns))
+            missing = sorted((self._columns.read() | in_prompt) - {"split"} - set(table.columns))
             if missing:
                 raise UserError(
                     f"{self.name}: the data of split {split} lack the columns {', '.join(missing)}; they have"
-                    f" {', '.join(table.columns)}. Check that these are the right files, or name the columns in a file"
-                    " of your own."
+                    f" {', '.join(table.columns)}. Check that these are the right files, or name the columns in your"
+                    " own benchmark file."
                 )
         return tables
 
@@ -150,14 +151,14 @@ class TableReader:
             starts.append(starts[-1] + len(table))
         return starts
 
-    def _place(self, row: int) -> tuple[str, Rows, int]:
+    def _locate(self, row: int) -> tuple[str, Rows, int]:
         for number, (split, table) in enumerate(self._tables):
             if row < self._starts[number + 1]:
                 return split, table, row - self._starts[number]
         raise IndexError(f"row {row} is out of range for {self.name} with {self._starts[-1]} rows")
 
     def _all(self, column: str) -> list[Any]:
-        """A column over all splits."""
+        """Returns a column over all splits."""
         cache: dict[str, list[Any]] = self.__dict__.setdefault("_light", {})
         if column not in cache:
             cache[column] = [
@@ -178,7 +179,7 @@ class TableReader:
 
     @cached_property
     def _kept(self) -> list[int]:
-        """Rows that count, in the order of the data; a filter on what `each` makes waits until the row is read."""
+        """Row indices that pass `keep`, in data order. Filters on columns that `each` creates are applied in `read`."""
         filters = {
             column: set(legal) for column, legal in self._columns.keep.items() if column not in self._columns.made()
         }
@@ -190,7 +191,7 @@ class TableReader:
         ]
 
     def _questions(self, cells: Row) -> list[Row]:
-        """The row once for each entry of the columns in `each`."""
+        """Returns one copy of the row for each entry of the columns in `each`."""
         if not self._columns.each:
             return [cells]
         lists = [cells[column] or [] for column in self._columns.each]
@@ -210,19 +211,19 @@ class TableReader:
             folder = self.data if self.data is not None and self.data.is_dir() else table.folder
             return video_frames(folder, columns.video.path.format_map(cells), columns.video, segment)  # type: ignore[arg-type]
         if columns.join is not None:
-            images, places = self._joined
+            images, row_of_key = self._joined
             key = cells[columns.join.column]
-            if key not in places:
+            if key not in row_of_key:
                 raise BadCell(f"no image {key!r} in {columns.join.config}")
-            found = cell_images(images.row(places[key])[columns.join.image], images.folder)
+            encoded = cell_images(images.row(row_of_key[key])[columns.join.image], images.folder)
         else:
-            found = [image for name in columns.images for image in cell_images(cells[name], table.folder)]
-        if not found:
+            encoded = [image for name in columns.images for image in cell_images(cells[name], table.folder)]
+        if not encoded:
             raise BadCell("no image")
         if columns.draw_box is not None:
-            box = _box(columns.draw_box, cells, found[0])
-            found[0] = with_box(found[0], box)
-        return tuple(found)
+            box = _box(columns.draw_box, cells, encoded[0])
+            encoded[0] = with_box(encoded[0], box)
+        return tuple(encoded)
 
     def _sample(self, label: str, row: int, cells: Row, images: tuple[bytes, ...]) -> Sample:
         columns = self._columns
@@ -268,7 +269,7 @@ class TableReader:
         }
         for name in _fields(template):
             if name not in options and cells.get(name) is None:
-                raise BadCell(f"nothing in the column {name}, which the prompt names")
+                raise BadCell(f"the column {name}, which the prompt uses, is empty")
         texts = {
             name: ", ".join(map(str, value)) if isinstance(value, list) else value for name, value in cells.items()
         }
@@ -289,12 +290,12 @@ def _choices(columns: Sequence[str], cells: Mapping[str, Any]) -> list[str]:
 
 
 def _listed(value: Any) -> list[Any]:
-    """A list, or one that is written in Python in a string."""
+    """Returns a list as it is, and parses a string that holds a Python list."""
     if isinstance(value, str):
         try:
             parsed = ast.literal_eval(value)
         except (ValueError, SyntaxError):
-            raise BadCell(f"{value!r} is no list") from None
+            raise BadCell(f"{value!r} is not a list") from None
         value = parsed
     return list(value or [])
 
@@ -302,18 +303,18 @@ def _listed(value: Any) -> list[Any]:
 def _answers(config: AnswersConfig, value: Any, choices: Sequence[str]) -> tuple[str, ...]:
     match config.form:
         case "text":
-            found = [value]
+            values = [value]
         case "list":
-            found = list(value or [])
+            values = list(value or [])
         case "records":
-            found = [record[config.field] for record in value or []]
+            values = [record[config.field] for record in value or []]
         case "literal":
-            found = _listed(value)
+            values = _listed(value)
         case "truth":
-            found = [] if value is None else ["True" if value in (True, "True", "true", 1) else "False"]
+            values = [] if value is None else ["True" if value in (True, "True", "true", 1) else "False"]
         case "choice_text" | "choice_letter":
-            found = [_choice(value, choices, as_letter=config.form == "choice_letter")]
-    texts = ["" if answer is None else str(answer) for answer in found]
+            values = [_choice(value, choices, as_letter=config.form == "choice_letter")]
+    texts = ["" if answer is None else str(answer) for answer in values]
     if config.drop_empty:
         texts = [text for text in texts if text]
     return tuple(config.template.format(answer=text) for text in texts) if any(texts) else ()
@@ -325,15 +326,15 @@ def _choice(value: Any, choices: Sequence[str], *, as_letter: bool) -> str:
     except (TypeError, ValueError):
         raise BadCell(f"{value!r} is not the index of a choice") from None
     if not 0 <= index < len(choices):
-        raise BadCell(f"{index} is not the index of one of {len(choices)} choices")
+        raise BadCell(f"{index} is not the index of a choice; there are {len(choices)}")
     return letters(choices)[index] if as_letter else choices[index]
 
 
 def _box(config: BoxConfig, cells: Mapping[str, Any], image: bytes) -> tuple[float, float, float, float]:
-    """Top, left, bottom, right in fractions of the image's sides."""
+    """Returns top, left, bottom, right as fractions of the image's sides."""
     value = cells[config.column]
     if not isinstance(value, list) or len(value) != _NUMBERS_OF_A_BOX:
-        raise BadCell(f"{value!r} is no box of four numbers")
+        raise BadCell(f"{value!r} is not a box of four numbers")
     first, second, third, fourth = (float(number) for number in value)
     match config.form:
         case "xywh":
@@ -345,7 +346,7 @@ def _box(config: BoxConfig, cells: Mapping[str, Any], image: bytes) -> tuple[flo
     width, height = image_size(image) if config.unit == "pixels" else (1, 1)
     box = (top / height, left / width, bottom / height, right / width)
     if not (0 <= box[0] < box[2] <= 1.001 and 0 <= box[1] < box[3] <= 1.001):
-        raise BadCell(f"the box {value} is empty or leaves the image")
+        raise BadCell(f"the box {value} is empty or extends beyond the image")
     return (box[0], box[1], min(box[2], 1.0), min(box[3], 1.0))
 
 

@@ -1,4 +1,4 @@
-"""Encoded images out of table cells, and frames out of videos."""
+"""Reads encoded images from table cells and frames from videos."""
 
 import io
 from collections.abc import Iterator
@@ -16,14 +16,19 @@ _FRAME_QUALITY = 95
 
 
 class BadCell(Exception):
-    """A cell that holds no image; the message is the reason that is reported with the row."""
+    """A cell cannot be used. The message is reported as the problem of its row."""
 
 
 def cell_images(cell: Any, folder: Path) -> list[bytes]:
-    """The encoded images of a cell: bytes, {"bytes", "path"}, a path below the folder, or a list of these; none of an empty cell.
+    """Returns the encoded images of a cell; an empty cell gives an empty list.
+
+    Args:
+        cell: bytes, {"bytes", "path"}, a path below the folder, or a list of these.
+        folder: folder of the data.
 
     Raises:
-        BadCell: it is none of these, or the file is not there.
+        BadCell: the cell has another type, or the file does not exist.
+        UserError: the path leads out of the folder.
     """
     if cell is None or cell == "":
         return []
@@ -39,14 +44,14 @@ def cell_images(cell: Any, folder: Path) -> list[bytes]:
         return [cell]
     if isinstance(cell, str):
         return [_file(folder, cell).read_bytes()]
-    raise BadCell(f"a cell of type {type(cell).__name__} where an image should be")
+    raise BadCell(f"a cell of type {type(cell).__name__} instead of an image")
 
 
 def image_size(image: bytes) -> tuple[int, int]:
-    """Width and height in pixels, from the header.
+    """Returns width and height in pixels, read from the header.
 
     Raises:
-        BadCell: it is not an image.
+        BadCell: the bytes are not an image.
     """
     try:
         with Image.open(io.BytesIO(image)) as opened:
@@ -56,14 +61,14 @@ def image_size(image: bytes) -> tuple[int, int]:
 
 
 def with_box(image: bytes, box: tuple[float, float, float, float]) -> bytes:
-    """The image as PNG with a red box, one pixel wide.
+    """Draws a red box, one pixel wide, and returns the image as PNG.
 
     Args:
-        image: encoded.
-        box: top, left, bottom, right in fractions of the image's sides.
+        image: encoded image.
+        box: top, left, bottom, right as fractions of the image's sides.
 
     Raises:
-        BadCell: it is not an image.
+        BadCell: the bytes are not an image.
     """
     try:
         picture = Image.open(io.BytesIO(image)).convert("RGB")
@@ -80,50 +85,50 @@ def with_box(image: bytes, box: tuple[float, float, float, float]) -> bytes:
 def video_frames(
     folder: Path, path: str, config: VideoConfig, segment: tuple[float, float] | None = None
 ) -> tuple[bytes, ...]:
-    """`config.frames` frames of a video file, or of a folder of frames, as encoded images.
+    """Returns `config.frames` encoded frames of a video file or of a folder of frames.
 
-    Every `config.stride`-th frame from the start of the segment; the frames of a video that ends before are repeated
-    from the first on.
+    Takes every `config.stride`-th frame from the start of the segment. If the video is too short, its frames are
+    repeated from the first one.
 
     Args:
-        folder: of the data.
-        path: below the folder.
-        config: frames and stride.
-        segment: start and end, seconds; None: the whole video. In a folder of frames there is no time, so it must be
-            None.
+        folder: folder of the data.
+        path: path of the video below the folder.
+        config: number of frames and stride.
+        segment: start and end in seconds; None: the whole video. Must be None for a folder of frames, which has no
+            time stamps.
 
     Raises:
-        BadCell: there is no such video, or it cannot be decoded.
+        BadCell: the video does not exist, or it cannot be decoded.
     """
-    place = _file(folder, path)
-    if place.is_dir():
-        files = [file for file in sorted(place.iterdir()) if file.suffix.lower() in _FRAME_SUFFIXES]
-        found = [file.read_bytes() for file in files[:: config.stride][: config.frames]]
+    video = _file(folder, path)
+    if video.is_dir():
+        files = [file for file in sorted(video.iterdir()) if file.suffix.lower() in _FRAME_SUFFIXES]
+        frames = [file.read_bytes() for file in files[:: config.stride][: config.frames]]
     else:
-        found = list(_decoded(place, config, segment))
-    if not found:
+        frames = list(_decoded(video, config, segment))
+    if not frames:
         raise BadCell(f"no frames in {path}")
-    return tuple(found[number % len(found)] for number in range(config.frames))
+    return tuple(frames[number % len(frames)] for number in range(config.frames))
 
 
 def _decoded(file: Path, config: VideoConfig, segment: tuple[float, float] | None) -> Iterator[bytes]:
     start, end = segment or (0.0, float("inf"))
-    taken = seen = 0
+    num_taken = num_decoded = 0
     try:
         with av.open(str(file)) as container:
             for frame in container.decode(video=0):
                 time = frame.time or 0.0
                 if time < start:
                     continue
-                if time > end or taken == config.frames:
+                if time > end or num_taken == config.frames:
                     return
-                if seen % config.stride == 0:
-                    taken += 1
+                if num_decoded % config.stride == 0:
+                    num_taken += 1
                     buffer = io.BytesIO()
                     picture: Image.Image = frame.to_image()  # type: ignore[no-untyped-call]
                     picture.save(buffer, format="JPEG", quality=_FRAME_QUALITY)
                     yield buffer.getvalue()
-                seen += 1
+                num_decoded += 1
     except (av.FFmpegError, IndexError) as error:
         raise BadCell(f"the video {file.name} cannot be decoded ({error})") from None
 
@@ -132,8 +137,8 @@ def _file(folder: Path, path: str) -> Path:
     file = (folder / path).resolve()
     if not file.is_relative_to(folder.resolve()):
         raise UserError(
-            f"The path {path!r} in the data leads out of {folder}; paths in cells stay below the data's folder."
+            f"The path {path!r} in the data leads out of {folder}; paths in cells must stay below that folder."
         )
     if not file.exists():
-        raise BadCell(f"no file {path}")
+        raise BadCell(f"the file {path} does not exist")
     return file

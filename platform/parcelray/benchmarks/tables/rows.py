@@ -1,4 +1,4 @@
-"""Tables of any kind as rows that can be read one by one: parquet, JSON lines, and Hugging Face data sets."""
+"""Finds and reads tables row by row: parquet files, JSON lines, and Hugging Face data sets."""
 
 import hashlib
 import json
@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from parcelray.config.benchmark import TableSource
 from parcelray.errors import UserError
 
 Row = dict[str, Any]
@@ -19,7 +20,7 @@ _GROUPS_KEPT = 2
 
 
 class Rows(Protocol):
-    """One split of a table. Instances are picklable; only where the data are travels."""
+    """One split of a table. Instances are picklable: a pickle holds only the location of the data."""
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -27,25 +28,25 @@ class Rows(Protocol):
 
     @property
     def folder(self) -> Path:
-        """What paths in cells are relative to."""
+        """Folder that paths in cells are relative to."""
 
     @property
     def revision(self) -> str:
-        """What the data are: a commit of the hub, or a digest."""
+        """Revision of the data: a commit of the hub, or a digest of the files."""
 
     def __len__(self) -> int:
         """Number of rows."""
 
     def row(self, index: int) -> Row:
-        """One row; images stay encoded: bytes, {"bytes", "path"}, or a path."""
+        """Returns one row. Images stay encoded: bytes, {"bytes", "path"}, or a path."""
 
     def column(self, name: str) -> list[Any]:
-        """One column of all rows, without reading the others."""
+        """Returns one column of all rows, without reading the other columns."""
 
 
 @dataclass(frozen=True)
 class ParquetRows:
-    """Parquet shards in the order of their names. A process keeps the row groups that it read last."""
+    """Parquet shards in the order of their names. Each process caches the row groups that it read last."""
 
     files: tuple[Path, ...]
 
@@ -59,7 +60,7 @@ class ParquetRows:
 
     @cached_property
     def revision(self) -> str:
-        """A digest of the shards' names, sizes and footers, which hold the place and statistics of every column chunk."""
+        """Digest of the shards' names, sizes and footers (offsets and statistics of every column chunk)."""
         digest = hashlib.sha256()
         for file in self.files:
             size = file.stat().st_size
@@ -74,8 +75,8 @@ class ParquetRows:
     def row(self, index: int) -> Row:
         for file, group, start, end in self._groups:
             if start <= index < end:
-                found: Row = self._group(file, group).slice(index - start, 1).to_pylist()[0]
-                return found
+                row: Row = self._group(file, group).slice(index - start, 1).to_pylist()[0]
+                return row
         raise IndexError(f"row {index} is out of range for {len(self)} rows")
 
     def column(self, name: str) -> list[Any]:
@@ -87,13 +88,13 @@ class ParquetRows:
             return [pq.ParquetFile(file, memory_map=True) for file in self.files]
         except pa.ArrowInvalid as error:
             raise UserError(
-                f"{', '.join(map(str, self.files[:3]))}: not all of these are parquet files ({error}); fetch the data"
-                " again."
+                f"{', '.join(map(str, self.files[:3]))}: not all of these are parquet files ({error}); download the"
+                " data again."
             ) from None
 
     @cached_property
     def _groups(self) -> list[tuple[int, int, int, int]]:
-        """File, row group, first row and end of every row group."""
+        """File index, row group index, first row and end row of every row group."""
         groups, start = [], 0
         for number, file in enumerate(self._open):
             for group in range(file.metadata.num_row_groups):
@@ -121,7 +122,7 @@ class ParquetRows:
 
 @dataclass(frozen=True)
 class JsonlRows:
-    """A file with one JSON object per line; images are paths below its folder."""
+    """A file with one JSON object per line. Images are paths relative to its folder."""
 
     file: Path
 
@@ -135,7 +136,7 @@ class JsonlRows:
 
     @cached_property
     def revision(self) -> str:
-        """A digest of the file."""
+        """Digest of the file."""
         with self.file.open("rb") as opened:
             return "files:" + hashlib.file_digest(opened, "sha256").hexdigest()[:16]
 
@@ -172,7 +173,7 @@ class JsonlRows:
 
 @dataclass(frozen=True)
 class HuggingFaceRows:
-    """A Hugging Face data set: an id on the hub, a folder that `load_dataset` reads, or one that `save_to_disk` wrote."""
+    """A Hugging Face data set: an id on the hub, or a folder for `load_dataset` or from `save_to_disk`."""
 
     path: str
     config: str | None
@@ -189,7 +190,7 @@ class HuggingFaceRows:
 
     @cached_property
     def revision(self) -> str:
-        """The commit, where the hub can be asked; else the library's own fingerprint of the files."""
+        """Commit on the hub if it can be reached, else the fingerprint that the `datasets` library computes."""
         if not Path(self.path).exists():
             import huggingface_hub
             from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
@@ -204,8 +205,8 @@ class HuggingFaceRows:
         return int(self._dataset.num_rows)
 
     def row(self, index: int) -> Row:
-        found: Row = self._dataset[index]
-        return found
+        row: Row = self._dataset[index]
+        return row
 
     def column(self, name: str) -> list[Any]:
         return list(self._dataset.select_columns([name])[name])
@@ -215,14 +216,14 @@ class HuggingFaceRows:
         import datasets
 
         try:
-            found = self._load(datasets)
+            dataset = self._load(datasets)
         except (FileNotFoundError, ValueError, ConnectionError, OSError) as error:
             reason = str(error).splitlines()[0]
             raise UserError(
                 f"{self.path} (configuration {self.config}, split {self.split}) cannot be loaded: {reason}. Give the"
-                " folder of a local copy with data:, or fetch it on a machine with network first."
+                " folder of a local copy with data:, or download it first on a machine with network access."
             ) from None
-        return _encoded(found, datasets)
+        return _encoded(dataset, datasets)
 
     def _load(self, datasets: Any) -> Any:
         folder = Path(self.path)
@@ -240,7 +241,7 @@ class HuggingFaceRows:
 
 
 def _encoded(dataset: Any, datasets: Any) -> Any:
-    """The data set with its images left encoded."""
+    """Returns the data set with decoding of images turned off."""
 
     def without_decoding(feature: Any) -> Any:
         if isinstance(feature, datasets.Image):
@@ -253,3 +254,64 @@ def _encoded(dataset: Any, datasets: Any) -> Any:
 
     features = datasets.Features({name: without_decoding(feature) for name, feature in dataset.features.items()})
     return dataset if features == dataset.features else dataset.cast(features)
+
+
+def open_rows(source: TableSource, split: str, data: Path | None, *, config: str | None = None) -> Rows:
+    """Opens the rows of one split.
+
+    Args:
+        source: source of the benchmark.
+        split: name of the split.
+        data: a parquet or JSON-lines file, a folder with such files named after the split (also below a folder named
+            after the configuration, or below `data`, as on the hub), or a folder of a Hugging Face data set; None: the
+            hub.
+        config: configuration of the data set; None: the one of the source.
+
+    Raises:
+        UserError: there are no such data.
+    """
+    config = config if config is not None else source.config
+    if data is None:
+        if source.hub is None:
+            where = f" ({'; '.join(source.alternatives)})" if source.alternatives else ""
+            raise UserError(
+                f"This benchmark is not on the Hugging Face hub{where}; give the folder of its data with data:."
+            )
+        return HuggingFaceRows(source.hub, config, split, source.revision)
+    if not data.exists():
+        raise UserError(f"{data} does not exist; give the file or folder of the benchmark's data.")
+    if data.is_file():
+        if data.suffix == ".parquet":
+            return ParquetRows((data,))
+        if data.suffix in (".jsonl", ".json"):
+            return JsonlRows(data)
+        raise UserError(
+            f"{data} is neither a parquet nor a JSON-lines file; give such a file, or a folder of such files."
+        )
+    if any((data / name).is_file() for name in ("dataset_dict.json", "state.json")):
+        return HuggingFaceRows(str(data), config, split)
+    for base in (folder for folder in (data / config if config else data, data, data / "data") if folder.is_dir()):
+        for pattern in (f"{split}-*.parquet", f"{split}.parquet", f"{split}/*.parquet"):
+            files = tuple(sorted(base.glob(pattern)))
+            if files:
+                return ParquetRows(files)
+        if (base / f"{split}.jsonl").is_file():
+            return JsonlRows(base / f"{split}.jsonl")
+    return _open_unnamed(data, config, split)
+
+
+def _open_unnamed(data: Path, config: str | None, split: str) -> Rows:
+    """Opens a folder without a file named after the split: a single table, or anything that `load_dataset` reads."""
+    if (data / "metadata.jsonl").is_file():
+        return JsonlRows(data / "metadata.jsonl")
+    present = sorted(
+        path.relative_to(data).as_posix() for pattern in ("*.parquet", "*.jsonl") for path in data.rglob(pattern)
+    )
+    if present:
+        shown = ", ".join(present[:8]) + (", ..." if len(present) > 8 else "")
+        where = f"{config}/" if config else ""
+        raise UserError(
+            f"{data} has no {where}{split}-*.parquet, {split}.parquet or {split}.jsonl; it has {shown}. Give the path"
+            " of the file itself, or rename it."
+        )
+    return HuggingFaceRows(str(data), config, split)

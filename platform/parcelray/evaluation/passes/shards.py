@@ -182,6 +182,6 @@ def _joined(benchmark: PreparedBenchmark, parts: list[ShardResult]) -> Evaluated
         metric=benchmark.choice.metric,
         records=[record for result in parts for record in result.records],
         problems=[problem for result in parts for problem in result.problems],
-        fingerprint=benchmark.reader.pin(),
+        fingerprint=benchmark.reader.fingerprint(),
         rows=len(benchmark.rows),
     )

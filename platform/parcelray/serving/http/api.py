@@ -1,6 +1,6 @@
-"""The HTTP interface, as an ASGI application: OpenAI's chat completions, models, health, metrics and the playground.
+"""The HTTP API as an ASGI application: OpenAI's chat completions, models, health, metrics and the playground.
 
-It runs on Ray Serve (`ingress`) and, in tests, alone.
+It runs on Ray Serve (`ingress`), and without Ray in tests.
 """
 
 import asyncio
@@ -25,11 +25,9 @@ from parcelray.serving.engine.engine import Finished, Piece
 from parcelray.serving.http import responses
 from parcelray.serving.http.api_errors import ApiError
 from parcelray.serving.http.auth import Gatekeeper
-from parcelray.serving.http.bodies import Bodies
-from parcelray.serving.http.openapi import openapi
 from parcelray.serving.http.playground import inspect_request, playground_routes
-from parcelray.serving.http.proxy_guard import request_id_of
-from parcelray.serving.http.schemas import parse_chat
+from parcelray.serving.http.proxy_guard import BodyReader, request_id_of
+from parcelray.serving.http.schemas import openapi, parse_chat
 from parcelray.serving.ingress.chat import ChatService, Prepared
 from parcelray.serving.ingress.clients import Readiness
 from parcelray.serving.ingress.request_log import RequestLog
@@ -40,22 +38,22 @@ Handler = Callable[[Request], Awaitable[Response]]
 
 
 @dataclass
-class _End:
-    """Of a stream."""
+class _StreamEnd:
+    """The state of a stream at its end."""
 
-    told: bool = False
-    """Whether the log has it."""
+    logged: bool = False
+    """Whether the end of the stream is in the request log."""
 
 
 class Api:
-    """The handlers of one endpoint.
+    """The HTTP handlers of one endpoint.
 
     Args:
-        name: the model's name in requests.
-        http: of the job.
-        service: answers chat requests; a function, because a rolling update puts another one in its place.
-        gatekeeper: knows the keys.
-        log: one record a request.
+        name: name of the model in requests.
+        http: HTTP settings of the job.
+        service: returns the service that answers chat requests; a function, because a rolling update replaces it.
+        gatekeeper: checks API keys and their rate limits.
+        log: request log, one record per request.
     """
 
     def __init__(
@@ -67,11 +65,11 @@ class Api:
         self._gatekeeper = gatekeeper
         self._log = log
         self._created = int(time.time())
-        self._bodies = Bodies()
+        self._bodies = BodyReader()
         self._readiness = Readiness()
 
     def application(self) -> Starlette:
-        """The ASGI application."""
+        """Returns the ASGI application with all routes."""
         routes = [
             Route("/v1/chat/completions", self._guarded(self._chat), methods=["POST"]),
             Route("/v1/models", self._guarded(self._models)),
@@ -90,10 +88,10 @@ class Api:
         return Starlette(routes=routes, exception_handlers={HTTPException: _http_error, Exception: _unexpected})
 
     def _open(self, handler: Handler) -> Handler:
-        """Turns refusals into answers."""
+        """Wraps a handler: adds a request id, checks the Host header, and converts errors into responses."""
 
         async def wrapped(request: Request) -> Response:
-            # Ours, not the client's: ids in flight must differ.
+            # Our own id, not the client's, because ids of requests in flight must be unique.
             request.state.request_id = request_id_of(request.scope)
             request.state.owner = None
             try:
@@ -106,10 +104,10 @@ class Api:
                 self._cancelled(request)
                 response = Response(status_code=499)
             except asyncio.CancelledError:
-                # Serve's proxy does so when the client hangs up.
+                # Serve's proxy cancels the request when the client disconnects.
                 self._cancelled(request)
                 raise
-            # Serve's proxy gives every request such a header, and puts it on the answer itself.
+            # Serve's proxy adds this header to every request, and then to the response.
             if "x-request-id" not in request.headers:
                 response.headers["x-request-id"] = request.state.request_id
             return response
@@ -117,7 +115,7 @@ class Api:
         return wrapped
 
     def _guarded(self, handler: Handler) -> Handler:
-        """The same, for those with a key."""
+        """Wraps a handler like `_open`, and checks the API key first."""
 
         async def admitted(request: Request) -> Response:
             request.state.owner = self._gatekeeper.admit(request.headers.get("authorization"))
@@ -134,7 +132,7 @@ class Api:
         self._log.cancelled(request.state.request_id, owner=request.state.owner)
 
     def _body(self, request: Request) -> AbstractAsyncContextManager[bytes]:
-        """The body of a request, within its limits."""
+        """Reads the body of a request within its limits."""
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "application/json":
             raise ApiError(
@@ -143,23 +141,27 @@ class Api:
         return self._bodies.read(request.stream(), self._service().limits, request.headers.get("content-length"))
 
     def _check_host(self, request: Request) -> None:
-        """On the loopback without keys only requests that name it: else a web page could reach the model by a name that resolves here."""
+        """Without keys, refuses requests whose Host header is not the loopback.
+
+        Otherwise a web page could reach the model through a host name that resolves to this machine (DNS rebinding).
+        """
         if self._http.keys_file is not None:
             return
         match = _HOST.fullmatch(request.headers.get("host", ""))
         if match is None or match["name"].strip("[]") not in LOOPBACK:
             raise ApiError(
                 403,
-                f"The Host header is not one of {', '.join(sorted(LOOPBACK))}; this endpoint serves its own machine.",
+                f"The Host header is not one of {', '.join(sorted(LOOPBACK))}; without API keys this endpoint only"
+                " serves its own machine.",
                 code="host",
             )
 
     async def _chat(self, request: Request) -> Response:
         service = self._service()
-        async with AsyncExitStack() as visit:
-            # A place is taken once the body is there, so that slow clients take none.
-            body = await visit.enter_async_context(self._body(request))
-            # From here on: how slowly a client sends is no time of the endpoint's.
+        async with AsyncExitStack() as resources:
+            # A slot is taken after the body has arrived, so that slow clients do not occupy one.
+            body = await resources.enter_async_context(self._body(request))
+            # The time starts here, so that slow sending by the client is not counted.
             arrived = time.perf_counter()
             chat = parse_chat(body, service.policy.offered)
             if chat.model not in {self._name, *(route.version for route in service.routes.all)}:
@@ -169,17 +171,21 @@ class Api:
                     code="model_not_found",
                     param="model",
                 )
-            visit.enter_context(service.admission.slot())
+            resources.enter_context(service.admission.slot())
             prepared = await service.prepare(chat, request.state.request_id, arrived, request.state.owner)
             if chat.stream:
-                # The first piece comes before the status, so that a refusal has one of its own.
-                events = await visit.enter_async_context(aclosing(service.events(prepared)))
+                # Waits for the first piece before sending a status, so that an error can set its own status.
+                events = await resources.enter_async_context(aclosing(service.events(prepared)))
                 first = await anext(events)
                 include_usage = chat.stream_options is not None and chat.stream_options.include_usage
-                stream_end = _End()
+                stream_end = _StreamEnd()
                 pieces = self._pieces(request, prepared, first, events, include_usage, stream_end)
                 return _Stream(
-                    pieces, visit.pop_all(), responses.headers(prepared), stream_end, lambda: self._cancelled(request)
+                    pieces,
+                    resources.pop_all(),
+                    responses.headers(prepared),
+                    stream_end,
+                    lambda: self._cancelled(request),
                 )
             end = await service.answer(prepared)
         answer = responses.completion(prepared, end, model=self._name, created=int(time.time()))
@@ -194,14 +200,14 @@ class Api:
         first: Piece | Finished,
         rest: AsyncGenerator[Piece | Finished, None],
         include_usage: bool,
-        stream_end: _End,
+        stream_end: _StreamEnd,
     ) -> AsyncIterator[bytes]:
         created = int(time.time())
         try:
             yield responses.opening_chunk(prepared, model=self._name, created=created)
             event: Piece | Finished | None = first
             while event is not None:
-                stream_end.told = isinstance(event, Finished)
+                stream_end.logged = isinstance(event, Finished)
                 if isinstance(event, Finished) or event.text or event.logprobs:
                     yield responses.chunk(prepared, event, model=self._name, created=created)
                 if isinstance(event, Finished):
@@ -210,13 +216,13 @@ class Api:
                     yield b"data: [DONE]\n\n"
                 event = await anext(rest, None)
         except ApiError as error:
-            # The status is out already, so that only the log and the last event can say it.
-            stream_end.told = True
+            # The status has been sent already, so the error goes to the log and into the last event.
+            stream_end.logged = True
             self._refused(request, error)
             yield responses.sse(error.body())
 
     async def _models(self, request: Request) -> Response:
-        return JSONResponse({"object": "list", "data": [self._card()]})
+        return JSONResponse({"object": "list", "data": [self._model_object()]})
 
     async def _model(self, request: Request) -> Response:
         if request.path_params["model"] != self._name:
@@ -226,9 +232,9 @@ class Api:
                 code="model_not_found",
                 param="model",
             )
-        return JSONResponse(self._card())
+        return JSONResponse(self._model_object())
 
-    def _card(self) -> dict[str, Any]:
+    def _model_object(self) -> dict[str, Any]:
         service = self._service()
         champion = service.routes.champion
         costs = {
@@ -268,7 +274,7 @@ class Api:
         return JSONResponse({"status": "ok"})
 
     async def _ready(self, request: Request) -> Response:
-        """An answer of the champion, made on the way that requests take."""
+        """Checks readiness by an answer of the champion through the normal request path."""
         await self._readiness.check(self._service().routes.champion.client)
         return JSONResponse({"status": "ready"})
 
@@ -278,45 +284,51 @@ class Api:
 
 
 class _Stream(StreamingResponse):
-    """Server-sent events that give back what the request held however they end, also when the client is gone before the first of them."""
+    """A stream of server-sent events that frees the resources of its request however it ends.
+
+    This includes a client that disconnects before the first event.
+    """
 
     def __init__(
         self,
         pieces: AsyncIterator[bytes],
-        visit: AsyncExitStack,
+        resources: AsyncExitStack,
         headers: dict[str, str],
-        end: _End,
+        end: _StreamEnd,
         cancelled: Callable[[], None],
     ) -> None:
         super().__init__(pieces, headers={**headers, "cache-control": "no-cache"}, media_type="text/event-stream")
-        self._visit = visit
+        self._resources = resources
         self._end = end
         self._cancelled = cancelled
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async with self._visit:
+        async with self._resources:
             try:
                 await super().__call__(scope, receive, send)
             finally:
-                if not self._end.told:
+                if not self._end.logged:
                     self._cancelled()
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
-    """Unknown paths and methods."""
+    """Responds to unknown paths and methods."""
     assert isinstance(error, HTTPException)
     allowed = (error.headers or {}).get("Allow", "")
     texts = {
         404: ("There is nothing at this path.", "not_found"),
-        405: (f"This path does not take the method {request.method[:20]}; legal are {allowed}.", "method_not_allowed"),
+        405: (
+            f"This path does not support the method {request.method[:20]}; legal are {allowed}.",
+            "method_not_allowed",
+        ),
     }
-    text, code = texts.get(error.status_code, ("The request cannot be answered.", "invalid_request"))
+    text, code = texts.get(error.status_code, ("The request is not valid.", "invalid_request"))
     return JSONResponse(
         ApiError(error.status_code, text, code=code).body(), error.status_code, dict(error.headers or {})
     )
 
 
 async def _unexpected(request: Request, error: Exception) -> Response:
-    """A defect of ours: the trace goes to the log, not to the client."""
-    logger.error("an unexpected error", exc_info=error)
+    """Responds to an unexpected error. The traceback goes to the log, not to the client."""
+    logger.error("unexpected error in a request handler", exc_info=error)
     return JSONResponse(ApiError(500, "The server failed on this request.", code="internal_error").body(), 500)

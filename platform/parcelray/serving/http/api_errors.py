@@ -1,6 +1,6 @@
-"""Refusals of the endpoint, in the form that OpenAI's clients understand.
+"""Error responses of the endpoint, in the format that OpenAI's clients understand.
 
-No message names a path, a key, or anything of the inside.
+No message contains a path, a key, or internal details.
 """
 
 from collections.abc import Mapping
@@ -29,14 +29,14 @@ _ENGINE_PARAM = {"context_length_exceeded": "messages", "unsupported_budget": "v
 
 
 class ApiError(Exception):
-    """An answer other than 200.
+    """An error response.
 
     Args:
         status: HTTP status.
-        message: the value, what is legal, what to do.
-        code: short and fixed, for programs.
-        param: path of the field, such as `messages.0.content`.
-        headers: further headers, such as Retry-After.
+        message: the wrong value, the legal values, and what to do.
+        code: short constant identifier for programs.
+        param: path of the wrong field, such as `messages.0.content`.
+        headers: additional headers, such as Retry-After.
     """
 
     def __init__(
@@ -56,18 +56,18 @@ class ApiError(Exception):
         super().__init__(message)
 
     def body(self) -> dict[str, Any]:
-        """The JSON of the answer."""
+        """Returns the JSON body of the response."""
         kind = _TYPES.get(self.status, "invalid_request_error")
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
 
 def too_many(message: str, *, code: str, retry_after_s: int) -> ApiError:
-    """429, with the time after which it makes sense to come again."""
+    """Returns a 429 error with the seconds after which the client should retry."""
     return ApiError(429, message, code=code, headers={"retry-after": str(retry_after_s)})
 
 
 def from_refusal(refusal: EngineRefusal, retry_after_s: int) -> ApiError:
-    """What an engine's refusal is over HTTP."""
+    """Converts a refusal of the engine into an HTTP error."""
     status = _ENGINE_STATUS.get(refusal.code, 503)
     headers = {"retry-after": str(retry_after_s)} if status in (429, 503) else {}
     return ApiError(status, refusal.message, code=refusal.code, param=_ENGINE_PARAM.get(refusal.code), headers=headers)

@@ -1,7 +1,7 @@
-"""API keys: a file of their hashes, compared in constant time, each with its own rate.
+"""API keys: a file of key hashes, which are compared in constant time, each with its own rate limit.
 
-A line of the file is `SHA256 NAME REQUESTS_PER_MINUTE`. Keys are 256 random bits, so that a plain hash of them cannot
-be guessed back.
+A line of the file is `SHA256 NAME REQUESTS_PER_MINUTE`. Keys have 256 random bits, so a plain hash cannot be
+reversed by guessing.
 """
 
 import hashlib
@@ -24,27 +24,27 @@ _LINE = re.compile(r"(?P<hash>[0-9a-f]{64}) (?P<name>[\w.-]{1,64}) (?P<rate>[1-9
 
 @dataclass(frozen=True)
 class ApiKey:
-    """One line of the file."""
+    """One line of the keys file."""
 
     hash: str
     """SHA-256 of the key."""
     name: str
-    """Who has it."""
+    """Name of the owner."""
     per_minute: int
-    """Requests it may make in a minute, in bursts of as many."""
+    """Rate limit in requests per minute; also the largest burst."""
 
 
 def read_keys(path: Path) -> list[ApiKey]:
-    """The keys of a file.
+    """Reads a keys file.
 
     Raises:
-        UserError: it cannot be read, holds no key, or has a line that is none.
+        UserError: the file cannot be read, has no key, or has an invalid line.
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
-            f"keys file {path} cannot be read ({error}); make one with `parcelray keys add NAME --file {path}`."
+            f"keys file {path} cannot be read ({error}); create it with `parcelray keys add NAME --file {path}`."
         ) from None
     keys = []
     for number, line in enumerate(lines, start=1):
@@ -53,30 +53,32 @@ def read_keys(path: Path) -> list[ApiKey]:
         match = _LINE.fullmatch(line.strip())
         if match is None:
             raise UserError(
-                f"keys file {path}, line {number}: is not of the form `SHA256 NAME REQUESTS_PER_MINUTE`; make it with"
+                f"keys file {path}, line {number}: not of the form `SHA256 NAME REQUESTS_PER_MINUTE`; add keys with"
                 " `parcelray keys add`."
             )
         keys.append(ApiKey(match["hash"], match["name"], int(match["rate"])))
     if not keys:
-        raise UserError(f"keys file {path} holds no key; make one with `parcelray keys add NAME --file {path}`.")
+        raise UserError(f"keys file {path} contains no key; add one with `parcelray keys add NAME --file {path}`.")
     return keys
 
 
 def add_key(path: Path, name: str, per_minute: int = DEFAULT_PER_MINUTE) -> str:
-    """Makes a key and appends its hash; the key itself is returned once and kept nowhere.
+    """Creates a key and appends its hash to the file. The key itself is returned and not stored.
 
     Raises:
-        UserError: the name or the rate is not legal, or the name is taken.
+        UserError: the name or the rate is not legal, or the name exists already.
     """
     key = _PREFIX + secrets.token_urlsafe(32)
     line = f"{_hash(key)} {name} {per_minute}"
     if _LINE.fullmatch(line) is None:
         raise UserError(
-            f"key name {name!r} at {per_minute} requests a minute is not legal; use letters, digits, '.', '_' and '-',"
-            " and a rate from 1 on."
+            f"key name {name!r} with {per_minute} requests per minute is not legal; use 1 to 64 letters, digits, '.',"
+            " '_' and '-', and a rate from 1 to 9999999."
         )
     if path.exists() and any(known.name == name for known in read_keys(path)):
-        raise UserError(f"keys file {path} has a key of {name} already; remove that line, or take another name.")
+        raise UserError(
+            f"keys file {path} already has a key named {name}; remove that key first, or choose another name."
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
     with os.fdopen(descriptor, "a", encoding="utf-8") as file:
@@ -85,21 +87,21 @@ def add_key(path: Path, name: str, per_minute: int = DEFAULT_PER_MINUTE) -> str:
 
 
 def remove_key(path: Path, name: str) -> None:
-    """Takes a key out of a file.
+    """Removes a key from a file.
 
     Raises:
-        UserError: the file cannot be read, or has no key of that name, or no other.
+        UserError: the file cannot be read, has no key of that name, or has only this key.
     """
     names = [key.name for key in read_keys(path)]
     if name not in names:
-        raise UserError(f"keys file {path} has no key of {name}; it has those of {', '.join(names)}.")
+        raise UserError(f"keys file {path} has no key named {name}; it has {', '.join(names)}.")
     if len(names) == 1:
         raise UserError(
-            f"{name} has the only key of {path}, and without one an endpoint does not start; add another key first."
+            f"{name} is the only key in {path}, and an endpoint does not start without a key; add another key first."
         )
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     kept = [line for line in lines if (match := _LINE.fullmatch(line.strip())) is None or match["name"] != name]
-    # Written beside it and moved, so that an endpoint that reads the file meanwhile finds all of one or the other.
+    # Written to a temporary file and renamed, so that an endpoint never reads a partially written file.
     new = path.with_name(f"{path.name}.new")
     descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     with os.fdopen(descriptor, "w", encoding="utf-8") as file:
@@ -108,7 +110,7 @@ def remove_key(path: Path, name: str) -> None:
 
 
 class _Bucket:
-    """A token bucket: full at the start, a minute's requests deep."""
+    """A token bucket that holds one minute of requests and starts full."""
 
     def __init__(self, per_minute: int, now: float) -> None:
         self.per_minute = per_minute
@@ -116,7 +118,7 @@ class _Bucket:
         self._at = now
 
     def take(self, now: float) -> float:
-        """Seconds until a request is allowed; 0: this one is, and counts."""
+        """Takes a token if there is one and returns 0; else returns the seconds until the next token."""
         self._level = min(float(self.per_minute), self._level + (now - self._at) * self.per_minute / 60)
         self._at = now
         if self._level >= 1:
@@ -126,11 +128,11 @@ class _Bucket:
 
 
 class Gatekeeper:
-    """Lets requests with a known key through, at the key's rate.
+    """Admits requests with a known key, within the rate limit of the key.
 
     Args:
-        keys: all of them; none: everybody is let through.
-        clock: seconds, monotonic.
+        keys: all legal keys; empty: every request is admitted.
+        clock: monotonic clock in seconds.
     """
 
     def __init__(self, keys: list[ApiKey], clock: Callable[[], float] = time.monotonic) -> None:
@@ -140,7 +142,7 @@ class Gatekeeper:
         self.replace(keys)
 
     def replace(self, keys: list[ApiKey]) -> None:
-        """Puts other keys in their place; who keeps name and rate keeps what is left of it."""
+        """Replaces the keys. A key with unchanged name and rate keeps the level of its bucket."""
         now = self._clock()
         kept = self._buckets
         self._keys = keys
@@ -154,10 +156,13 @@ class Gatekeeper:
         }
 
     def admit(self, authorization: str | None) -> str | None:
-        """The name of the key's owner; None where no keys are asked for.
+        """Checks a request and returns the name of the key's owner; None if no keys are required.
+
+        Args:
+            authorization: value of the Authorization header.
 
         Raises:
-            ApiError: 401 without a known key, 429 beyond its rate.
+            ApiError: 401 without a known key, 429 above the rate limit of the key.
         """
         if not self._keys:
             return None
@@ -173,20 +178,18 @@ class Gatekeeper:
             )
         wait_s = self._buckets[owner.name].take(self._clock())
         if wait_s > 0:
-            message = (
-                f"This key may make {owner.per_minute} requests a minute; send the request again in {wait_s:.0f} s."
-            )
+            message = f"This key is limited to {owner.per_minute} requests per minute; retry in {wait_s:.0f} s."
             raise too_many(message, code="rate_limit_exceeded", retry_after_s=max(1, round(wait_s)))
         return owner.name
 
     def _owner(self, given: str) -> ApiKey | None:
         hashed = _hash(given)
-        found = None
-        # Every key is compared, so that the time tells neither which one fits nor whether any does.
+        owner = None
+        # All keys are compared, so that the time does not reveal which key matches, or whether one does.
         for key in self._keys:
             if hmac.compare_digest(key.hash, hashed):
-                found = key
-        return found
+                owner = key
+        return owner
 
 
 def _hash(key: str) -> str:

@@ -1,17 +1,23 @@
-"""What stands before Serve's HTTP proxy, as middleware in the proxy's process.
+"""Middleware in the process of Ray Serve's HTTP proxy, and the reading of request bodies within limits.
 
-Serve's proxy obeys headers of its clients (its request id, the session, the timeout, whether a hang-up cancels), fails
-on some that are not UTF-8, names its applications to everybody, and hands a body on piece by piece, so that a slow
-client takes a place of the ingress. Here such headers are dropped, a request gets our own id, its body is read whole
-within its limits, and what the proxy itself refuses has the same form as all refusals. Serve takes middleware only by
-an environment variable of the proxy's process: `proxy_environment`.
+Serve's proxy has four problems:
+- It obeys headers of clients: request id, session, timeout, and whether a disconnect cancels the request.
+- It fails on some headers that are not UTF-8.
+- It lists its applications to everybody.
+- It forwards a body piece by piece, so a slow client occupies a slot of the ingress.
+
+This middleware drops such headers, gives each request its own id, reads the whole body within limits, and gives the
+proxy's own errors the format of all errors. Serve accepts middleware only through an environment variable of the
+proxy's process; see `proxy_environment`.
 """
 
+import asyncio
 import json
 import logging
 import os
 import secrets
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
 from starlette.middleware import Middleware
@@ -19,15 +25,14 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from parcelray.config.serve import RequestLimits
-from parcelray.serving.http.api_errors import ApiError
-from parcelray.serving.http.bodies import Bodies
+from parcelray.serving.http.api_errors import ApiError, too_many
 
 logger = logging.getLogger("ray.serve")
 CALLBACK_VARIABLE = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
 LIMITS_VARIABLE = "PARCELRAY_PROXY_LIMITS"
 CALLBACK = f"{__name__}:middlewares"
 _SCOPE_KEY = "parcelray.request_id"
-"""In the ASGI scope, which travels to the ingress and which no header of a client can write."""
+"""Key of the request id in the ASGI scope, which reaches the ingress. Headers of clients cannot write it."""
 _DROPPED = frozenset(
     {
         b"x-request-id",
@@ -38,17 +43,20 @@ _DROPPED = frozenset(
     }
 )
 _HIDDEN = "/-/routes"
-_OWN_REFUSALS = {
+_PROXY_ERRORS = {
     404: ("There is nothing at this path.", "not_found"),
-    408: ("The request took too long.", "deadline_exceeded"),
-    429: ("The endpoint has as many requests as it can hold; send the request again later.", "queue_full"),
-    503: ("No replica of the endpoint answers; send the request again later.", "no_replica"),
+    408: ("The request took too long; retry later.", "deadline_exceeded"),
+    429: ("The endpoint has reached its limit of requests; retry later.", "queue_full"),
+    503: ("No replica of the endpoint is available; retry later.", "no_replica"),
 }
+_MIB = 1024**2
+_CLOSE = {"connection": "close"}
+"""Closes the connection: the rest of a refused body is not read, so the connection cannot be reused."""
 _FAILED = ("The server failed on this request.", "internal_error")
 
 
 def proxy_environment(limits: RequestLimits) -> dict[str, str]:
-    """Variables with which a process of Serve's proxy has this middleware."""
+    """Returns the environment variables that install this middleware in a process of Serve's proxy."""
     return {
         CALLBACK_VARIABLE: CALLBACK,
         LIMITS_VARIABLE: limits.model_dump_json(include={"body_mb", "body_timeout_s", "bodies_mb"}),
@@ -56,38 +64,94 @@ def proxy_environment(limits: RequestLimits) -> dict[str, str]:
 
 
 def middlewares() -> list[Middleware]:
-    """Called by Serve's proxy when it starts."""
+    """Returns the middleware; called by Serve's proxy when it starts."""
     return [Middleware(ProxyGuard, limits=RequestLimits.model_validate_json(os.environ.get(LIMITS_VARIABLE, "{}")))]
 
 
 def request_id_of(scope: Scope) -> str:
-    """The id that the proxy gave a request; a new one where it came without that proxy."""
+    """Returns the id that the proxy gave to a request; a new id if the request did not pass the proxy."""
     return str(scope.get(_SCOPE_KEY) or _new_id())
 
 
+class BodyReader:
+    """Reads request bodies within limits of size, time, and the memory of all bodies in this process."""
+
+    def __init__(self) -> None:
+        self.held_bytes = 0
+
+    @asynccontextmanager
+    async def read(
+        self, pieces: AsyncIterator[bytes], limits: RequestLimits, declared: str | None
+    ) -> AsyncIterator[bytes]:
+        """Reads a whole body, which counts as held in memory until the context is left.
+
+        Args:
+            pieces: pieces of the body as they arrive.
+            limits: limits of one body, and of all bodies together.
+            declared: value of the header Content-Length.
+
+        Raises:
+            ApiError: 413 for too many bytes, 408 after the time limit, 429 if other bodies take all the memory.
+        """
+        longest = int(limits.body_mb * _MIB)
+        too_large = ApiError(
+            413, f"The body is larger than {limits.body_mb:g} MiB.", code="body_too_large", headers=_CLOSE
+        )
+        if declared is not None and declared.isdecimal() and int(declared[:20]) > longest:
+            raise too_large
+        body = bytearray()
+        try:
+            try:
+                async with asyncio.timeout(limits.body_timeout_s):
+                    async for piece in pieces:
+                        if len(body) + len(piece) > longest:
+                            raise too_large
+                        # Only received bytes count. If declared bytes counted, a few slow clients could take all the
+                        # memory.
+                        self._check(len(piece), limits)
+                        self.held_bytes += len(piece)
+                        body += piece
+            except TimeoutError:
+                message = f"The body did not arrive within {limits.body_timeout_s:g} s; retry on a faster connection."
+                raise ApiError(408, message, code="body_timeout", headers=_CLOSE) from None
+            yield bytes(body)
+        finally:
+            self.held_bytes -= len(body)
+
+    def _check(self, size: int, limits: RequestLimits) -> None:
+        if self.held_bytes + size > limits.bodies_mb * _MIB:
+            refusal = too_many(
+                "The bodies of other requests take all the memory for bodies; retry later.",
+                code="queue_full",
+                retry_after_s=1,
+            )
+            refusal.headers |= _CLOSE
+            raise refusal
+
+
 class ProxyGuard:
-    """See the module's docstring.
+    """The ASGI middleware; see the module's docstring.
 
     Args:
         app: Serve's proxy.
-        limits: of bodies.
+        limits: limits of bodies.
     """
 
     def __init__(self, app: ASGIApp, limits: RequestLimits) -> None:
         self._app = app
         self._limits = limits
-        self._bodies = Bodies()
+        self._bodies = BodyReader()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """One request."""
+        """Handles one request."""
         if scope["type"] == "websocket":
-            # There are none; refused before a handshake, it is a 403.
+            # Websockets are not supported. Closing before the handshake gives a 403.
             await send({"type": "websocket.close", "code": 1008})
             return
         request_id = _new_id()
         answer = _Answer(send, request_id)
         try:
-            await self._checked(scope, receive, answer, request_id)
+            await self._forward(scope, receive, answer, request_id)
         except ClientDisconnect:
             return
         except ApiError as error:
@@ -97,11 +161,11 @@ class ProxyGuard:
         if not answer.started:
             await answer.refuse(ApiError(500, _FAILED[0], code=_FAILED[1]))
 
-    async def _checked(self, scope: Scope, receive: Receive, answer: "_Answer", request_id: str) -> None:
+    async def _forward(self, scope: Scope, receive: Receive, answer: "_Answer", request_id: str) -> None:
         if scope["path"].removeprefix(scope.get("root_path", "")) == _HIDDEN:
-            raise _own_refusal(404)
+            raise _proxy_error(404)
         request = Request(scope, receive)
-        headers = [*_harmless(scope["headers"]), (b"x-request-id", request_id.encode())]
+        headers = [*_without_dropped(scope["headers"]), (b"x-request-id", request_id.encode())]
         async with answer.held as held:
             body = await held.enter_async_context(
                 self._bodies.read(request.stream(), self._limits, request.headers.get("content-length"))
@@ -110,7 +174,7 @@ class ProxyGuard:
 
 
 class _Replay:
-    """`receive` of a request whose body was read already."""
+    """The `receive` callable of a request whose body has been read."""
 
     def __init__(self, body: bytes, receive: Receive) -> None:
         self._body: bytes | None = body
@@ -124,9 +188,9 @@ class _Replay:
 
 
 class _Answer:
-    """`send` of a request: with its id, and with the proxy's own refusals in our form.
+    """The `send` callable of a request: adds the request id, and converts the proxy's own errors into our format.
 
-    Its body is held until the answer begins: until then it may still wait in the proxy for a place in the ingress.
+    The body counts as held until the response starts, because the request may wait in the proxy until then.
     """
 
     def __init__(self, send: Send, request_id: str) -> None:
@@ -143,10 +207,10 @@ class _Answer:
             return
         await self.held.aclose()
         headers = {bytes(name).lower(): bytes(value) for name, value in message["headers"]}
-        # The endpoint's own refusals are JSON; plain text is the proxy's.
+        # Errors of the endpoint are JSON; errors in plain text come from the proxy.
         if message["status"] >= 400 and headers.get(b"content-type", b"").startswith(b"text/plain"):
             self._replaced = True
-            await self.refuse(_own_refusal(message["status"], headers.get(b"retry-after", b"1").decode("latin-1")))
+            await self.refuse(_proxy_error(message["status"], headers.get(b"retry-after", b"1").decode("latin-1")))
             return
         await self._start(message["status"], message["headers"])
 
@@ -170,10 +234,10 @@ def _new_id() -> str:
     return f"chatcmpl-{secrets.token_hex(12)}"
 
 
-def _harmless(headers: Any) -> list[tuple[bytes, bytes]]:
-    """Without what Serve's proxy obeys.
+def _without_dropped(headers: Any) -> list[tuple[bytes, bytes]]:
+    """Returns the headers without those that Serve's proxy obeys or cannot decode.
 
-    It decodes the name of every header, and the value of `traceparent`, as UTF-8.
+    The proxy decodes the name of every header, and the value of `traceparent`, as UTF-8.
     """
     return [
         (name, value)
@@ -184,6 +248,6 @@ def _harmless(headers: Any) -> list[tuple[bytes, bytes]]:
     ]
 
 
-def _own_refusal(status: int, retry_after: str = "1") -> ApiError:
-    message, code = _OWN_REFUSALS.get(status, _FAILED)
+def _proxy_error(status: int, retry_after: str = "1") -> ApiError:
+    message, code = _PROXY_ERRORS.get(status, _FAILED)
     return ApiError(status, message, code=code, headers={"retry-after": retry_after} if status in (429, 503) else None)

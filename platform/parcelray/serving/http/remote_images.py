@@ -1,10 +1,10 @@
-"""Images by https, where the operator allows hosts by name.
+"""Downloads images by https from hosts that the operator allows by name. Off by default.
 
-Off by default: a server that fetches what strangers name is a way into its network.
-
-One expression reads the URL, and what it read is what is dialled: two parsers that disagree have let requests past such
-lists. The name is resolved once, every address must be a public one, and the connection goes to the address that was
-checked, so that a name that resolves otherwise the second time gains nothing. Redirects are refused.
+A server that fetches arbitrary URLs gives access to its internal network (server-side request forgery). The defences:
+- One regular expression parses the URL and gives the host for the connection, so two parsers cannot disagree.
+- The name is resolved once. Every address must be public, and the connection uses the checked address, so a second
+  DNS answer has no effect.
+- Redirects are refused.
 """
 
 import http.client
@@ -20,22 +20,22 @@ from contextlib import suppress
 from parcelray.serving.http.api_errors import ApiError
 
 TIMEOUT_S = 5.0
-"""From the look-up of the name to the last byte."""
+"""Time limit of a download in seconds, from the DNS lookup to the last byte."""
 _URL = re.compile(r"https://(?P<host>[a-z0-9.-]{1,253})(?P<target>/[\w.~!$&'()*+,;=:@%/?-]{0,2000})?", re.ASCII)
 _PORT = 443
 _CHUNK = 65536
 _UNICAST = ipaddress.ip_network("2000::/3")
-"""All that is routed of IPv6.
+"""All publicly routed IPv6 addresses.
 
-Outside lie the addresses that hold one of IPv4 (mapped, translated, NAT64) and the old site-local ones.
+Addresses that embed an IPv4 address (mapped, translated, NAT64) and the old site-local addresses lie outside.
 """
 _SIX_TO_FOUR = ipaddress.ip_network("2002::/16")
 
 
 class _PinnedConnection(http.client.HTTPSConnection):
-    """Dials an address that was checked, asks it for the certificate of the name, and is over at a fixed time, whatever the other side sends.
+    """Connects to a checked address, verifies the certificate of the host name, and closes at a fixed deadline.
 
-    A context, at whose end its watchdog ends.
+    A watchdog timer enforces the deadline even if the host keeps sending. It stops when the context is left.
     """
 
     def __init__(self, host: str, address: str, deadline: float) -> None:
@@ -43,8 +43,8 @@ class _PinnedConnection(http.client.HTTPSConnection):
         super().__init__(host, _PORT, context=self._tls)
         self._address = address
         self._deadline = deadline
-        self._dialled: ssl.SSLSocket | None = None
-        self._watchdog = threading.Timer(max(0.0, deadline - time.monotonic()), self._hang_up)
+        self._connected: ssl.SSLSocket | None = None
+        self._watchdog = threading.Timer(max(0.0, deadline - time.monotonic()), self._close_socket)
         self._watchdog.daemon = True
 
     def __enter__(self) -> "_PinnedConnection":
@@ -57,33 +57,33 @@ class _PinnedConnection(http.client.HTTPSConnection):
 
     def connect(self) -> None:
         plain = socket.create_connection((self._address, _PORT), timeout=max(0.001, self._deadline - time.monotonic()))
-        # The watchdog knows the socket before the handshake: a socket's own timeout starts again with each byte.
-        self.sock = self._dialled = self._tls.wrap_socket(
+        # The watchdog gets the socket before the handshake, because a socket timeout restarts with each byte.
+        self.sock = self._connected = self._tls.wrap_socket(
             plain, server_hostname=self.host, do_handshake_on_connect=False
         )
-        self._dialled.do_handshake()
+        self._connected.do_handshake()
 
-    def _hang_up(self) -> None:
-        if self._dialled is not None:
-            # Not the TLS socket's own method, which takes its state away from the thread that reads. It may be closed
-            # by now.
+    def _close_socket(self) -> None:
+        if self._connected is not None:
+            # Not the method of the TLS socket, which would remove its state while another thread reads. The socket may
+            # be closed already.
             with suppress(OSError):
-                socket.socket.shutdown(self._dialled, socket.SHUT_RDWR)
+                socket.socket.shutdown(self._connected, socket.SHUT_RDWR)
 
 
 def fetch_image(url: str, allowed_hosts: Collection[str], max_bytes: int, param: str) -> bytes:
-    """The bytes at an https URL.
+    """Downloads the bytes at an https URL.
 
-    Blocks, for `TIMEOUT_S` or as long as the look-up of the name takes: call it in a thread.
+    Blocks for up to `TIMEOUT_S`, or for as long as the DNS lookup takes: call it in a thread.
 
     Raises:
-        ApiError: 403 where the host or its address is not allowed, 413 for too many bytes, 422 where nothing comes.
+        ApiError: 403 if the host or its address is not allowed, 413 for too many bytes, 422 if the download fails.
     """
     match = _URL.fullmatch(url)
     if match is None or match["host"] not in allowed_hosts:
         raise ApiError(
             403,
-            f"{param} is not at a host that this server fetches from; send the image as data:image/png;base64,...",
+            f"{param} is not at a host that this server allows; send the image as data:image/png;base64,...",
             code="host",
             param=param,
         )
@@ -107,7 +107,7 @@ def _read(response: http.client.HTTPResponse, max_bytes: int, param: str) -> byt
     if response.status != 200:
         raise ApiError(
             422,
-            f"{param} was answered with status {response.status}; redirects are not followed.",
+            f"The host of {param} answered with status {response.status}; legal is 200, redirects are not followed.",
             code="image_not_fetched",
             param=param,
         )
@@ -116,31 +116,41 @@ def _read(response: http.client.HTTPResponse, max_bytes: int, param: str) -> byt
         data += chunk
         if len(data) > max_bytes:
             raise ApiError(
-                413, f"{param} is larger than {max_bytes / 1024**2:g} MiB.", code="image_too_large", param=param
+                413,
+                f"{param} is larger than {max_bytes / 1024**2:g} MiB; send a smaller image.",
+                code="image_too_large",
+                param=param,
             )
     return bytes(data)
 
 
 def not_in_time(param: str) -> ApiError:
-    """The refusal of an image that did not come."""
-    return ApiError(422, f"{param} cannot be fetched within {TIMEOUT_S:g} s.", code="image_not_fetched", param=param)
+    """Returns the error for an image that could not be downloaded in time."""
+    return ApiError(
+        422,
+        f"{param} cannot be downloaded within {TIMEOUT_S:g} s; send the image as data:image/png;base64,...",
+        code="image_not_fetched",
+        param=param,
+    )
 
 
 def _public_address(host: str, param: str) -> str:
-    """The first address of a host, all of which must be public ones."""
+    """Returns the first address of a host. All its addresses must be public."""
     try:
-        found = [str(entry[4][0]) for entry in socket.getaddrinfo(host, _PORT, type=socket.SOCK_STREAM)]
+        addresses = [str(entry[4][0]) for entry in socket.getaddrinfo(host, _PORT, type=socket.SOCK_STREAM)]
     except OSError:
         raise ApiError(
-            422, f"{param} names a host that cannot be found.", code="image_not_fetched", param=param
+            422, f"{param} has a host name that cannot be resolved.", code="image_not_fetched", param=param
         ) from None
-    if not found or not all(is_public(address) for address in found):
-        raise ApiError(403, f"{param} names a host inside a private network.", code="host", param=param)
-    return found[0]
+    if not addresses or not all(is_public(address) for address in addresses):
+        raise ApiError(
+            403, f"{param} has a host with a private address; legal are public hosts.", code="host", param=param
+        )
+    return addresses[0]
 
 
 def is_public(address: str) -> bool:
-    """Whether an address belongs to the open internet, and leads to no address of IPv4 that need not."""
+    """Whether an address is public and does not embed an IPv4 address."""
     parsed = ipaddress.ip_address(address.partition("%")[0])
     if isinstance(parsed, ipaddress.IPv6Address) and (parsed not in _UNICAST or parsed in _SIX_TO_FOUR):
         return False

@@ -1,4 +1,4 @@
-"""Answers in OpenAI's form, with the budget that was used."""
+"""Response bodies and headers in OpenAI's format, with the visual-token budget that was used."""
 
 import json
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from parcelray.serving.ingress.chat import Prepared
 
 
 def headers(prepared: Prepared) -> dict[str, str]:
-    """What every answer of a model carries."""
+    """Returns the headers of every answer."""
     return {
         "x-visual-tokens": str(prepared.request.num_visual_tokens),
         "x-model-version": prepared.route.version,
@@ -17,7 +17,7 @@ def headers(prepared: Prepared) -> dict[str, str]:
 
 
 def server_timing(end: Finished) -> str:
-    """Where the time went, milliseconds, as the header Server-Timing has it."""
+    """Returns the value of the header Server-Timing: the time of each stage in milliseconds."""
     timings = end.timings
     parts = {
         "queue": timings.queue_s,
@@ -30,7 +30,7 @@ def server_timing(end: Finished) -> str:
 
 
 def completion(prepared: Prepared, end: Finished, *, model: str, created: int) -> dict[str, Any]:
-    """The body of an answer."""
+    """Returns the body of an answer without streaming."""
     choice = {
         "index": 0,
         "message": {"role": "assistant", "content": end.text},
@@ -41,26 +41,26 @@ def completion(prepared: Prepared, end: Finished, *, model: str, created: int) -
 
 
 def opening_chunk(prepared: Prepared, *, model: str, created: int) -> bytes:
-    """The first event of a stream: whose turn it is."""
+    """Returns the first event of a stream, which has the role of the assistant and no text."""
     return _chunk(prepared, model, created, {"role": "assistant", "content": ""}, None, None)
 
 
 def chunk(prepared: Prepared, event: Piece | Finished, *, model: str, created: int) -> bytes:
-    """One event of a stream."""
+    """Returns one event of a stream: a piece of text, or the finish reason."""
     if isinstance(event, Finished):
         return _chunk(prepared, model, created, {}, event.reason, None)
     return _chunk(prepared, model, created, {"content": event.text}, None, _logprobs(prepared, event.logprobs))
 
 
 def usage_chunk(prepared: Prepared, end: Finished, *, model: str, created: int) -> bytes:
-    """The event that says what the answer cost."""
+    """Returns the event of a stream that has the token usage."""
     return sse(
         {**_head(prepared, "chat.completion.chunk", model, created), "choices": [], "usage": _usage(prepared, end)}
     )
 
 
 def sse(data: dict[str, Any]) -> bytes:
-    """One server-sent event."""
+    """Encodes one server-sent event."""
     return b"data: " + json.dumps(data, separators=(",", ":")).encode() + b"\n\n"
 
 
@@ -97,11 +97,11 @@ def _usage(prepared: Prepared, end: Finished) -> dict[str, Any]:
     }
 
 
-def _logprobs(prepared: Prepared, found: Sequence[TokenLogprob]) -> dict[str, Any] | None:
+def _logprobs(prepared: Prepared, logprobs: Sequence[TokenLogprob]) -> dict[str, Any] | None:
     if prepared.request.sampling.logprobs is None:
         return None
     content = [
-        {**_token(each.token, each.logprob), "top_logprobs": [_token(*pair) for pair in each.top]} for each in found
+        {**_token(each.token, each.logprob), "top_logprobs": [_token(*pair) for pair in each.top]} for each in logprobs
     ]
     return {"content": content, "refusal": None}
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from parcelray.config.serve import RequestLimits
 from parcelray.serving.engine.engine import EngineRefusal, Finished, GenerateRequest, Piece, Sampling, last_event
 from parcelray.serving.http.api_errors import ApiError, from_refusal, too_many
-from parcelray.serving.http.image_reader import ImageReader
+from parcelray.serving.http.images import ImageReader
 from parcelray.serving.http.schemas import ChatRequest
 from parcelray.serving.ingress.budget_policy import BudgetPolicy
 from parcelray.serving.ingress.clients import ReplicaLost

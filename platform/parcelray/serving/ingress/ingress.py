@@ -24,7 +24,7 @@ from parcelray.profiling.flops import CostBreakdown, cost
 from parcelray.serving.engine.engine import EngineRefusal, PromptBuilder
 from parcelray.serving.http.api import Api
 from parcelray.serving.http.auth import ApiKey, Gatekeeper, read_keys
-from parcelray.serving.http.image_reader import ImageReader
+from parcelray.serving.http.images import ImageReader
 from parcelray.serving.ingress.budget_policy import BudgetPolicy
 from parcelray.serving.ingress.chat import Admission, ChatService
 from parcelray.serving.ingress.clients import HandleClient, ReplicaLost

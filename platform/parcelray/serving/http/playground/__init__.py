@@ -1,15 +1,16 @@
-"""The playground at `/`: one page without any download from elsewhere, and what it asks the server beside answers."""
+"""The playground at `/`: one page without external resources, and the inspection of an image at a budget."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ValidationError
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
 from parcelray.serving.engine.engine import EngineRefusal
 from parcelray.serving.http.api_errors import ApiError, from_refusal
+from parcelray.serving.http.schemas import InspectRequest
 from parcelray.serving.ingress.chat import ChatService
 from parcelray.serving.ingress.clients import ReplicaLost
 
@@ -20,7 +21,7 @@ _FILES = {
     "/playground/page.js": ("page.js", "text/javascript"),
 }
 _HEADERS = {
-    # Nothing from elsewhere, no framing, no inline script: what a page of a server that takes keys should say.
+    # The page accepts API keys, so it allows no external resources, framing or inline scripts.
     "content-security-policy": (
         "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data: blob:; "
         "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -31,54 +32,44 @@ _HEADERS = {
 }
 
 
-class InspectRequest(BaseModel):
-    """Body of `/playground/inspect`."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
-    type: Literal["image"] = "image"
-    url: str = Field(min_length=1)
-    visual_tokens: int = Field(ge=1)
-
-
 def playground_routes() -> list[Route]:
-    """The page and its files."""
+    """Returns the routes of the page and its files."""
     return [Route(path, _file(name, kind)) for path, (name, kind) in _FILES.items()]
 
 
 async def inspect_request(body: bytes, service: ChatService) -> dict[str, Any]:
-    """Anchors and attention of one image at one budget.
+    """Returns the anchor grid and the query attention of one image at one budget.
 
     Raises:
-        ApiError: the request is none, or the image cannot be read.
+        ApiError: the body is not valid, or the image cannot be read.
     """
     try:
-        asked = InspectRequest.model_validate_json(body)
+        request = InspectRequest.model_validate_json(body)
     except ValidationError as error:
         field = ".".join(map(str, error.errors()[0]["loc"])) or None
         message = (
-            "The body must be {url: data:image/..., visual_tokens: NUMBER}; the number is one of "
+            "The body must be {url: data:image/..., visual_tokens: NUMBER}; legal numbers are "
             + f"{', '.join(map(str, service.policy.offered))}."
         )
         raise ApiError(422, message, code="invalid_request", param=field) from None
-    budget = service.policy.decide(asked.visual_tokens)
+    budget = service.policy.decide(request.visual_tokens)
     route = service.routes.champion
     with service.admission.slot():
-        (image,) = await service.images.read(route.prompts, {"url": asked.url}, service.limits.timeout_s)
+        (image,) = await service.images.read(route.prompts, {"url": request.url}, service.limits.timeout_s)
         try:
-            found = await route.client.inspect(image, budget)
+            inspection = await route.client.inspect(image, budget)
         except ReplicaLost:
             raise ApiError(
-                503, "The replica that had this request is gone; send it again.", code="no_replica"
+                503, "The replica that handled this request was lost; send it again.", code="no_replica"
             ) from None
         except EngineRefusal as refusal:
             raise from_refusal(refusal, 1) from None
     return {
         "visual_tokens": budget,
-        "anchor_grid": found.anchor_grid,
-        "grid": found.grid,
+        "anchor_grid": inspection.anchor_grid,
+        "grid": inspection.grid,
         "cropped": route.prompts.crops,
-        "attention": [round(value, 4) for value in found.attention],
+        "attention": [round(value, 4) for value in inspection.attention],
     }
 
 

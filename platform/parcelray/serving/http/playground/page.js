@@ -1,8 +1,8 @@
 "use strict";
-// The playground: an image, a question, a budget; answers side by side; what the connector makes of the image at that budget.
+// The playground: answers for an image and a question at several budgets, and the anchors and attention of the connector.
 
 const byId = (id) => document.getElementById(id);
-const state = { model: null, budgets: [], costs: {}, picture: null, url: null, inspections: new Map(), wanted: 0 };
+const state = { model: null, budgets: [], costs: {}, picture: null, url: null, inspections: new Map(), lastRequest: 0 };
 const SIDE = 448;
 
 function headers() {
@@ -27,16 +27,16 @@ function flops(value) {
 
 async function loadModel() {
   try {
-    const card = (await call("/v1/models")).data.data[0];
-    Object.assign(state, { model: card.id, budgets: card.visual_tokens, costs: card.costs });
-    byId("model").textContent = `${card.id}, ${card.version}`;
+    const model = (await call("/v1/models")).data.data[0];
+    Object.assign(state, { model: model.id, budgets: model.visual_tokens, costs: model.costs });
+    byId("model").textContent = `${model.id}, ${model.version}`;
     const slider = byId("budget");
-    slider.max = String(card.visual_tokens.length - 1);
+    slider.max = String(model.visual_tokens.length - 1);
     slider.value = slider.max;
     showBudget();
     say("");
   } catch (error) {
-    byId("model").textContent = "The model's card cannot be read.";
+    byId("model").textContent = "The model cannot be loaded.";
     say(error.message);
   }
 }
@@ -52,7 +52,7 @@ function showBudget() {
 
 async function setPicture(blob) {
   const bitmap = await createImageBitmap(blob).catch(() => null);
-  if (!bitmap) { say("This file is not an image that can be shown."); return; }
+  if (!bitmap) { say("This file is not an image that the browser can show."); return; }
   state.url = await new Promise((resolve) => { const reader = new FileReader(); reader.onload = () => resolve(reader.result); reader.readAsDataURL(blob); });
   state.picture = bitmap;
   state.inspections.clear();
@@ -61,17 +61,17 @@ async function setPicture(blob) {
   showBudget();
 }
 
-// What the server made of this image at this budget; while the slider moves only the last place counts.
+// Anchors and attention of this image at this budget; while the slider moves, only its last position is requested.
 async function inspect() {
   const tokens = budget();
-  const turn = ++state.wanted;
+  const request = ++state.lastRequest;
   if (!state.url || tokens === undefined || state.inspections.has(tokens)) { draw(); return; }
   await new Promise((resolve) => setTimeout(resolve, 120));
-  if (turn !== state.wanted) return;
+  if (request !== state.lastRequest) return;
   const url = state.url;
   try {
-    const found = (await call("/playground/inspect", { url, visual_tokens: tokens })).data;
-    if (url === state.url) state.inspections.set(tokens, found);
+    const inspection = (await call("/playground/inspect", { url, visual_tokens: tokens })).data;
+    if (url === state.url) state.inspections.set(tokens, inspection);
     draw();
   } catch (error) { say(error.message); }
 }
@@ -81,30 +81,30 @@ function draw() {
   const context = canvas.getContext("2d");
   context.clearRect(0, 0, SIDE, SIDE);
   if (!state.picture) return;
-  const found = state.inspections.get(budget());
-  // The model sees a square: of the image's middle, or with all of the image squeezed into it.
+  const inspection = state.inspections.get(budget());
+  // The model's input is a square: the centre of the image, or the whole image resized to it.
   const { width, height } = state.picture;
-  const [across, down] = found && found.cropped ? [Math.min(width, height), Math.min(width, height)] : [width, height];
+  const [across, down] = inspection && inspection.cropped ? [Math.min(width, height), Math.min(width, height)] : [width, height];
   context.imageSmoothingEnabled = width > SIDE;
   context.drawImage(state.picture, (width - across) / 2, (height - down) / 2, across, down, 0, 0, SIDE, SIDE);
   const parts = [];
-  if (found) {
-    const anchors = found.anchor_grid ** 2;
-    parts.push(`${anchors} anchors and ${found.visual_tokens - anchors} queries`);
-    if (byId("heat").checked && found.attention.length) heat(context, found);
-    if (byId("anchors").checked && found.anchor_grid) grid(context, found.anchor_grid);
-    byId("split").textContent = `${found.visual_tokens} visual tokens: ${parts[0]}${found.attention.length ? "; bright is what the queries look at" : ""}.`;
+  if (inspection) {
+    const anchors = inspection.anchor_grid ** 2;
+    parts.push(`${anchors} anchors and ${inspection.visual_tokens - anchors} queries`);
+    if (byId("heat").checked && inspection.attention.length) heat(context, inspection);
+    if (byId("anchors").checked && inspection.anchor_grid) grid(context, inspection.anchor_grid);
+    byId("split").textContent = `${inspection.visual_tokens} visual tokens: ${parts[0]}${inspection.attention.length ? "; bright regions have high query attention" : ""}.`;
   }
-  canvas.setAttribute("aria-label", found ? `The image at ${found.visual_tokens} visual tokens: ${parts[0]}` : "The image");
-  canvas.dataset.budget = found ? String(found.visual_tokens) : "";
+  canvas.setAttribute("aria-label", inspection ? `The image at ${inspection.visual_tokens} visual tokens: ${parts[0]}` : "The image");
+  canvas.dataset.budget = inspection ? String(inspection.visual_tokens) : "";
 }
 
-function heat(context, found) {
-  const cell = SIDE / found.grid;
-  found.attention.forEach((value, index) => {
-    // A shade leaves the colors as they are: questions ask for them.
+function heat(context, inspection) {
+  const cell = SIDE / inspection.grid;
+  inspection.attention.forEach((value, index) => {
+    // Only the brightness changes, because questions are often about colors.
     context.fillStyle = `rgba(0, 0, 0, ${0.5 * (1 - value)})`;
-    context.fillRect((index % found.grid) * cell, Math.floor(index / found.grid) * cell, cell, cell);
+    context.fillRect((index % inspection.grid) * cell, Math.floor(index / inspection.grid) * cell, cell, cell);
   });
 }
 
@@ -123,7 +123,7 @@ function grid(context, side) {
   context.shadowBlur = 0;
 }
 
-async function askAt(tokens) {
+async function answerAt(tokens) {
   const text = byId("prompt").value.trim();
   const content = [{ type: "text", text }];
   if (state.url) content.unshift({ type: "image_url", image_url: { url: state.url } });
@@ -133,9 +133,9 @@ async function askAt(tokens) {
   return { tokens, text, answer: data.choices[0].message.content, usage: data.usage, timing, elapsed: performance.now() - started };
 }
 
-function card(found) {
+function showAnswer(result) {
   const article = document.createElement("article");
-  article.dataset.budget = String(found.tokens);
+  article.dataset.budget = String(result.tokens);
   const add = (tag, name, text, parent = article) => {
     const element = document.createElement(tag);
     if (name) element.className = name;
@@ -143,41 +143,41 @@ function card(found) {
     parent.append(element);
     return element;
   };
-  const seen = found.usage.prompt_tokens_details.image_tokens;
-  add("h3", "", seen ? `${found.tokens} visual tokens` : "Without an image");
-  add("p", "asked", found.text);
-  add("p", "said", found.answer || "(an empty answer)");
+  const imageTokens = result.usage.prompt_tokens_details.image_tokens;
+  add("h3", "", imageTokens ? `${result.tokens} visual tokens` : "Without an image");
+  add("p", "prompt", result.text);
+  add("p", "answer", result.answer || "(an empty answer)");
   const list = add("dl", "", "");
   const rows = {
-    "prompt tokens": found.usage.prompt_tokens,
-    "of them visual": seen,
-    "new tokens": found.usage.completion_tokens,
-    "first token": `${number(Number(found.timing.first_token))} ms`,
-    "in the engine": `${number(Number(found.timing.total))} ms`,
-    "seen from here": `${number(found.elapsed)} ms`,
-    ...(seen ? { "prefill": flops(state.costs[found.tokens].flops) } : {}),
+    "prompt tokens": result.usage.prompt_tokens,
+    "of these visual": imageTokens,
+    "new tokens": result.usage.completion_tokens,
+    "first token": `${number(Number(result.timing.first_token))} ms`,
+    "in the engine": `${number(Number(result.timing.total))} ms`,
+    "in the browser": `${number(result.elapsed)} ms`,
+    ...(imageTokens ? { "prefill": flops(state.costs[result.tokens].flops) } : {}),
   };
   for (const [name, value] of Object.entries(rows)) { add("dt", "", name, list); add("dd", "", String(value), list); }
   byId("answers").prepend(article);
 }
 
-async function ask(budgets) {
+async function answerAll(budgets) {
   if (!state.model) { await loadModel(); if (!state.model) return; }
   if (!byId("prompt").value.trim()) { say("Write a question."); byId("prompt").focus(); return; }
   const buttons = [byId("ask"), byId("all")];
   buttons.forEach((button) => { button.disabled = true; });
-  say("Asking.");
+  say("Waiting for the answer.");
   try {
-    // One after the other, so that the times are those of one request; the largest last, so that cards stand in order.
+    // Sequentially, so that each time is that of a single request; in descending order, because new answers go on top.
     // Without an image the budget changes nothing.
     const turns = state.url ? [...budgets].sort((a, b) => b - a) : [budget()];
-    for (const tokens of turns) card(await askAt(tokens));
+    for (const tokens of turns) showAnswer(await answerAt(tokens));
     say(turns.length > 1 ? `Answered at ${turns.length} budgets.` : "Answered.");
   } catch (error) { say(error.message); }
   buttons.forEach((button) => { button.disabled = false; });
 }
 
-// A scene like those of the mini suite: shapes on a grid of cells.
+// A scene like those of the mini suite: shapes on a grid.
 function example() {
   const canvas = document.createElement("canvas");
   canvas.width = canvas.height = 64;
@@ -201,6 +201,6 @@ byId("budget").addEventListener("input", showBudget);
 byId("anchors").addEventListener("change", draw);
 byId("heat").addEventListener("change", draw);
 byId("key").addEventListener("change", loadModel);
-byId("form").addEventListener("submit", (event) => { event.preventDefault(); ask([budget()]); });
-byId("all").addEventListener("click", () => ask(state.budgets));
+byId("form").addEventListener("submit", (event) => { event.preventDefault(); answerAll([budget()]); });
+byId("all").addEventListener("click", () => answerAll(state.budgets));
 loadModel();

@@ -1,4 +1,4 @@
-"""What `parcelray benchmarks` shows: the list of splits, and whether data fit one."""
+"""The output of `parcelray benchmarks`: the list of splits, and the check of a benchmark's data."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from parcelray.benchmarks.catalog import catalog, find
 from parcelray.benchmarks.open import open_reader
-from parcelray.benchmarks.readers.base import DataPin, Problem
+from parcelray.benchmarks.readers.base import DatasetFingerprint, Problem
 from parcelray.config.benchmark import BenchmarkConfig, TableSource
 from parcelray.datasets.images import decode_image
 from parcelray.datasets.sample import Sample
@@ -22,28 +22,32 @@ _SHOWN = 20
 
 @dataclass(frozen=True)
 class Listing:
-    """The splits, sorted by family and name."""
+    """The list of benchmark splits, sorted by family and name."""
 
     benchmarks: tuple[BenchmarkConfig, ...]
 
     @classmethod
-    def of(cls, own: Iterable[Path], only: str | None) -> "Listing":
-        """All splits, or those of a set.
+    def of(cls, user_files: Iterable[Path], only: str | None) -> "Listing":
+        """Lists all splits, or the splits of one set.
+
+        Args:
+            user_files: YAML files of the user, or folders of them.
+            only: name of the set; None: all splits.
 
         Raises:
-            UserError: there is no such set.
+            UserError: the set does not exist.
         """
         if only is not None and only not in _SETS:
-            raise UserError(f"There is no set {only!r}; the sets are {', '.join(_SETS)}.")
-        found = [config for config in catalog(own).values() if only is None or only in config.sets]
-        return cls(tuple(sorted(found, key=lambda config: (config.family, config.name))))
+            raise UserError(f"There is no set {only!r}; legal: {', '.join(_SETS)}.")
+        selected = [config for config in catalog(user_files).values() if only is None or only in config.sets]
+        return cls(tuple(sorted(selected, key=lambda config: (config.family, config.name))))
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-serialisable."""
+        """Returns the content of `--json`."""
         return {"benchmarks": [config.model_dump(mode="json", exclude_defaults=True) for config in self.benchmarks]}
 
     def to_rich(self) -> "Table":
-        """For the console."""
+        """Returns the table for the console."""
         from rich.table import Column, Table
 
         table = Table(
@@ -52,7 +56,7 @@ class Listing:
             "sets",
             "metric",
             "rows",
-            "asked of",
+            "prompts for",
             "data",
             title=f"{len(self.benchmarks)} splits",
         )
@@ -60,18 +64,18 @@ class Listing:
             source = config.source
             rows = f"{source.rows:,}" if isinstance(source, TableSource) and source.rows else "-"
             data = (source.hub or "local files") if isinstance(source, TableSource) else source.type
-            asked = ", ".join(config.prompts) or "all"
+            families = ", ".join(config.prompts) or "all"
             metric = config.metric or ("not scored" if config.unscorable else "several")
-            table.add_row(config.name, config.family, ", ".join(config.sets), metric, rows, asked, data)
+            table.add_row(config.name, config.family, ", ".join(config.sets), metric, rows, families, data)
         return table
 
 
 @dataclass(frozen=True)
 class DataCheck:
-    """What reading the data showed."""
+    """The result of reading a benchmark's data."""
 
     benchmark: str
-    pin: DataPin
+    fingerprint: DatasetFingerprint
     rows_expected: int | None
     rows_read: int
     questions: int
@@ -79,11 +83,11 @@ class DataCheck:
     example: Sample | None
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-serialisable."""
+        """Returns the content of `--json`."""
         example = self.example
         return {
             "benchmark": self.benchmark,
-            "pin": self.pin._asdict(),
+            "pin": self.fingerprint._asdict(),
             "rows_expected": self.rows_expected,
             "rows_read": self.rows_read,
             "questions": self.questions,
@@ -101,18 +105,18 @@ class DataCheck:
         }
 
     def to_rich(self) -> "Table":
-        """For the console."""
+        """Returns the table for the console."""
         from rich.table import Table
 
         table = Table("data of", self.benchmark, show_header=True)
         expected = (
             ""
-            if self.rows_expected in (None, self.pin.rows)
-            else f" ({self.rows_expected:,} expected: not the split of the papers)"
+            if self.rows_expected in (None, self.fingerprint.rows)
+            else f" (the published split has {self.rows_expected:,})"
         )
-        table.add_row("rows", f"{self.pin.rows:,}{expected}")
-        table.add_row("revision", self.pin.revision)
-        table.add_row("ids", self.pin.ids[:16])
+        table.add_row("rows", f"{self.fingerprint.rows:,}{expected}")
+        table.add_row("revision", self.fingerprint.revision)
+        table.add_row("ids", self.fingerprint.ids[:16])
         table.add_row("read", f"{self.rows_read:,} rows, {self.questions:,} questions")
         if self.example is not None:
             table.add_row("first question", self.example.prompt)
@@ -124,36 +128,36 @@ class DataCheck:
         return table
 
 
-def check_data(name: str, data: Path | None, own: Iterable[Path], rows: int, family: str) -> DataCheck:
-    """Reads rows of a benchmark and decodes their images.
+def check_data(name: str, data: Path | None, user_files: Iterable[Path], rows: int, family: str) -> DataCheck:
+    """Reads the first rows of a benchmark and decodes their images.
 
     Args:
-        name: of the benchmark.
-        data: file or folder; None: the hub, or procedural.
-        own: YAML files of the user's.
-        rows: how many to read.
-        family: model family whose prompt is asked.
+        name: name of the benchmark.
+        data: file or folder of the data; None: the hub, or procedural data.
+        user_files: YAML files of the user, or folders of them.
+        rows: number of rows to read.
+        family: model family, which selects the prompt template.
 
     Raises:
-        UserError: the benchmark is unknown, its data are not there, or columns are missing.
+        UserError: the benchmark is unknown, its data are not found, or columns are missing.
     """
-    config = find(name, catalog(own))
+    config = find(name, catalog(user_files))
     if family not in ("paligemma", "llava"):
         raise UserError(f"--family is {family!r}; legal: paligemma, llava.")
     reader = open_reader(config, family=family, data=data)  # type: ignore[arg-type]
-    pin = reader.pin()
+    fingerprint = reader.fingerprint()
     problems: list[Problem] = []
     questions, example = 0, None
     chosen = list(reader.order())[:rows]
     for row in chosen:
-        found = reader.read(row)
-        problems += found.problems
-        for sample in found.samples:
+        read = reader.read(row)
+        problems += read.problems
+        for sample in read.samples:
             questions += 1
             example = example or sample
             problems += _undecodable(sample)
     expected = config.source.rows if isinstance(config.source, TableSource) else None
-    return DataCheck(name, pin, expected, len(chosen), questions, tuple(problems), example)
+    return DataCheck(name, fingerprint, expected, len(chosen), questions, tuple(problems), example)
 
 
 def _undecodable(sample: Sample) -> list[Problem]:

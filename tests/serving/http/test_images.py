@@ -1,4 +1,4 @@
-"""Images are read within the time of their request, and who waits for another host keeps nobody from decoding."""
+"""Images are read within the time limit of their request, and slow hosts do not delay decoding."""
 
 import asyncio
 import threading
@@ -9,10 +9,9 @@ import pytest
 from parcelray.config.serve import HttpConfig, RequestLimits
 from parcelray.models.backbones.processor_base import ElasticProcessor
 from parcelray.serving.engine.engine import PromptBuilder
-from parcelray.serving.http import image_reader
+from parcelray.serving.http import images
 from parcelray.serving.http.api_errors import ApiError
-from parcelray.serving.http.image_reader import ImageReader
-from parcelray.serving.http.images import open_image
+from parcelray.serving.http.images import ImageReader, open_image
 from tests.serving.http.test_api import data_url
 from tests.serving.http.test_hostile import picture
 from tests.serving.local import PATIENCE_S
@@ -32,7 +31,7 @@ def test_an_image_that_takes_too_long_is_a_503(
         answered.wait()
         return open_image(*arguments)
 
-    monkeypatch.setattr(image_reader, "open_image", slow)
+    monkeypatch.setattr(images, "open_image", slow)
     with pytest.raises(ApiError) as refused:
         asyncio.run(reader.read(PromptBuilder(processor), {"url": data_url(picture("PNG"))}, 0.1))
     assert (refused.value.status, refused.value.code, refused.value.headers["retry-after"]) == (
@@ -43,19 +42,19 @@ def test_an_image_that_takes_too_long_is_a_503(
     answered.set()
 
 
-def test_hosts_that_do_not_answer_keep_no_image_from_being_decoded(
+def test_hosts_that_do_not_answer_do_not_delay_decoding(
     reader: ImageReader, processor: ElasticProcessor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     answered = threading.Event()
-    asked: list[str] = []
+    fetched: list[str] = []
 
     def silent(url: str, *_: Any) -> bytes:
-        asked.append(url)
+        fetched.append(url)
         answered.wait()
         return picture("PNG")
 
-    monkeypatch.setattr(image_reader, "fetch_image", silent)
-    monkeypatch.setattr(image_reader, "TIMEOUT_S", PATIENCE_S)
+    monkeypatch.setattr(images, "fetch_image", silent)
+    monkeypatch.setattr(images, "TIMEOUT_S", PATIENCE_S)
     prompts = PromptBuilder(processor)
 
     async def run() -> None:
@@ -63,7 +62,7 @@ def test_hosts_that_do_not_answer_keep_no_image_from_being_decoded(
             asyncio.create_task(reader.read(prompts, {"url": "https://images.example.com/a.png"}, PATIENCE_S))
             for _ in range(20)
         ]
-        while not asked:
+        while not fetched:
             await asyncio.sleep(0)
         (image,) = await reader.read(prompts, {"url": data_url(picture("PNG"))}, PATIENCE_S)
         assert image.side == prompts.image_size
@@ -78,8 +77,8 @@ def test_a_host_that_does_not_answer_is_a_422(
     reader: ImageReader, processor: ElasticProcessor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     answered = threading.Event()
-    monkeypatch.setattr(image_reader, "fetch_image", lambda *_: answered.wait())
-    monkeypatch.setattr(image_reader, "TIMEOUT_S", 0.05)
+    monkeypatch.setattr(images, "fetch_image", lambda *_: answered.wait())
+    monkeypatch.setattr(images, "TIMEOUT_S", 0.05)
     with pytest.raises(ApiError) as refused:
         asyncio.run(reader.read(PromptBuilder(processor), {"url": "https://images.example.com/a.png"}, PATIENCE_S))
     assert (refused.value.status, refused.value.code, refused.value.param) == (422, "image_not_fetched", "url")

@@ -1,9 +1,14 @@
-"""Models with random weights at any backbone's shape: time and memory do not depend on what the weights are."""
+"""The workload of benches: models with random weights at any backbone's shape, and crops of real photographs.
+
+Time and memory of a model do not depend on its weights, so no checkpoint is needed.
+"""
 
 from pathlib import Path
 from typing import cast
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from parcelray.models.backbones import (
     ElasticLlavaConfig,
@@ -17,7 +22,7 @@ from parcelray.profiling.backbone_shapes import MINI_CONFIG, PRESETS, BackboneSh
 
 
 def random_model(config: ElasticConfig, device: torch.device) -> ElasticVLM:
-    """A model in evaluation mode with seeded random weights, in bf16 on a GPU and in fp32 on a CPU."""
+    """Builds a model in evaluation mode with seeded random weights, in bf16 on a GPU and in fp32 on a CPU."""
     kind = (
         ElasticLlavaForConditionalGeneration
         if isinstance(config, ElasticLlavaConfig)
@@ -27,7 +32,7 @@ def random_model(config: ElasticConfig, device: torch.device) -> ElasticVLM:
     before = torch.get_default_dtype()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(0)
-        # Made in its own precision: a 7B model in float32 first would not fit beside itself.
+        # Built directly in this precision: a 7B model would not fit into memory twice, in float32 and converted.
         torch.set_default_dtype(dtype)
         try:
             with torch.device(device):
@@ -40,11 +45,11 @@ def random_model(config: ElasticConfig, device: torch.device) -> ElasticVLM:
 
 
 def model_config(backbone: str, shape: BackboneShape) -> ElasticConfig:
-    """The transformers configuration of a backbone, without a connector.
+    """Returns the transformers configuration of a backbone, without a connector.
 
     Args:
         backbone: a name in `PRESETS`, `mini`, or a checkpoint folder.
-        shape: its shape, at the resolution that is wanted.
+        shape: shape of the backbone at the resolution to measure.
     """
     if backbone not in PRESETS:
         config = config_of(MINI_CONFIG.parent if backbone == "mini" else Path(backbone))
@@ -83,3 +88,22 @@ def model_config(backbone: str, shape: BackboneShape) -> ElasticConfig:
         vocab_size=shape.vocab_size,
         image_token_index=shape.vocab_size - 1,
     )
+
+
+def photographs(count: int, side: int, seed: int = 0) -> Tensor:
+    """Returns random square crops of scikit-learn's two photographs: [count, 3, side, side], values from -1 to 1."""
+    from sklearn.datasets import load_sample_images
+
+    rng = np.random.default_rng(seed)
+    pictures = load_sample_images().images
+    crops = []
+    for _ in range(count):
+        picture = pictures[rng.integers(len(pictures))]
+        top, left = (rng.integers(max(1, picture.shape[axis] - side)) for axis in (0, 1))
+        crop = torch.tensor(picture[top : top + side, left : left + side] / 127.5 - 1, dtype=torch.float32).permute(
+            2, 0, 1
+        )
+        if crop.shape[1:] != (side, side):
+            crop = torch.nn.functional.interpolate(crop[None], size=(side, side), mode="bilinear")[0]
+        crops.append(crop)
+    return torch.stack(crops)
