@@ -1,4 +1,4 @@
-"""What docs/serving.md and the README show of serving works as it stands, from the repository's root."""
+"""The requests in docs/serving.md and README.md work as printed, from the root of the repository."""
 
 import re
 import shutil
@@ -14,14 +14,14 @@ from tests.serving.local import PATIENCE_S, endpoint
 
 pytestmark = pytest.mark.serving
 ROOT = Path(__file__).resolve().parents[2]
-# The section of each that shows how to ask.
-PLACES = {"docs/serving.md": "## Asking", "README.md": "## Serving"}
+# File -> the section with its example requests.
+SECTIONS = {"docs/serving.md": "## Requests", "README.md": "## Serve"}
 
 
-def _example(place: str, language: str, containing: str) -> str:
-    """The one example of a language that does something, with the address of a local endpoint in it."""
-    text = (ROOT / place).read_text(encoding="utf-8")
-    section = re.split(r"^## ", text.partition(f"{PLACES[place]}\n")[2], flags=re.MULTILINE)[0]
+def _example(file: str, language: str, containing: str) -> str:
+    """Returns the only example in one language that contains a text; it must name the address of a local endpoint."""
+    text = (ROOT / file).read_text(encoding="utf-8")
+    section = re.split(r"^## ", text.partition(f"{SECTIONS[file]}\n")[2], flags=re.MULTILINE)[0]
     (found,) = [
         code
         for code in re.findall(rf"^```{language}\n(.*?)^```", section, flags=re.DOTALL | re.MULTILINE)
@@ -38,9 +38,9 @@ def url(model: ElasticVLM, processor: ElasticProcessor) -> Iterator[str]:
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
-@pytest.mark.parametrize("place", PLACES)
-def test_the_curl_example(url: str, place: str) -> None:
-    script = _example(place, "", "curl").replace("http://127.0.0.1:8000", url)
+@pytest.mark.parametrize("file", SECTIONS)
+def test_the_curl_example(url: str, file: str) -> None:
+    script = _example(file, "", "curl").replace("http://127.0.0.1:8000", url)
     found = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", script],
         cwd=ROOT,
@@ -54,14 +54,11 @@ def test_the_curl_example(url: str, place: str) -> None:
     assert '"content":"blue"' in found
 
 
-@pytest.mark.parametrize("place", PLACES)
-def test_the_python_example(
-    url: str, place: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_python_example(url: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(ROOT)
     script = (
-        _example(place, "python", "OpenAI").replace("http://127.0.0.1:8000", url)
+        _example("docs/serving.md", "python", "OpenAI").replace("http://127.0.0.1:8000", url)
         + "\nassert answer.usage.visual_tokens == 64"
     )
-    exec(compile(script, place, "exec"), {})
+    exec(compile(script, "docs/serving.md", "exec"), {})
     assert capsys.readouterr().out == "blue\n"
