@@ -64,7 +64,7 @@ for _command in (tune, serve, submit):
 @app.callback(invoke_without_command=True)
 def _version(show: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
     if show:
-        console().print(f"parcelray {__version__}", highlight=False)
+        console().print(f"parcelray {__version__}")
         raise typer.Exit
 
 
@@ -135,8 +135,8 @@ def main() -> None:
     try:
         app()
     except UserError as error:
-        console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        console(stderr=True).print(f"error: {error}", style="red", markup=False, soft_wrap=True)
         sys.exit(2)
     except ParcelrayError as error:
-        console(stderr=True).print(f"failed: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        console(stderr=True).print(f"failed: {error}", style="red", markup=False, soft_wrap=True)
         sys.exit(1)

@@ -16,7 +16,7 @@ def config_validate(job_file: JobFile, overrides: Set = []) -> None:
     """Validate a job file; exit code 2 and one line per error if it is invalid."""
     from parcelray.config.loader import identity
 
-    console().print(f"{job_file} is legal: {identity(load(job_file, overrides))}", highlight=False, soft_wrap=True)
+    console().print(f"{job_file} is legal: {identity(load(job_file, overrides))}", soft_wrap=True)
 
 
 @config_app.command("show")

@@ -49,7 +49,7 @@ def submit(
         )
         return
     sent = jobs.submit(job_file, identity=identity(job), address=address, overrides=overrides, again=again)
-    console().print(sent.message, highlight=False, soft_wrap=True)
+    console().print(sent.message, soft_wrap=True)
     if wait:
         raise typer.Exit(jobs.wait(sent.submission_id, address=address, write=sys.stdout.write).exit_code)
 

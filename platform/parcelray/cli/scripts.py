@@ -14,15 +14,13 @@ def run_script(work: Callable[[Console], object]) -> int:
     try:
         work(console)
     except UserError as error:
-        console.print(f"error: {error}", markup=False, highlight=False)
+        console.print(f"error: {error}", markup=False)
         return 2
     except ParcelrayError as error:
-        console.print(f"failed: {error}", markup=False, highlight=False)
+        console.print(f"failed: {error}", markup=False)
         return 1
     except KeyboardInterrupt:
-        console.print(
-            "Stopped. Finished work is kept; run the same command again to resume.", markup=False, highlight=False
-        )
+        console.print("Stopped. Finished work is kept; run the same command again to resume.", markup=False)
         return 130
     return 0
 

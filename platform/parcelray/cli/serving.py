@@ -52,9 +52,9 @@ def serve(
     pinned = pin(job)
     if build is not None:
         for warning in pinned.warnings:
-            console(stderr=True).print(warning, style="yellow", highlight=False, soft_wrap=True)
+            console(stderr=True).print(warning, style="yellow", soft_wrap=True)
         build.write_text(pinned.to_yaml(), encoding="utf-8")
-        console().print(f"Wrote {build}: serve deploy {build}", highlight=False, soft_wrap=True)
+        console().print(f"Wrote {build}: serve deploy {build}", soft_wrap=True)
         return
     run_endpoint(pinned, console(stderr=as_json), address=address)
 
@@ -69,9 +69,7 @@ def keys_add(
     from parcelray.serving.http.auth import add_key
 
     key = add_key(file, name, per_minute)
-    console(stderr=True).print(
-        f"New key {name}. It is printed only now; {file} keeps its hash.", highlight=False, soft_wrap=True
-    )
+    console(stderr=True).print(f"New key {name}. It is printed only now; {file} keeps its hash.", soft_wrap=True)
     typer.echo(key)
 
 
@@ -86,7 +84,6 @@ def keys_remove(
     remove_key(file, name)
     console().print(
         f"Removed the key {name} from {file}. Send SIGHUP to a running `parcelray serve` to apply it.",
-        highlight=False,
         soft_wrap=True,
     )
 

@@ -69,7 +69,6 @@ def tune(  # noqa: PLR0913 - options of a command
             return
         console().print(
             f"{path}: trial {chosen.key}. Run it with: parcelray {job.base.kind} {path}",
-            highlight=False,
             soft_wrap=True,
         )
         return
