@@ -1,7 +1,7 @@
-"""How much a vision encoder decides: redundancy of the tokens, and what is kept at equal budgets, on three mini LLaVAs trained alike.
+"""Compares vision encoders: redundancy of their tokens and retention at equal budgets, on three equally trained models.
 
-CLIP, SigLIP and ConvNeXt by default; a key `models.NAME` names another model, or one more, by any reference. At the
-four square budgets nearest to 5, 11, 20 and 30 %, which average pooling can give, too.
+The models are mini LLaVAs with CLIP, SigLIP and ConvNeXt towers. `models.NAME=REFERENCE` replaces or adds a model. The
+budgets are the four square numbers nearest to 5, 11, 20 and 30 % of the tokens, which average pooling supports too.
 
     python pipelines/encoders.py [--set models.SigLIP=FOLDER ...] [--set storage=FOLDER]
 """
@@ -30,7 +30,7 @@ def run(arguments: list[str], console: Console) -> None:
 
 
 def main() -> int:
-    """Runs the pipeline; `--set a.b=c` changes its job."""
+    """Runs the pipeline; `--set a.b=c` overrides keys of its job file."""
     return run_script(lambda console: run(sys.argv[1:], console))
 
 

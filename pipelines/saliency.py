@@ -1,7 +1,8 @@
-"""Saliency against the prompt, on the questions of a job: rank agreement by layer and head, what draws attention whatever the prompt, and heat maps.
+"""Compares attention maps across prompts, on the questions of a job file.
 
-48 images, each with its own question and those of two others; `parcelray analyze saliency` does the same with images
-and prompts of your own.
+Reports rank agreement by layer and head, attention that is independent of the prompt, and heat maps. It uses 48 images,
+each with its own question and those of two other images. `parcelray analyze saliency` does the same with your own
+images and prompts.
 
     python pipelines/saliency.py [--set count=48] [--set 'benchmarks=[{name: gqa, data: FOLDER}]']
 """
@@ -21,7 +22,7 @@ COUNT = 48
 
 
 def run(arguments: list[str], console: Console) -> None:
-    """Runs the study; a key of its own is `count=NUMBER`."""
+    """Runs the study; `count=NUMBER` among the overrides sets the number of images or questions."""
     count, changes = split_count(overrides_of(arguments), COUNT)
     job = load_job_of(EvaluateJob, JOB, changes)
     folder = Path(job.storage) / "studies" / f"saliency-{job.name}"
@@ -29,7 +30,7 @@ def run(arguments: list[str], console: Console) -> None:
 
 
 def main() -> int:
-    """Runs the pipeline; `--set a.b=c` changes its job."""
+    """Runs the pipeline; `--set a.b=c` overrides keys of its job file."""
     return run_script(lambda console: run(sys.argv[1:], console))
 
 

@@ -1,8 +1,9 @@
-"""Every training-free reducer on the mini suite at four retentions: accuracy against compute, against random sampling, and where families break.
+"""Evaluates every training-free reducer on the mini suite at four budgets.
 
-Asks the mini LLaVA, which was trained without compression, at 5, 11, 20 and 30 % of its 256 visual tokens, blind and in
-full; methods inside the decoder at budgets that they can have. Random sampling runs with five seeds. A second run
-computes nothing.
+Reports accuracy against compute, comparisons with random sampling, and the budgets at which families break down. The
+mini LLaVA, which was trained without compression, is evaluated at 5, 11, 20 and 30 % of its 256 visual tokens, blind
+and in full. Methods inside the decoder use budgets that they support. Random sampling runs with five seeds.
+A second run computes nothing.
 
     python pipelines/training_free.py [--set storage=FOLDER]
 """
@@ -19,7 +20,7 @@ JOB = Path(__file__).resolve().parent.parent / "jobs" / "evaluate" / "training_f
 
 
 def main() -> int:
-    """Runs the pipeline; `--set a.b=c` changes its job."""
+    """Runs the pipeline; `--set a.b=c` overrides keys of its job file."""
     return run_script(
         lambda console: run_reduction_study(load_job_of(EvaluateJob, JOB, overrides_of(sys.argv[1:])), console)
     )

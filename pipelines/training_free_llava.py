@@ -1,9 +1,10 @@
-"""Cluster & Aggregate at 64 of 576 visual tokens on GQA and TextVQA, on LLaVA-1.5-7B: with every kind of positions, against random and spatial sampling.
+"""Evaluates Cluster & Aggregate at 64 of the 576 visual tokens of LLaVA-1.5-7B on GQA and TextVQA.
 
-Blind and in full besides. The same budget as a share of the tokens is asked of another model.
+Compares all kinds of positions with random and spatial sampling, blind and the full model. For another model the budget
+is the same share of its tokens.
 
-    python pipelines/training_free_llava.py [--dry-run] [--set 'benchmarks=[{name: gqa, data: FOLDER}, {name:
-    textvqa_val, data: FOLDER}]']
+    python pipelines/training_free_llava.py [--dry-run]
+        [--set 'benchmarks=[{name: gqa, data: FOLDER}, {name: textvqa_val, data: FOLDER}]']
 """
 
 import sys
@@ -24,7 +25,7 @@ DRY_RUN = "--dry-run"
 
 
 def run(arguments: list[str], console: Console) -> None:
-    """Runs the study, or shows the plan of its first evaluation and stops."""
+    """Runs the study, or prints the plan of its first evaluation and returns."""
     job = load_job_of(EvaluateJob, JOB, overrides_of([argument for argument in arguments if argument != DRY_RUN]))
     if DRY_RUN in arguments:
         console.print(evaluation_plan(job).to_rich())
@@ -33,7 +34,7 @@ def run(arguments: list[str], console: Console) -> None:
 
 
 def main() -> int:
-    """Runs the pipeline; `--set a.b=c` changes its job."""
+    """Runs the pipeline; `--set a.b=c` overrides keys of its job file."""
     return run_script(lambda console: run(sys.argv[1:], console))
 
 

@@ -1,6 +1,9 @@
-"""Do attended tokens matter? Each visual token left out of 120 questions of a job; correlation with attention, against maps that are moved at random.
+"""Measures whether tokens with high attention matter for the answer, on 120 questions of a job file.
 
-python pipelines/validity.py [--set count=120] [--set 'benchmarks=[{name: gqa, data: FOLDER}]']
+Each visual token is left out in turn. The loss of likelihood is correlated with attention, and tested against attention
+maps that are shifted at random.
+
+    python pipelines/validity.py [--set count=120] [--set 'benchmarks=[{name: gqa, data: FOLDER}]']
 """
 
 import sys
@@ -18,7 +21,7 @@ COUNT = 120
 
 
 def run(arguments: list[str], console: Console) -> None:
-    """Runs the study; a key of its own is `count=NUMBER`."""
+    """Runs the study; `count=NUMBER` among the overrides sets the number of images or questions."""
     count, changes = split_count(overrides_of(arguments), COUNT)
     job = load_job_of(EvaluateJob, JOB, changes)
     folder = Path(job.storage) / "studies" / f"validity-{job.name}"
@@ -26,7 +29,7 @@ def run(arguments: list[str], console: Console) -> None:
 
 
 def main() -> int:
-    """Runs the pipeline; `--set a.b=c` changes its job."""
+    """Runs the pipeline; `--set a.b=c` overrides keys of its job file."""
     return run_script(lambda console: run(sys.argv[1:], console))
 
 
