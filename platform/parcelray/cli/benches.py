@@ -33,7 +33,9 @@ def bench_evaluate(
             min=500, help="Number of samples of the smaller of two evaluations whose peak memory is measured."
         ),
     ] = 5000,
-    large: Annotated[int, typer.Option(min=1000, help="Number of samples of the larger one.")] = 20000,
+    large: Annotated[
+        int, typer.Option(min=1000, help="Number of samples of the larger of the two evaluations.")
+    ] = 20000,
     as_json: AsJson = False,
 ) -> None:
     """Measure one pass for all budgets, shared images, Ray Data against a plain loop, and peak memory."""

@@ -81,7 +81,10 @@ def evaluate_score(
         ),
     ] = [],
     need_within: Annotated[
-        float, typer.Option(help="Loss in percent of the full score that the needed budget of a benchmark may have.")
+        float,
+        typer.Option(
+            help="Tolerance in percent: the needed budget is the smallest one whose score is this close to the full score."
+        ),
     ] = 5.0,
     as_json: AsJson = False,
 ) -> None:

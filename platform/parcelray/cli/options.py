@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from parcelray.config.loader import Job
 
 JobFile = Annotated[
-    Path, typer.Argument(help="Path of a job file, for example jobs/train/quickstart.yaml.", show_default=False)
+    Path, typer.Argument(help="Path of a job file (YAML); examples are in the folder jobs/.", show_default=False)
 ]
 Set = Annotated[
     list[str],
@@ -39,7 +39,7 @@ Address = Annotated[
 JobsAddress = Annotated[
     str | None,
     typer.Option(
-        help="URL of the cluster's dashboard, for example http://127.0.0.1:8265; default: RAY_API_SERVER_ADDRESS.",
+        help="URL of the cluster's dashboard, for example http://127.0.0.1:8265; default: RAY_API_SERVER_ADDRESS, otherwise RAY_ADDRESS.",
         show_default=False,
     ),
 ]
