@@ -83,7 +83,7 @@ def evaluate_score(
     need_within: Annotated[
         float,
         typer.Option(
-            help="Tolerance in percent: the needed budget is the smallest one whose score is this close to the full score."
+            help="Tolerance in percent; the smallest budget with a score this close to the full one is needed."
         ),
     ] = 5.0,
     as_json: AsJson = False,

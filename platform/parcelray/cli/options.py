@@ -39,7 +39,7 @@ Address = Annotated[
 JobsAddress = Annotated[
     str | None,
     typer.Option(
-        help="URL of the cluster's dashboard, for example http://127.0.0.1:8265; default: RAY_API_SERVER_ADDRESS, otherwise RAY_ADDRESS.",
+        help="URL of the Ray dashboard, http://HOST:8265; default: RAY_API_SERVER_ADDRESS, otherwise RAY_ADDRESS.",
         show_default=False,
     ),
 ]
