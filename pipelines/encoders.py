@@ -1,7 +1,8 @@
-"""Compares vision encoders: redundancy of their tokens and retention at equal budgets, on three equally trained models.
+"""Compares vision encoders: token redundancy, and retention of the same reduction methods at equal budgets.
 
-The models are mini LLaVAs with CLIP, SigLIP and ConvNeXt towers. `models.NAME=REFERENCE` replaces or adds a model. The
-budgets are the four square numbers nearest to 5, 11, 20 and 30 % of the tokens, which average pooling supports too.
+The default models are three mini LLaVAs with CLIP, SigLIP and ConvNeXt, trained in the same way.
+`--set models.NAME=REF` replaces or adds a model. The budgets are the four square numbers nearest to 5, 11, 20 and 30 %
+of the tokens, because average pooling supports only square numbers.
 
     python pipelines/encoders.py [--set models.SigLIP=FOLDER ...] [--set storage=FOLDER]
 """
@@ -30,7 +31,7 @@ def run(arguments: list[str], console: Console) -> None:
 
 
 def main() -> int:
-    """Runs the pipeline; `--set a.b=c` overrides keys of its job file."""
+    """Runs the pipeline with the command-line arguments."""
     return run_script(lambda console: run(sys.argv[1:], console))
 
 

@@ -1,8 +1,8 @@
-"""Compares attention maps across prompts, on the questions of a job file.
+"""Studies how much saliency depends on the prompt, on the samples of a job.
 
-Reports rank agreement by layer and head, attention that is independent of the prompt, and heat maps. It uses 48 images,
-each with its own question and those of two other images. `parcelray analyze saliency` does the same with your own
-images and prompts.
+The study gives rank agreement by layer and head, the patch properties that attract attention, and heat maps. It uses
+48 images, each with its own prompt and those of two other images. `parcelray analyze saliency` does the same with a
+folder of images and given prompts.
 
     python pipelines/saliency.py [--set count=48] [--set 'benchmarks=[{name: gqa, data: FOLDER}]']
 """
@@ -22,7 +22,7 @@ COUNT = 48
 
 
 def run(arguments: list[str], console: Console) -> None:
-    """Runs the study; `count=NUMBER` among the overrides sets the number of images or questions."""
+    """Runs the study; the argument `--set count=NUMBER` sets the number of images."""
     count, changes = split_count(overrides_of(arguments), COUNT)
     job = load_job_of(EvaluateJob, JOB, changes)
     folder = Path(job.storage) / "studies" / f"saliency-{job.name}"
@@ -30,7 +30,7 @@ def run(arguments: list[str], console: Console) -> None:
 
 
 def main() -> int:
-    """Runs the pipeline; `--set a.b=c` overrides keys of its job file."""
+    """Runs the pipeline with the command-line arguments."""
     return run_script(lambda console: run(sys.argv[1:], console))
 
 

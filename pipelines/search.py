@@ -1,13 +1,12 @@
-"""Searches the split of every budget on one supernet, and the cluster count, on a laptop (`make search`).
+"""The searches on a laptop, run by `make search`: the split of every budget on one supernet, and the cluster count, without one training a point.
 
-Trains the supernet and, equally long, the baselines M3 and MQT. Then searches 63 splits, and clusters on the mini
-LLaVA, without training per point. With --confirm it also trains a few splits separately to check the ranking of the
-supernet.
+Trains the supernet and, as long, M3 and MQT to draw beside it; searches 63 splits; searches clusters on the mini LLaVA.
+With --confirm it also trains a few splits by themselves, to see whether the supernet ranked them well.
 
     python pipelines/search.py [--confirm] [--set a.b=c ...]
 
-A key that starts with `splits.` or `clusters.` belongs to that search, any other to the training of the supernet. A
-second run computes nothing; an interrupted run resumes.
+A key that starts with `splits.` or `clusters.` is of that search, any other of the supernet's training. A second run
+does nothing and says so; an interrupted one goes on where it was.
 """
 
 import sys
@@ -35,12 +34,12 @@ RIVALS = {
         "budget": {"type": "uniform", "budgets": {"start": 4, "stop": 256, "step": 4}},
     },
 }
-"""Changes to the training of the supernet: the connector, and the budgets of the paper of each baseline."""
+"""What they change in the supernet's training: their connectors, and the budgets of their own papers."""
 CONFIRM = "--confirm"
 
 
 def jobs_of(overrides: Sequence[str]) -> tuple[TrainJob, TuneJob, TuneJob]:
-    """Returns the training of the supernet and the searches for splits and clusters, with their overrides."""
+    """The supernet's training, and the searches for splits and for clusters, with the searches' own changes."""
     own = {
         name: [each.removeprefix(name) for each in overrides if each.startswith(name)]
         for name in ("splits.", "clusters.")
@@ -62,7 +61,7 @@ def jobs_of(overrides: Sequence[str]) -> tuple[TrainJob, TuneJob, TuneJob]:
 
 
 def run(arguments: list[str], console: Console) -> None:
-    """Runs the parts that are not finished yet."""
+    """Runs what is missing."""
     supernet, splits, clusters = jobs_of(overrides_of([argument for argument in arguments if argument != CONFIRM]))
     uri = ensure_store(supernet.tracking.uri or "sqlite:///runs/mlflow.db")
     name = f"pipeline-search-{config_hash(supernet)}"

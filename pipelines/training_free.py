@@ -1,9 +1,8 @@
-"""Evaluates every training-free reducer on the mini suite at four budgets.
+"""Runs the study of training-free reduction with all methods on the mini suite, at four shares of the tokens.
 
-Reports accuracy against compute, comparisons with random sampling, and the budgets at which families break down. The
-mini LLaVA, which was trained without compression, is evaluated at 5, 11, 20 and 30 % of its 256 visual tokens, blind
-and in full. Methods inside the decoder use budgets that they support. Random sampling runs with five seeds.
-A second run computes nothing.
+It evaluates the mini LLaVA, which was trained without compression, at 5, 11, 20 and 30 % of its 256 visual tokens, with
+all tokens, and blind; methods inside the decoder use the nearest budgets that they support. Random sampling runs with
+five seeds. A second run computes nothing.
 
     python pipelines/training_free.py [--set storage=FOLDER]
 """
@@ -20,7 +19,7 @@ JOB = Path(__file__).resolve().parent.parent / "jobs" / "evaluate" / "training_f
 
 
 def main() -> int:
-    """Runs the pipeline; `--set a.b=c` overrides keys of its job file."""
+    """Runs the pipeline with the command-line arguments."""
     return run_script(
         lambda console: run_reduction_study(load_job_of(EvaluateJob, JOB, overrides_of(sys.argv[1:])), console)
     )

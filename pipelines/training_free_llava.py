@@ -1,10 +1,10 @@
-"""Evaluates Cluster & Aggregate at 64 of the 576 visual tokens of LLaVA-1.5-7B on GQA and TextVQA.
+"""Studies Cluster & Aggregate on LLaVA-1.5-7B at 64 of 576 visual tokens, on GQA and TextVQA.
 
-Compares all kinds of positions with random and spatial sampling, blind and the full model. For another model the budget
-is the same share of its tokens.
+All token placements are compared with random and spatial sampling, with all tokens, and blind. For another model, the
+budget is the same share of its tokens.
 
-    python pipelines/training_free_llava.py [--dry-run]
-        [--set 'benchmarks=[{name: gqa, data: FOLDER}, {name: textvqa_val, data: FOLDER}]']
+    python pipelines/training_free_llava.py [--dry-run] [--set 'benchmarks=[{name: gqa, data: FOLDER}, {name:
+    textvqa_val, data: FOLDER}]']
 """
 
 import sys
@@ -25,7 +25,7 @@ DRY_RUN = "--dry-run"
 
 
 def run(arguments: list[str], console: Console) -> None:
-    """Runs the study, or prints the plan of its first evaluation and returns."""
+    """Runs the study; with --dry-run, only prints the plan of its first evaluation."""
     job = load_job_of(EvaluateJob, JOB, overrides_of([argument for argument in arguments if argument != DRY_RUN]))
     if DRY_RUN in arguments:
         console.print(evaluation_plan(job).to_rich())
@@ -34,7 +34,7 @@ def run(arguments: list[str], console: Console) -> None:
 
 
 def main() -> int:
-    """Runs the pipeline; `--set a.b=c` overrides keys of its job file."""
+    """Runs the pipeline with the command-line arguments."""
     return run_script(lambda console: run(sys.argv[1:], console))
 
 

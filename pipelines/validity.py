@@ -1,7 +1,6 @@
-"""Measures whether tokens with high attention matter for the answer, on 120 questions of a job file.
+"""Studies whether attended tokens matter, by leaving out each visual token of 120 samples of a job.
 
-Each visual token is left out in turn. The loss of likelihood is correlated with attention, and tested against attention
-maps that are shifted at random.
+The loss without a token is correlated with its attention, and tested against attention maps that are shifted at random.
 
     python pipelines/validity.py [--set count=120] [--set 'benchmarks=[{name: gqa, data: FOLDER}]']
 """
@@ -21,7 +20,7 @@ COUNT = 120
 
 
 def run(arguments: list[str], console: Console) -> None:
-    """Runs the study; `count=NUMBER` among the overrides sets the number of images or questions."""
+    """Runs the study; the argument `--set count=NUMBER` sets the number of samples."""
     count, changes = split_count(overrides_of(arguments), COUNT)
     job = load_job_of(EvaluateJob, JOB, changes)
     folder = Path(job.storage) / "studies" / f"validity-{job.name}"
@@ -29,7 +28,7 @@ def run(arguments: list[str], console: Console) -> None:
 
 
 def main() -> int:
-    """Runs the pipeline; `--set a.b=c` overrides keys of its job file."""
+    """Runs the pipeline with the command-line arguments."""
     return run_script(lambda console: run(sys.argv[1:], console))
 
 

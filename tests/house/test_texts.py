@@ -11,8 +11,8 @@ import typer
 from parcelray import cli
 
 ROOT = Path(__file__).resolve().parents[2]
-BINARY = {".safetensors", ".png", ".jpg", ".parquet", ".npz", ".pt2", ".woff2", ".ico", ".gif", ".pdf"}
-# Split into parts, so that this file passes its own test.
+BINARY = {".safetensors", ".pkl", ".png", ".jpg", ".parquet", ".npz", ".pt2", ".woff2", ".ico", ".gif", ".pdf"}
+# Written in pieces, so that this file passes its own test.
 REGISTRY_HOSTS = [
     ".".join(parts)
     for parts in (
