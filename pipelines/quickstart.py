@@ -76,8 +76,8 @@ def run(job: TrainJob, console: Console) -> None:
     finished = folder / f"{name}.done"
     if finished.is_file():
         console.print(
-            f"{name} is done; nothing to compute. Remove {folder} and {job.storage}/train/quickstart-* to run"
-            " it again.\n",
+            f"{name} is done; nothing to compute. Remove {folder} and {job.storage}/train/quickstart-* to start"
+            " anew.\n",
             highlight=False,
         )
         console.print(finished.read_text(encoding="utf-8"), markup=False, highlight=False)
