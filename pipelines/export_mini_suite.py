@@ -1,7 +1,9 @@
-"""Writes the mini suite as parquet, for readers that want files: `python pipelines/export_mini_suite.py FOLDER [SAMPLES]`.
+"""Writes the mini suite as parquet files.
 
-SAMPLES are per family and split (1000 if left out). The folder is then the `data.path` of a job with `data.type:
-parquet`.
+    python pipelines/export_mini_suite.py FOLDER [SAMPLES]
+
+SAMPLES is the number of samples per family and split (default: 1000). Use the folder as `data.path` of a job with
+`data.type: parquet`.
 """
 
 import sys
@@ -12,12 +14,12 @@ from parcelray.datasets.mini.scenes import SPLITS
 
 
 def main() -> int:
-    """Writes all splits and says where."""
+    """Writes all splits and prints their size and folder."""
     arguments = sys.argv[1:]
     if not 1 <= len(arguments) <= 2 or (len(arguments) == 2 and not arguments[1].isdecimal()):
         sys.stderr.write(
-            f"error: {' '.join(arguments) or 'no argument'} is not understood; give a folder, and how many samples per"
-            " family and split.\n"
+            f"error: the arguments are {' '.join(arguments) or 'empty'}; give a folder and, optionally, the number of"
+            " samples per family and split.\n"
         )
         return 2
     folder, count = Path(arguments[0]), int(arguments[1]) if len(arguments) == 2 else 1000

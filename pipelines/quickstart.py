@@ -1,10 +1,10 @@
-"""The whole loop on a laptop, run by `make quickstart`.
+"""Runs the whole loop on a laptop (`make quickstart`).
 
 Trains PARCEL, M3 and MQT from the mini base on a local Ray, compares them at three budgets with the vanilla base
-trained as long, registers the best, and lets it answer one question at every budget.
+trained as long, registers the best, and asks it one question at every budget.
 
-A second run does nothing and says so; an interrupted one goes on where it was. What `--set` changes is trained under a
-name of its own, and what it does not change is not trained again.
+A second run computes nothing; an interrupted run resumes. What `--set` changes is trained under a new name; what it
+does not change is not trained again.
 """
 
 import sys
@@ -35,7 +35,7 @@ MODEL_NAME = "parcelray-mini"
 
 
 def comparison_jobs(parcel: TrainJob) -> dict[str, TrainJob]:
-    """PARCEL's job and its rivals': the same base, data, steps and seed; each method draws from the budgets of its own paper."""
+    """Returns the jobs of PARCEL and its baselines: same base, data, steps and seed, budgets of each paper."""
     return {
         REFERENCE: _variant(
             parcel, REFERENCE, connector=None, budget=UniformBudgets(budgets=(256,)), validation={"budgets": (256,)}
@@ -52,7 +52,10 @@ def comparison_jobs(parcel: TrainJob) -> dict[str, TrainJob]:
 
 
 def named_jobs(parcel: TrainJob, shipped: TrainJob) -> dict[str, TrainJob]:
-    """The jobs of the comparison, each under the shipped name only if it is the shipped job: a name belongs to one configuration."""
+    """Returns the jobs of the comparison; a job that differs from the shipped one gets a new name.
+
+    A name belongs to one configuration.
+    """
     jobs = comparison_jobs(parcel)
     for method, known in comparison_jobs(shipped).items():
         changed = config_hash(jobs[method])
@@ -62,7 +65,7 @@ def named_jobs(parcel: TrainJob, shipped: TrainJob) -> dict[str, TrainJob]:
 
 
 def run(job: TrainJob, console: Console) -> None:
-    """Runs the pipeline with everything that it has not done before."""
+    """Runs the parts of the pipeline that are not finished yet."""
     assert job.report is not None
     folder = Path(job.storage) / "quickstart"
     jobs = named_jobs(job, load_job_of(TrainJob, JOB))
@@ -111,7 +114,7 @@ def _record(uri: str, run_id: str, frontier: Frontier, table: Path, picture: Pat
         metrics = {f"test/{point.method}/score": point.overall.value}
         if point.retention is not None:
             metrics[f"test/{point.method}/retention"] = point.retention.value
-        # The step axis is the budget, so that MLflow draws the frontier.
+        # The step is the budget, so that MLflow plots the score against the budget.
         tracker.log_metrics(metrics, point.num_visual_tokens)
     tracker.log_artifact(table)
     tracker.log_figure_file(picture)
@@ -119,7 +122,7 @@ def _record(uri: str, run_id: str, frontier: Frontier, table: Path, picture: Pat
 
 
 def _answer(job: TrainJob, uri: str, console: Console) -> None:
-    """One test question, answered by the registered champion at every budget."""
+    """Prints the answers of the registered champion to one test question at every budget."""
     assert job.report is not None
     path, pinned = resolve_registry(f"models:/{MODEL_NAME}@champion", uri)
     sample = held_out_samples(job.data, "test", 1, image_size_of(path))[0]
@@ -132,7 +135,7 @@ def _answer(job: TrainJob, uri: str, console: Console) -> None:
 
 
 def main() -> int:
-    """Runs the quickstart; `--set a.b=c` changes its job."""
+    """Runs the quickstart; `--set a.b=c` overrides keys of its job file."""
     return run_script(lambda console: run(load_job_of(TrainJob, JOB, overrides_of(sys.argv[1:])), console))
 
 

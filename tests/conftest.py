@@ -1,4 +1,4 @@
-"""The environment of every test, fixed before torch, Ray or MLflow is imported, and the fixtures that all tests share."""
+"""The environment of every test, set before torch, Ray or MLflow is imported, and the fixtures that all tests share."""
 
 import os
 import shutil
@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # over the cores; `make test-portable` also runs with two.
 _THREADS = os.environ.get("PARCELRAY_TEST_THREADS", "1")
 
-# Ray's sockets lie below RAY_TMPDIR and a socket's path may have 107 bytes, so the folder's name is short.
+# Ray's sockets are below RAY_TMPDIR. The path of a socket may have at most 107 bytes, so the folder has a short name.
 _SESSION_DIR = Path(tempfile.mkdtemp(prefix="pr"))
 
 _ENVIRONMENT = {
@@ -24,7 +24,7 @@ _ENVIRONMENT = {
     "MKL_NUM_THREADS": _THREADS,
     "TOKENIZERS_PARALLELISM": "false",
     "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
-    # Caches, tokens and logs of a test stay out of the user's home.
+    # Tests write caches, tokens and logs here instead of the home folder of the user.
     "HOME": str(_SESSION_DIR),
     "HF_HOME": str(_SESSION_DIR / "hf"),
     "MPLCONFIGDIR": str(_SESSION_DIR / "mpl"),
@@ -33,18 +33,18 @@ _ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "TRANSFORMERS_VERBOSITY": "error",
-    # The Train controller polls its workers every two seconds unless told otherwise; a report waits for the poll.
+    # By default the Train controller polls its workers every two seconds, and each report waits for the poll.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
-    # Ray's default is nice 15: next to other busy processes its workers then get 3 % of a core, and limits inside Ray,
-    # for example for the start of Serve's proxy, end before they have done anything.
+    # Ray's default is nice 15. Next to other busy processes its workers then get 3 % of a core, and time limits inside
+    # Ray, for example for the start of Serve's proxy, expire before the workers have done anything.
     "RAY_worker_niceness": "0",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_LOGGING_LEVEL": "ERROR",
     "GIT_PYTHON_REFRESH": "quiet",
-    # Ray's workers and the tests' own subprocesses find the package also where it is not installed.
+    # Ray's workers and subprocesses of tests find the package even if it is not installed.
     "PYTHONPATH": os.pathsep.join(part for part in (str(ROOT / "platform"), os.environ.get("PYTHONPATH", "")) if part),
 }
 _LEFT_OUT = (
@@ -66,7 +66,7 @@ def pytest_unconfigure() -> None:
     shutil.rmtree(_SESSION_DIR, ignore_errors=True)
 
 
-# Files that take longest, in this order: two processes that share the files then end at about the same time.
+# The slowest test files come first, so that two processes that share the files end at about the same time.
 _LONGEST = (
     "training/test_trainer.py",
     "evaluation/passes/test_ray_pass.py",
@@ -92,47 +92,47 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def _threads() -> None:
-    """Sets the number of threads anew, which a test before may have changed for the whole process."""
+    """Resets the number of threads, which an earlier test may have changed for the whole process."""
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(int(_THREADS))
 
 
 @pytest.fixture(scope="session")
 def repo_root() -> Path:
-    """The root of the repository."""
+    """Returns the root of the repository."""
     return ROOT
 
 
 @pytest.fixture(scope="session")
 def nlvr_dir() -> Path:
-    """The folder with NLVR's dev.parquet and test.parquet; a test that uses it is skipped without them."""
+    """Returns the folder with dev.parquet and test.parquet of NLVR; without them the test is skipped."""
     return Path(os.environ["PARCELRAY_NLVR"])
 
 
 @pytest.fixture(scope="session")
 def puzzlevqa_dir() -> Path:
-    """The folder with PuzzleVQA's TYPE.json and images/; a test that uses it is skipped without them."""
+    """Returns the folder with TYPE.json and images/ of PuzzleVQA; without them the test is skipped."""
     return Path(os.environ["PARCELRAY_PUZZLEVQA"])
 
 
 @pytest.fixture(scope="session")
 def ray_session() -> Iterator[None]:
-    """One local Ray with four logical CPUs, shared by all tests that ask for it; a test that needs one of its own starts a process."""
-    # Imported here: most runs of the tests need no Ray, and it takes seconds to load.
+    """Starts one local Ray with four logical CPUs for all tests; a test that needs a separate Ray starts a process."""
+    # Imported here, because most test runs need no Ray, and it takes seconds to load.
     from parcelray.cluster import session
 
-    # Without an address Ray would join a cluster that somebody else runs on this machine.
+    # Without an address Ray would join a cluster that already runs on this machine.
     with session.ray_session("local", num_cpus=4, object_store_bytes=300 * 1024**2):
         yield
 
 
 @pytest.fixture(scope="session")
 def tiny_start(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """The section `model` of a job that starts from a tiny untrained checkpoint.
+    """Returns the section `model` of a job that starts from a tiny untrained checkpoint.
 
-    A job from scratch would train its tokenizer in every worker and every reader.
+    A job that starts from random weights would train its tokenizer in every worker and reader.
     """
-    # Imported here: it loads torch and transformers, which most runs of single files do not need.
+    # Imported here, because it loads torch and transformers, which many test files do not need.
     from .tiny import tiny_checkpoint
 
     return {"type": "checkpoint", "reference": str(tiny_checkpoint(tmp_path_factory.mktemp("start"), seed=3))}
@@ -140,7 +140,7 @@ def tiny_start(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def without_pictures() -> Iterator[None]:
-    """Makes evaluations leave an empty file for their picture: drawing it takes as long as a tiny model's answers."""
+    """Replaces figures of evaluations by empty files; drawing takes as long as the answers of a tiny model."""
 
     def plot(summary: object, path: Path) -> None:
         path.touch()
@@ -150,7 +150,7 @@ def without_pictures() -> Iterator[None]:
         yield
 
 
-# Fixture of a folder with public data -> its environment variable and what must be in the folder.
+# Fixture of a folder with public data -> its environment variable, and names that must be in the folder.
 _DATA = {
     "nlvr_dir": ("PARCELRAY_NLVR", ("dev.parquet", "test.parquet")),
     "puzzlevqa_dir": ("PARCELRAY_PUZZLEVQA", ("venn.json", "images")),

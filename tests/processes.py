@@ -1,4 +1,4 @@
-"""Waiting for what other processes do, and ending what a test started."""
+"""Waits for conditions that other processes cause, and ends processes that a test started."""
 
 import os
 import signal
@@ -8,11 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 LIMIT_S = 400.0
-"""Longest wait for a condition, seconds: only a hang reaches it, however busy the machine is."""
+"""Longest wait for a condition in seconds; only a hang reaches it, even on a busy machine."""
 
 
 def wait_until(condition: Callable[[], object], what: str, process: subprocess.Popen[bytes] | None = None) -> None:
-    """Waits for a condition; the test fails if the process that should bring it about ends first."""
+    """Waits for a condition; the test fails if the process that should cause it ends first."""
     deadline = time.monotonic() + LIMIT_S
     while not condition():
         if process is not None and process.poll() is not None:
@@ -23,13 +23,13 @@ def wait_until(condition: Callable[[], object], what: str, process: subprocess.P
 
 
 def own_ray() -> dict[str, str]:
-    """The environment of a command that starts a Ray of its own, also where this process is connected to a shared one."""
+    """Returns an environment in which a command starts a new Ray, even if this process is connected to a shared one."""
     shared = ("RAY_ADDRESS", "RAY_GCS_SERVER_PORT", "RAY_AUTH_TOKEN")
     return {name: value for name, value in os.environ.items() if name not in shared}
 
 
 def end_session(leader: int) -> None:
-    """Ends what is left of a process session."""
+    """Kills the remaining processes of a process session."""
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:

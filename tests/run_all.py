@@ -1,8 +1,7 @@
-"""Run the tests in three groups and print one summary: failures, slowest tests, and skipped tests with their reasons.
+"""Runs the tests in three groups and prints one summary: failures, slowest tests, skipped tests and the reasons.
 
-`make test` and `make test-all` call this. A group that fails does not keep the next one from running. Ray's tests have
-groups of their own because a process that is connected to Ray differs from one that is not. Ray Serve keeps both cores
-busy by itself.
+`make test` and `make test-all` call this. If a group fails, the next one still runs. Tests with Ray have separate
+groups, because a process that is connected to Ray differs from one that is not. Ray Serve alone uses both cores.
 """
 
 import argparse
@@ -15,7 +14,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
-# Two processes, each with whole files: fixtures of a module are made once. The order is that of conftest.py.
+# Two processes share the files, so that module fixtures are created once. The order is that of conftest.py.
 _TWO_PROCESSES = ("-n", "2", "--dist", "loadscope", "--no-loadscope-reorder")
 _GROUPS = {"not ray": _TWO_PROCESSES, "ray and not serving": _TWO_PROCESSES, "ray and serving": ()}
 """Marker expression -> options of pytest."""
@@ -29,11 +28,11 @@ class _Case(NamedTuple):
     outcome: str
     """passed, failed or skipped."""
     reason: str
-    """Why it was skipped."""
+    """Reason why it was skipped."""
 
 
 def main() -> int:
-    """Return 0 if no group failed, otherwise 1."""
+    """Runs all groups; returns 0 if none failed, otherwise 1."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--nightly", action="store_true", help="also run the tests with the marker `nightly`")
     excluded = "not gpu" if parser.parse_args().nightly else "not gpu and not nightly"

@@ -1,4 +1,4 @@
-"""MLflow stores for tests: creating the schema of a database takes a second, copying an empty database takes none."""
+"""MLflow stores for tests, copied from one empty database because creating the schema takes a second."""
 
 import os
 import shutil
@@ -10,7 +10,7 @@ from parcelray.tracking.store import ensure_store
 
 
 def new_store(folder: Path) -> str:
-    """The tracking URI of a fresh, empty store in a folder."""
+    """Creates an empty store in a folder and returns its tracking URI."""
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(_empty_database(), folder / "mlflow.db")
     return f"sqlite:///{folder}/mlflow.db"
@@ -18,7 +18,7 @@ def new_store(folder: Path) -> str:
 
 @cache
 def _empty_database() -> Path:
-    # HOME is the folder of this test session, see conftest.py, and is removed at its end.
+    # HOME is the folder of this test session (see conftest.py), which is removed at its end.
     path = Path(tempfile.mkdtemp(prefix="store", dir=os.environ["HOME"])) / "mlflow.db"
     ensure_store(f"sqlite:///{path}")
     return path

@@ -1,13 +1,16 @@
-"""The command line as its user meets it: what it prints, and how it ends."""
+"""The command line as a user runs it: output, error messages and exit codes."""
 
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 import yaml
+from typer.core import TyperOption
 
 from parcelray import cli
 from parcelray.config.loader import load_job_of
@@ -19,7 +22,7 @@ from parcelray.tuning.trial_record import FinishedTrial, TrialRecord, point_key
 from ..training.conftest import TINY
 
 BASE = "jobs/train/mini_base.yaml"
-# What --help must not wait for.
+# Libraries that --help must not load.
 HEAVY = ("torch", "ray", "mlflow", "transformers", "pydantic", "pyarrow", "numpy")
 
 
@@ -58,7 +61,7 @@ def _job_file(folder: Path, **changes: Any) -> Path:
     return path
 
 
-def test_help_waits_for_nothing_heavy() -> None:
+def test_help_loads_no_heavy_library() -> None:
     program = (
         "import sys; sys.argv = ['parcelray', '--help']\n"
         "from parcelray.cli import main\n"
@@ -68,15 +71,44 @@ def test_help_waits_for_nothing_heavy() -> None:
     )
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert found.stderr == ""
-    for command in ("train", "config", "flops", "submit", "jobs", "bench"):
-        assert command in found.stdout
+    order = ["Run", "train", "tune", "evaluate", "serve", "Cluster", "submit", "jobs"]
+    order += ["Inspect", "models", "benchmarks", "flops", "analyze", "bench", "Set up", "config", "keys"]
+    # Each name opens a line, behind the border of a panel: `- Run ---` or `| train   Train a model`.
+    lines = [line.lstrip("\u2502\u256d\u2500|+- ") for line in found.stdout.splitlines()]
+    openings = [next((name for name in order if f"{line} ".startswith(f"{name} ")), None) for line in lines]
+    assert [name for name in openings if name] == order
 
 
-def test_the_version(run: Any) -> None:
+def test_every_option_says_what_it_sets_and_its_default() -> None:
+    without = [
+        f"{path} {parameter.name}"
+        for path, command in _commands(typer.main.get_command(cli.app), "parcelray")
+        for parameter in command.params
+        if not parameter.help
+        or (
+            # A flag is off by default; typer prints the default of other options unless it is told not to.
+            isinstance(parameter, TyperOption)
+            and not parameter.is_flag
+            and not parameter.show_default
+            and "default:" not in parameter.help
+            and not parameter.help.startswith("With --")
+        )
+    ]
+    assert without == []
+
+
+def _commands(command: Any, path: str) -> Iterator[tuple[str, Any]]:
+    """Yields a command and all commands below it, each with its path."""
+    yield path, command
+    for name, below in getattr(command, "commands", {}).items():
+        yield from _commands(below, f"{path} {name}")
+
+
+def test_version(run: Any) -> None:
     assert run("--version").out.startswith("parcelray 0.")
 
 
-def test_a_legal_job_file_is_named_by_its_identity(run: Any) -> None:
+def test_validate_prints_the_identity_of_a_legal_job_file(run: Any) -> None:
     found = run("config", "validate", BASE)
     assert found.code == 0
     assert "is legal: train-mini_base-" in found.out
@@ -92,7 +124,7 @@ def test_show_fills_in_the_defaults_and_can_be_read_back(run: Any, tmp_path: Pat
     assert json.loads(run("config", "show", str(again), "--json").out) == data
 
 
-def test_the_schema_is_one_of_json_schema(run: Any) -> None:
+def test_config_schema_prints_a_json_schema(run: Any) -> None:
     schema = json.loads(run("config", "schema", "train").out)
     assert schema["additionalProperties"] is False
     assert {"model", "data", "training"} <= set(schema["properties"])
@@ -119,7 +151,9 @@ def test_the_schema_is_one_of_json_schema(run: Any) -> None:
         (("flops", "--backbone", "nowhere"), ("nowhere", "paligemma2-3b")),
     ],
 )
-def test_a_mistake_is_one_message_and_exit_code_2(run: Any, arguments: tuple[str, ...], words: tuple[str, ...]) -> None:
+def test_a_user_error_is_one_message_and_exit_code_2(
+    run: Any, arguments: tuple[str, ...], words: tuple[str, ...]
+) -> None:
     found = run(*arguments)
     assert found.code == 2
     assert "Traceback" not in found.err
@@ -127,7 +161,7 @@ def test_a_mistake_is_one_message_and_exit_code_2(run: Any, arguments: tuple[str
         assert word in found.err
 
 
-def test_flops_of_the_papers_backbone(run: Any) -> None:
+def test_flops_of_the_backbone_of_the_paper(run: Any) -> None:
     assert "connector" in run("flops", "--budgets", "16,256").out
     data = json.loads(run("flops", "--budgets", "16,256", "--frames", "1,16", "--json").out)
     assert data["backbone"]["name"] == "paligemma2-3b"
@@ -154,7 +188,7 @@ def test_a_dry_run_shows_the_plan_and_computes_nothing(run: Any, tmp_path: Path)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_training_runs_once_and_its_name_stays_its_own(run: Any, tmp_path: Path) -> None:
+def test_a_training_runs_once_and_another_configuration_is_refused_under_its_name(run: Any, tmp_path: Path) -> None:
     path = _job_file(tmp_path)
     first = run("train", str(path), "--json")
     assert first.code == 0, first.err
@@ -170,7 +204,7 @@ def test_a_training_runs_once_and_its_name_stays_its_own(run: Any, tmp_path: Pat
     assert "another name" in other.err
 
 
-def test_a_dry_submission_shows_what_would_be_sent_and_needs_no_cluster(run: Any) -> None:
+def test_submit_dry_run_prints_the_submission_and_needs_no_cluster(run: Any) -> None:
     arguments = ("submit", BASE, "--dry-run", "--set", "seed=5", "--address", "http://127.0.0.1:1")
     sent = json.loads(run(*arguments, "--json").out)
     assert sent["identity"].startswith("train-mini_base-")
@@ -184,7 +218,7 @@ def test_a_dry_submission_shows_what_would_be_sent_and_needs_no_cluster(run: Any
     assert sent["identity"] in shown.out
 
 
-def test_the_same_in_a_process_of_its_own(repo_root: Path) -> None:
+def test_a_user_error_in_a_separate_process(repo_root: Path) -> None:
     found = subprocess.run(
         [sys.executable, "-m", "parcelray.cli", "config", "validate", "nowhere.yaml"],
         cwd=repo_root,
@@ -196,19 +230,19 @@ def test_the_same_in_a_process_of_its_own(repo_root: Path) -> None:
     assert found.stdout == ""
 
 
-def test_an_analysis_of_no_model_is_refused(run: Any) -> None:
+def test_an_analysis_of_an_unknown_model_is_refused(run: Any) -> None:
     found = run("analyze", "saliency", "nothing")
     assert found.code == 2
     assert "neither an existing folder nor mini_base, mini_llava" in found.err
 
 
-def test_a_reduced_evaluation_is_planned(run: Any) -> None:
+def test_dry_run_of_an_evaluation_with_a_reducer(run: Any) -> None:
     found = run("evaluate", "run", "jobs/evaluate/training_free.yaml", "--dry-run", "--json")
     assert found.code == 0
     assert json.loads(found.out)["budgets"] == [13, 28, 51, 77]
 
 
-def test_an_empty_registry_and_jobs_of_another_kind(run: Any, tmp_path: Path) -> None:
+def test_an_empty_registry_and_job_files_of_another_kind(run: Any, tmp_path: Path) -> None:
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     assert json.loads(run("models", "list", "--tracking-uri", uri, "--json").out) == {"models": []}
     for command in ("show", "rollback"):
@@ -228,7 +262,7 @@ def test_an_empty_registry_and_jobs_of_another_kind(run: Any, tmp_path: Path) ->
     assert sent["entrypoint"] == "python -m parcelray.cli models promote jobs/promote/mini.yaml"
 
 
-def test_a_selection_reads_only_the_trials_of_its_own_search(run: Any, tmp_path: Path, repo_root: Path) -> None:
+def test_select_reads_only_the_trials_of_the_same_search(run: Any, tmp_path: Path, repo_root: Path) -> None:
     place = f"storage={tmp_path}"
     file = str(repo_root / "jobs" / "tune" / "cluster_count.yaml")
     RunFolder(load_job_of(TuneJob, file, [place])).claim()

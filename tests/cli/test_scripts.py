@@ -1,4 +1,4 @@
-"""How a script in pipelines/ ends."""
+"""Exit codes, messages and arguments of the scripts in pipelines/."""
 
 import pytest
 
@@ -11,11 +11,11 @@ from parcelray.errors import SystemFailure, UserError
     [
         (UserError("it is too large"), 2, "error: it is too large"),
         (SystemFailure("the store is away"), 1, "failed: the store is away"),
-        (KeyboardInterrupt(), 130, "the same command goes on"),
+        (KeyboardInterrupt(), 130, "run the same command again to resume"),
     ],
     ids=["user", "system", "ctrl-c"],
 )
-def test_what_ends_a_script_is_one_sentence_and_an_exit_code(
+def test_an_error_ends_a_script_with_one_sentence_and_an_exit_code(
     capsys: pytest.CaptureFixture[str], error: BaseException, code: int, words: str
 ) -> None:
     def broken(console: object) -> None:
@@ -25,11 +25,11 @@ def test_what_ends_a_script_is_one_sentence_and_an_exit_code(
     assert words in capsys.readouterr().out
 
 
-def test_a_script_that_does_its_work_ends_well() -> None:
+def test_a_script_without_error_exits_with_0() -> None:
     assert run_script(lambda console: None) == 0
 
 
-def test_arguments_are_overrides_and_a_count() -> None:
+def test_arguments_are_overrides_and_an_optional_count() -> None:
     assert overrides_of(["--set", "a=1", "--set", "count=3"]) == ["a=1", "count=3"]
     for arguments in (["--set"], ["--steps", "3"]):
         with pytest.raises(UserError, match=r"this pipeline takes only --set a\.b=c"):
@@ -37,5 +37,5 @@ def test_arguments_are_overrides_and_a_count() -> None:
     assert split_count(["a=1", "count=3"], 9) == (3, ["a=1"])
     assert split_count(["a=1"], 9) == (9, ["a=1"])
     for count in ("0", "-1", "many"):
-        with pytest.raises(UserError, match="legal is a whole number from 1 on"):
+        with pytest.raises(UserError, match="it must be an integer of at least 1"):
             split_count([f"count={count}"], 9)

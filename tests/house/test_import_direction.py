@@ -1,4 +1,4 @@
-"""Modules import downwards only, heavy libraries stay where they belong, and no module outgrows its subject."""
+"""Imports point downwards without cycles, heavy libraries are imported only where allowed, and modules stay small."""
 
 import ast
 import json
@@ -26,8 +26,8 @@ LAYERS = (
     ("pipelines",),
 )
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
-"""A folder imports only from lower levels; folders of one level do not import each other."""
-# A name stands for itself and everything below it.
+"""Folder -> its level. A folder imports only from lower levels; folders of one level do not import each other."""
+# Library -> modules and packages (with everything in them) that may import it.
 MAY_IMPORT = {
     "ray": (
         "cluster",
@@ -47,7 +47,7 @@ MAX_LINES = 450
 
 
 def _modules() -> dict[str, Path]:
-    """Dotted names below the package (`training.step`), and the scripts as `pipelines.<name>`."""
+    """Returns modules by dotted name inside the package (`training.step`), and the scripts as `pipelines.<name>`."""
     root = Path(__file__).resolve().parents[2]
     package = root / "platform" / "parcelray"
     found = {}
@@ -61,7 +61,7 @@ MODULES = _modules()
 
 
 def imported_names(source: str, module: str, is_package: bool) -> Iterator[str]:
-    """Yields the absolute dotted names that a module imports anywhere: at its top, inside functions, for typing only."""
+    """Yields the absolute dotted names of all imports of a module, also those in functions and for typing only."""
     package = module.split(".") if is_package else module.split(".")[:-1]
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -74,7 +74,7 @@ def imported_names(source: str, module: str, is_package: bool) -> Iterator[str]:
 
 
 def wrong_direction(module: str, imports: Iterator[str]) -> list[str]:
-    """Names of other parts of the package that do not lie below the module's own level."""
+    """Returns imported names of other folders of the package that are not below the level of the module."""
     part = module.split(".")[0]
     own = [name.removeprefix("parcelray.") for name in imports if name.startswith("parcelray.")]
     return sorted(
@@ -93,17 +93,19 @@ def _libraries(module: str) -> set[str]:
     return {name.split(".")[0] for name in _imports(module)}
 
 
-def _is_allowed(module: str, places: tuple[str, ...]) -> bool:
-    return any(module == place or module.startswith(f"{place}.") for place in places)
+def _is_allowed(module: str, allowed: tuple[str, ...]) -> bool:
+    return any(module == name or module.startswith(f"{name}.") for name in allowed)
 
 
-def test_every_module_has_a_layer() -> None:
-    unplaced = [module for module in MODULES if module not in ("", "__main__") and module.split(".")[0] not in LEVEL]
-    assert unplaced == [], "put each into a layer of design.md, or add a layer there and here"
+def test_every_module_has_a_level() -> None:
+    without_level = [
+        module for module in MODULES if module not in ("", "__main__") and module.split(".")[0] not in LEVEL
+    ]
+    assert without_level == [], "add each folder to LAYERS here and to docs/architecture.md"
 
 
 def test_imports_point_downwards() -> None:
-    # The package itself has no layer.
+    # The package itself has no level.
     wrong = {
         module: wrong_direction(module, iter(_imports(module))) for module in MODULES if module.split(".")[0] in LEVEL
     }
@@ -111,7 +113,7 @@ def test_imports_point_downwards() -> None:
 
 
 def test_no_modules_import_each_other_in_a_cycle() -> None:
-    # A module may name its own package, to import a sibling from it.
+    # A module may import its own package, to get a sibling module from it.
     graph = {
         module: (
             {
@@ -124,7 +126,7 @@ def test_no_modules_import_each_other_in_a_cycle() -> None:
         for module in MODULES
     }
     order = TopologicalSorter(graph)
-    # Raises CycleError, which names the modules of the cycle.
+    # Raises CycleError with the modules of the cycle.
     assert len(list(order.static_order())) == len(MODULES)
 
 
@@ -132,10 +134,10 @@ def test_ray_and_mlflow_stay_where_they_belong() -> None:
     misplaced = [
         f"{module} imports {library}"
         for module in MODULES
-        for library, places in MAY_IMPORT.items()
-        if library in _libraries(module) and not _is_allowed(module, places)
+        for library, allowed in MAY_IMPORT.items()
+        if library in _libraries(module) and not _is_allowed(module, allowed)
     ]
-    assert misplaced == [], f"legal places: {MAY_IMPORT}"
+    assert misplaced == [], f"allowed: {MAY_IMPORT}"
 
 
 def test_config_and_errors_import_nothing_heavy() -> None:
@@ -155,13 +157,13 @@ def test_light_modules_load_no_heavy_library(repo_root: Path) -> None:
     assert _loaded(light, repo_root) == {module: [] for module in light}
 
 
-def test_what_ray_loads_in_processes_without_a_model_needs_no_model_library(repo_root: Path) -> None:
+def test_modules_of_ray_processes_without_a_model_load_no_model_library(repo_root: Path) -> None:
     modules = ("serving.app", "training.ray_worker", "tuning.tune_run")
     assert _loaded(modules, repo_root) == {module: ["ray"] for module in modules}
 
 
 def _loaded(modules: tuple[str, ...], repo_root: Path) -> dict[str, list[str]]:
-    """The heavy libraries that are loaded once each module is; one after the other in one fresh process, as Ray takes seconds to load."""
+    """Returns the heavy libraries loaded after importing each module, one after the other in a fresh process."""
     code = (
         "import importlib, json, sys\n"
         "loaded = {}\n"
@@ -174,7 +176,7 @@ def _loaded(modules: tuple[str, ...], repo_root: Path) -> dict[str, list[str]]:
     return dict(json.loads(done.stdout))
 
 
-def test_the_guard_sees_every_kind_of_import() -> None:
+def test_imported_names_finds_every_kind_of_import() -> None:
     source = (
         "import ray.train\nfrom parcelray.cluster import session\ndef f():\n    from . import step\n    from ..tracking"
         " import tracker\n"

@@ -1,4 +1,4 @@
-"""Every file in jobs/ and search_spaces/ is read by the loader that the commands use."""
+"""Every file in jobs/ and search_spaces/ is legal, and every job file begins with its command."""
 
 from pathlib import Path
 
@@ -16,15 +16,15 @@ def _name(path: Path) -> str:
 
 
 def test_job_files_are_legal_runs() -> None:
-    # The loader's error names the file and the key.
+    # The error of the loader names the file and the key.
     misplaced = [_name(path) for path in JOBS if load_job(path).kind != path.relative_to(ROOT / "jobs").parts[0]]
     assert JOBS
-    assert misplaced == [], "jobs/<kind>/ holds the jobs of that kind"
+    assert misplaced == [], "jobs/<kind>/ must hold only jobs of that kind"
 
 
 def test_job_files_open_with_their_command() -> None:
     without = [path for path in JOBS if not any(_command(path) in line for line in _opening(path))]
-    assert [_name(path) for path in without] == [], "a job file's first lines say how to run it"
+    assert [_name(path) for path in without] == [], "the first lines of a job file must contain its command"
 
 
 def _command(path: Path) -> str:
@@ -35,7 +35,7 @@ def _opening(path: Path) -> list[str]:
     return [line for line in path.read_text(encoding="utf-8").splitlines()[:10] if line.startswith("#")]
 
 
-def test_two_job_files_are_two_runs() -> None:
+def test_job_files_have_different_identities() -> None:
     identities = [identity(load_job(path)) for path in JOBS]
     assert len(identities) == len(set(identities))
 

@@ -1,4 +1,4 @@
-"""The folder `platform/` at the root must never hide the standard library's module `platform`."""
+"""The folder `platform/` must never hide the module `platform` of the standard library."""
 
 import os
 import platform
@@ -12,13 +12,13 @@ import pytest
 SHOW = "import platform; print(platform.__file__); print(platform.python_version())"
 
 
-def test_the_folder_is_no_package(repo_root: Path) -> None:
+def test_the_folder_is_not_a_package(repo_root: Path) -> None:
     assert not (repo_root / "platform" / "__init__.py").exists()
 
 
 @pytest.mark.parametrize("arguments", [["-c", SHOW], ["-"]], ids=["-c", "stdin"])
 def test_standard_library_wins_from_the_repository_root(repo_root: Path, arguments: list[str]) -> None:
-    # PYTHONPATH with the root itself is the worst case: it stands before the standard library.
+    # The root itself in PYTHONPATH is the worst case: it comes before the standard library.
     environment = os.environ | {"PYTHONPATH": str(repo_root)}
     done = subprocess.run(
         [sys.executable, *arguments],
@@ -36,7 +36,7 @@ def test_standard_library_wins_from_the_repository_root(repo_root: Path, argumen
 def test_standard_library_wins_in_a_ray_worker(ray_session: None) -> None:
     import ray
 
-    # Defined here, so that it travels by value: a worker need not be able to import the tests.
+    # Defined here, so that it is pickled by value: a worker may not be able to import the tests.
     @ray.remote(num_cpus=1)
     def look() -> tuple[str | None, str, str]:
         import platform as module

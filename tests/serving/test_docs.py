@@ -1,4 +1,4 @@
-"""Tests that the client examples in docs/serving.md and the README work unchanged."""
+"""The requests in docs/serving.md and README.md work as printed, from the root of the repository."""
 
 import re
 import shutil
@@ -14,12 +14,12 @@ from tests.serving.local import PATIENCE_S, endpoint
 
 pytestmark = pytest.mark.serving
 ROOT = Path(__file__).resolve().parents[2]
-# The section of each file that shows a client request.
-SECTIONS = {"docs/serving.md": "## Asking", "README.md": "## Serving"}
+# File -> the section with its example requests.
+SECTIONS = {"docs/serving.md": "## Requests", "README.md": "## Serve"}
 
 
 def _example(file: str, language: str, containing: str) -> str:
-    """Returns the example of a language, with the address of a local endpoint."""
+    """Returns the only example in one language that contains a text; it must name the address of a local endpoint."""
     text = (ROOT / file).read_text(encoding="utf-8")
     section = re.split(r"^## ", text.partition(f"{SECTIONS[file]}\n")[2], flags=re.MULTILINE)[0]
     (found,) = [
@@ -54,14 +54,11 @@ def test_the_curl_example(url: str, file: str) -> None:
     assert '"content":"blue"' in found
 
 
-@pytest.mark.parametrize("file", SECTIONS)
-def test_the_python_example(
-    url: str, file: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_python_example(url: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(ROOT)
     script = (
-        _example(file, "python", "OpenAI").replace("http://127.0.0.1:8000", url)
+        _example("docs/serving.md", "python", "OpenAI").replace("http://127.0.0.1:8000", url)
         + "\nassert answer.usage.visual_tokens == 64"
     )
-    exec(compile(script, file, "exec"), {})
+    exec(compile(script, "docs/serving.md", "exec"), {})
     assert capsys.readouterr().out == "blue\n"

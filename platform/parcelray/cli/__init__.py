@@ -1,9 +1,13 @@
-"""The command line: one thin function per command. Heavy imports wait until a command runs, so `--help` is quick."""
+"""The command line: one thin function per command.
+
+Heavy libraries are imported inside the commands, so that `--help` answers quickly.
+"""
 
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from parcelray import __version__
 from parcelray.cli.analysis import analyze_app
@@ -17,37 +21,58 @@ from parcelray.cli.serving import keys_app, serve
 from parcelray.cli.tuning import tune
 from parcelray.errors import ParcelrayError, UserError
 
+_PANELS = {
+    "Run": ("train", "tune", "evaluate", "serve"),
+    "Cluster": ("submit", "jobs"),
+    "Inspect": ("models", "benchmarks", "flops", "analyze", "bench"),
+    "Set up": ("config", "keys"),
+}
+"""Panel of `parcelray --help` -> its commands, both in the order of work."""
+_PANEL_OF = {command: panel for panel, commands in _PANELS.items() for command in commands}
+
+
+class _OrderOfWork(TyperGroup):
+    """Lists the commands in the order of `_PANELS`; typer alone would list all groups before all single commands."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """Returns the names of the commands in the order of `_PANELS`."""
+        return list(_PANEL_OF)
+
+
 app = typer.Typer(
+    cls=_OrderOfWork,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="One vision-language model, any visual-token budget: on Ray.",
+    help="Train, search, evaluate and serve vision-language models at any visual-token budget, on Ray.",
 )
-app.add_typer(config_app, name="config")
-app.add_typer(evaluate_app, name="evaluate")
-app.add_typer(benchmarks_app, name="benchmarks")
-app.add_typer(jobs_app, name="jobs")
-app.add_typer(bench_app, name="bench")
-app.add_typer(analyze_app, name="analyze")
-app.add_typer(models_app, name="models")
-app.add_typer(keys_app, name="keys")
-app.command()(tune)
-app.command()(submit)
-app.command()(serve)
+for _name, _group in {
+    "evaluate": evaluate_app,
+    "jobs": jobs_app,
+    "models": models_app,
+    "benchmarks": benchmarks_app,
+    "analyze": analyze_app,
+    "bench": bench_app,
+    "config": config_app,
+    "keys": keys_app,
+}.items():
+    app.add_typer(_group, name=_name, rich_help_panel=_PANEL_OF[_name])
+for _command in (tune, serve, submit):
+    app.command(rich_help_panel=_PANEL_OF[_command.__name__])(_command)
 
 
 @app.callback(invoke_without_command=True)
-def _version(show: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False) -> None:
+def _version(show: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
     if show:
         console().print(f"parcelray {__version__}")
         raise typer.Exit
 
 
-@app.command()
+@app.command(rich_help_panel=_PANEL_OF["train"])
 def train(
     job_file: JobFile, overrides: Set = [], dry_run: DryRun = False, address: Address = None, as_json: AsJson = False
 ) -> None:
-    """Train the model of a job file; the same command goes on with an interrupted run."""
+    """Train a model; run the same command again to resume an interrupted training."""
     from parcelray.config.loader import load_job_of
     from parcelray.config.train import TrainJob
 
@@ -72,23 +97,26 @@ def train(
         )
 
 
-@app.command()
+@app.command(rich_help_panel=_PANEL_OF["flops"])
 def flops(
     backbone: Annotated[
-        str, typer.Option(help="paligemma2-3b, llava-1.5-7b, mini, or a folder with a config.json.")
+        str, typer.Option(help="Backbone: paligemma2-3b, llava-1.5-7b, mini, or a folder with a config.json.")
     ] = "paligemma2-3b",
     resolution: Annotated[
-        int | None, typer.Option(help="Image side in pixels; default: the backbone's own.", show_default=False)
+        int | None, typer.Option(help="Image side in pixels; default: that of the backbone.", show_default=False)
     ] = None,
-    budgets: Annotated[str, typer.Option(help="Visual tokens per image, separated by commas.")] = "16,64,256",
-    frames: Annotated[str, typer.Option(help="Frames (1: an image), separated by commas.")] = "1",
-    connector: Annotated[str, typer.Option(help="parcel, mqt, m3, identity or an ablation.")] = "parcel",
+    budgets: Annotated[str, typer.Option(help="Budgets (visual tokens per image), separated by commas.")] = "16,64,256",
+    frames: Annotated[
+        str, typer.Option(help="Numbers of frames per input (1 is an image), separated by commas.")
+    ] = "1",
+    connector: Annotated[str, typer.Option(help="Connector: parcel, mqt, m3, identity or an ablation.")] = "parcel",
     text_tokens: Annotated[
-        int | None, typer.Option(help="Text tokens; default: the paper's.", show_default=False)
+        int | None,
+        typer.Option(help="Number of text tokens; default: that of the PARCEL paper.", show_default=False),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Compute cost: FLOPs of every term, KV-cache bytes, and the saving against no compression."""
+    """Compute FLOPs by term, KV-cache bytes, and the saving against the uncompressed model."""
     from parcelray.profiling.cost_table import build
 
     table = build(
@@ -103,7 +131,7 @@ def flops(
 
 
 def main() -> None:
-    """Runs the command line; a user's mistake is one message and exit code 2, a failure of the system exit code 1."""
+    """Runs the command line: exit code 2 and one message for a user error, exit code 1 for a system failure."""
     try:
         app()
     except UserError as error:

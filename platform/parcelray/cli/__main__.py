@@ -1,4 +1,4 @@
-"""`python -m parcelray.cli`."""
+"""Entry point of `python -m parcelray.cli`."""
 
 from parcelray.cli import main
 

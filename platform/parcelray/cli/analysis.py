@@ -1,4 +1,4 @@
-"""`parcelray analyze`: what a model's visual tokens and its attention to them are like."""
+"""`parcelray analyze`: studies of visual tokens, of attention to them, and of adaptive budgets."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,30 +10,42 @@ from parcelray.cli.options import Address, AsJson, JobFile, Set, console, write_
 if TYPE_CHECKING:
     from parcelray.config.train import TrackingConfig
 
-analyze_app = typer.Typer(no_args_is_help=True, help="Study a model's visual tokens and its attention to them.")
+analyze_app = typer.Typer(no_args_is_help=True, help="Analyze visual tokens, attention to them, and adaptive budgets.")
 
-_Images = Annotated[str, typer.Option(help="mini (the mini suite), or a folder of images.")]
+_Images = Annotated[str, typer.Option(help="Source of the images: mini (the mini suite) or a folder.")]
 _Output = Annotated[
-    Path | None, typer.Option(help="Folder for numbers and pictures; default: below runs/analyze.", show_default=False)
+    Path | None,
+    typer.Option(
+        help="Folder for the tables and figures; default: runs/analyze/COMMAND/MODEL_OR_JOB.", show_default=False
+    ),
 ]
 _TrackingUri = Annotated[
-    str | None, typer.Option(help="MLflow tracking URI, or none; default: as for jobs.", show_default=False)
+    str | None,
+    typer.Option(
+        help="MLflow tracking URI, or `none` to log nothing; default: sqlite:///runs/mlflow.db.",
+        show_default=False,
+    ),
 ]
 
 
 @analyze_app.command("saliency")
 def saliency(
-    model: Annotated[str, typer.Argument(help="A model reference, such as mini_llava.", show_default=False)],
+    model: Annotated[str, typer.Argument(help="Model reference, for example mini_llava.", show_default=False)],
     images: _Images = "mini",
     prompts: Annotated[
-        list[str], typer.Option("--prompt", help="Asked of every image; repeatable.", show_default=False)
+        list[str],
+        typer.Option(
+            "--prompt",
+            help="Prompt for every image; default: the mini suite's own; a folder needs at least two. Repeatable.",
+            show_default=False,
+        ),
     ] = [],
-    count: Annotated[int, typer.Option(min=2, help="Images.")] = 24,
+    count: Annotated[int, typer.Option(min=2, help="Number of images.")] = 24,
     output: _Output = None,
     tracking_uri: _TrackingUri = None,
     as_json: AsJson = False,
 ) -> None:
-    """Saliency against the prompt: rank agreement, what draws attention, and heat maps."""
+    """Compare attention maps across prompts: rank agreement, attention independent of the prompt, heat maps."""
     from parcelray.studies.attention import study_saliency
 
     folder = output or Path("runs/analyze/saliency") / _slug(model)
@@ -52,14 +64,14 @@ def saliency(
 
 @analyze_app.command("validity")
 def validity(
-    model: Annotated[str, typer.Argument(help="A model reference, such as mini_llava.", show_default=False)],
-    count: Annotated[int, typer.Option(min=2, help="Image-question pairs of the mini suite.")] = 100,
-    permutations: Annotated[int, typer.Option(min=100, help="Of the test.")] = 1000,
+    model: Annotated[str, typer.Argument(help="Model reference, for example mini_llava.", show_default=False)],
+    count: Annotated[int, typer.Option(min=2, help="Number of image-question pairs of the mini suite.")] = 100,
+    permutations: Annotated[int, typer.Option(min=100, help="Number of permutations of the permutation test.")] = 1000,
     output: _Output = None,
     tracking_uri: _TrackingUri = None,
     as_json: AsJson = False,
 ) -> None:
-    """Attention against the loss of likelihood when a token is left out, with a permutation test."""
+    """Correlate attention with the likelihood lost when a visual token is left out, with a permutation test."""
     from parcelray.studies.attention import study_validity
 
     folder = output or Path("runs/analyze/validity") / _slug(model)
@@ -77,14 +89,14 @@ def validity(
 
 @analyze_app.command("redundancy")
 def redundancy(
-    models: Annotated[list[str], typer.Argument(help="Model references, side by side.", show_default=False)],
+    models: Annotated[list[str], typer.Argument(help="One or more model references to compare.", show_default=False)],
     images: _Images = "mini",
-    count: Annotated[int, typer.Option(min=2, help="Images.")] = 64,
+    count: Annotated[int, typer.Option(min=2, help="Number of images.")] = 64,
     output: _Output = None,
     tracking_uri: _TrackingUri = None,
     as_json: AsJson = False,
 ) -> None:
-    """Effective rank, cosines, and the variance that a few clusters explain."""
+    """Measure redundancy of visual tokens: effective rank, cosine similarities, variance explained by clusters."""
     from parcelray.studies.attention import study_redundancy
 
     folder = output or Path("runs/analyze/redundancy") / "-".join(_slug(model) for model in models)
@@ -103,7 +115,10 @@ def adaptive(
     address: Address = None,
     as_json: AsJson = False,
 ) -> None:
-    """Budgets chosen per image and question against fixed ones: an escalation rule, a predictor, the oracle; with calibration."""
+    """Compare budgets chosen per image and question with fixed budgets.
+
+    The policies are an escalation rule, a predictor and the oracle; calibration is reported too.
+    """
     from parcelray.config.evaluate import EvaluateJob
     from parcelray.config.loader import load_job_of
     from parcelray.evaluation.adaptive.study import study_adaptive

@@ -1,4 +1,4 @@
-"""`parcelray config`: job files read, checked and explained."""
+"""`parcelray config`: validates job files, prints them with their defaults, and prints their JSON schemas."""
 
 import sys
 from typing import Annotated
@@ -8,12 +8,12 @@ import typer
 from parcelray.cli.options import AsJson, JobFile, Set, console, load, write_json
 from parcelray.errors import UserError
 
-config_app = typer.Typer(no_args_is_help=True, help="Read, check and explain job files.")
+config_app = typer.Typer(no_args_is_help=True, help="Validate job files, print their defaults and their JSON schema.")
 
 
 @config_app.command("validate")
 def config_validate(job_file: JobFile, overrides: Set = []) -> None:
-    """Check a job file; exit code 2 and one line per mistake if it is not legal."""
+    """Validate a job file; exit code 2 and one line per error if it is invalid."""
     from parcelray.config.identity import identity
 
     console().print(f"{job_file} is legal: {identity(load(job_file, overrides))}", soft_wrap=True)
@@ -21,7 +21,7 @@ def config_validate(job_file: JobFile, overrides: Set = []) -> None:
 
 @config_app.command("show")
 def config_show(job_file: JobFile, overrides: Set = [], as_json: AsJson = False) -> None:
-    """Print the job with every default filled in."""
+    """Print a job file with all defaults filled in."""
     import yaml
 
     data = load(job_file, overrides).model_dump(mode="json")
@@ -29,8 +29,10 @@ def config_show(job_file: JobFile, overrides: Set = [], as_json: AsJson = False)
 
 
 @config_app.command("schema")
-def config_schema(kind: Annotated[str, typer.Argument(help="Kind of job.")] = "train") -> None:
-    """Print the JSON schema of a kind of job, for editors."""
+def config_schema(
+    kind: Annotated[str, typer.Argument(help="Kind of job: train, tune, evaluate, promote or serve.")] = "train",
+) -> None:
+    """Print the JSON schema of one kind of job file, for use in an editor."""
     from parcelray.config.loader import JOB_MODELS
 
     if kind not in JOB_MODELS:

@@ -12,21 +12,28 @@ from parcelray.errors import UserError
 
 
 class _DefaultToRun(TyperGroup):
-    """A group whose first word may be a job file: then it runs it."""
+    """A command group whose first argument may be a job file, which it then passes to `run`."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        """Puts `run` before a word that is no command."""
+        """Inserts `run` before an argument that is not a command."""
         return super().resolve_command(ctx, args if args[0] in self.commands else ["run", *args])
 
 
 evaluate_app = typer.Typer(
     no_args_is_help=True,
     cls=_DefaultToRun,
-    help="Evaluate a checkpoint at every budget: `parcelray evaluate jobs/evaluate/mini.yaml`.",
+    help="Evaluate a checkpoint at several budgets: `parcelray evaluate jobs/evaluate/mini.yaml`.",
 )
-benchmarks_app = typer.Typer(no_args_is_help=True, help="The benchmarks, and whether your data fit them.")
-Own = Annotated[
-    list[Path], typer.Option("--catalog", help="YAML file or folder with your own. Repeatable.", show_default=False)
+benchmarks_app = typer.Typer(
+    no_args_is_help=True, help="List and show the benchmarks, and check your data against them."
+)
+CatalogFiles = Annotated[
+    list[Path],
+    typer.Option(
+        "--catalog",
+        help="YAML file or folder with benchmarks of your own; default: only the built-in ones. Repeatable.",
+        show_default=False,
+    ),
 ]
 
 
@@ -34,7 +41,7 @@ Own = Annotated[
 def evaluate_run(
     job_file: JobFile, overrides: Set = [], dry_run: DryRun = False, address: Address = None, as_json: AsJson = False
 ) -> None:
-    """Evaluate the checkpoint of a job file; the same command goes on with an interrupted run, and computes only what is missing."""
+    """Evaluate a checkpoint; run the same command again to resume, it computes only missing predictions."""
     from parcelray.config.evaluate import EvaluateJob
     from parcelray.config.loader import load_job_of
 
@@ -62,18 +69,26 @@ def evaluate_run(
 @evaluate_app.command("score")
 def evaluate_score(
     folder: Annotated[
-        Path, typer.Argument(help="Folder of a finished evaluation, such as runs/evaluate/mini.", show_default=False)
+        Path,
+        typer.Argument(help="Folder of a finished evaluation, for example runs/evaluate/mini.", show_default=False),
     ],
     metrics: Annotated[
         list[str],
-        typer.Option("--metric", help="BENCHMARK=METRIC:VARIANT instead of its own. Repeatable.", show_default=False),
+        typer.Option(
+            "--metric",
+            help="Metric of a benchmark as BENCHMARK=METRIC:VARIANT; default: that of the catalog. Repeatable.",
+            show_default=False,
+        ),
     ] = [],
     need_within: Annotated[
-        float, typer.Option(help="Percent of the full score that the needed budget may lose.")
+        float,
+        typer.Option(
+            help="Tolerance in percent; the smallest budget with a score this close to the full one is needed."
+        ),
     ] = 5.0,
     as_json: AsJson = False,
 ) -> None:
-    """Score a finished evaluation again, without the model and the data."""
+    """Compute the scores of a finished evaluation again, without the model and the data."""
     from parcelray.evaluation.results import show
     from parcelray.evaluation.scoring.summary import rescore
 
@@ -87,13 +102,15 @@ def evaluate_compare(
     first: Annotated[
         str,
         typer.Argument(
-            help="Folder of an evaluation, with @BUDGET for one budget: runs/evaluate/mini@64.", show_default=False
+            help="Folder of an evaluation; append @BUDGET for one budget: runs/evaluate/mini@64.", show_default=False
         ),
     ],
-    second: Annotated[str, typer.Argument(help="Another, or the same at another budget.", show_default=False)],
+    second: Annotated[
+        str, typer.Argument(help="Another evaluation, or the same one at another budget.", show_default=False)
+    ],
     as_json: AsJson = False,
 ) -> None:
-    """Compare two evaluations, or two budgets of one, on the same samples: paired bootstrap and McNemar's test."""
+    """Compare two evaluations or two budgets on the same samples: paired bootstrap and McNemar's test."""
     from parcelray.evaluation.compare import compare_evaluations
 
     show(compare_evaluations(first, second), as_json, lambda value: value.to_rich())
@@ -104,13 +121,13 @@ def evaluate_aggregate(
     table: Annotated[
         Path,
         typer.Argument(
-            help="CSV with a row per benchmark: benchmark, family, reference, and a column per method.",
+            help="CSV file, one row per benchmark: columns benchmark, family, reference, and one per method.",
             show_default=False,
         ),
     ],
     as_json: AsJson = False,
 ) -> None:
-    """The aggregate rows of a printed table: mean retention by family and overall, and the splits that lose most."""
+    """Aggregate a table of scores: mean retention by family and overall, and the splits with the largest loss."""
     from parcelray.evaluation.scoring.printed_table import aggregate_table
 
     show(aggregate_table(table), as_json, lambda value: value.to_rich())
@@ -121,12 +138,12 @@ def evaluate_seeds(
     folders: Annotated[
         list[Path],
         typer.Argument(
-            help="Folders of the same evaluation of models trained with different seeds.", show_default=False
+            help="Folders of one evaluation for models that were trained with different seeds.", show_default=False
         ),
     ],
     as_json: AsJson = False,
 ) -> None:
-    """Mean and standard deviation over seeds."""
+    """Compute mean and standard deviation over training seeds."""
     from parcelray.evaluation.compare import compare_seeds
 
     show(compare_seeds(folders), as_json, lambda value: value.to_rich())
@@ -135,9 +152,12 @@ def evaluate_seeds(
 @benchmarks_app.command("list")
 def benchmarks_list(
     only: Annotated[
-        str | None, typer.Option("--set", help="Only of a set: parcel, paligemma, llava or local.", show_default=False)
+        str | None,
+        typer.Option(
+            "--set", help="List only one set: parcel, paligemma, llava or local; default: all.", show_default=False
+        ),
     ] = None,
-    own: Own = [],
+    own: CatalogFiles = [],
     as_json: AsJson = False,
 ) -> None:
     """List the benchmark splits."""
@@ -148,11 +168,13 @@ def benchmarks_list(
 
 @benchmarks_app.command("show")
 def benchmarks_show(
-    name: Annotated[str, typer.Argument(help="As `list` shows it.", show_default=False)],
-    own: Own = [],
+    name: Annotated[
+        str, typer.Argument(help="Benchmark name, as printed by `parcelray benchmarks list`.", show_default=False)
+    ],
+    own: CatalogFiles = [],
     as_json: AsJson = False,
 ) -> None:
-    """Everything that is known of one split, as the YAML that describes it."""
+    """Print the YAML description of one benchmark split."""
     import yaml
 
     from parcelray.benchmarks.catalog import catalog, find
@@ -167,18 +189,21 @@ def benchmarks_show(
 
 @benchmarks_app.command("check")
 def benchmarks_check(
-    name: Annotated[str, typer.Argument(help="As `list` shows it.", show_default=False)],
+    name: Annotated[
+        str, typer.Argument(help="Benchmark name, as printed by `parcelray benchmarks list`.", show_default=False)
+    ],
     data: Annotated[
-        Path | None, typer.Option(help="File or folder of its data; default: the Hugging Face hub.", show_default=False)
+        Path | None,
+        typer.Option(help="File or folder with the data; default: the Hugging Face hub.", show_default=False),
     ] = None,
-    own: Own = [],
-    rows: Annotated[int, typer.Option(min=1, help="Rows to read and decode.")] = 1000,
-    family: Annotated[str, typer.Option(help="In whose words: paligemma or llava.")] = "paligemma",
+    own: CatalogFiles = [],
+    rows: Annotated[int, typer.Option(min=1, help="Number of rows to read and decode.")] = 1000,
+    family: Annotated[str, typer.Option(help="Prompt template family: paligemma or llava.")] = "paligemma",
     as_json: AsJson = False,
 ) -> None:
-    """Check that data fit a benchmark: columns, ids, images, answers, and the number of rows.
+    """Check data against a benchmark: columns, ids, images, answers and the number of rows.
 
-    Exit code 2 if something is wrong.
+    Exit code 2 if a check fails.
     """
     from parcelray.benchmarks.listing import check_data
 

@@ -1,4 +1,4 @@
-"""`parcelray submit` and `parcelray jobs`: runs on a Ray cluster."""
+"""`parcelray submit` and `parcelray jobs`: submit job files to a Ray cluster and manage them there."""
 
 import sys
 from typing import TYPE_CHECKING, Annotated, Any
@@ -21,7 +21,7 @@ from parcelray.cli.options import (
 if TYPE_CHECKING:
     from parcelray.config.identity import Job
 
-jobs_app = typer.Typer(no_args_is_help=True, help="Jobs on a Ray cluster.")
+jobs_app = typer.Typer(no_args_is_help=True, help="List, follow and stop jobs on a Ray cluster.")
 
 
 def submit(
@@ -29,13 +29,13 @@ def submit(
     overrides: Set = [],
     address: JobsAddress = None,
     wait: Annotated[
-        bool, typer.Option("--wait", help="Follow the logs to the end; the exit code is the job's.")
+        bool, typer.Option("--wait", help="Print the logs until the job ends, and exit with its exit code.")
     ] = False,
-    again: Annotated[bool, typer.Option("--again", help="Run a finished job once more.")] = False,
+    again: Annotated[bool, typer.Option("--again", help="Run the job again although it has finished.")] = False,
     dry_run: DryRun = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the plan of --dry-run as JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="With --dry-run: print the plan as JSON.")] = False,
 ) -> None:
-    """Send a job file to a Ray cluster. Sending the same job twice runs it once."""
+    """Submit a job file to a Ray cluster. Submitting the same job twice runs it once."""
     from parcelray.cluster import jobs
     from parcelray.config.identity import identity
 
@@ -56,7 +56,7 @@ def submit(
 
 @jobs_app.command("list")
 def jobs_list(address: JobsAddress = None, as_json: AsJson = False) -> None:
-    """List the cluster's jobs, newest first."""
+    """List the jobs of the cluster, newest first."""
     from parcelray.cluster import jobs
 
     _print_states(jobs.list_jobs(address=address), as_json)
@@ -64,7 +64,7 @@ def jobs_list(address: JobsAddress = None, as_json: AsJson = False) -> None:
 
 @jobs_app.command("status")
 def jobs_status(submission_id: SubmissionId, address: JobsAddress = None, as_json: AsJson = False) -> None:
-    """Show one job."""
+    """Show the status of one job."""
     from parcelray.cluster import jobs
 
     _print_states([jobs.status(submission_id, address=address)], as_json)
@@ -74,9 +74,9 @@ def jobs_status(submission_id: SubmissionId, address: JobsAddress = None, as_jso
 def jobs_logs(
     submission_id: SubmissionId,
     address: JobsAddress = None,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Until the job ends.")] = False,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Continue to print until the job ends.")] = False,
 ) -> None:
-    """Print a job's logs."""
+    """Print the logs of one job."""
     from parcelray.cluster import jobs
 
     for piece in jobs.logs(submission_id, address=address, follow=follow):
@@ -85,20 +85,20 @@ def jobs_logs(
 
 @jobs_app.command("stop")
 def jobs_stop(submission_id: SubmissionId, address: JobsAddress = None) -> None:
-    """Stop a job."""
+    """Stop one job."""
     from parcelray.cluster import jobs
 
     _print_states([jobs.stop(submission_id, address=address)], as_json=False)
 
 
 def _warn_of_lost_paths(job: "Job") -> None:
-    # An endpoint leaves no files.
-    places = {"storage": getattr(job, "storage", None), "tracking.uri": job.tracking.uri}
-    local = [name for name, value in places.items() if value and "://" not in value.replace("sqlite:///", "")]
+    # Serve jobs have no `storage`.
+    paths = {"storage": getattr(job, "storage", None), "tracking.uri": job.tracking.uri}
+    local = [name for name, value in paths.items() if value and "://" not in value.replace("sqlite:///", "")]
     if local:
         console(stderr=True).print(
-            f"warning: {' and '.join(local)} are local paths; on the cluster they lie in the job's own copy of the"
-            " project, which goes with it. Set them to storage and a tracking server that all nodes reach.",
+            f"warning: {' and '.join(local)} are local paths. On the cluster they are inside the job's copy of the"
+            " project, which is deleted with the job. Set them to storage and a tracking server that all nodes reach.",
             style="yellow",
             soft_wrap=True,
         )

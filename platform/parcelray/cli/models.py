@@ -1,4 +1,4 @@
-"""`parcelray models`: the registry, and the gates before its champion."""
+"""`parcelray models`: registered models and the promotion gates of the `champion` alias."""
 
 from typing import Annotated
 
@@ -6,13 +6,12 @@ import typer
 
 from parcelray.cli.options import Address, AsJson, DryRun, JobFile, Set, console, show, write_json
 
-models_app = typer.Typer(
-    no_args_is_help=True, help="Registered models: versions, aliases, and the gates before the champion."
-)
+models_app = typer.Typer(no_args_is_help=True, help="List, promote and roll back registered models.")
 
-_Name = Annotated[str, typer.Argument(help="A registered model.", show_default=False)]
+_Name = Annotated[str, typer.Argument(help="Name of a registered model.", show_default=False)]
 _TrackingUri = Annotated[
-    str | None, typer.Option(help="MLflow tracking URI of the registry; default: as for jobs.", show_default=False)
+    str | None,
+    typer.Option(help="MLflow tracking URI of the registry; default: sqlite:///runs/mlflow.db.", show_default=False),
 ]
 
 
@@ -28,12 +27,12 @@ def models_list(tracking_uri: _TrackingUri = None, as_json: AsJson = False) -> N
 def models_show(
     name: _Name,
     version: Annotated[
-        str | None, typer.Argument(help="Number or alias; default: all versions.", show_default=False)
+        str | None, typer.Argument(help="Version number or alias; default: all versions.", show_default=False)
     ] = None,
     tracking_uri: _TrackingUri = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show a model's versions, or all that is known of one: origin, scores, and the verdict of its gates."""
+    """Show the versions of a model, or one version with its origin, scores and gate results."""
     from parcelray.promotion.registered_models import show_model
 
     show(show_model(name, version, tracking_uri), as_json, lambda value: value.to_rich())
@@ -44,15 +43,15 @@ def models_promote(
     job_file: JobFile,
     overrides: Set = [],
     force: Annotated[
-        bool, typer.Option("--force", help="Promote whatever the gates say; it is recorded on the version.")
+        bool, typer.Option("--force", help="Promote even if gates fail; the version records that it was forced.")
     ] = False,
     dry_run: DryRun = False,
     address: Address = None,
     as_json: AsJson = False,
 ) -> None:
-    """Put the candidate of a job file to its gates, and make it the champion if it passes.
+    """Evaluate a candidate against the promotion gates and, on success, move the `champion` alias to it.
 
-    Exit code 2 if it does not.
+    Exit code 2 if a gate fails.
     """
     from parcelray.config.loader import load_job_of
     from parcelray.config.promote import PromoteJob
@@ -69,7 +68,7 @@ def models_promote(
 
 @models_app.command("rollback")
 def models_rollback(name: _Name, tracking_uri: _TrackingUri = None, as_json: AsJson = False) -> None:
-    """Make the previous champion the champion again; the two change places."""
+    """Swap the aliases `champion` and `previous` of a model."""
     from parcelray.promotion.registered_models import roll_back
 
     show(roll_back(name, tracking_uri), as_json, lambda value: value.to_rich())

@@ -1,4 +1,4 @@
-"""What the commands share: their options, and how they read jobs and print results."""
+"""Options that several commands share, and helpers that read job files and print results."""
 
 import json
 import sys
@@ -16,20 +16,35 @@ if TYPE_CHECKING:
     from parcelray.bench.measure import Report
     from parcelray.config.identity import Job
 
-JobFile = Annotated[Path, typer.Argument(help="A job file, such as jobs/train/nlvr_parcel.yaml.", show_default=False)]
-Set = Annotated[
-    list[str], typer.Option("--set", help="Change a value of the job: a.b=value. Repeatable.", show_default=False)
+JobFile = Annotated[
+    Path, typer.Argument(help="Path of a job file (YAML); examples are in the folder jobs/.", show_default=False)
 ]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the resolved plan and its estimates, and stop.")]
+Set = Annotated[
+    list[str],
+    typer.Option(
+        "--set",
+        help="Override one key of the job file: a.b=value; default: no override. Repeatable.",
+        show_default=False,
+    ),
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved plan with its estimates and exit.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Address = Annotated[
-    str | None, typer.Option(help="Ray cluster; default: RAY_ADDRESS, else a local instance.", show_default=False)
+    str | None,
+    typer.Option(
+        help="Address of the Ray cluster, HOST:PORT; default: RAY_ADDRESS, otherwise a local Ray is started.",
+        show_default=False,
+    ),
 ]
 JobsAddress = Annotated[
-    str | None, typer.Option(help="URL of the cluster's dashboard, such as http://127.0.0.1:8265.", show_default=False)
+    str | None,
+    typer.Option(
+        help="URL of the Ray dashboard, http://HOST:8265; default: RAY_API_SERVER_ADDRESS, otherwise RAY_ADDRESS.",
+        show_default=False,
+    ),
 ]
 SubmissionId = Annotated[
-    str, typer.Argument(help="The job's id, as `parcelray jobs list` shows it.", show_default=False)
+    str, typer.Argument(help="Id of the job, as printed by `parcelray jobs list`.", show_default=False)
 ]
 
 
@@ -57,8 +72,8 @@ def show_report(report: "Report", as_json: bool) -> None:
     show(report, as_json, lambda value: value.to_rich())
 
 
-def tell(line: str) -> None:
-    """Says beside the result what a long command is at."""
+def print_progress(line: str) -> None:
+    """Prints a progress line of a long command to stderr, separate from the result."""
     typer.echo(line, err=True)
 
 

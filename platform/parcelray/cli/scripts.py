@@ -1,4 +1,4 @@
-"""What every script in `pipelines/` does around its work: a console, one sentence for a mistake, and the exit code."""
+"""Shared frame of the scripts in `pipelines/`: console, arguments, error messages and exit codes."""
 
 from collections.abc import Callable, Sequence
 
@@ -9,7 +9,7 @@ from parcelray.errors import ParcelrayError, UserError
 
 
 def run_script(work: Callable[[Console], object]) -> int:
-    """Runs the work; 0: done, 2: a user's mistake, 1: a failure of the system, 130: Ctrl-C."""
+    """Runs a script and returns its exit code: 0 success, 2 user error, 1 system failure, 130 Ctrl-C."""
     console = open_console()
     try:
         work(console)
@@ -20,32 +20,32 @@ def run_script(work: Callable[[Console], object]) -> int:
         console.print(f"failed: {error}", markup=False)
         return 1
     except KeyboardInterrupt:
-        console.print("Stopped. What is finished is kept; the same command goes on.", markup=False)
+        console.print("Stopped. Finished work is kept; run the same command again to resume.", markup=False)
         return 130
     return 0
 
 
 def overrides_of(arguments: Sequence[str]) -> list[str]:
-    """The values of `--set a.b=c --set ...`.
+    """Returns the values of `--set a.b=c --set ...`.
 
     Raises:
-        UserError: there is anything else.
+        UserError: The arguments contain anything else.
     """
     if len(arguments) % 2 or any(flag != "--set" for flag in arguments[::2]):
         raise UserError(
-            f"{' '.join(arguments)} is not understood; this pipeline takes only --set a.b=c, as often as you like."
+            f"arguments are {' '.join(arguments)!r}; this pipeline takes only --set a.b=c, which may be repeated."
         )
     return list(arguments[1::2])
 
 
 def split_count(overrides: Sequence[str], default: int) -> tuple[int, list[str]]:
-    """What `count=NUMBER` among overrides says, and the others; the default where it is not among them.
+    """Separates `count=NUMBER` from the other overrides; without it the count is the default.
 
     Raises:
-        UserError: it is no whole number from 1 on.
+        UserError: The count is not an integer of at least 1.
     """
     own = [each for each in overrides if each.startswith("count=")]
     count = own[-1].removeprefix("count=") if own else str(default)
     if not count.isdecimal() or int(count) < 1:
-        raise UserError(f"count is {count!r}; legal is a whole number from 1 on.")
+        raise UserError(f"count is {count!r}; it must be an integer of at least 1.")
     return int(count), [each for each in overrides if each not in own]

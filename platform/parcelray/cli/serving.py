@@ -1,4 +1,4 @@
-"""`parcelray serve` and `parcelray keys`: an endpoint, and who may use it."""
+"""`parcelray serve` and `parcelray keys`: an endpoint and its API keys."""
 
 from pathlib import Path
 from typing import Annotated
@@ -7,33 +7,41 @@ import typer
 
 from parcelray.cli.options import Address, AsJson, DryRun, Set, console, show
 
-keys_app = typer.Typer(no_args_is_help=True, help="API keys of an endpoint: a file of their hashes.")
-_KeysFile = Annotated[Path, typer.Option("--file", help="The file of hashes.")]
+keys_app = typer.Typer(no_args_is_help=True, help="Add, remove and list API keys of an endpoint.")
+_KeysFile = Annotated[Path, typer.Option("--file", help="File with the hashes of the keys.")]
 
 
 def serve(
     target: Annotated[
         str,
         typer.Argument(
-            help="A job file such as jobs/serve/mini.yaml, or a model: models:/NAME@ALIAS, a folder.",
+            help="Job file, for example jobs/serve/mini.yaml, or model: models:/NAME@ALIAS or a folder.",
             show_default=False,
         ),
     ],
     overrides: Set = [],
     host: Annotated[
         str | None,
-        typer.Option(help="Address to listen on; other than the loopback's only with keys.", show_default=False),
+        typer.Option(
+            help="Address to listen on, overrides http.host; default: that of the job, 127.0.0.1. Other addresses than"
+            " the loopback need API keys.",
+            show_default=False,
+        ),
     ] = None,
-    port: Annotated[int | None, typer.Option(help="Port.", show_default=False)] = None,
+    port: Annotated[
+        int | None,
+        typer.Option(help="TCP port, overrides http.port; default: that of the job, 8000.", show_default=False),
+    ] = None,
     build: Annotated[
-        Path | None, typer.Option(help="Write the file that `serve deploy` takes, and stop.", show_default=False)
+        Path | None,
+        typer.Option(help="Write a file for `serve deploy` and exit; default: serve now.", show_default=False),
     ] = None,
     dry_run: DryRun = False,
     address: Address = None,
     as_json: AsJson = False,
 ) -> None:
-    """Answer requests, OpenAI-compatible, at any visual-token budget; until Ctrl-C."""
-    from parcelray.serving.plan import pin, serve_job, serving_plan
+    """Serve a model with an OpenAI-compatible API, at any visual-token budget, until Ctrl-C."""
+    from parcelray.serving.plan import serve_job, serving_plan
 
     job = serve_job(target, overrides, host=host, port=port)
     if dry_run:
@@ -53,41 +61,41 @@ def serve(
 
 @keys_app.command("add")
 def keys_add(
-    name: Annotated[str, typer.Argument(help="Who gets the key.", show_default=False)],
+    name: Annotated[str, typer.Argument(help="Name of the new key.", show_default=False)],
     file: _KeysFile = Path("runs/serve/keys.txt"),
-    per_minute: Annotated[int, typer.Option(min=1, help="Requests that it may make in a minute.")] = 600,
+    per_minute: Annotated[int, typer.Option(min=1, help="Rate limit of the key in requests per minute.")] = 600,
 ) -> None:
-    """Make a key. It is shown once; the file keeps only its hash."""
+    """Create an API key and print it once; the file keeps only its hash."""
     from parcelray.serving.http.auth import add_key
 
     key = add_key(file, name, per_minute)
-    console(stderr=True).print(f"Key of {name}, shown this once; its hash is in {file}", soft_wrap=True)
+    console(stderr=True).print(f"New key {name}. It is printed only now; {file} keeps its hash.", soft_wrap=True)
     typer.echo(key)
 
 
 @keys_app.command("remove")
 def keys_remove(
-    name: Annotated[str, typer.Argument(help="Whose key goes.", show_default=False)],
+    name: Annotated[str, typer.Argument(help="Name of the key to remove.", show_default=False)],
     file: _KeysFile = Path("runs/serve/keys.txt"),
 ) -> None:
-    """Remove a key. A running `parcelray serve` takes it as valid until it gets SIGHUP."""
+    """Remove an API key. A running `parcelray serve` accepts it until it receives SIGHUP."""
     from parcelray.serving.http.auth import remove_key
 
     remove_key(file, name)
     console().print(
-        f"Removed the key of {name} from {file}; send SIGHUP to a running `parcelray serve`",
+        f"Removed the key {name} from {file}. Send SIGHUP to a running `parcelray serve` to apply it.",
         soft_wrap=True,
     )
 
 
 @keys_app.command("list")
 def keys_list(file: _KeysFile = Path("runs/serve/keys.txt")) -> None:
-    """List the owners of keys."""
+    """List the names, rate limits and hashes of the API keys."""
     from rich.table import Table
 
     from parcelray.serving.http.auth import read_keys
 
-    table = Table("name", "requests a minute", "hash")
+    table = Table("name", "requests per minute", "hash")
     for key in read_keys(file):
         table.add_row(key.name, str(key.per_minute), f"{key.hash[:12]}...")
     console().print(table)

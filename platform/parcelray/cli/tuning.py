@@ -1,4 +1,4 @@
-"""`parcelray tune`."""
+"""`parcelray tune`: searches over a search space, and selects from finished searches."""
 
 from pathlib import Path
 from typing import Annotated
@@ -12,7 +12,7 @@ def tune(  # noqa: PLR0913 - options of a command
     job_file: JobFile,
     overrides: Set = [],
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with a search; finished trials are not run again.")
+        bool, typer.Option("--resume", help="Resume a search; finished trials are not run again.")
     ] = False,
     retry_failed: Annotated[
         bool, typer.Option("--retry-failed", help="With --resume: run failed trials again.")
@@ -21,8 +21,8 @@ def tune(  # noqa: PLR0913 - options of a command
         str | None,
         typer.Option(
             help=(
-                "Run nothing; write the job file of the finished trial that fits, e.g. 'max retention subject to tokens"
-                " <= 64'."
+                "Rule that selects a finished trial and writes its job file, for example 'max retention subject to"
+                " tokens <= 64'; default: run the search."
             ),
             show_default=False,
         ),
@@ -30,18 +30,20 @@ def tune(  # noqa: PLR0913 - options of a command
     output: Annotated[
         Path | None,
         typer.Option(
-            help="Of --select: file to write; default: selected.yaml in the search's folder.", show_default=False
+            help="With --select: file to write; default: selected.yaml in the folder of the search.", show_default=False
         ),
     ] = None,
     confirm: Annotated[
         bool,
-        typer.Option("--confirm", help="After a split search: train the splits that the job file's `confirm` names."),
+        typer.Option(
+            "--confirm", help="After a split search: train the splits that `confirm` in the job file selects."
+        ),
     ] = False,
     dry_run: DryRun = False,
     address: Address = None,
     as_json: AsJson = False,
 ) -> None:
-    """Search what a job file says: splits, cluster counts, or any key of a job."""
+    """Search over keys of a job: anchor/query splits, cluster counts, or any other key."""
     from parcelray.config.loader import load_job_of
     from parcelray.config.tune import TuneJob
 

@@ -21,7 +21,7 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from parcelray.benchmarks.readers.base import DataPin, Problem
+from parcelray.benchmarks.readers.base import DatasetFingerprint, Problem
 from parcelray.config.benchmark import BenchmarkConfig
 from parcelray.datasets.sample import Sample
 from parcelray.errors import UserError
@@ -202,7 +202,7 @@ class EvaluatedBenchmark:
     """The evaluated samples, in the order of the reader."""
     problems: Sequence[Problem]
     """Samples and rows that could not be evaluated."""
-    fingerprint: DataPin
+    fingerprint: DatasetFingerprint
     """Identifies the data."""
     rows: int
     """Number of rows that were read: all rows of the data, or a part of them."""
@@ -243,19 +243,19 @@ class EvaluatedBenchmark:
             metric=metric,
             records=[_record_of(row) for row in pq.read_table(own / "samples.parquet").to_pylist()],
             problems=[Problem(**each) for each in json.loads((own / "problems.json").read_text(encoding="utf-8"))],
-            fingerprint=DataPin(**data["pin"]),
+            fingerprint=DatasetFingerprint(**data["pin"]),
             rows=data["rows"],
         )
 
 
-def check_fingerprint(folder: Path, benchmark: str, found: DataPin) -> None:
+def check_fingerprint(folder: Path, benchmark: str, found: DatasetFingerprint) -> None:
     """Refuses data that differ from those of an earlier evaluation in the same folder.
 
     Raises:
         UserError: the data changed; the message names the fields that differ.
     """
     saved = _saved_data(folder, benchmark)
-    if saved is None or found == DataPin(**saved["pin"]):
+    if saved is None or found == DatasetFingerprint(**saved["pin"]):
         return
     changes = [
         f"{field} {saved['pin'][field]} -> {value}"

@@ -14,6 +14,7 @@ from parcelray import __version__
 from parcelray.config.explain import problems, sentence
 from parcelray.serving.http.api_errors import ApiError
 
+_LONGEST_MESSAGE = 300
 _SHOWN = 80
 """Longest part of a rejected value that an error message repeats, characters."""
 Detail = Literal["low", "high", "auto"]
