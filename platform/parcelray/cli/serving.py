@@ -41,7 +41,7 @@ def serve(
     as_json: AsJson = False,
 ) -> None:
     """Serve a model with an OpenAI-compatible API, at any visual-token budget, until Ctrl-C."""
-    from parcelray.serving.plan import serve_job, serving_plan
+    from parcelray.serving.plan import pin, serve_job, serving_plan
 
     job = serve_job(target, overrides, host=host, port=port)
     if dry_run:
