@@ -81,11 +81,11 @@ class Submission:
     """Whether tracked files differ from the commit; the files are sent as they are on disk."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Gives the plan as a JSON-serialisable dictionary."""
+        """Returns the plan as a JSON-serialisable dictionary."""
         return asdict(self)
 
     def to_rich(self) -> Table:
-        """Gives the plan as a table for the console."""
+        """Returns the plan as a table for the console."""
         table = Table("job to submit", self.identity)
         table.add_row("cluster", self.address)
         table.add_row("command", self.entrypoint)
@@ -318,7 +318,7 @@ def _client(url: str, token: str | None) -> JobSubmissionClient:
 
 
 def _attempts(client: JobSubmissionClient, url: str, identity: str, again: bool) -> tuple[JobState | None, int]:
-    """Gives the latest attempt, or None if a new attempt is to be started, and the number of the next attempt."""
+    """Returns the latest attempt, or None if a new attempt is to be started, and the number of the next attempt."""
     numbered = re.compile(re.escape(identity) + r"(?:-r(\d+))?")
     with _explained(url):
         known = {

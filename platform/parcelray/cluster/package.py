@@ -120,7 +120,7 @@ def stage(package: Package, folder: Path) -> None:
 
 
 def inside(root: Path, path: Path) -> str:
-    """Gives the path relative to the project's root.
+    """Returns the path relative to the project's root.
 
     Raises:
         UserError: the path is outside of the project.
@@ -137,7 +137,7 @@ def find_secret(text: bytes) -> bool:
 
 
 def git_state(root: Path) -> tuple[str, bool]:
-    """Gives the current commit (`none` before the first one) and whether tracked files differ from it."""
+    """Returns the current commit (`none` before the first one) and whether tracked files differ from it."""
     head = subprocess.run(
         ["git", "-C", str(root), "rev-parse", "--verify", "-q", "HEAD"], capture_output=True, text=True, check=False
     )

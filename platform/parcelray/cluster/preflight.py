@@ -98,7 +98,7 @@ def cluster_resources(address: str | None) -> dict[str, float]:
 
 
 def local_ray_version() -> str:
-    """Gives the version of Ray that is installed on this machine, without importing Ray."""
+    """Returns the version of Ray that is installed on this machine, without importing Ray."""
     return importlib.metadata.version("ray")
 
 

@@ -115,12 +115,12 @@ def num_nodes() -> int:
 
 
 def default_num_cpus() -> int:
-    """Gives the logical CPUs of a local instance: those that this process may use, at least 4."""
+    """Returns the logical CPUs of a local instance: those that this process may use, at least 4."""
     return max(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
 def temporary_folder() -> Path:
-    """Gives the folder for Ray's sessions and lock files.
+    """Returns the folder for Ray's sessions and lock files.
 
     It is RAY_TMPDIR, else `parcelray-<user id>` in the system's temporary folder. Ray's own default belongs to the user
     who ran Ray first on the machine, and other users cannot open its lock files.
@@ -153,7 +153,7 @@ def temporary_folder() -> Path:
 
 
 def import_path() -> str | None:
-    """Gives the folder that workers need on PYTHONPATH to import this parcelray; None if parcelray is installed.
+    """Returns the folder that workers need on PYTHONPATH to import this parcelray; None if parcelray is installed.
 
     Site-packages is never added to PYTHONPATH, where it would precede the standard library.
     """
@@ -217,7 +217,7 @@ def _start(num_cpus: int | None, num_gpus: int | None, object_store_bytes: int |
 
 
 def _worker_interpreter() -> str:
-    """Gives the path of this interpreter, quoted because Ray inserts it into a shell command."""
+    """Returns the path of this interpreter, quoted because Ray inserts it into a shell command."""
     return shlex.quote(sys.executable)
 
 

@@ -93,7 +93,7 @@ def _unknown_key(problem: Problem) -> str:
 
 
 def _problem(model: type[BaseModel], detail: Any) -> tuple[tuple[Any, ...], Problem]:
-    """Gives the keys that the user wrote, and the mistake at these keys."""
+    """Returns the keys that the user wrote, and the mistake at these keys."""
     kind, location, value = detail["type"], list(detail["loc"]), detail["input"]
     # No field has the name of a rejected key, and a variant of a union may have it.
     unknown = [location.pop()] if kind in ("extra_forbidden", "invalid_key") else []

@@ -137,7 +137,7 @@ class BackboneShape:
         return self.grid_size**2
 
     def at_resolution(self, image_size: int) -> "BackboneShape":
-        """Gives the same backbone with square images of `image_size` x `image_size` pixels.
+        """Returns the same backbone with square images of `image_size` x `image_size` pixels.
 
         Raises:
             UserError: the size is not a positive multiple of the patch size.

@@ -56,7 +56,7 @@ class CostRow:
         return 1 - self.cost.kv_cache_bytes / self.uncompressed.kv_cache_bytes
 
     def to_dict(self) -> dict[str, Any]:
-        """Gives all numbers of the row as a dictionary; FLOPs and bytes are exact."""
+        """Returns all numbers of the row as a dictionary; FLOPs and bytes are exact."""
         return {
             "num_visual_tokens": self.num_visual_tokens,
             "num_frames": self.num_frames,
@@ -80,7 +80,7 @@ class CostTable:
     rows: tuple[CostRow, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """Gives backbone, connector, rows and the operations that are not counted as a dictionary."""
+        """Returns backbone, connector, rows and the operations that are not counted as a dictionary."""
         return {
             "backbone": asdict(self.backbone),
             "connector": self.connector,
@@ -89,11 +89,11 @@ class CostTable:
         }
 
     def to_json(self) -> str:
-        """Gives `to_dict` as JSON."""
+        """Returns `to_dict` as JSON."""
         return json.dumps(self.to_dict())
 
     def to_rich(self) -> "Table":
-        """Gives a table for the console: a column per budget and number of frames, and a row per term (GFLOP)."""
+        """Returns a table for the console: a column per budget and number of frames, and a row per term (GFLOP)."""
         from rich.table import Table
 
         shape = self.backbone
@@ -157,7 +157,7 @@ def build(
 
 
 def connector_from_name(name: str) -> ConnectorConfig:
-    """Gives the default configuration of a connector of `CONNECTORS`.
+    """Returns the default configuration of a connector of `CONNECTORS`.
 
     Raises:
         UserError: the name is not in `CONNECTORS`.

@@ -96,7 +96,7 @@ class CostBreakdown:
 
 
 def default_text_tokens(num_frames: int) -> int:
-    """Gives the paper's number of text tokens N_t for one image or for a video."""
+    """Returns the paper's number of text tokens N_t for one image or for a video."""
     return IMAGE_TEXT_TOKENS if num_frames <= 1 else VIDEO_TEXT_TOKENS
 
 

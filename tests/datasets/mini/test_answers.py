@@ -7,13 +7,19 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from parcelray.datasets.mini import FAMILIES, VOCABULARY, MiniSuite, corpus, family_samples
+from parcelray.datasets.mini import FAMILIES, MiniSuite, family_samples
 from parcelray.datasets.mini.drawing import COLORS, PALETTE, SHAPES, shape_mask
 from parcelray.datasets.mini.font import LETTERS, LEXICON, text_glyphs, text_width
-from parcelray.datasets.mini.scenes import PLURALS, Box, loc_tokens
-from parcelray.datasets.mini.text import SYMBOLS
+from parcelray.datasets.mini.resolution import FORM_KEYS
+from parcelray.datasets.mini.scenes import KINDS, PLURALS, Box, loc_tokens
 from parcelray.datasets.sample import Sample
 
+PROMPT_WORDS = """
+a above all appears at bar bars both bottom caption cell color colors corner count detect digit digits do does down end
+first frame frames has how image images in is largest last left list many more move no number objects of read right row
+same second shape shapes show spell start tall tallest the top track up way what which word yes and
+"""
+"""All words of prompts and training targets except names of colours, shapes, texts and form keys."""
 SINGULAR = {plural: kind for kind, plural in PLURALS.items()}
 
 
@@ -243,9 +249,11 @@ def test_dense_answers_describe_the_scene():
 
 
 def test_vocabulary_is_closed():
-    words = {word for line in corpus(6000) for word in re.sub(r"<loc\d{4}>", " ", line).split()}
-    assert {word for word in words if not re.fullmatch(r"\d\d+", word)} == {*VOCABULARY, *SYMBOLS}
-    assert list(corpus(50)) == list(corpus(50))
+    texts = list(MiniSuite("train").texts(6000))
+    words = {word for text in texts for word in re.sub(r"<loc\d{4}>", " ", text).split()}
+    names = {*COLORS, *KINDS, *PLURALS.values(), *LEXICON, *FORM_KEYS, *LETTERS, *"0123456789"}
+    assert {word for word in words if not re.fullmatch(r"\d\d+", word)} == {*PROMPT_WORDS.split(), *names, *".;|"}
+    assert list(MiniSuite("train").texts(50)) == list(MiniSuite("train").texts(50))
 
 
 def test_shapes_and_glyphs_are_distinct():

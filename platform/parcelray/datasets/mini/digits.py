@@ -27,7 +27,7 @@ class DigitImage(NamedTuple):
 
 @cache
 def digit_images(split: str) -> tuple[tuple[DigitImage, ...], ...]:
-    """Gives the images of a split for each value 0 to 9.
+    """Returns the images of a split for each value 0 to 9.
 
     The images of each value are split in their stored order (80 % training, 10 % validation, 10 % test). Adjacent
     images, which are often by the same writer, are therefore in the same split.

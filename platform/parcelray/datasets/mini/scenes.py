@@ -201,7 +201,7 @@ class Draw:
 
 
 def split_of(scene: str) -> Split:
-    """Gives the split of a scene hash: 80 % training, 10 % validation, 10 % test."""
+    """Returns the split of a scene hash: 80 % training, 10 % validation, 10 % test."""
     bucket = int(scene, 16) % 10
     return "train" if bucket < 8 else "validation" if bucket == 8 else "test"
 

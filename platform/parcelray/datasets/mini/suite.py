@@ -144,7 +144,7 @@ def family_sample(split: Split, family: str, index: int, seed: int = 0, image_si
 
 
 def family_sample_id(split: Split, family: str, index: int, seed: int = 0) -> str:
-    """Gives the id of an evaluation sample of a family."""
+    """Returns the id of an evaluation sample of a family."""
     return f"{split}-{seed}-{family}-{index:06d}"
 
 

@@ -286,7 +286,7 @@ def _items(source: NlvrSource) -> dict[str, tuple[_Item, ...]]:
 
 @functools.lru_cache(maxsize=8)
 def _part(source: NlvrSource) -> tuple[int, ...]:
-    """Gives the row indices of the part's pictures."""
+    """Returns the row indices of the part's pictures."""
     rows = _rows(source.path, source.split)
     held_out = _validation_directories({row.directory for row in rows}, source.seed)
     return tuple(
