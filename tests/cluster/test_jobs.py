@@ -285,6 +285,35 @@ def test_a_failed_job_exits_with_1_and_its_next_attempt_gets_a_number(cluster: C
     assert not jobs.submit(job_file, identity=identity, address=cluster.address).created
 
 
+class _StartingCluster:
+    """A client whose cluster has no agent for its first attempts, as one that has just started."""
+
+    def __init__(
+        self, failures: int, message: str = "500: No available agent to submit job, please try again later"
+    ) -> None:
+        self.failures, self.message, self.attempts = failures, message, 0
+
+    def submit_job(self, **request: object) -> None:
+        self.attempts += 1
+        if self.attempts <= self.failures:
+            raise RuntimeError(self.message)
+
+
+def test_a_cluster_that_has_just_started_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    pauses: list[float] = []
+    monkeypatch.setattr(jobs.time, "sleep", pauses.append)
+    starting = _StartingCluster(failures=3)
+    jobs._submit_once_an_agent_runs(starting, {})  # type: ignore[arg-type]
+    assert (starting.attempts, len(pauses)) == (4, 3)
+    never = _StartingCluster(failures=10**6)
+    with pytest.raises(RuntimeError, match="No available agent"):
+        jobs._submit_once_an_agent_runs(never, {})  # type: ignore[arg-type]
+    assert never.attempts == jobs._AGENT_ATTEMPTS
+    broken = _StartingCluster(failures=1, message="the entrypoint is illegal")
+    with pytest.raises(RuntimeError, match="illegal"):
+        jobs._submit_once_an_agent_runs(broken, {})  # type: ignore[arg-type]
+
+
 def test_a_missing_or_wrong_token_is_reported(cluster: Cluster, project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_AUTH_TOKEN")
     with pytest.raises(UserError, match=r"requires a token \(401\) and none was found; set RAY_AUTH_TOKEN"):

@@ -10,7 +10,8 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 
 LAYERS = (
-    ("errors", "console", "plotting"),
+    # `data` only refuses MLflow versions of an older layout.
+    ("errors", "console", "plotting", "data"),
     ("config",),
     ("models",),
     ("datasets",),

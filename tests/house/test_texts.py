@@ -11,7 +11,7 @@ import typer
 from parcelray import cli
 
 ROOT = Path(__file__).resolve().parents[2]
-BINARY = {".safetensors", ".pkl", ".png", ".jpg", ".parquet", ".npz", ".pt2", ".woff2", ".ico", ".gif", ".pdf"}
+BINARY = {".safetensors", ".pkl", ".png", ".jpg", ".parquet", ".npz", ".pt2", ".woff2", ".ico", ".gif", ".pdf", ".xz"}
 # Written in pieces, so that this file passes its own test.
 REGISTRY_HOSTS = [
     ".".join(parts)

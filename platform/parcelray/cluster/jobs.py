@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import datetime
 import getpass
+import itertools
 import os
 import re
 import shlex
@@ -43,6 +44,8 @@ from parcelray.errors import SystemFailure, UserError
 
 ENDED = frozenset({"SUCCEEDED", "FAILED", "STOPPED"})
 POLL_S = 0.5
+_AGENT_ATTEMPTS = 120
+_AGENT_PAUSE_S = 1.0
 PACKAGE_FOLDER = Path("platform") / "parcelray"
 
 _IDENTITY = re.compile(r"(?P<kind>[a-z]+)-[A-Za-z0-9._-]+-(?P<hash>[0-9a-f]{8})")
@@ -347,7 +350,7 @@ def _send(
             # driver, as workers start in another folder.
             runtime_env |= {"py_modules": [str(folder / PACKAGE_FOLDER)], "excludes": [f"/{PACKAGE_FOLDER.as_posix()}"]}
         try:
-            client.submit_job(**request, runtime_env=runtime_env)
+            _submit_once_an_agent_runs(client, {**request, "runtime_env": runtime_env})
         except RuntimeError as error:
             # The same job was submitted by someone else after the check for existing attempts.
             if "already exists" not in str(error):
@@ -362,6 +365,19 @@ def _send(
             f" {url}."
         ),
     )
+
+
+def _submit_once_an_agent_runs(client: JobSubmissionClient, request: dict[str, Any]) -> None:
+    """Submits a job; waits for the agent of a cluster that has just started, which runs the drivers of jobs."""
+    for attempt in itertools.count(1):
+        try:
+            client.submit_job(**request)
+        except RuntimeError as error:
+            if "No available agent" not in str(error) or attempt == _AGENT_ATTEMPTS:
+                raise
+            time.sleep(_AGENT_PAUSE_S)
+        else:
+            return
 
 
 def _existing(state: JobState) -> SubmittedJob:
