@@ -301,7 +301,7 @@ class _StartingCluster:
 
 def test_a_cluster_that_has_just_started_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     pauses: list[float] = []
-    monkeypatch.setattr(jobs.time, "sleep", pauses.append)
+    monkeypatch.setattr("parcelray.cluster.jobs.time.sleep", pauses.append)
     starting = _StartingCluster(failures=3)
     jobs._submit_once_an_agent_runs(starting, {})  # type: ignore[arg-type]
     assert (starting.attempts, len(pauses)) == (4, 3)
