@@ -67,7 +67,7 @@ def test_every_reduction_is_consistent(
     tokens = projected(view)
     if isinstance(reducer, ToMe) and tower == "paligemma" and budget < 64:
         # Two layers can halve 256 tokens to 64 at the least.
-        with pytest.raises(UnsupportedBudgetError, match="tome cannot give 32 visual tokens"):
+        with pytest.raises(UnsupportedBudgetError, match="tome does not support 32 visual tokens"):
             reducer(tokens, num_visual_tokens=budget, context=ReductionContext(encoder=view))
         return
     with torch.no_grad():
@@ -105,7 +105,7 @@ def test_the_full_budget_and_the_smallest_are_legal(reducer: TokenReducer, views
         assert torch.equal(reducer(tokens, num_visual_tokens=256, context=context).tokens_BKD, tokens)
         assert reducer(tokens, num_visual_tokens=255, context=context).tokens_BKD.shape[1] == 255
         if isinstance(reducer, ToMe):
-            with pytest.raises(UnsupportedBudgetError, match="tome cannot give 31 visual tokens"):
+            with pytest.raises(UnsupportedBudgetError, match="tome does not support 31 visual tokens"):
                 reducer(tokens, num_visual_tokens=31, context=context)
         else:
             for budget in (1, 2):
