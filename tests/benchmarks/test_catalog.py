@@ -152,7 +152,7 @@ metric: exact_match
     [
         (
             "prompts: {paligemma: 'answer en {question}'}",
-            "names question, which is no column; legal: a, options_inline",
+            "uses question, which is not a column; legal: a, options_inline",
         ),
         ("metrik: exact_match", "metrik is not a known key.*did you mean metric"),
         (

@@ -241,11 +241,11 @@ def test_candidates_that_do_not_exist_are_refused(made: Registry) -> None:
     [
         (
             {"gates": {"retention": {"overall": {"32": 50}}}},
-            r"gates name the budgets \[32\], which are not among budgets",
+            r"gates use the budgets \[32\], which are not in budgets",
         ),
         (
             {"gates": {"golden": [{"benchmark": "mini", "sample": "x", "budgets": [16]}]}},
-            r"golden answers name the benchmarks \['mini'\]",
+            r"golden answers use the benchmarks \['mini'\]",
         ),
         ({"tracking": {"uri": None}}, "the model registry is in the tracking store"),
         ({"gates": {"latency": {"at_most_ms": {}}}}, "at least 1 item"),
