@@ -86,7 +86,7 @@ def test_every_option_says_what_it_sets_and_its_default() -> None:
         for parameter in command.params
         if not parameter.help
         or (
-            # A flag is off by default; typer prints the default of other options unless it is told not to.
+            # A flag is off by default; typer prints the default of other options unless it is switched off.
             isinstance(parameter, TyperOption)
             and not parameter.is_flag
             and not parameter.show_default

@@ -11,6 +11,7 @@ from parcelray.config.evaluate import EvaluateJob
 from parcelray.config.identity import config_hash, identity
 from parcelray.config.loader import ConfigError, apply_override, load_job, load_job_of
 from parcelray.config.train import TrainJob
+from parcelray.config.tune import TuneJob
 
 JOB = {"kind": "train", "name": "x", "data": {"type": "mini"}, "training": {"steps": 5}}
 
@@ -159,3 +160,8 @@ def test_a_job_of_another_kind_is_rejected_with_the_right_command(tmp_path: Path
         ConfigError, match="kind is train, but this command runs evaluate jobs; run it with `parcelray train"
     ):
         load_job_of(EvaluateJob, _write(tmp_path))
+
+
+def test_the_old_name_of_a_key_of_searches_is_refused(repo_root: Path) -> None:
+    with pytest.raises(ConfigError, match="rivals is now called baselines; rename the key"):
+        load_job_of(TuneJob, repo_root / "jobs" / "tune" / "anchor_query_split.yaml", ["rivals.M3=x"])

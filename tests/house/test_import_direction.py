@@ -44,7 +44,7 @@ MAY_IMPORT = {
     "mlflow": ("tracking", "evaluation.predict.pyfunc_model"),
 }
 HEAVY = ("mlflow", "ray", "torch", "transformers")
-MAX_LINES = 450
+MAX_LINES = 500
 
 
 def _modules() -> dict[str, Path]:
