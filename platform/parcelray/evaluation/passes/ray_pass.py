@@ -75,7 +75,7 @@ def run_on_ray(
         return collect(benchmarks, (), on_progress)
     present = stored_keys(benchmarks, model, PredictionStore(model.store))
     with _stage_actor() as stages:
-        reading = ray.put(_Reading(tuple(benchmarks), model, present))
+        reading = ray.put(pickle.dumps(_Reading(tuple(benchmarks), model, present)))
         pipeline = _pipeline(reading, model, dtype, shards, settings, stages)
         return collect(benchmarks, _finished(pipeline, len(shards), settings.stall_s, stages, clock), on_progress)
 
@@ -208,7 +208,8 @@ class _Read:
 
 @functools.lru_cache(maxsize=1)
 def _fetched(reading: Any) -> _Reading:
-    found: _Reading = ray.get(reading)
+    # Pickled by us: if Ray itself cannot unpickle an object, the pipeline hangs instead of raising the error.
+    found: _Reading = pickle.loads(ray.get(reading))
     return found
 
 
