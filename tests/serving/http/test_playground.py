@@ -146,7 +146,7 @@ def test_the_example_is_drawn_and_errors_are_shown(page: Browser) -> None:
     page.wait("return document.getElementById('view').dataset.budget === '256'")
     page.run("document.getElementById('prompt').value = 'x'.repeat(100000)")
     page.click("#ask")
-    page.wait("return document.getElementById('status').textContent.includes('legal are')")
+    page.wait("return document.getElementById('status').textContent.includes('the maximum is')")
 
 
 def test_every_control_has_a_label_and_no_resource_is_external(page: Browser) -> None:

@@ -165,5 +165,5 @@ def test_the_policies_by_request_and_fixed() -> None:
     "policy", [{"type": "fixed", "visual_tokens": 32}, {"type": "load", "floor": 17}, {"type": "request", "auto": 1}]
 )
 def test_a_policy_may_only_name_offered_budgets(policy: dict[str, object]) -> None:
-    with pytest.raises(ValueError, match="not offered; legal: 16, 64, 128, 256"):
+    with pytest.raises(ValueError, match="not in offered; legal: 16, 64, 128, 256"):
         ServedBudgets.model_validate({"offered": LADDER, "policy": policy})
