@@ -1,10 +1,10 @@
-"""Runs the whole loop on a laptop (`make quickstart`).
+"""Trains, compares and registers elastic models on a laptop (`make quickstart`).
 
-Trains PARCEL, M3 and MQT from the mini base on a local Ray, compares them at three budgets with the vanilla base
-trained as long, registers the best, and asks it one question at every budget.
+Trains PARCEL, M3 and MQT from the mini base on a local Ray, and compares them at three budgets with the vanilla base
+trained for as many steps. Registers the best model, and prints its answers to one question at every budget.
 
-A second run computes nothing; an interrupted run resumes. What `--set` changes is trained under a new name; what it
-does not change is not trained again.
+A second run computes nothing; an interrupted run resumes. Jobs that `--set` changes are trained under a new name; the
+other jobs are not trained again.
 """
 
 import sys
@@ -75,7 +75,7 @@ def run(job: TrainJob, console: Console) -> None:
     if finished.is_file():
         console.print(
             f"{name} is done; nothing to compute. Remove {folder} and {job.storage}/train/quickstart-* to start"
-            " anew.\n",
+            " again.\n",
         )
         console.print(finished.read_text(encoding="utf-8"), markup=False)
         return

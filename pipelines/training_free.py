@@ -1,7 +1,7 @@
 """Runs the study of training-free reduction with all methods on the mini suite, at four shares of the tokens.
 
 It evaluates the mini LLaVA, which was trained without compression, at 5, 11, 20 and 30 % of its 256 visual tokens, with
-all tokens, and blind; methods inside the decoder use the nearest budgets that they support. Random sampling runs with
+all tokens, and blind. Methods inside the decoder use the nearest budgets that they support. Random sampling runs with
 five seeds. A second run computes nothing.
 
     python pipelines/training_free.py [--set storage=FOLDER]

@@ -83,7 +83,7 @@ def test_an_interrupted_training_resumes_from_its_checkpoint(old: Path, monkeypa
     assert len(reports) == 1, "from scratch there would be one at step 3 and one at step 6"
 
 
-def test_an_mlflow_version_says_what_to_do(old: Path) -> None:
+def test_the_error_of_an_old_mlflow_version_names_the_fix(old: Path) -> None:
     import mlflow
 
     with warnings.catch_warnings():

@@ -67,7 +67,7 @@ def test_a_head_that_ignores_the_prompt_is_distinguished_from_one_that_depends_o
     assert ignoring.jaccard[:3] == (1, 1, 1)
     assert abs(following.spearman.value) < 0.15
     assert following.jaccard.value < 0.15
-    # The mean over heads shows nothing of the first one.
+    # The mean over heads hides the agreement of the first head.
     assert averaged.spearman.value < 0.3
 
 
@@ -149,7 +149,7 @@ def test_unrelated_smooth_maps_are_not_significant() -> None:
     for _ in range(30):
         losses, measures = [smooth() for _ in range(5)], [{"unrelated": smooth()} for _ in range(5)]
         p_values.append(validity(losses, measures, permutations=200)["unrelated"].p_value)
-    # Tokens shuffled one by one give p < 0.05 in half of these; movements in one of twenty, as they should.
+    # Shuffling single tokens would give p < 0.05 in half of these cases; shifts of the grid give it in about one of 20.
     assert sum(value < 0.05 for value in p_values) <= 4
 
 

@@ -27,7 +27,7 @@ HEAVY = ("torch", "ray", "mlflow", "transformers", "pydantic", "pyarrow", "numpy
 
 
 class Outcome:
-    """What a command printed and its exit code."""
+    """The output of a command and its exit code."""
 
     def __init__(self, code: int, out: str, err: str) -> None:
         self.code, self.out, self.err = code, out, err
@@ -79,7 +79,7 @@ def test_help_loads_no_heavy_library() -> None:
     assert [name for name in openings if name] == order
 
 
-def test_every_option_says_what_it_sets_and_its_default() -> None:
+def test_every_option_describes_its_value_and_default() -> None:
     without = [
         f"{path} {parameter.name}"
         for path, command in _commands(typer.main.get_command(cli.app), "parcelray")

@@ -66,7 +66,7 @@ def _run(job: EvaluateJob, parent: str | None = None) -> EvaluatedRun:
 
 
 def _table(folder: Path, rows: int = 12, broken: int = 0) -> Path:
-    """A benchmark of one's own: questions about images that cannot all be decoded."""
+    """A benchmark outside the catalog: questions about images that cannot all be decoded."""
     (folder / "own.yaml").write_text(OWN % 12)
     table = [
         {

@@ -17,7 +17,7 @@ def test_the_folder_is_not_a_package(repo_root: Path) -> None:
 
 
 @pytest.mark.parametrize("arguments", [["-c", SHOW], ["-"]], ids=["-c", "stdin"])
-def test_standard_library_wins_from_the_repository_root(repo_root: Path, arguments: list[str]) -> None:
+def test_the_standard_library_has_precedence_in_the_repository_root(repo_root: Path, arguments: list[str]) -> None:
     # The root itself in PYTHONPATH is the worst case: it comes before the standard library.
     environment = os.environ | {"PYTHONPATH": str(repo_root)}
     done = subprocess.run(
@@ -33,7 +33,7 @@ def test_standard_library_wins_from_the_repository_root(repo_root: Path, argumen
 
 
 @pytest.mark.ray
-def test_standard_library_wins_in_a_ray_worker(ray_session: None) -> None:
+def test_the_standard_library_has_precedence_in_a_ray_worker(ray_session: None) -> None:
     import ray
 
     # Defined here, so that it is pickled by value: a worker may not be able to import the tests.

@@ -21,10 +21,10 @@ FAMILIES = ("general", "grounding")
 def _summary(
     shares: dict[int, tuple[float, float]], count: int = 100, ids: str = "q", unscored: Sequence[str] = ()
 ) -> Summary:
-    """Scores of a model that answers the first `share` of each family's questions rightly, at each budget.
+    """Scores of a model that answers the first `share` of each family's questions correctly, at each budget.
 
     Args:
-        shares: share of right answers for each family of `FAMILIES`, by budget.
+        shares: share of correct answers for each family of `FAMILIES`, by budget.
         count: number of questions per family.
         ids: prefix of the sample ids.
         unscored: families of which no answer could be scored.

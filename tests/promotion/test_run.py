@@ -34,7 +34,7 @@ ROWS = 12
 
 
 class Registry:
-    """A store with two checkpoints, and a benchmark on which the first one answers every question rightly."""
+    """A store with two checkpoints, and a benchmark on which the first one answers every question correctly."""
 
     def __init__(self, root: Path) -> None:
         self.root = root

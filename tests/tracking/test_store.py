@@ -115,7 +115,7 @@ def test_characters_that_mlflow_refuses_are_replaced_in_keys():
     assert len(clean_key("k" * 400)) == 250
 
 
-def test_batches_obey_the_limits_of_count_and_bytes():
+def test_batches_are_within_the_limits_of_count_and_bytes():
     entries = [(f"k{i}", "v") for i in range(250)]
     cut = list(batches(entries, 100))
     assert [len(batch) for batch in cut] == [100, 100, 50]

@@ -39,8 +39,11 @@ def redundancy_profile(
 ) -> RedundancyProfile:
     """Measures the redundancy of a model's tokens on some images.
 
-    The measures are: the effective rank as a share of its maximum; the mean cosine of all pairs; the mean cosine of
-    adjacent patches; and the share of the tokens' variance that K-means explains with 5 to 30 % as many centres.
+    The measures are:
+
+    - the effective rank, as a share of its maximum;
+    - the mean cosine of all pairs, and of adjacent patches;
+    - the share of the tokens' variance that K-means explains with 5 to 30 % as many centres.
     """
     device = next(model.parameters()).device
     found: dict[str, list[float]] = {}

@@ -46,15 +46,15 @@ class SaliencyReport:
     """The results for one definition of saliency; sequences are by layer."""
 
     between_prompts: Sequence[Agreement]
-    """Between prompts about one image, with averaged heads."""
+    """Agreement between prompts about one image, with averaged heads."""
     by_head: Sequence[Sequence[Overlap]]
-    """Between prompts about one image, for each head of each layer."""
+    """Agreement between prompts about one image, for each head of each layer."""
     between_images: Sequence[Agreement]
-    """Control: the same prompt with another image."""
+    """Control: agreement between images for the same prompt."""
     between_layers: Sequence[Sequence[Overlap]]
-    """Between each pair of layers, with averaged heads, for the same image and prompt."""
+    """Agreement between each pair of layers, with averaged heads, for the same image and prompt."""
     between_heads: Sequence[Overlap]
-    """Between two heads of a layer, for the same image and prompt."""
+    """Agreement between two heads of a layer, for the same image and prompt."""
     with_class_attention: Sequence[Interval]
     """Spearman correlation with the attention in the vision tower; empty if the tower has no attention."""
     drawn_by: Mapping[str, Sequence[Interval]]

@@ -224,13 +224,13 @@ class _Silent:
     """Ignores progress; see `SearchObserver`."""
 
     def started(self, key: str, assignment: Assignment) -> None:
-        """Called when a trial starts."""
+        """Ignores the start of a trial."""
 
     def reported(self, key: str, metrics: Mapping[str, float], steps: int) -> None:
-        """Called when a training reports a step."""
+        """Ignores the report of a step."""
 
     def finished(self, trial: FinishedTrial) -> None:
-        """Called when a trial has ended.
+        """Checks that a trial has succeeded.
 
         Raises:
             RuntimeError: the trial failed, so its time is not valid.

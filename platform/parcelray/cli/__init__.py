@@ -112,7 +112,10 @@ def flops(
     connector: Annotated[str, typer.Option(help="Connector: parcel, mqt, m3, identity or an ablation.")] = "parcel",
     text_tokens: Annotated[
         int | None,
-        typer.Option(help="Number of text tokens; default: that of the PARCEL paper.", show_default=False),
+        typer.Option(
+            help="Number of text tokens; default: 129 for an image, 65 for a video, as in the PARCEL paper.",
+            show_default=False,
+        ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:

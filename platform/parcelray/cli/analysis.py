@@ -36,7 +36,8 @@ def saliency(
         list[str],
         typer.Option(
             "--prompt",
-            help="Prompt for every image; default: the mini suite's own; a folder needs at least two. Repeatable.",
+            help="Prompt for every image; default: the prompts of the mini suite. Images of a folder need at least two"
+            " prompts. Repeatable.",
             show_default=False,
         ),
     ] = [],

@@ -68,7 +68,7 @@ def bench_serve(
         int | None,
         typer.Option(
             min=1,
-            help="Compute threads of the model, the same for all compared servers; default: the choice of PyTorch.",
+            help="Compute threads of the model, the same for all compared servers; default: PyTorch's default.",
             show_default=False,
         ),
     ] = None,

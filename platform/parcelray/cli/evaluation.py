@@ -41,7 +41,7 @@ CatalogFiles = Annotated[
 def evaluate_run(
     job_file: JobFile, overrides: Set = [], dry_run: DryRun = False, address: Address = None, as_json: AsJson = False
 ) -> None:
-    """Evaluate a checkpoint; run the same command again to resume, it computes only missing predictions."""
+    """Evaluate a checkpoint; run the same command again to compute only the missing predictions."""
     from parcelray.config.evaluate import EvaluateJob
     from parcelray.config.loader import load_job_of
 
@@ -83,7 +83,7 @@ def evaluate_score(
     need_within: Annotated[
         float,
         typer.Option(
-            help="Tolerance in percent; the smallest budget with a score this close to the full one is needed."
+            help="Tolerance in percent; the needed budget is the smallest one with a score this close to the full one."
         ),
     ] = 5.0,
     as_json: AsJson = False,

@@ -23,14 +23,16 @@ def serve(
     host: Annotated[
         str | None,
         typer.Option(
-            help="Address to listen on, overrides http.host; default: that of the job, 127.0.0.1. Other addresses than"
-            " the loopback need API keys.",
+            help="Address to listen on; overrides http.host; default: that of the job (127.0.0.1 if not set). Addresses"
+            " other than the loopback need API keys.",
             show_default=False,
         ),
     ] = None,
     port: Annotated[
         int | None,
-        typer.Option(help="TCP port, overrides http.port; default: that of the job, 8000.", show_default=False),
+        typer.Option(
+            help="TCP port; overrides http.port; default: that of the job (8000 if not set).", show_default=False
+        ),
     ] = None,
     build: Annotated[
         Path | None,

@@ -78,7 +78,7 @@ def explained_worker_failures() -> Iterator[None]:
 
 
 def failure_reason(logs: Path, fallback: str = "") -> str:
-    """Finds the line in Ray's logs that tells why a process died, and adds the path of the logs.
+    """Finds the line in Ray's logs with the reason why a process ended, and adds the path of the logs.
 
     Args:
         logs: folder `logs` of a Ray session; it need not exist.

@@ -11,7 +11,7 @@ from parcelray.config.data import Family, NlvrQuestion
 PromptFamily = Literal["paligemma", "llava"]
 """Model families that have their own prompt templates."""
 OPTION_FIELDS = ("options_lines", "options_tabs", "options_inline")
-"""Template fields besides columns: the choices as `A. x` lines, separated by tabs, or as `(A) x, (B) y`."""
+"""Template fields in addition to columns: the choices as `A. x` lines, separated by tabs, or as `(A) x, (B) y`."""
 
 
 class VideoConfig(StrictModel):

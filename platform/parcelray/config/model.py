@@ -1,4 +1,4 @@
-"""Which model a job starts from, as data."""
+"""Configuration of the model that a job starts from."""
 
 from typing import Annotated, Literal, Self
 

@@ -108,7 +108,7 @@ class RealDomain(_Domain):
 
     @property
     def steps(self) -> None:
-        """None: an interval has no list of values."""
+        """Always None, because an interval has no list of values."""
         return
 
     @property

@@ -107,7 +107,7 @@ class ConfirmConfig(StrictModel):
     best: int = Field(default=3, ge=1)
     """Number of best splits to train."""
     worst: int = Field(default=1, ge=0)
-    """Number of worst splits to train; without them, a correlation over a few good splits says little."""
+    """Number of worst splits to train; a correlation over a few good splits alone is not informative."""
 
 
 class AdaptiveConfig(StrictModel):

@@ -72,7 +72,7 @@ class SeedTable:
 
     budgets: tuple[int, ...]
     scores: dict[str, dict[int, SeedSpread]]
-    """By split and budget, on the paper's scale."""
+    """Scores by split and budget, on the paper's scale."""
     retention: dict[int, SeedSpread]
     """Mean retention over splits, by budget."""
 
@@ -205,7 +205,7 @@ def _comparison_table(comparisons: Sequence[Comparison], first: str, second: str
         second,
         "difference [95 %]",
         "p (bootstrap)",
-        "only first / second right",
+        "only first / second correct",
         "p (McNemar)",
         "n",
     )

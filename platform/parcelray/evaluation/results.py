@@ -72,7 +72,7 @@ def record_results(uri: str, run_id: str, summary: Summary, files: Sequence[Path
 
 
 def notes(summary: Summary) -> list[str]:
-    """Returns what a reader must know before comparing the scores with others."""
+    """Returns notes on limits of the scores, to be read before they are compared with others."""
     found = []
     lost = unevaluated(summary.splits)
     if lost:
@@ -220,13 +220,13 @@ def _sub_score_rows(summary: Summary) -> list[list[str]]:
 def _answer_rows(summary: Summary) -> list[list[str]]:
     head = [
         "split",
-        f"needs (within {summary.need_within:g} %)",
+        f"needed budget (within {summary.need_within:g} %)",
         "oracle: score at mean tokens",
         "unscored",
         "unparsed",
         "empty",
         "cut off",
-        "tokens an answer",
+        "tokens per answer",
     ]
     return [head, *(_answer_row(summary, split) for split in summary.splits)]
 

@@ -34,9 +34,9 @@ class LayerMasks(NamedTuple):
     """Masks that are added to the attention logits, one for each kind of layer."""
 
     full: Tensor
-    """For layers with full attention."""
+    """Mask of layers with full attention."""
     windowed: Tensor
-    """For layers with a sliding window."""
+    """Mask of layers with a sliding window."""
 
     def of(self, is_windowed: bool) -> Tensor:
         """Returns the mask of one kind of layer."""

@@ -1,4 +1,4 @@
-"""A least-recently-used cache of what the vision tower computed, bounded by bytes.
+"""A least-recently-used cache of outputs of the vision tower, bounded by bytes.
 
 Evaluation keeps whole batches of encoded images, serving keeps the patch features of single images. The cached values
 are computed before the connector, so one entry serves every visual-token budget.
@@ -11,7 +11,7 @@ from cachetools import LRUCache
 
 
 class Sized(Protocol):
-    """A value that knows its size."""
+    """A value with a size in bytes."""
 
     @property
     def nbytes(self) -> int:

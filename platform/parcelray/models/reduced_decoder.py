@@ -83,7 +83,7 @@ def encode_prompts(
 
 @dataclass(frozen=True)
 class _Sequence:
-    """The input of some decoder layers: hidden states, and what attention needs to know about each position."""
+    """The input of some decoder layers: hidden states, and the properties of each position that attention needs."""
 
     hidden_BSL: Tensor
     valid_BS: Tensor
@@ -115,7 +115,7 @@ class _Group(NamedTuple):
 
 
 class _Steps(NamedTuple):
-    """What a group of layers needs for each of M tokens to be generated."""
+    """Inputs of a group of layers for each of M tokens to be generated."""
 
     layers: range
     positions_BM: Tensor

@@ -17,7 +17,7 @@ class Check(NamedTuple):
     gate: str
     """`artifacts`, `retention`, `regression`, `golden` or `latency`."""
     what: str
-    """What was measured, such as `retention of grounding at 16 visual tokens`."""
+    """The measured quantity, such as `retention of grounding at 16 visual tokens`."""
     measured: str
     required: str
     passed: bool

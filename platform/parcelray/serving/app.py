@@ -22,8 +22,8 @@ INGRESS_DEPLOYMENT = "Ingress"
 LOGGING = {"encoding": "JSON", "enable_access_log": False}
 """Logs one line of JSON per record.
 
-Serve's access log is off: the endpoint's own record of a request says more, and Serve would add one in each of its
-three processes.
+Serve's access log is off: the endpoint's own record of a request has more fields, and Serve would add one in each of
+its three processes.
 """
 PROXY_TIMEOUT_S = 300.0
 """Time for Serve's proxy to become ready on a busy machine, seconds."""
@@ -82,7 +82,7 @@ def ingress_app(args: dict[str, Any]) -> Application:
         name=INGRESS_DEPLOYMENT,
         # Exactly one: its counts (metrics, rates of keys, load, outcomes of a challenger) are those of the endpoint.
         num_replicas=1,
-        # Twice what it admits: refused requests must reach it to learn when to retry. Serve's proxy refuses the rest.
+        # Twice the number that it admits, because its refusals state when to retry. Serve's proxy refuses the rest.
         # Bodies that are still being received do not count: the proxy waits for them.
         max_ongoing_requests=2 * in_flight + 64,
         max_queued_requests=4 * in_flight,

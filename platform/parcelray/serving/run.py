@@ -34,7 +34,7 @@ def endpoint(pinned: PinnedEndpoint, *, address: str | None = None) -> Iterator[
 
     Args:
         pinned: the endpoint.
-        address: address of the Ray cluster; None: as the environment says, else a local one.
+        address: address of the Ray cluster; None: that of the environment variables, else a local one.
 
     Raises:
         UserError: Ray cannot be started or connected to, or the port is in use.
@@ -167,7 +167,7 @@ def run_endpoint(pinned: PinnedEndpoint, console: Console, *, address: str | Non
     Args:
         pinned: the endpoint.
         console: where progress is printed.
-        address: address of the Ray cluster; None: as the environment says, else a local one.
+        address: address of the Ray cluster; None: that of the environment variables, else a local one.
     """
     stop, reload = threading.Event(), threading.Event()
     _warn(pinned, console)

@@ -34,7 +34,7 @@ from parcelray.tracking.store import ensure_store
 _NUM_HEAT_MAPS = 4
 """Number of images for which heat maps are drawn."""
 _SAME_RANKING = 0.9
-"""Rank correlation between prompts above which a warning says that the attention ignores the prompt."""
+"""Rank correlation between prompts above which a warning states that the attention ignores the prompt."""
 
 
 def study_saliency(

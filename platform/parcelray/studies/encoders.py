@@ -52,7 +52,7 @@ def run_encoder_study(
     plot_encoders(
         [point for point in points if point.method != "full"],
         picture,
-        title="What each encoder's tokens keep when they are reduced",
+        title="Retention of each encoder's model under token reduction",
     )
     note.write_text(CONFOUNDED + "\n", encoding="utf-8")
     console.print(encoder_table(points))

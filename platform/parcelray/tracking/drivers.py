@@ -1,4 +1,4 @@
-"""The process that drives an MLflow run, and whether it is still alive: tells an orphaned run from one in progress."""
+"""The process that drives an MLflow run, and a check whether it is alive, to detect orphaned runs."""
 
 import os
 import signal
@@ -13,7 +13,7 @@ _SIGTERM_EXIT_CODE = 128 + signal.SIGTERM
 
 
 def driver_tag() -> str:
-    """This process as `host:pid:start time`; the start time distinguishes it from a later process with the same pid."""
+    """Tag of this process, `host:pid:start time`; the start time excludes a later process with the same pid."""
     return f"{socket.gethostname()}:{os.getpid()}:{_started(os.getpid())}"
 
 
@@ -31,7 +31,7 @@ def is_other_live_driver(tag: str) -> bool:
 
 
 def _started(pid: int) -> str | None:
-    """Start time of a process in clock ticks since boot; None if it is gone or a zombie, or there is no /proc."""
+    """Start time of a process in clock ticks since boot; None for an ended process or a zombie, or without /proc."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except (FileNotFoundError, ProcessLookupError, PermissionError):

@@ -1,4 +1,4 @@
-"""What the tracking store accepts: legal tracking URIs, keys, values and batches; and how a SQLite store is created.
+"""Rules of the tracking store: legal tracking URIs, keys, values and batches; and creation of a SQLite store.
 
 Limits of MLflow 3.17: 100 params or tags and 1,000 metrics per batch, 1 MB per request; keys of 250, params of 6,000
 and tags of 8,000 characters.

@@ -63,5 +63,5 @@ class BudgetSampler:
         return [side for side in self.config.anchor_grids or () if side * side <= num_visual_tokens]
 
     def state(self) -> dict[str, object]:
-        """The values that the draws depend on besides the step; stored in the checkpoint."""
+        """The values, other than the step, that the draws depend on; stored in the checkpoint."""
         return {"seed": self.seed, "config": self.config.model_dump(mode="json")}

@@ -1,4 +1,4 @@
-"""What Ray's processes of a training load: the workers, the controller's callback, and the progress actor.
+"""The parts that Ray's processes of a training load: the workers, the controller's callback, and the progress actor.
 
 The controller and the actor need neither the model nor its libraries, which take seconds to import. So this module
 imports those only inside the functions that run on a worker or in a validation task.
@@ -20,7 +20,7 @@ from parcelray.config.train import TrainJob
 from parcelray.tracking.metric_logger import MetricLogger, NoMetrics
 
 _POLL_S = 0.5
-"""Interval in which the driver asks for the progress, in seconds."""
+"""Interval at which the driver polls the progress, in seconds."""
 
 
 @dataclass(frozen=True)

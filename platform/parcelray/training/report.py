@@ -26,7 +26,7 @@ _FAMILIES = 4
 def report_training(
     job: TrainJob, model_folder: Path, console: Console, tracking_uri: str | None, run_id: str | None
 ) -> dict[str, float]:
-    """Evaluate the model as `job.report` says, print the scores, and record them.
+    """Evaluate the model as `job.report` defines, print the scores, and record them.
 
     The table has the model at each budget, and as baselines the majority class and the model without an image.
 

@@ -53,7 +53,7 @@ def run_training(
         console: for progress and messages.
         address: Ray cluster; None for RAY_ADDRESS or else a local instance. Unused with `scaling.num_workers: 0`.
         parent_run_id: MLflow run to nest under.
-        report: whether to score the model as `job.report` says.
+        report: whether to score the model as `job.report` defines.
         on_report: called with the metrics at each checkpoint; picklable.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Builds what a training starts from: model, processor and data of a job. Needs only torch and transformers."""
+"""Builds the start of a training: model, processor and data of a job. Needs only torch and transformers."""
 
 from pathlib import Path
 

@@ -54,7 +54,7 @@ class Reporter(Protocol):
 
 @dataclass(frozen=True)
 class LoopInputs:
-    """What the loop needs besides the job: where to start, how to read batches, and where its outputs go."""
+    """Inputs of the loop in addition to the job: the start, the source of batches, and the outputs."""
 
     checkpoint: Path | None
     """Folder that `job.model` was resolved to; None for a model from scratch."""

@@ -46,7 +46,7 @@ class ConfirmedSplit:
 
 @dataclass(frozen=True)
 class Confirmation:
-    """How well the supernet's ranking of splits predicts the ranking of separately trained models."""
+    """Agreement between the supernet's ranking of splits and the ranking of separately trained models."""
 
     num_visual_tokens: int
     splits: Sequence[ConfirmedSplit]

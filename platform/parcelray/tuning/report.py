@@ -223,7 +223,7 @@ def _family_table(job: TuneJob, findings: SearchFindings) -> Table:
         *columns,
         "best [95 %]",
         "tokens of the best",
-        "trials within one error",
+        "trials within one standard error",
         title=title,
     )
     for each in findings.families:

@@ -1,4 +1,4 @@
-"""Early stopping that survives an interruption of the search.
+"""Early stopping that continues unchanged after an interruption of the search.
 
 The reports of all trainings are stored in `reports.jsonl`. A resumed search replays them into a new Tune scheduler.
 """

@@ -142,7 +142,7 @@ class _Search:
     uri: str | None
     run_id: str | None
     how_to_resume: str
-    """What to do after an interruption, for a message."""
+    """Advice on how to resume after an interruption, for a message."""
 
     def run(self) -> WarmEvaluator | None:
         """Runs the missing trials.

@@ -1,7 +1,7 @@
 """Tune trials that train: one whole training per trial, or the members of a population, which train in segments.
 
 The process of a trial is only a driver and reserves almost no CPU; the workers of its training reserve theirs from the
-cluster. This module knows no jobs: the function that trains a point is passed in (see `TrainPoint`).
+cluster. This module does not depend on jobs: the function that trains a point is passed in (see `TrainPoint`).
 """
 
 import functools

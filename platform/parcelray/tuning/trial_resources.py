@@ -1,4 +1,4 @@
-"""Cluster resources of trials: how many trials run at the same time, and a watchdog for a search that stands still."""
+"""Cluster resources of trials: how many trials run at the same time, and a watchdog for a stalled search."""
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence

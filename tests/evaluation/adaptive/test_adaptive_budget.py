@@ -136,7 +136,7 @@ def test_predictors_beat_a_random_mixture_and_nothing_beats_the_oracle(study: Ad
 
 
 def test_random_signals_gain_nothing() -> None:
-    """With random signals, a predictor tested on the questions of its fit seems to win; a cross-fitted one does not."""
+    """With random signals, a predictor has a spurious gain on the questions of its fit; a cross-fitted one has none."""
     table, signals = _made_up(200)
     noise = np.random.default_rng(3).normal(size=(200, 60))
     names = tuple(f"{part}_{index}" for part in ("image", "question") for index in range(30))

@@ -30,7 +30,7 @@ class Damaged(MiniReader):
     """Two rows cannot be evaluated: the reader refuses row 3, and an image of row 7 cannot be decoded."""
 
     def read(self, row: int) -> RowSamples:
-        """Reads, with damage."""
+        """Reads a row; refuses row 3 and damages the image of row 7."""
         found = super().read(row)
         if row == 3:
             return RowSamples((), (Problem("row 3", "no answer"),))
@@ -47,7 +47,7 @@ class KillsItsReader(Damaged):
     """File that is made before the kill."""
 
     def read(self, row: int) -> RowSamples:
-        """Reads, or dies."""
+        """Reads a row, and kills this process at the disturbed row, the first time only."""
         if row == DISTURBED_ROW and not Path(self.marker).exists():
             Path(self.marker).touch()
             os.kill(os.getpid(), signal.SIGKILL)
@@ -62,7 +62,7 @@ class Hangs(MiniReader):
     """File that is made when the row is read."""
 
     def read(self, row: int) -> RowSamples:
-        """Reads, or hangs."""
+        """Reads a row; hangs at the disturbed row."""
         if row == DISTURBED_ROW:
             Path(self.marker).touch()
             time.sleep(3600)
@@ -77,7 +77,7 @@ class Waits(MiniReader):
     """The file."""
 
     def read(self, row: int) -> RowSamples:
-        """Reads, or waits."""
+        """Reads a row; waits for the file at the disturbed row."""
         deadline = time.monotonic() + LIMIT_S
         while row == DISTURBED_ROW and not Path(self.marker).exists():
             if time.monotonic() > deadline:

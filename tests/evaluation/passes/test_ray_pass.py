@@ -72,7 +72,7 @@ def _pass(
 
 
 def _answers(store: Path) -> Answers:
-    """By sample and budget, all that are stored."""
+    """Returns all stored predictions by sample and budget."""
     keys = PredictionStore(str(store)).keys("mini", "digest")
     found = PredictionStore(str(store)).read("mini", "digest", keys).values()
     assert all(prediction.mean_log_prob is not None for prediction in found)
@@ -149,7 +149,7 @@ def test_a_killed_reader_loses_nothing_and_damaged_rows_are_listed(
 
 
 def _actor_processes() -> list[int]:
-    """Processes of this test's own Ray, which its driver started, that answer."""
+    """Returns the actors that evaluate, among the processes of the Ray that the driver of this test started."""
     children = subprocess.run(
         ["ps", "-eo", "pid=,ppid=,args="], capture_output=True, text=True, check=True
     ).stdout.splitlines()
@@ -186,7 +186,7 @@ def test_a_killed_actor_loses_nothing(undisturbed: Answers, checkpoint: Path, tm
 
 
 class _Clock:
-    """Stands still until a condition is met; then 5 s pass between two readings."""
+    """A clock that does not advance until a condition is met; then 5 s pass between two readings."""
 
     def __init__(self, condition: Callable[[], bool]) -> None:
         self._condition = condition
@@ -258,8 +258,8 @@ def test_a_killed_driver_loses_nothing(undisturbed: Answers, checkpoint: Path, r
     wait_until(lambda: len(list(store.rglob("*.parquet"))) >= 3, "three files of answers are stored", driver)
     driver.kill()
     driver.wait()
-    # Its Ray outlives it, so its actors may store a last shard; what belongs to the session that we made is ours to
-    # end.
+    # Ray's processes outlive the driver, so its actors may store a last shard. The test started this session and ends
+    # it.
     end_session(driver.pid)
     kept = len(_answers(store))
     assert 0 < kept < ANSWERS
@@ -290,7 +290,7 @@ if __name__ == "__main__":
     cluster = Cluster(initialize_head=True, head_node_args=head)
     second = cluster.add_node(num_cpus=2)
     ray.init(cluster.address, log_to_driver=False)
-    # Rows are left to be read until the node is gone.
+    # Rows are left to be read until the node has stopped.
     reader = disturbed(Waits, Path(removed))
     benchmark = mini_benchmark(reader, GenerationSettings(max_new_tokens=6))
 

@@ -36,8 +36,8 @@ def test_a_ratio_of_the_same_samples_varies_less_than_its_parts() -> None:
     half = _splits({"general": [float(index % 4 == 1) for index in range(200)], "video": [1.0] * 200})
     interval = mean_of(list(retentions(half, 64, reference, 64).values())).interval
     assert interval.value == pytest.approx(100 * (0.5 + 1) / 2)
-    # 100 of the samples tell; half of them are kept, so the ratio's standard error is sqrt(0.25 / 100) (scenes of two
-    # samples hold one each).
+    # The reference is correct on 100 samples, one per scene, and half of them stay correct. So the ratio's standard
+    # error is sqrt(0.25 / 100).
     assert interval.high - interval.low == pytest.approx(100 * 2 * 1.96 * 0.05 / 2, rel=0.1)
 
 

@@ -90,8 +90,8 @@ def test_the_draws_of_two_budgets_are_paired() -> None:
         samples, {16: [GivenAnswer(text) for text in first], 64: [GivenAnswer(text) for text in second]}
     )
     gap = difference(split.scores[64].estimate, split.scores[16].estimate)
-    # 30 samples were made right, about half of them were wrong: the gap is about 5 points with an error of 1.3, not of
-    # 4.
+    # 30 samples were set to correct, and about half of them were wrong: the gap is about 5 points with an error of
+    # 1.3, not of 4.
     assert 2 < gap.value < 8
     assert gap.std_error < 2
 

@@ -47,6 +47,6 @@ def test_each_warning_is_a_sentence() -> None:
     assert describe(warnings).count("\n- ") == 4
 
 
-def test_that_there_is_no_warning_is_said() -> None:
+def test_a_study_without_warnings_states_it() -> None:
     frontier = Frontier((_point("full", 256, 30, 40), _point("cluster", 13, 20, 30)), reference="full")
     assert describe(warnings_of(frontier, [_fine("cluster", 80)], [], [], {})) == "Warnings: none; all checks passed."

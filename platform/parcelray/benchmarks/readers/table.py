@@ -1,4 +1,4 @@
-"""Reader of benchmarks in tables: turns the columns of a row into samples as the benchmark's configuration says."""
+"""Reader of benchmarks in tables: turns the columns of a row into samples as the benchmark's configuration defines."""
 
 import ast
 from collections.abc import Mapping, Sequence

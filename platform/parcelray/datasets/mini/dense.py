@@ -20,8 +20,8 @@ _VIDEO_TASKS = tuple(video.TASKS.values())
 def dense_caption(draw: Draw) -> Question:
     """`caption colors` or `caption shapes`: letter and word of each of the 16 cells.
 
-    The letters are a to p in reading order; the word of an empty cell is `.`. The letter tells the model which cell is
-    described. Without it, the model would have to count the preceding words, which a model from scratch learns late.
+    The letters are a to p in reading order; the word of an empty cell is `.`. The letter names the described cell.
+    Without it, the model would have to count the preceding words, which a model from scratch learns late.
     """
     things = draw.scatter(draw.fillers(5, 9))
     aspect = draw.rng.choice(ASPECTS)

@@ -46,7 +46,7 @@ class BudgetTable:
 
     @property
     def correct_NB(self) -> NDArray[np.bool_]:
-        """Which answers are correct."""
+        """Whether each answer is correct, bool [N, B]."""
         return self.values_NB >= _CORRECT
 
     @property
@@ -61,7 +61,7 @@ class Choices(NamedTuple):
     chosen_N: NDArray[np.int64]
     """Index of the budget whose answer is returned."""
     evaluated_NB: NDArray[np.bool_]
-    """Which budgets were evaluated, including that of the returned answer."""
+    """Whether each budget was evaluated, including that of the returned answer."""
 
 
 class PolicyResult(NamedTuple):

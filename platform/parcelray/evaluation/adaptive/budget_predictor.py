@@ -46,7 +46,7 @@ class Layer(NamedTuple):
 
 
 class FitSettings(NamedTuple):
-    """How a predictor is fitted."""
+    """Settings of the fit of a predictor."""
 
     hidden: tuple[int, ...] = ()
     """Widths of hidden layers; none: a logistic regression."""
@@ -157,7 +157,7 @@ class BudgetPredictor:
 
     @classmethod
     def load(cls, folder: Path) -> "BudgetPredictor":
-        """Reads what `save` wrote.
+        """Reads a predictor that `save` wrote.
 
         Raises:
             UserError: the folder holds no predictor, or its two files do not match.

@@ -103,7 +103,7 @@ def _reliability(axes: Axes, study: AdaptiveStudy) -> None:
             # The area of a marker is proportional to the number of answers in its bin.
             axes.scatter(x, y, s=[120 * one.n / study.questions for one in bins], color=color, linewidth=0)
     axes.set_xlabel("confidence of the answer")
-    axes.set_ylabel("share of right answers")
+    axes.set_ylabel("share of correct answers")
     axes.set_xlim(0, 1)
     axes.set_ylim(0, 1)
     axes.legend(fontsize=7, frameon=False, loc="upper left")

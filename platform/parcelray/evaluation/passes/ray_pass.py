@@ -81,7 +81,7 @@ def run_on_ray(
 
 
 class _Reading(NamedTuple):
-    """What the reading tasks need. Each process unpickles it once, so that a reader opens its files once."""
+    """The inputs of the reading tasks. Each process unpickles it once, so that a reader opens its files once."""
 
     benchmarks: tuple[PreparedBenchmark, ...]
     model: EvaluatedModel
@@ -252,7 +252,7 @@ class _StageReporter:
 
 @ray.remote(num_cpus=0)
 class _StageActor:
-    """Knows the current stage of every worker."""
+    """Holds the current stage of every worker."""
 
     def __init__(self) -> None:
         self._running: dict[str, tuple[float, str]] = {}

@@ -30,7 +30,7 @@ class PreparedBenchmark:
     rows: Sequence[int]
     """Rows to evaluate, in the order in which they are read; rows that share images are adjacent."""
     generation: GenerationSettings
-    """How answers are generated."""
+    """Settings of the generation of answers."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class EvaluatedModel:
     folder: Path
     """Checkpoint on the driver's node."""
     reference: str
-    """Pinned reference of the checkpoint, which a node resolves if it does not see the folder."""
+    """Pinned reference of the checkpoint, which a node resolves if it has no access to the folder."""
     digest: str
     """Digest of the weights, part of every prediction key."""
     budgets: tuple[int, ...]
@@ -53,7 +53,7 @@ class PassResult(NamedTuple):
     """The result of a pass over all benchmarks."""
 
     benchmarks: tuple[EvaluatedBenchmark, ...]
-    """In the order of the prepared benchmarks."""
+    """Evaluated benchmarks, in the order of the prepared ones."""
     computed: int
     """Number of predictions that were computed."""
     present: int
@@ -79,7 +79,7 @@ class ShardInput(NamedTuple):
     records: list[SampleRecord]
     problems: list[Problem]
     missing: dict[int, list[int]]
-    """By budget, indices of the records without a stored prediction."""
+    """Indices, by budget, of the records without a stored prediction."""
     samples: dict[int, Sample]
     """The samples that lack a prediction at some budget, by the index of their record."""
 

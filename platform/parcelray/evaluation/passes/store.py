@@ -1,10 +1,10 @@
-"""What an evaluation keeps on disk: predictions, and the samples of each benchmark with their prediction keys.
+"""The stored files of an evaluation: predictions, and the samples of each benchmark with their prediction keys.
 
 Predictions are parquet shards in a folder or under any fsspec URI. The key of a prediction holds everything that can
-change it (weights, budget, dtype, prompt, images, generation settings) and nothing about who computed it, so a rerun
-with another number of workers reuses what is stored. Shards are only ever added. The name of a shard is a hash of its
-keys: if predictions are computed twice, after a crash between writing and reporting, the second shard replaces the
-first.
+change it: weights, budget, dtype, prompt, images and generation settings. It does not depend on the workers, so a rerun
+with another number of workers reuses the stored predictions. Shards are only ever added. The name of a shard is a hash
+of its keys: if predictions are computed twice, after a crash between writing and reporting, the second shard replaces
+the first.
 
 With the stored predictions and the records of the samples, an evaluation can be scored again without the model and
 without the data.
@@ -229,7 +229,7 @@ class EvaluatedBenchmark:
 
     @classmethod
     def load(cls, folder: Path, config: BenchmarkConfig, metric: str | None) -> "EvaluatedBenchmark":
-        """Reads what `save` wrote.
+        """Reads a benchmark that `save` wrote.
 
         Raises:
             UserError: the folder of the evaluation has no complete record of the benchmark.

@@ -7,7 +7,7 @@ from typing import Literal
 
 @dataclass(frozen=True, slots=True)
 class GenerationSettings:
-    """How answers are generated; part of every prediction key."""
+    """Settings of the generation of answers; part of every prediction key."""
 
     max_new_tokens: int = 32
     """Largest number of generated tokens; longer answers are cut off and counted."""

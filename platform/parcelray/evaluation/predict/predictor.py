@@ -27,12 +27,12 @@ from parcelray.models.token_reduction.encoder_view import EncoderView
 
 
 class EncodedImages(NamedTuple):
-    """Some images, encoded together."""
+    """A batch of images, encoded together."""
 
     images: tuple[bytes, ...]
-    """Those that can be decoded, in the order of the view."""
+    """Images that can be decoded, in the order of the view."""
     problems: Mapping[bytes, str]
-    """Why the others cannot be decoded."""
+    """Reasons why the other images cannot be decoded."""
     view: EncoderView | None
     """None for the blind model, and where no image can be decoded."""
 
@@ -62,7 +62,7 @@ class Answer(NamedTuple):
     cut_off: bool
     """Whether the answer reached `max_new_tokens` without an end token."""
     problem: str = ""
-    """Why there is no answer (an image cannot be decoded); empty: there is one."""
+    """Reason why there is no answer (an image cannot be decoded); empty: there is an answer."""
     confidence: Confidence = UNKNOWN
     """The model's confidence in the answer."""
 

@@ -37,7 +37,7 @@ class Comparison(NamedTuple):
     p_value: float
     """Two-sided p-value, from the bootstrap draws of the difference; at least 1 / number of draws."""
     mcnemar: McNemar | None
-    """None if answers can be partly correct."""
+    """Result of McNemar's test; None if answers can be partly correct."""
     n: int
     """Number of samples that both have."""
 

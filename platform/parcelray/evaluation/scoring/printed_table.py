@@ -26,7 +26,7 @@ class PrintedTable:
     reference: Mapping[str, float]
     """Score of the reference, by benchmark."""
     methods: Mapping[str, Mapping[str, float]]
-    """By method, the scores by benchmark; scores that the table lacks are missing."""
+    """Scores by method and benchmark; scores that the table lacks are missing."""
 
     def retention(self, method: str) -> dict[str, float]:
         """Computes 100 x score / reference for each benchmark with both scores."""

@@ -108,7 +108,7 @@ class SplitScores:
 
 @dataclass(frozen=True)
 class ScoringRules:
-    """How a benchmark is scored."""
+    """Scoring settings of a benchmark."""
 
     metric: str | None = None
     """Metric that replaces those of the samples; None: each sample's own."""

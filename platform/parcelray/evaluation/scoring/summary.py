@@ -1,6 +1,7 @@
 """All numbers of an evaluation: scores and retention of splits and families, the needed budget, and the oracle.
 
-The oracle knows for each sample the smallest budget with the best answer; it bounds what choosing budgets can gain.
+The oracle uses for each sample the smallest budget with the best answer. Its score is an upper bound for any choice of
+budgets per sample.
 """
 
 import math

@@ -78,7 +78,7 @@ class FixedAnchorsConnector(AnchoredQueryConnector):
 
 
 class VitCrossAttentionConnector(AnchoredQueryConnector):
-    """PARCEL without the self-attention block: queries cross-attend to the patch features, unaware of the anchors.
+    """PARCEL without the self-attention block: queries attend to the patches, without conditioning on the anchors.
 
     Not capacity-matched: 15,465,296 parameters.
     """

@@ -34,7 +34,7 @@ class QueryPath(nn.Module):
     """Computes the first `num_queries` query tokens of one shared, ordered bank.
 
     Two choices that the paper leaves open. Keys have fixed two-dimensional sine-cosine positions, without parameters
-    and, in the cost model, without FLOPs; otherwise the learned queries would depend on the position information in the
+    and, in the cost model, without FLOPs. Otherwise the learned queries would depend on the position information in the
     last layer of the vision tower. The path ends in a LayerNorm (see `Connector.match_scale`).
 
     The bank is initialised with standard deviation 1, the scale of the normed features. With the customary 0.02, the

@@ -23,7 +23,7 @@ DROPPED = -1
 """Assignment of an input token that is in no output token."""
 
 Reads = Literal["tokens", "encoder", "prompt"]
-"""What a reducer needs: only the tokens, also the run of the vision tower, or also the prompt and the decoder."""
+"""Inputs of a reducer: only the tokens, also the run of the vision tower, or also the prompt and the decoder."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class PromptView:
 
 @dataclass(frozen=True)
 class ReductionContext:
-    """What a reducer may read besides the visual tokens; see `TokenReducer.reads`."""
+    """Inputs of a reducer in addition to the visual tokens; see `TokenReducer.reads`."""
 
     encoder: EncoderView | None = None
     """Run of the vision tower that the tokens come from."""
@@ -117,7 +117,7 @@ class TokenReducer(ABC):
 
     @property
     def reads(self) -> Reads:
-        """What the context must contain."""
+        """The parts that the context must contain."""
         return "tokens"
 
     def supported_budgets(self, num_tokens: int) -> tuple[int, ...]:

@@ -109,8 +109,8 @@ def _unsuppressed(alike_BNN: Tensor, group_BN: Tensor, rank_BN: Tensor, num_grou
         )
         turn_BN = waiting_BN & (rank_BN == best_BG.gather(1, group_BN))
         left_BN |= turn_BN
-        # At most one patch of a group has its turn, so the sum is its position. A finished group has no waiting patch
-        # that could be suppressed.
+        # A round processes at most one patch per group, so the sum is its position. A finished group has no waiting
+        # patch that could be suppressed.
         position_BG = best_BG.new_zeros(batch, num_groups).scatter_add_(
             1, group_BN, torch.arange(num_tokens, device=group_BN.device) * turn_BN
         )

@@ -51,7 +51,7 @@ class Saliency(TokenReducer):
 
     @property
     def reads(self) -> Reads:
-        """Depends on `definition`."""
+        """The inputs that `definition` requires."""
         if self.definition == "norm":
             return "tokens"
         return "encoder" if self.definition == "class_attention" else "prompt"

@@ -5,8 +5,8 @@ block by block, and none can exceed what it reserved.
 
 transformers' own continuous batching (5.23, `generation/continuous_batching`) is not used. Its requests are lists of
 token ids, without a way to pass visual tokens. Its masks are causal, whereas PaliGemma attends to its prompt in both
-directions. Its thread knows neither budgets nor a bounded queue. The layers, rotary positions and attention are those
-of transformers. What is added here is that requests join and leave between two steps, which `generate` cannot do.
+directions. Its thread supports neither budgets nor a bounded queue. The layers, rotary positions and attention are
+those of transformers. In addition, requests can join and leave between two steps, which `generate` does not support.
 
 Shapes: B requests, S tokens of the longest prompt, L width, V vocabulary, K visual tokens of a prompt, M blocks,
 T tokens per block, H key-value heads, E head width, R rows written at once.

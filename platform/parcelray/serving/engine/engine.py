@@ -25,7 +25,7 @@ FinishReason = Literal["stop", "length"]
 
 
 class EngineRefusal(ParcelrayError):
-    """The engine rejected a request or aborted it; `code` says why.
+    """The engine rejected a request or aborted it; `code` gives the reason.
 
     Args:
         code: `context_length_exceeded` (it can never fit), `unsupported_budget`, `queue_full`, `deadline_exceeded`,
@@ -44,7 +44,7 @@ class EngineRefusal(ParcelrayError):
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How the next token is chosen."""
+    """Sampling settings of a request: how each next token is chosen."""
 
     max_new_tokens: int
     """Maximum length of the answer in tokens, including the end token."""
@@ -92,7 +92,7 @@ class GenerateRequest:
     num_visual_tokens: int
     """Visual-token budget per image; 0 without images. With `choices`, the largest of them."""
     sampling: Sampling
-    """How tokens are chosen."""
+    """Sampling settings."""
     timeout_s: float
     """Seconds from arrival at the engine until the request is aborted."""
     stream: bool = False
@@ -133,15 +133,15 @@ class Timings:
     """Durations of the parts of one request, seconds."""
 
     queue_s: float
-    """From arrival at the engine to the turn that starts the request."""
+    """Time from arrival at the engine to the loop iteration that starts the request."""
     vision_s: float
     """Duration of the vision-tower batch that held its images; 0: every image was in the cache."""
     prefill_s: float
     """Duration of its prefill batch."""
     first_token_s: float
-    """From arrival at the engine to the first token."""
+    """Time from arrival at the engine to the first token."""
     total_s: float
-    """From arrival at the engine to the last token."""
+    """Time from arrival at the engine to the last token."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +159,7 @@ class EngineStats:
     """The current load of an engine and its counters since its start."""
 
     engine: str = ""
-    """Name of the engine, to tell replicas apart."""
+    """Name of the engine, which distinguishes replicas."""
     running: int = 0
     waiting: int = 0
     kv_tokens_used: int = 0
@@ -213,7 +213,7 @@ Listener = Callable[[Event], None]
 
 @dataclass(frozen=True, slots=True)
 class Inspection:
-    """How the connector compresses one image at one budget, for display in the playground."""
+    """The compression of one image by the connector at one budget, for display in the playground."""
 
     anchor_grid: int
     """Side length of the grid of pooled anchors; 0: no anchors."""

@@ -34,7 +34,7 @@ _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 
 @dataclass(eq=False)
 class RequestState:
-    """A request in an engine: what it holds, what it has generated, and when."""
+    """A request in an engine: its memory, its generated tokens, and its times."""
 
     request: GenerateRequest
     """The request; once its budget is chosen, with that budget."""
@@ -174,8 +174,9 @@ class AnswerWriter:
 class TextStream:
     """Decodes an answer incrementally: whole characters only, without stop strings and without outer white space.
 
-    `tokenizers.decoders.DecodeStream` is not used. It raises an exception when byte tokens do not form a character, as
-    sampling from a vocabulary with byte fallback (Gemma, Llama) can produce, and it cannot flush the end of a text.
+    `tokenizers.decoders.DecodeStream` is not used. It cannot flush the end of a text, and it raises an
+    exception when byte tokens do not form a character. Sampling from a vocabulary with byte fallback (Gemma, Llama) can
+    produce such tokens.
 
     Args:
         tokenizer: tokenizer of the model.

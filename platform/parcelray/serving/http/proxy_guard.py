@@ -1,9 +1,9 @@
 """Middleware in the process of Ray Serve's HTTP proxy, and the reading of request bodies within limits.
 
 Serve's proxy has four problems:
-- It obeys headers of clients: request id, session, timeout, and whether a disconnect cancels the request.
+- It applies headers of clients: request id, session, timeout, and whether a disconnect cancels the request.
 - It fails on some headers that are not UTF-8.
-- It lists its applications to everybody.
+- It lists its applications to every client.
 - It forwards a body piece by piece, so a slow client occupies a slot of the ingress.
 
 This middleware drops such headers, gives each request its own id, reads the whole body within limits, and gives the
@@ -91,7 +91,7 @@ class BodyReader:
             declared: value of the header Content-Length.
 
         Raises:
-            ApiError: 413 for too many bytes, 408 after the time limit, 429 if other bodies take all the memory.
+            ApiError: 413 for too many bytes, 408 after the time limit, 429 at the memory limit of all bodies.
         """
         longest = int(limits.body_mb * _MIB)
         too_large = ApiError(
@@ -121,7 +121,7 @@ class BodyReader:
     def _check(self, size: int, limits: RequestLimits) -> None:
         if self.held_bytes + size > limits.bodies_mb * _MIB:
             refusal = too_many(
-                "The bodies of other requests take all the memory for bodies; retry later.",
+                "The memory limit for the bodies of all requests is reached; retry later.",
                 code="queue_full",
                 retry_after_s=1,
             )
@@ -235,7 +235,7 @@ def _new_id() -> str:
 
 
 def _without_dropped(headers: Any) -> list[tuple[bytes, bytes]]:
-    """Returns the headers without those that Serve's proxy obeys or cannot decode.
+    """Returns the headers without those that Serve's proxy applies or cannot decode.
 
     The proxy decodes the name of every header, and the value of `traceparent`, as UTF-8.
     """

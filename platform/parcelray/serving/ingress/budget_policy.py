@@ -113,7 +113,7 @@ class _End(NamedTuple):
     latency_s: float
     """The measured latency; for an aborted request a lower bound."""
     after_s: float
-    """From the measured moment to the end of the answer, seconds."""
+    """Time from the measured moment to the end of the answer, seconds."""
     answered: bool
 
 

@@ -1,4 +1,4 @@
-"""From a validated request to a model's answer: budget, images, prompt, admission, route, retries and records."""
+"""Answers validated requests with a model: budget, images, prompt, admission, route, retries and records."""
 
 import asyncio
 import contextlib
@@ -147,7 +147,7 @@ class ChatService:
         self._report_challenger()
 
     async def prepare(self, chat: ChatRequest, request_id: str, arrived: float, owner: str | None = None) -> Prepared:
-        """Does everything that does not need the model: checks, budget, images, prompt and route.
+        """Prepares a request without running the model: checks, budget, images, prompt and route.
 
         Raises:
             ApiError: the request cannot be answered as it is.
@@ -186,7 +186,7 @@ class ChatService:
         return read_ahead(self._events(prepared))
 
     async def _events(self, prepared: Prepared) -> AsyncGenerator[Piece | Finished, None]:
-        """Yields the events of the answer; what fails on the challenger is sent to the champion.
+        """Yields the events of the answer; a request that fails on the challenger is sent to the champion.
 
         Only a request of which nothing was sent can go to another replica or version.
         """
@@ -233,10 +233,10 @@ class ChatService:
                 self._lost(prepared, attempt)
             else:
                 return
-        raise EngineRefusal("no_replica", "The replica that had this request is gone; retry the request.")
+        raise EngineRefusal("no_replica", "The replica that handled this request was lost; retry the request.")
 
     async def _fall_back_to_champion(self, prepared: Prepared, refusal: EngineRefusal) -> None:
-        """Routes a request that the challenger failed on to the champion: clients do not know of the challenger.
+        """Routes a request that the challenger failed on to the champion: the challenger is hidden from clients.
 
         Raises:
             ApiError: the refusal is the fault of the request, or came from the champion.

@@ -1,4 +1,4 @@
-"""How the ingress reaches a model: over a handle of Ray Serve, or in its own process; and whether the model answers."""
+"""Access of the ingress to a model, over a handle of Ray Serve or in its own process; and the readiness probe."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable
@@ -29,7 +29,7 @@ _PROBE_VALID_S = 1.0
 
 
 class ReplicaLost(Exception):
-    """The replica that had the request is gone."""
+    """The replica that handled the request was lost."""
 
 
 class ModelClient(Protocol):
@@ -40,7 +40,7 @@ class ModelClient(Protocol):
 
         Raises:
             EngineRefusal: the request was rejected or aborted.
-            ReplicaLost: the replica died.
+            ReplicaLost: the replica ended unexpectedly.
         """
         ...
 
@@ -49,7 +49,7 @@ class ModelClient(Protocol):
         ...
 
     async def stats(self) -> EngineStats:
-        """Returns the statistics of one of its replicas, whichever the router picks."""
+        """Returns the statistics of one of its replicas, chosen by the router."""
         ...
 
     async def ping(self) -> None:
@@ -144,7 +144,7 @@ def _checked(end: Finished | Failed) -> Finished:
 
 
 def _translated(error: Exception) -> ReplicaLost | EngineRefusal:
-    """Returns what an exception of Ray means for the request."""
+    """Converts an exception of Ray into the error of the request."""
     if isinstance(error, RayActorError | DeploymentUnavailableError):
         return ReplicaLost()
     if isinstance(error, BackPressureError):
@@ -157,8 +157,8 @@ def _translated(error: Exception) -> ReplicaLost | EngineRefusal:
 class Readiness:
     """Probes whether a model answers, through the path that requests take.
 
-    Anybody may request a probe, and it skips the queue. So there is one probe at a time, and its result is reused for a
-    second.
+    Any client may request a probe, and it skips the queue. So there is one probe at a time, and its result is reused
+    for a second.
 
     Args:
         clock: seconds, monotonic.

@@ -63,7 +63,7 @@ class IngressRoutes(StrictModel):
 
 @dataclass(frozen=True)
 class _Shared:
-    """The parts of a chat service that survive a change of routes."""
+    """The parts of a chat service that are kept when the routes change."""
 
     policy: BudgetPolicy
     metrics: EndpointMetrics

@@ -40,7 +40,7 @@ _SECONDS = (
 )
 _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000)
 _EXPIRY_S = 60.0
-"""Time without statistics after which a replica counts as gone, seconds."""
+"""Time without statistics after which a replica counts as stopped, seconds."""
 _COUNTERS: dict[str, Callable[[EngineStats], int]] = {
     "feature_cache_hits": lambda stats: stats.feature_cache_hits,
     "feature_cache_queries": lambda stats: stats.feature_cache_hits + stats.feature_cache_misses,
@@ -55,7 +55,7 @@ class _Replica:
     """The last statistics of one replica."""
 
     engine: str
-    """Label of the replica: a small number, reused after the replica is gone, which bounds the number of series."""
+    """Label of the replica: a small number, reused after the replica has stopped, which bounds the number of series."""
     updated: float
     stats: EngineStats
 

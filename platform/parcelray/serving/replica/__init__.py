@@ -14,7 +14,7 @@ class ReplicaSettings(StrictModel):
     budgets: tuple[int, ...]
     """Offered visual-token budgets, ascending; each is warmed up."""
     policy: InputPolicyConfig | None = None
-    """How the replica chooses budgets that requests leave open; null: it chooses none."""
+    """Policy for budgets that requests leave open; null: the replica chooses no budgets."""
     engine: EngineConfig
     """Limits of the engine."""
     threads: int | None

@@ -138,7 +138,7 @@ class HealthProbe:
             await last_event(events(engine, self._request(self._budgets[0], 0, 1, self._timeout_s)))
 
     def warm_up(self, engine: Engine) -> None:
-        """Generates answers at every budget, so that no client's request pays for the first run.
+        """Generates answers at every budget, so that no client's request includes the slow first run.
 
         Raises:
             EngineRefusal: the engine cannot answer.

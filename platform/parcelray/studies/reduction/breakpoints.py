@@ -17,7 +17,7 @@ from parcelray.evaluation.scoring.summary import Summary
 from parcelray.studies.reduction.comparisons import clusters_of, is_mean_of_values
 
 KEPT = 90.0
-"""Retention below which a method is said to break, percent of the full score."""
+"""Retention below which a method counts as broken, percent of the full score."""
 TEXT, DOCUMENTS, CHARTS, SPACE = "text", "documents", "charts", "spatial"
 _KINDS = {
     TEXT: ("word", "number", "textvqa_val", "stvqa_val", "ocrvqa"),

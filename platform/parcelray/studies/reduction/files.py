@@ -17,7 +17,7 @@ from parcelray.studies.reduction.warnings import describe
 from parcelray.tracking.mlflow_tracker import MlflowRunLogger
 
 _COLOURED = (RANDOM["original"], SPATIAL["original"], "cluster", "average pooling", "class attention", "FastV")
-"""Methods drawn in colour in a picture that has too many methods to tell apart."""
+"""Methods drawn in colour in a picture that has too many methods to distinguish."""
 
 
 def pairwise_table(results: Sequence[PairwiseResult], baseline: str) -> Table:

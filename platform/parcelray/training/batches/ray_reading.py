@@ -5,8 +5,8 @@ first, so the order of samples would depend on timing. Here rank r's batch of st
 So a resumed run equals an uninterrupted one bit for bit, and starts at any step without reading the earlier ones.
 
 A rank reads in windows of steps: while it trains on one window, the next is prepared. One dataset over all steps would
-be simpler. But when it is so far ahead that it must wait for its consumer, its executor polls without a pause (Ray
-2.60), and in a training process this takes half of the interpreter's time.
+be simpler. But while it waits for its consumer, its executor polls without a pause (Ray 2.60). In a training process
+this takes half of the interpreter's time.
 """
 
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""Which samples each training step reads, a pure function of seed and step; and the reader of one rank's share.
+"""The samples of each training step, a pure function of seed and step; and the reader of one rank's share.
 
 A step draws one group of the source, so all its samples have the same number of images and cost the same on every rank.
 Finite groups are read in seeded permutations, one per epoch; endless groups are read in order. Because nothing depends
