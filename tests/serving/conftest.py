@@ -39,7 +39,9 @@ def samples() -> list[Sample]:
 
 @pytest.fixture
 def engine(model: ElasticVLM, processor: ElasticProcessor) -> Iterator[ContinuousEngine]:
-    engine = ContinuousEngine(model, processor, EngineConfig(max_running=24, kv_tokens=8192, vision_batch=16))
+    engine = ContinuousEngine(
+        model, processor, EngineConfig(max_running=24, max_waiting=256, kv_tokens=8192, vision_batch=16)
+    )
     yield engine
     engine.close()
 

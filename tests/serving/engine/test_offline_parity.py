@@ -75,7 +75,9 @@ def compare(
     assert sum(cap for *_, cap in mixed) > 0.8 * sum(cap for *_, cap in drawn), "nearly all tokens are clear"
     rng.shuffle(mixed)
     asker = Asker(processor)
-    engine = ContinuousEngine(model, processor, EngineConfig(max_running=24, kv_tokens=8192, vision_batch=16))
+    engine = ContinuousEngine(
+        model, processor, EngineConfig(max_running=24, max_waiting=256, kv_tokens=8192, vision_batch=16)
+    )
     requests = [asker(samples[index], budget, max_new_tokens=cap) for index, budget, cap in mixed]
     answers = answer_all(engine, requests)
     stats = engine.stats()
