@@ -19,7 +19,8 @@ Model = tuple[ElasticVLM, ElasticProcessor]
 @pytest.fixture(scope="session")
 def models(processor: ElasticProcessor) -> dict[str, Model]:
     """`paligemma` (no class token, features after the last norm), and LLaVA with each kind of tower."""
-    result: dict[str, Model] = {"paligemma": (build_model(build_config(CONFIG, processor), 0).eval(), processor)}  # type: ignore[arg-type]
+    paligemma = build_model(build_config(CONFIG, processor), 0).eval()  # type: ignore[arg-type]
+    result: dict[str, Model] = {"paligemma": (paligemma, processor)}
     for tower in ("clip", "siglip", "convnext"):
         model, its_processor = build(
             MiniLlavaModelConfig(**MINI_LLAVA.model_dump() | {"tower": tower}), CORPUS, None, seed=0

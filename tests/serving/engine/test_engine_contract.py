@@ -136,8 +136,9 @@ def test_a_cancelled_inspection_has_no_effect_on_others(
     engine = build()
     (image,) = ask(samples[0], 16).images
     hold = threading.Event()
-    original = engine._vision.inspect  # type: ignore[attr-defined]
-    monkeypatch.setattr(engine._vision, "inspect", lambda *arguments: hold.wait() and original(*arguments))  # type: ignore[attr-defined]
+    vision = engine._vision  # type: ignore[attr-defined]
+    original = vision.inspect
+    monkeypatch.setattr(vision, "inspect", lambda *arguments: hold.wait() and original(*arguments))
     first, second = engine.inspect(image, 16), engine.inspect(image, 16)
     assert second.cancel()
     hold.set()

@@ -1,5 +1,5 @@
 "use strict";
-// The playground: answers for an image and a question at several budgets, and the anchors and attention of the connector.
+// The playground: answers for an image and a question at several budgets, and the connector's anchors and attention.
 
 const byId = (id) => document.getElementById(id);
 const state = { model: null, budgets: [], costs: {}, picture: null, url: null, inspections: new Map(), lastRequest: 0 };
