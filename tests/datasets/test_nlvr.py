@@ -3,6 +3,7 @@
 import io
 import json
 import pickle
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,17 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from parcelray.benchmarks.metrics import metric
+from parcelray.benchmarks.readers.base import chosen_rows
+from parcelray.benchmarks.readers.samples import NlvrReader
 from parcelray.config.data import NlvrDataConfig
 from parcelray.datasets.boxes import parse_locations
 from parcelray.datasets.nlvr.source import BOX, BOX_STARTS, PERMUTATIONS, NlvrSource
 from parcelray.datasets.open import held_out_samples
+from parcelray.datasets.sample import Sample
 from parcelray.errors import UserError
 
+CASES = Path(__file__).parents[1] / "fixtures" / "cases"
 RGB = {"Yellow": (255, 215, 0), "Black": (0, 0, 0), "#0099ff": (0, 153, 255)}
 BOXES: list[list[dict[str, Any]]] = [
     [{"x_loc": 10, "y_loc": 20, "type": "square", "color": "Yellow", "size": 30}],
@@ -193,6 +199,48 @@ def test_files_that_are_not_nlvr_are_rejected(tmp_path: Path) -> None:
         NlvrSource(tmp_path, "test", "all").get("boxes", 0)
 
 
+def test_the_layout_of_the_hidden_split_is_rejected(tmp_path: Path) -> None:
+    (tmp_path / "test").mkdir()
+    shutil.copy(CASES / "rows" / "nlvr_no_directory.json", tmp_path / "test" / "test.json")
+    with pytest.raises(UserError, match=r"Line 1 of .*test\.json lacks 'directory', .* give the dev or test split"):
+        NlvrSource(tmp_path, "test", "all").get("boxes", 0)
+
+
+def test_the_pictures_of_all_sets_of_a_sentence_are_one_cluster(tmp_path: Path) -> None:
+    rows = _rows("dev")
+    for row in rows:
+        sentence = int(row["identifier"].partition("-")[0])
+        row["identifier"] = f"{sentence // 2}-{sentence % 2}"
+    for split in ("dev", "test"):
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / f"{split}.parquet")
+    source = NlvrSource(tmp_path, "dev", "all", questions=("statement",))
+    assert {source.get("boxes", index).scene for index in range(36)} == {"0", "1", "2"}
+    reader = NlvrReader(source)
+    assert [len(chosen_rows(reader, limit)) for limit in (1, 12, 13, None)] == [12, 12, 24, 36]
+
+
+def test_always_true_on_the_real_test_split(nlvr_dir: Path) -> None:
+    """The rule of the corpus's own script: 56.2 accuracy and 10.9 consistency for the constant answer."""
+    source = NlvrSource(nlvr_dir, "test", "all", questions=("statement",))
+    samples = [
+        Sample(
+            id=row.id,
+            benchmark="nlvr",
+            family="statement",
+            task="statement",
+            images=(),
+            prompt=row.sentence,
+            answers=(row.label,),
+            metric="nlvr2",
+            scene=row.sentence_id,
+            metadata={"identifier": row.identifier},
+        )
+        for row in source.pictures
+    ]
+    totals = metric("nlvr2")(["true"] * len(samples), samples).totals
+    assert totals == {"nlvr2": pytest.approx(3336 / 5940), "consistency": pytest.approx(29 / 266)}
+
+
 def test_a_missing_corpus_is_reported(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"contains no NLVR corpus .* --set data.path=FOLDER"):
         NlvrSource(tmp_path, "dev", "train")
@@ -203,7 +251,7 @@ def test_the_real_corpus_has_the_expected_samples(nlvr_dir: Path) -> None:
     assert {sample.task for sample in samples} == {"statement", "count", "color", "size", "box"}
     statements = [sample for sample in samples if sample.task == "statement"]
     assert len(statements) == 60
-    assert len({sample.scene for sample in statements}) == 10
+    assert len({sample.metadata["identifier"] for sample in statements}) == 10
     sizes = {
         split: sum(group.size or 0 for group in NlvrSource(nlvr_dir, split, "all", questions=("statement",)).groups)
         for split in ("dev", "test")

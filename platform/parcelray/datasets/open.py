@@ -16,7 +16,7 @@ _NLVR_PARTS: dict[Split, tuple[CorpusSplit, Part]] = {
     "validation": ("dev", "validation"),
     "test": ("test", "all"),
 }
-_PICTURES_PER_SENTENCE = len(PERMUTATIONS)
+_PICTURES_PER_SET = len(PERMUTATIONS)
 
 
 def training_source(config: DataConfig, image_size: int) -> SampleSource:
@@ -62,15 +62,15 @@ def held_out_samples(
 def _spread(source: NlvrSource, count: int) -> list[Sample]:
     """Reads blocks of six consecutive samples, evenly spread over the split.
 
-    For statements, a block is a whole sentence, as the consistency metric requires.
+    For statements, a block is all permutations of one set of boxes.
     """
     samples = []
     for group in source.groups:
-        blocks = (group.size or 0) // _PICTURES_PER_SENTENCE
-        num_chosen = min(blocks, max(1, count // _PICTURES_PER_SENTENCE))
+        blocks = (group.size or 0) // _PICTURES_PER_SET
+        num_chosen = min(blocks, max(1, count // _PICTURES_PER_SET))
         for block in (number * blocks // num_chosen for number in range(num_chosen)):
-            first = block * _PICTURES_PER_SENTENCE
-            samples += [source.get(group.name, index) for index in range(first, first + _PICTURES_PER_SENTENCE)]
+            first = block * _PICTURES_PER_SET
+            samples += [source.get(group.name, index) for index in range(first, first + _PICTURES_PER_SET)]
     return samples
 
 

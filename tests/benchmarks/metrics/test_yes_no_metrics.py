@@ -120,6 +120,22 @@ def test_pope_is_the_mean_over_its_categories(make_sample) -> None:
     assert (totals["pope"], totals["accuracy"]) == (0.5, 0.75)
 
 
+@pytest.mark.parametrize(
+    ("identifiers", "consistency"),
+    [
+        # NLVR: the sentences 7 and 12, with two sets of boxes each.
+        (("7-0", "7-1", "12-0", "12-1"), 1 / 2),
+        # NLVR2: the first two pairs of images share their sentence.
+        (("test1-0-0-0", "test1-0-1-0", "test1-0-0-1", "test1-1-0-0"), 2 / 3),
+    ],
+)
+def test_consistency_groups_by_sentence(make_sample, identifiers: tuple[str, ...], consistency: float) -> None:
+    answers = ("true", "false", "true", "true")
+    samples = [make_sample(answer, identifier=name) for answer, name in zip(answers, identifiers, strict=True)]
+    totals = metric("nlvr2")(["true"] * 4, samples).totals
+    assert totals == {"nlvr2": 0.75, "consistency": pytest.approx(consistency)}
+
+
 def test_nlvr2(make_sample) -> None:
     samples = [
         make_sample(answer, identifier=sentence)

@@ -5,9 +5,9 @@ Variants:
         counted as unparsed.
     raw: the prediction must equal the answer string (`True`, `False`; big_vision).
 
-Sub-score `consistency`: share of sentences whose image pairs are all correct.
+Sub-score `consistency`: share of sentences that are judged correctly for all their images (see `sentence_of`).
 
-Metadata read: `identifier` (optional; the sentence, shared by its image pairs), `language` (optional; sub-scores, for
+Metadata read: `identifier` (optional; the corpus's identifier of the example), `language` (optional; sub-scores, for
 MaRVL).
 """
 
@@ -31,6 +31,18 @@ _MEANINGS = {"true": True, "yes": True, "false": False, "no": False}
 def read_truth(text: str) -> bool | None:
     """Parses true or false; None if the text is neither."""
     return _MEANINGS.get(text.strip().rstrip(".").lower())
+
+
+def sentence_of(identifier: str) -> str:
+    """Returns the part of an identifier that all examples of a sentence share.
+
+    NLVR (`3776-0`: sentence and picture) groups by the first part, and NLVR2 (`test1-0-1-0`: split, set, pair and
+    sentence) drops the third, as the evaluation scripts of the two corpora do. Any other identifier is a sentence.
+    """
+    parts = identifier.split("-")
+    if len(parts) == 2:
+        return parts[0]
+    return "-".join((*parts[:2], parts[3])) if len(parts) == 4 else identifier
 
 
 def consistency(scores: Iterable[tuple[str, float]]) -> float:
@@ -61,7 +73,7 @@ class Nlvr2:
     def __call__(self, predictions: Sequence[str], samples: Sequence[Sample]) -> MetricResult:
         result = PerSampleMetric(self.name, self.variant, self.judge, by_metadata("language"))(predictions, samples)
         named = [
-            (str(sample.metadata["identifier"]), value)
+            (sentence_of(str(sample.metadata["identifier"])), value)
             for value, sample in zip(result.values, samples, strict=True)
             if "identifier" in sample.metadata
         ]

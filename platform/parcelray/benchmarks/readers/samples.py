@@ -89,7 +89,7 @@ class NlvrReader:
 
     def cluster(self, row: int) -> str:
         """See `BenchmarkReader`. The pictures of one sentence form a cluster."""
-        return self.source.pictures[row].identifier
+        return self.source.pictures[row].sentence_id
 
     def read(self, row: int) -> RowSamples:
         """See `BenchmarkReader`."""
