@@ -227,8 +227,8 @@ def _rows(path: Path, split: str) -> tuple[NlvrRow, ...]:
         missing = [name for name in _COLUMNS if name not in entry and name not in ("permutation", "image")]
         if missing:
             raise UserError(
-                f"Line {number} of {file} lacks {', '.join(map(repr, missing))}, as the lines of NLVR's hidden split do;"
-                " give the dev or test split of the corpus."
+                f"Line {number} of {file} lacks {', '.join(map(repr, missing))}, as the lines of NLVR's hidden split"
+                " do; give the dev or test split of the corpus."
             )
         for permutation in range(len(PERMUTATIONS)):
             image = (
