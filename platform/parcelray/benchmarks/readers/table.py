@@ -101,9 +101,9 @@ class TableReader:
                 declared = self._columns.types[column]
                 reason = f"the column {column} has {shown(cells[column])}, but its declared type is {declared}"
                 return RowSamples((), (Problem(name, reason),))
-        for name, text in self._columns.remove.items():
-            cells[name] = str(cells[name]).replace(text, "")
-        cells |= {name: text for name, text in self._columns.empty.items() if cells[name] in (None, "")}
+        for column, text in self._columns.remove.items():
+            cells[column] = str(cells[column]).replace(text, "")
+        cells |= {column: text for column, text in self._columns.empty.items() if cells[column] in (None, "")}
         shared: tuple[bytes, ...] | None = None
         samples, problems = [], []
         for number, question in enumerate(self._questions(cells)):
