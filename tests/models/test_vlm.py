@@ -16,7 +16,7 @@ from parcelray.errors import UnsupportedBudgetError, UserError
 from parcelray.models.backbones import ElasticVLM
 from parcelray.models.backbones.paligemma_processor import ElasticPaliGemmaProcessor as Processor
 from parcelray.models.mini import build_config, build_model, build_processor, save_checkpoint
-from parcelray.models.vlm import load_vlm
+from parcelray.models.vlm import config_of, load_vlm
 
 from .conftest import CONFIG, CORPUS, random_images, write_tower_as_on_the_hub
 
@@ -83,6 +83,13 @@ def test_identity_at_the_full_budget_is_the_stock_model_exactly(
     assert torch.equal(
         elastic.generate(**inputs, num_visual_tokens=num_visual_tokens, **greedy), stock.generate(**inputs, **greedy)
     )
+
+
+def test_the_configuration_of_a_stock_folder_is_read_without_a_warning(
+    stock_folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert config_of(stock_folder).model_type == "elastic_paligemma"
+    assert capfd.readouterr() == ("", "")
 
 
 def test_identity_trains_as_the_stock_model_exactly(stock_folder: Path, processor: Processor) -> None:
