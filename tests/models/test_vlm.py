@@ -88,7 +88,7 @@ def test_identity_at_the_full_budget_is_the_stock_model_exactly(
 def test_the_configuration_of_a_stock_folder_is_read_without_a_warning(
     stock_folder: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    assert config_of(stock_folder).model_type == "elastic_paligemma"
+    assert config_of(stock_folder).connector_config.type == "identity"
     assert capfd.readouterr() == ("", "")
 
 
