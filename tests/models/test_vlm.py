@@ -91,6 +91,7 @@ def test_the_configuration_of_a_stock_folder_is_read_without_a_warning(
 ) -> None:
     # The loggers of transformers do not pass their messages on to the root logger.
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    caplog.set_level(logging.WARNING, logger="transformers")
     assert config_of(stock_folder).connector_config.type == "identity"
     assert not caplog.records
 
