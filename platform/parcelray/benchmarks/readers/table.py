@@ -19,8 +19,9 @@ from parcelray.config.benchmark import (
     ColumnsConfig,
     PromptFamily,
     TableSource,
+    of_family,
 )
-from parcelray.datasets.boxes import Box, format_locations
+from parcelray.datasets.boxes import Box, format_corners, format_locations
 from parcelray.datasets.sample import Sample
 from parcelray.errors import UserError
 
@@ -33,7 +34,7 @@ class TableReader:
 
     Args:
         benchmark: configuration with a source of type table.
-        family: model family, which selects the prompt template.
+        family: model family, which selects the prompt template, the expected answers and the metric.
         data: file or folder of the data; None: the Hugging Face hub.
     """
 
@@ -233,12 +234,13 @@ class TableReader:
             metadata["choices"] = choices
         answers: tuple[str, ...] = ()
         if columns.answers is not None:
-            answers = _answers(columns.answers, cells[columns.answers.column], choices)
+            answers = _answers(columns.answers, self.family, cells[columns.answers.column], choices)
             if not answers and self.benchmark.unscorable is None:
                 raise BadCell("no answer")
         if columns.box is not None:
             metadata["box"] = list(_box(columns.box, cells, images[0]))
-            answers = answers or (format_locations(Box(*metadata["box"])),)
+            write = format_corners if of_family(columns.box.answer, self.family) == "corners" else format_locations
+            answers = answers or (write(Box(*metadata["box"])),)
         if columns.mask is not None:
             metadata["mask"] = _mask(cells[columns.mask], images[0])
         return Sample(
@@ -249,7 +251,7 @@ class TableReader:
             images=images,
             prompt=self._prompt(cells, choices),
             answers=answers,
-            metric=self.benchmark.metric or "",
+            metric=self.benchmark.metric_of(self.family) or "",
             scene=self.cluster(row),
             metadata=metadata,
         )
@@ -300,8 +302,9 @@ def _listed(value: Any) -> list[Any]:
     return list(value or [])
 
 
-def _answers(config: AnswersConfig, value: Any, choices: Sequence[str]) -> tuple[str, ...]:
-    match config.form:
+def _answers(config: AnswersConfig, family: PromptFamily, value: Any, choices: Sequence[str]) -> tuple[str, ...]:
+    form = of_family(config.form, family)
+    match form:
         case "text":
             values = [value]
         case "list":
@@ -313,11 +316,12 @@ def _answers(config: AnswersConfig, value: Any, choices: Sequence[str]) -> tuple
         case "truth":
             values = [] if value is None else ["True" if value in (True, "True", "true", 1) else "False"]
         case "choice_text" | "choice_letter":
-            values = [_choice(value, choices, as_letter=config.form == "choice_letter")]
+            values = [_choice(value, choices, as_letter=form == "choice_letter")]
     texts = ["" if answer is None else str(answer) for answer in values]
-    if config.drop_empty:
+    if of_family(config.drop_empty, family):
         texts = [text for text in texts if text]
-    return tuple(config.template.format(answer=text) for text in texts) if any(texts) else ()
+    template = of_family(config.template, family)
+    return tuple(template.format(answer=text) for text in texts) if any(texts) else ()
 
 
 def _choice(value: Any, choices: Sequence[str], *, as_letter: bool) -> str:
