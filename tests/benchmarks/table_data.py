@@ -57,7 +57,9 @@ def write_benchmark(config: BenchmarkConfig, folder: Path, answer: str | None = 
     metric = next(iter(config.metrics()), "")
     written = []
     for split in source.splits:
-        rows = [{name: _value(columns, name, number, metric, answer) for name in columns.types} for number in range(ROWS)]
+        rows = [
+            {name: _value(columns, name, number, metric, answer) for name in columns.types} for number in range(ROWS)
+        ]
         written += rows
         for row in rows:
             _write_files(columns, row, folder, base)

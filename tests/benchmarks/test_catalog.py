@@ -1,10 +1,13 @@
 """Every split of the catalog is valid, complete, and readable from a small file with its exact schema."""
 
+import io
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from parcelray.benchmarks.catalog import builtin, catalog, find
+from parcelray.benchmarks.listing import Listing, check_data
 from parcelray.benchmarks.metrics import metric
 from parcelray.benchmarks.open import open_reader
 from parcelray.benchmarks.readers.table import TableReader
@@ -102,6 +105,21 @@ def test_prompts_are_those_of_the_model_family(tmp_path: Path) -> None:
     assert sample.answers == ("The answer is B.",)
     with pytest.raises(UserError, match="mmbench_en_dev has no prompt for paligemma models"):
         open_reader(builtin()["mmbench_en_dev"], data=tmp_path)
+
+
+def test_the_list_and_the_check_name_the_metric_of_each_family(tmp_path: Path) -> None:
+    rows = {split.name: split for split in Listing.of((), "llava").benchmarks}
+    assert rows["gqa"].metrics() == ("gqa:official", "gqa:llava")
+    shown = Console(width=200, record=True, file=io.StringIO())
+    shown.print(Listing.of((), "llava").to_rich())
+    text = shown.export_text()
+    assert "paligemma gqa:official" in text
+    assert "llava gqa:llava" in text
+    assert "mmbench:circular" in text
+    write_benchmark(builtin()["gqa"], tmp_path)
+    for family, metric_name in (("paligemma", "gqa:official"), ("llava", "gqa:llava")):
+        example = check_data("gqa", tmp_path, (), 1, family).to_dict()["example"]
+        assert example["metric"] == metric_name
 
 
 def test_samples_have_their_language(tmp_path: Path) -> None:

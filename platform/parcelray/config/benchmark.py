@@ -1,6 +1,6 @@
 """Configuration of one benchmark split: the source of its rows, the meaning of their columns, prompts and metrics."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from string import Formatter
 from typing import Annotated, Literal, TypeVar
 
@@ -359,9 +359,9 @@ class BenchmarkConfig(StrictModel):
             yield "columns.box.answer", box.answer
 
 
-def of_family(value: T | dict[PromptFamily, T], family: PromptFamily) -> T:
+def of_family(value: T | Mapping[PromptFamily, T], family: PromptFamily) -> T:
     """Returns the value of a setting for a prompt family: the family's own, or the one for all families."""
-    return value[family] if isinstance(value, dict) else value
+    return value[family] if isinstance(value, Mapping) else value
 
 
 def _check_families(key: str, value: object, prompts: dict[PromptFamily, str]) -> None:
