@@ -64,6 +64,37 @@ def test_the_ideal_answer_gets_the_best_score(
         else:
             assert value(ideal) == pytest.approx(_best(samples)), (ideal[0], samples[0].metric)
         assert value(["-"] * len(samples)) < value(ideal)
+    for sample, truth in zip(samples, truths, strict=True):
+        if truth.choices:
+            # Decoding by likelihood compares these.
+            candidates = sample.metadata.get("candidates") or sample.metadata["choices"]
+            assert candidates[truth.option] == _ideal(sample.prompt, truth)
+            assert len(candidates) == len(truth.choices)
+
+
+@pytest.mark.parametrize(
+    ("name", "target", "answer", "value"),
+    [
+        ("nlvr2", "True", "true", 1),
+        ("nlvr2", "True", "Yes.", 1),
+        ("nlvr2", "True", "False", 0),
+        ("llava_vqav2", "nokia", "Nokia", 1),
+        ("okvqa_val", "nokia", "The Nokia.", 1),
+        ("aokvqa_da_val", "nokia", "A Nokia.", 1),
+        ("countbenchqa", None, "Two.", 1),
+        ("countbenchqa", None, "12", 0),
+        ("tallyqa_simple", None, "Two", 1),
+        ("activitynet_qa", "ping pong", "Ping pong.", 1),
+        ("ocrvqa", None, "ANSWERS 0", 1),
+    ],
+)
+def test_the_forms_in_which_llava_answers_are_right(
+    name: str, target: str | None, answer: str, value: float, tmp_path: Path
+) -> None:
+    config = builtin()[name]
+    write_benchmark(config, tmp_path, target)
+    sample = open_reader(config, family="llava", data=tmp_path).read(0).samples[0]
+    assert score([sample], [answer]) == [value]
 
 
 @pytest.mark.parametrize(

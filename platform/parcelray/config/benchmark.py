@@ -17,7 +17,7 @@ ByFamily = Annotated[
     Discriminator(lambda value: BY_KEY if isinstance(value, dict) else "one value"),
 ]
 """One value for all prompt families, or a mapping with one value per family; see `of_family`."""
-AnswerForm = Literal["text", "list", "records", "literal", "choice_text", "choice_letter", "truth"]
+AnswerForm = Literal["text", "list", "records", "literal", "letter", "choice_text", "choice_letter", "truth"]
 """Formats of a column of answers."""
 BoxForm = Literal["location_tokens", "corners"]
 """Forms in which a model writes a box."""
@@ -66,8 +66,8 @@ class AnswersConfig(StrictModel):
     """Format of the column.
 
     `text`: one answer; `list`: several answers; `records`: a list of mappings; `literal`: a Python list in a string;
-    `choice_text`, `choice_letter`: the index of a choice, from 0, and whether the prompt asks for its text or its
-    letter; `truth`: true or false.
+    `letter`: the letter of a choice, or one answer if the row has no choices; `choice_text`, `choice_letter`: the index
+    of a choice, from 0, and whether the prompt asks for its text or its letter; `truth`: true or false.
     """
     field: str | None = None
     """Key of the answer in each mapping, for the format `records`."""

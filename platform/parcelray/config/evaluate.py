@@ -36,7 +36,8 @@ class BenchmarkChoice(StrictModel):
     decoding: Literal["greedy", "likelihood"] | None = None
     """Decoding method; null: the benchmark's default.
 
-    `greedy`: the likeliest token at every position; `likelihood`: the likeliest of the question's choices.
+    `greedy`: the likeliest token at every position; `likelihood`: the likeliest of the question's choices,
+    each in the form that the prompt asks for: its text or its letter.
     """
 
 

@@ -4,7 +4,8 @@ Variants:
     at_50: share of samples with IoU >= 0.5 (RefCOCO's convention), for boxes as PaliGemma's location tokens.
     mean: mean IoU, for boxes as location tokens.
     lmms_eval: like at_50, for boxes as `[left, top, right, bottom]` in fractions of the image's sides, as LLaVA writes
-        them (`refcoco_bbox_rec` of lmms-eval, ACC@0.5).
+        them (`refcoco_bbox_rec` of lmms-eval, ACC@0.5). LLaVA-1.5's training data are said to use fractions of the
+        image padded to a square (haotian-liu/LLaVA, issue 606); lmms-eval does not convert them either.
 
 Only the first box of a prediction counts. A prediction without a box is wrong and counted as unparsed.
 

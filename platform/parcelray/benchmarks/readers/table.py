@@ -232,6 +232,9 @@ class TableReader:
         metadata: dict[str, Any] = {name: cells[column] for name, column in columns.metadata.items()}
         if columns.choices:
             metadata["choices"] = choices
+            candidates = _candidates(columns.answers, self.family, choices) if columns.answers is not None else choices
+            if candidates != choices:
+                metadata["candidates"] = candidates
         answers: tuple[str, ...] = ()
         if columns.answers is not None:
             answers = _answers(columns.answers, self.family, cells[columns.answers.column], choices)
@@ -305,7 +308,7 @@ def _listed(value: Any) -> list[Any]:
 def _answers(config: AnswersConfig, family: PromptFamily, value: Any, choices: Sequence[str]) -> tuple[str, ...]:
     form = of_family(config.form, family)
     match form:
-        case "text":
+        case "text" | "letter":
             values = [value]
         case "list":
             values = list(value or [])
@@ -322,6 +325,13 @@ def _answers(config: AnswersConfig, family: PromptFamily, value: Any, choices: S
         texts = [text for text in texts if text]
     template = of_family(config.template, family)
     return tuple(template.format(answer=text) for text in texts) if any(texts) else ()
+
+
+def _candidates(config: AnswersConfig, family: PromptFamily, choices: Sequence[str]) -> list[str]:
+    """Returns the answer that names each choice in the form that the prompt of a family asks for."""
+    by_letter = of_family(config.form, family) in ("letter", "choice_letter")
+    template = of_family(config.template, family)
+    return [template.format(answer=name) for name in (letters(choices) if by_letter else choices)]
 
 
 def _choice(value: Any, choices: Sequence[str], *, as_letter: bool) -> str:
