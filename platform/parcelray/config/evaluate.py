@@ -30,7 +30,7 @@ class BenchmarkChoice(StrictModel):
     source: dict[str, Any] = Field(default_factory=dict)
     """Overrides of the source: {samples: 250} (mini suite), {view: picture} (NLVR), {revision: COMMIT} (table)."""
     metric: str | None = None
-    """Metric and variant such as `anls:lmms_eval`; null: the benchmark's default."""
+    """Metric and variant such as `anls:docvqa_server`; null: the benchmark's default."""
     max_new_tokens: int | None = Field(default=None, ge=1)
     """Largest number of tokens of an answer; null: the benchmark's default."""
     decoding: Literal["greedy", "likelihood"] | None = None
