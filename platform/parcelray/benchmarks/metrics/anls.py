@@ -7,15 +7,14 @@ Variants:
     paper: NL < 0.5, on lower-cased text (equation 1; big_vision on DocVQA and ST-VQA). An empty answer matches only an
         empty prediction.
     permuted: like paper, but the parts of an answer with ", " may be in any order (big_vision on InfographicVQA). Exact
-        for up to 10 parts. Above, the orders are searched by a beam, and the score is a lower bound; a prediction that
-        is an answer in another order still scores 1.
+        for up to 10 parts. Above, a beam search over the order (64 sets of parts of each size are kept): the score is
+        a lower bound, and a prediction that is the answer in another order still scores 1.
     docvqa_server: the script of the Robust Reading Competition's server, which lmms-eval, VLMEvalKit and LLaVA use. A
         similarity of exactly 0.5 counts. The distance is computed on lower-cased text with squeezed spaces, and divided
         by the length of the longer raw text in upper case.
 """
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,7 +26,7 @@ _THRESHOLD = 0.5
 _SEPARATOR = ", "
 EXACT_PARTS = 10
 """Largest number of parts for which `permuted` is exact."""
-_BEAM = math.comb(EXACT_PARTS, EXACT_PARTS // 2)
+_BEAM = 64
 
 Row = NDArray[np.int32]
 """Edit distances of a text to every prefix of the prediction, of shape (1 + length of the prediction)."""
@@ -69,33 +68,26 @@ def permuted(prediction: str, answer: str) -> float:
     return _below_threshold(permuted_distance(target.split(_SEPARATOR), given) / longest)
 
 
-def permuted_distance(parts: list[str], text: str) -> int:
+def permuted_distance(parts: Sequence[str], text: str) -> int:
     """Returns the least edit distance between a text and the parts, joined by ", " in any order.
 
     Dynamic programming over subsets: the best distances of a set of parts to all prefixes of the text do not depend on
-    how the set is ordered. All sets of one size are extended together. At most 252 sets of one size are kept, which are
-    all of them for up to 10 parts; of more, those with the smallest lower bounds.
-
-    Args:
-        parts: parts of an answer, at least one.
-        text: the prediction.
+    the parts that follow. All sets of one size are extended together. Of more than 10 parts, only the most promising
+    sets of each size are kept, so that the result is an upper bound of the distance.
     """
-    letters = np.array([ord(letter) for letter in text], dtype=np.int64)
     # A separator precedes every part here; the one in front of the first part is compared with itself.
-    letters = np.concatenate([np.array([ord(letter) for letter in _SEPARATOR], dtype=np.int64), letters])
-    start: Row = np.arange(len(letters) + 1, dtype=np.int32)
-    rows = {0: start}
+    letters = np.array([ord(letter) for letter in _SEPARATOR + text], dtype=np.int64)
+    rows: dict[int, Row] = {0: np.arange(len(letters) + 1, dtype=np.int32)}
     for _ in parts:
         longer: dict[int, Row] = {}
         for number, part in enumerate(parts):
             sets = [chosen for chosen in rows if not chosen >> number & 1]
-            if not sets:
-                continue
-            extended = _extended(np.stack([rows[chosen] for chosen in sets]), _SEPARATOR + part, letters)
-            for chosen, row in zip(sets, extended, strict=True):
-                key = chosen | 1 << number
-                longer[key] = np.minimum(longer[key], row) if key in longer else row
-        rows = _most_promising(longer, parts, len(letters))
+            if sets:
+                extended = _extended(np.stack([rows[chosen] for chosen in sets]), _SEPARATOR + part, letters)
+                for chosen, row in zip(sets, extended, strict=True):
+                    key = chosen | 1 << number
+                    longer[key] = np.minimum(longer[key], row) if key in longer else row
+        rows = longer if len(parts) <= EXACT_PARTS else _most_promising(longer, parts)
     return int(rows[(1 << len(parts)) - 1][-1])
 
 
@@ -110,17 +102,15 @@ def _extended(rows_SL: NDArray[np.int32], addition: str, letters: NDArray[np.int
     return rows_SL
 
 
-def _most_promising(rows: dict[int, Row], parts: list[str], length: int) -> dict[int, Row]:
-    """Keeps the sets whose lower bound of the final distance is smallest."""
-    if len(rows) <= _BEAM:
-        return rows
-    behind = length - np.arange(length + 1)
-
-    def bound(chosen: int) -> int:
-        missing = sum(len(_SEPARATOR + part) for number, part in enumerate(parts) if not chosen >> number & 1)
-        return int((rows[chosen] + np.abs(missing - behind)).min())
-
-    return {chosen: rows[chosen] for chosen in sorted(rows, key=bound)[:_BEAM]}
+def _most_promising(rows: dict[int, Row], parts: Sequence[str]) -> dict[int, Row]:
+    """Keeps the sets with the smallest lower bounds of the final distance: the texts that remain differ in length."""
+    lengths = np.array([len(_SEPARATOR + part) for part in parts])
+    missing_S = [sum(length for number, length in enumerate(lengths) if not chosen >> number & 1) for chosen in rows]
+    rows_SL = np.stack(list(rows.values()))
+    remaining_L = np.arange(rows_SL.shape[1])[::-1]
+    bounds_S = (rows_SL + np.abs(np.array(missing_S)[:, None] - remaining_L)).min(axis=1)
+    kept = set(np.argsort(bounds_S, kind="stable")[:_BEAM].tolist())
+    return {chosen: row for index, (chosen, row) in enumerate(rows.items()) if index in kept}
 
 
 def _below_threshold(distance: float) -> float:
