@@ -143,7 +143,7 @@ def test_an_evaluation_is_scored_again_without_the_model(checkpoint: Path, tmp_p
     summary = rescore(run.folder, {}, 5.0)
     assert summary.to_dict() == run.summary.to_dict()
     other = rescore(run.folder, {"mini": "anls"}, 5.0)
-    assert {split.metric for split in other.splits} == {"anls:strict"}
+    assert {split.metric for split in other.splits} == {"anls:paper"}
     with pytest.raises(UserError, match="has no benchmark nlvr; it has mini"):
         rescore(run.folder, {"nlvr": "anls"}, 5.0)
     for shard in (tmp_path / "predictions").rglob("*.parquet"):

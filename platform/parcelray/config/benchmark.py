@@ -115,7 +115,10 @@ class ColumnsConfig(StrictModel):
     answers: AnswersConfig | None = None
     """Correct answers; None if the target is a box or a mask."""
     choices: tuple[str, ...] = ()
-    """One column with a list of choices (or a list in a string), or one column per choice; empty cells are skipped."""
+    """One column with a list of choices (or a list in a string), or one column per choice.
+
+    An empty choice is not shown in prompts; the choices after it keep their letters.
+    """
     box: BoxConfig | None = None
     """Target box."""
     mask: str | None = None
@@ -131,7 +134,7 @@ class ColumnsConfig(StrictModel):
     remove: dict[str, str] = Field(default_factory=dict)
     """Text to remove from the values, by column."""
     empty: dict[str, str] = Field(default_factory=dict)
-    """Replacement of empty cells, by column."""
+    """Replacement of empty cells (also NaN and `nan`, as pandas writes them), by column."""
 
     @model_validator(mode="after")
     def _check(self) -> "ColumnsConfig":

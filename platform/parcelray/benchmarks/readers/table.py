@@ -8,11 +8,12 @@ from pathlib import Path
 from string import Formatter
 from typing import Any
 
-from parcelray.benchmarks.metrics.multiple_choice import letters
+from parcelray.benchmarks.metrics.multiple_choice import LETTERS, options
 from parcelray.benchmarks.readers.base import DatasetFingerprint, Problem, RowSamples, ids_digest
 from parcelray.benchmarks.tables.images import BadCell, cell_images, image_size, video_frames, with_box
 from parcelray.benchmarks.tables.rows import Row, Rows, open_rows
 from parcelray.config.benchmark import (
+    OPTION_FIELDS,
     AnswersConfig,
     BenchmarkConfig,
     BoxConfig,
@@ -26,6 +27,7 @@ from parcelray.datasets.sample import Sample
 from parcelray.errors import UserError
 
 _NUMBERS_OF_A_BOX = 4
+_BY_INDEX = ("choice_text", "choice_letter")
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ class TableReader:
         cells = {"split": split} | table.row(index)
         for name, text in self._columns.remove.items():
             cells[name] = str(cells[name]).replace(text, "")
-        cells |= {name: text for name, text in self._columns.empty.items() if cells[name] in (None, "")}
+        cells |= {name: text for name, text in self._columns.empty.items() if _is_empty(cells[name])}
         name = self._ids[row]
         shared: tuple[bytes, ...] | None = None
         samples, problems = [], []
@@ -235,6 +237,9 @@ class TableReader:
             candidates = _candidates(columns.answers, self.family, choices) if columns.answers is not None else choices
             if candidates != choices:
                 metadata["candidates"] = candidates
+        if columns.answers is not None and of_family(columns.answers.form, self.family) in _BY_INDEX:
+            # The text of the choice may be the letter of another one.
+            metadata["target_index"] = _choice_index(cells[columns.answers.column], choices)
         answers: tuple[str, ...] = ()
         if columns.answers is not None:
             answers = _answers(columns.answers, self.family, cells[columns.answers.column], choices)
@@ -266,19 +271,15 @@ class TableReader:
             else self.benchmark.open_prompts
         )
         template = templates[self.family]
-        named = list(zip(letters(choices), choices, strict=False))
-        options = {
-            "options_lines": "\n".join(f"{letter}. {choice}" for letter, choice in named),
-            "options_tabs": " \t ".join(choices),
-            "options_inline": ", ".join(f"({letter}) {choice}" for letter, choice in named),
-        }
-        for name in _fields(template):
-            if name not in options and cells.get(name) is None:
+        fields = _fields(template)
+        for name in fields:
+            if name not in OPTION_FIELDS and cells.get(name) is None:
                 raise BadCell(f"the column {name}, which the prompt uses, is empty")
         texts = {
             name: ", ".join(map(str, value)) if isinstance(value, list) else value for name, value in cells.items()
         }
-        return template.format_map(texts | options).strip()
+        shown = {name: _shown(name, choices) for name in OPTION_FIELDS if name in fields}
+        return template.format_map(texts | shown).strip()
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in self.__dataclass_fields__}
@@ -289,9 +290,36 @@ def _fields(template: str) -> list[str]:
 
 
 def _choices(columns: Sequence[str], cells: Mapping[str, Any]) -> list[str]:
+    """Returns the choices by position. An empty one stays an empty text, so that the others keep their letters."""
     if len(columns) == 1:
-        return [str(choice) for choice in _listed(cells[columns[0]])]
-    return [str(cells[column]) for column in columns if cells[column] not in (None, "", "nan")]
+        choices = ["" if choice is None else str(choice) for choice in _listed(cells[columns[0]])]
+    else:
+        choices = ["" if _is_empty(cells[column]) else str(cells[column]) for column in columns]
+    while choices and not choices[-1].strip():
+        choices.pop()
+    return choices
+
+
+def _is_empty(cell: Any) -> bool:
+    """Whether a cell has no text. Tables that pandas wrote have NaN, or its name, in empty cells."""
+    return cell is None or str(cell).strip() in ("", "nan")
+
+
+def _lettered(choices: Sequence[str]) -> dict[str, str]:
+    try:
+        return options(choices)
+    except ValueError as error:
+        raise BadCell(str(error)) from None
+
+
+def _shown(field: str, choices: Sequence[str]) -> str:
+    """Returns the text of an option field in a prompt. Empty choices are not shown."""
+    match field:
+        case "options_lines":
+            return "\n".join(f"{letter}. {choice}" for letter, choice in _lettered(choices).items())
+        case "options_inline":
+            return ", ".join(f"({letter}) {choice}" for letter, choice in _lettered(choices).items())
+    return " \t ".join(choice for choice in choices if choice.strip())
 
 
 def _listed(value: Any) -> list[Any]:
@@ -331,17 +359,28 @@ def _candidates(config: AnswersConfig, family: PromptFamily, choices: Sequence[s
     """Returns the answer that names each choice in the form that the prompt of a family asks for."""
     by_letter = of_family(config.form, family) in ("letter", "choice_letter")
     template = of_family(config.template, family)
-    return [template.format(answer=name) for name in (letters(choices) if by_letter else choices)]
+    return [template.format(answer=name) for name in (_lettered(choices) if by_letter else choices)]
 
 
 def _choice(value: Any, choices: Sequence[str], *, as_letter: bool) -> str:
+    index = _choice_index(value, choices)
+    if not as_letter:
+        return choices[index]
+    # Raises if there are more choices than letters.
+    _lettered(choices)
+    return LETTERS[index]
+
+
+def _choice_index(value: Any, choices: Sequence[str]) -> int:
     try:
         index = int(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise BadCell(f"{value!r} is not the index of a choice") from None
     if not 0 <= index < len(choices):
         raise BadCell(f"{index} is not the index of a choice; there are {len(choices)}")
-    return letters(choices)[index] if as_letter else choices[index]
+    if not choices[index].strip():
+        raise BadCell(f"the correct choice, {index}, is empty")
+    return index
 
 
 def _box(config: BoxConfig, cells: Mapping[str, Any], image: bytes) -> tuple[float, float, float, float]:

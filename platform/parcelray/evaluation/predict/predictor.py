@@ -384,7 +384,7 @@ def _choices(sample: Sample) -> list[str]:
             f"Sample {sample.id!r} of {sample.benchmark} has no choices, which decoding by likelihood needs; give the"
             " benchmark a column of choices, or set decoding to greedy."
         )
-    return [str(choice) for choice in choices]
+    return [str(choice) for choice in choices if str(choice).strip()]
 
 
 def _chunks(samples: Sequence[Sample], batch_size: int) -> Iterator[list[int]]:
