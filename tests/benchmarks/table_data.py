@@ -8,36 +8,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from parcelray.benchmarks.tables.types import arrow_type, split_fields
 from parcelray.config.benchmark import BenchmarkConfig, ColumnsConfig, TableSource, of_family
 
 ROWS = 4
-_SIMPLE = {
-    "string": pa.string(),
-    "bool": pa.bool_(),
-    "binary": pa.binary(),
-    "int8": pa.int8(),
-    "int32": pa.int32(),
-    "int64": pa.int64(),
-    "float": pa.float32(),
-    "double": pa.float64(),
-}
 _IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 _CHOICES = ["red", "blue", "green", "white"]
 _ANNOTATORS = 10
-
-
-def arrow_type(text: str) -> pa.DataType:
-    """Parses a type in the catalog's notation: string, image, list<...>, struct<name: type, ...>."""
-    text = text.strip()
-    if text == "image":
-        return _IMAGE
-    if text.startswith("list<"):
-        return pa.list_(arrow_type(text[5:-1]))
-    if text.startswith("struct<"):
-        return pa.struct(
-            [(name.strip(), arrow_type(inner)) for name, inner in (part.split(":", 1) for part in _parts(text[7:-1]))]
-        )
-    return _SIMPLE[text]
 
 
 def write_benchmark(config: BenchmarkConfig, folder: Path, answer: str | None = None) -> list[dict[str, Any]]:
@@ -74,18 +51,6 @@ def png(color: tuple[int, int, int] = (200, 30, 30), size: tuple[int, int] = (32
     buffer = io.BytesIO()
     Image.new("RGB", size, color).save(buffer, format="PNG")
     return buffer.getvalue()
-
-
-def _parts(text: str) -> list[str]:
-    """Splits a text at commas outside brackets."""
-    depth, parts = 0, [""]
-    for letter in text:
-        depth += (letter == "<") - (letter == ">")
-        if letter == "," and not depth:
-            parts.append("")
-        else:
-            parts[-1] += letter
-    return parts
 
 
 def _value(columns: ColumnsConfig, name: str, number: int, metric: str, answer: str | None) -> Any:
@@ -141,12 +106,14 @@ def _plain(kind: str, name: str, number: int) -> Any:
     if kind in ("image", "struct<bytes: binary, path: string>"):
         return {"bytes": png((10 * number, 100, 50)), "path": f"{number}.png"}
     if kind.startswith("list<struct<"):
-        fields = [part.split(":", 1) for part in _parts(kind[len("list<struct<") : -2])]
+        fields = [part.split(":", 1) for part in split_fields(kind[len("list<struct<") : -2])]
         return [{key.strip(): _inner(key.strip(), inner.strip(), entry) for key, inner in fields} for entry in range(2)]
     if kind.startswith("list<"):
         return [_plain(kind[5:-1], name, entry) for entry in range(2)]
     if kind.startswith("struct<"):
-        return {part.split(":", 1)[0].strip(): f"{part.split(':')[0].strip()}-{number}" for part in _parts(kind[7:-1])}
+        return {
+            part.split(":", 1)[0].strip(): f"{part.split(':')[0].strip()}-{number}" for part in split_fields(kind[7:-1])
+        }
     if kind == "bool":
         return True
     return (

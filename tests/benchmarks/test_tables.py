@@ -1,5 +1,6 @@
 """Reading of rows from every kind of file, frames from videos, and reporting of problems."""
 
+import base64
 import io
 import json
 import pickle
@@ -186,7 +187,7 @@ def test_problems_of_rows_are_reported(tmp_path: Path) -> None:
         ("0", "no answer"),
         ("1", "no image"),
         ("2", "the column question, which the prompt uses, is empty"),
-        ("3", "the file gone.png does not exist"),
+        ("3", "the file 'gone.png' does not exist"),
     ]
     assert [len(each.samples) for each in found] == [0, 0, 0, 0, 1]
 
@@ -318,13 +319,109 @@ def test_broken_files_are_reported(tmp_path: Path) -> None:
     (tmp_path / "x.jsonl").write_text('{"name": 1}\n{"name": \n')
     with pytest.raises(UserError, match="line 2 is not JSON"):
         _reader(tmp_path / "x.jsonl").fingerprint()
+    (tmp_path / "x.jsonl").write_bytes('{"name": "café"}\n'.encode("latin-1"))
+    with pytest.raises(UserError, match="line 1 is not encoded as UTF-8; convert the file"):
+        _reader(tmp_path / "x.jsonl").fingerprint()
+    (tmp_path / "csv").mkdir()
+    (tmp_path / "csv" / "test.csv").write_text("name,scene\n1,2\n1,2,3,4\n")
+    with pytest.raises(UserError, match=r"csv .* cannot be loaded: .*Expected 2 fields in line 3, saw 4"):
+        _reader(tmp_path / "csv").fingerprint()
+
+
+def test_shards_with_other_columns_are_refused(tmp_path: Path) -> None:
+    _shards(tmp_path)
+    second = tmp_path / "data" / "test-00001-of-00002.parquet"
+    pq.write_table(pq.read_table(second).drop_columns(["scene"]), second)
+    with pytest.raises(UserError, match="do not have the same columns: only one of them has scene"):
+        _reader(tmp_path).fingerprint()
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"answers": "red"}, "the column answers has 'red', but its declared type is list<string>"),
+        ({"answers": [["red"]]}, "the column answers has [['red']], but its declared type is list<string>"),
+        ({"answers": {"a": 1}}, "the column answers has {'a': 1}, but its declared type is list<string>"),
+        ({"question": ["what"]}, "the column question has ['what'], but its declared type is string"),
+        ({"question": True}, "the column question has True, but its declared type is string"),
+    ],
+)
+def test_cells_of_another_type_than_declared_are_problems(change: dict[str, Any], reason: str, tmp_path: Path) -> None:
+    rows = [row | {"image": "a.png"} for row in _ROWS[:2]]
+    (tmp_path / "a.png").write_bytes(png())
+    (tmp_path / "test.jsonl").write_text("\n".join(json.dumps(row) for row in (rows[0] | change, rows[1])))
+    reader = _reader(tmp_path)
+    first, second = (reader.read(row) for row in reader.order())
+    assert [problem.reason for problem in first.problems] == [reason]
+    assert len(second.samples) == 1
+
+
+@pytest.mark.parametrize("write", ["parquet", "save_to_disk"])
+def test_classes_are_read_by_name(write: str, tmp_path: Path) -> None:
+    features = {name: datasets.Value("string") for name in ("name", "scene", "question")}
+    features |= {"answers": datasets.ClassLabel(names=["red", "blue"]), "image": datasets.Image()}
+    rows = {name: ["1", "2"] for name in ("name", "scene", "question")} | {"answers": [1, 0]}
+    images = [{"bytes": png(), "path": None}] * 2
+    table = datasets.Dataset.from_dict(rows | {"image": images}, features=datasets.Features(features))
+    if write == "parquet":
+        table.to_parquet(tmp_path / "test.parquet")
+    else:
+        table.save_to_disk(str(tmp_path))
+    types = _config().columns.model_dump()["types"] | {"answers": "string"}
+    reader = _reader(tmp_path, types=types, answers={"column": "answers"})
+    assert [reader.read(row).samples[0].answers for row in reader.order()] == [("blue",), ("red",)]
+
+
+def test_large_lists_of_images_stay_encoded(tmp_path: Path) -> None:
+    features = {name: datasets.Value("string") for name in ("name", "scene", "question", "answers")}
+    features["image"] = datasets.LargeList(datasets.Image())
+    rows = {name: ["1"] for name in ("name", "scene", "question", "answers")}
+    rows["image"] = [[{"bytes": png(), "path": None}] * 2]
+    datasets.Dataset.from_dict(rows, features=datasets.Features(features)).save_to_disk(str(tmp_path))
+    types = _config().columns.model_dump()["types"] | {"answers": "string", "image": "list<image>"}
+    reader = _reader(tmp_path, types=types, answers={"column": "answers"})
+    assert reader.read(0).samples[0].images == (png(), png())
+
+
+def test_an_image_folder_with_a_folder_of_the_split(tmp_path: Path) -> None:
+    (tmp_path / "test").mkdir()
+    (tmp_path / "test" / "a.png").write_bytes(png())
+    row = {name: _ROWS[0][name] for name in ("name", "scene", "question", "answers")} | {"image": "a.png"}
+    (tmp_path / "test" / "metadata.jsonl").write_text("\ufeff" + json.dumps(row), encoding="utf-8")
+    assert _reader(tmp_path).read(0).samples[0].images == (png(),)
 
 
 def test_paths_must_stay_below_the_data(tmp_path: Path) -> None:
     (tmp_path / "secret.png").write_bytes(png())
     (tmp_path / "data").mkdir()
-    with pytest.raises(UserError, match="leads out of"):
-        cell_images("../secret.png", tmp_path / "data")
+    for path in ("../secret.png", str(tmp_path / "secret.png"), "a/../../secret.png"):
+        with pytest.raises(BadCell, match="leads out of the data folder"):
+            cell_images(path, tmp_path / "data")
+
+
+def test_images_may_be_links_as_in_a_hugging_face_cache(tmp_path: Path) -> None:
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "blobs" / "3f").write_bytes(png())
+    (tmp_path / "snapshots" / "main").mkdir(parents=True)
+    (tmp_path / "snapshots" / "main" / "a.png").symlink_to(Path("../../blobs/3f"))
+    assert cell_images("a.png", tmp_path / "snapshots" / "main") == [png()]
+
+
+@pytest.mark.parametrize(
+    ("cell", "reason"),
+    [
+        ("folder", "the file 'folder' cannot be read (Is a directory)"),
+        ("a\0b.png", r"the file 'a\x00b.png' does not exist"),
+        ("x" * 400, f"the file '{'x' * 59}... does not exist"),
+        (base64.b64encode(png() * 100).decode(), "does not exist"),
+    ],
+)
+def test_cells_that_are_no_path_are_problems_of_their_row(cell: str, reason: str, tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(BadCell) as caught:
+        cell_images(cell, tmp_path)
+    assert reason in str(caught.value)
+    assert len(str(caught.value)) < 200
 
 
 def test_cells_hold_images_in_several_forms(tmp_path: Path) -> None:
@@ -382,9 +479,9 @@ def test_videos_that_cannot_be_read_are_reported(video: Path) -> None:
     (video / "broken.mp4").write_bytes(b"no video")
     (video / "empty").mkdir()
     for path, reason in (
-        ("none.mp4", "the file none.mp4 does not exist"),
+        ("none.mp4", "the file 'none.mp4' does not exist"),
         ("broken.mp4", "cannot be decoded"),
-        ("empty", "no frames in empty"),
+        ("empty", "no frames in 'empty'"),
     ):
         with pytest.raises(BadCell, match=reason):
             video_frames(video, path, config)

@@ -8,10 +8,13 @@ from pathlib import Path
 from string import Formatter
 from typing import Any
 
+import pyarrow as pa
+
 from parcelray.benchmarks.metrics.multiple_choice import LETTERS, options
 from parcelray.benchmarks.readers.base import DatasetFingerprint, Problem, RowSamples, ids_digest
 from parcelray.benchmarks.tables.images import BadCell, cell_images, image_size, video_frames, with_box
 from parcelray.benchmarks.tables.rows import Row, Rows, open_rows
+from parcelray.benchmarks.tables.types import arrow_type, fits, shown
 from parcelray.config.benchmark import (
     OPTION_FIELDS,
     AnswersConfig,
@@ -95,10 +98,15 @@ class TableReader:
         """See `BenchmarkReader`. Problems of a row are returned, not raised."""
         split, table, index = self._locate(row)
         cells = {"split": split} | table.row(index)
-        for name, text in self._columns.remove.items():
-            cells[name] = str(cells[name]).replace(text, "")
-        cells |= {name: text for name, text in self._columns.empty.items() if _is_empty(cells[name])}
         name = self._ids[row]
+        for column, kind in self._content.items():
+            if not fits(cells[column], kind):
+                declared = self._columns.types[column]
+                reason = f"the column {column} has {shown(cells[column])}, but its declared type is {declared}"
+                return RowSamples((), (Problem(name, reason),))
+        for column, text in self._columns.remove.items():
+            cells[column] = str(cells[column]).replace(text, "")
+        cells |= {column: text for column, text in self._columns.empty.items() if _is_empty(cells[column])}
         shared: tuple[bytes, ...] | None = None
         samples, problems = [], []
         for number, question in enumerate(self._questions(cells)):
@@ -116,6 +124,17 @@ class TableReader:
     def _columns(self) -> ColumnsConfig:
         assert self.benchmark.columns is not None, "a table has columns; checked by BenchmarkConfig"
         return self.benchmark.columns
+
+    @cached_property
+    def _content(self) -> dict[str, pa.DataType]:
+        """Declared types of the columns whose text reaches prompts, answers and metrics.
+
+        Ids are only compared, and cells with images are checked when they are read.
+        """
+        columns = self._columns
+        named = {*_fields(self.benchmark.prompts[self.family]), *columns.choices, *columns.each, columns.mask}
+        named |= {config.column for config in (columns.answers, columns.box, columns.draw_box) if config is not None}
+        return {name: arrow_type(text) for name, text in columns.types.items() if name in named - columns.made()}
 
     @cached_property
     def _tables(self) -> list[tuple[str, Rows]]:
