@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from parcelray.benchmarks.metrics import metric
 from parcelray.benchmarks.open import open_reader
 from parcelray.benchmarks.readers.base import chosen_rows
 from parcelray.benchmarks.readers.table import TableReader
@@ -189,6 +190,94 @@ def test_problems_of_rows_are_reported(tmp_path: Path) -> None:
         ("3", "the file 'gone.png' does not exist"),
     ]
     assert [len(each.samples) for each in found] == [0, 0, 0, 0, 1]
+
+
+_OPTION_TYPES = {"name": "string", "question": "string", "image": "image"}
+_OPTIONS_PROMPT = "{question}|{options_lines}|{options_inline}|{options_tabs}"
+
+
+def _choice_reader(folder: Path, rows: list[dict[str, Any]], prompt: str = _OPTIONS_PROMPT, **columns: Any) -> Any:
+    image = {"bytes": png(), "path": None}
+    table = [{"name": str(number), "question": "q", "image": image} | row for number, row in enumerate(rows)]
+    folder.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(table), folder / "test.parquet")
+    types = _OPTION_TYPES | {name: "string" for name in rows[0] if name not in _OPTION_TYPES}
+    config = {
+        "name": "mine",
+        "family": "general",
+        "source": {"splits": ["test"]},
+        "columns": {"types": types, "id": ["name"], "images": ["image"]} | columns,
+        "prompts": {"paligemma": prompt},
+        "metric": "multiple_choice:option",
+    }
+    return open_reader(BenchmarkConfig.model_validate(config), data=folder)
+
+
+@pytest.mark.parametrize("empty", [None, "", " ", "nan"])
+@pytest.mark.parametrize("as_list", [True, False])
+def test_letters_stay_with_their_columns(tmp_path: Path, empty: str | None, as_list: bool) -> None:
+    texts: list[Any] = ["x", None if as_list and empty == "nan" else empty, "y", "z", empty and " "]
+    row = {"options": texts} if as_list else dict(zip("ABCDE", texts, strict=True))
+    names = ["options"] if as_list else list("ABCDE")
+    for form, answer in (("text", "C"), ("choice_text", "2"), ("choice_letter", "2")):
+        target = {"answer": answer}
+        reader = _choice_reader(
+            tmp_path / form, [row | target], choices=names, answers={"column": "answer", "form": form}
+        )
+        (sample,) = reader.read(0).samples
+        assert sample.prompt == "q|A. x\nC. y\nD. z|(A) x, (C) y, (D) z|x \t y \t z"
+        assert [choice.strip() for choice in sample.metadata["choices"]] == ["x", "", "y", "z"]
+        assert sample.answers == (("y",) if form == "choice_text" else ("C",))
+        assert metric("multiple_choice")(["C", "D", "y"], [sample] * 3).values == (1, 0, 1)
+
+
+def test_choices_that_are_letters_are_told_apart_by_position(tmp_path: Path) -> None:
+    reader = _choice_reader(
+        tmp_path,
+        [{"options": ["D", "A", "E", "B"], "answer": "0"}],
+        choices=["options"],
+        answers={"column": "answer", "form": "choice_text"},
+    )
+    (sample,) = reader.read(0).samples
+    assert sample.answers == ("D",)
+    assert metric("multiple_choice")(["A", "D"], [sample] * 2).values == (1, 0)
+    assert metric("exact_match:raw")(["A", "D"], [sample] * 2).values == (0, 1)
+
+
+def test_choices_without_a_letter_are_one_problem(tmp_path: Path) -> None:
+    many = [f"n{number}" for number in range(27)]
+    rows = [
+        {"options": many, "answer": "26"},
+        {"options": ["x", "", "y"], "answer": "1"},
+        {"options": ["x", "", "y"], "answer": "3"},
+        {"options": many[:26], "answer": "25"},
+    ]
+    for form, prompt in (("choice_letter", "{question}"), ("choice_text", _OPTIONS_PROMPT)):
+        answers = {"column": "answer", "form": form}
+        reader = _choice_reader(tmp_path / form, rows, prompt, choices=["options"], answers=answers)
+        found = [reader.read(row) for row in range(4)]
+        assert [problem.reason for each in found for problem in each.problems] == [
+            "27 choices; the letters A to Z name at most 26",
+            "the correct choice, 1, is empty",
+            "3 is not the index of a choice; there are 3",
+        ]
+        assert found[3].samples[0].answers == (("Z",) if form == "choice_letter" else ("n25",))
+    # Neither the prompt nor the answer needs letters.
+    answers = {"column": "answer", "form": "choice_text"}
+    reader = _choice_reader(tmp_path / "text", rows, "{question} {options_tabs}", choices=["options"], answers=answers)
+    assert reader.read(0).samples[0].answers == ("n26",)
+
+
+@pytest.mark.parametrize("hint", [None, "", "nan", "NaN as text"])
+def test_nan_is_an_empty_cell(tmp_path: Path, hint: str | None) -> None:
+    reader = _choice_reader(
+        tmp_path,
+        [{"hint": hint, "answer": "a"}],
+        "{hint} {question}",
+        answers={"column": "answer"},
+        empty={"hint": ""},
+    )
+    assert reader.read(0).samples[0].prompt == ("NaN as text q" if hint == "NaN as text" else "q")
 
 
 def test_missing_columns_are_reported(tmp_path: Path) -> None:
