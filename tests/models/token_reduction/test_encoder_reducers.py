@@ -14,7 +14,7 @@ from parcelray.errors import UnsupportedBudgetError, UserError
 from parcelray.models.backbones import ElasticVLM
 from parcelray.models.token_reduction.base import Reduction, ReductionContext, TokenReducer
 from parcelray.models.token_reduction.encoder_view import EncoderView
-from parcelray.models.token_reduction.prumerge import PruMerge
+from parcelray.models.token_reduction.prumerge import PruMerge, spacing
 from parcelray.models.token_reduction.prunesid import PruneSID
 from parcelray.models.token_reduction.restore import Restore
 from parcelray.models.token_reduction.saliency import Saliency
@@ -183,10 +183,14 @@ def test_prumerge(tower: str, spatial: bool, views: dict[str, EncoderView]) -> N
     for image in range(3):
         features, attention = _numpy(view.patch_features_IND[image]), _numpy(view.joint_attention_IN[image])
         keys = _unit(_numpy(view.joint_keys_IND[image]))
-        spaced = int(20 * 3 / 4) if spatial else 0
-        kept = sorted(range(256), key=lambda patch: (-attention[patch], patch))[: 20 - spaced]
-        rest = [patch for patch in range(256) if patch not in kept]
-        kept += [rest[number * len(rest) // spaced] for number in range(spaced)]
+        falling = sorted(range(256), key=lambda patch: (-attention[patch], patch))
+        kept = falling[:20]
+        if spatial:
+            # 5 attended patches have the step int(256 / 5) = 51 and the stride 17: the 15 patches 0, 17, ..., 238.
+            attended = 5
+            while attended + len(set(range(0, 255, 17)) - set(falling[:attended])) < 20:
+                attended += 1
+            kept = falling[:attended] + [patch for patch in range(0, 255, 17) if patch not in falling[:attended]]
         rows = []
         for patch in kept:
             near = sorted(
@@ -196,6 +200,24 @@ def test_prumerge(tower: str, spatial: bool, views: dict[str, EncoderView]) -> N
         pruned = [patch for patch in range(256) if patch not in kept]
         rows.append(sum(attention[patch] * features[patch] for patch in pruned))
         assert np.allclose(_numpy(result.tokens_BKD[image]), _project(view, np.array(rows)), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "count", "stride"),
+    [
+        # 16 attended patches have the step 36, the stride 12 and 48 spaced patches, one too many; 15 fit.
+        (576, 63, 12),
+        (576, 64, 12),
+        # 48 attended patches have the stride 4 and 144 spaced ones. From 49 on, the stride is 3: 192 spaced ones.
+        (576, 199, 4),
+        (576, 241, 3),
+        # One attended patch alone has three spaced ones.
+        (256, 4, 85),
+        (256, 3, None),
+    ],
+)
+def test_prumerge_plus_has_the_stride_of_the_release(num_tokens: int, count: int, stride: int | None) -> None:
+    assert spacing(num_tokens, count) == stride
 
 
 @TOWERS
@@ -238,13 +260,12 @@ def test_vispruner(views: dict[str, EncoderView]) -> None:
     result = VisPruner()(projected(view), num_visual_tokens=41, context=ReductionContext(encoder=view))
     for image in range(3):
         unit, score = _unit(_numpy(view.patch_features_IND[image])), _numpy(view.attention_IHN[image].mean(0))
-        important = sorted(sorted(range(256), key=lambda patch: (-score[patch], patch))[:20])
-        rest = [patch for patch in range(256) if patch not in important]
+        falling = sorted(range(256), key=lambda patch: (-score[patch], patch))
+        important, rest = falling[:20], falling[20:]
         while len(rest) > 21:
             first, second = rest[::2], rest[1::2]
             alike = {patch: max(float(unit[patch] @ unit[other]) for other in second) for patch in first}
-            gone = sorted(first, key=lambda patch: -alike[patch])[: min(8, len(rest) - 21)]
-            rest = [patch for patch in rest if patch not in gone]
+            rest = sorted(first, key=lambda patch: -alike[patch])[min(8, len(rest) - 21) :] + second
         assert result.position_ids_BK[image].tolist() == sorted(important + rest)
 
 
