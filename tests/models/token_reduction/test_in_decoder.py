@@ -30,7 +30,9 @@ def test_the_budget_is_the_mean_over_the_layers(reducer: InDecoderReducer, budge
     assert list(stages) == sorted(stages)
 
 
-@pytest.mark.parametrize(("reducer", "smallest"), [(FastV(), 37), (PyramidDrop(), 145), (SparseVLM(), 37)])
+@pytest.mark.parametrize(
+    ("reducer", "smallest"), [(FastV(), 37), (PyramidDrop(), 19), (PyramidDrop(first_layer=8), 145), (SparseVLM(), 37)]
+)
 def test_the_smallest_budget_covers_the_first_layers(reducer: InDecoderReducer, smallest: int) -> None:
     assert mean_tokens(reducer.stages(32, 576, smallest), 32, 576) <= smallest
     with pytest.raises(UnsupportedBudgetError, match=rf"does not support {smallest - 2} visual tokens"):
@@ -46,6 +48,11 @@ def test_fastv_with_half_of_the_tokens_has_the_papers_mean() -> None:
 def test_pyramid_drop_with_half_per_stage_is_the_papers_schedule() -> None:
     mean = 576 * (1 + 0.5 + 0.25 + 0.125) / 4
     assert PyramidDrop().stages(32, 576, round(mean)) == (Stage(8, 288, 8), Stage(16, 144, 16), Stage(24, 72, 24))
+
+
+def test_pyramid_drop_begins_earlier_for_budgets_that_a_quarter_of_the_layers_exceeds() -> None:
+    for budget, layers in ((145, [8, 16, 24]), (144, [2, 12, 22]), (37, [2, 12, 22]), (36, [1, 12, 22])):
+        assert [stage.layer for stage in PyramidDrop().stages(32, 576, budget)] == layers
 
 
 # Published numbers of kept tokens for each budget, plus the clusters of the recycled tokens. Example: of 576 - 300

@@ -97,13 +97,7 @@ def raters(prompt: PromptView) -> Tensor:
 def recycled(tokens_BND: Tensor, scores_BN: Tensor, count: int) -> Reduction:
     """Returns the best tokens in order, then means of clusters of the best dropped tokens; `count` tokens in total."""
     batch, num_tokens, _ = tokens_BND.shape
-    # Each cluster replaces a kept token, so that one more token is dropped. Chosen is the smallest number of clusters
-    # that is consistent with the number of dropped tokens. At any count, more than half of the tokens are kept ones.
-    most = (count - 1) // 2
-    num_clusters = next(
-        (number for number in range(most) if _recycling(num_tokens - count + number).num_clusters <= number), most
-    )
-    num_recycled = _recycling(num_tokens - count + num_clusters).num_tokens
+    num_recycled, num_clusters = recycling_of(num_tokens, count)
     kept_BK = top_positions(scores_BN, count - num_clusters)
     rest_BR = other_positions(kept_BK, num_tokens)
     order_BR = scores_BN.gather(1, rest_BR).argsort(dim=1, descending=True, stable=True)
@@ -124,17 +118,32 @@ def recycled(tokens_BND: Tensor, scores_BN: Tensor, count: int) -> Reduction:
     return Reduction(torch.cat(tokens, dim=1), torch.cat(positions, dim=1), torch.cat(sizes, dim=1), assignment_BN)
 
 
-class _Recycling(NamedTuple):
+class Recycling(NamedTuple):
+    """The dropped tokens of a stage that are recycled."""
+
     num_tokens: int
+    """Number of recycled tokens."""
     num_clusters: int
+    """Number of clusters that they form."""
 
 
-def _recycling(num_dropped: int) -> _Recycling:
+def recycling_of(num_tokens: int, count: int) -> Recycling:
+    """Returns the recycling of a stage that leaves `count` of N tokens, clusters included."""
+    # Each cluster replaces a kept token, so that one more token is dropped. Chosen is the smallest number of clusters
+    # that is consistent with the number of dropped tokens. At any count, more than half of the tokens are kept ones.
+    most = (count - 1) // 2
+    clusters = next(
+        (number for number in range(most) if _recycling(num_tokens - count + number).num_clusters <= number), most
+    )
+    return Recycling(_recycling(num_tokens - count + clusters).num_tokens, clusters)
+
+
+def _recycling(num_dropped: int) -> Recycling:
     """Returns how many of the dropped tokens are recycled, and into how many clusters."""
     if num_dropped < 1:
-        return _Recycling(0, 0)
+        return Recycling(0, 0)
     num_tokens = int(_RECYCLED_SHARE * num_dropped) + 1
-    return _Recycling(num_tokens, num_tokens // _TOKENS_A_CLUSTER + 1)
+    return Recycling(num_tokens, num_tokens // _TOKENS_A_CLUSTER + 1)
 
 
 def density_peaks(tokens_BMD: Tensor, num_clusters: int) -> tuple[Tensor, Tensor]:

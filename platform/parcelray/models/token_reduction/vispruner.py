@@ -53,9 +53,24 @@ class VisPruner(TokenReducer):
             alike_BA = (
                 gather_tokens(directions_BND, first_BA) @ gather_tokens(directions_BND, second_BO).transpose(1, 2)
             ).amax(dim=2)
-            # At most the whole first half per step; the second half is kept.
-            removed = min(_REMOVED_A_STEP, rest_BR.shape[1] - wanted, first_BA.shape[1])
+            removed = _removed(rest_BR.shape[1], wanted)
             left_BA = alike_BA.argsort(dim=1, descending=True, stable=True)[:, removed:]
             rest_BR = torch.cat([first_BA.gather(1, left_BA), second_BO], dim=1)
         kept_BK = torch.cat([falling_BN[:, :num_important], rest_BR], dim=1)
         return selection(tokens_BND, kept_BK.sort(dim=1).values)
+
+
+def halves_of(num_tokens: int, budget: int, important: float) -> list[tuple[int, int]]:
+    """Returns the sizes of the two halves of the rest that each step compares."""
+    wanted = budget - int(important * budget)
+    rest = num_tokens - budget + wanted if wanted else 0
+    halves = []
+    while rest > wanted:
+        halves.append((-(-rest // 2), rest // 2))
+        rest -= _removed(rest, wanted)
+    return halves
+
+
+def _removed(rest: int, wanted: int) -> int:
+    """Returns the number of patches that a step removes from the rest: at most its first half."""
+    return min(_REMOVED_A_STEP, rest - wanted, -(-rest // 2))
