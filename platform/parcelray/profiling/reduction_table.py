@@ -111,8 +111,7 @@ class ReductionTable:
             table.add_row(
                 f"{shape.num_patches} -> {row.num_visual_tokens}{frames}\n{row.num_text_tokens} text",
                 row.layers.replace(", ", "\n"),
-                *(f"{flops / 1e9:,.1f}" for flops in parts),
-                f"{row.cost.total / 1e9:,.1f}",
+                *(f"{flops / 1e9:,.3f}" for flops in (*parts, row.cost.total)),
                 f"{row.flops_saving:.1%}",
                 f"{model.kv_cache_bytes / BYTES_PER_MB:,.1f}",
             )

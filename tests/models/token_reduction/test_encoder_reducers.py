@@ -373,21 +373,26 @@ def test_saliency_by_class_attention_and_with_the_rest_merged(views: dict[str, E
     assert norms.position_ids_BK[0].tolist() == sorted(tokens[0].norm(dim=1).topk(9).indices.tolist())
 
 
-def test_tome_merges_by_its_definition() -> None:
+@pytest.mark.parametrize("after_class", [False, True])
+def test_tome_merges_as_in_the_released_code(after_class: bool) -> None:
     generator = torch.Generator().manual_seed(1)
     tokens, keys = torch.randn(2, 11, 5, generator=generator), torch.randn(2, 11, 3, generator=generator)
     sizes = torch.randint(1, 5, (2, 11), generator=generator).float()
-    merged, new_sizes, owner = merge(tokens, keys, sizes, 4)
+    merged, new_sizes, owner = merge(tokens, keys, sizes, 4, after_class=after_class)
+    # A class token at position 0 of the sequence moves the patches by one.
+    first, second = (range(1, 11, 2), range(0, 11, 2)) if after_class else (range(0, 11, 2), range(1, 11, 2))
     for image in range(2):
         unit = _unit(_numpy(keys[image]))
         edges = []
-        for a in range(0, 11, 2):
-            b = max(range(1, 11, 2), key=lambda other: float(unit[a] @ unit[other]))
+        for a in first:
+            b = max(second, key=lambda other: float(unit[a] @ unit[other]))
             edges.append((float(unit[a] @ unit[b]), a, b))
         groups: dict[int, list[int]] = {patch: [patch] for patch in range(11)}
-        for _, a, b in sorted(edges, reverse=True)[:4]:
+        edges.sort(reverse=True)
+        for _, a, b in edges[:4]:
             groups[b] += groups.pop(a)
-        for number, patch in enumerate(sorted(groups)):
+        staying = [a for _, a, _ in edges[4:]]
+        for number, patch in enumerate([*(sorted(staying) if after_class else staying), *second]):
             members, weight = groups[patch], _numpy(sizes[image][groups[patch]])
             assert float(new_sizes[image, number]) == weight.sum()
             assert np.allclose(
@@ -450,7 +455,8 @@ def test_merged_patches_have_the_weight_of_their_size_in_the_attention(
                 for q, k, v in zip(queries, keys, values, strict=True)
             ]
             hidden = hidden + attention.out_proj(torch.cat(heads, dim=2))
-            merged, sizes, _ = merge(hidden[:, first:], torch.stack(keys).mean(0)[:, first:], sizes, count)
+            mean_keys = torch.stack(keys).mean(0)[:, first:]
+            merged, sizes, _ = merge(hidden[:, first:], mean_keys, sizes, count, after_class=first == 1)
             hidden = torch.cat([hidden[:, :first], merged], dim=1)
             hidden = hidden + layer.mlp(layer.layer_norm2(hidden))
         expected = (vision.post_layernorm(hidden) if view.model.features_are_normed else hidden)[:, first:]
