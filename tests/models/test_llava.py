@@ -17,7 +17,11 @@ from parcelray.models.backbones.llava_processor import ElasticLlavaProcessor
 from parcelray.models.connectors.pooling import pool_grid
 from parcelray.models.mini import save_checkpoint
 from parcelray.models.mini_llava import build, build_config, build_processor
+from parcelray.models.token_reduction.base import ReductionContext
+from parcelray.models.token_reduction.encoder_view import EncoderView
+from parcelray.models.token_reduction.tome import ToMe
 from parcelray.models.vlm import connector_of, image_size_of, load_processor, load_vlm
+from parcelray.profiling.backbone_shapes import from_transformers_config
 
 from .conftest import CORPUS, MINI_LLAVA, random_images, write_tower_as_on_the_hub
 
@@ -149,6 +153,23 @@ def test_m3_checkpoints_from_before_its_variants_pool_before_the_projector(
     with torch.no_grad():
         expected = model.model.multi_modal_projector(pool_grid(patches, grid_size=16, side=4))
         assert torch.equal(model.model.compress(patches, num_visual_tokens=16), expected)
+
+
+def test_merging_runs_only_the_layers_up_to_the_patch_features(
+    stock_folder: Path, llava_processor: ElasticLlavaProcessor
+) -> None:
+    # The features come from the last layer but one. The plain tower runs the last layer nevertheless, ToMe does not.
+    model = load_vlm(stock_folder).eval()
+    shape = from_transformers_config(model.config)
+    runs: list[int] = []
+    for index, layer in enumerate(model.model.vision_tower.encoder.layers):
+        layer.layer_norm1.register_forward_hook(lambda *_, index=index: runs.append(index))
+    with torch.no_grad():
+        view = EncoderView(model.model, _inputs(llava_processor, 256)["pixel_values"], watch=False)
+        assert runs == list(range(shape.vision_layers)) == [0, 1, 2]
+        runs.clear()
+        ToMe()(view.project(view.patch_features_IND), num_visual_tokens=64, context=ReductionContext(encoder=view))
+    assert runs == list(range(shape.vision_layers - shape.unused_vision_layers)) == [0, 1]
 
 
 def test_prompts_for_another_budget_are_refused(stock_folder: Path, llava_processor: ElasticLlavaProcessor) -> None:
