@@ -37,7 +37,7 @@ class UnsupportedBudgetError(UserError, ValueError):
         self.connector = connector
         super().__init__(
             f"{connector} does not support {num_visual_tokens} visual tokens per image; legal budgets are"
-            f" {describe_values(self.supported)}. Choose one of them, or another connector or routing."
+            f" {describe_values(self.supported)}. Choose one of them, or another connector, routing or reducer."
         )
 
     def __reduce__(self) -> tuple[Any, ...]:

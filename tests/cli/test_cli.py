@@ -16,6 +16,7 @@ from parcelray import cli
 from parcelray.config.loader import load_job_of
 from parcelray.config.tune import TuneJob
 from parcelray.models.checkpoint import verify_manifest
+from parcelray.profiling.reduction_table import REDUCERS
 from parcelray.tracking.run_folder import RunFolder
 from parcelray.tuning.trial_record import FinishedTrial, TrialRecord, point_key
 
@@ -149,6 +150,10 @@ def test_config_schema_prints_a_json_schema(run: Any) -> None:
         (("flops", "--budgets", "16,x"), ("--budgets", "16,x", "whole numbers")),
         (("flops", "--connector", "pca"), ("pca", "parcel")),
         (("flops", "--backbone", "nowhere"), ("nowhere", "paligemma2-3b")),
+        (("flops", "--reducer", "fastvv"), ("fastvv", "did you mean fastv?")),
+        (("flops", "--reducer", "scope", "--connector", "m3"), ("--reducer scope", "--connector is m3")),
+        (("flops", "--reducer", "average_pooling", "--budgets", "65"), ("65", "legal budgets are")),
+        (("flops", "--backbone", "llava-1.5-7b", "--reducer", "fastv", "--budgets", "16"), ("16", "37 to 576")),
     ],
 )
 def test_a_user_error_is_one_message_and_exit_code_2(
@@ -173,6 +178,19 @@ def test_flops_of_the_backbone_of_the_paper(run: Any) -> None:
     ]
     for row in data["rows"]:
         assert sum(row["terms"].values()) == row["total_flops"]
+
+
+@pytest.mark.parametrize("reducer", REDUCERS)
+def test_flops_of_every_reducer(run: Any, reducer: str) -> None:
+    arguments = ("flops", "--backbone", "llava-1.5-7b", "--reducer", reducer, "--budgets", "64")
+    printed = run(*arguments)
+    assert (printed.code, printed.err) == (0, "")
+    assert "576 -> 64" in printed.out
+    found = run(*arguments, "--json")
+    (row,) = json.loads(found.out)["rows"]
+    assert found.code == 0
+    assert row["terms"]["reducer"] == row["reducer_flops"]
+    assert sum(row["terms"].values()) == row["total_flops"]
 
 
 def test_a_dry_run_shows_the_plan_and_computes_nothing(run: Any, tmp_path: Path) -> None:

@@ -357,6 +357,12 @@ def test_a_plan_accounts_for_reducers_and_splits(tmp_path: Path) -> None:
         for budget in (13, 200)
     )
     assert 0 < few < many
+    spatial, clusters, merging = (
+        evaluation_plan(_job(tmp_path, vanilla, budgets=[128], reducer={"type": name})).flops
+        for name in ("spatial_sampling", "cluster_aggregate", "tome")
+    )
+    assert spatial < clusters, "clusters need all projected tokens and their similarities"
+    assert spatial < merging, "merging runs the vision tower once more"
     supernet = tiny_checkpoint(
         tmp_path / "supernet", 1, connector={"type": "parcel", "num_heads": 2, "anchor_grids": [0, 2]}
     )

@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
 
 from parcelray.config.connector import ConnectorConfig, M3ConnectorConfig, MqtConnectorConfig, ParcelConnectorConfig
@@ -13,9 +14,14 @@ from parcelray.config.model import MiniLlavaModelConfig
 from parcelray.errors import UnsupportedBudgetError, UserError
 from parcelray.models.backbones import ElasticLlavaConfig, ElasticLlavaForConditionalGeneration
 from parcelray.models.backbones.llava_processor import ElasticLlavaProcessor
+from parcelray.models.connectors.pooling import pool_grid
 from parcelray.models.mini import save_checkpoint
 from parcelray.models.mini_llava import build, build_config, build_processor
+from parcelray.models.token_reduction.base import ReductionContext
+from parcelray.models.token_reduction.encoder_view import EncoderView
+from parcelray.models.token_reduction.tome import ToMe
 from parcelray.models.vlm import connector_of, image_size_of, load_processor, load_vlm
+from parcelray.profiling.backbone_shapes import from_transformers_config
 
 from .conftest import CORPUS, MINI_LLAVA, random_images, write_tower_as_on_the_hub
 
@@ -116,6 +122,54 @@ def test_a_connector_survives_save_and_load(
         assert torch.equal(loaded(**inputs, num_visual_tokens=64).logits, expected)
     with pytest.raises(UnsupportedBudgetError):
         loaded(**_inputs(llava_processor, 300), num_visual_tokens=300)
+
+
+@pytest.mark.parametrize("scale", [1, 4, 16, 64, 256])
+def test_m3_pools_the_projected_tokens_as_in_its_release(stock_folder: Path, scale: int) -> None:
+    model = load_vlm(stock_folder, connector=M3ConnectorConfig()).eval()
+    patches = torch.randn(2, 256, MINI_LLAVA.vision_width)
+    with torch.no_grad():
+        grid = model.model.multi_modal_projector(patches).unflatten(1, (16, 16)).permute(0, 3, 1, 2)
+        kernel = int((256 / scale) ** 0.5)
+        expected = F.avg_pool2d(grid, kernel, kernel).permute(0, 2, 3, 1).flatten(1, 2)
+        assert torch.allclose(model.model.compress(patches, num_visual_tokens=scale), expected, atol=1e-6)
+        if scale < 256:
+            pooled = F.avg_pool2d(patches.unflatten(1, (16, 16)).permute(0, 3, 1, 2), kernel, kernel)
+            before = model.model.multi_modal_projector(pooled.permute(0, 2, 3, 1).flatten(1, 2))
+            assert float((before - expected).norm() / expected.norm()) > 0.1
+
+
+@pytest.mark.parametrize("section", [{"type": "m3"}, {"type": "m3", "variant": "parcel_baseline"}])
+def test_m3_checkpoints_from_before_its_variants_pool_before_the_projector(
+    tmp_path: Path, llava_processor: ElasticLlavaProcessor, section: dict[str, str]
+) -> None:
+    config = build_config(MINI_LLAVA, llava_processor)
+    config.connector = section
+    save_checkpoint(ElasticLlavaForConditionalGeneration(config), llava_processor, tmp_path)
+    model = load_vlm(tmp_path).eval()
+    assert model.supported_budgets == (4, 16, 64, 256)
+    assert model.config.connector_config == M3ConnectorConfig(variant="parcel_baseline")
+    patches = torch.randn(1, 256, MINI_LLAVA.vision_width)
+    with torch.no_grad():
+        expected = model.model.multi_modal_projector(pool_grid(patches, grid_size=16, side=4))
+        assert torch.equal(model.model.compress(patches, num_visual_tokens=16), expected)
+
+
+def test_merging_runs_only_the_layers_up_to_the_patch_features(
+    stock_folder: Path, llava_processor: ElasticLlavaProcessor
+) -> None:
+    # The features come from the last layer but one. The plain tower runs the last layer nevertheless, ToMe does not.
+    model = load_vlm(stock_folder).eval()
+    shape = from_transformers_config(model.config)
+    runs: list[int] = []
+    for index, layer in enumerate(model.model.vision_tower.encoder.layers):
+        layer.layer_norm1.register_forward_hook(lambda *_, index=index: runs.append(index))
+    with torch.no_grad():
+        view = EncoderView(model.model, _inputs(llava_processor, 256)["pixel_values"], watch=False)
+        assert runs == list(range(shape.vision_layers)) == [0, 1, 2]
+        runs.clear()
+        ToMe()(view.project(view.patch_features_IND), num_visual_tokens=64, context=ReductionContext(encoder=view))
+    assert runs == list(range(shape.vision_layers - shape.unused_vision_layers)) == [0, 1]
 
 
 def test_prompts_for_another_budget_are_refused(stock_folder: Path, llava_processor: ElasticLlavaProcessor) -> None:

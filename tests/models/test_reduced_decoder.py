@@ -383,8 +383,8 @@ def _pruned(hidden: Tensor, scores: list[float], count: int) -> Tensor:
     """
     order = sorted(range(len(hidden)), key=lambda patch: -scores[patch])
     for num_kept in range(count, 0, -1):
-        num_recycled = int(0.3 * (len(hidden) - num_kept))
-        num_clusters = min(num_recycled, num_recycled // 10 + 1, num_kept - 1)
+        num_recycled = int(0.3 * (len(hidden) - num_kept)) + 1
+        num_clusters = min(num_recycled // 10 + 1, num_kept - 1)
         if num_kept + num_clusters <= count:
             break
     pruned = order[num_kept : num_kept + num_recycled]
@@ -393,9 +393,14 @@ def _pruned(hidden: Tensor, scores: list[float], count: int) -> Tensor:
         for i in pruned
         for j in pruned
     }
-    density = {i: math.exp(-sum(sorted(distance[i, j] ** 2 for j in pruned)[:5]) / min(5, len(pruned))) for i in pruned}
+    # The nearest neighbours include the token itself. Equal densities are ordered by score.
+    density = {
+        i: math.exp(-sum(sorted(distance[i, j] ** 2 for j in pruned)[:num_clusters]) / max(1, num_clusters))
+        for i in pruned
+    }
+    falling = sorted(pruned, key=lambda i: -density[i])
     gap = {
-        i: min((distance[i, j] for j in pruned if density[j] > density[i]), default=max(distance.values(), default=0))
+        i: min((distance[i, j] for j in falling[: falling.index(i)]), default=max(distance.values(), default=0))
         for i in pruned
     }
     centres = sorted(pruned, key=lambda i: -density[i] * gap[i])[:num_clusters]

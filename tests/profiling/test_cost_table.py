@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from parcelray.config.connector import DualCrossAttentionConnectorConfig
+from parcelray.config.connector import DualCrossAttentionConnectorConfig, M3ConnectorConfig
 from parcelray.errors import UnsupportedBudgetError, UserError
 from parcelray.profiling import cost_table
 
@@ -74,6 +74,24 @@ def test_a_connector_can_be_given_as_configuration() -> None:
     assert table.connector == "dual_cross_attention"
 
 
+def test_every_connector_can_be_given_by_name() -> None:
+    for name in cost_table.CONNECTORS:
+        budget = 16 if name == "anchors_only" else 256
+        (row,) = cost_table.build("paligemma2-3b", connector=name, budgets=(budget,)).rows
+        assert row.cost.total > 0
+
+
+def test_m3_projects_all_patches_of_llava_before_it_pools_them() -> None:
+    released = cost_table.build("llava-1.5-7b", connector="m3", budgets=(1, 9, 36, 144, 576)).rows
+    per_token = 2 * (1024 * 4096 + 4096 * 4096)
+    assert [row.cost.projection for row in released] == [576 * per_token] * 5
+    baseline = M3ConnectorConfig(variant="parcel_baseline")
+    (row,) = cost_table.build("llava-1.5-7b", connector=baseline, budgets=(9,)).rows
+    assert row.cost.projection == 9 * per_token
+    (linear,) = cost_table.build("paligemma2-3b", connector="m3", budgets=(16,)).rows
+    assert linear.cost.projection == 2 * 16 * 1152 * 2304
+
+
 def test_text_tokens_can_be_given() -> None:
     (row,) = cost_table.build("paligemma2-3b", budgets=(16,), text_tokens=10).rows
     assert row.num_text_tokens == 10
@@ -84,7 +102,7 @@ def test_text_tokens_can_be_given() -> None:
     [
         (
             {"connector": "parcl"},
-            r"Unknown connector 'parcl': choose one of parcel, mqt, m3, identity; did you mean parcel\?",
+            r"Unknown connector 'parcl': choose one of identity, parcel, mqt, m3, .*; did you mean parcel\?",
         ),
         ({"budgets": ()}, "No budget"),
         ({"frames": (0,)}, "0 frames"),

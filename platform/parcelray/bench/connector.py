@@ -140,17 +140,22 @@ def _device(device: str, backbone: str) -> torch.device:
 
 def _build(config: ConnectorConfig, shape: BackboneShape) -> Connector:
     with torch.device("meta"):
-        return build_connector(
-            config, hidden_size=shape.vision_width, grid_size=shape.grid_size, mlp_width=shape.vision_mlp_width
-        )
+        return _connector(config, shape)
 
 
 def _materialise(config: ConnectorConfig, shape: BackboneShape, like: Tensor) -> Connector:
     with torch.device(like.device):
-        connector = build_connector(
-            config, hidden_size=shape.vision_width, grid_size=shape.grid_size, mlp_width=shape.vision_mlp_width
-        )
-    return connector.to(like.dtype).eval()
+        return _connector(config, shape).to(like.dtype).eval()
+
+
+def _connector(config: ConnectorConfig, shape: BackboneShape) -> Connector:
+    return build_connector(
+        config,
+        hidden_size=shape.vision_width,
+        grid_size=shape.grid_size,
+        mlp_width=shape.vision_mlp_width,
+        projector_layers=shape.projector_layers,
+    )
 
 
 def _random_prefill(backbone: str, shape: BackboneShape, batch_size: int, device: torch.device) -> _Prefill:

@@ -109,7 +109,21 @@ def flops(
     frames: Annotated[
         str, typer.Option(help="Numbers of frames per input (1 is an image), separated by commas.")
     ] = "1",
-    connector: Annotated[str, typer.Option(help="Connector: parcel, mqt, m3, identity or an ablation.")] = "parcel",
+    connector: Annotated[
+        str | None,
+        typer.Option(
+            help="Connector, such as parcel, mqt, m3 or identity; default: parcel, without --reducer.",
+            show_default=False,
+        ),
+    ] = None,
+    reducer: Annotated[
+        str | None,
+        typer.Option(
+            help="Training-free reducer, by name (cluster_aggregate, fastv, ...) or as YAML with settings, such as"
+            " '{type: prumerge, spatial: true}'; default: none.",
+            show_default=False,
+        ),
+    ] = None,
     text_tokens: Annotated[
         int | None,
         typer.Option(
@@ -120,16 +134,25 @@ def flops(
     as_json: AsJson = False,
 ) -> None:
     """Compute FLOPs by term, KV-cache bytes, and the saving against the uncompressed model."""
-    from parcelray.profiling.cost_table import build
+    workload: dict[str, Any] = {
+        "resolution": resolution,
+        "budgets": integers(budgets, "--budgets"),
+        "frames": integers(frames, "--frames"),
+        "text_tokens": text_tokens,
+    }
+    if reducer is not None:
+        if connector not in (None, "identity"):
+            raise UserError(
+                f"--reducer {reducer} reduces the tokens of a model without compression, but --connector is"
+                f" {connector}; leave one of the two out."
+            )
+        from parcelray.profiling.reduction_table import build_reduced
 
-    table = build(
-        backbone,
-        resolution=resolution,
-        budgets=integers(budgets, "--budgets"),
-        frames=integers(frames, "--frames"),
-        connector=connector,
-        text_tokens=text_tokens,
-    )
+        show(build_reduced(backbone, reducer, **workload), as_json, lambda value: value.to_rich())
+        return
+    from parcelray.profiling.cost_table import DEFAULT_CONNECTOR, build
+
+    table = build(backbone, connector=connector or DEFAULT_CONNECTOR, **workload)
     show(table, as_json, lambda value: value.to_rich())
 
 

@@ -71,9 +71,17 @@ class MqtConnectorConfig(AttentionConnectorConfig):
 
 
 class M3ConnectorConfig(StrictModel):
-    """M3: average pooling of the patch grid to a square grid, one scale per budget."""
+    """M3: average pooling of the patch grid to a square grid, one scale per budget (arXiv 2405.17430)."""
 
     type: Literal["m3"] = "m3"
+    variant: Literal["release", "parcel_baseline"] | None = None
+    """Definition of M3.
+
+    `release`: as in M3's released code, the projected tokens are pooled, and the smallest scale is one token.
+    `parcel_baseline`: as in the baseline of arXiv 2605.30126, Appendix E, the patch features are pooled before the
+    projector, and the smallest scale is the last one that halves the grid. null: `release` for the two-layer projector
+    of LLaVA; `parcel_baseline` for the linear projector of PaliGemma, where both give the same tokens.
+    """
 
 
 class AnchorsOnlyConnectorConfig(StrictModel):

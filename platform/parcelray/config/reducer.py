@@ -160,7 +160,10 @@ class PyramidDropConfig(_ReducerConfig):
 
     type: Literal["pyramid_drop"] = "pyramid_drop"
     first_layer: int | None = Field(default=None, ge=1)
-    """Index of the decoder layer of the first of the three stages; null: a quarter of the layers."""
+    """Index of the decoder layer of the first of the three stages.
+
+    null: a quarter of the layers; 2, or else 1, for budgets that a quarter of the layers exceeds.
+    """
 
 
 class SparseVLMConfig(_ReducerConfig):

@@ -16,6 +16,7 @@ from parcelray.config.evaluate import BLIND, BenchmarkChoice, EvaluateJob, budge
 from parcelray.config.identity import identity
 from parcelray.config.loader import validate
 from parcelray.config.model import CheckpointModelConfig
+from parcelray.config.reducer import ToMeConfig
 from parcelray.errors import UnsupportedBudgetError
 from parcelray.evaluation.passes.shards import EvaluatedModel, PreparedBenchmark
 from parcelray.evaluation.predict.generation import GenerationSettings
@@ -23,9 +24,10 @@ from parcelray.models.checkpoint import ResolvedCheckpoint
 from parcelray.models.token_reduction import build_reducer
 from parcelray.models.token_reduction.base import check_uncompressed
 from parcelray.models.vlm import ElasticConfig, config_of, connector_of, family_of, image_size_of
-from parcelray.profiling.backbone_shapes import from_transformers_config
+from parcelray.profiling.backbone_shapes import BackboneShape, from_transformers_config
 from parcelray.profiling.flops import cost
 from parcelray.profiling.machine import matmul_flops_per_second
+from parcelray.profiling.reduction_flops import reduced_cost
 from parcelray.tracking.registry import resolve_model
 
 if TYPE_CHECKING:
@@ -49,7 +51,10 @@ class EvaluationPlan:
     answers: int
     """Number of predictions: samples times budgets."""
     flops: int
-    """FLOPs of the vision tower once per image, and of connector and prefill at each budget; without decoding."""
+    """FLOPs of the vision tower once per image, and of connector or reducer and prefill at each budget.
+
+    Decoding is not counted.
+    """
     seconds: float
     """Lower bound of the time, from the speed of matrix products measured on this machine."""
     warnings: tuple[str, ...]
@@ -99,14 +104,10 @@ def evaluation_plan(job: EvaluateJob) -> EvaluationPlan:
         count = len(benchmark.rows) * max(1, len(first))
         images = len(first[0].images) if first else 1
         questions += count
-        costs = [
-            cost(shape, connector_at(job, config, budget), budget, num_frames=images, num_text_tokens=_TEXT_TOKENS)
-            for budget in budgets
-            if budget != BLIND
-        ]
-        if costs:
-            vision = costs[0].vision_encoder
-            flops += len(benchmark.rows) * vision + count * sum(each.total - each.vision_encoder for each in costs)
+        numbers = [budget for budget in budgets if budget != BLIND]
+        if numbers:
+            flops += len(benchmark.rows) * cost(shape, None, shape.num_patches, images, _TEXT_TOKENS).vision_encoder
+            flops += count * sum(_sample_flops(job, config, shape, budget, images) for budget in numbers)
     return EvaluationPlan(
         identity=identity(pinned_job(job, checkpoint, reference)),
         model=checkpoint.pinned,
@@ -236,8 +237,19 @@ def _with_source(config: BenchmarkConfig, choice: BenchmarkChoice) -> BenchmarkC
     )
 
 
+def _sample_flops(job: EvaluateJob, config: ElasticConfig, shape: BackboneShape, budget: int, num_images: int) -> int:
+    """Returns the FLOPs of one sample at one budget, after the run of the vision tower that all samples share."""
+    if job.reducer is None or num_images == 0:
+        plain = cost(shape, connector_at(job, config, budget), budget, num_images, _TEXT_TOKENS)
+        return plain.total - plain.vision_encoder
+    reduced = reduced_cost(shape, job.reducer, budget, num_images, _TEXT_TOKENS)
+    # ToMe runs the vision tower again, at each budget.
+    is_shared = not isinstance(job.reducer, ToMeConfig)
+    return reduced.total - is_shared * reduced.model.vision_encoder
+
+
 def connector_at(job: EvaluateJob, config: ElasticConfig, budget: int) -> ConnectorConfig | None:
-    """Returns the connector whose cost counts at a budget; None with a reducer, whose own cost is left out."""
+    """Returns the connector whose cost counts at a budget; None with a reducer (see `reduced_cost` for its cost)."""
     if job.reducer is not None:
         return None
     connector = config.connector_config

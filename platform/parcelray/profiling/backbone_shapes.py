@@ -67,6 +67,9 @@ _TEXT_DEFAULTS: dict[str, dict[str, int]] = {
 }
 
 
+_MAY_BE_ZERO = ("class_tokens", "vision_heads", "unused_vision_layers")
+
+
 @dataclass(frozen=True, slots=True)
 class BackboneShape:
     """The dimensions of a backbone, with their symbols in the cost model of arXiv 2605.30126 (Appendix C)."""
@@ -109,10 +112,15 @@ class BackboneShape:
     """Number of tokens of the vision tower in addition to the patches."""
     projector_layers: int = 1
     """Number of linear layers of the projector: one from D_v to D_l, and further ones from D_l to D_l."""
+    unused_vision_layers: int = 0
+    """Number of layers of the vision tower after the patch features. They run with the tower, so `cost` counts them.
+
+    LLaVA-1.5 takes the features after 23 of 24 layers. A tower that is run layer by layer (ToMe) leaves the last out.
+    """
 
     def __post_init__(self) -> None:
         for name in self.__slots__[1:]:
-            value, least = getattr(self, name), 0 if name in ("class_tokens", "vision_heads") else 1
+            value, least = getattr(self, name), int(name not in _MAY_BE_ZERO)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise UserError(
                     f"{name} of backbone {self.name} is {value!r}; legal: integers of at least {least}. Correct its"
@@ -185,6 +193,7 @@ _LLAVA_7B = BackboneShape(
     vocab_size=32064,
     class_tokens=1,
     projector_layers=2,
+    unused_vision_layers=1,
 )
 PRESETS: dict[str, BackboneShape] = {"paligemma2-3b": _PALIGEMMA2_3B, "llava-1.5-7b": _LLAVA_7B}
 """Backbones by name at their base resolution; use `at_resolution` for others (paligemma2-3b: 224 and 448)."""
@@ -215,6 +224,7 @@ def from_mapping(config: Mapping[str, Any], name: str) -> BackboneShape:
         else _section(config, "vision_config", _VISION_DEFAULTS, name)
     )
     text = _section(config, "text_config", _TEXT_DEFAULTS, name)
+    is_llava = str(config.get("model_type", "")).endswith("llava")
     return BackboneShape(
         name=name,
         image_size=vision["image_size"],
@@ -232,8 +242,18 @@ def from_mapping(config: Mapping[str, Any], name: str) -> BackboneShape:
         head_dim=text["head_dim"],
         vocab_size=text["vocab_size"],
         class_tokens=int(config["vision_config"].get("model_type") == "clip_vision_model"),
-        projector_layers=2 if str(config.get("model_type", "")).endswith("llava") else 1,
+        projector_layers=2 if is_llava else 1,
+        unused_vision_layers=_unused_layers(config, vision["num_hidden_layers"]) if is_llava else 0,
     )
+
+
+def _unused_layers(config: Mapping[str, Any], num_layers: int) -> int:
+    """Returns the number of layers after the hidden state that LLaVA takes as patch features."""
+    # A tower of L layers has L + 1 hidden states; transformers' default is the last but one. A convolutional tower and
+    # several joined layers have no single such state.
+    index = config.get("vision_feature_layer", -2)
+    convolutional = config["vision_config"].get("model_type") == "convnext"
+    return 0 if convolutional or not isinstance(index, int) else num_layers - index % (num_layers + 1)
 
 
 def _convnext(vision: Mapping[str, Any]) -> dict[str, int]:

@@ -43,7 +43,7 @@ def connector_flops(shape: BackboneShape, connector: ConnectorConfig | None, num
     """
     if connector is None:
         return ConnectorFlops()
-    built = _built_on_meta(connector, shape.vision_width, shape.grid_size, shape.vision_mlp_width)
+    built = _built_on_meta(connector, shape)
     num_anchors = built.num_anchors(num_visual_tokens)
     num_queries = num_visual_tokens - num_anchors
     width = shape.vision_width
@@ -78,8 +78,14 @@ def mlp_flops(num_tokens: int, width: int, mlp_width: int) -> int:
     return 4 * num_tokens * width * mlp_width
 
 
+def projected_tokens(shape: BackboneShape, connector: ConnectorConfig | None, num_visual_tokens: int) -> int:
+    """Returns the number of tokens of an image that pass the projector: all patches, if the connector acts after it."""
+    after = connector is not None and _built_on_meta(connector, shape).after_projector
+    return shape.num_patches if after else num_visual_tokens
+
+
 @lru_cache(maxsize=64)
-def _built_on_meta(config: ConnectorConfig, width: int, grid_size: int, mlp_width: int) -> "Connector":
+def _built_on_meta(config: ConnectorConfig, shape: BackboneShape) -> "Connector":
     # The connector itself defines its legal budgets and their split into anchors and queries. On `meta`, building it
     # takes no memory. Imported here because code that only reads shapes must work without torch.
     import torch
@@ -87,4 +93,10 @@ def _built_on_meta(config: ConnectorConfig, width: int, grid_size: int, mlp_widt
     from parcelray.models.connectors import build_connector
 
     with torch.device("meta"):
-        return build_connector(config, hidden_size=width, grid_size=grid_size, mlp_width=mlp_width)
+        return build_connector(
+            config,
+            hidden_size=shape.vision_width,
+            grid_size=shape.grid_size,
+            mlp_width=shape.vision_mlp_width,
+            projector_layers=shape.projector_layers,
+        )

@@ -1,10 +1,10 @@
-"""The table of `parcelray flops`: every term of the cost model by budget, and the savings against no compression."""
+"""The tables of `parcelray flops`: every term of the cost model by budget, and the savings against no compression."""
 
 import difflib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from pydantic import TypeAdapter
 
@@ -16,8 +16,11 @@ from parcelray.profiling.flops import BYTES_PER_MB, CostBreakdown, cost, default
 if TYPE_CHECKING:
     from rich.table import Table
 
-CONNECTORS = ("parcel", "mqt", "m3", "identity")
-"""Connectors that can be given by name; a configuration of any connector is legal, too."""
+CONNECTORS: tuple[str, ...] = tuple(
+    kind.model_fields["type"].default for kind in get_args(get_args(ConnectorConfig)[0])
+)
+"""Connectors that can be given by name, with their default settings."""
+DEFAULT_CONNECTOR = "parcel"
 LEFT_OUT = (
     "patch embedding",
     "pooling",
@@ -124,7 +127,7 @@ def build(
     resolution: int | None = None,
     budgets: Sequence[int] = (16, 64, 256),
     frames: Sequence[int] = (1,),
-    connector: str | ConnectorConfig = "parcel",
+    connector: str | ConnectorConfig = DEFAULT_CONNECTOR,
     text_tokens: int | None = None,
 ) -> CostTable:
     """Computes the cost of every budget at every number of frames.
@@ -144,6 +147,14 @@ def build(
     """
     shape = resolve_backbone(backbone, resolution)
     config = connector_from_name(connector) if isinstance(connector, str) else connector
+    check_workload(budgets, frames)
+    return CostTable(
+        shape, config.type, tuple(_row(shape, config, budget, num, text_tokens) for num in frames for budget in budgets)
+    )
+
+
+def check_workload(budgets: Sequence[int], frames: Sequence[int]) -> None:
+    """Raises `UserError` if there is no budget or no number of frames, or if a number of frames is below 1."""
     if not budgets or not frames:
         raise UserError(
             "No budget or no number of frames is given; give at least one of each, such as budgets 16,64,256 and"
@@ -151,9 +162,6 @@ def build(
         )
     if min(frames) < 1:
         raise UserError(f"{min(frames)} frames is below 1; give 1 for an image, or the number of frames of a video.")
-    return CostTable(
-        shape, config.type, tuple(_row(shape, config, budget, num, text_tokens) for num in frames for budget in budgets)
-    )
 
 
 def connector_from_name(name: str) -> ConnectorConfig:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 from parcelray.config.connector import ConnectorConfig
 from parcelray.errors import UserError
 from parcelray.profiling.backbone_shapes import BackboneShape
-from parcelray.profiling.connector_flops import connector_flops
+from parcelray.profiling.connector_flops import connector_flops, projected_tokens
 
 IMAGE_TEXT_TOKENS = 128 + 1
 """N_t of an image prompt in the paper: 128 text tokens and one separator."""
@@ -58,7 +58,10 @@ class CostBreakdown:
     connector_mlp: int
     """PARCEL: T 4 N_q D_v M_v."""
     projection: int
-    """2 T B D_v D_l: projection to the language model's width; LLaVA's second layer adds 2 T B D_l^2."""
+    """2 T B D_v D_l: projection to the language model's width; LLaVA's second layer adds 2 T B D_l^2.
+
+    With a connector after the projector (M3 on LLaVA), N_v tokens are projected instead of B.
+    """
     decoder_projections: int
     """L_l 4 N_tot D_l d_h (H_q + H_kv): query, key, value and output projections of the language model."""
     decoder_attention: int
@@ -137,7 +140,7 @@ def cost(
         connector_mlp=num_frames * reduction.mlp,
         projection=2
         * num_frames
-        * num_visual_tokens
+        * projected_tokens(shape, connector, num_visual_tokens)
         * (width + (shape.projector_layers - 1) * shape.text_width)
         * shape.text_width,
         decoder_projections=layers

@@ -2,8 +2,9 @@
 
 import pytest
 
-from parcelray.config.connector import RouteConfig
+from parcelray.config.connector import M3ConnectorConfig, RouteConfig
 from parcelray.errors import UserError
+from parcelray.models.connectors import build_connector
 from parcelray.models.connectors.pooling import halving_budgets
 from parcelray.models.connectors.routing import (
     bank_size,
@@ -74,3 +75,17 @@ def test_bad_routing_is_refused_with_the_remedy(routing: tuple[RouteConfig, ...]
 )
 def test_m3_budgets(grid_size: int, budgets: tuple[int, ...]) -> None:
     assert halving_budgets(grid_size) == budgets
+    assert halving_budgets(grid_size, to_one=True) == (1, *budgets)
+
+
+def test_m3_has_the_scales_of_its_release_on_llava() -> None:
+    sizes = {"hidden_size": 24, "grid_size": 24, "mlp_width": 40}
+    released = build_connector(M3ConnectorConfig(), **sizes, projector_layers=2)
+    assert released.supported_budgets == (1, 9, 36, 144, 576)
+    assert released.after_projector
+    for connector in (
+        build_connector(M3ConnectorConfig(), **sizes),
+        build_connector(M3ConnectorConfig(variant="parcel_baseline"), **sizes, projector_layers=2),
+    ):
+        assert connector.supported_budgets == (9, 36, 144, 576)
+        assert not connector.after_projector

@@ -14,7 +14,7 @@ from parcelray.errors import UnsupportedBudgetError, UserError
 from parcelray.models.backbones import ElasticVLM
 from parcelray.models.token_reduction.base import Reduction, ReductionContext, TokenReducer
 from parcelray.models.token_reduction.encoder_view import EncoderView
-from parcelray.models.token_reduction.prumerge import PruMerge
+from parcelray.models.token_reduction.prumerge import PruMerge, spacing
 from parcelray.models.token_reduction.prunesid import PruneSID
 from parcelray.models.token_reduction.restore import Restore
 from parcelray.models.token_reduction.saliency import Saliency
@@ -183,10 +183,14 @@ def test_prumerge(tower: str, spatial: bool, views: dict[str, EncoderView]) -> N
     for image in range(3):
         features, attention = _numpy(view.patch_features_IND[image]), _numpy(view.joint_attention_IN[image])
         keys = _unit(_numpy(view.joint_keys_IND[image]))
-        spaced = int(20 * 3 / 4) if spatial else 0
-        kept = sorted(range(256), key=lambda patch: (-attention[patch], patch))[: 20 - spaced]
-        rest = [patch for patch in range(256) if patch not in kept]
-        kept += [rest[number * len(rest) // spaced] for number in range(spaced)]
+        falling = sorted(range(256), key=lambda patch: (-attention[patch], patch))
+        kept = falling[:20]
+        if spatial:
+            # 5 attended patches have the step int(256 / 5) = 51 and the stride 17: the 15 patches 0, 17, ..., 238.
+            attended = 5
+            while attended + len(set(range(0, 255, 17)) - set(falling[:attended])) < 20:
+                attended += 1
+            kept = falling[:attended] + [patch for patch in range(0, 255, 17) if patch not in falling[:attended]]
         rows = []
         for patch in kept:
             near = sorted(
@@ -196,6 +200,24 @@ def test_prumerge(tower: str, spatial: bool, views: dict[str, EncoderView]) -> N
         pruned = [patch for patch in range(256) if patch not in kept]
         rows.append(sum(attention[patch] * features[patch] for patch in pruned))
         assert np.allclose(_numpy(result.tokens_BKD[image]), _project(view, np.array(rows)), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "count", "stride"),
+    [
+        # 16 attended patches have the step 36, the stride 12 and 48 spaced patches, one too many; 15 fit.
+        (576, 63, 12),
+        (576, 64, 12),
+        # 48 attended patches have the stride 4 and 144 spaced ones. From 49 on, the stride is 3: 192 spaced ones.
+        (576, 199, 4),
+        (576, 241, 3),
+        # One attended patch alone has three spaced ones.
+        (256, 4, 85),
+        (256, 3, None),
+    ],
+)
+def test_prumerge_plus_has_the_stride_of_the_release(num_tokens: int, count: int, stride: int | None) -> None:
+    assert spacing(num_tokens, count) == stride
 
 
 @TOWERS
@@ -238,13 +260,12 @@ def test_vispruner(views: dict[str, EncoderView]) -> None:
     result = VisPruner()(projected(view), num_visual_tokens=41, context=ReductionContext(encoder=view))
     for image in range(3):
         unit, score = _unit(_numpy(view.patch_features_IND[image])), _numpy(view.attention_IHN[image].mean(0))
-        important = sorted(sorted(range(256), key=lambda patch: (-score[patch], patch))[:20])
-        rest = [patch for patch in range(256) if patch not in important]
+        falling = sorted(range(256), key=lambda patch: (-score[patch], patch))
+        important, rest = falling[:20], falling[20:]
         while len(rest) > 21:
             first, second = rest[::2], rest[1::2]
             alike = {patch: max(float(unit[patch] @ unit[other]) for other in second) for patch in first}
-            gone = sorted(first, key=lambda patch: -alike[patch])[: min(8, len(rest) - 21)]
-            rest = [patch for patch in rest if patch not in gone]
+            rest = sorted(first, key=lambda patch: -alike[patch])[min(8, len(rest) - 21) :] + second
         assert result.position_ids_BK[image].tolist() == sorted(important + rest)
 
 
@@ -352,21 +373,26 @@ def test_saliency_by_class_attention_and_with_the_rest_merged(views: dict[str, E
     assert norms.position_ids_BK[0].tolist() == sorted(tokens[0].norm(dim=1).topk(9).indices.tolist())
 
 
-def test_tome_merges_by_its_definition() -> None:
+@pytest.mark.parametrize("after_class", [False, True])
+def test_tome_merges_as_in_the_released_code(after_class: bool) -> None:
     generator = torch.Generator().manual_seed(1)
     tokens, keys = torch.randn(2, 11, 5, generator=generator), torch.randn(2, 11, 3, generator=generator)
     sizes = torch.randint(1, 5, (2, 11), generator=generator).float()
-    merged, new_sizes, owner = merge(tokens, keys, sizes, 4)
+    merged, new_sizes, owner = merge(tokens, keys, sizes, 4, after_class=after_class)
+    # A class token at position 0 of the sequence moves the patches by one.
+    first, second = (range(1, 11, 2), range(0, 11, 2)) if after_class else (range(0, 11, 2), range(1, 11, 2))
     for image in range(2):
         unit = _unit(_numpy(keys[image]))
         edges = []
-        for a in range(0, 11, 2):
-            b = max(range(1, 11, 2), key=lambda other: float(unit[a] @ unit[other]))
+        for a in first:
+            b = max(second, key=lambda other: float(unit[a] @ unit[other]))
             edges.append((float(unit[a] @ unit[b]), a, b))
         groups: dict[int, list[int]] = {patch: [patch] for patch in range(11)}
-        for _, a, b in sorted(edges, reverse=True)[:4]:
+        edges.sort(reverse=True)
+        for _, a, b in edges[:4]:
             groups[b] += groups.pop(a)
-        for number, patch in enumerate(sorted(groups)):
+        staying = [a for _, a, _ in edges[4:]]
+        for number, patch in enumerate([*(sorted(staying) if after_class else staying), *second]):
             members, weight = groups[patch], _numpy(sizes[image][groups[patch]])
             assert float(new_sizes[image, number]) == weight.sum()
             assert np.allclose(
@@ -429,7 +455,8 @@ def test_merged_patches_have_the_weight_of_their_size_in_the_attention(
                 for q, k, v in zip(queries, keys, values, strict=True)
             ]
             hidden = hidden + attention.out_proj(torch.cat(heads, dim=2))
-            merged, sizes, _ = merge(hidden[:, first:], torch.stack(keys).mean(0)[:, first:], sizes, count)
+            mean_keys = torch.stack(keys).mean(0)[:, first:]
+            merged, sizes, _ = merge(hidden[:, first:], mean_keys, sizes, count, after_class=first == 1)
             hidden = torch.cat([hidden[:, :first], merged], dim=1)
             hidden = hidden + layer.mlp(layer.layer_norm2(hidden))
         expected = (vision.post_layernorm(hidden) if view.model.features_are_normed else hidden)[:, first:]

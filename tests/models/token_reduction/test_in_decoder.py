@@ -30,7 +30,9 @@ def test_the_budget_is_the_mean_over_the_layers(reducer: InDecoderReducer, budge
     assert list(stages) == sorted(stages)
 
 
-@pytest.mark.parametrize(("reducer", "smallest"), [(FastV(), 37), (PyramidDrop(), 145), (SparseVLM(), 37)])
+@pytest.mark.parametrize(
+    ("reducer", "smallest"), [(FastV(), 37), (PyramidDrop(), 19), (PyramidDrop(first_layer=8), 145), (SparseVLM(), 37)]
+)
 def test_the_smallest_budget_covers_the_first_layers(reducer: InDecoderReducer, smallest: int) -> None:
     assert mean_tokens(reducer.stages(32, 576, smallest), 32, 576) <= smallest
     with pytest.raises(UnsupportedBudgetError, match=rf"does not support {smallest - 2} visual tokens"):
@@ -48,8 +50,13 @@ def test_pyramid_drop_with_half_per_stage_is_the_papers_schedule() -> None:
     assert PyramidDrop().stages(32, 576, round(mean)) == (Stage(8, 288, 8), Stage(16, 144, 16), Stage(24, 72, 24))
 
 
-# Published numbers of kept tokens for each budget, plus the clusters of the recycled 30 % (one per ten tokens, plus
-# one). Example: (576 - 300) * 0.3 = 82 recycled tokens, 9 clusters.
+def test_pyramid_drop_begins_earlier_for_budgets_that_a_quarter_of_the_layers_exceeds() -> None:
+    for budget, layers in ((145, [8, 16, 24]), (144, [2, 12, 22]), (37, [2, 12, 22]), (36, [1, 12, 22])):
+        assert [stage.layer for stage in PyramidDrop().stages(32, 576, budget)] == layers
+
+
+# Published numbers of kept tokens for each budget, plus the clusters of the recycled tokens. Example: of 576 - 300
+# dropped tokens, int(0.3 * 276) + 1 = 83 are recycled, in int(83 / 10) + 1 = 9 clusters.
 PUBLISHED = [
     (192, (300 + 9, 200 + 4, 110 + 3), 192.03),
     (128, (303 + 9, 110 + 7, 36 + 3), 128.63),
@@ -206,14 +213,14 @@ def test_equal_words_include_a_rater(num_words: int) -> None:
 def test_recycling_keeps_the_count_and_merges_the_best_of_the_dropped(tokens: Tensor) -> None:
     scores = torch.rand(2, 40, generator=torch.Generator().manual_seed(5))
     result = recycled(tokens, scores, 6)
-    # 4 kept and 36 dropped, 10 of them recycled, in 10 // 10 + 1 = 2 clusters.
+    # 4 kept and 36 dropped, int(0.3 * 36) + 1 = 11 of them recycled, in int(11 / 10) + 1 = 2 clusters.
     assert result.tokens_BKD.shape == (2, 6, 6)
     for prompt in range(2):
         kept = _best(scores[prompt], 4)
         assert result.position_ids_BK[prompt, :4].tolist() == kept
         rest = sorted(
             (token for token in range(40) if token not in kept), key=lambda token: -float(scores[prompt, token])
-        )[:10]
+        )[:11]
         merged = [
             [token for token in range(40) if int(result.assignment_BN[prompt, token]) == cluster] for cluster in (4, 5)
         ]
@@ -225,19 +232,31 @@ def test_recycling_keeps_the_count_and_merges_the_best_of_the_dropped(tokens: Te
     assert recycled(tokens, scores, 39).tokens_BKD.shape == (2, 39, 6)
 
 
-def test_density_peaks_match_their_definition(tokens: Tensor) -> None:
-    centres, cluster = density_peaks(tokens, 4)
+@pytest.mark.parametrize("num_clusters", [1, 2, 4, 9])
+def test_density_peaks_match_the_released_code(num_clusters: int, tokens: Tensor) -> None:
+    # The density uses as many nearest neighbours as there are clusters, each token being its own nearest one. Two
+    # tokens that are each other's nearest have the same density, so that their order decides.
+    centres, cluster = density_peaks(tokens, num_clusters)
     for image in range(2):
         values = tokens[image].double().numpy()
         distance = [[float(np.linalg.norm(a - b)) / math.sqrt(6) for b in values] for a in values]
-        density = [math.exp(-sum(each**2 for each in sorted(row)[:5]) / 5) for row in distance]
+        density = [math.exp(-sum(each**2 for each in sorted(row)[:num_clusters]) / num_clusters) for row in distance]
         gap = []
         for i in range(40):
-            denser = [distance[i][j] for j in range(40) if density[j] > density[i]]
+            denser = [distance[i][j] for j in range(40) if (density[j], -j) > (density[i], -i)]
             gap.append(min(denser) if denser else max(max(row) for row in distance))
-        expected = sorted(range(40), key=lambda i: -density[i] * gap[i])[:4]
+        expected = sorted(range(40), key=lambda i: -density[i] * gap[i])[:num_clusters]
         assert centres[image].tolist() == expected
         for i in range(40):
             assert int(cluster[image, i]) == (
-                expected.index(i) if i in expected else min(range(4), key=lambda c: distance[i][expected[c]])
+                expected.index(i) if i in expected else min(range(num_clusters), key=lambda c: distance[i][expected[c]])
             )
+
+
+@pytest.mark.parametrize(
+    ("dropped", "recycled_tokens", "clusters"), [(29, 9, 1), (31, 10, 2), (276, 83, 9), (510, 154, 16)]
+)
+def test_recycling_counts_are_those_of_the_released_code(dropped: int, recycled_tokens: int, clusters: int) -> None:
+    result = recycled(torch.randn(1, 576, 4), torch.rand(1, 576), 576 - dropped + clusters)
+    assert int(result.sizes_BK[0, -clusters:].sum()) == recycled_tokens
+    assert int((result.assignment_BN < 0).sum()) == dropped - recycled_tokens

@@ -1,4 +1,4 @@
-"""Base classes of the elastic models, which insert a connector between vision tower and projector.
+"""Base classes of the elastic models, which insert a connector before (or, for M3, after) the projector.
 
 Shape suffixes: I images of the whole batch, N patches, K visual tokens (the budget), D vision width, L language width.
 """
@@ -39,7 +39,13 @@ class Depths(NamedTuple):
 
 
 def read_connector(connector: dict[str, Any] | None) -> ConnectorConfig:
-    """Validates the connector section of a model's configuration; None means identity."""
+    """Validates the connector section of a model's configuration; None means identity.
+
+    A section of M3 without the key `variant` is from a checkpoint of a version before the variants, in which M3 always
+    pooled before the projector.
+    """
+    if connector is not None and connector.get("type") == "m3":
+        connector = {"variant": "parcel_baseline"} | connector
     return _CONNECTOR_ADAPTER.validate_python(connector or {"type": "identity"})
 
 
@@ -103,11 +109,13 @@ class ElasticModel(nn.Module):
                 routing.
         """
         split = {} if anchor_grid is None else {"anchor_grid": anchor_grid}
-        tokens_IKD = self.connector(patch_features_IND, num_visual_tokens=num_visual_tokens, **split)
-        assert tokens_IKD.shape[1] == num_visual_tokens, (
-            f"{self.connector.name} gave {tokens_IKD.shape[1]} tokens, not {num_visual_tokens}"
+        after = self.connector.after_projector
+        features = self.multi_modal_projector(patch_features_IND) if after else patch_features_IND
+        tokens = self.connector(features, num_visual_tokens=num_visual_tokens, **split)
+        assert tokens.shape[1] == num_visual_tokens, (
+            f"{self.connector.name} gave {tokens.shape[1]} tokens, not {num_visual_tokens}"
         )
-        return cast(Tensor, self.multi_modal_projector(tokens_IKD))
+        return cast(Tensor, tokens if after else self.multi_modal_projector(tokens))
 
     def get_image_features(
         self, pixel_values: Tensor, num_visual_tokens: int | None = None, anchor_grid: int | None = None, **kwargs: Any

@@ -102,11 +102,17 @@ class ElasticLlavaConfig(LlavaConfig):  # type: ignore[misc]
                 f"vision_feature_layer {self.vision_feature_layer} joins several layers; elastic models support one"
                 " layer, such as -2."
             )
-        return VisionDims(width, self.grid_size, getattr(vision, "intermediate_size", 4 * width), vision.layer_norm_eps)
+        return VisionDims(
+            width,
+            self.grid_size,
+            getattr(vision, "intermediate_size", 4 * width),
+            vision.layer_norm_eps,
+            projector_layers=2,
+        )
 
 
 class ElasticLlavaModel(ElasticModel, LlavaModel):  # type: ignore[misc]
-    """LLaVA without its head, with a connector between vision tower and projector."""
+    """LLaVA without its head, with a connector before the projector (M3: after it)."""
 
     config: ElasticLlavaConfig
 

@@ -47,7 +47,13 @@ _BUILDERS: dict[type[StrictModel], Callable[[Any, VisionDims], Connector]] = {
 
 
 def build_connector(
-    config: ConnectorConfig, *, hidden_size: int, grid_size: int, mlp_width: int, layer_norm_eps: float = 1e-6
+    config: ConnectorConfig,
+    *,
+    hidden_size: int,
+    grid_size: int,
+    mlp_width: int,
+    layer_norm_eps: float = 1e-6,
+    projector_layers: int = 1,
 ) -> Connector:
     """Builds the connector for a configuration.
 
@@ -57,8 +63,11 @@ def build_connector(
         grid_size: side of the tower's square patch grid.
         mlp_width: the tower's `intermediate_size`, used when the configuration leaves `mlp_width` unset.
         layer_norm_eps: epsilon of the connector's LayerNorms.
+        projector_layers: number of linear layers of the model's projector.
 
     Raises:
         UserError: the configuration does not fit the vision tower.
     """
-    return _BUILDERS[type(config)](config, VisionDims(hidden_size, grid_size, mlp_width, layer_norm_eps))
+    return _BUILDERS[type(config)](
+        config, VisionDims(hidden_size, grid_size, mlp_width, layer_norm_eps, projector_layers)
+    )

@@ -24,21 +24,25 @@ class VisionDims(NamedTuple):
     """Width of the vision tower's MLP, used if the connector's configuration does not set one."""
     layer_norm_eps: float = 1e-6
     """Epsilon of the connector's LayerNorms."""
+    projector_layers: int = 1
+    """Number of linear layers of the projector between vision tower and language model."""
 
 
 class Connector(nn.Module, ABC):
     """Compresses the patch features of an image to exactly `num_visual_tokens` tokens of the same width.
 
-    The linear projection D_v -> D_l is not part of the connector: the VLM applies its stock `multi_modal_projector`
-    afterwards.
+    The projection D_v -> D_l is not part of the connector: the VLM applies its stock `multi_modal_projector`
+    afterwards, or before if `after_projector` is true.
 
     Attributes:
         name: `type` of the configuration, used in messages and records.
+        after_projector: whether the connector reduces projected tokens of width D_l instead of patch features.
         hidden_size: width D_v of patch features and tokens.
         grid_size: side of the square patch grid; N = grid_size ** 2.
     """
 
     name: str
+    after_projector: bool = False
 
     def __init__(self, dims: VisionDims, supported_budgets: Sequence[int]) -> None:
         super().__init__()
@@ -117,8 +121,12 @@ class Connector(nn.Module, ABC):
         self.check_features(patch_features_BND)
 
     def check_features(self, patch_features_BND: Tensor) -> None:
-        """Raises `UserError` for features that are not [B, grid_size ** 2, hidden_size]."""
-        expected = (self.grid_size**2, self.hidden_size)
+        """Raises `UserError` for features that are not [B, grid_size ** 2, hidden_size].
+
+        A connector after the projector has no parameters, so the width of its input is not checked.
+        """
+        width = patch_features_BND.shape[-1] if self.after_projector else self.hidden_size
+        expected = (self.grid_size**2, width)
         if patch_features_BND.ndim != 3 or tuple(patch_features_BND.shape[1:]) != expected:
             raise UserError(
                 f"{self.name} got patch features of shape {tuple(patch_features_BND.shape)}, but a {self.grid_size} x"

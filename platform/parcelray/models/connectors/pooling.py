@@ -44,14 +44,20 @@ def check_divides(side: int, grid_size: int) -> None:
         )
 
 
-def halving_budgets(grid_size: int) -> tuple[int, ...]:
+def halving_budgets(grid_size: int, *, to_one: bool = False) -> tuple[int, ...]:
     """Returns the squares of grid_size, grid_size / 2, grid_size / 4, ... in ascending order.
 
     The halving stops before a side that is not an integer or is below 2.
+
+    Args:
+        grid_size: side of the patch grid.
+        to_one: whether a last step pools the smallest of these grids to one token.
     """
     sides = [grid_size]
     while sides[-1] % 2 == 0 and sides[-1] >= 4:
         sides.append(sides[-1] // 2)
+    if to_one and sides[-1] > 1:
+        sides.append(1)
     return tuple(side**2 for side in reversed(sides))
 
 
@@ -78,16 +84,25 @@ class IdentityConnector(Connector):
 
 
 class M3Connector(Connector):
-    """M3: square average pooling to one of a chain of grids (baseline of arXiv 2605.30126, Appendix E).
+    """M3: square average pooling to one of a chain of grids, in one of two variants.
 
-    Each grid has half the side of the one before. A patch grid of 16 x 16 gives the budgets 4, 16, 64 and 256;
-    32 x 32 adds 1024; 12 x 12 gives 9, 36 and 144.
+    - `release` (arXiv 2405.17430 and its code): the tokens are pooled after the projector. Each grid has half the side
+      of the one before; the last one is a single token. The 24 x 24 patches of LLaVA-1.5 give the budgets 1, 9, 36, 144
+      and 576. The default with a projector of several layers.
+    - `parcel_baseline` (arXiv 2605.30126, Appendix E): the patch features are pooled before the projector, without the
+      scale of one token. A patch grid of 16 x 16 gives the budgets 4, 16, 64 and 256; 32 x 32 adds 1024. The default
+      with a linear projector, which gives the same tokens in either order.
+
+    Both variants train one random scale per batch here, as the PARCEL paper does. The released code averages the loss
+    over all scales in every step.
     """
 
     name = "m3"
 
     def __init__(self, config: M3ConnectorConfig, dims: VisionDims) -> None:
-        super().__init__(dims, halving_budgets(dims.grid_size))
+        variant = config.variant or ("parcel_baseline" if dims.projector_layers == 1 else "release")
+        super().__init__(dims, halving_budgets(dims.grid_size, to_one=variant == "release"))
+        self.after_projector = variant == "release"
 
     def num_anchors(self, num_visual_tokens: int) -> int:
         """Returns the budget: every token is a pooled cell."""

@@ -13,10 +13,16 @@ class MqtConnector(Connector):
 
     The tokens of a small budget are therefore exactly a prefix of those of a larger one. Every budget from 1 to the
     size of the bank is legal; the paper trains on even budgets, which is a setting of the budget sampler. For a fair
-    comparison, the block is PARCEL's cross-attention block including its MLP (the released code has only an attention
-    layer and norms). Parameters at D = 1152, M = 4304 and 256 queries: 15,539,024 (PARCEL: 20,780,624).
+    comparison, the block is PARCEL's cross-attention block including its MLP. Parameters at D = 1152, M = 4304 and 256
+    queries: 15,539,024 (PARCEL: 20,780,624).
 
-    With `keys: position`, the keys are the positions alone, so a query reads the same patches in every image.
+    Departures from the released code of MQT-LLaVA (arXiv 2405.19315):
+
+    - The released code has only an attention layer and norms, without MLP and residual connection.
+    - Its queries have the positions of a 16 x 16 grid. Here, only the keys have positions.
+    - Its keys are the positions alone, so that a query reads the same patches in every image. This is the setting
+      `keys: position`; the default keys contain the patch features.
+    - One learned matrix replaces LLaVA's projector there. Here, the tokens pass the model's own projector.
     """
 
     name = "mqt"

@@ -22,8 +22,8 @@ class PyramidDrop(InDecoderReducer):
 
     Args:
         positions: see `TokenReducer`.
-        first_layer: layer of the first of the three stages, which have equal distances; a low value allows budgets
-            below a quarter of the tokens. None: after the first quarter of the layers.
+        first_layer: layer of the first of the three stages, which have equal distances. None: after the first quarter
+            of the layers, as published; if these alone exceed the budget, layer 2 (as in FastV), or else layer 1.
     """
 
     positions: Positions = "contiguous"
@@ -32,11 +32,7 @@ class PyramidDrop(InDecoderReducer):
 
     def stages(self, num_layers: int, num_tokens: int, budget: int) -> tuple[Stage, ...]:
         """See `InDecoderReducer`; in a decoder with fewer than four layers, stages at the same layer are merged."""
-        first = num_layers / _STAGES_AND_ONE if self.first_layer is None else self.first_layer
-        step = (num_layers - first) / (_STAGES_AND_ONE - 1)
-        layers = sorted(
-            {math.ceil(first + number * step) for number in range(_STAGES_AND_ONE - 1)} & set(range(1, num_layers))
-        )
+        layers = self._layers(num_layers, num_tokens, budget)
 
         def at(share: float) -> tuple[Stage, ...]:
             return tuple(
@@ -52,6 +48,20 @@ class PyramidDrop(InDecoderReducer):
             middle = (low + high) / 2
             low, high = (middle, high) if mean_tokens(at(middle), num_layers, num_tokens) <= budget else (low, middle)
         return tuple(stage for stage in at(low) if stage.num_tokens < num_tokens)
+
+    def _layers(self, num_layers: int, num_tokens: int, budget: int) -> list[int]:
+        """Returns the layers of the stages."""
+        choices = (num_layers / _STAGES_AND_ONE, 2, 1) if self.first_layer is None else (self.first_layer,)
+        layers: list[int] = []
+        for first in choices:
+            step = (num_layers - first) / (_STAGES_AND_ONE - 1)
+            layers = sorted(
+                {math.ceil(first + number * step) for number in range(_STAGES_AND_ONE - 1)} & set(range(1, num_layers))
+            )
+            # The smallest mean has one token after the first stage.
+            if layers and layers[0] * num_tokens + num_layers - layers[0] <= budget * num_layers:
+                break
+        return layers
 
     def reduce(self, tokens_BND: Tensor, num_visual_tokens: int, context: ReductionContext) -> Reduction:
         """See `TokenReducer`."""

@@ -55,8 +55,7 @@ class Restore(TokenReducer):
     def reduce(self, tokens_BND: Tensor, num_visual_tokens: int, context: ReductionContext) -> Reduction:
         """See `TokenReducer`."""
         num_tokens = tokens_BND.shape[1]
-        # At least one anchor, so that every token is represented at any budget.
-        num_chosen = min(int(self.share * num_visual_tokens), num_visual_tokens - 1)
+        num_chosen = num_selected(self.share, num_visual_tokens)
         if num_chosen == 0:
             chosen_BM = torch.zeros(tokens_BND.shape[0], 0, dtype=torch.int64, device=tokens_BND.device)
         elif self.base == "divprune":
@@ -93,3 +92,9 @@ class Restore(TokenReducer):
                 assignment_BN,
             )
         )
+
+
+def num_selected(share: float, budget: int) -> int:
+    """Returns the number of tokens that the base selects; the rest of the budget is anchors, at least one."""
+    # With an anchor, every token is represented at any budget.
+    return min(int(share * budget), budget - 1)

@@ -77,11 +77,7 @@ class Saliency(TokenReducer):
         if self.definition == "class_attention":
             return encoder_of(context, self.name).attention_IHN.sum(dim=1)
         prompt = prompt_of(context, self.name)
-        if self.layer >= prompt.num_layers:
-            raise UserError(
-                f"saliency.layer {self.layer} is not a layer of this decoder of {prompt.num_layers} layers; choose 0 to"
-                f" {prompt.num_layers - 1}."
-            )
+        check_layer(self, prompt.num_layers)
         attention_BTN = prompt.attention(self.layer).mean(dim=1)
         if self.definition == "last_text":
             return attention_BTN[:, -1]
@@ -90,3 +86,12 @@ class Saliency(TokenReducer):
             return attention_BTN.masked_fill(~valid_BT1, 0).amax(dim=1)
         means_BN: Tensor = (attention_BTN * valid_BT1).sum(dim=1) / valid_BT1.sum(dim=1)
         return means_BN
+
+
+def check_layer(reducer: TokenReducer, num_layers: int) -> None:
+    """Raises `UserError` if the reducer is a saliency over text whose layer a decoder of `num_layers` does not have."""
+    if isinstance(reducer, Saliency) and reducer.reads == "prompt" and reducer.layer >= num_layers:
+        raise UserError(
+            f"saliency.layer {reducer.layer} is not a layer of this decoder of {num_layers} layers; choose 0 to"
+            f" {num_layers - 1}."
+        )

@@ -25,7 +25,7 @@ _SCHEDULES: dict[int, tuple[int, int, int]] = {192: (300, 200, 110), 128: (303, 
 
 Recycled tokens are added to these numbers; with them, the mean over the layers is the budget.
 """
-_RECYCLED_SHARE, _TOKENS_A_CLUSTER, _NEIGHBOURS = 0.3, 10, 5
+_RECYCLED_SHARE, _TOKENS_A_CLUSTER = 0.3, 10
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,16 @@ class SparseVLM(InDecoderReducer):
 
     Raters are the words that matter for the image. For each visual token, a softmax over the words is taken of the
     inner products with the text embeddings. Words whose mean over the visual tokens is above the mean of all words are
-    raters. The best 30 % of the tokens that a stage drops are recycled: density peaks (Rodriguez and Laio, Science
-    2014; k nearest neighbours) cluster them, ten tokens per cluster. The means of the clusters follow the kept tokens.
+    raters. Of n tokens that a stage drops, the best m = int(0.3 n) + 1 are recycled: density peaks (Rodriguez and Laio,
+    Science 2014) cluster them to c = int(m / 10) + 1 clusters. The means of the clusters follow the kept tokens.
+
+    Departures from the released code (version 1.5):
+
+    - A stage acts on the input of its layer, with the attention of that layer. The released code drops the tokens from
+      the output of the layer, so that one more layer runs on all of them. The published budgets fit only the count
+      here: the schedule of 192 has a mean of 192.0 tokens, against 206.5 in the released code.
+    - Ties of the density, which the released code breaks by random noise, go to the token with the higher score.
+    - Fewer than half of the remaining tokens are recycled ones, which matters only at budgets of a few tokens.
     """
 
     name = "sparsevlm"
@@ -53,8 +61,9 @@ class SparseVLM(InDecoderReducer):
             stages, before = [], num_tokens
             for layer, left in wanted.items():
                 kept = max(1, int(num_tokens * left * scale))
-                if kept < before:
-                    before = kept + min(_recycling(before - kept).num_clusters, kept - 1)
+                left_over = kept + min(_recycling(before - kept).num_clusters, kept - 1)
+                if left_over < before:
+                    before = left_over
                     stages.append(Stage(layer, before, layer))
             return tuple(stages)
 
@@ -88,13 +97,7 @@ def raters(prompt: PromptView) -> Tensor:
 def recycled(tokens_BND: Tensor, scores_BN: Tensor, count: int) -> Reduction:
     """Returns the best tokens in order, then means of clusters of the best dropped tokens; `count` tokens in total."""
     batch, num_tokens, _ = tokens_BND.shape
-    # Each cluster replaces a kept token, so that one more token is dropped. Chosen is the smallest number of clusters
-    # that is consistent with the number of dropped tokens. At any count, more than half of the tokens are kept ones.
-    most = (count - 1) // 2
-    num_clusters = next(
-        (number for number in range(most) if _recycling(num_tokens - count + number).num_clusters <= number), most
-    )
-    num_recycled = _recycling(num_tokens - count + num_clusters).num_tokens
+    num_recycled, num_clusters = recycling_of(num_tokens, count)
     kept_BK = top_positions(scores_BN, count - num_clusters)
     rest_BR = other_positions(kept_BK, num_tokens)
     order_BR = scores_BN.gather(1, rest_BR).argsort(dim=1, descending=True, stable=True)
@@ -115,24 +118,54 @@ def recycled(tokens_BND: Tensor, scores_BN: Tensor, count: int) -> Reduction:
     return Reduction(torch.cat(tokens, dim=1), torch.cat(positions, dim=1), torch.cat(sizes, dim=1), assignment_BN)
 
 
-class _Recycling(NamedTuple):
+class Recycling(NamedTuple):
+    """The dropped tokens of a stage that are recycled."""
+
     num_tokens: int
+    """Number of recycled tokens."""
     num_clusters: int
+    """Number of clusters that they form."""
 
 
-def _recycling(num_dropped: int) -> _Recycling:
+def recycling_of(num_tokens: int, count: int) -> Recycling:
+    """Returns the recycling of a stage that leaves `count` of N tokens, clusters included."""
+    # Each cluster replaces a kept token, so that one more token is dropped. Chosen is the smallest number of clusters
+    # that is consistent with the number of dropped tokens. At any count, more than half of the tokens are kept ones.
+    most = (count - 1) // 2
+    clusters = next(
+        (number for number in range(most) if _recycling(num_tokens - count + number).num_clusters <= number), most
+    )
+    return Recycling(_recycling(num_tokens - count + clusters).num_tokens, clusters)
+
+
+def _recycling(num_dropped: int) -> Recycling:
     """Returns how many of the dropped tokens are recycled, and into how many clusters."""
-    num_tokens = int(_RECYCLED_SHARE * num_dropped)
-    return _Recycling(num_tokens, min(num_tokens, num_tokens // _TOKENS_A_CLUSTER + 1))
+    if num_dropped < 1:
+        return Recycling(0, 0)
+    num_tokens = int(_RECYCLED_SHARE * num_dropped) + 1
+    return Recycling(num_tokens, num_tokens // _TOKENS_A_CLUSTER + 1)
 
 
 def density_peaks(tokens_BMD: Tensor, num_clusters: int) -> tuple[Tensor, Tensor]:
-    """Returns the cluster centres, int64 [B, C], and the cluster of each token [B, M]: the nearest centre."""
+    """Clusters tokens around density peaks, as in the released code.
+
+    The density of a token is exp(-mean of the squared distances to its C nearest tokens, itself included). A centre
+    has a large product of density and distance to the nearest denser token.
+
+    Args:
+        tokens_BMD: tokens; of two tokens with equal density, the earlier one counts as denser.
+        num_clusters: C, at most M.
+
+    Returns:
+        The centres by falling product, int64 [B, C], and the cluster of each token [B, M]: its nearest centre.
+    """
     num_tokens, width = tokens_BMD.shape[1:]
-    distances_BMM = torch.cdist(tokens_BMD, tokens_BMD) / width**0.5
-    near_BMk = distances_BMM.topk(min(_NEIGHBOURS, num_tokens), dim=2, largest=False).values
-    density_BM = (-near_BMk.square().mean(dim=2)).exp()
-    denser_BMM = density_BM[:, None, :] > density_BM[:, :, None]
+    # Exact distances: by a matrix product, the distance of a token to itself would not be 0.
+    distances_BMM = torch.cdist(tokens_BMD, tokens_BMD, compute_mode="donot_use_mm_for_euclid_dist") / width**0.5
+    near_BMC = distances_BMM.topk(num_clusters, dim=2, largest=False).values
+    density_BM = (-near_BMC.square().mean(dim=2)).exp()
+    rank_BM = density_BM.sort(dim=1, descending=True, stable=True).indices.argsort(dim=1)
+    denser_BMM = rank_BM[:, None, :] < rank_BM[:, :, None]
     gap_BM = distances_BMM.masked_fill(~denser_BMM, torch.inf).amin(dim=2)
     # The densest token has no denser neighbour; its gap is the largest distance of the image.
     gap_BM = torch.where(gap_BM.isinf(), distances_BMM.amax(dim=(1, 2))[:, None], gap_BM)

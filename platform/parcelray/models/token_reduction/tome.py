@@ -22,7 +22,10 @@ class ToMe(TokenReducer):
     In a layer, every other token is in the first half, the others are in the second half. Each token of the first half
     has an edge to the token of the second half with the most similar key (mean over heads). The strongest edges are
     merged to means, weighted by the number of patches in each token. In later layers, log(size) is added to the
-    attention logits of merged tokens. The class token is never merged.
+    attention logits of merged tokens. The class token is the first of the first half and is never merged.
+
+    As in the released code, the tokens of the first half that stay precede the second half in the next layer. The
+    tokens of the output are in the order of the grid.
     """
 
     name = "tome"
@@ -108,7 +111,7 @@ class _Tower:
                 keys = (
                     layer.self_attn.k_proj(normed)[:, first:].unflatten(2, (layer.self_attn.num_heads, -1)).mean(dim=2)
                 )
-                merged, sizes, step_owner = merge(hidden[:, first:], keys, sizes, count)
+                merged, sizes, step_owner = merge(hidden[:, first:], keys, sizes, count, after_class=first == 1)
                 hidden = torch.cat([hidden[:, :first], merged], dim=1)
                 owner = step_owner.gather(1, owner)
             hidden = hidden + layer.mlp(layer.layer_norm2(hidden))
@@ -121,29 +124,39 @@ class _Tower:
         return features
 
 
-def merge(tokens_BND: Tensor, keys_BNC: Tensor, sizes_BN: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+def merge(
+    tokens_BND: Tensor, keys_BNC: Tensor, sizes_BN: Tensor, count: int, *, after_class: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
     """Merges `count` tokens away by bipartite soft matching.
 
     Args:
-        tokens_BND: tokens in order.
+        tokens_BND: tokens in the order of the sequence, without the class token.
         keys_BNC: keys that define the similarity.
         sizes_BN: number of patches in each token.
         count: number of tokens to merge away, at most N / 2.
+        after_class: whether the tokens follow a class token in the sequence. It belongs to the first half, so that the
+            first token belongs to the second one.
 
     Returns:
-        Tokens [B, N - count, D] in order, their sizes, and the output token of each input token [B, N].
+        Tokens [B, N - count, D], their sizes, and the output token of each input token [B, N]. The tokens of the first
+        half that stay come first: in their order if they follow a class token, otherwise by falling similarity.
     """
     batch, num_tokens, _ = tokens_BND.shape
     directions = F.normalize(keys_BNC.float(), dim=2)
-    similarity_BAO = directions[:, ::2] @ directions[:, 1::2].transpose(1, 2)
+    start = int(after_class)
+    similarity_BAO = directions[:, start::2] @ directions[:, 1 - start :: 2].transpose(1, 2)
     strength_BA, target_BA = similarity_BAO.max(dim=2)
-    merging_BC = strength_BA.sort(dim=1, descending=True, stable=True).indices[:, :count]
-    # Tokens of the first half have even positions, those of the second half odd ones.
-    new_BN = torch.arange(num_tokens, device=tokens_BND.device).repeat(batch, 1)
-    new_BN.scatter_(1, 2 * merging_BC, 2 * target_BA.gather(1, merging_BC) + 1)
-    alive_BN = torch.ones(batch, num_tokens, dtype=torch.int64, device=tokens_BND.device).scatter_(1, 2 * merging_BC, 0)
-    number_BN = alive_BN.cumsum(dim=1) - 1
-    owner_BN = number_BN.gather(1, new_BN)
+    falling_BA = strength_BA.sort(dim=1, descending=True, stable=True).indices
+    merging_BC, staying_BS = falling_BA[:, :count], falling_BA[:, count:]
+    if after_class:
+        staying_BS = staying_BS.sort(dim=1).values
+    num_staying = staying_BS.shape[1]
+    numbers_N = torch.arange(num_tokens, device=tokens_BND.device)
+    owner_BN = numbers_N.repeat(batch, 1)
+    owner_BN[:, 1 - start :: 2] = num_staying + numbers_N[: similarity_BAO.shape[2]]
+    # Token a of the first half is token 2 a + start of the sequence.
+    owner_BN.scatter_(1, 2 * staying_BS + start, numbers_N[:num_staying].expand(batch, -1))
+    owner_BN.scatter_(1, 2 * merging_BC + start, num_staying + target_BA.gather(1, merging_BC))
     # The sizes are float32, so half-precision tokens are summed in float32; double precision is kept.
     weighted = tokens_BND * sizes_BN[:, :, None]
     sums = cluster_sums(weighted, owner_BN, num_tokens - count)

@@ -44,24 +44,20 @@ class VisionZip(TokenReducer):
         view = encoder_of(context, self.name)
         features_BND, class_BD = view.patch_features_IND, view.class_features_ID
         batch, num_tokens, _ = features_BND.shape
-        num_contextual = round(_CONTEXTUAL_SHARE * num_visual_tokens)
-        num_patches = num_visual_tokens - num_contextual - int(class_BD is not None)
+        num_targets = num_contextual(num_visual_tokens)
+        num_patches = num_visual_tokens - num_targets - int(class_BD is not None)
         kept_BM = top_positions(view.attention_IHN.sum(dim=1), num_patches)
         rest_BR = other_positions(kept_BM, num_tokens)
         # Evenly spaced over the remaining patches, from the first one on.
-        targets_C = torch.arange(num_contextual, device=rest_BR.device) * max(
-            1, rest_BR.shape[1] // max(1, num_contextual)
-        )
+        targets_C = torch.arange(num_targets, device=rest_BR.device) * max(1, rest_BR.shape[1] // max(1, num_targets))
         targets_BC = rest_BR[:, targets_C]
         metric_BND = F.normalize(view.keys_IHND.mean(dim=1), dim=2)
         joined_BN = _joined(metric_BND, targets_BC, kept_BM)
         dropped_BN1 = (joined_BN < 0)[:, :, None]
         sums_BCD = cluster_sums(
-            features_BND.float().masked_fill(dropped_BN1, 0), joined_BN.clamp(min=0), max(1, num_contextual)
-        )[:, :num_contextual]
-        counts_BC1 = cluster_sums((~dropped_BN1).float(), joined_BN.clamp(min=0), max(1, num_contextual))[
-            :, :num_contextual
-        ]
+            features_BND.float().masked_fill(dropped_BN1, 0), joined_BN.clamp(min=0), max(1, num_targets)
+        )[:, :num_targets]
+        counts_BC1 = cluster_sums((~dropped_BN1).float(), joined_BN.clamp(min=0), max(1, num_targets))[:, :num_targets]
         targets_BCD = gather_tokens(features_BND, targets_BC).float()
         contextual_BCD = targets_BCD + sums_BCD / counts_BC1.clamp(min=1)
         parts = [gather_tokens(features_BND, kept_BM), contextual_BCD.to(features_BND.dtype)]
@@ -74,11 +70,16 @@ class VisionZip(TokenReducer):
             sizes.insert(0, kept_BM.new_ones(batch, 1))
         assignment_BN = torch.where(joined_BN < 0, DROPPED, joined_BN + first + num_patches)
         assignment_BN.scatter_(1, kept_BM, first + torch.arange(num_patches, device=kept_BM.device).expand_as(kept_BM))
-        numbers_BC = first + num_patches + torch.arange(num_contextual, device=kept_BM.device).expand_as(targets_BC)
+        numbers_BC = first + num_patches + torch.arange(num_targets, device=kept_BM.device).expand_as(targets_BC)
         assignment_BN.scatter_(1, targets_BC, numbers_BC)
         return Reduction(
             view.project(torch.cat(parts, dim=1)), torch.cat(positions, dim=1), torch.cat(sizes, dim=1), assignment_BN
         )
+
+
+def num_contextual(budget: int) -> int:
+    """Returns the number of contextual tokens in a budget."""
+    return round(_CONTEXTUAL_SHARE * budget)
 
 
 def _joined(metric_BND: Tensor, targets_BC: Tensor, kept_BM: Tensor) -> Tensor:

@@ -13,9 +13,7 @@ from parcelray.models.token_reduction.base import (
     TokenReducer,
     encoder_of,
     gather_tokens,
-    other_positions,
     selection,
-    top_positions,
 )
 
 _REMOVED_A_STEP = 8
@@ -26,7 +24,9 @@ class VisPruner(TokenReducer):
     """Keeps the patches with the most class attention, and prunes the rest by removing duplicates, eight per step.
 
     Duplicates are found as in ToMe: every other patch of the rest is in the first half, the others are in the second
-    half. The patches of the first half with the largest cosine to any patch of the second half are removed.
+    half. The patches of the first half with the largest cosine to any patch of the second half are removed. As in the
+    released code, the rest is at first in the order of falling attention, and after each step the first half, in the
+    order of falling cosine, precedes the second.
 
     Args:
         important: share of the budget that is selected by attention.
@@ -44,19 +44,33 @@ class VisPruner(TokenReducer):
         """See `TokenReducer`."""
         view = encoder_of(context, self.name)
         num_important = int(self.important * num_visual_tokens)
-        important_BI = top_positions(view.attention_IHN.mean(dim=1), num_important)
-        if num_important == num_visual_tokens:
-            return selection(tokens_BND, important_BI)
-        rest_BR = other_positions(important_BI, tokens_BND.shape[1])
-        directions_BND = F.normalize(view.patch_features_IND.float(), dim=2)
+        falling_BN = view.attention_IHN.mean(dim=1).sort(dim=1, descending=True, stable=True).indices
         wanted = num_visual_tokens - num_important
+        rest_BR = falling_BN[:, num_important:] if wanted else falling_BN[:, :0]
+        directions_BND = F.normalize(view.patch_features_IND.float(), dim=2)
         while rest_BR.shape[1] > wanted:
             first_BA, second_BO = rest_BR[:, ::2], rest_BR[:, 1::2]
             alike_BA = (
                 gather_tokens(directions_BND, first_BA) @ gather_tokens(directions_BND, second_BO).transpose(1, 2)
             ).amax(dim=2)
-            # At most the whole first half per step; the second half is kept.
-            removed = min(_REMOVED_A_STEP, rest_BR.shape[1] - wanted, first_BA.shape[1])
-            left_BA = alike_BA.argsort(dim=1, stable=True)[:, : first_BA.shape[1] - removed]
-            rest_BR = torch.cat([first_BA.gather(1, left_BA), second_BO], dim=1).sort(dim=1).values
-        return selection(tokens_BND, torch.cat([important_BI, rest_BR], dim=1).sort(dim=1).values)
+            removed = _removed(rest_BR.shape[1], wanted)
+            left_BA = alike_BA.argsort(dim=1, descending=True, stable=True)[:, removed:]
+            rest_BR = torch.cat([first_BA.gather(1, left_BA), second_BO], dim=1)
+        kept_BK = torch.cat([falling_BN[:, :num_important], rest_BR], dim=1)
+        return selection(tokens_BND, kept_BK.sort(dim=1).values)
+
+
+def halves_of(num_tokens: int, budget: int, important: float) -> list[tuple[int, int]]:
+    """Returns the sizes of the two halves of the rest that each step compares."""
+    wanted = budget - int(important * budget)
+    rest = num_tokens - budget + wanted if wanted else 0
+    halves = []
+    while rest > wanted:
+        halves.append((-(-rest // 2), rest // 2))
+        rest -= _removed(rest, wanted)
+    return halves
+
+
+def _removed(rest: int, wanted: int) -> int:
+    """Returns the number of patches that a step removes from the rest: at most its first half."""
+    return min(_REMOVED_A_STEP, rest - wanted, -(-rest // 2))
