@@ -1,5 +1,6 @@
 """Reading of rows from every kind of file, frames from videos, and reporting of problems."""
 
+import base64
 import io
 import json
 import pickle
@@ -14,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from parcelray.benchmarks.metrics import metric
 from parcelray.benchmarks.open import open_reader
 from parcelray.benchmarks.readers.base import chosen_rows
 from parcelray.benchmarks.readers.table import TableReader
@@ -185,9 +187,97 @@ def test_problems_of_rows_are_reported(tmp_path: Path) -> None:
         ("0", "no answer"),
         ("1", "no image"),
         ("2", "the column question, which the prompt uses, is empty"),
-        ("3", "the file gone.png does not exist"),
+        ("3", "the file 'gone.png' does not exist"),
     ]
     assert [len(each.samples) for each in found] == [0, 0, 0, 0, 1]
+
+
+_OPTION_TYPES = {"name": "string", "question": "string", "image": "image"}
+_OPTIONS_PROMPT = "{question}|{options_lines}|{options_inline}|{options_tabs}"
+
+
+def _choice_reader(folder: Path, rows: list[dict[str, Any]], prompt: str = _OPTIONS_PROMPT, **columns: Any) -> Any:
+    image = {"bytes": png(), "path": None}
+    table = [{"name": str(number), "question": "q", "image": image} | row for number, row in enumerate(rows)]
+    folder.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(table), folder / "test.parquet")
+    types = _OPTION_TYPES | {name: "string" for name in rows[0] if name not in _OPTION_TYPES}
+    config = {
+        "name": "mine",
+        "family": "general",
+        "source": {"splits": ["test"]},
+        "columns": {"types": types, "id": ["name"], "images": ["image"]} | columns,
+        "prompts": {"paligemma": prompt},
+        "metric": "multiple_choice:option",
+    }
+    return open_reader(BenchmarkConfig.model_validate(config), data=folder)
+
+
+@pytest.mark.parametrize("empty", [None, "", " ", "nan"])
+@pytest.mark.parametrize("as_list", [True, False])
+def test_letters_stay_with_their_columns(tmp_path: Path, empty: str | None, as_list: bool) -> None:
+    texts: list[Any] = ["x", None if as_list and empty == "nan" else empty, "y", "z", empty and " "]
+    row = {"options": texts} if as_list else dict(zip("ABCDE", texts, strict=True))
+    names = ["options"] if as_list else list("ABCDE")
+    for form, answer in (("text", "C"), ("choice_text", "2"), ("choice_letter", "2")):
+        target = {"answer": answer}
+        reader = _choice_reader(
+            tmp_path / form, [row | target], choices=names, answers={"column": "answer", "form": form}
+        )
+        (sample,) = reader.read(0).samples
+        assert sample.prompt == "q|A. x\nC. y\nD. z|(A) x, (C) y, (D) z|x \t y \t z"
+        assert [choice.strip() for choice in sample.metadata["choices"]] == ["x", "", "y", "z"]
+        assert sample.answers == (("y",) if form == "choice_text" else ("C",))
+        assert metric("multiple_choice")(["C", "D", "y"], [sample] * 3).values == (1, 0, 1)
+
+
+def test_choices_that_are_letters_are_told_apart_by_position(tmp_path: Path) -> None:
+    reader = _choice_reader(
+        tmp_path,
+        [{"options": ["D", "A", "E", "B"], "answer": "0"}],
+        choices=["options"],
+        answers={"column": "answer", "form": "choice_text"},
+    )
+    (sample,) = reader.read(0).samples
+    assert sample.answers == ("D",)
+    assert metric("multiple_choice")(["A", "D"], [sample] * 2).values == (1, 0)
+    assert metric("exact_match:raw")(["A", "D"], [sample] * 2).values == (0, 1)
+
+
+def test_choices_without_a_letter_are_one_problem(tmp_path: Path) -> None:
+    many = [f"n{number}" for number in range(27)]
+    rows = [
+        {"options": many, "answer": "26"},
+        {"options": ["x", "", "y"], "answer": "1"},
+        {"options": ["x", "", "y"], "answer": "3"},
+        {"options": many[:26], "answer": "25"},
+    ]
+    for form, prompt in (("choice_letter", "{question}"), ("choice_text", _OPTIONS_PROMPT)):
+        answers = {"column": "answer", "form": form}
+        reader = _choice_reader(tmp_path / form, rows, prompt, choices=["options"], answers=answers)
+        found = [reader.read(row) for row in range(4)]
+        assert [problem.reason for each in found for problem in each.problems] == [
+            "27 choices; the letters A to Z name at most 26",
+            "the correct choice, 1, is empty",
+            "3 is not the index of a choice; there are 3",
+        ]
+        assert found[3].samples[0].answers == (("Z",) if form == "choice_letter" else ("n25",))
+    # Neither the prompt nor the answer needs letters.
+    answers = {"column": "answer", "form": "choice_text"}
+    reader = _choice_reader(tmp_path / "text", rows, "{question} {options_tabs}", choices=["options"], answers=answers)
+    assert reader.read(0).samples[0].answers == ("n26",)
+
+
+@pytest.mark.parametrize("hint", [None, "", "nan", "NaN as text"])
+def test_nan_is_an_empty_cell(tmp_path: Path, hint: str | None) -> None:
+    reader = _choice_reader(
+        tmp_path,
+        [{"hint": hint, "answer": "a"}],
+        "{hint} {question}",
+        answers={"column": "answer"},
+        empty={"hint": ""},
+    )
+    assert reader.read(0).samples[0].prompt == ("NaN as text q" if hint == "NaN as text" else "q")
 
 
 def test_missing_columns_are_reported(tmp_path: Path) -> None:
@@ -229,13 +319,109 @@ def test_broken_files_are_reported(tmp_path: Path) -> None:
     (tmp_path / "x.jsonl").write_text('{"name": 1}\n{"name": \n')
     with pytest.raises(UserError, match="line 2 is not JSON"):
         _reader(tmp_path / "x.jsonl").fingerprint()
+    (tmp_path / "x.jsonl").write_bytes('{"name": "café"}\n'.encode("latin-1"))
+    with pytest.raises(UserError, match="line 1 is not encoded as UTF-8; convert the file"):
+        _reader(tmp_path / "x.jsonl").fingerprint()
+    (tmp_path / "csv").mkdir()
+    (tmp_path / "csv" / "test.csv").write_text("name,scene\n1,2\n1,2,3,4\n")
+    with pytest.raises(UserError, match=r"csv .* cannot be loaded: .*Expected 2 fields in line 3, saw 4"):
+        _reader(tmp_path / "csv").fingerprint()
+
+
+def test_shards_with_other_columns_are_refused(tmp_path: Path) -> None:
+    _shards(tmp_path)
+    second = tmp_path / "data" / "test-00001-of-00002.parquet"
+    pq.write_table(pq.read_table(second).drop_columns(["scene"]), second)
+    with pytest.raises(UserError, match="do not have the same columns: only one of them has scene"):
+        _reader(tmp_path).fingerprint()
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"answers": "red"}, "the column answers has 'red', but its declared type is list<string>"),
+        ({"answers": [["red"]]}, "the column answers has [['red']], but its declared type is list<string>"),
+        ({"answers": {"a": 1}}, "the column answers has {'a': 1}, but its declared type is list<string>"),
+        ({"question": ["what"]}, "the column question has ['what'], but its declared type is string"),
+        ({"question": True}, "the column question has True, but its declared type is string"),
+    ],
+)
+def test_cells_of_another_type_than_declared_are_problems(change: dict[str, Any], reason: str, tmp_path: Path) -> None:
+    rows = [row | {"image": "a.png"} for row in _ROWS[:2]]
+    (tmp_path / "a.png").write_bytes(png())
+    (tmp_path / "test.jsonl").write_text("\n".join(json.dumps(row) for row in (rows[0] | change, rows[1])))
+    reader = _reader(tmp_path)
+    first, second = (reader.read(row) for row in reader.order())
+    assert [problem.reason for problem in first.problems] == [reason]
+    assert len(second.samples) == 1
+
+
+@pytest.mark.parametrize("write", ["parquet", "save_to_disk"])
+def test_classes_are_read_by_name(write: str, tmp_path: Path) -> None:
+    features = {name: datasets.Value("string") for name in ("name", "scene", "question")}
+    features |= {"answers": datasets.ClassLabel(names=["red", "blue"]), "image": datasets.Image()}
+    rows = {name: ["1", "2"] for name in ("name", "scene", "question")} | {"answers": [1, 0]}
+    images = [{"bytes": png(), "path": None}] * 2
+    table = datasets.Dataset.from_dict(rows | {"image": images}, features=datasets.Features(features))
+    if write == "parquet":
+        table.to_parquet(tmp_path / "test.parquet")
+    else:
+        table.save_to_disk(str(tmp_path))
+    types = _config().columns.model_dump()["types"] | {"answers": "string"}
+    reader = _reader(tmp_path, types=types, answers={"column": "answers"})
+    assert [reader.read(row).samples[0].answers for row in reader.order()] == [("blue",), ("red",)]
+
+
+def test_large_lists_of_images_stay_encoded(tmp_path: Path) -> None:
+    features = {name: datasets.Value("string") for name in ("name", "scene", "question", "answers")}
+    features["image"] = datasets.LargeList(datasets.Image())
+    rows = {name: ["1"] for name in ("name", "scene", "question", "answers")}
+    rows["image"] = [[{"bytes": png(), "path": None}] * 2]
+    datasets.Dataset.from_dict(rows, features=datasets.Features(features)).save_to_disk(str(tmp_path))
+    types = _config().columns.model_dump()["types"] | {"answers": "string", "image": "list<image>"}
+    reader = _reader(tmp_path, types=types, answers={"column": "answers"})
+    assert reader.read(0).samples[0].images == (png(), png())
+
+
+def test_an_image_folder_with_a_folder_of_the_split(tmp_path: Path) -> None:
+    (tmp_path / "test").mkdir()
+    (tmp_path / "test" / "a.png").write_bytes(png())
+    row = {name: _ROWS[0][name] for name in ("name", "scene", "question", "answers")} | {"image": "a.png"}
+    (tmp_path / "test" / "metadata.jsonl").write_text("\ufeff" + json.dumps(row), encoding="utf-8")
+    assert _reader(tmp_path).read(0).samples[0].images == (png(),)
 
 
 def test_paths_must_stay_below_the_data(tmp_path: Path) -> None:
     (tmp_path / "secret.png").write_bytes(png())
     (tmp_path / "data").mkdir()
-    with pytest.raises(UserError, match="leads out of"):
-        cell_images("../secret.png", tmp_path / "data")
+    for path in ("../secret.png", str(tmp_path / "secret.png"), "a/../../secret.png"):
+        with pytest.raises(BadCell, match="leads out of the data folder"):
+            cell_images(path, tmp_path / "data")
+
+
+def test_images_may_be_links_as_in_a_hugging_face_cache(tmp_path: Path) -> None:
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "blobs" / "3f").write_bytes(png())
+    (tmp_path / "snapshots" / "main").mkdir(parents=True)
+    (tmp_path / "snapshots" / "main" / "a.png").symlink_to(Path("../../blobs/3f"))
+    assert cell_images("a.png", tmp_path / "snapshots" / "main") == [png()]
+
+
+@pytest.mark.parametrize(
+    ("cell", "reason"),
+    [
+        ("folder", "the file 'folder' cannot be read (Is a directory)"),
+        ("a\0b.png", r"the file 'a\x00b.png' does not exist"),
+        ("x" * 400, f"the file '{'x' * 59}... does not exist"),
+        (base64.b64encode(png() * 100).decode(), "does not exist"),
+    ],
+)
+def test_cells_that_are_no_path_are_problems_of_their_row(cell: str, reason: str, tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(BadCell) as caught:
+        cell_images(cell, tmp_path)
+    assert reason in str(caught.value)
+    assert len(str(caught.value)) < 200
 
 
 def test_cells_hold_images_in_several_forms(tmp_path: Path) -> None:
@@ -293,9 +479,9 @@ def test_videos_that_cannot_be_read_are_reported(video: Path) -> None:
     (video / "broken.mp4").write_bytes(b"no video")
     (video / "empty").mkdir()
     for path, reason in (
-        ("none.mp4", "the file none.mp4 does not exist"),
+        ("none.mp4", "the file 'none.mp4' does not exist"),
         ("broken.mp4", "cannot be decoded"),
-        ("empty", "no frames in empty"),
+        ("empty", "no frames in 'empty'"),
     ):
         with pytest.raises(BadCell, match=reason):
             video_frames(video, path, config)

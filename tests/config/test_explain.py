@@ -27,6 +27,7 @@ class Body(Closed):
     parts: list[Annotated[Text | Picture, Field(discriminator="type")]]
     weights: dict[str, float] | None = None
     size: Literal["small", "large"] = "small"
+    content: str | Annotated[list[Text], Field(min_length=1)] = ""
 
 
 @pytest.mark.parametrize(
@@ -46,6 +47,11 @@ class Body(Closed):
             "weights.a.b is 'x': input should be a valid number, unable to parse string as a number",
         ),
         ({"parts": [], "size": "big"}, "size is 'big'; legal: small, large"),
+        (
+            {"parts": [], "content": []},
+            "content is []: list should have at least 1 item after validation, not 0",
+        ),
+        ({"parts": [], "content": 5}, "content is 5: input should be a valid string or list"),
         ({"parts": [3]}, "parts.0 is 3: must be a mapping of keys to values"),
     ],
 )

@@ -23,6 +23,7 @@ from parcelray.datasets.nlvr.source import BOX, BOX_STARTS, PERMUTATIONS, NlvrSo
 from parcelray.datasets.open import held_out_samples
 from parcelray.datasets.sample import Sample
 from parcelray.errors import UserError
+from parcelray.evaluation.scoring.split_scores import score
 
 CASES = Path(__file__).parents[1] / "fixtures" / "cases"
 RGB = {"Yellow": (255, 215, 0), "Black": (0, 0, 0), "#0099ff": (0, 153, 255)}
@@ -162,6 +163,17 @@ def test_derived_answers_match_the_representation(folder: Path) -> None:
     assert answers == {prompt: (ANSWERS.get(prompt, "0"),) for prompt in answers}
     assert answers.keys() - absent <= ANSWERS.keys()
     assert len(answers) > 10
+
+
+def test_the_ideal_answers_to_all_questions_score_one(folder: Path) -> None:
+    """NLVR has one prompt for all families: answers as they are trained, and as a capitalised sentence."""
+    source = NlvrSource(folder, "dev", "all")
+    samples = [source.get(group, index) for group, index, _ in source.questions_in_order()]
+    assert {sample.family for sample in samples} == {"statement", "count", "color", "size", "box"}
+    ideal = [sample.answers[0] for sample in samples]
+    assert set(score(samples, ideal)) == {1.0}
+    sentences = [text if text.startswith("<loc") else f"{text.capitalize()}." for text in ideal]
+    assert set(score(samples, sentences)) == {1.0}
 
 
 def test_training_and_validation_share_no_directory(folder: Path) -> None:

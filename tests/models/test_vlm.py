@@ -1,6 +1,7 @@
 """The elastic model compared with the stock transformers class, and used through transformers' own interfaces."""
 
 import json
+import logging
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from parcelray.errors import UnsupportedBudgetError, UserError
 from parcelray.models.backbones import ElasticVLM
 from parcelray.models.backbones.paligemma_processor import ElasticPaliGemmaProcessor as Processor
 from parcelray.models.mini import build_config, build_model, build_processor, save_checkpoint
-from parcelray.models.vlm import load_vlm
+from parcelray.models.vlm import config_of, load_vlm
 
 from .conftest import CONFIG, CORPUS, random_images, write_tower_as_on_the_hub
 
@@ -83,6 +84,16 @@ def test_identity_at_the_full_budget_is_the_stock_model_exactly(
     assert torch.equal(
         elastic.generate(**inputs, num_visual_tokens=num_visual_tokens, **greedy), stock.generate(**inputs, **greedy)
     )
+
+
+def test_the_configuration_of_a_stock_folder_is_read_without_a_warning(
+    stock_folder: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The loggers of transformers do not pass their messages on to the root logger.
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    caplog.set_level(logging.WARNING, logger="transformers")
+    assert config_of(stock_folder).connector_config.type == "identity"
+    assert not caplog.records
 
 
 def test_identity_trains_as_the_stock_model_exactly(stock_folder: Path, processor: Processor) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_ori
 
 from pydantic import BaseModel, ValidationError
 
-from parcelray.config.base import RENAMED_KEYS
+from parcelray.config.base import BY_KEY, RENAMED_KEYS
 
 _DISCRIMINATORS = ("type", "kind", "role")
 """Names of the fields that select one variant of a union."""
@@ -15,6 +15,8 @@ _MAX_SUGGESTED = 80
 """Longest key or value for which a similar legal one is suggested, characters; the comparison takes quadratic time."""
 _MAX_PROBLEMS = 100
 """Largest number of errors that are explained, so that a hostile input with millions of errors costs little time."""
+_VALID = "input should be a valid "
+"""Start of pydantic's message about a value of the wrong type; the name of the type follows."""
 _NEEDS_MAPPING = ("model_type", "model_attributes_type", "dict_type")
 
 
@@ -47,7 +49,20 @@ def problems(model: type[BaseModel], error: ValidationError) -> list[Problem]:
     """
     found = [_problem(model, detail) for detail in error.errors(include_url=False)[:_MAX_PROBLEMS]]
     parents = {keys[:length] for keys, _ in found for length in range(len(keys))}
-    return [problem for keys, problem in found if keys not in parents]
+    by_keys: dict[tuple[Any, ...], list[Problem]] = {}
+    for keys, problem in found:
+        if keys not in parents:
+            by_keys.setdefault(keys, []).append(problem)
+    return [problem for same in by_keys.values() for problem in _of_one_value(same)]
+
+
+def _of_one_value(found: Sequence[Problem]) -> Sequence[Problem]:
+    """Leaves out the types that a value does not have if it has another legal type, or else joins them."""
+    of_its_type = [problem for problem in found if problem.message.partition(_VALID)[0]]
+    if of_its_type or len(found) == 1:
+        return of_its_type or found
+    types = " or ".join(dict.fromkeys(problem.message.removeprefix(_VALID) for problem in found))
+    return [found[0]._replace(message=_VALID + types)]
 
 
 def sentence(problem: Problem, show: Callable[[Any], str] = repr) -> str:
@@ -137,6 +152,9 @@ def _located(model: type[BaseModel], location: Sequence[Any]) -> tuple[list[Any]
         if is_mapping:
             written.append(part)
             is_mapping = False
+            continue
+        if part == BY_KEY:
+            is_mapping = True
             continue
         variants = [candidate for candidate in models if part == candidate.__name__ or part in _tags(candidate)]
         fields = [candidate.model_fields[part] for candidate in models if part in candidate.model_fields]

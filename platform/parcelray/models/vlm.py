@@ -70,7 +70,10 @@ def config_of(path: str | Path) -> ElasticConfig:
     Raises:
         UserError: see `family_of`.
     """
-    return cast(ElasticConfig, _FAMILIES[family_of(path)].model.config_class.from_pretrained(path))
+    config_class = _FAMILIES[family_of(path)].model.config_class
+    # For a stock checkpoint, transformers warns that its model type is another one than that of the class.
+    with quiet_transformers():
+        return cast(ElasticConfig, config_class.from_pretrained(path))
 
 
 def connector_of(path: str | Path) -> Connector:

@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from parcelray.benchmarks.metrics import METRICS, metric
+from parcelray.benchmarks.metrics import METRICS, RENAMED, metric
 from parcelray.errors import UserError
 
 _METADATA = {
@@ -34,6 +34,13 @@ def test_errors_about_unknown_names_suggest_similar_ones() -> None:
         metric("vqa_acuracy")
     with pytest.raises(UserError, match=r"no variant 'leave_one_in' \(did you mean 'leave_one_out'"):
         metric("vqa_accuracy:leave_one_in")
+
+
+@pytest.mark.parametrize(("old", "new"), list(RENAMED.items()))
+def test_the_error_about_a_renamed_variant_gives_the_new_name(old: str, new: str) -> None:
+    with pytest.raises(UserError, match=f"The metric {old} is named {new} now"):
+        metric(old)
+    assert metric(new).variant == new.partition(":")[2]
 
 
 def test_only_metrics_of_independent_samples_are_additive() -> None:

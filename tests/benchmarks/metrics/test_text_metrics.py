@@ -1,11 +1,13 @@
 """Metrics that compare strings and numbers: scores computed by hand from their rules."""
 
+import itertools
 import math
+import random
 
 import pytest
 
 from parcelray.benchmarks.metrics import metric
-from parcelray.benchmarks.metrics.anls import edit_distance
+from parcelray.benchmarks.metrics.anls import edit_distance, paper
 from parcelray.benchmarks.metrics.nlvr2 import consistency
 from parcelray.errors import UserError
 
@@ -74,7 +76,7 @@ def test_edit_distance() -> None:
 
 
 @pytest.mark.parametrize(
-    ("prediction", "answers", "strict", "lmms_eval"),
+    ("prediction", "answers", "paper", "server"),
     [
         ("Paris", ("paris",), 1, 1),
         ("pariz", ("paris", "x"), 0.8, 0.8),  # 1 edit of 5
@@ -82,21 +84,49 @@ def test_edit_distance() -> None:
         ("abc", ("xyz",), 0, 0),
         # Three extra spaces: 3 edits of 6 if spaces count, 0 of 6 if they are squeezed.
         ("a    b", ("a b",), 0, 1),
-        # lmms-eval divides the one edit by the raw length 6, not by the squeezed length 3: 5/6.
+        # The server divides the one edit by the raw length 6, not by the squeezed length 3: 5/6.
         ("a    c", ("a b",), 0, 5 / 6),
+        # Two edits of 7: the upper-cased text has seven letters, as the other one.
+        ("STRASSE", ("Stra\u00dfe",), 1 - 2 / 7, 1 - 2 / 7),
+        # One edit of 6, or of 7 in upper case.
+        ("Strase", ("Stra\u00dfe",), 5 / 6, 6 / 7),
         ("", ("",), 1, 1),
         ("x", ("",), 0, 0),
     ],
 )
-def test_anls(make_sample, prediction: str, answers: tuple[str, ...], strict: float, lmms_eval: float) -> None:
-    assert _value("anls", prediction, make_sample(*answers)) == pytest.approx(strict)
-    assert _value("anls:lmms_eval", prediction, make_sample(*answers)) == pytest.approx(lmms_eval)
+def test_anls(make_sample, prediction: str, answers: tuple[str, ...], paper: float, server: float) -> None:
+    assert _value("anls", prediction, make_sample(*answers)) == pytest.approx(paper)
+    assert _value("anls:paper", prediction, make_sample(*answers)) == pytest.approx(paper)
+    assert _value("anls:docvqa_server", prediction, make_sample(*answers)) == pytest.approx(server)
 
 
 def test_anls_in_any_order_of_the_spans(make_sample) -> None:
     sample = make_sample("red, green, blue")
     assert _value("anls:permuted", "blue, red, green", sample) == 1
     assert _value("anls", "blue, red, green", sample) < 1
+
+
+def test_the_best_order_is_found_without_enumerating_the_orders(make_sample) -> None:
+    draw = random.Random(3)
+    for _ in range(300):
+        parts = ["".join(draw.choices("ab,", k=draw.randint(0, 4))) for _ in range(draw.randint(1, 5))]
+        given = ", ".join(draw.sample(parts, len(parts)))
+        given = "".join(letter for letter in given if draw.random() < 0.8) + draw.choice(["", "a", "b, a"])
+        best = max(paper(given, ", ".join(order)) for order in itertools.permutations(parts))
+        assert _value("anls:permuted", given, make_sample(", ".join(parts))) == pytest.approx(best)
+
+
+@pytest.mark.parametrize("number", [8, 10, 11, 16])
+def test_many_parts_are_matched_in_any_order(make_sample, number: int) -> None:
+    parts = [f"{word} {count}" for count, word in enumerate(("red", "green", "blue", "white") * 4)][:number]
+    given = random.Random(number).sample(parts, number)
+    sample = make_sample(", ".join(parts))
+    assert _value("anls:permuted", ", ".join(given), sample) == 1
+    length = len(sample.answers[0])
+    # A letter of one part and a whole part are wrong.
+    given[0], given[1] = given[0][1:], ""
+    lost = 1 + (length - len(", ".join(given)) - 1)
+    assert _value("anls:permuted", ", ".join(given), sample) == pytest.approx(1 - lost / length)
 
 
 @pytest.mark.parametrize(

@@ -258,7 +258,8 @@ def test_a_beam_search_equals_that_of_the_stock_model(
 
 def test_the_chosen_answer_is_the_likeliest(model: ElasticVLM, processor: Processor, samples: list[Sample]) -> None:
     choices = ["red", "blue", "how many", "2"]
-    sample = dataclasses.replace(samples[1], metadata={"choices": choices})
+    # An empty choice is no answer, although its end token alone would be likelier than any text.
+    sample = dataclasses.replace(samples[1], metadata={"choices": ["", *choices]})
     images = [[decode_image(image) for image in sample.images]]
     losses = []
     for choice in choices:
@@ -271,6 +272,14 @@ def test_the_chosen_answer_is_the_likeliest(model: ElasticVLM, processor: Proces
     assert Predictor(model, processor, settings=GenerationSettings(decoding="likelihood")).generate(
         [sample], num_visual_tokens=16
     ) == [expected]
+
+
+def test_choices_are_compared_in_the_form_that_the_prompt_asks_for(
+    model: ElasticVLM, processor: Processor, samples: list[Sample]
+) -> None:
+    sample = dataclasses.replace(samples[1], metadata={"choices": ["red", "blue"], "candidates": ["A", "B"]})
+    predictor = Predictor(model, processor, settings=GenerationSettings(decoding="likelihood"))
+    assert predictor.generate([sample], num_visual_tokens=16)[0] in ("A", "B")
 
 
 def test_likelihood_decoding_without_choices_is_refused(

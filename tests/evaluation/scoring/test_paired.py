@@ -74,6 +74,6 @@ def test_scores_of_a_whole_split_are_not_compared_on_a_part() -> None:
 
 def test_different_metrics_are_not_compared() -> None:
     with pytest.raises(
-        UserError, match="scored by exact_match:lenient in the first evaluation and by anls:strict in the second"
+        UserError, match="scored by exact_match:lenient in the first evaluation and by anls:paper in the second"
     ):
         compare(_split([True]), 16, _split([True], "anls"), 16)

@@ -39,6 +39,11 @@ def test_the_mean_of_ratios_is_not_the_ratio_of_means(tmp_path: Path) -> None:
     assert table.to_dict()["m"]["most_sensitive"] == ["a", "b"]
 
 
+def test_a_byte_order_mark_is_accepted(tmp_path: Path) -> None:
+    table = aggregate_table(_file(tmp_path, "\ufeffbenchmark,family,reference,m\na,x,100,50\n"))
+    assert table.mean_retention("m") == 50
+
+
 def test_families_are_averaged_separately(tmp_path: Path) -> None:
     table = aggregate_table(_file(tmp_path, _LLAVA))
     assert table.mean_retention("tome_64", "text") == pytest.approx(100 * 45.3 / 58.2)

@@ -1,23 +1,35 @@
-"""Average normalised Levenshtein similarity (Biten et al., ICCV 2019, equation 1).
+"""ANLS: average normalised Levenshtein similarity (Biten et al., ICCV 2019, equation 1).
 
 s = 1 - NL if NL < 0.5 else 0, with NL = edit distance / longer length. The score of a sample is the best over its
 answers.
 
 Variants:
-    strict: NL < 0.5 as in the paper and big_vision, on lower-cased text. An empty answer matches only an empty
-        prediction.
-    permuted: like strict, but the parts of an answer with ", " may be in any order (big_vision on InfographicVQA).
-    lmms_eval: NL = 0.5 scores 0.5. The distance is computed on lower-cased text with squeezed spaces, and divided by
-        the length of the longer raw string (lmms-eval, VLMEvalKit).
+    paper: NL < 0.5, on lower-cased text (equation 1; big_vision on DocVQA and ST-VQA). An empty answer matches only an
+        empty prediction.
+    permuted: like paper, but the parts of an answer with ", " may be in any order (big_vision on InfographicVQA). Exact
+        for up to 10 parts. Above, a beam search over the order (64 sets of parts of each size are kept): the score is
+        a lower bound, and a prediction that is the answer in another order still scores 1.
+    docvqa_server: the script of the Robust Reading Competition's server, which lmms-eval, VLMEvalKit and LLaVA use. A
+        similarity of exactly 0.5 counts. The distance is computed on lower-cased text with squeezed spaces, and divided
+        by the length of the longer raw text in upper case.
 """
 
-import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
 
 from parcelray.benchmarks.metrics.base import UNSCORED, Judgement, PerSampleMetric, variants
 from parcelray.datasets.sample import Sample
 
 _THRESHOLD = 0.5
+_SEPARATOR = ", "
+EXACT_PARTS = 10
+"""Largest number of parts for which `permuted` is exact."""
+_BEAM = 64
+
+Row = NDArray[np.int32]
+"""Edit distances of a text to every prefix of the prediction, of shape (1 + length of the prediction)."""
 
 
 def edit_distance(first: str, second: str) -> int:
@@ -30,18 +42,17 @@ def edit_distance(first: str, second: str) -> int:
     return row[-1]
 
 
-def strict(prediction: str, answer: str) -> float:
+def paper(prediction: str, answer: str) -> float:
     """Returns the similarity by the paper's rule on lower-cased text."""
     given, target = prediction.lower(), answer.lower()
     if not target:
         return float(not given)
-    distance = edit_distance(given, target) / max(len(given), len(target))
-    return 1.0 - distance if distance < _THRESHOLD else 0.0
+    return _below_threshold(edit_distance(given, target) / max(len(given), len(target)))
 
 
-def lmms_eval(prediction: str, answer: str) -> float:
-    """Returns the similarity by the rule of lmms-eval: squeezed text, raw lengths, threshold included."""
-    longest = max(len(prediction), len(answer))
+def docvqa_server(prediction: str, answer: str) -> float:
+    """Returns the similarity by the server's rule: squeezed text, raw upper-cased lengths, threshold included."""
+    longest = max(len(prediction.upper()), len(answer.upper()))
     if not longest:
         return 1.0
     similarity = 1.0 - edit_distance(_squeezed(prediction), _squeezed(answer)) / longest
@@ -50,7 +61,60 @@ def lmms_eval(prediction: str, answer: str) -> float:
 
 def permuted(prediction: str, answer: str) -> float:
     """Returns the best similarity over all orders of the comma-separated parts of an answer."""
-    return max(strict(prediction, ", ".join(parts)) for parts in set(itertools.permutations(answer.split(", "))))
+    given, target = prediction.lower(), answer.lower()
+    longest = max(len(given), len(target))
+    if not target or abs(len(given) - len(target)) >= _THRESHOLD * longest:
+        return paper(prediction, answer)
+    return _below_threshold(permuted_distance(target.split(_SEPARATOR), given) / longest)
+
+
+def permuted_distance(parts: Sequence[str], text: str) -> int:
+    """Returns the least edit distance between a text and the parts, joined by ", " in any order.
+
+    Dynamic programming over subsets: the best distances of a set of parts to all prefixes of the text do not depend on
+    the parts that follow. All sets of one size are extended together. Of more than 10 parts, only the most promising
+    sets of each size are kept, so that the result is an upper bound of the distance.
+    """
+    # A separator precedes every part here; the one in front of the first part is compared with itself.
+    letters = np.array([ord(letter) for letter in _SEPARATOR + text], dtype=np.int64)
+    rows: dict[int, Row] = {0: np.arange(len(letters) + 1, dtype=np.int32)}
+    for _ in parts:
+        longer: dict[int, Row] = {}
+        for number, part in enumerate(parts):
+            sets = [chosen for chosen in rows if not chosen >> number & 1]
+            if sets:
+                extended = _extended(np.stack([rows[chosen] for chosen in sets]), _SEPARATOR + part, letters)
+                for chosen, row in zip(sets, extended, strict=True):
+                    key = chosen | 1 << number
+                    longer[key] = np.minimum(longer[key], row) if key in longer else row
+        rows = longer if len(parts) <= EXACT_PARTS else _most_promising(longer, parts)
+    return int(rows[(1 << len(parts)) - 1][-1])
+
+
+def _extended(rows_SL: NDArray[np.int32], addition: str, letters: NDArray[np.int64]) -> NDArray[np.int32]:
+    """Returns the distances after a text was appended to each of S texts; L: prefixes of the prediction."""
+    positions = np.arange(rows_SL.shape[1], dtype=np.int32)
+    for letter in addition:
+        new_SL = rows_SL + 1
+        np.minimum(new_SL[:, 1:], rows_SL[:, :-1] + (letters != ord(letter)), out=new_SL[:, 1:])
+        # Insertions: min over k <= j of new[k] + j - k.
+        rows_SL = np.minimum.accumulate(new_SL - positions, axis=1) + positions
+    return rows_SL
+
+
+def _most_promising(rows: dict[int, Row], parts: Sequence[str]) -> dict[int, Row]:
+    """Keeps the sets with the smallest lower bounds of the final distance: the texts that remain differ in length."""
+    lengths = np.array([len(_SEPARATOR + part) for part in parts])
+    missing_S = [sum(length for number, length in enumerate(lengths) if not chosen >> number & 1) for chosen in rows]
+    rows_SL = np.stack(list(rows.values()))
+    remaining_L = np.arange(rows_SL.shape[1])[::-1]
+    bounds_S = (rows_SL + np.abs(np.array(missing_S)[:, None] - remaining_L)).min(axis=1)
+    kept = set(np.argsort(bounds_S, kind="stable")[:_BEAM].tolist())
+    return {chosen: row for index, (chosen, row) in enumerate(rows.items()) if index in kept}
+
+
+def _below_threshold(distance: float) -> float:
+    return 1.0 - distance if distance < _THRESHOLD else 0.0
 
 
 def _squeezed(text: str) -> str:
@@ -68,5 +132,5 @@ def _best(similarity: Callable[[str, str], float]) -> Callable[[str, Sample], Ju
 
 ANLS = variants(
     PerSampleMetric("anls", variant, _best(similarity))
-    for variant, similarity in (("strict", strict), ("permuted", permuted), ("lmms_eval", lmms_eval))
+    for variant, similarity in (("paper", paper), ("permuted", permuted), ("docvqa_server", docvqa_server))
 )

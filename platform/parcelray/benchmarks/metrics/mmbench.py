@@ -4,12 +4,12 @@ Variants:
     circular: as in the paper. Rows of one question share their index modulo a million.
     vanilla: only the first rotation of each question. Scores are several points higher; never mix them with circular.
 
-Predictions are parsed by rule (a letter, then the text of exactly one option). Other tools call a judge model or draw
-an option at random where no rule applies; here such a prediction is wrong and counted as unparsed. There is one value
-per row, so the headline is not the mean of the values.
+Predictions are parsed by the rules of `multiple_choice:option`, which are VLMEvalKit's. It calls a judge model where no
+rule applies (lmms-eval does too); here such a prediction is wrong and counted as unparsed. There is one value per row,
+so the headline is not the mean of the values.
 
-Metadata read: `index` (required), `choices` (required), `category` (optional; sub-scores). The first answer is the
-correct letter.
+Metadata read: `index` (required), `choices` (required; an empty choice keeps its letter), `category` (optional;
+sub-scores). The first answer is the correct letter.
 """
 
 import math

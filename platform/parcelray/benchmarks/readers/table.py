@@ -8,23 +8,29 @@ from pathlib import Path
 from string import Formatter
 from typing import Any
 
-from parcelray.benchmarks.metrics.multiple_choice import letters
+import pyarrow as pa
+
+from parcelray.benchmarks.metrics.multiple_choice import LETTERS, options
 from parcelray.benchmarks.readers.base import DatasetFingerprint, Problem, RowSamples, ids_digest
 from parcelray.benchmarks.tables.images import BadCell, cell_images, image_size, video_frames, with_box
 from parcelray.benchmarks.tables.rows import Row, Rows, open_rows
+from parcelray.benchmarks.tables.types import arrow_type, fits, shown
 from parcelray.config.benchmark import (
+    OPTION_FIELDS,
     AnswersConfig,
     BenchmarkConfig,
     BoxConfig,
     ColumnsConfig,
     PromptFamily,
     TableSource,
+    of_family,
 )
-from parcelray.datasets.boxes import Box, format_locations
+from parcelray.datasets.boxes import Box, format_corners, format_locations
 from parcelray.datasets.sample import Sample
 from parcelray.errors import UserError
 
 _NUMBERS_OF_A_BOX = 4
+_BY_INDEX = ("choice_text", "choice_letter")
 
 
 @dataclass(frozen=True)
@@ -33,7 +39,7 @@ class TableReader:
 
     Args:
         benchmark: configuration with a source of type table.
-        family: model family, which selects the prompt template.
+        family: model family, which selects the prompt template, the expected answers and the metric.
         data: file or folder of the data; None: the Hugging Face hub.
     """
 
@@ -92,10 +98,15 @@ class TableReader:
         """See `BenchmarkReader`. Problems of a row are returned, not raised."""
         split, table, index = self._locate(row)
         cells = {"split": split} | table.row(index)
-        for name, text in self._columns.remove.items():
-            cells[name] = str(cells[name]).replace(text, "")
-        cells |= {name: text for name, text in self._columns.empty.items() if cells[name] in (None, "")}
         name = self._ids[row]
+        for column, kind in self._content.items():
+            if not fits(cells[column], kind):
+                declared = self._columns.types[column]
+                reason = f"the column {column} has {shown(cells[column])}, but its declared type is {declared}"
+                return RowSamples((), (Problem(name, reason),))
+        for column, text in self._columns.remove.items():
+            cells[column] = str(cells[column]).replace(text, "")
+        cells |= {column: text for column, text in self._columns.empty.items() if _is_empty(cells[column])}
         shared: tuple[bytes, ...] | None = None
         samples, problems = [], []
         for number, question in enumerate(self._questions(cells)):
@@ -113,6 +124,17 @@ class TableReader:
     def _columns(self) -> ColumnsConfig:
         assert self.benchmark.columns is not None, "a table has columns; checked by BenchmarkConfig"
         return self.benchmark.columns
+
+    @cached_property
+    def _content(self) -> dict[str, pa.DataType]:
+        """Declared types of the columns whose text reaches prompts, answers and metrics.
+
+        Ids are only compared, and cells with images are checked when they are read.
+        """
+        columns = self._columns
+        named = {*_fields(self.benchmark.prompts[self.family]), *columns.choices, *columns.each, columns.mask}
+        named |= {config.column for config in (columns.answers, columns.box, columns.draw_box) if config is not None}
+        return {name: arrow_type(text) for name, text in columns.types.items() if name in named - columns.made()}
 
     @cached_property
     def _tables(self) -> list[tuple[str, Rows]]:
@@ -231,14 +253,21 @@ class TableReader:
         metadata: dict[str, Any] = {name: cells[column] for name, column in columns.metadata.items()}
         if columns.choices:
             metadata["choices"] = choices
+            candidates = _candidates(columns.answers, self.family, choices) if columns.answers is not None else choices
+            if candidates != choices:
+                metadata["candidates"] = candidates
+        if columns.answers is not None and of_family(columns.answers.form, self.family) in _BY_INDEX:
+            # The text of the choice may be the letter of another one.
+            metadata["target_index"] = _choice_index(cells[columns.answers.column], choices)
         answers: tuple[str, ...] = ()
         if columns.answers is not None:
-            answers = _answers(columns.answers, cells[columns.answers.column], choices)
+            answers = _answers(columns.answers, self.family, cells[columns.answers.column], choices)
             if not answers and self.benchmark.unscorable is None:
                 raise BadCell("no answer")
         if columns.box is not None:
             metadata["box"] = list(_box(columns.box, cells, images[0]))
-            answers = answers or (format_locations(Box(*metadata["box"])),)
+            write = format_corners if of_family(columns.box.answer, self.family) == "corners" else format_locations
+            answers = answers or (write(Box(*metadata["box"])),)
         if columns.mask is not None:
             metadata["mask"] = _mask(cells[columns.mask], images[0])
         return Sample(
@@ -249,7 +278,7 @@ class TableReader:
             images=images,
             prompt=self._prompt(cells, choices),
             answers=answers,
-            metric=self.benchmark.metric or "",
+            metric=self.benchmark.metric_of(self.family) or "",
             scene=self.cluster(row),
             metadata=metadata,
         )
@@ -261,19 +290,15 @@ class TableReader:
             else self.benchmark.open_prompts
         )
         template = templates[self.family]
-        named = list(zip(letters(choices), choices, strict=False))
-        options = {
-            "options_lines": "\n".join(f"{letter}. {choice}" for letter, choice in named),
-            "options_tabs": " \t ".join(choices),
-            "options_inline": ", ".join(f"({letter}) {choice}" for letter, choice in named),
-        }
-        for name in _fields(template):
-            if name not in options and cells.get(name) is None:
+        fields = _fields(template)
+        for name in fields:
+            if name not in OPTION_FIELDS and cells.get(name) is None:
                 raise BadCell(f"the column {name}, which the prompt uses, is empty")
         texts = {
             name: ", ".join(map(str, value)) if isinstance(value, list) else value for name, value in cells.items()
         }
-        return template.format_map(texts | options).strip()
+        shown = {name: _shown(name, choices) for name in OPTION_FIELDS if name in fields}
+        return template.format_map(texts | shown).strip()
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in self.__dataclass_fields__}
@@ -284,9 +309,36 @@ def _fields(template: str) -> list[str]:
 
 
 def _choices(columns: Sequence[str], cells: Mapping[str, Any]) -> list[str]:
+    """Returns the choices by position. An empty one stays an empty text, so that the others keep their letters."""
     if len(columns) == 1:
-        return [str(choice) for choice in _listed(cells[columns[0]])]
-    return [str(cells[column]) for column in columns if cells[column] not in (None, "", "nan")]
+        choices = ["" if choice is None else str(choice) for choice in _listed(cells[columns[0]])]
+    else:
+        choices = ["" if _is_empty(cells[column]) else str(cells[column]) for column in columns]
+    while choices and not choices[-1].strip():
+        choices.pop()
+    return choices
+
+
+def _is_empty(cell: Any) -> bool:
+    """Whether a cell has no text. Tables that pandas wrote have NaN, or its name, in empty cells."""
+    return cell is None or str(cell).strip() in ("", "nan")
+
+
+def _lettered(choices: Sequence[str]) -> dict[str, str]:
+    try:
+        return options(choices)
+    except ValueError as error:
+        raise BadCell(str(error)) from None
+
+
+def _shown(field: str, choices: Sequence[str]) -> str:
+    """Returns the text of an option field in a prompt. Empty choices are not shown."""
+    match field:
+        case "options_lines":
+            return "\n".join(f"{letter}. {choice}" for letter, choice in _lettered(choices).items())
+        case "options_inline":
+            return ", ".join(f"({letter}) {choice}" for letter, choice in _lettered(choices).items())
+    return " \t ".join(choice for choice in choices if choice.strip())
 
 
 def _listed(value: Any) -> list[Any]:
@@ -300,9 +352,10 @@ def _listed(value: Any) -> list[Any]:
     return list(value or [])
 
 
-def _answers(config: AnswersConfig, value: Any, choices: Sequence[str]) -> tuple[str, ...]:
-    match config.form:
-        case "text":
+def _answers(config: AnswersConfig, family: PromptFamily, value: Any, choices: Sequence[str]) -> tuple[str, ...]:
+    form = of_family(config.form, family)
+    match form:
+        case "text" | "letter":
             values = [value]
         case "list":
             values = list(value or [])
@@ -313,21 +366,40 @@ def _answers(config: AnswersConfig, value: Any, choices: Sequence[str]) -> tuple
         case "truth":
             values = [] if value is None else ["True" if value in (True, "True", "true", 1) else "False"]
         case "choice_text" | "choice_letter":
-            values = [_choice(value, choices, as_letter=config.form == "choice_letter")]
+            values = [_choice(value, choices, as_letter=form == "choice_letter")]
     texts = ["" if answer is None else str(answer) for answer in values]
-    if config.drop_empty:
+    if of_family(config.drop_empty, family):
         texts = [text for text in texts if text]
-    return tuple(config.template.format(answer=text) for text in texts) if any(texts) else ()
+    template = of_family(config.template, family)
+    return tuple(template.format(answer=text) for text in texts) if any(texts) else ()
+
+
+def _candidates(config: AnswersConfig, family: PromptFamily, choices: Sequence[str]) -> list[str]:
+    """Returns the answer that names each choice in the form that the prompt of a family asks for."""
+    by_letter = of_family(config.form, family) in ("letter", "choice_letter")
+    template = of_family(config.template, family)
+    return [template.format(answer=name) for name in (_lettered(choices) if by_letter else choices)]
 
 
 def _choice(value: Any, choices: Sequence[str], *, as_letter: bool) -> str:
+    index = _choice_index(value, choices)
+    if not as_letter:
+        return choices[index]
+    # Raises if there are more choices than letters.
+    _lettered(choices)
+    return LETTERS[index]
+
+
+def _choice_index(value: Any, choices: Sequence[str]) -> int:
     try:
         index = int(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise BadCell(f"{value!r} is not the index of a choice") from None
     if not 0 <= index < len(choices):
         raise BadCell(f"{index} is not the index of a choice; there are {len(choices)}")
-    return letters(choices)[index] if as_letter else choices[index]
+    if not choices[index].strip():
+        raise BadCell(f"the correct choice, {index}, is empty")
+    return index
 
 
 def _box(config: BoxConfig, cells: Mapping[str, Any], image: bytes) -> tuple[float, float, float, float]:

@@ -1,6 +1,7 @@
 """Reads encoded images from table cells and frames from videos."""
 
 import io
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -8,8 +9,8 @@ from typing import Any
 import av
 from PIL import Image, ImageDraw, UnidentifiedImageError
 
+from parcelray.benchmarks.tables.types import shown
 from parcelray.config.benchmark import VideoConfig
-from parcelray.errors import UserError
 
 _FRAME_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 _FRAME_QUALITY = 95
@@ -27,8 +28,7 @@ def cell_images(cell: Any, folder: Path) -> list[bytes]:
         folder: folder of the data.
 
     Raises:
-        BadCell: the cell has another type, or the file does not exist.
-        UserError: the path leads out of the folder.
+        BadCell: the cell has another type, the path leads out of the folder, or the file cannot be read.
     """
     if cell is None or cell == "":
         return []
@@ -43,7 +43,7 @@ def cell_images(cell: Any, folder: Path) -> list[bytes]:
     if isinstance(cell, bytes):
         return [cell]
     if isinstance(cell, str):
-        return [_file(folder, cell).read_bytes()]
+        return [_read(_file(folder, cell), cell)]
     raise BadCell(f"a cell of type {type(cell).__name__} instead of an image")
 
 
@@ -103,11 +103,11 @@ def video_frames(
     video = _file(folder, path)
     if video.is_dir():
         files = [file for file in sorted(video.iterdir()) if file.suffix.lower() in _FRAME_SUFFIXES]
-        frames = [file.read_bytes() for file in files[:: config.stride][: config.frames]]
+        frames = [_read(file, file.name) for file in files[:: config.stride][: config.frames]]
     else:
         frames = list(_decoded(video, config, segment))
     if not frames:
-        raise BadCell(f"no frames in {path}")
+        raise BadCell(f"no frames in {shown(path)}")
     return tuple(frames[number % len(frames)] for number in range(config.frames))
 
 
@@ -134,11 +134,25 @@ def _decoded(file: Path, config: VideoConfig, segment: tuple[float, float] | Non
 
 
 def _file(folder: Path, path: str) -> Path:
-    file = (folder / path).resolve()
-    if not file.is_relative_to(folder.resolve()):
-        raise UserError(
-            f"The path {path!r} in the data leads out of {folder}; paths in cells must stay below that folder."
-        )
-    if not file.exists():
-        raise BadCell(f"the file {path} does not exist")
+    """Returns the file or folder of a path that stays below the data folder.
+
+    Links are followed: the images of a Hugging Face cache are links to files outside the snapshot's folder.
+    """
+    if os.path.isabs(path) or ".." in Path(path).parts:
+        raise BadCell(f"the path {shown(path)} leads out of the data folder; paths in cells must stay below it")
+    file = folder / path
+    try:
+        present = file.exists()
+    except (OSError, ValueError):
+        # The name is too long, or contains a NUL character; a cell with an image as base64 text is such a name.
+        present = False
+    if not present:
+        raise BadCell(f"the file {shown(path)} does not exist")
     return file
+
+
+def _read(file: Path, path: str) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise BadCell(f"the file {shown(path)} cannot be read ({error.strerror})") from None

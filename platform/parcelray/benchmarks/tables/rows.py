@@ -50,9 +50,17 @@ class ParquetRows:
 
     files: tuple[Path, ...]
 
-    @property
+    @cached_property
     def columns(self) -> tuple[str, ...]:
-        return tuple(self._open[0].schema_arrow.names)
+        first, *others = self._open
+        for file, opened in zip(self.files[1:], others, strict=True):
+            differing = sorted(set(first.schema_arrow.names) ^ set(opened.schema_arrow.names))
+            if differing:
+                raise UserError(
+                    f"{file} and {self.files[0]} do not have the same columns: only one of them has"
+                    f" {', '.join(differing)}; give the shards of one split."
+                )
+        return tuple(first.schema_arrow.names)
 
     @property
     def folder(self) -> Path:
@@ -76,11 +84,19 @@ class ParquetRows:
         for file, group, start, end in self._groups:
             if start <= index < end:
                 row: Row = self._group(file, group).slice(index - start, 1).to_pylist()[0]
-                return row
+                return row | {name: _label(row[name], names) for name, names in self._labels.items()}
         raise IndexError(f"row {index} is out of range for {len(self)} rows")
 
     def column(self, name: str) -> list[Any]:
-        return [value for file in self.files for value in pq.read_table(file, columns=[name])[name].to_pylist()]
+        values = [value for file in self.files for value in pq.read_table(file, columns=[name])[name].to_pylist()]
+        return [_label(value, self._labels[name]) for value in values] if name in self._labels else values
+
+    @cached_property
+    def _labels(self) -> dict[str, list[str]]:
+        """Names of the classes of each `ClassLabel` column, which the `datasets` library stores beside its numbers."""
+        stored = (self._open[0].schema_arrow.metadata or {}).get(b"huggingface")
+        features = json.loads(stored).get("info", {}).get("features", {}) if stored else {}
+        return {name: each["names"] for name, each in features.items() if each.get("_type") == "ClassLabel"}
 
     @cached_property
     def _open(self) -> list[pq.ParquetFile]:
@@ -126,7 +142,7 @@ class JsonlRows:
 
     file: Path
 
-    @property
+    @cached_property
     def columns(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(name for row in self._rows for name in row))
 
@@ -152,12 +168,17 @@ class JsonlRows:
     @cached_property
     def _rows(self) -> list[Row]:
         rows = []
-        with self.file.open(encoding="utf-8") as opened:
+        with self.file.open("rb") as opened:
             for number, line in enumerate(opened, 1):
                 if not line.strip():
                     continue
                 try:
-                    row = json.loads(line)
+                    # A byte order mark may precede the first line.
+                    row = json.loads(line.decode("utf-8-sig"))
+                except UnicodeDecodeError:
+                    raise UserError(
+                        f"{self.file}: line {number} is not encoded as UTF-8; convert the file, for example with iconv."
+                    ) from None
                 except json.JSONDecodeError as error:
                     raise UserError(
                         f"{self.file}: line {number} is not JSON ({error.msg}); write one object per line."
@@ -206,10 +227,19 @@ class HuggingFaceRows:
 
     def row(self, index: int) -> Row:
         row: Row = self._dataset[index]
-        return row
+        return row | {name: _label(row[name], names) for name, names in self._labels.items()}
 
     def column(self, name: str) -> list[Any]:
-        return list(self._dataset.select_columns([name])[name])
+        values = list(self._dataset.select_columns([name])[name])
+        return [_label(value, self._labels[name]) for value in values] if name in self._labels else values
+
+    @cached_property
+    def _labels(self) -> dict[str, list[str]]:
+        """Names of the classes of each `ClassLabel` column."""
+        import datasets
+
+        features = self._dataset.features
+        return {name: each.names for name, each in features.items() if isinstance(each, datasets.ClassLabel)}
 
     @cached_property
     def _dataset(self) -> Any:
@@ -217,8 +247,9 @@ class HuggingFaceRows:
 
         try:
             dataset = self._load(datasets)
-        except (FileNotFoundError, ValueError, ConnectionError, OSError) as error:
-            reason = str(error).splitlines()[0]
+        except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
+            # An error while the files are read has the reason in its cause.
+            reason = next(iter(str(error.__cause__ or error).splitlines()), type(error).__name__)
             raise UserError(
                 f"{self.path} (configuration {self.config}, split {self.split}) cannot be loaded: {reason}. Give the"
                 " folder of a local copy with data:, or download it first on a machine with network access."
@@ -240,6 +271,11 @@ class HuggingFaceRows:
         return {"path": self.path, "config": self.config, "split": self.split, "pinned": self.pinned}
 
 
+def _label(value: int | None, names: list[str]) -> str | None:
+    """Returns the name of a class; -1 stands for no class in the `datasets` library."""
+    return None if value is None or value < 0 else names[value]
+
+
 def _encoded(dataset: Any, datasets: Any) -> Any:
     """Returns the data set with decoding of images turned off."""
 
@@ -248,6 +284,8 @@ def _encoded(dataset: Any, datasets: Any) -> Any:
             return datasets.Image(decode=False)
         if isinstance(feature, datasets.List):
             return datasets.List(without_decoding(feature.feature), length=feature.length)
+        if isinstance(feature, datasets.LargeList):
+            return datasets.LargeList(without_decoding(feature.feature))
         if isinstance(feature, dict):
             return {name: without_decoding(inner) for name, inner in feature.items()}
         return feature
@@ -290,14 +328,20 @@ def open_rows(source: TableSource, split: str, data: Path | None, *, config: str
         )
     if any((data / name).is_file() for name in ("dataset_dict.json", "state.json")):
         return HuggingFaceRows(str(data), config, split)
+    return _open_named(data, config, split) or _open_unnamed(data, config, split)
+
+
+def _open_named(data: Path, config: str | None, split: str) -> Rows | None:
+    """Opens the files that are named after the split; None if there are none."""
     for base in (folder for folder in (data / config if config else data, data, data / "data") if folder.is_dir()):
         for pattern in (f"{split}-*.parquet", f"{split}.parquet", f"{split}/*.parquet"):
             files = tuple(sorted(base.glob(pattern)))
             if files:
                 return ParquetRows(files)
-        if (base / f"{split}.jsonl").is_file():
-            return JsonlRows(base / f"{split}.jsonl")
-    return _open_unnamed(data, config, split)
+        for file in (base / f"{split}.jsonl", base / split / "metadata.jsonl"):
+            if file.is_file():
+                return JsonlRows(file)
+    return None
 
 
 def _open_unnamed(data: Path, config: str | None, split: str) -> Rows:

@@ -378,13 +378,13 @@ def _decoded(images: Iterable[bytes]) -> tuple[dict[bytes, Image.Image], dict[by
 
 
 def _choices(sample: Sample) -> list[str]:
-    choices = sample.metadata.get("choices")
+    choices = sample.metadata.get("candidates") or sample.metadata.get("choices")
     if not choices:
         raise UserError(
             f"Sample {sample.id!r} of {sample.benchmark} has no choices, which decoding by likelihood needs; give the"
             " benchmark a column of choices, or set decoding to greedy."
         )
-    return [str(choice) for choice in choices]
+    return [str(choice) for choice in choices if str(choice).strip()]
 
 
 def _chunks(samples: Sequence[Sample], batch_size: int) -> Iterator[list[int]]:

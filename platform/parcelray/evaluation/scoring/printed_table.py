@@ -84,7 +84,7 @@ def aggregate_table(file: Path) -> PrintedTable:
         UserError: the file is not such a table.
     """
     try:
-        with file.open(encoding="utf-8", newline="") as opened:
+        with file.open(encoding="utf-8-sig", newline="") as opened:
             reader = csv.DictReader(opened)
             rows, columns = list(reader), list(reader.fieldnames or ())
     except (OSError, UnicodeDecodeError, csv.Error) as error:

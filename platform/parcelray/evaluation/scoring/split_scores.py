@@ -91,7 +91,7 @@ class SplitScores:
     benchmark: str
     family: str
     metric: str
-    """Metric and variant, such as `anls:strict`; several, joined by ` + `, if the samples name different metrics."""
+    """Metric and variant, such as `anls:paper`; several, joined by ` + `, if the samples name different metrics."""
     additive: bool
     """Whether the score is a mean of independent values; only then can a part of the split be scored."""
     samples: tuple[Sample, ...]

@@ -41,7 +41,7 @@ def read_keys(path: Path) -> list[ApiKey]:
         UserError: the file cannot be read, has no key, or has an invalid line.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
             f"keys file {path} cannot be read ({error}); create it with `parcelray keys add NAME --file {path}`."
