@@ -1,4 +1,4 @@
-"""Scores answers that were made elsewhere, for example by vLLM, by an API, or for a paper, with a benchmark's metric."""
+"""Scores answers that were made elsewhere (by vLLM, by an API, for a paper) with the metric of a benchmark."""
 
 import math
 from collections import Counter
@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from parcelray.benchmarks.catalog import catalog, find
-from parcelray.benchmarks.metrics.multiple_choice import letters
+from parcelray.benchmarks.catalog import catalog, find, prompt_family
 from parcelray.benchmarks.open import open_reader
+from parcelray.benchmarks.readers.table import CHOICE_FORMS, expected_answers
+from parcelray.benchmarks.tables.images import BadCell
 from parcelray.benchmarks.tables.rows import JsonlRows, Row
-from parcelray.config.benchmark import BenchmarkConfig, PromptFamily
+from parcelray.config.benchmark import AnswersConfig, BenchmarkConfig, PromptFamily, of_family
 from parcelray.config.loader import validate
 from parcelray.datasets.sample import Sample
 from parcelray.errors import UserError
@@ -183,15 +184,14 @@ def score_answers(
         UserError: the benchmark is unknown or cannot be scored, a line is not legal, or the data cannot be read.
     """
     config = find(name, catalog(user_files))
-    if family not in ("paligemma", "llava"):
-        raise UserError(f"--family is {family!r}; legal: paligemma, llava.")
+    prompts = prompt_family(family)
     if config.unscorable is not None and metric is None:
         raise UserError(f"{name} cannot be scored: {config.unscorable}; name a metric with --metric to score it.")
     lines = _lines(answers)
     if any(key in line for line in lines for key in _TARGETS):
-        joined = _with_targets(config, lines, answers)
+        joined = _with_targets(config, prompts, lines, answers)
     else:
-        joined = _to_known_samples(config, family, data, lines, answers)
+        joined = _to_known_samples(config, prompts, data, lines, answers)
     rules = ScoringRules(
         metric=metric,
         split_of=split_naming(config),
@@ -201,7 +201,7 @@ def score_answers(
         problems=len(joined.problems),
     )
     splits = score_splits(joined.samples, {_BUDGET: [GivenAnswer(text) for text in joined.texts]}, rules)
-    return AnswerScores(answers, config, family, splits, len(lines), joined)
+    return AnswerScores(answers, config, prompts, splits, len(lines), joined)
 
 
 def _lines(file: Path) -> list[Row]:
@@ -244,9 +244,9 @@ def _to_known_samples(
     )
 
 
-def _with_targets(config: BenchmarkConfig, lines: Sequence[Row], file: Path) -> Joined:
+def _with_targets(config: BenchmarkConfig, family: PromptFamily, lines: Sequence[Row], file: Path) -> Joined:
     rows = [validate(AnswerWithTarget, line, f"{file}, line {number}") for number, line in enumerate(lines, 1)]
-    samples = [_sample(config, row, f"{file}, line {number}", str(number)) for number, row in enumerate(rows, 1)]
+    samples = [_sample(config, family, row, f"{file}, line {number}", number) for number, row in enumerate(rows, 1)]
     counts = Counter(sample.id for sample in samples)
     first = {sample.id: number for number, sample in reversed(list(enumerate(samples)))}
     kept = [number for number, sample in enumerate(samples) if first[sample.id] == number]
@@ -257,35 +257,47 @@ def _with_targets(config: BenchmarkConfig, lines: Sequence[Row], file: Path) -> 
     )
 
 
-def _sample(config: BenchmarkConfig, row: AnswerWithTarget, source: str, number: str) -> Sample:
+def _sample(config: BenchmarkConfig, family: PromptFamily, row: AnswerWithTarget, source: str, number: int) -> Sample:
     named = [key for key in _TARGETS if key in row.model_fields_set]
     if len(named) != 1:
         raise UserError(
             f"{source} has {' and '.join(named) or 'no target'}; set exactly one of target, targets and target_index."
+        )
+    metric = config.metric_of(family) or row.metric
+    if not metric:
+        raise UserError(
+            f"{source} has no metric, and {config.name} has several; set metric in the line, such as nlvr2:words."
         )
     metadata = dict(row.model_extra or {})
     if row.choices:
         metadata["choices"] = list(row.choices)
     targets = row.targets or (row.target,)
     if row.target_index is not None:
-        if row.target_index >= len(row.choices):
-            raise UserError(
-                f"{source}: target_index is {row.target_index}, but there are {len(row.choices)} choices; legal: 0 to"
-                f" {len(row.choices) - 1}."
-            )
-        targets = (letters(row.choices)[row.target_index],)
+        metadata["target_index"] = row.target_index
+        try:
+            targets = _targets_at(config, family, row.target_index, row.choices)
+        except BadCell as problem:
+            raise UserError(f"{source}: {problem}; correct target_index or choices.") from None
     return Sample(
-        id=row.id or number,
+        id=row.id or str(number),
         benchmark=config.name,
         family=config.family,
         task=row.task or config.name,
         images=(),
         prompt=row.question,
         answers=tuple(targets),
-        metric=config.metric or row.metric,
+        metric=metric,
         scene=row.cluster,
         metadata=metadata,
     )
+
+
+def _targets_at(config: BenchmarkConfig, family: PromptFamily, index: int, choices: Sequence[str]) -> tuple[str, ...]:
+    """Returns the correct answer in the form that the prompt of the family asks for: the choice's text or letter."""
+    answers = config.columns.answers if config.columns is not None else None
+    if answers is None or of_family(answers.form, family) not in CHOICE_FORMS:
+        answers = AnswersConfig(column="", form="choice_letter")
+    return expected_answers(answers, family, index, choices)
 
 
 def _sub_scores(score: BudgetScore) -> dict[str, float]:
