@@ -4,8 +4,9 @@ import difflib
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
+from typing import cast, get_args
 
-from parcelray.config.benchmark import BenchmarkConfig
+from parcelray.config.benchmark import BenchmarkConfig, PromptFamily
 from parcelray.config.loader import read_yaml, validate
 from parcelray.errors import UserError
 
@@ -59,3 +60,15 @@ def find(name: str, benchmarks: dict[str, BenchmarkConfig]) -> BenchmarkConfig:
             " file."
         )
     return benchmarks[name]
+
+
+def prompt_family(name: str) -> PromptFamily:
+    """Returns the prompt family of a name on the command line.
+
+    Raises:
+        UserError: there is no such family.
+    """
+    for family in get_args(PromptFamily):
+        if family == name:
+            return cast(PromptFamily, family)
+    raise UserError(f"--family is {name!r}; legal: {', '.join(get_args(PromptFamily))}.")

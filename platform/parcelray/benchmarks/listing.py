@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from parcelray.benchmarks.catalog import catalog, find
+from parcelray.benchmarks.catalog import catalog, find, prompt_family
 from parcelray.benchmarks.open import open_reader
 from parcelray.benchmarks.readers.base import DatasetFingerprint, Problem
 from parcelray.config.benchmark import BenchmarkConfig, TableSource
@@ -150,9 +150,7 @@ def check_data(name: str, data: Path | None, user_files: Iterable[Path], rows: i
         UserError: the benchmark is unknown, its data are not found, or columns are missing.
     """
     config = find(name, catalog(user_files))
-    if family not in ("paligemma", "llava"):
-        raise UserError(f"--family is {family!r}; legal: paligemma, llava.")
-    reader = open_reader(config, family=family, data=data)  # type: ignore[arg-type]
+    reader = open_reader(config, family=prompt_family(family), data=data)
     fingerprint = reader.fingerprint()
     problems: list[Problem] = []
     questions, example = 0, None

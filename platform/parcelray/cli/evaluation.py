@@ -213,6 +213,46 @@ def benchmarks_check(
         raise typer.Exit(2)
 
 
+@benchmarks_app.command("score")
+def benchmarks_score(
+    name: Annotated[
+        str, typer.Argument(help="Benchmark name, as printed by `parcelray benchmarks list`.", show_default=False)
+    ],
+    answers: Annotated[
+        Path,
+        typer.Option(
+            help="JSON-lines file: id and answer in each line; or answer, target (or targets, target_index), choices,"
+            " ..., which needs no data.",
+            show_default=False,
+        ),
+    ],
+    family: Annotated[
+        str,
+        typer.Option(help="Family of the prompts that were answered, which selects the metric: paligemma or llava."),
+    ] = "paligemma",
+    data: Annotated[
+        Path | None,
+        typer.Option(help="File or folder with the data; default: the Hugging Face hub.", show_default=False),
+    ] = None,
+    own: CatalogFiles = [],
+    metric: Annotated[
+        str | None,
+        typer.Option(help="Another metric, as METRIC:VARIANT; default: the benchmark's.", show_default=False),
+    ] = None,
+    mask_decoder: Annotated[
+        Path | None, typer.Option(help="The .npz file that the metric refseg_miou needs.", show_default=False)
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Score answers that were made elsewhere, by the benchmark's own metric and with intervals."""
+    from parcelray.evaluation.scoring.answers import score_answers
+
+    scores = score_answers(
+        name, answers, family=family, data=data, user_files=own, metric=metric, mask_decoder=mask_decoder
+    )
+    show(scores, as_json, lambda value: value.to_rich())
+
+
 def pair(text: str, option: str, form: str) -> tuple[str, str]:
     key, separator, value = text.partition("=")
     if not (separator and key and value):

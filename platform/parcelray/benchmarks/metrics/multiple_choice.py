@@ -132,7 +132,7 @@ def target_letter(sample: Sample, options: Options) -> str | None:
     if not sample.answers:
         return None
     answer = sample.answers[0].strip()
-    texts = {choice.strip(): letter for letter, choice in reversed(options.items())}
+    texts = {choice.strip(): letter for letter, choice in reversed(list(options.items()))}
     return _known(answer.upper(), options) or texts.get(answer) or read_paligemma_sqa(answer, options)
 
 

@@ -30,7 +30,7 @@ from parcelray.datasets.sample import Sample
 from parcelray.errors import UserError
 
 _NUMBERS_OF_A_BOX = 4
-_BY_INDEX = ("choice_text", "choice_letter")
+CHOICE_FORMS = ("choice_text", "choice_letter")
 
 
 @dataclass(frozen=True)
@@ -256,12 +256,12 @@ class TableReader:
             candidates = _candidates(columns.answers, self.family, choices) if columns.answers is not None else choices
             if candidates != choices:
                 metadata["candidates"] = candidates
-        if columns.answers is not None and of_family(columns.answers.form, self.family) in _BY_INDEX:
+        if columns.answers is not None and of_family(columns.answers.form, self.family) in CHOICE_FORMS:
             # The text of the choice may be the letter of another one.
             metadata["target_index"] = _choice_index(cells[columns.answers.column], choices)
         answers: tuple[str, ...] = ()
         if columns.answers is not None:
-            answers = _answers(columns.answers, self.family, cells[columns.answers.column], choices)
+            answers = expected_answers(columns.answers, self.family, cells[columns.answers.column], choices)
             if not answers and self.benchmark.unscorable is None:
                 raise BadCell("no answer")
         if columns.box is not None:
@@ -352,7 +352,20 @@ def _listed(value: Any) -> list[Any]:
     return list(value or [])
 
 
-def _answers(config: AnswersConfig, family: PromptFamily, value: Any, choices: Sequence[str]) -> tuple[str, ...]:
+def expected_answers(
+    config: AnswersConfig, family: PromptFamily, value: Any, choices: Sequence[str]
+) -> tuple[str, ...]:
+    """Returns the correct answers in the form that the prompt of a family asks for; empty if there are none.
+
+    Args:
+        config: column and format of the answers.
+        family: prompt family.
+        value: cell of the column.
+        choices: choices of the question by position; only the forms in `CHOICE_FORMS` need them.
+
+    Raises:
+        BadCell: the cell names no choice, or its text is not a list.
+    """
     form = of_family(config.form, family)
     match form:
         case "text" | "letter":
