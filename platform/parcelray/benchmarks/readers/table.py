@@ -132,7 +132,9 @@ class TableReader:
         Ids are only compared, and cells with images are checked when they are read.
         """
         columns = self._columns
-        named = {*_fields(self.benchmark.prompts[self.family]), *columns.choices, *columns.each, columns.mask}
+        # The choices of one column may be a list, or a list in a string.
+        choices = columns.choices if len(columns.choices) > 1 else ()
+        named = {*_fields(self.benchmark.prompts[self.family]), *choices, *columns.each, columns.mask}
         named |= {config.column for config in (columns.answers, columns.box, columns.draw_box) if config is not None}
         return {name: arrow_type(text) for name, text in columns.types.items() if name in named - columns.made()}
 
