@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from parcelray.config.benchmark import BenchmarkConfig, ColumnsConfig, TableSource
+from parcelray.config.benchmark import BenchmarkConfig, ColumnsConfig, TableSource, of_family
 
 ROWS = 4
 _SIMPLE = {
@@ -23,6 +23,7 @@ _SIMPLE = {
 }
 _IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 _CHOICES = ["red", "blue", "green", "white"]
+_ANNOTATORS = 10
 
 
 def arrow_type(text: str) -> pa.DataType:
@@ -39,25 +40,33 @@ def arrow_type(text: str) -> pa.DataType:
     return _SIMPLE[text]
 
 
-def write_benchmark(config: BenchmarkConfig, folder: Path) -> int:
-    """Writes the files of all splits below a folder and returns their number of rows."""
+def write_benchmark(config: BenchmarkConfig, folder: Path, answer: str | None = None) -> list[dict[str, Any]]:
+    """Writes the files of all splits below a folder and returns their rows.
+
+    Args:
+        config: the benchmark.
+        folder: where to write.
+        answer: right answer of every question, for answers in words; None: one that fits the benchmark's metric.
+    """
     source, columns = config.source, config.columns
     assert isinstance(source, TableSource)
     assert columns is not None
     schema = pa.schema([(name, arrow_type(kind)) for name, kind in columns.types.items()])
     base = folder / source.config if source.config else folder
     base.mkdir(parents=True, exist_ok=True)
+    metric = next(iter(config.metrics()), "")
+    written = []
     for split in source.splits:
         rows = [
-            {name: _value(columns, name, number, config.metric or "") for name in columns.types}
-            for number in range(ROWS)
+            {name: _value(columns, name, number, metric, answer) for name in columns.types} for number in range(ROWS)
         ]
+        written += rows
         for row in rows:
             _write_files(columns, row, folder, base)
         pq.write_table(pa.Table.from_pylist(rows, schema=schema), base / f"{split}-00000-of-00001.parquet")
     if columns.join is not None:
         _write_joined(columns, folder)
-    return ROWS * len(source.splits)
+    return written
 
 
 def png(color: tuple[int, int, int] = (200, 30, 30), size: tuple[int, int] = (32, 24)) -> bytes:
@@ -79,7 +88,7 @@ def _parts(text: str) -> list[str]:
     return parts
 
 
-def _value(columns: ColumnsConfig, name: str, number: int, metric: str) -> Any:
+def _value(columns: ColumnsConfig, name: str, number: int, metric: str, answer: str | None) -> Any:
     kind = columns.types[name]
     if name in columns.keep:
         return columns.keep[name][number // 2 % len(columns.keep[name])]
@@ -93,36 +102,39 @@ def _value(columns: ColumnsConfig, name: str, number: int, metric: str) -> Any:
         return _CHOICES if kind.startswith("list") else str(_CHOICES)
     for box in (columns.box, columns.draw_box):
         if box is not None and name == box.column:
-            return [2.0, 3.0, 10.0, 12.0] if box.unit == "pixels" else [0.1, 0.1, 0.5, 0.6]
+            return [2.0, 3.0, 10.0, 13.0] if box.unit == "pixels" else [0.1, 0.1, 0.5, 0.6]
     if name == columns.mask:
-        return [2.0, 3.0, 12.0, 3.0, 12.0, 15.0, 2.0, 15.0]
+        return [2.0, 3.0, 12.0, 3.0, 12.0, 16.0, 2.0, 16.0]
     if columns.answers is not None and name == columns.answers.column and name not in columns.each:
-        return _answer(columns, kind, metric, number)
+        return _answer(columns, kind, number, answer or _fitting_answer(metric, number))
     if columns.video is not None and columns.video.segment and name in columns.video.segment:
         return [0.0, 1.0]
     return _plain(kind, name, number)
 
 
-def _answer(columns: ColumnsConfig, kind: str, metric: str, number: int) -> Any:
+def _answer(columns: ColumnsConfig, kind: str, number: int, answer: str) -> Any:
     assert columns.answers is not None
-    match columns.answers.form:
+    match of_family(columns.answers.form, "llava"):
         case "list":
-            return (
-                [f"{_CHOICES[number]} birds", f"two {_CHOICES[number]} birds"] if "cider" in metric else ["red", "red"]
-            )
+            return [answer, f"two {answer}"] if answer.endswith("birds") else [answer] * _ANNOTATORS
         case "records":
-            return [{"answer": "red", "answer_confidence": "yes", "answer_id": 1}] * 4
+            return [{"answer": answer, "answer_confidence": "yes", "answer_id": 1}] * _ANNOTATORS
         case "literal":
-            return "['red', 'red', 'blue']"
+            return str([answer] * _ANNOTATORS)
         case "truth":
-            return True
+            return number % 2 == 0
         case "choice_text" | "choice_letter":
             return 1 if kind.startswith("int") else "1"
-    if kind.startswith("int"):
-        return 2
-    if "cider" in metric:
+    return 2 if kind.startswith("int") else answer
+
+
+def _fitting_answer(metric: str, number: int) -> str:
+    if metric.startswith("cider"):
         return f"{_CHOICES[number]} birds"
-    return {"mme": "yes", "pop": "yes", "mmb": "B", "mul": "B", "mmm": "B", "rel": "2.5"}.get(metric[:3], "red")
+    if metric.startswith(("mme", "pope")):
+        return ("yes", "no")[number % 2]
+    answers = {"mmbench": "B", "multiple_choice": "B", "mmmu": "B", "relaxed_accuracy": "2.5", "nlvr2": "True"}
+    return answers.get(metric.partition(":")[0], "red")
 
 
 def _plain(kind: str, name: str, number: int) -> Any:

@@ -1,18 +1,19 @@
 """Every split of the catalog is valid, complete, and readable from a small file with its exact schema."""
 
-import dataclasses
+import io
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from parcelray.benchmarks.catalog import builtin, catalog, find
+from parcelray.benchmarks.listing import Listing, check_data
 from parcelray.benchmarks.metrics import metric
 from parcelray.benchmarks.open import open_reader
 from parcelray.benchmarks.readers.table import TableReader
 from parcelray.config.benchmark import TableSource
 from parcelray.datasets.images import decode_image
 from parcelray.errors import UserError
-from parcelray.evaluation.scoring.split_scores import GivenAnswer, ScoringRules, score_splits
 
 from .table_data import ROWS, write_benchmark
 
@@ -41,8 +42,8 @@ def test_splits_have_references_facts_and_prompts() -> None:
     assert [config.name for config in configs if not config.facts] == [], "splits without sources"
     assert [config.name for config in configs if not config.prompts] == [], "splits without prompts"
     for config in configs:
-        for each in (config.metric, *config.other_metrics):
-            assert each is None or metric(each)
+        for each in (*config.metrics(), *config.other_metrics):
+            assert metric(each)
     lengths = {(config.name, family): config.longest_answer(family) for config in configs for family in config.prompts}
     assert {split: length for split, length in lengths.items() if not 8 <= length <= 1024} == {}
 
@@ -50,7 +51,7 @@ def test_splits_have_references_facts_and_prompts() -> None:
 @pytest.mark.parametrize("name", TABLES)
 def test_a_split_is_read_from_its_schema(name: str, tmp_path: Path) -> None:
     config = builtin()[name]
-    rows = write_benchmark(config, tmp_path)
+    rows = len(write_benchmark(config, tmp_path))
     for family in config.prompts:
         reader = open_reader(config, family=family, data=tmp_path)
         assert reader.fingerprint().rows == rows
@@ -63,16 +64,6 @@ def test_a_split_is_read_from_its_schema(name: str, tmp_path: Path) -> None:
             assert sample.prompt
             assert sample.images
             assert all(decode_image(image).width for image in sample.images)
-        if config.metric is not None and not config.metric.startswith("refseg"):
-            _check_scores(config.average_over, samples)
-
-
-def _check_scores(average_over: str | None, samples: list) -> None:
-    light = [dataclasses.replace(sample, images=()) for sample in samples]
-    answers = {16: [GivenAnswer(sample.answers[0]) for sample in light], 0: [GivenAnswer("no idea") for _ in light]}
-    (split,) = score_splits(light, answers, ScoringRules(average_over=average_over))
-    assert split.scores[16].estimate.value > 0
-    assert split.scores[0].estimate.value == pytest.approx(0)
 
 
 def test_the_refcoco_mask_and_box_are_those_of_the_row(tmp_path: Path) -> None:
@@ -80,9 +71,12 @@ def test_the_refcoco_mask_and_box_are_those_of_the_row(tmp_path: Path) -> None:
     write_benchmark(config, tmp_path)
     sample = open_reader(config, data=tmp_path).read(0).samples[1]
     assert sample.prompt == "answer 1"
-    assert sample.metadata["box"] == pytest.approx([3 / 24, 2 / 32, 15 / 24, 12 / 32])
+    assert sample.metadata["box"] == pytest.approx([3 / 24, 2 / 32, 16 / 24, 12 / 32])
     assert sample.metadata["mask"]["size"] == [24, 32]
-    assert sample.answers == ("<loc0128><loc0064><loc0639><loc0384>",)
+    assert sample.answers == ("<loc0128><loc0064><loc0682><loc0384>",)
+    sample = open_reader(config, family="llava", data=tmp_path).read(0).samples[1]
+    assert sample.prompt.endswith("the region this sentence describes: answer 1")
+    assert sample.answers == ("[0.062, 0.125, 0.375, 0.667]",)
 
 
 def test_prompts_are_those_of_the_model_family(tmp_path: Path) -> None:
@@ -98,7 +92,9 @@ def test_prompts_are_those_of_the_model_family(tmp_path: Path) -> None:
         == "question 0\nA. red\nB. blue\nC. green\nD. white\nAnswer with the option's letter from the given choices"
         " directly."
     )
-    assert samples["llava"].answers == ("blue",)
+    assert samples["llava"].answers == ("B",)
+    assert samples["paligemma"].answers == ("blue",)
+    assert {family: sample.metric for family, sample in samples.items()} == config.metric
     science = builtin()["scienceqa_img"]
     write_benchmark(science, tmp_path / "science")
     sample = open_reader(science, data=tmp_path / "science").read(0).samples[0]
@@ -109,6 +105,21 @@ def test_prompts_are_those_of_the_model_family(tmp_path: Path) -> None:
     assert sample.answers == ("The answer is B.",)
     with pytest.raises(UserError, match="mmbench_en_dev has no prompt for paligemma models"):
         open_reader(builtin()["mmbench_en_dev"], data=tmp_path)
+
+
+def test_the_list_and_the_check_name_the_metric_of_each_family(tmp_path: Path) -> None:
+    rows = {split.name: split for split in Listing.of((), "llava").benchmarks}
+    assert rows["gqa"].metrics() == ("gqa:official", "gqa:llava")
+    shown = Console(width=200, record=True, file=io.StringIO())
+    shown.print(Listing.of((), "llava").to_rich())
+    text = shown.export_text()
+    assert "paligemma gqa:official" in text
+    assert "llava gqa:llava" in text
+    assert "mmbench:circular" in text
+    write_benchmark(builtin()["gqa"], tmp_path)
+    for family, metric_name in (("paligemma", "gqa:official"), ("llava", "gqa:llava")):
+        example = check_data("gqa", tmp_path, (), 1, family).to_dict()["example"]
+        assert example["metric"] == metric_name
 
 
 def test_samples_have_their_language(tmp_path: Path) -> None:
@@ -165,6 +176,20 @@ metric: exact_match
         ),
         ("columns: {types: {picture: image, a: string}, images: [picture]}", "no target is set"),
         ("metric: null", "set either metric, or unscorable with the reason why there is no metric"),
+        (
+            "metric: {llava: exact_match}",
+            "metric has no value for paligemma, but prompts are given for paligemma; give one value per family",
+        ),
+        (
+            "metric: {paligemma: exact_match, llava: exact_match}",
+            "metric has a value for llava, but prompts are given for paligemma; give one value per family",
+        ),
+        ("metric: {paligema: exact_match}", r"metric.paligema is 'paligema'; legal: paligemma, llava \(did you mean"),
+        (
+            "columns: {types: {picture: image, a: string}, images: [picture],"
+            " answers: {column: a, form: {paligemma: txt}}}",
+            r"columns\.answers\.form\.paligemma is 'txt'; legal: text, list, .*\(did you mean text\?\)",
+        ),
         ("decoding: beam", "legal: beam with at least 2 beams"),
         ("source: {type: mini}", "columns are required for a source of type table"),
     ],

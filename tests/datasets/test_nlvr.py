@@ -18,6 +18,7 @@ from parcelray.datasets.boxes import parse_locations
 from parcelray.datasets.nlvr.source import BOX, BOX_STARTS, PERMUTATIONS, NlvrSource
 from parcelray.datasets.open import held_out_samples
 from parcelray.errors import UserError
+from parcelray.evaluation.scoring.split_scores import score
 
 RGB = {"Yellow": (255, 215, 0), "Black": (0, 0, 0), "#0099ff": (0, 153, 255)}
 BOXES: list[list[dict[str, Any]]] = [
@@ -156,6 +157,17 @@ def test_derived_answers_match_the_representation(folder: Path) -> None:
     assert answers == {prompt: (ANSWERS.get(prompt, "0"),) for prompt in answers}
     assert answers.keys() - absent <= ANSWERS.keys()
     assert len(answers) > 10
+
+
+def test_the_ideal_answers_to_all_questions_score_one(folder: Path) -> None:
+    """NLVR has one prompt for all families: answers as they are trained, and as a capitalised sentence."""
+    source = NlvrSource(folder, "dev", "all")
+    samples = [source.get(group, index) for group, index, _ in source.questions_in_order()]
+    assert {sample.family for sample in samples} == {"statement", "count", "color", "size", "box"}
+    ideal = [sample.answers[0] for sample in samples]
+    assert set(score(samples, ideal)) == {1.0}
+    sentences = [text if text.startswith("<loc") else f"{text.capitalize()}." for text in ideal]
+    assert set(score(samples, sentences)) == {1.0}
 
 
 def test_training_and_validation_share_no_directory(folder: Path) -> None:

@@ -304,6 +304,52 @@ def test_a_plan_has_the_rows_budgets_and_flops(checkpoint: Path, shared: Path) -
     assert plan.identity == _run(_job(shared, checkpoint)).identity
 
 
+_BY_FAMILY = """
+name: own
+family: general
+source: {splits: [test], rows: 12}
+columns:
+  types: {name: string, question: string, answer: list<string>, image: image}
+  id: [name]
+  images: [image]
+  answers: {column: answer, form: list}
+prompts: {paligemma: "answer en {question}", llava: "{question}"}
+max_new_tokens: 3
+metric: {paligemma: exact_match:raw, llava: gqa:llava}
+"""
+
+
+def test_the_metric_of_the_prompt_family_is_stored_and_another_family_gives_a_warning(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    data = _table(tmp_path)
+    (data / "own.yaml").write_text(_BY_FAMILY)
+    own = {"benchmarks": ["mini", {"name": "own", "data": str(data)}], "catalog": [str(data / "own.yaml")]}
+    own["benchmarks"][0] = {"name": "mini", "source": {"samples": 1}, "max_new_tokens": 3}
+    job = _job(tmp_path, checkpoint, budgets=[16], prompt_family="llava", **own)
+    (warning,) = evaluation_plan(job).warnings
+    assert "is a paligemma model, but prompt_family is llava" in warning
+    assert "metrics of own are those of llava models; set prompt_family: paligemma" in warning
+    output = io.StringIO()
+    run = run_evaluation(job, Console(file=output, width=200))
+    assert output.getvalue().count(warning) == 1
+    (split,) = (split for split in run.summary.splits if split.name == "own")
+    assert split.metric == "gqa:llava"
+    assert rescore(run.folder, {}, 5.0).to_dict() == run.summary.to_dict()
+    # A changed metric of the benchmark file counts in the next run of the same job, which reuses the predictions.
+    (data / "own.yaml").write_text(_BY_FAMILY.replace("gqa:llava", "gqa:vlmevalkit"))
+    assert "gqa:llava" in {split.metric for split in rescore(run.folder, {}, 5.0).splits}
+    again = _run(job)
+    assert again.computed == 0
+    assert "gqa:vlmevalkit" in {split.metric for split in again.summary.splits}
+    matching = job.model_copy(update={"prompt_family": "paligemma"})
+    assert evaluation_plan(matching).warnings == ()
+    assert evaluation_plan(_job(tmp_path, checkpoint, prompt_family="llava")).warnings == (), "mini has no families"
+    (data / "own.yaml").write_text(_BY_FAMILY.replace("gqa:llava", "gqa:lava"))
+    with pytest.raises(UserError, match="gqa has no variant 'lava'"):
+        evaluation_plan(job)
+
+
 def test_a_plan_accounts_for_reducers_and_splits(tmp_path: Path) -> None:
     vanilla = tiny_checkpoint(tmp_path / "vanilla", 1, connector=None)
     few, many = (

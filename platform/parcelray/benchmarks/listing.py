@@ -65,9 +65,15 @@ class Listing:
             rows = f"{source.rows:,}" if isinstance(source, TableSource) and source.rows else "-"
             data = (source.hub or "local files") if isinstance(source, TableSource) else source.type
             families = ", ".join(config.prompts) or "all"
-            metric = config.metric or ("not scored" if config.unscorable else "several")
-            table.add_row(config.name, config.family, ", ".join(config.sets), metric, rows, families, data)
+            table.add_row(config.name, config.family, ", ".join(config.sets), _metrics(config), rows, families, data)
         return table
+
+
+def _metrics(config: BenchmarkConfig) -> str:
+    """Names the metric of a split, or one metric per line and prompt family."""
+    if isinstance(config.metric, dict) and len(config.metrics()) > 1:
+        return "\n".join(f"{family} {metric}" for family, metric in config.metric.items())
+    return next(iter(config.metrics()), "not scored" if config.unscorable else "several")
 
 
 @dataclass(frozen=True)
@@ -99,6 +105,7 @@ class DataCheck:
                     "id": example.id,
                     "prompt": example.prompt,
                     "answers": list(example.answers),
+                    "metric": example.metric,
                     "images": len(example.images),
                 }
             ),
@@ -121,6 +128,7 @@ class DataCheck:
         if self.example is not None:
             table.add_row("first question", self.example.prompt)
             table.add_row("answers", " | ".join(self.example.answers[:5]))
+            table.add_row("metric", self.example.metric or "not scored")
             table.add_row("images", str(len(self.example.images)))
         table.add_row("problems", str(len(self.problems)) if self.problems else "none")
         for problem in self.problems[:_SHOWN]:
@@ -136,7 +144,7 @@ def check_data(name: str, data: Path | None, user_files: Iterable[Path], rows: i
         data: file or folder of the data; None: the hub, or procedural data.
         user_files: YAML files of the user, or folders of them.
         rows: number of rows to read.
-        family: model family, which selects the prompt template.
+        family: model family, which selects the prompt template, the expected answers and the metric.
 
     Raises:
         UserError: the benchmark is unknown, its data are not found, or columns are missing.

@@ -24,7 +24,7 @@ def open_reader(
 
     Args:
         benchmark: configuration of the benchmark.
-        family: model family, which selects the prompt template.
+        family: model family, which selects the prompt template, the expected answers and the metric.
         data: file or folder of its data; None: the hub, or procedural data.
         image_size: side in pixels of the images that a procedural benchmark draws.
 

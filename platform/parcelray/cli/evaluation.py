@@ -76,7 +76,7 @@ def evaluate_score(
         list[str],
         typer.Option(
             "--metric",
-            help="Metric of a benchmark as BENCHMARK=METRIC:VARIANT; default: that of the catalog. Repeatable.",
+            help="Metric of a benchmark as BENCHMARK=METRIC:VARIANT; default: that of the evaluation. Repeatable.",
             show_default=False,
         ),
     ] = [],
@@ -198,7 +198,7 @@ def benchmarks_check(
     ] = None,
     own: CatalogFiles = [],
     rows: Annotated[int, typer.Option(min=1, help="Number of rows to read and decode.")] = 1000,
-    family: Annotated[str, typer.Option(help="Prompt template family: paligemma or llava.")] = "paligemma",
+    family: Annotated[str, typer.Option(help="Prompt family: paligemma or llava.")] = "paligemma",
     as_json: AsJson = False,
 ) -> None:
     """Check data against a benchmark: columns, ids, images, answers and the number of rows.

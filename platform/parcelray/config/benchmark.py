@@ -1,15 +1,26 @@
 """Configuration of one benchmark split: the source of its rows, the meaning of their columns, prompts and metrics."""
 
+from collections.abc import Iterable, Mapping
 from string import Formatter
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
-from parcelray.config.base import StrictModel
+from parcelray.config.base import BY_KEY, StrictModel
 from parcelray.config.data import Family, NlvrQuestion
 
 PromptFamily = Literal["paligemma", "llava"]
 """Model families that have their own prompt templates."""
+T = TypeVar("T")
+ByFamily = Annotated[
+    Annotated[T, Tag("one value")] | Annotated[dict[PromptFamily, T], Tag(BY_KEY)],
+    Discriminator(lambda value: BY_KEY if isinstance(value, dict) else "one value"),
+]
+"""One value for all prompt families, or a mapping with one value per family; see `of_family`."""
+AnswerForm = Literal["text", "list", "records", "literal", "letter", "choice_text", "choice_letter", "truth"]
+"""Formats of a column of answers."""
+BoxForm = Literal["location_tokens", "corners"]
+"""Forms in which a model writes a box."""
 OPTION_FIELDS = ("options_lines", "options_tabs", "options_inline")
 """Template fields in addition to columns: the choices as `A. x` lines, separated by tabs, or as `(A) x, (B) y`."""
 
@@ -44,21 +55,25 @@ class JoinConfig(StrictModel):
 
 
 class AnswersConfig(StrictModel):
-    """The column of the correct answers, and their format."""
+    """The column of the correct answers, and the expected answers that are made of it.
+
+    `form`, `template` and `drop_empty` take one value for all prompt families, or a mapping with one value per family.
+    """
 
     column: str
     """Column with the answers."""
-    form: Literal["text", "list", "records", "literal", "choice_text", "choice_letter", "truth"] = "text"
+    form: ByFamily[AnswerForm] = "text"
     """Format of the column.
 
     `text`: one answer; `list`: several answers; `records`: a list of mappings; `literal`: a Python list in a string;
-    `choice_text`, `choice_letter`: the index of a choice, from 0; `truth`: true or false.
+    `letter`: the letter of a choice, or one answer if the row has no choices; `choice_text`, `choice_letter`: the index
+    of a choice, from 0, and whether the prompt asks for its text or its letter; `truth`: true or false.
     """
     field: str | None = None
     """Key of the answer in each mapping, for the format `records`."""
-    template: str = "{answer}"
+    template: ByFamily[str] = "{answer}"
     """Template of the expected output, for example `The answer is {answer}.`"""
-    drop_empty: bool = False
+    drop_empty: ByFamily[bool] = False
     """Whether empty answers are dropped if there are several."""
 
 
@@ -71,6 +86,12 @@ class BoxConfig(StrictModel):
     """Order of the four numbers."""
     unit: Literal["pixels", "fractions"] = "pixels"
     """Unit of the numbers: pixels, or fractions of the image's sides."""
+    answer: ByFamily[BoxForm] = "location_tokens"
+    """Form of the expected answer, for all prompt families or by family; a box that is drawn has none.
+
+    `location_tokens`: `<loc0102><loc0205><loc0511><loc0614>`, top, left, bottom, right in 1/1023 of the image's sides
+    (PaliGemma); `corners`: `[0.2, 0.1, 0.6, 0.5]`, left, top, right, bottom in fractions of the sides (LLaVA).
+    """
 
 
 class ColumnsConfig(StrictModel):
@@ -254,19 +275,20 @@ class BenchmarkConfig(StrictModel):
     """
     open_prompts: dict[PromptFamily, str] = Field(default_factory=dict)
     """Prompt template by model family for rows without choices."""
-    max_new_tokens: int | dict[PromptFamily, int] = 32
+    max_new_tokens: ByFamily[int] = 32
     """Largest number of tokens of an answer, for all families or by family."""
     decoding: Literal["greedy", "beam", "likelihood"] = "greedy"
     """Decoding method."""
     num_beams: int = Field(default=1, ge=1)
     """Number of beams of a beam search."""
-    metric: str | None = None
-    """Metric and variant of the reference scores, such as `anls:paper`.
+    metric: ByFamily[str] | None = None
+    """Metric and variant such as `exact_match:raw`, for all prompt families or by family.
 
-    None: the samples name their metric, or the split cannot be scored.
+    It fits the answers that the family's prompt asks for, by the rule of the family's published scores. None: the
+    samples name their metric, or the split cannot be scored.
     """
     other_metrics: tuple[str, ...] = ()
-    """Metrics that other tools use for the split."""
+    """Further metrics that other tools use for the split."""
     report_by: Literal["family", "task"] | None = None
     """Field of the samples by which results are reported separately; None: one result."""
     average_over: str | None = None
@@ -305,6 +327,8 @@ class BenchmarkConfig(StrictModel):
                         f"the prompt for {family} uses {', '.join(unknown)}, which is not a column; legal:"
                         f" {', '.join(sorted(legal))}"
                     )
+        for key, value in self._family_values():
+            _check_families(key, value, self.prompts)
         if (self.decoding == "beam") != (self.num_beams > 1):
             raise ValueError(
                 f"decoding {self.decoding} is incompatible with num_beams {self.num_beams}; legal: beam with at least"
@@ -315,6 +339,43 @@ class BenchmarkConfig(StrictModel):
     def longest_answer(self, family: PromptFamily) -> int:
         """Largest number of tokens of an answer, for a model family."""
         return self.max_new_tokens if isinstance(self.max_new_tokens, int) else self.max_new_tokens.get(family, 32)
+
+    def metric_of(self, family: PromptFamily) -> str | None:
+        """Metric and variant that score the answers to the prompts of a family; None: see `metric`."""
+        return None if self.metric is None else of_family(self.metric, family)
+
+    def metrics(self) -> tuple[str, ...]:
+        """Metrics of all prompt families, without repetition; empty: see `metric`."""
+        if self.metric is None:
+            return ()
+        return tuple(dict.fromkeys(self.metric.values())) if isinstance(self.metric, dict) else (self.metric,)
+
+    def _family_values(self) -> Iterable[tuple[str, object]]:
+        """Settings that every family with a prompt must have, by their key paths."""
+        yield "metric", self.metric
+        answers, box = (self.columns.answers, self.columns.box) if self.columns is not None else (None, None)
+        if answers is not None:
+            yield "columns.answers.form", answers.form
+            yield "columns.answers.template", answers.template
+            yield "columns.answers.drop_empty", answers.drop_empty
+        if box is not None:
+            yield "columns.box.answer", box.answer
+
+
+def of_family(value: T | Mapping[PromptFamily, T], family: PromptFamily) -> T:
+    """Returns the value of a setting for a prompt family: the family's own, or the one for all families."""
+    return value[family] if isinstance(value, Mapping) else value
+
+
+def _check_families(key: str, value: object, prompts: dict[PromptFamily, str]) -> None:
+    if not isinstance(value, dict) or value.keys() == prompts.keys():
+        return
+    missing, unused = [name for name in prompts if name not in value], [name for name in value if name not in prompts]
+    problem = f"has no value for {', '.join(missing)}" if missing else f"has a value for {', '.join(unused)}"
+    raise ValueError(
+        f"{key} {problem}, but prompts are given for {', '.join(prompts) or 'no family'}; give one value per family"
+        " with a prompt, or a single value for all families"
+    )
 
 
 def _names(template: str) -> list[str]:

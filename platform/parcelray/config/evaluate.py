@@ -30,13 +30,14 @@ class BenchmarkChoice(StrictModel):
     source: dict[str, Any] = Field(default_factory=dict)
     """Overrides of the source: {samples: 250} (mini suite), {view: picture} (NLVR), {revision: COMMIT} (table)."""
     metric: str | None = None
-    """Metric and variant such as `anls:docvqa_server`; null: the benchmark's default."""
+    """Metric and variant such as `gqa:vlmevalkit`; null: the benchmark's for the prompt family."""
     max_new_tokens: int | None = Field(default=None, ge=1)
     """Largest number of tokens of an answer; null: the benchmark's default."""
     decoding: Literal["greedy", "likelihood"] | None = None
     """Decoding method; null: the benchmark's default.
 
-    `greedy`: the likeliest token at every position; `likelihood`: the likeliest of the question's choices.
+    `greedy`: the likeliest token at every position; `likelihood`: the likeliest of the question's choices,
+    each in the form that the prompt asks for: its text or its letter.
     """
 
 
@@ -85,7 +86,10 @@ class EvaluateJob(StrictModel):
     budgets: tuple[int | BudgetName, ...] = Field(default=("blind", 16, 64, "full"), min_length=1)
     """Budgets in visual tokens per image; `blind`: no image; `full`: the largest budget that the connector supports."""
     prompt_family: PromptFamily = "paligemma"
-    """Prompt template family: paligemma or llava."""
+    """Prompt family, which selects prompts, expected answers and metrics: paligemma or llava.
+
+    It should be the family of the checkpoint.
+    """
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Data type of the model's weights and arithmetic."""
     seed: int = Field(default=0, ge=0)

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_ori
 
 from pydantic import BaseModel, ValidationError
 
-from parcelray.config.base import RENAMED_KEYS
+from parcelray.config.base import BY_KEY, RENAMED_KEYS
 
 _DISCRIMINATORS = ("type", "kind", "role")
 """Names of the fields that select one variant of a union."""
@@ -137,6 +137,9 @@ def _located(model: type[BaseModel], location: Sequence[Any]) -> tuple[list[Any]
         if is_mapping:
             written.append(part)
             is_mapping = False
+            continue
+        if part == BY_KEY:
+            is_mapping = True
             continue
         variants = [candidate for candidate in models if part == candidate.__name__ or part in _tags(candidate)]
         fields = [candidate.model_fields[part] for candidate in models if part in candidate.model_fields]

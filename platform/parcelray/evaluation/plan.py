@@ -22,7 +22,7 @@ from parcelray.evaluation.predict.generation import GenerationSettings
 from parcelray.models.checkpoint import ResolvedCheckpoint
 from parcelray.models.token_reduction import build_reducer
 from parcelray.models.token_reduction.base import check_uncompressed
-from parcelray.models.vlm import ElasticConfig, config_of, connector_of, image_size_of
+from parcelray.models.vlm import ElasticConfig, config_of, connector_of, family_of, image_size_of
 from parcelray.profiling.backbone_shapes import from_transformers_config
 from parcelray.profiling.flops import cost
 from parcelray.profiling.machine import matmul_flops_per_second
@@ -52,6 +52,8 @@ class EvaluationPlan:
     """FLOPs of the vision tower once per image, and of connector and prefill at each budget; without decoding."""
     seconds: float
     """Lower bound of the time, from the speed of matrix products measured on this machine."""
+    warnings: tuple[str, ...]
+    """See `family_warnings`."""
     config: dict[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
@@ -74,7 +76,7 @@ class EvaluationPlan:
             "compute": f"{self.flops / 1e12:,.2f} TFLOP, without decoding",
             "time": f"at least {self.seconds / 60:,.1f} min at the speed of this machine's matrix products",
         }
-        for key, value in rows.items():
+        for key, value in [*rows.items(), *(("warning", warning) for warning in self.warnings)]:
             table.add_row(key, value)
         return table
 
@@ -114,7 +116,28 @@ def evaluation_plan(job: EvaluateJob) -> EvaluationPlan:
         answers=questions * len(budgets),
         flops=flops,
         seconds=flops / matmul_flops_per_second(),
+        warnings=family_warnings(job, benchmarks, checkpoint, reference),
         config=job.model_dump(mode="json"),
+    )
+
+
+def family_warnings(
+    job: EvaluateJob,
+    benchmarks: Sequence[PreparedBenchmark],
+    checkpoint: ResolvedCheckpoint,
+    reference: ResolvedCheckpoint | None,
+) -> tuple[str, ...]:
+    """Returns a warning for each model that is evaluated with the prompts of another family.
+
+    Only benchmarks with prompts by family count. The mini suite and NLVR have one prompt for all families.
+    """
+    names = [each.config.name for each in benchmarks if each.config.prompts]
+    families = {model.pinned: family_of(model.path) for model in (checkpoint, reference) if model is not None}
+    return tuple(
+        f"{model} is a {family} model, but prompt_family is {job.prompt_family}: the prompts, expected answers and"
+        f" metrics of {', '.join(names)} are those of {job.prompt_family} models; set prompt_family: {family}."
+        for model, family in families.items()
+        if names and family != job.prompt_family
     )
 
 
@@ -178,8 +201,9 @@ def prepare(job: EvaluateJob, image_size: int) -> list[PreparedBenchmark]:
     prepared = []
     for choice in job.benchmarks:
         config = _with_source(find(choice.name, known), choice)
-        if choice.metric is not None:
-            metric(choice.metric)
+        chosen = choice.metric or config.metric_of(job.prompt_family)
+        if chosen is not None:
+            metric(chosen)
         reader = open_reader(
             config,
             family=job.prompt_family,

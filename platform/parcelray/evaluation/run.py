@@ -25,7 +25,7 @@ from parcelray.evaluation.passes.shards import (
 )
 from parcelray.evaluation.passes.store import EvaluatedBenchmark, check_fingerprint
 from parcelray.evaluation.passes.worker import ModelWorker, run_in_process
-from parcelray.evaluation.plan import budgets_for, evaluated_model, pinned_job, prepare
+from parcelray.evaluation.plan import budgets_for, evaluated_model, family_warnings, pinned_job, prepare
 from parcelray.evaluation.results import record_results, show, write_results
 from parcelray.evaluation.scoring.evaluation import Evaluation
 from parcelray.evaluation.scoring.split_scores import SplitScores
@@ -88,6 +88,8 @@ def run_evaluation(
     benchmarks = prepare(job, image_size_of(checkpoint.path))
     for benchmark in benchmarks:
         check_fingerprint(folder, benchmark.config.name, benchmark.reader.fingerprint())
+    for warning in family_warnings(job, benchmarks, checkpoint, reference):
+        console.print(f"Warning: {warning}", style="yellow", markup=False, soft_wrap=True)
     with (
         nullcontext() if job.compute.actors == 0 else ray_session(address),
         job_run(

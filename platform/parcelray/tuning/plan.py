@@ -13,7 +13,7 @@ from parcelray.config.evaluate import EvaluateJob
 from parcelray.config.identity import identity
 from parcelray.config.space_checks import check_search_space_of
 from parcelray.config.tune import OptunaAlgorithm, PbtAlgorithm, RandomAlgorithm, TuneJob
-from parcelray.evaluation.plan import evaluation_plan
+from parcelray.evaluation.plan import EvaluationPlan, evaluation_plan
 from parcelray.training.plan import training_plan
 from parcelray.tuning.run import trial_resources, wanted_concurrency
 from parcelray.tuning.trial_resources import cluster_nodes
@@ -64,6 +64,8 @@ class TuningPlan:
         table.add_row("at the same time", f"{self.concurrent} on {self.cluster}")
         table.add_row("time", f"at least {self.seconds / self.concurrent / 60:,.1f} min")
         table.add_row("GPU hours", f"at least {self.gpu_hours:,.2f}" if self.gpu_hours else "none")
+        for warning in self.trial.warnings if isinstance(self.trial, EvaluationPlan) else ():
+            table.add_row("warning", warning)
         return table
 
 

@@ -10,7 +10,7 @@ from parcelray.benchmarks.metrics import metric
 from parcelray.benchmarks.metrics.box_iou import iou
 from parcelray.benchmarks.metrics.mask_decoder import MaskDecoder, load_mask_decoder
 from parcelray.benchmarks.metrics.refseg_miou import decode_mask, mask_iou, polygon_mask, read_segmentation
-from parcelray.datasets.boxes import Box, format_locations, parse_locations
+from parcelray.datasets.boxes import Box, format_corners, format_locations, parse_corners, parse_locations
 from parcelray.errors import UserError
 
 _OFFICIAL = json.loads((Path(__file__).parent / "official_scores.json").read_text(encoding="utf-8"))
@@ -48,6 +48,21 @@ def test_a_box_is_correct_from_iou_one_half(make_sample) -> None:
     assert metric("box_iou")([target], [make_sample(box=[0, 0, 0.5, 0.5])]).values == (1,)
 
 
+def test_corners_are_read_as_by_lmms_eval(make_sample) -> None:
+    """Left, top, right, bottom in fractions, the first four numbers in square brackets."""
+    box = Box(top=0.25, left=0.125, bottom=0.5, right=1.0)
+    assert format_corners(box) == "[0.125, 0.250, 1.000, 0.500]"
+    assert parse_corners("Here: [ 0.125,0.25 , 1,0.5 ] and [0, 0, 1, 1].") == box
+    assert parse_corners("[0.1, 0.2, 0.3]") is None
+    assert parse_corners("0.1, 0.2, 0.3, 0.4") is None
+    sample = make_sample(box=list(box))
+    texts = [format_corners(box), "[0.125, 0.25, 0.5625, 0.5]", "[0.125, 0.25, 0.55, 0.5]", format_locations(box)]
+    result = metric("box_iou:lmms_eval")(texts, [sample] * 4)
+    # Half of the box reaches IoU 0.5, a little less does not.
+    assert (result.values, result.unparsed) == ((1, 1, 0, 0), 1)
+    assert metric("box_iou:lmms_eval")(texts[:1], [make_sample(texts[0])]).values == (1,)
+
+
 def test_only_the_first_box_counts(make_sample) -> None:
     right, wrong = format_locations(Box(0, 0, 0.5, 0.5)), format_locations(Box(0.5, 0.5, 1, 1))
     assert metric("box_iou")([f"{wrong} ; {right}"], [make_sample(right)]).values == (0,)
@@ -77,26 +92,6 @@ def test_agreement_with_an_installed_pycocotools() -> None:
         points = (draw.random((6, 2)) * (width, height)).round(1).ravel().tolist()
         theirs = official.decode(official.frPyObjects([points], height, width))[..., 0].astype(bool)
         assert np.array_equal(polygon_mask(points, height, width), theirs)
-
-
-@pytest.fixture
-def weights() -> dict[str, np.ndarray]:
-    draw = np.random.default_rng(0)
-    shapes = {"_vq_vae._embedding": (128, 8), "decoder.0.weight": (16, 8, 1, 1), "decoder.12.weight": (1, 1, 1, 1)}
-    for block in (2, 3):
-        shapes |= {
-            f"decoder.{block}.net.{layer}.weight": (16, 16, kernel, kernel)
-            for layer, kernel in ((0, 3), (2, 3), (4, 1))
-        }
-    channels = (16, 16, 8, 4, 2)
-    shapes |= {f"decoder.{4 + 2 * step}.weight": (channels[step], channels[step + 1], 4, 4) for step in range(4)}
-    shapes["decoder.12.weight"] = (1, 2, 1, 1)
-    arrays = {name: draw.normal(0, 0.3, shape).astype(np.float32) for name, shape in shapes.items()}
-    for name, shape in shapes.items():
-        if name.endswith("weight"):
-            outputs = shape[1] if name.split(".")[1] in ("4", "6", "8", "10") else shape[0]
-            arrays[name.replace("weight", "bias")] = draw.normal(0, 0.1, outputs).astype(np.float32)
-    return arrays
 
 
 def test_a_decoder_with_only_a_bias_gives_constant_masks(weights) -> None:

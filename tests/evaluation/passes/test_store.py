@@ -65,6 +65,9 @@ def test_choices_change_the_key_only_with_likelihood_decoding() -> None:
     first, second = (dataclasses.replace(SAMPLE, metadata={"choices": choices}) for choices in (["a", "b"], ["a", "c"]))
     assert _key(first) == _key(second)
     assert _key(first, settings=choosing) != _key(second, settings=choosing)
+    letters = dataclasses.replace(SAMPLE, metadata={"choices": ["a", "b"], "candidates": ["A", "B"]})
+    assert _key(letters) == _key(first)
+    assert _key(letters, settings=choosing) != _key(first, settings=choosing)
 
 
 def test_stored_predictions_are_read_back(store: PredictionStore) -> None:

@@ -274,6 +274,14 @@ def test_the_chosen_answer_is_the_likeliest(model: ElasticVLM, processor: Proces
     ) == [expected]
 
 
+def test_choices_are_compared_in_the_form_that_the_prompt_asks_for(
+    model: ElasticVLM, processor: Processor, samples: list[Sample]
+) -> None:
+    sample = dataclasses.replace(samples[1], metadata={"choices": ["red", "blue"], "candidates": ["A", "B"]})
+    predictor = Predictor(model, processor, settings=GenerationSettings(decoding="likelihood"))
+    assert predictor.generate([sample], num_visual_tokens=16)[0] in ("A", "B")
+
+
 def test_likelihood_decoding_without_choices_is_refused(
     model: ElasticVLM, processor: Processor, samples: list[Sample]
 ) -> None:

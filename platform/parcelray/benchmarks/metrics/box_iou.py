@@ -1,8 +1,11 @@
-"""Accuracy and mean IoU of boxes that are written as PaliGemma's location tokens.
+"""Accuracy and mean IoU of boxes that are written as text.
 
 Variants:
-    at_50: share of samples with IoU >= 0.5 (RefCOCO's convention).
-    mean: mean IoU.
+    at_50: share of samples with IoU >= 0.5 (RefCOCO's convention), for boxes as PaliGemma's location tokens.
+    mean: mean IoU, for boxes as location tokens.
+    lmms_eval: like at_50, for boxes as `[left, top, right, bottom]` in fractions of the image's sides, as LLaVA writes
+        them (`refcoco_bbox_rec` of lmms-eval, ACC@0.5). LLaVA-1.5's training data are said to use fractions of the
+        image padded to a square (haotian-liu/LLaVA, issue 606); lmms-eval does not convert them either.
 
 Only the first box of a prediction counts. A prediction without a box is wrong and counted as unparsed.
 
@@ -11,11 +14,11 @@ it, the boxes in the sample's answers are the true ones.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from parcelray.benchmarks.metrics.base import MetricResult, scored_mean, variants
-from parcelray.datasets.boxes import Box, parse_locations
+from parcelray.datasets.boxes import Box, parse_corners, parse_locations
 from parcelray.datasets.sample import Sample
 
 _THRESHOLD = 0.5
@@ -29,37 +32,44 @@ def iou(first: Box, second: Box) -> float:
     return height * width / union if union > 0 else 0.0
 
 
-def best_iou(prediction: str, sample: Sample) -> float:
-    """Returns the largest IoU of the predicted box with a true box; 0 without a prediction, NaN without a true box."""
-    targets = _targets(sample)
+def best_iou(predicted: Box | None, targets: Sequence[Box]) -> float:
+    """Returns the largest IoU of a predicted box with a true box; 0 without a prediction, NaN without a true box."""
     if not targets:
         return math.nan
-    predicted = parse_locations(prediction)
     return max(iou(predicted, target) for target in targets) if predicted is not None else 0.0
 
 
 @dataclass(frozen=True)
 class BoxIou:
-    """Accuracy at IoU 0.5, or mean IoU."""
+    """Accuracy at IoU 0.5, or mean IoU.
+
+    Args:
+        variant: name of the variant.
+        read: parses the first box of a text; None if the text contains no box.
+    """
 
     variant: str
+    read: Callable[[str], Box | None] = parse_locations
     name: str = "box_iou"
     additive: bool = True
     paper_scale: float = 100.0
 
     def __call__(self, predictions: Sequence[str], samples: Sequence[Sample]) -> MetricResult:
-        ious = [best_iou(prediction, sample) for prediction, sample in zip(predictions, samples, strict=True)]
+        boxes = [self.read(prediction) for prediction in predictions]
+        ious = [best_iou(box, self._targets(sample)) for box, sample in zip(boxes, samples, strict=True)]
         values = tuple(ious) if self.variant == "mean" else accuracies(ious, _THRESHOLD)
         totals = {
             self.name: scored_mean(values),
             "accuracy_50": scored_mean(accuracies(ious, _THRESHOLD)),
             "mean_iou": scored_mean(ious),
         }
-        unparsed = sum(
-            not math.isnan(value) and parse_locations(text) is None
-            for value, text in zip(ious, predictions, strict=True)
-        )
+        unparsed = sum(not math.isnan(value) and box is None for value, box in zip(ious, boxes, strict=True))
         return MetricResult(values, totals, unparsed)
+
+    def _targets(self, sample: Sample) -> list[Box]:
+        if "box" in sample.metadata:
+            return [Box(*sample.metadata["box"])]
+        return [box for answer in sample.answers if (box := self.read(answer)) is not None]
 
 
 def accuracies(ious: Sequence[float], threshold: float) -> tuple[float, ...]:
@@ -67,14 +77,8 @@ def accuracies(ious: Sequence[float], threshold: float) -> tuple[float, ...]:
     return tuple(value if math.isnan(value) else float(value >= threshold) for value in ious)
 
 
-def _targets(sample: Sample) -> list[Box]:
-    if "box" in sample.metadata:
-        return [Box(*sample.metadata["box"])]
-    return [box for answer in sample.answers if (box := parse_locations(answer)) is not None]
-
-
 def _area(box: Box) -> float:
     return max(0.0, box.bottom - box.top) * max(0.0, box.right - box.left)
 
 
-BOX_IOU = variants((BoxIou("at_50"), BoxIou("mean")))
+BOX_IOU = variants((BoxIou("at_50"), BoxIou("mean"), BoxIou("lmms_eval", parse_corners)))

@@ -2,6 +2,8 @@
 
 Variants:
     official: equal strings (the official scorer; big_vision).
+    llava: the prediction in lower case and without full stops at its end equals the answer (LLaVA's
+        `convert_gqa_for_eval.py` before the official scorer).
     lmms_eval: case and ASCII punctuation are ignored, surrounding spaces are not.
     vlmevalkit: equal after stripping, in lower case.
 
@@ -10,7 +12,7 @@ Sub-scores: `binary` and `open` (structural type `query` is open), and one per s
 Metadata read: `types`, a mapping with `structural` and `semantic` (optional).
 """
 
-from parcelray.benchmarks.metrics.base import PerSampleMetric, variants
+from parcelray.benchmarks.metrics.base import UNSCORED, Judgement, PerSampleMetric, variants
 from parcelray.benchmarks.metrics.exact_match import as_is, matcher, stripped, without_punctuation
 from parcelray.datasets.sample import Sample
 
@@ -21,7 +23,16 @@ def _groups(sample: Sample) -> tuple[str, ...]:
     return ((("open" if types["structural"] == "query" else "binary"), *names)) if types.get("structural") else names
 
 
+def _llava(prediction: str, sample: Sample) -> Judgement:
+    return Judgement(float(prediction.rstrip(".").lower() in sample.answers)) if sample.answers else UNSCORED
+
+
 GQA = variants(
-    PerSampleMetric("gqa", variant, matcher(text), _groups)
-    for variant, text in (("official", as_is), ("lmms_eval", without_punctuation), ("vlmevalkit", stripped))
+    PerSampleMetric("gqa", variant, judge, _groups)
+    for variant, judge in (
+        ("official", matcher(as_is)),
+        ("llava", _llava),
+        ("lmms_eval", matcher(without_punctuation)),
+        ("vlmevalkit", matcher(stripped)),
+    )
 )

@@ -20,8 +20,9 @@ from parcelray.config.benchmark import (
     ColumnsConfig,
     PromptFamily,
     TableSource,
+    of_family,
 )
-from parcelray.datasets.boxes import Box, format_locations
+from parcelray.datasets.boxes import Box, format_corners, format_locations
 from parcelray.datasets.sample import Sample
 from parcelray.errors import UserError
 
@@ -34,7 +35,7 @@ class TableReader:
 
     Args:
         benchmark: configuration with a source of type table.
-        family: model family, which selects the prompt template.
+        family: model family, which selects the prompt template, the expected answers and the metric.
         data: file or folder of the data; None: the Hugging Face hub.
     """
 
@@ -232,17 +233,21 @@ class TableReader:
         metadata: dict[str, Any] = {name: cells[column] for name, column in columns.metadata.items()}
         if columns.choices:
             metadata["choices"] = choices
-        if columns.answers is not None and columns.answers.form in ("choice_text", "choice_letter"):
-            # The text of the choice may be the letter of another one.
-            metadata["target_index"] = _choice_index(cells[columns.answers.column], choices)
+            candidates = _candidates(columns.answers, self.family, choices) if columns.answers is not None else choices
+            if candidates != choices:
+                metadata["candidates"] = candidates
         answers: tuple[str, ...] = ()
         if columns.answers is not None:
-            answers = _answers(columns.answers, cells[columns.answers.column], choices)
+            answers = _answers(columns.answers, self.family, cells[columns.answers.column], choices)
+            if of_family(columns.answers.form, self.family) in ("choice_text", "choice_letter"):
+                # The text of the choice may be the letter of another one.
+                metadata["target_index"] = _choice_index(cells[columns.answers.column], choices)
             if not answers and self.benchmark.unscorable is None:
                 raise BadCell("no answer")
         if columns.box is not None:
             metadata["box"] = list(_box(columns.box, cells, images[0]))
-            answers = answers or (format_locations(Box(*metadata["box"])),)
+            write = format_corners if of_family(columns.box.answer, self.family) == "corners" else format_locations
+            answers = answers or (write(Box(*metadata["box"])),)
         if columns.mask is not None:
             metadata["mask"] = _mask(cells[columns.mask], images[0])
         return Sample(
@@ -253,7 +258,7 @@ class TableReader:
             images=images,
             prompt=self._prompt(cells, choices),
             answers=answers,
-            metric=self.benchmark.metric or "",
+            metric=self.benchmark.metric_of(self.family) or "",
             scene=self.cluster(row),
             metadata=metadata,
         )
@@ -327,9 +332,10 @@ def _listed(value: Any) -> list[Any]:
     return list(value or [])
 
 
-def _answers(config: AnswersConfig, value: Any, choices: Sequence[str]) -> tuple[str, ...]:
-    match config.form:
-        case "text":
+def _answers(config: AnswersConfig, family: PromptFamily, value: Any, choices: Sequence[str]) -> tuple[str, ...]:
+    form = of_family(config.form, family)
+    match form:
+        case "text" | "letter":
             values = [value]
         case "list":
             values = list(value or [])
@@ -340,11 +346,20 @@ def _answers(config: AnswersConfig, value: Any, choices: Sequence[str]) -> tuple
         case "truth":
             values = [] if value is None else ["True" if value in (True, "True", "true", 1) else "False"]
         case "choice_text" | "choice_letter":
-            values = [_choice(value, choices, as_letter=config.form == "choice_letter")]
+            values = [_choice(value, choices, as_letter=form == "choice_letter")]
     texts = ["" if answer is None else str(answer) for answer in values]
-    if config.drop_empty:
+    if of_family(config.drop_empty, family):
         texts = [text for text in texts if text]
-    return tuple(config.template.format(answer=text) for text in texts) if any(texts) else ()
+    template = of_family(config.template, family)
+    return tuple(template.format(answer=text) for text in texts) if any(texts) else ()
+
+
+def _candidates(config: AnswersConfig, family: PromptFamily, choices: Sequence[str]) -> list[str]:
+    """Returns the answer that names each choice in the form that the prompt of a family asks for."""
+    by_letter = of_family(config.form, family) in ("letter", "choice_letter")
+    template = of_family(config.template, family)
+    names = _lettered(choices) if by_letter else [choice for choice in choices if choice.strip()]
+    return [template.format(answer=name) for name in names]
 
 
 def _choice(value: Any, choices: Sequence[str], *, as_letter: bool) -> str:

@@ -87,7 +87,7 @@ def prediction_key(sample: Sample, *, model: str, num_visual_tokens: int, settin
     images = [hashlib.sha256(image).hexdigest() for image in sample.images]
     parts = [_LAYOUT, sample.benchmark, sample.id, model, num_visual_tokens, settings.to_json(), sample.prompt, images]
     if settings.decoding == "likelihood":
-        parts.append(sample.metadata.get("choices"))
+        parts.append(sample.metadata.get("candidates") or sample.metadata.get("choices"))
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 

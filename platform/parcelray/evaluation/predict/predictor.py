@@ -378,7 +378,7 @@ def _decoded(images: Iterable[bytes]) -> tuple[dict[bytes, Image.Image], dict[by
 
 
 def _choices(sample: Sample) -> list[str]:
-    choices = sample.metadata.get("choices")
+    choices = sample.metadata.get("candidates") or sample.metadata.get("choices")
     if not choices:
         raise UserError(
             f"Sample {sample.id!r} of {sample.benchmark} has no choices, which decoding by likelihood needs; give the"
