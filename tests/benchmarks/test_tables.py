@@ -219,7 +219,7 @@ def test_letters_stay_with_their_columns(tmp_path: Path, empty: str | None, as_l
     texts: list[Any] = ["x", None if as_list and empty == "nan" else empty, "y", "z", empty and " "]
     row = {"options": texts} if as_list else dict(zip("ABCDE", texts, strict=True))
     names = ["options"] if as_list else list("ABCDE")
-    for form, answer in (("text", "C"), ("choice_text", "2"), ("choice_letter", "2")):
+    for form, answer in (("text", "y"), ("letter", "C"), ("choice_text", "2"), ("choice_letter", "2")):
         target = {"answer": answer}
         reader = _choice_reader(
             tmp_path / form, [row | target], choices=names, answers={"column": "answer", "form": form}
@@ -227,7 +227,9 @@ def test_letters_stay_with_their_columns(tmp_path: Path, empty: str | None, as_l
         (sample,) = reader.read(0).samples
         assert sample.prompt == "q|A. x\nC. y\nD. z|(A) x, (C) y, (D) z|x \t y \t z"
         assert [choice.strip() for choice in sample.metadata["choices"]] == ["x", "", "y", "z"]
-        assert sample.answers == (("y",) if form == "choice_text" else ("C",))
+        by_text = form in ("text", "choice_text")
+        assert sample.answers == (("y",) if by_text else ("C",))
+        assert sample.metadata["candidates"] == (["x", "y", "z"] if by_text else ["A", "C", "D"])
         assert metric("multiple_choice")(["C", "D", "y"], [sample] * 3).values == (1, 0, 1)
 
 

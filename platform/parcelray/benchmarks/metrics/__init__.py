@@ -47,7 +47,7 @@ METRICS: Mapping[str, Mapping[str, Metric]] = {
 """Variants of every metric by name; the first variant is the default."""
 
 RENAMED: Mapping[str, str] = {"anls:strict": "anls:paper", "anls:lmms_eval": "anls:docvqa_server"}
-"""New names of variants whose names are in the samples of earlier evaluations."""
+"""Current names of variants by earlier names, which the samples of stored evaluations have."""
 
 
 def metric(name: str, *, mask_decoder: Path | None = None) -> Metric:
@@ -60,15 +60,10 @@ def metric(name: str, *, mask_decoder: Path | None = None) -> Metric:
     Raises:
         UserError: the metric or the variant does not exist.
     """
-    family, _, variant = name.partition(":")
+    family, _, variant = RENAMED.get(name, name).partition(":")
     if family not in METRICS:
         raise UserError(f"There is no metric {family!r}{_similar(family, METRICS)}; legal: {', '.join(METRICS)}.")
     members = METRICS[family]
-    if name in RENAMED:
-        raise UserError(
-            f"The metric {name} is named {RENAMED[name]} now; use this name, for an earlier evaluation in `parcelray"
-            f" evaluate score FOLDER --metric BENCHMARK={RENAMED[name]}`."
-        )
     if variant and variant not in members:
         raise UserError(
             f"{family} has no variant {variant!r}{_similar(variant, members)}; legal: {', '.join(members)}."

@@ -132,8 +132,8 @@ def target_letter(sample: Sample, options: Options) -> str | None:
     if not sample.answers:
         return None
     answer = sample.answers[0].strip()
-    texts = {choice.strip(): letter for letter, choice in reversed(list(options.items()))}
-    return _known(answer.upper(), options) or texts.get(answer) or read_paligemma_sqa(answer, options)
+    by_text = next((letter for letter, choice in options.items() if choice.strip() == answer), None)
+    return _known(answer.upper(), options) or by_text or read_paligemma_sqa(answer, options)
 
 
 def _known(letter: str, options: Options) -> str | None:

@@ -258,12 +258,12 @@ class TableReader:
             candidates = _candidates(columns.answers, self.family, choices) if columns.answers is not None else choices
             if candidates != choices:
                 metadata["candidates"] = candidates
-        if columns.answers is not None and of_family(columns.answers.form, self.family) in CHOICE_FORMS:
-            # The text of the choice may be the letter of another one.
-            metadata["target_index"] = _choice_index(cells[columns.answers.column], choices)
         answers: tuple[str, ...] = ()
         if columns.answers is not None:
             answers = expected_answers(columns.answers, self.family, cells[columns.answers.column], choices)
+            if of_family(columns.answers.form, self.family) in CHOICE_FORMS:
+                # The text of the choice may be the letter of another one.
+                metadata["target_index"] = _choice_index(cells[columns.answers.column], choices)
             if not answers and self.benchmark.unscorable is None:
                 raise BadCell("no answer")
         if columns.box is not None:
@@ -393,7 +393,8 @@ def _candidates(config: AnswersConfig, family: PromptFamily, choices: Sequence[s
     """Returns the answer that names each choice in the form that the prompt of a family asks for."""
     by_letter = of_family(config.form, family) in ("letter", "choice_letter")
     template = of_family(config.template, family)
-    return [template.format(answer=name) for name in (_lettered(choices) if by_letter else choices)]
+    names = _lettered(choices) if by_letter else [choice for choice in choices if choice.strip()]
+    return [template.format(answer=name) for name in names]
 
 
 def _choice(value: Any, choices: Sequence[str], *, as_letter: bool) -> str:
