@@ -321,7 +321,7 @@ def test_broken_files_are_reported(tmp_path: Path) -> None:
     (tmp_path / "x.jsonl").write_text('{"name": 1}\n{"name": \n')
     with pytest.raises(UserError, match="line 2 is not JSON"):
         _reader(tmp_path / "x.jsonl").fingerprint()
-    (tmp_path / "x.jsonl").write_bytes('{"name": "café"}\n'.encode("latin-1"))
+    (tmp_path / "x.jsonl").write_bytes('{"name": "caf\u00e9"}\n'.encode("latin-1"))
     with pytest.raises(UserError, match="line 1 is not encoded as UTF-8; convert the file"):
         _reader(tmp_path / "x.jsonl").fingerprint()
     (tmp_path / "csv").mkdir()
