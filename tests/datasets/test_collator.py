@@ -114,7 +114,7 @@ def _with_a_broken_chunk(png: bytes) -> bytes:
     ids=["empty", "text", "cut", "chunk"],
 )
 def test_bytes_that_are_not_an_image_are_rejected(data: bytes) -> None:
-    with pytest.raises(UserError, match=rf"An image of {len(data)} bytes cannot be decoded; give PNG or JPEG bytes"):
+    with pytest.raises(UserError, match=rf"An image of {len(data)} bytes cannot be decoded"):
         decode_image(data)
 
 

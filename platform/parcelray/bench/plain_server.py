@@ -5,14 +5,13 @@ answers are cut. Checkpoint, processor, precision and threads are those of the e
 """
 
 import base64
-import io
 from typing import Any
 
 import torch
 from fastapi import FastAPI
-from PIL import Image
 from ray import serve
 
+from parcelray.datasets.images import decode_image
 from parcelray.models.vlm import load_processor
 from parcelray.serving.replica import ReplicaSettings
 from parcelray.serving.replica.load import load_model
@@ -60,7 +59,7 @@ class PlainServer:
     def _generate(self, bodies: list[dict[str, Any]], budget: int) -> list[tuple[str, int]]:
         parts = [body["messages"][0]["content"] for body in bodies]
         images = [
-            [Image.open(io.BytesIO(base64.b64decode(content[0]["image_url"]["url"].partition(",")[2]))).convert("RGB")]
+            [decode_image(base64.b64decode(content[0]["image_url"]["url"].partition(",")[2]), transparency="white")]
             for content in parts
         ]
         processor: Any = self._processor

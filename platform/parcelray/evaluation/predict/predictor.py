@@ -172,12 +172,12 @@ class Predictor:
         watch = self._reducer is not None and self._reducer.reads == "encoder"
 
         def encode() -> EncodedImages:
-            decoded, problems = _decoded(images)
-            if blind or not decoded:
-                return EncodedImages(tuple(decoded), problems, None)
-            pixels = self._processor.image_processor(list(decoded.values()), return_tensors="pt")["pixel_values"]
+            fitted, problems = _fitted(images, self._processor)
+            if blind or not fitted:
+                return EncodedImages(tuple(fitted), problems, None)
+            pixels = self._processor.normalised(list(fitted.values()))
             return EncodedImages(
-                tuple(decoded),
+                tuple(fitted),
                 problems,
                 EncoderView(self._model.model, pixels.to(self._device, self._model.dtype), watch=watch),
             )
@@ -364,17 +364,17 @@ class Predictor:
             )
 
 
-def _decoded(images: Iterable[bytes]) -> tuple[dict[bytes, Image.Image], dict[bytes, str]]:
-    """Decodes each distinct image; returns the images, and the reason for each one that cannot be decoded."""
-    decoded: dict[bytes, Image.Image] = {}
+def _fitted(images: Iterable[bytes], processor: ElasticProcessor) -> tuple[dict[bytes, Image.Image], dict[bytes, str]]:
+    """Decodes each distinct image to the model's input size; returns the images, and the problems of the others."""
+    fitted: dict[bytes, Image.Image] = {}
     problems: dict[bytes, str] = {}
     for image in images:
-        if image not in decoded and image not in problems:
+        if image not in fitted and image not in problems:
             try:
-                decoded[image] = decode_image(image)
+                fitted[image] = processor.fitted(decode_image(image))
             except UserError as error:
                 problems[image] = str(error)
-    return decoded, problems
+    return fitted, problems
 
 
 def _choices(sample: Sample) -> list[str]:

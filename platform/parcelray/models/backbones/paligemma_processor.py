@@ -6,7 +6,7 @@ from typing import Any
 from PIL import Image
 from transformers import BatchFeature, PaliGemmaProcessor
 
-from parcelray.models.backbones.processor_base import ElasticProcessor
+from parcelray.models.backbones.processor_base import ONLY_NORMALISE, ElasticProcessor
 
 
 class ElasticPaliGemmaProcessor(ElasticProcessor, PaliGemmaProcessor):  # type: ignore[misc]
@@ -43,7 +43,8 @@ class ElasticPaliGemmaProcessor(ElasticProcessor, PaliGemmaProcessor):  # type: 
         """Builds a batch.
 
         Args:
-            images: images (or video frames) of each prompt in order; None for text only (the blind baseline).
+            images: images (or video frames) of each prompt in order, see `fitted`; None for text only (the blind
+                baseline).
             text: prompts without placeholders.
             suffix: answers, for training; adds `labels` to the result.
             num_visual_tokens: placeholders per image; None means one per patch, as in the stock processor.
@@ -66,9 +67,10 @@ class ElasticPaliGemmaProcessor(ElasticProcessor, PaliGemmaProcessor):  # type: 
         self.image_seq_length = default if num_visual_tokens is None else num_visual_tokens
         try:
             return super().__call__(
-                images=[list(group) for group in images],
+                images=[[self.fitted(image) for image in group] for group in images],
                 text=placeholders,
                 suffix=list(suffix) if suffix is not None else None,
+                **ONLY_NORMALISE,
                 **kwargs,
             )
         finally:

@@ -6,7 +6,13 @@ from typing import Any
 
 import torch
 from PIL import Image
+from torch import Tensor
 from transformers import BatchFeature
+
+from parcelray.errors import UserError
+
+ONLY_NORMALISE = {"do_resize": False, "do_center_crop": False}
+"""Settings of an image processor for images that have the model's input size."""
 
 
 class ElasticProcessor:
@@ -58,9 +64,39 @@ class ElasticProcessor:
         )
 
     def fitted(self, image: Image.Image) -> Image.Image:
-        """Returns the image at the model's input size, resized as by the image processor."""
-        size = (self.image_size, self.image_size)
-        return image if image.size == size else image.resize(size, Image.Resampling.BICUBIC)
+        """Returns an image at the model's input size: [image_size, image_size], RGB.
+
+        The result is that of the image processor before normalisation. Only what is in the result is resized, so that
+        a long and narrow image needs little memory.
+
+        Args:
+            image: RGB image without transparency, as `datasets.images.decode_image` returns it.
+
+        Raises:
+            UserError: the image has another mode, or transparency.
+        """
+        if image.mode != "RGB" or "transparency" in image.info:
+            raise UserError(
+                f"An image has the mode {image.mode}{' with transparency' * image.has_transparency_data}; give RGB"
+                " images without transparency, as parcelray.datasets.images.decode_image returns them."
+            )
+        return self._fitted(image)
+
+    def _fitted(self, image: Image.Image) -> Image.Image:
+        return image.resize((self.image_size, self.image_size), self._resample)
+
+    @property
+    def _resample(self) -> Image.Resampling:
+        return Image.Resampling(int(self.image_processor.resample))
+
+    def normalised(self, fitted: Sequence[Image.Image]) -> Tensor:
+        """Returns the pixel values of images that `fitted` returned: float [I, 3, image_size, image_size]."""
+        pixels: Tensor = self.image_processor(list(fitted), return_tensors="pt", **ONLY_NORMALISE)["pixel_values"]
+        return pixels
+
+    def pixel_values(self, images: Sequence[Image.Image]) -> Tensor:
+        """Returns the pixel values of decoded images: float [I, 3, image_size, image_size]."""
+        return self.normalised([self.fitted(image) for image in images])
 
     def prompts(
         self, texts: Sequence[str], num_images: int, *, num_visual_tokens: int, answers: Sequence[str] | None = None
