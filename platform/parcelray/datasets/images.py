@@ -1,7 +1,6 @@
 """The image decoder of training, evaluation and serving."""
 
 import io
-from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -46,7 +45,7 @@ def decode_image(
     data: bytes,
     *,
     transparency: Transparency = "drop",
-    formats: Sequence[str] = FORMATS,
+    formats: tuple[str, ...] = FORMATS,
     max_pixels: int = MAX_PIXELS,
 ) -> Image.Image:
     """Decodes the first frame of an image to RGB, 8 bits per channel, upright by its EXIF orientation.
@@ -88,19 +87,21 @@ def image_size(data: bytes) -> tuple[int, int]:
     """
     opened = _opened(data, FORMATS, MAX_PIXELS)
     width, height = opened.size
-    return (height, width) if _orientation(opened) in _SWAPS_SIDES else (width, height)
+    # Pillow applies the orientation of TIFF files itself.
+    turned = opened.format != "TIFF" and _orientation(opened) in _SWAPS_SIDES
+    return (height, width) if turned else (width, height)
 
 
-def _opened(data: bytes, formats: Sequence[str], max_pixels: int) -> Image.Image:
+def _opened(data: bytes, formats: tuple[str, ...], max_pixels: int) -> Image.Image:
     """Reads the header of an image."""
     if not data:
         raise _broken(data)
     try:
         opened = Image.open(io.BytesIO(data), formats=formats)
     except UnidentifiedImageError:
-        legal = ", ".join(formats)
         raise UnknownImageFormat(
-            f"An image of {len(data)} bytes cannot be decoded; legal are the formats {legal}. Convert it to one of them."
+            f"An image of {len(data)} bytes cannot be decoded; legal formats are {', '.join(formats)}. Convert it to"
+            " one of them."
         ) from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         # Where warnings are errors, Pillow refuses images at half of its limit.

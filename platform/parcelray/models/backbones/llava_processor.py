@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from PIL import Image
 from transformers import BatchFeature, LlavaProcessor
 
-from parcelray.models.backbones.processor_base import ONLY_NORMALISE, ElasticProcessor
+from parcelray.models.backbones.processor_base import ONLY_NORMALISE, REDUCING_GAP, ElasticProcessor
 
 _LONGEST_PADDED = 4096
 """Longest side that is padded to a square as it is, in pixels; a longer image is first resized to it."""
@@ -100,7 +100,8 @@ class ElasticLlavaProcessor(ElasticProcessor, LlavaProcessor):  # type: ignore[m
         if max(image.size) > _LONGEST_PADDED:
             # The square would have 60,000 x 60,000 pixels for an image of 60,000 x 1.
             shrink = _LONGEST_PADDED / max(image.size)
-            image = image.resize([max(1, round(length * shrink)) for length in image.size], self._resample)
+            shrunk = [max(1, round(length * shrink)) for length in image.size]
+            image = image.resize(shrunk, self._resample, reducing_gap=REDUCING_GAP)
         longest = max(image.size)
         colour = tuple(int(255 * mean) for mean in self.image_processor.image_mean)
         square = Image.new("RGB", (longest, longest), colour)

@@ -11,6 +11,11 @@ from transformers import BatchFeature
 
 from parcelray.errors import UserError
 
+REDUCING_GAP = 128
+"""Argument of Pillow's `resize`: the oversampling from which it averages blocks of pixels first.
+
+It has an effect on sides above 256 times the result's. Their resampling kernels would need more memory than the image.
+"""
 ONLY_NORMALISE = {"do_resize": False, "do_center_crop": False}
 """Settings of an image processor for images that have the model's input size."""
 
@@ -83,7 +88,7 @@ class ElasticProcessor:
         return self._fitted(image)
 
     def _fitted(self, image: Image.Image) -> Image.Image:
-        return image.resize((self.image_size, self.image_size), self._resample)
+        return image.resize((self.image_size, self.image_size), self._resample, reducing_gap=REDUCING_GAP)
 
     @property
     def _resample(self) -> Image.Resampling:
