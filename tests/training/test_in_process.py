@@ -181,6 +181,19 @@ def test_no_checkpoint_has_weights_that_are_not_finite(tmp_path: Path) -> None:
         assert all(bool(values.isfinite().all()) for values in _weights(checkpoint).values())
 
 
+def test_validation_of_a_model_without_finite_logits_stops_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def generate(*arguments: Any, on_scores: Any, **settings: Any) -> Any:
+        ids = decoding.generate(*arguments, on_scores=lambda scores: on_scores(scores * torch.nan), **settings)
+        return ids
+
+    monkeypatch.setattr(predictor, "generate", generate)
+    job = tiny_job(tmp_path, validation={"samples": 1, "budgets": [16], "every_steps": 1})
+    with pytest.raises(NotFiniteError, match=r"Sample '.*' of mini: The model's logits are not finite"):
+        fit_in_process(job, tmp_path, checkpoint=None, logger=NoMetrics())
+
+
 def test_an_unsupported_budget_is_refused_before_the_first_step(tmp_path: Path) -> None:
     job: TrainJob = tiny_job(tmp_path, budget={"type": "uniform", "budgets": [8]})
     with pytest.raises(UnsupportedBudgetError, match="parcel does not support 8"):

@@ -88,7 +88,7 @@ class Collator:
         return labels.reshape(-1)
 
     def _token(self, word: str) -> int:
-        return int(self._tokenizer(word, add_special_tokens=False)["input_ids"][0])
+        return self._processor.encode_text([word])[0][0]
 
     def _pixels(self, data: bytes) -> NDArray[np.uint8]:
         return np.asarray(self._processor.fitted(decode_image(data)), dtype=np.uint8).transpose(2, 0, 1)

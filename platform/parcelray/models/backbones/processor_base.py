@@ -1,4 +1,8 @@
-"""Base class of the elastic processors: prompts with as many image placeholders as the budget."""
+"""Base class of the elastic processors: prompts with as many image placeholders as the budget.
+
+Only the processors write control tokens (start, end, padding, image placeholder), by their ids. Texts of users, data
+and benchmarks are encoded apart from them, so that no text becomes a control token.
+"""
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
@@ -12,7 +16,7 @@ from transformers import BatchFeature
 class ElasticProcessor:
     """Text and pixel processing of an elastic model: a mix-in that precedes the transformers processor.
 
-    Saved files are those of the stock class.
+    The call takes the budget as a keyword. Saved files are those of the stock class.
     """
 
     tokenizer: Any
@@ -45,17 +49,53 @@ class ElasticProcessor:
     def num_patches(self) -> int:
         """Number of patches of an image, N."""
 
+    def __call__(
+        self,
+        images: Sequence[Sequence[Image.Image]] | None = None,
+        text: Sequence[str] = (),
+        suffix: Sequence[str] | None = None,
+        *,
+        num_visual_tokens: int | None = None,
+    ) -> BatchFeature:
+        """Builds a padded batch of model inputs.
+
+        Args:
+            images: images (or video frames) of each prompt in order, equally many per prompt; None for text only (the
+                blind baseline).
+            text: prompts without placeholders.
+            suffix: answers, for training; adds `labels` to the result.
+            num_visual_tokens: placeholders per image; None means one per patch, as in the stock processor.
+
+        Returns:
+            input_ids, attention_mask and token_type_ids [B, S] (0: prompt, 1: answer), with images pixel_values
+            [I, C, H, W], and with answers labels [B, S] (-100 except for answers).
+        """
+        budget = self.num_patches if num_visual_tokens is None else num_visual_tokens
+        (num_images,) = {len(group) for group in images} if images is not None else {0}
+        batch = self.prompts(text, num_images, num_visual_tokens=budget, answers=suffix)
+        if suffix is not None:
+            batch["labels"] = batch["input_ids"].where(batch["token_type_ids"] == 1, -100)
+        if images is not None:
+            flat = [image for group in images for image in group]
+            batch["pixel_values"] = self.image_processor(flat, return_tensors="pt")["pixel_values"]
+        return batch
+
+    def encode_text(self, texts: Sequence[str]) -> list[list[int]]:
+        """Returns the token ids of texts without start and end tokens.
+
+        The name of a control token in a text, such as `<image>`, `<eos>` or `<pad>`, is encoded as ordinary characters.
+        Location and segment tokens (`<loc0000>`, `<seg000>`) control nothing: they are words of the vocabulary, in
+        prompts and answers.
+        """
+        return list(self.tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True)["input_ids"])
+
     @abstractmethod
     def encode_prompts(self, texts: Sequence[str], *, with_image: bool = True) -> list[list[int]]:
         """Returns the token ids of whole prompts without image placeholders, which belong at `visual_offset`."""
 
     def encode_answers(self, answers: Sequence[str]) -> list[list[int]]:
         """Returns the token ids of answers with their end token."""
-        return list(
-            self.tokenizer([answer + self.tokenizer.eos_token for answer in answers], add_special_tokens=False)[
-                "input_ids"
-            ]
-        )
+        return [[*ids, self.tokenizer.eos_token_id] for ids in self.encode_text(answers)]
 
     def fitted(self, image: Image.Image) -> Image.Image:
         """Returns the image at the model's input size, resized as by the image processor."""
