@@ -19,7 +19,8 @@ from parcelray.models.backbones.llava_processor import ElasticLlavaProcessor
 from parcelray.models.backbones.paligemma_processor import ElasticPaliGemmaProcessor
 from parcelray.models.backbones.processor_base import ElasticProcessor
 from parcelray.models.mini import build_config, build_model, build_processor, save_checkpoint
-from parcelray.models.mini_llava import build, build_config as build_llava_config
+from parcelray.models.mini_llava import build
+from parcelray.models.mini_llava import build_config as build_llava_config
 from parcelray.models.mini_llava import build_model as build_llava_model
 from parcelray.models.mini_llava import build_processor as build_llava_processor
 from parcelray.models.reduced_decoder import encode_prompts
@@ -74,7 +75,7 @@ def _processor_of(family: str) -> ElasticProcessor:
             image_processor=siglip, tokenizer=GemmaTokenizer(vocab=vocabulary, merges=merges)
         )
     vocabulary, merges = _vocabulary(["<unk>", "<s>", "</s>"])
-    tokenizer = LlamaTokenizer(vocab=vocabulary, merges=merges, padding_side="left")
+    tokenizer = LlamaTokenizer(vocab=vocabulary, merges=merges, padding_side="left", add_bos_token=True)
     names = [AddedToken("<image>", special=True, normalized=False), AddedToken("<pad>", special=True, normalized=False)]
     tokenizer.add_tokens(names, special_tokens=True)
     tokenizer.pad_token = "<pad>"

@@ -2,13 +2,16 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from parcelray.config.train import TrainJob
-from parcelray.errors import SystemFailure, UnsupportedBudgetError
+from parcelray.errors import NotFiniteError, SystemFailure, UnsupportedBudgetError
+from parcelray.evaluation.predict import predictor
+from parcelray.models import decoding
 from parcelray.models.vlm import load_vlm
 from parcelray.tracking.metric_logger import NoMetrics
 from parcelray.training.start import build_start
@@ -185,8 +188,7 @@ def test_validation_of_a_model_without_finite_logits_stops_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def generate(*arguments: Any, on_scores: Any, **settings: Any) -> Any:
-        ids = decoding.generate(*arguments, on_scores=lambda scores: on_scores(scores * torch.nan), **settings)
-        return ids
+        return decoding.generate(*arguments, on_scores=lambda scores: on_scores(scores * torch.nan), **settings)
 
     monkeypatch.setattr(predictor, "generate", generate)
     job = tiny_job(tmp_path, validation={"samples": 1, "budgets": [16], "every_steps": 1})

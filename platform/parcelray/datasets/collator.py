@@ -83,7 +83,7 @@ class Collator:
                 words[top : max(bottom, top + 1), left : max(right, left + 1)] = self._token(region["word"])
             labels[image] = words.reshape(-1)
             background = np.flatnonzero(labels[image] == IGNORED)
-            count = min(len(background), max(1, grid * grid - len(background)))
+            count = max(1, min(len(background), grid * grid - len(background)))
             labels[image, background[:: max(1, len(background) // count)]] = self._token(BACKGROUND)
         return labels.reshape(-1)
 

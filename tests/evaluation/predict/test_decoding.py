@@ -45,8 +45,10 @@ def trained(request: pytest.FixtureRequest) -> Model:
         model = build_model(build_config(CONFIG, paligemma_processor), 0)
     model.eval()
     with torch.no_grad():
-        # The embeddings are also the output head: at their usual scale an untrained model repeats the last token.
-        model.get_input_embeddings().get_parameter("weight").mul_(0.02)
+        # With random weights, attention is nearly uniform, and tied embeddings repeat the last word; both are adjusted.
+        for layer in model.model.language_model.layers:
+            layer.self_attn.q_proj.weight.mul_(8)
+        model.get_input_embeddings().get_parameter("weight").mul_(0.2)
     return model, processor
 
 
@@ -68,7 +70,7 @@ def _sample(prompt: str, color: int = 0, **changes: Any) -> Sample:
         "images": (png((40 * color, 255 - 40 * color, 90)),),
         "prompt": prompt,
         "answers": ("red",),
-        "metadata": {"choices": ["red", "blue 47"]},
+        "metadata": {"choices": ["red", "blue green"]},
     }
     return Sample(**(values | changes))
 
@@ -156,8 +158,9 @@ def test_settings_of_the_checkpoint_have_no_effect(
 def test_the_settings_would_change_the_answers_of_transformers(case: Model) -> None:
     model, _ = case
     plain = _first_tokens(case)
-    for name, changed in SETTINGS[:3] + SETTINGS[6:10]:
-        model.generation_config = GenerationConfig(**changed(plain))
+    changed = {name: settings(plain) for name, settings in SETTINGS}
+    for name in ("bad_words", "suppress_tokens", "begin_suppress_tokens", "sequence_bias"):
+        model.generation_config = GenerationConfig(**changed[name])
         assert _first_tokens(case) != plain, name
 
 
@@ -239,8 +242,8 @@ MIXED = [SAMPLES[0], BAD, SAMPLES[1]]
         ({}, FULL),
         ({"decoding": "beam", "num_beams": 2}, FULL),
         ({"decoding": "likelihood"}, FULL),
-        ({"reducer": FASTV}, 100),
-        ({"reducer": FASTV, "decoding": "likelihood"}, 100),
+        ({"reducer": FASTV}, 200),
+        ({"reducer": FASTV, "decoding": "likelihood"}, 200),
         ({"reducer": '{"type": "saliency", "definition": "last_text", "layer": 0}'}, 100),
         ({"reducer": '{"type": "restore"}'}, 100),
     ],
@@ -275,7 +278,9 @@ def test_a_single_infinite_logit_is_a_problem(case: Model) -> None:
         handle.remove()
 
 
-@pytest.mark.parametrize("reducer", ["divprune", "cluster_aggregate", "visionzip", "tome", "fastv"])
+@pytest.mark.parametrize(
+    "reducer", ['{"type": "divprune"}', '{"type": "cluster_aggregate"}', '{"type": "visionzip"}', FASTV]
+)
 def test_an_image_without_finite_features_is_a_problem_of_its_sample(case: Model, reducer: str) -> None:
     model, _ = case
     black = _sample("how many red", images=(png((0, 0, 0)),))
@@ -285,9 +290,8 @@ def test_an_image_without_finite_features_is_a_problem_of_its_sample(case: Model
         return (args[0].masked_fill(black_I[:, None, None, None], math.nan),)
 
     handle = model.model.vision_tower.register_forward_pre_hook(poison)
-    samples = [SAMPLES[0], black, SAMPLES[1]]
     try:
-        answers = _evaluated(case, samples, 100, reducer=f'{{"type": "{reducer}"}}')
+        answers = _evaluated(case, [SAMPLES[0], black, SAMPLES[1]], 200, reducer=reducer)
     finally:
         handle.remove()
     assert [answer.problem for answer in answers] == ["", NOT_FINITE, ""]
