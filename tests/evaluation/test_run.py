@@ -215,7 +215,7 @@ def test_samples_that_cannot_be_evaluated_are_counted_up_to_a_limit(checkpoint: 
         UserError,
         match=(
             r"own: 3 of 12 samples could not be evaluated, more than max_unscored 0.1 allows; the first: row 0: An"
-            r" image of 8 bytes"
+            r" image of 8 bytes [^.]*\. Fix the data, or raise max_unscored\."
         ),
     ):
         _run(_job(tmp_path, checkpoint, name="strict", max_unscored=0.1, **choice))
@@ -247,7 +247,9 @@ def test_samples_without_finite_logits_are_problems_that_count_towards_the_limit
     assert [problem["reason"] for problem in unasked] == [NOT_FINITE] * 3
     calls.clear()
     monkeypatch.setattr(ConfidenceRecorder, "confidences", lambda recorder, lengths: [None] * len(lengths))
-    with pytest.raises(UserError, match=r"own: 12 of 12 samples could not be evaluated.* logits are not finite"):
+    with pytest.raises(
+        UserError, match=r"own: 12 of 12 samples could not be evaluated.* logits are not finite [^.]*\. Fix"
+    ):
         _run(_job(tmp_path / "strict", checkpoint, **changes))
 
 

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 from parcelray.config.connector import M3ConnectorConfig
 from parcelray.datasets.collator import IGNORED, Collator
 from parcelray.datasets.sample import Sample
+from parcelray.errors import UserError
 from parcelray.models.backbones import ElasticVLM
 from parcelray.models.backbones.llava_processor import ElasticLlavaProcessor
 from parcelray.models.backbones.paligemma_processor import ElasticPaliGemmaProcessor
@@ -57,7 +59,6 @@ def _vocabulary(special: list[str]) -> tuple[dict[str, int], list[tuple[str, str
         trainers.BpeTrainer(vocab_size=500, special_tokens=first, show_progress=False),
     )
     model = json.loads(tokenizer.to_str())["model"]
-    # Learnt after the others, as in a vocabulary from much text in which the names occur.
     return model["vocab"], [tuple(pair) for pair in model["merges"]]
 
 
@@ -170,6 +171,16 @@ def test_names_of_control_tokens_in_an_answer_stay_text(processor: ElasticProces
         assert ids[-1] == processor.tokenizer.eos_token_id
         assert not controls & set(ids[:-1]), text
         assert processor.tokenizer.decode(ids, skip_special_tokens=True).strip() == text.strip()
+
+
+def test_what_the_call_does_not_support_is_refused(processor: ElasticProcessor) -> None:
+    call: Any = processor
+    with pytest.raises(UserError, match="padding False and return_tensors 'np'; it returns padded torch tensors only"):
+        call(None, ["a"], padding=False, return_tensors="np")
+    images = random_images(3)
+    for groups in ([images[:1], images[1:]], [images[:1]], [*([image] for image in images)]):
+        with pytest.raises(UserError, match=r"2 prompts got images in groups of \[1.*; give one group per prompt"):
+            call(groups, ["a", "b"])
 
 
 def test_location_tokens_are_words_in_prompts_and_answers(processor: ElasticProcessor) -> None:

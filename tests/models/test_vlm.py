@@ -60,7 +60,7 @@ def stock_folder(tmp_path_factory: pytest.TempPathFactory, processor: Processor)
 
 def _inputs(processor: Processor, budget: int, images_per_prompt: int = 1) -> dict[str, Tensor]:
     images = [random_images(images_per_prompt, seed=index) for index in range(len(PROMPTS))]
-    return dict(processor(images=images, text=PROMPTS, num_visual_tokens=budget))
+    return dict(processor(images=images, text=PROMPTS, num_visual_tokens=budget, return_tensors="pt", padding=True))
 
 
 def test_the_stock_folder_has_the_hubs_key_names(stock_folder: Path) -> None:
@@ -92,6 +92,8 @@ def test_identity_trains_as_the_stock_model_exactly(stock_folder: Path, processo
         images=[random_images(1), random_images(1, 1)],
         text=PROMPTS,
         suffix=["red", "blue 47"],
+        return_tensors="pt",
+        padding=True,
     )
     first, second = stock(**batch), elastic(**batch, num_visual_tokens=256)
     first.loss.backward()
@@ -170,7 +172,9 @@ def test_each_image_of_a_prompt_gets_the_budget(elastic: ElasticVLM, processor: 
 def test_the_order_of_the_images_matters(elastic: ElasticVLM, processor: Processor) -> None:
     pair = random_images(2)
     logits = [
-        elastic(**processor(images=[order], text=["which"], num_visual_tokens=16), num_visual_tokens=16).logits[:, -1]
+        elastic(
+            **processor(images=[order], text=["which"], num_visual_tokens=16, return_tensors="pt"), num_visual_tokens=16
+        ).logits[:, -1]
         for order in (pair, pair[::-1])
     ]
     assert not torch.allclose(*logits)
@@ -182,7 +186,7 @@ def test_left_padding_changes_nothing(elastic: ElasticVLM, processor: Processor)
         :, batch["input_ids"].shape[1] :
     ]
     for row, prompt in enumerate(PROMPTS):
-        one = processor(images=[random_images(1, seed=row)], text=[prompt], num_visual_tokens=16)
+        one = processor(images=[random_images(1, seed=row)], text=[prompt], num_visual_tokens=16, return_tensors="pt")
         alone = elastic.generate(**one, num_visual_tokens=16, max_new_tokens=6, do_sample=False)[
             :, one["input_ids"].shape[1] :
         ]
@@ -229,6 +233,7 @@ def test_the_prefix_is_bidirectional_and_the_suffix_causal(elastic: ElasticVLM, 
         text=["how many"],
         suffix=["red blue green"],
         num_visual_tokens=16,
+        return_tensors="pt",
     )
     batch.pop("labels")
     changed = {key: value.clone() for key, value in batch.items()}
@@ -269,12 +274,14 @@ def test_peft_trains_adapters_through_the_budget(tmp_path: Path, elastic: Elasti
     peft = pytest.importorskip("peft")
     save_checkpoint(elastic, processor, tmp_path)
     adapted = peft.get_peft_model(load_vlm(tmp_path), peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
-    batch = processor(images=[random_images(1)], text=["how many"], suffix=["red"], num_visual_tokens=16)
+    batch = processor(
+        images=[random_images(1)], text=["how many"], suffix=["red"], num_visual_tokens=16, return_tensors="pt"
+    )
     adapted(**batch, num_visual_tokens=16).loss.backward()
     trained = [name for name, parameter in adapted.named_parameters() if parameter.grad is not None]
     assert trained
     assert all("lora" in name for name in trained)
-    prompt = processor(images=[random_images(1)], text=["how many"], num_visual_tokens=16)
+    prompt = processor(images=[random_images(1)], text=["how many"], num_visual_tokens=16, return_tensors="pt")
     assert adapted.generate(**prompt, num_visual_tokens=16, max_new_tokens=2).shape[0] == 1
 
 

@@ -203,7 +203,7 @@ def test_an_illegal_budget_is_refused(model: ElasticVLM, processor: Processor, s
 def test_a_processor_of_another_model_is_a_failure(
     model: ElasticVLM, processor: Processor, samples: list[Sample], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(model.config, "image_token_id", model.config.image_token_id - 1)
+    monkeypatch.setattr(processor, "image_token_id", processor.image_token_id - 1)
     with pytest.raises(SystemFailure, match="holds 0 visual tokens, but the budget requires 16"):
         Predictor(model, processor).generate(samples[:1], num_visual_tokens=16)
 

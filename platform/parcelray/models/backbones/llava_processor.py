@@ -24,6 +24,8 @@ class _Frame(NamedTuple):
 class ElasticLlavaProcessor(ElasticProcessor, LlavaProcessor):  # type: ignore[misc]
     """LLaVA's processor with the budget as a keyword of the call; saved files are those of the stock processor."""
 
+    has_token_types = False
+
     @property
     def image_size(self) -> int:
         """See `ElasticProcessor`."""

@@ -6,11 +6,13 @@ and benchmarks are encoded apart from them, so that no text becomes a control to
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import torch
 from PIL import Image
 from transformers import BatchFeature
+
+from parcelray.errors import UserError
 
 
 class ElasticProcessor:
@@ -25,6 +27,8 @@ class ElasticProcessor:
     image_processor: Any
     image_token: str
     image_token_id: int
+    has_token_types: ClassVar[bool] = True
+    """Whether the model reads `token_type_ids`, because its attention is bidirectional in the prompt."""
 
     @property
     def visual_offset(self) -> int:
@@ -56,8 +60,10 @@ class ElasticProcessor:
         suffix: Sequence[str] | None = None,
         *,
         num_visual_tokens: int | None = None,
+        padding: Literal[True] = True,
+        return_tensors: Literal["pt"] = "pt",
     ) -> BatchFeature:
-        """Builds a padded batch of model inputs.
+        """Builds a batch of model inputs, with the arguments of the stock processor and the budget.
 
         Args:
             images: images (or video frames) of each prompt in order, equally many per prompt; None for text only (the
@@ -65,18 +71,36 @@ class ElasticProcessor:
             text: prompts without placeholders.
             suffix: answers, for training; adds `labels` to the result.
             num_visual_tokens: placeholders per image; None means one per patch, as in the stock processor.
+            padding: only True is supported: prompts are left-padded, and with answers right-padded.
+            return_tensors: only `pt` is supported.
 
         Returns:
-            input_ids, attention_mask and token_type_ids [B, S] (0: prompt, 1: answer), with images pixel_values
-            [I, C, H, W], and with answers labels [B, S] (-100 except for answers).
+            input_ids, attention_mask and, for a model that reads them, token_type_ids [B, S] (0: prompt, 1: answer);
+            with images pixel_values [I, C, H, W], and with answers labels [B, S] (-100 except for answers).
+
+        Raises:
+            UserError: another value of `padding` or `return_tensors`, or prompts with different numbers of images.
         """
+        if padding is not True or return_tensors != "pt":
+            raise UserError(
+                f"The processor got padding {padding!r} and return_tensors {return_tensors!r}; it returns padded torch"
+                " tensors only: padding=True and return_tensors='pt'."
+            )
+        groups = [list(group) for group in images] if images is not None else [[] for _ in text]
+        counts = [len(group) for group in groups]
+        if len(counts) != len(text) or len(set(counts)) != 1:
+            raise UserError(
+                f"{len(text)} prompts got images in groups of {counts}; give one group per prompt, and equally many"
+                " images in each."
+            )
         budget = self.num_patches if num_visual_tokens is None else num_visual_tokens
-        (num_images,) = {len(group) for group in images} if images is not None else {0}
-        batch = self.prompts(text, num_images, num_visual_tokens=budget, answers=suffix)
+        batch = self.prompts(text, counts[0], num_visual_tokens=budget, answers=suffix)
         if suffix is not None:
             batch["labels"] = batch["input_ids"].where(batch["token_type_ids"] == 1, -100)
-        if images is not None:
-            flat = [image for group in images for image in group]
+        if not self.has_token_types:
+            del batch["token_type_ids"]
+        flat = [image for group in groups for image in group]
+        if flat:
             batch["pixel_values"] = self.image_processor(flat, return_tensors="pt")["pixel_values"]
         return batch
 
