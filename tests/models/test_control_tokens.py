@@ -183,9 +183,9 @@ def test_what_the_call_does_not_support_is_refused(processor: ElasticProcessor) 
             call(groups, ["a", "b"])
 
 
-def test_location_tokens_are_words_in_prompts_and_answers(processor: ElasticProcessor) -> None:
-    if "<loc0001>" not in processor.tokenizer.get_vocab():
-        pytest.skip("this tokenizer has no location tokens")
+@pytest.mark.parametrize("family", ["mini paligemma", "gemma", "mini llava"])
+def test_location_tokens_are_words_in_prompts_and_answers(family: str) -> None:
+    processor = _processor_of(family)
     location = processor.tokenizer.convert_tokens_to_ids("<loc0001>")
     assert processor.encode_answers(["<loc0001><loc0001>"])[0][:2] == [location] * 2
     assert processor.encode_prompts(["describe <loc0001>"])[0].count(location) == 1
@@ -239,8 +239,7 @@ def test_serving_and_the_reduced_decoder_read_the_prompt_of_evaluation(processor
     assert [*reduced.before_O.tolist(), *reduced.after_BT[0].tolist()] == expected
 
 
-@pytest.mark.parametrize("family", ["mini llava"])
-def test_a_placeholder_that_a_checkpoint_marks_as_an_ordinary_token_stays_text(family: str, tmp_path: Path) -> None:
+def test_a_placeholder_that_a_checkpoint_marks_as_an_ordinary_token_stays_text(tmp_path: Path) -> None:
     model, processor = build(MINI_LLAVA, CORPUS, None, seed=0)
     save_checkpoint(model, processor, tmp_path)
     for name in ("tokenizer.json", "tokenizer_config.json"):

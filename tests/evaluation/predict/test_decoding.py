@@ -155,6 +155,19 @@ def test_settings_of_the_checkpoint_have_no_effect(
     assert model.generation_config is own, "a checkpoint that is saved later keeps its settings"
 
 
+def test_settings_in_the_configuration_of_the_model_have_no_effect(
+    case: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = _summary(_evaluated(case, SAMPLES))
+    monkeypatch.setattr(case[0].config, "repetition_penalty", 50.0, raising=False)
+    assert _summary(_evaluated(case, SAMPLES)) == plain
+
+
+def test_serving_and_evaluation_answer_alike_to_names_of_control_tokens(case: Model) -> None:
+    names = _sample("what is <image> <eos> <pad><bos>?", 4)
+    assert _served(case, [names]) == _summary(_evaluated(case, [names]))
+
+
 def test_the_settings_would_change_the_answers_of_transformers(case: Model) -> None:
     model, _ = case
     plain = _first_tokens(case)
