@@ -2,12 +2,13 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from functools import cached_property
+from typing import NamedTuple
 
 from PIL import Image
-from transformers import BatchFeature, LlavaProcessor
+from transformers import LlavaProcessor
 
-from parcelray.models.backbones.processor_base import ONLY_NORMALISE, REDUCING_GAP, ElasticProcessor
+from parcelray.models.backbones.processor_base import REDUCING_GAP, ElasticProcessor
 
 _LONGEST_PADDED = 4096
 """Longest side that is padded to a square as it is, in pixels; a longer image is first resized to it."""
@@ -36,13 +37,21 @@ def _central_part(length: int, scaled: int, side: int) -> _Part:
     return _Part((first, last), (start - first, end - first))
 
 
+class _Frame(NamedTuple):
+    """The token ids of a prompt around its text."""
+
+    start: list[int]
+    """Ids at the start of a prompt without image."""
+    before_image: list[int]
+    """Ids before the image placeholders."""
+    num_prefix: int
+    """Number of tokens that the tokenizer puts before a text that is encoded alone, but not after a placeholder."""
+
+
 class ElasticLlavaProcessor(ElasticProcessor, LlavaProcessor):  # type: ignore[misc]
-    """LLaVA's processor with the budget as a keyword of the call.
+    """LLaVA's processor with the budget as a keyword of the call; saved files are those of the stock processor."""
 
-    Saved files are those of the stock processor.
-    """
-
-    _budget: int | None = None
+    has_token_types = False
 
     @property
     def image_size(self) -> int:
@@ -63,12 +72,15 @@ class ElasticLlavaProcessor(ElasticProcessor, LlavaProcessor):  # type: ignore[m
     @property
     def visual_offset(self) -> int:
         """See `ElasticProcessor`."""
-        return int(self.tokenizer(self._line("a", True))["input_ids"].index(self.image_token_id))
+        return len(self._frame.before_image)
 
     def encode_prompts(self, texts: Sequence[str], *, with_image: bool = True) -> list[list[int]]:
         """See `ElasticProcessor`."""
-        encoded = self.tokenizer([self._line(text, with_image) for text in texts])["input_ids"]
-        return [[token for token in ids if token != self.image_token_id] for ids in encoded]
+        frame = self._frame
+        if not with_image:
+            return [[*frame.start, *ids] for ids in self.encode_text([f"USER: {text} ASSISTANT:" for text in texts])]
+        encoded = self.encode_text([f"\n{text} ASSISTANT:" for text in texts])
+        return [[*frame.before_image, *ids[frame.num_prefix :]] for ids in encoded]
 
     def _fitted(self, image: Image.Image) -> Image.Image:
         size = self.image_processor.size
@@ -108,44 +120,9 @@ class ElasticLlavaProcessor(ElasticProcessor, LlavaProcessor):  # type: ignore[m
         square.paste(image, ((longest - image.width) // 2, (longest - image.height) // 2))
         return square.resize((side, side), self._resample)
 
-    def __call__(
-        self,
-        images: Sequence[Sequence[Image.Image]] | None = None,
-        text: Sequence[str] | None = None,
-        *,
-        num_visual_tokens: int | None = None,
-        **kwargs: Any,
-    ) -> BatchFeature:
-        """Builds a batch.
-
-        Args:
-            images: images (or video frames) of each prompt in order, see `fitted`; None for text only (the blind
-                baseline).
-            text: prompts without placeholders.
-            num_visual_tokens: placeholders per image; None means one per patch, as in the stock processor.
-            kwargs: passed to the stock processor (`return_tensors`, `padding`, ...).
-
-        Returns:
-            input_ids and attention_mask [B, S], pixel_values [I, C, H, W].
-        """
-        prompts = list(text or [])
-        if images is None:
-            return super().__call__(text=[self._line(prompt, False) for prompt in prompts], **kwargs)
-        lines = [self._line(prompt, True, len(group)) for group, prompt in zip(images, prompts, strict=True)]
-        self._budget = num_visual_tokens
-        try:
-            fitted = [self.fitted(image) for group in images for image in group]
-            return super().__call__(images=fitted, text=lines, **ONLY_NORMALISE, **kwargs)
-        finally:
-            self._budget = None
-
-    def replace_image_token(self, image_inputs: dict[str, Any], image_idx: int, **kwargs: Any) -> str:
-        """Returns the placeholders of an image: the budget of the current call, or as in the stock class."""
-        return (
-            str(super().replace_image_token(image_inputs, image_idx, **kwargs))
-            if self._budget is None
-            else self.image_token * self._budget
-        )
-
-    def _line(self, text: str, with_image: bool, num_images: int = 1) -> str:
-        return f"USER: {self.image_token * num_images}\n{text} ASSISTANT:" if with_image else f"USER: {text} ASSISTANT:"
+    @cached_property
+    def _frame(self) -> _Frame:
+        line = self.tokenizer(f"USER: {self.image_token}\n")["input_ids"]
+        place = line.index(self.image_token_id)
+        num_after = len(line) - place - 1
+        return _Frame(self.tokenizer("")["input_ids"], line[:place], len(self.encode_text(["\n"])[0]) - num_after)
