@@ -22,6 +22,10 @@ class SystemFailure(ParcelrayError):
     """A failure although the input was legal. Exit code 1."""
 
 
+class NotFiniteError(SystemFailure):
+    """A tensor of a model holds NaN or an infinite value, so there is no result for its input."""
+
+
 class UnsupportedBudgetError(UserError, ValueError):
     """A connector or reducer does not support the requested number of visual tokens.
 

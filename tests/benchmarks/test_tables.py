@@ -19,9 +19,11 @@ from parcelray.benchmarks.metrics import metric
 from parcelray.benchmarks.open import open_reader
 from parcelray.benchmarks.readers.base import chosen_rows
 from parcelray.benchmarks.readers.table import TableReader
-from parcelray.benchmarks.tables.images import BadCell, cell_images, video_frames, with_box
+from parcelray.benchmarks.tables.images import BadCell, cell_images, image_size, video_frames, with_box
 from parcelray.config.benchmark import BenchmarkConfig, VideoConfig
+from parcelray.datasets.images import decode_image
 from parcelray.errors import UserError
+from tests.datasets.image_cases import REFUSED, read
 
 from .table_data import png
 
@@ -441,6 +443,35 @@ def test_a_box_is_drawn_in_red() -> None:
     red = np.argwhere(pixels[:, :, 0] == 255)
     assert (red.min(axis=0).tolist(), red.max(axis=0).tolist()) == ([2, 1], [8, 9])
     assert pixels[5, 5, 0] == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("exif_orientation_6.jpg", (48, 96)),
+        ("one_pixel_wide.png", (1, 64)),
+        ("wide_60000x1.png", (60_000, 1)),
+        ("rgb_transparent_color.png", (64, 64)),
+        ("grey_16_bit.png", (256, 4)),
+    ],
+)
+def test_sizes_and_boxes_are_those_of_the_decoded_image(name: str, size: tuple[int, int]) -> None:
+    data = read(name)
+    assert image_size(data) == size
+    marked, plain = decode_image(with_box(data, (0.0, 0.0, 1.0, 1.0))), decode_image(data)
+    assert marked.size == plain.size == size
+    assert marked.getpixel((0, 0)) == marked.getpixel((size[0] - 1, size[1] - 1)) == (255, 0, 0)
+    if min(size) > 2:
+        assert np.array_equal(np.asarray(marked)[1:-1, 1:-1], np.asarray(plain)[1:-1, 1:-1])
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_an_image_that_cannot_be_used_is_a_problem_of_its_row(name: str) -> None:
+    with pytest.raises(BadCell, match=r"cannot be decoded|too many pixels"):
+        with_box(read(name), (0.0, 0.0, 1.0, 1.0))
+    if name != "truncated.jpg":  # its header is valid
+        with pytest.raises(BadCell, match=r"cannot be decoded|too many pixels"):
+            image_size(read(name))
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import PaliGemmaProcessor
 
 from parcelray.config.model import MiniLlavaModelConfig, MiniModelConfig
 from parcelray.datasets.collator import IGNORED, Collator
@@ -55,7 +56,9 @@ def _collate(processor: ElasticPaliGemmaProcessor, samples: list[Sample]) -> Ten
 
 
 @pytest.mark.parametrize("num_images", [1, 3])
-def test_tokens_types_and_labels_match_the_processor(processor: ElasticPaliGemmaProcessor, num_images: int) -> None:
+def test_tokens_types_and_labels_match_the_stock_processor(
+    processor: ElasticPaliGemmaProcessor, num_images: int
+) -> None:
     texts = [
         ("what color is the circle", "red"),
         ("how many?", "47 <loc0001><loc1023> Circle"),
@@ -63,13 +66,14 @@ def test_tokens_types_and_labels_match_the_processor(processor: ElasticPaliGemma
         ("Ceci n'est pas", " 4, 7"),
     ]
     batch = _collate(processor, [_sample(*text, num_images=num_images) for text in texts])
+    stock = PaliGemmaProcessor(processor.image_processor, processor.tokenizer)
+    stock.image_seq_length = BUDGET
     inputs = with_placeholders(batch, BUDGET, processor.image_token_id)
     count = num_images * BUDGET
     for row, (prompt, answer) in enumerate(texts):
         images = [decode_image(_noise(64, seed)) for seed in range(num_images)]
-        expected = processor(
-            images=[images], text=[prompt], suffix=[answer], num_visual_tokens=BUDGET, return_tensors="pt"
-        )
+        text = processor.image_token * num_images + prompt
+        expected = stock(images=[images], text=[text], suffix=[answer], return_tensors="pt")
         length = expected["input_ids"].shape[1]
         for key in ("input_ids", "token_type_ids", "attention_mask"):
             assert torch.equal(inputs[key][row, :length], expected[key][0]), key
@@ -114,7 +118,7 @@ def _with_a_broken_chunk(png: bytes) -> bytes:
     ids=["empty", "text", "cut", "chunk"],
 )
 def test_bytes_that_are_not_an_image_are_rejected(data: bytes) -> None:
-    with pytest.raises(UserError, match=rf"An image of {len(data)} bytes cannot be decoded; give PNG or JPEG bytes"):
+    with pytest.raises(UserError, match=rf"An image of {len(data)} bytes cannot be decoded"):
         decode_image(data)
 
 
@@ -175,7 +179,7 @@ def test_training_and_inference_of_a_llava_use_the_same_pixels_and_tokens() -> N
     )
     batch = to_tensors(Collator(processor)([sample]), CPU, processor)
     inputs = with_placeholders(batch, 16, processor.image_token_id)
-    expected = processor(images=[[image]], text=[sample.prompt], num_visual_tokens=16, return_tensors="pt")
+    expected = processor(images=[[image]], text=[sample.prompt], num_visual_tokens=16)
     # A training batch contains integer grey levels: the tolerance is one level of 255, divided by the deviation.
     assert torch.allclose(inputs["pixel_values"], expected["pixel_values"], atol=1.01 / 255 / 0.26)
     length = expected["input_ids"].shape[1]

@@ -18,9 +18,11 @@ from parcelray.config.evaluate import EvaluateJob
 from parcelray.errors import UnsupportedBudgetError, UserError
 from parcelray.evaluation.compare import compare_evaluations, compare_seeds
 from parcelray.evaluation.plan import evaluation_plan
+from parcelray.evaluation.predict.confidence import Confidence, ConfidenceRecorder
 from parcelray.evaluation.results import plot_evaluation
 from parcelray.evaluation.run import EvaluatedRun, run_evaluation
 from parcelray.evaluation.scoring.summary import rescore
+from parcelray.models.decoding import NOT_FINITE
 
 from ..benchmarks.table_data import png
 from ..stores import new_store
@@ -213,10 +215,42 @@ def test_samples_that_cannot_be_evaluated_are_counted_up_to_a_limit(checkpoint: 
         UserError,
         match=(
             r"own: 3 of 12 samples could not be evaluated, more than max_unscored 0.1 allows; the first: row 0: An"
-            r" image of 8 bytes"
+            r" image of 8 bytes [^.]*\. Fix the data, or raise max_unscored\."
         ),
     ):
         _run(_job(tmp_path, checkpoint, name="strict", max_unscored=0.1, **choice))
+
+
+def test_samples_without_finite_logits_are_problems_that_count_towards_the_limit(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At one of two budgets, three of twelve samples get logits that are not finite."""
+    data = _table(tmp_path)
+    confidences = ConfidenceRecorder.confidences
+    calls = []
+
+    def broken(recorder: ConfidenceRecorder, lengths: Any) -> list[Confidence | None]:
+        calls.append(len(lengths))
+        given = confidences(recorder, lengths)
+        return [None if len(calls) == 2 and row < 3 else each for row, each in enumerate(given)]
+
+    monkeypatch.setattr(ConfidenceRecorder, "confidences", broken)
+    changes: dict[str, Any] = {
+        "benchmarks": [{"name": "own", "data": str(data)}],
+        "catalog": [str(data / "own.yaml")],
+        "budgets": [16, "full"],
+        "compute": {"actors": 0, "rows_per_shard": 12},
+    }
+    run = _run(_job(tmp_path, checkpoint, max_unscored=0.25, **changes))
+    assert len(run.summary.splits[0].samples) == 9
+    unasked = run.summary.to_dict()["data"]["own"]["unasked"]
+    assert [problem["reason"] for problem in unasked] == [NOT_FINITE] * 3
+    calls.clear()
+    monkeypatch.setattr(ConfidenceRecorder, "confidences", lambda recorder, lengths: [None] * len(lengths))
+    with pytest.raises(
+        UserError, match=r"own: 12 of 12 samples could not be evaluated.* logits are not finite [^.]*\. Fix"
+    ):
+        _run(_job(tmp_path / "strict", checkpoint, **changes))
 
 
 def test_a_job_can_choose_decoding_by_likelihood(checkpoint: Path, tmp_path: Path) -> None:

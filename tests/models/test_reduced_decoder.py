@@ -65,7 +65,12 @@ def _generate(case: Case, decoder: ReducedDecoder, rows: slice = slice(None), **
     prompts = encode_prompts(processor, PROMPTS[rows], None, "cpu")
     # The id -1 is no token, so no answer ends early.
     return decoder.generate(
-        prompts, VisualTokens(*(each[rows] for each in visual)), max_new_tokens=NEW_TOKENS, eos_token_id=-1, **kwargs
+        prompts,
+        VisualTokens(*(each[rows] for each in visual)),
+        max_new_tokens=NEW_TOKENS,
+        end_ids=frozenset(),
+        pad_token_id=0,
+        **kwargs,
     )
 
 
@@ -86,7 +91,7 @@ def test_without_reduction_answers_equal_those_of_transformers(case: Case) -> No
 def test_an_answer_may_be_one_token(case: Case, positions: Any) -> None:
     model, processor, visual = case
     prompts, decoder = encode_prompts(processor, PROMPTS, None, "cpu"), ReducedDecoder(model, positions)
-    one = decoder.generate(prompts, visual, max_new_tokens=1, eos_token_id=-1)
+    one = decoder.generate(prompts, visual, max_new_tokens=1, end_ids=frozenset(), pad_token_id=0)
     assert torch.equal(one, _generate(case, decoder)[:, :1])
 
 

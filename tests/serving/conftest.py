@@ -85,4 +85,4 @@ def ask(processor: ElasticProcessor) -> Asker:
 @pytest.fixture
 def never_ending(monkeypatch: pytest.MonkeyPatch) -> None:
     """Engines built after this have no end token, so answers have their maximum length."""
-    monkeypatch.setattr("parcelray.serving.engine.continuous_engine.end_ids", lambda *_: frozenset())
+    monkeypatch.setattr("parcelray.serving.engine.continuous_engine.end_token_ids", lambda *_: frozenset())

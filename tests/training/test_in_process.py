@@ -2,13 +2,16 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from parcelray.config.train import TrainJob
-from parcelray.errors import SystemFailure, UnsupportedBudgetError
+from parcelray.errors import NotFiniteError, SystemFailure, UnsupportedBudgetError
+from parcelray.evaluation.predict import predictor
+from parcelray.models import decoding
 from parcelray.models.vlm import load_vlm
 from parcelray.tracking.metric_logger import NoMetrics
 from parcelray.training.start import build_start
@@ -179,6 +182,18 @@ def test_no_checkpoint_has_weights_that_are_not_finite(tmp_path: Path) -> None:
         fit_in_process(job, tmp_path, checkpoint=None, logger=NoMetrics())
     for checkpoint in tmp_path.glob("checkpoint_*"):
         assert all(bool(values.isfinite().all()) for values in _weights(checkpoint).values())
+
+
+def test_validation_of_a_model_without_finite_logits_stops_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def generate(*arguments: Any, on_scores: Any, **settings: Any) -> Any:
+        return decoding.generate(*arguments, on_scores=lambda scores: on_scores(scores * torch.nan), **settings)
+
+    monkeypatch.setattr(predictor, "generate", generate)
+    job = tiny_job(tmp_path, validation={"samples": 1, "budgets": [16], "every_steps": 1})
+    with pytest.raises(NotFiniteError, match=r"Sample '.*' of mini: The model's logits are not finite"):
+        fit_in_process(job, tmp_path, checkpoint=None, logger=NoMetrics())
 
 
 def test_an_unsupported_budget_is_refused_before_the_first_step(tmp_path: Path) -> None:

@@ -68,7 +68,7 @@ def attention_maps(
     layers = list(range(decoder.num_layers))
     last, mean, classes, tokens, contrast = [], [], [], [], []
     for image, questions in zip(images, prompts, strict=True):
-        pixels = processor.image_processor([image], return_tensors="pt")["pixel_values"].to(device, model.dtype)
+        pixels = processor.pixel_values([image]).to(device, model.dtype)
         view = EncoderView(model.model, pixels)
         full_1NL = view.project(view.patch_features_IND)
         count = full_1NL.shape[1]

@@ -73,7 +73,7 @@ def leave_one_out(
     device = next(model.parameters()).device
     view = EncoderView(
         model.model,
-        processor.image_processor([pair.image], return_tensors="pt")["pixel_values"].to(device, model.dtype),
+        processor.pixel_values([pair.image]).to(device, model.dtype),
     )
     tokens_1NL = view.project(view.patch_features_IND)
     count = tokens_1NL.shape[1]

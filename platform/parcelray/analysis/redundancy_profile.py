@@ -48,9 +48,7 @@ def redundancy_profile(
     device = next(model.parameters()).device
     found: dict[str, list[float]] = {}
     for start in range(0, len(images), _BATCH):
-        pixels = processor.image_processor(list(images[start : start + _BATCH]), return_tensors="pt")[
-            "pixel_values"
-        ].to(device, model.dtype)
+        pixels = processor.pixel_values(images[start : start + _BATCH]).to(device, model.dtype)
         features_BND = model.model.encode_patches(pixels)
         for stage, tokens in (
             ("patch features", features_BND),

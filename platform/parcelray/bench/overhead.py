@@ -24,6 +24,7 @@ from parcelray.config import reducer as configs
 from parcelray.config.reducer import Positions, ReducerConfig
 from parcelray.errors import UserError
 from parcelray.models.backbones import ElasticLlavaConfig, ElasticVLM
+from parcelray.models.decoding import generate
 from parcelray.models.reduced_decoder import Prompts, ReducedDecoder, VisualTokens
 from parcelray.models.token_reduction import Reduction, TokenReducer, build_reducer
 from parcelray.models.token_reduction.base import ReductionContext, selection
@@ -84,15 +85,13 @@ class _Setting:
         batch, count, _ = tokens_BKD.shape
         text_BT = self.prompts.after_BT
         ids_BS = torch.cat([text_BT.new_full((batch, count), self.model.config.image_token_id), text_BT], dim=1)
-        return self.model.generate(
-            input_ids=ids_BS,
-            attention_mask=torch.ones_like(ids_BS),
-            token_type_ids=torch.zeros_like(ids_BS),
+        inputs = {
+            "input_ids": ids_BS,
+            "attention_mask": torch.ones_like(ids_BS),
+            "token_type_ids": torch.zeros_like(ids_BS),
             **self.model.image_inputs(tokens_BKD),
-            max_new_tokens=new_tokens,
-            min_new_tokens=new_tokens,
-            do_sample=False,
-        )
+        }
+        return generate(self.model, inputs, max_new_tokens=new_tokens, end_ids=frozenset(), pad_token_id=0)
 
     def answer_in_loop(
         self, reducer: TokenReducer | None, positions: Positions, budget: int, new_tokens: int
@@ -102,7 +101,13 @@ class _Setting:
         visual = VisualTokens(self.tokens_BND, position_ids, torch.ones_like(position_ids))
         decoder = ReducedDecoder(self.model, positions)
         return decoder.generate(
-            self.prompts, visual, max_new_tokens=new_tokens, eos_token_id=-1, reducer=reducer, budget=budget
+            self.prompts,
+            visual,
+            max_new_tokens=new_tokens,
+            end_ids=frozenset(),
+            pad_token_id=0,
+            reducer=reducer,
+            budget=budget,
         )
 
     def time(self, a: Callable[[], object], b: Callable[[], object], repeats: int) -> PairTiming:

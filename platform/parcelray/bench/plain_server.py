@@ -5,14 +5,14 @@ answers are cut. Checkpoint, processor, precision and threads are those of the e
 """
 
 import base64
-import io
 from typing import Any
 
 import torch
 from fastapi import FastAPI
-from PIL import Image
 from ray import serve
 
+from parcelray.datasets.images import decode_image
+from parcelray.models.decoding import answer_lengths, decode_answers, end_token_ids, generate
 from parcelray.models.vlm import load_processor
 from parcelray.serving.replica import ReplicaSettings
 from parcelray.serving.replica.load import load_model
@@ -60,18 +60,24 @@ class PlainServer:
     def _generate(self, bodies: list[dict[str, Any]], budget: int) -> list[tuple[str, int]]:
         parts = [body["messages"][0]["content"] for body in bodies]
         images = [
-            [Image.open(io.BytesIO(base64.b64decode(content[0]["image_url"]["url"].partition(",")[2]))).convert("RGB")]
+            [decode_image(base64.b64decode(content[0]["image_url"]["url"].partition(",")[2]), transparency="white")]
             for content in parts
         ]
-        processor: Any = self._processor
         texts = [content[1]["text"] for content in parts]
-        inputs = processor(images=images, text=texts, num_visual_tokens=budget, padding=True, return_tensors="pt")
+        inputs: dict[str, Any] = dict(self._processor(images, texts, num_visual_tokens=budget))
         longest = max(body["max_tokens"] for body in bodies)
-        tokens = self._model.generate(**inputs, num_visual_tokens=budget, max_new_tokens=longest, do_sample=False)
-        end = self._processor.tokenizer.eos_token_id
+        tokenizer = self._processor.tokenizer
+        end_ids = end_token_ids(self._model, tokenizer)
+        new_BM = generate(
+            self._model,
+            inputs | {"num_visual_tokens": budget},
+            max_new_tokens=longest,
+            end_ids=end_ids,
+            pad_token_id=tokenizer.pad_token_id,
+        )
         answers = []
-        for body, row in zip(bodies, tokens[:, inputs["input_ids"].shape[1] :].tolist(), strict=True):
-            new = row[: body["max_tokens"]]
-            new = new[: new.index(end) + 1] if end in new else new
-            answers.append((self._processor.tokenizer.decode(new, skip_special_tokens=True).strip(), len(new)))
+        for body, row in zip(bodies, new_BM, strict=True):
+            own_1M = row[None, : body["max_tokens"]]
+            lengths, ended = answer_lengths(own_1M, end_ids)
+            answers.append((decode_answers(tokenizer, own_1M, lengths, ended)[0], lengths[0]))
         return answers

@@ -83,12 +83,12 @@ class Collator:
                 words[top : max(bottom, top + 1), left : max(right, left + 1)] = self._token(region["word"])
             labels[image] = words.reshape(-1)
             background = np.flatnonzero(labels[image] == IGNORED)
-            count = min(len(background), max(1, grid * grid - len(background)))
+            count = max(1, min(len(background), grid * grid - len(background)))
             labels[image, background[:: max(1, len(background) // count)]] = self._token(BACKGROUND)
         return labels.reshape(-1)
 
     def _token(self, word: str) -> int:
-        return int(self._tokenizer(word, add_special_tokens=False)["input_ids"][0])
+        return self._processor.encode_text([word])[0][0]
 
     def _pixels(self, data: bytes) -> NDArray[np.uint8]:
         return np.asarray(self._processor.fitted(decode_image(data)), dtype=np.uint8).transpose(2, 0, 1)

@@ -61,7 +61,7 @@ def study_images(source: str, count: int, image_size: int) -> list[Image.Image]:
     """Reads `count` images of the mini suite, or of a folder in the order of the file names.
 
     Raises:
-        UserError: there are fewer images.
+        UserError: there are fewer images, or one cannot be decoded.
     """
     if source == MINI:
         return [decode_image(sample.images[0]) for sample in _mini(count, image_size)]
@@ -72,7 +72,7 @@ def study_images(source: str, count: int, image_size: int) -> list[Image.Image]:
             f"{source} holds {len(files)} images, but {count} are needed; lower --count, or give another folder or"
             f" {MINI}."
         )
-    return [decode_image(path.read_bytes()) for path in files[:count]]
+    return [_decoded(path.read_bytes(), str(path)) for path in files[:count]]
 
 
 def study_prompts(
@@ -113,7 +113,7 @@ def benchmark_pairs(job: EvaluateJob, count: int, image_size: int) -> list[Pair]
         UserError: see `benchmark_samples`.
     """
     return [
-        Pair(decode_image(sample.images[0]), sample.prompt, sample.answers[0])
+        Pair(_first_image(sample), sample.prompt, sample.answers[0])
         for sample in benchmark_samples(job, count, image_size)
     ]
 
@@ -141,7 +141,7 @@ def benchmark_prompts(
     # A family with too few distinct questions also uses those of the other families.
     candidates = {kind: each if len(set(each)) >= per_image else [*each, *prompts_of_all] for kind, each in own.items()}
     prompts = [_with_others(sample, candidates[sample.benchmark, sample.family], per_image) for sample in samples]
-    return [decode_image(sample.images[0]) for sample in samples], prompts
+    return [_first_image(sample) for sample in samples], prompts
 
 
 def benchmark_samples(job: EvaluateJob, count: int, image_size: int) -> list[Sample]:
@@ -166,6 +166,17 @@ def benchmark_samples(job: EvaluateJob, count: int, image_size: int) -> list[Sam
             " number of samples of the benchmarks."
         )
     return in_turn[:count]
+
+
+def _first_image(sample: Sample) -> Image.Image:
+    return _decoded(sample.images[0], f"Sample {sample.id!r} of {sample.benchmark}")
+
+
+def _decoded(data: bytes, name: str) -> Image.Image:
+    try:
+        return decode_image(data)
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from None
 
 
 def _mini(count: int, image_size: int) -> list[Sample]:

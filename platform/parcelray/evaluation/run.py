@@ -210,7 +210,7 @@ def _evaluate_and_save(
 def _check_evaluated(benchmark: EvaluatedBenchmark, max_unscored: float) -> None:
     problems, total = benchmark.problems, len(benchmark.problems) + len(benchmark.records)
     if problems and len(problems) > max_unscored * total:
-        first = "; ".join(f"{problem.row}: {problem.reason}" for problem in problems[:3])
+        first = "; ".join(f"{problem.row}: {problem.reason.removesuffix('.')}" for problem in problems[:3])
         raise UserError(
             f"{benchmark.config.name}: {len(problems)} of {total} samples could not be evaluated, more than"
             f" max_unscored {max_unscored:g} allows; the first: {first}. Fix the data, or raise max_unscored."

@@ -160,7 +160,8 @@ class ReducedDecoder:
         visual: VisualTokens,
         *,
         max_new_tokens: int,
-        eos_token_id: int,
+        end_ids: frozenset[int],
+        pad_token_id: int,
         reducer: TokenReducer | None = None,
         budget: int = 0,
         on_logits: Callable[[Tensor], None] = lambda logits: None,
@@ -171,7 +172,8 @@ class ReducedDecoder:
             prompts: prompts without answers.
             visual: all visual tokens that enter the decoder.
             max_new_tokens: maximum length of an answer, in tokens.
-            eos_token_id: token that ends an answer; shorter answers are padded with it.
+            end_ids: tokens that end an answer, see `decoding.end_token_ids`; empty: all have the maximum length.
+            pad_token_id: token after the end of shorter answers.
             reducer: a reducer that reads the prompt, applied in the decoder; None leaves the tokens as they are.
             budget: visual tokens per prompt after the reducer.
             on_logits: called with the logits [B, vocabulary] of every step.
@@ -182,13 +184,14 @@ class ReducedDecoder:
         hidden_BTL, cache, groups = self._prefill(prompts, visual, reducer, budget)
         plan = [self._plan_steps(group, max_new_tokens, hidden_BTL) for group in groups]
         new: list[Tensor] = []
+        end_E = torch.tensor(sorted(end_ids), dtype=torch.int64, device=hidden_BTL.device)
         ended_B = torch.zeros(len(hidden_BTL), dtype=torch.bool, device=hidden_BTL.device)
         logits_BV = self._logits(hidden_BTL[:, -1:]).squeeze(1)
         while True:
             on_logits(logits_BV)
-            next_B = torch.where(ended_B, eos_token_id, logits_BV.argmax(dim=1))
+            next_B = torch.where(ended_B, pad_token_id, logits_BV.argmax(dim=1))
             new.append(next_B)
-            ended_B = ended_B | (next_B == eos_token_id)
+            ended_B = ended_B | torch.isin(next_B, end_E)
             if len(new) == max_new_tokens or bool(ended_B.all()):
                 return torch.stack(new, dim=1)
             logits_BV = self._logits(self._step(next_B, len(new) - 1, cache, plan)).squeeze(1)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
+from transformers import AddedToken
 from transformers.utils import logging
 
 from parcelray.config.connector import ConnectorConfig, ParcelConnectorConfig, RouteConfig
@@ -89,7 +90,11 @@ def load_processor(path: str | Path) -> ElasticProcessor:
     Raises:
         UserError: see `family_of`.
     """
-    return cast(ElasticProcessor, _FAMILIES[family_of(path)].processor.from_pretrained(path))
+    processor = cast(ElasticProcessor, _FAMILIES[family_of(path)].processor.from_pretrained(path))
+    # A text could otherwise write the placeholder in a checkpoint where it is an ordinary added token.
+    placeholder = AddedToken(processor.image_token, special=True, normalized=False)
+    processor.tokenizer.add_tokens([placeholder], special_tokens=True)
+    return processor
 
 
 def image_size_of(path: Path) -> int:

@@ -3,6 +3,7 @@
 import io
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +12,9 @@ from PIL import Image
 from rich.console import Console
 
 from parcelray.config.evaluate import EvaluateJob
+from parcelray.datasets.sample import Sample
 from parcelray.errors import UserError
+from parcelray.evaluation.adaptive import study
 from parcelray.evaluation.adaptive.adaptive_budget import AFTER, BEFORE, FIXED, ORACLE
 from parcelray.evaluation.adaptive.budget_predictor import BudgetPredictor
 from parcelray.evaluation.adaptive.study import PREDICTOR_FOLDERS, study_adaptive
@@ -88,3 +91,26 @@ def test_answers_of_a_beam_search_are_refused_because_they_have_no_confidence(ch
     data = own_benchmark(tmp_path / "a", [["red"]] * 40, "decoding: beam\nnum_beams: 2\n")
     with pytest.raises(UserError, match="have no confidence"):
         study_adaptive(_job(tmp_path, checkpoint, data, budgets=[16]), _console(), folder=tmp_path / "study")
+
+
+def test_signals_are_read_for_scored_samples_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Samples without a score have problems, such as an image that cannot be decoded."""
+
+    def sample(number: int) -> Sample:
+        return Sample(str(number), "b", "general", "t", (b"",), "how many", ("1",))
+
+    rows = SimpleNamespace(read=lambda row: SimpleNamespace(samples=(sample(row),)))
+    benchmark = SimpleNamespace(rows=range(3 * study._CHUNK), reader=rows)
+    monkeypatch.setattr(study, "prepare", lambda job, image_size: [benchmark])
+    seen: list[str] = []
+
+    def read(samples: list[Sample]) -> list[list[float]]:
+        assert samples
+        seen.extend(each.id for each in samples)
+        return [[float(each.id)] for each in samples]
+
+    splits = [SimpleNamespace(benchmark="b", samples=(sample(2 * study._CHUNK + 1), sample(1)))]
+    reader: Any = SimpleNamespace(read=read)
+    signals = study._read_signals(None, splits, reader, 64)  # type: ignore[arg-type]
+    assert signals.tolist() == [[2 * study._CHUNK + 1], [1]]
+    assert len(seen) == 2

@@ -120,9 +120,7 @@ def test_an_answer_equals_that_of_the_stock_model(
     model: ElasticVLM, processor: Processor, samples: list[Sample]
 ) -> None:
     sample = samples[1]
-    inputs = processor(
-        [[decode_image(image) for image in sample.images]], [sample.prompt], num_visual_tokens=40, return_tensors="pt"
-    )
+    inputs = processor([[decode_image(image) for image in sample.images]], [sample.prompt], num_visual_tokens=40)
     with torch.inference_mode():
         tokens_BS = model.generate(**inputs, num_visual_tokens=40, max_new_tokens=4, do_sample=False)
     expected = processor.decode(tokens_BS[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
@@ -202,12 +200,28 @@ def test_an_illegal_budget_is_refused(model: ElasticVLM, processor: Processor, s
         Predictor(model, processor).generate(samples, num_visual_tokens=8)
 
 
-def test_a_prompt_with_a_wrong_number_of_visual_tokens_is_a_failure(
-    model: ElasticVLM, processor: Processor, samples: list[Sample]
+def test_a_processor_of_another_model_is_a_failure(
+    model: ElasticVLM, processor: Processor, samples: list[Sample], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    smuggled = Sample(**{**{name: getattr(samples[0], name) for name in Sample.__slots__}, "prompt": "what is <image>"})
-    with pytest.raises(SystemFailure, match="holds 17 visual tokens, but the budget requires 16"):
-        Predictor(model, processor).generate([smuggled], num_visual_tokens=16)
+    monkeypatch.setattr(processor, "image_token_id", processor.image_token_id - 1)
+    with pytest.raises(SystemFailure, match="holds 0 visual tokens, but the budget requires 16"):
+        Predictor(model, processor).generate(samples[:1], num_visual_tokens=16)
+
+
+@pytest.mark.parametrize("decoding", ["greedy", "likelihood"])
+def test_questions_and_choices_may_name_control_tokens(
+    model: ElasticVLM, processor: Processor, samples: list[Sample], decoding: Decoding
+) -> None:
+    names = "<image> <eos> <pad> <bos>"
+    named = dataclasses.replace(
+        samples[0], prompt=f"what is {names}", metadata={"choices": ["<eos>", "<image><image>", names]}
+    )
+    plain = dataclasses.replace(samples[3], metadata={"choices": ["red"]})
+    settings = GenerationSettings(max_new_tokens=4, decoding=decoding)
+    together = Predictor(model, processor, settings=settings).generate_budgets([named, plain], [BLIND, 16])
+    for budget in (BLIND, 16):
+        alone = Predictor(model, processor, settings=settings).generate([named], num_visual_tokens=budget)
+        assert together[budget][0] == alone[0]
 
 
 def test_location_tokens_survive_decoding(processor: Processor) -> None:
@@ -246,9 +260,7 @@ def test_a_beam_search_equals_that_of_the_stock_model(
     model: ElasticVLM, processor: Processor, samples: list[Sample]
 ) -> None:
     sample = samples[1]
-    inputs = processor(
-        [[decode_image(image) for image in sample.images]], [sample.prompt], num_visual_tokens=16, return_tensors="pt"
-    )
+    inputs = processor([[decode_image(image) for image in sample.images]], [sample.prompt], num_visual_tokens=16)
     with torch.inference_mode():
         tokens_BS = model.generate(**inputs, num_visual_tokens=16, max_new_tokens=4, do_sample=False, num_beams=3)
     expected = processor.decode(tokens_BS[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
@@ -263,7 +275,7 @@ def test_the_chosen_answer_is_the_likeliest(model: ElasticVLM, processor: Proces
     images = [[decode_image(image) for image in sample.images]]
     losses = []
     for choice in choices:
-        inputs = processor(images, [sample.prompt], suffix=[choice], num_visual_tokens=16, return_tensors="pt")
+        inputs = processor(images, [sample.prompt], suffix=[choice], num_visual_tokens=16)
         with torch.inference_mode():
             logits_SV = model(**inputs, num_visual_tokens=16).logits[0].float().log_softmax(-1)
         positions = (inputs["labels"][0] != -100).nonzero().flatten()
@@ -308,7 +320,7 @@ def test_confidence_equals_that_of_one_forward_pass_over_the_answer(
 ) -> None:
     sample = samples[1]
     images = [[decode_image(image) for image in sample.images]]
-    inputs = processor(images, [sample.prompt], num_visual_tokens=16, return_tensors="pt")
+    inputs = processor(images, [sample.prompt], num_visual_tokens=16)
     length = inputs["input_ids"].shape[1]
     with torch.inference_mode():
         tokens_BS = model.generate(**inputs, num_visual_tokens=16, max_new_tokens=3, do_sample=False)

@@ -76,6 +76,11 @@ def test_a_registered_model_answers_each_row_at_its_budget(model):
     assert len(model.predict(model.input_example)) == 1
 
 
+def test_a_prompt_may_name_control_tokens(model):
+    rows = pd.DataFrame({"prompt": ["<image> and <eos>"], "image": [png("red")], "num_visual_tokens": [16]})
+    assert len(model.predict(rows)) == 1
+
+
 def test_inputs_that_violate_the_signature_are_refused(model):
     with pytest.raises(UserError, match="image of row 0 is not base64"):
         model.predict(

@@ -9,7 +9,7 @@ import torch
 from sklearn.cluster import KMeans
 from torch import Tensor
 
-from parcelray.errors import UserError
+from parcelray.errors import NotFiniteError, UserError
 from parcelray.models.token_reduction.kmeans import _with_every_cluster, cluster_sums, kmeans
 
 
@@ -183,7 +183,7 @@ def test_impossible_counts_are_refused(num_clusters: int) -> None:
 def test_tokens_that_are_not_finite_are_refused(value: float) -> None:
     tokens = _tokens()
     tokens[1, 5, 2] = value
-    with pytest.raises(UserError, match="not finite"):
+    with pytest.raises(NotFiniteError, match="not finite"):
         kmeans(tokens, 4)
 
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from parcelray.errors import UnsupportedBudgetError, UserError
+from parcelray.errors import NotFiniteError, UnsupportedBudgetError
 from parcelray.models.token_reduction.average_pooling import AveragePooling
 from parcelray.models.token_reduction.base import DROPPED, TokenReducer
 from parcelray.models.token_reduction.cluster_aggregate import ClusterAggregate
@@ -87,7 +87,7 @@ def test_illegal_budgets_and_values_are_refused(reducer: TokenReducer, tokens: T
         with pytest.raises(UnsupportedBudgetError, match=f"does not support {budget} visual tokens"):
             reducer(tokens, num_visual_tokens=budget)
     tokens[0, 0, 0] = math.nan
-    with pytest.raises(UserError, match="not finite"):
+    with pytest.raises(NotFiniteError, match="not finite"):
         reducer(tokens, num_visual_tokens=16)
 
 

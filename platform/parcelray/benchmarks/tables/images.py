@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import av
-from PIL import Image, ImageDraw, UnidentifiedImageError
+from PIL import Image, ImageDraw
 
 from parcelray.benchmarks.tables.types import shown
 from parcelray.config.benchmark import VideoConfig
+from parcelray.datasets import images
+from parcelray.errors import UserError
 
 _FRAME_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 _FRAME_QUALITY = 95
@@ -48,16 +50,15 @@ def cell_images(cell: Any, folder: Path) -> list[bytes]:
 
 
 def image_size(image: bytes) -> tuple[int, int]:
-    """Returns width and height in pixels, read from the header.
+    """Returns width and height in pixels, see `datasets.images.image_size`.
 
     Raises:
-        BadCell: the bytes are not an image.
+        BadCell: the bytes are not an image, or it has too many pixels.
     """
     try:
-        with Image.open(io.BytesIO(image)) as opened:
-            return opened.size
-    except (UnidentifiedImageError, OSError):
-        raise BadCell("an image that cannot be read") from None
+        return images.image_size(image)
+    except UserError as error:
+        raise BadCell(str(error)) from None
 
 
 def with_box(image: bytes, box: tuple[float, float, float, float]) -> bytes:
@@ -68,12 +69,12 @@ def with_box(image: bytes, box: tuple[float, float, float, float]) -> bytes:
         box: top, left, bottom, right as fractions of the image's sides.
 
     Raises:
-        BadCell: the bytes are not an image.
+        BadCell: the image cannot be decoded.
     """
     try:
-        picture = Image.open(io.BytesIO(image)).convert("RGB")
-    except (UnidentifiedImageError, OSError):
-        raise BadCell("an image that cannot be read") from None
+        picture = images.decode_image(image)
+    except UserError as error:
+        raise BadCell(str(error)) from None
     top, left, bottom, right = box
     width, height = picture.width - 1, picture.height - 1
     ImageDraw.Draw(picture).rectangle((left * width, top * height, right * width, bottom * height), outline=(255, 0, 0))

@@ -57,9 +57,7 @@ class SignalReader:
         found: dict[bytes, Floats] = {}
         for start in range(0, len(distinct), self._batch_size):
             part = distinct[start : start + self._batch_size]
-            pixels = self._processor.image_processor([decode_image(image) for image in part], return_tensors="pt")[
-                "pixel_values"
-            ]
+            pixels = self._processor.pixel_values([decode_image(image) for image in part])
             found |= dict(
                 zip(
                     part,

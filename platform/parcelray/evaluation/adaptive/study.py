@@ -198,12 +198,23 @@ def _check_scorable(split: SplitScores) -> None:
 
 
 def _read_signals(job: EvaluateJob, splits: Sequence[SplitScores], reader: SignalReader, image_size: int) -> Floats:
-    """Computes the signals of the samples, in the order of the splits."""
+    """Computes the signals of the scored samples, in the order of the splits.
+
+    Other samples of the benchmarks have problems, such as an image that cannot be decoded.
+    """
+    scored = {(split.benchmark, sample.id) for split in splits for sample in split.samples}
     found: dict[tuple[str, str], Floats] = {}
     for benchmark in prepare(job, image_size):
         rows = list(benchmark.rows)
         for start in range(0, len(rows), _CHUNK):
-            samples = [sample for row in rows[start : start + _CHUNK] for sample in benchmark.reader.read(row).samples]
+            samples = [
+                sample
+                for row in rows[start : start + _CHUNK]
+                for sample in benchmark.reader.read(row).samples
+                if (sample.benchmark, sample.id) in scored
+            ]
+            if not samples:
+                continue
             found |= {
                 (sample.benchmark, sample.id): signals_S
                 for sample, signals_S in zip(samples, reader.read(samples), strict=True)

@@ -100,7 +100,8 @@ class ModelWorker:
             ]
             unreadable |= {
                 sample.id: answer.problem
-                for sample, answer in zip(samples, answers[budgets[0]], strict=True)
+                for budget in budgets
+                for sample, answer in zip(samples, answers[budget], strict=True)
                 if answer.problem
             }
             on_stage(f"storing {len(predictions)} predictions on {read.benchmark}")

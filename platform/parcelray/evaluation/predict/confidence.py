@@ -3,6 +3,7 @@
 Shapes: B answers in a batch, S tokens of the longest answer, V vocabulary.
 """
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -26,38 +27,41 @@ UNKNOWN = Confidence(None, None)
 
 
 class ConfidenceRecorder:
-    """Records the chosen token's log-probability at every step of greedy decoding, and the entropy of the first step.
+    """Records every step of decoding: the likeliest token's log-probability, and the entropy of the first step.
 
-    `generate` accepts it as a logits processor. Keeping all logits instead would need B x S x V numbers.
+    Keeping all logits instead would need B x S x V numbers. In a beam search, rows are beams, most of which are dropped
+    later, so only whether their scores are finite is known of an answer.
+
+    Args:
+        num_beams: number of rows per answer.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, num_beams: int = 1) -> None:
+        self._num_beams = num_beams
         self._entropy_B: Tensor | None = None
         self._log_probs: list[Tensor] = []
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Records one step and returns the scores unchanged, as a logits processor of transformers."""
-        self.record(scores)
-        return scores
-
     def record(self, logits_BV: Tensor) -> None:
-        """Records the logits of one step."""
+        """Records the logits or log-probabilities of one step."""
         logs_BV = logits_BV.float().log_softmax(-1)
         if self._entropy_B is None:
             self._entropy_B = entropy(logs_BV)
         self._log_probs.append(logs_BV.amax(-1))
 
-    def confidences(self, lengths: Sequence[int]) -> list[Confidence]:
-        """Returns the confidence in each answer; tokens after the length of an answer are ignored.
+    def confidences(self, lengths: Sequence[int]) -> list[Confidence | None]:
+        """Returns the confidence in each answer, or None where logits were not finite; later tokens are ignored.
 
         Args:
             lengths: number of tokens of each answer, including the end token.
         """
         assert self._entropy_B is not None
-        logs_BS = torch.stack(self._log_probs, dim=1).tolist()
+        logs_BS = torch.stack(self._log_probs, dim=1)
+        if self._num_beams > 1:
+            finite_B = logs_BS.isfinite().view(len(lengths), -1).all(1)
+            return [UNKNOWN if finite else None for finite in finite_B.tolist()]
         return [
-            Confidence(sum(logs[:length]) / length, float(each))
-            for logs, length, each in zip(logs_BS, lengths, self._entropy_B.tolist(), strict=True)
+            Confidence(sum(logs[:length]) / length, first) if all(map(math.isfinite, logs[:length])) else None
+            for logs, length, first in zip(logs_BS.tolist(), lengths, self._entropy_B.tolist(), strict=True)
         ]
 
 

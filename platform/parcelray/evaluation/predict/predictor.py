@@ -1,6 +1,7 @@
 """Predicts answers at any budget; the vision tower runs once per image for all budgets and all questions about it."""
 
 import copy
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -8,17 +9,17 @@ import torch
 from PIL import Image
 from pydantic import TypeAdapter
 from torch import Tensor
-from transformers import LogitsProcessorList
 
 from parcelray.config.evaluate import BLIND
 from parcelray.config.reducer import ReducerConfig
 from parcelray.datasets.images import decode_image
 from parcelray.datasets.sample import Sample
-from parcelray.errors import SystemFailure, UserError
+from parcelray.errors import NotFiniteError, SystemFailure, UserError
 from parcelray.evaluation.predict.confidence import UNKNOWN, Confidence, ConfidenceRecorder, entropy
 from parcelray.evaluation.predict.generation import GREEDY, GenerationSettings
 from parcelray.models.backbones import ElasticVLM
 from parcelray.models.backbones.processor_base import ElasticProcessor
+from parcelray.models.decoding import NOT_FINITE, answer_lengths, decode_answers, end_token_ids, generate
 from parcelray.models.feature_cache import FeatureCache
 from parcelray.models.reduced_decoder import ReducedDecoder, VisualTokens, encode_prompts
 from parcelray.models.token_reduction import TokenReducer, build_reducer
@@ -62,12 +63,13 @@ class Answer(NamedTuple):
     cut_off: bool
     """Whether the answer reached `max_new_tokens` without an end token."""
     problem: str = ""
-    """Reason why there is no answer (an image cannot be decoded); empty: there is an answer."""
+    """Reason why there is no answer (an image that cannot be decoded, or logits that are not finite); empty: none."""
     confidence: Confidence = UNKNOWN
     """The model's confidence in the answer."""
 
 
-_NONE = Answer("", 0, False)
+def _no_answer(problem: str) -> Answer:
+    return Answer("", 0, False, problem)
 
 
 class Predictor:
@@ -95,6 +97,7 @@ class Predictor:
         self._model = model
         self._features = features
         self._processor = processor
+        self._end_ids = end_token_ids(model, processor.tokenizer)
         self._batch_size = batch_size
         self._settings = settings
         self._device = torch.device(device)
@@ -129,42 +132,68 @@ class Predictor:
 
         Raises:
             UserError: an image cannot be decoded.
+            NotFiniteError: the model's logits for a sample are not finite.
         """
         found = self.answer_budgets(samples, budgets)
         for sample, *answers in zip(samples, *found.values(), strict=True):
-            if answers and answers[0].problem:
-                raise UserError(f"Sample {sample.id!r} of {sample.benchmark}: {answers[0].problem}")
+            for answer in answers:
+                if answer.problem:
+                    error = NotFiniteError if answer.problem == NOT_FINITE else UserError
+                    raise error(f"Sample {sample.id!r} of {sample.benchmark}: {answer.problem}")
         return {budget: [answer.text for answer in answers] for budget, answers in found.items()}
 
     @torch.inference_mode()
     def answer_budgets(self, samples: Sequence[Sample], budgets: Sequence[int]) -> dict[int, list[Answer]]:
         """Predicts answers at several budgets; each image is encoded once, even if several samples show it.
 
-        A sample with an image that cannot be decoded has a problem instead of an answer at every budget.
+        A sample with an image that cannot be decoded has a problem instead of an answer at every budget, and a sample
+        whose logits are not finite has one at the budgets where they are not.
 
         Raises:
             UnsupportedBudgetError: the model's connector does not support a budget.
             SystemFailure: the prompt holds another number of visual tokens than the budget.
         """
-        answers: dict[int, list[Answer]] = {budget: [_NONE] * len(samples) for budget in budgets}
-        for chunk in _chunks(samples, self._batch_size):
-            shown = tuple(dict.fromkeys(image for index in chunk for image in samples[index].images))
-            encoded = self._encoded(shown, blind=all(budget == BLIND for budget in budgets))
-            for index in chunk:
-                problem = next(
-                    (encoded.problems[image] for image in samples[index].images if image in encoded.problems), ""
-                )
-                if problem:
-                    for budget in budgets:
-                        answers[budget][index] = Answer("", 0, False, problem)
-            good = [index for index in chunk if not answers[budgets[0]][index].problem]
+        answers = self._answer_chunks(samples, _chunks(samples, self._batch_size), budgets)
+        return {budget: [given[index] for index in range(len(samples))] for budget, given in answers.items()}
+
+    def _answer_chunks(
+        self, samples: Sequence[Sample], chunks: Iterable[list[int]], budgets: Sequence[int]
+    ) -> dict[int, dict[int, Answer]]:
+        """Predicts the answers by budget and index of the sample, one chunk of indices after the other."""
+        answers: dict[int, dict[int, Answer]] = {budget: {} for budget in budgets}
+        for chunk in chunks:
+            try:
+                given = self._answer_chunk(samples, chunk, budgets)
+            except NotFiniteError:
+                # A reducer refuses a whole batch, so each sample is tried alone.
+                if len(chunk) > 1:
+                    given = self._answer_chunks(samples, [[index] for index in chunk], budgets)
+                else:
+                    given = {budget: {chunk[0]: _no_answer(NOT_FINITE)} for budget in budgets}
             for budget in budgets:
-                tokens = self._image_tokens(encoded, budget)
-                for indices in _batches(samples, good, self._batch_size):
-                    for index, answer in zip(
-                        indices, self._decode([samples[index] for index in indices], tokens, budget), strict=True
-                    ):
-                        answers[budget][index] = answer
+                answers[budget] |= given[budget]
+        return answers
+
+    def _answer_chunk(
+        self, samples: Sequence[Sample], chunk: list[int], budgets: Sequence[int]
+    ) -> dict[int, dict[int, Answer]]:
+        """Predicts the answers to samples whose images are encoded together."""
+        shown = tuple(dict.fromkeys(image for index in chunk for image in samples[index].images))
+        encoded = self._encoded(shown, blind=all(budget == BLIND for budget in budgets))
+        problems = {
+            index: _no_answer(encoded.problems[image])
+            for index in chunk
+            for image in samples[index].images
+            if image in encoded.problems
+        }
+        good = [index for index in chunk if index not in problems]
+        answers = {}
+        for budget in budgets:
+            tokens = self._image_tokens(encoded, budget)
+            answers[budget] = problems.copy()
+            for indices in _batches(samples, good, self._batch_size):
+                given = self._decode([samples[index] for index in indices], tokens, budget)
+                answers[budget] |= zip(indices, given, strict=True)
         return answers
 
     def _encoded(self, images: tuple[bytes, ...], *, blind: bool) -> EncodedImages:
@@ -172,12 +201,12 @@ class Predictor:
         watch = self._reducer is not None and self._reducer.reads == "encoder"
 
         def encode() -> EncodedImages:
-            decoded, problems = _decoded(images)
-            if blind or not decoded:
-                return EncodedImages(tuple(decoded), problems, None)
-            pixels = self._processor.image_processor(list(decoded.values()), return_tensors="pt")["pixel_values"]
+            fitted, problems = _fitted(images, self._processor)
+            if blind or not fitted:
+                return EncodedImages(tuple(fitted), problems, None)
+            pixels = self._processor.normalised(list(fitted.values()))
             return EncodedImages(
-                tuple(decoded),
+                tuple(fitted),
                 problems,
                 EncoderView(self._model.model, pixels.to(self._device, self._model.dtype), watch=watch),
             )
@@ -222,18 +251,21 @@ class Predictor:
     def _decode(self, batch: Sequence[Sample], tokens: dict[bytes, ImageTokens], budget: int) -> list[Answer]:
         if self._settings.decoding == "likelihood":
             return self._choose(batch, tokens, budget)
-        limit, end = self._settings.max_new_tokens, self._processor.tokenizer.eos_token_id
-        recorder = ConfidenceRecorder()
+        recorder = ConfidenceRecorder(self._settings.num_beams)
+        options: dict[str, Any] = {
+            "max_new_tokens": self._settings.max_new_tokens,
+            "end_ids": self._end_ids,
+            "pad_token_id": self._processor.tokenizer.pad_token_id,
+        }
         if self._decoder is not None and self._is_reduced(budget):
             prompts = encode_prompts(self._processor, [sample.prompt for sample in batch], None, self._device)
             new_BS = self._decoder.generate(
                 prompts,
                 self._visual_of(batch, tokens),
-                max_new_tokens=limit,
-                eos_token_id=end,
                 reducer=self._prompt_reducer,
                 budget=self._total(batch, budget),
                 on_logits=recorder.record,
+                **options,
             )
             return self._answers(new_BS, recorder)
         inputs: dict[str, Any] = dict(
@@ -243,29 +275,16 @@ class Predictor:
         )
         self._check_count(inputs["input_ids"], len(batch) * len(batch[0].images) * budget)
         inputs |= self._images_of(batch, tokens)
-        # Beam search calls the processor with the logits of all beams, most of which it drops later.
-        is_greedy = self._settings.decoding == "greedy"
-        processors = LogitsProcessorList([recorder] if is_greedy else [])
-        generated_BS = self._model.generate(
-            **inputs,
-            max_new_tokens=limit,
-            do_sample=False,
-            num_beams=self._settings.num_beams,
-            logits_processor=processors,
-        )
-        return self._answers(generated_BS[:, inputs["input_ids"].shape[1] :], recorder if is_greedy else None)
+        new_BS = generate(self._model, inputs, num_beams=self._settings.num_beams, on_scores=recorder.record, **options)
+        return self._answers(new_BS, recorder)
 
-    def _answers(self, new_BS: Tensor, recorder: ConfidenceRecorder | None) -> list[Answer]:
-        limit = self._settings.max_new_tokens
-        texts = self._processor.batch_decode(new_BS, skip_special_tokens=True)
-        ended_BS = new_BS == self._processor.tokenizer.eos_token_id
-        # Tokens after the end token are padding; without an end token the answer has the maximum length.
-        lengths = torch.where(ended_BS.any(1), ended_BS.int().argmax(1) + 1, limit).tolist()
-        confidences = recorder.confidences(lengths) if recorder is not None else [UNKNOWN] * len(lengths)
+    def _answers(self, new_BS: Tensor, recorder: ConfidenceRecorder) -> list[Answer]:
+        lengths, ended = answer_lengths(new_BS, self._end_ids)
+        texts = decode_answers(self._processor.tokenizer, new_BS, lengths, ended)
         return [
-            Answer(str(text).strip(), length, not ended, confidence=confidence)
-            for text, length, ended, confidence in zip(
-                texts, lengths, ended_BS.any(1).tolist(), confidences, strict=True
+            _no_answer(NOT_FINITE) if confidence is None else Answer(text, length, not has_end, confidence=confidence)
+            for text, length, has_end, confidence in zip(
+                texts, lengths, ended, recorder.confidences(lengths), strict=True
             )
         ]
 
@@ -288,6 +307,9 @@ class Predictor:
         chosen = []
         for sample_index in range(len(batch)):
             own = [index for index, (owner, _) in enumerate(pairs) if owner == sample_index]
+            if not all(math.isfinite(scores[index]) for index in own):
+                chosen.append(_no_answer(NOT_FINITE))
+                continue
             best = max(own, key=lambda index: scores[index])
             spread = float(entropy(torch.tensor([scores[index] for index in own]).log_softmax(0)))
             chosen.append(
@@ -364,17 +386,17 @@ class Predictor:
             )
 
 
-def _decoded(images: Iterable[bytes]) -> tuple[dict[bytes, Image.Image], dict[bytes, str]]:
-    """Decodes each distinct image; returns the images, and the reason for each one that cannot be decoded."""
-    decoded: dict[bytes, Image.Image] = {}
+def _fitted(images: Iterable[bytes], processor: ElasticProcessor) -> tuple[dict[bytes, Image.Image], dict[bytes, str]]:
+    """Decodes each distinct image to the model's input size; returns the images, and the problems of the others."""
+    fitted: dict[bytes, Image.Image] = {}
     problems: dict[bytes, str] = {}
     for image in images:
-        if image not in decoded and image not in problems:
+        if image not in fitted and image not in problems:
             try:
-                decoded[image] = decode_image(image)
+                fitted[image] = processor.fitted(decode_image(image))
             except UserError as error:
                 problems[image] = str(error)
-    return decoded, problems
+    return fitted, problems
 
 
 def _choices(sample: Sample) -> list[str]:

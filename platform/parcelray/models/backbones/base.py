@@ -202,6 +202,7 @@ class ElasticVLM(nn.Module):
     lm_head: nn.Linear
     dtype: torch.dtype
     generate: Callable[..., Any]
+    generation_config: Any
     save_pretrained: Callable[..., Any]
     get_input_embeddings: Callable[[], nn.Module]
     set_attn_implementation: Callable[[str], None]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from parcelray.config.reducer import Positions
-from parcelray.errors import UnsupportedBudgetError, UserError
+from parcelray.errors import NotFiniteError, UnsupportedBudgetError, UserError
 from parcelray.models.backbones.base import Depths
 from parcelray.models.connectors import Connector
 from parcelray.models.token_reduction.encoder_view import EncoderView
@@ -100,7 +100,7 @@ class TokenReducer(ABC):
 
         Raises:
             UnsupportedBudgetError: the reducer cannot reduce N tokens to K.
-            UserError: a token is not finite.
+            NotFiniteError: a token is not finite.
         """
         num_tokens = tokens_BND.shape[1]
         legal = self.supported_budgets(num_tokens)
@@ -108,7 +108,7 @@ class TokenReducer(ABC):
             raise UnsupportedBudgetError(num_visual_tokens, legal, self.name)
         # The maximum norm of values that include a NaN is NaN.
         if not math.isfinite(float(torch.linalg.vector_norm(tokens_BND.detach(), math.inf))):
-            raise UserError(
+            raise NotFiniteError(
                 f"{self.name} got tokens that are not finite (NaN or infinite); check the model's precision."
             )
         if num_visual_tokens == num_tokens:

@@ -18,7 +18,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from parcelray.errors import UserError
+from parcelray.errors import NotFiniteError, UserError
 
 Seeding = Literal["greedy", "plain"]
 
@@ -68,7 +68,8 @@ def kmeans(
         max_iterations: limit of Lloyd's iterations; 0: only the seeding.
 
     Raises:
-        UserError: K is not between 1 and N, or a token is not finite.
+        UserError: K is not between 1 and N.
+        NotFiniteError: a token is not finite.
     """
     num_tokens = tokens_BND.shape[1]
     if not 1 <= num_clusters <= num_tokens:
@@ -82,7 +83,7 @@ def kmeans(
     norms_BN = gram_BNN.diagonal(dim1=1, dim2=2)
     # The maximum of values that include a NaN is NaN.
     if not math.isfinite(float(norms_BN.amax())):
-        raise UserError(
+        raise NotFiniteError(
             "Some tokens are not finite (NaN or infinite) and cannot be clustered; check the model's precision."
         )
     count = 1 if seeding == "plain" else candidates or 2 + int(math.log(num_clusters))

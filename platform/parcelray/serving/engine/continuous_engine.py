@@ -30,6 +30,7 @@ from torch import Tensor
 from parcelray.config.serve import EngineConfig
 from parcelray.models.backbones import ElasticVLM
 from parcelray.models.backbones.processor_base import ElasticProcessor
+from parcelray.models.decoding import NOT_FINITE, end_token_ids
 from parcelray.serving.engine.budget_chooser import BudgetChooser
 from parcelray.serving.engine.decoder import PooledDecoder, Prompt
 from parcelray.serving.engine.engine import (
@@ -41,13 +42,14 @@ from parcelray.serving.engine.engine import (
     Listener,
     check_request,
 )
-from parcelray.serving.engine.request_state import AnswerWriter, RequestState, by_length, end_ids
+from parcelray.serving.engine.request_state import AnswerWriter, RequestState, by_length
 from parcelray.serving.engine.sampling import choose
 from parcelray.serving.engine.vision import VisionStage
 
 logger = logging.getLogger(__name__)
 _MAX_FAILURES = 3
 """Number of consecutive failures of one stage after which the engine stops."""
+_NO_TOKEN = "The engine could not choose the next token of this request; retry the request."
 Stage = Literal["vision", "prefill", "decode"]
 DEFAULT_CONFIG = EngineConfig()
 
@@ -76,7 +78,7 @@ class ContinuousEngine:
     ) -> None:
         self._name = name
         self._config = config
-        self._writer = AnswerWriter(processor.tokenizer, end_ids(model, processor))
+        self._writer = AnswerWriter(processor.tokenizer, end_token_ids(model, processor.tokenizer))
         self.supported_budgets = tuple(model.supported_budgets)
         self._decoder = PooledDecoder(model, max_tokens=config.kv_tokens, spare_tokens=urgent_tokens)
         self._vision = VisionStage(
@@ -360,9 +362,13 @@ class ContinuousEngine:
         """
         tokens = self._choose_tokens(states, logits_BV)
         for state, token, logits_V in zip(states, tokens, logits_BV, strict=True):
+            if state.ended:
+                continue
+            if token is None:
+                logger.error("request %s has no next token: %s", state.request.request_id, NOT_FINITE)
+                self._fail(state, "engine_error", NOT_FINITE)
+                continue
             try:
-                if token is None:
-                    raise ArithmeticError("the logits are not finite")
                 reason = self._writer.append(state, token, logits_V)
                 if reason is not None:
                     self._remove(state)
@@ -370,7 +376,7 @@ class ContinuousEngine:
             except Exception:  # as in `_attempt`
                 logger.exception("request %s has no next token", state.request.request_id)
                 if not state.ended:
-                    self._fail(state, "engine_error", "The model produced no next token for this request.")
+                    self._fail(state, "engine_error", _NO_TOKEN)
 
     def _choose_tokens(self, states: list[RequestState], logits_BV: Tensor) -> list[int | None]:
         try:
@@ -380,6 +386,7 @@ class ContinuousEngine:
         except Exception:  # as in `_attempt`
             if len(states) == 1:
                 logger.exception("no token could be chosen")
+                self._fail(states[0], "engine_error", _NO_TOKEN)
                 return [None]
         return [
             token

@@ -9,8 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from parcelray.models.backbones import ElasticVLM
-from parcelray.models.backbones.processor_base import ElasticProcessor
 from parcelray.serving.engine.engine import (
     EngineRefusal,
     EngineStats,
@@ -249,13 +247,6 @@ class TextStream:
 
     def _decode(self, ids: list[int]) -> str:
         return str(self._tokenizer.decode(ids, skip_special_tokens=True)) if ids else ""
-
-
-def end_ids(model: ElasticVLM, processor: ElasticProcessor) -> frozenset[int]:
-    """Returns the ids of the tokens that end an answer, as `generate` reads them from the checkpoint."""
-    configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    listed = configured if isinstance(configured, list) else [configured]
-    return frozenset(int(token) for token in (*listed, processor.tokenizer.eos_token_id) if token is not None)
 
 
 def by_length(states: Iterable[RequestState]) -> Iterator[list[RequestState]]:

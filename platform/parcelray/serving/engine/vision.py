@@ -96,9 +96,7 @@ class VisionStage:
 
     def _encode(self, images: list[ImagePixels]) -> Tensor:
         pictures = [Image.frombytes("RGB", (image.side, image.side), image.rgb) for image in images]
-        pixels = self._processor.image_processor(pictures, return_tensors="pt")["pixel_values"].to(
-            self._device, self._model.dtype
-        )
+        pixels = self._processor.normalised(pictures).to(self._device, self._model.dtype)
         return self._model.model.encode_patches(pixels)
 
     def _compress(

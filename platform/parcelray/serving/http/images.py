@@ -3,15 +3,15 @@
 import asyncio
 import base64
 import binascii
-import io
 import re
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from parcelray.config.serve import HttpConfig, RequestLimits
+from parcelray.datasets.images import BrokenImage, ImageTooLarge, UnknownImageFormat, decode_image
 from parcelray.serving.engine.engine import ImagePixels, PromptBuilder
 from parcelray.serving.http.api_errors import ApiError
 from parcelray.serving.http.remote_images import TIMEOUT_S, fetch_image, not_in_time
@@ -129,7 +129,7 @@ def data_url_bytes(url: str, limits: ImageLimits, param: str) -> bytes:
 
 
 def open_image(data: bytes, limits: ImageLimits, param: str) -> Image.Image:
-    """Decodes the first frame of an image to RGB, within the limits.
+    """Decodes the first frame of an image to RGB on a white background, within the limits.
 
     Raises:
         ApiError: 413 for too many bytes, pixels or scans, 415 for an unsupported format, 422 for broken data.
@@ -140,25 +140,28 @@ def open_image(data: bytes, limits: ImageLimits, param: str) -> Image.Image:
         message = f"{param} is a JPEG with {scans} scans; legal are at most {_MOST_SCANS}. Save it as a baseline JPEG."
         raise ApiError(413, message, code="image_too_large", param=param)
     try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
-    except UnidentifiedImageError:
+        return decode_image(data, transparency="white", formats=FORMATS, max_pixels=limits.max_pixels)
+    except UnknownImageFormat:
         raise ApiError(
             415,
             f"{param} is not a {', '.join(FORMATS)} image; convert it to one of these formats.",
             code="unsupported_image_type",
             param=param,
         ) from None
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        # Pillow has its own limit. Where warnings are errors, it raises at half of that limit.
-        raise _too_many_pixels(None, limits, param) from None
-    except Exception:  # noqa: BLE001 - decoders raise any kind of error on hostile bytes; the response is the same
-        raise _broken(param) from None
-    if image.width * image.height > limits.max_pixels:
-        raise _too_many_pixels(image.size, limits, param)
-    try:
-        return image.convert("RGB")
-    except Exception:  # noqa: BLE001 - as above
-        raise _broken(param) from None
+    except ImageTooLarge as error:
+        shown = "too many" if error.size is None else f"{error.size[0]} x {error.size[1]}"
+        message = (
+            f"{param} has {shown} pixels; legal are at most {limits.max_pixels / 1e6:g} million. Send a"
+            " smaller image: the model scales it down anyway."
+        )
+        raise ApiError(413, message, code="image_too_large", param=param) from None
+    except BrokenImage:
+        raise ApiError(
+            422,
+            f"{param} cannot be decoded; the image is truncated or broken. Send it again.",
+            code="broken_image",
+            param=param,
+        ) from None
 
 
 def _too_large(size: int, limits: ImageLimits, param: str) -> ApiError:
@@ -167,21 +170,3 @@ def _too_large(size: int, limits: ImageLimits, param: str) -> ApiError:
         " the model scales it down anyway."
     )
     return ApiError(413, message, code="image_too_large", param=param)
-
-
-def _too_many_pixels(size: tuple[int, int] | None, limits: ImageLimits, param: str) -> ApiError:
-    shown = "too many" if size is None else f"{size[0]} x {size[1]}"
-    message = (
-        f"{param} has {shown} pixels; legal are at most {limits.max_pixels / 1e6:g} million. Send a"
-        " smaller image: the model scales it down anyway."
-    )
-    return ApiError(413, message, code="image_too_large", param=param)
-
-
-def _broken(param: str) -> ApiError:
-    return ApiError(
-        422,
-        f"{param} cannot be decoded; the image is truncated or broken. Send it again.",
-        code="broken_image",
-        param=param,
-    )
