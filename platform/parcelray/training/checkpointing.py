@@ -2,7 +2,8 @@
 
 A checkpoint folder has three parts:
 
-- `model/`: the model in Hugging Face layout, loadable by itself;
+- `model/`: the model in Hugging Face layout, loadable by itself. Its weights are the float32 weights of the training,
+  so that a resume loses nothing; `checkpointing.model_dtype` applies to the finished model only;
 - `optimizer.pt`: states of optimiser, fp16 loss scaler and random number generators (RNG). It is loaded with
   `weights_only=True`, and only from the run's own folder;
 - `state.json`: step, budget sampler, configuration hash, newest metrics.

@@ -15,6 +15,7 @@ from parcelray.config.model import CheckpointModelConfig
 from parcelray.config.train import TrainJob
 from parcelray.console import step_progress
 from parcelray.models.checkpoint import ResolvedCheckpoint, write_manifest
+from parcelray.models.vlm import write_converted
 from parcelray.tracking.metric_logger import MetricLogger, open_metric_logger
 from parcelray.tracking.mlflow_tracker import git_commit, job_run
 from parcelray.tracking.registry import resolve_model
@@ -119,14 +120,17 @@ def _fit(
 
 
 def _keep_model(job: TrainJob, folder: RunFolder, checkpoint: Path, start: ResolvedCheckpoint | None) -> Path:
-    """Copy the last checkpoint's model to the run folder and write its manifest.
+    """Copy the last checkpoint's model to the run folder, in the data type of the job, and write its manifest.
 
     Returns:
         The local folder of the model; with a remote run folder it is a copy in the checkpoint's folder.
     """
     target = folder.local_path("model") if folder.is_local else checkpoint / "kept-model"
     shutil.rmtree(target, ignore_errors=True)
-    shutil.copytree(checkpoint / "model", target)
+    if job.checkpointing.model_dtype is None:
+        shutil.copytree(checkpoint / "model", target)
+    else:
+        write_converted(checkpoint / "model", target, getattr(torch, job.checkpointing.model_dtype))
     write_manifest(
         target,
         config=job.model_dump(mode="json"),

@@ -18,6 +18,7 @@ import torch
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, set_seed
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from parcelray.analysis.redundancy import effective_rank, mean_pairwise_cosine
 from parcelray.config.identity import config_hash
@@ -34,8 +35,11 @@ from parcelray.tracking.metric_logger import MetricLogger, NoMetrics
 from parcelray.training import checkpointing
 from parcelray.training.batches.schedule import StepReader, in_process_batches
 from parcelray.training.budget_sampling import BudgetSampler
-from parcelray.training.start import build_resumed, build_start, step_reader, validation_samples
+from parcelray.training.start import build_resumed, build_start, freeze, step_reader, validation_samples
 from parcelray.training.step import TensorBatch, build_optimizer, learning_rate_factor, losses, to_tensors
+
+_PASS_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""Data type of the weights in forward and backward passes of sharded training, by `training.precision`."""
 
 
 class Reporter(Protocol):
@@ -158,8 +162,7 @@ class _Loop:
         self.validation = validation_samples(job, self.processor)
         set_seed(job.seed)
         self.accelerator = _accelerator(job.training, vlm.layer_classes, cpu_only=inputs.cpu_only)
-        if job.training.freeze_vision:
-            vlm.model.vision_tower.requires_grad_(False)
+        freeze(vlm, job.training)
         self.sampler = BudgetSampler(job.budget, job.seed)
         self.sampler.check(vlm.connector)
         optimizer = build_optimizer(vlm, job.optimizer)
@@ -390,18 +393,23 @@ def _sync_only_last(accelerator: Accelerator, model: torch.nn.Module, *, last: b
 
 
 def _accelerator(training: TrainingConfig, layer_classes: Sequence[str], *, cpu_only: bool) -> Accelerator:
-    plugin = None
-    if training.strategy == "fsdp":
-        plugin = FullyShardedDataParallelPlugin(
-            fsdp_version=2,
-            auto_wrap_policy="transformer_based_wrap",
-            transformer_cls_names_to_wrap=list(layer_classes),
-            cpu_ram_efficient_loading=False,
-        )
     return Accelerator(
         cpu=cpu_only,
         mixed_precision="no" if training.precision == "fp32" else training.precision,
-        fsdp_plugin=plugin,
+        fsdp_plugin=fsdp_plugin(training, layer_classes) if training.strategy == "fsdp" else None,
         # A budget without queries leaves the query path unused in that step.
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+    )
+
+
+def fsdp_plugin(training: TrainingConfig, layer_classes: Sequence[str]) -> FullyShardedDataParallelPlugin:
+    """How the weights are sharded, and the data types of sharded training: fp32 weights and sums of gradients."""
+    dtype = _PASS_DTYPES[training.precision]
+    return FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=list(layer_classes),
+        cpu_ram_efficient_loading=False,
+        # By itself accelerate would also add up the ranks' gradients in the precision of the passes, unlike DDP.
+        mixed_precision_policy=MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, output_dtype=dtype),
     )
