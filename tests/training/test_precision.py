@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 from rich.console import Console
 from safetensors.torch import load_file
@@ -104,7 +105,8 @@ def sharding_on_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
     def build(training: TrainingConfig, layer_classes: Sequence[str], *, cpu_only: bool) -> Accelerator:
         accelerator = _accelerator(training, layer_classes, cpu_only=cpu_only)
         if training.strategy == "fsdp":
-            accelerator.state.distributed_type = DistributedType.FSDP
+            for state in (accelerator.state.__dict__, PartialState._shared_state):
+                state["distributed_type"] = DistributedType.FSDP
             accelerator.state.fsdp_plugin = fsdp_plugin(training, layer_classes)
         return accelerator
 
@@ -138,11 +140,21 @@ def test_sharded_training_adds_up_gradients_in_fp32(precision: str, dtype: torch
     assert (policy.param_dtype, policy.reduce_dtype) == (dtype, torch.float32)
 
 
-def test_a_training_from_a_bf16_checkpoint_resumes_to_identical_weights(tmp_path: Path, bf16_start: Path) -> None:
+@pytest.mark.usefixtures("one_rank", "sharding_on_cpus")
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module:UserWarning")
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_a_training_from_a_bf16_checkpoint_resumes_to_identical_weights(
+    tmp_path: Path, bf16_start: Path, strategy: str
+) -> None:
     final = []
     for name, fail_at in (("whole", None), ("part", 5)):
         # The data type of the finished model does not concern the checkpoints that a training resumes from.
-        job = _job(tmp_path / name, bf16_start, checkpointing={"every_steps": 3, "model_dtype": "bfloat16"})
+        job = _job(
+            tmp_path / name,
+            bf16_start,
+            training={"strategy": strategy},
+            checkpointing={"every_steps": 3, "model_dtype": "bfloat16"},
+        )
         if fail_at is not None:
             with pytest.raises(KeyboardInterrupt):
                 fit_in_process(job, tmp_path / name, checkpoint=bf16_start, logger=Recorder(fail_at))

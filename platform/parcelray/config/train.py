@@ -151,7 +151,7 @@ class TrainingConfig(StrictModel):
     Weights, gradients and optimizer state are fp32 with every value, whatever the data type of the start checkpoint.
     """
     strategy: Literal["ddp", "fsdp"] = "ddp"
-    """Distribution of the model over workers: replicated (ddp) or sharded (fsdp)."""
+    """Distribution of the model over workers: replicated (ddp), or sharded (fsdp; on GPUs only, CPUs replicate)."""
     patch_supervision: float = Field(default=0.0, ge=0)
     """Weight of an auxiliary loss: at each visual token the decoder predicts the word for what the patch shows.
 

@@ -8,6 +8,7 @@ from rich.table import Table
 from parcelray.config.identity import identity
 from parcelray.config.train import AdamWConfig, OptimizerConfig, TrainJob
 from parcelray.console import key_value_table
+from parcelray.datasets.open import check_rows
 from parcelray.errors import UserError, describe_values
 from parcelray.profiling.backbone_shapes import from_transformers_config
 from parcelray.profiling.flops import cost
@@ -77,6 +78,7 @@ def training_plan(job: TrainJob) -> TrainingPlan:
         UserError: the parts do not fit together: the connector does not support a budget, the data do not exist, or a
             step has too few samples.
     """
+    check_rows(job.data)
     start = resolve_start(job, job.tracking.uri)
     model, processor = build_start(job, start.path if start is not None else None)
     sampler = BudgetSampler(job.budget, job.seed)
@@ -108,7 +110,7 @@ def training_plan(job: TrainJob) -> TrainingPlan:
         connector_parameters=sum(parameter.numel() for parameter in model.connector.parameters()),
         budgets=budgets,
         workers=(low, high),
-        state_bytes=state_bytes // (workers if job.training.strategy == "fsdp" else 1),
+        state_bytes=state_bytes // (workers if job.training.strategy == "fsdp" and job.scaling.gpus_per_worker else 1),
         flops=flops,
         seconds=seconds,
         gpu_hours=seconds / 3600 * workers * job.scaling.gpus_per_worker,

@@ -14,6 +14,7 @@ from parcelray.cluster.session import num_nodes, ray_session
 from parcelray.config.model import CheckpointModelConfig
 from parcelray.config.train import TrainJob
 from parcelray.console import step_progress
+from parcelray.datasets.open import check_rows
 from parcelray.models.checkpoint import ResolvedCheckpoint, write_manifest
 from parcelray.models.vlm import write_converted
 from parcelray.tracking.metric_logger import MetricLogger, open_metric_logger
@@ -68,6 +69,7 @@ def run_training(
         console.print(f"{folder.identity} is finished; nothing to do. Its model is in {done['model']}.")
         return TrainedRun(folder.identity, Path(done["model"]), done["metrics"], done["mlflow_run_id"], was_done=True)
     uri = ensure_store(job.tracking.uri) if job.tracking.uri is not None else None
+    check_rows(job.data)
     start = resolve_start(job, uri)
     in_process = job.scaling.bounds[1] == 0
     with nullcontext() if in_process else ray_session(address):

@@ -262,7 +262,7 @@ class _Loop:
     @torch.no_grad()
     def _diagnostics(self, batch: TensorBatch, budget: int, anchor_grid: int | None) -> dict[str, float]:
         """Effective rank and mean cosine of anchors and queries on up to 8 images: queries can collapse alone."""
-        if self.job.training.strategy == "fsdp":
+        if checkpointing.is_sharded(self.accelerator):
             return {}  # sharded weights cannot run outside the wrapped forward
         model = self.vlm
         split = {} if anchor_grid is None else {"anchor_grid": anchor_grid}
@@ -279,22 +279,36 @@ class _Loop:
         return metrics
 
     def _validate(self) -> dict[str, float]:
-        """Scores per budget over the validation samples; each rank scores its share."""
+        """Scores per budget over the validation samples; each rank scores its share, or rank 0 all of them."""
         accelerator, samples = self.accelerator, self.validation
         if not samples:
             return {}
-        # Sharded weights need every rank in every forward pass, so with FSDP each rank scores all samples.
-        shared = self.job.training.strategy == "ddp"
-        mine = samples[accelerator.process_index :: accelerator.num_processes] if shared else samples
-        self.vlm.eval()
-        values = _validation_values(self.job, self.vlm, self.processor, mine, str(accelerator.device))
-        self.vlm.train()
+        device = str(accelerator.device)
+        if checkpointing.is_sharded(self.accelerator):
+            values = self._validate_copy(device)
+        else:
+            mine = samples[accelerator.process_index :: accelerator.num_processes]
+            self.vlm.eval()
+            values = _validation_values(self.job, self.vlm, self.processor, mine, device)
+            self.vlm.train()
         metrics = {}
-        for budget, scores in values.items():
+        for budget in _validation_budgets(self.job, self.vlm):
+            scores = values.get(budget, [])
             sums = torch.tensor([float(sum(scores)), float(len(scores))], device=accelerator.device)
             sums = accelerator.reduce(sums, reduction="sum")
             metrics[_validation_metric(budget)] = float(sums[0] / sums[1])
         return metrics
+
+    def _validate_copy(self, device: str) -> dict[int, list[float]]:
+        """Score a copy of the gathered weights on rank 0, because answers need passes outside the wrapped forward."""
+        with tempfile.TemporaryDirectory(prefix="parcelray-validation-") as name:
+            checkpointing.save_model(
+                Path(name) / "model", accelerator=self.accelerator, model=self.model, processor=self.processor
+            )
+            if not self.accelerator.is_main_process:
+                return {}
+            copy, processor = build_resumed(Path(name))
+        return _validation_values(self.job, copy.eval().to(device), processor, self.validation, device)
 
     def _checkpoint(self, done: int, *, validate: bool = False) -> None:
         state = checkpointing.TrainState(
@@ -342,6 +356,10 @@ def validate_checkpoint(job: TrainJob, folder: Path) -> tuple[int, dict[str, flo
     return checkpointing.read_state(folder).step, metrics
 
 
+def _validation_budgets(job: TrainJob, model: ElasticVLM) -> list[int]:
+    return [budget for budget in job.validation.budgets if budget in model.supported_budgets]
+
+
 def _validation_metric(num_visual_tokens: int) -> str:
     return f"val/score@{num_visual_tokens}"
 
@@ -350,7 +368,7 @@ def _validation_values(
     job: TrainJob, model: ElasticVLM, processor: ElasticProcessor, samples: Sequence[Sample], device: str
 ) -> dict[int, list[float]]:
     """Score of each sample at each validation budget that the model supports; the model must be in evaluation mode."""
-    budgets = [budget for budget in job.validation.budgets if budget in model.supported_budgets]
+    budgets = _validation_budgets(job, model)
     predictions = Predictor(model, processor, device=device).generate_budgets(samples, budgets)
     return {budget: score(samples, predictions[budget]) for budget in budgets}
 
