@@ -83,7 +83,8 @@ class _ReadSteps:
         self._first_step = first_step
 
     def __call__(self, rows: dict[str, NDArray[np.int64]]) -> dict[str, NDArray[Any]]:
-        batches, problems = [], {}
+        batches: list[Batch] = []
+        problems: dict[str, str] = {}
         for row in rows["id"]:
             try:
                 batches.append(self._reader.read(self._first_step + int(row)))
