@@ -24,7 +24,7 @@ from .conftest import tiny_job
 def job(tmp_path: Path, tiny_start: dict[str, Any]) -> TrainJob:
     """A training on four rows for each family of the mini suite."""
     for split in ("train", "validation"):
-        write_parquet(tmp_path / "data", split, families=("general",), count=4)  # type: ignore[arg-type]
+        write_parquet(tmp_path / "data", split, families=("general",), count=4)
     data = {"type": "parquet", "path": str(tmp_path / "data")}
     return tiny_job(tmp_path, data=data, model=tiny_start, training={"steps": 4, "images_per_step": 4})
 

@@ -138,13 +138,13 @@ def test_a_signal_ends_a_training_on_ray(
     path = _job_file(tmp_path, tiny_start, training=training, scaling={"num_workers": 1})
     command = [sys.executable, "-m", "parcelray.cli", "train", str(path)]
     driver = subprocess.Popen(
-        command, env=own_ray(), start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        command, env=own_ray(), start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
     )
     wait_until(
         lambda: list(tmp_path.glob("runs/train/tiny/*/checkpoint_*/state.json")), "a checkpoint is stored", driver
     )
     driver.send_signal(number)
-    _, errors = driver.communicate(timeout=LIMIT_S)
+    errors = driver.communicate(timeout=LIMIT_S)[1].decode()
     assert driver.returncode == code, errors
     assert _status(tmp_path) == "KILLED"
     assert "Traceback" not in errors

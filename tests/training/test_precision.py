@@ -61,7 +61,8 @@ def _check_that_every_entry_moved(job: TrainJob, start: Path, checkpoint: Path) 
     after = load_vlm(checkpoint / "model").state_dict()
     stored = torch.load(checkpoint / "optimizer.pt", weights_only=True)["optimizer"]["state"]
     names = {id(parameter): name for name, parameter in before.named_parameters()}
-    order = [parameter for group in parameter_groups(before, job.optimizer) for parameter in group["params"]]
+    groups: list[dict[str, Any]] = parameter_groups(before, job.optimizer)
+    order = [parameter for group in groups for parameter in group["params"]]
     num_moved = 0
     for index, parameter in enumerate(order):
         name = names[id(parameter)]
@@ -92,8 +93,7 @@ def one_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A process group with this process as its only rank, as on a Ray worker."""
     for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}.items():
         monkeypatch.setenv(name, value)
-    store = distributed.FileStore(str(tmp_path / "store"), 1)
-    distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     yield
     distributed.destroy_process_group()
 
