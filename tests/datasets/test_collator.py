@@ -1,6 +1,7 @@
 """A collated batch with placeholders equals the output of the processor for the same samples."""
 
 import io
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from parcelray.datasets.collator import IGNORED, Collator
 from parcelray.datasets.images import decode_image
 from parcelray.datasets.mini.suite import MiniSuite
 from parcelray.datasets.sample import Sample
+from parcelray.datasets.source import BadRowsError
 from parcelray.errors import UserError
 from parcelray.models.backbones.paligemma_processor import ElasticPaliGemmaProcessor
 from parcelray.models.mini import build_processor
@@ -187,3 +189,20 @@ def test_training_and_inference_of_a_llava_use_the_same_pixels_and_tokens() -> N
     answer = inputs["input_ids"][0, length:].tolist()
     assert answer == processor.encode_answers(["red"])[0]
     assert inputs["token_type_ids"][0].tolist() == [0] * length + [1] * len(answer)
+
+
+@pytest.mark.parametrize("name", ["truncated.jpg", "empty.jpg"])
+def test_all_samples_whose_images_cannot_be_decoded_are_named(
+    processor: ElasticPaliGemmaProcessor, repo_root: Path, name: str
+) -> None:
+    cut = (repo_root / "tests" / "fixtures" / "cases" / "images" / name).read_bytes()
+    samples = [
+        _sample("a", "1"),
+        _sample("b", "2", images=(cut,)),
+        _sample("c", "3", images=(_noise(64, 0),)),
+        _sample("d", "4", images=(cut,)),
+    ]
+    with pytest.raises(BadRowsError) as caught:
+        Collator(processor)(samples)
+    assert list(caught.value.problems) == ["b", "d"]
+    assert f"b: An image of {len(cut)} bytes" in str(caught.value)

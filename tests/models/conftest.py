@@ -1,5 +1,6 @@
 """Small elastic models with random weights."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +8,8 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PaliGemmaConfig, PaliGemmaForConditionalGeneration
 
 from parcelray.config.connector import ParcelConnectorConfig
 from parcelray.config.model import MiniLlavaModelConfig, MiniModelConfig
@@ -53,6 +56,40 @@ def write_tower_as_on_the_hub(folder: Path) -> None:
     weights = load_file(folder / "model.safetensors")
     old = {key.replace("vision_tower.", "vision_tower.vision_model.", 1): value for key, value in weights.items()}
     save_file(old, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def write_stock_paligemma(
+    folder: Path, processor: ElasticPaliGemmaProcessor, dtype: torch.dtype = torch.float32
+) -> Path:
+    """Writes a stock PaliGemma-2 checkpoint with random weights, in the layout of the hub.
+
+    It has shards, an index, and the key names of the original release.
+    """
+    values = build_config(CONFIG, processor).to_dict()
+    values.pop("connector")
+    config = PaliGemmaConfig(
+        **{key: value for key, value in values.items() if key not in ("model_type", "architectures")}
+    )
+    torch.manual_seed(3)
+    PaliGemmaForConditionalGeneration(config).to(dtype).save_pretrained(folder)
+    write_tower_as_on_the_hub(folder)
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    shards: dict[str, dict[str, Tensor]] = {
+        "model-00001-of-00002.safetensors": {},
+        "model-00002-of-00002.safetensors": {},
+    }
+    for key, value in weights.items():
+        shard = (
+            "model-00001-of-00002.safetensors" if key.startswith("vision_tower") else "model-00002-of-00002.safetensors"
+        )
+        shards[shard][key] = value
+    for name, tensors in shards.items():
+        save_file(tensors, folder / name, metadata={"format": "pt"})
+    index = {key: name for name, tensors in shards.items() for key in tensors}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    processor.save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForImageTextToText, PaliGemmaConfig, PaliGemmaForConditionalGeneration
+from transformers import AutoModelForImageTextToText, PaliGemmaForConditionalGeneration
 
 from parcelray.config.connector import ConnectorConfig, M3ConnectorConfig, MqtConnectorConfig, ParcelConnectorConfig
 from parcelray.config.model import MiniModelConfig
@@ -17,9 +17,9 @@ from parcelray.errors import UnsupportedBudgetError, UserError
 from parcelray.models.backbones import ElasticVLM
 from parcelray.models.backbones.paligemma_processor import ElasticPaliGemmaProcessor as Processor
 from parcelray.models.mini import build_config, build_model, build_processor, save_checkpoint
-from parcelray.models.vlm import config_of, load_vlm
+from parcelray.models.vlm import config_of, load_vlm, write_converted
 
-from .conftest import CONFIG, CORPUS, random_images, write_tower_as_on_the_hub
+from .conftest import CONFIG, CORPUS, random_images, write_stock_paligemma
 
 PROMPTS = ["what color is the circle", "how many"]
 
@@ -30,33 +30,34 @@ def stock_folder(tmp_path_factory: pytest.TempPathFactory, processor: Processor)
 
     It has shards, an index, and the key names of the original release.
     """
-    folder = tmp_path_factory.mktemp("stock")
-    values = build_config(CONFIG, processor).to_dict()
-    values.pop("connector")
-    config = PaliGemmaConfig(
-        **{key: value for key, value in values.items() if key not in ("model_type", "architectures")}
-    )
-    torch.manual_seed(3)
-    model = PaliGemmaForConditionalGeneration(config)
-    model.save_pretrained(folder)
-    write_tower_as_on_the_hub(folder)
-    weights = load_file(folder / "model.safetensors")
-    (folder / "model.safetensors").unlink()
-    shards: dict[str, dict[str, Tensor]] = {
-        "model-00001-of-00002.safetensors": {},
-        "model-00002-of-00002.safetensors": {},
-    }
-    for key, value in weights.items():
-        shard = (
-            "model-00001-of-00002.safetensors" if key.startswith("vision_tower") else "model-00002-of-00002.safetensors"
-        )
-        shards[shard][key] = value
-    for name, tensors in shards.items():
-        save_file(tensors, folder / name, metadata={"format": "pt"})
-    index = {key: name for name, tensors in shards.items() for key in tensors}
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
-    processor.save_pretrained(folder)
-    return folder
+    return write_stock_paligemma(tmp_path_factory.mktemp("stock"), processor)
+
+
+@pytest.mark.parametrize("connector", [None, ParcelConnectorConfig(num_heads=4)])
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_data_type_is_that_of_the_caller_not_that_of_the_files(
+    tmp_path: Path, processor: Processor, stored: torch.dtype, connector: ConnectorConfig | None
+) -> None:
+    folder = write_stock_paligemma(tmp_path / "stock", processor, stored)
+    assert {value.dtype for value in load_file(next(folder.glob("*.safetensors"))).values()} == {stored}
+    for model, dtype in (
+        (load_vlm(folder, connector=connector), torch.float32),
+        (load_vlm(folder, connector=connector, dtype=torch.bfloat16), torch.bfloat16),
+    ):
+        assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+        assert {part.dtype for part in (model.config, model.config.text_config, model.config.vision_config)} == {dtype}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_converted_checkpoint_has_the_rounded_weights(tmp_path: Path, stock_folder: Path, dtype: torch.dtype) -> None:
+    write_converted(stock_folder, tmp_path / "converted", dtype)
+    original, converted = load_vlm(stock_folder), load_vlm(tmp_path / "converted", dtype=dtype)
+    config = json.loads((tmp_path / "converted" / "config.json").read_text(encoding="utf-8"))
+    assert config["dtype"] == str(dtype).removeprefix("torch.")
+    for file in (tmp_path / "converted").glob("*.safetensors"):
+        assert {value.dtype for value in load_file(file).values()} == {dtype}
+    for (name, exact), (_, rounded) in zip(original.named_parameters(), converted.named_parameters(), strict=True):
+        assert torch.equal(exact.to(dtype), rounded), name
 
 
 def _inputs(processor: Processor, budget: int, images_per_prompt: int = 1) -> dict[str, Tensor]:

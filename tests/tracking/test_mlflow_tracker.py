@@ -90,6 +90,22 @@ def test_a_run_ends_with_the_status_of_its_exception(uri, client, error, status)
     assert client.get_run(run_id).info.status == status
 
 
+@pytest.mark.parametrize("replaced", [SystemExit(1), SystemExit(0), RuntimeError("interrupted")])
+def test_sigterm_kills_the_run_even_if_the_interrupted_call_replaces_the_exception(uri, client, replaced):
+    def interrupted():
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except SystemExit:
+            # As `ray.get` does.
+            raise replaced from None
+
+    name = f"sigterm-{type(replaced).__name__}-{replaced}"
+    with pytest.raises(SystemExit) as stop, tracked_run(uri, "ends", name, params={}) as run_id:
+        interrupted()
+    assert stop.value.code == 143
+    assert client.get_run(run_id).info.status == "KILLED"
+
+
 def test_the_signal_handler_is_restored(uri):
     before = signal.getsignal(signal.SIGTERM)
     with tracked_run(uri, "ends", "handler", params={}):

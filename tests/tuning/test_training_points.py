@@ -52,6 +52,15 @@ def test_segments_divide_the_steps_and_have_different_seeds(tmp_path: Path) -> N
     assert Segment(3, 4).steps(10) == (7, 10)
 
 
+def test_only_the_last_segment_rounds_its_model(tmp_path: Path) -> None:
+    parameters = {"optimizer.learning_rate": {"type": "real", "low": 1e-4, "high": 1e-3}}
+    base = TINY | {"training": {"steps": 10, "images_per_step": 8}, "checkpointing": {"model_dtype": "bfloat16"}}
+    job = _job(tmp_path, parameters, base=base, algorithm={"type": "random", "trials": 1})
+    segments = [Segment(0, 2), Segment(1, 2, "mini_base"), Segment()]
+    jobs = [trial_job(job, str(tmp_path), {}, segment=segment) for segment in segments]
+    assert [each.checkpointing.model_dtype for each in jobs] == [None, "bfloat16", "bfloat16"]
+
+
 def test_a_space_over_workers_needs_the_resources_of_its_largest_point(tmp_path: Path) -> None:
     parameters = {
         "scaling.num_workers": {"type": "integer", "low": 1, "high": 3},

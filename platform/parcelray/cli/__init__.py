@@ -84,7 +84,12 @@ def train(
         return
     from parcelray.training.run import run_training
 
-    run = run_training(job, console(stderr=as_json), address=address)
+    try:
+        run = run_training(job, console(stderr=as_json), address=address)
+    except KeyboardInterrupt:
+        message = "Stopped. The steps up to the newest checkpoint are kept; run the same command again to resume."
+        console(stderr=True).print(message, markup=False, soft_wrap=True)
+        raise
     if as_json:
         write_json(
             {

@@ -146,9 +146,12 @@ class TrainingConfig(StrictModel):
     clip_norm: float = Field(default=1.0, gt=0)
     """Largest global gradient norm; larger gradients are scaled down to this norm."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Precision of the forward and backward pass; weights stay fp32 with bf16 and fp16."""
+    """Precision of the forward and backward pass.
+
+    Weights, gradients and optimizer state are fp32 with every value, whatever the data type of the start checkpoint.
+    """
     strategy: Literal["ddp", "fsdp"] = "ddp"
-    """Distribution of the model over workers: replicated (ddp) or sharded (fsdp)."""
+    """Distribution of the model over workers: replicated (ddp), or sharded (fsdp; on GPUs only, CPUs replicate)."""
     patch_supervision: float = Field(default=0.0, ge=0)
     """Weight of an auxiliary loss: at each visual token the decoder predicts the word for what the patch shows.
 
@@ -198,6 +201,11 @@ class CheckpointingConfig(StrictModel):
     """Steps between checkpoints; the last step always saves one."""
     keep: int = Field(default=2, ge=1)
     """Number of newest checkpoints to keep."""
+    model_dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Data type of the weights of the finished model; null: float32, the weights exactly as trained.
+
+    The checkpoints that a training resumes from are always float32.
+    """
 
 
 class ScalingConfig(StrictModel):

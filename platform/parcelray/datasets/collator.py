@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 from parcelray.datasets.images import decode_image
 from parcelray.datasets.mini.regions import BACKGROUND
 from parcelray.datasets.sample import Sample
+from parcelray.datasets.source import BadRowsError
+from parcelray.errors import UserError
 from parcelray.models.backbones.processor_base import ElasticProcessor
 
 Batch = dict[str, NDArray[np.generic]]
@@ -44,13 +46,18 @@ class Collator:
         self._grid_size = math.isqrt(processor.num_patches)
 
     def __call__(self, samples: Sequence[Sample]) -> Batch:
-        """Collates samples that all have the same number of images."""
+        """Collates samples that all have the same number of images.
+
+        Raises:
+            BadRowsError: the message names the samples whose images cannot be decoded.
+        """
+        pixels = self._all_pixels(samples)
         prefixes = self._processor.encode_prompts([sample.prompt for sample in samples])
         suffixes = self._processor.encode_answers([sample.answers[0] for sample in samples])
         length = max(len(prefix) + len(suffix) for prefix, suffix in zip(prefixes, suffixes, strict=True))
         shape = (len(samples), length)
         batch: Batch = {
-            "pixel_values": np.stack([self._pixels(image) for sample in samples for image in sample.images]),
+            "pixel_values": np.stack(pixels),
             "input_ids": np.full(shape, self._tokenizer.pad_token_id, dtype=np.int32),
             "token_type_ids": np.zeros(shape, dtype=np.int32),
             "attention_mask": np.zeros(shape, dtype=np.int32),
@@ -89,6 +96,18 @@ class Collator:
 
     def _token(self, word: str) -> int:
         return self._processor.encode_text([word])[0][0]
+
+    def _all_pixels(self, samples: Sequence[Sample]) -> list[NDArray[np.uint8]]:
+        pixels, problems = [], {}
+        for sample in samples:
+            for image in sample.images:
+                try:
+                    pixels.append(self._pixels(image))
+                except UserError as error:
+                    problems[sample.id] = str(error)
+        if problems:
+            raise BadRowsError(problems)
+        return pixels
 
     def _pixels(self, data: bytes) -> NDArray[np.uint8]:
         return np.asarray(self._processor.fitted(decode_image(data)), dtype=np.uint8).transpose(2, 0, 1)

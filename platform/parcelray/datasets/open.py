@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Literal
 
-from parcelray.config.data import DataConfig, MiniDataConfig, NlvrDataConfig
+from parcelray.config.data import DataConfig, MiniDataConfig, NlvrDataConfig, ParquetDataConfig
 from parcelray.datasets.mini.suite import MiniSuite, family_samples
 from parcelray.datasets.nlvr.source import PERMUTATIONS, CorpusSplit, NlvrSource, Part
 from parcelray.datasets.parquet import ParquetSource
@@ -57,6 +57,20 @@ def held_out_samples(
             if len(members) < count:
                 members.append(sample)
     return [sample for members in chosen.values() for sample in members]
+
+
+def check_rows(config: DataConfig) -> None:
+    """Checks the structure of all rows that a training reads, without decoding images.
+
+    The rows of the other sources are made, or are checked when the source is opened.
+
+    Raises:
+        BadRowsError: the message names the first rows that cannot be used.
+        UserError: the data are missing or malformed.
+    """
+    if isinstance(config, ParquetDataConfig):
+        for split in ("train", "validation"):
+            ParquetSource(Path(config.path) / split).check()
 
 
 def _spread(source: NlvrSource, count: int) -> list[Sample]:

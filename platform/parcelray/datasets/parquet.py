@@ -1,7 +1,7 @@
 """Samples in parquet files: the schema, conversion of rows, and a source that reads a folder of shards."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,8 +11,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from parcelray.datasets.boxes import Box
 from parcelray.datasets.sample import Sample
-from parcelray.datasets.source import SampleGroup
+from parcelray.datasets.source import BadRowsError, SampleGroup
 from parcelray.errors import UserError
 
 SCHEMA = pa.schema(
@@ -38,11 +39,38 @@ def to_table(samples: Iterable[Sample]) -> pa.Table:
 
 
 def from_row(row: dict[str, Any]) -> Sample:
-    """Converts a row of `SCHEMA` to a sample; the image paths are dropped."""
-    images = tuple(image["bytes"] for image in row["images"])
-    return Sample(
-        **{**row, "images": images, "answers": tuple(row["answers"]), "metadata": json.loads(row["metadata"])}
-    )
+    """Converts a row of `SCHEMA` without problems (see `row_problem`) to a sample; the image paths are dropped.
+
+    An image without bytes becomes an empty one, which cannot be decoded. Values that a `Sample` may lack may be null.
+    """
+    images = tuple((image or {}).get("bytes") or b"" for image in row["images"])
+    values = {
+        **row,
+        "images": images,
+        "answers": tuple(row["answers"]),
+        "metadata": json.loads(row["metadata"] or "{}"),
+    }
+    return Sample(**{name: value for name, value in values.items() if value is not None})
+
+
+def row_problem(row: Mapping[str, Any]) -> str | None:
+    """Returns the reason why a row of `SCHEMA` gives no sample; None if it gives one. Image bytes are not read."""
+    for name in ("id", "benchmark", "family", "task", "prompt"):
+        if row[name] is None:
+            return f"no {name}"
+    if not row["images"]:
+        return "no image"
+    if not row["answers"] or not row["answers"][0]:
+        return "no answer"
+    if row["metadata"] is None:
+        return None
+    try:
+        metadata = json.loads(row["metadata"])
+    except json.JSONDecodeError as error:
+        return f"its metadata is not JSON ({error})"
+    if not isinstance(metadata, dict):
+        return "its metadata is not a JSON object"
+    return _regions_problem(metadata.get("regions", []), len(row["images"]))
 
 
 @dataclass(frozen=True)
@@ -83,10 +111,25 @@ class ParquetSource:
                 return from_row(table.slice(index, 1).to_pylist()[0])
         raise UserError(f"{self.path} has no group {group!r}; legal: {', '.join(g.name for g in self.groups)}.")
 
+    def check(self) -> None:
+        """Checks the structure of all rows, reading the files in batches and no image bytes.
+
+        Raises:
+            BadRowsError: the message names the first rows that give no sample.
+            UserError: the files do not contain samples.
+        """
+        problems = {}
+        for file in _files(self.path, self.pattern):
+            for number, row in enumerate(_light_rows(file)):
+                if (reason := row_problem(row)) is not None:
+                    problems[f"{row['id'] or '(no id)'} (row {number} of {file.name})"] = reason
+        if problems:
+            raise BadRowsError(problems)
+
     @cached_property
     def _tables(self) -> dict[int, pa.Table]:
         table = pa.concat_tables([_read(file) for file in _files(self.path, self.pattern)])
-        counts = pc.list_value_length(table["images"])
+        counts = pc.fill_null(pc.list_value_length(table["images"]), 0)
         return {number: table.filter(pc.equal(counts, number)) for number in sorted(pc.unique(counts).to_pylist())}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -114,16 +157,59 @@ def _files(path: Path, pattern: str) -> list[Path]:
     return files
 
 
+def _regions_problem(regions: Any, num_images: int) -> str | None:
+    """The reason why the labelled regions of a row (see `Collator`) cannot be used; None if they can."""
+    if not isinstance(regions, list) or len(regions) > num_images:
+        return f"its regions are not a list with at most one entry for each of its {num_images} images"
+    for region in (each for entry in regions for each in (entry if isinstance(entry, list) else [None])):
+        if not isinstance(region, dict) or not isinstance(region.get("word"), str) or not region["word"]:
+            return "a region has no word"
+        box = region.get("box")
+        if (
+            not isinstance(box, list)
+            or len(box) != len(Box._fields)
+            or not all(isinstance(x, int | float) for x in box)
+        ):
+            return "a region has no box of four numbers"
+    return None
+
+
+def _light_rows(file: Path) -> Iterator[dict[str, Any]]:
+    """Yields the rows of a file without the bytes of their images, which take nearly all of its size."""
+    _check_columns(file)
+    content = pq.ParquetFile(file)
+    paths = [content.schema.column(index).path for index in range(len(content.schema))]
+    # Of the images only the paths are read, which tell how many there are.
+    images = [path for path in paths if path.startswith("images.") and path.endswith(".path")] or ["images"]
+    texts = pa.schema([each for each in SCHEMA if each.name != "images"])
+    for batch in content.iter_batches(columns=[*texts.names, *images]):
+        table = pa.Table.from_batches([batch])
+        rows = table.select(texts.names).cast(texts).to_pylist()
+        for row, images_of_row in zip(rows, table["images"].to_pylist(), strict=True):
+            yield {**row, "images": images_of_row}
+
+
 def _read(file: Path) -> pa.Table:
+    _check_columns(file)
+    return pq.read_table(file, columns=SCHEMA.names).cast(SCHEMA)
+
+
+def _check_columns(file: Path) -> None:
     try:
-        names = pq.read_schema(file).names
+        schema = pq.read_schema(file)
     except pa.ArrowInvalid as error:
         raise UserError(
             f"{file} is not a parquet file ({error}); give shards with the columns {', '.join(SCHEMA.names)}."
         ) from error
-    missing = [name for name in SCHEMA.names if name not in names]
+    missing = [name for name in SCHEMA.names if name not in schema.names]
     if missing:
         raise UserError(
             f"{file} lacks the columns {', '.join(missing)}; give shards with the columns {', '.join(SCHEMA.names)}."
         )
-    return pq.read_table(file, columns=SCHEMA.names).cast(SCHEMA)
+    try:
+        schema.empty_table().select(SCHEMA.names).cast(SCHEMA)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowTypeError) as error:
+        raise UserError(
+            f"{file} has a column of another type ({error}); give shards with the columns"
+            f" {', '.join(f'{each.name} ({each.type})' for each in SCHEMA)}."
+        ) from error

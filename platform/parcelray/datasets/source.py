@@ -1,9 +1,13 @@
 """Sources of samples: named groups of samples with the same number of images."""
 
-from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
 from parcelray.datasets.sample import Sample
+from parcelray.errors import UserError
+
+_NAMED = 5
+"""Number of rows that a message names."""
 
 
 class SampleGroup(NamedTuple):
@@ -30,3 +34,26 @@ class SampleSource(Protocol):
     def get(self, group: str, index: int) -> Sample:
         """Reads sample `index` of a group; the result is the same in every call and process."""
         ...
+
+
+class BadRowsError(UserError):
+    """Rows of the training data that no step can use.
+
+    Unlike an evaluation, a training skips no row: the run's identity names the data, so two runs of the same identity
+    must train on the same rows.
+
+    Args:
+        problems: the reason by row id; not empty.
+    """
+
+    def __init__(self, problems: Mapping[str, str]) -> None:
+        self.problems = dict(problems)
+        named = "; ".join(f"{row}: {reason.rstrip('.')}" for row, reason in list(self.problems.items())[:_NAMED])
+        more = f"; and {len(problems) - _NAMED} more" if len(problems) > _NAMED else ""
+        super().__init__(
+            f"{len(problems)} {'row' if len(problems) == 1 else 'rows'} of the training data cannot be used: {named}"
+            f"{more}. Fix or remove them."
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (type(self), (self.problems,))

@@ -102,7 +102,13 @@ def image_size_of(path: Path) -> int:
     return load_processor(path).image_size
 
 
-def load_vlm(path: str | Path, *, connector: ConnectorConfig | None = None, seed: int = 0, **kwargs: Any) -> ElasticVLM:
+def load_vlm(
+    path: str | Path,
+    *,
+    connector: ConnectorConfig | None = None,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+) -> ElasticVLM:
     """Loads a checkpoint folder, stock or elastic, and inserts a new connector if one is given.
 
     A new connector starts from seeded random weights at the scale of the checkpoint's patch features. All other weights
@@ -112,7 +118,8 @@ def load_vlm(path: str | Path, *, connector: ConnectorConfig | None = None, seed
         path: folder with `config.json` and safetensors files.
         connector: replaces the checkpoint's connector; None keeps it (identity for a stock checkpoint).
         seed: seed of the new connector's weights.
-        kwargs: passed to `from_pretrained`, such as `dtype` and `attn_implementation`.
+        dtype: data type of all weights. The data type of the files is never inherited: small updates of training would
+            be lost in the 8 bits of a bfloat16 weight, and the same job would compute differently on another folder.
 
     Raises:
         UserError: the folder is not a checkpoint of a supported family, or weights are missing from it.
@@ -123,7 +130,7 @@ def load_vlm(path: str | Path, *, connector: ConnectorConfig | None = None, seed
     with torch.random.fork_rng(devices=[]), quiet_transformers():
         torch.manual_seed(seed)
         model, info = _FAMILIES[family_of(path)].model.from_pretrained(
-            path, config=config, output_loading_info=True, use_safetensors=True, **kwargs
+            path, config=config, output_loading_info=True, use_safetensors=True, dtype=dtype
         )
     missing = sorted(key for key in info["missing_keys"] if not key.startswith("model.connector."))
     if missing:
@@ -159,6 +166,19 @@ def use_sdpa_where_exact(model: ElasticVLM) -> None:
     """
     if getattr(model.config.text_config, "attn_logit_softcapping", None) is None:
         model.model.language_model.config._attn_implementation = "sdpa"
+
+
+def write_converted(source: Path, target: Path, dtype: torch.dtype) -> None:
+    """Copies a checkpoint folder and rounds its weights to `dtype`, which the configuration of the copy names.
+
+    Args:
+        source: checkpoint folder.
+        target: folder to write; must not exist.
+        dtype: data type of the weights of the copy.
+    """
+    shutil.copytree(source, target)
+    with quiet_transformers():
+        load_vlm(source, dtype=dtype).save_pretrained(target)
 
 
 def write_rerouted(source: Path, target: Path, routing: Sequence[RouteConfig], found_by: str) -> Path:

@@ -4,7 +4,7 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -41,23 +41,34 @@ def _started(pid: int) -> str | None:
 
 
 @contextmanager
-def sigterm_as_exit() -> Iterator[None]:
+def sigterm_as_exit() -> Iterator[Callable[[], bool]]:
     """Raise SystemExit(143) on SIGTERM while the block runs, so that `finally` and `except` clauses are executed.
 
     Only the main thread may set signal handlers; in other threads the block runs unchanged. A second SIGTERM is ignored
     while the first one unwinds the stack.
+
+    Yields:
+        A function that tells whether SIGTERM arrived. A call that it interrupts may replace the exception:
+        `ray.get` raises SystemExit(1).
     """
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield lambda: False
         return
+    received = False
 
     def stop(signum: int, frame: FrameType | None) -> None:
+        nonlocal received
+        received = True
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         raise SystemExit(_SIGTERM_EXIT_CODE)
 
     previous = signal.signal(signal.SIGTERM, stop)
     try:
-        yield
+        yield lambda: received
+    except BaseException as error:
+        if received and not is_kill(error):
+            raise SystemExit(_SIGTERM_EXIT_CODE) from error
+        raise
     finally:
         signal.signal(signal.SIGTERM, previous)
 

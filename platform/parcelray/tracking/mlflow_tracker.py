@@ -123,14 +123,16 @@ def tracked_run(
     The status is FINISHED after the block, KILLED on Ctrl-C and SIGTERM, and FAILED on any other exception. Only
     SIGKILL and power loss leave the run RUNNING; the next start of the same identity resumes it.
     """
-    with sigterm_as_exit():
+    with sigterm_as_exit() as was_stopped:
         run_id = start_run(tracking_uri, experiment, run_name, params=params, tags=tags, parent_run_id=parent_run_id)
         uri = ensure_store(tracking_uri)
         try:
             yield run_id
         except BaseException as error:
             exited_well = isinstance(error, SystemExit) and not error.code
-            end_run(uri, run_id, "KILLED" if is_kill(error) else "FINISHED" if exited_well else "FAILED")
+            end_run(
+                uri, run_id, "KILLED" if was_stopped() or is_kill(error) else "FINISHED" if exited_well else "FAILED"
+            )
             raise
         end_run(uri, run_id, "FINISHED")
 

@@ -2,7 +2,8 @@
 
 A checkpoint folder has three parts:
 
-- `model/`: the model in Hugging Face layout, loadable by itself;
+- `model/`: the model in Hugging Face layout, loadable by itself. Its weights are the float32 weights of the training,
+  so that a resume loses nothing; `checkpointing.model_dtype` applies to the finished model only;
 - `optimizer.pt`: states of optimiser, fp16 loss scaler and random number generators (RNG). It is loaded with
   `weights_only=True`, and only from the run's own folder;
 - `state.json`: step, budget sampler, configuration hash, newest metrics.
@@ -58,7 +59,7 @@ def save(
     state: TrainState,
 ) -> None:
     """Write a checkpoint folder. Every rank must call it, because sharded states are gathered; rank 0 writes."""
-    weights = get_model_state_dict(model, options=_FULL)
+    save_model(folder / "model", accelerator=accelerator, model=model, processor=processor)
     moments = (
         get_optimizer_state_dict(model, _inner(optimizer), options=_FULL)
         if is_sharded(accelerator)
@@ -67,13 +68,20 @@ def save(
     rng = gather_object([_rng_state()])
     if not accelerator.is_main_process:
         return
-    inner: ElasticVLM = accelerator.unwrap_model(model)
-    with quiet_transformers():
-        inner.save_pretrained(folder / "model", state_dict=weights)
-    processor.save_pretrained(folder / "model")
     scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
     torch.save({"optimizer": moments, "scaler": scaler, "rng": rng}, folder / "optimizer.pt")
     (folder / "state.json").write_text(json.dumps(asdict(state), indent=2), encoding="utf-8")
+
+
+def save_model(folder: Path, *, accelerator: Accelerator, model: torch.nn.Module, processor: ElasticProcessor) -> None:
+    """Write the model with its float32 weights. Every rank must call it, because shards are gathered; rank 0 writes."""
+    weights = get_model_state_dict(model, options=_FULL)
+    if not accelerator.is_main_process:
+        return
+    inner: ElasticVLM = accelerator.unwrap_model(model)
+    with quiet_transformers():
+        inner.save_pretrained(folder, state_dict=weights)
+    processor.save_pretrained(folder)
 
 
 def read_state(folder: Path) -> TrainState:

@@ -6,20 +6,21 @@ from typing import Any
 from rich.table import Table
 
 from parcelray.config.identity import identity
-from parcelray.config.train import AdamWConfig, TrainJob
+from parcelray.config.train import AdamWConfig, OptimizerConfig, TrainJob
 from parcelray.console import key_value_table
+from parcelray.datasets.open import check_rows
 from parcelray.errors import UserError, describe_values
 from parcelray.profiling.backbone_shapes import from_transformers_config
 from parcelray.profiling.flops import cost
 from parcelray.profiling.machine import matmul_flops_per_second
 from parcelray.training.budget_sampling import BudgetSampler
 from parcelray.training.run import resolve_start
-from parcelray.training.start import build_start, step_reader
+from parcelray.training.start import build_start, freeze, step_reader
 
 _BACKWARD = 2
 """FLOPs of a backward pass per FLOP of the forward pass: one product for input gradients, one for weight gradients."""
 _BYTES = 4
-"""Bytes of one weight, gradient or optimiser moment (fp32)."""
+"""Bytes of one weight, gradient or optimiser moment: all are fp32, whatever the precision of the passes."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,10 @@ class TrainingPlan:
     budgets: tuple[int, ...]
     workers: tuple[int, int]
     state_bytes: int
-    """Bytes of weights, gradients and optimiser moments on each worker, without activations."""
+    """Bytes of the fp32 weights, gradients and optimiser moments on each worker, without activations.
+
+    Frozen weights have neither gradients nor moments.
+    """
     flops: int
     """FLOPs of forward and backward passes of all steps, by the cost model at the mean budget, without text tokens."""
     seconds: float
@@ -59,7 +63,7 @@ class TrainingPlan:
             "workers": (
                 " to ".join(str(count) for count in sorted(set(self.workers))) if self.workers[1] else "in this process"
             ),
-            "memory per worker": f"at least {self.state_bytes / 2**20:,.0f} MiB for weights, gradients and moments",
+            "memory per worker": f"at least {self.state_bytes / 2**20:,.0f} MiB of fp32 weights, gradients, moments",
             "compute": f"{self.flops / 1e12:,.1f} TFLOP",
             "time": f"at least {self.seconds / 60:,.1f} min at this machine's matrix-product speed",
             "GPU hours": f"at least {self.gpu_hours:,.2f}" if self.gpu_hours else "none",
@@ -74,6 +78,7 @@ def training_plan(job: TrainJob) -> TrainingPlan:
         UserError: the parts do not fit together: the connector does not support a budget, the data do not exist, or a
             step has too few samples.
     """
+    check_rows(job.data)
     start = resolve_start(job, job.tracking.uri)
     model, processor = build_start(job, start.path if start is not None else None)
     sampler = BudgetSampler(job.budget, job.seed)
@@ -92,7 +97,9 @@ def training_plan(job: TrainJob) -> TrainingPlan:
     passes = len(sampler.budgets(0))
     flops = (1 + _BACKWARD) * per_image * job.training.images_per_step * job.training.steps * passes
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    copies = 4 if isinstance(job.optimizer, AdamWConfig) else 3
+    freeze(model, job.training)
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    state_bytes = _BYTES * (parameters + (1 + _moments(job.optimizer)) * trained)
     low, high = job.scaling.bounds
     workers = max(1, low)
     seconds = flops / matmul_flops_per_second() / workers
@@ -103,9 +110,16 @@ def training_plan(job: TrainJob) -> TrainingPlan:
         connector_parameters=sum(parameter.numel() for parameter in model.connector.parameters()),
         budgets=budgets,
         workers=(low, high),
-        state_bytes=copies * _BYTES * parameters // (workers if job.training.strategy == "fsdp" else 1),
+        state_bytes=state_bytes // (workers if job.training.strategy == "fsdp" and job.scaling.gpus_per_worker else 1),
         flops=flops,
         seconds=seconds,
         gpu_hours=seconds / 3600 * workers * job.scaling.gpus_per_worker,
         config=job.model_dump(mode="json"),
     )
+
+
+def _moments(optimizer: OptimizerConfig) -> int:
+    """Number of values that the optimiser keeps for each trained weight."""
+    if isinstance(optimizer, AdamWConfig):
+        return 2
+    return 1 if optimizer.momentum else 0

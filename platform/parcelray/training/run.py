@@ -14,7 +14,9 @@ from parcelray.cluster.session import num_nodes, ray_session
 from parcelray.config.model import CheckpointModelConfig
 from parcelray.config.train import TrainJob
 from parcelray.console import step_progress
+from parcelray.datasets.open import check_rows
 from parcelray.models.checkpoint import ResolvedCheckpoint, write_manifest
+from parcelray.models.vlm import write_converted
 from parcelray.tracking.metric_logger import MetricLogger, open_metric_logger
 from parcelray.tracking.mlflow_tracker import git_commit, job_run
 from parcelray.tracking.registry import resolve_model
@@ -67,6 +69,7 @@ def run_training(
         console.print(f"{folder.identity} is finished; nothing to do. Its model is in {done['model']}.")
         return TrainedRun(folder.identity, Path(done["model"]), done["metrics"], done["mlflow_run_id"], was_done=True)
     uri = ensure_store(job.tracking.uri) if job.tracking.uri is not None else None
+    check_rows(job.data)
     start = resolve_start(job, uri)
     in_process = job.scaling.bounds[1] == 0
     with nullcontext() if in_process else ray_session(address):
@@ -119,14 +122,17 @@ def _fit(
 
 
 def _keep_model(job: TrainJob, folder: RunFolder, checkpoint: Path, start: ResolvedCheckpoint | None) -> Path:
-    """Copy the last checkpoint's model to the run folder and write its manifest.
+    """Copy the last checkpoint's model to the run folder, in the data type of the job, and write its manifest.
 
     Returns:
         The local folder of the model; with a remote run folder it is a copy in the checkpoint's folder.
     """
     target = folder.local_path("model") if folder.is_local else checkpoint / "kept-model"
     shutil.rmtree(target, ignore_errors=True)
-    shutil.copytree(checkpoint / "model", target)
+    if job.checkpointing.model_dtype is None:
+        shutil.copytree(checkpoint / "model", target)
+    else:
+        write_converted(checkpoint / "model", target, getattr(torch, job.checkpointing.model_dtype))
     write_manifest(
         target,
         config=job.model_dump(mode="json"),

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from parcelray.config.model import MiniLlavaModelConfig, MiniModelConfig
-from parcelray.config.train import TrainJob
+from parcelray.config.train import TrainingConfig, TrainJob
 from parcelray.datasets.mini.suite import MiniSuite
 from parcelray.datasets.open import held_out_samples, training_source
 from parcelray.datasets.sample import Sample
@@ -20,7 +20,7 @@ _TOKENIZER_TEXTS = 20_000
 
 
 def build_start(job: TrainJob, checkpoint: Path | None) -> tuple[ElasticVLM, ElasticProcessor]:
-    """Build model and processor at step 0.
+    """Build model and processor at step 0, with float32 weights whatever the data type of the checkpoint.
 
     Args:
         job: the training.
@@ -53,10 +53,16 @@ def build_start(job: TrainJob, checkpoint: Path | None) -> tuple[ElasticVLM, Ela
 
 
 def build_resumed(folder: Path) -> tuple[ElasticVLM, ElasticProcessor]:
-    """Load model and processor of a training checkpoint."""
+    """Load model and processor of a training checkpoint, with float32 weights."""
     model = load_vlm(folder / "model")
     use_sdpa_where_exact(model)
     return model, load_processor(folder / "model")
+
+
+def freeze(model: ElasticVLM, training: TrainingConfig) -> None:
+    """Exclude the weights from training that the job freezes."""
+    if training.freeze_vision:
+        model.model.vision_tower.requires_grad_(False)
 
 
 def step_reader(job: TrainJob, processor: ElasticProcessor, rank: int, world_size: int) -> StepReader:

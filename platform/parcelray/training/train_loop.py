@@ -18,6 +18,7 @@ import torch
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, set_seed
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from parcelray.analysis.redundancy import effective_rank, mean_pairwise_cosine
 from parcelray.config.identity import config_hash
@@ -34,8 +35,11 @@ from parcelray.tracking.metric_logger import MetricLogger, NoMetrics
 from parcelray.training import checkpointing
 from parcelray.training.batches.schedule import StepReader, in_process_batches
 from parcelray.training.budget_sampling import BudgetSampler
-from parcelray.training.start import build_resumed, build_start, step_reader, validation_samples
+from parcelray.training.start import build_resumed, build_start, freeze, step_reader, validation_samples
 from parcelray.training.step import TensorBatch, build_optimizer, learning_rate_factor, losses, to_tensors
+
+_PASS_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""Data type of the weights in forward and backward passes of sharded training, by `training.precision`."""
 
 
 class Reporter(Protocol):
@@ -158,8 +162,7 @@ class _Loop:
         self.validation = validation_samples(job, self.processor)
         set_seed(job.seed)
         self.accelerator = _accelerator(job.training, vlm.layer_classes, cpu_only=inputs.cpu_only)
-        if job.training.freeze_vision:
-            vlm.model.vision_tower.requires_grad_(False)
+        freeze(vlm, job.training)
         self.sampler = BudgetSampler(job.budget, job.seed)
         self.sampler.check(vlm.connector)
         optimizer = build_optimizer(vlm, job.optimizer)
@@ -259,7 +262,7 @@ class _Loop:
     @torch.no_grad()
     def _diagnostics(self, batch: TensorBatch, budget: int, anchor_grid: int | None) -> dict[str, float]:
         """Effective rank and mean cosine of anchors and queries on up to 8 images: queries can collapse alone."""
-        if self.job.training.strategy == "fsdp":
+        if checkpointing.is_sharded(self.accelerator):
             return {}  # sharded weights cannot run outside the wrapped forward
         model = self.vlm
         split = {} if anchor_grid is None else {"anchor_grid": anchor_grid}
@@ -276,22 +279,36 @@ class _Loop:
         return metrics
 
     def _validate(self) -> dict[str, float]:
-        """Scores per budget over the validation samples; each rank scores its share."""
+        """Scores per budget over the validation samples; each rank scores its share, or rank 0 all of them."""
         accelerator, samples = self.accelerator, self.validation
         if not samples:
             return {}
-        # Sharded weights need every rank in every forward pass, so with FSDP each rank scores all samples.
-        shared = self.job.training.strategy == "ddp"
-        mine = samples[accelerator.process_index :: accelerator.num_processes] if shared else samples
-        self.vlm.eval()
-        values = _validation_values(self.job, self.vlm, self.processor, mine, str(accelerator.device))
-        self.vlm.train()
+        device = str(accelerator.device)
+        if checkpointing.is_sharded(self.accelerator):
+            values = self._validate_copy(device)
+        else:
+            mine = samples[accelerator.process_index :: accelerator.num_processes]
+            self.vlm.eval()
+            values = _validation_values(self.job, self.vlm, self.processor, mine, device)
+            self.vlm.train()
         metrics = {}
-        for budget, scores in values.items():
+        for budget in _validation_budgets(self.job, self.vlm):
+            scores = values.get(budget, [])
             sums = torch.tensor([float(sum(scores)), float(len(scores))], device=accelerator.device)
             sums = accelerator.reduce(sums, reduction="sum")
             metrics[_validation_metric(budget)] = float(sums[0] / sums[1])
         return metrics
+
+    def _validate_copy(self, device: str) -> dict[int, list[float]]:
+        """Score a copy of the gathered weights on rank 0, because answers need passes outside the wrapped forward."""
+        with tempfile.TemporaryDirectory(prefix="parcelray-validation-") as name:
+            checkpointing.save_model(
+                Path(name) / "model", accelerator=self.accelerator, model=self.model, processor=self.processor
+            )
+            if not self.accelerator.is_main_process:
+                return {}
+            copy, processor = build_resumed(Path(name))
+        return _validation_values(self.job, copy.eval().to(device), processor, self.validation, device)
 
     def _checkpoint(self, done: int, *, validate: bool = False) -> None:
         state = checkpointing.TrainState(
@@ -339,6 +356,10 @@ def validate_checkpoint(job: TrainJob, folder: Path) -> tuple[int, dict[str, flo
     return checkpointing.read_state(folder).step, metrics
 
 
+def _validation_budgets(job: TrainJob, model: ElasticVLM) -> list[int]:
+    return [budget for budget in job.validation.budgets if budget in model.supported_budgets]
+
+
 def _validation_metric(num_visual_tokens: int) -> str:
     return f"val/score@{num_visual_tokens}"
 
@@ -347,7 +368,7 @@ def _validation_values(
     job: TrainJob, model: ElasticVLM, processor: ElasticProcessor, samples: Sequence[Sample], device: str
 ) -> dict[int, list[float]]:
     """Score of each sample at each validation budget that the model supports; the model must be in evaluation mode."""
-    budgets = [budget for budget in job.validation.budgets if budget in model.supported_budgets]
+    budgets = _validation_budgets(job, model)
     predictions = Predictor(model, processor, device=device).generate_budgets(samples, budgets)
     return {budget: score(samples, predictions[budget]) for budget in budgets}
 
@@ -390,18 +411,23 @@ def _sync_only_last(accelerator: Accelerator, model: torch.nn.Module, *, last: b
 
 
 def _accelerator(training: TrainingConfig, layer_classes: Sequence[str], *, cpu_only: bool) -> Accelerator:
-    plugin = None
-    if training.strategy == "fsdp":
-        plugin = FullyShardedDataParallelPlugin(
-            fsdp_version=2,
-            auto_wrap_policy="transformer_based_wrap",
-            transformer_cls_names_to_wrap=list(layer_classes),
-            cpu_ram_efficient_loading=False,
-        )
     return Accelerator(
         cpu=cpu_only,
         mixed_precision="no" if training.precision == "fp32" else training.precision,
-        fsdp_plugin=plugin,
+        fsdp_plugin=fsdp_plugin(training, layer_classes) if training.strategy == "fsdp" else None,
         # A budget without queries leaves the query path unused in that step.
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+    )
+
+
+def fsdp_plugin(training: TrainingConfig, layer_classes: Sequence[str]) -> FullyShardedDataParallelPlugin:
+    """How the weights are sharded, and the data types of sharded training: fp32 weights and sums of gradients."""
+    dtype = _PASS_DTYPES[training.precision]
+    return FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=list(layer_classes),
+        cpu_ram_efficient_loading=False,
+        # By itself accelerate would also add up the ranks' gradients in the precision of the passes, unlike DDP.
+        mixed_precision_policy=MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, output_dtype=dtype),
     )

@@ -1,12 +1,17 @@
 """Training on Ray Train (V2): one loop per worker, restarted from the newest checkpoint when a worker dies."""
 
+import contextlib
+import signal
 import tempfile
+import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pyarrow.fs
 import ray
+import ray.exceptions
 import ray.train
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, ValidationConfig
 from ray.train.torch import TorchConfig, TorchTrainer
@@ -22,6 +27,9 @@ from parcelray.training.ray_worker import (
     train_worker,
     watched_progress,
 )
+
+_ABORT_S = 30.0
+"""Longest time that Ctrl-C waits for the end of the workers, seconds."""
 
 
 def fit(
@@ -56,7 +64,7 @@ def fit(
     _check_capacity(job)
     with watched_progress(on_progress) as progress:
         # Ray's annotations are those of the first version of Ray Train, which had no validation.
-        trainer = TorchTrainer(  # type: ignore[call-arg]
+        trainer = _InterruptibleTrainer(  # type: ignore[call-arg]
             train_worker,
             train_loop_config={"inputs": WorkerInputs(job, checkpoint, logger, progress)},
             scaling_config=_scaling(job),
@@ -64,10 +72,15 @@ def fit(
             torch_config=TorchConfig(backend="nccl" if job.scaling.gpus_per_worker else "gloo"),
             validation_config=_validation(job, logger),
         )
+        handler = signal.getsignal(signal.SIGINT)
         try:
             result = trainer.fit()
         except ray.train.WorkerGroupError as error:
             raise _failure(error) from error
+        finally:
+            # Without this, a Ctrl-C in the evaluation after the training would go to the controller that has ended.
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGINT, handler)
     if result.checkpoint is None:
         raise SystemFailure(
             f"The run {folder.identity} ended without a checkpoint; see Ray Train's logs in {folder.path}."
@@ -76,6 +89,33 @@ def fit(
     target = tempfile.mkdtemp(prefix="parcelray-result-")
     pyarrow.fs.copy_files(result.checkpoint.path, target, source_filesystem=result.checkpoint.filesystem)
     return Path(target), dict(result.metrics or {})
+
+
+class _InterruptibleTrainer(TorchTrainer):
+    """Ray's trainer, which on Ctrl-C aborts the run and raises KeyboardInterrupt.
+
+    Ray's own handler exits with code 0 or 1, depending on where the signal arrives, so that the caller can tell an
+    interrupted run neither from a finished nor from a failed one.
+    """
+
+    def _register_sigint_handler(self, controller: Any) -> None:
+        signal.signal(signal.SIGINT, interrupt_handler(lambda: ray.get(controller.abort.remote(), timeout=_ABORT_S)))
+
+
+def interrupt_handler(abort: Callable[[], object]) -> Callable[[int, FrameType | None], None]:
+    """A handler of SIGINT that ends a run and raises KeyboardInterrupt; a second Ctrl-C does not wait for the end.
+
+    Args:
+        abort: ends the run; may raise `RayActorError`, since the controller ends its own process.
+    """
+
+    def handle(signum: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        with contextlib.suppress(ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):
+            abort()
+        raise KeyboardInterrupt
+
+    return handle
 
 
 def _scaling(job: TrainJob) -> ScalingConfig:

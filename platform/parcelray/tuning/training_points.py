@@ -57,6 +57,9 @@ def trial_job(job: TuneJob, folder: str, assignment: Assignment, *, segment: Seg
         data["model"] = {"type": "checkpoint", "reference": segment.model}
         # The checkpoint of the first segment contains the connector.
         data["connector"] = None
+    if segment.index + 1 < segment.count:
+        # The next segment starts from this one's model, so rounding it would lose small updates.
+        data["checkpointing"] = data.get("checkpointing", {}) | {"model_dtype": None}
     before, end = segment.steps(whole.training.steps)
     data["training"]["steps"] = max(1, end - before)
     # The same seed would train every segment on the same batches and budgets.

@@ -6,12 +6,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from parcelray.benchmarks.readers.base import DatasetFingerprint, RowSamples, ids_digest
+from parcelray.benchmarks.readers.base import DatasetFingerprint, Problem, RowSamples, ids_digest
 from parcelray.benchmarks.tables.rows import ParquetRows
 from parcelray.datasets.mini.scenes import Split
 from parcelray.datasets.mini.suite import BENCHMARK, FAMILIES, family_sample, family_sample_id
 from parcelray.datasets.nlvr.source import NlvrSource
-from parcelray.datasets.parquet import SCHEMA, from_row
+from parcelray.datasets.parquet import SCHEMA, from_row, row_problem
 from parcelray.errors import UserError
 
 
@@ -145,7 +145,10 @@ class SamplesReader:
 
     def read(self, row: int) -> RowSamples:
         """See `BenchmarkReader`."""
-        return RowSamples((from_row(self._rows.row(row)),))
+        cells = self._rows.row(row)
+        if (reason := row_problem(cells)) is not None:
+            return RowSamples((), (Problem(cells["id"] or f"row {row}", reason),))
+        return RowSamples((from_row(cells),))
 
     @cached_property
     def _scenes(self) -> list[str]:

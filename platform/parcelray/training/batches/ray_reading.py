@@ -15,10 +15,13 @@ from typing import Any
 
 import numpy as np
 import ray.data
+import ray.exceptions
 from numpy.typing import NDArray
 from ray.data.dataset import MaterializedDataset
 
 from parcelray.datasets.collator import Batch
+from parcelray.datasets.source import BadRowsError
+from parcelray.errors import UserError
 from parcelray.training.batches.schedule import StepReader
 
 _STEPS_PER_TASK = 8
@@ -32,6 +35,8 @@ def ray_batches(reader: StepReader, first_step: int, num_steps: int, *, concurre
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False
+    # Otherwise Ray Data replaces the error of a task, which names the bad rows, by its own with a traceback as text.
+    context.raise_original_map_exception = True
     with ThreadPoolExecutor(1, thread_name_prefix="parcelray-reading") as ahead:
         following = None
         for window in _windows(first_step, num_steps, reader.num_images):
@@ -56,9 +61,14 @@ def _read_window(reader: StepReader, steps: range, concurrency: int) -> Material
     blocks = -(-len(steps) // _STEPS_PER_TASK)
     rows = ray.data.range(len(steps), override_num_blocks=blocks)
     read = _ReadSteps(reader, steps.start)
-    dataset: MaterializedDataset[Any] = rows.map_batches(
-        read, batch_size=None, num_cpus=0.5, concurrency=min(concurrency, blocks)
-    ).materialize()
+    batches = rows.map_batches(read, batch_size=None, num_cpus=0.5, concurrency=min(concurrency, blocks))
+    try:
+        dataset: MaterializedDataset[Any] = batches.materialize()
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, UserError):
+            # Without the traceback of the task, which Ray adds to the message.
+            raise error.cause from None
+        raise
     return dataset
 
 
@@ -73,7 +83,15 @@ class _ReadSteps:
         self._first_step = first_step
 
     def __call__(self, rows: dict[str, NDArray[np.int64]]) -> dict[str, NDArray[Any]]:
-        batches = [self._reader.read(self._first_step + int(row)) for row in rows["id"]]
+        batches: list[Batch] = []
+        problems: dict[str, str] = {}
+        for row in rows["id"]:
+            try:
+                batches.append(self._reader.read(self._first_step + int(row)))
+            except BadRowsError as error:
+                problems |= error.problems
+        if problems:
+            raise BadRowsError(problems)
         return {key: _object_column([batch[key] for batch in batches]) for key in batches[0]}
 
 
