@@ -9,6 +9,7 @@ from parcelray.config.base import StrictModel
 from parcelray.config.connector import ConnectorConfig
 from parcelray.config.data import DataConfig
 from parcelray.config.model import CheckpointModelConfig, ModelConfig
+from parcelray.config.paths import LocalPath, TrackingUri
 
 
 class BudgetRange(StrictModel):
@@ -233,7 +234,7 @@ class ScalingConfig(StrictModel):
 class TrackingConfig(StrictModel):
     """MLflow tracking of the run."""
 
-    uri: str | None = "sqlite:///runs/mlflow.db"
+    uri: TrackingUri | None = "sqlite:///runs/mlflow.db"
     """MLflow tracking URI; null: no tracking. A cluster of more than one node needs a tracking server."""
     experiment: str = "parcelray"
     """Name of the MLflow experiment."""
@@ -270,9 +271,9 @@ class TrainJob(StrictModel):
     """Checkpointing of the training state."""
     scaling: ScalingConfig = ScalingConfig()
     """Workers of Ray Train."""
-    tracking: TrackingConfig = TrackingConfig()
+    tracking: TrackingConfig = Field(default_factory=TrackingConfig)
     """MLflow tracking."""
-    storage: str = "runs"
+    storage: LocalPath = "runs"
     """Folder or fsspec URI of the run's checkpoints; with several nodes, every node must have access to it."""
 
     @model_validator(mode="after")

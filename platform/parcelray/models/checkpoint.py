@@ -18,12 +18,11 @@ from pydantic import Field, ValidationError
 
 import parcelray
 from parcelray.config.base import StrictModel
+from parcelray.config.paths import PACKAGED
 from parcelray.errors import UserError
 
 MANIFEST_NAME = "manifest.json"
 MINI_BASE = "mini_base"
-PACKAGED = (MINI_BASE, "mini_llava", "mini_llava_siglip", "mini_llava_convnext")
-"""Names of the checkpoints that are part of the package."""
 _CARD_NAME = "README.md"
 """The model card, which is written after the weights and may change, so the manifest does not cover it."""
 PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy", ".h5", ".msgpack"})

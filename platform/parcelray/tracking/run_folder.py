@@ -9,6 +9,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from parcelray.config.identity import StoredJob, decisive, differing_keys, identity
+from parcelray.config.paths import AS_WRITTEN
 from parcelray.errors import UserError
 
 _JOB, _RESULT = "job.json", "result.json"
@@ -52,7 +53,7 @@ class RunFolder:
                     " name=...), or restore the old model to resume the old run."
                 )
         self._write(
-            _JOB, {"identity": self.identity, "job": self._job.model_dump(mode="json"), "pins": kept | dict(pins or {})}
+            _JOB, {"identity": self.identity, "job": self._job.model_dump(mode="json", context=AS_WRITTEN), "pins": kept | dict(pins or {})}
         )
 
     def check(self) -> None:
@@ -61,7 +62,7 @@ class RunFolder:
         Raises:
             UserError: it belongs to another configuration of the same name; the message names the differing keys.
         """
-        resolved = self._job.model_dump(mode="json")
+        resolved = self._job.model_dump(mode="json", context=AS_WRITTEN)
         existing = self._read(_JOB)
         if existing is not None and existing["identity"] != self.identity:
             differences = "; ".join(differing_keys(decisive(existing["job"]), decisive(resolved)))

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from parcelray.cluster.session import num_nodes, ray_session
 from parcelray.config.model import CheckpointModelConfig
+from parcelray.config.paths import AS_WRITTEN
 from parcelray.config.train import TrainJob
 from parcelray.console import step_progress
 from parcelray.models.checkpoint import ResolvedCheckpoint, write_manifest
@@ -77,7 +78,7 @@ def run_training(
                 job,
                 uri,
                 folder.identity,
-                params=job.model_dump(mode="json"),
+                params=job.model_dump(mode="json", context=AS_WRITTEN),
                 tags={"parcel.start": start.pinned if start is not None else "scratch"},
                 parent_run_id=parent_run_id,
             ) as run_id,
@@ -129,9 +130,9 @@ def _keep_model(job: TrainJob, folder: RunFolder, checkpoint: Path, start: Resol
     shutil.copytree(checkpoint / "model", target)
     write_manifest(
         target,
-        config=job.model_dump(mode="json"),
+        config=job.model_dump(mode="json", context=AS_WRITTEN),
         git_commit=git_commit(),
-        data=job.data.model_dump(mode="json"),
+        data=job.data.model_dump(mode="json", context=AS_WRITTEN),
         seed=job.seed,
         extra={
             "start": start.pinned if start is not None else "scratch",
