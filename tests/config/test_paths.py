@@ -1,4 +1,4 @@
-"""Path keys: absolute in the job that is read, `~` expanded, as written in identities, and the same in every process."""
+"""Path keys: absolute in the job that is read, `~` expanded, as written in identities, the same in every process."""
 
 import copy
 import pickle
@@ -57,7 +57,8 @@ _NO_PATHS = {
     "JoinConfig.config": "the name of a configuration of a data set",
     "TracesConfig.exporter": "an import path",
     "SamplesSource.split": "the name of a split",
-    "Problem.path": "a key path",
+    "BenchmarkChoice.name": "a name",
+    "SearchSpace.parameters": "key paths",
 }
 _SOUNDS_LIKE_A_PATH = re.compile(r"\b(path|folder|folders|file|files|checkpoint|database|uri)\b", re.IGNORECASE)
 

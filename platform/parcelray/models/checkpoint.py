@@ -7,7 +7,6 @@ never the alias or branch.
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
@@ -20,6 +19,7 @@ import parcelray
 from parcelray.config.base import StrictModel
 from parcelray.config.paths import PACKAGED
 from parcelray.errors import UserError
+from parcelray.files import atomic_write
 
 MANIFEST_NAME = "manifest.json"
 MINI_BASE = "mini_base"
@@ -209,9 +209,9 @@ def write_manifest(
         files=_hash_files(folder),
     )
     path = folder / MANIFEST_NAME
-    partial = folder / f".{MANIFEST_NAME}.tmp"
-    partial.write_text(json.dumps(manifest.model_dump(mode="json"), indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    text = json.dumps(manifest.model_dump(mode="json"), indent=2, sort_keys=True) + "\n"
+    with atomic_write(path) as file:
+        file.write(text.encode())
     return path
 
 

@@ -14,7 +14,7 @@ import torch
 from transformers.utils import logging
 
 from parcelray.config.connector import ConnectorConfig, ParcelConnectorConfig, RouteConfig
-from parcelray.errors import UserError
+from parcelray.errors import ParcelrayError, SystemFailure, UserError
 from parcelray.models.backbones import (
     ElasticLlavaConfig,
     ElasticLlavaForConditionalGeneration,
@@ -54,7 +54,8 @@ def family_of(path: str | Path) -> str:
         raise UserError(
             f"{path} is not a checkpoint folder (it has no config.json); give a folder written by save_pretrained."
         )
-    model_type = str(json.loads(file.read_text(encoding="utf-8")).get("model_type"))
+    with _damage_explained(path, "config.json"):
+        model_type = str(json.loads(file.read_text(encoding="utf-8")).get("model_type"))
     family = model_type.removeprefix("elastic_")
     if family not in _FAMILIES:
         raise UserError(
@@ -64,13 +65,32 @@ def family_of(path: str | Path) -> str:
     return family
 
 
+@contextmanager
+def _damage_explained(path: str | Path, part: str) -> Iterator[None]:
+    """Turns the errors of transformers, tokenizers and safetensors about missing or cut files into one sentence."""
+    try:
+        yield
+    except (ParcelrayError, RuntimeError, MemoryError):
+        # A RuntimeError is not about files: out of GPU memory, or weights of another shape.
+        raise
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise SystemFailure(
+            f"The {part} of the checkpoint {path} cannot be read, because files are missing or damaged ({reason});"
+            " download or copy the checkpoint again."
+        ) from error
+
+
 def config_of(path: str | Path) -> ElasticConfig:
     """Returns the configuration of a checkpoint folder, stock or elastic.
 
     Raises:
         UserError: see `family_of`.
+        SystemFailure: the configuration is damaged.
     """
-    return cast(ElasticConfig, _FAMILIES[family_of(path)].model.config_class.from_pretrained(path))
+    family = _FAMILIES[family_of(path)]
+    with _damage_explained(path, "config.json"):
+        return cast(ElasticConfig, family.model.config_class.from_pretrained(path))
 
 
 def connector_of(path: str | Path) -> Connector:
@@ -85,8 +105,11 @@ def load_processor(path: str | Path) -> ElasticProcessor:
 
     Raises:
         UserError: see `family_of`.
+        SystemFailure: files of the tokenizer or the image processor are missing or damaged.
     """
-    return cast(ElasticProcessor, _FAMILIES[family_of(path)].processor.from_pretrained(path))
+    family = _FAMILIES[family_of(path)]
+    with _damage_explained(path, "tokenizer or processor"):
+        return cast(ElasticProcessor, family.processor.from_pretrained(path))
 
 
 def image_size_of(path: Path) -> int:
@@ -112,7 +135,7 @@ def load_vlm(path: str | Path, *, connector: ConnectorConfig | None = None, seed
     config = config_of(path)
     if connector is not None:
         config.connector = connector.model_dump(mode="json")
-    with torch.random.fork_rng(devices=[]), quiet_transformers():
+    with torch.random.fork_rng(devices=[]), quiet_transformers(), _damage_explained(path, "weights"):
         torch.manual_seed(seed)
         model, info = _FAMILIES[family_of(path)].model.from_pretrained(
             path, config=config, output_loading_info=True, use_safetensors=True, **kwargs

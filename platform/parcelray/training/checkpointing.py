@@ -10,7 +10,6 @@ A checkpoint folder has three parts:
 The data position is the step: `batches.schedule` derives the samples of every step from it.
 """
 
-import json
 import random
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, gather_object
+from safetensors import SafetensorError
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -27,7 +27,8 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from parcelray.errors import UserError
+from parcelray.errors import SystemFailure, UserError
+from parcelray.files import read_json, write_json
 from parcelray.models.backbones import ElasticVLM
 from parcelray.models.backbones.processor_base import ElasticProcessor
 from parcelray.models.vlm import quiet_transformers
@@ -68,12 +69,19 @@ def save(
     if not accelerator.is_main_process:
         return
     inner: ElasticVLM = accelerator.unwrap_model(model)
-    with quiet_transformers():
-        inner.save_pretrained(folder / "model", state_dict=weights)
-    processor.save_pretrained(folder / "model")
     scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
-    torch.save({"optimizer": moments, "scaler": scaler, "rng": rng}, folder / "optimizer.pt")
-    (folder / "state.json").write_text(json.dumps(asdict(state), indent=2), encoding="utf-8")
+    try:
+        with quiet_transformers():
+            inner.save_pretrained(folder / "model", state_dict=weights)
+        processor.save_pretrained(folder / "model")
+        torch.save({"optimizer": moments, "scaler": scaler, "rng": rng}, folder / "optimizer.pt")
+    except (SafetensorError, RuntimeError) as error:
+        # The libraries report a full or broken disk with errors of their own.
+        raise SystemFailure(
+            f"The checkpoint of step {state.step} cannot be written to {folder} ({error}); free some space on its disk,"
+            " then run the same command again to resume."
+        ) from error
+    write_json(folder / "state.json", asdict(state))
 
 
 def read_state(folder: Path) -> TrainState:
@@ -82,12 +90,12 @@ def read_state(folder: Path) -> TrainState:
     Raises:
         UserError: the folder is not a training checkpoint.
     """
-    path = folder / "state.json"
-    if not path.is_file():
+    state = read_json(folder / "state.json", "remove this checkpoint to resume from an earlier one")
+    if state is None:
         raise UserError(
             f"{folder} is not a training checkpoint (it has no state.json); use a folder checkpoint_* of a run."
         )
-    return TrainState(**json.loads(path.read_text(encoding="utf-8")))
+    return TrainState(**state)
 
 
 def restore_optimizer(

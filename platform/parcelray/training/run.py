@@ -24,6 +24,9 @@ from parcelray.tracking.store import check_tracking_uri, ensure_store
 from parcelray.training.report import report_training
 from parcelray.training.train_loop import fit_in_process
 
+_MODEL = "model"
+"""Folder of the trained model in the run folder."""
+
 
 @dataclass(frozen=True)
 class TrainedRun:
@@ -65,8 +68,10 @@ def run_training(
     folder.claim()
     done = folder.result()
     if done is not None:
-        console.print(f"{folder.identity} is finished; nothing to do. Its model is in {done['model']}.")
-        return TrainedRun(folder.identity, Path(done["model"]), done["metrics"], done["mlflow_run_id"], was_done=True)
+        # Results of earlier versions have the absolute path of the same folder, which may have been moved since.
+        model_folder = folder.local_path(_MODEL) if folder.is_local else Path(done["model"])
+        console.print(f"{folder.identity} is finished; nothing to do. Its model is in {model_folder}.")
+        return TrainedRun(folder.identity, model_folder, done["metrics"], done["mlflow_run_id"], was_done=True)
     uri = ensure_store(job.tracking.uri) if job.tracking.uri is not None else None
     start = resolve_start(job, uri)
     in_process = job.scaling.bounds[1] == 0
@@ -89,7 +94,8 @@ def run_training(
             model_folder = _keep_model(job, folder, checkpoint, start)
             if report and job.report is not None:
                 metrics |= report_training(job, model_folder, console, uri, run_id)
-    folder.finish({"model": str(model_folder), "metrics": metrics, "mlflow_run_id": run_id})
+    stored = _MODEL if folder.is_local else str(model_folder)
+    folder.finish({"model": stored, "metrics": metrics, "mlflow_run_id": run_id})
     return TrainedRun(folder.identity, model_folder, metrics, run_id, was_done=False)
 
 
@@ -125,7 +131,7 @@ def _keep_model(job: TrainJob, folder: RunFolder, checkpoint: Path, start: Resol
     Returns:
         The local folder of the model; with a remote run folder it is a copy in the checkpoint's folder.
     """
-    target = folder.local_path("model") if folder.is_local else checkpoint / "kept-model"
+    target = folder.local_path(_MODEL) if folder.is_local else checkpoint / "kept-model"
     shutil.rmtree(target, ignore_errors=True)
     shutil.copytree(checkpoint / "model", target)
     write_manifest(
@@ -141,7 +147,7 @@ def _keep_model(job: TrainJob, folder: RunFolder, checkpoint: Path, start: Resol
         },
     )
     if not folder.is_local:
-        folder.upload(target, "model")
+        folder.upload(target, _MODEL)
     elif job.scaling.bounds[1] != 0:
         shutil.rmtree(checkpoint)
     return target
