@@ -30,7 +30,7 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[str,
 def test_a_file_is_written_and_read(place: tuple[str, Any]) -> None:
     path, filesystem = place
     assert read_json(path, "remove it", filesystem) is None
-    for content in ({"a": 1}, {"a": [2, "ä"]}):
+    for content in ({"a": 1}, {"a": [2, "\u00e4"]}):
         write_json(path, content, filesystem)
         assert read_json(path, "remove it", filesystem) == content
     assert [name.rpartition("/")[2] for name in filesystem.ls(path.rpartition("/")[0], detail=False)] == ["a.json"]
@@ -74,7 +74,10 @@ def test_an_empty_file_counts_as_missing_and_a_cut_one_is_named(place: tuple[str
 
 
 FAILURES = [
-    (OSError(errno.ENOSPC, "No space left on device", "/runs/a"), r"^/runs/a: there is no space left on its disk; free"),
+    (
+        OSError(errno.ENOSPC, "No space left on device", "/runs/a"),
+        r"^/runs/a: there is no space left on its disk; free",
+    ),
     (OSError(errno.EDQUOT, "Disk quota exceeded", "/runs/a"), r"^/runs/a: the disk quota is exhausted"),
     (OSError(errno.EROFS, "Read-only file system", "/runs/a"), r"^/runs/a: its file system is read-only; use storage"),
     (PermissionError(errno.EACCES, "Permission denied", "/runs/a"), r"^/runs/a: permission is denied"),

@@ -135,20 +135,18 @@ def test_a_moved_training_is_recognised_and_starts_others(tmp_path: Path, monkey
     old.mkdir()
     monkeypatch.chdir(old)
     short = {"steps": 1, "images_per_step": 4}
-    first = run_training(tiny_job(Path("runs"), training=short, validation={"samples": 0}), _console())
+    first = run_training(tiny_job(Path("runs"), training=short, validation={"samples": 1}), _console())
     assert first.model_folder == old / "runs" / "train" / "tiny" / "model"
     monkeypatch.chdir(tmp_path)
     old.rename(new)
     monkeypatch.chdir(new)
-    again = run_training(tiny_job(Path("runs"), training=short, validation={"samples": 0}), _console())
+    again = run_training(tiny_job(Path("runs"), training=short, validation={"samples": 1}), _console())
     assert again.was_done
     assert again.model_folder == new / "runs" / "train" / "tiny" / "model"
     assert again.model_folder.is_dir()
     # A warm start by the same relative path.
     start = {"type": "checkpoint", "reference": "runs/train/tiny/model"}
-    warm = tiny_job(
-        Path("runs"), name="warm", model=start, connector=None, training=short, validation={"samples": 0}
-    )
+    warm = tiny_job(Path("runs"), name="warm", model=start, connector=None, training=short, validation={"samples": 1})
     assert run_training(warm, _console()).model_folder.is_dir()
     assert not old.exists(), "nothing is written to the old place"
 

@@ -99,7 +99,7 @@ class EvaluateJob(StrictModel):
     """Path of the .npz file of PaliGemma's segmentation decoder, for referring segmentation; null: not available."""
     compute: PassConfig = PassConfig()
     """Cluster resources of the evaluation."""
-    tracking: TrackingConfig = Field(default_factory=TrackingConfig)
+    tracking: TrackingConfig = Field(default_factory=dict)
     """MLflow tracking."""
     storage: LocalPath = "runs"
     """Folder or fsspec URI of the predictions, which all evaluations share, and of the results.

@@ -183,10 +183,11 @@ def changed(job: JobT, changes: Mapping[str, Any], source: str, *, folder: str |
     """Returns a job with other values of some keys. It may be called in a process with another working folder.
 
     Args:
-        job: the job; its paths stay what they are, and only its keys that were set are kept as set.
+        job: the job; the paths that were set in it stay what they are.
         changes: values by key path.
         source: start of error messages.
-        folder: folder that relative paths in the changes are relative to; None: the working folder.
+        folder: folder that relative paths in the changes and in the defaults are relative to: the working folder of
+            the driver; None: that of this process.
 
     Raises:
         ConfigError: the job does not accept one of the values.

@@ -102,7 +102,7 @@ class PromoteJob(StrictModel):
     """Seed of the random subset that a benchmark's `limit` selects."""
     compute: PassConfig = PassConfig()
     """Cluster resources of the evaluation."""
-    tracking: TrackingConfig = Field(default_factory=TrackingConfig)
+    tracking: TrackingConfig = Field(default_factory=dict)
     """MLflow tracking; its store also holds the model registry."""
     storage: LocalPath = "runs"
     """Folder or fsspec URI of predictions and results, as in an evaluate job; evaluations share the predictions."""

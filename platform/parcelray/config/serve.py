@@ -307,7 +307,7 @@ class ServeJob(StrictModel):
     """OpenTelemetry traces; null: none."""
     samples: SamplesConfig | None = None
     """Samples of requests that MLflow stores; null: none."""
-    tracking: TrackingConfig = Field(default_factory=TrackingConfig)
+    tracking: TrackingConfig = Field(default_factory=dict)
     """MLflow store of the model registry (for `models:/...` references) and of the samples."""
 
     @model_validator(mode="after")

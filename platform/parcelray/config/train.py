@@ -271,7 +271,7 @@ class TrainJob(StrictModel):
     """Checkpointing of the training state."""
     scaling: ScalingConfig = ScalingConfig()
     """Workers of Ray Train."""
-    tracking: TrackingConfig = Field(default_factory=TrackingConfig)
+    tracking: TrackingConfig = Field(default_factory=dict)
     """MLflow tracking."""
     storage: LocalPath = "runs"
     """Folder or fsspec URI of the run's checkpoints; with several nodes, every node must have access to it."""

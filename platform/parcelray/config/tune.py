@@ -161,7 +161,7 @@ class TuneJob(StrictModel):
     """
     stall_s: float = Field(default=300.0, gt=0)
     """Longest time without progress while trials wait, seconds; after it the search fails and reports the reason."""
-    tracking: TrackingConfig = Field(default_factory=TrackingConfig)
+    tracking: TrackingConfig = Field(default_factory=dict)
     """MLflow tracking."""
     storage: LocalPath = "runs"
     """Folder of the search's record; with several nodes, every node must have access to it."""
