@@ -39,9 +39,14 @@ def test_a_file_is_written_and_read(place: tuple[str, Any]) -> None:
 def test_an_interrupted_write_leaves_the_old_file_and_no_rest(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     write_json(path, {"old": True})
-    with pytest.raises(KeyboardInterrupt), atomic_write(path) as file:
-        file.write(b'{"new": ')
-        raise KeyboardInterrupt
+
+    def write() -> None:
+        with atomic_write(path) as file:
+            file.write(b'{"new": ')
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write()
     assert read_json(path, "") == {"old": True}
     assert os.listdir(tmp_path) == ["a.json"]
 

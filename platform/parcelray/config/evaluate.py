@@ -9,7 +9,7 @@ from parcelray.config.benchmark import PromptFamily
 from parcelray.config.model import CheckpointModelConfig
 from parcelray.config.paths import LocalPath
 from parcelray.config.reducer import ReducerConfig
-from parcelray.config.train import TrackingConfig
+from parcelray.config.train import TrackingConfig, default_tracking
 
 BudgetName = Literal["blind", "full"]
 BLIND = 0
@@ -99,7 +99,7 @@ class EvaluateJob(StrictModel):
     """Path of the .npz file of PaliGemma's segmentation decoder, for referring segmentation; null: not available."""
     compute: PassConfig = PassConfig()
     """Cluster resources of the evaluation."""
-    tracking: TrackingConfig = Field(default_factory=dict)
+    tracking: TrackingConfig = Field(default_factory=default_tracking)
     """MLflow tracking."""
     storage: LocalPath = "runs"
     """Folder or fsspec URI of the predictions, which all evaluations share, and of the results.

@@ -9,7 +9,7 @@ from parcelray.config.evaluate import BenchmarkChoice, EvaluateJob, PassConfig
 from parcelray.config.model import CheckpointModelConfig
 from parcelray.config.paths import LocalPath, ModelReference
 from parcelray.config.serve import EngineConfig
-from parcelray.config.train import TrackingConfig
+from parcelray.config.train import TrackingConfig, default_tracking
 
 
 class RetentionGate(StrictModel):
@@ -102,7 +102,7 @@ class PromoteJob(StrictModel):
     """Seed of the random subset that a benchmark's `limit` selects."""
     compute: PassConfig = PassConfig()
     """Cluster resources of the evaluation."""
-    tracking: TrackingConfig = Field(default_factory=dict)
+    tracking: TrackingConfig = Field(default_factory=default_tracking)
     """MLflow tracking; its store also holds the model registry."""
     storage: LocalPath = "runs"
     """Folder or fsspec URI of predictions and results, as in an evaluate job; evaluations share the predictions."""

@@ -7,7 +7,7 @@ from pydantic import Field, field_validator, model_validator
 from parcelray.config.base import StrictModel
 from parcelray.config.connector import AnchorsOnlyConnectorConfig, M3ConnectorConfig
 from parcelray.config.paths import LocalPath, ModelReference
-from parcelray.config.train import TrackingConfig
+from parcelray.config.train import TrackingConfig, default_tracking
 
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
 
@@ -307,7 +307,7 @@ class ServeJob(StrictModel):
     """OpenTelemetry traces; null: none."""
     samples: SamplesConfig | None = None
     """Samples of requests that MLflow stores; null: none."""
-    tracking: TrackingConfig = Field(default_factory=dict)
+    tracking: TrackingConfig = Field(default_factory=default_tracking)
     """MLflow store of the model registry (for `models:/...` references) and of the samples."""
 
     @model_validator(mode="after")

@@ -1,7 +1,7 @@
 """Job files of training runs: `jobs/train/*.yaml`."""
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -240,6 +240,11 @@ class TrackingConfig(StrictModel):
     """Name of the MLflow experiment."""
 
 
+def default_tracking() -> Any:
+    """The content of a `tracking` section that is left out; it is validated with the job, so its path is the job's."""
+    return {}
+
+
 class TrainJob(StrictModel):
     """Job file of one training run."""
 
@@ -271,7 +276,7 @@ class TrainJob(StrictModel):
     """Checkpointing of the training state."""
     scaling: ScalingConfig = ScalingConfig()
     """Workers of Ray Train."""
-    tracking: TrackingConfig = Field(default_factory=dict)
+    tracking: TrackingConfig = Field(default_factory=default_tracking)
     """MLflow tracking."""
     storage: LocalPath = "runs"
     """Folder or fsspec URI of the run's checkpoints; with several nodes, every node must have access to it."""

@@ -9,7 +9,7 @@ from parcelray.config.evaluate import EvaluateJob
 from parcelray.config.objectives import SCORES, Objective, check_objectives, check_space, is_measured_during
 from parcelray.config.paths import LocalPath, ModelReference
 from parcelray.config.search_space import AnchorsFit, SearchSpace
-from parcelray.config.train import TrackingConfig, TrainJob
+from parcelray.config.train import TrackingConfig, TrainJob, default_tracking
 
 
 class GridAlgorithm(StrictModel):
@@ -161,7 +161,7 @@ class TuneJob(StrictModel):
     """
     stall_s: float = Field(default=300.0, gt=0)
     """Longest time without progress while trials wait, seconds; after it the search fails and reports the reason."""
-    tracking: TrackingConfig = Field(default_factory=dict)
+    tracking: TrackingConfig = Field(default_factory=default_tracking)
     """MLflow tracking."""
     storage: LocalPath = "runs"
     """Folder of the search's record; with several nodes, every node must have access to it."""
