@@ -47,7 +47,7 @@ _LAYOUT = 2
 """Version of the columns above, part of every key: predictions in an older layout lack columns and are recomputed."""
 _MODEL_FOLDER_DIGITS = 16
 _RECORDS, _PROBLEMS, _DATA = "samples.parquet", "problems.json", "data.json"
-_EVALUATE_AGAIN = "remove it if it exists, and run the evaluation again, which computes only missing predictions"
+_EVALUATE_AGAIN = "remove it, and run the evaluation again, which computes only missing predictions"
 _TEXT_FIELDS = ("id", "benchmark", "family", "task", "prompt", "metric", "scene")
 _RECORD_SCHEMA = pa.schema(
     [
@@ -172,17 +172,13 @@ class PredictionStore:
         try:
             with self._filesystem.open(shard, "rb") as file:
                 return pq.read_table(file, columns=columns)
-        except (pa.ArrowException, KeyError, EOFError) as error:
-            raise SystemFailure(
-                f"{shard} is damaged: it is not a shard of predictions ({error}); remove it, and its predictions are"
-                " computed again."
-            ) from error
-        except OSError as error:
-            # Arrow reports a damaged page as an error of the operating system, but without its number.
-            if error.errno is not None:
+        except (pa.ArrowException, KeyError, EOFError, OSError) as error:
+            # Arrow also reports a damaged page as an error of the operating system, but without a number.
+            if isinstance(error, OSError) and error.errno is not None:
                 raise
             raise SystemFailure(
-                f"{shard} is damaged ({error}); remove it, and its predictions are computed again."
+                f"{shard} is not a shard of predictions ({_first_line(error)}); remove it, and its predictions are"
+                " computed again."
             ) from error
 
 
@@ -247,11 +243,13 @@ class EvaluatedBenchmark:
         own = _benchmark_folder(folder, config.name)
         data, problems = _saved_data(folder, config.name), read_json(own / _PROBLEMS, _EVALUATE_AGAIN)
         if data is None or problems is None or not is_written(own / _RECORDS):
-            raise SystemFailure(f"{own} has no complete record of the samples of {config.name}; {_EVALUATE_AGAIN}.")
+            raise SystemFailure(
+                f"{own} has no complete record of the samples of {config.name}; run the evaluation again."
+            )
         try:
             rows = pq.read_table(own / _RECORDS, columns=_RECORD_SCHEMA.names).to_pylist()
         except (pa.ArrowException, KeyError) as error:
-            raise SystemFailure(f"{own / _RECORDS} is damaged ({error}); {_EVALUATE_AGAIN}.") from error
+            raise SystemFailure(f"{own / _RECORDS} is damaged ({_first_line(error)}); {_EVALUATE_AGAIN}.") from error
         return cls(
             config=config,
             metric=metric,
@@ -285,6 +283,10 @@ def check_fingerprint(folder: Path, benchmark: str, found: DatasetFingerprint) -
 def _saved_data(folder: Path, benchmark: str) -> dict[str, Any] | None:
     data: dict[str, Any] | None = read_json(_benchmark_folder(folder, benchmark) / _DATA, _EVALUATE_AGAIN)
     return data
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _benchmark_folder(folder: Path, benchmark: str) -> Path:
