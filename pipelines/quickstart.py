@@ -23,6 +23,7 @@ from parcelray.evaluation.frontier import frontier_table, write_frontier
 from parcelray.evaluation.predict import PYFUNC_FILE
 from parcelray.evaluation.predict.predictor import Predictor
 from parcelray.evaluation.scoring.aggregate import Frontier
+from parcelray.files import atomic_write, is_written
 from parcelray.models.vlm import image_size_of, load_processor, load_vlm
 from parcelray.tracking.mlflow_tracker import MlflowRunLogger, tracked_run
 from parcelray.tracking.registry import promote, register_model, resolve_registry
@@ -72,7 +73,7 @@ def run(job: TrainJob, console: Console) -> None:
     uri = ensure_store(job.tracking.uri or "sqlite:///runs/mlflow.db")
     name = f"pipeline-quickstart-{config_hash(job)}"
     finished = folder / f"{name}.done"
-    if finished.is_file():
+    if is_written(finished):
         console.print(
             f"{name} is done; nothing to compute. Remove {folder} and {job.storage}/train/quickstart-* to start"
             " again.\n",
@@ -98,7 +99,8 @@ def run(job: TrainJob, console: Console) -> None:
             f"Picture: {picture}\nRegistered: models:/{MODEL_NAME}/{version} ({winner}), alias champion",
         )
         _answer(job, uri, report)
-    finished.write_text(report.export_text(), encoding="utf-8")
+    with atomic_write(finished) as file:
+        file.write(report.export_text().encode())
 
 
 def _variant(job: TrainJob, method: str, **changes: object) -> TrainJob:

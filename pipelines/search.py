@@ -20,6 +20,7 @@ from parcelray.cli.scripts import overrides_of, run_script
 from parcelray.cluster.session import ray_session
 from parcelray.config.identity import config_hash
 from parcelray.config.loader import load_job_of
+from parcelray.config.paths import written
 from parcelray.config.train import TrainJob
 from parcelray.config.tune import TuneJob
 from parcelray.tracking.mlflow_tracker import tracked_run
@@ -49,12 +50,14 @@ def jobs_of(overrides: Sequence[str]) -> tuple[TrainJob, TuneJob, TuneJob]:
     supernet = load_job_of(
         TrainJob, JOBS / "train" / "supernet.yaml", [each for each in overrides if not each.startswith(tuple(own))]
     )
+    # As written: the paths of the checkpoints are part of the identities of the searches.
+    folder = written(supernet.storage)
     storage = [
-        f"storage={supernet.storage}",
-        f"base.storage={supernet.storage}",
-        f"tracking.uri={supernet.tracking.uri or 'null'}",
+        f"storage={folder}",
+        f"base.storage={folder}",
+        f"tracking.uri={written(supernet.tracking.uri or 'null')}",
     ]
-    trained = Path(supernet.storage) / "train"
+    trained = Path(folder) / "train"
     models = [f"base.model.reference={trained / supernet.name / 'model'}"]
     models += [
         f"baselines.{name.upper()}={trained / baseline_job(supernet, name).name / 'model'}" for name in BASELINES

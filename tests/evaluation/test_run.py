@@ -150,7 +150,7 @@ def test_an_evaluation_is_scored_again_without_the_model(checkpoint: Path, tmp_p
         rescore(run.folder, {"nlvr": "anls"}, 5.0)
     for shard in (tmp_path / "predictions").rglob("*.parquet"):
         shard.unlink()
-    with pytest.raises(UserError, match=f"{QUESTIONS * 3} predictions on mini are not in"):
+    with pytest.raises(SystemFailure, match=f"{QUESTIONS * 3} predictions on mini are not in"):
         rescore(run.folder, {}, 5.0)
     with pytest.raises(UserError, match="holds no evaluation"):
         rescore(tmp_path, {}, 5.0)

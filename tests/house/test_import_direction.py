@@ -11,6 +11,7 @@ from pathlib import Path
 
 LAYERS = (
     ("errors", "console", "plotting"),
+    ("files", "loopback"),
     ("config",),
     ("models",),
     ("datasets",),

@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from parcelray.config.evaluate import EvaluateJob
-from parcelray.config.loader import ConfigError
+from parcelray.config.loader import ConfigError, changed
 from parcelray.config.tune import TuneJob
 from parcelray.errors import UserError
 from parcelray.evaluation.run import run_evaluation
@@ -18,7 +18,7 @@ from parcelray.evaluation.scoring.split_scores import SplitScores
 from parcelray.models.checkpoint import content_digest, resolve_checkpoint
 from parcelray.models.token_reduction.encoder_view import EncoderView
 from parcelray.models.vlm import load_vlm
-from parcelray.tuning.evaluate_trial import SearchedModel, WarmEvaluator, changed_job
+from parcelray.tuning.evaluate_trial import SearchedModel, WarmEvaluator
 from parcelray.tuning.results import Baseline, findings_of
 
 from ..tiny import tiny_checkpoint
@@ -73,7 +73,7 @@ def test_a_point_has_the_results_of_an_evaluation_of_its_job(
         point = {"anchor_grid": grid, "budgets": budgets}
         metrics = evaluator.metrics(point)
         alone = run_evaluation(
-            changed_job(_job(tmp_path / "cold", supernet, name=f"e{number}"), point),
+            changed(_job(tmp_path / "cold", supernet, name=f"e{number}"), point, "the search"),
             Console(file=io.StringIO()),
             tables=False,
         ).summary
@@ -85,7 +85,7 @@ def test_a_point_has_the_results_of_an_evaluation_of_its_job(
         assert (metrics["tokens"], metrics["computed"]) == (budget, NUM_SAMPLES)
         # The predictions have the same keys: a cold evaluation with the store of the warm one computes nothing.
         again = run_evaluation(
-            changed_job(job, point | {"name": f"e{number}"}), Console(file=io.StringIO()), tables=False
+            changed(job, point | {"name": f"e{number}"}, "the search"), Console(file=io.StringIO()), tables=False
         )
         assert (again.computed, again.present) == (0, NUM_SAMPLES)
         assert evaluator.metrics(point)["computed"] == 0

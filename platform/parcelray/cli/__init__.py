@@ -162,7 +162,13 @@ def flops(
 
 
 def main() -> None:
-    """Runs the command line: exit code 2 and one message for a user error, exit code 1 for a system failure."""
+    """Runs the command line: exit code 2 and one message for a user error, exit code 1 for a system failure.
+
+    A full, read-only or broken disk is a system failure, too.
+    """
+    from parcelray.loopback import bypass_proxies_on_loopback
+
+    bypass_proxies_on_loopback()
     try:
         app()
     except UserError as error:
@@ -170,4 +176,12 @@ def main() -> None:
         sys.exit(2)
     except ParcelrayError as error:
         console(stderr=True).print(f"failed: {error}", style="red", markup=False, soft_wrap=True)
+        sys.exit(1)
+    except OSError as error:
+        from parcelray.files import explained_failure
+
+        reason = explained_failure(error)
+        if reason is None:
+            raise
+        console(stderr=True).print(f"failed: {reason}", style="red", markup=False, soft_wrap=True)
         sys.exit(1)

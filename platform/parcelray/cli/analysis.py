@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from parcelray.cli.options import Address, AsJson, JobFile, Set, console, write_json
+from parcelray.cli.options import Address, AsJson, JobFile, Set, console, path, write_json
 
 if TYPE_CHECKING:
     from parcelray.config.train import TrackingConfig
@@ -16,7 +16,9 @@ _Images = Annotated[str, typer.Option(help="Source of the images: mini (the mini
 _Output = Annotated[
     Path | None,
     typer.Option(
-        help="Folder for the tables and figures; default: runs/analyze/COMMAND/MODEL_OR_JOB.", show_default=False
+        help="Folder for the tables and figures; default: runs/analyze/COMMAND/MODEL_OR_JOB.",
+        show_default=False,
+        parser=path,
     ),
 ]
 _TrackingUri = Annotated[

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from parcelray.cli.options import Address, AsJson, DryRun, JobFile, Set, console, show, write_json
+from parcelray.cli.options import Address, AsJson, DryRun, JobFile, Set, console, path, show, write_json
 from parcelray.errors import UserError
 
 
@@ -33,6 +33,7 @@ CatalogFiles = Annotated[
         "--catalog",
         help="YAML file or folder with benchmarks of your own; default: only the built-in ones. Repeatable.",
         show_default=False,
+        parser=path,
     ),
 ]
 
@@ -70,7 +71,11 @@ def evaluate_run(
 def evaluate_score(
     folder: Annotated[
         Path,
-        typer.Argument(help="Folder of a finished evaluation, for example runs/evaluate/mini.", show_default=False),
+        typer.Argument(
+            help="Folder of a finished evaluation, for example runs/evaluate/mini.",
+            show_default=False,
+            parser=path,
+        ),
     ],
     metrics: Annotated[
         list[str],
@@ -123,6 +128,7 @@ def evaluate_aggregate(
         typer.Argument(
             help="CSV file, one row per benchmark: columns benchmark, family, reference, and one per method.",
             show_default=False,
+            parser=path,
         ),
     ],
     as_json: AsJson = False,
@@ -138,7 +144,9 @@ def evaluate_seeds(
     folders: Annotated[
         list[Path],
         typer.Argument(
-            help="Folders of one evaluation for models that were trained with different seeds.", show_default=False
+            help="Folders of one evaluation for models that were trained with different seeds.",
+            show_default=False,
+            parser=path,
         ),
     ],
     as_json: AsJson = False,
@@ -194,7 +202,9 @@ def benchmarks_check(
     ],
     data: Annotated[
         Path | None,
-        typer.Option(help="File or folder with the data; default: the Hugging Face hub.", show_default=False),
+        typer.Option(
+            help="File or folder with the data; default: the Hugging Face hub.", show_default=False, parser=path
+        ),
     ] = None,
     own: CatalogFiles = [],
     rows: Annotated[int, typer.Option(min=1, help="Number of rows to read and decode.")] = 1000,

@@ -16,8 +16,17 @@ if TYPE_CHECKING:
     from parcelray.bench.measure import Report
     from parcelray.config.identity import Job
 
+
+def path(text: str | Path) -> Path:
+    """Parses every argument and option that is a path; shells do not expand the `~` of `--output=~/folder`."""
+    return Path(text).expanduser()
+
+
 JobFile = Annotated[
-    Path, typer.Argument(help="Path of a job file (YAML); examples are in the folder jobs/.", show_default=False)
+    Path,
+    typer.Argument(
+        help="Path of a job file (YAML); examples are in the folder jobs/.", show_default=False, parser=path
+    ),
 ]
 Set = Annotated[
     list[str],

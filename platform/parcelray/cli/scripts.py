@@ -6,11 +6,14 @@ from rich.console import Console
 
 from parcelray.console import open_console
 from parcelray.errors import ParcelrayError, UserError
+from parcelray.files import explained_failure
+from parcelray.loopback import bypass_proxies_on_loopback
 
 
 def run_script(work: Callable[[Console], object]) -> int:
     """Runs a script and returns its exit code: 0 success, 2 user error, 1 system failure, 130 Ctrl-C."""
     console = open_console()
+    bypass_proxies_on_loopback()
     try:
         work(console)
     except UserError as error:
@@ -18,6 +21,12 @@ def run_script(work: Callable[[Console], object]) -> int:
         return 2
     except ParcelrayError as error:
         console.print(f"failed: {error}", markup=False)
+        return 1
+    except OSError as error:
+        reason = explained_failure(error)
+        if reason is None:
+            raise
+        console.print(f"failed: {reason}", markup=False)
         return 1
     except KeyboardInterrupt:
         console.print("Stopped. Finished work is kept; run the same command again to resume.", markup=False)

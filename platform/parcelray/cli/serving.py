@@ -5,10 +5,10 @@ from typing import Annotated
 
 import typer
 
-from parcelray.cli.options import Address, AsJson, DryRun, Set, console, show
+from parcelray.cli.options import Address, AsJson, DryRun, Set, console, path, show
 
 keys_app = typer.Typer(no_args_is_help=True, help="Add, remove and list API keys of an endpoint.")
-_KeysFile = Annotated[Path, typer.Option("--file", help="File with the hashes of the keys.")]
+_KeysFile = Annotated[Path, typer.Option("--file", help="File with the hashes of the keys.", parser=path)]
 
 
 def serve(
@@ -36,7 +36,9 @@ def serve(
     ] = None,
     build: Annotated[
         Path | None,
-        typer.Option(help="Write a file for `serve deploy` and exit; default: serve now.", show_default=False),
+        typer.Option(
+            help="Write a file for `serve deploy` and exit; default: serve now.", show_default=False, parser=path
+        ),
     ] = None,
     dry_run: DryRun = False,
     address: Address = None,

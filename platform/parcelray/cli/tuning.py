@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from parcelray.cli.options import Address, AsJson, DryRun, JobFile, Set, console, show, write_json
+from parcelray.cli.options import Address, AsJson, DryRun, JobFile, Set, console, path, show, write_json
 
 
 def tune(  # noqa: PLR0913 - options of a command
@@ -30,7 +30,9 @@ def tune(  # noqa: PLR0913 - options of a command
     output: Annotated[
         Path | None,
         typer.Option(
-            help="With --select: file to write; default: selected.yaml in the folder of the search.", show_default=False
+            help="With --select: file to write; default: selected.yaml in the folder of the search.",
+            show_default=False,
+            parser=path,
         ),
     ] = None,
     confirm: Annotated[

@@ -41,6 +41,7 @@ from parcelray.cluster.package import (
 from parcelray.cluster.preflight import check_cluster, cluster_version, dashboard_url
 from parcelray.config.loader import command_of
 from parcelray.errors import SystemFailure, UserError
+from parcelray.loopback import bypass_proxies_on_loopback
 
 ENDED = frozenset({"SUCCEEDED", "FAILED", "STOPPED"})
 POLL_S = 0.5
@@ -315,6 +316,7 @@ def _client(url: str, token: str | None) -> JobSubmissionClient:
     hidden = {name: os.environ.pop(name) for name in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS") if name in os.environ}
     try:
         with _explained(url):
+            bypass_proxies_on_loopback()
             return JobSubmissionClient(url, headers=auth_headers(token))
     finally:
         os.environ.update(hidden)

@@ -13,9 +13,9 @@ from typing import IO, Any
 
 from parcelray.cluster.auth import auth_headers, find_token
 from parcelray.errors import SystemFailure, UserError
+from parcelray.loopback import is_loopback
 
 TIMEOUT_S = 15.0
-_LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 
 log = logging.getLogger(__name__)
 
@@ -144,16 +144,18 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 
 
 def _get(url: str, path: str, token: str | None) -> dict[str, Any]:
-    host = urllib.parse.urlsplit(url).hostname
-    if token and url.startswith("http://") and host not in _LOOPBACK:
+    host = urllib.parse.urlsplit(url).hostname or ""
+    if token and url.startswith("http://") and not is_loopback(host):
         log.warning(
             "The token is sent unencrypted to %s; use https, or an SSH tunnel to the dashboard on the loopback address"
             " of the head node.",
             host,
         )
     request = urllib.request.Request(url + path, headers=auth_headers(token))
+    # Without proxies, a request to this machine stays on this machine, and its token too.
+    handlers = [urllib.request.ProxyHandler({})] if is_loopback(host) else []
     try:
-        with urllib.request.build_opener(_NoRedirect).open(request, timeout=TIMEOUT_S) as response:
+        with urllib.request.build_opener(_NoRedirect, *handlers).open(request, timeout=TIMEOUT_S) as response:
             answer = json.load(response)
     except urllib.error.HTTPError as error:
         raise _refusal(url, error.code) from error

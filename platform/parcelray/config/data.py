@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from parcelray.config.base import StrictModel
+from parcelray.config.paths import LocalPath
 
 Family = Literal["general", "resolution", "grounding", "video"]
 NlvrQuestion = Literal["statement", "count", "color", "size", "box"]
@@ -29,7 +30,7 @@ class NlvrDataConfig(StrictModel):
     """
 
     type: Literal["nlvr"] = "nlvr"
-    path: str
+    path: LocalPath
     """Folder with dev.parquet and test.parquet, or with the corpus's own layout (nlvr/dev/dev.json, ...)."""
     view: Literal["boxes", "picture"] = "boxes"
     """`boxes`: three images per prompt, one per box; `picture`: the whole picture as one image."""
@@ -43,7 +44,7 @@ class ParquetDataConfig(StrictModel):
     """Parquet files with the columns of `parcelray.datasets.sample.Sample`, such as an export of the mini suite."""
 
     type: Literal["parquet"] = "parquet"
-    path: str
+    path: LocalPath
     """Folder that contains the folders train/, validation/ and test/ with parquet files."""
 
 

@@ -7,8 +7,9 @@ from pydantic import Field, field_validator, model_validator
 from parcelray.config.base import StrictModel
 from parcelray.config.benchmark import PromptFamily
 from parcelray.config.model import CheckpointModelConfig
+from parcelray.config.paths import LocalPath
 from parcelray.config.reducer import ReducerConfig
-from parcelray.config.train import TrackingConfig
+from parcelray.config.train import TrackingConfig, default_tracking
 
 BudgetName = Literal["blind", "full"]
 BLIND = 0
@@ -20,7 +21,7 @@ class BenchmarkChoice(StrictModel):
 
     name: str
     """Benchmark name, as printed by `parcelray benchmarks list` or defined in a file of `catalog`."""
-    data: str | None = None
+    data: LocalPath | None = None
     """File or folder with the benchmark's data; null: the Hugging Face hub, or generated procedurally."""
     limit: int | None = Field(default=None, ge=1)
     """Number of rows to evaluate, a random subset of the images; null: all.
@@ -81,7 +82,7 @@ class EvaluateJob(StrictModel):
     """Uncompressed model for the retention metric, at all its patches; null: the checkpoint at its largest budget."""
     benchmarks: tuple[BenchmarkChoice, ...] = Field(min_length=1)
     """Benchmarks to evaluate; a plain name is short for {name: NAME}."""
-    catalog: tuple[str, ...] = ()
+    catalog: tuple[LocalPath, ...] = ()
     """YAML files, or folders of YAML files, with additional benchmarks."""
     budgets: tuple[int | BudgetName, ...] = Field(default=("blind", 16, 64, "full"), min_length=1)
     """Budgets in visual tokens per image; `blind`: no image; `full`: the largest budget that the connector supports."""
@@ -98,13 +99,13 @@ class EvaluateJob(StrictModel):
     """Largest loss against the full score, percent, at the smallest budget that is reported as sufficient."""
     max_unscored: float = Field(default=0.02, ge=0, le=1)
     """Largest fraction of a benchmark's questions without prediction or score; above it the run fails."""
-    mask_decoder: str | None = None
+    mask_decoder: LocalPath | None = None
     """Path of the .npz file of PaliGemma's segmentation decoder, for referring segmentation; null: not available."""
     compute: PassConfig = PassConfig()
     """Cluster resources of the evaluation."""
-    tracking: TrackingConfig = TrackingConfig()
+    tracking: TrackingConfig = Field(default_factory=default_tracking)
     """MLflow tracking."""
-    storage: str = "runs"
+    storage: LocalPath = "runs"
     """Folder or fsspec URI of the predictions, which all evaluations share, and of the results.
 
     With several nodes, every node must have access to it.

@@ -5,6 +5,7 @@ import json
 from typing import Any
 
 from parcelray.config.evaluate import EvaluateJob
+from parcelray.config.paths import AS_WRITTEN
 from parcelray.config.promote import PromoteJob
 from parcelray.config.serve import ServeJob
 from parcelray.config.train import TrainJob
@@ -37,9 +38,11 @@ def identity(job: Job) -> str:
 def config_hash(job: Job) -> str:
     """First 8 hex digits of the sha256 of the canonical JSON of everything that decides the result.
 
-    Unset values are left out. A key that a later version adds does not change the identity of existing jobs.
+    Unset values are left out. A key that a later version adds does not change the identity of existing jobs. Paths
+    count as they were written, so that a relative path gives the same identity in every folder and on every machine.
     """
-    text = json.dumps(decisive(job.model_dump(mode="json", exclude_none=True)), sort_keys=True)
+    data = job.model_dump(mode="json", exclude_none=True, context=AS_WRITTEN)
+    text = json.dumps(decisive(data), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 

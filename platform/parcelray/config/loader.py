@@ -1,7 +1,8 @@
 """Reading of job files: YAML, `--set a.b=c` overrides, nested files, and validation."""
 
 import itertools
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -11,6 +12,7 @@ from pydantic import BaseModel, ValidationError
 from parcelray.config.evaluate import EvaluateJob
 from parcelray.config.explain import did_you_mean, problems, sentence
 from parcelray.config.identity import Job
+from parcelray.config.paths import WITH_TEXT
 from parcelray.config.promote import PromoteJob
 from parcelray.config.serve import ServeJob
 from parcelray.config.train import TrainJob
@@ -53,6 +55,8 @@ def load_job_of(model: type[JobT], path: str | Path, overrides: Sequence[str] = 
 
 def load_job(path: str | Path, overrides: Sequence[str] = ()) -> Job:
     """Reads and validates one job file.
+
+    Relative paths in the file and in the overrides are relative to the working folder; the job has absolute paths.
 
     Args:
         path: YAML file.
@@ -105,8 +109,8 @@ def _changed(file: str, changes: dict[str, Any], path: Path) -> dict[str, Any]:
 
 
 def _located(file: str, path: Path) -> Path:
-    if Path(file).is_file():
-        return Path(file)
+    if Path(file).expanduser().is_file():
+        return Path(file).expanduser()
     parents = path.resolve().parents
     return parents[min(2, len(parents) - 1)] / file
 
@@ -118,7 +122,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         ConfigError: the file cannot be read, is not YAML or does not contain a mapping.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).expanduser().read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError(
             f"{path}: cannot be read ({error.strerror}); give the path of a job file such as"
@@ -175,14 +179,39 @@ def set_key(data: dict[str, Any], keys: str, value: Any, source: str) -> None:
         target[last] = value
 
 
-def validate(model: type[ModelT], data: dict[str, Any], source: str) -> ModelT:
+def changed(job: JobT, changes: Mapping[str, Any], source: str, *, folder: str | None = None) -> JobT:
+    """Returns a job with other values of some keys. It may be called in a process with another working folder.
+
+    Args:
+        job: the job; the paths that were set in it stay what they are.
+        changes: values by key path.
+        source: start of error messages.
+        folder: folder that relative paths in the changes and in the defaults are relative to: the working folder of
+            the driver; None: that of this process.
+
+    Raises:
+        ConfigError: the job does not accept one of the values.
+    """
+    data = job.model_dump(mode="json", exclude_unset=True, context=WITH_TEXT)
+    for keys, value in changes.items():
+        set_key(data, keys, value, source)
+    return validate(type(job), data, source, folder=folder)
+
+
+def validate(model: type[ModelT], data: dict[str, Any], source: str, *, folder: str | None = None) -> ModelT:
     """Validates a mapping against a model.
+
+    Args:
+        model: the model.
+        data: the mapping.
+        source: start of each line of an error message.
+        folder: folder that relative paths are relative to; None: the working folder.
 
     Raises:
         ConfigError: the mapping is invalid; the message has one line per mistake, each starting with `source`.
     """
     try:
-        return model.model_validate(data)
+        return model.model_validate(data, context={"folder": folder or os.getcwd()})
     except ValidationError as error:
         lines = [f"{source}: {sentence(problem, _shown)}." for problem in problems(model, error)]
         raise ConfigError("\n".join(lines)) from None

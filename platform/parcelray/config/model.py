@@ -5,13 +5,14 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from parcelray.config.base import StrictModel
+from parcelray.config.paths import ModelReference
 
 
 class CheckpointModelConfig(StrictModel):
     """An existing checkpoint."""
 
     type: Literal["checkpoint"] = "checkpoint"
-    reference: str = "mini_base"
+    reference: ModelReference = "mini_base"
     """Reference of the checkpoint, resolved once to a pinned version.
 
     A packaged checkpoint (`mini_base`, `mini_llava`, `mini_llava_siglip`, `mini_llava_convnext`), a folder,

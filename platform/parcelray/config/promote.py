@@ -7,8 +7,9 @@ from pydantic import Field, model_validator
 from parcelray.config.base import StrictModel
 from parcelray.config.evaluate import BenchmarkChoice, EvaluateJob, PassConfig
 from parcelray.config.model import CheckpointModelConfig
+from parcelray.config.paths import LocalPath, ModelReference
 from parcelray.config.serve import EngineConfig
-from parcelray.config.train import TrackingConfig
+from parcelray.config.train import TrackingConfig, default_tracking
 
 
 class RetentionGate(StrictModel):
@@ -85,13 +86,13 @@ class PromoteJob(StrictModel):
     """Short name of the job, part of the run's identity."""
     model: str = Field(pattern=r"^[A-Za-z0-9][\w-]{0,99}$")
     """Name of the registered model whose champion is selected."""
-    candidate: str = "challenger"
+    candidate: ModelReference = "challenger"
     """Version (`3`), alias, or checkpoint folder; a folder is registered as the next version and as challenger."""
     reference: CheckpointModelConfig | None = None
     """Uncompressed model for the retention metric; null: the candidate itself at its largest budget."""
     benchmarks: tuple[BenchmarkChoice, ...] = Field(min_length=1)
     """Benchmarks to evaluate, as in an evaluate job."""
-    catalog: tuple[str, ...] = ()
+    catalog: tuple[LocalPath, ...] = ()
     """YAML files with additional benchmarks, as in an evaluate job."""
     budgets: tuple[int, ...] = Field(min_length=1)
     """Budgets to evaluate, visual tokens per image."""
@@ -101,9 +102,9 @@ class PromoteJob(StrictModel):
     """Seed of the random subset that a benchmark's `limit` selects."""
     compute: PassConfig = PassConfig()
     """Cluster resources of the evaluation."""
-    tracking: TrackingConfig = TrackingConfig()
+    tracking: TrackingConfig = Field(default_factory=default_tracking)
     """MLflow tracking; its store also holds the model registry."""
-    storage: str = "runs"
+    storage: LocalPath = "runs"
     """Folder or fsspec URI of predictions and results, as in an evaluate job; evaluations share the predictions."""
 
     @model_validator(mode="before")

@@ -6,7 +6,8 @@ from pydantic import Field, field_validator, model_validator
 
 from parcelray.config.base import StrictModel
 from parcelray.config.connector import AnchorsOnlyConnectorConfig, M3ConnectorConfig
-from parcelray.config.train import TrackingConfig
+from parcelray.config.paths import LocalPath, ModelReference
+from parcelray.config.train import TrackingConfig, default_tracking
 
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
 
@@ -14,7 +15,7 @@ LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
 class ServedModelConfig(StrictModel):
     """A checkpoint and how to load it."""
 
-    reference: str = "mini_base"
+    reference: ModelReference = "mini_base"
     """Reference of the checkpoint, as in an evaluate job. An alias is resolved once, to the version that is served."""
     connector: M3ConnectorConfig | AnchorsOnlyConnectorConfig | None = Field(default=None, discriminator="type")
     """Weight-free connector for a checkpoint that has no connector; null: the checkpoint's own connector."""
@@ -75,7 +76,7 @@ class InputPolicyConfig(StrictModel):
     """
 
     type: Literal["input"] = "input"
-    predictor: str = Field(min_length=1)
+    predictor: LocalPath = Field(min_length=1)
     """Folder of the fitted predictor; it must exist on every node."""
     price: float | None = Field(default=None, ge=0)
     """Smallest gain in the probability of a correct answer per visual token; null: the predictor's default."""
@@ -215,7 +216,7 @@ class HttpConfig(StrictModel):
     """Address to listen on. Addresses other than loopback need `keys_file`."""
     port: int = Field(default=8000, ge=1, le=65535)
     """TCP port to listen on."""
-    keys_file: str | None = None
+    keys_file: LocalPath | None = None
     """File with the hashes of the API keys (`parcelray keys add`); null: no API key is required."""
     image_hosts: tuple[str, ...] = ()
     """Hosts from which the server may fetch images over https; empty: only `data:` URLs are accepted."""
@@ -306,7 +307,7 @@ class ServeJob(StrictModel):
     """OpenTelemetry traces; null: none."""
     samples: SamplesConfig | None = None
     """Samples of requests that MLflow stores; null: none."""
-    tracking: TrackingConfig = TrackingConfig()
+    tracking: TrackingConfig = Field(default_factory=default_tracking)
     """MLflow store of the model registry (for `models:/...` references) and of the samples."""
 
     @model_validator(mode="after")

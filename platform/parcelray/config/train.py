@@ -1,7 +1,7 @@
 """Job files of training runs: `jobs/train/*.yaml`."""
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -9,6 +9,7 @@ from parcelray.config.base import StrictModel
 from parcelray.config.connector import ConnectorConfig
 from parcelray.config.data import DataConfig
 from parcelray.config.model import CheckpointModelConfig, ModelConfig
+from parcelray.config.paths import LocalPath, TrackingUri
 
 
 class BudgetRange(StrictModel):
@@ -241,10 +242,15 @@ class ScalingConfig(StrictModel):
 class TrackingConfig(StrictModel):
     """MLflow tracking of the run."""
 
-    uri: str | None = "sqlite:///runs/mlflow.db"
+    uri: TrackingUri | None = "sqlite:///runs/mlflow.db"
     """MLflow tracking URI; null: no tracking. A cluster of more than one node needs a tracking server."""
     experiment: str = "parcelray"
     """Name of the MLflow experiment."""
+
+
+def default_tracking() -> Any:
+    """The content of a `tracking` section that is left out; it is validated with the job, so its path is the job's."""
+    return {}
 
 
 class TrainJob(StrictModel):
@@ -278,9 +284,9 @@ class TrainJob(StrictModel):
     """Checkpointing of the training state."""
     scaling: ScalingConfig = ScalingConfig()
     """Workers of Ray Train."""
-    tracking: TrackingConfig = TrackingConfig()
+    tracking: TrackingConfig = Field(default_factory=default_tracking)
     """MLflow tracking."""
-    storage: str = "runs"
+    storage: LocalPath = "runs"
     """Folder or fsspec URI of the run's checkpoints; with several nodes, every node must have access to it."""
 
     @model_validator(mode="after")

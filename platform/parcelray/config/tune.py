@@ -7,8 +7,9 @@ from pydantic import Field, field_validator, model_validator
 from parcelray.config.base import StrictModel
 from parcelray.config.evaluate import EvaluateJob
 from parcelray.config.objectives import SCORES, Objective, check_objectives, check_space, is_measured_during
+from parcelray.config.paths import LocalPath, ModelReference
 from parcelray.config.search_space import AnchorsFit, SearchSpace
-from parcelray.config.train import TrackingConfig, TrainJob
+from parcelray.config.train import TrackingConfig, TrainJob, default_tracking
 
 
 class GridAlgorithm(StrictModel):
@@ -144,7 +145,7 @@ class TuneJob(StrictModel):
 
     Retention needs the key `reference`. The key `model` is replaced. In a job file: {job: PATH, set: {...}}.
     """
-    baselines: dict[str, str] = Field(default_factory=dict)
+    baselines: dict[str, ModelReference] = Field(default_factory=dict)
     """Baseline checkpoints by name, such as M3 and MQT, evaluated at the searched budgets and plotted.
 
     Missing checkpoints are skipped.
@@ -160,9 +161,9 @@ class TuneJob(StrictModel):
     """
     stall_s: float = Field(default=300.0, gt=0)
     """Longest time without progress while trials wait, seconds; after it the search fails and reports the reason."""
-    tracking: TrackingConfig = TrackingConfig()
+    tracking: TrackingConfig = Field(default_factory=default_tracking)
     """MLflow tracking."""
-    storage: str = "runs"
+    storage: LocalPath = "runs"
     """Folder of the search's record; with several nodes, every node must have access to it."""
 
     @field_validator("objectives")

@@ -157,8 +157,8 @@ def _named(text: str) -> tuple[Evaluation, int | None]:
     """The evaluation and the budget that `FOLDER` or `FOLDER@BUDGET` names."""
     folder, at, budget = text.rpartition("@")
     if not at:
-        return load_evaluation(Path(text)), None
-    evaluation = load_evaluation(Path(folder))
+        return load_evaluation(Path(text).expanduser()), None
+    evaluation = load_evaluation(Path(folder).expanduser())
     number = {"blind": "0", "full": str(evaluation.full)}.get(budget, budget)
     if not number.isdigit() or int(number) not in evaluation.budgets:
         raise UserError(

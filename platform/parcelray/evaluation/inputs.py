@@ -65,7 +65,7 @@ def study_images(source: str, count: int, image_size: int) -> list[Image.Image]:
     """
     if source == MINI:
         return [decode_image(sample.images[0]) for sample in _mini(count, image_size)]
-    folder = Path(source)
+    folder = Path(source).expanduser()
     files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _SUFFIXES) if folder.is_dir() else []
     if len(files) < count:
         raise UserError(

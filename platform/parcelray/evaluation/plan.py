@@ -1,6 +1,5 @@
 """Prepares an evaluation: pins its models, resolves its budgets, opens its benchmarks, and estimates its cost."""
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -182,10 +181,9 @@ def evaluated_model(
         checkpoint: the model.
         digest: of the checkpoint's content.
         budgets: visual tokens per image; 0: blind.
-        storage: folder or URI of the job, below which predictions are stored.
+        storage: absolute folder or URI of the job, below which predictions are stored.
     """
-    root = storage if "://" in storage else os.path.abspath(storage)
-    return EvaluatedModel(checkpoint.path, checkpoint.pinned, digest, budgets, f"{root}/predictions")
+    return EvaluatedModel(checkpoint.path, checkpoint.pinned, digest, budgets, f"{storage.rstrip('/')}/predictions")
 
 
 def prepare(job: EvaluateJob, image_size: int) -> list[PreparedBenchmark]:

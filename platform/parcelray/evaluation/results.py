@@ -2,7 +2,6 @@
 
 import csv
 import io
-import json
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from parcelray.evaluation.scoring.aggregate import unevaluated
 from parcelray.evaluation.scoring.intervals import Interval
 from parcelray.evaluation.scoring.split_scores import Estimate, SplitScores
 from parcelray.evaluation.scoring.summary import Summary
+from parcelray.files import write_json
 from parcelray.tracking.mlflow_tracker import MlflowRunLogger
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def write_results(summary: Summary, folder: Path) -> list[Path]:
     files = {"result.csv": _csv(summary), "result.md": _markdown(summary)}
     for name, text in files.items():
         (folder / name).write_text(text, encoding="utf-8")
-    (folder / "result.json").write_text(json.dumps(summary.to_dict(), indent=2) + "\n", encoding="utf-8")
+    write_json(folder / "result.json", summary.to_dict())
     pq.write_table(pa.Table.from_pylist(list(_prediction_rows(summary))), folder / "samples.parquet")
     plot_evaluation(summary, folder / "result.png")
     return [folder / name for name in ("result.json", *files, "samples.parquet", "result.png")]

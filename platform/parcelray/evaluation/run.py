@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from parcelray.cluster.session import ray_session
 from parcelray.config.evaluate import EvaluateJob, PassConfig, budget_name
+from parcelray.config.paths import AS_WRITTEN
 from parcelray.errors import UserError
 from parcelray.evaluation.passes.shards import (
     EvaluatedModel,
@@ -96,7 +97,7 @@ def run_evaluation(
             job,
             uri,
             run_folder.identity,
-            params=job.model_dump(mode="json", exclude={"benchmarks"})
+            params=job.model_dump(mode="json", exclude={"benchmarks"}, context=AS_WRITTEN)
             | {"benchmarks": ", ".join(choice.name for choice in job.benchmarks)},
             tags={"parcel.model": checkpoint.pinned},
             parent_run_id=parent_run_id,

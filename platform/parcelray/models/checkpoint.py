@@ -7,7 +7,6 @@ never the alias or branch.
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
@@ -18,12 +17,12 @@ from pydantic import Field, ValidationError
 
 import parcelray
 from parcelray.config.base import StrictModel
+from parcelray.config.paths import PACKAGED
 from parcelray.errors import UserError
+from parcelray.files import atomic_write
 
 MANIFEST_NAME = "manifest.json"
 MINI_BASE = "mini_base"
-PACKAGED = (MINI_BASE, "mini_llava", "mini_llava_siglip", "mini_llava_convnext")
-"""Names of the checkpoints that are part of the package."""
 _CARD_NAME = "README.md"
 """The model card, which is written after the weights and may change, so the manifest does not cover it."""
 PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy", ".h5", ".msgpack"})
@@ -210,9 +209,9 @@ def write_manifest(
         files=_hash_files(folder),
     )
     path = folder / MANIFEST_NAME
-    partial = folder / f".{MANIFEST_NAME}.tmp"
-    partial.write_text(json.dumps(manifest.model_dump(mode="json"), indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    text = json.dumps(manifest.model_dump(mode="json"), indent=2, sort_keys=True) + "\n"
+    with atomic_write(path) as file:
+        file.write(text.encode())
     return path
 
 

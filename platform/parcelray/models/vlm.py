@@ -15,7 +15,7 @@ from transformers import AddedToken
 from transformers.utils import logging
 
 from parcelray.config.connector import ConnectorConfig, ParcelConnectorConfig, RouteConfig
-from parcelray.errors import UserError
+from parcelray.errors import ParcelrayError, SystemFailure, UserError
 from parcelray.models.backbones import (
     ElasticLlavaConfig,
     ElasticLlavaForConditionalGeneration,
@@ -55,7 +55,8 @@ def family_of(path: str | Path) -> str:
         raise UserError(
             f"{path} is not a checkpoint folder (it has no config.json); give a folder written by save_pretrained."
         )
-    model_type = str(json.loads(file.read_text(encoding="utf-8")).get("model_type"))
+    with _damage_explained(path, "config.json"):
+        model_type = str(json.loads(file.read_text(encoding="utf-8")).get("model_type"))
     family = model_type.removeprefix("elastic_")
     if family not in _FAMILIES:
         raise UserError(
@@ -65,16 +66,33 @@ def family_of(path: str | Path) -> str:
     return family
 
 
+@contextmanager
+def _damage_explained(path: str | Path, part: str) -> Iterator[None]:
+    """Turns the errors of transformers, tokenizers and safetensors about missing or cut files into one sentence."""
+    try:
+        yield
+    except (ParcelrayError, RuntimeError, MemoryError):
+        # A RuntimeError is not about files: out of GPU memory, or weights of another shape.
+        raise
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise SystemFailure(
+            f"The {part} of the checkpoint {path} cannot be read, because files are missing or damaged ({reason});"
+            " download or copy the checkpoint again."
+        ) from error
+
+
 def config_of(path: str | Path) -> ElasticConfig:
     """Returns the configuration of a checkpoint folder, stock or elastic.
 
     Raises:
         UserError: see `family_of`.
+        SystemFailure: the configuration is damaged.
     """
-    config_class = _FAMILIES[family_of(path)].model.config_class
+    family = _FAMILIES[family_of(path)]
     # For a stock checkpoint, transformers warns that its model type is another one than that of the class.
-    with quiet_transformers():
-        return cast(ElasticConfig, config_class.from_pretrained(path))
+    with quiet_transformers(), _damage_explained(path, "config.json"):
+        return cast(ElasticConfig, family.model.config_class.from_pretrained(path))
 
 
 def connector_of(path: str | Path) -> Connector:
@@ -89,8 +107,11 @@ def load_processor(path: str | Path) -> ElasticProcessor:
 
     Raises:
         UserError: see `family_of`.
+        SystemFailure: files of the tokenizer or the image processor are missing or damaged.
     """
-    processor = cast(ElasticProcessor, _FAMILIES[family_of(path)].processor.from_pretrained(path))
+    family = _FAMILIES[family_of(path)]
+    with _damage_explained(path, "tokenizer or processor"):
+        processor = cast(ElasticProcessor, family.processor.from_pretrained(path))
     # A text could otherwise write the placeholder in a checkpoint where it is an ordinary added token.
     placeholder = AddedToken(processor.image_token, special=True, normalized=False)
     processor.tokenizer.add_tokens([placeholder], special_tokens=True)
@@ -127,7 +148,7 @@ def load_vlm(
     config = config_of(path)
     if connector is not None:
         config.connector = connector.model_dump(mode="json")
-    with torch.random.fork_rng(devices=[]), quiet_transformers():
+    with torch.random.fork_rng(devices=[]), quiet_transformers(), _damage_explained(path, "weights"):
         torch.manual_seed(seed)
         model, info = _FAMILIES[family_of(path)].model.from_pretrained(
             path, config=config, output_loading_info=True, use_safetensors=True, dtype=dtype

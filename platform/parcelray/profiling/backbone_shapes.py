@@ -291,7 +291,7 @@ def resolve_backbone(backbone: str, resolution: int | None = None) -> BackboneSh
             )
         shape = _from_file(MINI_CONFIG, name="mini")
     else:
-        path = Path(backbone) / "config.json"
+        path = Path(backbone).expanduser() / "config.json"
         if not path.is_file():
             raise UserError(_unknown_backbone(backbone))
         shape = _from_file(path, name=backbone)
@@ -299,7 +299,7 @@ def resolve_backbone(backbone: str, resolution: int | None = None) -> BackboneSh
 
 
 def _unknown_backbone(backbone: str) -> str:
-    if Path(backbone).is_dir():
+    if Path(backbone).expanduser().is_dir():
         return (
             f"The folder {backbone} has no config.json; give the folder of a saved checkpoint, or one of paligemma2-3b,"
             " llava-1.5-7b and mini."

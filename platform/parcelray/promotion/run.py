@@ -14,6 +14,7 @@ from rich.table import Table
 
 from parcelray.config.identity import identity
 from parcelray.config.model import CheckpointModelConfig
+from parcelray.config.paths import AS_WRITTEN
 from parcelray.config.promote import PromoteJob
 from parcelray.errors import UserError
 from parcelray.evaluation.plan import EvaluationPlan, evaluation_plan
@@ -137,7 +138,7 @@ def run_promotion(job: PromoteJob, console: Console, *, force: bool = False, add
     uri = ensure_store(job.tracking.uri)
     user = getpass.getuser()
     tags = {"parcel.gate_user": user, "parcel.gate_force": str(force)}
-    params = job.model_dump(mode="json", exclude={"benchmarks"})
+    params = job.model_dump(mode="json", exclude={"benchmarks"}, context=AS_WRITTEN)
     name = identity(_pinned(job, uri))
     with job_run(job, uri, name, params=params, tags=tags) as run_id:
         assert run_id is not None

@@ -4,13 +4,13 @@
 """
 
 import hashlib
-from pathlib import Path
 from typing import Any
 
 from ray import serve
 from ray.serve import Application
 
 from parcelray.config.base import StrictModel
+from parcelray.config.paths import WITH_TEXT
 from parcelray.config.serve import InputPolicyConfig, ReplicasConfig, ServedModelConfig, ServeJob
 from parcelray.models.checkpoint import ResolvedCheckpoint
 from parcelray.serving.http.proxy_guard import proxy_environment
@@ -117,12 +117,7 @@ def replica_settings(job: ServeJob, model: ServedModelConfig, checkpoint: Resolv
 
 def _input_policy(job: ServeJob) -> InputPolicyConfig | None:
     policy = job.budgets.policy
-    # The path is made absolute: replicas have another working directory.
-    return (
-        policy.model_copy(update={"predictor": str(Path(policy.predictor).resolve())})
-        if isinstance(policy, InputPolicyConfig)
-        else None
-    )
+    return policy if isinstance(policy, InputPolicyConfig) else None
 
 
 def route_settings(settings: ReplicaSettings) -> RouteSettings:
@@ -187,6 +182,6 @@ def _ingress(job: ServeJob, routes: IngressRoutes) -> dict[str, Any]:
         "name": job.name,
         "route_prefix": "/",
         "import_path": f"{__name__}:ingress_app",
-        "args": job.model_dump(mode="json"),
+        "args": job.model_dump(mode="json", context=WITH_TEXT),
         "deployments": [{"name": INGRESS_DEPLOYMENT, "user_config": routes.model_dump(mode="json")}],
     }

@@ -189,11 +189,9 @@ def pin(job: ServeJob) -> PinnedEndpoint:
     """
     keys = None
     if job.http.keys_file is not None:
-        # The path is made absolute: the ingress has another working directory.
-        file = Path(job.http.keys_file).resolve()
+        file = Path(job.http.keys_file)
         read_keys(file)
         keys = hashlib.sha256(file.read_bytes()).hexdigest()
-        job = job.model_copy(update={"http": job.http.model_copy(update={"keys_file": str(file)})})
     if job.samples is not None and job.tracking.uri is not None:
         # The database schema is created here, once; the ingress only writes.
         job = job.model_copy(

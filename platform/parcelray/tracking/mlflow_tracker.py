@@ -19,6 +19,7 @@ from mlflow.exceptions import MlflowException
 
 from parcelray.config.identity import StoredJob, config_hash
 from parcelray.errors import SystemFailure, UserError
+from parcelray.loopback import bypass_proxies_on_loopback
 from parcelray.tracking.drivers import driver_tag, is_kill, is_other_live_driver, sigterm_as_exit
 from parcelray.tracking.store import (
     METRICS_PER_BATCH,
@@ -31,6 +32,7 @@ from parcelray.tracking.store import (
     clean_params,
     clean_tags,
     ensure_store,
+    explained_store_failures,
     store_lock,
 )
 
@@ -123,7 +125,7 @@ def tracked_run(
     The status is FINISHED after the block, KILLED on Ctrl-C and SIGTERM, and FAILED on any other exception. Only
     SIGKILL and power loss leave the run RUNNING; the next start of the same identity resumes it.
     """
-    with sigterm_as_exit() as was_stopped:
+    with sigterm_as_exit() as was_stopped, explained_store_failures(tracking_uri):
         run_id = start_run(tracking_uri, experiment, run_name, params=params, tags=tags, parent_run_id=parent_run_id)
         uri = ensure_store(tracking_uri)
         try:
@@ -209,6 +211,7 @@ class MlflowRunLogger:
     """
 
     def __init__(self, tracking_uri: str, run_id: str, *, flush_every: int = 50, flush_seconds: float = 10.0) -> None:
+        bypass_proxies_on_loopback()
         self._client = MlflowClient(tracking_uri=tracking_uri)
         self._run_id = run_id
         self._flush_every = flush_every

@@ -31,7 +31,7 @@ import parcelray
 from parcelray.config.model import CheckpointModelConfig
 from parcelray.errors import UserError
 from parcelray.models.checkpoint import RegistryResolver, ResolvedCheckpoint, read_manifest, resolve_checkpoint
-from parcelray.tracking.store import clean_tags, store_lock
+from parcelray.tracking.store import clean_tags, ensure_store, store_lock
 
 CHAMPION = "champion"
 CHALLENGER = "challenger"
@@ -215,9 +215,9 @@ def resolve_model(model: CheckpointModelConfig, tracking_uri: str | None) -> Res
         model: the reference.
         tracking_uri: store whose registry `models:/...` is looked up in; None: such references are refused.
     """
-    resolver: RegistryResolver | None = (
-        functools.partial(resolve_registry, tracking_uri=tracking_uri) if tracking_uri is not None else None
-    )
+    resolver: RegistryResolver | None = None
+    if tracking_uri is not None and model.reference.startswith("models:/"):
+        resolver = functools.partial(resolve_registry, tracking_uri=ensure_store(tracking_uri))
     return resolve_checkpoint(model.reference, registry_resolver=resolver)
 
 

@@ -1,6 +1,6 @@
 """The folder of one run, on a local disk or any fsspec URI: resolved job, result, and Ray Train's checkpoints."""
 
-import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,9 +9,26 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from parcelray.config.identity import StoredJob, decisive, differing_keys, identity
+from parcelray.config.paths import AS_WRITTEN
 from parcelray.errors import UserError
+from parcelray.files import read_json, write_json
 
 _JOB, _RESULT = "job.json", "result.json"
+
+
+def stored_path(path: str, folder: Path, root: Path) -> str:
+    """Returns a path as the files of a run folder store it, so that a moved or copied project finds its files.
+
+    Args:
+        path: absolute path, or a URI.
+        folder: the run folder, whose files store the path.
+        root: folder that is moved as a whole: the storage, or the run folder itself.
+
+    Returns:
+        The path relative to the run folder if both are below the root, else the path as it is.
+    """
+    inside = "://" not in path and Path(path).is_relative_to(root) and folder.absolute().is_relative_to(root)
+    return os.path.relpath(path, folder.absolute()) if inside else path
 
 
 class RunFolder:
@@ -52,7 +69,12 @@ class RunFolder:
                     " name=...), or restore the old model to resume the old run."
                 )
         self._write(
-            _JOB, {"identity": self.identity, "job": self._job.model_dump(mode="json"), "pins": kept | dict(pins or {})}
+            _JOB,
+            {
+                "identity": self.identity,
+                "job": self._job.model_dump(mode="json", context=AS_WRITTEN),
+                "pins": kept | dict(pins or {}),
+            },
         )
 
     def check(self) -> None:
@@ -61,7 +83,7 @@ class RunFolder:
         Raises:
             UserError: it belongs to another configuration of the same name; the message names the differing keys.
         """
-        resolved = self._job.model_dump(mode="json")
+        resolved = self._job.model_dump(mode="json", context=AS_WRITTEN)
         existing = self._read(_JOB)
         if existing is not None and existing["identity"] != self.identity:
             differences = "; ".join(differing_keys(decisive(existing["job"]), decisive(resolved)))
@@ -80,7 +102,7 @@ class RunFolder:
         self._write(_RESULT, result)
 
     def local_path(self, name: str) -> Path:
-        """Path of a file or folder in the run folder, such as the trained model.
+        """Path of a file or folder in the run folder where it is now, such as the trained model.
 
         Raises:
             UserError: the run folder is not on a local disk.
@@ -97,16 +119,10 @@ class RunFolder:
 
     def _read(self, name: str) -> dict[str, Any] | None:
         path = f"{self.path}/{name}"
-        if not self.filesystem.exists(path):
-            return None
-        with self.filesystem.open(path, "r") as file:
-            data: dict[str, Any] = json.load(file)
+        data: dict[str, Any] | None = read_json(
+            path, "remove this file, and run the same command again", self.filesystem
+        )
         return data
 
     def _write(self, name: str, data: dict[str, Any]) -> None:
-        self.filesystem.makedirs(self.path, exist_ok=True)
-        # Written to another name and moved, so that an interrupted write leaves no incomplete file.
-        partial = f"{self.path}/.{name}.partial"
-        with self.filesystem.open(partial, "w") as file:
-            json.dump(data, file, indent=2)
-        self.filesystem.mv(partial, f"{self.path}/{name}")
+        write_json(f"{self.path}/{name}", data, self.filesystem)

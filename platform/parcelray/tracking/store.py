@@ -7,12 +7,16 @@ and tags of 8,000 characters.
 import fcntl
 import json
 import re
+import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Literal, TypeVar
+from urllib.parse import unquote, urlparse
 
-from parcelray.errors import UserError
+from parcelray.config.paths import SQLITE_PREFIX
+from parcelray.errors import ParcelrayError, SystemFailure, UserError
+from parcelray.loopback import bypass_proxies_on_loopback
 
 ParamValue = str | int | float | bool | None
 RunStatus = Literal["FINISHED", "FAILED", "KILLED"]
@@ -25,8 +29,29 @@ MAX_TAG = 8000
 PARAMS_PER_BATCH = 100
 METRICS_PER_BATCH = 1000
 BATCH_BYTES = 900_000
+_ARTIFACTS = "artifacts"
+"""Name of the folder of artifacts next to a SQLite database."""
 REDACTED = "<redacted>"
-_SQLITE_PREFIX = "sqlite:///"
+_LOCK_TIMEOUT_S = 10.0
+"""Longest wait for another process's lock on a SQLite database, seconds."""
+_SQLITE_FAILURES = {
+    "database is locked": "another process holds a lock on this database; wait until it has finished, or end it",
+    "readonly database": "this database is read-only; use a database that can be written to",
+    "database or disk is full": "there is no space left on the disk of this database; free some space",
+    "unable to open database file": "this database cannot be opened; use the path of a file in a writable folder",
+    "disk I/O error": "the disk of this database reports an input/output error; use another disk",
+    "disk image is malformed": "this database is damaged; restore a copy, or use a new one",
+    "file is not a database": "this file is not a SQLite database; use another path",
+}
+"""Remedies by the words of SQLite's error messages, which SQLAlchemy and MLflow wrap in errors of their own."""
+_ARTIFACT_COLUMNS = (
+    ("experiments", "artifact_location"),
+    ("runs", "artifact_uri"),
+    ("logged_models", "artifact_location"),
+    ("model_versions", "source"),
+    ("model_versions", "storage_location"),
+)
+"""Columns of MLflow's database with the places of artifacts."""
 
 T = TypeVar("T")
 
@@ -78,9 +103,9 @@ def _check_sqlite(uri: str, num_nodes: int) -> None:
 
 def _sqlite_path(uri: str) -> Path | None:
     """The database file of a SQLite URI; None for other URIs and for a database in memory."""
-    if not uri.startswith(_SQLITE_PREFIX):
+    if not uri.startswith(SQLITE_PREFIX):
         return None
-    name = uri.removeprefix(_SQLITE_PREFIX).partition("?")[0]
+    name = uri.removeprefix(SQLITE_PREFIX).partition("?")[0]
     return None if name in ("", ":memory:") else Path(name)
 
 
@@ -88,7 +113,8 @@ def ensure_store(uri: str) -> str:
     """Create the SQLite database if the URI names one that does not exist, and make its path absolute.
 
     The driver calls this before any worker starts: creating the schema of a SQLite database takes seconds, and two
-    processes that do it at once fail with "database is locked".
+    processes that do it at once fail with "database is locked". A database that was moved or copied together with its
+    folder `artifacts` gets the new places of its artifacts, because MLflow stores absolute ones.
 
     Args:
         uri: a tracking URI that `check_tracking_uri` accepts for one node.
@@ -96,19 +122,62 @@ def ensure_store(uri: str) -> str:
     Returns:
         The URI to hand to workers: for SQLite with an absolute path, because Ray workers have another working
         directory.
+
+    Raises:
+        UserError: see `check_tracking_uri`.
+        SystemFailure: the database is locked, read-only, damaged or not a database.
     """
+    bypass_proxies_on_loopback()
     check_tracking_uri(uri, num_nodes=1)
     path = _sqlite_path(uri)
     if path is None:
         return uri
     path = path.expanduser().resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
-    absolute = _SQLITE_PREFIX + str(path) + "".join(uri.removeprefix(_SQLITE_PREFIX).partition("?")[1:])
+    absolute = SQLITE_PREFIX + str(path) + "".join(uri.removeprefix(SQLITE_PREFIX).partition("?")[1:])
     from mlflow import MlflowClient
 
-    with store_lock(absolute):
+    with store_lock(absolute), explained_store_failures(absolute):
+        # A lock of another process is found here, because MLflow would retry for half a minute.
+        with closing(sqlite3.connect(path, timeout=_LOCK_TIMEOUT_S)) as database, database:
+            database.execute("BEGIN IMMEDIATE")
+            _relocate_artifacts(database, absolute)
         MlflowClient(tracking_uri=absolute).search_experiments(max_results=1)
     return absolute
+
+
+@contextmanager
+def explained_store_failures(uri: str) -> Iterator[None]:
+    """Turns errors of a SQLite store, also those that SQLAlchemy and MLflow wrap, into a `SystemFailure`."""
+    try:
+        yield
+    except ParcelrayError:
+        raise
+    except Exception as error:
+        path = _sqlite_path(uri)
+        remedy = next((remedy for words, remedy in _SQLITE_FAILURES.items() if words in str(error)), None)
+        if path is None or remedy is None:
+            raise
+        raise SystemFailure(f"{path}: {remedy}, then run the same command again.") from error
+
+
+def _relocate_artifacts(database: sqlite3.Connection, uri: str) -> None:
+    """Replaces the former place of the artifacts of a moved or copied database by the folder next to the database."""
+    if not database.execute("SELECT 1 FROM sqlite_master WHERE name = 'experiments'").fetchone():
+        return
+    for name, location in database.execute("SELECT name, artifact_location FROM experiments").fetchall():
+        here = artifact_location(uri, name)
+        assert here is not None, "the store is SQLite"
+        root, _, folder = here.rpartition("/")
+        former = str(location).removesuffix(f"/{folder}")
+        is_ours = str(location).endswith(f"/{_ARTIFACTS}/{folder}") and location != here
+        if not is_ours or not Path(unquote(urlparse(here).path)).is_dir():
+            continue
+        for table, column in _ARTIFACT_COLUMNS:
+            database.execute(
+                f"UPDATE {table} SET {column} = ? || substr({column}, ?) WHERE substr({column}, 1, ?) = ?",
+                (root, len(former) + 1, len(former) + 1, f"{former}/"),
+            )
 
 
 @contextmanager
@@ -133,7 +202,7 @@ def artifact_location(uri: str, experiment: str) -> str | None:
     if path is None:
         return None
     folder = re.sub(r"[^\w.-]+", "_", experiment).strip(".") or "experiment"
-    return (path.resolve().parent / "artifacts" / folder).as_uri()
+    return (path.resolve().parent / _ARTIFACTS / folder).as_uri()
 
 
 def hide_credentials(text: str) -> str:

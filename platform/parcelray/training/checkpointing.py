@@ -11,8 +11,9 @@ A checkpoint folder has three parts:
 The data position is the step: `batches.schedule` derives the samples of every step from it.
 """
 
-import json
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, gather_object
+from safetensors import SafetensorError
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -28,7 +30,8 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from parcelray.errors import UserError
+from parcelray.errors import SystemFailure, UserError
+from parcelray.files import read_json, write_json
 from parcelray.models.backbones import ElasticVLM
 from parcelray.models.backbones.processor_base import ElasticProcessor
 from parcelray.models.vlm import quiet_transformers
@@ -69,8 +72,9 @@ def save(
     if not accelerator.is_main_process:
         return
     scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
-    torch.save({"optimizer": moments, "scaler": scaler, "rng": rng}, folder / "optimizer.pt")
-    (folder / "state.json").write_text(json.dumps(asdict(state), indent=2), encoding="utf-8")
+    with _explained_write_failures(folder):
+        torch.save({"optimizer": moments, "scaler": scaler, "rng": rng}, folder / "optimizer.pt")
+    write_json(folder / "state.json", asdict(state))
 
 
 def save_model(folder: Path, *, accelerator: Accelerator, model: torch.nn.Module, processor: ElasticProcessor) -> None:
@@ -79,9 +83,22 @@ def save_model(folder: Path, *, accelerator: Accelerator, model: torch.nn.Module
     if not accelerator.is_main_process:
         return
     inner: ElasticVLM = accelerator.unwrap_model(model)
-    with quiet_transformers():
-        inner.save_pretrained(folder, state_dict=weights)
-    processor.save_pretrained(folder)
+    with _explained_write_failures(folder):
+        with quiet_transformers():
+            inner.save_pretrained(folder, state_dict=weights)
+        processor.save_pretrained(folder)
+
+
+@contextmanager
+def _explained_write_failures(folder: Path) -> Iterator[None]:
+    """Explains a full or broken disk, which the libraries report with errors of their own."""
+    try:
+        yield
+    except (SafetensorError, RuntimeError) as error:
+        raise SystemFailure(
+            f"The checkpoint cannot be written to {folder} ({error}); free some space on its disk, then run the same"
+            " command again to resume."
+        ) from error
 
 
 def read_state(folder: Path) -> TrainState:
@@ -90,12 +107,12 @@ def read_state(folder: Path) -> TrainState:
     Raises:
         UserError: the folder is not a training checkpoint.
     """
-    path = folder / "state.json"
-    if not path.is_file():
+    state = read_json(folder / "state.json", "remove this checkpoint to resume from an earlier one")
+    if state is None:
         raise UserError(
             f"{folder} is not a training checkpoint (it has no state.json); use a folder checkpoint_* of a run."
         )
-    return TrainState(**json.loads(path.read_text(encoding="utf-8")))
+    return TrainState(**state)
 
 
 def restore_optimizer(

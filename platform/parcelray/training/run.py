@@ -12,6 +12,7 @@ from rich.console import Console
 
 from parcelray.cluster.session import num_nodes, ray_session
 from parcelray.config.model import CheckpointModelConfig
+from parcelray.config.paths import AS_WRITTEN
 from parcelray.config.train import TrainJob
 from parcelray.console import step_progress
 from parcelray.datasets.open import check_rows
@@ -24,6 +25,9 @@ from parcelray.tracking.run_folder import RunFolder
 from parcelray.tracking.store import check_tracking_uri, ensure_store
 from parcelray.training.report import report_training
 from parcelray.training.train_loop import fit_in_process
+
+_MODEL = "model"
+"""Folder of the trained model in the run folder."""
 
 
 @dataclass(frozen=True)
@@ -66,8 +70,10 @@ def run_training(
     folder.claim()
     done = folder.result()
     if done is not None:
-        console.print(f"{folder.identity} is finished; nothing to do. Its model is in {done['model']}.")
-        return TrainedRun(folder.identity, Path(done["model"]), done["metrics"], done["mlflow_run_id"], was_done=True)
+        # Results of earlier versions have the absolute path of the same folder, which may have been moved since.
+        model_folder = folder.local_path(_MODEL) if folder.is_local else Path(done["model"])
+        console.print(f"{folder.identity} is finished; nothing to do. Its model is in {model_folder}.")
+        return TrainedRun(folder.identity, model_folder, done["metrics"], done["mlflow_run_id"], was_done=True)
     uri = ensure_store(job.tracking.uri) if job.tracking.uri is not None else None
     check_rows(job.data)
     start = resolve_start(job, uri)
@@ -80,7 +86,7 @@ def run_training(
                 job,
                 uri,
                 folder.identity,
-                params=job.model_dump(mode="json"),
+                params=job.model_dump(mode="json", context=AS_WRITTEN),
                 tags={"parcel.start": start.pinned if start is not None else "scratch"},
                 parent_run_id=parent_run_id,
             ) as run_id,
@@ -91,7 +97,8 @@ def run_training(
             model_folder = _keep_model(job, folder, checkpoint, start)
             if report and job.report is not None:
                 metrics |= report_training(job, model_folder, console, uri, run_id)
-    folder.finish({"model": str(model_folder), "metrics": metrics, "mlflow_run_id": run_id})
+    stored = _MODEL if folder.is_local else str(model_folder)
+    folder.finish({"model": stored, "metrics": metrics, "mlflow_run_id": run_id})
     return TrainedRun(folder.identity, model_folder, metrics, run_id, was_done=False)
 
 
@@ -127,7 +134,7 @@ def _keep_model(job: TrainJob, folder: RunFolder, checkpoint: Path, start: Resol
     Returns:
         The local folder of the model; with a remote run folder it is a copy in the checkpoint's folder.
     """
-    target = folder.local_path("model") if folder.is_local else checkpoint / "kept-model"
+    target = folder.local_path(_MODEL) if folder.is_local else checkpoint / "kept-model"
     shutil.rmtree(target, ignore_errors=True)
     if job.checkpointing.model_dtype is None:
         shutil.copytree(checkpoint / "model", target)
@@ -135,9 +142,9 @@ def _keep_model(job: TrainJob, folder: RunFolder, checkpoint: Path, start: Resol
         write_converted(checkpoint / "model", target, getattr(torch, job.checkpointing.model_dtype))
     write_manifest(
         target,
-        config=job.model_dump(mode="json"),
+        config=job.model_dump(mode="json", context=AS_WRITTEN),
         git_commit=git_commit(),
-        data=job.data.model_dump(mode="json"),
+        data=job.data.model_dump(mode="json", context=AS_WRITTEN),
         seed=job.seed,
         extra={
             "start": start.pinned if start is not None else "scratch",
@@ -146,7 +153,7 @@ def _keep_model(job: TrainJob, folder: RunFolder, checkpoint: Path, start: Resol
         },
     )
     if not folder.is_local:
-        folder.upload(target, "model")
+        folder.upload(target, _MODEL)
     elif job.scaling.bounds[1] != 0:
         shutil.rmtree(checkpoint)
     return target

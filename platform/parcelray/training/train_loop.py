@@ -28,6 +28,7 @@ from parcelray.datasets.sample import Sample
 from parcelray.errors import SystemFailure
 from parcelray.evaluation.predict.predictor import Predictor
 from parcelray.evaluation.scoring.split_scores import score
+from parcelray.files import is_written
 from parcelray.models.allocator import keep_freed_memory
 from parcelray.models.backbones import ElasticVLM
 from parcelray.models.backbones.processor_base import ElasticProcessor
@@ -121,7 +122,13 @@ def fit_in_process(
 
 
 def _newest_checkpoint(folder: Path) -> Path | None:
-    return max(folder.glob("checkpoint_*"), default=None)
+    # A power loss can leave empty files, although the folder was renamed when it was complete.
+    return max((each for each in folder.glob("checkpoint_*") if _is_complete(each)), default=None)
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    files = [path for path in checkpoint.rglob("*") if path.is_file()]
+    return is_written(checkpoint / "state.json") and all(path.stat().st_size for path in files)
 
 
 def _keep_checkpoint(source: Path, target: Path, count: int) -> None:

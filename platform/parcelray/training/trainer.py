@@ -15,9 +15,11 @@ import ray.exceptions
 import ray.train
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, ValidationConfig
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.constants import CHECKPOINT_MANAGER_SNAPSHOT_FILENAME
 
 from parcelray.config.train import TrainJob
 from parcelray.errors import SystemFailure, UserError
+from parcelray.files import read_json
 from parcelray.tracking.metric_logger import MetricLogger
 from parcelray.tracking.run_folder import RunFolder
 from parcelray.training.ray_worker import (
@@ -59,9 +61,11 @@ def fit(
 
     Raises:
         UserError: the cluster cannot hold the workers.
-        SystemFailure: the training failed more often than `scaling.max_failures`.
+        SystemFailure: the training failed more often than `scaling.max_failures`, or Ray's record of its checkpoints
+            is damaged.
     """
     _check_capacity(job)
+    _check_snapshot(folder)
     with watched_progress(on_progress) as progress:
         # Ray's annotations are those of the first version of Ray Train, which had no validation.
         trainer = _InterruptibleTrainer(  # type: ignore[call-arg]
@@ -159,6 +163,18 @@ def _check_capacity(job: TrainJob) -> None:
                 f" {available.get(name, 0.0):g} {name} in all; lower scaling.num_workers or"
                 f" scaling.{name.lower()}s_per_worker, or use a larger cluster."
             )
+
+
+def _check_snapshot(folder: RunFolder) -> None:
+    """Removes an empty record of the checkpoints, which Ray Train writes in place and would fail to read.
+
+    Raises:
+        SystemFailure: the record is cut off.
+    """
+    path = f"{folder.path}/{folder.identity}/{CHECKPOINT_MANAGER_SNAPSHOT_FILENAME}"
+    remedy = f"restore it, or remove the folder {folder.path} to train again from the start"
+    if read_json(path, remedy, folder.filesystem) is None and folder.filesystem.exists(path):
+        folder.filesystem.rm(path)
 
 
 def _failure(error: ray.train.WorkerGroupError) -> Exception:

@@ -17,6 +17,7 @@ from scipy.stats import spearmanr
 from parcelray.cluster.session import ray_session
 from parcelray.config.evaluate import EvaluateJob
 from parcelray.config.model import CheckpointModelConfig
+from parcelray.config.paths import WITH_TEXT
 from parcelray.config.tune import TuneJob
 from parcelray.errors import SystemFailure, UserError
 from parcelray.evaluation.run import run_evaluation
@@ -148,7 +149,7 @@ def _search(job: TuneJob, grids: Sequence[int]) -> TuneJob:
     """Returns the trainings as a search, so that they use the cluster, the record and the tracking of a search."""
     assert job.confirm is not None
     budget = job.confirm.budget
-    base = job.confirm.job.model_dump(mode="json")
+    base = job.confirm.job.model_dump(mode="json", context=WITH_TEXT)
     base |= {"budget": {"type": "uniform", "budgets": [budget]}}
     base["validation"] |= {"budgets": [budget]}
     values = [_assignment(budget, grid)["connector.routing"] for grid in grids]
@@ -166,7 +167,7 @@ def _search(job: TuneJob, grids: Sequence[int]) -> TuneJob:
         "algorithm": {"type": "grid"},
         "objectives": [{"metric": f"val/score@{budget}", "mode": "max"}],
         "max_concurrent": job.max_concurrent,
-        "tracking": job.tracking.model_dump(mode="json"),
+        "tracking": job.tracking.model_dump(mode="json", context=WITH_TEXT),
         "storage": job.storage,
     }
     return TuneJob.model_validate(data)

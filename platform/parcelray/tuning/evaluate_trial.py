@@ -6,6 +6,7 @@ same store, under the same keys, as those of `parcelray evaluate`.
 """
 
 import json
+import os
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -18,7 +19,7 @@ import torch
 from parcelray.benchmarks.readers.base import BenchmarkReader, DatasetFingerprint, RowSamples
 from parcelray.config.connector import ConnectorConfig
 from parcelray.config.evaluate import BLIND, EvaluateJob
-from parcelray.config.loader import set_key, validate
+from parcelray.config.loader import changed
 from parcelray.config.search_space import Assignment
 from parcelray.datasets.sample import Sample
 from parcelray.evaluation.passes.worker import ModelWorker
@@ -76,18 +77,6 @@ class EvaluatedPoint:
     """Number of new predictions; the others were in the store."""
 
 
-def changed_job(job: EvaluateJob, assignment: Assignment) -> EvaluateJob:
-    """Returns an evaluation job with the values of a point.
-
-    Raises:
-        ConfigError: the job does not accept one of the values.
-    """
-    data = job.model_dump(mode="json", exclude_unset=True)
-    for key, value in assignment.items():
-        set_key(data, key, value, "the search")
-    return validate(EvaluateJob, data, "the search")
-
-
 def prefill_costs(
     checkpoint: Path, connector: ConnectorConfig | None, budget: int, bytes_per_value: int
 ) -> dict[str, float]:
@@ -118,12 +107,15 @@ class WarmEvaluator:
         reference: scores of the uncompressed model on the same questions, and their budget; retention is measured
             against them.
         measure_latency: whether a point's latency is measured, which takes some runs of one image.
+        folder: see the attribute.
     """
 
     job: EvaluateJob
     models: Mapping[str, SearchedModel]
     reference: Reference
     measure_latency: bool = False
+    folder: str = field(default_factory=os.getcwd)
+    """Folder that relative paths among the values of a point are relative to: the driver's working folder."""
     _held: dict[str, "_Held"] = field(default_factory=dict, repr=False)
 
     def metrics(self, assignment: Assignment) -> dict[str, float]:
@@ -153,7 +145,7 @@ class WarmEvaluator:
 
     def evaluate(self, assignment: Assignment) -> EvaluatedPoint:
         """Evaluates a point; predictions that are in the store are reused."""
-        job = changed_job(self.job, assignment)
+        job = changed(self.job, assignment, "the search", folder=self.folder)
         held = self._hold(job)
         searched = self._model(job)
         budgets = tuple(budget for budget in budgets_for(job, searched.checkpoint) if budget != BLIND)

@@ -13,6 +13,7 @@ import yaml
 
 from parcelray.config.loader import set_key, validate
 from parcelray.config.objectives import SCORES
+from parcelray.config.paths import AS_WRITTEN
 from parcelray.config.tune import PbtAlgorithm, TuneJob
 from parcelray.errors import UserError
 from parcelray.evaluation.adaptive.adaptive_budget import BEFORE, FIXED, AdaptiveStudy
@@ -187,7 +188,7 @@ def select(job: TuneJob, trials: Sequence[FinishedTrial], text: str, path: Path)
     if not succeeded:
         raise UserError(f"The search {job.name} has no finished trial to select from; run the search first.")
     chosen = succeeded[parse_selection(text).choose([trial.metrics for trial in succeeded])]
-    data = job.base.model_dump(mode="json", exclude_unset=True)
+    data = job.base.model_dump(mode="json", exclude_unset=True, context=AS_WRITTEN)
     for key, value in chosen.assignment.items():
         set_key(data, key, value, "the search")
     data["name"] = f"{job.name[:50]}-{chosen.key}"

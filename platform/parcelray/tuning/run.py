@@ -14,6 +14,7 @@ from rich.console import Console
 from parcelray.cluster.session import ray_session
 from parcelray.config.evaluate import EvaluateJob
 from parcelray.config.model import CheckpointModelConfig
+from parcelray.config.paths import written
 from parcelray.config.space_checks import check_search_space_of
 from parcelray.config.train import TrainJob
 from parcelray.config.tune import HyperBandScheduler, PbtAlgorithm, TuneJob
@@ -77,7 +78,7 @@ def run_tuning(
     uri = ensure_store(job.tracking.uri) if job.tracking.uri is not None else None
     models = searched_models(job, uri)
     run_folder = RunFolder(job)
-    run_folder.claim({reference: model.digest for reference, model in models.items()})
+    run_folder.claim({written(reference): model.digest for reference, model in models.items()})
     folder = run_folder.local_path("")
     record = TrialRecord(folder)
     if record.trials and not resume:
@@ -121,9 +122,10 @@ def searched_models(job: TuneJob, uri: str | None) -> dict[str, SearchedModel]:
     named = [job.base.model, *(each.reference for each in (job.base, job.evaluation) if isinstance(each, EvaluateJob))]
     references = [each.reference for each in named if isinstance(each, CheckpointModelConfig)]
     domain = job.space.parameters.get("model.reference")
-    references += list(domain.ends) if domain is not None else []
+    values = domain.ends if domain is not None else ()
+    references += [CheckpointModelConfig(reference=value).reference for value in values]
     models = {}
-    for reference in dict.fromkeys(map(str, references)):
+    for reference in dict.fromkeys(references):
         checkpoint = resolve_model(CheckpointModelConfig(reference=reference), uri)
         models[reference] = SearchedModel(checkpoint, content_digest(checkpoint.path))
     return models
@@ -180,7 +182,8 @@ class _Search:
         return baselines
 
     def _run_trainings(self, base: TrainJob, resources: TrialResources, count: int) -> None:
-        train = functools.partial(train_point, self.job, str(self.folder), self._reference(self.job.evaluation))
+        reference = self._reference(self.job.evaluation)
+        train = functools.partial(train_point, self.job, str(self.folder), reference, working_folder=os.getcwd())
         first = self.job.objectives[0]
         if isinstance(self.job.algorithm, PbtAlgorithm):
             if count and count < self.job.algorithm.population:
@@ -276,9 +279,8 @@ class _Search:
         return summary.splits, max(summary.budgets)
 
     def _evaluator(self, base: EvaluateJob) -> WarmEvaluator:
-        storage = base.storage if "://" in base.storage else os.path.abspath(base.storage)
         return WarmEvaluator(
-            job=base.model_copy(update={"storage": storage}),
+            job=base,
             models=self.models,
             reference=self._reference(base),
             measure_latency=_measures_latency(self.job),

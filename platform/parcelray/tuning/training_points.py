@@ -11,8 +11,9 @@ import ray
 from rich.console import Console
 
 from parcelray.config.identity import config_hash
-from parcelray.config.loader import set_key, validate
+from parcelray.config.loader import changed, validate
 from parcelray.config.model import CheckpointModelConfig
+from parcelray.config.paths import WITH_TEXT
 from parcelray.config.search_space import Assignment
 from parcelray.config.train import TrainJob
 from parcelray.config.tune import TuneJob
@@ -28,19 +29,29 @@ _CACHE_BYTES = 2
 """Bytes of one value in the KV cache: models are served in bf16."""
 
 
-def changed_training(job: TuneJob, assignment: Assignment) -> TrainJob:
+def changed_training(job: TuneJob, assignment: Assignment, working_folder: str | None = None) -> TrainJob:
     """Returns the training job of the search with the values of a point.
+
+    Args:
+        job: the search.
+        assignment: the values.
+        working_folder: folder that relative paths among the values are relative to; None: that of this process.
 
     Raises:
         ConfigError: the training job does not accept one of the values.
     """
-    data = job.base.model_dump(mode="json", exclude_unset=True)
-    for key, value in assignment.items():
-        set_key(data, key, value, "the search")
-    return validate(TrainJob, data, "the search")
+    assert isinstance(job.base, TrainJob)
+    return changed(job.base, assignment, "the search", folder=working_folder)
 
 
-def trial_job(job: TuneJob, folder: str, assignment: Assignment, *, segment: Segment = WHOLE) -> TrainJob:
+def trial_job(
+    job: TuneJob,
+    folder: str,
+    assignment: Assignment,
+    *,
+    segment: Segment = WHOLE,
+    working_folder: str | None = None,
+) -> TrainJob:
     """Returns the training job of a point.
 
     Its run folder is inside the search's, so a trial that was paused or lost resumes from its newest checkpoint.
@@ -50,9 +61,10 @@ def trial_job(job: TuneJob, folder: str, assignment: Assignment, *, segment: Seg
         folder: run folder of the search.
         assignment: values that the point sets in the training job.
         segment: the part of the training to run.
+        working_folder: see `changed_training`.
     """
-    whole = changed_training(job, assignment)
-    data = whole.model_dump(mode="json", exclude_unset=True)
+    whole = changed_training(job, assignment, working_folder)
+    data = whole.model_dump(mode="json", exclude_unset=True, context=WITH_TEXT)
     if segment.model is not None:
         data["model"] = {"type": "checkpoint", "reference": segment.model}
         # The checkpoint of the first segment contains the connector.
@@ -68,12 +80,19 @@ def trial_job(job: TuneJob, folder: str, assignment: Assignment, *, segment: Seg
     data["tracking"] = {"uri": None}
     data["report"] = None
     data["storage"] = os.path.abspath(f"{folder}/trials")
-    changed = validate(TrainJob, data, "the search")
-    return changed.model_copy(update={"name": f"{point_key(assignment)}-{config_hash(changed)}"})
+    part = validate(TrainJob, data, "the search")
+    return part.model_copy(update={"name": f"{point_key(assignment)}-{config_hash(part)}"})
 
 
 def train_point(
-    job: TuneJob, folder: str, reference: Reference, assignment: Assignment, on_report: Any, *, segment: Segment = WHOLE
+    job: TuneJob,
+    folder: str,
+    reference: Reference,
+    assignment: Assignment,
+    on_report: Any,
+    *,
+    segment: Segment = WHOLE,
+    working_folder: str | None = None,
 ) -> tuple[dict[str, float], str]:
     """Trains a point and measures the trained model (see `TrainPoint`).
 
@@ -84,13 +103,14 @@ def train_point(
         assignment: values that the point sets in the training job.
         on_report: called at each checkpoint except the last.
         segment: the part of the training to run.
+        working_folder: working folder of the driver, see `changed_training`.
     """
-    training = trial_job(job, folder, assignment, segment=segment)
+    training = trial_job(job, folder, assignment, segment=segment, working_folder=working_folder)
     with open(os.devnull, "w") as nowhere:
         run = run_training(
             training, Console(file=nowhere), on_report=BeforeTheEnd(on_report, training.training.steps), report=False
         )
-    before, _ = segment.steps(changed_training(job, assignment).training.steps)
+    before, _ = segment.steps(changed_training(job, assignment, working_folder).training.steps)
     metrics = run.metrics | _costs(training, run.model_folder) | {"step": float(before + training.training.steps)}
     if job.evaluation is not None:
         metrics |= _evaluated(job, training, run.model_folder, reference)
@@ -154,7 +174,7 @@ def _evaluated(job: TuneJob, training: TrainJob, model: Path, reference: Referen
 
 def _measured(job: TuneJob, model: str, reference: Reference) -> dict[str, float]:
     assert job.evaluation is not None
-    changes = {"model": CheckpointModelConfig(reference=model), "storage": os.path.abspath(job.storage)}
+    changes = {"model": CheckpointModelConfig(reference=model), "storage": job.storage}
     evaluation = job.evaluation.model_copy(update=changes)
     searched = SearchedModel(resolve_checkpoint(model), content_digest(Path(model)))
     latency = any(objective.metric == "latency_ms" for objective in job.objectives)

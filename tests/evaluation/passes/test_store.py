@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from parcelray.datasets.sample import Sample
-from parcelray.errors import UserError
+from parcelray.errors import SystemFailure
 from parcelray.evaluation.passes.store import Prediction, PredictionStore, prediction_key
 from parcelray.evaluation.predict.generation import GenerationSettings
 
@@ -100,7 +100,7 @@ def test_confidence_is_read_back_and_a_shard_without_it_is_ignored(tmp_path: Pat
     sure = dataclasses.replace(_prediction("a"), mean_log_prob=-0.25, entropy=1.5)
     store.write([sure])
     assert store.read("b", "m", ["a"]) == {"a": sure}
-    with pytest.raises(UserError, match="remove it, and its predictions are computed again"):
+    with pytest.raises(SystemFailure, match="remove it, and its predictions are computed again"):
         store.read("b", "m", ["old"])
 
 
@@ -108,7 +108,7 @@ def test_a_crash_during_a_write_leaves_earlier_shards_intact(tmp_path: Path, mon
     store = PredictionStore(str(tmp_path))
     store.write([_prediction("a")])
     with monkeypatch.context() as crash:
-        crash.setattr(store._filesystem, "mv", lambda *paths: (_ for _ in ()).throw(KeyboardInterrupt))
+        crash.setattr(Path, "replace", lambda *paths: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             store.write([_prediction("b")])
     assert store.keys("b", "m") == {"a"}
@@ -121,5 +121,5 @@ def test_the_error_names_a_file_that_is_not_a_shard(tmp_path: Path) -> None:
     store = PredictionStore(str(tmp_path))
     store.write([_prediction("a")])
     (tmp_path / "b" / "m" / "other.parquet").write_bytes(b"nothing")
-    with pytest.raises(UserError, match=r"other\.parquet is not a shard of predictions"):
+    with pytest.raises(SystemFailure, match=r"other\.parquet is not a shard of predictions"):
         store.keys("b", "m")

@@ -194,7 +194,7 @@ class _Read:
     def __call__(self, rows: dict[str, NDArray[Any]]) -> dict[str, list[bytes]]:
         try:
             return {"input": [pickle.dumps(self._read(pickle.loads(rows["shard"][0])))]}
-        except ParcelrayError as error:
+        except (ParcelrayError, OSError) as error:
             return {"input": [pickle.dumps(error)]}
         finally:
             self._stages.end()
@@ -229,7 +229,7 @@ class _Evaluate:
             return {"result": [rows["input"][0]]}
         try:
             return {"result": [pickle.dumps(self._worker.evaluate(read, self._stages.begin))]}
-        except ParcelrayError as error:
+        except (ParcelrayError, OSError) as error:
             return {"result": [pickle.dumps(error)]}
         finally:
             self._stages.end()

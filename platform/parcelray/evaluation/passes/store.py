@@ -24,8 +24,9 @@ import pyarrow.parquet as pq
 from parcelray.benchmarks.readers.base import DatasetFingerprint, Problem
 from parcelray.config.benchmark import BenchmarkConfig
 from parcelray.datasets.sample import Sample
-from parcelray.errors import UserError
+from parcelray.errors import SystemFailure, UserError
 from parcelray.evaluation.predict.generation import GenerationSettings
+from parcelray.files import atomic_write, is_written, read_json, write_json
 
 _PREDICTION_SCHEMA = pa.schema(
     [
@@ -45,6 +46,8 @@ _PREDICTION_SCHEMA = pa.schema(
 _LAYOUT = 2
 """Version of the columns above, part of every key: predictions in an older layout lack columns and are recomputed."""
 _MODEL_FOLDER_DIGITS = 16
+_RECORDS, _PROBLEMS, _DATA = "samples.parquet", "problems.json", "data.json"
+_EVALUATE_AGAIN = "remove it, and run the evaluation again, which computes only missing predictions"
 _TEXT_FIELDS = ("id", "benchmark", "family", "task", "prompt", "metric", "scene")
 _RECORD_SCHEMA = pa.schema(
     [
@@ -118,13 +121,9 @@ class PredictionStore:
         for folder, members in groups.items():
             name = hashlib.sha256("".join(sorted(prediction.key for prediction in members)).encode()).hexdigest()[:32]
             table = pa.Table.from_pylist([asdict(prediction) for prediction in members], schema=_PREDICTION_SCHEMA)
-            self._filesystem.makedirs(folder, exist_ok=True)
-            # Written to a temporary name and then moved, because a reader must never see half a shard. Two writers of
-            # the same predictions write the same shard.
-            partial = f"{folder}/.{name}.partial"
-            with self._filesystem.open(partial, "wb") as file:
+            # A reader must never see half a shard. Two writers of the same predictions write the same shard.
+            with atomic_write(f"{folder}/{name}.parquet", self._filesystem) as file:
                 pq.write_table(table, file)
-            self._filesystem.mv(partial, f"{folder}/{name}.parquet")
 
     def read(self, benchmark: str, model: str, keys: Iterable[str]) -> dict[str, Prediction]:
         """Reads the predictions under some keys, by key; keys that are not stored are left out."""
@@ -162,15 +161,24 @@ class PredictionStore:
         self._filesystem.invalidate_cache()
         if not self._filesystem.exists(folder):
             return []
-        return sorted(path for path in self._filesystem.ls(folder, detail=False) if path.endswith(".parquet"))
+        return sorted(
+            entry["name"]
+            for entry in self._filesystem.ls(folder, detail=True)
+            # An empty shard is what a power loss leaves; its predictions are computed again.
+            if entry["name"].endswith(".parquet") and entry["size"] > 0
+        )
 
     def _read(self, shard: str, columns: list[str]) -> pa.Table:
         try:
             with self._filesystem.open(shard, "rb") as file:
                 return pq.read_table(file, columns=columns)
-        except (pa.ArrowInvalid, KeyError) as error:
-            raise UserError(
-                f"{shard} is not a shard of predictions ({error}); remove it, and its predictions are computed again."
+        except (pa.ArrowException, KeyError, EOFError, OSError) as error:
+            # Arrow also reports a damaged page as an error of the operating system, but without a number.
+            if isinstance(error, OSError) and error.errno is not None:
+                raise
+            raise SystemFailure(
+                f"{shard} is not a shard of predictions ({_first_line(error)}); remove it, and its predictions are"
+                " computed again."
             ) from error
 
 
@@ -210,7 +218,6 @@ class EvaluatedBenchmark:
     def save(self, folder: Path) -> None:
         """Writes the records, problems and data fingerprint to `folder/asked/NAME`; the fingerprint is written last."""
         own = _benchmark_folder(folder, self.config.name)
-        own.mkdir(parents=True, exist_ok=True)
         rows = [
             {name: getattr(each.sample, name) for name in _TEXT_FIELDS}
             | {
@@ -221,28 +228,33 @@ class EvaluatedBenchmark:
             }
             for each in self.records
         ]
-        pq.write_table(pa.Table.from_pylist(rows, schema=_RECORD_SCHEMA), own / "samples.parquet")
-        problems = json.dumps([problem._asdict() for problem in self.problems], indent=2)
-        (own / "problems.json").write_text(problems + "\n", encoding="utf-8")
-        data = json.dumps({"pin": self.fingerprint._asdict(), "rows": self.rows}, indent=2)
-        (own / "data.json").write_text(data + "\n", encoding="utf-8")
+        with atomic_write(own / _RECORDS) as file:
+            pq.write_table(pa.Table.from_pylist(rows, schema=_RECORD_SCHEMA), file)
+        write_json(own / _PROBLEMS, [problem._asdict() for problem in self.problems])
+        write_json(own / _DATA, {"pin": self.fingerprint._asdict(), "rows": self.rows})
 
     @classmethod
     def load(cls, folder: Path, config: BenchmarkConfig, metric: str | None) -> "EvaluatedBenchmark":
         """Reads a benchmark that `save` wrote.
 
         Raises:
-            UserError: the folder of the evaluation has no complete record of the benchmark.
+            SystemFailure: the folder of the evaluation has no complete record of the benchmark, or a damaged one.
         """
         own = _benchmark_folder(folder, config.name)
-        data = _saved_data(folder, config.name)
-        if data is None:
-            raise UserError(f"{folder} has no record of the samples of {config.name}; run the evaluation again.")
+        data, problems = _saved_data(folder, config.name), read_json(own / _PROBLEMS, _EVALUATE_AGAIN)
+        if data is None or problems is None or not is_written(own / _RECORDS):
+            raise SystemFailure(
+                f"{own} has no complete record of the samples of {config.name}; run the evaluation again."
+            )
+        try:
+            rows = pq.read_table(own / _RECORDS, columns=_RECORD_SCHEMA.names).to_pylist()
+        except (pa.ArrowException, KeyError) as error:
+            raise SystemFailure(f"{own / _RECORDS} is damaged ({_first_line(error)}); {_EVALUATE_AGAIN}.") from error
         return cls(
             config=config,
             metric=metric,
-            records=[_record_of(row) for row in pq.read_table(own / "samples.parquet").to_pylist()],
-            problems=[Problem(**each) for each in json.loads((own / "problems.json").read_text(encoding="utf-8"))],
+            records=[_record_of(row) for row in rows],
+            problems=[Problem(**each) for each in problems],
             fingerprint=DatasetFingerprint(**data["pin"]),
             rows=data["rows"],
         )
@@ -269,8 +281,12 @@ def check_fingerprint(folder: Path, benchmark: str, found: DatasetFingerprint) -
 
 
 def _saved_data(folder: Path, benchmark: str) -> dict[str, Any] | None:
-    file = _benchmark_folder(folder, benchmark) / "data.json"
-    return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else None
+    data: dict[str, Any] | None = read_json(_benchmark_folder(folder, benchmark) / _DATA, _EVALUATE_AGAIN)
+    return data
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _benchmark_folder(folder: Path, benchmark: str) -> Path:

@@ -1,17 +1,21 @@
 """A finished evaluation on disk, which is scored from stored predictions without the model and the data."""
 
-import json
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from parcelray.config.benchmark import BenchmarkConfig
 from parcelray.datasets.sample import Sample
-from parcelray.errors import UserError
+from parcelray.errors import SystemFailure, UserError
 from parcelray.evaluation.passes.store import EvaluatedBenchmark, PredictionStore
 from parcelray.evaluation.scoring.split_scores import GivenAnswer, ScoringRules, SplitScores, score_splits
+from parcelray.files import read_json, write_json
+from parcelray.tracking.run_folder import stored_path
 
 _FILE = "evaluation.json"
+_EVALUATE_AGAIN = "run the evaluation again, which computes only missing predictions"
 
 
 @dataclass(frozen=True)
@@ -34,8 +38,12 @@ class Evaluation:
     """The .npz file that the metric `refseg_miou` needs."""
 
     def save(self, folder: Path) -> None:
-        """Writes the evaluation to a folder; the predictions are in the store."""
-        folder.mkdir(parents=True, exist_ok=True)
+        """Writes the evaluation to a folder; the predictions are in the store.
+
+        Files below the storage of the evaluation are stored relative to its folder, so that a project can be moved.
+        """
+        # The store is `<storage>/predictions`, and the folder is `<storage>/evaluate/NAME`.
+        root = Path(self.store).parent
         for benchmark in self.benchmarks:
             benchmark.save(folder)
         data = {
@@ -44,13 +52,14 @@ class Evaluation:
             "digest": self.digest,
             "budgets": list(self.budgets),
             "full": self.full,
-            "store": self.store,
-            "mask_decoder": self.mask_decoder,
+            "folder": str(folder.absolute()),
+            "store": stored_path(self.store, folder, root),
+            "mask_decoder": stored_path(self.mask_decoder, folder, root) if self.mask_decoder else None,
             "benchmarks": [
                 {"config": each.config.model_dump(mode="json"), "metric": each.metric} for each in self.benchmarks
             ],
         }
-        (folder / _FILE).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+        write_json(folder / _FILE, data)
 
     def score(self, metrics: Mapping[str, str] = {}, store: PredictionStore | None = None) -> list[SplitScores]:
         """Scores all benchmarks at all budgets.
@@ -60,7 +69,8 @@ class Evaluation:
             store: the evaluation's store, if it is already open; None: it is opened here.
 
         Raises:
-            UserError: predictions are missing, or a metric cannot score them.
+            UserError: a metric cannot score the predictions.
+            SystemFailure: predictions are missing or damaged.
         """
         known = [benchmark.config.name for benchmark in self.benchmarks]
         unknown = sorted(set(metrics) - set(known))
@@ -83,7 +93,7 @@ class Evaluation:
         found = store.read(config.name, self.digest, keys)
         missing = sum(key not in found for key in keys)
         if missing:
-            raise UserError(
+            raise SystemFailure(
                 f"{missing} predictions on {config.name} are not in {self.store}; run the evaluation {self.name} again,"
                 " which computes only the missing ones."
             )
@@ -124,24 +134,48 @@ def load_evaluation(folder: Path) -> Evaluation:
 
     Raises:
         UserError: the folder holds no evaluation.
+        SystemFailure: its files are damaged.
     """
     file = folder / _FILE
-    if not file.is_file():
+    data = read_json(file, _EVALUATE_AGAIN)
+    if data is None and file.is_file():
+        raise SystemFailure(f"{file} is empty; {_EVALUATE_AGAIN}.")
+    if data is None:
         raise UserError(
             f"{folder} holds no evaluation (no {_FILE}); give the folder that `parcelray evaluate` wrote, such as"
             " runs/evaluate/NAME."
         )
-    data = json.loads(file.read_text(encoding="utf-8"))
+    names = [each["config"]["name"] for each in data["benchmarks"]]
+    mask_decoder = data["mask_decoder"]
     return Evaluation(
         name=data["name"],
         model=data["model"],
         digest=data["digest"],
         budgets=tuple(data["budgets"]),
         full=data["full"],
-        store=data["store"],
+        store=_located_store(folder, data, names),
         benchmarks=tuple(
             EvaluatedBenchmark.load(folder, BenchmarkConfig.model_validate(each["config"]), each["metric"])
             for each in data["benchmarks"]
         ),
-        mask_decoder=data["mask_decoder"],
+        mask_decoder=os.path.normpath(folder.absolute() / mask_decoder) if mask_decoder else None,
     )
+
+
+def _located_store(folder: Path, data: Mapping[str, Any], benchmarks: Sequence[str]) -> str:
+    """Returns where the predictions of an evaluation are now.
+
+    They are at their place next to the folder, or, if only the folder was moved, where they were. Evaluations of
+    earlier versions store an absolute path.
+    """
+    stored = str(data["store"])
+    if "://" in stored:
+        return stored
+    here = folder.absolute()
+    if os.path.isabs(stored):
+        places = [Path(stored), here / "../.." / Path(stored).name, here / "../../.." / Path(stored).name]
+        order = [*places[1:], places[0]]
+    else:
+        order = places = [here / stored, Path(data["folder"]) / stored]
+    found = next((place for place in order if any((place / name).is_dir() for name in benchmarks)), places[0])
+    return os.path.normpath(found)

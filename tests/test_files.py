@@ -1,0 +1,128 @@
+"""Files of runs: complete or not there, empty ones count as missing, and failures of the machine are one sentence."""
+
+import errno
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+from rich.console import Console
+
+from parcelray.cli import main
+from parcelray.cli.scripts import run_script
+from parcelray.errors import SystemFailure
+from parcelray.files import atomic_write, explained_failure, is_written, read_json, write_json
+
+
+@pytest.fixture(params=["local", "memory"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[str, Any]]:
+    """A path that does not exist yet, and its file system."""
+    if request.param == "local":
+        yield f"{tmp_path}/new/folder/a.json", fsspec.filesystem("file")
+        return
+    memory = fsspec.filesystem("memory")
+    yield "/new/folder/a.json", memory
+    memory.store.clear()
+
+
+def test_a_file_is_written_and_read(place: tuple[str, Any]) -> None:
+    path, filesystem = place
+    assert read_json(path, "remove it", filesystem) is None
+    for content in ({"a": 1}, {"a": [2, "\u00e4"]}):
+        write_json(path, content, filesystem)
+        assert read_json(path, "remove it", filesystem) == content
+    assert [name.rpartition("/")[2] for name in filesystem.ls(path.rpartition("/")[0], detail=False)] == ["a.json"]
+
+
+def test_an_interrupted_write_leaves_the_old_file_and_no_rest(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    write_json(path, {"old": True})
+
+    def write() -> None:
+        with atomic_write(path) as file:
+            file.write(b'{"new": ')
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write()
+    assert read_json(path, "") == {"old": True}
+    assert os.listdir(tmp_path) == ["a.json"]
+
+
+def test_a_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.json"
+    write_json(path, {"old": True})
+
+    def fail(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("parcelray.files.os.fsync", fail)
+    with pytest.raises(OSError, match="No space left"):
+        write_json(path, {"new": True})
+    assert read_json(path, "") == {"old": True}
+    assert os.listdir(tmp_path) == ["a.json"]
+
+
+def test_an_empty_file_counts_as_missing_and_a_cut_one_is_named(place: tuple[str, Any]) -> None:
+    path, filesystem = place
+    with atomic_write(path, filesystem):
+        pass
+    assert filesystem.exists(path)
+    assert not is_written(path, filesystem)
+    assert read_json(path, "remove it", filesystem) is None
+    with atomic_write(path, filesystem) as file:
+        file.write(b'{"a": ')
+    with pytest.raises(SystemFailure, match=r"a\.json is damaged: it is not JSON .*; remove it\.$"):
+        read_json(path, "remove it", filesystem)
+
+
+FAILURES = [
+    (
+        OSError(errno.ENOSPC, "No space left on device", "/runs/a"),
+        r"^/runs/a: there is no space left on its disk; free",
+    ),
+    (OSError(errno.EDQUOT, "Disk quota exceeded", "/runs/a"), r"^/runs/a: the disk quota is exhausted"),
+    (OSError(errno.EROFS, "Read-only file system", "/runs/a"), r"^/runs/a: its file system is read-only; use storage"),
+    (PermissionError(errno.EACCES, "Permission denied", "/runs/a"), r"^/runs/a: permission is denied"),
+    (NotADirectoryError(errno.ENOTDIR, "Not a directory", b"/runs/a"), r"^/runs/a: a part of this path is a file"),
+    (FileExistsError(errno.EEXIST, "File exists", "/runs"), r"^/runs: it is a file, but must be a folder"),
+    (IsADirectoryError(errno.EISDIR, "Is a directory", "/runs/a"), r"^/runs/a: it is a folder, but must be a file"),
+    (OSError(errno.EIO, "Input/output error", "/runs/a"), r"^/runs/a: its disk reports an input/output error"),
+    (OSError(errno.ENOSPC, "No space left on device", "/runs/b", None, "/runs/a"), r"^/runs/a: there is no space"),
+    (OSError(errno.ENOSPC, "error writing bytes"), r"^error writing bytes: there is no space left"),
+]
+
+
+@pytest.mark.parametrize(("error", "sentence"), FAILURES)
+def test_a_failure_of_the_machine_is_one_sentence_and_exit_code_1(
+    error: OSError, sentence: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("parcelray.cli.app", fail)
+    with pytest.raises(SystemExit) as exited:
+        main()
+    assert exited.value.code == 1
+    shown = capsys.readouterr().err
+    assert shown.startswith("failed: ")
+    assert len(shown.splitlines()) == 1
+    reason = explained_failure(error)
+    assert reason is not None
+    with pytest.raises(AssertionError, match=sentence):
+        raise AssertionError(reason)
+    assert run_script(fail) == 1
+    assert reason in capsys.readouterr().out.replace("\n", "")
+
+
+def test_an_error_that_is_no_failure_of_the_machine_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(console: Console | None = None) -> None:
+        raise FileNotFoundError(errno.ENOENT, "No such file or directory", "/runs/a")
+
+    monkeypatch.setattr("parcelray.cli.app", fail)
+    with pytest.raises(FileNotFoundError):
+        main()
+    with pytest.raises(FileNotFoundError):
+        run_script(fail)
