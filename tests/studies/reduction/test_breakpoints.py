@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from parcelray.evaluation.scoring.split_scores import Estimate
+from parcelray.evaluation.scoring.estimate import Estimate
 from parcelray.studies.reduction.breakpoints import Breakpoint, breakpoint_of, family_breakpoints, kind_of, kinds_kept
 
 from .known_scores import samples, summary
