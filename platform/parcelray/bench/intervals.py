@@ -17,7 +17,7 @@ import numpy as np
 from parcelray.bench.measure import Measure, Report
 from parcelray.errors import UserError
 from parcelray.evaluation.scoring.aggregate import retention_of
-from parcelray.evaluation.scoring.estimate import DRAWS, estimate_sums, mean_of
+from parcelray.evaluation.scoring.estimate import Estimate, estimate_sums, mean_of
 from parcelray.evaluation.scoring.intervals import Design, Floats, combine, difference_stratum, share_limits
 
 if TYPE_CHECKING:
@@ -37,14 +37,14 @@ _WHAT = {
     "difference": "paired difference",
     "null": "true nulls rejected at 0.05",
     "retention": "retention",
-    "mean": "mean over four splits",
+    "mean": "mean over two splits",
 }
 _PARTIAL = ((0.3, 0.25), (0.6, 0.25), (1.0, 0.5))
 """Values of a correct answer that humans do not all agree with, and their probabilities."""
 _COMMON = 0.5
 """Share of the answers that two models have in common."""
-_BETTER, _KEPT, _SPLITS = 1.5, 0.8, 4
-_DERIVED_REPLICATES = 400
+_BETTER, _KEPT, _SPLITS = 1.5, 0.8, 2
+_DERIVED_REPLICATES, _DRAWS = 300, 500
 
 
 class Setting(NamedTuple):
@@ -95,9 +95,7 @@ class CoverageTable:
         for design in dict.fromkeys(each[:3] for _, each in self.coverage):
             cells = [
                 " / ".join(
-                    f"{value:.1f}"
-                    for (own, each), value in self.coverage.items()
-                    if own == kind and each[:3] == design
+                    f"{value:.1f}" for (own, each), value in self.coverage.items() if own == kind and each[:3] == design
                 )
                 for kind in KINDS
             ]
@@ -114,7 +112,7 @@ def bench_intervals(
     """Simulates the coverage of every kind of interval.
 
     Args:
-        replicates: number of simulated data sets per setting; retention and means over splits use at most 400.
+        replicates: number of simulated data sets per setting; retention and means over splits use at most 300.
         model: distribution of the answers of a cluster, `beta` or `copies`.
         samples: numbers of samples.
         say: prints a progress line.
@@ -200,7 +198,7 @@ class _Simulation:
         full_RK = shared_RK + self._correct(self.probability, self._sizes() - common_RK)
         reduced = self.probability * (_KEPT - _COMMON) / (1 - _COMMON)
         reduced_RK = shared_RK + self._correct(reduced, self._sizes() - common_RK)
-        scores, bases = self._estimates(reduced_RK, seed=0), self._estimates(full_RK, seed=0)
+        scores, bases = self._estimates(reduced_RK, seed=0, key=0), self._estimates(full_RK, seed=0, key=1)
         covered = []
         for score, base in zip(scores, bases, strict=True):
             # Where the reference scores 0, there is no retention.
@@ -210,16 +208,15 @@ class _Simulation:
         return np.array(covered, dtype=np.float64)
 
     def mean(self) -> Floats:
-        splits = [self._estimates(self._correct(self.probability), seed) for seed in range(_SPLITS)]
+        splits = [self._estimates(self._correct(self.probability), seed, 0) for seed in range(_SPLITS)]
         intervals = [mean_of(members).interval for members in zip(*splits, strict=True)]
         limits = np.array([each.low for each in intervals]), np.array([each.high for each in intervals])
         return self._covers(limits, self.probability)
 
-    def _estimates(self, sums_RK: Floats, seed: int) -> list[Any]:
-        sizes_RK = np.broadcast_to(self.sizes_K, sums_RK.shape)
-        return estimate_sums(
-            sums_RK, sizes_RK, [1.0] * len(sums_RK), [True] * len(sums_RK), seed=seed, draws=DRAWS // 2
-        )
+    def _estimates(self, sums_RK: Floats, seed: int, key: int) -> list[Estimate]:
+        sizes_RK, count = np.broadcast_to(self.sizes_K, sums_RK.shape), len(sums_RK)
+        keys = [2 * replicate + key for replicate in range(count)]
+        return estimate_sums(sums_RK, sizes_RK, [1.0] * count, [True] * count, keys=keys, seed=seed, draws=_DRAWS)
 
     def _differences(self, first: float, second: float) -> tuple[Floats, Floats, Floats]:
         own_RK = self._sizes() - self.rng.binomial(self._sizes(), _COMMON)

@@ -57,6 +57,17 @@ def test_samples_of_one_scene_are_not_independent() -> None:
     assert 0.1 < found.p_value < 0.4
 
 
+def test_a_model_does_not_differ_from_itself() -> None:
+    split = _split([True, False] * 10)
+    assert compare(split, 16, split, 16)[4:6] == ((0, 0, 0, 20), 1)
+    # Two models that are right on the same samples, but give other wrong answers, may differ on further samples.
+    wrong = [GivenAnswer("yes" if number % 2 == 0 else f"{number}") for number in range(20)]
+    other = score_splits(split.samples, {16: wrong})[0]
+    found = compare(split, 16, other, 16)
+    assert (found.difference.value, found.p_value) == (0, 1)
+    assert found.difference.low == pytest.approx(-13.45, abs=0.01)
+
+
 def test_only_samples_that_both_have_are_compared() -> None:
     found = compare(_split([True] * 10 + [False] * 10), 16, _split([True] * 20, first=10), 16)
     assert found.n == 10

@@ -5,6 +5,7 @@ A policy chooses a visual-token budget for each question.
 Shapes: N questions, B budgets, W draws.
 """
 
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -183,7 +184,8 @@ class PolicyScorer:
             scenes = [table.scenes[index] for index in members]
             # CIDEr's values reach 10.
             share = bool(table.values_NB[members].max() <= 1)
-            rows.append(ClusteredValues(values_N[members].tolist(), scenes, table.scales[split], share))
+            key = zlib.crc32(choices.chosen_N[members].tobytes())
+            rows.append(ClusteredValues(values_N[members].tolist(), scenes, table.scales[split], share, key))
             rows += [ClusteredValues(cost_N[members].tolist(), scenes, share=False) for cost_N in costs]
         found = estimate_means(rows, self._seed, self._draws)
         return PolicyResult(*(mean_of(found[column :: 1 + len(costs)]) for column in range(1 + len(costs))))

@@ -16,8 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import norm
-from scipy.stats import t as student
+from scipy.special import ndtr, stdtrit
 
 from parcelray.evaluation.scoring.intervals import (
     LEVEL,
@@ -49,12 +48,13 @@ class Estimate:
     def interval(self) -> Interval:
         """The number with its 95 % confidence interval."""
         low, high = self.limits if self.limits is not None else self._middle(LEVEL)
-        return Interval(self.value, low, high, self.n)
+        # Most draws of a mean of several scores of 0 are above 0.
+        return Interval(self.value, float(np.fmin(low, self.value)), float(np.fmax(high, self.value)), self.n)
 
     @property
     def std_error(self) -> float:
         """Standard error: half of the middle 68.3 % of the draws, which, unlike their deviation, has no outliers."""
-        low, high = self._middle(float(norm.cdf(1) - norm.cdf(-1)))
+        low, high = self._middle(float(ndtr(1) - ndtr(-1)))
         return (high - low) / 2
 
     def _middle(self, level: float) -> tuple[float, float]:
@@ -76,6 +76,8 @@ class ClusteredValues(NamedTuple):
     """Factor from the mean to the estimate."""
     share: bool = True
     """Whether the values are from 0 to 1, as those of all metrics but CIDEr."""
+    key: int = 0
+    """Number of the answers that the values belong to; rows of the same answers have the same draws."""
 
 
 def estimate_means(rows: Sequence[ClusteredValues], seed: int, draws: int = DRAWS) -> list[Estimate]:
@@ -98,12 +100,25 @@ def estimate_means(rows: Sequence[ClusteredValues], seed: int, draws: int = DRAW
         sums_K += np.bincount(owner_N[scored_N], weights=values_N[scored_N], minlength=len(index_of))
         sizes_K += np.bincount(owner_N[scored_N], minlength=len(index_of))
     return estimate_sums(
-        sums_XK, sizes_XK, [row.scale for row in rows], [row.share for row in rows], seed=seed, draws=draws
+        sums_XK,
+        sizes_XK,
+        [row.scale for row in rows],
+        [row.share for row in rows],
+        keys=[row.key for row in rows],
+        seed=seed,
+        draws=draws,
     )
 
 
 def estimate_sums(
-    sums_XK: Floats, sizes_XK: Floats, scales: Sequence[float], shares: Sequence[bool], *, seed: int, draws: int = DRAWS
+    sums_XK: Floats,
+    sizes_XK: Floats,
+    scales: Sequence[float],
+    shares: Sequence[bool],
+    *,
+    keys: Sequence[int],
+    seed: int,
+    draws: int = DRAWS,
 ) -> list[Estimate]:
     """Estimates means as `estimate_means` does, from the sums over clusters.
 
@@ -112,37 +127,47 @@ def estimate_sums(
         sizes_XK: number of values.
         scales: see `ClusteredValues`.
         shares: see `ClusteredValues`.
+        keys: see `ClusteredValues`.
         seed: seed of the draws.
         draws: number of draws, W.
     """
+    designs = [Design(sizes_K[sizes_K > 0]) for sizes_K in sizes_XK]
     n_X = sizes_XK.sum(axis=1, keepdims=True)
     means_X = np.divide(sums_XK.sum(axis=1, keepdims=True), n_X, out=np.zeros_like(n_X), where=n_X > 0)
-    normals_XW = joint_normals(sums_XK - means_X * sizes_XK, seed, draws)
+    own_X = np.array(
+        [math.sqrt(design.prior) if share and design.n else 0.0 for design, share in zip(designs, shares, strict=True)]
+    )
+    normals_XW = joint_normals(sums_XK - means_X * sizes_XK, own_X, seed, keys, draws)
     return [
-        _estimate(sums_K[sizes_K > 0], Design(sizes_K[sizes_K > 0]), scale, share, normals_W)
-        for sums_K, sizes_K, scale, share, normals_W in zip(
-            sums_XK, sizes_XK, scales, shares, normals_XW, strict=True
+        _estimate(sums_K[sizes_K > 0], design, scale, share, normals_W)
+        for sums_K, sizes_K, design, scale, share, normals_W in zip(
+            sums_XK, sizes_XK, designs, scales, shares, normals_XW, strict=True
         )
     ]
 
 
-def joint_normals(residuals_XK: Floats, seed: int, draws: int = DRAWS) -> Floats:
+def joint_normals(residuals_XK: Floats, own_X: Floats, seed: int, keys: Sequence[int], draws: int = DRAWS) -> Floats:
     """Draws standard normal numbers that are correlated as the rows of residuals are: [X, W].
 
     Args:
-        residuals_XK: contribution of each cluster to the error of each estimate. A row of zeros (0 of n) tells nothing
-            about the correlation with others; all clusters then contribute equally.
+        residuals_XK: contribution of each cluster to the error of each estimate.
+        own_X: contribution that a row has for itself, in addition: that of one sample. As with the pairs that are added
+            to a paired difference, two models that are right on the same samples are not taken as equal.
         seed: seed of the weights of the clusters.
+        keys: seed of the own weights of each row.
         draws: number of draws, W.
     """
-    count = residuals_XK.shape[1]
-    residuals_XK = np.where(np.any(residuals_XK != 0, axis=1, keepdims=True), residuals_XK, 1.0)
     rng = np.random.default_rng(seed)
     normals_XW = np.zeros((len(residuals_XK), draws))
-    for start in range(0, count, _CLUSTERS_PER_BLOCK):
+    for start in range(0, residuals_XK.shape[1], _CLUSTERS_PER_BLOCK):
         block_XK = residuals_XK[:, start : start + _CLUSTERS_PER_BLOCK]
         normals_XW += block_XK @ rng.standard_normal((block_XK.shape[1], draws))
-    return np.asarray(normals_XW / np.linalg.norm(residuals_XK, axis=1, keepdims=True), dtype=np.float64)
+    for normals_W, own, key in zip(normals_XW, own_X, keys, strict=True):
+        if own:
+            # The 1 matters: numpy takes [seed, 0] for the same seed as [seed].
+            normals_W += own * np.random.default_rng([seed, 1, key]).standard_normal(draws)
+    norms_X1 = np.sqrt(np.square(residuals_XK).sum(axis=1, keepdims=True) + np.square(own_X)[:, None])
+    return np.divide(normals_XW, norms_X1, out=normals_XW, where=norms_X1 > 0)
 
 
 def share_estimate(
@@ -158,8 +183,8 @@ def share_estimate(
         scale: factor from the share to the estimate.
         n: number of samples.
     """
-    t = float(student.ppf((1 + LEVEL) / 2, freedom))
-    t_W = np.concatenate([student.ppf(norm.cdf(normals_W), freedom), [-t, t]])
+    t = float(stdtrit(freedom, (1 + LEVEL) / 2))
+    t_W = np.concatenate([stdtrit(freedom, ndtr(normals_W)), [-t, t]])
     found_W = scale * score_limit(np.array(share), np.array(effective), t_W)
     return Estimate(scale * share, found_W[:-2], n, (float(found_W[-2]), float(found_W[-1])))
 
@@ -174,22 +199,28 @@ def t_estimate(value: float, error: float, freedom: float, normals_W: Floats, *,
         normals_W: draws of `joint_normals`.
         n: number of samples.
     """
-    half = float(student.ppf((1 + LEVEL) / 2, freedom)) * error
-    draws = value + error * np.asarray(student.ppf(norm.cdf(normals_W), freedom), dtype=np.float64)
+    half = float(stdtrit(freedom, (1 + LEVEL) / 2)) * error
+    draws = value + error * np.asarray(stdtrit(freedom, ndtr(normals_W)), dtype=np.float64)
     return Estimate(value, draws, n, (value - half, value + half))
 
 
 def mean_of(members: Sequence[Estimate]) -> Estimate:
-    """Computes the unweighted mean of estimates with joint draws; that of a single one is the estimate itself."""
+    """Computes the unweighted mean of estimates with joint draws; that of a single one is the estimate itself.
+
+    The draws of a score near 0 are skewed upwards. The sum of many would drift away from the value, so the draws are
+    shifted back to it by their median, within the range that is possible.
+    """
     if not members:
         return Estimate(math.nan, np.full(DRAWS, np.nan), 0)
     if len(members) == 1:
         return members[0]
-    return Estimate(
-        float(np.mean([member.value for member in members])),
-        np.mean([member.draws for member in members], axis=0),
-        sum(member.n for member in members),
-    )
+    value, draws_MW = float(np.mean([member.value for member in members])), np.array([each.draws for each in members])
+    draws_W = draws_MW.mean(axis=0)
+    legal_W = draws_W[np.isfinite(draws_W)]
+    if len(legal_W):
+        least, most = np.nanmin(draws_MW, axis=1).mean(), np.nanmax(draws_MW, axis=1).mean()
+        draws_W = np.clip(draws_W + value - np.median(legal_W), min(least, value), max(most, value))
+    return Estimate(value, draws_W, sum(member.n for member in members))
 
 
 def difference(first: Estimate, second: Estimate) -> Estimate:

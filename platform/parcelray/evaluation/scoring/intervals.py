@@ -29,6 +29,10 @@ Floats = NDArray[np.float64]
 LEVEL = 0.95
 _PRIOR_CORRELATION = 0.5
 """Correlation of the samples of a cluster that is assumed where the data cannot show it, for example at 0 of n."""
+_FEW = 3.0
+"""Effective number of successes up to which Wilson's lower limit is too high."""
+_ONE_SIDED = 1.644854 / 1.959964
+"""Quantile of the one-sided limit, relative to that of the two-sided one: a limit with few events errs to one side."""
 _PSEUDO_PAIRS = 2
 """Number of pairs that are added to a paired difference: one in favor of either side."""
 
@@ -68,33 +72,33 @@ class Design(NamedTuple):
         """The quantile of Student's t distribution for 95 % intervals."""
         return float(student.ppf((1 + LEVEL) / 2, self.freedom))
 
-    def effect(self, residuals_XK: Floats, squares_X: Floats, event: float = 1.0) -> Floats:
+    def effect(self, residuals_XK: Floats, squares_X: Floats, weight: float) -> Floats:
         """Computes the design effect: the variance of a mean relative to that over independent samples.
 
         The cluster-robust variance (CR2: Bell and McCaffrey, Survey Methodology 2002) is very uncertain if few samples
-        differ from the rest, and unknown if none does. So one average cluster of such samples with the correlation
-        `_PRIOR_CORRELATION` is added: at 0 of n, the result is that prior alone.
+        differ from the rest, and unknown if none does. So it is averaged with `prior`: at 0 of n, the result is the
+        prior alone.
 
         Args:
             residuals_XK: sum over each cluster of value minus mean.
             squares_X: sum of squared residuals that independent samples would have.
-            event: squared residual of one sample that differs from the rest.
+            weight: weight of the prior, as a sum of squared residuals.
         """
         if len(self.sizes_K) < 2:
-            return np.full_like(squares_X, self._prior)
-        return self.shrunk_effect(self.robust_squares(residuals_XK), squares_X, event)
+            return np.full_like(squares_X, self.prior)
+        return self.shrunk_effect(self.robust_squares(residuals_XK), squares_X, weight)
 
     def robust_squares(self, residuals_XK: Floats) -> Floats:
         """Returns n squared times the cluster-robust variance (CR2) of a mean; there must be at least two clusters."""
         return np.asarray((np.square(residuals_XK) / (1 - self.sizes_K / self.n)).sum(axis=-1), dtype=np.float64)
 
-    def shrunk_effect(self, robust_X: Floats, squares_X: Floats, event: float = 1.0) -> Floats:
+    def shrunk_effect(self, robust_X: Floats, squares_X: Floats, weight: float) -> Floats:
         """Returns the design effect with the prior, see `effect`, for `robust_X` of `robust_squares`."""
-        weight = self.mean_size * event
-        return np.asarray((robust_X + weight * self._prior) / (squares_X + weight), dtype=np.float64)
+        return np.asarray((robust_X + weight * self.prior) / (squares_X + weight), dtype=np.float64)
 
     @property
-    def _prior(self) -> float:
+    def prior(self) -> float:
+        """The design effect where the data show none."""
         return 1 + (self.mean_size - 1) * _PRIOR_CORRELATION
 
 
@@ -110,19 +114,40 @@ def share_limits(sums_XK: Floats, design: Design) -> tuple[Floats, Floats]:
 
 
 def effective_share(sums_XK: Floats, design: Design) -> tuple[Floats, Floats]:
-    """Returns the means of values from 0 to 1, and the effective numbers of samples."""
+    """Returns the means of values from 0 to 1, and the effective numbers of samples.
+
+    The prior of the design effect weighs as much as one average cluster. With less, shares of a few percent are covered
+    too rarely if whole clusters are right or wrong and none of the right ones was drawn.
+    """
     share_X = sums_XK.sum(axis=-1) / design.n
     residuals_XK = sums_XK - share_X[..., None] * design.sizes_K
-    return share_X, design.n / design.effect(residuals_XK, design.n * share_X * (1 - share_X))
+    return share_X, design.n / design.effect(residuals_XK, design.n * share_X * (1 - share_X), design.mean_size)
 
 
 def score_limit(share_X: Floats, effective_X: Floats, t_X: Floats | float) -> Floats:
-    """Returns Wilson's limit: the share from which the observed one is t standard errors away, lower if t < 0."""
+    """Returns Wilson's limit: the share from which the observed one is t standard errors away, lower if t < 0.
+
+    Wilson's lower limit of up to `_FEW` successes is too high, so that of the Poisson distribution is used where it is
+    lower, and likewise for failures (the modification of Brown, Cai and DasGupta, Statistical Science 2001, section
+    4.1.2, here with the approximation of Wilson and Hilferty, as effective numbers of successes are not whole).
+    """
+    t_X = np.asarray(t_X, dtype=np.float64)
     t2_X = np.square(t_X)
     centre_X = share_X + t2_X / (2 * effective_X)
     # Rounding must not make the variance of a share of 1 negative.
     spread_X = np.maximum(share_X * (1 - share_X), 0) / effective_X + t2_X / (4 * np.square(effective_X))
-    return np.clip((centre_X + t_X * np.sqrt(spread_X)) / (1 + t2_X / effective_X), 0, 1)
+    wilson_X = (centre_X + t_X * np.sqrt(spread_X)) / (1 + t2_X / effective_X)
+    # The limit moves towards 0 or 1; the events are the successes or failures that keep it away from there.
+    events_X = np.where(t_X < 0, share_X, 1 - share_X) * effective_X
+    rare_X = np.where(events_X <= _FEW, _poisson_limit(events_X, -_ONE_SIDED * np.abs(t_X)) / effective_X, np.inf)
+    limit_X = np.where(t_X < 0, np.minimum(wilson_X, rare_X), np.maximum(wilson_X, 1 - rare_X))
+    return np.asarray(np.clip(np.where(t_X == 0, share_X, limit_X), 0, 1), dtype=np.float64)
+
+
+def _poisson_limit(events_X: Floats, z_X: Floats) -> Floats:
+    """Returns the mean of a Poisson distribution that lies z standard errors below a number of events."""
+    root_X = np.sqrt(np.maximum(events_X, 1e-12))
+    return np.asarray(events_X * np.maximum(1 - 1 / (9 * root_X**2) + z_X / (3 * root_X), 0) ** 3, dtype=np.float64)
 
 
 def mean_error(sums_XK: Floats, design: Design) -> Floats:
@@ -205,7 +230,7 @@ def difference_stratum(
     own_X = (squares_XS * np.square(unit_S)).sum(axis=-1)
     event_S = np.square(unit_S * scales_S)
     effect_X = design.effect(
-        np.einsum("...sk,s->...k", residuals_XSK, unit_S), own_X, event=float((event_S * n_S).sum() / n_S.sum())
+        np.einsum("...sk,s->...k", residuals_XSK, unit_S), own_X, float((event_S * n_S).sum() / n_S.sum())
     )
     return Stratum(
         (means_XS * n_S * unit_S).sum(axis=-1),

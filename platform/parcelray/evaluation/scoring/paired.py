@@ -95,7 +95,8 @@ def paired_difference(
         baseline_budget: budget of the baselines, in visual tokens per image.
 
     Returns:
-        The difference over the samples that all have scored; NaN without any.
+        The difference over the samples that all have scored; NaN without any. If all answers are the same texts, as
+        those of one model evaluated twice, it is exactly 0.
     """
     pairs = [
         pair
@@ -104,6 +105,9 @@ def paired_difference(
     ]
     if not pairs:
         return PairedDifference(Interval(math.nan, math.nan, math.nan, 0), math.nan)
+    n = sum(pair.n for pair in pairs)
+    if all(pair.same_answers for pair in pairs):
+        return PairedDifference(Interval(0.0, 0.0, 0.0, n), 1.0)
     strata: list[Stratum] = []
     for benchmark in dict.fromkeys(pair.split.benchmark for pair in pairs):
         members = [pair for pair in pairs if pair.split.benchmark == benchmark]
@@ -112,7 +116,7 @@ def paired_difference(
         strata += [pair.stratum(1 / len(pairs)) for pair in members if not is_mean_of_values(pair.split)]
     low, high, p_value = combine(strata)
     value = float(np.mean([pair.value for pair in pairs]))
-    return PairedDifference(Interval(value, float(low), float(high), sum(pair.n for pair in pairs)), float(p_value))
+    return PairedDifference(Interval(value, float(low), float(high), n), float(p_value))
 
 
 def is_mean_of_values(split: SplitScores) -> bool:
@@ -142,6 +146,8 @@ class _SplitPair:
         names = [sample.id for sample in split.samples]
         assert all([sample.id for sample in each.samples] == names for each in baselines), "the samples are the same"
         self.split = split
+        texts = [answer.text for answer in split.answers[budget]]
+        self.same_answers = all([answer.text for answer in each.answers[other]] == texts for each in baselines)
         self.differences_N = split.scale * (
             np.array(split.scores[budget].values) - np.mean([each.scores[other].values for each in baselines], axis=0)
         )

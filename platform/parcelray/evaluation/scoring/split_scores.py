@@ -145,7 +145,7 @@ def score_splits(
         for name, by_budget in by_split.items()
         for budget, given in by_budget.items()
     }
-    estimates = _mean_estimates(splits, scored, seed)
+    estimates = _mean_estimates(splits, by_split, scored, seed)
     for name, split in splits.items():
         if not split.is_mean:
             texts = {budget: [answer.text for answer in given] for budget, given in by_split[name].items()}
@@ -291,7 +291,10 @@ def _budget_score(given: Sequence[GivenAnswer], scored: _Scored, estimate: Estim
 
 
 def _mean_estimates(
-    splits: Mapping[str, _Split], scored: Mapping[tuple[str, int], _Scored], seed: int
+    splits: Mapping[str, _Split],
+    by_split: Mapping[str, Mapping[int, Sequence[GivenAnswer]]],
+    scored: Mapping[tuple[str, int], _Scored],
+    seed: int,
 ) -> dict[tuple[str, int], Estimate]:
     """Estimates the scores that are means of values, all with the same draws: by split and budget."""
     rows: list[ClusteredValues] = []
@@ -311,6 +314,7 @@ def _mean_estimates(
                     [cluster_of(split.samples[index]) for index in indices],
                     split.scale,
                     share=not any(metric.name in _MEAN_WITH_FIXED_STATISTICS for metric in split.metrics),
+                    key=_key(split, budget, [by_split[name][budget][index].text for index in indices]),
                 )
             )
     found = estimate_means(rows, seed) if rows else []
@@ -325,7 +329,7 @@ def _mean_estimates(
 def _jackknife_estimates(
     split: _Split, texts: Mapping[int, Sequence[str]], scored: Mapping[int, _Scored], seed: int
 ) -> dict[int, Estimate]:
-    """Estimates a score that is no mean, with the variance of the jackknife (Shao and Tu, 1995, section 2.3).
+    """Estimates a score that is not a mean, with the variance of the jackknife (Shao and Tu, 1995, section 2.3).
 
     The same clusters are left out at every budget, so that the draws of different budgets are paired.
     """
@@ -346,7 +350,10 @@ def _jackknife_estimates(
     )
     # With one group, leaving it out leaves nothing; the error is then unknown.
     errors_BG = np.nan_to_num(left_out_BG.mean(axis=1, keepdims=True) - left_out_BG)
-    normals_BW = joint_normals(errors_BG, seed)
+    _, whole, count = cluster_sums([0.0] * len(owners), owners)
+    own = split.scale / count * math.sqrt(whole.prior) if split.scale == _PERCENT else 0.0
+    keys = [_key(split, budget, given) for budget, given in texts.items()]
+    normals_BW = joint_normals(errors_BG, np.full(len(errors_BG), own), seed, keys)
     found = {}
     for (budget, result), errors_G, normals_W in zip(scored.items(), errors_BG, normals_BW, strict=True):
         value = next(iter(result.totals.values()))
@@ -357,11 +364,18 @@ def _jackknife_estimates(
             found[budget] = Estimate(value, np.full(DRAWS, np.nan), n)
         elif split.scale == _PERCENT:
             share = min(max(value / _PERCENT, 0.0), 1.0)
-            effect = design.shrunk_effect(np.array(variance * (n / _PERCENT) ** 2), np.array(n * share * (1 - share)))
+            effect = design.shrunk_effect(
+                np.array(variance * (n / _PERCENT) ** 2), np.array(n * share * (1 - share)), design.mean_size
+            )
             found[budget] = share_estimate(share, n / float(effect), freedom, normals_W, scale=_PERCENT, n=n)
         else:
             found[budget] = t_estimate(value, math.sqrt(variance), freedom, normals_W, n=n)
     return found
+
+
+def _key(split: _Split, budget: int, texts: Sequence[str]) -> int:
+    """Returns a number of the answers: the same answers get the same draws, answers of another budget others."""
+    return zlib.crc32("\0".join([split.name, str(budget), *texts]).encode())
 
 
 def cluster_of(sample: Sample) -> str:

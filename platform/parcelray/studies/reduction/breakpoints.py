@@ -135,7 +135,7 @@ def kinds_kept(
             inside = [index for index, each in enumerate(kinds) if each == kind]
             owners = [clusters[index] for index in inside]
             full_score, *scores = estimate_means(
-                [ClusteredValues(values_N[inside].tolist(), owners) for values_N in values_RN],
+                [ClusteredValues(row[inside].tolist(), owners, key=key) for key, row in enumerate(values_RN)],
                 seed=zlib.crc32(benchmark.encode()),
             )
             if not full_score.value > 0:
