@@ -10,8 +10,9 @@ import pytest
 from parcelray.config.promote import GoldenAnswer, RegressionGate, RetentionGate
 from parcelray.datasets.sample import Sample
 from parcelray.errors import UserError
+from parcelray.evaluation.scoring.estimate import Estimate
 from parcelray.evaluation.scoring.evaluation import Evaluation
-from parcelray.evaluation.scoring.split_scores import Estimate, GivenAnswer, ScoringRules, score_splits
+from parcelray.evaluation.scoring.split_scores import GivenAnswer, ScoringRules, score_splits
 from parcelray.evaluation.scoring.summary import Summary, summarize
 from parcelray.promotion.gates import Check, accepted_budgets, check_golden, check_regression, check_retention
 

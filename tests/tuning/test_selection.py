@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from parcelray.errors import UserError
-from parcelray.evaluation.scoring.split_scores import Estimate
+from parcelray.evaluation.scoring.estimate import Estimate
 from parcelray.tuning.selection import choose_families, choose_splits, parse_selection, routing_of
 
 TRIALS = [

@@ -2,7 +2,7 @@
 
 For each image-question pair, every visual token is left out in turn, with unchanged positions of the others, and the
 loss of the answer's log-likelihood is measured. The Spearman correlation of the loss with each importance measure is
-computed over the tokens of a pair and averaged over pairs, with a bootstrap interval over pairs and a permutation test.
+computed over the tokens of a pair and averaged over pairs, with a t interval over pairs and a permutation test.
 Attention and losses are smooth over the image, so neighbouring tokens are not independent. A permutation therefore
 shifts the whole map of losses by a random number of rows and columns, with wrap-around, and may flip it. All p-values
 are corrected together (Holm).
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from parcelray.evaluation.inputs import Pair
-from parcelray.evaluation.scoring.intervals import Interval, bootstrap_mean
+from parcelray.evaluation.scoring.intervals import Interval, mean_interval
 from parcelray.evaluation.scoring.paired import holm
 from parcelray.models.backbones import ElasticVLM
 from parcelray.models.backbones.processor_base import ElasticProcessor
@@ -118,7 +118,6 @@ def validity(
         seed: seed of the permutations.
     """
     rng = np.random.default_rng(seed)
-    names = [str(index) for index in range(len(losses))]
     each: dict[str, list[float]] = {name: [] for name in measures[0]}
     chance = {name: np.zeros(permutations) for name in measures[0]}
     for loss_N, values in zip(losses, measures, strict=True):
@@ -135,7 +134,7 @@ def validity(
         name: [_mass(loss_N, values[name]) for loss_N, values in zip(losses, measures, strict=True)] for name in each
     }
     return {
-        name: Validity(bootstrap_mean(each[name], names), p_value, corrected, bootstrap_mean(mass[name], names))
+        name: Validity(mean_interval(each[name]), p_value, corrected, mean_interval(mass[name]))
         for name, p_value, corrected in zip(each, p_values, holm(p_values), strict=True)
     }
 

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from parcelray.analysis.redundancy import effective_rank, mean_pairwise_cosine
-from parcelray.evaluation.scoring.intervals import Interval, bootstrap_mean
+from parcelray.evaluation.scoring.intervals import Interval, mean_interval
 from parcelray.models.backbones import ElasticVLM
 from parcelray.models.backbones.processor_base import ElasticProcessor
 from parcelray.models.token_reduction.kmeans import kmeans
@@ -24,7 +24,7 @@ _BATCH = 16
 
 @dataclass(frozen=True)
 class RedundancyProfile:
-    """Redundancy measures of patch features and of projected tokens: means over images with bootstrap intervals."""
+    """Redundancy measures of patch features and of projected tokens: means over images with t intervals."""
 
     measures: dict[str, Interval]
 
@@ -56,9 +56,7 @@ def redundancy_profile(
         ):
             for name, values_B in _measures(tokens.float(), int(model.config.grid_size)).items():
                 found.setdefault(f"{stage}: {name}", []).extend(values_B.tolist())
-    return RedundancyProfile(
-        {name: bootstrap_mean(values, [str(index) for index in range(len(values))]) for name, values in found.items()}
-    )
+    return RedundancyProfile({name: mean_interval(values) for name, values in found.items()})
 
 
 def _measures(tokens_BND: Tensor, grid: int) -> dict[str, Tensor]:

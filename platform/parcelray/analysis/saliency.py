@@ -2,7 +2,7 @@
 
 The visual tokens are ranked by attention. The rankings are compared between prompts about one image (with averaged
 heads, and per head), between layers, and between heads. As a control, they are compared between images with the same
-prompt: if these agree as well, the ranking depends on positions and not on the content. All intervals are bootstrap
+prompt: if these agree as well, the ranking depends on positions and not on the content. All intervals are t
 intervals over images.
 
 Shapes: I images, P prompts, L layers, H heads, N visual tokens.
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from parcelray.analysis.attention_maps import AttentionMaps, Floats
-from parcelray.evaluation.scoring.intervals import Interval, bootstrap_mean
+from parcelray.evaluation.scoring.intervals import Interval, mean_interval
 
 _TOP = 0.11
 """Share of the tokens that are in the top set: 64 of 576."""
@@ -229,7 +229,7 @@ def _spearman(first_N: Floats, second_N: Floats) -> float:
 
 
 def _over_images(values: Sequence[float]) -> Interval:
-    return bootstrap_mean(list(values), [str(index) for index in range(len(values))])
+    return mean_interval(values)
 
 
 def _as_dict(agreement: Agreement | Overlap) -> dict[str, Any]:

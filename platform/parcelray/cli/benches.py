@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from parcelray.cli.options import AsJson, integers, print_progress, show_report
+from parcelray.cli.options import AsJson, integers, print_progress, show, show_report
 
 bench_app = typer.Typer(no_args_is_help=True, help="Measure speed and memory against a baseline in the same run.")
 
@@ -163,3 +163,17 @@ def bench_overhead(
         say=print_progress,
     )
     show_report(report, as_json)
+
+
+@bench_app.command("intervals")
+def bench_intervals(
+    replicates: Annotated[int, typer.Option(min=100, help="Number of simulated data sets per setting.")] = 4000,
+    clusters: Annotated[
+        str, typer.Option(help="Answers within a cluster: beta (beta-binomial) or copies (some repeat one answer).")
+    ] = "beta",
+    as_json: AsJson = False,
+) -> None:
+    """Measure the coverage of the 95 % intervals of scores by simulation, and the rejected true nulls."""
+    from parcelray.bench.intervals import bench_intervals, parse_model
+
+    show(bench_intervals(replicates, parse_model(clusters), say=print_progress), as_json, lambda value: value.to_rich())

@@ -115,7 +115,7 @@ def evaluate_compare(
     ],
     as_json: AsJson = False,
 ) -> None:
-    """Compare two evaluations or two budgets on the same samples: paired bootstrap and McNemar's test."""
+    """Compare two evaluations or two budgets on the same samples: paired differences, intervals and p-values."""
     from parcelray.evaluation.compare import compare_evaluations
 
     show(compare_evaluations(first, second), as_json, lambda value: value.to_rich())

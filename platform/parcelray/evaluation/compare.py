@@ -190,12 +190,11 @@ def _to_dict(comparison: Comparison) -> dict[str, Any]:
         "first": comparison.first._asdict(),
         "second": comparison.second._asdict(),
         "difference": comparison.difference._asdict(),
-        "mcnemar": comparison.mcnemar._asdict() if comparison.mcnemar is not None else None,
     }
 
 
 def _comparison_table(comparisons: Sequence[Comparison], first: str, second: str) -> "Table":
-    """One row per split: both scores, the paired difference and its tests."""
+    """One row per split: both scores, the paired difference and its p-value."""
     from rich.table import Column, Table
 
     table = Table(
@@ -204,13 +203,12 @@ def _comparison_table(comparisons: Sequence[Comparison], first: str, second: str
         first,
         second,
         "difference [95 %]",
-        "p (bootstrap)",
-        "only first / second correct",
-        "p (McNemar)",
+        "p",
+        "better: first / second",
         "n",
     )
     for each in comparisons:
-        gap, test = each.difference, each.mcnemar
+        gap = each.difference
         table.add_row(
             each.split,
             each.metric,
@@ -218,8 +216,7 @@ def _comparison_table(comparisons: Sequence[Comparison], first: str, second: str
             f"{each.second.value:.1f}",
             f"{gap.value:+.1f} [{gap.low:+.1f}, {gap.high:+.1f}]",
             _p_value(each.p_value),
-            f"{test.only_first} / {test.only_second}" if test is not None else "-",
-            _p_value(test.p_value) if test is not None else "-",
+            f"{each.first_better} / {each.second_better}",
             str(each.n),
         )
     return table

@@ -14,8 +14,9 @@ from rich.table import Column, Table
 
 from parcelray.config.evaluate import budget_name
 from parcelray.evaluation.scoring.aggregate import unevaluated
+from parcelray.evaluation.scoring.estimate import Estimate
 from parcelray.evaluation.scoring.intervals import Interval
-from parcelray.evaluation.scoring.split_scores import Estimate, SplitScores
+from parcelray.evaluation.scoring.split_scores import SplitScores
 from parcelray.evaluation.scoring.summary import Summary
 from parcelray.files import write_json
 from parcelray.tracking.mlflow_tracker import MlflowRunLogger

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from parcelray.config.promote import GoldenAnswer, RegressionGate, RetentionGate
 from parcelray.console import percent
 from parcelray.errors import UserError
-from parcelray.evaluation.scoring.aggregate import difference
+from parcelray.evaluation.scoring.paired import paired_difference
 from parcelray.evaluation.scoring.split_scores import SplitScores
 from parcelray.evaluation.scoring.summary import Summary
 
@@ -74,7 +74,7 @@ def check_regression(candidate: Summary, champion: Summary, gate: RegressionGate
         for split in candidate.splits:
             ours, base = split.scores[budget].estimate.n, theirs[split.name].scores[budget].estimate.n
             if ours and base:
-                comparable.append(split.name)
+                comparable.append(split)
             elif base:
                 yield Check(
                     gate="regression",
@@ -86,8 +86,8 @@ def check_regression(candidate: Summary, champion: Summary, gate: RegressionGate
                 )
         for group, names, margin in groups:
             # Both means are over the same splits: leaving out a hard split must not raise a model's mean.
-            both = [name for name in comparable if names is None or name in names]
-            gap = difference(candidate.mean_score(budget, both), champion.mean_score(budget, both)).interval
+            both = [split for split in comparable if names is None or split.name in names]
+            gap = paired_difference(both, budget, [[theirs[split.name] for split in both]], budget).interval
             yield Check(
                 gate="regression",
                 what=f"the score on {group} at {budget} visual tokens against the champion's",

@@ -13,9 +13,9 @@ from parcelray.console import percent
 from parcelray.evaluation.frontier import frontier_table, write_frontier
 from parcelray.evaluation.run import run_evaluation
 from parcelray.evaluation.scoring.aggregate import Frontier, frontier_point
-from parcelray.evaluation.scoring.intervals import wilson
+from parcelray.evaluation.scoring.intervals import all_correct_interval
 from parcelray.evaluation.scoring.majority import majority_scores
-from parcelray.evaluation.scoring.split_scores import SplitScores
+from parcelray.evaluation.scoring.split_scores import SplitScores, cluster_of
 from parcelray.models.vlm import image_size_of
 from parcelray.tracking.mlflow_tracker import MlflowRunLogger
 
@@ -111,13 +111,12 @@ def _benchmark(data: DataConfig, samples: int) -> BenchmarkChoice:
 
 
 def _consistency(splits: Sequence[SplitScores], console: Console) -> dict[str, float]:
-    """NLVR's second score: the share of sentences with all images right, at each budget, with Wilson's interval."""
+    """NLVR's second score: the share of sentences with all images right, at each budget, with its interval."""
     metrics = {}
     for split in splits:
         for budget, score in split.scores.items():
             if "consistency" in score.totals:
-                sentences = len({sample.scene for sample in split.samples})
-                interval = wilson(round(score.totals["consistency"] / split.scale * sentences), sentences)
+                interval = all_correct_interval(score.values, [cluster_of(sample) for sample in split.samples])
                 metrics[f"test/consistency@{budget}"] = interval.value
                 name = f"{budget} visual tokens" if budget != BLIND else "blind"
                 shown = percent(100 * interval.value, 100 * interval.low, 100 * interval.high)

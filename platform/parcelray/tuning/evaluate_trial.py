@@ -25,8 +25,9 @@ from parcelray.datasets.sample import Sample
 from parcelray.evaluation.passes.worker import ModelWorker
 from parcelray.evaluation.plan import budgets_for, connector_at, evaluated_model, generation_of, prepare
 from parcelray.evaluation.run import evaluate_model
-from parcelray.evaluation.scoring.aggregate import mean_of, retentions
-from parcelray.evaluation.scoring.split_scores import Estimate, SplitScores
+from parcelray.evaluation.scoring.aggregate import retentions
+from parcelray.evaluation.scoring.estimate import Estimate, mean_of
+from parcelray.evaluation.scoring.split_scores import SplitScores
 from parcelray.models.checkpoint import ResolvedCheckpoint
 from parcelray.models.vlm import config_of, image_size_of
 from parcelray.profiling.backbone_shapes import from_transformers_config

@@ -21,9 +21,10 @@ from parcelray.evaluation.adaptive.budget_policies import best_mixture
 from parcelray.evaluation.adaptive.study import study_answers
 from parcelray.evaluation.inputs import open_model
 from parcelray.evaluation.plan import connector_at
-from parcelray.evaluation.scoring.aggregate import mean_of, retentions
+from parcelray.evaluation.scoring.aggregate import retentions
+from parcelray.evaluation.scoring.estimate import Estimate, mean_of
 from parcelray.evaluation.scoring.intervals import Interval
-from parcelray.evaluation.scoring.split_scores import Estimate, SplitScores
+from parcelray.evaluation.scoring.split_scores import SplitScores
 from parcelray.evaluation.scoring.summary import Summary
 from parcelray.models.connectors.routing import default_routing
 from parcelray.models.vlm import config_of

@@ -11,9 +11,8 @@ from typing import Any, NamedTuple, TypeVar
 
 from parcelray.config.connector import RouteConfig
 from parcelray.errors import UserError
-from parcelray.evaluation.scoring.aggregate import difference
+from parcelray.evaluation.scoring.estimate import Estimate, difference
 from parcelray.evaluation.scoring.intervals import Interval
-from parcelray.evaluation.scoring.split_scores import Estimate
 
 Key = TypeVar("Key", bound=Hashable)
 

@@ -45,7 +45,7 @@ def _table(
         splits=splits or ("a",) * count,
         scenes=tuple(f"scene {index // 2}" for index in range(count)),
         values_NB=values_NB,
-        scaled_NB=100 * values_NB,
+        scales=dict.fromkeys(splits or ("a",), 100.0),
         log_probs_NB=np.zeros(values_NB.shape) if log_probs_NB is None else log_probs_NB,
         encoding_N=np.full(count, 5e9),
         passes_NB=np.tile(np.array([1e9, 2e9, 8e9]), (count, 1)),

@@ -5,7 +5,8 @@ import math
 import pytest
 
 from parcelray.datasets.sample import Sample
-from parcelray.evaluation.scoring.aggregate import frontier_point, mean_of, retentions
+from parcelray.evaluation.scoring.aggregate import frontier_point, retentions
+from parcelray.evaluation.scoring.estimate import mean_of
 from parcelray.evaluation.scoring.split_scores import GivenAnswer, ScoringRules, SplitScores, score_splits
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from parcelray.datasets.sample import Sample
 from parcelray.errors import UserError
-from parcelray.evaluation.scoring.aggregate import difference
+from parcelray.evaluation.scoring.estimate import difference
 from parcelray.evaluation.scoring.split_scores import (
     GivenAnswer,
     ScoringRules,

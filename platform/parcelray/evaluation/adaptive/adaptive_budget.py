@@ -39,8 +39,7 @@ from parcelray.evaluation.adaptive.calibration import (
     folds_by_group,
     reliability,
 )
-from parcelray.evaluation.scoring.aggregate import difference
-from parcelray.evaluation.scoring.split_scores import Estimate
+from parcelray.evaluation.scoring.estimate import Estimate, difference
 
 FIXED, ORACLE, BEFORE, AFTER = "fixed", "oracle", "predictor", "predictor after the smallest"
 IMAGE, QUESTION = "predictor, image alone", "predictor, question alone"

@@ -2,10 +2,11 @@
 
 A policy chooses a visual-token budget for each question.
 
-Shapes: N questions, B budgets, S scenes, R bootstrap draws.
+Shapes: N questions, B budgets, W draws.
 """
 
-from collections.abc import Sequence
+import zlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -14,8 +15,7 @@ from numpy.typing import NDArray
 
 from parcelray.evaluation.adaptive.budget_predictor import BudgetPredictor
 from parcelray.evaluation.adaptive.calibration import Calibration
-from parcelray.evaluation.scoring.intervals import DRAWS
-from parcelray.evaluation.scoring.split_scores import Estimate
+from parcelray.evaluation.scoring.estimate import DRAWS, ClusteredValues, Estimate, estimate_means, mean_of
 
 _CORRECT = 0.5
 """Smallest value of a correct answer; most metrics give only 0 and 1."""
@@ -32,11 +32,11 @@ class BudgetTable:
     splits: tuple[str, ...]
     """Split of each question."""
     scenes: tuple[str, ...]
-    """Scene of each question; the questions of a scene are drawn together and are in the same fold."""
+    """Scene of each question; the questions of a scene are dependent, and are in the same fold."""
     values_NB: Floats
     """Value of each answer, on the metric's own scale."""
-    scaled_NB: Floats
-    """Value of each answer, on the paper's scale."""
+    scales: Mapping[str, float]
+    """Factor of each split from the metric's own scale to the paper's."""
     log_probs_NB: Floats
     """Mean log-probability of each answer."""
     encoding_N: Floats
@@ -149,7 +149,7 @@ def oracle(table: BudgetTable, price: float) -> Choices:
 
 
 class PolicyScorer:
-    """Computes scores and costs of policies on one table, with the same bootstrap draws of scenes for all policies.
+    """Computes scores and costs of policies on one table, with joint draws over the scenes for all policies.
 
     Args:
         table: the answers.
@@ -159,20 +159,13 @@ class PolicyScorer:
 
     def __init__(self, table: BudgetTable, seed: int = 0, draws: int = DRAWS) -> None:
         self._table = table
-        names, owner_N = np.unique(np.array(table.scenes), return_inverse=True)
-        self._counts_RS = (
-            np.random.default_rng(seed)
-            .multinomial(len(names), np.full(len(names), 1 / len(names)), size=draws)
-            .astype(np.float64)
-        )
+        self._seed = seed
+        self._draws = draws
         splits = np.array(table.splits)
-        self._members = [
-            (members, owner_N[members])
-            for members in (np.flatnonzero(splits == split) for split in dict.fromkeys(table.splits))
-        ]
+        self._members = {split: np.flatnonzero(splits == split) for split in dict.fromkeys(table.splits)}
 
     def score(self, choices: Choices, choosing_flops: float = 0.0) -> PolicyResult:
-        """Computes the score and the costs of a policy.
+        """Computes the score and the costs of a policy, as unweighted means over splits.
 
         Args:
             choices: the choices of the policy.
@@ -180,27 +173,22 @@ class PolicyScorer:
         """
         table = self._table
         tokens_B, rows_N = np.array(table.budgets, dtype=np.float64), np.arange(len(choices.chosen_N))
-        columns = [
-            table.scaled_NB[rows_N, choices.chosen_N],
+        values_N = table.values_NB[rows_N, choices.chosen_N]
+        costs = (
             tokens_B[choices.chosen_N],
             choices.evaluated_NB @ tokens_B,
             (table.encoding_N + (choices.evaluated_NB * table.passes_NB).sum(axis=1) + choosing_flops) / 1e9,
-        ]
-        return PolicyResult(*self._means(np.stack(columns, axis=1)))
-
-    def _means(self, values_NX: Floats) -> list[Estimate]:
-        """Computes the unweighted mean over splits of each column."""
-        value_X, draws_RX = np.zeros(values_NX.shape[1]), np.zeros((len(self._counts_RS), values_NX.shape[1]))
-        for members, owner in self._members:
-            sums_SX = np.zeros((self._counts_RS.shape[1], values_NX.shape[1]))
-            np.add.at(sums_SX, owner, values_NX[members])
-            totals_R = self._counts_RS @ np.bincount(owner, minlength=len(sums_SX)).astype(np.float64)
-            sums_RX = self._counts_RS @ sums_SX
-            draws_RX += np.divide(
-                sums_RX, totals_R[:, None], out=np.full(sums_RX.shape, np.nan), where=totals_R[:, None] > 0
-            ) / len(self._members)
-            value_X += values_NX[members].mean(axis=0) / len(self._members)
-        return [Estimate(float(value), draws_RX[:, column], len(values_NX)) for column, value in enumerate(value_X)]
+        )
+        rows = []
+        for split, members in self._members.items():
+            scenes = [table.scenes[index] for index in members]
+            # CIDEr's values reach 10.
+            share = bool(table.values_NB[members].max() <= 1)
+            key = zlib.crc32(choices.chosen_N[members].tobytes())
+            rows.append(ClusteredValues(values_N[members].tolist(), scenes, table.scales[split], share, key))
+            rows += [ClusteredValues(cost_N[members].tolist(), scenes, share=False) for cost_N in costs]
+        found = estimate_means(rows, self._seed, self._draws)
+        return PolicyResult(*(mean_of(found[column :: 1 + len(costs)]) for column in range(1 + len(costs))))
 
 
 def mixture_at(cost: Estimate, fixed_costs: Sequence[Estimate], fixed_scores: Sequence[Estimate]) -> Estimate:

@@ -17,7 +17,7 @@ from parcelray.evaluation.adaptive.adaptive_budget import (
     CurvePoint,
 )
 from parcelray.evaluation.adaptive.budget_policies import best_mixture
-from parcelray.evaluation.scoring.split_scores import Estimate
+from parcelray.evaluation.scoring.estimate import Estimate
 from parcelray.plotting import COLORS, MARKERS, new_figure
 
 _SPECIAL = {ORACLE: ("#666666", "--"), QUESTION: ("#56B4E9", ":"), IMAGE: ("#56B4E9", "-.")}

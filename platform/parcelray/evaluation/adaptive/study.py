@@ -28,7 +28,7 @@ from parcelray.evaluation.adaptive.tables import adaptive_table, calibration_tab
 from parcelray.evaluation.inputs import StudyModel, open_model
 from parcelray.evaluation.plan import connector_at, prepare
 from parcelray.evaluation.run import run_evaluation
-from parcelray.evaluation.scoring.split_scores import SplitScores
+from parcelray.evaluation.scoring.split_scores import SplitScores, cluster_of
 from parcelray.models.checkpoint import content_digest
 from parcelray.models.vlm import config_of
 from parcelray.profiling.backbone_shapes import BackboneShape, from_transformers_config
@@ -159,13 +159,12 @@ def _budget_table(
             for index in range(len(split.samples))
         ]
     )
-    scales_N = np.array([split.scale for split in splits for _ in split.samples])
     return BudgetTable(
         budgets=budgets,
         splits=tuple(split.name for split in splits for _ in split.samples),
-        scenes=tuple(sample.scene or sample.id for split in splits for sample in split.samples),
+        scenes=tuple(cluster_of(sample) for split in splits for sample in split.samples),
         values_NB=values_NB,
-        scaled_NB=values_NB * scales_N[:, None],
+        scales={split.name: split.scale for split in splits},
         log_probs_NB=np.array(
             [
                 [split.answers[budget][index].mean_log_prob for budget in budgets]

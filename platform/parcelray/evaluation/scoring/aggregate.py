@@ -5,15 +5,15 @@ uncompressed reference. It is computed per split and then averaged, and is not t
 2605.30126, Appendix E).
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from parcelray.evaluation.scoring.estimate import Estimate, mean_of
 from parcelray.evaluation.scoring.intervals import Interval
-from parcelray.evaluation.scoring.split_scores import Estimate, SplitScores
+from parcelray.evaluation.scoring.split_scores import SplitScores
 
 
 @dataclass(frozen=True)
@@ -106,25 +106,14 @@ def retentions(
     for split in splits:
         ours, base = split.scores[num_visual_tokens].estimate, theirs.get(split.name)
         if base is not None and base.value > 0 and ours.n:
-            draws = np.divide(ours.draws, base.draws, out=np.full(len(ours.draws), np.nan), where=base.draws > 0)
-            found[split.name] = Estimate(100 * ours.value / base.value, 100 * draws, ours.n)
+            found[split.name] = retention_of(ours, base)
     return found
 
 
-def mean_of(members: Sequence[Estimate]) -> Estimate:
-    """Computes the unweighted mean of estimates whose bootstrap draws are paired."""
-    if not members:
-        return Estimate(math.nan, np.full(1, np.nan), 0)
-    return Estimate(
-        float(np.mean([member.value for member in members])),
-        np.mean([member.draws for member in members], axis=0),
-        sum(member.n for member in members),
-    )
-
-
-def difference(first: Estimate, second: Estimate) -> Estimate:
-    """Computes first minus second, paired draw by draw."""
-    return Estimate(first.value - second.value, first.draws - second.draws, min(first.n, second.n))
+def retention_of(score: Estimate, reference: Estimate) -> Estimate:
+    """Computes 100 x score / reference with paired draws; the reference must be above 0."""
+    draws = np.divide(score.draws, reference.draws, out=np.full(len(score.draws), np.nan), where=reference.draws > 0)
+    return Estimate(100 * score.value / reference.value, 100 * draws, score.n)
 
 
 def _point_to_dict(point: FrontierPoint) -> dict[str, Any]:

@@ -6,23 +6,11 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
-from scipy.stats import binomtest
 
 from parcelray.errors import UserError
-from parcelray.evaluation.scoring.aggregate import difference
-from parcelray.evaluation.scoring.intervals import Interval
-from parcelray.evaluation.scoring.split_scores import Estimate, GivenAnswer, SplitScores, score_splits
-
-
-class McNemar(NamedTuple):
-    """Result of McNemar's exact test on the same samples (McNemar, Psychometrika 1947)."""
-
-    only_first: int
-    """Number of samples that only the first answers correctly."""
-    only_second: int
-    """Number of samples that only the second answers correctly."""
-    p_value: float
-    """Two-sided p-value of the null hypothesis that both are equally often correct."""
+from parcelray.evaluation.scoring.estimate import difference, mean_of
+from parcelray.evaluation.scoring.intervals import Interval, Stratum, cluster_sums, combine, difference_stratum
+from parcelray.evaluation.scoring.split_scores import GivenAnswer, SplitScores, cluster_of, score_splits
 
 
 class Comparison(NamedTuple):
@@ -35,22 +23,22 @@ class Comparison(NamedTuple):
     difference: Interval
     """First minus second, paired."""
     p_value: float
-    """Two-sided p-value, from the bootstrap draws of the difference; at least 1 / number of draws."""
-    mcnemar: McNemar | None
-    """Result of McNemar's test; None if answers can be partly correct."""
+    """Two-sided p-value of the null hypothesis that both scores are equal, from the statistic of the interval."""
+    first_better: int
+    """Number of samples on which the first has the higher value."""
+    second_better: int
+    """Number of samples on which the second has the higher value."""
     n: int
     """Number of samples that both have."""
 
 
-def mcnemar(first: Sequence[float], second: Sequence[float]) -> McNemar | None:
-    """Runs McNemar's test on values of the same samples; returns None if a value is neither 0 nor 1."""
-    pairs = [(a, b) for a, b in zip(first, second, strict=True) if not (math.isnan(a) or math.isnan(b))]
-    if any(value not in (0.0, 1.0) for pair in pairs for value in pair):
-        return None
-    only_first = sum(a > b for a, b in pairs)
-    only_second = sum(b > a for a, b in pairs)
-    discordant = only_first + only_second
-    return McNemar(only_first, only_second, float(binomtest(only_first, discordant).pvalue) if discordant else 1.0)
+class PairedDifference(NamedTuple):
+    """The difference of two scores on the same samples."""
+
+    interval: Interval
+    """First minus second, on the paper's scale."""
+    p_value: float
+    """Two-sided p-value; below 0.05 exactly if the interval excludes 0."""
 
 
 def compare(first: SplitScores, first_budget: int, second: SplitScores, second_budget: int) -> Comparison:
@@ -80,26 +68,60 @@ def compare(first: SplitScores, first_budget: int, second: SplitScores, second_b
         )
     one = _part(first, [ours[name] for name in shared], first_budget)
     other = _part(second, [theirs[name] for name in shared], second_budget)
-    gap = difference(one.scores[first_budget].estimate, other.scores[second_budget].estimate)
+    gap = paired_difference([one], first_budget, [[other]], second_budget)
+    pairs = list(zip(one.scores[first_budget].values, other.scores[second_budget].values, strict=True))
     return Comparison(
         split=first.name,
         metric=first.metric,
         first=one.scores[first_budget].estimate.interval,
         second=other.scores[second_budget].estimate.interval,
         difference=gap.interval,
-        p_value=two_sided(gap),
-        mcnemar=mcnemar(one.scores[first_budget].values, other.scores[second_budget].values),
+        p_value=gap.p_value,
+        first_better=sum(a > b for a, b in pairs),
+        second_better=sum(b > a for a, b in pairs),
         n=len(shared),
     )
 
 
-def two_sided(gap: Estimate) -> float:
-    """Computes a two-sided p-value: twice the smaller share of draws on either side of zero; zeros count for both."""
-    draws = gap.draws[np.isfinite(gap.draws)]
-    if not len(draws):
-        return math.nan
-    below, above = float(np.mean(draws <= 0)), float(np.mean(draws >= 0))
-    return min(1.0, max(2 * min(below, above), 1 / len(draws)))
+def paired_difference(
+    splits: Sequence[SplitScores], budget: int, baselines: Sequence[Sequence[SplitScores]], baseline_budget: int
+) -> PairedDifference:
+    """Computes the mean score over splits minus that of the baselines, with its interval and test (`intervals.py`).
+
+    Args:
+        splits: the splits, on whose scores the mean is taken.
+        budget: their budget, in visual tokens per image.
+        baselines: for each baseline (such as a seed), the same splits with the same samples; their values are averaged.
+        baseline_budget: budget of the baselines, in visual tokens per image.
+
+    Returns:
+        The difference over the samples that all have scored; NaN without any. If all answers are the same texts, as
+        those of one model evaluated twice, it is exactly 0.
+    """
+    pairs = [
+        pair
+        for index, split in enumerate(splits)
+        if (pair := _SplitPair(split, budget, [each[index] for each in baselines], baseline_budget)).n
+    ]
+    if not pairs:
+        return PairedDifference(Interval(math.nan, math.nan, math.nan, 0), math.nan)
+    n = sum(pair.n for pair in pairs)
+    if all(pair.same_answers for pair in pairs):
+        return PairedDifference(Interval(0.0, 0.0, 0.0, n), 1.0)
+    strata: list[Stratum] = []
+    for benchmark in dict.fromkeys(pair.split.benchmark for pair in pairs):
+        members = [pair for pair in pairs if pair.split.benchmark == benchmark]
+        means = [pair for pair in members if is_mean_of_values(pair.split)]
+        strata += [_stratum_of_means(means, 1 / len(pairs))] if means else []
+        strata += [pair.stratum(1 / len(pairs)) for pair in members if not is_mean_of_values(pair.split)]
+    low, high, p_value = combine(strata)
+    value = float(np.mean([pair.value for pair in pairs]))
+    return PairedDifference(Interval(value, float(low), float(high), n), float(p_value))
+
+
+def is_mean_of_values(split: SplitScores) -> bool:
+    """Whether the score of a split is the plain mean of the values of its samples."""
+    return split.additive and split.rules.average_over is None
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -115,6 +137,62 @@ def holm(p_values: Sequence[float]) -> list[float]:
         largest = max(largest, min(1.0, (len(known) - rank) * value))
         corrected[index] = largest
     return corrected
+
+
+class _SplitPair:
+    """One split of a model and of its baselines."""
+
+    def __init__(self, split: SplitScores, budget: int, baselines: Sequence[SplitScores], other: int) -> None:
+        names = [sample.id for sample in split.samples]
+        assert all([sample.id for sample in each.samples] == names for each in baselines), "the samples are the same"
+        self.split = split
+        texts = [answer.text for answer in split.answers[budget]]
+        self.same_answers = all([answer.text for answer in each.answers[other]] == texts for each in baselines)
+        self.differences_N = split.scale * (
+            np.array(split.scores[budget].values) - np.mean([each.scores[other].values for each in baselines], axis=0)
+        )
+        self.gap = difference(
+            split.scores[budget].estimate, mean_of([each.scores[other].estimate for each in baselines])
+        )
+        self.n = int((~np.isnan(self.differences_N)).sum())
+
+    @property
+    def clusters(self) -> list[str]:
+        return [cluster_of(sample) for sample in self.split.samples]
+
+    @property
+    def value(self) -> float:
+        return float(np.nanmean(self.differences_N)) if is_mean_of_values(self.split) else self.gap.value
+
+    def stratum(self, weight: float) -> Stratum:
+        """The difference of a score that is no mean, with the error of its joint draws."""
+        _, design, _ = cluster_sums(self.differences_N.tolist(), self.clusters)
+        variance = np.square(weight * np.array(self.gap.std_error))
+        return Stratum(np.array(weight * self.gap.value), variance, design.freedom)
+
+
+def _stratum_of_means(pairs: Sequence[_SplitPair], weight: float) -> Stratum:
+    """The differences of the splits of one benchmark, which may share clusters."""
+    index_of = {
+        name: index for index, name in enumerate(dict.fromkeys(each for pair in pairs for each in pair.clusters))
+    }
+    sums_SK, counts_SK = np.zeros((len(pairs), len(index_of))), np.zeros((len(pairs), len(index_of)))
+    squares_S, means_S = np.zeros(len(pairs)), np.array([pair.value for pair in pairs])
+    for row, pair in enumerate(pairs):
+        scored_N = ~np.isnan(pair.differences_N)
+        owner_N = np.array([index_of[name] for name in pair.clusters])[scored_N]
+        sums_SK[row] = np.bincount(owner_N, weights=pair.differences_N[scored_N], minlength=len(index_of))
+        counts_SK[row] = np.bincount(owner_N, minlength=len(index_of))
+        squares_S[row] = np.square(pair.differences_N[scored_N] - means_S[row]).sum()
+    used_K = counts_SK.sum(axis=0) > 0
+    return difference_stratum(
+        means_S,
+        sums_SK[:, used_K],
+        squares_S,
+        counts_SK[:, used_K],
+        np.full(len(pairs), weight),
+        np.array([pair.split.scale for pair in pairs]),
+    )
 
 
 def _part(split: SplitScores, indices: Sequence[int], budget: int) -> SplitScores:

@@ -1,49 +1,40 @@
-"""Scores a benchmark's splits at every budget, with draws from which the interval of any derived number is computed.
+"""Scores a benchmark's splits at every budget, with their intervals and joint draws.
 
-The draws of one split at all its budgets, and of all splits of one benchmark, use the same drawn clusters. Differences,
-ratios and means over them are therefore paired. If the score is a mean of independent values, they are bootstrap draws.
-If it is not (F1, MME's points, circular accuracy), they are normal draws with the covariance of the delete-a-group
-jackknife. CIDEr's values use the document frequencies of the whole set.
+The draws of one split at all its budgets, and of all splits of one benchmark, are joint (see `estimate.py`). If the
+score is a mean of independent values, its error is that of the mean over clusters. If it is not (F1, MME's points,
+circular accuracy), its error is that of the delete-a-group jackknife. CIDEr's values use the document frequencies of
+the whole set.
 """
 
 import math
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from parcelray.benchmarks.metrics import metric as metric_of
 from parcelray.benchmarks.metrics.base import Metric, MetricResult
 from parcelray.datasets.sample import Sample
-from parcelray.evaluation.scoring.intervals import DRAWS, Interval, cluster_draws, percentile_interval
+from parcelray.evaluation.scoring.estimate import (
+    DRAWS,
+    ClusteredValues,
+    Estimate,
+    estimate_means,
+    joint_normals,
+    mean_of,
+    share_estimate,
+    t_estimate,
+)
+from parcelray.evaluation.scoring.intervals import cluster_sums
 
 _MEAN_WITH_FIXED_STATISTICS = ("cider",)
 """Corpus metrics whose score is the mean of the values once the statistics of the corpus are fixed."""
 _JACKKNIFE_GROUPS = 100
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A number with its bootstrap or jackknife draws."""
-
-    value: float
-    draws: NDArray[np.float64] = field(repr=False)
-    n: int
-
-    @property
-    def interval(self) -> Interval:
-        """The number with its 95 % confidence interval."""
-        return percentile_interval(self.value, self.draws, self.n)
-
-    @property
-    def std_error(self) -> float:
-        """Standard error: the standard deviation of the draws."""
-        legal = self.draws[np.isfinite(self.draws)]
-        return float(legal.std(ddof=1)) if len(legal) > 1 else math.nan
+_PERCENT = 100.0
+"""Scale of scores that are shares; those in points (MME) have the scale 1."""
 
 
 class GivenAnswer(NamedTuple):
@@ -144,12 +135,22 @@ def score_splits(
     for index, sample in enumerate(samples):
         indices.setdefault(rules.split_of(sample), []).append(index)
     splits = {name: _Split(name, [samples[index] for index in members], rules) for name, members in indices.items()}
-    by_budget = {
-        budget: _at_budget(
-            {name: (split, [given[index] for index in indices[name]]) for name, split in splits.items()}, rules
-        )
-        for budget, given in answers.items()
+    seed = zlib.crc32(samples[0].benchmark.encode()) if samples else 0
+    by_split = {
+        name: {budget: tuple(given[index] for index in indices[name]) for budget, given in answers.items()}
+        for name in splits
     }
+    scored = {
+        (name, budget): splits[name].evaluate([answer.text for answer in given], range(len(given)))
+        for name, by_budget in by_split.items()
+        for budget, given in by_budget.items()
+    }
+    estimates = _mean_estimates(splits, by_split, scored, seed)
+    for name, split in splits.items():
+        if not split.is_mean:
+            texts = {budget: [answer.text for answer in given] for budget, given in by_split[name].items()}
+            found = _jackknife_estimates(split, texts, {budget: scored[name, budget] for budget in answers}, seed)
+            estimates |= {(name, budget): estimate for budget, estimate in found.items()}
     return [
         SplitScores(
             name=name,
@@ -158,8 +159,11 @@ def score_splits(
             metric=" + ".join(dict.fromkeys(f"{each.name}:{each.variant}" for each in split.metrics)),
             additive=all(each.additive for each in split.metrics),
             samples=tuple(split.samples),
-            answers={budget: tuple(given[index] for index in indices[name]) for budget, given in answers.items()},
-            scores={budget: scores[name] for budget, scores in by_budget.items()},
+            answers=by_split[name],
+            scores={
+                budget: _budget_score(given, scored[name, budget], estimates[name, budget])
+                for budget, given in by_split[name].items()
+            },
             scale=split.scale,
             rules=rules,
         )
@@ -209,6 +213,16 @@ def by_metric(
     }
 
 
+class _Scored(NamedTuple):
+    """The answers to some samples, scored."""
+
+    values: list[float]
+    """Value of each sample, on the metric's own scale."""
+    totals: dict[str, float]
+    """The score and its sub-scores on the paper's scale, the main score first."""
+    unparsed: int
+
+
 class _Split:
     """The samples of a split, and how their values are combined to a score."""
 
@@ -229,12 +243,8 @@ class _Split:
     def is_mean(self) -> bool:
         return all(each.additive or each.name in _MEAN_WITH_FIXED_STATISTICS for each in self.metrics)
 
-    def evaluate(self, texts: Sequence[str], indices: Sequence[int]) -> tuple[list[float], dict[str, float], int]:
-        """Scores some of the samples.
-
-        Returns:
-            The values; the totals on the paper's scale, the main score first; and the number of unparsed answers.
-        """
+    def evaluate(self, texts: Sequence[str], indices: Sequence[int]) -> _Scored:
+        """Scores some of the samples."""
         members: dict[str, list[int]] = {}
         for index in indices:
             members.setdefault(self.groups[index], []).append(index)
@@ -252,81 +262,124 @@ class _Split:
             if group:
                 totals[f"{self.rules.average_over}/{group}"] = [totals[self._main_name][-1]]
         means = {name: _mean(each) for name, each in totals.items()}
-        return [values[index] for index in indices], {self._main_name: means[self._main_name]} | means, unparsed
+        return _Scored(
+            [values[index] for index in indices], {self._main_name: means[self._main_name]} | means, unparsed
+        )
 
     @property
     def _main_name(self) -> str:
         return self.metrics[0].name if len(self.metrics) == 1 else self.name
 
     def main_score(self, texts: Sequence[str], indices: Sequence[int]) -> float:
-        return self.evaluate(texts, indices)[1][self._main_name]
+        return self.evaluate(texts, indices).totals[self._main_name]
 
     def _by_metric(self, texts: Sequence[str], indices: Sequence[int]) -> list[tuple[MetricResult, list[int]]]:
         found = by_metric([self.samples[index] for index in indices], texts, self.rules.mask_decoder)
         return [(result, [indices[index] for index in inside]) for inside, result in found.values()]
 
 
-def _at_budget(splits: Mapping[str, tuple[_Split, list[GivenAnswer]]], rules: ScoringRules) -> dict[str, BudgetScore]:
-    seed = zlib.crc32(next(iter(splits.values()))[0].samples[0].benchmark.encode()) if splits else 0
-    scored = {
-        name: split.evaluate([answer.text for answer in given], range(len(given)))
-        for name, (split, given) in splits.items()
-    }
-    clusters: dict[str, tuple[list[float], list[str]]] = {}
-    for name, (split, _) in splits.items():
-        if split.is_mean:
-            for index, value in enumerate(scored[name][0]):
-                if not math.isnan(value):
-                    values, owners = clusters.setdefault(f"{name}\0{split.groups[index]}", ([], []))
-                    values.append(split.scale * value)
-                    owners.append(_cluster(split.samples[index]))
-    means = cluster_draws(clusters, seed) if clusters else {}
-    scores = {}
-    for name, (split, given) in splits.items():
-        values, totals, unparsed = scored[name]
-        value = next(iter(totals.values()))
-        if split.is_mean:
-            own = [draws for key, draws in means.items() if key.startswith(f"{name}\0")]
-            draws = np.mean(own, axis=0) if own else np.full(DRAWS, np.nan)
-        else:
-            draws = _jackknife_draws(split, [answer.text for answer in given], value, seed)
-        scores[name] = BudgetScore(
-            estimate=Estimate(value, draws, sum(not math.isnan(each) for each in values)),
-            totals=totals,
-            values=tuple(values),
-            unparsed=unparsed,
-            empty=sum(not answer.text.strip() for answer in given),
-            cut_off=sum(answer.cut_off for answer in given),
-            mean_new_tokens=_mean([answer.num_new_tokens for answer in given]),
+def _budget_score(given: Sequence[GivenAnswer], scored: _Scored, estimate: Estimate) -> BudgetScore:
+    return BudgetScore(
+        estimate=estimate,
+        totals=scored.totals,
+        values=tuple(scored.values),
+        unparsed=scored.unparsed,
+        empty=sum(not answer.text.strip() for answer in given),
+        cut_off=sum(answer.cut_off for answer in given),
+        mean_new_tokens=_mean([answer.num_new_tokens for answer in given]),
+    )
+
+
+def _mean_estimates(
+    splits: Mapping[str, _Split],
+    by_split: Mapping[str, Mapping[int, Sequence[GivenAnswer]]],
+    scored: Mapping[tuple[str, int], _Scored],
+    seed: int,
+) -> dict[tuple[str, int], Estimate]:
+    """Estimates the scores that are means of values, all with the same draws: by split and budget."""
+    rows: list[ClusteredValues] = []
+    members: dict[tuple[str, int], list[int]] = {}
+    for (name, budget), result in scored.items():
+        split = splits[name]
+        if not split.is_mean:
+            continue
+        inside: dict[str, list[int]] = {}
+        for index, group in enumerate(split.groups):
+            inside.setdefault(group, []).append(index)
+        for indices in inside.values():
+            members.setdefault((name, budget), []).append(len(rows))
+            rows.append(
+                ClusteredValues(
+                    [result.values[index] for index in indices],
+                    [cluster_of(split.samples[index]) for index in indices],
+                    split.scale,
+                    share=not any(metric.name in _MEAN_WITH_FIXED_STATISTICS for metric in split.metrics),
+                    key=_key(split, budget, [by_split[name][budget][index].text for index in indices]),
+                )
+            )
+    found = estimate_means(rows, seed) if rows else []
+    return {
+        key: replace(
+            mean_of([found[row] for row in own if found[row].n]), value=next(iter(scored[key].totals.values()))
         )
-    return scores
+        for key, own in members.items()
+    }
 
 
-def _jackknife_draws(split: _Split, texts: Sequence[str], value: float, seed: int) -> NDArray[np.float64]:
-    """Draws normally around the score, with the variance of the jackknife (Shao and Tu, 1995, section 2.3).
+def _jackknife_estimates(
+    split: _Split, texts: Mapping[int, Sequence[str]], scored: Mapping[int, _Scored], seed: int
+) -> dict[int, Estimate]:
+    """Estimates a score that is not a mean, with the variance of the jackknife (Shao and Tu, 1995, section 2.3).
 
-    The same clusters get the same weights, so that the draws of different budgets are paired.
+    The same clusters are left out at every budget, so that the draws of different budgets are paired.
     """
-    owners = [_cluster(sample) for sample in split.samples]
+    owners = [cluster_of(sample) for sample in split.samples]
     names = sorted(set(owners))
     groups = min(_JACKKNIFE_GROUPS, len(names))
-    if groups < 2:
-        return np.full(DRAWS, np.nan)
-    rng = np.random.default_rng(seed)
-    group_of = dict(zip(names, rng.permutation(len(names)) % groups, strict=True))
-    left_out = np.array(
+    permutation = np.random.default_rng(seed).permutation(len(names))
+    group_of = dict(zip(names, permutation % max(groups, 1), strict=True))
+    left_out_BG = np.array(
         [
-            split.main_score(texts, [index for index, owner in enumerate(owners) if group_of[owner] != group])
-            for group in range(groups)
+            [
+                split.main_score(given, [index for index, owner in enumerate(owners) if group_of[owner] != group])
+                for group in range(groups)
+            ]
+            for given in texts.values()
         ],
         dtype=np.float64,
     )
-    weights = rng.standard_normal((DRAWS, groups))
-    draws: NDArray[np.float64] = value + math.sqrt((groups - 1) / groups) * weights @ (left_out - left_out.mean())
-    return draws
+    # With one group, leaving it out leaves nothing; the error is then unknown.
+    errors_BG = np.nan_to_num(left_out_BG.mean(axis=1, keepdims=True) - left_out_BG)
+    _, whole, count = cluster_sums([0.0] * len(owners), owners)
+    own = split.scale / count * math.sqrt(whole.prior) if split.scale == _PERCENT else 0.0
+    keys = [_key(split, budget, given) for budget, given in texts.items()]
+    normals_BW = joint_normals(errors_BG, np.full(len(errors_BG), own), seed, keys)
+    found = {}
+    for (budget, result), errors_G, normals_W in zip(scored.items(), errors_BG, normals_BW, strict=True):
+        value = next(iter(result.totals.values()))
+        _, design, n = cluster_sums(result.values, owners)
+        variance = (groups - 1) / groups * float(np.square(errors_G).sum())
+        freedom = min(groups - 1, design.freedom) if n else 0
+        if not n or groups < 2 or math.isnan(value):
+            found[budget] = Estimate(value, np.full(DRAWS, np.nan), n)
+        elif split.scale == _PERCENT:
+            share = min(max(value / _PERCENT, 0.0), 1.0)
+            effect = design.shrunk_effect(
+                np.array(variance * (n / _PERCENT) ** 2), np.array(n * share * (1 - share)), design.mean_size
+            )
+            found[budget] = share_estimate(share, n / float(effect), freedom, normals_W, scale=_PERCENT, n=n)
+        else:
+            found[budget] = t_estimate(value, math.sqrt(variance), freedom, normals_W, n=n)
+    return found
 
 
-def _cluster(sample: Sample) -> str:
+def _key(split: _Split, budget: int, texts: Sequence[str]) -> int:
+    """Returns a number of the answers: the same answers get the same draws, answers of another budget others."""
+    return zlib.crc32("\0".join([split.name, str(budget), *texts]).encode())
+
+
+def cluster_of(sample: Sample) -> str:
+    """Returns the cluster of a sample, within which samples are dependent: its scene, or the sample itself."""
     return sample.scene or sample.id
 
 

@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from parcelray.evaluation.passes.store import EvaluatedBenchmark
-from parcelray.evaluation.scoring.aggregate import mean_of, retentions
+from parcelray.evaluation.scoring.aggregate import retentions
+from parcelray.evaluation.scoring.estimate import Estimate, mean_of
 from parcelray.evaluation.scoring.evaluation import Evaluation, load_evaluation
-from parcelray.evaluation.scoring.split_scores import Estimate, SplitScores
+from parcelray.evaluation.scoring.split_scores import SplitScores
 
 REFERENCE_FOLDER = "reference"
 """Folder of an evaluation that holds the evaluation of its reference model."""

@@ -10,11 +10,12 @@ from typing import NamedTuple
 import numpy as np
 
 from parcelray.datasets.sample import Sample
-from parcelray.evaluation.scoring.aggregate import mean_of, retentions
-from parcelray.evaluation.scoring.intervals import Floats, Interval, shared_draws
-from parcelray.evaluation.scoring.split_scores import Estimate, SplitScores
+from parcelray.evaluation.scoring.aggregate import retention_of, retentions
+from parcelray.evaluation.scoring.estimate import ClusteredValues, Estimate, estimate_means, mean_of
+from parcelray.evaluation.scoring.intervals import Floats, Interval
+from parcelray.evaluation.scoring.paired import is_mean_of_values
+from parcelray.evaluation.scoring.split_scores import SplitScores, cluster_of
 from parcelray.evaluation.scoring.summary import Summary
-from parcelray.studies.reduction.comparisons import clusters_of, is_mean_of_values
 
 KEPT = 90.0
 """Retention below which a method counts as broken, percent of the full score."""
@@ -27,7 +28,6 @@ _KINDS = {
 }
 """Tasks of the mini suite and names of benchmarks, by kind of question."""
 READS_TEXT = (TEXT, DOCUMENTS)
-_DRAWS = 2000
 
 
 class Breakpoint(NamedTuple):
@@ -129,29 +129,27 @@ def kinds_kept(
         reduced = [
             np.mean([_values(seed.splits, indices, budget) for seed in methods[name]], axis=0) for name, budget in rows
         ]
-        clusters = [cluster for index in indices for cluster in clusters_of(reference.splits[index])]
+        clusters = [cluster_of(sample) for sample in samples]
         values_RN = np.array(base + reduced)
-        draws = shared_draws(values_RN, kinds, clusters, seed=zlib.crc32(benchmark.encode()), draws=_DRAWS)
         for kind in sorted(set(kinds) - {""}):
-            inside = np.array([each == kind for each in kinds])
-            means_R = np.nanmean(values_RN[:, inside], axis=1)
-            if means_R[0] <= 0:
+            inside = [index for index, each in enumerate(kinds) if each == kind]
+            owners = [clusters[index] for index in inside]
+            full_score, *scores = estimate_means(
+                [ClusteredValues(row[inside].tolist(), owners, key=key) for key, row in enumerate(values_RN)],
+                seed=zlib.crc32(benchmark.encode()),
+            )
+            if not full_score.value > 0:
                 continue
-            for row, (name, budget) in enumerate(rows, start=1):
-                share = np.divide(
-                    draws[kind][row], draws[kind][0], out=np.full(_DRAWS, np.nan), where=draws[kind][0] > 0
-                )
+            for (name, budget), score in zip(rows, scores, strict=True):
                 # Retention is averaged over the benchmarks that have this kind of question, as it is over splits.
-                own = Estimate(float(100 * means_R[row] / means_R[0]), 100 * share, int(inside.sum()))
+                own = retention_of(score, full_score)
                 before = kept.setdefault((name, kind), {}).get(budget)
                 kept[name, kind][budget] = own if before is None else mean_of([before, own])
     return kept
 
 
 def _values(splits: Sequence[SplitScores], indices: Sequence[int], budget: int) -> Floats:
-    return np.concatenate(
-        [splits[index].scale * np.array(splits[index].scores[budget].values, dtype=np.float64) for index in indices]
-    )
+    return np.concatenate([np.array(splits[index].scores[budget].values, dtype=np.float64) for index in indices])
 
 
 def _smallest_from_which_all(holds: Mapping[int, bool]) -> int | None:

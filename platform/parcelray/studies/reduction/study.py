@@ -15,7 +15,8 @@ from parcelray.config.evaluate import EvaluateJob
 from parcelray.config.reducer import ReducerConfig
 from parcelray.errors import UserError
 from parcelray.evaluation.run import run_evaluation
-from parcelray.evaluation.scoring.aggregate import Frontier, FrontierPoint, frontier_point, mean_of, retentions
+from parcelray.evaluation.scoring.aggregate import Frontier, FrontierPoint, frontier_point, retentions
+from parcelray.evaluation.scoring.estimate import mean_of
 from parcelray.evaluation.scoring.summary import Summary
 from parcelray.models.vlm import config_of, connector_of
 from parcelray.profiling.backbone_shapes import BackboneShape, from_transformers_config
