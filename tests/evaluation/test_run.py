@@ -15,7 +15,7 @@ from PIL import Image
 from rich.console import Console
 
 from parcelray.config.evaluate import EvaluateJob
-from parcelray.errors import UnsupportedBudgetError, UserError
+from parcelray.errors import SystemFailure, UnsupportedBudgetError, UserError
 from parcelray.evaluation.compare import compare_evaluations, compare_seeds
 from parcelray.evaluation.plan import evaluation_plan
 from parcelray.evaluation.results import plot_evaluation
