@@ -15,7 +15,8 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from parcelray.config.train import TrainJob
-from parcelray.errors import UserError
+from parcelray.datasets.mini.export import write_parquet
+from parcelray.errors import SystemFailure, UserError
 from parcelray.models.checkpoint import verify_manifest
 from parcelray.tracking.metric_logger import NoMetrics
 from parcelray.tracking.run_folder import RunFolder
@@ -159,6 +160,35 @@ def test_a_killed_worker_does_not_change_the_result(
     # Bit-identical: both runs have the same batches, shapes and threads, and gloo sums two workers' gradients to the
     # same value in either order. The result depends neither on the machine's load nor on its kind.
     assert _same_weights(checkpoint / "model", uninterrupted[1].model_folder)
+
+
+def test_workers_in_another_folder_read_relative_paths_and_an_empty_snapshot_starts_again(
+    ray_session: None, tiny_start: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for split in ("train", "validation"):
+        write_parquet(tmp_path / "own", split, families=("general",), count=16)
+    monkeypatch.chdir(tmp_path)
+    changes = {
+        "data": {"type": "parquet", "path": "own"},
+        "training": {"steps": 2, "images_per_step": 4, "log_every_steps": 1},
+        "scaling": {"num_workers": 1},
+        "tracking": {"uri": "sqlite:///runs/mlflow.db"},
+        "storage": "runs",
+    }
+    job = TrainJob.model_validate(JOB | {"model": tiny_start} | changes)
+    first = run_training(job, Console(file=io.StringIO()))
+    folder = tmp_path / "runs" / "train" / "tiny"
+    assert first.model_folder == folder / "model"
+    (snapshot,) = folder.rglob("checkpoint_manager_snapshot.json")
+    snapshot.write_bytes(b"")
+    (folder / "result.json").write_bytes(b"")
+    again = run_training(job, Console(file=io.StringIO()))
+    assert not again.was_done
+    assert again.metrics["train/loss"] == pytest.approx(first.metrics["train/loss"], rel=1e-3)
+    (folder / "result.json").write_bytes(b"")
+    snapshot.write_bytes(b'{"ray_version": ')
+    with pytest.raises(SystemFailure, match=r"checkpoint_manager_snapshot.json is damaged: .* or remove the folder"):
+        run_training(job, Console(file=io.StringIO()))
 
 
 def test_more_workers_than_the_cluster_has_are_refused(

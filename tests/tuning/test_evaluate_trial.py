@@ -2,6 +2,8 @@
 
 import io
 import math
+import pickle
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from rich.console import Console
 
 from parcelray.config.evaluate import EvaluateJob
 from parcelray.config.loader import ConfigError, changed
+from parcelray.config.paths import AS_WRITTEN
 from parcelray.config.tune import TuneJob
 from parcelray.errors import UserError
 from parcelray.evaluation.run import run_evaluation
@@ -163,6 +166,28 @@ def test_a_point_may_evaluate_another_model(tmp_path: Path, supernet: Path, refe
         for splits in (point.splits, alone.splits, default.splits)
     ]
     assert texts[0] == texts[1] != texts[2]
+
+
+def test_a_worker_in_another_folder_reads_the_relative_paths_of_the_driver(
+    tmp_path: Path, supernet: Path, reference: Sequence[SplitScores], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(supernet, tmp_path / "driver" / "models" / "two" / "model")
+    monkeypatch.chdir(tmp_path / "driver")
+    data = _job(Path("runs"), supernet).model_dump(mode="json", exclude_unset=True, context=AS_WRITTEN)
+    # The storage is left out: its default is relative, too.
+    del data["storage"]
+    job = EvaluateJob.model_validate(data)
+    checkpoint = resolve_checkpoint("models/two/model")
+    searched = SearchedModel(checkpoint, content_digest(checkpoint.path))
+    evaluator = _evaluator(job, supernet, reference, others={str(checkpoint.path): searched})
+    (tmp_path / "worker").mkdir()
+    monkeypatch.chdir(tmp_path / "worker")
+    worker = pickle.loads(pickle.dumps(evaluator))
+    point = worker.evaluate({"model.reference": "models/two/model", "budgets": [16]})
+    assert point.job.storage == f"{tmp_path}/driver/runs"
+    assert point.job.model.reference == str(tmp_path / "driver/models/two/model")
+    assert (tmp_path / "driver" / "runs" / "predictions").is_dir()
+    assert list((tmp_path / "worker").iterdir()) == []
 
 
 def test_costs_are_within_the_bounds_that_are_known_before_the_search(tmp_path: Path, supernet: Path) -> None:
