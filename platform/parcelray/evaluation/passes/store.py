@@ -43,8 +43,11 @@ _PREDICTION_SCHEMA = pa.schema(
         ("entropy", pa.float64()),
     ]
 )
-_LAYOUT = 2
-"""Version of the columns above, part of every key: predictions in an older layout lack columns and are recomputed."""
+_VERSION = 3
+"""Version of the columns above and of the rules that turn images and texts into answers; part of every key.
+
+Predictions of an older version are computed again. They can still be scored.
+"""
 _MODEL_FOLDER_DIGITS = 16
 _RECORDS, _PROBLEMS, _DATA = "samples.parquet", "problems.json", "data.json"
 _EVALUATE_AGAIN = "remove it, and run the evaluation again, which computes only missing predictions"
@@ -88,7 +91,7 @@ class Prediction:
 def prediction_key(sample: Sample, *, model: str, num_visual_tokens: int, settings: GenerationSettings) -> str:
     """Computes the SHA-256 over everything that can change a prediction: 64 hexadecimal digits."""
     images = [hashlib.sha256(image).hexdigest() for image in sample.images]
-    parts = [_LAYOUT, sample.benchmark, sample.id, model, num_visual_tokens, settings.to_json(), sample.prompt, images]
+    parts = [_VERSION, sample.benchmark, sample.id, model, num_visual_tokens, settings.to_json(), sample.prompt, images]
     if settings.decoding == "likelihood":
         parts.append(sample.metadata.get("candidates") or sample.metadata.get("choices"))
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
