@@ -5,6 +5,7 @@ import math
 import pickle
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -182,7 +183,7 @@ def test_a_worker_in_another_folder_reads_the_relative_paths_of_the_driver(
     evaluator = _evaluator(job, supernet, reference, others={str(checkpoint.path): searched})
     (tmp_path / "worker").mkdir()
     monkeypatch.chdir(tmp_path / "worker")
-    worker = pickle.loads(pickle.dumps(evaluator))
+    worker = replace(evaluator, job=pickle.loads(pickle.dumps(evaluator.job)))
     point = worker.evaluate({"model.reference": "models/two/model", "budgets": [16]})
     assert point.job.storage == f"{tmp_path}/driver/runs"
     assert point.job.model.reference == str(tmp_path / "driver/models/two/model")
