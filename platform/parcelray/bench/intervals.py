@@ -236,14 +236,16 @@ class _Simulation:
         sizes_RK = self._sizes() if sizes_RK is None else sizes_RK
         rho = self.correlation
         if rho == 0:
-            return self.rng.binomial(sizes_RK, probability).astype(np.float64)
-        if self.model == "copies":
+            correct_RK = self.rng.binomial(sizes_RK, probability)
+        elif self.model == "copies":
             independent_RK = self.rng.binomial(sizes_RK, probability)
             copied_RK = sizes_RK * (self.rng.random(sizes_RK.shape) < probability)
-            return np.where(self.rng.random(sizes_RK.shape) < rho, copied_RK, independent_RK).astype(np.float64)
-        both = (1 - rho) / rho
-        chances_RK = self.rng.beta(probability * both, (1 - probability) * both, size=sizes_RK.shape)
-        return self.rng.binomial(sizes_RK, chances_RK).astype(np.float64)
+            correct_RK = np.where(self.rng.random(sizes_RK.shape) < rho, copied_RK, independent_RK)
+        else:
+            both = (1 - rho) / rho
+            chances_RK = self.rng.beta(probability * both, (1 - probability) * both, size=sizes_RK.shape)
+            correct_RK = self.rng.binomial(sizes_RK, chances_RK)
+        return np.asarray(correct_RK, dtype=np.float64)
 
     def _sizes(self) -> Any:
         return np.tile(self.sizes_K.astype(np.int64), (self.replicates, 1))

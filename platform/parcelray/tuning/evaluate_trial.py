@@ -164,7 +164,7 @@ class WarmEvaluator:
         return EvaluatedPoint(job, budgets, evaluation.score(store=held.worker.store), result.computed)
 
     def estimate(self, point: EvaluatedPoint, budget: int, metric: str) -> Estimate:
-        """Returns the score or retention of a point, of all families or one (`score/video`), with bootstrap draws.
+        """Returns the score or retention of a point, of all families or one (`score/video`), with joint draws.
 
         All points have the same samples and draws, so differences between them are paired.
         """

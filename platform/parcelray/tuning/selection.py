@@ -140,7 +140,7 @@ def choose_families(estimates: Mapping[str, Mapping[int, Estimate]], cost: Calla
     """Chooses the cheapest trial of each family among those within one standard error of the best (see `nearly_best`).
 
     Args:
-        estimates: retention by family and trial index, with bootstrap draws over the same samples.
+        estimates: retention by family and trial index, with joint draws over the same samples.
         cost: cost of the trial at an index; less is better.
     """
     choices = []
@@ -173,7 +173,7 @@ def choose_splits(
     """Chooses the cheapest split of each budget among those within one standard error of the best (see `nearly_best`).
 
     Args:
-        values: score or retention by budget and anchor grid, with bootstrap draws over the same samples.
+        values: score or retention by budget and anchor grid, with joint draws over the same samples.
         gflops: GFLOPs of one prefill by budget and anchor grid.
         rule: anchor grid of the paper's rule by budget.
     """

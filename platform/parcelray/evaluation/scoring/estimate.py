@@ -167,7 +167,8 @@ def joint_normals(residuals_XK: Floats, own_X: Floats, seed: int, keys: Sequence
             # The 1 matters: numpy takes [seed, 0] for the same seed as [seed].
             normals_W += own * np.random.default_rng([seed, 1, key]).standard_normal(draws)
     norms_X1 = np.sqrt(np.square(residuals_XK).sum(axis=1, keepdims=True) + np.square(own_X)[:, None])
-    return np.divide(normals_XW, norms_X1, out=normals_XW, where=norms_X1 > 0)
+    np.divide(normals_XW, norms_X1, out=normals_XW, where=norms_X1 > 0)
+    return normals_XW
 
 
 def share_estimate(

@@ -195,7 +195,7 @@ def cluster_sums(values: Sequence[float], clusters: Sequence[str]) -> tuple[Floa
     values_N, owner_N = np.asarray(values, dtype=np.float64), np.array([index_of[name] for name in clusters], dtype=int)
     scored_N = ~np.isnan(values_N)
     sizes_K = np.bincount(owner_N[scored_N], minlength=len(index_of)).astype(np.float64)
-    sums_K = np.bincount(owner_N[scored_N], weights=values_N[scored_N], minlength=len(index_of))
+    sums_K = np.bincount(owner_N[scored_N], weights=values_N[scored_N], minlength=len(index_of)).astype(np.float64)
     return sums_K[sizes_K > 0], Design(sizes_K[sizes_K > 0]), int(scored_N.sum())
 
 
