@@ -48,14 +48,16 @@ class Estimate:
     def interval(self) -> Interval:
         """The number with its 95 % confidence interval."""
         low, high = self.limits if self.limits is not None else self._middle(LEVEL)
+        if math.isnan(low) or math.isnan(self.value):
+            return Interval(self.value, math.nan, math.nan, self.n)
         # Most draws of a mean of several scores of 0 are above 0.
-        return Interval(self.value, float(np.fmin(low, self.value)), float(np.fmax(high, self.value)), self.n)
+        return Interval(self.value, min(low, self.value), max(high, self.value), self.n)
 
     @property
     def std_error(self) -> float:
         """Standard error: half of the middle 68.3 % of the draws, which, unlike their deviation, has no outliers."""
         low, high = self._middle(float(ndtr(1) - ndtr(-1)))
-        return (high - low) / 2
+        return math.nan if math.isnan(low) else (high - low) / 2
 
     def _middle(self, level: float) -> tuple[float, float]:
         legal = self.draws[np.isfinite(self.draws)]
