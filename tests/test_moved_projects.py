@@ -197,7 +197,9 @@ def test_artifacts_at_a_place_of_their_own_stay_there(tmp_path: Path) -> None:
     own = (tmp_path / "shared" / "artifacts" / "parcelray").as_uri()
     client.create_experiment("parcelray", artifact_location=own)
     ensure_store(uri)
-    assert client.get_experiment_by_name("parcelray").artifact_location == own
+    experiment = client.get_experiment_by_name("parcelray")
+    assert experiment is not None
+    assert experiment.artifact_location == own
 
 
 @pytest.mark.parametrize(

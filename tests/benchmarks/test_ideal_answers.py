@@ -38,8 +38,8 @@ _SPLITS = [
 @pytest.fixture
 def full_masks(weights: dict[str, np.ndarray], tmp_path: Path) -> Path:
     """A mask decoder that fills every box."""
-    bias = {"decoder.12.bias": np.array([0.5], dtype=np.float32)}
-    np.savez(tmp_path / "decoder.npz", **({name: np.zeros_like(array) for name, array in weights.items()} | bias))
+    arrays: dict[str, Any] = {name: np.zeros_like(array) for name, array in weights.items()}
+    np.savez(tmp_path / "decoder.npz", **(arrays | {"decoder.12.bias": np.array([0.5], dtype=np.float32)}))
     return tmp_path / "decoder.npz"
 
 

@@ -28,6 +28,7 @@ from tests.datasets.image_cases import REFUSED, read
 from .table_data import png
 
 _IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+_TYPES = {"name": "string", "scene": "string", "question": "string", "answers": "list<string>", "image": "image"}
 _ROWS: list[dict[str, Any]] = [
     {
         "name": str(number),
@@ -42,13 +43,7 @@ _ROWS: list[dict[str, Any]] = [
 
 def _config(**changes: Any) -> BenchmarkConfig:
     columns = {
-        "types": {
-            "name": "string",
-            "scene": "string",
-            "question": "string",
-            "answers": "list<string>",
-            "image": "image",
-        },
+        "types": _TYPES,
         "id": ["name"],
         "images": ["image"],
         "answers": {"column": "answers", "form": "list"},
@@ -371,7 +366,7 @@ def test_classes_are_read_by_name(write: str, tmp_path: Path) -> None:
         table.to_parquet(tmp_path / "test.parquet")
     else:
         table.save_to_disk(str(tmp_path))
-    types = _config().columns.model_dump()["types"] | {"answers": "string"}
+    types = _TYPES | {"answers": "string"}
     reader = _reader(tmp_path, types=types, answers={"column": "answers"})
     assert [reader.read(row).samples[0].answers for row in reader.order()] == [("blue",), ("red",)]
 
@@ -379,10 +374,10 @@ def test_classes_are_read_by_name(write: str, tmp_path: Path) -> None:
 def test_large_lists_of_images_stay_encoded(tmp_path: Path) -> None:
     features = {name: datasets.Value("string") for name in ("name", "scene", "question", "answers")}
     features["image"] = datasets.LargeList(datasets.Image())
-    rows = {name: ["1"] for name in ("name", "scene", "question", "answers")}
+    rows: dict[str, Any] = {name: ["1"] for name in ("name", "scene", "question", "answers")}
     rows["image"] = [[{"bytes": png(), "path": None}] * 2]
     datasets.Dataset.from_dict(rows, features=datasets.Features(features)).save_to_disk(str(tmp_path))
-    types = _config().columns.model_dump()["types"] | {"answers": "string", "image": "list<image>"}
+    types = _TYPES | {"answers": "string", "image": "list<image>"}
     reader = _reader(tmp_path, types=types, answers={"column": "answers"})
     assert reader.read(0).samples[0].images == (png(), png())
 

@@ -113,7 +113,7 @@ def test_answers_are_joined_to_the_data_by_their_ids(run: Any, tmp_path: Path) -
             }
         )
     )
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"name": str(number), "question": "what color", "answer": color, "image": "a.png"}
         for number, color in enumerate(_COLORS)
     ]

@@ -358,8 +358,8 @@ def test_the_metric_of_the_prompt_family_is_stored_and_another_family_gives_a_wa
 ) -> None:
     data = _table(tmp_path)
     (data / "own.yaml").write_text(_BY_FAMILY)
-    own = {"benchmarks": ["mini", {"name": "own", "data": str(data)}], "catalog": [str(data / "own.yaml")]}
-    own["benchmarks"][0] = {"name": "mini", "source": {"samples": 1}, "max_new_tokens": 3}
+    mini = {"name": "mini", "source": {"samples": 1}, "max_new_tokens": 3}
+    own = {"benchmarks": [mini, {"name": "own", "data": str(data)}], "catalog": [str(data / "own.yaml")]}
     job = _job(tmp_path, checkpoint, budgets=[16], prompt_family="llava", **own)
     (warning,) = evaluation_plan(job).warnings
     assert "is a paligemma model, but prompt_family is llava" in warning
