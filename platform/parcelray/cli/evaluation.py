@@ -231,8 +231,10 @@ def benchmarks_score(
     answers: Annotated[
         Path,
         typer.Option(
+            parser=path,
+            metavar="FILE",
             help="JSON-lines file: id and answer in each line; or answer, target (or targets, target_index), choices,"
-            " ..., which needs no data.",
+            " ..., which needs no data. Required, no default: give one.",
             show_default=False,
         ),
     ],
@@ -242,7 +244,12 @@ def benchmarks_score(
     ] = "paligemma",
     data: Annotated[
         Path | None,
-        typer.Option(help="File or folder with the data; default: the Hugging Face hub.", show_default=False),
+        typer.Option(
+            parser=path,
+            metavar="PATH",
+            help="File or folder with the data; default: the Hugging Face hub.",
+            show_default=False,
+        ),
     ] = None,
     own: CatalogFiles = [],
     metric: Annotated[
@@ -250,7 +257,13 @@ def benchmarks_score(
         typer.Option(help="Another metric, as METRIC:VARIANT; default: the benchmark's.", show_default=False),
     ] = None,
     mask_decoder: Annotated[
-        Path | None, typer.Option(help="The .npz file that the metric refseg_miou needs.", show_default=False)
+        Path | None,
+        typer.Option(
+            parser=path,
+            metavar="FILE",
+            help="The .npz file that the metric refseg_miou needs; default: none.",
+            show_default=False,
+        ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:

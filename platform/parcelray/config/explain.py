@@ -61,7 +61,7 @@ def _of_one_value(found: Sequence[Problem]) -> Sequence[Problem]:
     of_its_type = [problem for problem in found if problem.message.partition(_VALID)[0]]
     if of_its_type or len(found) == 1:
         return of_its_type or found
-    types = " or ".join(dict.fromkeys(problem.message.removeprefix(_VALID) for problem in found))
+    types = " or ".join(dict.fromkeys(problem.message.removeprefix(_VALID).partition(",")[0] for problem in found))
     return [found[0]._replace(message=_VALID + types)]
 
 
