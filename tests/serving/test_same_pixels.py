@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from parcelray.config.evaluate import BLIND
-from parcelray.config.model import MiniLlavaModelConfig
 from parcelray.config.serve import HttpConfig, RequestLimits
 from parcelray.datasets.collator import Collator
 from parcelray.datasets.images import Transparency, decode_image
@@ -23,6 +22,7 @@ from parcelray.serving.http.api_errors import ApiError
 from parcelray.serving.http.images import ImageReader
 from parcelray.training.step import to_tensors
 from tests.datasets.image_cases import CASES, REFUSED, read
+from tests.models.conftest import MINI_LLAVA
 from tests.serving.http.test_api import data_url
 from tests.serving.local import PATIENCE_S
 
@@ -41,18 +41,7 @@ def family(request: pytest.FixtureRequest, model: ElasticVLM, processor: Elastic
     """The packaged model, which resizes to a square, and a LLaVA with random weights, which crops."""
     if request.param == "paligemma":
         return model, processor
-    config = MiniLlavaModelConfig(
-        vision_width=32,
-        vision_layers=2,
-        vision_heads=4,
-        vision_mlp_width=64,
-        text_width=48,
-        text_layers=2,
-        text_heads=2,
-        text_kv_heads=1,
-        text_mlp_width=64,
-    )
-    llava, llava_processor = build_llava(config, ["what color is the circle"], None, 0)
+    llava, llava_processor = build_llava(MINI_LLAVA, ["what color is the circle"], None, 0)
     return llava.eval(), llava_processor
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from parcelray.config.connector import ParcelConnectorConfig
 from parcelray.config.evaluate import BLIND
-from parcelray.config.model import MiniLlavaModelConfig, MiniModelConfig
+from parcelray.config.model import MiniModelConfig
 from parcelray.datasets.boxes import Box, format_locations, parse_locations
 from parcelray.datasets.images import decode_image
 from parcelray.datasets.sample import Sample
@@ -27,6 +27,8 @@ from parcelray.models.backbones.paligemma_processor import ElasticPaliGemmaProce
 from parcelray.models.backbones.processor_base import ElasticProcessor
 from parcelray.models.mini import build_config, build_model, build_processor
 from parcelray.models.mini_llava import build as build_llava
+
+from ...models.conftest import MINI_LLAVA
 
 Decoding = Literal["greedy", "likelihood"]
 CONFIG = MiniModelConfig(
@@ -45,17 +47,6 @@ PROMPTS = (
     "what color is the small red circle",
     "which image has more blue circles",
     "true or false: there is a tower",
-)
-MINI_LLAVA = MiniLlavaModelConfig(
-    vision_width=32,
-    vision_layers=2,
-    vision_heads=4,
-    vision_mlp_width=64,
-    text_width=48,
-    text_layers=2,
-    text_heads=2,
-    text_kv_heads=1,
-    text_mlp_width=64,
 )
 
 
