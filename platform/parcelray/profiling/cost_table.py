@@ -4,7 +4,7 @@ import difflib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar, get_args
 
 from pydantic import TypeAdapter
 
@@ -36,21 +36,39 @@ LEFT_OUT = (
 _CONNECTOR_ADAPTER: TypeAdapter[ConnectorConfig] = TypeAdapter(ConnectorConfig)
 
 
+class PrefillCost(Protocol):
+    """The cost of one prefill, with a connector or with a reducer."""
+
+    @property
+    def total(self) -> int:
+        """FLOPs of the whole prefill."""
+
+    @property
+    def kv_cache_bytes(self) -> int:
+        """Bytes of the KV cache."""
+
+    def terms(self) -> dict[str, int]:
+        """The FLOP terms by name; they sum to `total`."""
+
+
+CostT = TypeVar("CostT", bound=PrefillCost)
+
+
 @dataclass(frozen=True, slots=True)
-class CostRow:
+class CostRow(Generic[CostT]):
     """The cost of one budget and number of frames."""
 
     num_visual_tokens: int
-    """Budget, visual tokens per frame."""
+    """Budget, visual tokens per frame; for a reducer inside the decoder, the mean over its layers."""
     num_frames: int
     num_text_tokens: int
-    cost: CostBreakdown
+    cost: CostT
     uncompressed: CostBreakdown
-    """Cost of the same prompt with all patches as visual tokens and without connector."""
+    """Cost of the same prompt with all patches as visual tokens, without connector and reducer."""
 
     @property
     def flops_saving(self) -> float:
-        """Fraction of the uncompressed FLOPs that is saved; negative if the connector costs more than it saves."""
+        """Fraction of the uncompressed FLOPs that is saved; negative if the compression costs more than it saves."""
         return 1 - self.cost.total / self.uncompressed.total
 
     @property
@@ -80,7 +98,7 @@ class CostTable:
 
     backbone: BackboneShape
     connector: str
-    rows: tuple[CostRow, ...]
+    rows: tuple[CostRow[CostBreakdown], ...]
 
     def to_dict(self) -> dict[str, Any]:
         """Returns backbone, connector, rows and the operations that are not counted as a dictionary."""
@@ -181,7 +199,7 @@ def connector_from_name(name: str) -> ConnectorConfig:
 
 def _row(
     shape: BackboneShape, config: ConnectorConfig, budget: int, num_frames: int, text_tokens: int | None
-) -> CostRow:
+) -> CostRow[CostBreakdown]:
     num_text = default_text_tokens(num_frames) if text_tokens is None else text_tokens
     compressed = cost(shape, config, budget, num_frames, num_text)
     uncompressed = cost(shape, IdentityConnectorConfig(), shape.num_patches, num_frames, num_text)

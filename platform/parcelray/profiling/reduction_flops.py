@@ -84,6 +84,11 @@ class ReducedCost(NamedTuple):
         """FLOPs of the whole prefill."""
         return self.model.total + self.reducer
 
+    @property
+    def kv_cache_bytes(self) -> int:
+        """Bytes of the KV cache."""
+        return self.model.kv_cache_bytes
+
     def terms(self) -> dict[str, int]:
         """The FLOP terms by name, with the reducer's own cost last; they sum to `total`."""
         return self.model.terms() | {"reducer": self.reducer}

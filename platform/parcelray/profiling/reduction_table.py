@@ -12,8 +12,8 @@ from pydantic import TypeAdapter, ValidationError
 from parcelray.config.reducer import ReducerConfig
 from parcelray.errors import UserError
 from parcelray.profiling.backbone_shapes import BackboneShape, resolve_backbone
-from parcelray.profiling.cost_table import LEFT_OUT, check_workload
-from parcelray.profiling.flops import BYTES_PER_MB, CostBreakdown, cost, default_text_tokens
+from parcelray.profiling.cost_table import LEFT_OUT, CostRow, check_workload
+from parcelray.profiling.flops import BYTES_PER_MB, cost, default_text_tokens
 from parcelray.profiling.reduction_flops import ReducedCost, reduced_cost
 
 if TYPE_CHECKING:
@@ -28,27 +28,8 @@ REDUCER_LEFT_OUT = ("sorting", "seeding", "averaging", "vector norms")
 _REDUCER_ADAPTER: TypeAdapter[ReducerConfig] = TypeAdapter(ReducerConfig)
 
 
-@dataclass(frozen=True, slots=True)
-class ReductionRow:
-    """The cost of one budget and number of frames."""
-
-    num_visual_tokens: int
-    """Budget, visual tokens per frame; for a reducer inside the decoder, the mean over its layers."""
-    num_frames: int
-    num_text_tokens: int
-    cost: ReducedCost
-    uncompressed: CostBreakdown
-    """Cost of the same prompt with all patches as visual tokens."""
-
-    @property
-    def flops_saving(self) -> float:
-        """Fraction of the uncompressed FLOPs that is saved; negative if the reducer costs more than it saves."""
-        return 1 - self.cost.total / self.uncompressed.total
-
-    @property
-    def kv_saving(self) -> float:
-        """Fraction of the uncompressed KV cache that is saved."""
-        return 1 - self.cost.model.kv_cache_bytes / self.uncompressed.kv_cache_bytes
+class ReductionRow(CostRow[ReducedCost]):
+    """The cost of one budget and number of frames with a reducer."""
 
     @property
     def layers(self) -> str:
@@ -57,20 +38,8 @@ class ReductionRow:
 
     def to_dict(self) -> dict[str, Any]:
         """Returns all numbers of the row as a dictionary; FLOPs and bytes are exact."""
-        return {
-            "num_visual_tokens": self.num_visual_tokens,
-            "num_frames": self.num_frames,
-            "num_text_tokens": self.num_text_tokens,
-            "visual_tokens_by_layer": list(self.cost.tokens_by_layer),
-            "terms": self.cost.terms(),
-            "reducer_flops": self.cost.reducer,
-            "total_flops": self.cost.total,
-            "kv_cache_bytes": self.cost.model.kv_cache_bytes,
-            "uncompressed_flops": self.uncompressed.total,
-            "uncompressed_kv_cache_bytes": self.uncompressed.kv_cache_bytes,
-            "flops_saving": self.flops_saving,
-            "kv_saving": self.kv_saving,
-        }
+        own = {"visual_tokens_by_layer": list(self.cost.tokens_by_layer), "reducer_flops": self.cost.reducer}
+        return super().to_dict() | own
 
 
 @dataclass(frozen=True, slots=True)
