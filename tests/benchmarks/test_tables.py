@@ -402,7 +402,7 @@ def _rows_reader(folder: Path, change: dict[str, Any], **columns: Any) -> TableR
     return _reader(folder, **columns)
 
 
-@pytest.mark.parametrize("options", [5, "5", "{'a': 1}", "[" * 100_000])
+@pytest.mark.parametrize("options", [5, "5", "{'a': 1}", "[" * 100_000], ids=["number", "digit", "mapping", "deep"])
 def test_choices_that_are_no_list_are_a_problem(options: Any, tmp_path: Path) -> None:
     types = _TYPES | {"options": "string", "answers": "string"}
     answers = {"column": "answers", "form": "letter"}
@@ -481,7 +481,11 @@ def test_the_index_of_mmbench_may_be_text(tmp_path: Path) -> None:
     assert metric("mmbench:circular")(["A"], [sample]).values == (1,)
 
 
-@pytest.mark.parametrize(("kind", "cell"), [("int64", "1" * 5000), ("double", 10**400), ("string", 1.5)])
+@pytest.mark.parametrize(
+    ("kind", "cell"),
+    [("int64", "1" * 5000), ("double", 10**400), ("string", 1.5)],
+    ids=["too many digits", "too large", "no whole number"],
+)
 def test_cells_without_a_value_in_their_type_do_not_fit(kind: str, cell: Any) -> None:
     assert not fits(cell, arrow_type(kind))
 
