@@ -14,14 +14,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from rich.console import Console
 
+from parcelray.benchmarks.catalog import builtin
+from parcelray.benchmarks.listing import DataCheck
 from parcelray.benchmarks.metrics import metric
 from parcelray.benchmarks.open import open_reader
-from parcelray.benchmarks.readers.base import chosen_rows
+from parcelray.benchmarks.readers.base import DatasetFingerprint, Problem, chosen_rows
 from parcelray.benchmarks.readers.table import TableReader
 from parcelray.benchmarks.tables.images import BadCell, cell_images, image_size, video_frames, with_box
+from parcelray.benchmarks.tables.types import arrow_type, fits
 from parcelray.config.benchmark import BenchmarkConfig, VideoConfig
 from parcelray.datasets.images import decode_image
+from parcelray.datasets.sample import Sample
 from parcelray.errors import UserError
 from tests.datasets.image_cases import REFUSED, read
 
@@ -267,8 +272,26 @@ def test_choices_without_a_letter_are_one_problem(tmp_path: Path) -> None:
     assert reader.read(0).samples[0].answers == ("n26",)
 
 
-@pytest.mark.parametrize("hint", [None, "", "nan", "NaN as text"])
-def test_nan_is_an_empty_cell(tmp_path: Path, hint: str | None) -> None:
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        ("b", None),
+        ("E", "'E' is not the letter of a choice; legal: A, B, D"),
+        ("C", "'C' is not the letter of a choice; legal: A, B, D"),
+        ("AB", "'AB' is not the letter of a choice; legal: A, B, D"),
+        ("", "no answer"),
+    ],
+)
+def test_a_letter_must_name_a_choice(answer: str, reason: str | None, tmp_path: Path) -> None:
+    row = {"options": ["x", "y", "", "z"], "answer": answer}
+    reader = _choice_reader(tmp_path, [row], choices=["options"], answers={"column": "answer", "form": "letter"})
+    found = reader.read(0)
+    assert [problem.reason for problem in found.problems] == ([] if reason is None else [reason])
+    assert [sample.answers for sample in found.samples] == ([("B",)] if reason is None else [])
+
+
+@pytest.mark.parametrize("hint", [None, "", "nan", float("nan"), "NaN as text"])
+def test_nan_is_an_empty_cell(tmp_path: Path, hint: str | float | None) -> None:
     reader = _choice_reader(
         tmp_path,
         [{"hint": hint, "answer": "a"}],
@@ -327,6 +350,19 @@ def test_broken_files_are_reported(tmp_path: Path) -> None:
         _reader(tmp_path / "csv").fingerprint()
 
 
+@pytest.mark.parametrize("value", ["1" * 5000, "[" * 100_000 + "]" * 100_000])
+def test_lines_that_the_parser_refuses_are_reported(value: str, tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_text('{"name": 1}\n{"name": ' + value + "}\n")
+    with pytest.raises(UserError, match="line 2 cannot be read"):
+        _reader(tmp_path / "x.jsonl").fingerprint()
+
+
+def test_a_file_without_rows_is_reported(tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_text("\n")
+    with pytest.raises(UserError, match="they have no columns"):
+        _reader(tmp_path / "x.jsonl").fingerprint()
+
+
 def test_shards_with_other_columns_are_refused(tmp_path: Path) -> None:
     _shards(tmp_path)
     second = tmp_path / "data" / "test-00001-of-00002.parquet"
@@ -343,6 +379,10 @@ def test_shards_with_other_columns_are_refused(tmp_path: Path) -> None:
         ({"answers": {"a": 1}}, "the column answers has {'a': 1}, but its declared type is list<string>"),
         ({"question": ["what"]}, "the column question has ['what'], but its declared type is string"),
         ({"question": True}, "the column question has True, but its declared type is string"),
+        ({"scene": ["s0"]}, "the column scene has ['s0'], but its declared type is string"),
+        ({"image": {"bytes": "text"}}, "the bytes of an image are 'text'; give bytes, or numbers from 0 to 255"),
+        ({"image": {"bytes": [1, 300]}}, "the bytes of an image are [1, 300]; give bytes, or numbers from 0 to 255"),
+        ({"image": {"bytes": 5}}, "the bytes of an image are 5; give bytes, or numbers from 0 to 255"),
     ],
 )
 def test_cells_of_another_type_than_declared_are_problems(change: dict[str, Any], reason: str, tmp_path: Path) -> None:
@@ -353,6 +393,115 @@ def test_cells_of_another_type_than_declared_are_problems(change: dict[str, Any]
     first, second = (reader.read(row) for row in reader.order())
     assert [problem.reason for problem in first.problems] == [reason]
     assert len(second.samples) == 1
+
+
+def _rows_reader(folder: Path, change: dict[str, Any], **columns: Any) -> TableReader:
+    """Opens one row of JSON lines, with changed cells."""
+    (folder / "a.png").write_bytes(png())
+    (folder / "test.jsonl").write_text(json.dumps(_ROWS[0] | {"image": "a.png"} | change))
+    return _reader(folder, **columns)
+
+
+@pytest.mark.parametrize("options", [5, "5", "{'a': 1}", "[" * 100_000], ids=["number", "digit", "mapping", "deep"])
+def test_choices_that_are_no_list_are_a_problem(options: Any, tmp_path: Path) -> None:
+    types = _TYPES | {"options": "string", "answers": "string"}
+    answers = {"column": "answers", "form": "letter"}
+    change = {"options": options, "answers": "A"}
+    reader = _rows_reader(tmp_path, change, types=types, choices=["options"], answers=answers)
+    (problem,) = reader.read(0).problems
+    assert problem.reason.endswith("is not a list")
+
+
+def test_a_box_with_an_empty_number_is_a_problem(tmp_path: Path) -> None:
+    types = _TYPES | {"bbox": "list<float>"}
+    reader = _rows_reader(tmp_path, {"bbox": [None, 1, 2, 3]}, types=types, box={"column": "bbox"})
+    assert [problem.reason for problem in reader.read(0).problems] == [
+        "[None, 1.0, 2.0, 3.0] does not consist of numbers"
+    ]
+
+
+def test_a_mask_without_a_size_has_the_size_of_its_image(tmp_path: Path) -> None:
+    types = _TYPES | {"mask": "struct<size: list<int64>, counts: string>"}
+    (sample,) = _rows_reader(tmp_path, {"mask": {"counts": "1"}}, types=types, mask="mask").read(0).samples
+    assert sample.metadata["mask"] == {"size": [24, 32], "counts": "1"}
+
+
+@pytest.mark.parametrize("entries", [[None], [{}]])
+def test_an_empty_entry_of_each_is_a_problem(entries: list[Any], tmp_path: Path) -> None:
+    types = _TYPES | {"pairs": "list<struct<question: string, answer: string>>"}
+    change = {"pairs": [*entries, {"question": "q", "answer": "a"}]}
+    found = _rows_reader(tmp_path, change, types=types, each=["pairs"], answers={"column": "answer"}).read(0)
+    assert [problem.row for problem in found.problems] == ["0#0"]
+    assert [sample.id for sample in found.samples] == ["0#1"]
+
+
+def test_a_bad_cell_of_a_filter_is_reported_with_its_row(tmp_path: Path) -> None:
+    reader = _rows_reader(tmp_path, {"scene": ["s0"]}, keep={"scene": ["s0"]})
+    with pytest.raises(
+        UserError, match=r"mine: in row 0, the column scene has \['s0'\], but its declared type is string"
+    ):
+        reader.fingerprint()
+
+
+def test_filters_compare_cells_in_their_declared_type(tmp_path: Path) -> None:
+    assert _rows_reader(tmp_path, {"scene": 7}, keep={"scene": ["7"]}).fingerprint().rows == 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "cell", "expected"),
+    [
+        ("int64", "1", 1),
+        ("string", 1, "1"),
+        ("string", None, None),
+        ("list<string>", ["a", 1], ["a", "1"]),
+        ("bool", "false", False),
+        ("double", 1, 1.0),
+        ("struct<a: int64, b: string>", {"a": " -2 "}, {"a": -2, "b": None}),
+    ],
+)
+def test_metadata_has_its_declared_type(kind: str, cell: Any, expected: Any, tmp_path: Path) -> None:
+    reader = _rows_reader(tmp_path, {"extra": cell}, types=_TYPES | {"extra": kind}, metadata={"extra": "extra"})
+    (sample,) = reader.read(0).samples
+    assert sample.metadata["extra"] == expected
+    assert type(sample.metadata["extra"]) is type(expected)
+
+
+def test_metadata_of_another_type_is_a_problem(tmp_path: Path) -> None:
+    reader = _rows_reader(tmp_path, {"extra": "x"}, types=_TYPES | {"extra": "int64"}, metadata={"extra": "extra"})
+    (problem,) = reader.read(0).problems
+    assert problem.reason == "the column extra has 'x', but its declared type is int64"
+
+
+def test_the_index_of_mmbench_may_be_text(tmp_path: Path) -> None:
+    config = builtin()["mmbench_en_dev"]
+    (tmp_path / "a.png").write_bytes(png())
+    row = {name: "x" for name in config.columns.types} if config.columns is not None else {}
+    (tmp_path / "dev.jsonl").write_text(json.dumps(row | {"index": "1", "answer": "A", "image": "a.png"}))
+    (sample,) = open_reader(config, family="llava", data=tmp_path).read(0).samples
+    assert metric("mmbench:circular")(["A"], [sample]).values == (1,)
+
+
+@pytest.mark.parametrize(
+    ("kind", "cell"),
+    [("int64", "1" * 5000), ("double", 10**400), ("string", 1.5)],
+    ids=["too many digits", "too large", "no whole number"],
+)
+def test_cells_without_a_value_in_their_type_do_not_fit(kind: str, cell: Any) -> None:
+    assert not fits(cell, arrow_type(kind))
+
+
+def test_images_in_json_may_be_lists_of_numbers(tmp_path: Path) -> None:
+    assert cell_images({"bytes": list(png())}, tmp_path) == [png()]
+
+
+def test_texts_of_the_data_are_not_read_as_markup() -> None:
+    texts = ["[INST] what [/INST] [a, b, c, d]", "[/b]", "[red]"]
+    example = Sample("0", "mine", "general", "mine", (), texts[0], (texts[1],), "exact_match", "s", {})
+    problems = (Problem("0", texts[2]),)
+    check = DataCheck("mine", DatasetFingerprint("files:1", 1, "0" * 64), 1, 1, 1, problems, example)
+    output = io.StringIO()
+    Console(file=output, width=120).print(check.to_rich())
+    assert all(text in output.getvalue() for text in texts)
 
 
 @pytest.mark.parametrize("write", ["parquet", "save_to_disk"])

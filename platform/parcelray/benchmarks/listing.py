@@ -49,6 +49,7 @@ class Listing:
     def to_rich(self) -> "Table":
         """Returns the table for the console."""
         from rich.table import Column, Table
+        from rich.text import Text
 
         table = Table(
             Column("benchmark", no_wrap=True),
@@ -65,7 +66,9 @@ class Listing:
             rows = f"{source.rows:,}" if isinstance(source, TableSource) and source.rows else "-"
             data = (source.hub or "local files") if isinstance(source, TableSource) else source.type
             families = ", ".join(config.prompts) or "all"
-            table.add_row(config.name, config.family, ", ".join(config.sets), _metrics(config), rows, families, data)
+            cells = (config.name, config.family, ", ".join(config.sets), _metrics(config), rows, families, data)
+            # The console reads [...] in a plain string as markup.
+            table.add_row(*map(Text, cells))
         return table
 
 
@@ -114,25 +117,32 @@ class DataCheck:
     def to_rich(self) -> "Table":
         """Returns the table for the console."""
         from rich.table import Table
+        from rich.text import Text
 
-        table = Table("data of", self.benchmark, show_header=True)
         expected = (
             ""
             if self.rows_expected in (None, self.fingerprint.rows)
             else f" (the published split has {self.rows_expected:,})"
         )
-        table.add_row("rows", f"{self.fingerprint.rows:,}{expected}")
-        table.add_row("revision", self.fingerprint.revision)
-        table.add_row("ids", self.fingerprint.ids[:16])
-        table.add_row("read", f"{self.rows_read:,} rows, {self.questions:,} questions")
+        lines = [
+            ("rows", f"{self.fingerprint.rows:,}{expected}"),
+            ("revision", self.fingerprint.revision),
+            ("ids", self.fingerprint.ids[:16]),
+            ("read", f"{self.rows_read:,} rows, {self.questions:,} questions"),
+        ]
         if self.example is not None:
-            table.add_row("first question", self.example.prompt)
-            table.add_row("answers", " | ".join(self.example.answers[:5]))
-            table.add_row("metric", self.example.metric or "not scored")
-            table.add_row("images", str(len(self.example.images)))
-        table.add_row("problems", str(len(self.problems)) if self.problems else "none")
-        for problem in self.problems[:_SHOWN]:
-            table.add_row(problem.row, problem.reason)
+            lines += [
+                ("first question", self.example.prompt),
+                ("answers", " | ".join(self.example.answers[:5])),
+                ("metric", self.example.metric or "not scored"),
+                ("images", str(len(self.example.images))),
+            ]
+        lines.append(("problems", str(len(self.problems)) if self.problems else "none"))
+        lines += self.problems[:_SHOWN]
+        table = Table("data of", self.benchmark, show_header=True)
+        for line in lines:
+            # The console reads [...] in a plain string as markup, and prompts contain it.
+            table.add_row(*map(Text, line))
         return table
 
 

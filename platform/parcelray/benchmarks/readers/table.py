@@ -1,6 +1,7 @@
 """Reader of benchmarks in tables: turns the columns of a row into samples as the benchmark's configuration defines."""
 
 import ast
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,7 +15,7 @@ from parcelray.benchmarks.metrics.multiple_choice import LETTERS, options
 from parcelray.benchmarks.readers.base import DatasetFingerprint, Problem, RowSamples, ids_digest
 from parcelray.benchmarks.tables.images import BadCell, cell_images, image_size, video_frames, with_box
 from parcelray.benchmarks.tables.rows import Row, Rows, open_rows
-from parcelray.benchmarks.tables.types import arrow_type, fits, shown
+from parcelray.benchmarks.tables.types import arrow_type, as_declared, fits, shown
 from parcelray.config.benchmark import (
     OPTION_FIELDS,
     AnswersConfig,
@@ -64,7 +65,8 @@ class TableReader:
         """See `BenchmarkReader`.
 
         Raises:
-            UserError: columns are missing, no row passes the filter, or two rows have the same id.
+            UserError: columns are missing, a cell of a filter has another type than declared, no row passes the filter,
+                or two rows have the same id.
         """
         rows = self._kept
         if not rows:
@@ -84,8 +86,8 @@ class TableReader:
         """See `BenchmarkReader`."""
         if self._columns.cluster is None:
             return self._kept
-        first_rows: dict[Any, int] = {}
-        clusters = self._all(self._columns.cluster)
+        first_rows: dict[str, int] = {}
+        clusters = [str(value) for value in self._all(self._columns.cluster)]
         for row in self._kept:
             first_rows.setdefault(clusters[row], row)
         return sorted(self._kept, key=lambda row: (first_rows[clusters[row]], row))
@@ -97,15 +99,15 @@ class TableReader:
     def read(self, row: int) -> RowSamples:
         """See `BenchmarkReader`. Problems of a row are returned, not raised."""
         split, table, index = self._locate(row)
-        cells = {"split": split} | table.row(index)
+        cells = {"split": split} | {column: _without_nan(cell) for column, cell in table.row(index).items()}
         name = self._ids[row]
         for column, kind in self._content.items():
             if not fits(cells[column], kind):
-                declared = self._columns.types[column]
-                reason = f"the column {column} has {shown(cells[column])}, but its declared type is {declared}"
-                return RowSamples((), (Problem(name, reason),))
+                return RowSamples((), (Problem(name, self._other_type(column, cells[column])),))
+            cells[column] = as_declared(cells[column], kind)
         for column, text in self._columns.remove.items():
-            cells[column] = str(cells[column]).replace(text, "")
+            if cells[column] is not None:
+                cells[column] = str(cells[column]).replace(text, "")
         cells |= {column: text for column, text in self._columns.empty.items() if _is_empty(cells[column])}
         shared: tuple[bytes, ...] | None = None
         samples, problems = [], []
@@ -127,16 +129,20 @@ class TableReader:
 
     @cached_property
     def _content(self) -> dict[str, pa.DataType]:
-        """Declared types of the columns whose text reaches prompts, answers and metrics.
+        """Declared types of the columns that reach prompts, answers and metrics, and of the clusters.
 
-        Ids are only compared, and cells with images are checked when they are read.
+        Ids and keys of a join are only compared as texts, and cells with images are checked when they are read.
         """
         columns = self._columns
         # The choices of one column may be a list, or a list in a string.
         choices = columns.choices if len(columns.choices) > 1 else ()
-        named = {*_fields(self.benchmark.prompts[self.family]), *choices, *columns.each, columns.mask}
+        named = {*_fields(self.benchmark.prompts[self.family]), *choices, *columns.each, columns.mask, columns.cluster}
+        named |= {*columns.metadata.values(), *columns.remove, *columns.empty}
         named |= {config.column for config in (columns.answers, columns.box, columns.draw_box) if config is not None}
         return {name: arrow_type(text) for name, text in columns.types.items() if name in named - columns.made()}
+
+    def _other_type(self, column: str, cell: Any) -> str:
+        return f"the column {column} has {shown(cell)}, but its declared type is {self._columns.types[column]}"
 
     @cached_property
     def _tables(self) -> list[tuple[str, Rows]]:
@@ -149,13 +155,13 @@ class TableReader:
             if missing:
                 raise UserError(
                     f"{self.name}: the data of split {split} lack the columns {', '.join(missing)}; they have"
-                    f" {', '.join(table.columns)}. Check that these are the right files, or name the columns in your"
-                    " own benchmark file."
+                    f" {', '.join(table.columns) or 'no columns'}. Check that these are the right files, or name the"
+                    " columns in your own benchmark file."
                 )
         return tables
 
     @cached_property
-    def _joined(self) -> tuple[Rows, dict[Any, int]]:
+    def _joined(self) -> tuple[Rows, dict[str, int]]:
         source, join = self.benchmark.source, self._columns.join
         assert isinstance(source, TableSource)
         assert join is not None
@@ -164,9 +170,9 @@ class TableReader:
         if missing:
             raise UserError(
                 f"{self.name}: the image table {join.config} lacks the columns {', '.join(missing)}; it has"
-                f" {', '.join(table.columns)}."
+                f" {', '.join(table.columns) or 'no columns'}."
             )
-        return table, {key: row for row, key in enumerate(table.column(join.key))}
+        return table, {str(key): row for row, key in enumerate(table.column(join.key))}
 
     @cached_property
     def _starts(self) -> list[int]:
@@ -204,15 +210,27 @@ class TableReader:
     @cached_property
     def _kept(self) -> list[int]:
         """Row indices that pass `keep`, in data order. Filters on columns that `each` creates are applied in `read`."""
-        filters = {
-            column: set(legal) for column, legal in self._columns.keep.items() if column not in self._columns.made()
-        }
-        values = {column: self._all(column) for column in filters}
+        filters = {column: legal for column, legal in self._columns.keep.items() if column not in self._columns.made()}
+        values = {column: self._filtered(column) for column in filters}
         return [
             row
             for row in range(self._starts[-1])
             if all(values[column][row] in legal for column, legal in filters.items())
         ]
+
+    def _filtered(self, column: str) -> list[Any]:
+        """Returns a column of a filter, in its declared type."""
+        cells = [_without_nan(cell) for cell in self._all(column)]
+        if column not in self._columns.types:
+            return cells
+        kind = arrow_type(self._columns.types[column])
+        for row, cell in enumerate(cells):
+            if not fits(cell, kind):
+                raise UserError(
+                    f"{self.name}: in row {self._ids[row]}, {self._other_type(column, cell)}; the filter columns.keep"
+                    " needs this column, so correct the cell or the type."
+                )
+        return [as_declared(cell, kind) for cell in cells]
 
     def _questions(self, cells: Row) -> list[Row]:
         """Returns one copy of the row for each entry of the columns in `each`."""
@@ -221,7 +239,8 @@ class TableReader:
         lists = [cells[column] or [] for column in self._columns.each]
         questions = []
         for entries in zip(*lists, strict=False):
-            question = dict(cells)
+            # An entry may be empty.
+            question = dict.fromkeys(self._columns.made()) | cells
             for column, entry in zip(self._columns.each, entries, strict=True):
                 question |= entry if isinstance(entry, dict) else {column: entry}
             if all(question.get(column) in legal for column, legal in self._columns.keep.items()):
@@ -231,14 +250,14 @@ class TableReader:
     def _images(self, cells: Row, table: Rows) -> tuple[bytes, ...]:
         columns = self._columns
         if columns.video is not None:
-            segment = tuple(float(cells[name]) for name in columns.video.segment) if columns.video.segment else None
+            segment = _numbers([cells[name] for name in columns.video.segment]) if columns.video.segment else None
             folder = self.data if self.data is not None and self.data.is_dir() else table.folder
             return video_frames(folder, columns.video.path.format_map(cells), columns.video, segment)  # type: ignore[arg-type]
         if columns.join is not None:
             images, row_of_key = self._joined
-            key = cells[columns.join.column]
+            key = str(cells[columns.join.column])
             if key not in row_of_key:
-                raise BadCell(f"no image {key!r} in {columns.join.config}")
+                raise BadCell(f"no image {shown(key)} in {columns.join.config}")
             encoded = cell_images(images.row(row_of_key[key])[columns.join.image], images.folder)
         else:
             encoded = [image for name in columns.images for image in cell_images(cells[name], table.folder)]
@@ -321,6 +340,11 @@ def _choices(columns: Sequence[str], cells: Mapping[str, Any]) -> list[str]:
     return choices
 
 
+def _without_nan(cell: Any) -> Any:
+    """Returns None for NaN, which pandas writes into empty cells of any column."""
+    return None if isinstance(cell, float) and math.isnan(cell) else cell
+
+
 def _is_empty(cell: Any) -> bool:
     """Whether a cell has no text. Tables that pandas wrote have NaN, or its name, in empty cells."""
     return cell is None or str(cell).strip() in ("", "nan")
@@ -347,11 +371,24 @@ def _listed(value: Any) -> list[Any]:
     """Returns a list as it is, and parses a string that holds a Python list."""
     if isinstance(value, str):
         try:
-            parsed = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            raise BadCell(f"{value!r} is not a list") from None
-        value = parsed
-    return list(value or [])
+            value = ast.literal_eval(value)
+        except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+            raise BadCell(f"{shown(value)} is not a list") from None
+    return _entries(value)
+
+
+def _entries(value: Any) -> list[Any]:
+    """Returns the entries of a list; an empty cell has none."""
+    if not isinstance(value, list | tuple | None):
+        raise BadCell(f"{shown(value)} is not a list")
+    return list(value or ())
+
+
+def _numbers(values: Any) -> list[float]:
+    try:
+        return [float(value) for value in values]
+    except (TypeError, ValueError, OverflowError):
+        raise BadCell(f"{shown(values)} does not consist of numbers") from None
 
 
 def expected_answers(
@@ -363,19 +400,22 @@ def expected_answers(
         config: column and format of the answers.
         family: prompt family.
         value: cell of the column.
-        choices: choices of the question by position; only the forms in `CHOICE_FORMS` need them.
+        choices: choices of the question by position; only `letter` and the forms in `CHOICE_FORMS` need them.
 
     Raises:
         BadCell: the cell names no choice, or its text is not a list.
     """
     form = of_family(config.form, family)
     match form:
-        case "text" | "letter":
+        case "text":
             values = [value]
+        case "letter":
+            # A row without choices has an open question.
+            values = [_letter(value, choices) if choices and not _is_empty(value) else value]
         case "list":
-            values = list(value or [])
+            values = _entries(value)
         case "records":
-            values = [record[config.field] for record in value or []]
+            values = [None if record is None else record.get(config.field) for record in _entries(value)]
         case "literal":
             values = _listed(value)
         case "truth":
@@ -395,6 +435,13 @@ def _candidates(config: AnswersConfig, family: PromptFamily, choices: Sequence[s
     template = of_family(config.template, family)
     names = _lettered(choices) if by_letter else [choice for choice in choices if choice.strip()]
     return [template.format(answer=name) for name in names]
+
+
+def _letter(value: Any, choices: Sequence[str]) -> str:
+    letter, named = str(value).strip().upper(), _lettered(choices)
+    if letter not in named:
+        raise BadCell(f"{shown(value)} is not the letter of a choice; legal: {', '.join(named)}")
+    return letter
 
 
 def _choice(value: Any, choices: Sequence[str], *, as_letter: bool) -> str:
@@ -422,8 +469,8 @@ def _box(config: BoxConfig, cells: Mapping[str, Any], image: bytes) -> tuple[flo
     """Returns top, left, bottom, right as fractions of the image's sides."""
     value = cells[config.column]
     if not isinstance(value, list) or len(value) != _NUMBERS_OF_A_BOX:
-        raise BadCell(f"{value!r} is not a box of four numbers")
-    first, second, third, fourth = (float(number) for number in value)
+        raise BadCell(f"{shown(value)} is not a box of four numbers")
+    first, second, third, fourth = _numbers(value)
     match config.form:
         case "xywh":
             left, top, right, bottom = first, second, first + third, second + fourth
@@ -441,7 +488,8 @@ def _box(config: BoxConfig, cells: Mapping[str, Any], image: bytes) -> tuple[flo
 def _mask(value: Any, image: bytes) -> dict[str, Any]:
     width, height = image_size(image)
     if isinstance(value, dict):
-        return {"size": [height, width], **value}
+        return {"size": [height, width]} | {key: part for key, part in value.items() if part is not None}
     if not isinstance(value, list) or not value:
         raise BadCell("no mask")
-    return {"size": [height, width], "polygons": value if isinstance(value[0], list) else [value]}
+    polygons = value if isinstance(value[0], list) else [value]
+    return {"size": [height, width], "polygons": [_numbers(polygon) for polygon in polygons]}

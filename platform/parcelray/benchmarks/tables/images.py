@@ -30,7 +30,7 @@ def cell_images(cell: Any, folder: Path) -> list[bytes]:
         folder: folder of the data.
 
     Raises:
-        BadCell: the cell has another type, the path leads out of the folder, or the file cannot be read.
+        BadCell: the cell or its bytes have another type, the path leads out of the folder, or the file cannot be read.
     """
     if cell is None or cell == "":
         return []
@@ -38,7 +38,7 @@ def cell_images(cell: Any, folder: Path) -> list[bytes]:
         return [image for entry in cell for image in cell_images(entry, folder)]
     if isinstance(cell, dict):
         if cell.get("bytes"):
-            return [bytes(cell["bytes"])]
+            return [_bytes(cell["bytes"])]
         if not cell.get("path"):
             raise BadCell("an image without bytes and without a path")
         cell = cell["path"]
@@ -150,6 +150,15 @@ def _file(folder: Path, path: str) -> Path:
     if not present:
         raise BadCell(f"the file {shown(path)} does not exist")
     return file
+
+
+def _bytes(value: Any) -> bytes:
+    """Returns the bytes of an image; JSON holds them as a list of numbers."""
+    try:
+        # The constructor also takes a number, and returns as many zeros.
+        return bytes(value if isinstance(value, list) else memoryview(value))
+    except (TypeError, ValueError):
+        raise BadCell(f"the bytes of an image are {shown(value)}; give bytes, or numbers from 0 to 255") from None
 
 
 def _read(file: Path, path: str) -> bytes:

@@ -183,6 +183,12 @@ class JsonlRows:
                     raise UserError(
                         f"{self.file}: line {number} is not JSON ({error.msg}); write one object per line."
                     ) from None
+                except (ValueError, RecursionError) as error:
+                    # The parser limits the digits of integers, and the depth of lists and objects.
+                    raise UserError(
+                        f"{self.file}: line {number} cannot be read ({error}); shorten its integers, or nest its lists"
+                        " and objects less deeply."
+                    ) from None
                 if not isinstance(row, dict):
                     raise UserError(f"{self.file}: line {number} is not a JSON object; write one object per line.")
                 rows.append(row)

@@ -19,6 +19,9 @@ _SIMPLE = {
     "image": _IMAGE,
 }
 _SHOWN = 60
+_MOST_DIGITS = 19
+_TRUE = (1, "True", "true")
+_FALSE = (0, "False", "false")
 
 
 def arrow_type(text: str) -> pa.DataType:
@@ -44,7 +47,7 @@ def fits(value: Any, kind: pa.DataType) -> bool:
     """Returns whether a cell can be read as a type without a change of its meaning.
 
     An empty cell fits every type. Text fits a whole number if it consists of digits, and a whole number fits text, as
-    files without types (JSON lines, CSV) exchange the two.
+    files without types (JSON lines, CSV) exchange the two. `as_declared` gives such a cell its type.
     """
     if value is None:
         return True
@@ -55,12 +58,32 @@ def fits(value: Any, kind: pa.DataType) -> bool:
     if pa.types.is_string(kind):
         return isinstance(value, str | int) and not isinstance(value, bool)
     if pa.types.is_boolean(kind):
-        return isinstance(value, bool) or value in (0, 1, "True", "False", "true", "false")
+        return value in (*_TRUE, *_FALSE)
     if pa.types.is_integer(kind):
         return not isinstance(value, bool) and (isinstance(value, int) or _is_whole(value))
     if pa.types.is_floating(kind):
-        return isinstance(value, int | float) and not isinstance(value, bool)
+        return isinstance(value, int | float) and not isinstance(value, bool) and _is_float(value)
     return isinstance(value, bytes)
+
+
+def as_declared(value: Any, kind: pa.DataType) -> Any:
+    """Converts a cell that `fits` a type to this type, so that its source, with or without types, makes no difference.
+
+    An empty cell stays None. A mapping gets None for each missing key, and keeps keys that the type does not name.
+    """
+    if value is None:
+        return None
+    if pa.types.is_list(kind):
+        return [as_declared(entry, kind.value_type) for entry in value]
+    if pa.types.is_struct(kind):
+        return value | {field.name: as_declared(value.get(field.name), field.type) for field in kind}
+    if pa.types.is_string(kind):
+        return str(value)
+    if pa.types.is_boolean(kind):
+        return value in _TRUE
+    if pa.types.is_integer(kind):
+        return int(value)
+    return float(value) if pa.types.is_floating(kind) else value
 
 
 def shown(value: Any) -> str:
@@ -70,7 +93,18 @@ def shown(value: Any) -> str:
 
 
 def _is_whole(value: Any) -> bool:
-    return isinstance(value, str) and value.strip().removeprefix("-").isdecimal()
+    if not isinstance(value, str):
+        return False
+    digits = value.strip().removeprefix("-")
+    return digits.isdecimal() and len(digits) <= _MOST_DIGITS
+
+
+def _is_float(value: float) -> bool:
+    try:
+        float(value)
+    except OverflowError:
+        return False
+    return True
 
 
 def split_fields(text: str) -> list[str]:
