@@ -53,7 +53,9 @@ def from_row(row: dict[str, Any]) -> Sample:
 
     An image without bytes becomes an empty one, which cannot be decoded. Values that a `Sample` may lack may be null.
     """
-    images = tuple((image if isinstance(image, bytes) else (image or {}).get("bytes")) or b"" for image in row["images"])
+    images = tuple(
+        (image if isinstance(image, bytes) else (image or {}).get("bytes")) or b"" for image in row["images"]
+    )
     values = {
         **row,
         "images": images,

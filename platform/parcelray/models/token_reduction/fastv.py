@@ -15,7 +15,7 @@ class FastV(InDecoderReducer):
 
     Args:
         positions: see `TokenReducer`; the published method keeps the original ones.
-        layer: K of the paper, the first layer with fewer tokens, counted from 0.
+        layer: K of the paper, the first layer with fewer tokens, counted from 0; less than the number of layers.
     """
 
     positions: Positions = "original"
