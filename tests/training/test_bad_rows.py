@@ -46,7 +46,9 @@ def test_a_row_without_a_part_is_named_before_the_training_starts(
     monkeypatch.setattr("parcelray.training.plan.build_start", lambda *_: pytest.fail("the model was loaded"))
     monkeypatch.setattr("parcelray.training.run.fit_in_process", lambda *_, **__: pytest.fail("the training started"))
     name = _spoil(job, 2, **changes)
-    with pytest.raises(BadRowsError, match=f"1 row of the training data cannot be used: {name} \\(row 2 of general"):
+    with pytest.raises(
+        BadRowsError, match=f"1 row of the training data cannot be used: {name} \\(row 2 of train/general"
+    ):
         start(job)
 
 

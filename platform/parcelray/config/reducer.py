@@ -149,7 +149,7 @@ class FastVConfig(_ReducerConfig):
     positions: Positions = "original"
     """Rotary positions of the remaining tokens, as for the other reducers."""
     layer: int = Field(default=2, ge=1)
-    """Index of the first decoder layer that processes fewer tokens."""
+    """Index of the first decoder layer that processes fewer tokens, less than the number of layers."""
 
 
 class PyramidDropConfig(_ReducerConfig):

@@ -202,7 +202,7 @@ def prepare(job: EvaluateJob, image_size: int) -> list[PreparedBenchmark]:
         config = _with_source(find(choice.name, known), choice)
         chosen = choice.metric or config.metric_of(job.prompt_family)
         if chosen is not None:
-            metric(chosen)
+            metric(chosen, mask_decoder=Path(job.mask_decoder) if job.mask_decoder is not None else None)
         reader = open_reader(
             config,
             family=job.prompt_family,

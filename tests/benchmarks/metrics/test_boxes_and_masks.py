@@ -190,3 +190,27 @@ def test_mean_iou_of_predictions(tmp_path, make_sample, weights) -> None:
     )
     with pytest.raises(UserError, match=r"vae-oid\.npz"):
         metric("refseg_miou")([left], samples[:1])
+
+
+def test_a_missing_mask_decoder_is_refused_before_any_prediction(tmp_path) -> None:
+    with pytest.raises(UserError, match=r"no mask decoder at .*none\.npz"):
+        metric("refseg_miou", mask_decoder=tmp_path / "none.npz")
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        "left half",
+        {"size": 10, "counts": [100]},
+        {"size": ["a", "b"], "counts": [100]},
+        {"size": [10, 10], "counts": ["many"]},
+        {"size": [10, 10], "counts": None},
+        {"size": [10, 10], "polygons": [[0, 0, 5]]},
+        {"size": [10, 10], "polygons": [["0", "0", "5", "5"]]},
+        {"size": [10, 10]},
+    ],
+    ids=str,
+)
+def test_a_mask_that_is_no_coco_annotation_is_refused(make_sample, mask) -> None:
+    with pytest.raises(UserError, match=r"The mask of sample 's7' is not a COCO annotation"):
+        metric("refseg_miou")(["no tokens"], [make_sample(id="s7", mask=mask)])

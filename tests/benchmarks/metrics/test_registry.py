@@ -101,3 +101,34 @@ def test_a_sample_without_answers_is_unscored_and_never_zero(each, make_sample) 
 def test_a_missing_prediction_is_refused(each, make_sample) -> None:
     with pytest.raises(ValueError, match="argument"):
         each([], [make_sample("A", **_METADATA)])
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value", "legal"),
+    [
+        ("gqa", "types", "query", "a mapping with the texts `structural` and `semantic`, or null"),
+        ("gqa", "types", ["query", "attr"], "a mapping"),
+        ("gqa", "types", {"structural": ["query"]}, "a mapping"),
+        ("box_iou", "box", [0, 0, 1], "four finite numbers"),
+        ("box_iou", "box", ["0", "0", "1", "1"], "four finite numbers"),
+        ("box_iou:mean", "box", "[0, 0, 1, 1]", "four finite numbers"),
+        ("box_iou", "box", [0, 0, math.nan, 1], "four finite numbers"),
+        ("box_iou", "box", [0, 0, 10**400, 1], "four finite numbers"),
+        ("counting", "issimple", ["x"], "1 (simple), 0 (complex) or null"),
+        ("counting", "issimple", "yes", "1 (simple)"),
+        ("mme", "image_id", None, "an id that the two questions of an image share"),
+    ],
+)
+def test_metadata_of_another_type_are_refused(make_sample, name: str, key: str, value: object, legal: str) -> None:
+    sample = make_sample("yes", id="s7", **(_METADATA | {key: value}))
+    sentence = f"metadata {key!r} of sample 's7' of b, which is {value!r}; give {legal}"
+    with pytest.raises(UserError, match=re.escape(sentence)):
+        metric(name)(["yes"], [sample])
+
+
+@pytest.mark.parametrize(("name", "key"), [("gqa", "types"), ("box_iou", "box"), ("counting", "issimple")])
+def test_null_metadata_are_like_absent_ones(make_sample, name: str, key: str) -> None:
+    answer = "<loc0000><loc0000><loc0512><loc0512>"
+    result = metric(name)([answer], [make_sample(answer, **{key: None})])
+    assert result == metric(name)([answer], [make_sample(answer)])
+    assert result.values == (1,)

@@ -129,6 +129,21 @@ def test_many_parts_are_matched_in_any_order(make_sample, number: int) -> None:
     assert _value("anls:permuted", ", ".join(given), sample) == pytest.approx(1 - lost / length)
 
 
+def test_two_hundred_parts_are_assigned_in_any_order(make_sample) -> None:
+    parts = [f"{word} {count}" for count, word in enumerate(("red", "green", "blue", "white") * 50)]
+    given = random.Random(5).sample(parts, len(parts))
+    sample = make_sample(", ".join(parts))
+    assert _value("anls:permuted", ", ".join(given), sample) == 1
+    length = len(sample.answers[0])
+    # A letter of one part and a whole part are wrong.
+    given[0], given[1] = given[0][1:], ""
+    lost = 1 + (length - len(", ".join(given)) - 1)
+    assert _value("anls:permuted", ", ".join(given), sample) == pytest.approx(1 - lost / length)
+    # Parts without a counterpart in the answer follow at the end.
+    given = random.Random(5).sample(parts, len(parts))[:150]
+    assert _value("anls:permuted", ", ".join(given), sample) == pytest.approx(len(", ".join(given)) / length)
+
+
 @pytest.mark.parametrize(
     ("prediction", "target", "value"),
     [

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from parcelray.errors import UnsupportedBudgetError, UserError
+from parcelray.models.backbones.base import Depths
 from parcelray.models.token_reduction.base import PromptView, ReductionContext
 from parcelray.models.token_reduction.fastv import FastV
 from parcelray.models.token_reduction.in_decoder import InDecoderReducer, Stage, mean_tokens
@@ -81,6 +82,18 @@ def test_a_shallow_decoder_has_fewer_stages() -> None:
     assert [stage.layer for stage in SparseVLM().stages(3, 256, 128)] == [1]
     with pytest.raises(UnsupportedBudgetError, match="mean over the decoder's layers"):
         FastV().stages(3, 256, 77)
+
+
+@pytest.mark.parametrize(
+    ("reducer", "setting"),
+    [(FastV(layer=32), "fastv.layer 32"), (PyramidDrop(first_layer=40), "pyramid_drop.first_layer")],
+)
+def test_a_first_layer_beyond_the_decoder_is_refused(reducer: InDecoderReducer, setting: str) -> None:
+    with pytest.raises(UserError, match=rf"{setting}.* is not a layer of this decoder of 32 layers; choose 1 to 31\."):
+        reducer.stages(32, 576, 570)
+    with pytest.raises(UserError, match=setting):
+        reducer.budgets_of(576, Depths(23, 32))
+    assert FastV(layer=31).stages(32, 576, 570) == (Stage(31, 384, 30),)
 
 
 def _view(attention: Tensor, valid: Tensor | None = None) -> PromptView:

@@ -7,8 +7,10 @@ Variants:
     paper: NL < 0.5, on lower-cased text (equation 1; big_vision on DocVQA and ST-VQA). An empty answer matches only an
         empty prediction.
     permuted: like paper, but the parts of an answer with ", " may be in any order (big_vision on InfographicVQA). Exact
-        for up to 10 parts. Above, a beam search over the order (64 sets of parts of each size are kept): the score is
-        a lower bound, and a prediction that is the answer in another order still scores 1.
+        for up to 10 parts. For 11 to 20 parts, a beam search over the order (64 sets of parts of each size are kept).
+        For more, the assignment approximation: the parts of the answer are assigned to those of the prediction with
+        the least sum of edit distances, and only that order is compared. Both give a lower bound of the score, and a
+        prediction that is the answer in another order still scores 1.
     docvqa_server: the script of the Robust Reading Competition's server, which lmms-eval, VLMEvalKit and LLaVA use. A
         similarity of exactly 0.5 counts. The distance is computed on lower-cased text with squeezed spaces, and divided
         by the length of the longer raw text in upper case.
@@ -18,6 +20,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.optimize import linear_sum_assignment
 
 from parcelray.benchmarks.metrics.base import UNSCORED, Judgement, PerSampleMetric, variants
 from parcelray.datasets.sample import Sample
@@ -26,6 +29,8 @@ _THRESHOLD = 0.5
 _SEPARATOR = ", "
 EXACT_PARTS = 10
 """Largest number of parts for which `permuted` is exact."""
+BEAM_PARTS = 20
+"""Largest number of parts for the beam search, whose cost grows with the cube of the number."""
 _BEAM = 64
 
 Row = NDArray[np.int32]
@@ -73,8 +78,11 @@ def permuted_distance(parts: Sequence[str], text: str) -> int:
 
     Dynamic programming over subsets: the best distances of a set of parts to all prefixes of the text do not depend on
     the parts that follow. All sets of one size are extended together. Of more than 10 parts, only the most promising
-    sets of each size are kept, so that the result is an upper bound of the distance.
+    sets of each size are kept; of more than 20, only one order is compared (`_assigned`). The result is then an upper
+    bound of the distance.
     """
+    if len(parts) > BEAM_PARTS:
+        return _distance(_SEPARATOR.join(_assigned(parts, text.split(_SEPARATOR))), text)
     # A separator precedes every part here; the one in front of the first part is compared with itself.
     letters = np.array([ord(letter) for letter in _SEPARATOR + text], dtype=np.int64)
     rows: dict[int, Row] = {0: np.arange(len(letters) + 1, dtype=np.int32)}
@@ -89,6 +97,23 @@ def permuted_distance(parts: Sequence[str], text: str) -> int:
                     longer[key] = np.minimum(longer[key], row) if key in longer else row
         rows = longer if len(parts) <= EXACT_PARTS else _most_promising(longer, parts)
     return int(rows[(1 << len(parts)) - 1][-1])
+
+
+def _assigned(parts: Sequence[str], given: Sequence[str]) -> list[str]:
+    """Returns the parts in the order of the given texts to which they are assigned with the least sum of distances.
+
+    Parts without a text follow at the end. All distances together cost about as much as one of the whole texts.
+    """
+    distances_PG = [[edit_distance(part, text) for text in given] for part in parts]
+    chosen, places = linear_sum_assignment(distances_PG)
+    place = dict(zip(chosen.tolist(), places.tolist(), strict=True))
+    return [parts[number] for number in sorted(range(len(parts)), key=lambda number: place.get(number, len(given)))]
+
+
+def _distance(first: str, second: str) -> int:
+    """Returns the same as `edit_distance`, which takes longer for long texts."""
+    letters = np.array([ord(letter) for letter in second], dtype=np.int64)
+    return int(_extended(np.arange(len(letters) + 1, dtype=np.int32)[None], first, letters)[0, -1])
 
 
 def _extended(rows_SL: NDArray[np.int32], addition: str, letters: NDArray[np.int64]) -> NDArray[np.int32]:

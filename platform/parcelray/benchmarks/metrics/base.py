@@ -136,6 +136,21 @@ def needed(sample: Sample, key: str, kind: type[T], metric: str) -> T:
     return value
 
 
+def wrong_metadata(sample: Sample, key: str, legal: str, metric: str) -> UserError:
+    """Returns the error for metadata of a sample that a metric cannot use.
+
+    Args:
+        sample: sample with the value.
+        key: name of the metadata.
+        legal: description of the legal values.
+        metric: name of the metric.
+    """
+    return UserError(
+        f"The metric {metric} cannot use metadata {key!r} of sample {sample.id!r} of {sample.benchmark}, which is"
+        f" {sample.metadata.get(key)!r}; give {legal}, or choose another metric."
+    )
+
+
 def count_unparsed(judged: Iterable[Judgement]) -> int:
     """Returns the number of scored predictions that no rule could parse."""
     return sum(not judgement.parsed and not math.isnan(judgement.value) for judgement in judged)

@@ -10,14 +10,15 @@ Variants:
 Only the first box of a prediction counts. A prediction without a box is wrong and counted as unparsed.
 
 Metadata read: `box` (optional): the true box as [top, left, bottom, right], fractions of the image's sides. Without
-it, the boxes in the sample's answers are the true ones.
+it (or null), the boxes in the sample's answers are the true ones.
 """
 
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from parcelray.benchmarks.metrics.base import MetricResult, scored_mean, variants
+from parcelray.benchmarks.metrics.base import MetricResult, scored_mean, variants, wrong_metadata
 from parcelray.datasets.boxes import Box, parse_corners, parse_locations
 from parcelray.datasets.sample import Sample
 
@@ -37,6 +38,25 @@ def best_iou(predicted: Box | None, targets: Sequence[Box]) -> float:
     if not targets:
         return math.nan
     return max(iou(predicted, target) for target in targets) if predicted is not None else 0.0
+
+
+def given_box(sample: Sample, metric: str) -> Box | None:
+    """Returns the true box in the metadata of a sample, in fractions of the image's sides; None if it has none.
+
+    Raises:
+        UserError: the metadata are no box.
+    """
+    box = sample.metadata.get("box")
+    if box is None:
+        return None
+    if (
+        not isinstance(box, list | tuple)
+        or len(box) != len(Box._fields)
+        or not all(isinstance(side, int | float) and abs(side) <= sys.float_info.max for side in box)
+    ):
+        legal = "four finite numbers [top, left, bottom, right] in fractions of the image's sides, or null"
+        raise wrong_metadata(sample, "box", legal, metric)
+    return Box(*box)
 
 
 @dataclass(frozen=True)
@@ -67,8 +87,8 @@ class BoxIou:
         return MetricResult(values, totals, unparsed)
 
     def _targets(self, sample: Sample) -> list[Box]:
-        if "box" in sample.metadata:
-            return [Box(*sample.metadata["box"])]
+        if (given := given_box(sample, self.name)) is not None:
+            return [given]
         return [box for answer in sample.answers if (box := self.read(answer)) is not None]
 
 

@@ -8,12 +8,12 @@ Variants:
 
 A prediction that contains no number is wrong and counted as unparsed.
 
-Metadata read: `issimple` (optional; 1 simple, 0 complex: sub-scores).
+Metadata read: `issimple` (optional; 1 or true: simple, 0 or false: complex; these are sub-scores).
 """
 
 from collections.abc import Callable
 
-from parcelray.benchmarks.metrics.base import UNSCORED, Judgement, PerSampleMetric, variants
+from parcelray.benchmarks.metrics.base import UNSCORED, Judgement, PerSampleMetric, variants, wrong_metadata
 from parcelray.benchmarks.metrics.exact_match import as_is, normalize
 from parcelray.benchmarks.metrics.vqa_accuracy import NUMERALS
 from parcelray.datasets.sample import Sample
@@ -36,9 +36,12 @@ def _judge(clean: Callable[[str], str]) -> Callable[[str, Sample], Judgement]:
 
 
 def _groups(sample: Sample) -> tuple[str, ...]:
-    names = {1: "simple", 0: "complex"}
     kind = sample.metadata.get("issimple")
-    return (names[kind],) if kind in names else ()
+    if kind is None:
+        return ()
+    if kind not in (0, 1):
+        raise wrong_metadata(sample, "issimple", "1 (simple), 0 (complex) or null", "counting")
+    return ("simple" if kind else "complex",)
 
 
 COUNTING = variants(

@@ -9,17 +9,23 @@ Variants:
 
 Sub-scores: `binary` and `open` (structural type `query` is open), and one per structural and semantic type.
 
-Metadata read: `types`, a mapping with `structural` and `semantic` (optional).
+Metadata read: `types` (optional): a mapping in which `structural` and `semantic`, if present, are texts.
 """
 
-from parcelray.benchmarks.metrics.base import UNSCORED, Judgement, PerSampleMetric, variants
+from parcelray.benchmarks.metrics.base import UNSCORED, Judgement, PerSampleMetric, variants, wrong_metadata
 from parcelray.benchmarks.metrics.exact_match import as_is, matcher, stripped, without_punctuation
 from parcelray.datasets.sample import Sample
 
+_KINDS = ("structural", "semantic")
+
 
 def _groups(sample: Sample) -> tuple[str, ...]:
-    types = sample.metadata.get("types") or {}
-    names = tuple(f"{kind}/{types[kind]}" for kind in ("structural", "semantic") if types.get(kind))
+    types = sample.metadata.get("types")
+    if types is None:
+        return ()
+    if not isinstance(types, dict) or not all(isinstance(types.get(kind), str | None) for kind in _KINDS):
+        raise wrong_metadata(sample, "types", "a mapping with the texts `structural` and `semantic`, or null", "gqa")
+    names = tuple(f"{kind}/{types[kind]}" for kind in _KINDS if types.get(kind))
     return ((("open" if types["structural"] == "query" else "binary"), *names)) if types.get("structural") else names
 
 

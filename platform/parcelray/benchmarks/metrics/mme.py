@@ -25,6 +25,7 @@ from parcelray.benchmarks.metrics.base import (
     needed,
     scored_mean,
     variants,
+    wrong_metadata,
 )
 from parcelray.datasets.sample import Sample
 from parcelray.errors import UserError
@@ -56,9 +57,9 @@ class Mme:
         judged = [_judge(prediction, sample) for prediction, sample in zip(predictions, samples, strict=True)]
         pairs: dict[tuple[str, str], list[float]] = {}
         for judgement, sample in zip(judged, samples, strict=True):
-            pairs.setdefault((_subtask(sample), str(needed(sample, "image_id", object, self.name))), []).append(
-                judgement.value
-            )
+            if sample.metadata.get("image_id") is None:
+                raise wrong_metadata(sample, "image_id", "an id that the two questions of an image share", self.name)
+            pairs.setdefault((_subtask(sample), str(sample.metadata["image_id"])), []).append(judgement.value)
         whole = {
             key: pair
             for key, pair in pairs.items()

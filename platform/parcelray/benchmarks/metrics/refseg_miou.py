@@ -17,17 +17,20 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from parcelray.benchmarks.metrics.base import MetricResult, scored_mean, variants
-from parcelray.benchmarks.metrics.box_iou import accuracies, iou
+from parcelray.benchmarks.metrics.box_iou import accuracies, given_box, iou
 from parcelray.datasets.boxes import Box, parse_locations
 from parcelray.datasets.sample import Sample
 from parcelray.errors import UserError
+
+if TYPE_CHECKING:
+    from parcelray.benchmarks.metrics.mask_decoder import MaskDecoder
 
 _TOKENS = re.compile(r"\s*((?:<loc\d{4}>\s*){4})((?:<seg\d{3}>\s*){16})")
 _CODES = 128
@@ -50,7 +53,10 @@ class RefSegMiou:
     """Mean IoU of masks.
 
     Args:
-        mask_decoder: .npz file with the decoder's weights.
+        mask_decoder: .npz file with the decoder's weights. None: only predictions without a segmentation can be scored.
+
+    Raises:
+        UserError: the file is missing, or contains no decoder.
     """
 
     mask_decoder: Path | None = None
@@ -58,6 +64,11 @@ class RefSegMiou:
     variant: str = "big_vision"
     additive: bool = True
     paper_scale: float = 100.0
+
+    def __post_init__(self) -> None:
+        # A wrong file is refused even if no prediction needs it.
+        if self.mask_decoder is not None:
+            _decoder(self.mask_decoder)
 
     def __call__(self, predictions: Sequence[str], samples: Sequence[Sample]) -> MetricResult:
         read = [read_segmentation(prediction) for prediction in predictions]
@@ -91,12 +102,16 @@ class RefSegMiou:
                 "refseg_miou needs the decoder of segmentation tokens; download PaliGemma's vae-oid.npz and give its"
                 " path with mask_decoder."
             )
-        # Imported here because it is the only metric that needs torch.
-        from parcelray.benchmarks.metrics.mask_decoder import load_mask_decoder
-
-        decoder = load_mask_decoder(self.mask_decoder)
+        decoder = _decoder(self.mask_decoder)
         for start in range(0, len(codes), _BATCH):
             yield from decoder(np.asarray(codes[start : start + _BATCH], dtype=np.int64))
+
+
+def _decoder(path: Path) -> "MaskDecoder":
+    # Imported here because it is the only metric that needs torch.
+    from parcelray.benchmarks.metrics.mask_decoder import load_mask_decoder
+
+    return load_mask_decoder(path)
 
 
 def read_segmentation(text: str) -> Segmentation | None:
@@ -132,8 +147,8 @@ def mask_iou(box: Box, mask64: NDArray[np.float32], truth: Mask) -> float | None
 
 
 def _true_box(sample: Sample, truth: Mask) -> Box:
-    if "box" in sample.metadata:
-        return Box(*sample.metadata["box"])
+    if (given := given_box(sample, "refseg_miou")) is not None:
+        return given
     rows, columns = np.flatnonzero(truth.any(axis=1)), np.flatnonzero(truth.any(axis=0))
     if not len(rows):
         return Box(0.0, 0.0, 0.0, 0.0)
@@ -152,19 +167,20 @@ def decode_mask(annotation: Any, where: str) -> Mask:
     Raises:
         UserError: the annotation has another form, or the runs do not add up to the size.
     """
-    if isinstance(annotation, dict) and "size" in annotation:
+    try:
         height, width = (int(side) for side in annotation["size"])
         if "polygons" in annotation:
             return _union([polygon_mask(points, height, width) for points in annotation["polygons"]], height, width)
-        if "counts" in annotation:
-            counts = annotation["counts"]
-            runs = _decompressed(counts) if isinstance(counts, str) else [int(run) for run in counts]
-            if sum(runs) == height * width and all(run >= 0 for run in runs):
-                return _from_runs(runs, height, width)
-    raise UserError(
-        f"The mask of sample {where!r} is not a COCO annotation; give it `size` [height, width] and either `polygons`"
-        " or `counts` that add up to height x width."
-    )
+        counts = annotation["counts"]
+        runs = _decompressed(counts) if isinstance(counts, str) else [int(run) for run in counts]
+        if sum(runs) != height * width or any(run < 0 for run in runs):
+            raise ValueError("the run lengths do not add up to the size")
+        return _from_runs(runs, height, width)
+    except (TypeError, ValueError, KeyError, IndexError, OverflowError) as error:
+        raise UserError(
+            f"The mask of sample {where!r} is not a COCO annotation; give it `size` [height, width] and either"
+            " `polygons` or `counts` that add up to height x width."
+        ) from error
 
 
 def polygon_mask(points: Sequence[float], height: int, width: int) -> Mask:

@@ -15,7 +15,7 @@ class FastV(InDecoderReducer):
 
     Args:
         positions: see `TokenReducer`; the published method keeps the original ones.
-        layer: K of the paper, the first layer with fewer tokens, counted from 0.
+        layer: K of the paper, the first layer with fewer tokens, counted from 0; less than the number of layers.
     """
 
     positions: Positions = "original"
@@ -24,7 +24,8 @@ class FastV(InDecoderReducer):
 
     def stages(self, num_layers: int, num_tokens: int, budget: int) -> tuple[Stage, ...]:
         """See `InDecoderReducer`: K layers process all N tokens, the others as many as make the mean the budget."""
-        layer = min(self.layer, num_layers - 1)
+        self.check_first_layer("layer", self.layer, num_layers)
+        layer = self.layer
         left = (num_layers * budget - layer * num_tokens) // (num_layers - layer)
         if left < 1:
             raise self.budget_error(budget, -(-(layer * num_tokens + num_layers - layer) // num_layers), num_tokens)

@@ -4,7 +4,7 @@ from abc import abstractmethod
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from parcelray.errors import UnsupportedBudgetError
+from parcelray.errors import UnsupportedBudgetError, UserError
 from parcelray.models.backbones.base import Depths
 from parcelray.models.token_reduction.base import Reads, TokenReducer
 
@@ -47,7 +47,16 @@ class InDecoderReducer(TokenReducer):
 
         Raises:
             UnsupportedBudgetError: no such reduction has the budget as its mean over the layers.
+            UserError: the reducer starts at a layer that the decoder does not have.
         """
+
+    def check_first_layer(self, setting: str, layer: int, num_layers: int) -> None:
+        """Raises `UserError` if a decoder of `num_layers` has no layer with the index that a setting gives."""
+        if layer >= num_layers:
+            raise UserError(
+                f"{self.name}.{setting} {layer} is not a layer of this decoder of {num_layers} layers; choose 1 to"
+                f" {num_layers - 1}."
+            )
 
     def budget_error(self, budget: int, smallest: int, num_tokens: int) -> UnsupportedBudgetError:
         """Returns the error for a budget that the layers before the first stage already exceed."""

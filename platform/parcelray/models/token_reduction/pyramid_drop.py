@@ -32,6 +32,8 @@ class PyramidDrop(InDecoderReducer):
 
     def stages(self, num_layers: int, num_tokens: int, budget: int) -> tuple[Stage, ...]:
         """See `InDecoderReducer`; in a decoder with fewer than four layers, stages at the same layer are merged."""
+        if self.first_layer is not None:
+            self.check_first_layer("first_layer", self.first_layer, num_layers)
         layers = self._layers(num_layers, num_tokens, budget)
 
         def at(share: float) -> tuple[Stage, ...]:
