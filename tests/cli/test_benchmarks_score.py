@@ -177,13 +177,13 @@ def test_a_single_answer_of_a_corpus_metric_has_an_unknown_interval(run: Any, tm
 
 
 def test_a_sample_without_targets_is_unscored(run: Any, tmp_path: Path) -> None:
-    lines = [{"targets": [], "answer": ""}, {"target": "red", "answer": "red"}]
+    lines: list[dict[str, Any]] = [{"targets": [], "answer": ""}, {"target": "red", "answer": "red"}]
     (split,) = _score(run, tmp_path, lines, "gqa")["splits"]
     assert (split["value"], split["unscored"], split["values"]) == (100, 1, [None, 1])
 
 
 def test_lines_without_an_id_are_told_apart(run: Any, tmp_path: Path) -> None:
-    lines = [{"id": 2, "target": "red", "answer": "red"}, {"target": "red", "answer": "blue"}]
+    lines: list[dict[str, Any]] = [{"id": 2, "target": "red", "answer": "red"}, {"target": "red", "answer": "blue"}]
     found = _score(run, tmp_path, lines, "gqa")
     assert (found["doubled"], found["splits"][0]["n"]) == ([], 2)
 
