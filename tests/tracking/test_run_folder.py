@@ -16,7 +16,9 @@ from ..training.conftest import tiny_job
 def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     """The storage of runs: a path, and two URIs."""
     yield {"path": str(tmp_path), "file": f"file://{tmp_path}", "memory": "memory://"}[request.param]
-    fsspec.filesystem("memory").store.clear()
+    memory = fsspec.filesystem("memory")
+    memory.store.clear()
+    memory.pseudo_dirs[:] = [""]
 
 
 def _folder(storage: str, **changes: object) -> RunFolder:
