@@ -163,6 +163,56 @@ def test_a_line_that_cannot_be_scored_is_explained(
     assert message in outcome.err
 
 
+def _score(run: Any, folder: Path, lines: list[dict[str, Any]], *arguments: str) -> dict[str, Any]:
+    outcome = run("benchmarks", "score", *arguments, "--answers", _write(folder, lines), "--json")
+    assert outcome.code == 0, outcome.err
+    found: dict[str, Any] = json.loads(outcome.out, parse_constant=pytest.fail)
+    return found
+
+
+def test_a_single_answer_of_a_corpus_metric_has_an_unknown_interval(run: Any, tmp_path: Path) -> None:
+    line = {"target": "yes", "answer": "Yes", "category": "random"}
+    (split,) = _score(run, tmp_path, [line], "pope_random", "--family", "llava")["splits"]
+    assert (split["value"], split["low"], split["high"]) == (100, None, None)
+
+
+def test_a_sample_without_targets_is_unscored(run: Any, tmp_path: Path) -> None:
+    lines = [{"targets": [], "answer": ""}, {"target": "red", "answer": "red"}]
+    (split,) = _score(run, tmp_path, lines, "gqa")["splits"]
+    assert (split["value"], split["unscored"], split["values"]) == (100, 1, [None, 1])
+
+
+def test_lines_without_an_id_are_told_apart(run: Any, tmp_path: Path) -> None:
+    lines = [{"id": 2, "target": "red", "answer": "red"}, {"target": "red", "answer": "blue"}]
+    found = _score(run, tmp_path, lines, "gqa")
+    assert (found["doubled"], found["splits"][0]["n"]) == ([], 2)
+
+
+def test_questions_about_one_image_are_a_cluster(run: Any, tmp_path: Path) -> None:
+    lines = [{"target": "yes", "answer": "yes", "category": "count", "image_id": f"{n // 2}"} for n in range(80)]
+    lines[0]["answer"] = "no"
+    named = [line | {"cluster": line["image_id"]} for line in lines]
+    first, second = (_score(run, tmp_path, each, "mme_perception", "--family", "llava") for each in (lines, named))
+    assert first["splits"] == second["splits"]
+
+
+def test_a_metric_of_the_command_line_needs_none_in_the_lines(run: Any, tmp_path: Path) -> None:
+    found = _score(run, tmp_path, [{"target": "a", "answer": "A"}], "mmvet", "--metric", "exact_match:raw")
+    assert (found["splits"][0]["metric"], found["splits"][0]["value"]) == ("exact_match:raw", 0)
+
+
+def test_a_box_is_a_target(run: Any, tmp_path: Path) -> None:
+    line = {"box": [0.1, 0.2, 0.6, 0.8], "answer": "[0.2, 0.1, 0.8, 0.6]"}
+    (split,) = _score(run, tmp_path, [line], "refcoco_val", "--family", "llava")["splits"]
+    assert split["value"] == 100
+
+
+def test_data_and_ids_are_no_markup(run: Any, tmp_path: Path) -> None:
+    lines = [{"id": "[/b]x[bold]", "target": "red", "answer": "red"}] * 2
+    outcome = run("benchmarks", "score", "gqa", "--answers", _write(tmp_path, lines))
+    assert (outcome.code, "[/b]x[bold]" in outcome.out) == (0, True)
+
+
 def test_ids_of_another_benchmark_are_refused(run: Any, tmp_path: Path) -> None:
     file = _write(tmp_path, [{"id": "x1", "answer": "red"}])
     outcome = run("benchmarks", "score", "mini", "--answers", file)
@@ -170,3 +220,12 @@ def test_ids_of_another_benchmark_are_refused(run: Any, tmp_path: Path) -> None:
     assert "(the first is 'x1') is an id of mini" in outcome.err
     missing = run("benchmarks", "score", "mini", "--answers", str(tmp_path / "none.jsonl"))
     assert (missing.code, "is not a file" in missing.err) == (2, True)
+
+
+def test_doubled_ids_in_the_data_are_refused(run: Any, tmp_path: Path) -> None:
+    row = {"question_id": "1", "question": "is it red", "answer": "yes", "image_source": "a", "category": "random"}
+    data = tmp_path / "pope.jsonl"
+    data.write_text("".join(json.dumps(row | {"id": "1", "image": None}) + "\n" for _ in range(2)))
+    file = _write(tmp_path, [{"id": "random/1", "answer": "yes"}])
+    outcome = run("benchmarks", "score", "pope_random", "--family", "llava", "--data", str(data), "--answers", file)
+    assert (outcome.code, "more than one row has the id" in outcome.err) == (2, True)

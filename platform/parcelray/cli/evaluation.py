@@ -88,7 +88,9 @@ def evaluate_score(
     need_within: Annotated[
         float,
         typer.Option(
-            help="Tolerance in percent; the needed budget is the smallest one with a score this close to the full one."
+            min=0,
+            max=100,
+            help="Tolerance in percent; the needed budget is the smallest one with a score this close to the full one.",
         ),
     ] = 5.0,
     as_json: AsJson = False,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Column, Table
 
 from parcelray.config.evaluate import budget_name
@@ -255,7 +256,7 @@ def _rich(title: str, rows: list[list[str]]) -> Table:
     head, *body = rows
     table = Table(Column(head[0], no_wrap=True), *(Column(name, justify="right") for name in head[1:]), title=title)
     for row in body:
-        table.add_row(*row)
+        table.add_row(*map(escape, row))
     return table
 
 

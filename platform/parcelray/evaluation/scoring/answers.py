@@ -29,6 +29,8 @@ _BUDGET = 0
 _NAMED = 5
 """Number of ids that a note names."""
 _TARGETS = ("target", "targets", "target_index")
+_OTHER_TARGETS = ("box", "mask")
+"""Metadata that are the target of a benchmark for boxes or masks."""
 
 
 class AnswerToKnownSample(BaseModel):
@@ -50,19 +52,22 @@ class AnswerWithTarget(BaseModel):
     answer: str
     """The answer, which may be empty."""
     id: str = ""
-    """Id of the sample; default: the number of the line."""
+    """Id of the sample; default: `line N`."""
     question: str = ""
     """Text of the question."""
     target: str = ""
     """The correct answer, if there is one."""
     targets: tuple[str, ...] = ()
-    """The correct answers, if there are several, for example those of ten annotators."""
+    """The correct answers, if there are several, for example those of ten annotators; empty: the sample is unscored."""
     target_index: int | None = Field(default=None, ge=0)
     """Position of the correct choice, from 0."""
     choices: tuple[str, ...] = ()
     """The choices, in order; an empty text is a choice that is not shown."""
     cluster: str = ""
-    """Name that is equal for questions about the same image; default: every question is on its own."""
+    """Name that is equal for questions about the same image.
+
+    Default: the key `image_id`; without it, every question is on its own.
+    """
     task: str = ""
     """Kind of question, for benchmarks that report scores by kind."""
     metric: str = ""
@@ -127,14 +132,18 @@ class AnswerScores:
 
     def to_rich(self) -> "Table":
         """Returns the table for the console, with the notes below it."""
+        from rich.markup import escape
         from rich.table import Column, Table
 
         table = Table(
             Column("split", no_wrap=True),
             "metric",
-            *(Column(name, justify="right") for name in (self.answers.stem, "n", "unscored", "unparsed", "empty")),
+            *(
+                Column(name, justify="right")
+                for name in (escape(self.answers.stem), "n", "unscored", "unparsed", "empty")
+            ),
             title="Scores [95 %], on the scale of the papers",
-            caption="\n".join(f"Note: {note}." for note in self.notes()) or None,
+            caption=escape("\n".join(f"Note: {note}." for note in self.notes())) or None,
             caption_justify="left",
         )
         for split in self.splits:
@@ -142,7 +151,7 @@ class AnswerScores:
             interval = score.estimate.interval
             counts = (interval.n, score.unscored, score.unparsed, score.empty)
             shown = f"{interval.value:.1f} [{interval.low:.1f}, {interval.high:.1f}]"
-            table.add_row(split.name, split.metric, shown, *map(str, counts))
+            table.add_row(split.name, split.metric, escape(shown), *map(str, counts))
             for name, value in _sub_scores(score).items():
                 table.add_row("", name, f"{value:.1f}")
         return table
@@ -188,8 +197,8 @@ def score_answers(
     if config.unscorable is not None and metric is None:
         raise UserError(f"{name} cannot be scored: {config.unscorable}; name a metric with --metric to score it.")
     lines = _lines(answers)
-    if any(key in line for line in lines for key in _TARGETS):
-        joined = _with_targets(config, prompts, lines, answers)
+    if any(key in line for line in lines for key in (*_TARGETS, *_OTHER_TARGETS)):
+        joined = _with_targets(config, prompts, metric, lines, answers)
     else:
         joined = _to_known_samples(config, prompts, data, lines, answers)
     rules = ScoringRules(
@@ -225,6 +234,8 @@ def _to_known_samples(
         else:
             given[row.id] = row.answer
     reader = open_reader(config, family=family, data=data)
+    # Refuses doubled ids, and filters that no row passes.
+    reader.fingerprint()
     read = [reader.read(row) for row in reader.order()]
     samples = [replace(sample, images=()) for each in read for sample in each.samples]
     known = {sample.id for sample in samples}
@@ -244,9 +255,14 @@ def _to_known_samples(
     )
 
 
-def _with_targets(config: BenchmarkConfig, family: PromptFamily, lines: Sequence[Row], file: Path) -> Joined:
+def _with_targets(
+    config: BenchmarkConfig, family: PromptFamily, metric: str | None, lines: Sequence[Row], file: Path
+) -> Joined:
     rows = [validate(AnswerWithTarget, line, f"{file}, line {number}") for number, line in enumerate(lines, 1)]
-    samples = [_sample(config, family, row, f"{file}, line {number}", number) for number, row in enumerate(rows, 1)]
+    samples = [
+        _sample(config, family, metric, row, f"{file}, line {number}", f"line {number}")
+        for number, row in enumerate(rows, 1)
+    ]
     counts = Counter(sample.id for sample in samples)
     first = {sample.id: number for number, sample in reversed(list(enumerate(samples)))}
     kept = [number for number, sample in enumerate(samples) if first[sample.id] == number]
@@ -257,21 +273,23 @@ def _with_targets(config: BenchmarkConfig, family: PromptFamily, lines: Sequence
     )
 
 
-def _sample(config: BenchmarkConfig, family: PromptFamily, row: AnswerWithTarget, source: str, number: int) -> Sample:
+def _sample(
+    config: BenchmarkConfig, family: PromptFamily, metric: str | None, row: AnswerWithTarget, source: str, default: str
+) -> Sample:
     named = [key for key in _TARGETS if key in row.model_fields_set]
-    if len(named) != 1:
+    metadata = dict(row.model_extra or {})
+    if len(named) > 1 or not (named or any(key in metadata for key in _OTHER_TARGETS)):
         raise UserError(
             f"{source} has {' and '.join(named) or 'no target'}; set exactly one of target, targets and target_index."
         )
-    metric = config.metric_of(family) or row.metric
+    metric = metric or config.metric_of(family) or row.metric
     if not metric:
         raise UserError(
             f"{source} has no metric, and {config.name} has several; set metric in the line, such as nlvr2:words."
         )
-    metadata = dict(row.model_extra or {})
     if row.choices:
         metadata["choices"] = list(row.choices)
-    targets = row.targets or (row.target,)
+    targets = (row.target,) if named == ["target"] else row.targets
     if row.target_index is not None:
         metadata["target_index"] = row.target_index
         try:
@@ -279,7 +297,7 @@ def _sample(config: BenchmarkConfig, family: PromptFamily, row: AnswerWithTarget
         except BadCell as problem:
             raise UserError(f"{source}: {problem}; correct target_index or choices.") from None
     return Sample(
-        id=row.id or str(number),
+        id=row.id or default,
         benchmark=config.name,
         family=config.family,
         task=row.task or config.name,
@@ -287,7 +305,7 @@ def _sample(config: BenchmarkConfig, family: PromptFamily, row: AnswerWithTarget
         prompt=row.question,
         answers=tuple(targets),
         metric=metric,
-        scene=row.cluster,
+        scene=row.cluster or str(metadata.get("image_id", "")),
         metadata=metadata,
     )
 

@@ -336,8 +336,18 @@ def _jackknife_estimates(
     owners = [cluster_of(sample) for sample in split.samples]
     names = sorted(set(owners))
     groups = min(_JACKKNIFE_GROUPS, len(names))
+    if groups < 2:
+        # Leaving out the only cluster leaves nothing, so the error is unknown.
+        return {
+            budget: Estimate(
+                next(iter(result.totals.values())),
+                np.full(DRAWS, np.nan),
+                sum(not math.isnan(value) for value in result.values),
+            )
+            for budget, result in scored.items()
+        }
     permutation = np.random.default_rng(seed).permutation(len(names))
-    group_of = dict(zip(names, permutation % max(groups, 1), strict=True))
+    group_of = dict(zip(names, permutation % groups, strict=True))
     left_out_BG = np.array(
         [
             [
@@ -348,7 +358,7 @@ def _jackknife_estimates(
         ],
         dtype=np.float64,
     )
-    # With one group, leaving it out leaves nothing; the error is then unknown.
+    # A group may hold all scored samples; the error without it is then unknown.
     errors_BG = np.nan_to_num(left_out_BG.mean(axis=1, keepdims=True) - left_out_BG)
     _, whole, count = cluster_sums([0.0] * len(owners), owners)
     own = split.scale / count * math.sqrt(whole.prior) if split.scale == _PERCENT else 0.0
@@ -360,7 +370,7 @@ def _jackknife_estimates(
         _, design, n = cluster_sums(result.values, owners)
         variance = (groups - 1) / groups * float(np.square(errors_G).sum())
         freedom = min(groups - 1, design.freedom) if n else 0
-        if not n or groups < 2 or math.isnan(value):
+        if not n or math.isnan(value):
             found[budget] = Estimate(value, np.full(DRAWS, np.nan), n)
         elif split.scale == _PERCENT:
             share = min(max(value / _PERCENT, 0.0), 1.0)
