@@ -83,6 +83,24 @@ def _table(folder: Path, rows: int = 12, broken: int = 0) -> Path:
     return folder
 
 
+@pytest.mark.parametrize(
+    ("mistake", "message"),
+    [
+        ({"benchmarks": [{"name": "pope_random", "data": "nothere"}]}, "nothere"),
+        ({"benchmarks": [{"name": "no_such_benchmark"}]}, "no_such_benchmark"),
+        ({"budgets": [7777]}, "7777"),
+    ],
+)
+def test_a_mistake_in_a_job_does_not_reserve_its_name(
+    checkpoint: Path, shared: Path, mistake: dict[str, Any], message: str
+) -> None:
+    job = _job(shared, checkpoint, name=f"mistaken-{message}")
+    with pytest.raises(UserError, match=message):
+        _run(EvaluateJob.model_validate(job.model_dump(mode="json") | mistake))
+    run = _run(job)
+    assert run.computed + run.present == QUESTIONS * 3
+
+
 def test_an_evaluation_writes_tables_a_plot_and_every_prediction(checkpoint: Path, tmp_path: Path) -> None:
     uri = new_store(tmp_path)
     job = _job(tmp_path, checkpoint, tracking={"uri": uri})

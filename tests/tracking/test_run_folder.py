@@ -16,7 +16,9 @@ from ..training.conftest import tiny_job
 def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     """The storage of runs: a path, and two URIs."""
     yield {"path": str(tmp_path), "file": f"file://{tmp_path}", "memory": "memory://"}[request.param]
-    fsspec.filesystem("memory").store.clear()
+    memory = fsspec.filesystem("memory")
+    memory.store.clear()
+    memory.pseudo_dirs[:] = [""]
 
 
 def _folder(storage: str, **changes: object) -> RunFolder:
@@ -59,6 +61,49 @@ def test_check_does_not_claim_the_folder(storage: str) -> None:
     _folder(storage, seed=4).claim()
     with pytest.raises(UserError, match=r"seed: 4 -> 3"):
         _folder(storage).check()
+
+
+@pytest.mark.parametrize(
+    ("file", "is_kept"),
+    [
+        (None, False),
+        ("{identity}/.validate_storage_marker", False),
+        ("{identity}/checkpoint_manager_snapshot.json", False),
+        ("{identity}/checkpoint_2026-01-01/state.json", True),
+        ("in-process/checkpoint_00000003/state.json", True),
+        ("result.json", True),
+        ("trials.jsonl", True),
+    ],
+)
+def test_a_run_that_fails_keeps_its_name_only_with_results(storage: str, file: str | None, is_kept: bool) -> None:
+    folder, other = _folder(storage), _folder(storage, seed=4)
+    if file is not None:
+        path = f"{folder.path}/{file.format(identity=folder.identity)}"
+        folder.filesystem.makedirs(path.rpartition("/")[0], exist_ok=True)
+        folder.filesystem.pipe(path, b"{}")
+    with pytest.raises(KeyError), folder.claimed():
+        raise KeyError
+    if is_kept:
+        with pytest.raises(UserError, match="seed: 3 -> 4"):
+            other.claim()
+    else:
+        assert not folder.filesystem.find(folder.path)
+        other.claim()
+
+
+def test_a_run_that_fails_does_not_take_the_folder_from_another_process(storage: str) -> None:
+    _folder(storage).claim()
+    with pytest.raises(KeyError), _folder(storage).claimed():
+        raise KeyError
+    with pytest.raises(UserError, match="seed: 3 -> 4"):
+        _folder(storage, seed=4).claim()
+
+
+def test_a_run_that_succeeds_keeps_its_name(storage: str) -> None:
+    with _folder(storage).claimed():
+        pass
+    with pytest.raises(UserError, match="seed: 3 -> 4"):
+        _folder(storage, seed=4).claim()
 
 
 def test_a_finished_run_has_a_result(storage: str) -> None:

@@ -1,19 +1,22 @@
 """The training loop without Ray: it learns, is deterministic, and resumes to bit-identical weights."""
 
+import io
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 
 from parcelray.config.train import TrainJob
-from parcelray.errors import NotFiniteError, SystemFailure, UnsupportedBudgetError
+from parcelray.errors import NotFiniteError, SystemFailure, UnsupportedBudgetError, UserError
 from parcelray.evaluation.predict import predictor
 from parcelray.models import decoding
 from parcelray.models.vlm import load_vlm
 from parcelray.tracking.metric_logger import NoMetrics
+from parcelray.training.run import run_training
 from parcelray.training.start import build_start
 from parcelray.training.train_loop import fit_in_process
 
@@ -247,3 +250,19 @@ def test_a_llava_resumes_to_identical_weights(tower: str, tmp_path: Path) -> Non
         fit_in_process(part, tmp_path / "part", checkpoint=None, logger=Recorder(fail_at=5))
     resumed, _ = fit_in_process(part, tmp_path / "part", checkpoint=None, logger=NoMetrics())
     assert _same(uninterrupted, resumed)
+
+
+@pytest.mark.parametrize(
+    ("mistake", "message"),
+    [
+        ({"connector": {"type": "identity"}}, "16"),
+        ({"budget": {"type": "uniform", "budgets": [7777]}}, "7777"),
+        ({"data": {"type": "parquet", "path": "nothere"}}, "nothere"),
+    ],
+)
+def test_a_mistake_in_a_job_does_not_reserve_its_name(tmp_path: Path, mistake: dict[str, Any], message: str) -> None:
+    console = Console(file=io.StringIO())
+    with pytest.raises(UserError, match=message):
+        run_training(tiny_job(tmp_path, **mistake), console, report=False)
+    job = tiny_job(tmp_path, training={"steps": 1}, checkpointing={"every_steps": 1})
+    assert not run_training(job, console, report=False).was_done

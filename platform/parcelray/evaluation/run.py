@@ -84,55 +84,55 @@ def run_evaluation(
     checkpoint = resolve_model(job.model, uri)
     reference = resolve_model(job.reference, uri) if job.reference is not None else None
     run_folder = RunFolder(pinned_job(job, checkpoint, reference))
-    run_folder.claim()
-    folder = Path(run_folder.path) if run_folder.is_local else Path("runs") / "evaluate" / job.name
-    benchmarks = prepare(job, image_size_of(checkpoint.path))
-    for benchmark in benchmarks:
-        check_fingerprint(folder, benchmark.config.name, benchmark.reader.fingerprint())
-    for warning in family_warnings(job, benchmarks, checkpoint, reference):
-        console.print(f"Warning: {warning}", style="yellow", markup=False, soft_wrap=True)
-    with (
-        nullcontext() if job.compute.actors == 0 else ray_session(address),
-        job_run(
-            job,
-            uri,
-            run_folder.identity,
-            params=job.model_dump(mode="json", exclude={"benchmarks"}, context=AS_WRITTEN)
-            | {"benchmarks": ", ".join(choice.name for choice in job.benchmarks)},
-            tags={"parcel.model": checkpoint.pinned},
-            parent_run_id=parent_run_id,
-        ) as run_id,
-    ):
-        evaluation, result = _evaluate_and_save(
-            job, job.name, checkpoint, budgets_for(job, checkpoint), benchmarks, folder, console
-        )
-        computed, present = result.computed, result.present
-        base: tuple[Evaluation, Sequence[SplitScores]] | None = None
-        if reference is not None:
-            full = (max(connector_of(reference.path).supported_budgets),)
-            unreduced = [
-                replace(each, generation=replace(each.generation, reducer=None, anchor_grid=None))
-                for each in benchmarks
-            ]
-            name = f"{job.name}-{REFERENCE_FOLDER}"
-            base_evaluation, result = _evaluate_and_save(
-                job, name, reference, full, unreduced, folder / REFERENCE_FOLDER, console
+    with run_folder.claimed():
+        folder = Path(run_folder.path) if run_folder.is_local else Path("runs") / "evaluate" / job.name
+        benchmarks = prepare(job, image_size_of(checkpoint.path))
+        for benchmark in benchmarks:
+            check_fingerprint(folder, benchmark.config.name, benchmark.reader.fingerprint())
+        for warning in family_warnings(job, benchmarks, checkpoint, reference):
+            console.print(f"Warning: {warning}", style="yellow", markup=False, soft_wrap=True)
+        with (
+            nullcontext() if job.compute.actors == 0 else ray_session(address),
+            job_run(
+                job,
+                uri,
+                run_folder.identity,
+                params=job.model_dump(mode="json", exclude={"benchmarks"}, context=AS_WRITTEN)
+                | {"benchmarks": ", ".join(choice.name for choice in job.benchmarks)},
+                tags={"parcel.model": checkpoint.pinned},
+                parent_run_id=parent_run_id,
+            ) as run_id,
+        ):
+            evaluation, result = _evaluate_and_save(
+                job, job.name, checkpoint, budgets_for(job, checkpoint), benchmarks, folder, console
             )
-            computed, present = computed + result.computed, present + result.present
-            base = (base_evaluation, base_evaluation.score())
-        console.print(f"{computed:,} predictions computed, {present:,} reused. Scoring.")
-        summary = summarize(evaluation, evaluation.score(), job.need_within, base)
-        _check_unscored(summary, job.max_unscored)
-        files = write_results(summary, folder)
-        if tables:
-            show(summary, console)
-        console.print(f"Tables, plot and predictions: {folder}")
-        if run_id is not None and uri is not None:
-            record_results(uri, run_id, summary, files)
-    run_folder.finish(summary.to_dict())
-    if not run_folder.is_local:
-        run_folder.upload(folder, "results")
-    return EvaluatedRun(run_folder.identity, folder, summary, computed, present, run_id)
+            computed, present = result.computed, result.present
+            base: tuple[Evaluation, Sequence[SplitScores]] | None = None
+            if reference is not None:
+                full = (max(connector_of(reference.path).supported_budgets),)
+                unreduced = [
+                    replace(each, generation=replace(each.generation, reducer=None, anchor_grid=None))
+                    for each in benchmarks
+                ]
+                name = f"{job.name}-{REFERENCE_FOLDER}"
+                base_evaluation, result = _evaluate_and_save(
+                    job, name, reference, full, unreduced, folder / REFERENCE_FOLDER, console
+                )
+                computed, present = computed + result.computed, present + result.present
+                base = (base_evaluation, base_evaluation.score())
+            console.print(f"{computed:,} predictions computed, {present:,} reused. Scoring.")
+            summary = summarize(evaluation, evaluation.score(), job.need_within, base)
+            _check_unscored(summary, job.max_unscored)
+            files = write_results(summary, folder)
+            if tables:
+                show(summary, console)
+            console.print(f"Tables, plot and predictions: {folder}")
+            if run_id is not None and uri is not None:
+                record_results(uri, run_id, summary, files)
+        run_folder.finish(summary.to_dict())
+        if not run_folder.is_local:
+            run_folder.upload(folder, "results")
+        return EvaluatedRun(run_folder.identity, folder, summary, computed, present, run_id)
 
 
 def evaluate_model(

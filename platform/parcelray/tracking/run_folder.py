@@ -1,7 +1,8 @@
 """The folder of one run, on a local disk or any fsspec URI: resolved job, result, and Ray Train's checkpoints."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,28 @@ class RunFolder:
             },
         )
 
+    @contextmanager
+    def claimed(self, pins: Mapping[str, str] | None = None) -> Iterator[None]:
+        """Claim the folder for a `with` block; a block that fails before it keeps anything gives the folder back.
+
+        So a job with a typing error, such as a data path that does not exist, does not reserve the name.
+
+        Args:
+            pins: see `claim`.
+
+        Raises:
+            UserError: see `claim`.
+        """
+        # If the folder was claimed before, another process may be running the same job in it.
+        was_free = self._read(_JOB) is None
+        self.claim(pins)
+        try:
+            yield
+        except BaseException:
+            if was_free and not self._has_results():
+                self._release()
+            raise
+
     def check(self) -> None:
         """Check that the folder is free or belongs to this job.
 
@@ -116,6 +139,23 @@ class RunFolder:
     def upload(self, folder: Path, name: str) -> None:
         """Copy a local folder into the run folder."""
         self.filesystem.put(f"{folder}/", f"{self.path}/{name}/", recursive=True)
+
+    def _has_results(self) -> bool:
+        """Whether there is any file apart from the job and Ray Train's record of a run without checkpoints."""
+        files = (Path(str(file).removeprefix(f"{self.path}/")).parts for file in self.filesystem.find(self.path))
+        return any(
+            parts != (_JOB,)
+            and (parts[0] != self.identity or any(folder.startswith("checkpoint_") for folder in parts[1:-1]))
+            for parts in files
+        )
+
+    def _release(self) -> None:
+        # The failure of the run itself is what its user has to know.
+        with suppress(OSError):
+            # Ray Train would take its record for an earlier part of the same run.
+            if self.filesystem.exists(f"{self.path}/{self.identity}"):
+                self.filesystem.rm(f"{self.path}/{self.identity}", recursive=True)
+            self.filesystem.rm(f"{self.path}/{_JOB}")
 
     def _read(self, name: str) -> dict[str, Any] | None:
         path = f"{self.path}/{name}"

@@ -67,39 +67,39 @@ def run_training(
         SystemFailure: the training failed more often than `scaling.max_failures`.
     """
     folder = RunFolder(job)
-    folder.claim()
-    done = folder.result()
-    if done is not None:
-        # Results of earlier versions have the absolute path of the same folder, which may have been moved since.
-        model_folder = folder.local_path(_MODEL) if folder.is_local else Path(done["model"])
-        console.print(f"{folder.identity} is finished; nothing to do. Its model is in {model_folder}.")
-        return TrainedRun(folder.identity, model_folder, done["metrics"], done["mlflow_run_id"], was_done=True)
-    uri = ensure_store(job.tracking.uri) if job.tracking.uri is not None else None
-    check_rows(job.data)
-    start = resolve_start(job, uri)
-    in_process = job.scaling.bounds[1] == 0
-    with nullcontext() if in_process else ray_session(address):
-        if uri is not None and not in_process:
-            check_tracking_uri(uri, num_nodes())
-        with (
-            job_run(
-                job,
-                uri,
-                folder.identity,
-                params=job.model_dump(mode="json", context=AS_WRITTEN),
-                tags={"parcel.start": start.pinned if start is not None else "scratch"},
-                parent_run_id=parent_run_id,
-            ) as run_id,
-            step_progress(console, job.name, job.training.steps) as on_progress,
-        ):
-            logger = functools.partial(open_metric_logger, uri, run_id)
-            checkpoint, metrics = _fit(job, folder, start, logger, on_progress, on_report)
-            model_folder = _keep_model(job, folder, checkpoint, start)
-            if report and job.report is not None:
-                metrics |= report_training(job, model_folder, console, uri, run_id)
-    stored = _MODEL if folder.is_local else str(model_folder)
-    folder.finish({"model": stored, "metrics": metrics, "mlflow_run_id": run_id})
-    return TrainedRun(folder.identity, model_folder, metrics, run_id, was_done=False)
+    with folder.claimed():
+        done = folder.result()
+        if done is not None:
+            # Results of earlier versions have the absolute path of the same folder, which may have been moved since.
+            model_folder = folder.local_path(_MODEL) if folder.is_local else Path(done["model"])
+            console.print(f"{folder.identity} is finished; nothing to do. Its model is in {model_folder}.")
+            return TrainedRun(folder.identity, model_folder, done["metrics"], done["mlflow_run_id"], was_done=True)
+        uri = ensure_store(job.tracking.uri) if job.tracking.uri is not None else None
+        check_rows(job.data)
+        start = resolve_start(job, uri)
+        in_process = job.scaling.bounds[1] == 0
+        with nullcontext() if in_process else ray_session(address):
+            if uri is not None and not in_process:
+                check_tracking_uri(uri, num_nodes())
+            with (
+                job_run(
+                    job,
+                    uri,
+                    folder.identity,
+                    params=job.model_dump(mode="json", context=AS_WRITTEN),
+                    tags={"parcel.start": start.pinned if start is not None else "scratch"},
+                    parent_run_id=parent_run_id,
+                ) as run_id,
+                step_progress(console, job.name, job.training.steps) as on_progress,
+            ):
+                logger = functools.partial(open_metric_logger, uri, run_id)
+                checkpoint, metrics = _fit(job, folder, start, logger, on_progress, on_report)
+                model_folder = _keep_model(job, folder, checkpoint, start)
+                if report and job.report is not None:
+                    metrics |= report_training(job, model_folder, console, uri, run_id)
+        stored = _MODEL if folder.is_local else str(model_folder)
+        folder.finish({"model": stored, "metrics": metrics, "mlflow_run_id": run_id})
+        return TrainedRun(folder.identity, model_folder, metrics, run_id, was_done=False)
 
 
 def resolve_start(job: TrainJob, tracking_uri: str | None) -> ResolvedCheckpoint | None:

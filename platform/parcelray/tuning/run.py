@@ -78,36 +78,37 @@ def run_tuning(
     uri = ensure_store(job.tracking.uri) if job.tracking.uri is not None else None
     models = searched_models(job, uri)
     run_folder = RunFolder(job)
-    run_folder.claim({written(reference): model.digest for reference, model in models.items()})
-    folder = run_folder.local_path("")
-    record = TrialRecord(folder)
-    if record.trials and not resume:
-        raise UserError(
-            f"{folder} has {len(record.trials)} finished trials of this search; add --resume to continue it, or give"
-            " the search another name."
-        )
-    if retry_failed:
-        console.print(f"{record.forget_failed()} failed trials are run again")
-    how_to_resume = f"re-run the same command{'' if resume else ' with --resume'} to continue"
-    with (
-        job_run(job, uri, run_folder.identity, params=_run_params(job), parent_run_id=parent_run_id) as run_id,
-        ray_session(address),
-    ):
-        planner = make_planner(job.space, job.algorithm, job.objectives, job.seed, record)
-        search = _Search(job, console, record, planner, folder, models, uri, run_id, how_to_resume)
-        evaluator = search.run()
-        findings = findings_of(job, record.trials, evaluator, search.baselines(evaluator))
-        files = write_findings(job, findings, folder)
-        if uri is not None and run_id is not None:
-            record_findings(uri, run_id, findings, files)
-        show_findings(job, findings, folder, console)
-        if findings.failed and len(findings.failed) == len(findings.trials):
-            raise SystemFailure(
-                f"All {len(findings.trials)} trials of {job.name} failed, the first with: {findings.failed[0].error}."
-                " Fix the cause, then re-run the same command with --resume --retry-failed."
+    with run_folder.claimed({written(reference): model.digest for reference, model in models.items()}):
+        folder = run_folder.local_path("")
+        record = TrialRecord(folder)
+        if record.trials and not resume:
+            raise UserError(
+                f"{folder} has {len(record.trials)} finished trials of this search; add --resume to continue it, or"
+                " give the search another name."
             )
-    run_folder.finish(findings.to_dict())
-    return SearchRun(run_folder.identity, folder, findings, run_id)
+        if retry_failed:
+            console.print(f"{record.forget_failed()} failed trials are run again")
+        how_to_resume = f"re-run the same command{'' if resume else ' with --resume'} to continue"
+        with (
+            job_run(job, uri, run_folder.identity, params=_run_params(job), parent_run_id=parent_run_id) as run_id,
+            ray_session(address),
+        ):
+            planner = make_planner(job.space, job.algorithm, job.objectives, job.seed, record)
+            search = _Search(job, console, record, planner, folder, models, uri, run_id, how_to_resume)
+            evaluator = search.run()
+            findings = findings_of(job, record.trials, evaluator, search.baselines(evaluator))
+            files = write_findings(job, findings, folder)
+            if uri is not None and run_id is not None:
+                record_findings(uri, run_id, findings, files)
+            show_findings(job, findings, folder, console)
+            if findings.failed and len(findings.failed) == len(findings.trials):
+                raise SystemFailure(
+                    f"All {len(findings.trials)} trials of {job.name} failed, the first with:"
+                    f" {findings.failed[0].error}. Fix the cause, then re-run the same command with --resume"
+                    " --retry-failed."
+                )
+        run_folder.finish(findings.to_dict())
+        return SearchRun(run_folder.identity, folder, findings, run_id)
 
 
 def searched_models(job: TuneJob, uri: str | None) -> dict[str, SearchedModel]:
