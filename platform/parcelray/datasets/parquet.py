@@ -247,8 +247,9 @@ def _check_type(given: pa.DataType, wanted: pa.DataType) -> None:
 
 
 def _is_list_of_bytes(given: pa.DataType) -> bool:
-    is_list = pa.types.is_list(given) or pa.types.is_large_list(given)
-    return is_list and (pa.types.is_binary(given.value_type) or pa.types.is_large_binary(given.value_type))
+    if not (pa.types.is_list(given) or pa.types.is_large_list(given)):
+        return False
+    return bool(pa.types.is_binary(given.value_type) or pa.types.is_large_binary(given.value_type))
 
 
 def _with_structs(images: pa.ChunkedArray) -> pa.ChunkedArray:

@@ -139,6 +139,9 @@ def test_two_hundred_parts_are_assigned_in_any_order(make_sample) -> None:
     given[0], given[1] = given[0][1:], ""
     lost = 1 + (length - len(", ".join(given)) - 1)
     assert _value("anls:permuted", ", ".join(given), sample) == pytest.approx(1 - lost / length)
+    # Other separators cost one letter each.
+    text = ",".join(random.Random(6).sample(parts, len(parts)))
+    assert _value("anls:permuted", text, sample) == pytest.approx(len(text) / length)
     # Parts without a counterpart in the answer follow at the end.
     given = random.Random(5).sample(parts, len(parts))[:150]
     assert _value("anls:permuted", ", ".join(given), sample) == pytest.approx(len(", ".join(given)) / length)

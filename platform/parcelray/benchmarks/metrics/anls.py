@@ -9,13 +9,15 @@ Variants:
     permuted: like paper, but the parts of an answer with ", " may be in any order (big_vision on InfographicVQA). Exact
         for up to 10 parts. For 11 to 20 parts, a beam search over the order (64 sets of parts of each size are kept).
         For more, the assignment approximation: the parts of the answer are assigned to those of the prediction with
-        the least sum of edit distances, and only that order is compared. Both give a lower bound of the score, and a
-        prediction that is the answer in another order still scores 1.
+        the least sum of edit distances, and only that order is compared. The prediction is split at ", " and also at
+        commas, semicolons and line ends, and the better order counts. Both approximations give a lower bound of the
+        score, and a prediction that is the answer in another order still scores 1.
     docvqa_server: the script of the Robust Reading Competition's server, which lmms-eval, VLMEvalKit and LLaVA use. A
         similarity of exactly 0.5 counts. The distance is computed on lower-cased text with squeezed spaces, and divided
         by the length of the longer raw text in upper case.
 """
 
+import re
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -27,6 +29,7 @@ from parcelray.datasets.sample import Sample
 
 _THRESHOLD = 0.5
 _SEPARATOR = ", "
+_LIST = re.compile(r"\s*[,;\n]\s*")
 EXACT_PARTS = 10
 """Largest number of parts for which `permuted` is exact."""
 BEAM_PARTS = 20
@@ -78,11 +81,13 @@ def permuted_distance(parts: Sequence[str], text: str) -> int:
 
     Dynamic programming over subsets: the best distances of a set of parts to all prefixes of the text do not depend on
     the parts that follow. All sets of one size are extended together. Of more than 10 parts, only the most promising
-    sets of each size are kept; of more than 20, only one order is compared (`_assigned`). The result is then an upper
-    bound of the distance.
+    sets of each size are kept; of more than 20, only two orders are compared (see `_assigned`). The result is then an
+    upper bound of the distance.
     """
     if len(parts) > BEAM_PARTS:
-        return _distance(_SEPARATOR.join(_assigned(parts, text.split(_SEPARATOR))), text)
+        # The second split is for predictions that separate their parts in another way.
+        orders = {_assigned(parts, given) for given in (text.split(_SEPARATOR), _LIST.split(text))}
+        return min(_distances(text, list(orders)))
     # A separator precedes every part here; the one in front of the first part is compared with itself.
     letters = np.array([ord(letter) for letter in _SEPARATOR + text], dtype=np.int64)
     rows: dict[int, Row] = {0: np.arange(len(letters) + 1, dtype=np.int32)}
@@ -99,25 +104,33 @@ def permuted_distance(parts: Sequence[str], text: str) -> int:
     return int(rows[(1 << len(parts)) - 1][-1])
 
 
-def _assigned(parts: Sequence[str], given: Sequence[str]) -> list[str]:
-    """Returns the parts in the order of the given texts to which they are assigned with the least sum of distances.
+def _assigned(parts: Sequence[str], given: Sequence[str]) -> str:
+    """Joins the parts in the order of the given texts to which they are assigned with the least sum of distances.
 
-    Parts without a text follow at the end. All distances together cost about as much as one of the whole texts.
+    Parts without a text follow at the end.
     """
-    distances_PG = [[edit_distance(part, text) for text in given] for part in parts]
-    chosen, places = linear_sum_assignment(distances_PG)
+    chosen, places = linear_sum_assignment([_distances(part, given) for part in parts])
     place = dict(zip(chosen.tolist(), places.tolist(), strict=True))
-    return [parts[number] for number in sorted(range(len(parts)), key=lambda number: place.get(number, len(given)))]
+    return _SEPARATOR.join(
+        parts[number] for number in sorted(range(len(parts)), key=lambda number: place.get(number, len(given)))
+    )
 
 
-def _distance(first: str, second: str) -> int:
-    """Returns the same as `edit_distance`, which takes longer for long texts."""
-    letters = np.array([ord(letter) for letter in second], dtype=np.int64)
-    return int(_extended(np.arange(len(letters) + 1, dtype=np.int32)[None], first, letters)[0, -1])
+def _distances(text: str, others: Sequence[str]) -> list[int]:
+    """Returns the same as `edit_distance` with each of the other texts, at once."""
+    letters_SL = np.full((len(others), max(map(len, others))), -1, dtype=np.int64)
+    for row, other in zip(letters_SL, others, strict=True):
+        row[: len(other)] = [ord(letter) for letter in other]
+    first = np.arange(letters_SL.shape[1] + 1, dtype=np.int32)
+    rows = _extended(np.tile(first, (len(others), 1)), text, letters_SL)
+    return [int(row[len(other)]) for row, other in zip(rows, others, strict=True)]
 
 
 def _extended(rows_SL: NDArray[np.int32], addition: str, letters: NDArray[np.int64]) -> NDArray[np.int32]:
-    """Returns the distances after a text was appended to each of S texts; L: prefixes of the prediction."""
+    """Returns the distances after a text was appended to each of S texts; L: prefixes of the prediction.
+
+    The letters of the prediction have shape (L - 1,), or (S, L - 1) if each text has its own.
+    """
     positions = np.arange(rows_SL.shape[1], dtype=np.int32)
     for letter in addition:
         new_SL = rows_SL + 1
