@@ -236,7 +236,7 @@ def benchmarks_score(
             parser=path,
             metavar="FILE",
             help="JSON-lines file: id and answer in each line; or answer, target (or targets, target_index), choices,"
-            " ..., which needs no data. Required, no default: give one.",
+            " ..., which needs no data. Required; default: none.",
             show_default=False,
         ),
     ],

@@ -1,8 +1,6 @@
 """Reader of benchmarks in tables: turns the columns of a row into samples as the benchmark's configuration defines."""
 
-import ast
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,16 +9,26 @@ from typing import Any
 
 import pyarrow as pa
 
-from parcelray.benchmarks.metrics.multiple_choice import LETTERS, options
 from parcelray.benchmarks.readers.base import DatasetFingerprint, Problem, RowSamples, ids_digest
-from parcelray.benchmarks.tables.images import BadCell, cell_images, image_size, video_frames, with_box
+from parcelray.benchmarks.tables.cells import (
+    CHOICE_FORMS,
+    box_of,
+    candidates,
+    choice_index,
+    choices_of,
+    expected_answers,
+    is_empty,
+    mask_of,
+    numbers_of,
+    option_text,
+    without_nan,
+)
+from parcelray.benchmarks.tables.images import BadCell, cell_images, video_frames, with_box
 from parcelray.benchmarks.tables.rows import Row, Rows, open_rows
 from parcelray.benchmarks.tables.types import arrow_type, as_declared, fits, shown
 from parcelray.config.benchmark import (
     OPTION_FIELDS,
-    AnswersConfig,
     BenchmarkConfig,
-    BoxConfig,
     ColumnsConfig,
     PromptFamily,
     TableSource,
@@ -29,9 +37,6 @@ from parcelray.config.benchmark import (
 from parcelray.datasets.boxes import Box, format_corners, format_locations
 from parcelray.datasets.sample import Sample
 from parcelray.errors import UserError
-
-_NUMBERS_OF_A_BOX = 4
-CHOICE_FORMS = ("choice_text", "choice_letter")
 
 
 @dataclass(frozen=True)
@@ -99,7 +104,7 @@ class TableReader:
     def read(self, row: int) -> RowSamples:
         """See `BenchmarkReader`. Problems of a row are returned, not raised."""
         split, table, index = self._locate(row)
-        cells = {"split": split} | {column: _without_nan(cell) for column, cell in table.row(index).items()}
+        cells = {"split": split} | {column: without_nan(cell) for column, cell in table.row(index).items()}
         name = self._ids[row]
         for column, kind in self._content.items():
             if not fits(cells[column], kind):
@@ -108,7 +113,7 @@ class TableReader:
         for column, text in self._columns.remove.items():
             if cells[column] is not None:
                 cells[column] = str(cells[column]).replace(text, "")
-        cells |= {column: text for column, text in self._columns.empty.items() if _is_empty(cells[column])}
+        cells |= {column: text for column, text in self._columns.empty.items() if is_empty(cells[column])}
         shared: tuple[bytes, ...] | None = None
         samples, problems = [], []
         for number, question in enumerate(self._questions(cells)):
@@ -220,7 +225,7 @@ class TableReader:
 
     def _filtered(self, column: str) -> list[Any]:
         """Returns a column of a filter, in its declared type."""
-        cells = [_without_nan(cell) for cell in self._all(column)]
+        cells = [without_nan(cell) for cell in self._all(column)]
         if column not in self._columns.types:
             return cells
         kind = arrow_type(self._columns.types[column])
@@ -250,7 +255,7 @@ class TableReader:
     def _images(self, cells: Row, table: Rows) -> tuple[bytes, ...]:
         columns = self._columns
         if columns.video is not None:
-            segment = _numbers([cells[name] for name in columns.video.segment]) if columns.video.segment else None
+            segment = numbers_of([cells[name] for name in columns.video.segment]) if columns.video.segment else None
             folder = self.data if self.data is not None and self.data.is_dir() else table.folder
             return video_frames(folder, columns.video.path.format_map(cells), columns.video, segment)  # type: ignore[arg-type]
         if columns.join is not None:
@@ -264,33 +269,33 @@ class TableReader:
         if not encoded:
             raise BadCell("no image")
         if columns.draw_box is not None:
-            box = _box(columns.draw_box, cells, encoded[0])
+            box = box_of(columns.draw_box, cells, encoded[0])
             encoded[0] = with_box(encoded[0], box)
         return tuple(encoded)
 
     def _sample(self, label: str, row: int, cells: Row, images: tuple[bytes, ...]) -> Sample:
         columns = self._columns
-        choices = _choices(columns.choices, cells)
+        choices = choices_of(columns.choices, cells)
         metadata: dict[str, Any] = {name: cells[column] for name, column in columns.metadata.items()}
         if columns.choices:
             metadata["choices"] = choices
-            candidates = _candidates(columns.answers, self.family, choices) if columns.answers is not None else choices
-            if candidates != choices:
-                metadata["candidates"] = candidates
+            named = candidates(columns.answers, self.family, choices) if columns.answers is not None else choices
+            if named != choices:
+                metadata["candidates"] = named
         answers: tuple[str, ...] = ()
         if columns.answers is not None:
             answers = expected_answers(columns.answers, self.family, cells[columns.answers.column], choices)
             if of_family(columns.answers.form, self.family) in CHOICE_FORMS:
                 # The text of the choice may be the letter of another one.
-                metadata["target_index"] = _choice_index(cells[columns.answers.column], choices)
+                metadata["target_index"] = choice_index(cells[columns.answers.column], choices)
             if not answers and self.benchmark.unscorable is None:
                 raise BadCell("no answer")
         if columns.box is not None:
-            metadata["box"] = list(_box(columns.box, cells, images[0]))
+            metadata["box"] = list(box_of(columns.box, cells, images[0]))
             write = format_corners if of_family(columns.box.answer, self.family) == "corners" else format_locations
             answers = answers or (write(Box(*metadata["box"])),)
         if columns.mask is not None:
-            metadata["mask"] = _mask(cells[columns.mask], images[0])
+            metadata["mask"] = mask_of(cells[columns.mask], images[0])
         return Sample(
             id=label,
             benchmark=self.name,
@@ -318,8 +323,8 @@ class TableReader:
         texts = {
             name: ", ".join(map(str, value)) if isinstance(value, list) else value for name, value in cells.items()
         }
-        shown = {name: _shown(name, choices) for name in OPTION_FIELDS if name in fields}
-        return template.format_map(texts | shown).strip()
+        of_options = {name: option_text(name, choices) for name in OPTION_FIELDS if name in fields}
+        return template.format_map(texts | of_options).strip()
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in self.__dataclass_fields__}
@@ -327,169 +332,3 @@ class TableReader:
 
 def _fields(template: str) -> list[str]:
     return [name for _, name, _, _ in Formatter().parse(template) if name]
-
-
-def _choices(columns: Sequence[str], cells: Mapping[str, Any]) -> list[str]:
-    """Returns the choices by position. An empty one stays an empty text, so that the others keep their letters."""
-    if len(columns) == 1:
-        choices = ["" if choice is None else str(choice) for choice in _listed(cells[columns[0]])]
-    else:
-        choices = ["" if _is_empty(cells[column]) else str(cells[column]) for column in columns]
-    while choices and not choices[-1].strip():
-        choices.pop()
-    return choices
-
-
-def _without_nan(cell: Any) -> Any:
-    """Returns None for NaN, which pandas writes into empty cells of any column."""
-    return None if isinstance(cell, float) and math.isnan(cell) else cell
-
-
-def _is_empty(cell: Any) -> bool:
-    """Whether a cell has no text. Tables that pandas wrote have NaN, or its name, in empty cells."""
-    return cell is None or str(cell).strip() in ("", "nan")
-
-
-def _lettered(choices: Sequence[str]) -> dict[str, str]:
-    try:
-        return options(choices)
-    except ValueError as error:
-        raise BadCell(str(error)) from None
-
-
-def _shown(field: str, choices: Sequence[str]) -> str:
-    """Returns the text of an option field in a prompt. Empty choices are not shown."""
-    match field:
-        case "options_lines":
-            return "\n".join(f"{letter}. {choice}" for letter, choice in _lettered(choices).items())
-        case "options_inline":
-            return ", ".join(f"({letter}) {choice}" for letter, choice in _lettered(choices).items())
-    return " \t ".join(choice for choice in choices if choice.strip())
-
-
-def _listed(value: Any) -> list[Any]:
-    """Returns a list as it is, and parses a string that holds a Python list."""
-    if isinstance(value, str):
-        try:
-            value = ast.literal_eval(value)
-        except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
-            raise BadCell(f"{shown(value)} is not a list") from None
-    return _entries(value)
-
-
-def _entries(value: Any) -> list[Any]:
-    """Returns the entries of a list; an empty cell has none."""
-    if not isinstance(value, list | tuple | None):
-        raise BadCell(f"{shown(value)} is not a list")
-    return list(value or ())
-
-
-def _numbers(values: Any) -> list[float]:
-    try:
-        return [float(value) for value in values]
-    except (TypeError, ValueError, OverflowError):
-        raise BadCell(f"{shown(values)} does not consist of numbers") from None
-
-
-def expected_answers(
-    config: AnswersConfig, family: PromptFamily, value: Any, choices: Sequence[str]
-) -> tuple[str, ...]:
-    """Returns the correct answers in the form that the prompt of a family asks for; empty if there are none.
-
-    Args:
-        config: column and format of the answers.
-        family: prompt family.
-        value: cell of the column.
-        choices: choices of the question by position; only `letter` and the forms in `CHOICE_FORMS` need them.
-
-    Raises:
-        BadCell: the cell names no choice, or its text is not a list.
-    """
-    form = of_family(config.form, family)
-    match form:
-        case "text":
-            values = [value]
-        case "letter":
-            # A row without choices has an open question.
-            values = [_letter(value, choices) if choices and not _is_empty(value) else value]
-        case "list":
-            values = _entries(value)
-        case "records":
-            values = [None if record is None else record.get(config.field) for record in _entries(value)]
-        case "literal":
-            values = _listed(value)
-        case "truth":
-            values = [] if value is None else ["True" if value in (True, "True", "true", 1) else "False"]
-        case "choice_text" | "choice_letter":
-            values = [_choice(value, choices, as_letter=form == "choice_letter")]
-    texts = ["" if answer is None else str(answer) for answer in values]
-    if of_family(config.drop_empty, family):
-        texts = [text for text in texts if text]
-    template = of_family(config.template, family)
-    return tuple(template.format(answer=text) for text in texts) if any(texts) else ()
-
-
-def _candidates(config: AnswersConfig, family: PromptFamily, choices: Sequence[str]) -> list[str]:
-    """Returns the answer that names each choice in the form that the prompt of a family asks for."""
-    by_letter = of_family(config.form, family) in ("letter", "choice_letter")
-    template = of_family(config.template, family)
-    names = _lettered(choices) if by_letter else [choice for choice in choices if choice.strip()]
-    return [template.format(answer=name) for name in names]
-
-
-def _letter(value: Any, choices: Sequence[str]) -> str:
-    letter, named = str(value).strip().upper(), _lettered(choices)
-    if letter not in named:
-        raise BadCell(f"{shown(value)} is not the letter of a choice; legal: {', '.join(named)}")
-    return letter
-
-
-def _choice(value: Any, choices: Sequence[str], *, as_letter: bool) -> str:
-    index = _choice_index(value, choices)
-    if not as_letter:
-        return choices[index]
-    # Raises if there are more choices than letters.
-    _lettered(choices)
-    return LETTERS[index]
-
-
-def _choice_index(value: Any, choices: Sequence[str]) -> int:
-    try:
-        index = int(value)
-    except (TypeError, ValueError, OverflowError):
-        raise BadCell(f"{value!r} is not the index of a choice") from None
-    if not 0 <= index < len(choices):
-        raise BadCell(f"{index} is not the index of a choice; there are {len(choices)}")
-    if not choices[index].strip():
-        raise BadCell(f"the correct choice, {index}, is empty")
-    return index
-
-
-def _box(config: BoxConfig, cells: Mapping[str, Any], image: bytes) -> tuple[float, float, float, float]:
-    """Returns top, left, bottom, right as fractions of the image's sides."""
-    value = cells[config.column]
-    if not isinstance(value, list) or len(value) != _NUMBERS_OF_A_BOX:
-        raise BadCell(f"{shown(value)} is not a box of four numbers")
-    first, second, third, fourth = _numbers(value)
-    match config.form:
-        case "xywh":
-            left, top, right, bottom = first, second, first + third, second + fourth
-        case "xyxy":
-            left, top, right, bottom = first, second, third, fourth
-        case "yxyx":
-            top, left, bottom, right = first, second, third, fourth
-    width, height = image_size(image) if config.unit == "pixels" else (1, 1)
-    box = (top / height, left / width, bottom / height, right / width)
-    if not (0 <= box[0] < box[2] <= 1.001 and 0 <= box[1] < box[3] <= 1.001):
-        raise BadCell(f"the box {value} is empty or extends beyond the image")
-    return (box[0], box[1], min(box[2], 1.0), min(box[3], 1.0))
-
-
-def _mask(value: Any, image: bytes) -> dict[str, Any]:
-    width, height = image_size(image)
-    if isinstance(value, dict):
-        return {"size": [height, width]} | {key: part for key, part in value.items() if part is not None}
-    if not isinstance(value, list) or not value:
-        raise BadCell("no mask")
-    polygons = value if isinstance(value[0], list) else [value]
-    return {"size": [height, width], "polygons": [_numbers(polygon) for polygon in polygons]}

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from parcelray.benchmarks.catalog import catalog, find, prompt_family
 from parcelray.benchmarks.open import open_reader
-from parcelray.benchmarks.readers.table import CHOICE_FORMS, expected_answers
+from parcelray.benchmarks.tables.cells import CHOICE_FORMS, expected_answers
 from parcelray.benchmarks.tables.images import BadCell
 from parcelray.benchmarks.tables.rows import JsonlRows, Row
 from parcelray.config.benchmark import AnswersConfig, BenchmarkConfig, PromptFamily, of_family
