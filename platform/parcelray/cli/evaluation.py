@@ -25,8 +25,13 @@ evaluate_app = typer.Typer(
     help="Evaluate a checkpoint at several budgets: `parcelray evaluate jobs/evaluate/mini.yaml`.",
 )
 benchmarks_app = typer.Typer(
-    no_args_is_help=True, help="List and show the benchmarks, and check your data against them."
+    no_args_is_help=True,
+    help="List and show the benchmarks, check your data against them, and score answers that were made elsewhere.",
 )
+BenchmarkData = Annotated[
+    Path | None,
+    typer.Option(help="File or folder with the data; default: the Hugging Face hub.", show_default=False, parser=path),
+]
 CatalogFiles = Annotated[
     list[Path],
     typer.Option(
@@ -202,12 +207,7 @@ def benchmarks_check(
     name: Annotated[
         str, typer.Argument(help="Benchmark name, as printed by `parcelray benchmarks list`.", show_default=False)
     ],
-    data: Annotated[
-        Path | None,
-        typer.Option(
-            help="File or folder with the data; default: the Hugging Face hub.", show_default=False, parser=path
-        ),
-    ] = None,
+    data: BenchmarkData = None,
     own: CatalogFiles = [],
     rows: Annotated[int, typer.Option(min=1, help="Number of rows to read and decode.")] = 1000,
     family: Annotated[str, typer.Option(help="Prompt family: paligemma or llava.")] = "paligemma",
@@ -244,15 +244,7 @@ def benchmarks_score(
         str,
         typer.Option(help="Family of the prompts that were answered, which selects the metric: paligemma or llava."),
     ] = "paligemma",
-    data: Annotated[
-        Path | None,
-        typer.Option(
-            parser=path,
-            metavar="PATH",
-            help="File or folder with the data; default: the Hugging Face hub.",
-            show_default=False,
-        ),
-    ] = None,
+    data: BenchmarkData = None,
     own: CatalogFiles = [],
     metric: Annotated[
         str | None,

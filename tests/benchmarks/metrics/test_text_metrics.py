@@ -116,9 +116,9 @@ def test_the_best_order_is_found_without_enumerating_the_orders(make_sample) -> 
         assert _value("anls:permuted", given, make_sample(", ".join(parts))) == pytest.approx(best)
 
 
-@pytest.mark.parametrize("number", [8, 10, 11, 16])
+@pytest.mark.parametrize("number", [8, 10, 11, 16, 200])
 def test_many_parts_are_matched_in_any_order(make_sample, number: int) -> None:
-    parts = [f"{word} {count}" for count, word in enumerate(("red", "green", "blue", "white") * 4)][:number]
+    parts = [f"{word} {count}" for count, word in enumerate(("red", "green", "blue", "white") * 50)][:number]
     given = random.Random(number).sample(parts, number)
     sample = make_sample(", ".join(parts))
     assert _value("anls:permuted", ", ".join(given), sample) == 1
@@ -129,16 +129,10 @@ def test_many_parts_are_matched_in_any_order(make_sample, number: int) -> None:
     assert _value("anls:permuted", ", ".join(given), sample) == pytest.approx(1 - lost / length)
 
 
-def test_two_hundred_parts_are_assigned_in_any_order(make_sample) -> None:
+def test_two_hundred_parts_may_have_other_separators(make_sample) -> None:
     parts = [f"{word} {count}" for count, word in enumerate(("red", "green", "blue", "white") * 50)]
-    given = random.Random(5).sample(parts, len(parts))
     sample = make_sample(", ".join(parts))
-    assert _value("anls:permuted", ", ".join(given), sample) == 1
     length = len(sample.answers[0])
-    # A letter of one part and a whole part are wrong.
-    given[0], given[1] = given[0][1:], ""
-    lost = 1 + (length - len(", ".join(given)) - 1)
-    assert _value("anls:permuted", ", ".join(given), sample) == pytest.approx(1 - lost / length)
     # Other separators cost one letter each.
     text = ",".join(random.Random(6).sample(parts, len(parts)))
     assert _value("anls:permuted", text, sample) == pytest.approx(len(text) / length)
