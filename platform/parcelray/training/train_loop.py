@@ -170,8 +170,7 @@ class _Loop:
         set_seed(job.seed)
         self.accelerator = _accelerator(job.training, vlm.layer_classes, cpu_only=inputs.cpu_only)
         freeze(vlm, job.training)
-        self.sampler = BudgetSampler(job.budget, job.seed)
-        self.sampler.check(vlm.connector)
+        self.sampler = BudgetSampler(job.budget, job.seed, vlm.connector, with_largest=job.distillation is not None)
         optimizer = build_optimizer(vlm, job.optimizer)
         # Before a restore, which sets the scheduled rates of the restored step.
         self.peak_rates = [float(group["lr"]) for group in optimizer.param_groups]
