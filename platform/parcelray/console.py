@@ -1,6 +1,6 @@
 """The console that commands and pipelines write to: tables, numbers with intervals and progress in one style."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -25,6 +25,12 @@ def key_value_table(rows: Mapping[str, object], *, header: tuple[str, str], titl
     for key, value in rows.items():
         table.add_row(key, str(value))
     return table
+
+
+def markdown_table(rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table; the first row is the header."""
+    lines = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def percent(value: float, low: float, high: float) -> str:

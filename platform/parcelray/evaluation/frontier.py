@@ -7,6 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
 from rich.table import Column, Table
 
+from parcelray.console import markdown_table
 from parcelray.evaluation.scoring.aggregate import Frontier, FrontierPoint
 from parcelray.evaluation.scoring.intervals import Interval
 from parcelray.plotting import COLORS, MARKERS, new_figure
@@ -37,9 +38,8 @@ def frontier_table(frontier: Frontier) -> Table:
 def frontier_markdown(frontier: Frontier) -> str:
     """Creates the rows of `frontier_table` as a Markdown table."""
     families = _families(frontier)
-    lines = [["method", "tokens", "score [95 %]", "retention [95 %]", *families], ["---"] * (4 + len(families))]
-    lines += [_cells(point, families) for point in frontier.points]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    header = ["method", "tokens", "score [95 %]", "retention [95 %]", *families]
+    return markdown_table([header, *(_cells(point, families) for point in frontier.points)])
 
 
 def _title(frontier: Frontier) -> str:
@@ -80,6 +80,15 @@ def plot_frontier(frontier: Frontier, path: Path, *, title: str) -> None:
     """
     figure = new_figure(9, 5.4)
     axes = figure.add_subplot()
+    draw_frontier(axes, frontier)
+    axes.set_ylabel("score, mean over families (%), 95 % intervals")
+    axes.set_title(title)
+    figure.legend(loc="outside right upper", frameon=False)
+    figure.savefig(path)
+
+
+def draw_frontier(axes: Axes, frontier: Frontier) -> None:
+    """Draws the lines and levels of `plot_frontier`, without title, legend and name of the vertical axis."""
     lines: dict[str, list[FrontierPoint]] = {}
     for point in frontier.points:
         if point.num_visual_tokens and point.method != frontier.reference:
@@ -93,13 +102,9 @@ def plot_frontier(frontier: Frontier, path: Path, *, title: str) -> None:
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(ScalarFormatter())
     axes.set_xlabel("visual tokens per image")
-    axes.set_ylabel("score, mean over families (%), 95 % intervals")
     axes.set_ylim(bottom=0)
-    axes.set_title(title)
     axes.grid(axis="y", alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside right upper", frameon=False)
-    figure.savefig(path)
 
 
 def _draw_method(axes: Axes, method: str, points: list[FrontierPoint], index: int, count: int) -> None:

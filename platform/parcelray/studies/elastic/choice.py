@@ -16,6 +16,7 @@ from rich.console import Console
 
 from parcelray.config.loader import changed
 from parcelray.config.train import TrainJob
+from parcelray.console import markdown_table
 from parcelray.datasets.collator import Collator
 from parcelray.datasets.open import held_out_samples
 from parcelray.datasets.sample import Sample
@@ -52,7 +53,7 @@ _SINGLE = {
         "budget": {"type": "uniform"},
     },
 }
-"""Further variants: the sandwich rule, contiguous positions, and the literal form without any choice of this project."""
+"""Further variants: the sandwich rule, contiguous positions, and the paper's form with a random start."""
 
 
 @dataclass(frozen=True)
@@ -143,15 +144,13 @@ def outcomes(job: TrainJob, *, steps: int = STEPS) -> list[Outcome]:
 
 def choice_markdown(found: Sequence[Outcome]) -> str:
     """Returns the outcomes as a Markdown table, best first."""
-    head = ["start", "schedule", "distillation", "steps", *(f"loss at {each}" for each in BUDGETS)]
-    lines = [[*head, "mean loss", "mean score"], ["---"] * (len(head) + 2)]
+    losses_at = [f"loss at {budget}" for budget in BUDGETS]
+    rows = [["start", "schedule", "distillation", "steps", *losses_at, "mean loss", "mean score"]]
     for each in found:
         values = [f"{each.losses[budget]:.3f}" for budget in BUDGETS]
-        lines.append(
-            [each.start, each.schedule, each.distillation, str(each.steps), *values]
-            + [f"{each.mean_loss:.3f}", f"{each.mean_score:.1f}"]
-        )
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+        means = [f"{each.mean_loss:.3f}", f"{each.mean_score:.1f}"]
+        rows.append([each.start, each.schedule, each.distillation, str(each.steps), *values, *means])
+    return markdown_table(rows)
 
 
 @torch.no_grad()
