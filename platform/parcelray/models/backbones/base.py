@@ -5,6 +5,7 @@ Shape suffixes: I images of the whole batch, N patches, K visual tokens (the bud
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any, ClassVar, NamedTuple, Protocol, cast, runtime_checkable
 
 import torch
@@ -228,10 +229,10 @@ class ElasticVLM(nn.Module):
         """The legal values of `num_visual_tokens` in ascending order."""
         return self.connector.supported_budgets
 
-    @property
+    @cached_property
     def has_image_positions(self) -> bool:
         """Whether the rotary positions of visual tokens are their places in the image (`positions: image`)."""
-        return self.connector.positions == "image"
+        return getattr(self.config.connector_config, "positions", "contiguous") == "image"
 
     def token_places(self, num_visual_tokens: int, anchor_grid: int | None = None) -> Sequence[int]:
         """Returns the place in the patch grid of each visual token of an image; empty with contiguous positions.
@@ -346,8 +347,8 @@ class ElasticVLM(nn.Module):
                 " cannot be counted from its length; pass position_ids, or call generate with the whole prompt."
             )
         image_token = torch.tensor(self.config.image_token_id, device=inputs.device)
-        is_visual_BS = inputs == image_token if inputs.ndim == 2 else (
-            (inputs == self.get_input_embeddings()(image_token)).all(2)
+        is_visual_BS = (
+            inputs == image_token if inputs.ndim == 2 else ((inputs == self.get_input_embeddings()(image_token)).all(2))
         )
         positions_BS = image_position_ids(contiguous_BS, is_visual_BS, places, self.config.grid_size**2)
         return positions_BS

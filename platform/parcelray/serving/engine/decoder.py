@@ -245,8 +245,7 @@ class PooledDecoder:
         tables_BM = table_of(blocks, longest, self.device)
         order_B = torch.tensor(lengths, device=self.device)
         slots_B = (
-            tables_BM.gather(1, (order_B // BLOCK_TOKENS)[:, None]).squeeze(1) * BLOCK_TOKENS
-            + order_B % BLOCK_TOKENS
+            tables_BM.gather(1, (order_B // BLOCK_TOKENS)[:, None]).squeeze(1) * BLOCK_TOKENS + order_B % BLOCK_TOKENS
         )
         order_S = torch.arange(tables_BM.shape[1] * BLOCK_TOKENS, device=self.device)
         allowed_B1S = (order_S[None] <= order_B[:, None])[:, None]
