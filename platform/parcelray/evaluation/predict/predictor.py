@@ -374,7 +374,8 @@ class Predictor:
         if not tokens:
             return {}
         return self._model.image_inputs(
-            torch.stack([tokens[image].tokens_KL for sample in batch for image in sample.images])
+            torch.stack([tokens[image].tokens_KL for sample in batch for image in sample.images]),
+            self._settings.anchor_grid,
         )
 
     def _check_count(self, input_ids_BS: Tensor, expected: int) -> None:

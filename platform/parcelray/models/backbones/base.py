@@ -4,7 +4,8 @@ Shape suffixes: I images of the whole batch, N patches, K visual tokens (the bud
 """
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any, ClassVar, NamedTuple, Protocol, cast, runtime_checkable
 
 import torch
@@ -16,6 +17,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from parcelray.config.connector import FORMER_CONNECTOR_VALUES, ConnectorConfig
 from parcelray.errors import UserError
 from parcelray.models.connectors import Connector
+from parcelray.models.positions import image_position_ids
 
 _CONNECTOR_ADAPTER: TypeAdapter[ConnectorConfig] = TypeAdapter(ConnectorConfig)
 
@@ -227,9 +229,31 @@ class ElasticVLM(nn.Module):
         """The legal values of `num_visual_tokens` in ascending order."""
         return self.connector.supported_budgets
 
-    def image_inputs(self, tokens_IKL: Tensor) -> dict[str, Any]:
-        """Returns inputs of `forward` and `generate` for visual tokens that were computed before, [I, K, L]."""
-        return {"mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=tokens_IKL)}}
+    @cached_property
+    def has_image_positions(self) -> bool:
+        """Whether the rotary positions of visual tokens are their places in the image (`positions: image`)."""
+        return getattr(self.config.connector_config, "positions", "contiguous") == "image"
+
+    def token_places(self, num_visual_tokens: int, anchor_grid: int | None = None) -> Sequence[int]:
+        """Returns the place in the patch grid of each visual token of an image; empty with contiguous positions.
+
+        Args:
+            num_visual_tokens: budget of the image.
+            anchor_grid: see `ElasticModel.compress`.
+        """
+        return self.connector.token_places(num_visual_tokens, anchor_grid) if self.has_image_positions else ()
+
+    def image_inputs(self, tokens_IKL: Tensor, anchor_grid: int | None = None) -> dict[str, Any]:
+        """Returns inputs of `forward` and `generate` for visual tokens that were computed before.
+
+        Args:
+            tokens_IKL: output of `ElasticModel.compress`.
+            anchor_grid: the one that `compress` was given.
+        """
+        return {
+            "mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=tokens_IKL)},
+            "anchor_grid": anchor_grid,
+        }
 
     def forward(  # noqa: PLR0913 - `generate` and PEFT inspect this signature: the stock one plus the budget
         self,
@@ -252,7 +276,23 @@ class ElasticVLM(nn.Module):
 
         `num_visual_tokens` is the budget per image (None: all patches); for `anchor_grid` see `ElasticModel.compress`.
         `token_type_ids` (0: prompt, 1: answer) have no effect if attention is also causal in the prompt.
+
+        With `positions: image`, the default of `position_ids` are the places of the visual tokens in the image. Only
+        the prompt has the places, so a later step over a KV cache must pass `position_ids`, as `generate` does.
+
+        Raises:
+            UserError: the placeholders do not match the images, or `position_ids` are needed.
         """
+        if self.has_image_positions:
+            if position_ids is None:
+                position_ids = self._default_positions(
+                    input_ids if input_ids is not None else inputs_embeds,
+                    past_key_values,
+                    self._places(pixel_values, mm_encoder_outputs, num_visual_tokens, anchor_grid),
+                )
+            if attention_mask is None and past_key_values is None:
+                # Without a mask, transformers takes a jump in the positions for the start of another sequence.
+                attention_mask = torch.ones_like(input_ids if input_ids is not None else inputs_embeds[:, :, 0]).long()
         if pixel_values is not None:
             kwargs |= {"num_visual_tokens": num_visual_tokens, "anchor_grid": anchor_grid}
         if self.reads_both_ways:
@@ -270,3 +310,45 @@ class ElasticVLM(nn.Module):
             mm_encoder_outputs=mm_encoder_outputs,
             **kwargs,
         )
+
+    def _prepare_position_ids_for_generation(self, inputs_tensor: Tensor, model_kwargs: dict[str, Any]) -> Tensor:
+        """Returns the positions of the prompts, from which transformers counts on in the steps of `generate`."""
+        contiguous_BS = super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
+        if not self.has_image_positions:
+            return contiguous_BS
+        names = ("pixel_values", "mm_encoder_outputs", "num_visual_tokens", "anchor_grid")
+        return self._placed(contiguous_BS, inputs_tensor, self._places(*map(model_kwargs.get, names)))
+
+    def _places(
+        self,
+        pixel_values: Tensor | None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None,
+        num_visual_tokens: int | None,
+        anchor_grid: int | None,
+    ) -> Sequence[int]:
+        """Returns the places of an image's visual tokens; empty without images."""
+        encoded = (mm_encoder_outputs or {}).get("image")
+        if pixel_values is None and encoded is None:
+            return ()
+        budget = num_visual_tokens if encoded is None else len(encoded.pooler_output[0])
+        return self.token_places(self.config.grid_size**2 if budget is None else budget, anchor_grid)
+
+    def _default_positions(self, inputs: Tensor, past_key_values: Cache | None, places: Sequence[int]) -> Tensor:
+        """Returns the positions that the stock class would count, with the images at their places."""
+        length = inputs.shape[1] + (0 if past_key_values is None else int(past_key_values.get_seq_length()))
+        contiguous_1S = self.first_position + torch.arange(length, device=inputs.device)[None]
+        return self._placed(contiguous_1S, inputs, places)
+
+    def _placed(self, contiguous_BS: Tensor, inputs: Tensor, places: Sequence[int]) -> Tensor:
+        """Returns the positions of prompts given as token ids [B, S] or as embeddings [B, S, L]."""
+        if contiguous_BS.shape[1] != inputs.shape[1]:
+            raise UserError(
+                f"The connector {self.connector.name} has positions: image, so the positions of tokens after a KV cache"
+                " cannot be counted from its length; pass position_ids, or call generate with the whole prompt."
+            )
+        image_token = torch.tensor(self.config.image_token_id, device=inputs.device)
+        is_visual_BS = (
+            inputs == image_token if inputs.ndim == 2 else ((inputs == self.get_input_embeddings()(image_token)).all(2))
+        )
+        positions_BS = image_position_ids(contiguous_BS, is_visual_BS, places, self.config.grid_size**2)
+        return positions_BS

@@ -327,15 +327,22 @@ class ContinuousEngine:
         before = time.perf_counter()
         features = {content: each for state in states for content, each in (state.features or {}).items()}
         visual = self._vision.compress([state.request for state in states], features)
-        logits_BV = self._decoder.prefill(
+        logits_BV, positions = self._decoder.prefill(
             [
-                Prompt(state.request.prompt_ids, state.request.visual_offset, visual_KL, state.blocks)
+                Prompt(
+                    state.request.prompt_ids,
+                    state.request.visual_offset,
+                    visual_KL,
+                    state.request.num_visual_tokens,
+                    state.blocks,
+                )
                 for state, visual_KL in zip(states, visual, strict=True)
             ],
         )
         self._counts["prefill_batches"] += 1
         self._counts["prefilled"] += len(states)
-        for state in states:
+        for state, position in zip(states, positions, strict=True):
+            state.position = position
             state.length = state.request.num_prompt_tokens
             # The features are no longer needed: the visual tokens are in the KV pool.
             state.features = None
@@ -346,12 +353,14 @@ class ContinuousEngine:
     def _step(self, states: list[RequestState]) -> None:
         logits_BV = self._decoder.decode(
             [state.last_token for state in states],
+            [state.position for state in states],
             [state.length for state in states],
             [state.blocks for state in states],
         )
         self._counts["steps"] += 1
         self._counts["decoded_rows"] += len(states)
         for state in states:
+            state.position += 1
             state.length += 1
         self._advance(states, logits_BV)
 

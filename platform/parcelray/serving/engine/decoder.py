@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from parcelray.models.backbones import ElasticVLM
+from parcelray.models.positions import image_position_ids
 
 BLOCK_TOKENS = 16
 """Tokens per block of the KV pool."""
@@ -125,6 +126,8 @@ class Prompt:
     """Number of text tokens before the visual tokens."""
     visual_KL: Tensor | None
     """Projected visual tokens of all its images; None: a prompt without images."""
+    num_visual_tokens: int
+    """Visual tokens per image."""
     blocks: list[int]
     """Blocks of the KV pool that the request owns."""
 
@@ -185,6 +188,7 @@ class PooledDecoder:
         self.device = model.lm_head.weight.device
         self._dtype = model.dtype
         self.max_positions = int(config.max_position_embeddings)
+        self._num_patches = int(model.config.grid_size) ** 2
         heads = int(config.num_attention_heads)
         self.pool = KVPool(
             num_layers=len(self._layers),
@@ -196,8 +200,12 @@ class PooledDecoder:
             device=self.device,
         )
 
-    def prefill(self, prompts: list[Prompt]) -> Tensor:
-        """Processes whole prompts and returns the logits [B, V] of the first token after each."""
+    def prefill(self, prompts: list[Prompt]) -> tuple[Tensor, list[int]]:
+        """Processes whole prompts.
+
+        Returns:
+            The logits [B, V] of the first token after each prompt, and the rotary position of that token.
+        """
         lengths = torch.tensor([prompt.length for prompt in prompts], device=self.device)
         order_S = torch.arange(int(lengths.max()), device=self.device)
         valid_BS = order_S[None] < lengths[:, None]
@@ -206,38 +214,62 @@ class PooledDecoder:
         allowed_BSS = valid_BS[:, None].expand(-1, len(order_S), -1)
         if not self._model.reads_both_ways:
             allowed_BSS = allowed_BSS & (order_S[None] <= order_S[:, None])
-        positions_BS = order_S.expand(len(prompts), -1)
+        order_BS = order_S.expand(len(prompts), -1)
+        positions_BS = torch.cat([self._positions(prompt, len(order_S)) for prompt in prompts])
         # Where the prompt is attended to in both directions, layers with a window see all of it, as in transformers.
         window = None if self._model.reads_both_ways else self._window
         hidden_BSL = self._run(
-            self._embed(prompts, len(order_S)), allowed_BSS, positions_BS, positions_BS, cache, window
+            self._embed(prompts, len(order_S)),
+            positions_BS.to(self.device),
+            allowed_BSS,
+            order_BS,
+            order_BS,
+            cache,
+            window,
         )
-        return self._logits(hidden_BSL[torch.arange(len(prompts), device=self.device), lengths - 1])
+        following = [
+            int(positions_S[prompt.length - 1]) + 1 for prompt, positions_S in zip(prompts, positions_BS, strict=True)
+        ]
+        return self._logits(hidden_BSL[torch.arange(len(prompts), device=self.device), lengths - 1]), following
 
-    def decode(self, token_ids: list[int], lengths: list[int], blocks: list[list[int]]) -> Tensor:
+    def decode(self, token_ids: list[int], positions: list[int], lengths: list[int], blocks: list[list[int]]) -> Tensor:
         """Processes one more token of each request and returns the logits [B, V] of the next.
 
         Args:
             token_ids: the token that each request has just generated.
+            positions: rotary position of this token in each request.
             lengths: number of tokens of each request that are already in the pool.
             blocks: blocks of each request.
         """
         longest = max(lengths) + 1
         tables_BM = table_of(blocks, longest, self.device)
-        positions_B = torch.tensor(lengths, device=self.device)
+        order_B = torch.tensor(lengths, device=self.device)
         slots_B = (
-            tables_BM.gather(1, (positions_B // BLOCK_TOKENS)[:, None]).squeeze(1) * BLOCK_TOKENS
-            + positions_B % BLOCK_TOKENS
+            tables_BM.gather(1, (order_B // BLOCK_TOKENS)[:, None]).squeeze(1) * BLOCK_TOKENS + order_B % BLOCK_TOKENS
         )
         order_S = torch.arange(tables_BM.shape[1] * BLOCK_TOKENS, device=self.device)
-        allowed_B1S = (order_S[None] <= positions_B[:, None])[:, None]
+        allowed_B1S = (order_S[None] <= order_B[:, None])[:, None]
         hidden_B1L = self._model.get_input_embeddings()(torch.tensor(token_ids, device=self.device)[:, None])
         cache = _DecodeCache(self.pool, slots_B, tables_BM)
         return self._logits(
             self._run(
-                hidden_B1L, allowed_B1S, positions_B[:, None], order_S.expand(len(lengths), -1), cache, self._window
+                hidden_B1L,
+                torch.tensor(positions, device=self.device)[:, None],
+                allowed_B1S,
+                order_B[:, None],
+                order_S.expand(len(lengths), -1),
+                cache,
+                self._window,
             )[:, 0]
         )
+
+    def _positions(self, prompt: Prompt, longest: int) -> Tensor:
+        """Returns the rotary positions [1, S] of a prompt with padding at its end, on the CPU."""
+        order_1S = torch.arange(longest)[None]
+        visual_end = prompt.visual_offset + prompt.length - len(prompt.token_ids)
+        is_visual_1S = (prompt.visual_offset <= order_1S) & (order_1S < visual_end)
+        places_K = self._model.token_places(prompt.num_visual_tokens) if prompt.num_visual_tokens else ()
+        return image_position_ids(order_1S, is_visual_1S, places_K, self._num_patches)
 
     def _embed(self, prompts: list[Prompt], longest: int) -> Tensor:
         ids = torch.zeros(len(prompts), longest, dtype=torch.int64)
@@ -256,18 +288,23 @@ class PooledDecoder:
     def _run(
         self,
         hidden: Tensor,
+        positions_BQ: Tensor,
         allowed_BQS: Tensor,
-        query_positions_BQ: Tensor,
-        key_positions_BS: Tensor,
+        query_order_BQ: Tensor,
+        key_order_BS: Tensor,
         cache: _PrefillCache | _DecodeCache,
         window: int | None,
     ) -> Tensor:
-        """Returns the hidden states after all layers; positions are those in each request's prompt and answer."""
-        position_ids_BQ = query_positions_BQ + self._model.first_position
+        """Returns the hidden states after all layers.
+
+        Rotary positions count from 0. A window applies to the order of the tokens in each request's prompt and answer,
+        as in transformers, not to their rotary positions.
+        """
+        position_ids_BQ = positions_BQ + self._model.first_position
         rotary = self._text.rotary_emb(hidden, position_ids_BQ)
         masks = [self._additive(allowed_BQS)] * 2
-        if window is not None and key_positions_BS.shape[1] > window:
-            near_BQS = query_positions_BQ[:, :, None] - key_positions_BS[:, None] < window
+        if window is not None and key_order_BS.shape[1] > window:
+            near_BQS = query_order_BQ[:, :, None] - key_order_BS[:, None] < window
             masks[1] = self._additive(allowed_BQS & near_BQS)
         for layer, sliding in zip(self._layers, self._sliding, strict=True):
             hidden = layer(

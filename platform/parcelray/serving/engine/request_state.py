@@ -49,6 +49,8 @@ class RequestState:
     """Blocks of the KV pool that it owns."""
     length: int = 0
     """Number of its tokens in the KV pool."""
+    position: int = 0
+    """Rotary position of its last token, counted from 0; more than `length` if images have more places than tokens."""
     last_token: int = 0
     num_new: int = 0
     started: float = 0.0
