@@ -37,8 +37,9 @@ pipeline_tag: image-text-to-text
 
 # Mini {label}
 
-{what} The start is the mini base: PaliGemma-2 with 0.8 M parameters, 64-pixel images and 256
-patch tokens. All weights were trained. The model knows the procedural mini suite and nothing else.
+{what}
+It starts from the mini base: PaliGemma-2 with 0.8 M parameters, 64-pixel images and 256 patch tokens. All weights were
+trained. The model knows the procedural mini suite and nothing else.
 
 - **Command**: `python pipelines/elastic.py train --systems {system} --seeds {seed} --steps {steps}`
   (identity `{identity}`, git commit `{commit}`)
