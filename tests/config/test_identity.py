@@ -4,6 +4,7 @@ from pathlib import Path
 
 import yaml
 
+from parcelray.config.evaluate import EvaluateJob
 from parcelray.config.identity import differing_keys, identity
 from parcelray.config.loader import load_job
 
@@ -34,3 +35,25 @@ def test_the_identity_depends_on_values_and_not_on_their_notation(tmp_path: Path
 
 def test_differing_keys_are_listed_as_key_paths() -> None:
     assert differing_keys({"a": {"b": 1, "c": 2}}, {"a": {"b": 1, "c": 3}, "d": 4}) == ["a.c: 2 -> 3", "d: None -> 4"]
+
+
+def test_renamed_positions_of_reducers_keep_identities_and_prediction_keys() -> None:
+    jobs = [
+        EvaluateJob.model_validate(
+            {
+                "kind": "evaluate",
+                "name": "x",
+                "benchmarks": ["mini"],
+                "reducer": {"type": "restore", "positions": positions},
+            }
+        )
+        for positions in ("original_size_bias", "image_size_bias", "contiguous")
+    ]
+    former, same, other = jobs
+    assert former == same
+    assert identity(same) == "evaluate-x-09c74215", "the identity in version 1.16"
+    assert identity(other) != identity(same)
+    assert same.reducer is not None
+    assert same.reducer.to_json() == (
+        '{"positions":"original_size_bias","type":"restore","base":"divprune","share":0.5}'
+    ), "the settings in prediction keys of version 1.16"
