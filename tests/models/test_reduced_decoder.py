@@ -87,7 +87,7 @@ def test_without_reduction_answers_equal_those_of_transformers(case: Case) -> No
     assert torch.equal(_generate(case, ReducedDecoder(model)), expected[:, inputs["input_ids"].shape[1] :])
 
 
-@pytest.mark.parametrize("positions", ["contiguous", "original_calibrated"])
+@pytest.mark.parametrize("positions", ["contiguous", "image_calibrated"])
 def test_an_answer_may_be_one_token(case: Case, positions: Any) -> None:
     model, processor, visual = case
     prompts, decoder = encode_prompts(processor, PROMPTS, None, "cpu"), ReducedDecoder(model, positions)
@@ -104,7 +104,7 @@ def test_a_sliding_window_applies_to_the_answer_only() -> None:
     test_without_reduction_answers_equal_those_of_transformers(_case_of(model, processor))
 
 
-@pytest.mark.parametrize("positions", ["contiguous", "original", "original_size_bias"])
+@pytest.mark.parametrize("positions", ["contiguous", "image", "image_size_bias"])
 def test_logits_equal_those_of_transformers(case: Case, positions: Any) -> None:
     model, processor, visual = case
     answers = ["red", "blue 47", "4"]
@@ -122,10 +122,10 @@ def test_logits_equal_those_of_transformers(case: Case, positions: Any) -> None:
 REDUCERS: list[Any] = [
     FastV(layer=2),
     PyramidDrop(),
-    PyramidDrop(positions="original"),
+    PyramidDrop(positions="image"),
     SparseVLM(),
-    SparseVLM(positions="original_size_bias"),
-    SparseVLM(positions="original_calibrated"),
+    SparseVLM(positions="image_size_bias"),
+    SparseVLM(positions="image_calibrated"),
 ]
 
 
@@ -167,11 +167,11 @@ def test_the_cache_does_not_change_the_answers(case: Case, reducer: InDecoderRed
 
 @pytest.mark.parametrize("layer", [1, 2, 4])
 def test_fastv_is_the_stock_decoder_with_the_dropped_tokens_masked(case: Case, layer: int) -> None:
-    """With original positions, dropping a token after a layer equals masking it in all later layers."""
+    """With image positions, dropping a token after a layer equals masking it in all later layers."""
     model, processor, visual = case
     prompts = encode_prompts(processor, PROMPTS, None, "cpu")
     stages = FastV(layer=layer).stages(6, 256, 200)
-    result = ReducedDecoder(model, "original").logits(prompts, visual, reducer=FastV(layer=layer), budget=200)
+    result = ReducedDecoder(model, "image").logits(prompts, visual, reducer=FastV(layer=layer), budget=200)
     rows = ReducedDecoder(model).attention(prompts, visual, [layer - 1])[0].mean(dim=1)[:, -1]
     kept = rows.topk(stages[0].num_tokens, dim=1).indices
     dropped = torch.ones(len(PROMPTS), 256, dtype=torch.bool).scatter(1, kept, False)
@@ -215,10 +215,10 @@ def test_a_token_of_size_two_is_two_equal_tokens(case: Case) -> None:
     prompts = encode_prompts(processor, PROMPTS[:1], None, "cpu")
     twice = visual.tokens_BVL[:1, :4].repeat_interleave(2, dim=1)
     position_ids = torch.zeros(1, 8, dtype=torch.int64)
-    decoder = ReducedDecoder(model, "original_size_bias")
+    decoder = ReducedDecoder(model, "image_size_bias")
     pairs = decoder.logits(prompts, VisualTokens(twice, position_ids, torch.ones_like(position_ids)))
     merged = decoder.logits(prompts, VisualTokens(twice[:, ::2], position_ids[:, ::2], torch.full((1, 4), 2)))
-    plain = ReducedDecoder(model, "original").logits(
+    plain = ReducedDecoder(model, "image").logits(
         prompts, VisualTokens(twice[:, ::2], position_ids[:, ::2], torch.full((1, 4), 2))
     )
     if model.reads_both_ways:
@@ -240,7 +240,7 @@ def test_the_calibration_is_that_of_restore(case: Case) -> None:
 
 
 def test_the_calibration_is_in_the_logits(case: Case) -> None:
-    """Calibrated attention equals original positions plus log(size * (2 - D)), added by hand to the visual keys."""
+    """Calibrated attention equals image positions plus log(size * (2 - D)), added by hand to the visual keys."""
     model, processor, visual = case
     prompts = encode_prompts(processor, PROMPTS[:1], None, "cpu")
     position_ids = torch.arange(0, 256, 4)[None]
@@ -266,10 +266,10 @@ def test_the_calibration_is_in_the_logits(case: Case) -> None:
     ) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
         return args, kwargs | {"attention_mask": kwargs["attention_mask"] + bias}
 
-    result, plain = (ReducedDecoder(model, kind).logits(prompts, few) for kind in ("original_calibrated", "original"))
+    result, plain = (ReducedDecoder(model, kind).logits(prompts, few) for kind in ("image_calibrated", "image"))
     hooks = [layer.register_forward_pre_hook(add, with_kwargs=True) for layer in model.model.language_model.layers]
     try:
-        expected = ReducedDecoder(model, "original").logits(prompts, few)
+        expected = ReducedDecoder(model, "image").logits(prompts, few)
     finally:
         for hook in hooks:
             hook.remove()
@@ -282,10 +282,10 @@ def test_pyramid_drop_is_the_stock_decoder_with_more_tokens_masked_per_stage(cas
     model, processor, visual = case
     prompts = encode_prompts(processor, PROMPTS[:1], None, "cpu")
     first = VisualTokens(*(each[:1] for each in visual))
-    reducer = PyramidDrop(positions="original")
+    reducer = PyramidDrop(positions="image")
     stages = reducer.stages(6, 256, 140)
     assert len(stages) == 3
-    result = ReducedDecoder(model, "original").logits(prompts, first, reducer=reducer, budget=140)
+    result = ReducedDecoder(model, "image").logits(prompts, first, reducer=reducer, budget=140)
     inputs = processor.prompts(PROMPTS[:1], 1, num_visual_tokens=256)
     start = inputs["input_ids"].eq(model.config.image_token_id).int().argmax(dim=1)
     before = model.config.text_config._attn_implementation

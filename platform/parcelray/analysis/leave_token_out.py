@@ -77,7 +77,7 @@ def leave_one_out(
     )
     tokens_1NL = view.project(view.patch_features_IND)
     count = tokens_1NL.shape[1]
-    decoder = ReducedDecoder(model, "original")
+    decoder = ReducedDecoder(model, "image")
     all_positions_N = torch.arange(count, device=device)
     whole = _log_likelihood(decoder, processor, pair, tokens_1NL, all_positions_N[None])
     losses = []

@@ -8,6 +8,7 @@ from parcelray.config.connector import FORMER_CONNECTOR_VALUES
 from parcelray.config.evaluate import EvaluateJob
 from parcelray.config.paths import AS_WRITTEN
 from parcelray.config.promote import PromoteJob
+from parcelray.config.reducer import FORMER_POSITIONS
 from parcelray.config.serve import ServeJob
 from parcelray.config.train import TrainJob
 from parcelray.config.tune import TuneJob
@@ -33,6 +34,8 @@ _NOT_IDENTITY = (
 # Values that decided the result before there was a key for them, by section. They do not count, so that a job that
 # states them has the identity of a job from before the key, and resumes its run.
 _FORMER_VALUES: dict[str, dict[str, Any]] = {"connector": FORMER_CONNECTOR_VALUES}
+# Renamed values by section and key; under their former names they count.
+_FORMER_NAMES = {"reducer": {"positions": FORMER_POSITIONS}}
 
 
 def identity(job: Job) -> str:
@@ -59,11 +62,13 @@ def decisive(job: dict[str, Any], section: str = "") -> dict[str, Any]:
         section: key of the section; empty for the job itself.
     """
     former = _FORMER_VALUES.get(section, {})
-    return {
+    kept = {
         key: decisive(value, key) if isinstance(value, dict) else value
         for key, value in job.items()
         if key not in _NOT_IDENTITY and not (key in former and former[key] == value)
     }
+    names = _FORMER_NAMES.get(section, {})
+    return kept | {key: names[key].get(kept[key], kept[key]) for key in names.keys() & kept.keys()}
 
 
 def differing_keys(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:

@@ -1,12 +1,23 @@
 """Configuration of training-free token reducers."""
 
+import json
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from parcelray.config.base import StrictModel
 
-Positions = Literal["contiguous", "original", "original_size_bias", "original_calibrated"]
+FORMER_POSITIONS = {
+    "image": "original",
+    "image_size_bias": "original_size_bias",
+    "image_calibrated": "original_calibrated",
+}
+"""Former names of positions, by name: those in stored jobs, run identities and prediction keys."""
+_NAMES = {former: name for name, former in FORMER_POSITIONS.items()}
+Positions = Annotated[
+    Literal["contiguous", "image", "image_size_bias", "image_calibrated"],
+    BeforeValidator(lambda value: _NAMES.get(value, value) if isinstance(value, str) else value),
+]
 
 
 class _ReducerConfig(StrictModel):
@@ -15,9 +26,15 @@ class _ReducerConfig(StrictModel):
     positions: Positions = "contiguous"
     """Rotary positions of the remaining tokens.
 
-    `contiguous`: consecutive positions; `original`: the positions in the image; `original_size_bias`: also adds
-    log(size) to the attention logits of merged tokens; `original_calibrated`: adds RESTORE's distance calibration, too.
+    `contiguous`: consecutive positions; `image`: the positions in the image; `image_size_bias`: also adds
+    log(size) to the attention logits of merged tokens; `image_calibrated`: adds RESTORE's distance calibration, too.
     """
+
+    def to_json(self) -> str:
+        """Returns the settings as JSON with the former names of positions, so that prediction keys stay valid."""
+        values = self.model_dump(mode="json")
+        former = FORMER_POSITIONS.get(self.positions, self.positions)
+        return json.dumps(values | {"positions": former}, separators=(",", ":"))
 
 
 class ClusterAggregateConfig(_ReducerConfig):
@@ -134,7 +151,7 @@ class RestoreConfig(_ReducerConfig):
     """Selected tokens plus merged tokens of the rest, with calibrated attention (RESTORE, ICML 2026)."""
 
     type: Literal["restore"] = "restore"
-    positions: Positions = "original_calibrated"
+    positions: Positions = "image_calibrated"
     """Rotary positions of the remaining tokens, as for the other reducers."""
     base: Literal["divprune", "class_attention"] = "divprune"
     """Method that selects the kept tokens."""
@@ -146,7 +163,7 @@ class FastVConfig(_ReducerConfig):
     """Drops visual tokens after the decoder's first layers (FastV, ECCV 2024); the budget is the mean over layers."""
 
     type: Literal["fastv"] = "fastv"
-    positions: Positions = "original"
+    positions: Positions = "image"
     """Rotary positions of the remaining tokens, as for the other reducers."""
     layer: int = Field(default=2, ge=1)
     """Index of the first decoder layer that processes fewer tokens, less than the number of layers."""

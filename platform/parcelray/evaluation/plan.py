@@ -221,7 +221,7 @@ def generation_of(job: EvaluateJob, choice: BenchmarkChoice, config: BenchmarkCo
         dtype=job.dtype,
         decoding=choice.decoding or config.decoding,
         num_beams=config.num_beams if choice.decoding is None else 1,
-        reducer=job.reducer.model_dump_json() if job.reducer is not None else None,
+        reducer=job.reducer.to_json() if job.reducer is not None else None,
         anchor_grid=job.anchor_grid,
     )
 

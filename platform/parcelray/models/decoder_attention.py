@@ -46,8 +46,8 @@ class LayerMasks(NamedTuple):
 class AttentionMasks:
     """Builds the additive attention masks of a decoder over reduced visual tokens.
 
-    With `original_size_bias`, log(size) is added to the logits of a visual token that represents `size` patches. With
-    `original_calibrated`, log(size * (c - D(distance))) is added, where D is the mean cosine of the rotary angles over
+    With `image_size_bias`, log(size) is added to the logits of a visual token that represents `size` patches. With
+    `image_calibrated`, log(size * (c - D(distance))) is added, where D is the mean cosine of the rotary angles over
     that distance (RESTORE, arXiv 2606.01711).
 
     Args:
@@ -116,12 +116,12 @@ class AttentionMasks:
         distances_BRS = rows_BR[:, :, None] - keys.positions_BS[:, None]
         batch, length = keys.sizes_BS.shape
         bias = torch.zeros(
-            distances_BRS.shape if self._positions == "original_calibrated" else (batch, 1, length),
+            distances_BRS.shape if self._positions == "image_calibrated" else (batch, 1, length),
             device=keys.sizes_BS.device,
         )
-        if self._positions in ("original_size_bias", "original_calibrated"):
+        if self._positions in ("image_size_bias", "image_calibrated"):
             bias = bias + keys.sizes_BS.clamp(min=1).log()[:, None]
-        if self._positions == "original_calibrated":
+        if self._positions == "image_calibrated":
             decay = rotary_decay(self._language_model, int(distances_BRS.abs().max()))
             calibration = (_CALIBRATION - decay[distances_BRS.abs()]).log()
             bias[:, :, keys.visual] += calibration[:, :, keys.visual]

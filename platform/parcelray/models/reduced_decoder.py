@@ -132,9 +132,9 @@ class ReducedDecoder:
 
     Args:
         model: model in evaluation mode; its decoder is Llama, Gemma or Gemma-2.
-        positions: rotary positions of the visual tokens. `contiguous`: consecutive. `original`: the token's position in
-            the image, so that the text has the same positions as without reduction. `original_size_bias` and
-            `original_calibrated`: as `original`, with a bias on the attention logits (see `AttentionMasks`).
+        positions: rotary positions of the visual tokens. `contiguous`: consecutive. `image`: the token's position in
+            the image, so that the text has the same positions as without reduction. `image_size_bias` and
+            `image_calibrated`: as `image`, with a bias on the attention logits (see `AttentionMasks`).
     """
 
     def __init__(self, model: ElasticVLM, positions: Positions = "contiguous") -> None:

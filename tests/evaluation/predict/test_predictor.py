@@ -379,7 +379,7 @@ def vanilla(request: pytest.FixtureRequest, processor: Processor) -> tuple[Elast
 
 REDUCERS = [
     '{"type": "cluster_aggregate"}',
-    '{"type": "cluster_aggregate", "positions": "original_size_bias"}',
+    '{"type": "cluster_aggregate", "positions": "image_size_bias"}',
     '{"type": "visionzip"}',
     '{"type": "tome"}',
     '{"type": "saliency", "definition": "last_text", "layer": 0}',

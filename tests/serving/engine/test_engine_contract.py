@@ -1,6 +1,7 @@
 """Tests of the `Engine` interface, which hold for every engine."""
 
 import asyncio
+import functools
 import queue
 import random
 import threading
@@ -16,7 +17,17 @@ from parcelray.evaluation.predict.predictor import Predictor
 from parcelray.models.backbones import ElasticVLM
 from parcelray.models.backbones.processor_base import ElasticProcessor
 from parcelray.serving.engine.continuous_engine import ContinuousEngine
-from parcelray.serving.engine.engine import Engine, EngineRefusal, Event, Failed, Finished, Piece, answer_all, events
+from parcelray.serving.engine.engine import (
+    Engine,
+    EngineRefusal,
+    Event,
+    Failed,
+    Finished,
+    Piece,
+    answer_all,
+    check_request,
+    events,
+)
 from tests.serving.conftest import Asker
 from tests.serving.local import PATIENCE_S, held
 
@@ -101,6 +112,14 @@ def test_requests_that_cannot_be_answered_are_rejected_at_once(build: Build, sam
     with held(engine), pytest.raises(EngineRefusal) as refusal:
         answer_all(engine, [ask(sample, 16, max_new_tokens=64) for sample in samples[:3]])
     assert refusal.value.code == "queue_full"
+
+
+def test_an_image_takes_all_its_positions_at_every_budget(samples: list[Sample], ask: Asker) -> None:
+    request = ask(next(sample for sample in samples if len(sample.images) == 4), 16)
+    check = functools.partial(check_request, request, 8192, (16,), chooses=False, max_positions=1024)
+    check(positions_per_image=None)
+    with pytest.raises(EngineRefusal, match="because an image takes 256 at every budget, but the model has 1024"):
+        check(positions_per_image=256)
 
 
 def test_cancelled_late_and_closed_requests_end_with_their_code(

@@ -32,11 +32,12 @@ def _made_splits(right: tuple[tuple[int, int], ...]) -> list[SplitScores]:
     return score_splits(samples, answers, ScoringRules(split_of=lambda sample: f"mini/{sample.family}"))
 
 
-def made_results(seeds: int = 2, **changes: Mapping[int, int]) -> ElasticResults:
-    """Results of all systems; the number of right answers grows by 1 with the seed.
+def made_results(seeds: int = 2, step: int = 1, **changes: Mapping[int, int]) -> ElasticResults:
+    """Results of all systems.
 
     Args:
         seeds: number of seeds.
+        step: number of right answers per family that each seed has more than the one before it.
         **changes: number of right answers by budget, for systems that differ from the default.
     """
     right: dict[str, Mapping[int, int]] = {
@@ -48,7 +49,9 @@ def made_results(seeds: int = 2, **changes: Mapping[int, int]) -> ElasticResults
     }
     return ElasticResults(
         {
-            system: [made_splits({budget: number + seed for budget, number in row.items()}) for seed in range(seeds)]
+            system: [
+                made_splits({budget: number + step * seed for budget, number in row.items()}) for seed in range(seeds)
+            ]
             for system, row in (right | changes).items()
         },
         BUDGETS,

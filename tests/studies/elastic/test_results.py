@@ -22,15 +22,11 @@ def test_retention_is_relative_to_the_vanilla_model_of_the_same_seed() -> None:
 
 
 def test_intervals_cover_seeds_and_scenes() -> None:
-    one, three = made_results(seeds=1), made_results(seeds=3)
-    width = {
-        seeds: (interval := results.score("parcel", 64).interval).high - interval.low
-        for seeds, results in ((1, one), (3, three))
-    }
-    # The seeds have a variance of (0.5 percentage points) squared, which adds a little to that of 400 questions.
-    assert width[1] < width[3] < 1.2 * width[1]
-    gain = three.gain("parcel", 16, 256).interval
-    assert (gain.value, gain.low, gain.high) == pytest.approx((0, 0, 0), abs=0.5), "the same answers at both budgets"
+    one, two = (made_results(seeds, step=20).score("parcel", 64).interval for seeds in (1, 2))
+    assert two.value == one.value + 5
+    assert two.high - two.low > 1.5 * (one.high - one.low), "the seeds differ by 10 percentage points"
+    gain = made_results(step=20).gain("parcel", 16, 256).interval
+    assert (gain.value, gain.low, gain.high) == pytest.approx((0, 0, 0), abs=1.5), "each seed has the same at both"
 
 
 def test_targets_are_met_or_not_with_the_numbers_that_decide() -> None:

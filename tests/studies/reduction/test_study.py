@@ -167,8 +167,8 @@ def test_every_method_has_a_panel_and_budgets_for_small_and_large_models() -> No
 def test_layers_are_the_published_ones_for_llava_and_scale_with_the_depth() -> None:
     large, small = methods_of(LARGE), methods_of(SMALL)
     assert large["FastV"].reducer == FastVConfig(layer=2)
-    assert large["last word"].reducer == SaliencyConfig(positions="original", definition="last_text", layer=2)
-    assert large["PyramidDrop"].reducer == PyramidDropConfig(positions="original")
+    assert large["last word"].reducer == SaliencyConfig(positions="image", definition="last_text", layer=2)
+    assert large["PyramidDrop"].reducer == PyramidDropConfig(positions="image")
     assert budgets_of([large["PyramidDrop, early"].reducer], 576, LARGE) == (37, 63, 115, 173)
     assert small["FastV"].reducer == FastVConfig(layer=1)
     assert "PyramidDrop, early" not in small

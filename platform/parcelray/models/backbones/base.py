@@ -339,16 +339,28 @@ class ElasticVLM(nn.Module):
         contiguous_1S = self.first_position + torch.arange(length, device=inputs.device)[None]
         return self._placed(contiguous_1S, inputs, places)
 
-    def _placed(self, contiguous_BS: Tensor, inputs: Tensor, places: Sequence[int]) -> Tensor:
+    def _placed(self, contiguous_BS: Tensor, inputs: Tensor, places_K: Sequence[int]) -> Tensor:
         """Returns the positions of prompts given as token ids [B, S] or as embeddings [B, S, L]."""
-        if contiguous_BS.shape[1] != inputs.shape[1]:
+        length, patches, limit = (
+            inputs.shape[1],
+            self.config.grid_size**2,
+            self.config.text_config.max_position_embeddings,
+        )
+        if contiguous_BS.shape[1] != length:
             raise UserError(
                 f"The connector {self.connector.name} has positions: image, so the positions of tokens after a KV cache"
                 " cannot be counted from its length; pass position_ids, or call generate with the whole prompt."
             )
         image_token = torch.tensor(self.config.image_token_id, device=inputs.device)
-        is_visual_BS = (
-            inputs == image_token if inputs.ndim == 2 else ((inputs == self.get_input_embeddings()(image_token)).all(2))
-        )
-        positions_BS = image_position_ids(contiguous_BS, is_visual_BS, places, self.config.grid_size**2)
+        is_visual_BS = inputs == image_token
+        if inputs.ndim == 3:
+            is_visual_BS = (inputs == self.get_input_embeddings()(image_token)).all(2)
+        positions_BS = image_position_ids(contiguous_BS, is_visual_BS, places_K, patches)
+        # The first condition bounds the positions without waiting for the device.
+        may_exceed = bool(places_K) and length + length // len(places_K) * (patches - len(places_K)) > limit
+        if may_exceed and int(positions_BS.max()) > limit:
+            raise UserError(
+                f"A prompt needs {int(positions_BS.max())} positions, because with positions: image an image takes"
+                f" {patches} at every budget, but the model has {limit}; use fewer images or a shorter prompt."
+            )
         return positions_BS

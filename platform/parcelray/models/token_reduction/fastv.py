@@ -18,7 +18,7 @@ class FastV(InDecoderReducer):
         layer: K of the paper, the first layer with fewer tokens, counted from 0; less than the number of layers.
     """
 
-    positions: Positions = "original"
+    positions: Positions = "image"
     layer: int = 2
     name = "fastv"
 

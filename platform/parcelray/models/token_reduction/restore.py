@@ -1,6 +1,6 @@
 """RESTORE (ICML 2026, arXiv 2606.01711): half of the budget is selected, the other half merged from the rest.
 
-The merged anchors represent whole groups. The default of `positions` is therefore `original_calibrated`: original
+The merged anchors represent whole groups. The default of `positions` is therefore `image_calibrated`: image
 positions, with attention logits calibrated for group size and distance.
 """
 
@@ -42,7 +42,7 @@ class Restore(TokenReducer):
         share: share of the budget that the base selects.
     """
 
-    positions: Positions = "original_calibrated"
+    positions: Positions = "image_calibrated"
     base: Literal["divprune", "class_attention"] = "divprune"
     share: float = 0.5
     name = "restore"

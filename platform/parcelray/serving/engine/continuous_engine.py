@@ -106,7 +106,14 @@ class ContinuousEngine:
 
     def submit(self, request: GenerateRequest, listener: Listener) -> None:
         """See `Engine`."""
-        check_request(request, self.max_request_tokens, self.supported_budgets, chooses=self._chooser is not None)
+        check_request(
+            request,
+            self.max_request_tokens,
+            self.supported_budgets,
+            chooses=self._chooser is not None,
+            max_positions=self._decoder.max_positions,
+            positions_per_image=self._decoder.positions_per_image,
+        )
         state = self._writer.new_state(request, listener)
         with self._lock:
             if self._closing or self._ended:

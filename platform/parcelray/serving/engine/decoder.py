@@ -189,6 +189,7 @@ class PooledDecoder:
         self._dtype = model.dtype
         self.max_positions = int(config.max_position_embeddings)
         self._num_patches = int(model.config.grid_size) ** 2
+        self.positions_per_image = self._num_patches if model.has_image_positions else None
         heads = int(config.num_attention_heads)
         self.pool = KVPool(
             num_layers=len(self._layers),

@@ -351,7 +351,15 @@ def answer_all(engine: Engine, requests: list[GenerateRequest]) -> list[Finished
     return [answers[index] for index in range(len(requests))]
 
 
-def check_request(request: GenerateRequest, max_tokens: int, budgets: Collection[int], *, chooses: bool) -> None:
+def check_request(
+    request: GenerateRequest,
+    max_tokens: int,
+    budgets: Collection[int],
+    *,
+    chooses: bool,
+    max_positions: int,
+    positions_per_image: int | None,
+) -> None:
     """Rejects a request that an engine can never answer.
 
     Args:
@@ -359,6 +367,8 @@ def check_request(request: GenerateRequest, max_tokens: int, budgets: Collection
         max_tokens: maximum number of prompt and answer tokens of one request.
         budgets: visual-token budgets that the model supports.
         chooses: whether the engine can choose a budget from `request.choices`.
+        max_positions: number of rotary positions of the model.
+        positions_per_image: positions that an image takes at every budget; None: one for each visual token.
 
     Raises:
         EngineRefusal: the request does not fit, or needs a budget that is not supported.
@@ -369,6 +379,13 @@ def check_request(request: GenerateRequest, max_tokens: int, budgets: Collection
             "context_length_exceeded",
             f"The request needs {request.min_prompt_tokens} prompt tokens and {new} new tokens, but one request may"
             f" hold {max_tokens} tokens; shorten the prompt, or lower max_tokens or the visual-token budget.",
+        )
+    positions = len(request.prompt_ids) + len(request.images) * (positions_per_image or 0) + new
+    if positions > max_positions:
+        raise EngineRefusal(
+            "context_length_exceeded",
+            f"The request needs {positions} positions, because an image takes {positions_per_image} at every budget,"
+            f" but the model has {max_positions}; send fewer images, shorten the prompt or lower max_tokens.",
         )
     for budget in (request.num_visual_tokens, *request.choices) if request.images else ():
         if budget not in budgets:

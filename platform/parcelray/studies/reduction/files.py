@@ -16,7 +16,7 @@ from parcelray.studies.reduction.results import ReductionStudy
 from parcelray.studies.reduction.warnings import describe
 from parcelray.tracking.mlflow_tracker import MlflowRunLogger
 
-_COLOURED = (RANDOM["original"], SPATIAL["original"], "cluster", "average pooling", "class attention", "FastV")
+_COLOURED = (RANDOM["image"], SPATIAL["image"], "cluster", "average pooling", "class attention", "FastV")
 """Methods drawn in colour in a picture that has too many methods to distinguish."""
 
 

@@ -10,11 +10,11 @@ from parcelray.models.backbones.base import Depths
 from parcelray.models.token_reduction import build_reducer
 from parcelray.models.token_reduction.in_decoder import InDecoderReducer
 
-Placement = Literal["original", "contiguous"]
+Placement = Literal["image", "contiguous"]
 """Position ids of the remaining tokens: those of the full image (with or without size bias), or consecutive ones."""
 
-RANDOM: Mapping[Placement, str] = {"original": "random", "contiguous": "random, contiguous"}
-SPATIAL: Mapping[Placement, str] = {"original": "spatial", "contiguous": "spatial, contiguous"}
+RANDOM: Mapping[Placement, str] = {"image": "random", "contiguous": "random, contiguous"}
+SPATIAL: Mapping[Placement, str] = {"image": "spatial", "contiguous": "spatial, contiguous"}
 """Names of the two baselines; a method is compared with the baselines of the same token placement."""
 RANDOM_SEEDS = 5
 """Number of seeds of random sampling."""
@@ -40,61 +40,59 @@ class Method:
     @property
     def placement(self) -> Placement:
         """The placement of its tokens, which decides the baselines it is compared with."""
-        return "contiguous" if self.reducer.positions == "contiguous" else "original"
+        return "contiguous" if self.reducer.positions == "contiguous" else "image"
 
 
 def methods_of(depths: Depths) -> dict[str, Method]:
     """Returns the methods for a model with the given numbers of layers, by name.
 
-    Methods keep original positions; merging methods add a size bias; a few are added with contiguous positions. Layers
+    Methods keep image positions; merging methods add a size bias; a few are added with contiguous positions. Layers
     are the published ones of LLaVA-1.5-7B, scaled to the depth of the model, at least 1. Methods that read the
     attention of the vision tower are left out if the tower has none.
     """
     early = max(1, round(_EARLY * depths.decoder / _OF_LAYERS))
-    original: Positions = "original"
-    biased: Positions = "original_size_bias"
+    image: Positions = "image"
+    biased: Positions = "image_size_bias"
     methods = {
         "cluster": Method(configs.ClusterAggregateConfig(positions=biased), _CLUSTERS),
         "cluster, cosine": Method(configs.ClusterAggregateConfig(positions=biased, metric="cosine"), _CLUSTERS),
         "average pooling": Method(configs.AveragePoolingConfig(positions=biased), _CLUSTERS),
         "ToMe": Method(configs.ToMeConfig(positions=biased), _CLUSTERS),
         "RESTORE": Method(configs.RestoreConfig(), _CLUSTERS),
-        SPATIAL["original"]: Method(configs.SpatialSamplingConfig(positions=original), _COVERAGE),
-        "DivPrune": Method(configs.DivPruneConfig(positions=original), _COVERAGE),
-        "SCOPE": Method(configs.ScopeConfig(positions=original), _COVERAGE),
-        "MMTok": Method(configs.MMTokConfig(positions=original), _COVERAGE),
-        "VisPruner": Method(configs.VisPrunerConfig(positions=original), _COVERAGE),
-        "PruneSID": Method(configs.PruneSIDConfig(positions=original), _COVERAGE),
-        "class attention": Method(configs.SaliencyConfig(positions=original), ENCODER_ATTENTION),
-        "class attention, windows": Method(
-            configs.SaliencyConfig(positions=original, window=_WINDOW), ENCODER_ATTENTION
-        ),
+        SPATIAL["image"]: Method(configs.SpatialSamplingConfig(positions=image), _COVERAGE),
+        "DivPrune": Method(configs.DivPruneConfig(positions=image), _COVERAGE),
+        "SCOPE": Method(configs.ScopeConfig(positions=image), _COVERAGE),
+        "MMTok": Method(configs.MMTokConfig(positions=image), _COVERAGE),
+        "VisPruner": Method(configs.VisPrunerConfig(positions=image), _COVERAGE),
+        "PruneSID": Method(configs.PruneSIDConfig(positions=image), _COVERAGE),
+        "class attention": Method(configs.SaliencyConfig(positions=image), ENCODER_ATTENTION),
+        "class attention, windows": Method(configs.SaliencyConfig(positions=image, window=_WINDOW), ENCODER_ATTENTION),
         "class attention, merged": Method(configs.SaliencyConfig(positions=biased, merge_rest=True), ENCODER_ATTENTION),
         "VisionZip": Method(configs.VisionZipConfig(positions=biased), ENCODER_ATTENTION),
-        "PruMerge": Method(configs.PruMergeConfig(positions=original), ENCODER_ATTENTION),
-        "PruMerge+": Method(configs.PruMergeConfig(positions=original, spatial=True), ENCODER_ATTENTION),
+        "PruMerge": Method(configs.PruMergeConfig(positions=image), ENCODER_ATTENTION),
+        "PruMerge+": Method(configs.PruMergeConfig(positions=image, spatial=True), ENCODER_ATTENTION),
         "last word": Method(
-            configs.SaliencyConfig(positions=original, definition="last_text", layer=early), DECODER_ATTENTION
+            configs.SaliencyConfig(positions=image, definition="last_text", layer=early), DECODER_ATTENTION
         ),
         "mean of words": Method(
-            configs.SaliencyConfig(positions=original, definition="mean_text", layer=early), DECODER_ATTENTION
+            configs.SaliencyConfig(positions=image, definition="mean_text", layer=early), DECODER_ATTENTION
         ),
         "last word, merged": Method(
             configs.SaliencyConfig(positions=biased, definition="last_text", layer=early, merge_rest=True),
             DECODER_ATTENTION,
         ),
-        "norm": Method(configs.SaliencyConfig(positions=original, definition="norm"), DECODER_ATTENTION),
+        "norm": Method(configs.SaliencyConfig(positions=image, definition="norm"), DECODER_ATTENTION),
         "FastV": Method(configs.FastVConfig(layer=early), _INSIDE),
-        "PyramidDrop": Method(configs.PyramidDropConfig(positions=original), _INSIDE),
+        "PyramidDrop": Method(configs.PyramidDropConfig(positions=image), _INSIDE),
         # The published stages start after a quarter of the layers, which alone costs 25 % of the tokens. In a shallow
         # decoder that is the early layer itself.
         **(
-            {"PyramidDrop, early": Method(configs.PyramidDropConfig(positions=original, first_layer=early), _INSIDE)}
+            {"PyramidDrop, early": Method(configs.PyramidDropConfig(positions=image, first_layer=early), _INSIDE)}
             if 4 * early < depths.decoder - 1
             else {}
         ),
-        "SparseVLM": Method(configs.SparseVLMConfig(positions=original), _INSIDE),
-        "cluster, no size bias": Method(configs.ClusterAggregateConfig(positions=original), _POSITIONS),
+        "SparseVLM": Method(configs.SparseVLMConfig(positions=image), _INSIDE),
+        "cluster, no size bias": Method(configs.ClusterAggregateConfig(positions=image), _POSITIONS),
         "cluster, contiguous": Method(configs.ClusterAggregateConfig(), _POSITIONS),
         SPATIAL["contiguous"]: Method(configs.SpatialSamplingConfig(), _POSITIONS),
         "DivPrune, contiguous": Method(configs.DivPruneConfig(), _POSITIONS),
