@@ -5,12 +5,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-<<<<<<< HEAD
-from parcelray.config.identity import decisive, differing_keys, identity
-=======
 from parcelray.config.evaluate import EvaluateJob
-from parcelray.config.identity import differing_keys, identity
->>>>>>> i16-positions
+from parcelray.config.identity import decisive, differing_keys, identity
 from parcelray.config.loader import load_job
 from parcelray.config.train import TrainJob
 
@@ -50,7 +46,6 @@ def test_differing_keys_are_listed_as_key_paths() -> None:
     assert differing_keys({"a": {"b": 1, "c": 2}}, {"a": {"b": 1, "c": 3}, "d": 4}) == ["a.c: 2 -> 3", "d: None -> 4"]
 
 
-<<<<<<< HEAD
 @pytest.mark.parametrize(
     ("connector", "former_hash"),
     [
@@ -76,7 +71,8 @@ def test_a_key_that_an_old_job_lacks_differs_by_its_former_value() -> None:
         "connector.positions: 'contiguous' -> 'image'",
         "connector.start: 'random' -> 'local'",
     ]
-=======
+
+
 def test_renamed_positions_of_reducers_keep_identities_and_prediction_keys() -> None:
     jobs = [
         EvaluateJob.model_validate(
@@ -97,4 +93,3 @@ def test_renamed_positions_of_reducers_keep_identities_and_prediction_keys() -> 
     assert same.reducer.to_json() == (
         '{"positions":"original_size_bias","type":"restore","base":"divprune","share":0.5}'
     ), "the settings in prediction keys of version 1.16"
->>>>>>> i16-positions
