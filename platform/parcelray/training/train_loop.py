@@ -312,7 +312,7 @@ class _Loop:
             self._has_warned = True
             logger.warning(
                 "Only %.0f %% of the variance of the query tokens depends on the image, so the language model learns to"
-                " ignore them; train with connector.start: local.",
+                " ignore them; check that connector.start is local.",
                 100 * image_share,
             )
 
