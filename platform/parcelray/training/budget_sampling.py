@@ -123,8 +123,10 @@ def _log_cells(budgets: Sequence[int]) -> NDArray[np.float64]:
     """
     if len(budgets) == 1:
         return np.ones(1)
-    gaps = np.diff(np.log(budgets))
-    return (np.append(gaps[0], gaps) + np.append(gaps, gaps[-1])) / 2
+    gaps: NDArray[np.float64] = np.diff(np.log(budgets), append=0)
+    gaps[-1] = gaps[-2]
+    cells: NDArray[np.float64] = (gaps + np.append(gaps[0], gaps[:-1])) / 2
+    return cells
 
 
 def _routing_strata(budgets: Sequence[int], connector: Connector) -> list[Stratum]:

@@ -42,6 +42,8 @@ from parcelray.training.step import TensorBatch, build_optimizer, learning_rate_
 
 logger = logging.getLogger(__name__)
 
+_DIAGNOSED_IMAGES = 8
+"""Largest number of images whose tokens the diagnostics measure."""
 _LOW_IMAGE_SHARE = 0.5
 """Image-dependent share of the variance of query tokens below which a training warns."""
 _PASS_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -286,14 +288,16 @@ class _Loop:
 
     @torch.no_grad()
     def _diagnostics(self, batch: TensorBatch, budget: int, anchor_grid: int | None) -> dict[str, float]:
-        """Rank, cosine and image share of anchors and queries on up to 8 images: queries can collapse alone."""
+        """Rank, cosine and image share of anchors and queries on up to 8 images: queries can collapse alone.
+
+        The images are spread over the batch, because neighbours can be frames of one video.
+        """
         if checkpointing.is_sharded(self.accelerator):
             return {}  # sharded weights cannot run outside the wrapped forward
         model = self.vlm
+        pixels_ICHW = batch.pixel_values_ICHW[:: math.ceil(batch.pixel_values_ICHW.shape[0] / _DIAGNOSED_IMAGES)]
         split = {} if anchor_grid is None else {"anchor_grid": anchor_grid}
-        tokens_IKD = model.connector(
-            model.model.encode_patches(batch.pixel_values_ICHW[:8]), num_visual_tokens=budget, **split
-        ).float()
+        tokens_IKD = model.connector(model.model.encode_patches(pixels_ICHW), num_visual_tokens=budget, **split).float()
         count = model.connector.num_anchors(budget) if anchor_grid is None else anchor_grid**2
         metrics = {}
         for name, part_IKD in (("anchors", tokens_IKD[:, :count]), ("queries", tokens_IKD[:, count:])):
@@ -312,7 +316,7 @@ class _Loop:
             self._has_warned = True
             logger.warning(
                 "Only %.0f %% of the variance of the query tokens depends on the image, so the language model learns to"
-                " ignore them; train with connector.start: local.",
+                " ignore them; check that connector.start is local.",
                 100 * image_share,
             )
 
