@@ -140,7 +140,7 @@ def test_a_connector_inserted_into_a_checkpoint_has_the_initial_values_of_its_st
     """Loading initialises new modules again, in its own order, which must not replace the values of the connector."""
     local = load_vlm(stock_folder, connector=ParcelConnectorConfig(num_heads=4)).connector
     path = local.get_submodule("query_path")
-    weights = dict(path.named_parameters())
+    weights = path.state_dict()
     width = local.hidden_size
     for name in ("cross_attention.attention.v_proj", "cross_attention.attention.out_proj"):
         torch.testing.assert_close(weights[f"{name}.weight"], torch.eye(width))
@@ -149,7 +149,7 @@ def test_a_connector_inserted_into_a_checkpoint_has_the_initial_values_of_its_st
     xavier = (2 / (width + width)) ** 0.5
     assert float(weights["cross_attention.attention.q_proj.weight"].std()) == pytest.approx(0.1 * xavier, rel=0.2)
     random = load_vlm(stock_folder, connector=ParcelConnectorConfig(num_heads=4, start="random")).connector
-    weight = dict(random.named_parameters())["query_path.cross_attention.attention.v_proj.weight"]
+    weight = random.state_dict()["query_path.cross_attention.attention.v_proj.weight"]
     assert float(weight.std()) == pytest.approx(xavier, rel=0.1)
 
 
