@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from parcelray.config.connector import AttentionConnectorConfig
 from parcelray.errors import UserError
+from parcelray.models.training_attention import connector_attention
 
 
 class BlockDims(NamedTuple):
@@ -122,7 +123,7 @@ class Attention(nn.Module):
         q_BHQE = self._split_heads(self.q_proj(queries_BQD))
         k_BHNE = self._split_heads(self.k_proj(keys_BND))
         v_BHNE = self._split_heads(self.v_proj(values_BND))
-        mixed_BHQE = F.scaled_dot_product_attention(q_BHQE, k_BHNE, v_BHNE)
+        mixed_BHQE = connector_attention(q_BHQE, k_BHNE, v_BHNE)
         mixed_BQD: Tensor = self.out_proj(mixed_BHQE.transpose(1, 2).flatten(2))
         return mixed_BQD
 
