@@ -246,6 +246,12 @@ class TrainingConfig(StrictModel):
 
     Weights, gradients and optimizer state are fp32 with every value, whatever the data type of the start checkpoint.
     """
+    kernels: Literal["stock"] | None = None
+    """Kernels of the training steps on CPUs; GPUs always use those of torch.
+
+    null: the platform's attention for training, in the data type whose matrix products are fastest on this CPU. stock:
+    torch's fused attention, in the data type that `precision` names; slower, for comparisons.
+    """
     strategy: Literal["ddp", "fsdp"] = "ddp"
     """Distribution of the model over workers: replicated (ddp), or sharded (fsdp; on GPUs only, CPUs replicate)."""
     patch_supervision: float = Field(default=0.0, ge=0)

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from parcelray.config.connector import AttentionConnectorConfig
 from parcelray.errors import UserError
+from parcelray.models.training_attention import connector_attention
 
 OWN_PLACE_LOGIT = 24.0
 """Logit of a query with the patch at its own place at the local start, less the part of the content.
@@ -256,7 +257,7 @@ class Attention(nn.Module):
         """
         q_BHQE, k_BHNE = self._queries_and_keys(queries_BQD, keys_BND, codes)
         v_BHNE = self._split_heads(self.v_proj(values_BND))
-        mixed_BHQE = F.scaled_dot_product_attention(q_BHQE, k_BHNE, v_BHNE)
+        mixed_BHQE = connector_attention(q_BHQE, k_BHNE, v_BHNE)
         mixed_BQD: Tensor = self.out_proj(mixed_BHQE.transpose(1, 2).flatten(2))
         return mixed_BQD
 
