@@ -18,6 +18,7 @@ Shapes: B images of a batch, I images of the study, N patches, Q queries, R ring
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import isqrt
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -40,9 +41,7 @@ from parcelray.models.backbones.processor_base import ElasticProcessor
 ANCHORS, QUERIES, MAPS, PATCHES = "anchors", "queries", "maps", "patches"
 _EPS = 1e-15
 """Added to the sum by which a spectrum is divided."""
-_BATCH = 16
-_MAX_ELEMENTS = 2**22
-"""Largest number of feature values whose spectrum is computed at once."""
+_BATCH = 8
 
 Floats = NDArray[np.float64]
 
@@ -133,26 +132,51 @@ def power_spectrum(grid_BHWD: Tensor) -> Tensor:
     return torch.fft.fftshift(power_BHWD.mean(dim=3), dim=(1, 2))
 
 
-def radial_power(grid_BHWD: Tensor) -> Tensor:
-    """Computes the mean power P(r) of grids over rings of unit width, r = 1..r_max.
+def attended_spectrum(maps_BQN: Tensor, grid_BHWD: Tensor) -> Tensor:
+    """Computes the power of a grid weighted by each of several maps, averaged over the maps.
+
+    Equals the mean over the maps of `power_spectrum` of map x grid, except at the frequency 0, which keeps the mean. It
+    is computed from the N x N second moments, so that the cost of the transforms depends on neither Q nor D: with w the
+    maps and f the features, the power at u is e_u^H M e_u / N^2 for M = mean_q(w_q w_q^T) * mean_d(f_d f_d^T).
 
     Args:
-        grid_BHWD: feature grids [B, H, W, D].
+        maps_BQN: non-negative maps; each is rescaled to a spatial mean of 1.
+        grid_BHWD: feature grids [B, H, W, D]; computed in float64.
 
     Returns:
-        Powers [B, R] with R = min(H, W) // 2, in float64.
+        Powers [B, H, W], with the zero frequency in the middle.
     """
-    height, width = grid_BHWD.shape[1:3]
+    scaled_BQN = maps_BQN.double() / maps_BQN.double().mean(dim=2, keepdim=True)
+    features_BND = grid_BHWD.double().flatten(1, 2)
+    moments_BNN = scaled_BQN.mT @ scaled_BQN / scaled_BQN.shape[1]
+    moments_BNN *= features_BND @ features_BND.mT / features_BND.shape[2]
+    moments_BHWHW = moments_BNN.unflatten(2, grid_BHWD.shape[1:3]).unflatten(1, grid_BHWD.shape[1:3])
+    # The inverse transform of the second pair of axes conjugates e_u, and both together divide by N^2.
+    power_BHWHW = torch.fft.ifft2(torch.fft.fft2(moments_BHWHW, dim=(1, 2), norm="forward"), dim=(3, 4))
+    power_BN = power_BHWHW.flatten(3, 4).flatten(1, 2).diagonal(dim1=1, dim2=2).real
+    return torch.fft.fftshift(power_BN.unflatten(1, grid_BHWD.shape[1:3]), dim=(1, 2))
+
+
+def radial_mean(power_BHW: Tensor) -> Tensor:
+    """Averages powers over rings of unit width.
+
+    Args:
+        power_BHW: powers with the zero frequency in the middle.
+
+    Returns:
+        P(r) [B, R] for r = 1..r_max, with R = min(H, W) // 2.
+    """
+    height, width = power_BHW.shape[1:]
     rows, columns = (
-        torch.fft.fftshift(torch.fft.fftfreq(side, 1 / side, dtype=torch.float64, device=grid_BHWD.device))
+        torch.fft.fftshift(torch.fft.fftfreq(side, 1 / side, dtype=torch.float64, device=power_BHW.device))
         for side in (height, width)
     )
     radius_HW = torch.hypot(rows[:, None], columns[None])
     largest = min(height, width) / 2
-    radii_R11 = torch.arange(1, int(largest) + 1, device=grid_BHWD.device)[:, None, None]
+    radii_R11 = torch.arange(1, int(largest) + 1, device=power_BHW.device)[:, None, None]
     ring_RHW = (radii_R11 - 0.5 <= radius_HW) & (radius_HW < radii_R11 + 0.5) & (radius_HW <= largest)
     weights_RHW = ring_RHW / ring_RHW.sum(dim=(1, 2), keepdim=True)
-    return torch.einsum("bhw,rhw->br", power_spectrum(grid_BHWD), weights_RHW.double())
+    return torch.einsum("bhw,rhw->br", power_BHW, weights_RHW.to(power_BHW.dtype))
 
 
 @torch.inference_mode()
@@ -181,41 +205,20 @@ def radial_powers(
         pixels = processor.pixel_values(images[start : start + _BATCH]).to(device, model.dtype)
         features_BND = model.model.encode_patches(pixels)
         patches_BHWD = features_BND.unflatten(1, (side, side))
-        found.setdefault((PATCHES, side**2), []).append(radial_power(patches_BHWD))
+        spectra = {(PATCHES, side**2): power_spectrum(patches_BHWD)}
         for budget in budgets:
-            anchor_grid = round(connector.num_anchors(budget) ** 0.5)
+            anchor_grid = isqrt(connector.num_anchors(budget))
             # A grid of one token has no frequency but zero.
             if anchor_grid > 1:
                 tokens_BKD = connector(features_BND, num_visual_tokens=budget)[:, : anchor_grid**2]
-                anchors_BHWD = tokens_BKD.unflatten(1, (anchor_grid, anchor_grid))
-                found.setdefault((ANCHORS, budget), []).append(radial_power(anchors_BHWD))
+                spectra[ANCHORS, budget] = power_spectrum(tokens_BKD.unflatten(1, (anchor_grid, anchor_grid)))
             maps_BQN = connector.query_attention(features_BND, num_visual_tokens=budget)
             if maps_BQN.shape[1]:
-                maps_BQHWD = maps_BQN.unflatten(2, (side, side))[..., None]
-                found.setdefault((QUERIES, budget), []).append(attended_power(maps_BQHWD, patches_BHWD))
-                ones_BHWD = torch.ones_like(patches_BHWD[..., :1])
-                found.setdefault((MAPS, budget), []).append(attended_power(maps_BQHWD, ones_BHWD))
+                spectra[QUERIES, budget] = attended_spectrum(maps_BQN, patches_BHWD)
+                spectra[MAPS, budget] = attended_spectrum(maps_BQN, torch.ones_like(patches_BHWD[..., :1]))
+        for key, power_BHW in spectra.items():
+            found.setdefault(key, []).append(radial_mean(power_BHW))
     return {key: torch.cat(batches).cpu().numpy() for key, batches in found.items()}
-
-
-def attended_power(maps_BQHWD: Tensor, grid_BHWD: Tensor) -> Tensor:
-    """Computes the mean power P(r) of a grid, weighted by each of several maps, and averages it over the maps.
-
-    Args:
-        maps_BQHWD: non-negative maps [B, Q, H, W, 1]; each is rescaled to a spatial mean of 1.
-        grid_BHWD: feature grids [B, H, W, D].
-
-    Returns:
-        Powers [B, R].
-    """
-    scaled_BQHWD = maps_BQHWD / maps_BQHWD.mean(dim=(2, 3), keepdim=True)
-    size = max(1, _MAX_ELEMENTS // grid_BHWD[0].numel())
-    return torch.stack(
-        [
-            torch.cat([radial_power(part_QHWD * grid_HWD) for part_QHWD in scaled_QHWD.split(size)]).mean(dim=0)
-            for scaled_QHWD, grid_HWD in zip(scaled_BQHWD, grid_BHWD, strict=True)
-        ]
-    )
 
 
 def normalised_spectra(powers: Mapping[GridOf, Floats], seed: int = 0) -> list[Spectrum]:
@@ -251,7 +254,9 @@ def spectral_differences(spectra: Sequence[Spectrum]) -> list[SpectralDifference
         spectra: spectra of one budget, and of the patch grids.
     """
     order = (QUERIES, ANCHORS, PATCHES)
-    compared = sorted((each for each in spectra if each.grid.part != MAPS), key=lambda each: order.index(each.grid.part))
+    compared = sorted(
+        (each for each in spectra if each.grid.part != MAPS), key=lambda each: order.index(each.grid.part)
+    )
     return [
         SpectralDifference(
             first.grid,
