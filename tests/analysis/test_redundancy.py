@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from parcelray.analysis.redundancy import effective_rank, mean_pairwise_cosine
+from parcelray.analysis.redundancy import effective_rank, image_dependent_share, mean_pairwise_cosine
 
 
 def test_orthonormal_tokens_have_full_rank_and_no_cosine() -> None:
@@ -73,3 +73,39 @@ def test_gradients_do_not_flow() -> None:
 def test_a_missing_batch_dimension_is_refused() -> None:
     with pytest.raises(ValueError, match="add a batch dimension"):
         effective_rank(torch.zeros(3, 4))
+
+
+@pytest.mark.parametrize("num_images", [2, 8, 64])
+@pytest.mark.parametrize(("constant_std", "expected"), [(0.0, 1.0), (1.0, 0.5), (3.0, 0.1)])
+def test_the_image_share_of_constant_tokens_and_noise(num_images: int, constant_std: float, expected: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    constants = constant_std * torch.randn(1, 128, 64, generator=generator)
+    tokens = constants + torch.randn(num_images, 128, 64, generator=generator) + 5
+    # The grand mean is over 128 tokens, and the 8,192 values have a standard error of 2 %.
+    assert image_dependent_share(tokens).item() == pytest.approx(expected, abs=0.03)
+
+
+def test_tokens_that_do_not_depend_on_the_image_have_share_0() -> None:
+    constants = torch.arange(12.0).view(1, 4, 3).expand(5, 4, 3)
+    assert image_dependent_share(constants).item() == 0
+
+
+def test_the_image_share_counts_what_is_common_to_all_tokens_of_an_image() -> None:
+    tokens = torch.randn(6, 1, 8, generator=torch.Generator().manual_seed(0)).expand(6, 4, 8)
+    assert image_dependent_share(tokens).item() == pytest.approx(1)
+
+
+def test_the_image_share_by_hand() -> None:
+    # Token 0 is 0 or 2 (variance 2), token 1 is 10 or 10 (variance 0): 1 on average. The means 1 and 10 differ from 5.5
+    # by 4.5; the noise of the means is 0.25 on average, as a deviation of 1 in one token is 0.5 from their mean.
+    tokens = torch.tensor([[[0.0], [10.0]], [[2.0], [10.0]]])
+    assert image_dependent_share(tokens).item() == pytest.approx(1 / (1 + 4.5**2 - 0.25))
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 3), (0, 4, 3), (3, 0, 3)])
+def test_the_image_share_of_too_few_images_or_tokens_is_nan(shape: tuple[int, ...]) -> None:
+    assert image_dependent_share(torch.ones(shape)).isnan()
+
+
+def test_the_image_share_of_equal_tokens_is_nan() -> None:
+    assert image_dependent_share(torch.ones(3, 4, 2)).isnan()

@@ -23,6 +23,13 @@ def test_the_identity_ignores_storage_tracking_and_number_of_workers(tmp_path: P
     assert identity(load_job(path, ["seed=1"])) != first
 
 
+def test_a_job_without_distillation_keeps_its_identity(tmp_path: Path) -> None:
+    path = _write(tmp_path)
+    first = identity(load_job(path))
+    assert identity(load_job(path, ["distillation=null"])) == first
+    assert identity(load_job(path, ["distillation.weight=0.5"])) != first
+
+
 def test_the_identity_depends_on_values_and_not_on_their_notation(tmp_path: Path) -> None:
     first = identity(load_job(_write(tmp_path)))
     path = tmp_path / "other.yaml"

@@ -54,6 +54,10 @@ def test_a_minimal_job_gets_all_defaults(tmp_path: Path) -> None:
         ({"budget": {"type": "uniform", "budgets": {"start": 9, "stop": 3}}}, r"stop 3 is below start 9"),
         ({"scaling": {"num_workers": [3, 1]}}, r"is not a worker count"),
         ({"budget": {"budgets": [16]}}, r"budget.type is missing"),
+        (
+            {"budget": {"type": "uniform", "budgets": [16]}, "distillation": {}},
+            r"distillation needs a smaller budget than the largest, but the only budget is 16",
+        ),
         ({"kind": "trian"}, r"kind is 'trian'; legal: train, evaluate, tune, promote, serve \(did you mean train\?\)"),
         ({"kind": ["train"]}, r"kind is \['train'\]; legal: train"),
         ({"name": "No Good"}, r"name is 'No Good'"),

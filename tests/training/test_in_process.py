@@ -16,6 +16,8 @@ from parcelray.evaluation.predict import predictor
 from parcelray.models import decoding
 from parcelray.models.vlm import load_vlm
 from parcelray.tracking.metric_logger import NoMetrics
+from parcelray.training import train_loop
+from parcelray.training.plan import training_plan
 from parcelray.training.run import run_training
 from parcelray.training.start import build_start
 from parcelray.training.train_loop import fit_in_process
@@ -74,8 +76,11 @@ def test_every_metric_is_logged_once_per_step(uninterrupted: tuple[Path, Recorde
         "val/score@64",
     }
     assert names >= {
-        f"tokens/{part}_{measure}" for part in ("anchors", "queries") for measure in ("effective_rank", "mean_cosine")
+        f"tokens/{part}_{measure}"
+        for part in ("anchors", "queries")
+        for measure in ("effective_rank", "mean_cosine", "image_share")
     }
+    assert "train/distillation" not in names
     assert list(recorder.curve("train/loss")) == [1, 2, 3, 4, 5, 6]
     assert len({(step, name) for step, name, _ in recorder.rows}) == len(recorder.rows)
 
@@ -150,6 +155,7 @@ def test_a_repeated_step_logs_the_same_values(tmp_path: Path) -> None:
     [
         {"training": {"steps": 2, "precision": "bf16"}},
         {"training": {"steps": 2}, "budget": {"type": "sandwich", "budgets": [16, 40, 64]}},
+        {"training": {"steps": 2}, "budget": {"type": "stratified", "budgets": [16, 40, 64, 80]}},
         {"training": {"steps": 2}, "optimizer": {"type": "sgd"}},
         {"training": {"steps": 2}, "connector": {"type": "m3"}, "budget": {"type": "uniform", "budgets": [16, 64]}},
     ],
@@ -203,6 +209,42 @@ def test_an_unsupported_budget_is_refused_before_the_first_step(tmp_path: Path) 
     job: TrainJob = tiny_job(tmp_path, budget={"type": "uniform", "budgets": [8]})
     with pytest.raises(UnsupportedBudgetError, match="parcel does not support 8"):
         fit_in_process(job, tmp_path, checkpoint=None, logger=NoMetrics())
+
+
+def test_distillation_resumes_to_identical_weights(tmp_path: Path) -> None:
+    changes = {
+        "distillation": {"weight": 0.5},
+        "budget": {"type": "uniform", "budgets": [16, 40, 80]},
+        "training": {"gradient_accumulation_steps": 2},
+    }
+    whole, part = (tiny_job(tmp_path / name, **changes) for name in ("whole", "part"))
+    recorder = Recorder()
+    uninterrupted, _ = fit_in_process(whole, tmp_path / "whole", checkpoint=None, logger=recorder)
+    divergence = recorder.curve("train/distillation")
+    # A step that draws the largest budget has no student.
+    assert divergence.keys() == {step for step, budget in recorder.curve("train/budget").items() if budget < 80}
+    assert min(divergence.values()) > 0
+    with pytest.raises(KeyboardInterrupt):
+        fit_in_process(part, tmp_path / "part", checkpoint=None, logger=Recorder(fail_at=5))
+    resumed, _ = fit_in_process(part, tmp_path / "part", checkpoint=None, logger=NoMetrics())
+    assert _same(uninterrupted, resumed)
+
+
+def test_queries_that_do_not_depend_on_the_image_are_reported_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(train_loop, "image_dependent_share", lambda tokens: torch.tensor(0.16))
+    job = tiny_job(tmp_path, training={"steps": 3}, budget={"type": "uniform", "budgets": [40]})
+    recorder = Recorder()
+    fit_in_process(job, tmp_path, checkpoint=None, logger=recorder)
+    assert list(recorder.curve("tokens/queries_image_share").values()) == pytest.approx([0.16] * 3)
+    assert [record.getMessage()[:64] for record in caplog.records if record.name == train_loop.__name__] == [
+        "Only 16 % of the variance of the query tokens depends on the ima"
+    ]
+    caplog.clear()
+    anchors = tiny_job(tmp_path, training={"steps": 1}, budget={"type": "uniform", "budgets": [16]})
+    fit_in_process(anchors, tmp_path / "anchors", checkpoint=None, logger=NoMetrics())
+    assert not [record for record in caplog.records if record.name == train_loop.__name__]
 
 
 def test_a_supernet_resumes_to_identical_weights(tmp_path: Path) -> None:
@@ -266,3 +308,17 @@ def test_a_mistake_in_a_job_does_not_reserve_its_name(tmp_path: Path, mistake: d
         run_training(tiny_job(tmp_path, **mistake), console, report=False)
     job = tiny_job(tmp_path, training={"steps": 1}, checkpointing={"every_steps": 1})
     assert not run_training(job, console, report=False).was_done
+
+
+def test_the_plan_counts_every_pass_of_the_schedule(tmp_path: Path) -> None:
+    plain = training_plan(tiny_job(tmp_path, budget={"type": "uniform", "budgets": [16, 64]}))
+    changes = {"budget": {"type": "stratified", "budgets": [16, 64]}, "distillation": {"weight": 0.5}}
+    distilled = training_plan(tiny_job(tmp_path, **changes))
+    assert (plain.schedule, plain.passes_per_step, plain.tokens_per_step) == ("uniform", 1, 40)
+    assert (distilled.schedule, distilled.passes_per_step, distilled.tokens_per_step) == ("stratified", 1.5, 72)
+    # Both have half of the cost of 16 tokens; one has half and the other all of the cost of 64 tokens.
+    assert 1.5 * plain.flops < distilled.flops < 2 * plain.flops
+    console = Console(file=io.StringIO(), width=120)
+    console.print(distilled.to_rich())
+    assert isinstance(console.file, io.StringIO)
+    assert "1.5 passes, 72 visual tokens per image" in console.file.getvalue()

@@ -1,5 +1,7 @@
 """One training step: losses against the model's own, micro-batches, optimiser groups, learning-rate schedule."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -13,8 +15,10 @@ from parcelray.models.backbones import ElasticVLM
 from parcelray.models.backbones.paligemma_processor import ElasticPaliGemmaProcessor
 from parcelray.models.mini import build_config, build_model, build_processor
 from parcelray.training.step import (
+    Losses,
     TensorBatch,
     build_optimizer,
+    distillation_sum,
     learning_rate_factor,
     losses,
     parameter_groups,
@@ -111,6 +115,68 @@ def test_patches_have_a_loss_only_if_each_visual_token_is_one_patch(
         for row in rows
     )
     torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_the_divergence_is_the_mean_over_the_answer_tokens_of_each_prompt() -> None:
+    student = torch.tensor([[0.0, 0.0], [0.0, 0.0], [0.0, 0.0]])
+    # Probabilities of 3/4 and 1/4, and twice of 1/2.
+    teacher = torch.tensor([[np.log(3.0), 0.0], [2.0, 2.0], [1.0, 1.0]], dtype=torch.float32)
+    labels = torch.tensor([[IGNORED, 1, 0], [IGNORED, 0, IGNORED]])
+    expected = 0.5 * (0.75 * np.log(0.75 / 0.5) + 0.25 * np.log(0.25 / 0.5))
+    assert distillation_sum(student, teacher, labels).item() == pytest.approx(expected, rel=1e-5)
+    # The second prompt has one answer token.
+    assert distillation_sum(student, teacher[[1, 2, 0]], labels).item() == pytest.approx(2 * expected, rel=1e-5)
+
+
+def test_the_objective_weighs_labels_teacher_and_patches() -> None:
+    answers, patches, divergence = (torch.tensor(value) for value in (4.0, 3.0, 8.0))
+    assert Losses(answers, None, None, None).objective(2.0, 0.25) == 4
+    assert Losses(answers, patches, divergence, None).objective(2.0, 0.25) == 0.75 * 4 + 0.25 * 8 + 2 * 3
+
+
+def test_a_teacher_with_the_same_logits_has_no_gradient(
+    model: ElasticVLM, processor: ElasticPaliGemmaProcessor
+) -> None:
+    batch = _batch(processor)
+    settings = {"image_token_id": model.config.image_token_id}
+    teacher = losses(model, batch, num_visual_tokens=40, keep_logits=True, **settings).answer_logits_AV
+    assert teacher is not None
+    assert teacher.shape == (int((batch.labels_BS[:, 1:] != IGNORED).sum()), model.config.text_config.vocab_size)
+    assert not teacher.requires_grad
+    divergences = {}
+    for budget in (40, 16):
+        result = losses(model, batch, num_visual_tokens=budget, teacher_logits_AV=teacher, **settings)
+        assert result.distillation_sum is not None
+        model.zero_grad()
+        result.distillation_sum.backward()
+        norm = torch.nn.utils.get_total_norm([each.grad for each in model.parameters() if each.grad is not None])
+        divergences[budget] = (result.distillation_sum.item(), norm.item())
+    assert divergences[40] == pytest.approx((0, 0), abs=1e-4)
+    assert min(divergences[16]) > 100 * max(map(abs, divergences[40]))
+
+
+def test_distributed_training_sums_gradients_of_parameters_that_its_last_pass_does_not_use(
+    model: ElasticVLM, processor: ElasticPaliGemmaProcessor, tmp_path: Path
+) -> None:
+    """With distillation, the largest budget comes first and the queries may be unused in the pass that synchronises."""
+    batch = _batch(processor, count=2)
+    for budget in (40, 16):
+        _sum(model, batch, budget).backward()
+    expected = {name: each.grad.clone() for name, each in model.named_parameters() if each.grad is not None}
+    model.zero_grad()
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'group'}", rank=0, world_size=1)
+    try:
+        wrapped = torch.nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
+        settings = {"image_token_id": model.config.image_token_id}
+        with wrapped.no_sync():
+            losses(wrapped, batch, num_visual_tokens=40, **settings).answer_sum.backward()
+        losses(wrapped, batch, num_visual_tokens=16, **settings).answer_sum.backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    for name, parameter in model.named_parameters():
+        if name in expected:
+            torch.testing.assert_close(parameter.grad, expected[name], atol=1e-5, rtol=1e-5)
+    assert any("query" in name and bool(gradient.any()) for name, gradient in expected.items())
 
 
 @pytest.mark.parametrize(("group", "parts"), [("single", 2), ("single", 5), ("pair", 3)])

@@ -7,6 +7,7 @@ import pytest
 from parcelray.config.loader import load_job_of
 from parcelray.config.space_checks import load_search_space
 from parcelray.config.train import TrainJob, WeightedBudgets
+from parcelray.models.connectors import build_connector
 from parcelray.training.budget_sampling import BudgetSampler
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -26,7 +27,9 @@ def test_every_split_of_the_space_is_equally_likely_and_is_trained() -> None:
         for point in load_search_space(ROOT / "search_spaces" / "anchor_query_split.yaml").grid()
     }
     assert shares == {split: pytest.approx(1 / 63) for split in splits}
-    sampler = BudgetSampler(budget, job.seed)
+    assert job.connector is not None
+    connector = build_connector(job.connector, hidden_size=24, grid_size=16, mlp_width=32)
+    sampler = BudgetSampler(budget, job.seed, connector)
     drawn = [
         (sampler.anchor_grid(step, 0, tokens), tokens)
         for step in range(job.training.steps)

@@ -14,7 +14,11 @@ SCORES = ("score", "retention")
 """Quality metrics of an evaluation, in percent; `score/FAMILY` is the score of one benchmark family."""
 _TRAINING = (
     *(f"train/{name}" for name in ("loss", "grad_norm", "learning_rate", "budget", "tokens_per_second")),
-    *(f"tokens/{part}_{name}" for part in ("anchors", "queries") for name in ("effective_rank", "mean_cosine")),
+    *(
+        f"tokens/{part}_{name}"
+        for part in ("anchors", "queries")
+        for name in ("effective_rank", "mean_cosine", "image_share")
+    ),
 )
 _COSTS_OF_TRAINED = ("gflops", "kv_cache_bytes")
 _FIXED = {

@@ -10,6 +10,7 @@ from parcelray.config.connector import ConnectorConfig
 from parcelray.config.data import DataConfig
 from parcelray.config.model import CheckpointModelConfig, ModelConfig
 from parcelray.config.paths import LocalPath, TrackingUri
+from parcelray.errors import describe_values
 
 
 class BudgetRange(StrictModel):
@@ -33,8 +34,28 @@ class BudgetRange(StrictModel):
         return tuple(range(self.start, self.stop + 1, self.step))
 
 
+BudgetValues = BudgetRange | tuple[int, ...]
+"""Budgets as a range or a list."""
+
+
+def _ascending(budgets: BudgetValues) -> tuple[int, ...]:
+    """The budgets in ascending order.
+
+    Raises:
+        ValueError: the list is empty, has a value below 1, or has a value twice.
+    """
+    if isinstance(budgets, BudgetRange):
+        return budgets.values()
+    values = tuple(sorted(budgets))
+    if not values:
+        raise ValueError("budgets is empty; list at least one visual-token budget")
+    if values[0] < 1 or len(set(values)) < len(values):
+        raise ValueError(f"budgets {list(budgets)} is not a list of distinct budgets of at least 1; correct the list")
+    return values
+
+
 class _Budgets(StrictModel):
-    budgets: BudgetRange | tuple[int, ...] = BudgetRange(start=16, stop=256)
+    budgets: BudgetValues = BudgetRange(start=16, stop=256)
     """Budgets to draw from (visual tokens per image): a range or a list."""
     anchor_grids: tuple[int, ...] | None = None
     """Sides of the anchor grids of a supernet over anchor/query splits; 0: no anchors.
@@ -43,27 +64,87 @@ class _Budgets(StrictModel):
     """
 
     @model_validator(mode="after")
-    def _not_empty(self) -> "_Budgets":
-        if not self.values():
-            raise ValueError("budgets is empty; list at least one visual-token budget")
+    def _check_budgets(self) -> "_Budgets":
+        smallest = self.values()[0]
         if self.anchor_grids is not None and not any(
-            side >= 0 and side * side <= min(self.values()) for side in self.anchor_grids
+            side >= 0 and side * side <= smallest for side in self.anchor_grids
         ):
             raise ValueError(
-                f"none of the anchor_grids {list(self.anchor_grids)} fits the smallest budget, {min(self.values())};"
-                " add one whose square is at most that budget"
+                f"none of the anchor_grids {list(self.anchor_grids)} fits the smallest budget, {smallest}; add one"
+                " whose square is at most that budget"
             )
         return self
 
     def values(self) -> tuple[int, ...]:
         """The budgets, ascending."""
-        return self.budgets.values() if isinstance(self.budgets, BudgetRange) else tuple(sorted(self.budgets))
+        return _ascending(self.budgets)
 
 
 class UniformBudgets(_Budgets):
     """One budget per step, drawn uniformly (arXiv 2605.30126, Appendix E)."""
 
     type: Literal["uniform"] = "uniform"
+
+
+class LogUniformBudgets(_Budgets):
+    """One budget per step, drawn uniformly on a logarithmic scale: as many steps from 16 to 32 as from 32 to 64."""
+
+    type: Literal["log_uniform"] = "log_uniform"
+
+
+class Stratum(StrictModel):
+    """Budgets that together get a fixed share of the steps."""
+
+    share: float = Field(gt=0, allow_inf_nan=False)
+    """Share of the steps, relative to the sum of all shares."""
+    budgets: BudgetValues
+    """Budgets of the stratum: a range or a list."""
+    draw: Literal["uniform", "log_uniform"] = "uniform"
+    """Distribution over the budgets of the stratum."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "Stratum":
+        self.values()
+        return self
+
+    def values(self) -> tuple[int, ...]:
+        """The budgets, ascending."""
+        return _ascending(self.budgets)
+
+
+class StratifiedBudgets(_Budgets):
+    """One budget per step, drawn from strata of budgets that each get a fixed share of the steps."""
+
+    type: Literal["stratified"] = "stratified"
+    strata: tuple[Stratum, ...] | None = None
+    """The strata, which may overlap and together contain exactly `budgets`.
+
+    null: the strata follow the connector's routing. A quarter of the steps is shared equally by the smallest budgets
+    of all routing intervals (only anchors). Three quarters go to the other budgets, uniformly within an interval and
+    twice as often to each interval as to the one before it. Budgets with the same number of anchors are an interval.
+    """
+
+    @model_validator(mode="after")
+    def _check(self) -> "StratifiedBudgets":
+        if self.strata is None:
+            if self.anchor_grids is not None:
+                raise ValueError(
+                    "strata is null, so they follow the routing, but anchor_grids replaces the routing; list the strata"
+                )
+            return self
+        members = {budget for stratum in self.strata for budget in stratum.values()}
+        if members != set(self.values()):
+            raise ValueError(
+                f"strata must contain exactly the budgets {describe_values(self.values())}; missing:"
+                f" {_first(set(self.values()) - members)}; not among them: {_first(members - set(self.values()))}."
+                " Change strata or budgets"
+            )
+        return self
+
+
+def _first(budgets: set[int]) -> str:
+    """The smallest budgets as text; `none` without budgets."""
+    return (", ".join(map(str, sorted(budgets)[:5])) or "none") + (", ..." if len(budgets) > 5 else "")
 
 
 class WeightedBudgets(_Budgets):
@@ -89,7 +170,21 @@ class SandwichBudgets(_Budgets):
     type: Literal["sandwich"] = "sandwich"
 
 
-BudgetConfig = Annotated[UniformBudgets | WeightedBudgets | SandwichBudgets, Field(discriminator="type")]
+BudgetConfig = Annotated[
+    UniformBudgets | LogUniformBudgets | StratifiedBudgets | WeightedBudgets | SandwichBudgets,
+    Field(discriminator="type"),
+]
+
+
+class DistillationConfig(StrictModel):
+    """In-place distillation: each step also runs its batch at the largest budget, the teacher of the smaller budgets.
+
+    The largest budget is trained on the labels. The loss of a smaller budget is (1 - weight) x cross-entropy + weight x
+    KL divergence from the logits of the largest budget, which get no gradient from it.
+    """
+
+    weight: float = Field(default=0.5, gt=0, le=1)
+    """Weight of the KL divergence."""
 
 
 class _Optimizer(StrictModel):
@@ -270,6 +365,8 @@ class TrainJob(StrictModel):
     """Training data."""
     budget: BudgetConfig = UniformBudgets()
     """Visual-token budgets of the training steps."""
+    distillation: DistillationConfig | None = None
+    """In-place distillation from the largest budget; null: every budget is trained on the labels alone."""
     optimizer: OptimizerConfig = AdamWConfig()
     """Optimizer of the training."""
     schedule: ScheduleConfig = ScheduleConfig()
@@ -294,5 +391,10 @@ class TrainJob(StrictModel):
         if self.validation.in_background and self.scaling.bounds[1] == 0:
             raise ValueError(
                 "validation.in_background needs Ray workers, but scaling.num_workers is 0; change one of them"
+            )
+        if self.distillation is not None and len(self.budget.values()) == 1:
+            raise ValueError(
+                f"distillation needs a smaller budget than the largest, but the only budget is"
+                f" {self.budget.values()[0]}; add others to budget.budgets, or set distillation to null"
             )
         return self

@@ -32,6 +32,12 @@ class TrainingPlan:
     num_parameters: int
     connector_parameters: int
     budgets: tuple[int, ...]
+    schedule: str
+    """Type of the budget schedule."""
+    passes_per_step: float
+    """Mean number of forward and backward passes of a step."""
+    tokens_per_step: float
+    """Mean number of visual tokens per image that the passes of a step have together."""
     workers: tuple[int, int]
     state_bytes: int
     """Bytes of the fp32 weights, gradients and optimiser moments on each worker, without activations.
@@ -39,7 +45,7 @@ class TrainingPlan:
     Frozen weights have neither gradients nor moments.
     """
     flops: int
-    """FLOPs of forward and backward passes of all steps, by the cost model at the mean budget, without text tokens."""
+    """Expected FLOPs of the forward and backward passes of all steps, by the cost model, without text tokens."""
     seconds: float
     """Time at the matrix-product speed measured on this machine; a lower bound, since training does not reach it."""
     gpu_hours: float
@@ -59,7 +65,8 @@ class TrainingPlan:
         rows = {
             "starts from": self.start,
             "parameters": f"{self.num_parameters:,} ({self.connector_parameters:,} of the connector)",
-            "visual-token budgets": budgets,
+            "visual-token budgets": f"{budgets}, {self.schedule}",
+            "mean of a step": f"{self.passes_per_step:.3g} passes, {self.tokens_per_step:.4g} visual tokens per image",
             "workers": (
                 " to ".join(str(count) for count in sorted(set(self.workers))) if self.workers[1] else "in this process"
             ),
@@ -81,21 +88,19 @@ def training_plan(job: TrainJob) -> TrainingPlan:
     check_rows(job.data)
     start = resolve_start(job, job.tracking.uri)
     model, processor = build_start(job, start.path if start is not None else None)
-    sampler = BudgetSampler(job.budget, job.seed)
-    sampler.check(model.connector)
+    sampler = BudgetSampler(job.budget, job.seed, model.connector, with_largest=job.distillation is not None)
     if not set(job.validation.budgets) & set(model.supported_budgets):
         raise UserError(
             f"validation.budgets {job.validation.budgets} has no budget that {model.connector.name} supports; use some"
             f" of {describe_values(model.supported_budgets)}."
         )
     step_reader(job, processor, 0, max(1, job.scaling.bounds[0]))
-    budgets = job.budget.values()
     shape = from_transformers_config(model.config)
     connector = model.config.connector_config
-    middle = min(budgets, key=lambda budget: abs(budget - sum(budgets) / len(budgets)))
-    per_image = cost(shape, connector, middle, num_frames=1, num_text_tokens=0).total
-    passes = len(sampler.budgets(0))
-    flops = (1 + _BACKWARD) * per_image * job.training.images_per_step * job.training.steps * passes
+    per_image = sampler.mean_per_step(
+        lambda budget: cost(shape, connector, budget, num_frames=1, num_text_tokens=0).total
+    )
+    flops = round((1 + _BACKWARD) * per_image * job.training.images_per_step * job.training.steps)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     freeze(model, job.training)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
@@ -108,7 +113,10 @@ def training_plan(job: TrainJob) -> TrainingPlan:
         start=start.pinned if start is not None else "random weights",
         num_parameters=parameters,
         connector_parameters=sum(parameter.numel() for parameter in model.connector.parameters()),
-        budgets=budgets,
+        budgets=job.budget.values(),
+        schedule=job.budget.type,
+        passes_per_step=sampler.mean_per_step(lambda budget: 1),
+        tokens_per_step=sampler.mean_per_step(float),
         workers=(low, high),
         state_bytes=state_bytes // (workers if job.training.strategy == "fsdp" and job.scaling.gpus_per_worker else 1),
         flops=flops,

@@ -1,6 +1,7 @@
 """One training step, in torch only: no Ray, no MLflow, no accelerate.
 
-Shapes: B prompts, I images, S text tokens, K visual tokens per image (the budget), V vocabulary.
+Shapes: B prompts, I images, S text tokens, A answer tokens of all prompts, K visual tokens per image (the budget), V
+vocabulary.
 """
 
 from dataclasses import dataclass
@@ -105,15 +106,48 @@ class Losses(NamedTuple):
     """Cross-entropy of the answers."""
     patch_sum: Tensor | None
     """Cross-entropy of the labelled patches; None without labelled patches."""
+    distillation_sum: Tensor | None
+    """KL divergence of the answers from the teacher's logits; None without a teacher."""
+    answer_logits_AV: Tensor | None
+    """Detached logits at the answer positions, the teacher of other budgets of the same batch; None unless kept."""
+
+    def objective(self, patch_supervision: float, distillation: float) -> Tensor:
+        """The loss to minimise.
+
+        Args:
+            patch_supervision: weight of the patches.
+            distillation: weight of the KL divergence, if there is a teacher; the answers have the rest of 1.
+        """
+        loss = self.answer_sum
+        if self.distillation_sum is not None:
+            loss = (1 - distillation) * loss + distillation * self.distillation_sum
+        return loss if self.patch_sum is None else loss + patch_supervision * self.patch_sum
 
 
 def losses(
-    model: nn.Module, batch: TensorBatch, *, num_visual_tokens: int, image_token_id: int, anchor_grid: int | None = None
+    model: nn.Module,
+    batch: TensorBatch,
+    *,
+    num_visual_tokens: int,
+    image_token_id: int,
+    anchor_grid: int | None = None,
+    teacher_logits_AV: Tensor | None = None,
+    keep_logits: bool = False,
 ) -> Losses:
     """Run the model on a batch at a budget and compute its losses.
 
     Without patch labels, logits are computed only at text positions, because those of the visual tokens are not used.
     Patch labels are used only if each visual token is one patch.
+
+    Args:
+        model: the model, possibly wrapped for distributed training.
+        batch: the batch.
+        num_visual_tokens: the budget K.
+        image_token_id: id of the image placeholders.
+        anchor_grid: side of the anchor grid; None: the connector's routing decides.
+        teacher_logits_AV: `answer_logits_AV` of the batch at the largest budget, for in-place distillation (Yu and
+            Huang, "Universally Slimmable Networks and Improved Training Techniques", ICCV 2019).
+        keep_logits: whether to return the logits at the answer positions.
     """
     length = batch.input_ids_BS.shape[1]
     inputs = with_placeholders(batch, num_visual_tokens, image_token_id)
@@ -125,11 +159,35 @@ def losses(
     logits_BSV = model(
         **inputs, num_visual_tokens=num_visual_tokens, anchor_grid=anchor_grid, logits_to_keep=keep, use_cache=False
     ).logits.float()
-    answer_sum = _prompt_means(logits_BSV[:, -length:-1], batch.labels_BS[:, 1:]).sum()
-    if patch_labels is None:
-        return Losses(answer_sum, None)
-    visual_BNV = logits_BSV[:, batch.visual_offset : batch.visual_offset + num_visual]
-    return Losses(answer_sum, _prompt_means(visual_BNV, patch_labels).sum())
+    text_BSV, labels_BS = logits_BSV[:, -length:-1], batch.labels_BS[:, 1:]
+    patch_sum = None
+    if patch_labels is not None:
+        visual_BNV = logits_BSV[:, batch.visual_offset : batch.visual_offset + num_visual]
+        patch_sum = _prompt_means(visual_BNV, patch_labels).sum()
+    is_answer_BS = labels_BS != IGNORED
+    divergence = None
+    if teacher_logits_AV is not None:
+        divergence = distillation_sum(text_BSV[is_answer_BS], teacher_logits_AV, labels_BS)
+    kept_AV = text_BSV.detach()[is_answer_BS] if keep_logits else None
+    return Losses(_prompt_means(text_BSV, labels_BS).sum(), patch_sum, divergence, kept_AV)
+
+
+def distillation_sum(student_logits_AV: Tensor, teacher_logits_AV: Tensor, labels_BS: Tensor) -> Tensor:
+    """KL divergence of the student's distribution from the teacher's, in nats.
+
+    It is the mean over the answer tokens of each prompt, summed over the prompts, as the cross-entropy is.
+
+    Args:
+        student_logits_AV: logits at the answer positions, in row-major order of `labels_BS`.
+        teacher_logits_AV: the teacher's logits at the same positions.
+        labels_BS: labels; the answer positions are those that are not ignored.
+    """
+    each_A = F.kl_div(
+        student_logits_AV.log_softmax(-1), teacher_logits_AV.log_softmax(-1), reduction="none", log_target=True
+    ).sum(-1)
+    is_answer_BS = labels_BS != IGNORED
+    counts_A = is_answer_BS.sum(1, keepdim=True).expand_as(is_answer_BS)[is_answer_BS]
+    return (each_A / counts_A).sum()
 
 
 def _prompt_means(logits_BSV: Tensor, labels_BS: Tensor) -> Tensor:
@@ -142,18 +200,27 @@ def _prompt_means(logits_BSV: Tensor, labels_BS: Tensor) -> Tensor:
 
 
 def parameter_groups(model: ElasticVLM, config: OptimizerConfig) -> list[dict[str, object]]:
-    """Optimiser groups: connector and shared weights, each with weight decay for matrices and without for vectors."""
+    """Optimiser groups: connector and shared weights, each with weight decay and without.
+
+    Weight decay applies to matrices, except those that a module names in its attribute `no_weight_decay`.
+    """
+    undecayed = {
+        f"{prefix}.{name}"
+        for prefix, module in model.named_modules()
+        for name in getattr(module, "no_weight_decay", ())
+    }
     members: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            members.setdefault((".connector." in name, parameter.ndim >= 2), []).append(parameter)
+            decays = parameter.ndim >= 2 and name not in undecayed
+            members.setdefault((".connector." in name, decays), []).append(parameter)
     return [
         {
             "params": parameters,
             "lr": config.learning_rate * (config.connector_multiplier if connector else 1.0),
-            "weight_decay": config.weight_decay if matrix else 0.0,
+            "weight_decay": config.weight_decay if decays else 0.0,
         }
-        for (connector, matrix), parameters in sorted(members.items(), key=lambda item: item[0])
+        for (connector, decays), parameters in sorted(members.items(), key=lambda item: item[0])
     ]
 
 

@@ -4,6 +4,7 @@
 and as the baseline of `parcelray bench train`. `ray_worker.train_worker` runs it on each worker of Ray Train.
 """
 
+import logging
 import math
 import shutil
 import tempfile
@@ -20,7 +21,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, set_seed
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
-from parcelray.analysis.redundancy import effective_rank, mean_pairwise_cosine
+from parcelray.analysis.redundancy import effective_rank, image_dependent_share, mean_pairwise_cosine
 from parcelray.config.identity import config_hash
 from parcelray.config.train import TrainingConfig, TrainJob
 from parcelray.datasets.collator import Batch
@@ -39,6 +40,10 @@ from parcelray.training.budget_sampling import BudgetSampler
 from parcelray.training.start import build_resumed, build_start, freeze, step_reader, validation_samples
 from parcelray.training.step import TensorBatch, build_optimizer, learning_rate_factor, losses, to_tensors
 
+logger = logging.getLogger(__name__)
+
+_LOW_IMAGE_SHARE = 0.5
+"""Image-dependent share of the variance of query tokens below which a training warns."""
 _PASS_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """Data type of the weights in forward and backward passes of sharded training, by `training.precision`."""
 
@@ -170,13 +175,13 @@ class _Loop:
         set_seed(job.seed)
         self.accelerator = _accelerator(job.training, vlm.layer_classes, cpu_only=inputs.cpu_only)
         freeze(vlm, job.training)
-        self.sampler = BudgetSampler(job.budget, job.seed)
-        self.sampler.check(vlm.connector)
+        self.sampler = BudgetSampler(job.budget, job.seed, vlm.connector, with_largest=job.distillation is not None)
         optimizer = build_optimizer(vlm, job.optimizer)
         # Before a restore, which sets the scheduled rates of the restored step.
         self.peak_rates = [float(group["lr"]) for group in optimizer.param_groups]
         # `self.model` is what the ranks train: `self.vlm`, wrapped by accelerate for DDP or FSDP.
         self.model, self.optimizer = self.accelerator.prepare(vlm.train(), optimizer)
+        self._has_warned = False
         self.first_step = 0
         self.last_metrics: dict[str, float] = {}
         if inputs.resume_from is not None:
@@ -195,7 +200,7 @@ class _Loop:
         for step in range(self.first_step, training.steps):
             batch = to_tensors(next(batches), self.accelerator.device, self.processor)
             budgets = self.sampler.budgets(step)
-            loss, norm = self._step(step, batch, budgets)
+            loss, norm, divergence = self._step(step, batch, budgets)
             clock.add(_num_tokens(batch, budgets) * world)
             done = step + 1
             _check_finite(loss, norm, done, training.precision)
@@ -207,6 +212,8 @@ class _Loop:
                     "train/budget": float(budgets[-1]),
                     "train/tokens_per_second": clock.rate(),
                 }
+                if self.job.distillation is not None and len(budgets) > 1:
+                    metrics["train/distillation"] = divergence
                 metrics |= self._diagnostics(
                     batch, budgets[-1], self.sampler.anchor_grid(step, len(budgets) - 1, budgets[-1])
                 )
@@ -228,11 +235,12 @@ class _Loop:
     def _due(self, done: int, every: int) -> bool:
         return done == self.job.training.steps or (every > 0 and done % every == 0)
 
-    def _step(self, step: int, batch: TensorBatch, budgets: tuple[int, ...]) -> tuple[float, float]:
+    def _step(self, step: int, batch: TensorBatch, budgets: tuple[int, ...]) -> tuple[float, float, float]:
         """Do one optimiser step.
 
         Returns:
-            The mean answer loss over prompts and budgets of all ranks, and the gradient norm.
+            The mean answer loss over prompts and budgets of all ranks, the gradient norm, and the mean KL divergence
+            of the budgets below the teacher's from it (0 without one).
         """
         training, accelerator = self.job.training, self.accelerator
         factor = learning_rate_factor(step, training.steps, self.job.schedule)
@@ -246,29 +254,39 @@ class _Loop:
             for part in range(parts)
             for budget, grid in zip(budgets, grids, strict=True)
         ]
-        total = torch.zeros((), device=accelerator.device)
+        total, divergence = torch.zeros((2,), device=accelerator.device)
+        weight = self.job.distillation.weight if self.job.distillation is not None else 0.0
+        teacher_logits_AV: torch.Tensor | None = None
         for index, (micro_batch, budget, grid) in enumerate(passes):
+            is_teacher = weight > 0 and index % len(budgets) == 0
             with accelerator.autocast(), _sync_only_last(accelerator, self.model, last=index == len(passes) - 1):
-                token_id = self.vlm.config.image_token_id
                 parts_of_loss = losses(
-                    self.model, micro_batch, num_visual_tokens=budget, image_token_id=token_id, anchor_grid=grid
+                    self.model,
+                    micro_batch,
+                    num_visual_tokens=budget,
+                    image_token_id=self.vlm.config.image_token_id,
+                    anchor_grid=grid,
+                    teacher_logits_AV=None if is_teacher else teacher_logits_AV,
+                    keep_logits=is_teacher,
                 )
                 # Distributed training averages the ranks' gradients. The gradient needed here is the sum over all
                 # prompts, divided by their number.
                 scale = accelerator.num_processes / (prompts * len(budgets))
                 total += scale * parts_of_loss.answer_sum.detach()
-                loss = parts_of_loss.answer_sum
-                if parts_of_loss.patch_sum is not None:
-                    loss = loss + training.patch_supervision * parts_of_loss.patch_sum
-                accelerator.backward(scale * loss)
+                if parts_of_loss.distillation_sum is not None:
+                    divergence += scale * parts_of_loss.distillation_sum.detach() * len(budgets) / (len(budgets) - 1)
+                if is_teacher:
+                    teacher_logits_AV = parts_of_loss.answer_logits_AV
+                accelerator.backward(scale * parts_of_loss.objective(training.patch_supervision, weight))
         norm = accelerator.clip_grad_norm_(self.model.parameters(), training.clip_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return float(accelerator.reduce(total, reduction="mean")), float(norm)
+        total, divergence = accelerator.reduce(torch.stack([total, divergence]), reduction="mean").tolist()
+        return total, float(norm), divergence
 
     @torch.no_grad()
     def _diagnostics(self, batch: TensorBatch, budget: int, anchor_grid: int | None) -> dict[str, float]:
-        """Effective rank and mean cosine of anchors and queries on up to 8 images: queries can collapse alone."""
+        """Rank, cosine and image share of anchors and queries on up to 8 images: queries can collapse alone."""
         if checkpointing.is_sharded(self.accelerator):
             return {}  # sharded weights cannot run outside the wrapped forward
         model = self.vlm
@@ -283,7 +301,20 @@ class _Loop:
             if part_IKD.shape[1] > 1 and bool(part_IKD.isfinite().all()):
                 metrics[f"tokens/{name}_effective_rank"] = float(effective_rank(part_IKD).mean())
                 metrics[f"tokens/{name}_mean_cosine"] = float(mean_pairwise_cosine(part_IKD).mean())
+                share = float(image_dependent_share(part_IKD))
+                if math.isfinite(share):  # of two or more images
+                    metrics[f"tokens/{name}_image_share"] = share
+        self._warn_of_constant_queries(metrics.get("tokens/queries_image_share", 1.0))
         return metrics
+
+    def _warn_of_constant_queries(self, image_share: float) -> None:
+        if image_share < _LOW_IMAGE_SHARE and not self._has_warned and self.accelerator.is_main_process:
+            self._has_warned = True
+            logger.warning(
+                "Only %.0f %% of the variance of the query tokens depends on the image, so the language model learns to"
+                " ignore them; check that connector.start is local.",
+                100 * image_share,
+            )
 
     def _validate(self) -> dict[str, float]:
         """Scores per budget over the validation samples; each rank scores its share, or rank 0 all of them."""

@@ -58,7 +58,7 @@ class AnchoredQueryConnector(Connector):
         if num_queries:
             conditioner = None if make_conditioner is None else make_conditioner(block)
             self.query_path = QueryPath(
-                block, grid_size=dims.grid_size, num_queries=num_queries, conditioner=conditioner
+                block, grid_size=dims.grid_size, places=self.query_places, conditioner=conditioner
             )
 
     def split(self, num_visual_tokens: int) -> Split:

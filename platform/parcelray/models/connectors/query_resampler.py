@@ -30,15 +30,19 @@ class MqtConnector(Connector):
 
     def __init__(self, config: MqtConnectorConfig, dims: VisionDims) -> None:
         super().__init__(dims, tuple(range(1, config.num_queries + 1)))
-        raster = config.start == "sincos"
+        sincos = config.start == "sincos"
         self.query_places = (
             raster_places(dims.grid_size, config.num_queries)
-            if raster
+            if sincos
             else query_places(dims.grid_size, (), config.num_queries)
         )
         block = block_dims(config, width=dims.hidden_size, mlp_width=dims.mlp_width, layer_norm_eps=dims.layer_norm_eps)
         self.query_path = QueryPath(
-            block, grid_size=dims.grid_size, num_queries=config.num_queries, content_keys=config.keys == "content"
+            block,
+            grid_size=dims.grid_size,
+            places=self.query_places,
+            content_keys=config.keys == "content",
+            sincos_bank=sincos,
         )
 
     def num_anchors(self, num_visual_tokens: int) -> int:
