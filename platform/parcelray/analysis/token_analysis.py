@@ -5,8 +5,7 @@ H the entropy:
 
 - `effective_rank`, `mean_cosine`: see `redundancy`. The effective rank of `all` tokens minus that of the anchors is the
   rank that the queries add.
-- `image_share`: share of the tokens' variance that depends on the image. With T_ik token k of image i, it is the sum of
-  |T_ik - mean_i T_ik|^2 divided by the sum of |T_ik - mean_ik T_ik|^2. A learned constant has 0.
+- `image_share`: `image_dependent_share` of `redundancy`. A learned constant has 0, tokens that all have the same mean have 1.
 - `attention_entropy`: mean over the queries of H(a_q), in nats; `attention_entropy_share`: divided by log N.
 - `attention_spread`: H(mean_q a_q) minus the mean of H(a_q), in nats: how much the queries differ in where they look
   (the mutual information of query and patch). 0: all have the same attention; at most log of the number of queries.
@@ -122,13 +121,23 @@ def measure_budget(connector: Connector, batches: Sequence[Tensor], num_visual_t
 
 
 def _redundancy(tokens_IKD: Tensor) -> dict[str, _Row]:
-    token_IK = (tokens_IKD - tokens_IKD.mean(dim=0)).square().sum(dim=2)
-    total_IK = (tokens_IKD - tokens_IKD.mean(dim=(0, 1))).square().sum(dim=2)
+    # The two parts of `image_dependent_share` as means over images: each image's share of the variance over the images,
+    # and of the variance of all tokens, corrected for the noise of the means.
+    count = len(tokens_IKD)
+    deviations_IKD = tokens_IKD - tokens_IKD.mean(dim=0)
+    common_I1D = deviations_IKD.mean(dim=1, keepdim=True)
+    over_images_I = _mean_square(deviations_IKD) * count / (count - 1)
+    noise_I = _mean_square(deviations_IKD - common_I1D) / (count - 1)
+    total_I = _mean_square(tokens_IKD - tokens_IKD.mean(dim=(0, 1))) + over_images_I / count - noise_I
     return {
         "effective_rank": (effective_rank(tokens_IKD),),
         "mean_cosine": (mean_pairwise_cosine(tokens_IKD),),
-        "image_share": (token_IK.sum(dim=1), total_IK.sum(dim=1)),
+        "image_share": (over_images_I, total_I),
     }
+
+
+def _mean_square(deviations_IKD: Tensor) -> Tensor:
+    return deviations_IKD.square().sum(dim=2).mean(dim=1)
 
 
 def _attention(

@@ -23,7 +23,7 @@ _PANELS = {
     "attention to the own place, x uniform": ("own_place",),
     "attention constant in the anchors' cells, share": ("anchor_overlap",),
     "attended patches explained by anchors, R$^2$": ("attended_by_anchors",),
-    "tokens explained by anchors (dashed),\nby anchors and attended patches (solid), R$^2$": (
+    "tokens explained by anchors (dashed),\nalso by attended patches (solid), R$^2$": (
         "tokens_by_anchors",
         "tokens_by_patches",
     ),
