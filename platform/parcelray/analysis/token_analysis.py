@@ -5,7 +5,8 @@ H the entropy:
 
 - `effective_rank`, `mean_cosine`: see `redundancy`. The effective rank of `all` tokens minus that of the anchors is the
   rank that the queries add.
-- `image_share`: `image_dependent_share` of `redundancy`. A learned constant has 0, tokens that all have the same mean have 1.
+- `image_share`: `image_dependent_share` of `redundancy`. A learned constant has 0; tokens that all have the same mean
+  over the images have 1.
 - `attention_entropy`: mean over the queries of H(a_q), in nats; `attention_entropy_share`: divided by log N.
 - `attention_spread`: H(mean_q a_q) minus the mean of H(a_q), in nats: how much the queries differ in where they look
   (the mutual information of query and patch). 0: all have the same attention; at most log of the number of queries.
@@ -34,6 +35,7 @@ from itertools import chain
 from math import isqrt, log
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -158,7 +160,8 @@ def _attention(
             pooled_side = isqrt(num_anchors)
             # The attention is summed over each cell, and the anchor is the cell's mean.
             cells_BPQ = pool_grid(maps_BQN.transpose(1, 2), grid_size=side, side=pooled_side)
-            centred_BND = (features_BND - features_BND.mean(dim=1, keepdim=True)).float()
+            mean_B1D = features_BND.mean(dim=1, keepdim=True).float()
+            centred_BND = features_BND.float() - mean_B1D
             anchors_BPD = pool_grid(centred_BND, grid_size=side, side=pooled_side)
             size = side**2 // num_anchors
             through_anchors_BQD = size * cells_BPQ.transpose(1, 2) @ anchors_BPD
@@ -168,8 +171,9 @@ def _attention(
                 (maps_BQN - 1 / side**2).square().sum(dim=(1, 2)),
             )
             rows["attended_by_anchors"] = _explained(attended_BQD, attended_BQD - through_anchors_BQD)
-            by_anchors.append(through_anchors_BQD)
-            by_patches.append(torch.cat([through_anchors_BQD, attended_BQD], dim=2))
+            # The rows of the attention sum to 1, so this adds the mean patch to the inputs that are not centred.
+            by_anchors.append(through_anchors_BQD + mean_B1D)
+            by_patches.append(torch.cat([by_anchors[-1], attended_BQD + mean_B1D], dim=2))
         found.append(rows)
     joined = {name: tuple(map(torch.cat, zip(*(rows[name] for rows in found), strict=True))) for name in found[0]}
     for name, inputs in (("tokens_by_anchors", by_anchors), ("tokens_by_patches", by_patches)):
@@ -233,5 +237,9 @@ def _estimates(rows: Mapping[str, _Row]) -> dict[str, Estimate]:
     found = {}
     for name, row in rows.items():
         first, *second = [next(estimates) for _ in row]
-        found[name] = ratio(first, *second) if second else first
+        if second:
+            # Every ratio is a share, which the estimates from a few images can exceed.
+            first = ratio(first, *second)
+            first = Estimate(min(first.value, 1.0), np.minimum(first.draws, 1.0), first.n)
+        found[name] = first
     return found

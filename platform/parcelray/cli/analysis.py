@@ -152,8 +152,8 @@ def tokens(
     budgets: Annotated[
         str,
         typer.Option(
-            help="Budgets (visual tokens per image), separated by commas; default: 16, 64 and 256, as far as the model"
-            " supports them.",
+            help="Budgets (visual tokens per image), separated by commas; default: 16, 32, 64, 128 and 256, as far as"
+            " the model supports them.",
             show_default=False,
         ),
     ] = "",

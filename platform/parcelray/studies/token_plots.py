@@ -67,13 +67,13 @@ def plot_spectra(
         left.legend(frameon=False, fontsize=8)
     else:
         left.text(0.5, 0.5, "no model has this budget", ha="center", transform=left.transAxes)
-    right.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    right.legend(frameon=False, fontsize=8, handlelength=3.5, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(path)
 
 
 def plot_tokens(found: Mapping[str, Sequence[PartMeasures]], path: Path) -> None:
     """Draws the measures over the budget, one panel per measure, one colour per model and one line style per part."""
-    figure = new_figure(11, 8.6)
+    figure = new_figure(11, 9)
     budgets = sorted({each.num_visual_tokens for parts in found.values() for each in parts})
     for axes, (title, measures) in zip(figure.subplots(3, 3).flat, _PANELS.items(), strict=True):
         for index, parts in enumerate(found.values()):
@@ -82,7 +82,9 @@ def plot_tokens(found: Mapping[str, Sequence[PartMeasures]], path: Path) -> None
                     points = [each for each in parts if each.part == part and measure in each.measures]
                     _points(axes, points, measure, index, "-" if measure == "tokens_by_patches" else line)
         axes.set_title(title, fontsize=9)
+        axes.set_xlabel("visual tokens per image", fontsize=8)
         axes.set_xscale("log", base=2)
+        axes.set_xlim(budgets[0] / 1.15, budgets[-1] * 1.15)
         axes.xaxis.set_major_locator(FixedLocator(budgets))
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_formatter(ScalarFormatter())
@@ -94,7 +96,6 @@ def plot_tokens(found: Mapping[str, Sequence[PartMeasures]], path: Path) -> None
     ]
     handles += [Line2D([], [], color="black", linestyle=line, label=part) for part, line in _LINE_OF_PART.items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=8)
-    figure.supxlabel("visual tokens per image", fontsize=10)
     figure.savefig(path)
 
 
@@ -104,7 +105,8 @@ def _curve(
     """Draws a line with its band over the radii 1..R."""
     intervals = [each.interval for each in values]
     radii, color = range(1, len(values) + 1), COLORS[index % len(COLORS)]
-    marker = MARKERS[index % len(MARKERS)]
+    # References have no markers.
+    marker = "" if label.endswith((MAPS, PATCHES)) else MARKERS[index % len(MARKERS)]
     axes.plot(
         radii, [each.value for each in intervals], linestyle=line, color=color, marker=marker, markersize=4, label=label
     )

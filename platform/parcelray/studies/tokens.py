@@ -28,7 +28,7 @@ POOLED_BUDGET = 64
 """Budget of the figure of pooled grids in the paper."""
 BUDGET = 256
 """Budget of the figure of anchors and queries in the paper."""
-_TOKEN_BUDGETS = (16, 64, 256)
+_TOKEN_BUDGETS = (16, 32, 64, 128, 256)
 
 
 class SpectralStudy(NamedTuple):
@@ -118,8 +118,8 @@ def study_tokens(
         console: prints the tables.
         images: `mini`, or a folder of images.
         count: number of images.
-        budgets: budgets, of which each model gets those that it supports; default: 16, 64 and 256, or the smallest and
-            the largest budget of a model that supports none of these.
+        budgets: budgets, of which each model gets those that it supports; default: 16, 32, 64, 128 and 256, or the
+            smallest and the largest budget of a model that supports none of these.
         folder: folder for tokens.json and tokens.png.
         tracking: MLflow settings.
 
