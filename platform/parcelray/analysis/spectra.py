@@ -129,7 +129,8 @@ def power_spectrum(grid_BHWD: Tensor) -> Tensor:
     grid_BHWD = grid_BHWD.double()
     centred_BHWD = grid_BHWD - grid_BHWD.mean(dim=(1, 2), keepdim=True)
     power_BHWD = torch.fft.fft2(centred_BHWD, dim=(1, 2), norm="forward").abs().square()
-    return torch.fft.fftshift(power_BHWD.mean(dim=3), dim=(1, 2))
+    power_BHW: Tensor = torch.fft.fftshift(power_BHWD.mean(dim=3), dim=(1, 2))
+    return power_BHW
 
 
 def attended_spectrum(maps_BQN: Tensor, grid_BHWD: Tensor) -> Tensor:
@@ -150,11 +151,13 @@ def attended_spectrum(maps_BQN: Tensor, grid_BHWD: Tensor) -> Tensor:
     features_BND = grid_BHWD.double().flatten(1, 2)
     moments_BNN = scaled_BQN.mT @ scaled_BQN / scaled_BQN.shape[1]
     moments_BNN *= features_BND @ features_BND.mT / features_BND.shape[2]
-    moments_BHWHW = moments_BNN.unflatten(2, grid_BHWD.shape[1:3]).unflatten(1, grid_BHWD.shape[1:3])
+    batch, height, width, _ = grid_BHWD.shape
+    moments_BHWHW = moments_BNN.view(batch, height, width, height, width)
     # The inverse transform of the second pair of axes conjugates e_u, and both together divide by N^2.
     power_BHWHW = torch.fft.ifft2(torch.fft.fft2(moments_BHWHW, dim=(1, 2), norm="forward"), dim=(3, 4))
     power_BN = power_BHWHW.flatten(3, 4).flatten(1, 2).diagonal(dim1=1, dim2=2).real
-    return torch.fft.fftshift(power_BN.unflatten(1, grid_BHWD.shape[1:3]), dim=(1, 2))
+    power_BHW: Tensor = torch.fft.fftshift(power_BN.reshape(batch, height, width), dim=(1, 2))
+    return power_BHW
 
 
 def radial_mean(power_BHW: Tensor) -> Tensor:
@@ -204,14 +207,16 @@ def radial_powers(
     for start in range(0, len(images), _BATCH):
         pixels = processor.pixel_values(images[start : start + _BATCH]).to(device, model.dtype)
         features_BND = model.model.encode_patches(pixels)
-        patches_BHWD = features_BND.unflatten(1, (side, side))
+        patches_BHWD = features_BND.reshape(len(features_BND), side, side, -1)
         spectra = {(PATCHES, side**2): power_spectrum(patches_BHWD)}
         for budget in budgets:
             anchor_grid = isqrt(connector.num_anchors(budget))
             # A grid of one token has no frequency but zero.
             if anchor_grid > 1:
                 tokens_BKD = connector(features_BND, num_visual_tokens=budget)[:, : anchor_grid**2]
-                spectra[ANCHORS, budget] = power_spectrum(tokens_BKD.unflatten(1, (anchor_grid, anchor_grid)))
+                spectra[ANCHORS, budget] = power_spectrum(
+                    tokens_BKD.reshape(len(tokens_BKD), anchor_grid, anchor_grid, -1)
+                )
             maps_BQN = connector.query_attention(features_BND, num_visual_tokens=budget)
             if maps_BQN.shape[1]:
                 spectra[QUERIES, budget] = attended_spectrum(maps_BQN, patches_BHWD)

@@ -48,7 +48,7 @@ from parcelray.models.connectors import Connector
 from parcelray.models.connectors.pooling import pool_grid
 
 _BATCH = 16
-_RIDGE = 1e-4
+_RIDGE = 1e-3
 """Penalty of the linear maps, relative to the mean variance of their inputs."""
 
 _Row = tuple[Tensor, ...]

@@ -148,7 +148,7 @@ def spectral(
 def tokens(
     models: _Models,
     images: _Images = "mini",
-    count: Annotated[int, typer.Option(min=8, help="Number of images.")] = 64,
+    count: Annotated[int, typer.Option(min=8, help="Number of images.")] = 256,
     budgets: Annotated[
         str,
         typer.Option(

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
@@ -12,8 +13,9 @@ from parcelray.analysis.token_analysis import PartMeasures
 from parcelray.evaluation.scoring.estimate import Estimate
 from parcelray.plotting import COLORS, MARKERS, new_figure
 
-_LINE_OF_GRID = {ANCHORS: "-", QUERIES: "--", MAPS: ":", PATCHES: (0, (6, 1, 1, 1))}
-_LINE_OF_PART = {"anchors": "-", "queries": "--", "all": ":"}
+_Line = Literal["-", "--", ":", "-."]
+_LINE_OF_GRID: dict[str, _Line] = {ANCHORS: "-", QUERIES: "--", MAPS: ":", PATCHES: "-."}
+_LINE_OF_PART: dict[str, _Line] = {"anchors": "-", "queries": "--", "all": ":"}
 _PANELS = {
     "effective rank": ("effective_rank",),
     "mean cosine of pairs": ("mean_cosine",),
@@ -99,9 +101,7 @@ def plot_tokens(found: Mapping[str, Sequence[PartMeasures]], path: Path) -> None
     figure.savefig(path)
 
 
-def _curve(
-    axes: Axes, values: Sequence[Estimate], index: int, line: str | tuple[int, tuple[int, ...]], label: str
-) -> None:
+def _curve(axes: Axes, values: Sequence[Estimate], index: int, line: _Line, label: str) -> None:
     """Draws a line with its band over the radii 1..R."""
     intervals = [each.interval for each in values]
     radii, color = range(1, len(values) + 1), COLORS[index % len(COLORS)]
@@ -115,7 +115,7 @@ def _curve(
     )
 
 
-def _points(axes: Axes, points: Sequence[PartMeasures], measure: str, index: int, line: str) -> None:
+def _points(axes: Axes, points: Sequence[PartMeasures], measure: str, index: int, line: _Line) -> None:
     intervals = [each.measures[measure].interval for each in points]
     axes.errorbar(
         [each.num_visual_tokens for each in points],

@@ -10,6 +10,7 @@ from rich.table import Table
 from parcelray.analysis.spectra import (
     ANCHORS,
     PATCHES,
+    Floats,
     GridOf,
     SpectralDifference,
     Spectrum,
@@ -74,7 +75,7 @@ def study_spectra(
     Raises:
         UserError: a model or the images cannot be used, or a model supports neither budget.
     """
-    powers = {}
+    powers: dict[GridOf, Floats] = {}
     for reference in dict.fromkeys(references):
         opened = open_model(reference, tracking.uri)
         budgets = _supported(reference, opened, (pooled_budget, budget), console)
@@ -106,7 +107,7 @@ def study_tokens(
     console: Console,
     *,
     images: str = MINI,
-    count: int = 64,
+    count: int = 256,
     budgets: Sequence[int] = (),
     folder: Path,
     tracking: TrackingConfig,
