@@ -239,7 +239,7 @@ def _estimates(rows: Mapping[str, _Row]) -> dict[str, Estimate]:
         first, *second = [next(estimates) for _ in row]
         if second:
             # Every ratio is a share, which the estimates from a few images can exceed.
-            first = ratio(first, *second)
+            first = ratio(first, second[0])
             first = Estimate(min(first.value, 1.0), np.minimum(first.draws, 1.0), first.n)
         found[name] = first
     return found
