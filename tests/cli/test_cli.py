@@ -228,6 +228,12 @@ def test_an_analysis_of_an_unknown_model_is_refused(run: Any) -> None:
     assert "neither an existing folder nor mini_base, mini_llava" in found.err
 
 
+def test_an_analysis_of_budgets_that_are_no_numbers_is_refused(run: Any) -> None:
+    found = run("analyze", "tokens", "mini_base", "--budgets", "16,all")
+    assert found.code == 2
+    assert "--budgets is '16,all'; give whole numbers" in found.err
+
+
 def test_dry_run_of_an_evaluation_with_a_reducer(run: Any) -> None:
     found = run("evaluate", "run", "jobs/evaluate/training_free.yaml", "--dry-run", "--json")
     assert found.code == 0

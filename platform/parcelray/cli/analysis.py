@@ -5,13 +5,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from parcelray.cli.options import Address, AsJson, JobFile, Set, console, path, write_json
+from parcelray.cli.options import Address, AsJson, JobFile, Set, console, integers, path, write_json
 
 if TYPE_CHECKING:
     from parcelray.config.train import TrackingConfig
 
 analyze_app = typer.Typer(no_args_is_help=True, help="Analyze visual tokens, attention to them, and adaptive budgets.")
 
+_Models = Annotated[list[str], typer.Argument(help="One or more model references to compare.", show_default=False)]
 _Images = Annotated[str, typer.Option(help="Source of the images: mini (the mini suite) or a folder.")]
 _Output = Annotated[
     Path | None,
@@ -92,7 +93,7 @@ def validity(
 
 @analyze_app.command("redundancy")
 def redundancy(
-    models: Annotated[list[str], typer.Argument(help="One or more model references to compare.", show_default=False)],
+    models: _Models,
     images: _Images = "mini",
     count: Annotated[int, typer.Option(min=2, help="Number of images.")] = 64,
     output: _Output = None,
@@ -108,6 +109,73 @@ def redundancy(
     )
     if as_json:
         write_json({name: each.to_dict() for name, each in profiles.items()})
+
+
+@analyze_app.command("spectral")
+def spectral(
+    models: _Models,
+    images: _Images = "mini",
+    count: Annotated[int, typer.Option(min=8, help="Number of images.")] = 64,
+    pooled_budget: Annotated[
+        int, typer.Option(min=1, help="Budget at which the concentration of the anchors is compared (visual tokens).")
+    ] = 64,
+    budget: Annotated[
+        int, typer.Option(min=1, help="Budget at which the power of anchors and queries is compared (visual tokens).")
+    ] = 256,
+    output: _Output = None,
+    tracking_uri: _TrackingUri = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure spatial spectra of anchors and query tokens: radial power, concentration, mean frequency."""
+    from parcelray.studies.tokens import study_spectra
+
+    folder = output or Path("runs/analyze/spectral") / "-".join(_slug(model) for model in models)
+    study = study_spectra(
+        models,
+        console(stderr=as_json),
+        images=images,
+        count=count,
+        pooled_budget=pooled_budget,
+        budget=budget,
+        folder=folder,
+        tracking=_tracking(tracking_uri),
+    )
+    if as_json:
+        write_json(study.to_dict())
+
+
+@analyze_app.command("tokens")
+def tokens(
+    models: _Models,
+    images: _Images = "mini",
+    count: Annotated[int, typer.Option(min=8, help="Number of images.")] = 256,
+    budgets: Annotated[
+        str,
+        typer.Option(
+            help="Budgets (visual tokens per image), separated by commas; default: 16, 32, 64, 128 and 256, as far as"
+            " the model supports them.",
+            show_default=False,
+        ),
+    ] = "",
+    output: _Output = None,
+    tracking_uri: _TrackingUri = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure how anchors and query tokens divide the work: redundancy, attention, coverage, overlap."""
+    from parcelray.studies.tokens import study_tokens
+
+    folder = output or Path("runs/analyze/tokens") / "-".join(_slug(model) for model in models)
+    found = study_tokens(
+        models,
+        console(stderr=as_json),
+        images=images,
+        count=count,
+        budgets=integers(budgets, "--budgets") if budgets else (),
+        folder=folder,
+        tracking=_tracking(tracking_uri),
+    )
+    if as_json:
+        write_json({name: [each.to_dict() for each in parts] for name, parts in found.items()})
 
 
 @analyze_app.command("adaptive")

@@ -1,9 +1,7 @@
 """Studies of attention and redundancy for `parcelray analyze`: tables, pictures and an MLflow run of each."""
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -26,10 +24,8 @@ from parcelray.evaluation.inputs import (
     study_images,
     study_prompts,
 )
-from parcelray.evaluation.scoring.intervals import Interval
 from parcelray.studies.attention_plots import plot_agreement, plot_heat_maps, plot_redundancy, plot_validity
-from parcelray.tracking.mlflow_tracker import MlflowRunLogger, tracked_run
-from parcelray.tracking.store import ensure_store
+from parcelray.studies.output import interval_cell, record_study, write_json
 
 _NUM_HEAT_MAPS = 4
 """Number of images for which heat maps are drawn."""
@@ -81,7 +77,7 @@ def study_saliency(
     folder.mkdir(parents=True, exist_ok=True)
     content = {"model": opened.checkpoint.pinned} | {name: report.to_dict() for name, report in reports.items()}
     files = [
-        _write_json(folder / "saliency.json", content),
+        write_json(folder / "saliency.json", content),
         _write_maps(folder / "saliency.npz", maps),
         folder / "agreement.png",
     ]
@@ -104,7 +100,7 @@ def study_saliency(
         for name, report in reports.items()
         for key, value in _saliency_metrics(name.replace(" ", "_"), report)
     }
-    _record(
+    record_study(
         tracking,
         f"analyze-saliency-{folder.name}",
         {"model": opened.checkpoint.pinned, "images": count},
@@ -155,13 +151,13 @@ def study_validity(
         "pairs": count,
         "measures": {name: each.to_dict() for name, each in result.items()},
     }
-    files = [_write_json(folder / "validity.json", content)]
+    files = [write_json(folder / "validity.json", content)]
     plot_validity(result, folder / "validity.png")
     files.append(folder / "validity.png")
     console.print(_validity_table(result, count))
     metrics = {f"{name}/correlation": each.correlation.value for name, each in result.items()}
     metrics |= {f"{name}/p_holm": each.p_holm for name, each in result.items()}
-    _record(
+    record_study(
         tracking, f"analyze-validity-{folder.name}", {"model": opened.checkpoint.pinned, "pairs": count}, metrics, files
     )
     console.print(f"Numbers and picture: {folder}")
@@ -197,7 +193,7 @@ def study_redundancy(
             opened.model, opened.processor, study_images(images, count, opened.processor.image_size)
         )
     folder.mkdir(parents=True, exist_ok=True)
-    files = [_write_json(folder / "redundancy.json", {name: each.to_dict() for name, each in profiles.items()})]
+    files = [write_json(folder / "redundancy.json", {name: each.to_dict() for name, each in profiles.items()})]
     plot_redundancy(profiles, folder / "redundancy.png")
     files.append(folder / "redundancy.png")
     console.print(_redundancy_table(profiles, count))
@@ -206,7 +202,7 @@ def study_redundancy(
         for name, each in profiles.items()
         for measure, value in each.measures.items()
     }
-    _record(
+    record_study(
         tracking,
         f"analyze-redundancy-{folder.name}",
         {"models": ", ".join(references), "images": count},
@@ -228,25 +224,27 @@ def _agreement_table(name: str, report: SaliencyReport) -> Table:
     )
     for layer, (prompts, images) in enumerate(zip(report.between_prompts, report.between_images, strict=True)):
         for pairs, each in (("prompts, heads averaged", prompts), ("images, one prompt", images)):
-            table.add_row(str(layer), pairs, *map(_cell, each))
+            table.add_row(str(layer), pairs, *map(interval_cell, each))
         by_head = sorted(enumerate(report.by_head[layer]), key=lambda item: item[1].spearman.value)
         for which, (head, overlap) in (("least", by_head[0]), ("most", by_head[-1])):
             table.add_row(
                 str(layer),
                 f"prompts, head {head} ({which} stable)",
-                _cell(overlap.spearman),
+                interval_cell(overlap.spearman),
                 "",
-                _cell(overlap.jaccard),
+                interval_cell(overlap.jaccard),
             )
         table.add_row(
             str(layer),
             "heads, one image and prompt",
-            _cell(report.between_heads[layer].spearman),
+            interval_cell(report.between_heads[layer].spearman),
             "",
-            _cell(report.between_heads[layer].jaccard),
+            interval_cell(report.between_heads[layer].jaccard),
         )
         if report.with_class_attention:
-            table.add_row(str(layer), "decoder and vision tower", _cell(report.with_class_attention[layer]), "", "")
+            table.add_row(
+                str(layer), "decoder and vision tower", interval_cell(report.with_class_attention[layer]), "", ""
+            )
     return table
 
 
@@ -258,7 +256,7 @@ def _layers_table(name: str, report: SaliencyReport) -> Table:
     )
     for first, second in dict.fromkeys([*((layer, layer + 1) for layer in range(last)), (0, last)]):
         each = report.between_layers[first][second]
-        table.add_row(f"{first} and {second}", _cell(each.spearman), _cell(each.jaccard))
+        table.add_row(f"{first} and {second}", interval_cell(each.spearman), interval_cell(each.jaccard))
     return table
 
 
@@ -270,7 +268,7 @@ def _properties_table(name: str, report: SaliencyReport) -> Table:
         title=f"Which patch properties attract {name}? Spearman with the mean over prompts [95 % over images]",
     )
     for measured, each in report.drawn_by.items():
-        table.add_row(measured, *map(_cell, each))
+        table.add_row(measured, *map(interval_cell, each))
     return table
 
 
@@ -295,24 +293,17 @@ def _validity_table(result: Mapping[str, Validity], count: int) -> Table:
         title=f"Do important tokens matter? {count} samples [95 % over samples]",
     )
     for name, each in sorted(result.items(), key=lambda item: -item[1].correlation.value):
-        table.add_row(name, _cell(each.correlation), f"{each.p_value:.3f}", f"{each.p_holm:.3f}", _cell(each.mass))
+        table.add_row(
+            name, interval_cell(each.correlation), f"{each.p_value:.3f}", f"{each.p_holm:.3f}", interval_cell(each.mass)
+        )
     return table
 
 
 def _redundancy_table(profiles: Mapping[str, RedundancyProfile], count: int) -> Table:
     table = Table("measure", *profiles, title=f"Redundancy of the visual tokens, {count} images [95 % over images]")
     for name in next(iter(profiles.values())).measures:
-        table.add_row(name, *(_cell(each.measures[name]) for each in profiles.values()))
+        table.add_row(name, *(interval_cell(each.measures[name]) for each in profiles.values()))
     return table
-
-
-def _cell(interval: Interval) -> str:
-    return f"{interval.value:.3f} [{interval.low:.3f}, {interval.high:.3f}]"
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> Path:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    return path
 
 
 def _write_maps(path: Path, maps: AttentionMaps) -> Path:
@@ -327,21 +318,3 @@ def _write_maps(path: Path, maps: AttentionMaps) -> Path:
     with path.open("wb") as file:
         np.savez_compressed(file, **arrays)  # type: ignore[arg-type]  # numpy's stub takes the arrays for allow_pickle
     return path
-
-
-def _record(
-    tracking: TrackingConfig,
-    name: str,
-    params: Mapping[str, str | int],
-    metrics: Mapping[str, float],
-    files: Sequence[Path],
-) -> None:
-    if tracking.uri is None:
-        return
-    uri = ensure_store(tracking.uri)
-    with tracked_run(uri, tracking.experiment, name, params=dict(params)) as run_id:
-        tracker = MlflowRunLogger(uri, run_id)
-        tracker.log_metrics({key: value for key, value in metrics.items() if value == value}, 0)
-        for file in files:
-            tracker.log_figure_file(file) if file.suffix == ".png" else tracker.log_artifact(file)
-        tracker.close()

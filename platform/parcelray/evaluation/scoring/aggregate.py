@@ -9,9 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
-from parcelray.evaluation.scoring.estimate import Estimate, mean_of
+from parcelray.evaluation.scoring.estimate import Estimate, mean_of, ratio
 from parcelray.evaluation.scoring.intervals import Interval
 from parcelray.evaluation.scoring.split_scores import SplitScores
 
@@ -112,8 +110,7 @@ def retentions(
 
 def retention_of(score: Estimate, reference: Estimate) -> Estimate:
     """Computes 100 x score / reference with paired draws; the reference must be above 0."""
-    draws = np.divide(score.draws, reference.draws, out=np.full(len(score.draws), np.nan), where=reference.draws > 0)
-    return Estimate(100 * score.value / reference.value, 100 * draws, score.n)
+    return ratio(score, reference, scale=100)
 
 
 def _point_to_dict(point: FrontierPoint) -> dict[str, Any]:

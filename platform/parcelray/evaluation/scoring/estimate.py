@@ -231,6 +231,20 @@ def difference(first: Estimate, second: Estimate) -> Estimate:
     return Estimate(first.value - second.value, first.draws - second.draws, min(first.n, second.n))
 
 
+def ratio(first: Estimate, second: Estimate, scale: float = 1.0) -> Estimate:
+    """Computes scale x first / second, paired draw by draw; draws in which the second is not above 0 have no ratio."""
+    draws = np.divide(first.draws, second.draws, out=np.full(len(first.draws), np.nan), where=second.draws > 0)
+    value = first.value / second.value if second.value > 0 else math.nan
+    return Estimate(scale * value, scale * draws, first.n)
+
+
+def weighted_sum(members: Sequence[Estimate], weights: Sequence[float]) -> Estimate:
+    """Computes the sum of weight x estimate, paired draw by draw."""
+    value = sum(weight * member.value for weight, member in zip(weights, members, strict=True))
+    draws_W = np.asarray(weights, dtype=np.float64) @ np.array([member.draws for member in members])
+    return Estimate(value, draws_W, min(member.n for member in members))
+
+
 def _estimate(sums_K: Floats, design: Design, scale: float, is_share: bool, normals_W: Floats) -> Estimate:
     if not len(sums_K):
         return Estimate(math.nan, np.full(len(normals_W), np.nan), 0)
