@@ -17,6 +17,7 @@ from ..stores import new_store
 from ..tiny import tiny_checkpoint
 
 
+@pytest.mark.nightly
 def test_spectra_and_tokens_are_studied_and_recorded(checkpoint: Path, tmp_path: Path) -> None:
     parcel = str(tiny_checkpoint(tmp_path / "parcel", seed=0))
     models = [parcel, str(checkpoint)]
