@@ -106,7 +106,7 @@ def connector_for(config: ConnectorConfig, shape: BackboneShape) -> "Connector":
 @lru_cache(maxsize=64)
 def _built_on_meta(config: ConnectorConfig, shape: BackboneShape) -> "Connector":
     # The connector itself defines its legal budgets and their split into anchors and queries. On `meta`, building it
-    # takes no memory. The number of heads changes neither budgets nor cost, and the default does not divide every width.
+    # takes no memory. The number of heads changes neither budgets nor cost; the default does not divide every width.
     import torch
 
     if isinstance(config, AttentionConnectorConfig):
