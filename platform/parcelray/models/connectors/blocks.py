@@ -1,7 +1,8 @@
 """Attention blocks of the connectors: pre-norm, residual, with GELU (tanh) as in SigLIP.
 
-Each module with weights of its own sets them in `init_weights`, only through `torch.nn.init`. It can therefore run again
-after a module was created on `meta` and materialised, and transformers' guards keep it from overwriting loaded weights.
+Each module with weights of its own sets them in `init_weights`, only through `torch.nn.init`. It can therefore run
+again after a module was created on `meta` and materialised, and transformers' guards keep it from overwriting loaded
+weights.
 
 Shape suffixes: B batch, N patches or context tokens, T tokens of self-attention, Q queries, D width, H heads, E width
 of a head.
