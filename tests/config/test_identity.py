@@ -2,11 +2,13 @@
 
 from pathlib import Path
 
+import pytest
 import yaml
 
 from parcelray.config.evaluate import EvaluateJob
-from parcelray.config.identity import differing_keys, identity
+from parcelray.config.identity import decisive, differing_keys, identity
 from parcelray.config.loader import load_job
+from parcelray.config.train import TrainJob
 
 JOB = {"kind": "train", "name": "x", "data": {"type": "mini"}, "training": {"steps": 5}}
 
@@ -51,9 +53,36 @@ def test_renamed_positions_of_reducers_keep_identities_and_prediction_keys() -> 
     ]
     former, same, other = jobs
     assert former == same
-    assert identity(same) == "evaluate-x-09c74215", "the identity in version 1.16"
+    assert identity(same) == "evaluate-x-09c74215", "the identity by the code of commit 38b07a7"
     assert identity(other) != identity(same)
     assert same.reducer is not None
     assert same.reducer.to_json() == (
         '{"positions":"original_size_bias","type":"restore","base":"divprune","share":0.5}'
-    ), "the settings in prediction keys of version 1.16"
+    ), "the settings in its prediction keys"
+
+
+@pytest.mark.parametrize(
+    ("connector", "former_hash"),
+    [
+        ({"type": "parcel", "start": "random", "positions": "contiguous"}, "5a59f566"),
+        ({"type": "mqt", "start": "random", "positions": "contiguous"}, "98f8d05e"),
+        ({"type": "m3", "positions": "contiguous"}, "08d1e0f6"),
+        ({"type": "identity"}, "28f2b3a8"),
+    ],
+)
+def test_a_job_that_states_the_former_values_has_the_identity_from_before_the_keys(
+    connector: dict[str, str], former_hash: str
+) -> None:
+    """The hashes are those of the same jobs without the keys, by the code of commit 38b07a7."""
+    job = TrainJob.model_validate(JOB | {"connector": connector})
+    assert identity(job) == f"train-x-{former_hash}"
+    defaults = TrainJob.model_validate(JOB | {"connector": {"type": connector["type"]}})
+    assert (identity(defaults) == identity(job)) == (connector["type"] == "identity")
+
+
+def test_a_key_that_an_old_job_lacks_differs_by_its_former_value() -> None:
+    old, new = ({"connector": {"type": "parcel"} | keys} for keys in ({}, {"start": "local", "positions": "image"}))
+    assert differing_keys(decisive(old), decisive(new)) == [
+        "connector.positions: 'contiguous' -> 'image'",
+        "connector.start: 'random' -> 'local'",
+    ]
