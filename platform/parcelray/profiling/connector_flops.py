@@ -84,6 +84,11 @@ def projected_tokens(shape: BackboneShape, connector: ConnectorConfig | None, nu
     return shape.num_patches if after else num_visual_tokens
 
 
+def supported_budgets(connector: ConnectorConfig, shape: BackboneShape) -> tuple[int, ...]:
+    """Returns the budgets that a connector supports for a backbone, in ascending order."""
+    return _built_on_meta(connector, shape).supported_budgets
+
+
 def connector_for(config: ConnectorConfig, shape: BackboneShape) -> "Connector":
     """Builds the connector of a backbone on torch's default device."""
     # Imported here because code that only reads shapes must work without torch.
@@ -101,8 +106,10 @@ def connector_for(config: ConnectorConfig, shape: BackboneShape) -> "Connector":
 @lru_cache(maxsize=64)
 def _built_on_meta(config: ConnectorConfig, shape: BackboneShape) -> "Connector":
     # The connector itself defines its legal budgets and their split into anchors and queries. On `meta`, building it
-    # takes no memory.
+    # takes no memory. The number of heads changes neither budgets nor cost, and the default does not divide every width.
     import torch
 
+    if isinstance(config, AttentionConnectorConfig):
+        config = config.model_copy(update={"num_heads": 1})
     with torch.device("meta"):
         return connector_for(config, shape)

@@ -1,8 +1,7 @@
 """Attention blocks of the connectors: pre-norm, residual, with GELU (tanh) as in SigLIP.
 
-Each module that owns layers sets their values in `init_weights`, which changes only its direct children and only
-through `torch.nn.init`. It can therefore run again on every submodule after a module was created on `meta` and
-materialised, and transformers' guards keep it from overwriting loaded weights.
+Each module with weights of its own sets them in `init_weights`, only through `torch.nn.init`. It can therefore run again
+after a module was created on `meta` and materialised, and transformers' guards keep it from overwriting loaded weights.
 
 Shape suffixes: B batch, N patches or context tokens, T tokens of self-attention, Q queries, D width, H heads, E width
 of a head.
@@ -183,6 +182,47 @@ class PlaceCode(nn.Module):
         return queries_QD + self.offset[:num_queries], keys_ND
 
 
+class Projection(nn.Linear):
+    """A linear layer with its own initial values.
+
+    A module above it could not set them: on loading a checkpoint, transformers initialises only modules that have
+    weights of their own, and every `nn.Linear` as the decoder's.
+
+    Args:
+        in_features: width of the input.
+        out_features: width of the output.
+        start: initial weight. `xavier`: Xavier-uniform; `small`: that times 0.1; `identity`: input = output; `zero`.
+            The bias is zero.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        start: Literal["xavier", "small", "identity", "zero"] = "xavier",
+    ) -> None:
+        self.start = start
+        super().__init__(in_features, out_features)
+
+    def reset_parameters(self) -> None:
+        """Called by the constructor of `nn.Linear`."""
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Sets the initial values.
+
+        Xavier-uniform weights give logits of about unit scale for inputs of unit scale, so heads and queries start with
+        different maps.
+        """
+        if self.start == "identity":
+            nn.init.eye_(self.weight)
+        elif self.start == "zero":
+            nn.init.zeros_(self.weight)
+        else:
+            nn.init.xavier_uniform_(self.weight, _LOCAL_CONTENT_GAIN if self.start == "small" else 1.0)
+        nn.init.zeros_(self.bias)
+
+
 class Attention(nn.Module):
     """Multi-head attention with separate inputs for queries, keys and values, without norm and residual.
 
@@ -194,28 +234,14 @@ class Attention(nn.Module):
 
     def __init__(self, dims: BlockDims, start: Literal["random", "local", "closed"] = "random") -> None:
         super().__init__()
-        self.start = start
         self.num_heads = dims.num_heads
-        self.q_proj = nn.Linear(dims.width, dims.width)
-        self.k_proj = nn.Linear(dims.width, dims.width)
-        self.v_proj = nn.Linear(dims.width, dims.width)
-        self.out_proj = nn.Linear(dims.width, dims.width)
-        self.init_weights()
-
-    def init_weights(self) -> None:
-        """Sets Xavier-uniform weights and zero biases, with the exceptions of `start`.
-
-        Inputs of unit scale then give logits of about unit scale, so heads and queries start with different maps.
-        """
-        gain = _LOCAL_CONTENT_GAIN if self.start == "local" else 1.0
-        init_linear(self.q_proj, gain)
-        init_linear(self.k_proj, gain)
-        for layer in (self.v_proj, self.out_proj):
-            init_linear(layer)
-            if self.start == "local":
-                nn.init.eye_(layer.weight)
-        if self.start == "closed":
-            nn.init.zeros_(self.out_proj.weight)
+        content: Literal["small", "xavier"] = "small" if start == "local" else "xavier"
+        self.q_proj = Projection(dims.width, dims.width, content)
+        self.k_proj = Projection(dims.width, dims.width, content)
+        self.v_proj = Projection(dims.width, dims.width, "identity" if start == "local" else "xavier")
+        self.out_proj = Projection(
+            dims.width, dims.width, "identity" if start == "local" else "zero" if start == "closed" else "xavier"
+        )
 
     def forward(
         self, queries_BQD: Tensor, keys_BND: Tensor, values_BND: Tensor, codes: tuple[Tensor, Tensor] | None = None
@@ -261,19 +287,9 @@ class FeedForward(nn.Module):
 
     def __init__(self, dims: BlockDims) -> None:
         super().__init__()
-        self.closed = dims.local
         self.norm = nn.LayerNorm(dims.width, eps=dims.layer_norm_eps)
-        self.up_proj = nn.Linear(dims.width, dims.mlp_width)
-        self.down_proj = nn.Linear(dims.mlp_width, dims.width)
-        self.init_weights()
-
-    def init_weights(self) -> None:
-        """Sets Xavier-uniform weights, zero biases, and gain 1 and bias 0 in the norm."""
-        self.norm.reset_parameters()
-        init_linear(self.up_proj)
-        init_linear(self.down_proj)
-        if self.closed:
-            nn.init.zeros_(self.down_proj.weight)
+        self.up_proj = Projection(dims.width, dims.mlp_width)
+        self.down_proj = Projection(dims.mlp_width, dims.width, "zero" if dims.local else "xavier")
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """Returns x + MLP(norm(x))."""
@@ -289,10 +305,6 @@ class SelfAttentionBlock(nn.Module):
         self.norm = nn.LayerNorm(dims.width, eps=dims.layer_norm_eps)
         self.attention = Attention(dims, "closed" if dims.local else "random")
         self.mlp = FeedForward(dims) if with_mlp else nn.Identity()
-
-    def init_weights(self) -> None:
-        """Sets gain 1 and bias 0 in the norm."""
-        self.norm.reset_parameters()
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """Returns the updated tokens [B, T, D]."""
@@ -317,14 +329,11 @@ class CrossAttentionBlock(nn.Module):
         self.raw_values = dims.local and not conditions
         self.content_keys = content_keys
         self.query_norm = nn.LayerNorm(dims.width, eps=dims.layer_norm_eps)
-        self.context_norm = nn.LayerNorm(dims.width, eps=dims.layer_norm_eps)
+        # Nothing would use the norm if neither values nor keys have the normed context.
+        is_used = content_keys or not self.raw_values
+        self.context_norm = nn.LayerNorm(dims.width, eps=dims.layer_norm_eps) if is_used else nn.Identity()
         self.attention = Attention(dims, "random" if not dims.local else "closed" if conditions else "local")
         self.mlp = FeedForward(dims) if with_mlp else nn.Identity()
-
-    def init_weights(self) -> None:
-        """Sets gain 1 and bias 0 in the norms."""
-        self.query_norm.reset_parameters()
-        self.context_norm.reset_parameters()
 
     def forward(
         self,
@@ -361,9 +370,3 @@ class CrossAttentionBlock(nn.Module):
         if positions_ND is None:
             return normed_BND
         return normed_BND + positions_ND if self.content_keys else positions_ND.expand_as(normed_BND)
-
-
-def init_linear(layer: nn.Linear, gain: float = 1.0) -> None:
-    """Sets a Xavier-uniform weight, times `gain`, and a zero bias."""
-    nn.init.xavier_uniform_(layer.weight, gain)
-    nn.init.zeros_(layer.bias)
