@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,10 +13,12 @@ from parcelray.config.connector import ConnectorConfig, M3ConnectorConfig, Parce
 from parcelray.errors import UserError
 from parcelray.models.backbones import ElasticVLM
 from parcelray.models.backbones.processor_base import ElasticProcessor
-from parcelray.models.mini import build_config, build_model, build_processor
+from parcelray.models.checkpoint import content_digest
+from parcelray.models.mini import build_config, build_model, build_processor, save_checkpoint
 from parcelray.models.mini_llava import build
 from parcelray.models.positions import image_position_ids
 from parcelray.models.reduced_decoder import ReducedDecoder, VisualTokens, encode_prompts
+from parcelray.models.vlm import load_vlm
 from parcelray.serving.engine.decoder import PooledDecoder, Prompt
 from tests.models.conftest import CONFIG, CORPUS, MINI_LLAVA, random_images
 
@@ -234,3 +237,14 @@ def test_positions_that_cannot_be_known_or_do_not_exist_are_refused() -> None:
         model.config.text_config.max_position_embeddings = 512
         with pytest.raises(UserError, match="needs 519 positions"):
             model(**inputs, num_visual_tokens=16)
+
+
+def test_positions_are_part_of_a_checkpoint_and_of_its_digest(tmp_path: Path) -> None:
+    """The digest is in every prediction key, so predictions with other positions are computed anew."""
+    digests = set()
+    for positions in ("image", "contiguous"):
+        model, processor = _model("paligemma", M3ConnectorConfig(positions=positions))
+        save_checkpoint(model, processor, tmp_path / positions)
+        assert load_vlm(tmp_path / positions).has_image_positions == (positions == "image")
+        digests.add(content_digest(tmp_path / positions))
+    assert len(digests) == 2

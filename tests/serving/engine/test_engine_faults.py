@@ -89,7 +89,12 @@ def test_a_row_without_a_token_fails_only_its_request(
     for _ in range(4):
         assert code_of(running.engine, ask(samples[1], 16, temperature=1.0, seed=13)) == "engine_error"
     assert running.continues()
-    monkeypatch.setattr(running.engine._decoder, "prefill", lambda prompts: prefill(prompts) * torch.nan)
+
+    def without_numbers(prompts: list[Prompt]) -> tuple[Tensor, list[int]]:
+        logits, positions = prefill(prompts)
+        return logits * torch.nan, positions
+
+    monkeypatch.setattr(running.engine._decoder, "prefill", without_numbers)
     for _ in range(4):
         assert code_of(running.engine, ask(samples[1], 16)) == "engine_error"
     assert running.continues()

@@ -283,16 +283,14 @@ class ElasticVLM(nn.Module):
         Raises:
             UserError: the placeholders do not match the images, or `position_ids` are needed.
         """
-        if self.has_image_positions:
+        inputs = input_ids if input_ids is not None else inputs_embeds
+        if self.has_image_positions and inputs is not None:
             if position_ids is None:
-                position_ids = self._default_positions(
-                    input_ids if input_ids is not None else inputs_embeds,
-                    past_key_values,
-                    self._places(pixel_values, mm_encoder_outputs, num_visual_tokens, anchor_grid),
-                )
+                places_K = self._places(pixel_values, mm_encoder_outputs, num_visual_tokens, anchor_grid)
+                position_ids = self._default_positions(inputs, past_key_values, places_K)
             if attention_mask is None and past_key_values is None:
                 # Without a mask, transformers takes a jump in the positions for the start of another sequence.
-                attention_mask = torch.ones_like(input_ids if input_ids is not None else inputs_embeds[:, :, 0]).long()
+                attention_mask = torch.ones(inputs.shape[:2], dtype=torch.int64, device=inputs.device)
         if pixel_values is not None:
             kwargs |= {"num_visual_tokens": num_visual_tokens, "anchor_grid": anchor_grid}
         if self.reads_both_ways:
@@ -313,7 +311,9 @@ class ElasticVLM(nn.Module):
 
     def _prepare_position_ids_for_generation(self, inputs_tensor: Tensor, model_kwargs: dict[str, Any]) -> Tensor:
         """Returns the positions of the prompts, from which transformers counts on in the steps of `generate`."""
-        contiguous_BS = super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
+        contiguous_BS: Tensor = super()._prepare_position_ids_for_generation(  # type: ignore[misc]
+            inputs_tensor, model_kwargs
+        )
         if not self.has_image_positions:
             return contiguous_BS
         names = ("pixel_values", "mm_encoder_outputs", "num_visual_tokens", "anchor_grid")
