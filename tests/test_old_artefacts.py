@@ -21,7 +21,10 @@ from parcelray.models.checkpoint import resolve_checkpoint, verify_manifest
 from parcelray.models.vlm import load_vlm
 from parcelray.training.run import run_training
 
-from .training.conftest import few_tokenizer_texts, tiny_job
+from .training.conftest import TINY, few_tokenizer_texts, tiny_job
+
+# The old trainings had no keys for these choices.
+LITERAL = TINY["connector"] | {"start": "random", "positions": "contiguous"}
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +76,7 @@ def test_stored_predictions_are_scored_and_computed_again_by_a_new_run(old: Path
 
 
 def test_a_finished_training_is_recognised(old: Path) -> None:
-    run = run_training(tiny_job(old / "done", name="old"), _console())
+    run = run_training(tiny_job(old / "done", name="old", connector=LITERAL), _console())
     assert run.was_done
     assert run.metrics["val/score@16"] == 0.0
 
@@ -81,7 +84,7 @@ def test_a_finished_training_is_recognised(old: Path) -> None:
 def test_an_interrupted_training_resumes_from_its_checkpoint(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     few_tokenizer_texts(monkeypatch)
     reports: list[object] = []
-    run = run_training(tiny_job(old / "runs", name="old"), _console(), on_report=reports.append)
+    run = run_training(tiny_job(old / "runs", name="old", connector=LITERAL), _console(), on_report=reports.append)
     finished = json.loads((old / "done" / "train" / "old" / "result.json").read_text(encoding="utf-8"))
     assert not run.was_done
     # Relative 1e-3: the runs were on different machines and kernels.

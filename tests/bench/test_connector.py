@@ -21,7 +21,7 @@ def tiny_checkpoint(tmp_path: Path) -> str:
     config = ElasticPaliGemmaConfig(
         vision_config={
             "model_type": "siglip_vision_model",
-            "hidden_size": 24,
+            "hidden_size": 48,
             "intermediate_size": 48,
             "num_hidden_layers": 1,
             "num_attention_heads": 2,

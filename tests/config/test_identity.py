@@ -2,10 +2,12 @@
 
 from pathlib import Path
 
+import pytest
 import yaml
 
-from parcelray.config.identity import differing_keys, identity
+from parcelray.config.identity import decisive, differing_keys, identity
 from parcelray.config.loader import load_job
+from parcelray.config.train import TrainJob
 
 JOB = {"kind": "train", "name": "x", "data": {"type": "mini"}, "training": {"steps": 5}}
 
@@ -34,3 +36,30 @@ def test_the_identity_depends_on_values_and_not_on_their_notation(tmp_path: Path
 
 def test_differing_keys_are_listed_as_key_paths() -> None:
     assert differing_keys({"a": {"b": 1, "c": 2}}, {"a": {"b": 1, "c": 3}, "d": 4}) == ["a.c: 2 -> 3", "d: None -> 4"]
+
+
+@pytest.mark.parametrize(
+    ("connector", "former_hash"),
+    [
+        ({"type": "parcel", "start": "random", "positions": "contiguous"}, "5a59f566"),
+        ({"type": "mqt", "start": "random", "positions": "contiguous"}, "98f8d05e"),
+        ({"type": "m3", "positions": "contiguous"}, "08d1e0f6"),
+        ({"type": "identity"}, "28f2b3a8"),
+    ],
+)
+def test_a_job_that_states_the_former_values_has_the_identity_from_before_the_keys(
+    connector: dict[str, str], former_hash: str
+) -> None:
+    """The hashes are those of the same jobs without the keys, by the code of commit 38b07a7."""
+    job = TrainJob.model_validate(JOB | {"connector": connector})
+    assert identity(job) == f"train-x-{former_hash}"
+    defaults = TrainJob.model_validate(JOB | {"connector": {"type": connector["type"]}})
+    assert (identity(defaults) == identity(job)) == (connector["type"] == "identity")
+
+
+def test_a_key_that_an_old_job_lacks_differs_by_its_former_value() -> None:
+    old, new = ({"connector": {"type": "parcel"} | keys} for keys in ({}, {"start": "local", "positions": "image"}))
+    assert differing_keys(decisive(old), decisive(new)) == [
+        "connector.positions: 'contiguous' -> 'image'",
+        "connector.start: 'random' -> 'local'",
+    ]

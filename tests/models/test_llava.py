@@ -148,7 +148,7 @@ def test_m3_checkpoints_from_before_its_variants_pool_before_the_projector(
     save_checkpoint(ElasticLlavaForConditionalGeneration(config), llava_processor, tmp_path)
     model = load_vlm(tmp_path).eval()
     assert model.supported_budgets == (4, 16, 64, 256)
-    assert model.config.connector_config == M3ConnectorConfig(variant="parcel_baseline")
+    assert model.config.connector_config == M3ConnectorConfig(variant="parcel_baseline", positions="contiguous")
     patches = torch.randn(1, 256, MINI_LLAVA.vision_width)
     with torch.no_grad():
         expected = model.model.multi_modal_projector(pool_grid(patches, grid_size=16, side=4))

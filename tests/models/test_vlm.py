@@ -136,6 +136,23 @@ def test_a_connector_survives_save_and_load(
             assert torch.equal(loaded(**inputs, num_visual_tokens=64).logits, expected)
 
 
+def test_a_connector_inserted_into_a_checkpoint_has_the_initial_values_of_its_start(stock_folder: Path) -> None:
+    """Loading initialises new modules again, in its own order, which must not replace the values of the connector."""
+    local = load_vlm(stock_folder, connector=ParcelConnectorConfig(num_heads=4)).connector
+    path = local.get_submodule("query_path")
+    weights = path.state_dict()
+    width = local.hidden_size
+    for name in ("cross_attention.attention.v_proj", "cross_attention.attention.out_proj"):
+        torch.testing.assert_close(weights[f"{name}.weight"], torch.eye(width))
+    for name in ("cross_attention.mlp.down_proj", "conditioner.block.attention.out_proj"):
+        assert not weights[f"{name}.weight"].any()
+    xavier = (2 / (width + width)) ** 0.5
+    assert float(weights["cross_attention.attention.q_proj.weight"].std()) == pytest.approx(0.1 * xavier, rel=0.2)
+    random = load_vlm(stock_folder, connector=ParcelConnectorConfig(num_heads=4, start="random")).connector
+    weight = random.state_dict()["query_path.cross_attention.attention.v_proj.weight"]
+    assert float(weight.std()) == pytest.approx(xavier, rel=0.1)
+
+
 def test_a_new_connector_is_seeded_and_starts_at_the_scale_of_the_text_embeddings(
     stock_folder: Path, processor: Processor
 ) -> None:

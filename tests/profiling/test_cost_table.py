@@ -116,6 +116,14 @@ def test_illegal_arguments_are_rejected(arguments: dict[str, Any], message: str)
         cost_table.build("paligemma2-3b", **arguments)
 
 
+@pytest.mark.parametrize(
+    ("connector", "budgets"),
+    [("parcel", [16, 64, 256]), ("mqt", [16, 64, 256]), ("m3", [1, 9, 36, 144, 576]), ("identity", [576])],
+)
+def test_the_default_budgets_are_some_that_the_connector_supports(connector: str, budgets: list[int]) -> None:
+    assert [row.num_visual_tokens for row in cost_table.build("llava-1.5-7b", connector=connector).rows] == budgets
+
+
 def test_an_unsupported_budget_is_rejected_with_the_legal_budgets() -> None:
     with pytest.raises(
         UnsupportedBudgetError,

@@ -14,8 +14,9 @@ from torch import Tensor
 from parcelray.bench.measure import Measure, Report, machine_info, peak_memory_bytes, time_pairs
 from parcelray.config.connector import ConnectorConfig
 from parcelray.errors import UserError, describe_values
-from parcelray.models.connectors import Connector, build_connector
+from parcelray.models.connectors import Connector
 from parcelray.profiling.backbone_shapes import PRESETS, BackboneShape, resolve_backbone
+from parcelray.profiling.connector_flops import connector_for
 from parcelray.profiling.flops import BYTES_PER_MB, IMAGE_TEXT_TOKENS
 
 if TYPE_CHECKING:
@@ -140,22 +141,12 @@ def _device(device: str, backbone: str) -> torch.device:
 
 def _build(config: ConnectorConfig, shape: BackboneShape) -> Connector:
     with torch.device("meta"):
-        return _connector(config, shape)
+        return connector_for(config, shape)
 
 
 def _materialise(config: ConnectorConfig, shape: BackboneShape, like: Tensor) -> Connector:
     with torch.device(like.device):
-        return _connector(config, shape).to(like.dtype).eval()
-
-
-def _connector(config: ConnectorConfig, shape: BackboneShape) -> Connector:
-    return build_connector(
-        config,
-        hidden_size=shape.vision_width,
-        grid_size=shape.grid_size,
-        mlp_width=shape.vision_mlp_width,
-        projector_layers=shape.projector_layers,
-    )
+        return connector_for(config, shape).to(like.dtype).eval()
 
 
 def _random_prefill(backbone: str, shape: BackboneShape, batch_size: int, device: torch.device) -> _Prefill:

@@ -110,7 +110,14 @@ def flops(
     resolution: Annotated[
         int | None, typer.Option(help="Image side in pixels; default: that of the backbone.", show_default=False)
     ] = None,
-    budgets: Annotated[str, typer.Option(help="Budgets (visual tokens per image), separated by commas.")] = "16,64,256",
+    budgets: Annotated[
+        str | None,
+        typer.Option(
+            help="Budgets (visual tokens per image), separated by commas; default: those of 16,64,256 that the"
+            " connector supports, or all its budgets if it supports none of them.",
+            show_default=False,
+        ),
+    ] = None,
     frames: Annotated[
         str, typer.Option(help="Numbers of frames per input (1 is an image), separated by commas.")
     ] = "1",
@@ -141,10 +148,10 @@ def flops(
     """Compute FLOPs by term, KV-cache bytes, and the saving against the uncompressed model."""
     workload: dict[str, Any] = {
         "resolution": resolution,
-        "budgets": integers(budgets, "--budgets"),
         "frames": integers(frames, "--frames"),
         "text_tokens": text_tokens,
     }
+    given = None if budgets is None else integers(budgets, "--budgets")
     if reducer is not None:
         if connector not in (None, "identity"):
             raise UserError(
@@ -153,11 +160,12 @@ def flops(
             )
         from parcelray.profiling.reduction_table import build_reduced
 
-        show(build_reduced(backbone, reducer, **workload), as_json, lambda value: value.to_rich())
+        table_of_reducer = build_reduced(backbone, reducer, budgets=given or (16, 64, 256), **workload)
+        show(table_of_reducer, as_json, lambda value: value.to_rich())
         return
     from parcelray.profiling.cost_table import DEFAULT_CONNECTOR, build
 
-    table = build(backbone, connector=connector or DEFAULT_CONNECTOR, **workload)
+    table = build(backbone, connector=connector or DEFAULT_CONNECTOR, budgets=given, **workload)
     show(table, as_json, lambda value: value.to_rich())
 
 

@@ -29,7 +29,18 @@ class RouteConfig(StrictModel):
         return self
 
 
-class AttentionConnectorConfig(StrictModel):
+class PlacedConnectorConfig(StrictModel):
+    """Common settings of all connectors that compress, whose tokens therefore have places of their own."""
+
+    positions: Literal["image", "contiguous"] = "image"
+    """Rotary positions in the language model.
+
+    `image`: each visual token has the position of its place in the image, and the text stands where it would without
+    compression; `contiguous`: all tokens are numbered one after the other.
+    """
+
+
+class AttentionConnectorConfig(PlacedConnectorConfig):
     """Common settings of all connectors with attention blocks."""
 
     num_heads: int = Field(default=12, ge=1)
@@ -38,13 +49,27 @@ class AttentionConnectorConfig(StrictModel):
     """Width of the block's MLP; null: the MLP width of the vision tower (4304 for SigLIP-So400m)."""
 
 
+class QueryConnectorConfig(AttentionConnectorConfig):
+    """Common settings of PARCEL and of its ablations with queries."""
+
+    start: Literal["local", "random"] = "local"
+    """Initial values of the query path.
+
+    `local`: each query starts as a local average of the patches around its place; `random`: random projections and a
+    random query bank. It decides the modules of the path, so a checkpoint keeps it.
+    """
+
+
 class IdentityConnectorConfig(StrictModel):
-    """No compression: the patch features pass unchanged; the only legal budget is the number of patches."""
+    """No compression: the patch features pass unchanged; the only legal budget is the number of patches.
+
+    It has no key `positions`: with all patches, both kinds are the same.
+    """
 
     type: Literal["identity"] = "identity"
 
 
-class ParcelConnectorConfig(AttentionConnectorConfig):
+class ParcelConnectorConfig(QueryConnectorConfig):
     """PARCEL: pooled anchors and pool-conditioned queries (arXiv 2605.30126, Section 3)."""
 
     type: Literal["parcel"] = "parcel"
@@ -61,6 +86,12 @@ class MqtConnectorConfig(AttentionConnectorConfig):
     """MQT: a query resampler with nested dropout of the query bank (baseline of arXiv 2605.30126, Appendix E)."""
 
     type: Literal["mqt"] = "mqt"
+    start: Literal["local", "random", "sincos"] = "local"
+    """Initial values of the query path.
+
+    `local` and `random`: as for the connector parcel; `sincos`: as `random`, but the bank starts with the
+    two-dimensional sine-cosine positions of a grid in raster order, as in the released code.
+    """
     keys: Literal["content", "position"] = "content"
     """Source of the attention keys.
 
@@ -70,7 +101,7 @@ class MqtConnectorConfig(AttentionConnectorConfig):
     """Size of the query bank, the largest budget."""
 
 
-class M3ConnectorConfig(StrictModel):
+class M3ConnectorConfig(PlacedConnectorConfig):
     """M3: average pooling of the patch grid to a square grid, one scale per budget (arXiv 2405.17430)."""
 
     type: Literal["m3"] = "m3"
@@ -84,7 +115,7 @@ class M3ConnectorConfig(StrictModel):
     """
 
 
-class AnchorsOnlyConnectorConfig(StrictModel):
+class AnchorsOnlyConnectorConfig(PlacedConnectorConfig):
     """Ablation: one anchor grid and no queries, hence a single budget."""
 
     type: Literal["anchors_only"] = "anchors_only"
@@ -92,7 +123,7 @@ class AnchorsOnlyConnectorConfig(StrictModel):
     """Side of the square anchor grid; the budget is its square."""
 
 
-class FixedAnchorsConnectorConfig(AttentionConnectorConfig):
+class FixedAnchorsConnectorConfig(QueryConnectorConfig):
     """Ablation: PARCEL with the same anchor grid at every budget."""
 
     type: Literal["fixed_anchors"] = "fixed_anchors"
@@ -102,7 +133,7 @@ class FixedAnchorsConnectorConfig(AttentionConnectorConfig):
     """Largest budget; null: the number of patches."""
 
 
-class VitCrossAttentionConnectorConfig(AttentionConnectorConfig):
+class VitCrossAttentionConnectorConfig(QueryConnectorConfig):
     """Ablation: queries cross-attend to the patch features only, without conditioning on the anchors."""
 
     type: Literal["vit_cross_attention"] = "vit_cross_attention"
@@ -110,7 +141,7 @@ class VitCrossAttentionConnectorConfig(AttentionConnectorConfig):
     """Routing intervals, as for the connector parcel."""
 
 
-class DualCrossAttentionConnectorConfig(AttentionConnectorConfig):
+class DualCrossAttentionConnectorConfig(QueryConnectorConfig):
     """Ablation: queries cross-attend to the anchors, then to the patch features."""
 
     type: Literal["dual_cross_attention"] = "dual_cross_attention"
@@ -118,7 +149,7 @@ class DualCrossAttentionConnectorConfig(AttentionConnectorConfig):
     """Routing intervals, as for the connector parcel."""
 
 
-class MqtSelfAttentionConnectorConfig(AttentionConnectorConfig):
+class MqtSelfAttentionConnectorConfig(QueryConnectorConfig):
     """Ablation: MQT with a self-attention block over the queries, with the capacity of PARCEL."""
 
     type: Literal["mqt_self_attention"] = "mqt_self_attention"
@@ -145,3 +176,6 @@ ConnectorConfig = Annotated[
     | M3SelfAttentionConnectorConfig,
     Field(discriminator="type"),
 ]
+
+FORMER_CONNECTOR_VALUES = {"start": "random", "positions": "contiguous"}
+"""Values of the keys that the connector section of stored jobs and checkpoints lacks if it is older than the keys."""

@@ -4,6 +4,7 @@ import hashlib
 import json
 from typing import Any
 
+from parcelray.config.connector import FORMER_CONNECTOR_VALUES
 from parcelray.config.evaluate import EvaluateJob
 from parcelray.config.paths import AS_WRITTEN
 from parcelray.config.promote import PromoteJob
@@ -29,6 +30,10 @@ _NOT_IDENTITY = (
     "confirm",
 )
 
+# Values that decided the result before there was a key for them, by section. They do not count, so that a job that
+# states them has the identity of a job from before the key, and resumes its run.
+_FORMER_VALUES: dict[str, dict[str, Any]] = {"connector": FORMER_CONNECTOR_VALUES}
+
 
 def identity(job: Job) -> str:
     """The identity `<kind>-<name>-<hash8>` of a resolved job; jobs with the same identity are the same run."""
@@ -46,20 +51,27 @@ def config_hash(job: Job) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
-def decisive(job: dict[str, Any]) -> dict[str, Any]:
-    """The part of a resolved job that decides its result, applied to nested jobs as well."""
+def decisive(job: dict[str, Any], section: str = "") -> dict[str, Any]:
+    """The part of a resolved job that decides its result, applied to nested jobs as well.
+
+    Args:
+        job: the job, or one of its sections.
+        section: key of the section; empty for the job itself.
+    """
+    former = _FORMER_VALUES.get(section, {})
     return {
-        key: decisive(value) if isinstance(value, dict) else value
+        key: decisive(value, key) if isinstance(value, dict) else value
         for key, value in job.items()
-        if key not in _NOT_IDENTITY
+        if key not in _NOT_IDENTITY and not (key in former and former[key] == value)
     }
 
 
 def differing_keys(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
-    """Key paths whose values differ, each as `path: old -> new`."""
+    """Key paths whose values differ, each as `path: old -> new`; a missing key has its former value."""
     lines = []
+    former = _FORMER_VALUES.get(prefix.rstrip(".").rpartition(".")[2], {})
     for key in sorted(old.keys() | new.keys()):
-        before, after = old.get(key), new.get(key)
+        before, after = old.get(key, former.get(key)), new.get(key, former.get(key))
         if isinstance(before, dict) and isinstance(after, dict):
             lines += differing_keys(before, after, f"{prefix}{key}.")
         elif before != after:

@@ -84,19 +84,32 @@ def projected_tokens(shape: BackboneShape, connector: ConnectorConfig | None, nu
     return shape.num_patches if after else num_visual_tokens
 
 
+def supported_budgets(connector: ConnectorConfig, shape: BackboneShape) -> tuple[int, ...]:
+    """Returns the budgets that a connector supports for a backbone, in ascending order."""
+    return _built_on_meta(connector, shape).supported_budgets
+
+
+def connector_for(config: ConnectorConfig, shape: BackboneShape) -> "Connector":
+    """Builds the connector of a backbone on torch's default device."""
+    # Imported here because code that only reads shapes must work without torch.
+    from parcelray.models.connectors import build_connector
+
+    return build_connector(
+        config,
+        hidden_size=shape.vision_width,
+        grid_size=shape.grid_size,
+        mlp_width=shape.vision_mlp_width,
+        projector_layers=shape.projector_layers,
+    )
+
+
 @lru_cache(maxsize=64)
 def _built_on_meta(config: ConnectorConfig, shape: BackboneShape) -> "Connector":
     # The connector itself defines its legal budgets and their split into anchors and queries. On `meta`, building it
-    # takes no memory. Imported here because code that only reads shapes must work without torch.
+    # takes no memory. The number of heads changes neither budgets nor cost, and the default does not divide every width.
     import torch
 
-    from parcelray.models.connectors import build_connector
-
+    if isinstance(config, AttentionConnectorConfig):
+        config = config.model_copy(update={"num_heads": 1})
     with torch.device("meta"):
-        return build_connector(
-            config,
-            hidden_size=shape.vision_width,
-            grid_size=shape.grid_size,
-            mlp_width=shape.vision_mlp_width,
-            projector_layers=shape.projector_layers,
-        )
+        return connector_for(config, shape)

@@ -11,6 +11,7 @@ from pydantic import TypeAdapter
 from parcelray.config.connector import ConnectorConfig, IdentityConnectorConfig
 from parcelray.errors import UserError
 from parcelray.profiling.backbone_shapes import BackboneShape, resolve_backbone
+from parcelray.profiling.connector_flops import supported_budgets
 from parcelray.profiling.flops import BYTES_PER_MB, CostBreakdown, cost, default_text_tokens
 
 if TYPE_CHECKING:
@@ -143,7 +144,7 @@ def build(
     backbone: str,
     *,
     resolution: int | None = None,
-    budgets: Sequence[int] = (16, 64, 256),
+    budgets: Sequence[int] | None = None,
     frames: Sequence[int] = (1,),
     connector: str | ConnectorConfig = DEFAULT_CONNECTOR,
     text_tokens: int | None = None,
@@ -153,7 +154,8 @@ def build(
     Args:
         backbone: name from `PRESETS`, `mini`, or a folder with a config.json.
         resolution: side of the image in pixels; None: the backbone's default.
-        budgets: budgets, visual tokens per frame.
+        budgets: budgets, visual tokens per frame; None: those of 16, 64 and 256 that the connector supports, or all its
+            budgets if it supports none of them.
         frames: numbers of frames: 1 for an image, more for a video.
         connector: name from `CONNECTORS`, or the configuration of any connector.
         text_tokens: length of the text prompt in tokens; None: as in the paper (129 with an image, 65 with a video).
@@ -165,6 +167,9 @@ def build(
     """
     shape = resolve_backbone(backbone, resolution)
     config = connector_from_name(connector) if isinstance(connector, str) else connector
+    if budgets is None:
+        legal = supported_budgets(config, shape)
+        budgets = [budget for budget in (16, 64, 256) if budget in legal] or legal
     check_workload(budgets, frames)
     return CostTable(
         shape, config.type, tuple(_row(shape, config, budget, num, text_tokens) for num in frames for budget in budgets)

@@ -142,18 +142,27 @@ def _prompt_means(logits_BSV: Tensor, labels_BS: Tensor) -> Tensor:
 
 
 def parameter_groups(model: ElasticVLM, config: OptimizerConfig) -> list[dict[str, object]]:
-    """Optimiser groups: connector and shared weights, each with weight decay for matrices and without for vectors."""
+    """Optimiser groups: connector and shared weights, each with weight decay and without.
+
+    Weight decay applies to matrices, except those that a module names in its attribute `no_weight_decay`.
+    """
+    undecayed = {
+        f"{prefix}.{name}"
+        for prefix, module in model.named_modules()
+        for name in getattr(module, "no_weight_decay", ())
+    }
     members: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            members.setdefault((".connector." in name, parameter.ndim >= 2), []).append(parameter)
+            decays = parameter.ndim >= 2 and name not in undecayed
+            members.setdefault((".connector." in name, decays), []).append(parameter)
     return [
         {
             "params": parameters,
             "lr": config.learning_rate * (config.connector_multiplier if connector else 1.0),
-            "weight_decay": config.weight_decay if matrix else 0.0,
+            "weight_decay": config.weight_decay if decays else 0.0,
         }
-        for (connector, matrix), parameters in sorted(members.items(), key=lambda item: item[0])
+        for (connector, decays), parameters in sorted(members.items(), key=lambda item: item[0])
     ]
 
 

@@ -56,6 +56,7 @@ class Case:
 
 
 def _cases(grid_size: int) -> list[Case]:
+    """Every connector; those with a choice start locally on the large grid, at random on the small one, else both."""
     routing = ROUTES_12 if grid_size == 12 else None
     configs: list[ConnectorConfig] = [
         IdentityConnectorConfig(),
@@ -70,11 +71,18 @@ def _cases(grid_size: int) -> list[Case]:
         MqtSelfAttentionConnectorConfig(num_heads=4, num_queries=48),
         M3SelfAttentionConnectorConfig(num_heads=4),
     ]
-    return [Case(config, grid_size) for config in configs]
+    random = [
+        config.model_copy(update={"start": "random"}) for config in configs if "start" in type(config).model_fields
+    ]
+    fixed = [config for config in configs if "start" not in type(config).model_fields]
+    chosen = {16: [*configs, *random], 32: configs, 12: [*fixed, *random]}[grid_size]
+    return [Case(config, grid_size) for config in chosen]
 
 
 def _name(case: Case) -> str:
-    return f"{case.config.type}{'-position' if getattr(case.config, 'keys', '') == 'position' else ''}-{case.grid_size}"
+    start = f"-{case.config.start}" if "start" in type(case.config).model_fields else ""
+    keys = "-position" if getattr(case.config, "keys", "") == "position" else ""
+    return f"{case.config.type}{start}{keys}-{case.grid_size}"
 
 
 @pytest.fixture(params=[*_cases(16), *_cases(32), *_cases(12)], ids=_name)
@@ -91,4 +99,6 @@ def case_16(request: pytest.FixtureRequest) -> Case:
 
 @pytest.fixture
 def parcel() -> Connector:
-    return build_connector(ParcelConnectorConfig(num_heads=4), hidden_size=WIDTH, grid_size=16, mlp_width=40)
+    return build_connector(
+        ParcelConnectorConfig(num_heads=4, start="random"), hidden_size=WIDTH, grid_size=16, mlp_width=40
+    )

@@ -13,8 +13,8 @@ from parcelray.errors import UnsupportedBudgetError, UserError, describe_values
 
 
 def test_every_legal_budget_gives_exactly_that_many_tokens(case: Any) -> None:
-    connector = case.build(width=8).eval()
-    features = case.features(batch_size=1, width=8)
+    connector = case.build(width=16).eval()
+    features = case.features(batch_size=1, width=16)
     # For the thousand budgets of the large grid, a sample with both sides of every change is enough: the code is the
     # same as for the small grid.
     step = 1 if case.grid_size < 32 else 16
@@ -44,6 +44,10 @@ def test_leading_tokens_are_the_average_pooled_grid(case: Any) -> None:
 
 def test_gradients_reach_exactly_the_parameters_that_the_budget_uses(case_16: Any) -> None:
     connector = case_16.build()
+    start = getattr(case_16.config, "start", "")
+    if start == "local":
+        # At the start itself, the branches without output keep the gradients from the parameters inside them.
+        after_a_step(connector)
     for budget in case_16.some_budgets(connector):
         connector.zero_grad(set_to_none=True)
         features = case_16.features().requires_grad_()
@@ -59,7 +63,7 @@ def test_gradients_reach_exactly_the_parameters_that_the_budget_uses(case_16: An
         rounding = 1e-4 * largest
         for name, parameter in connector.named_parameters():
             gradient = parameter.grad
-            if name == "query_path.bank.weight" and num_queries:
+            if name in {"query_path.bank.weight", "query_path.place_code.offset"} and num_queries:
                 assert gradient is not None
                 assert gradient[:num_queries].abs().amax(dim=1).min() > rounding
                 assert gradient[num_queries:].abs().sum() == 0
@@ -68,15 +72,25 @@ def test_gradients_reach_exactly_the_parameters_that_the_budget_uses(case_16: An
             else:
                 assert gradient is not None, f"{name} got no gradient at budget {budget}"
                 reached = float(gradient.abs().max()) > rounding
-                assert reached != _is_cancelled(name, connector.name, budget), (
+                assert reached != _is_cancelled(name, connector.name, budget, start), (
                     f"{name} at budget {budget}: {gradient.abs().max()}"
                 )
 
 
-def _is_cancelled(parameter: str, connector: str, budget: int) -> bool:
+def after_a_step(connector: nn.Module) -> None:
+    """Changes every parameter a little, as a step of training does."""
+    with torch.no_grad():
+        for parameter in connector.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+
+
+def _is_cancelled(parameter: str, connector: str, budget: int, start: str) -> bool:
     """Whether a softmax cancels the effect of the parameter, so that its gradient is zero in exact arithmetic."""
     # A shift of all keys changes all logits of a query by the same amount.
     if parameter.endswith("k_proj.bias"):
+        return True
+    # The same is true of a shift of the normed context where it is the input of keys only.
+    if start == "local" and parameter == "query_path.cross_attention.context_norm.bias":
         return True
     # A softmax over one key is always 1: a single query without anchors attends only to itself.
     is_alone = connector == "mqt_self_attention" and budget == 1
@@ -86,8 +100,10 @@ def _is_cancelled(parameter: str, connector: str, budget: int) -> bool:
 def test_bfloat16_agrees_with_float32(case_16: Any) -> None:
     """Compares bfloat16 with float32; it keeps 8 bits (relative step 2 ** -8).
 
-    After two blocks, the worst measured relative RMS error is 0.005.
+    After two blocks, the worst measured relative RMS error is 0.005. At the local start it is 0.026: queries and keys
+    are rounded, and the logits of the places are up to 24.
     """
+    allowed = 0.06 if getattr(case_16.config, "start", "") == "local" else 0.01
     connector = case_16.build().eval()
     features = case_16.features().bfloat16()
     budget = connector.supported_budgets[-1]
@@ -95,7 +111,7 @@ def test_bfloat16_agrees_with_float32(case_16: Any) -> None:
         exact = connector(features.float(), num_visual_tokens=budget)
         rounded = connector.bfloat16()(features, num_visual_tokens=budget)
     assert rounded.dtype == torch.bfloat16
-    assert (rounded.float() - exact).pow(2).mean().sqrt() < 0.01 * exact.pow(2).mean().sqrt()
+    assert (rounded.float() - exact).pow(2).mean().sqrt() < allowed * exact.pow(2).mean().sqrt()
 
 
 def test_the_error_for_an_illegal_budget_names_the_legal_ones(case: Any) -> None:
@@ -155,6 +171,8 @@ def test_weights_survive_construction_on_meta(case_16: Any) -> None:
         nn.init.constant_(parameter, float("nan"))
 
     def initialise(module: nn.Module) -> None:
+        if isinstance(module, nn.LayerNorm):  # transformers does this itself
+            module.reset_parameters()
         init_weights = getattr(module, "init_weights", None)
         if init_weights is not None:
             init_weights()

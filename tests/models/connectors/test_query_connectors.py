@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from parcelray.config.base import StrictModel
 from parcelray.config.connector import (
     AnchorsOnlyConnectorConfig,
     ConnectorConfig,
@@ -42,18 +43,22 @@ def _build(config: ConnectorConfig, **sizes: Any) -> Connector:
 @pytest.mark.parametrize(
     ("config", "expected"),
     [
-        (ParcelConnectorConfig(), PARCEL_PARAMETERS),
-        (MqtConnectorConfig(), 15_539_024),
-        (MqtConnectorConfig(keys="position"), 15_539_024),
-        (VitCrossAttentionConnectorConfig(), 15_465_296),
-        (DualCrossAttentionConnectorConfig(), 20_782_928),
-        (FixedAnchorsConnectorConfig(), 20_835_920),
-        (MqtSelfAttentionConnectorConfig(), 20_854_352),
+        (ParcelConnectorConfig(start="random"), PARCEL_PARAMETERS),
+        # 192 codes of places more, and no output norm.
+        (ParcelConnectorConfig(), PARCEL_PARAMETERS + 192 * 1152 - 2 * 1152),
+        (MqtConnectorConfig(start="random"), 15_539_024),
+        (MqtConnectorConfig(start="sincos"), 15_539_024),
+        (MqtConnectorConfig(keys="position", start="random"), 15_539_024),
+        (MqtConnectorConfig(), 15_539_024 + 256 * 1152 - 2 * 1152),
+        (VitCrossAttentionConnectorConfig(start="random"), 15_465_296),
+        (DualCrossAttentionConnectorConfig(start="random"), 20_782_928),
+        (FixedAnchorsConnectorConfig(start="random"), 20_835_920),
+        (MqtSelfAttentionConnectorConfig(start="random"), 20_854_352),
         (M3SelfAttentionConnectorConfig(), 20_852_048),
         (M3ConnectorConfig(), 0),
         (AnchorsOnlyConnectorConfig(), 0),
     ],
-    ids=lambda value: getattr(value, "type", ""),
+    ids=lambda value: "-".join([value.type, getattr(value, "start", "")]) if isinstance(value, StrictModel) else "",
 )
 def test_parameter_counts_at_siglip_so400m_size(config: ConnectorConfig, expected: int) -> None:
     assert _siglip_parameters(config) == expected
@@ -124,9 +129,9 @@ def test_queries_depend_on_the_anchors_only_with_conditioning() -> None:
     anchors = torch.randn(1, 16, 24, requires_grad=True)
     features = torch.randn(1, 256, 24)
     for config, is_aware in (
-        (ParcelConnectorConfig(num_heads=4), True),
-        (DualCrossAttentionConnectorConfig(num_heads=4), True),
-        (VitCrossAttentionConnectorConfig(num_heads=4), False),
+        (ParcelConnectorConfig(num_heads=4, start="random"), True),
+        (DualCrossAttentionConnectorConfig(num_heads=4, start="random"), True),
+        (VitCrossAttentionConnectorConfig(num_heads=4, start="random"), False),
     ):
         path = _build(config).get_submodule("query_path")
         tokens = path(anchors, features, 8)
@@ -213,9 +218,9 @@ def test_queries_start_diverse() -> None:
     """
     features = torch.randn(1, 256, 96) + 2 * torch.randn(96)
     for config in (
-        ParcelConnectorConfig(num_heads=4),
-        MqtConnectorConfig(num_heads=4),
-        DualCrossAttentionConnectorConfig(num_heads=4),
+        ParcelConnectorConfig(num_heads=4, start="random"),
+        MqtConnectorConfig(num_heads=4, start="random"),
+        DualCrossAttentionConnectorConfig(num_heads=4, start="random"),
     ):
         connector = _build(config, hidden_size=96)
         with torch.no_grad():
@@ -238,6 +243,11 @@ def test_a_routing_that_never_uses_queries_has_no_parameters() -> None:
     ("config", "sizes", "message"),
     [
         (ParcelConnectorConfig(num_heads=5), {}, "num_heads 5 does not divide the vision width 24"),
+        (
+            MqtConnectorConfig(num_heads=8),
+            {},
+            "num_heads 8 gives heads of width 3, but the local start needs at least 4",
+        ),
         (MqtConnectorConfig(num_heads=2), {"hidden_size": 26}, "vision width 26 is not a multiple of 4"),
         (
             FixedAnchorsConnectorConfig(num_heads=4, anchor_grid=8, max_budget=32),

@@ -26,6 +26,9 @@ def _route(low: int, high: int, side: int) -> RouteConfig:
         (16, 63, (4, 16, 47)),
         (16, 64, (8, 64, 0)),
         (16, 256, (8, 64, 192)),
+        (24, 63, (4, 16, 47)),
+        (24, 64, (8, 64, 0)),
+        (24, 576, (8, 64, 512)),
         (32, 16, (4, 16, 0)),
         (32, 255, (8, 64, 191)),
         (32, 256, (16, 256, 0)),
@@ -36,7 +39,7 @@ def test_the_routing_of_the_paper(grid_size: int, budget: int, split: tuple[int,
     assert split_budget(default_routing(grid_size), budget) == split
 
 
-@pytest.mark.parametrize(("grid_size", "last", "bank"), [(16, 256, 192), (32, 1024, 768)])
+@pytest.mark.parametrize(("grid_size", "last", "bank"), [(16, 256, 192), (24, 576, 512), (32, 1024, 768)])
 def test_the_routing_of_the_paper_covers_every_budget_with_one_bank(grid_size: int, last: int, bank: int) -> None:
     routing = default_routing(grid_size)
     assert routed_budgets(routing) == tuple(range(16, last + 1))
@@ -44,8 +47,8 @@ def test_the_routing_of_the_paper_covers_every_budget_with_one_bank(grid_size: i
 
 
 def test_another_grid_needs_a_routing() -> None:
-    with pytest.raises(UserError, match=r"no default routing for a patch grid of 24 x 24.*Set the `routing`"):
-        resolve_routing(None, 24)
+    with pytest.raises(UserError, match=r"no default routing for a patch grid of 12 x 12.*Set the `routing`"):
+        resolve_routing(None, 12)
     assert resolve_routing((_route(9, 40, 3),), 24) == (_route(9, 40, 3),)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from parcelray.config.connector import ConnectorConfig
+from parcelray.config.connector import FORMER_CONNECTOR_VALUES, ConnectorConfig
 from parcelray.errors import UserError
 from parcelray.models.connectors import Connector
 
@@ -41,12 +41,14 @@ class Depths(NamedTuple):
 def read_connector(connector: dict[str, Any] | None) -> ConnectorConfig:
     """Validates the connector section of a model's configuration; None means identity.
 
-    A section of M3 without the key `variant` is from a checkpoint of a version before the variants, in which M3 always
-    pooled before the projector.
+    A section without a key is from a checkpoint of a version before the key. M3 without `variant` then pooled before
+    the projector; `start` and `positions` were what FORMER_CONNECTOR_VALUES says.
     """
     if connector is not None and connector.get("type") == "m3":
         connector = {"variant": "parcel_baseline"} | connector
-    return _CONNECTOR_ADAPTER.validate_python(connector or {"type": "identity"})
+    config = _CONNECTOR_ADAPTER.validate_python(connector or {"type": "identity"})
+    missing = FORMER_CONNECTOR_VALUES.keys() & type(config).model_fields.keys() - config.model_fields_set
+    return config.model_copy(update={key: FORMER_CONNECTOR_VALUES[key] for key in missing})
 
 
 class ElasticModel(nn.Module):

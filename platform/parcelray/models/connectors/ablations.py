@@ -97,7 +97,7 @@ class CrossAttentionConditioner(nn.Module):
 
     def __init__(self, dims: BlockDims) -> None:
         super().__init__()
-        self.block = CrossAttentionBlock(dims, with_mlp=False)
+        self.block = CrossAttentionBlock(dims, with_mlp=False, conditions=True)
 
     def forward(self, anchors_BPD: Tensor, queries_BQD: Tensor) -> Tensor:
         """Returns the anchor-conditioned queries [B, Q, D]."""

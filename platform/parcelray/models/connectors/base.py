@@ -5,12 +5,14 @@ Shape suffixes: B batch, N patches, P anchors, Q queries, K visual tokens (the b
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from math import isqrt
 from typing import NamedTuple
 
 from torch import Tensor, nn
 
 from parcelray.errors import UnsupportedBudgetError, UserError
 from parcelray.models.connectors.blocks import OutputNorm
+from parcelray.models.connectors.places import cell_centres
 
 
 class VisionDims(NamedTuple):
@@ -74,6 +76,24 @@ class Connector(nn.Module, ABC):
     @abstractmethod
     def num_anchors(self, num_visual_tokens: int) -> int:
         """Returns the number of leading output tokens that are bound to fixed cells of the patch grid."""
+
+    def token_places(self, num_visual_tokens: int, anchor_grid: int | None = None) -> tuple[int, ...]:
+        """Returns the place of every output token: the raster index of a patch, in output order.
+
+        Pooled tokens stand at the centres of their cells, which is what this method gives by itself.
+
+        Args:
+            num_visual_tokens: budget per image.
+            anchor_grid: side of the anchor grid in a supernet over splits; None: the connector's routing.
+
+        Raises:
+            UnsupportedBudgetError: the budget is not in `supported_budgets`.
+            UserError: the connector does not support the anchor grid.
+        """
+        if anchor_grid is not None:
+            self.check_split(num_visual_tokens, anchor_grid)
+        self.check_budget(num_visual_tokens)
+        return cell_centres(self.grid_size, isqrt(num_visual_tokens))
 
     def query_attention(self, patch_features_BND: Tensor, *, num_visual_tokens: int) -> Tensor:
         """Returns the attention of the query tokens to the patches after softmax, averaged over the heads.

@@ -9,6 +9,7 @@ from parcelray.config.connector import AttentionConnectorConfig, ParcelConnector
 from parcelray.errors import UserError
 from parcelray.models.connectors.base import Connector, VisionDims
 from parcelray.models.connectors.blocks import BlockDims, block_dims
+from parcelray.models.connectors.places import cell_centres, query_places
 from parcelray.models.connectors.pooling import check_divides, pool_grid
 from parcelray.models.connectors.query_path import QueryPath, SelfAttentionConditioner
 from parcelray.models.connectors.routing import Split, bank_size, resolve_routing, routed_budgets, split_budget
@@ -49,13 +50,15 @@ class AnchoredQueryConnector(Connector):
         # In a supernet, a budget may have as few anchors as the smallest grid.
         searched = dims.grid_size**2 - min(anchor_grids) ** 2 if anchor_grids else 0
         num_queries = max(bank_size(routes), searched)
+        sides = (*(route.anchor_grid for route in routes), *anchor_grids)
+        self.query_places = query_places(dims.grid_size, sides, num_queries)
         # A routing may use only anchors at every budget (a split search tries that). Then the query path must not
         # exist, because no budget would use its parameters.
         self.query_path: QueryPath | None = None
         if num_queries:
             conditioner = None if make_conditioner is None else make_conditioner(block)
             self.query_path = QueryPath(
-                block, grid_size=dims.grid_size, num_queries=num_queries, conditioner=conditioner
+                block, grid_size=dims.grid_size, places=self.query_places, conditioner=conditioner
             )
 
     def split(self, num_visual_tokens: int) -> Split:
@@ -80,6 +83,15 @@ class AnchoredQueryConnector(Connector):
                 f"{num_visual_tokens} visual tokens cannot be split into {anchor_grid**2} anchors and queries; choose"
                 f" {max(1, anchor_grid**2)} to {self.grid_size**2} tokens, or a smaller anchor_grid."
             )
+
+    def token_places(self, num_visual_tokens: int, anchor_grid: int | None = None) -> tuple[int, ...]:
+        """See `Connector.token_places`: anchors at the centres of their cells, then the queries of the bank."""
+        if anchor_grid is None:
+            anchor_grid = self.split(num_visual_tokens).anchor_grid
+        else:
+            self.check_split(num_visual_tokens, anchor_grid)
+        queries = self.query_places[: num_visual_tokens - anchor_grid**2]
+        return cell_centres(self.grid_size, anchor_grid) + queries
 
     def forward(self, patch_features_BND: Tensor, *, num_visual_tokens: int, anchor_grid: int | None = None) -> Tensor:
         """Returns [anchors; query tokens] of shape [B, num_visual_tokens, D].

@@ -5,6 +5,7 @@ from torch import Tensor
 from parcelray.config.connector import MqtConnectorConfig
 from parcelray.models.connectors.base import Connector, VisionDims
 from parcelray.models.connectors.blocks import block_dims
+from parcelray.models.connectors.places import query_places, raster_places
 from parcelray.models.connectors.query_path import QueryPath
 
 
@@ -29,15 +30,32 @@ class MqtConnector(Connector):
 
     def __init__(self, config: MqtConnectorConfig, dims: VisionDims) -> None:
         super().__init__(dims, tuple(range(1, config.num_queries + 1)))
+        sincos = config.start == "sincos"
+        self.query_places = (
+            raster_places(dims.grid_size, config.num_queries)
+            if sincos
+            else query_places(dims.grid_size, (), config.num_queries)
+        )
         block = block_dims(config, width=dims.hidden_size, mlp_width=dims.mlp_width, layer_norm_eps=dims.layer_norm_eps)
         self.query_path = QueryPath(
-            block, grid_size=dims.grid_size, num_queries=config.num_queries, content_keys=config.keys == "content"
+            block,
+            grid_size=dims.grid_size,
+            places=self.query_places,
+            content_keys=config.keys == "content",
+            sincos_bank=sincos,
         )
 
     def num_anchors(self, num_visual_tokens: int) -> int:
         """Returns 0."""
         self.check_budget(num_visual_tokens)
         return 0
+
+    def token_places(self, num_visual_tokens: int, anchor_grid: int | None = None) -> tuple[int, ...]:
+        """See `Connector.token_places`."""
+        if anchor_grid is not None:
+            self.check_split(num_visual_tokens, anchor_grid)
+        self.check_budget(num_visual_tokens)
+        return self.query_places[:num_visual_tokens]
 
     def forward(self, patch_features_BND: Tensor, *, num_visual_tokens: int) -> Tensor:
         """Returns query tokens [B, num_visual_tokens, D]."""

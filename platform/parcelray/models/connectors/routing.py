@@ -8,11 +8,16 @@ from parcelray.config.connector import RouteConfig
 from parcelray.errors import UserError
 from parcelray.models.connectors.pooling import check_divides
 
-_PAPER_ROUTING: dict[int, tuple[tuple[int, int, int], ...]] = {
+_DEFAULT_ROUTING: dict[int, tuple[tuple[int, int, int], ...]] = {
     16: ((16, 63, 4), (64, 256, 8)),
+    24: ((16, 63, 4), (64, 576, 8)),
     32: ((16, 63, 4), (64, 255, 8), (256, 1024, 16)),
 }
-"""(min_budget, max_budget, anchor_grid) by side of the patch grid: images of 224 px and 448 px with 14 px patches."""
+"""(min_budget, max_budget, anchor_grid) by side of the patch grid.
+
+16 and 32 are the paper's, images of 224 px and 448 px with 14 px patches. 24 is ours, for LLaVA-1.5: the anchors of the
+paper's rule for 16.
+"""
 
 
 class Split(NamedTuple):
@@ -24,18 +29,20 @@ class Split(NamedTuple):
 
 
 def default_routing(grid_size: int) -> tuple[RouteConfig, ...]:
-    """Returns the paper's routing for a patch grid of 16 x 16 (224 px) or 32 x 32 (448 px).
+    """Returns the routing for a patch grid of 16 x 16 (224 px), 32 x 32 (448 px) or 24 x 24 (336 px).
 
     Raises:
         UserError: the grid has another size, so its routing must be given.
     """
-    if grid_size not in _PAPER_ROUTING:
+    if grid_size not in _DEFAULT_ROUTING:
+        known = ", ".join(f"{side} x {side}" for side in _DEFAULT_ROUTING)
         raise UserError(
-            f"there is no default routing for a patch grid of {grid_size} x {grid_size}; the paper gives one for 16 x"
-            " 16 and 32 x 32. Set the `routing` intervals in the connector's configuration."
+            f"there is no default routing for a patch grid of {grid_size} x {grid_size}; there is one for grids of"
+            f" {known}. Set the `routing` intervals in the connector's configuration."
         )
     return tuple(
-        RouteConfig(min_budget=low, max_budget=high, anchor_grid=side) for low, high, side in _PAPER_ROUTING[grid_size]
+        RouteConfig(min_budget=low, max_budget=high, anchor_grid=side)
+        for low, high, side in _DEFAULT_ROUTING[grid_size]
     )
 
 
