@@ -1,12 +1,15 @@
 """`parcelray bench train`: its measures follow from known times of the steps."""
 
 from contextlib import nullcontext
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from parcelray.bench import train as train_bench
+from parcelray.bench.measure import time_pairs
 
 
 def test_speed_is_measured_after_the_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -36,3 +39,32 @@ def test_speed_is_measured_after_the_warm_up(monkeypatch: pytest.MonkeyPatch) ->
         ("ray-train over in-process", pytest.approx(0.9), "ratio", ">= 0.95"),
     ]
     assert report.measures[-1].missed
+
+
+def test_the_step_bench_pairs_both_paths(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step takes 2 s on the reference path and 0.5 s otherwise, and multiplies two 100 x 100 matrices."""
+    now = 0.0
+    flushed: list[bool] = []
+
+    def repeatable_step(job: Any, checkpoint: object, num_visual_tokens: int) -> Any:
+        def step() -> float:
+            nonlocal now
+            now += 0.5 if job.training.kernels is None else 2.0
+            return float((torch.ones(100, 100) @ torch.ones(100, 100))[0, 0])
+
+        return step
+
+    monkeypatch.setattr(train_bench, "repeatable_step", repeatable_step)
+    monkeypatch.setattr(train_bench, "time_pairs", partial(time_pairs, clock=lambda: now))
+    monkeypatch.setattr(train_bench, "matmul_flops_per_second", lambda size, dtype: 1e7)
+    monkeypatch.setattr(train_bench, "keep_freed_memory", lambda: None)
+    monkeypatch.setattr(torch, "set_flush_denormal", flushed.append)
+    report = train_bench.bench_step(rounds=2)
+    assert [(measure.name, measure.value) for measure in report.measures] == [
+        ("training step images/s", 64.0),
+        ("reference path images/s", 16.0),
+        ("share of matrix-product speed", pytest.approx(40.0)),
+        ("speedup_over_reference_path", 4.0),
+    ]
+    assert not report.measures[-1].missed
+    assert flushed == [True, *[False, True] * 3, False]

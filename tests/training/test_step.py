@@ -1,5 +1,6 @@
 """One training step: losses against the model's own, micro-batches, optimiser groups, learning-rate schedule."""
 
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -8,12 +9,14 @@ import torch
 
 from parcelray.config.connector import ParcelConnectorConfig
 from parcelray.config.model import MiniModelConfig
-from parcelray.config.train import AdamWConfig, ScheduleConfig, SgdConfig
+from parcelray.config.train import AdamWConfig, ScheduleConfig, SgdConfig, TrainingConfig
 from parcelray.datasets.collator import IGNORED, Collator
 from parcelray.datasets.mini.suite import MiniSuite
 from parcelray.models.backbones import ElasticVLM
 from parcelray.models.backbones.paligemma_processor import ElasticPaliGemmaProcessor
 from parcelray.models.mini import build_config, build_model, build_processor
+from parcelray.models.training_attention import training_kernels
+from parcelray.models.vlm import use_sdpa_where_exact
 from parcelray.training.step import (
     Losses,
     TensorBatch,
@@ -25,6 +28,7 @@ from parcelray.training.step import (
     to_tensors,
     with_placeholders,
 )
+from parcelray.training.train_loop import pass_precision
 
 from .conftest import TINY
 
@@ -267,3 +271,64 @@ def test_the_loss_of_a_repeated_batch_halves_in_25_steps(
         optimizer.step()
         optimizer.zero_grad()
     assert curve[-1] < 0.5 * curve[0], np.round(curve, 2)
+
+
+@pytest.mark.parametrize(("dtype", "cosine"), [(None, 0.9999), (torch.bfloat16, 0.99)])
+def test_gradients_with_training_kernels_agree_with_those_of_stock_kernels(
+    model: ElasticVLM, processor: ElasticPaliGemmaProcessor, dtype: torch.dtype | None, cosine: float
+) -> None:
+    """Cosine of each parameter's gradients, in fp32 and under bf16 autocast, against stock kernels in fp32."""
+    use_sdpa_where_exact(model)
+    batch = _batch(processor)
+
+    def gradients(kernels: AbstractContextManager[None], autocast: torch.dtype | None) -> dict[str, torch.Tensor]:
+        with torch.autocast("cpu", dtype=autocast, enabled=autocast is not None), kernels:
+            loss = _sum(model, batch, 80)
+        loss.backward()
+        found = {name: each.grad for name, each in model.named_parameters() if each.grad is not None}
+        model.zero_grad(set_to_none=True)
+        return found
+
+    expected, actual = gradients(nullcontext(), None), gradients(training_kernels(model), dtype)
+    assert actual.keys() == expected.keys()
+    # The bias of keys has no gradient but rounding errors: it adds the same to all logits of a query.
+    largest = max(float(each.norm()) for each in expected.values())
+    for name, each in expected.items():
+        if float(each.norm()) > 1e-3 * largest:
+            similarity = torch.nn.functional.cosine_similarity(actual[name].flatten(), each.flatten(), dim=0)
+            assert float(similarity) >= cosine, name
+
+
+def test_training_kernels_leave_later_passes_unchanged(model: ElasticVLM, processor: ElasticPaliGemmaProcessor) -> None:
+    use_sdpa_where_exact(model)
+    batch = _batch(processor)
+    with torch.no_grad():
+        before = _sum(model, batch, 16)
+        with training_kernels(model):
+            _sum(model, batch, 16)
+        assert torch.equal(_sum(model, batch, 16), before)
+
+
+@pytest.mark.parametrize(
+    ("isa", "amx", "precision", "expected"),
+    [
+        (None, True, "bf16", "bf16"),
+        ("AVX512_CORE", True, "bf16", "no"),
+        ("AVX512_CORE_AMX", True, "bf16", "bf16"),
+        (None, False, "bf16", "no"),
+        (None, False, "fp16", "fp16"),
+        (None, True, "fp32", "no"),
+    ],
+)
+def test_bf16_passes_need_matrix_instructions_on_a_cpu(
+    isa: str | None, amx: bool, precision: str, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+    if isa is not None:
+        monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", isa)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    training = TrainingConfig(steps=1, precision=precision)
+    assert pass_precision(training, cpu_only=True) == expected
+    assert pass_precision(training, cpu_only=False) == ("no" if precision == "fp32" else precision)
+    stock = TrainingConfig(steps=1, precision=precision, kernels="stock")
+    assert pass_precision(stock, cpu_only=True) == ("no" if precision == "fp32" else precision)

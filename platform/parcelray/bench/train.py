@@ -1,24 +1,85 @@
-"""`parcelray bench train`: compares the training speed on Ray Train with the same loop in this process."""
+"""`parcelray bench train`: the training step against the reference path, and Ray Train against the same loop here."""
 
+import os
 import statistics
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
-from parcelray.bench.measure import Measure, Report, interquartile_range, machine_info
+from parcelray.bench.measure import Measure, Report, interquartile_range, machine_info, time_pairs
 from parcelray.cluster.session import ray_session
 from parcelray.config.model import CheckpointModelConfig
 from parcelray.config.train import TrainJob
+from parcelray.models.allocator import keep_freed_memory
 from parcelray.models.checkpoint import resolve_checkpoint
+from parcelray.profiling.machine import matmul_flops_per_second
 from parcelray.tracking.run_folder import RunFolder
-from parcelray.training.train_loop import fit_in_process
+from parcelray.training.train_loop import fit_in_process, repeatable_step
 
 GOAL = ">= 0.95"
 _WARMUP_SHARE = 0.25
 """Share of the steps that is not timed, because of imports, first batches and growing allocator pools."""
+
+STEP_GOAL = ">= 2.5"
+_IMAGES, _BUDGET = 32, 256
+_MATRIX_SIZE = 1024
+"""Side of the square matrices whose product is the measure of the machine's speed."""
+
+
+def bench_step(*, rounds: int) -> Report:
+    """Measures one training step (forward, backward, optimiser) with one thread, alternately on two paths.
+
+    Both take the same step: 32 images, PARCEL at 256 tokens inserted into the mini base, `precision: bf16`. The
+    reference path is a job with `training.kernels: stock` without flushing of denormal numbers: torch's fused attention
+    under bf16 autocast.
+
+    Args:
+        rounds: number of timed pairs of steps.
+    """
+    keep_freed_memory()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with tempfile.TemporaryDirectory(prefix="parcelray-bench-") as name:
+            own, reference = (_step(name, kernels) for kernels in (None, "stock"))
+            with FlopCounterMode(display=False) as counter:
+                own()
+            timing = time_pairs(reference, own, rounds)
+        speed = max(matmul_flops_per_second(_MATRIX_SIZE, dtype=each) for each in (torch.bfloat16, torch.float32))
+        machine = machine_info()
+    finally:
+        torch.set_flush_denormal(False)
+        torch.set_num_threads(threads)
+    share = 100 * counter.get_total_flops() / timing.median_b / speed
+    measures = (
+        _images_per_second("training step", timing.median_b, timing.spread_b),
+        _images_per_second("reference path", timing.median_a, timing.spread_a),
+        Measure("share of matrix-product speed", share, "%", against=f"{speed / 1e9:.0f} GFLOP/s"),
+        Measure(
+            "speedup_over_reference_path", timing.ratio, "ratio", timing.spread_ratio, STEP_GOAL, "stock, bf16 autocast"
+        ),
+    )
+    return Report(measures, machine | {"max_isa": os.environ.get("ONEDNN_MAX_CPU_ISA", "all")})
+
+
+def _step(storage: str, kernels: str | None) -> Callable[[], float]:
+    job = _job(2, storage=storage, num_workers=0, kernels=kernels, precision="bf16", images_per_step=_IMAGES)
+    step = repeatable_step(job, _start(job), _BUDGET)
+
+    def run() -> float:
+        torch.set_flush_denormal(kernels is None)
+        return step()
+
+    return run
+
+
+def _images_per_second(name: str, seconds: float, spread_s: float) -> Measure:
+    rate = _IMAGES / seconds
+    return Measure(f"{name} images/s", rate, "1/s", rate * spread_s / seconds)
 
 
 def bench_training(*, steps: int, repeats: int) -> Report:
@@ -92,14 +153,14 @@ def _start(job: TrainJob) -> Path:
     return resolve_checkpoint(job.model.reference).path
 
 
-def _job(steps: int, *, storage: str, num_workers: int) -> TrainJob:
+def _job(steps: int, *, storage: str, num_workers: int, **training: object) -> TrainJob:
     return TrainJob.model_validate(
         {
             "kind": "train",
             "name": "bench",
             "connector": {"type": "parcel", "num_heads": 6},
             "data": {"type": "mini"},
-            "training": {"steps": steps, "images_per_step": 16, "log_every_steps": 2},
+            "training": {"steps": steps, "images_per_step": 16, "log_every_steps": 2} | training,
             "validation": {"samples": 1, "budgets": [64]},
             "checkpointing": {"every_steps": steps},
             "scaling": {"num_workers": num_workers},

@@ -11,14 +11,22 @@ bench_app = typer.Typer(no_args_is_help=True, help="Measure speed and memory aga
 
 @bench_app.command("train")
 def bench_train(
-    steps: Annotated[int, typer.Option(min=4, help="Training steps per measured run.")] = 40,
-    repeats: Annotated[int, typer.Option(min=1, help="Number of pairs of runs (Ray Train and in-process).")] = 3,
+    rounds: Annotated[int, typer.Option(min=1, help="Timed pairs of steps: training step and reference path.")] = 7,
+    with_ray: Annotated[
+        bool, typer.Option("--ray", help="Also compare Ray Train with the loop in this process.")
+    ] = False,
+    steps: Annotated[int, typer.Option(min=4, help="With --ray: training steps per measured run.")] = 40,
+    repeats: Annotated[int, typer.Option(min=1, help="With --ray: number of pairs of runs.")] = 3,
     as_json: AsJson = False,
 ) -> None:
-    """Measure steps/s of Ray Train with one worker, relative to the same loop in this process."""
-    from parcelray.bench.train import bench_training
+    """Measure a bf16 training step against torch's fused attention on one thread; with --ray also Ray Train."""
+    from parcelray.bench.measure import Report
+    from parcelray.bench.train import bench_step, bench_training
 
-    show_report(bench_training(steps=steps, repeats=repeats), as_json)
+    report = bench_step(rounds=rounds)
+    if with_ray:
+        report = Report(report.measures + bench_training(steps=steps, repeats=repeats).measures, report.machine)
+    show_report(report, as_json)
 
 
 @bench_app.command("evaluate")

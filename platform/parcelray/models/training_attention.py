@@ -4,6 +4,9 @@ The backward pass of torch's fused CPU attention is slow: it takes over half of 
 probabilities of the forward pass are kept, in the data type of the products. Each chunk of prompts passes through all
 operations while it is in the cache.
 
+Sharp attention has probabilities below the smallest normal float32, with which products are many times slower. So a
+training on a CPU sets `torch.set_flush_denormal`.
+
 `training_kernels` switches it on for vision tower and decoder, through transformers' attention interface, and for the
 connector, which calls `attention`. It is meant for training steps only. Everywhere else the fused kernels remain.
 
@@ -91,7 +94,9 @@ def attention(
     device = q_BHQE.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else q_BHQE.dtype
     with torch.autocast(device, enabled=False):
-        mixed: Tensor = _Attention.apply(q_BHQE.to(dtype), k_BGNE.to(dtype), v_BGNE.to(dtype), mask, scale, softcap)
+        mixed: Tensor = _Attention.apply(  # type: ignore[no-untyped-call]
+            q_BHQE.to(dtype), k_BGNE.to(dtype), v_BGNE.to(dtype), mask, scale, softcap
+        )
     return mixed
 
 
@@ -127,7 +132,7 @@ class _Attention(torch.autograd.Function):
         return out_BHQE
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad_BHQE: Tensor) -> tuple[Tensor | None, ...]:
         q_BHQE, k_BGNE, v_BGNE, probabilities, out_BHQE = ctx.saved_tensors
         groups, softcap = k_BGNE.shape[1], ctx.softcap
@@ -157,9 +162,9 @@ def _chunks(probabilities: Tensor) -> Iterator[slice]:
 
 
 def _grouped(x_CHQE: Tensor, groups: int) -> Tensor:
-    """[C, H, Q, E] as contiguous [C G, H / G Q, E]: query heads of one key-value head become rows of one product."""
+    """[C, H, Q, E] as [C G, H / G Q, E], if possible without a copy: query heads of one key-value head become rows."""
     chunk, heads, length, width = x_CHQE.shape
-    return x_CHQE.reshape(chunk * groups, heads // groups * length, width).contiguous()
+    return x_CHQE.reshape(chunk * groups, heads // groups * length, width)
 
 
 def _like_projection(x_BHQE: Tensor) -> Tensor:

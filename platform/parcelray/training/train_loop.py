@@ -105,6 +105,7 @@ def fit_in_process(
         The newest checkpoint folder and the last metrics.
     """
     keep_freed_memory()
+    torch.set_flush_denormal(True)  # see training_attention
 
     def report(metrics: dict[str, float], source: Path | None, validate: bool) -> None:
         if source is not None:
@@ -164,6 +165,21 @@ def train(job: TrainJob, inputs: LoopInputs) -> dict[str, float]:
     finally:
         # accelerate keeps its state in the process, but the next training in it may use another precision.
         AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def repeatable_step(job: TrainJob, checkpoint: Path | None, num_visual_tokens: int) -> Callable[[], float]:
+    """Build the repeatable optimiser step of a job on its first batch, for measurements; a call returns the loss.
+
+    Args:
+        job: the training.
+        checkpoint: folder that `job.model` was resolved to; None for a model from scratch.
+        num_visual_tokens: the budget.
+    """
+    inputs = LoopInputs(checkpoint, None, in_process_batches, lambda metrics, folder, validate: None)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    loop = _Loop(job, inputs)
+    batch = to_tensors(step_reader(job, loop.processor, 0, 1).read(0), loop.accelerator.device, loop.processor)
+    return lambda: loop._step(0, batch, (num_visual_tokens,))[0]
 
 
 class _Loop:
