@@ -201,7 +201,7 @@ class _Loop:
         self.peak_rates = [float(group["lr"]) for group in optimizer.param_groups]
         # `self.model` is what the ranks train: `self.vlm`, wrapped by accelerate for DDP or FSDP.
         self.model, self.optimizer = self.accelerator.prepare(vlm.train(), optimizer)
-        self._has_warned = False
+        self._low_shares = 0
         self.first_step = 0
         self.last_metrics: dict[str, float] = {}
         if inputs.resume_from is not None:
@@ -327,12 +327,14 @@ class _Loop:
                 share = float(image_dependent_share(part_IKD))
                 if math.isfinite(share):  # of two or more images
                     metrics[f"tokens/{name}_image_share"] = share
-        self._warn_of_constant_queries(metrics.get("tokens/queries_image_share", 1.0))
+        if "tokens/queries_image_share" in metrics:
+            self._warn_of_constant_queries(metrics["tokens/queries_image_share"])
         return metrics
 
     def _warn_of_constant_queries(self, image_share: float) -> None:
-        if image_share < _LOW_IMAGE_SHARE and not self._has_warned and self.accelerator.is_main_process:
-            self._has_warned = True
+        # Of a single batch with similar images, even the patches can have a low share.
+        self._low_shares = self._low_shares + 1 if image_share < _LOW_IMAGE_SHARE else 0
+        if self._low_shares == 2 and self.accelerator.is_main_process:
             logger.warning(
                 "Only %.0f %% of the variance of the query tokens depends on the image, so the language model learns to"
                 " ignore them; check that connector.start is local.",
