@@ -249,8 +249,8 @@ class TrainingConfig(StrictModel):
     kernels: Literal["stock"] | None = None
     """Kernels of the training steps on CPUs; GPUs always use those of torch.
 
-    null: the platform's attention for training, in the data type whose matrix products are fastest on this CPU. stock:
-    torch's fused attention, in the data type that `precision` names; slower, for comparisons.
+    null: on CPUs with AMX, bf16 passes use the platform's attention for training; on other CPUs they run in fp32, which
+    is faster there. stock: torch's attention, in the data type that `precision` names; slower, for comparisons.
     """
     strategy: Literal["ddp", "fsdp"] = "ddp"
     """Distribution of the model over workers: replicated (ddp), or sharded (fsdp; on GPUs only, CPUs replicate)."""

@@ -1,11 +1,8 @@
-"""Attention for training on CPUs: separate matrix products on chunks that fit the cache, with their own backward pass.
+"""Attention for training in bf16 on CPUs: separate matrix products on chunks in the cache, with a backward pass.
 
-The backward pass of torch's fused CPU attention is slow: it takes over half of a training step. Here the
+The backward pass of torch's fused CPU attention takes about half of a training step in bf16. Here the
 probabilities of the forward pass are kept, in the data type of the products. Each chunk of prompts passes through all
 operations while it is in the cache.
-
-Sharp attention has probabilities below the smallest normal float32, with which products are many times slower. So a
-training on a CPU sets `torch.set_flush_denormal`.
 
 `training_kernels` switches it on for vision tower and decoder, through transformers' attention interface, and for the
 connector, which calls `attention`. It is meant for training steps only. Everywhere else the fused kernels remain.

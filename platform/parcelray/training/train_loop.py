@@ -105,7 +105,7 @@ def fit_in_process(
         The newest checkpoint folder and the last metrics.
     """
     keep_freed_memory()
-    torch.set_flush_denormal(True)  # see training_attention
+    torch.set_flush_denormal(True)  # see docs/training.md, Speed on CPUs
 
     def report(metrics: dict[str, float], source: Path | None, validate: bool) -> None:
         if source is not None:
@@ -193,7 +193,12 @@ class _Loop:
         self.validation = validation_samples(job, self.processor)
         set_seed(job.seed)
         self.accelerator = _accelerator(job.training, vlm.layer_classes, cpu_only=inputs.cpu_only)
-        self.own_kernels = job.training.kernels is None and self.accelerator.device.type == "cpu"
+        # In fp32, torch's fused attention is faster.
+        self.own_kernels = (
+            job.training.kernels is None
+            and self.accelerator.device.type == "cpu"
+            and self.accelerator.mixed_precision == "bf16"
+        )
         freeze(vlm, job.training)
         self.sampler = BudgetSampler(job.budget, job.seed, vlm.connector, with_largest=job.distillation is not None)
         optimizer = build_optimizer(vlm, job.optimizer)
