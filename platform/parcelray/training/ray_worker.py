@@ -52,7 +52,6 @@ def train_worker(config: dict[str, Any]) -> None:
     scaling = inputs.job.scaling
     if not scaling.gpus_per_worker:
         keep_freed_memory()
-        torch.set_flush_denormal(True)  # see docs/training.md, Speed on CPUs
         torch.set_num_threads(max(1, int(scaling.cpus_per_worker)))
     is_first = ray.train.get_context().get_world_rank() == 0
     with _restored_checkpoint() as resume_from:

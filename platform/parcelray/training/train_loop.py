@@ -105,7 +105,6 @@ def fit_in_process(
         The newest checkpoint folder and the last metrics.
     """
     keep_freed_memory()
-    torch.set_flush_denormal(True)  # see docs/training.md, Speed on CPUs
 
     def report(metrics: dict[str, float], source: Path | None, validate: bool) -> None:
         if source is not None:
@@ -160,9 +159,12 @@ def train(job: TrainJob, inputs: LoopInputs) -> dict[str, float]:
     Raises:
         SystemFailure: the loss is not finite.
     """
+    if inputs.cpu_only and job.training.kernels is None:
+        torch.set_flush_denormal(True)  # see docs/training.md, Speed on CPUs
     try:
         return _Loop(job, inputs).run()
     finally:
+        torch.set_flush_denormal(False)
         # accelerate keeps its state in the process, but the next training in it may use another precision.
         AcceleratorState._reset_state(reset_partial_state=True)
 
