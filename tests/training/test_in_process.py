@@ -270,6 +270,25 @@ def test_a_supernet_resumes_to_identical_weights(tmp_path: Path) -> None:
     assert tokens.shape[1] == 255
 
 
+@pytest.mark.parametrize(("connector", "are_patches"), [("m3", True), ("parcel", False)])
+def test_patch_labels_apply_only_where_tokens_are_the_patches_in_order(
+    tmp_path: Path, connector: str, are_patches: bool
+) -> None:
+    """PARCEL has as many tokens as patches at its largest budget, but they are anchors and queries."""
+    checkpoints = []
+    for weight in (0.0, 1.0):
+        job = tiny_job(
+            tmp_path / str(weight),
+            connector={"type": connector} | ({"num_heads": 2} if connector == "parcel" else {}),
+            budget={"type": "uniform", "budgets": [256]},
+            data={"type": "mini", "dense_fraction": 1.0},
+            training={"steps": 1, "patch_supervision": weight},
+            validation={"samples": 1, "budgets": [256]},
+        )
+        checkpoints.append(fit_in_process(job, Path(job.storage), checkpoint=None, logger=NoMetrics())[0])
+    assert _same(*checkpoints) != are_patches
+
+
 @pytest.mark.parametrize("tower", ["clip", "convnext"])
 def test_a_llava_resumes_to_identical_weights(tower: str, tmp_path: Path) -> None:
     sizes = {"vision_width": 24, "vision_layers": 2, "vision_heads": 2, "vision_mlp_width": 32}

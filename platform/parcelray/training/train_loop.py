@@ -11,7 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -277,7 +277,7 @@ class _Loop:
         parts = min(training.gradient_accumulation_steps, batch.num_prompts)
         grids = [self.sampler.anchor_grid(step, index, budget) for index, budget in enumerate(budgets)]
         passes = [
-            (batch.slice(part, parts), budget, grid)
+            (self._labelled(batch.slice(part, parts), budget, grid), budget, grid)
             for part in range(parts)
             for budget, grid in zip(budgets, grids, strict=True)
         ]
@@ -311,6 +311,12 @@ class _Loop:
         self.optimizer.zero_grad(set_to_none=True)
         total, divergence = accelerator.reduce(torch.stack([total, divergence]), reduction="mean").tolist()
         return total, float(norm), divergence
+
+    def _labelled(self, batch: TensorBatch, budget: int, anchor_grid: int | None) -> TensorBatch:
+        """Drop patch labels if the visual tokens are not the patches in raster order, as those of queries are not."""
+        places = self.vlm.connector.token_places(budget, anchor_grid)
+        are_patches = list(places) == list(range(self.vlm.config.grid_size**2))
+        return batch if are_patches else replace(batch, patch_labels_BN=None)
 
     @torch.no_grad()
     def _diagnostics(self, batch: TensorBatch, budget: int, anchor_grid: int | None) -> dict[str, float]:
