@@ -38,10 +38,11 @@ def _point(evaluator: WarmEvaluator, anchor_grid: int, budget: int) -> Evaluated
 
 
 def test_each_budget_uses_its_chosen_split_and_is_scored_as_in_the_search(tmp_path: Path) -> None:
-    model = tiny_checkpoint(tmp_path, 3, connector={"type": "parcel", "num_heads": 2, "anchor_grids": [0, 2, 4, 8]})
+    model = tiny_checkpoint(tmp_path, 4, connector={"type": "parcel", "num_heads": 2, "anchor_grids": [0, 2, 4, 8]})
     # An untrained model is never correct. So its answer at 16 tokens becomes the ground truth of every other sample.
     before = _evaluator(tmp_path / "before", model, own_benchmark(tmp_path / "a", [["nothing"]] * 40))
     predicted = [answer.text for answer in _point(before, 4, 16).splits[0].answers[16]]
+    assert all(predicted), "an empty ground truth cannot be scored"
     data = own_benchmark(tmp_path / "b", [[text if number % 2 else "nothing"] for number, text in enumerate(predicted)])
     evaluator = _evaluator(tmp_path, model, data)
     points = {64: _point(evaluator, 8, 64), 16: _point(evaluator, 4, 16)}

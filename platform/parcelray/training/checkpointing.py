@@ -12,6 +12,7 @@ The data position is the step: `batches.schedule` derives the samples of every s
 """
 
 import random
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -31,7 +32,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from parcelray.errors import SystemFailure, UserError
-from parcelray.files import read_json, write_json
+from parcelray.files import is_written, read_json, write_json
 from parcelray.models.backbones import ElasticVLM
 from parcelray.models.backbones.processor_base import ElasticProcessor
 from parcelray.models.vlm import quiet_transformers
@@ -113,6 +114,28 @@ def read_state(folder: Path) -> TrainState:
             f"{folder} is not a training checkpoint (it has no state.json); use a folder checkpoint_* of a run."
         )
     return TrainState(**state)
+
+
+def newest(folder: Path) -> Path | None:
+    """Return the newest complete checkpoint in a folder of checkpoints; None without one."""
+    # A power loss can leave empty files, although the folder was renamed when it was complete.
+    return max((each for each in folder.glob("checkpoint_*") if _is_complete(each)), default=None)
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    files = [path for path in checkpoint.rglob("*") if path.is_file()]
+    return is_written(checkpoint / "state.json") and all(path.stat().st_size for path in files)
+
+
+def keep(source: Path, target: Path, count: int) -> None:
+    """Copy a checkpoint to its final name in one step, and delete all but the newest `count` checkpoints."""
+    partial = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(source, partial)
+    shutil.rmtree(target, ignore_errors=True)
+    partial.rename(target)
+    for old in sorted(target.parent.glob("checkpoint_*"))[:-count]:
+        shutil.rmtree(old)
 
 
 def restore_optimizer(

