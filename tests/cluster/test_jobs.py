@@ -250,10 +250,11 @@ def test_a_training_runs_as_a_job(cluster: Cluster, tmp_path: Path) -> None:
     pieces: list[str] = []
     state = jobs.wait(name, address=cluster.address, write=pieces.append)
     assert state.status == "SUCCEEDED", "".join(pieces)
-    result = RunFolder(loader.load_job_of(TrainJob, path)).result()
+    folder = RunFolder(loader.load_job_of(TrainJob, path))
+    result = folder.result()
     assert result is not None
     assert result["metrics"]["val/score@16"] >= 0
-    assert load_vlm(result["model"]).connector.name == "parcel"
+    assert load_vlm(folder.local_path(result["model"])).connector.name == "parcel"
     assert not jobs.submit(path, identity=name, address=cluster.address).created
 
 
