@@ -36,7 +36,7 @@ MODEL_NAME = "parcelray-mini"
 
 
 def comparison_jobs(parcel: TrainJob) -> dict[str, TrainJob]:
-    """Returns the jobs of PARCEL and its baselines: same base, data, steps and seed, budgets of each paper."""
+    """Returns the jobs of PARCEL and its baselines: same base, data, steps and seed; MQT starts as published."""
     return {
         REFERENCE: _variant(
             parcel, REFERENCE, connector=None, budget=UniformBudgets(budgets=(256,)), validation={"budgets": (256,)}
@@ -46,7 +46,7 @@ def comparison_jobs(parcel: TrainJob) -> dict[str, TrainJob]:
         "mqt": _variant(
             parcel,
             "mqt",
-            connector=MqtConnectorConfig(num_heads=6),
+            connector=MqtConnectorConfig(num_heads=6, start="sincos", positions="contiguous"),
             budget=UniformBudgets(budgets={"start": 2, "stop": 256, "step": 2}),
         ),
     }
