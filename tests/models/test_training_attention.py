@@ -61,7 +61,7 @@ def test_outputs_and_gradients_agree_with_torch(
         grad[1, :, :4] = 0  # nothing reads the padding's rows
     expected = reference(q, k, v, mask, 0.4, softcap)
     expected_grads = torch.autograd.grad(expected, (q, k, v), grad)
-    actual = attention(*(each.to(dtype) for each in (q, k, v)), mask, scale=0.4, softcap=softcap)
+    actual = attention(q.to(dtype), k.to(dtype), v.to(dtype), mask, scale=0.4, softcap=softcap)
     actual_grads = torch.autograd.grad(actual, (q, k, v), grad.to(dtype))
     rows = grad.abs().sum(-1, keepdim=True) > 0
     for name, a, b in zip("oqkv", (actual * rows, *actual_grads), (expected * rows, *expected_grads), strict=True):

@@ -1,5 +1,7 @@
 """Budgets of a step: a pure function of seed and step, drawn from the configured distribution."""
 
+import functools
+import operator
 from collections import Counter
 
 import pytest
@@ -76,7 +78,7 @@ def test_the_sandwich_is_the_smallest_a_random_one_and_the_largest() -> None:
 
 def _probabilities(config: BudgetConfig, connector: Connector = PARCEL) -> dict[int, float]:
     sampler = BudgetSampler(config, 0, connector)
-    return {budget: sampler.mean_per_step(lambda each, this=budget: each == this) for budget in config.values()}
+    return {budget: sampler.mean_per_step(functools.partial(operator.eq, budget)) for budget in config.values()}
 
 
 @pytest.mark.parametrize(

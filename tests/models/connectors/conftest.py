@@ -80,9 +80,9 @@ def _cases(grid_size: int) -> list[Case]:
 
 
 def _name(case: Case) -> str:
-    start = f"-{case.config.start}" if "start" in type(case.config).model_fields else ""
+    start = getattr(case.config, "start", "")
     keys = "-position" if getattr(case.config, "keys", "") == "position" else ""
-    return f"{case.config.type}{start}{keys}-{case.grid_size}"
+    return f"{case.config.type}-{start}{keys}-{case.grid_size}"
 
 
 @pytest.fixture(params=[*_cases(16), *_cases(32), *_cases(12)], ids=_name)

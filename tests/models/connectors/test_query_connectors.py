@@ -58,7 +58,9 @@ def _build(config: ConnectorConfig, **sizes: Any) -> Connector:
         (M3ConnectorConfig(), 0),
         (AnchorsOnlyConnectorConfig(), 0),
     ],
-    ids=lambda value: "-".join([value.type, getattr(value, "start", "")]) if isinstance(value, StrictModel) else "",
+    ids=lambda value: (
+        "-".join([getattr(value, "type", ""), getattr(value, "start", "")]) if isinstance(value, StrictModel) else ""
+    ),
 )
 def test_parameter_counts_at_siglip_so400m_size(config: ConnectorConfig, expected: int) -> None:
     assert _siglip_parameters(config) == expected

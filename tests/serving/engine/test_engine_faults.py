@@ -164,7 +164,7 @@ def test_a_prefill_that_runs_out_of_memory_is_split_in_halves(
     original = engine._decoder.prefill
     sizes: list[int] = []
 
-    def prefill(prompts: list[Prompt]) -> Tensor:
+    def prefill(prompts: list[Prompt]) -> tuple[Tensor, list[int]]:
         sizes.append(len(prompts))
         if len(prompts) > 2:
             raise torch.OutOfMemoryError
