@@ -45,14 +45,14 @@ MARGIN = 1e-3
 """Smallest difference of the two largest logits of a position.
 
 Logits have a standard deviation of 1, and other batches, threads
-and kernels change them by about 1e-6, so none of these can change an answer. The margin of this model is 2.6e-3."""
+and kernels change them by about 1e-6, so none of these can change an answer. The margin of this model is 6e-3."""
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")
-    # Of the seeds that were tried, this one has the largest margin, see MARGIN.
-    model, processor = build_start(tiny_job(folder, seed=9), None)
+    # Of the seeds from 0 to 22, this one has a large margin (see MARGIN) and many different answers.
+    model, processor = build_start(tiny_job(folder, seed=21), None)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
