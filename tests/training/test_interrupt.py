@@ -126,10 +126,8 @@ def test_a_second_ctrl_c_does_not_wait_for_the_end_of_the_workers() -> None:
 
 
 @pytest.mark.ray
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.nightly)]
-)
+@pytest.mark.nightly
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_ends_a_training_on_ray(
     tmp_path: Path, tiny_start: dict[str, Any], number: signal.Signals, code: int
 ) -> None:

@@ -164,6 +164,7 @@ def _searched(job: dict[str, Any]) -> tuple[Any, ...]:
     return tuple(job["optimizer"].get(name) for name in ("type", "learning_rate", "beta2"))
 
 
+@pytest.mark.nightly
 def test_a_search_whose_trials_all_fail_fails_with_the_first_error(ray_session: None, tmp_path: Path) -> None:
     # M3 supports only square budgets, so it has no score at 40 tokens.
     base = {
