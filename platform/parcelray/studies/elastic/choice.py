@@ -44,7 +44,7 @@ SCHEDULES: Mapping[str, dict[str, Any]] = {
     "uniform": {"budget": {"type": "uniform"}},
 }
 DISTILLATION: Mapping[str, dict[str, Any]] = {"no": {}, "yes": {"distillation": {"weight": 0.5}}}
-_SINGLE = {
+_SINGLE: Mapping[tuple[str, str, str], dict[str, Any]] = {
     ("local", "sandwich", "no"): {"budget": {"type": "sandwich"}},
     ("local, contiguous positions", "stratified", "no"): {"connector.positions": "contiguous"},
     ("random, contiguous positions", "uniform", "no"): {
@@ -86,7 +86,7 @@ def variants() -> dict[tuple[str, str, str], dict[str, Any]]:
         (start, schedule, distillation): STARTS[start] | SCHEDULES[schedule] | DISTILLATION[distillation]
         for start, schedule, distillation in itertools.product(STARTS, SCHEDULES, DISTILLATION)
     }
-    return crossed | _SINGLE
+    return crossed | dict(_SINGLE)
 
 
 def choice_jobs(job: TrainJob, steps: int = STEPS) -> dict[tuple[str, str, str], TrainJob]:
