@@ -67,7 +67,7 @@ def comparison_jobs(parcel: TrainJob, *, from_base: bool) -> dict[str, TrainJob]
     """
     jobs = {}
     for method in ORDER:
-        start = {"name": f"quickstart-base-{method}"}
+        start: dict[str, str | None] = {"name": f"quickstart-base-{method}"}
         if not from_base:
             start = {"name": f"quickstart-{method}", "model.reference": SHIPPED[method], "connector": None}
         jobs[method] = changed(parcel, dict(SYSTEMS[method].changes) | start, method)

@@ -23,7 +23,7 @@ def run_in_workers(tasks: Mapping[str, Callable[[], T]], *, at_once: int) -> Ite
     """
     cpus: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
     # A failed function is not run again: its error is not one of the machine.
-    call = ray.remote(num_cpus=max(1, int(cpus["CPU"]) // at_once), max_retries=0)(_call)
+    call: Any = ray.remote(num_cpus=max(1, int(cpus["CPU"]) // at_once), max_retries=0)(_call)
     pending: dict[Any, str] = {call.remote(task): name for name, task in tasks.items()}
     try:
         while pending:
