@@ -15,7 +15,7 @@ import random
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ from parcelray.files import is_written, read_json, write_json
 from parcelray.models.backbones import ElasticVLM
 from parcelray.models.backbones.processor_base import ElasticProcessor
 from parcelray.models.vlm import quiet_transformers
+from parcelray.tracking.metric_logger import UnsentMetric
 
 _FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
@@ -51,6 +52,8 @@ class TrainState:
     world_size: int
     metrics: dict[str, float]
     """The newest value of each metric; the result of a run that is resumed after its last step."""
+    unsent_metrics: list[UnsentMetric] = field(default_factory=list)
+    """Metrics that the tracking store did not have when the checkpoint was written."""
 
 
 def save(
