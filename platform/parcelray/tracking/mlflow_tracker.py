@@ -5,8 +5,6 @@ log metrics twice after recovery, and they fail when a resumed run repeats a par
 """
 
 import logging
-import os
-import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,6 +19,7 @@ from parcelray.config.identity import StoredJob, config_hash
 from parcelray.errors import SystemFailure, UserError
 from parcelray.loopback import bypass_proxies_on_loopback
 from parcelray.tracking.drivers import driver_tag, is_kill, is_other_live_driver, sigterm_as_exit
+from parcelray.tracking.lineage import USER_TAG, lineage_tags, user
 from parcelray.tracking.metric_logger import UnsentMetric
 from parcelray.tracking.store import (
     METRICS_PER_BATCH,
@@ -76,7 +75,7 @@ def start_run(
         experiment: name of the MLflow experiment; created if missing.
         run_name: the job's identity, `<kind>-<name>-<hash8>`; also the run's name.
         params: flat parameters; secrets are masked.
-        tags: further tags, such as `parcel.config_hash` and `mlflow.source.git.commit`.
+        tags: further tags, such as `parcel.config_hash`.
         parent_run_id: the run to nest under (pipeline or search -> trial -> evaluation).
 
     Returns:
@@ -130,13 +129,16 @@ def tracked_run(
     tags: Mapping[str, str] | None = None,
     parent_run_id: str | None = None,
 ) -> Iterator[str]:
-    """Start or resume a run (see `start_run`) for a `with` block and end it in every case.
+    """Start or resume a run (see `start_run`) with the tags of its lineage, and end it in every case.
 
     The status is FINISHED after the block, KILLED on Ctrl-C and SIGTERM, and FAILED on any other exception. Only
     SIGKILL and power loss leave the run RUNNING; the next start of the same identity resumes it.
     """
     with sigterm_as_exit() as was_stopped, explained_store_failures(tracking_uri):
-        run_id = start_run(tracking_uri, experiment, run_name, params=params, tags=tags, parent_run_id=parent_run_id)
+        all_tags = lineage_tags() | dict(tags or {})
+        run_id = start_run(
+            tracking_uri, experiment, run_name, params=params, tags=all_tags, parent_run_id=parent_run_id
+        )
         uri = ensure_store(tracking_uri)
         try:
             yield run_id
@@ -159,7 +161,7 @@ def job_run(
     tags: Mapping[str, str] | None = None,
     parent_run_id: str | None = None,
 ) -> Iterator[str | None]:
-    """Start or resume the run of a job for a `with` block, and tag it with the configuration hash and the git commit.
+    """Start or resume the run of a job for a `with` block, and tag it with the configuration hash and its lineage.
 
     Args:
         job: the job; its `tracking.experiment` names the experiment.
@@ -172,31 +174,15 @@ def job_run(
     if tracking_uri is None:
         yield None
         return
-    commit = git_commit()
-    common = {"parcel.config_hash": config_hash(job)} | ({"mlflow.source.git.commit": commit} if commit else {})
     with tracked_run(
         tracking_uri,
         job.tracking.experiment,
         run_name,
         params=flat_params(params),
-        tags=common | dict(tags or {}),
+        tags={"parcel.config_hash": config_hash(job)} | dict(tags or {}),
         parent_run_id=parent_run_id,
     ) as run_id:
         yield run_id
-
-
-def git_commit() -> str | None:
-    """The commit of the running code, with the suffix `-dirty` if files differ from it; None outside a git checkout."""
-    try:
-        done = subprocess.run(
-            ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip()
 
 
 def flat_params(values: Mapping[str, Any], prefix: str = "") -> dict[str, ParamValue]:
@@ -369,7 +355,7 @@ def _create(client: MlflowClient, experiment_id: str, identity: str, parent_run_
         IDENTITY_TAG: identity,
         ATTEMPT_TAG: "1",
         DRIVER_TAG: driver_tag(),
-        "mlflow.user": os.environ.get("USER", "unknown"),
+        USER_TAG: user(),
     }
     if parent_run_id is not None:
         tags[PARENT_TAG] = parent_run_id
