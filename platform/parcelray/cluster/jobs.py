@@ -194,8 +194,9 @@ def open_client(url: str, token: str | None) -> JobSubmissionClient:
     try:
         with explained(url):
             bypass_proxies_on_loopback()
-            # At level INFO, the client reports each package and each closed connection.
-            logging.getLogger("ray").setLevel(logging.ERROR)
+            # At level INFO, which Ray sets itself, the client reports each package and each closed connection.
+            for module in ("dashboard_sdk", "job.sdk"):
+                logging.getLogger(f"ray.dashboard.modules.{module}").setLevel(logging.ERROR)
             return JobSubmissionClient(url, headers=auth_headers(token))
     finally:
         os.environ.update(hidden)
