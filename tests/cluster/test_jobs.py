@@ -292,6 +292,7 @@ def test_a_failed_job_exits_with_1_and_its_next_attempt_gets_a_number(cluster: C
     state = jobs.wait(identity, address=cluster.address, write=pieces.append)
     assert (state.status, state.exit_code) == ("FAILED", 1)
     assert "this job fails" in "".join(pieces)
+    assert state.message == "exit code 1: this job fails"
 
     retry = submit(request, address=cluster.address, entrypoint="echo fixed")
     assert (retry.created, retry.submission_id) == (True, f"{identity}-r2")

@@ -59,7 +59,7 @@ def variables_of_example() -> dict[str, str]:
 
 def test_both_ways_run_the_same_server() -> None:
     compose, systemd = of_compose(), of_systemd()
-    assert compose.command == systemd.command == shlex.split("mlflow server --app-name basic-auth --workers 2")
+    assert compose.command == systemd.command == shlex.split("mlflow server --app-name basic-auth --workers 1")
     assert compose.environment | {"MLFLOW_HOST": "127.0.0.1"} == systemd.environment
 
 
