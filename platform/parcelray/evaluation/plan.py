@@ -172,18 +172,15 @@ def budgets_for(job: EvaluateJob, checkpoint: ResolvedCheckpoint) -> tuple[int, 
     return tuple(sorted(numbers))
 
 
-def evaluated_model(
-    checkpoint: ResolvedCheckpoint, digest: str, budgets: tuple[int, ...], storage: str
-) -> EvaluatedModel:
+def evaluated_model(checkpoint: ResolvedCheckpoint, budgets: tuple[int, ...], storage: str) -> EvaluatedModel:
     """Describes the model of a pass.
 
     Args:
         checkpoint: the model.
-        digest: of the checkpoint's content.
         budgets: visual tokens per image; 0: blind.
         storage: absolute folder or URI of the job, below which predictions are stored.
     """
-    return EvaluatedModel(checkpoint.path, checkpoint.pinned, digest, budgets, f"{storage.rstrip('/')}/predictions")
+    return EvaluatedModel(checkpoint.path, checkpoint.pin, budgets, f"{storage.rstrip('/')}/predictions")
 
 
 def prepare(job: EvaluateJob, image_size: int) -> list[PreparedBenchmark]:

@@ -31,7 +31,7 @@ from parcelray.evaluation.results import record_results, show, write_results
 from parcelray.evaluation.scoring.evaluation import Evaluation
 from parcelray.evaluation.scoring.split_scores import SplitScores
 from parcelray.evaluation.scoring.summary import REFERENCE_FOLDER, Summary, summarize
-from parcelray.models.checkpoint import ResolvedCheckpoint, content_digest
+from parcelray.models.checkpoint import ResolvedCheckpoint
 from parcelray.models.vlm import connector_of, image_size_of
 from parcelray.tracking.mlflow_tracker import job_run
 from parcelray.tracking.registry import resolve_model
@@ -174,7 +174,7 @@ def evaluate_model(
         result = run_on_ray(benchmarks, model, settings, on_progress)
     evaluation = Evaluation(
         name=name,
-        model=model.reference,
+        model=model.pin.name,
         digest=model.digest,
         budgets=model.budgets,
         full=max(connector_of(model.folder).supported_budgets),
@@ -195,7 +195,7 @@ def _evaluate_and_save(
     console: Console,
 ) -> tuple[Evaluation, PassResult]:
     """Evaluates one checkpoint on all benchmarks of a job, and saves the evaluation into a folder."""
-    model = evaluated_model(checkpoint, content_digest(checkpoint.path), budgets, job.storage)
+    model = evaluated_model(checkpoint, budgets, job.storage)
     names = ", ".join(map(budget_name, budgets))
     console.print(f"Evaluating {checkpoint.pinned} at budgets {names} (visual tokens per image)")
     settings = job.compute

@@ -17,10 +17,11 @@ from parcelray.config.train import TrainJob
 from parcelray.console import step_progress
 from parcelray.datasets.open import check_rows
 from parcelray.errors import SystemFailure
-from parcelray.models.checkpoint import ResolvedCheckpoint, write_manifest
+from parcelray.models.checkpoint import ModelPin, ResolvedCheckpoint, write_manifest
 from parcelray.models.vlm import write_converted
 from parcelray.tracking.metric_logger import MetricLogger, open_metric_logger
 from parcelray.tracking.mlflow_tracker import git_commit, job_run
+from parcelray.tracking.opening import model_folder
 from parcelray.tracking.registry import resolve_model
 from parcelray.tracking.run_folder import IN_PROCESS, RunFolder
 from parcelray.tracking.store import check_tracking_uri, ensure_store
@@ -68,6 +69,7 @@ def run_training(
     parent_run_id: str | None = None,
     report: bool = True,
     on_report: Callable[[Mapping[str, float]], None] | None = None,
+    start_pin: ModelPin | None = None,
 ) -> TrainedRun:
     """Train a job, or resume it, or return at once if it is finished.
 
@@ -78,6 +80,8 @@ def run_training(
         parent_run_id: MLflow run to nest under.
         report: whether to score the model as `job.report` defines.
         on_report: called with the metrics at each checkpoint; picklable.
+        start_pin: what `job.model` was resolved to by a search, whose trials have no access to the registry; None: it
+            is resolved here.
 
     Raises:
         UserError: the job is not valid, or its name belongs to another configuration.
@@ -92,7 +96,7 @@ def run_training(
             return run
         uri = ensure_store(job.tracking.uri) if job.tracking.uri is not None else None
         check_rows(job.data)
-        start = resolve_start(job, uri)
+        start = _opened(job, start_pin) if start_pin is not None else resolve_start(job, uri)
         in_process = job.scaling.bounds[1] == 0
         with nullcontext() if in_process else ray_session(address):
             if uri is not None and not in_process:
@@ -122,6 +126,11 @@ def resolve_start(job: TrainJob, tracking_uri: str | None) -> ResolvedCheckpoint
     return resolve_model(job.model, tracking_uri) if isinstance(job.model, CheckpointModelConfig) else None
 
 
+def _opened(job: TrainJob, pin: ModelPin) -> ResolvedCheckpoint:
+    assert isinstance(job.model, CheckpointModelConfig)
+    return ResolvedCheckpoint(model_folder(pin), job.model.reference, pin)
+
+
 def _fit(
     job: TrainJob,
     folder: RunFolder,
@@ -131,13 +140,12 @@ def _fit(
     on_report: Callable[[Mapping[str, float]], None] | None,
 ) -> tuple[Path, dict[str, float]]:
     """Train in this process or on Ray Train; returns the last checkpoint and the last metrics."""
-    path = start.path if start is not None else None
     if job.scaling.bounds[1] == 0:
         _pull_newest(folder)
         return fit_in_process(
             job,
             folder.local / IN_PROCESS,
-            checkpoint=path,
+            checkpoint=start.path if start is not None else None,
             logger=logger(),
             on_progress=on_progress,
             on_report=on_report,
@@ -146,7 +154,8 @@ def _fit(
     # Ray Train takes seconds to import, so in-process runs and --dry-run do not load it.
     from parcelray.training.trainer import fit
 
-    return fit(job, folder, checkpoint=path, logger=logger, on_progress=on_progress, on_report=on_report)
+    pin = start.pin if start is not None else None
+    return fit(job, folder, start=pin, logger=logger, on_progress=on_progress, on_report=on_report)
 
 
 def _push_checkpoint(folder: RunFolder, keep: int, checkpoint: Path) -> None:

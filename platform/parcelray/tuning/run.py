@@ -21,13 +21,13 @@ from parcelray.config.tune import HyperBandScheduler, PbtAlgorithm, TuneJob
 from parcelray.errors import SystemFailure, UserError
 from parcelray.evaluation.run import run_evaluation
 from parcelray.evaluation.scoring.summary import Summary
-from parcelray.models.checkpoint import content_digest
+from parcelray.models.checkpoint import ResolvedCheckpoint
 from parcelray.models.vlm import connector_of
 from parcelray.tracking.mlflow_tracker import job_run
 from parcelray.tracking.registry import resolve_model
 from parcelray.tracking.run_folder import RunFolder
 from parcelray.tracking.store import ensure_store
-from parcelray.tuning.evaluate_trial import Reference, SearchedModel, WarmEvaluator
+from parcelray.tuning.evaluate_trial import Reference, WarmEvaluator
 from parcelray.tuning.planner import Planner, make_planner
 from parcelray.tuning.progress import SearchProgress, TrialRuns, bounds_of
 from parcelray.tuning.report import record_findings, show_findings, write_findings
@@ -78,7 +78,7 @@ def run_tuning(
     uri = ensure_store(job.tracking.uri) if job.tracking.uri is not None else None
     models = searched_models(job, uri)
     run_folder = RunFolder(job)
-    with run_folder.claimed({written(reference): model.digest for reference, model in models.items()}):
+    with run_folder.claimed({written(reference): model.pin.digest for reference, model in models.items()}):
         folder = run_folder.local_path("")
         record = TrialRecord(folder)
         if record.trials and not resume:
@@ -111,7 +111,7 @@ def run_tuning(
         return SearchRun(run_folder.identity, folder, findings, run_id)
 
 
-def searched_models(job: TuneJob, uri: str | None) -> dict[str, SearchedModel]:
+def searched_models(job: TuneJob, uri: str | None) -> dict[str, ResolvedCheckpoint]:
     """Returns the checkpoints that the results of a search depend on, by reference.
 
     These are the models that are evaluated or trained from, and the references of the retention.
@@ -127,8 +127,7 @@ def searched_models(job: TuneJob, uri: str | None) -> dict[str, SearchedModel]:
     references += [CheckpointModelConfig(reference=value).reference for value in values]
     models = {}
     for reference in dict.fromkeys(references):
-        checkpoint = resolve_model(CheckpointModelConfig(reference=reference), uri)
-        models[reference] = SearchedModel(checkpoint, content_digest(checkpoint.path))
+        models[reference] = resolve_model(CheckpointModelConfig(reference=reference), uri)
     return models
 
 
@@ -141,7 +140,7 @@ class _Search:
     record: TrialRecord
     planner: Planner
     folder: Path
-    models: Mapping[str, SearchedModel]
+    models: Mapping[str, ResolvedCheckpoint]
     uri: str | None
     run_id: str | None
     how_to_resume: str
@@ -184,7 +183,10 @@ class _Search:
 
     def _run_trainings(self, base: TrainJob, resources: TrialResources, count: int) -> None:
         reference = self._reference(self.job.evaluation)
-        train = functools.partial(train_point, self.job, str(self.folder), reference, working_folder=os.getcwd())
+        pins = {name: model.pin for name, model in self.models.items()}
+        train = functools.partial(
+            train_point, self.job, str(self.folder), reference, pins=pins, working_folder=os.getcwd()
+        )
         first = self.job.objectives[0]
         if isinstance(self.job.algorithm, PbtAlgorithm):
             if count and count < self.job.algorithm.population:

@@ -37,6 +37,7 @@ from parcelray.evaluation.passes.shards import (
     stored_keys,
 )
 from parcelray.evaluation.passes.store import PredictionStore
+from parcelray.models.host_cache import DOWNLOADING
 
 Item = TypeVar("Item")
 
@@ -133,10 +134,15 @@ def _finished(
     executors = _executors(evaluated)
     threading.Thread(target=take, name="parcelray-evaluation", daemon=True).start()
     count = 0
+    download = None
     while True:
         try:
             row = _next(finished, stall_s, clock)
         except queue.Empty:
+            # Before its first shard, a host may have to download the model, which may take longer than a shard.
+            before, download = download, ray.get(stages.download.remote())
+            if download != before:
+                continue
             running = ray.get(stages.running.remote())
             for executor in executors:
                 executor.shutdown(force=True)
@@ -256,12 +262,18 @@ class _StageActor:
 
     def __init__(self) -> None:
         self._running: dict[str, tuple[float, str]] = {}
+        self._download: str | None = None
 
     def report(self, worker: str, stage: str | None) -> None:
         if stage is None:
             self._running.pop(worker, None)
         else:
             self._running[worker] = (time.monotonic(), stage)
+            if stage.startswith(DOWNLOADING):
+                self._download = stage
+
+    def download(self) -> str | None:
+        return self._download
 
     def running(self) -> str:
         now = time.monotonic()
