@@ -44,9 +44,14 @@ class SearchRun:
     """A finished search."""
 
     identity: str
-    folder: Path
+    run_folder: RunFolder
     findings: SearchFindings
     mlflow_run_id: str | None
+
+    @property
+    def folder(self) -> Path:
+        """Folder of this host with the results, the pictures, and for a split search the model."""
+        return self.run_folder.local
 
 
 def run_tuning(
@@ -79,11 +84,10 @@ def run_tuning(
     models = searched_models(job, uri)
     run_folder = RunFolder(job)
     with run_folder.claimed({written(reference): model.digest for reference, model in models.items()}):
-        folder = run_folder.local_path("")
-        record = TrialRecord(folder)
+        record = TrialRecord(run_folder.uri)
         if record.trials and not resume:
             raise UserError(
-                f"{folder} has {len(record.trials)} finished trials of this search; add --resume to continue it, or"
+                f"{run_folder.uri} has {len(record.trials)} finished trials of this search; add --resume to continue it, or"
                 " give the search another name."
             )
         if retry_failed:
@@ -94,13 +98,14 @@ def run_tuning(
             ray_session(address),
         ):
             planner = make_planner(job.space, job.algorithm, job.objectives, job.seed, record)
-            search = _Search(job, console, record, planner, folder, models, uri, run_id, how_to_resume)
+            search = _Search(job, console, record, planner, run_folder, models, uri, run_id, how_to_resume)
             evaluator = search.run()
             findings = findings_of(job, record.trials, evaluator, search.baselines(evaluator))
-            files = write_findings(job, findings, folder)
+            files = write_findings(job, findings, run_folder.local)
+            run_folder.push()
             if uri is not None and run_id is not None:
                 record_findings(uri, run_id, findings, files)
-            show_findings(job, findings, folder, console)
+            show_findings(job, findings, run_folder, console)
             if findings.failed and len(findings.failed) == len(findings.trials):
                 raise SystemFailure(
                     f"All {len(findings.trials)} trials of {job.name} failed, the first with:"
@@ -108,7 +113,7 @@ def run_tuning(
                     " --retry-failed."
                 )
         run_folder.finish(findings.to_dict())
-        return SearchRun(run_folder.identity, folder, findings, run_id)
+        return SearchRun(run_folder.identity, run_folder, findings, run_id)
 
 
 def searched_models(job: TuneJob, uri: str | None) -> dict[str, SearchedModel]:
@@ -140,7 +145,7 @@ class _Search:
     console: Console
     record: TrialRecord
     planner: Planner
-    folder: Path
+    folder: RunFolder
     models: Mapping[str, SearchedModel]
     uri: str | None
     run_id: str | None
@@ -184,7 +189,7 @@ class _Search:
 
     def _run_trainings(self, base: TrainJob, resources: TrialResources, count: int) -> None:
         reference = self._reference(self.job.evaluation)
-        train = functools.partial(train_point, self.job, str(self.folder), reference, working_folder=os.getcwd())
+        train = functools.partial(train_point, self.job, self.folder.uri, reference, working_folder=os.getcwd())
         first = self.job.objectives[0]
         if isinstance(self.job.algorithm, PbtAlgorithm):
             if count and count < self.job.algorithm.population:
@@ -205,7 +210,7 @@ class _Search:
             return
         steps = self.job.space.parameters.get("training.steps")
         total = max(steps.ends) if steps is not None else base.training.steps
-        scheduler = early_stopping(self.job.early_stopping, total, self.folder)
+        scheduler = early_stopping(self.job.early_stopping, total, self.folder.uri)
         if (
             isinstance(self.job.early_stopping, HyperBandScheduler)
             and self.record.trials
@@ -241,7 +246,7 @@ class _Search:
             num_finished = len(self.record.trials)
             if num_finished:
                 self.console.print(
-                    f"Resuming from {self.folder / RECORD_FILE}; Ray Tune's own state of earlier sessions is ignored",
+                    f"Resuming from {self.folder.uri}/{RECORD_FILE}; Ray Tune's own state of earlier sessions is ignored",
                 )
             finished = f", {num_finished} of them finished" if num_finished else ""
             self.console.print(
@@ -253,7 +258,7 @@ class _Search:
                     self.planner,
                     self.record,
                     observers,
-                    folder=self.folder,
+                    folder=self.folder.uri,
                     resources=resources,
                     max_concurrent=count,
                     scheduler=scheduler,
