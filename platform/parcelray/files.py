@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 import fsspec
@@ -145,6 +145,9 @@ def download_files(filesystem: fsspec.AbstractFileSystem, source: str, folder: P
     if sizes is None:
         found = filesystem.find(source, detail=True)
         sizes = {name.removeprefix(f"{source}/"): info["size"] for name, info in found.items()}
+    for name in sizes:
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+            raise UserError(f"The index of {source} lists {name}, which is outside of the folder; remove {INDEX}.")
     missing = [name for name, size in sizes.items() if not _has_size(folder / name, size)]
     for name in missing:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
