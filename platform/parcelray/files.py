@@ -4,8 +4,9 @@ import errno
 import io
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
@@ -69,6 +70,12 @@ def open_storage(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
 def is_local(filesystem: fsspec.AbstractFileSystem) -> bool:
     """Whether a file system is a disk of this machine, or is mounted like one."""
     return isinstance(filesystem, LocalFileSystem)
+
+
+def modified_at(info: Mapping[str, Any]) -> float:
+    """Returns when a file was last written, seconds since 1970, from the entry of a listing."""
+    value = next(info[key] for key in ("mtime", "LastModified", "created") if info.get(key) is not None)
+    return float(value.timestamp() if isinstance(value, datetime) else value)
 
 
 def listing_wait_s(filesystem: fsspec.AbstractFileSystem) -> float:

@@ -12,9 +12,12 @@ from parcelray.tracking.run_folder import RunFolder, local_folder
 from ..training.conftest import tiny_job
 
 
-@pytest.fixture(params=["path", "file", "memory"])
+@pytest.fixture(params=["path", "file", "memory", "s3"])
 def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
-    """The storage of runs: a path, and two URIs."""
+    """The storage of runs: a path, and three URIs."""
+    if request.param == "s3":
+        yield request.getfixturevalue("s3")
+        return
     yield {"path": str(tmp_path), "file": f"file://{tmp_path}", "memory": "memory://"}[request.param]
     memory = fsspec.filesystem("memory")
     memory.store.clear()

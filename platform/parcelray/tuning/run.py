@@ -16,10 +16,10 @@ from parcelray.config.evaluate import EvaluateJob
 from parcelray.config.model import CheckpointModelConfig
 from parcelray.config.paths import written
 from parcelray.config.space_checks import check_search_space_of
-from parcelray.config.train import TrainJob
+from parcelray.config.train import StorageLimits, TrainJob
 from parcelray.config.tune import HyperBandScheduler, PbtAlgorithm, TuneJob
 from parcelray.errors import SystemFailure, UserError
-from parcelray.evaluation.run import run_evaluation
+from parcelray.evaluation.run import limit_predictions, run_evaluation
 from parcelray.evaluation.scoring.summary import Summary
 from parcelray.models.checkpoint import content_digest
 from parcelray.models.vlm import connector_of
@@ -87,8 +87,8 @@ def run_tuning(
         record = TrialRecord(run_folder.uri)
         if record.trials and not resume:
             raise UserError(
-                f"{run_folder.uri} has {len(record.trials)} finished trials of this search; add --resume to continue it, or"
-                " give the search another name."
+                f"{run_folder.uri} has {len(record.trials)} finished trials of this search; add --resume to continue"
+                " it, or give the search another name."
             )
         if retry_failed:
             console.print(f"{record.forget_failed()} failed trials are run again")
@@ -113,6 +113,9 @@ def run_tuning(
                     " --retry-failed."
                 )
         run_folder.finish(findings.to_dict())
+        if isinstance(job.base, EvaluateJob):
+            digests = [model.digest for model in models.values()]
+            limit_predictions(job.storage, job.base, digests, console)
         return SearchRun(run_folder.identity, run_folder, findings, run_id)
 
 
@@ -164,7 +167,7 @@ class _Search:
             resources.concurrency(cluster_nodes(), wanted_concurrency(self.job)) if not self.planner.is_finished else 0
         )
         if isinstance(self.job.base, EvaluateJob):
-            evaluator = self._evaluator(self.job.base)
+            evaluator = self._evaluator(self.job.base.model_copy(update={"storage": self.job.storage}))
             trial = evaluation_trial(evaluator.metrics, self.job.objectives[0])
             self._search(trial, resources, count, costs=evaluator.bounds(), reuse_actors=True)
             return evaluator
@@ -246,7 +249,8 @@ class _Search:
             num_finished = len(self.record.trials)
             if num_finished:
                 self.console.print(
-                    f"Resuming from {self.folder.uri}/{RECORD_FILE}; Ray Tune's own state of earlier sessions is ignored",
+                    f"Resuming from {self.folder.uri}/{RECORD_FILE}; Ray Tune's own state of earlier sessions is"
+                    " ignored",
                 )
             finished = f", {num_finished} of them finished" if num_finished else ""
             self.console.print(
@@ -303,6 +307,9 @@ class _Search:
             "anchor_grid": None,
             "budgets": budgets,
             "tracking": base.tracking.model_copy(update={"uri": self.uri}),
+            "storage": self.job.storage,
+            # The limits apply at the end of the search, when its predictions are no longer needed.
+            "storage_limits": StorageLimits(),
         }
         job = EvaluateJob.model_validate(base.model_dump() | changes)
         return run_evaluation(job, self.console, parent_run_id=self.run_id, tables=False).summary

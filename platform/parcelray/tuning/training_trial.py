@@ -110,7 +110,7 @@ def early_stopping(config: EarlyStopping | None, total_steps: int, folder: str |
     Args:
         config: early stopping of the search.
         total_steps: steps of the longest training.
-        folder: run folder of the search, or its URI, where the reports of the trainings are stored for a resumed search.
+        folder: run folder of the search, or its URI; the reports of the trainings are stored there for a resume.
     """
     if config is None:
         return None

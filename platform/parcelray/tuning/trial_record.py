@@ -1,8 +1,8 @@
 """The record of a search: one JSON line per finished trial, written as soon as the trial is finished.
 
 All results of a search are computed from this record. On object storage, which cannot append to a file, each line is an
-object, so that two drivers that run the same search do not overwrite each other's trials. Ray Tune's own state is not used: it is a pickle, which must not
-be loaded from a folder that others can write to, and it holds nothing more.
+object, so that two drivers that run the same search do not overwrite each other's trials. Ray Tune's own state is not
+used: it is a pickle, which must not be loaded from a folder that others can write to, and it holds nothing more.
 """
 
 import hashlib
@@ -146,8 +146,9 @@ class LineFile:
     def _stored(self) -> Iterator[tuple[str, str]]:
         """Yields the lines, each with a name for messages."""
         if self._is_folder:
+            names = self._filesystem.find(self._path)
             # Reads all objects at the same time.
-            contents = self._filesystem.cat(self._filesystem.find(self._path))
+            contents = self._filesystem.cat(names) if names else {}
             yield from ((name, contents[name].decode()) for name in sorted(contents))
         elif Path(self._path).is_file():
             lines = Path(self._path).read_text(encoding="utf-8").splitlines(keepends=True)
