@@ -45,7 +45,7 @@ See `tracking.registry`.
 """
 
 
-class ModelPin(NamedTuple):
+class ModelPin(StrictModel):
     """A reference to one content of a model, which any host can open (`tracking.opening.open_model`)."""
 
     reference: str
@@ -53,7 +53,9 @@ class ModelPin(NamedTuple):
     digest: str
     """`sha256:DIGEST` of the files, see `content_digest`."""
     tracking_uri: str | None = None
-    """Tracking URI of the registry of a `models:/` reference; None: the reference needs no registry."""
+    """Tracking URI of the registry of a `models:/` reference; null: the reference needs no registry."""
+    registry_folder: str | None = None
+    """Folder of a registered version on the driver's disk; a host that sees the same content there uses it."""
 
     @property
     def name(self) -> str:
@@ -147,7 +149,7 @@ def resolve_checkpoint(
                 f"this installation of parcelray does not contain the checkpoint {text!r}; give a folder,"
                 " models:/NAME@ALIAS or a Hugging Face id."
             )
-        return ResolvedCheckpoint(folder, text, ModelPin(text, verified_digest(folder)))
+        return ResolvedCheckpoint(folder, text, ModelPin(reference=text, digest=verified_digest(folder)))
     if _URI.fullmatch(text):
         filesystem, root = open_storage(text)
         if not is_local(filesystem):
@@ -156,7 +158,9 @@ def resolve_checkpoint(
     folder = Path(text).expanduser()
     if text and folder.is_dir():
         folder = folder.resolve()
-        return ResolvedCheckpoint(folder, str(reference), ModelPin(str(folder), verified_digest(folder)))
+        return ResolvedCheckpoint(
+            folder, str(reference), ModelPin(reference=str(folder), digest=verified_digest(folder))
+        )
     hub = _HUB_ID.fullmatch(text.removeprefix("hf:"))
     if hub is None or text.startswith((".", "~", "/")):
         raise UserError(
@@ -164,7 +168,7 @@ def resolve_checkpoint(
             " models:/NAME/VERSION, a URI of object storage or a Hugging Face id ORG/NAME[@REVISION]; check the path."
         )
     path, commit = _download(hub["repo"], hub["revision"])
-    return ResolvedCheckpoint(path, text, ModelPin(f"hf:{hub['repo']}@{commit}", _hub_digest(path)))
+    return ResolvedCheckpoint(path, text, ModelPin(reference=f"hf:{hub['repo']}@{commit}", digest=_hub_digest(path)))
 
 
 def open_pin(
@@ -187,6 +191,10 @@ def open_pin(
     if (cached := cached_model(pin.digest, verified_digest)) is not None:
         return cached
     host = os.uname().nodename
+    if pin.registry_folder is not None and Path(pin.registry_folder).is_dir():
+        folder = Path(pin.registry_folder)
+        if verified_digest(folder) == pin.digest:
+            return folder
     if pin.is_path and not Path(pin.reference).is_dir():
         raise UserError(
             f"the model folder {pin.reference} does not exist on the host {host}; copy it to the same path on every"
@@ -238,7 +246,7 @@ def _resolve_registry(reference: str, resolver: RegistryResolver | None) -> Reso
             " Face id."
         )
     path, pinned = resolver(reference)
-    return ResolvedCheckpoint(path, reference, ModelPin(pinned, verified_digest(path)))
+    return ResolvedCheckpoint(path, reference, ModelPin(reference=pinned, digest=verified_digest(path)))
 
 
 def _resolve_uri(
@@ -269,7 +277,7 @@ def _resolve_uri(
     digest = files_digest(manifest.files)
     size = sum(entry.bytes for entry in manifest.files.values())
     path = downloaded_model(digest, download, verified_digest, name=uri, num_bytes=size, on_progress=on_progress)
-    return ResolvedCheckpoint(path, uri, ModelPin(uri, digest))
+    return ResolvedCheckpoint(path, uri, ModelPin(reference=uri, digest=digest))
 
 
 def _refuse_unusable(folder: Path) -> None:
