@@ -17,6 +17,7 @@ from parcelray.cli.evaluation import benchmarks_app, evaluate_app
 from parcelray.cli.jobs import jobs_app, submit
 from parcelray.cli.models import models_app
 from parcelray.cli.options import Address, AsJson, DryRun, JobFile, Set, console, integers, show, write_json
+from parcelray.cli.runs import runs_app
 from parcelray.cli.serving import keys_app, serve
 from parcelray.cli.tuning import tune
 from parcelray.errors import ParcelrayError, UserError
@@ -24,7 +25,7 @@ from parcelray.errors import ParcelrayError, UserError
 _PANELS = {
     "Run": ("train", "tune", "evaluate", "serve"),
     "Cluster": ("submit", "jobs"),
-    "Inspect": ("models", "benchmarks", "flops", "analyze", "bench"),
+    "Inspect": ("runs", "models", "benchmarks", "flops", "analyze", "bench"),
     "Set up": ("config", "keys"),
 }
 """Panel of `parcelray --help` -> its commands, both in the order of work."""
@@ -49,6 +50,7 @@ app = typer.Typer(
 for _name, _group in {
     "evaluate": evaluate_app,
     "jobs": jobs_app,
+    "runs": runs_app,
     "models": models_app,
     "benchmarks": benchmarks_app,
     "analyze": analyze_app,

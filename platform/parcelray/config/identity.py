@@ -21,6 +21,7 @@ Job = StoredJob | ServeJob
 # stored before the key was renamed have `rivals` instead of `baselines`.
 _NOT_IDENTITY = (
     "storage",
+    "storage_limits",
     "tracking",
     "scaling",
     "compute",

@@ -172,6 +172,11 @@ def budgets_for(job: EvaluateJob, checkpoint: ResolvedCheckpoint) -> tuple[int, 
     return tuple(sorted(numbers))
 
 
+def predictions_of(storage: str) -> str:
+    """Returns the folder or URI of the predictions that the evaluations of a storage share."""
+    return f"{storage.removesuffix('/')}/predictions"
+
+
 def evaluated_model(checkpoint: ResolvedCheckpoint, budgets: tuple[int, ...], storage: str) -> EvaluatedModel:
     """Describes the model of a pass.
 
@@ -180,7 +185,7 @@ def evaluated_model(checkpoint: ResolvedCheckpoint, budgets: tuple[int, ...], st
         budgets: visual tokens per image; 0: blind.
         storage: absolute folder or URI of the job, below which predictions are stored.
     """
-    return EvaluatedModel(checkpoint.path, checkpoint.pin, budgets, f"{storage.rstrip('/')}/predictions")
+    return EvaluatedModel(checkpoint.path, checkpoint.pin, budgets, predictions_of(storage))
 
 
 def prepare(job: EvaluateJob, image_size: int) -> list[PreparedBenchmark]:

@@ -24,9 +24,16 @@ from parcelray.evaluation.passes.shards import (
     PreparedBenchmark,
     dtype_of,
 )
-from parcelray.evaluation.passes.store import EvaluatedBenchmark, check_fingerprint
+from parcelray.evaluation.passes.store import EvaluatedBenchmark, PredictionStore, check_fingerprint
 from parcelray.evaluation.passes.worker import ModelWorker, run_in_process
-from parcelray.evaluation.plan import budgets_for, evaluated_model, family_warnings, pinned_job, prepare
+from parcelray.evaluation.plan import (
+    budgets_for,
+    evaluated_model,
+    family_warnings,
+    pinned_job,
+    predictions_of,
+    prepare,
+)
 from parcelray.evaluation.results import record_results, show, write_results
 from parcelray.evaluation.scoring.evaluation import Evaluation
 from parcelray.evaluation.scoring.split_scores import SplitScores
@@ -135,7 +142,28 @@ def run_evaluation(
             if run_id is not None and uri is not None:
                 record_results(uri, run_id, summary, files)
         run_folder.finish(summary.to_dict())
+        digests = [evaluation.digest, *([base[0].digest] if base is not None else [])]
+        limit_predictions(job.storage, job, digests, console)
         return EvaluatedRun(run_folder.identity, folder, run_folder.uri, summary, computed, present, run_id)
+
+
+def limit_predictions(storage: str, job: EvaluateJob, digests: Sequence[str], console: Console) -> None:
+    """Deletes the oldest stored predictions beyond the limit of a job, except those of its models and benchmarks.
+
+    Args:
+        storage: folder or URI of the job that ran.
+        job: the evaluation.
+        digests: digests of the models whose predictions are kept.
+        console: for a message.
+    """
+    limit_gb = job.storage_limits.predictions_gb
+    if limit_gb is None:
+        return
+    store = PredictionStore(predictions_of(storage))
+    in_use = [(choice.name, digest) for choice in job.benchmarks for digest in digests]
+    deleted = store.limit(round(limit_gb * 2**30), in_use)
+    if deleted:
+        console.print(f"{deleted:,} files of old predictions were deleted, to keep all below {limit_gb:g} GiB.")
 
 
 def evaluate_model(

@@ -113,8 +113,8 @@ def _restored_checkpoint() -> Iterator[Path | None]:
                 path = _fetched(earlier[-1], stack)
         if not is_complete(path):
             raise SystemFailure(
-                f"The checkpoint {newest.path} is damaged, and there is no complete one before it; remove the run folder"
-                " to train again from the start."
+                f"The checkpoint {newest.path} is damaged, and there is no complete one before it; remove the run"
+                " folder to train again from the start."
             )
         yield path
 

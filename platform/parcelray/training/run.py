@@ -118,6 +118,9 @@ def run_training(
                 if report and job.report is not None:
                     metrics |= report_training(job, folder, console, uri, run_id)
         folder.finish({"model": MODEL, "metrics": metrics, "mlflow_run_id": run_id})
+        keep = job.storage_limits.finished_checkpoints
+        if keep is not None or not folder.is_local:
+            folder.keep_checkpoints(keep or 0)
         return TrainedRun(folder.identity, folder, metrics, run_id, was_done=False)
 
 

@@ -16,10 +16,10 @@ from parcelray.config.evaluate import EvaluateJob
 from parcelray.config.model import CheckpointModelConfig
 from parcelray.config.paths import written
 from parcelray.config.space_checks import check_search_space_of
-from parcelray.config.train import TrainJob
+from parcelray.config.train import StorageLimits, TrainJob
 from parcelray.config.tune import HyperBandScheduler, PbtAlgorithm, TuneJob
 from parcelray.errors import SystemFailure, UserError
-from parcelray.evaluation.run import run_evaluation
+from parcelray.evaluation.run import limit_predictions, run_evaluation
 from parcelray.evaluation.scoring.summary import Summary
 from parcelray.models.checkpoint import ResolvedCheckpoint
 from parcelray.models.vlm import connector_of
@@ -44,9 +44,14 @@ class SearchRun:
     """A finished search."""
 
     identity: str
-    folder: Path
+    run_folder: RunFolder
     findings: SearchFindings
     mlflow_run_id: str | None
+
+    @property
+    def folder(self) -> Path:
+        """Folder of this host with the results, the pictures, and for a split search the model."""
+        return self.run_folder.local
 
 
 def run_tuning(
@@ -79,12 +84,11 @@ def run_tuning(
     models = searched_models(job, uri)
     run_folder = RunFolder(job)
     with run_folder.claimed({written(reference): model.pin.digest for reference, model in models.items()}):
-        folder = run_folder.local_path("")
-        record = TrialRecord(folder)
+        record = TrialRecord(run_folder.uri)
         if record.trials and not resume:
             raise UserError(
-                f"{folder} has {len(record.trials)} finished trials of this search; add --resume to continue it, or"
-                " give the search another name."
+                f"{run_folder.uri} has {len(record.trials)} finished trials of this search; add --resume to continue"
+                " it, or give the search another name."
             )
         if retry_failed:
             console.print(f"{record.forget_failed()} failed trials are run again")
@@ -94,13 +98,14 @@ def run_tuning(
             ray_session(address),
         ):
             planner = make_planner(job.space, job.algorithm, job.objectives, job.seed, record)
-            search = _Search(job, console, record, planner, folder, models, uri, run_id, how_to_resume)
+            search = _Search(job, console, record, planner, run_folder, models, uri, run_id, how_to_resume)
             evaluator = search.run()
             findings = findings_of(job, record.trials, evaluator, search.baselines(evaluator))
-            files = write_findings(job, findings, folder)
+            files = write_findings(job, findings, run_folder.local)
+            run_folder.push()
             if uri is not None and run_id is not None:
                 record_findings(uri, run_id, findings, files)
-            show_findings(job, findings, folder, console)
+            show_findings(job, findings, run_folder, console)
             if findings.failed and len(findings.failed) == len(findings.trials):
                 raise SystemFailure(
                     f"All {len(findings.trials)} trials of {job.name} failed, the first with:"
@@ -108,7 +113,10 @@ def run_tuning(
                     " --retry-failed."
                 )
         run_folder.finish(findings.to_dict())
-        return SearchRun(run_folder.identity, folder, findings, run_id)
+        if isinstance(job.base, EvaluateJob):
+            digests = [model.pin.digest for model in models.values()]
+            limit_predictions(job.storage, job.base, digests, console)
+        return SearchRun(run_folder.identity, run_folder, findings, run_id)
 
 
 def searched_models(job: TuneJob, uri: str | None) -> dict[str, ResolvedCheckpoint]:
@@ -139,7 +147,7 @@ class _Search:
     console: Console
     record: TrialRecord
     planner: Planner
-    folder: Path
+    folder: RunFolder
     models: Mapping[str, ResolvedCheckpoint]
     uri: str | None
     run_id: str | None
@@ -158,7 +166,7 @@ class _Search:
             resources.concurrency(cluster_nodes(), wanted_concurrency(self.job)) if not self.planner.is_finished else 0
         )
         if isinstance(self.job.base, EvaluateJob):
-            evaluator = self._evaluator(self.job.base)
+            evaluator = self._evaluator(self.job.base.model_copy(update={"storage": self.job.storage}))
             trial = evaluation_trial(evaluator.metrics, self.job.objectives[0])
             self._search(trial, resources, count, costs=evaluator.bounds(), reuse_actors=True)
             return evaluator
@@ -185,7 +193,7 @@ class _Search:
         reference = self._reference(self.job.evaluation)
         pins = {name: model.pin for name, model in self.models.items()}
         train = functools.partial(
-            train_point, self.job, str(self.folder), reference, pins=pins, working_folder=os.getcwd()
+            train_point, self.job, self.folder.uri, reference, pins=pins, working_folder=os.getcwd()
         )
         first = self.job.objectives[0]
         if isinstance(self.job.algorithm, PbtAlgorithm):
@@ -207,7 +215,7 @@ class _Search:
             return
         steps = self.job.space.parameters.get("training.steps")
         total = max(steps.ends) if steps is not None else base.training.steps
-        scheduler = early_stopping(self.job.early_stopping, total, self.folder)
+        scheduler = early_stopping(self.job.early_stopping, total, self.folder.uri)
         if (
             isinstance(self.job.early_stopping, HyperBandScheduler)
             and self.record.trials
@@ -243,7 +251,8 @@ class _Search:
             num_finished = len(self.record.trials)
             if num_finished:
                 self.console.print(
-                    f"Resuming from {self.folder / RECORD_FILE}; Ray Tune's own state of earlier sessions is ignored",
+                    f"Resuming from {self.folder.uri}/{RECORD_FILE}; Ray Tune's own state of earlier sessions is"
+                    " ignored",
                 )
             finished = f", {num_finished} of them finished" if num_finished else ""
             self.console.print(
@@ -255,7 +264,7 @@ class _Search:
                     self.planner,
                     self.record,
                     observers,
-                    folder=self.folder,
+                    folder=self.folder.uri,
                     resources=resources,
                     max_concurrent=count,
                     scheduler=scheduler,
@@ -300,6 +309,9 @@ class _Search:
             "anchor_grid": None,
             "budgets": budgets,
             "tracking": base.tracking.model_copy(update={"uri": self.uri}),
+            "storage": self.job.storage,
+            # The limits apply at the end of the search, when its predictions are no longer needed.
+            "storage_limits": StorageLimits(),
         }
         job = EvaluateJob.model_validate(base.model_dump() | changes)
         return run_evaluation(job, self.console, parent_run_id=self.run_id, tables=False).summary

@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,7 +59,7 @@ def trial_job(
 
     Args:
         job: the search.
-        folder: run folder of the search.
+        folder: run folder of the search, or its URI.
         assignment: values that the point sets in the training job.
         segment: the part of the training to run.
         working_folder: see `changed_training`.
@@ -79,7 +80,7 @@ def trial_job(
     # The driver of the search records the trial; a run of the training itself would be a duplicate.
     data["tracking"] = {"uri": None}
     data["report"] = None
-    data["storage"] = os.path.abspath(f"{folder}/trials")
+    data["storage"] = f"{folder}/trials" if "://" in folder else os.path.abspath(f"{folder}/trials")
     part = validate(TrainJob, data, "the search")
     return part.model_copy(update={"name": f"{point_key(assignment)}-{config_hash(part)}"})
 
@@ -99,7 +100,7 @@ def train_point(
 
     Args:
         job: the search.
-        folder: run folder of the search.
+        folder: run folder of the search, or its URI.
         reference: scores of the uncompressed model, for the retention of `job.evaluation`.
         assignment: values that the point sets in the training job.
         on_report: called at each checkpoint except the last.
@@ -120,8 +121,11 @@ def train_point(
     before, _ = segment.steps(changed_training(job, assignment, working_folder).training.steps)
     metrics = run.metrics | _costs(training, run.model_folder) | {"step": float(before + training.training.steps)}
     if job.evaluation is not None:
-        metrics |= _evaluated(job, training, run.model_folder, reference)
-    return metrics, str(run.model_folder)
+        metrics |= _evaluated(job, training, run.model, reference)
+    if not run.folder.is_local:
+        # The copy on this host; Ray ends the processes of trials without their exit handlers.
+        shutil.rmtree(run.folder.local)
+    return metrics, run.model
 
 
 @dataclass(frozen=True)
@@ -166,7 +170,7 @@ def _costs(training: TrainJob, model: Path) -> dict[str, float]:
     return metrics
 
 
-def _evaluated(job: TuneJob, training: TrainJob, model: Path, reference: Reference) -> dict[str, float]:
+def _evaluated(job: TuneJob, training: TrainJob, model: str, reference: Reference) -> dict[str, float]:
     """Evaluates the trained model where it was trained: in this process, or on the resources of one of its workers.
 
     The workers have ended by then, so their share of the cluster is free.
