@@ -40,6 +40,7 @@ from parcelray.evaluation.scoring.split_scores import SplitScores
 from parcelray.evaluation.scoring.summary import REFERENCE_FOLDER, Summary, summarize
 from parcelray.models.checkpoint import ResolvedCheckpoint
 from parcelray.models.vlm import connector_of, image_size_of
+from parcelray.tracking.lineage import DATA_TAG, MODEL_IN_TAG
 from parcelray.tracking.mlflow_tracker import job_run
 from parcelray.tracking.registry import resolve_model
 from parcelray.tracking.run_folder import RunFolder
@@ -110,7 +111,7 @@ def run_evaluation(
                 run_folder.identity,
                 params=job.model_dump(mode="json", exclude={"benchmarks"}, context=AS_WRITTEN)
                 | {"benchmarks": ", ".join(choice.name for choice in job.benchmarks)},
-                tags={"parcel.model": checkpoint.pinned},
+                tags={MODEL_IN_TAG: checkpoint.pinned, DATA_TAG: _fingerprints(benchmarks)},
                 parent_run_id=parent_run_id,
             ) as run_id,
         ):
@@ -247,6 +248,12 @@ def _check_evaluated(benchmark: EvaluatedBenchmark, max_unscored: float) -> None
             f"{benchmark.config.name}: {len(problems)} of {total} samples could not be evaluated, more than"
             f" max_unscored {max_unscored:g} allows; the first: {first}. Fix the data, or raise max_unscored."
         )
+
+
+def _fingerprints(benchmarks: Sequence[PreparedBenchmark]) -> str:
+    """The data of an evaluation in one line: benchmark, revision and digest of the row ids."""
+    found = [(benchmark.config.name, benchmark.reader.fingerprint()) for benchmark in benchmarks]
+    return ", ".join(f"{name} {each.revision} ids sha256:{each.ids[:16]}" for name, each in found)
 
 
 def _check_unscored(summary: Summary, max_unscored: float) -> None:

@@ -166,7 +166,7 @@ class BackgroundValidation:
             step, metrics = validate_checkpoint(self.job, Path(name))
         logger = self.logger()
         logger.log_metrics(metrics, step)
-        logger.flush()
+        logger.close()
         return metrics
 
 

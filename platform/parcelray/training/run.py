@@ -17,10 +17,11 @@ from parcelray.config.train import TrainJob
 from parcelray.console import step_progress
 from parcelray.datasets.open import check_rows
 from parcelray.errors import SystemFailure
-from parcelray.models.checkpoint import ModelPin, ResolvedCheckpoint, write_manifest
+from parcelray.models.checkpoint import ModelPin, ResolvedCheckpoint, resolve_checkpoint, write_manifest
 from parcelray.models.vlm import write_converted
+from parcelray.tracking.lineage import MODEL_IN_TAG, MODEL_OUT_TAG, git_commit
 from parcelray.tracking.metric_logger import MetricLogger, open_metric_logger
-from parcelray.tracking.mlflow_tracker import git_commit, job_run
+from parcelray.tracking.mlflow_tracker import MlflowRunLogger, job_run
 from parcelray.tracking.opening import model_folder
 from parcelray.tracking.registry import resolve_model
 from parcelray.tracking.run_folder import IN_PROCESS, RunFolder
@@ -107,7 +108,7 @@ def run_training(
                     uri,
                     folder.identity,
                     params=job.model_dump(mode="json", context=AS_WRITTEN),
-                    tags={"parcel.start": start.pinned if start is not None else "scratch"},
+                    tags={MODEL_IN_TAG: start.pinned if start is not None else "scratch"},
                     parent_run_id=parent_run_id,
                 ) as run_id,
                 step_progress(console, job.name, job.training.steps) as on_progress,
@@ -115,6 +116,9 @@ def run_training(
                 logger = functools.partial(open_metric_logger, uri, run_id)
                 checkpoint, metrics = _fit(job, folder, start, logger, on_progress, on_report)
                 _keep_model(job, folder, checkpoint, start)
+                if uri is not None and run_id is not None:
+                    digest = resolve_checkpoint(folder.local / MODEL).pinned
+                    MlflowRunLogger(uri, run_id).set_tags({MODEL_OUT_TAG: digest})
                 if report and job.report is not None:
                     metrics |= report_training(job, folder, console, uri, run_id)
         folder.finish({"model": MODEL, "metrics": metrics, "mlflow_run_id": run_id})
