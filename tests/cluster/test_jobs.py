@@ -355,13 +355,6 @@ def test_a_malformed_identity_is_rejected(cluster: Cluster, project: Path) -> No
         jobs.submit(project / "jobs" / "work.yaml", identity="train; rm -rf", address=cluster.address)
 
 
-def test_the_resources_of_the_cluster_can_be_queried(cluster: Cluster) -> None:
-    resources = preflight.cluster_resources(cluster.address)
-    assert resources["CPU"] == 2.0
-    with pytest.raises(UserError, match=r"GPU 1 \(available: 0\)"):
-        preflight.check_resources({"CPU": 2, "GPU": 1}, resources)
-
-
 def test_a_driver_outside_of_a_job_joins_and_sends_the_package(cluster: Cluster) -> None:
     variables = os.environ | {
         "RAY_ADDRESS": cluster.gcs,

@@ -108,7 +108,11 @@ def train_point(
     training = trial_job(job, folder, assignment, segment=segment, working_folder=working_folder)
     with open(os.devnull, "w") as nowhere:
         run = run_training(
-            training, Console(file=nowhere), on_report=BeforeTheEnd(on_report, training.training.steps), report=False
+            training,
+            Console(file=nowhere),
+            on_report=BeforeTheEnd(on_report, training.training.steps),
+            report=False,
+            wait=False,
         )
     before, _ = segment.steps(changed_training(job, assignment, working_folder).training.steps)
     metrics = run.metrics | _costs(training, run.model_folder) | {"step": float(before + training.training.steps)}
