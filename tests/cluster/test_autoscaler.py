@@ -99,8 +99,8 @@ def _config(gcs: str) -> dict[str, Any]:
         },
         "upscaling_speed": 1.0,
         "idle_timeout_minutes": 60,
-        **dict.fromkeys(("auth", "docker", "file_mounts"), {}),
-        **dict.fromkeys(("cluster_synced_files", "rsync_exclude", "rsync_filter"), []),
+        **{key: {} for key in ("auth", "docker", "file_mounts")},
+        **{key: [] for key in ("cluster_synced_files", "rsync_exclude", "rsync_filter")},
         **{f"{name}_commands": [] for name in commands},
         "file_mounts_sync_continuously": False,
     }

@@ -202,7 +202,7 @@ def test_resources_in_use_are_waited_for_and_released_again(ray_session: None) -
     busy = Busy.remote()  # type: ignore[attr-defined]
     ray.get(busy.begin.remote())
     said: list[str] = []
-    with pytest.raises(SystemFailure, match=r"within 0\.1 s: waiting for 1 CPU\."):
+    with pytest.raises(SystemFailure, match=r"within 0\.1 s: waiting for 0\.5 CPU\."):
         await_capacity(_need(1, 1.0), 0.1, "scaling.wait_s", said.append)
 
     def release(line: str) -> None:
@@ -211,4 +211,4 @@ def test_resources_in_use_are_waited_for_and_released_again(ray_session: None) -
 
     await_capacity(_need(3, 1.0), 300.0, "scaling.wait_s", release)
     await_capacity(_need(3, 1.0), 300.0, "scaling.wait_s", said.append)
-    assert said[0] == "Waiting for 3 CPU"
+    assert said[0] == "Waiting for 2.5 CPU"
