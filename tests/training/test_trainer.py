@@ -18,7 +18,6 @@ from parcelray.config.train import TrainJob
 from parcelray.datasets.mini.export import write_parquet
 from parcelray.errors import SystemFailure, UserError
 from parcelray.models.checkpoint import resolve_checkpoint, verify_manifest
-from parcelray.tracking.metric_logger import NoMetrics
 from parcelray.tracking.run_folder import RunFolder
 from parcelray.training.run import TrainedRun, run_training
 from parcelray.training.train_loop import fit_in_process
@@ -195,8 +194,9 @@ def test_more_workers_than_the_cluster_has_are_refused(
     ray_session: None, tiny_start: dict[str, Any], tmp_path: Path
 ) -> None:
     job = _job(tmp_path, tiny_start, scaling={"num_workers": 9, "cpus_per_worker": 2})
-    with pytest.raises(UserError, match="9 workers of 2 CPU each, but the Ray cluster has 4 CPU in all"):
-        fit(job, RunFolder(job), start=None, logger=NoMetrics)
+    message = "needs 9 workers of 2 CPU each and 1 data task of 0.5 CPU, but the Ray cluster has only 1 node of 4 CPU"
+    with pytest.raises(UserError, match=message):
+        run_training(job, Console(file=io.StringIO()))
 
 
 @pytest.mark.nightly

@@ -27,6 +27,7 @@ _NOT_IDENTITY = (
     "compute",
     "max_concurrent",
     "stall_s",
+    "wait_s",
     "baselines",
     "rivals",
     "confirm",

@@ -323,6 +323,8 @@ class ScalingConfig(StrictModel):
     """Number of concurrent Ray Data tasks that prepare batches for each worker."""
     max_failures: int = Field(default=2, ge=-1)
     """Largest number of restarts of the worker group after failures; -1: no limit."""
+    wait_s: float = Field(default=1800.0, gt=0)
+    """Longest wait for free resources, and for nodes that the autoscaler starts, before the training, seconds."""
 
     @model_validator(mode="after")
     def _check(self) -> "ScalingConfig":

@@ -176,6 +176,7 @@ def evaluate_model(
     mask_decoder: str | None = None,
     worker: ModelWorker | None = None,
     on_progress: OnProgress = lambda benchmark, rows, total: None,
+    say: Callable[[str], object] = lambda line: None,
 ) -> tuple[Evaluation, PassResult]:
     """Runs one pass of a model over benchmarks: in this process with a worker or without actors, else on Ray.
 
@@ -187,6 +188,7 @@ def evaluate_model(
         mask_decoder: the .npz file that the metric `refseg_miou` needs.
         worker: a worker in this process that already holds the model.
         on_progress: called after each shard.
+        say: called with a sentence if the pass waits for resources of the cluster.
 
     Returns:
         The evaluation, ready to be scored, and the result of the pass.
@@ -200,7 +202,7 @@ def evaluate_model(
     else:
         from parcelray.evaluation.passes.ray_pass import run_on_ray
 
-        result = run_on_ray(benchmarks, model, settings, on_progress)
+        result = run_on_ray(benchmarks, model, settings, on_progress, say=say)
     evaluation = Evaluation(
         name=name,
         model=model.pin.name,
@@ -232,7 +234,13 @@ def _evaluate_and_save(
         settings = settings.model_copy(update={"gpus_per_actor": 1.0})
     with _progress_bars(console, {each.config.name: len(each.rows) for each in benchmarks}) as on_progress:
         evaluation, result = evaluate_model(
-            name, model, benchmarks, settings, mask_decoder=job.mask_decoder, on_progress=on_progress
+            name,
+            model,
+            benchmarks,
+            settings,
+            mask_decoder=job.mask_decoder,
+            on_progress=on_progress,
+            say=lambda line: console.print(line, markup=False, soft_wrap=True),
         )
     evaluation.save(folder)
     for benchmark in result.benchmarks:

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from parcelray.cluster.capacity import DATA_TASK_CPUS, Need, Part, await_capacity
 from parcelray.cluster.session import num_nodes, ray_session
 from parcelray.config.model import CheckpointModelConfig
 from parcelray.config.paths import AS_WRITTEN
@@ -69,6 +70,7 @@ def run_training(
     address: str | None = None,
     parent_run_id: str | None = None,
     report: bool = True,
+    wait: bool = True,
     on_report: Callable[[Mapping[str, float]], None] | None = None,
     start_pin: ModelPin | None = None,
 ) -> TrainedRun:
@@ -80,13 +82,16 @@ def run_training(
         address: Ray cluster; None for RAY_ADDRESS or else a local instance. Unused with `scaling.num_workers: 0`.
         parent_run_id: MLflow run to nest under.
         report: whether to score the model as `job.report` defines.
+        wait: whether to wait for the resources of the workers; a search waits for those of its trials itself.
         on_report: called with the metrics at each checkpoint; picklable.
         start_pin: what `job.model` was resolved to by a search, whose trials have no access to the registry; None: it
             is resolved here.
 
     Raises:
-        UserError: the job is not valid, or its name belongs to another configuration.
-        SystemFailure: the training failed more often than `scaling.max_failures`.
+        UserError: the job is not valid, its name belongs to another configuration, or the cluster can never hold the
+            workers.
+        SystemFailure: the training failed more often than `scaling.max_failures`, or its resources were not free within
+            `scaling.wait_s`.
     """
     folder = RunFolder(job)
     with folder.claimed():
@@ -100,6 +105,13 @@ def run_training(
         start = _opened(job, start_pin) if start_pin is not None else resolve_start(job, uri)
         in_process = job.scaling.bounds[1] == 0
         with nullcontext() if in_process else ray_session(address):
+            if wait and not in_process:
+                await_capacity(
+                    needed_resources(job),
+                    job.scaling.wait_s,
+                    "scaling.wait_s",
+                    lambda line: console.print(line, markup=False, soft_wrap=True),
+                )
             if uri is not None and not in_process:
                 check_tracking_uri(uri, num_nodes())
             with (
@@ -126,6 +138,20 @@ def run_training(
         if keep is not None or not folder.is_local:
             folder.keep_checkpoints(keep or 0)
         return TrainedRun(folder.identity, folder, metrics, run_id, was_done=False)
+
+
+def needed_resources(job: TrainJob) -> Need:
+    """Returns the resources that the training of a job needs at least: its workers and one task that reads data."""
+    scaling, validation = job.scaling, job.validation
+    return Need(
+        "The training",
+        (
+            Part(scaling.bounds[0], "worker", {"CPU": scaling.cpus_per_worker, "GPU": scaling.gpus_per_worker}),
+            Part(1, "data task", {"CPU": DATA_TASK_CPUS}),
+            Part(int(validation.in_background), "validation task", {"GPU": validation.background_gpus}),
+        ),
+        "lower scaling.num_workers or the resources of each worker",
+    )
 
 
 def resolve_start(job: TrainJob, tracking_uri: str | None) -> ResolvedCheckpoint | None:

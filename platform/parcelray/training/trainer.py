@@ -63,11 +63,9 @@ def fit(
         A local copy of the last checkpoint, in a temporary folder that the caller removes, and the last metrics.
 
     Raises:
-        UserError: the cluster cannot hold the workers.
         SystemFailure: the training failed more often than `scaling.max_failures`, or Ray's record of its checkpoints
             is damaged.
     """
-    _check_capacity(job)
     _check_snapshot(folder)
     with watched_progress(on_progress) as progress:
         # Ray's annotations are those of the first version of Ray Train, which had no validation.
@@ -156,19 +154,6 @@ def _run_config(job: TrainJob, folder: RunFolder, on_report: Callable[[Mapping[s
         checkpoint_config=CheckpointConfig(num_to_keep=job.checkpointing.keep),
         callbacks=[ReportCallback(on_report)] if on_report is not None else None,  # type: ignore[list-item]
     )
-
-
-def _check_capacity(job: TrainJob) -> None:
-    """Refuse more workers than the cluster can hold; Ray Train itself would wait for them without end."""
-    available: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-    workers = job.scaling.bounds[0]
-    for name, each in (("CPU", job.scaling.cpus_per_worker), ("GPU", job.scaling.gpus_per_worker)):
-        if workers * each > available.get(name, 0.0):
-            raise UserError(
-                f"scaling requests {workers} workers of {each:g} {name} each, but the Ray cluster has"
-                f" {available.get(name, 0.0):g} {name} in all; lower scaling.num_workers or"
-                f" scaling.{name.lower()}s_per_worker, or use a larger cluster."
-            )
 
 
 def _check_snapshot(folder: RunFolder) -> None:

@@ -5,12 +5,13 @@ import os
 import random
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from parcelray.cluster.capacity import await_capacity, read_capacity
 from parcelray.cluster.session import ray_session
 from parcelray.config.evaluate import EvaluateJob
 from parcelray.config.model import CheckpointModelConfig
@@ -36,7 +37,7 @@ from parcelray.tuning.results import Baseline, SearchFindings, findings_of
 from parcelray.tuning.training_points import train_point, training_resources
 from parcelray.tuning.training_trial import early_stopping, population_scheduler, population_trial, training_trial
 from parcelray.tuning.trial_record import RECORD_FILE, TrialRecord
-from parcelray.tuning.trial_resources import TrialResources, cluster_nodes
+from parcelray.tuning.trial_resources import TrialResources
 from parcelray.tuning.tune_run import SearchObserver, evaluation_trial, run_search
 
 
@@ -170,9 +171,7 @@ class _Search:
         """
         resources = trial_resources(self.job)
         # A search that the cluster cannot run is refused before the reference is evaluated, which may take long.
-        count = (
-            resources.concurrency(cluster_nodes(), wanted_concurrency(self.job)) if not self.planner.is_finished else 0
-        )
+        count = 0 if self.planner.is_finished else self._concurrency(resources)
         if isinstance(self.job.base, EvaluateJob):
             evaluator = self._evaluator(self.job.base.model_copy(update={"storage": self.job.storage}))
             trial = evaluation_trial(evaluator.metrics, self.job.objectives[0])
@@ -180,6 +179,20 @@ class _Search:
             return evaluator
         self._run_trainings(self.job.base, resources, count)
         return None
+
+    def _concurrency(self, resources: TrialResources) -> int:
+        """Waits for the resources of one trial, or of a whole population; returns how many trials run at once."""
+        need = resources.need
+        if isinstance(self.job.algorithm, PbtAlgorithm):
+            members = need.times(self.job.algorithm.population)
+            need = replace(members, subject="The population", remedy=f"lower algorithm.population, {need.remedy}")
+        await_capacity(
+            need,
+            self.job.wait_s,
+            "wait_s",
+            lambda line: self.console.print(line, markup=False, soft_wrap=True),
+        )
+        return resources.concurrency(read_capacity(), wanted_concurrency(self.job))
 
     def baselines(self, evaluator: WarmEvaluator | None) -> dict[str, Baseline]:
         """Evaluates the baselines whose checkpoints exist, at the searched budgets that they support."""
@@ -205,12 +218,6 @@ class _Search:
         )
         first = self.job.objectives[0]
         if isinstance(self.job.algorithm, PbtAlgorithm):
-            if count and count < self.job.algorithm.population:
-                raise UserError(
-                    f"algorithm.population is {self.job.algorithm.population}, but the cluster can run only {count}"
-                    " trainings at the same time; make it smaller, give the trainings fewer workers, or use a larger"
-                    " cluster."
-                )
             # Tune uses Python's global generator to choose the member to copy.
             random.seed(self.job.seed)
             trial = population_trial(train, first, self.job.algorithm)

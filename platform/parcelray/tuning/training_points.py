@@ -117,6 +117,7 @@ def train_point(
             on_report=BeforeTheEnd(on_report, training.training.steps),
             report=False,
             start_pin=(pins or {}).get(start),
+            wait=False,
         )
     before, _ = segment.steps(changed_training(job, assignment, working_folder).training.steps)
     metrics = run.metrics | _costs(training, run.model_folder) | {"step": float(before + training.training.steps)}
