@@ -108,7 +108,7 @@ def test_little_shared_memory_is_reported(tmp_path: Path, monkeypatch: pytest.Mo
 def test_a_full_disk_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, total: float, free: float, status: str, words: list[str]
 ) -> None:
-    used = shutil._ntuple_diskusage(total * GIB, (total - free) * GIB, free * GIB)
+    used = shutil._ntuple_diskusage(*(int(gib * GIB) for gib in (total, total - free, free)))
     monkeypatch.setattr(shutil, "disk_usage", lambda path: used)
     for storage in (str(tmp_path / "runs" / "later"), "s3://bucket/runs"):
         _is(machine.check_disk(storage), status, *words)
