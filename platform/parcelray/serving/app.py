@@ -27,10 +27,19 @@ its three processes.
 """
 PROXY_TIMEOUT_S = 300.0
 """Time for Serve's proxy to become ready on a busy machine, seconds."""
-_PROXY_VARIABLES = {"RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": f"{PROXY_TIMEOUT_S / 3:.0f}"}
-"""Serve replaces a proxy that is not ready at three checks of this length.
+PROXY_VARIABLES = {
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": f"{PROXY_TIMEOUT_S / 3:.0f}",
+    "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
+    "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "20",
+}
+"""Environment of Serve's controller: how it checks proxies.
 
-The default of 5 s per check is so short that on a busy machine no proxy ever becomes ready.
+It replaces a proxy that is not ready at three checks. The default of 5 s per check is so short that on a busy machine
+no proxy ever becomes ready.
+
+It replaces a proxy that fails three health checks. A check of a dead proxy fails at once, so with one second between
+the checks it is replaced after about 3 s. With the default of 10 s, connections were refused for 33 s. A check of a
+busy proxy fails after the timeout, so a proxy that does not respond is kept for 60 s, as with the default.
 """
 _RESERVED_CALLS = 8
 """Calls per replica in addition to requests: health checks, statistics, inspections."""
@@ -161,7 +170,7 @@ def start_options(job: ServeJob) -> dict[str, Any]:
     return {
         "proxy_location": "HeadOnly",
         "http_options": {"host": job.http.host, "port": job.http.port, "keep_alive_timeout_s": 30},
-        "controller_options": {"runtime_env": {"env_vars": {**proxy_environment(job.limits), **_PROXY_VARIABLES}}},
+        "controller_options": {"runtime_env": {"env_vars": {**proxy_environment(job.limits), **PROXY_VARIABLES}}},
         "logging_config": LOGGING,
         **({"tracing_config": tracing} if tracing is not None else {}),
     }

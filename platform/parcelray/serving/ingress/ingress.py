@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ray import serve
-from starlette.types import ASGIApp
+from ray.exceptions import RayError
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from parcelray.config.base import StrictModel
 from parcelray.config.identity import identity
@@ -29,6 +30,7 @@ from parcelray.serving.ingress.budget_policy import BudgetPolicy
 from parcelray.serving.ingress.chat import Admission, ChatService
 from parcelray.serving.ingress.clients import HandleClient, ReplicaLost
 from parcelray.serving.ingress.metrics import EndpointMetrics
+from parcelray.serving.ingress.notices import LostRecords, Notices
 from parcelray.serving.ingress.request_log import RequestLog, RequestSampler
 from parcelray.serving.ingress.routes import Records, Route, Routes
 from parcelray.serving.replica import ReplicaSettings
@@ -87,6 +89,8 @@ class Ingress:
         self._job = job
         capacity = (job.engine.max_running + job.engine.max_waiting) * job.replicas.max
         metrics = EndpointMetrics(job.name)
+        self._notices = Notices()
+        self._lost_records = LostRecords(logger.handlers, metrics.log_records_dropped)
         self._store = _sample_store(job, metrics)
         self._shared = _Shared(
             policy=BudgetPolicy(job.budgets),
@@ -102,7 +106,7 @@ class Ingress:
         )
         self._gatekeeper = Gatekeeper(self._keys())
         self._service: ChatService | None = None
-        self._polling: asyncio.Task[None] | None = None
+        self._polling: asyncio.Future[list[None]] | None = None
 
     def __del__(self) -> None:
         """Called by Serve after the requests in flight have ended."""
@@ -111,7 +115,8 @@ class Ingress:
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         """Called by Serve after the first `reconfigure`."""
-        return Api(self._job.name, self._job.http, self._current, self._gatekeeper, self._shared.log).application()
+        api = Api(self._job.name, self._job.http, self._current, self._gatekeeper, self._shared.log)
+        return LostProxies(api.application())
 
     async def reconfigure(self, user_config: Mapping[str, Any]) -> None:
         """Called by Serve at the start and on every change of routes; requests in flight keep their chat service."""
@@ -133,7 +138,7 @@ class Ingress:
             log=shared.log,
         )
         if self._polling is None:
-            self._polling = asyncio.create_task(self._poll_stats())
+            self._polling = asyncio.gather(self._poll_stats(), self._watch_replicas(), self._watch_log())
         logger.info("parcelray: requests go to %s", ", ".join(route.version for route in self._service.routes.all))
 
     async def _poll_stats(self) -> None:
@@ -144,6 +149,25 @@ class Ingress:
                 # A replica that does not respond is polled again later.
                 with contextlib.suppress(ReplicaLost, EngineRefusal, TimeoutError):
                     self._shared.metrics.update(await asyncio.wait_for(route.client.stats(), _STATS_TIMEOUT_S))
+
+    async def _watch_replicas(self) -> None:
+        """Sends requests that wait for a hung replica to another one."""
+        while True:
+            await asyncio.sleep(_STATS_PERIOD_S)
+            for route in self._current().routes.all:
+                if lost := await route.client.release_silent():
+                    self._notices.add(f"{lost} requests waited for a model replica that does not respond; retried.")
+
+    async def _watch_log(self) -> None:
+        """Reports lost records of the log as soon as it can be written again."""
+        while True:
+            await asyncio.sleep(_STATS_PERIOD_S)
+            if (sentence := self._lost_records.report()) is not None:
+                self._notices.add(sentence)
+
+    async def notices(self) -> list[str]:
+        """Returns the sentences for the operator that `parcelray serve` has not printed yet."""
+        return self._notices.take()
 
     def _keys(self) -> list[ApiKey]:
         file = self._job.http.keys_file
@@ -159,6 +183,31 @@ class Ingress:
         # A version that does not answer gets no requests.
         await client.ping()
         return Route(route.settings.model.reference, client, prompts, costs, app=route.app)
+
+
+class LostProxies:
+    """ASGI middleware that treats the death of the proxy of a request as the disconnection of its client.
+
+    Serve raises an exception of Ray instead, which would be an unexpected error with a traceback for each request.
+
+    Args:
+        app: the application of the ingress.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handles one request."""
+
+        async def receive_or_disconnect() -> Message:
+            try:
+                return await receive()
+            except RayError:
+                logger.warning("parcelray: the proxy of a request was lost")
+                return {"type": "http.disconnect"}
+
+        await self._app(scope, receive_or_disconnect, send)
 
 
 def _sample_store(job: ServeJob, metrics: EndpointMetrics) -> "RequestSamples | None":
