@@ -74,7 +74,7 @@ def check_cluster(url: str, token: str | None) -> str:
 
 def cluster_version(url: str, token: str | None) -> str:
     """Queries the version of Ray of a cluster; raises UserError if the cluster is unreachable or rejects the token."""
-    return str(_get(url, "/api/version", token)["ray_version"])
+    return str(get_json(url, "/api/version", token)["ray_version"])
 
 
 def cluster_resources(address: str | None) -> dict[str, float]:
@@ -87,7 +87,7 @@ def cluster_resources(address: str | None) -> dict[str, float]:
         Amounts by Ray's resource names (`CPU`, `GPU`, `memory` in bytes, ...).
     """
     url = dashboard_url(address)
-    answer = _get(
+    answer = get_json(
         url, "/api/v0/nodes?detail=1&filter_keys=state&filter_predicates=%3D&filter_values=ALIVE", find_token()
     )
     total: dict[str, float] = {}
@@ -143,7 +143,18 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
         return None
 
 
-def _get(url: str, path: str, token: str | None) -> dict[str, Any]:
+def get_json(url: str, path: str, token: str | None) -> dict[str, Any]:
+    """Queries a path of a dashboard.
+
+    Args:
+        url: URL of the dashboard, from `dashboard_url`.
+        path: path with its query, such as `/api/version`.
+        token: authentication token, from `find_token`.
+
+    Raises:
+        UserError: nothing responds, the token is rejected, or the path is unknown.
+        SystemFailure: the cluster failed on the request.
+    """
     host = urllib.parse.urlsplit(url).hostname or ""
     if token and url.startswith("http://") and not is_loopback(host):
         log.warning(

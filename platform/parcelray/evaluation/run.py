@@ -33,6 +33,7 @@ from parcelray.evaluation.scoring.split_scores import SplitScores
 from parcelray.evaluation.scoring.summary import REFERENCE_FOLDER, Summary, summarize
 from parcelray.models.checkpoint import ResolvedCheckpoint, content_digest
 from parcelray.models.vlm import connector_of, image_size_of
+from parcelray.tracking.lineage import DATA_TAG, MODEL_IN_TAG
 from parcelray.tracking.mlflow_tracker import job_run
 from parcelray.tracking.registry import resolve_model
 from parcelray.tracking.run_folder import RunFolder
@@ -48,7 +49,9 @@ class EvaluatedRun:
 
     identity: str
     folder: Path
-    """Folder with the tables, the plot, result.json and the evaluated samples."""
+    """Folder of this host with the tables, the plot, result.json and the evaluated samples."""
+    uri: str
+    """The run folder: on a disk the same folder, else its URI."""
     summary: Summary
     computed: int
     """Number of predictions that were computed."""
@@ -85,7 +88,9 @@ def run_evaluation(
     reference = resolve_model(job.reference, uri) if job.reference is not None else None
     run_folder = RunFolder(pinned_job(job, checkpoint, reference))
     with run_folder.claimed():
-        folder = Path(run_folder.path) if run_folder.is_local else Path("runs") / "evaluate" / job.name
+        folder = run_folder.local
+        # For the comparison of the data with those of an earlier run.
+        run_folder.pull()
         benchmarks = prepare(job, image_size_of(checkpoint.path))
         for benchmark in benchmarks:
             check_fingerprint(folder, benchmark.config.name, benchmark.reader.fingerprint())
@@ -99,7 +104,7 @@ def run_evaluation(
                 run_folder.identity,
                 params=job.model_dump(mode="json", exclude={"benchmarks"}, context=AS_WRITTEN)
                 | {"benchmarks": ", ".join(choice.name for choice in job.benchmarks)},
-                tags={"parcel.model": checkpoint.pinned},
+                tags={MODEL_IN_TAG: checkpoint.pinned, DATA_TAG: _fingerprints(benchmarks)},
                 parent_run_id=parent_run_id,
             ) as run_id,
         ):
@@ -126,13 +131,12 @@ def run_evaluation(
             files = write_results(summary, folder)
             if tables:
                 show(summary, console)
-            console.print(f"Tables, plot and predictions: {folder}")
+            run_folder.push()
+            console.print(f"Tables, plot and predictions: {run_folder.uri}")
             if run_id is not None and uri is not None:
                 record_results(uri, run_id, summary, files)
         run_folder.finish(summary.to_dict())
-        if not run_folder.is_local:
-            run_folder.upload(folder, "results")
-        return EvaluatedRun(run_folder.identity, folder, summary, computed, present, run_id)
+        return EvaluatedRun(run_folder.identity, folder, run_folder.uri, summary, computed, present, run_id)
 
 
 def evaluate_model(
@@ -216,6 +220,12 @@ def _check_evaluated(benchmark: EvaluatedBenchmark, max_unscored: float) -> None
             f"{benchmark.config.name}: {len(problems)} of {total} samples could not be evaluated, more than"
             f" max_unscored {max_unscored:g} allows; the first: {first}. Fix the data, or raise max_unscored."
         )
+
+
+def _fingerprints(benchmarks: Sequence[PreparedBenchmark]) -> str:
+    """The data of an evaluation in one line: benchmark, revision and digest of the row ids."""
+    found = [(benchmark.config.name, benchmark.reader.fingerprint()) for benchmark in benchmarks]
+    return ", ".join(f"{name} {each.revision} ids sha256:{each.ids[:16]}" for name, each in found)
 
 
 def _check_unscored(summary: Summary, max_unscored: float) -> None:

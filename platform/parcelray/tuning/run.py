@@ -23,6 +23,7 @@ from parcelray.evaluation.run import run_evaluation
 from parcelray.evaluation.scoring.summary import Summary
 from parcelray.models.checkpoint import content_digest
 from parcelray.models.vlm import connector_of
+from parcelray.tracking.lineage import MODEL_IN_TAG
 from parcelray.tracking.mlflow_tracker import job_run
 from parcelray.tracking.registry import resolve_model
 from parcelray.tracking.run_folder import RunFolder
@@ -90,7 +91,14 @@ def run_tuning(
             console.print(f"{record.forget_failed()} failed trials are run again")
         how_to_resume = f"re-run the same command{'' if resume else ' with --resume'} to continue"
         with (
-            job_run(job, uri, run_folder.identity, params=_run_params(job), parent_run_id=parent_run_id) as run_id,
+            job_run(
+                job,
+                uri,
+                run_folder.identity,
+                params=_run_params(job),
+                tags={MODEL_IN_TAG: ", ".join(model.checkpoint.pinned for model in models.values()) or "scratch"},
+                parent_run_id=parent_run_id,
+            ) as run_id,
             ray_session(address),
         ):
             planner = make_planner(job.space, job.algorithm, job.objectives, job.seed, record)
