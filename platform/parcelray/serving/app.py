@@ -19,6 +19,8 @@ from parcelray.serving.replica import ReplicaSettings
 from parcelray.serving.replica.model_replica import ModelReplica
 
 INGRESS_DEPLOYMENT = "Ingress"
+INGRESS_IMPORT_PATH = f"{__name__}:ingress_app"
+"""Import path of the ingress in a configuration, by which endpoints are found among Serve's applications."""
 LOGGING = {"encoding": "JSON", "enable_access_log": False}
 """Logs one line of JSON per record.
 
@@ -168,7 +170,7 @@ def start_options(job: ServeJob) -> dict[str, Any]:
         else None
     )
     return {
-        "proxy_location": "HeadOnly",
+        "proxy_location": {"head": "HeadOnly", "every_node": "EveryNode"}[job.http.proxies],
         "http_options": {"host": job.http.host, "port": job.http.port, "keep_alive_timeout_s": 30},
         "controller_options": {"runtime_env": {"env_vars": {**proxy_environment(job.limits), **PROXY_VARIABLES}}},
         "logging_config": LOGGING,
@@ -190,7 +192,7 @@ def _ingress(job: ServeJob, routes: IngressRoutes) -> dict[str, Any]:
     return {
         "name": job.name,
         "route_prefix": "/",
-        "import_path": f"{__name__}:ingress_app",
+        "import_path": INGRESS_IMPORT_PATH,
         "args": job.model_dump(mode="json", context=WITH_TEXT),
         "deployments": [{"name": INGRESS_DEPLOYMENT, "user_config": routes.model_dump(mode="json")}],
     }
