@@ -45,8 +45,9 @@ from parcelray.serving.app import replica_settings
 from parcelray.serving.engine.continuous_engine import ContinuousEngine
 from parcelray.serving.engine.engine import PromptBuilder, Sampling, last_event
 from parcelray.serving.ingress.clients import LocalClient
+from parcelray.serving.deployments import deploy
 from parcelray.serving.plan import pin
-from parcelray.serving.run import deploy, endpoint
+from parcelray.serving.run import endpoint
 
 OFFLINE_GOAL = ">= 0.85"
 PLAIN_GOAL = ">= 2"

@@ -18,7 +18,8 @@ from parcelray.cluster.session import import_path, temporary_folder
 from parcelray.config.loader import apply_override, validate
 from parcelray.config.serve import ServeJob
 from parcelray.errors import SystemFailure, UserError
-from parcelray.serving.app import INGRESS_IMPORT_PATH, MODEL_DEPLOYMENT
+from parcelray.serving.app import INGRESS_IMPORT_PATH
+from parcelray.serving.ingress.ingress import MODEL_DEPLOYMENT
 from parcelray.serving.plan import PinnedEndpoint, pin
 
 if TYPE_CHECKING:
@@ -131,7 +132,9 @@ def endpoint_states(cluster: Cluster, name: str | None = None) -> list[EndpointS
     return [_state(details, each) for each in names if name in (None, each)]
 
 
-def deploy(pinned: PinnedEndpoint, cluster: Cluster, runtime_env: Mapping[str, Any]) -> None:
+def deploy(
+    pinned: PinnedEndpoint, cluster: Cluster | None = None, runtime_env: Mapping[str, Any] | None = None
+) -> None:
     """Deploys or updates the endpoint without downtime.
 
     1. New model versions start next to the old ones, and warm up.
@@ -140,13 +143,16 @@ def deploy(pinned: PinnedEndpoint, cluster: Cluster, runtime_env: Mapping[str, A
 
     Args:
         pinned: the endpoint.
-        cluster: where it runs.
-        runtime_env: runtime environment of its applications.
+        cluster: where it runs; None: the cluster that this process is connected to.
+        runtime_env: runtime environment of its applications; None: that which brings this process's package to them.
 
     Raises:
         SystemFailure: a model cannot be started; the old versions keep running.
     """
+    cluster = cluster or DriverCluster()
     config = pinned.config()
+    if runtime_env is None:
+        runtime_env = _driver_runtime_env()
     if runtime_env:
         config["applications"] = [{**app, "runtime_env": dict(runtime_env)} for app in config["applications"]]
     *models, ingress = config["applications"]
@@ -238,7 +244,7 @@ def check_address(job: ServeJob, details: Mapping[str, Any]) -> None:
         )
 
 
-def driver_runtime_env() -> dict[str, Any]:
+def _driver_runtime_env() -> dict[str, Any]:
     """Returns the runtime environment that brings this package to the applications of this driver.
 
     Serve builds and starts applications outside of the driver's job, whose packages are in Ray's own storage.

@@ -23,7 +23,6 @@ from parcelray.serving.deployments import (
     application_names,
     check_address,
     deploy,
-    driver_runtime_env,
     serve_client,
     stop,
 )
@@ -81,7 +80,7 @@ def endpoint(pinned: PinnedEndpoint, *, address: str | None = None, console: Con
             check_address(job, DriverCluster().details())
         _start(job)
         try:
-            deploy(pinned, DriverCluster(), driver_runtime_env())
+            deploy(pinned)
             yield f"http://{'127.0.0.1' if job.http.host in ('0.0.0.0', '::') else job.http.host}:{job.http.port}"
         except BaseException:
             _stop(job)
@@ -207,7 +206,7 @@ def _warn(pinned: PinnedEndpoint, console: Console) -> None:
 def _rolled_over(pinned: PinnedEndpoint, console: Console) -> PinnedEndpoint:
     try:
         new = pin(pinned.job)
-        deploy(new, DriverCluster(), driver_runtime_env())
+        deploy(new)
     except (UserError, SystemFailure) as error:
         console.print(f"The old version keeps running: {error}", style="red", soft_wrap=True)
         return pinned

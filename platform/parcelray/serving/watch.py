@@ -3,7 +3,8 @@
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from parcelray.serving.app import INGRESS_DEPLOYMENT, MODEL_DEPLOYMENT
+from parcelray.serving.app import INGRESS_DEPLOYMENT
+from parcelray.serving.ingress.ingress import MODEL_DEPLOYMENT
 
 _NAMES = {MODEL_DEPLOYMENT: "model replica", INGRESS_DEPLOYMENT: "ingress"}
 

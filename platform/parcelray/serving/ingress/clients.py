@@ -174,7 +174,7 @@ class HandleClient:
             results = await self._handle.broadcast("stats")._fetch_replica_results_async()
         except (RayActorError, DeploymentUnavailableError):
             return set()
-        checks = {asyncio.ensure_future(result.get_async()): _replica_of(result) for result in results}
+        checks = {asyncio.ensure_future(_answer(result)): _replica_of(result) for result in results}
         responding, silent = await asyncio.wait(checks, timeout=_SILENT_S)
         for check in silent:
             check.cancel()
@@ -204,6 +204,10 @@ class HandleClient:
             raise
         except (RayActorError, DeploymentUnavailableError, BackPressureError, RayTaskError) as error:
             raise _translated(error) from None
+
+
+async def _answer(result: Any) -> None:
+    await result.get_async()
 
 
 def _replica_of(result: Any) -> str | None:

@@ -106,7 +106,7 @@ class Ingress:
         )
         self._gatekeeper = Gatekeeper(self._keys())
         self._service: ChatService | None = None
-        self._polling: asyncio.Future[list[None]] | None = None
+        self._polling: asyncio.Future[Any] | None = None
 
     def __del__(self) -> None:
         """Called by Serve after the requests in flight have ended."""
