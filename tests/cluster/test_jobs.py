@@ -382,11 +382,6 @@ def test_an_unknown_job_is_reported(cluster: Cluster) -> None:
         list(jobs.logs("train-none-0000000e", address=cluster.address, follow=True))
 
 
-def test_the_resources_of_the_cluster_can_be_queried(cluster: Cluster) -> None:
-    resources = preflight.cluster_resources(cluster.address)
-    assert resources["CPU"] == 2.0
-    with pytest.raises(UserError, match=r"GPU 1 \(available: 0\)"):
-        preflight.check_resources({"CPU": 2, "GPU": 1}, resources)
 
 
 def test_a_driver_outside_of_a_job_joins_and_sends_the_package(cluster: Cluster) -> None:

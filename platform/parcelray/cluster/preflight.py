@@ -1,4 +1,4 @@
-"""Checks before a job is sent to a cluster: connection, authentication, version of Ray and resources."""
+"""Checks before a job is sent to a cluster: connection, authentication and version of Ray."""
 
 import importlib.metadata
 import json
@@ -12,7 +12,7 @@ from functools import cache
 from http.client import HTTPMessage
 from typing import IO, Any
 
-from parcelray.cluster.auth import auth_headers, find_token
+from parcelray.cluster.auth import auth_headers
 from parcelray.errors import SystemFailure, UserError
 from parcelray.loopback import is_loopback
 
@@ -78,26 +78,6 @@ def cluster_version(url: str, token: str | None) -> str:
     return str(get_json(url, "/api/version", token)["ray_version"])
 
 
-def cluster_resources(address: str | None) -> dict[str, float]:
-    """Queries the total resources of all live nodes of a cluster, including those in use.
-
-    Args:
-        address: address of the dashboard, as in `dashboard_url`.
-
-    Returns:
-        Amounts by Ray's resource names (`CPU`, `GPU`, `memory` in bytes, ...).
-    """
-    url = dashboard_url(address)
-    answer = get_json(
-        url, "/api/v0/nodes?detail=1&filter_keys=state&filter_predicates=%3D&filter_values=ALIVE", find_token()
-    )
-    total: dict[str, float] = {}
-    for node in answer["data"]["result"]["result"]:
-        for name, amount in (node["resources_total"] or {}).items():
-            total[name] = total.get(name, 0.0) + float(amount)
-    return total
-
-
 def local_ray_version() -> str:
     """Returns the version of Ray that is installed on this machine, without importing Ray."""
     return importlib.metadata.version("ray")
@@ -109,29 +89,6 @@ def check_version(cluster: str, local: str) -> None:
         raise UserError(
             f"The cluster runs Ray {cluster} and this machine Ray {local}; install ray=={cluster} here or use a cluster"
             f" with Ray {local}."
-        )
-
-
-def check_resources(need: Mapping[str, float], available: Mapping[str, float]) -> None:
-    """Checks that a cluster is large enough for a job. Ray itself would wait forever, without a message.
-
-    Args:
-        need: required amounts by Ray's resource names, for example `{"CPU": 5, "GPU": 4}`.
-        available: totals of the cluster, from `cluster_resources` or `ray.cluster_resources()`; with an autoscaler, its
-            upper limits.
-
-    Raises:
-        UserError: the cluster is too small; names every insufficient resource with both amounts.
-    """
-    short = [
-        f"{name} {amount:g} (available: {available.get(name, 0.0):g})"
-        for name, amount in sorted(need.items())
-        if amount > available.get(name, 0.0)
-    ]
-    if short:
-        raise UserError(
-            f"The cluster is too small for this job, which needs {', '.join(short)}. Reduce the job's resources or add"
-            " nodes."
         )
 
 

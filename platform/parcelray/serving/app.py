@@ -13,6 +13,7 @@ from parcelray.config.base import StrictModel
 from parcelray.config.paths import WITH_TEXT
 from parcelray.config.serve import InputPolicyConfig, ReplicasConfig, ServedModelConfig, ServeJob
 from parcelray.models.checkpoint import ResolvedCheckpoint
+from parcelray.serving.http.auth import ApiKey
 from parcelray.serving.http.proxy_guard import proxy_environment
 from parcelray.serving.ingress.ingress import MODEL_DEPLOYMENT, Ingress, IngressRoutes, RouteSettings
 from parcelray.serving.replica import ReplicaSettings
@@ -21,6 +22,8 @@ from parcelray.serving.replica.model_replica import ModelReplica
 INGRESS_DEPLOYMENT = "Ingress"
 INGRESS_IMPORT_PATH = f"{__name__}:ingress_app"
 """Import path of the ingress in a configuration, by which endpoints are found among Serve's applications."""
+INGRESS_CPUS = 0.1
+"""Logical CPUs of the ingress."""
 LOGGING = {"encoding": "JSON", "enable_access_log": False}
 """Logs one line of JSON per record.
 
@@ -98,7 +101,7 @@ def ingress_app(args: dict[str, Any]) -> Application:
         max_ongoing_requests=2 * in_flight + 64,
         max_queued_requests=4 * in_flight,
         backpressure_config={"status_code": 429, "retry_after_s": 1},
-        ray_actor_options={"num_cpus": 0.1},
+        ray_actor_options={"num_cpus": INGRESS_CPUS},
         # The ingress of a changed job starts next to the old one, which answers until the new one does.
         max_surge_percent=100,
         graceful_shutdown_wait_loop_s=0.5,
@@ -117,7 +120,7 @@ def replica_settings(job: ServeJob, model: ServedModelConfig, checkpoint: Resolv
         checkpoint: what `model.reference` was resolved to.
     """
     return ReplicaSettings(
-        path=str(checkpoint.path),
+        pin=checkpoint.pin,
         model=model.model_copy(update={"reference": checkpoint.pinned}),
         budgets=tuple(sorted(job.budgets.offered)),
         policy=_input_policy(job),
@@ -141,7 +144,7 @@ def route_settings(settings: ReplicaSettings) -> RouteSettings:
 
 
 def serve_config(
-    job: ServeJob, champion: ReplicaSettings, challenger: ReplicaSettings | None = None, keys: str | None = None
+    job: ServeJob, champion: ReplicaSettings, challenger: ReplicaSettings | None = None, keys: tuple[ApiKey, ...] = ()
 ) -> dict[str, Any]:
     """Returns the configuration of the whole endpoint in the format of `serve deploy`.
 
@@ -149,7 +152,7 @@ def serve_config(
         job: the endpoint.
         champion: settings of its model.
         challenger: settings of the other model of a canary.
-        keys: hash of the keys file, so that a changed file is read again.
+        keys: the API keys, as hashes; empty: none is needed.
     """
     models = [settings for settings in (champion, challenger) if settings is not None]
     routes = IngressRoutes(

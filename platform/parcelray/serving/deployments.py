@@ -6,6 +6,7 @@ Serve is reached from a driver of the cluster, or from anywhere through the REST
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import ray
@@ -19,6 +20,7 @@ from parcelray.config.loader import apply_override, validate
 from parcelray.config.serve import ServeJob
 from parcelray.errors import SystemFailure, UserError
 from parcelray.serving.app import INGRESS_IMPORT_PATH
+from parcelray.serving.http.auth import ApiKey
 from parcelray.serving.ingress.ingress import MODEL_DEPLOYMENT
 from parcelray.serving.plan import PinnedEndpoint, pin
 
@@ -197,7 +199,10 @@ def update(cluster: Cluster, name: str, overrides: Sequence[str]) -> PinnedEndpo
     if job.name != name:
         raise UserError(f"name is {job.name}, but the endpoint {name} is updated; serve the job to start another one.")
     check_address(job, details)
-    pinned = pin(job)
+    file = job.http.keys_file
+    # From another machine, the endpoint keeps its keys.
+    kept = running["deployments"][0]["user_config"]["keys"] if file is not None and not Path(file).exists() else []
+    pinned = pin(job, keys=tuple(ApiKey(**key) for key in kept))
     deploy(pinned, cluster, running.get("runtime_env") or {})
     return pinned
 

@@ -1,5 +1,6 @@
 """Starts, updates and stops an endpoint: connects to Ray, starts Serve, and deploys its applications in order."""
 
+import functools
 import logging
 import os
 import time
@@ -14,10 +15,11 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.schema import ProxyStatus
 from rich.console import Console
 
+from parcelray.cluster.capacity import Need, Part, await_capacity
 from parcelray.cluster.session import ADDRESS_VARIABLE, num_nodes, ray_session, temporary_folder
 from parcelray.config.serve import ServeJob
 from parcelray.errors import SystemFailure, UserError
-from parcelray.serving.app import INGRESS_DEPLOYMENT, PROXY_TIMEOUT_S, start_options
+from parcelray.serving.app import INGRESS_CPUS, INGRESS_DEPLOYMENT, PROXY_TIMEOUT_S, start_options
 from parcelray.serving.deployments import (
     DriverCluster,
     application_names,
@@ -46,11 +48,13 @@ def endpoint(pinned: PinnedEndpoint, *, address: str | None = None, console: Con
     Args:
         pinned: the endpoint.
         address: address of the Ray cluster; None: that of the environment variables, else a local one.
-        console: where it is printed that Ray died, which ends this process; None: it is not noticed.
+        console: where waiting for resources of the cluster is printed, and that Ray died, which ends this process.
+            None: nothing is printed, and a dead Ray is not noticed.
 
     Raises:
-        UserError: Ray cannot be started or connected to, or the port is in use.
-        SystemFailure: a model cannot be started.
+        UserError: Ray cannot be started or connected to, the port is in use, or the cluster can never hold the
+            replicas.
+        SystemFailure: a model cannot be started, or the resources were not free within `replicas.wait_s`.
     """
     job = pinned.job
     cpus = int(job.replicas.max * job.replicas.cpus + (job.canary is not None) * job.replicas.cpus + 1) + 2
@@ -78,22 +82,44 @@ def endpoint(pinned: PinnedEndpoint, *, address: str | None = None, console: Con
             check_tracking_uri(job.tracking.uri, num_nodes())
         if _get_global_client(raise_if_no_controller_running=False) is not None:
             check_address(job, DriverCluster().details())
+        else:
+            # An endpoint that runs already may be unchanged, and then it needs nothing.
+            say = functools.partial(console.print, markup=False, soft_wrap=True) if console is not None else str
+            await_capacity(needed_resources(job), job.replicas.wait_s, "replicas.wait_s", say)
         _start(job)
+        was_running = bool(application_names(DriverCluster().details(), job.name))
         try:
             deploy(pinned)
-            yield f"http://{'127.0.0.1' if job.http.host in ('0.0.0.0', '::') else job.http.host}:{job.http.port}"
         except BaseException:
-            _stop(job)
+            if not was_running:
+                _stop(job)
             raise
-        if not job.detached:
-            _stop(job)
+        try:
+            yield f"http://{'127.0.0.1' if job.http.host in ('0.0.0.0', '::') else job.http.host}:{job.http.port}"
+        finally:
+            if not job.detached:
+                _stop(job)
 
 
 def _stop(job: ServeJob) -> None:
     cluster = DriverCluster()
-    # The start may have been interrupted before anything was deployed, and another command may have stopped it.
+    # An interrupted start may have deployed nothing, and another command may have stopped the endpoint.
     if application_names(cluster.details(), job.name):
         stop(cluster, job.name)
+
+
+def needed_resources(job: ServeJob) -> Need:
+    """Returns the resources that an endpoint needs at least: the first replicas of its models, and its ingress."""
+    replicas = job.replicas
+    models = 1 if job.canary is None else 2
+    return Need(
+        "The endpoint",
+        (
+            Part(models * replicas.min, "replica", {"CPU": replicas.cpus, "GPU": replicas.gpus}),
+            Part(1, "ingress", {"CPU": INGRESS_CPUS}),
+        ),
+        "lower replicas.min or the resources of each replica",
+    )
 
 
 def _start(job: ServeJob) -> None:

@@ -37,6 +37,7 @@ METRICS_PER_BATCH = 1000
 BATCH_BYTES = 900_000
 _ARTIFACTS = "artifacts"
 """Name of the folder of artifacts next to a SQLite database."""
+_TEST_EXPERIMENT = "parcelray-doctor"
 REDACTED = "<redacted>"
 _LOCK_TIMEOUT_S = 10.0
 """Longest wait for another process's lock on a SQLite database, seconds."""
@@ -158,6 +159,37 @@ def ensure_store(uri: str) -> str:
             _relocate_artifacts(database, absolute)
         MlflowClient(tracking_uri=absolute).search_experiments(max_results=1)
     return absolute
+
+
+def store_round_trip(uri: str) -> None:
+    """Writes a run to the experiment `parcelray-doctor`, reads it and deletes it.
+
+    Args:
+        uri: see `ensure_store`.
+
+    Raises:
+        UserError: see `check_tracking_uri`.
+        SystemFailure: the store does not return what was written, or a SQLite store cannot be used.
+    """
+    uri = ensure_store(uri)
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=uri)
+    with store_lock(uri), explained_store_failures(uri):
+        experiment = client.get_experiment_by_name(_TEST_EXPERIMENT)
+        identifier = (
+            client.create_experiment(_TEST_EXPERIMENT, artifact_location(uri, _TEST_EXPERIMENT))
+            if experiment is None
+            else experiment.experiment_id
+        )
+        run = client.create_run(identifier)
+        try:
+            client.log_metric(run.info.run_id, "value", 1.5)
+            found = client.get_run(run.info.run_id).data.metrics
+        finally:
+            client.delete_run(run.info.run_id)
+    if found != {"value": 1.5}:
+        raise SystemFailure(f"{hide_credentials(uri)} returned {found} for a metric of 1.5; use another store.")
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from parcelray.cluster.capacity import DATA_TASK_CPUS, Need, Part, await_capacity
 from parcelray.cluster.session import num_nodes, ray_session
 from parcelray.config.model import CheckpointModelConfig
 from parcelray.config.paths import AS_WRITTEN
@@ -17,11 +18,12 @@ from parcelray.config.train import TrainJob
 from parcelray.console import step_progress
 from parcelray.datasets.open import check_rows
 from parcelray.errors import SystemFailure
-from parcelray.models.checkpoint import ResolvedCheckpoint, resolve_checkpoint, write_manifest
+from parcelray.models.checkpoint import ModelPin, ResolvedCheckpoint, resolve_checkpoint, write_manifest
 from parcelray.models.vlm import write_converted
-from parcelray.tracking.metric_logger import MetricLogger, open_metric_logger
 from parcelray.tracking.lineage import MODEL_IN_TAG, MODEL_OUT_TAG, git_commit
+from parcelray.tracking.metric_logger import MetricLogger, open_metric_logger
 from parcelray.tracking.mlflow_tracker import MlflowRunLogger, job_run
+from parcelray.tracking.opening import model_folder
 from parcelray.tracking.registry import resolve_model
 from parcelray.tracking.run_folder import IN_PROCESS, RunFolder
 from parcelray.tracking.store import check_tracking_uri, ensure_store
@@ -68,7 +70,9 @@ def run_training(
     address: str | None = None,
     parent_run_id: str | None = None,
     report: bool = True,
+    wait: bool = True,
     on_report: Callable[[Mapping[str, float]], None] | None = None,
+    start_pin: ModelPin | None = None,
 ) -> TrainedRun:
     """Train a job, or resume it, or return at once if it is finished.
 
@@ -78,11 +82,16 @@ def run_training(
         address: Ray cluster; None for RAY_ADDRESS or else a local instance. Unused with `scaling.num_workers: 0`.
         parent_run_id: MLflow run to nest under.
         report: whether to score the model as `job.report` defines.
+        wait: whether to wait for the resources of the workers; a search waits for those of its trials itself.
         on_report: called with the metrics at each checkpoint; picklable.
+        start_pin: what `job.model` was resolved to by a search, whose trials have no access to the registry; None: it
+            is resolved here.
 
     Raises:
-        UserError: the job is not valid, or its name belongs to another configuration.
-        SystemFailure: the training failed more often than `scaling.max_failures`.
+        UserError: the job is not valid, its name belongs to another configuration, or the cluster can never hold the
+            workers.
+        SystemFailure: the training failed more often than `scaling.max_failures`, or its resources were not free within
+            `scaling.wait_s`.
     """
     folder = RunFolder(job)
     with folder.claimed():
@@ -93,9 +102,16 @@ def run_training(
             return run
         uri = ensure_store(job.tracking.uri) if job.tracking.uri is not None else None
         check_rows(job.data)
-        start = resolve_start(job, uri)
+        start = _opened(job, start_pin) if start_pin is not None else resolve_start(job, uri)
         in_process = job.scaling.bounds[1] == 0
         with nullcontext() if in_process else ray_session(address):
+            if wait and not in_process:
+                await_capacity(
+                    needed_resources(job),
+                    job.scaling.wait_s,
+                    "scaling.wait_s",
+                    lambda line: console.print(line, markup=False, soft_wrap=True),
+                )
             if uri is not None and not in_process:
                 check_tracking_uri(uri, num_nodes())
             with (
@@ -118,12 +134,34 @@ def run_training(
                 if report and job.report is not None:
                     metrics |= report_training(job, folder, console, uri, run_id)
         folder.finish({"model": MODEL, "metrics": metrics, "mlflow_run_id": run_id})
+        keep = job.storage_limits.finished_checkpoints
+        if keep is not None or not folder.is_local:
+            folder.keep_checkpoints(keep or 0)
         return TrainedRun(folder.identity, folder, metrics, run_id, was_done=False)
+
+
+def needed_resources(job: TrainJob) -> Need:
+    """Returns the resources that the training of a job needs at least: its workers and one task that reads data."""
+    scaling, validation = job.scaling, job.validation
+    return Need(
+        "The training",
+        (
+            Part(scaling.bounds[0], "worker", {"CPU": scaling.cpus_per_worker, "GPU": scaling.gpus_per_worker}),
+            Part(1, "data task", {"CPU": DATA_TASK_CPUS}),
+            Part(int(validation.in_background), "validation task", {"GPU": validation.background_gpus}),
+        ),
+        "lower scaling.num_workers or the resources of each worker",
+    )
 
 
 def resolve_start(job: TrainJob, tracking_uri: str | None) -> ResolvedCheckpoint | None:
     """Resolve the checkpoint that the job starts from; None for a model from scratch."""
     return resolve_model(job.model, tracking_uri) if isinstance(job.model, CheckpointModelConfig) else None
+
+
+def _opened(job: TrainJob, pin: ModelPin) -> ResolvedCheckpoint:
+    assert isinstance(job.model, CheckpointModelConfig)
+    return ResolvedCheckpoint(model_folder(pin), job.model.reference, pin)
 
 
 def _fit(
@@ -135,13 +173,12 @@ def _fit(
     on_report: Callable[[Mapping[str, float]], None] | None,
 ) -> tuple[Path, dict[str, float]]:
     """Train in this process or on Ray Train; returns the last checkpoint and the last metrics."""
-    path = start.path if start is not None else None
     if job.scaling.bounds[1] == 0:
         _pull_newest(folder)
         return fit_in_process(
             job,
             folder.local / IN_PROCESS,
-            checkpoint=path,
+            checkpoint=start.path if start is not None else None,
             logger=logger(),
             on_progress=on_progress,
             on_report=on_report,
@@ -150,7 +187,8 @@ def _fit(
     # Ray Train takes seconds to import, so in-process runs and --dry-run do not load it.
     from parcelray.training.trainer import fit
 
-    return fit(job, folder, checkpoint=path, logger=logger, on_progress=on_progress, on_report=on_report)
+    pin = start.pin if start is not None else None
+    return fit(job, folder, start=pin, logger=logger, on_progress=on_progress, on_report=on_report)
 
 
 def _push_checkpoint(folder: RunFolder, keep: int, checkpoint: Path) -> None:

@@ -10,7 +10,6 @@ import contextlib
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ray import serve
@@ -24,7 +23,7 @@ from parcelray.profiling.backbone_shapes import from_transformers_config
 from parcelray.profiling.flops import CostBreakdown, cost
 from parcelray.serving.engine.engine import EngineRefusal, PromptBuilder
 from parcelray.serving.http.api import Api
-from parcelray.serving.http.auth import ApiKey, Gatekeeper, read_keys
+from parcelray.serving.http.auth import ApiKey, Gatekeeper
 from parcelray.serving.http.images import ImageReader
 from parcelray.serving.ingress.budget_policy import BudgetPolicy
 from parcelray.serving.ingress.chat import Admission, ChatService
@@ -34,6 +33,7 @@ from parcelray.serving.ingress.notices import LostRecords, Notices
 from parcelray.serving.ingress.request_log import RequestLog, RequestSampler
 from parcelray.serving.ingress.routes import Records, Route, Routes
 from parcelray.serving.replica import ReplicaSettings
+from parcelray.tracking.opening import model_folder
 
 if TYPE_CHECKING:
     from parcelray.tracking.request_samples import RequestSamples
@@ -59,8 +59,8 @@ class IngressRoutes(StrictModel):
 
     champion: RouteSettings
     challenger: RouteSettings | None = None
-    keys: str | None = None
-    """Hash of the keys file; a change makes the ingress read the file again."""
+    keys: tuple[ApiKey, ...] = ()
+    """The API keys, as hashes: the ingress may run on another host than the keys file. Empty: no key is needed."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class Ingress:
             ),
             records=Records(),
         )
-        self._gatekeeper = Gatekeeper(self._keys())
+        self._gatekeeper = Gatekeeper([])
         self._service: ChatService | None = None
         self._polling: asyncio.Future[Any] | None = None
 
@@ -121,7 +121,9 @@ class Ingress:
     async def reconfigure(self, user_config: Mapping[str, Any]) -> None:
         """Called by Serve at the start and on every change of routes; requests in flight keep their chat service."""
         settings = IngressRoutes.model_validate(user_config)
-        self._gatekeeper.replace(self._keys())
+        # Without any key, every request would be admitted.
+        assert settings.keys or self._job.http.keys_file is None, "`pin` reads the keys file"
+        self._gatekeeper.replace(list(settings.keys))
         champion = await self._route(settings.champion)
         challenger = await self._route(settings.challenger) if settings.challenger is not None else None
         canary = self._job.canary
@@ -168,10 +170,6 @@ class Ingress:
     async def notices(self) -> list[str]:
         """Returns the sentences for the operator that `parcelray serve` has not printed yet."""
         return self._notices.take()
-
-    def _keys(self) -> list[ApiKey]:
-        file = self._job.http.keys_file
-        return read_keys(Path(file)) if file else []
 
     def _current(self) -> ChatService:
         assert self._service is not None, "Serve calls `reconfigure` before it sends requests"
@@ -223,8 +221,9 @@ def _sample_store(job: ServeJob, metrics: EndpointMetrics) -> "RequestSamples | 
 def _load_prompts_and_costs(settings: ReplicaSettings) -> tuple[PromptBuilder, dict[int, CostBreakdown]]:
     from parcelray.models.vlm import config_of, load_processor
 
-    config = config_of(settings.path)
+    folder = model_folder(settings.pin, logger.info)
+    config = config_of(folder)
     connector = settings.model.connector or config.connector_config
     shape = from_transformers_config(config)
     costs = {budget: cost(shape, connector, budget) for budget in settings.budgets}
-    return PromptBuilder(load_processor(settings.path)), costs
+    return PromptBuilder(load_processor(folder)), costs
