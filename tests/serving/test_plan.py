@@ -69,7 +69,7 @@ def test_the_file_for_serve_deploy_describes_the_whole_endpoint() -> None:
     assert written["applications"][1]["deployments"][0]["user_config"]["champion"]["app"] == model.name
     # The file holds the pinned reference, not the alias.
     assert written["applications"][0]["args"]["settings"]["model"]["reference"].startswith("sha256:")
-    # The proxy middleware is configured. The only path of this machine is the checkpoint's folder, named in the header.
+    # The proxy middleware is configured, and no path of this machine is in the file.
     variables = schema.controller_options.runtime_env["env_vars"]
     assert variables["RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"] == "parcelray.serving.http.proxy_guard:middlewares"
     assert 3 * float(variables["RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S"]) >= 300, (
@@ -77,7 +77,8 @@ def test_the_file_for_serve_deploy_describes_the_whole_endpoint() -> None:
     )
     assert schema.logging_config.encoding == "JSON"
     assert "PYTHONPATH" not in text
-    assert f"# Every node needs the folder {pinned.champion.path}." in text.splitlines()
+    assert str(pinned.champion.path) not in text
+    assert f"# Every node needs access to {pinned.champion.pin.reference}." in text.splitlines()
 
 
 def test_the_hashes_of_the_keys_travel_with_the_configuration(tmp_path: Path) -> None:
