@@ -131,7 +131,7 @@ def test_a_stop_removes_the_ingress_before_its_model(cluster: FakeServe) -> None
     _, model = application_names(cluster.details(), "mini")
     stop(cluster, "mini")
     assert cluster.history[1:] == [["foreign", model], ["foreign"]]
-    with pytest.raises(UserError, match="mini is not an endpoint of this cluster .there is none"):
+    with pytest.raises(UserError, match=r"mini is not an endpoint of this cluster \(there is none"):
         stop(cluster, "mini")
 
 

@@ -102,6 +102,7 @@ def train(
                 "metrics": run.metrics,
                 "mlflow_run_id": run.mlflow_run_id,
                 "was_done": run.was_done,
+                "registered": run.registered,
             }
         )
 

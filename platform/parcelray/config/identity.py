@@ -28,6 +28,7 @@ _NOT_IDENTITY = (
     "max_concurrent",
     "stall_s",
     "wait_s",
+    "register",
     "baselines",
     "rivals",
     "confirm",

@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from parcelray.cluster.node_inputs import check_inputs
 from parcelray.cluster.session import ray_session
 from parcelray.config.evaluate import EvaluateJob, PassConfig, budget_name
 from parcelray.config.paths import AS_WRITTEN
@@ -104,7 +105,7 @@ def run_evaluation(
         for warning in family_warnings(job, benchmarks, checkpoint, reference):
             console.print(f"Warning: {warning}", style="yellow", markup=False, soft_wrap=True)
         with (
-            nullcontext() if job.compute.actors == 0 else ray_session(address),
+            nullcontext() if job.compute.actors == 0 else _session(job, address, checkpoint, reference),
             job_run(
                 job,
                 uri,
@@ -165,6 +166,17 @@ def limit_predictions(storage: str, job: EvaluateJob, digests: Sequence[str], co
     deleted = store.limit(round(limit_gb * 2**30), in_use)
     if deleted:
         console.print(f"{deleted:,} files of old predictions were deleted, to keep all below {limit_gb:g} GiB.")
+
+
+@contextmanager
+def _session(
+    job: EvaluateJob, address: str | None, checkpoint: ResolvedCheckpoint, reference: ResolvedCheckpoint | None
+) -> Iterator[None]:
+    """Connects to Ray, and checks that the nodes have the same models and data under the plain paths of the job."""
+    with ray_session(address):
+        pins = [model.pin for model in (checkpoint, reference) if model is not None]
+        check_inputs(pins, [choice.data for choice in job.benchmarks])
+        yield
 
 
 def evaluate_model(

@@ -16,8 +16,9 @@ from ray.serve.schema import ProxyStatus
 from rich.console import Console
 
 from parcelray.cluster.capacity import Need, Part, await_capacity
+from parcelray.cluster.node_inputs import check_inputs
 from parcelray.cluster.session import ADDRESS_VARIABLE, num_nodes, ray_session, temporary_folder
-from parcelray.config.serve import ServeJob
+from parcelray.config.serve import InputPolicyConfig, ServeJob
 from parcelray.errors import SystemFailure, UserError
 from parcelray.serving.app import INGRESS_CPUS, INGRESS_DEPLOYMENT, PROXY_TIMEOUT_S, start_options
 from parcelray.serving.deployments import (
@@ -86,6 +87,9 @@ def endpoint(pinned: PinnedEndpoint, *, address: str | None = None, console: Con
             # An endpoint that runs already may be unchanged, and then it needs nothing.
             say = functools.partial(console.print, markup=False, soft_wrap=True) if console is not None else str
             await_capacity(needed_resources(job), job.replicas.wait_s, "replicas.wait_s", say)
+        models = [model.pin for model in (pinned.champion, pinned.challenger) if model is not None]
+        policy = job.budgets.policy
+        check_inputs(models, [policy.predictor] if isinstance(policy, InputPolicyConfig) else [])
         _start(job)
         was_running = bool(application_names(DriverCluster().details(), job.name))
         try:

@@ -12,6 +12,7 @@ from typing import Any
 from rich.console import Console
 
 from parcelray.cluster.capacity import await_capacity, read_capacity
+from parcelray.cluster.node_inputs import check_inputs
 from parcelray.cluster.session import ray_session
 from parcelray.config.evaluate import EvaluateJob
 from parcelray.config.model import CheckpointModelConfig
@@ -19,6 +20,7 @@ from parcelray.config.paths import written
 from parcelray.config.space_checks import check_search_space_of
 from parcelray.config.train import StorageLimits, TrainJob
 from parcelray.config.tune import HyperBandScheduler, PbtAlgorithm, TuneJob
+from parcelray.datasets.open import data_folder
 from parcelray.errors import SystemFailure, UserError
 from parcelray.evaluation.run import limit_predictions, run_evaluation
 from parcelray.evaluation.scoring.summary import Summary
@@ -101,11 +103,12 @@ def run_tuning(
                 uri,
                 run_folder.identity,
                 params=_run_params(job),
-                tags={MODEL_IN_TAG: ", ".join(model.checkpoint.pinned for model in models.values()) or "scratch"},
+                tags={MODEL_IN_TAG: ", ".join(model.pinned for model in models.values()) or "scratch"},
                 parent_run_id=parent_run_id,
             ) as run_id,
             ray_session(address),
         ):
+            check_inputs([model.pin for model in models.values()], _data_folders(job))
             planner = make_planner(job.space, job.algorithm, job.objectives, job.seed, record)
             search = _Search(job, console, record, planner, run_folder, models, uri, run_id, how_to_resume)
             evaluator = search.run()
@@ -349,6 +352,13 @@ def wanted_concurrency(job: TuneJob) -> int | None:
     # Each trial that runs at the same time holds a copy of the model.
     actors = max(1, job.base.compute.actors)
     return min(actors, job.max_concurrent or actors)
+
+
+def _data_folders(job: TuneJob) -> list[str | None]:
+    """Returns the folders and files that the trials read data from."""
+    evaluations = [each for each in (job.base, job.evaluation) if isinstance(each, EvaluateJob)]
+    trained = [data_folder(job.base.data)] if isinstance(job.base, TrainJob) else []
+    return [*trained, *(choice.data for each in evaluations for choice in each.benchmarks)]
 
 
 def _measures_latency(job: TuneJob) -> bool:

@@ -79,7 +79,7 @@ def trial_job(
     data["seed"] = whole.seed + segment.index
     # The driver of the search records the trial; a run of the training itself would be a duplicate.
     data["tracking"] = {"uri": None}
-    data["report"] = None
+    data["report"] = data["register"] = None
     data["storage"] = f"{folder}/trials" if "://" in folder else os.path.abspath(f"{folder}/trials")
     part = validate(TrainJob, data, "the search")
     return part.model_copy(update={"name": f"{point_key(assignment)}-{config_hash(part)}"})
