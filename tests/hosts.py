@@ -20,11 +20,14 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from .processes import LIMIT_S, wait_until
 
 ROOT = Path(__file__).resolve().parents[1]
-_TMP = Path(tempfile.gettempdir())
-HOME = _TMP / "home"
+TMP = Path(tempfile.gettempdir())
+"""Temporary folder of every host, on its own disk."""
+HOME = TMP / "home"
 """Home folder of every host, on its own disk."""
 PROJECT = HOME / "parcelray"
 """The project on the laptop."""
@@ -34,6 +37,8 @@ S3_URL = f"http://{_ADDRESSES['services']}:9000"
 MLFLOW_URL = "http://mlflow:5000"
 DASHBOARD_URL = "http://127.0.0.1:8265"
 BUCKET = "parcelray"
+RUNS = f"s3://{BUCKET}/runs"
+"""Storage of the jobs."""
 # Folders of the project that a submission needs; tests and figures would only be copied.
 _PROJECT_FOLDERS = ("platform", "jobs", "search_spaces", "pipelines", "pyproject.toml", "requirements.lock")
 
@@ -101,7 +106,7 @@ class Host:
             "name": name,
             "root": str(self.folder),
             "environment": str(environment),
-            "temporary": str(_TMP),
+            "temporary": str(TMP),
             "hidden": shlex.join(map(str, sorted(hidden))),
         }
         # Without this process, the host ends, too.
@@ -123,7 +128,7 @@ class Host:
 
     def path(self, path: Path) -> Path:
         """Returns the path, outside of the host, of a file below its temporary folder."""
-        return self.folder / "tmp" / path.relative_to(_TMP)
+        return self.folder / "tmp" / path.relative_to(TMP)
 
     def command(self, script: str, folder: Path = HOME) -> list[str]:
         """Returns the command that runs a shell script on this host."""
@@ -236,10 +241,17 @@ class Hosts:
         self.workers[number] = self._host(name)
         return self.workers[number]
 
+    def job_file(self, job: Mapping[str, Any]) -> str:
+        """Writes a job file on the laptop, with the storage and the server of the cluster; returns its path there."""
+        name = f"jobs/test-{job['kind']}-{job['name']}.yaml"
+        common = {"tracking": {"uri": MLFLOW_URL}} | ({} if job["kind"] == "serve" else {"storage": RUNS})
+        (self.laptop.path(PROJECT) / name).write_text(yaml.safe_dump(common | dict(job)), encoding="utf-8")
+        return name
+
     def start_s3(self) -> subprocess.Popen[bytes]:
         """Starts the S3 server with one bucket; its objects are in memory."""
         server = self.services.start("exec moto_server -H 0.0.0.0 -p 9000", log="s3.log")
-        create = "import s3fs; s3fs.S3FileSystem().mkdir({!r}); print('true')".format(BUCKET)
+        create = f"import s3fs; s3fs.S3FileSystem().mkdir({BUCKET!r}); print('true')"
         wait_until(lambda: "9000" in self.services.run("ss -tln"), "the S3 server listens", server)
         self.services.python(create)
         return server
