@@ -94,7 +94,7 @@ def train(
         write_json(
             {
                 "identity": run.identity,
-                "model": str(run.model_folder),
+                "model": run.model,
                 "metrics": run.metrics,
                 "mlflow_run_id": run.mlflow_run_id,
                 "was_done": run.was_done,

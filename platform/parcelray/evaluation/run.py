@@ -48,7 +48,9 @@ class EvaluatedRun:
 
     identity: str
     folder: Path
-    """Folder with the tables, the plot, result.json and the evaluated samples."""
+    """Folder of this host with the tables, the plot, result.json and the evaluated samples."""
+    uri: str
+    """The run folder: on a disk the same folder, else its URI."""
     summary: Summary
     computed: int
     """Number of predictions that were computed."""
@@ -85,7 +87,9 @@ def run_evaluation(
     reference = resolve_model(job.reference, uri) if job.reference is not None else None
     run_folder = RunFolder(pinned_job(job, checkpoint, reference))
     with run_folder.claimed():
-        folder = Path(run_folder.path) if run_folder.is_local else Path("runs") / "evaluate" / job.name
+        folder = run_folder.local
+        # For the comparison of the data with those of an earlier run.
+        run_folder.pull()
         benchmarks = prepare(job, image_size_of(checkpoint.path))
         for benchmark in benchmarks:
             check_fingerprint(folder, benchmark.config.name, benchmark.reader.fingerprint())
@@ -126,13 +130,12 @@ def run_evaluation(
             files = write_results(summary, folder)
             if tables:
                 show(summary, console)
-            console.print(f"Tables, plot and predictions: {folder}")
+            run_folder.push()
+            console.print(f"Tables, plot and predictions: {run_folder.uri}")
             if run_id is not None and uri is not None:
                 record_results(uri, run_id, summary, files)
         run_folder.finish(summary.to_dict())
-        if not run_folder.is_local:
-            run_folder.upload(folder, "results")
-        return EvaluatedRun(run_folder.identity, folder, summary, computed, present, run_id)
+        return EvaluatedRun(run_folder.identity, folder, run_folder.uri, summary, computed, present, run_id)
 
 
 def evaluate_model(

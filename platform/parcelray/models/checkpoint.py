@@ -24,7 +24,7 @@ import parcelray
 from parcelray.config.base import StrictModel
 from parcelray.config.paths import PACKAGED
 from parcelray.errors import UserError
-from parcelray.files import atomic_write
+from parcelray.files import INDEX, atomic_write
 from parcelray.models.host_cache import OnProgress, cached_model, downloaded_model, host_lock, remembered_digest
 
 MANIFEST_NAME = "manifest.json"
@@ -412,7 +412,9 @@ def verify_manifest(folder: Path) -> Manifest:
 def _files(folder: Path) -> dict[str, Path]:
     paths = (path for path in sorted(folder.rglob("*")) if path.is_file())
     return {
-        name: path for path in paths if (name := path.relative_to(folder).as_posix()) not in (MANIFEST_NAME, _CARD_NAME)
+        name: path
+        for path in paths
+        if (name := path.relative_to(folder).as_posix()) not in (MANIFEST_NAME, _CARD_NAME, INDEX)
     }
 
 

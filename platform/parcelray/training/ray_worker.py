@@ -5,19 +5,26 @@ imports those only inside the functions that run on a worker or in a validation 
 """
 
 import functools
+import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import ray
 import ray.train
+from pyarrow.fs import LocalFileSystem, copy_files
 from ray.train import Checkpoint, UserCallback
+from ray.train.collective import broadcast_from_rank_zero
 
 from parcelray.config.train import TrainJob
+from parcelray.errors import SystemFailure
+from parcelray.files import listing_wait_s
 from parcelray.tracking.metric_logger import MetricLogger, NoMetrics
+
+logger = logging.getLogger(__name__)
 
 _POLL_S = 0.5
 """Interval at which the driver polls the progress, in seconds."""
@@ -78,12 +85,40 @@ def _report(metrics: dict[str, float], folder: Path | None, validate: bool) -> N
 
 @contextmanager
 def _restored_checkpoint() -> Iterator[Path | None]:
-    checkpoint = ray.train.get_checkpoint()
-    if checkpoint is None:
+    """Yields the newest complete checkpoint of the run on this host, equal on all ranks; None at the start of a run."""
+    newest = ray.train.get_checkpoint()
+    if newest is None:
         yield None
         return
-    with checkpoint.as_directory() as name:
-        yield Path(name)
+    from parcelray.training.checkpointing import is_complete
+
+    with ExitStack() as stack:
+        path = _fetched(newest, stack)
+        # All ranks resume from the same step, also if rank 0 alone finds a damaged file.
+        if not broadcast_from_rank_zero(is_complete(path)):
+            earlier = [
+                each.checkpoint for each in ray.train.get_all_reported_checkpoints() if each.checkpoint != newest
+            ]
+            if earlier:
+                logger.warning("The checkpoint %s is damaged; the one before it is used.", newest.path)
+                path = _fetched(earlier[-1], stack)
+        if not is_complete(path):
+            raise SystemFailure(
+                f"The checkpoint {newest.path} is damaged, and there is no complete one before it; remove the run folder"
+                " to train again from the start."
+            )
+        yield path
+
+
+def _fetched(checkpoint: Checkpoint, stack: ExitStack) -> Path:
+    """Returns a checkpoint on this host. The processes of a host share one copy from object storage."""
+    from parcelray.training.checkpointing import fetch, is_complete
+
+    path = Path(stack.enter_context(checkpoint.as_directory()))
+    if not isinstance(checkpoint.filesystem, LocalFileSystem) and not is_complete(path):
+        wait_s = listing_wait_s(checkpoint.filesystem.handler.fs)
+        fetch(lambda copy: copy_files(checkpoint.path, str(copy), checkpoint.filesystem), path, wait_s=wait_s)
+    return path
 
 
 class ReportCallback(UserCallback):

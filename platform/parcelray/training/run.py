@@ -16,17 +16,19 @@ from parcelray.config.paths import AS_WRITTEN
 from parcelray.config.train import TrainJob
 from parcelray.console import step_progress
 from parcelray.datasets.open import check_rows
+from parcelray.errors import SystemFailure
 from parcelray.models.checkpoint import ResolvedCheckpoint, write_manifest
 from parcelray.models.vlm import write_converted
 from parcelray.tracking.metric_logger import MetricLogger, open_metric_logger
 from parcelray.tracking.mlflow_tracker import git_commit, job_run
 from parcelray.tracking.registry import resolve_model
-from parcelray.tracking.run_folder import RunFolder
+from parcelray.tracking.run_folder import IN_PROCESS, RunFolder
 from parcelray.tracking.store import check_tracking_uri, ensure_store
+from parcelray.training.checkpointing import is_complete
 from parcelray.training.report import report_training
 from parcelray.training.train_loop import fit_in_process
 
-_MODEL = "model"
+MODEL = "model"
 """Folder of the trained model in the run folder."""
 
 
@@ -35,12 +37,27 @@ class TrainedRun:
     """A finished training."""
 
     identity: str
-    model_folder: Path
-    """Folder of the trained checkpoint, with a manifest."""
+    folder: RunFolder
     metrics: dict[str, float]
     mlflow_run_id: str | None
     was_done: bool
     """Whether the run was already finished, so that nothing was computed."""
+
+    @property
+    def model(self) -> str:
+        """Folder or URI of the trained checkpoint, with a manifest; every host that reads the storage resolves it."""
+        return f"{self.folder.uri}/{MODEL}"
+
+    @property
+    def model_folder(self) -> Path:
+        """Folder of the trained checkpoint on this host; it is downloaded if this process did not train it.
+
+        Raises:
+            SystemFailure: files are missing on the object storage.
+        """
+        if not (self.folder.local / MODEL).is_dir() and not self.folder.pull(MODEL):
+            raise SystemFailure(f"{self.model} is not complete; remove {self.folder.uri}, and train again.")
+        return self.folder.local / MODEL
 
 
 def run_training(
@@ -70,10 +87,9 @@ def run_training(
     with folder.claimed():
         done = folder.result()
         if done is not None:
-            # Results of earlier versions have the absolute path of the same folder, which may have been moved since.
-            model_folder = folder.local_path(_MODEL) if folder.is_local else Path(done["model"])
-            console.print(f"{folder.identity} is finished; nothing to do. Its model is in {model_folder}.")
-            return TrainedRun(folder.identity, model_folder, done["metrics"], done["mlflow_run_id"], was_done=True)
+            run = TrainedRun(folder.identity, folder, done["metrics"], done["mlflow_run_id"], was_done=True)
+            console.print(f"{folder.identity} is finished; nothing to do. Its model is in {run.model}.")
+            return run
         uri = ensure_store(job.tracking.uri) if job.tracking.uri is not None else None
         check_rows(job.data)
         start = resolve_start(job, uri)
@@ -94,12 +110,11 @@ def run_training(
             ):
                 logger = functools.partial(open_metric_logger, uri, run_id)
                 checkpoint, metrics = _fit(job, folder, start, logger, on_progress, on_report)
-                model_folder = _keep_model(job, folder, checkpoint, start)
+                _keep_model(job, folder, checkpoint, start)
                 if report and job.report is not None:
-                    metrics |= report_training(job, model_folder, console, uri, run_id)
-        stored = _MODEL if folder.is_local else str(model_folder)
-        folder.finish({"model": stored, "metrics": metrics, "mlflow_run_id": run_id})
-        return TrainedRun(folder.identity, model_folder, metrics, run_id, was_done=False)
+                    metrics |= report_training(job, folder, console, uri, run_id)
+        folder.finish({"model": MODEL, "metrics": metrics, "mlflow_run_id": run_id})
+        return TrainedRun(folder.identity, folder, metrics, run_id, was_done=False)
 
 
 def resolve_start(job: TrainJob, tracking_uri: str | None) -> ResolvedCheckpoint | None:
@@ -118,9 +133,15 @@ def _fit(
     """Train in this process or on Ray Train; returns the last checkpoint and the last metrics."""
     path = start.path if start is not None else None
     if job.scaling.bounds[1] == 0:
-        local = folder.local_path("in-process")
+        _pull_newest(folder)
         return fit_in_process(
-            job, local, checkpoint=path, logger=logger(), on_progress=on_progress, on_report=on_report
+            job,
+            folder.local / IN_PROCESS,
+            checkpoint=path,
+            logger=logger(),
+            on_progress=on_progress,
+            on_report=on_report,
+            on_kept=functools.partial(_push_checkpoint, folder, job.checkpointing.keep),
         )
     # Ray Train takes seconds to import, so in-process runs and --dry-run do not load it.
     from parcelray.training.trainer import fit
@@ -128,13 +149,23 @@ def _fit(
     return fit(job, folder, checkpoint=path, logger=logger, on_progress=on_progress, on_report=on_report)
 
 
-def _keep_model(job: TrainJob, folder: RunFolder, checkpoint: Path, start: ResolvedCheckpoint | None) -> Path:
-    """Copy the last checkpoint's model to the run folder, in the data type of the job, and write its manifest.
+def _push_checkpoint(folder: RunFolder, keep: int, checkpoint: Path) -> None:
+    folder.push(f"{IN_PROCESS}/{checkpoint.name}")
+    folder.keep_checkpoints(keep)
 
-    Returns:
-        The local folder of the model; with a remote run folder it is a copy in the checkpoint's folder.
-    """
-    target = folder.local_path(_MODEL) if folder.is_local else checkpoint / "kept-model"
+
+def _pull_newest(folder: RunFolder) -> None:
+    """Copy the newest complete checkpoint of a training in a process from object storage to this host."""
+    if folder.is_local:
+        return
+    for name in reversed(folder.names(IN_PROCESS)):
+        if folder.pull(f"{IN_PROCESS}/{name}") and is_complete(folder.local / IN_PROCESS / name):
+            return
+
+
+def _keep_model(job: TrainJob, folder: RunFolder, checkpoint: Path, start: ResolvedCheckpoint | None) -> None:
+    """Copy the last checkpoint's model to the run folder, in the data type of the job, and write its manifest."""
+    target = folder.local / MODEL
     shutil.rmtree(target, ignore_errors=True)
     if job.checkpointing.model_dtype is None:
         shutil.copytree(checkpoint / "model", target)
@@ -152,8 +183,6 @@ def _keep_model(job: TrainJob, folder: RunFolder, checkpoint: Path, start: Resol
             "torch": torch.__version__,
         },
     )
-    if not folder.is_local:
-        folder.upload(target, _MODEL)
-    elif job.scaling.bounds[1] != 0:
+    folder.push(MODEL)
+    if job.scaling.bounds[1] != 0:
         shutil.rmtree(checkpoint)
-    return target

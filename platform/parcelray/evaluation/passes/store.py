@@ -12,12 +12,12 @@ without the data.
 
 import hashlib
 import json
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -26,7 +26,7 @@ from parcelray.config.benchmark import BenchmarkConfig
 from parcelray.datasets.sample import Sample
 from parcelray.errors import SystemFailure, UserError
 from parcelray.evaluation.predict.generation import GenerationSettings
-from parcelray.files import atomic_write, is_written, read_json, write_json
+from parcelray.files import atomic_write, is_written, listing_wait_s, open_storage, read_json, write_json
 
 _PREDICTION_SCHEMA = pa.schema(
     [
@@ -48,6 +48,8 @@ _VERSION = 3
 
 Predictions of an older version are computed again. They can still be scored.
 """
+_POLL_S = 1.0
+"""Pause between two listings, seconds."""
 _MODEL_FOLDER_DIGITS = 16
 _RECORDS, _PROBLEMS, _DATA = "samples.parquet", "problems.json", "data.json"
 _EVALUATE_AGAIN = "remove it, and run the evaluation again, which computes only missing predictions"
@@ -107,7 +109,7 @@ class PredictionStore:
     """
 
     def __init__(self, uri: str, *, keep: bool = False) -> None:
-        self._filesystem, self._root = fsspec.core.url_to_fs(uri)
+        self._filesystem, self._root = open_storage(uri)
         self._keep = keep
         self._kept: dict[str, dict[str, Prediction]] = {}
         self._kept_keys: dict[str, frozenset[str]] = {}
@@ -129,15 +131,25 @@ class PredictionStore:
                 pq.write_table(table, file)
 
     def read(self, benchmark: str, model: str, keys: Iterable[str]) -> dict[str, Prediction]:
-        """Reads the predictions under some keys, by key; keys that are not stored are left out."""
+        """Reads the predictions under some keys, by key; keys that are not stored are left out.
+
+        On object storage, a listing may not show a new shard at once, so missing keys are waited for, half a minute.
+        """
         wanted = set(keys)
         found: dict[str, Prediction] = {}
-        for shard in self._shards(benchmark, model):
-            # This also skips shards in an older layout, because no current key is in one.
-            if not wanted.isdisjoint(self._keys_of(shard)):
-                predictions = self._predictions(shard)
-                found = {key: predictions[key] for key in wanted & predictions.keys()} | found
-        return found
+        until = time.monotonic() + listing_wait_s(self._filesystem)
+        searched: set[str] = set()
+        while True:
+            shards = [shard for shard in self._shards(benchmark, model) if shard not in searched]
+            searched.update(shards)
+            for shard in shards:
+                # This also skips shards in an older layout, because no current key is in one.
+                if not (wanted - found.keys()).isdisjoint(self._keys_of(shard)):
+                    predictions = self._predictions(shard)
+                    found |= {key: predictions[key] for key in wanted & predictions.keys()}
+            if len(found) == len(wanted) or time.monotonic() >= until:
+                return found
+            time.sleep(_POLL_S)
 
     def _keys_of(self, shard: str) -> frozenset[str]:
         if shard in self._kept_keys:
@@ -160,13 +172,13 @@ class PredictionStore:
 
     def _shards(self, benchmark: str, model: str) -> list[str]:
         folder = self._folder(benchmark, model)
-        # Some file systems cache listings, and other processes write to this folder.
-        self._filesystem.invalidate_cache()
-        if not self._filesystem.exists(folder):
+        try:
+            entries = self._filesystem.ls(folder, detail=True)
+        except FileNotFoundError:
             return []
         return sorted(
             entry["name"]
-            for entry in self._filesystem.ls(folder, detail=True)
+            for entry in entries
             # An empty shard is what a power loss leaves; its predictions are computed again.
             if entry["name"].endswith(".parquet") and entry["size"] > 0
         )
