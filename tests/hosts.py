@@ -61,6 +61,9 @@ touch "$temporary/.ready"
 while :; do sleep 3600 & wait; done
 """
 
+# Ray gives up if a node does not start within 30 s, which a busy machine exceeds.
+_RESTARTED = "for attempt in 1 2 3 4 5; do %s && break; sleep 1; done"
+
 _ALL_NODES = """
 import json, sys, urllib.request
 from parcelray.cluster.auth import auth_headers, find_token
@@ -94,6 +97,7 @@ class Host:
         self.name = name
         self.folder = folder / name
         self.variables = dict(variables)
+        self._started: list[subprocess.Popen[bytes]] = []
         environment = Path(sys.prefix)
         # The folder of a virtual environment may have an editable installation of this checkout.
         hidden = {ROOT} | ({environment.parent} if (environment / "pyvenv.cfg").is_file() else set())
@@ -139,13 +143,15 @@ class Host:
     def start(self, script: str, folder: Path = HOME, log: str = "output.log") -> subprocess.Popen[bytes]:
         """Starts a shell script whose output goes to a file next to the disk of the host."""
         with (self.folder / log).open("ab") as output:
-            return subprocess.Popen(
+            process = subprocess.Popen(
                 self.command(script, folder),
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,
             )
+        self._started.append(process)
+        return process
 
     def run(self, script: str, folder: Path = HOME, *, timeout_s: float = LIMIT_S, check: bool = True) -> str:
         """Runs a shell script to its end and returns its output; with `check`, a non-zero exit code fails the test."""
@@ -170,7 +176,8 @@ class Host:
     def kill(self) -> None:
         """Ends all processes of the host with SIGKILL."""
         self._process.kill()
-        self._process.wait(timeout=LIMIT_S)
+        for process in (self._process, *self._started):
+            process.wait(timeout=LIMIT_S)
 
     @property
     def is_alive(self) -> bool:
@@ -257,9 +264,10 @@ class Hosts:
         return server
 
     def start_mlflow(self) -> subprocess.Popen[bytes]:
-        """Starts the MLflow server, which alone has access to the bucket of its artifacts."""
+        """Starts the MLflow server, which stores the artifacts in the bucket."""
         server = self.services.start(
-            "exec mlflow server --host 0.0.0.0 --port 5000 --workers 1 --backend-store-uri sqlite:///mlflow.db"
+            "export MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false; exec mlflow server --host 0.0.0.0 --port 5000 --workers 1"
+            " --backend-store-uri sqlite:///mlflow.db"
             f" --artifacts-destination s3://{BUCKET}/mlflow --allowed-hosts 'mlflow:5000'",
             log="mlflow.log",
         )
@@ -269,7 +277,7 @@ class Hosts:
     def start_head(self) -> subprocess.Popen[bytes]:
         """Starts Ray on the head, without logical CPUs."""
         return self.head.start(
-            f"exec ray start --head --block --node-ip-address={_ADDRESSES['head']} --port=6379 --num-cpus=0"
+            _RESTARTED % f"ray start --head --block --node-ip-address={_ADDRESSES['head']} --port=6379 --num-cpus=0"
             " --dashboard-host=127.0.0.1 --object-store-memory=200000000",
             log="ray.log",
         )
@@ -277,7 +285,7 @@ class Hosts:
     def start_worker(self, host: Host, num_cpus: int = 2) -> subprocess.Popen[bytes]:
         """Starts Ray on a worker."""
         return host.start(
-            f"exec ray start --block --address=head:6379 --node-ip-address={_ADDRESSES[host.name]}"
+            _RESTARTED % f"ray start --block --address=head:6379 --node-ip-address={_ADDRESSES[host.name]}"
             f" --num-cpus={num_cpus} --object-store-memory=300000000",
             log="ray.log",
         )
