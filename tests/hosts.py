@@ -282,8 +282,8 @@ class Hosts:
             log="ray.log",
         )
 
-    def start_worker(self, host: Host, num_cpus: int = 2) -> subprocess.Popen[bytes]:
-        """Starts Ray on a worker."""
+    def start_worker(self, host: Host, num_cpus: int = 3) -> subprocess.Popen[bytes]:
+        """Starts Ray on a worker; a training with workers of two CPUs then has one on each host, and CPUs for its data."""
         return host.start(
             _RESTARTED % f"ray start --block --address=head:6379 --node-ip-address={_ADDRESSES[host.name]}"
             f" --num-cpus={num_cpus} --object-store-memory=300000000",

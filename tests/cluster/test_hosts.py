@@ -18,7 +18,7 @@ TRAIN: dict[str, Any] = {
     "training": {"steps": 3, "images_per_step": 8, "log_every_steps": 1},
     "validation": {"samples": 2, "budgets": [16]},
     "checkpointing": {"every_steps": 3},
-    # All CPUs of a host, so that each worker is on a host of its own.
+    # Each worker is on a host of its own: two do not fit the three CPUs of a host.
     "scaling": {"num_workers": 2, "cpus_per_worker": 2},
 }
 
