@@ -12,8 +12,18 @@ from rich.console import Console
 
 from parcelray.cli import main
 from parcelray.cli.scripts import run_script
-from parcelray.errors import SystemFailure
-from parcelray.files import atomic_write, explained_failure, is_written, read_json, write_json
+from parcelray.errors import SystemFailure, UserError
+from parcelray.files import (
+    INDEX,
+    atomic_write,
+    download_files,
+    explained_failure,
+    is_written,
+    open_storage,
+    read_json,
+    upload_files,
+    write_json,
+)
 
 
 @pytest.fixture(params=["local", "memory"])
@@ -76,6 +86,55 @@ def test_an_empty_file_counts_as_missing_and_a_cut_one_is_named(place: tuple[str
         file.write(b'{"a": ')
     with pytest.raises(SystemFailure, match=r"a\.json is damaged: it is not JSON .*; remove it\.$"):
         read_json(path, "remove it", filesystem)
+
+
+def test_a_folder_is_copied_by_its_index_also_without_listings(
+    s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, target = tmp_path / "source", tmp_path / "target"
+    (source / "deep").mkdir(parents=True)
+    (source / "deep" / "weights").write_bytes(b"1234")
+    (source / "empty").touch()
+    (source / "job.json").write_text("{}")
+    filesystem, path = open_storage(s3)
+    assert not download_files(filesystem, path, target)
+    upload_files(source, filesystem, path, leave_out=("job.json",))
+    assert sorted(name.removeprefix(f"{path}/") for name in filesystem.find(path)) == [INDEX, "deep/weights", "empty"]
+    with monkeypatch.context() as late:
+        late.setattr(filesystem, "find", lambda *_, **__: {})
+        assert download_files(filesystem, path, target)
+    assert (target / "deep" / "weights").read_bytes() == b"1234"
+    assert not (target / "job.json").exists()
+    filesystem.pipe_file(f"{path}/deep/weights", b"12")
+    (target / "deep" / "weights").unlink()
+    assert not download_files(filesystem, path, target), "a file is cut off"
+    filesystem.rm_file(f"{path}/deep/weights")
+    (target / "deep" / "weights").unlink()
+    assert not download_files(filesystem, path, target), "a file is missing"
+    # Without an index, the files of a listing are copied.
+    filesystem.rm_file(f"{path}/{INDEX}")
+    assert download_files(filesystem, path, tmp_path / "listed")
+    assert (tmp_path / "listed" / "empty").exists()
+
+
+@pytest.mark.parametrize("name", ["../outside", "/outside", "a/../../outside"])
+def test_an_index_with_a_path_outside_of_its_folder_is_refused(name: str, tmp_path: Path) -> None:
+    memory, path = open_storage(f"memory://{tmp_path}")
+    write_json(f"{path}/{INDEX}", {name: 1}, memory)
+    with pytest.raises(UserError, match="is outside of the folder"):
+        download_files(memory, path, tmp_path / "target")
+
+
+@pytest.mark.parametrize(
+    ("uri", "message"),
+    [
+        ("gs://bucket/runs", r"gs://bucket/runs needs a package that is not installed .*; run `pip install gcsfs` on"),
+        ("nothing://bucket", r"nothing://bucket is not storage .*; use a folder, s3://BUCKET/FOLDER or gs://"),
+    ],
+)
+def test_a_scheme_that_cannot_be_opened_is_refused(uri: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        open_storage(uri)
 
 
 FAILURES = [

@@ -4,9 +4,10 @@ import errno
 import io
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
+from datetime import datetime
+from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 import fsspec
@@ -69,6 +70,12 @@ def open_storage(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
 def is_local(filesystem: fsspec.AbstractFileSystem) -> bool:
     """Whether a file system is a disk of this machine, or is mounted like one."""
     return isinstance(filesystem, LocalFileSystem)
+
+
+def modified_at(info: Mapping[str, Any]) -> float:
+    """Returns when a file was last written, seconds since 1970, from the entry of a listing."""
+    value = next(info[key] for key in ("mtime", "LastModified", "created") if info.get(key) is not None)
+    return float(value.timestamp() if isinstance(value, datetime) else value)
 
 
 def listing_wait_s(filesystem: fsspec.AbstractFileSystem) -> float:
@@ -145,6 +152,9 @@ def download_files(filesystem: fsspec.AbstractFileSystem, source: str, folder: P
     if sizes is None:
         found = filesystem.find(source, detail=True)
         sizes = {name.removeprefix(f"{source}/"): info["size"] for name, info in found.items()}
+    for name in sizes:
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+            raise UserError(f"The index of {source} lists {name}, which is outside of the folder; remove {INDEX}.")
     missing = [name for name, size in sizes.items() if not _has_size(folder / name, size)]
     for name in missing:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)

@@ -88,7 +88,7 @@ def test_files_that_differ_from_their_manifest_are_refused_and_not_kept(bucket, 
 
 def test_a_model_that_changed_after_it_was_pinned_is_refused(bucket, tmp_path):
     uri = stored_model(bucket, tmp_path, 1)
-    pin = ModelPin(uri, "sha256:" + "0" * 64)
+    pin = ModelPin(reference=uri, digest="sha256:" + "0" * 64)
     with pytest.raises(UserError, match=f"{uri} has the digest sha256:.*, but the driver resolved sha256:000"):
         open_pin(pin)
 
@@ -96,20 +96,20 @@ def test_a_model_that_changed_after_it_was_pinned_is_refused(bucket, tmp_path):
 def test_a_folder_must_have_the_pinned_content_on_each_host(tmp_path):
     folder = model_folder(tmp_path / "model", 1)
     pin = resolve_checkpoint(folder).pin
-    assert pin == (str(folder), pin.digest, None)
+    assert pin == ModelPin(reference=str(folder), digest=pin.digest)
     assert open_pin(pin) == folder
     other = resolve_checkpoint(model_folder(tmp_path / "other", 2)).pin
     with pytest.raises(UserError, match="give every host the same files"):
-        open_pin(pin._replace(digest=other.digest))
+        open_pin(pin.model_copy(update={"digest": other.digest}))
     with pytest.raises(UserError, match=f"nowhere does not exist on the host {os.uname().nodename}; copy it to"):
-        open_pin(pin._replace(reference="/nowhere"))
+        open_pin(pin.model_copy(update={"reference": "/nowhere"}))
 
 
 @pytest.mark.parametrize(
     ("uri", "message"),
     [
         ("memory://bucket/none/model", r"has no manifest\.json"),
-        ("nosuch://bucket/model", "cannot be opened"),
+        ("nosuch://bucket/model", "nosuch://bucket/model is not storage"),
         ("file:///nowhere/model", "neither an existing folder nor"),
     ],
 )
@@ -154,7 +154,8 @@ def test_a_full_disk_is_one_sentence(bucket, tmp_path, monkeypatch):
         resolve_checkpoint(stored_model(bucket, tmp_path, 1))
 
 
-def test_other_processes_wait_for_a_download_and_report_it(bucket, tmp_path, cache):
+def test_other_processes_wait_for_a_download_and_report_it(bucket, tmp_path, cache, monkeypatch):
+    monkeypatch.setattr(host_cache, "_REPORT_S", 0.0)
     uri = stored_model(bucket, tmp_path, 1)
     entry = cache / resolve_checkpoint(tmp_path / "made-1").pin.digest.replace(":", "-")
     entry.parent.mkdir(parents=True, exist_ok=True)

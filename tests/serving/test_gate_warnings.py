@@ -43,7 +43,10 @@ def warnings_of(uri: str, version: int, policy: dict[str, Any]) -> tuple[str, ..
     budgets = {"offered": [16, 64, 256], "policy": policy}
     job = ServeJob.model_validate({"kind": "serve", "name": "m", "budgets": budgets, "tracking": {"uri": uri}})
     return gate_warnings(
-        job, ResolvedCheckpoint(Path("nowhere"), "models:/m@champion", ModelPin(f"models:/m/{version}", "sha256:1"))
+        job,
+        ResolvedCheckpoint(
+            Path("nowhere"), "models:/m@champion", ModelPin(reference=f"models:/m/{version}", digest="sha256:1")
+        ),
     )
 
 
@@ -75,4 +78,9 @@ def test_a_budget_that_was_not_accepted_gives_a_warning(uri: str) -> None:
 
 def test_a_model_outside_the_registry_gives_no_warning(uri: str) -> None:
     job = ServeJob.model_validate({"kind": "serve", "name": "m", "tracking": {"uri": None}})
-    assert gate_warnings(job, ResolvedCheckpoint(Path("nowhere"), "mini_base", ModelPin("mini_base", "sha256:1"))) == ()
+    assert (
+        gate_warnings(
+            job, ResolvedCheckpoint(Path("nowhere"), "mini_base", ModelPin(reference="mini_base", digest="sha256:1"))
+        )
+        == ()
+    )

@@ -7,7 +7,7 @@ from pydantic import Field, field_validator, model_validator
 from parcelray.config.base import StrictModel
 from parcelray.config.evaluate import EvaluateJob
 from parcelray.config.objectives import SCORES, Objective, check_objectives, check_space, is_measured_during
-from parcelray.config.paths import LocalPath, ModelReference
+from parcelray.config.paths import LocalPath, ModelReference, check_storage
 from parcelray.config.search_space import AnchorsFit, SearchSpace
 from parcelray.config.train import TrackingConfig, TrainJob, default_tracking
 
@@ -159,12 +159,17 @@ class TuneJob(StrictModel):
 
     null: as many trainings as the cluster has resources for, or as many evaluations as `base.compute.actors`.
     """
+    wait_s: float = Field(default=1800.0, gt=0)
+    """Longest wait for the resources of one trial (of the whole population for pbt) before the search, seconds."""
     stall_s: float = Field(default=300.0, gt=0)
     """Longest time without progress while trials wait, seconds; after it the search fails and reports the reason."""
     tracking: TrackingConfig = Field(default_factory=default_tracking)
     """MLflow tracking."""
     storage: LocalPath = "runs"
-    """Folder of the search's record; with several nodes, every node must have access to it."""
+    """Folder or URI (s3://..., gs://...) of the search: its record, its trials, and the predictions of its evaluations.
+
+    With several nodes, every node must have access to it. The `storage` of the base job is not used.
+    """
 
     @field_validator("objectives")
     @classmethod
@@ -176,6 +181,7 @@ class TuneJob(StrictModel):
 
     @model_validator(mode="after")
     def _check(self) -> "TuneJob":
+        check_storage(self.storage, in_process=False)
         evaluates = isinstance(self.base, EvaluateJob)
         check_space(self.space, self.base)
         check_objectives(self.objectives, self.base, self.evaluation, self.space)

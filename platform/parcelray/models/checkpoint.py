@@ -17,14 +17,13 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal, NamedTuple
 
 import fsspec
-from fsspec.implementations.local import LocalFileSystem
 from pydantic import Field, ValidationError
 
 import parcelray
 from parcelray.config.base import StrictModel
 from parcelray.config.paths import PACKAGED
 from parcelray.errors import UserError
-from parcelray.files import INDEX, atomic_write
+from parcelray.files import INDEX, atomic_write, is_local, open_storage
 from parcelray.models.host_cache import OnProgress, cached_model, downloaded_model, host_lock, remembered_digest
 
 MANIFEST_NAME = "manifest.json"
@@ -46,15 +45,17 @@ See `tracking.registry`.
 """
 
 
-class ModelPin(NamedTuple):
-    """A reference to one content of a model, which any host can open (`tracking.opening.open_model`)."""
+class ModelPin(StrictModel):
+    """A reference to one content of a model, which any host can open (`tracking.opening.model_folder`)."""
 
     reference: str
     """`models:/NAME/VERSION`, `hf:ORG/NAME@COMMIT`, a URI, a packaged name, or the absolute path of a folder."""
     digest: str
     """`sha256:DIGEST` of the files, see `content_digest`."""
     tracking_uri: str | None = None
-    """Tracking URI of the registry of a `models:/` reference; None: the reference needs no registry."""
+    """Tracking URI of the registry of a `models:/` reference; null: the reference needs no registry."""
+    registry_folder: str | None = None
+    """Folder of a registered version on the driver's disk; a host that sees the same content there uses it."""
 
     @property
     def name(self) -> str:
@@ -148,16 +149,18 @@ def resolve_checkpoint(
                 f"this installation of parcelray does not contain the checkpoint {text!r}; give a folder,"
                 " models:/NAME@ALIAS or a Hugging Face id."
             )
-        return ResolvedCheckpoint(folder, text, ModelPin(text, verified_digest(folder)))
+        return ResolvedCheckpoint(folder, text, ModelPin(reference=text, digest=verified_digest(folder)))
     if _URI.fullmatch(text):
-        filesystem, root = _filesystem_of(text)
-        if not isinstance(filesystem, LocalFileSystem):
+        filesystem, root = open_storage(text)
+        if not is_local(filesystem):
             return _resolve_uri(text, filesystem, root, on_progress)
         text = root
     folder = Path(text).expanduser()
     if text and folder.is_dir():
         folder = folder.resolve()
-        return ResolvedCheckpoint(folder, str(reference), ModelPin(str(folder), verified_digest(folder)))
+        return ResolvedCheckpoint(
+            folder, str(reference), ModelPin(reference=str(folder), digest=verified_digest(folder))
+        )
     hub = _HUB_ID.fullmatch(text.removeprefix("hf:"))
     if hub is None or text.startswith((".", "~", "/")):
         raise UserError(
@@ -165,7 +168,7 @@ def resolve_checkpoint(
             " models:/NAME/VERSION, a URI of object storage or a Hugging Face id ORG/NAME[@REVISION]; check the path."
         )
     path, commit = _download(hub["repo"], hub["revision"])
-    return ResolvedCheckpoint(path, text, ModelPin(f"hf:{hub['repo']}@{commit}", _hub_digest(path)))
+    return ResolvedCheckpoint(path, text, ModelPin(reference=f"hf:{hub['repo']}@{commit}", digest=_hub_digest(path)))
 
 
 def open_pin(
@@ -178,7 +181,7 @@ def open_pin(
 
     Args:
         pin: the model, from `resolve_checkpoint` in the driver.
-        registry_resolver: see `resolve_checkpoint`; `tracking.opening.open_model` sets it.
+        registry_resolver: see `resolve_checkpoint`; `tracking.opening.model_folder` sets it.
         on_progress: see `resolve_checkpoint`.
 
     Raises:
@@ -188,6 +191,10 @@ def open_pin(
     if (cached := cached_model(pin.digest, verified_digest)) is not None:
         return cached
     host = os.uname().nodename
+    if pin.registry_folder is not None and Path(pin.registry_folder).is_dir():
+        folder = Path(pin.registry_folder)
+        if verified_digest(folder) == pin.digest:
+            return folder
     if pin.is_path and not Path(pin.reference).is_dir():
         raise UserError(
             f"the model folder {pin.reference} does not exist on the host {host}; copy it to the same path on every"
@@ -239,7 +246,7 @@ def _resolve_registry(reference: str, resolver: RegistryResolver | None) -> Reso
             " Face id."
         )
     path, pinned = resolver(reference)
-    return ResolvedCheckpoint(path, reference, ModelPin(pinned, verified_digest(path)))
+    return ResolvedCheckpoint(path, reference, ModelPin(reference=pinned, digest=verified_digest(path)))
 
 
 def _resolve_uri(
@@ -270,18 +277,7 @@ def _resolve_uri(
     digest = files_digest(manifest.files)
     size = sum(entry.bytes for entry in manifest.files.values())
     path = downloaded_model(digest, download, verified_digest, name=uri, num_bytes=size, on_progress=on_progress)
-    return ResolvedCheckpoint(path, uri, ModelPin(uri, digest))
-
-
-def _filesystem_of(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
-    try:
-        filesystem, root = fsspec.core.url_to_fs(uri)
-    except (ImportError, ValueError) as error:
-        raise UserError(
-            f"model reference {uri!r} cannot be opened ({error}); use a URI of object storage such as"
-            " s3://BUCKET/PATH, with its fsspec package installed."
-        ) from error
-    return filesystem, root.rstrip("/")
+    return ResolvedCheckpoint(path, uri, ModelPin(reference=uri, digest=digest))
 
 
 def _refuse_unusable(folder: Path) -> None:

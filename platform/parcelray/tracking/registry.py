@@ -36,7 +36,7 @@ from parcelray.models.checkpoint import (
     resolve_checkpoint,
     verified_digest,
 )
-from parcelray.models.host_cache import OnProgress, downloaded_model
+from parcelray.models.host_cache import OnProgress, cache_root, downloaded_model
 from parcelray.tracking.store import clean_tags, ensure_store, store_lock
 
 CHAMPION = "champion"
@@ -227,7 +227,8 @@ def resolve_model(model: CheckpointModelConfig, tracking_uri: str | None) -> Res
     resolved = resolve_checkpoint(
         model.reference, registry_resolver=functools.partial(resolve_registry, tracking_uri=uri)
     )
-    return resolved._replace(pin=resolved.pin._replace(tracking_uri=uri))
+    local = None if resolved.path.is_relative_to(cache_root()) else str(resolved.path)
+    return resolved._replace(pin=resolved.pin.model_copy(update={"tracking_uri": str(uri), "registry_folder": local}))
 
 
 def input_example(num_visual_tokens: int) -> pd.DataFrame:

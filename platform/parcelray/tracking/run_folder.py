@@ -85,7 +85,7 @@ class RunFolder:
         self.path = f"{root}/{job.kind}/{job.name}"
         self.is_local = is_local(self.filesystem)
         """Whether the folder is on a disk of this machine, or is mounted like one."""
-        self.uri = self.path if self.is_local else f"{job.storage.rstrip('/')}/{job.kind}/{job.name}"
+        self.uri = self.path if self.is_local else str(self.filesystem.unstrip_protocol(self.path))
         """The path of a local folder, else the URI; every host may read it."""
         self._job = job
 

@@ -1,6 +1,7 @@
 """Evaluates a trained model on the test split of its training data: scores, table, figure and MLflow metrics."""
 
 from collections.abc import Sequence
+
 from rich.console import Console
 
 from parcelray.config.data import DataConfig, MiniDataConfig, NlvrDataConfig

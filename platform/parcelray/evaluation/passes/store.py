@@ -26,7 +26,8 @@ from parcelray.config.benchmark import BenchmarkConfig
 from parcelray.datasets.sample import Sample
 from parcelray.errors import SystemFailure, UserError
 from parcelray.evaluation.predict.generation import GenerationSettings
-from parcelray.files import atomic_write, is_written, listing_wait_s, open_storage, read_json, write_json
+from parcelray.files import atomic_write, is_written, listing_wait_s, modified_at, open_storage, read_json, write_json
+from parcelray.tracking.runs import MODEL_FOLDER_DIGITS
 
 _PREDICTION_SCHEMA = pa.schema(
     [
@@ -48,9 +49,10 @@ _VERSION = 3
 
 Predictions of an older version are computed again. They can still be scored.
 """
+_IN_USE_S = 3600.0
+"""Age up to which a shard may belong to an evaluation that is still running, seconds."""
 _POLL_S = 1.0
 """Pause between two listings, seconds."""
-_MODEL_FOLDER_DIGITS = 16
 _RECORDS, _PROBLEMS, _DATA = "samples.parquet", "problems.json", "data.json"
 _EVALUATE_AGAIN = "remove it, and run the evaluation again, which computes only missing predictions"
 _TEXT_FIELDS = ("id", "benchmark", "family", "task", "prompt", "metric", "scene")
@@ -151,6 +153,28 @@ class PredictionStore:
                 return found
             time.sleep(_POLL_S)
 
+    def limit(self, max_bytes: int, in_use: Iterable[tuple[str, str]]) -> int:
+        """Deletes the oldest shards until the store has at most `max_bytes`; returns the number of deleted shards.
+
+        Args:
+            max_bytes: largest size of all shards, bytes.
+            in_use: pairs of benchmark and model whose shards are kept. Shards of the last hour are kept too, because
+                another evaluation may need them.
+        """
+        shards = [
+            (modified_at(info), name, info["size"])
+            for name, info in self._filesystem.find(self._root, detail=True).items()
+        ]
+        kept = {self._folder(benchmark, model) for benchmark, model in in_use}
+        excess, deleted = sum(size for _, _, size in shards) - max_bytes, 0
+        for modified, name, size in sorted(shards):
+            if excess <= 0 or modified > time.time() - _IN_USE_S:
+                break
+            if name.rpartition("/")[0] not in kept:
+                self._filesystem.rm_file(name)
+                excess, deleted = excess - size, deleted + 1
+        return deleted
+
     def _keys_of(self, shard: str) -> frozenset[str]:
         if shard in self._kept_keys:
             return self._kept_keys[shard]
@@ -168,7 +192,7 @@ class PredictionStore:
         return predictions
 
     def _folder(self, benchmark: str, model: str) -> str:
-        return f"{self._root}/{benchmark}/{model.removeprefix('sha256:')[:_MODEL_FOLDER_DIGITS]}"
+        return f"{self._root}/{benchmark}/{model.removeprefix('sha256:')[:MODEL_FOLDER_DIGITS]}"
 
     def _shards(self, benchmark: str, model: str) -> list[str]:
         folder = self._folder(benchmark, model)
