@@ -1,5 +1,6 @@
-"""Tests `parcelray serve` as a separate process: answers, SIGHUP, and the end of a stream after SIGTERM."""
+"""Tests `parcelray serve` as a separate process: answers, signals, a port that is held, and the death of its raylet."""
 
+import os
 import signal
 import socket
 import subprocess
@@ -47,6 +48,10 @@ class Process:
 
         wait_until(found, self.lines)
 
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
     def signal(self, number: signal.Signals) -> None:
         self._process.send_signal(number)
 
@@ -72,10 +77,15 @@ def serving(arguments: list[str], folder: Path) -> Iterator[Process]:
         process.kill()
 
 
-def test_the_command_answers_reloads_on_sighup_and_drains_on_sigterm(tmp_path: Path, repo_root: Path) -> None:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def test_the_command_answers_reloads_on_sighup_and_drains_on_sigterm(tmp_path: Path, repo_root: Path) -> None:
+    port = free_port()
     keys = {"ann": add_key(tmp_path / "keys.txt", "ann")}
     changes = (f"http.keys_file={tmp_path / 'keys.txt'}", "tracking.uri=null", f"limits.timeout_s={PATIENCE_S}")
     arguments = [str(repo_root / "jobs" / "serve" / "mini.yaml"), "--port", str(port)]
@@ -118,3 +128,52 @@ def test_the_command_answers_reloads_on_sighup_and_drains_on_sigterm(tmp_path: P
     assert any("Stopping: finishing requests in flight" in line for line in process.lines)
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(("127.0.0.1", port), timeout=PATIENCE_S)
+
+
+def _raylet_of(driver: int) -> int:
+    """Returns the raylet that a driver started."""
+    for entry in Path("/proc").iterdir():
+        try:
+            if entry.name.isdigit() and Path(os.readlink(entry / "exe")).name == "raylet":
+                fields = (entry / "stat").read_text().rpartition(")")[2].split()
+                if int(fields[1]) == driver:
+                    return int(entry.name)
+        except OSError:
+            continue
+    raise AssertionError("the driver has no raylet")
+
+
+@pytest.mark.nightly
+def test_a_dead_raylet_ends_the_command_and_everything_that_it_started(tmp_path: Path, repo_root: Path) -> None:
+    port = free_port()
+    arguments = [str(repo_root / "jobs" / "serve" / "mini.yaml"), "--port", str(port), "--set", "tracking.uri=null"]
+    with serving(arguments, tmp_path) as process:
+        process.wait_for(f"mini answers at http://127.0.0.1:{port}/v1")
+        # The port belongs to this endpoint.
+        with serving(arguments, tmp_path) as second:
+            assert second.end() == 2
+        assert any("choose another port with --port" in line for line in second.lines), second.lines
+        os.kill(_raylet_of(process.pid), signal.SIGKILL)
+        assert process.end() == 1
+        assert any("Ray's process raylet died" in line for line in process.lines), process.lines
+    # The proxy is a process of the dead raylet, and would hold the port for another minute.
+    socket.create_server(("127.0.0.1", port)).close()
+
+
+@pytest.mark.nightly
+def test_a_signal_during_the_start_ends_the_command_with_a_sentence(tmp_path: Path, repo_root: Path) -> None:
+    arguments = [str(repo_root / "jobs" / "serve" / "mini.yaml"), "--port", str(free_port())]
+    arguments += ["--set", "tracking.uri=null"]
+    with serving(arguments, tmp_path) as process:
+        process.wait_for("Starting sha256:")
+        wait_until(lambda: _starts_ray(process.pid))
+        process.signal(signal.SIGTERM)
+        assert process.end() == 128 + signal.SIGTERM
+    assert any("Stopping before the endpoint answers" in line for line in process.lines), process.lines
+
+
+def _starts_ray(driver: int) -> bool:
+    try:
+        return _raylet_of(driver) > 0
+    except AssertionError:
+        return False
