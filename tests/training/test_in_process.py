@@ -15,7 +15,8 @@ from parcelray.errors import NotFiniteError, SystemFailure, UnsupportedBudgetErr
 from parcelray.evaluation.predict import predictor
 from parcelray.models import decoding
 from parcelray.models.vlm import load_vlm
-from parcelray.tracking.metric_logger import NoMetrics, UnsentMetric
+from parcelray.tracking.metric_logger import NoMetrics
+from parcelray.tracking.store import UnsentMetric
 from parcelray.training import train_loop
 from parcelray.training.plan import training_plan
 from parcelray.training.run import run_training
