@@ -47,7 +47,7 @@ def test_help_loads_no_heavy_library() -> None:
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert found.stderr == ""
     order = ["Run", "train", "tune", "evaluate", "serve", "Cluster", "submit", "jobs"]
-    order += ["Inspect", "models", "benchmarks", "flops", "analyze", "bench", "Set up", "config", "keys"]
+    order += ["Inspect", "models", "benchmarks", "flops", "analyze", "bench", "Set up", "doctor", "config", "keys"]
     # Each name opens a line, behind the border of a panel: `- Run ---` or `| train   Train a model`.
     lines = [line.lstrip("\u2502\u256d\u2500|+- ") for line in found.stdout.splitlines()]
     openings = [next((name for name in order if f"{line} ".startswith(f"{name} ")), None) for line in lines]
@@ -208,6 +208,7 @@ def test_submit_dry_run_prints_the_submission_and_needs_no_cluster(run: Any) -> 
     shown = run(*arguments)
     assert shown.code == 0
     assert sent["identity"] in shown.out
+    assert shown.err.startswith("warning: storage (runs) and tracking.uri")
 
 
 def test_a_user_error_in_a_separate_process(repo_root: Path) -> None:

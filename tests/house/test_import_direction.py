@@ -22,7 +22,7 @@ LAYERS = (
     ("training",),
     ("serving",),
     ("tuning", "promotion"),
-    ("studies", "bench"),
+    ("studies", "bench", "doctor"),
     ("cli",),
     ("pipelines",),
 )

@@ -154,7 +154,8 @@ def test_a_full_disk_is_one_sentence(bucket, tmp_path, monkeypatch):
         resolve_checkpoint(stored_model(bucket, tmp_path, 1))
 
 
-def test_other_processes_wait_for_a_download_and_report_it(bucket, tmp_path, cache):
+def test_other_processes_wait_for_a_download_and_report_it(bucket, tmp_path, cache, monkeypatch):
+    monkeypatch.setattr(host_cache, "_REPORT_S", 0.0)
     uri = stored_model(bucket, tmp_path, 1)
     entry = cache / resolve_checkpoint(tmp_path / "made-1").pin.digest.replace(":", "-")
     entry.parent.mkdir(parents=True, exist_ok=True)

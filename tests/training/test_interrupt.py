@@ -66,7 +66,7 @@ def interrupted(monkeypatch: pytest.MonkeyPatch) -> _Controller:
     monkeypatch.setattr(_Trainer, "controller", controller)
     monkeypatch.setattr(trainer, "_InterruptibleTrainer", _Trainer)
     monkeypatch.setattr(trainer, "watched_progress", _nothing)
-    monkeypatch.setattr(trainer, "_check_capacity", _nothing)
+    monkeypatch.setattr("parcelray.training.run.await_capacity", _nothing)
     monkeypatch.setattr(ray, "get", dies)
     monkeypatch.setattr("parcelray.training.run.ray_session", _nothing)
     monkeypatch.setattr("parcelray.training.run.num_nodes", lambda: 1)

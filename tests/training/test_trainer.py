@@ -17,8 +17,7 @@ from safetensors.torch import load_file
 from parcelray.config.train import TrainJob
 from parcelray.datasets.mini.export import write_parquet
 from parcelray.errors import SystemFailure, UserError
-from parcelray.models.checkpoint import verify_manifest
-from parcelray.tracking.metric_logger import NoMetrics
+from parcelray.models.checkpoint import resolve_checkpoint, verify_manifest
 from parcelray.tracking.run_folder import RunFolder
 from parcelray.training.run import TrainedRun, run_training
 from parcelray.training.train_loop import fit_in_process
@@ -143,8 +142,8 @@ def test_a_killed_worker_does_not_change_the_result(
     def note(metrics: Mapping[str, float]) -> None:
         reported.touch()
 
-    start = Path(tiny_start["reference"])
-    checkpoint, _ = fit(job, folder, checkpoint=start, logger=lambda: KillsOnce(steps, reported), on_report=note)
+    start = resolve_checkpoint(tiny_start["reference"]).pin
+    checkpoint, _ = fit(job, folder, start=start, logger=lambda: KillsOnce(steps, reported), on_report=note)
     assert steps.read_text(encoding="utf-8").split() == [
         "1",
         "2",
@@ -195,8 +194,9 @@ def test_more_workers_than_the_cluster_has_are_refused(
     ray_session: None, tiny_start: dict[str, Any], tmp_path: Path
 ) -> None:
     job = _job(tmp_path, tiny_start, scaling={"num_workers": 9, "cpus_per_worker": 2})
-    with pytest.raises(UserError, match="9 workers of 2 CPU each, but the Ray cluster has 4 CPU in all"):
-        fit(job, RunFolder(job), checkpoint=None, logger=NoMetrics)
+    message = "needs 9 workers of 2 CPU each and 1 data task of 0.5 CPU, but the Ray cluster has only 1 node of 4 CPU"
+    with pytest.raises(UserError, match=message):
+        run_training(job, Console(file=io.StringIO()))
 
 
 @pytest.mark.nightly

@@ -13,6 +13,7 @@ from parcelray import __version__
 from parcelray.cli.analysis import analyze_app
 from parcelray.cli.benches import bench_app
 from parcelray.cli.configs import config_app
+from parcelray.cli.doctor import doctor
 from parcelray.cli.evaluation import benchmarks_app, evaluate_app
 from parcelray.cli.jobs import jobs_app, submit
 from parcelray.cli.models import models_app
@@ -26,7 +27,7 @@ _PANELS = {
     "Run": ("train", "tune", "evaluate", "serve"),
     "Cluster": ("submit", "jobs"),
     "Inspect": ("runs", "models", "benchmarks", "flops", "analyze", "bench"),
-    "Set up": ("config", "keys"),
+    "Set up": ("doctor", "config", "keys"),
 }
 """Panel of `parcelray --help` -> its commands, both in the order of work."""
 _PANEL_OF = {command: panel for panel, commands in _PANELS.items() for command in commands}
@@ -59,7 +60,7 @@ for _name, _group in {
     "keys": keys_app,
 }.items():
     app.add_typer(_group, name=_name, rich_help_panel=_PANEL_OF[_name])
-for _command in (tune, serve, submit):
+for _command in (tune, serve, submit, doctor):
     app.command(rich_help_panel=_PANEL_OF[_command.__name__])(_command)
 
 
@@ -100,6 +101,7 @@ def train(
                 "metrics": run.metrics,
                 "mlflow_run_id": run.mlflow_run_id,
                 "was_done": run.was_done,
+                "registered": run.registered,
             }
         )
 

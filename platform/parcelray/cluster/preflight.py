@@ -1,4 +1,4 @@
-"""Checks before a job is sent to a cluster: connection, authentication, version of Ray and resources."""
+"""Checks before a job is sent to a cluster: connection, authentication and version of Ray."""
 
 import importlib.metadata
 import json
@@ -7,11 +7,10 @@ import os
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Mapping
 from http.client import HTTPMessage
 from typing import IO, Any
 
-from parcelray.cluster.auth import auth_headers, find_token
+from parcelray.cluster.auth import auth_headers
 from parcelray.errors import SystemFailure, UserError
 from parcelray.loopback import is_loopback
 
@@ -74,27 +73,7 @@ def check_cluster(url: str, token: str | None) -> str:
 
 def cluster_version(url: str, token: str | None) -> str:
     """Queries the version of Ray of a cluster; raises UserError if the cluster is unreachable or rejects the token."""
-    return str(_get(url, "/api/version", token)["ray_version"])
-
-
-def cluster_resources(address: str | None) -> dict[str, float]:
-    """Queries the total resources of all live nodes of a cluster, including those in use.
-
-    Args:
-        address: address of the dashboard, as in `dashboard_url`.
-
-    Returns:
-        Amounts by Ray's resource names (`CPU`, `GPU`, `memory` in bytes, ...).
-    """
-    url = dashboard_url(address)
-    answer = _get(
-        url, "/api/v0/nodes?detail=1&filter_keys=state&filter_predicates=%3D&filter_values=ALIVE", find_token()
-    )
-    total: dict[str, float] = {}
-    for node in answer["data"]["result"]["result"]:
-        for name, amount in (node["resources_total"] or {}).items():
-            total[name] = total.get(name, 0.0) + float(amount)
-    return total
+    return str(get_json(url, "/api/version", token)["ray_version"])
 
 
 def local_ray_version() -> str:
@@ -111,29 +90,6 @@ def check_version(cluster: str, local: str) -> None:
         )
 
 
-def check_resources(need: Mapping[str, float], available: Mapping[str, float]) -> None:
-    """Checks that a cluster is large enough for a job. Ray itself would wait forever, without a message.
-
-    Args:
-        need: required amounts by Ray's resource names, for example `{"CPU": 5, "GPU": 4}`.
-        available: totals of the cluster, from `cluster_resources` or `ray.cluster_resources()`; with an autoscaler, its
-            upper limits.
-
-    Raises:
-        UserError: the cluster is too small; names every insufficient resource with both amounts.
-    """
-    short = [
-        f"{name} {amount:g} (available: {available.get(name, 0.0):g})"
-        for name, amount in sorted(need.items())
-        if amount > available.get(name, 0.0)
-    ]
-    if short:
-        raise UserError(
-            f"The cluster is too small for this job, which needs {', '.join(short)}. Reduce the job's resources or add"
-            " nodes."
-        )
-
-
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
     """Rejects redirects, because urllib would send the token to the target of the redirect."""
 
@@ -143,7 +99,18 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
         return None
 
 
-def _get(url: str, path: str, token: str | None) -> dict[str, Any]:
+def get_json(url: str, path: str, token: str | None) -> dict[str, Any]:
+    """Queries a path of a dashboard.
+
+    Args:
+        url: URL of the dashboard, from `dashboard_url`.
+        path: path with its query, such as `/api/version`.
+        token: authentication token, from `find_token`.
+
+    Raises:
+        UserError: nothing responds, the token is rejected, or the path is unknown.
+        SystemFailure: the cluster failed on the request.
+    """
     host = urllib.parse.urlsplit(url).hostname or ""
     if token and url.startswith("http://") and not is_loopback(host):
         log.warning(

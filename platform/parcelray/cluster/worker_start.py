@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayError, RaySystemError, WorkerCrashedError
+from ray.exceptions import GetTimeoutError, RayActorError, RayError, RaySystemError, WorkerCrashedError
 
 from parcelray.errors import SystemFailure
 
@@ -31,6 +31,29 @@ _MAX_LENGTH = 400
 @ray.remote(num_cpus=0)
 def _start() -> None:
     """A task that runs as soon as a worker has started."""
+
+
+@ray.remote(num_cpus=0)
+class _Echo:
+    def answer(self) -> str:
+        return "an answer"
+
+
+def actor_round_trip() -> None:
+    """Starts an actor and waits for an answer from it.
+
+    Raises:
+        SystemFailure: there was no answer within START_LIMIT_S.
+    """
+    actor = _Echo.remote()  # type: ignore[attr-defined]
+    try:
+        ray.get(actor.answer.remote(), timeout=START_LIMIT_S)
+    except GetTimeoutError as error:
+        raise SystemFailure(
+            f"An actor did not answer within {START_LIMIT_S:.0f} s; run the check again when the machine is less busy."
+        ) from error
+    finally:
+        ray.kill(actor)
 
 
 def await_worker(*, on_this_host: bool, clock: Callable[[], float] = time.monotonic) -> None:

@@ -61,6 +61,8 @@ class PassConfig(StrictModel):
     """Rows that are read, evaluated and stored together: the most that an actor loses in a crash."""
     feature_cache_gb: float = Field(default=1.0, ge=0)
     """Size of each actor's cache of patch features, GiB; a search reuses it between its trials."""
+    wait_s: float = Field(default=1800.0, gt=0)
+    """Longest wait for free resources, and for nodes that the autoscaler starts, before the pass, seconds."""
     stall_s: float = Field(default=600.0, gt=0)
     """Longest time without a finished shard, seconds, before the pass fails and names the stage that hangs."""
 

@@ -27,6 +27,8 @@ _NOT_IDENTITY = (
     "compute",
     "max_concurrent",
     "stall_s",
+    "wait_s",
+    "register",
     "baselines",
     "rivals",
     "confirm",

@@ -158,6 +158,8 @@ class ReplicasConfig(StrictModel):
     """GPUs per replica; with a fraction, several replicas share one GPU."""
     threads: int | None = Field(default=None, ge=1)
     """CPU threads per replica; null: all cores of the node."""
+    wait_s: float = Field(default=1800.0, gt=0)
+    """Longest wait for free resources, and for nodes that the autoscaler starts, before the first replica, seconds."""
 
     @model_validator(mode="after")
     def _check(self) -> "ReplicasConfig":

@@ -1,6 +1,7 @@
 """Job files of training runs: `jobs/train/*.yaml`."""
 
 import math
+import warnings
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -323,6 +324,8 @@ class ScalingConfig(StrictModel):
     """Number of concurrent Ray Data tasks that prepare batches for each worker."""
     max_failures: int = Field(default=2, ge=-1)
     """Largest number of restarts of the worker group after failures; -1: no limit."""
+    wait_s: float = Field(default=1800.0, gt=0)
+    """Longest wait for free resources, and for nodes that the autoscaler starts, before the training, seconds."""
 
     @model_validator(mode="after")
     def _check(self) -> "ScalingConfig":
@@ -370,6 +373,10 @@ def default_tracking() -> Any:
     return {}
 
 
+# Every class of pydantic has a method of this name, through its metaclass; instances have only the field.
+warnings.filterwarnings("ignore", 'Field name "register" in "TrainJob" shadows', UserWarning)
+
+
 class TrainJob(StrictModel):
     """Job file of one training run."""
 
@@ -403,6 +410,8 @@ class TrainJob(StrictModel):
     """Checkpointing of the training state."""
     scaling: ScalingConfig = ScalingConfig()
     """Workers of Ray Train."""
+    register: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,99}$")
+    """Registered model that the trained model becomes a new version of; null: it is not registered."""
     tracking: TrackingConfig = Field(default_factory=default_tracking)
     """MLflow tracking."""
     storage: LocalPath = "runs"
@@ -417,6 +426,8 @@ class TrainJob(StrictModel):
             raise ValueError(
                 "validation.in_background needs Ray workers, but scaling.num_workers is 0; change one of them"
             )
+        if self.register is not None and self.tracking.uri is None:
+            raise ValueError(f"register is {self.register}, but tracking.uri is null; set it, or set register to null")
         if self.distillation is not None and len(self.budget.values()) == 1:
             raise ValueError(
                 f"distillation needs a smaller budget than the largest, but the only budget is"

@@ -159,6 +159,8 @@ class TuneJob(StrictModel):
 
     null: as many trainings as the cluster has resources for, or as many evaluations as `base.compute.actors`.
     """
+    wait_s: float = Field(default=1800.0, gt=0)
+    """Longest wait for the resources of one trial (of the whole population for pbt) before the search, seconds."""
     stall_s: float = Field(default=300.0, gt=0)
     """Longest time without progress while trials wait, seconds; after it the search fails and reports the reason."""
     tracking: TrackingConfig = Field(default_factory=default_tracking)

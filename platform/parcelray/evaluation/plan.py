@@ -177,18 +177,15 @@ def predictions_of(storage: str) -> str:
     return f"{storage.removesuffix('/')}/predictions"
 
 
-def evaluated_model(
-    checkpoint: ResolvedCheckpoint, digest: str, budgets: tuple[int, ...], storage: str
-) -> EvaluatedModel:
+def evaluated_model(checkpoint: ResolvedCheckpoint, budgets: tuple[int, ...], storage: str) -> EvaluatedModel:
     """Describes the model of a pass.
 
     Args:
         checkpoint: the model.
-        digest: of the checkpoint's content.
         budgets: visual tokens per image; 0: blind.
         storage: absolute folder or URI of the job, below which predictions are stored.
     """
-    return EvaluatedModel(checkpoint.path, checkpoint.pinned, digest, budgets, predictions_of(storage))
+    return EvaluatedModel(checkpoint.path, checkpoint.pin, budgets, predictions_of(storage))
 
 
 def prepare(job: EvaluateJob, image_size: int) -> list[PreparedBenchmark]:

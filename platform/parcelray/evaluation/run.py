@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from parcelray.cluster.node_inputs import check_inputs
 from parcelray.cluster.session import ray_session
 from parcelray.config.evaluate import EvaluateJob, PassConfig, budget_name
 from parcelray.config.paths import AS_WRITTEN
@@ -38,8 +39,9 @@ from parcelray.evaluation.results import record_results, show, write_results
 from parcelray.evaluation.scoring.evaluation import Evaluation
 from parcelray.evaluation.scoring.split_scores import SplitScores
 from parcelray.evaluation.scoring.summary import REFERENCE_FOLDER, Summary, summarize
-from parcelray.models.checkpoint import ResolvedCheckpoint, content_digest
+from parcelray.models.checkpoint import ResolvedCheckpoint
 from parcelray.models.vlm import connector_of, image_size_of
+from parcelray.tracking.lineage import DATA_TAG, MODEL_IN_TAG
 from parcelray.tracking.mlflow_tracker import job_run
 from parcelray.tracking.registry import resolve_model
 from parcelray.tracking.run_folder import RunFolder
@@ -103,14 +105,14 @@ def run_evaluation(
         for warning in family_warnings(job, benchmarks, checkpoint, reference):
             console.print(f"Warning: {warning}", style="yellow", markup=False, soft_wrap=True)
         with (
-            nullcontext() if job.compute.actors == 0 else ray_session(address),
+            nullcontext() if job.compute.actors == 0 else _session(job, address, checkpoint, reference),
             job_run(
                 job,
                 uri,
                 run_folder.identity,
                 params=job.model_dump(mode="json", exclude={"benchmarks"}, context=AS_WRITTEN)
                 | {"benchmarks": ", ".join(choice.name for choice in job.benchmarks)},
-                tags={"parcel.model": checkpoint.pinned},
+                tags={MODEL_IN_TAG: checkpoint.pinned, DATA_TAG: _fingerprints(benchmarks)},
                 parent_run_id=parent_run_id,
             ) as run_id,
         ):
@@ -166,6 +168,17 @@ def limit_predictions(storage: str, job: EvaluateJob, digests: Sequence[str], co
         console.print(f"{deleted:,} files of old predictions were deleted, to keep all below {limit_gb:g} GiB.")
 
 
+@contextmanager
+def _session(
+    job: EvaluateJob, address: str | None, checkpoint: ResolvedCheckpoint, reference: ResolvedCheckpoint | None
+) -> Iterator[None]:
+    """Connects to Ray, and checks that the nodes have the same models and data under the plain paths of the job."""
+    with ray_session(address):
+        pins = [model.pin for model in (checkpoint, reference) if model is not None]
+        check_inputs(pins, [choice.data for choice in job.benchmarks])
+        yield
+
+
 def evaluate_model(
     name: str,
     model: EvaluatedModel,
@@ -175,6 +188,7 @@ def evaluate_model(
     mask_decoder: str | None = None,
     worker: ModelWorker | None = None,
     on_progress: OnProgress = lambda benchmark, rows, total: None,
+    say: Callable[[str], object] = lambda line: None,
 ) -> tuple[Evaluation, PassResult]:
     """Runs one pass of a model over benchmarks: in this process with a worker or without actors, else on Ray.
 
@@ -186,6 +200,7 @@ def evaluate_model(
         mask_decoder: the .npz file that the metric `refseg_miou` needs.
         worker: a worker in this process that already holds the model.
         on_progress: called after each shard.
+        say: called with a sentence if the pass waits for resources of the cluster.
 
     Returns:
         The evaluation, ready to be scored, and the result of the pass.
@@ -199,10 +214,10 @@ def evaluate_model(
     else:
         from parcelray.evaluation.passes.ray_pass import run_on_ray
 
-        result = run_on_ray(benchmarks, model, settings, on_progress)
+        result = run_on_ray(benchmarks, model, settings, on_progress, say=say)
     evaluation = Evaluation(
         name=name,
-        model=model.reference,
+        model=model.pin.name,
         digest=model.digest,
         budgets=model.budgets,
         full=max(connector_of(model.folder).supported_budgets),
@@ -223,7 +238,7 @@ def _evaluate_and_save(
     console: Console,
 ) -> tuple[Evaluation, PassResult]:
     """Evaluates one checkpoint on all benchmarks of a job, and saves the evaluation into a folder."""
-    model = evaluated_model(checkpoint, content_digest(checkpoint.path), budgets, job.storage)
+    model = evaluated_model(checkpoint, budgets, job.storage)
     names = ", ".join(map(budget_name, budgets))
     console.print(f"Evaluating {checkpoint.pinned} at budgets {names} (visual tokens per image)")
     settings = job.compute
@@ -231,7 +246,13 @@ def _evaluate_and_save(
         settings = settings.model_copy(update={"gpus_per_actor": 1.0})
     with _progress_bars(console, {each.config.name: len(each.rows) for each in benchmarks}) as on_progress:
         evaluation, result = evaluate_model(
-            name, model, benchmarks, settings, mask_decoder=job.mask_decoder, on_progress=on_progress
+            name,
+            model,
+            benchmarks,
+            settings,
+            mask_decoder=job.mask_decoder,
+            on_progress=on_progress,
+            say=lambda line: console.print(line, markup=False, soft_wrap=True),
         )
     evaluation.save(folder)
     for benchmark in result.benchmarks:
@@ -247,6 +268,12 @@ def _check_evaluated(benchmark: EvaluatedBenchmark, max_unscored: float) -> None
             f"{benchmark.config.name}: {len(problems)} of {total} samples could not be evaluated, more than"
             f" max_unscored {max_unscored:g} allows; the first: {first}. Fix the data, or raise max_unscored."
         )
+
+
+def _fingerprints(benchmarks: Sequence[PreparedBenchmark]) -> str:
+    """The data of an evaluation in one line: benchmark, revision and digest of the row ids."""
+    found = [(benchmark.config.name, benchmark.reader.fingerprint()) for benchmark in benchmarks]
+    return ", ".join(f"{name} {each.revision} ids sha256:{each.ids[:16]}" for name, each in found)
 
 
 def _check_unscored(summary: Summary, max_unscored: float) -> None:

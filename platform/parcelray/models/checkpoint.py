@@ -46,7 +46,7 @@ See `tracking.registry`.
 
 
 class ModelPin(StrictModel):
-    """A reference to one content of a model, which any host can open (`tracking.opening.open_model`)."""
+    """A reference to one content of a model, which any host can open (`tracking.opening.model_folder`)."""
 
     reference: str
     """`models:/NAME/VERSION`, `hf:ORG/NAME@COMMIT`, a URI, a packaged name, or the absolute path of a folder."""
@@ -181,7 +181,7 @@ def open_pin(
 
     Args:
         pin: the model, from `resolve_checkpoint` in the driver.
-        registry_resolver: see `resolve_checkpoint`; `tracking.opening.open_model` sets it.
+        registry_resolver: see `resolve_checkpoint`; `tracking.opening.model_folder` sets it.
         on_progress: see `resolve_checkpoint`.
 
     Raises:

@@ -25,14 +25,17 @@ LIMIT_VARIABLE = "PARCELRAY_MODEL_CACHE_GB"
 _DEFAULT_LIMIT_GB = 100.0
 _POLL_S = 0.5
 """Interval at which the progress of a download and the lock of another process are checked, seconds."""
-_LINE_S = 5.0
-"""Interval of the progress lines on standard error, seconds; faster downloads print nothing."""
+_REPORT_S = 5.0
+"""Interval of the progress, seconds; a faster download reports nothing."""
 _SETTLED_NS = 1_000_000_000
 """Age from which a file's time stamp is trusted; a younger file could change again without a new time stamp."""
 _GB = 1e9
 
+DOWNLOADING = "downloading"
+"""First word of the progress of a download."""
+
 OnProgress = Callable[[str], None]
-"""Called with a sentence on the state of a download, about twice a second."""
+"""Called with a sentence on the state of a download, every few seconds."""
 Download = Callable[[Path], Path]
 """Writes files below an empty folder, and returns the folder that directly contains the files of the model."""
 
@@ -83,7 +86,7 @@ def downloaded_model(
         SystemFailure: the disk is full.
     """
     entry = _entry(digest)
-    report = on_progress or _progress_lines()
+    report = _throttled(on_progress or _write_line)
     partial = entry.with_suffix(".partial")
     while True:
         entry.parent.mkdir(parents=True, exist_ok=True)
@@ -281,16 +284,20 @@ def _watched(partial: Path, name: str, num_bytes: int, report: OnProgress) -> It
 
 def _state(name: str, partial: Path, num_bytes: int) -> str:
     done = min(_num_bytes(partial), num_bytes)
-    return f"downloading {name} to {os.uname().nodename}: {done / _GB:.2f} of {num_bytes / _GB:.2f} GB"
+    return f"{DOWNLOADING} {name} to {os.uname().nodename}: {done / _GB:.2f} of {num_bytes / _GB:.2f} GB"
 
 
-def _progress_lines() -> OnProgress:
+def _write_line(state: str) -> None:
+    sys.stderr.write(f"{state}\n")
+
+
+def _throttled(report: OnProgress) -> OnProgress:
     last = time.monotonic()
 
     def write(state: str) -> None:
         nonlocal last
-        if time.monotonic() - last >= _LINE_S:
+        if time.monotonic() - last >= _REPORT_S:
             last = time.monotonic()
-            sys.stderr.write(f"{state}\n")
+            report(state)
 
     return write

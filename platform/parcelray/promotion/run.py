@@ -24,6 +24,7 @@ from parcelray.files import open_storage, write_json
 from parcelray.models.checkpoint import resolve_checkpoint
 from parcelray.promotion.gates import Check, accepted_budgets, check_golden, check_regression, check_retention
 from parcelray.promotion.latency import check_latency
+from parcelray.tracking.lineage import MODEL_IN_TAG, submitted_job
 from parcelray.tracking.mlflow_tracker import MlflowRunLogger, job_run
 from parcelray.tracking.model_versions import (
     GateRecord,
@@ -137,7 +138,7 @@ def run_promotion(job: PromoteJob, console: Console, *, force: bool = False, add
     """
     assert job.tracking.uri is not None
     uri = ensure_store(job.tracking.uri)
-    user = getpass.getuser()
+    user = submitted_job().get("user") or getpass.getuser()
     tags = {"parcel.gate_user": user, "parcel.gate_force": str(force)}
     params = job.model_dump(mode="json", exclude={"benchmarks"}, context=AS_WRITTEN)
     name = identity(_pinned(job, uri))
@@ -274,7 +275,7 @@ def _record(job: PromoteJob, name: str, uri: str, verdict: Verdict) -> None:
     path = next(path for path in paths if not filesystem.exists(path))
     write_json(path, verdict.to_dict(), filesystem)
     tracker = MlflowRunLogger(uri, verdict.mlflow_run_id)
-    tracker.set_tags({"parcel.gate": verdict.word, "parcel.model": f"models:/{verdict.model}/{verdict.version}"})
+    tracker.set_tags({"parcel.gate": verdict.word, MODEL_IN_TAG: f"models:/{verdict.model}/{verdict.version}"})
     with tempfile.TemporaryDirectory() as temporary:
         filesystem.get_file(path, f"{temporary}/{Path(path).name}")
         tracker.log_artifact(Path(temporary) / Path(path).name)

@@ -19,6 +19,8 @@ from parcelray.serving.replica import ReplicaSettings
 from parcelray.serving.replica.model_replica import ModelReplica
 
 INGRESS_DEPLOYMENT = "Ingress"
+INGRESS_CPUS = 0.1
+"""Logical CPUs of the ingress."""
 LOGGING = {"encoding": "JSON", "enable_access_log": False}
 """Logs one line of JSON per record.
 
@@ -87,7 +89,7 @@ def ingress_app(args: dict[str, Any]) -> Application:
         max_ongoing_requests=2 * in_flight + 64,
         max_queued_requests=4 * in_flight,
         backpressure_config={"status_code": 429, "retry_after_s": 1},
-        ray_actor_options={"num_cpus": 0.1},
+        ray_actor_options={"num_cpus": INGRESS_CPUS},
         # The ingress of a changed job starts next to the old one, which answers until the new one does.
         max_surge_percent=100,
         graceful_shutdown_wait_loop_s=0.5,
@@ -106,7 +108,7 @@ def replica_settings(job: ServeJob, model: ServedModelConfig, checkpoint: Resolv
         checkpoint: what `model.reference` was resolved to.
     """
     return ReplicaSettings(
-        path=str(checkpoint.path),
+        pin=checkpoint.pin,
         model=model.model_copy(update={"reference": checkpoint.pinned}),
         budgets=tuple(sorted(job.budgets.offered)),
         policy=_input_policy(job),

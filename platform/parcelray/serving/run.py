@@ -6,7 +6,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -17,10 +17,12 @@ from ray.serve.context import _disconnect, _get_global_client
 from ray.serve.schema import ProxyStatus, ServeDeploySchema
 from rich.console import Console
 
+from parcelray.cluster.capacity import Need, Part, await_capacity
+from parcelray.cluster.node_inputs import check_inputs
 from parcelray.cluster.session import ADDRESS_VARIABLE, import_path, num_nodes, ray_session, temporary_folder
-from parcelray.config.serve import HttpConfig, ServeJob
+from parcelray.config.serve import HttpConfig, InputPolicyConfig, ServeJob
 from parcelray.errors import SystemFailure, UserError
-from parcelray.serving.app import PROXY_TIMEOUT_S, start_options
+from parcelray.serving.app import INGRESS_CPUS, PROXY_TIMEOUT_S, start_options
 from parcelray.serving.plan import PinnedEndpoint, pin
 from parcelray.tracking.store import check_tracking_uri
 
@@ -29,16 +31,20 @@ _DEPLOY_TIMEOUT_S = 900.0
 
 
 @contextmanager
-def endpoint(pinned: PinnedEndpoint, *, address: str | None = None) -> Iterator[str]:
+def endpoint(
+    pinned: PinnedEndpoint, *, address: str | None = None, say: Callable[[str], object] = lambda line: None
+) -> Iterator[str]:
     """Runs an endpoint for the duration of the context and yields its URL; at the end, requests in flight are finished.
 
     Args:
         pinned: the endpoint.
         address: address of the Ray cluster; None: that of the environment variables, else a local one.
+        say: called with a sentence if the endpoint waits for resources of the cluster.
 
     Raises:
-        UserError: Ray cannot be started or connected to, or the port is in use.
-        SystemFailure: a model cannot be started.
+        UserError: Ray cannot be started or connected to, the port is in use, or the cluster can never hold the
+            replicas.
+        SystemFailure: a model cannot be started, or the resources were not free within `replicas.wait_s`.
     """
     job = pinned.job
     cpus = int(job.replicas.max * job.replicas.cpus + (job.canary is not None) * job.replicas.cpus + 1) + 2
@@ -53,6 +59,12 @@ def endpoint(pinned: PinnedEndpoint, *, address: str | None = None) -> Iterator[
         if job.samples is not None and job.tracking.uri is not None:
             check_tracking_uri(job.tracking.uri, num_nodes())
         _check_running(job.http)
+        if _get_global_client(raise_if_no_controller_running=False) is None:
+            # An endpoint that runs already may be unchanged, and then it needs nothing.
+            await_capacity(needed_resources(job), job.replicas.wait_s, "replicas.wait_s", say)
+        models = [model.pin for model in (pinned.champion, pinned.challenger) if model is not None]
+        policy = job.budgets.policy
+        check_inputs(models, [policy.predictor] if isinstance(policy, InputPolicyConfig) else [])
         _start(job)
         try:
             deploy(pinned)
@@ -61,6 +73,20 @@ def endpoint(pinned: PinnedEndpoint, *, address: str | None = None) -> Iterator[
             # The ingress first: it ends after its last request is answered, and needs the models until then.
             for name in _own(_deployed(), job.name):
                 serve.delete(name)
+
+
+def needed_resources(job: ServeJob) -> Need:
+    """Returns the resources that an endpoint needs at least: the first replicas of its models, and its ingress."""
+    replicas = job.replicas
+    models = 1 if job.canary is None else 2
+    return Need(
+        "The endpoint",
+        (
+            Part(models * replicas.min, "replica", {"CPU": replicas.cpus, "GPU": replicas.gpus}),
+            Part(1, "ingress", {"CPU": INGRESS_CPUS}),
+        ),
+        "lower replicas.min or the resources of each replica",
+    )
 
 
 def _start(job: ServeJob) -> None:
@@ -174,7 +200,7 @@ def run_endpoint(pinned: PinnedEndpoint, console: Console, *, address: str | Non
     console.print(
         f"Starting {pinned.champion.pinned} at {', '.join(map(str, sorted(pinned.job.budgets.offered)))} visual tokens",
     )
-    with endpoint(pinned, address=address) as url:
+    with endpoint(pinned, address=address, say=lambda line: console.print(line, markup=False, soft_wrap=True)) as url:
         # Only now, because Ray installs its own handlers when it starts.
         for number, event in ((signal.SIGINT, stop), (signal.SIGTERM, stop), (signal.SIGHUP, reload)):
             signal.signal(number, lambda *_, event=event: event.set())

@@ -7,7 +7,7 @@ from parcelray.models.checkpoint import ModelPin, open_pin
 from parcelray.models.host_cache import OnProgress
 
 
-def open_model(pin: ModelPin, on_progress: OnProgress | None = None) -> Path:
+def model_folder(pin: ModelPin, on_progress: OnProgress | None = None) -> Path:
     """Returns the folder of a pinned model on this host (see `models.checkpoint.open_pin`).
 
     Args:

@@ -38,6 +38,7 @@ from parcelray.files import read_json, write_json
 from parcelray.models.backbones import ElasticVLM
 from parcelray.models.backbones.processor_base import ElasticProcessor
 from parcelray.models.vlm import quiet_transformers
+from parcelray.tracking.metric_logger import UnsentMetric
 from parcelray.tracking.run_folder import CHECKPOINT
 
 _POLL_S = 1.0
@@ -57,6 +58,8 @@ class TrainState:
     world_size: int
     metrics: dict[str, float]
     """The newest value of each metric; the result of a run that is resumed after its last step."""
+    unsent_metrics: list[UnsentMetric] = field(default_factory=list)
+    """Metrics that the tracking store did not have when the checkpoint was written."""
     files: dict[str, int] = field(default_factory=dict)
     """Size in bytes of each other file of the checkpoint, by its path; `save` fills it in."""
 

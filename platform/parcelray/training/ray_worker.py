@@ -22,7 +22,9 @@ from ray.train.collective import broadcast_from_rank_zero
 from parcelray.config.train import TrainJob
 from parcelray.errors import SystemFailure
 from parcelray.files import listing_wait_s
+from parcelray.models.checkpoint import ModelPin
 from parcelray.tracking.metric_logger import MetricLogger, NoMetrics
+from parcelray.tracking.opening import model_folder
 
 logger = logging.getLogger(__name__)
 
@@ -36,8 +38,8 @@ class WorkerInputs:
     """The inputs that are sent to every worker."""
 
     job: TrainJob
-    checkpoint: Path | None
-    """Folder that `job.model` was resolved to; None for a model from scratch."""
+    start: ModelPin | None
+    """What `job.model` was resolved to; None for a model from scratch."""
     logger: Callable[[], MetricLogger]
     """Creates the metric logger; called on rank 0 only."""
     progress: Any
@@ -62,16 +64,23 @@ def train_worker(config: dict[str, Any]) -> None:
         keep_freed_memory()
         torch.set_num_threads(max(1, int(scaling.cpus_per_worker)))
     is_first = ray.train.get_context().get_world_rank() == 0
+    on_progress = inputs.progress.update.remote if is_first else lambda step, state: None
     with _restored_checkpoint() as resume_from:
+        # A resumed training reads its own checkpoint, so its host needs no copy of the start.
+        start = (
+            model_folder(inputs.start, functools.partial(on_progress, 0))
+            if inputs.start is not None and resume_from is None
+            else None
+        )
         train(
             inputs.job,
             LoopInputs(
-                checkpoint=inputs.checkpoint,
+                checkpoint=start,
                 resume_from=resume_from,
                 batches=functools.partial(ray_batches, concurrency=scaling.data_tasks_per_worker),
                 report=_report,
                 logger=inputs.logger() if is_first else NoMetrics(),
-                on_progress=inputs.progress.update.remote if is_first else lambda step, state: None,
+                on_progress=on_progress,
                 cpu_only=not scaling.gpus_per_worker,
             ),
         )
@@ -160,7 +169,7 @@ class BackgroundValidation:
             step, metrics = validate_checkpoint(self.job, Path(name))
         logger = self.logger()
         logger.log_metrics(metrics, step)
-        logger.flush()
+        logger.close()
         return metrics
 
 

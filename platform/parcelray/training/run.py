@@ -4,24 +4,29 @@ import functools
 import shutil
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from rich.console import Console
 
+from parcelray.cluster.capacity import DATA_TASK_CPUS, Need, Part, await_capacity
+from parcelray.cluster.node_inputs import check_inputs
 from parcelray.cluster.session import num_nodes, ray_session
 from parcelray.config.model import CheckpointModelConfig
 from parcelray.config.paths import AS_WRITTEN
 from parcelray.config.train import TrainJob
 from parcelray.console import step_progress
-from parcelray.datasets.open import check_rows
+from parcelray.datasets.open import check_rows, data_folder
 from parcelray.errors import SystemFailure
-from parcelray.models.checkpoint import ResolvedCheckpoint, write_manifest
-from parcelray.models.vlm import write_converted
+from parcelray.evaluation.predict import PYFUNC_FILE
+from parcelray.models.checkpoint import ModelPin, ResolvedCheckpoint, resolve_checkpoint, write_manifest
+from parcelray.models.vlm import connector_of, write_converted
+from parcelray.tracking.lineage import MODEL_IN_TAG, MODEL_OUT_TAG, git_commit
 from parcelray.tracking.metric_logger import MetricLogger, open_metric_logger
-from parcelray.tracking.mlflow_tracker import git_commit, job_run
-from parcelray.tracking.registry import resolve_model
+from parcelray.tracking.mlflow_tracker import MlflowRunLogger, job_run
+from parcelray.tracking.opening import model_folder
+from parcelray.tracking.registry import register_model, resolve_model
 from parcelray.tracking.run_folder import IN_PROCESS, RunFolder
 from parcelray.tracking.store import check_tracking_uri, ensure_store
 from parcelray.training.checkpointing import is_complete
@@ -42,6 +47,8 @@ class TrainedRun:
     mlflow_run_id: str | None
     was_done: bool
     """Whether the run was already finished, so that nothing was computed."""
+    registered: str | None = None
+    """`models:/NAME/VERSION` of the trained model; None if the job does not register it."""
 
     @property
     def model(self) -> str:
@@ -67,7 +74,9 @@ def run_training(
     address: str | None = None,
     parent_run_id: str | None = None,
     report: bool = True,
+    wait: bool = True,
     on_report: Callable[[Mapping[str, float]], None] | None = None,
+    start_pin: ModelPin | None = None,
 ) -> TrainedRun:
     """Train a job, or resume it, or return at once if it is finished.
 
@@ -77,24 +86,46 @@ def run_training(
         address: Ray cluster; None for RAY_ADDRESS or else a local instance. Unused with `scaling.num_workers: 0`.
         parent_run_id: MLflow run to nest under.
         report: whether to score the model as `job.report` defines.
+        wait: whether to wait for the resources of the workers, and to compare the plain paths of the nodes; a search
+            does so itself for all of its trials.
         on_report: called with the metrics at each checkpoint; picklable.
+        start_pin: what `job.model` was resolved to by a search, whose trials have no access to the registry; None: it
+            is resolved here.
 
     Raises:
-        UserError: the job is not valid, or its name belongs to another configuration.
-        SystemFailure: the training failed more often than `scaling.max_failures`.
+        UserError: the job is not valid, its name belongs to another configuration, or the cluster can never hold the
+            workers.
+        SystemFailure: the training failed more often than `scaling.max_failures`, or its resources were not free within
+            `scaling.wait_s`.
     """
     folder = RunFolder(job)
     with folder.claimed():
         done = folder.result()
         if done is not None:
-            run = TrainedRun(folder.identity, folder, done["metrics"], done["mlflow_run_id"], was_done=True)
+            run = TrainedRun(
+                folder.identity,
+                folder,
+                done["metrics"],
+                done["mlflow_run_id"],
+                was_done=True,
+                registered=done.get("registered"),
+            )
             console.print(f"{folder.identity} is finished; nothing to do. Its model is in {run.model}.")
-            return run
+            return _registered(job, run, console)
         uri = ensure_store(job.tracking.uri) if job.tracking.uri is not None else None
         check_rows(job.data)
-        start = resolve_start(job, uri)
+        start = _opened(job, start_pin) if start_pin is not None else resolve_start(job, uri)
         in_process = job.scaling.bounds[1] == 0
         with nullcontext() if in_process else ray_session(address):
+            if wait and not in_process:
+                await_capacity(
+                    needed_resources(job),
+                    job.scaling.wait_s,
+                    "scaling.wait_s",
+                    lambda line: console.print(line, markup=False, soft_wrap=True),
+                )
+            if wait and not in_process:
+                check_inputs([start.pin if start is not None else None], [data_folder(job.data)])
             if uri is not None and not in_process:
                 check_tracking_uri(uri, num_nodes())
             with (
@@ -103,7 +134,7 @@ def run_training(
                     uri,
                     folder.identity,
                     params=job.model_dump(mode="json", context=AS_WRITTEN),
-                    tags={"parcel.start": start.pinned if start is not None else "scratch"},
+                    tags={MODEL_IN_TAG: start.pinned if start is not None else "scratch"},
                     parent_run_id=parent_run_id,
                 ) as run_id,
                 step_progress(console, job.name, job.training.steps) as on_progress,
@@ -111,18 +142,58 @@ def run_training(
                 logger = functools.partial(open_metric_logger, uri, run_id)
                 checkpoint, metrics = _fit(job, folder, start, logger, on_progress, on_report)
                 _keep_model(job, folder, checkpoint, start)
+                if uri is not None and run_id is not None:
+                    digest = resolve_checkpoint(folder.local / MODEL).pinned
+                    MlflowRunLogger(uri, run_id).set_tags({MODEL_OUT_TAG: digest})
                 if report and job.report is not None:
                     metrics |= report_training(job, folder, console, uri, run_id)
-        folder.finish({"model": MODEL, "metrics": metrics, "mlflow_run_id": run_id})
+                trained = TrainedRun(folder.identity, folder, metrics, run_id, was_done=False)
+                trained = _registered(job, trained, console)
+        folder.finish({"model": MODEL, "metrics": metrics, "mlflow_run_id": run_id, "registered": trained.registered})
         keep = job.storage_limits.finished_checkpoints
         if keep is not None or not folder.is_local:
             folder.keep_checkpoints(keep or 0)
-        return TrainedRun(folder.identity, folder, metrics, run_id, was_done=False)
+        return trained
+
+
+def _registered(job: TrainJob, run: TrainedRun, console: Console) -> TrainedRun:
+    """Registers the trained model if the job says so; the same model of the same run is registered once."""
+    if job.register is None or job.tracking.uri is None or run.mlflow_run_id is None:
+        return run
+    if run.registered is None or not run.registered.startswith(f"models:/{job.register}/"):
+        uri = ensure_store(job.tracking.uri)
+        largest = max(connector_of(run.model_folder).supported_budgets)
+        version = register_model(
+            uri, run.model_folder, job.register, run.mlflow_run_id, pyfunc_file=PYFUNC_FILE, example_budget=largest
+        )
+        run = replace(run, registered=f"models:/{job.register}/{version}")
+        MlflowRunLogger(uri, run.mlflow_run_id).set_tags({MODEL_OUT_TAG: run.registered})
+    console.print(f"The trained model is {run.registered}")
+    return run
+
+
+def needed_resources(job: TrainJob) -> Need:
+    """Returns the resources that the training of a job needs at least: its workers and one task that reads data."""
+    scaling, validation = job.scaling, job.validation
+    return Need(
+        "The training",
+        (
+            Part(scaling.bounds[0], "worker", {"CPU": scaling.cpus_per_worker, "GPU": scaling.gpus_per_worker}),
+            Part(1, "data task", {"CPU": DATA_TASK_CPUS}),
+            Part(int(validation.in_background), "validation task", {"GPU": validation.background_gpus}),
+        ),
+        "lower scaling.num_workers or the resources of each worker",
+    )
 
 
 def resolve_start(job: TrainJob, tracking_uri: str | None) -> ResolvedCheckpoint | None:
     """Resolve the checkpoint that the job starts from; None for a model from scratch."""
     return resolve_model(job.model, tracking_uri) if isinstance(job.model, CheckpointModelConfig) else None
+
+
+def _opened(job: TrainJob, pin: ModelPin) -> ResolvedCheckpoint:
+    assert isinstance(job.model, CheckpointModelConfig)
+    return ResolvedCheckpoint(model_folder(pin), job.model.reference, pin)
 
 
 def _fit(
@@ -134,13 +205,12 @@ def _fit(
     on_report: Callable[[Mapping[str, float]], None] | None,
 ) -> tuple[Path, dict[str, float]]:
     """Train in this process or on Ray Train; returns the last checkpoint and the last metrics."""
-    path = start.path if start is not None else None
     if job.scaling.bounds[1] == 0:
         _pull_newest(folder)
         return fit_in_process(
             job,
             folder.local / IN_PROCESS,
-            checkpoint=path,
+            checkpoint=start.path if start is not None else None,
             logger=logger(),
             on_progress=on_progress,
             on_report=on_report,
@@ -149,7 +219,8 @@ def _fit(
     # Ray Train takes seconds to import, so in-process runs and --dry-run do not load it.
     from parcelray.training.trainer import fit
 
-    return fit(job, folder, checkpoint=path, logger=logger, on_progress=on_progress, on_report=on_report)
+    pin = start.pin if start is not None else None
+    return fit(job, folder, start=pin, logger=logger, on_progress=on_progress, on_report=on_report)
 
 
 def _push_checkpoint(folder: RunFolder, keep: int, checkpoint: Path) -> None:

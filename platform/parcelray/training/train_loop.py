@@ -197,6 +197,7 @@ class _Loop:
         if inputs.resume_from is not None:
             state = checkpointing.read_state(inputs.resume_from)
             self.first_step, self.last_metrics = state.step, state.metrics
+            self.inputs.logger.restore(state.unsent_metrics)
             checkpointing.restore_optimizer(
                 inputs.resume_from, accelerator=self.accelerator, model=self.model, optimizer=self.optimizer
             )
@@ -240,6 +241,7 @@ class _Loop:
             if self._due(done, self.job.checkpointing.every_steps) or (validate and in_background):
                 self._checkpoint(done, validate=validate and in_background)
             clock.restart_if(self._due(done, training.log_every_steps))
+        self.inputs.logger.close()
         return self.last_metrics
 
     def _due(self, done: int, every: int) -> bool:
@@ -371,10 +373,13 @@ class _Loop:
 
     def _checkpoint(self, done: int, *, validate: bool = False) -> None:
         state = checkpointing.TrainState(
-            done, config_hash(self.job), self.sampler.state(), self.accelerator.num_processes, self.last_metrics
+            done,
+            config_hash(self.job),
+            self.sampler.state(),
+            self.accelerator.num_processes,
+            self.last_metrics,
+            self.inputs.logger.flush(),
         )
-        if self.accelerator.is_main_process:
-            self.inputs.logger.flush()
         with tempfile.TemporaryDirectory(prefix="parcelray-checkpoint-") as name:
             folder = Path(name)
             checkpointing.save(

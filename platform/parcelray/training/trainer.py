@@ -21,6 +21,7 @@ from ray.train.v2._internal.constants import CHECKPOINT_MANAGER_SNAPSHOT_FILENAM
 from parcelray.config.train import TrainJob
 from parcelray.errors import SystemFailure, UserError
 from parcelray.files import listing_wait_s, read_json
+from parcelray.models.checkpoint import ModelPin
 from parcelray.tracking.metric_logger import MetricLogger
 from parcelray.tracking.run_folder import RunFolder
 from parcelray.training.checkpointing import fetch
@@ -40,7 +41,7 @@ def fit(
     job: TrainJob,
     folder: RunFolder,
     *,
-    checkpoint: Path | None,
+    start: ModelPin | None,
     logger: Callable[[], MetricLogger],
     on_progress: Callable[[int, str], None] = lambda step, state: None,
     on_report: Callable[[Mapping[str, float]], None] | None = None,
@@ -53,7 +54,7 @@ def fit(
     Args:
         job: the training.
         folder: the run folder, already claimed for this job.
-        checkpoint: folder that `job.model` was resolved to, readable on every node; None for a model from scratch.
+        start: what `job.model` was resolved to; each worker opens it on its host. None for a model from scratch.
         logger: creates the metric logger; called on rank 0.
         on_progress: called in this process with the number of finished steps and a short text, about twice a second.
         on_report: called with the metrics at each checkpoint, in the process of Ray Train's controller; picklable.
@@ -62,17 +63,15 @@ def fit(
         A local copy of the last checkpoint, in a temporary folder that the caller removes, and the last metrics.
 
     Raises:
-        UserError: the cluster cannot hold the workers.
         SystemFailure: the training failed more often than `scaling.max_failures`, or Ray's record of its checkpoints
             is damaged.
     """
-    _check_capacity(job)
     _check_snapshot(folder)
     with watched_progress(on_progress) as progress:
         # Ray's annotations are those of the first version of Ray Train, which had no validation.
         trainer = _InterruptibleTrainer(  # type: ignore[call-arg]
             train_worker,
-            train_loop_config={"inputs": WorkerInputs(job, checkpoint, logger, progress)},
+            train_loop_config={"inputs": WorkerInputs(job, start, logger, progress)},
             scaling_config=_scaling(job),
             run_config=_run_config(job, folder, on_report),
             torch_config=TorchConfig(backend="nccl" if job.scaling.gpus_per_worker else "gloo"),
@@ -155,19 +154,6 @@ def _run_config(job: TrainJob, folder: RunFolder, on_report: Callable[[Mapping[s
         checkpoint_config=CheckpointConfig(num_to_keep=job.checkpointing.keep),
         callbacks=[ReportCallback(on_report)] if on_report is not None else None,  # type: ignore[list-item]
     )
-
-
-def _check_capacity(job: TrainJob) -> None:
-    """Refuse more workers than the cluster can hold; Ray Train itself would wait for them without end."""
-    available: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-    workers = job.scaling.bounds[0]
-    for name, each in (("CPU", job.scaling.cpus_per_worker), ("GPU", job.scaling.gpus_per_worker)):
-        if workers * each > available.get(name, 0.0):
-            raise UserError(
-                f"scaling requests {workers} workers of {each:g} {name} each, but the Ray cluster has"
-                f" {available.get(name, 0.0):g} {name} in all; lower scaling.num_workers or"
-                f" scaling.{name.lower()}s_per_worker, or use a larger cluster."
-            )
 
 
 def _check_snapshot(folder: RunFolder) -> None:

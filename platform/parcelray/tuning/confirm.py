@@ -214,7 +214,7 @@ def _record(uri: str, run_id: str, result: Confirmation, files: Sequence[Path]) 
             {f"confirmation/supernet@{budget}": each.supernet, f"confirmation/trained@{budget}": each.trained.value},
             each.anchor_grid,
         )
-    tracker.flush()
+    tracker.close()
     for file in files:
         tracker.log_figure_file(file) if file.suffix == ".png" else tracker.log_artifact(file)
 

@@ -1,13 +1,13 @@
 """The plan of a search, for `parcelray tune --dry-run`: its points, its cost, and how many trials run at once."""
 
 import os
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import ray
 import torch
 
+from parcelray.cluster.capacity import Capacity, read_capacity
 from parcelray.cluster.session import ADDRESS_VARIABLE, default_num_cpus, ray_session
 from parcelray.config.evaluate import EvaluateJob
 from parcelray.config.identity import identity
@@ -16,7 +16,6 @@ from parcelray.config.tune import OptunaAlgorithm, PbtAlgorithm, RandomAlgorithm
 from parcelray.evaluation.plan import EvaluationPlan, evaluation_plan
 from parcelray.training.plan import training_plan
 from parcelray.tuning.run import trial_resources, wanted_concurrency
-from parcelray.tuning.trial_resources import cluster_nodes
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -80,8 +79,8 @@ def tuning_plan(job: TuneJob, address: str | None = None) -> TuningPlan:
         UserError: the space does not fit its job, the job cannot run, or the cluster cannot run a single trial.
     """
     check_search_space_of(job)
-    nodes, cluster = _nodes(address)
-    concurrent = trial_resources(job).concurrency(nodes, wanted_concurrency(job))
+    capacity, cluster = _capacity(address)
+    concurrent = trial_resources(job).concurrency(capacity, wanted_concurrency(job))
     points, algorithm = job.space.size, job.algorithm
     if isinstance(algorithm, RandomAlgorithm | OptunaAlgorithm):
         trials = algorithm.trials if points is None else min(points, algorithm.trials)
@@ -104,13 +103,12 @@ def tuning_plan(job: TuneJob, address: str | None = None) -> TuningPlan:
     )
 
 
-def _nodes(address: str | None) -> tuple[Sequence[Mapping[str, float]], str]:
-    """Returns the resources of the cluster's nodes, and a description of the cluster."""
+def _capacity(address: str | None) -> tuple[Capacity, str]:
+    """Returns the capacity of the cluster, and a description of the cluster."""
     named = address or os.environ.get(ADDRESS_VARIABLE)
     if ray.is_initialized() or (named is not None and named != "local"):
         with ray_session(address) as session:
-            return cluster_nodes(), f"the cluster at {session.address}"
+            return read_capacity(), f"the cluster at {session.address}"
     gpus = torch.cuda.device_count()
-    return [{"CPU": float(default_num_cpus()), "GPU": float(gpus)}], f"a local Ray of {default_num_cpus()} CPUs" + (
-        f" and {gpus} GPUs" if gpus else ""
-    )
+    node = {"CPU": float(default_num_cpus()), "GPU": float(gpus)}
+    return Capacity((node,)), f"a local Ray of {default_num_cpus()} CPUs" + (f" and {gpus} GPUs" if gpus else "")

@@ -5,12 +5,14 @@ import os
 import random
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from parcelray.cluster.capacity import await_capacity, read_capacity
+from parcelray.cluster.node_inputs import check_inputs
 from parcelray.cluster.session import ray_session
 from parcelray.config.evaluate import EvaluateJob
 from parcelray.config.model import CheckpointModelConfig
@@ -18,16 +20,18 @@ from parcelray.config.paths import written
 from parcelray.config.space_checks import check_search_space_of
 from parcelray.config.train import StorageLimits, TrainJob
 from parcelray.config.tune import HyperBandScheduler, PbtAlgorithm, TuneJob
+from parcelray.datasets.open import data_folder
 from parcelray.errors import SystemFailure, UserError
 from parcelray.evaluation.run import limit_predictions, run_evaluation
 from parcelray.evaluation.scoring.summary import Summary
-from parcelray.models.checkpoint import content_digest
+from parcelray.models.checkpoint import ResolvedCheckpoint
 from parcelray.models.vlm import connector_of
+from parcelray.tracking.lineage import MODEL_IN_TAG
 from parcelray.tracking.mlflow_tracker import job_run
 from parcelray.tracking.registry import resolve_model
 from parcelray.tracking.run_folder import RunFolder
 from parcelray.tracking.store import ensure_store
-from parcelray.tuning.evaluate_trial import Reference, SearchedModel, WarmEvaluator
+from parcelray.tuning.evaluate_trial import Reference, WarmEvaluator
 from parcelray.tuning.planner import Planner, make_planner
 from parcelray.tuning.progress import SearchProgress, TrialRuns, bounds_of
 from parcelray.tuning.report import record_findings, show_findings, write_findings
@@ -35,7 +39,7 @@ from parcelray.tuning.results import Baseline, SearchFindings, findings_of
 from parcelray.tuning.training_points import train_point, training_resources
 from parcelray.tuning.training_trial import early_stopping, population_scheduler, population_trial, training_trial
 from parcelray.tuning.trial_record import RECORD_FILE, TrialRecord
-from parcelray.tuning.trial_resources import TrialResources, cluster_nodes
+from parcelray.tuning.trial_resources import TrialResources
 from parcelray.tuning.tune_run import SearchObserver, evaluation_trial, run_search
 
 
@@ -83,7 +87,7 @@ def run_tuning(
     uri = ensure_store(job.tracking.uri) if job.tracking.uri is not None else None
     models = searched_models(job, uri)
     run_folder = RunFolder(job)
-    with run_folder.claimed({written(reference): model.digest for reference, model in models.items()}):
+    with run_folder.claimed({written(reference): model.pin.digest for reference, model in models.items()}):
         record = TrialRecord(run_folder.uri)
         if record.trials and not resume:
             raise UserError(
@@ -94,9 +98,17 @@ def run_tuning(
             console.print(f"{record.forget_failed()} failed trials are run again")
         how_to_resume = f"re-run the same command{'' if resume else ' with --resume'} to continue"
         with (
-            job_run(job, uri, run_folder.identity, params=_run_params(job), parent_run_id=parent_run_id) as run_id,
+            job_run(
+                job,
+                uri,
+                run_folder.identity,
+                params=_run_params(job),
+                tags={MODEL_IN_TAG: ", ".join(model.pinned for model in models.values()) or "scratch"},
+                parent_run_id=parent_run_id,
+            ) as run_id,
             ray_session(address),
         ):
+            check_inputs([model.pin for model in models.values()], _data_folders(job))
             planner = make_planner(job.space, job.algorithm, job.objectives, job.seed, record)
             search = _Search(job, console, record, planner, run_folder, models, uri, run_id, how_to_resume)
             evaluator = search.run()
@@ -114,12 +126,12 @@ def run_tuning(
                 )
         run_folder.finish(findings.to_dict())
         if isinstance(job.base, EvaluateJob):
-            digests = [model.digest for model in models.values()]
+            digests = [model.pin.digest for model in models.values()]
             limit_predictions(job.storage, job.base, digests, console)
         return SearchRun(run_folder.identity, run_folder, findings, run_id)
 
 
-def searched_models(job: TuneJob, uri: str | None) -> dict[str, SearchedModel]:
+def searched_models(job: TuneJob, uri: str | None) -> dict[str, ResolvedCheckpoint]:
     """Returns the checkpoints that the results of a search depend on, by reference.
 
     These are the models that are evaluated or trained from, and the references of the retention.
@@ -135,8 +147,7 @@ def searched_models(job: TuneJob, uri: str | None) -> dict[str, SearchedModel]:
     references += [CheckpointModelConfig(reference=value).reference for value in values]
     models = {}
     for reference in dict.fromkeys(references):
-        checkpoint = resolve_model(CheckpointModelConfig(reference=reference), uri)
-        models[reference] = SearchedModel(checkpoint, content_digest(checkpoint.path))
+        models[reference] = resolve_model(CheckpointModelConfig(reference=reference), uri)
     return models
 
 
@@ -149,7 +160,7 @@ class _Search:
     record: TrialRecord
     planner: Planner
     folder: RunFolder
-    models: Mapping[str, SearchedModel]
+    models: Mapping[str, ResolvedCheckpoint]
     uri: str | None
     run_id: str | None
     how_to_resume: str
@@ -163,9 +174,7 @@ class _Search:
         """
         resources = trial_resources(self.job)
         # A search that the cluster cannot run is refused before the reference is evaluated, which may take long.
-        count = (
-            resources.concurrency(cluster_nodes(), wanted_concurrency(self.job)) if not self.planner.is_finished else 0
-        )
+        count = 0 if self.planner.is_finished else self._concurrency(resources)
         if isinstance(self.job.base, EvaluateJob):
             evaluator = self._evaluator(self.job.base.model_copy(update={"storage": self.job.storage}))
             trial = evaluation_trial(evaluator.metrics, self.job.objectives[0])
@@ -173,6 +182,20 @@ class _Search:
             return evaluator
         self._run_trainings(self.job.base, resources, count)
         return None
+
+    def _concurrency(self, resources: TrialResources) -> int:
+        """Waits for the resources of one trial, or of a whole population; returns how many trials run at once."""
+        need = resources.need
+        if isinstance(self.job.algorithm, PbtAlgorithm):
+            members = need.times(self.job.algorithm.population)
+            need = replace(members, subject="The population", remedy=f"lower algorithm.population, {need.remedy}")
+        await_capacity(
+            need,
+            self.job.wait_s,
+            "wait_s",
+            lambda line: self.console.print(line, markup=False, soft_wrap=True),
+        )
+        return resources.concurrency(read_capacity(), wanted_concurrency(self.job))
 
     def baselines(self, evaluator: WarmEvaluator | None) -> dict[str, Baseline]:
         """Evaluates the baselines whose checkpoints exist, at the searched budgets that they support."""
@@ -192,15 +215,12 @@ class _Search:
 
     def _run_trainings(self, base: TrainJob, resources: TrialResources, count: int) -> None:
         reference = self._reference(self.job.evaluation)
-        train = functools.partial(train_point, self.job, self.folder.uri, reference, working_folder=os.getcwd())
+        pins = {name: model.pin for name, model in self.models.items()}
+        train = functools.partial(
+            train_point, self.job, self.folder.uri, reference, pins=pins, working_folder=os.getcwd()
+        )
         first = self.job.objectives[0]
         if isinstance(self.job.algorithm, PbtAlgorithm):
-            if count and count < self.job.algorithm.population:
-                raise UserError(
-                    f"algorithm.population is {self.job.algorithm.population}, but the cluster can run only {count}"
-                    " trainings at the same time; make it smaller, give the trainings fewer workers, or use a larger"
-                    " cluster."
-                )
             # Tune uses Python's global generator to choose the member to copy.
             random.seed(self.job.seed)
             trial = population_trial(train, first, self.job.algorithm)
@@ -332,6 +352,13 @@ def wanted_concurrency(job: TuneJob) -> int | None:
     # Each trial that runs at the same time holds a copy of the model.
     actors = max(1, job.base.compute.actors)
     return min(actors, job.max_concurrent or actors)
+
+
+def _data_folders(job: TuneJob) -> list[str | None]:
+    """Returns the folders and files that the trials read data from."""
+    evaluations = [each for each in (job.base, job.evaluation) if isinstance(each, EvaluateJob)]
+    trained = [data_folder(job.base.data)] if isinstance(job.base, TrainJob) else []
+    return [*trained, *(choice.data for each in evaluations for choice in each.benchmarks)]
 
 
 def _measures_latency(job: TuneJob) -> bool:

@@ -1,12 +1,15 @@
 """Cluster resources of trials: how many trials run at the same time, and a watchdog for a stalled search."""
 
+import math
+import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import ray
 
-from parcelray.errors import SystemFailure, UserError
+from parcelray.cluster.capacity import Capacity, Need, Part
+from parcelray.errors import SystemFailure
 
 
 @dataclass(frozen=True)
@@ -26,54 +29,38 @@ class TrialResources:
     helper_cpus: float = 0.0
     """CPUs of all tasks together that read data for the workers."""
 
-    def concurrency(self, nodes: Sequence[Mapping[str, float]], wanted: int | None) -> int:
+    @property
+    def need(self) -> Need:
+        """The resources of one trial for the comparison with a cluster."""
+        helpers = math.ceil(self.helper_cpus)
+        return Need(
+            "A trial",
+            (
+                Part(1, "process", {"CPU": self.cpus, "GPU": self.gpus}),
+                Part(self.workers, "worker", {"CPU": self.worker_cpus, "GPU": self.worker_gpus}),
+                Part(helpers, "data task", {"CPU": self.helper_cpus / max(1, helpers)}),
+            ),
+            "give the trials fewer workers or fewer resources",
+        )
+
+    def concurrency(self, capacity: Capacity, wanted: int | None) -> int:
         """Returns how many trials the cluster can run at the same time.
 
         With more, trials that start workers would wait for each other forever (ray#54305).
 
         Args:
-            nodes: resources of each node.
+            capacity: the cluster.
             wanted: upper limit; None: no limit.
 
         Raises:
             UserError: the cluster cannot run a single trial.
         """
-        needs = _amounts(
-            self.cpus + self.workers * self.worker_cpus + self.helper_cpus, self.gpus + self.workers * self.worker_gpus
-        )
-        total = {name: sum(node.get(name, 0.0) for node in nodes) for name in needs}
-        capacity = _times(total, needs)
-        if capacity < 1:
-            raise UserError(
-                f"A trial needs {_listed(needs, needs)}, but the Ray cluster has {_listed(total, needs)} in total; "
-                "give the trials fewer workers, or use a larger cluster."
-            )
-        # A worker, or a trial without workers, must fit on one node.
-        unit = _amounts(self.worker_cpus, self.worker_gpus) if self.workers else needs
-        units = sum(_times(node, unit) for node in nodes)
-        if units < max(1, self.workers):
-            name = f"A trial has {self.workers} workers, each of which" if self.workers else "A trial"
-            raise UserError(
-                f"{name} needs {_listed(unit, unit)} on one node, but the Ray cluster's nodes"
-                f" ({'; '.join(_listed(node, unit) for node in nodes)}) have room for {units}; request less per worker,"
-                " or use larger nodes."
-            )
-        capacity = min(capacity, units // max(1, self.workers))
-        return capacity if wanted is None else min(capacity, wanted)
-
-
-def cluster_nodes() -> list[Mapping[str, float]]:
-    """Returns the resources of each live node of the Ray instance that this process is connected to."""
-    return [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+        capacity.check(self.need)
+        return capacity.room_for(self.need, sys.maxsize if wanted is None else wanted)
 
 
 def _amounts(cpus: float, gpus: float) -> dict[str, float]:
     return {name: amount for name, amount in (("CPU", cpus), ("GPU", gpus)) if amount > 0}
-
-
-def _times(available: Mapping[str, float], needs: Mapping[str, float]) -> int:
-    """Returns how many times `needs` fits; the tolerance is for sums of fractional shares."""
-    return min((int(available.get(name, 0.0) / need + 1e-9) for name, need in needs.items()), default=0)
 
 
 def _listed(amounts: Mapping[str, float], names: Iterable[str]) -> str:

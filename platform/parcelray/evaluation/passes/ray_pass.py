@@ -20,6 +20,7 @@ import ray
 import ray.data
 from numpy.typing import NDArray
 
+from parcelray.cluster.capacity import DATA_TASK_CPUS, Need, Part, await_capacity
 from parcelray.config.evaluate import PassConfig
 from parcelray.errors import ParcelrayError, SystemFailure
 from parcelray.evaluation.passes.shards import (
@@ -38,6 +39,7 @@ from parcelray.evaluation.passes.shards import (
 )
 from parcelray.evaluation.passes.store import PredictionStore
 from parcelray.files import explained_failure
+from parcelray.models.host_cache import DOWNLOADING
 
 Item = TypeVar("Item")
 
@@ -53,6 +55,7 @@ def run_on_ray(
     settings: PassConfig,
     on_progress: OnProgress = lambda benchmark, rows, total: None,
     *,
+    say: Callable[[str], object] = lambda line: None,
     clock: Callable[[], float] = time.monotonic,
 ) -> PassResult:
     """Evaluates benchmarks at every budget and stores the predictions; stored predictions are not computed again.
@@ -64,21 +67,41 @@ def run_on_ray(
         model: the model to evaluate.
         settings: use of the cluster.
         on_progress: called after each shard.
+        say: called with a sentence if the pass waits for resources.
         clock: time in seconds, which is compared with `settings.stall_s`.
 
     Raises:
-        SystemFailure: no shard was finished for `settings.stall_s`.
-        UserError: the data of a benchmark are damaged, or the model does not support a budget.
+        SystemFailure: no shard was finished for `settings.stall_s`, or the resources of the pass were not free within
+            `settings.wait_s`.
+        UserError: the data of a benchmark are damaged, the model does not support a budget, or the cluster can never
+            hold the actors.
     """
     shards = make_shards(benchmarks, settings.rows_per_shard)
     dtype = dtype_of(benchmarks)
     if not shards:
         return collect(benchmarks, (), on_progress)
+    await_capacity(needed_resources(settings, len(shards)), settings.wait_s, "compute.wait_s", say)
     present = stored_keys(benchmarks, model, PredictionStore(model.store))
     with _stage_actor() as stages:
         reading = ray.put(pickle.dumps(_Reading(tuple(benchmarks), model, present)))
         pipeline = _pipeline(reading, model, dtype, shards, settings, stages)
         return collect(benchmarks, _finished(pipeline, len(shards), settings.stall_s, stages, clock), on_progress)
+
+
+def needed_resources(settings: PassConfig, num_shards: int) -> Need:
+    """Returns the resources that a pass needs: its actors, and one task that reads rows.
+
+    Without a CPU for that task, actors that hold all CPUs would wait for rows forever.
+    """
+    actors = min(settings.actors, num_shards)
+    return Need(
+        "The evaluation",
+        (
+            Part(actors, "actor", {"CPU": settings.cpus_per_actor, "GPU": settings.gpus_per_actor}),
+            Part(1, "data task", {"CPU": DATA_TASK_CPUS}),
+        ),
+        "lower compute.actors or the resources of each actor",
+    )
 
 
 class _Reading(NamedTuple):
@@ -103,7 +126,7 @@ def _pipeline(
     read = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
         _Read(reading, stages),
         batch_size=1,
-        num_cpus=0.5,
+        num_cpus=DATA_TASK_CPUS,
         memory=_READER_BYTES,
         compute=ray.data.TaskPoolStrategy(size=min(settings.readers, len(rows))),
     )
@@ -134,10 +157,15 @@ def _finished(
     executors = _executors(evaluated)
     threading.Thread(target=take, name="parcelray-evaluation", daemon=True).start()
     count = 0
+    download = None
     while True:
         try:
             row = _next(finished, stall_s, clock)
         except queue.Empty:
+            # Before its first shard, a host may have to download the model, which may take longer than a shard.
+            before, download = download, ray.get(stages.download.remote())
+            if download != before:
+                continue
             running = ray.get(stages.running.remote())
             for executor in executors:
                 executor.shutdown(force=True)
@@ -267,12 +295,18 @@ class _StageActor:
 
     def __init__(self) -> None:
         self._running: dict[str, tuple[float, str]] = {}
+        self._download: str | None = None
 
     def report(self, worker: str, stage: str | None) -> None:
         if stage is None:
             self._running.pop(worker, None)
         else:
             self._running[worker] = (time.monotonic(), stage)
+            if stage.startswith(DOWNLOADING):
+                self._download = stage
+
+    def download(self) -> str | None:
+        return self._download
 
     def running(self) -> str:
         now = time.monotonic()

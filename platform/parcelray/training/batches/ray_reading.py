@@ -19,6 +19,7 @@ import ray.exceptions
 from numpy.typing import NDArray
 from ray.data.dataset import MaterializedDataset
 
+from parcelray.cluster.capacity import DATA_TASK_CPUS
 from parcelray.datasets.collator import Batch
 from parcelray.datasets.source import BadRowsError
 from parcelray.errors import UserError
@@ -61,7 +62,7 @@ def _read_window(reader: StepReader, steps: range, concurrency: int) -> Material
     blocks = -(-len(steps) // _STEPS_PER_TASK)
     rows = ray.data.range(len(steps), override_num_blocks=blocks)
     read = _ReadSteps(reader, steps.start)
-    batches = rows.map_batches(read, batch_size=None, num_cpus=0.5, concurrency=min(concurrency, blocks))
+    batches = rows.map_batches(read, batch_size=None, num_cpus=DATA_TASK_CPUS, concurrency=min(concurrency, blocks))
     try:
         dataset: MaterializedDataset[Any] = batches.materialize()
     except ray.exceptions.RayTaskError as error:
