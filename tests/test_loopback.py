@@ -92,9 +92,9 @@ def _with_urllib(url: str) -> None:
 
 
 def _jobs_client(url: str) -> None:
-    from parcelray.cluster.jobs import _client
+    from parcelray.cluster.jobs import open_client
 
-    _client(url, "secret")
+    open_client(url, "secret")
 
 
 def _mlflow(url: str) -> None:
