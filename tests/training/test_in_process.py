@@ -356,6 +356,7 @@ def test_the_plan_counts_every_pass_of_the_schedule(tmp_path: Path) -> None:
     assert "1.5 passes, 72 visual tokens per image" in console.file.getvalue()
 
 
+@pytest.mark.nightly
 def test_a_training_registers_its_model_once(tmp_path: Path) -> None:
     job = tiny_job(
         tmp_path,
