@@ -1,7 +1,6 @@
 """Jobs on object storage: the same results as on a disk, read by URI, also while the store does not answer."""
 
 import io
-import json
 import signal
 import subprocess
 import threading
@@ -46,6 +45,10 @@ def _console() -> Console:
 def _same_weights(first: Path, second: Path) -> bool:
     one, two = load_file(first / "model.safetensors"), load_file(second / "model.safetensors")
     return one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
+
+
+def _without_speed(run: TrainedRun) -> dict[str, float]:
+    return {name: value for name, value in run.metrics.items() if name != "train/tokens_per_second"}
 
 
 def _files(uri: str) -> list[str]:
@@ -144,7 +147,7 @@ def test_a_training_on_ray_survives_a_store_that_does_not_answer(
 ) -> None:
     _, on_disk, run = on_ray
     assert _same_weights(run.model_folder, on_disk.model_folder)
-    assert run.metrics == pytest.approx(on_disk.metrics, nan_ok=True)
+    assert _without_speed(run) == pytest.approx(_without_speed(on_disk), nan_ok=True)
     assert "test/score@16" in run.metrics
     files = _files(run.folder.uri)
     assert {"frontier.json", "frontier.png", "model/manifest.json", "result.json"} <= set(files)
@@ -172,13 +175,28 @@ def test_results_are_read_by_uri_and_copied_to_a_laptop(
     assert rescore(copied, {}, 5.0).budgets == (0, 16)
 
 
-def _search(s3: str, tracking: str, **changes: Any) -> TuneJob:
+@pytest.mark.ray
+def test_the_checkpoint_before_a_truncated_one_is_used_on_ray(on_ray: tuple[TrainJob, TrainedRun, TrainedRun]) -> None:
+    job, on_disk, run = on_ray
+    folder = on_disk.folder
+    checkpoints = [name for name in folder.names(folder.identity) if name.startswith("checkpoint_")]
+    assert len(checkpoints) == 2
+    newest = folder.local / folder.identity / checkpoints[-1] / "model" / "model.safetensors"
+    newest.write_bytes(newest.read_bytes()[:1000])
+    (folder.local / "result.json").unlink()
+    again = run_training(job.model_copy(update={"storage": str(folder.local.parents[1])}), _console(), report=False)
+    assert not again.was_done
+    assert _same_weights(again.model_folder, run.model_folder)
+
+
+def _search(storage: str, tracking: str, start: dict[str, Any], **changes: Any) -> TuneJob:
     base = TINY | {
         "name": "base",
+        "model": start,
+        "optimizer": {"type": "adamw"},
         "training": {"steps": 4, "images_per_step": 4, "log_every_steps": 1},
-        "validation": {"every_steps": 1, "samples": 1, "budgets": [16]},
+        "validation": {"samples": 1, "budgets": [16]},
         "checkpointing": {"every_steps": 1},
-        "tracking": {"uri": None},
     }
     data = {
         "kind": "tune",
@@ -189,12 +207,11 @@ def _search(s3: str, tracking: str, **changes: Any) -> TuneJob:
             "job": "none",
             "parameters": {"optimizer.learning_rate": {"type": "choice", "values": [1e-4, 1e-3]}},
         },
-        "base": base,
+        "base": base | changes.pop("base", {}),
         "algorithm": {"type": "grid"},
         "objectives": [{"metric": "train/loss", "mode": "min"}],
-        "max_concurrent": 1,
         "tracking": {"uri": tracking},
-        "storage": s3,
+        "storage": storage,
     }
     return TuneJob.model_validate(data | changes)
 
@@ -204,41 +221,36 @@ def _run(job: TuneJob, **options: Any) -> SearchRun:
 
 
 @pytest.mark.ray
-def test_a_search_over_trainings_is_stored_and_resumed(ray_session: None, s3: str, tmp_path: Path) -> None:
+def test_a_search_over_trainings_is_stored_and_resumed(
+    ray_session: None, s3: str, tmp_path: Path, tiny_start: dict[str, Any]
+) -> None:
     job = _search(
         s3,
         new_store(tmp_path),
+        tiny_start,
         early_stopping={"type": "asha", "grace_steps": 1},
-        base=TINY
-        | {
-            "name": "base",
-            "training": {"steps": 4, "images_per_step": 4, "log_every_steps": 1},
-            "checkpointing": {"every_steps": 1},
-            "tracking": {"uri": None},
-            "scaling": {"num_workers": 1},
-        },
+        max_concurrent=1,
+        base={"scaling": {"num_workers": 1}},
     )
     run = _run(job)
-    assert len(run.findings.trials) == 2
-    assert not run.findings.failed
+    assert [trial.error for trial in run.findings.trials] == [None, None]
     files = _files(f"{s3}/tune/rates")
     assert len([name for name in files if name.startswith("trials.jsonl/")]) == 2
     assert {"results.json", "parallel.png", "result.json"} <= set(files)
-    assert len([name for name in files if name.endswith("/model/model.safetensors")]) >= 1
+    assert [name for name in files if name.endswith("/model/model.safetensors")]
+    # A driver that was killed after the first trial.
     filesystem, path = open_storage(s3)
     newest = filesystem.find(f"{path}/tune/rates/trials.jsonl")[-1]
-    key = json.loads(filesystem.cat_file(newest))["key"]
     filesystem.rm_file(newest)
     resumed = _run(job, resume=True)
-    assert [trial.key for trial in resumed.findings.trials][-1] == key
-    assert {trial.key for trial in resumed.findings.trials} == {trial.key for trial in run.findings.trials}
+    assert [trial.key for trial in resumed.findings.trials] == [trial.key for trial in run.findings.trials]
+    assert len(filesystem.find(f"{path}/tune/rates/trials.jsonl")) == 2
 
 
 @pytest.mark.ray
-def test_members_of_a_population_exchange_their_models_by_uri(ray_session: None, s3: str, tmp_path: Path) -> None:
-    job = _search(
-        s3, new_store(tmp_path), algorithm={"type": "pbt", "population": 2, "segments": 2}, max_concurrent=None
-    )
+def test_members_of_a_population_exchange_their_models_by_uri(
+    ray_session: None, s3: str, tmp_path: Path, tiny_start: dict[str, Any]
+) -> None:
+    job = _search(s3, new_store(tmp_path), tiny_start, algorithm={"type": "pbt", "population": 2, "segments": 2})
     run = _run(job)
-    assert not run.findings.failed
-    assert len(run.findings.trials) == 2
+    assert [trial.error for trial in run.findings.trials] == [None, None]
