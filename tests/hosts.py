@@ -209,6 +209,8 @@ class Hosts:
             "AWS_SECRET_ACCESS_KEY": "of-this-test",
             "AWS_DEFAULT_REGION": "us-east-1",
             "AWS_ENDPOINT_URL": S3_URL,
+            "MLFLOW_TRACKING_USERNAME": "cluster",
+            "MLFLOW_TRACKING_PASSWORD": secrets.token_hex(16),
         }
         _remove_left_over()
         for name in _ADDRESSES:
@@ -259,19 +261,31 @@ class Hosts:
         """Starts the S3 server with one bucket; its objects are in memory."""
         server = self.services.start("exec moto_server -H 0.0.0.0 -p 9000", log="s3.log")
         create = f"import s3fs; s3fs.S3FileSystem().mkdir({BUCKET!r}); print('true')"
-        wait_until(lambda: "9000" in self.services.run("ss -tln"), "the S3 server listens", server)
+        wait_until(lambda: ":9000 " in self.services.run("ss -tln"), "the S3 server listens", server)
         self.services.python(create)
         return server
 
     def start_mlflow(self) -> subprocess.Popen[bytes]:
-        """Starts the MLflow server, which stores the artifacts in the bucket."""
-        server = self.services.start(
-            "export MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false; exec mlflow server --host 0.0.0.0 --port 5000 --workers 1"
-            " --backend-store-uri sqlite:///mlflow.db"
-            f" --artifacts-destination s3://{BUCKET}/mlflow --allowed-hosts 'mlflow:5000'",
-            log="mlflow.log",
-        )
-        wait_until(lambda: "5000" in self.services.run("ss -tln"), "the MLflow server listens", server)
+        """Starts the MLflow server as the systemd unit of deploy/mlflow does: with accounts and allowed hosts."""
+        unit = (ROOT / "deploy" / "mlflow" / "mlflow.service").read_text(encoding="utf-8")
+        entries = [line.partition("=")[::2] for line in unit.splitlines()]
+        (command,) = [
+            Path(value.split()[0]).name + value[len(value.split()[0]) :] for key, value in entries if key == "ExecStart"
+        ]
+        settings = dict(value.split("=", 1) for key, value in entries if key == "Environment") | {
+            "MLFLOW_HOST": "0.0.0.0",
+            "MLFLOW_AUTH_CONFIG_PATH": str(HOME / "basic_auth.ini"),
+            "MLFLOW_BACKEND_STORE_URI": "sqlite:///mlflow.db",
+            "MLFLOW_ARTIFACTS_DESTINATION": f"s3://{BUCKET}/mlflow",
+            "MLFLOW_SERVER_ALLOWED_HOSTS": "mlflow:5000",
+            "MLFLOW_FLASK_SERVER_SECRET_KEY": secrets.token_hex(32),
+            "MLFLOW_AUTH_ADMIN_USERNAME": self.variables["MLFLOW_TRACKING_USERNAME"],
+            "MLFLOW_AUTH_ADMIN_PASSWORD": self.variables["MLFLOW_TRACKING_PASSWORD"],
+        }
+        shutil.copy(ROOT / "deploy" / "mlflow" / "basic_auth.ini", self.services.path(HOME))
+        exported = shlex.join(f"{key}={value}" for key, value in settings.items())
+        server = self.services.start(f"exec env {exported} {command}", log="mlflow.log")
+        wait_until(lambda: ":5000 " in self.services.run("ss -tln"), "the MLflow server listens", server)
         return server
 
     def start_head(self) -> subprocess.Popen[bytes]:
