@@ -8,6 +8,7 @@ tunnel to the dashboard. The network exists only inside the namespaces, and no h
 
 import json
 import os
+import re
 import secrets
 import shlex
 import shutil
@@ -55,7 +56,7 @@ mount --rbind "$root/tmp" "$temporary"
 for folder in $hidden; do mkdir -p "$folder"; mount -t tmpfs -o size=1m tmpfs "$folder"; done
 mkdir -p "$environment"
 mount --bind "$temporary/.environment" "$environment"
-mount -t tmpfs -o size=2g tmpfs /dev/shm
+mount -t tmpfs -o size=16g tmpfs /dev/shm
 touch "$temporary/.ready"
 # This shell is the first process of the host and collects the processes that lose their parent.
 while :; do sleep 3600 & wait; done
@@ -235,6 +236,16 @@ class Hosts:
         self.laptop = self._host("laptop", network="head")
         self._copy_project()
 
+    @property
+    def all(self) -> list[Host]:
+        """All hosts of the cluster and the laptop."""
+        return [self.head, *self.workers, self.laptop]
+
+    def num_checkpoints(self, run: str) -> int:
+        """Returns how many checkpoints of a training have been completely stored, by the log of the S3 server."""
+        text = (self.services.folder / "s3.log").read_text(encoding="utf-8")
+        return len(set(re.findall(rf"PUT /{BUCKET}/runs/{run}/[^/]+/(checkpoint_[^/]+)/state.json", text)))
+
     def cut(self, host: Host) -> None:
         """Disconnects a host from the network, as if its cable was pulled; what happens inside the host goes on."""
         self._ip("-n", self._prefix + "services", "link", "set", host.name, "down")
@@ -297,7 +308,10 @@ class Hosts:
         )
 
     def start_worker(self, host: Host, num_cpus: int = 3) -> subprocess.Popen[bytes]:
-        """Starts Ray on a worker; a training with workers of two CPUs then has one on each host, and CPUs for its data."""
+        """Starts Ray on a worker.
+
+        With three CPUs, a training with workers of two CPUs has one worker on each host, and CPUs to read its data.
+        """
         return host.start(
             _RESTARTED % f"ray start --block --address=head:6379 --node-ip-address={_ADDRESSES[host.name]}"
             f" --num-cpus={num_cpus} --object-store-memory=300000000",
@@ -348,14 +362,24 @@ class Hosts:
 
 
 @contextmanager
-def start_hosts(folder: Path) -> Iterator[Hosts]:
-    """Makes the hosts, starts all servers and Ray, and on exit ends everything.
+def make_hosts(folder: Path) -> Iterator[Hosts]:
+    """Makes the hosts, and on exit ends everything that runs on them.
 
     Args:
         folder: an empty folder for the disks of the hosts.
     """
     with ExitStack() as stack:
-        hosts = Hosts(folder, stack)
+        yield Hosts(folder, stack)
+
+
+@contextmanager
+def start_hosts(folder: Path) -> Iterator[Hosts]:
+    """Makes the hosts, and starts Ray, the S3 server and the MLflow server; on exit ends everything.
+
+    Args:
+        folder: an empty folder for the disks of the hosts.
+    """
+    with make_hosts(folder) as hosts:
         hosts.start_head()
         hosts.start_s3()
         hosts.start_mlflow()
