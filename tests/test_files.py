@@ -8,7 +8,9 @@ from typing import Any
 
 import fsspec
 import pytest
+from botocore.exceptions import ClientError, EndpointConnectionError
 from rich.console import Console
+from s3fs.errors import translate_boto_error
 
 from parcelray.cli import main
 from parcelray.cli.scripts import run_script
@@ -137,7 +139,13 @@ def test_a_scheme_that_cannot_be_opened_is_refused(uri: str, message: str) -> No
         open_storage(uri)
 
 
-FAILURES = [
+def _denied() -> Exception:
+    answer = {"Error": {"Code": "AccessDenied", "Message": "Access Denied"}}
+    error: Exception = translate_boto_error(ClientError(answer, "PutObject"))
+    return error
+
+
+FAILURES: list[tuple[Exception, str]] = [
     (
         OSError(errno.ENOSPC, "No space left on device", "/runs/a"),
         r"^/runs/a: there is no space left on its disk; free",
@@ -150,13 +158,18 @@ FAILURES = [
     (IsADirectoryError(errno.EISDIR, "Is a directory", "/runs/a"), r"^/runs/a: it is a folder, but must be a file"),
     (OSError(errno.EIO, "Input/output error", "/runs/a"), r"^/runs/a: its disk reports an input/output error"),
     (OSError(errno.ENOSPC, "No space left on device", "/runs/b", None, "/runs/a"), r"^/runs/a: there is no space"),
+    (
+        EndpointConnectionError(endpoint_url="http://store"),
+        r"^the object storage failed \(Could not connect to the endpoint URL: .http://store.\); check its address",
+    ),
+    (_denied(), r"^the object storage failed \(Access Denied\); check its address, the bucket and the credentials"),
     (OSError(errno.ENOSPC, "error writing bytes"), r"^error writing bytes: there is no space left"),
 ]
 
 
 @pytest.mark.parametrize(("error", "sentence"), FAILURES)
 def test_a_failure_of_the_machine_is_one_sentence_and_exit_code_1(
-    error: OSError, sentence: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    error: Exception, sentence: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fail(*_: object) -> None:
         raise error

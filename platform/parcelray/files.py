@@ -32,6 +32,8 @@ _FAILURES = {
 }
 
 _LISTING_WAIT_S = 30.0
+_CLIENTS = frozenset({"botocore", "aiobotocore", "aiohttp", "gcsfs", "google"})
+"""Libraries whose errors are failures of object storage; s3fs names them as the cause of its own errors."""
 INDEX = ".files.json"
 """Name of the index of an uploaded folder: the size of each file in bytes, by its path in the folder."""
 _OPTIONS: dict[str, dict[str, Any]] = {
@@ -207,8 +209,19 @@ def read_json(path: str | Path, remedy: str, filesystem: fsspec.AbstractFileSyst
         raise SystemFailure(f"{path} is damaged: it is not JSON ({error}); {remedy}.") from error
 
 
-def explained_failure(error: OSError) -> str | None:
-    """Describes a failure of the machine in one sentence; None for an error that is not one, such as a missing file."""
+def explained_failure(error: Exception) -> str | None:
+    """Describes a failure of the machine or of its storage in one sentence; None for another error.
+
+    A missing file, for example, is no failure of the machine.
+    """
+    causes = (type(each).__module__.partition(".")[0] for each in (error, error.__cause__))
+    if not _CLIENTS.isdisjoint(causes):
+        return (
+            f"the object storage failed ({(str(error).splitlines() or [type(error).__name__])[0]}); check its address,"
+            " the bucket and the credentials in the environment (for s3: AWS_*), then run the same command again."
+        )
+    if not isinstance(error, OSError):
+        return None
     reason = _FAILURES.get(error.errno or 0)
     if reason is None:
         return None

@@ -7,6 +7,7 @@ import fsspec
 import pytest
 
 from parcelray.errors import UserError
+from parcelray.files import is_local
 from parcelray.tracking.run_folder import RunFolder, local_folder
 
 from ..training.conftest import tiny_job
@@ -45,6 +46,23 @@ def test_another_configuration_under_the_same_name_is_refused_with_the_differing
         other.claim()
     assert "(seed: 3 -> 4; training.steps: 6 -> 7)" in str(caught.value)
     _folder(storage, name="tiny2", seed=4).claim()
+
+
+def test_of_two_drivers_that_claim_a_name_at_once_one_is_refused(storage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if is_local(_folder(storage).filesystem):
+        pytest.skip("on a disk, the second claim follows within a millisecond")
+    first, second = _folder(storage), _folder(storage, seed=4)
+    check = second.check
+
+    def check_and_lose_the_race() -> None:
+        check()
+        monkeypatch.setattr(second, "check", check)
+        first.claim()
+
+    monkeypatch.setattr(second, "check", check_and_lose_the_race)
+    with pytest.raises(UserError, match="seed: 3 -> 4"):
+        second.claim()
+    assert first.names("") == ["job.json"]
 
 
 def test_a_reference_with_changed_content_is_refused(storage: str) -> None:
@@ -157,7 +175,7 @@ def test_only_a_local_folder_has_a_local_path(storage: str) -> None:
     if folder.is_local:
         assert folder.local_path("model") == Path(folder.path) / "model"
     else:
-        with pytest.raises(UserError, match="is on object storage, but this study"):
+        with pytest.raises(UserError, match="but this study needs a folder; set storage to one"):
             folder.local_path("model")
 
 

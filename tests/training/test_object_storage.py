@@ -1,7 +1,6 @@
 """Jobs on object storage: the same results as on a disk, read by URI, also while the store does not answer."""
 
 import io
-import json
 import signal
 import subprocess
 import threading
@@ -174,6 +173,20 @@ def test_results_are_read_by_uri_and_copied_to_a_laptop(
     filesystem, path = open_storage(job.storage)
     filesystem.rm(f"{path}/predictions", recursive=True)
     assert rescore(copied, {}, 5.0).budgets == (0, 16)
+
+
+@pytest.mark.ray
+def test_the_checkpoint_before_a_truncated_one_is_used_on_ray(on_ray: tuple[TrainJob, TrainedRun, TrainedRun]) -> None:
+    job, on_disk, run = on_ray
+    folder = on_disk.folder
+    checkpoints = [name for name in folder.names(folder.identity) if name.startswith("checkpoint_")]
+    assert len(checkpoints) == 2
+    newest = folder.local / folder.identity / checkpoints[-1] / "model" / "model.safetensors"
+    newest.write_bytes(newest.read_bytes()[:1000])
+    (folder.local / "result.json").unlink()
+    again = run_training(job.model_copy(update={"storage": str(folder.local.parents[1])}), _console(), report=False)
+    assert not again.was_done
+    assert _same_weights(again.model_folder, run.model_folder)
 
 
 def _search(storage: str, tracking: str, start: dict[str, Any], **changes: Any) -> TuneJob:

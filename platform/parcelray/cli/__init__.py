@@ -190,7 +190,7 @@ def main() -> None:
     except ParcelrayError as error:
         console(stderr=True).print(f"failed: {error}", style="red", markup=False, soft_wrap=True)
         sys.exit(1)
-    except OSError as error:
+    except Exception as error:
         from parcelray.files import explained_failure
 
         reason = explained_failure(error)

@@ -4,6 +4,7 @@ On object storage a run writes its files to a temporary folder of its host, and 
 """
 
 import atexit
+import json
 import os
 import shutil
 import tempfile
@@ -70,6 +71,18 @@ def stored_path(path: str, folder: Path, root: Path) -> str:
     """
     inside = "://" not in path and Path(path).is_relative_to(root) and folder.absolute().is_relative_to(root)
     return os.path.relpath(path, folder.absolute()) if inside else path
+
+
+def storage_folder(storage: str) -> Path:
+    """Returns the folder of a job's storage, for studies that read and write files on a disk.
+
+    Raises:
+        UserError: the storage is not on a disk.
+    """
+    filesystem, path = open_storage(storage)
+    if not is_local(filesystem):
+        raise UserError(f"storage is {storage}, but this study needs a folder; set storage to one, such as runs.")
+    return Path(path)
 
 
 class RunFolder:
@@ -149,8 +162,9 @@ class RunFolder:
             UserError: the folder belongs to another configuration of the same name (the message names the differing
                 keys), or a reference named another content when the run was started.
         """
+        stored = self._read(JOB)
         self.check()
-        kept: dict[str, str] = (self._read(JOB) or {}).get("pins", {})
+        kept: dict[str, str] = (stored or {}).get("pins", {})
         for reference, digest in (pins or {}).items():
             if kept.get(reference, digest) != digest:
                 raise UserError(
@@ -158,14 +172,17 @@ class RunFolder:
                     f" changed ({kept[reference][:19]} then, {digest[:19]} now). Give this run another name (--set"
                     " name=...), or restore the old model to resume the old run."
                 )
-        self._write(
-            JOB,
-            {
-                "identity": self.identity,
-                "job": self._job.model_dump(mode="json", context=AS_WRITTEN),
-                "pins": kept | dict(pins or {}),
-            },
-        )
+        content = {
+            "identity": self.identity,
+            "job": self._job.model_dump(mode="json", context=AS_WRITTEN),
+            "pins": kept | dict(pins or {}),
+        }
+        if not self.is_local and stored is None:
+            # Of two drivers that claim a free name at the same time, the store lets one create the file.
+            with suppress(FileExistsError):
+                self.filesystem.pipe_file(f"{self.path}/{JOB}", json.dumps(content).encode(), mode="create")
+            self.check()
+        self._write(JOB, content)
 
     @contextmanager
     def claimed(self, pins: Mapping[str, str] | None = None) -> Iterator[None]:
@@ -217,14 +234,9 @@ class RunFolder:
         """Path of a file or folder in the run folder, for programs that work on local disks only.
 
         Raises:
-            UserError: the run folder is on object storage.
+            UserError: the run folder is not on a disk.
         """
-        if not self.is_local:
-            raise UserError(
-                f"{self.uri} is on object storage, but this study reads and writes a disk; set storage to a folder, or"
-                f" copy the run with `parcelray runs pull {self.uri}`."
-            )
-        return Path(self.path) / name
+        return storage_folder(self._job.storage) / self._job.kind / self._job.name / name
 
     def _has_results(self) -> bool:
         """Whether there is any file apart from the job and Ray Train's record of a run without checkpoints."""

@@ -28,6 +28,7 @@ from parcelray.tracking.opening import model_folder
 
 logger = logging.getLogger(__name__)
 
+_COMMITTED = ray.train.CheckpointConsistencyMode.COMMITTED
 _POLL_S = 0.5
 """Interval at which the driver polls the progress, in seconds."""
 
@@ -106,7 +107,9 @@ def _restored_checkpoint() -> Iterator[Path | None]:
         # All ranks resume from the same step, also if rank 0 alone finds a damaged file.
         if not broadcast_from_rank_zero(is_complete(path)):
             earlier = [
-                each.checkpoint for each in ray.train.get_all_reported_checkpoints() if each.checkpoint != newest
+                each.checkpoint
+                for each in ray.train.get_all_reported_checkpoints(_COMMITTED)
+                if each.checkpoint != newest
             ]
             if earlier:
                 logger.warning("The checkpoint %s is damaged; the one before it is used.", newest.path)

@@ -38,6 +38,7 @@ from parcelray.evaluation.passes.shards import (
     stored_keys,
 )
 from parcelray.evaluation.passes.store import PredictionStore
+from parcelray.files import explained_failure
 from parcelray.models.host_cache import DOWNLOADING
 
 Item = TypeVar("Item")
@@ -222,8 +223,8 @@ class _Read:
     def __call__(self, rows: dict[str, NDArray[Any]]) -> dict[str, list[bytes]]:
         try:
             return {"input": [pickle.dumps(self._read(pickle.loads(rows["shard"][0])))]}
-        except (ParcelrayError, OSError) as error:
-            return {"input": [pickle.dumps(error)]}
+        except Exception as error:  # noqa: BLE001 - raised again if it has no sentence
+            return {"input": [_pickled_failure(error)]}
         finally:
             self._stages.end()
 
@@ -257,10 +258,20 @@ class _Evaluate:
             return {"result": [rows["input"][0]]}
         try:
             return {"result": [pickle.dumps(self._worker.evaluate(read, self._stages.begin))]}
-        except (ParcelrayError, OSError) as error:
-            return {"result": [pickle.dumps(error)]}
+        except Exception as error:  # noqa: BLE001 - raised again if it has no sentence
+            return {"result": [_pickled_failure(error)]}
         finally:
             self._stages.end()
+
+
+def _pickled_failure(error: Exception) -> bytes:
+    """Pickles an error that has a sentence for the user, because Ray would wrap it; other errors are raised again."""
+    if isinstance(error, ParcelrayError):
+        return pickle.dumps(error)
+    reason = explained_failure(error)
+    if reason is None:
+        raise error
+    return pickle.dumps(SystemFailure(reason))
 
 
 class _StageReporter:
