@@ -2,9 +2,12 @@
 
 import os
 import shutil
+import socket
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,13 @@ _THREADS = os.environ.get("PARCELRAY_TEST_THREADS", "1")
 
 # Ray's sockets are below RAY_TMPDIR. The path of a socket may have at most 107 bytes, so the folder has a short name.
 _SESSION_DIR = Path(tempfile.mkdtemp(prefix="pr"))
+
+
+def _free_port() -> int:
+    with closing(socket.socket()) as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
 
 _ENVIRONMENT = {
     "OMP_NUM_THREADS": _THREADS,
@@ -44,6 +54,11 @@ _ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_LOGGING_LEVEL": "ERROR",
     "GIT_PYTHON_REFRESH": "quiet",
+    # The S3 server of the fixture `s3`. Ray's workers get the environment in which Ray starts, so it is set here.
+    "AWS_ENDPOINT_URL": f"http://127.0.0.1:{_free_port()}",
+    "AWS_ACCESS_KEY_ID": "test",
+    "AWS_SECRET_ACCESS_KEY": "test",
+    "AWS_DEFAULT_REGION": "us-east-1",
     # Ray's workers and subprocesses of tests find the package even if it is not installed.
     "PYTHONPATH": os.pathsep.join(part for part in (str(ROOT / "platform"), os.environ.get("PYTHONPATH", "")) if part),
 }
@@ -55,6 +70,8 @@ _LEFT_OUT = (
     "RAY_ADDRESS",
     "RAY_AUTH_MODE",
     "RAY_AUTH_TOKEN",
+    "AWS_PROFILE",
+    "AWS_SESSION_TOKEN",
 )
 
 os.environ.update(_ENVIRONMENT)
@@ -124,6 +141,21 @@ def ray_session() -> Iterator[None]:
     # Without an address Ray would join a cluster that already runs on this machine.
     with session.ray_session("local", num_cpus=4, object_store_bytes=300 * 1024**2):
         yield
+
+
+@pytest.fixture(scope="session")
+def s3_process() -> Iterator[subprocess.Popen[bytes]]:
+    """Returns the process of an S3 server at AWS_ENDPOINT_URL, which has one bucket."""
+    from .object_storage import s3_server
+
+    with s3_server(os.environ["AWS_ENDPOINT_URL"]) as server:
+        yield server
+
+
+@pytest.fixture
+def s3(s3_process: subprocess.Popen[bytes], tmp_path: Path) -> str:
+    """Returns an empty folder on object storage, s3://BUCKET/FOLDER."""
+    return f"s3://bucket{tmp_path}"
 
 
 @pytest.fixture(scope="session")

@@ -8,12 +8,24 @@ from typing import Any
 
 import fsspec
 import pytest
+from botocore.exceptions import ClientError, EndpointConnectionError
 from rich.console import Console
+from s3fs.errors import translate_boto_error
 
 from parcelray.cli import main
 from parcelray.cli.scripts import run_script
-from parcelray.errors import SystemFailure
-from parcelray.files import atomic_write, explained_failure, is_written, read_json, write_json
+from parcelray.errors import SystemFailure, UserError
+from parcelray.files import (
+    INDEX,
+    atomic_write,
+    download_files,
+    explained_failure,
+    is_written,
+    open_storage,
+    read_json,
+    upload_files,
+    write_json,
+)
 
 
 @pytest.fixture(params=["local", "memory"])
@@ -78,7 +90,62 @@ def test_an_empty_file_counts_as_missing_and_a_cut_one_is_named(place: tuple[str
         read_json(path, "remove it", filesystem)
 
 
-FAILURES = [
+def test_a_folder_is_copied_by_its_index_also_without_listings(
+    s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, target = tmp_path / "source", tmp_path / "target"
+    (source / "deep").mkdir(parents=True)
+    (source / "deep" / "weights").write_bytes(b"1234")
+    (source / "empty").touch()
+    (source / "job.json").write_text("{}")
+    filesystem, path = open_storage(s3)
+    assert not download_files(filesystem, path, target)
+    upload_files(source, filesystem, path, leave_out=("job.json",))
+    assert sorted(name.removeprefix(f"{path}/") for name in filesystem.find(path)) == [INDEX, "deep/weights", "empty"]
+    with monkeypatch.context() as late:
+        late.setattr(filesystem, "find", lambda *_, **__: {})
+        assert download_files(filesystem, path, target)
+    assert (target / "deep" / "weights").read_bytes() == b"1234"
+    assert not (target / "job.json").exists()
+    filesystem.pipe_file(f"{path}/deep/weights", b"12")
+    (target / "deep" / "weights").unlink()
+    assert not download_files(filesystem, path, target), "a file is cut off"
+    filesystem.rm_file(f"{path}/deep/weights")
+    (target / "deep" / "weights").unlink()
+    assert not download_files(filesystem, path, target), "a file is missing"
+    # Without an index, the files of a listing are copied.
+    filesystem.rm_file(f"{path}/{INDEX}")
+    assert download_files(filesystem, path, tmp_path / "listed")
+    assert (tmp_path / "listed" / "empty").exists()
+
+
+@pytest.mark.parametrize("name", ["../outside", "/outside", "a/../../outside"])
+def test_an_index_with_a_path_outside_of_its_folder_is_refused(name: str, tmp_path: Path) -> None:
+    memory, path = open_storage(f"memory://{tmp_path}")
+    write_json(f"{path}/{INDEX}", {name: 1}, memory)
+    with pytest.raises(UserError, match="is outside of the folder"):
+        download_files(memory, path, tmp_path / "target")
+
+
+@pytest.mark.parametrize(
+    ("uri", "message"),
+    [
+        ("gs://bucket/runs", r"gs://bucket/runs needs a package that is not installed .*; run `pip install gcsfs` on"),
+        ("nothing://bucket", r"nothing://bucket is not storage .*; use a folder, s3://BUCKET/FOLDER or gs://"),
+    ],
+)
+def test_a_scheme_that_cannot_be_opened_is_refused(uri: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        open_storage(uri)
+
+
+def _denied() -> Exception:
+    answer = {"Error": {"Code": "AccessDenied", "Message": "Access Denied"}}
+    error: Exception = translate_boto_error(ClientError(answer, "PutObject"))
+    return error
+
+
+FAILURES: list[tuple[Exception, str]] = [
     (
         OSError(errno.ENOSPC, "No space left on device", "/runs/a"),
         r"^/runs/a: there is no space left on its disk; free",
@@ -91,13 +158,18 @@ FAILURES = [
     (IsADirectoryError(errno.EISDIR, "Is a directory", "/runs/a"), r"^/runs/a: it is a folder, but must be a file"),
     (OSError(errno.EIO, "Input/output error", "/runs/a"), r"^/runs/a: its disk reports an input/output error"),
     (OSError(errno.ENOSPC, "No space left on device", "/runs/b", None, "/runs/a"), r"^/runs/a: there is no space"),
+    (
+        EndpointConnectionError(endpoint_url="http://store"),
+        r"^the object storage failed \(Could not connect to the endpoint URL: .http://store.\); check its address",
+    ),
+    (_denied(), r"^the object storage failed \(Access Denied\); check its address, the bucket and the credentials"),
     (OSError(errno.ENOSPC, "error writing bytes"), r"^error writing bytes: there is no space left"),
 ]
 
 
 @pytest.mark.parametrize(("error", "sentence"), FAILURES)
 def test_a_failure_of_the_machine_is_one_sentence_and_exit_code_1(
-    error: OSError, sentence: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    error: Exception, sentence: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fail(*_: object) -> None:
         raise error

@@ -65,6 +65,9 @@ def _line_writer(console: Console, title: str, num_steps: int) -> Callable[[int,
 
     def write(step: int, state: str) -> None:
         nonlocal lines
+        if not step:
+            # Before the first step, such as the download of a model.
+            console.print(f"{title}: {state}", markup=False)
         due = step * _PROGRESS_LINES // num_steps
         if due > lines:
             lines = due

@@ -1,17 +1,20 @@
-"""Files of runs: atomic writes, reading of files that an interruption left empty, and failures of the machine."""
+"""Files of runs: storage on disks and object stores, atomic writes, and failures of the machine."""
 
 import errno
+import io
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
+from datetime import datetime
+from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
+from fsspec.implementations.memory import MemoryFileSystem
 
-from parcelray.errors import SystemFailure
+from parcelray.errors import SystemFailure, UserError
 
 _FAILURES = {
     errno.ENOSPC: "there is no space left on its disk; free some space, or use storage on another disk",
@@ -28,6 +31,59 @@ _FAILURES = {
     errno.EMFILE: "this process has too many open files; raise the limit (`ulimit -n`)",
 }
 
+_LISTING_WAIT_S = 30.0
+_CLIENTS = frozenset({"botocore", "aiobotocore", "aiohttp", "gcsfs", "google"})
+"""Libraries whose errors are failures of object storage; s3fs names them as the cause of its own errors."""
+INDEX = ".files.json"
+"""Name of the index of an uploaded folder: the size of each file in bytes, by its path in the folder."""
+_OPTIONS: dict[str, dict[str, Any]] = {
+    # Six attempts with growing pauses take half a minute on average, and s3fs makes up to five such series: a store
+    # that refuses connections for a minute delays a run, but does not end it.
+    "s3": {"config_kwargs": {"retries": {"mode": "legacy", "max_attempts": 6}}},
+}
+"""Options of a file system by the scheme of its URIs. The file systems of other schemes retry by themselves."""
+_PACKAGES = {"s3": "parcelray[s3]", "gs": "gcsfs"}
+"""Package that a scheme needs, where it is not installed with parcelray."""
+
+
+def open_storage(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    """Returns the file system of a folder or URI, and the path on it without a slash at its end.
+
+    Listings are not cached, because other processes write to the same storage. Credentials and the address of the store
+    come from the environment of each process (for s3: `AWS_*`), never from a job file.
+
+    Raises:
+        UserError: no installed package supports the scheme of the URI.
+    """
+    scheme, separator, _ = uri.partition("://")
+    options = {"use_listings_cache": False, **_OPTIONS.get(scheme, {})} if separator and scheme != "file" else {}
+    try:
+        filesystem, path = fsspec.core.url_to_fs(uri, **options)
+    except ImportError as error:
+        raise UserError(
+            f"{uri} needs a package that is not installed ({error}); run `pip install {_PACKAGES.get(scheme, scheme)}`"
+            " on every host."
+        ) from error
+    except ValueError as error:
+        raise UserError(f"{uri} is not storage ({error}); use a folder, s3://BUCKET/FOLDER or gs://...") from error
+    return filesystem, str(path).rstrip("/")
+
+
+def is_local(filesystem: fsspec.AbstractFileSystem) -> bool:
+    """Whether a file system is a disk of this machine, or is mounted like one."""
+    return isinstance(filesystem, LocalFileSystem)
+
+
+def modified_at(info: Mapping[str, Any]) -> float:
+    """Returns when a file was last written, seconds since 1970, from the entry of a listing."""
+    value = next(info[key] for key in ("mtime", "LastModified", "created") if info.get(key) is not None)
+    return float(value.timestamp() if isinstance(value, datetime) else value)
+
+
+def listing_wait_s(filesystem: fsspec.AbstractFileSystem) -> float:
+    """Longest time until a listing shows a new file, seconds: 0 on a disk and in memory, half a minute elsewhere."""
+    return 0.0 if isinstance(filesystem, LocalFileSystem | MemoryFileSystem) else _LISTING_WAIT_S
+
 
 @contextmanager
 def atomic_write(path: str | Path, filesystem: fsspec.AbstractFileSystem | None = None) -> Iterator[IO[bytes]]:
@@ -43,7 +99,7 @@ def atomic_write(path: str | Path, filesystem: fsspec.AbstractFileSystem | None 
     Yields:
         The binary file to write to.
     """
-    if filesystem is None or isinstance(filesystem, LocalFileSystem):
+    if filesystem is None or is_local(filesystem):
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
@@ -57,12 +113,62 @@ def atomic_write(path: str | Path, filesystem: fsspec.AbstractFileSystem | None 
             partial.unlink(missing_ok=True)
             raise
         return
-    folder, _, name = str(path).rpartition("/")
-    filesystem.makedirs(folder, exist_ok=True)
-    temporary = f"{folder}/.{name}.{os.getpid()}.partial"
-    with filesystem.open(temporary, "wb") as file:
-        yield file
-    filesystem.mv(temporary, str(path))
+    # An object appears when its upload is complete, so a temporary name is not needed.
+    content = io.BytesIO()
+    yield content
+    filesystem.pipe_file(str(path), content.getvalue())
+
+
+def upload_files(
+    folder: Path, filesystem: fsspec.AbstractFileSystem, target: str, *, leave_out: Sequence[str] = ()
+) -> None:
+    """Copies the files of a local folder to object storage; the index of the files is written last.
+
+    With the index, `download_files` needs no listing, and it recognises an upload that did not end.
+
+    Args:
+        folder: the local folder.
+        filesystem: file system of the target.
+        target: folder on it; its other objects are left as they are.
+        leave_out: names of files at the top of the folder that are not copied.
+    """
+    names = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
+    sizes = {name: (folder / name).stat().st_size for name in names if name not in leave_out and name != INDEX}
+    filesystem.put([str(folder / name) for name in sizes], [f"{target}/{name}" for name in sizes])
+    write_json(f"{target}/{INDEX}", sizes, filesystem)
+
+
+def download_files(filesystem: fsspec.AbstractFileSystem, source: str, folder: Path) -> bool:
+    """Copies a folder of object storage to a local folder.
+
+    Args:
+        filesystem: file system of the source.
+        source: folder on it. If it has an index, the files that the index names are copied, also those that a listing
+            does not show yet; otherwise those of a listing.
+        folder: the local folder; files of the same size in it are not copied again.
+
+    Returns:
+        Whether every file of the source is there in its full size; False if the source has no files.
+    """
+    sizes: dict[str, int] | None = read_json(f"{source}/{INDEX}", "remove it", filesystem)
+    if sizes is None:
+        found = filesystem.find(source, detail=True)
+        sizes = {name.removeprefix(f"{source}/"): info["size"] for name, info in found.items()}
+    for name in sizes:
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+            raise UserError(f"The index of {source} lists {name}, which is outside of the folder; remove {INDEX}.")
+    missing = [name for name, size in sizes.items() if not _has_size(folder / name, size)]
+    for name in missing:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    try:
+        filesystem.get([f"{source}/{name}" for name in missing], [str(folder / name) for name in missing])
+    except FileNotFoundError:
+        return False
+    return bool(sizes) and all(_has_size(folder / name, size) for name, size in sizes.items())
+
+
+def _has_size(path: Path, size: int) -> bool:
+    return path.is_file() and path.stat().st_size == size
 
 
 def write_json(path: str | Path, content: Any, filesystem: fsspec.AbstractFileSystem | None = None) -> None:
@@ -76,7 +182,11 @@ def is_written(path: str | Path, filesystem: fsspec.AbstractFileSystem | None = 
     """Whether a file exists and is not empty; an empty one is what a power loss or a full disk leaves of a write."""
     if filesystem is None:
         return Path(path).is_file() and Path(path).stat().st_size > 0
-    return bool(filesystem.isfile(str(path)) and filesystem.size(str(path)) > 0)
+    try:
+        info = filesystem.info(str(path))
+    except FileNotFoundError:
+        return False
+    return bool(info["type"] == "file" and info["size"] > 0)
 
 
 def read_json(path: str | Path, remedy: str, filesystem: fsspec.AbstractFileSystem | None = None) -> Any | None:
@@ -99,8 +209,19 @@ def read_json(path: str | Path, remedy: str, filesystem: fsspec.AbstractFileSyst
         raise SystemFailure(f"{path} is damaged: it is not JSON ({error}); {remedy}.") from error
 
 
-def explained_failure(error: OSError) -> str | None:
-    """Describes a failure of the machine in one sentence; None for an error that is not one, such as a missing file."""
+def explained_failure(error: Exception) -> str | None:
+    """Describes a failure of the machine or of its storage in one sentence; None for another error.
+
+    A missing file, for example, is no failure of the machine.
+    """
+    causes = (type(each).__module__.partition(".")[0] for each in (error, error.__cause__))
+    if not _CLIENTS.isdisjoint(causes):
+        return (
+            f"the object storage failed ({(str(error).splitlines() or [type(error).__name__])[0]}); check its address,"
+            " the bucket and the credentials in the environment (for s3: AWS_*), then run the same command again."
+        )
+    if not isinstance(error, OSError):
+        return None
     reason = _FAILURES.get(error.errno or 0)
     if reason is None:
         return None

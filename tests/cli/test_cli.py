@@ -208,6 +208,7 @@ def test_submit_dry_run_prints_the_submission_and_needs_no_cluster(run: Any) -> 
     shown = run(*arguments)
     assert shown.code == 0
     assert sent["identity"] in shown.out
+    assert shown.err.startswith("warning: storage (runs) and tracking.uri")
 
 
 def test_a_user_error_in_a_separate_process(repo_root: Path) -> None:

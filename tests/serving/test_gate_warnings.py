@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from parcelray.config.serve import ServeJob
 from parcelray.errors import UserError
 from parcelray.evaluation.predict import PYFUNC_FILE
-from parcelray.models.checkpoint import ResolvedCheckpoint, write_manifest
+from parcelray.models.checkpoint import ModelPin, ResolvedCheckpoint, write_manifest
 from parcelray.serving.plan import gate_warnings
 from parcelray.tracking.mlflow_tracker import end_run, start_run
 from parcelray.tracking.model_versions import GateRecord, record_verdict
@@ -42,7 +42,12 @@ def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
 def warnings_of(uri: str, version: int, policy: dict[str, Any]) -> tuple[str, ...]:
     budgets = {"offered": [16, 64, 256], "policy": policy}
     job = ServeJob.model_validate({"kind": "serve", "name": "m", "budgets": budgets, "tracking": {"uri": uri}})
-    return gate_warnings(job, ResolvedCheckpoint(Path("nowhere"), "models:/m@champion", f"models:/m/{version}"))
+    return gate_warnings(
+        job,
+        ResolvedCheckpoint(
+            Path("nowhere"), "models:/m@champion", ModelPin(reference=f"models:/m/{version}", digest="sha256:1")
+        ),
+    )
 
 
 def test_a_floor_that_the_gates_did_not_accept_is_refused(uri: str) -> None:
@@ -73,4 +78,9 @@ def test_a_budget_that_was_not_accepted_gives_a_warning(uri: str) -> None:
 
 def test_a_model_outside_the_registry_gives_no_warning(uri: str) -> None:
     job = ServeJob.model_validate({"kind": "serve", "name": "m", "tracking": {"uri": None}})
-    assert gate_warnings(job, ResolvedCheckpoint(Path("nowhere"), "mini_base", "sha256:1")) == ()
+    assert (
+        gate_warnings(
+            job, ResolvedCheckpoint(Path("nowhere"), "mini_base", ModelPin(reference="mini_base", digest="sha256:1"))
+        )
+        == ()
+    )

@@ -5,8 +5,10 @@ import textwrap
 
 import pytest
 from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import PERMISSION_DENIED
 
-from parcelray.errors import UserError
+from parcelray.errors import SystemFailure, UserError
 from parcelray.tracking.mlflow_tracker import MlflowRunLogger, end_run, start_run, tracked_run
 
 from ..stores import new_store
@@ -168,6 +170,78 @@ def test_metrics_of_several_batches_are_sent(uri, client):
     tracker.log_metrics({f"m{i}": float(i) for i in range(2500)}, 0)
     tracker.flush()
     assert len(client.get_run(run_id).data.metrics) == 2500
+
+
+class _UnreachableStore:
+    """A client of a store that fails with an error until `error` is None, like that of a server that restarts."""
+
+    def __init__(self, client, error):
+        self._client, self.error, self.attempts = client, error, 0
+
+    def __getattr__(self, name):
+        self.attempts += 1
+        if self.error is not None:
+            raise self.error
+        return getattr(self._client, name)
+
+
+def away():
+    return MlflowException("API request to http://127.0.0.1:5000 failed with exception: connection refused")
+
+
+def test_metrics_of_an_outage_are_kept_also_at_checkpoints_and_sent_later(uri, client, monkeypatch):
+    run_id = start_run(uri, "outage", "train-outage", params={})
+    tracker = MlflowRunLogger(uri, run_id, flush_every=1)
+    tracker._client = _UnreachableStore(client, away())
+    tracker.log_metrics({"train/loss": 0.5}, 1)
+    tracker.log_metrics({"train/loss": 0.4}, 2)
+    assert [(key, value, step) for key, value, _, step in tracker.flush()] == [
+        ("train/loss", 0.5, 1),
+        ("train/loss", 0.4, 2),
+    ]
+    assert tracker._client.attempts == 1, "a training does not wait at every step for a store that does not answer"
+
+    unsent = tracker.flush()
+    resumed = MlflowRunLogger(uri, run_id, flush_every=1)
+    resumed.restore(unsent)
+    resumed.log_metrics({"train/loss": 0.3}, 3)
+    assert steps(client, run_id) == [1, 2, 3]
+
+    # The first process was alive after all, and its server answers again.
+    tracker._client.error = None
+    tracker.log_metrics({"train/loss": 0.3}, 3)
+    tracker.close()
+    assert steps(client, run_id) == [1, 2, 3]
+
+
+def test_the_end_of_a_run_waits_for_the_store(uri, client, monkeypatch):
+    run_id = start_run(uri, "outage", "train-wait", params={})
+    tracker = MlflowRunLogger(uri, run_id)
+    store = tracker._client = _UnreachableStore(client, away())
+    tracker.log_metrics({"train/loss": 0.5}, 1)
+
+    def sleep(seconds):
+        if store.attempts == 3:
+            store.error = None
+
+    monkeypatch.setattr("parcelray.tracking.mlflow_tracker.time.sleep", sleep)
+    tracker.close()
+    assert steps(client, run_id) == [1]
+
+    store.error = away()
+    tracker.log_metrics({"train/loss": 0.4}, 2)
+    monkeypatch.setattr("parcelray.tracking.mlflow_tracker.CLOSE_LIMIT_S", -1.0)
+    with pytest.raises(SystemFailure, match="does not have 1 metrics of run"):
+        tracker.close()
+
+
+def test_a_store_that_rejects_the_metrics_is_reported_at_once(uri, client):
+    run_id = start_run(uri, "outage", "train-rejected", params={})
+    tracker = MlflowRunLogger(uri, run_id)
+    tracker._client = _UnreachableStore(client, MlflowException("no permission", PERMISSION_DENIED))
+    tracker.log_metrics({"train/loss": 0.5}, 1)
+    with pytest.raises(SystemFailure, match="rejects the metrics"):
+        tracker.flush()
 
 
 def test_artifacts_and_figures_are_uploaded(uri, client, tmp_path):

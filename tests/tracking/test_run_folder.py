@@ -7,14 +7,18 @@ import fsspec
 import pytest
 
 from parcelray.errors import UserError
-from parcelray.tracking.run_folder import RunFolder
+from parcelray.files import is_local
+from parcelray.tracking.run_folder import RunFolder, local_folder
 
 from ..training.conftest import tiny_job
 
 
-@pytest.fixture(params=["path", "file", "memory"])
+@pytest.fixture(params=["path", "file", "memory", "s3"])
 def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
-    """The storage of runs: a path, and two URIs."""
+    """The storage of runs: a path, and three URIs."""
+    if request.param == "s3":
+        yield request.getfixturevalue("s3")
+        return
     yield {"path": str(tmp_path), "file": f"file://{tmp_path}", "memory": "memory://"}[request.param]
     memory = fsspec.filesystem("memory")
     memory.store.clear()
@@ -42,6 +46,23 @@ def test_another_configuration_under_the_same_name_is_refused_with_the_differing
         other.claim()
     assert "(seed: 3 -> 4; training.steps: 6 -> 7)" in str(caught.value)
     _folder(storage, name="tiny2", seed=4).claim()
+
+
+def test_of_two_drivers_that_claim_a_name_at_once_one_is_refused(storage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if is_local(_folder(storage).filesystem):
+        pytest.skip("on a disk, the second claim follows within a millisecond")
+    first, second = _folder(storage), _folder(storage, seed=4)
+    check = second.check
+
+    def check_and_lose_the_race() -> None:
+        check()
+        monkeypatch.setattr(second, "check", check)
+        first.claim()
+
+    monkeypatch.setattr(second, "check", check_and_lose_the_race)
+    with pytest.raises(UserError, match="seed: 3 -> 4"):
+        second.claim()
+    assert first.names("") == ["job.json"]
 
 
 def test_a_reference_with_changed_content_is_refused(storage: str) -> None:
@@ -119,17 +140,34 @@ def test_a_finished_run_has_a_result(storage: str) -> None:
     ]
 
 
-def test_a_folder_is_uploaded_with_its_files(storage: str, tmp_path: Path) -> None:
-    source = tmp_path / "source"
-    (source / "deep").mkdir(parents=True)
-    (source / "config.json").write_text("{}")
-    (source / "deep" / "weights").write_bytes(b"123")
+def test_files_are_pushed_to_the_run_folder_and_pulled_from_it(storage: str) -> None:
     folder = _folder(storage)
     folder.claim()
-    folder.upload(source, "model")
+    (folder.local / "model" / "deep").mkdir(parents=True)
+    (folder.local / "model" / "config.json").write_text("{}")
+    (folder.local / "model" / "deep" / "weights").write_bytes(b"123")
+    folder.push("model")
     with folder.filesystem.open(f"{folder.path}/model/deep/weights", "rb") as file:
         assert file.read() == b"123"
-    assert folder.filesystem.exists(f"{folder.path}/model/config.json")
+    other = _folder(storage)
+    assert other.pull("model")
+    assert (other.local / "model" / "deep" / "weights").read_bytes() == b"123"
+    assert (other.local / "model" / "config.json").read_text() == "{}"
+    assert not other.pull("results")
+    assert local_folder(f"{folder.uri}/model").joinpath("config.json").read_text() == "{}"
+
+
+def test_only_the_newest_checkpoints_are_kept(storage: str) -> None:
+    folder = _folder(storage)
+    for parent in ("in-process", folder.identity):
+        for number in (1, 2, 3):
+            path = f"{folder.path}/{parent}/checkpoint_{number}/state.json"
+            folder.filesystem.makedirs(path.rpartition("/")[0], exist_ok=True)
+            folder.filesystem.pipe(path, b"{}")
+    folder.keep_checkpoints(2)
+    assert folder.names("in-process") == folder.names(folder.identity) == ["checkpoint_2", "checkpoint_3"]
+    folder.keep_checkpoints(0)
+    assert folder.names("in-process") == folder.names(folder.identity) == []
 
 
 def test_only_a_local_folder_has_a_local_path(storage: str) -> None:
@@ -137,7 +175,7 @@ def test_only_a_local_folder_has_a_local_path(storage: str) -> None:
     if folder.is_local:
         assert folder.local_path("model") == Path(folder.path) / "model"
     else:
-        with pytest.raises(UserError, match="is not a local folder"):
+        with pytest.raises(UserError, match="but this study needs a folder; set storage to one"):
             folder.local_path("model")
 
 

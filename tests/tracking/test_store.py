@@ -1,8 +1,13 @@
 import os
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import INTERNAL_ERROR, PERMISSION_DENIED, RESOURCE_DOES_NOT_EXIST, UNAUTHENTICATED
 
-from parcelray.errors import UserError
+from parcelray.errors import SystemFailure, UserError
+from parcelray.tracking import store
 from parcelray.tracking.store import (
     BATCH_BYTES,
     MAX_PARAM,
@@ -15,6 +20,7 @@ from parcelray.tracking.store import (
     clean_params,
     clean_tags,
     ensure_store,
+    explained_store_failures,
     hide_credentials,
     is_secret_key,
 )
@@ -126,3 +132,48 @@ def test_batches_are_within_the_limits_of_count_and_bytes():
         6,
     ]
     assert list(batches([], 100)) == []
+
+
+class _Health(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+
+    def log_message(self, *_):
+        pass
+
+
+def test_a_server_that_starts_a_little_later_is_waited_for(monkeypatch):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _Health, bind_and_activate=False)
+    server.server_bind()
+    uri = f"http://127.0.0.1:{server.server_port}"
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+
+    def start(seconds):
+        if not thread.is_alive():
+            server.server_activate()
+            thread.start()
+
+    monkeypatch.setattr(store.time, "sleep", start)
+    assert ensure_store(uri) == uri
+    server.shutdown()
+    server.server_close()
+
+    monkeypatch.setattr(store, "SERVER_LIMIT_S", -1.0)
+    assert ensure_store(uri) == uri, "a process waits only once; MLflow's client retries its requests"
+    with pytest.raises(SystemFailure, match=r"has not answered .*; check tracking\.uri"):
+        ensure_store(f"{uri}/other")
+
+
+@pytest.mark.parametrize(
+    ("code", "raised", "words"),
+    [
+        (INTERNAL_ERROR, SystemFailure, "does not answer"),
+        (UNAUTHENTICATED, UserError, "rejects this user .401.; set MLFLOW_TRACKING_USERNAME"),
+        (PERMISSION_DENIED, UserError, "rejects this user .403."),
+        (RESOURCE_DOES_NOT_EXIST, MlflowException, "^gone$"),
+    ],
+)
+def test_failures_of_a_server_are_explained(code, raised, words):
+    with pytest.raises(raised, match=words), explained_store_failures("https://mlflow.example"):
+        raise MlflowException("gone", code)

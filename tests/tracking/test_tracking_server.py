@@ -61,7 +61,8 @@ def wait_until_healthy(url, process):
     pytest.fail(f"the MLflow server did not start (exit code {process.poll()})")
 
 
-def test_runs_metrics_and_models_work_through_a_server(server, tmp_path):
+def test_runs_metrics_and_models_work_through_a_server(server, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     folder = tmp_path / "model"
     folder.mkdir()
     save_file({"weight": torch.ones(4)}, folder / "model.safetensors")
@@ -77,10 +78,10 @@ def test_runs_metrics_and_models_work_through_a_server(server, tmp_path):
     history = MlflowClient(tracking_uri=server).get_metric_history(run_id, "val/mini/accuracy:64")
     assert [metric.step for metric in history] == [3]
 
-    first, pinned = resolve_registry("models:/parcel@champion", server, tmp_path / "cache")
+    first, pinned = resolve_registry("models:/parcel@champion", server)
     assert pinned == "models:/parcel/1"
     assert first.is_relative_to(tmp_path / "cache")
     verify_manifest(first)
     written = (first / "model.safetensors").stat().st_mtime_ns
-    again, _ = resolve_registry("models:/parcel/1", server, tmp_path / "cache")
+    again, _ = resolve_registry("models:/parcel/1", server)
     assert (again / "model.safetensors").stat().st_mtime_ns == written, "the files are downloaded once"

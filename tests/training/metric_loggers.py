@@ -8,10 +8,12 @@ import signal
 from collections.abc import Mapping
 from pathlib import Path
 
+from parcelray.tracking.metric_logger import NoMetrics
+
 from ..processes import wait_until
 
 
-class Losses:
+class Losses(NoMetrics):
     """A metric logger that keeps the loss of each step."""
 
     def __init__(self) -> None:
@@ -22,11 +24,8 @@ class Losses:
         if "train/loss" in metrics:
             self.losses[step] = metrics["train/loss"]
 
-    def flush(self) -> None:
-        """Do nothing: no metric is buffered."""
 
-
-class KillsOnce:
+class KillsOnce(NoMetrics):
     """A metric logger that records each step and once kills its worker, at step 5 after the checkpoint of step 3."""
 
     def __init__(self, steps: Path, checkpoint: Path) -> None:
@@ -43,6 +42,3 @@ class KillsOnce:
             # A checkpoint is valid only after the controller has polled it; the controller then calls `on_report`.
             wait_until(self._checkpoint.exists, "the controller has the checkpoint of step 3")
             os.kill(os.getpid(), signal.SIGKILL)
-
-    def flush(self) -> None:
-        """Do nothing: no metric is buffered."""

@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -55,7 +56,7 @@ def test_a_checkpoint_restores_moments_loss_scale_and_random_numbers(tmp_path: P
     restore_optimizer(tmp_path, accelerator=accelerator, model=model, optimizer=fresh)
     assert _draws() == expected
     assert accelerator.scaler.state_dict()["scale"] == 1024
-    assert read_state(tmp_path) == STATE
+    assert replace(read_state(tmp_path), files={}) == STATE
     before, after = optimizer.state_dict()["state"], fresh.state_dict()["state"]
     assert before.keys() == after.keys()
     assert all(

@@ -1,7 +1,7 @@
 """The training loop without Ray: it learns, is deterministic, and resumes to bit-identical weights."""
 
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from parcelray.errors import NotFiniteError, SystemFailure, UnsupportedBudgetErr
 from parcelray.evaluation.predict import predictor
 from parcelray.models import decoding
 from parcelray.models.vlm import load_vlm
-from parcelray.tracking.metric_logger import NoMetrics
+from parcelray.tracking.metric_logger import NoMetrics, UnsentMetric
 from parcelray.training import train_loop
 from parcelray.training.plan import training_plan
 from parcelray.training.run import run_training
@@ -25,11 +25,13 @@ from parcelray.training.train_loop import fit_in_process
 from .conftest import tiny_job
 
 
-class Recorder:
+class Recorder(NoMetrics):
     """Keeps the logged metrics; raises KeyboardInterrupt at step `fail_at`."""
 
     def __init__(self, fail_at: int | None = None) -> None:
         self.rows: list[tuple[int, str, float]] = []
+        self.unsent: list[UnsentMetric] = []
+        self.restored: list[UnsentMetric] = []
         self._fail_at = fail_at
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
@@ -38,8 +40,13 @@ class Recorder:
             raise KeyboardInterrupt
         self.rows += [(step, name, value) for name, value in metrics.items()]
 
-    def flush(self) -> None:
-        """Do nothing: no metric is buffered."""
+    def flush(self) -> list[UnsentMetric]:
+        """Return the metrics of a store that does not answer."""
+        return self.unsent
+
+    def restore(self, unsent: Sequence[UnsentMetric]) -> None:
+        """Keep the metrics that an earlier attempt could not send."""
+        self.restored = [(key, value, time, step) for key, value, time, step in unsent]
 
     def curve(self, name: str) -> dict[int, float]:
         """Values of a metric by step."""
@@ -135,9 +142,11 @@ def test_micro_batches_give_the_same_weights(tmp_path: Path) -> None:
 
 def test_a_repeated_step_logs_the_same_values(tmp_path: Path) -> None:
     job, before, after = tiny_job(tmp_path, checkpointing={"every_steps": 4}), Recorder(fail_at=6), Recorder()
+    before.unsent = [("train/loss", 0.5, 1_700_000_000_000, 4)]
     with pytest.raises(KeyboardInterrupt):
         fit_in_process(job, tmp_path, checkpoint=None, logger=before)
     fit_in_process(job, tmp_path, checkpoint=None, logger=after)
+    assert after.restored == before.unsent, "metrics of an outage are part of the checkpoint"
     assert list(before.curve("train/loss")) == [1, 2, 3, 4, 5]
     assert list(after.curve("train/loss")) == [5, 6]
     for name in (

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from parcelray.config.train import TrainJob
 from parcelray.datasets.mini.export import write_parquet
 from parcelray.errors import SystemFailure, UserError
-from parcelray.models.checkpoint import verify_manifest
+from parcelray.models.checkpoint import resolve_checkpoint, verify_manifest
 from parcelray.tracking.run_folder import RunFolder
 from parcelray.training.run import TrainedRun, run_training
 from parcelray.training.train_loop import fit_in_process
@@ -142,8 +142,8 @@ def test_a_killed_worker_does_not_change_the_result(
     def note(metrics: Mapping[str, float]) -> None:
         reported.touch()
 
-    start = Path(tiny_start["reference"])
-    checkpoint, _ = fit(job, folder, checkpoint=start, logger=lambda: KillsOnce(steps, reported), on_report=note)
+    start = resolve_checkpoint(tiny_start["reference"]).pin
+    checkpoint, _ = fit(job, folder, start=start, logger=lambda: KillsOnce(steps, reported), on_report=note)
     assert steps.read_text(encoding="utf-8").split() == [
         "1",
         "2",

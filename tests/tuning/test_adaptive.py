@@ -8,8 +8,8 @@ import pytest
 from parcelray.config.evaluate import EvaluateJob
 from parcelray.errors import UserError
 from parcelray.evaluation.adaptive.adaptive_budget import BEFORE, FIXED
-from parcelray.models.checkpoint import content_digest, resolve_checkpoint
-from parcelray.tuning.evaluate_trial import EvaluatedPoint, SearchedModel, WarmEvaluator
+from parcelray.models.checkpoint import resolve_checkpoint
+from parcelray.tuning.evaluate_trial import EvaluatedPoint, WarmEvaluator
 from parcelray.tuning.results import frontier_curves, study_split_search
 
 from ..tiny import own_benchmark, tiny_checkpoint
@@ -29,8 +29,7 @@ def _evaluator(storage: Path, model: Path, data: Path) -> WarmEvaluator:
         "tracking": {"uri": None},
         "storage": str(storage),
     }
-    searched = SearchedModel(resolve_checkpoint(str(model)), content_digest(model))
-    return WarmEvaluator(EvaluateJob.model_validate(content), {str(model): searched}, ((), 0))
+    return WarmEvaluator(EvaluateJob.model_validate(content), {str(model): resolve_checkpoint(str(model))}, ((), 0))
 
 
 def _point(evaluator: WarmEvaluator, anchor_grid: int, budget: int) -> EvaluatedPoint:

@@ -19,10 +19,10 @@ from parcelray.config.tune import TuneJob
 from parcelray.errors import UserError
 from parcelray.evaluation.run import run_evaluation
 from parcelray.evaluation.scoring.split_scores import SplitScores
-from parcelray.models.checkpoint import content_digest, resolve_checkpoint
+from parcelray.models.checkpoint import resolve_checkpoint
 from parcelray.models.token_reduction.encoder_view import EncoderView
 from parcelray.models.vlm import load_vlm
-from parcelray.tuning.evaluate_trial import SearchedModel, WarmEvaluator
+from parcelray.tuning.evaluate_trial import WarmEvaluator
 from parcelray.tuning.results import Baseline, findings_of
 
 from ..tiny import tiny_checkpoint
@@ -64,7 +64,7 @@ def reference(supernet: Path, tmp_path_factory: pytest.TempPathFactory) -> Seque
 
 def _evaluator(job: EvaluateJob, model: Path, reference: Sequence[SplitScores], **changes: Any) -> WarmEvaluator:
     checkpoint = resolve_checkpoint(str(model))
-    models = {str(model): SearchedModel(checkpoint, content_digest(checkpoint.path)), **changes.pop("others", {})}
+    models = {str(model): checkpoint, **changes.pop("others", {})}
     return WarmEvaluator(job, models, (reference, 256), **changes)
 
 
@@ -155,8 +155,7 @@ def test_a_point_may_evaluate_another_model(tmp_path: Path, supernet: Path, refe
         tmp_path / "other", 4, connector={"type": "parcel", "num_heads": 2, "anchor_grids": [0, 1, 2, 4, 8, 16]}
     )
     checkpoint = resolve_checkpoint(str(other))
-    searched = SearchedModel(checkpoint, content_digest(checkpoint.path))
-    evaluator = _evaluator(_job(tmp_path / "warm", supernet), supernet, reference, others={str(other): searched})
+    evaluator = _evaluator(_job(tmp_path / "warm", supernet), supernet, reference, others={str(other): checkpoint})
     point = evaluator.evaluate({"model.reference": str(other), "budgets": [16]})
     alone = run_evaluation(
         _job(tmp_path / "cold", other, budgets=[16]), Console(file=io.StringIO()), tables=False
@@ -179,8 +178,7 @@ def test_a_worker_in_another_folder_reads_the_relative_paths_of_the_driver(
     del data["storage"]
     job = EvaluateJob.model_validate(data)
     checkpoint = resolve_checkpoint("models/two/model")
-    searched = SearchedModel(checkpoint, content_digest(checkpoint.path))
-    evaluator = _evaluator(job, supernet, reference, others={str(checkpoint.path): searched})
+    evaluator = _evaluator(job, supernet, reference, others={str(checkpoint.path): checkpoint})
     (tmp_path / "worker").mkdir()
     monkeypatch.chdir(tmp_path / "worker")
     worker = replace(evaluator, job=pickle.loads(pickle.dumps(evaluator.job)))
@@ -194,7 +192,7 @@ def test_a_worker_in_another_folder_reads_the_relative_paths_of_the_driver(
 def test_costs_are_within_the_bounds_that_are_known_before_the_search(tmp_path: Path, supernet: Path) -> None:
     evaluator = WarmEvaluator(
         _job(tmp_path, supernet),
-        {str(supernet): SearchedModel(resolve_checkpoint(str(supernet)), "")},
+        {str(supernet): resolve_checkpoint(str(supernet))},
         ((), 256),
     )
     costs, bounds = evaluator.costs(evaluator.job, 64), evaluator.bounds()

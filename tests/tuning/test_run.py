@@ -204,7 +204,7 @@ def test_a_search_is_not_resumed_if_its_model_has_changed(tmp_path: Path, supern
     model = tmp_path / "model"
     shutil.copytree(supernet, model)
     job = _split_job(tmp_path, model)
-    RunFolder(job).claim({reference: each.digest for reference, each in searched_models(job, None).items()})
+    RunFolder(job).claim({reference: each.pin.digest for reference, each in searched_models(job, None).items()})
     (model / "model.safetensors").write_bytes(b"retrained")
     (model / MANIFEST_NAME).unlink()
     write_manifest(model, config={}, git_commit=None, data=None, seed=4)

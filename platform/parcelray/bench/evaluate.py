@@ -153,13 +153,14 @@ def _ray_data(folder: Path, count: int, repeats: int) -> Iterator[Measure]:
     settings = PassConfig(rows_per_shard=64)
     rates: dict[str, list[float]] = {"plain loop": [], "ray data": []}
     startups: list[float] = []
+    mini = resolve_checkpoint(folder / "mini")
     with ray_session():
         for number in range(repeats):
             clock = _Clock()
             _plain_loop(folder / "mini", benchmark, clock)
             rates["plain loop"].append(clock.rate())
             clock = _Clock()
-            model = EvaluatedModel(folder / "mini", "mini", f"bench-{number}", (64,), str(folder / "store"))
+            model = EvaluatedModel(mini.path, mini.pin, (64,), str(folder / f"store-{number}"))
             evaluate_model("bench", model, [benchmark], settings, on_progress=clock.note)
             rates["ray data"].append(clock.rate())
             startups.append(clock.first())
@@ -240,7 +241,7 @@ class _Repeated(SamplesReader):
 
 def _peak_of_a_pass(data: Path, checkpoint: Path, count: int, store: Path) -> int:
     benchmark = _benchmark(_Repeated("samples", data, count), GenerationSettings(max_new_tokens=2))
-    model = EvaluatedModel(checkpoint, "tiny", "bench", (16,), str(store))
+    model = EvaluatedModel(checkpoint, resolve_checkpoint(checkpoint).pin, (16,), str(store))
     with ray_session(object_store_bytes=512 * 2**20), _peak_memory() as peak:
         evaluate_model("bench", model, [benchmark], PassConfig(rows_per_shard=250))
     return peak()

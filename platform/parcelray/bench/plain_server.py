@@ -16,6 +16,7 @@ from parcelray.models.decoding import answer_lengths, decode_answers, end_token_
 from parcelray.models.vlm import load_processor
 from parcelray.serving.replica import ReplicaSettings
 from parcelray.serving.replica.load import load_model
+from parcelray.tracking.opening import model_folder
 
 
 class PlainServer:
@@ -28,8 +29,9 @@ class PlainServer:
     def __init__(self, settings: ReplicaSettings) -> None:
         if settings.threads is not None:
             torch.set_num_threads(settings.threads)
-        self._model = load_model(settings.path, settings.model, settings.budgets)
-        self._processor = load_processor(settings.path)
+        folder = model_folder(settings.pin)
+        self._model = load_model(folder, settings.model, settings.budgets)
+        self._processor = load_processor(folder)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Returns the application; called by Ray Serve."""

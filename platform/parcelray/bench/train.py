@@ -16,7 +16,7 @@ from parcelray.cluster.session import ray_session
 from parcelray.config.model import CheckpointModelConfig
 from parcelray.config.train import TrainJob
 from parcelray.models.allocator import keep_freed_memory
-from parcelray.models.checkpoint import resolve_checkpoint
+from parcelray.models.checkpoint import ResolvedCheckpoint, resolve_checkpoint
 from parcelray.profiling.machine import matmul_flops_per_second
 from parcelray.tracking.run_folder import RunFolder
 from parcelray.training.train_loop import fit_in_process, repeatable_step
@@ -70,7 +70,7 @@ def bench_step(*, rounds: int) -> Report:
 
 def _step(storage: str, kernels: str | None) -> Callable[[], float]:
     job = _job(2, storage=storage, num_workers=0, kernels=kernels, precision="bf16", images_per_step=_IMAGES)
-    step = repeatable_step(job, _start(job), _BUDGET)
+    step = repeatable_step(job, _start(job).path, _BUDGET)
 
     def run() -> float:
         torch.set_flush_denormal(kernels is None)
@@ -139,7 +139,7 @@ class _StepClock:
 
 
 def _fit_in_process(job: TrainJob, clock: _StepClock) -> None:
-    fit_in_process(job, Path(job.storage), checkpoint=_start(job), logger=clock)
+    fit_in_process(job, Path(job.storage), checkpoint=_start(job).path, logger=clock)
 
 
 def _fit_on_ray(job: TrainJob, clock: _StepClock) -> None:
@@ -147,12 +147,12 @@ def _fit_on_ray(job: TrainJob, clock: _StepClock) -> None:
 
     folder = RunFolder(job)
     folder.claim()
-    fit(job, folder, checkpoint=_start(job), logger=lambda: clock)
+    fit(job, folder, start=_start(job).pin, logger=lambda: clock)
 
 
-def _start(job: TrainJob) -> Path:
+def _start(job: TrainJob) -> ResolvedCheckpoint:
     assert isinstance(job.model, CheckpointModelConfig)
-    return resolve_checkpoint(job.model.reference).path
+    return resolve_checkpoint(job.model.reference)
 
 
 def _job(steps: int, *, storage: str, num_workers: int, **training: object) -> TrainJob:

@@ -13,11 +13,11 @@ from parcelray.config.evaluate import EvaluateJob
 from parcelray.config.search_space import Assignment
 from parcelray.config.train import TrainJob
 from parcelray.config.tune import TuneJob
-from parcelray.models.checkpoint import ResolvedCheckpoint, content_digest, resolve_checkpoint, write_manifest
+from parcelray.models.checkpoint import ResolvedCheckpoint, resolve_checkpoint, write_manifest
 from parcelray.tracking.metric_logger import NoMetrics
 from parcelray.training.start import build_start
 from parcelray.training.train_loop import fit_in_process
-from parcelray.tuning.evaluate_trial import SearchedModel, WarmEvaluator
+from parcelray.tuning.evaluate_trial import WarmEvaluator
 from parcelray.tuning.planner import make_planner
 from parcelray.tuning.training_points import train_point, training_resources, trial_job
 from parcelray.tuning.training_trial import training_trial
@@ -107,7 +107,7 @@ def bench_tuning(*, samples: int, steps: int, repeats: int, say: Callable[[str],
 def _points_per_minute(folder: Path, checkpoint: ResolvedCheckpoint, samples: int, *, warm: bool) -> float:
     job = _search(folder, checkpoint, samples)
     assert isinstance(job.base, EvaluateJob)
-    models = {job.base.model.reference: SearchedModel(checkpoint, content_digest(checkpoint.path))}
+    models = {job.base.model.reference: checkpoint}
     evaluator = WarmEvaluator(job.base, models, ((), 256))
     record = TrialRecord(folder)
     planner = make_planner(job.space, job.algorithm, job.objectives, job.seed, record)

@@ -18,6 +18,7 @@ from parcelray.cli.evaluation import benchmarks_app, evaluate_app
 from parcelray.cli.jobs import jobs_app, submit
 from parcelray.cli.models import models_app
 from parcelray.cli.options import Address, AsJson, DryRun, JobFile, Set, console, integers, show, write_json
+from parcelray.cli.runs import runs_app
 from parcelray.cli.serving import keys_app, serve
 from parcelray.cli.tuning import tune
 from parcelray.errors import ParcelrayError, UserError
@@ -25,7 +26,7 @@ from parcelray.errors import ParcelrayError, UserError
 _PANELS = {
     "Run": ("train", "tune", "evaluate", "serve"),
     "Cluster": ("submit", "jobs"),
-    "Inspect": ("models", "benchmarks", "flops", "analyze", "bench"),
+    "Inspect": ("runs", "models", "benchmarks", "flops", "analyze", "bench"),
     "Set up": ("doctor", "config", "keys"),
 }
 """Panel of `parcelray --help` -> its commands, both in the order of work."""
@@ -50,6 +51,7 @@ app = typer.Typer(
 for _name, _group in {
     "evaluate": evaluate_app,
     "jobs": jobs_app,
+    "runs": runs_app,
     "models": models_app,
     "benchmarks": benchmarks_app,
     "analyze": analyze_app,
@@ -95,10 +97,11 @@ def train(
         write_json(
             {
                 "identity": run.identity,
-                "model": str(run.model_folder),
+                "model": run.model,
                 "metrics": run.metrics,
                 "mlflow_run_id": run.mlflow_run_id,
                 "was_done": run.was_done,
+                "registered": run.registered,
             }
         )
 
@@ -186,7 +189,7 @@ def main() -> None:
     except ParcelrayError as error:
         console(stderr=True).print(f"failed: {error}", style="red", markup=False, soft_wrap=True)
         sys.exit(1)
-    except OSError as error:
+    except Exception as error:
         from parcelray.files import explained_failure
 
         reason = explained_failure(error)

@@ -66,7 +66,7 @@ def evaluate_run(
             | {
                 "computed": run.computed,
                 "present": run.present,
-                "folder": str(run.folder),
+                "folder": run.uri,
                 "mlflow_run_id": run.mlflow_run_id,
             }
         )
@@ -75,11 +75,10 @@ def evaluate_run(
 @evaluate_app.command("score")
 def evaluate_score(
     folder: Annotated[
-        Path,
+        str,
         typer.Argument(
-            help="Folder of a finished evaluation, for example runs/evaluate/mini.",
+            help="Folder or URI of a finished evaluation, such as runs/evaluate/mini or s3://BUCKET/runs/evaluate/mini.",
             show_default=False,
-            parser=path,
         ),
     ],
     metrics: Annotated[
@@ -114,7 +113,8 @@ def evaluate_compare(
     first: Annotated[
         str,
         typer.Argument(
-            help="Folder of an evaluation; append @BUDGET for one budget: runs/evaluate/mini@64.", show_default=False
+            help="Folder or URI of an evaluation; append @BUDGET for one budget: runs/evaluate/mini@64.",
+            show_default=False,
         ),
     ],
     second: Annotated[
@@ -149,11 +149,10 @@ def evaluate_aggregate(
 @evaluate_app.command("seeds")
 def evaluate_seeds(
     folders: Annotated[
-        list[Path],
+        list[str],
         typer.Argument(
-            help="Folders of one evaluation for models that were trained with different seeds.",
+            help="Folders or URIs of one evaluation for models that were trained with different seeds.",
             show_default=False,
-            parser=path,
         ),
     ],
     as_json: AsJson = False,

@@ -22,7 +22,7 @@ def run_script(work: Callable[[Console], object]) -> int:
     except ParcelrayError as error:
         console.print(f"failed: {error}", markup=False)
         return 1
-    except OSError as error:
+    except Exception as error:
         reason = explained_failure(error)
         if reason is None:
             raise

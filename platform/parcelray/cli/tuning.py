@@ -30,7 +30,8 @@ def tune(  # noqa: PLR0913 - options of a command
     output: Annotated[
         Path | None,
         typer.Option(
-            help="With --select: file to write; default: selected.yaml in the folder of the search.",
+            help="With --select: file to write; default: selected.yaml in the folder of the search, or in the working"
+            " folder if the search is on object storage.",
             show_default=False,
             parser=path,
         ),
@@ -63,9 +64,9 @@ def tune(  # noqa: PLR0913 - options of a command
         run_folder = RunFolder(job)
         # The trials there may be those of another search under the same name.
         run_folder.check()
-        folder = run_folder.local_path("")
-        path = output or folder / "selected.yaml"
-        chosen = select_trial(job, TrialRecord(folder).trials, select, path)
+        # A job file is for this host, also if the search is on object storage.
+        path = output or (Path(run_folder.path) if run_folder.is_local else Path()) / "selected.yaml"
+        chosen = select_trial(job, TrialRecord(run_folder.uri).trials, select, path)
         if as_json:
             write_json({"file": str(path), "assignment": chosen.assignment, "metrics": dict(chosen.metrics)})
             return
@@ -86,6 +87,6 @@ def tune(  # noqa: PLR0913 - options of a command
         extra = {"confirmation": confirmed.to_dict()} if confirmed is not None else {}
         write_json(
             run.findings.to_dict()
-            | {"identity": run.identity, "folder": str(run.folder), "mlflow_run_id": run.mlflow_run_id}
+            | {"identity": run.identity, "folder": run.run_folder.uri, "mlflow_run_id": run.mlflow_run_id}
             | extra
         )

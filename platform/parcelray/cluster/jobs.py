@@ -1,45 +1,27 @@
-"""Jobs on a running cluster, through Ray Jobs: submit, list, follow and stop.
+"""Jobs on a running cluster, through Ray Jobs: list, follow and stop. These work across versions of Ray.
 
-A job is sent with the files of its project. Its id is the identity of the job file, `<kind>-<name>-<hash8>`, so
-submitting the same job twice returns the existing job. Ray runs each id only once. After a failure or a stop, a new
-attempt therefore has the id `<identity>-r2`, `-r3`, ...; the run inside keeps its identity and resumes from its
-checkpoints. Listing, logs and stopping work across versions of Ray; submitting does not.
+`submission` sends jobs, and `failures` reads why their workers failed.
 """
 
 import asyncio
 import contextlib
 import datetime
-import getpass
 import itertools
+import logging
 import os
 import re
-import shlex
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import aiohttp
 import requests
 from ray.dashboard.modules.job.pydantic_models import JobDetails
 from ray.job_submission import JobSubmissionClient
-from rich.table import Table
 
 from parcelray.cluster.auth import auth_headers, find_token
-from parcelray.cluster.package import (
-    MAX_PACKAGE_BYTES,
-    Package,
-    collect,
-    find_secret,
-    git_state,
-    inside,
-    project_root,
-    stage,
-)
-from parcelray.cluster.preflight import check_cluster, cluster_version, dashboard_url
-from parcelray.config.loader import command_of
+from parcelray.cluster.preflight import cluster_version, dashboard_url, get_json
 from parcelray.errors import SystemFailure, UserError
 from parcelray.loopback import bypass_proxies_on_loopback
 
@@ -47,56 +29,8 @@ ENDED = frozenset({"SUCCEEDED", "FAILED", "STOPPED"})
 POLL_S = 0.5
 _AGENT_ATTEMPTS = 120
 _AGENT_PAUSE_S = 1.0
-PACKAGE_FOLDER = Path("platform") / "parcelray"
-
-_IDENTITY = re.compile(r"(?P<kind>[a-z]+)-[A-Za-z0-9._-]+-(?P<hash>[0-9a-f]{8})")
-_SECRET_VARIABLE = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|API_?KEY|ACCESS_KEY", re.IGNORECASE)
-
-
-@dataclass(frozen=True)
-class SubmittedJob:
-    """The result of a submission."""
-
-    submission_id: str
-    """Id of the job on the cluster: the identity, with the suffix `-rN` from the second attempt on."""
-    created: bool
-    """False if a job with this identity already existed and nothing was sent."""
-    status: str
-    """Ray's job status: PENDING, RUNNING, SUCCEEDED (of an existing job), ..."""
-    message: str
-    """One sentence for the user."""
-
-
-@dataclass(frozen=True)
-class Submission:
-    """The plan of a submission: what would be sent where."""
-
-    identity: str
-    entrypoint: str
-    """Shell command that runs in the root of the project's copy."""
-    address: str
-    """URL of the cluster's dashboard."""
-    num_files: int
-    num_bytes: int
-    largest: dict[str, int]
-    """Sizes of the five largest files in bytes."""
-    git_commit: str
-    git_dirty: bool
-    """Whether tracked files differ from the commit; the files are sent as they are on disk."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Returns the plan as a JSON-serialisable dictionary."""
-        return asdict(self)
-
-    def to_rich(self) -> Table:
-        """Returns the plan as a table for the console."""
-        table = Table("job to submit", self.identity)
-        table.add_row("cluster", self.address)
-        table.add_row("command", self.entrypoint)
-        table.add_row("files", f"{self.num_files} git-tracked files ({self.num_bytes / 2**20:.1f} MiB)")
-        table.add_row("largest", "\n".join(f"{name} ({size / 2**20:.2f} MiB)" for name, size in self.largest.items()))
-        table.add_row("commit", self.git_commit + (", with uncommitted changes" if self.git_dirty else ""))
-        return table
+_RAY_LINE = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}\s+(?:INFO|WARNING|DEBUG)\s+[\w.]+:\d+ -- ")
+"""Start of a log line of Ray in the output of a driver: `2026-11-29 04:30:32,426 INFO job_manager.py:581 -- ...`."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +48,16 @@ class JobState:
     ended: datetime.datetime | None
     """End time in UTC; None if the job has not ended."""
     metadata: Mapping[str, str]
-    """Metadata stored by `submit`: user, identity, config_hash, git_commit, git_dirty, job_file, attempt."""
+    """Metadata stored by `submission.submit`, such as user, identity, git_commit, storage and tracking_uri."""
+    driver_node: str
+    """Address of the node where the driver runs; empty if it is unknown."""
+    ray_job_id: str
+    """Ray's id of the driver, which its workers and actors carry; empty before it has joined the cluster."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the state as a JSON-serialisable dictionary; times are in ISO 8601, in UTC."""
+        times = {"started": self.started, "ended": self.ended}
+        return asdict(self) | {name: time and time.isoformat(timespec="seconds") for name, time in times.items()}
 
     @property
     def is_ended(self) -> bool:
@@ -127,98 +70,10 @@ class JobState:
         return 0 if self.status == "SUCCEEDED" else 1
 
 
-def submit(
-    job_file: Path,
-    *,
-    identity: str,
-    address: str | None,
-    overrides: Sequence[str] = (),
-    entrypoint: str | None = None,
-    env_vars: Mapping[str, str] | None = None,
-    again: bool = False,
-    max_package_bytes: int = MAX_PACKAGE_BYTES,
-) -> SubmittedJob:
-    """Sends a job file and the git-tracked files of its project to a cluster, without waiting for the job's end.
-
-    Args:
-        job_file: a file inside the project; git need not track it.
-        identity: `<kind>-<name>-<hash8>` of the resolved configuration.
-        address: address of the cluster's dashboard, see `preflight.dashboard_url`.
-        overrides: `a.b=c` texts, passed to the command as `--set`.
-        entrypoint: shell command to run instead of `parcelray <kind> <job file>`, in the root of the project's copy.
-        env_vars: environment variables of the job. Names of secrets are rejected, as anyone with permission to list
-            jobs can read the variables.
-        again: whether to start a new attempt of a job that succeeded. A running job is never duplicated.
-        max_package_bytes: limit for the size of the package in bytes.
-
-    Raises:
-        UserError: the cluster cannot be used, the package is rejected, or an argument is illegal.
-        SystemFailure: the cluster failed on a legal request.
-    """
-    match = _matched(identity)
-    _check_public(overrides, env_vars or {})
-    root = project_root(job_file)
-    name = inside(root, job_file)
-    package = collect(root, [job_file], max_bytes=max_package_bytes)
-
-    url = dashboard_url(address)
-    token = find_token()
-    check_cluster(url, token)
-    client = _client(url, token)
-    existing, attempt = _attempts(client, url, identity, again)
-    if existing is not None:
-        return _existing(existing)
-
-    commit, dirty = git_state(root)
-    metadata = {
-        "user": _user(),
-        "identity": identity,
-        "config_hash": match["hash"],
-        "git_commit": commit,
-        "git_dirty": str(dirty).lower(),
-        "job_file": name,
-        "attempt": str(attempt),
-    }
-    request = {
-        "submission_id": identity if attempt == 1 else f"{identity}-r{attempt}",
-        "entrypoint": entrypoint or build_entrypoint(match["kind"], name, overrides),
-        "metadata": metadata,
-    }
-    return _send(client, url, package, request, env_vars or {})
-
-
-def plan_submission(job_file: Path, *, identity: str, address: str | None, overrides: Sequence[str] = ()) -> Submission:
-    """Plans a submission without contacting the cluster; raises UserError where `submit` would."""
-    match = _matched(identity)
-    _check_public(overrides, {})
-    root = project_root(job_file)
-    package = collect(root, [job_file])
-    commit, dirty = git_state(root)
-    largest = sorted(package.files, key=lambda file: -file.num_bytes)[:5]
-    return Submission(
-        identity=identity,
-        entrypoint=build_entrypoint(match["kind"], inside(root, job_file), overrides),
-        address=dashboard_url(address),
-        num_files=len(package.files),
-        num_bytes=package.num_bytes,
-        largest={file.name: file.num_bytes for file in largest},
-        git_commit=commit,
-        git_dirty=dirty,
-    )
-
-
-def build_entrypoint(kind: str, job_file: str, overrides: Sequence[str] = ()) -> str:
-    """Builds the quoted shell command that a job runs in the root of the project's copy."""
-    settings = [part for override in overrides for part in ("--set", override)]
-    # A search resumes the trials of an earlier attempt only with this flag; all other kinds always resume.
-    resume = ["--resume"] if kind == "tune" else []
-    return shlex.join(["python", "-m", "parcelray.cli", *command_of(kind).split(), job_file, *settings, *resume])
-
-
 def list_jobs(*, address: str | None) -> list[JobState]:
     """Lists all jobs that were submitted to a cluster, newest first, without manually started drivers."""
     url, client = _connect(address)
-    with _explained(url):
+    with explained(url):
         states = [_state(details) for details in client.list_jobs() if details.submission_id]
     oldest = datetime.datetime.min.replace(tzinfo=datetime.UTC)
     return sorted(states, key=lambda state: state.started or oldest, reverse=True)
@@ -227,11 +82,11 @@ def list_jobs(*, address: str | None) -> list[JobState]:
 def status(submission_id: str, *, address: str | None) -> JobState:
     """Queries the state of one job; raises UserError if the cluster has no job with this id."""
     url, client = _connect(address)
-    return _get_state(client, url, submission_id)
+    return get_state(client, url, submission_id)
 
 
 def logs(submission_id: str, *, address: str | None, follow: bool = False) -> Iterator[str]:
-    """Yields the output of a job's driver in pieces, to be written without additional newlines.
+    """Yields the output of a job's driver in whole lines, without Ray's own log lines below the level of errors.
 
     Args:
         submission_id: id of the job on the cluster.
@@ -243,19 +98,28 @@ def logs(submission_id: str, *, address: str | None, follow: bool = False) -> It
         SystemFailure: the connection was lost; the job continues.
     """
     url, client = _connect(address)
-    _get_state(client, url, submission_id)
+    get_state(client, url, submission_id)
     if not follow:
-        with _explained(url, submission_id):
-            yield client.get_job_logs(submission_id)
+        with explained(url, submission_id):
+            yield from _without_ray_lines([client.get_job_logs(submission_id)])
         return
     pieces = client.tail_job_logs(submission_id)
 
     async def next_piece() -> str | None:
         return await anext(pieces, None)
 
-    with _explained(url, submission_id), asyncio.Runner() as runner:
-        while (piece := runner.run(next_piece())) is not None:
-            yield piece
+    with explained(url, submission_id), asyncio.Runner() as runner:
+        yield from _without_ray_lines(iter(lambda: runner.run(next_piece()), None))
+
+
+def _without_ray_lines(pieces: Iterable[str]) -> Iterator[str]:
+    """Cuts pieces of output into lines, and drops those of Ray."""
+    rest = ""
+    for piece in pieces:
+        *lines, rest = (rest + piece).split("\n")
+        yield from (f"{line}\n" for line in lines if not _RAY_LINE.match(line))
+    if rest and not _RAY_LINE.match(rest):
+        yield rest
 
 
 def wait(submission_id: str, *, address: str | None, write: Callable[[str], object]) -> JobState:
@@ -272,7 +136,7 @@ def wait(submission_id: str, *, address: str | None, write: Callable[[str], obje
     for piece in logs(submission_id, address=address, follow=True):
         write(piece)
     url, client = _connect(address)
-    while not (state := _get_state(client, url, submission_id)).is_ended:
+    while not (state := get_state(client, url, submission_id)).is_ended:
         time.sleep(POLL_S)
     return state
 
@@ -289,25 +153,38 @@ def stop(submission_id: str, *, address: str | None, timeout_s: float = 30.0) ->
         The state at the end of the wait.
     """
     url, client = _connect(address)
-    state = _get_state(client, url, submission_id)
+    state = get_state(client, url, submission_id)
     if not state.is_ended:
-        with _explained(url, submission_id):
+        with explained(url, submission_id):
             client.stop_job(submission_id)
     deadline = time.monotonic() + timeout_s
     while not state.is_ended and time.monotonic() < deadline:
         time.sleep(POLL_S)
-        state = _get_state(client, url, submission_id)
+        state = get_state(client, url, submission_id)
     return state
+
+
+def attempt_ids(submission_id: str, *, address: str | None) -> list[str]:
+    """Ids of all attempts of the job that an id belongs to, oldest first."""
+    url, client = _connect(address)
+    attempts = attempts_of(client, url, re.sub(r"-r\d+$", "", submission_id))
+    return [attempts[number].submission_id for number in sorted(attempts)]
+
+
+def applications(*, address: str | None) -> dict[str, str]:
+    """Status of each Serve application of a cluster, by its name: RUNNING, DEPLOYING, UNHEALTHY, ..."""
+    answer = get_json(dashboard_url(address), "/api/serve/applications/", find_token())
+    return {name: str(each["status"]) for name, each in answer.get("applications", {}).items()}
 
 
 def _connect(address: str | None) -> tuple[str, JobSubmissionClient]:
     url = dashboard_url(address)
     token = find_token()
     cluster_version(url, token)
-    return url, _client(url, token)
+    return url, open_client(url, token)
 
 
-def _client(url: str, token: str | None) -> JobSubmissionClient:
+def open_client(url: str, token: str | None) -> JobSubmissionClient:
     """Creates Ray's client for exactly this address and token.
 
     In the client, two environment variables override its argument, so they are removed while it is created. The header
@@ -315,65 +192,24 @@ def _client(url: str, token: str | None) -> JobSubmissionClient:
     """
     hidden = {name: os.environ.pop(name) for name in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS") if name in os.environ}
     try:
-        with _explained(url):
+        with explained(url):
             bypass_proxies_on_loopback()
+            # At level INFO, the client reports each package and each closed connection.
+            logging.getLogger("ray").setLevel(logging.ERROR)
             return JobSubmissionClient(url, headers=auth_headers(token))
     finally:
         os.environ.update(hidden)
 
 
-def _attempts(client: JobSubmissionClient, url: str, identity: str, again: bool) -> tuple[JobState | None, int]:
-    """Returns the latest attempt, or None if a new attempt is to be started, and the number of the next attempt."""
-    numbered = re.compile(re.escape(identity) + r"(?:-r(\d+))?")
-    with _explained(url):
-        known = {
-            int(match[1] or 1): _state(details)
-            for details in client.list_jobs()
-            if (match := numbered.fullmatch(details.submission_id or ""))
-        }
-    if not known:
-        return None, 1
-    latest = max(known)
-    replaceable = {"FAILED", "STOPPED"} | ({"SUCCEEDED"} if again else set())
-    return (None if known[latest].status in replaceable else known[latest]), latest + 1
+def start_job(client: JobSubmissionClient, details: Mapping[str, Any]) -> None:
+    """Starts a job; waits for the agent of a cluster that has just started, which runs the drivers of jobs.
 
-
-def _send(
-    client: JobSubmissionClient, url: str, package: Package, request: dict[str, Any], env_vars: Mapping[str, str]
-) -> SubmittedJob:
-    submission_id = request["submission_id"]
-    with tempfile.TemporaryDirectory(prefix="parcelray-") as scratch, _explained(url, submission_id):
-        folder = Path(scratch) / "project"
-        folder.mkdir()
-        stage(package, folder)
-        runtime_env: dict[str, Any] = {"working_dir": str(folder), "env_vars": {"PYTHONUNBUFFERED": "1", **env_vars}}
-        if (folder / PACKAGE_FOLDER).is_dir():
-            # This puts the package on the PYTHONPATH of every node. The entry `platform` would only work for the
-            # driver, as workers start in another folder.
-            runtime_env |= {"py_modules": [str(folder / PACKAGE_FOLDER)], "excludes": [f"/{PACKAGE_FOLDER.as_posix()}"]}
-        try:
-            _submit_once_an_agent_runs(client, {**request, "runtime_env": runtime_env})
-        except RuntimeError as error:
-            # The same job was submitted by someone else after the check for existing attempts.
-            if "already exists" not in str(error):
-                raise
-            return _existing(_get_state(client, url, submission_id))
-    return SubmittedJob(
-        submission_id=submission_id,
-        created=True,
-        status="PENDING",
-        message=(
-            f"Submitted {submission_id} with {len(package.files)} files ({package.num_bytes / 1024**2:.1f} MiB) to"
-            f" {url}."
-        ),
-    )
-
-
-def _submit_once_an_agent_runs(client: JobSubmissionClient, request: dict[str, Any]) -> None:
-    """Submits a job; waits for the agent of a cluster that has just started, which runs the drivers of jobs."""
+    Raises:
+        RuntimeError: the cluster rejects the job, or no agent has started within two minutes.
+    """
     for attempt in itertools.count(1):
         try:
-            client.submit_job(**request)
+            client.submit_job(**details)
         except RuntimeError as error:
             if "No available agent" not in str(error) or attempt == _AGENT_ATTEMPTS:
                 raise
@@ -382,46 +218,26 @@ def _submit_once_an_agent_runs(client: JobSubmissionClient, request: dict[str, A
             return
 
 
-def _existing(state: JobState) -> SubmittedJob:
-    remedy = (
-        "start a new attempt with --again" if state.status == "SUCCEEDED" else "follow or stop it with `parcelray jobs`"
-    )
-    return SubmittedJob(
-        submission_id=state.submission_id,
-        created=False,
-        status=state.status,
-        message=f"{state.submission_id} already exists with status {state.status}; nothing was sent ({remedy}).",
-    )
+def attempts_of(client: JobSubmissionClient, url: str, submission_id: str) -> dict[int, JobState]:
+    """The attempts of a job, by their number.
+
+    Args:
+        client: Ray's client.
+        url: URL of the dashboard.
+        submission_id: id of the first attempt, without the suffix `-rN`.
+    """
+    numbered = re.compile(re.escape(submission_id) + r"(?:-r(\d+))?")
+    with explained(url):
+        return {
+            int(match[1] or 1): _state(details)
+            for details in client.list_jobs()
+            if (match := numbered.fullmatch(details.submission_id or ""))
+        }
 
 
-def _matched(identity: str) -> re.Match[str]:
-    match = _IDENTITY.fullmatch(identity)
-    if match is None:
-        raise UserError(
-            f"{identity} is not the identity of a job; legal: KIND-NAME-HASH8 with letters, digits, '.', '_' and '-',"
-            " for example train-nlvr-0a1b2c3d."
-        )
-    return match
-
-
-def _check_public(overrides: Sequence[str], env_vars: Mapping[str, str]) -> None:
-    """Rejects secrets in settings that anyone with permission to list jobs can read."""
-    for name in env_vars:
-        if _SECRET_VARIABLE.search(name):
-            raise UserError(
-                f"{name} looks like a secret, and anyone with permission to list jobs could read it; set it in the"
-                " environment of the cluster's nodes instead."
-            )
-    for text in (*overrides, *env_vars.values()):
-        if find_secret(text.encode()):
-            raise UserError(
-                "A setting contains text that looks like an access token or a private key, and anyone with permission"
-                " to list jobs could read it; remove it."
-            )
-
-
-def _get_state(client: JobSubmissionClient, url: str, submission_id: str) -> JobState:
-    with _explained(url, submission_id):
+def get_state(client: JobSubmissionClient, url: str, submission_id: str) -> JobState:
+    """The state of one job; raises UserError if the cluster has no job with this id."""
+    with explained(url, submission_id):
         return _state(client.get_job_info(submission_id))
 
 
@@ -435,6 +251,8 @@ def _state(details: JobDetails) -> JobState:
         started=_time(details.start_time),
         ended=_time(details.end_time),
         metadata=dict(details.metadata or {}),
+        driver_node=details.driver_info.node_ip_address if details.driver_info else "",
+        ray_job_id=details.job_id or "",
     )
 
 
@@ -442,16 +260,8 @@ def _time(milliseconds: int | None) -> datetime.datetime | None:
     return datetime.datetime.fromtimestamp(milliseconds / 1000, tz=datetime.UTC) if milliseconds else None
 
 
-def _user() -> str:
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):
-        # In a container, the user may have no entry in /etc/passwd.
-        return f"uid-{os.getuid()}"
-
-
 @contextlib.contextmanager
-def _explained(url: str, submission_id: str = "") -> Iterator[None]:
+def explained(url: str, submission_id: str = "") -> Iterator[None]:
     """Turns the errors of Ray's client into one-sentence errors."""
     try:
         yield

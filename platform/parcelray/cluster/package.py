@@ -3,10 +3,11 @@
 import re
 import shutil
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 from parcelray.errors import UserError
 
@@ -36,6 +37,9 @@ _SECRET_TEXT = re.compile(
     rb"|\bgithub_pat_[A-Za-z0-9_]{50,}\b"
     rb"|\bxox[baprs]-[A-Za-z0-9-]{20,}\b"
 )
+_URL_PASSWORD = re.compile(r"://[^/\s:@]*:[^/\s@]+@")
+# Upper case as in environment variables, lower case as in job files.
+_SECRET_KEY = re.compile(r"(.*_)?(token|secret|passw(or)?d|credentials?|api_?key|access_key(_id)?)", re.IGNORECASE)
 # Ray excludes the files listed in these files from the upload, even if git tracks them.
 _IGNORE_FILES = (".gitignore", ".rayignore")
 
@@ -134,6 +138,31 @@ def inside(root: Path, path: Path) -> str:
 def find_secret(text: bytes) -> bool:
     """Whether the bytes contain a private key or an access token of a well-known service, judged by its format."""
     return _SECRET_TEXT.search(text) is not None
+
+
+def secret_settings(settings: Any, path: str = "") -> Iterator[tuple[str, str]]:
+    """Finds secrets in settings that are sent with a job, by the names of keys and the format of values.
+
+    Args:
+        settings: nested mappings and lists.
+        path: key path of the settings.
+
+    Yields:
+        The key path of each secret, and what is wrong with it; the secret itself is not part of the text.
+    """
+    if isinstance(settings, Mapping):
+        for key, value in settings.items():
+            where = f"{path}.{key}" if path else str(key)
+            if isinstance(value, str) and value and _SECRET_KEY.fullmatch(str(key)):
+                yield where, "has the name of a secret"
+            yield from secret_settings(value, where)
+    elif isinstance(settings, Sequence) and not isinstance(settings, str):
+        for index, value in enumerate(settings):
+            yield from secret_settings(value, f"{path}.{index}")
+    elif isinstance(settings, str) and find_secret(settings.encode()):
+        yield path, "contains text that looks like an access token or a private key"
+    elif isinstance(settings, str) and _URL_PASSWORD.search(settings):
+        yield path, "contains a URL with a password"
 
 
 def git_state(root: Path) -> tuple[str, bool]:

@@ -73,7 +73,7 @@ def check_cluster(url: str, token: str | None) -> str:
 
 def cluster_version(url: str, token: str | None) -> str:
     """Queries the version of Ray of a cluster; raises UserError if the cluster is unreachable or rejects the token."""
-    return str(_get(url, "/api/version", token)["ray_version"])
+    return str(get_json(url, "/api/version", token)["ray_version"])
 
 
 def local_ray_version() -> str:
@@ -99,7 +99,18 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
         return None
 
 
-def _get(url: str, path: str, token: str | None) -> dict[str, Any]:
+def get_json(url: str, path: str, token: str | None) -> dict[str, Any]:
+    """Queries a path of a dashboard.
+
+    Args:
+        url: URL of the dashboard, from `dashboard_url`.
+        path: path with its query, such as `/api/version`.
+        token: authentication token, from `find_token`.
+
+    Raises:
+        UserError: nothing responds, the token is rejected, or the path is unknown.
+        SystemFailure: the cluster failed on the request.
+    """
     host = urllib.parse.urlsplit(url).hostname or ""
     if token and url.startswith("http://") and not is_loopback(host):
         log.warning(

@@ -7,9 +7,9 @@ from pydantic import Field, field_validator, model_validator
 from parcelray.config.base import StrictModel
 from parcelray.config.benchmark import PromptFamily
 from parcelray.config.model import CheckpointModelConfig
-from parcelray.config.paths import LocalPath
+from parcelray.config.paths import LocalPath, check_storage
 from parcelray.config.reducer import ReducerConfig
-from parcelray.config.train import TrackingConfig, default_tracking
+from parcelray.config.train import StorageLimits, TrackingConfig, default_tracking
 
 BudgetName = Literal["blind", "full"]
 BLIND = 0
@@ -108,10 +108,12 @@ class EvaluateJob(StrictModel):
     tracking: TrackingConfig = Field(default_factory=default_tracking)
     """MLflow tracking."""
     storage: LocalPath = "runs"
-    """Folder or fsspec URI of the predictions, which all evaluations share, and of the results.
+    """Folder or URI (s3://..., gs://...) of the predictions, which all evaluations share, and of the results.
 
     With several nodes, every node must have access to it.
     """
+    storage_limits: StorageLimits = StorageLimits()
+    """Limits of the space that the predictions take."""
 
     @field_validator("benchmarks", mode="before")
     @classmethod
@@ -124,6 +126,7 @@ class EvaluateJob(StrictModel):
 
     @model_validator(mode="after")
     def _check(self) -> "EvaluateJob":
+        check_storage(self.storage, in_process=self.compute.actors == 0)
         names = [choice.name for choice in self.benchmarks]
         if len(set(names)) < len(names):
             raise ValueError(f"a benchmark is listed twice in {', '.join(names)}; list each once")

@@ -21,12 +21,14 @@ Job = StoredJob | ServeJob
 # stored before the key was renamed have `rivals` instead of `baselines`.
 _NOT_IDENTITY = (
     "storage",
+    "storage_limits",
     "tracking",
     "scaling",
     "compute",
     "max_concurrent",
     "stall_s",
     "wait_s",
+    "register",
     "baselines",
     "rivals",
     "confirm",

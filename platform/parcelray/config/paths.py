@@ -94,6 +94,19 @@ TrackingUri = Annotated[str, PathKey("tracking")]
 """An MLflow tracking URI; the database file of a SQLite URI becomes absolute."""
 
 
+def check_storage(storage: str, *, in_process: bool) -> None:
+    """Refuses storage in memory for a job that has other processes.
+
+    Raises:
+        ValueError: the storage is `memory://...`, and the job does not run in this process alone.
+    """
+    if storage.startswith("memory:") and not in_process:
+        raise ValueError(
+            f"storage {storage} exists only in the process that writes it, but this job uses Ray; use a folder,"
+            " s3://... or gs://..., or run the job in one process"
+        )
+
+
 def written(text: str) -> str:
     """Returns the text that a path was written as; other texts are returned unchanged."""
     return text.written if isinstance(text, PathText) else text

@@ -9,7 +9,7 @@ from parcelray.config.evaluate import BenchmarkChoice, EvaluateJob, PassConfig
 from parcelray.config.model import CheckpointModelConfig
 from parcelray.config.paths import LocalPath, ModelReference
 from parcelray.config.serve import EngineConfig
-from parcelray.config.train import TrackingConfig, default_tracking
+from parcelray.config.train import StorageLimits, TrackingConfig, default_tracking
 
 
 class RetentionGate(StrictModel):
@@ -87,7 +87,7 @@ class PromoteJob(StrictModel):
     model: str = Field(pattern=r"^[A-Za-z0-9][\w-]{0,99}$")
     """Name of the registered model whose champion is selected."""
     candidate: ModelReference = "challenger"
-    """Version (`3`), alias, or checkpoint folder; a folder is registered as the next version and as challenger."""
+    """Version (`3`), alias, or checkpoint (folder or URI), which is registered as the next version and challenger."""
     reference: CheckpointModelConfig | None = None
     """Uncompressed model for the retention metric; null: the candidate itself at its largest budget."""
     benchmarks: tuple[BenchmarkChoice, ...] = Field(min_length=1)
@@ -105,7 +105,9 @@ class PromoteJob(StrictModel):
     tracking: TrackingConfig = Field(default_factory=default_tracking)
     """MLflow tracking; its store also holds the model registry."""
     storage: LocalPath = "runs"
-    """Folder or fsspec URI of predictions and results, as in an evaluate job; evaluations share the predictions."""
+    """Folder or URI of predictions and results, as in an evaluate job; evaluations share the predictions."""
+    storage_limits: StorageLimits = StorageLimits()
+    """Limits of the space that the predictions take."""
 
     @model_validator(mode="before")
     @classmethod
@@ -158,4 +160,5 @@ class PromoteJob(StrictModel):
             compute=self.compute,
             tracking=self.tracking,
             storage=self.storage,
+            storage_limits=self.storage_limits,
         )

@@ -1,6 +1,7 @@
 """Job files of training runs: `jobs/train/*.yaml`."""
 
 import math
+import warnings
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -9,7 +10,7 @@ from parcelray.config.base import StrictModel
 from parcelray.config.connector import ConnectorConfig
 from parcelray.config.data import DataConfig
 from parcelray.config.model import CheckpointModelConfig, ModelConfig
-from parcelray.config.paths import LocalPath, TrackingUri
+from parcelray.config.paths import LocalPath, TrackingUri, check_storage
 from parcelray.errors import describe_values
 
 
@@ -351,9 +352,29 @@ class TrackingConfig(StrictModel):
     """Name of the MLflow experiment."""
 
 
+class StorageLimits(StrictModel):
+    """Limits of the space that a job's files take; a search applies those of its base job."""
+
+    finished_checkpoints: int | None = Field(default=None, ge=0)
+    """Number of checkpoints to keep once a training is finished and its model is stored.
+
+    null: all that `checkpointing.keep` has left on a disk, none on object storage.
+    """
+    predictions_gb: float | None = Field(default=None, gt=0)
+    """Largest size of all stored predictions, GiB; null: no limit.
+
+    At the end of an evaluation the oldest predictions beyond it are deleted, except those of the evaluation itself and
+    of the last hour. An evaluation whose predictions were deleted computes them again when it is run again.
+    """
+
+
 def default_tracking() -> Any:
     """The content of a `tracking` section that is left out; it is validated with the job, so its path is the job's."""
     return {}
+
+
+# Every class of pydantic has a method of this name, through its metaclass; instances have only the field.
+warnings.filterwarnings("ignore", 'Field name "register" in "TrainJob" shadows', UserWarning)
 
 
 class TrainJob(StrictModel):
@@ -389,17 +410,24 @@ class TrainJob(StrictModel):
     """Checkpointing of the training state."""
     scaling: ScalingConfig = ScalingConfig()
     """Workers of Ray Train."""
+    register: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,99}$")
+    """Registered model that the trained model becomes a new version of; null: it is not registered."""
     tracking: TrackingConfig = Field(default_factory=default_tracking)
     """MLflow tracking."""
     storage: LocalPath = "runs"
-    """Folder or fsspec URI of the run's checkpoints; with several nodes, every node must have access to it."""
+    """Folder or URI (s3://..., gs://...) of the run; with several nodes, every node must have access to it."""
+    storage_limits: StorageLimits = StorageLimits()
+    """Limits of the space that the run takes."""
 
     @model_validator(mode="after")
     def _check(self) -> "TrainJob":
+        check_storage(self.storage, in_process=self.scaling.bounds[1] == 0)
         if self.validation.in_background and self.scaling.bounds[1] == 0:
             raise ValueError(
                 "validation.in_background needs Ray workers, but scaling.num_workers is 0; change one of them"
             )
+        if self.register is not None and self.tracking.uri is None:
+            raise ValueError(f"register is {self.register}, but tracking.uri is null; set it, or set register to null")
         if self.distillation is not None and len(self.budget.values()) == 1:
             raise ValueError(
                 f"distillation needs a smaller budget than the largest, but the only budget is"

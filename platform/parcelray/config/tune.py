@@ -7,7 +7,7 @@ from pydantic import Field, field_validator, model_validator
 from parcelray.config.base import StrictModel
 from parcelray.config.evaluate import EvaluateJob
 from parcelray.config.objectives import SCORES, Objective, check_objectives, check_space, is_measured_during
-from parcelray.config.paths import LocalPath, ModelReference
+from parcelray.config.paths import LocalPath, ModelReference, check_storage
 from parcelray.config.search_space import AnchorsFit, SearchSpace
 from parcelray.config.train import TrackingConfig, TrainJob, default_tracking
 
@@ -166,7 +166,10 @@ class TuneJob(StrictModel):
     tracking: TrackingConfig = Field(default_factory=default_tracking)
     """MLflow tracking."""
     storage: LocalPath = "runs"
-    """Folder of the search's record; with several nodes, every node must have access to it."""
+    """Folder or URI (s3://..., gs://...) of the search: its record, its trials, and the predictions of its evaluations.
+
+    With several nodes, every node must have access to it. The `storage` of the base job is not used.
+    """
 
     @field_validator("objectives")
     @classmethod
@@ -178,6 +181,7 @@ class TuneJob(StrictModel):
 
     @model_validator(mode="after")
     def _check(self) -> "TuneJob":
+        check_storage(self.storage, in_process=False)
         evaluates = isinstance(self.base, EvaluateJob)
         check_space(self.space, self.base)
         check_objectives(self.objectives, self.base, self.evaluation, self.space)

@@ -59,6 +59,11 @@ def held_out_samples(
     return [sample for members in chosen.values() for sample in members]
 
 
+def data_folder(config: DataConfig) -> str | None:
+    """Returns the folder that every host reads the data from; None for the mini suite, which is generated."""
+    return None if isinstance(config, MiniDataConfig) else config.path
+
+
 def check_rows(config: DataConfig) -> None:
     """Checks the structure of all rows that a training reads, without decoding images.
 

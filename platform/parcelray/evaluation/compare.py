@@ -13,6 +13,7 @@ from parcelray.errors import UserError
 from parcelray.evaluation.scoring.evaluation import Evaluation, load_evaluation
 from parcelray.evaluation.scoring.paired import Comparison, compare
 from parcelray.evaluation.scoring.summary import Summary, rescore
+from parcelray.tracking.run_folder import local_folder
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -102,7 +103,7 @@ def compare_evaluations(first: str, second: str) -> ComparedEvaluations:
     """Compares two evaluations on the same samples.
 
     Args:
-        first: folder of an evaluation, with `@BUDGET` for one budget; without it, every budget that both have.
+        first: folder or URI of an evaluation, with `@BUDGET` for one budget; without it, every budget that both have.
         second: folder of the other evaluation, or of the same at another budget.
 
     Raises:
@@ -120,7 +121,7 @@ def compare_evaluations(first: str, second: str) -> ComparedEvaluations:
     return ComparedEvaluations(one.name, other.name, found)
 
 
-def compare_seeds(folders: Sequence[Path]) -> SeedTable:
+def compare_seeds(folders: Sequence[str | Path]) -> SeedTable:
     """Averages evaluations of models that differ only in their training seed.
 
     Raises:
@@ -157,8 +158,8 @@ def _named(text: str) -> tuple[Evaluation, int | None]:
     """The evaluation and the budget that `FOLDER` or `FOLDER@BUDGET` names."""
     folder, at, budget = text.rpartition("@")
     if not at:
-        return load_evaluation(Path(text).expanduser()), None
-    evaluation = load_evaluation(Path(folder).expanduser())
+        return load_evaluation(local_folder(text)), None
+    evaluation = load_evaluation(local_folder(folder))
     number = {"blind": "0", "full": str(evaluation.full)}.get(budget, budget)
     if not number.isdigit() or int(number) not in evaluation.budgets:
         raise UserError(

@@ -172,18 +172,20 @@ def budgets_for(job: EvaluateJob, checkpoint: ResolvedCheckpoint) -> tuple[int, 
     return tuple(sorted(numbers))
 
 
-def evaluated_model(
-    checkpoint: ResolvedCheckpoint, digest: str, budgets: tuple[int, ...], storage: str
-) -> EvaluatedModel:
+def predictions_of(storage: str) -> str:
+    """Returns the folder or URI of the predictions that the evaluations of a storage share."""
+    return f"{storage.removesuffix('/')}/predictions"
+
+
+def evaluated_model(checkpoint: ResolvedCheckpoint, budgets: tuple[int, ...], storage: str) -> EvaluatedModel:
     """Describes the model of a pass.
 
     Args:
         checkpoint: the model.
-        digest: of the checkpoint's content.
         budgets: visual tokens per image; 0: blind.
         storage: absolute folder or URI of the job, below which predictions are stored.
     """
-    return EvaluatedModel(checkpoint.path, checkpoint.pinned, digest, budgets, f"{storage.rstrip('/')}/predictions")
+    return EvaluatedModel(checkpoint.path, checkpoint.pin, budgets, predictions_of(storage))
 
 
 def prepare(job: EvaluateJob, image_size: int) -> list[PreparedBenchmark]:

@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from parcelray.cluster.node_inputs import check_inputs
 from parcelray.cluster.session import ray_session
 from parcelray.config.evaluate import EvaluateJob, PassConfig, budget_name
 from parcelray.config.paths import AS_WRITTEN
@@ -24,15 +25,23 @@ from parcelray.evaluation.passes.shards import (
     PreparedBenchmark,
     dtype_of,
 )
-from parcelray.evaluation.passes.store import EvaluatedBenchmark, check_fingerprint
+from parcelray.evaluation.passes.store import EvaluatedBenchmark, PredictionStore, check_fingerprint
 from parcelray.evaluation.passes.worker import ModelWorker, run_in_process
-from parcelray.evaluation.plan import budgets_for, evaluated_model, family_warnings, pinned_job, prepare
+from parcelray.evaluation.plan import (
+    budgets_for,
+    evaluated_model,
+    family_warnings,
+    pinned_job,
+    predictions_of,
+    prepare,
+)
 from parcelray.evaluation.results import record_results, show, write_results
 from parcelray.evaluation.scoring.evaluation import Evaluation
 from parcelray.evaluation.scoring.split_scores import SplitScores
 from parcelray.evaluation.scoring.summary import REFERENCE_FOLDER, Summary, summarize
-from parcelray.models.checkpoint import ResolvedCheckpoint, content_digest
+from parcelray.models.checkpoint import ResolvedCheckpoint
 from parcelray.models.vlm import connector_of, image_size_of
+from parcelray.tracking.lineage import DATA_TAG, MODEL_IN_TAG
 from parcelray.tracking.mlflow_tracker import job_run
 from parcelray.tracking.registry import resolve_model
 from parcelray.tracking.run_folder import RunFolder
@@ -48,7 +57,9 @@ class EvaluatedRun:
 
     identity: str
     folder: Path
-    """Folder with the tables, the plot, result.json and the evaluated samples."""
+    """Folder of this host with the tables, the plot, result.json and the evaluated samples."""
+    uri: str
+    """The run folder: on a disk the same folder, else its URI."""
     summary: Summary
     computed: int
     """Number of predictions that were computed."""
@@ -85,21 +96,23 @@ def run_evaluation(
     reference = resolve_model(job.reference, uri) if job.reference is not None else None
     run_folder = RunFolder(pinned_job(job, checkpoint, reference))
     with run_folder.claimed():
-        folder = Path(run_folder.path) if run_folder.is_local else Path("runs") / "evaluate" / job.name
+        folder = run_folder.local
+        # For the comparison of the data with those of an earlier run.
+        run_folder.pull()
         benchmarks = prepare(job, image_size_of(checkpoint.path))
         for benchmark in benchmarks:
             check_fingerprint(folder, benchmark.config.name, benchmark.reader.fingerprint())
         for warning in family_warnings(job, benchmarks, checkpoint, reference):
             console.print(f"Warning: {warning}", style="yellow", markup=False, soft_wrap=True)
         with (
-            nullcontext() if job.compute.actors == 0 else ray_session(address),
+            nullcontext() if job.compute.actors == 0 else _session(job, address, checkpoint, reference),
             job_run(
                 job,
                 uri,
                 run_folder.identity,
                 params=job.model_dump(mode="json", exclude={"benchmarks"}, context=AS_WRITTEN)
                 | {"benchmarks": ", ".join(choice.name for choice in job.benchmarks)},
-                tags={"parcel.model": checkpoint.pinned},
+                tags={MODEL_IN_TAG: checkpoint.pinned, DATA_TAG: _fingerprints(benchmarks)},
                 parent_run_id=parent_run_id,
             ) as run_id,
         ):
@@ -126,13 +139,44 @@ def run_evaluation(
             files = write_results(summary, folder)
             if tables:
                 show(summary, console)
-            console.print(f"Tables, plot and predictions: {folder}")
+            run_folder.push()
+            console.print(f"Tables, plot and predictions: {run_folder.uri}")
             if run_id is not None and uri is not None:
                 record_results(uri, run_id, summary, files)
         run_folder.finish(summary.to_dict())
-        if not run_folder.is_local:
-            run_folder.upload(folder, "results")
-        return EvaluatedRun(run_folder.identity, folder, summary, computed, present, run_id)
+        digests = [evaluation.digest, *([base[0].digest] if base is not None else [])]
+        limit_predictions(job.storage, job, digests, console)
+        return EvaluatedRun(run_folder.identity, folder, run_folder.uri, summary, computed, present, run_id)
+
+
+def limit_predictions(storage: str, job: EvaluateJob, digests: Sequence[str], console: Console) -> None:
+    """Deletes the oldest stored predictions beyond the limit of a job, except those of its models and benchmarks.
+
+    Args:
+        storage: folder or URI of the job that ran.
+        job: the evaluation.
+        digests: digests of the models whose predictions are kept.
+        console: for a message.
+    """
+    limit_gb = job.storage_limits.predictions_gb
+    if limit_gb is None:
+        return
+    store = PredictionStore(predictions_of(storage))
+    in_use = [(choice.name, digest) for choice in job.benchmarks for digest in digests]
+    deleted = store.limit(round(limit_gb * 2**30), in_use)
+    if deleted:
+        console.print(f"{deleted:,} files of old predictions were deleted, to keep all below {limit_gb:g} GiB.")
+
+
+@contextmanager
+def _session(
+    job: EvaluateJob, address: str | None, checkpoint: ResolvedCheckpoint, reference: ResolvedCheckpoint | None
+) -> Iterator[None]:
+    """Connects to Ray, and checks that the nodes have the same models and data under the plain paths of the job."""
+    with ray_session(address):
+        pins = [model.pin for model in (checkpoint, reference) if model is not None]
+        check_inputs(pins, [choice.data for choice in job.benchmarks])
+        yield
 
 
 def evaluate_model(
@@ -173,7 +217,7 @@ def evaluate_model(
         result = run_on_ray(benchmarks, model, settings, on_progress, say=say)
     evaluation = Evaluation(
         name=name,
-        model=model.reference,
+        model=model.pin.name,
         digest=model.digest,
         budgets=model.budgets,
         full=max(connector_of(model.folder).supported_budgets),
@@ -194,7 +238,7 @@ def _evaluate_and_save(
     console: Console,
 ) -> tuple[Evaluation, PassResult]:
     """Evaluates one checkpoint on all benchmarks of a job, and saves the evaluation into a folder."""
-    model = evaluated_model(checkpoint, content_digest(checkpoint.path), budgets, job.storage)
+    model = evaluated_model(checkpoint, budgets, job.storage)
     names = ", ".join(map(budget_name, budgets))
     console.print(f"Evaluating {checkpoint.pinned} at budgets {names} (visual tokens per image)")
     settings = job.compute
@@ -224,6 +268,12 @@ def _check_evaluated(benchmark: EvaluatedBenchmark, max_unscored: float) -> None
             f"{benchmark.config.name}: {len(problems)} of {total} samples could not be evaluated, more than"
             f" max_unscored {max_unscored:g} allows; the first: {first}. Fix the data, or raise max_unscored."
         )
+
+
+def _fingerprints(benchmarks: Sequence[PreparedBenchmark]) -> str:
+    """The data of an evaluation in one line: benchmark, revision and digest of the row ids."""
+    found = [(benchmark.config.name, benchmark.reader.fingerprint()) for benchmark in benchmarks]
+    return ", ".join(f"{name} {each.revision} ids sha256:{each.ids[:16]}" for name, each in found)
 
 
 def _check_unscored(summary: Summary, max_unscored: float) -> None:

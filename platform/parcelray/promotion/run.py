@@ -2,7 +2,7 @@
 
 import getpass
 import itertools
-import json
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,9 +20,11 @@ from parcelray.errors import UserError
 from parcelray.evaluation.plan import EvaluationPlan, evaluation_plan
 from parcelray.evaluation.predict import PYFUNC_FILE
 from parcelray.evaluation.run import run_evaluation
+from parcelray.files import open_storage, write_json
 from parcelray.models.checkpoint import resolve_checkpoint
 from parcelray.promotion.gates import Check, accepted_budgets, check_golden, check_regression, check_retention
 from parcelray.promotion.latency import check_latency
+from parcelray.tracking.lineage import MODEL_IN_TAG, submitted_job
 from parcelray.tracking.mlflow_tracker import MlflowRunLogger, job_run
 from parcelray.tracking.model_versions import (
     GateRecord,
@@ -136,7 +138,7 @@ def run_promotion(job: PromoteJob, console: Console, *, force: bool = False, add
     """
     assert job.tracking.uri is not None
     uri = ensure_store(job.tracking.uri)
-    user = getpass.getuser()
+    user = submitted_job().get("user") or getpass.getuser()
     tags = {"parcel.gate_user": user, "parcel.gate_force": str(force)}
     params = job.model_dump(mode="json", exclude={"benchmarks"}, context=AS_WRITTEN)
     name = identity(_pinned(job, uri))
@@ -170,7 +172,7 @@ def promotion_plan(job: PromoteJob) -> EvaluationPlan:
     """
     assert job.tracking.uri is not None
     uri = ensure_store(job.tracking.uri)
-    if Path(job.candidate).is_dir():
+    if _is_checkpoint(job.candidate):
         return evaluation_plan(job.evaluation(f"gate-{job.name}-new", job.candidate))
     version = find_version(uri, job.model, job.candidate).version
     return evaluation_plan(job.evaluation(f"gate-{job.name}-v{version}", f"models:/{job.model}/{version}"))
@@ -178,23 +180,22 @@ def promotion_plan(job: PromoteJob) -> EvaluationPlan:
 
 def _pinned(job: PromoteJob, uri: str) -> PromoteJob:
     """The job with its candidate pinned to a version, so that a moved alias gives another run identity."""
-    folder = Path(job.candidate)
     pinned = (
-        resolve_checkpoint(folder).pinned
-        if folder.is_dir()
+        resolve_checkpoint(job.candidate).pinned
+        if _is_checkpoint(job.candidate)
         else str(find_version(uri, job.model, job.candidate).version)
     )
     return job.model_copy(update={"candidate": pinned})
 
 
 def _candidate(job: PromoteJob, uri: str, run_id: str) -> int:
-    """The candidate's version number; a checkpoint folder that has no version yet is registered first.
+    """The candidate's version number; a checkpoint that has no version yet is registered first.
 
     The new version belongs to the MLflow run that trained the checkpoint if the store has it, else to this promotion's.
     """
-    folder = Path(job.candidate)
-    if folder.is_dir():
-        version = version_of_content(uri, job.model, resolve_checkpoint(folder).pinned)
+    if _is_checkpoint(job.candidate):
+        checkpoint = resolve_checkpoint(job.candidate)
+        folder, version = checkpoint.path, version_of_content(uri, job.model, checkpoint.pin.digest)
         if version is None:
             version = register_model(
                 uri,
@@ -207,6 +208,11 @@ def _candidate(job: PromoteJob, uri: str, run_id: str) -> int:
         promote(uri, job.model, version, alias=CHALLENGER)
         return version
     return find_version(uri, job.model, job.candidate).version
+
+
+def _is_checkpoint(candidate: str) -> bool:
+    """Whether a candidate is a checkpoint, in a folder or at a URI, and not a version or an alias."""
+    return "://" in candidate or Path(candidate).is_dir()
 
 
 def _champion(uri: str, name: str) -> int | None:
@@ -261,15 +267,16 @@ def _checks(
 def _record(job: PromoteJob, name: str, uri: str, verdict: Verdict) -> None:
     record = GateRecord(verdict.word, name, verdict.mlflow_run_id, verdict.user, verdict.budgets, verdict.failed)
     record_verdict(uri, verdict.model, verdict.version, record)
-    folder = Path(job.storage) / "promote" / job.name / verdict.mlflow_run_id
-    folder.mkdir(parents=True, exist_ok=True)
+    filesystem, root = open_storage(job.storage)
+    folder = f"{root}/promote/{job.name}/{verdict.mlflow_run_id}"
     # The same promotion against another champion is the same MLflow run, so each verdict gets a new file.
     numbers = itertools.count(1)
-    path = next(
-        path for number in numbers if not (path := folder / f"verdict-v{verdict.version}-{number}.json").exists()
-    )
-    path.write_text(json.dumps(verdict.to_dict(), indent=2) + "\n", encoding="utf-8")
+    paths = (f"{folder}/verdict-v{verdict.version}-{number}.json" for number in numbers)
+    path = next(path for path in paths if not filesystem.exists(path))
+    write_json(path, verdict.to_dict(), filesystem)
     tracker = MlflowRunLogger(uri, verdict.mlflow_run_id)
-    tracker.set_tags({"parcel.gate": verdict.word, "parcel.model": f"models:/{verdict.model}/{verdict.version}"})
-    tracker.log_artifact(path)
+    tracker.set_tags({"parcel.gate": verdict.word, MODEL_IN_TAG: f"models:/{verdict.model}/{verdict.version}"})
+    with tempfile.TemporaryDirectory() as temporary:
+        filesystem.get_file(path, f"{temporary}/{Path(path).name}")
+        tracker.log_artifact(Path(temporary) / Path(path).name)
     tracker.close()

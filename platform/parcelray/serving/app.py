@@ -108,7 +108,7 @@ def replica_settings(job: ServeJob, model: ServedModelConfig, checkpoint: Resolv
         checkpoint: what `model.reference` was resolved to.
     """
     return ReplicaSettings(
-        path=str(checkpoint.path),
+        pin=checkpoint.pin,
         model=model.model_copy(update={"reference": checkpoint.pinned}),
         budgets=tuple(sorted(job.budgets.offered)),
         policy=_input_policy(job),

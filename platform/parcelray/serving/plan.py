@@ -66,8 +66,9 @@ class PinnedEndpoint:
 
     def to_yaml(self) -> str:
         """Returns the file for `serve deploy`."""
-        folders = [checkpoint.path for checkpoint in (self.champion, self.challenger) if checkpoint is not None]
-        needed = [f"parcelray {__version__}, installed", *(f"the folder {folder}" for folder in folders)]
+        pins = [checkpoint.pin for checkpoint in (self.champion, self.challenger) if checkpoint is not None]
+        needed = [f"parcelray {__version__}, installed"]
+        needed += [f"the folder {pin.reference}" if pin.is_path else f"access to {pin.reference}" for pin in pins]
         needed += [f"the file {self.job.http.keys_file}"] if self.job.http.keys_file is not None else []
         lines = [
             f"{self.job.name}: {self.champion.pinned}. Deploy it with `serve deploy FILE`.",

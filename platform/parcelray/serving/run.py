@@ -18,8 +18,9 @@ from ray.serve.schema import ProxyStatus, ServeDeploySchema
 from rich.console import Console
 
 from parcelray.cluster.capacity import Need, Part, await_capacity
+from parcelray.cluster.node_inputs import check_inputs
 from parcelray.cluster.session import ADDRESS_VARIABLE, import_path, num_nodes, ray_session, temporary_folder
-from parcelray.config.serve import HttpConfig, ServeJob
+from parcelray.config.serve import HttpConfig, InputPolicyConfig, ServeJob
 from parcelray.errors import SystemFailure, UserError
 from parcelray.serving.app import INGRESS_CPUS, PROXY_TIMEOUT_S, start_options
 from parcelray.serving.plan import PinnedEndpoint, pin
@@ -61,6 +62,9 @@ def endpoint(
         if _get_global_client(raise_if_no_controller_running=False) is None:
             # An endpoint that runs already may be unchanged, and then it needs nothing.
             await_capacity(needed_resources(job), job.replicas.wait_s, "replicas.wait_s", say)
+        models = [model.pin for model in (pinned.champion, pinned.challenger) if model is not None]
+        policy = job.budgets.policy
+        check_inputs(models, [policy.predictor] if isinstance(policy, InputPolicyConfig) else [])
         _start(job)
         try:
             deploy(pinned)

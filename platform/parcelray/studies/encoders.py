@@ -14,6 +14,7 @@ from parcelray.studies.encoder_plot import EncoderPoint, plot_encoders
 from parcelray.studies.reduction.results import ReductionStudy
 from parcelray.studies.reduction.study import run_reduction_study
 from parcelray.tracking.mlflow_tracker import MlflowRunLogger, tracked_run
+from parcelray.tracking.run_folder import storage_folder
 from parcelray.tracking.store import ensure_store
 
 METHODS = ("cluster", "average pooling", "spatial", "DivPrune")
@@ -40,7 +41,7 @@ def run_encoder_study(
     Raises:
         UserError: see `run_evaluation` and `study_redundancy`.
     """
-    folder = Path(job.storage) / "studies" / "encoders"
+    folder = storage_folder(job.storage) / "studies" / "encoders"
     profiles = study_redundancy(list(models.values()), console, count=images, folder=folder, tracking=job.tracking)
     points: list[EncoderPoint] = []
     for name, reference in models.items():

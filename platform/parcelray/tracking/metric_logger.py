@@ -1,7 +1,10 @@
 """The interface through which a training logs metrics; does not import MLflow, which only rank 0 needs."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Protocol
+
+UnsentMetric = tuple[str, float, int, int]
+"""A metric that the store does not have yet: key, value, time in milliseconds since 1970, step."""
 
 
 class MetricLogger(Protocol):
@@ -14,8 +17,25 @@ class MetricLogger(Protocol):
         """
         ...
 
-    def flush(self) -> None:
-        """Return once everything logged so far is stored; the training loop calls it before it reports a checkpoint."""
+    def flush(self) -> list[UnsentMetric]:
+        """Send what is buffered, without waiting for a store that does not answer.
+
+        Returns:
+            The metrics that the store does not have yet. They stay buffered; the training loop also saves them with a
+            checkpoint, so that a run that is resumed from it can send them.
+        """
+        ...
+
+    def restore(self, unsent: Sequence[UnsentMetric]) -> None:
+        """Buffer metrics that an earlier attempt of the run could not send, as returned by `flush`."""
+        ...
+
+    def close(self) -> None:
+        """Wait until everything logged so far is stored.
+
+        Raises:
+            SystemFailure: the store has not answered for minutes.
+        """
         ...
 
 
@@ -25,7 +45,14 @@ class NoMetrics:
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
         """Drop the metrics."""
 
-    def flush(self) -> None:
+    def flush(self) -> list[UnsentMetric]:
+        """Return no metric: none is buffered."""
+        return []
+
+    def restore(self, unsent: Sequence[UnsentMetric]) -> None:
+        """Drop the metrics."""
+
+    def close(self) -> None:
         """Do nothing: no metric is buffered."""
 
 

@@ -5,10 +5,8 @@ log metrics twice after recovery, and they fail when a resumed run repeats a par
 """
 
 import logging
-import os
-import subprocess
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,8 @@ from parcelray.config.identity import StoredJob, config_hash
 from parcelray.errors import SystemFailure, UserError
 from parcelray.loopback import bypass_proxies_on_loopback
 from parcelray.tracking.drivers import driver_tag, is_kill, is_other_live_driver, sigterm_as_exit
+from parcelray.tracking.lineage import USER_TAG, lineage_tags, user
+from parcelray.tracking.metric_logger import UnsentMetric
 from parcelray.tracking.store import (
     METRICS_PER_BATCH,
     PARAMS_PER_BATCH,
@@ -33,15 +33,24 @@ from parcelray.tracking.store import (
     clean_tags,
     ensure_store,
     explained_store_failures,
+    is_unreachable,
+    single_attempts,
     store_lock,
 )
 
 IDENTITY_TAG = "parcel.identity"
 ATTEMPT_TAG = "parcel.attempt"
 DRIVER_TAG = "parcel.driver"
-WORKER_STATUS_TAG = "parcel.worker_status"
 PARENT_TAG = "mlflow.parentRunId"
 MAX_PENDING = 100_000
+"""Largest number of buffered metrics while the store does not answer."""
+CLOSE_LIMIT_S = 600.0
+"""Longest wait at the end of a run for a store that does not answer, seconds."""
+_CLOSE_POLL_S = 2.0
+_FLUSH_TIMEOUT_S = 10
+_CLOSE_TIMEOUT_S = 60
+_RETRY_S = 30.0
+"""Interval between two attempts to reach a store that does not answer, while a training continues, seconds."""
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +75,7 @@ def start_run(
         experiment: name of the MLflow experiment; created if missing.
         run_name: the job's identity, `<kind>-<name>-<hash8>`; also the run's name.
         params: flat parameters; secrets are masked.
-        tags: further tags, such as `parcel.config_hash` and `mlflow.source.git.commit`.
+        tags: further tags, such as `parcel.config_hash`.
         parent_run_id: the run to nest under (pipeline or search -> trial -> evaluation).
 
     Returns:
@@ -120,13 +129,16 @@ def tracked_run(
     tags: Mapping[str, str] | None = None,
     parent_run_id: str | None = None,
 ) -> Iterator[str]:
-    """Start or resume a run (see `start_run`) for a `with` block and end it in every case.
+    """Start or resume a run (see `start_run`) with the tags of its lineage, and end it in every case.
 
     The status is FINISHED after the block, KILLED on Ctrl-C and SIGTERM, and FAILED on any other exception. Only
     SIGKILL and power loss leave the run RUNNING; the next start of the same identity resumes it.
     """
     with sigterm_as_exit() as was_stopped, explained_store_failures(tracking_uri):
-        run_id = start_run(tracking_uri, experiment, run_name, params=params, tags=tags, parent_run_id=parent_run_id)
+        all_tags = lineage_tags() | dict(tags or {})
+        run_id = start_run(
+            tracking_uri, experiment, run_name, params=params, tags=all_tags, parent_run_id=parent_run_id
+        )
         uri = ensure_store(tracking_uri)
         try:
             yield run_id
@@ -149,7 +161,7 @@ def job_run(
     tags: Mapping[str, str] | None = None,
     parent_run_id: str | None = None,
 ) -> Iterator[str | None]:
-    """Start or resume the run of a job for a `with` block, and tag it with the configuration hash and the git commit.
+    """Start or resume the run of a job for a `with` block, and tag it with the configuration hash and its lineage.
 
     Args:
         job: the job; its `tracking.experiment` names the experiment.
@@ -162,31 +174,15 @@ def job_run(
     if tracking_uri is None:
         yield None
         return
-    commit = git_commit()
-    common = {"parcel.config_hash": config_hash(job)} | ({"mlflow.source.git.commit": commit} if commit else {})
     with tracked_run(
         tracking_uri,
         job.tracking.experiment,
         run_name,
         params=flat_params(params),
-        tags=common | dict(tags or {}),
+        tags={"parcel.config_hash": config_hash(job)} | dict(tags or {}),
         parent_run_id=parent_run_id,
     ) as run_id:
         yield run_id
-
-
-def git_commit() -> str | None:
-    """The commit of the running code, with the suffix `-dirty` if files differ from it; None outside a git checkout."""
-    try:
-        done = subprocess.run(
-            ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip()
 
 
 def flat_params(values: Mapping[str, Any], prefix: str = "") -> dict[str, ParamValue]:
@@ -203,6 +199,8 @@ def flat_params(values: Mapping[str, Any], prefix: str = "") -> dict[str, ParamV
 class MlflowRunLogger:
     """Writes metrics, tags and files to a run that the driver owns. Metrics are buffered and sent in batches.
 
+    While the store does not answer, metrics stay in the buffer and are sent later.
+
     Args:
         tracking_uri: as returned by `store.ensure_store`.
         run_id: id of the run.
@@ -216,40 +214,31 @@ class MlflowRunLogger:
         self._run_id = run_id
         self._flush_every = flush_every
         self._flush_seconds = flush_seconds
-        self._last_step = _last_steps(self._client, run_id)
+        self._last_step: dict[str, int] = {}
+        self._knows_stored_steps = False
         self._pending: list[Metric] = []
         self._calls = 0
         self._flushed_at = time.monotonic()
+        self._retry_at = 0.0
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
         """Record metrics at a step (see `MetricLogger`).
 
-        If the store does not answer, the metrics stay in the buffer until the next call; only `flush` fails at once.
-
         Raises:
-            SystemFailure: the store has not answered for so long that the buffer is full.
+            SystemFailure: the store rejects the metrics, or has not answered for so long that the buffer is full.
         """
         timestamp = int(time.time() * 1000)
-        for name, value in metrics.items():
-            key = clean_key(name)
-            if step > self._last_step.get(key, -1):
-                self._last_step[key] = step
-                self._pending.append(Metric(key, float(value), timestamp, step))
+        self.restore([(clean_key(name), float(value), timestamp, step) for name, value in metrics.items()])
         self._calls += 1
         if self._calls >= self._flush_every or time.monotonic() - self._flushed_at >= self._flush_seconds:
-            try:
-                self._send()
-            except MlflowException as error:
-                if len(self._pending) > MAX_PENDING:
-                    raise SystemFailure(
-                        f"The tracking store has not accepted {len(self._pending)} metrics of run {self._run_id}:"
-                        f" {error}. Check that the store is reachable, then run the same command again to resume."
-                    ) from error
-                logger.warning(
-                    "The tracking store does not answer; %d metrics stay buffered until the next flush: %s",
-                    len(self._pending),
-                    error,
-                )
+            self.flush()
+
+    def restore(self, unsent: Sequence[UnsentMetric]) -> None:
+        """Buffer metrics that an earlier attempt of the run could not send (see `MetricLogger`)."""
+        for key, value, timestamp, step in unsent:
+            if step > self._last_step.get(key, -1):
+                self._last_step[key] = step
+                self._pending.append(Metric(key, value, timestamp, step))
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
         """Set tags of the run; the last value wins."""
@@ -263,28 +252,70 @@ class MlflowRunLogger:
         """Upload an image file to the run's folder `figures`."""
         self._upload(path, "figures")
 
-    def flush(self) -> None:
-        """Send all buffered metrics to the store.
+    def flush(self) -> list[UnsentMetric]:
+        """Send all buffered metrics, and return those that the store does not have yet (see `MetricLogger`).
 
         Raises:
-            SystemFailure: the store does not accept the metrics; they stay in the buffer.
+            SystemFailure: the store rejects the metrics, or has not answered for so long that the buffer is full.
         """
-        try:
-            self._send()
-        except MlflowException as error:
+        if time.monotonic() >= self._retry_at:
+            self._try_to_send(_FLUSH_TIMEOUT_S)
+        if len(self._pending) > MAX_PENDING:
             raise SystemFailure(
-                f"The tracking store did not accept {len(self._pending)} metrics of run {self._run_id}: {error}. Check"
-                " that the store is reachable, then run the same command again to resume."
-            ) from error
+                f"The tracking store has not accepted {len(self._pending):,} metrics of run {self._run_id}. Check that"
+                " the store is reachable, then run the same command again to resume."
+            )
+        return [(metric.key, metric.value, metric.timestamp, metric.step) for metric in self._pending]
 
     def close(self) -> None:
-        """Flush, and record in a tag that this writer is done. The run itself is ended by the driver."""
-        self.flush()
-        self._client.set_tag(self._run_id, WORKER_STATUS_TAG, "FINISHED")
+        """Wait until the store has all metrics. The run itself is ended by the driver.
+
+        Raises:
+            SystemFailure: the store rejects the metrics, or has not answered for `CLOSE_LIMIT_S` seconds.
+        """
+        deadline = time.monotonic() + CLOSE_LIMIT_S
+        while not self._try_to_send(_CLOSE_TIMEOUT_S):
+            if time.monotonic() > deadline:
+                raise SystemFailure(
+                    f"The tracking store has not answered for {CLOSE_LIMIT_S / 60:.0f} minutes and does not have"
+                    f" {len(self._pending):,} metrics of run {self._run_id}. Check that the store is reachable, then"
+                    " run the same command again to resume."
+                )
+            time.sleep(_CLOSE_POLL_S)
+
+    def _try_to_send(self, timeout_s: int) -> bool:
+        """Sends the buffer; returns whether the store has everything."""
+        try:
+            with single_attempts(timeout_s):
+                self._send()
+        except MlflowException as error:
+            if not is_unreachable(error):
+                raise SystemFailure(
+                    f"The tracking store rejects the metrics of run {self._run_id}: {error}. Check the run and the"
+                    " permissions of the user, then run the same command again to resume."
+                ) from error
+            if not self._retry_at:
+                logger.warning(
+                    "The tracking store does not answer; %d metrics are kept and sent later: %s",
+                    len(self._pending),
+                    error,
+                )
+            self._retry_at = time.monotonic() + _RETRY_S
+            return False
+        if self._retry_at:
+            logger.warning("The tracking store answers again and has all metrics.")
+        self._retry_at = 0.0
+        return True
 
     def _send(self) -> None:
         self._calls = 0
         self._flushed_at = time.monotonic()
+        if self._pending and not self._knows_stored_steps:
+            # Read with the first batch, so that a worker can start while the store does not answer.
+            stored = _last_steps(self._client, self._run_id)
+            self._pending = [metric for metric in self._pending if metric.step > stored.get(metric.key, -1)]
+            self._last_step = stored | {key: max(step, stored.get(key, -1)) for key, step in self._last_step.items()}
+            self._knows_stored_steps = True
         while self._pending:
             # A batch leaves the buffer only when the store has it. If it is sent twice, its timestamps are the same and
             # the store keeps one copy.
@@ -324,7 +355,7 @@ def _create(client: MlflowClient, experiment_id: str, identity: str, parent_run_
         IDENTITY_TAG: identity,
         ATTEMPT_TAG: "1",
         DRIVER_TAG: driver_tag(),
-        "mlflow.user": os.environ.get("USER", "unknown"),
+        USER_TAG: user(),
     }
     if parent_run_id is not None:
         tags[PARENT_TAG] = parent_run_id

@@ -6,10 +6,8 @@ it is pickled. Only MLflow's client API is used: its fluent functions depend on 
 
 import base64
 import functools
-import hashlib
 import importlib.metadata
 import io
-import os
 import re
 import tempfile
 import warnings
@@ -30,7 +28,15 @@ from PIL import Image
 import parcelray
 from parcelray.config.model import CheckpointModelConfig
 from parcelray.errors import UserError
-from parcelray.models.checkpoint import RegistryResolver, ResolvedCheckpoint, read_manifest, resolve_checkpoint
+from parcelray.models.checkpoint import (
+    MANIFEST_NAME,
+    ResolvedCheckpoint,
+    files_digest,
+    read_manifest,
+    resolve_checkpoint,
+    verified_digest,
+)
+from parcelray.models.host_cache import OnProgress, cache_root, downloaded_model
 from parcelray.tracking.store import clean_tags, ensure_store, store_lock
 
 CHAMPION = "champion"
@@ -164,13 +170,15 @@ def rollback(tracking_uri: str, name: str) -> int:
     return previous
 
 
-def resolve_registry(reference: str, tracking_uri: str, cache_dir: Path | None = None) -> tuple[Path, str]:
+def resolve_registry(reference: str, tracking_uri: str, on_progress: OnProgress | None = None) -> tuple[Path, str]:
     """Resolve a registry reference to a checkpoint folder and the version that the reference names now.
+
+    A version in a remote store is downloaded once into the host's cache (`models.host_cache`).
 
     Args:
         reference: `models:/NAME@ALIAS` or `models:/NAME/VERSION`.
         tracking_uri: as for `register_model`.
-        cache_dir: folder for versions downloaded from a remote store; default ~/.cache/parcelray/models.
+        on_progress: receives the progress of a download; None: lines on standard error.
 
     Returns:
         The checkpoint folder (not verified here: `models.checkpoint.resolve_checkpoint` does that) and
@@ -202,9 +210,7 @@ def resolve_registry(reference: str, tracking_uri: str, cache_dir: Path | None =
                 " server, or register the checkpoint again."
             )
     else:
-        folder = _download_once(
-            uri, tracking_uri, _cache_root(cache_dir) / _store_name(tracking_uri) / name / str(version)
-        )
+        folder = _downloaded(f"models:/{name}/{version}", uri, tracking_uri, on_progress)
     return folder, f"models:/{name}/{version}"
 
 
@@ -215,10 +221,14 @@ def resolve_model(model: CheckpointModelConfig, tracking_uri: str | None) -> Res
         model: the reference.
         tracking_uri: store whose registry `models:/...` is looked up in; None: such references are refused.
     """
-    resolver: RegistryResolver | None = None
-    if tracking_uri is not None and model.reference.startswith("models:/"):
-        resolver = functools.partial(resolve_registry, tracking_uri=ensure_store(tracking_uri))
-    return resolve_checkpoint(model.reference, registry_resolver=resolver)
+    if tracking_uri is None or not model.reference.startswith("models:/"):
+        return resolve_checkpoint(model.reference)
+    uri = ensure_store(tracking_uri)
+    resolved = resolve_checkpoint(
+        model.reference, registry_resolver=functools.partial(resolve_registry, tracking_uri=uri)
+    )
+    local = None if resolved.path.is_relative_to(cache_root()) else str(resolved.path)
+    return resolved._replace(pin=resolved.pin.model_copy(update={"tracking_uri": str(uri), "registry_folder": local}))
 
 
 def input_example(num_visual_tokens: int) -> pd.DataFrame:
@@ -334,27 +344,24 @@ def check_version(client: MlflowClient, name: str, version: int) -> None:
         raise UserError(f"Model {name!r} has no version {version}; its versions are: {known}.") from error
 
 
-def _cache_root(cache_dir: Path | None) -> Path:
-    return cache_dir or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "parcelray" / "models"
+def _downloaded(version: str, uri: str, tracking_uri: str, on_progress: OnProgress | None) -> Path:
+    """Download the checkpoint of a version into the host's cache, unless its content is there."""
 
-
-def _store_name(tracking_uri: str) -> str:
-    return hashlib.sha256(tracking_uri.encode()).hexdigest()[:12]
-
-
-def _download_once(uri: str, tracking_uri: str, target: Path) -> Path:
-    """Download the checkpoint of a version once; atomic even if several processes download it at the same time."""
-    if target.is_dir():
-        return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-        downloaded = mlflow.artifacts.download_artifacts(
-            artifact_uri=f"{uri}/{_MODEL_SUBPATH}", dst_path=scratch, tracking_uri=tracking_uri
+    def fetch(path: str, folder: Path) -> Path:
+        return Path(
+            mlflow.artifacts.download_artifacts(
+                artifact_uri=f"{uri}/{path}", dst_path=str(folder), tracking_uri=tracking_uri
+            )
         )
-        try:
-            Path(downloaded).rename(target)
-        except OSError:
-            # Another process was faster and made the same folder.
-            if not target.is_dir():
-                raise
-    return target
+
+    # The manifest tells the content, so that a version that the cache has is not downloaded again.
+    with tempfile.TemporaryDirectory() as scratch:
+        manifest = read_manifest(fetch(f"{_MODEL_SUBPATH}/{MANIFEST_NAME}", Path(scratch)).parent)
+    return downloaded_model(
+        files_digest(manifest.files),
+        lambda folder: fetch(_MODEL_SUBPATH, folder),
+        verified_digest,
+        name=version,
+        num_bytes=sum(entry.bytes for entry in manifest.files.values()),
+        on_progress=on_progress,
+    )

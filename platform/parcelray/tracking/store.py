@@ -5,9 +5,15 @@ and tags of 8,000 characters.
 """
 
 import fcntl
+import functools
 import json
+import logging
+import os
 import re
 import sqlite3
+import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -35,6 +41,10 @@ _TEST_EXPERIMENT = "parcelray-doctor"
 REDACTED = "<redacted>"
 _LOCK_TIMEOUT_S = 10.0
 """Longest wait for another process's lock on a SQLite database, seconds."""
+SERVER_LIMIT_S = 120.0
+"""Longest wait at the start of a command for an MLflow server that does not answer, seconds."""
+_SERVER_TIMEOUT_S = 10.0
+_SERVER_POLL_S = 2.0
 _SQLITE_FAILURES = {
     "database is locked": "another process holds a lock on this database; wait until it has finished, or end it",
     "readonly database": "this database is read-only; use a database that can be written to",
@@ -55,6 +65,8 @@ _ARTIFACT_COLUMNS = (
 """Columns of MLflow's database with the places of artifacts."""
 
 T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
 
 # A word that ends in one of these names a secret. Plurals (`num_visual_tokens`, `keys: content`) are parcelray's own
 # parameters.
@@ -111,7 +123,7 @@ def _sqlite_path(uri: str) -> Path | None:
 
 
 def ensure_store(uri: str) -> str:
-    """Create the SQLite database if the URI names one that does not exist, and make its path absolute.
+    """Make a store ready: wait for a server to answer, or create the SQLite database if it does not exist.
 
     The driver calls this before any worker starts: creating the schema of a SQLite database takes seconds, and two
     processes that do it at once fail with "database is locked". A database that was moved or copied together with its
@@ -126,10 +138,12 @@ def ensure_store(uri: str) -> str:
 
     Raises:
         UserError: see `check_tracking_uri`.
-        SystemFailure: the database is locked, read-only, damaged or not a database.
+        SystemFailure: the database is locked, read-only, damaged or not a database, or the server does not answer.
     """
     bypass_proxies_on_loopback()
     check_tracking_uri(uri, num_nodes=1)
+    if uri.startswith(SERVER_SCHEMES):
+        _await_server(uri.rstrip("/"))
     path = _sqlite_path(uri)
     if path is None:
         return uri
@@ -180,17 +194,99 @@ def store_round_trip(uri: str) -> None:
 
 @contextmanager
 def explained_store_failures(uri: str) -> Iterator[None]:
-    """Turns errors of a SQLite store, also those that SQLAlchemy and MLflow wrap, into a `SystemFailure`."""
+    """Turns errors of a store that its user can remedy into one sentence, also those that SQLAlchemy and MLflow wrap.
+
+    Raises:
+        SystemFailure: the SQLite database cannot be used, or the server does not answer.
+        UserError: the server rejects the user.
+    """
     try:
         yield
     except ParcelrayError:
         raise
     except Exception as error:
         path = _sqlite_path(uri)
+        if path is None:
+            _explain_server_failure(uri, error)
+            raise
         remedy = next((remedy for words, remedy in _SQLITE_FAILURES.items() if words in str(error)), None)
-        if path is None or remedy is None:
+        if remedy is None:
             raise
         raise SystemFailure(f"{path}: {remedy}, then run the same command again.") from error
+
+
+def _explain_server_failure(uri: str, error: Exception) -> None:
+    from mlflow.exceptions import MlflowException
+
+    if not isinstance(error, MlflowException):
+        return
+    server, status = hide_credentials(uri), error.get_http_status_code()
+    if is_unreachable(error):
+        raise SystemFailure(
+            f"The MLflow server {server} does not answer ({error}); check that it runs and that this host reaches it,"
+            " then run the same command again."
+        ) from error
+    if status in (401, 403):
+        raise UserError(
+            f"The MLflow server {server} rejects this user ({status}); set MLFLOW_TRACKING_USERNAME and"
+            " MLFLOW_TRACKING_PASSWORD to a user with permission to write, on every node that runs jobs."
+        ) from error
+
+
+def is_unreachable(error: Exception) -> bool:
+    """Whether an error of MLflow means that the store does not answer now, so that a later request may succeed."""
+    from mlflow.exceptions import MlflowException
+
+    return isinstance(error, MlflowException) and error.get_http_status_code() in (429, *range(500, 600))
+
+
+@contextmanager
+def single_attempts(timeout_s: int) -> Iterator[None]:
+    """Let requests to an MLflow server fail at once; MLflow itself would retry each of them for four minutes.
+
+    Args:
+        timeout_s: longest wait for an answer, seconds.
+    """
+    changes = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": str(timeout_s)}
+    before = {name: os.environ.get(name) for name in changes}
+    os.environ.update(changes)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+@functools.cache
+def _await_server(uri: str) -> None:
+    """Waits until an MLflow server answers; once per process, because later requests are retried."""
+    deadline = time.monotonic() + SERVER_LIMIT_S
+    waiting = False
+    while (reason := _no_answer(uri)) is not None:
+        if time.monotonic() > deadline:
+            raise SystemFailure(
+                f"The MLflow server {hide_credentials(uri)} has not answered for {SERVER_LIMIT_S:.0f} s ({reason});"
+                " check tracking.uri, and that the server runs and this host reaches it."
+            )
+        if not waiting:
+            logger.warning("Waiting for the MLflow server %s (%s).", hide_credentials(uri), reason)
+        waiting = True
+        time.sleep(_SERVER_POLL_S)
+
+
+def _no_answer(uri: str) -> str | None:
+    """Why a server does not answer; None if it answers. An answer that is an error is left to MLflow's client."""
+    try:
+        with urllib.request.urlopen(f"{uri}/health", timeout=_SERVER_TIMEOUT_S):
+            return None
+    except urllib.error.HTTPError as error:
+        return str(error) if error.code in (502, 503, 504) else None
+    except (OSError, urllib.error.URLError) as error:
+        # The client may be told to accept the certificate.
+        return None if "CERTIFICATE_VERIFY_FAILED" in str(error) else str(getattr(error, "reason", error))
 
 
 def _relocate_artifacts(database: sqlite3.Connection, uri: str) -> None:

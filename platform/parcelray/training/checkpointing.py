@@ -6,16 +6,18 @@ A checkpoint folder has three parts:
   so that a resume loses nothing; `checkpointing.model_dtype` applies to the finished model only;
 - `optimizer.pt`: states of optimiser, fp16 loss scaler and random number generators (RNG). It is loaded with
   `weights_only=True`, and only from the run's own folder;
-- `state.json`: step, budget sampler, configuration hash, newest metrics.
+- `state.json`: step, budget sampler, configuration hash, newest metrics, and the size of every other file, by which an
+  incomplete copy is recognised.
 
 The data position is the step: `batches.schedule` derives the samples of every step from it.
 """
 
 import random
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +34,16 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from parcelray.errors import SystemFailure, UserError
-from parcelray.files import is_written, read_json, write_json
+from parcelray.files import read_json, write_json
 from parcelray.models.backbones import ElasticVLM
 from parcelray.models.backbones.processor_base import ElasticProcessor
 from parcelray.models.vlm import quiet_transformers
+from parcelray.tracking.metric_logger import UnsentMetric
+from parcelray.tracking.run_folder import CHECKPOINT
 
+_POLL_S = 1.0
+"""Pause between two attempts to copy a checkpoint, seconds."""
+_STATE = "state.json"
 _FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
@@ -51,6 +58,10 @@ class TrainState:
     world_size: int
     metrics: dict[str, float]
     """The newest value of each metric; the result of a run that is resumed after its last step."""
+    unsent_metrics: list[UnsentMetric] = field(default_factory=list)
+    """Metrics that the tracking store did not have when the checkpoint was written."""
+    files: dict[str, int] = field(default_factory=dict)
+    """Size in bytes of each other file of the checkpoint, by its path; `save` fills it in."""
 
 
 def save(
@@ -75,7 +86,8 @@ def save(
     scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
     with _explained_write_failures(folder):
         torch.save({"optimizer": moments, "scaler": scaler, "rng": rng}, folder / "optimizer.pt")
-    write_json(folder / "state.json", asdict(state))
+    files = {path.relative_to(folder).as_posix(): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
+    write_json(folder / _STATE, asdict(replace(state, files=files)))
 
 
 def save_model(folder: Path, *, accelerator: Accelerator, model: torch.nn.Module, processor: ElasticProcessor) -> None:
@@ -108,10 +120,10 @@ def read_state(folder: Path) -> TrainState:
     Raises:
         UserError: the folder is not a training checkpoint.
     """
-    state = read_json(folder / "state.json", "remove this checkpoint to resume from an earlier one")
+    state = read_json(folder / _STATE, "remove this checkpoint to resume from an earlier one")
     if state is None:
         raise UserError(
-            f"{folder} is not a training checkpoint (it has no state.json); use a folder checkpoint_* of a run."
+            f"{folder} is not a training checkpoint (it has no {_STATE}); use a folder checkpoint_* of a run."
         )
     return TrainState(**state)
 
@@ -119,12 +131,43 @@ def read_state(folder: Path) -> TrainState:
 def newest(folder: Path) -> Path | None:
     """Return the newest complete checkpoint in a folder of checkpoints; None without one."""
     # A power loss can leave empty files, although the folder was renamed when it was complete.
-    return max((each for each in folder.glob("checkpoint_*") if _is_complete(each)), default=None)
+    return max((each for each in folder.glob(f"{CHECKPOINT}*") if is_complete(each)), default=None)
 
 
-def _is_complete(checkpoint: Path) -> bool:
-    files = [path for path in checkpoint.rglob("*") if path.is_file()]
-    return is_written(checkpoint / "state.json") and all(path.stat().st_size for path in files)
+def is_complete(checkpoint: Path) -> bool:
+    """Whether every file of a checkpoint is there in its full size."""
+    try:
+        state = read_json(checkpoint / _STATE, "remove this checkpoint")
+    except SystemFailure:
+        return False
+    if state is None:
+        return False
+    present = {
+        path.relative_to(checkpoint).as_posix(): path.stat().st_size for path in checkpoint.rglob("*") if path.is_file()
+    }
+    # Checkpoints of earlier versions have no sizes.
+    return all(present.values()) and all(present.get(name) == size for name, size in state.get("files", {}).items())
+
+
+def fetch(download: Callable[[Path], object], target: Path, *, wait_s: float) -> bool:
+    """Copies a checkpoint, again and again while files are missing: a listing may not show a new object at once.
+
+    Args:
+        download: copies the checkpoint into a folder.
+        target: the folder.
+        wait_s: longest time to wait for missing files, seconds.
+
+    Returns:
+        Whether the copy is complete.
+    """
+    until = time.monotonic() + wait_s
+    while True:
+        download(target)
+        if is_complete(target):
+            return True
+        if time.monotonic() >= until:
+            return False
+        time.sleep(_POLL_S)
 
 
 def keep(source: Path, target: Path, count: int) -> None:
@@ -134,7 +177,7 @@ def keep(source: Path, target: Path, count: int) -> None:
     shutil.copytree(source, partial)
     shutil.rmtree(target, ignore_errors=True)
     partial.rename(target)
-    for old in sorted(target.parent.glob("checkpoint_*"))[:-count]:
+    for old in sorted(target.parent.glob(f"{CHECKPOINT}*"))[:-count]:
         shutil.rmtree(old)
 
 

@@ -44,7 +44,7 @@ def build_frontier(
 
     def splits_of(method: str, budgets: Sequence[int | BudgetName]) -> Sequence[SplitScores]:
         run = runs[method]
-        evaluation = held_out_evaluation(jobs[method], run.model_folder, budgets, report.samples)
+        evaluation = held_out_evaluation(jobs[method], run.model, budgets, report.samples)
         return run_evaluation(evaluation, console, parent_run_id=run.mlflow_run_id, tables=False).summary.splits
 
     base = runs[REFERENCE].model_folder

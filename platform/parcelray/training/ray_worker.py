@@ -5,20 +5,30 @@ imports those only inside the functions that run on a worker or in a validation 
 """
 
 import functools
+import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import ray
 import ray.train
+from pyarrow.fs import LocalFileSystem, copy_files
 from ray.train import Checkpoint, UserCallback
+from ray.train.collective import broadcast_from_rank_zero
 
 from parcelray.config.train import TrainJob
+from parcelray.errors import SystemFailure
+from parcelray.files import listing_wait_s
+from parcelray.models.checkpoint import ModelPin
 from parcelray.tracking.metric_logger import MetricLogger, NoMetrics
+from parcelray.tracking.opening import model_folder
 
+logger = logging.getLogger(__name__)
+
+_COMMITTED = ray.train.CheckpointConsistencyMode.COMMITTED
 _POLL_S = 0.5
 """Interval at which the driver polls the progress, in seconds."""
 
@@ -28,8 +38,8 @@ class WorkerInputs:
     """The inputs that are sent to every worker."""
 
     job: TrainJob
-    checkpoint: Path | None
-    """Folder that `job.model` was resolved to; None for a model from scratch."""
+    start: ModelPin | None
+    """What `job.model` was resolved to; None for a model from scratch."""
     logger: Callable[[], MetricLogger]
     """Creates the metric logger; called on rank 0 only."""
     progress: Any
@@ -54,16 +64,23 @@ def train_worker(config: dict[str, Any]) -> None:
         keep_freed_memory()
         torch.set_num_threads(max(1, int(scaling.cpus_per_worker)))
     is_first = ray.train.get_context().get_world_rank() == 0
+    on_progress = inputs.progress.update.remote if is_first else lambda step, state: None
     with _restored_checkpoint() as resume_from:
+        # A resumed training reads its own checkpoint, so its host needs no copy of the start.
+        start = (
+            model_folder(inputs.start, functools.partial(on_progress, 0))
+            if inputs.start is not None and resume_from is None
+            else None
+        )
         train(
             inputs.job,
             LoopInputs(
-                checkpoint=inputs.checkpoint,
+                checkpoint=start,
                 resume_from=resume_from,
                 batches=functools.partial(ray_batches, concurrency=scaling.data_tasks_per_worker),
                 report=_report,
                 logger=inputs.logger() if is_first else NoMetrics(),
-                on_progress=inputs.progress.update.remote if is_first else lambda step, state: None,
+                on_progress=on_progress,
                 cpu_only=not scaling.gpus_per_worker,
             ),
         )
@@ -78,12 +95,42 @@ def _report(metrics: dict[str, float], folder: Path | None, validate: bool) -> N
 
 @contextmanager
 def _restored_checkpoint() -> Iterator[Path | None]:
-    checkpoint = ray.train.get_checkpoint()
-    if checkpoint is None:
+    """Yields the newest complete checkpoint of the run on this host, equal on all ranks; None at the start of a run."""
+    newest = ray.train.get_checkpoint()
+    if newest is None:
         yield None
         return
-    with checkpoint.as_directory() as name:
-        yield Path(name)
+    from parcelray.training.checkpointing import is_complete
+
+    with ExitStack() as stack:
+        path = _fetched(newest, stack)
+        # All ranks resume from the same step, also if rank 0 alone finds a damaged file.
+        if not broadcast_from_rank_zero(is_complete(path)):
+            earlier = [
+                each.checkpoint
+                for each in ray.train.get_all_reported_checkpoints(_COMMITTED)
+                if each.checkpoint != newest
+            ]
+            if earlier:
+                logger.warning("The checkpoint %s is damaged; the one before it is used.", newest.path)
+                path = _fetched(earlier[-1], stack)
+        if not is_complete(path):
+            raise SystemFailure(
+                f"The checkpoint {newest.path} is damaged, and there is no complete one before it; remove the run"
+                " folder to train again from the start."
+            )
+        yield path
+
+
+def _fetched(checkpoint: Checkpoint, stack: ExitStack) -> Path:
+    """Returns a checkpoint on this host. The processes of a host share one copy from object storage."""
+    from parcelray.training.checkpointing import fetch, is_complete
+
+    path = Path(stack.enter_context(checkpoint.as_directory()))
+    if not isinstance(checkpoint.filesystem, LocalFileSystem) and not is_complete(path):
+        wait_s = listing_wait_s(checkpoint.filesystem.handler.fs)
+        fetch(lambda copy: copy_files(checkpoint.path, str(copy), checkpoint.filesystem), path, wait_s=wait_s)
+    return path
 
 
 class ReportCallback(UserCallback):
@@ -122,7 +169,7 @@ class BackgroundValidation:
             step, metrics = validate_checkpoint(self.job, Path(name))
         logger = self.logger()
         logger.log_metrics(metrics, step)
-        logger.flush()
+        logger.close()
         return metrics
 
 

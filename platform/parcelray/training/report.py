@@ -1,7 +1,6 @@
 """Evaluates a trained model on the test split of its training data: scores, table, figure and MLflow metrics."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from rich.console import Console
 
@@ -18,13 +17,14 @@ from parcelray.evaluation.scoring.majority import majority_scores
 from parcelray.evaluation.scoring.split_scores import SplitScores, cluster_of
 from parcelray.models.vlm import image_size_of
 from parcelray.tracking.mlflow_tracker import MlflowRunLogger
+from parcelray.tracking.run_folder import RunFolder
 
 _FAMILIES = 4
 """Number of families of the mini suite."""
 
 
 def report_training(
-    job: TrainJob, model_folder: Path, console: Console, tracking_uri: str | None, run_id: str | None
+    job: TrainJob, folder: RunFolder, console: Console, tracking_uri: str | None, run_id: str | None
 ) -> dict[str, float]:
     """Evaluate the model as `job.report` defines, print the scores, and record them.
 
@@ -32,7 +32,7 @@ def report_training(
 
     Args:
         job: a training with a report.
-        model_folder: the trained checkpoint; the report's files are written next to it.
+        folder: the run folder with the trained checkpoint; the report's files are written into it.
         console: for the table.
         tracking_uri: the tracking store; None for a run without tracking.
         run_id: the training's MLflow run, which the evaluation's run is nested under; None for a run without tracking.
@@ -41,19 +41,22 @@ def report_training(
         The overall test score at each budget, by metric name.
     """
     assert job.report is not None
-    evaluation = held_out_evaluation(job, model_folder, ("blind", *job.report.budgets), job.report.samples)
+    # The evaluation may run on other hosts than the training, so it gets the model where every host finds it.
+    evaluation = held_out_evaluation(job, f"{folder.uri}/model", ("blind", *job.report.budgets), job.report.samples)
     run = run_evaluation(evaluation, console, parent_run_id=run_id, tables=False)
     splits = run.summary.splits
     method = job.connector.type if job.connector is not None else job.name
     points = [
-        frontier_point("majority", BLIND, majority_scores(job.data, splits, image_size_of(model_folder)), None),
+        frontier_point(
+            "majority", BLIND, majority_scores(job.data, splits, image_size_of(folder.local / "model")), None
+        ),
         frontier_point("blind", BLIND, splits, None),
         *(frontier_point(method, budget, splits, None) for budget in job.report.budgets),
     ]
     frontier = Frontier(tuple(points), reference=None)
-    table, figure = write_frontier(
-        frontier, model_folder.parent, f"{job.name}: test score against visual tokens per image"
-    )
+    table, figure = write_frontier(frontier, folder.local, f"{job.name}: test score against visual tokens per image")
+    for file in (table, figure):
+        folder.push(file.name)
     console.print(frontier_table(frontier))
     metrics = {
         f"test/score@{point.num_visual_tokens}": point.overall.value for point in points if point.method == method
@@ -68,14 +71,12 @@ def report_training(
     return metrics
 
 
-def held_out_evaluation(
-    job: TrainJob, model_folder: Path, budgets: Sequence[int | BudgetName], samples: int
-) -> EvaluateJob:
+def held_out_evaluation(job: TrainJob, model: str, budgets: Sequence[int | BudgetName], samples: int) -> EvaluateJob:
     """The evaluation job of a trained model on the test split of its training data.
 
     Args:
         job: the training.
-        model_folder: the trained model.
+        model: folder or URI of the trained model.
         budgets: visual tokens per image.
         samples: number of samples per family of the mini suite, or of pictures of NLVR (each with all its questions).
     """
@@ -83,7 +84,7 @@ def held_out_evaluation(
     return EvaluateJob(
         kind="evaluate",
         name=f"{job.name}-test",
-        model=CheckpointModelConfig(reference=str(model_folder)),
+        model=CheckpointModelConfig(reference=model),
         benchmarks=(_benchmark(job.data, samples),),
         budgets=tuple(dict.fromkeys(budgets)),
         max_unscored=1.0,

@@ -4,30 +4,36 @@ import functools
 import shutil
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from rich.console import Console
 
 from parcelray.cluster.capacity import DATA_TASK_CPUS, Need, Part, await_capacity
+from parcelray.cluster.node_inputs import check_inputs
 from parcelray.cluster.session import num_nodes, ray_session
 from parcelray.config.model import CheckpointModelConfig
 from parcelray.config.paths import AS_WRITTEN
 from parcelray.config.train import TrainJob
 from parcelray.console import step_progress
-from parcelray.datasets.open import check_rows
-from parcelray.models.checkpoint import ResolvedCheckpoint, write_manifest
-from parcelray.models.vlm import write_converted
+from parcelray.datasets.open import check_rows, data_folder
+from parcelray.errors import SystemFailure
+from parcelray.evaluation.predict import PYFUNC_FILE
+from parcelray.models.checkpoint import ModelPin, ResolvedCheckpoint, resolve_checkpoint, write_manifest
+from parcelray.models.vlm import connector_of, write_converted
+from parcelray.tracking.lineage import MODEL_IN_TAG, MODEL_OUT_TAG, git_commit
 from parcelray.tracking.metric_logger import MetricLogger, open_metric_logger
-from parcelray.tracking.mlflow_tracker import git_commit, job_run
-from parcelray.tracking.registry import resolve_model
-from parcelray.tracking.run_folder import RunFolder
+from parcelray.tracking.mlflow_tracker import MlflowRunLogger, job_run
+from parcelray.tracking.opening import model_folder
+from parcelray.tracking.registry import register_model, resolve_model
+from parcelray.tracking.run_folder import IN_PROCESS, RunFolder
 from parcelray.tracking.store import check_tracking_uri, ensure_store
+from parcelray.training.checkpointing import is_complete
 from parcelray.training.report import report_training
 from parcelray.training.train_loop import fit_in_process
 
-_MODEL = "model"
+MODEL = "model"
 """Folder of the trained model in the run folder."""
 
 
@@ -36,12 +42,29 @@ class TrainedRun:
     """A finished training."""
 
     identity: str
-    model_folder: Path
-    """Folder of the trained checkpoint, with a manifest."""
+    folder: RunFolder
     metrics: dict[str, float]
     mlflow_run_id: str | None
     was_done: bool
     """Whether the run was already finished, so that nothing was computed."""
+    registered: str | None = None
+    """`models:/NAME/VERSION` of the trained model; None if the job does not register it."""
+
+    @property
+    def model(self) -> str:
+        """Folder or URI of the trained checkpoint, with a manifest; every host that reads the storage resolves it."""
+        return f"{self.folder.uri}/{MODEL}"
+
+    @property
+    def model_folder(self) -> Path:
+        """Folder of the trained checkpoint on this host; it is downloaded if this process did not train it.
+
+        Raises:
+            SystemFailure: files are missing on the object storage.
+        """
+        if not (self.folder.local / MODEL).is_dir() and not self.folder.pull(MODEL):
+            raise SystemFailure(f"{self.model} is not complete; remove {self.folder.uri}, and train again.")
+        return self.folder.local / MODEL
 
 
 def run_training(
@@ -53,6 +76,7 @@ def run_training(
     report: bool = True,
     wait: bool = True,
     on_report: Callable[[Mapping[str, float]], None] | None = None,
+    start_pin: ModelPin | None = None,
 ) -> TrainedRun:
     """Train a job, or resume it, or return at once if it is finished.
 
@@ -62,8 +86,11 @@ def run_training(
         address: Ray cluster; None for RAY_ADDRESS or else a local instance. Unused with `scaling.num_workers: 0`.
         parent_run_id: MLflow run to nest under.
         report: whether to score the model as `job.report` defines.
-        wait: whether to wait for the resources of the workers; a search waits for those of its trials itself.
+        wait: whether to wait for the resources of the workers, and to compare the plain paths of the nodes; a search
+            does so itself for all of its trials.
         on_report: called with the metrics at each checkpoint; picklable.
+        start_pin: what `job.model` was resolved to by a search, whose trials have no access to the registry; None: it
+            is resolved here.
 
     Raises:
         UserError: the job is not valid, its name belongs to another configuration, or the cluster can never hold the
@@ -75,13 +102,19 @@ def run_training(
     with folder.claimed():
         done = folder.result()
         if done is not None:
-            # Results of earlier versions have the absolute path of the same folder, which may have been moved since.
-            model_folder = folder.local_path(_MODEL) if folder.is_local else Path(done["model"])
-            console.print(f"{folder.identity} is finished; nothing to do. Its model is in {model_folder}.")
-            return TrainedRun(folder.identity, model_folder, done["metrics"], done["mlflow_run_id"], was_done=True)
+            run = TrainedRun(
+                folder.identity,
+                folder,
+                done["metrics"],
+                done["mlflow_run_id"],
+                was_done=True,
+                registered=done.get("registered"),
+            )
+            console.print(f"{folder.identity} is finished; nothing to do. Its model is in {run.model}.")
+            return _registered(job, run, console)
         uri = ensure_store(job.tracking.uri) if job.tracking.uri is not None else None
         check_rows(job.data)
-        start = resolve_start(job, uri)
+        start = _opened(job, start_pin) if start_pin is not None else resolve_start(job, uri)
         in_process = job.scaling.bounds[1] == 0
         with nullcontext() if in_process else ray_session(address):
             if wait and not in_process:
@@ -91,6 +124,8 @@ def run_training(
                     "scaling.wait_s",
                     lambda line: console.print(line, markup=False, soft_wrap=True),
                 )
+            if wait and not in_process:
+                check_inputs([start.pin if start is not None else None], [data_folder(job.data)])
             if uri is not None and not in_process:
                 check_tracking_uri(uri, num_nodes())
             with (
@@ -99,19 +134,42 @@ def run_training(
                     uri,
                     folder.identity,
                     params=job.model_dump(mode="json", context=AS_WRITTEN),
-                    tags={"parcel.start": start.pinned if start is not None else "scratch"},
+                    tags={MODEL_IN_TAG: start.pinned if start is not None else "scratch"},
                     parent_run_id=parent_run_id,
                 ) as run_id,
                 step_progress(console, job.name, job.training.steps) as on_progress,
             ):
                 logger = functools.partial(open_metric_logger, uri, run_id)
                 checkpoint, metrics = _fit(job, folder, start, logger, on_progress, on_report)
-                model_folder = _keep_model(job, folder, checkpoint, start)
+                _keep_model(job, folder, checkpoint, start)
+                if uri is not None and run_id is not None:
+                    digest = resolve_checkpoint(folder.local / MODEL).pinned
+                    MlflowRunLogger(uri, run_id).set_tags({MODEL_OUT_TAG: digest})
                 if report and job.report is not None:
-                    metrics |= report_training(job, model_folder, console, uri, run_id)
-        stored = _MODEL if folder.is_local else str(model_folder)
-        folder.finish({"model": stored, "metrics": metrics, "mlflow_run_id": run_id})
-        return TrainedRun(folder.identity, model_folder, metrics, run_id, was_done=False)
+                    metrics |= report_training(job, folder, console, uri, run_id)
+                trained = TrainedRun(folder.identity, folder, metrics, run_id, was_done=False)
+                trained = _registered(job, trained, console)
+        folder.finish({"model": MODEL, "metrics": metrics, "mlflow_run_id": run_id, "registered": trained.registered})
+        keep = job.storage_limits.finished_checkpoints
+        if keep is not None or not folder.is_local:
+            folder.keep_checkpoints(keep or 0)
+        return trained
+
+
+def _registered(job: TrainJob, run: TrainedRun, console: Console) -> TrainedRun:
+    """Registers the trained model if the job says so; the same model of the same run is registered once."""
+    if job.register is None or job.tracking.uri is None or run.mlflow_run_id is None:
+        return run
+    if run.registered is None or not run.registered.startswith(f"models:/{job.register}/"):
+        uri = ensure_store(job.tracking.uri)
+        largest = max(connector_of(run.model_folder).supported_budgets)
+        version = register_model(
+            uri, run.model_folder, job.register, run.mlflow_run_id, pyfunc_file=PYFUNC_FILE, example_budget=largest
+        )
+        run = replace(run, registered=f"models:/{job.register}/{version}")
+        MlflowRunLogger(uri, run.mlflow_run_id).set_tags({MODEL_OUT_TAG: run.registered})
+    console.print(f"The trained model is {run.registered}")
+    return run
 
 
 def needed_resources(job: TrainJob) -> Need:
@@ -133,6 +191,11 @@ def resolve_start(job: TrainJob, tracking_uri: str | None) -> ResolvedCheckpoint
     return resolve_model(job.model, tracking_uri) if isinstance(job.model, CheckpointModelConfig) else None
 
 
+def _opened(job: TrainJob, pin: ModelPin) -> ResolvedCheckpoint:
+    assert isinstance(job.model, CheckpointModelConfig)
+    return ResolvedCheckpoint(model_folder(pin), job.model.reference, pin)
+
+
 def _fit(
     job: TrainJob,
     folder: RunFolder,
@@ -142,25 +205,41 @@ def _fit(
     on_report: Callable[[Mapping[str, float]], None] | None,
 ) -> tuple[Path, dict[str, float]]:
     """Train in this process or on Ray Train; returns the last checkpoint and the last metrics."""
-    path = start.path if start is not None else None
     if job.scaling.bounds[1] == 0:
-        local = folder.local_path("in-process")
+        _pull_newest(folder)
         return fit_in_process(
-            job, local, checkpoint=path, logger=logger(), on_progress=on_progress, on_report=on_report
+            job,
+            folder.local / IN_PROCESS,
+            checkpoint=start.path if start is not None else None,
+            logger=logger(),
+            on_progress=on_progress,
+            on_report=on_report,
+            on_kept=functools.partial(_push_checkpoint, folder, job.checkpointing.keep),
         )
     # Ray Train takes seconds to import, so in-process runs and --dry-run do not load it.
     from parcelray.training.trainer import fit
 
-    return fit(job, folder, checkpoint=path, logger=logger, on_progress=on_progress, on_report=on_report)
+    pin = start.pin if start is not None else None
+    return fit(job, folder, start=pin, logger=logger, on_progress=on_progress, on_report=on_report)
 
 
-def _keep_model(job: TrainJob, folder: RunFolder, checkpoint: Path, start: ResolvedCheckpoint | None) -> Path:
-    """Copy the last checkpoint's model to the run folder, in the data type of the job, and write its manifest.
+def _push_checkpoint(folder: RunFolder, keep: int, checkpoint: Path) -> None:
+    folder.push(f"{IN_PROCESS}/{checkpoint.name}")
+    folder.keep_checkpoints(keep)
 
-    Returns:
-        The local folder of the model; with a remote run folder it is a copy in the checkpoint's folder.
-    """
-    target = folder.local_path(_MODEL) if folder.is_local else checkpoint / "kept-model"
+
+def _pull_newest(folder: RunFolder) -> None:
+    """Copy the newest complete checkpoint of a training in a process from object storage to this host."""
+    if folder.is_local:
+        return
+    for name in reversed(folder.names(IN_PROCESS)):
+        if folder.pull(f"{IN_PROCESS}/{name}") and is_complete(folder.local / IN_PROCESS / name):
+            return
+
+
+def _keep_model(job: TrainJob, folder: RunFolder, checkpoint: Path, start: ResolvedCheckpoint | None) -> None:
+    """Copy the last checkpoint's model to the run folder, in the data type of the job, and write its manifest."""
+    target = folder.local / MODEL
     shutil.rmtree(target, ignore_errors=True)
     if job.checkpointing.model_dtype is None:
         shutil.copytree(checkpoint / "model", target)
@@ -178,8 +257,6 @@ def _keep_model(job: TrainJob, folder: RunFolder, checkpoint: Path, start: Resol
             "torch": torch.__version__,
         },
     )
-    if not folder.is_local:
-        folder.upload(target, _MODEL)
-    elif job.scaling.bounds[1] != 0:
+    folder.push(MODEL)
+    if job.scaling.bounds[1] != 0:
         shutil.rmtree(checkpoint)
-    return target

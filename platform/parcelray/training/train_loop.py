@@ -33,6 +33,7 @@ from parcelray.models.backbones import ElasticVLM
 from parcelray.models.backbones.processor_base import ElasticProcessor
 from parcelray.models.training_attention import has_bf16_products, training_kernels
 from parcelray.tracking.metric_logger import MetricLogger, NoMetrics
+from parcelray.tracking.run_folder import CHECKPOINT
 from parcelray.training import checkpointing
 from parcelray.training.batches.schedule import StepReader, in_process_batches
 from parcelray.training.budget_sampling import BudgetSampler
@@ -88,6 +89,7 @@ def fit_in_process(
     logger: MetricLogger,
     on_progress: Callable[[int, str], None] = lambda step, state: None,
     on_report: Callable[[Mapping[str, float]], None] | None = None,
+    on_kept: Callable[[Path], None] | None = None,
 ) -> tuple[Path, dict[str, float]]:
     """Train a job to its end in this process, resuming from the newest checkpoint in `folder`.
 
@@ -98,6 +100,7 @@ def fit_in_process(
         logger: receives the metrics.
         on_progress: called with the number of finished steps and a short text at every metric point.
         on_report: called with the metrics at each checkpoint.
+        on_kept: called with each checkpoint folder when it is complete.
 
     Returns:
         The newest checkpoint folder and the last metrics.
@@ -106,7 +109,10 @@ def fit_in_process(
 
     def report(metrics: dict[str, float], source: Path | None, validate: bool) -> None:
         if source is not None:
-            checkpointing.keep(source, folder / f"checkpoint_{int(metrics['step']):08d}", job.checkpointing.keep)
+            target = folder / f"{CHECKPOINT}{int(metrics['step']):08d}"
+            checkpointing.keep(source, target, job.checkpointing.keep)
+            if on_kept is not None:
+                on_kept(target)
         if on_report is not None:
             on_report(metrics)
 
@@ -191,6 +197,7 @@ class _Loop:
         if inputs.resume_from is not None:
             state = checkpointing.read_state(inputs.resume_from)
             self.first_step, self.last_metrics = state.step, state.metrics
+            self.inputs.logger.restore(state.unsent_metrics)
             checkpointing.restore_optimizer(
                 inputs.resume_from, accelerator=self.accelerator, model=self.model, optimizer=self.optimizer
             )
@@ -234,6 +241,7 @@ class _Loop:
             if self._due(done, self.job.checkpointing.every_steps) or (validate and in_background):
                 self._checkpoint(done, validate=validate and in_background)
             clock.restart_if(self._due(done, training.log_every_steps))
+        self.inputs.logger.close()
         return self.last_metrics
 
     def _due(self, done: int, every: int) -> bool:
@@ -365,10 +373,13 @@ class _Loop:
 
     def _checkpoint(self, done: int, *, validate: bool = False) -> None:
         state = checkpointing.TrainState(
-            done, config_hash(self.job), self.sampler.state(), self.accelerator.num_processes, self.last_metrics
+            done,
+            config_hash(self.job),
+            self.sampler.state(),
+            self.accelerator.num_processes,
+            self.last_metrics,
+            self.inputs.logger.flush(),
         )
-        if self.accelerator.is_main_process:
-            self.inputs.logger.flush()
         with tempfile.TemporaryDirectory(prefix="parcelray-checkpoint-") as name:
             folder = Path(name)
             checkpointing.save(

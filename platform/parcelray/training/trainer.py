@@ -1,6 +1,7 @@
 """Training on Ray Train (V2): one loop per worker, restarted from the newest checkpoint when a worker dies."""
 
 import contextlib
+import shutil
 import signal
 import tempfile
 import threading
@@ -9,19 +10,21 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import pyarrow.fs
 import ray
 import ray.exceptions
 import ray.train
+from pyarrow.fs import copy_files
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, ValidationConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.constants import CHECKPOINT_MANAGER_SNAPSHOT_FILENAME
 
 from parcelray.config.train import TrainJob
 from parcelray.errors import SystemFailure, UserError
-from parcelray.files import read_json
+from parcelray.files import listing_wait_s, read_json
+from parcelray.models.checkpoint import ModelPin
 from parcelray.tracking.metric_logger import MetricLogger
 from parcelray.tracking.run_folder import RunFolder
+from parcelray.training.checkpointing import fetch
 from parcelray.training.ray_worker import (
     BackgroundValidation,
     ReportCallback,
@@ -38,7 +41,7 @@ def fit(
     job: TrainJob,
     folder: RunFolder,
     *,
-    checkpoint: Path | None,
+    start: ModelPin | None,
     logger: Callable[[], MetricLogger],
     on_progress: Callable[[int, str], None] = lambda step, state: None,
     on_report: Callable[[Mapping[str, float]], None] | None = None,
@@ -51,7 +54,7 @@ def fit(
     Args:
         job: the training.
         folder: the run folder, already claimed for this job.
-        checkpoint: folder that `job.model` was resolved to, readable on every node; None for a model from scratch.
+        start: what `job.model` was resolved to; each worker opens it on its host. None for a model from scratch.
         logger: creates the metric logger; called on rank 0.
         on_progress: called in this process with the number of finished steps and a short text, about twice a second.
         on_report: called with the metrics at each checkpoint, in the process of Ray Train's controller; picklable.
@@ -68,7 +71,7 @@ def fit(
         # Ray's annotations are those of the first version of Ray Train, which had no validation.
         trainer = _InterruptibleTrainer(  # type: ignore[call-arg]
             train_worker,
-            train_loop_config={"inputs": WorkerInputs(job, checkpoint, logger, progress)},
+            train_loop_config={"inputs": WorkerInputs(job, start, logger, progress)},
             scaling_config=_scaling(job),
             run_config=_run_config(job, folder, on_report),
             torch_config=TorchConfig(backend="nccl" if job.scaling.gpus_per_worker else "gloo"),
@@ -88,9 +91,13 @@ def fit(
             f"The run {folder.identity} ended without a checkpoint; see Ray Train's logs in {folder.path}."
         )
     # `to_directory` would add a lock file for processes that share the copy.
-    target = tempfile.mkdtemp(prefix="parcelray-result-")
-    pyarrow.fs.copy_files(result.checkpoint.path, target, source_filesystem=result.checkpoint.filesystem)
-    return Path(target), dict(result.metrics or {})
+    target = Path(tempfile.mkdtemp(prefix="parcelray-result-"))
+    stored = result.checkpoint
+    wait_s = listing_wait_s(folder.filesystem)
+    if not fetch(lambda copy: copy_files(stored.path, str(copy), stored.filesystem), target, wait_s=wait_s):
+        shutil.rmtree(target)
+        raise SystemFailure(f"The last checkpoint {stored.path} is damaged; remove it, and run the same command again.")
+    return target, dict(result.metrics or {})
 
 
 class _InterruptibleTrainer(TorchTrainer):
@@ -139,11 +146,10 @@ def _validation(job: TrainJob, logger: Callable[[], MetricLogger]) -> Validation
 
 
 def _run_config(job: TrainJob, folder: RunFolder, on_report: Callable[[Mapping[str, float]], None] | None) -> RunConfig:
-    filesystem = None if folder.is_local else pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(folder.filesystem))
     return RunConfig(
         name=folder.identity,
-        storage_path=str(folder.path),
-        storage_filesystem=filesystem,
+        storage_path=folder.path,
+        storage_filesystem=folder.arrow_filesystem,
         failure_config=FailureConfig(max_failures=job.scaling.max_failures),
         checkpoint_config=CheckpointConfig(num_to_keep=job.checkpointing.keep),
         callbacks=[ReportCallback(on_report)] if on_report is not None else None,  # type: ignore[list-item]

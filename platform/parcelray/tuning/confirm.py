@@ -124,14 +124,12 @@ def confirm_splits(job: TuneJob, run: SearchRun, console: Console, *, address: s
             raise SystemFailure(f"A training of the confirmation failed: {trained.findings.failed[0].error}")
         confirmed = []
         for grid in chosen:
-            folder = RunFolder(trial_job(search, str(trained.folder), _assignment(confirm.budget, grid))).local_path(
-                "model"
-            )
+            trial = RunFolder(trial_job(search, trained.run_folder.uri, _assignment(confirm.budget, grid)))
             confirmed.append(
                 ConfirmedSplit(
                     grid,
                     trials[grid]["retention"],
-                    _retention(job, folder, confirm.budget, grid, console, run.mlflow_run_id),
+                    _retention(job, f"{trial.uri}/model", confirm.budget, grid, console, run.mlflow_run_id),
                     grid == rule,
                 )
             )
@@ -139,6 +137,8 @@ def confirm_splits(job: TuneJob, run: SearchRun, console: Console, *, address: s
     correlation = float(spearmanr(supernet_values, trained_values).statistic)
     result = Confirmation(confirm.budget, confirmed, correlation, _exact_p(supernet_values, trained_values))
     files = _write(result, run.folder)
+    for file in files:
+        run.run_folder.push(file.name)
     if job.tracking.uri is not None and run.mlflow_run_id is not None:
         _record(ensure_store(job.tracking.uri), run.mlflow_run_id, result, files)
     console.print(result.to_rich())
@@ -177,13 +177,13 @@ def _assignment(budget: int, grid: int) -> dict[str, Any]:
     return {"connector.routing": [{"min_budget": budget, "max_budget": budget, "anchor_grid": grid}]}
 
 
-def _retention(job: TuneJob, model: Path, budget: int, grid: int, console: Console, parent: str | None) -> Interval:
+def _retention(job: TuneJob, model: str, budget: int, grid: int, console: Console, parent: str | None) -> Interval:
     """Evaluates a trained model on the samples of the search and returns its retention."""
     base = job.base
     assert isinstance(base, EvaluateJob)
     changes = {
         "name": f"{job.name[:40]}-confirm-{budget}-{grid}",
-        "model": CheckpointModelConfig(reference=str(model)),
+        "model": CheckpointModelConfig(reference=model),
         "reference": base.reference or base.model,
         "anchor_grid": None,
         "budgets": (budget,),
@@ -214,7 +214,7 @@ def _record(uri: str, run_id: str, result: Confirmation, files: Sequence[Path]) 
             {f"confirmation/supernet@{budget}": each.supernet, f"confirmation/trained@{budget}": each.trained.value},
             each.anchor_grid,
         )
-    tracker.flush()
+    tracker.close()
     for file in files:
         tracker.log_figure_file(file) if file.suffix == ".png" else tracker.log_artifact(file)
 

@@ -12,7 +12,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import torch
 
@@ -33,6 +33,7 @@ from parcelray.models.vlm import config_of, image_size_of
 from parcelray.profiling.backbone_shapes import from_transformers_config
 from parcelray.profiling.flops import cost, kv_cache_bytes
 from parcelray.profiling.reduction_flops import reduced_prefill_flops
+from parcelray.tracking.opening import model_folder
 
 TEXT_TOKENS = 32
 """Tokens of the prompt for which costs are given."""
@@ -56,14 +57,6 @@ _PER_POINT = (
 
 Reference = tuple[Sequence[SplitScores], int]
 """Scores of an uncompressed model on the samples of a search, and its budget."""
-
-
-class SearchedModel(NamedTuple):
-    """A model that points of a search evaluate."""
-
-    checkpoint: ResolvedCheckpoint
-    digest: str
-    """Digest of its content."""
 
 
 @dataclass(frozen=True)
@@ -112,12 +105,13 @@ class WarmEvaluator:
     """
 
     job: EvaluateJob
-    models: Mapping[str, SearchedModel]
+    models: Mapping[str, ResolvedCheckpoint]
     reference: Reference
     measure_latency: bool = False
     folder: str = field(default_factory=os.getcwd)
     """Folder that relative paths among the values of a point are relative to: the driver's working folder."""
     _held: dict[str, "_Held"] = field(default_factory=dict, repr=False)
+    _opened: dict[str, ResolvedCheckpoint] = field(default_factory=dict, repr=False)
 
     def metrics(self, assignment: Assignment) -> dict[str, float]:
         """Returns the metrics of a point: scores and retention in percent, and the costs of the prefill of one image.
@@ -148,8 +142,7 @@ class WarmEvaluator:
         """Evaluates a point; predictions that are in the store are reused."""
         job = changed(self.job, assignment, "the search", folder=self.folder)
         held = self._hold(job)
-        searched = self._model(job)
-        budgets = tuple(budget for budget in budgets_for(job, searched.checkpoint) if budget != BLIND)
+        budgets = tuple(budget for budget in budgets_for(job, self._model(job)) if budget != BLIND)
         benchmarks = [
             replace(each, generation=generation_of(job, each.choice, each.config)) for each in held.benchmarks
         ]
@@ -192,7 +185,7 @@ class WarmEvaluator:
 
     def costs(self, job: EvaluateJob, budget: int) -> dict[str, float]:
         """Returns the costs of the prefill of one image at a budget (see `prefill_costs`)."""
-        path = self._model(job).checkpoint.path
+        path = self._model(job).path
         costs = prefill_costs(path, connector_at(job, config_of(path), budget), budget, BYTES[job.dtype])
         if job.reducer is not None:
             costs["gflops"] = (
@@ -205,13 +198,20 @@ class WarmEvaluator:
         full = self.reference[1]
         return {
             name: (0.0, value)
-            for name, value in prefill_costs(
-                self._model(self.job).checkpoint.path, None, full, BYTES[self.job.dtype]
-            ).items()
+            for name, value in prefill_costs(self._model(self.job).path, None, full, BYTES[self.job.dtype]).items()
         }
 
-    def _model(self, job: EvaluateJob) -> SearchedModel:
-        return self.models[job.model.reference]
+    def _model(self, job: EvaluateJob) -> ResolvedCheckpoint:
+        """Returns a job's model with its folder on this host."""
+        reference = job.model.reference
+        if reference not in self._opened:
+            checkpoint = self.models[reference]
+            self._opened[reference] = checkpoint._replace(path=model_folder(checkpoint.pin))
+        return self._opened[reference]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Returns what a trial on another host needs: not what was opened and loaded on this one."""
+        return {**self.__dict__, "_opened": {}, "_held": {}}
 
     def _latency_ms(self, point: EvaluatedPoint, budget: int) -> float:
         """Measures the time from an image to the first token, milliseconds: the median of a few runs without cache."""
@@ -247,9 +247,8 @@ class WarmEvaluator:
 class _Held:
     """The model and the samples that several points share."""
 
-    def __init__(self, job: EvaluateJob, searched: SearchedModel) -> None:
-        checkpoint, digest = searched
-        self.model = evaluated_model(checkpoint, digest, (), job.storage)
+    def __init__(self, job: EvaluateJob, checkpoint: ResolvedCheckpoint) -> None:
+        self.model = evaluated_model(checkpoint, (), job.storage)
         self.benchmarks = [
             replace(each, reader=_HeldReader(each.reader)) for each in prepare(job, image_size_of(checkpoint.path))
         ]

@@ -204,13 +204,13 @@ class TrialRuns:
             self._search.log_metrics(
                 {VOLUME: volumes(self._job, self._finished, self._bounds)[-1]}, len(self._finished)
             )
-            self._search.flush()
+            self._search.close()
         end_run(self._uri, self._runs.pop(trial.key), "FAILED" if trial.error is not None else "FINISHED")
 
     def _log(self, key: str, metrics: Mapping[str, float], step: int) -> None:
         logger = MlflowRunLogger(self._uri, self._runs[key])
         logger.log_metrics({name: value for name, value in metrics.items() if value == value}, step)
-        logger.flush()
+        logger.close()
 
     def _name(self, key: str) -> str:
         return f"trial-{self._job.name}-{key}"

@@ -16,6 +16,7 @@ from parcelray.evaluation.adaptive.tables import adaptive_table
 from parcelray.models.checkpoint import MANIFEST_NAME
 from parcelray.models.vlm import write_rerouted
 from parcelray.tracking.mlflow_tracker import MlflowRunLogger
+from parcelray.tracking.run_folder import RunFolder
 from parcelray.tuning.plots import (
     FamilyRow,
     SearchPoint,
@@ -94,7 +95,7 @@ def write_findings(job: TuneJob, findings: SearchFindings, folder: Path) -> list
     return files
 
 
-def show_findings(job: TuneJob, findings: SearchFindings, folder: Path, console: Console) -> None:
+def show_findings(job: TuneJob, findings: SearchFindings, folder: RunFolder, console: Console) -> None:
     """Prints the Pareto front, the chosen splits and families, the best trial, and the next commands."""
     metrics = [objective.metric for objective in job.objectives]
     table = Table(
@@ -121,8 +122,8 @@ def show_findings(job: TuneJob, findings: SearchFindings, folder: Path, console:
         routing = json.dumps([route.model_dump() for route in routing_of(findings.splits, findings.full)]).replace(
             '"', ""
         )
-        if (folder / "model").is_dir():
-            console.print(f"Model with this routing: {folder / 'model'}")
+        if (folder.local / "model").is_dir():
+            console.print(f"Model with this routing: {folder.uri}/model")
         console.print(f"To train with it: --set 'connector.routing={routing}'", soft_wrap=True)
     if findings.adaptive is not None:
         console.print(adaptive_table(findings.adaptive))
@@ -145,7 +146,7 @@ def show_findings(job: TuneJob, findings: SearchFindings, folder: Path, console:
             f" {findings.failed[0].error}",
             markup=False,
         )
-    console.print(f"Numbers and pictures: {folder}")
+    console.print(f"Numbers and pictures: {folder.uri}")
 
 
 def record_findings(uri: str, run_id: str, findings: SearchFindings, files: Sequence[Path]) -> None:

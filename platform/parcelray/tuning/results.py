@@ -169,7 +169,7 @@ def findings_of(
             else {}
         ),
         families=_families(trials, points, evaluator) if evaluator is not None else (),
-        source=evaluator.models[evaluator.job.model.reference].checkpoint.path if evaluator is not None else None,
+        source=evaluator.models[evaluator.job.model.reference].path if evaluator is not None else None,
         full=evaluator.reference[1] if evaluator is not None else 0,
         adaptive=adaptive,
         adaptive_problem=adaptive_problem,
@@ -224,7 +224,7 @@ def study_split_search(points: Mapping[int, EvaluatedPoint], evaluator: WarmEval
     Raises:
         UserError: see `study_answers`; or the reference scores 0 on every split.
     """
-    path = evaluator.models[evaluator.job.model.reference].checkpoint.path
+    path = evaluator.models[evaluator.job.model.reference].path
     splits = _at_all_budgets(points)
     if metric == "retention":
         splits = _as_retention(splits, evaluator)

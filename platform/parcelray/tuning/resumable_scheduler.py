@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import TrialScheduler
 
-from parcelray.tuning.trial_record import append_line, point_key, read_lines
+from parcelray.tuning.trial_record import LineFile, point_key
 from parcelray.tuning.tune_run import SCALAR, STEPS
 
 _FILE = "reports.jsonl"
@@ -39,20 +39,20 @@ class ReportHistory:
     """The reports of all trainings of a search, in the order in which they arrived.
 
     Args:
-        folder: run folder of the search.
+        folder: run folder of the search, or its URI.
 
     Raises:
         UserError: `reports.jsonl` has a line that is not a report.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._path = folder / _FILE
+    def __init__(self, folder: str | Path) -> None:
+        self._lines = LineFile(folder, _FILE)
         remedy = "remove the line; early stopping then ignores this report"
-        self.reports = read_lines(self._path, Report, what="a report of a training", remedy=remedy)
+        self.reports = self._lines.read(Report, what="a report of a training", remedy=remedy)
 
     def add(self, report: Report) -> None:
         """Adds a report, and returns once it is on disk."""
-        append_line(self._path, report._asdict())
+        self._lines.append(report._asdict())
         self.reports.append(report)
 
 

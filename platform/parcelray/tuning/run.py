@@ -12,23 +12,26 @@ from typing import Any
 from rich.console import Console
 
 from parcelray.cluster.capacity import await_capacity, read_capacity
+from parcelray.cluster.node_inputs import check_inputs
 from parcelray.cluster.session import ray_session
 from parcelray.config.evaluate import EvaluateJob
 from parcelray.config.model import CheckpointModelConfig
 from parcelray.config.paths import written
 from parcelray.config.space_checks import check_search_space_of
-from parcelray.config.train import TrainJob
+from parcelray.config.train import StorageLimits, TrainJob
 from parcelray.config.tune import HyperBandScheduler, PbtAlgorithm, TuneJob
+from parcelray.datasets.open import data_folder
 from parcelray.errors import SystemFailure, UserError
-from parcelray.evaluation.run import run_evaluation
+from parcelray.evaluation.run import limit_predictions, run_evaluation
 from parcelray.evaluation.scoring.summary import Summary
-from parcelray.models.checkpoint import content_digest
+from parcelray.models.checkpoint import ResolvedCheckpoint
 from parcelray.models.vlm import connector_of
+from parcelray.tracking.lineage import MODEL_IN_TAG
 from parcelray.tracking.mlflow_tracker import job_run
 from parcelray.tracking.registry import resolve_model
 from parcelray.tracking.run_folder import RunFolder
 from parcelray.tracking.store import ensure_store
-from parcelray.tuning.evaluate_trial import Reference, SearchedModel, WarmEvaluator
+from parcelray.tuning.evaluate_trial import Reference, WarmEvaluator
 from parcelray.tuning.planner import Planner, make_planner
 from parcelray.tuning.progress import SearchProgress, TrialRuns, bounds_of
 from parcelray.tuning.report import record_findings, show_findings, write_findings
@@ -45,9 +48,14 @@ class SearchRun:
     """A finished search."""
 
     identity: str
-    folder: Path
+    run_folder: RunFolder
     findings: SearchFindings
     mlflow_run_id: str | None
+
+    @property
+    def folder(self) -> Path:
+        """Folder of this host with the results, the pictures, and for a split search the model."""
+        return self.run_folder.local
 
 
 def run_tuning(
@@ -79,29 +87,37 @@ def run_tuning(
     uri = ensure_store(job.tracking.uri) if job.tracking.uri is not None else None
     models = searched_models(job, uri)
     run_folder = RunFolder(job)
-    with run_folder.claimed({written(reference): model.digest for reference, model in models.items()}):
-        folder = run_folder.local_path("")
-        record = TrialRecord(folder)
+    with run_folder.claimed({written(reference): model.pin.digest for reference, model in models.items()}):
+        record = TrialRecord(run_folder.uri)
         if record.trials and not resume:
             raise UserError(
-                f"{folder} has {len(record.trials)} finished trials of this search; add --resume to continue it, or"
-                " give the search another name."
+                f"{run_folder.uri} has {len(record.trials)} finished trials of this search; add --resume to continue"
+                " it, or give the search another name."
             )
         if retry_failed:
             console.print(f"{record.forget_failed()} failed trials are run again")
         how_to_resume = f"re-run the same command{'' if resume else ' with --resume'} to continue"
         with (
-            job_run(job, uri, run_folder.identity, params=_run_params(job), parent_run_id=parent_run_id) as run_id,
+            job_run(
+                job,
+                uri,
+                run_folder.identity,
+                params=_run_params(job),
+                tags={MODEL_IN_TAG: ", ".join(model.pinned for model in models.values()) or "scratch"},
+                parent_run_id=parent_run_id,
+            ) as run_id,
             ray_session(address),
         ):
+            check_inputs([model.pin for model in models.values()], _data_folders(job))
             planner = make_planner(job.space, job.algorithm, job.objectives, job.seed, record)
-            search = _Search(job, console, record, planner, folder, models, uri, run_id, how_to_resume)
+            search = _Search(job, console, record, planner, run_folder, models, uri, run_id, how_to_resume)
             evaluator = search.run()
             findings = findings_of(job, record.trials, evaluator, search.baselines(evaluator))
-            files = write_findings(job, findings, folder)
+            files = write_findings(job, findings, run_folder.local)
+            run_folder.push()
             if uri is not None and run_id is not None:
                 record_findings(uri, run_id, findings, files)
-            show_findings(job, findings, folder, console)
+            show_findings(job, findings, run_folder, console)
             if findings.failed and len(findings.failed) == len(findings.trials):
                 raise SystemFailure(
                     f"All {len(findings.trials)} trials of {job.name} failed, the first with:"
@@ -109,10 +125,13 @@ def run_tuning(
                     " --retry-failed."
                 )
         run_folder.finish(findings.to_dict())
-        return SearchRun(run_folder.identity, folder, findings, run_id)
+        if isinstance(job.base, EvaluateJob):
+            digests = [model.pin.digest for model in models.values()]
+            limit_predictions(job.storage, job.base, digests, console)
+        return SearchRun(run_folder.identity, run_folder, findings, run_id)
 
 
-def searched_models(job: TuneJob, uri: str | None) -> dict[str, SearchedModel]:
+def searched_models(job: TuneJob, uri: str | None) -> dict[str, ResolvedCheckpoint]:
     """Returns the checkpoints that the results of a search depend on, by reference.
 
     These are the models that are evaluated or trained from, and the references of the retention.
@@ -128,8 +147,7 @@ def searched_models(job: TuneJob, uri: str | None) -> dict[str, SearchedModel]:
     references += [CheckpointModelConfig(reference=value).reference for value in values]
     models = {}
     for reference in dict.fromkeys(references):
-        checkpoint = resolve_model(CheckpointModelConfig(reference=reference), uri)
-        models[reference] = SearchedModel(checkpoint, content_digest(checkpoint.path))
+        models[reference] = resolve_model(CheckpointModelConfig(reference=reference), uri)
     return models
 
 
@@ -141,8 +159,8 @@ class _Search:
     console: Console
     record: TrialRecord
     planner: Planner
-    folder: Path
-    models: Mapping[str, SearchedModel]
+    folder: RunFolder
+    models: Mapping[str, ResolvedCheckpoint]
     uri: str | None
     run_id: str | None
     how_to_resume: str
@@ -158,7 +176,7 @@ class _Search:
         # A search that the cluster cannot run is refused before the reference is evaluated, which may take long.
         count = 0 if self.planner.is_finished else self._concurrency(resources)
         if isinstance(self.job.base, EvaluateJob):
-            evaluator = self._evaluator(self.job.base)
+            evaluator = self._evaluator(self.job.base.model_copy(update={"storage": self.job.storage}))
             trial = evaluation_trial(evaluator.metrics, self.job.objectives[0])
             self._search(trial, resources, count, costs=evaluator.bounds(), reuse_actors=True)
             return evaluator
@@ -197,7 +215,10 @@ class _Search:
 
     def _run_trainings(self, base: TrainJob, resources: TrialResources, count: int) -> None:
         reference = self._reference(self.job.evaluation)
-        train = functools.partial(train_point, self.job, str(self.folder), reference, working_folder=os.getcwd())
+        pins = {name: model.pin for name, model in self.models.items()}
+        train = functools.partial(
+            train_point, self.job, self.folder.uri, reference, pins=pins, working_folder=os.getcwd()
+        )
         first = self.job.objectives[0]
         if isinstance(self.job.algorithm, PbtAlgorithm):
             # Tune uses Python's global generator to choose the member to copy.
@@ -212,7 +233,7 @@ class _Search:
             return
         steps = self.job.space.parameters.get("training.steps")
         total = max(steps.ends) if steps is not None else base.training.steps
-        scheduler = early_stopping(self.job.early_stopping, total, self.folder)
+        scheduler = early_stopping(self.job.early_stopping, total, self.folder.uri)
         if (
             isinstance(self.job.early_stopping, HyperBandScheduler)
             and self.record.trials
@@ -248,7 +269,8 @@ class _Search:
             num_finished = len(self.record.trials)
             if num_finished:
                 self.console.print(
-                    f"Resuming from {self.folder / RECORD_FILE}; Ray Tune's own state of earlier sessions is ignored",
+                    f"Resuming from {self.folder.uri}/{RECORD_FILE}; Ray Tune's own state of earlier sessions is"
+                    " ignored",
                 )
             finished = f", {num_finished} of them finished" if num_finished else ""
             self.console.print(
@@ -260,7 +282,7 @@ class _Search:
                     self.planner,
                     self.record,
                     observers,
-                    folder=self.folder,
+                    folder=self.folder.uri,
                     resources=resources,
                     max_concurrent=count,
                     scheduler=scheduler,
@@ -305,6 +327,9 @@ class _Search:
             "anchor_grid": None,
             "budgets": budgets,
             "tracking": base.tracking.model_copy(update={"uri": self.uri}),
+            "storage": self.job.storage,
+            # The limits apply at the end of the search, when its predictions are no longer needed.
+            "storage_limits": StorageLimits(),
         }
         job = EvaluateJob.model_validate(base.model_dump() | changes)
         return run_evaluation(job, self.console, parent_run_id=self.run_id, tables=False).summary
@@ -327,6 +352,13 @@ def wanted_concurrency(job: TuneJob) -> int | None:
     # Each trial that runs at the same time holds a copy of the model.
     actors = max(1, job.base.compute.actors)
     return min(actors, job.max_concurrent or actors)
+
+
+def _data_folders(job: TuneJob) -> list[str | None]:
+    """Returns the folders and files that the trials read data from."""
+    evaluations = [each for each in (job.base, job.evaluation) if isinstance(each, EvaluateJob)]
+    trained = [data_folder(job.base.data)] if isinstance(job.base, TrainJob) else []
+    return [*trained, *(choice.data for each in evaluations for choice in each.benchmarks)]
 
 
 def _measures_latency(job: TuneJob) -> bool:

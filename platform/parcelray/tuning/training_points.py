@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +18,10 @@ from parcelray.config.paths import WITH_TEXT
 from parcelray.config.search_space import Assignment
 from parcelray.config.train import TrainJob
 from parcelray.config.tune import TuneJob
-from parcelray.models.checkpoint import content_digest, resolve_checkpoint
+from parcelray.models.checkpoint import ModelPin, ResolvedCheckpoint, resolve_checkpoint
 from parcelray.models.vlm import config_of, connector_of
 from parcelray.training.run import run_training
-from parcelray.tuning.evaluate_trial import Reference, SearchedModel, WarmEvaluator, prefill_costs
+from parcelray.tuning.evaluate_trial import Reference, WarmEvaluator, prefill_costs
 from parcelray.tuning.training_trial import WHOLE, Segment, worker_resources
 from parcelray.tuning.trial_record import point_key
 from parcelray.tuning.trial_resources import TrialResources
@@ -58,7 +59,7 @@ def trial_job(
 
     Args:
         job: the search.
-        folder: run folder of the search.
+        folder: run folder of the search, or its URI.
         assignment: values that the point sets in the training job.
         segment: the part of the training to run.
         working_folder: see `changed_training`.
@@ -78,8 +79,8 @@ def trial_job(
     data["seed"] = whole.seed + segment.index
     # The driver of the search records the trial; a run of the training itself would be a duplicate.
     data["tracking"] = {"uri": None}
-    data["report"] = None
-    data["storage"] = os.path.abspath(f"{folder}/trials")
+    data["report"] = data["register"] = None
+    data["storage"] = f"{folder}/trials" if "://" in folder else os.path.abspath(f"{folder}/trials")
     part = validate(TrainJob, data, "the search")
     return part.model_copy(update={"name": f"{point_key(assignment)}-{config_hash(part)}"})
 
@@ -92,33 +93,40 @@ def train_point(
     on_report: Any,
     *,
     segment: Segment = WHOLE,
+    pins: Mapping[str, ModelPin] | None = None,
     working_folder: str | None = None,
 ) -> tuple[dict[str, float], str]:
     """Trains a point and measures the trained model (see `TrainPoint`).
 
     Args:
         job: the search.
-        folder: run folder of the search.
+        folder: run folder of the search, or its URI.
         reference: scores of the uncompressed model, for the retention of `job.evaluation`.
         assignment: values that the point sets in the training job.
         on_report: called at each checkpoint except the last.
         segment: the part of the training to run.
+        pins: models that the trainings start from, by reference; others are resolved by the trial.
         working_folder: working folder of the driver, see `changed_training`.
     """
     training = trial_job(job, folder, assignment, segment=segment, working_folder=working_folder)
+    start = training.model.reference if isinstance(training.model, CheckpointModelConfig) else ""
     with open(os.devnull, "w") as nowhere:
         run = run_training(
             training,
             Console(file=nowhere),
             on_report=BeforeTheEnd(on_report, training.training.steps),
             report=False,
+            start_pin=(pins or {}).get(start),
             wait=False,
         )
     before, _ = segment.steps(changed_training(job, assignment, working_folder).training.steps)
     metrics = run.metrics | _costs(training, run.model_folder) | {"step": float(before + training.training.steps)}
     if job.evaluation is not None:
-        metrics |= _evaluated(job, training, run.model_folder, reference)
-    return metrics, str(run.model_folder)
+        metrics |= _evaluated(job, training, run.model, reference)
+    if not run.folder.is_local:
+        # The copy on this host; Ray ends the processes of trials without their exit handlers.
+        shutil.rmtree(run.folder.local)
+    return metrics, run.model
 
 
 @dataclass(frozen=True)
@@ -163,24 +171,24 @@ def _costs(training: TrainJob, model: Path) -> dict[str, float]:
     return metrics
 
 
-def _evaluated(job: TuneJob, training: TrainJob, model: Path, reference: Reference) -> dict[str, float]:
+def _evaluated(job: TuneJob, training: TrainJob, model: str, reference: Reference) -> dict[str, float]:
     """Evaluates the trained model where it was trained: in this process, or on the resources of one of its workers.
 
     The workers have ended by then, so their share of the cluster is free.
     """
     scaling = training.scaling
+    trained = resolve_checkpoint(model)
     if scaling.bounds[1] == 0:
-        return _measured(job, str(model), reference)
+        return _measured(job, trained, reference)
     remote = ray.remote(num_cpus=scaling.cpus_per_worker, num_gpus=scaling.gpus_per_worker)(_measured)
-    metrics: dict[str, float] = ray.get(remote.remote(job, str(model), reference))
+    metrics: dict[str, float] = ray.get(remote.remote(job, trained, reference))
     return metrics
 
 
-def _measured(job: TuneJob, model: str, reference: Reference) -> dict[str, float]:
+def _measured(job: TuneJob, model: ResolvedCheckpoint, reference: Reference) -> dict[str, float]:
     assert job.evaluation is not None
-    changes = {"model": CheckpointModelConfig(reference=model), "storage": job.storage}
+    changes = {"model": CheckpointModelConfig(reference=model.reference), "storage": job.storage}
     evaluation = job.evaluation.model_copy(update=changes)
-    searched = SearchedModel(resolve_checkpoint(model), content_digest(Path(model)))
     latency = any(objective.metric == "latency_ms" for objective in job.objectives)
-    metrics = WarmEvaluator(evaluation, {model: searched}, reference, measure_latency=latency).metrics({})
+    metrics = WarmEvaluator(evaluation, {model.reference: model}, reference, measure_latency=latency).metrics({})
     return {name: value for name, value in metrics.items() if name != "computed"}

@@ -87,7 +87,7 @@ class TrainPoint(Protocol):
             segment: the part of the training to run.
 
         Returns:
-            The last metrics, including `step` (with the steps of earlier segments), and the folder of the model.
+            The last metrics, including `step` (with the steps of earlier segments), and the folder or URI of the model.
         """
 
 
@@ -104,13 +104,13 @@ def population_trial(train: TrainPoint, objective: Objective, algorithm: PbtAlgo
     return tune.with_parameters(_train_segments, train=train, objective=objective, segments=algorithm.segments)
 
 
-def early_stopping(config: EarlyStopping | None, total_steps: int, folder: Path) -> TrialScheduler | None:
+def early_stopping(config: EarlyStopping | None, total_steps: int, folder: str | Path) -> TrialScheduler | None:
     """Returns Tune's scheduler for early stopping; None: every training runs to its end.
 
     Args:
         config: early stopping of the search.
         total_steps: steps of the longest training.
-        folder: run folder of the search, where the reports of the trainings are stored for a resumed search.
+        folder: run folder of the search, or its URI; the reports of the trainings are stored there for a resume.
     """
     if config is None:
         return None

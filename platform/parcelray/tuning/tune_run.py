@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from pyarrow.fs import FSSpecHandler, PyFileSystem
 from ray import tune
 from ray.tune import Callback
 from ray.tune.experiment import Trial
@@ -17,6 +18,7 @@ from ray.tune.search import Searcher
 from parcelray.config.objectives import Objective
 from parcelray.config.search_space import Assignment
 from parcelray.errors import ParcelrayError, SystemFailure, UserError
+from parcelray.files import is_local, open_storage
 from parcelray.tuning.planner import Planner
 from parcelray.tuning.trial_record import FinishedTrial, TrialRecord, point_key
 from parcelray.tuning.trial_resources import TrialResources, Watchdog
@@ -70,7 +72,7 @@ def run_search(  # noqa: PLR0913 - the parts of a search
     record: TrialRecord,
     observers: Sequence[SearchObserver],
     *,
-    folder: Path,
+    folder: str | Path,
     resources: TrialResources,
     max_concurrent: int,
     scheduler: TrialScheduler | None = None,
@@ -84,7 +86,8 @@ def run_search(  # noqa: PLR0913 - the parts of a search
         planner: proposes the points.
         record: stores each finished trial before the observers are called.
         observers: receive the events of the trials.
-        folder: folder for Tune's own state, which is never read again.
+        folder: folder or URI for Tune's own state. No later session reads it, but the members of a population exchange
+            their checkpoints there.
         resources: resources of a trial.
         max_concurrent: number of trials that run at the same time.
         scheduler: early stopping; None: every trial runs to its end.
@@ -101,6 +104,7 @@ def run_search(  # noqa: PLR0913 - the parts of a search
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     # Tune's own state is never read again; writing it after every trial would take longer than the trials.
     os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "600")
+    filesystem, path = open_storage(str(folder))
     recorder = TrialRecorder(planner, record, observers, Watchdog(resources, stall_s))
     # A population uses no search algorithm, because all its members are known before any of them starts.
     is_population = isinstance(scheduler, PopulationBasedTraining)
@@ -116,7 +120,8 @@ def run_search(  # noqa: PLR0913 - the parts of a search
         ),
         run_config=tune.RunConfig(
             name="tune",
-            storage_path=str(folder.resolve()),
+            storage_path=path,
+            storage_filesystem=None if is_local(filesystem) else PyFileSystem(FSSpecHandler(filesystem)),
             callbacks=[recorder],
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
             verbose=0,

@@ -20,6 +20,7 @@ from parcelray.evaluation.passes.shards import EvaluatedModel, PassResult
 from parcelray.evaluation.passes.store import Prediction, PredictionStore
 from parcelray.evaluation.predict.generation import GenerationSettings
 from parcelray.evaluation.predict.predictor import Predictor
+from parcelray.models.checkpoint import resolve_checkpoint
 from parcelray.models.vlm import load_processor, load_vlm
 from parcelray.training.start import build_start
 
@@ -59,7 +60,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _model(checkpoint: Path, store: Path, budgets: tuple[int, ...] = BUDGETS) -> EvaluatedModel:
-    return EvaluatedModel(checkpoint, "tiny", "digest", budgets, str(store))
+    return EvaluatedModel(checkpoint, resolve_checkpoint(checkpoint).pin, budgets, str(store))
 
 
 def _pass(
@@ -239,13 +240,14 @@ from parcelray.config.evaluate import PassConfig
 from parcelray.evaluation.passes.shards import EvaluatedModel
 from parcelray.evaluation.passes.ray_pass import run_on_ray
 from parcelray.evaluation.predict.generation import GenerationSettings
+from parcelray.models.checkpoint import resolve_checkpoint
 from tests.evaluation.passes.readers import Waits, disturbed, mini_benchmark
 
 if __name__ == "__main__":
     reader = disturbed(Waits, Path(never))
     benchmark = mini_benchmark(reader, GenerationSettings(max_new_tokens=6))
     with ray_session("local"):
-        model = EvaluatedModel(Path(checkpoint), "tiny", "digest", (0, 16, 64), store)
+        model = EvaluatedModel(Path(checkpoint), resolve_checkpoint(checkpoint).pin, (0, 16, 64), store)
         run_on_ray([benchmark], model, PassConfig(rows_per_shard=2))
 """
 
@@ -282,6 +284,7 @@ from parcelray.config.evaluate import PassConfig
 from parcelray.evaluation.passes.shards import EvaluatedModel
 from parcelray.evaluation.passes.ray_pass import run_on_ray
 from parcelray.evaluation.predict.generation import GenerationSettings
+from parcelray.models.checkpoint import resolve_checkpoint
 from tests.evaluation.passes.readers import Waits, disturbed, mini_benchmark
 
 if __name__ == "__main__":
@@ -300,7 +303,7 @@ if __name__ == "__main__":
             Path(removed).touch()
 
     settings = PassConfig(rows_per_shard=2, actors=2, readers=2, cpus_per_actor=0.4)
-    model = EvaluatedModel(Path(checkpoint), "tiny", "digest", (0, 16, 64), store)
+    model = EvaluatedModel(Path(checkpoint), resolve_checkpoint(checkpoint).pin, (0, 16, 64), store)
     result = run_on_ray([benchmark], model, settings, on_progress=remove)
     print("RESULT", result.computed, result.present, len(result.benchmarks[0].records))
     ray.shutdown()

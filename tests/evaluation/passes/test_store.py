@@ -20,9 +20,12 @@ def _prediction(name: str, model: str = "m", text: str = "2", benchmark: str = "
     return Prediction(name, benchmark, name, model, 16, SETTINGS.to_json(), text, 2, False)
 
 
-@pytest.fixture(params=["folder", "memory"])
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> PredictionStore:
-    return PredictionStore(str(tmp_path / "answers") if request.param == "folder" else f"memory://{tmp_path}/answers")
+@pytest.fixture(params=["folder", "memory", "s3"])
+def store(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PredictionStore:
+    monkeypatch.setattr("parcelray.files._LISTING_WAIT_S", 0.0)
+    roots = {"folder": str(tmp_path), "memory": f"memory://{tmp_path}"}
+    root = roots.get(request.param) or request.getfixturevalue("s3")
+    return PredictionStore(f"{root}/answers")
 
 
 def _key(sample: Sample = SAMPLE, **changes: Any) -> str:
@@ -80,6 +83,35 @@ def test_stored_predictions_are_read_back(store: PredictionStore) -> None:
     assert store.keys("c", "m") == {"d"}
     assert store.keys("b", "n") == {"c"}
     assert store.read("b", "m", ["b", "c", "e"]) == {"b": _prediction("b", text="zwei, 2 \n")}
+
+
+def test_a_shard_that_a_listing_shows_late_is_waited_for(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = PredictionStore(s3)
+    store.write([_prediction("a")])
+    store.write([_prediction("b")])
+    list_all, listings = store._filesystem.ls, []
+
+    def list_late(path: str, detail: bool) -> Any:
+        listings.append(path)
+        return list_all(path, detail=detail)[: len(listings) - 1]
+
+    monkeypatch.setattr(store._filesystem, "ls", list_late)
+    monkeypatch.setattr("parcelray.evaluation.passes.store._POLL_S", 0.01)
+    assert store.read("b", "m", ["a", "b"]).keys() == {"a", "b"}
+    assert len(listings) == 3
+
+
+def test_the_oldest_predictions_are_deleted_beyond_a_limit(
+    store: PredictionStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for model in ("old", "used", "new"):
+        store.write([_prediction(model, model=model)])
+    size = sum(store._filesystem.du(path) for path in store._shards("b", "old"))
+    assert store.limit(1, []) == 0, "another evaluation may use shards of the last hour"
+    monkeypatch.setattr("parcelray.evaluation.passes.store._IN_USE_S", -60.0)
+    assert store.limit(4 * size, []) == 0
+    assert store.limit(round(1.5 * size), [("b", "used")]) == 2
+    assert [store.keys("b", model) for model in ("old", "used", "new")] == [set(), {"used"}, set()]
 
 
 def test_a_shard_that_is_written_again_replaces_itself(tmp_path: Path) -> None:

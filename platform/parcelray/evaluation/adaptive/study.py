@@ -29,7 +29,6 @@ from parcelray.evaluation.inputs import StudyModel, open_model
 from parcelray.evaluation.plan import connector_at, prepare
 from parcelray.evaluation.run import run_evaluation
 from parcelray.evaluation.scoring.split_scores import SplitScores, cluster_of
-from parcelray.models.checkpoint import content_digest
 from parcelray.models.vlm import config_of
 from parcelray.profiling.backbone_shapes import BackboneShape, from_transformers_config
 from parcelray.profiling.flops import cost, decoding_flops
@@ -65,7 +64,7 @@ def study_adaptive(job: EvaluateJob, console: Console, *, folder: Path, address:
     """
     summary = run_evaluation(job, console, address=address, tables=False).summary
     opened = open_model(job.model.reference, job.tracking.uri)
-    if content_digest(opened.checkpoint.path) != summary.evaluation.digest:
+    if opened.checkpoint.pin.digest != summary.evaluation.digest:
         raise UserError(f"{job.model.reference} changed to another model during the evaluation; run the study again.")
     config = config_of(opened.checkpoint.path)
     connectors = {budget: connector_at(job, config, budget) for budget in summary.budgets if budget != BLIND}

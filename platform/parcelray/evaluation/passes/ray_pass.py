@@ -38,6 +38,8 @@ from parcelray.evaluation.passes.shards import (
     stored_keys,
 )
 from parcelray.evaluation.passes.store import PredictionStore
+from parcelray.files import explained_failure
+from parcelray.models.host_cache import DOWNLOADING
 
 Item = TypeVar("Item")
 
@@ -155,10 +157,15 @@ def _finished(
     executors = _executors(evaluated)
     threading.Thread(target=take, name="parcelray-evaluation", daemon=True).start()
     count = 0
+    download = None
     while True:
         try:
             row = _next(finished, stall_s, clock)
         except queue.Empty:
+            # Before its first shard, a host may have to download the model, which may take longer than a shard.
+            before, download = download, ray.get(stages.download.remote())
+            if download != before:
+                continue
             running = ray.get(stages.running.remote())
             for executor in executors:
                 executor.shutdown(force=True)
@@ -216,8 +223,8 @@ class _Read:
     def __call__(self, rows: dict[str, NDArray[Any]]) -> dict[str, list[bytes]]:
         try:
             return {"input": [pickle.dumps(self._read(pickle.loads(rows["shard"][0])))]}
-        except (ParcelrayError, OSError) as error:
-            return {"input": [pickle.dumps(error)]}
+        except Exception as error:  # noqa: BLE001 - raised again if it has no sentence
+            return {"input": [_pickled_failure(error)]}
         finally:
             self._stages.end()
 
@@ -251,10 +258,20 @@ class _Evaluate:
             return {"result": [rows["input"][0]]}
         try:
             return {"result": [pickle.dumps(self._worker.evaluate(read, self._stages.begin))]}
-        except (ParcelrayError, OSError) as error:
-            return {"result": [pickle.dumps(error)]}
+        except Exception as error:  # noqa: BLE001 - raised again if it has no sentence
+            return {"result": [_pickled_failure(error)]}
         finally:
             self._stages.end()
+
+
+def _pickled_failure(error: Exception) -> bytes:
+    """Pickles an error that has a sentence for the user, because Ray would wrap it; other errors are raised again."""
+    if isinstance(error, ParcelrayError):
+        return pickle.dumps(error)
+    reason = explained_failure(error)
+    if reason is None:
+        raise error
+    return pickle.dumps(SystemFailure(reason))
 
 
 class _StageReporter:
@@ -278,12 +295,18 @@ class _StageActor:
 
     def __init__(self) -> None:
         self._running: dict[str, tuple[float, str]] = {}
+        self._download: str | None = None
 
     def report(self, worker: str, stage: str | None) -> None:
         if stage is None:
             self._running.pop(worker, None)
         else:
             self._running[worker] = (time.monotonic(), stage)
+            if stage.startswith(DOWNLOADING):
+                self._download = stage
+
+    def download(self) -> str | None:
+        return self._download
 
     def running(self) -> str:
         now = time.monotonic()

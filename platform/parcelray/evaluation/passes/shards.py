@@ -14,6 +14,7 @@ from parcelray.config.evaluate import BenchmarkChoice
 from parcelray.datasets.sample import Sample
 from parcelray.evaluation.passes.store import EvaluatedBenchmark, PredictionStore, SampleRecord, prediction_key
 from parcelray.evaluation.predict.generation import GenerationSettings
+from parcelray.models.checkpoint import ModelPin
 
 OnProgress = Callable[[str, int, int], None]
 """Called with the name of a benchmark, its number of finished rows, and its total number of rows."""
@@ -38,15 +39,18 @@ class EvaluatedModel:
     """The model of a pass, its budgets, and where its predictions are stored."""
 
     folder: Path
-    """Checkpoint on the driver's node."""
-    reference: str
-    """Pinned reference of the checkpoint, which a node resolves if it has no access to the folder."""
-    digest: str
-    """Digest of the weights, part of every prediction key."""
+    """Folder of the checkpoint on this host."""
+    pin: ModelPin
+    """The checkpoint, which each worker opens on its own host."""
     budgets: tuple[int, ...]
     """Visual tokens per image; 0: blind."""
     store: str
     """Folder or URI of the stored predictions, reachable from every node."""
+
+    @property
+    def digest(self) -> str:
+        """Digest of the checkpoint's files, part of every prediction key."""
+        return self.pin.digest
 
 
 class PassResult(NamedTuple):

@@ -12,12 +12,12 @@ without the data.
 
 import hashlib
 import json
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -26,7 +26,8 @@ from parcelray.config.benchmark import BenchmarkConfig
 from parcelray.datasets.sample import Sample
 from parcelray.errors import SystemFailure, UserError
 from parcelray.evaluation.predict.generation import GenerationSettings
-from parcelray.files import atomic_write, is_written, read_json, write_json
+from parcelray.files import atomic_write, is_written, listing_wait_s, modified_at, open_storage, read_json, write_json
+from parcelray.tracking.runs import MODEL_FOLDER_DIGITS
 
 _PREDICTION_SCHEMA = pa.schema(
     [
@@ -48,7 +49,10 @@ _VERSION = 3
 
 Predictions of an older version are computed again. They can still be scored.
 """
-_MODEL_FOLDER_DIGITS = 16
+_IN_USE_S = 3600.0
+"""Age up to which a shard may belong to an evaluation that is still running, seconds."""
+_POLL_S = 1.0
+"""Pause between two listings, seconds."""
 _RECORDS, _PROBLEMS, _DATA = "samples.parquet", "problems.json", "data.json"
 _EVALUATE_AGAIN = "remove it, and run the evaluation again, which computes only missing predictions"
 _TEXT_FIELDS = ("id", "benchmark", "family", "task", "prompt", "metric", "scene")
@@ -107,7 +111,7 @@ class PredictionStore:
     """
 
     def __init__(self, uri: str, *, keep: bool = False) -> None:
-        self._filesystem, self._root = fsspec.core.url_to_fs(uri)
+        self._filesystem, self._root = open_storage(uri)
         self._keep = keep
         self._kept: dict[str, dict[str, Prediction]] = {}
         self._kept_keys: dict[str, frozenset[str]] = {}
@@ -129,15 +133,47 @@ class PredictionStore:
                 pq.write_table(table, file)
 
     def read(self, benchmark: str, model: str, keys: Iterable[str]) -> dict[str, Prediction]:
-        """Reads the predictions under some keys, by key; keys that are not stored are left out."""
+        """Reads the predictions under some keys, by key; keys that are not stored are left out.
+
+        On object storage, a listing may not show a new shard at once, so missing keys are waited for, half a minute.
+        """
         wanted = set(keys)
         found: dict[str, Prediction] = {}
-        for shard in self._shards(benchmark, model):
-            # This also skips shards in an older layout, because no current key is in one.
-            if not wanted.isdisjoint(self._keys_of(shard)):
-                predictions = self._predictions(shard)
-                found = {key: predictions[key] for key in wanted & predictions.keys()} | found
-        return found
+        until = time.monotonic() + listing_wait_s(self._filesystem)
+        searched: set[str] = set()
+        while True:
+            shards = [shard for shard in self._shards(benchmark, model) if shard not in searched]
+            searched.update(shards)
+            for shard in shards:
+                # This also skips shards in an older layout, because no current key is in one.
+                if not (wanted - found.keys()).isdisjoint(self._keys_of(shard)):
+                    predictions = self._predictions(shard)
+                    found |= {key: predictions[key] for key in wanted & predictions.keys()}
+            if len(found) == len(wanted) or time.monotonic() >= until:
+                return found
+            time.sleep(_POLL_S)
+
+    def limit(self, max_bytes: int, in_use: Iterable[tuple[str, str]]) -> int:
+        """Deletes the oldest shards until the store has at most `max_bytes`; returns the number of deleted shards.
+
+        Args:
+            max_bytes: largest size of all shards, bytes.
+            in_use: pairs of benchmark and model whose shards are kept. Shards of the last hour are kept too, because
+                another evaluation may need them.
+        """
+        shards = [
+            (modified_at(info), name, info["size"])
+            for name, info in self._filesystem.find(self._root, detail=True).items()
+        ]
+        kept = {self._folder(benchmark, model) for benchmark, model in in_use}
+        excess, deleted = sum(size for _, _, size in shards) - max_bytes, 0
+        for modified, name, size in sorted(shards):
+            if excess <= 0 or modified > time.time() - _IN_USE_S:
+                break
+            if name.rpartition("/")[0] not in kept:
+                self._filesystem.rm_file(name)
+                excess, deleted = excess - size, deleted + 1
+        return deleted
 
     def _keys_of(self, shard: str) -> frozenset[str]:
         if shard in self._kept_keys:
@@ -156,17 +192,17 @@ class PredictionStore:
         return predictions
 
     def _folder(self, benchmark: str, model: str) -> str:
-        return f"{self._root}/{benchmark}/{model.removeprefix('sha256:')[:_MODEL_FOLDER_DIGITS]}"
+        return f"{self._root}/{benchmark}/{model.removeprefix('sha256:')[:MODEL_FOLDER_DIGITS]}"
 
     def _shards(self, benchmark: str, model: str) -> list[str]:
         folder = self._folder(benchmark, model)
-        # Some file systems cache listings, and other processes write to this folder.
-        self._filesystem.invalidate_cache()
-        if not self._filesystem.exists(folder):
+        try:
+            entries = self._filesystem.ls(folder, detail=True)
+        except FileNotFoundError:
             return []
         return sorted(
             entry["name"]
-            for entry in self._filesystem.ls(folder, detail=True)
+            for entry in entries
             # An empty shard is what a power loss leaves; its predictions are computed again.
             if entry["name"].endswith(".parquet") and entry["size"] > 0
         )

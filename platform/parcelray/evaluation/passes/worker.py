@@ -9,7 +9,6 @@ import torch
 
 from parcelray.benchmarks.readers.base import Problem
 from parcelray.config.evaluate import PassConfig
-from parcelray.errors import UserError
 from parcelray.evaluation.passes.shards import (
     EvaluatedModel,
     OnProgress,
@@ -28,9 +27,9 @@ from parcelray.evaluation.predict.predictor import Answer, EncodedImages, Predic
 from parcelray.models.allocator import keep_freed_memory
 from parcelray.models.backbones import ElasticVLM
 from parcelray.models.backbones.processor_base import ElasticProcessor
-from parcelray.models.checkpoint import resolve_checkpoint
 from parcelray.models.feature_cache import FeatureCache
 from parcelray.models.vlm import load_processor, load_vlm, use_sdpa_where_exact
+from parcelray.tracking.opening import model_folder
 
 OnStage = Callable[[str], None]
 """Called with a description of the stage that begins; it is shown if the pass stalls."""
@@ -79,6 +78,7 @@ class ModelWorker:
         self._dtype: torch.dtype = getattr(torch, dtype)
         self._features = FeatureCache[EncodedImages](int(settings.feature_cache_gb * 2**30)) if keep else None
         self._predictors: dict[GenerationSettings, Predictor] = {}
+        self._folder: Path | None = None
 
     def evaluate(self, read: ShardInput, on_stage: OnStage = lambda stage: None) -> ShardResult:
         """Computes the missing predictions of a shard and stores them."""
@@ -133,7 +133,9 @@ class ModelWorker:
     def predictor(self, generation: GenerationSettings, on_stage: OnStage = lambda stage: None) -> Predictor:
         """Returns the predictor for some generation settings; all predictors share the model."""
         if generation not in self._predictors:
-            on_stage(f"loading {self._model.folder}")
+            if self._folder is None:
+                self._folder = model_folder(self._model.pin, on_stage)
+            on_stage(f"loading {self._folder}")
             model, device = self._loaded
             self._predictors[generation] = Predictor(
                 model,
@@ -154,25 +156,14 @@ class ModelWorker:
             torch.set_num_threads(
                 self._settings.threads_per_actor or max(1, (os.cpu_count() or 1) // max(1, self._settings.actors))
             )
+        assert self._folder is not None, "`predictor` opens the checkpoint first"
         model = load_vlm(self._folder, dtype=self._dtype).eval().to(device)
         use_sdpa_where_exact(model)
         return model, device
 
     @cached_property
-    def _folder(self) -> Path:
-        """The checkpoint on this node; one of the hub is downloaded once per node, into the shared cache."""
-        folder = self._model.folder
-        if folder.is_dir():
-            return folder
-        if not self._model.reference.startswith("hf:"):
-            raise UserError(
-                f"The checkpoint {folder} does not exist on the node {os.uname().nodename}; keep checkpoints on storage"
-                " that all nodes share, or on the hub."
-            )
-        return resolve_checkpoint(self._model.reference).path
-
-    @cached_property
     def _processor(self) -> ElasticProcessor:
+        assert self._folder is not None, "`predictor` opens the checkpoint first"
         processor: ElasticProcessor = load_processor(self._folder)
         return processor
 

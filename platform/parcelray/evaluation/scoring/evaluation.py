@@ -169,9 +169,11 @@ def _located_store(folder: Path, data: Mapping[str, Any], benchmarks: Sequence[s
     earlier versions store an absolute path.
     """
     stored = str(data["store"])
-    if "://" in stored:
-        return stored
     here = folder.absolute()
+    if "://" in stored:
+        # `parcelray runs pull` also copies the predictions.
+        copied = here / "../.." / "predictions"
+        return os.path.normpath(copied) if any((copied / name).is_dir() for name in benchmarks) else stored
     if os.path.isabs(stored):
         places = [Path(stored), here / "../.." / Path(stored).name, here / "../../.." / Path(stored).name]
         order = [*places[1:], places[0]]

@@ -17,6 +17,7 @@ from parcelray.evaluation.scoring.aggregate import retentions
 from parcelray.evaluation.scoring.estimate import Estimate, mean_of
 from parcelray.evaluation.scoring.evaluation import Evaluation, load_evaluation
 from parcelray.evaluation.scoring.split_scores import SplitScores
+from parcelray.tracking.run_folder import local_folder
 
 REFERENCE_FOLDER = "reference"
 """Folder of an evaluation that holds the evaluation of its reference model."""
@@ -175,17 +176,18 @@ def summarize(
     )
 
 
-def rescore(folder: Path, metrics: Mapping[str, str], need_within: float) -> Summary:
+def rescore(name: str | Path, metrics: Mapping[str, str], need_within: float) -> Summary:
     """Scores a finished evaluation again from its stored predictions, without the model and the data.
 
     Args:
-        folder: folder of the evaluation.
+        name: folder or URI of the evaluation.
         metrics: by benchmark, metric and variant that replace the evaluation's own.
         need_within: percent of the full score that the needed budget may lose.
 
     Raises:
         UserError: the folder holds no evaluation, predictions are missing, or a metric cannot score them.
     """
+    folder = local_folder(name)
     evaluation = load_evaluation(folder)
     base = None
     if (folder / REFERENCE_FOLDER).is_dir():

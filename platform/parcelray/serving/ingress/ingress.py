@@ -32,6 +32,7 @@ from parcelray.serving.ingress.metrics import EndpointMetrics
 from parcelray.serving.ingress.request_log import RequestLog, RequestSampler
 from parcelray.serving.ingress.routes import Records, Route, Routes
 from parcelray.serving.replica import ReplicaSettings
+from parcelray.tracking.opening import model_folder
 
 if TYPE_CHECKING:
     from parcelray.tracking.request_samples import RequestSamples
@@ -174,8 +175,9 @@ def _sample_store(job: ServeJob, metrics: EndpointMetrics) -> "RequestSamples | 
 def _load_prompts_and_costs(settings: ReplicaSettings) -> tuple[PromptBuilder, dict[int, CostBreakdown]]:
     from parcelray.models.vlm import config_of, load_processor
 
-    config = config_of(settings.path)
+    folder = model_folder(settings.pin, logger.info)
+    config = config_of(folder)
     connector = settings.model.connector or config.connector_config
     shape = from_transformers_config(config)
     costs = {budget: cost(shape, connector, budget) for budget in settings.budgets}
-    return PromptBuilder(load_processor(settings.path)), costs
+    return PromptBuilder(load_processor(folder)), costs

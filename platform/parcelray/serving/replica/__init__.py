@@ -2,15 +2,16 @@
 
 from parcelray.config.base import StrictModel
 from parcelray.config.serve import EngineConfig, InputPolicyConfig, ServedModelConfig
+from parcelray.models.checkpoint import ModelPin
 
 
 class ReplicaSettings(StrictModel):
     """Everything that a replica is built from."""
 
-    path: str
-    """Folder of the checkpoint, on every node."""
+    pin: ModelPin
+    """The checkpoint, which each replica and the ingress open on their own hosts."""
     model: ServedModelConfig
-    """The served model; its `reference` is pinned: it names what the folder holds."""
+    """The served model; its `reference` is pinned: it names the version."""
     budgets: tuple[int, ...]
     """Offered visual-token budgets, ascending; each is warmed up."""
     policy: InputPolicyConfig | None = None

@@ -27,6 +27,7 @@ from parcelray.serving.engine.engine import (
     last_event,
 )
 from parcelray.serving.replica import ReplicaSettings
+from parcelray.tracking.opening import model_folder
 
 logger = logging.getLogger("ray.serve")
 _TIMEOUT_S = 20.0
@@ -84,8 +85,9 @@ def load_engine(settings: ReplicaSettings, name: str) -> tuple[Engine, "HealthPr
     started = time.perf_counter()
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
-    model = load_model(settings.path, settings.model, settings.budgets)
-    processor = load_processor(settings.path)
+    folder = model_folder(settings.pin, logger.info)
+    model = load_model(folder, settings.model, settings.budgets)
+    processor = load_processor(folder)
     logger.info("parcelray: model loaded in %.1f s", time.perf_counter() - started)
     probe = HealthProbe(PromptBuilder(processor), settings.budgets)
     engine = ContinuousEngine(

@@ -8,7 +8,6 @@ import fcntl
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from rich.console import Console
@@ -19,7 +18,7 @@ from parcelray.config.train import TrainJob
 from parcelray.errors import UserError
 from parcelray.evaluation.run import run_evaluation
 from parcelray.models.vlm import connector_of
-from parcelray.tracking.run_folder import RunFolder
+from parcelray.tracking.run_folder import RunFolder, storage_folder
 from parcelray.training.run import run_training
 
 VANILLA = "vanilla"
@@ -145,7 +144,7 @@ def evaluate_runs(runs: Sequence[Run], job: TrainJob, evaluation: EvaluateJob, c
 @contextmanager
 def only_worker(job: TrainJob | EvaluateJob, console: Console) -> Iterator[bool]:
     """Yields whether no other process of this machine works on a job; the kernel frees a job when its process ends."""
-    path = Path(job.storage) / "elastic" / f"{job.kind}-{job.name}.lock"
+    path = storage_folder(job.storage) / "elastic" / f"{job.kind}-{job.name}.lock"
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as lock:
         try:

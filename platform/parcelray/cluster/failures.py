@@ -1,0 +1,93 @@
+"""Failed workers of a job, from the state that Ray's dashboard keeps of tasks and actors."""
+
+import urllib.parse
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from parcelray.cluster.auth import find_token
+from parcelray.cluster.preflight import dashboard_url, get_json
+
+_LIMIT = 20
+"""Largest number of failed workers."""
+
+
+@dataclass(frozen=True)
+class FailedWorker:
+    """A task or an actor of a job that failed."""
+
+    name: str
+    """Name of the task or of the actor's class."""
+    node: str
+    """IP address of its node."""
+    pid: int
+    """Process id on the node; 0 if the process has never started."""
+    error: str
+    """Traceback of the task, or the reason why the process ended."""
+    log: str
+    """Path of the worker's log on the node; `*` stands for the worker's id."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the failure as a JSON-serialisable dictionary."""
+        return asdict(self)
+
+
+def failed_workers(ray_job_id: str, *, address: str | None) -> list[FailedWorker]:
+    """Queries the failed workers of a job, tasks with a traceback first.
+
+    Args:
+        ray_job_id: Ray's id of the driver, see `jobs.JobState`.
+        address: address of the cluster's dashboard.
+
+    Raises:
+        UserError: the cluster is unreachable or rejects the token.
+        SystemFailure: the cluster failed on the request.
+    """
+    url, token = dashboard_url(address), find_token()
+
+    def rows(kind: str, **filters: str) -> list[dict[str, Any]]:
+        keys = [("detail", "1"), ("limit", str(_LIMIT))]
+        for key, value in filters.items():
+            keys += [("filter_keys", key), ("filter_predicates", "="), ("filter_values", value)]
+        answer = get_json(url, f"/api/v0/{kind}?{urllib.parse.urlencode(keys)}", token)
+        found: list[dict[str, Any]] = answer["data"]["result"]["result"]
+        return found
+
+    nodes = {node["node_id"]: node["node_ip"] for node in rows("nodes")}
+    session = get_json(url, "/api/version", token)["session_name"]
+
+    def log_of(row: dict[str, Any], pid: int) -> str:
+        stored = (row.get("task_log_info") or {}).get("stderr_file")
+        return stored or f"ray/{session}/logs/worker-*-{ray_job_id}-{pid}.err in Ray's temporary folder"
+
+    tasks = [
+        FailedWorker(
+            name=row["name"],
+            node=nodes.get(row["node_id"], ""),
+            pid=row.get("worker_pid") or 0,
+            error=str(row.get("error_message") or row.get("error_type") or "").strip(),
+            log=log_of(row, row.get("worker_pid") or 0),
+        )
+        for row in rows("tasks", job_id=ray_job_id, state="FAILED")
+    ]
+    actors = [
+        FailedWorker(
+            name=row["class_name"],
+            node=nodes.get(row["node_id"], ""),
+            pid=row.get("pid") or 0,
+            error=reason,
+            log=log_of(row, row.get("pid") or 0),
+        )
+        for row in rows("actors", job_id=ray_job_id, state="DEAD")
+        if (reason := _reason(row.get("death_cause") or {}))
+    ]
+    known = {(each.node, each.pid) for each in tasks}
+    return tasks + [each for each in actors if (each.node, each.pid) not in known]
+
+
+def _reason(death_cause: dict[str, Any]) -> str:
+    """Why an actor died; empty if it was ended on purpose or with its job."""
+    context = death_cause.get("actor_died_error_context") or {}
+    if context.get("reason") in ("RAY_KILL", "OUT_OF_SCOPE", "REF_DELETED", "OWNER_DIED"):
+        return ""
+    failure = (death_cause.get("creation_task_failure_context") or {}).get("formatted_exception_string")
+    return str(failure or context.get("error_message") or "").strip()
