@@ -12,6 +12,7 @@ import re
 import secrets
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -243,8 +244,11 @@ class Hosts:
 
     def num_checkpoints(self, run: str) -> int:
         """Returns how many checkpoints of a training have been completely stored, by the log of the S3 server."""
-        text = (self.services.folder / "s3.log").read_text(encoding="utf-8")
-        return len(set(re.findall(rf"PUT /{BUCKET}/runs/{run}/[^/]+/(checkpoint_[^/]+)/state.json", text)))
+        return self._num_logged(rf"PUT /{BUCKET}/runs/{run}/[^/]+/(checkpoint_[^/]+)/state.json")
+
+    def num_stored(self, folder: str) -> int:
+        """Returns how many parquet files have been stored below a folder of the runs, by the log of the S3 server."""
+        return self._num_logged(rf"PUT /{BUCKET}/runs/({folder}/\S+\.parquet)")
 
     def cut(self, host: Host) -> None:
         """Disconnects a host from the network, as if its cable was pulled; what happens inside the host goes on."""
@@ -268,15 +272,14 @@ class Hosts:
         (self.laptop.path(PROJECT) / name).write_text(yaml.safe_dump(common | dict(job)), encoding="utf-8")
         return name
 
-    def start_s3(self) -> subprocess.Popen[bytes]:
+    def start_s3(self) -> None:
         """Starts the S3 server with one bucket; its objects are in memory."""
-        server = self.services.start("exec moto_server -H 0.0.0.0 -p 9000", log="s3.log")
+        self.s3 = server = self.services.start("exec moto_server -H 0.0.0.0 -p 9000", log="s3.log")
         create = f"import s3fs; s3fs.S3FileSystem().mkdir({BUCKET!r}); print('true')"
         wait_until(lambda: ":9000 " in self.services.run("ss -tln"), "the S3 server listens", server)
         self.services.python(create)
-        return server
 
-    def start_mlflow(self) -> subprocess.Popen[bytes]:
+    def start_mlflow(self) -> None:
         """Starts the MLflow server as the systemd unit of deploy/mlflow does: with accounts and allowed hosts."""
         unit = (ROOT / "deploy" / "mlflow" / "mlflow.service").read_text(encoding="utf-8")
         entries = [line.partition("=")[::2] for line in unit.splitlines()]
@@ -295,9 +298,13 @@ class Hosts:
         }
         shutil.copy(ROOT / "deploy" / "mlflow" / "basic_auth.ini", self.services.path(HOME))
         exported = shlex.join(f"{key}={value}" for key, value in settings.items())
-        server = self.services.start(f"exec env {exported} {command}", log="mlflow.log")
+        self.mlflow = server = self.services.start(f"exec env {exported} {command}", log="mlflow.log")
         wait_until(lambda: ":5000 " in self.services.run("ss -tln"), "the MLflow server listens", server)
-        return server
+
+    def stop(self, server: subprocess.Popen[bytes]) -> None:
+        """Ends a server with SIGKILL."""
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait(timeout=LIMIT_S)
 
     def start_head(self) -> subprocess.Popen[bytes]:
         """Starts Ray on the head, without logical CPUs."""
@@ -325,6 +332,10 @@ class Hosts:
             lambda: self.laptop.run(script, check=False).strip().splitlines()[-1:] == [str(count)],
             f"the cluster has {count} nodes",
         )
+
+    def _num_logged(self, request: str) -> int:
+        text = (self.services.folder / "s3.log").read_text(encoding="utf-8")
+        return len(set(re.findall(request, text)))
 
     def _host(self, name: str, network: str | None = None) -> Host:
         host = Host(self._folder, name, self._prefix + (network or name), self.variables)
