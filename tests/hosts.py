@@ -64,7 +64,8 @@ while :; do sleep 3600 & wait; done
 """
 
 # Ray gives up if a node does not start within 30 s, which a busy machine exceeds.
-_RESTARTED = "for attempt in 1 2 3 4 5; do %s && break; sleep 1; done"
+RESTARTED = "for attempt in 1 2 3 4 5; do %s && break; sleep 1; done"
+"""Shell script that repeats a command of `ray start`, as a service manager does."""
 
 _ALL_NODES = """
 import json, sys, urllib.request
@@ -309,7 +310,7 @@ class Hosts:
     def start_head(self) -> subprocess.Popen[bytes]:
         """Starts Ray on the head, without logical CPUs."""
         return self.head.start(
-            _RESTARTED % f"ray start --head --block --node-ip-address={_ADDRESSES['head']} --port=6379 --num-cpus=0"
+            RESTARTED % f"ray start --head --block --node-ip-address={_ADDRESSES['head']} --port=6379 --num-cpus=0"
             " --dashboard-host=127.0.0.1 --object-store-memory=200000000",
             log="ray.log",
         )
@@ -320,7 +321,7 @@ class Hosts:
         With three CPUs, a training with workers of two CPUs has one worker on each host, and CPUs to read its data.
         """
         return host.start(
-            _RESTARTED % f"ray start --block --address=head:6379 --node-ip-address={_ADDRESSES[host.name]}"
+            RESTARTED % f"ray start --block --address=head:6379 --node-ip-address={_ADDRESSES[host.name]}"
             f" --num-cpus={num_cpus} --object-store-memory=300000000",
             log="ray.log",
         )

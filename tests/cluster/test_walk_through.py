@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import pytest
 import yaml
 
-from ..hosts import HOME, MLFLOW_URL, PROJECT, ROOT, RUNS, Host, Hosts, make_hosts, why_no_hosts
+from ..hosts import HOME, MLFLOW_URL, PROJECT, RESTARTED, ROOT, RUNS, Host, Hosts, make_hosts, why_no_hosts
 from ..processes import wait_until
 
 pytestmark = [pytest.mark.ray, pytest.mark.serving, pytest.mark.nightly, pytest.mark.timeout(7200)]
@@ -114,7 +114,7 @@ def test_the_walk_through(hosts: Hosts) -> None:
 
 
 def _run(hosts: Hosts, host: Host, settings: list[str], command: str) -> None:
-    script = "\n".join([*settings, command])
+    script = "\n".join([*settings, RESTARTED % command if command.startswith("ray start") else command])
     folder = PROJECT if host is hosts.laptop else HOME
     if _DISTURBED not in command:
         host.run(script, folder, timeout_s=LIMIT_S)
