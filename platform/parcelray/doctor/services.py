@@ -126,14 +126,14 @@ def check_hub(models: Sequence[str]) -> Finding:
     Args:
         models: references `ORG/NAME@REVISION` of models that the job takes from the hub.
     """
-    if os.environ.get("HF_HUB_OFFLINE") == "1":
+    from huggingface_hub import HfApi, constants
+
+    if constants.HF_HUB_OFFLINE:
         return Finding("hub", "skip", "HF_HUB_OFFLINE=1 switches the hub off")
     if not models and not os.environ.get("HF_ENDPOINT") and not os.environ.get("HF_TOKEN"):
         return Finding("hub", "skip", "nothing uses the hub (models hf:ORG/NAME@REVISION, HF_ENDPOINT, HF_TOKEN)")
-    import huggingface_hub
-
-    endpoint = os.environ.get("HF_ENDPOINT") or huggingface_hub.constants.ENDPOINT
-    api = huggingface_hub.HfApi(endpoint=endpoint)
+    endpoint = os.environ.get("HF_ENDPOINT") or constants.ENDPOINT
+    api = HfApi(endpoint=endpoint)
     for model in models:
         name, _, revision = model.partition("@")
         api.model_info(name, revision=revision or None, timeout=_HTTP_TIMEOUT_S)
