@@ -8,9 +8,11 @@ tunnel to the dashboard. The network exists only inside the namespaces, and no h
 
 import json
 import os
+import re
 import secrets
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -55,14 +57,15 @@ mount --rbind "$root/tmp" "$temporary"
 for folder in $hidden; do mkdir -p "$folder"; mount -t tmpfs -o size=1m tmpfs "$folder"; done
 mkdir -p "$environment"
 mount --bind "$temporary/.environment" "$environment"
-mount -t tmpfs -o size=2g tmpfs /dev/shm
+mount -t tmpfs -o size=16g tmpfs /dev/shm
 touch "$temporary/.ready"
 # This shell is the first process of the host and collects the processes that lose their parent.
 while :; do sleep 3600 & wait; done
 """
 
 # Ray gives up if a node does not start within 30 s, which a busy machine exceeds.
-_RESTARTED = "for attempt in 1 2 3 4 5; do %s && break; sleep 1; done"
+RESTARTED = "for attempt in 1 2 3 4 5; do %s && break; sleep 1; done"
+"""Shell script that repeats a command of `ray start`, as a service manager does."""
 
 _ALL_NODES = """
 import json, sys, urllib.request
@@ -209,6 +212,8 @@ class Hosts:
             "AWS_SECRET_ACCESS_KEY": "of-this-test",
             "AWS_DEFAULT_REGION": "us-east-1",
             "AWS_ENDPOINT_URL": S3_URL,
+            "MLFLOW_TRACKING_USERNAME": "cluster",
+            "MLFLOW_TRACKING_PASSWORD": secrets.token_hex(16),
         }
         _remove_left_over()
         for name in _ADDRESSES:
@@ -233,6 +238,19 @@ class Hosts:
         self.laptop = self._host("laptop", network="head")
         self._copy_project()
 
+    @property
+    def all(self) -> list[Host]:
+        """All hosts of the cluster and the laptop."""
+        return [self.head, *self.workers, self.laptop]
+
+    def num_checkpoints(self, run: str) -> int:
+        """Returns how many checkpoints of a training have been completely stored, by the log of the S3 server."""
+        return self._num_logged(rf"PUT /{BUCKET}/runs/{run}/[^/]+/(checkpoint_[^/]+)/state.json")
+
+    def num_stored(self, folder: str) -> int:
+        """Returns how many parquet files have been stored below a folder of the runs, by the log of the S3 server."""
+        return self._num_logged(rf"PUT /{BUCKET}/runs/({folder}/\S+\.parquet)")
+
     def cut(self, host: Host) -> None:
         """Disconnects a host from the network, as if its cable was pulled; what happens inside the host goes on."""
         self._ip("-n", self._prefix + "services", "link", "set", host.name, "down")
@@ -255,37 +273,55 @@ class Hosts:
         (self.laptop.path(PROJECT) / name).write_text(yaml.safe_dump(common | dict(job)), encoding="utf-8")
         return name
 
-    def start_s3(self) -> subprocess.Popen[bytes]:
+    def start_s3(self) -> None:
         """Starts the S3 server with one bucket; its objects are in memory."""
-        server = self.services.start("exec moto_server -H 0.0.0.0 -p 9000", log="s3.log")
+        self.s3 = server = self.services.start("exec moto_server -H 0.0.0.0 -p 9000", log="s3.log")
         create = f"import s3fs; s3fs.S3FileSystem().mkdir({BUCKET!r}); print('true')"
-        wait_until(lambda: "9000" in self.services.run("ss -tln"), "the S3 server listens", server)
+        wait_until(lambda: ":9000 " in self.services.run("ss -tln"), "the S3 server listens", server)
         self.services.python(create)
-        return server
 
-    def start_mlflow(self) -> subprocess.Popen[bytes]:
-        """Starts the MLflow server, which stores the artifacts in the bucket."""
-        server = self.services.start(
-            "export MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false; exec mlflow server --host 0.0.0.0 --port 5000 --workers 1"
-            " --backend-store-uri sqlite:///mlflow.db"
-            f" --artifacts-destination s3://{BUCKET}/mlflow --allowed-hosts 'mlflow:5000'",
-            log="mlflow.log",
-        )
-        wait_until(lambda: "5000" in self.services.run("ss -tln"), "the MLflow server listens", server)
-        return server
+    def start_mlflow(self) -> None:
+        """Starts the MLflow server as the systemd unit of deploy/mlflow does: with accounts and allowed hosts."""
+        unit = (ROOT / "deploy" / "mlflow" / "mlflow.service").read_text(encoding="utf-8")
+        entries = [line.partition("=")[::2] for line in unit.splitlines()]
+        (command,) = [
+            Path(value.split()[0]).name + value[len(value.split()[0]) :] for key, value in entries if key == "ExecStart"
+        ]
+        settings = dict(value.split("=", 1) for key, value in entries if key == "Environment") | {
+            "MLFLOW_HOST": "0.0.0.0",
+            "MLFLOW_AUTH_CONFIG_PATH": str(HOME / "basic_auth.ini"),
+            "MLFLOW_BACKEND_STORE_URI": "sqlite:///mlflow.db",
+            "MLFLOW_ARTIFACTS_DESTINATION": f"s3://{BUCKET}/mlflow",
+            "MLFLOW_SERVER_ALLOWED_HOSTS": "mlflow:5000",
+            "MLFLOW_FLASK_SERVER_SECRET_KEY": secrets.token_hex(32),
+            "MLFLOW_AUTH_ADMIN_USERNAME": self.variables["MLFLOW_TRACKING_USERNAME"],
+            "MLFLOW_AUTH_ADMIN_PASSWORD": self.variables["MLFLOW_TRACKING_PASSWORD"],
+        }
+        shutil.copy(ROOT / "deploy" / "mlflow" / "basic_auth.ini", self.services.path(HOME))
+        exported = shlex.join(f"{key}={value}" for key, value in settings.items())
+        self.mlflow = server = self.services.start(f"exec env {exported} {command}", log="mlflow.log")
+        wait_until(lambda: ":5000 " in self.services.run("ss -tln"), "the MLflow server listens", server)
+
+    def stop(self, server: subprocess.Popen[bytes]) -> None:
+        """Ends a server with SIGKILL."""
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait(timeout=LIMIT_S)
 
     def start_head(self) -> subprocess.Popen[bytes]:
         """Starts Ray on the head, without logical CPUs."""
         return self.head.start(
-            _RESTARTED % f"ray start --head --block --node-ip-address={_ADDRESSES['head']} --port=6379 --num-cpus=0"
+            RESTARTED % f"ray start --head --block --node-ip-address={_ADDRESSES['head']} --port=6379 --num-cpus=0"
             " --dashboard-host=127.0.0.1 --object-store-memory=200000000",
             log="ray.log",
         )
 
     def start_worker(self, host: Host, num_cpus: int = 3) -> subprocess.Popen[bytes]:
-        """Starts Ray on a worker; a training with workers of two CPUs then has one on each host, and CPUs for its data."""
+        """Starts Ray on a worker.
+
+        With three CPUs, a training with workers of two CPUs has one worker on each host, and CPUs to read its data.
+        """
         return host.start(
-            _RESTARTED % f"ray start --block --address=head:6379 --node-ip-address={_ADDRESSES[host.name]}"
+            RESTARTED % f"ray start --block --address=head:6379 --node-ip-address={_ADDRESSES[host.name]}"
             f" --num-cpus={num_cpus} --object-store-memory=300000000",
             log="ray.log",
         )
@@ -297,6 +333,10 @@ class Hosts:
             lambda: self.laptop.run(script, check=False).strip().splitlines()[-1:] == [str(count)],
             f"the cluster has {count} nodes",
         )
+
+    def _num_logged(self, request: str) -> int:
+        text = (self.services.folder / "s3.log").read_text(encoding="utf-8")
+        return len(set(re.findall(request, text)))
 
     def _host(self, name: str, network: str | None = None) -> Host:
         host = Host(self._folder, name, self._prefix + (network or name), self.variables)
@@ -334,14 +374,24 @@ class Hosts:
 
 
 @contextmanager
-def start_hosts(folder: Path) -> Iterator[Hosts]:
-    """Makes the hosts, starts all servers and Ray, and on exit ends everything.
+def make_hosts(folder: Path) -> Iterator[Hosts]:
+    """Makes the hosts, and on exit ends everything that runs on them.
 
     Args:
         folder: an empty folder for the disks of the hosts.
     """
     with ExitStack() as stack:
-        hosts = Hosts(folder, stack)
+        yield Hosts(folder, stack)
+
+
+@contextmanager
+def start_hosts(folder: Path) -> Iterator[Hosts]:
+    """Makes the hosts, and starts Ray, the S3 server and the MLflow server; on exit ends everything.
+
+    Args:
+        folder: an empty folder for the disks of the hosts.
+    """
+    with make_hosts(folder) as hosts:
         hosts.start_head()
         hosts.start_s3()
         hosts.start_mlflow()

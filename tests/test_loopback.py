@@ -108,7 +108,9 @@ def _mlflow(url: str) -> None:
 def _mlflow_logger(url: str) -> None:
     from parcelray.tracking.mlflow_tracker import MlflowRunLogger
 
-    MlflowRunLogger(url, "run")
+    logger = MlflowRunLogger(url, "run")
+    logger.log_metrics({"train/loss": 0.5}, 1)
+    logger.flush()
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,8 @@ from typing import Any
 
 import pytest
 
+from parcelray.tracking.lineage import JOB_TAG, MODEL_IN_TAG
+
 from ..hosts import PROJECT, RUNS, TMP, Hosts
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(1200)]
@@ -49,7 +51,8 @@ def test_a_submitted_training_leaves_its_model_in_the_bucket_and_its_metrics_on_
     assert stored["metrics"]["val/score@16"] >= 0
     run = hosts.laptop.python(_RUN, stored["run"])
     assert (run["status"], run["steps"]) == ("FINISHED", [1, 2, 3])
-    assert run["tags"]["parcel.start"].startswith("sha256:")
+    assert run["tags"][JOB_TAG].startswith("train-short-")
+    assert run["tags"][MODEL_IN_TAG].startswith("sha256:")
     # Ray Train keeps a log of each worker on the host where it ran.
     for worker in hosts.workers:
         worker.run(f"ls {TMP}/ray/session_latest/logs/train/ray-train-app-worker-*")

@@ -386,8 +386,6 @@ def test_an_unknown_job_is_reported(cluster: Cluster) -> None:
         list(jobs.logs("train-none-0000000e", address=cluster.address, follow=True))
 
 
-
-
 def test_a_driver_outside_of_a_job_joins_and_sends_the_package(cluster: Cluster) -> None:
     variables = os.environ | {
         "RAY_ADDRESS": cluster.gcs,

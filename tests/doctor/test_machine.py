@@ -71,7 +71,7 @@ def _memory(root: Path, available_gib: float, limit: str | None = None, used: in
     [
         ({"available_gib": 8.0}, "pass", ["8.0 of 64.0 GiB"]),
         ({"available_gib": 8.0, "limit": "max"}, "pass", ["8.0 of 64.0 GiB"]),
-        ({"available_gib": 3.0}, "warn", ["3.0 of 64.0 GiB", "less than 4 GiB"]),
+        ({"available_gib": 3.0}, "warn", ["3.0 of 64.0 GiB", "less than 8 GiB"]),
         ({"available_gib": 1.0}, "fail", ["less than 2 GiB", "stop other programs"]),
         # A container of 4 GiB, of which three are in use.
         ({"available_gib": 8.0, "limit": str(4 * GIB), "used": 3 * GIB}, "fail", ["1.0 of 4.0 GiB"]),
