@@ -87,7 +87,9 @@ def _config(gcs: str) -> dict[str, Any]:
         "cluster_name": "autoscaled",
         "max_workers": 8,
         "provider": {
-            "type": "fake_multinode",
+            # As `fake_multinode`, Ray would look for a file of defaults that its wheel does not contain.
+            "type": "external",
+            "module": "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider",
             "gcs_address": gcs,
             "launch_multiple": True,
             "head_node_id": FAKE_HEAD_NODE_ID,

@@ -98,4 +98,6 @@ def test_a_fresh_clone_passes(
     target = doctor.target_of(None)
     findings = list(doctor.examine(target, address=None, security=True, folder=repo_root, job_file=None))
     assert [finding.check for finding in findings] == CHECKS + SECURITY
-    assert [finding for finding in findings if finding.status == "fail" and finding.check in CHECKS] == []
+    # Memory and disk depend on what else runs on this machine, and file modes on who cloned the repository.
+    checked = set(CHECKS) - {"memory", "shared memory", "disk"}
+    assert [finding for finding in findings if finding.status == "fail" and finding.check in checked] == []

@@ -71,7 +71,7 @@ def _memory(root: Path, available_gib: float, limit: str | None = None, used: in
     [
         ({"available_gib": 8.0}, "pass", ["8.0 of 64.0 GiB"]),
         ({"available_gib": 8.0, "limit": "max"}, "pass", ["8.0 of 64.0 GiB"]),
-        ({"available_gib": 3.0}, "warn", ["3.0 of 64.0 GiB", "less than 4 GiB"]),
+        ({"available_gib": 3.0}, "warn", ["3.0 of 64.0 GiB", "less than 8 GiB"]),
         ({"available_gib": 1.0}, "fail", ["less than 2 GiB", "stop other programs"]),
         # A container of 4 GiB, of which three are in use.
         ({"available_gib": 8.0, "limit": str(4 * GIB), "used": 3 * GIB}, "fail", ["1.0 of 4.0 GiB"]),
@@ -108,7 +108,7 @@ def test_little_shared_memory_is_reported(tmp_path: Path, monkeypatch: pytest.Mo
 def test_a_full_disk_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, total: float, free: float, status: str, words: list[str]
 ) -> None:
-    used = shutil._ntuple_diskusage(total * GIB, (total - free) * GIB, free * GIB)
+    used = shutil._ntuple_diskusage(*(int(gib * GIB) for gib in (total, total - free, free)))
     monkeypatch.setattr(shutil, "disk_usage", lambda path: used)
     for storage in (str(tmp_path / "runs" / "later"), "s3://bucket/runs"):
         _is(machine.check_disk(storage), status, *words)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import ray
 from fsspec.implementations.memory import MemoryFileSystem
+from huggingface_hub import constants
 from mlflow import MlflowClient
 
 from parcelray.cluster.preflight import local_ray_version
@@ -23,7 +24,7 @@ from .test_machine import _is
 @pytest.fixture(autouse=True)
 def nothing_configured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     names = ("RAY_API_SERVER_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
-    for name in (*names, "HF_ENDPOINT", "HF_TOKEN", "HF_HUB_OFFLINE"):
+    for name in (*names, "HF_ENDPOINT", "HF_TOKEN"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
 
@@ -123,11 +124,24 @@ def test_storage_is_written_and_read(tmp_path: Path, monkeypatch: pytest.MonkeyP
     [
         # Nobody can create a file there, not even root.
         ("/proc/runs", ["Error", "credentials"]),
-        ("s9://bucket/runs", ["Protocol not known", "address"]),
+        ("s9://bucket/runs", ["Protocol not known", "use a folder"]),
     ],
 )
 def test_storage_that_does_not_work_is_reported(storage: str, words: list[str]) -> None:
     _is(services.check_storage(storage), "fail", *words)
+
+
+def test_storage_that_does_not_respond_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    end = threading.Event()
+
+    def wait(uri: str) -> None:
+        end.wait()
+        raise OSError
+
+    monkeypatch.setattr(services, "open_storage", wait)
+    monkeypatch.setattr(services, "_STORAGE_LIMIT_S", 0.01)
+    _is(services.check_storage("s3://bucket/runs"), "fail", "did not respond within 0.01 s", "credentials")
+    end.set()
 
 
 def test_the_cluster_is_queried_with_the_token(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,6 +160,8 @@ def test_the_cluster_is_queried_with_the_token(server: str, monkeypatch: pytest.
 
 
 def test_the_hub_is_queried_for_the_models_of_the_job(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The environment of the tests switches the hub off.
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     _is(services.check_hub(()), "skip", "nothing uses the hub")
     monkeypatch.setenv("HF_ENDPOINT", server)
     _is(services.check_hub(()), "pass", server)
@@ -153,5 +169,5 @@ def test_the_hub_is_queried_for_the_models_of_the_job(server: str, monkeypatch: 
     _is(services.check_hub(("org/none@main",)), "fail", "404", "HF_ENDPOINT")
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     _is(services.check_hub(("org/model",)), "fail", "HF_HUB_OFFLINE=1")
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     _is(services.check_hub(("org/model",)), "skip")

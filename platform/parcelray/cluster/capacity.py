@@ -37,7 +37,7 @@ _UNITS = 10_000
 class Part(NamedTuple):
     """Equal processes of a job, each of which must fit on one node."""
 
-    count: int
+    number: int
     name: str
     """Name of one process in messages, such as `worker`."""
     each: Amounts
@@ -56,20 +56,20 @@ class Need:
 
     def __str__(self) -> str:
         return " and ".join(
-            f"{count} {name}{'s' if count > 1 else ''} of {_listed(each)}{' each' if count > 1 else ''}"
-            for count, name, each in self.parts
-            if count and _names(each)
+            f"{number} {name}{'s' if number > 1 else ''} of {_listed(each)}{' each' if number > 1 else ''}"
+            for number, name, each in self.parts
+            if number and _names(each)
         )
 
     def times(self, number: int) -> "Need":
         """Returns the need of `number` such jobs together."""
-        parts = tuple(part._replace(count=number * part.count) for part in self.parts)
+        parts = tuple(part._replace(number=number * part.number) for part in self.parts)
         return Need(self.subject, parts, self.remedy)
 
     @property
     def bundles(self) -> list[Amounts]:
         """The resources of every process, the largest first; processes that need none are left out."""
-        bundles = [dict(part.each) for part in self.parts for _ in range(part.count) if _names(part.each)]
+        bundles = [dict(part.each) for part in self.parts for _ in range(part.number) if _names(part.each)]
         return sorted(bundles, key=lambda each: (-each.get("GPU", 0.0), -each.get("CPU", 0.0)))
 
 
@@ -264,7 +264,7 @@ def node_types(config_file: str) -> tuple[tuple[NodeType, ...], int]:
         for kind in kinds
         if kind.name != config.get_head_node_type()
     )
-    return types, config.get_max_num_worker_nodes()
+    return types, config.get_max_num_worker_nodes() or 0
 
 
 class _Room:

@@ -1,5 +1,6 @@
 """Failed workers of a job, from the state that Ray's dashboard keeps of tasks and actors."""
 
+import re
 import urllib.parse
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -7,6 +8,8 @@ from typing import Any
 from parcelray.cluster.auth import find_token
 from parcelray.cluster.preflight import dashboard_url, get_json
 
+_PROCESS = re.compile(r"\(pid=(?P<pid>\d+), ip=(?P<ip>[\d.]+)")
+"""Process in the first line of a traceback: `ray::train() (pid=4711, ip=10.7.0.11)`."""
 _LIMIT = 20
 """Largest number of failed workers."""
 
@@ -55,28 +58,21 @@ def failed_workers(ray_job_id: str, *, address: str | None) -> list[FailedWorker
     nodes = {node["node_id"]: node["node_ip"] for node in rows("nodes")}
     session = get_json(url, "/api/version", token)["session_name"]
 
-    def log_of(row: dict[str, Any], pid: int) -> str:
+    def failure(row: dict[str, Any], name: str, pid: int, error: str) -> FailedWorker:
+        # The dashboard gets the error before the process of the task.
+        named = _PROCESS.search(error)
+        pid = pid or (int(named["pid"]) if named else 0)
+        node = nodes.get(row["node_id"]) or (named["ip"] if named else "")
         stored = (row.get("task_log_info") or {}).get("stderr_file")
-        return stored or f"ray/{session}/logs/worker-*-{ray_job_id}-{pid}.err in Ray's temporary folder"
+        log = stored or f"ray/{session}/logs/worker-*-{ray_job_id}-{pid}.err in Ray's temporary folder"
+        return FailedWorker(name, node, pid, error, log)
 
     tasks = [
-        FailedWorker(
-            name=row["name"],
-            node=nodes.get(row["node_id"], ""),
-            pid=row.get("worker_pid") or 0,
-            error=str(row.get("error_message") or row.get("error_type") or "").strip(),
-            log=log_of(row, row.get("worker_pid") or 0),
-        )
+        failure(row, row["name"], row.get("worker_pid") or 0, str(row.get("error_message") or row.get("error_type")))
         for row in rows("tasks", job_id=ray_job_id, state="FAILED")
     ]
     actors = [
-        FailedWorker(
-            name=row["class_name"],
-            node=nodes.get(row["node_id"], ""),
-            pid=row.get("pid") or 0,
-            error=reason,
-            log=log_of(row, row.get("pid") or 0),
-        )
+        failure(row, row["class_name"], row.get("pid") or 0, reason)
         for row in rows("actors", job_id=ray_job_id, state="DEAD")
         if (reason := _reason(row.get("death_cause") or {}))
     ]

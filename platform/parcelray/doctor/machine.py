@@ -15,8 +15,8 @@ from parcelray.doctor.finding import Finding, guarded
 _MIN_PYTHON = (3, 11)
 _LOCKED = re.compile(r"(?P<name>[A-Za-z0-9._-]+)==(?P<version>\S+)")
 _GIB = 2**30
-_MEMORY_GIB = (2.0, 4.0)
-"""Available memory below which the check fails, and below which it warns, GiB: Ray, two workers and a mini model."""
+_MEMORY_GIB = (2.0, 8.0)
+"""Available memory below which the check fails, and below which it warns, GiB: Ray alone, and `make quickstart`."""
 _DISK_GIB = (1.0, 10.0)
 """Free disk space below which the check fails, and below which it warns, GiB."""
 _FULL = 0.95
