@@ -23,10 +23,11 @@ from parcelray.evaluation.frontier import frontier_table, write_frontier
 from parcelray.evaluation.predict import PYFUNC_FILE
 from parcelray.evaluation.predict.predictor import Predictor
 from parcelray.evaluation.scoring.aggregate import Frontier
-from parcelray.files import atomic_write, is_written
+from parcelray.files import atomic_write, is_local, is_written, open_storage, upload_files
 from parcelray.models.vlm import image_size_of, load_processor, load_vlm
 from parcelray.tracking.mlflow_tracker import MlflowRunLogger, tracked_run
 from parcelray.tracking.registry import promote, register_model, resolve_registry
+from parcelray.tracking.run_folder import temporary_copy
 from parcelray.tracking.store import ensure_store
 from parcelray.training.compare import REFERENCE, best_method, build_frontier, train_all
 
@@ -68,17 +69,19 @@ def named_jobs(parcel: TrainJob, shipped: TrainJob) -> dict[str, TrainJob]:
 def run(job: TrainJob, console: Console) -> None:
     """Runs the parts of the pipeline that are not finished yet."""
     assert job.report is not None
-    folder = Path(job.storage) / "quickstart"
+    filesystem, root = open_storage(job.storage)
+    stored = f"{root}/quickstart"
+    folder = Path(stored) if is_local(filesystem) else temporary_copy("quickstart")
     jobs = named_jobs(job, load_job_of(TrainJob, JOB))
     uri = ensure_store(job.tracking.uri or "sqlite:///runs/mlflow.db")
     name = f"pipeline-quickstart-{config_hash(job)}"
-    finished = folder / f"{name}.done"
-    if is_written(finished):
+    finished = f"{stored}/{name}.done"
+    if is_written(finished, filesystem):
         console.print(
-            f"{name} is done; nothing to compute. Remove {folder} and {job.storage}/train/quickstart-* to start"
+            f"{name} is done; nothing to compute. Remove {stored} and {job.storage}/train/quickstart-* to start"
             " again.\n",
         )
-        console.print(finished.read_text(encoding="utf-8"), markup=False)
+        console.print(filesystem.cat_file(finished).decode(), markup=False)
         return
     with tracked_run(
         uri, job.tracking.experiment, name, params={"methods": ", ".join(jobs), "steps": job.training.steps}
@@ -87,6 +90,8 @@ def run(job: TrainJob, console: Console) -> None:
             runs = train_all(jobs, console, address=None, parent_run_id=run_id)
             frontier = build_frontier(jobs, runs, job.report, console)
         table, picture = write_frontier(frontier, folder, "Mini suite: score against visual tokens per image")
+        if not is_local(filesystem):
+            upload_files(folder, filesystem, stored)
         _record(uri, run_id, frontier, table, picture)
         winner = best_method(frontier)
         version = register_model(
@@ -96,10 +101,10 @@ def run(job: TrainJob, console: Console) -> None:
         report = Console(record=True, highlight=False, width=console.width, file=console.file)
         report.print(frontier_table(frontier))
         report.print(
-            f"Picture: {picture}\nRegistered: models:/{MODEL_NAME}/{version} ({winner}), alias champion",
+            f"Picture: {stored}/{picture.name}\nRegistered: models:/{MODEL_NAME}/{version} ({winner}), alias champion",
         )
         _answer(job, uri, report)
-    with atomic_write(finished) as file:
+    with atomic_write(finished, filesystem) as file:
         file.write(report.export_text().encode())
 
 

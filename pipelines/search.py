@@ -57,11 +57,10 @@ def jobs_of(overrides: Sequence[str]) -> tuple[TrainJob, TuneJob, TuneJob]:
         f"base.storage={folder}",
         f"tracking.uri={written(supernet.tracking.uri or 'null')}",
     ]
-    trained = Path(folder) / "train"
-    models = [f"base.model.reference={trained / supernet.name / 'model'}"]
-    models += [
-        f"baselines.{name.upper()}={trained / baseline_job(supernet, name).name / 'model'}" for name in BASELINES
-    ]
+    # A URI is no `Path`, which would drop one of its slashes.
+    trained = f"{folder.rstrip('/')}/train"
+    models = [f"base.model.reference={trained}/{supernet.name}/model"]
+    models += [f"baselines.{name.upper()}={trained}/{baseline_job(supernet, name).name}/model" for name in BASELINES]
     splits = load_job_of(TuneJob, JOBS / "tune" / "anchor_query_split.yaml", [*storage, *models, *own["splits."]])
     clusters = load_job_of(TuneJob, JOBS / "tune" / "cluster_count.yaml", [*storage, *own["clusters."]])
     return supernet, splits, clusters

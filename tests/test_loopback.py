@@ -92,9 +92,9 @@ def _with_urllib(url: str) -> None:
 
 
 def _jobs_client(url: str) -> None:
-    from parcelray.cluster.jobs import _client
+    from parcelray.cluster.jobs import open_client
 
-    _client(url, "secret")
+    open_client(url, "secret")
 
 
 def _mlflow(url: str) -> None:
@@ -108,7 +108,9 @@ def _mlflow(url: str) -> None:
 def _mlflow_logger(url: str) -> None:
     from parcelray.tracking.mlflow_tracker import MlflowRunLogger
 
-    MlflowRunLogger(url, "run")
+    logger = MlflowRunLogger(url, "run")
+    logger.log_metrics({"train/loss": 0.5}, 1)
+    logger.flush()
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ import yaml
 
 import parcelray
 from parcelray.cluster import jobs, preflight
-from parcelray.cluster.failures import failed_workers
+from parcelray.cluster.failures import failed_driver, failed_workers
 from parcelray.cluster.submission import JobRequest, submit
 from parcelray.cluster.versions import query_versions
 from parcelray.config import loader
@@ -206,7 +206,9 @@ def wait_for_status(submission_id: str, status: str, address: str) -> None:
     )
 
 
-def test_a_job_runs_with_the_package_of_the_project_and_is_submitted_only_once(cluster: Cluster, project: Path) -> None:
+def test_a_job_runs_with_the_package_of_the_project_and_is_submitted_only_once(
+    cluster: Cluster, project: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     identity = "train-work-0000000a"
     request = JobRequest(project / "jobs" / "work.yaml", identity, ["training.note=two words"])
     send = partial(submit, request, address=cluster.address, env_vars={"GREETING": "hello"})
@@ -231,6 +233,7 @@ def test_a_job_runs_with_the_package_of_the_project_and_is_submitted_only_once(c
     assert state.metadata["job_file"] == "jobs/work.yaml"
     assert cluster.token not in str(state) + output
 
+    assert capfd.readouterr() == ("", ""), "Ray's own log lines stay off the terminal"
     second = send()
     assert (second.created, second.submission_id, second.status) == (False, identity, "SUCCEEDED")
     assert "already exists with status SUCCEEDED" in second.message
@@ -289,6 +292,7 @@ def test_a_failed_job_exits_with_1_and_its_next_attempt_gets_a_number(cluster: C
     state = jobs.wait(identity, address=cluster.address, write=pieces.append)
     assert (state.status, state.exit_code) == ("FAILED", 1)
     assert "this job fails" in "".join(pieces)
+    assert state.message == "exit code 1: this job fails"
 
     retry = submit(request, address=cluster.address, entrypoint="echo fixed")
     assert (retry.created, retry.submission_id) == (True, f"{identity}-r2")
@@ -311,11 +315,14 @@ def test_the_traceback_and_the_log_of_a_failed_worker_are_found(cluster: Cluster
     wait_until(find, "the dashboard knows the failed task")
     (failure,) = failed_workers(state.ray_job_id, address=cluster.address)
     assert failure.name.endswith("broken")
-    assert failure.node == "127.0.0.1"
+    assert failure.node
     assert failure.pid > 0
     assert "ValueError: a sample without an image" in failure.error
     assert "Traceback" in failure.error or "line " in failure.error
-    assert f"{failure.pid}.err" in failure.log
+    assert f"{failure.pid}.err" in failure.log, failure
+    driver = failed_driver(state, address=cluster.address)
+    assert "ValueError: a sample without an image" in driver.error
+    assert f"logs/job-driver-{identity}.log" in driver.log
 
 
 def test_the_versions_of_a_cluster_can_be_queried(cluster: Cluster) -> None:

@@ -31,8 +31,9 @@ from parcelray.errors import UserError
 from parcelray.models.backbones import ElasticVLM
 from parcelray.models.backbones.processor_base import ElasticProcessor
 from parcelray.models.mini import save_checkpoint
+from parcelray.serving.deployments import deploy
 from parcelray.serving.plan import PinnedEndpoint, pin
-from parcelray.serving.run import deploy, endpoint
+from parcelray.serving.run import endpoint
 from tests.serving.http.test_api import message
 from tests.serving.local import PATIENCE_S, PATIENT, job_of, wait_until
 

@@ -15,6 +15,7 @@ from ray.serve import context as serve_context
 from ray.serve.schema import ProxyStatus
 
 from parcelray.errors import SystemFailure, UnsupportedBudgetError, UserError
+from parcelray.serving import deployments
 from parcelray.serving import run as serving_run
 from parcelray.serving.http.auth import add_key
 from parcelray.serving.plan import pin, serve_job, serving_plan
@@ -68,7 +69,7 @@ def test_the_file_for_serve_deploy_describes_the_whole_endpoint() -> None:
     assert written["applications"][1]["deployments"][0]["user_config"]["champion"]["app"] == model.name
     # The file holds the pinned reference, not the alias.
     assert written["applications"][0]["args"]["settings"]["model"]["reference"].startswith("sha256:")
-    # The proxy middleware is configured. The only path of this machine is the checkpoint's folder, named in the header.
+    # The proxy middleware is configured, and no path of this machine is in the file.
     variables = schema.controller_options.runtime_env["env_vars"]
     assert variables["RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"] == "parcelray.serving.http.proxy_guard:middlewares"
     assert 3 * float(variables["RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S"]) >= 300, (
@@ -76,17 +77,19 @@ def test_the_file_for_serve_deploy_describes_the_whole_endpoint() -> None:
     )
     assert schema.logging_config.encoding == "JSON"
     assert "PYTHONPATH" not in text
-    assert f"# Every node needs the folder {pinned.champion.path}." in text.splitlines()
+    assert str(pinned.champion.path) not in text
+    assert f"# Every node needs access to {pinned.champion.pin.reference}." in text.splitlines()
 
 
-def test_the_file_names_the_keys_file_that_each_node_needs(tmp_path: Path) -> None:
-    add_key(tmp_path / "keys.txt", "ann")
+def test_the_hashes_of_the_keys_travel_with_the_configuration(tmp_path: Path) -> None:
+    key = add_key(tmp_path / "keys.txt", "ann")
     pinned = pin(serve_job("mini_base", [f"http.keys_file={tmp_path / 'keys.txt'}"], host="0.0.0.0"))
-    assert f"# Every node needs the file {tmp_path / 'keys.txt'}." in pinned.to_yaml().splitlines()
+    assert key not in pinned.to_yaml()
     before = pinned.config()["applications"][-1]
+    assert [each["name"] for each in before["deployments"][0]["user_config"]["keys"]] == ["ann"]
     add_key(tmp_path / "keys.txt", "bob")
     after = pin(pinned.job).config()["applications"][-1]
-    # The ingress keeps running, and reads the file again.
+    # The ingress keeps running, and gets the new keys.
     assert before["deployments"] != after["deployments"]
     assert before["args"] == after["args"]
 
@@ -101,11 +104,18 @@ def test_a_challenger_that_is_the_champion_is_refused() -> None:
             check(job)
 
 
+def _serve_runs(monkeypatch: pytest.MonkeyPatch, host: str, port: int, *, owned: bool) -> Any:
+    """Makes a Serve run on the cluster, which listens on an address, and returns its client."""
+    client: Any = SimpleNamespace(get_serve_details=lambda: {"http_options": {"host": host, "port": port}})
+    monkeypatch.setattr(serving_run, "_get_global_client", lambda **_: client)
+    monkeypatch.setattr(deployments, "_get_global_client", lambda: client)
+    monkeypatch.setattr(serving_run, "_ray_will_start", lambda address: False)
+    monkeypatch.setattr(serving_run, "ray_session", lambda *_, **__: nullcontext(SimpleNamespace(owned=owned)))
+    return client
+
+
 def test_a_serve_on_another_address_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    running = SimpleNamespace(http_config=SimpleNamespace(host="0.0.0.0", port=8000))
-    monkeypatch.setattr(serving_run, "_get_global_client", lambda **_: running)
-    monkeypatch.setattr(serving_run, "_proxy_will_start_here", lambda address: False)
-    monkeypatch.setattr(serving_run, "ray_session", lambda *_, **__: nullcontext(SimpleNamespace(owned=False)))
+    _serve_runs(monkeypatch, "0.0.0.0", 8000, owned=False)
     monkeypatch.setattr(serve, "start", lambda **_: pytest.fail("the running Serve was used"))
     changes_of_address: tuple[dict[str, Any], ...] = ({}, {"port": 8001})
     for changes in changes_of_address:
@@ -130,7 +140,7 @@ def _start_with(monkeypatch: pytest.MonkeyPatch, error: Exception, *statuses: Pr
     def sleep(_: float) -> None:
         now[0] += 1
 
-    monkeypatch.setattr(serving_run, "_get_global_client", lambda **_: SimpleNamespace())
+    monkeypatch.setattr(deployments, "_get_global_client", lambda: SimpleNamespace())
     monkeypatch.setattr(serving_run, "time", SimpleNamespace(monotonic=lambda: now[0], sleep=sleep))
     monkeypatch.setattr(serve, "start", start)
     monkeypatch.setattr(serve, "status", status)
@@ -162,13 +172,8 @@ def test_a_proxy_that_does_not_start_is_reported_in_one_sentence(
 def test_the_client_of_serve_is_dropped_with_its_own_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     # The first job of every new Ray has the same number, so Serve would reuse this client in the next session.
     for owned in (False, True):
-        known: Any = SimpleNamespace(http_config=SimpleNamespace(host="127.0.0.1", port=1))
+        known = _serve_runs(monkeypatch, "127.0.0.1", 1, owned=owned)
         monkeypatch.setattr(serve_context, "_global_client", known)
-        monkeypatch.setattr(serving_run, "_get_global_client", lambda known=known, **_: known)
-        monkeypatch.setattr(serving_run, "_proxy_will_start_here", lambda address: False)
-        monkeypatch.setattr(
-            serving_run, "ray_session", lambda *_, owned=owned, **__: nullcontext(SimpleNamespace(owned=owned))
-        )
         with (
             pytest.raises(UserError, match="Serve runs on this cluster already"),
             endpoint(pin(serve_job("mini_base", []))),

@@ -172,6 +172,12 @@ def test_metrics_of_several_batches_are_sent(uri, client):
     assert len(client.get_run(run_id).data.metrics) == 2500
 
 
+def unreachable(tracker, client, error):
+    """Replaces the client of a tracker by one that fails with the error."""
+    tracker._client = store = _UnreachableStore(client, error)
+    return store
+
+
 class _UnreachableStore:
     """A client of a store that fails with an error until `error` is None, like that of a server that restarts."""
 
@@ -189,17 +195,17 @@ def away():
     return MlflowException("API request to http://127.0.0.1:5000 failed with exception: connection refused")
 
 
-def test_metrics_of_an_outage_are_kept_also_at_checkpoints_and_sent_later(uri, client, monkeypatch):
+def test_metrics_of_an_outage_are_kept_also_at_checkpoints_and_sent_later(uri, client):
     run_id = start_run(uri, "outage", "train-outage", params={})
     tracker = MlflowRunLogger(uri, run_id, flush_every=1)
-    tracker._client = _UnreachableStore(client, away())
+    store = unreachable(tracker, client, away())
     tracker.log_metrics({"train/loss": 0.5}, 1)
     tracker.log_metrics({"train/loss": 0.4}, 2)
     assert [(key, value, step) for key, value, _, step in tracker.flush()] == [
         ("train/loss", 0.5, 1),
         ("train/loss", 0.4, 2),
     ]
-    assert tracker._client.attempts == 1, "a training does not wait at every step for a store that does not answer"
+    assert store.attempts == 1, "a training does not wait at every step for a store that does not answer"
 
     unsent = tracker.flush()
     resumed = MlflowRunLogger(uri, run_id, flush_every=1)
@@ -208,7 +214,7 @@ def test_metrics_of_an_outage_are_kept_also_at_checkpoints_and_sent_later(uri, c
     assert steps(client, run_id) == [1, 2, 3]
 
     # The first process was alive after all, and its server answers again.
-    tracker._client.error = None
+    store.error = None
     tracker.log_metrics({"train/loss": 0.3}, 3)
     tracker.close()
     assert steps(client, run_id) == [1, 2, 3]
@@ -217,7 +223,7 @@ def test_metrics_of_an_outage_are_kept_also_at_checkpoints_and_sent_later(uri, c
 def test_the_end_of_a_run_waits_for_the_store(uri, client, monkeypatch):
     run_id = start_run(uri, "outage", "train-wait", params={})
     tracker = MlflowRunLogger(uri, run_id)
-    store = tracker._client = _UnreachableStore(client, away())
+    store = unreachable(tracker, client, away())
     tracker.log_metrics({"train/loss": 0.5}, 1)
 
     def sleep(seconds):
@@ -238,7 +244,7 @@ def test_the_end_of_a_run_waits_for_the_store(uri, client, monkeypatch):
 def test_a_store_that_rejects_the_metrics_is_reported_at_once(uri, client):
     run_id = start_run(uri, "outage", "train-rejected", params={})
     tracker = MlflowRunLogger(uri, run_id)
-    tracker._client = _UnreachableStore(client, MlflowException("no permission", PERMISSION_DENIED))
+    unreachable(tracker, client, MlflowException("no permission", PERMISSION_DENIED))
     tracker.log_metrics({"train/loss": 0.5}, 1)
     with pytest.raises(SystemFailure, match="rejects the metrics"):
         tracker.flush()

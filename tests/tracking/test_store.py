@@ -7,7 +7,6 @@ from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import INTERNAL_ERROR, PERMISSION_DENIED, RESOURCE_DOES_NOT_EXIST, UNAUTHENTICATED
 
 from parcelray.errors import SystemFailure, UserError
-from parcelray.tracking import store
 from parcelray.tracking.store import (
     BATCH_BYTES,
     MAX_PARAM,
@@ -154,12 +153,12 @@ def test_a_server_that_starts_a_little_later_is_waited_for(monkeypatch):
             server.server_activate()
             thread.start()
 
-    monkeypatch.setattr(store.time, "sleep", start)
+    monkeypatch.setattr("parcelray.tracking.store.time.sleep", start)
     assert ensure_store(uri) == uri
     server.shutdown()
     server.server_close()
 
-    monkeypatch.setattr(store, "SERVER_LIMIT_S", -1.0)
+    monkeypatch.setattr("parcelray.tracking.store.SERVER_LIMIT_S", -1.0)
     assert ensure_store(uri) == uri, "a process waits only once; MLflow's client retries its requests"
     with pytest.raises(SystemFailure, match=r"has not answered .*; check tracking\.uri"):
         ensure_store(f"{uri}/other")

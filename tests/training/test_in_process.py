@@ -10,18 +10,24 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
+from parcelray.config.model import CheckpointModelConfig
 from parcelray.config.train import TrainJob
 from parcelray.errors import NotFiniteError, SystemFailure, UnsupportedBudgetError, UserError
 from parcelray.evaluation.predict import predictor
 from parcelray.models import decoding
+from parcelray.models.checkpoint import resolve_checkpoint
 from parcelray.models.vlm import load_vlm
-from parcelray.tracking.metric_logger import NoMetrics, UnsentMetric
+from parcelray.tracking.metric_logger import NoMetrics
+from parcelray.tracking.opening import model_folder
+from parcelray.tracking.registry import resolve_model
+from parcelray.tracking.store import UnsentMetric
 from parcelray.training import train_loop
 from parcelray.training.plan import training_plan
 from parcelray.training.run import run_training
 from parcelray.training.start import build_start
 from parcelray.training.train_loop import fit_in_process
 
+from ..stores import new_store
 from .conftest import tiny_job
 
 
@@ -349,3 +355,31 @@ def test_the_plan_counts_every_pass_of_the_schedule(tmp_path: Path) -> None:
     console.print(plan.to_rich())
     assert isinstance(console.file, io.StringIO)
     assert "1.5 passes, 72 visual tokens per image" in console.file.getvalue()
+
+
+@pytest.mark.nightly
+def test_a_training_registers_its_model_once(tmp_path: Path) -> None:
+    job = tiny_job(
+        tmp_path,
+        training={"steps": 1},
+        checkpointing={"every_steps": 1},
+        tracking={"uri": new_store(tmp_path / "store")},
+        register="tiny",
+    )
+    console = Console(file=io.StringIO())
+    run = run_training(job, console, report=False)
+    assert run.registered == "models:/tiny/1"
+    registered = resolve_model(CheckpointModelConfig(reference="models:/tiny/1"), job.tracking.uri)
+    assert registered.pin.digest == resolve_checkpoint(run.model_folder).pin.digest
+    # The registry's files are on this disk, so that no process needs the registry to open them.
+    assert model_folder(registered.pin.model_copy(update={"tracking_uri": None})) == registered.path
+
+    again = run_training(job, console, report=False)
+    assert (again.was_done, again.registered) == (True, "models:/tiny/1")
+    other = run_training(job.model_copy(update={"register": "other"}), console, report=False)
+    assert (other.was_done, other.registered) == (True, "models:/other/1")
+
+
+def test_a_model_cannot_be_registered_without_tracking(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"register is tiny, but tracking\.uri is null"):
+        tiny_job(tmp_path, register="tiny", tracking={"uri": None})

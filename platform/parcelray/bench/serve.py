@@ -42,11 +42,12 @@ from parcelray.models.backbones.processor_base import ElasticProcessor
 from parcelray.models.mini import build_config, build_model, build_processor, save_checkpoint
 from parcelray.models.vlm import use_sdpa_where_exact
 from parcelray.serving.app import replica_settings
+from parcelray.serving.deployments import deploy
 from parcelray.serving.engine.continuous_engine import ContinuousEngine
 from parcelray.serving.engine.engine import PromptBuilder, Sampling, last_event
 from parcelray.serving.ingress.clients import LocalClient
 from parcelray.serving.plan import pin
-from parcelray.serving.run import deploy, endpoint
+from parcelray.serving.run import endpoint
 
 OFFLINE_GOAL = ">= 0.85"
 PLAIN_GOAL = ">= 2"

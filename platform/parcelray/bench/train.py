@@ -18,6 +18,7 @@ from parcelray.config.train import TrainJob
 from parcelray.models.allocator import keep_freed_memory
 from parcelray.models.checkpoint import ResolvedCheckpoint, resolve_checkpoint
 from parcelray.profiling.machine import matmul_flops_per_second
+from parcelray.tracking.metric_logger import NoMetrics
 from parcelray.tracking.run_folder import RunFolder
 from parcelray.training.train_loop import fit_in_process, repeatable_step
 
@@ -115,7 +116,7 @@ def bench_training(*, steps: int, repeats: int) -> Report:
     return Report((*measures, ratio), machine_info())
 
 
-class _StepClock:
+class _StepClock(NoMetrics):
     """A metric logger that records when steps end. It runs in the worker, so driver polling does not add noise."""
 
     def __init__(self) -> None:
@@ -126,9 +127,6 @@ class _StepClock:
         if "train/loss" in metrics:
             with self._file.open("a", encoding="utf-8") as file:
                 file.write(f"{step} {time.perf_counter()}\n")
-
-    def flush(self) -> None:
-        """Does nothing, because nothing is buffered."""
 
     def rate(self) -> float:
         """Returns the steps per second after the warm-up, and deletes the record."""

@@ -19,13 +19,13 @@ from parcelray.cli.jobs import jobs_app, submit
 from parcelray.cli.models import models_app
 from parcelray.cli.options import Address, AsJson, DryRun, JobFile, Set, console, integers, show, write_json
 from parcelray.cli.runs import runs_app
-from parcelray.cli.serving import keys_app, serve
+from parcelray.cli.serving import endpoint_app, keys_app, serve
 from parcelray.cli.tuning import tune
 from parcelray.errors import ParcelrayError, UserError
 
 _PANELS = {
     "Run": ("train", "tune", "evaluate", "serve"),
-    "Cluster": ("submit", "jobs"),
+    "Cluster": ("submit", "jobs", "endpoint"),
     "Inspect": ("runs", "models", "benchmarks", "flops", "analyze", "bench"),
     "Set up": ("doctor", "config", "keys"),
 }
@@ -57,6 +57,7 @@ for _name, _group in {
     "analyze": analyze_app,
     "bench": bench_app,
     "config": config_app,
+    "endpoint": endpoint_app,
     "keys": keys_app,
 }.items():
     app.add_typer(_group, name=_name, rich_help_panel=_PANEL_OF[_name])

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 jobs_app = typer.Typer(no_args_is_help=True, help="List, follow and stop jobs on a Ray cluster.")
 _CONFIRM = "--confirm"
+_FINE = ("RUNNING", "SUCCEEDED")
+"""Statuses whose message has no news."""
 
 
 def submit(  # noqa: PLR0913 - options of a command
@@ -231,23 +233,25 @@ def _print_states(states: "Sequence[JobState]", as_json: bool) -> None:
 
 
 def states_table(states: "Sequence[JobState]") -> Any:
-    """Returns jobs as a table that is readable at 100 columns: ids are folded, messages are cut."""
+    """Returns jobs as a table that is readable at 100 columns: long ids are folded, long messages are cut."""
+    import textwrap
+
     from rich.table import Table
 
     from parcelray.cli.job_report import duration
 
     table = Table()
-    table.add_column("job", overflow="fold", min_width=30)
+    table.add_column("job", overflow="fold", min_width=32)
     table.add_column("status", no_wrap=True)
     table.add_column("started (UTC)", no_wrap=True)
     table.add_column("duration", no_wrap=True, justify="right")
-    table.add_column("message", overflow="ellipsis", no_wrap=True, ratio=1)
+    table.add_column("message")
     for state in states:
         table.add_row(
             state.submission_id,
             state.status,
             f"{state.started:%m-%d %H:%M}" if state.started else "",
             duration(state),
-            state.message if state.status not in ("RUNNING", "SUCCEEDED") else "",
+            textwrap.shorten(state.message, 80, placeholder=" ...") if state.status not in _FINE else "",
         )
     return table

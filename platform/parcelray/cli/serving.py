@@ -1,17 +1,21 @@
-"""`parcelray serve` and `parcelray keys`: an endpoint and its API keys."""
+"""`parcelray serve`, `parcelray endpoint` and `parcelray keys`: an endpoint, those of a cluster, and API keys."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from parcelray.cli.options import Address, AsJson, DryRun, Set, console, path, show
+from parcelray.cli.options import Address, AsJson, DryRun, JobsAddress, Set, console, path, show, write_json
 
+endpoint_app = typer.Typer(no_args_is_help=True, help="Show, update and stop the endpoints of a Ray cluster.")
 keys_app = typer.Typer(no_args_is_help=True, help="Add, remove and list API keys of an endpoint.")
+EndpointName = Annotated[
+    str, typer.Argument(help="Name of the endpoint, as printed by `parcelray endpoint status`.", show_default=False)
+]
 _KeysFile = Annotated[Path, typer.Option("--file", help="File with the hashes of the keys.", parser=path)]
 
 
-def serve(
+def serve(  # noqa: PLR0913
     target: Annotated[
         str,
         typer.Argument(
@@ -40,6 +44,14 @@ def serve(
             help="Write a file for `serve deploy` and exit; default: serve now.", show_default=False, parser=path
         ),
     ] = None,
+    detach: Annotated[
+        bool,
+        typer.Option(
+            "--detach",
+            help="Hand the endpoint over to the cluster and exit when it answers; overrides detached. `parcelray"
+            " endpoint` shows, updates and stops it.",
+        ),
+    ] = False,
     dry_run: DryRun = False,
     address: Address = None,
     as_json: AsJson = False,
@@ -47,7 +59,8 @@ def serve(
     """Serve a model with an OpenAI-compatible API, at any visual-token budget, until Ctrl-C."""
     from parcelray.serving.plan import pin, serve_job, serving_plan
 
-    job = serve_job(target, overrides, host=host, port=port)
+    changes = [*overrides, *(["detached=true"] if detach else [])]
+    job = serve_job(target, changes, host=host, port=port)
     if dry_run:
         show(serving_plan(job), as_json, lambda plan: plan.to_rich())
         return
@@ -61,6 +74,44 @@ def serve(
         console().print(f"Wrote {build}: serve deploy {build}", soft_wrap=True)
         return
     run_endpoint(pinned, console(stderr=as_json), address=address)
+
+
+@endpoint_app.command("status")
+def endpoint_status(
+    name: Annotated[
+        str | None, typer.Argument(help="Name of the endpoint; default: all endpoints.", show_default=False)
+    ] = None,
+    address: JobsAddress = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show the endpoints of a cluster: status, address, versions and replicas."""
+    from parcelray.serving.deployments import RemoteCluster, endpoint_states, states_table
+
+    states = endpoint_states(RemoteCluster(address), name)
+    if as_json:
+        write_json([state.to_dict() for state in states])
+    else:
+        console().print(states_table(states))
+
+
+@endpoint_app.command("update")
+def endpoint_update(name: EndpointName, overrides: Set = [], address: JobsAddress = None) -> None:
+    """Resolve the model references of an endpoint again, and roll over to the result without downtime."""
+    from parcelray.serving.deployments import RemoteCluster, update
+
+    pinned = update(RemoteCluster(address), name, overrides)
+    for warning in pinned.warnings:
+        console(stderr=True).print(warning, style="yellow", soft_wrap=True)
+    console().print(f"{name} now serves {pinned.champion.pinned}", soft_wrap=True)
+
+
+@endpoint_app.command("stop")
+def endpoint_stop(name: EndpointName, address: JobsAddress = None) -> None:
+    """Stop an endpoint after its requests in flight are finished."""
+    from parcelray.serving.deployments import RemoteCluster, stop
+
+    stop(RemoteCluster(address), name)
+    console().print(f"Stopped {name}", soft_wrap=True)
 
 
 @keys_app.command("add")

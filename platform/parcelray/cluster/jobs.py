@@ -29,6 +29,7 @@ ENDED = frozenset({"SUCCEEDED", "FAILED", "STOPPED"})
 POLL_S = 0.5
 _AGENT_ATTEMPTS = 120
 _AGENT_PAUSE_S = 1.0
+_COLOR = re.compile(r"\x1b\[[\d;]*m")
 _RAY_LINE = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}\s+(?:INFO|WARNING|DEBUG)\s+[\w.]+:\d+ -- ")
 """Start of a log line of Ray in the output of a driver: `2026-11-29 04:30:32,426 INFO job_manager.py:581 -- ...`."""
 
@@ -41,7 +42,7 @@ class JobState:
     status: str
     """PENDING, RUNNING, SUCCEEDED, FAILED or STOPPED."""
     message: str
-    """First line of Ray's message about the status."""
+    """Ray's message about the status; of a job that failed, its exit code and the last line of its output."""
     entrypoint: str
     started: datetime.datetime | None
     """Start time in UTC; None if the job has not started."""
@@ -194,8 +195,13 @@ def open_client(url: str, token: str | None) -> JobSubmissionClient:
     try:
         with explained(url):
             bypass_proxies_on_loopback()
-            # At level INFO, the client reports each package and each closed connection.
-            logging.getLogger("ray").setLevel(logging.ERROR)
+            # At level INFO, which Ray sets itself, the client reports each package and each closed connection.
+            for name in (
+                "dashboard.modules.dashboard_sdk",
+                "dashboard.modules.job.sdk",
+                "_private.runtime_env.packaging",
+            ):
+                logging.getLogger(f"ray.{name}").setLevel(logging.ERROR)
             return JobSubmissionClient(url, headers=auth_headers(token))
     finally:
         os.environ.update(hidden)
@@ -242,11 +248,10 @@ def get_state(client: JobSubmissionClient, url: str, submission_id: str) -> JobS
 
 
 def _state(details: JobDetails) -> JobState:
-    message = (details.message or "").strip()
     return JobState(
         submission_id=details.submission_id or "",
         status=str(details.status),
-        message=message.splitlines()[0] if message else "",
+        message=_message(details),
         entrypoint=details.entrypoint,
         started=_time(details.start_time),
         ended=_time(details.end_time),
@@ -254,6 +259,13 @@ def _state(details: JobDetails) -> JobState:
         driver_node=details.driver_info.node_ip_address if details.driver_info else "",
         ray_job_id=details.job_id or "",
     )
+
+
+def _message(details: JobDetails) -> str:
+    lines = [line.strip() for line in (details.message or "").splitlines() if line.strip()]
+    if len(lines) > 1 and "last available logs" in lines[0]:
+        return f"exit code {details.driver_exit_code}: {_COLOR.sub('', lines[-1])}"
+    return lines[0] if lines else ""
 
 
 def _time(milliseconds: int | None) -> datetime.datetime | None:

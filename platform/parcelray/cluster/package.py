@@ -14,7 +14,7 @@ from parcelray.errors import UserError
 MAX_PACKAGE_BYTES = 50 * 1024**2
 
 _SECRET_NAMES = (
-    ".env",
+    "*.env",
     ".env.*",
     "*.key",
     "*.p12",

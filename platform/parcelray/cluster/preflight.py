@@ -7,6 +7,8 @@ import os
 import urllib.error
 import urllib.parse
 import urllib.request
+from collections.abc import Mapping
+from functools import cache
 from http.client import HTTPMessage
 from typing import IO, Any
 
@@ -111,27 +113,8 @@ def get_json(url: str, path: str, token: str | None) -> dict[str, Any]:
         UserError: nothing responds, the token is rejected, or the path is unknown.
         SystemFailure: the cluster failed on the request.
     """
-    host = urllib.parse.urlsplit(url).hostname or ""
-    if token and url.startswith("http://") and not is_loopback(host):
-        log.warning(
-            "The token is sent unencrypted to %s; use https, or an SSH tunnel to the dashboard on the loopback address"
-            " of the head node.",
-            host,
-        )
-    request = urllib.request.Request(url + path, headers=auth_headers(token))
-    # Without proxies, a request to this machine stays on this machine, and its token too.
-    handlers = [urllib.request.ProxyHandler({})] if is_loopback(host) else []
     try:
-        with urllib.request.build_opener(_NoRedirect, *handlers).open(request, timeout=TIMEOUT_S) as response:
-            answer = json.load(response)
-    except urllib.error.HTTPError as error:
-        raise _refusal(url, error.code) from error
-    except OSError as error:
-        reason = getattr(error, "reason", None) or error
-        raise UserError(
-            f"Nothing responds at {url} ({reason}); check the address, and the SSH tunnel to the head node if its"
-            " dashboard listens on the loopback address."
-        ) from error
+        answer = json.loads(_response(url, path, token))
     except json.JSONDecodeError as error:
         raise UserError(
             f"{url} responds, but not as a Ray dashboard; give the address that `ray start --head` prints."
@@ -140,6 +123,46 @@ def get_json(url: str, path: str, token: str | None) -> dict[str, Any]:
         raise SystemFailure(
             f"The response of {url}{path} is not a JSON object; the cluster may run another version of Ray."
         )
+    return answer
+
+
+def put_json(url: str, path: str, token: str | None, body: Mapping[str, Any]) -> None:
+    """Puts a JSON object to a path of a dashboard; arguments and errors are those of `get_json`."""
+    _response(url, path, token, json.dumps(body).encode())
+
+
+@cache
+def _warn_of_plain_http(host: str) -> None:
+    """Warns once, not at each of many requests."""
+    log.warning(
+        "The token is sent unencrypted to %s; use https, or an SSH tunnel to the dashboard on the loopback address of"
+        " the head node.",
+        host,
+    )
+
+
+def _response(url: str, path: str, token: str | None, body: bytes | None = None) -> bytes:
+    """Returns the body of the response to a GET, or with a body (JSON) to a PUT."""
+    host = urllib.parse.urlsplit(url).hostname or ""
+    if token and url.startswith("http://") and not is_loopback(host):
+        _warn_of_plain_http(host)
+    content = {"Content-Type": "application/json"} if body is not None else {}
+    request = urllib.request.Request(
+        url + path, body, {**auth_headers(token), **content}, method="GET" if body is None else "PUT"
+    )
+    # Without proxies, a request to this machine stays on this machine, and its token too.
+    handlers = [urllib.request.ProxyHandler({})] if is_loopback(host) else []
+    try:
+        with urllib.request.build_opener(_NoRedirect, *handlers).open(request, timeout=TIMEOUT_S) as response:
+            answer: bytes = response.read()
+    except urllib.error.HTTPError as error:
+        raise _refusal(url, error.code) from error
+    except OSError as error:
+        reason = getattr(error, "reason", None) or error
+        raise UserError(
+            f"Nothing responds at {url} ({reason}); check the address, and the SSH tunnel to the head node if its"
+            " dashboard listens on the loopback address."
+        ) from error
     return answer
 
 

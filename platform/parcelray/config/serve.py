@@ -218,6 +218,8 @@ class HttpConfig(StrictModel):
     """Address to listen on. Addresses other than loopback need `keys_file`."""
     port: int = Field(default=8000, ge=1, le=65535)
     """TCP port to listen on."""
+    proxies: Literal["head", "every_node"] = "head"
+    """Nodes of the cluster that listen; every_node: the head and each node with a replica, for a load balancer."""
     keys_file: LocalPath | None = None
     """File with the hashes of the API keys (`parcelray keys add`); null: no API key is required."""
     image_hosts: tuple[str, ...] = ()
@@ -305,6 +307,11 @@ class ServeJob(StrictModel):
     """Limits of one request."""
     http: HttpConfig = HttpConfig()
     """HTTP server."""
+    detached: bool = False
+    """Whether the endpoint is handed over to the cluster and keeps running after the command has ended.
+
+    `parcelray endpoint` shows, updates and stops it.
+    """
     traces: TracesConfig | None = None
     """OpenTelemetry traces; null: none."""
     samples: SamplesConfig | None = None

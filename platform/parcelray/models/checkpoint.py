@@ -24,7 +24,14 @@ from parcelray.config.base import StrictModel
 from parcelray.config.paths import PACKAGED
 from parcelray.errors import UserError
 from parcelray.files import INDEX, atomic_write, is_local, open_storage
-from parcelray.models.host_cache import OnProgress, cached_model, downloaded_model, host_lock, remembered_digest
+from parcelray.models.host_cache import (
+    OnProgress,
+    cached_model,
+    downloaded_model,
+    host_lock,
+    remembered_digest,
+    watched,
+)
 
 MANIFEST_NAME = "manifest.json"
 MINI_BASE = "mini_base"
@@ -167,7 +174,7 @@ def resolve_checkpoint(
             f"model reference {text!r} is neither an existing folder nor {', '.join(PACKAGED)}, models:/NAME@ALIAS,"
             " models:/NAME/VERSION, a URI of object storage or a Hugging Face id ORG/NAME[@REVISION]; check the path."
         )
-    path, commit = _download(hub["repo"], hub["revision"])
+    path, commit = _download(hub["repo"], hub["revision"], on_progress)
     return ResolvedCheckpoint(path, text, ModelPin(reference=f"hf:{hub['repo']}@{commit}", digest=_hub_digest(path)))
 
 
@@ -200,11 +207,9 @@ def open_pin(
             f"the model folder {pin.reference} does not exist on the host {host}; copy it to the same path on every"
             " host, or use models:/NAME/VERSION, a Hugging Face id or a URI of object storage."
         )
+    # The hub limits the number of requests: one process downloads, and the others find a commit without a request.
     is_hub = pin.reference.startswith("hf:")
     with host_lock(f"hub-{pin.digest.removeprefix('sha256:')}") if is_hub else nullcontext():
-        # The hub limits the number of requests, so a model that this host has is opened without one.
-        if is_hub and (found := _hub_model_on_disk(pin)) is not None:
-            return found
         opened = resolve_checkpoint(pin.reference, registry_resolver=registry_resolver, on_progress=on_progress)
     if opened.pin.digest != pin.digest:
         raise UserError(
@@ -430,24 +435,14 @@ def _hub_digest(folder: Path) -> str:
     return remembered_digest(folder, lambda: files_digest(_hash_files(files)))
 
 
-def _hub_model_on_disk(pin: ModelPin) -> Path | None:
-    """Returns the folder of a pinned hub model if it is complete in the hub's cache on this host."""
-    from huggingface_hub import errors, snapshot_download
+def _download(repo: str, revision: str | None, on_progress: OnProgress | None) -> tuple[Path, str]:
+    """Downloads a Hub repository without pickles into the hub's cache on this host; returns its folder and commit."""
+    from huggingface_hub import constants, errors, snapshot_download
 
-    repo, _, commit = pin.reference.removeprefix("hf:").partition("@")
+    cached = Path(constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}"
     try:
-        path = Path(snapshot_download(repo, revision=commit, allow_patterns=_HUB_PATTERNS, local_files_only=True))
-        return path if _hub_digest(path) == pin.digest else None
-    except (errors.LocalEntryNotFoundError, UserError):
-        return None
-
-
-def _download(repo: str, revision: str | None) -> tuple[Path, str]:
-    """Downloads a Hub repository without pickles into the node's shared cache; returns its folder and commit."""
-    from huggingface_hub import errors, snapshot_download
-
-    try:
-        path = Path(snapshot_download(repo, revision=revision, allow_patterns=_HUB_PATTERNS))
+        with nullcontext() if on_progress is None else watched(cached, repo, on_progress):
+            path = Path(snapshot_download(repo, revision=revision, allow_patterns=_HUB_PATTERNS))
     except errors.GatedRepoError as error:
         raise UserError(
             f"Hugging Face model {repo!r} is gated: accept its licence on its web page, and set HF_TOKEN to a token of"

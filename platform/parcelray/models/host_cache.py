@@ -86,17 +86,22 @@ def downloaded_model(
         SystemFailure: the disk is full.
     """
     entry = _entry(digest)
-    report = _throttled(on_progress or _write_line)
+    report = on_progress or _write_line
     partial = entry.with_suffix(".partial")
+    throttled = _throttled(report)
+
+    def waiting() -> None:
+        throttled(_state(name, partial, num_bytes))
+
     while True:
         entry.parent.mkdir(parents=True, exist_ok=True)
-        with _lock(_lock_path(entry), fcntl.LOCK_EX, lambda: report(_state(name, partial, num_bytes))) as lock:
+        with _lock(_lock_path(entry), fcntl.LOCK_EX, waiting) as lock:
             if not (entry.is_dir() and _is_intact(entry, digest, digest_of)):
                 shutil.rmtree(entry, ignore_errors=True)
                 shutil.rmtree(partial, ignore_errors=True)
                 _make_room(entry, num_bytes, name)
                 try:
-                    with _watched(partial, name, num_bytes, report):
+                    with watched(partial, name, report, num_bytes):
                         partial.mkdir()
                         download(partial).rename(entry)
                     _verify(entry, digest, digest_of, name)
@@ -265,13 +270,21 @@ def _file_times(folder: Path) -> dict[str, list[int]]:
 
 
 @contextmanager
-def _watched(partial: Path, name: str, num_bytes: int, report: OnProgress) -> Iterator[None]:
-    """Reports the size of a growing folder, because the libraries that download report nothing."""
+def watched(folder: Path, name: str, on_progress: OnProgress, num_bytes: int | None = None) -> Iterator[None]:
+    """Reports the size of a growing folder for the block, because the libraries that download report nothing.
+
+    Args:
+        folder: the folder, which need not exist yet.
+        name: the model's reference.
+        on_progress: receives the progress.
+        num_bytes: size of the complete folder, bytes; None: it is unknown.
+    """
+    report = _throttled(on_progress)
     stop = threading.Event()
 
     def watch() -> None:
         while not stop.wait(_POLL_S):
-            report(_state(name, partial, num_bytes))
+            report(_state(name, folder, num_bytes))
 
     thread = threading.Thread(target=watch, name="parcelray-download", daemon=True)
     thread.start()
@@ -282,9 +295,9 @@ def _watched(partial: Path, name: str, num_bytes: int, report: OnProgress) -> It
         thread.join()
 
 
-def _state(name: str, partial: Path, num_bytes: int) -> str:
-    done = min(_num_bytes(partial), num_bytes)
-    return f"{DOWNLOADING} {name} to {os.uname().nodename}: {done / _GB:.2f} of {num_bytes / _GB:.2f} GB"
+def _state(name: str, folder: Path, num_bytes: int | None) -> str:
+    total = f" of {num_bytes / _GB:.2f}" if num_bytes is not None else ""
+    return f"{DOWNLOADING} {name} to {os.uname().nodename}: {_num_bytes(folder) / _GB:.2f}{total} GB"
 
 
 def _write_line(state: str) -> None:

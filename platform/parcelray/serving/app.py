@@ -13,12 +13,15 @@ from parcelray.config.base import StrictModel
 from parcelray.config.paths import WITH_TEXT
 from parcelray.config.serve import InputPolicyConfig, ReplicasConfig, ServedModelConfig, ServeJob
 from parcelray.models.checkpoint import ResolvedCheckpoint
+from parcelray.serving.http.auth import ApiKey
 from parcelray.serving.http.proxy_guard import proxy_environment
 from parcelray.serving.ingress.ingress import MODEL_DEPLOYMENT, Ingress, IngressRoutes, RouteSettings
 from parcelray.serving.replica import ReplicaSettings
 from parcelray.serving.replica.model_replica import ModelReplica
 
 INGRESS_DEPLOYMENT = "Ingress"
+INGRESS_IMPORT_PATH = f"{__name__}:ingress_app"
+"""Import path of the ingress in a configuration, by which endpoints are found among Serve's applications."""
 INGRESS_CPUS = 0.1
 """Logical CPUs of the ingress."""
 LOGGING = {"encoding": "JSON", "enable_access_log": False}
@@ -29,10 +32,19 @@ its three processes.
 """
 PROXY_TIMEOUT_S = 300.0
 """Time for Serve's proxy to become ready on a busy machine, seconds."""
-_PROXY_VARIABLES = {"RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": f"{PROXY_TIMEOUT_S / 3:.0f}"}
-"""Serve replaces a proxy that is not ready at three checks of this length.
+PROXY_VARIABLES = {
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": f"{PROXY_TIMEOUT_S / 3:.0f}",
+    "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
+    "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "20",
+}
+"""Environment of Serve's controller: how it checks proxies.
 
-The default of 5 s per check is so short that on a busy machine no proxy ever becomes ready.
+It replaces a proxy that is not ready at three checks. The default of 5 s per check is so short that on a busy machine
+no proxy ever becomes ready.
+
+It replaces a proxy that fails three health checks. A check of a dead proxy fails at once, so with one second between
+the checks it is replaced after about 3 s. With the default of 10 s, connections were refused for 33 s. A check of a
+busy proxy fails after the timeout, so a proxy that does not respond is kept for 60 s, as with the default.
 """
 _RESERVED_CALLS = 8
 """Calls per replica in addition to requests: health checks, statistics, inspections."""
@@ -132,7 +144,7 @@ def route_settings(settings: ReplicaSettings) -> RouteSettings:
 
 
 def serve_config(
-    job: ServeJob, champion: ReplicaSettings, challenger: ReplicaSettings | None = None, keys: str | None = None
+    job: ServeJob, champion: ReplicaSettings, challenger: ReplicaSettings | None = None, keys: tuple[ApiKey, ...] = ()
 ) -> dict[str, Any]:
     """Returns the configuration of the whole endpoint in the format of `serve deploy`.
 
@@ -140,7 +152,7 @@ def serve_config(
         job: the endpoint.
         champion: settings of its model.
         challenger: settings of the other model of a canary.
-        keys: hash of the keys file, so that a changed file is read again.
+        keys: the API keys, as hashes; empty: none is needed.
     """
     models = [settings for settings in (champion, challenger) if settings is not None]
     routes = IngressRoutes(
@@ -161,9 +173,9 @@ def start_options(job: ServeJob) -> dict[str, Any]:
         else None
     )
     return {
-        "proxy_location": "HeadOnly",
+        "proxy_location": {"head": "HeadOnly", "every_node": "EveryNode"}[job.http.proxies],
         "http_options": {"host": job.http.host, "port": job.http.port, "keep_alive_timeout_s": 30},
-        "controller_options": {"runtime_env": {"env_vars": {**proxy_environment(job.limits), **_PROXY_VARIABLES}}},
+        "controller_options": {"runtime_env": {"env_vars": {**proxy_environment(job.limits), **PROXY_VARIABLES}}},
         "logging_config": LOGGING,
         **({"tracing_config": tracing} if tracing is not None else {}),
     }
@@ -183,7 +195,7 @@ def _ingress(job: ServeJob, routes: IngressRoutes) -> dict[str, Any]:
     return {
         "name": job.name,
         "route_prefix": "/",
-        "import_path": f"{__name__}:ingress_app",
+        "import_path": INGRESS_IMPORT_PATH,
         "args": job.model_dump(mode="json", context=WITH_TEXT),
         "deployments": [{"name": INGRESS_DEPLOYMENT, "user_config": routes.model_dump(mode="json")}],
     }

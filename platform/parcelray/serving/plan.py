@@ -1,6 +1,5 @@
 """Resolves and checks an endpoint before anything starts, and plans what it will need."""
 
-import hashlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +26,7 @@ from parcelray.profiling.backbone_shapes import from_transformers_config
 from parcelray.profiling.flops import cost, kv_cache_bytes
 from parcelray.serving.app import replica_settings, serve_config
 from parcelray.serving.engine.budget_chooser import load_predictor
-from parcelray.serving.http.auth import read_keys
+from parcelray.serving.http.auth import ApiKey, read_keys
 from parcelray.tracking.registry import resolve_model
 from parcelray.tracking.store import ensure_store
 
@@ -48,8 +47,8 @@ class PinnedEndpoint:
     job: ServeJob
     champion: ResolvedCheckpoint
     challenger: ResolvedCheckpoint | None
-    keys: str | None
-    """Hash of the keys file; None: there is none."""
+    keys: tuple[ApiKey, ...]
+    """The API keys, as hashes; empty: none is needed."""
     warnings: tuple[str, ...] = ()
     """Sentences that the operator should read before the endpoint starts."""
 
@@ -69,7 +68,6 @@ class PinnedEndpoint:
         pins = [checkpoint.pin for checkpoint in (self.champion, self.challenger) if checkpoint is not None]
         needed = [f"parcelray {__version__}, installed"]
         needed += [f"the folder {pin.reference}" if pin.is_path else f"access to {pin.reference}" for pin in pins]
-        needed += [f"the file {self.job.http.keys_file}"] if self.job.http.keys_file is not None else []
         lines = [
             f"{self.job.name}: {self.champion.pinned}. Deploy it with `serve deploy FILE`.",
             *(f"Every node needs {each}." for each in needed),
@@ -181,18 +179,19 @@ def serving_plan(job: ServeJob) -> ServingPlan:
     )
 
 
-def pin(job: ServeJob) -> PinnedEndpoint:
+def pin(job: ServeJob, *, keys: tuple[ApiKey, ...] = ()) -> PinnedEndpoint:
     """Resolves the models of a job and checks everything that can be checked before the start.
+
+    Args:
+        job: the endpoint.
+        keys: the API keys if the keys file is not on this machine; empty: those of the file.
 
     Raises:
         UserError: a model cannot be resolved or does not support an offered budget, the promotion gates did not accept
             the lowest budget of the policy, or the keys or the budget predictor cannot be read.
     """
-    keys = None
-    if job.http.keys_file is not None:
-        file = Path(job.http.keys_file)
-        read_keys(file)
-        keys = hashlib.sha256(file.read_bytes()).hexdigest()
+    if job.http.keys_file is not None and not keys:
+        keys = tuple(read_keys(Path(job.http.keys_file)))
     if job.samples is not None and job.tracking.uri is not None:
         # The database schema is created here, once; the ingress only writes.
         job = job.model_copy(

@@ -6,3 +6,5 @@ import os
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 # MLflow's own messages (tables created, signatures checked) would appear between the lines of a run.
 os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+# Two lines with addresses at the end of every run, also of each trial of a search.
+os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")

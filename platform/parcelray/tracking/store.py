@@ -17,7 +17,7 @@ import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 from urllib.parse import unquote, urlparse
 
 from parcelray.config.paths import SQLITE_PREFIX
@@ -26,6 +26,8 @@ from parcelray.loopback import bypass_proxies_on_loopback
 
 ParamValue = str | int | float | bool | None
 RunStatus = Literal["FINISHED", "FAILED", "KILLED"]
+UnsentMetric = tuple[str, float, int, int]
+"""A metric that a store does not have yet: key, value, time in milliseconds since 1970, step."""
 
 SERVER_SCHEMES = ("http", "https")
 DATABASE_SCHEMES = ("postgresql", "mysql", "mssql")
@@ -220,7 +222,7 @@ def _explain_server_failure(uri: str, error: Exception) -> None:
 
     if not isinstance(error, MlflowException):
         return
-    server, status = hide_credentials(uri), error.get_http_status_code()
+    server, status = hide_credentials(uri), _status(error)
     if is_unreachable(error):
         raise SystemFailure(
             f"The MLflow server {server} does not answer ({error}); check that it runs and that this host reaches it,"
@@ -237,7 +239,12 @@ def is_unreachable(error: Exception) -> bool:
     """Whether an error of MLflow means that the store does not answer now, so that a later request may succeed."""
     from mlflow.exceptions import MlflowException
 
-    return isinstance(error, MlflowException) and error.get_http_status_code() in (429, *range(500, 600))
+    return isinstance(error, MlflowException) and (_status(error) == 429 or _status(error) >= 500)
+
+
+def _status(error: Any) -> int:
+    """HTTP status of an error of MLflow's client; 500 if there was no answer."""
+    return int(error.get_http_status_code())
 
 
 @contextmanager

@@ -13,16 +13,18 @@ from rich.console import Console
 from parcelray.cluster.capacity import DATA_TASK_CPUS, Need, Part, await_capacity
 from parcelray.cluster.node_inputs import check_inputs
 from parcelray.cluster.session import num_nodes, ray_session
+from parcelray.config.data import DataConfig
 from parcelray.config.model import CheckpointModelConfig
 from parcelray.config.paths import AS_WRITTEN
 from parcelray.config.train import TrainJob
 from parcelray.console import step_progress
+from parcelray.datasets.fingerprint import folder_digest
 from parcelray.datasets.open import check_rows, data_folder
 from parcelray.errors import SystemFailure
 from parcelray.evaluation.predict import PYFUNC_FILE
 from parcelray.models.checkpoint import ModelPin, ResolvedCheckpoint, resolve_checkpoint, write_manifest
 from parcelray.models.vlm import connector_of, write_converted
-from parcelray.tracking.lineage import MODEL_IN_TAG, MODEL_OUT_TAG, git_commit
+from parcelray.tracking.lineage import DATA_TAG, MODEL_IN_TAG, MODEL_OUT_TAG, git_commit
 from parcelray.tracking.metric_logger import MetricLogger, open_metric_logger
 from parcelray.tracking.mlflow_tracker import MlflowRunLogger, job_run
 from parcelray.tracking.opening import model_folder
@@ -134,7 +136,10 @@ def run_training(
                     uri,
                     folder.identity,
                     params=job.model_dump(mode="json", context=AS_WRITTEN),
-                    tags={MODEL_IN_TAG: start.pinned if start is not None else "scratch"},
+                    tags={
+                        MODEL_IN_TAG: start.pinned if start is not None else "scratch",
+                        DATA_TAG: _fingerprint(job.data),
+                    },
                     parent_run_id=parent_run_id,
                 ) as run_id,
                 step_progress(console, job.name, job.training.steps) as on_progress,
@@ -158,18 +163,28 @@ def run_training(
 
 def _registered(job: TrainJob, run: TrainedRun, console: Console) -> TrainedRun:
     """Registers the trained model if the job says so; the same model of the same run is registered once."""
-    if job.register is None or job.tracking.uri is None or run.mlflow_run_id is None:
+    run_id = run.mlflow_run_id
+    if job.register is None or job.tracking.uri is None or run_id is None:
         return run
     if run.registered is None or not run.registered.startswith(f"models:/{job.register}/"):
         uri = ensure_store(job.tracking.uri)
         largest = max(connector_of(run.model_folder).supported_budgets)
         version = register_model(
-            uri, run.model_folder, job.register, run.mlflow_run_id, pyfunc_file=PYFUNC_FILE, example_budget=largest
+            uri, run.model_folder, job.register, run_id, pyfunc_file=PYFUNC_FILE, example_budget=largest
         )
-        run = replace(run, registered=f"models:/{job.register}/{version}")
-        MlflowRunLogger(uri, run.mlflow_run_id).set_tags({MODEL_OUT_TAG: run.registered})
+        registered = f"models:/{job.register}/{version}"
+        run = replace(run, registered=registered)
+        MlflowRunLogger(uri, run_id).set_tags({MODEL_OUT_TAG: registered})
     console.print(f"The trained model is {run.registered}")
     return run
+
+
+def _fingerprint(config: DataConfig) -> str:
+    """The data of a training in one line."""
+    folder = data_folder(config)
+    if folder is None:
+        return f"{config.type}, defined by the parameters data.*"
+    return f"{config.type} {folder_digest(folder)}"
 
 
 def needed_resources(job: TrainJob) -> Need:

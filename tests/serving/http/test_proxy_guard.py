@@ -36,6 +36,11 @@ async def proxy(scope: Scope, receive: Receive, send: Send) -> None:
         raise RuntimeError("an internal secret")
     if scope["path"] == "/nothing":
         return
+    if scope["path"].startswith("/broken/"):
+        kind = scope["path"][8:].replace("-", "/", 1).encode()
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", kind)]})
+        await send({"type": "http.response.body", "body": b"data: 1\n\n", "more_body": True})
+        return
     headers = [
         (b"content-type", b"text/plain; charset=utf-8"),
         (b"retry-after", b"7"),
@@ -79,21 +84,47 @@ def test_the_application_and_the_client_get_our_request_id(url: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("status", "code"),
-    [(404, "not_found"), (408, "deadline_exceeded"), (429, "queue_full"), (503, "no_replica"), (500, "internal_error")],
+    ("status", "answered", "code"),
+    [
+        # The proxy has no route while the endpoint starts or stops. Clients and load balancers take a 404 as final.
+        (404, 503, "not_ready"),
+        (408, 408, "deadline_exceeded"),
+        (429, 429, "queue_full"),
+        (503, 503, "no_replica"),
+        (500, 500, "internal_error"),
+    ],
 )
-def test_errors_of_the_proxy_have_the_format_of_all_errors(url: str, status: int, code: str) -> None:
+def test_errors_of_the_proxy_have_the_format_of_all_errors(url: str, status: int, answered: int, code: str) -> None:
     got, headers, data = post(url, b"{}", path=f"/refuse/{status}")
-    assert (got, data["error"]["code"], set(data["error"])) == (status, code, {"message", "type", "param", "code"})
+    assert (got, data["error"]["code"], set(data["error"])) == (answered, code, {"message", "type", "param", "code"})
     assert "10.0.0.1" not in data["error"]["message"]
     assert headers["x-request-id"].startswith("chatcmpl-")
-    assert headers.get("retry-after") == ("7" if status in (429, 503) else None)
+    assert headers.get("retry-after") == ("7" if answered in (429, 503) else None)
 
 
-@pytest.mark.parametrize("path", ["/defect", "/nothing"])
-def test_a_failure_of_the_proxy_is_a_500(url: str, path: str) -> None:
-    status, _, data = post(url, b"{}", path=path)
+def test_a_failure_of_the_proxy_is_a_500(url: str) -> None:
+    status, _, data = post(url, b"{}", path="/defect")
     assert (status, data["error"]["message"]) == (500, "The server failed on this request.")
+
+
+def test_a_request_whose_ingress_died_is_a_503_or_ends_with_an_error_event(url: str) -> None:
+    """Serve's proxy sends nothing more when the ingress dies: no status, or no end of a started stream."""
+    status, headers, data = post(url, b"{}", path="/nothing")
+    assert (status, data["error"]["code"], headers["retry-after"]) == (503, "no_replica", "1")
+    with connected(url) as connection:
+        connection.sendall(b"POST /broken/text-event-stream HTTP/1.1\r\nhost: a\r\ncontent-length: 0\r\n\r\n")
+        response = http.client.HTTPResponse(connection)
+        response.begin()
+        first, error, end = response.read().decode().split("\n\n")
+    assert (response.status, first, end) == (200, "data: 1", "")
+    assert json.loads(error.removeprefix("data: "))["error"]["code"] == "no_replica"
+    # The client of another kind of answer must see that it is not complete.
+    with connected(url) as connection:
+        connection.sendall(b"POST /broken/application-json HTTP/1.1\r\nhost: a\r\ncontent-length: 0\r\n\r\n")
+        response = http.client.HTTPResponse(connection)
+        response.begin()
+        with pytest.raises(http.client.IncompleteRead):
+            response.read()
 
 
 @pytest.mark.parametrize("path", ["/-/routes", "/%2d/routes", "/-/%72outes"])

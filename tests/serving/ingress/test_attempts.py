@@ -5,6 +5,7 @@ import json
 import time
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -19,7 +20,7 @@ from parcelray.serving.engine.continuous_engine import ContinuousEngine
 from parcelray.serving.engine.engine import EngineRefusal, Finished, GenerateRequest, Piece, last_event
 from parcelray.serving.http.api_errors import ApiError
 from parcelray.serving.http.schemas import parse_chat
-from parcelray.serving.ingress import chat
+from parcelray.serving.ingress import clients
 from parcelray.serving.ingress.chat import ChatService, Prepared
 from parcelray.serving.ingress.clients import HandleClient, LocalClient, ReplicaLost
 from tests.serving.conftest import Asker
@@ -130,16 +131,121 @@ def test_all_attempts_share_one_deadline(run: Callable[..., str], engine: Contin
     assert late.attempts == []
 
 
-def test_a_silent_replica_is_given_up_after_the_deadline(
+def test_a_silent_replica_is_given_up_at_the_deadline(
     run: Callable[..., str], engine: ContinuousEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # The deadline of the request is far away, but the wait for its replica ends soon.
-    monkeypatch.setattr(chat, "_MARGIN_S", 0.1 - PATIENCE_S)
+    patience: list[float] = []
+    patience_s = Prepared.patience_s
+
+    def ends_soon(prepared: Prepared) -> float:
+        patience.append(patience_s(prepared))
+        return 0.1
+
+    monkeypatch.setattr(Prepared, "patience_s", ends_soon)
     client = Failing(engine, None)
     with pytest.raises(ApiError) as error:
-        run(client)
+        run(client, timeout_s=2 * PATIENCE_S, arrived_s=PATIENCE_S)
     assert (error.value.status, error.value.code) == (503, "deadline_exceeded")
     assert len(client.attempts) == 1, "it was tried, and no other replica after it"
+    assert patience[0] <= PATIENCE_S, "it is the rest of the time limit, which is that of all attempts together"
+
+
+class Reference:
+    """A reference to the result of a call of an actor."""
+
+    def __init__(self, actor: str) -> None:
+        self._actor = actor
+
+    def task_id(self) -> Any:
+        return SimpleNamespace(actor_id=lambda: SimpleNamespace(hex=lambda: self._actor))
+
+
+class Call:
+    """A call to a replica, plain or streaming, that gets no event; or the result of one, for Serve's handle."""
+
+    def __init__(self, actor: str, *, answers: bool = False) -> None:
+        self.cancelled = False
+        self._replica_result = self
+        self._obj_ref, self._obj_ref_gen = Reference(actor), None
+        self._answers = answers
+
+    def cancel(self) -> None:
+        self.cancelled = True
+
+    async def get_async(self) -> None:
+        if not self._answers:
+            await asyncio.Event().wait()
+
+    async def to_object_ref_async(self) -> Reference:
+        return self._obj_ref
+
+    def __await__(self) -> Any:
+        return self.get_async().__await__()
+
+    async def __anext__(self) -> None:
+        await self
+
+
+class Replicas:
+    """A handle of two replicas, whose requests get no answer, and of which some respond to a check."""
+
+    def __init__(self, *responding: str) -> None:
+        self.calls: dict[str, Call] = {}
+        self._responding = responding
+        self._names = iter("ab")
+
+    @property
+    def answer(self) -> "Replicas":
+        return self
+
+    events = answer
+
+    def options(self, **_: object) -> "Replicas":
+        return self
+
+    def remote(self, _: object) -> Call:
+        name = next(self._names)
+        self.calls[name] = Call(name)
+        return self.calls[name]
+
+    def broadcast(self, method: str) -> Any:
+        async def results() -> list[Call]:
+            return [Call(name, answers=name in self._responding) for name in "ab"]
+
+        assert method == "stats", "which needs no model"
+        return SimpleNamespace(_fetch_replica_results_async=results)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(("responding", "lost"), [("b", ["a"]), ("ab", []), ("", [])])
+def test_requests_leave_a_replica_that_does_not_respond_while_another_does(
+    samples: list[Sample],
+    ask: Asker,
+    monkeypatch: pytest.MonkeyPatch,
+    stream: bool,
+    responding: str,
+    lost: list[str],
+) -> None:
+    """A long answer alone is no reason, and without another replica a retry cannot help."""
+    monkeypatch.setattr(clients, "_SILENT_S", 0.05)
+    replicas = Replicas(*responding)
+    client = HandleClient(cast("DeploymentHandle[Any]", replicas))
+
+    async def run() -> list[str]:
+        tasks = [asyncio.ensure_future(last_event(client.events(ask(samples[0], 16, stream=stream)))) for _ in "ab"]
+        await asyncio.sleep(0.1)
+        assert await client.release_silent() == len(lost)
+        await asyncio.sleep(0)
+        done, waiting = await asyncio.wait(tasks, timeout=0.1)
+        for task in waiting:
+            task.cancel()
+        return [name for name, task in zip("ab", tasks, strict=True) if task in done and _is_lost(task)]
+
+    def _is_lost(task: "asyncio.Future[Any]") -> bool:
+        return isinstance(task.exception(), ReplicaLost)
+
+    assert asyncio.run(run()) == lost
+    assert all(replicas.calls[name].cancelled for name in lost), "the replica does not answer it later"
 
 
 @pytest.mark.parametrize("stream", [False, True])

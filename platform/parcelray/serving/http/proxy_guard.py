@@ -1,14 +1,16 @@
 """Middleware in the process of Ray Serve's HTTP proxy, and the reading of request bodies within limits.
 
-Serve's proxy has four problems:
+Serve's proxy has six problems:
 - It applies headers of clients: request id, session, timeout, and whether a disconnect cancels the request.
 - It fails on some headers that are not UTF-8.
 - It lists its applications to every client.
 - It forwards a body piece by piece, so a slow client occupies a slot of the ingress.
+- It answers 404 while the endpoint starts or stops, which clients and load balancers take as final.
+- It sends nothing when the ingress dies: no status, or a stream that breaks off without an error.
 
-This middleware drops such headers, gives each request its own id, reads the whole body within limits, and gives the
-proxy's own errors the format of all errors. Serve accepts middleware only through an environment variable of the
-proxy's process; see `proxy_environment`.
+This middleware drops such headers, gives each request its own id, reads the whole body within limits, gives the proxy's
+own errors the format of all errors, and ends the requests of a dead ingress with an error. Serve accepts middleware
+only through an environment variable of the proxy's process; see `proxy_environment`.
 """
 
 import asyncio
@@ -44,15 +46,17 @@ _DROPPED = frozenset(
 )
 _HIDDEN = "/-/routes"
 _PROXY_ERRORS = {
-    404: ("There is nothing at this path.", "not_found"),
-    408: ("The request took too long; retry later.", "deadline_exceeded"),
-    429: ("The endpoint has reached its limit of requests; retry later.", "queue_full"),
-    503: ("No replica of the endpoint is available; retry later.", "no_replica"),
+    # The proxy has no route: the endpoint answers every path itself while it runs.
+    404: (503, "The endpoint is starting or stopping; retry later.", "not_ready"),
+    408: (408, "The request took too long; retry later.", "deadline_exceeded"),
+    429: (429, "The endpoint has reached its limit of requests; retry later.", "queue_full"),
+    503: (503, "No replica of the endpoint is available; retry later.", "no_replica"),
 }
+"""Status of the proxy -> status, message and code that the client gets."""
 _MIB = 1024**2
 _CLOSE = {"connection": "close"}
 """Closes the connection: the rest of a refused body is not read, so the connection cannot be reused."""
-_FAILED = ("The server failed on this request.", "internal_error")
+_FAILED = (500, "The server failed on this request.", "internal_error")
 
 
 def proxy_environment(limits: RequestLimits) -> dict[str, str]:
@@ -158,31 +162,39 @@ class ProxyGuard:
             await answer.refuse(error)
         except Exception:
             logger.exception("request %s failed in the proxy", request_id)
-        if not answer.started:
-            await answer.refuse(ApiError(500, _FAILED[0], code=_FAILED[1]))
+            await answer.break_off(_proxy_error(500))
+        if not answer.ended:
+            logger.warning("request %s was lost with its ingress", request_id)
+            message = "The process that handled this request was lost; retry the request."
+            await answer.break_off(ApiError(503, message, code="no_replica", headers={"retry-after": "1"}))
 
     async def _forward(self, scope: Scope, receive: Receive, answer: "_Answer", request_id: str) -> None:
         if scope["path"].removeprefix(scope.get("root_path", "")) == _HIDDEN:
-            raise _proxy_error(404)
+            raise ApiError(404, "There is nothing at this path.", code="not_found")
         request = Request(scope, receive)
         headers = [*_without_dropped(scope["headers"]), (b"x-request-id", request_id.encode())]
         async with answer.held as held:
             body = await held.enter_async_context(
                 self._bodies.read(request.stream(), self._limits, request.headers.get("content-length"))
             )
-            await self._app({**scope, "headers": headers, _SCOPE_KEY: request_id}, _Replay(body, receive), answer.send)
+            replay = _Replay(body, receive, answer)
+            await self._app({**scope, "headers": headers, _SCOPE_KEY: request_id}, replay, answer.send)
 
 
 class _Replay:
     """The `receive` callable of a request whose body has been read."""
 
-    def __init__(self, body: bytes, receive: Receive) -> None:
+    def __init__(self, body: bytes, receive: Receive, answer: "_Answer") -> None:
         self._body: bytes | None = body
         self._receive = receive
+        self._answer = answer
 
     async def __call__(self) -> Message:
         if self._body is None:
-            return await self._receive()
+            message = await self._receive()
+            # Nobody waits for the answer of a client that disconnected.
+            self._answer.ended |= message["type"] == "http.disconnect"
+            return message
         body, self._body = self._body, None
         return {"type": "http.request", "body": body, "more_body": False}
 
@@ -196,34 +208,47 @@ class _Answer:
     def __init__(self, send: Send, request_id: str) -> None:
         self._send = send
         self._request_id = request_id.encode()
-        self._replaced = False
-        self.started = False
+        self._started = self._is_event_stream = False
+        self.ended = False
+        """Whether the whole answer was sent, or its client is gone."""
         self.held = AsyncExitStack()
 
     async def send(self, message: Message) -> None:
         if message["type"] != "http.response.start":
-            if not self._replaced:
+            if not self.ended:
+                self.ended = not message.get("more_body", False)
                 await self._send(message)
             return
         await self.held.aclose()
         headers = {bytes(name).lower(): bytes(value) for name, value in message["headers"]}
         # Errors of the endpoint are JSON; errors in plain text come from the proxy.
         if message["status"] >= 400 and headers.get(b"content-type", b"").startswith(b"text/plain"):
-            self._replaced = True
             await self.refuse(_proxy_error(message["status"], headers.get(b"retry-after", b"1").decode("latin-1")))
             return
+        self._is_event_stream = headers.get(b"content-type", b"").startswith(b"text/event-stream")
         await self._start(message["status"], message["headers"])
 
     async def refuse(self, error: ApiError) -> None:
-        if self.started:
+        """Answers with an error, unless an answer has started."""
+        if self._started:
             return
-        body = json.dumps(error.body(), separators=(",", ":")).encode()
+        body = _encoded(error)
         headers = {"content-type": "application/json", "content-length": str(len(body)), **error.headers}
         await self._start(error.status, [(name.encode(), value.encode()) for name, value in headers.items()])
-        await self._send({"type": "http.response.body", "body": body})
+        await self.send({"type": "http.response.body", "body": body})
+
+    async def break_off(self, error: ApiError) -> None:
+        """Ends an answer that will not be completed: with an error, or with an error event in a started stream.
+
+        A started answer that is no stream is left incomplete, so the server closes the connection.
+        """
+        await self.refuse(error)
+        if self._is_event_stream:
+            await self.send({"type": "http.response.body", "body": b"data: " + _encoded(error) + b"\n\n"})
+        self.ended = True
 
     async def _start(self, status: int, headers: Any) -> None:
-        self.started = True
+        self._started = True
         kept = [(name, value) for name, value in headers if bytes(name).lower() != b"x-request-id"]
         await self._send(
             {"type": "http.response.start", "status": status, "headers": [*kept, (b"x-request-id", self._request_id)]}
@@ -248,6 +273,11 @@ def _without_dropped(headers: Any) -> list[tuple[bytes, bytes]]:
     ]
 
 
+def _encoded(error: ApiError) -> bytes:
+    return json.dumps(error.body(), separators=(",", ":")).encode()
+
+
 def _proxy_error(status: int, retry_after: str = "1") -> ApiError:
-    message, code = _PROXY_ERRORS.get(status, _FAILED)
-    return ApiError(status, message, code=code, headers={"retry-after": retry_after} if status in (429, 503) else None)
+    answered, message, code = _PROXY_ERRORS.get(status, _FAILED)
+    headers = {"retry-after": retry_after} if answered in (429, 503) else None
+    return ApiError(answered, message, code=code, headers=headers)

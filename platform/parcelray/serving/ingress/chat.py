@@ -26,8 +26,6 @@ _CLIENT_ERRORS = frozenset({"context_length_exceeded", "unsupported_budget", "ca
 """Refusals that do not count against the model version that gave them."""
 _RETRYABLE = frozenset({"shutting_down", "engine_error"})
 """Refusals by one replica that another replica may not give."""
-_MARGIN_S = 5.0
-"""Time after the deadline to wait for a replica, seconds. A replica enforces the deadline itself, unless it hangs."""
 _RATE_WINDOW_S = 10.0
 """Time over which the rate of answers is measured, seconds."""
 _MAX_RETRY_AFTER_S = 30
@@ -108,8 +106,11 @@ class Prepared:
         return replace(self.request, timeout_s=remaining_s)
 
     def patience_s(self) -> float:
-        """Returns how long to wait for the next event of the replica, seconds."""
-        return max(0.0, self.deadline - time.perf_counter()) + _MARGIN_S
+        """Returns how long to wait for the next event of the replica, seconds.
+
+        A replica enforces the same deadline itself, unless it hangs.
+        """
+        return max(0.0, self.deadline - time.perf_counter())
 
 
 class ChatService:

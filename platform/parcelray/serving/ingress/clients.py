@@ -1,7 +1,8 @@
 """Access of the ingress to a model, over a handle of Ray Serve or in its own process; and the readiness probe."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from time import monotonic
 from typing import Any, Protocol
 
@@ -26,10 +27,15 @@ from parcelray.serving.http.api_errors import ApiError, from_refusal
 _PROBE_TIMEOUT_S = 10.0
 _PROBE_VALID_S = 1.0
 """Time for which the result of a readiness probe is reused, seconds."""
+_SILENT_S = 5.0
+"""Time without the first event of a request after which its replica is checked, and time limit of the check, seconds.
+
+The check needs no model, only the event loop of the replica's process.
+"""
 
 
 class ReplicaLost(Exception):
-    """The replica that handled the request was lost."""
+    """The replica that handled the request was lost, or does not respond while others do."""
 
 
 class ModelClient(Protocol):
@@ -54,6 +60,10 @@ class ModelClient(Protocol):
 
     async def ping(self) -> None:
         """Returns once an answer came through the path that requests take."""
+        ...
+
+    async def release_silent(self) -> int:
+        """Ends the waiting requests, with `ReplicaLost`, whose replica does not respond; returns their number."""
         ...
 
 
@@ -82,6 +92,10 @@ class LocalClient:
     async def ping(self) -> None:
         """See `ModelClient`; an engine in this process needs no probe."""
 
+    async def release_silent(self) -> int:
+        """See `ModelClient`; there is no other replica."""
+        return 0
+
 
 class HandleClient:
     """A model in deployments of Ray Serve.
@@ -93,19 +107,27 @@ class HandleClient:
     def __init__(self, handle: DeploymentHandle[Any]) -> None:
         self._handle = handle
         self._streams = handle.options(stream=True)
+        self._waiting: dict[asyncio.Timeout, tuple[Any, float]] = {}
+        """Calls without an event so far, with the time of their start, by the scope that ends the wait."""
 
     async def events(self, request: GenerateRequest) -> AsyncGenerator[Piece | Finished, None]:
         """See `ModelClient`."""
         if not request.stream:
             # A plain call: a streaming one takes 0.7 ms more, and with 16 clients the handle's rate falls by a fifth.
-            yield _checked(await self._call(self._handle.answer.remote(request)))
+            response: Any = self._handle.answer.remote(request)
+            async with self._waits(response):
+                end = await self._call(response)
+            yield _checked(end)
             return
-        response: Any = self._streams.events.remote(request)
+        response = self._streams.events.remote(request)
         ended = False
         try:
-            async for event in response:
+            async with self._waits(response):
+                event = await anext(response, None)
+            while event is not None:
                 ended = not isinstance(event, Piece)
                 yield event if isinstance(event, Piece) else _checked(event)
+                event = await anext(response, None)
         except (RayActorError, DeploymentUnavailableError, BackPressureError, RayTaskError) as error:
             raise _translated(error) from None
         finally:
@@ -126,6 +148,53 @@ class HandleClient:
         """See `ModelClient`."""
         await self._call(self._handle.ping.remote())
 
+    async def release_silent(self) -> int:
+        """See `ModelClient`.
+
+        Until its first event, a long answer looks like a hung replica. So the replicas are asked for their statistics,
+        and only calls to those that are silent while another responds are ended.
+        """
+        due = {
+            scope: response
+            for scope, (response, started) in self._waiting.items()
+            if monotonic() - started >= _SILENT_S
+        }
+        if not due:
+            return 0
+        silent = await self._silent_replicas()
+        # The check took time, in which some of the calls may have got their first event.
+        lost = [scope for scope in due if scope in self._waiting and _replica_of(due[scope]._replica_result) in silent]
+        for scope in lost:
+            scope.reschedule(0.0)
+        return len(lost)
+
+    async def _silent_replicas(self) -> set[str | None]:
+        """Returns the replicas that do not respond; none unless another responds, as a retry could not help then."""
+        try:
+            results = await self._handle.broadcast("stats")._fetch_replica_results_async()
+        except (RayActorError, DeploymentUnavailableError):
+            return set()
+        checks = {asyncio.ensure_future(_answer(result)): _replica_of(result) for result in results}
+        responding, silent = await asyncio.wait(checks, timeout=_SILENT_S)
+        for check in silent:
+            check.cancel()
+        return {checks[check] for check in silent} if any(check.exception() is None for check in responding) else set()
+
+    @asynccontextmanager
+    async def _waits(self, response: Any) -> AsyncIterator[None]:
+        """Lets `release_silent` end the wait for the first event of a call, which then raises `ReplicaLost`."""
+        try:
+            async with asyncio.timeout(None) as scope:
+                self._waiting[scope] = (response, monotonic())
+                try:
+                    yield
+                finally:
+                    del self._waiting[scope]
+        except TimeoutError:
+            if not scope.expired():
+                raise
+            raise ReplicaLost from None
+
     async def _call(self, response: Any) -> Any:
         try:
             return await response
@@ -135,6 +204,23 @@ class HandleClient:
             raise
         except (RayActorError, DeploymentUnavailableError, BackPressureError, RayTaskError) as error:
             raise _translated(error) from None
+
+
+async def _answer(result: Any) -> None:
+    await result.get_async()
+
+
+def _replica_of(result: Any) -> str | None:
+    """Returns the actor id of the replica that a call was assigned to, from Serve's result of it; None: not yet.
+
+    Serve has no public function for this. The id of a call's task contains the id of its actor.
+    """
+    if result is None:
+        return None
+    generator = result._obj_ref_gen
+    reference = result._obj_ref if generator is None else generator._generator_ref
+    actor: str = reference.task_id().actor_id().hex()
+    return actor
 
 
 def _checked(end: Finished | Failed) -> Finished:

@@ -10,11 +10,11 @@ import contextlib
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ray import serve
-from starlette.types import ASGIApp
+from ray.exceptions import RayError
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from parcelray.config.base import StrictModel
 from parcelray.config.identity import identity
@@ -23,12 +23,13 @@ from parcelray.profiling.backbone_shapes import from_transformers_config
 from parcelray.profiling.flops import CostBreakdown, cost
 from parcelray.serving.engine.engine import EngineRefusal, PromptBuilder
 from parcelray.serving.http.api import Api
-from parcelray.serving.http.auth import ApiKey, Gatekeeper, read_keys
+from parcelray.serving.http.auth import ApiKey, Gatekeeper
 from parcelray.serving.http.images import ImageReader
 from parcelray.serving.ingress.budget_policy import BudgetPolicy
 from parcelray.serving.ingress.chat import Admission, ChatService
 from parcelray.serving.ingress.clients import HandleClient, ReplicaLost
 from parcelray.serving.ingress.metrics import EndpointMetrics
+from parcelray.serving.ingress.notices import LostRecords, Notices
 from parcelray.serving.ingress.request_log import RequestLog, RequestSampler
 from parcelray.serving.ingress.routes import Records, Route, Routes
 from parcelray.serving.replica import ReplicaSettings
@@ -58,8 +59,8 @@ class IngressRoutes(StrictModel):
 
     champion: RouteSettings
     challenger: RouteSettings | None = None
-    keys: str | None = None
-    """Hash of the keys file; a change makes the ingress read the file again."""
+    keys: tuple[ApiKey, ...] = ()
+    """The API keys, as hashes: the ingress may run on another host than the keys file. Empty: no key is needed."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,8 @@ class Ingress:
         self._job = job
         capacity = (job.engine.max_running + job.engine.max_waiting) * job.replicas.max
         metrics = EndpointMetrics(job.name)
+        self._notices = Notices()
+        self._lost_records = LostRecords(logger.handlers, metrics.log_records_dropped)
         self._store = _sample_store(job, metrics)
         self._shared = _Shared(
             policy=BudgetPolicy(job.budgets),
@@ -101,9 +104,9 @@ class Ingress:
             ),
             records=Records(),
         )
-        self._gatekeeper = Gatekeeper(self._keys())
+        self._gatekeeper = Gatekeeper([])
         self._service: ChatService | None = None
-        self._polling: asyncio.Task[None] | None = None
+        self._polling: asyncio.Future[Any] | None = None
 
     def __del__(self) -> None:
         """Called by Serve after the requests in flight have ended."""
@@ -112,12 +115,15 @@ class Ingress:
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         """Called by Serve after the first `reconfigure`."""
-        return Api(self._job.name, self._job.http, self._current, self._gatekeeper, self._shared.log).application()
+        api = Api(self._job.name, self._job.http, self._current, self._gatekeeper, self._shared.log)
+        return LostProxies(api.application())
 
     async def reconfigure(self, user_config: Mapping[str, Any]) -> None:
         """Called by Serve at the start and on every change of routes; requests in flight keep their chat service."""
         settings = IngressRoutes.model_validate(user_config)
-        self._gatekeeper.replace(self._keys())
+        # Without any key, every request would be admitted.
+        assert settings.keys or self._job.http.keys_file is None, "`pin` reads the keys file"
+        self._gatekeeper.replace(list(settings.keys))
         champion = await self._route(settings.champion)
         challenger = await self._route(settings.challenger) if settings.challenger is not None else None
         canary = self._job.canary
@@ -134,7 +140,7 @@ class Ingress:
             log=shared.log,
         )
         if self._polling is None:
-            self._polling = asyncio.create_task(self._poll_stats())
+            self._polling = asyncio.gather(self._poll_stats(), self._watch_replicas(), self._watch_log())
         logger.info("parcelray: requests go to %s", ", ".join(route.version for route in self._service.routes.all))
 
     async def _poll_stats(self) -> None:
@@ -146,9 +152,24 @@ class Ingress:
                 with contextlib.suppress(ReplicaLost, EngineRefusal, TimeoutError):
                     self._shared.metrics.update(await asyncio.wait_for(route.client.stats(), _STATS_TIMEOUT_S))
 
-    def _keys(self) -> list[ApiKey]:
-        file = self._job.http.keys_file
-        return read_keys(Path(file)) if file else []
+    async def _watch_replicas(self) -> None:
+        """Sends requests that wait for a hung replica to another one."""
+        while True:
+            await asyncio.sleep(_STATS_PERIOD_S)
+            for route in self._current().routes.all:
+                if lost := await route.client.release_silent():
+                    self._notices.add(f"{lost} requests waited for a model replica that does not respond; retried.")
+
+    async def _watch_log(self) -> None:
+        """Reports lost records of the log as soon as it can be written again."""
+        while True:
+            await asyncio.sleep(_STATS_PERIOD_S)
+            if (sentence := self._lost_records.report()) is not None:
+                self._notices.add(sentence)
+
+    async def notices(self) -> list[str]:
+        """Returns the sentences for the operator that `parcelray serve` has not printed yet."""
+        return self._notices.take()
 
     def _current(self) -> ChatService:
         assert self._service is not None, "Serve calls `reconfigure` before it sends requests"
@@ -160,6 +181,31 @@ class Ingress:
         # A version that does not answer gets no requests.
         await client.ping()
         return Route(route.settings.model.reference, client, prompts, costs, app=route.app)
+
+
+class LostProxies:
+    """ASGI middleware that treats the death of the proxy of a request as the disconnection of its client.
+
+    Serve raises an exception of Ray instead, which would be an unexpected error with a traceback for each request.
+
+    Args:
+        app: the application of the ingress.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handles one request."""
+
+        async def receive_or_disconnect() -> Message:
+            try:
+                return await receive()
+            except RayError:
+                logger.warning("parcelray: the proxy of a request was lost")
+                return {"type": "http.disconnect"}
+
+        await self._app(scope, receive_or_disconnect, send)
 
 
 def _sample_store(job: ServeJob, metrics: EndpointMetrics) -> "RequestSamples | None":

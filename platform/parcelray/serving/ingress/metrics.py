@@ -135,6 +135,12 @@ class EndpointMetrics:
             ["model_name"],
             registry=self.registry,
         )
+        self._log_records_dropped = Counter(
+            "parcel:log_records_dropped",
+            "Records of the log, such as those of requests, that could not be written",
+            ["model_name"],
+            registry=self.registry,
+        )
         self._retries = Counter(
             "parcel:request_retries", "Requests sent to another replica", ["model_name"], registry=self.registry
         )
@@ -214,6 +220,10 @@ class EndpointMetrics:
     def samples_dropped(self, count: int) -> None:
         """Counts samples that were lost."""
         self._samples_dropped.labels(self._model).inc(count)
+
+    def log_records_dropped(self, count: int) -> None:
+        """Counts log records that were lost."""
+        self._log_records_dropped.labels(self._model).inc(count)
 
     def retried(self) -> None:
         """Counts a request that was sent to another replica."""
