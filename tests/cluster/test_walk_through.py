@@ -121,7 +121,7 @@ def _run(hosts: Hosts, host: Host, settings: list[str], command: str) -> None:
         return
     log = "training.log"
     training = host.start(script, folder, log=log)
-    wait_until(lambda: hosts.num_checkpoints("train/quickstart-parcel") > 0, "there is a checkpoint", training)
+    wait_until(lambda: hosts.num_checkpoints("train/quickstart-parcel") > 0, "there is a checkpoint", training, LIMIT_S)
     # A dead host sends nothing, not even the end of its connections.
     hosts.cut(hosts.workers[1])
     hosts.workers[1].kill()
