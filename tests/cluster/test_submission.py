@@ -10,7 +10,7 @@ from packaging.specifiers import SpecifierSet
 
 import parcelray
 from parcelray.cluster.package import secret_settings
-from parcelray.cluster.submission import JobRequest, build_entrypoint, plan_submission
+from parcelray.cluster.submission import JobRequest, build_entrypoint, driver_variables, plan_submission
 from parcelray.cluster.versions import Needs, Versions, check_versions, needs_of
 from parcelray.errors import UserError
 
@@ -58,6 +58,11 @@ def test_every_kind_of_job_has_its_command(
     request = JobRequest(project / file, identity, ["x=1"], flags)
     assert build_entrypoint(request, project) == command
     assert request.submission_id == identity + ("-confirm" if flags else "")
+
+
+def test_the_driver_of_an_endpoint_has_time_to_finish_its_requests() -> None:
+    assert int(driver_variables("serve", {"A": "1"})["RAY_JOB_STOP_WAIT_TIME_S"]) >= 60
+    assert driver_variables("train", {"A": "1"}) == {"PYTHONUNBUFFERED": "1", "A": "1"}
 
 
 def test_a_malformed_identity_is_rejected(project: Path) -> None:

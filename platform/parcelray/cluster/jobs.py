@@ -27,6 +27,8 @@ from parcelray.loopback import bypass_proxies_on_loopback
 
 ENDED = frozenset({"SUCCEEDED", "FAILED", "STOPPED"})
 POLL_S = 0.5
+STOP_WAIT_S = 600.0
+"""Time for an endpoint to finish its requests before Ray kills its driver, seconds."""
 _AGENT_ATTEMPTS = 120
 _AGENT_PAUSE_S = 1.0
 _COLOR = re.compile(r"\x1b\[[\d;]*m")
@@ -142,13 +144,14 @@ def wait(submission_id: str, *, address: str | None, write: Callable[[str], obje
     return state
 
 
-def stop(submission_id: str, *, address: str | None, timeout_s: float = 30.0) -> JobState:
+def stop(submission_id: str, *, address: str | None, timeout_s: float = STOP_WAIT_S + 60.0) -> JobState:
     """Stops a job and waits for its end; a job that has already ended is left unchanged.
 
     Args:
         submission_id: id of the job on the cluster.
         address: address of the cluster's dashboard.
-        timeout_s: longest wait in seconds. Ray kills a driver that ignores SIGTERM after about 3 s.
+        timeout_s: longest wait in seconds. Ray kills a driver that ignores SIGTERM after about 3 s, that of an endpoint
+            after `STOP_WAIT_S`.
 
     Returns:
         The state at the end of the wait.

@@ -21,7 +21,7 @@ from ray.job_submission import JobSubmissionClient
 from rich.table import Table
 
 from parcelray.cluster.auth import find_token
-from parcelray.cluster.jobs import JobState, attempts_of, explained, get_state, open_client, start_job
+from parcelray.cluster.jobs import STOP_WAIT_S, JobState, attempts_of, explained, get_state, open_client, start_job
 from parcelray.cluster.package import Package, collect, git_state, inside, project_root, secret_settings, stage
 from parcelray.cluster.preflight import check_cluster, dashboard_url
 from parcelray.cluster.versions import check_versions, needs_of, query_versions
@@ -172,7 +172,14 @@ def submit(
         "entrypoint": entrypoint or build_entrypoint(request, root),
         "metadata": metadata,
     }
-    return _send(client, url, package, details, env_vars or {})
+    return _send(client, url, package, details, driver_variables(match["kind"], env_vars or {}))
+
+
+def driver_variables(kind: str, env_vars: Mapping[str, str]) -> dict[str, str]:
+    """Returns the environment variables of a job: the given ones, and those that its kind needs."""
+    # Ray kills a driver 3 s after SIGTERM, but an endpoint finishes its requests first.
+    wait = {"RAY_JOB_STOP_WAIT_TIME_S": f"{STOP_WAIT_S:.0f}"} if kind == "serve" else {}
+    return {"PYTHONUNBUFFERED": "1", **wait, **env_vars}
 
 
 def plan_submission(request: JobRequest, *, address: str | None) -> Submission:
@@ -226,7 +233,7 @@ def _send(
         folder = Path(scratch) / "project"
         folder.mkdir()
         stage(package, folder)
-        runtime_env: dict[str, Any] = {"working_dir": str(folder), "env_vars": {"PYTHONUNBUFFERED": "1", **env_vars}}
+        runtime_env: dict[str, Any] = {"working_dir": str(folder), "env_vars": dict(env_vars)}
         if _has_package(package):
             # This puts the package on the PYTHONPATH of every node. The entry `platform` would only work for the
             # driver, as workers start in another folder.

@@ -5,7 +5,7 @@ import logging
 import os
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 
 import ray
 from ray import serve
@@ -216,16 +216,16 @@ def run_endpoint(pinned: PinnedEndpoint, console: Console, *, address: str | Non
 
 def _report(deaths: DeathWatch, name: str, console: Console) -> None:
     """Prints which processes died or were replaced, and the notices of the ingress."""
-    sentences: list[str] = []
-    # While a process is replaced, its part of the answers is missing.
-    try:
-        sentences += deaths.update(DriverCluster().details(), time.monotonic())
+
+    def say(sentences: list[str]) -> None:
+        for sentence in sentences:
+            console.print(f"{time.strftime('%H:%M:%S')} {sentence}", style="yellow", soft_wrap=True)
+
+    # A process that is being replaced does not answer; the next report has its part.
+    with suppress(RayError, RayServeException, TimeoutError):
+        say(deaths.update(DriverCluster().details(), time.monotonic()))
         notices = serve.get_deployment_handle(INGRESS_DEPLOYMENT, name).notices.remote()
-        sentences += notices.result(timeout_s=_NOTICES_TIMEOUT_S)
-    except (RayError, RayServeException, TimeoutError):
-        pass
-    for sentence in sentences:
-        console.print(f"{time.strftime('%H:%M:%S')} {sentence}", style="yellow", soft_wrap=True)
+        say(notices.result(timeout_s=_NOTICES_TIMEOUT_S))
 
 
 def _warn(pinned: PinnedEndpoint, console: Console) -> None:

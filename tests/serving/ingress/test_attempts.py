@@ -163,9 +163,9 @@ class Reference:
 class Call:
     """A call to a replica, plain or streaming, that gets no event; or the result of one, for Serve's handle."""
 
-    def __init__(self, actor: str, *, answers: bool = False) -> None:
+    def __init__(self, actor: str, *, answers: bool = False, accepted: bool = True) -> None:
         self.cancelled = False
-        self._replica_result = self
+        self._replica_result = self if accepted else None
         self._obj_ref, self._obj_ref_gen = Reference(actor), None
         self._answers = answers
 
@@ -189,9 +189,10 @@ class Call:
 class Replicas:
     """A handle of two replicas, whose requests get no answer, and of which some respond to a check."""
 
-    def __init__(self, *responding: str) -> None:
+    def __init__(self, *responding: str, accepting: str = "ab") -> None:
         self.calls: dict[str, Call] = {}
         self._responding = responding
+        self._accepting = accepting
         self._names = iter("ab")
 
     @property
@@ -205,7 +206,7 @@ class Replicas:
 
     def remote(self, _: object) -> Call:
         name = next(self._names)
-        self.calls[name] = Call(name)
+        self.calls[name] = Call(name, accepted=name in self._accepting)
         return self.calls[name]
 
     def broadcast(self, method: str) -> Any:
@@ -217,18 +218,23 @@ class Replicas:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize(("responding", "lost"), [("b", ["a"]), ("ab", []), ("", [])])
+@pytest.mark.parametrize(
+    ("responding", "accepting", "lost"),
+    # A hung replica does not even accept a request.
+    [("b", "ab", ["a"]), ("b", "b", ["a"]), ("ab", "ab", []), ("ab", "", []), ("", "ab", [])],
+)
 def test_requests_leave_a_replica_that_does_not_respond_while_another_does(
     samples: list[Sample],
     ask: Asker,
     monkeypatch: pytest.MonkeyPatch,
     stream: bool,
     responding: str,
+    accepting: str,
     lost: list[str],
 ) -> None:
     """A long answer alone is no reason, and without another replica a retry cannot help."""
     monkeypatch.setattr(clients, "_SILENT_S", 0.05)
-    replicas = Replicas(*responding)
+    replicas = Replicas(*responding, accepting=accepting)
     client = HandleClient(cast("DeploymentHandle[Any]", replicas))
 
     async def run() -> list[str]:

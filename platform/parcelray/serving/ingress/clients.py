@@ -161,9 +161,12 @@ class HandleClient:
         }
         if not due:
             return 0
-        silent = await self._silent_replicas()
+        if not (silent := await self._silent_replicas()):
+            return 0
+        # A call that has no replica yet waits for one to accept it, and the silent replica will not.
+        held = {None, *silent}
         # The check took time, in which some of the calls may have got their first event.
-        lost = [scope for scope in due if scope in self._waiting and _replica_of(due[scope]._replica_result) in silent]
+        lost = [scope for scope in due if scope in self._waiting and _replica_of(due[scope]._replica_result) in held]
         for scope in lost:
             scope.reschedule(0.0)
         return len(lost)
