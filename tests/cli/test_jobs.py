@@ -12,7 +12,7 @@ from rich.console import Console
 
 from parcelray.cli.job_report import JobReport
 from parcelray.cli.jobs import states_table
-from parcelray.cluster import jobs, submission
+from parcelray.cluster import failures, jobs, submission
 from parcelray.cluster.failures import FailedWorker
 from parcelray.cluster.jobs import JobState
 from parcelray.cluster.submission import JobRequest, SubmittedJob
@@ -134,9 +134,13 @@ def test_show_has_the_runs_the_failure_and_what_could_not_be_queried(run: Any, m
     assert report.to_dict()["model_versions"] == ["models:/a/2"]
 
     monkeypatch.setattr(jobs, "status", lambda submission_id, address: STATE)
-    monkeypatch.setattr("parcelray.cluster.failures.failed_workers", lambda ray_job_id, address: [failure])
+    monkeypatch.setattr(failures, "failed_workers", lambda ray_job_id, address: [failure])
+    monkeypatch.setattr(failures, "logs", lambda submission_id, address: iter(["step 1\n", "failed: no disk\n"]))
+    monkeypatch.setattr(failures, "get_json", lambda url, path, token: {"session_name": "session_1"})
     shown = json.loads(run("jobs", "show", STATE.submission_id, *ADDRESS, "--json").out)
-    assert shown["failures"][0]["pid"] == 4711
+    assert [each["name"] for each in shown["failures"]] == ["train_worker", "driver"]
+    assert shown["failures"][1]["error"] == "step 1\nfailed: no disk"
+    assert f"session_1/logs/job-driver-{STATE.submission_id}.log" in shown["failures"][1]["log"]
     assert shown["checkpoints"] == []
 
 

@@ -18,7 +18,7 @@ import yaml
 
 import parcelray
 from parcelray.cluster import jobs, preflight
-from parcelray.cluster.failures import failed_workers
+from parcelray.cluster.failures import failed_driver, failed_workers
 from parcelray.cluster.submission import JobRequest, submit
 from parcelray.cluster.versions import query_versions
 from parcelray.config import loader
@@ -320,6 +320,9 @@ def test_the_traceback_and_the_log_of_a_failed_worker_are_found(cluster: Cluster
     assert "ValueError: a sample without an image" in failure.error
     assert "Traceback" in failure.error or "line " in failure.error
     assert f"{failure.pid}.err" in failure.log, failure
+    driver = failed_driver(state, address=cluster.address)
+    assert "ValueError: a sample without an image" in driver.error
+    assert f"logs/job-driver-{identity}.log" in driver.log
 
 
 def test_the_versions_of_a_cluster_can_be_queried(cluster: Cluster) -> None:

@@ -83,5 +83,7 @@ def test_only_nodes_with_resources_for_workers_are_in_use(monkeypatch, data):
 
 
 def test_a_task_runs_on_each_node(ray_session, data):
-    assert node_inputs._on_each_node(node_inputs._Check((), {str(data): "sha256:0"}))[0].startswith("The data")
+    (problem,) = node_inputs._on_each_node(node_inputs._Check((), {str(data): "sha256:0"}))
+    assert problem is not None
+    assert problem.startswith(f"The data {data} differ between the hosts")
     check_inputs([], [data])

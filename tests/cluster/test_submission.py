@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
@@ -94,6 +95,12 @@ def test_secrets_in_settings_are_found_without_repeating_them(settings: Any, fou
         assert line.startswith(start)
         assert "hunter2" not in line
         assert ACCESS_TOKEN not in line
+
+
+def test_no_shipped_job_file_is_taken_for_one_with_secrets(repo_root: Path) -> None:
+    files = sorted((repo_root / "jobs").glob("*/*.yaml"))
+    assert files
+    assert [(file.name, *found) for file in files for found in secret_settings(yaml.safe_load(file.read_text()))] == []
 
 
 @pytest.mark.parametrize(

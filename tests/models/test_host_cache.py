@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from parcelray.errors import UserError
+from parcelray.errors import SystemFailure, UserError
 from parcelray.models import host_cache
 from parcelray.models.checkpoint import ModelPin, open_pin, resolve_checkpoint, write_manifest
 from parcelray.models.host_cache import cache_root
@@ -149,8 +149,8 @@ def test_a_model_larger_than_the_cache_and_an_illegal_limit_are_refused(bucket, 
 
 
 def test_a_full_disk_is_one_sentence(bucket, tmp_path, monkeypatch):
-    monkeypatch.setattr(host_cache.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 10})())
-    with pytest.raises(host_cache.SystemFailure, match=r"needs 0\.0 GB, but the disk of"):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 10})())
+    with pytest.raises(SystemFailure, match=r"needs 0\.0 GB, but the disk of"):
         resolve_checkpoint(stored_model(bucket, tmp_path, 1))
 
 
@@ -171,16 +171,19 @@ def test_other_processes_wait_for_a_download_and_report_it(bucket, tmp_path, cac
         stdout=subprocess.PIPE,
         text=True,
     )
-    assert holder.stdout.readline() == "held\n"
+    stdin, stdout = holder.stdin, holder.stdout
+    assert stdin is not None
+    assert stdout is not None
+    assert stdout.readline() == "held\n"
     states = []
 
     def on_progress(state):
         states.append(state)
-        holder.stdin.close()
+        stdin.close()
 
     resolved = resolve_checkpoint(uri, on_progress=on_progress)
     holder.wait()
-    holder.stdout.close()
+    stdout.close()
     assert resolved.path == entry
     assert states[0] == f"downloading {uri} to {os.uname().nodename}: 0.00 of 0.00 GB"
 

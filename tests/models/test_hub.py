@@ -70,20 +70,22 @@ def host(hub, tmp_path):
             text=True,
             env=os.environ | variables,
         )
-        processes.append(process)
+        assert process.stdin is not None
+        assert process.stdout is not None
+        processes.append((process, process.stdin, process.stdout))
 
-        def ask(line):
-            process.stdin.write(f"{line}\n")
-            process.stdin.flush()
-            return json.loads(process.stdout.readline())
+        def ask(line, stdin=process.stdin, stdout=process.stdout):
+            stdin.write(f"{line}\n")
+            stdin.flush()
+            return json.loads(stdout.readline())
 
         return ask
 
     yield start
-    for process in processes:
-        process.stdin.close()
+    for process, stdin, stdout in processes:
+        stdin.close()
         process.wait()
-        process.stdout.close()
+        stdout.close()
 
 
 def test_hosts_get_the_commit_that_the_driver_pinned_with_one_download_each(hub, host):

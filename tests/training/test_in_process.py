@@ -17,9 +17,10 @@ from parcelray.evaluation.predict import predictor
 from parcelray.models import decoding
 from parcelray.models.checkpoint import resolve_checkpoint
 from parcelray.models.vlm import load_vlm
-from parcelray.tracking.metric_logger import NoMetrics, UnsentMetric
+from parcelray.tracking.metric_logger import NoMetrics
 from parcelray.tracking.opening import model_folder
 from parcelray.tracking.registry import resolve_model
+from parcelray.tracking.store import UnsentMetric
 from parcelray.training import train_loop
 from parcelray.training.plan import training_plan
 from parcelray.training.run import run_training

@@ -20,11 +20,12 @@ from parcelray.models.checkpoint import verify_manifest
 from parcelray.models.mini import build_processor
 from parcelray.models.vlm import load_vlm
 from parcelray.tracking.metric_logger import NoMetrics
+from parcelray.training.accelerator import fsdp_plugin, make_accelerator
 from parcelray.training.plan import training_plan
 from parcelray.training.run import run_training
 from parcelray.training.start import build_start, freeze
 from parcelray.training.step import build_optimizer, parameter_groups
-from parcelray.training.train_loop import _accelerator, fit_in_process, fsdp_plugin
+from parcelray.training.train_loop import fit_in_process
 
 from ..models.conftest import CONFIG, CORPUS, write_stock_paligemma
 from .conftest import tiny_job
@@ -103,7 +104,7 @@ def sharding_on_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
     """Shard on CPUs too, where accelerate by itself replicates the model and ignores the plugin."""
 
     def build(training: TrainingConfig, layer_classes: Sequence[str], *, cpu_only: bool) -> Accelerator:
-        accelerator = _accelerator(training, layer_classes, cpu_only=cpu_only)
+        accelerator = make_accelerator(training, layer_classes, cpu_only=cpu_only)
         if training.strategy == "fsdp":
             for state in (accelerator.state.__dict__, PartialState._shared_state):
                 state["distributed_type"] = DistributedType.FSDP

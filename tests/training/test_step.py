@@ -17,6 +17,7 @@ from parcelray.models.backbones.paligemma_processor import ElasticPaliGemmaProce
 from parcelray.models.mini import build_config, build_model, build_processor
 from parcelray.models.training_attention import training_kernels
 from parcelray.models.vlm import use_sdpa_where_exact
+from parcelray.training.accelerator import pass_precision
 from parcelray.training.step import (
     Losses,
     TensorBatch,
@@ -28,7 +29,6 @@ from parcelray.training.step import (
     to_tensors,
     with_placeholders,
 )
-from parcelray.training.train_loop import pass_precision
 
 from .conftest import TINY
 

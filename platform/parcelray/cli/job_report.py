@@ -70,7 +70,8 @@ class JobReport:
         failures = []
         for failure in self.failures:
             lines = failure.error.splitlines()[-_SHOWN_LINES:]
-            where = f"{failure.name} on {failure.node or 'an unknown node'}, process {failure.pid}"
+            process = f", process {failure.pid}" if failure.pid else ""
+            where = f"{failure.name} on {failure.node or 'an unknown node'}{process}"
             failures.append(escape("\n".join([f"\nFailed: {where}", f"Log: {failure.log}", *lines])))
         return Group(table, *failures, *(f"Note: {escape(note)}" for note in self.notes))
 
@@ -85,17 +86,21 @@ def build_report(submission_id: str, *, address: str | None) -> JobReport:
     Raises:
         UserError: the cluster has no such job, is unreachable or rejects the token.
     """
-    from parcelray.cluster import jobs
-    from parcelray.cluster.failures import failed_workers
+    from parcelray.cluster import failures, jobs
 
     state = jobs.status(submission_id, address=address)
     notes: list[str] = []
     runs = _try(notes, "runs", lambda: _runs(state, address))
     checkpoints = _try(notes, "checkpoints", lambda: _checkpoints(state))
     endpoint = _try(notes, "endpoint", lambda: jobs.applications(address=address)) if _kind(state) == "serve" else {}
-    failed = state.ray_job_id and state.status == "FAILED"
-    failures = _try(notes, "failures", lambda: failed_workers(state.ray_job_id, address=address)) if failed else []
-    return JobReport(state, runs or [], checkpoints or [], endpoint or {}, failures or [], notes)
+    failed: list[FailedWorker] = []
+    if state.status == "FAILED":
+        driver = _try(notes, "log", lambda: failures.failed_driver(state, address=address))
+        failed = [driver] if driver is not None else []
+        if state.ray_job_id:
+            workers = _try(notes, "workers", lambda: failures.failed_workers(state.ray_job_id, address=address))
+            failed = [*(workers or []), *failed]
+    return JobReport(state, runs or [], checkpoints or [], endpoint or {}, failed, notes)
 
 
 def duration(state: "JobState") -> str:

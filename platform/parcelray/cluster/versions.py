@@ -28,10 +28,10 @@ _POLL_S = 0.5
 _MARK = "parcelray-versions "
 # Runs on the cluster, whose Python may be too old for the code of this package.
 _PROBE = f"""
-import json, platform
+import json, platform, sys
 from importlib.metadata import distributions
 names = {{str(each.metadata["Name"]): each.version for each in distributions()}}
-print({_MARK!r} + json.dumps({{"python": platform.python_version(), "libraries": names}}))
+sys.stdout.write({_MARK!r} + json.dumps({{"python": platform.python_version(), "libraries": names}}))
 """
 
 

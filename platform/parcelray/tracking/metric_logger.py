@@ -3,8 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
-UnsentMetric = tuple[str, float, int, int]
-"""A metric that the store does not have yet: key, value, time in milliseconds since 1970, step."""
+from parcelray.tracking.store import UnsentMetric
 
 
 class MetricLogger(Protocol):

@@ -20,12 +20,12 @@ from parcelray.errors import SystemFailure, UserError
 from parcelray.loopback import bypass_proxies_on_loopback
 from parcelray.tracking.drivers import driver_tag, is_kill, is_other_live_driver, sigterm_as_exit
 from parcelray.tracking.lineage import USER_TAG, lineage_tags, user
-from parcelray.tracking.metric_logger import UnsentMetric
 from parcelray.tracking.store import (
     METRICS_PER_BATCH,
     PARAMS_PER_BATCH,
     ParamValue,
     RunStatus,
+    UnsentMetric,
     artifact_location,
     batches,
     clean_key,

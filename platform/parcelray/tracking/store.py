@@ -26,6 +26,8 @@ from parcelray.loopback import bypass_proxies_on_loopback
 
 ParamValue = str | int | float | bool | None
 RunStatus = Literal["FINISHED", "FAILED", "KILLED"]
+UnsentMetric = tuple[str, float, int, int]
+"""A metric that a store does not have yet: key, value, time in milliseconds since 1970, step."""
 
 SERVER_SCHEMES = ("http", "https")
 DATABASE_SCHEMES = ("postgresql", "mysql", "mssql")

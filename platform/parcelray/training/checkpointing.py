@@ -38,8 +38,8 @@ from parcelray.files import read_json, write_json
 from parcelray.models.backbones import ElasticVLM
 from parcelray.models.backbones.processor_base import ElasticProcessor
 from parcelray.models.vlm import quiet_transformers
-from parcelray.tracking.metric_logger import UnsentMetric
 from parcelray.tracking.run_folder import CHECKPOINT
+from parcelray.tracking.store import UnsentMetric
 
 _POLL_S = 1.0
 """Pause between two attempts to copy a checkpoint, seconds."""

@@ -163,16 +163,18 @@ def run_training(
 
 def _registered(job: TrainJob, run: TrainedRun, console: Console) -> TrainedRun:
     """Registers the trained model if the job says so; the same model of the same run is registered once."""
-    if job.register is None or job.tracking.uri is None or run.mlflow_run_id is None:
+    run_id = run.mlflow_run_id
+    if job.register is None or job.tracking.uri is None or run_id is None:
         return run
     if run.registered is None or not run.registered.startswith(f"models:/{job.register}/"):
         uri = ensure_store(job.tracking.uri)
         largest = max(connector_of(run.model_folder).supported_budgets)
         version = register_model(
-            uri, run.model_folder, job.register, run.mlflow_run_id, pyfunc_file=PYFUNC_FILE, example_budget=largest
+            uri, run.model_folder, job.register, run_id, pyfunc_file=PYFUNC_FILE, example_budget=largest
         )
-        run = replace(run, registered=f"models:/{job.register}/{version}")
-        MlflowRunLogger(uri, run.mlflow_run_id).set_tags({MODEL_OUT_TAG: run.registered})
+        registered = f"models:/{job.register}/{version}"
+        run = replace(run, registered=registered)
+        MlflowRunLogger(uri, run_id).set_tags({MODEL_OUT_TAG: registered})
     console.print(f"The trained model is {run.registered}")
     return run
 

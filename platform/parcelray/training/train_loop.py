@@ -12,17 +12,16 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
-from accelerate import Accelerator, FullyShardedDataParallelPlugin
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs, set_seed
-from torch.distributed.fsdp import MixedPrecisionPolicy
+from accelerate.utils import set_seed
 
 from parcelray.analysis.redundancy import effective_rank, image_dependent_share, mean_pairwise_cosine
 from parcelray.config.identity import config_hash
-from parcelray.config.train import TrainingConfig, TrainJob
+from parcelray.config.train import TrainJob
 from parcelray.datasets.collator import Batch
 from parcelray.datasets.sample import Sample
 from parcelray.errors import SystemFailure
@@ -31,10 +30,11 @@ from parcelray.evaluation.scoring.split_scores import score
 from parcelray.models.allocator import keep_freed_memory
 from parcelray.models.backbones import ElasticVLM
 from parcelray.models.backbones.processor_base import ElasticProcessor
-from parcelray.models.training_attention import has_bf16_products, training_kernels
+from parcelray.models.training_attention import training_kernels
 from parcelray.tracking.metric_logger import MetricLogger, NoMetrics
 from parcelray.tracking.run_folder import CHECKPOINT
 from parcelray.training import checkpointing
+from parcelray.training.accelerator import make_accelerator
 from parcelray.training.batches.schedule import StepReader, in_process_batches
 from parcelray.training.budget_sampling import BudgetSampler
 from parcelray.training.start import build_resumed, build_start, freeze, step_reader, validation_samples
@@ -46,8 +46,6 @@ _DIAGNOSED_IMAGES = 8
 """Largest number of images whose tokens the diagnostics measure."""
 _LOW_IMAGE_SHARE = 0.5
 """Image-dependent share of the variance of query tokens below which a training warns."""
-_PASS_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-"""Data type of the weights in forward and backward passes of sharded training, by `training.precision`."""
 
 
 class Reporter(Protocol):
@@ -177,7 +175,7 @@ class _Loop:
         self.vlm: ElasticVLM = vlm
         self.validation = validation_samples(job, self.processor)
         set_seed(job.seed)
-        self.accelerator = _accelerator(job.training, vlm.layer_classes, cpu_only=inputs.cpu_only)
+        self.accelerator = make_accelerator(job.training, vlm.layer_classes, cpu_only=inputs.cpu_only)
         # In fp32, torch's fused attention is faster.
         self.own_kernels = (
             job.training.kernels is None
@@ -470,41 +468,5 @@ def _check_finite(loss: float, norm: float, step: int, precision: str) -> None:
         )
 
 
-def pass_precision(training: TrainingConfig, *, cpu_only: bool) -> Literal["no", "fp16", "bf16"]:
-    """Precision of the passes in accelerate's words.
-
-    On a CPU without AMX, bf16 falls back to fp32: its products are then slower than those of fp32, 2 times with
-    AVX512_BF16 and 5 times without (measured on one Xeon with oneDNN 3.12).
-    """
-    if training.precision == "fp32":
-        return "no"
-    if training.precision == "bf16" and cpu_only and training.kernels is None and not has_bf16_products():
-        return "no"
-    return training.precision
-
-
 def _sync_only_last(accelerator: Accelerator, model: torch.nn.Module, *, last: bool) -> AbstractContextManager[None]:
     return nullcontext() if last else accelerator.no_sync(model)
-
-
-def _accelerator(training: TrainingConfig, layer_classes: Sequence[str], *, cpu_only: bool) -> Accelerator:
-    return Accelerator(
-        cpu=cpu_only,
-        mixed_precision=pass_precision(training, cpu_only=cpu_only),
-        fsdp_plugin=fsdp_plugin(training, layer_classes) if training.strategy == "fsdp" else None,
-        # A budget without queries leaves the query path unused in that step.
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
-    )
-
-
-def fsdp_plugin(training: TrainingConfig, layer_classes: Sequence[str]) -> FullyShardedDataParallelPlugin:
-    """How the weights are sharded, and the data types of sharded training: fp32 weights and sums of gradients."""
-    dtype = _PASS_DTYPES[training.precision]
-    return FullyShardedDataParallelPlugin(
-        fsdp_version=2,
-        auto_wrap_policy="transformer_based_wrap",
-        transformer_cls_names_to_wrap=list(layer_classes),
-        cpu_ram_efficient_loading=False,
-        # By itself accelerate would also add up the ranks' gradients in the precision of the passes, unlike DDP.
-        mixed_precision_policy=MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, output_dtype=dtype),
-    )

@@ -1,6 +1,7 @@
 """Training on Ray Train (V2): one loop per worker, restarted from the newest checkpoint when a worker dies."""
 
 import contextlib
+import logging
 import shutil
 import signal
 import tempfile
@@ -22,6 +23,7 @@ from parcelray.config.train import TrainJob
 from parcelray.errors import SystemFailure, UserError
 from parcelray.files import listing_wait_s, read_json
 from parcelray.models.checkpoint import ModelPin
+from parcelray.tracking.lineage import submitted_job
 from parcelray.tracking.metric_logger import MetricLogger
 from parcelray.tracking.run_folder import RunFolder
 from parcelray.training.checkpointing import fetch
@@ -32,6 +34,8 @@ from parcelray.training.ray_worker import (
     train_worker,
     watched_progress,
 )
+
+logger = logging.getLogger(__name__)
 
 _ABORT_S = 30.0
 """Longest time that Ctrl-C waits for the end of the workers, seconds."""
@@ -169,7 +173,13 @@ def _check_snapshot(folder: RunFolder) -> None:
 
 
 def _failure(error: ray.train.WorkerGroupError) -> Exception:
-    """The first worker's failure; a user error keeps its type, so that it is printed as one sentence."""
+    """The first worker's failure; a user error keeps its type, so that it is printed as one sentence.
+
+    In a submitted job, all tracebacks go to the log of the job, because workers on other hosts keep logs of their own.
+    """
+    if submitted_job():
+        for rank, failure in sorted(error.worker_failures.items()):
+            logger.error("The worker of rank %d failed:\n%s", rank, str(failure).strip())
     for cause in error.worker_failures.values():
         inner = getattr(cause, "cause", cause)
         if isinstance(inner, UserError):
