@@ -18,7 +18,7 @@ def test_runs_are_listed_copied_and_deleted_only_with_yes(run: Any, tmp_path: Pa
     pulled = run("runs", "pull", "train/tiny", storage, f"--output={tmp_path}/copy", "--json")
     assert json.loads(pulled.out) == {"folder": f"{tmp_path}/copy/train/tiny"}
     assert (tmp_path / "copy" / "train" / "tiny" / "job.json").is_file()
-    assert "would be deleted; add --yes to delete" in run("runs", "prune", "train/tiny", storage).out
+    assert "Nothing was deleted; add --yes to delete." in run("runs", "prune", "train/tiny", storage).out
     assert folder.is_dir()
     assert json.loads(run("runs", "prune", "train/tiny", storage, "--yes", "--json").out)["is_deleted"]
     assert not (folder / "job.json").exists()

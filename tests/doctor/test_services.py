@@ -124,11 +124,24 @@ def test_storage_is_written_and_read(tmp_path: Path, monkeypatch: pytest.MonkeyP
     [
         # Nobody can create a file there, not even root.
         ("/proc/runs", ["Error", "credentials"]),
-        ("s9://bucket/runs", ["Protocol not known", "address"]),
+        ("s9://bucket/runs", ["Protocol not known", "use a folder"]),
     ],
 )
 def test_storage_that_does_not_work_is_reported(storage: str, words: list[str]) -> None:
     _is(services.check_storage(storage), "fail", *words)
+
+
+def test_storage_that_does_not_respond_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    end = threading.Event()
+
+    def wait(uri: str) -> None:
+        end.wait()
+        raise OSError
+
+    monkeypatch.setattr(services, "open_storage", wait)
+    monkeypatch.setattr(services, "_STORAGE_LIMIT_S", 0.01)
+    _is(services.check_storage("s3://bucket/runs"), "fail", "did not respond within 0.01 s", "credentials")
+    end.set()
 
 
 def test_the_cluster_is_queried_with_the_token(server: str, monkeypatch: pytest.MonkeyPatch) -> None:

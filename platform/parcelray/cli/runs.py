@@ -73,3 +73,5 @@ def runs_prune(
         storage, runs, older_than_days=older_than, checkpoints=checkpoints, predictions=predictions, delete=yes
     )
     show(pruned, as_json, lambda value: value.to_rich())
+    if not yes and not as_json:
+        console().print("Nothing was deleted; add --yes to delete.")

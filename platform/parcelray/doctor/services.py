@@ -1,14 +1,13 @@
 """Checks of what a job uses: a local Ray, the MLflow store, storage, a Ray cluster and the Hugging Face hub."""
 
 import os
+import queue
+import threading
 import time
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-
-import fsspec
-from fsspec.implementations.local import LocalFileSystem
 
 from parcelray.cluster.auth import find_token
 from parcelray.cluster.preflight import check_cluster as query_cluster
@@ -18,10 +17,13 @@ from parcelray.cluster.worker_start import actor_round_trip
 from parcelray.config.paths import SQLITE_PREFIX
 from parcelray.doctor.finding import Finding, guarded
 from parcelray.doctor.machine import nearest_folder
+from parcelray.errors import SystemFailure
+from parcelray.files import is_local, open_storage
 from parcelray.tracking.store import hide_credentials, store_round_trip
 
 _OBJECT_STORE_BYTES = 100 * 2**20
 _HTTP_TIMEOUT_S = 10
+_STORAGE_LIMIT_S = 60.0
 _PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": str(_HTTP_TIMEOUT_S)}
 """A server that does not respond is reported within seconds; by default, MLflow retries for minutes."""
 
@@ -83,19 +85,36 @@ def check_storage(storage: str) -> Finding:
     Args:
         storage: folder or fsspec URI.
     """
-    filesystem, root = fsspec.core.url_to_fs(storage)
-    if isinstance(filesystem, LocalFileSystem):
-        # The folder of runs is created by the first run.
-        root = str(nearest_folder(Path(root)))
-    path, content = f"{root.rstrip('/')}/.parcelray-doctor-{uuid.uuid4().hex}", os.urandom(64)
-    filesystem.pipe_file(path, content)
+    # Clients of object stores retry for minutes, so a thread waits for them, which does not keep the process alive.
+    outcome: queue.Queue[bool | Exception] = queue.Queue()
+    threading.Thread(target=_storage_round_trip, args=(storage, outcome), daemon=True).start()
     try:
-        found = filesystem.cat_file(path)
-    finally:
-        filesystem.rm_file(path)
-    if found != content:
+        returned = outcome.get(timeout=_STORAGE_LIMIT_S)
+    except queue.Empty:
+        raise SystemFailure(f"{hide_credentials(storage)} did not respond within {_STORAGE_LIMIT_S:g} s.") from None
+    if isinstance(returned, Exception):
+        raise returned
+    if not returned:
         return Finding("storage", "fail", f"{storage} returns other bytes than were written", "use other storage")
     return Finding("storage", "pass", f"{hide_credentials(storage)}: an object was written, read and deleted")
+
+
+def _storage_round_trip(storage: str, outcome: queue.Queue[bool | Exception]) -> None:
+    """Puts whether the storage returns what was written, or the exception that it raises, into a queue."""
+    try:
+        filesystem, root = open_storage(storage)
+        if is_local(filesystem):
+            # The folder of runs is created by the first run.
+            root = str(nearest_folder(Path(root)))
+        path, content = f"{root}/.parcelray-doctor-{uuid.uuid4().hex}", os.urandom(64)
+        filesystem.pipe_file(path, content)
+        try:
+            found = filesystem.cat_file(path)
+        finally:
+            filesystem.rm_file(path)
+        outcome.put(found == content)
+    except Exception as error:  # noqa: BLE001 - raised again in the thread of the check
+        outcome.put(error)
 
 
 @guarded("cluster", "check --address, the SSH tunnel to the head node, and RAY_AUTH_TOKEN")

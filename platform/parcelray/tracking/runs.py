@@ -98,10 +98,10 @@ class Pruned:
 
     def to_rich(self) -> Table:
         """The result as a table for the console."""
-        verb = "deleted" if self.is_deleted else "would be deleted; add --yes to delete"
-        table = Table("path", "size", title=f"{len(self.paths)} of {_size(sum(self.paths.values()))} {verb}")
+        table = Table("path", "size", title="deleted" if self.is_deleted else "would be deleted")
         for path, size in self.paths.items():
             table.add_row(path, _size(size))
+        table.add_row("all", _size(sum(self.paths.values())))
         return table
 
 

@@ -7,7 +7,6 @@ and as the baseline of `parcelray bench train`. `ray_worker.train_worker` runs i
 import logging
 import math
 import tempfile
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -39,6 +38,7 @@ from parcelray.training.batches.schedule import StepReader, in_process_batches
 from parcelray.training.budget_sampling import BudgetSampler
 from parcelray.training.start import build_resumed, build_start, freeze, step_reader, validation_samples
 from parcelray.training.step import TensorBatch, build_optimizer, learning_rate_factor, losses, to_tensors
+from parcelray.training.token_clock import TokenClock, num_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -205,12 +205,12 @@ class _Loop:
         training, rank, world = self.job.training, self.accelerator.process_index, self.accelerator.num_processes
         reader = step_reader(self.job, self.processor, rank, world)
         batches = iter(self.inputs.batches(reader, self.first_step, training.steps))
-        clock = _Clock()
+        clock = TokenClock()
         for step in range(self.first_step, training.steps):
             batch = to_tensors(next(batches), self.accelerator.device, self.processor)
             budgets = self.sampler.budgets(step)
             loss, norm, divergence = self._step(step, batch, budgets)
-            clock.add(_num_tokens(batch, budgets) * world)
+            clock.add(num_tokens(batch, budgets) * world)
             done = step + 1
             _check_finite(loss, norm, done, training.precision)
             if self._due(done, training.log_every_steps):
@@ -433,29 +433,6 @@ def _validation_values(
     budgets = _validation_budgets(job, model)
     predictions = Predictor(model, processor, device=device).generate_budgets(samples, budgets)
     return {budget: score(samples, predictions[budget]) for budget in budgets}
-
-
-class _Clock:
-    """Measures tokens per second since the last metric point, without the time of validations and checkpoints."""
-
-    def __init__(self) -> None:
-        self._started, self._tokens = time.perf_counter(), 0
-
-    def add(self, tokens: int) -> None:
-        self._tokens += tokens
-
-    def rate(self) -> float:
-        return self._tokens / (time.perf_counter() - self._started)
-
-    def restart_if(self, due: bool) -> None:
-        if due:
-            self._started, self._tokens = time.perf_counter(), 0
-
-
-def _num_tokens(batch: TensorBatch, budgets: tuple[int, ...]) -> int:
-    """Number of text and visual tokens that this rank's decoder processes in a step."""
-    text = int(batch.attention_mask_BS.sum())
-    return sum(text + batch.pixel_values_ICHW.shape[0] * budget for budget in budgets)
 
 
 def _check_finite(loss: float, norm: float, step: int, precision: str) -> None:
