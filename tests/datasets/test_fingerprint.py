@@ -6,6 +6,7 @@ import pytest
 
 from parcelray.datasets import fingerprint
 from parcelray.datasets.fingerprint import folder_digest
+from parcelray.errors import UserError
 
 
 @pytest.fixture
@@ -57,5 +58,5 @@ def test_a_large_folder_is_sampled(folder, monkeypatch):
 
 
 def test_a_missing_folder_is_an_error(tmp_path):
-    with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
+    with pytest.raises(UserError, match="nowhere do not exist on the host"):
         folder_digest(tmp_path / "nowhere")

@@ -58,21 +58,15 @@ class _Check:
         try:
             for pin in self._pins:
                 open_pin(pin)
+            found = {folder: folder_digest(folder) for folder in self._digests}
         except UserError as error:
             return str(error)
-        host = os.uname().nodename
         for folder, expected in self._digests.items():
-            try:
-                found = folder_digest(folder)
-            except OSError as error:
+            if found[folder] != expected:
                 return (
-                    f"The data {folder} cannot be read on the host {host} ({error}); copy them to the same path on"
-                    " every host, or put them on a shared disk."
-                )
-            if found != expected:
-                return (
-                    f"The data {folder} differ between the hosts: their digest is {found[:19]} on {host} and"
-                    f" {expected[:19]} on the driver's host; copy the same files to every host."
+                    f"The data {folder} differ between the hosts: their digest is {found[folder][:19]} on"
+                    f" {os.uname().nodename} and {expected[:19]} on the driver's host; copy the same files to every"
+                    " host."
                 )
         return None
 

@@ -1,7 +1,10 @@
 """Fingerprint of a data folder: the names and sizes of all files, and the content of a sample of them."""
 
 import hashlib
+import os
 from pathlib import Path
+
+from parcelray.errors import UserError
 
 _SAMPLED_FILES = 64
 _SAMPLED_BYTES = 64 * 1024
@@ -15,11 +18,14 @@ def folder_digest(path: str | Path) -> str:
     folder of terabytes takes seconds, and a copy that lacks a file or was cut off is recognised.
 
     Raises:
-        FileNotFoundError: there is no such folder or file.
+        UserError: there is no such folder or file on this host.
     """
     root = Path(path)
     if not root.exists():
-        raise FileNotFoundError(f"{root} does not exist")
+        raise UserError(
+            f"The data {root} do not exist on the host {os.uname().nodename}; correct the path, and copy them to the"
+            " same path on every host or to a shared disk."
+        )
     files = [root] if root.is_file() else sorted(file for file in root.rglob("*") if file.is_file())
     digest = hashlib.sha256()
     for file in files:

@@ -73,6 +73,9 @@ def check_rows(config: DataConfig) -> None:
         BadRowsError: the message names the first rows that cannot be used.
         UserError: the data are missing or malformed.
     """
+    if isinstance(config, NlvrDataConfig):
+        # The corpus is looked for when the source is created; its rows are read later.
+        _nlvr(config, "train", image_size=1, questions=config.questions)
     if isinstance(config, ParquetDataConfig):
         for split in ("train", "validation"):
             ParquetSource(Path(config.path) / split).check()
