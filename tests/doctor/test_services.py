@@ -108,7 +108,7 @@ def test_a_store_that_does_not_work_is_reported(tmp_path: Path) -> None:
     (tmp_path / "damaged.db").write_bytes(b"no database" * 500)
     _is(services.check_tracking(f"sqlite:///{tmp_path}/damaged.db"), "fail", "not a SQLite database")
     _is(services.check_tracking("file:///runs"), "fail", "mlflow migrate-filestore")
-    _is(services.check_tracking("http://127.0.0.1:9"), "fail", "start the server")
+    _is(services.check_tracking("http://127.0.0.1:9"), "fail", "does not answer", "check that it runs")
 
 
 def test_storage_is_written_and_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -67,6 +67,7 @@ def interrupted(monkeypatch: pytest.MonkeyPatch) -> _Controller:
     monkeypatch.setattr(trainer, "_InterruptibleTrainer", _Trainer)
     monkeypatch.setattr(trainer, "watched_progress", _nothing)
     monkeypatch.setattr("parcelray.training.run.await_capacity", _nothing)
+    monkeypatch.setattr("parcelray.training.run.check_inputs", _nothing)
     monkeypatch.setattr(ray, "get", dies)
     monkeypatch.setattr("parcelray.training.run.ray_session", _nothing)
     monkeypatch.setattr("parcelray.training.run.num_nodes", lambda: 1)

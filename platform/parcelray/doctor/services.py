@@ -5,8 +5,7 @@ import queue
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 from parcelray.cluster.auth import find_token
@@ -24,8 +23,6 @@ from parcelray.tracking.store import hide_credentials, store_round_trip
 _OBJECT_STORE_BYTES = 100 * 2**20
 _HTTP_TIMEOUT_S = 10
 _STORAGE_LIMIT_S = 60.0
-_PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": str(_HTTP_TIMEOUT_S)}
-"""A server that does not respond is reported within seconds; by default, MLflow retries for minutes."""
 
 
 @guarded("Ray", "read Ray's logs below RAY_TMPDIR, and run the check again when the machine is less busy")
@@ -53,8 +50,7 @@ def check_tracking(uri: str | None, folder: Path = Path()) -> Finding:
     shown = hide_credentials(uri)
     if uri.startswith(SQLITE_PREFIX) and not Path(uri.removeprefix(SQLITE_PREFIX)).expanduser().is_file():
         return Finding("MLflow", "skip", f"{shown} does not exist yet; the first run creates it")
-    with _environment(_PATIENCE):
-        store_round_trip(uri)
+    store_round_trip(uri)
     if (folder / "mlruns").is_dir():
         return Finding(
             "MLflow",
@@ -63,19 +59,6 @@ def check_tracking(uri: str | None, folder: Path = Path()) -> Finding:
             "move its runs with `mlflow migrate-filestore`, or remove the folder",
         )
     return Finding("MLflow", "pass", f"{shown}: a run was written, read and deleted")
-
-
-@contextmanager
-def _environment(variables: dict[str, str]) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name)
-            if value is not None:
-                os.environ[name] = value
 
 
 @guarded("storage", "check the path or address, the credentials in the environment, and who may write there")

@@ -40,6 +40,8 @@ BATCH_BYTES = 900_000
 _ARTIFACTS = "artifacts"
 """Name of the folder of artifacts next to a SQLite database."""
 _TEST_EXPERIMENT = "parcelray-doctor"
+_TEST_TIMEOUT_S = 10
+"""Longest wait for an answer to one request of the round trip, seconds."""
 REDACTED = "<redacted>"
 _LOCK_TIMEOUT_S = 10.0
 """Longest wait for another process's lock on a SQLite database, seconds."""
@@ -164,20 +166,24 @@ def ensure_store(uri: str) -> str:
 
 
 def store_round_trip(uri: str) -> None:
-    """Writes a run to the experiment `parcelray-doctor`, reads it and deletes it.
+    """Writes a run to the experiment `parcelray-doctor`, reads it and deletes it; a server is not waited for.
 
     Args:
         uri: see `ensure_store`.
 
     Raises:
-        UserError: see `check_tracking_uri`.
-        SystemFailure: the store does not return what was written, or a SQLite store cannot be used.
+        UserError: see `check_tracking_uri`, or the server rejects the user.
+        SystemFailure: the store does not return what was written, a SQLite store cannot be used, or the server does not
+            answer.
     """
-    uri = ensure_store(uri)
+    bypass_proxies_on_loopback()
+    check_tracking_uri(uri, num_nodes=1)
+    if _sqlite_path(uri) is not None:
+        uri = ensure_store(uri)
     from mlflow import MlflowClient
 
     client = MlflowClient(tracking_uri=uri)
-    with store_lock(uri), explained_store_failures(uri):
+    with store_lock(uri), explained_store_failures(uri), single_attempts(_TEST_TIMEOUT_S):
         experiment = client.get_experiment_by_name(_TEST_EXPERIMENT)
         identifier = (
             client.create_experiment(_TEST_EXPERIMENT, artifact_location(uri, _TEST_EXPERIMENT))
