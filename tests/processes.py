@@ -11,14 +11,19 @@ LIMIT_S = 400.0
 """Longest wait for a condition in seconds; only a hang reaches it, even on a busy machine."""
 
 
-def wait_until(condition: Callable[[], object], what: str, process: subprocess.Popen[bytes] | None = None) -> None:
+def wait_until(
+    condition: Callable[[], object],
+    what: str,
+    process: subprocess.Popen[bytes] | None = None,
+    limit_s: float = LIMIT_S,
+) -> None:
     """Waits for a condition; the test fails if the process that should cause it ends first."""
-    deadline = time.monotonic() + LIMIT_S
+    deadline = time.monotonic() + limit_s
     while not condition():
         if process is not None and process.poll() is not None:
             raise AssertionError(f"The process ended with exit code {process.returncode} before this was true: {what}.")
         if time.monotonic() > deadline:
-            raise AssertionError(f"After {LIMIT_S:g} s this was still not true: {what}.")
+            raise AssertionError(f"After {limit_s:g} s this was still not true: {what}.")
         time.sleep(0.05)
 
 

@@ -69,7 +69,7 @@ _TABLE = """
 def _more_checkpoints(hosts: Hosts, run: str, process: Any) -> None:
     """Waits for two more checkpoints, so that the training goes on after the last fault."""
     before = hosts.num_checkpoints(run)
-    wait_until(lambda: hosts.num_checkpoints(run) >= before + 2, "the training stores checkpoints", process)
+    wait_until(lambda: hosts.num_checkpoints(run) >= before + 2, "the training stores checkpoints", process, LIMIT_S)
 
 
 def test_a_training_survives_all_faults_with_the_weights_of_an_undisturbed_one(hosts: Hosts) -> None:
@@ -136,4 +136,4 @@ def test_an_evaluation_computes_only_what_killed_workers_and_a_killed_driver_los
 
 def _more_predictions(hosts: Hosts, process: Any) -> None:
     before = hosts.num_stored("predictions")
-    wait_until(lambda: hosts.num_stored("predictions") > before, "the evaluation stores predictions", process)
+    wait_until(lambda: hosts.num_stored("predictions") > before, "the evaluation stores predictions", process, LIMIT_S)

@@ -45,7 +45,7 @@ _RUN = """
 
 def test_a_submitted_training_leaves_its_model_in_the_bucket_and_its_metrics_on_the_server(hosts: Hosts) -> None:
     job = hosts.job_file(TRAIN)
-    output = hosts.laptop.run(f"parcelray submit {job} --wait", PROJECT)
+    output = hosts.laptop.run(f"parcelray submit {job} --wait", PROJECT, timeout_s=900)
     stored = hosts.laptop.python(_MODEL, f"{RUNS}/train/short")
     assert stored["sizes"]["model.safetensors"] > 10**6, output
     assert stored["metrics"]["val/score@16"] >= 0

@@ -27,7 +27,7 @@ SMALLER: dict[str, dict[str, Any]] = {
     "jobs/train/quickstart.yaml": {
         # Three workers of one CPU are on two hosts of two CPUs, and leave one for the data.
         "scaling": {"num_workers": 3},
-        "training": {"steps": 40, "images_per_step": 12, "log_every_steps": 1},
+        "training": {"steps": 24, "images_per_step": 12, "log_every_steps": 1},
         "validation": {"samples": 2, "budgets": [16]},
         "checkpointing": {"every_steps": 4},
         "report": {"samples": 4, "budgets": [16]},
@@ -121,7 +121,7 @@ def _run(hosts: Hosts, host: Host, settings: list[str], command: str) -> None:
         return
     log = "training.log"
     training = host.start(script, folder, log=log)
-    wait_until(lambda: hosts.num_checkpoints("train/quickstart-parcel") > 0, "there is a checkpoint", training)
+    wait_until(lambda: hosts.num_checkpoints("train/quickstart-parcel") > 0, "there is a checkpoint", training, LIMIT_S)
     # A dead host sends nothing, not even the end of its connections.
     hosts.cut(hosts.workers[1])
     hosts.workers[1].kill()
@@ -138,7 +138,7 @@ def _compare_with_one_host(hosts: Hosts) -> None:
     # The runs on this one host are in its own store.
     del hosts.laptop.variables["MLFLOW_TRACKING_URI"]
     assert run["status"] == "FINISHED"
-    assert sorted(set(run["steps"])) == list(range(1, 41)), "a metric is missing"
+    assert sorted(set(run["steps"])) == list(range(1, 25)), "a metric is missing"
     hosts.laptop.run("parcelray train jobs/train/quickstart.yaml", PROJECT, timeout_s=LIMIT_S)
     hosts.laptop.run(
         "parcelray evaluate jobs/evaluate/champion.yaml --set reference=null"

@@ -302,8 +302,10 @@ class _Search:
 
         A search over evaluations without a reference uses its own model.
         """
-        model = (job.reference or (job.model if job is self.job.base else None)) if job is not None else None
-        if job is None or model is None:
+        if job is None:
+            return (), 0
+        model = job.reference or (job.model if isinstance(self.job.base, EvaluateJob) else None)
+        if model is None:
             return (), 0
         summary = self._evaluation(job, "reference", model.reference, ("full",))
         return summary.splits, max(summary.budgets)
