@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path, PurePosixPath
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
@@ -116,7 +116,32 @@ def atomic_write(path: str | Path, filesystem: fsspec.AbstractFileSystem | None 
     # An object appears when its upload is complete, so a temporary name is not needed.
     content = io.BytesIO()
     yield content
-    filesystem.pipe_file(str(path), content.getvalue())
+    write_object(filesystem, str(path), content.getvalue())
+
+
+def write_object(
+    filesystem: fsspec.AbstractFileSystem,
+    path: str,
+    content: bytes,
+    *,
+    mode: Literal["overwrite", "create"] = "overwrite",
+) -> None:
+    """Writes a whole file of a remote file system, and the folders above it where the file system has real folders.
+
+    Args:
+        filesystem: file system of the file.
+        path: path on it.
+        content: the bytes.
+        mode: `create` refuses a file that exists.
+
+    Raises:
+        FileExistsError: the file exists, with `create`.
+    """
+    try:
+        filesystem.pipe_file(path, content, mode=mode)
+    except FileNotFoundError:
+        filesystem.makedirs(path.rpartition("/")[0], exist_ok=True)
+        filesystem.pipe_file(path, content, mode=mode)
 
 
 def upload_files(

@@ -216,10 +216,12 @@ def test_an_impossible_search_is_refused_before_the_reference_is_evaluated(
     ray_session: None, tmp_path: Path, supernet: Path
 ) -> None:
     base = _split_job(tmp_path, supernet).base.model_dump() | {"compute": {"cpus_per_actor": 64}}
-    with pytest.raises(UserError, match=r"A trial needs 64 CPU, but the Ray cluster has 4 CPU in total"):
+    with pytest.raises(
+        UserError, match=r"A trial needs 1 process of 64 CPU, but the Ray cluster has only 1 node of 4 CPU"
+    ):
         _run(_split_job(tmp_path, supernet, base=base))
     assert not (tmp_path / "predictions").exists()
-    with pytest.raises(UserError, match=r"A trial needs 64 CPU"):
+    with pytest.raises(UserError, match=r"A trial needs 1 process of 64 CPU"):
         tuning_plan(_split_job(tmp_path, supernet, base=base))
 
 

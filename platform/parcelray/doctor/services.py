@@ -17,7 +17,7 @@ from parcelray.config.paths import SQLITE_PREFIX
 from parcelray.doctor.finding import Finding, guarded
 from parcelray.doctor.machine import nearest_folder
 from parcelray.errors import SystemFailure
-from parcelray.files import is_local, open_storage
+from parcelray.files import is_local, open_storage, write_object
 from parcelray.tracking.store import hide_credentials, store_round_trip
 
 _OBJECT_STORE_BYTES = 100 * 2**20
@@ -90,7 +90,7 @@ def _storage_round_trip(storage: str, outcome: queue.Queue[bool | Exception]) ->
             # The folder of runs is created by the first run.
             root = str(nearest_folder(Path(root)))
         path, content = f"{root}/.parcelray-doctor-{uuid.uuid4().hex}", os.urandom(64)
-        filesystem.pipe_file(path, content)
+        write_object(filesystem, path, content)
         try:
             found = filesystem.cat_file(path)
         finally:

@@ -19,7 +19,7 @@ from pyarrow.fs import FSSpecHandler, PyFileSystem
 from parcelray.config.identity import StoredJob, decisive, differing_keys, identity
 from parcelray.config.paths import AS_WRITTEN
 from parcelray.errors import SystemFailure, UserError
-from parcelray.files import download_files, is_local, open_storage, read_json, upload_files, write_json
+from parcelray.files import download_files, is_local, open_storage, read_json, upload_files, write_json, write_object
 
 JOB, RESULT = "job.json", "result.json"
 CHECKPOINT = "checkpoint_"
@@ -180,7 +180,7 @@ class RunFolder:
         if not self.is_local and stored is None:
             # Of two drivers that claim a free name at the same time, the store lets one create the file.
             with suppress(FileExistsError):
-                self.filesystem.pipe_file(f"{self.path}/{JOB}", json.dumps(content).encode(), mode="create")
+                write_object(self.filesystem, f"{self.path}/{JOB}", json.dumps(content).encode(), mode="create")
             self.check()
         self._write(JOB, content)
 

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 from parcelray.config.search_space import Assignment
 from parcelray.errors import UserError
-from parcelray.files import is_local, open_storage
+from parcelray.files import is_local, open_storage, write_object
 
 RECORD_FILE = "trials.jsonl"
 
@@ -107,7 +107,7 @@ class LineFile:
         text = json.dumps(content) + "\n"
         if self._is_folder:
             # The process id separates two drivers of the same search.
-            self._filesystem.pipe_file(f"{self._path}/{time.time_ns():020d}-{os.getpid()}.json", text.encode())
+            write_object(self._filesystem, f"{self._path}/{time.time_ns():020d}-{os.getpid()}.json", text.encode())
             return
         path = Path(self._path)
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -74,8 +74,9 @@ def _pass(
 
 def _answers(store: Path) -> Answers:
     """Returns all stored predictions by sample and budget."""
-    keys = PredictionStore(str(store)).keys("mini", "digest")
-    found = PredictionStore(str(store)).read("mini", "digest", keys).values()
+    (model,) = (store / "mini").iterdir()
+    keys = PredictionStore(str(store)).keys("mini", model.name)
+    found = PredictionStore(str(store)).read("mini", model.name, keys).values()
     assert all(prediction.mean_log_prob is not None for prediction in found)
     # The last digits of a confidence depend on the batch, which a disturbed pass changes; texts do not, see MARGIN.
     texts = (dataclasses.replace(prediction, mean_log_prob=None, entropy=None) for prediction in found)
@@ -204,7 +205,8 @@ def test_a_stall_is_reported_with_its_stage_and_a_rerun_computes_only_what_is_mi
 ) -> None:
     store, marker = tmp_path / "store", tmp_path / "hangs"
     # The reader hangs, and all that it has read before is answered.
-    clock = _Clock(lambda: marker.exists() and len(PredictionStore(str(store)).keys("mini", "digest")) == 18)
+    digest = resolve_checkpoint(checkpoint).pin.digest
+    clock = _Clock(lambda: marker.exists() and len(PredictionStore(str(store)).keys("mini", digest)) == 18)
     # Ray Data hands over a shard once the next one is there, so the last of the three may not be counted.
     message = (
         r"No shard was finished for 15 s \([23] of 8 are finished\); running stages: .*reading rows 18 to 23 of mini"
