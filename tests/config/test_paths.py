@@ -130,6 +130,21 @@ def test_no_default_was_resolved_when_its_module_was_imported() -> None:
 
 
 @pytest.mark.parametrize(
+    ("data", "in_process"),
+    [
+        (TRAIN, {"scaling": {"num_workers": 0}}),
+        (EVALUATE, {"compute": {"actors": 0}}),
+        (PROMOTE, {"compute": {"actors": 0}}),
+    ],
+)
+def test_storage_in_memory_is_only_for_jobs_in_one_process(data: dict[str, Any], in_process: dict[str, Any]) -> None:
+    job = JOB_MODELS[data["kind"]]
+    with pytest.raises(ConfigError, match="memory://runs exists only in the process that writes it"):
+        validate(job, data | {"storage": "memory://runs"}, "job")
+    validate(job, data | {"storage": "memory://runs"} | in_process, "job")
+
+
+@pytest.mark.parametrize(
     ("data", "key", "value", "expected"),
     [
         (TRAIN, "data.path", "data/own", "{cwd}/data/own"),
@@ -139,7 +154,7 @@ def test_no_default_was_resolved_when_its_module_was_imported() -> None:
         (TRAIN, "storage", "runs", "{cwd}/runs"),
         (TRAIN, "storage", "~", "{home}"),
         (TRAIN, "storage", "s3://bucket/runs", "s3://bucket/runs"),
-        (TRAIN, "storage", "memory://runs", "memory://runs"),
+        (TRAIN, "storage", "gs://bucket/runs", "gs://bucket/runs"),
         (TRAIN, "tracking.uri", "sqlite:///runs/mlflow.db", "sqlite:///{cwd}/runs/mlflow.db"),
         (TRAIN, "tracking.uri", "sqlite:///~/mlflow.db?timeout=9", "sqlite:///{home}/mlflow.db?timeout=9"),
         (TRAIN, "tracking.uri", "sqlite:////data/mlflow.db", "sqlite:////data/mlflow.db"),

@@ -13,6 +13,7 @@ from parcelray.config.objectives import Objective
 from parcelray.config.tune import TuneJob
 from parcelray.errors import SystemFailure
 from parcelray.tracking.mlflow_tracker import start_run
+from parcelray.tracking.run_folder import RunFolder
 from parcelray.tuning import progress as tuning_progress
 from parcelray.tuning.progress import TrialRuns, best_of, bounds_of, volumes
 from parcelray.tuning.report import show_findings
@@ -79,13 +80,13 @@ def test_the_box_of_the_hypervolume_is_known_before_the_first_trial() -> None:
 def test_among_equal_trials_the_best_is_on_the_front(tmp_path: Path) -> None:
     job, trials, text = _job(tmp_path), [_trial(64, 90.0), _trial(16, 90.0)], io.StringIO()
     assert best_of(job, trials) == trials[1]
-    show_findings(job, findings_of(job, trials, None, {}), tmp_path, Console(file=text, width=200))
+    show_findings(job, findings_of(job, trials, None, {}), RunFolder(job), Console(file=text, width=200))
     assert "Best retention: 90 at budgets 16\n" in text.getvalue()
 
 
 def test_stopped_trials_are_marked(tmp_path: Path) -> None:
     job, text = _job(tmp_path), io.StringIO()
-    show_findings(job, findings_of(job, TRIALS, None, {}), tmp_path, Console(file=text, width=200))
+    show_findings(job, findings_of(job, TRIALS, None, {}), RunFolder(job), Console(file=text, width=200))
     assert f"{TRIALS[1].key} (stopped)" in text.getvalue()
     assert "1 trials were stopped early" in text.getvalue()
     assert "Model with this routing" not in text.getvalue()
