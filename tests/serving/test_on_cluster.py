@@ -47,6 +47,8 @@ def test_a_detached_endpoint_is_shown_updated_and_stopped_from_anywhere(
         return str(answer.headers["x-model-version"])
 
     job = [str(repo_root / "jobs" / "serve" / "mini.yaml"), "--port", str(port), "--set", "tracking.uri=null"]
+    # An update runs both versions for a moment, and the cluster has two CPUs.
+    job += ["--set", "replicas.cpus=0.5"]
     output = run("serve", *job, "--detach", "--address", cluster.gcs)
     assert f"mini answers at http://127.0.0.1:{port}/v1 and keeps running" in output
     version = answered()
