@@ -159,7 +159,13 @@ def upload_files(
     """
     names = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
     sizes = {name: (folder / name).stat().st_size for name in names if name not in leave_out and name != INDEX}
-    filesystem.put([str(folder / name) for name in sizes], [f"{target}/{name}" for name in sizes])
+    sources, targets = [str(folder / name) for name in sizes], [f"{target}/{name}" for name in sizes]
+    try:
+        filesystem.put(sources, targets)
+    except FileNotFoundError:
+        for parent in sorted({path.rpartition("/")[0] for path in targets}):
+            filesystem.makedirs(parent, exist_ok=True)
+        filesystem.put(sources, targets)
     write_json(f"{target}/{INDEX}", sizes, filesystem)
 
 

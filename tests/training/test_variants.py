@@ -12,7 +12,7 @@ from mlflow import MlflowClient
 from rich.console import Console
 from safetensors.torch import load_file
 
-from parcelray.config.train import TrainJob
+from parcelray.config.train import StorageLimits, TrainJob
 from parcelray.datasets.mini.export import write_parquet
 from parcelray.datasets.mini.scenes import SPLITS
 from parcelray.errors import UserError
@@ -127,7 +127,7 @@ def test_training_on_parquet_files_stores_checkpoints_model_and_result_at_a_uri(
     store = tmp_path / "store"
     changes = SHORT | {"data": {"type": "parquet", "path": str(suite)}, "model": tiny_start}
     job = tiny_job(tmp_path, scaling={"num_workers": 1}, **changes).model_copy(
-        update={"storage": f"dir::file://{store}"}
+        update={"storage": f"dir::file://{store}", "storage_limits": StorageLimits(finished_checkpoints=1)}
     )
     run = _train(job)
     assert run.metrics["step"] == 2
