@@ -148,7 +148,8 @@ class RunFolder:
     def keep_checkpoints(self, count: int) -> None:
         """Removes all but the newest training checkpoints of the run."""
         for parent in (IN_PROCESS, self.identity):
-            found = [name for name in self.names(parent) if name.startswith(CHECKPOINT)]
+            # The names of checkpoints have a number after the prefix; Ray Train's own record has not.
+            found = [name for name in self.names(parent) if name.removeprefix(CHECKPOINT)[0].isdigit()]
             for name in found[: max(0, len(found) - count)]:
                 self.remove(f"{parent}/{name}")
 
