@@ -127,9 +127,10 @@ def _fetched(checkpoint: Checkpoint, stack: ExitStack) -> Path:
     from parcelray.training.checkpointing import fetch, is_complete
 
     path = Path(stack.enter_context(checkpoint.as_directory()))
-    if not isinstance(checkpoint.filesystem, LocalFileSystem) and not is_complete(path):
-        wait_s = listing_wait_s(checkpoint.filesystem.handler.fs)
-        fetch(lambda copy: copy_files(checkpoint.path, str(copy), checkpoint.filesystem), path, wait_s=wait_s)
+    filesystem: Any = checkpoint.filesystem
+    if not isinstance(filesystem, LocalFileSystem) and not is_complete(path):
+        wait_s = listing_wait_s(filesystem.handler.fs)
+        fetch(lambda copy: copy_files(checkpoint.path, str(copy), filesystem), path, wait_s=wait_s)
     return path
 
 
