@@ -31,7 +31,7 @@ _PROBE = f"""
 import json, platform, sys
 from importlib.metadata import distributions
 names = {{str(each.metadata["Name"]): each.version for each in distributions()}}
-sys.stdout.write({_MARK!r} + json.dumps({{"python": platform.python_version(), "libraries": names}}))
+sys.stdout.write({_MARK!r} + json.dumps({{"python": platform.python_version(), "libraries": names}}) + "\\n")
 """
 
 
