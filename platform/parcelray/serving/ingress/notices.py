@@ -45,7 +45,7 @@ class LostRecords:
         for handler in handlers:
             # Serve's handler buffers records for the one that writes the file.
             writer = getattr(handler, "target", None) or handler
-            writer.handleError = self._failed
+            writer.handleError = self._failed  # type: ignore[method-assign]
 
     def report(self) -> str | None:
         """Returns a sentence when the first record was lost, and one when records can be written again; to be polled.
