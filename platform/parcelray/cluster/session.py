@@ -20,6 +20,7 @@ from typing import Any
 import ray
 from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
 from ray.exceptions import AuthenticationError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 import parcelray
 from parcelray.cluster.auth import MODE_VARIABLE, TOKEN_VARIABLE, find_token
@@ -112,6 +113,11 @@ def ray_session(
 def num_nodes() -> int:
     """Counts the live nodes of the cluster that this process is connected to."""
     return sum(bool(node["Alive"]) for node in ray.nodes())  # type: ignore[no-untyped-call]
+
+
+def on_this_node() -> NodeAffinitySchedulingStrategy:
+    """Returns the scheduling strategy of an actor that belongs to this process and must not die with another node."""
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
 
 def default_num_cpus() -> int:

@@ -19,6 +19,7 @@ from pyarrow.fs import LocalFileSystem, copy_files
 from ray.train import Checkpoint, UserCallback
 from ray.train.collective import broadcast_from_rank_zero
 
+from parcelray.cluster.session import on_this_node
 from parcelray.config.train import TrainJob
 from parcelray.errors import SystemFailure
 from parcelray.files import listing_wait_s
@@ -197,7 +198,7 @@ def watched_progress(on_progress: Callable[[int, str], None]) -> Iterator[Any]:
     Yields:
         The actor's handle, on which workers call `update.remote(step, state)`.
     """
-    actor = ProgressActor.remote()  # type: ignore[attr-defined]
+    actor = ProgressActor.options(scheduling_strategy=on_this_node()).remote()  # type: ignore[attr-defined]
     stop = threading.Event()
 
     def poll() -> None:

@@ -21,6 +21,7 @@ import ray.data
 from numpy.typing import NDArray
 
 from parcelray.cluster.capacity import DATA_TASK_CPUS, Need, Part, await_capacity
+from parcelray.cluster.session import on_this_node
 from parcelray.config.evaluate import PassConfig
 from parcelray.errors import ParcelrayError, SystemFailure
 from parcelray.evaluation.passes.shards import (
@@ -319,7 +320,7 @@ class _StageActor:
 
 @contextmanager
 def _stage_actor() -> Iterator[Any]:
-    stages = _StageActor.remote()  # type: ignore[attr-defined]
+    stages = _StageActor.options(scheduling_strategy=on_this_node()).remote()  # type: ignore[attr-defined]
     try:
         yield stages
     finally:
