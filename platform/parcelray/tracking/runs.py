@@ -277,7 +277,8 @@ class _Storage:
 
     def unused_predictions(self, older_than_days: float) -> dict[str, int]:
         """Folders of predictions, with their sizes, that neither an evaluation nor a search of the storage uses."""
-        used, models = set(), set()
+        used: set[str] = set()
+        models: set[str] = set()
         for name in self.runs():
             used.update(self.predictions_of(name))
             if name.startswith("tune/"):

@@ -66,6 +66,9 @@ class Script:
     async def ping(self) -> None:
         raise NotImplementedError
 
+    async def release_silent(self) -> int:
+        raise NotImplementedError
+
 
 @pytest.fixture(autouse=True)
 def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
