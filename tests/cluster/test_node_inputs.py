@@ -82,6 +82,7 @@ def test_only_nodes_with_resources_for_workers_are_in_use(monkeypatch, data):
     assert [node["NodeID"] for node in node_inputs._nodes_in_use()] == ["worker"]
 
 
+@pytest.mark.ray
 def test_a_task_runs_on_each_node(ray_session, data):
     (problem,) = node_inputs._on_each_node(node_inputs._Check((), {str(data): "sha256:0"}))
     assert problem is not None

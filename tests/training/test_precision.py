@@ -111,7 +111,7 @@ def sharding_on_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
             accelerator.state.fsdp_plugin = fsdp_plugin(training, layer_classes)
         return accelerator
 
-    monkeypatch.setattr("parcelray.training.train_loop._accelerator", build)
+    monkeypatch.setattr("parcelray.training.train_loop.make_accelerator", build)
 
 
 @pytest.mark.usefixtures("one_rank", "sharding_on_cpus")
