@@ -118,6 +118,7 @@ def _assert_trained(done: subprocess.CompletedProcess[str], folder: Path) -> Non
     assert not INTERNALS.search(done.stdout + done.stderr), done.stdout + done.stderr
 
 
+@pytest.mark.nightly
 def test_a_training_runs_in_a_path_with_a_space_and_a_non_ascii_letter(folder: Path, repo_root: Path) -> None:
     working_folder = folder / "my f\u00f6lder"
     working_folder.mkdir()

@@ -70,6 +70,7 @@ def uninterrupted(
     return job, run_training(job, Console(file=io.StringIO()), on_report=note)
 
 
+@pytest.mark.nightly
 def test_the_controller_loads_neither_the_models_libraries_nor_mlflow(
     uninterrupted: tuple[TrainJob, TrainedRun],
 ) -> None:
@@ -161,6 +162,7 @@ def test_a_killed_worker_does_not_change_the_result(
     assert _same_weights(checkpoint / "model", uninterrupted[1].model_folder)
 
 
+@pytest.mark.nightly
 def test_workers_in_another_folder_read_relative_paths_and_an_empty_snapshot_starts_again(
     ray_session: None, tiny_start: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
