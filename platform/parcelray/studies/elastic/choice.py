@@ -32,21 +32,31 @@ from parcelray.training.step import losses, to_tensors
 BUDGETS = (16, 32, 64, 128, 256)
 """Budgets whose mean validation loss decides."""
 STEPS = 300
-"""Steps of the reference: the job file as it is, without distillation."""
+"""Steps of the reference: local start, stratified budgets, no distillation."""
 SAMPLES = 250
 """Validation questions per family for the loss; the score is that of the training's own validation."""
 _PROMPTS_PER_BATCH = 32
 
 STARTS: Mapping[str, dict[str, Any]] = {"local": {}, "random": {"connector.start": "random"}}
+# By routing regime, as `strata: null` gives for PARCEL, written out for the identity of the runs.
+_STRATIFIED: Mapping[str, Any] = {
+    "type": "stratified",
+    "strata": [
+        {"share": 1, "budgets": [16]},
+        {"share": 2, "budgets": {"start": 18, "stop": 62}},
+        {"share": 1, "budgets": [64]},
+        {"share": 4, "budgets": {"start": 66, "stop": 256}},
+    ],
+}
 SCHEDULES: Mapping[str, dict[str, Any]] = {
-    "stratified": {},
+    "stratified": {"budget": _STRATIFIED},
     "log-uniform": {"budget": {"type": "log_uniform"}},
     "uniform": {"budget": {"type": "uniform"}},
 }
 DISTILLATION: Mapping[str, dict[str, Any]] = {"no": {}, "yes": {"distillation": {"weight": 0.5}}}
 _SINGLE: Mapping[tuple[str, str, str], dict[str, Any]] = {
     ("local", "sandwich", "no"): {"budget": {"type": "sandwich"}},
-    ("local, contiguous positions", "stratified", "no"): {"connector.positions": "contiguous"},
+    ("local, contiguous positions", "stratified", "no"): {"connector.positions": "contiguous", "budget": _STRATIFIED},
     ("random, contiguous positions", "uniform", "no"): {
         "connector.start": "random",
         "connector.positions": "contiguous",
