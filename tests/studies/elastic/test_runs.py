@@ -94,4 +94,4 @@ def test_variants_have_equal_compute(job: TrainJob, monkeypatch: pytest.MonkeyPa
     assert len(jobs) == 15
     assert {key[2]: each.training.steps for key, each in jobs.items()} == {"no": 300, "yes": 150}
     assert len({each.name for each in jobs.values()}) == len({config_hash(each) for each in jobs.values()}) == 15
-    assert jobs["local", "stratified", "no"].budget == job.budget
+    assert jobs["local", "log-uniform", "no"].budget == job.budget
