@@ -1,5 +1,6 @@
 """The elastic LLaVA compared with the stock transformers class, for each kind of vision tower."""
 
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from parcelray.models.mini_llava import build, build_config, build_processor
 from parcelray.models.token_reduction.base import ReductionContext
 from parcelray.models.token_reduction.encoder_view import EncoderView
 from parcelray.models.token_reduction.tome import ToMe
+from parcelray.models.training_attention import training_kernels
 from parcelray.models.vlm import connector_of, image_size_of, load_processor, load_vlm
 from parcelray.profiling.backbone_shapes import from_transformers_config
 
@@ -213,3 +215,31 @@ def test_an_unsupported_family_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "qwen2_vl"}')
     with pytest.raises(UserError, match="a model of type qwen2_vl; supported types are paligemma, llava"):
         load_vlm(tmp_path)
+
+
+@pytest.mark.parametrize(("dtype", "cosine"), [(None, 0.9999), (torch.bfloat16, 0.99)])
+def test_gradients_with_training_kernels_agree_with_those_of_stock_kernels(
+    llava_processor: ElasticLlavaProcessor, dtype: torch.dtype | None, cosine: float
+) -> None:
+    """Cosine of each parameter's gradients, in fp32 and under bf16 autocast, against stock kernels in fp32."""
+    model, _ = build(MINI_LLAVA, CORPUS, ParcelConnectorConfig(num_heads=4).model_dump(), seed=0)
+    inputs = _inputs(llava_processor, 80)
+    targets_BS = torch.randint(0, 90, inputs["input_ids"].shape, generator=torch.Generator().manual_seed(1))
+    # Nothing reads the rows of the padding, which the kernels fill differently.
+    targets_BS[inputs["attention_mask"] == 0] = -100
+
+    def gradients(kernels: AbstractContextManager[None], autocast: torch.dtype | None) -> dict[str, Tensor]:
+        with torch.autocast("cpu", dtype=autocast, enabled=autocast is not None), kernels:
+            logits_BSV = model(**inputs, num_visual_tokens=80).logits.float()
+        F.cross_entropy(logits_BSV.flatten(0, 1), targets_BS.flatten()).backward()
+        found = {name: each.grad for name, each in model.named_parameters() if each.grad is not None}
+        model.zero_grad(set_to_none=True)
+        return found
+
+    expected, actual = gradients(nullcontext(), None), gradients(training_kernels(model), dtype)
+    assert actual.keys() == expected.keys()
+    largest = max(float(each.norm()) for each in expected.values())
+    for name, each in expected.items():
+        # The bias of keys has no gradient but rounding errors.
+        if float(each.norm()) > 1e-3 * largest:
+            assert float(F.cosine_similarity(actual[name].flatten(), each.flatten(), dim=0)) >= cosine, name
