@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from parcelray.config.base import StrictModel
 from parcelray.config.paths import LocalPath
@@ -48,4 +48,88 @@ class ParquetDataConfig(StrictModel):
     """Folder that contains the folders train/, validation/ and test/ with parquet files."""
 
 
-DataConfig = Annotated[MiniDataConfig | NlvrDataConfig | ParquetDataConfig, Field(discriminator="type")]
+class HeldOut(StrictModel):
+    """Rows that are held out of the training, chosen by seed. Rows that share an image are in the same split."""
+
+    validation: float = Field(default=0.0, ge=0, lt=1)
+    """Fraction of the images whose rows are the validation split."""
+    test: float = Field(default=0.0, ge=0, lt=1)
+    """Fraction of the images whose rows are the test split."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of the choice. The test split does not depend on the size of the validation split."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "HeldOut":
+        if self.validation + self.test >= 1:
+            raise ValueError(
+                f"validation {self.validation} and test {self.test} leave no rows for training; lower one of them"
+            )
+        return self
+
+    @property
+    def any(self) -> bool:
+        """Whether any rows are held out."""
+        return self.validation + self.test > 0
+
+
+class _Rows(StrictModel):
+    held_out: HeldOut = HeldOut()
+    """Validation and test rows."""
+    max_bad_rows: float = Field(default=0.0, ge=0, le=1)
+    """Largest fraction of rows that are skipped because they cannot be used; above it the training stops.
+
+    Each such row is reported with its id and the reason, and written to bad_rows.jsonl in the run folder.
+    """
+
+
+class ConversationsDataConfig(_Rows):
+    """Conversations about images, in LLaVA's format (`conversations`) or as OpenAI's `messages`.
+
+    The images are files in a folder, members of tar shards, bytes in parquet files, or URIs.
+    """
+
+    type: Literal["conversations"] = "conversations"
+    path: LocalPath
+    """Rows: JSON, JSON lines, parquet, or tar shards in WebDataset's layout, local or any fsspec URI.
+
+    A file, a folder, or a pattern with `*` or a range such as `shard-{000..015}.tar`.
+    """
+    images: LocalPath | None = None
+    """Folder, or tar files (a pattern that ends with .tar), of the images that rows name; null: the folder of the rows.
+
+    Absolute paths and URIs in the rows are read from where they are.
+    """
+
+
+class HubDataConfig(_Rows):
+    """A Hugging Face data set: an id on the hub, a folder from `save_to_disk`, or parquet files."""
+
+    type: Literal["hub"] = "hub"
+    id: str | None = None
+    """Id of a data set on the hub: ORG/NAME."""
+    path: LocalPath | None = None
+    """Folder from `save_to_disk`, or parquet files: a path, pattern or fsspec URI that ends with .parquet."""
+    name: str | None = None
+    """Name of the data set's configuration."""
+    split: str = "train"
+    """Split of the data set to train on; `held_out` takes rows of it."""
+    revision: str | None = None
+    """Commit of the data set on the hub; null: the newest."""
+    images: tuple[str, ...] = ("image",)
+    """Columns with an image or a list of images, in the order of the prompt."""
+    prompt: str = "{question}"
+    """Template of the question; `{column}` inserts the value of a column."""
+    answer: str | None = "answer"
+    """Column of the answer; null: the rows are conversations, see `ConversationsDataConfig`."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "HubDataConfig":
+        if (self.id is None) == (self.path is None):
+            raise ValueError(f"id is {self.id} and path is {self.path}; set one of them")
+        return self
+
+
+DataConfig = Annotated[
+    MiniDataConfig | NlvrDataConfig | ParquetDataConfig | ConversationsDataConfig | HubDataConfig,
+    Field(discriminator="type"),
+]

@@ -237,6 +237,8 @@ class TrainingConfig(StrictModel):
     """Number of optimizer steps."""
     images_per_step: int = Field(default=32, ge=1)
     """Images per optimizer step over all workers; a batch of n-image samples has images_per_step / n samples."""
+    max_text_tokens: int | None = Field(default=None, ge=1)
+    """Largest number of text tokens of a prompt with its answers; longer rows cannot be used. null: no limit."""
     gradient_accumulation_steps: int = Field(default=1, ge=1)
     """Number of micro-batches per worker and step."""
     clip_norm: float = Field(default=1.0, gt=0)

@@ -3,7 +3,15 @@
 from pathlib import Path
 from typing import Literal
 
-from parcelray.config.data import DataConfig, MiniDataConfig, NlvrDataConfig, ParquetDataConfig
+from parcelray.config.data import (
+    ConversationsDataConfig,
+    DataConfig,
+    HubDataConfig,
+    MiniDataConfig,
+    NlvrDataConfig,
+    ParquetDataConfig,
+)
+from parcelray.datasets.conversations.source import ConversationSource
 from parcelray.datasets.mini.suite import MiniSuite, family_samples
 from parcelray.datasets.nlvr.source import PERMUTATIONS, CorpusSplit, NlvrSource, Part
 from parcelray.datasets.parquet import ParquetSource
@@ -49,6 +57,8 @@ def held_out_samples(
             for sample in _spread(_nlvr(config, split, image_size, (question,)), count)
         ]
     source = _source(config, split, image_size)
+    if isinstance(source, ConversationSource):
+        return source.questions(count)
     chosen: dict[str, list[Sample]] = {}
     for group in source.groups:
         for index in range(group.size or 0):
@@ -59,18 +69,26 @@ def held_out_samples(
     return [sample for members in chosen.values() for sample in members]
 
 
-def check_rows(config: DataConfig) -> None:
+def check_rows(config: DataConfig) -> dict[str, str]:
     """Checks the structure of all rows that a training reads, without decoding images.
 
     The rows of the other sources are made, or are checked when the source is opened.
+
+    Returns:
+        The reasons of the rows that are skipped, by row id.
 
     Raises:
         BadRowsError: the message names the first rows that cannot be used.
         UserError: the data are missing or malformed.
     """
+    if isinstance(config, ConversationsDataConfig | HubDataConfig):
+        source = ConversationSource(config)
+        source.check()
+        return source.problems
     if isinstance(config, ParquetDataConfig):
         for split in ("train", "validation"):
             ParquetSource(Path(config.path) / split).check()
+    return {}
 
 
 def _spread(source: NlvrSource, count: int) -> list[Sample]:
@@ -99,6 +117,8 @@ def _source(config: DataConfig, split: Split, image_size: int) -> SampleSource:
         )
     if isinstance(config, NlvrDataConfig):
         return _nlvr(config, split, image_size, config.questions)
+    if isinstance(config, ConversationsDataConfig | HubDataConfig):
+        return ConversationSource(config, split)
     return ParquetSource(Path(config.path) / split)
 
 

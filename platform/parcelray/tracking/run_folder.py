@@ -15,6 +15,8 @@ from parcelray.errors import UserError
 from parcelray.files import read_json, write_json
 
 _JOB, _RESULT = "job.json", "result.json"
+BAD_ROWS = "bad_rows.jsonl"
+"""File of the rows that a training cannot use. A run that has no other file does not reserve its name."""
 
 
 def stored_path(path: str, folder: Path, root: Path) -> str:
@@ -144,7 +146,7 @@ class RunFolder:
         """Whether there is any file apart from the job and Ray Train's record of a run without checkpoints."""
         files = (Path(str(file).removeprefix(f"{self.path}/")).parts for file in self.filesystem.find(self.path))
         return any(
-            parts != (_JOB,)
+            parts not in ((_JOB,), (BAD_ROWS,))
             and (parts[0] != self.identity or any(folder.startswith("checkpoint_") for folder in parts[1:-1]))
             for parts in files
         )

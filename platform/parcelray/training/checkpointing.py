@@ -15,7 +15,7 @@ import random
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,8 @@ class TrainState:
     world_size: int
     metrics: dict[str, float]
     """The newest value of each metric; the result of a run that is resumed after its last step."""
+    skipped_rows: dict[str, str] = field(default_factory=dict)
+    """Reasons of the rows that others replaced, by row id; see `batches.skipped`."""
 
 
 def save(

@@ -1,9 +1,10 @@
 """Runs one training job to a trained, scored and recorded model; called by `parcelray train` and the pipelines."""
 
 import functools
+import json
 import shutil
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,13 +17,16 @@ from parcelray.config.paths import AS_WRITTEN
 from parcelray.config.train import TrainJob
 from parcelray.console import step_progress
 from parcelray.datasets.open import check_rows
+from parcelray.datasets.source import BadRowsError
+from parcelray.files import atomic_write
 from parcelray.models.checkpoint import ResolvedCheckpoint, write_manifest
 from parcelray.models.vlm import write_converted
 from parcelray.tracking.metric_logger import MetricLogger, open_metric_logger
 from parcelray.tracking.mlflow_tracker import git_commit, job_run
 from parcelray.tracking.registry import resolve_model
-from parcelray.tracking.run_folder import RunFolder
+from parcelray.tracking.run_folder import BAD_ROWS, RunFolder
 from parcelray.tracking.store import check_tracking_uri, ensure_store
+from parcelray.training.checkpointing import read_state
 from parcelray.training.report import report_training
 from parcelray.training.train_loop import fit_in_process
 
@@ -75,10 +79,11 @@ def run_training(
             console.print(f"{folder.identity} is finished; nothing to do. Its model is in {model_folder}.")
             return TrainedRun(folder.identity, model_folder, done["metrics"], done["mlflow_run_id"], was_done=True)
         uri = ensure_store(job.tracking.uri) if job.tracking.uri is not None else None
-        check_rows(job.data)
         start = resolve_start(job, uri)
         in_process = job.scaling.bounds[1] == 0
-        with nullcontext() if in_process else ray_session(address):
+        bad_rows: dict[str, str] = {}
+        with _bad_rows_kept(folder, bad_rows), nullcontext() if in_process else ray_session(address):
+            bad_rows |= check_rows(job.data)
             if uri is not None and not in_process:
                 check_tracking_uri(uri, num_nodes())
             with (
@@ -94,12 +99,35 @@ def run_training(
             ):
                 logger = functools.partial(open_metric_logger, uri, run_id)
                 checkpoint, metrics = _fit(job, folder, start, logger, on_progress, on_report)
+                _keep_bad_rows(folder, bad_rows | read_state(checkpoint).skipped_rows, console)
                 model_folder = _keep_model(job, folder, checkpoint, start)
                 if report and job.report is not None:
                     metrics |= report_training(job, model_folder, console, uri, run_id)
         stored = _MODEL if folder.is_local else str(model_folder)
         folder.finish({"model": stored, "metrics": metrics, "mlflow_run_id": run_id})
         return TrainedRun(folder.identity, model_folder, metrics, run_id, was_done=False)
+
+
+@contextmanager
+def _bad_rows_kept(folder: RunFolder, before: dict[str, str]) -> Iterator[None]:
+    """Writes the rows that end a training, and those `before` them, to a file, as the message names only the first."""
+    try:
+        yield
+    except BadRowsError as error:
+        _keep_bad_rows(folder, before | error.problems)
+        raise
+
+
+def _keep_bad_rows(folder: RunFolder, rows: Mapping[str, str], console: Console | None = None) -> None:
+    """Writes the rows that cannot be used, one JSON object per line with id and reason; none: no file."""
+    if not rows:
+        return
+    path = f"{folder.path}/{BAD_ROWS}"
+    lines = "".join(json.dumps({"id": name, "reason": reason}) + "\n" for name, reason in rows.items())
+    with atomic_write(path, None if folder.is_local else folder.filesystem) as file:
+        file.write(lines.encode())
+    if console is not None:
+        console.print(f"{len(rows)} rows of the training data were skipped; {path} has their ids and the reasons.")
 
 
 def resolve_start(job: TrainJob, tracking_uri: str | None) -> ResolvedCheckpoint | None:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from parcelray.config.model import MiniLlavaModelConfig, MiniModelConfig
 from parcelray.config.train import TrainingConfig, TrainJob
+from parcelray.datasets.collator import Collator
 from parcelray.datasets.mini.suite import MiniSuite
 from parcelray.datasets.open import held_out_samples, training_source
 from parcelray.datasets.sample import Sample
@@ -75,14 +76,21 @@ def step_reader(job: TrainJob, processor: ElasticProcessor, rank: int, world_siz
     schedule = BatchSchedule(
         source, num_steps=job.training.steps, images_per_step=job.training.images_per_step, seed=job.seed
     )
-    largest = max(group.num_images for group in source.groups)
+    largest = max(1, *(group.num_images for group in source.groups))
     if job.training.images_per_step // largest < world_size:
         raise UserError(
             f"training.images_per_step is {job.training.images_per_step}, which at {largest} images per sample gives"
             f" fewer samples per step than there are workers ({world_size}); raise it to at least"
             f" {largest * world_size}."
         )
-    return StepReader(source, schedule, processor, rank, world_size, label_patches=job.training.patch_supervision > 0)
+    collator = Collator(
+        processor,
+        label_patches=job.training.patch_supervision > 0,
+        max_text_tokens=job.training.max_text_tokens,
+    )
+    # Generated rows can all be used.
+    max_skipped = getattr(source, "max_skipped", 0)
+    return StepReader(source, schedule, collator, rank, world_size, max_skipped=max_skipped)
 
 
 def validation_samples(job: TrainJob, processor: ElasticProcessor) -> list[Sample]:

@@ -9,7 +9,7 @@ import math
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, Protocol
@@ -35,6 +35,7 @@ from parcelray.models.training_attention import has_bf16_products, training_kern
 from parcelray.tracking.metric_logger import MetricLogger, NoMetrics
 from parcelray.training import checkpointing
 from parcelray.training.batches.schedule import StepReader, in_process_batches
+from parcelray.training.batches.skipped import SkippedRows
 from parcelray.training.budget_sampling import BudgetSampler
 from parcelray.training.start import build_resumed, build_start, freeze, step_reader, validation_samples
 from parcelray.training.step import TensorBatch, build_optimizer, learning_rate_factor, losses, to_tensors
@@ -188,9 +189,11 @@ class _Loop:
         self._low_shares = 0
         self.first_step = 0
         self.last_metrics: dict[str, float] = {}
+        self.skipped = SkippedRows()
         if inputs.resume_from is not None:
             state = checkpointing.read_state(inputs.resume_from)
             self.first_step, self.last_metrics = state.step, state.metrics
+            self.skipped = SkippedRows(state.skipped_rows)
             checkpointing.restore_optimizer(
                 inputs.resume_from, accelerator=self.accelerator, model=self.model, optimizer=self.optimizer
             )
@@ -199,7 +202,7 @@ class _Loop:
         """Run all remaining steps, with metrics, validations and checkpoints at their intervals."""
         training, rank, world = self.job.training, self.accelerator.process_index, self.accelerator.num_processes
         reader = step_reader(self.job, self.processor, rank, world)
-        batches = iter(self.inputs.batches(reader, self.first_step, training.steps))
+        batches = self.skipped.watched(self.inputs.batches(reader, self.first_step, training.steps), reader.max_skipped)
         clock = _Clock()
         for step in range(self.first_step, training.steps):
             batch = to_tensors(next(batches), self.accelerator.device, self.processor)
@@ -221,6 +224,7 @@ class _Loop:
                 metrics |= self._diagnostics(
                     batch, budgets[-1], self.sampler.anchor_grid(step, len(budgets) - 1, budgets[-1])
                 )
+                metrics |= self.skipped.metrics()
                 self._log(metrics, done)
                 self.last_metrics |= metrics
                 speed = metrics["train/tokens_per_second"]
@@ -251,7 +255,7 @@ class _Loop:
         for group, peak in zip(self.optimizer.param_groups, self.peak_rates, strict=True):
             group["lr"] = peak * factor
         prompts = accelerator.reduce(torch.tensor(float(batch.num_prompts), device=accelerator.device), reduction="sum")
-        parts = min(training.gradient_accumulation_steps, batch.num_prompts)
+        parts = min(training.gradient_accumulation_steps, batch.num_samples)
         grids = [self.sampler.anchor_grid(step, index, budget) for index, budget in enumerate(budgets)]
         passes = [
             (self._labelled(batch.slice(part, parts), budget, grid), budget, grid)
@@ -263,7 +267,8 @@ class _Loop:
         teacher_logits_AV: torch.Tensor | None = None
         for index, (micro_batch, budget, grid) in enumerate(passes):
             is_teacher = weight > 0 and index % len(budgets) == 0
-            with accelerator.autocast(), _sync_only_last(accelerator, self.model, last=index == len(passes) - 1):
+            is_last = index == len(passes) - 1
+            with accelerator.autocast(), nullcontext() if is_last else accelerator.no_sync(self.model):
                 with training_kernels(self.vlm) if self.own_kernels else nullcontext():
                     parts_of_loss = losses(
                         self.model,
@@ -301,7 +306,7 @@ class _Loop:
 
         The images are spread over the batch, because neighbours can be frames of one video.
         """
-        if checkpointing.is_sharded(self.accelerator):
+        if checkpointing.is_sharded(self.accelerator) or not len(batch.pixel_values_ICHW):
             return {}  # sharded weights cannot run outside the wrapped forward
         model = self.vlm
         pixels_ICHW = batch.pixel_values_ICHW[:: math.ceil(batch.pixel_values_ICHW.shape[0] / _DIAGNOSED_IMAGES)]
@@ -364,8 +369,9 @@ class _Loop:
         return _validation_values(self.job, copy.eval().to(device), processor, self.validation, device)
 
     def _checkpoint(self, done: int, *, validate: bool = False) -> None:
+        world = self.accelerator.num_processes
         state = checkpointing.TrainState(
-            done, config_hash(self.job), self.sampler.state(), self.accelerator.num_processes, self.last_metrics
+            done, config_hash(self.job), self.sampler.state(), world, self.last_metrics, self.skipped.gathered()
         )
         if self.accelerator.is_main_process:
             self.inputs.logger.flush()
@@ -446,7 +452,7 @@ class _Clock:
 def _num_tokens(batch: TensorBatch, budgets: tuple[int, ...]) -> int:
     """Number of text and visual tokens that this rank's decoder processes in a step."""
     text = int(batch.attention_mask_BS.sum())
-    return sum(text + batch.pixel_values_ICHW.shape[0] * budget for budget in budgets)
+    return sum(text + batch.num_prompts * batch.images_per_prompt * budget for budget in budgets)
 
 
 def _check_finite(loss: float, norm: float, step: int, precision: str) -> None:
@@ -470,10 +476,6 @@ def pass_precision(training: TrainingConfig, *, cpu_only: bool) -> Literal["no",
     if training.precision == "bf16" and cpu_only and training.kernels is None and not has_bf16_products():
         return "no"
     return training.precision
-
-
-def _sync_only_last(accelerator: Accelerator, model: torch.nn.Module, *, last: bool) -> AbstractContextManager[None]:
-    return nullcontext() if last else accelerator.no_sync(model)
 
 
 def _accelerator(training: TrainingConfig, layer_classes: Sequence[str], *, cpu_only: bool) -> Accelerator:
