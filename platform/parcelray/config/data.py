@@ -73,6 +73,8 @@ class HeldOut(StrictModel):
 
 
 class _Rows(StrictModel):
+    metric: str = "exact_match"
+    """Metric and variant of the validation and of the report, as printed by `parcelray benchmarks list`."""
     held_out: HeldOut = HeldOut()
     """Validation and test rows."""
     max_bad_rows: float = Field(default=0.0, ge=0, le=1)
@@ -129,7 +131,79 @@ class HubDataConfig(_Rows):
         return self
 
 
+class BenchmarkDataConfig(StrictModel):
+    """The training split of a benchmark of the catalog, with the prompts of its evaluation.
+
+    The report evaluates the benchmark itself: the transfer tuning of the PARCEL paper (arXiv 2605.30126).
+    """
+
+    type: Literal["benchmark"] = "benchmark"
+    name: str
+    """Benchmark name, as printed by `parcelray benchmarks list` or defined in a file of `catalog`."""
+    data: LocalPath | None = None
+    """File or folder with the benchmark's data; null: the Hugging Face hub, or an installed package."""
+    catalog: tuple[LocalPath, ...] = ()
+    """YAML files, or folders of YAML files, with additional benchmarks."""
+    split: str = "train"
+    """Split of the data to train on."""
+    validation: float = Field(default=0.02, ge=0, lt=1)
+    """Fraction of the images of the training split that are held out for the validation."""
+    prompt_family: Literal["paligemma", "llava"] = "paligemma"
+    """Prompt family, which selects prompts and expected answers."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of the validation images."""
+    max_bad_rows: float = Field(default=0.0, ge=0, le=1)
+    """Largest fraction of rows that are skipped because they cannot be used; above it the training stops."""
+
+
+SingleDataConfig = Annotated[
+    MiniDataConfig | NlvrDataConfig | ParquetDataConfig | ConversationsDataConfig | HubDataConfig | BenchmarkDataConfig,
+    Field(discriminator="type"),
+]
+
+
+class MixtureMember(StrictModel):
+    """One source of a mixture."""
+
+    data: SingleDataConfig
+    """The source."""
+    weight: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    """Share of the steps, relative to the sum of all weights; null: see `epochs` and `temperature`."""
+    epochs: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    """Passes over this source, relative to those of the others: its share is epochs x images."""
+
+
+class MixtureDataConfig(StrictModel):
+    """Several sources, each with a share of the steps; a step reads one of them. The job's seed decides the order."""
+
+    type: Literal["mixture"] = "mixture"
+    sources: tuple[MixtureMember, ...] = Field(min_length=2)
+    """The sources, all with `weight`, all with `epochs`, or all with neither."""
+    temperature: float = Field(default=1.0, ge=1, allow_inf_nan=False)
+    """Without weights and epochs, the share of a source is images ** (1 / temperature).
+
+    1: in proportion to the images; a large value: equal shares.
+    """
+
+    @model_validator(mode="after")
+    def _check(self) -> "MixtureDataConfig":
+        given = {(member.weight is not None, member.epochs is not None) for member in self.sources}
+        if len(given) > 1 or (True, True) in given:
+            raise ValueError("set weight for all sources, or epochs for all, or neither for any")
+        if self.temperature != 1 and given != {(False, False)}:
+            raise ValueError(f"temperature {self.temperature} excludes weight and epochs; remove one of them")
+        if given != {(True, False)} and any(isinstance(member.data, MiniDataConfig) for member in self.sources):
+            raise ValueError("the mini suite has no end, so its share cannot follow from its size; give weights")
+        return self
+
+
 DataConfig = Annotated[
-    MiniDataConfig | NlvrDataConfig | ParquetDataConfig | ConversationsDataConfig | HubDataConfig,
+    MiniDataConfig
+    | NlvrDataConfig
+    | ParquetDataConfig
+    | ConversationsDataConfig
+    | HubDataConfig
+    | BenchmarkDataConfig
+    | MixtureDataConfig,
     Field(discriminator="type"),
 ]

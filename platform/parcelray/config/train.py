@@ -369,6 +369,11 @@ class TrainJob(StrictModel):
     """Model that the training starts from."""
     connector: ConnectorConfig | None = None
     """Connector to insert with new weights; null: keep the checkpoint's own connector."""
+    new_words: tuple[str, ...] | None = None
+    """Words that become single tokens of the checkpoint's tokenizer, with new ids; null: none.
+
+    Add the words of short answers that the tokenizer writes as several tokens. The ids of other tokens do not change.
+    """
     data: DataConfig
     """Training data."""
     budget: BudgetConfig = UniformBudgets()

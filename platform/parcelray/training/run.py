@@ -11,12 +11,12 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from parcelray.benchmarks.training_data import check_rows
 from parcelray.cluster.session import num_nodes, ray_session
 from parcelray.config.model import CheckpointModelConfig
 from parcelray.config.paths import AS_WRITTEN
 from parcelray.config.train import TrainJob
 from parcelray.console import step_progress
-from parcelray.datasets.open import check_rows
 from parcelray.datasets.source import BadRowsError
 from parcelray.files import atomic_write
 from parcelray.models.checkpoint import ResolvedCheckpoint, write_manifest

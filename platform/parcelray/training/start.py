@@ -2,11 +2,12 @@
 
 from pathlib import Path
 
+from parcelray.benchmarks.metrics import metric
+from parcelray.benchmarks.training_data import held_out_samples, training_source
 from parcelray.config.model import MiniLlavaModelConfig, MiniModelConfig
 from parcelray.config.train import TrainingConfig, TrainJob
 from parcelray.datasets.collator import Collator
 from parcelray.datasets.mini.suite import MiniSuite
-from parcelray.datasets.open import held_out_samples, training_source
 from parcelray.datasets.sample import Sample
 from parcelray.errors import UserError
 from parcelray.models import mini_llava
@@ -14,6 +15,7 @@ from parcelray.models.backbones import ElasticVLM
 from parcelray.models.backbones.processor_base import ElasticProcessor
 from parcelray.models.mini import build_config, build_model, build_processor
 from parcelray.models.vlm import load_processor, load_vlm, use_sdpa_where_exact
+from parcelray.models.vocabulary import add_words
 from parcelray.training.batches.schedule import BatchSchedule, StepReader
 
 _TOKENIZER_TEXTS = 20_000
@@ -49,6 +51,8 @@ def build_start(job: TrainJob, checkpoint: Path | None) -> tuple[ElasticVLM, Ela
             )
         processor = load_processor(checkpoint)
         model = load_vlm(checkpoint, connector=job.connector, seed=job.seed)
+        if job.new_words is not None:
+            add_words(model, processor, job.new_words)
     use_sdpa_where_exact(model)
     return model, processor
 
@@ -94,5 +98,12 @@ def step_reader(job: TrainJob, processor: ElasticProcessor, rank: int, world_siz
 
 
 def validation_samples(job: TrainJob, processor: ElasticProcessor) -> list[Sample]:
-    """The samples on which the model is scored during the training."""
-    return held_out_samples(job.data, "validation", job.validation.samples, processor.image_size)
+    """The samples on which the model is scored during the training.
+
+    Raises:
+        UserError: a metric does not exist.
+    """
+    samples = held_out_samples(job.data, "validation", job.validation.samples, processor.image_size)
+    for name in {sample.metric for sample in samples}:
+        metric(name)
+    return samples

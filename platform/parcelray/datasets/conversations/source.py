@@ -1,6 +1,7 @@
 """A `SampleSource` over rows of conversations or of questions, with held-out splits and named bad rows."""
 
 import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
@@ -10,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from parcelray.config.data import ConversationsDataConfig, HeldOut, HubDataConfig
+from parcelray.config.data import ConversationsDataConfig, HubDataConfig
 from parcelray.datasets.conversations.files import (
     FolderImages,
     ImageStore,
@@ -28,14 +29,13 @@ from parcelray.datasets.conversations.parsing import (
     parse_question,
 )
 from parcelray.datasets.conversations.rows import DatasetRows, JsonRows, Position, RowStore, TarRows
+from parcelray.datasets.held_out import SPLITS, RowSplit, assigned_splits
 from parcelray.datasets.images import decode_image
 from parcelray.datasets.sample import Sample
 from parcelray.datasets.source import BadRowsError, SampleGroup
 from parcelray.errors import UserError
 
 RowsConfig = ConversationsDataConfig | HubDataConfig
-Split = Literal["train", "validation", "test"]
-_SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 _SUFFIXES = (".json", ".jsonl", ".parquet", ".tar")
 
 
@@ -46,7 +46,7 @@ class _Index(NamedTuple):
     """`Position` of each row."""
     num_images_R: NDArray[np.int16]
     parts_R: NDArray[np.uint8]
-    """Split of each row, as an index into `_SPLITS`."""
+    """Split of each row, as an index into `SPLITS`."""
     clusters_R: NDArray[np.int64]
     """First row that shares an image with the row, directly or through other rows."""
     repeated: frozenset[int]
@@ -55,6 +55,8 @@ class _Index(NamedTuple):
     """Number of rows, with those that cannot be used."""
     problems: dict[str, str]
     """Reasons of the rows that cannot be used, by row id."""
+    digest: str
+    """Digest of the texts and the names of the images of all usable rows."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,8 @@ class ConversationSource:
     """
 
     config: RowsConfig
-    split: Split = "train"
+    split: RowSplit | Literal["all"] = "train"
+    """Split to read; `all`: every row, whatever is held out."""
 
     @property
     def groups(self) -> tuple[SampleGroup, ...]:
@@ -90,8 +93,15 @@ class ConversationSource:
 
     @property
     def rows(self) -> NDArray[np.int64]:
-        """The numbers of the usable rows of the split, for `cluster_of` and `sample_of`."""
-        return np.flatnonzero(self._index.parts_R == _SPLITS.index(self.split))
+        """The numbers of the usable rows of the split, for `clusters_R` and `sample_of`."""
+        if self.split == "all":
+            return np.arange(len(self._index.parts_R))
+        return np.flatnonzero(self._index.parts_R == SPLITS.index(self.split))
+
+    @property
+    def revision(self) -> str:
+        """Digest of the texts of all rows and of the names of their images, not of the images' content."""
+        return f"rows:{self._index.digest}"
 
     def get(self, group: str, index: int) -> Sample:
         """Reads sample `index` of a group.
@@ -120,7 +130,8 @@ class ConversationSource:
             images=images,
             prompt=first.question,
             answers=(first.answer,),
-            scene=self.cluster_of(row),
+            metric=self.config.metric,
+            scene=f"row-{self.clusters_R[row]}",
             later_turns=tuple((turn.question, turn.answer) for turn in later),
         )
 
@@ -141,9 +152,10 @@ class ConversationSource:
             samples += single_questions(sample)
         return samples[:count]
 
-    def cluster_of(self, row: int) -> str:
-        """Returns the cluster of a row: rows of one cluster share images."""
-        return f"row-{self._index.clusters_R[row]}"
+    @property
+    def clusters_R(self) -> NDArray[np.int64]:
+        """The first row of the cluster of each usable row of all splits: rows of one cluster share images."""
+        return self._index.clusters_R
 
     def check(self) -> None:
         """Checks the structure of all rows.
@@ -251,6 +263,7 @@ def _listed(config: RowsConfig) -> _Index:
     seen: set[str] = set()
     repeated: list[int] = []
     clusters = _Clusters()
+    digest = hashlib.sha256()
     num_rows = 0
     for listed in store.listed(digests=config.held_out.any):
         num_rows += 1
@@ -271,17 +284,19 @@ def _listed(config: RowsConfig) -> _Index:
         if conversation.id is not None:
             seen.add(conversation.id)
         clusters.add(names)
+        digest.update(json.dumps([conversation.id, names, conversation.turns]).encode())
         positions.append(listed.position)
         counts.append(len(names))
     clusters_R = clusters.firsts()
     return _Index(
         np.array(positions, dtype=np.int64).reshape(-1, len(Position._fields)),
         np.array(counts, dtype=np.int16),
-        _split(clusters_R, clusters.keys, config.held_out),
+        assigned_splits([clusters.keys[row] for row in clusters_R.tolist()], config.held_out),
         clusters_R,
         frozenset(repeated),
         num_rows,
         problems,
+        digest.hexdigest()[:16],
     )
 
 
@@ -320,18 +335,3 @@ class _Clusters:
             self._parents[row] = self._parents[self._parents[row]]
             row = self._parents[row]
         return row
-
-
-def _split(clusters_R: NDArray[np.int64], keys: list[str], held_out: HeldOut) -> NDArray[np.uint8]:
-    """Assigns whole clusters to the splits, in the order of a hash of their first image's name and the seed."""
-    parts_R = np.zeros(len(clusters_R), dtype=np.uint8)
-    if not held_out.any:
-        return parts_R
-    firsts = np.unique(clusters_R).tolist()
-    firsts.sort(key=lambda row: hashlib.sha256(f"{held_out.seed}:{keys[row]}".encode()).digest())
-    start = 0
-    for part, fraction in ((2, held_out.test), (1, held_out.validation)):
-        count = max(1, round(fraction * len(firsts))) if fraction and len(firsts) > 2 else 0
-        parts_R[np.isin(clusters_R, firsts[start : start + count])] = part
-        start += count
-    return parts_R
