@@ -358,7 +358,7 @@ def _open_named(data: Path, config: str | None, split: str) -> Rows | None:
             files = tuple(sorted(base.glob(pattern)))
             if files:
                 return ParquetRows(files)
-        for file in (base / f"{split}.jsonl", base / split / "metadata.jsonl"):
+        for file in (base / f"{split}.jsonl", base / f"{split}.json", base / split / "metadata.jsonl"):
             if file.is_file():
                 return JsonlRows(file)
     return None
