@@ -40,7 +40,7 @@ def test_every_puzzle_is_read_and_scored_by_letter(puzzlevqa_dir: Path) -> None:
         (split,) = score_splits([dataclasses.replace(sample, images=()) for sample in samples], answers)
         by_chance = chance(split)
         assert by_chance is not None
-        assert by_chance.value == pytest.approx(25)
+        assert by_chance.value == pytest.approx(100 / len(choices))
         scores = [split.scores[number].estimate.value for number in answers]
         shares = [100 * correct.count(index) / len(correct) for index in range(4)]
         assert scores == pytest.approx([*shares, 100]), "always one letter, and always the correct letter"

@@ -157,6 +157,7 @@ def test_rows_that_share_an_image_are_in_one_split(tmp_path: Path) -> None:
     rows = json.loads((tmp_path / "rows.json").read_text())
     for row in rows[1::2]:
         row["image"] = [f"{int(row['id'][1:]) - 1}.png"]
+        row["conversations"][0]["value"] = "<image> what is it?"
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     config = ConversationsDataConfig(
         path=str(tmp_path / "rows.json"),

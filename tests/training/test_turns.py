@@ -69,4 +69,4 @@ def test_prompts_without_images_can_be_trained_on(tiny_start: dict[str, Any]) ->
     batch = to_tensors(Collator(processor)([_sample(0, TURNS, 0), _sample(1, (), 0)]), CPU, processor)
     assert batch.images_per_prompt == 0
     found = losses(model, batch.slice(0, 1), num_visual_tokens=16, image_token_id=processor.image_token_id)
-    assert float(found.answer_sum) > 0
+    assert found.answer_sum.item() > 0
