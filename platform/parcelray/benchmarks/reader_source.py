@@ -73,7 +73,8 @@ class ReaderSource:
     def _rows(self) -> NDArray[np.int64]:
         order = self.reader.order()
         parts = assigned_splits([self.reader.cluster(row) for row in order], self.held_out)
-        return np.array(order, dtype=np.int64)[parts == SPLITS.index(self.split)]
+        rows_R: NDArray[np.int64] = np.array(order, dtype=np.int64)[parts == SPLITS.index(self.split)]
+        return rows_R
 
     @cached_property
     def _rows_of(self) -> dict[int, NDArray[np.int64]]:

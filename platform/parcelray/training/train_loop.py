@@ -267,8 +267,7 @@ class _Loop:
         teacher_logits_AV: torch.Tensor | None = None
         for index, (micro_batch, budget, grid) in enumerate(passes):
             is_teacher = weight > 0 and index % len(budgets) == 0
-            is_last = index == len(passes) - 1
-            with accelerator.autocast(), nullcontext() if is_last else accelerator.no_sync(self.model):
+            with accelerator.autocast(), nullcontext() if index == len(passes) - 1 else accelerator.no_sync(self.model):
                 with training_kernels(self.vlm) if self.own_kernels else nullcontext():
                     parts_of_loss = losses(
                         self.model,

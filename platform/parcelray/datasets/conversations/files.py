@@ -141,7 +141,7 @@ def tar_members(file: str) -> Iterator[tuple[str, TarPart]]:
             for member in archive:
                 if member.isreg():
                     yield member.name, TarPart(file, member.offset_data, member.size)
-                archive.members = []
+                archive.members = []  # type: ignore[attr-defined]
     except tarfile.TarError as error:
         raise UserError(
             f"{file} is not an uncompressed tar file ({error}); write the shards again, or name others."
