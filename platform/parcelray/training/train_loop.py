@@ -205,7 +205,7 @@ class _Loop:
             batch = to_tensors(next(batches), self.accelerator.device, self.processor)
             budgets = self.sampler.budgets(step)
             loss, norm, divergence = self._step(step, batch, budgets)
-            clock.add(_num_tokens(batch, budgets) * world)
+            clock.add(sum(batch.tokens(budget).total for budget in budgets) * world)
             done = step + 1
             _check_finite(loss, norm, done, training.precision)
             if self._due(done, training.log_every_steps):
@@ -441,12 +441,6 @@ class _Clock:
     def restart_if(self, due: bool) -> None:
         if due:
             self._started, self._tokens = time.perf_counter(), 0
-
-
-def _num_tokens(batch: TensorBatch, budgets: tuple[int, ...]) -> int:
-    """Number of text and visual tokens that this rank's decoder processes in a step."""
-    text = int(batch.attention_mask_BS.sum())
-    return sum(text + batch.pixel_values_ICHW.shape[0] * budget for budget in budgets)
 
 
 def _check_finite(loss: float, norm: float, step: int, precision: str) -> None:
