@@ -99,7 +99,7 @@ def test_all_inputs_have_the_counted_tokens(
 ) -> None:
     processor = processors[backbone]
     prompts, answers = [text for text, _ in texts], [answer for _, answer in texts]
-    counts = [processor.count_tokens(*pair, budget, answer) for *pair, answer in ((p, num_images, a) for p, a in texts)]
+    counts = [processor.count_tokens(prompt, num_images, budget, answer) for prompt, answer in texts]
 
     batch = to_tensors(
         Collator(processor)([_sample(prompt, answer, images[:num_images]) for prompt, answer in texts]),
