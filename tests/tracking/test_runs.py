@@ -159,3 +159,10 @@ def test_a_prune_without_a_selection_is_refused(tmp_path: Path) -> None:
         prune_runs(str(tmp_path), ["train/done"], predictions=True)
     with pytest.raises(UserError, match="does not exist"):
         list_runs(str(tmp_path / "none"))
+
+
+def test_an_object_whose_name_leads_out_of_the_run_is_not_copied(s3: str, tmp_path: Path) -> None:
+    _write(f"{s3}/runs", {"train/tiny/job.json": {"identity": "train-tiny-1"}, "train/tiny/a/../../../../x": "1"})
+    with pytest.raises(UserError, match=r"has an object a/\.\./\.\./\.\./\.\./x, which is outside of the run"):
+        pull_run("train/tiny", f"{s3}/runs", tmp_path / "here" / "runs")
+    assert not (tmp_path / "x").exists()

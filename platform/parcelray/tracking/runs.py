@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 import fsspec
@@ -258,8 +258,15 @@ class _Storage:
         )
 
     def copy(self, folder: str, files: Sequence[StoredFile], target: Path, on_file: Callable[[str], None]) -> None:
-        """Copies files of a folder to the same folder below `target`; a file that is there is not copied again."""
+        """Copies files of a folder to the same folder below `target`; a file that is there is not copied again.
+
+        Raises:
+            UserError: the name of an object leads out of the folder.
+            SystemFailure: a file was not copied completely.
+        """
         for file in files:
+            if ".." in PurePosixPath(file.name).parts:
+                raise UserError(f"{folder} has an object {file.name}, which is outside of the run; remove it.")
             path = target / folder / file.name
             if path.is_file() and path.stat().st_size == file.bytes:
                 continue
