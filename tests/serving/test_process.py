@@ -262,7 +262,7 @@ def test_clients_and_operator_learn_what_died_and_that_it_is_back(tmp_path: Path
             process.signal(signal.SIGTERM)
             assert process.end() == 0
         found["stop"] = set(clients.outcomes)
-    # An ingress or a proxy takes the requests in flight with it; each client is told, and none that it is final.
+    # An ingress or a proxy takes the requests in flight with it; each client gets an answer, and none that is final.
     assert found["model replica"] <= {"answered", "error event"}
     assert found["ingress"] <= {"answered", "error event", "503"}
     assert found["proxy"] <= {"answered", "connection lost", "503"}

@@ -77,7 +77,7 @@ def evaluate_score(
     folder: Annotated[
         str,
         typer.Argument(
-            help="Folder or URI of a finished evaluation, such as runs/evaluate/mini or s3://BUCKET/runs/evaluate/mini.",
+            help="Folder or URI of a finished evaluation, such as s3://BUCKET/runs/evaluate/mini.",
             show_default=False,
         ),
     ],

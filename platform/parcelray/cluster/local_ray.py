@@ -31,7 +31,8 @@ def dead_process() -> str | None:
         return next((name for name, _ in node.dead_processes() if name in _NEEDED), None)
     try:
         here = ray.get_runtime_context().get_node_id()
-        dead = any(each["NodeID"] == here and not each["Alive"] for each in ray.nodes())  # type: ignore[no-untyped-call]
+        nodes = ray.nodes()  # type: ignore[no-untyped-call]
+        dead = any(each["NodeID"] == here and not each["Alive"] for each in nodes)
     except RayError:
         return None
     return PROCESS_TYPE_RAYLET if dead else None

@@ -298,7 +298,7 @@ def _no_answer(uri: str) -> str | None:
     except urllib.error.HTTPError as error:
         return str(error) if error.code in (502, 503, 504) else None
     except (OSError, urllib.error.URLError) as error:
-        # The client may be told to accept the certificate.
+        # The client may be configured to accept the certificate.
         return None if "CERTIFICATE_VERIFY_FAILED" in str(error) else str(getattr(error, "reason", error))
 
 
