@@ -110,7 +110,8 @@ def _restored_checkpoint() -> Iterator[Path | None]:
             earlier = [
                 each.checkpoint
                 for each in ray.train.get_all_reported_checkpoints(_COMMITTED)
-                if each.checkpoint != newest
+                # Ray's checkpoints have no equality of their own.
+                if each.checkpoint.path != newest.path
             ]
             if earlier:
                 logger.warning("The checkpoint %s is damaged; the one before it is used.", newest.path)
