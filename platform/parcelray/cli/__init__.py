@@ -18,6 +18,7 @@ from parcelray.cli.evaluation import benchmarks_app, evaluate_app
 from parcelray.cli.jobs import jobs_app, submit
 from parcelray.cli.models import models_app
 from parcelray.cli.options import Address, AsJson, DryRun, JobFile, Set, console, integers, show, write_json
+from parcelray.cli.plan import plan
 from parcelray.cli.runs import runs_app
 from parcelray.cli.serving import endpoint_app, keys_app, serve
 from parcelray.cli.tuning import tune
@@ -26,7 +27,7 @@ from parcelray.errors import ParcelrayError, UserError
 _PANELS = {
     "Run": ("train", "tune", "evaluate", "serve"),
     "Cluster": ("submit", "jobs", "endpoint"),
-    "Inspect": ("runs", "models", "benchmarks", "flops", "analyze", "bench"),
+    "Inspect": ("plan", "runs", "models", "benchmarks", "flops", "analyze", "bench"),
     "Set up": ("doctor", "config", "keys"),
 }
 """Panel of `parcelray --help` -> its commands, both in the order of work."""
@@ -61,7 +62,7 @@ for _name, _group in {
     "keys": keys_app,
 }.items():
     app.add_typer(_group, name=_name, rich_help_panel=_PANEL_OF[_name])
-for _command in (tune, serve, submit, doctor):
+for _command in (tune, serve, submit, plan, doctor):
     app.command(rich_help_panel=_PANEL_OF[_command.__name__])(_command)
 
 
@@ -74,7 +75,18 @@ def _version(show: Annotated[bool, typer.Option("--version", help="Print the ver
 
 @app.command(rich_help_panel=_PANEL_OF["train"])
 def train(
-    job_file: JobFile, overrides: Set = [], dry_run: DryRun = False, address: Address = None, as_json: AsJson = False
+    job_file: JobFile,
+    overrides: Set = [],
+    dry_run: DryRun = False,
+    gpu: Annotated[
+        str | None,
+        typer.Option(
+            help="With --dry-run: type of GPU that time and GPU hours are for, such as h100; default: this machine.",
+            show_default=False,
+        ),
+    ] = None,
+    address: Address = None,
+    as_json: AsJson = False,
 ) -> None:
     """Train a model; run the same command again to resume an interrupted training."""
     from parcelray.config.loader import load_job_of
@@ -84,7 +96,7 @@ def train(
     if dry_run:
         from parcelray.training.plan import training_plan
 
-        show(training_plan(job), as_json, lambda plan: plan.to_rich())
+        show(training_plan(job, gpu=gpu, with_peak=True), as_json, lambda plan: plan.to_rich())
         return
     from parcelray.training.run import run_training
 

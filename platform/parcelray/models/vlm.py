@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from transformers import AddedToken
+from transformers.initialization import no_init_weights
 from transformers.utils import logging
 
 from parcelray.config.connector import ConnectorConfig, ParcelConnectorConfig, RouteConfig
@@ -161,6 +162,23 @@ def load_vlm(
     if any(key.startswith("model.connector.") for key in info["missing_keys"]):
         model.connector.match_scale(*model.model.feature_scale())
     return cast(ElasticVLM, model)
+
+
+def empty_vlm(config: ElasticConfig, dtype: torch.dtype = torch.float32) -> ElasticVLM:
+    """Builds a model without setting its weights, to simulate it."""
+    # A copy without the attention that a model which was built from it has chosen.
+    config = type(config).from_dict(config.to_dict())
+    for part in (config, config.vision_config, config.text_config):
+        part.dtype = dtype
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with no_init_weights(), quiet_transformers():
+            model = _FAMILIES[str(config.model_type).removeprefix("elastic_")].model(config)
+            model.tie_weights()
+            return cast(ElasticVLM, model)
+    finally:
+        torch.set_default_dtype(default)
 
 
 @contextmanager

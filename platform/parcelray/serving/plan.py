@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 _DEFAULT_BUDGETS = (16, 64, 256)
 """Budgets of an endpoint without a job file, if the model supports them."""
+TEXT_TOKENS = 32
+"""Text tokens of a request that plans assume."""
 _MAX_DEFAULT_BUDGETS = 5
 """Maximum number of budgets of an endpoint without a job file."""
 _REGISTERED_VERSION = re.compile(r"models:/(?P<name>[^/]+)/(?P<version>\d+)")
@@ -170,13 +172,16 @@ def serving_plan(job: ServeJob) -> ServingPlan:
         keys=job.http.keys_file is not None,
         kv_bytes=kv_cache_bytes(shape, job.engine.kv_tokens, bytes_per_value),
         flops={budget: each.total for budget, each in costs.items()},
-        requests_in_kv={
-            budget: min(job.engine.max_running, job.engine.kv_tokens // (budget + 32 + job.limits.default_max_tokens))
-            for budget in costs
-        },
+        requests_in_kv={budget: requests_in_kv(job, budget) for budget in costs},
         warnings=pinned.warnings,
         config=job.model_dump(mode="json"),
     )
+
+
+def requests_in_kv(job: ServeJob, budget: int) -> int:
+    """Returns how many requests with one image and the default answer length run at once at a budget."""
+    tokens = budget + TEXT_TOKENS + job.limits.default_max_tokens
+    return min(job.engine.max_running, job.engine.kv_tokens // tokens)
 
 
 def pin(job: ServeJob, *, keys: tuple[ApiKey, ...] = ()) -> PinnedEndpoint:

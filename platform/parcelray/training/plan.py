@@ -12,10 +12,12 @@ from parcelray.datasets.open import check_rows
 from parcelray.errors import UserError, describe_values
 from parcelray.profiling.backbone_shapes import from_transformers_config
 from parcelray.profiling.flops import cost
+from parcelray.profiling.gpus import gpu_of
 from parcelray.profiling.machine import matmul_flops_per_second
 from parcelray.training.budget_sampling import BudgetSampler
 from parcelray.training.run import resolve_start
 from parcelray.training.start import build_start, freeze, step_reader
+from parcelray.training.token_plan import dry_run_memory
 
 _BACKWARD = 2
 """FLOPs of a backward pass per FLOP of the forward pass: one product for input gradients, one for weight gradients."""
@@ -50,6 +52,10 @@ class TrainingPlan:
     """Time at the matrix-product speed measured on this machine; a lower bound, since training does not reach it."""
     gpu_hours: float
     config: dict[str, Any]
+    peak_bytes: int | None = None
+    """Predicted peak memory of a worker at the largest budget, weights included; None: not predicted."""
+    gpu: str | None = None
+    """Type of GPU that time and GPU hours are for; None: the speed measured on this machine."""
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as JSON-serialisable values."""
@@ -62,6 +68,7 @@ class TrainingPlan:
             if len(self.budgets) > 3
             else ", ".join(map(str, self.budgets))
         )
+        speed = "this machine's matrix-product speed" if self.gpu is None else f"the peak speed of one {self.gpu}"
         rows = {
             "starts from": self.start,
             "parameters": f"{self.num_parameters:,} ({self.connector_parameters:,} of the connector)",
@@ -70,16 +77,24 @@ class TrainingPlan:
             "workers": (
                 " to ".join(str(count) for count in sorted(set(self.workers))) if self.workers[1] else "in this process"
             ),
-            "memory per worker": f"at least {self.state_bytes / 2**20:,.0f} MiB of fp32 weights, gradients, moments",
+            "memory per worker": (
+                f"{self.state_bytes / 2**20:,.0f} MiB of fp32 weights, gradients, moments"
+                + (f"; predicted peak {self.peak_bytes / 2**20:,.0f} MiB" if self.peak_bytes is not None else "")
+            ),
             "compute": f"{self.flops / 1e12:,.1f} TFLOP",
-            "time": f"at least {self.seconds / 60:,.1f} min at this machine's matrix-product speed",
+            "time": f"at least {self.seconds / 60:,.1f} min at {speed}",
             "GPU hours": f"at least {self.gpu_hours:,.2f}" if self.gpu_hours else "none",
         }
         return key_value_table(rows, header=("plan", self.identity))
 
 
-def training_plan(job: TrainJob) -> TrainingPlan:
+def training_plan(job: TrainJob, *, gpu: str | None = None, with_peak: bool = False) -> TrainingPlan:
     """Resolve a job, check that its parts fit together, and estimate its cost.
+
+    Args:
+        job: the training.
+        gpu: type of GPU that time and GPU hours are for, see `profiling.gpus`; None: the speed of this machine.
+        with_peak: whether to predict the peak memory of a worker, which takes seconds.
 
     Raises:
         UserError: the parts do not fit together: the connector does not support a budget, the data do not exist, or a
@@ -107,7 +122,10 @@ def training_plan(job: TrainJob) -> TrainingPlan:
     state_bytes = _BYTES * (parameters + (1 + _moments(job.optimizer)) * trained)
     low, high = job.scaling.bounds
     workers = max(1, low)
-    seconds = flops / matmul_flops_per_second() / workers
+    speed = gpu_of(gpu).flops_per_second(job.training.precision) if gpu is not None else matmul_flops_per_second()
+    seconds = flops / speed / workers
+    gpus_per_worker = max(1.0, job.scaling.gpus_per_worker) if gpu is not None else job.scaling.gpus_per_worker
+    is_sharded = job.training.strategy == "fsdp" and job.scaling.gpus_per_worker > 0
     return TrainingPlan(
         identity=identity(job),
         start=start.pinned if start is not None else "random weights",
@@ -118,11 +136,13 @@ def training_plan(job: TrainJob) -> TrainingPlan:
         passes_per_step=sampler.mean_per_step(lambda budget: 1),
         tokens_per_step=sampler.mean_per_step(float),
         workers=(low, high),
-        state_bytes=state_bytes // (workers if job.training.strategy == "fsdp" and job.scaling.gpus_per_worker else 1),
+        state_bytes=state_bytes // (workers if is_sharded else 1),
         flops=flops,
         seconds=seconds,
-        gpu_hours=seconds / 3600 * workers * job.scaling.gpus_per_worker,
+        gpu_hours=seconds / 3600 * workers * gpus_per_worker,
         config=job.model_dump(mode="json"),
+        peak_bytes=dry_run_memory(job, model.config, processor).total if with_peak and not is_sharded else None,
+        gpu=gpu,
     )
 
 

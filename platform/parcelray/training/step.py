@@ -16,6 +16,7 @@ from parcelray.config.train import AdamWConfig, OptimizerConfig, ScheduleConfig
 from parcelray.datasets.collator import IGNORED, Batch
 from parcelray.models.backbones import ElasticVLM
 from parcelray.models.backbones.processor_base import ElasticProcessor
+from parcelray.models.token_counts import TokenCounts, count_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +37,12 @@ class TensorBatch:
     def num_prompts(self) -> int:
         """Number of prompts B."""
         return self.input_ids_BS.shape[0]
+
+    def tokens(self, num_visual_tokens: int) -> TokenCounts:
+        """Counts the tokens of all prompts together, without padding, at a budget."""
+        answers = int((self.token_type_ids_BS * self.attention_mask_BS).sum())
+        prompts = int(self.attention_mask_BS.sum()) - answers
+        return count_tokens(prompts, self.pixel_values_ICHW.shape[0], num_visual_tokens, answers)
 
     def slice(self, part: int, num_parts: int) -> "TensorBatch":
         """Micro-batch `part` of `num_parts`: every num_parts-th prompt with its images."""

@@ -2,8 +2,6 @@
 
 import time
 
-from parcelray.training.step import TensorBatch
-
 
 class TokenClock:
     """Measures tokens per second since the last metric point, without the time of validations and checkpoints."""
@@ -23,9 +21,3 @@ class TokenClock:
         """Starts a new measurement after a metric point, a validation or a checkpoint."""
         if due:
             self._started, self._tokens = time.perf_counter(), 0
-
-
-def num_tokens(batch: TensorBatch, budgets: tuple[int, ...]) -> int:
-    """Number of text and visual tokens that this rank's decoder processes in a step."""
-    text = int(batch.attention_mask_BS.sum())
-    return sum(text + batch.pixel_values_ICHW.shape[0] * budget for budget in budgets)

@@ -38,7 +38,7 @@ from parcelray.training.batches.schedule import StepReader, in_process_batches
 from parcelray.training.budget_sampling import BudgetSampler
 from parcelray.training.start import build_resumed, build_start, freeze, step_reader, validation_samples
 from parcelray.training.step import TensorBatch, build_optimizer, learning_rate_factor, losses, to_tensors
-from parcelray.training.token_clock import TokenClock, num_tokens
+from parcelray.training.token_clock import TokenClock
 
 logger = logging.getLogger(__name__)
 
@@ -210,7 +210,7 @@ class _Loop:
             batch = to_tensors(next(batches), self.accelerator.device, self.processor)
             budgets = self.sampler.budgets(step)
             loss, norm, divergence = self._step(step, batch, budgets)
-            clock.add(num_tokens(batch, budgets) * world)
+            clock.add(sum(batch.tokens(budget).total for budget in budgets) * world)
             done = step + 1
             _check_finite(loss, norm, done, training.precision)
             if self._due(done, training.log_every_steps):

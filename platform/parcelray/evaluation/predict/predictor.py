@@ -22,6 +22,7 @@ from parcelray.models.backbones.processor_base import ElasticProcessor
 from parcelray.models.decoding import NOT_FINITE, answer_lengths, decode_answers, end_token_ids, generate
 from parcelray.models.feature_cache import FeatureCache
 from parcelray.models.reduced_decoder import ReducedDecoder, VisualTokens, encode_prompts
+from parcelray.models.token_counts import TokenCounts, count_tokens
 from parcelray.models.token_reduction import TokenReducer, build_reducer
 from parcelray.models.token_reduction.base import ReductionContext, check_uncompressed, unreduced
 from parcelray.models.token_reduction.encoder_view import EncoderView
@@ -54,6 +55,10 @@ class ImageTokens(NamedTuple):
     """Number of patches in each token, int64."""
 
 
+NO_TOKENS = TokenCounts(0, 0)
+"""The counts of a sample without an answer."""
+
+
 class Answer(NamedTuple):
     """A model's answer to one sample at one budget."""
 
@@ -66,6 +71,8 @@ class Answer(NamedTuple):
     """Reason why there is no answer (an image that cannot be decoded, or logits that are not finite); empty: none."""
     confidence: Confidence = UNKNOWN
     """The model's confidence in the answer."""
+    tokens: TokenCounts = NO_TOKENS
+    """Visual and text tokens of the prompt, as the decoder got them."""
 
 
 def _no_answer(problem: str) -> Answer:
@@ -259,6 +266,7 @@ class Predictor:
         }
         if self._decoder is not None and self._is_reduced(budget):
             prompts = encode_prompts(self._processor, [sample.prompt for sample in batch], None, self._device)
+            lengths_B = prompts.valid_BT.sum(1) + len(prompts.before_O)
             new_BS = self._decoder.generate(
                 prompts,
                 self._visual_of(batch, tokens),
@@ -267,24 +275,33 @@ class Predictor:
                 on_logits=recorder.record,
                 **options,
             )
-            return self._answers(new_BS, recorder)
+            return self._answers(new_BS, recorder, self._counts(batch, lengths_B, budget))
         inputs: dict[str, Any] = dict(
             self._processor.prompts(
                 [sample.prompt for sample in batch], len(batch[0].images), num_visual_tokens=budget
             ).to(self._device)
         )
         self._check_count(inputs["input_ids"], len(batch) * len(batch[0].images) * budget)
+        lengths_B = inputs["attention_mask"].sum(1) - len(batch[0].images) * budget
         inputs |= self._images_of(batch, tokens)
         new_BS = generate(self._model, inputs, num_beams=self._settings.num_beams, on_scores=recorder.record, **options)
-        return self._answers(new_BS, recorder)
+        return self._answers(new_BS, recorder, self._counts(batch, lengths_B, budget))
 
-    def _answers(self, new_BS: Tensor, recorder: ConfidenceRecorder) -> list[Answer]:
+    def _counts(self, batch: Sequence[Sample], text_lengths_B: Tensor, budget: int) -> list[TokenCounts]:
+        """Counts the tokens of each prompt from the number of text tokens in the decoder's input."""
+        return [count_tokens(length, len(batch[0].images), budget) for length in text_lengths_B.tolist()]
+
+    def _answers(self, new_BS: Tensor, recorder: ConfidenceRecorder, counts: list[TokenCounts]) -> list[Answer]:
         lengths, ended = answer_lengths(new_BS, self._end_ids)
         texts = decode_answers(self._processor.tokenizer, new_BS, lengths, ended)
         return [
-            _no_answer(NOT_FINITE) if confidence is None else Answer(text, length, not has_end, confidence=confidence)
-            for text, length, has_end, confidence in zip(
-                texts, lengths, ended, recorder.confidences(lengths), strict=True
+            (
+                _no_answer(NOT_FINITE)
+                if confidence is None
+                else Answer(text, length, not has_end, confidence=confidence, tokens=tokens)
+            )
+            for text, length, has_end, confidence, tokens in zip(
+                texts, lengths, ended, recorder.confidences(lengths), counts, strict=True
             )
         ]
 
@@ -296,12 +313,15 @@ class Predictor:
         pairs = [(index, choice) for index, sample in enumerate(batch) for choice in _choices(sample)]
         scores: list[float] = []
         lengths: list[int] = []
+        counts: list[TokenCounts] = []
         size = max(1, self._batch_size // max(1, len(batch[0].images)))
         for start in range(0, len(pairs), size):
             part = pairs[start : start + size]
-            logs_BS, answers_BS = self._log_likelihoods(
-                [batch[index] for index, _ in part], [choice for _, choice in part], tokens, budget
+            shown = [batch[index] for index, _ in part]
+            logs_BS, answers_BS, lengths_B = self._log_likelihoods(
+                shown, [choice for _, choice in part], tokens, budget
             )
+            counts += self._counts(shown, lengths_B, budget)
             scores += logs_BS.where(answers_BS, 0.0).sum(1).tolist()
             lengths += answers_BS.sum(1).tolist()
         chosen = []
@@ -314,15 +334,24 @@ class Predictor:
             spread = float(entropy(torch.tensor([scores[index] for index in own]).log_softmax(0)))
             chosen.append(
                 Answer(
-                    pairs[best][1], lengths[best], False, confidence=Confidence(scores[best] / lengths[best], spread)
+                    pairs[best][1],
+                    lengths[best],
+                    False,
+                    confidence=Confidence(scores[best] / lengths[best], spread),
+                    tokens=counts[best],
                 )
             )
         return chosen
 
     def _log_likelihoods(
         self, batch: Sequence[Sample], answers: list[str], tokens: dict[bytes, ImageTokens], budget: int
-    ) -> tuple[Tensor, Tensor]:
-        """Computes the log-probabilities of the answer tokens [B, S], and the mask of the answer positions [B, S]."""
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Computes the log-probabilities of the answer tokens [B, S].
+
+        Returns:
+            The log-probabilities, the mask of the answer positions [B, S], and the number of text tokens of each prompt
+            without its answer [B].
+        """
         texts = [sample.prompt for sample in batch]
         if self._decoder is not None and self._is_reduced(budget):
             prompts = encode_prompts(self._processor, texts, answers, self._device)
@@ -330,6 +359,7 @@ class Predictor:
                 prompts, self._visual_of(batch, tokens), reducer=self._prompt_reducer, budget=self._total(batch, budget)
             ).float()
             ids_BS, answers_BS = prompts.after_BT[:, 1:], (prompts.answer_BT & prompts.valid_BT)[:, 1:]
+            lengths_B = (prompts.valid_BT & ~prompts.answer_BT).sum(1) + len(prompts.before_O)
         else:
             inputs = dict(
                 self._processor.prompts(texts, len(batch[0].images), num_visual_tokens=budget, answers=answers).to(
@@ -344,7 +374,8 @@ class Predictor:
                 **inputs, **self._images_of(batch, tokens), logits_to_keep=keep, use_cache=False
             ).logits.float()
             ids_BS, answers_BS = inputs["input_ids"][:, first:], everywhere_BS[:, first:]
-        return logits_BSV[:, :-1].log_softmax(-1).gather(2, ids_BS[:, :, None]).squeeze(2), answers_BS
+            lengths_B = (inputs["attention_mask"] - everywhere_BS.long()).sum(1) - len(batch[0].images) * budget
+        return logits_BSV[:, :-1].log_softmax(-1).gather(2, ids_BS[:, :, None]).squeeze(2), answers_BS, lengths_B
 
     @property
     def _prompt_reducer(self) -> TokenReducer | None:

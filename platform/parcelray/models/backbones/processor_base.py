@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import BatchFeature
 
 from parcelray.errors import UserError
+from parcelray.models.token_counts import TokenCounts, count_tokens
 
 REDUCING_GAP = 128
 """Argument of Pillow's `resize`: the oversampling from which it averages blocks of pixels first.
@@ -129,6 +130,21 @@ class ElasticProcessor:
     def encode_answers(self, answers: Sequence[str]) -> list[list[int]]:
         """Returns the token ids of answers with their end token."""
         return [[*ids, self.tokenizer.eos_token_id] for ids in self.encode_text(answers)]
+
+    def count_tokens(
+        self, text: str, num_images: int, num_visual_tokens: int, answer: str | None = None
+    ) -> TokenCounts:
+        """Counts the tokens of a prompt as the decoder gets them.
+
+        Args:
+            text: prompt without placeholders.
+            num_images: number of images of the prompt.
+            num_visual_tokens: budget per image; 0: blind.
+            answer: training target without the end token; None: no answer.
+        """
+        prefix = self.encode_prompts([text], with_image=num_images * num_visual_tokens > 0)[0]
+        suffix = self.encode_answers([answer])[0] if answer is not None else []
+        return count_tokens(len(prefix), num_images, num_visual_tokens, len(suffix))
 
     def fitted(self, image: Image.Image) -> Image.Image:
         """Returns an image at the model's input size: [image_size, image_size], RGB.

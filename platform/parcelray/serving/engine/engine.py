@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 from PIL import Image
 
 from parcelray.errors import ParcelrayError
+from parcelray.models.token_counts import TokenCounts, count_tokens
 
 if TYPE_CHECKING:
     from parcelray.models.backbones.processor_base import ElasticProcessor
@@ -103,19 +104,22 @@ class GenerateRequest:
     """Budgets, ascending, from which the engine chooses by image and question; empty: `num_visual_tokens` is used."""
 
     @property
-    def num_image_tokens(self) -> int:
-        """Number of visual tokens of all images together."""
-        return len(self.images) * self.num_visual_tokens
+    def tokens(self) -> TokenCounts:
+        """Visual and text tokens of the prompt."""
+        return self._tokens_at(self.num_visual_tokens)
 
     @property
     def num_prompt_tokens(self) -> int:
         """Length of the decoder's input, tokens."""
-        return len(self.prompt_ids) + self.num_image_tokens
+        return self.tokens.total
 
     @property
     def min_prompt_tokens(self) -> int:
         """Length of the decoder's input at the smallest budget the request may get, tokens."""
-        return len(self.prompt_ids) + len(self.images) * (self.choices[0] if self.choices else self.num_visual_tokens)
+        return self._tokens_at(self.choices[0] if self.choices else self.num_visual_tokens).total
+
+    def _tokens_at(self, budget: int) -> TokenCounts:
+        return count_tokens(len(self.prompt_ids), len(self.images), budget)
 
 
 @dataclass(frozen=True, slots=True)

@@ -87,13 +87,13 @@ def _head(prepared: Prepared, kind: str, model: str, created: int) -> dict[str, 
 
 
 def _usage(prepared: Prepared, end: Finished) -> dict[str, Any]:
-    request = prepared.request
+    tokens = prepared.request.tokens
     return {
-        "prompt_tokens": request.num_prompt_tokens,
+        "prompt_tokens": tokens.total,
         "completion_tokens": end.num_new_tokens,
-        "total_tokens": request.num_prompt_tokens + end.num_new_tokens,
-        "prompt_tokens_details": {"image_tokens": request.num_image_tokens, "cached_tokens": 0},
-        "visual_tokens": request.num_visual_tokens,
+        "total_tokens": tokens.total + end.num_new_tokens,
+        "prompt_tokens_details": {"image_tokens": tokens.visual, "cached_tokens": 0},
+        "visual_tokens": prepared.request.num_visual_tokens,
     }
 
 

@@ -259,7 +259,7 @@ class EndpointMetrics:
         for name, count in (
             ("prompt_tokens", request.num_prompt_tokens),
             ("generation_tokens", end.num_new_tokens),
-            ("image_tokens", request.num_image_tokens),
+            ("image_tokens", request.tokens.visual),
         ):
             self._tokens[name].labels(self._model, budget, engine).inc(count)
         self._success.labels(self._model, budget, engine, end.reason).inc()

@@ -1,0 +1,118 @@
+"""Predicts the peak memory of a training worker by simulating its largest step."""
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from parcelray.config.train import TrainJob
+from parcelray.evaluation.memory import run_answers
+from parcelray.models.backbones import ElasticVLM
+from parcelray.models.vlm import ElasticConfig, empty_vlm, use_sdpa_where_exact
+from parcelray.profiling.simulated_memory import HEAP_OVERHEAD, MemoryEstimate, MemoryMeter
+from parcelray.training.start import freeze
+from parcelray.training.step import TensorBatch, build_optimizer, losses
+
+_VALIDATION_IMAGES = 64
+"""Images per batch of a validation, the default of `Predictor`."""
+
+
+@dataclass(frozen=True)
+class StepLoad:
+    """The largest micro-batch of a worker."""
+
+    num_prompts: int
+    num_images: int
+    """Images per prompt."""
+    num_text_tokens: int
+    """Tokens of the longest prompt and its answer together, to which the others are padded."""
+    num_answer_tokens: int
+    """Tokens of the longest answer."""
+    num_visual_tokens: int
+    """Budget: the largest of the step, because the passes of a step follow one another."""
+
+
+def training_memory(
+    job: TrainJob, config: ElasticConfig, load: StepLoad, visual_offset: int, *, validate: bool = True
+) -> MemoryEstimate:
+    """Predicts the peak memory of a worker that is not sharded.
+
+    It is the peak of a training step, with gradients and optimizer state, or of a validation batch if that is larger.
+
+    Args:
+        job: the training.
+        config: configuration of the model that is trained.
+        load: the largest micro-batch.
+        visual_offset: number of text tokens before the image placeholders.
+        validate: whether the worker also validates.
+    """
+    meter = MemoryMeter()
+    with meter.simulated():
+        model = empty_vlm(config)
+        use_sdpa_where_exact(model)
+        freeze(model, job.training)
+        weights = meter.live_bytes
+        optimizer = build_optimizer(model.train(), job.optimizer)
+        _set_gradients(model)
+        optimizer.step()
+        if job.training.gradient_accumulation_steps == 1:
+            optimizer.zero_grad(set_to_none=True)
+        run_step(job, model, load, visual_offset)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if validate and not job.validation.in_background:
+            run_answers(
+                model.eval(),
+                num_images_per_batch=_VALIDATION_IMAGES,
+                num_images=load.num_images,
+                num_visual_tokens=load.num_visual_tokens,
+                num_text_tokens=load.num_text_tokens,
+                image_size=config.vision_config.image_size,
+            )
+    above = meter.peak_bytes - weights
+    return MemoryEstimate(weights, above if job.scaling.gpus_per_worker else round(HEAP_OVERHEAD * above))
+
+
+def _set_gradients(model: ElasticVLM) -> None:
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.empty_like(parameter)
+
+
+def run_step(job: TrainJob, model: ElasticVLM, load: StepLoad, visual_offset: int) -> None:
+    """Runs one forward and backward pass of the largest micro-batch; of the model only the gradients are left."""
+    size = model.config.vision_config.image_size
+    shape = (load.num_prompts, load.num_text_tokens)
+    is_answer_BS = (torch.arange(load.num_text_tokens) >= load.num_text_tokens - load.num_answer_tokens).expand(shape)
+    ids_BS = torch.zeros(shape, dtype=torch.int64)
+    batch = TensorBatch(
+        torch.empty((load.num_prompts * load.num_images, 3, size, size)),
+        ids_BS,
+        is_answer_BS.long(),
+        torch.ones_like(ids_BS),
+        torch.where(is_answer_BS, 0, -100),
+        None,
+        visual_offset,
+    )
+    dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[job.training.precision]
+    with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
+        loss = losses(
+            model, batch, num_visual_tokens=load.num_visual_tokens, image_token_id=model.config.image_token_id
+        )
+        objective = loss.answer_sum / load.num_prompts
+        del loss
+        torch.autograd.backward(objective)
+
+
+def largest_batch(job: TrainJob, config: ElasticConfig, load: StepLoad, visual_offset: int, limit_bytes: int) -> int:
+    """Returns the largest number of prompts per micro-batch whose predicted memory is within a limit; 0: none.
+
+    The memory of a step grows linearly with the number of prompts, so two simulations determine it. That of a
+    validation does not depend on it.
+    """
+    sizes = (16, 32)
+    low, high = (
+        training_memory(job, config, replace(load, num_prompts=size), visual_offset, validate=False).total
+        for size in sizes
+    )
+    per_prompt = (high - low) / (sizes[1] - sizes[0])
+    return max(0, int((limit_bytes - low) / per_prompt) + sizes[0])
