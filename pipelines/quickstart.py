@@ -12,13 +12,13 @@ from pathlib import Path
 
 from rich.console import Console
 
+from parcelray.benchmarks.training_data import held_out_samples
 from parcelray.cli.scripts import overrides_of, run_script
 from parcelray.cluster.session import ray_session
 from parcelray.config.connector import M3ConnectorConfig, MqtConnectorConfig
 from parcelray.config.identity import config_hash
 from parcelray.config.loader import load_job_of
 from parcelray.config.train import TrainJob, UniformBudgets
-from parcelray.datasets.open import held_out_samples
 from parcelray.evaluation.frontier import frontier_table, write_frontier
 from parcelray.evaluation.predict import PYFUNC_FILE
 from parcelray.evaluation.predict.predictor import Predictor

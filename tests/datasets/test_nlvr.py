@@ -17,10 +17,10 @@ from PIL import Image
 from parcelray.benchmarks.metrics import metric
 from parcelray.benchmarks.readers.base import chosen_rows
 from parcelray.benchmarks.readers.samples import NlvrReader
+from parcelray.benchmarks.training_data import held_out_samples
 from parcelray.config.data import NlvrDataConfig
 from parcelray.datasets.boxes import parse_locations
 from parcelray.datasets.nlvr.source import BOX, BOX_STARTS, PERMUTATIONS, NlvrSource
-from parcelray.datasets.open import held_out_samples
 from parcelray.datasets.sample import Sample
 from parcelray.errors import UserError
 from parcelray.evaluation.scoring.split_scores import score

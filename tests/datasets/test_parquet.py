@@ -9,9 +9,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from parcelray.benchmarks.readers.samples import SamplesReader
+from parcelray.benchmarks.training_data import check_rows
 from parcelray.config.data import ParquetDataConfig
 from parcelray.datasets import parquet
-from parcelray.datasets.open import check_rows
 from parcelray.datasets.parquet import SCHEMA, ParquetSource
 from parcelray.datasets.source import BadRowsError
 from parcelray.errors import SystemFailure, UserError

@@ -7,7 +7,7 @@ from typing import Annotated, Literal, TypeVar
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from parcelray.config.base import BY_KEY, StrictModel
-from parcelray.config.data import Family, NlvrQuestion
+from parcelray.config.data import ConversationsDataConfig, Family, HubDataConfig, NlvrQuestion
 
 PromptFamily = Literal["paligemma", "llava"]
 """Model families that have their own prompt templates."""
@@ -236,6 +236,24 @@ class SamplesSource(StrictModel):
     """Split to evaluate, which is also the name of its folder."""
 
 
+class RowsSource(StrictModel):
+    """The user's own rows of conversations or questions, as a training reads them: each turn is one question."""
+
+    type: Literal["rows"] = "rows"
+    data: Annotated[ConversationsDataConfig | HubDataConfig, Field(discriminator="type")] | None = None
+    """The rows, as in the section `data` of a training."""
+    split: Literal["train", "validation", "test", "all"] = "test"
+    """Split of `data.held_out` to evaluate; `all`: every row."""
+
+
+class EasyVqaSource(StrictModel):
+    """easy-VQA (Victor Zhou, 2019, MIT): questions about one coloured shape; the package `easy-vqa` has the files."""
+
+    type: Literal["easy_vqa"] = "easy_vqa"
+    split: Literal["train", "test"] = "test"
+    """Split of the package to read."""
+
+
 class ReferenceScore(StrictModel):
     """A published score."""
 
@@ -264,7 +282,9 @@ class BenchmarkConfig(StrictModel):
     """Name of the benchmark whose splits are reported together, for example `refcoco`; None: reported alone."""
     sets: tuple[str, ...] = ()
     """Evaluation sets that contain the split: parcel, paligemma, llava, local."""
-    source: Annotated[TableSource | MiniSource | NlvrSource | SamplesSource, Field(discriminator="type")]
+    source: Annotated[
+        TableSource | MiniSource | NlvrSource | SamplesSource | RowsSource | EasyVqaSource, Field(discriminator="type")
+    ]
     """Source of the rows."""
     columns: ColumnsConfig | None = None
     """Meaning of the columns, for sources of type table only."""

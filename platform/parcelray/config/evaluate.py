@@ -21,6 +21,8 @@ class BenchmarkChoice(StrictModel):
 
     name: str
     """Benchmark name, as printed by `parcelray benchmarks list` or defined in a file of `catalog`."""
+    label: str | None = Field(default=None, pattern=r"^[a-z0-9][A-Za-z0-9_]*$")
+    """Name in the results, to evaluate one benchmark with two sources; null: its own name."""
     data: LocalPath | None = None
     """File or folder with the benchmark's data; null: the Hugging Face hub, or generated procedurally."""
     limit: int | None = Field(default=None, ge=1)
@@ -127,7 +129,7 @@ class EvaluateJob(StrictModel):
     @model_validator(mode="after")
     def _check(self) -> "EvaluateJob":
         check_storage(self.storage, in_process=self.compute.actors == 0)
-        names = [choice.name for choice in self.benchmarks]
+        names = [choice.label or choice.name for choice in self.benchmarks]
         if len(set(names)) < len(names):
             raise ValueError(f"a benchmark is listed twice in {', '.join(names)}; list each once")
         if self.anchor_grid is not None and self.reducer is not None:

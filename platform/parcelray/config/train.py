@@ -238,6 +238,8 @@ class TrainingConfig(StrictModel):
     """Number of optimizer steps."""
     images_per_step: int = Field(default=32, ge=1)
     """Images per optimizer step over all workers; a batch of n-image samples has images_per_step / n samples."""
+    max_text_tokens: int | None = Field(default=None, ge=1)
+    """Largest number of text tokens of a prompt with its answers; longer rows cannot be used. null: no limit."""
     gradient_accumulation_steps: int = Field(default=1, ge=1)
     """Number of micro-batches per worker and step."""
     clip_norm: float = Field(default=1.0, gt=0)
@@ -390,6 +392,11 @@ class TrainJob(StrictModel):
     """Model that the training starts from."""
     connector: ConnectorConfig | None = None
     """Connector to insert with new weights; null: keep the checkpoint's own connector."""
+    new_words: tuple[str, ...] | None = None
+    """Words that become single tokens of the checkpoint's tokenizer, with new ids; null: none.
+
+    Add the words of short answers that the tokenizer writes as several tokens. The ids of other tokens do not change.
+    """
     data: DataConfig
     """Training data."""
     budget: BudgetConfig = UniformBudgets()

@@ -32,3 +32,5 @@ class Sample:
     """Identifier of the scene or sentence; samples with the same value must be in the same split."""
     metadata: dict[str, Any] = field(default_factory=dict)
     """Further JSON-serialisable values, for example an NLVR permutation."""
+    later_turns: tuple[tuple[str, str], ...] = ()
+    """Further questions about the same images with their answers, for training; see `ElasticProcessor.encode_turns`."""

@@ -24,7 +24,10 @@ class SampleGroup(NamedTuple):
 
 
 class SampleSource(Protocol):
-    """A collection of samples. Instances can be pickled and are cheap to copy to Ray workers."""
+    """A collection of samples. Instances can be pickled and are cheap to copy to Ray workers.
+
+    `get` may raise `BadRowsError` for a row whose images cannot be read.
+    """
 
     @property
     def groups(self) -> Sequence[SampleGroup]:
@@ -37,23 +40,22 @@ class SampleSource(Protocol):
 
 
 class BadRowsError(UserError):
-    """Rows of the training data that no step can use.
-
-    Unlike an evaluation, a training skips no row: the run's identity names the data, so two runs of the same identity
-    must train on the same rows.
+    """Rows of the training data that no step can use, and more of them than the data configuration permits.
 
     Args:
         problems: the reason by row id; not empty.
+        limit: largest permitted number of such rows.
     """
 
-    def __init__(self, problems: Mapping[str, str]) -> None:
+    def __init__(self, problems: Mapping[str, str], limit: int = 0) -> None:
         self.problems = dict(problems)
+        self.limit = limit
         named = "; ".join(f"{row}: {reason.rstrip('.')}" for row, reason in list(self.problems.items())[:_NAMED])
         more = f"; and {len(problems) - _NAMED} more" if len(problems) > _NAMED else ""
         super().__init__(
             f"{len(problems)} {'row' if len(problems) == 1 else 'rows'} of the training data cannot be used: {named}"
-            f"{more}. Fix or remove them."
+            f"{more}. {f'At most {limit} may be skipped (data.max_bad_rows). ' if limit else ''}Fix or remove them."
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (type(self), (self.problems,))
+        return (type(self), (self.problems, self.limit))

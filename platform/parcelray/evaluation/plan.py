@@ -229,6 +229,8 @@ def generation_of(job: EvaluateJob, choice: BenchmarkChoice, config: BenchmarkCo
 
 
 def _with_source(config: BenchmarkConfig, choice: BenchmarkChoice) -> BenchmarkConfig:
+    if choice.label is not None:
+        config = config.model_copy(update={"name": choice.label})
     if not choice.source:
         return config
     data = config.model_dump(mode="json")

@@ -172,22 +172,26 @@ def _prediction_rows(summary: Summary) -> Iterator[dict[str, Any]]:
 
 
 def _score_rows(summary: Summary) -> list[list[str]]:
-    rows = [["split", "metric", *(budget_name(budget) for budget in summary.budgets), "n"]]
+    rows = [["split", "metric", "chance", *(budget_name(budget) for budget in summary.budgets), "n"]]
     for split in summary.splits:
         scores = [_percent(split.scores[budget].estimate) for budget in summary.budgets]
-        rows.append([split.name, split.metric, *scores, str(max(score.estimate.n for score in split.scores.values()))])
+        by_chance = summary.chance[split.name]
+        shown = "-" if by_chance is None else f"{by_chance.value:.1f}"
+        count = str(max(score.estimate.n for score in split.scores.values()))
+        rows.append([split.name, split.metric, shown, *scores, count])
     for family, names in summary.families.items():
         if len(summary.families) > 1 and len(names) > 1:
             rows.append(
                 [
                     f"mean of {family}",
                     "",
+                    "",
                     *(_percent(summary.mean_score(budget, names)) for budget in summary.budgets),
                     "",
                 ]
             )
     if len(summary.splits) > 1:
-        rows.append(["mean of all", "", *(_percent(summary.mean_score(budget)) for budget in summary.budgets), ""])
+        rows.append(["mean of all", "", "", *(_percent(summary.mean_score(budget)) for budget in summary.budgets), ""])
     return rows
 
 

@@ -22,6 +22,8 @@ from parcelray.errors import SystemFailure, UserError
 from parcelray.files import download_files, is_local, open_storage, read_json, upload_files, write_json, write_object
 
 JOB, RESULT = "job.json", "result.json"
+BAD_ROWS = "bad_rows.jsonl"
+"""File of the rows that a training cannot use. A run that has no other file does not reserve its name."""
 CHECKPOINT = "checkpoint_"
 """Prefix of the names of training checkpoints; their order by name is that of time."""
 IN_PROCESS = "in-process"
@@ -243,7 +245,7 @@ class RunFolder:
         """Whether there is any file apart from the job and Ray Train's record of a run without checkpoints."""
         files = (Path(str(file).removeprefix(f"{self.path}/")).parts for file in self.filesystem.find(self.path))
         return any(
-            parts != (JOB,)
+            parts not in ((JOB,), (BAD_ROWS,))
             and (parts[0] != self.identity or any(folder.startswith(CHECKPOINT) for folder in parts[1:-1]))
             for parts in files
         )

@@ -62,6 +62,8 @@ class TrainState:
     """Metrics that the tracking store did not have when the checkpoint was written."""
     files: dict[str, int] = field(default_factory=dict)
     """Size in bytes of each other file of the checkpoint, by its path; `save` fills it in."""
+    skipped_rows: dict[str, str] = field(default_factory=dict)
+    """Reasons of the rows that others replaced, by row id; see `batches.skipped`."""
 
 
 def save(

@@ -5,10 +5,10 @@ from typing import Any
 
 from rich.table import Table
 
+from parcelray.benchmarks.training_data import check_rows
 from parcelray.config.identity import identity
 from parcelray.config.train import AdamWConfig, OptimizerConfig, TrainJob
 from parcelray.console import key_value_table
-from parcelray.datasets.open import check_rows
 from parcelray.errors import UserError, describe_values
 from parcelray.profiling.backbone_shapes import from_transformers_config
 from parcelray.profiling.flops import cost

@@ -4,9 +4,18 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from parcelray.config.data import DataConfig, MiniDataConfig, NlvrDataConfig
+from parcelray.config.data import (
+    BenchmarkDataConfig,
+    ConversationsDataConfig,
+    DataConfig,
+    HubDataConfig,
+    MiniDataConfig,
+    MixtureDataConfig,
+    NlvrDataConfig,
+)
 from parcelray.config.evaluate import BLIND, BenchmarkChoice, BudgetName, EvaluateJob, PassConfig
 from parcelray.config.model import CheckpointModelConfig
+from parcelray.config.paths import WITH_TEXT
 from parcelray.config.train import TrainJob
 from parcelray.console import percent
 from parcelray.evaluation.frontier import frontier_table, write_frontier
@@ -81,11 +90,17 @@ def held_out_evaluation(job: TrainJob, model: str, budgets: Sequence[int | Budge
         samples: number of samples per family of the mini suite, or of pictures of NLVR (each with all its questions).
     """
     in_process = job.scaling.bounds[1] == 0
+    data = job.data
+    sources = [member.data for member in data.sources] if isinstance(data, MixtureDataConfig) else [data]
+    benchmarks = [_benchmark(data, samples) for data in sources]
+    families = {data.prompt_family for data in sources if isinstance(data, BenchmarkDataConfig)}
     return EvaluateJob(
         kind="evaluate",
         name=f"{job.name}-test",
         model=CheckpointModelConfig(reference=model),
-        benchmarks=(_benchmark(job.data, samples),),
+        benchmarks=_labelled(benchmarks),
+        catalog=tuple(path for data in sources if isinstance(data, BenchmarkDataConfig) for path in data.catalog),
+        prompt_family=families.pop() if families else "paligemma",
         budgets=tuple(dict.fromkeys(budgets)),
         max_unscored=1.0,
         compute=PassConfig(
@@ -93,6 +108,15 @@ def held_out_evaluation(job: TrainJob, model: str, budgets: Sequence[int | Budge
         ),
         tracking=job.tracking,
         storage=job.storage,
+    )
+
+
+def _labelled(choices: Sequence[BenchmarkChoice]) -> tuple[BenchmarkChoice, ...]:
+    """Numbers the benchmarks of a mixture that have the same name."""
+    names = [choice.name for choice in choices]
+    return tuple(
+        choice if names.count(choice.name) == 1 else choice.model_copy(update={"label": f"{choice.name}_{number}"})
+        for number, choice in enumerate(choices)
     )
 
 
@@ -108,6 +132,11 @@ def _benchmark(data: DataConfig, samples: int) -> BenchmarkChoice:
             limit=samples,
             source={"view": data.view, "questions": list(data.questions), "seed": data.seed},
         )
+    if isinstance(data, ConversationsDataConfig | HubDataConfig):
+        source = {"data": data.model_dump(mode="json", context=WITH_TEXT), "split": "test"}
+        return BenchmarkChoice(name="rows", limit=samples, source=source)
+    if isinstance(data, BenchmarkDataConfig):
+        return BenchmarkChoice(name=data.name, data=data.data, limit=samples)
     return BenchmarkChoice(name="samples", data=data.path, limit=_FAMILIES * samples)
 
 

@@ -1,15 +1,17 @@
 """Runs one training job to a trained, scored and recorded model; called by `parcelray train` and the pipelines."""
 
 import functools
+import json
 import shutil
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from rich.console import Console
 
+from parcelray.benchmarks.training_data import check_rows, data_paths
 from parcelray.cluster.capacity import DATA_TASK_CPUS, Need, Part, await_capacity
 from parcelray.cluster.node_inputs import check_inputs
 from parcelray.cluster.session import num_nodes, ray_session
@@ -19,9 +21,10 @@ from parcelray.config.paths import AS_WRITTEN
 from parcelray.config.train import TrainJob
 from parcelray.console import step_progress
 from parcelray.datasets.fingerprint import folder_digest
-from parcelray.datasets.open import check_rows, data_folder
+from parcelray.datasets.source import BadRowsError
 from parcelray.errors import SystemFailure
 from parcelray.evaluation.predict import PYFUNC_FILE
+from parcelray.files import atomic_write
 from parcelray.models.checkpoint import ModelPin, ResolvedCheckpoint, resolve_checkpoint, write_manifest
 from parcelray.models.vlm import connector_of, write_converted
 from parcelray.tracking.lineage import DATA_TAG, MODEL_IN_TAG, MODEL_OUT_TAG, git_commit
@@ -29,9 +32,9 @@ from parcelray.tracking.metric_logger import MetricLogger, open_metric_logger
 from parcelray.tracking.mlflow_tracker import MlflowRunLogger, job_run
 from parcelray.tracking.opening import model_folder
 from parcelray.tracking.registry import register_model, resolve_model
-from parcelray.tracking.run_folder import IN_PROCESS, RunFolder
+from parcelray.tracking.run_folder import BAD_ROWS, IN_PROCESS, RunFolder
 from parcelray.tracking.store import check_tracking_uri, ensure_store
-from parcelray.training.checkpointing import is_complete
+from parcelray.training.checkpointing import is_complete, read_state
 from parcelray.training.report import report_training
 from parcelray.training.train_loop import fit_in_process
 
@@ -115,10 +118,10 @@ def run_training(
             console.print(f"{folder.identity} is finished; nothing to do. Its model is in {run.model}.")
             return _registered(job, run, console)
         uri = ensure_store(job.tracking.uri) if job.tracking.uri is not None else None
-        check_rows(job.data)
         start = _opened(job, start_pin) if start_pin is not None else resolve_start(job, uri)
         in_process = job.scaling.bounds[1] == 0
-        with nullcontext() if in_process else ray_session(address):
+        bad_rows: dict[str, str] = {}
+        with _bad_rows_kept(folder, bad_rows), nullcontext() if in_process else ray_session(address):
             if wait and not in_process:
                 await_capacity(
                     needed_resources(job),
@@ -127,7 +130,8 @@ def run_training(
                     lambda line: console.print(line, markup=False, soft_wrap=True),
                 )
             if wait and not in_process:
-                check_inputs([start.pin if start is not None else None], [data_folder(job.data)])
+                check_inputs([start.pin if start is not None else None], data_paths(job.data))
+            bad_rows |= check_rows(job.data)
             if uri is not None and not in_process:
                 check_tracking_uri(uri, num_nodes())
             with (
@@ -146,6 +150,7 @@ def run_training(
             ):
                 logger = functools.partial(open_metric_logger, uri, run_id)
                 checkpoint, metrics = _fit(job, folder, start, logger, on_progress, on_report)
+                _keep_bad_rows(folder, bad_rows | read_state(checkpoint).skipped_rows, console)
                 _keep_model(job, folder, checkpoint, start)
                 if uri is not None and run_id is not None:
                     digest = resolve_checkpoint(folder.local / MODEL).pinned
@@ -181,10 +186,10 @@ def _registered(job: TrainJob, run: TrainedRun, console: Console) -> TrainedRun:
 
 def _fingerprint(config: DataConfig) -> str:
     """The data of a training in one line."""
-    folder = data_folder(config)
-    if folder is None:
+    paths = data_paths(config)
+    if not paths:
         return f"{config.type}, defined by the parameters data.*"
-    return f"{config.type} {folder_digest(folder)}"
+    return " ".join([config.type, *map(folder_digest, paths)])
 
 
 def needed_resources(job: TrainJob) -> Need:
@@ -199,6 +204,28 @@ def needed_resources(job: TrainJob) -> Need:
         ),
         "lower scaling.num_workers or the resources of each worker",
     )
+
+
+@contextmanager
+def _bad_rows_kept(folder: RunFolder, before: dict[str, str]) -> Iterator[None]:
+    """Writes the rows that end a training, and those `before` them, to a file, as the message names only the first."""
+    try:
+        yield
+    except BadRowsError as error:
+        _keep_bad_rows(folder, before | error.problems)
+        raise
+
+
+def _keep_bad_rows(folder: RunFolder, rows: Mapping[str, str], console: Console | None = None) -> None:
+    """Writes the rows that cannot be used, one JSON object per line with id and reason; none: no file."""
+    if not rows:
+        return
+    path = f"{folder.path}/{BAD_ROWS}"
+    lines = "".join(json.dumps({"id": name, "reason": reason}) + "\n" for name, reason in rows.items())
+    with atomic_write(path, None if folder.is_local else folder.filesystem) as file:
+        file.write(lines.encode())
+    if console is not None:
+        console.print(f"{len(rows)} rows of the training data were skipped; {path} has their ids and the reasons.")
 
 
 def resolve_start(job: TrainJob, tracking_uri: str | None) -> ResolvedCheckpoint | None:

@@ -2,10 +2,12 @@
 
 from pathlib import Path
 
+from parcelray.benchmarks.metrics import metric
+from parcelray.benchmarks.training_data import held_out_samples, training_source
 from parcelray.config.model import MiniLlavaModelConfig, MiniModelConfig
 from parcelray.config.train import TrainingConfig, TrainJob
+from parcelray.datasets.collator import Collator
 from parcelray.datasets.mini.suite import MiniSuite
-from parcelray.datasets.open import held_out_samples, training_source
 from parcelray.datasets.sample import Sample
 from parcelray.errors import UserError
 from parcelray.models import mini_llava
@@ -13,6 +15,7 @@ from parcelray.models.backbones import ElasticVLM
 from parcelray.models.backbones.processor_base import ElasticProcessor
 from parcelray.models.mini import build_config, build_model, build_processor
 from parcelray.models.vlm import load_processor, load_vlm, use_sdpa_where_exact
+from parcelray.models.vocabulary import add_words
 from parcelray.training.batches.schedule import BatchSchedule, StepReader
 
 _TOKENIZER_TEXTS = 20_000
@@ -48,6 +51,8 @@ def build_start(job: TrainJob, checkpoint: Path | None) -> tuple[ElasticVLM, Ela
             )
         processor = load_processor(checkpoint)
         model = load_vlm(checkpoint, connector=job.connector, seed=job.seed)
+        if job.new_words is not None:
+            add_words(model, processor, job.new_words)
     use_sdpa_where_exact(model)
     return model, processor
 
@@ -75,16 +80,30 @@ def step_reader(job: TrainJob, processor: ElasticProcessor, rank: int, world_siz
     schedule = BatchSchedule(
         source, num_steps=job.training.steps, images_per_step=job.training.images_per_step, seed=job.seed
     )
-    largest = max(group.num_images for group in source.groups)
+    largest = max(1, *(group.num_images for group in source.groups))
     if job.training.images_per_step // largest < world_size:
         raise UserError(
             f"training.images_per_step is {job.training.images_per_step}, which at {largest} images per sample gives"
             f" fewer samples per step than there are workers ({world_size}); raise it to at least"
             f" {largest * world_size}."
         )
-    return StepReader(source, schedule, processor, rank, world_size, label_patches=job.training.patch_supervision > 0)
+    collator = Collator(
+        processor,
+        label_patches=job.training.patch_supervision > 0,
+        max_text_tokens=job.training.max_text_tokens,
+    )
+    # Generated rows can all be used.
+    max_skipped = getattr(source, "max_skipped", 0)
+    return StepReader(source, schedule, collator, rank, world_size, max_skipped=max_skipped)
 
 
 def validation_samples(job: TrainJob, processor: ElasticProcessor) -> list[Sample]:
-    """The samples on which the model is scored during the training."""
-    return held_out_samples(job.data, "validation", job.validation.samples, processor.image_size)
+    """The samples on which the model is scored during the training.
+
+    Raises:
+        UserError: a metric does not exist.
+    """
+    samples = held_out_samples(job.data, "validation", job.validation.samples, processor.image_size)
+    for name in {sample.metric for sample in samples}:
+        metric(name)
+    return samples

@@ -32,24 +32,36 @@ class TensorBatch:
     """Target tokens of the patches of all images of each prompt, with N patches; None without patch supervision."""
     visual_offset: int = 0
     """Number of text tokens before the image placeholders."""
+    samples_B: Tensor | None = None
+    """Sample of each prompt, ascending from 0, whose images it shows; None: each prompt is a sample of its own."""
 
     @property
     def num_prompts(self) -> int:
         """Number of prompts B."""
         return self.input_ids_BS.shape[0]
 
+    @property
+    def num_samples(self) -> int:
+        """Number of samples, each with its own images and one or more prompts."""
+        return self.num_prompts if self.samples_B is None else int(self.samples_B[-1]) + 1
+
+    @property
+    def images_per_prompt(self) -> int:
+        """Number of images that each prompt shows; prompts of one sample show the same images."""
+        return self.pixel_values_ICHW.shape[0] // self.num_samples
+
     def tokens(self, num_visual_tokens: int) -> TokenCounts:
         """Counts the tokens of all prompts together, without padding, at a budget."""
         answers = int((self.token_type_ids_BS * self.attention_mask_BS).sum())
         prompts = int(self.attention_mask_BS.sum()) - answers
-        return count_tokens(prompts, self.pixel_values_ICHW.shape[0], num_visual_tokens, answers)
+        return count_tokens(prompts, self.num_prompts * self.images_per_prompt, num_visual_tokens, answers)
 
     def slice(self, part: int, num_parts: int) -> "TensorBatch":
-        """Micro-batch `part` of `num_parts`: every num_parts-th prompt with its images."""
-        prompts = self.num_prompts
-        images = self.pixel_values_ICHW.shape[0] // prompts
-        chosen = torch.arange(part, prompts, num_parts)
-        pixels = self.pixel_values_ICHW.view(prompts, images, *self.pixel_values_ICHW.shape[1:])[chosen].flatten(0, 1)
+        """Micro-batch `part` of `num_parts`: every num_parts-th sample with its prompts and images."""
+        images = self.images_per_prompt
+        owners_B = torch.arange(self.num_prompts) if self.samples_B is None else self.samples_B
+        chosen = (owners_B % num_parts == part).nonzero()[:, 0]
+        pixels = self.pixel_values_ICHW.unflatten(0, (self.num_samples, images))[part::num_parts].flatten(0, 1)
         patch_labels = self.patch_labels_BN[chosen] if self.patch_labels_BN is not None else None
         return TensorBatch(
             pixels,
@@ -59,7 +71,19 @@ class TensorBatch:
             self.labels_BS[chosen],
             patch_labels,
             self.visual_offset,
+            None if self.samples_B is None else owners_B[chosen] // num_parts,
         )
+
+    def image_inputs(self) -> dict[str, Tensor]:
+        """Inputs of the model for the images; empty for prompts without images."""
+        images = self.images_per_prompt
+        if not images:
+            return {}
+        inputs = {"pixel_values": self.pixel_values_ICHW}
+        if self.samples_B is not None and self.num_samples < self.num_prompts:
+            places = torch.arange(images, device=self.samples_B.device)
+            inputs["image_index"] = (self.samples_B[:, None] * images + places).flatten()
+        return inputs
 
 
 def to_tensors(batch: Batch, device: torch.device, processor: ElasticProcessor) -> TensorBatch:
@@ -72,7 +96,7 @@ def to_tensors(batch: Batch, device: torch.device, processor: ElasticProcessor) 
     texts = {
         key: torch.from_numpy(np.array(values, dtype=np.int64)).to(device)
         for key, values in batch.items()
-        if key != "pixel_values"
+        if key not in ("pixel_values", "skipped")
     }
     return TensorBatch(
         pixels.float().div_(255).sub_(mean_C11).div_(std_C11),
@@ -82,20 +106,21 @@ def to_tensors(batch: Batch, device: torch.device, processor: ElasticProcessor) 
         texts["labels"],
         texts.get("patch_labels"),
         processor.visual_offset,
+        texts["samples"],
     )
 
 
 def with_placeholders(batch: TensorBatch, num_visual_tokens: int, image_token_id: int) -> dict[str, Tensor]:
-    """Model inputs of a batch at a budget: each prompt gets I / B x K image placeholders at `visual_offset`."""
+    """Model inputs of a batch at a budget: each prompt gets K image placeholders per image at `visual_offset`."""
     prompts = batch.num_prompts
-    count = batch.pixel_values_ICHW.shape[0] // prompts * num_visual_tokens
+    count = batch.images_per_prompt * num_visual_tokens
 
     def inserted(values_BS: Tensor, value: int) -> Tensor:
         before_BO, after_BS = values_BS[:, : batch.visual_offset], values_BS[:, batch.visual_offset :]
         return torch.cat([before_BO, values_BS.new_full((prompts, count), value), after_BS], dim=1)
 
     return {
-        "pixel_values": batch.pixel_values_ICHW,
+        **batch.image_inputs(),
         "input_ids": inserted(batch.input_ids_BS, image_token_id),
         "token_type_ids": inserted(batch.token_type_ids_BS, 0),
         "attention_mask": inserted(batch.attention_mask_BS, 1),

@@ -4,10 +4,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
+from parcelray.benchmarks.training_data import check_rows, training_source
 from parcelray.config.identity import identity
 from parcelray.config.model import CheckpointModelConfig
 from parcelray.config.train import TrainJob
-from parcelray.datasets.open import check_rows, training_source
 from parcelray.datasets.source import SampleSource
 from parcelray.models.backbones.processor_base import ElasticProcessor
 from parcelray.models.vlm import ElasticConfig, config_of, load_processor

@@ -8,13 +8,12 @@ import logging
 import math
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
 import torch
-from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 
@@ -35,6 +34,7 @@ from parcelray.tracking.run_folder import CHECKPOINT
 from parcelray.training import checkpointing
 from parcelray.training.accelerator import make_accelerator
 from parcelray.training.batches.schedule import StepReader, in_process_batches
+from parcelray.training.batches.skipped import SkippedRows
 from parcelray.training.budget_sampling import BudgetSampler
 from parcelray.training.start import build_resumed, build_start, freeze, step_reader, validation_samples
 from parcelray.training.step import TensorBatch, build_optimizer, learning_rate_factor, losses, to_tensors
@@ -192,10 +192,12 @@ class _Loop:
         self._low_shares = 0
         self.first_step = 0
         self.last_metrics: dict[str, float] = {}
+        self.skipped = SkippedRows()
         if inputs.resume_from is not None:
             state = checkpointing.read_state(inputs.resume_from)
             self.first_step, self.last_metrics = state.step, state.metrics
             self.inputs.logger.restore(state.unsent_metrics)
+            self.skipped = SkippedRows(state.skipped_rows)
             checkpointing.restore_optimizer(
                 inputs.resume_from, accelerator=self.accelerator, model=self.model, optimizer=self.optimizer
             )
@@ -204,7 +206,7 @@ class _Loop:
         """Run all remaining steps, with metrics, validations and checkpoints at their intervals."""
         training, rank, world = self.job.training, self.accelerator.process_index, self.accelerator.num_processes
         reader = step_reader(self.job, self.processor, rank, world)
-        batches = iter(self.inputs.batches(reader, self.first_step, training.steps))
+        batches = self.skipped.watched(self.inputs.batches(reader, self.first_step, training.steps), reader.max_skipped)
         clock = TokenClock()
         for step in range(self.first_step, training.steps):
             batch = to_tensors(next(batches), self.accelerator.device, self.processor)
@@ -226,6 +228,7 @@ class _Loop:
                 metrics |= self._diagnostics(
                     batch, budgets[-1], self.sampler.anchor_grid(step, len(budgets) - 1, budgets[-1])
                 )
+                metrics |= self.skipped.metrics()
                 self._log(metrics, done)
                 self.last_metrics |= metrics
                 speed = metrics["train/tokens_per_second"]
@@ -257,7 +260,7 @@ class _Loop:
         for group, peak in zip(self.optimizer.param_groups, self.peak_rates, strict=True):
             group["lr"] = peak * factor
         prompts = accelerator.reduce(torch.tensor(float(batch.num_prompts), device=accelerator.device), reduction="sum")
-        parts = min(training.gradient_accumulation_steps, batch.num_prompts)
+        parts = min(training.gradient_accumulation_steps, batch.num_samples)
         grids = [self.sampler.anchor_grid(step, index, budget) for index, budget in enumerate(budgets)]
         passes = [
             (self._labelled(batch.slice(part, parts), budget, grid), budget, grid)
@@ -269,7 +272,7 @@ class _Loop:
         teacher_logits_AV: torch.Tensor | None = None
         for index, (micro_batch, budget, grid) in enumerate(passes):
             is_teacher = weight > 0 and index % len(budgets) == 0
-            with accelerator.autocast(), _sync_only_last(accelerator, self.model, last=index == len(passes) - 1):
+            with accelerator.autocast(), nullcontext() if index == len(passes) - 1 else accelerator.no_sync(self.model):
                 with training_kernels(self.vlm) if self.own_kernels else nullcontext():
                     parts_of_loss = losses(
                         self.model,
@@ -307,7 +310,7 @@ class _Loop:
 
         The images are spread over the batch, because neighbours can be frames of one video.
         """
-        if checkpointing.is_sharded(self.accelerator):
+        if checkpointing.is_sharded(self.accelerator) or not len(batch.pixel_values_ICHW):
             return {}  # sharded weights cannot run outside the wrapped forward
         model = self.vlm
         pixels_ICHW = batch.pixel_values_ICHW[:: math.ceil(batch.pixel_values_ICHW.shape[0] / _DIAGNOSED_IMAGES)]
@@ -370,13 +373,15 @@ class _Loop:
         return _validation_values(self.job, copy.eval().to(device), processor, self.validation, device)
 
     def _checkpoint(self, done: int, *, validate: bool = False) -> None:
+        world = self.accelerator.num_processes
         state = checkpointing.TrainState(
             done,
             config_hash(self.job),
             self.sampler.state(),
-            self.accelerator.num_processes,
+            world,
             self.last_metrics,
             self.inputs.logger.flush(),
+            skipped_rows=self.skipped.gathered(),
         )
         with tempfile.TemporaryDirectory(prefix="parcelray-checkpoint-") as name:
             folder = Path(name)
@@ -443,7 +448,3 @@ def _check_finite(loss: float, norm: float, step: int, precision: str) -> None:
             f"The loss at step {step} is {loss} and the gradient norm {norm}; both must be finite. Lower"
             " optimizer.learning_rate or training.clip_norm, or set training.precision to bf16 or fp32."
         )
-
-
-def _sync_only_last(accelerator: Accelerator, model: torch.nn.Module, *, last: bool) -> AbstractContextManager[None]:
-    return nullcontext() if last else accelerator.no_sync(model)

@@ -11,6 +11,7 @@ from typing import Any
 
 from rich.console import Console
 
+from parcelray.benchmarks.training_data import data_paths
 from parcelray.cluster.capacity import await_capacity, read_capacity
 from parcelray.cluster.node_inputs import check_inputs
 from parcelray.cluster.session import ray_session
@@ -20,7 +21,6 @@ from parcelray.config.paths import written
 from parcelray.config.space_checks import check_search_space_of
 from parcelray.config.train import StorageLimits, TrainJob
 from parcelray.config.tune import HyperBandScheduler, PbtAlgorithm, TuneJob
-from parcelray.datasets.open import data_folder
 from parcelray.errors import SystemFailure, UserError
 from parcelray.evaluation.run import limit_predictions, run_evaluation
 from parcelray.evaluation.scoring.summary import Summary
@@ -359,7 +359,7 @@ def wanted_concurrency(job: TuneJob) -> int | None:
 def _data_folders(job: TuneJob) -> list[str | None]:
     """Returns the folders and files that the trials read data from."""
     evaluations = [each for each in (job.base, job.evaluation) if isinstance(each, EvaluateJob)]
-    trained = [data_folder(job.base.data)] if isinstance(job.base, TrainJob) else []
+    trained = data_paths(job.base.data) if isinstance(job.base, TrainJob) else ()
     return [*trained, *(choice.data for each in evaluations for choice in each.benchmarks)]
 
 

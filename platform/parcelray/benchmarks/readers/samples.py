@@ -1,17 +1,19 @@
-"""Readers of benchmarks whose rows are samples already: the mini suite, NLVR, and parquet files of samples."""
+"""Readers of benchmarks whose rows are samples already: the mini suite, NLVR, files of samples, and training rows."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from parcelray.benchmarks.readers.base import DatasetFingerprint, Problem, RowSamples, ids_digest
 from parcelray.benchmarks.tables.rows import ParquetRows
+from parcelray.datasets.conversations.source import ConversationSource, single_questions
 from parcelray.datasets.mini.scenes import Split
 from parcelray.datasets.mini.suite import BENCHMARK, FAMILIES, family_sample, family_sample_id
 from parcelray.datasets.nlvr.source import NlvrSource
 from parcelray.datasets.parquet import SCHEMA, from_row, row_problem
+from parcelray.datasets.source import BadRowsError
 from parcelray.errors import UserError
 
 
@@ -172,3 +174,47 @@ class SamplesReader:
 
     def __getstate__(self) -> dict[str, Any]:
         return {"name": self.name, "path": self.path}
+
+
+@dataclass(frozen=True)
+class RowsReader:
+    """Reads the rows of a training as a benchmark: each turn is one question. See `BenchmarkReader`.
+
+    Rows whose structure cannot be used are problems if all rows are evaluated; otherwise they are in no split.
+
+    Args:
+        name: name of the benchmark.
+        source: the rows of one split.
+    """
+
+    name: str
+    source: ConversationSource
+
+    def fingerprint(self) -> DatasetFingerprint:
+        """See `BenchmarkReader`."""
+        ids = [self.cluster(row) for row in self.order()]
+        return DatasetFingerprint(f"{self.source.revision}:{self.source.split}", len(ids), ids_digest(ids))
+
+    def order(self) -> Sequence[int]:
+        """See `BenchmarkReader`. Rows that cannot be used follow the others."""
+        usable = self.source.rows.tolist()
+        usable.sort(key=lambda row: (int(self.source.clusters_R[row]), row))
+        return [*usable, *(len(self.source.clusters_R) + number for number in range(len(self._unusable)))]
+
+    def cluster(self, row: int) -> str:
+        """See `BenchmarkReader`."""
+        return f"row-{self.source.clusters_R[row] if row < len(self.source.clusters_R) else row}"
+
+    def read(self, row: int) -> RowSamples:
+        """See `BenchmarkReader`."""
+        if row >= len(self.source.clusters_R):
+            return RowSamples((), (self._unusable[row - len(self.source.clusters_R)],))
+        try:
+            sample = replace(self.source.sample_of(row), benchmark=self.name)
+        except BadRowsError as error:
+            return RowSamples((), tuple(Problem(*problem) for problem in error.problems.items()))
+        return RowSamples(tuple(single_questions(sample)))
+
+    @cached_property
+    def _unusable(self) -> list[Problem]:
+        return [Problem(*problem) for problem in self.source.problems.items()] if self.source.split == "all" else []

@@ -47,11 +47,13 @@ class TableReader:
         benchmark: configuration with a source of type table.
         family: model family, which selects the prompt template, the expected answers and the metric.
         data: file or folder of the data; None: the Hugging Face hub.
+        at_random: whether rows are read in any order, see `open_rows`.
     """
 
     benchmark: BenchmarkConfig
     family: PromptFamily
     data: Path | None = None
+    at_random: bool = False
 
     def __post_init__(self) -> None:
         if self.family not in self.benchmark.prompts:
@@ -65,6 +67,17 @@ class TableReader:
     def name(self) -> str:
         """Name of the benchmark."""
         return self.benchmark.name
+
+    @property
+    def images_per_row(self) -> int | None:
+        """Number of images of every row; None: rows can differ."""
+        columns = self._columns
+        if columns.video is not None:
+            return columns.video.frames
+        is_one = columns.join is not None or (
+            len(columns.images) == 1 and not columns.types[columns.images[0]].startswith("list")
+        )
+        return 1 if is_one else None
 
     def fingerprint(self) -> DatasetFingerprint:
         """See `BenchmarkReader`.
@@ -153,7 +166,7 @@ class TableReader:
     def _tables(self) -> list[tuple[str, Rows]]:
         source = self.benchmark.source
         assert isinstance(source, TableSource)
-        tables = [(split, open_rows(source, split, self.data)) for split in source.splits]
+        tables = [(split, open_rows(source, split, self.data, at_random=self.at_random)) for split in source.splits]
         in_prompt = {name for name in _fields(self.benchmark.prompts[self.family]) if name in self._columns.types}
         for split, table in tables:
             missing = sorted((self._columns.read() | in_prompt) - {"split"} - set(table.columns))

@@ -129,7 +129,7 @@ def candidates(config: AnswersConfig, family: PromptFamily, choices: Sequence[st
 
 
 def _letter(value: Any, choices: Sequence[str]) -> str:
-    letter, named = str(value).strip().upper(), _lettered(choices)
+    letter, named = str(value).strip().strip("()").upper(), _lettered(choices)
     if letter not in named:
         raise BadCell(f"{shown(value)} is not the letter of a choice; legal: {', '.join(named)}")
     return letter

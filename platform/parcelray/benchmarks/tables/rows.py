@@ -206,6 +206,8 @@ class HuggingFaceRows:
     config: str | None
     split: str
     pinned: str | None = None
+    files: tuple[Path, ...] = ()
+    """Parquet files of the split, which are then mapped into memory; empty: what `path` names."""
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -213,7 +215,7 @@ class HuggingFaceRows:
 
     @property
     def folder(self) -> Path:
-        return Path(self.path)
+        return self.files[0].parent if self.files else Path(self.path)
 
     @cached_property
     def revision(self) -> str:
@@ -263,6 +265,8 @@ class HuggingFaceRows:
         return _encoded(dataset, datasets)
 
     def _load(self, datasets: Any) -> Any:
+        if self.files:
+            return datasets.load_dataset("parquet", data_files=[str(file) for file in self.files], split="train")
         folder = Path(self.path)
         if (folder / "dataset_dict.json").is_file():
             splits = datasets.load_from_disk(str(folder))
@@ -274,7 +278,7 @@ class HuggingFaceRows:
         return datasets.load_dataset(self.path, self.config, split=self.split, revision=self.pinned)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path, "config": self.config, "split": self.split, "pinned": self.pinned}
+        return {name: getattr(self, name) for name in self.__dataclass_fields__}
 
 
 def _label(value: int | None, names: list[str]) -> str | None:
@@ -300,7 +304,9 @@ def _encoded(dataset: Any, datasets: Any) -> Any:
     return dataset if features == dataset.features else dataset.cast(features)
 
 
-def open_rows(source: TableSource, split: str, data: Path | None, *, config: str | None = None) -> Rows:
+def open_rows(
+    source: TableSource, split: str, data: Path | None, *, config: str | None = None, at_random: bool = False
+) -> Rows:
     """Opens the rows of one split.
 
     Args:
@@ -310,11 +316,19 @@ def open_rows(source: TableSource, split: str, data: Path | None, *, config: str
             after the configuration, or below `data`, as on the hub), or a folder of a Hugging Face data set; None: the
             hub.
         config: configuration of the data set; None: the one of the source.
+        at_random: whether rows are read in any order. Parquet files are then converted by the `datasets` library and
+            mapped into memory, as reading one row of them decodes a whole row group.
 
     Raises:
         UserError: there are no such data.
     """
-    config = config if config is not None else source.config
+    rows = _opened(source, split, data, config if config is not None else source.config)
+    if at_random and isinstance(rows, ParquetRows):
+        return HuggingFaceRows(str(data), None, split, files=rows.files)
+    return rows
+
+
+def _opened(source: TableSource, split: str, data: Path | None, config: str | None) -> Rows:
     if data is None:
         if source.hub is None:
             where = f" ({'; '.join(source.alternatives)})" if source.alternatives else ""
@@ -344,7 +358,7 @@ def _open_named(data: Path, config: str | None, split: str) -> Rows | None:
             files = tuple(sorted(base.glob(pattern)))
             if files:
                 return ParquetRows(files)
-        for file in (base / f"{split}.jsonl", base / split / "metadata.jsonl"):
+        for file in (base / f"{split}.jsonl", base / f"{split}.json", base / split / "metadata.jsonl"):
             if file.is_file():
                 return JsonlRows(file)
     return None

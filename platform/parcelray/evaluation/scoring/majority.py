@@ -4,9 +4,10 @@ import functools
 from collections import Counter
 from collections.abc import Sequence
 
+from parcelray.benchmarks.training_data import training_source
 from parcelray.config.data import DataConfig
 from parcelray.config.evaluate import BLIND
-from parcelray.datasets.open import training_source
+from parcelray.datasets.source import BadRowsError
 from parcelray.evaluation.scoring.split_scores import GivenAnswer, SplitScores, score_splits
 
 _SAMPLES = 2000
@@ -37,6 +38,9 @@ def _answers(data: DataConfig, image_size: int) -> tuple[tuple[str, str], ...]:
     for group in source.groups:
         share = min(group.size or _SAMPLES, max(1, round(_SAMPLES * group.weight)))
         for index in range(share):
-            sample = source.get(group.name, index)
+            try:
+                sample = source.get(group.name, index)
+            except BadRowsError:
+                continue
             counts.setdefault(sample.task, Counter())[sample.answers[0]] += 1
     return tuple((task, counter.most_common(1)[0][0]) for task, counter in counts.items())

@@ -7,6 +7,7 @@ budgets per sample.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ import numpy as np
 
 from parcelray.evaluation.passes.store import EvaluatedBenchmark
 from parcelray.evaluation.scoring.aggregate import retentions
+from parcelray.evaluation.scoring.chance import Chance, chance
 from parcelray.evaluation.scoring.estimate import Estimate, mean_of
 from parcelray.evaluation.scoring.evaluation import Evaluation, load_evaluation
 from parcelray.evaluation.scoring.split_scores import SplitScores
@@ -61,6 +63,11 @@ class Summary:
         for split in self.splits:
             members.setdefault(split.family, []).append(split.name)
         return members
+
+    @cached_property
+    def chance(self) -> dict[str, Chance | None]:
+        """The score without a model, by split; see `chance`."""
+        return {split.name: chance(split) for split in self.splits}
 
     def mean_retention(self, budget: int, names: Sequence[str] | None = None) -> Estimate:
         """Unweighted mean retention over splits: over the named ones, or over all."""
@@ -129,6 +136,7 @@ class Summary:
             "comparable_on_a_part": split.additive,
             "whole": split.rules.whole,
             "samples": len(split.samples),
+            "chance": by_chance._asdict() if (by_chance := self.chance[split.name]) is not None else None,
             "needed_budget": self.needed(split),
             "oracle": [point._asdict() for point in self.oracle(split)],
             "scores": {

@@ -153,6 +153,7 @@ class ElasticModel(nn.Module):
         pixel_values: Tensor | None = None,
         num_visual_tokens: int | None = None,
         anchor_grid: int | None = None,
+        image_index: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """Runs the model like the stock class, with a budget.
@@ -162,6 +163,8 @@ class ElasticModel(nn.Module):
             pixel_values: pixels [I, C, H, W].
             num_visual_tokens: budget K per image; None means all patches.
             anchor_grid: see `compress`.
+            image_index: image of each group of K placeholders, in prompt order; several prompts can thereby share an
+                image, which is encoded once. None: each image belongs to one prompt.
             kwargs: passed to the stock class.
 
         Raises:
@@ -170,9 +173,10 @@ class ElasticModel(nn.Module):
         if pixel_values is not None and kwargs.get("mm_encoder_outputs"):
             raise ValueError("pixel_values and mm_encoder_outputs are mutually exclusive; pass one of them")
         if pixel_values is not None:
-            kwargs["mm_encoder_outputs"] = {
-                "image": self.get_image_features(pixel_values, num_visual_tokens, anchor_grid)
-            }
+            features = self.get_image_features(pixel_values, num_visual_tokens, anchor_grid)
+            if image_index is not None:
+                features.pooler_output = features.pooler_output[image_index]
+            kwargs["mm_encoder_outputs"] = {"image": features}
         encoded = (kwargs.get("mm_encoder_outputs") or {}).get("image")
         if encoded is not None:
             if input_ids is not None:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from PIL import Image
 from transformers import LlavaProcessor
 
-from parcelray.models.backbones.processor_base import REDUCING_GAP, ElasticProcessor
+from parcelray.models.backbones.processor_base import REDUCING_GAP, ElasticProcessor, Segment, Turn
 
 _LONGEST_PADDED = 4096
 """Longest side that is padded to a square as it is, in pixels; a longer image is first resized to it."""
@@ -81,6 +81,18 @@ class ElasticLlavaProcessor(ElasticProcessor, LlavaProcessor):  # type: ignore[m
             return [[*frame.start, *ids] for ids in self.encode_text([f"USER: {text} ASSISTANT:" for text in texts])]
         encoded = self.encode_text([f"\n{text} ASSISTANT:" for text in texts])
         return [[*frame.before_image, *ids[frame.num_prefix :]] for ids in encoded]
+
+    def encode_turns(self, turns: Sequence[Turn], *, with_image: bool = True) -> list[list[Segment]]:
+        """See `ElasticProcessor`; all turns are one sequence: `USER: ... ASSISTANT: answer</s>USER: ...`."""
+        first, *later = turns
+        questions = self.encode_prompts([first.question], with_image=with_image)
+        if later:
+            questions += self.encode_text([f"USER: {turn.question} ASSISTANT:" for turn in later])
+        answers = self.encode_answers([turn.answer for turn in turns])
+        pairs = zip(questions, answers, strict=True)
+        return [
+            [segment for question, answer in pairs for segment in (Segment(question, False), Segment(answer, True))]
+        ]
 
     def _fitted(self, image: Image.Image) -> Image.Image:
         size = self.image_processor.size

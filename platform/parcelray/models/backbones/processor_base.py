@@ -6,7 +6,7 @@ and benchmarks are encoded apart from them, so that no text becomes a control to
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from PIL import Image
@@ -23,6 +23,22 @@ It has an effect on sides above 256 times the result's. Their resampling kernels
 """
 _ONLY_NORMALISE = {"do_resize": False, "do_center_crop": False}
 """Settings of an image processor for images that have the model's input size."""
+
+
+class Turn(NamedTuple):
+    """One question of a conversation and its answer."""
+
+    question: str
+    """Text of the question, without image placeholders."""
+    answer: str
+
+
+class Segment(NamedTuple):
+    """A part of a training sequence."""
+
+    ids: list[int]
+    is_answer: bool
+    """Whether the model learns to write this part."""
 
 
 class ElasticProcessor:
@@ -145,6 +161,21 @@ class ElasticProcessor:
         prefix = self.encode_prompts([text], with_image=num_images * num_visual_tokens > 0)[0]
         suffix = self.encode_answers([answer])[0] if answer is not None else []
         return count_tokens(len(prefix), num_images, num_visual_tokens, len(suffix))
+
+    def encode_turns(self, turns: Sequence[Turn], *, with_image: bool = True) -> list[list[Segment]]:
+        """Returns the sequences of one conversation for training, each as segments of token ids.
+
+        By default each turn is a sequence of its own, without the turns before it: the model answers single questions.
+
+        Args:
+            turns: questions and answers, in order; at least one.
+            with_image: whether the conversation has images, whose placeholders belong at `visual_offset`.
+        """
+        prompts = self.encode_prompts([turn.question for turn in turns], with_image=with_image)
+        answers = self.encode_answers([turn.answer for turn in turns])
+        return [
+            [Segment(prompt, False), Segment(answer, True)] for prompt, answer in zip(prompts, answers, strict=True)
+        ]
 
     def fitted(self, image: Image.Image) -> Image.Image:
         """Returns an image at the model's input size: [image_size, image_size], RGB.

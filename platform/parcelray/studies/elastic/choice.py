@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from parcelray.benchmarks.training_data import held_out_samples
 from parcelray.config.loader import changed
 from parcelray.config.train import TrainJob
 from parcelray.console import markdown_table
 from parcelray.datasets.collator import Collator
-from parcelray.datasets.open import held_out_samples
 from parcelray.datasets.sample import Sample
 from parcelray.errors import UserError
 from parcelray.files import read_json, write_json

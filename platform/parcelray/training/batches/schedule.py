@@ -5,15 +5,15 @@ Finite groups are read in seeded permutations, one per epoch; endless groups are
 on how far a reader has run, a resumed run starts at its step without reading the earlier ones.
 """
 
+import json
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 
-from parcelray.datasets.collator import Batch, Collator
-from parcelray.datasets.source import SampleGroup, SampleSource
+from parcelray.datasets.collator import Batch, Collator, PreparedSample
+from parcelray.datasets.source import BadRowsError, SampleGroup, SampleSource
 from parcelray.errors import UserError
-from parcelray.models.backbones.processor_base import ElasticProcessor
 
 
 class StepPlan(NamedTuple):
@@ -55,7 +55,8 @@ class BatchSchedule:
         weights = np.array([group.weight for group in self._groups])
         rng = np.random.default_rng((seed, 0x5C))
         self._choice = rng.choice(len(self._groups), size=num_steps, p=weights / weights.sum())
-        self._batch = [images_per_step // group.num_images for group in self._groups]
+        # A sample without images takes the place of one image.
+        self._batch = [images_per_step // max(1, group.num_images) for group in self._groups]
         # earlier[g][s]: how many steps before step s drew group g.
         self._earlier = [np.concatenate([[0], np.cumsum(self._choice == g)]) for g in range(len(self._groups))]
 
@@ -89,27 +90,29 @@ class StepReader:
     Args:
         source: source of the samples.
         schedule: decides which samples each step reads.
-        processor: tokenizer and image size.
+        collator: decodes and collates the samples.
         rank: the rank that reads.
         world_size: number of ranks.
-        label_patches: whether batches carry labels of the patches, see `Collator`.
+        max_skipped: largest number of rows that may be skipped; see `SkippedRows`. The next usable row of the group
+            replaces a skipped one. This depends on the data alone, so a resumed run makes the same replacement.
     """
 
     def __init__(
         self,
         source: SampleSource,
         schedule: BatchSchedule,
-        processor: ElasticProcessor,
+        collator: Collator,
         rank: int,
         world_size: int,
         *,
-        label_patches: bool = False,
+        max_skipped: int = 0,
     ) -> None:
         self._source = source
         self._schedule = schedule
-        self._collator = Collator(processor, label_patches=label_patches)
+        self._collator = collator
         self._rank = rank
         self._world_size = world_size
+        self.max_skipped = max_skipped
 
     @property
     def num_images(self) -> int:
@@ -117,11 +120,42 @@ class StepReader:
         return -(-self._schedule.images_per_step // self._world_size)
 
     def read(self, step: int) -> Batch:
-        """The collated batch of a step."""
+        """The collated batch of a step.
+
+        Raises:
+            BadRowsError: rows cannot be used and none may replace them, or no row of the group can be used.
+        """
         plan = self._schedule.plan(step)
-        return self._collator(
-            [self._source.get(plan.group, index) for index in plan.share(self._rank, self._world_size)]
-        )
+        prepared: list[PreparedSample] = []
+        problems: dict[str, str] = {}
+        for index in plan.share(self._rank, self._world_size):
+            try:
+                prepared.append(self._prepared(plan, index))
+            except BadRowsError as error:
+                problems |= error.problems
+                if self.max_skipped:
+                    prepared.append(self._replacement(plan, index, problems))
+        if not self.max_skipped:
+            if problems:
+                raise BadRowsError(problems)
+            return self._collator.collate(prepared)
+        return self._collator.collate(prepared) | {
+            "skipped": np.frombuffer(json.dumps(problems).encode(), dtype=np.uint8)
+        }
+
+    def _prepared(self, plan: StepPlan, index: int) -> PreparedSample:
+        return self._collator.prepare(self._source.get(plan.group, index))
+
+    def _replacement(self, plan: StepPlan, index: int, problems: dict[str, str]) -> PreparedSample:
+        """Prepares the next row of the group that can be used, and adds the reasons of those before it."""
+        size = next(group.size for group in self._source.groups if group.name == plan.group)
+        assert size is not None, "generated rows can all be used"
+        for other in range(index + 1, index + size):
+            try:
+                return self._prepared(plan, other % size)
+            except BadRowsError as error:
+                problems |= error.problems
+        raise BadRowsError(problems)
 
 
 def in_process_batches(reader: StepReader, first_step: int, num_steps: int) -> Iterator[Batch]:

@@ -3,12 +3,30 @@
 from pathlib import Path
 from typing import Literal
 
-from parcelray.config.data import DataConfig, MiniDataConfig, NlvrDataConfig, ParquetDataConfig
+from parcelray.benchmarks.catalog import catalog, find
+from parcelray.benchmarks.open import open_reader
+from parcelray.benchmarks.reader_source import ReaderSource
+from parcelray.config.benchmark import EasyVqaSource, TableSource
+from parcelray.config.data import (
+    BenchmarkDataConfig,
+    ConversationsDataConfig,
+    DataConfig,
+    HeldOut,
+    HubDataConfig,
+    MiniDataConfig,
+    MixtureDataConfig,
+    NlvrDataConfig,
+    ParquetDataConfig,
+)
+from parcelray.datasets.conversations.files import expand
+from parcelray.datasets.conversations.source import ConversationSource
 from parcelray.datasets.mini.suite import MiniSuite, family_samples
+from parcelray.datasets.mixture import MixtureSource
 from parcelray.datasets.nlvr.source import PERMUTATIONS, CorpusSplit, NlvrSource, Part
 from parcelray.datasets.parquet import ParquetSource
 from parcelray.datasets.sample import Sample
 from parcelray.datasets.source import SampleSource
+from parcelray.errors import UserError
 
 Split = Literal["train", "validation", "test"]
 _NLVR_PARTS: dict[Split, tuple[CorpusSplit, Part]] = {
@@ -35,7 +53,10 @@ def training_source(config: DataConfig, image_size: int) -> SampleSource:
 def held_out_samples(
     config: DataConfig, split: Literal["validation", "test"], count: int, image_size: int
 ) -> list[Sample]:
-    """Reads about `count` samples per family (mini suite, parquet) or question kind (NLVR), the same in every call."""
+    """Reads about `count` held-out samples, the same in every call.
+
+    The count is per family of the mini suite and of parquet files, per question kind of NLVR, and per other source.
+    """
     if isinstance(config, MiniDataConfig):
         return [
             sample
@@ -48,7 +69,13 @@ def held_out_samples(
             for question in config.questions
             for sample in _spread(_nlvr(config, split, image_size, (question,)), count)
         ]
+    if isinstance(config, MixtureDataConfig):
+        return [
+            sample for member in config.sources for sample in held_out_samples(member.data, split, count, image_size)
+        ]
     source = _source(config, split, image_size)
+    if isinstance(source, ConversationSource | ReaderSource):
+        return source.questions(count)
     chosen: dict[str, list[Sample]] = {}
     for group in source.groups:
         for index in range(group.size or 0):
@@ -59,15 +86,33 @@ def held_out_samples(
     return [sample for members in chosen.values() for sample in members]
 
 
-def data_folder(config: DataConfig) -> str | None:
-    """Returns the folder that every host reads the data from; None for the mini suite, which is generated."""
-    return None if isinstance(config, MiniDataConfig) else config.path
+def data_paths(config: DataConfig) -> tuple[str, ...]:
+    """Returns the local files and folders that every host reads the data from; none for what is generated or remote."""
+    if isinstance(config, MixtureDataConfig):
+        return tuple(path for member in config.sources for path in data_paths(member.data))
+    if isinstance(config, ConversationsDataConfig):
+        images = (config.images,) if config.images is not None else ()
+        return tuple(file for pattern in (config.path, *images) for file in _local_files(str(pattern)))
+    if isinstance(config, HubDataConfig):
+        return _local_files(str(config.path)) if config.path is not None else ()
+    if isinstance(config, BenchmarkDataConfig):
+        return (str(config.data),) if config.data is not None else ()
+    return () if isinstance(config, MiniDataConfig) else (str(config.path),)
 
 
-def check_rows(config: DataConfig) -> None:
+def _local_files(pattern: str) -> tuple[str, ...]:
+    if "://" in pattern:
+        return ()
+    return (pattern,) if Path(pattern).exists() else tuple(expand(pattern))
+
+
+def check_rows(config: DataConfig) -> dict[str, str]:
     """Checks the structure of all rows that a training reads, without decoding images.
 
     The rows of the other sources are made, or are checked when the source is opened.
+
+    Returns:
+        The reasons of the rows that are skipped, by row id.
 
     Raises:
         BadRowsError: the message names the first rows that cannot be used.
@@ -76,9 +121,16 @@ def check_rows(config: DataConfig) -> None:
     if isinstance(config, NlvrDataConfig):
         # The corpus is looked for when the source is created; its rows are read later.
         _nlvr(config, "train", image_size=1, questions=config.questions)
+    if isinstance(config, ConversationsDataConfig | HubDataConfig):
+        source = ConversationSource(config)
+        source.check()
+        return source.problems
+    if isinstance(config, MixtureDataConfig):
+        return {name: reason for member in config.sources for name, reason in check_rows(member.data).items()}
     if isinstance(config, ParquetDataConfig):
         for split in ("train", "validation"):
             ParquetSource(Path(config.path) / split).check()
+    return {}
 
 
 def _spread(source: NlvrSource, count: int) -> list[Sample]:
@@ -107,6 +159,12 @@ def _source(config: DataConfig, split: Split, image_size: int) -> SampleSource:
         )
     if isinstance(config, NlvrDataConfig):
         return _nlvr(config, split, image_size, config.questions)
+    if isinstance(config, ConversationsDataConfig | HubDataConfig):
+        return ConversationSource(config, split)
+    if isinstance(config, BenchmarkDataConfig):
+        return _benchmark(config, split, image_size)
+    if isinstance(config, MixtureDataConfig):
+        return MixtureSource(config, tuple(_source(member.data, split, image_size) for member in config.sources))
     return ParquetSource(Path(config.path) / split)
 
 
@@ -123,3 +181,21 @@ def _nlvr(config: NlvrDataConfig, split: Split, image_size: int, questions: tupl
         seed=config.seed,
         image_size=image_size,
     )
+
+
+def _benchmark(config: BenchmarkDataConfig, split: Split, image_size: int) -> ReaderSource:
+    found = find(config.name, catalog([Path(path) for path in config.catalog]))
+    source = found.source
+    if isinstance(source, TableSource):
+        changed = {"splits": (config.split,), "rows": None}
+    elif isinstance(source, EasyVqaSource):
+        changed = {"split": config.split}
+    else:
+        raise UserError(
+            f"{config.name} has a training split of its own; write data: {{type: {source.type}}}, or describe the rows"
+            " as conversations."
+        )
+    found = found.model_copy(update={"source": source.model_copy(update=changed)})
+    data = Path(config.data) if config.data is not None else None
+    reader = open_reader(found, family=config.prompt_family, data=data, image_size=image_size, at_random=True)
+    return ReaderSource(reader, HeldOut(validation=config.validation, seed=config.seed), split, config.max_bad_rows)

@@ -1,0 +1,61 @@
+"""Adds words to a checkpoint's tokenizer and embeddings; the ids of all existing tokens stay the same."""
+
+import json
+from collections.abc import Sequence
+
+import torch
+from tokenizers import Tokenizer
+
+from parcelray.errors import UserError
+from parcelray.models.backbones import ElasticVLM
+from parcelray.models.backbones.processor_base import ElasticProcessor
+
+_MULTIPLE = 64
+"""The number of embeddings is a multiple of this, which keeps the output head's matrix product on aligned shapes."""
+
+
+def add_words(model: ElasticVLM, processor: ElasticProcessor, words: Sequence[str]) -> None:
+    """Makes each word a single token, whose embedding starts as the mean of those of its former tokens.
+
+    A new token is the last merge of the byte-pair tokenizer, so a text is encoded as before up to the new merges. The
+    tokens that lead to a word are new, too.
+
+    Args:
+        model: changed in place; it gets more embeddings if it has no unused ones.
+        processor: changed in place.
+        words: words as they stand inside a text, without spaces.
+
+    Raises:
+        UserError: the tokenizer has another type than byte-pair encoding.
+    """
+    tokenizer = processor.tokenizer
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    if content["model"]["type"] != "BPE":
+        raise UserError(
+            f"new_words needs a byte-pair tokenizer, but the checkpoint's is of type {content['model']['type']}; remove"
+            " new_words."
+        )
+    # Tokens that are not in the model's own vocabulary would be numbered again, after its new tokens.
+    vocabulary: dict[str, int] = content["model"]["vocab"]
+    vocabulary |= {token["content"]: token["id"] for token in content["added_tokens"]}
+    first = len(tokenizer)
+    parts: dict[int, list[int]] = {}
+    for word, ids in zip(words, processor.encode_text(words), strict=True):
+        if any(character.isspace() for character in word) or not ids:
+            raise UserError(f"new_words has {word!r}; give single words without spaces.")
+        left, *rest = tokenizer.convert_ids_to_tokens(ids)
+        for count, right in enumerate(rest, 2):
+            if left + right not in vocabulary:
+                vocabulary[left + right] = first + len(parts)
+                parts[vocabulary[left + right]] = ids[:count]
+                content["model"]["merges"].append([left, right])
+            left += right
+    tokenizer._tokenizer = Tokenizer.from_str(json.dumps(content))
+    embeddings = model.get_input_embeddings().weight
+    needed = first + len(parts)
+    if needed > len(embeddings):
+        model.resize_token_embeddings(needed, pad_to_multiple_of=_MULTIPLE, mean_resizing=False)
+    with torch.no_grad():
+        for weights_VD in {model.get_input_embeddings().weight, model.lm_head.weight}:
+            for new, former in parts.items():
+                weights_VD[new] = weights_VD[former].mean(dim=0)

@@ -1,0 +1,125 @@
+"""A training on conversations: every turn is learned, bad rows are skipped up to a limit, and a resume is exact."""
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+
+from parcelray.config.train import TrainJob
+from parcelray.datasets.source import BadRowsError
+from parcelray.tracking.metric_logger import NoMetrics
+from parcelray.training.batches.ray_reading import ray_batches
+from parcelray.training.batches.schedule import in_process_batches
+from parcelray.training.run import run_training
+from parcelray.training.start import build_start, step_reader
+from parcelray.training.train_loop import fit_in_process
+from tests.datasets.conversation_data import CASES, write_folder, write_shards
+
+from .conftest import tiny_job
+
+
+def _job(storage: Path, model: dict[str, Any], data: dict[str, Any], **changes: Any) -> TrainJob:
+    held_out = {"validation": 0.2}
+    return tiny_job(storage, model=model, data={"type": "conversations", "held_out": held_out} | data, **changes)
+
+
+def _weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+    return load_file(checkpoint / "model" / "model.safetensors")
+
+
+def _same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("layout", ["folder", pytest.param("shards", marks=pytest.mark.nightly)])
+def test_an_interrupted_training_resumes_to_the_same_bits(
+    tmp_path: Path, tiny_start: dict[str, Any], layout: str
+) -> None:
+    path = str(write_folder(tmp_path, 16)) if layout == "folder" else write_shards(tmp_path / "shards", 16)
+    data = {"path": path} | ({"images": str(tmp_path / "images")} if layout == "folder" else {})
+
+    class Interrupted(NoMetrics):
+        def log_metrics(self, metrics: Any, step: int) -> None:
+            if step == 5:
+                raise KeyboardInterrupt
+
+    job = _job(tmp_path, tiny_start, data)
+    model = Path(tiny_start["reference"])
+    whole, metrics = fit_in_process(job, tmp_path / "whole", checkpoint=model, logger=NoMetrics())
+    assert metrics["train/loss"] > 0
+    assert "val/score@16" in metrics
+    with pytest.raises(KeyboardInterrupt):
+        fit_in_process(job, tmp_path / "cut", checkpoint=model, logger=Interrupted())
+    resumed, _ = fit_in_process(job, tmp_path / "cut", checkpoint=model, logger=NoMetrics())
+    assert _same(_weights(whole), _weights(resumed))
+
+
+def test_every_row_of_the_cases_is_read_and_trained_on(tmp_path: Path, tiny_start: dict[str, Any]) -> None:
+    data = {"path": str(CASES / "rows" / "conversations.json"), "images": str(CASES), "held_out": {}}
+    job = _job(tmp_path, tiny_start, data, training={"steps": 8, "images_per_step": 4})
+    assert run_training(job, Console(file=io.StringIO())).metrics["train/loss"] > 0
+    assert not (tmp_path / "train" / "tiny" / "bad_rows.jsonl").exists()
+
+
+BAD = {
+    "missing-file": "the image images/not_there.jpg does not exist",
+    "no-answer": "no answer",
+    "more-placeholders-than-images": "2 <image> markers, but 1 images",
+    "cut-image": "An image of",
+}
+
+
+def test_bad_rows_of_the_cases_are_written_aside_and_the_others_trained_on(
+    tmp_path: Path, tiny_start: dict[str, Any]
+) -> None:
+    data = {"path": str(CASES / "rows" / "conversations_bad.jsonl"), "images": str(CASES), "held_out": {}}
+    job = _job(tmp_path, tiny_start, data | {"max_bad_rows": 0.7}, training={"steps": 4, "images_per_step": 3})
+    console = Console(file=io.StringIO(), record=True, width=200)
+    metrics = run_training(job, console).metrics
+    file = tmp_path / "train" / "tiny" / "bad_rows.jsonl"
+    written = {row["id"]: row["reason"] for row in map(json.loads, file.read_text().splitlines())}
+    assert written.keys() == BAD.keys()
+    assert all(written[name].startswith(reason) for name, reason in BAD.items())
+    assert "4 rows of the training data were skipped" in console.export_text()
+    assert metrics["data/skipped_rows"] == 1, "the image that cannot be decoded; the others have a wrong structure"
+
+
+@pytest.mark.parametrize(("limit", "found"), [(0.0, 3), (0.5, 4)])
+def test_more_bad_rows_than_the_limit_end_the_training(
+    tmp_path: Path, tiny_start: dict[str, Any], limit: float, found: int
+) -> None:
+    data = {"path": str(CASES / "rows" / "conversations_bad.jsonl"), "images": str(CASES), "held_out": {}}
+    job = _job(tmp_path, tiny_start, data | {"max_bad_rows": limit}, training={"steps": 4, "images_per_step": 3})
+    with pytest.raises(BadRowsError) as caught:
+        run_training(job, Console(file=io.StringIO()))
+    assert "no-answer: no answer" in str(caught.value) or found == 4
+    lines = (tmp_path / "train" / "tiny" / "bad_rows.jsonl").read_text().splitlines()
+    assert len(lines) == found
+    assert not (tmp_path / "train" / "tiny" / "job.json").exists(), "the name is free for a job with another limit"
+
+
+def test_the_length_of_a_row_can_be_limited(tmp_path: Path, tiny_start: dict[str, Any]) -> None:
+    data = {"path": str(CASES / "rows" / "conversations.json"), "images": str(CASES), "held_out": {}}
+    job = _job(tmp_path, tiny_start, data, training={"steps": 4, "images_per_step": 4, "max_text_tokens": 2})
+    with pytest.raises(BadRowsError, match=r"too long: [0-9]+ text tokens, at most 2 are legal"):
+        run_training(job, Console(file=io.StringIO()))
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_session")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_ray_reads_the_same_batches_as_this_process(tmp_path: Path, tiny_start: dict[str, Any]) -> None:
+    job = _job(tmp_path, tiny_start, {"path": write_shards(tmp_path / "shards", 12), "max_bad_rows": 0.1})
+    reader = step_reader(job, build_start(job, Path(tiny_start["reference"]))[1], 0, 1)
+    here = list(in_process_batches(reader, 0, 6))
+    there = list(ray_batches(reader, 0, 6, concurrency=1))
+    for one, two in zip(here, there, strict=True):
+        assert one.keys() == two.keys()
+        assert all((one[name] == two[name]).all() for name in one)
