@@ -69,7 +69,8 @@ class Collator:
         Raises:
             BadRowsError: the message names the samples that cannot be used.
         """
-        prepared, problems = [], {}
+        prepared: list[PreparedSample] = []
+        problems: dict[str, str] = {}
         for sample in samples:
             try:
                 prepared.append(self.prepare(sample))
@@ -124,7 +125,8 @@ class Collator:
                     batch["labels"][row, start:end] = ids
                 start = end
         if self._label_patches:
-            batch["patch_labels"] = np.stack([prepared[owner].patch_labels for owner in owners])
+            labels = [sample.patch_labels for sample in prepared if sample.patch_labels is not None]
+            batch["patch_labels"] = np.stack([labels[owner] for owner in owners])
         return batch
 
     def _patch_labels(self, sample: Sample) -> NDArray[np.int32]:

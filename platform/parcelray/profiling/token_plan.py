@@ -7,7 +7,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from parcelray.datasets.sample import Sample
-from parcelray.models.backbones.processor_base import ElasticProcessor
+from parcelray.models.backbones.processor_base import ElasticProcessor, Turn
 from parcelray.models.token_counts import TokenCounts, count_tokens
 from parcelray.profiling.simulated_memory import MemoryEstimate
 
@@ -34,6 +34,8 @@ class RowTokens:
     """Text tokens of the prompt without images."""
     num_answer_tokens: int
     """Tokens of the training target, or the largest number of tokens that may be generated."""
+    num_sequences: int = 1
+    """Training prompts of the row, which share its images; the other fields describe the longest of them."""
 
     def at(self, budget: int) -> TokenCounts:
         """Counts the tokens at a budget; 0: blind."""
@@ -50,10 +52,20 @@ def row_tokens(processor: ElasticProcessor, sample: Sample, num_answer_tokens: i
         num_answer_tokens: largest number of tokens of a generated answer; None: those of the sample's first answer.
     """
     images = len(sample.images)
-    shown = processor.count_tokens(sample.prompt, images, 1, sample.answers[0] if num_answer_tokens is None else None)
-    blind = processor.count_tokens(sample.prompt, images, 0)
-    answer = shown.answer if num_answer_tokens is None else num_answer_tokens
-    return RowTokens(sample.id, images, shown.prompt, blind.prompt, answer)
+    if num_answer_tokens is not None:
+        shown = processor.count_tokens(sample.prompt, images, 1)
+        blind = processor.count_tokens(sample.prompt, images, 0)
+        return RowTokens(sample.id, images, shown.prompt, blind.prompt, num_answer_tokens)
+    turns = [Turn(sample.prompt, sample.answers[0]), *(Turn(*turn) for turn in sample.later_turns)]
+    sequences = processor.encode_turns(turns, with_image=images > 0)
+    longest = max(sequences, key=lambda sequence: sum(len(segment.ids) for segment in sequence))
+    number = sequences.index(longest)
+    prompt, blind_prompt = (
+        sum(len(segment.ids) for segment in sequence if not segment.is_answer)
+        for sequence in (longest, processor.encode_turns(turns, with_image=False)[number])
+    )
+    answer = sum(len(segment.ids) for segment in longest if segment.is_answer)
+    return RowTokens(sample.id, images, prompt, blind_prompt, answer, len(sequences))
 
 
 class Bin(NamedTuple):

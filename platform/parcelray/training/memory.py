@@ -20,15 +20,17 @@ _VALIDATION_IMAGES = 64
 class StepLoad:
     """The largest micro-batch of a worker."""
 
-    num_prompts: int
+    num_samples: int
     num_images: int
-    """Images per prompt."""
+    """Images per sample."""
     num_text_tokens: int
     """Tokens of the longest prompt and its answer together, to which the others are padded."""
     num_answer_tokens: int
     """Tokens of the longest answer."""
     num_visual_tokens: int
     """Budget: the largest of the step, because the passes of a step follow one another."""
+    num_sequences: int = 1
+    """Prompts per sample, which share its images."""
 
 
 def training_memory(
@@ -81,38 +83,40 @@ def _set_gradients(model: ElasticVLM) -> None:
 def run_step(job: TrainJob, model: ElasticVLM, load: StepLoad, visual_offset: int) -> None:
     """Runs one forward and backward pass of the largest micro-batch; of the model only the gradients are left."""
     size = model.config.vision_config.image_size
-    shape = (load.num_prompts, load.num_text_tokens)
+    owners_B = torch.arange(load.num_samples).repeat_interleave(load.num_sequences)
+    shape = (len(owners_B), load.num_text_tokens)
     is_answer_BS = (torch.arange(load.num_text_tokens) >= load.num_text_tokens - load.num_answer_tokens).expand(shape)
     ids_BS = torch.zeros(shape, dtype=torch.int64)
     batch = TensorBatch(
-        torch.empty((load.num_prompts * load.num_images, 3, size, size)),
+        torch.empty((load.num_samples * load.num_images, 3, size, size)),
         ids_BS,
         is_answer_BS.long(),
         torch.ones_like(ids_BS),
         torch.where(is_answer_BS, 0, -100),
         None,
         visual_offset,
+        owners_B,
     )
     dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[job.training.precision]
     with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
         loss = losses(
             model, batch, num_visual_tokens=load.num_visual_tokens, image_token_id=model.config.image_token_id
         )
-        objective = loss.answer_sum / load.num_prompts
+        objective = loss.answer_sum / len(owners_B)
         del loss
         torch.autograd.backward(objective)
 
 
 def largest_batch(job: TrainJob, config: ElasticConfig, load: StepLoad, visual_offset: int, limit_bytes: int) -> int:
-    """Returns the largest number of prompts per micro-batch whose predicted memory is within a limit; 0: none.
+    """Returns the largest number of samples per micro-batch whose predicted memory is within a limit; 0: none.
 
-    The memory of a step grows linearly with the number of prompts, so two simulations determine it. That of a
+    The memory of a step grows linearly with the number of samples, so two simulations determine it. That of a
     validation does not depend on it.
     """
     sizes = (16, 32)
     low, high = (
-        training_memory(job, config, replace(load, num_prompts=size), visual_offset, validate=False).total
+        training_memory(job, config, replace(load, num_samples=size), visual_offset, validate=False).total
         for size in sizes
     )
-    per_prompt = (high - low) / (sizes[1] - sizes[0])
-    return max(0, int((limit_bytes - low) / per_prompt) + sizes[0])
+    per_sample = (high - low) / (sizes[1] - sizes[0])
+    return max(0, int((limit_bytes - low) / per_sample) + sizes[0])

@@ -64,7 +64,7 @@ def training_token_plan(
         load = largest_load(job, rows, budget)
         most = largest_batch(job, config, load, processor.visual_offset, limit)
         predicted = training_memory(job, config, load, processor.visual_offset)
-        memory.append(budget_memory(budget, predicted, most * load.num_images * parts * workers))
+        memory.append(budget_memory(budget, predicted, most * max(1, load.num_images) * parts * workers))
     fitting = [each.budget for each in memory if each.weights_bytes + each.above_bytes <= limit]
     return TokenPlan(
         identity(job),
@@ -89,8 +89,8 @@ def largest_load(job: TrainJob, rows: Sequence[RowTokens], budget: int) -> StepL
     loads = []
     for num_images in {row.num_images for row in rows}:
         same = [row for row in rows if row.num_images == num_images]
-        prompts = job.training.images_per_step // num_images
-        share = math.ceil(prompts / max(1, job.scaling.bounds[0]))
+        samples = job.training.images_per_step // max(1, num_images)
+        share = math.ceil(samples / max(1, job.scaling.bounds[0]))
         loads.append(
             StepLoad(
                 math.ceil(share / job.training.gradient_accumulation_steps),
@@ -98,10 +98,16 @@ def largest_load(job: TrainJob, rows: Sequence[RowTokens], budget: int) -> StepL
                 max(row.at(budget).text for row in same),
                 max(row.num_answer_tokens for row in same),
                 budget,
+                max(row.num_sequences for row in same),
             )
         )
     # The passes grow faster than linearly with the length of a prompt.
-    return max(loads, key=lambda load: load.num_prompts * (load.num_images * budget + load.num_text_tokens) ** 1.5)
+    return max(
+        loads,
+        key=lambda load: (
+            load.num_samples * load.num_sequences * (load.num_images * budget + load.num_text_tokens) ** 1.5
+        ),
+    )
 
 
 def _model(job: TrainJob) -> tuple[ElasticConfig, ElasticProcessor]:
