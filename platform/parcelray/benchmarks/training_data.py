@@ -1,7 +1,7 @@
 """Opens the data sources and held-out samples of a data configuration."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from parcelray.benchmarks.catalog import catalog, find
 from parcelray.benchmarks.open import open_reader
@@ -187,7 +187,7 @@ def _benchmark(config: BenchmarkDataConfig, split: Split, image_size: int) -> Re
     found = find(config.name, catalog([Path(path) for path in config.catalog]))
     source = found.source
     if isinstance(source, TableSource):
-        changed = {"splits": (config.split,), "rows": None}
+        changed: dict[str, Any] = {"splits": (config.split,), "rows": None}
     elif isinstance(source, EasyVqaSource):
         changed = {"split": config.split}
     else:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import torch
 from tokenizers import Tokenizer
+from torch import Tensor
 
 from parcelray.errors import UserError
 from parcelray.models.backbones import ElasticVLM
@@ -51,11 +52,19 @@ def add_words(model: ElasticVLM, processor: ElasticProcessor, words: Sequence[st
                 content["model"]["merges"].append([left, right])
             left += right
     tokenizer._tokenizer = Tokenizer.from_str(json.dumps(content))
-    embeddings = model.get_input_embeddings().weight
+    embeddings, _ = _embeddings(model)
     needed = first + len(parts)
     if needed > len(embeddings):
         model.resize_token_embeddings(needed, pad_to_multiple_of=_MULTIPLE, mean_resizing=False)
     with torch.no_grad():
-        for weights_VD in {model.get_input_embeddings().weight, model.lm_head.weight}:
+        for weights_VD in set(_embeddings(model)):
             for new, former in parts.items():
                 weights_VD[new] = weights_VD[former].mean(dim=0)
+
+
+def _embeddings(model: ElasticVLM) -> tuple[Tensor, Tensor]:
+    """Returns the input and the output embeddings, [V, D]; they can be one tensor."""
+    embeddings, head = model.get_input_embeddings(), model.lm_head
+    assert isinstance(embeddings, torch.nn.Embedding)
+    assert isinstance(head, torch.nn.Linear)
+    return embeddings.weight, head.weight

@@ -61,7 +61,8 @@ class TensorBatch:
         images = self.images_per_prompt
         owners_B = torch.arange(self.num_prompts) if self.samples_B is None else self.samples_B
         chosen = (owners_B % num_parts == part).nonzero()[:, 0]
-        pixels = self.pixel_values_ICHW.unflatten(0, (self.num_samples, images))[part::num_parts].flatten(0, 1)
+        pixels = self.pixel_values_ICHW.view(self.num_samples, images, *self.pixel_values_ICHW.shape[1:])
+        pixels = pixels[part::num_parts].flatten(0, 1)
         patch_labels = self.patch_labels_BN[chosen] if self.patch_labels_BN is not None else None
         return TensorBatch(
             pixels,
