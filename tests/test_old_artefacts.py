@@ -17,7 +17,8 @@ from rich.console import Console
 from parcelray.config.evaluate import EvaluateJob
 from parcelray.evaluation.run import run_evaluation
 from parcelray.evaluation.scoring.summary import rescore
-from parcelray.models.checkpoint import resolve_checkpoint, verify_manifest
+from parcelray.models.checkpoint import resolve_checkpoint
+from parcelray.models.manifest import verify_manifest
 from parcelray.models.vlm import load_vlm
 from parcelray.training.run import run_training
 

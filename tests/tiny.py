@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from parcelray.models.checkpoint import write_manifest
+from parcelray.models.manifest import write_manifest
 from parcelray.training.start import build_start
 
 from .benchmarks.table_data import png

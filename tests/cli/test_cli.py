@@ -15,7 +15,7 @@ from typer.core import TyperOption
 from parcelray import cli
 from parcelray.config.loader import load_job_of
 from parcelray.config.tune import TuneJob
-from parcelray.models.checkpoint import verify_manifest
+from parcelray.models.manifest import verify_manifest
 from parcelray.profiling.reduction_table import REDUCERS
 from parcelray.tracking.run_folder import RunFolder
 from parcelray.tuning.trial_record import FinishedTrial, TrialRecord, point_key

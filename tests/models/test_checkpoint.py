@@ -9,13 +9,8 @@ from safetensors.torch import save_file
 
 import parcelray
 from parcelray.errors import UserError
-from parcelray.models.checkpoint import (
-    read_manifest,
-    refuse_pickles,
-    resolve_checkpoint,
-    verify_manifest,
-    write_manifest,
-)
+from parcelray.models.checkpoint import resolve_checkpoint
+from parcelray.models.manifest import read_manifest, refuse_pickles, verify_manifest, write_manifest
 
 
 @pytest.fixture

@@ -12,8 +12,9 @@ from safetensors.torch import save_file
 
 from parcelray.errors import SystemFailure, UserError
 from parcelray.models import host_cache
-from parcelray.models.checkpoint import ModelPin, open_pin, resolve_checkpoint, write_manifest
+from parcelray.models.checkpoint import ModelPin, open_pin, resolve_checkpoint
 from parcelray.models.host_cache import cache_root
+from parcelray.models.manifest import write_manifest
 
 SIZE = 40_000
 
@@ -193,7 +194,7 @@ def test_an_unchanged_folder_is_read_once(tmp_path, monkeypatch):
     monkeypatch.setattr(host_cache, "_SETTLED_NS", -1)
     first = resolve_checkpoint(folder)
     with monkeypatch.context() as patch:
-        patch.setattr("parcelray.models.checkpoint._sha256", lambda path: pytest.fail("the files were read again"))
+        patch.setattr("parcelray.models.manifest._sha256", lambda path: pytest.fail("the files were read again"))
         assert resolve_checkpoint(folder) == first
     (folder / "config.json").write_text("[]")
     with pytest.raises(UserError, match=r"config\.json in .* has SHA-256"):

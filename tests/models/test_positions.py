@@ -13,7 +13,7 @@ from parcelray.config.connector import ConnectorConfig, M3ConnectorConfig, Parce
 from parcelray.errors import UserError
 from parcelray.models.backbones import ElasticVLM
 from parcelray.models.backbones.processor_base import ElasticProcessor
-from parcelray.models.checkpoint import content_digest
+from parcelray.models.manifest import content_digest
 from parcelray.models.mini import build_config, build_model, build_processor, save_checkpoint
 from parcelray.models.mini_llava import build
 from parcelray.models.positions import image_position_ids

@@ -9,7 +9,7 @@ import torch
 
 from parcelray.config.connector import RouteConfig
 from parcelray.errors import UserError
-from parcelray.models.checkpoint import verify_manifest
+from parcelray.models.manifest import verify_manifest
 from parcelray.models.vlm import connector_of, load_vlm, write_rerouted
 
 from ..tiny import tiny_checkpoint

@@ -9,7 +9,7 @@ from rich.console import Console
 from parcelray.config.evaluate import EvaluateJob
 from parcelray.config.loader import load_job_of
 from parcelray.config.train import TrainJob
-from parcelray.models.checkpoint import verify_manifest
+from parcelray.models.manifest import verify_manifest
 from parcelray.studies.elastic import choice
 from parcelray.studies.elastic.choice import outcomes, train_choices
 from parcelray.studies.elastic.runs import SYSTEMS, runs_of

@@ -8,7 +8,7 @@ from mlflow.tracking import MlflowClient
 
 from parcelray.config.evaluate import EvaluateJob
 from parcelray.config.loader import ConfigError
-from parcelray.models.checkpoint import verify_manifest
+from parcelray.models.manifest import verify_manifest
 from parcelray.tuning.trial_record import TrialRecord
 
 from ..stores import new_store

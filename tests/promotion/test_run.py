@@ -14,7 +14,7 @@ from rich.console import Console
 from parcelray.config.promote import PromoteJob
 from parcelray.errors import UserError
 from parcelray.evaluation.run import run_evaluation
-from parcelray.models.checkpoint import write_manifest
+from parcelray.models.manifest import write_manifest
 from parcelray.promotion import run as promotion
 from parcelray.promotion.registered_models import list_models, roll_back, show_model
 from parcelray.promotion.run import GateRefusal, Verdict, promotion_plan, run_promotion

@@ -10,7 +10,8 @@ from safetensors.torch import save_file
 from parcelray.config.serve import ServeJob
 from parcelray.errors import UserError
 from parcelray.evaluation.predict import PYFUNC_FILE
-from parcelray.models.checkpoint import ModelPin, ResolvedCheckpoint, write_manifest
+from parcelray.models.checkpoint import ModelPin, ResolvedCheckpoint
+from parcelray.models.manifest import write_manifest
 from parcelray.serving.plan import gate_warnings
 from parcelray.tracking.mlflow_tracker import end_run, start_run
 from parcelray.tracking.model_versions import GateRecord, record_verdict

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from parcelray.models.checkpoint import write_manifest
+from parcelray.models.manifest import write_manifest
 from parcelray.models.mini import save_checkpoint
 from parcelray.models.mini_llava import build
 

@@ -16,7 +16,7 @@ from parcelray.config.evaluate import EvaluateJob
 from parcelray.config.model import MiniLlavaModelConfig
 from parcelray.evaluation.scoring.aggregate import Frontier, FrontierPoint
 from parcelray.evaluation.scoring.intervals import Interval
-from parcelray.models.checkpoint import write_manifest
+from parcelray.models.manifest import write_manifest
 from parcelray.models.mini import save_checkpoint
 from parcelray.models.mini_llava import build
 from parcelray.studies import encoders as encoder_study

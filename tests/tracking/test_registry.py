@@ -7,7 +7,8 @@ from safetensors.torch import save_file
 
 from parcelray.errors import UserError
 from parcelray.evaluation.predict import PYFUNC_FILE
-from parcelray.models.checkpoint import resolve_checkpoint, write_manifest
+from parcelray.models.checkpoint import resolve_checkpoint
+from parcelray.models.manifest import write_manifest
 from parcelray.tracking.mlflow_tracker import end_run, start_run
 from parcelray.tracking.registry import SIGNATURE, promote, register_model, resolve_registry, rollback
 

@@ -14,7 +14,7 @@ from mlflow import MlflowClient
 from safetensors.torch import save_file
 
 from parcelray.evaluation.predict import PYFUNC_FILE
-from parcelray.models.checkpoint import verify_manifest, write_manifest
+from parcelray.models.manifest import verify_manifest, write_manifest
 from parcelray.tracking.mlflow_tracker import MlflowRunLogger, tracked_run
 from parcelray.tracking.registry import promote, register_model, resolve_registry
 

@@ -18,7 +18,7 @@ from parcelray.config.tune import TuneJob
 from parcelray.evaluation.compare import compare_evaluations
 from parcelray.evaluation.scoring.summary import rescore
 from parcelray.files import open_storage
-from parcelray.models.checkpoint import verify_manifest
+from parcelray.models.manifest import verify_manifest
 from parcelray.tracking.run_folder import RunFolder
 from parcelray.tracking.runs import list_runs, pull_run
 from parcelray.training.run import TrainedRun, run_training

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import distributed
 
 from parcelray.config.train import TrainingConfig, TrainJob
-from parcelray.models.checkpoint import verify_manifest
+from parcelray.models.manifest import verify_manifest
 from parcelray.models.mini import build_processor
 from parcelray.models.vlm import load_vlm
 from parcelray.tracking.metric_logger import NoMetrics

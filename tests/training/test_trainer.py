@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 from parcelray.config.train import TrainJob
 from parcelray.datasets.mini.export import write_parquet
 from parcelray.errors import SystemFailure, UserError
-from parcelray.models.checkpoint import resolve_checkpoint, verify_manifest
+from parcelray.models.checkpoint import resolve_checkpoint
+from parcelray.models.manifest import verify_manifest
 from parcelray.tracking.run_folder import RunFolder
 from parcelray.training.run import TrainedRun, run_training
 from parcelray.training.train_loop import fit_in_process

@@ -16,7 +16,8 @@ from parcelray.config.evaluate import EvaluateJob
 from parcelray.config.loader import load_job
 from parcelray.config.tune import TuneJob
 from parcelray.errors import UserError
-from parcelray.models.checkpoint import MANIFEST_NAME, resolve_checkpoint, verify_manifest, write_manifest
+from parcelray.models.checkpoint import resolve_checkpoint
+from parcelray.models.manifest import MANIFEST_NAME, verify_manifest, write_manifest
 from parcelray.models.vlm import config_of
 from parcelray.tracking.run_folder import RunFolder
 from parcelray.training.start import build_start

@@ -13,7 +13,8 @@ from parcelray.config.evaluate import EvaluateJob
 from parcelray.config.search_space import Assignment
 from parcelray.config.train import TrainJob
 from parcelray.config.tune import TuneJob
-from parcelray.models.checkpoint import ResolvedCheckpoint, resolve_checkpoint, write_manifest
+from parcelray.models.checkpoint import ResolvedCheckpoint, resolve_checkpoint
+from parcelray.models.manifest import write_manifest
 from parcelray.tracking.metric_logger import NoMetrics
 from parcelray.training.start import build_start
 from parcelray.training.train_loop import fit_in_process

@@ -6,24 +6,20 @@ such as `s3://bucket/runs/train/NAME/model`. The driver resolves it once and sen
 which open it on their hosts. Reports and serving use the pinned form, never the alias or branch.
 """
 
-import hashlib
-import json
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import nullcontext
-from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal, NamedTuple
+from typing import NamedTuple
 
 import fsspec
-from pydantic import Field, ValidationError
 
 import parcelray
 from parcelray.config.base import StrictModel
 from parcelray.config.paths import PACKAGED
 from parcelray.errors import UserError
-from parcelray.files import INDEX, atomic_write, is_local, open_storage
+from parcelray.files import is_local, open_storage
 from parcelray.models.host_cache import (
     OnProgress,
     cached_model,
@@ -32,12 +28,17 @@ from parcelray.models.host_cache import (
     remembered_digest,
     watched,
 )
+from parcelray.models.manifest import (
+    MANIFEST_NAME,
+    checkpoint_files,
+    files_digest,
+    hash_files,
+    parse_manifest,
+    require_safetensors,
+    verified_digest,
+)
 
-MANIFEST_NAME = "manifest.json"
 MINI_BASE = "mini_base"
-_CARD_NAME = "README.md"
-"""The model card, which is written after the weights and may change, so the manifest does not cover it."""
-PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy", ".h5", ".msgpack"})
 _HUB_SUFFIXES = (".safetensors", ".json", ".txt", ".model", ".jinja")
 """Suffixes of the files of a hub model; other files of its repository are neither downloaded nor loaded."""
 _HUB_PATTERNS = [f"*{suffix}" for suffix in _HUB_SUFFIXES]
@@ -89,38 +90,6 @@ class ResolvedCheckpoint(NamedTuple):
     def pinned(self) -> str:
         """The pinned reference: `models:/NAME/VERSION`, `hf:ID@COMMIT` or `sha256:DIGEST` of the files."""
         return self.pin.name
-
-
-class ManifestEntry(StrictModel):
-    """The checksum and size of one file of a checkpoint."""
-
-    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
-    """SHA-256 of the content, hexadecimal."""
-    bytes: int = Field(ge=0)
-    """Size in bytes."""
-
-
-class Manifest(StrictModel):
-    """The provenance of a checkpoint, and the checksums of its files."""
-
-    format: Literal[1] = 1
-    """Version of the manifest format."""
-    created: str
-    """Time of creation in UTC, ISO 8601."""
-    parcelray_version: str
-    """Version of parcelray that wrote the checkpoint."""
-    git_commit: str | None
-    """Git commit of the training code; None outside a work tree."""
-    seed: int | None
-    """Seed of the training run."""
-    data: Any
-    """Description of the training data, as JSON."""
-    config: Any
-    """Resolved configuration of the run, as JSON."""
-    extra: dict[str, Any]
-    """Other information, such as scores."""
-    files: dict[str, ManifestEntry]
-    """Files by path relative to the folder, with `/` as separator."""
 
 
 def resolve_checkpoint(
@@ -219,31 +188,6 @@ def open_pin(
     return opened.path
 
 
-def content_digest(folder: Path) -> str:
-    """Returns `sha256:DIGEST` over the files of a checkpoint; it does not depend on the location of the folder.
-
-    If the folder has a manifest, its checksums are used, and the files are not read.
-    """
-    _refuse_unusable(folder)
-    has_manifest = (folder / MANIFEST_NAME).is_file()
-    return files_digest(read_manifest(folder).files if has_manifest else _hash_files(_files(folder)))
-
-
-def verified_digest(folder: Path) -> str:
-    """Returns the same as `content_digest`, after a comparison of all files with the manifest, if there is one.
-
-    Raises:
-        UserError: the folder has pickles or no safetensors, or a file differs from the manifest.
-    """
-    _refuse_unusable(folder)
-
-    def compute() -> str:
-        has_manifest = (folder / MANIFEST_NAME).is_file()
-        return files_digest(verify_manifest(folder).files if has_manifest else _hash_files(_files(folder)))
-
-    return remembered_digest(folder, compute)
-
-
 def _resolve_registry(reference: str, resolver: RegistryResolver | None) -> ResolvedCheckpoint:
     if resolver is None:
         raise UserError(
@@ -267,7 +211,7 @@ def _resolve_uri(
         raise UserError(
             f"{uri} has no {MANIFEST_NAME}, so it is not a model that parcelray stored; check the URI."
         ) from error
-    manifest = _parsed_manifest(content, uri)
+    manifest = parse_manifest(content, uri)
 
     def download(folder: Path) -> Path:
         (folder / MANIFEST_NAME).write_bytes(content)
@@ -285,154 +229,11 @@ def _resolve_uri(
     return ResolvedCheckpoint(path, uri, ModelPin(reference=uri, digest=digest))
 
 
-def _refuse_unusable(folder: Path) -> None:
-    refuse_pickles(folder)
-    _require_safetensors(folder)
-
-
-def files_digest(files: Mapping[str, ManifestEntry]) -> str:
-    """Returns the content digest of a checkpoint with these files."""
-    lines = "".join(f"{entry.sha256}  {name}\n" for name, entry in sorted(files.items()))
-    return "sha256:" + hashlib.sha256(lines.encode()).hexdigest()
-
-
-def _require_safetensors(folder: Path) -> None:
-    if not any(folder.glob("*.safetensors")):
-        raise UserError(
-            f"{folder} has no *.safetensors file, and weights in other formats are never loaded; convert them with"
-            " save_pretrained."
-        )
-
-
-def refuse_pickles(folder: Path) -> None:
-    """Refuses a folder that contains a file in a format that can run code on loading, or could be mistaken for weights.
-
-    Raises:
-        UserError: the message names the first such file.
-    """
-    for name, path in _files(folder).items():
-        if path.suffix.lower() in PICKLE_SUFFIXES:
-            raise UserError(
-                f"{folder} contains {name}, a format that can run code when it is loaded; remove it, and store weights"
-                " as *.safetensors."
-            )
-
-
-def write_manifest(
-    folder: Path,
-    *,
-    config: object,
-    git_commit: str | None,
-    data: object,
-    seed: int | None,
-    extra: Mapping[str, Any] | None = None,
-) -> Path:
-    """Writes manifest.json, atomically, with the checksums of all files that are in the folder now.
-
-    Args:
-        folder: a finished checkpoint.
-        config: resolved configuration of the run; JSON-serialisable, as `data` and `extra`.
-        git_commit: commit of the code; None if unknown.
-        data: description of the training data.
-        seed: seed of the run.
-        extra: other information, such as scores.
-
-    Returns:
-        Path of the manifest.
-    """
-    manifest = Manifest(
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-        parcelray_version=parcelray.__version__,
-        git_commit=git_commit,
-        seed=seed,
-        data=data,
-        config=config,
-        extra=dict(extra or {}),
-        files=_hash_files(_files(folder)),
-    )
-    path = folder / MANIFEST_NAME
-    text = json.dumps(manifest.model_dump(mode="json"), indent=2, sort_keys=True) + "\n"
-    with atomic_write(path) as file:
-        file.write(text.encode())
-    return path
-
-
-def read_manifest(folder: Path) -> Manifest:
-    """Reads manifest.json without checking the files that it lists.
-
-    Raises:
-        UserError: the file is missing or is not a manifest.
-    """
-    try:
-        return _parsed_manifest((folder / MANIFEST_NAME).read_bytes(), str(folder))
-    except FileNotFoundError as error:
-        raise UserError(
-            f"{folder} has no {MANIFEST_NAME}; write one with write_manifest, or train and export the checkpoint again."
-        ) from error
-
-
-def _parsed_manifest(content: bytes, folder: str) -> Manifest:
-    try:
-        manifest = Manifest.model_validate_json(content)
-    except ValidationError as error:
-        problem = error.errors()[0]
-        raise UserError(
-            f"{folder}/{MANIFEST_NAME} is not a manifest of format 1:"
-            f" {'.'.join(map(str, problem['loc'])) or 'content'}: {problem['msg']}."
-        ) from error
-    return manifest
-
-
-def verify_manifest(folder: Path) -> Manifest:
-    """Compares the files of a folder with its manifest, sizes before checksums.
-
-    Raises:
-        UserError: the message names the file that is missing, not listed, or different.
-    """
-    manifest = read_manifest(folder)
-    remedy = "download or copy the checkpoint again"
-    present = _files(folder)
-    for name, entry in manifest.files.items():
-        if name not in present:
-            raise UserError(f"{folder} lacks {name}, which its manifest lists; {remedy}.")
-        size = present[name].stat().st_size
-        if size != entry.bytes:
-            raise UserError(f"{name} in {folder} has {size} bytes, but its manifest lists {entry.bytes}; {remedy}.")
-    for name, path in present.items():
-        if name not in manifest.files:
-            raise UserError(f"{folder} contains {name}, which its manifest does not list; remove it or {remedy}.")
-        digest = _sha256(path)
-        if digest != manifest.files[name].sha256:
-            raise UserError(
-                f"{name} in {folder} has SHA-256 {digest}, but its manifest lists {manifest.files[name].sha256};"
-                f" {remedy}."
-            )
-    return manifest
-
-
-def _files(folder: Path) -> dict[str, Path]:
-    paths = (path for path in sorted(folder.rglob("*")) if path.is_file())
-    return {
-        name: path
-        for path in paths
-        if (name := path.relative_to(folder).as_posix()) not in (MANIFEST_NAME, _CARD_NAME, INDEX)
-    }
-
-
-def _hash_files(files: Mapping[str, Path]) -> dict[str, ManifestEntry]:
-    return {name: ManifestEntry(sha256=_sha256(path), bytes=path.stat().st_size) for name, path in files.items()}
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _hub_digest(folder: Path) -> str:
     """Returns the content digest of a hub model, whose folder may have other files of the repository."""
-    _require_safetensors(folder)
-    files = {name: path for name, path in _files(folder).items() if path.suffix in _HUB_SUFFIXES}
-    return remembered_digest(folder, lambda: files_digest(_hash_files(files)))
+    require_safetensors(folder)
+    files = {name: path for name, path in checkpoint_files(folder).items() if path.suffix in _HUB_SUFFIXES}
+    return remembered_digest(folder, lambda: files_digest(hash_files(files)))
 
 
 def _download(repo: str, revision: str | None, on_progress: OnProgress | None) -> tuple[Path, str]:

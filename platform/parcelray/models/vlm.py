@@ -27,9 +27,9 @@ from parcelray.models.backbones import (
 from parcelray.models.backbones.llava_processor import ElasticLlavaProcessor
 from parcelray.models.backbones.paligemma_processor import ElasticPaliGemmaProcessor
 from parcelray.models.backbones.processor_base import ElasticProcessor
-from parcelray.models.checkpoint import MANIFEST_NAME, read_manifest, write_manifest
 from parcelray.models.connectors import Connector, build_connector
 from parcelray.models.connectors.routing import resolve_routing
+from parcelray.models.manifest import MANIFEST_NAME, read_manifest, write_manifest
 
 ElasticConfig = ElasticPaliGemmaConfig | ElasticLlavaConfig
 

@@ -12,7 +12,7 @@ from mlflow.entities.model_registry import ModelVersion
 from mlflow.models import Model
 
 from parcelray.errors import UserError
-from parcelray.models.checkpoint import content_digest, read_manifest, verify_manifest
+from parcelray.models.manifest import content_digest, read_manifest, verify_manifest
 from parcelray.tracking.mlflow_tracker import IDENTITY_TAG
 from parcelray.tracking.registry import CONTENT_TAG, SIGNATURE, aliases_of, check_version, resolve_registry
 from parcelray.tracking.store import MAX_TAG, clean_tags
@@ -108,7 +108,7 @@ def version_of_content(tracking_uri: str, name: str, content: str) -> int | None
     Args:
         tracking_uri: tracking URI of the registry.
         name: registered model.
-        content: digest of the files, as computed by `models.checkpoint.content_digest`.
+        content: digest of the files, as computed by `models.manifest.content_digest`.
     """
     if name not in model_names(tracking_uri):
         return None

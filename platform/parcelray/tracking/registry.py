@@ -28,15 +28,9 @@ from PIL import Image
 import parcelray
 from parcelray.config.model import CheckpointModelConfig
 from parcelray.errors import UserError
-from parcelray.models.checkpoint import (
-    MANIFEST_NAME,
-    ResolvedCheckpoint,
-    files_digest,
-    read_manifest,
-    resolve_checkpoint,
-    verified_digest,
-)
+from parcelray.models.checkpoint import ResolvedCheckpoint, resolve_checkpoint
 from parcelray.models.host_cache import OnProgress, cache_root, downloaded_model
+from parcelray.models.manifest import MANIFEST_NAME, files_digest, read_manifest, verified_digest
 from parcelray.tracking.store import clean_tags, ensure_store, store_lock
 
 CHAMPION = "champion"
@@ -69,7 +63,7 @@ def register_model(
 
     Args:
         tracking_uri: as returned by `store.ensure_store`; the registry is in the same store.
-        model_dir: checkpoint folder with a manifest (`models.checkpoint.write_manifest`).
+        model_dir: checkpoint folder with a manifest (`models.manifest.write_manifest`).
         name: registered model; created if missing.
         run_id: the MLflow run that produced the checkpoint.
         pyfunc_file: Python file that MLflow copies into the version and runs on load (models from code).

@@ -25,7 +25,8 @@ from parcelray.datasets.source import BadRowsError
 from parcelray.errors import SystemFailure
 from parcelray.evaluation.predict import PYFUNC_FILE
 from parcelray.files import atomic_write
-from parcelray.models.checkpoint import ModelPin, ResolvedCheckpoint, resolve_checkpoint, write_manifest
+from parcelray.models.checkpoint import ModelPin, ResolvedCheckpoint, resolve_checkpoint
+from parcelray.models.manifest import write_manifest
 from parcelray.models.vlm import connector_of, write_converted
 from parcelray.tracking.lineage import DATA_TAG, MODEL_IN_TAG, MODEL_OUT_TAG, git_commit
 from parcelray.tracking.metric_logger import MetricLogger, open_metric_logger

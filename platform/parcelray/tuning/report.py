@@ -13,7 +13,7 @@ from parcelray.config.evaluate import EvaluateJob
 from parcelray.config.tune import TuneJob
 from parcelray.evaluation.adaptive.study import write_study
 from parcelray.evaluation.adaptive.tables import adaptive_table
-from parcelray.models.checkpoint import MANIFEST_NAME
+from parcelray.models.manifest import MANIFEST_NAME
 from parcelray.models.vlm import write_rerouted
 from parcelray.tracking.mlflow_tracker import MlflowRunLogger
 from parcelray.tracking.run_folder import RunFolder

@@ -9,7 +9,7 @@ from parcelray.config.connector import ParcelConnectorConfig
 from parcelray.config.model import MiniModelConfig
 from parcelray.errors import UserError
 from parcelray.evaluation.predict import PYFUNC_FILE
-from parcelray.models.checkpoint import write_manifest
+from parcelray.models.manifest import write_manifest
 from parcelray.models.mini import build_config, build_model, build_processor, save_checkpoint
 from parcelray.tracking.mlflow_tracker import start_run
 from parcelray.tracking.registry import register_model, resolve_registry

@@ -12,7 +12,7 @@ from parcelray.config.loader import load_job_of
 from parcelray.config.train import TrainJob
 from parcelray.console import markdown_table
 from parcelray.errors import UserError
-from parcelray.models.checkpoint import Manifest
+from parcelray.models.manifest import Manifest
 from parcelray.studies.elastic.choice import Outcome, choice_markdown
 from parcelray.studies.elastic.report import fill_page, tables_of, write_report
 from parcelray.studies.elastic.runs import SYSTEMS, Run, training_of

@@ -14,7 +14,7 @@ from parcelray.evaluation.scoring.aggregate import estimates
 from parcelray.evaluation.scoring.estimate import Estimate, mean_of
 from parcelray.evaluation.scoring.majority import majority_scores
 from parcelray.evaluation.scoring.split_scores import SplitScores
-from parcelray.models.checkpoint import Manifest, verify_manifest
+from parcelray.models.manifest import Manifest, verify_manifest
 from parcelray.models.vlm import image_size_of
 from parcelray.studies.elastic.report import Rows, load_results
 from parcelray.studies.elastic.results import OVERALL, ElasticResults, shown
