@@ -10,7 +10,7 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 
 LAYERS = (
-    ("errors", "console", "plotting"),
+    ("errors", "console", "plotting", "environment"),
     ("files", "loopback"),
     ("config",),
     ("models",),

@@ -25,6 +25,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 import parcelray
 from parcelray.cluster.auth import MODE_VARIABLE, TOKEN_VARIABLE, find_token
 from parcelray.cluster.worker_start import RAY_RECORD, await_worker, explained_worker_failures, failure_reason
+from parcelray.environment import restored_environment
 from parcelray.errors import SystemFailure, UserError
 
 ADDRESS_VARIABLE = "RAY_ADDRESS"
@@ -93,8 +94,8 @@ def ray_session(
     target = address or os.environ.get(ADDRESS_VARIABLE) or "local"
     with contextlib.ExitStack() as cleanup:
         # Registered first, so that the variables are restored after the shutdown of Ray.
-        cleanup.enter_context(_restored(ADDRESS_VARIABLE, TOKEN_VARIABLE, MODE_VARIABLE, FOLDER_VARIABLE))
-        cleanup.enter_context(_restored("RAY_GCS_SERVER_PORT", "PYTHONBREAKPOINT", _NICENESS_VARIABLE))
+        cleanup.enter_context(restored_environment(ADDRESS_VARIABLE, TOKEN_VARIABLE, MODE_VARIABLE, FOLDER_VARIABLE))
+        cleanup.enter_context(restored_environment("RAY_GCS_SERVER_PORT", "PYTHONBREAKPOINT", _NICENESS_VARIABLE))
         # Needed on a joined cluster, too: this process creates Ray's lock files in the same folder.
         os.environ[FOLDER_VARIABLE] = str(temporary_folder())
         cleanup.callback(ray.shutdown)
@@ -348,17 +349,3 @@ def _without_ray_records() -> Iterator[None]:
             for line in held:
                 if not RAY_RECORD.match(line.decode(errors="replace")):
                     os.write(2, line)
-
-
-@contextlib.contextmanager
-def _restored(*names: str) -> Iterator[None]:
-    """Restores environment variables on exit."""
-    before = {name: os.environ.get(name) for name in names}
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value

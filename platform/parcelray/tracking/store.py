@@ -21,6 +21,7 @@ from typing import Any, Literal, TypeVar
 from urllib.parse import unquote, urlparse
 
 from parcelray.config.paths import SQLITE_PREFIX
+from parcelray.environment import restored_environment
 from parcelray.errors import ParcelrayError, SystemFailure, UserError
 from parcelray.loopback import bypass_proxies_on_loopback
 
@@ -261,16 +262,9 @@ def single_attempts(timeout_s: int) -> Iterator[None]:
         timeout_s: longest wait for an answer, seconds.
     """
     changes = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": str(timeout_s)}
-    before = {name: os.environ.get(name) for name in changes}
-    os.environ.update(changes)
-    try:
+    with restored_environment(*changes):
+        os.environ.update(changes)
         yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
 
 
 @functools.cache
