@@ -8,6 +8,7 @@ import pytest
 MINI = ("--set", "tracking.uri=null")
 
 
+@pytest.mark.nightly
 def test_plan_of_a_training(run: Any) -> None:
     arguments = ("plan", "jobs/train/quickstart.yaml", *MINI, "--rows", "40", "--set", "budget.budgets=[16,256]")
     found = run(*arguments, "--json")
@@ -58,6 +59,7 @@ def test_a_plan_that_is_not_possible(run: Any, arguments: tuple[str, ...], words
         assert word in found.err
 
 
+@pytest.mark.nightly
 def test_gpu_hours_of_a_named_gpu(run: Any) -> None:
     arguments = ("train", "jobs/train/quickstart.yaml", "--dry-run", *MINI, "--set", "budget.budgets=[16]", "--json")
     plans = {name: json.loads(run(*arguments, "--gpu", name).out) for name in ("l4", "h100")}

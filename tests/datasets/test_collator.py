@@ -148,15 +148,15 @@ def test_a_region_smaller_than_a_patch_labels_one_patch(processor: ElasticPaliGe
 def test_ranks_read_disjoint_parts_of_a_step_and_a_later_start_reads_the_same_batches(
     processor: ElasticPaliGemmaProcessor,
 ) -> None:
-    suite = MiniSuite(split="train")
+    suite, collator = MiniSuite(split="train"), Collator(processor)
     schedule = BatchSchedule(suite, num_steps=6, images_per_step=8, seed=0)
-    whole = StepReader(suite, schedule, processor, 0, 1).read(2)["pixel_values"]
-    shares = [StepReader(suite, schedule, processor, rank, 2).read(2)["pixel_values"] for rank in range(2)]
+    whole = StepReader(suite, schedule, collator, 0, 1).read(2)["pixel_values"]
+    shares = [StepReader(suite, schedule, collator, rank, 2).read(2)["pixel_values"] for rank in range(2)]
     group = schedule.plan(2).num_images
     prompts = whole.reshape(-1, group, *whole.shape[1:])
     for rank, share in enumerate(shares):
         assert np.array_equal(share.reshape(-1, group, *whole.shape[1:]), prompts[rank::2])
-    reader = StepReader(suite, schedule, processor, 0, 1)
+    reader = StepReader(suite, schedule, collator, 0, 1)
     later = list(in_process_batches(reader, 4, 6))
     assert len(later) == 2
     assert all(np.array_equal(later[index]["input_ids"], reader.read(4 + index)["input_ids"]) for index in range(2))

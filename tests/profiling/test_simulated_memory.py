@@ -75,6 +75,7 @@ def test_freed_tensors_and_views_are_not_counted() -> None:
     assert meter.peak_bytes == 8000
 
 
+@pytest.mark.nightly
 def test_memory_grows_with_budget_and_batch_and_falls_with_frozen_weights(tmp_path: Path) -> None:
     job, config = tiny_job(tmp_path), config_of(ASSETS / "mini_base")
     config.connector = {"type": "parcel"}
