@@ -75,3 +75,15 @@ def test_all_bad_images_of_a_block_are_named_before_its_first_step(job: TrainJob
     with pytest.raises(BadRowsError) as caught:
         next(iter(ray_batches(reader, 0, 4, concurrency=1)))
     assert set(caught.value.problems) == names
+
+
+@pytest.mark.ray
+@pytest.mark.nightly
+@pytest.mark.usefixtures("ray_session")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_ray_train_does_not_repeat_what_the_user_must_correct(job: TrainJob) -> None:
+    name = _spoil(job, 3, images=[{"bytes": b"no image", "path": None}])
+    scaling = job.scaling.model_copy(update={"num_workers": 2, "max_failures": -1})
+    with pytest.raises(BadRowsError, match=name):
+        run_training(job.model_copy(update={"scaling": scaling}), Console(file=io.StringIO()))

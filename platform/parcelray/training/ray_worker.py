@@ -21,7 +21,7 @@ from ray.train.collective import broadcast_from_rank_zero
 
 from parcelray.cluster.session import on_this_node
 from parcelray.config.train import TrainJob
-from parcelray.errors import SystemFailure
+from parcelray.errors import SystemFailure, UserError
 from parcelray.files import listing_wait_s
 from parcelray.models.checkpoint import ModelPin
 from parcelray.tracking.metric_logger import MetricLogger, NoMetrics
@@ -50,16 +50,36 @@ class WorkerInputs:
 def train_worker(config: dict[str, Any]) -> None:
     """Run the training loop on one worker; this is Ray Train's `train_loop_per_worker`.
 
+    Ray Train starts the workers again after every error. One that the user must correct is recorded in the progress
+    actor, so that the workers of the next attempt end at once.
+
     Args:
         config: has one key, `inputs`, with the `WorkerInputs`.
     """
+    progress = config["inputs"].progress
+    if ray.get(progress.user_error.remote()) is not None:
+        return
+    try:
+        _train(config["inputs"])
+    except Exception as error:
+        if (found := user_error_of(error)) is not None:
+            ray.get(progress.record.remote(found))
+        raise
+
+
+def user_error_of(error: BaseException) -> UserError | None:
+    """Returns the error that the user must correct, also if it arose in a task of Ray; None for another failure."""
+    cause = getattr(error, "cause", error)
+    return cause if isinstance(cause, UserError) else None
+
+
+def _train(inputs: WorkerInputs) -> None:
     import torch
 
     from parcelray.models.allocator import keep_freed_memory
     from parcelray.training.batches.ray_reading import ray_batches
     from parcelray.training.train_loop import LoopInputs, train
 
-    inputs: WorkerInputs = config["inputs"]
     scaling = inputs.job.scaling
     if not scaling.gpus_per_worker:
         keep_freed_memory()
@@ -182,6 +202,7 @@ class ProgressActor:
 
     def __init__(self) -> None:
         self._newest: tuple[int, str] | None = None
+        self._error: UserError | None = None
 
     def update(self, step: int, state: str) -> None:
         """Keep the number of finished steps and the text on the current state."""
@@ -190,6 +211,14 @@ class ProgressActor:
     def newest(self) -> tuple[int, str] | None:
         """The newest progress; None before the first."""
         return self._newest
+
+    def record(self, error: UserError) -> None:
+        """Keep the error that ends the training."""
+        self._error = self._error or error
+
+    def user_error(self) -> UserError | None:
+        """The error that ends the training; None: there is none."""
+        return self._error
 
 
 @contextmanager

@@ -32,6 +32,7 @@ from parcelray.training.ray_worker import (
     ReportCallback,
     WorkerInputs,
     train_worker,
+    user_error_of,
     watched_progress,
 )
 
@@ -67,6 +68,7 @@ def fit(
         A local copy of the last checkpoint, in a temporary folder that the caller removes, and the last metrics.
 
     Raises:
+        UserError: a worker met an error that the user must correct, such as rows that cannot be used.
         SystemFailure: the training failed more often than `scaling.max_failures`, or Ray's record of its checkpoints
             is damaged.
     """
@@ -86,6 +88,10 @@ def fit(
             result = trainer.fit()
         except ray.train.WorkerGroupError as error:
             raise _failure(error) from error
+        else:
+            refused: UserError | None = ray.get(progress.user_error.remote())
+            if refused is not None:
+                raise refused
         finally:
             # Without this, a Ctrl-C in the evaluation after the training would go to the controller that has ended.
             if threading.current_thread() is threading.main_thread():
@@ -181,8 +187,7 @@ def _failure(error: ray.train.WorkerGroupError) -> Exception:
         for rank, failure in sorted(error.worker_failures.items()):
             logger.error("The worker of rank %d failed:\n%s", rank, str(failure).strip())
     for cause in error.worker_failures.values():
-        inner = getattr(cause, "cause", cause)
-        if isinstance(inner, UserError):
-            return inner
+        if (found := user_error_of(cause)) is not None:
+            return found
     first = next(iter(error.worker_failures.values()), error)
     return SystemFailure(f"The training failed: {str(first).strip().splitlines()[-1]}")
