@@ -35,6 +35,8 @@ class FakeServe:
         self.applications: dict[str, dict[str, Any]] = {"foreign": FOREIGN}
         self.history: list[list[str]] = []
         self.broken: set[str] = set()
+        self.waiting: dict[str, int] = {}
+        """Number of queries for which an application waits for resources, by name."""
         self._port = port
 
     def apply(self, config: dict[str, Any]) -> None:
@@ -50,6 +52,11 @@ class FakeServe:
 
     def _application(self, app: dict[str, Any]) -> dict[str, Any]:
         replicas = [{"state": "RUNNING"}, {"state": "STARTING"}]
+        left = self.waiting.get(app["name"], 0)
+        if left:
+            self.waiting[app["name"]] = left - 1
+            deployments = {"Model": {"replicas": [], "target_num_replicas": 2, "message": "1 replica waits for 2 CPU"}}
+            return {"status": "DEPLOYING", "message": "", "deployed_app_config": app, "deployments": deployments}
         return {
             "status": "DEPLOY_FAILED" if app["name"] in self.broken else "RUNNING",
             "message": "no memory" if app["name"] in self.broken else "",
@@ -91,6 +98,14 @@ def test_a_model_that_cannot_start_leaves_the_old_one(cluster: FakeServe) -> Non
     with pytest.raises(SystemFailure, match=f"cannot start {new}: no memory"):
         update(cluster, "mini", ["budgets.offered=[16]"])
     assert cluster.applications == before
+
+
+def test_what_serve_waits_for_is_said_once(cluster: FakeServe) -> None:
+    (new,) = [app for app in _names(pin(job_of(budgets={"offered": [16]}))) if app != "mini"]
+    cluster.waiting[new] = 4
+    lines: list[str] = []
+    update(cluster, "mini", ["budgets.offered=[16]"], lines.append)
+    assert lines == [f"Serve starts {new}: 1 replica waits for 2 CPU"]
 
 
 def _names(pinned: Any) -> list[str]:

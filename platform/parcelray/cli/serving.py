@@ -1,5 +1,6 @@
 """`parcelray serve`, `parcelray endpoint` and `parcelray keys`: an endpoint, those of a cluster, and API keys."""
 
+import functools
 from pathlib import Path
 from typing import Annotated
 
@@ -99,7 +100,8 @@ def endpoint_update(name: EndpointName, overrides: Set = [], address: JobsAddres
     """Resolve the model references of an endpoint again, and roll over to the result without downtime."""
     from parcelray.serving.deployments import RemoteCluster, update
 
-    pinned = update(RemoteCluster(address), name, overrides)
+    say = functools.partial(console().print, markup=False, soft_wrap=True)
+    pinned = update(RemoteCluster(address), name, overrides, say)
     for warning in pinned.warnings:
         console(stderr=True).print(warning, style="yellow", soft_wrap=True)
     console().print(f"{name} now serves {pinned.champion.pinned}", soft_wrap=True)

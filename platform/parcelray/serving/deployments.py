@@ -4,7 +4,7 @@ Serve is reached from a driver of the cluster, or from anywhere through the REST
 """
 
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 _DEPLOY_TIMEOUT_S = 900.0
 _DRAIN_TIMEOUT_S = 60.0
 """Time after the time limit of a request until a stopping endpoint must have ended, seconds."""
+_NO_REASON = "no reason given"
 _PATH = "/api/serve/applications/"
 
 
@@ -135,7 +136,10 @@ def endpoint_states(cluster: Cluster, name: str | None = None) -> list[EndpointS
 
 
 def deploy(
-    pinned: PinnedEndpoint, cluster: Cluster | None = None, runtime_env: Mapping[str, Any] | None = None
+    pinned: PinnedEndpoint,
+    cluster: Cluster | None = None,
+    runtime_env: Mapping[str, Any] | None = None,
+    say: Callable[[str], object] = str,
 ) -> None:
     """Deploys or updates the endpoint without downtime.
 
@@ -147,6 +151,7 @@ def deploy(
         pinned: the endpoint.
         cluster: where it runs; None: the cluster that this process is connected to.
         runtime_env: runtime environment of its applications; None: that which brings this process's package to them.
+        say: called with what Serve waits for, such as resources, whenever that changes.
 
     Raises:
         SystemFailure: a model cannot be started; the old versions keep running.
@@ -166,24 +171,26 @@ def deploy(
     old = [before[name] for name in own if name not in names]
     if ingress["name"] in before:
         try:
-            _apply(cluster, config, [*others, *old, before[ingress["name"]], *models], names - {ingress["name"]})
+            kept = [*others, *old, before[ingress["name"]]]
+            _apply(cluster, config, [*kept, *models], names - {ingress["name"]}, say=say)
         except SystemFailure:
             # Removes the version that could not start; no request was sent to it.
             _apply(cluster, config, list(before.values()), own)
             raise
     # Without a running endpoint all applications start together, and the ingress waits for its model.
-    _apply(cluster, config, [*others, *old, *models, ingress], names)
+    _apply(cluster, config, [*others, *old, *models, ingress], names, say=say)
     if old:
         _apply(cluster, config, [*others, *models, ingress], names)
 
 
-def update(cluster: Cluster, name: str, overrides: Sequence[str]) -> PinnedEndpoint:
+def update(cluster: Cluster, name: str, overrides: Sequence[str], say: Callable[[str], object] = str) -> PinnedEndpoint:
     """Resolves the references of a running endpoint again, with changes of its job, and rolls over to the result.
 
     Args:
         cluster: where it runs.
         name: name of the endpoint.
         overrides: changes such as `canary=null`.
+        say: called with what Serve waits for, such as resources, whenever that changes.
 
     Raises:
         UserError: there is no such endpoint, or the changed job is not legal.
@@ -203,7 +210,7 @@ def update(cluster: Cluster, name: str, overrides: Sequence[str]) -> PinnedEndpo
     # From another machine, the endpoint keeps its keys.
     kept = running["deployments"][0]["user_config"]["keys"] if file is not None and not Path(file).exists() else []
     pinned = pin(job, keys=tuple(ApiKey(**key) for key in kept))
-    deploy(pinned, cluster, running.get("runtime_env") or {})
+    deploy(pinned, cluster, running.get("runtime_env") or {}, say)
     return pinned
 
 
@@ -273,11 +280,14 @@ def _apply(
     applications: list[dict[str, Any]],
     awaited: Collection[str],
     timeout_s: float = _DEPLOY_TIMEOUT_S,
+    *,
+    say: Callable[[str], object] = str,
 ) -> None:
     """Deploys exactly these applications; waits until the awaited ones run and the others have ended."""
     removed = _deployed(cluster.details()).keys() - {app["name"] for app in applications}
     cluster.apply({**config, "applications": applications})
     deadline = time.monotonic() + timeout_s
+    said: set[str] = set()
     while time.monotonic() < deadline:
         # Serve needs a moment to begin; before, it still reports the old state.
         time.sleep(cluster.poll_s)
@@ -286,6 +296,11 @@ def _apply(
         failed = [name for name, state in states.items() if state == "DEPLOY_FAILED"]
         if failed:
             raise SystemFailure(f"Serve cannot start {failed[0]}: {_reason(present[failed[0]])}")
+        for name, state in states.items():
+            text = _reason(present[name])
+            if state == "DEPLOYING" and text not in {*said, _NO_REASON}:
+                said.add(text)
+                say(f"Serve starts {name}: {text}")
         if len(states) == len(awaited) and set(states.values()) <= {"RUNNING"} and not removed & set(present):
             return
     raise SystemFailure(
@@ -297,7 +312,7 @@ def _apply(
 def _reason(application: Mapping[str, Any]) -> str:
     texts = [application["message"], *(each["message"] for each in application["deployments"].values())]
     lines = [line.strip() for text in texts for line in str(text or "").splitlines() if line.strip()]
-    return lines[-1][:400] if lines else "no reason given"
+    return lines[-1][:400] if lines else _NO_REASON
 
 
 def _endpoints(details: Mapping[str, Any]) -> list[str]:

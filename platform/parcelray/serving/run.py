@@ -81,11 +81,11 @@ def endpoint(pinned: PinnedEndpoint, *, address: str | None = None, console: Con
             cleanup.enter_context(ray_watched(console))
         if job.samples is not None and job.tracking.uri is not None:
             check_tracking_uri(job.tracking.uri, num_nodes())
+        say = functools.partial(console.print, markup=False, soft_wrap=True) if console is not None else str
         if _get_global_client(raise_if_no_controller_running=False) is not None:
             check_address(job, DriverCluster().details())
         else:
             # An endpoint that runs already may be unchanged, and then it needs nothing.
-            say = functools.partial(console.print, markup=False, soft_wrap=True) if console is not None else str
             await_capacity(needed_resources(job), job.replicas.wait_s, "replicas.wait_s", say)
         models = [model.pin for model in (pinned.champion, pinned.challenger) if model is not None]
         policy = job.budgets.policy
@@ -93,7 +93,7 @@ def endpoint(pinned: PinnedEndpoint, *, address: str | None = None, console: Con
         _start(job)
         was_running = bool(application_names(DriverCluster().details(), job.name))
         try:
-            deploy(pinned)
+            deploy(pinned, say=say)
         except BaseException:
             if not was_running:
                 _stop(job)
