@@ -2,6 +2,8 @@
 
 import io
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +12,11 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
+from parcelray.config.evaluate import EvaluateJob
 from parcelray.config.train import TrainJob
 from parcelray.datasets.source import BadRowsError
+from parcelray.evaluation.run import run_evaluation
+from parcelray.files import open_storage
 from parcelray.tracking.metric_logger import NoMetrics
 from parcelray.training.batches.ray_reading import ray_batches
 from parcelray.training.batches.schedule import in_process_batches
@@ -19,6 +24,7 @@ from parcelray.training.run import run_training
 from parcelray.training.start import build_start, step_reader
 from parcelray.training.train_loop import fit_in_process
 from tests.datasets.conversation_data import CASES, write_folder, write_shards
+from tests.processes import LIMIT_S, wait_until
 
 from .conftest import tiny_job
 
@@ -57,6 +63,47 @@ def test_an_interrupted_training_resumes_to_the_same_bits(
         fit_in_process(job, tmp_path / "cut", checkpoint=model, logger=Interrupted())
     resumed, _ = fit_in_process(job, tmp_path / "cut", checkpoint=model, logger=NoMetrics())
     assert _same(_weights(whole), _weights(resumed))
+
+
+@pytest.mark.nightly
+@pytest.mark.usefixtures("without_pictures")
+@pytest.mark.parametrize("layout", ["folder", "object storage"])
+def test_a_killed_command_continues_and_its_model_is_evaluated(
+    tmp_path: Path, tiny_start: dict[str, Any], s3: str, layout: str
+) -> None:
+    if layout == "folder":
+        data = {"path": str(write_folder(tmp_path, 40)), "images": str(tmp_path / "images")}
+    else:
+        write_shards(tmp_path / "shards", 40)
+        filesystem, folder = open_storage(s3)
+        filesystem.put(f"{tmp_path}/shards/", f"{folder}/set/", recursive=True)
+        data = {"path": f"{s3}/set/part-*.tar"}
+    data |= {"type": "conversations", "held_out": {"validation": 0.2, "test": 0.2}}
+    training = {"steps": 60, "images_per_step": 4, "log_every_steps": 5}
+    job = _job(tmp_path / "runs", tiny_start, data, training=training, checkpointing={"every_steps": 5})
+    file = tmp_path / "job.json"
+    file.write_text(job.model_dump_json())
+    command = [sys.executable, "-m", "parcelray.cli", "train", str(file)]
+    first = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    wait_until(lambda: list(tmp_path.glob("runs/train/tiny/*/checkpoint_*/state.json")), "a checkpoint", first)
+    first.kill()
+    first.communicate()
+    assert not (tmp_path / "runs" / "train" / "tiny" / "result.json").exists()
+    subprocess.run(command, check=True, capture_output=True, timeout=LIMIT_S)
+    evaluation = EvaluateJob.model_validate(
+        {
+            "kind": "evaluate",
+            "name": "own",
+            "model": {"reference": str(tmp_path / "runs" / "train" / "tiny" / "model")},
+            "benchmarks": [{"name": "rows", "source": {"split": "test", "data": data}}],
+            "budgets": ["blind", 16, 256],
+            "compute": {"actors": 0},
+            "storage": str(tmp_path / "runs"),
+            "tracking": {"uri": None},
+        }
+    )
+    (split,) = run_evaluation(evaluation, Console(file=io.StringIO())).summary.splits
+    assert set(split.scores) == {0, 16, 256}
 
 
 def test_every_row_of_the_cases_is_read_and_trained_on(tmp_path: Path, tiny_start: dict[str, Any]) -> None:
