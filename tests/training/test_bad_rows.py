@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
+from parcelray.config.data import ParquetDataConfig
 from parcelray.config.train import TrainJob
 from parcelray.datasets.mini.export import write_parquet
 from parcelray.datasets.parquet import SCHEMA
@@ -31,7 +32,8 @@ def job(tmp_path: Path, tiny_start: dict[str, Any]) -> TrainJob:
 
 def _spoil(job: TrainJob, row: int, **changes: Any) -> str:
     """Changes values of a training row; returns the row's id."""
-    (file,) = (Path(job.data.path) / "train").glob("*.parquet")  # type: ignore[union-attr]
+    assert isinstance(job.data, ParquetDataConfig)
+    (file,) = (Path(job.data.path) / "train").glob("*.parquet")
     rows = pq.read_table(file).to_pylist()
     rows[row] |= changes
     pq.write_table(pq.read_table(file).from_pylist(rows, schema=SCHEMA), file)

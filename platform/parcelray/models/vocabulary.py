@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer
@@ -55,7 +56,8 @@ def add_words(model: ElasticVLM, processor: ElasticProcessor, words: Sequence[st
     embeddings, _ = _embeddings(model)
     needed = first + len(parts)
     if needed > len(embeddings):
-        model.resize_token_embeddings(needed, pad_to_multiple_of=_MULTIPLE, mean_resizing=False)
+        resize: Any = model.resize_token_embeddings  # typed as a tensor by torch
+        resize(needed, pad_to_multiple_of=_MULTIPLE, mean_resizing=False)
     with torch.no_grad():
         for weights_VD in set(_embeddings(model)):
             for new, former in parts.items():

@@ -7,11 +7,11 @@ from rich.console import Console
 from parcelray.config.data import (
     BenchmarkDataConfig,
     ConversationsDataConfig,
-    DataConfig,
     HubDataConfig,
     MiniDataConfig,
     MixtureDataConfig,
     NlvrDataConfig,
+    SingleDataConfig,
 )
 from parcelray.config.evaluate import BLIND, BenchmarkChoice, BudgetName, EvaluateJob, PassConfig
 from parcelray.config.model import CheckpointModelConfig
@@ -120,7 +120,7 @@ def _labelled(choices: Sequence[BenchmarkChoice]) -> tuple[BenchmarkChoice, ...]
     )
 
 
-def _benchmark(data: DataConfig, samples: int) -> BenchmarkChoice:
+def _benchmark(data: SingleDataConfig, samples: int) -> BenchmarkChoice:
     if isinstance(data, MiniDataConfig):
         return BenchmarkChoice(
             name="mini", source={"families": list(data.families), "samples": samples, "seed": data.seed}
