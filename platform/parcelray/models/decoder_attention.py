@@ -111,9 +111,7 @@ class AttentionMasks:
         full = self._additive(allowed_B1S, positions_BR, keys, dtype)
         if self._window is None:
             return LayerMasks(full, full)
-        return LayerMasks(
-            full, self._additive(allowed_B1S & self._near(positions_BR, keys), positions_BR, keys, dtype)
-        )
+        return LayerMasks(full, self._additive(allowed_B1S & self._near(positions_BR, keys), positions_BR, keys, dtype))
 
     def _near(self, rows_BR: Tensor, keys: Keys) -> Tensor:
         """Returns whether each key lies in the sliding window of each row, bool [B, R, S]."""

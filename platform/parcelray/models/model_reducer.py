@@ -61,6 +61,7 @@ class ModelReducer:
         self._model = model
         self.reducer: TokenReducer = build_reducer(config)
         self.num_patches = max(model.supported_budgets)
+        self.kv_per_image = kv_per_image(config, self.num_patches)
         # Reduced tokens with consecutive positions are like any others to the stock decoder.
         is_stock = self.reducer.reads != "prompt" and self.reducer.positions == "contiguous"
         self._decoder = None if is_stock else ReducedDecoder(model, self.reducer.positions)
@@ -107,13 +108,13 @@ class ModelReducer:
         return self.reducer(tokens_INL, num_visual_tokens=num_visual_tokens, context=ReductionContext(encoder=encoder))
 
 
-def kv_tokens_per_image(reducer: ReducerConfig | None, num_visual_tokens: int, num_patches: int) -> int:
-    """Returns the visual tokens of an image in the KV cache, in the layer that holds the most of them.
+def kv_per_image(config: ReducerConfig | None, num_patches: int) -> int | None:
+    """Returns the visual tokens of an image in the fullest layer of the KV cache; None: as many as its budget.
+
+    The first layers of a reducer inside the decoder hold all patches at every budget, which is the mean over the layers.
 
     Args:
-        reducer: reducer of the model; None: none.
-        num_visual_tokens: budget per image; for a reducer inside the decoder, the mean over the layers.
-        num_patches: number of patches of an image, all of which the first layers of such a reducer hold.
+        config: configuration of the reducer; None: no reducer.
+        num_patches: number of patches of an image.
     """
-    inside = reducer is not None and isinstance(build_reducer(reducer), InDecoderReducer)
-    return num_patches if inside else num_visual_tokens
+    return num_patches if config is not None and isinstance(build_reducer(config), InDecoderReducer) else None

@@ -1,0 +1,110 @@
+"""Tests that the engine with a training-free reducer answers as an evaluation does, in mixed batches."""
+
+import random
+from typing import Any
+
+import pytest
+import torch
+from pydantic import TypeAdapter
+
+from parcelray.config.model import MiniLlavaModelConfig
+from parcelray.config.reducer import ReducerConfig
+from parcelray.config.serve import EngineConfig
+from parcelray.datasets.sample import Sample
+from parcelray.evaluation.predict.generation import GenerationSettings
+from parcelray.evaluation.predict.predictor import Predictor
+from parcelray.models.backbones import ElasticVLM
+from parcelray.models.backbones.processor_base import ElasticProcessor
+from parcelray.models.mini import build_config, build_model, build_processor
+from parcelray.models.mini_llava import build
+from parcelray.serving.engine.continuous_engine import ContinuousEngine
+from parcelray.serving.engine.engine import answer_all
+from tests.models.conftest import CONFIG, CORPUS, MINI_LLAVA
+from tests.serving.conftest import Asker
+
+LENGTH = 6
+CLEAR = 1e-3
+"""Minimum difference of the two largest logits for a token to be compared, as in `test_offline_parity`."""
+# Every kind of reducer: before the decoder by tokens, by the vision tower and inside it; by the prompt; between layers;
+# with each kind of positions and of attention.
+BEFORE: list[dict[str, Any]] = [
+    {"type": "cluster_aggregate"},
+    {"type": "cluster_aggregate", "positions": "image_size_bias"},
+    {"type": "spatial_sampling", "positions": "image"},
+    {"type": "visionzip"},
+    {"type": "tome"},
+    {"type": "restore"},
+]
+IN_DECODER: list[dict[str, Any]] = [
+    {"type": "mmtok"},
+    {"type": "saliency", "definition": "mean_text", "layer": 1},
+    {"type": "fastv", "layer": 1},
+    {"type": "pyramid_drop", "positions": "contiguous"},
+    {"type": "pyramid_drop", "positions": "image_calibrated"},
+    {"type": "sparsevlm"},
+]
+
+
+def _sharp(model: ElasticVLM) -> ElasticVLM:
+    """Makes a random model's answers depend on its attention and its answers differ."""
+    model.eval()
+    with torch.no_grad():
+        for layer in model.model.language_model.layers:
+            layer.self_attn.q_proj.weight.mul_(8)
+        model.get_input_embeddings().get_parameter("weight").mul_(0.2)
+    return model
+
+
+@pytest.fixture(scope="module")
+def models(samples: list[Sample]) -> dict[str, tuple[ElasticVLM, ElasticProcessor]]:
+    texts = [*CORPUS, *(sample.prompt for sample in samples)]
+    processor = build_processor(CONFIG, texts)
+    config = build_config(CONFIG.model_copy(update={"text_layers": 4}), processor)
+    # Shorter than the prompts of more than one image.
+    config.text_config.sliding_window = 300
+    llava, llava_processor = build(
+        MiniLlavaModelConfig(**MINI_LLAVA.model_dump() | {"vision_layers": 4}), texts, {"type": "identity"}, seed=1
+    )
+    return {"paligemma": (_sharp(build_model(config, 1)), processor), "llava": (_sharp(llava), llava_processor)}
+
+
+@pytest.mark.parametrize("reducer", [*BEFORE, *IN_DECODER], ids=lambda each: "-".join(map(str, each.values())))
+@pytest.mark.parametrize("family", ["paligemma", "llava"])
+def test_answers_equal_those_of_an_evaluation(
+    family: str,
+    reducer: dict[str, Any],
+    models: dict[str, tuple[ElasticVLM, ElasticProcessor]],
+    samples: list[Sample],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, processor = models[family]
+    for module in ("serving.engine.continuous_engine", "evaluation.predict.predictor"):
+        monkeypatch.setattr(f"parcelray.{module}.end_token_ids", lambda *_: frozenset())
+    config: ReducerConfig = TypeAdapter(ReducerConfig).validate_python(reducer)
+    engine = ContinuousEngine(model, processor, EngineConfig(max_running=16, kv_tokens=16384), reducer=config)
+    few, many = (min(engine.supported_budgets, key=lambda each: abs(each - wanted)) for wanted in (100, 200))
+    budgets = (0, few, many, 256)
+    # One, two and four images.
+    own = [samples[index] for index in (0, 3, 16, 29, 40, 45)]
+    settings = GenerationSettings(max_new_tokens=LENGTH, reducer=config.to_json())
+    expected = Predictor(model, processor, settings=settings).answer_budgets(own, budgets)
+    mixed = [(index, budget) for index in range(len(own)) for budget in budgets]
+    random.Random(0).shuffle(mixed)
+    asker = Asker(processor)
+    requests = [asker(own[index], budget, max_new_tokens=LENGTH, logprobs=2) for index, budget in mixed]
+    answers = answer_all(engine, requests)
+    stats = engine.stats()
+    engine.close()
+    compared = 0
+    for (index, budget), request, answer in zip(mixed, requests, answers, strict=True):
+        evaluated = expected[budget][index]
+        assert request.tokens == evaluated.tokens
+        assert answer.num_new_tokens == evaluated.num_new_tokens == LENGTH
+        if all(each.top[0][1] - each.top[1][1] > CLEAR for each in answer.logprobs):
+            compared += 1
+            assert answer.text == evaluated.text, (index, budget)
+    print(compared, len(mixed), len({each.text for each in answers}))
+    assert compared > 0.5 * len(mixed)
+    assert len({each.text for each in answers}) > 4, "the test is meaningful only if answers differ"
+    assert (stats.kv_tokens_used, stats.decoded_rows > 2 * stats.steps) == (0, True)
+    assert stats.feature_cache_misses == len({image.content for request in requests for image in request.images})
