@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from parcelray.config.reducer import ToMeConfig
 from parcelray.config.serve import ServeJob
 from parcelray.errors import UserError
 from parcelray.evaluation.predict import PYFUNC_FILE
@@ -74,6 +75,13 @@ def test_a_budget_that_was_not_accepted_gives_a_warning(uri: str) -> None:
     assert warnings_of(uri, 1, {"type": "request"}) == ()
     assert "may get 16 visual tokens" in warnings_of(uri, 1, {"type": "request", "auto": 16})[0]
     assert "may get 16 visual tokens" in warnings_of(uri, 1, {"type": "fixed", "visual_tokens": 16})[0]
+
+
+def test_gate_results_hold_only_for_the_reducer_of_the_gates(uri: str) -> None:
+    job = ServeJob.model_validate({"kind": "serve", "name": "m", "tracking": {"uri": uri}})
+    pin = ModelPin(reference="models:/m/1", digest="sha256:1")
+    (warning,) = gate_warnings(job, ResolvedCheckpoint(Path("nowhere"), "models:/m/1", pin), ToMeConfig())
+    assert "models:/m/1 has no promotion gate results with the reducer tome" in warning
 
 
 def test_a_model_outside_the_registry_gives_no_warning(uri: str) -> None:

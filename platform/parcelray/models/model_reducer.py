@@ -62,8 +62,9 @@ class ModelReducer:
         self.reducer: TokenReducer = build_reducer(config)
         self.num_patches = max(model.supported_budgets)
         self.kv_per_image = kv_per_image(config, self.num_patches)
+        self.positions_per_image = positions_per_image(config, self.num_patches)
         # Reduced tokens with consecutive positions are like any others to the stock decoder.
-        is_stock = self.reducer.reads != "prompt" and self.reducer.positions == "contiguous"
+        is_stock = self.positions_per_image is None
         self._decoder = None if is_stock else ReducedDecoder(model, self.reducer.positions)
 
     @cached_property
@@ -111,10 +112,24 @@ class ModelReducer:
 def kv_per_image(config: ReducerConfig | None, num_patches: int) -> int | None:
     """Returns the visual tokens of an image in the fullest layer of the KV cache; None: as many as its budget.
 
-    The first layers of a reducer inside the decoder hold all patches at every budget, which is the mean over the layers.
+    With a reducer inside the decoder, the first layers hold all patches, and the budget is the mean over the layers.
 
     Args:
         config: configuration of the reducer; None: no reducer.
         num_patches: number of patches of an image.
     """
     return num_patches if config is not None and isinstance(build_reducer(config), InDecoderReducer) else None
+
+
+def positions_per_image(config: ReducerConfig | None, num_patches: int) -> int | None:
+    """Returns the rotary positions that an image takes at every budget; None: one for each visual token.
+
+    Tokens with image positions take those of all patches, and a decoder that reads the prompt starts with all patches.
+
+    Args:
+        config: configuration of the reducer; None: no reducer.
+        num_patches: number of patches of an image.
+    """
+    if config is None or (config.positions == "contiguous" and build_reducer(config).reads != "prompt"):
+        return None
+    return num_patches

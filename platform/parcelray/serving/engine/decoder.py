@@ -227,8 +227,9 @@ class PooledDecoder:
         self._keyed_masks = AttentionMasks(self._text, self._window, positions)
         self.max_positions = int(config.max_position_embeddings)
         self._num_patches = int(model.config.grid_size) ** 2
-        has_all_positions = model.has_image_positions or (reducer is not None and reducer.needs_decoder)
-        self.positions_per_image = self._num_patches if has_all_positions else None
+        self.positions_per_image = self._num_patches if model.has_image_positions else None
+        if reducer is not None:
+            self.positions_per_image = reducer.positions_per_image
         reads_prompt = reducer is not None and reducer.in_decoder is not None
         self.prefill_per_image = self._num_patches if reads_prompt else None
         """Visual tokens of an image that enter the decoder at every budget; None: as many as the budget."""
