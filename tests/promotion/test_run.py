@@ -145,6 +145,7 @@ def test_a_passing_version_is_promoted_and_a_worse_one_is_refused_then_forced_th
     }
 
 
+@pytest.mark.nightly
 def test_a_version_is_promoted_and_served_with_its_reducer(made: Registry, tmp_path: Path) -> None:
     folder = tiny_checkpoint(
         tmp_path,
