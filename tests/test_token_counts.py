@@ -1,6 +1,8 @@
 """Training, evaluation, the endpoint and the planner count the same tokens for the same sample and budget."""
 
 import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -13,7 +15,9 @@ from torch import nn
 from parcelray.config.connector import ConnectorConfig
 from parcelray.config.model import MiniLlavaModelConfig
 from parcelray.config.reducer import ReducerConfig
+from parcelray.config.serve import EngineConfig
 from parcelray.datasets.collator import Collator
+from parcelray.datasets.images import decode_image
 from parcelray.datasets.sample import Sample
 from parcelray.evaluation.predict.generation import GenerationSettings
 from parcelray.evaluation.predict.predictor import Answer, Predictor
@@ -28,7 +32,8 @@ from parcelray.models.token_reduction.in_decoder import InDecoderReducer
 from parcelray.models.vlm import ElasticConfig
 from parcelray.profiling.backbone_shapes import from_transformers_config
 from parcelray.profiling.reduction_flops import reduced_cost
-from parcelray.serving.engine.engine import ImagePixels, PromptBuilder, Sampling
+from parcelray.serving.engine.continuous_engine import ContinuousEngine
+from parcelray.serving.engine.engine import ImagePixels, PromptBuilder, Sampling, answer_all
 from parcelray.training.step import to_tensors, with_placeholders
 
 from .models.conftest import CONFIG, CORPUS, MINI_LLAVA, random_images
@@ -144,19 +149,44 @@ def _answer(
     model: ElasticVLM, processor: ElasticProcessor, sample: Sample, budget: int, settings: GenerationSettings
 ) -> tuple[Answer, list[int]]:
     """Evaluates a sample; returns the answer and the length of the prompt in each decoder layer."""
+    with _recorded_lengths(model) as lengths:
+        answer = Predictor(model.eval(), processor, settings=settings).answer_budgets([sample], [budget])[budget][0]
+    return answer, lengths[: len(model.model.language_model.layers)]
+
+
+@contextmanager
+def _recorded_lengths(model: ElasticVLM) -> Iterator[list[int]]:
+    """Records the number of tokens in each run of a decoder layer."""
     lengths: list[int] = []
 
     def record(module: nn.Module, args: tuple[Any, ...]) -> None:
         lengths.append(args[0].shape[1])
 
-    layers = model.model.language_model.layers
-    hooks = [layer.register_forward_pre_hook(record) for layer in layers]
+    hooks = [layer.register_forward_pre_hook(record) for layer in model.model.language_model.layers]
     try:
-        answer = Predictor(model.eval(), processor, settings=settings).answer_budgets([sample], [budget])[budget][0]
+        yield lengths
     finally:
         for hook in hooks:
             hook.remove()
-    return answer, lengths[: len(layers)]
+
+
+def _served(
+    model: ElasticVLM, processor: ElasticProcessor, sample: Sample, budget: int, reducer: ReducerConfig
+) -> tuple[TokenCounts, list[int]]:
+    """Serves a sample; returns the counts of `usage` and the length of the prompt in each decoder layer."""
+    prompts = PromptBuilder(processor)
+    pixels = [prompts.pixels(decode_image(image)) for image in sample.images]
+    request = prompts.request(
+        "r", sample.prompt, pixels, num_visual_tokens=budget, sampling=Sampling(1), timeout_s=600.0
+    )
+    engine = ContinuousEngine(model, processor, EngineConfig(kv_tokens=1024), reducer=reducer)
+    try:
+        with _recorded_lengths(model) as lengths:
+            (end,) = answer_all(engine, [request])
+    finally:
+        engine.close()
+    assert end.num_visual_tokens == budget
+    return request.tokens, lengths[: len(model.model.language_model.layers)]
 
 
 @pytest.mark.parametrize("backbone", ["paligemma", "clip"])
@@ -195,6 +225,8 @@ def test_the_decoder_gets_the_counted_tokens_of_every_reducer(
     settings = GenerationSettings(max_new_tokens=1, reducer=section.to_json())
     answer, lengths = _answer(model, processor, sample, budget, settings)
     assert answer.tokens == processor.count_tokens(sample.prompt, 2, budget)
+    # The endpoint counts the same, and its decoder gets as many tokens in each layer.
+    assert _served(model, processor, sample, budget, section) == (answer.tokens, lengths)
     planned = reduced_cost(from_transformers_config(config), section, budget, 2, answer.tokens.text).tokens_by_layer
     if isinstance(built, InDecoderReducer):
         # Whole tokens in whole layers reach the mean only to within a token per stage.

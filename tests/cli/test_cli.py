@@ -269,7 +269,15 @@ def test_select_reads_only_the_trials_of_the_same_search(run: Any, tmp_path: Pat
     TrialRecord(tmp_path / "tune" / "cluster_count").add(
         FinishedTrial(point_key(point), point, {"retention": 90.0, "tokens": 64.0}, 1.0)
     )
-    assert run("tune", file, "--set", place, "--select", "max retention").code == 0
+    chosen = json.loads(run("tune", file, "--set", place, "--select", "max retention", "--json").out)
+    assert (chosen["kind"], Path(chosen["evaluation"]).name) == ("serve", "selected_evaluate.yaml")
+    # The selected reducer is served at the selected budget.
+    served = run("serve", chosen["file"], "--dry-run", "--json")
+    assert served.code == 0, served.err
+    plan = json.loads(served.out)
+    assert (plan["reducer"]["type"], list(plan["flops"])) == ("cluster_aggregate", ["64"])
+    refused = run("serve", chosen["file"], "--dry-run", "--set", "budgets={offered: [300]}")
+    assert (refused.code, "does not support 300 visual tokens" in refused.err) == (2, True)
     other = run("tune", file, "--set", place, "--set", "seed=5", "--select", "max retention")
     assert other.code == 2
     assert "whose configuration differs from this one (seed: 0 -> 5)" in other.err

@@ -178,7 +178,7 @@ def test_all_ways_into_the_decoder_give_the_same_logits(family: str) -> None:
         texts = processor.encode_prompts(PROMPTS)
         lengths = [len(ids) + 2 * budget for ids in texts]
         blocks = [decoder.pool.reserve(each + num_new) for each in lengths]
-        logits_BV, at = decoder.prefill(
+        logits_BV, spans = decoder.prefill(
             [
                 Prompt(tuple(ids), processor.visual_offset, visual_VL, budget, own)
                 for ids, visual_VL, own in zip(texts, visual.tokens_BVL, blocks, strict=True)
@@ -186,9 +186,7 @@ def test_all_ways_into_the_decoder_give_the_same_logits(family: str) -> None:
         )
         served = [logits_BV]
         for step in range(num_new - 1):
-            logits_BV = decoder.decode(
-                [ids[step] for ids in answers], [each + step for each in at], [each + step for each in lengths], blocks
-            )
+            logits_BV = decoder.decode([ids[step] for ids in answers], spans, blocks)
             served.append(logits_BV)
     for result in (reduced, torch.stack(generated, dim=1), torch.stack(served, dim=1)):
         torch.testing.assert_close(result, trained, rtol=0, atol=TOLERANCE)

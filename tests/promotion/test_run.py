@@ -12,12 +12,15 @@ from mlflow import MlflowClient
 from rich.console import Console
 
 from parcelray.config.promote import PromoteJob
+from parcelray.config.reducer import AveragePoolingConfig, SpatialSamplingConfig
+from parcelray.config.serve import ServeJob
 from parcelray.errors import UserError
 from parcelray.evaluation.run import run_evaluation
 from parcelray.models.manifest import write_manifest
 from parcelray.promotion import run as promotion
 from parcelray.promotion.registered_models import list_models, roll_back, show_model
 from parcelray.promotion.run import GateRefusal, Verdict, promotion_plan, run_promotion
+from parcelray.serving.plan import pin
 from parcelray.tracking import registry
 from parcelray.tracking.mlflow_tracker import end_run, start_run
 from parcelray.tracking.model_versions import find_version
@@ -140,6 +143,51 @@ def test_a_passing_version_is_promoted_and_a_worse_one_is_refused_then_forced_th
         1: "passed",
         2: "forced",
     }
+
+
+@pytest.mark.nightly
+def test_a_version_is_promoted_and_served_with_its_reducer(made: Registry, tmp_path: Path) -> None:
+    folder = tiny_checkpoint(
+        tmp_path,
+        1,
+        connector={"type": "identity"},
+        budget={"type": "uniform", "budgets": [256]},
+        validation={"budgets": [256]},
+    )
+    changes: dict[str, Any] = {"name": "reduced", "model": "reduced", "candidate": str(folder)}
+    job = ServeJob.model_validate(
+        {
+            "kind": "serve",
+            "name": "reduced",
+            "model": {"reference": "models:/reduced@champion"},
+            "budgets": {"offered": [16, 64], "policy": {"type": "load"}},
+            "tracking": {"uri": made.uri},
+        }
+    )
+    gates = {"latency": {"at_most_ms": {"16": 600_000}, "questions": 5}, "retention": {"overall": {"16": 0, "64": 0}}}
+    first = {"type": "spatial_sampling", "positions": "image"}
+    verdict = made.promote(**changes, gates=gates, reducer=first)
+    assert (verdict.word, verdict.budgets, verdict.to_dict()["reducer"]) == ("passed", (16, 64), first)
+    assert (
+        find_version(made.uri, "reduced", "1").tags["parcel.reducer"]
+        == SpatialSamplingConfig(positions="image").to_json()
+    )
+    pinned = pin(job)
+    assert (pinned.reducer, pinned.warnings) == (SpatialSamplingConfig(positions="image"), ())
+    # The same files with another reducer that fails its gate are still served with the one that passed.
+    with pytest.raises(GateRefusal, match=r"retention .* at 16 visual tokens"):
+        made.promote(**changes, gates={"retention": {"overall": {"16": 1000}}}, reducer={"type": "average_pooling"})
+    assert find_version(made.uri, "reduced", "1").gate_reducer == AveragePoolingConfig()
+    pinned = pin(job)
+    assert pinned.reducer == SpatialSamplingConfig(positions="image")
+    assert "has no promotion gate results with the reducer spatial_sampling" in pinned.warnings[0]
+    # The champion of the regression gate is the version with the reducer that it is served with.
+    regression = {"regression": {"margin": 100.0}}
+    again = made.promote(**changes, gates=regression, reducer={"type": "average_pooling"})
+    assert {check.what for check in again.checks if check.gate == "regression"} == {
+        f"the score on all splits at {budget} visual tokens against the champion's" for budget in (16, 64)
+    }
+    assert pin(job).reducer == AveragePoolingConfig()
 
 
 def test_a_new_version_belongs_to_the_run_that_trained_it(made: Registry, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from parcelray.config.serve import ServeJob
 from parcelray.models.backbones import ElasticVLM
 from parcelray.models.backbones.processor_base import ElasticProcessor
 from parcelray.profiling.backbone_shapes import from_transformers_config
-from parcelray.profiling.flops import cost
+from parcelray.profiling.reduction_flops import prefill_costs
 from parcelray.serving.engine.budget_chooser import BudgetChooser
 from parcelray.serving.engine.continuous_engine import ContinuousEngine
 from parcelray.serving.engine.engine import Engine, PromptBuilder
@@ -59,16 +59,17 @@ def held(engine: Engine) -> Iterator[None]:
 
 
 def job_of(**changes: Any) -> ServeJob:
-    return ServeJob.model_validate({"kind": "serve", "name": "mini", "model": {"connector": {"type": "m3"}}, **changes})
+    model: dict[str, Any] = {} if "reducer" in changes else {"connector": {"type": "m3"}}
+    return ServeJob.model_validate({"kind": "serve", "name": "mini", "model": model, **changes})
 
 
 def service_of(
     job: ServeJob, model: ElasticVLM, processor: ElasticProcessor, client: ModelClient, *, capacity: int | None = None
 ) -> ChatService:
     shape = from_transformers_config(model.config)
-    costs = {budget: cost(shape, model.config.connector_config, budget) for budget in job.budgets.offered}
+    costs = prefill_costs(shape, model.config.connector_config, job.reducer, job.budgets.offered)
     return ChatService(
-        routes=Routes(Route(VERSION, client, PromptBuilder(processor), costs)),
+        routes=Routes(Route(VERSION, client, PromptBuilder(processor), costs, reducer=job.reducer)),
         limits=job.limits,
         policy=BudgetPolicy(job.budgets),
         metrics=EndpointMetrics(job.name),
@@ -90,7 +91,7 @@ def endpoint(
 ) -> Iterator[tuple[str, ChatService, ContinuousEngine]]:
     """Runs an endpoint and yields its URL, service and engine; its timeouts are long unless changed."""
     job = job_of(**{**changes, "limits": {**PATIENT, **changes.get("limits", {})}})
-    engine = ContinuousEngine(model, processor, job.engine, chooser=chooser)
+    engine = ContinuousEngine(model, processor, job.engine, chooser=chooser, reducer=job.reducer)
     service = service_of(job, model, processor, LocalClient(engine), capacity=capacity)
     api = Api(job.name, job.http, lambda: service, Gatekeeper(keys or []), RequestLog())
     with serving(api.application()) as url:

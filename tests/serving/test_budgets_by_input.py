@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from openai import OpenAI
 
+from parcelray.config.reducer import ClusterAggregateConfig
 from parcelray.config.serve import EngineConfig, InputPolicyConfig, ServedBudgets
 from parcelray.datasets.sample import Sample
 from parcelray.errors import UserError
@@ -18,6 +19,7 @@ from parcelray.evaluation.adaptive.budget_signals import SignalReader
 from parcelray.models.backbones import ElasticVLM
 from parcelray.models.backbones.processor_base import ElasticProcessor
 from parcelray.models.checkpoint import MINI_BASE, resolve_checkpoint
+from parcelray.models.vlm import load_vlm
 from parcelray.serving.app import replica_settings
 from parcelray.serving.engine.budget_chooser import BudgetChooser, load_predictor
 from parcelray.serving.engine.continuous_engine import ContinuousEngine
@@ -110,6 +112,21 @@ def test_a_budget_that_does_not_fit_is_not_chosen(
     with pytest.raises(EngineRefusal, match="has no budget predictor; set visual_tokens"):
         plain.submit(replace(ask(one[0], 256), choices=BUDGETS), lambda _: None)
     plain.close()
+
+
+def test_budgets_are_chosen_for_a_model_with_a_reducer(
+    processor: ElasticProcessor, samples: list[Sample], predictor: BudgetPredictor, signals: Any, ask: Asker
+) -> None:
+    # The patch features, and hence the signals, are those of the model with pooled patches.
+    vanilla = load_vlm(resolve_checkpoint(MINI_BASE).path).eval()
+    chooser = BudgetChooser(predictor, vanilla, processor)
+    some = [index for index in range(0, len(samples), 4) if is_clear(predictor, signals[index].tolist())]
+    expected = [predictor.choose(signals[index].tolist()) for index in some]
+    assert len(set(expected)) > 1, "the test is meaningful only if choices differ"
+    engine = ContinuousEngine(vanilla, processor, chooser=chooser, reducer=ClusterAggregateConfig())
+    answers = answer_all(engine, [replace(ask(samples[index], 256), choices=BUDGETS) for index in some])
+    engine.close()
+    assert [each.num_visual_tokens for each in answers] == expected
 
 
 def test_header_usage_metrics_and_log_hold_the_chosen_budget(

@@ -1,5 +1,6 @@
 """Tests of deploying, updating and stopping endpoints on a Serve that only exists in the test."""
 
+import io
 import json
 import threading
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from parcelray.errors import SystemFailure, UserError
 from parcelray.serving.deployments import (
@@ -16,6 +18,7 @@ from parcelray.serving.deployments import (
     application_names,
     deploy,
     endpoint_states,
+    states_table,
     stop,
     update,
 )
@@ -159,9 +162,26 @@ def test_the_state_of_an_endpoint_names_its_address_versions_and_replicas(cluste
         "url": "http://127.0.0.1:8000",
         "proxies": ("proxy on 10.0.0.1: HEALTHY",),
         "models": {version: "1 of 2 replicas run"},
+        "reducers": {},
         "message": "",
     }
     assert endpoint_states(cluster, "mini") == [state]
+
+
+def test_a_version_is_shown_and_updated_with_its_reducer() -> None:
+    cluster = FakeServe()
+    deploy(pin(job_of(reducer={"type": "fastv", "layer": 1}, budgets={"offered": [100, 256]})), cluster, {})
+    (state,) = endpoint_states(cluster)
+    (version,) = state.models
+    assert state.reducers == {version: {"type": "fastv", "layer": 1, "positions": "image"}}
+    table = Console(file=io.StringIO(), width=200)
+    table.print(states_table([state]))
+    assert "1 of 2 replicas run, reducer fastv" in table.file.getvalue()  # type: ignore[attr-defined]
+    _, old = application_names(cluster.details(), "mini")
+    update(cluster, "mini", ["reducer={type: cluster_aggregate}"])
+    _, new = application_names(cluster.details(), "mini")
+    assert new != old, "another reducer is another application of the same version"
+    assert endpoint_states(cluster)[0].reducers[version]["type"] == "cluster_aggregate"
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from parcelray.config.reducer import SaliencyConfig, ToMeConfig
 from parcelray.config.serve import ServeJob
 from parcelray.errors import UserError
 from parcelray.evaluation.predict import PYFUNC_FILE
@@ -14,7 +15,7 @@ from parcelray.models.checkpoint import ModelPin, ResolvedCheckpoint
 from parcelray.models.manifest import write_manifest
 from parcelray.serving.plan import gate_warnings
 from parcelray.tracking.mlflow_tracker import end_run, start_run
-from parcelray.tracking.model_versions import GateRecord, record_verdict
+from parcelray.tracking.model_versions import GateRecord, find_version, record_reducer, record_verdict
 from parcelray.tracking.registry import register_model
 
 from ..stores import new_store
@@ -75,6 +76,22 @@ def test_a_budget_that_was_not_accepted_gives_a_warning(uri: str) -> None:
     assert warnings_of(uri, 1, {"type": "request"}) == ()
     assert "may get 16 visual tokens" in warnings_of(uri, 1, {"type": "request", "auto": 16})[0]
     assert "may get 16 visual tokens" in warnings_of(uri, 1, {"type": "fixed", "visual_tokens": 16})[0]
+
+
+def test_gate_results_hold_only_for_the_reducer_of_the_gates(uri: str) -> None:
+    job = ServeJob.model_validate({"kind": "serve", "name": "m", "tracking": {"uri": uri}})
+    pin = ModelPin(reference="models:/m/1", digest="sha256:1")
+    (warning,) = gate_warnings(job, ResolvedCheckpoint(Path("nowhere"), "models:/m/1", pin), ToMeConfig())
+    assert "models:/m/1 has no promotion gate results with the reducer tome" in warning
+
+
+def test_a_version_keeps_the_reducer_that_it_was_promoted_with(uri: str) -> None:
+    record_reducer(uri, "m", 2, SaliencyConfig(definition="norm", positions="image"))
+    version = find_version(uri, "m", "2")
+    assert version.reducer == SaliencyConfig(definition="norm", positions="image")
+    assert version.gate_reducer is None
+    record_reducer(uri, "m", 2, None)
+    assert find_version(uri, "m", "2").reducer is None
 
 
 def test_a_model_outside_the_registry_gives_no_warning(uri: str) -> None:

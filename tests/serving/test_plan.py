@@ -18,8 +18,11 @@ from parcelray.errors import SystemFailure, UnsupportedBudgetError, UserError
 from parcelray.serving import deployments
 from parcelray.serving import run as serving_run
 from parcelray.serving.http.auth import add_key
+from parcelray.serving.memory import serving_token_plan
 from parcelray.serving.plan import pin, serve_job, serving_plan
 from parcelray.serving.run import endpoint
+
+from ..tiny import tiny_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.serving
@@ -54,6 +57,47 @@ def test_the_plan_computes_the_memory_and_the_requests_that_fit() -> None:
     assert plan.kv_bytes == 1024 * 3 * 2 * 1 * 32 * 4
     assert plan.requests_in_kv == {16: 9, 64: 6, 256: 2}
     assert plan.flops[16] < plan.flops[64] < plan.flops[256]
+
+
+def test_a_reducer_decides_the_budgets_and_the_plan() -> None:
+    plan = serving_plan(serve_job(str(ROOT / "jobs" / "serve" / "training_free.yaml"), ["engine.kv_tokens=1024"]))
+    assert plan.reducer is not None
+    assert plan.reducer["type"] == "cluster_aggregate"
+    assert plan.requests_in_kv == {16: 9, 64: 6, 256: 2}
+    assert plan.flops[16] < plan.flops[64] < plan.flops[256]
+    # The first layers of a decoder that drops tokens inside hold all patches, whatever the budget.
+    changes = ["engine.kv_tokens=1024", "reducer={type: fastv, layer: 1}", "budgets.offered=[128, 256]"]
+    inside = serving_plan(serve_job(str(ROOT / "jobs" / "serve" / "training_free.yaml"), changes))
+    assert inside.requests_in_kv == {128: 2, 256: 2}
+    tokens = serving_token_plan(serve_job(str(ROOT / "jobs" / "serve" / "training_free.yaml"), changes))
+    assert [each.fits for each in tokens.memory] == [2, 2]
+    assert "3 at 128, 3 at 256" in tokens.notes[0]
+    assert "The memory of the reducer fastv itself is not predicted." in tokens.notes[1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["reducer.type=average_pooling", "budgets.offered=[15]"], "average_pooling does not support 15 visual tokens"),
+        (["reducer={type: fastv, layer: 1}", "budgets.offered=[16]"], "fastv does not support 16 visual tokens"),
+        (["reducer={type: fastv, layer: 9}"], "fastv.layer 9 is not a layer of this decoder of 3 layers"),
+        (["reducer.type=visionzip", "model.reference=mini_llava_convnext"], "convolutional tower"),
+        (["model.connector={type: m3}"], "model.connector and reducer exclude each other"),
+        (
+            ["canary={model: {connector: {type: m3}}, reducer: {type: tome}}"],
+            "canary.model.connector and canary.reducer",
+        ),
+    ],
+)
+def test_a_reducer_that_does_not_fit_is_refused_before_the_start(changes: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        pin(serve_job(str(ROOT / "jobs" / "serve" / "training_free.yaml"), changes))
+
+
+def test_a_reducer_of_a_model_that_already_compresses_is_refused(tmp_path: Path) -> None:
+    folder = tiny_checkpoint(tmp_path, 1)
+    with pytest.raises(UserError, match="this one has the connector parcel; evaluate it without a reducer"):
+        pin(serve_job(str(ROOT / "jobs" / "serve" / "training_free.yaml"), [f"model.reference={folder}"]))
 
 
 def test_the_file_for_serve_deploy_describes_the_whole_endpoint() -> None:

@@ -69,7 +69,7 @@ def test_the_old_folder_belongs_to_the_same_search_and_its_trials_can_be_selecte
     run_folder.check()
     trials = TrialRecord(run_folder.local_path("")).trials
     chosen = select(job, trials, "max score subject to tokens <= 64", tmp_path / "selected.yaml")
-    assert chosen.assignment == {"budgets": [32]}
+    assert chosen.trial.assignment == {"budgets": [32]}
 
 
 def test_a_changed_search_under_the_same_name_is_refused_with_the_changed_keys_only(

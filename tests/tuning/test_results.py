@@ -8,10 +8,14 @@ import pytest
 from mlflow.exceptions import MlflowException
 from rich.console import Console
 
-from parcelray.config.loader import load_job
+from parcelray.config.evaluate import EvaluateJob
+from parcelray.config.loader import load_job, load_job_of
 from parcelray.config.objectives import Objective
+from parcelray.config.reducer import ClusterAggregateConfig
+from parcelray.config.serve import FixedPolicyConfig, ServeJob
 from parcelray.config.tune import TuneJob
 from parcelray.errors import SystemFailure
+from parcelray.serving.plan import serving_plan
 from parcelray.tracking.mlflow_tracker import start_run
 from parcelray.tracking.run_folder import RunFolder
 from parcelray.tuning import progress as tuning_progress
@@ -57,6 +61,34 @@ def test_a_selected_evaluation_uses_the_test_split(tmp_path: Path) -> None:
     select(_job(tmp_path), TRIALS, "max retention subject to tokens <= 16", tmp_path / "chosen.yaml")
     written: Any = load_job(tmp_path / "chosen.yaml")
     assert written.benchmarks[0].source == {"split": "test", "samples": 9}
+
+
+def test_a_selected_reducer_is_a_job_that_serves_and_an_evaluation(tmp_path: Path) -> None:
+    parameters = {
+        "budgets": {"type": "choice", "values": [[16], [64]]},
+        "reducer.weighting": {"type": "choice", "values": ["mean", "norm"]},
+    }
+    base = {
+        "kind": "evaluate",
+        "name": "b",
+        "model": {"reference": "mini_llava"},
+        "reducer": {"type": "cluster_aggregate", "positions": "image"},
+        "benchmarks": [{"name": "mini", "source": {"split": "validation", "samples": 9}}],
+    }
+    space = {"kind": "search_space", "name": "s", "job": "j", "parameters": parameters}
+    point = {"budgets": [64], "reducer.weighting": "norm"}
+    trial = FinishedTrial(point_key(point), point, {"retention": 70.0, "tokens": 64.0}, 1.0)
+    chosen = select(_job(tmp_path, base=base, space=space), [trial], "max retention", tmp_path / "chosen.yaml")
+    served, evaluated = load_job_of(ServeJob, chosen.job), load_job_of(EvaluateJob, str(chosen.evaluation))
+    assert served.reducer == evaluated.reducer
+    assert isinstance(served.reducer, ClusterAggregateConfig)
+    assert (served.reducer.weighting, served.reducer.positions) == ("norm", "image")
+    assert (served.budgets.offered, evaluated.budgets) == ((64,), (64,))
+    assert served.budgets.policy == FixedPolicyConfig(visual_tokens=64)
+    assert served.model.reference == "mini_llava"
+    assert evaluated.benchmarks[0].source["split"] == "test"
+    assert "# parcelray serve" in chosen.job.read_text()
+    assert serving_plan(served).reducer == served.reducer.model_dump(mode="json")
 
 
 def test_the_box_of_the_hypervolume_is_known_before_the_first_trial() -> None:

@@ -228,7 +228,7 @@ def test_an_impossible_search_is_refused_before_the_reference_is_evaluated(
 
 def test_the_selected_trial_is_written_as_a_job_file(searched: tuple[TuneJob, SearchRun, str], tmp_path: Path) -> None:
     job, run, _ = searched
-    chosen = select(job, run.findings.trials, "max score subject to tokens <= 16", tmp_path / "chosen.yaml")
+    chosen = select(job, run.findings.trials, "max score subject to tokens <= 16", tmp_path / "chosen.yaml").trial
     written = load_job(tmp_path / "chosen.yaml")
     assert isinstance(written, EvaluateJob)
     assert (written.kind, list(written.budgets), written.anchor_grid) == (

@@ -22,7 +22,7 @@ def tune(  # noqa: PLR0913 - options of a command
         typer.Option(
             help=(
                 "Rule that selects a finished trial and writes its job file, for example 'max retention subject to"
-                " tokens <= 64'; default: run the search."
+                " tokens <= 64'; for an evaluation with a reducer, a job that serves it. Default: run the search."
             ),
             show_default=False,
         ),
@@ -68,12 +68,19 @@ def tune(  # noqa: PLR0913 - options of a command
         path = output or (Path(run_folder.path) if run_folder.is_local else Path()) / "selected.yaml"
         chosen = select_trial(job, TrialRecord(run_folder.uri).trials, select, path)
         if as_json:
-            write_json({"file": str(path), "assignment": chosen.assignment, "metrics": dict(chosen.metrics)})
+            files = {"file": str(path), "kind": chosen.kind}
+            if chosen.evaluation is not None:
+                files["evaluation"] = str(chosen.evaluation)
+            write_json(files | {"assignment": chosen.trial.assignment, "metrics": dict(chosen.trial.metrics)})
             return
         console().print(
-            f"{path}: trial {chosen.key}. Run it with: parcelray {job.base.kind} {path}",
-            soft_wrap=True,
+            f"{path}: trial {chosen.trial.key}. Run it with: parcelray {chosen.kind} {path}", soft_wrap=True
         )
+        if chosen.evaluation is not None:
+            console().print(
+                f"{chosen.evaluation}: its evaluation. Run it with: parcelray evaluate {chosen.evaluation}",
+                soft_wrap=True,
+            )
         return
     from parcelray.tuning.run import run_tuning
 

@@ -8,6 +8,7 @@ from parcelray.config.base import StrictModel
 from parcelray.config.evaluate import BenchmarkChoice, EvaluateJob, PassConfig
 from parcelray.config.model import CheckpointModelConfig
 from parcelray.config.paths import LocalPath, ModelReference
+from parcelray.config.reducer import ReducerConfig
 from parcelray.config.serve import EngineConfig
 from parcelray.config.train import StorageLimits, TrackingConfig, default_tracking
 
@@ -88,6 +89,11 @@ class PromoteJob(StrictModel):
     """Name of the registered model whose champion is selected."""
     candidate: ModelReference = "challenger"
     """Version (`3`), alias, or checkpoint (folder or URI), which is registered as the next version and challenger."""
+    reducer: ReducerConfig | None = None
+    """Training-free reducer of the candidate, as in an evaluate job; the gates evaluate with it.
+
+    A version that is promoted keeps it, and the endpoint serves with it. null: the candidate's connector.
+    """
     reference: CheckpointModelConfig | None = None
     """Uncompressed model for the retention metric; null: the candidate itself at its largest budget."""
     benchmarks: tuple[BenchmarkChoice, ...] = Field(min_length=1)
@@ -141,17 +147,19 @@ class PromoteJob(StrictModel):
         self.evaluation("gate", "candidate")
         return self
 
-    def evaluation(self, name: str, reference: str) -> EvaluateJob:
+    def evaluation(self, name: str, reference: str, reducer: ReducerConfig | None = None) -> EvaluateJob:
         """Builds the evaluate job of one model on the benchmarks and budgets of this promotion.
 
         Args:
             name: name of the evaluate job.
             reference: reference of the model to evaluate.
+            reducer: reducer of that model; None: none.
         """
         return EvaluateJob(
             kind="evaluate",
             name=name,
             model=CheckpointModelConfig(reference=reference),
+            reducer=reducer,
             reference=self.reference,
             benchmarks=self.benchmarks,
             catalog=self.catalog,

@@ -7,6 +7,7 @@ from pydantic import Field, field_validator, model_validator
 from parcelray.config.base import StrictModel
 from parcelray.config.connector import AnchorsOnlyConnectorConfig, M3ConnectorConfig
 from parcelray.config.paths import LocalPath, ModelReference
+from parcelray.config.reducer import ReducerConfig
 from parcelray.config.train import TrackingConfig, default_tracking
 
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
@@ -252,6 +253,8 @@ class CanaryConfig(StrictModel):
 
     model: ServedModelConfig
     """Model of the canary (the challenger)."""
+    reducer: ReducerConfig | None = None
+    """Training-free reducer of the canary's model, as the job's key `reducer`."""
     share: float = Field(default=0.1, gt=0, lt=1)
     """Fraction of the requests that the canary receives."""
     min_requests: int = Field(default=50, ge=1)
@@ -295,6 +298,11 @@ class ServeJob(StrictModel):
     """Short name of the job, which is also the model name in requests."""
     model: ServedModelConfig = ServedModelConfig()
     """Model to serve."""
+    reducer: ReducerConfig | None = None
+    """Training-free reducer of a model without compression, as in an evaluate job.
+
+    null: the reducer that a registered version was promoted with; else none, and the connector produces each budget.
+    """
     canary: CanaryConfig | None = None
     """Canary deployment of a challenger; null: none."""
     budgets: ServedBudgets = ServedBudgets()
@@ -325,6 +333,15 @@ class ServeJob(StrictModel):
             raise ValueError(
                 "samples are stored in MLflow, but tracking.uri is null; set tracking.uri or remove samples"
             )
+        sections = {"": (self.model, self.reducer)}
+        if self.canary is not None:
+            sections["canary."] = (self.canary.model, self.canary.reducer)
+        for section, (model, reducer) in sections.items():
+            if model.connector is not None and reducer is not None:
+                raise ValueError(
+                    f"{section}model.connector and {section}reducer exclude each other, as a reducer takes all patch"
+                    " tokens; remove one of them"
+                )
         if self.canary is not None and isinstance(self.budgets.policy, InputPolicyConfig):
             raise ValueError(
                 "budgets.policy is input, whose predictor belongs to one checkpoint, but canary adds a second one;"

@@ -26,8 +26,8 @@ class Keys(NamedTuple):
     """Rotary positions, int64."""
     sizes_BS: Tensor
     """Number of patches in each visual token, int64; 1 for text."""
-    visual: slice
-    """Columns of the visual tokens."""
+    visual_BS: Tensor
+    """True for visual tokens."""
 
 
 class LayerMasks(NamedTuple):
@@ -95,16 +95,23 @@ class AttentionMasks:
             F.pad(keys.valid_BS, (0, num_new), value=True),
             torch.cat([keys.positions_BS, positions_BM], dim=1),
             F.pad(keys.sizes_BS, (0, num_new), value=1),
-            keys.visual,
+            F.pad(keys.visual_BS, (0, num_new), value=False),
         )
+        return LayerMasks(*(mask.expand(-1, -1, num_new, -1) for mask in self.of_rows(positions_BM, keys, dtype)))
+
+    def of_rows(self, positions_BR: Tensor, keys: Keys, dtype: torch.dtype) -> LayerMasks:
+        """Returns the masks [B, 1, R or 1, S] of rows that see every valid key.
+
+        Args:
+            positions_BR: rotary positions of the rows.
+            keys: the S positions that the rows attend to.
+            dtype: dtype of the attention logits.
+        """
         allowed_B1S = keys.valid_BS[:, None]
-        full = self._additive(allowed_B1S, positions_BM, keys, dtype)
-        near = (
-            full
-            if self._window is None
-            else self._additive(allowed_B1S & self._near(positions_BM, keys), positions_BM, keys, dtype)
-        )
-        return LayerMasks(full.expand(-1, -1, num_new, -1), near.expand(-1, -1, num_new, -1))
+        full = self._additive(allowed_B1S, positions_BR, keys, dtype)
+        if self._window is None:
+            return LayerMasks(full, full)
+        return LayerMasks(full, self._additive(allowed_B1S & self._near(positions_BR, keys), positions_BR, keys, dtype))
 
     def _near(self, rows_BR: Tensor, keys: Keys) -> Tensor:
         """Returns whether each key lies in the sliding window of each row, bool [B, R, S]."""
@@ -124,7 +131,7 @@ class AttentionMasks:
         if self._positions == "image_calibrated":
             decay = rotary_decay(self._language_model, int(distances_BRS.abs().max()))
             calibration = (_CALIBRATION - decay[distances_BRS.abs()]).log()
-            bias[:, :, keys.visual] += calibration[:, :, keys.visual]
+            bias = bias + calibration.where(keys.visual_BS[:, None], 0.0)
         masked: Tensor = bias.masked_fill(~allowed_BRS, torch.finfo(dtype).min).to(dtype)
         return masked[:, None]
 

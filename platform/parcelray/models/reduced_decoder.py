@@ -10,7 +10,7 @@ between the visual tokens and the text after them, so that the last column holds
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -61,19 +61,40 @@ def encode_prompts(
         answers: one answer per prompt; None for generation.
         device: device of the result.
     """
-    offset = processor.visual_offset
     prefixes = processor.encode_prompts(texts)
     suffixes = processor.encode_answers(answers) if answers is not None else [[] for _ in texts]
+    return pack_prompts(
+        prefixes, suffixes, offset=processor.visual_offset, pad_token_id=processor.tokenizer.pad_token_id, device=device
+    )
+
+
+def pack_prompts(
+    prefixes: Sequence[Sequence[int]],
+    suffixes: Sequence[Sequence[int]],
+    *,
+    offset: int,
+    pad_token_id: int,
+    device: torch.device | str,
+) -> Prompts:
+    """Arranges encoded prompts in a batch.
+
+    Args:
+        prefixes: token ids of each prompt, without image placeholders.
+        suffixes: token ids of each answer; empty for generation.
+        offset: number of token ids before the images, which are the same in every prompt.
+        pad_token_id: id of the padding.
+        device: device of the result.
+    """
     longest = max(len(prefix) - offset for prefix in prefixes)
-    shape = (len(texts), longest + max(len(suffix) for suffix in suffixes))
+    shape = (len(prefixes), longest + max(len(suffix) for suffix in suffixes))
     after, valid, answer = (
-        torch.full(shape, processor.tokenizer.pad_token_id),
+        torch.full(shape, pad_token_id),
         torch.zeros(shape, dtype=torch.bool),
         torch.zeros(shape, dtype=torch.bool),
     )
     for row, (prefix, suffix) in enumerate(zip(prefixes, suffixes, strict=True)):
         start, end = longest - (len(prefix) - offset), longest + len(suffix)
-        after[row, start:end] = torch.tensor(prefix[offset:] + suffix)
+        after[row, start:end] = torch.tensor([*prefix[offset:], *suffix])
         valid[row, start:end] = True
         answer[row, longest:end] = True
     return Prompts(
@@ -104,14 +125,27 @@ class _Sequence:
 
     @property
     def keys(self) -> Keys:
-        return Keys(self.valid_BS, self.positions_BS, self.sizes_BS, self.visual)
+        visual_BS = torch.zeros_like(self.valid_BS)
+        visual_BS[:, self.visual] = True
+        return Keys(self.valid_BS, self.positions_BS, self.sizes_BS, visual_BS)
 
 
-class _Group(NamedTuple):
+class LayerGroup(NamedTuple):
     """Consecutive layers that attend to the same positions."""
 
     layers: range
     keys: Keys
+
+
+class Prefilled(NamedTuple):
+    """Prompts that have passed all layers of the decoder."""
+
+    logits_BV: Tensor
+    """Logits of the first token after each prompt."""
+    cache: DynamicCache
+    """Keys and values of each layer, with those of padding."""
+    groups: list[LayerGroup]
+    """The layers, with the positions that each of them holds in the cache."""
 
 
 class _Steps(NamedTuple):
@@ -204,6 +238,14 @@ class ReducedDecoder:
         return self._logits(self._prefill(prompts, visual, reducer, budget)[0])
 
     @torch.inference_mode()
+    def prefill(
+        self, prompts: Prompts, visual: VisualTokens, *, reducer: TokenReducer | None = None, budget: int = 0
+    ) -> Prefilled:
+        """Runs prompts through all layers, for a caller that generates itself; see `generate` for the arguments."""
+        hidden_BTL, cache, groups = self._prefill(prompts, visual, reducer, budget)
+        return Prefilled(self._logits(hidden_BTL[:, -1:]).squeeze(1), cache, groups)
+
+    @torch.inference_mode()
     def attention(self, prompts: Prompts, visual: VisualTokens, layers: list[int]) -> list[Tensor]:
         """Returns the attention of the text to the visual tokens in some layers, without any reduction.
 
@@ -214,7 +256,7 @@ class ReducedDecoder:
 
     def _prefill(
         self, prompts: Prompts, visual: VisualTokens, reducer: TokenReducer | None, budget: int
-    ) -> tuple[Tensor, DynamicCache, list[_Group]]:
+    ) -> tuple[Tensor, DynamicCache, list[LayerGroup]]:
         """Runs the prompts through all layers; returns hidden states of the text [B, T, L], KV cache and groups."""
         sequence = self._embed(prompts, visual)
         # Reducers score by the prompt alone, so the columns of the answers are cut off.
@@ -236,7 +278,7 @@ class ReducedDecoder:
                 sequence, reducer(visual.tokens_BVL, num_visual_tokens=budget, context=ReductionContext(prompt=view))
             )
         cache = DynamicCache()
-        groups: list[_Group] = []
+        groups: list[LayerGroup] = []
         edges = [0, *(stage.layer for stage in stages), self.num_layers]
         previous_input = sequence.hidden_BSL
         for number, layers in enumerate(map(range, edges[:-1], edges[1:])):
@@ -250,7 +292,7 @@ class ReducedDecoder:
                     index, sequence.hidden_BSL, rotary, sequence.positions_BS, masks.of(self._is_windowed(index)), cache
                 )
                 sequence = replace(sequence, hidden_BSL=hidden)
-            groups.append(_Group(layers, sequence.keys))
+            groups.append(LayerGroup(layers, sequence.keys))
         return self._text.norm(sequence.hidden_BSL[:, sequence.text]), cache, groups
 
     def _reduced_at(
@@ -348,7 +390,7 @@ class ReducedDecoder:
                 hidden = self._run(index, hidden, rotary, sequence.positions_BS, mask, None)
         return [attention_of[layer] for layer in layers]
 
-    def _plan_steps(self, group: _Group, num_steps: int, hidden: Tensor) -> _Steps:
+    def _plan_steps(self, group: LayerGroup, num_steps: int, hidden: Tensor) -> _Steps:
         """Computes positions and masks of the tokens to be generated, which do not depend on the tokens themselves."""
         last_B1 = group.keys.positions_BS[:, -1:]
         positions_BM = last_B1 + torch.arange(1, num_steps + 1, device=hidden.device)

@@ -21,11 +21,12 @@ stage:
 ToMe replaces the tower's layers up to the patch features by merging ones. The layers after them do not run.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from typing import NamedTuple
 
+from parcelray.config.connector import ConnectorConfig
 from parcelray.config.reducer import (
     ClusterAggregateConfig,
     DivPruneConfig,
@@ -92,6 +93,30 @@ class ReducedCost(NamedTuple):
     def terms(self) -> dict[str, int]:
         """The FLOP terms by name, with the reducer's own cost last; they sum to `total`."""
         return self.model.terms() | {"reducer": self.reducer}
+
+
+PrefillCost = CostBreakdown | ReducedCost
+"""The cost of one prefill, without or with a reducer."""
+
+
+def prefill_costs(
+    shape: BackboneShape, connector: ConnectorConfig | None, reducer: ReducerConfig | None, budgets: Iterable[int]
+) -> dict[int, PrefillCost]:
+    """Computes the cost of one prefill with one image at each budget.
+
+    Args:
+        shape: dimensions of the backbone.
+        connector: the model's connector.
+        reducer: reducer of a model without compression; None: none.
+        budgets: visual tokens per image.
+
+    Raises:
+        UnsupportedBudgetError: the reducer does not support a budget.
+        UserError: the reducer does not fit the backbone.
+    """
+    if reducer is None:
+        return {budget: cost(shape, connector, budget) for budget in sorted(budgets)}
+    return {budget: reduced_cost(shape, reducer, budget) for budget in sorted(budgets)}
 
 
 def reduced_prefill_flops(

@@ -31,7 +31,7 @@ def check_latency(job: PromoteJob, gate: LatencyGate, checkpoint: ResolvedCheckp
         gate: the latency gate.
         checkpoint: the candidate.
     """
-    first = prepare(job.evaluation("latency", checkpoint.reference), image_size_of(checkpoint.path))[0]
+    first = prepare(job.evaluation("latency", checkpoint.reference, job.reducer), image_size_of(checkpoint.path))[0]
     samples: list[Sample] = []
     for row in first.rows:
         samples += first.reader.read(row).samples
@@ -40,11 +40,11 @@ def check_latency(job: PromoteJob, gate: LatencyGate, checkpoint: ResolvedCheckp
     sampling = Sampling(max_new_tokens=first.generation.max_new_tokens)
     with _threads(gate.threads):
         config = ServedModelConfig(reference=checkpoint.pinned, dtype=gate.dtype, device=gate.device)
-        model = load_model(checkpoint.path, config, gate.at_most_ms)
+        model = load_model(checkpoint.path, config, gate.at_most_ms, job.reducer)
         processor = load_processor(checkpoint.path)
         # The budgets share the images: with a cache, the vision tower would be timed once for all of them.
         limits = gate.engine.model_copy(update={"feature_cache_mb": 0})
-        engine = ContinuousEngine(model, processor, limits, name="gate")
+        engine = ContinuousEngine(model, processor, limits, name="gate", reducer=job.reducer)
         prompts = PromptBuilder(processor)
 
         def answer(sample: Sample, budget: int) -> None:

@@ -1,6 +1,7 @@
 """Runs one promotion job: evaluates the candidate against the gates and, if it passes, makes it the champion."""
 
 import getpass
+import hashlib
 import itertools
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -12,10 +13,12 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from parcelray.config.evaluate import EvaluateJob
 from parcelray.config.identity import identity
 from parcelray.config.model import CheckpointModelConfig
 from parcelray.config.paths import AS_WRITTEN
 from parcelray.config.promote import PromoteJob
+from parcelray.config.reducer import ReducerConfig
 from parcelray.errors import UserError
 from parcelray.evaluation.plan import EvaluationPlan, evaluation_plan
 from parcelray.evaluation.predict import PYFUNC_FILE
@@ -31,6 +34,7 @@ from parcelray.tracking.model_versions import (
     artifact_problems,
     find_version,
     model_names,
+    record_reducer,
     record_verdict,
     training_run,
     version_of_content,
@@ -80,6 +84,8 @@ class Verdict:
     user: str
     """User who ran the promotion."""
     mlflow_run_id: str
+    reducer: ReducerConfig | None = None
+    """Training-free reducer that the version was evaluated with; None: none."""
 
     @property
     def failed(self) -> list[str]:
@@ -101,6 +107,7 @@ class Verdict:
         return {
             "model": self.model,
             "version": self.version,
+            "reducer": None if self.reducer is None else self.reducer.model_dump(mode="json"),
             "champion_before": self.champion,
             "verdict": self.word,
             "accepted_budgets": list(self.budgets),
@@ -152,10 +159,19 @@ def run_promotion(job: PromoteJob, console: Console, *, force: bool = False, add
         )
         checks = tuple(_checks(job, uri, version, champion, console, address, run_id))
         verdict = Verdict(
-            job.model, version, champion, checks, tuple(accepted_budgets(checks, job.budgets)), force, user, run_id
+            job.model,
+            version,
+            champion,
+            checks,
+            tuple(accepted_budgets(checks, job.budgets)),
+            force,
+            user,
+            run_id,
+            job.reducer,
         )
         _record(job, name, uri, verdict)
         if verdict.word != "failed":
+            record_reducer(uri, job.model, version, job.reducer)
             promote(uri, job.model, version, expected=champion)
     console.print(verdict.to_rich())
     if verdict.word == "failed":
@@ -173,9 +189,15 @@ def promotion_plan(job: PromoteJob) -> EvaluationPlan:
     assert job.tracking.uri is not None
     uri = ensure_store(job.tracking.uri)
     if _is_checkpoint(job.candidate):
-        return evaluation_plan(job.evaluation(f"gate-{job.name}-new", job.candidate))
+        return evaluation_plan(job.evaluation(f"gate-{job.name}-new", job.candidate, job.reducer))
     version = find_version(uri, job.model, job.candidate).version
-    return evaluation_plan(job.evaluation(f"gate-{job.name}-v{version}", f"models:/{job.model}/{version}"))
+    return evaluation_plan(_evaluation(job, version, job.reducer))
+
+
+def _evaluation(job: PromoteJob, version: int, reducer: ReducerConfig | None) -> EvaluateJob:
+    """The evaluation of one version with one reducer, under a name of its own."""
+    suffix = "" if reducer is None else f"-{hashlib.sha256(reducer.to_json().encode()).hexdigest()[:6]}"
+    return job.evaluation(f"gate-{job.name}-v{version}{suffix}", f"models:/{job.model}/{version}", reducer)
 
 
 def _pinned(job: PromoteJob, uri: str) -> PromoteJob:
@@ -238,16 +260,13 @@ def _checks(
         return
     ours = f"models:/{job.model}/{version}"
     own = run_evaluation(
-        job.evaluation(f"gate-{job.name}-v{version}", ours),
-        console,
-        address=address,
-        parent_run_id=run_id,
-        tables=False,
+        _evaluation(job, version, job.reducer), console, address=address, parent_run_id=run_id, tables=False
     ).summary
     if gates.retention is not None:
         yield from check_retention(own, gates.retention)
     if gates.regression is not None:
-        if champion is None or champion == version:
+        served = find_version(uri, job.model, str(champion)).reducer if champion is not None else None
+        if champion is None or (champion == version and served == job.reducer):
             yield Check(
                 gate="regression",
                 what="the champion to compare with",
@@ -256,7 +275,8 @@ def _checks(
                 passed=True,
             )
         else:
-            other = job.evaluation(f"gate-{job.name}-v{champion}", f"models:/{job.model}/{champion}")
+            # The champion is what the endpoint serves now: with the reducer that it was promoted with.
+            other = _evaluation(job, champion, served)
             theirs = run_evaluation(other, console, address=address, parent_run_id=run_id, tables=False).summary
             yield from check_regression(own, theirs, gates.regression)
     yield from check_golden(own.splits, gates.golden)
@@ -265,7 +285,9 @@ def _checks(
 
 
 def _record(job: PromoteJob, name: str, uri: str, verdict: Verdict) -> None:
-    record = GateRecord(verdict.word, name, verdict.mlflow_run_id, verdict.user, verdict.budgets, verdict.failed)
+    record = GateRecord(
+        verdict.word, name, verdict.mlflow_run_id, verdict.user, verdict.budgets, verdict.failed, verdict.reducer
+    )
     record_verdict(uri, verdict.model, verdict.version, record)
     filesystem, root = open_storage(job.storage)
     folder = f"{root}/promote/{job.name}/{verdict.mlflow_run_id}"

@@ -11,6 +11,7 @@ from ray.serve import Application
 
 from parcelray.config.base import StrictModel
 from parcelray.config.paths import WITH_TEXT
+from parcelray.config.reducer import ReducerConfig
 from parcelray.config.serve import InputPolicyConfig, ReplicasConfig, ServedModelConfig, ServeJob
 from parcelray.models.checkpoint import ResolvedCheckpoint
 from parcelray.serving.http.auth import ApiKey
@@ -111,17 +112,21 @@ def ingress_app(args: dict[str, Any]) -> Application:
     return application
 
 
-def replica_settings(job: ServeJob, model: ServedModelConfig, checkpoint: ResolvedCheckpoint) -> ReplicaSettings:
+def replica_settings(
+    job: ServeJob, model: ServedModelConfig, checkpoint: ResolvedCheckpoint, reducer: ReducerConfig | None = None
+) -> ReplicaSettings:
     """Returns the settings of the replicas of one of a job's models.
 
     Args:
         job: the endpoint.
         model: the champion's or the challenger's configuration.
         checkpoint: what `model.reference` was resolved to.
+        reducer: the model's reducer, which the job or the model registry names; None: none.
     """
     return ReplicaSettings(
         pin=checkpoint.pin,
         model=model.model_copy(update={"reference": checkpoint.pinned}),
+        reducer=reducer,
         budgets=tuple(sorted(job.budgets.offered)),
         policy=_input_policy(job),
         engine=job.engine,

@@ -103,6 +103,8 @@ class EndpointState:
     """Address and status of each proxy."""
     models: dict[str, str]
     """Served versions, champion first, with the number of their replicas that run."""
+    reducers: dict[str, dict[str, Any]]
+    """Settings of the training-free reducer of each version that has one."""
     message: str
     """Serve's message about the status; empty if all is well."""
 
@@ -117,7 +119,11 @@ def states_table(states: Sequence[EndpointState]) -> "Table":
 
     table = Table("endpoint", "status", "address", "models", "message")
     for state in states:
-        models = "\n".join(f"{version}: {replicas}" for version, replicas in state.models.items())
+        models = "\n".join(
+            f"{version}: {replicas}"
+            + (f", reducer {state.reducers[version]['type']}" if version in state.reducers else "")
+            for version, replicas in state.models.items()
+        )
         table.add_row(state.name, state.status, "\n".join((state.url, *state.proxies)), models, state.message)
     return table
 
@@ -351,7 +357,7 @@ def _routes(ingress: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def _state(details: Mapping[str, Any], name: str) -> EndpointState:
     application = details["applications"][name]
-    models = {}
+    models, reducers = {}, {}
     messages = [application["message"]]
     for route in _routes(application["deployed_app_config"]):
         model = details["applications"].get(route["app"], {})
@@ -359,6 +365,8 @@ def _state(details: Mapping[str, Any], name: str) -> EndpointState:
         running = sum(replica["state"] == "RUNNING" for replica in deployment.get("replicas", ()))
         version = route["settings"]["model"]["reference"]
         models[version] = f"{running} of {deployment.get('target_num_replicas', 0)} replicas run"
+        if (reducer := route["settings"].get("reducer")) is not None:
+            reducers[version] = reducer
         messages += [model.get("message", ""), deployment.get("message", "")]
     http = details["http_options"]
     return EndpointState(
@@ -367,5 +375,6 @@ def _state(details: Mapping[str, Any], name: str) -> EndpointState:
         url=f"http://{http['host']}:{http['port']}",
         proxies=tuple(f"proxy on {each['node_ip']}: {each['status']}" for each in details["proxies"].values()),
         models=models,
+        reducers=reducers,
         message=next((text.strip().splitlines()[-1][:200] for text in messages if text and text.strip()), ""),
     )

@@ -5,7 +5,10 @@ import math
 import torch
 
 from parcelray.config.identity import identity
+from parcelray.config.reducer import ReducerConfig
 from parcelray.config.serve import ServeJob
+from parcelray.models.model_reducer import kv_per_image, positions_per_image
+from parcelray.models.token_reduction import build_reducer
 from parcelray.models.vlm import ElasticConfig, config_of, empty_vlm, use_sdpa_where_exact
 from parcelray.profiling.gpus import gpu_of
 from parcelray.profiling.simulated_memory import HEAP_OVERHEAD, MemoryEstimate, MemoryMeter
@@ -25,21 +28,35 @@ def serving_token_plan(job: ServeJob, *, memory_gib: float | None = None, gpu: s
     Raises:
         UserError: see `pin`.
     """
-    config = config_of(pin(job).champion.path)
+    pinned = pin(job)
+    config = config_of(pinned.champion.path)
     if job.model.connector is not None:
         config.connector = job.model.connector.model_dump(mode="json")
     if memory_gib is not None:
         limit = round(memory_gib * 2**30)
     else:
         limit = gpu_of(gpu).memory_gib * 2**30 if gpu is not None else machine_limit(job.replicas.max)
+    num_patches, reducer = int(config.grid_size) ** 2, pinned.reducer
+    held, places = kv_per_image(reducer, num_patches), positions_per_image(reducer, num_patches)
     memory = [
-        budget_memory(budget, replica_memory(job, config, budget), requests_in_kv(job, budget))
+        budget_memory(budget, replica_memory(job, config, budget, reducer), requests_in_kv(job, held or budget))
         for budget in shown_budgets(job.budgets.offered)
     ]
     fitting = [each.budget for each in memory if each.weights_bytes + each.above_bytes <= limit]
-    positions = int(config.text_config.max_position_embeddings)
-    room = min(positions, job.engine.kv_tokens) - TEXT_TOKENS - job.limits.default_max_tokens
-    most = ", ".join(f"{min(job.limits.images, room // budget)} at {budget}" for budget in sorted(job.budgets.offered))
+    new = TEXT_TOKENS + job.limits.default_max_tokens
+    positions = int(config.text_config.max_position_embeddings) - new
+    room = min(positions, job.engine.kv_tokens - new)
+
+    def most(budget: int) -> int:
+        return min(job.limits.images, room // (held or budget), positions // (places or budget))
+
+    images = ", ".join(f"{most(budget)} at {budget}" for budget in sorted(job.budgets.offered))
+    notes = [
+        f"Images of one request that fit with {TEXT_TOKENS} text tokens and {job.limits.default_max_tokens} new"
+        f" tokens: {images}; requests with more are refused."
+    ]
+    if reducer is not None:
+        notes.append(f"The memory of the reducer {reducer.type} itself is not predicted.")
     return TokenPlan(
         identity(job),
         (),
@@ -48,15 +65,14 @@ def serving_token_plan(job: ServeJob, *, memory_gib: float | None = None, gpu: s
         "concurrent requests",
         limit,
         max(fitting, default=None),
-        (
-            f"Images of one request that fit with {TEXT_TOKENS} text tokens and {job.limits.default_max_tokens} new"
-            f" tokens: {most}; requests with more are refused.",
-        ),
+        tuple(notes),
     )
 
 
 @torch.no_grad()
-def replica_memory(job: ServeJob, config: ElasticConfig, budget: int) -> MemoryEstimate:
+def replica_memory(
+    job: ServeJob, config: ElasticConfig, budget: int, reducer: ReducerConfig | None = None
+) -> MemoryEstimate:
     """Predicts the peak memory of a replica with full KV cache and full feature cache at one budget."""
     meter = MemoryMeter()
     with meter.simulated():
@@ -69,15 +85,21 @@ def replica_memory(job: ServeJob, config: ElasticConfig, budget: int) -> MemoryE
         features_IND = model.model.encode_patches(
             torch.empty((job.engine.vision_batch, 3, size, size), dtype=model.dtype)
         )
-        tokens_IKL = model.model.compress(features_IND, num_visual_tokens=budget)
+        tokens_IKL = model.model.compress(
+            features_IND, num_visual_tokens=budget if reducer is None else max(model.supported_budgets)
+        )
+        # A reducer that reads the prompt gets all tokens in the decoder, the others reduce them before.
+        if reducer is not None and build_reducer(reducer).reads != "prompt":
+            tokens_IKL = tokens_IKL[:, :budget]
+        length = tokens_IKL.shape[1] + TEXT_TOKENS
         count = min(
             job.engine.max_running,
-            math.ceil(job.engine.prefill_tokens / (budget + TEXT_TOKENS)),
-            decoder.pool.total_tokens // (budget + TEXT_TOKENS + job.limits.default_max_tokens),
+            math.ceil(job.engine.prefill_tokens / length),
+            decoder.pool.total_tokens // (length + job.limits.default_max_tokens),
         )
         decoder.prefill(
             [
-                Prompt((0,) * TEXT_TOKENS, 0, tokens_IKL[0], budget, decoder.pool.reserve(budget + TEXT_TOKENS))
+                Prompt((0,) * TEXT_TOKENS, 0, tokens_IKL[0], budget, decoder.pool.reserve(length))
                 for _ in range(max(1, count))
             ]
         )

@@ -11,6 +11,7 @@ from parcelray import __version__
 from parcelray.config.identity import identity
 from parcelray.config.loader import apply_override, load_job_of, validate
 from parcelray.config.model import CheckpointModelConfig
+from parcelray.config.reducer import ReducerConfig
 from parcelray.config.serve import (
     FixedPolicyConfig,
     InputPolicyConfig,
@@ -19,11 +20,15 @@ from parcelray.config.serve import (
     ServedModelConfig,
     ServeJob,
 )
-from parcelray.errors import UserError
+from parcelray.errors import UnsupportedBudgetError, UserError
 from parcelray.models.checkpoint import ResolvedCheckpoint
+from parcelray.models.model_reducer import kv_per_image
+from parcelray.models.token_reduction import build_reducer
+from parcelray.models.token_reduction.base import check_uncompressed
 from parcelray.models.vlm import config_of, connector_of
 from parcelray.profiling.backbone_shapes import from_transformers_config
-from parcelray.profiling.flops import cost, kv_cache_bytes
+from parcelray.profiling.flops import kv_cache_bytes
+from parcelray.profiling.reduction_flops import prefill_costs
 from parcelray.serving.app import replica_settings, serve_config
 from parcelray.serving.engine.budget_chooser import load_predictor
 from parcelray.serving.http.auth import ApiKey, read_keys
@@ -32,6 +37,8 @@ from parcelray.tracking.store import ensure_store
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+    from parcelray.tracking.model_versions import RegisteredVersion
 
 _DEFAULT_BUDGETS = (16, 64, 256)
 """Budgets of an endpoint without a job file, if the model supports them."""
@@ -51,15 +58,19 @@ class PinnedEndpoint:
     challenger: ResolvedCheckpoint | None
     keys: tuple[ApiKey, ...]
     """The API keys, as hashes; empty: none is needed."""
+    reducer: ReducerConfig | None = None
+    """Training-free reducer of the champion, which the job or the model registry names; None: none."""
+    challenger_reducer: ReducerConfig | None = None
+    """Training-free reducer of the challenger."""
     warnings: tuple[str, ...] = ()
     """Sentences that the operator should read before the endpoint starts."""
 
     def config(self) -> dict[str, Any]:
         """Returns the configuration for Serve."""
-        champion = replica_settings(self.job, self.job.model, self.champion)
+        champion = replica_settings(self.job, self.job.model, self.champion, self.reducer)
         canary = self.job.canary
         challenger = (
-            replica_settings(self.job, canary.model, self.challenger)
+            replica_settings(self.job, canary.model, self.challenger, self.challenger_reducer)
             if canary is not None and self.challenger is not None
             else None
         )
@@ -87,6 +98,8 @@ class ServingPlan:
 
     identity: str
     model: str
+    reducer: dict[str, Any] | None
+    """Settings of the training-free reducer; None: none."""
     url: str
     keys: bool
     kv_bytes: int
@@ -110,6 +123,7 @@ class ServingPlan:
         table = Table("plan", self.identity)
         rows = {
             "model": self.model,
+            **({"reducer": ", ".join(f"{key} {value}" for key, value in self.reducer.items())} if self.reducer else {}),
             "endpoint": f"{self.url}/v1, {'with' if self.keys else 'without'} API keys",
             "KV cache": f"{self.kv_bytes / 1024**2:,.1f} MiB per replica",
             **{
@@ -144,10 +158,9 @@ def serve_job(target: str, overrides: list[str], *, host: str | None = None, por
     if target.endswith((".yaml", ".yml")):
         return load_job_of(ServeJob, target, changes)
     bare = validate(ServeJob, {"kind": "serve", "name": _name(target), "model": {"reference": target}}, target)
-    connector = connector_of(resolve(bare, bare.model).path)
-    data = bare.model_dump(mode="json", exclude_unset=True) | {
-        "budgets": {"offered": _default_budgets(connector.supported_budgets)}
-    }
+    checkpoint = resolve(bare, bare.model)
+    _, legal = _supported_budgets(checkpoint, _reducer_of(bare, checkpoint, None))
+    data = bare.model_dump(mode="json", exclude_unset=True) | {"budgets": {"offered": _default_budgets(legal)}}
     for change in changes:
         apply_override(data, change)
     return validate(ServeJob, data, target)
@@ -162,25 +175,31 @@ def serving_plan(job: ServeJob) -> ServingPlan:
     pinned = pin(job)
     config = config_of(pinned.champion.path)
     shape = from_transformers_config(config)
-    connector = job.model.connector or config.connector_config
-    costs = {budget: cost(shape, connector, budget) for budget in sorted(job.budgets.offered)}
+    costs = prefill_costs(shape, job.model.connector or config.connector_config, pinned.reducer, job.budgets.offered)
+    held = kv_per_image(pinned.reducer, shape.num_patches)
     bytes_per_value = 4 if job.model.dtype == "float32" else 2
     return ServingPlan(
         identity=identity(job),
         model=pinned.champion.pinned,
+        reducer=None if pinned.reducer is None else pinned.reducer.model_dump(mode="json"),
         url=f"http://{job.http.host}:{job.http.port}",
         keys=job.http.keys_file is not None,
         kv_bytes=kv_cache_bytes(shape, job.engine.kv_tokens, bytes_per_value),
         flops={budget: each.total for budget, each in costs.items()},
-        requests_in_kv={budget: requests_in_kv(job, budget) for budget in costs},
+        requests_in_kv={budget: requests_in_kv(job, held or budget) for budget in costs},
         warnings=pinned.warnings,
         config=job.model_dump(mode="json"),
     )
 
 
-def requests_in_kv(job: ServeJob, budget: int) -> int:
-    """Returns how many requests with one image and the default answer length run at once at a budget."""
-    tokens = budget + TEXT_TOKENS + job.limits.default_max_tokens
+def requests_in_kv(job: ServeJob, kv_per_image: int) -> int:
+    """Returns how many requests with one image and the default answer length run at once.
+
+    Args:
+        job: the endpoint.
+        kv_per_image: visual tokens of an image in the KV cache: the budget, unless a reducer is inside the decoder.
+    """
+    tokens = kv_per_image + TEXT_TOKENS + job.limits.default_max_tokens
     return min(job.engine.max_running, job.engine.kv_tokens // tokens)
 
 
@@ -206,13 +225,15 @@ def pin(job: ServeJob, *, keys: tuple[ApiKey, ...] = ()) -> PinnedEndpoint:
         load_predictor(job.budgets.policy, job.budgets.offered)
     champion = resolve(job, job.model)
     challenger = resolve(job, job.canary.model) if job.canary is not None else None
-    _check_budgets(job, job.model, champion)
+    reducer = _reducer_of(job, champion, job.reducer)
+    _check_budgets(job, job.model, champion, reducer)
+    warnings = gate_warnings(job, champion, reducer)
+    challenger_reducer = None
     if job.canary is not None and challenger is not None:
-        _check_budgets(job, job.canary.model, challenger)
-    models = [champion] if challenger is None else [champion, challenger]
-    pinned = PinnedEndpoint(
-        job, champion, challenger, keys, tuple(warning for model in models for warning in gate_warnings(job, model))
-    )
+        challenger_reducer = _reducer_of(job, challenger, job.canary.reducer)
+        _check_budgets(job, job.canary.model, challenger, challenger_reducer)
+        warnings += gate_warnings(job, challenger, challenger_reducer)
+    pinned = PinnedEndpoint(job, champion, challenger, keys, reducer, challenger_reducer, warnings)
     if len({app["name"] for app in pinned.config()["applications"]}) < len(pinned.config()["applications"]):
         raise UserError(
             f"Champion and challenger are both {champion.pinned}, so there is nothing to compare; set"
@@ -233,28 +254,53 @@ def resolve(job: ServeJob, model: ServedModelConfig) -> ResolvedCheckpoint:
     return resolve_model(CheckpointModelConfig(reference=model.reference), tracking_uri)
 
 
-def gate_warnings(job: ServeJob, checkpoint: ResolvedCheckpoint) -> tuple[str, ...]:
-    """Returns warnings about budgets that the promotion gates did not accept; none for a model outside the registry.
-
-    Raises:
-        UserError: the load or input policy may choose a budget that the gates did not accept.
-    """
-    registered = _REGISTERED_VERSION.fullmatch(checkpoint.pinned)
-    if registered is None:
-        return ()
+def _registered(job: ServeJob, checkpoint: ResolvedCheckpoint) -> "RegisteredVersion | None":
+    """Returns the version of the model registry that a reference was resolved to; None: it is not from the registry."""
+    match = _REGISTERED_VERSION.fullmatch(checkpoint.pinned)
+    if match is None:
+        return None
     assert job.tracking.uri is not None, "the reference was resolved there"
     # Importing MLflow takes seconds.
     from parcelray.tracking.model_versions import find_version
 
-    version = find_version(ensure_store(job.tracking.uri), registered["name"], registered["version"])
-    accepted = version.gate_budgets
+    return find_version(ensure_store(job.tracking.uri), match["name"], match["version"])
+
+
+def _reducer_of(job: ServeJob, checkpoint: ResolvedCheckpoint, named: ReducerConfig | None) -> ReducerConfig | None:
+    """Returns the reducer of a model: that of the job, else that which the version was promoted with, else None."""
+    if named is not None:
+        return named
+    version = _registered(job, checkpoint)
+    return version.reducer if version is not None else None
+
+
+def gate_warnings(
+    job: ServeJob, checkpoint: ResolvedCheckpoint, reducer: ReducerConfig | None = None
+) -> tuple[str, ...]:
+    """Returns warnings about budgets that the promotion gates did not accept; none for a model outside the registry.
+
+    Args:
+        job: the endpoint.
+        checkpoint: the model.
+        reducer: the reducer that it is served with.
+
+    Raises:
+        UserError: the load or input policy may choose a budget that the gates did not accept.
+    """
+    version = _registered(job, checkpoint)
+    if version is None:
+        return ()
+    # Gate results hold only for the reducer that the gates evaluated the version with.
+    same = version.gate_reducer == reducer
+    accepted = version.gate_budgets if same else None
     possible = open_budgets(job.budgets)
     if accepted is None:
+        served = f" with the reducer {reducer.type}" if reducer is not None else "" if same else " without a reducer"
         return (
             (
-                f"{checkpoint.pinned} has no promotion gate results, so its quality at {_listed(possible)} visual"
-                f" tokens is not verified; evaluate it with `parcelray models promote JOB --set"
-                f" candidate={registered['version']}`."
+                f"{checkpoint.pinned} has no promotion gate results{served}, so its quality at {_listed(possible)}"
+                f" visual tokens is not verified; evaluate it with `parcelray models promote JOB --set"
+                f" candidate={version.version}`."
             ),
         )
     legal = f"accepted budgets: {_listed(accepted)}" if accepted else "no budget is accepted"
@@ -290,12 +336,33 @@ def open_budgets(budgets: ServedBudgets) -> list[int]:
     return [policy.auto or offered[-1]]
 
 
-def _check_budgets(job: ServeJob, model: ServedModelConfig, checkpoint: ResolvedCheckpoint) -> None:
+def _check_budgets(
+    job: ServeJob, model: ServedModelConfig, checkpoint: ResolvedCheckpoint, reducer: ReducerConfig | None
+) -> None:
     if model.connector is not None:
+        if reducer is not None:
+            raise UserError(
+                f"{checkpoint.pinned} was promoted with the reducer {reducer.type}, which takes all patch tokens, but"
+                f" model.connector is {model.connector.type}; remove model.connector."
+            )
         return
-    connector = connector_of(checkpoint.path)
+    name, legal = _supported_budgets(checkpoint, reducer)
     for budget in job.budgets.offered:
-        connector.check_budget(budget)
+        if budget not in legal:
+            raise UnsupportedBudgetError(budget, legal, name)
+    if reducer is not None:
+        # Also refuses a reducer that needs a layer or a part that the model does not have.
+        prefill_costs(from_transformers_config(config_of(checkpoint.path)), None, reducer, job.budgets.offered)
+
+
+def _supported_budgets(checkpoint: ResolvedCheckpoint, reducer: ReducerConfig | None) -> tuple[str, tuple[int, ...]]:
+    """Returns the name of the module that produces the budgets, and its legal budgets, ascending."""
+    connector = connector_of(checkpoint.path)
+    if reducer is None:
+        return connector.name, connector.supported_budgets
+    check_uncompressed(connector)
+    built = build_reducer(reducer)
+    return built.name, built.budgets_of(max(connector.supported_budgets), config_of(checkpoint.path).depths)
 
 
 def _name(reference: str) -> str:

@@ -10,7 +10,9 @@ from typing import Any, NamedTuple
 from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.models import Model
+from pydantic import TypeAdapter
 
+from parcelray.config.reducer import ReducerConfig
 from parcelray.errors import UserError
 from parcelray.models.manifest import content_digest, read_manifest, verify_manifest
 from parcelray.tracking.mlflow_tracker import IDENTITY_TAG
@@ -21,6 +23,11 @@ VERDICT_TAG = "parcel.gate"
 """Tag with the verdict: `passed`, `failed`, or `forced` (made champion although a gate failed)."""
 BUDGETS_TAG = "parcel.gate_budgets"
 """Tag with a JSON list of the budgets whose answers passed all their checks."""
+GATE_REDUCER_TAG = "parcel.gate_reducer"
+"""Tag with the reducer that the gates evaluated the version with, as JSON; `null`: none."""
+REDUCER_TAG = "parcel.reducer"
+"""Tag with the reducer that the version was promoted with, as JSON; the endpoint serves it with this one."""
+_REDUCER: TypeAdapter[ReducerConfig | None] = TypeAdapter(ReducerConfig | None)
 
 
 @dataclass(frozen=True)
@@ -45,6 +52,16 @@ class RegisteredVersion:
     def gate_budgets(self) -> tuple[int, ...] | None:
         """Budgets that the last promotion accepted; None before the first."""
         return tuple(json.loads(self.tags[BUDGETS_TAG])) if BUDGETS_TAG in self.tags else None
+
+    @property
+    def gate_reducer(self) -> ReducerConfig | None:
+        """Reducer that the gates of the last promotion evaluated the version with; None: none."""
+        return _REDUCER.validate_json(self.tags.get(GATE_REDUCER_TAG, "null"))
+
+    @property
+    def reducer(self) -> ReducerConfig | None:
+        """Reducer that the version was last promoted with; None: none."""
+        return _REDUCER.validate_json(self.tags.get(REDUCER_TAG, "null"))
 
     def to_dict(self) -> dict[str, Any]:
         """The version as JSON-serialisable values."""
@@ -144,6 +161,8 @@ class GateRecord(NamedTuple):
     """Accepted budgets, see `promotion.gates.accepted_budgets`."""
     failed: Sequence[str]
     """The failed checks, one sentence each."""
+    reducer: ReducerConfig | None = None
+    """Training-free reducer that the version was evaluated with; None: none."""
 
 
 def record_verdict(tracking_uri: str, name: str, version: int, record: GateRecord) -> None:
@@ -166,11 +185,28 @@ def record_verdict(tracking_uri: str, name: str, version: int, record: GateRecor
         "parcel.gate_user": record.user,
         "parcel.gate_failed": sentences,
         BUDGETS_TAG: json.dumps(list(record.budgets)),
+        GATE_REDUCER_TAG: _as_tag(record.reducer),
         # Written last, so that a version with a verdict also has the reasons.
         VERDICT_TAG: record.verdict,
     }
     for key, value in clean_tags(tags).items():
         client.set_model_version_tag(name, str(version), key, value)
+
+
+def record_reducer(tracking_uri: str, name: str, version: int, reducer: ReducerConfig | None) -> None:
+    """Store the reducer that a version is promoted with, before its alias moves.
+
+    Args:
+        tracking_uri: tracking URI of the registry.
+        name: registered model.
+        version: version number.
+        reducer: the reducer; None: none.
+    """
+    MlflowClient(tracking_uri=tracking_uri).set_model_version_tag(name, str(version), REDUCER_TAG, _as_tag(reducer))
+
+
+def _as_tag(reducer: ReducerConfig | None) -> str:
+    return "null" if reducer is None else reducer.to_json()
 
 
 def artifact_problems(tracking_uri: str, name: str, version: int) -> list[str]:

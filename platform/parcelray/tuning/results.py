@@ -11,16 +11,18 @@ from typing import Any, NamedTuple
 import numpy as np
 import yaml
 
+from parcelray.config.evaluate import BLIND, EvaluateJob
 from parcelray.config.loader import set_key, validate
 from parcelray.config.objectives import SCORES
 from parcelray.config.paths import AS_WRITTEN
+from parcelray.config.serve import ServeJob
 from parcelray.config.tune import PbtAlgorithm, TuneJob
 from parcelray.errors import UserError
 from parcelray.evaluation.adaptive.adaptive_budget import BEFORE, FIXED, AdaptiveStudy
 from parcelray.evaluation.adaptive.budget_policies import best_mixture
 from parcelray.evaluation.adaptive.study import study_answers
 from parcelray.evaluation.inputs import open_model
-from parcelray.evaluation.plan import connector_at
+from parcelray.evaluation.plan import budgets_for, connector_at
 from parcelray.evaluation.scoring.aggregate import retentions
 from parcelray.evaluation.scoring.estimate import Estimate, mean_of
 from parcelray.evaluation.scoring.intervals import Interval
@@ -28,6 +30,7 @@ from parcelray.evaluation.scoring.split_scores import SplitScores
 from parcelray.evaluation.scoring.summary import Summary
 from parcelray.models.connectors.routing import default_routing
 from parcelray.models.vlm import config_of
+from parcelray.tracking.registry import resolve_model
 from parcelray.tuning.evaluate_trial import BYTES, EvaluatedPoint, WarmEvaluator, prefill_costs
 from parcelray.tuning.pareto import knee_point, losses, pareto_front
 from parcelray.tuning.planner import importance
@@ -176,11 +179,31 @@ def findings_of(
     )
 
 
-def select(job: TuneJob, trials: Sequence[FinishedTrial], text: str, path: Path) -> FinishedTrial:
+class SelectedFiles(NamedTuple):
+    """The job files of a selected trial."""
+
+    trial: FinishedTrial
+    job: Path
+    """The file to run next: a serve job for an evaluation with a reducer, else the job of the trial."""
+    kind: str
+    """Kind of that job."""
+    evaluation: Path | None
+    """With a serve job, the evaluation of the trial; else None."""
+
+
+def select(job: TuneJob, trials: Sequence[FinishedTrial], text: str, path: Path) -> SelectedFiles:
     """Writes the job file of the trial that a selection chooses, such as `max retention subject to tokens <= 64`.
 
-    A selected evaluation uses the test split, even if the search used the validation split: the score of the best of
-    many trials is biased upwards on the split that it was chosen on.
+    For an evaluation with a training-free reducer, that is a job that serves the model with the reducer at the budgets
+    of the trial, and the evaluation is written next to it. A selected evaluation uses the test split, even if the
+    search used the validation split: the score of the best of many trials is biased upwards on the split that it was
+    chosen on.
+
+    Args:
+        job: the search.
+        trials: its trials.
+        text: the selection.
+        path: file to write.
 
     Raises:
         UserError: there is no finished trial, the selection is malformed, or no trial satisfies it.
@@ -196,18 +219,49 @@ def select(job: TuneJob, trials: Sequence[FinishedTrial], text: str, path: Path)
     for benchmark in data.get("benchmarks", ()):
         if benchmark.get("source", {}).get("split") == "validation":
             benchmark["source"]["split"] = "test"
-    validate(type(job.base), data, "the selected trial")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    selected = validate(type(job.base), data, "the selected trial")
     measured = ", ".join(f"{name} {value:.4g}" for name, value in chosen.metrics.items() if "/" not in name)
-    comment = (
-        f"# parcelray {job.base.kind} {path}\n#\n# Selected from the search {job.name} by: {text}\n# Metrics in the"
-        f" search: {measured}.\n"
-    )
+    source = f"Selected from the search {job.name} by: {text}\n# Metrics in the search: {measured}."
+    served = _serve_data(selected) if isinstance(selected, EvaluateJob) else None
+    if served is None:
+        _write_job(path, data, source)
+        return SelectedFiles(chosen, path, job.base.kind, None)
+    evaluation = path.with_stem(f"{path.stem}_evaluate")
+    _write_job(path, served, source)
+    _write_job(evaluation, data, source)
+    return SelectedFiles(chosen, path, "serve", evaluation)
+
+
+def _serve_data(job: EvaluateJob) -> dict[str, Any] | None:
+    """Returns the serve job of an evaluation with a reducer, at the same budgets; None: it has no reducer or budget."""
+    if job.reducer is None:
+        return None
+    budgets = [budget for budget in budgets_for(job, resolve_model(job.model, job.tracking.uri)) if budget != BLIND]
+    if not budgets:
+        return None
+    given = job.model_dump(mode="json", exclude_unset=True, context=AS_WRITTEN)
+    model = {"reference": given.get("model", {}).get("reference", job.model.reference), "dtype": job.dtype}
+    policy = {"policy": {"type": "fixed", "visual_tokens": budgets[0]}} if len(budgets) == 1 else {}
+    data = {
+        "kind": "serve",
+        "name": job.name,
+        "model": model,
+        "reducer": given["reducer"],
+        "budgets": {"offered": budgets, **policy},
+        **{key: given[key] for key in ("tracking",) if key in given},
+    }
+    validate(ServeJob, data, "the selected trial")
+    return data
+
+
+def _write_job(path: Path, data: dict[str, Any], source: str) -> None:
+    """Writes a job file that opens with its command and its source."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(
-        comment + yaml.safe_dump({"kind": data.pop("kind"), **data}, sort_keys=False, allow_unicode=True),
+        f"# parcelray {data['kind']} {path}\n#\n# {source}\n"
+        + yaml.safe_dump({"kind": data["kind"], **data}, sort_keys=False, allow_unicode=True),
         encoding="utf-8",
     )
-    return chosen
 
 
 def study_split_search(points: Mapping[int, EvaluatedPoint], evaluator: WarmEvaluator, metric: str) -> AdaptiveStudy:

@@ -16,7 +16,7 @@ from parcelray.models.backbones import ElasticVLM
 from parcelray.models.backbones.processor_base import ElasticProcessor
 from parcelray.serving.engine import continuous_engine, sampling
 from parcelray.serving.engine.continuous_engine import ContinuousEngine
-from parcelray.serving.engine.decoder import Prompt
+from parcelray.serving.engine.decoder import Prompt, Span
 from parcelray.serving.engine.engine import (
     EngineRefusal,
     Event,
@@ -90,9 +90,9 @@ def test_a_row_without_a_token_fails_only_its_request(
         assert code_of(running.engine, ask(samples[1], 16, temperature=1.0, seed=13)) == "engine_error"
     assert running.continues()
 
-    def without_numbers(prompts: list[Prompt]) -> tuple[Tensor, list[int]]:
-        logits, positions = prefill(prompts)
-        return logits * torch.nan, positions
+    def without_numbers(prompts: list[Prompt]) -> tuple[Tensor, list[list[Span]]]:
+        logits, spans = prefill(prompts)
+        return logits * torch.nan, spans
 
     monkeypatch.setattr(running.engine._decoder, "prefill", without_numbers)
     for _ in range(4):
@@ -164,7 +164,7 @@ def test_a_prefill_that_runs_out_of_memory_is_split_in_halves(
     original = engine._decoder.prefill
     sizes: list[int] = []
 
-    def prefill(prompts: list[Prompt]) -> tuple[Tensor, list[int]]:
+    def prefill(prompts: list[Prompt]) -> tuple[Tensor, list[list[Span]]]:
         sizes.append(len(prompts))
         if len(prompts) > 2:
             raise torch.OutOfMemoryError

@@ -19,5 +19,6 @@ def test_cached_features_do_not_keep_their_whole_batch_in_memory(
     for image in images:
         cached = stage.cache.get(image.content)
         assert cached is not None
-        torch.testing.assert_close(cached, encoded.features[image.content])
-        assert cached.untyped_storage().nbytes() == cached.nbytes
+        features_ND = cached.patch_features_ND
+        torch.testing.assert_close(features_ND, encoded.images[image.content].patch_features_ND)
+        assert features_ND.untyped_storage().nbytes() == features_ND.nbytes == cached.nbytes

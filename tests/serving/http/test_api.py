@@ -13,15 +13,21 @@ from contextlib import suppress
 from types import SimpleNamespace
 from typing import Any
 from urllib.parse import urlsplit
+from urllib.request import urlopen
 
 import openai
 import pytest
 from openai import OpenAI
 from PIL import Image
 
+from parcelray.config.reducer import FastVConfig
 from parcelray.datasets.sample import Sample
 from parcelray.models.backbones import ElasticVLM
 from parcelray.models.backbones.processor_base import ElasticProcessor
+from parcelray.models.checkpoint import MINI_BASE, resolve_checkpoint
+from parcelray.models.vlm import load_processor, load_vlm
+from parcelray.profiling.backbone_shapes import from_transformers_config
+from parcelray.profiling.reduction_flops import reduced_cost
 from parcelray.serving.engine.engine import last_event
 from parcelray.serving.http import api
 from parcelray.serving.http.auth import add_key, read_keys
@@ -42,6 +48,34 @@ def running(model: ElasticVLM, processor: ElasticProcessor) -> Iterator[tuple[st
         _,
     ):
         yield url, service
+
+
+def test_an_endpoint_with_a_reducer_reports_it_and_counts_its_tokens(samples: list[Sample]) -> None:
+    folder = resolve_checkpoint(MINI_BASE).path
+    vanilla, processor = load_vlm(folder).eval(), load_processor(folder)
+    # The budget of a reducer inside the decoder is the mean over the layers.
+    reducer = {"type": "fastv", "layer": 1, "positions": "contiguous"}
+    sample = next(each for each in samples if len(each.images) == 2)
+    with endpoint(vanilla, processor, reducer=reducer, budgets={"offered": [100, 256]}) as (url, _, _):
+        client = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+        (listed,) = json.loads(urlopen(f"{url}/v1/models").read())["data"]
+        answer = client.chat.completions.create(
+            model="mini", messages=message(sample), extra_body={"visual_tokens": 100}, max_tokens=4
+        )
+        inspected = post(
+            url,
+            json.dumps({"url": data_url(sample.images[0]), "visual_tokens": 100}).encode(),
+            path="/playground/inspect",
+        )
+    assert (listed["reducer"], listed["visual_tokens"]) == (reducer, [100, 256])
+    shape = from_transformers_config(vanilla.config)
+    expected = reduced_cost(shape, FastVConfig(layer=1, positions="contiguous"), 100)
+    assert listed["costs"]["100"] == {"flops": expected.total, "kv_cache_bytes": expected.kv_cache_bytes}
+    counts = processor.count_tokens(sample.prompt, 2, 100)
+    assert answer.usage is not None
+    assert answer.usage.prompt_tokens == counts.total
+    assert answer.usage.prompt_tokens_details.image_tokens == counts.visual == 200  # type: ignore[union-attr]
+    assert (inspected[0], inspected[2]["grid"], inspected[2]["attention"]) == (200, 16, [])
 
 
 @pytest.fixture

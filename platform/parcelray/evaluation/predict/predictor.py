@@ -21,10 +21,11 @@ from parcelray.models.backbones import ElasticVLM
 from parcelray.models.backbones.processor_base import ElasticProcessor
 from parcelray.models.decoding import NOT_FINITE, answer_lengths, decode_answers, end_token_ids, generate
 from parcelray.models.feature_cache import FeatureCache
+from parcelray.models.model_reducer import ImageTokens, ModelReducer, joined_images
 from parcelray.models.reduced_decoder import ReducedDecoder, VisualTokens, encode_prompts
 from parcelray.models.token_counts import TokenCounts, count_tokens
-from parcelray.models.token_reduction import TokenReducer, build_reducer
-from parcelray.models.token_reduction.base import ReductionContext, check_uncompressed, unreduced
+from parcelray.models.token_reduction import TokenReducer
+from parcelray.models.token_reduction.base import unreduced
 from parcelray.models.token_reduction.encoder_view import EncoderView
 
 
@@ -42,17 +43,6 @@ class EncodedImages(NamedTuple):
     def nbytes(self) -> int:
         """Bytes of the tensors that are held."""
         return self.view.num_bytes if self.view is not None else 0
-
-
-class ImageTokens(NamedTuple):
-    """The visual tokens of one image, as they enter the decoder."""
-
-    tokens_KL: Tensor
-    """Projected tokens."""
-    position_ids_K: Tensor
-    """Position of each token in the patch grid, int64."""
-    sizes_K: Tensor
-    """Number of patches in each token, int64."""
 
 
 NO_TOKENS = TokenCounts(0, 0)
@@ -109,20 +99,16 @@ class Predictor:
         self._settings = settings
         self._device = torch.device(device)
         self._reducer = (
-            build_reducer(TypeAdapter(ReducerConfig).validate_json(settings.reducer))
+            ModelReducer(model, TypeAdapter(ReducerConfig).validate_json(settings.reducer))
             if settings.reducer is not None
             else None
         )
-        self._decoder: ReducedDecoder | None = None
-        if self._reducer is not None:
-            check_uncompressed(model.connector)
-            if self._reducer.reads == "prompt" or self._reducer.positions != "contiguous":
-                if settings.decoding == "beam":
-                    raise UserError(
-                        f"The reducer {self._reducer.name} with positions {self._reducer.positions} does not support"
-                        " beam search; set decoding to greedy or likelihood."
-                    )
-                self._decoder = ReducedDecoder(model, self._reducer.positions)
+        if settings.decoding == "beam" and self._reducer is not None and self._reducer.needs_decoder:
+            reducer = self._reducer.reducer
+            raise UserError(
+                f"The reducer {reducer.name} with positions {reducer.positions} does not support beam search; set"
+                " decoding to greedy or likelihood."
+            )
 
     def without_features(self) -> "Predictor":
         """Returns the same predictor without its feature cache."""
@@ -205,7 +191,7 @@ class Predictor:
 
     def _encoded(self, images: tuple[bytes, ...], *, blind: bool) -> EncodedImages:
         """Encodes images with the vision tower, or takes them from the cache."""
-        watch = self._reducer is not None and self._reducer.reads == "encoder"
+        watch = self._reducer is not None and self._reducer.reads_encoder
 
         def encode() -> EncodedImages:
             fitted, problems = _fitted(images, self._processor)
@@ -239,15 +225,7 @@ class Predictor:
             )
             reduction = unreduced(tokens_UKL)
         else:
-            full_UNL = self._model.model.compress(
-                view.patch_features_IND, num_visual_tokens=max(self._model.supported_budgets)
-            )
-            # A reducer that reads the prompt is applied in the decoder, where the prompt is known.
-            apply = self._reducer.reads != "prompt"
-            context = ReductionContext(encoder=view)
-            reduction = (
-                self._reducer(full_UNL, num_visual_tokens=budget, context=context) if apply else unreduced(full_UNL)
-            )
+            reduction = self._reducer.reduce(view.patch_features_IND, budget, view)
         return {
             image: ImageTokens(*each)
             for image, *each in zip(
@@ -264,10 +242,10 @@ class Predictor:
             "end_ids": self._end_ids,
             "pad_token_id": self._processor.tokenizer.pad_token_id,
         }
-        if self._decoder is not None and self._is_reduced(budget):
+        if (decoder := self._reduced_decoder(budget)) is not None:
             prompts = encode_prompts(self._processor, [sample.prompt for sample in batch], None, self._device)
             lengths_B = prompts.valid_BT.sum(1) + len(prompts.before_O)
-            new_BS = self._decoder.generate(
+            new_BS = decoder.generate(
                 prompts,
                 self._visual_of(batch, tokens),
                 reducer=self._prompt_reducer,
@@ -353,9 +331,9 @@ class Predictor:
             without its answer [B].
         """
         texts = [sample.prompt for sample in batch]
-        if self._decoder is not None and self._is_reduced(budget):
+        if (decoder := self._reduced_decoder(budget)) is not None:
             prompts = encode_prompts(self._processor, texts, answers, self._device)
-            logits_BSV = self._decoder.logits(
+            logits_BSV = decoder.logits(
                 prompts, self._visual_of(batch, tokens), reducer=self._prompt_reducer, budget=self._total(batch, budget)
             ).float()
             ids_BS, answers_BS = prompts.after_BT[:, 1:], (prompts.answer_BT & prompts.valid_BT)[:, 1:]
@@ -377,13 +355,12 @@ class Predictor:
             lengths_B = (inputs["attention_mask"] - everywhere_BS.long()).sum(1) - len(batch[0].images) * budget
         return logits_BSV[:, :-1].log_softmax(-1).gather(2, ids_BS[:, :, None]).squeeze(2), answers_BS, lengths_B
 
+    def _reduced_decoder(self, budget: int) -> ReducedDecoder | None:
+        return self._reducer.decoder_at(budget) if self._reducer is not None else None
+
     @property
     def _prompt_reducer(self) -> TokenReducer | None:
-        return self._reducer if self._reducer is not None and self._reducer.reads == "prompt" else None
-
-    def _is_reduced(self, budget: int) -> bool:
-        """Whether the budget is neither blind nor full: only then positions and sizes differ from the stock model's."""
-        return BLIND < budget < self._processor.num_patches
+        return self._reducer.in_decoder if self._reducer is not None else None
 
     def _total(self, batch: Sequence[Sample], budget: int) -> int:
         """Number of visual tokens of a prompt with all its images."""
@@ -391,15 +368,10 @@ class Predictor:
 
     def _visual_of(self, batch: Sequence[Sample], tokens: dict[bytes, ImageTokens]) -> VisualTokens:
         """Joins the visual tokens of each prompt's images; position ids continue from image to image."""
-        patches = self._processor.num_patches
-        rows = [[tokens[image] for image in sample.images] for sample in batch]
-        return VisualTokens(
-            torch.stack([torch.cat([each.tokens_KL for each in row]) for row in rows]),
-            torch.stack(
-                [torch.cat([each.position_ids_K + number * patches for number, each in enumerate(row)]) for row in rows]
-            ),
-            torch.stack([torch.cat([each.sizes_K for each in row]) for row in rows]),
-        )
+        rows = [
+            joined_images([tokens[image] for image in sample.images], self._processor.num_patches) for sample in batch
+        ]
+        return VisualTokens(*(torch.stack(parts) for parts in zip(*rows, strict=True)))
 
     def _images_of(self, batch: Sequence[Sample], tokens: dict[bytes, ImageTokens]) -> dict[str, Any]:
         if not tokens:

@@ -4,6 +4,7 @@ Shape suffixes: I images, N patches, S tokens of the tower (class token, if it h
 H heads, D width, L width of the language model.
 """
 
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -48,15 +49,23 @@ class EncoderView:
     @property
     def num_bytes(self) -> int:
         """Size in bytes of the tensors held from the start; attention maps, computed later, are not counted."""
-        held = (self.pixel_values_ICHW, self.patch_features_IND, *self._inputs.values(), *self._outputs.values())
-        return sum(tensor.nbytes for tensor in held)
+        return sum(tensor.nbytes for tensor in self._tensors)
+
+    def split(self) -> list["EncoderView"]:
+        """Returns one view for each image, with copies of its tensors, so that none keeps the whole run in memory."""
+        return [
+            self._with(tensor[image : image + 1].clone() for tensor in self._tensors)
+            for image in range(len(self.pixel_values_ICHW))
+        ]
+
+    @staticmethod
+    def joined(views: Sequence["EncoderView"]) -> "EncoderView":
+        """Returns one view of the images of several views, which are of the same model and keep the same layers."""
+        return views[0]._with(torch.cat(parts) for parts in zip(*(view._tensors for view in views), strict=True))
 
     def without_maps(self) -> "EncoderView":
         """Returns the same run without the attention maps and keys computed so far."""
-        other = object.__new__(EncoderView)
-        for name in ("model", "pixel_values_ICHW", "patch_features_IND", "_inputs", "_outputs"):
-            setattr(other, name, getattr(self, name))
-        return other
+        return self._with(self._tensors)
 
     @property
     def feature_layer(self) -> int:
@@ -115,6 +124,22 @@ class EncoderView:
     def joint_keys_IND(self) -> Tensor:
         """Keys of the patches at the last layer, with the heads concatenated."""
         return self._projections(self._last_layer)[1].transpose(1, 2).flatten(2)[:, self._first :]
+
+    @property
+    def _tensors(self) -> list[Tensor]:
+        """The tensors held from the start, one row per image each."""
+        return [self.pixel_values_ICHW, self.patch_features_IND, *self._inputs.values(), *self._outputs.values()]
+
+    def _with(self, tensors: Iterable[Tensor]) -> "EncoderView":
+        """Returns a view of other tensors in the order of `_tensors`."""
+        other = object.__new__(EncoderView)
+        remaining = iter(tensors)
+        other.model = self.model
+        other.pixel_values_ICHW, other.patch_features_IND = next(remaining), next(remaining)
+        other._inputs, other._outputs = (
+            {index: next(remaining) for index in kept} for kept in (self._inputs, self._outputs)
+        )
+        return other
 
     @property
     def _first(self) -> int:

@@ -5,8 +5,8 @@ One thread owns the model. Each iteration of its loop
 1. processes submissions and cancellations, and aborts requests past their deadline;
 2. computes one pending inspection of an image;
 3. starts the first requests of the queue as far as memory allows: the vision tower encodes their new images, a budget
-   is chosen where the request leaves it open, KV memory is reserved for the longest possible answer, and the prefill
-   runs in batches of similar length;
+   is chosen where the request leaves it open, KV memory is reserved for the longest possible answer, the connector or
+   the reducer is applied, and the prefill runs in batches of similar length;
 4. runs one decode step of all running requests.
 
 Requests join and leave between two steps. Memory is reserved at admission, so no running request is ever preempted. A
@@ -27,10 +27,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from parcelray.config.reducer import ReducerConfig
 from parcelray.config.serve import EngineConfig
 from parcelray.models.backbones import ElasticVLM
 from parcelray.models.backbones.processor_base import ElasticProcessor
 from parcelray.models.decoding import NOT_FINITE, end_token_ids
+from parcelray.models.model_reducer import ModelReducer
 from parcelray.serving.engine.budget_chooser import BudgetChooser
 from parcelray.serving.engine.decoder import PooledDecoder, Prompt
 from parcelray.serving.engine.engine import (
@@ -64,6 +66,7 @@ class ContinuousEngine:
         urgent_tokens: additional KV memory for urgent requests, tokens.
         name: name of the engine in its statistics.
         chooser: chooses budgets that requests leave open; None: such requests are rejected.
+        reducer: training-free reducer of the model; None: the model's connector provides the budgets.
     """
 
     def __init__(
@@ -75,14 +78,20 @@ class ContinuousEngine:
         urgent_tokens: int = 64,
         name: str = "local",
         chooser: BudgetChooser | None = None,
+        reducer: ReducerConfig | None = None,
     ) -> None:
         self._name = name
         self._config = config
         self._writer = AnswerWriter(processor.tokenizer, end_token_ids(model, processor.tokenizer))
-        self.supported_budgets = tuple(model.supported_budgets)
-        self._decoder = PooledDecoder(model, max_tokens=config.kv_tokens, spare_tokens=urgent_tokens)
+        reduced = ModelReducer(model, reducer) if reducer is not None else None
+        self.supported_budgets = tuple(model.supported_budgets if reduced is None else reduced.supported_budgets)
+        self._decoder = PooledDecoder(model, max_tokens=config.kv_tokens, spare_tokens=urgent_tokens, reducer=reduced)
         self._vision = VisionStage(
-            model, processor, cache_bytes=config.feature_cache_mb * 1024**2, batch_size=config.vision_batch
+            model,
+            processor,
+            cache_bytes=config.feature_cache_mb * 1024**2,
+            batch_size=config.vision_batch,
+            reducer=reduced,
         )
         self._chooser = chooser
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
@@ -113,6 +122,7 @@ class ContinuousEngine:
             chooses=self._chooser is not None,
             max_positions=self._decoder.max_positions,
             positions_per_image=self._decoder.positions_per_image,
+            kv_per_image=self._decoder.kv_per_image,
         )
         state = self._writer.new_state(request, listener)
         with self._lock:
@@ -264,10 +274,10 @@ class ContinuousEngine:
         tokens = images = blocks = 0
         while self._waiting:
             state = self._waiting[0]
-            tokens += state.request.min_prompt_tokens
-            if state.features is None:
+            tokens += self._prefill_tokens(state.request, state.request.smallest_budget)
+            if state.images is None:
                 images += sum(image.content not in self._vision.cache for image in state.request.images)
-            blocks += self._decoder.pool.blocks_for(state.min_tokens)
+            blocks += self._decoder.pool.blocks_for(self._kv_tokens(state.request, state.request.smallest_budget))
             max_running = self._config.max_running + state.request.urgent
             if len(self._running) + len(states) >= max_running or blocks > self._free_blocks(state):
                 break
@@ -275,6 +285,15 @@ class ContinuousEngine:
                 break
             states.append(self._waiting.popleft())
         return states
+
+    def _prefill_tokens(self, request: GenerateRequest, budget: int) -> int:
+        """Returns the number of prompt tokens that enter the decoder."""
+        return request.tokens_at(self._decoder.prefill_per_image or budget).total
+
+    def _kv_tokens(self, request: GenerateRequest, budget: int) -> int:
+        """Returns the maximum number of tokens in the KV pool; the last new token is never attended to."""
+        prompt = request.tokens_at(self._decoder.kv_per_image or budget).total
+        return prompt + request.sampling.max_new_tokens - 1
 
     def _free_blocks(self, state: RequestState) -> int:
         pool = self._decoder.pool
@@ -284,7 +303,7 @@ class ContinuousEngine:
         now = time.perf_counter()
         for state in states:
             state.started = now
-        not_encoded = [state for state in states if state.request.images and state.features is None]
+        not_encoded = [state for state in states if state.request.images and state.images is None]
         if not_encoded:
             self._attempt("vision", not_encoded, self._encode)
         for state in states:
@@ -297,15 +316,18 @@ class ContinuousEngine:
         encoded = self._vision.encode(image for state in states for image in state.request.images)
         for state in states:
             contents = [image.content for image in state.request.images]
-            state.features = {content: encoded.features[content] for content in contents}
+            state.images = {content: encoded.images[content] for content in contents}
             state.cached_images = sum(content not in encoded.new for content in contents)
             state.vision_s = encoded.seconds if state.cached_images < len(contents) else 0.0
 
     def _choose_budget(self, state: RequestState) -> None:
         assert self._chooser is not None, "checked by `submit`"
-        assert state.features is not None, "its images are encoded"
+        assert state.images is not None, "its images are encoded"
+        features = {content: image.patch_features_ND for content, image in state.images.items()}
         try:
-            state.request = self._chooser.choose(state.request, state.features, self.max_request_tokens)
+            state.request = self._chooser.choose(
+                state.request, features, self.max_request_tokens, kv_per_image=self._decoder.kv_per_image
+            )
         except Exception:  # as in `_attempt`
             logger.exception("no budget could be chosen")
             self._fail(
@@ -319,40 +341,40 @@ class ContinuousEngine:
         pool = self._decoder.pool
         tokens = 0
         for index, state in enumerate(states):
-            tokens += state.request.num_prompt_tokens
-            if pool.blocks_for(state.max_tokens) > self._free_blocks(state) or (
-                index and tokens > self._config.prefill_tokens
-            ):
+            budget = state.request.num_visual_tokens
+            tokens += self._prefill_tokens(state.request, budget)
+            needed = self._kv_tokens(state.request, budget)
+            if pool.blocks_for(needed) > self._free_blocks(state) or (index and tokens > self._config.prefill_tokens):
                 self._waiting.extendleft(reversed(states[index:]))
                 states = states[:index]
                 break
-            state.blocks = pool.reserve(state.max_tokens)
+            state.blocks = pool.reserve(needed)
         self._running += states
         return states
 
     def _prefill(self, states: list[RequestState]) -> None:
         before = time.perf_counter()
-        features = {content: each for state in states for content, each in (state.features or {}).items()}
-        visual = self._vision.compress([state.request for state in states], features)
-        logits_BV, positions = self._decoder.prefill(
+        images = {content: each for state in states for content, each in (state.images or {}).items()}
+        visual = self._vision.compress([state.request for state in states], images)
+        logits_BV, spans = self._decoder.prefill(
             [
                 Prompt(
                     state.request.prompt_ids,
                     state.request.visual_offset,
-                    visual_KL,
+                    None if tokens is None else tokens.tokens_KL,
                     state.request.num_visual_tokens,
                     state.blocks,
+                    None if tokens is None else tokens.patches,
                 )
-                for state, visual_KL in zip(states, visual, strict=True)
+                for state, tokens in zip(states, visual, strict=True)
             ],
         )
         self._counts["prefill_batches"] += 1
         self._counts["prefilled"] += len(states)
-        for state, position in zip(states, positions, strict=True):
-            state.position = position
-            state.length = state.request.num_prompt_tokens
-            # The features are no longer needed: the visual tokens are in the KV pool.
-            state.features = None
+        for state, own in zip(states, spans, strict=True):
+            state.spans = own
+            # The images are no longer needed: the visual tokens are in the KV pool.
+            state.images = None
             state.first_token_at = time.perf_counter()
             state.prefill_s = state.first_token_at - before
         self._advance(states, logits_BV)
@@ -360,15 +382,11 @@ class ContinuousEngine:
     def _step(self, states: list[RequestState]) -> None:
         logits_BV = self._decoder.decode(
             [state.last_token for state in states],
-            [state.position for state in states],
-            [state.length for state in states],
+            [state.spans for state in states],
             [state.blocks for state in states],
         )
         self._counts["steps"] += 1
         self._counts["decoded_rows"] += len(states)
-        for state in states:
-            state.position += 1
-            state.length += 1
         self._advance(states, logits_BV)
 
     def _advance(self, states: list[RequestState], logits_BV: Tensor) -> None:
@@ -421,7 +439,8 @@ class ContinuousEngine:
 
     def _remove(self, state: RequestState) -> None:
         state.ended = True
-        state.features = None
+        state.images = None
+        state.spans = []
         for group in (self._waiting, self._running):
             if state in group:
                 group.remove(state)

@@ -8,19 +8,27 @@ token ids, without a way to pass visual tokens. Its masks are causal, whereas Pa
 directions. Its thread supports neither budgets nor a bounded queue. The layers, rotary positions and attention are
 those of transformers. In addition, requests can join and leave between two steps, which `generate` does not support.
 
+Prompts whose visual tokens are reduced inside the decoder, or have positions or an attention of their own, are
+prefilled by the `ReducedDecoder` of evaluation. Their layers may hold different numbers of tokens: a request has the
+same blocks in every layer, enough for the layer with the most tokens, and later layers leave some of them empty.
+
 Shapes: B requests, S tokens of the longest prompt, L width, V vocabulary, K visual tokens of a prompt, M blocks,
 T tokens per block, H key-value heads, E head width, R rows written at once.
 """
 
 import math
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from parcelray.models.backbones import ElasticVLM
+from parcelray.models.decoder_attention import AttentionMasks, Keys, LayerMasks
+from parcelray.models.model_reducer import ModelReducer
 from parcelray.models.positions import image_position_ids
+from parcelray.models.reduced_decoder import VisualTokens, pack_prompts
 
 BLOCK_TOKENS = 16
 """Tokens per block of the KV pool."""
@@ -116,6 +124,28 @@ def slots_of(blocks: list[int], start: int, end: int) -> list[int]:
     return [blocks[position // BLOCK_TOKENS] * BLOCK_TOKENS + position % BLOCK_TOKENS for position in range(start, end)]
 
 
+class PatchIds(NamedTuple):
+    """The patches that the visual tokens of a prompt come from, for `ReducedDecoder`."""
+
+    position_ids_K: Tensor
+    """Position of each token in the patch grids of the prompt's images, counted on from image to image, int64."""
+    sizes_K: Tensor
+    """Number of patches in each token, int64."""
+
+
+@dataclass
+class Span:
+    """The tokens of one request in consecutive layers of the decoder."""
+
+    layers: range
+    length: int
+    """Number of tokens in the pool, in each of these layers."""
+    position: int
+    """Rotary position of the next token, counted from 0; more than `length` if images have more places than tokens."""
+    keys: Keys | None = None
+    """Positions and sizes of the S tokens of the prompt, with B = 1, if the attention depends on them."""
+
+
 @dataclass(frozen=True)
 class Prompt:
     """The input of one request's prefill."""
@@ -130,6 +160,8 @@ class Prompt:
     """Visual tokens per image."""
     blocks: list[int]
     """Blocks of the KV pool that the request owns."""
+    patches: PatchIds | None = None
+    """Patches of the visual tokens of a prompt for the reducer's decoder; None: a prompt for the stock decoder."""
 
     @property
     def length(self) -> int:
@@ -175,10 +207,14 @@ class PooledDecoder:
         model: model in evaluation mode.
         max_tokens: size of the KV pool, tokens.
         spare_tokens: additional tokens for urgent requests.
+        reducer: training-free reducer of the model; None: none.
     """
 
-    def __init__(self, model: ElasticVLM, *, max_tokens: int, spare_tokens: int = 0) -> None:
+    def __init__(
+        self, model: ElasticVLM, *, max_tokens: int, spare_tokens: int = 0, reducer: ModelReducer | None = None
+    ) -> None:
         self._model = model
+        self._reducer = reducer
         self._text = model.model.language_model
         self._layers = list(self._text.layers)
         config = model.config.text_config
@@ -187,9 +223,18 @@ class PooledDecoder:
         self._sliding = [getattr(layer.self_attn, "sliding_window", None) is not None for layer in self._layers]
         self.device = model.lm_head.weight.device
         self._dtype = model.dtype
+        positions = reducer.reducer.positions if reducer is not None else "contiguous"
+        self._keyed_masks = AttentionMasks(self._text, self._window, positions)
         self.max_positions = int(config.max_position_embeddings)
         self._num_patches = int(model.config.grid_size) ** 2
         self.positions_per_image = self._num_patches if model.has_image_positions else None
+        if reducer is not None:
+            self.positions_per_image = reducer.positions_per_image
+        reads_prompt = reducer is not None and reducer.in_decoder is not None
+        self.prefill_per_image = self._num_patches if reads_prompt else None
+        """Visual tokens of an image that enter the decoder at every budget; None: as many as the budget."""
+        self.kv_per_image = reducer.kv_per_image if reducer is not None else None
+        """Visual tokens of an image in the KV cache at every budget; None: as many as the budget."""
         heads = int(config.num_attention_heads)
         self.pool = KVPool(
             num_layers=len(self._layers),
@@ -201,12 +246,26 @@ class PooledDecoder:
             device=self.device,
         )
 
-    def prefill(self, prompts: list[Prompt]) -> tuple[Tensor, list[int]]:
+    def prefill(self, prompts: list[Prompt]) -> tuple[Tensor, list[list[Span]]]:
         """Processes whole prompts.
 
         Returns:
-            The logits [B, V] of the first token after each prompt, and the rotary position of that token.
+            The logits [B, V] of the first token after each prompt, and the tokens of each prompt by layer.
         """
+        groups: dict[tuple[int, int] | None, list[int]] = {}
+        for row, prompt in enumerate(prompts):
+            groups.setdefault(_shape_of(prompt), []).append(row)
+        logits: dict[int, Tensor] = {}
+        spans: dict[int, list[Span]] = {}
+        for shape, rows in groups.items():
+            work = self._prefill_stock if shape is None else self._prefill_reduced
+            logits_BV, own = work([prompts[row] for row in rows])
+            logits |= zip(rows, logits_BV, strict=True)
+            spans |= zip(rows, own, strict=True)
+        order = range(len(prompts))
+        return torch.stack([logits[row] for row in order]), [spans[row] for row in order]
+
+    def _prefill_stock(self, prompts: list[Prompt]) -> tuple[Tensor, list[list[Span]]]:
         lengths = torch.tensor([prompt.length for prompt in prompts], device=self.device)
         order_S = torch.arange(int(lengths.max()), device=self.device)
         valid_BS = order_S[None] < lengths[:, None]
@@ -219,29 +278,81 @@ class PooledDecoder:
         positions_BS = torch.cat([self._positions(prompt, len(order_S)) for prompt in prompts])
         # Where the prompt is attended to in both directions, layers with a window see all of it, as in transformers.
         window = None if self._model.reads_both_ways else self._window
+        every_layer = range(len(self._layers))
         hidden_BSL = self._run(
+            every_layer,
             self._embed(prompts, len(order_S)),
             positions_BS.to(self.device),
-            allowed_BSS,
-            order_BS,
-            order_BS,
+            self._masks(allowed_BSS, order_BS, order_BS, window),
             cache,
-            window,
         )
-        following = [
-            int(positions_S[prompt.length - 1]) + 1 for prompt, positions_S in zip(prompts, positions_BS, strict=True)
+        last_BL = self._text.norm(hidden_BSL[torch.arange(len(prompts), device=self.device), lengths - 1])
+        spans = [
+            [Span(every_layer, prompt.length, int(positions_S[prompt.length - 1]) + 1)]
+            for prompt, positions_S in zip(prompts, positions_BS, strict=True)
         ]
-        return self._logits(hidden_BSL[torch.arange(len(prompts), device=self.device), lengths - 1]), following
+        return self._logits(last_BL), spans
 
-    def decode(self, token_ids: list[int], positions: list[int], lengths: list[int], blocks: list[list[int]]) -> Tensor:
+    def _prefill_reduced(self, prompts: list[Prompt]) -> tuple[Tensor, list[list[Span]]]:
+        """Processes prompts with equally many visual tokens and equal budgets as evaluation does."""
+        reducer = self._reducer
+        assert reducer is not None, "the prompts have patches"
+        budget = prompts[0].num_visual_tokens
+        decoder = reducer.decoder_at(budget)
+        assert decoder is not None, "the prompts have patches"
+        packed = pack_prompts(
+            [prompt.token_ids for prompt in prompts],
+            [()] * len(prompts),
+            offset=prompts[0].visual_offset,
+            pad_token_id=0,
+            device=self.device,
+        )
+        rows = [(prompt.visual_KL, *prompt.patches) for prompt in prompts if prompt.patches is not None]
+        visual = VisualTokens(*(torch.stack(parts) for parts in zip(*rows, strict=True)))
+        per_image = budget if reducer.in_decoder is None else self._num_patches
+        num_images = visual.tokens_BVL.shape[1] // per_image
+        prefilled = decoder.prefill(packed, visual, reducer=reducer.in_decoder, budget=num_images * budget)
+        spans: list[list[Span]] = [[] for _ in prompts]
+        for group in prefilled.groups:
+            valid_BS = group.keys.valid_BS
+            lengths = valid_BS.sum(dim=1).tolist()
+            slots = [slots_of(prompt.blocks, 0, length) for prompt, length in zip(prompts, lengths, strict=True)]
+            slots_R = torch.tensor(list(chain.from_iterable(slots)), device=self.device)
+            for layer in group.layers:
+                held = prefilled.cache.layers[layer]
+                self.pool.write(
+                    layer, slots_R, held.keys.transpose(1, 2)[valid_BS], held.values.transpose(1, 2)[valid_BS]
+                )
+            for row, length in enumerate(lengths):
+                # Its positions count from 0, to which `_run` would add the stock model's first one.
+                own = Keys(*(part[row][valid_BS[row]][None] for part in group.keys))
+                own = own._replace(positions_BS=own.positions_BS - self._model.first_position)
+                following = int(own.positions_BS[0, -1]) + 1
+                is_keyed = reducer.reducer.positions != "contiguous"
+                spans[row].append(Span(group.layers, length, following, own if is_keyed else None))
+        return prefilled.logits_BV.float(), spans
+
+    def decode(self, token_ids: list[int], spans: list[list[Span]], blocks: list[list[int]]) -> Tensor:
         """Processes one more token of each request and returns the logits [B, V] of the next.
 
         Args:
             token_ids: the token that each request has just generated.
-            positions: rotary position of this token in each request.
-            lengths: number of tokens of each request that are already in the pool.
+            spans: tokens of each request in the pool, by layer; the new token is entered.
             blocks: blocks of each request.
         """
+        hidden_B1L: Tensor = self._model.get_input_embeddings()(torch.tensor(token_ids, device=self.device)[:, None])
+        edges = sorted({span.layers.start for row in spans for span in row})
+        for start, end in pairwise([*edges, len(self._layers)]):
+            own = [next(span for span in row if start in span.layers) for row in spans]
+            hidden_B1L = self._decode_layers(range(start, end), hidden_B1L, own, blocks)
+        for span in chain.from_iterable(spans):
+            span.length += 1
+            span.position += 1
+        return self._logits(self._text.norm(hidden_B1L)[:, 0])
+
+    def _decode_layers(self, layers: range, hidden_B1L: Tensor, spans: list[Span], blocks: list[list[int]]) -> Tensor:
+        """Runs one more token of each request through some layers, in each of which a request has the same span."""
+        lengths = [span.length for span in spans]
         longest = max(lengths) + 1
         tables_BM = table_of(blocks, longest, self.device)
         order_B = torch.tensor(lengths, device=self.device)
@@ -249,20 +360,29 @@ class PooledDecoder:
             tables_BM.gather(1, (order_B // BLOCK_TOKENS)[:, None]).squeeze(1) * BLOCK_TOKENS + order_B % BLOCK_TOKENS
         )
         order_S = torch.arange(tables_BM.shape[1] * BLOCK_TOKENS, device=self.device)
-        allowed_B1S = (order_S[None] <= order_B[:, None])[:, None]
-        hidden_B1L = self._model.get_input_embeddings()(torch.tensor(token_ids, device=self.device)[:, None])
-        cache = _DecodeCache(self.pool, slots_B, tables_BM)
-        return self._logits(
-            self._run(
-                hidden_B1L,
-                torch.tensor(positions, device=self.device)[:, None],
-                allowed_B1S,
-                order_B[:, None],
-                order_S.expand(len(lengths), -1),
-                cache,
-                self._window,
-            )[:, 0]
-        )
+        allowed_BS = order_S[None] <= order_B[:, None]
+        positions_B1 = torch.tensor([span.position for span in spans], device=self.device)[:, None]
+        if any(span.keys is not None for span in spans):
+            keys = self._keys(spans, allowed_BS, order_S)
+            is_keyed_B1 = torch.tensor([span.keys is not None for span in spans], device=self.device)[:, None]
+            rows_B1 = torch.where(is_keyed_B1, positions_B1, order_B[:, None])
+            masks = self._keyed_masks.of_rows(rows_B1, keys, hidden_B1L.dtype)
+        else:
+            masks = self._masks(allowed_BS[:, None], order_B[:, None], order_S.expand(len(spans), -1), self._window)
+        return self._run(layers, hidden_B1L, positions_B1, masks, _DecodeCache(self.pool, slots_B, tables_BM))
+
+    def _keys(self, spans: list[Span], allowed_BS: Tensor, order_S: Tensor) -> Keys:
+        """Returns positions and sizes of the tokens in the pool; those of requests without keys are in their order."""
+        positions_BS = order_S.repeat(len(spans), 1)
+        sizes_BS, visual_BS = torch.ones_like(positions_BS), torch.zeros_like(allowed_BS)
+        for row, span in enumerate(spans):
+            if span.keys is not None:
+                prompt = slice(0, span.keys.positions_BS.shape[1])
+                positions_BS[row] += span.position - span.length
+                positions_BS[row, prompt] = span.keys.positions_BS[0]
+                sizes_BS[row, prompt] = span.keys.sizes_BS[0]
+                visual_BS[row, prompt] = span.keys.visual_BS[0]
+        return Keys(allowed_BS, positions_BS, sizes_BS, visual_BS)
 
     def _positions(self, prompt: Prompt, longest: int) -> Tensor:
         """Returns the rotary positions [1, S] of a prompt with padding at its end, on the CPU."""
@@ -288,36 +408,39 @@ class PooledDecoder:
 
     def _run(
         self,
+        layers: range,
         hidden: Tensor,
         positions_BQ: Tensor,
-        allowed_BQS: Tensor,
-        query_order_BQ: Tensor,
-        key_order_BS: Tensor,
+        masks: LayerMasks,
         cache: _PrefillCache | _DecodeCache,
-        window: int | None,
     ) -> Tensor:
-        """Returns the hidden states after all layers.
-
-        Rotary positions count from 0. A window applies to the order of the tokens in each request's prompt and answer,
-        as in transformers, not to their rotary positions.
-        """
+        """Returns the hidden states after some layers, before the last norm; rotary positions count from 0."""
         position_ids_BQ = positions_BQ + self._model.first_position
         rotary = self._text.rotary_emb(hidden, position_ids_BQ)
-        masks = [self._additive(allowed_BQS)] * 2
-        if window is not None and key_order_BS.shape[1] > window:
-            near_BQS = query_order_BQ[:, :, None] - key_order_BS[:, None] < window
-            masks[1] = self._additive(allowed_BQS & near_BQS)
-        for layer, sliding in zip(self._layers, self._sliding, strict=True):
-            hidden = layer(
+        for index in layers:
+            hidden = self._layers[index](
                 hidden,
-                attention_mask=masks[sliding],
+                attention_mask=masks.of(self._sliding[index]),
                 position_embeddings=rotary,
                 position_ids=position_ids_BQ,
                 past_key_values=cache,
                 use_cache=True,
             )
-        normed: Tensor = self._text.norm(hidden)
-        return normed
+        return hidden
+
+    def _masks(
+        self, allowed_BQS: Tensor, query_order_BQ: Tensor, key_order_BS: Tensor, window: int | None
+    ) -> LayerMasks:
+        """Returns the masks of stock attention.
+
+        A window applies to the order of the tokens in each request's prompt and answer, as in transformers, not to
+        their rotary positions.
+        """
+        full = self._additive(allowed_BQS)
+        if window is None or key_order_BS.shape[1] <= window:
+            return LayerMasks(full, full)
+        near_BQS = query_order_BQ[:, :, None] - key_order_BS[:, None] < window
+        return LayerMasks(full, self._additive(allowed_BQS & near_BQS))
 
     def _additive(self, allowed_BQS: Tensor) -> Tensor:
         """Returns an additive mask: 0 where attention is allowed, else the smallest number.
@@ -330,3 +453,10 @@ class PooledDecoder:
     def _logits(self, hidden_BL: Tensor) -> Tensor:
         logits_BV: Tensor = self._model.lm_head(hidden_BL).float()
         return logits_BV if self._softcap is None else torch.tanh(logits_BV / self._softcap) * self._softcap
+
+
+def _shape_of(prompt: Prompt) -> tuple[int, int] | None:
+    """Returns the number of visual tokens and the budget, equal in one prefill of a reducer; None: stock decoder."""
+    if prompt.patches is None:
+        return None
+    return len(prompt.patches.sizes_K), prompt.num_visual_tokens

@@ -106,7 +106,7 @@ class GenerateRequest:
     @property
     def tokens(self) -> TokenCounts:
         """Visual and text tokens of the prompt."""
-        return self._tokens_at(self.num_visual_tokens)
+        return self.tokens_at(self.num_visual_tokens)
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -116,9 +116,15 @@ class GenerateRequest:
     @property
     def min_prompt_tokens(self) -> int:
         """Length of the decoder's input at the smallest budget the request may get, tokens."""
-        return self._tokens_at(self.choices[0] if self.choices else self.num_visual_tokens).total
+        return self.tokens_at(self.smallest_budget).total
 
-    def _tokens_at(self, budget: int) -> TokenCounts:
+    @property
+    def smallest_budget(self) -> int:
+        """Smallest budget that the request may get."""
+        return self.choices[0] if self.choices else self.num_visual_tokens
+
+    def tokens_at(self, budget: int) -> TokenCounts:
+        """Returns the visual and text tokens of the prompt at a budget."""
         return count_tokens(len(self.prompt_ids), len(self.images), budget)
 
 
@@ -363,6 +369,7 @@ def check_request(
     chooses: bool,
     max_positions: int,
     positions_per_image: int | None,
+    kv_per_image: int | None = None,
 ) -> None:
     """Rejects a request that an engine can never answer.
 
@@ -373,16 +380,23 @@ def check_request(
         chooses: whether the engine can choose a budget from `request.choices`.
         max_positions: number of rotary positions of the model.
         positions_per_image: positions that an image takes at every budget; None: one for each visual token.
+        kv_per_image: KV tokens that an image takes at every budget; None: one for each visual token.
 
     Raises:
         EngineRefusal: the request does not fit, or needs a budget that is not supported.
     """
     new = request.sampling.max_new_tokens
-    if request.min_prompt_tokens + new > max_tokens:
+    needed = request.tokens_at(kv_per_image or request.smallest_budget).total
+    if needed + new > max_tokens:
+        remedy = (
+            "lower max_tokens or the visual-token budget"
+            if kv_per_image is None
+            else f"lower max_tokens, or send fewer images, each of which takes {kv_per_image} tokens at every budget"
+        )
         raise EngineRefusal(
             "context_length_exceeded",
-            f"The request needs {request.min_prompt_tokens} prompt tokens and {new} new tokens, but one request may"
-            f" hold {max_tokens} tokens; shorten the prompt, or lower max_tokens or the visual-token budget.",
+            f"The request needs {needed} prompt tokens and {new} new tokens, but one request may hold {max_tokens}"
+            f" tokens; shorten the prompt, or {remedy}.",
         )
     positions = len(request.prompt_ids) + len(request.images) * (positions_per_image or 0) + new
     if positions > max_positions:

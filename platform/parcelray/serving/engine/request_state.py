@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from parcelray.serving.engine.decoder import Span
 from parcelray.serving.engine.engine import (
     EngineRefusal,
     EngineStats,
@@ -23,6 +24,7 @@ from parcelray.serving.engine.engine import (
     TokenLogprob,
 )
 from parcelray.serving.engine.sampling import generator_of, logprobs_of
+from parcelray.serving.engine.vision import EncodedImage
 
 logger = logging.getLogger(__name__)
 _MAX_PADDING = 0.25
@@ -41,16 +43,14 @@ class RequestState:
     """Time of arrival, by `time.perf_counter`."""
     text: "TextStream"
     generator: torch.Generator | None
-    features: dict[str, Tensor] | None = None
-    """Patch features of its images by content, held from the vision tower to the prefill."""
+    images: dict[str, EncodedImage] | None = None
+    """Its encoded images by content, held from the vision tower to the prefill."""
     cached_images: int = 0
     vision_s: float = 0.0
     blocks: list[int] = field(default_factory=list)
     """Blocks of the KV pool that it owns."""
-    length: int = 0
-    """Number of its tokens in the KV pool."""
-    position: int = 0
-    """Rotary position of its last token, counted from 0; more than `length` if images have more places than tokens."""
+    spans: list[Span] = field(default_factory=list)
+    """Its tokens in the KV pool, by layer."""
     last_token: int = 0
     num_new: int = 0
     started: float = 0.0
@@ -61,16 +61,6 @@ class RequestState:
     unsent_text: str = ""
     ended: bool = False
     """Whether its listener got its last event."""
-
-    @property
-    def max_tokens(self) -> int:
-        """Maximum number of tokens in the KV pool; the last new token is never attended to."""
-        return self.request.num_prompt_tokens + self.request.sampling.max_new_tokens - 1
-
-    @property
-    def min_tokens(self) -> int:
-        """`max_tokens` at the smallest budget that the request may get."""
-        return self.request.min_prompt_tokens + self.request.sampling.max_new_tokens - 1
 
     @property
     def deadline(self) -> float:

@@ -247,6 +247,7 @@ class Api:
             "created": self._created,
             "owned_by": "parcelray",
             "version": champion.version,
+            "reducer": champion.reducer_settings,
             "visual_tokens": list(service.policy.offered),
             "costs": costs,
         }

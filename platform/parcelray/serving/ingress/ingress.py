@@ -20,7 +20,6 @@ from parcelray.config.base import StrictModel
 from parcelray.config.identity import identity
 from parcelray.config.serve import ServeJob
 from parcelray.profiling.backbone_shapes import from_transformers_config
-from parcelray.profiling.flops import CostBreakdown, cost
 from parcelray.serving.engine.engine import EngineRefusal, PromptBuilder
 from parcelray.serving.http.api import Api
 from parcelray.serving.http.auth import ApiKey, Gatekeeper
@@ -36,6 +35,7 @@ from parcelray.serving.replica import ReplicaSettings
 from parcelray.tracking.opening import model_folder
 
 if TYPE_CHECKING:
+    from parcelray.profiling.reduction_flops import PrefillCost
     from parcelray.tracking.request_samples import RequestSamples
 
 logger = logging.getLogger("ray.serve")
@@ -180,7 +180,8 @@ class Ingress:
         prompts, costs = await asyncio.to_thread(_load_prompts_and_costs, route.settings)
         # A version that does not answer gets no requests.
         await client.ping()
-        return Route(route.settings.model.reference, client, prompts, costs, app=route.app)
+        reducer = route.settings.reducer
+        return Route(route.settings.model.reference, client, prompts, costs, app=route.app, reducer=reducer)
 
 
 class LostProxies:
@@ -218,12 +219,12 @@ def _sample_store(job: ServeJob, metrics: EndpointMetrics) -> "RequestSamples | 
     return RequestSamples(job.tracking.uri, job.tracking.experiment, identity(job), metrics.samples_dropped)
 
 
-def _load_prompts_and_costs(settings: ReplicaSettings) -> tuple[PromptBuilder, dict[int, CostBreakdown]]:
+def _load_prompts_and_costs(settings: ReplicaSettings) -> tuple[PromptBuilder, "dict[int, PrefillCost]"]:
     from parcelray.models.vlm import config_of, load_processor
+    from parcelray.profiling.reduction_flops import prefill_costs
 
     folder = model_folder(settings.pin, logger.info)
     config = config_of(folder)
     connector = settings.model.connector or config.connector_config
-    shape = from_transformers_config(config)
-    costs = {budget: cost(shape, connector, budget) for budget in settings.budgets}
+    costs = prefill_costs(from_transformers_config(config), connector, settings.reducer, settings.budgets)
     return PromptBuilder(load_processor(folder)), costs

@@ -4,12 +4,15 @@ import random
 import statistics
 from collections import deque
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from parcelray.config.reducer import ReducerConfig
 from parcelray.config.serve import CanaryConfig
-from parcelray.profiling.flops import CostBreakdown
 from parcelray.serving.engine.engine import PromptBuilder
 from parcelray.serving.ingress.clients import ModelClient
+
+if TYPE_CHECKING:
+    from parcelray.profiling.reduction_flops import PrefillCost
 
 _MAX_OUTCOMES = 500
 """Number of recent requests of each version that are compared."""
@@ -23,14 +26,21 @@ class Route:
     """Pinned reference, as reported to clients."""
     client: ModelClient
     prompts: PromptBuilder
-    costs: dict[int, CostBreakdown]
+    costs: "dict[int, PrefillCost]"
     """Cost of one image at each offered budget."""
     share: float = 1.0
     """Share of the requests, 0 to 1; the champion gets the remaining share."""
     outcomes: deque[float | None] = field(default_factory=lambda: deque(maxlen=_MAX_OUTCOMES))
     """Latency of each recent request, seconds; None: it failed."""
     app: str = ""
-    """Serve application that runs it; one version may run twice, with two connectors."""
+    """Serve application that runs it; one version may run twice, with two connectors or reducers."""
+    reducer: ReducerConfig | None = None
+    """Training-free reducer of the model; None: none."""
+
+    @property
+    def reducer_settings(self) -> dict[str, Any] | None:
+        """The settings of the reducer, as reported to clients."""
+        return None if self.reducer is None else self.reducer.model_dump(mode="json")
 
     @property
     def error_rate(self) -> float:
@@ -47,6 +57,7 @@ class Route:
         """Returns the entry of this version in `/version`."""
         return {
             "version": self.version,
+            "reducer": self.reducer_settings,
             "share": self.share,
             "requests": len(self.outcomes),
             "error_rate": self.error_rate,

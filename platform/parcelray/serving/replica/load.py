@@ -9,10 +9,12 @@ from pathlib import Path
 
 import torch
 
+from parcelray.config.reducer import ReducerConfig
 from parcelray.config.serve import ServedModelConfig
 from parcelray.errors import UnsupportedBudgetError
 from parcelray.models.backbones import ElasticVLM
 from parcelray.models.backbones.processor_base import ElasticProcessor
+from parcelray.models.model_reducer import ModelReducer, kv_per_image
 from parcelray.models.vlm import load_processor, load_vlm, use_sdpa_where_exact
 from parcelray.serving.engine.budget_chooser import BudgetChooser, load_predictor
 from parcelray.serving.engine.continuous_engine import ContinuousEngine
@@ -38,22 +40,28 @@ _WARM_UP_IMAGES = 3
 _WARM_UP_TOKENS = 4
 
 
-def load_model(path: str | Path, config: ServedModelConfig, budgets: Iterable[int]) -> ElasticVLM:
+def load_model(
+    path: str | Path, config: ServedModelConfig, budgets: Iterable[int], reducer: ReducerConfig | None = None
+) -> ElasticVLM:
     """Loads a served model, in evaluation mode on its device.
 
     Args:
         path: folder of the checkpoint.
         config: connector, data type and device; its reference is not resolved again.
         budgets: visual-token budgets that the model must support.
+        reducer: training-free reducer of the model; None: none.
 
     Raises:
         UnsupportedBudgetError: the model does not support a budget.
-        UserError: the checkpoint cannot be loaded.
+        UserError: the checkpoint cannot be loaded, or already compresses and has a reducer.
     """
     model = load_vlm(path, connector=config.connector, dtype=getattr(torch, config.dtype))
+    name, legal = model.connector.name, model.supported_budgets
+    if reducer is not None:
+        name, legal = reducer.type, ModelReducer(model, reducer).supported_budgets
     for budget in budgets:
-        if budget not in model.supported_budgets:
-            raise UnsupportedBudgetError(budget, model.supported_budgets, model.connector.name)
+        if budget not in legal:
+            raise UnsupportedBudgetError(budget, legal, name)
     use_sdpa_where_exact(model)
     return model.to(config.device).eval()
 
@@ -86,10 +94,11 @@ def load_engine(settings: ReplicaSettings, name: str) -> tuple[Engine, "HealthPr
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     folder = model_folder(settings.pin, logger.info)
-    model = load_model(folder, settings.model, settings.budgets)
+    model = load_model(folder, settings.model, settings.budgets, settings.reducer)
     processor = load_processor(folder)
     logger.info("parcelray: model loaded in %.1f s", time.perf_counter() - started)
-    probe = HealthProbe(PromptBuilder(processor), settings.budgets)
+    held = kv_per_image(settings.reducer, processor.num_patches)
+    probe = HealthProbe(PromptBuilder(processor), settings.budgets, kv_per_image=held)
     engine = ContinuousEngine(
         model,
         processor,
@@ -97,6 +106,7 @@ def load_engine(settings: ReplicaSettings, name: str) -> tuple[Engine, "HealthPr
         urgent_tokens=probe.num_tokens,
         name=name,
         chooser=load_chooser(settings, model, processor),
+        reducer=settings.reducer,
     )
     probe.warm_up(engine)
     return engine, probe
@@ -109,19 +119,30 @@ class HealthProbe:
         prompts: prompt builder of the engine's checkpoint.
         budgets: offered visual-token budgets.
         timeout_s: seconds after which the engine counts as dead.
+        kv_per_image: see `check_request`.
     """
 
-    def __init__(self, prompts: PromptBuilder, budgets: Sequence[int], *, timeout_s: float = _TIMEOUT_S) -> None:
+    def __init__(
+        self,
+        prompts: PromptBuilder,
+        budgets: Sequence[int],
+        *,
+        timeout_s: float = _TIMEOUT_S,
+        kv_per_image: int | None = None,
+    ) -> None:
         self._prompts = prompts
         self._budgets = tuple(sorted(budgets))
         self._timeout_s = timeout_s
+        self._kv_per_image = kv_per_image
         self._numbers = itertools.count()
         self._checking: asyncio.Task[None] | None = None
 
     @property
     def num_tokens(self) -> int:
         """Number of KV tokens that one check needs."""
-        return self._request(self._budgets[0], 0, 1, self._timeout_s).num_prompt_tokens + 1
+        smallest = self._budgets[0]
+        request = self._request(smallest, 0, 1, self._timeout_s)
+        return request.tokens_at(self._kv_per_image or smallest).total + 1
 
     async def check(self, engine: Engine) -> None:
         """Returns once the engine has answered. Concurrent callers share one check.
