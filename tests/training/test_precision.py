@@ -23,7 +23,7 @@ from parcelray.tracking.metric_logger import NoMetrics
 from parcelray.training.accelerator import fsdp_plugin, make_accelerator
 from parcelray.training.plan import training_plan
 from parcelray.training.run import run_training
-from parcelray.training.start import build_start, freeze
+from parcelray.training.start import build_start, prepare_model
 from parcelray.training.step import build_optimizer, parameter_groups
 from parcelray.training.train_loop import fit_in_process
 
@@ -183,7 +183,7 @@ def test_the_finished_model_has_the_data_type_of_the_job(
     assert all(torch.equal(stored[key], value.to(expected)) for key, value in trained.items())
 
 
-@pytest.mark.parametrize("freeze_vision", [False, True])
+@pytest.mark.parametrize("freeze", [[], ["tower"]])
 @pytest.mark.parametrize(
     "optimizer", [{"type": "adamw"}, {"type": "sgd", "momentum": 0.9}, {"type": "sgd", "momentum": 0.0}]
 )
@@ -191,13 +191,13 @@ def test_the_dry_run_counts_the_bytes_of_weights_gradients_and_moments(
     tmp_path: Path,
     bf16_start: Path,
     optimizer: dict[str, Any],
-    freeze_vision: bool,
+    freeze: list[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("parcelray.training.plan.matmul_flops_per_second", lambda: 1e12)
-    job = _job(tmp_path, bf16_start, optimizer=optimizer, training={"freeze_vision": freeze_vision})
+    job = _job(tmp_path, bf16_start, optimizer=optimizer, training={"freeze": freeze})
     model, _ = build_start(job, bf16_start)
-    freeze(model, job.training)
+    prepare_model(model, job)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in trained:
         parameter.grad = torch.ones_like(parameter)

@@ -4,8 +4,9 @@ import math
 import warnings
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from parcelray.config.adaptation import PARTS, LoraConfig, ModelPart
 from parcelray.config.base import StrictModel
 from parcelray.config.connector import ConnectorConfig
 from parcelray.config.data import DataConfig
@@ -241,7 +242,15 @@ class TrainingConfig(StrictModel):
     max_text_tokens: int | None = Field(default=None, ge=1)
     """Largest number of text tokens of a prompt with its answers; longer rows cannot be used. null: no limit."""
     gradient_accumulation_steps: int = Field(default=1, ge=1)
-    """Number of micro-batches per worker and step."""
+    """Number of micro-batches per worker and step; the gradient is that of the whole batch."""
+    group_by_tokens: bool = False
+    """Whether micro-batches have samples of similar length and are padded only to their own longest prompt."""
+    loss_mean: Literal["prompts", "tokens"] = "prompts"
+    """How answers are weighted in the loss of a step, over all workers and micro-batches.
+
+    prompts: all prompts equally, whatever the length of their answers (PaliGemma); tokens: all answer tokens equally
+    (LLaVA).
+    """
     clip_norm: float = Field(default=1.0, gt=0)
     """Largest global gradient norm; larger gradients are scaled down to this norm."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
@@ -263,10 +272,38 @@ class TrainingConfig(StrictModel):
     It applies only to data with labelled regions, at the budget of the full patch grid. Models from scratch need it to
     learn to use the image.
     """
-    freeze_vision: bool = False
-    """Whether the weights of the vision tower are frozen."""
+    freeze: tuple[ModelPart, ...] = ()
+    """Parts of the model whose weights stay as they are: a list of tower, connector, projector and decoder."""
+    lora: LoraConfig | None = None
+    """Low-rank adapters by part of the model; null: all weights that are not frozen are trained themselves."""
+    activation_checkpointing: bool = False
+    """Whether the layers of vision tower and decoder are computed again in the backward pass.
+
+    Then only their inputs are kept, which takes less memory and about a third more time. The gradients are the same.
+    """
     log_every_steps: int = Field(default=10, ge=1)
     """Steps between logged metrics, including token diagnostics."""
+
+    @field_validator("freeze")
+    @classmethod
+    def _in_order(cls, parts: tuple[ModelPart, ...]) -> tuple[ModelPart, ...]:
+        return tuple(part for part in PARTS if part in parts)
+
+    @model_validator(mode="after")
+    def _check_parts(self) -> "TrainingConfig":
+        if self.freeze == PARTS:
+            raise ValueError(f"freeze has all parts ({', '.join(PARTS)}), so nothing is trained; remove one")
+        for part, _ in self.lora.parts() if self.lora is not None else ():
+            if part in self.freeze:
+                raise ValueError(
+                    f"lora.{part} has adapters, but freeze has {part}, too; remove it from freeze, as the weights"
+                    " under adapters are frozen anyway"
+                )
+        return self
+
+    def trains_whole(self, part: ModelPart) -> bool:
+        """Whether all weights of a part are trained themselves: it is not frozen and has no adapters."""
+        return part not in self.freeze and (self.lora is None or getattr(self.lora, part) is None)
 
 
 class ValidationConfig(StrictModel):
@@ -435,6 +472,11 @@ class TrainJob(StrictModel):
             )
         if self.register is not None and self.tracking.uri is None:
             raise ValueError(f"register is {self.register}, but tracking.uri is null; set it, or set register to null")
+        if self.new_words is not None and not self.training.trains_whole("decoder"):
+            raise ValueError(
+                "new_words adds embeddings to the decoder, but training.freeze or training.lora leaves them untrained;"
+                " set new_words to null, or train the decoder"
+            )
         if self.distillation is not None and len(self.budget.values()) == 1:
             raise ValueError(
                 f"distillation needs a smaller budget than the largest, but the only budget is"

@@ -3,13 +3,14 @@
 from dataclasses import dataclass, replace
 
 import torch
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from parcelray.config.train import TrainJob
 from parcelray.evaluation.memory import run_answers
 from parcelray.models.backbones import ElasticVLM
 from parcelray.models.vlm import ElasticConfig, empty_vlm, use_sdpa_where_exact
 from parcelray.profiling.simulated_memory import HEAP_OVERHEAD, MemoryEstimate, MemoryMeter
-from parcelray.training.start import freeze
+from parcelray.training.start import prepare_model
 from parcelray.training.step import TensorBatch, build_optimizer, losses
 
 _VALIDATION_IMAGES = 64
@@ -51,7 +52,9 @@ def training_memory(
     with meter.simulated():
         model = empty_vlm(config)
         use_sdpa_where_exact(model)
-        freeze(model, job.training)
+        # PEFT makes its layers on the meta device, which fails inside a simulation.
+        with unset_fake_temporarily():
+            prepare_model(model, job)
         weights = meter.live_bytes
         optimizer = build_optimizer(model.train(), job.optimizer)
         _set_gradients(model)

@@ -16,7 +16,7 @@ from parcelray.profiling.gpus import gpu_of
 from parcelray.profiling.machine import matmul_flops_per_second
 from parcelray.training.budget_sampling import BudgetSampler
 from parcelray.training.run import resolve_start
-from parcelray.training.start import build_start, freeze, step_reader
+from parcelray.training.start import build_start, prepare_model, step_reader
 from parcelray.training.token_plan import dry_run_memory
 
 _BACKWARD = 2
@@ -117,7 +117,7 @@ def training_plan(job: TrainJob, *, gpu: str | None = None, with_peak: bool = Fa
     )
     flops = round((1 + _BACKWARD) * per_image * job.training.images_per_step * job.training.steps)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    freeze(model, job.training)
+    prepare_model(model, job)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     state_bytes = _BYTES * (parameters + (1 + _moments(job.optimizer)) * trained)
     low, high = job.scaling.bounds
