@@ -17,8 +17,8 @@ from parcelray.models.checkpoint import verify_manifest
 from parcelray.models.vlm import load_vlm
 from parcelray.tracking.metric_logger import NoMetrics
 from parcelray.training.run import run_training
-from parcelray.training.start import build_resumed, build_start, prepare_model, step_reader
-from parcelray.training.step import losses, to_tensors
+from parcelray.training.start import build_resumed, build_start, check_device, prepare_model, step_reader
+from parcelray.training.step import build_optimizer, losses, to_tensors
 from parcelray.training.train_loop import fit_in_process, validate_checkpoint
 
 from ..tiny import tiny_checkpoint
@@ -208,3 +208,59 @@ def test_activation_checkpointing_works_with_the_kernels_of_bf16_training(
         fit_in_process(job, tmp_path / str(recompute), checkpoint=None, logger=recorder)
         curves.append(recorder.curve("train/loss"))
     assert curves[0] == curves[1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"training": {"attention": "flex"}}, "training.attention is flex, which needs a GPU"),
+        ({"optimizer": {"type": "adamw_8bit"}}, "optimizer.type is adamw_8bit, which needs a GPU"),
+    ],
+)
+def test_what_needs_a_gpu_is_refused_before_the_start(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message.replace("a GPU", "GPUs; set scaling.gpus_per_worker")):
+        tiny_job(tmp_path, scaling={"num_workers": 2}, **changes)
+    job = tiny_job(tmp_path, **changes)
+    with pytest.raises(UserError, match=message):
+        check_device(job, cpu_only=True)
+
+
+def test_a_package_that_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    job = tiny_job(tmp_path, optimizer={"type": "adamw_8bit"})
+    with pytest.raises(UserError, match="the package bitsandbytes is not installed on this host"):
+        check_device(job, cpu_only=False)
+    check_device(tiny_job(tmp_path, training={"attention": "flex"}), cpu_only=False)
+
+
+def test_fused_updates_are_those_of_the_plain_optimizer(tmp_path: Path) -> None:
+    weights = []
+    for fused in (False, True):
+        job = tiny_job(tmp_path, optimizer={"type": "adamw", "fused": fused, "weight_decay": 0.1})
+        model, _ = build_start(job, None)
+        optimizer = build_optimizer(model, job.optimizer)
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(3):
+            for parameter in model.parameters():
+                parameter.grad = torch.randn(parameter.shape, generator=generator)
+            optimizer.step()
+        weights.append({name: each.detach() for name, each in model.named_parameters()})
+    for name, expected in weights[0].items():
+        torch.testing.assert_close(weights[1][name], expected, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.nightly
+@pytest.mark.filterwarnings("ignore")
+def test_compiled_layers_have_the_losses_of_plain_layers(tmp_path: Path) -> None:
+    curves = []
+    for compiled in (False, True):
+        training = {"steps": 3, "compile": compiled, "activation_checkpointing": True}
+        recorder = Recorder()
+        fit_in_process(
+            tiny_job(tmp_path, training=training, validation=ONE_SAMPLE),
+            tmp_path / str(compiled),
+            checkpoint=None,
+            logger=recorder,
+        )
+        curves.append(recorder.curve("train/loss"))
+    assert curves[1] == pytest.approx(curves[0], rel=1e-4)

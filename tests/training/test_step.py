@@ -10,7 +10,8 @@ import torch
 
 from parcelray.config.connector import ParcelConnectorConfig
 from parcelray.config.model import MiniModelConfig
-from parcelray.config.train import AdamWConfig, ScheduleConfig, SgdConfig, TrainingConfig
+from parcelray.config.optimizer import AdamWConfig, ScheduleConfig, SgdConfig
+from parcelray.config.train import TrainingConfig
 from parcelray.datasets.collator import IGNORED, Collator
 from parcelray.datasets.mini.suite import MiniSuite
 from parcelray.models.backbones import ElasticVLM

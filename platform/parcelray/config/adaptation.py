@@ -1,4 +1,4 @@
-"""Configuration of what a training changes: frozen parts of the model, and low-rank adapters."""
+"""Configuration of what a training changes (frozen parts, low-rank adapters), and of its attention backend."""
 
 from collections.abc import Iterator
 from typing import Literal
@@ -10,6 +10,9 @@ from parcelray.config.base import StrictModel
 ModelPart = Literal["tower", "connector", "projector", "decoder"]
 """A part of the model: vision tower, connector, projector, or language model with embeddings and output head."""
 PARTS: tuple[ModelPart, ...] = ("tower", "connector", "projector", "decoder")
+
+AttentionBackend = Literal["eager", "sdpa", "flash", "flex"]
+"""How the decoder computes attention: one product after the other, or by a fused kernel."""
 
 
 class LoraPartConfig(StrictModel):

@@ -39,7 +39,8 @@ _NOT_IDENTITY = (
 # states them has the identity of a job from before the key, and resumes its run.
 _FORMER_VALUES: dict[str, dict[str, Any]] = {
     "connector": FORMER_CONNECTOR_VALUES,
-    "training": {"group_by_tokens": False, "loss_mean": "prompts"},
+    "training": {"group_by_tokens": False, "loss_mean": "prompts", "compile": False},
+    "optimizer": {"fused": False},
 }
 # Renamed values by section and key; under their former names they count.
 _FORMER_NAMES: dict[str, dict[str, dict[Any, Any]]] = {"reducer": {"positions": FORMER_POSITIONS}}

@@ -6,11 +6,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from parcelray.config.adaptation import PARTS, LoraConfig, ModelPart
+from parcelray.config.adaptation import PARTS, AttentionBackend, LoraConfig, ModelPart
 from parcelray.config.base import StrictModel
 from parcelray.config.connector import ConnectorConfig
 from parcelray.config.data import DataConfig
 from parcelray.config.model import CheckpointModelConfig, ModelConfig
+from parcelray.config.optimizer import AdamWConfig, OptimizerConfig, ScheduleConfig
 from parcelray.config.paths import LocalPath, TrackingUri, check_storage
 from parcelray.errors import describe_values
 
@@ -189,49 +190,6 @@ class DistillationConfig(StrictModel):
     """Weight of the KL divergence."""
 
 
-class _Optimizer(StrictModel):
-    learning_rate: float = Field(default=1e-3, gt=0, le=1)
-    """Peak learning rate of the shared (pretrained) weights."""
-    connector_multiplier: float = Field(default=1.0, gt=0)
-    """Factor by which the learning rate of new connector parameters is multiplied."""
-    weight_decay: float = Field(default=0.0, ge=0)
-    """Weight decay of matrices; vectors (norms, biases) are not decayed."""
-
-
-class AdamWConfig(_Optimizer):
-    """The AdamW optimizer."""
-
-    type: Literal["adamw"] = "adamw"
-    beta1: float = Field(default=0.9, ge=0, lt=1)
-    """Decay rate of the first moment."""
-    beta2: float = Field(default=0.95, ge=0, lt=1)
-    """Decay rate of the second moment."""
-    epsilon: float = Field(default=1e-8, gt=0)
-    """Constant added to the denominator for numerical stability."""
-
-
-class SgdConfig(_Optimizer):
-    """Stochastic gradient descent."""
-
-    type: Literal["sgd"] = "sgd"
-    momentum: float = Field(default=0.9, ge=0, lt=1)
-    """Momentum coefficient."""
-
-
-OptimizerConfig = Annotated[AdamWConfig | SgdConfig, Field(discriminator="type")]
-
-
-class ScheduleConfig(StrictModel):
-    """Learning-rate schedule: linear warm-up, then a decay to `final_fraction` of the peak."""
-
-    type: Literal["cosine", "linear", "constant"] = "cosine"
-    """Shape of the decay after the warm-up."""
-    warmup_steps: int = Field(default=20, ge=0)
-    """Number of steps of linear warm-up."""
-    final_fraction: float = Field(default=0.05, ge=0, le=1)
-    """Learning rate at the last step as a fraction of the peak."""
-
-
 class TrainingConfig(StrictModel):
     """Length and numerics of the training."""
 
@@ -264,6 +222,13 @@ class TrainingConfig(StrictModel):
     null: on CPUs with AMX, bf16 passes use the platform's attention for training; on other CPUs they run in fp32, which
     is faster there. stock: torch's attention, in the data type that `precision` names; slower, for comparisons.
     """
+    attention: AttentionBackend | None = None
+    """Attention backend of the decoder: eager, sdpa, flash (package flash-attn) or flex (torch's FlexAttention).
+
+    flash and flex need GPUs. null: sdpa if it is exact, else (soft-capped logits of Gemma-2) eager.
+    """
+    compile: bool = False
+    """Whether the layers of vision tower and decoder are compiled (torch.compile); the first steps take minutes."""
     strategy: Literal["ddp", "fsdp"] = "ddp"
     """Distribution of the model over workers: replicated (ddp), or sharded (fsdp; on GPUs only, CPUs replicate)."""
     patch_supervision: float = Field(default=0.0, ge=0)
@@ -472,6 +437,13 @@ class TrainJob(StrictModel):
             )
         if self.register is not None and self.tracking.uri is None:
             raise ValueError(f"register is {self.register}, but tracking.uri is null; set it, or set register to null")
+        for key, value in (("training.attention", self.training.attention), ("optimizer.type", self.optimizer.type)):
+            if (
+                value in ("flash", "flex", "adamw_8bit")
+                and self.scaling.bounds[1] > 0
+                and not self.scaling.gpus_per_worker
+            ):
+                raise ValueError(f"{key} is {value}, which needs GPUs; set scaling.gpus_per_worker, or change {key}")
         if self.new_words is not None and not self.training.trains_whole("decoder"):
             raise ValueError(
                 "new_words adds embeddings to the decoder, but training.freeze or training.lora leaves them untrained;"

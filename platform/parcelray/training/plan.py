@@ -7,7 +7,8 @@ from rich.table import Table
 
 from parcelray.benchmarks.training_data import check_rows
 from parcelray.config.identity import identity
-from parcelray.config.train import AdamWConfig, OptimizerConfig, TrainJob
+from parcelray.config.optimizer import AdamW8bitConfig, AdamWConfig, OptimizerConfig
+from parcelray.config.train import TrainJob
 from parcelray.console import key_value_table
 from parcelray.errors import UserError, describe_values
 from parcelray.profiling.backbone_shapes import from_transformers_config
@@ -22,7 +23,7 @@ from parcelray.training.token_plan import dry_run_memory
 _BACKWARD = 2
 """FLOPs of a backward pass per FLOP of the forward pass: one product for input gradients, one for weight gradients."""
 _BYTES = 4
-"""Bytes of one weight, gradient or optimiser moment: all are fp32, whatever the precision of the passes."""
+"""Bytes of one weight, gradient or optimiser moment: fp32, whatever the precision of the passes."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,7 @@ def training_plan(job: TrainJob, *, gpu: str | None = None, with_peak: bool = Fa
     prepare_model(model, job)
     held = sum(parameter.numel() for parameter in model.parameters())
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    state_bytes = _BYTES * (held + (1 + _moments(job.optimizer)) * trained)
+    state_bytes = _BYTES * (held + trained) + _moment_bytes(job.optimizer) * trained
     low, high = job.scaling.bounds
     workers = max(1, low)
     speed = gpu_of(gpu).flops_per_second(job.training.precision) if gpu is not None else matmul_flops_per_second()
@@ -158,8 +159,10 @@ def training_plan(job: TrainJob, *, gpu: str | None = None, with_peak: bool = Fa
     )
 
 
-def _moments(optimizer: OptimizerConfig) -> int:
-    """Number of values that the optimiser keeps for each trained weight."""
-    if isinstance(optimizer, AdamWConfig):
+def _moment_bytes(optimizer: OptimizerConfig) -> int:
+    """Bytes that the optimiser keeps for each trained weight."""
+    if isinstance(optimizer, AdamW8bitConfig):
         return 2
-    return 1 if optimizer.momentum else 0
+    if isinstance(optimizer, AdamWConfig):
+        return 2 * _BYTES
+    return _BYTES if optimizer.momentum else 0

@@ -1,5 +1,6 @@
 """Builds the start of a training: model, processor and data of a job. Needs only torch and transformers."""
 
+import importlib.util
 from functools import partial
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from parcelray.models.adapters import add_adapters, freeze_parts, frozen_digest
 from parcelray.models.backbones import ElasticVLM
 from parcelray.models.backbones.processor_base import ElasticProcessor
 from parcelray.models.mini import build_config, build_model, build_processor
-from parcelray.models.vlm import load_processor, load_vlm, use_sdpa_where_exact
+from parcelray.models.vlm import load_processor, load_vlm, use_attention, use_sdpa_where_exact
 from parcelray.models.vocabulary import add_words
 from parcelray.training.batches.schedule import BatchSchedule, StepReader
 from parcelray.training.checkpointing import TRAINED
@@ -88,10 +89,10 @@ def build_resumed(job: TrainJob, folder: Path, start: Path | None) -> tuple[Elas
 
 
 def prepare_model(model: ElasticVLM, job: TrainJob) -> None:
-    """Prepare a model for training: frozen parts, new adapters, and activation checkpointing.
+    """Prepare a model for training: frozen parts, new adapters, attention and activation checkpointing.
 
     Raises:
-        UserError: the model has no weights that the job trains, or no layers for adapters.
+        UserError: the model has no weights that the job trains, no layers for adapters, or another attention.
     """
     training = job.training
     freeze_parts(model, training.freeze)
@@ -102,12 +103,43 @@ def prepare_model(model: ElasticVLM, job: TrainJob) -> None:
             f"training.freeze has {', '.join(training.freeze)}, and the connector {model.connector.name} has no weights"
             " of its own, so nothing is trained; remove a part from training.freeze."
         )
+    if training.attention is not None:
+        use_attention(model, training.attention)
     if training.activation_checkpointing:
         # Not by transformers' own switch: it would also send gradients through a frozen tower.
         for layer in model.modules():
             if isinstance(layer, GradientCheckpointingLayer):
                 layer.gradient_checkpointing = True
                 layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+
+
+def check_device(job: TrainJob, *, cpu_only: bool) -> None:
+    """Check that this host has what the job's attention and optimizer need.
+
+    Raises:
+        UserError: a GPU or a package is missing.
+    """
+    for key, value, package in (
+        ("training.attention", job.training.attention, {"flash": "flash_attn", "flex": None}),
+        ("optimizer.type", job.optimizer.type, {"adamw_8bit": "bitsandbytes"}),
+    ):
+        if value not in package:
+            continue
+        if cpu_only:
+            raise UserError(f"{key} is {value}, which needs a GPU, but this training has none; change {key}.")
+        needed = package[value]
+        if needed is not None and importlib.util.find_spec(needed) is None:
+            raise UserError(
+                f"{key} is {value}, but the package {needed} is not installed on this host; install it, or change"
+                f" {key}."
+            )
+
+
+def compile_layers(model: ElasticVLM) -> None:
+    """Compile the layers of vision tower and decoder in place, each for any number of tokens."""
+    for layer in model.modules():
+        if isinstance(layer, GradientCheckpointingLayer):
+            layer.compile(dynamic=True)
 
 
 def load_trained(model: ElasticVLM, folder: Path) -> None:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from parcelray.config.train import AdamWConfig, OptimizerConfig, ScheduleConfig
+from parcelray.config.optimizer import AdamW8bitConfig, AdamWConfig, OptimizerConfig, ScheduleConfig
 from parcelray.datasets.collator import IGNORED, Batch
 from parcelray.models.backbones import ElasticVLM
 from parcelray.models.backbones.processor_base import ElasticProcessor
@@ -310,7 +310,14 @@ def build_optimizer(model: ElasticVLM, config: OptimizerConfig) -> torch.optim.O
     """Build the optimiser of a job."""
     groups = parameter_groups(model, config)
     if isinstance(config, AdamWConfig):
-        return torch.optim.AdamW(groups, betas=(config.beta1, config.beta2), eps=config.epsilon)
+        # Without `fused`, torch chooses between its other implementations.
+        fused = config.fused or None
+        return torch.optim.AdamW(groups, betas=(config.beta1, config.beta2), eps=config.epsilon, fused=fused)
+    if isinstance(config, AdamW8bitConfig):
+        from bitsandbytes.optim import AdamW8bit
+
+        optimizer: torch.optim.Optimizer = AdamW8bit(groups, betas=(config.beta1, config.beta2), eps=config.epsilon)
+        return optimizer
     return torch.optim.SGD(groups, momentum=config.momentum)
 
 

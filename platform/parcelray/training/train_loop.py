@@ -37,7 +37,15 @@ from parcelray.training.accelerator import make_accelerator
 from parcelray.training.batches.schedule import StepReader, in_process_batches
 from parcelray.training.batches.skipped import SkippedRows
 from parcelray.training.budget_sampling import BudgetSampler
-from parcelray.training.start import build_resumed, build_start, prepare_model, step_reader, validation_samples
+from parcelray.training.start import (
+    build_resumed,
+    build_start,
+    check_device,
+    compile_layers,
+    prepare_model,
+    step_reader,
+    validation_samples,
+)
 from parcelray.training.step import TensorBatch, build_optimizer, learning_rate_factor, losses, to_tensors
 from parcelray.training.token_clock import TokenClock
 
@@ -170,6 +178,7 @@ class _Loop:
     def __init__(self, job: TrainJob, inputs: LoopInputs) -> None:
         self.job = job
         self.inputs = inputs
+        check_device(job, cpu_only=inputs.cpu_only)
         if inputs.resume_from is None:
             vlm, self.processor = build_start(job, inputs.checkpoint)
             prepare_model(vlm, job)
@@ -179,11 +188,14 @@ class _Loop:
         # Before the weights are sharded.
         self.frozen = frozen_digest(vlm) if job.training.lora is not None else None
         self.validation = validation_samples(job, self.processor)
+        if job.training.compile:
+            compile_layers(vlm)
         set_seed(job.seed)
         self.accelerator = make_accelerator(job.training, vlm.layer_classes, cpu_only=inputs.cpu_only)
         # In fp32, torch's fused attention is faster.
         self.own_kernels = (
             job.training.kernels is None
+            and job.training.attention is None
             and self.accelerator.device.type == "cpu"
             and self.accelerator.mixed_precision == "bf16"
         )
