@@ -143,24 +143,36 @@ def test_sharded_training_adds_up_gradients_in_fp32(precision: str, dtype: torch
 
 @pytest.mark.usefixtures("one_rank", "sharding_on_cpus")
 @pytest.mark.filterwarnings("ignore:FSDP2-wrapped module:UserWarning")
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize(
+    ("strategy", "more"),
+    [
+        ("ddp", {}),
+        ("fsdp", {}),
+        pytest.param(
+            "fsdp",
+            {"lora": {"decoder": {"rank": 2, "dropout": 0.1}}, "activation_checkpointing": True},
+            marks=pytest.mark.nightly,
+        ),
+    ],
+)
 def test_a_training_from_a_bf16_checkpoint_resumes_to_identical_weights(
-    tmp_path: Path, bf16_start: Path, strategy: str
+    tmp_path: Path, bf16_start: Path, strategy: str, more: dict[str, Any]
 ) -> None:
     final = []
+    file = "trained.safetensors" if more else "model/model.safetensors"
     for name, fail_at in (("whole", None), ("part", 5)):
         # The data type of the finished model does not concern the checkpoints that a training resumes from.
         job = _job(
             tmp_path / name,
             bf16_start,
-            training={"strategy": strategy},
+            training={"strategy": strategy} | more,
             checkpointing={"every_steps": 3, "model_dtype": "bfloat16"},
         )
         if fail_at is not None:
             with pytest.raises(KeyboardInterrupt):
                 fit_in_process(job, tmp_path / name, checkpoint=bf16_start, logger=Recorder(fail_at))
         checkpoint, _ = fit_in_process(job, tmp_path / name, checkpoint=bf16_start, logger=NoMetrics())
-        final.append(load_file(checkpoint / "model" / "model.safetensors"))
+        final.append(load_file(checkpoint / file))
     assert all(value.dtype == torch.float32 and torch.equal(value, final[1][key]) for key, value in final[0].items())
 
 

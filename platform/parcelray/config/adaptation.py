@@ -20,7 +20,7 @@ class LoraPartConfig(StrictModel):
 
     rank: int = Field(default=16, ge=1)
     """Rank of the update of each adapted layer."""
-    alpha: float | None = Field(default=None, gt=0)
+    alpha: int | None = Field(default=None, ge=1)
     """The update is multiplied by alpha / rank; null: alpha is twice the rank."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout probability of the inputs of the adapters."""

@@ -71,9 +71,11 @@ def add_adapters(model: ElasticVLM, lora: LoraConfig, seed: int) -> None:
             LoraModel(module, settings, _ADAPTER, low_cpu_mem_usage=True)
             for layer in module.modules():
                 if isinstance(layer, LoraLayer):
-                    for adapter in (layer.lora_A[_ADAPTER], layer.lora_B[_ADAPTER]):
-                        adapter.weight = nn.Parameter(layer.weight.new_empty(adapter.weight.shape))
-                    layer.reset_lora_parameters(_ADAPTER, True)
+                    for adapters in (layer.lora_A, layer.lora_B):
+                        linear = adapters[_ADAPTER]
+                        assert isinstance(linear, nn.Linear)
+                        linear.weight = nn.Parameter(layer.weight.new_empty(linear.weight.shape))
+                    layer.reset_lora_parameters(_ADAPTER, True)  # type: ignore[no-untyped-call]
 
 
 def _target_names(module: nn.Module, part: ModelPart, config: LoraPartConfig) -> list[str]:

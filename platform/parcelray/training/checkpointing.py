@@ -115,7 +115,7 @@ def save_weights(
         frozen: digest of the frozen weights, to write only the trained ones; None: write the whole model to `model/`.
     """
     options = replace(_FULL, ignore_frozen_params=frozen is not None)
-    weights = get_model_state_dict(model, options=options)
+    weights: dict[str, Any] = get_model_state_dict(model, options=options)
     if not accelerator.is_main_process:
         return
     inner: ElasticVLM = accelerator.unwrap_model(model)

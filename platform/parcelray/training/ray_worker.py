@@ -171,8 +171,9 @@ class BackgroundValidation:
         """
         from parcelray.training.train_loop import validate_checkpoint
 
-        needs_start = self.start is not None and self.job.training.lora is not None
-        start = model_folder(self.start) if needs_start else None
+        start = None
+        if self.start is not None and self.job.training.lora is not None:
+            start = model_folder(self.start)
         with checkpoint.as_directory() as name:
             step, metrics = validate_checkpoint(self.job, Path(name), start)
         logger = self.logger()

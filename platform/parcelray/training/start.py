@@ -119,15 +119,13 @@ def check_device(job: TrainJob, *, cpu_only: bool) -> None:
     Raises:
         UserError: a GPU or a package is missing.
     """
-    for key, value, package in (
-        ("training.attention", job.training.attention, {"flash": "flash_attn", "flex": None}),
-        ("optimizer.type", job.optimizer.type, {"adamw_8bit": "bitsandbytes"}),
-    ):
-        if value not in package:
+    packages: dict[str | None, str | None] = {"flash": "flash_attn", "flex": None, "adamw_8bit": "bitsandbytes"}
+    for key, value in (("training.attention", job.training.attention), ("optimizer.type", job.optimizer.type)):
+        if value not in packages:
             continue
         if cpu_only:
             raise UserError(f"{key} is {value}, which needs a GPU, but this training has none; change {key}.")
-        needed = package[value]
+        needed = packages[value]
         if needed is not None and importlib.util.find_spec(needed) is None:
             raise UserError(
                 f"{key} is {value}, but the package {needed} is not installed on this host; install it, or change"
