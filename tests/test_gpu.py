@@ -25,7 +25,7 @@ from parcelray.serving.engine.continuous_engine import ContinuousEngine
 from parcelray.serving.engine.engine import answer_all
 from parcelray.training.train_loop import fit_in_process
 from tests.serving.conftest import Asker
-from tests.training.conftest import tiny_job
+from tests.training.conftest import TINY, tiny_job
 from tests.training.test_in_process import Recorder
 
 pytestmark = pytest.mark.gpu
@@ -176,3 +176,16 @@ def test_training_in_bf16_follows_float32(tmp_path: Path) -> None:
         losses.append(list(recorder.curve("train/loss").values()))
         assert (checkpoint / "model" / "model.safetensors").is_file()
     assert losses[1] == pytest.approx(losses[0], rel=0.02)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("family", ["mini", "mini_llava"])
+def test_training_with_flex_attention_has_the_losses_of_eager_attention(tmp_path: Path, family: str) -> None:
+    losses = []
+    model = {**TINY["model"], "type": family, "text_head_dim": 16}
+    for attention in ("eager", "flex"):
+        recorder, folder = Recorder(), tmp_path / attention
+        job = tiny_job(folder, model=model, training={"attention": attention, "steps": 3})
+        fit_in_process(job, folder, checkpoint=None, logger=recorder)
+        losses.append(list(recorder.curve("train/loss").values()))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)

@@ -93,3 +93,25 @@ def test_renamed_positions_of_reducers_keep_identities_and_prediction_keys() -> 
     assert same.reducer.to_json() == (
         '{"positions":"original_size_bias","type":"restore","base":"divprune","share":0.5}'
     ), "the settings in prediction keys of version 1.16"
+
+
+@pytest.mark.parametrize(
+    ("freeze", "former_hash"),
+    [([], "28f2b3a8"), (["tower"], None), (["decoder"], None), (["connector", "tower"], None)],
+)
+def test_frozen_parts_keep_the_identity_of_the_former_switch(freeze: list[str], former_hash: str | None) -> None:
+    job = TrainJob.model_validate(JOB | {"connector": {"type": "identity"}, "training": {"steps": 5, "freeze": freeze}})
+    former = decisive(job.model_dump(mode="json", exclude_none=True))
+    assert former["training"]["freeze_vision"] == ("tower" in freeze)
+    assert former["training"].get("freeze", []) == [part for part in freeze if part != "tower"]
+    if former_hash is not None:
+        assert identity(job) == f"train-x-{former_hash}"
+
+
+def test_keys_that_only_change_memory_keep_the_identity(tmp_path: Path) -> None:
+    path = _write(tmp_path)
+    first = identity(load_job(path))
+    assert identity(load_job(path, ["training.activation_checkpointing=true"])) == first
+    assert identity(load_job(path, ["training.loss_mean=prompts", "training.group_by_tokens=false"])) == first
+    assert identity(load_job(path, ["training.loss_mean=tokens"])) != first
+    assert identity(load_job(path, ["training.lora.decoder.rank=8"])) != first

@@ -85,7 +85,10 @@ def test_memory_grows_with_budget_and_batch_and_falls_with_frozen_weights(tmp_pa
         return training_memory(tiny_job(tmp_path, **changes), config, load, 0, validate=False).above
 
     small = above()
-    assert above(training={"freeze_vision": True}) < small < above(training={"gradient_accumulation_steps": 2})
+    assert above(training={"freeze": ["tower"]}) < small < above(training={"gradient_accumulation_steps": 2})
+    assert above(training={"freeze": ["tower", "decoder"]}) < above(training={"freeze": ["tower"]})
+    assert above(training={"lora": {"decoder": {"rank": 2}}}) < small
+    assert above(training={"activation_checkpointing": True}) < small
     larger = StepLoad(4, 1, 20, 3, 256)
     assert training_memory(job, config, larger, 0, validate=False).above > small
     limit = training_memory(job, config, StepLoad(24, 1, 20, 3, 16), 0, validate=False).total

@@ -45,7 +45,7 @@ def _spoil(job: TrainJob, row: int, **changes: Any) -> str:
 def test_a_row_without_a_part_is_named_before_the_training_starts(
     job: TrainJob, start: Any, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("parcelray.training.plan.build_start", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("parcelray.training.plan.planned_model", lambda *_: pytest.fail("the model was loaded"))
     monkeypatch.setattr("parcelray.training.run.fit_in_process", lambda *_, **__: pytest.fail("the training started"))
     name = _spoil(job, 2, **changes)
     with pytest.raises(

@@ -24,7 +24,6 @@ from parcelray.tracking.store import UnsentMetric
 from parcelray.training import train_loop
 from parcelray.training.plan import training_plan
 from parcelray.training.run import run_training
-from parcelray.training.start import build_start
 from parcelray.training.train_loop import fit_in_process
 
 from ..stores import new_store
@@ -179,14 +178,6 @@ def test_variants_can_be_trained(tmp_path: Path, changes: dict[str, object]) -> 
     recorder = Recorder()
     fit_in_process(tiny_job(tmp_path, **changes), tmp_path, checkpoint=None, logger=recorder)
     assert len(recorder.curve("train/loss")) == 2
-
-
-def test_a_frozen_vision_tower_does_not_change(tmp_path: Path) -> None:
-    job = tiny_job(tmp_path, training={"steps": 2, "freeze_vision": True})
-    before = build_start(job, None)[0].model.vision_tower.state_dict()
-    checkpoint, _ = fit_in_process(job, tmp_path, checkpoint=None, logger=NoMetrics())
-    after = load_vlm(checkpoint / "model").model.vision_tower.state_dict()
-    assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from parcelray.tracking.metric_logger import NoMetrics
 from parcelray.training.accelerator import fsdp_plugin, make_accelerator
 from parcelray.training.plan import training_plan
 from parcelray.training.run import run_training
-from parcelray.training.start import build_start, freeze
+from parcelray.training.start import build_start, prepare_model
 from parcelray.training.step import build_optimizer, parameter_groups
 from parcelray.training.train_loop import fit_in_process
 
@@ -143,24 +143,36 @@ def test_sharded_training_adds_up_gradients_in_fp32(precision: str, dtype: torch
 
 @pytest.mark.usefixtures("one_rank", "sharding_on_cpus")
 @pytest.mark.filterwarnings("ignore:FSDP2-wrapped module:UserWarning")
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize(
+    ("strategy", "more"),
+    [
+        ("ddp", {}),
+        ("fsdp", {}),
+        pytest.param(
+            "fsdp",
+            {"lora": {"decoder": {"rank": 2, "dropout": 0.1}}, "activation_checkpointing": True},
+            marks=pytest.mark.nightly,
+        ),
+    ],
+)
 def test_a_training_from_a_bf16_checkpoint_resumes_to_identical_weights(
-    tmp_path: Path, bf16_start: Path, strategy: str
+    tmp_path: Path, bf16_start: Path, strategy: str, more: dict[str, Any]
 ) -> None:
     final = []
+    file = "trained.safetensors" if more else "model/model.safetensors"
     for name, fail_at in (("whole", None), ("part", 5)):
         # The data type of the finished model does not concern the checkpoints that a training resumes from.
         job = _job(
             tmp_path / name,
             bf16_start,
-            training={"strategy": strategy},
+            training={"strategy": strategy} | more,
             checkpointing={"every_steps": 3, "model_dtype": "bfloat16"},
         )
         if fail_at is not None:
             with pytest.raises(KeyboardInterrupt):
                 fit_in_process(job, tmp_path / name, checkpoint=bf16_start, logger=Recorder(fail_at))
         checkpoint, _ = fit_in_process(job, tmp_path / name, checkpoint=bf16_start, logger=NoMetrics())
-        final.append(load_file(checkpoint / "model" / "model.safetensors"))
+        final.append(load_file(checkpoint / file))
     assert all(value.dtype == torch.float32 and torch.equal(value, final[1][key]) for key, value in final[0].items())
 
 
@@ -183,7 +195,7 @@ def test_the_finished_model_has_the_data_type_of_the_job(
     assert all(torch.equal(stored[key], value.to(expected)) for key, value in trained.items())
 
 
-@pytest.mark.parametrize("freeze_vision", [False, True])
+@pytest.mark.parametrize("freeze", [[], ["tower"]])
 @pytest.mark.parametrize(
     "optimizer", [{"type": "adamw"}, {"type": "sgd", "momentum": 0.9}, {"type": "sgd", "momentum": 0.0}]
 )
@@ -191,13 +203,13 @@ def test_the_dry_run_counts_the_bytes_of_weights_gradients_and_moments(
     tmp_path: Path,
     bf16_start: Path,
     optimizer: dict[str, Any],
-    freeze_vision: bool,
+    freeze: list[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("parcelray.training.plan.matmul_flops_per_second", lambda: 1e12)
-    job = _job(tmp_path, bf16_start, optimizer=optimizer, training={"freeze_vision": freeze_vision})
+    job = _job(tmp_path, bf16_start, optimizer=optimizer, training={"freeze": freeze})
     model, _ = build_start(job, bf16_start)
-    freeze(model, job.training)
+    prepare_model(model, job)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in trained:
         parameter.grad = torch.ones_like(parameter)

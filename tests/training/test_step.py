@@ -2,6 +2,7 @@
 
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,7 +10,8 @@ import torch
 
 from parcelray.config.connector import ParcelConnectorConfig
 from parcelray.config.model import MiniModelConfig
-from parcelray.config.train import AdamWConfig, ScheduleConfig, SgdConfig, TrainingConfig
+from parcelray.config.optimizer import AdamWConfig, ScheduleConfig, SgdConfig
+from parcelray.config.train import TrainingConfig
 from parcelray.datasets.collator import IGNORED, Collator
 from parcelray.datasets.mini.suite import MiniSuite
 from parcelray.models.backbones import ElasticVLM
@@ -185,27 +187,69 @@ def test_distributed_training_sums_gradients_of_parameters_that_its_last_pass_do
     assert any("query" in name and bool(gradient.any()) for name, gradient in expected.items())
 
 
-@pytest.mark.parametrize(("group", "parts"), [("single", 2), ("single", 5), ("pair", 3)])
+@pytest.mark.parametrize(
+    ("group", "parts", "by_tokens", "mean"),
+    [
+        ("single", 2, False, "prompts"),
+        ("single", 5, True, "tokens"),
+        ("pair", 3, True, "prompts"),
+        ("single", 3, False, "tokens"),
+    ],
+)
 def test_the_gradients_of_micro_batches_add_up_to_those_of_the_batch(
-    model: ElasticVLM, processor: ElasticPaliGemmaProcessor, group: str, parts: int
+    model: ElasticVLM, processor: ElasticPaliGemmaProcessor, group: str, parts: int, by_tokens: bool, mean: str
 ) -> None:
     batch = _batch(processor, group)
-    _sum(model, batch, 40).backward()
+    answers_B = (batch.labels_BS != IGNORED).sum(1)
+    assert len(set(answers_B.tolist())) > 1, "answers have different lengths"
+    weight = batch.num_prompts / answers_B.sum() if mean == "tokens" else None
+    settings: Any = {"num_visual_tokens": 40, "image_token_id": model.config.image_token_id, "token_weight": weight}
+    losses(model, batch, **settings).answer_sum.backward()
     whole = {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
     model.zero_grad()
-    slices = [batch.slice(part, parts) for part in range(parts)]
+    slices = batch.micro_batches(parts, by_tokens=by_tokens)
+    assert len(slices) == parts
     assert sum(part.num_prompts for part in slices) == batch.num_prompts
     for part in slices:
-        _sum(model, part, 40).backward()
+        losses(model, part, **settings).answer_sum.backward()
     for name, parameter in model.named_parameters():
         if name in whole:
             assert parameter.grad is not None
             assert torch.allclose(parameter.grad, whole[name], atol=1e-4, rtol=1e-4), name
 
 
+def test_the_mean_over_tokens_is_that_of_torch(model: ElasticVLM, processor: ElasticPaliGemmaProcessor) -> None:
+    batch = _batch(processor)
+    inputs = with_placeholders(batch, 16, model.config.image_token_id)
+    labels = torch.full_like(inputs["input_ids"], IGNORED)
+    labels[:, -batch.labels_BS.shape[1] :] = batch.labels_BS
+    weight = torch.tensor(batch.num_prompts / batch.num_answer_tokens)
+    with torch.no_grad():
+        # The model's own loss is a mean over all answer tokens.
+        expected = model(**inputs, num_visual_tokens=16, labels=labels).loss
+        found = losses(
+            model, batch, num_visual_tokens=16, image_token_id=model.config.image_token_id, token_weight=weight
+        ).answer_sum
+    torch.testing.assert_close(found / batch.num_prompts, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_micro_batches_by_tokens_have_less_padding_and_all_samples(processor: ElasticPaliGemmaProcessor) -> None:
+    batch = _batch(processor, count=12)
+    parts = batch.micro_batches(4, by_tokens=True)
+    lengths = [part.attention_mask_BS.shape[1] for part in parts]
+    assert lengths == sorted(lengths)
+    assert lengths[0] < lengths[-1] == batch.attention_mask_BS.shape[1]
+    assert all(int(part.attention_mask_BS.sum(1).max()) == length for part, length in zip(parts, lengths, strict=True))
+
+    def prompts(each: TensorBatch) -> list[list[int]]:
+        return [ids[mask == 1].tolist() for ids, mask in zip(each.input_ids_BS, each.attention_mask_BS, strict=True)]
+
+    assert sorted(prompt for part in parts for prompt in prompts(part)) == sorted(prompts(batch))
+
+
 def test_a_micro_batch_keeps_each_prompts_images_and_labels(processor: ElasticPaliGemmaProcessor) -> None:
     batch = _batch(processor, "pair", label_patches=True)
-    part = batch.slice(1, 2)
+    part = batch.micro_batches(2)[1]
     assert part.pixel_values_ICHW.shape[0] == 4
     assert torch.equal(part.pixel_values_ICHW, batch.pixel_values_ICHW[[2, 3, 6, 7]])
     assert torch.equal(part.input_ids_BS, batch.input_ids_BS[[1, 3]])

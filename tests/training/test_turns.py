@@ -53,8 +53,8 @@ def test_the_turns_of_a_paligemma_share_the_features_of_the_image(tiny_start: di
         batch = to_tensors(Collator(processor)(each), CPU, processor)
         assert batch.num_prompts == 5
         parts = [
-            losses(model, batch.slice(part, 2), num_visual_tokens=16, image_token_id=processor.image_token_id)
-            for part in range(2)
+            losses(model, part, num_visual_tokens=16, image_token_id=processor.image_token_id)
+            for part in batch.micro_batches(2)
         ]
         results.append(parts[0].answer_sum + parts[1].answer_sum)
     assert sum(encoded) == num_images * (3 + 5)
@@ -68,5 +68,5 @@ def test_prompts_without_images_can_be_trained_on(tiny_start: dict[str, Any]) ->
     model, processor = load_vlm(folder), load_processor(folder)
     batch = to_tensors(Collator(processor)([_sample(0, TURNS, 0), _sample(1, (), 0)]), CPU, processor)
     assert batch.images_per_prompt == 0
-    found = losses(model, batch.slice(0, 1), num_visual_tokens=16, image_token_id=processor.image_token_id)
+    found = losses(model, batch, num_visual_tokens=16, image_token_id=processor.image_token_id)
     assert found.answer_sum.item() > 0

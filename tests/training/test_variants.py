@@ -159,8 +159,9 @@ def test_a_broken_parquet_file_is_a_user_error(tmp_path: Path, suite: Path) -> N
 
 
 @pytest.mark.nightly
+@pytest.mark.parametrize("lora", [None, pytest.param({"decoder": {"rank": 2}}, marks=pytest.mark.nightly)])
 def test_background_validation_has_the_scores_of_the_workers_own_validation(
-    tmp_path: Path, tiny_start: dict[str, Any]
+    tmp_path: Path, tiny_start: dict[str, Any], lora: dict[str, Any] | None
 ) -> None:
     """Background scores equal those of a training in one process that pauses for its validation."""
     scores = {}
@@ -170,6 +171,7 @@ def test_background_validation_has_the_scores_of_the_workers_own_validation(
             tmp_path / str(in_background),
             tiny_start,
             scaling={"num_workers": int(in_background)},
+            training={"lora": lora},
             validation=validation,
         )
         run = _train(job)

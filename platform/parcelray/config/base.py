@@ -11,5 +11,5 @@ class StrictModel(BaseModel):
 
 BY_KEY = "by key"
 """Tag of the variant of a union that is a mapping with free keys, such as one value per prompt family."""
-RENAMED_KEYS = {"rivals": "baselines", "rows_per_bundle": "rows_per_shard"}
+RENAMED_KEYS = {"rivals": "baselines", "rows_per_bundle": "rows_per_shard", "freeze_vision": "freeze"}
 """New names of renamed job-file keys, by old name; an old key is refused with an error that gives the new one."""

@@ -17,8 +17,8 @@ StoredJob = TrainJob | EvaluateJob | TuneJob | PromoteJob
 """Jobs that leave files in a run folder."""
 Job = StoredJob | ServeJob
 
-# Storage, tracking, compute resources and what runs after the job itself do not change the result. Jobs that were
-# stored before the key was renamed have `rivals` instead of `baselines`.
+# Storage, tracking, compute resources and what runs after the job itself do not change the result, nor does activation
+# checkpointing. Jobs that were stored before the key was renamed have `rivals` instead of `baselines`.
 _NOT_IDENTITY = (
     "storage",
     "storage_limits",
@@ -32,11 +32,16 @@ _NOT_IDENTITY = (
     "baselines",
     "rivals",
     "confirm",
+    "activation_checkpointing",
 )
 
 # Values that decided the result before there was a key for them, by section. They do not count, so that a job that
 # states them has the identity of a job from before the key, and resumes its run.
-_FORMER_VALUES: dict[str, dict[str, Any]] = {"connector": FORMER_CONNECTOR_VALUES}
+_FORMER_VALUES: dict[str, dict[str, Any]] = {
+    "connector": FORMER_CONNECTOR_VALUES,
+    "training": {"group_by_tokens": False, "loss_mean": "prompts", "compile": False},
+    "optimizer": {"fused": False},
+}
 # Renamed values by section and key; under their former names they count.
 _FORMER_NAMES: dict[str, dict[str, dict[Any, Any]]] = {"reducer": {"positions": FORMER_POSITIONS}}
 
@@ -70,6 +75,11 @@ def decisive(job: dict[str, Any], section: str = "") -> dict[str, Any]:
         for key, value in job.items()
         if key not in _NOT_IDENTITY and not (key in former and former[key] == value)
     }
+    if section == "training" and "freeze" in kept:
+        # Before `freeze`, there was only a switch for the tower.
+        parts = kept.pop("freeze")
+        others = [part for part in parts if part != "tower"]
+        kept |= {"freeze_vision": "tower" in parts} | ({"freeze": others} if others else {})
     names = _FORMER_NAMES.get(section, {})
     return kept | {key: names[key].get(kept[key], kept[key]) for key in names.keys() & kept.keys()}
 

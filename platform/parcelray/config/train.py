@@ -4,12 +4,14 @@ import math
 import warnings
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from parcelray.config.adaptation import PARTS, AttentionBackend, LoraConfig, ModelPart
 from parcelray.config.base import StrictModel
 from parcelray.config.connector import ConnectorConfig
 from parcelray.config.data import DataConfig
 from parcelray.config.model import CheckpointModelConfig, ModelConfig
+from parcelray.config.optimizer import AdamWConfig, OptimizerConfig, ScheduleConfig
 from parcelray.config.paths import LocalPath, TrackingUri, check_storage
 from parcelray.errors import describe_values
 
@@ -188,49 +190,6 @@ class DistillationConfig(StrictModel):
     """Weight of the KL divergence."""
 
 
-class _Optimizer(StrictModel):
-    learning_rate: float = Field(default=1e-3, gt=0, le=1)
-    """Peak learning rate of the shared (pretrained) weights."""
-    connector_multiplier: float = Field(default=1.0, gt=0)
-    """Factor by which the learning rate of new connector parameters is multiplied."""
-    weight_decay: float = Field(default=0.0, ge=0)
-    """Weight decay of matrices; vectors (norms, biases) are not decayed."""
-
-
-class AdamWConfig(_Optimizer):
-    """The AdamW optimizer."""
-
-    type: Literal["adamw"] = "adamw"
-    beta1: float = Field(default=0.9, ge=0, lt=1)
-    """Decay rate of the first moment."""
-    beta2: float = Field(default=0.95, ge=0, lt=1)
-    """Decay rate of the second moment."""
-    epsilon: float = Field(default=1e-8, gt=0)
-    """Constant added to the denominator for numerical stability."""
-
-
-class SgdConfig(_Optimizer):
-    """Stochastic gradient descent."""
-
-    type: Literal["sgd"] = "sgd"
-    momentum: float = Field(default=0.9, ge=0, lt=1)
-    """Momentum coefficient."""
-
-
-OptimizerConfig = Annotated[AdamWConfig | SgdConfig, Field(discriminator="type")]
-
-
-class ScheduleConfig(StrictModel):
-    """Learning-rate schedule: linear warm-up, then a decay to `final_fraction` of the peak."""
-
-    type: Literal["cosine", "linear", "constant"] = "cosine"
-    """Shape of the decay after the warm-up."""
-    warmup_steps: int = Field(default=20, ge=0)
-    """Number of steps of linear warm-up."""
-    final_fraction: float = Field(default=0.05, ge=0, le=1)
-    """Learning rate at the last step as a fraction of the peak."""
-
-
 class TrainingConfig(StrictModel):
     """Length and numerics of the training."""
 
@@ -241,7 +200,15 @@ class TrainingConfig(StrictModel):
     max_text_tokens: int | None = Field(default=None, ge=1)
     """Largest number of text tokens of a prompt with its answers; longer rows cannot be used. null: no limit."""
     gradient_accumulation_steps: int = Field(default=1, ge=1)
-    """Number of micro-batches per worker and step."""
+    """Number of micro-batches per worker and step; the gradient is that of the whole batch."""
+    group_by_tokens: bool = False
+    """Whether micro-batches have samples of similar length and are padded only to their own longest prompt."""
+    loss_mean: Literal["prompts", "tokens"] = "prompts"
+    """How answers are weighted in the loss of a step, over all workers and micro-batches.
+
+    prompts: all prompts equally, whatever the length of their answers (PaliGemma); tokens: all answer tokens equally
+    (LLaVA).
+    """
     clip_norm: float = Field(default=1.0, gt=0)
     """Largest global gradient norm; larger gradients are scaled down to this norm."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
@@ -255,6 +222,13 @@ class TrainingConfig(StrictModel):
     null: on CPUs with AMX, bf16 passes use the platform's attention for training; on other CPUs they run in fp32, which
     is faster there. stock: torch's attention, in the data type that `precision` names; slower, for comparisons.
     """
+    attention: AttentionBackend | None = None
+    """Attention backend of the decoder: eager, sdpa, flash (package flash-attn) or flex (torch's FlexAttention).
+
+    flash and flex need GPUs. null: sdpa if it is exact, else (soft-capped logits of Gemma-2) eager.
+    """
+    compile: bool = False
+    """Whether the layers of vision tower and decoder are compiled (torch.compile); the first steps take minutes."""
     strategy: Literal["ddp", "fsdp"] = "ddp"
     """Distribution of the model over workers: replicated (ddp), or sharded (fsdp; on GPUs only, CPUs replicate)."""
     patch_supervision: float = Field(default=0.0, ge=0)
@@ -263,10 +237,38 @@ class TrainingConfig(StrictModel):
     It applies only to data with labelled regions, at the budget of the full patch grid. Models from scratch need it to
     learn to use the image.
     """
-    freeze_vision: bool = False
-    """Whether the weights of the vision tower are frozen."""
+    freeze: tuple[ModelPart, ...] = ()
+    """Parts of the model whose weights stay as they are: a list of tower, connector, projector and decoder."""
+    lora: LoraConfig | None = None
+    """Low-rank adapters by part of the model; null: all weights that are not frozen are trained themselves."""
+    activation_checkpointing: bool = False
+    """Whether the layers of vision tower and decoder are computed again in the backward pass.
+
+    Then only their inputs are kept, which takes less memory and about a third more time. The gradients are the same.
+    """
     log_every_steps: int = Field(default=10, ge=1)
     """Steps between logged metrics, including token diagnostics."""
+
+    @field_validator("freeze")
+    @classmethod
+    def _in_order(cls, parts: tuple[ModelPart, ...]) -> tuple[ModelPart, ...]:
+        return tuple(part for part in PARTS if part in parts)
+
+    @model_validator(mode="after")
+    def _check_parts(self) -> "TrainingConfig":
+        if self.freeze == PARTS:
+            raise ValueError(f"freeze has all parts ({', '.join(PARTS)}), so nothing is trained; remove one")
+        for part, _ in self.lora.parts() if self.lora is not None else ():
+            if part in self.freeze:
+                raise ValueError(
+                    f"lora.{part} has adapters, but freeze has {part}, too; remove it from freeze, as the weights"
+                    " under adapters are frozen anyway"
+                )
+        return self
+
+    def trains_whole(self, part: ModelPart) -> bool:
+        """Whether all weights of a part are trained themselves: it is not frozen and has no adapters."""
+        return part not in self.freeze and (self.lora is None or getattr(self.lora, part) is None)
 
 
 class ValidationConfig(StrictModel):
@@ -435,6 +437,18 @@ class TrainJob(StrictModel):
             )
         if self.register is not None and self.tracking.uri is None:
             raise ValueError(f"register is {self.register}, but tracking.uri is null; set it, or set register to null")
+        for key, value in (("training.attention", self.training.attention), ("optimizer.type", self.optimizer.type)):
+            if (
+                value in ("flash", "flex", "adamw_8bit")
+                and self.scaling.bounds[1] > 0
+                and not self.scaling.gpus_per_worker
+            ):
+                raise ValueError(f"{key} is {value}, which needs GPUs; set scaling.gpus_per_worker, or change {key}")
+        if self.new_words is not None and not self.training.trains_whole("decoder"):
+            raise ValueError(
+                "new_words adds embeddings to the decoder, but training.freeze or training.lora leaves them untrained;"
+                " set new_words to null, or train the decoder"
+            )
         if self.distillation is not None and len(self.budget.values()) == 1:
             raise ValueError(
                 f"distillation needs a smaller budget than the largest, but the only budget is"

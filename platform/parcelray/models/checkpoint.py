@@ -236,11 +236,22 @@ def _hub_digest(folder: Path) -> str:
     return remembered_digest(folder, lambda: files_digest(hash_files(files)))
 
 
+def in_hub_cache(reference: str) -> bool:
+    """Whether the hub's cache on this host has files of a hub model, given as `ORG/NAME` or `hf:ORG/NAME@REVISION`."""
+    return _hub_cache(reference.removeprefix("hf:").partition("@")[0]).is_dir()
+
+
+def _hub_cache(repo: str) -> Path:
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}"
+
+
 def _download(repo: str, revision: str | None, on_progress: OnProgress | None) -> tuple[Path, str]:
     """Downloads a Hub repository without pickles into the hub's cache on this host; returns its folder and commit."""
-    from huggingface_hub import constants, errors, snapshot_download
+    from huggingface_hub import errors, snapshot_download
 
-    cached = Path(constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}"
+    cached = _hub_cache(repo)
     try:
         with nullcontext() if on_progress is None else watched(cached, repo, on_progress):
             path = Path(snapshot_download(repo, revision=revision, allow_patterns=_HUB_PATTERNS))

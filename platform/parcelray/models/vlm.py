@@ -15,6 +15,7 @@ from transformers import AddedToken
 from transformers.initialization import no_init_weights
 from transformers.utils import logging
 
+from parcelray.config.adaptation import AttentionBackend
 from parcelray.config.connector import ConnectorConfig, ParcelConnectorConfig, RouteConfig
 from parcelray.errors import ParcelrayError, SystemFailure, UserError
 from parcelray.models.backbones import (
@@ -30,6 +31,14 @@ from parcelray.models.backbones.processor_base import ElasticProcessor
 from parcelray.models.connectors import Connector, build_connector
 from parcelray.models.connectors.routing import resolve_routing
 from parcelray.models.manifest import MANIFEST_NAME, read_manifest, write_manifest
+
+_ATTENTION_NAMES: dict[AttentionBackend, str] = {
+    "eager": "eager",
+    "sdpa": "sdpa",
+    "flash": "flash_attention_2",
+    "flex": "flex_attention",
+}
+"""Names of the backends in transformers."""
 
 ElasticConfig = ElasticPaliGemmaConfig | ElasticLlavaConfig
 
@@ -203,8 +212,29 @@ def use_sdpa_where_exact(model: ElasticVLM) -> None:
 
     It does unless the decoder has logit soft-capping, which SDPA cannot express.
     """
-    if getattr(model.config.text_config, "attn_logit_softcapping", None) is None:
-        model.model.language_model.config._attn_implementation = "sdpa"
+    if _softcap(model) is None:
+        use_attention(model, "sdpa")
+
+
+def use_attention(model: ElasticVLM, backend: AttentionBackend) -> None:
+    """Switches the decoder to an attention backend; the vision tower has torch's own choice for SDPA.
+
+    Raises:
+        UserError: the backend cannot compute this model's attention.
+    """
+    reason = None
+    if backend == "sdpa" and _softcap(model) is not None:
+        reason = "caps its attention logits, which SDPA cannot do; use flex (on GPUs) or eager"
+    if backend == "flash" and model.reads_both_ways:
+        reason = "attends to the whole prompt, but FlashAttention has causal masks only; use flex (on GPUs) or eager"
+    if reason is not None:
+        raise UserError(f"training.attention is {backend}, but the decoder of this {model.config.model_type} {reason}.")
+    model.model.language_model.config._attn_implementation = _ATTENTION_NAMES[backend]
+
+
+def _softcap(model: ElasticVLM) -> float | None:
+    softcap: float | None = getattr(model.config.text_config, "attn_logit_softcapping", None)
+    return softcap
 
 
 def write_converted(source: Path, target: Path, dtype: torch.dtype) -> None:

@@ -198,6 +198,20 @@ _LLAVA_7B = BackboneShape(
 PRESETS: dict[str, BackboneShape] = {"paligemma2-3b": _PALIGEMMA2_3B, "llava-1.5-7b": _LLAVA_7B}
 """Backbones by name at their base resolution; use `at_resolution` for others (paligemma2-3b: 224 and 448)."""
 
+_HUB_SHAPES = {
+    **{
+        f"google/paligemma2-3b-{stage}-{size}": _PALIGEMMA2_3B.at_resolution(size)
+        for stage in ("pt", "mix")
+        for size in (224, 448)
+    },
+    "llava-hf/llava-1.5-7b-hf": _LLAVA_7B,
+}
+
+
+def hub_shape(reference: str) -> BackboneShape | None:
+    """Returns the dimensions of a model on the Hugging Face hub, if they are known without its files."""
+    return _HUB_SHAPES.get(reference.removeprefix("hf:").partition("@")[0])
+
 
 def from_transformers_config(config: Any) -> BackboneShape:
     """Reads the dimensions from a PaliGemma or LLaVA configuration of transformers, or a subclass of these.

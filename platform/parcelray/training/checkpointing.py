@@ -3,7 +3,8 @@
 A checkpoint folder has three parts:
 
 - `model/`: the model in Hugging Face layout, loadable by itself. Its weights are the float32 weights of the training,
-  so that a resume loses nothing; `checkpointing.model_dtype` applies to the finished model only;
+  so that a resume loses nothing; `checkpointing.model_dtype` applies to the finished model only. A training with
+  adapters has `trained.safetensors` instead: the adapters and all other weights that are trained, without the start;
 - `optimizer.pt`: states of optimiser, fp16 loss scaler and random number generators (RNG). It is loaded with
   `weights_only=True`, and only from the run's own folder;
 - `state.json`: step, budget sampler, configuration hash, newest metrics, and the size of every other file, by which an
@@ -26,6 +27,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, gather_object
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -44,6 +46,8 @@ from parcelray.tracking.store import UnsentMetric
 _POLL_S = 1.0
 """Pause between two attempts to copy a checkpoint, seconds."""
 _STATE = "state.json"
+TRAINED = "trained.safetensors"
+"""File of the trained weights of a training with adapters."""
 _FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
@@ -74,9 +78,10 @@ def save(
     optimizer: torch.optim.Optimizer,
     processor: ElasticProcessor,
     state: TrainState,
+    frozen: str | None = None,
 ) -> None:
     """Write a checkpoint folder. Every rank must call it, because sharded states are gathered; rank 0 writes."""
-    save_model(folder / "model", accelerator=accelerator, model=model, processor=processor)
+    save_weights(folder, accelerator=accelerator, model=model, processor=processor, frozen=frozen)
     moments = (
         get_optimizer_state_dict(model, _inner(optimizer), options=_FULL)
         if is_sharded(accelerator)
@@ -92,16 +97,38 @@ def save(
     write_json(folder / _STATE, asdict(replace(state, files=files)))
 
 
-def save_model(folder: Path, *, accelerator: Accelerator, model: torch.nn.Module, processor: ElasticProcessor) -> None:
-    """Write the model with its float32 weights. Every rank must call it, because shards are gathered; rank 0 writes."""
-    weights = get_model_state_dict(model, options=_FULL)
+def save_weights(
+    folder: Path,
+    *,
+    accelerator: Accelerator,
+    model: torch.nn.Module,
+    processor: ElasticProcessor,
+    frozen: str | None = None,
+) -> None:
+    """Write the float32 weights. Every rank must call it, because shards are gathered; rank 0 writes.
+
+    Args:
+        folder: folder of the checkpoint.
+        accelerator: the accelerator.
+        model: the model, possibly wrapped for distributed training.
+        processor: the processor.
+        frozen: digest of the frozen weights, to write only the trained ones; None: write the whole model to `model/`.
+    """
+    options = replace(_FULL, ignore_frozen_params=frozen is not None)
+    weights: dict[str, Any] = get_model_state_dict(model, options=options)
     if not accelerator.is_main_process:
         return
     inner: ElasticVLM = accelerator.unwrap_model(model)
     with _explained_write_failures(folder):
+        if frozen is not None:
+            # Tied weights are in the state twice, but in the parameters once.
+            names = [name for name, parameter in inner.named_parameters() if parameter.requires_grad]
+            trained = {name: weights[name].contiguous() for name in names}
+            save_file(trained, folder / TRAINED, metadata={"frozen": frozen})
+            return
         with quiet_transformers():
-            inner.save_pretrained(folder, state_dict=weights)
-        processor.save_pretrained(folder)
+            inner.save_pretrained(folder / "model", state_dict=weights)
+        processor.save_pretrained(folder / "model")
 
 
 @contextmanager

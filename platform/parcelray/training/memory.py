@@ -3,13 +3,15 @@
 from dataclasses import dataclass, replace
 
 import torch
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
+from parcelray.config.optimizer import AdamW8bitConfig, AdamWConfig
 from parcelray.config.train import TrainJob
 from parcelray.evaluation.memory import run_answers
 from parcelray.models.backbones import ElasticVLM
 from parcelray.models.vlm import ElasticConfig, empty_vlm, use_sdpa_where_exact
 from parcelray.profiling.simulated_memory import HEAP_OVERHEAD, MemoryEstimate, MemoryMeter
-from parcelray.training.start import freeze
+from parcelray.training.start import prepare_model
 from parcelray.training.step import TensorBatch, build_optimizer, losses
 
 _VALIDATION_IMAGES = 64
@@ -51,9 +53,14 @@ def training_memory(
     with meter.simulated():
         model = empty_vlm(config)
         use_sdpa_where_exact(model)
-        freeze(model, job.training)
+        # PEFT makes its layers on the meta device, which fails inside a simulation.
+        with unset_fake_temporarily():
+            prepare_model(model, job)
+        if job.training.attention in ("flash", "flex"):
+            # These kernels cannot be simulated; they keep the same tensors as the fused SDPA.
+            model.model.language_model.config._attn_implementation = "sdpa"
         weights = meter.live_bytes
-        optimizer = build_optimizer(model.train(), job.optimizer)
+        optimizer, moments = _optimizer(job, model.train())
         _set_gradients(model)
         optimizer.step()
         if job.training.gradient_accumulation_steps == 1:
@@ -70,8 +77,19 @@ def training_memory(
                 num_text_tokens=load.num_text_tokens,
                 image_size=config.vision_config.image_size,
             )
+        del moments
     above = meter.peak_bytes - weights
     return MemoryEstimate(weights, above if job.scaling.gpus_per_worker else round(HEAP_OVERHEAD * above))
+
+
+def _optimizer(job: TrainJob, model: ElasticVLM) -> tuple[torch.optim.Optimizer, list[torch.Tensor]]:
+    """Returns the optimizer, and tensors of the size of the moments that a step of it does not create."""
+    if not isinstance(job.optimizer, AdamW8bitConfig):
+        # A fused step has the same state, but its kernel cannot be simulated.
+        plain = {"fused": False} if isinstance(job.optimizer, AdamWConfig) else {}
+        return build_optimizer(model, job.optimizer.model_copy(update=plain)), []
+    trained = [each for each in model.parameters() if each.requires_grad]
+    return torch.optim.SGD(trained), [torch.empty_like(each, dtype=torch.float16) for each in trained]
 
 
 def _set_gradients(model: ElasticVLM) -> None:

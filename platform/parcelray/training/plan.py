@@ -7,7 +7,8 @@ from rich.table import Table
 
 from parcelray.benchmarks.training_data import check_rows
 from parcelray.config.identity import identity
-from parcelray.config.train import AdamWConfig, OptimizerConfig, TrainJob
+from parcelray.config.optimizer import AdamW8bitConfig, AdamWConfig, OptimizerConfig
+from parcelray.config.train import TrainJob
 from parcelray.console import key_value_table
 from parcelray.errors import UserError, describe_values
 from parcelray.profiling.backbone_shapes import from_transformers_config
@@ -15,14 +16,14 @@ from parcelray.profiling.flops import cost
 from parcelray.profiling.gpus import gpu_of
 from parcelray.profiling.machine import matmul_flops_per_second
 from parcelray.training.budget_sampling import BudgetSampler
-from parcelray.training.run import resolve_start
-from parcelray.training.start import build_start, freeze, step_reader
+from parcelray.training.planned_model import planned_model
+from parcelray.training.start import prepare_model, step_reader
 from parcelray.training.token_plan import dry_run_memory
 
 _BACKWARD = 2
 """FLOPs of a backward pass per FLOP of the forward pass: one product for input gradients, one for weight gradients."""
 _BYTES = 4
-"""Bytes of one weight, gradient or optimiser moment: all are fp32, whatever the precision of the passes."""
+"""Bytes of one weight, gradient or optimiser moment: fp32, whatever the precision of the passes."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,10 @@ class TrainingPlan:
     """Predicted peak memory of a worker at the largest budget, weights included; None: not predicted."""
     gpu: str | None = None
     """Type of GPU that time and GPU hours are for; None: the speed measured on this machine."""
+    trained_parameters: int = 0
+    """Number of weights that are trained, adapters included."""
+    note: str | None = None
+    """What is not that of the real model; see `PlannedModel`."""
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as JSON-serialisable values."""
@@ -71,7 +76,10 @@ class TrainingPlan:
         speed = "this machine's matrix-product speed" if self.gpu is None else f"the peak speed of one {self.gpu}"
         rows = {
             "starts from": self.start,
-            "parameters": f"{self.num_parameters:,} ({self.connector_parameters:,} of the connector)",
+            "parameters": (
+                f"{self.num_parameters:,} ({self.connector_parameters:,} of the connector);"
+                f" {self.trained_parameters:,} are trained"
+            ),
             "visual-token budgets": f"{budgets}, {self.schedule}",
             "mean of a step": f"{self.passes_per_step:.3g} passes, {self.tokens_per_step:.4g} visual tokens per image",
             "workers": (
@@ -85,6 +93,8 @@ class TrainingPlan:
             "time": f"at least {self.seconds / 60:,.1f} min at {speed}",
             "GPU hours": f"at least {self.gpu_hours:,.2f}" if self.gpu_hours else "none",
         }
+        if self.note is not None:
+            rows["note"] = self.note
         return key_value_table(rows, header=("plan", self.identity))
 
 
@@ -101,8 +111,7 @@ def training_plan(job: TrainJob, *, gpu: str | None = None, with_peak: bool = Fa
             step has too few samples.
     """
     check_rows(job.data)
-    start = resolve_start(job, job.tracking.uri)
-    model, processor = build_start(job, start.path if start is not None else None)
+    model, processor, start, note = planned_model(job)
     sampler = BudgetSampler(job.budget, job.seed, model.connector, with_largest=job.distillation is not None)
     if not set(job.validation.budgets) & set(model.supported_budgets):
         raise UserError(
@@ -115,11 +124,13 @@ def training_plan(job: TrainJob, *, gpu: str | None = None, with_peak: bool = Fa
     per_image = sampler.mean_per_step(
         lambda budget: cost(shape, connector, budget, num_frames=1, num_text_tokens=0).total
     )
-    flops = round((1 + _BACKWARD) * per_image * job.training.images_per_step * job.training.steps)
+    passes = 1 + _BACKWARD + int(job.training.activation_checkpointing)
+    flops = round(passes * per_image * job.training.images_per_step * job.training.steps)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    freeze(model, job.training)
+    prepare_model(model, job)
+    held = sum(parameter.numel() for parameter in model.parameters())
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    state_bytes = _BYTES * (parameters + (1 + _moments(job.optimizer)) * trained)
+    state_bytes = _BYTES * (held + trained) + _moment_bytes(job.optimizer) * trained
     low, high = job.scaling.bounds
     workers = max(1, low)
     speed = gpu_of(gpu).flops_per_second(job.training.precision) if gpu is not None else matmul_flops_per_second()
@@ -128,7 +139,7 @@ def training_plan(job: TrainJob, *, gpu: str | None = None, with_peak: bool = Fa
     is_sharded = job.training.strategy == "fsdp" and job.scaling.gpus_per_worker > 0
     return TrainingPlan(
         identity=identity(job),
-        start=start.pinned if start is not None else "random weights",
+        start=start,
         num_parameters=parameters,
         connector_parameters=sum(parameter.numel() for parameter in model.connector.parameters()),
         budgets=job.budget.values(),
@@ -143,11 +154,15 @@ def training_plan(job: TrainJob, *, gpu: str | None = None, with_peak: bool = Fa
         config=job.model_dump(mode="json"),
         peak_bytes=dry_run_memory(job, model.config, processor).total if with_peak and not is_sharded else None,
         gpu=gpu,
+        trained_parameters=trained,
+        note=note,
     )
 
 
-def _moments(optimizer: OptimizerConfig) -> int:
-    """Number of values that the optimiser keeps for each trained weight."""
-    if isinstance(optimizer, AdamWConfig):
+def _moment_bytes(optimizer: OptimizerConfig) -> int:
+    """Bytes that the optimiser keeps for each trained weight."""
+    if isinstance(optimizer, AdamW8bitConfig):
         return 2
-    return 1 if optimizer.momentum else 0
+    if isinstance(optimizer, AdamWConfig):
+        return 2 * _BYTES
+    return _BYTES if optimizer.momentum else 0

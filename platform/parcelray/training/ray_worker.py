@@ -87,10 +87,11 @@ def _train(inputs: WorkerInputs) -> None:
     is_first = ray.train.get_context().get_world_rank() == 0
     on_progress = inputs.progress.update.remote if is_first else lambda step, state: None
     with _restored_checkpoint() as resume_from:
-        # A resumed training reads its own checkpoint, so its host needs no copy of the start.
+        # A resumed training reads its own checkpoint, so its host needs no copy of the start, except under adapters.
+        needs_start = resume_from is None or inputs.job.training.lora is not None
         start = (
             model_folder(inputs.start, functools.partial(on_progress, 0))
-            if inputs.start is not None and resume_from is None
+            if inputs.start is not None and needs_start
             else None
         )
         train(
@@ -173,10 +174,12 @@ class BackgroundValidation:
 
     Args:
         job: the training.
+        start: what `job.model` was resolved to; None for a model from scratch.
         logger: creates the metric logger of the training's run.
     """
 
     job: TrainJob
+    start: ModelPin | None
     logger: Callable[[], MetricLogger]
 
     def __call__(self, checkpoint: Any, **kwargs: Any) -> dict[str, float]:
@@ -188,8 +191,11 @@ class BackgroundValidation:
         """
         from parcelray.training.train_loop import validate_checkpoint
 
+        start = None
+        if self.start is not None and self.job.training.lora is not None:
+            start = model_folder(self.start)
         with checkpoint.as_directory() as name:
-            step, metrics = validate_checkpoint(self.job, Path(name))
+            step, metrics = validate_checkpoint(self.job, Path(name), start)
         logger = self.logger()
         logger.log_metrics(metrics, step)
         logger.close()

@@ -25,9 +25,10 @@ from parcelray.datasets.source import BadRowsError
 from parcelray.errors import SystemFailure
 from parcelray.evaluation.predict import PYFUNC_FILE
 from parcelray.files import atomic_write
+from parcelray.models.adapters import merge_adapters
 from parcelray.models.checkpoint import ModelPin, ResolvedCheckpoint, resolve_checkpoint
 from parcelray.models.manifest import write_manifest
-from parcelray.models.vlm import connector_of, write_converted
+from parcelray.models.vlm import connector_of, quiet_transformers, write_converted
 from parcelray.tracking.lineage import DATA_TAG, MODEL_IN_TAG, MODEL_OUT_TAG, git_commit
 from parcelray.tracking.metric_logger import MetricLogger, open_metric_logger
 from parcelray.tracking.mlflow_tracker import MlflowRunLogger, job_run
@@ -37,6 +38,7 @@ from parcelray.tracking.run_folder import BAD_ROWS, IN_PROCESS, RunFolder
 from parcelray.tracking.store import check_tracking_uri, ensure_store
 from parcelray.training.checkpointing import is_complete, read_state
 from parcelray.training.report import report_training
+from parcelray.training.start import build_resumed
 from parcelray.training.train_loop import fit_in_process
 
 MODEL = "model"
@@ -281,13 +283,23 @@ def _pull_newest(folder: RunFolder) -> None:
 
 
 def _keep_model(job: TrainJob, folder: RunFolder, checkpoint: Path, start: ResolvedCheckpoint | None) -> None:
-    """Copy the last checkpoint's model to the run folder, in the data type of the job, and write its manifest."""
+    """Write the last checkpoint's model to the run folder, in the data type of the job, with a manifest.
+
+    Adapters are merged into its weights, so the folder is an ordinary checkpoint.
+    """
     target = folder.local / MODEL
     shutil.rmtree(target, ignore_errors=True)
-    if job.checkpointing.model_dtype is None:
+    dtype = getattr(torch, job.checkpointing.model_dtype or "float32")
+    if job.training.lora is not None:
+        model, processor = build_resumed(job, checkpoint, start.path if start is not None else None)
+        merge_adapters(model)
+        with quiet_transformers():
+            model.to(dtype).save_pretrained(target)
+        processor.save_pretrained(target)
+    elif job.checkpointing.model_dtype is None:
         shutil.copytree(checkpoint / "model", target)
     else:
-        write_converted(checkpoint / "model", target, getattr(torch, job.checkpointing.model_dtype))
+        write_converted(checkpoint / "model", target, dtype)
     write_manifest(
         target,
         config=job.model_dump(mode="json", context=AS_WRITTEN),

@@ -1,33 +1,42 @@
 """Builds the start of a training: model, processor and data of a job. Needs only torch and transformers."""
 
+import importlib.util
+from functools import partial
 from pathlib import Path
+
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from parcelray.benchmarks.metrics import metric
 from parcelray.benchmarks.training_data import held_out_samples, training_source
 from parcelray.config.model import MiniLlavaModelConfig, MiniModelConfig
-from parcelray.config.train import TrainingConfig, TrainJob
+from parcelray.config.train import TrainJob
 from parcelray.datasets.collator import Collator
 from parcelray.datasets.mini.suite import MiniSuite
 from parcelray.datasets.sample import Sample
 from parcelray.errors import UserError
 from parcelray.models import mini_llava
+from parcelray.models.adapters import add_adapters, freeze_parts, frozen_digest
 from parcelray.models.backbones import ElasticVLM
 from parcelray.models.backbones.processor_base import ElasticProcessor
 from parcelray.models.mini import build_config, build_model, build_processor
-from parcelray.models.vlm import load_processor, load_vlm, use_sdpa_where_exact
+from parcelray.models.vlm import load_processor, load_vlm, use_attention, use_sdpa_where_exact
 from parcelray.models.vocabulary import add_words
 from parcelray.training.batches.schedule import BatchSchedule, StepReader
+from parcelray.training.checkpointing import TRAINED
 
 _TOKENIZER_TEXTS = 20_000
 """Number of texts of the mini suite from which the tokenizer of a model from scratch is built."""
 
 
-def build_start(job: TrainJob, checkpoint: Path | None) -> tuple[ElasticVLM, ElasticProcessor]:
+def build_start(job: TrainJob, folder: Path | None) -> tuple[ElasticVLM, ElasticProcessor]:
     """Build model and processor at step 0, with float32 weights whatever the data type of the checkpoint.
 
     Args:
         job: the training.
-        checkpoint: folder that `job.model` was resolved to; None for a model from scratch.
+        folder: folder that `job.model` was resolved to; None for a model from scratch.
 
     Raises:
         UserError: the checkpoint is unusable.
@@ -45,29 +54,104 @@ def build_start(job: TrainJob, checkpoint: Path | None) -> tuple[ElasticVLM, Ela
             config.connector = connector
             model = build_model(config, job.seed)
     else:
-        if checkpoint is None:
+        if folder is None:
             raise UserError(
                 f"model.reference {job.model.reference} was not resolved to a folder; call resolve_start first."
             )
-        processor = load_processor(checkpoint)
-        model = load_vlm(checkpoint, connector=job.connector, seed=job.seed)
+        processor = load_processor(folder)
+        model = load_vlm(folder, connector=job.connector, seed=job.seed)
         if job.new_words is not None:
             add_words(model, processor, job.new_words)
     use_sdpa_where_exact(model)
     return model, processor
 
 
-def build_resumed(folder: Path) -> tuple[ElasticVLM, ElasticProcessor]:
-    """Load model and processor of a training checkpoint, with float32 weights."""
-    model = load_vlm(folder / "model")
-    use_sdpa_where_exact(model)
-    return model, load_processor(folder / "model")
+def build_resumed(job: TrainJob, folder: Path, start: Path | None) -> tuple[ElasticVLM, ElasticProcessor]:
+    """Build model and processor of a training checkpoint, with float32 weights, prepared by `prepare_model`.
+
+    Args:
+        job: the training.
+        folder: the training checkpoint.
+        start: folder that `job.model` was resolved to, which a training with adapters needs; else None.
+
+    Raises:
+        UserError: the frozen weights of the start have changed since the checkpoint was written.
+    """
+    if job.training.lora is None:
+        model, processor = load_vlm(folder / "model"), load_processor(folder / "model")
+        use_sdpa_where_exact(model)
+        prepare_model(model, job)
+        return model, processor
+    model, processor = build_start(job, start)
+    prepare_model(model, job)
+    load_trained(model, folder)
+    return model, processor
 
 
-def freeze(model: ElasticVLM, training: TrainingConfig) -> None:
-    """Exclude the weights from training that the job freezes."""
-    if training.freeze_vision:
-        model.model.vision_tower.requires_grad_(False)
+def prepare_model(model: ElasticVLM, job: TrainJob) -> None:
+    """Prepare a model for training: frozen parts, new adapters, attention and activation checkpointing.
+
+    Raises:
+        UserError: the model has no weights that the job trains, no layers for adapters, or another attention.
+    """
+    training = job.training
+    freeze_parts(model, training.freeze)
+    if training.lora is not None:
+        add_adapters(model, training.lora, job.seed)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise UserError(
+            f"training.freeze has {', '.join(training.freeze)}, and the connector {model.connector.name} has no weights"
+            " of its own, so nothing is trained; remove a part from training.freeze."
+        )
+    if training.attention is not None:
+        use_attention(model, training.attention)
+    if training.activation_checkpointing:
+        # Not by transformers' own switch: it would also send gradients through a frozen tower.
+        for layer in model.modules():
+            if isinstance(layer, GradientCheckpointingLayer):
+                layer.gradient_checkpointing = True
+                layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+
+
+def check_device(job: TrainJob, *, cpu_only: bool) -> None:
+    """Check that this host has what the job's attention and optimizer need.
+
+    Raises:
+        UserError: a GPU or a package is missing.
+    """
+    packages: dict[str | None, str | None] = {"flash": "flash_attn", "flex": None, "adamw_8bit": "bitsandbytes"}
+    for key, value in (("training.attention", job.training.attention), ("optimizer.type", job.optimizer.type)):
+        if value not in packages:
+            continue
+        if cpu_only:
+            raise UserError(f"{key} is {value}, which needs a GPU, but this training has none; change {key}.")
+        needed = packages[value]
+        if needed is not None and importlib.util.find_spec(needed) is None:
+            raise UserError(
+                f"{key} is {value}, but the package {needed} is not installed on this host; install it, or change"
+                f" {key}."
+            )
+
+
+def compile_layers(model: ElasticVLM) -> None:
+    """Compile the layers of vision tower and decoder in place, each for any number of tokens."""
+    for layer in model.modules():
+        if isinstance(layer, GradientCheckpointingLayer):
+            layer.compile(dynamic=True)
+
+
+def load_trained(model: ElasticVLM, folder: Path) -> None:
+    """Load the trained weights of a checkpoint into a prepared start; see `checkpointing.save_trained`."""
+    with safe_open(folder / TRAINED, "pt") as file:
+        if file.metadata()["frozen"] != frozen_digest(model):
+            raise UserError(
+                f"The frozen weights of the model that the training started from are not those of the checkpoint"
+                f" {folder}: its files have changed. Restore the former model to resume, or give the run another name."
+            )
+    missing, unexpected = model.load_state_dict(load_file(folder / TRAINED), strict=False)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert not unexpected, unexpected
+    assert not trained & set(missing), trained & set(missing)
 
 
 def step_reader(job: TrainJob, processor: ElasticProcessor, rank: int, world_size: int) -> StepReader:

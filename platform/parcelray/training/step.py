@@ -4,7 +4,7 @@ Shapes: B prompts, I images, S text tokens, A answer tokens of all prompts, K vi
 vocabulary.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from parcelray.config.train import AdamWConfig, OptimizerConfig, ScheduleConfig
+from parcelray.config.optimizer import AdamW8bitConfig, AdamWConfig, OptimizerConfig, ScheduleConfig
 from parcelray.datasets.collator import IGNORED, Batch
 from parcelray.models.backbones import ElasticVLM
 from parcelray.models.backbones.processor_base import ElasticProcessor
@@ -56,23 +56,58 @@ class TensorBatch:
         prompts = int(self.attention_mask_BS.sum()) - answers
         return count_tokens(prompts, self.num_prompts * self.images_per_prompt, num_visual_tokens, answers)
 
-    def slice(self, part: int, num_parts: int) -> "TensorBatch":
-        """Micro-batch `part` of `num_parts`: every num_parts-th sample with its prompts and images."""
-        images = self.images_per_prompt
-        owners_B = torch.arange(self.num_prompts) if self.samples_B is None else self.samples_B
-        chosen = (owners_B % num_parts == part).nonzero()[:, 0]
-        pixels = self.pixel_values_ICHW.view(self.num_samples, images, *self.pixel_values_ICHW.shape[1:])
-        pixels = pixels[part::num_parts].flatten(0, 1)
-        patch_labels = self.patch_labels_BN[chosen] if self.patch_labels_BN is not None else None
+    @property
+    def num_answer_tokens(self) -> int:
+        """Number of answer tokens of all prompts, which have a label each."""
+        return int((self.labels_BS[:, 1:] != IGNORED).sum())
+
+    def micro_batches(self, count: int, *, by_tokens: bool = False) -> list["TensorBatch"]:
+        """Divides the samples, with their prompts and images, into at most `count` parts.
+
+        Args:
+            count: number of parts; there are fewer if there are fewer samples.
+            by_tokens: whether a part has samples of similar length and is padded only to its own longest prompt. Else
+                part i has every count-th sample, and the padding of the whole batch.
+        """
+        count = min(count, self.num_samples)
+        if not by_tokens:
+            return [self._select(torch.arange(part, self.num_samples, count)) for part in range(count)]
+        lengths_B = self.attention_mask_BS.sum(1).cpu()
+        longest = torch.zeros(self.num_samples, dtype=lengths_B.dtype)
+        longest = longest.scatter_reduce(0, self._owners_B.cpu(), lengths_B, "amax")
+        parts = longest.argsort(stable=True).tensor_split(count)
+        return [self._select(part.sort().values)._trimmed(int(longest[part].max())) for part in parts]
+
+    @property
+    def _owners_B(self) -> Tensor:
+        return torch.arange(self.num_prompts) if self.samples_B is None else self.samples_B
+
+    def _select(self, samples: Tensor) -> "TensorBatch":
+        """Returns the given samples, whose numbers are ascending, with their prompts and images."""
+        samples = samples.to(self._owners_B.device)
+        chosen = torch.isin(self._owners_B, samples).nonzero()[:, 0]
+        pixels = self.pixel_values_ICHW.view(
+            self.num_samples, self.images_per_prompt, *self.pixel_values_ICHW.shape[1:]
+        )
         return TensorBatch(
-            pixels,
+            pixels[samples].flatten(0, 1),
             self.input_ids_BS[chosen],
             self.token_type_ids_BS[chosen],
             self.attention_mask_BS[chosen],
             self.labels_BS[chosen],
-            patch_labels,
+            self.patch_labels_BN[chosen] if self.patch_labels_BN is not None else None,
             self.visual_offset,
-            None if self.samples_B is None else owners_B[chosen] // num_parts,
+            None if self.samples_B is None else torch.searchsorted(samples, self.samples_B[chosen]),
+        )
+
+    def _trimmed(self, length: int) -> "TensorBatch":
+        """Returns the batch without the padding after the given number of text tokens."""
+        return replace(
+            self,
+            input_ids_BS=self.input_ids_BS[:, :length],
+            token_type_ids_BS=self.token_type_ids_BS[:, :length],
+            attention_mask_BS=self.attention_mask_BS[:, :length],
+            labels_BS=self.labels_BS[:, :length],
         )
 
     def image_inputs(self) -> dict[str, Tensor]:
@@ -132,7 +167,7 @@ class Losses(NamedTuple):
     """The losses of one forward pass, summed over its prompts; the caller divides by the number of prompts.
 
     The loss of a prompt is the mean over its positions, so that long answers have the same weight as short ones (as in
-    PaliGemma's training).
+    PaliGemma's training). With `token_weight`, all answer tokens of a step have the same weight instead (as in LLaVA).
     """
 
     answer_sum: Tensor
@@ -166,6 +201,7 @@ def losses(
     anchor_grid: int | None = None,
     teacher_logits_AV: Tensor | None = None,
     keep_logits: bool = False,
+    token_weight: Tensor | None = None,
 ) -> Losses:
     """Run the model on a batch at a budget and compute its losses.
 
@@ -181,6 +217,9 @@ def losses(
         teacher_logits_AV: `answer_logits_AV` of the batch at the largest budget, for in-place distillation (Yu and
             Huang, "Universally Slimmable Networks and Improved Training Techniques", ICCV 2019).
         keep_logits: whether to return the logits at the answer positions.
+        token_weight: weight of each answer token: prompts per answer token in the whole step, so that the sum of all
+            losses, divided by the number of prompts, is the mean over the tokens. None: the inverse of the number of
+            answer tokens of its prompt.
     """
     length = batch.input_ids_BS.shape[1]
     inputs = with_placeholders(batch, num_visual_tokens, image_token_id)
@@ -196,16 +235,20 @@ def losses(
     patch_sum = None
     if patch_labels is not None:
         visual_BNV = logits_BSV[:, batch.visual_offset : batch.visual_offset + num_visual]
-        patch_sum = _prompt_means(visual_BNV, patch_labels).sum()
+        patch_sum = _means(_cross_entropy(visual_BNV, patch_labels), patch_labels).sum()
     is_answer_BS = labels_BS != IGNORED
     divergence = None
     if teacher_logits_AV is not None:
-        divergence = distillation_sum(text_BSV[is_answer_BS], teacher_logits_AV, labels_BS)
+        divergence = distillation_sum(text_BSV[is_answer_BS], teacher_logits_AV, labels_BS, token_weight)
     kept_AV = text_BSV.detach()[is_answer_BS] if keep_logits else None
-    return Losses(_prompt_means(text_BSV, labels_BS).sum(), patch_sum, divergence, kept_AV)
+    each_BS = _cross_entropy(text_BSV, labels_BS)
+    answer_sum = _means(each_BS, labels_BS).sum() if token_weight is None else each_BS.sum() * token_weight
+    return Losses(answer_sum, patch_sum, divergence, kept_AV)
 
 
-def distillation_sum(student_logits_AV: Tensor, teacher_logits_AV: Tensor, labels_BS: Tensor) -> Tensor:
+def distillation_sum(
+    student_logits_AV: Tensor, teacher_logits_AV: Tensor, labels_BS: Tensor, token_weight: Tensor | None = None
+) -> Tensor:
     """KL divergence of the student's distribution from the teacher's, in nats.
 
     It is the mean over the answer tokens of each prompt, summed over the prompts, as the cross-entropy is.
@@ -214,22 +257,28 @@ def distillation_sum(student_logits_AV: Tensor, teacher_logits_AV: Tensor, label
         student_logits_AV: logits at the answer positions, in row-major order of `labels_BS`.
         teacher_logits_AV: the teacher's logits at the same positions.
         labels_BS: labels; the answer positions are those that are not ignored.
+        token_weight: see `losses`.
     """
     each_A = F.kl_div(
         student_logits_AV.log_softmax(-1), teacher_logits_AV.log_softmax(-1), reduction="none", log_target=True
     ).sum(-1)
+    if token_weight is not None:
+        return each_A.sum() * token_weight
     is_answer_BS = labels_BS != IGNORED
     counts_A = is_answer_BS.sum(1, keepdim=True).expand_as(is_answer_BS)[is_answer_BS]
     return (each_A / counts_A).sum()
 
 
-def _prompt_means(logits_BSV: Tensor, labels_BS: Tensor) -> Tensor:
-    """Mean cross-entropy over the labelled positions of each prompt: [B], 0 for a prompt without labels."""
-    each_BS = F.cross_entropy(
+def _cross_entropy(logits_BSV: Tensor, labels_BS: Tensor) -> Tensor:
+    """Cross-entropy of each position, [B, S]; 0 at ignored ones."""
+    return F.cross_entropy(
         logits_BSV.flatten(0, 1), labels_BS.flatten(), ignore_index=IGNORED, reduction="none"
     ).view_as(labels_BS)
-    means_B: Tensor = each_BS.sum(1) / (labels_BS != IGNORED).sum(1).clamp(min=1)
-    return means_B
+
+
+def _means(values_BS: Tensor, labels_BS: Tensor) -> Tensor:
+    """Mean over the labelled positions of each prompt: [B], 0 for a prompt without labels."""
+    return values_BS.sum(1) / (labels_BS != IGNORED).sum(1).clamp(min=1)
 
 
 def parameter_groups(model: ElasticVLM, config: OptimizerConfig) -> list[dict[str, object]]:
@@ -261,7 +310,14 @@ def build_optimizer(model: ElasticVLM, config: OptimizerConfig) -> torch.optim.O
     """Build the optimiser of a job."""
     groups = parameter_groups(model, config)
     if isinstance(config, AdamWConfig):
-        return torch.optim.AdamW(groups, betas=(config.beta1, config.beta2), eps=config.epsilon)
+        # Without `fused`, torch chooses between its other implementations.
+        fused = config.fused or None
+        return torch.optim.AdamW(groups, betas=(config.beta1, config.beta2), eps=config.epsilon, fused=fused)
+    if isinstance(config, AdamW8bitConfig):
+        from bitsandbytes.optim import AdamW8bit
+
+        optimizer: torch.optim.Optimizer = AdamW8bit(groups, betas=(config.beta1, config.beta2), eps=config.epsilon)
+        return optimizer
     return torch.optim.SGD(groups, momentum=config.momentum)
 
 

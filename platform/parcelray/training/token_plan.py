@@ -6,11 +6,10 @@ from dataclasses import replace
 
 from parcelray.benchmarks.training_data import check_rows, training_source
 from parcelray.config.identity import identity
-from parcelray.config.model import CheckpointModelConfig
 from parcelray.config.train import TrainJob
 from parcelray.datasets.source import SampleSource
 from parcelray.models.backbones.processor_base import ElasticProcessor
-from parcelray.models.vlm import ElasticConfig, config_of, load_processor
+from parcelray.models.vlm import ElasticConfig
 from parcelray.profiling.gpus import gpu_of
 from parcelray.profiling.simulated_memory import MemoryEstimate
 from parcelray.profiling.token_plan import (
@@ -23,8 +22,8 @@ from parcelray.profiling.token_plan import (
     shown_budgets,
 )
 from parcelray.training.memory import StepLoad, largest_batch, training_memory
-from parcelray.training.run import resolve_start
-from parcelray.training.start import build_start, step_reader
+from parcelray.training.planned_model import planned_model
+from parcelray.training.start import step_reader
 
 
 def training_token_plan(
@@ -42,7 +41,8 @@ def training_token_plan(
         UserError: the job cannot start as it is.
     """
     check_rows(job.data)
-    config, processor = _model(job)
+    model, processor, _, note = planned_model(job)
+    config: ElasticConfig = model.config
     source = training_source(job.data, processor.image_size)
     workers = max(1, job.scaling.bounds[0])
     step_reader(job, processor, 0, workers)  # checks the size of a step
@@ -74,7 +74,7 @@ def training_token_plan(
         "images per step",
         limit,
         max(fitting, default=None),
-        _notes(job),
+        (*_notes(job), *((note,) if note is not None else ())),
     )
 
 
@@ -108,19 +108,6 @@ def largest_load(job: TrainJob, rows: Sequence[RowTokens], budget: int) -> StepL
             load.num_samples * load.num_sequences * (load.num_images * budget + load.num_text_tokens) ** 1.5
         ),
     )
-
-
-def _model(job: TrainJob) -> tuple[ElasticConfig, ElasticProcessor]:
-    """Returns configuration and processor of the model, without the weights of a checkpoint."""
-    if not isinstance(job.model, CheckpointModelConfig):
-        model, processor = build_start(job, None)
-        return model.config, processor
-    start = resolve_start(job, job.tracking.uri)
-    assert start is not None, "the model is a checkpoint"
-    config = config_of(start.path)
-    if job.connector is not None:
-        config.connector = job.connector.model_dump(mode="json")
-    return config, load_processor(start.path)
 
 
 def _rows(source: SampleSource, processor: ElasticProcessor, num_rows: int) -> list[RowTokens]:

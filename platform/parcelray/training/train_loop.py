@@ -25,6 +25,7 @@ from parcelray.datasets.sample import Sample
 from parcelray.errors import SystemFailure
 from parcelray.evaluation.predict.predictor import Predictor
 from parcelray.evaluation.scoring.split_scores import score
+from parcelray.models.adapters import frozen_digest
 from parcelray.models.allocator import keep_freed_memory
 from parcelray.models.backbones import ElasticVLM
 from parcelray.models.backbones.processor_base import ElasticProcessor
@@ -36,7 +37,15 @@ from parcelray.training.accelerator import make_accelerator
 from parcelray.training.batches.schedule import StepReader, in_process_batches
 from parcelray.training.batches.skipped import SkippedRows
 from parcelray.training.budget_sampling import BudgetSampler
-from parcelray.training.start import build_resumed, build_start, freeze, step_reader, validation_samples
+from parcelray.training.start import (
+    build_resumed,
+    build_start,
+    check_device,
+    compile_layers,
+    prepare_model,
+    step_reader,
+    validation_samples,
+)
 from parcelray.training.step import TensorBatch, build_optimizer, learning_rate_factor, losses, to_tensors
 from parcelray.training.token_clock import TokenClock
 
@@ -67,7 +76,7 @@ class LoopInputs:
     """Inputs of the loop in addition to the job: the start, the source of batches, and the outputs."""
 
     checkpoint: Path | None
-    """Folder that `job.model` was resolved to; None for a model from scratch."""
+    """Folder that `job.model` was resolved to; None for a model from scratch, or if a resumed training needs none."""
     resume_from: Path | None
     """Training checkpoint to resume from; None to start at step 0."""
     batches: Callable[[StepReader, int, int], Iterable[Batch]]
@@ -169,20 +178,27 @@ class _Loop:
     def __init__(self, job: TrainJob, inputs: LoopInputs) -> None:
         self.job = job
         self.inputs = inputs
-        vlm, self.processor = (
-            build_start(job, inputs.checkpoint) if inputs.resume_from is None else build_resumed(inputs.resume_from)
-        )
+        check_device(job, cpu_only=inputs.cpu_only)
+        if inputs.resume_from is None:
+            vlm, self.processor = build_start(job, inputs.checkpoint)
+            prepare_model(vlm, job)
+        else:
+            vlm, self.processor = build_resumed(job, inputs.resume_from, inputs.checkpoint)
         self.vlm: ElasticVLM = vlm
+        # Before the weights are sharded.
+        self.frozen = frozen_digest(vlm) if job.training.lora is not None else None
         self.validation = validation_samples(job, self.processor)
+        if job.training.compile:
+            compile_layers(vlm)
         set_seed(job.seed)
         self.accelerator = make_accelerator(job.training, vlm.layer_classes, cpu_only=inputs.cpu_only)
         # In fp32, torch's fused attention is faster.
         self.own_kernels = (
             job.training.kernels is None
+            and job.training.attention is None
             and self.accelerator.device.type == "cpu"
             and self.accelerator.mixed_precision == "bf16"
         )
-        freeze(vlm, job.training)
         self.sampler = BudgetSampler(job.budget, job.seed, vlm.connector, with_largest=job.distillation is not None)
         optimizer = build_optimizer(vlm, job.optimizer)
         # Before a restore, which sets the scheduled rates of the restored step.
@@ -259,12 +275,15 @@ class _Loop:
         factor = learning_rate_factor(step, training.steps, self.job.schedule)
         for group, peak in zip(self.optimizer.param_groups, self.peak_rates, strict=True):
             group["lr"] = peak * factor
-        prompts = accelerator.reduce(torch.tensor(float(batch.num_prompts), device=accelerator.device), reduction="sum")
-        parts = min(training.gradient_accumulation_steps, batch.num_samples)
+        counts = torch.tensor([float(batch.num_prompts), float(batch.num_answer_tokens)], device=accelerator.device)
+        prompts, answer_tokens = accelerator.reduce(counts, reduction="sum")
+        token_weight = prompts / answer_tokens if training.loss_mean == "tokens" else None
         grids = [self.sampler.anchor_grid(step, index, budget) for index, budget in enumerate(budgets)]
         passes = [
-            (self._labelled(batch.slice(part, parts), budget, grid), budget, grid)
-            for part in range(parts)
+            (self._labelled(micro_batch, budget, grid), budget, grid)
+            for micro_batch in batch.micro_batches(
+                training.gradient_accumulation_steps, by_tokens=training.group_by_tokens
+            )
             for budget, grid in zip(budgets, grids, strict=True)
         ]
         total, divergence = torch.zeros((2,), device=accelerator.device)
@@ -272,17 +291,20 @@ class _Loop:
         teacher_logits_AV: torch.Tensor | None = None
         for index, (micro_batch, budget, grid) in enumerate(passes):
             is_teacher = weight > 0 and index % len(budgets) == 0
-            with accelerator.autocast(), nullcontext() if index == len(passes) - 1 else accelerator.no_sync(self.model):
-                with training_kernels(self.vlm) if self.own_kernels else nullcontext():
-                    parts_of_loss = losses(
-                        self.model,
-                        micro_batch,
-                        num_visual_tokens=budget,
-                        image_token_id=self.vlm.config.image_token_id,
-                        anchor_grid=grid,
-                        teacher_logits_AV=None if is_teacher else teacher_logits_AV,
-                        keep_logits=is_teacher,
-                    )
+            unsynced = accelerator.no_sync(self.model) if index < len(passes) - 1 else nullcontext()
+            # Also around the backward pass, which computes layers again with activation checkpointing.
+            kernels = training_kernels(self.vlm) if self.own_kernels else nullcontext()
+            with accelerator.autocast(), unsynced, kernels:
+                parts_of_loss = losses(
+                    self.model,
+                    micro_batch,
+                    num_visual_tokens=budget,
+                    image_token_id=self.vlm.config.image_token_id,
+                    anchor_grid=grid,
+                    teacher_logits_AV=None if is_teacher else teacher_logits_AV,
+                    keep_logits=is_teacher,
+                    token_weight=token_weight,
+                )
                 # Distributed training averages the ranks' gradients. The gradient needed here is the sum over all
                 # prompts, divided by their number.
                 scale = accelerator.num_processes / (prompts * len(budgets))
@@ -364,12 +386,16 @@ class _Loop:
     def _validate_copy(self, device: str) -> dict[int, list[float]]:
         """Score a copy of the gathered weights on rank 0, because answers need passes outside the wrapped forward."""
         with tempfile.TemporaryDirectory(prefix="parcelray-validation-") as name:
-            checkpointing.save_model(
-                Path(name) / "model", accelerator=self.accelerator, model=self.model, processor=self.processor
+            checkpointing.save_weights(
+                Path(name),
+                accelerator=self.accelerator,
+                model=self.model,
+                processor=self.processor,
+                frozen=self.frozen,
             )
             if not self.accelerator.is_main_process:
                 return {}
-            copy, processor = build_resumed(Path(name))
+            copy, processor = build_resumed(self.job, Path(name), self.inputs.checkpoint)
         return _validation_values(self.job, copy.eval().to(device), processor, self.validation, device)
 
     def _checkpoint(self, done: int, *, validate: bool = False) -> None:
@@ -392,6 +418,7 @@ class _Loop:
                 optimizer=self.optimizer,
                 processor=self.processor,
                 state=state,
+                frozen=self.frozen,
             )
             # Every rank must report: the report is a barrier.
             self.inputs.report(
@@ -405,18 +432,19 @@ class _Loop:
             self.inputs.logger.log_metrics(metrics, done)
 
 
-def validate_checkpoint(job: TrainJob, folder: Path) -> tuple[int, dict[str, float]]:
+def validate_checkpoint(job: TrainJob, folder: Path, start: Path | None) -> tuple[int, dict[str, float]]:
     """Score the model of a training checkpoint on the validation samples.
 
     Args:
         job: the training.
         folder: the checkpoint folder.
+        start: see `build_resumed`.
 
     Returns:
         The step of the checkpoint, and the score at each budget by metric name.
     """
     device = "cuda" if job.validation.background_gpus and torch.cuda.is_available() else "cpu"
-    model, processor = build_resumed(folder)
+    model, processor = build_resumed(job, folder, start)
     samples = validation_samples(job, processor)
     values = _validation_values(job, model.eval().to(device), processor, samples, device)
     metrics = {_validation_metric(budget): sum(scores) / len(scores) for budget, scores in values.items()}

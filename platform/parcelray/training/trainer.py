@@ -81,7 +81,7 @@ def fit(
             scaling_config=_scaling(job),
             run_config=_run_config(job, folder, on_report),
             torch_config=TorchConfig(backend="nccl" if job.scaling.gpus_per_worker else "gloo"),
-            validation_config=_validation(job, logger),
+            validation_config=_validation(job, start, logger),
         )
         handler = signal.getsignal(signal.SIGINT)
         try:
@@ -145,12 +145,12 @@ def _scaling(job: TrainJob) -> ScalingConfig:
     return ScalingConfig(num_workers=num_workers, use_gpu=scaling.gpus_per_worker > 0, resources_per_worker=resources)
 
 
-def _validation(job: TrainJob, logger: Callable[[], MetricLogger]) -> ValidationConfig | None:
+def _validation(job: TrainJob, start: ModelPin | None, logger: Callable[[], MetricLogger]) -> ValidationConfig | None:
     """Validation in a background task that reserves no CPU, so that it never waits for the workers and data tasks."""
     if not job.validation.in_background:
         return None
     return ValidationConfig(
-        fn=BackgroundValidation(job, logger),
+        fn=BackgroundValidation(job, start, logger),
         ray_remote_kwargs={"num_cpus": 0, "num_gpus": job.validation.background_gpus},
     )
 
