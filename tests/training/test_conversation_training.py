@@ -71,6 +71,7 @@ def test_an_interrupted_training_resumes_to_the_same_bits(
 def test_a_killed_command_continues_and_its_model_is_evaluated(
     tmp_path: Path, tiny_start: dict[str, Any], s3: str, layout: str
 ) -> None:
+    data: dict[str, Any]
     if layout == "folder":
         data = {"path": str(write_folder(tmp_path, 40)), "images": str(tmp_path / "images")}
     else:

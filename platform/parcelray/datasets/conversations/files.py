@@ -112,7 +112,7 @@ def read_part(uri: str, start: int | None = None, end: int | None = None) -> byt
     """
     filesystem, path = _opened(uri)
     with failures_named(uri):
-        content: bytes = filesystem.cat_file(path, start, end)
+        content: bytes = filesystem.cat_file(path, start=start, end=end)
         return content
 
 
