@@ -123,7 +123,7 @@ class ServingPlan:
         table = Table("plan", self.identity)
         rows = {
             "model": self.model,
-            **({"reducer": ", ".join(f"{key} {value}" for key, value in self.reducer.items())} if self.reducer else {}),
+            **({"reducer": self._reducer_text(self.reducer)} if self.reducer is not None else {}),
             "endpoint": f"{self.url}/v1, {'with' if self.keys else 'without'} API keys",
             "KV cache": f"{self.kv_bytes / 1024**2:,.1f} MiB per replica",
             **{
@@ -136,6 +136,11 @@ class ServingPlan:
         for key, value in [*rows.items(), *(("gates", warning) for warning in self.warnings)]:
             table.add_row(key, value)
         return table
+
+    @staticmethod
+    def _reducer_text(reducer: dict[str, Any]) -> str:
+        settings = ", ".join(f"{key} {value}" for key, value in reducer.items() if key != "type")
+        return f"{reducer['type']} ({settings})"
 
 
 def serve_job(target: str, overrides: list[str], *, host: str | None = None, port: int | None = None) -> ServeJob:
