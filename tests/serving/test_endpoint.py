@@ -28,13 +28,9 @@ from ray import serve
 from parcelray.config.connector import M3ConnectorConfig
 from parcelray.datasets.sample import Sample
 from parcelray.errors import UserError
-from parcelray.evaluation.predict.generation import GenerationSettings
-from parcelray.evaluation.predict.predictor import Predictor
 from parcelray.models.backbones import ElasticVLM
 from parcelray.models.backbones.processor_base import ElasticProcessor
-from parcelray.models.checkpoint import MINI_BASE, resolve_checkpoint
 from parcelray.models.mini import save_checkpoint
-from parcelray.models.vlm import load_processor, load_vlm
 from parcelray.serving.deployments import deploy
 from parcelray.serving.plan import PinnedEndpoint, pin
 from parcelray.serving.run import endpoint
@@ -460,27 +456,3 @@ def test_a_challenger_gets_its_share_and_is_rolled_back_when_slow(
         assert "median latency" in get(url, "/version")["rolled_back"]
     assert set(load.outcomes) == {"ok"}
     assert get(url, "/version")["models"][1]["share"] == 0.0
-
-
-@pytest.mark.nightly
-def test_an_update_to_a_reducer_answers_as_an_evaluation(url: str, samples: list[Sample]) -> None:
-    pinned = job(reducer={"type": "fastv", "layer": 1}, budgets={"offered": [128, 256]})
-    folder = resolve_checkpoint(MINI_BASE).path
-    assert pinned.reducer is not None
-    settings = GenerationSettings(max_new_tokens=8, reducer=pinned.reducer.to_json())
-    predictor = Predictor(load_vlm(folder).eval(), load_processor(folder), settings=settings)
-    client = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=PATIENCE_S)
-    deploy(pinned)
-    try:
-        (listed,) = json.loads(urlopen(f"{url}/v1/models").read())["data"]
-        assert listed["reducer"]["type"] == "fastv"
-        for sample in samples[:10]:
-            answer = client.chat.completions.create(
-                model="mini", messages=message(sample), extra_body={"visual_tokens": 128}, max_tokens=8
-            )
-            (expected,) = predictor.answer_budgets([sample], [128])[128]
-            assert answer.choices[0].message.content == expected.text
-            assert answer.usage is not None
-            assert answer.usage.prompt_tokens == expected.tokens.total
-    finally:
-        deploy(job())
