@@ -197,6 +197,7 @@ def test_activation_checkpointing_gives_the_same_gradients(
     assert saved[1] < 0.75 * saved[0]
 
 
+@pytest.mark.nightly
 def test_activation_checkpointing_works_with_the_kernels_of_bf16_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
