@@ -59,6 +59,8 @@ _NO_PATHS = {
     "TracesConfig.exporter": "an import path",
     "SamplesSource.split": "the name of a split",
     "BenchmarkChoice.name": "a name",
+    "BenchmarkDataConfig.name": "a name",
+    "TrainJob.new_words": "words",
     "SearchSpace.parameters": "key paths",
 }
 _SOUNDS_LIKE_A_PATH = re.compile(r"\b(path|folder|folders|file|files|checkpoint|database|uri)\b", re.IGNORECASE)

@@ -84,12 +84,24 @@ def decisive(job: dict[str, Any], section: str = "") -> dict[str, Any]:
     return kept | {key: names[key].get(kept[key], kept[key]) for key in names.keys() & kept.keys()}
 
 
+def _without_nulls(value: Any) -> Any:
+    """Removes keys without a value from objects in lists: a later version may have added them."""
+    if isinstance(value, list):
+        return [
+            {key: _without_nulls(each) for key, each in entry.items() if each is not None}
+            if isinstance(entry, dict)
+            else _without_nulls(entry)
+            for entry in value
+        ]
+    return value
+
+
 def differing_keys(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
     """Key paths whose values differ, each as `path: old -> new`; a missing key has its former value."""
     lines = []
     former = _FORMER_VALUES.get(prefix.rstrip(".").rpartition(".")[2], {})
     for key in sorted(old.keys() | new.keys()):
-        before, after = old.get(key, former.get(key)), new.get(key, former.get(key))
+        before, after = (_without_nulls(each.get(key, former.get(key))) for each in (old, new))
         if isinstance(before, dict) and isinstance(after, dict):
             lines += differing_keys(before, after, f"{prefix}{key}.")
         elif before != after:
