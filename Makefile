@@ -13,7 +13,7 @@ INSTALLED := .venv/.installed
 CLUSTER := ray or serving or browser
 
 help:
-	@echo "make quickstart     run the whole loop on this machine: train, evaluate, report (no GPU, network or server)"
+	@echo "make quickstart     run the whole loop on this machine: tune, evaluate, register (no GPU, network or server)"
 	@echo "make search         search anchor/query splits on a supernet, and cluster counts (about twenty minutes)"
 	@echo "make ui             start MLflow on http://127.0.0.1:$(PORT) for the runs in runs/ (PORT=... for another port)"
 	@echo "make test           run the tests (no GPU needed; about twelve minutes on two cores)"

@@ -2,15 +2,18 @@
 
 import io
 import json
+import re
 from pathlib import Path
 
 import pytest
 from mlflow.tracking import MlflowClient
 from rich.console import Console
 
-from parcelray.config.loader import load_job_of
-from parcelray.config.train import TrainJob
+from parcelray.config.train import ReportConfig
+from parcelray.evaluation.scoring.aggregate import Frontier, FrontierPoint
+from parcelray.evaluation.scoring.intervals import Interval
 from parcelray.tracking.run_folder import RunFolder
+from parcelray.training.compare import ranking
 
 from ..stores import new_store
 from .scripts import kill_script, run_script, script, sets
@@ -24,10 +27,8 @@ def _changes(folder: Path, *more: str) -> list[str]:
         f"tracking.uri={new_store(folder)}",
         "training.steps=2",
         "training.images_per_step=8",
-        # Starting Ray Train's processes takes much longer than two steps; they are tested in tests/training.
-        "scaling.num_workers=0",
         "validation.samples=1",
-        "report.samples=3",
+        "report={samples: 3, budgets: [16, 32, 64, 256]}",
         *more,
     ]
 
@@ -37,13 +38,13 @@ def _weights(folder: Path) -> dict[Path, int]:
 
 
 def _check_results(folder: Path) -> None:
-    frontier = json.loads((folder / "quickstart" / "frontier.json").read_text(encoding="utf-8"))
+    frontier = json.loads((folder / "quickstart-base" / "frontier.json").read_text(encoding="utf-8"))
     assert frontier["reference"] == "vanilla"
     points = {(point["method"], point["num_visual_tokens"]) for point in frontier["points"]}
-    assert points == {("majority", 0), ("blind", 0), ("vanilla", 256)} | {
-        (method, budget) for method in METHODS - {"vanilla"} for budget in (16, 64, 256)
+    assert points == {("majority", 0), ("blind", 0), ("vanilla", 256), ("m3", 16), ("m3", 64), ("m3", 256)} | {
+        (method, budget) for method in ("parcel", "mqt") for budget in (16, 32, 64, 256)
     }
-    assert (folder / "quickstart" / "frontier.png").read_bytes().startswith(b"\x89PNG")
+    assert (folder / "quickstart-base" / "frontier.png").read_bytes().startswith(b"\x89PNG")
 
     client = MlflowClient(f"sqlite:///{folder}/mlflow.db")
     version = client.get_model_version_by_alias("parcelray-mini", "champion")
@@ -67,15 +68,15 @@ def test_the_quickstart_compares_and_registers_models_and_a_second_run_does_noth
     ray_session: None, tmp_path: Path
 ) -> None:
     quickstart = script("quickstart")
-    job = load_job_of(TrainJob, quickstart.JOB, _changes(tmp_path, "training.steps=1", "report.samples=1"))
+    job = quickstart.job_of(_changes(tmp_path, "training.steps=1"), from_base=True)
     output = io.StringIO()
-    quickstart.run(job, Console(file=output, width=200))
+    quickstart.run(job, Console(file=output, width=200), from_base=True)
     _check_results(tmp_path)
-    for budget in (16, 64, 256):
-        assert f"{budget:>3} visual tokens: " in output.getvalue()
+    assert "by the rule: the highest mean, over the offered budgets" in output.getvalue()
+    assert re.search(r"^  256 visual tokens: ", output.getvalue(), flags=re.MULTILINE)
     models = _weights(tmp_path)
     again = io.StringIO()
-    quickstart.run(job, Console(file=again, width=200))
+    quickstart.run(job, Console(file=again, width=200), from_base=True)
     assert "nothing to compute" in again.getvalue()
     assert "Registered: models:/parcelray-mini/1" in again.getvalue()
     assert _weights(tmp_path) == models
@@ -86,14 +87,14 @@ def test_the_quickstart_compares_and_registers_models_and_a_second_run_does_noth
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_a_killed_quickstart_is_resumed_and_a_further_run_does_nothing(tmp_path: Path) -> None:
-    command = ("quickstart", *sets(*_changes(tmp_path)))
+    command = ("quickstart", "--from-base", *sets(*_changes(tmp_path)))
     kill_script(*command, log=tmp_path / "killed.log", when=lambda: bool(list(tmp_path.glob("train/*/result.json"))))
-    assert not list(tmp_path.glob("quickstart/*.done"))
+    assert not list(tmp_path.glob("quickstart-base/*.done"))
     trained = _weights(tmp_path)
-    assert len(trained) == 1
+    assert trained
     first = run_script(*command)
     assert first.returncode == 0, first.stdout + first.stderr
-    assert "quickstart-vanilla" in first.stdout
+    assert "was finished; evaluated" in first.stdout
     assert trained.items() <= _weights(tmp_path).items()
     _check_results(tmp_path)
     models = _weights(tmp_path)
@@ -109,14 +110,44 @@ def test_an_unknown_argument_of_the_quickstart_is_refused() -> None:
     assert "--set a.b=c" in done.stdout
 
 
+def test_all_methods_are_tuned_alike_from_their_shipped_models() -> None:
+    quickstart = script("quickstart")
+    jobs = quickstart.named_jobs(quickstart.job_of([], from_base=False), from_base=False)
+    assert set(jobs) == METHODS
+    for method, job in jobs.items():
+        assert (job.name, job.model.reference, job.connector) == (f"quickstart-{method}", f"mini_{method}", None)
+    own = {"name", "model", "connector", "budget", "validation"}
+    assert all(job.model_dump(exclude=own) == jobs["parcel"].model_dump(exclude=own) for job in jobs.values())
+    base = quickstart.named_jobs(quickstart.job_of([], from_base=True), from_base=True)
+    assert {job.model.reference for job in base.values()} == {"mini_base"}
+
+
 def test_a_searched_routing_is_trained_under_another_name_than_the_shipped_one(tmp_path: Path) -> None:
     quickstart = script("quickstart")
     storage = f"storage={tmp_path}"
     routing = "connector.routing=[{min_budget: 16, max_budget: 256, anchor_grid: 2}]"
-    shipped, routed = (load_job_of(TrainJob, quickstart.JOB, changes) for changes in ([storage], [storage, routing]))
-    before, after = (quickstart.named_jobs(job, load_job_of(TrainJob, quickstart.JOB)) for job in (shipped, routed))
+    before, after = (
+        quickstart.named_jobs(quickstart.job_of(changes, from_base=True), from_base=True)
+        for changes in ([storage], [storage, routing])
+    )
     for job in (*before.values(), *after.values()):
         RunFolder(job).claim()
-    assert {job.name for job in before.values()} == {f"quickstart-{method}" for method in METHODS}
+    assert {job.name for job in before.values()} == {f"quickstart-base-{method}" for method in METHODS}
     assert [method for method in METHODS if before[method] != after[method]] == ["parcel"], "the baselines are reused"
-    assert after["parcel"].name.startswith("quickstart-parcel-")
+    assert after["parcel"].name.startswith("quickstart-base-parcel-")
+
+
+def _point(method: str, budget: int, score: float) -> FrontierPoint:
+    return FrontierPoint(method, budget, Interval(score, score, score, 9), None, {}, 0)
+
+
+def test_the_winner_has_the_best_mean_of_what_it_offers_within_each_budget() -> None:
+    points = [
+        _point("majority", 0, 90),
+        _point("vanilla", 256, 50),
+        *(_point("m3", budget, score) for budget, score in ((16, 20), (64, 30), (256, 50))),
+        # The drop at 64 does not count: a request for 64 tokens can be answered with 32.
+        *(_point("parcel", budget, score) for budget, score in ((16, 20), (32, 40), (64, 30), (256, 45))),
+    ]
+    ranked = ranking(Frontier(tuple(points), "vanilla"), ReportConfig(budgets=(16, 32, 64, 256)))
+    assert ranked == [("parcel", (20 + 40 + 40 + 45) / 4), ("m3", (20 + 20 + 30 + 50) / 4), ("vanilla", 50 / 4)]

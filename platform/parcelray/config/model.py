@@ -15,9 +15,10 @@ class CheckpointModelConfig(StrictModel):
     reference: ModelReference = "mini_base"
     """Reference of the checkpoint, resolved once to a pinned version.
 
-    A packaged checkpoint (`mini_base`, `mini_llava`, `mini_llava_siglip`, `mini_llava_convnext`), a folder,
-    `models:/NAME@alias`, `models:/NAME/VERSION`, a Hugging Face hub id, or the URI of a trained model, such as
-    `s3://bucket/runs/train/NAME/model`. A folder must have the same files on every host.
+    A packaged checkpoint (`mini_base`, `mini_parcel`, `mini_m3`, `mini_mqt`, `mini_vanilla`, `mini_llava`,
+    `mini_llava_siglip`, `mini_llava_convnext`), a folder, `models:/NAME@alias`, `models:/NAME/VERSION`, a Hugging Face
+    hub id, or the URI of a trained model, such as `s3://bucket/runs/train/NAME/model`. A folder must have the same
+    files on every host.
     """
 
 

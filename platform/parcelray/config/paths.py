@@ -13,7 +13,16 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import GetCoreSchemaHandler, SerializationInfo, ValidationInfo
 from pydantic_core import CoreSchema, core_schema
 
-PACKAGED = ("mini_base", "mini_llava", "mini_llava_siglip", "mini_llava_convnext")
+PACKAGED = (
+    "mini_base",
+    "mini_llava",
+    "mini_llava_siglip",
+    "mini_llava_convnext",
+    "mini_parcel",
+    "mini_m3",
+    "mini_mqt",
+    "mini_vanilla",
+)
 """Names of the checkpoints that are part of the package."""
 AS_WRITTEN = {"paths": "as_written"}
 """Context of `model_dump` that gives path keys as they were written, for identities and records of a run."""

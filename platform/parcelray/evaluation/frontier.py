@@ -12,6 +12,8 @@ from parcelray.evaluation.scoring.aggregate import Frontier, FrontierPoint
 from parcelray.evaluation.scoring.intervals import Interval
 from parcelray.plotting import COLORS, MARKERS, new_figure
 
+BASELINES = ("blind", "majority")
+"""Methods without a budget: the reference without an image, and the most frequent answer."""
 _DODGE = 0.025
 """Horizontal shift between methods, as a fraction of the budget, so that error bars do not cover each other."""
 
@@ -71,51 +73,65 @@ def _percent(interval: Interval) -> str:
 def plot_frontier(frontier: Frontier, path: Path, *, title: str) -> None:
     """Plots overall score against visual tokens per image, one line per method, with 95 % error bars.
 
-    Points without visual tokens (blind, majority) become horizontal lines, and the reference becomes a band.
+    Points without visual tokens (blind, majority) become horizontal lines, and the reference becomes a band. If the
+    points have FLOPs, a second panel shows the score against them.
 
     Args:
         frontier: the points.
         path: PNG to write.
         title: title of the plot.
     """
-    figure = new_figure(9, 5.4)
-    axes = figure.add_subplot()
-    draw_frontier(axes, frontier)
-    axes.set_ylabel("score, mean over families (%), 95 % intervals")
-    axes.set_title(title)
-    figure.legend(loc="outside right upper", frameon=False)
+    with_flops = any(point.gflops is not None for point in frontier.points)
+    figure = new_figure(13 if with_flops else 9, 5.4)
+    panels = figure.subplots(1, 1 + with_flops, sharey=True, squeeze=False)[0]
+    for axes, over_flops in zip(panels, (False, True), strict=False):
+        draw_frontier(axes, frontier, over_flops=over_flops)
+    panels[0].set_ylabel("score, mean over families (%), 95 % intervals")
+    figure.suptitle(title)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", frameon=False)
     figure.savefig(path)
 
 
-def draw_frontier(axes: Axes, frontier: Frontier) -> None:
-    """Draws the lines and levels of `plot_frontier`, without title, legend and name of the vertical axis."""
+def draw_frontier(axes: Axes, frontier: Frontier, *, over_flops: bool = False) -> None:
+    """Draws the lines and levels of `plot_frontier`, without title, legend and name of the vertical axis.
+
+    Args:
+        axes: where to draw.
+        frontier: the points.
+        over_flops: whether the horizontal axis is the FLOPs of a prefill instead of the visual tokens.
+    """
     lines: dict[str, list[FrontierPoint]] = {}
     for point in frontier.points:
         if point.num_visual_tokens and point.method != frontier.reference:
             lines.setdefault(point.method, []).append(point)
     for index, (method, points) in enumerate(lines.items()):
-        _draw_method(axes, method, sorted(points, key=lambda point: point.num_visual_tokens), index, len(lines))
+        ordered = sorted(points, key=lambda point: point.num_visual_tokens)
+        shift = 1 + _DODGE * (index - (len(lines) - 1) / 2)
+        places = [(point.gflops or 0.0) if over_flops else point.num_visual_tokens * shift for point in ordered]
+        _draw_method(axes, method, places, ordered, index)
     _draw_levels(axes, frontier)
-    budgets = sorted({point.num_visual_tokens for points in lines.values() for point in points})
-    axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_locator(FixedLocator(budgets))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(ScalarFormatter())
-    axes.set_xlabel("visual tokens per image")
+    if over_flops:
+        axes.set_xlabel("GFLOPs of a prefill with one image")
+    else:
+        budgets = sorted({point.num_visual_tokens for points in lines.values() for point in points})
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_locator(FixedLocator(budgets))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_formatter(ScalarFormatter())
+        axes.set_xlabel("visual tokens per image")
     axes.set_ylim(bottom=0)
     axes.grid(axis="y", alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _draw_method(axes: Axes, method: str, points: list[FrontierPoint], index: int, count: int) -> None:
-    shift = 1 + _DODGE * (index - (count - 1) / 2)
+def _draw_method(axes: Axes, method: str, places: list[float], points: list[FrontierPoint], index: int) -> None:
     values = [point.overall.value for point in points]
     errors = [
         [value - point.overall.low for value, point in zip(values, points, strict=True)],
         [point.overall.high - value for value, point in zip(values, points, strict=True)],
     ]
     axes.errorbar(
-        [point.num_visual_tokens * shift for point in points],
+        places,
         values,
         yerr=errors,
         label=method,

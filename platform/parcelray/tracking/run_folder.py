@@ -104,6 +104,10 @@ class RunFolder:
         """The path of a local folder, else the URI; every host may read it."""
         self._job = job
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A temporary folder of this process means nothing in another one.
+        return type(self), (self._job,)
+
     @cached_property
     def local(self) -> Path:
         """The folder where this process writes files of the run: the run folder, or a temporary one to push from."""
