@@ -196,6 +196,8 @@ def _above(results: ElasticResults, text: str, other: str, pairs: Mapping[int, i
 
 def anchor_answer(results: ElasticResults) -> str:
     """Answers in one sentence whether PARCEL's anchors add anything to the local start of the queries."""
+    if MQT_LOCAL not in results.systems:
+        return "Not measured: MQT with the local start has not been trained."
     gaps = {each: results.advantage(PARCEL, MQT_LOCAL, each).interval for each in results.budgets}
     more = [str(budget) for budget, gap in gaps.items() if gap.low > 0]
     less = [str(budget) for budget, gap in gaps.items() if gap.high < 0]
