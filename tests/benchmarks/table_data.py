@@ -90,6 +90,8 @@ def _answer(columns: ColumnsConfig, kind: str, number: int, answer: str) -> Any:
             return number % 2 == 0
         case "choice_text" | "choice_letter":
             return 1 if kind.startswith("int") else "1"
+        case "option_text" | "option_letter":
+            return _CHOICES[1]
     return 2 if kind.startswith("int") else answer
 
 

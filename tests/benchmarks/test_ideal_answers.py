@@ -145,7 +145,9 @@ class _Truth:
         while isinstance(cell, list | dict):
             cell = cell[columns.answers.field] if isinstance(cell, dict) else cell[0]
         self.text = str(cell)
-        if self.choices:
+        if self.text in self.choices:
+            self.option = self.choices.index(self.text)
+        elif self.choices:
             self.option = string.ascii_uppercase.index(self.text) if self.text.isalpha() else int(self.text)
 
 
@@ -188,7 +190,9 @@ def _ideal(prompt: str, truth: _Truth) -> str:
     letter = string.ascii_uppercase[truth.option]
     if "option's letter" in prompt or "\u9009\u9879\u5b57\u6bcd" in prompt:
         return letter
-    return truth.choices[truth.option] if "choose from:" in prompt else f"The answer is {letter}."
+    if "choose from:" in prompt or prompt.startswith("answer en"):
+        return truth.choices[truth.option]
+    return f"The answer is {letter}." if prompt.startswith("Question:") else letter
 
 
 def _forms(family: PromptFamily) -> tuple[Callable[[str], str], ...]:

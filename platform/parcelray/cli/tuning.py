@@ -22,7 +22,7 @@ def tune(  # noqa: PLR0913 - options of a command
         typer.Option(
             help=(
                 "Rule that selects a finished trial and writes its job file, for example 'max retention subject to"
-                " tokens <= 64'; for an evaluation with a reducer, a job that serves it. Default: run the search."
+                " tokens <= 64'; for an evaluation with a reducer, a job that serves it; default: run the search."
             ),
             show_default=False,
         ),

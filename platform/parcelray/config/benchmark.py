@@ -17,7 +17,18 @@ ByFamily = Annotated[
     Discriminator(lambda value: BY_KEY if isinstance(value, dict) else "one value"),
 ]
 """One value for all prompt families, or a mapping with one value per family; see `of_family`."""
-AnswerForm = Literal["text", "list", "records", "literal", "letter", "choice_text", "choice_letter", "truth"]
+AnswerForm = Literal[
+    "text",
+    "list",
+    "records",
+    "literal",
+    "letter",
+    "choice_text",
+    "choice_letter",
+    "option_text",
+    "option_letter",
+    "truth",
+]
 """Formats of a column of answers."""
 BoxForm = Literal["location_tokens", "corners"]
 """Forms in which a model writes a box."""
@@ -67,7 +78,8 @@ class AnswersConfig(StrictModel):
 
     `text`: one answer; `list`: several answers; `records`: a list of mappings; `literal`: a Python list in a string;
     `letter`: the letter of a choice, or one answer if the row has no choices; `choice_text`, `choice_letter`: the index
-    of a choice, from 0, and whether the prompt asks for its text or its letter; `truth`: true or false.
+    of a choice, from 0, and whether the prompt asks for its text or its letter; `option_text`, `option_letter`: the
+    same for the text of a choice; `truth`: true or false.
     """
     field: str | None = None
     """Key of the answer in each mapping, for the format `records`."""

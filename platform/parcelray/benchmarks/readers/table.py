@@ -298,9 +298,10 @@ class TableReader:
         answers: tuple[str, ...] = ()
         if columns.answers is not None:
             answers = expected_answers(columns.answers, self.family, cells[columns.answers.column], choices)
-            if of_family(columns.answers.form, self.family) in CHOICE_FORMS:
+            form = of_family(columns.answers.form, self.family)
+            if form in CHOICE_FORMS:
                 # The text of the choice may be the letter of another one.
-                metadata["target_index"] = choice_index(cells[columns.answers.column], choices)
+                metadata["target_index"] = choice_index(form, cells[columns.answers.column], choices)
             if not answers and self.benchmark.unscorable is None:
                 raise BadCell("no answer")
         if columns.box is not None:

@@ -10,7 +10,10 @@ from parcelray.benchmarks.tables.images import BadCell, image_size
 from parcelray.benchmarks.tables.types import shown
 from parcelray.config.benchmark import AnswersConfig, BoxConfig, PromptFamily, of_family
 
-CHOICE_FORMS = ("choice_text", "choice_letter")
+OPTION_FORMS = ("option_text", "option_letter")
+"""Forms of a cell with the text of a choice."""
+CHOICE_FORMS = ("choice_text", "choice_letter", *OPTION_FORMS)
+"""Forms of a cell that names one of the choices, by its index or its text."""
 """Forms of answers whose cell is the position of a choice."""
 _NUMBERS_OF_A_BOX = 4
 
@@ -111,8 +114,10 @@ def expected_answers(
             values = _listed(value)
         case "truth":
             values = [] if value is None else ["True" if value in (True, "True", "true", 1) else "False"]
-        case "choice_text" | "choice_letter":
-            values = [_choice(value, choices, as_letter=form == "choice_letter")]
+        case "choice_text" | "choice_letter" | "option_text" | "option_letter":
+            index = choice_index(form, value, choices)
+            # `_lettered` raises if there are more choices than letters.
+            values = [LETTERS[index] if form.endswith("letter") and _lettered(choices) else choices[index]]
     texts = ["" if answer is None else str(answer) for answer in values]
     if of_family(config.drop_empty, family):
         texts = [text for text in texts if text]
@@ -122,7 +127,7 @@ def expected_answers(
 
 def candidates(config: AnswersConfig, family: PromptFamily, choices: Sequence[str]) -> list[str]:
     """Returns the answer that names each choice in the form that the prompt of a family asks for."""
-    by_letter = of_family(config.form, family) in ("letter", "choice_letter")
+    by_letter = of_family(config.form, family) in ("letter", "choice_letter", "option_letter")
     template = of_family(config.template, family)
     names = _lettered(choices) if by_letter else [choice for choice in choices if choice.strip()]
     return [template.format(answer=name) for name in names]
@@ -135,21 +140,21 @@ def _letter(value: Any, choices: Sequence[str]) -> str:
     return letter
 
 
-def _choice(value: Any, choices: Sequence[str], *, as_letter: bool) -> str:
-    index = choice_index(value, choices)
-    if not as_letter:
-        return choices[index]
-    # Raises if there are more choices than letters.
-    _lettered(choices)
-    return LETTERS[index]
-
-
-def choice_index(value: Any, choices: Sequence[str]) -> int:
+def choice_index(form: str, value: Any, choices: Sequence[str]) -> int:
     """Returns the position of the correct choice.
 
+    Args:
+        form: one of `CHOICE_FORMS`.
+        value: the cell.
+        choices: choices of the question by position.
+
     Raises:
-        BadCell: the cell is no position of a choice, or the choice is empty.
+        BadCell: the cell names no choice, or the choice is empty.
     """
+    if form in OPTION_FORMS:
+        if value not in choices:
+            raise BadCell(f"{shown(value)} is not a choice; legal: {', '.join(map(shown, choices))}")
+        return choices.index(value)
     try:
         index = int(value)
     except (TypeError, ValueError, OverflowError):

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from parcelray.benchmarks.catalog import catalog, find, prompt_family
 from parcelray.benchmarks.open import open_reader
-from parcelray.benchmarks.tables.cells import CHOICE_FORMS, expected_answers
+from parcelray.benchmarks.tables.cells import CHOICE_FORMS, OPTION_FORMS, expected_answers
 from parcelray.benchmarks.tables.images import BadCell
 from parcelray.benchmarks.tables.rows import JsonlRows, Row
 from parcelray.config.benchmark import AnswersConfig, BenchmarkConfig, PromptFamily, of_family
@@ -313,9 +313,10 @@ def _sample(
 def _targets_at(config: BenchmarkConfig, family: PromptFamily, index: int, choices: Sequence[str]) -> tuple[str, ...]:
     """Returns the correct answer in the form that the prompt of the family asks for: the choice's text or letter."""
     answers = config.columns.answers if config.columns is not None else None
-    if answers is None or of_family(answers.form, family) not in CHOICE_FORMS:
+    form = of_family(answers.form, family) if answers is not None else None
+    if answers is None or form not in CHOICE_FORMS:
         answers = AnswersConfig(column="", form="choice_letter")
-    return expected_answers(answers, family, index, choices)
+    return expected_answers(answers, family, choices[index] if form in OPTION_FORMS else index, choices)
 
 
 def _sub_scores(score: BudgetScore) -> dict[str, float]:
