@@ -176,7 +176,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     source = Path(parcelray.__file__).parent
     package = root / "platform" / "parcelray"
     package.mkdir(parents=True)
-    for name in ("__init__.py", "errors.py"):
+    for name in ("__init__.py", "environment.py", "errors.py"):
         shutil.copy(source / name, package / name)
     shutil.copytree(source / "cluster", package / "cluster", ignore=shutil.ignore_patterns("__pycache__"))
     (package / "cli.py").write_text(STAND_IN)
