@@ -46,7 +46,7 @@ SHORT_STAGE = (
     "training.steps=60",
     "schedule.warmup_steps=5",
     "validation={samples: 4, budgets: [16, 64, 256]}",
-    "report={samples: 75, budgets: [16, 32, 64, 128, 256]}",
+    "report={samples: 150, budgets: [16, 32, 64, 128, 256]}",
     "checkpointing.every_steps=20",
 )
 """Changes of jobs/train/elastic.yaml for the short form of the elastic stage."""
