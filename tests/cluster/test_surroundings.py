@@ -162,10 +162,8 @@ def _can_run(*command: str) -> bool:
     return done.returncode == 0
 
 
-@pytest.mark.parametrize(
-    "command",
-    ["train", pytest.param("evaluate", marks=pytest.mark.nightly), pytest.param("serve", marks=pytest.mark.nightly)],
-)
+@pytest.mark.nightly
+@pytest.mark.parametrize("command", ["train", "evaluate", "serve"])
 def test_a_missing_worker_interpreter_ends_a_command_with_the_reason(
     folder: Path, repo_root: Path, command: str
 ) -> None:

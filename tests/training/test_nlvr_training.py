@@ -15,7 +15,7 @@ from parcelray.training.run import run_training
 from .conftest import tiny_job
 
 
-@pytest.mark.parametrize("view", ["boxes", "picture"])
+@pytest.mark.parametrize("view", ["boxes", pytest.param("picture", marks=pytest.mark.nightly)])
 def test_nlvr_report_has_all_tasks_and_the_baselines_majority_and_blind(
     view: str, nlvr_dir: Path, tmp_path: Path
 ) -> None:

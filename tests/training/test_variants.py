@@ -120,6 +120,7 @@ SHORT: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.nightly
 def test_training_on_parquet_files_stores_checkpoints_model_and_result_at_a_uri(
     tmp_path: Path, tiny_start: dict[str, Any], suite: Path
 ) -> None:

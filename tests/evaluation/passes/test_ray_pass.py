@@ -200,6 +200,7 @@ class _Clock:
         return self._now
 
 
+@pytest.mark.nightly
 def test_a_stall_is_reported_with_its_stage_and_a_rerun_computes_only_what_is_missing(
     undisturbed: Answers, checkpoint: Path, tmp_path: Path
 ) -> None:
