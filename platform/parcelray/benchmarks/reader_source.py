@@ -11,7 +11,7 @@ from parcelray.benchmarks.readers.base import BenchmarkReader
 from parcelray.config.data import HeldOut
 from parcelray.datasets.held_out import SPLITS, RowSplit, assigned_splits
 from parcelray.datasets.sample import Sample
-from parcelray.datasets.source import BadRowsError, SampleGroup
+from parcelray.datasets.source import BadRowsError, SampleGroup, groups_by_images
 
 
 @dataclass(frozen=True)
@@ -33,11 +33,7 @@ class ReaderSource:
     @property
     def groups(self) -> tuple[SampleGroup, ...]:
         """One finite group for each number of images; every row is read equally often."""
-        sizes = {count: len(rows) * max(1, count) for count, rows in self._rows_of.items()}
-        return tuple(
-            SampleGroup(f"images-{count}", count, sizes[count] / sum(sizes.values()), len(rows))
-            for count, rows in self._rows_of.items()
-        )
+        return groups_by_images({count: len(rows) for count, rows in self._rows_of.items()})
 
     @property
     def max_skipped(self) -> int:

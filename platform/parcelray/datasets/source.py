@@ -23,6 +23,19 @@ class SampleGroup(NamedTuple):
     """Number of samples; None: endless (procedural)."""
 
 
+def groups_by_images(num_rows: Mapping[int, int]) -> tuple[SampleGroup, ...]:
+    """Returns the groups `images-<n>` of finite data, weighted so that every row is read equally often.
+
+    Args:
+        num_rows: number of rows by their number of images; a row without images counts as one image.
+    """
+    sizes = {count: rows * max(1, count) for count, rows in num_rows.items()}
+    return tuple(
+        SampleGroup(f"images-{count}", count, sizes[count] / sum(sizes.values()), rows)
+        for count, rows in num_rows.items()
+    )
+
+
 class SampleSource(Protocol):
     """A collection of samples. Instances can be pickled and are cheap to copy to Ray workers.
 

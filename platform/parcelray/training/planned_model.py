@@ -79,7 +79,8 @@ def _known(shape: BackboneShape) -> tuple[ElasticConfig, ElasticProcessor, str]:
         processor.patch_size = shape.patch_size  # type: ignore[attr-defined]
     else:
         processor.image_processor.size = square
-        processor.image_processor.image_seq_length = processor.image_seq_length = shape.num_patches  # type: ignore[attr-defined]
+        processor.image_processor.image_seq_length = shape.num_patches
+        processor.image_seq_length = shape.num_patches  # type: ignore[attr-defined]
     vision = {
         "model_type": "clip_vision_model" if is_llava else "siglip_vision_model",
         "hidden_size": shape.vision_width,

@@ -32,7 +32,7 @@ from parcelray.datasets.conversations.rows import DatasetRows, JsonRows, Positio
 from parcelray.datasets.held_out import SPLITS, RowSplit, assigned_splits
 from parcelray.datasets.images import decode_image
 from parcelray.datasets.sample import Sample
-from parcelray.datasets.source import BadRowsError, SampleGroup
+from parcelray.datasets.source import BadRowsError, SampleGroup, groups_by_images
 from parcelray.errors import UserError
 
 RowsConfig = ConversationsDataConfig | HubDataConfig
@@ -75,11 +75,7 @@ class ConversationSource:
     @property
     def groups(self) -> tuple[SampleGroup, ...]:
         """One finite group for each number of images, in ascending order."""
-        sizes = {count: len(rows) * max(1, count) for count, rows in self._rows_of.items()}
-        return tuple(
-            SampleGroup(f"images-{count}", count, sizes[count] / sum(sizes.values()), len(rows))
-            for count, rows in self._rows_of.items()
-        )
+        return groups_by_images({count: len(rows) for count, rows in self._rows_of.items()})
 
     @property
     def max_skipped(self) -> int:
