@@ -56,15 +56,7 @@ def model_config(backbone: str, shape: BackboneShape) -> ElasticConfig:
         config.connector = None
         config.vision_config.image_size = shape.image_size
         return config
-    text = {
-        "hidden_size": shape.text_width,
-        "intermediate_size": shape.text_mlp_width,
-        "num_hidden_layers": shape.text_layers,
-        "num_attention_heads": shape.num_heads,
-        "num_key_value_heads": shape.num_kv_heads,
-        "head_dim": shape.head_dim,
-        "vocab_size": shape.vocab_size,
-    }
+    text = shape.decoder_sizes
     vision = {
         "image_size": shape.image_size,
         "patch_size": shape.patch_size,

@@ -144,6 +144,19 @@ class BackboneShape:
         """N_v, number of patches of the image."""
         return self.grid_size**2
 
+    @property
+    def decoder_sizes(self) -> dict[str, int]:
+        """Sizes of the decoder by their keys in a configuration of transformers."""
+        return {
+            "hidden_size": self.text_width,
+            "intermediate_size": self.text_mlp_width,
+            "num_hidden_layers": self.text_layers,
+            "num_attention_heads": self.num_heads,
+            "num_key_value_heads": self.num_kv_heads,
+            "head_dim": self.head_dim,
+            "vocab_size": self.vocab_size,
+        }
+
     def at_resolution(self, image_size: int) -> "BackboneShape":
         """Returns the same backbone with square images of `image_size` x `image_size` pixels.
 

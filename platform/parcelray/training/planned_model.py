@@ -90,16 +90,7 @@ def _known(shape: BackboneShape) -> tuple[ElasticConfig, ElasticProcessor, str]:
         "image_size": shape.image_size,
         "patch_size": shape.patch_size,
     }
-    text = {
-        "model_type": "llama" if is_llava else "gemma2",
-        "hidden_size": shape.text_width,
-        "intermediate_size": shape.text_mlp_width,
-        "num_hidden_layers": shape.text_layers,
-        "num_attention_heads": shape.num_heads,
-        "num_key_value_heads": shape.num_kv_heads,
-        "head_dim": shape.head_dim,
-        "vocab_size": shape.vocab_size,
-    }
+    text = {"model_type": "llama" if is_llava else "gemma2", **shape.decoder_sizes}
     image_token = shape.vocab_size - 1
     if is_llava:
         text["max_position_embeddings"] = 4096
