@@ -2,15 +2,20 @@
 
 import importlib.util
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from parcelray.benchmarks.catalog import builtin
 from parcelray.benchmarks.open import open_reader
+from parcelray.benchmarks.reader_source import ReaderSource
+from parcelray.benchmarks.readers.base import RowSamples
 from parcelray.benchmarks.training_data import held_out_samples, training_source
-from parcelray.config.data import BenchmarkDataConfig
+from parcelray.config.data import BenchmarkDataConfig, HeldOut
 from parcelray.datasets.images import decode_image
+from parcelray.datasets.sample import Sample
+from parcelray.datasets.source import BadRowsError
 from parcelray.errors import UserError
 from tests.datasets.conversation_data import picture
 
@@ -55,6 +60,63 @@ def test_the_training_split_is_a_source_and_some_of_its_images_are_held_out(tmp_
     assert all(name.startswith("train-") for name in trained | held)
 
 
+@pytest.mark.parametrize(
+    ("rows_per_sample", "sizes"), [(1, [1] * 12), (4, [1, 2, 2, 2, 2, 3]), (2, [1, 1, 2, 2, 2, 2, 2])]
+)
+def test_the_questions_about_one_image_are_turns_of_one_sample(
+    tmp_path: Path, rows_per_sample: int, sizes: list[int]
+) -> None:
+    _write(tmp_path)
+    rows = json.loads((tmp_path / "train" / "questions.json").read_text())
+    rows[3][2] = 0
+    (tmp_path / "train" / "questions.json").write_text(json.dumps(rows))
+    config = BenchmarkDataConfig(name="easy_vqa", data=str(tmp_path), validation=0.0, rows_per_sample=rows_per_sample)
+    source = training_source(config, 64)
+    (group,) = source.groups
+    samples = [source.get(group.name, index) for index in range(group.size or 0)]
+    assert sorted(1 + len(sample.later_turns) for sample in samples) == sizes
+    turns = [
+        (sample.scene, *turn)
+        for sample in samples
+        for turn in ((sample.prompt, sample.answers[0]), *sample.later_turns)
+    ]
+    assert sorted(turns) == sorted((f"train-{number}", question, answer) for question, answer, number in rows)
+
+
+def test_the_rows_of_a_sample_with_a_row_that_cannot_be_used_are_all_reported(tmp_path: Path) -> None:
+    _write(tmp_path)
+    (tmp_path / "train" / "images" / "5.png").unlink()
+    config = BenchmarkDataConfig(name="easy_vqa", data=str(tmp_path), validation=0.0, rows_per_sample=2)
+    source = training_source(config, 64)
+    (group,) = source.groups
+    problems: dict[str, str] = {}
+    for index in range(group.size or 0):
+        try:
+            source.get(group.name, index)
+        except BadRowsError as error:
+            problems |= error.problems
+    assert sorted(problems) == ["train-11", "train-3", "train-5"]
+
+
+def test_rows_of_one_cluster_with_different_images_are_not_one_sample() -> None:
+    class Reader:
+        name = "pairs"
+        images_per_row = 1
+
+        def order(self) -> Sequence[int]:
+            return (0, 1)
+
+        def cluster(self, row: int) -> str:
+            return "sentence"
+
+        def read(self, row: int) -> RowSamples:
+            return RowSamples((Sample(f"row-{row}", "pairs", "f", "t", (picture(row),), "?", ("yes",)),))
+
+    source = ReaderSource(Reader(), HeldOut(), "train", 0.0, rows_per_sample=2)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"row-0 and row-1 of pairs have different images.*rows_per_sample: 1"):
+        source.get("images-1", 0)
+
+
 def test_the_files_of_the_package(tmp_path: Path) -> None:
     if importlib.util.find_spec("easy_vqa") is None:
         pytest.skip("the package easy-vqa is not installed")
@@ -67,3 +129,5 @@ def test_the_files_of_the_package(tmp_path: Path) -> None:
     assert all(decode_image(sample.images[0]).size == (64, 64) for sample in samples)
     source = training_source(BenchmarkDataConfig(name="easy_vqa", validation=0.0), 64)
     assert [group.size for group in source.groups] == [38575]
+    source = training_source(BenchmarkDataConfig(name="easy_vqa", validation=0.0, rows_per_sample=32), 64)
+    assert [group.size for group in source.groups] == [4000]

@@ -198,4 +198,5 @@ def _benchmark(config: BenchmarkDataConfig, split: Split, image_size: int) -> Re
     found = found.model_copy(update={"source": source.model_copy(update=changed)})
     data = Path(config.data) if config.data is not None else None
     reader = open_reader(found, family=config.prompt_family, data=data, image_size=image_size, at_random=True)
-    return ReaderSource(reader, HeldOut(validation=config.validation, seed=config.seed), split, config.max_bad_rows)
+    held_out = HeldOut(validation=config.validation, seed=config.seed)
+    return ReaderSource(reader, held_out, split, config.max_bad_rows, config.rows_per_sample)

@@ -150,6 +150,8 @@ class BenchmarkDataConfig(StrictModel):
     """Fraction of the images of the training split that are held out for the validation."""
     prompt_family: Literal["paligemma", "llava"] = "paligemma"
     """Prompt family, which selects prompts and expected answers."""
+    rows_per_sample: int = Field(default=1, ge=1)
+    """Largest number of rows about one image that are the turns of one sample: the image is encoded once for all."""
     seed: int = Field(default=0, ge=0)
     """Seed of the validation images."""
     max_bad_rows: float = Field(default=0.0, ge=0, le=1)

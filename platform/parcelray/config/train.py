@@ -444,7 +444,7 @@ class TrainJob(StrictModel):
                 and not self.scaling.gpus_per_worker
             ):
                 raise ValueError(f"{key} is {value}, which needs GPUs; set scaling.gpus_per_worker, or change {key}")
-        if self.new_words is not None and not self.training.trains_whole("decoder"):
+        if self.new_words and not self.training.trains_whole("decoder"):
             raise ValueError(
                 "new_words adds embeddings to the decoder, but training.freeze or training.lora leaves them untrained;"
                 " set new_words to null, or train the decoder"

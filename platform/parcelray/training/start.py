@@ -60,7 +60,7 @@ def build_start(job: TrainJob, folder: Path | None) -> tuple[ElasticVLM, Elastic
             )
         processor = load_processor(folder)
         model = load_vlm(folder, connector=job.connector, seed=job.seed)
-        if job.new_words is not None:
+        if job.new_words:
             add_words(model, processor, job.new_words)
     use_sdpa_where_exact(model)
     return model, processor
