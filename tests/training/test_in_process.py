@@ -241,7 +241,10 @@ def test_distillation_resumes_to_identical_weights(tmp_path: Path) -> None:
 def test_queries_that_do_not_depend_on_the_image_are_reported_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(train_loop, "image_dependent_share", lambda tokens: torch.tensor(0.16))
+    shares = {True: 0.9, False: 0.16}
+    monkeypatch.setattr(
+        train_loop, "image_dependent_share", lambda tokens: torch.tensor(shares[tokens.shape[1] == 256])
+    )
     job = tiny_job(tmp_path, training={"steps": 2}, budget={"type": "uniform", "budgets": [40]})
     recorder = Recorder()
     fit_in_process(job, tmp_path, checkpoint=None, logger=recorder)
@@ -250,6 +253,8 @@ def test_queries_that_do_not_depend_on_the_image_are_reported_once(
         "Only 16 % of the variance of the query tokens depends on the ima"
     ]
     caplog.clear()
+    shares[True] = 0.3
+    fit_in_process(job, tmp_path / "similar images", checkpoint=None, logger=NoMetrics())
     anchors = tiny_job(tmp_path, training={"steps": 1}, budget={"type": "uniform", "budgets": [16]})
     fit_in_process(anchors, tmp_path / "anchors", checkpoint=None, logger=NoMetrics())
     assert not [record for record in caplog.records if record.name == train_loop.__name__]

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from parcelray.errors import UserError
 from parcelray.models.backbones import ElasticVLM
@@ -17,7 +18,10 @@ _MULTIPLE = 64
 
 
 def add_words(model: ElasticVLM, processor: ElasticProcessor, words: Sequence[str]) -> None:
-    """Makes each word a single token, whose embedding starts as the mean of those of its former tokens.
+    """Makes each word a single token, whose embedding starts from the mean of those of its former tokens.
+
+    The part of the mean that all embeddings of the vocabulary have in common is removed. Where the base has hardly seen
+    the former tokens, this part is nearly all of their embeddings: the new words would start as almost the same vector.
 
     A new token is the last merge of the byte-pair tokenizer, so a text is encoded as before up to the new merges. The
     tokens that lead to a word are new, too.
@@ -60,8 +64,10 @@ def add_words(model: ElasticVLM, processor: ElasticProcessor, words: Sequence[st
         resize(needed, pad_to_multiple_of=_MULTIPLE, mean_resizing=False)
     with torch.no_grad():
         for weights_VD in set(_embeddings(model)):
+            common_D = normalize(weights_VD[:first].float().mean(dim=0), dim=0)
             for new, former in parts.items():
-                weights_VD[new] = weights_VD[former].mean(dim=0)
+                mean_D = weights_VD[former].float().mean(dim=0)
+                weights_VD[new] = mean_D - (mean_D @ common_D) * common_D
 
 
 def _embeddings(model: ElasticVLM) -> tuple[Tensor, Tensor]:

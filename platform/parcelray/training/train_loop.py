@@ -54,7 +54,7 @@ logger = logging.getLogger(__name__)
 _DIAGNOSED_IMAGES = 8
 """Largest number of images whose tokens the diagnostics measure."""
 _LOW_IMAGE_SHARE = 0.5
-"""Image-dependent share of the variance of query tokens below which a training warns."""
+"""A training warns when the image-dependent share of the variance of queries is below this multiple of the patches'."""
 
 
 class Reporter(Protocol):
@@ -337,7 +337,8 @@ class _Loop:
         model = self.vlm
         pixels_ICHW = batch.pixel_values_ICHW[:: math.ceil(batch.pixel_values_ICHW.shape[0] / _DIAGNOSED_IMAGES)]
         split = {} if anchor_grid is None else {"anchor_grid": anchor_grid}
-        tokens_IKD = model.connector(model.model.encode_patches(pixels_ICHW), num_visual_tokens=budget, **split).float()
+        patches_IND = model.model.encode_patches(pixels_ICHW)
+        tokens_IKD = model.connector(patches_IND, num_visual_tokens=budget, **split).float()
         count = model.connector.num_anchors(budget) if anchor_grid is None else anchor_grid**2
         metrics = {}
         for name, part_IKD in (("anchors", tokens_IKD[:, :count]), ("queries", tokens_IKD[:, count:])):
@@ -349,17 +350,19 @@ class _Loop:
                 if math.isfinite(share):  # of two or more images
                     metrics[f"tokens/{name}_image_share"] = share
         if "tokens/queries_image_share" in metrics:
-            self._warn_of_constant_queries(metrics["tokens/queries_image_share"])
+            self._warn_of_constant_queries(metrics["tokens/queries_image_share"], patches_IND)
         return metrics
 
-    def _warn_of_constant_queries(self, image_share: float) -> None:
-        # Of a single batch with similar images, even the patches can have a low share.
-        self._low_shares = self._low_shares + 1 if image_share < _LOW_IMAGE_SHARE else 0
+    def _warn_of_constant_queries(self, image_share: float, patches_IND: torch.Tensor) -> None:
+        # Where images are alike, as in easy-VQA, even patches have a low share. A single batch says little.
+        of_patches = float(image_dependent_share(patches_IND))
+        self._low_shares = self._low_shares + 1 if image_share < _LOW_IMAGE_SHARE * of_patches else 0
         if self._low_shares == 2 and self.accelerator.is_main_process:
             logger.warning(
-                "Only %.0f %% of the variance of the query tokens depends on the image, so the language model learns to"
-                " ignore them; check that connector.start is local.",
+                "Only %.0f %% of the variance of the query tokens depends on the image (of the patches %.0f %%), so the"
+                " language model learns to ignore them; check that connector.start is local.",
                 100 * image_share,
+                100 * of_patches,
             )
 
     def _validate(self) -> dict[str, float]:
