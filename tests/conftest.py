@@ -85,11 +85,16 @@ def pytest_unconfigure() -> None:
 
 # The slowest test files come first, so that two processes that share the files end at about the same time.
 _LONGEST = (
+    "cluster/test_hosts.py",
     "training/test_trainer.py",
+    "cluster/test_jobs.py",
     "evaluation/passes/test_ray_pass.py",
     "tuning/test_run.py",
-    "evaluation/predict/test_predictor.py",
+    "pipelines/test_quickstart.py",
+    "tuning/test_training_trials.py",
     "training/test_in_process.py",
+    "cli/test_cli.py",
+    "evaluation/predict/test_predictor.py",
     "training/test_nlvr_training.py",
     "serving/engine/test_offline_parity.py",
 )

@@ -20,11 +20,16 @@ from parcelray.profiling.reduction_table import REDUCERS
 from parcelray.tracking.run_folder import RunFolder
 from parcelray.tuning.trial_record import FinishedTrial, TrialRecord, point_key
 
-from ..training.conftest import TINY
+from ..training.conftest import TINY, few_tokenizer_texts
 
 BASE = "jobs/train/mini_base.yaml"
 # Libraries that --help must not load.
 HEAVY = ("torch", "ray", "mlflow", "transformers", "pydantic", "pyarrow", "numpy")
+
+
+@pytest.fixture(autouse=True)
+def _few_tokenizer_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+    few_tokenizer_texts(monkeypatch)
 
 
 def _job_file(folder: Path, **changes: Any) -> Path:

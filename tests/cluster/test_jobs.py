@@ -45,8 +45,6 @@ print("begin", kind, job_file, *settings)
 print("greeting", os.environ.get("GREETING"))
 if behaviour == "sleep":
     time.sleep(3600)
-if behaviour == "fail":
-    sys.exit("this job fails")
 
 import ray
 from parcelray.cluster.session import ray_session
@@ -181,7 +179,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(source / "cluster", package / "cluster", ignore=shutil.ignore_patterns("__pycache__"))
     (package / "cli.py").write_text(STAND_IN)
     (root / "jobs").mkdir()
-    for behaviour in ("work", "sleep", "fail", "break"):
+    for behaviour in ("work", "sleep", "break"):
         (root / "jobs" / f"{behaviour}.yaml").write_text(f"behaviour: {behaviour}\n")
     for arguments in (["init", "-q"], ["add", "."]):
         subprocess.run(["git", "-C", str(root), *arguments], check=True, capture_output=True)
@@ -284,28 +282,17 @@ def test_a_running_job_is_listed_is_not_duplicated_and_can_be_stopped(cluster: C
     assert jobs.stop(identity, address=cluster.address).status == "STOPPED"
 
 
-def test_a_failed_job_exits_with_1_and_its_next_attempt_gets_a_number(cluster: Cluster, project: Path) -> None:
-    identity, job_file = "evaluate-fail-0000000c", project / "jobs" / "fail.yaml"
-    request = JobRequest(job_file, identity)
+def test_a_failed_job_exits_with_1_its_reasons_are_found_and_its_next_attempt_gets_a_number(
+    cluster: Cluster, project: Path
+) -> None:
+    identity = "evaluate-break-0000000c"
+    request = JobRequest(project / "jobs" / "break.yaml", identity)
     submit(request, address=cluster.address)
     pieces: list[str] = []
     state = jobs.wait(identity, address=cluster.address, write=pieces.append)
     assert (state.status, state.exit_code) == ("FAILED", 1)
-    assert "this job fails" in "".join(pieces)
-    assert state.message == "exit code 1: this job fails"
-
-    retry = submit(request, address=cluster.address, entrypoint="echo fixed")
-    assert (retry.created, retry.submission_id) == (True, f"{identity}-r2")
-    assert jobs.wait(retry.submission_id, address=cluster.address, write=pieces.append).exit_code == 0
-    assert not submit(request, address=cluster.address).created
-    assert jobs.attempt_ids(retry.submission_id, address=cluster.address) == [identity, f"{identity}-r2"]
-
-
-def test_the_traceback_and_the_log_of_a_failed_worker_are_found(cluster: Cluster, project: Path) -> None:
-    identity = "evaluate-break-0000000c"
-    submit(JobRequest(project / "jobs" / "break.yaml", identity), address=cluster.address)
-    state = jobs.wait(identity, address=cluster.address, write=lambda piece: None)
-    assert state.status == "FAILED"
+    assert "ValueError: a sample without an image" in "".join(pieces)
+    assert state.message == "exit code 1: ValueError: a sample without an image"
     assert state.ray_job_id
 
     def find() -> bool:
@@ -323,6 +310,12 @@ def test_the_traceback_and_the_log_of_a_failed_worker_are_found(cluster: Cluster
     driver = failed_driver(state, address=cluster.address)
     assert "ValueError: a sample without an image" in driver.error
     assert f"logs/job-driver-{identity}.log" in driver.log
+
+    retry = submit(request, address=cluster.address, entrypoint="echo fixed")
+    assert (retry.created, retry.submission_id) == (True, f"{identity}-r2")
+    assert jobs.wait(retry.submission_id, address=cluster.address, write=pieces.append).exit_code == 0
+    assert not submit(request, address=cluster.address).created
+    assert jobs.attempt_ids(retry.submission_id, address=cluster.address) == [identity, f"{identity}-r2"]
 
 
 def test_the_versions_of_a_cluster_can_be_queried(cluster: Cluster) -> None:

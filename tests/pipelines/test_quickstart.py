@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -104,10 +105,12 @@ def test_a_killed_quickstart_is_resumed_and_a_further_run_does_nothing(tmp_path:
     assert _weights(tmp_path) == models
 
 
-def test_an_unknown_argument_of_the_quickstart_is_refused() -> None:
-    done = run_script("quickstart", "--steps", "3")
-    assert done.returncode == 2
-    assert "--set a.b=c" in done.stdout
+def test_an_unknown_argument_of_the_quickstart_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["pipelines/quickstart.py", "--steps", "3"])
+    assert script("quickstart").main() == 2
+    assert "--set a.b=c" in capsys.readouterr().out
 
 
 def test_all_methods_are_tuned_alike_from_their_shipped_models() -> None:

@@ -73,9 +73,10 @@ def url() -> Iterator[str]:
 class Load:
     """Closed-loop clients, each with its own samples, that run until the end of the context."""
 
-    def __init__(self, url: str, samples: list[Sample], clients: int, **fields: Any) -> None:
+    def __init__(self, url: str, samples: list[Sample], clients: int, pause_s: float = 0.05, **fields: Any) -> None:
         self.outcomes: Counter[str] = Counter()
         self.versions: Counter[str] = Counter()
+        self._pause_s = pause_s
         self._stop = threading.Event()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._run(url, samples, clients, fields)))
 
@@ -98,8 +99,7 @@ class Load:
     async def _ask(self, client: AsyncOpenAI, samples: list[Sample], fields: dict[str, Any]) -> None:
         while not self._stop.is_set():
             for sample in samples:
-                # A pause, because fully used cores would delay the start of the applications that tests deploy.
-                await asyncio.sleep(0.05)
+                await asyncio.sleep(self._pause_s)
                 try:
                     raw = await client.chat.completions.with_raw_response.create(
                         model="mini", messages=message(sample), **fields
@@ -349,10 +349,11 @@ def test_a_new_version_takes_over_without_a_failed_request(
     new = job(**endless)
     before = get(url, "/version")["models"][0]["version"]
     assert new.champion.pinned != before
-    with Load(url, samples, clients=4, max_tokens=8) as load:
-        load.wait_for(20)
+    # With long pauses, because fully used cores would delay the start of the new version.
+    with Load(url, samples, clients=4, pause_s=0.5, max_tokens=8) as load:
+        load.wait_for(10)
         deploy(new)
-        load.wait_for(40)
+        load.wait_for(10)
     assert set(load.outcomes) == {"ok"}, load.outcomes
     assert set(load.versions) == {before, new.champion.pinned}
     assert get(url, "/version")["models"][0]["version"] == new.champion.pinned

@@ -8,7 +8,7 @@ import signal
 from collections.abc import Mapping
 from pathlib import Path
 
-from parcelray.tracking.metric_logger import NoMetrics
+from parcelray.tracking.metric_logger import MetricLogger, NoMetrics, open_metric_logger
 
 from ..processes import wait_until
 
@@ -25,20 +25,28 @@ class Losses(NoMetrics):
             self.losses[step] = metrics["train/loss"]
 
 
-class KillsOnce(NoMetrics):
-    """A metric logger that records each step and once kills its worker, at step 5 after the checkpoint of step 3."""
+def kills_once(steps: Path, checkpoint: Path, tracking_uri: str | None, run_id: str | None) -> MetricLogger:
+    """Open the metric logger of a run, which once kills its worker, at step 5 after the checkpoint of step 3.
 
-    def __init__(self, steps: Path, checkpoint: Path) -> None:
-        self._steps = steps
-        self._checkpoint = checkpoint
+    Args:
+        steps: file to which each trained step is added, also a repeated one.
+        checkpoint: file that exists once the controller has the checkpoint of step 3.
+        tracking_uri: as for `open_metric_logger`.
+        run_id: as for `open_metric_logger`.
+    """
+    logger = open_metric_logger(tracking_uri, run_id)
+    record = logger.log_metrics
 
-    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
-        """Record the step, and kill the process at step 5 the first time."""
+    def log_metrics(metrics: Mapping[str, float], step: int) -> None:
+        record(metrics, step)
         if "train/loss" not in metrics:
             return
-        before = self._steps.read_text(encoding="utf-8").split() if self._steps.exists() else []
-        self._steps.write_text(" ".join([*before, str(step)]), encoding="utf-8")
+        before = steps.read_text(encoding="utf-8").split() if steps.exists() else []
+        steps.write_text(" ".join([*before, str(step)]), encoding="utf-8")
         if step == 5 and "5" not in before:
             # A checkpoint is valid only after the controller has polled it; the controller then calls `on_report`.
-            wait_until(self._checkpoint.exists, "the controller has the checkpoint of step 3")
+            wait_until(checkpoint.exists, "the controller has the checkpoint of step 3")
             os.kill(os.getpid(), signal.SIGKILL)
+
+    logger.log_metrics = log_metrics  # type: ignore[method-assign]
+    return logger

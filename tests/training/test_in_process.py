@@ -58,6 +58,14 @@ class Recorder(NoMetrics):
         return {step: value for step, metric, value in self.rows if metric == name}
 
 
+SHORT: dict[str, Any] = {
+    "training": {"steps": 4, "images_per_step": 4},
+    "validation": {"samples": 1, "budgets": [16]},
+    "checkpointing": {"every_steps": 2},
+}
+"""Changes of the tiny job for a training that is interrupted at step 3 and resumes from step 2."""
+
+
 def _weights(checkpoint: Path) -> dict[str, torch.Tensor]:
     return load_file(checkpoint / "model" / "model.safetensors")
 
@@ -218,13 +226,8 @@ def test_an_unsupported_budget_is_refused_before_the_first_step(tmp_path: Path) 
 
 
 def test_distillation_resumes_to_identical_weights(tmp_path: Path) -> None:
-    changes = {
-        "distillation": {"weight": 0.5},
-        "budget": {"type": "uniform", "budgets": [16, 40]},
-        "training": {"steps": 4, "images_per_step": 4, "gradient_accumulation_steps": 2},
-        "validation": {"samples": 1, "budgets": [16]},
-        "checkpointing": {"every_steps": 2},
-    }
+    changes = {"distillation": {"weight": 0.5}, "budget": {"type": "uniform", "budgets": [16, 40]}} | SHORT
+    changes["training"] = {**SHORT["training"], "gradient_accumulation_steps": 2}
     whole, part = (tiny_job(tmp_path / name, **changes) for name in ("whole", "part"))
     recorder = Recorder()
     uninterrupted, _ = fit_in_process(whole, tmp_path / "whole", checkpoint=None, logger=recorder)
@@ -263,14 +266,12 @@ def test_queries_that_do_not_depend_on_the_image_are_reported_once(
 def test_a_supernet_resumes_to_identical_weights(tmp_path: Path) -> None:
     connector = {"type": "parcel", "num_heads": 2, "anchor_grids": [0, 2, 4, 8]}
     budget = {"type": "sandwich", "budgets": [4, 16, 64, 256], "anchor_grids": [0, 2, 4, 8]}
-    whole, part = (
-        tiny_job(tmp_path / name, connector=connector, budget=budget, validation={"samples": 1, "budgets": [16]})
-        for name in ("whole", "part")
-    )
+    changes = {"connector": connector, "budget": budget} | SHORT
+    whole, part = (tiny_job(tmp_path / name, **changes) for name in ("whole", "part"))
     uninterrupted, metrics = fit_in_process(whole, tmp_path / "whole", checkpoint=None, logger=NoMetrics())
     assert metrics["train/loss"] > 0
     with pytest.raises(KeyboardInterrupt):
-        fit_in_process(part, tmp_path / "part", checkpoint=None, logger=Recorder(fail_at=5))
+        fit_in_process(part, tmp_path / "part", checkpoint=None, logger=Recorder(fail_at=3))
     resumed, _ = fit_in_process(part, tmp_path / "part", checkpoint=None, logger=NoMetrics())
     assert _same(uninterrupted, resumed)
     # The query bank has enough queries for a split without anchors.
@@ -294,7 +295,7 @@ def test_patch_labels_apply_only_where_tokens_are_the_patches_in_order(
             budget={"type": "uniform", "budgets": [256]},
             data={"type": "mini", "dense_fraction": 1.0},
             training={"steps": 1, "patch_supervision": weight},
-            validation={"samples": 1, "budgets": [256]},
+            validation={"samples": 1, "budgets": [16]},
         )
         checkpoints.append(fit_in_process(job, Path(job.storage), checkpoint=None, logger=NoMetrics())[0])
     assert _same(*checkpoints) != are_patches
@@ -314,30 +315,27 @@ def test_a_llava_resumes_to_identical_weights(tower: str, tmp_path: Path) -> Non
     changes = {
         "model": {"type": "mini_llava", "tower": tower, **sizes},
         "budget": {"type": "uniform", "budgets": [16, 256]},
-        "training": {"patch_supervision": 1.0},
-        "validation": {"samples": 1, "budgets": [16]},
-    }
+    } | SHORT
+    changes["training"] = {**SHORT["training"], "patch_supervision": 1.0}
     whole, part = (tiny_job(tmp_path / name, **changes) for name in ("whole", "part"))
     uninterrupted, metrics = fit_in_process(whole, tmp_path / "whole", checkpoint=None, logger=NoMetrics())
     assert {"train/loss", "val/score@16"} <= set(metrics)
     with pytest.raises(KeyboardInterrupt):
-        fit_in_process(part, tmp_path / "part", checkpoint=None, logger=Recorder(fail_at=5))
+        fit_in_process(part, tmp_path / "part", checkpoint=None, logger=Recorder(fail_at=3))
     resumed, _ = fit_in_process(part, tmp_path / "part", checkpoint=None, logger=NoMetrics())
     assert _same(uninterrupted, resumed)
 
 
-@pytest.mark.parametrize(
-    ("mistake", "message"),
-    [
-        ({"connector": {"type": "identity"}}, "16"),
-        ({"budget": {"type": "uniform", "budgets": [7777]}}, "7777"),
-        ({"data": {"type": "parquet", "path": "nothere"}}, "nothere"),
-    ],
-)
-def test_a_mistake_in_a_job_does_not_reserve_its_name(tmp_path: Path, mistake: dict[str, Any], message: str) -> None:
+def test_a_mistake_in_a_job_does_not_reserve_its_name(tmp_path: Path) -> None:
+    mistakes: tuple[tuple[str, dict[str, Any]], ...] = (
+        ("16", {"connector": {"type": "identity"}}),
+        ("7777", {"budget": {"type": "uniform", "budgets": [7777]}}),
+        ("nothere", {"data": {"type": "parquet", "path": "nothere"}}),
+    )
     console = Console(file=io.StringIO())
-    with pytest.raises(UserError, match=message):
-        run_training(tiny_job(tmp_path, **mistake), console, report=False)
+    for message, mistake in mistakes:
+        with pytest.raises(UserError, match=message):
+            run_training(tiny_job(tmp_path, **mistake), console, report=False)
     job = tiny_job(tmp_path, training={"steps": 1}, checkpointing={"every_steps": 1})
     assert not run_training(job, console, report=False).was_done
 

@@ -1,11 +1,12 @@
 """Training on Ray Train: nothing is lost when a worker or the driver dies, and MLflow has one complete run."""
 
+import functools
 import io
 import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -17,16 +18,13 @@ from safetensors.torch import load_file
 from parcelray.config.train import TrainJob
 from parcelray.datasets.mini.export import write_parquet
 from parcelray.errors import SystemFailure, UserError
-from parcelray.models.checkpoint import resolve_checkpoint
 from parcelray.models.manifest import verify_manifest
-from parcelray.tracking.run_folder import RunFolder
 from parcelray.training.run import TrainedRun, run_training
 from parcelray.training.train_loop import fit_in_process
-from parcelray.training.trainer import fit
 
 from ..processes import LIMIT_S, end_session, own_ray, wait_until
 from .conftest import TINY
-from .metric_loggers import KillsOnce, Losses
+from .metric_loggers import Losses, kills_once
 
 pytestmark = [
     pytest.mark.ray,
@@ -55,33 +53,40 @@ def _steps(uri: str, run_id: str, key: str) -> list[int]:
     return [metric.step for metric in MlflowClient(uri).get_metric_history(run_id, key)]
 
 
-LOADED = "modules-of-the-controller"
+class KilledRun(NamedTuple):
+    """A finished training of which a worker was killed with SIGKILL after step 5."""
+
+    job: TrainJob
+    run: TrainedRun
+    steps: str
+    """Steps of rank 0 in the order in which it trained them."""
+    modules: set[str]
+    """Modules that the controller had loaded at a checkpoint."""
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(
-    ray_session: None, tiny_start: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
-) -> tuple[TrainJob, TrainedRun]:
-    job = _job(tmp_path_factory.mktemp("run"), tiny_start)
-    loaded = Path(job.storage) / LOADED
+def killed(ray_session: None, tiny_start: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> KilledRun:
+    folder = tmp_path_factory.mktemp("run")
+    job = _job(folder, tiny_start)
+    steps, loaded = folder / "steps", folder / "modules"
 
     def note(metrics: Mapping[str, float]) -> None:
         loaded.write_text(" ".join(sys.modules), encoding="utf-8")
 
-    return job, run_training(job, Console(file=io.StringIO()), on_report=note)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("parcelray.training.run.open_metric_logger", functools.partial(kills_once, steps, loaded))
+        run = run_training(job, Console(file=io.StringIO()), on_report=note)
+    return KilledRun(job, run, steps.read_text(encoding="utf-8"), set(loaded.read_text(encoding="utf-8").split()))
 
 
-@pytest.mark.nightly
-def test_the_controller_loads_neither_the_models_libraries_nor_mlflow(
-    uninterrupted: tuple[TrainJob, TrainedRun],
-) -> None:
-    loaded = set((Path(uninterrupted[0].storage) / LOADED).read_text(encoding="utf-8").split())
-    assert "parcelray.training.ray_worker" in loaded, "the modules are those of the controller"
-    assert not {"transformers", "mlflow"} & loaded
+def test_the_controller_loads_neither_the_models_libraries_nor_mlflow(killed: KilledRun) -> None:
+    assert "parcelray.training.ray_worker" in killed.modules, "the modules are those of the controller"
+    assert not {"transformers", "mlflow"} & killed.modules
 
 
-def test_a_run_is_recorded_once_and_completely(uninterrupted: tuple[TrainJob, TrainedRun]) -> None:
-    job, run = uninterrupted
+def test_a_run_whose_worker_was_killed_is_recorded_once_and_completely(killed: KilledRun) -> None:
+    job, run = killed.job, killed.run
+    assert killed.steps == "1 2 3 4 5 4 5 6 7 8", "resumed from the checkpoint of step 3"
     assert verify_manifest(run.model_folder).seed == 3
     assert job.tracking.uri is not None
     assert run.mlflow_run_id is not None
@@ -102,10 +107,10 @@ def test_a_run_is_recorded_once_and_completely(uninterrupted: tuple[TrainJob, Tr
     assert len(client.search_runs([record.info.experiment_id])) == 1
 
 
-def test_two_workers_have_the_losses_of_one_process(
-    uninterrupted: tuple[TrainJob, TrainedRun], tiny_start: dict[str, Any], tmp_path: Path
+def test_two_workers_of_which_one_was_killed_have_the_losses_of_one_process(
+    killed: KilledRun, tiny_start: dict[str, Any], tmp_path: Path
 ) -> None:
-    job, run = uninterrupted
+    job, run = killed.job, killed.run
     assert job.tracking.uri is not None
     assert run.mlflow_run_id is not None
     of_workers = {
@@ -120,10 +125,8 @@ def test_two_workers_have_the_losses_of_one_process(
     assert of_workers == pytest.approx(of_one_process.losses, rel=1e-3)
 
 
-def test_a_second_run_is_a_no_op_and_another_configuration_is_refused(
-    uninterrupted: tuple[TrainJob, TrainedRun],
-) -> None:
-    job, run = uninterrupted
+def test_a_second_run_is_a_no_op_and_another_configuration_is_refused(killed: KilledRun) -> None:
+    job, run = killed.job, killed.run
     output = io.StringIO()
     again = run_training(job, Console(file=output, width=200))
     assert again.was_done
@@ -133,34 +136,14 @@ def test_a_second_run_is_a_no_op_and_another_configuration_is_refused(
         run_training(job.model_copy(update={"seed": 4}), Console(file=output))
 
 
-def test_a_killed_worker_does_not_change_the_result(
-    tmp_path: Path, tiny_start: dict[str, Any], uninterrupted: tuple[TrainJob, TrainedRun]
+@pytest.mark.nightly
+def test_a_killed_worker_does_not_change_the_weights(
+    killed: KilledRun, tiny_start: dict[str, Any], tmp_path: Path
 ) -> None:
-    job = _job(tmp_path, tiny_start)
-    folder = RunFolder(job)
-    folder.claim()
-    steps, reported = tmp_path / "steps", tmp_path / "reported"
-
-    def note(metrics: Mapping[str, float]) -> None:
-        reported.touch()
-
-    start = resolve_checkpoint(tiny_start["reference"]).pin
-    checkpoint, _ = fit(job, folder, start=start, logger=lambda: KillsOnce(steps, reported), on_report=note)
-    assert steps.read_text(encoding="utf-8").split() == [
-        "1",
-        "2",
-        "3",
-        "4",
-        "5",
-        "4",
-        "5",
-        "6",
-        "7",
-        "8",
-    ], "resumed from the checkpoint of step 3"
+    uninterrupted = run_training(_job(tmp_path, tiny_start), Console(file=io.StringIO()))
     # Bit-identical: both runs have the same batches, shapes and threads, and gloo sums two workers' gradients to the
     # same value in either order. The result depends neither on the machine's load nor on its kind.
-    assert _same_weights(checkpoint / "model", uninterrupted[1].model_folder)
+    assert _same_weights(killed.run.model_folder, uninterrupted.model_folder)
 
 
 @pytest.mark.nightly

@@ -36,6 +36,7 @@ _START_ATTEMPTS = 3
 _JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 _LEVEL_VARIABLE = "RAY_BACKEND_LOG_LEVEL"
 _NICENESS_VARIABLE = "RAY_worker_niceness"
+_PRESTART_VARIABLE = "RAY_prestart_worker_first_driver"
 _GCS_ADDRESS = re.compile(r"(?P<host>[^:/\s]+):(?P<port>\d{1,5})")
 _AUTH_LOGGER = "ray._private.authentication.authentication_token_setup"
 
@@ -95,7 +96,8 @@ def ray_session(
     with contextlib.ExitStack() as cleanup:
         # Registered first, so that the variables are restored after the shutdown of Ray.
         cleanup.enter_context(restored_environment(ADDRESS_VARIABLE, TOKEN_VARIABLE, MODE_VARIABLE, FOLDER_VARIABLE))
-        cleanup.enter_context(restored_environment("RAY_GCS_SERVER_PORT", "PYTHONBREAKPOINT", _NICENESS_VARIABLE))
+        cleanup.enter_context(restored_environment("RAY_GCS_SERVER_PORT", "PYTHONBREAKPOINT"))
+        cleanup.enter_context(restored_environment(_NICENESS_VARIABLE, _PRESTART_VARIABLE))
         # Needed on a joined cluster, too: this process creates Ray's lock files in the same folder.
         os.environ[FOLDER_VARIABLE] = str(temporary_folder())
         cleanup.callback(ray.shutdown)
@@ -194,6 +196,8 @@ def _start(num_cpus: int | None, num_gpus: int | None, object_store_bytes: int |
     os.environ["RAY_GCS_SERVER_PORT"] = port
     # Ray's default is 15: next to busy processes its workers would get 3 % of a core and would hardly start.
     os.environ.setdefault(_NICENESS_VARIABLE, "0")
+    # Ray starts one worker per CPU in advance, but without the runtime environment below, so that none is ever used.
+    os.environ.setdefault(_PRESTART_VARIABLE, "0")
     if os.environ.get(MODE_VARIABLE, "").lower() != "disabled" and find_token() is None:
         os.environ[TOKEN_VARIABLE] = _process_token()
     worker_variables = {ADDRESS_VARIABLE: f"127.0.0.1:{port}"}

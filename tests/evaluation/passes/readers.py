@@ -20,8 +20,8 @@ from parcelray.evaluation.predict.generation import GenerationSettings
 
 from ...processes import LIMIT_S
 
-READER = MiniReader("test", ("general", "video"), samples=24)
-"""Reads 48 rows without any disturbance."""
+READER = MiniReader("test", ("general", "video"), samples=12)
+"""Reads 24 rows without any disturbance."""
 DISTURBED_ROW = 23
 
 

@@ -18,10 +18,9 @@ from parcelray.errors import SystemFailure, UnsupportedBudgetError
 from parcelray.evaluation.passes.ray_pass import run_on_ray
 from parcelray.evaluation.passes.shards import EvaluatedModel, PassResult
 from parcelray.evaluation.passes.store import Prediction, PredictionStore
+from parcelray.evaluation.passes.worker import ModelWorker, run_in_process
 from parcelray.evaluation.predict.generation import GenerationSettings
-from parcelray.evaluation.predict.predictor import Predictor
 from parcelray.models.checkpoint import resolve_checkpoint
-from parcelray.models.vlm import load_processor, load_vlm
 from parcelray.training.start import build_start
 
 from ...processes import LIMIT_S, end_session, wait_until
@@ -37,7 +36,7 @@ pytestmark = [
 BUDGETS = (BLIND, 16, 64)
 GENERATION = GenerationSettings(max_new_tokens=6)
 SMALL = PassConfig(rows_per_shard=6, cpus_per_actor=0.5, threads_per_actor=1)
-ANSWERS = 48 * len(BUDGETS)
+ANSWERS = 24 * len(BUDGETS)
 Answers = dict[tuple[str, int], Prediction]
 """Stored predictions, by sample and budget."""
 
@@ -86,45 +85,29 @@ def _answers(store: Path) -> Answers:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(ray_session: None, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Answers:
+def undisturbed(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Answers:
+    """Predictions of a pass in this process, in other batches than those of the passes on Ray."""
     store = tmp_path_factory.mktemp("undisturbed")
-    progress: list[int] = []
-    result = _pass(checkpoint, store, on_progress=lambda name, rows, total: progress.append(rows))
-    assert (result.computed, result.present) == (ANSWERS, 0)
-    assert [record.sample.id for record in result.benchmarks[0].records] == [
-        READER.read(row).samples[0].id for row in READER.order()
-    ]
-    assert progress == sorted(progress)
-    assert progress[-1] == 48
-    answers = _answers(store)
-    assert {record.keys[16] for record in result.benchmarks[0].records} == {
-        prediction.key for (_, budget), prediction in answers.items() if budget == 16
-    }
-    return answers
-
-
-def test_the_pass_predicts_the_same_as_a_plain_loop(undisturbed: Answers, checkpoint: Path) -> None:
-    samples = [READER.read(row).samples[0] for row in READER.order()]
-    model = load_vlm(checkpoint).eval()
+    model = _model(checkpoint, store)
+    worker = ModelWorker(model, SMALL, GENERATION.dtype)
     margins: list[float] = []
 
     def note(module: torch.nn.Module, inputs: tuple[torch.Tensor], logits_BSV: torch.Tensor) -> None:
         first_B2 = logits_BSV[:, -1].topk(2).values
         margins.extend((first_B2[:, 0] - first_B2[:, 1]).tolist())
 
-    model.lm_head.register_forward_hook(note)
-    predictor = Predictor(model, load_processor(checkpoint), settings=GENERATION, batch_size=1)
-    expected = {
-        (sample.id, budget): text
-        for budget, texts in predictor.generate_budgets(samples, BUDGETS).items()
-        for sample, text in zip(samples, texts, strict=True)
-    }
-    assert {key: prediction.text for key, prediction in undisturbed.items()} == expected
+    worker.predictor(GENERATION)._model.lm_head.register_forward_hook(note)
+    benchmark = mini_benchmark(READER, GENERATION)
+    result = run_in_process([benchmark], model, worker, SMALL, lambda name, rows, total: None)
+    assert (result.computed, result.present) == (ANSWERS, 0)
     assert len(margins) >= ANSWERS
     assert min(margins) > MARGIN, "choose weights with clearer decisions"
-    assert len(set(expected.values())) > 10, "the answers tell samples and budgets apart"
+    answers = _answers(store)
+    assert len({prediction.text for prediction in answers.values()}) > 10, "the answers tell samples and budgets apart"
+    return answers
 
 
+@pytest.mark.nightly
 def test_an_illegal_budget_is_the_users_error(ray_session: None, checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(UnsupportedBudgetError, match="does not support 8 visual tokens"):
         _pass(checkpoint, tmp_path, budgets=(8,), rows=range(1))
@@ -132,7 +115,7 @@ def test_an_illegal_budget_is_the_users_error(ray_session: None, checkpoint: Pat
 
 @pytest.mark.nightly
 def test_a_killed_reader_loses_nothing_and_damaged_rows_are_listed(
-    undisturbed: Answers, checkpoint: Path, tmp_path: Path
+    ray_session: None, undisturbed: Answers, checkpoint: Path, tmp_path: Path
 ) -> None:
     reader = disturbed(KillsItsReader, tmp_path / "died")
     result = _pass(checkpoint, tmp_path / "store", reader)
@@ -142,8 +125,8 @@ def test_a_killed_reader_loses_nothing_and_damaged_rows_are_listed(
     assert result.benchmarks[0].problems[1].row == undecodable
     assert "cannot be decoded" in result.benchmarks[0].problems[1].reason
     assert len(result.benchmarks[0].problems) == 2
-    assert len(result.benchmarks[0].records) == 46
-    assert (result.computed, result.present) == (46 * len(BUDGETS), 0)
+    assert len(result.benchmarks[0].records) == 22
+    assert (result.computed, result.present) == (22 * len(BUDGETS), 0)
     lost = (undecodable, READER.read(3).samples[0].id)
     assert _answers(tmp_path / "store") == {
         key: prediction for key, prediction in undisturbed.items() if key[0] not in lost
@@ -167,12 +150,16 @@ def _actor_processes() -> list[int]:
     ]
 
 
-def test_a_killed_actor_loses_nothing(undisturbed: Answers, checkpoint: Path, tmp_path: Path) -> None:
+def test_a_pass_whose_actor_is_killed_predicts_the_same_as_one_in_this_process(
+    ray_session: None, undisturbed: Answers, checkpoint: Path, tmp_path: Path
+) -> None:
     # Rows are left to be read until the actor is killed, so it cannot have ended by itself.
     went_on = tmp_path / "killed"
     killed: list[int] = []
+    progress: list[int] = []
 
     def kill(name: str, rows: int, total: int) -> None:
+        progress.append(rows)
         if not killed:
             killed.extend(_actor_processes())
             for process in killed:
@@ -183,8 +170,15 @@ def test_a_killed_actor_loses_nothing(undisturbed: Answers, checkpoint: Path, tm
     result = _pass(checkpoint, tmp_path / "store", disturbed(Waits, went_on), settings=settings, on_progress=kill)
     assert killed
     # A shard that was stored before its actor died is computed once more and overwrites its own answers.
-    assert result.computed == ANSWERS
+    assert (result.computed, result.present) == (ANSWERS, 0)
     assert _answers(tmp_path / "store") == undisturbed
+    assert progress == sorted(progress)
+    assert progress[-1] == 24
+    records = result.benchmarks[0].records
+    assert [record.sample.id for record in records] == [READER.read(row).samples[0].id for row in READER.order()]
+    assert {record.keys[16] for record in records} == {
+        prediction.key for (_, budget), prediction in undisturbed.items() if budget == 16
+    }
 
 
 class _Clock:
@@ -202,7 +196,7 @@ class _Clock:
 
 @pytest.mark.nightly
 def test_a_stall_is_reported_with_its_stage_and_a_rerun_computes_only_what_is_missing(
-    undisturbed: Answers, checkpoint: Path, tmp_path: Path
+    ray_session: None, undisturbed: Answers, checkpoint: Path, tmp_path: Path
 ) -> None:
     store, marker = tmp_path / "store", tmp_path / "hangs"
     # The reader hangs, and all that it has read before is answered.
@@ -210,7 +204,7 @@ def test_a_stall_is_reported_with_its_stage_and_a_rerun_computes_only_what_is_mi
     clock = _Clock(lambda: marker.exists() and len(PredictionStore(str(store)).keys("mini", digest)) == 18)
     # Ray Data hands over a shard once the next one is there, so the last of the three may not be counted.
     message = (
-        r"No shard was finished for 15 s \([23] of 8 are finished\); running stages: .*reading rows 18 to 23 of mini"
+        r"No shard was finished for 15 s \([23] of 4 are finished\); running stages: .*reading rows 18 to 23 of mini"
     )
     with pytest.raises(SystemFailure, match=message):
         _pass(
@@ -256,7 +250,9 @@ if __name__ == "__main__":
 
 
 @pytest.mark.nightly
-def test_a_killed_driver_loses_nothing(undisturbed: Answers, checkpoint: Path, repo_root: Path, tmp_path: Path) -> None:
+def test_a_killed_driver_loses_nothing(
+    ray_session: None, undisturbed: Answers, checkpoint: Path, repo_root: Path, tmp_path: Path
+) -> None:
     store = tmp_path / "store"
     command = [sys.executable, "-c", DRIVER, str(repo_root), str(checkpoint), str(store), str(tmp_path / "never")]
     driver = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
@@ -322,6 +318,6 @@ def test_a_killed_node_loses_nothing(undisturbed: Answers, checkpoint: Path, rep
     removed = tmp_path / "removed"
     command = [sys.executable, "-c", CLUSTER, str(repo_root), str(checkpoint), str(tmp_path / "store"), str(removed)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=LIMIT_S, check=False)
-    assert f"RESULT {ANSWERS} 0 48" in done.stdout, done.stderr[-3000:]
+    assert f"RESULT {ANSWERS} 0 24" in done.stdout, done.stderr[-3000:]
     assert removed.exists()
     assert _answers(tmp_path / "store") == undisturbed

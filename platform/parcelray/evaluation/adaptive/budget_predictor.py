@@ -20,9 +20,6 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 from scipy.special import expit
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression
-from sklearn.neural_network import MLPClassifier
 
 from parcelray.errors import UserError
 
@@ -240,6 +237,9 @@ def fit_predictor(
 
 def _logistic(standard_NS: Floats, correct_NV: NDArray[np.int64], settings: FitSettings) -> list[Layer]:
     """Fits one logistic regression per budget; returns them as one layer."""
+    # Imported here: it takes more than a second, and an endpoint that uses a predictor fits none.
+    from sklearn.linear_model import LogisticRegression
+
     models = [
         LogisticRegression(C=1 / settings.decay, max_iter=2000).fit(standard_NS, correct_N)
         for correct_N in correct_NV.T
@@ -252,6 +252,9 @@ def _logistic(standard_NS: Floats, correct_NV: NDArray[np.int64], settings: FitS
 
 
 def _network(standard_NS: Floats, correct_NV: NDArray[np.int64], settings: FitSettings) -> list[Layer]:
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.neural_network import MLPClassifier
+
     model = MLPClassifier(
         hidden_layer_sizes=settings.hidden,
         alpha=settings.decay,
