@@ -147,7 +147,7 @@ def _compare_with_one_host(hosts: Hosts) -> None:
         timeout_s=LIMIT_S,
     )
     here = hosts.laptop.path(PROJECT) / "runs"
-    for name in ("train/quickstart-parcel/model/manifest.json", "evaluate/champion/results/result.csv"):
+    for name in ("train/quickstart-parcel/model/manifest.json", "evaluate/champion/result.csv"):
         local = (here / name).read_text(encoding="utf-8")
         stored = hosts.laptop.python(_STORED, f"{RUNS}/{name}")
         if name.endswith(".json"):
