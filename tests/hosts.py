@@ -244,12 +244,12 @@ class Hosts:
         return [self.head, *self.workers, self.laptop]
 
     def num_checkpoints(self, run: str) -> int:
-        """Returns how many checkpoints of a training have been completely stored, by the log of the S3 server."""
-        return self._num_logged(rf"PUT /{BUCKET}/runs/{run}/[^/]+/(checkpoint_[^/]+)/state.json")
+        """Returns how many checkpoints of a training are complete: Ray Train has recorded them on the S3 server."""
+        return len(self._written(rf"{run}/[^/]+/checkpoint_manager_snapshot\.json"))
 
     def num_stored(self, folder: str) -> int:
-        """Returns how many parquet files have been stored below a folder of the runs, by the log of the S3 server."""
-        return self._num_logged(rf"PUT /{BUCKET}/runs/({folder}/\S+\.parquet)")
+        """Returns how many parquet files have been stored below a folder of the runs."""
+        return len(set(self._written(rf"{folder}/\S+\.parquet")))
 
     def cut(self, host: Host) -> None:
         """Disconnects a host from the network, as if its cable was pulled; what happens inside the host goes on."""
@@ -334,9 +334,10 @@ class Hosts:
             f"the cluster has {count} nodes",
         )
 
-    def _num_logged(self, request: str) -> int:
+    def _written(self, pattern: str) -> list[str]:
+        """Objects of the runs that have been written, one entry for each time, by the log of the S3 server."""
         text = (self.services.folder / "s3.log").read_text(encoding="utf-8")
-        return len(set(re.findall(request, text)))
+        return re.findall(rf'"PUT /{BUCKET}/runs/({pattern}) HTTP/1\.1" 200 ', text)
 
     def _host(self, name: str, network: str | None = None) -> Host:
         host = Host(self._folder, name, self._prefix + (network or name), self.variables)

@@ -3,6 +3,7 @@
 import datetime
 import io
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -106,6 +107,23 @@ def test_waiting_prints_the_logs_and_ends_with_the_state(
     assert json.loads(found.out)["ended"] == "2026-11-29T17:45:13+00:00"
     assert "step 1" in found.err
     assert "`parcelray jobs show" in run("submit", BASE, *SHARED, *ADDRESS, "--wait").err
+
+
+def test_the_output_of_a_job_reaches_a_log_file_at_once(
+    run: Any, sent: list[Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    log, seen = tmp_path / "log", []
+
+    def wait(submission_id: str, *, address: str, write: Any) -> JobState:
+        write("step 1\n")
+        seen.append(log.read_text())
+        return STATE
+
+    monkeypatch.setattr(jobs, "wait", wait)
+    with log.open("w") as file:
+        monkeypatch.setattr(sys, "stdout", file)
+        run("submit", BASE, *SHARED, *ADDRESS, "--wait")
+    assert seen[0].endswith("step 1\n")
 
 
 def test_the_list_is_readable_at_100_columns(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:

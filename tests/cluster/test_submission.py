@@ -2,14 +2,18 @@
 
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
+from ray.dashboard.modules.job.pydantic_models import JobDetails, JobType
+from ray.job_submission import JobStatus
 
 import parcelray
+from parcelray.cluster import jobs
 from parcelray.cluster.package import secret_settings
 from parcelray.cluster.submission import JobRequest, build_entrypoint, driver_variables, plan_submission
 from parcelray.cluster.versions import Needs, Versions, check_versions, needs_of
@@ -152,3 +156,13 @@ def test_the_needs_of_a_project(project: Path, repo_root: Path) -> None:
     installed = needs_of(project, package_is_sent=False)
     assert installed is not None
     assert [str(each) for each in installed.libraries] == [f"parcelray=={parcelray.__version__}"]
+
+
+def test_the_query_of_versions_is_not_listed_as_a_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("versions-6e5ac5680343", "train-a-0a1b2c3d")
+    details = [
+        JobDetails(type=JobType.SUBMISSION, submission_id=name, status=JobStatus.FAILED, entrypoint="python")
+        for name in names
+    ]
+    monkeypatch.setattr(jobs, "_connect", lambda address: (ADDRESS, SimpleNamespace(list_jobs=lambda: details)))
+    assert [state.submission_id for state in jobs.list_jobs(address=ADDRESS)] == ["train-a-0a1b2c3d"]

@@ -240,7 +240,7 @@ def test_the_selected_trial_is_written_as_a_job_file(searched: tuple[TuneJob, Se
 
 
 @pytest.mark.nightly
-def test_trained_splits_confirm_the_search(searched: tuple[TuneJob, SearchRun, str]) -> None:
+def test_trained_splits_confirm_the_search(searched: tuple[TuneJob, SearchRun, str], tmp_path: Path) -> None:
     job, run, _ = searched
     train = TINY | {
         "name": "alone",
@@ -253,13 +253,13 @@ def test_trained_splits_confirm_the_search(searched: tuple[TuneJob, SearchRun, s
         "validation": {"samples": 1, "budgets": [16]},
         "report": None,
     }
-    confirmed = job.model_copy(
-        update={
-            "confirm": (
-                TuneJob.model_validate(
-                    job.model_dump() | {"confirm": {"job": train, "budget": 16, "best": 2, "worst": 1}}
-                ).confirm
-            )
+    # Like every evaluation of a search, that of the confirmation uses the storage of the search.
+    elsewhere = tmp_path / "elsewhere"
+    confirmed = TuneJob.model_validate(
+        job.model_dump()
+        | {
+            "base": job.base.model_dump() | {"storage": str(elsewhere)},
+            "confirm": {"job": train, "budget": 16, "best": 2, "worst": 1},
         }
     )
     result = confirm_splits(confirmed, run, Console(file=io.StringIO()))
@@ -276,6 +276,7 @@ def test_trained_splits_confirm_the_search(searched: tuple[TuneJob, SearchRun, s
     assert (run.folder / "confirmation.png").is_file()
     written = json.loads((run.folder / "confirmation.json").read_text())
     assert written["num_visual_tokens"] == 16
+    assert not elsewhere.exists()
 
 
 def test_a_plan_has_the_trials_and_points_of_a_search(searched: tuple[TuneJob, SearchRun, str], supernet: Path) -> None:

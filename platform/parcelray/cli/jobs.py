@@ -1,7 +1,7 @@
 """`parcelray submit` and `parcelray jobs`: submit jobs to a Ray cluster and manage them there."""
 
+import functools
 import hashlib
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -84,9 +84,10 @@ def submit(  # noqa: PLR0913 - options of a command
         if as_json:
             write_json(sent.to_dict())
         return
-    output = sys.stderr if as_json else sys.stdout
+    # `echo` flushes, so that a log file or a pipe has each line at once.
+    write = functools.partial(typer.echo, nl=False, err=as_json)
     with _leaving_it_running(sent.submission_id):
-        state = jobs.wait(sent.submission_id, address=address, write=output.write)
+        state = jobs.wait(sent.submission_id, address=address, write=write)
     if as_json:
         write_json(sent.to_dict() | state.to_dict())
     elif state.exit_code:
@@ -139,7 +140,7 @@ def jobs_logs(
             write_json({"submission_id": submission_id, "logs": "".join(lines)})
             return
         for line in lines:
-            sys.stdout.write(line)
+            typer.echo(line, nl=False)
 
 
 @jobs_app.command("stop")

@@ -26,6 +26,8 @@ from parcelray.errors import SystemFailure, UserError
 from parcelray.loopback import bypass_proxies_on_loopback
 
 ENDED = frozenset({"SUCCEEDED", "FAILED", "STOPPED"})
+PROBE = "versions-"
+"""Prefix of the ids of the short jobs that query the versions of a cluster."""
 POLL_S = 0.5
 STOP_WAIT_S = 600.0
 """Time for an endpoint to finish its requests before Ray kills its driver, seconds."""
@@ -77,7 +79,12 @@ def list_jobs(*, address: str | None) -> list[JobState]:
     """Lists all jobs that were submitted to a cluster, newest first, without manually started drivers."""
     url, client = _connect(address)
     with explained(url):
-        states = [_state(details) for details in client.list_jobs() if details.submission_id]
+        states = [
+            _state(details)
+            for details in client.list_jobs()
+            # Ray may record a short job as failed after it was deleted.
+            if details.submission_id and not details.submission_id.startswith(PROBE)
+        ]
     oldest = datetime.datetime.min.replace(tzinfo=datetime.UTC)
     return sorted(states, key=lambda state: state.started or oldest, reverse=True)
 

@@ -20,7 +20,7 @@ from packaging.utils import canonicalize_name
 from ray.job_submission import JobSubmissionClient
 
 import parcelray
-from parcelray.cluster.jobs import start_job
+from parcelray.cluster.jobs import PROBE, start_job
 from parcelray.errors import SystemFailure, UserError
 
 PROBE_LIMIT_S = 120.0
@@ -79,7 +79,7 @@ def query_versions(client: JobSubmissionClient) -> Versions:
     Raises:
         SystemFailure: the cluster does not run the job.
     """
-    name = f"versions-{uuid.uuid4().hex[:12]}"
+    name = f"{PROBE}{uuid.uuid4().hex[:12]}"
     start_job(client, {"entrypoint": shlex.join(["python", "-c", _PROBE]), "submission_id": name})
     deadline = time.monotonic() + PROBE_LIMIT_S
     while not client.get_job_status(name).is_terminal():
