@@ -188,6 +188,7 @@ def _retention(job: TuneJob, model: str, budget: int, grid: int, console: Consol
         "anchor_grid": None,
         "budgets": (budget,),
         "tracking": job.tracking,
+        "storage": job.storage,
     }
     summary = run_evaluation(
         EvaluateJob.model_validate(base.model_dump() | changes), console, parent_run_id=parent, tables=False

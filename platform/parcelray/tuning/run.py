@@ -24,7 +24,9 @@ from parcelray.config.tune import HyperBandScheduler, PbtAlgorithm, TuneJob
 from parcelray.errors import SystemFailure, UserError
 from parcelray.evaluation.run import limit_predictions, run_evaluation
 from parcelray.evaluation.scoring.summary import Summary
+from parcelray.files import is_local, open_storage
 from parcelray.models.checkpoint import ResolvedCheckpoint
+from parcelray.models.manifest import MANIFEST_NAME
 from parcelray.models.vlm import connector_of
 from parcelray.tracking.lineage import MODEL_IN_TAG
 from parcelray.tracking.mlflow_tracker import job_run
@@ -204,7 +206,7 @@ class _Search:
         budgets = sorted({int(trial.metrics["tokens"]) for trial in self.record.trials if "tokens" in trial.metrics})
         baselines = {}
         for name, reference in self.job.baselines.items():
-            if not Path(reference).exists() and "/" in reference and not reference.startswith(("models:/", "hf:")):
+            if _is_missing(reference):
                 self.console.print(f"Baseline {name} is left out: {reference} does not exist")
                 continue
             checkpoint = resolve_model(CheckpointModelConfig(reference=reference), self.uri)
@@ -335,6 +337,14 @@ class _Search:
         }
         job = EvaluateJob.model_validate(base.model_dump() | changes)
         return run_evaluation(job, self.console, parent_run_id=self.run_id, tables=False).summary
+
+
+def _is_missing(reference: str) -> bool:
+    """Whether a reference is a path, or a URI of object storage, without a model."""
+    if "/" not in reference or reference.startswith(("models:/", "hf:")):
+        return False
+    filesystem, path = open_storage(reference)
+    return not filesystem.exists(f"{path}/{MANIFEST_NAME}" if not is_local(filesystem) else path)
 
 
 def trial_resources(job: TuneJob) -> TrialResources:
