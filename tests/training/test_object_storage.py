@@ -24,6 +24,7 @@ from parcelray.tracking.runs import list_runs, pull_run
 from parcelray.training.run import TrainedRun, run_training
 from parcelray.tuning.run import SearchRun, run_tuning
 
+from ..object_storage import FaultyProxy
 from ..processes import wait_until
 from ..stores import new_store
 from .conftest import TINY, tiny_job
@@ -34,6 +35,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
 ]
 
+REFUSED_S = 10.0
+"""Time for which the store refuses connections after each checkpoint, seconds."""
 STOPPED_S = 30.0
 """Time for which the store does not answer, seconds."""
 
@@ -107,6 +110,21 @@ def test_a_truncated_checkpoint_is_not_used(s3: str, tmp_path: Path) -> None:
     reports.clear()
     run_training(job, _console(), on_report=reports.append)
     assert [each["step"] for each in reports] == [4.0, 6.0]
+
+
+def test_a_job_in_a_process_survives_a_store_that_refuses_connections(
+    s3: str, faulty_s3: FaultyProxy, tmp_path: Path
+) -> None:
+    job = tiny_job(tmp_path, checkpointing={"every_steps": 2}, report={"samples": 2, "budgets": [16]})
+    on_disk = run_training(job, _console())
+
+    def refuse_for_a_while(metrics: Any) -> None:
+        faulty_s3.fail("refuse")
+        threading.Timer(REFUSED_S, faulty_s3.work).start()
+
+    run = run_training(job.model_copy(update={"storage": s3}), _console(), on_report=refuse_for_a_while)
+    assert _same_weights(run.model_folder, on_disk.model_folder)
+    assert _without_speed(run) == pytest.approx(_without_speed(on_disk), nan_ok=True)
 
 
 @pytest.fixture(scope="module")
