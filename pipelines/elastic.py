@@ -27,6 +27,7 @@ from parcelray.studies.elastic.choice import choice_markdown, outcomes, train_ch
 from parcelray.studies.elastic.report import fill_page, load_results, write_report
 from parcelray.studies.elastic.runs import SYSTEMS, evaluate_runs, runs_of, train_runs
 from parcelray.studies.elastic.ship import ship
+from parcelray.tracking.run_folder import storage_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 JOBS = ROOT / "jobs"
@@ -43,6 +44,8 @@ def run(arguments: Sequence[str], console: Console) -> None:
     job = load_job_of(TrainJob, JOBS / "train" / "elastic.yaml", own)
     evaluation = load_job_of(EvaluateJob, JOBS / "evaluate" / "elastic.yaml", theirs)
     runs = runs_of(options.systems, options.seeds, options.steps)
+    # The processes that share the work lock files there.
+    folder = storage_folder(job.storage) / "elastic"
     if options.stage == "choose":
         train_choices(job, console)
         table = choice_markdown(outcomes(job))
@@ -54,7 +57,6 @@ def run(arguments: Sequence[str], console: Console) -> None:
     elif options.stage == "evaluate":
         evaluate_runs(runs, job, evaluation, console)
     elif options.stage == "report":
-        folder = Path(job.storage) / "elastic"
         write_report(load_results(runs, job, evaluation), options.steps, folder, options.page, console)
     else:
         ship(runs, job, evaluation, ROOT / "platform" / "parcelray" / "assets", console)

@@ -27,13 +27,13 @@ from parcelray.evaluation.frontier import frontier_markdown, frontier_table, wri
 from parcelray.evaluation.predict import PYFUNC_FILE
 from parcelray.evaluation.predict.predictor import Predictor
 from parcelray.evaluation.scoring.aggregate import Frontier
-from parcelray.files import atomic_write, is_local, is_written, open_storage, upload_files
+from parcelray.files import atomic_write, is_written, open_storage
 from parcelray.models.vlm import image_size_of, load_processor, load_vlm
 from parcelray.studies.elastic.runs import SYSTEMS
 from parcelray.studies.elastic.ship import SHIPPED
 from parcelray.tracking.mlflow_tracker import MlflowRunLogger, tracked_run
 from parcelray.tracking.registry import promote, register_model, resolve_registry
-from parcelray.tracking.run_folder import temporary_copy
+from parcelray.tracking.run_folder import study_folder
 from parcelray.tracking.store import ensure_store
 from parcelray.training.compare import WINNER_RULE, build_frontier, ranking, train_and_evaluate
 
@@ -94,7 +94,6 @@ def run(job: TrainJob, console: Console, *, from_base: bool = False) -> None:
     filesystem, root = open_storage(job.storage)
     study = "quickstart-base" if from_base else "quickstart"
     stored = f"{root}/{study}"
-    folder = Path(stored) if is_local(filesystem) else temporary_copy("quickstart")
     jobs = named_jobs(job, from_base=from_base)
     uri = ensure_store(job.tracking.uri or "sqlite:///runs/mlflow.db")
     name = f"pipeline-{study}-{config_hash(job)}"
@@ -111,10 +110,9 @@ def run(job: TrainJob, console: Console, *, from_base: bool = False) -> None:
         with ray_session():
             runs = train_and_evaluate(jobs, console, parent_run_id=run_id)
         frontier = build_frontier(jobs, runs)
-        table, picture = write_frontier(frontier, folder, "Mini suite: score against visual tokens and compute")
-        (folder / "frontier.md").write_text(frontier_markdown(frontier) + "\n", encoding="utf-8")
-        if not is_local(filesystem):
-            upload_files(folder, filesystem, stored)
+        with study_folder(job.storage, study, console) as folder:
+            table, picture = write_frontier(frontier, folder, "Mini suite: score against visual tokens and compute")
+            (folder / "frontier.md").write_text(frontier_markdown(frontier) + "\n", encoding="utf-8")
         _record(uri, run_id, frontier, table, picture)
         ranked = ranking(frontier, job.report)
         winner = ranked[0][0]

@@ -16,6 +16,7 @@ from parcelray.cli.scripts import overrides_of, run_script, split_count
 from parcelray.config.evaluate import EvaluateJob
 from parcelray.config.loader import load_job_of
 from parcelray.studies.attention import study_saliency
+from parcelray.tracking.run_folder import study_folder
 
 JOB = Path(__file__).resolve().parent.parent / "jobs" / "evaluate" / "attention.yaml"
 COUNT = 48
@@ -25,8 +26,8 @@ def run(arguments: list[str], console: Console) -> None:
     """Runs the study; the argument `--set count=NUMBER` sets the number of images."""
     count, changes = split_count(overrides_of(arguments), COUNT)
     job = load_job_of(EvaluateJob, JOB, changes)
-    folder = Path(job.storage) / "studies" / f"saliency-{job.name}"
-    study_saliency(job.model.reference, console, count=count, job=job, folder=folder, tracking=job.tracking)
+    with study_folder(job.storage, f"studies/saliency-{job.name}", console) as folder:
+        study_saliency(job.model.reference, console, count=count, job=job, folder=folder, tracking=job.tracking)
 
 
 def main() -> int:

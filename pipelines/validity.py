@@ -14,6 +14,7 @@ from parcelray.cli.scripts import overrides_of, run_script, split_count
 from parcelray.config.evaluate import EvaluateJob
 from parcelray.config.loader import load_job_of
 from parcelray.studies.attention import study_validity
+from parcelray.tracking.run_folder import study_folder
 
 JOB = Path(__file__).resolve().parent.parent / "jobs" / "evaluate" / "attention.yaml"
 COUNT = 120
@@ -23,8 +24,8 @@ def run(arguments: list[str], console: Console) -> None:
     """Runs the study; the argument `--set count=NUMBER` sets the number of samples."""
     count, changes = split_count(overrides_of(arguments), COUNT)
     job = load_job_of(EvaluateJob, JOB, changes)
-    folder = Path(job.storage) / "studies" / f"validity-{job.name}"
-    study_validity(job.model.reference, console, count=count, job=job, folder=folder, tracking=job.tracking)
+    with study_folder(job.storage, f"studies/validity-{job.name}", console) as folder:
+        study_validity(job.model.reference, console, count=count, job=job, folder=folder, tracking=job.tracking)
 
 
 def main() -> int:

@@ -9,9 +9,12 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+if TYPE_CHECKING:
+    from .object_storage import FaultyProxy
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -161,6 +164,22 @@ def s3_process() -> Iterator[subprocess.Popen[bytes]]:
 def s3(s3_process: subprocess.Popen[bytes], tmp_path: Path) -> str:
     """Returns an empty folder on object storage, s3://BUCKET/FOLDER."""
     return f"s3://bucket{tmp_path}"
+
+
+@pytest.fixture
+def faulty_s3(s3: str, monkeypatch: pytest.MonkeyPatch) -> Iterator["FaultyProxy"]:
+    """Returns the proxy through which this process reaches the S3 server of the fixture `s3`."""
+    from parcelray.s3_storage import PatientS3FileSystem
+
+    from .object_storage import FaultyProxy
+
+    proxy = FaultyProxy(os.environ["AWS_ENDPOINT_URL"])
+    monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+    # An instance keeps the address with which it was created.
+    PatientS3FileSystem.clear_instance_cache()
+    yield proxy
+    PatientS3FileSystem.clear_instance_cache()
+    proxy.close()
 
 
 @pytest.fixture(scope="session")

@@ -36,14 +36,13 @@ _CLIENTS = frozenset({"botocore", "aiobotocore", "aiohttp", "gcsfs", "google"})
 """Libraries whose errors are failures of object storage; s3fs names them as the cause of its own errors."""
 INDEX = ".files.json"
 """Name of the index of an uploaded folder: the size of each file in bytes, by its path in the folder."""
-_OPTIONS: dict[str, dict[str, Any]] = {
-    # Six attempts with growing pauses take half a minute on average, and s3fs makes up to five such series: a store
-    # that refuses connections for a minute delays a run, but does not end it.
-    "s3": {"config_kwargs": {"retries": {"mode": "legacy", "max_attempts": 6}}},
-}
-"""Options of a file system by the scheme of its URIs. The file systems of other schemes retry by themselves."""
 _PACKAGES = {"s3": "parcelray[s3]", "gs": "gcsfs"}
 """Package that a scheme needs, where it is not installed with parcelray."""
+
+# By name, because it takes a second to import. The file systems of other schemes repeat requests themselves.
+fsspec.register_implementation(
+    "s3", "parcelray.s3_storage.PatientS3FileSystem", clobber=True, errtxt="s3fs is not installed"
+)
 
 
 def open_storage(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
@@ -56,7 +55,7 @@ def open_storage(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
         UserError: no installed package supports the scheme of the URI.
     """
     scheme, separator, _ = uri.partition("://")
-    options = {"use_listings_cache": False, **_OPTIONS.get(scheme, {})} if separator and scheme != "file" else {}
+    options = {"use_listings_cache": False} if separator and scheme != "file" else {}
     try:
         filesystem, path = fsspec.core.url_to_fs(uri, **options)
     except ImportError as error:

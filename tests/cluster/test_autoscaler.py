@@ -1,4 +1,4 @@
-"""A training on a real cluster whose head has no CPUs and whose workers Ray's autoscaler starts, on this machine.
+"""Capacity of a real cluster whose head has no CPUs and whose workers Ray's autoscaler starts, on this machine.
 
 Ray's own class for such clusters runs `ray stop`, which ends every Ray of the machine. Here a `ray start` of the test
 is ended by its process id.
@@ -129,3 +129,40 @@ def test_a_training_that_no_node_type_can_hold_is_refused_with_the_numbers(
         "The training needs 5 workers of 1.5 CPU each and 1 data task of 0.5 CPU, but the Ray cluster has only a head"
         " node of 0 CPU and up to 2 cpu_worker of 2 CPU;" in printed
     )
+
+
+DRIVER = """
+import sys
+import ray
+from parcelray.cluster.capacity import Need, Part, await_capacity
+from parcelray.cluster.session import ray_session
+from parcelray.errors import UserError
+
+def need(workers):
+    return Need("The training", (Part(workers, "worker", {"CPU": 1.5}), Part(1, "task", {"CPU": 0.5})), "lower it")
+
+with ray_session(sys.argv[1]) as session:
+    print("NODES", len(ray.nodes()))
+    try:
+        await_capacity(need(5), 1.0, "scaling.wait_s", print)
+    except UserError as error:
+        print("REFUSED", error)
+    await_capacity(need(2), 600.0, "scaling.wait_s", print)
+    print("READY", len(ray.nodes()))
+"""
+
+
+@pytest.mark.timeout(1500)
+def test_a_job_waits_for_nodes_that_start_and_is_refused_if_none_can_hold_it(autoscaled: Autoscaled) -> None:
+    command = [sys.executable, "-c", DRIVER, autoscaled.gcs]
+    done = subprocess.run(
+        command, env=autoscaled.environment, capture_output=True, text=True, timeout=2 * LIMIT_S, check=False
+    )
+    lines = done.stdout.splitlines()
+    assert lines[:2] == [
+        "NODES 1",
+        "REFUSED The training needs 5 workers of 1.5 CPU each and 1 task of 0.5 CPU, but the Ray cluster has only a"
+        " head node of 0 CPU and up to 2 cpu_worker of 2 CPU; lower it, or use a larger cluster.",
+    ], done.stderr
+    assert lines[2].startswith("Waiting for 3.5 CPU"), done.stderr
+    assert lines[-1] == "READY 3", done.stdout + done.stderr

@@ -11,7 +11,7 @@ from pathlib import Path
 
 LAYERS = (
     ("errors", "console", "plotting", "environment"),
-    ("files", "loopback"),
+    ("files", "loopback", "s3_storage"),
     ("config",),
     ("models",),
     ("datasets",),

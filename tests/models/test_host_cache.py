@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from parcelray.errors import SystemFailure, UserError
 from parcelray.models import host_cache
-from parcelray.models.checkpoint import ModelPin, open_pin, resolve_checkpoint
+from parcelray.models.checkpoint import ModelPin, open_pin, open_settings, resolve_checkpoint
 from parcelray.models.host_cache import cache_root
 from parcelray.models.manifest import write_manifest
 
@@ -92,6 +92,34 @@ def test_a_model_that_changed_after_it_was_pinned_is_refused(bucket, tmp_path):
     pin = ModelPin(reference=uri, digest="sha256:" + "0" * 64)
     with pytest.raises(UserError, match=f"{uri} has the digest sha256:.*, but the driver resolved sha256:000"):
         open_pin(pin)
+
+
+def test_the_settings_of_a_model_are_opened_without_its_weights(bucket, tmp_path):
+    uri = stored_model(bucket, tmp_path, 1)
+    pin = resolve_checkpoint(tmp_path / "made-1").pin.model_copy(update={"reference": uri})
+    bucket.rm_file("/bucket/1/model/model.safetensors")
+    folder = open_settings(pin)
+    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    assert names == ["config.json", "extra/chat.jinja", "manifest.json"]
+    bucket.store.clear()
+    assert open_settings(pin) == folder, "they are downloaded once"
+
+
+def test_settings_that_changed_are_refused(bucket, tmp_path):
+    uri = stored_model(bucket, tmp_path, 1)
+    pin = resolve_checkpoint(tmp_path / "made-1").pin.model_copy(update={"reference": uri})
+    with pytest.raises(UserError, match="but the driver resolved sha256:000"):
+        open_settings(pin.model_copy(update={"digest": "sha256:" + "0" * 64}))
+    bucket.pipe_file("/bucket/1/model/config.json", b"[]")
+    with pytest.raises(UserError, match=f"config.json of {uri} differs from its manifest"):
+        open_settings(pin)
+
+
+def test_a_host_with_the_whole_model_opens_its_settings_there(bucket, tmp_path):
+    resolved = resolve_checkpoint(stored_model(bucket, tmp_path, 1))
+    assert open_settings(resolved.pin) == resolved.path
+    folder = resolve_checkpoint(model_folder(tmp_path / "model", 2))
+    assert open_settings(folder.pin) == folder.path
 
 
 def test_a_folder_must_have_the_pinned_content_on_each_host(tmp_path):

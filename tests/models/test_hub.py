@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -15,11 +16,13 @@ from .hub_server import LARGE, HubServer
 HOST = """
 import json, sys
 from parcelray.errors import UserError
-from parcelray.models.checkpoint import ModelPin, open_pin, resolve_checkpoint
+from parcelray.models.checkpoint import ModelPin, open_pin, open_settings, resolve_checkpoint
 
 for line in sys.stdin:
     try:
-        if line.startswith("{"):
+        if line.startswith("settings {"):
+            path, pin = open_settings(ModelPin.model_validate_json(line.removeprefix("settings "))), None
+        elif line.startswith("{"):
             path, pin = open_pin(ModelPin.model_validate_json(line)), None
         else:
             path, _, pin = resolve_checkpoint(line.strip())
@@ -50,11 +53,11 @@ def hub(tmp_path):
 
 @pytest.fixture
 def host(hub, tmp_path):
-    """Starts a host: a function that resolves a reference or opens a pin in its process."""
+    """Starts a host: a function that resolves a reference or opens a pin in its process; `end` ends it by its index."""
     processes = []
 
-    def start(name):
-        variables = {
+    def start(name, **more):
+        variables = more | {
             "HF_ENDPOINT": hub.url,
             "HF_HUB_OFFLINE": "0",
             "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -81,11 +84,16 @@ def host(hub, tmp_path):
 
         return ask
 
-    yield start
-    for process, stdin, stdout in processes:
+    def end(index):
+        process, stdin, stdout = processes[index]
         stdin.close()
         process.wait()
         stdout.close()
+
+    start.end = end
+    yield start
+    for index in range(len(processes)):
+        end(index)
 
 
 def test_hosts_get_the_commit_that_the_driver_pinned_with_one_download_each(hub, host):
@@ -108,6 +116,36 @@ def test_hosts_get_the_commit_that_the_driver_pinned_with_one_download_each(hub,
     assert f"no revision '{commit}'" in host("late")(resolved["pin"])["error"]
     changed = resolved["pin"].replace(commit, hub.commit("org/name"))
     assert "but the driver resolved sha256:" in worker(changed)["error"]
+
+
+def test_the_settings_of_a_model_are_downloaded_without_its_weights(hub, host):
+    pin = host("driver")("hf:org/name")["pin"]
+    hub.requests.clear()
+    ingress = host("ingress")
+    assert ingress(f"settings {pin}")["files"] == ["config.json"]
+    assert not [each for each in hub.requests if each.startswith("GET cdn/")]
+    assert ingress(pin)["files"] == ["config.json", "model.safetensors"], "a replica on this host gets the weights"
+
+
+def test_models_that_parcelray_downloaded_are_limited_and_others_are_kept(hub, host, tmp_path):
+    names = ["org/name", "org/second", "org/third"]
+    for name in names[1:]:
+        hub.repositories[name] = tmp_path / name
+        shutil.copytree(hub.repositories["org/name"], tmp_path / name)
+        (tmp_path / name / "config.json").write_text(json.dumps({"name": name}))
+    cache = tmp_path / "host" / "hf" / "hub"
+    own = cache / "models--own--model" / "snapshots" / ("0" * 40)
+    own.mkdir(parents=True)
+    (own / "model.safetensors").write_bytes(bytes(10 * LARGE))
+    # Each model has 4 bytes for each of its `LARGE` numbers.
+    limited = {"PARCELRAY_MODEL_CACHE_GB": str(9 * LARGE / 1e9)}
+    host("host", **limited)(f"hf:{names[0]}")
+    user = host("host", **limited)
+    user(f"hf:{names[1]}")
+    host.end(0)
+    user(f"hf:{names[2]}")
+    present = {path.name for path in cache.glob("models--*")}
+    assert present == {"models--own--model", "models--org--second", "models--org--third"}, "the oldest unused one went"
 
 
 def test_refusals_of_the_hub_are_one_sentence(hub, host):

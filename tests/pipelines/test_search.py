@@ -1,13 +1,16 @@
 """`make search`: the jobs that it runs, and the whole script with a small job, whose driver is killed and restarted."""
 
+import io
 import json
 from pathlib import Path
 
 import pytest
 from mlflow.tracking import MlflowClient
+from rich.console import Console
 
 from parcelray.config.evaluate import EvaluateJob
 from parcelray.config.loader import ConfigError
+from parcelray.files import open_storage
 from parcelray.models.manifest import verify_manifest
 from parcelray.tuning.trial_record import TrialRecord
 
@@ -44,10 +47,10 @@ def test_baselines_differ_from_the_supernet_in_connector_and_budgets_only() -> N
         assert job.connector.type == baseline
 
 
-def _arguments(folder: Path) -> list[str]:
+def _arguments(folder: Path, storage: str | None = None) -> list[str]:
     # As few processes as possible, because starting them takes nearly all of the time.
     return sets(
-        f"storage={folder}",
+        f"storage={storage or folder}",
         f"tracking.uri={new_store(folder)}",
         "scaling.num_workers=0",
         "training.steps=2",
@@ -103,3 +106,40 @@ def test_a_killed_search_is_resumed_and_logs_its_frontiers_to_mlflow(tmp_path: P
     assert len(searches) == 1
     figures = {file.path for file in client.list_artifacts(searches[0].info.run_id, "figures")}
     assert {"figures/frontier.png", "figures/splits.png", "figures/adaptive.png"} <= figures
+
+
+@pytest.mark.nightly
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_a_search_on_object_storage_is_confirmed_and_resumed(
+    ray_session: None, s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    confirmation = "training={steps: 2, images_per_step: 4}", "validation={samples: 1, budgets: [64]}"
+    changes = sets(*(f"splits.confirm.job.{change}" for change in confirmation))
+    arguments = ["--confirm", *_arguments(tmp_path / "tracking", s3), *changes]
+    search = script("search")
+
+    def run() -> str:
+        output = io.StringIO()
+        search.run(arguments, Console(file=output, width=200))
+        return output.getvalue()
+
+    run()
+    filesystem, root = open_storage(s3)
+    splits = f"{root}/tune/anchor_query_split"
+    assert set(json.loads(filesystem.cat_file(f"{splits}/results.json"))["rivals"]) == {"M3", "MQT"}
+    confirmed = json.loads(filesystem.cat_file(f"{splits}/confirmation.json"))["splits"]
+    assert {split["anchor_grid"] for split in confirmed} == {0, 2, 4}
+    evaluated = {name.rpartition("/")[2] for name in filesystem.ls(f"{root}/evaluate", detail=False)}
+    assert {f"anchor_query_split-confirm-64-{grid}" for grid in (0, 2, 4)} < evaluated
+
+    # A driver that was killed before it recorded the last trial.
+    filesystem.rm_file(filesystem.find(f"{splits}/trials.jsonl")[-1])
+    predictions = filesystem.find(f"{root}/predictions")
+    printed = run()
+    assert "6 trials, 5 of them finished" in printed
+    assert len(filesystem.find(f"{splits}/trials.jsonl")) == 6
+    assert filesystem.find(f"{root}/predictions") == predictions, "all predictions were reused"
+    assert {path.name for path in tmp_path.iterdir()} == {"tracking"}, "nothing is written below the working folder"

@@ -19,6 +19,7 @@ from parcelray.config.evaluate import EvaluateJob
 from parcelray.datasets.mini import FAMILIES, family_samples
 from parcelray.errors import UserError
 from parcelray.evaluation.inputs import Pair
+from parcelray.files import open_storage
 from parcelray.models.backbones.base import Depths
 from parcelray.studies import attention as attention_studies
 from parcelray.studies.reduction.methods import all_budgets, methods_of
@@ -34,7 +35,7 @@ def _run(pipeline: str, *arguments: str) -> str:
     return output.getvalue()
 
 
-def _attention(storage: Path, count: int) -> list[str]:
+def _attention(storage: Path | str, count: int) -> list[str]:
     return sets(
         f"count={count}", "benchmarks=[{name: mini, source: {samples: 3}}]", f"storage={storage}", "tracking.uri=null"
     )
@@ -146,6 +147,28 @@ def test_validity_is_studied_on_the_samples_of_a_job(tmp_path: Path, monkeypatch
     assert follows["p_holm"] == pytest.approx(3 / 1001)
     assert random["p_value"] > 0.01
     assert follows["mass"]["value"] > 0.15 > random["mass"]["value"] > opposes["mass"]["value"]
+
+
+@pytest.mark.nightly
+def test_studies_are_stored_on_object_storage(
+    llava_job: tuple[Path, list[str]], s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    job = [change.replace(f"storage={llava_job[0]}", f"storage={s3}") for change in llava_job[1]]
+    models = sets("models.SigLIP=mini_llava", "models.ConvNeXt=mini_llava", "models.CLIP=mini_llava")
+    _run("saliency", *_attention(s3, 2))
+    printed = _run("encoders", *job, *models)
+    filesystem, root = open_storage(s3)
+    files = {name.removeprefix(f"{root}/studies/") for name in filesystem.find(f"{root}/studies")}
+    assert {"saliency-attention/saliency.json", "encoders/encoders.csv", "encoders/redundancy.png"} <= files
+    assert {f"encoders-{name}/frontier.json" for name in ("clip", "siglip", "convnext")} <= files
+    assert f"are stored in {s3}/studies/encoders" in printed
+    assert list(tmp_path.iterdir()) == [], "nothing is written below the working folder"
+
+
+def test_the_elastic_study_needs_a_folder() -> None:
+    with pytest.raises(UserError, match="storage is s3://bucket/runs, but this study needs a folder"):
+        _run("elastic", "report", *sets("storage=s3://bucket/runs"))
 
 
 def test_too_few_samples_are_reported_in_one_sentence(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from parcelray.config.reducer import AveragePoolingConfig, SpatialSamplingConfig
 from parcelray.config.serve import ServeJob
 from parcelray.errors import UserError
 from parcelray.evaluation.run import run_evaluation
+from parcelray.files import open_storage, upload_files
 from parcelray.models.manifest import write_manifest
 from parcelray.promotion import run as promotion
 from parcelray.promotion.registered_models import list_models, roll_back, show_model
@@ -143,6 +144,22 @@ def test_a_passing_version_is_promoted_and_a_worse_one_is_refused_then_forced_th
         1: "passed",
         2: "forced",
     }
+
+
+@pytest.mark.nightly
+def test_a_candidate_at_a_uri_is_promoted_with_its_results_on_object_storage(made: Registry, s3: str) -> None:
+    filesystem, path = open_storage(s3)
+    upload_files(made.first, filesystem, f"{path}/model")
+    changes: dict[str, Any] = {"name": "stored", "model": "stored", "storage": s3}
+    changes |= {"gates": {"retention": {"overall": {"16": 0}}}}
+    verdict = made.promote(**changes, candidate=f"{s3}/model")
+    assert (verdict.version, verdict.word) == (1, "passed")
+    # The same content in a folder is the same version, and its predictions are reused.
+    assert made.promote(**changes, candidate=str(made.first)).version == 1
+    files = [name.removeprefix(f"{path}/") for name in filesystem.find(path)]
+    assert f"promote/stored/{verdict.mlflow_run_id}/verdict-v1-1.json" in files
+    assert "evaluate/gate-stored-v1/result.json" in files
+    assert any(name.startswith("predictions/own/") for name in files)
 
 
 @pytest.mark.nightly

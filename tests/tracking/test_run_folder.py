@@ -1,14 +1,16 @@
 """Run folders on a local disk and on other fsspec file systems: one configuration per name."""
 
+import io
 from collections.abc import Iterator
 from pathlib import Path
 
 import fsspec
 import pytest
+from rich.console import Console
 
 from parcelray.errors import UserError
-from parcelray.files import is_local
-from parcelray.tracking.run_folder import RunFolder, local_folder
+from parcelray.files import is_local, open_storage
+from parcelray.tracking.run_folder import RunFolder, local_folder, study_folder
 
 from ..training.conftest import tiny_job
 
@@ -182,3 +184,14 @@ def test_only_a_local_folder_has_a_local_path(storage: str) -> None:
 def test_a_relative_storage_is_in_the_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert Path(_folder("runs").path) == tmp_path / "runs" / "train" / "tiny"
+
+
+def test_the_files_of_a_study_end_up_in_the_storage(storage: str) -> None:
+    output = io.StringIO()
+    with study_folder(storage, "studies/attention", Console(file=output, width=200)) as folder:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "numbers.json").write_text("{}")
+    assert folder.name == "attention"
+    filesystem, root = open_storage(storage)
+    assert filesystem.cat_file(f"{root}/studies/attention/numbers.json") == b"{}"
+    assert ("studies/attention" in output.getvalue()) == (not is_local(filesystem))

@@ -14,8 +14,10 @@ from mlflow import MlflowClient
 from safetensors.torch import save_file
 
 from parcelray.evaluation.predict import PYFUNC_FILE
+from parcelray.models.checkpoint import resolve_checkpoint
 from parcelray.models.manifest import verify_manifest, write_manifest
 from parcelray.tracking.mlflow_tracker import MlflowRunLogger, tracked_run
+from parcelray.tracking.opening import settings_folder
 from parcelray.tracking.registry import promote, register_model, resolve_registry
 
 pytestmark = [pytest.mark.serving, pytest.mark.slow]
@@ -78,6 +80,9 @@ def test_runs_metrics_and_models_work_through_a_server(server, tmp_path, monkeyp
     history = MlflowClient(tracking_uri=server).get_metric_history(run_id, "val/mini/accuracy:64")
     assert [metric.step for metric in history] == [3]
 
+    pin = resolve_checkpoint(folder).pin.model_copy(update={"reference": "models:/parcel/1", "tracking_uri": server})
+    settings = settings_folder(pin)
+    assert {path.name for path in settings.iterdir()} == {"config.json", "manifest.json"}, "without the weights"
     first, pinned = resolve_registry("models:/parcel@champion", server)
     assert pinned == "models:/parcel/1"
     assert first.is_relative_to(tmp_path / "cache")

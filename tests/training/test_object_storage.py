@@ -6,10 +6,12 @@ import subprocess
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import fsspec
 import pytest
 import torch
+from fsspec.implementations.memory import MemoryFileSystem
 from rich.console import Console
 from safetensors.torch import load_file
 
@@ -24,6 +26,7 @@ from parcelray.tracking.runs import list_runs, pull_run
 from parcelray.training.run import TrainedRun, run_training
 from parcelray.tuning.run import SearchRun, run_tuning
 
+from ..object_storage import FaultyProxy
 from ..processes import wait_until
 from ..stores import new_store
 from .conftest import TINY, tiny_job
@@ -34,6 +37,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
 ]
 
+REFUSED_S = 10.0
+"""Time for which the store refuses connections after each checkpoint, seconds."""
 STOPPED_S = 30.0
 """Time for which the store does not answer, seconds."""
 
@@ -66,10 +71,32 @@ class FailsAt(Exception):
     """Ends a training in the middle."""
 
 
-def test_a_training_in_a_process_resumes_on_another_host(s3: str, tmp_path: Path) -> None:
-    job = tiny_job(tmp_path)
+class FakeGcs(MemoryFileSystem):
+    """Stands for gcsfs, which is not installed for the tests: another file system of fsspec for gs://."""
+
+    protocol = ("gs", "gcs")
+    store: ClassVar[dict[str, Any]] = {}
+    pseudo_dirs: ClassVar[list[str]] = [""]
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return str(super()._strip_protocol(path.removeprefix("gs://")))
+
+
+@pytest.fixture(params=["s3", "gs"])
+def store(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Returns an empty folder on object storage of each kind."""
+    s3: str = request.getfixturevalue("s3")
+    if request.param == "s3":
+        return s3
+    monkeypatch.setitem(fsspec.registry._registry, "gs", FakeGcs)
+    return s3.replace("s3://", "gs://")
+
+
+def test_a_training_in_a_process_resumes_on_another_host(store: str, tmp_path: Path) -> None:
+    job = tiny_job(tmp_path, report={"samples": 2, "budgets": [16]})
     on_disk = run_training(job, _console())
-    remote = job.model_copy(update={"storage": s3})
+    remote = job.model_copy(update={"storage": store})
 
     def fail(metrics: Any) -> None:
         raise FailsAt
@@ -81,13 +108,18 @@ def test_a_training_in_a_process_resumes_on_another_host(s3: str, tmp_path: Path
     run = run_training(remote, _console(), on_report=steps.append)
     assert [each["step"] for each in steps] == [6.0], "it resumed from the checkpoint in the store"
     assert _same_weights(run.model_folder, on_disk.model_folder)
-    assert run.model == f"{s3}/train/tiny/model"
+    assert run.model == f"{store}/train/tiny/model"
     # Checkpoints of a finished training are removed from object storage, unless the job keeps them.
-    assert not [name for name in _files(s3) if "checkpoint_" in name]
+    assert not [name for name in _files(store) if "checkpoint_" in name]
     again = run_training(remote, _console())
     assert again.was_done
     assert again.metrics == run.metrics
     assert verify_manifest(again.model_folder).seed == 3
+    assert {each.name: each.state for each in list_runs(store).runs} == {
+        "train/tiny": "finished",
+        "evaluate/tiny-test": "finished",
+    }
+    assert rescore(pull_run(f"{store}/evaluate/tiny-test", "", tmp_path / "laptop"), {}, 5.0).budgets == (0, 16)
 
 
 def test_a_truncated_checkpoint_is_not_used(s3: str, tmp_path: Path) -> None:
@@ -107,6 +139,21 @@ def test_a_truncated_checkpoint_is_not_used(s3: str, tmp_path: Path) -> None:
     reports.clear()
     run_training(job, _console(), on_report=reports.append)
     assert [each["step"] for each in reports] == [4.0, 6.0]
+
+
+def test_a_job_in_a_process_survives_a_store_that_refuses_connections(
+    s3: str, faulty_s3: FaultyProxy, tmp_path: Path
+) -> None:
+    job = tiny_job(tmp_path, checkpointing={"every_steps": 2}, report={"samples": 2, "budgets": [16]})
+    on_disk = run_training(job, _console())
+
+    def refuse_for_a_while(metrics: Any) -> None:
+        faulty_s3.fail("refuse")
+        threading.Timer(REFUSED_S, faulty_s3.work).start()
+
+    run = run_training(job.model_copy(update={"storage": s3}), _console(), on_report=refuse_for_a_while)
+    assert _same_weights(run.model_folder, on_disk.model_folder)
+    assert _without_speed(run) == pytest.approx(_without_speed(on_disk), nan_ok=True)
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ which open it on their hosts. Reports and serving use the pinned form, never the
 
 import os
 import re
+import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path, PurePosixPath
@@ -20,13 +21,14 @@ from parcelray.config.base import StrictModel
 from parcelray.config.paths import PACKAGED
 from parcelray.errors import UserError
 from parcelray.files import is_local, open_storage
+from parcelray.models import hub
 from parcelray.models.host_cache import (
     OnProgress,
+    cache_root,
     cached_model,
     downloaded_model,
     host_lock,
     remembered_digest,
-    watched,
 )
 from parcelray.models.manifest import (
     MANIFEST_NAME,
@@ -39,9 +41,6 @@ from parcelray.models.manifest import (
 )
 
 MINI_BASE = "mini_base"
-_HUB_SUFFIXES = (".safetensors", ".json", ".txt", ".model", ".jinja")
-"""Suffixes of the files of a hub model; other files of its repository are neither downloaded nor loaded."""
-_HUB_PATTERNS = [f"*{suffix}" for suffix in _HUB_SUFFIXES]
 _HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
 
 _URI = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://.*")
@@ -51,6 +50,8 @@ RegistryResolver = Callable[[str], tuple[Path, str]]
 
 See `tracking.registry`.
 """
+FileReader = Callable[[str], bytes]
+"""Returns the content of a file of a stored model by its path in the model's folder."""
 
 
 class ModelPin(StrictModel):
@@ -137,14 +138,14 @@ def resolve_checkpoint(
         return ResolvedCheckpoint(
             folder, str(reference), ModelPin(reference=str(folder), digest=verified_digest(folder))
         )
-    hub = _HUB_ID.fullmatch(text.removeprefix("hf:"))
-    if hub is None or text.startswith((".", "~", "/")):
+    parts = _HUB_ID.fullmatch(text.removeprefix("hf:"))
+    if parts is None or text.startswith((".", "~", "/")):
         raise UserError(
             f"model reference {text!r} is neither an existing folder nor {', '.join(PACKAGED)}, models:/NAME@ALIAS,"
             " models:/NAME/VERSION, a URI of object storage or a Hugging Face id ORG/NAME[@REVISION]; check the path."
         )
-    path, commit = _download(hub["repo"], hub["revision"], on_progress)
-    return ResolvedCheckpoint(path, text, ModelPin(reference=f"hf:{hub['repo']}@{commit}", digest=_hub_digest(path)))
+    path, commit = hub.download(parts["repo"], parts["revision"], on_progress)
+    return ResolvedCheckpoint(path, text, ModelPin(reference=f"hf:{parts['repo']}@{commit}", digest=_hub_digest(path)))
 
 
 def open_pin(
@@ -166,26 +167,95 @@ def open_pin(
     """
     if (cached := cached_model(pin.digest, verified_digest)) is not None:
         return cached
-    host = os.uname().nodename
     if pin.registry_folder is not None and Path(pin.registry_folder).is_dir():
         folder = Path(pin.registry_folder)
         if verified_digest(folder) == pin.digest:
             return folder
     if pin.is_path and not Path(pin.reference).is_dir():
         raise UserError(
-            f"the model folder {pin.reference} does not exist on the host {host}; copy it to the same path on every"
-            " host, or use models:/NAME/VERSION, a Hugging Face id or a URI of object storage."
+            f"the model folder {pin.reference} does not exist on the host {os.uname().nodename}; copy it to the same"
+            " path on every host, or use models:/NAME/VERSION, a Hugging Face id or a URI of object storage."
         )
     # The hub limits the number of requests: one process downloads, and the others find a commit without a request.
     is_hub = pin.reference.startswith("hf:")
     with host_lock(f"hub-{pin.digest.removeprefix('sha256:')}") if is_hub else nullcontext():
         opened = resolve_checkpoint(pin.reference, registry_resolver=registry_resolver, on_progress=on_progress)
-    if opened.pin.digest != pin.digest:
-        raise UserError(
-            f"the model {pin.reference} has the digest {opened.pin.digest} on the host {host}, but the driver resolved"
-            f" {pin.digest}; give every host the same files, or install the same version of parcelray there."
-        )
+    _check_digest(pin, opened.pin.digest)
     return opened.path
+
+
+def open_settings(
+    pin: ModelPin,
+    *,
+    registry_reader: FileReader | None = None,
+    registry_resolver: RegistryResolver | None = None,
+    on_progress: OnProgress | None = None,
+) -> Path:
+    """Returns a folder of this host with the configuration, tokenizer and image processor of a pinned model.
+
+    The weights are there only if the host has the whole model; they are not downloaded.
+
+    Args:
+        pin: the model, from `resolve_checkpoint` in the driver.
+        registry_reader: reads files of a registered version that this host has to download.
+        registry_resolver: see `resolve_checkpoint`.
+        on_progress: see `resolve_checkpoint`.
+
+    Raises:
+        UserError: see `open_pin`.
+    """
+    if (cached := cached_model(pin.digest, verified_digest)) is not None:
+        return cached
+    if pin.reference.startswith("hf:"):
+        repo, commit = pin.reference.removeprefix("hf:").split("@")
+        return hub.download(repo, commit, on_progress, weights=False)[0]
+    read = registry_reader
+    if _URI.fullmatch(pin.reference):
+        filesystem, root = open_storage(pin.reference)
+        read = None if is_local(filesystem) else lambda name: bytes(filesystem.cat_file(f"{root}/{name}"))
+    if read is None:
+        return open_pin(pin, registry_resolver=registry_resolver, on_progress=on_progress)
+    name = pin.digest.replace(":", "-")
+    folder = cache_root() / "settings" / name
+    with host_lock(f"settings-{name}"):
+        if not folder.is_dir():
+            _download_settings(pin, read, folder)
+    return folder
+
+
+def _download_settings(pin: ModelPin, read: FileReader, folder: Path) -> None:
+    """Downloads the files of a model except its weights, and compares them with the manifest and the pinned digest."""
+    content = read(MANIFEST_NAME)
+    files = parse_manifest(content, pin.reference).files
+    partial = folder.with_suffix(".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    (partial / MANIFEST_NAME).write_bytes(content)
+    for name, entry in files.items():
+        if name.endswith(".safetensors"):
+            continue
+        target = _inside(partial, name, pin.reference)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(read(name))
+        if hash_files({name: target})[name] != entry:
+            raise UserError(f"{name} of {pin.reference} differs from its manifest; store or register the model again.")
+    _check_digest(pin, files_digest(files))
+    partial.rename(folder)
+
+
+def _check_digest(pin: ModelPin, found: str) -> None:
+    if found != pin.digest:
+        raise UserError(
+            f"the model {pin.reference} has the digest {found} on the host {os.uname().nodename}, but the driver"
+            f" resolved {pin.digest}; give every host the same files, or install the same version of parcelray there."
+        )
+
+
+def _inside(folder: Path, name: str, reference: str) -> Path:
+    """Returns the path of a file that a manifest lists; refuses one outside of the folder."""
+    if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+        raise UserError(f"the manifest of {reference} lists {name}, which is outside the model's folder; remove it.")
+    return folder / name
 
 
 def _resolve_registry(reference: str, resolver: RegistryResolver | None) -> ResolvedCheckpoint:
@@ -216,9 +286,7 @@ def _resolve_uri(
     def download(folder: Path) -> Path:
         (folder / MANIFEST_NAME).write_bytes(content)
         for name in manifest.files:
-            if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-                raise UserError(f"the manifest of {uri} lists {name}, which is outside the model's folder; remove it.")
-            target = folder / name
+            target = _inside(folder, name, uri)
             target.parent.mkdir(parents=True, exist_ok=True)
             filesystem.get_file(f"{root}/{name}", str(target))
         return folder
@@ -232,51 +300,5 @@ def _resolve_uri(
 def _hub_digest(folder: Path) -> str:
     """Returns the content digest of a hub model, whose folder may have other files of the repository."""
     require_safetensors(folder)
-    files = {name: path for name, path in checkpoint_files(folder).items() if path.suffix in _HUB_SUFFIXES}
+    files = {name: path for name, path in checkpoint_files(folder).items() if path.suffix in hub.FILE_SUFFIXES}
     return remembered_digest(folder, lambda: files_digest(hash_files(files)))
-
-
-def in_hub_cache(reference: str) -> bool:
-    """Whether the hub's cache on this host has files of a hub model, given as `ORG/NAME` or `hf:ORG/NAME@REVISION`."""
-    return _hub_cache(reference.removeprefix("hf:").partition("@")[0]).is_dir()
-
-
-def _hub_cache(repo: str) -> Path:
-    from huggingface_hub import constants
-
-    return Path(constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}"
-
-
-def _download(repo: str, revision: str | None, on_progress: OnProgress | None) -> tuple[Path, str]:
-    """Downloads a Hub repository without pickles into the hub's cache on this host; returns its folder and commit."""
-    from huggingface_hub import errors, snapshot_download
-
-    cached = _hub_cache(repo)
-    try:
-        with nullcontext() if on_progress is None else watched(cached, repo, on_progress):
-            path = Path(snapshot_download(repo, revision=revision, allow_patterns=_HUB_PATTERNS))
-    except errors.GatedRepoError as error:
-        raise UserError(
-            f"Hugging Face model {repo!r} is gated: accept its licence on its web page, and set HF_TOKEN to a token of"
-            " that account."
-        ) from error
-    except errors.RevisionNotFoundError as error:
-        raise UserError(
-            f"Hugging Face model {repo!r} has no revision {revision!r}; give one of its commits, branches or tags."
-        ) from error
-    except (errors.RepositoryNotFoundError, errors.HFValidationError) as error:
-        raise UserError(
-            f"{repo!r} is neither a local folder nor an accessible Hugging Face model; check the spelling, or set"
-            " HF_TOKEN."
-        ) from error
-    except errors.LocalEntryNotFoundError as error:
-        raise UserError(
-            f"{repo!r} is not a local folder, and as a Hugging Face model it is not in the local cache and the Hub"
-            f" cannot be reached (offline?); download it on a machine with network access (`hf download {repo}`), or"
-            " give a folder."
-        ) from error
-    except errors.HfHubHTTPError as error:
-        raise UserError(
-            f"the Hugging Face Hub refused {repo!r}: {error}; try again later, or give a folder."
-        ) from error
-    return path, path.name

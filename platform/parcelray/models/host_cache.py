@@ -176,12 +176,42 @@ def _lock(path: Path, mode: int, on_wait: Callable[[], None] = lambda: None) -> 
             os.close(file)
 
 
+def hold(lock_path: Path) -> None:
+    """Keeps an entry with this lock file from removal until this process ends."""
+    lock_path.parent.mkdir(parents=True, exist_ok=True)
+    with _lock(lock_path, fcntl.LOCK_SH) as lock:
+        _keep(lock_path, lock)
+
+
+@contextmanager
+def unused(lock_path: Path) -> Iterator[bool]:
+    """Yields whether no process uses the entry with this lock file; for the block, none can begin to."""
+    with lock_path.open("a") as file:
+        is_unused = lock_path not in _held
+        if is_unused:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                is_unused = False
+        yield is_unused
+
+
+def last_use(lock_path: Path) -> float:
+    """Returns when the entry with this lock file was last used, seconds since 1970; 0 if that is unknown."""
+    with suppress(OSError):
+        return lock_path.stat().st_mtime
+    return 0.0
+
+
 def _hold(entry: Path, lock: int) -> Path:
-    path = _lock_path(entry)
-    # The time of the last use decides which entries are removed first.
-    os.utime(path)
-    _held[path] = lock
+    _keep(_lock_path(entry), lock)
     return entry
+
+
+def _keep(lock_path: Path, lock: int) -> None:
+    # The time of the last use decides which entries are removed first.
+    os.utime(lock_path)
+    _held[lock_path] = lock
 
 
 def _is_intact(entry: Path, digest: str, digest_of: Callable[[Path], str]) -> bool:
@@ -201,7 +231,7 @@ def _verify(entry: Path, digest: str, digest_of: Callable[[Path], str], name: st
 
 
 def _make_room(entry: Path, num_bytes: int, name: str) -> None:
-    limit = _limit_bytes()
+    limit = limit_bytes()
     if num_bytes > limit:
         raise UserError(
             f"{name} has {num_bytes / _GB:.1f} GB, but the model cache of {os.uname().nodename} is limited to"
@@ -211,7 +241,7 @@ def _make_room(entry: Path, num_bytes: int, name: str) -> None:
     sizes = {path: _num_bytes(path) for path in root.glob("sha256-*") if path.is_dir()}
     excess = sum(sizes.values()) + num_bytes - limit
     lacking = num_bytes - shutil.disk_usage(root).free
-    for path in sorted(sizes, key=_last_use):
+    for path in sorted(sizes, key=lambda each: last_use(_lock_path(each))):
         if max(excess, lacking) <= 0:
             break
         if path != entry and _removed(path):
@@ -224,7 +254,12 @@ def _make_room(entry: Path, num_bytes: int, name: str) -> None:
         )
 
 
-def _limit_bytes() -> float:
+def limit_bytes() -> float:
+    """Returns the limit of each cache of models on this host, bytes.
+
+    Raises:
+        UserError: the environment variable is not a positive number.
+    """
     text = os.environ.get(LIMIT_VARIABLE) or str(_DEFAULT_LIMIT_GB)
     with suppress(ValueError):
         if (limit := float(text)) > 0:
@@ -232,24 +267,12 @@ def _limit_bytes() -> float:
     raise UserError(f"{LIMIT_VARIABLE} is {text!r}; set it to the size of the model cache in GB, such as 50.")
 
 
-def _last_use(path: Path) -> float:
-    with suppress(OSError):
-        return _lock_path(path).stat().st_mtime
-    return 0.0
-
-
 def _removed(path: Path) -> bool:
     """Removes an entry, or what an interrupted download left; False if a process uses it."""
-    lock_path = _lock_path(path)
-    if lock_path in _held:
-        return False
-    with lock_path.open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        shutil.rmtree(path, ignore_errors=True)
-    return not path.exists()
+    with unused(_lock_path(path)) as is_unused:
+        if is_unused:
+            shutil.rmtree(path, ignore_errors=True)
+    return is_unused and not path.exists()
 
 
 def _num_bytes(folder: Path) -> int:

@@ -14,7 +14,7 @@ from parcelray.studies.encoder_plot import EncoderPoint, plot_encoders
 from parcelray.studies.reduction.results import ReductionStudy
 from parcelray.studies.reduction.study import run_reduction_study
 from parcelray.tracking.mlflow_tracker import MlflowRunLogger, tracked_run
-from parcelray.tracking.run_folder import storage_folder
+from parcelray.tracking.run_folder import study_folder
 from parcelray.tracking.store import ensure_store
 
 METHODS = ("cluster", "average pooling", "spatial", "DivPrune")
@@ -41,41 +41,41 @@ def run_encoder_study(
     Raises:
         UserError: see `run_evaluation` and `study_redundancy`.
     """
-    folder = storage_folder(job.storage) / "studies" / "encoders"
-    profiles = study_redundancy(list(models.values()), console, count=images, folder=folder, tracking=job.tracking)
-    points: list[EncoderPoint] = []
-    for name, reference in models.items():
-        changes = {"name": f"encoders-{name.lower()}", "model": {"type": "checkpoint", "reference": reference}}
-        own = EvaluateJob.model_validate(job.model_dump() | changes)
-        points += encoder_points(name, run_reduction_study(own, console, methods=METHODS, equal_budgets=True))
-    table, picture, note = folder / "encoders.csv", folder / "encoders.png", folder / "confounded.txt"
-    _write(points, table)
-    plot_encoders(
-        [point for point in points if point.method != "full"],
-        picture,
-        title="Retention of each encoder's model under token reduction",
-    )
-    note.write_text(CONFOUNDED + "\n", encoding="utf-8")
-    console.print(encoder_table(points))
-    console.print(CONFOUNDED)
-    if job.tracking.uri is not None:
-        uri = ensure_store(job.tracking.uri)
-        with tracked_run(uri, job.tracking.experiment, "study-encoders", params=dict(models)) as run_id:
-            tracker = MlflowRunLogger(uri, run_id)
-            for point in points:
-                tracker.log_metrics(
-                    {f"{point.encoder}/{point.method.replace(' ', '_')}/retention": point.retention.value},
-                    point.num_visual_tokens,
-                )
-            for name, reference in models.items():
-                measures = profiles[reference].measures
-                tracker.log_metrics(
-                    {f"{name}/{_metric(measure)}": value.value for measure, value in measures.items()}, 0
-                )
-            tracker.log_artifact(table)
-            tracker.log_artifact(note)
-            tracker.log_figure_file(picture)
-            tracker.close()
+    with study_folder(job.storage, "studies/encoders", console) as folder:
+        profiles = study_redundancy(list(models.values()), console, count=images, folder=folder, tracking=job.tracking)
+        points: list[EncoderPoint] = []
+        for name, reference in models.items():
+            changes = {"name": f"encoders-{name.lower()}", "model": {"type": "checkpoint", "reference": reference}}
+            own = EvaluateJob.model_validate(job.model_dump() | changes)
+            points += encoder_points(name, run_reduction_study(own, console, methods=METHODS, equal_budgets=True))
+        table, picture, note = folder / "encoders.csv", folder / "encoders.png", folder / "confounded.txt"
+        _write(points, table)
+        plot_encoders(
+            [point for point in points if point.method != "full"],
+            picture,
+            title="Retention of each encoder's model under token reduction",
+        )
+        note.write_text(CONFOUNDED + "\n", encoding="utf-8")
+        console.print(encoder_table(points))
+        console.print(CONFOUNDED)
+        if job.tracking.uri is not None:
+            uri = ensure_store(job.tracking.uri)
+            with tracked_run(uri, job.tracking.experiment, "study-encoders", params=dict(models)) as run_id:
+                tracker = MlflowRunLogger(uri, run_id)
+                for point in points:
+                    tracker.log_metrics(
+                        {f"{point.encoder}/{point.method.replace(' ', '_')}/retention": point.retention.value},
+                        point.num_visual_tokens,
+                    )
+                for name, reference in models.items():
+                    measures = profiles[reference].measures
+                    tracker.log_metrics(
+                        {f"{name}/{_metric(measure)}": value.value for measure, value in measures.items()}, 0
+                    )
+                tracker.log_artifact(table)
+                tracker.log_artifact(note)
+                tracker.log_figure_file(picture)
+                tracker.close()
     console.print(f"Table and figure of all encoders: {folder}")
     return points
 

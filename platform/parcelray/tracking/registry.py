@@ -181,6 +181,35 @@ def resolve_registry(reference: str, tracking_uri: str, on_progress: OnProgress 
     Raises:
         UserError: the reference is malformed, or there is no such version.
     """
+    name, version, uri = _located(reference, tracking_uri)
+    parsed = urlparse(uri)
+    if parsed.scheme in ("", "file"):
+        folder = Path(unquote(parsed.path)) / _MODEL_SUBPATH
+        if not folder.is_dir():
+            raise UserError(
+                f"{reference!r} is version {version}, but its files ({folder}) are not on this machine; use a tracking"
+                " server, or register the checkpoint again."
+            )
+    else:
+        folder = _downloaded(f"models:/{name}/{version}", uri, tracking_uri, on_progress)
+    return folder, f"models:/{name}/{version}"
+
+
+def read_version_file(reference: str, tracking_uri: str, name: str) -> bytes:
+    """Download one file of the checkpoint of a registered version.
+
+    Args:
+        reference: see `resolve_registry`.
+        tracking_uri: as for `register_model`.
+        name: path of the file in the checkpoint folder.
+    """
+    uri = _located(reference, tracking_uri)[2]
+    with tempfile.TemporaryDirectory() as scratch:
+        return _fetch(f"{uri}/{_MODEL_SUBPATH}/{name}", Path(scratch), tracking_uri).read_bytes()
+
+
+def _located(reference: str, tracking_uri: str) -> tuple[str, int, str]:
+    """Returns the name and version of a registry reference, and the URI of the version's files."""
     parts = _REFERENCE.fullmatch(reference)
     if parts is None:
         raise UserError(
@@ -194,18 +223,7 @@ def resolve_registry(reference: str, tracking_uri: str, on_progress: OnProgress 
         check_version(client, name, version)
     else:
         version = _version_of_alias(client, name, parts["alias"])
-    uri = client.get_model_version_download_uri(name, str(version))
-    parsed = urlparse(uri)
-    if parsed.scheme in ("", "file"):
-        folder = Path(unquote(parsed.path)) / _MODEL_SUBPATH
-        if not folder.is_dir():
-            raise UserError(
-                f"{reference!r} is version {version}, but its files ({folder}) are not on this machine; use a tracking"
-                " server, or register the checkpoint again."
-            )
-    else:
-        folder = _downloaded(f"models:/{name}/{version}", uri, tracking_uri, on_progress)
-    return folder, f"models:/{name}/{version}"
+    return name, version, client.get_model_version_download_uri(name, str(version))
 
 
 def resolve_model(model: CheckpointModelConfig, tracking_uri: str | None) -> ResolvedCheckpoint:
@@ -340,22 +358,20 @@ def check_version(client: MlflowClient, name: str, version: int) -> None:
 
 def _downloaded(version: str, uri: str, tracking_uri: str, on_progress: OnProgress | None) -> Path:
     """Download the checkpoint of a version into the host's cache, unless its content is there."""
-
-    def fetch(path: str, folder: Path) -> Path:
-        return Path(
-            mlflow.artifacts.download_artifacts(
-                artifact_uri=f"{uri}/{path}", dst_path=str(folder), tracking_uri=tracking_uri
-            )
-        )
-
     # The manifest tells the content, so that a version that the cache has is not downloaded again.
     with tempfile.TemporaryDirectory() as scratch:
-        manifest = read_manifest(fetch(f"{_MODEL_SUBPATH}/{MANIFEST_NAME}", Path(scratch)).parent)
+        manifest = read_manifest(_fetch(f"{uri}/{_MODEL_SUBPATH}/{MANIFEST_NAME}", Path(scratch), tracking_uri).parent)
     return downloaded_model(
         files_digest(manifest.files),
-        lambda folder: fetch(_MODEL_SUBPATH, folder),
+        lambda folder: _fetch(f"{uri}/{_MODEL_SUBPATH}", folder, tracking_uri),
         verified_digest,
         name=version,
         num_bytes=sum(entry.bytes for entry in manifest.files.values()),
         on_progress=on_progress,
+    )
+
+
+def _fetch(artifact_uri: str, folder: Path, tracking_uri: str) -> Path:
+    return Path(
+        mlflow.artifacts.download_artifacts(artifact_uri=artifact_uri, dst_path=str(folder), tracking_uri=tracking_uri)
     )

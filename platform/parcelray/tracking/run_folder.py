@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pyarrow.fs import FSSpecHandler, PyFileSystem
+from rich.console import Console
 
 from parcelray.config.identity import StoredJob, decisive, differing_keys, identity
 from parcelray.config.paths import AS_WRITTEN
@@ -85,6 +86,27 @@ def storage_folder(storage: str) -> Path:
     if not is_local(filesystem):
         raise UserError(f"storage is {storage}, but this study needs a folder; set storage to one, such as runs.")
     return Path(path)
+
+
+@contextmanager
+def study_folder(storage: str, name: str, console: Console) -> Iterator[Path]:
+    """Yields the folder of this host for the files of a study; on object storage, they are uploaded at the end.
+
+    Args:
+        storage: folder or URI of a job's storage.
+        name: path of the study's folder in the storage.
+        console: prints the URI of the uploaded files.
+    """
+    filesystem, root = open_storage(storage)
+    if is_local(filesystem):
+        yield Path(root) / name
+        return
+    # The last part of the path is part of the names of MLflow runs.
+    folder = temporary_copy("study") / Path(name).name
+    folder.mkdir()
+    yield folder
+    upload_files(folder, filesystem, f"{root}/{name}")
+    console.print(f"The files of {folder} are stored in {storage.rstrip('/')}/{name}", soft_wrap=True)
 
 
 class RunFolder:
@@ -256,7 +278,7 @@ class RunFolder:
 
     def _release(self) -> None:
         # The failure of the run itself is what its user has to know.
-        with suppress(OSError):
+        with suppress(OSError, SystemFailure):
             # Ray Train would take its record for an earlier part of the same run.
             if self.filesystem.exists(f"{self.path}/{self.identity}"):
                 self.filesystem.rm(f"{self.path}/{self.identity}", recursive=True)

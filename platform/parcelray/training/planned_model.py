@@ -13,7 +13,8 @@ from parcelray.config.model import CheckpointModelConfig
 from parcelray.config.train import TrainJob
 from parcelray.models.backbones import ElasticLlavaConfig, ElasticPaliGemmaConfig, ElasticVLM
 from parcelray.models.backbones.processor_base import ElasticProcessor
-from parcelray.models.checkpoint import in_hub_cache, resolve_checkpoint
+from parcelray.models.checkpoint import resolve_checkpoint
+from parcelray.models.hub import in_hub_cache
 from parcelray.models.vlm import ElasticConfig, config_of, empty_vlm, load_processor
 from parcelray.models.vocabulary import add_words
 from parcelray.profiling.backbone_shapes import BackboneShape, hub_shape

@@ -24,8 +24,9 @@ from parcelray.config.tune import HyperBandScheduler, PbtAlgorithm, TuneJob
 from parcelray.errors import SystemFailure, UserError
 from parcelray.evaluation.run import limit_predictions, run_evaluation
 from parcelray.evaluation.scoring.summary import Summary
-from parcelray.files import open_storage
+from parcelray.files import is_local, open_storage
 from parcelray.models.checkpoint import ResolvedCheckpoint
+from parcelray.models.manifest import MANIFEST_NAME
 from parcelray.models.vlm import connector_of
 from parcelray.tracking.lineage import MODEL_IN_TAG
 from parcelray.tracking.mlflow_tracker import job_run
@@ -339,11 +340,11 @@ class _Search:
 
 
 def _is_missing(reference: str) -> bool:
-    """Whether a reference is a folder or a URI without files; the registry and the hub are not asked."""
+    """Whether a reference is a path, or a URI of object storage, without a model."""
     if "/" not in reference or reference.startswith(("models:/", "hf:")):
         return False
     filesystem, path = open_storage(reference)
-    return not filesystem.exists(path)
+    return not filesystem.exists(f"{path}/{MANIFEST_NAME}" if not is_local(filesystem) else path)
 
 
 def trial_resources(job: TuneJob) -> TrialResources:

@@ -32,7 +32,7 @@ from parcelray.serving.ingress.notices import LostRecords, Notices
 from parcelray.serving.ingress.request_log import RequestLog, RequestSampler
 from parcelray.serving.ingress.routes import Records, Route, Routes
 from parcelray.serving.replica import ReplicaSettings
-from parcelray.tracking.opening import model_folder
+from parcelray.tracking.opening import settings_folder
 
 if TYPE_CHECKING:
     from parcelray.profiling.reduction_flops import PrefillCost
@@ -223,7 +223,7 @@ def _load_prompts_and_costs(settings: ReplicaSettings) -> tuple[PromptBuilder, "
     from parcelray.models.vlm import config_of, load_processor
     from parcelray.profiling.reduction_flops import prefill_costs
 
-    folder = model_folder(settings.pin, logger.info)
+    folder = settings_folder(settings.pin, logger.info)
     config = config_of(folder)
     connector = settings.model.connector or config.connector_config
     costs = prefill_costs(from_transformers_config(config), connector, settings.reducer, settings.budgets)

@@ -42,7 +42,7 @@ from parcelray.studies.reduction.results import ReductionStudy, StudyEvaluations
 from parcelray.studies.reduction.warnings import describe, warnings_of
 from parcelray.tracking.mlflow_tracker import tracked_run
 from parcelray.tracking.registry import resolve_model
-from parcelray.tracking.run_folder import storage_folder
+from parcelray.tracking.run_folder import study_folder
 from parcelray.tracking.store import ensure_store
 from parcelray.tuning.pareto import knee_point, losses, pareto_front
 
@@ -107,10 +107,9 @@ def run_reduction_study(
                 for seed, each in enumerate(random_of(placement))
             ]
         evaluations = StudyEvaluations(chosen, summaries, random, reference, full)
-        study = study_of(
-            evaluations, from_transformers_config(config), storage_folder(job.storage) / "studies" / job.name
-        )
-        files = write_study(study, job.name)
+        with study_folder(job.storage, f"studies/{job.name}", console) as folder:
+            study = study_of(evaluations, from_transformers_config(config), folder)
+            files = write_study(study, job.name)
         if uri is not None and run_id is not None:
             record_study(uri, run_id, study, files)
     console.print(pairwise_table(study.against_random, "random sampling"))
