@@ -11,10 +11,12 @@ import pytest
 from mlflow import MlflowClient
 from rich.console import Console
 
+from parcelray.config.evaluate import EvaluateJob
 from parcelray.config.promote import PromoteJob
 from parcelray.config.reducer import AveragePoolingConfig, SpatialSamplingConfig
 from parcelray.config.serve import ServeJob
 from parcelray.errors import UserError
+from parcelray.evaluation.plan import as_promoted
 from parcelray.evaluation.run import run_evaluation
 from parcelray.files import open_storage, upload_files
 from parcelray.models.manifest import write_manifest
@@ -24,7 +26,7 @@ from parcelray.promotion.run import GateRefusal, Verdict, promotion_plan, run_pr
 from parcelray.serving.plan import pin
 from parcelray.tracking import registry
 from parcelray.tracking.mlflow_tracker import end_run, start_run
-from parcelray.tracking.model_versions import find_version
+from parcelray.tracking.model_versions import find_version, record_reducer
 from parcelray.tracking.registry import resolve_registry
 
 from ..stores import new_store
@@ -205,6 +207,29 @@ def test_a_version_is_promoted_and_served_with_its_reducer(made: Registry, tmp_p
         f"the score on all splits at {budget} visual tokens against the champion's" for budget in (16, 64)
     }
     assert pin(job).reducer == AveragePoolingConfig()
+
+
+def test_an_evaluation_of_a_version_applies_the_reducer_that_it_was_promoted_with(made: Registry) -> None:
+    reducer = SpatialSamplingConfig(positions="image")
+    made.promote(name="plain", model="plain", candidate=str(made.first))
+    record_reducer(made.uri, "plain", 1, reducer)
+    data = {
+        "kind": "evaluate",
+        "name": "reduced",
+        "benchmarks": ["mini"],
+        "tracking": {"uri": made.uri},
+        "model": {"reference": "models:/plain@champion"},
+    }
+    job, note = as_promoted(EvaluateJob.model_validate(data))
+    assert (job.model.reference, job.reducer) == ("models:/plain/1", reducer)
+    assert note is not None
+    assert "models:/plain/1 is evaluated with the reducer spatial_sampling, which it was promoted with" in note
+    for own in ({"type": "average_pooling"}, None):
+        stated = EvaluateJob.model_validate(data | {"reducer": own})
+        assert as_promoted(stated) == (stated, None)
+    record_reducer(made.uri, "plain", 1, None)
+    plain = EvaluateJob.model_validate(data)
+    assert as_promoted(plain) == (plain, None)
 
 
 def test_a_new_version_belongs_to_the_run_that_trained_it(made: Registry, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from parcelray.errors import UserError
-from parcelray.training.checkpointing import TrainState, read_state, restore_optimizer, save
+from parcelray.training.checkpointing import TrainState, read_state, restore, save
 from parcelray.training.start import build_start
 from parcelray.training.step import build_optimizer
 
@@ -53,7 +53,7 @@ def test_a_checkpoint_restores_moments_loss_scale_and_random_numbers(tmp_path: P
 
     fresh = build_optimizer(model, job.optimizer)
     accelerator.scaler = torch.amp.GradScaler("cpu")
-    restore_optimizer(tmp_path, accelerator=accelerator, model=model, optimizer=fresh)
+    restore(tmp_path, accelerator=accelerator, model=model, optimizer=fresh)
     assert _draws() == expected
     assert accelerator.scaler.state_dict()["scale"] == 1024
     assert replace(read_state(tmp_path), files={}) == STATE

@@ -2,15 +2,12 @@
 
 import io
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from accelerate import Accelerator
-from accelerate.state import PartialState
-from accelerate.utils import DistributedType
 from rich.console import Console
 from safetensors.torch import load_file
 from torch import distributed
@@ -18,17 +15,18 @@ from torch import distributed
 from parcelray.config.train import TrainingConfig, TrainJob
 from parcelray.models.manifest import verify_manifest
 from parcelray.models.mini import build_processor
-from parcelray.models.vlm import load_vlm
 from parcelray.tracking.metric_logger import NoMetrics
-from parcelray.training.accelerator import fsdp_plugin, make_accelerator
+from parcelray.training.accelerator import fsdp_plugin
+from parcelray.training.checkpointing import SHARDS, load_shards
 from parcelray.training.plan import training_plan
 from parcelray.training.run import run_training
-from parcelray.training.start import build_start, prepare_model
-from parcelray.training.step import build_optimizer, parameter_groups
+from parcelray.training.start import build_start, build_trained, prepare_model
+from parcelray.training.step import build_optimizer
 from parcelray.training.train_loop import fit_in_process
 
 from ..models.conftest import CONFIG, CORPUS, write_stock_paligemma
 from .conftest import tiny_job
+from .sharding import join_ranks, shard_on_cpus
 from .test_in_process import Recorder
 
 LEARNING_RATE = 1e-5
@@ -57,27 +55,27 @@ def _job(folder: Path, start: Path, **changes: Any) -> TrainJob:
 
 
 def _check_that_every_entry_moved(job: TrainJob, start: Path, checkpoint: Path) -> None:
-    """Check that one AdamW step changed every entry of the weights that had a gradient."""
-    before = build_start(job, start)[0]
-    after = load_vlm(checkpoint / "model").state_dict()
-    stored = torch.load(checkpoint / "optimizer.pt", weights_only=True)["optimizer"]["state"]
-    names = {id(parameter): name for name, parameter in before.named_parameters()}
-    groups: list[dict[str, Any]] = parameter_groups(before, job.optimizer)
-    order = [parameter for group in groups for parameter in group["params"]]
+    """Check that one AdamW step changed every entry of the weights that had a gradient, and that all are float32."""
+    before = dict(build_start(job, start)[0].named_parameters())
+    model, _ = build_trained(job, checkpoint, start)
+    optimizer = build_optimizer(model, job.optimizer)
+    if (checkpoint / SHARDS).is_dir():
+        load_shards(checkpoint, model, optimizer)
+    else:
+        optimizer.load_state_dict(torch.load(checkpoint / "optimizer.pt", weights_only=True)["optimizer"])
     num_moved = 0
-    for index, parameter in enumerate(order):
-        name = names[id(parameter)]
-        # A sharded optimizer's state is stored by name. A parameter without gradient has no state.
-        state = stored.get(index) or stored.get(name)
-        if state is None:
-            continue
+    for name, parameter in model.named_parameters():
+        assert parameter.dtype == torch.float32
+        if parameter not in optimizer.state:
+            continue  # it had no gradient
+        state = optimizer.state[parameter]
         assert state["exp_avg"].dtype == state["exp_avg_sq"].dtype == torch.float32
         # With a gradient above this, the first step of AdamW is as long as the learning rate.
         has_gradient = state["exp_avg"].abs() > 1e-7
-        moved = after[name] != parameter.detach()
+        moved = parameter != before[name]
         assert bool(moved[has_gradient].all()), name
         num_moved += int(has_gradient.sum())
-    assert num_moved > 0.2 * sum(parameter.numel() for parameter in order)
+    assert num_moved > 0.2 * sum(parameter.numel() for parameter in before.values())
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -91,30 +89,14 @@ def test_every_entry_of_a_bf16_checkpoint_moves_in_one_step(tmp_path: Path, bf16
 
 @pytest.fixture
 def one_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A process group with this process as its only rank, as on a Ray worker."""
-    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}.items():
-        monkeypatch.setenv(name, value)
-    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    """A process group with this process as its only rank, as on a Ray worker, which shards on CPUs, too."""
+    join_ranks(tmp_path / "store", 0, 1, monkeypatch)
+    shard_on_cpus(monkeypatch)
     yield
     distributed.destroy_process_group()
 
 
-@pytest.fixture
-def sharding_on_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Shard on CPUs too, where accelerate by itself replicates the model and ignores the plugin."""
-
-    def build(training: TrainingConfig, layer_classes: Sequence[str], *, cpu_only: bool) -> Accelerator:
-        accelerator = make_accelerator(training, layer_classes, cpu_only=cpu_only)
-        if training.strategy == "fsdp":
-            for state in (accelerator.state.__dict__, PartialState._shared_state):
-                state["distributed_type"] = DistributedType.FSDP
-            accelerator.state.fsdp_plugin = fsdp_plugin(training, layer_classes)
-        return accelerator
-
-    monkeypatch.setattr("parcelray.training.train_loop.make_accelerator", build)
-
-
-@pytest.mark.usefixtures("one_rank", "sharding_on_cpus")
+@pytest.mark.usefixtures("one_rank")
 # FSDP warns of in-place operations on outputs that are views; the losses have none.
 @pytest.mark.filterwarnings("ignore:FSDP2-wrapped module:UserWarning")
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -124,12 +106,8 @@ def test_every_entry_of_a_bf16_checkpoint_moves_in_distributed_training(
 ) -> None:
     job = _job(tmp_path, bf16_start, training={"steps": 1, "precision": precision, "strategy": strategy})
     checkpoint, _ = fit_in_process(job, tmp_path, checkpoint=bf16_start, logger=NoMetrics())
-    weights = load_file(checkpoint / "model" / "model.safetensors")
-    assert {value.dtype for value in weights.values()} == {torch.float32}
     _check_that_every_entry_moved(job, bf16_start, checkpoint)
-    # Only a sharded optimizer's state is stored by name.
-    stored = torch.load(checkpoint / "optimizer.pt", weights_only=True)["optimizer"]["state"]
-    assert {type(key) for key in stored} == {str if strategy == "fsdp" else int}
+    assert (checkpoint / SHARDS).is_dir() == (strategy == "fsdp")
 
 
 @pytest.mark.parametrize(
@@ -141,7 +119,7 @@ def test_sharded_training_adds_up_gradients_in_fp32(precision: str, dtype: torch
     assert (policy.param_dtype, policy.reduce_dtype) == (dtype, torch.float32)
 
 
-@pytest.mark.usefixtures("one_rank", "sharding_on_cpus")
+@pytest.mark.usefixtures("one_rank")
 @pytest.mark.filterwarnings("ignore:FSDP2-wrapped module:UserWarning")
 @pytest.mark.parametrize(
     ("strategy", "more"),
@@ -159,7 +137,6 @@ def test_a_training_from_a_bf16_checkpoint_resumes_to_identical_weights(
     tmp_path: Path, bf16_start: Path, strategy: str, more: dict[str, Any]
 ) -> None:
     final = []
-    file = "trained.safetensors" if more else "model/model.safetensors"
     for name, fail_at in (("whole", None), ("part", 5)):
         # The data type of the finished model does not concern the checkpoints that a training resumes from.
         job = _job(
@@ -172,8 +149,8 @@ def test_a_training_from_a_bf16_checkpoint_resumes_to_identical_weights(
             with pytest.raises(KeyboardInterrupt):
                 fit_in_process(job, tmp_path / name, checkpoint=bf16_start, logger=Recorder(fail_at))
         checkpoint, _ = fit_in_process(job, tmp_path / name, checkpoint=bf16_start, logger=NoMetrics())
-        final.append(load_file(checkpoint / file))
-    assert all(value.dtype == torch.float32 and torch.equal(value, final[1][key]) for key, value in final[0].items())
+        final.append(build_trained(job, checkpoint, bf16_start)[0].state_dict())
+    assert all(torch.equal(value, final[1][key]) for key, value in final[0].items())
 
 
 @pytest.mark.parametrize("model_dtype", [None, "float32", "bfloat16", "float16"])

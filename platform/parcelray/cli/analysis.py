@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from parcelray.cli.options import Address, AsJson, JobFile, Set, console, integers, path, write_json
+from parcelray.cli.options import Address, AsJson, JobFile, Set, console, integers, load_evaluation, path, write_json
 
 if TYPE_CHECKING:
     from parcelray.config.train import TrackingConfig
@@ -190,11 +190,9 @@ def adaptive(
 
     The policies are an escalation rule, a predictor and the oracle; calibration is reported too.
     """
-    from parcelray.config.evaluate import EvaluateJob
-    from parcelray.config.loader import load_job_of
     from parcelray.evaluation.adaptive.study import study_adaptive
 
-    job = load_job_of(EvaluateJob, job_file, overrides)
+    job = load_evaluation(job_file, overrides, as_json)
     run = study_adaptive(
         job, console(stderr=as_json), folder=output or Path("runs/analyze/adaptive") / job.name, address=address
     )

@@ -7,7 +7,18 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from parcelray.cli.options import Address, AsJson, DryRun, JobFile, Set, console, path, show, write_json
+from parcelray.cli.options import (
+    Address,
+    AsJson,
+    DryRun,
+    JobFile,
+    Set,
+    console,
+    load_evaluation,
+    path,
+    show,
+    write_json,
+)
 from parcelray.errors import UserError
 
 
@@ -48,10 +59,7 @@ def evaluate_run(
     job_file: JobFile, overrides: Set = [], dry_run: DryRun = False, address: Address = None, as_json: AsJson = False
 ) -> None:
     """Evaluate a checkpoint; run the same command again to compute only the missing predictions."""
-    from parcelray.config.evaluate import EvaluateJob
-    from parcelray.config.loader import load_job_of
-
-    job = load_job_of(EvaluateJob, job_file, overrides)
+    job = load_evaluation(job_file, overrides, as_json)
     if dry_run:
         from parcelray.evaluation.plan import evaluation_plan
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from parcelray.bench.measure import Report
+    from parcelray.config.evaluate import EvaluateJob
     from parcelray.config.identity import Job
 
 
@@ -62,6 +63,18 @@ def load(job_file: Path, overrides: list[str]) -> "Job":
     from parcelray.config.loader import load_job
 
     return load_job(job_file, overrides)
+
+
+def load_evaluation(job_file: Path, overrides: list[str], as_json: bool) -> "EvaluateJob":
+    """Read an evaluate job; if a registered version has a reducer that applies, print a sentence about it."""
+    from parcelray.config.evaluate import EvaluateJob
+    from parcelray.config.loader import load_job_of
+    from parcelray.evaluation.plan import as_promoted
+
+    job, note = as_promoted(load_job_of(EvaluateJob, job_file, overrides))
+    if note is not None:
+        console(stderr=as_json).print(note, markup=False, soft_wrap=True)
+    return job
 
 
 def integers(text: str, option: str) -> list[int]:

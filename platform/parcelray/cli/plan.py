@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from parcelray.cli.options import AsJson, JobFile, Set, load, show
+from parcelray.cli.options import AsJson, JobFile, Set, load, load_evaluation, show
 from parcelray.errors import UserError
 
 
@@ -41,6 +41,7 @@ def plan(
     elif isinstance(job, EvaluateJob):
         from parcelray.evaluation.token_plan import evaluation_token_plan
 
+        job = load_evaluation(job_file, overrides, as_json)
         found = evaluation_token_plan(job, num_rows=rows, memory_gib=memory_gib, gpu=gpu)
     elif isinstance(job, ServeJob):
         from parcelray.serving.memory import serving_token_plan

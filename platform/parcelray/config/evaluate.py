@@ -79,7 +79,10 @@ class EvaluateJob(StrictModel):
     model: CheckpointModelConfig = CheckpointModelConfig()
     """Checkpoint to evaluate."""
     reducer: ReducerConfig | None = None
-    """Training-free reducer between projector and decoder; null: the checkpoint's connector produces each budget."""
+    """Training-free reducer between projector and decoder; null: the checkpoint's connector produces each budget.
+
+    If the key is left out, `parcelray evaluate` takes the reducer that a registered version was promoted with.
+    """
     anchor_grid: int | None = Field(default=None, ge=0)
     """Side of the anchor grid at every budget, for supernets over splits; null: the checkpoint's routing."""
     reference: CheckpointModelConfig | None = None

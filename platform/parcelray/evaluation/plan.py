@@ -27,7 +27,9 @@ from parcelray.profiling.backbone_shapes import BackboneShape, from_transformers
 from parcelray.profiling.flops import cost
 from parcelray.profiling.machine import matmul_flops_per_second
 from parcelray.profiling.reduction_flops import reduced_cost
+from parcelray.tracking.model_versions import referenced_version
 from parcelray.tracking.registry import resolve_model
+from parcelray.tracking.store import ensure_store
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -83,6 +85,28 @@ class EvaluationPlan:
         for key, value in [*rows.items(), *(("warning", warning) for warning in self.warnings)]:
             table.add_row(key, value)
         return table
+
+
+def as_promoted(job: EvaluateJob) -> tuple[EvaluateJob, str | None]:
+    """Adds the reducer that a registered version was promoted with to a job without the key `reducer`.
+
+    Returns:
+        The job, with a reference to the version, and a sentence about it; the same job and None if nothing is added.
+
+    Raises:
+        UserError: there is no such version.
+    """
+    if "reducer" in job.model_fields_set or job.tracking.uri is None or not job.model.reference.startswith("models:/"):
+        return job, None
+    version = referenced_version(ensure_store(job.tracking.uri), job.model.reference)
+    if version is None or version.reducer is None:
+        return job, None
+    name = f"models:/{version.name}/{version.version}"
+    changes = {"model": job.model.model_copy(update={"reference": name}), "reducer": version.reducer}
+    return job.model_copy(update=changes), (
+        f"{name} is evaluated with the reducer {version.reducer.type}, which it was promoted with; set reducer to"
+        " another one, or to null for none."
+    )
 
 
 def evaluation_plan(job: EvaluateJob) -> EvaluationPlan:

@@ -46,7 +46,6 @@ TEXT_TOKENS = 32
 """Text tokens of a request that plans assume."""
 _MAX_DEFAULT_BUDGETS = 5
 """Maximum number of budgets of an endpoint without a job file."""
-_REGISTERED_VERSION = re.compile(r"models:/(?P<name>[^/]+)/(?P<version>\d+)")
 
 
 @dataclass(frozen=True)
@@ -261,14 +260,13 @@ def resolve(job: ServeJob, model: ServedModelConfig) -> ResolvedCheckpoint:
 
 def _registered(job: ServeJob, checkpoint: ResolvedCheckpoint) -> "RegisteredVersion | None":
     """Returns the version of the model registry that a reference was resolved to; None: it is not from the registry."""
-    match = _REGISTERED_VERSION.fullmatch(checkpoint.pinned)
-    if match is None:
+    if not checkpoint.pinned.startswith("models:/"):
         return None
     assert job.tracking.uri is not None, "the reference was resolved there"
     # Importing MLflow takes seconds.
-    from parcelray.tracking.model_versions import find_version
+    from parcelray.tracking.model_versions import referenced_version
 
-    return find_version(ensure_store(job.tracking.uri), match["name"], match["version"])
+    return referenced_version(ensure_store(job.tracking.uri), checkpoint.pinned)
 
 
 def _reducer_of(job: ServeJob, checkpoint: ResolvedCheckpoint, named: ReducerConfig | None) -> ReducerConfig | None:

@@ -1,6 +1,7 @@
 """Registered models, their versions, and the gate results that are stored on each version."""
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -28,6 +29,7 @@ GATE_REDUCER_TAG = "parcel.gate_reducer"
 REDUCER_TAG = "parcel.reducer"
 """Tag with the reducer that the version was promoted with, as JSON; the endpoint serves it with this one."""
 _REDUCER: TypeAdapter[ReducerConfig | None] = TypeAdapter(ReducerConfig | None)
+_REFERENCE = re.compile(r"models:/(?P<name>[^/@]+)[@/](?P<version>[^/@]+)")
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,16 @@ def versions_of(tracking_uri: str, name: str) -> list[RegisteredVersion]:
         token = page.token
         if not token:
             return sorted(versions, key=lambda version: -version.version)
+
+
+def referenced_version(tracking_uri: str, reference: str) -> RegisteredVersion | None:
+    """Find the version that `models:/NAME@ALIAS` or `models:/NAME/VERSION` names; None: it is another reference.
+
+    Raises:
+        UserError: there is no such version.
+    """
+    parts = _REFERENCE.fullmatch(reference)
+    return find_version(tracking_uri, parts["name"], parts["version"]) if parts is not None else None
 
 
 def find_version(tracking_uri: str, name: str, version_or_alias: str) -> RegisteredVersion:

@@ -10,12 +10,18 @@ A checkpoint folder has three parts:
 - `state.json`: step, budget sampler, configuration hash, newest metrics, and the size of every other file, by which an
   incomplete copy is recognised.
 
+If the ranks share the weights (FSDP), each rank writes what it holds of weights and moments to `shards/`, in the format
+of `torch.distributed.checkpoint`. `model/` then has no weights, and `optimizer.pt` no moments. Any number of ranks can
+read the shards.
+
 The data position is the step: `batches.schedule` derives the samples of every step from it.
 """
 
+import pickle
 import random
 import shutil
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -24,16 +30,14 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed.checkpoint as dcp
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, gather_object
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_optimizer_state_dict,
-)
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from parcelray.errors import SystemFailure, UserError
 from parcelray.files import read_json, write_json
@@ -48,7 +52,27 @@ _POLL_S = 1.0
 _STATE = "state.json"
 TRAINED = "trained.safetensors"
 """File of the trained weights of a training with adapters."""
-_FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
+SHARDS = "shards"
+"""Folder of the weights and moments that the ranks share."""
+_WEIGHT, _MOMENT = "model.", "optimizer."
+"""First parts of the names of tensors in the shards."""
+_INDEX_TYPES = {
+    "collections": {"OrderedDict"},
+    "pathlib": {"PosixPath", "WindowsPath"},
+    "torch": {"Size", "float32", "float16", "bfloat16", "int64", "int32", "uint8", "bool"},
+    "torch.serialization": {"_get_layout"},
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.distributed.checkpoint.metadata": {
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    },
+}
+"""What the index of the shards consists of, by module."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +92,8 @@ class TrainState:
     """Size in bytes of each other file of the checkpoint, by its path; `save` fills it in."""
     skipped_rows: dict[str, str] = field(default_factory=dict)
     """Reasons of the rows that others replaced, by row id; see `batches.skipped`."""
+    frozen: str | None = None
+    """Digest of the frozen weights, which a training with adapters does not store; None: all weights are stored."""
 
 
 def save(
@@ -78,57 +104,64 @@ def save(
     optimizer: torch.optim.Optimizer,
     processor: ElasticProcessor,
     state: TrainState,
-    frozen: str | None = None,
 ) -> None:
-    """Write a checkpoint folder. Every rank must call it, because sharded states are gathered; rank 0 writes."""
-    save_weights(folder, accelerator=accelerator, model=model, processor=processor, frozen=frozen)
-    moments = (
-        get_optimizer_state_dict(model, _inner(optimizer), options=_FULL)
-        if is_sharded(accelerator)
-        else _inner(optimizer).state_dict()
-    )
-    rng = gather_object([_rng_state()])
-    if not accelerator.is_main_process:
-        return
-    scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
-    with _explained_write_failures(folder):
-        torch.save({"optimizer": moments, "scaler": scaler, "rng": rng}, folder / "optimizer.pt")
-    files = {path.relative_to(folder).as_posix(): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
-    write_json(folder / _STATE, asdict(replace(state, files=files)))
+    """Write a checkpoint folder; every rank must call it.
 
-
-def save_weights(
-    folder: Path,
-    *,
-    accelerator: Accelerator,
-    model: torch.nn.Module,
-    processor: ElasticProcessor,
-    frozen: str | None = None,
-) -> None:
-    """Write the float32 weights. Every rank must call it, because shards are gathered; rank 0 writes.
-
-    Args:
-        folder: folder of the checkpoint.
-        accelerator: the accelerator.
-        model: the model, possibly wrapped for distributed training.
-        processor: the processor.
-        frozen: digest of the frozen weights, to write only the trained ones; None: write the whole model to `model/`.
+    Rank 0 writes everything. If the ranks share the weights, each one writes its shards to a folder of its own, and no
+    rank ever holds the whole state; all folders together are the checkpoint.
     """
-    options = replace(_FULL, ignore_frozen_params=frozen is not None)
-    weights: dict[str, Any] = get_model_state_dict(model, options=options)
-    if not accelerator.is_main_process:
-        return
-    inner: ElasticVLM = accelerator.unwrap_model(model)
+    is_main, sharded = accelerator.is_main_process, is_sharded(accelerator)
+    vlm: ElasticVLM = accelerator.unwrap_model(model)
+    inner = _inner(optimizer)
+    rng = gather_object([_rng_state()])
     with _explained_write_failures(folder):
-        if frozen is not None:
-            # Tied weights are in the state twice, but in the parameters once.
-            names = [name for name, parameter in inner.named_parameters() if parameter.requires_grad]
-            trained = {name: weights[name].contiguous() for name in names}
-            save_file(trained, folder / TRAINED, metadata={"frozen": frozen})
-            return
-        with quiet_transformers():
-            inner.save_pretrained(folder / "model", state_dict=weights)
-        processor.save_pretrained(folder / "model")
+        if sharded:
+            tensors = _weights(vlm, trained_only=state.frozen is not None) | _moments(vlm, inner)
+            dcp.save(tensors, storage_writer=dcp.FileSystemWriter(folder / SHARDS))
+        if is_main:
+            scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
+            moments = None if sharded else inner.state_dict()
+            torch.save({"optimizer": moments, "scaler": scaler, "rng": rng}, folder / "optimizer.pt")
+            _save_model(folder, vlm, processor, trained_only=state.frozen is not None, sharded=sharded)
+    sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
+    if sharded:
+        sizes = {name: size for each in gather_object([sizes]) for name, size in each.items()}
+    if is_main:
+        write_json(folder / _STATE, asdict(replace(state, files=sizes)))
+
+
+def _save_model(
+    folder: Path, model: ElasticVLM, processor: ElasticProcessor, *, trained_only: bool, sharded: bool
+) -> None:
+    if trained_only:
+        if not sharded:
+            names = [name.removeprefix(_WEIGHT) for name in _weights(model, trained_only=True)]
+            save_file({name: model.get_parameter(name).detach().contiguous() for name in names}, folder / TRAINED)
+        return
+    with quiet_transformers():
+        (model.config if sharded else model).save_pretrained(folder / "model")
+    processor.save_pretrained(folder / "model")
+
+
+def _weights(model: ElasticVLM, *, trained_only: bool) -> dict[str, Tensor]:
+    """The weights and buffers of a model by their name in the shards, tied weights once."""
+    parameters = dict(model.named_parameters())
+    tied = dict(model.named_parameters(remove_duplicate=False)).keys() - parameters.keys()
+    return {
+        _WEIGHT + name: value
+        for name, value in model.state_dict().items()
+        if name not in tied and (not trained_only or (name in parameters and parameters[name].requires_grad))
+    }
+
+
+def _moments(model: ElasticVLM, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The states of an optimizer by their name in the shards; a parameter that no step has used yet has none."""
+    return {
+        f"{_MOMENT}{name}.{key}": value
+        for name, parameter in model.named_parameters()
+        for key, value in optimizer.state.get(parameter, {}).items()
+        if isinstance(value, Tensor)
+    }
 
 
 @contextmanager
@@ -136,9 +169,10 @@ def _explained_write_failures(folder: Path) -> Iterator[None]:
     """Explains a full or broken disk, which the libraries report with errors of their own."""
     try:
         yield
-    except (SafetensorError, RuntimeError) as error:
+    except (SafetensorError, RuntimeError, CheckpointException) as error:
+        reason = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
         raise SystemFailure(
-            f"The checkpoint cannot be written to {folder} ({error}); free some space on its disk, then run the same"
+            f"The checkpoint cannot be written to {folder} ({reason}); free some space on its disk, then run the same"
             " command again to resume."
         ) from error
 
@@ -210,16 +244,22 @@ def keep(source: Path, target: Path, count: int) -> None:
         shutil.rmtree(old)
 
 
-def restore_optimizer(
+def restore(
     folder: Path, *, accelerator: Accelerator, model: torch.nn.Module, optimizer: torch.optim.Optimizer
 ) -> None:
-    """Restore optimiser moments, fp16 loss scale and this rank's RNG; weights are restored when the model is loaded."""
+    """Restore what the model of `start.build_resumed` lacks: moments, fp16 loss scale, this rank's RNG, and shards.
+
+    Raises:
+        UserError: the checkpoint is not sharded, but this training is.
+    """
     stored = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
-    if is_sharded(accelerator):
-        # Not strict, because a parameter that no step has used yet (the query path, if all budgets had no queries) has
-        # no moments.
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True, strict=False)
-        set_optimizer_state_dict(model, _inner(optimizer), optim_state_dict=stored["optimizer"], options=options)
+    if (folder / SHARDS).is_dir():
+        load_shards(folder, accelerator.unwrap_model(model), _inner(optimizer))
+    elif is_sharded(accelerator):
+        raise UserError(
+            f"The checkpoint {folder} has no shards, so workers that share the weights cannot resume from it: it was"
+            " written on CPUs or by an earlier version. Resume there, or give the run another name."
+        )
     else:
         _inner(optimizer).load_state_dict(stored["optimizer"])
     if accelerator.scaler is not None:
@@ -227,6 +267,61 @@ def restore_optimizer(
     rank = accelerator.process_index
     if rank < len(stored["rng"]):
         _set_rng_state(stored["rng"][rank])
+
+
+def load_shards(folder: Path, model: ElasticVLM, optimizer: torch.optim.Optimizer | None = None) -> None:
+    """Load the shards of a checkpoint in place, into a model that is whole or that this number of ranks shares.
+
+    Args:
+        folder: the checkpoint.
+        model: the model; with adapters, its frozen weights are those of the start.
+        optimizer: the optimizer of the model; None: its state is not needed.
+    """
+    reader = _ShardReader(folder / SHARDS)
+    stored = reader.read_metadata().state_dict_metadata
+    wanted = _weights(model, trained_only=read_state(folder).frozen is not None)
+    states: dict[int, dict[str, Tensor]] = {}
+    if optimizer is not None:
+        order = {id(each): index for index, each in enumerate(_parameters(optimizer))}
+        parameters = dict(model.named_parameters())
+        for name, entry in stored.items():
+            if name.startswith(_MOMENT) and isinstance(entry, TensorStorageMetadata):
+                parameter_name, _, key = name.removeprefix(_MOMENT).rpartition(".")
+                parameter = parameters[parameter_name]
+                like = parameter if entry.size == parameter.shape else torch.empty(entry.size)
+                wanted[name] = torch.empty_like(like, dtype=entry.properties.dtype, requires_grad=False)
+                states.setdefault(order[id(parameter)], {})[key] = wanted[name]
+    with warnings.catch_warnings():
+        # Torch warns if one process loads the whole model, as an export does.
+        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+        dcp.load(wanted, storage_reader=reader)
+    if optimizer is not None:
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": states})
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
+    for group in optimizer.param_groups:
+        yield from group["params"]
+
+
+class _ShardReader(dcp.FileSystemReader):
+    """Reads the index of the shards without running code that a changed file may name, unlike torch's own reader."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """Return the index."""
+        with (Path(self.path) / ".metadata").open("rb") as file:
+            found: Metadata = _IndexUnpickler(file).load()
+        return found
+
+
+class _IndexUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if name not in _INDEX_TYPES.get(module, ()):
+            raise SystemFailure(
+                f"The index of the shards of a checkpoint names {module}.{name}, so it was changed; remove this"
+                " checkpoint to resume from an earlier one."
+            )
+        return super().find_class(module, name)
 
 
 def is_sharded(accelerator: Accelerator) -> bool:

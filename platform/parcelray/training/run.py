@@ -36,9 +36,9 @@ from parcelray.tracking.opening import model_folder
 from parcelray.tracking.registry import register_model, resolve_model
 from parcelray.tracking.run_folder import BAD_ROWS, IN_PROCESS, RunFolder
 from parcelray.tracking.store import check_tracking_uri, ensure_store
-from parcelray.training.checkpointing import is_complete, read_state
+from parcelray.training.checkpointing import SHARDS, is_complete, read_state
 from parcelray.training.report import report_training
-from parcelray.training.start import build_resumed
+from parcelray.training.start import build_trained
 from parcelray.training.train_loop import fit_in_process
 
 MODEL = "model"
@@ -285,14 +285,16 @@ def _pull_newest(folder: RunFolder) -> None:
 def _keep_model(job: TrainJob, folder: RunFolder, checkpoint: Path, start: ResolvedCheckpoint | None) -> None:
     """Write the last checkpoint's model to the run folder, in the data type of the job, with a manifest.
 
-    Adapters are merged into its weights, so the folder is an ordinary checkpoint.
+    Shards are joined and adapters merged, so the folder is an ordinary checkpoint. This process holds one copy of the
+    model at most.
     """
     target = folder.local / MODEL
     shutil.rmtree(target, ignore_errors=True)
     dtype = getattr(torch, job.checkpointing.model_dtype or "float32")
-    if job.training.lora is not None:
-        model, processor = build_resumed(job, checkpoint, start.path if start is not None else None)
-        merge_adapters(model)
+    if job.training.lora is not None or (checkpoint / SHARDS).is_dir():
+        model, processor = build_trained(job, checkpoint, start.path if start is not None else None)
+        if job.training.lora is not None:
+            merge_adapters(model)
         with quiet_transformers():
             model.to(dtype).save_pretrained(target)
         processor.save_pretrained(target)

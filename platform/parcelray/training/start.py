@@ -4,7 +4,6 @@ import importlib.util
 from functools import partial
 from pathlib import Path
 
-from safetensors import safe_open
 from safetensors.torch import load_file
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -22,10 +21,17 @@ from parcelray.models.adapters import add_adapters, freeze_parts, frozen_digest
 from parcelray.models.backbones import ElasticVLM
 from parcelray.models.backbones.processor_base import ElasticProcessor
 from parcelray.models.mini import build_config, build_model, build_processor
-from parcelray.models.vlm import load_processor, load_vlm, use_attention, use_sdpa_where_exact
+from parcelray.models.vlm import (
+    config_of,
+    empty_vlm,
+    load_processor,
+    load_vlm,
+    use_attention,
+    use_sdpa_where_exact,
+)
 from parcelray.models.vocabulary import add_words
 from parcelray.training.batches.schedule import BatchSchedule, StepReader
-from parcelray.training.checkpointing import TRAINED
+from parcelray.training.checkpointing import SHARDS, TRAINED, load_shards, read_state
 
 _TOKENIZER_TEXTS = 20_000
 """Number of texts of the mini suite from which the tokenizer of a model from scratch is built."""
@@ -69,6 +75,8 @@ def build_start(job: TrainJob, folder: Path | None) -> tuple[ElasticVLM, Elastic
 def build_resumed(job: TrainJob, folder: Path, start: Path | None) -> tuple[ElasticVLM, ElasticProcessor]:
     """Build model and processor of a training checkpoint, with float32 weights, prepared by `prepare_model`.
 
+    The weights of a sharded checkpoint are not loaded: `checkpointing.restore` does so when the ranks share the model.
+
     Args:
         job: the training.
         folder: the training checkpoint.
@@ -77,14 +85,34 @@ def build_resumed(job: TrainJob, folder: Path, start: Path | None) -> tuple[Elas
     Raises:
         UserError: the frozen weights of the start have changed since the checkpoint was written.
     """
+    is_sharded = (folder / SHARDS).is_dir()
     if job.training.lora is None:
-        model, processor = load_vlm(folder / "model"), load_processor(folder / "model")
+        source = folder / "model"
+        model = empty_vlm(config_of(source)) if is_sharded else load_vlm(source)
+        processor = load_processor(source)
         use_sdpa_where_exact(model)
         prepare_model(model, job)
         return model, processor
     model, processor = build_start(job, start)
     prepare_model(model, job)
-    load_trained(model, folder)
+    if read_state(folder).frozen != frozen_digest(model):
+        raise UserError(
+            f"The frozen weights of the model that the training started from are not those of the checkpoint {folder}:"
+            " its files have changed. Restore the former model to resume, or give the run another name."
+        )
+    if not is_sharded:
+        missing, unexpected = model.load_state_dict(load_file(folder / TRAINED), strict=False)
+        trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        assert not unexpected, unexpected
+        assert not trained & set(missing), trained & set(missing)
+    return model, processor
+
+
+def build_trained(job: TrainJob, folder: Path, start: Path | None) -> tuple[ElasticVLM, ElasticProcessor]:
+    """Build model and processor of a training checkpoint in one process, with all weights; see `build_resumed`."""
+    model, processor = build_resumed(job, folder, start)
+    if (folder / SHARDS).is_dir():
+        load_shards(folder, model)
     return model, processor
 
 
@@ -138,20 +166,6 @@ def compile_layers(model: ElasticVLM) -> None:
     for layer in model.modules():
         if isinstance(layer, GradientCheckpointingLayer):
             layer.compile(dynamic=True)
-
-
-def load_trained(model: ElasticVLM, folder: Path) -> None:
-    """Load the trained weights of a checkpoint into a prepared start; see `checkpointing.save_trained`."""
-    with safe_open(folder / TRAINED, "pt") as file:
-        if file.metadata()["frozen"] != frozen_digest(model):
-            raise UserError(
-                f"The frozen weights of the model that the training started from are not those of the checkpoint"
-                f" {folder}: its files have changed. Restore the former model to resume, or give the run another name."
-            )
-    missing, unexpected = model.load_state_dict(load_file(folder / TRAINED), strict=False)
-    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    assert not unexpected, unexpected
-    assert not trained & set(missing), trained & set(missing)
 
 
 def step_reader(job: TrainJob, processor: ElasticProcessor, rank: int, world_size: int) -> StepReader:

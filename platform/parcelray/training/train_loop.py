@@ -16,6 +16,7 @@ from typing import Protocol
 import torch
 from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from parcelray.analysis.redundancy import effective_rank, image_dependent_share, mean_pairwise_cosine
 from parcelray.config.identity import config_hash
@@ -30,6 +31,7 @@ from parcelray.models.allocator import keep_freed_memory
 from parcelray.models.backbones import ElasticVLM
 from parcelray.models.backbones.processor_base import ElasticProcessor
 from parcelray.models.training_attention import training_kernels
+from parcelray.models.vlm import empty_vlm, use_sdpa_where_exact
 from parcelray.tracking.metric_logger import MetricLogger, NoMetrics
 from parcelray.tracking.run_folder import CHECKPOINT
 from parcelray.training import checkpointing
@@ -40,6 +42,7 @@ from parcelray.training.budget_sampling import BudgetSampler
 from parcelray.training.start import (
     build_resumed,
     build_start,
+    build_trained,
     check_device,
     compile_layers,
     prepare_model,
@@ -65,7 +68,7 @@ class Reporter(Protocol):
 
         Args:
             metrics: newest value of each metric, and `step`.
-            checkpoint: the folder to copy, on rank 0; None on the other ranks.
+            checkpoint: the folder to copy; None on ranks that have no part of the checkpoint.
             validate: whether to score the checkpoint in the background.
         """
         ...
@@ -214,7 +217,7 @@ class _Loop:
             self.first_step, self.last_metrics = state.step, state.metrics
             self.inputs.logger.restore(state.unsent_metrics)
             self.skipped = SkippedRows(state.skipped_rows)
-            checkpointing.restore_optimizer(
+            checkpointing.restore(
                 inputs.resume_from, accelerator=self.accelerator, model=self.model, optimizer=self.optimizer
             )
 
@@ -388,47 +391,41 @@ class _Loop:
 
     def _validate_copy(self, device: str) -> dict[int, list[float]]:
         """Score a copy of the gathered weights on rank 0, because answers need passes outside the wrapped forward."""
-        with tempfile.TemporaryDirectory(prefix="parcelray-validation-") as name:
-            checkpointing.save_weights(
-                Path(name),
-                accelerator=self.accelerator,
-                model=self.model,
-                processor=self.processor,
-                frozen=self.frozen,
-            )
-            if not self.accelerator.is_main_process:
-                return {}
-            copy, processor = build_resumed(self.job, Path(name), self.inputs.checkpoint)
-        return _validation_values(self.job, copy.eval().to(device), processor, self.validation, device)
+        weights = get_model_state_dict(self.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        if not self.accelerator.is_main_process:
+            return {}
+        copy = empty_vlm(self.vlm.config)
+        use_sdpa_where_exact(copy)
+        prepare_model(copy, self.job)
+        copy.load_state_dict(weights, assign=True)
+        copy.tie_weights()
+        return _validation_values(self.job, copy.eval().to(device), self.processor, self.validation, device)
 
     def _checkpoint(self, done: int, *, validate: bool = False) -> None:
-        world = self.accelerator.num_processes
+        accelerator = self.accelerator
         state = checkpointing.TrainState(
             done,
             config_hash(self.job),
             self.sampler.state(),
-            world,
+            accelerator.num_processes,
             self.last_metrics,
             self.inputs.logger.flush(),
             skipped_rows=self.skipped.gathered(),
+            frozen=self.frozen,
         )
         with tempfile.TemporaryDirectory(prefix="parcelray-checkpoint-") as name:
-            folder = Path(name)
             checkpointing.save(
-                folder,
-                accelerator=self.accelerator,
+                Path(name),
+                accelerator=accelerator,
                 model=self.model,
                 optimizer=self.optimizer,
                 processor=self.processor,
                 state=state,
-                frozen=self.frozen,
             )
+            has_part = accelerator.is_main_process or checkpointing.is_sharded(accelerator)
             # Every rank must report: the report is a barrier.
-            self.inputs.report(
-                {**self.last_metrics, "step": float(done)},
-                folder if self.accelerator.is_main_process else None,
-                validate,
-            )
+            metrics = {**self.last_metrics, "step": float(done)}
+            self.inputs.report(metrics, Path(name) if has_part else None, validate)
 
     def _log(self, metrics: dict[str, float], done: int) -> None:
         if self.accelerator.is_main_process:
@@ -447,7 +444,7 @@ def validate_checkpoint(job: TrainJob, folder: Path, start: Path | None) -> tupl
         The step of the checkpoint, and the score at each budget by metric name.
     """
     device = "cuda" if job.validation.background_gpus and torch.cuda.is_available() else "cpu"
-    model, processor = build_resumed(job, folder, start)
+    model, processor = build_trained(job, folder, start)
     samples = validation_samples(job, processor)
     values = _validation_values(job, model.eval().to(device), processor, samples, device)
     metrics = {_validation_metric(budget): sum(scores) / len(scores) for budget, scores in values.items()}
