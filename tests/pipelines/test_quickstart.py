@@ -1,10 +1,14 @@
-"""The quickstart with fewer steps and samples: in this process, and as a script that is killed and restarted."""
+"""The quickstart with fewer steps and samples: in this process, and as a script on Ray that is killed and restarted."""
 
 import io
 import json
+import pickle
 import re
 import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 from mlflow.tracking import MlflowClient
@@ -14,6 +18,7 @@ from parcelray.config.train import ReportConfig
 from parcelray.evaluation.scoring.aggregate import Frontier, FrontierPoint
 from parcelray.evaluation.scoring.intervals import Interval
 from parcelray.tracking.run_folder import RunFolder
+from parcelray.training import compare
 from parcelray.training.compare import ranking
 
 from ..stores import new_store
@@ -63,12 +68,19 @@ def _check_results(folder: Path) -> None:
     assert len(_weights(folder)) == len(METHODS)
 
 
-@pytest.mark.ray
+def _in_this_process(tasks: Mapping[str, Callable[[], Any]], *, at_once: int) -> Iterator[tuple[str, Any]]:
+    """Replaces Ray's workers; the functions are sent to them in this form."""
+    for name, task in tasks.items():
+        yield name, pickle.loads(pickle.dumps(task))()
+
+
 @pytest.mark.slow
 def test_the_quickstart_compares_and_registers_models_and_a_second_run_does_nothing(
-    ray_session: None, tmp_path: Path
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     quickstart = script("quickstart")
+    monkeypatch.setattr(quickstart, "ray_session", nullcontext)
+    monkeypatch.setattr(compare, "run_in_workers", _in_this_process)
     job = quickstart.job_of(_changes(tmp_path, "training.steps=1"), from_base=True)
     output = io.StringIO()
     quickstart.run(job, Console(file=output, width=200), from_base=True)
