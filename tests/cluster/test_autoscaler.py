@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +24,9 @@ from ..training.conftest import TINY
 from .test_jobs import free_ports
 
 pytestmark = [pytest.mark.ray, pytest.mark.nightly]
+
+
+_START_ATTEMPTS = 6
 
 
 class Autoscaled(NamedTuple):
@@ -62,21 +66,30 @@ def autoscaled() -> Iterator[Autoscaled]:
         command += [f"--dashboard-agent-listen-port={agent}", f"--dashboard-agent-grpc-port={agent_grpc}"]
         command += [f"--runtime-env-agent-port={environment_agent}", f"--metrics-export-port={metrics}"]
         command += [f"--ray-client-server-port={client}", "--object-store-memory=100000000"]
-        log = Path(folder) / "start.log"
-        with log.open("wb") as output:
-            head = subprocess.Popen(
-                command,
-                env=environment | autoscaler,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
+        head = _started(command, environment | autoscaler, Path(folder) / "start.log")
         try:
-            wait_until(lambda: b"Ray runtime started" in log.read_bytes(), log.read_text(), head)
             yield Autoscaled(f"127.0.0.1:{gcs}", environment | {"PYTHONPATH": os.pathsep.join(sys.path)})
         finally:
             end_session(head.pid)
             head.wait()
+
+
+def _started(command: list[str], environment: dict[str, str], log: Path) -> subprocess.Popen[bytes]:
+    """Starts the head; on a busy machine several times, because Ray gives its own processes only 30 s to start."""
+    for _ in range(_START_ATTEMPTS):
+        with log.open("wb") as output:
+            head = subprocess.Popen(
+                command, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+            )
+        wait_until(partial(_has_started_or_ended, head, log), "Ray has started")
+        if head.poll() is None:
+            return head
+        end_session(head.pid)
+    raise AssertionError(f"The head did not start: {log.read_text()}")
+
+
+def _has_started_or_ended(head: subprocess.Popen[bytes], log: Path) -> bool:
+    return b"Ray runtime started" in log.read_bytes() or head.poll() is not None
 
 
 def _config(gcs: str) -> dict[str, Any]:

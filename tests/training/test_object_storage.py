@@ -8,10 +8,10 @@ import time
 from pathlib import Path
 from typing import Any, ClassVar
 
-import fsspec
 import pytest
 import torch
 from fsspec.implementations.memory import MemoryFileSystem
+from fsspec.registry import _registry
 from rich.console import Console
 from safetensors.torch import load_file
 
@@ -89,7 +89,7 @@ def store(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> st
     s3: str = request.getfixturevalue("s3")
     if request.param == "s3":
         return s3
-    monkeypatch.setitem(fsspec.registry._registry, "gs", FakeGcs)
+    monkeypatch.setitem(_registry, "gs", FakeGcs)
     return s3.replace("s3://", "gs://")
 
 
