@@ -4,9 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 from torch.nn.functional import normalize
 
 from parcelray.errors import UserError
+from parcelray.models.backbones import ElasticVLM
 from parcelray.models.checkpoint import resolve_checkpoint
 from parcelray.models.vlm import load_processor, load_vlm
 from parcelray.models.vocabulary import add_words
@@ -15,10 +17,16 @@ WORDS = ("gray", "teal", "rectangle", "contain")
 LARGEST_COSINE = 0.8
 
 
+def _embeddings(model: ElasticVLM) -> Tensor:
+    found = model.get_input_embeddings()
+    assert isinstance(found, torch.nn.Embedding)
+    return found.weight.detach()
+
+
 def test_new_words_are_single_tokens_with_distinct_embeddings(tmp_path: Path) -> None:
     base = resolve_checkpoint("mini_base").path
     model, processor = load_vlm(base), load_processor(base)
-    before, known = load_processor(base).tokenizer, load_vlm(base).get_input_embeddings().weight
+    before, known = load_processor(base).tokenizer, _embeddings(load_vlm(base))
     add_words(model, processor, (*WORDS, "red"))
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
@@ -31,7 +39,7 @@ def test_new_words_are_single_tokens_with_distinct_embeddings(tmp_path: Path) ->
     )
     unchanged = "answer en what color is the circle? red 12 <loc0123>"
     assert processor.tokenizer(unchanged)["input_ids"] == before(unchanged)["input_ids"]
-    weights_VD = model.get_input_embeddings().weight.detach()
+    weights_VD = _embeddings(model)
     assert torch.equal(weights_VD[: len(before)], known[: len(before)])
     # Means of the former tokens have cosines of 0.98 to 1.00 here, and a training did not learn to tell them apart.
     units_WD = normalize(torch.stack([weights_VD[each[0]] for each in ids]), dim=1)

@@ -110,6 +110,6 @@ class ReaderSource:
         samples_S = np.arange(len(self._bounds) - 1)
         if known is not None:
             return {known: samples_S}
-        first = [self.reader.read(int(self._rows_of(sample)[0])).samples for sample in samples_S]
+        first = [self.reader.read(int(self._rows_of(int(sample))[0])).samples for sample in samples_S]
         counts = np.array([len(samples[0].images) if samples else 1 for samples in first])
         return {int(count): samples_S[counts == count] for count in np.unique(counts)}
