@@ -6,10 +6,12 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from pydantic import TypeAdapter
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.profiler import ProfilerActivity, profile
 
 from parcelray.config.connector import ConnectorConfig
@@ -17,6 +19,7 @@ from parcelray.models.vlm import config_of, empty_vlm, load_vlm, use_sdpa_where_
 from parcelray.profiling.backbone_shapes import MINI_CONFIG
 from parcelray.profiling.simulated_memory import MemoryMeter
 from parcelray.training.memory import StepLoad, largest_batch, run_step, training_memory
+from parcelray.training.start import prepare_model
 
 from ..training.conftest import tiny_job
 
@@ -35,23 +38,38 @@ def _allocated_peak(work: Callable[[], object]) -> int:
     return peak
 
 
+LORA = {"freeze": ["tower"], "lora": {"decoder": {"rank": 16}}}
+CHECKPOINTING = {"activation_checkpointing": True}
+
+
 @pytest.mark.parametrize(
-    ("asset", "connector", "budget"), [("mini_base", "parcel", 40), ("mini_llava", "mqt", 64), ("mini_llava", "m3", 16)]
+    ("asset", "connector", "budget", "training"),
+    [
+        ("mini_base", "parcel", 40, {}),
+        ("mini_llava", "mqt", 64, {}),
+        ("mini_llava", "m3", 16, {}),
+        pytest.param("mini_base", "parcel", 40, LORA, marks=pytest.mark.nightly),
+        pytest.param("mini_base", "parcel", 40, CHECKPOINTING, marks=pytest.mark.nightly),
+        pytest.param("mini_llava", "mqt", 64, LORA | CHECKPOINTING, marks=pytest.mark.nightly),
+    ],
 )
-def test_the_simulated_peak_is_that_of_the_allocator(tmp_path: Path, asset: str, connector: str, budget: int) -> None:
-    job, load = tiny_job(tmp_path), StepLoad(2, 2, 20, 3, budget)
+def test_the_simulated_peak_is_that_of_the_allocator(
+    tmp_path: Path, asset: str, connector: str, budget: int, training: dict[str, Any]
+) -> None:
+    job, load = tiny_job(tmp_path, training=training), StepLoad(2, 2, 20, 3, budget)
     config = config_of(ASSETS / asset)
     config.connector = {"type": connector}
     model = load_vlm(ASSETS / asset, connector=TypeAdapter(ConnectorConfig).validate_python(config.connector))
     use_sdpa_where_exact(model)
-    model.train()
+    prepare_model(model.train(), job)
     measured = _allocated_peak(lambda: run_step(job, model, load, 1))
 
     meter = MemoryMeter()
     with meter.simulated():
         empty = empty_vlm(config)
         use_sdpa_where_exact(empty)
-        empty.train()
+        with unset_fake_temporarily():
+            prepare_model(empty.train(), job)
         weights = meter.live_bytes
         run_step(job, empty, load, 1)
     assert weights == pytest.approx(sum(each.nbytes for each in model.parameters()), rel=0.05)

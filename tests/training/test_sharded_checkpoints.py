@@ -1,5 +1,6 @@
 """Checkpoints of a training whose ranks share the weights: each rank writes and holds its own part."""
 
+import io
 import json
 import re
 import shutil
@@ -10,20 +11,25 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 import torch
+from rich.console import Console
 from safetensors.torch import load_file, save_file
-from torch import distributed, multiprocessing
+from torch import distributed
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
     get_optimizer_state_dict,
 )
+from torch.multiprocessing.spawn import spawn
 
-from parcelray.config.train import TrainJob
+from parcelray.config.train import StorageLimits, TrainJob
 from parcelray.errors import SystemFailure
 from parcelray.training import train_loop
 from parcelray.training.batches.schedule import in_process_batches
 from parcelray.training.checkpointing import SHARDS, TrainState, is_complete, load_shards, newest, read_state, save
+from parcelray.training.ray_worker import train_worker
+from parcelray.training.run import run_training
 from parcelray.training.start import build_trained
 from parcelray.training.step import build_optimizer
 from parcelray.training.train_loop import LoopInputs, fit_in_process, train
@@ -93,7 +99,7 @@ def _merge(folder: Path, metrics: dict[str, float], source: Path | None, validat
 def _save_whole(folder: Path, loop: Any) -> None:
     """Writes the whole state, gathered by torch, on rank 0."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    weights = get_model_state_dict(loop.model, options=options)
+    weights: dict[str, Any] = get_model_state_dict(loop.model, options=options)
     moments = get_optimizer_state_dict(loop.model, loop.optimizer.optimizer, options=options)
     if distributed.get_rank() == 0:
         save_file({name: value.clone() for name, value in weights.items()}, folder / "weights.safetensors")
@@ -124,7 +130,12 @@ def _run_rank(rank: int, world_size: int, folder: Path) -> None:
     join_ranks(folder / "store", rank, world_size, patch)
     shard_on_cpus(patch)
     loops: list[Any] = []
-    patch.setattr(train_loop._Loop, "__new__", lambda cls, *inputs: loops.append(object.__new__(cls)) or loops[-1])
+
+    def remembered(kind: type, *inputs: Any) -> Any:
+        loops.append(object.__new__(kind))
+        return loops[-1]
+
+    patch.setattr(train_loop._Loop, "__new__", remembered)
     job = _job(folder)
     for name, first in (("whole", None), ("resumed", folder / "whole" / "checkpoint_00000002")):
         metrics = train(job, LoopInputs(None, first, in_process_batches, partial(_merge, folder / name)))
@@ -140,7 +151,7 @@ def _run_rank(rank: int, world_size: int, folder: Path) -> None:
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a training of two ranks (whole), of one resumed from its step 2, and of measurements."""
     folder = tmp_path_factory.mktemp("two-ranks")
-    multiprocessing.spawn(_run_rank, (2, folder), nprocs=2)
+    spawn(_run_rank, (2, folder), nprocs=2)
     return folder
 
 
@@ -225,3 +236,47 @@ def test_the_export_holds_one_copy_of_the_model(two_ranks: Path, tmp_path: Path)
     growth = _growth(export)
     assert model_bytes > 50 * 2**20
     assert growth < 1.5 * model_bytes
+
+
+def _train_sharded(config: dict[str, Any]) -> None:
+    """Runs a worker of Ray Train that shards on CPUs."""
+    with pytest.MonkeyPatch.context() as patch:
+        shard_on_cpus(patch)
+        train_worker(config)
+
+
+@pytest.mark.ray
+@pytest.mark.nightly
+@pytest.mark.usefixtures("ray_session")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
+def test_ray_train_stores_the_parts_of_all_workers_on_object_storage(
+    s3: str, tmp_path: Path, tiny_start: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Workers cannot import the tests.
+    for name in (__name__, shard_on_cpus.__module__):
+        ray.cloudpickle.register_pickle_by_value(sys.modules[name])
+    monkeypatch.setattr("parcelray.training.trainer.train_worker", _train_sharded)
+    job = tiny_job(
+        tmp_path,
+        model=tiny_start,
+        training=STEPS,
+        checkpointing={"every_steps": 2},
+        validation={"samples": 1, "budgets": [16]},
+        scaling={"num_workers": 2},
+    ).model_copy(update={"storage": s3, "storage_limits": StorageLimits(finished_checkpoints=2)})
+    console = Console(file=io.StringIO())
+    first = run_training(job, console)
+    folder = first.folder
+    before, last = (name for name in folder.names(folder.identity) if name.startswith("checkpoint_2"))
+    for name in (before, last):
+        shards = folder.filesystem.ls(f"{folder.path}/{folder.identity}/{name}/{SHARDS}", detail=False)
+        assert {path.rpartition("/")[2] for path in shards} == {".metadata", "__0_0.distcp", "__1_0.distcp"}
+    weights = load_file(first.model_folder / "model.safetensors")
+    # The second worker's part of the newest checkpoint is cut off.
+    path = f"{folder.path}/{folder.identity}/{last}/{SHARDS}/__1_0.distcp"
+    folder.filesystem.pipe_file(path, folder.filesystem.cat_file(path)[:-100])
+    folder.filesystem.rm_file(f"{folder.path}/result.json")
+    again = run_training(job, console)
+    assert not again.was_done
+    found = load_file(again.model_folder / "model.safetensors")
+    assert all(torch.equal(found[name], value) for name, value in weights.items())

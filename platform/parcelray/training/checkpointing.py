@@ -17,6 +17,7 @@ read the shards.
 The data position is the step: `batches.schedule` derives the samples of every step from it.
 """
 
+import logging
 import pickle
 import random
 import shutil
@@ -30,14 +31,16 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed.checkpoint as dcp
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, gather_object
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save as save_shards
 
 from parcelray.errors import SystemFailure, UserError
 from parcelray.files import read_json, write_json
@@ -46,6 +49,9 @@ from parcelray.models.backbones.processor_base import ElasticProcessor
 from parcelray.models.vlm import quiet_transformers
 from parcelray.tracking.run_folder import CHECKPOINT
 from parcelray.tracking.store import UnsentMetric
+
+# It logs every call at the level DEBUG, which Ray would print.
+logging.getLogger("c10d-NullHandler-dcp_logger").setLevel(logging.CRITICAL)
 
 _POLL_S = 1.0
 """Pause between two attempts to copy a checkpoint, seconds."""
@@ -117,7 +123,7 @@ def save(
     with _explained_write_failures(folder):
         if sharded:
             tensors = _weights(vlm, trained_only=state.frozen is not None) | _moments(vlm, inner)
-            dcp.save(tensors, storage_writer=dcp.FileSystemWriter(folder / SHARDS))
+            save_shards(tensors, storage_writer=FileSystemWriter(folder / SHARDS))
         if is_main:
             scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
             moments = None if sharded else inner.state_dict()
@@ -294,7 +300,7 @@ def load_shards(folder: Path, model: ElasticVLM, optimizer: torch.optim.Optimize
     with warnings.catch_warnings():
         # Torch warns if one process loads the whole model, as an export does.
         warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
-        dcp.load(wanted, storage_reader=reader)
+        load(wanted, storage_reader=reader)
     if optimizer is not None:
         optimizer.load_state_dict(optimizer.state_dict() | {"state": states})
 
@@ -304,7 +310,7 @@ def _parameters(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
         yield from group["params"]
 
 
-class _ShardReader(dcp.FileSystemReader):
+class _ShardReader(FileSystemReader):
     """Reads the index of the shards without running code that a changed file may name, unlike torch's own reader."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from accelerate.state import AcceleratorState
@@ -394,7 +394,7 @@ class _Loop:
         weights = get_model_state_dict(self.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
         if not self.accelerator.is_main_process:
             return {}
-        copy = empty_vlm(self.vlm.config)
+        copy: Any = empty_vlm(self.vlm.config)
         use_sdpa_where_exact(copy)
         prepare_model(copy, self.job)
         copy.load_state_dict(weights, assign=True)
