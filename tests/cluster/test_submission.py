@@ -166,3 +166,19 @@ def test_the_query_of_versions_is_not_listed_as_a_job(monkeypatch: pytest.Monkey
     ]
     monkeypatch.setattr(jobs, "_connect", lambda address: (ADDRESS, SimpleNamespace(list_jobs=lambda: details)))
     assert [state.submission_id for state in jobs.list_jobs(address=ADDRESS)] == ["train-a-0a1b2c3d"]
+
+
+def test_a_killed_driver_is_named_by_its_signal(monkeypatch: pytest.MonkeyPatch) -> None:
+    message = (
+        "Job entrypoint command failed with exit code -9, last available logs (truncated to 20,000 chars):\nstep 1"
+    )
+    killed = JobDetails(
+        type=JobType.SUBMISSION,
+        submission_id="train-a-0a1b2c3d",
+        status=JobStatus.FAILED,
+        entrypoint="python",
+        message=message,
+        driver_exit_code=-9,
+    )
+    monkeypatch.setattr(jobs, "_connect", lambda address: (ADDRESS, SimpleNamespace(list_jobs=lambda: [killed])))
+    assert jobs.list_jobs(address=ADDRESS)[0].message == "killed by signal 9: step 1"

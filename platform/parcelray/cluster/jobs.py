@@ -46,7 +46,7 @@ class JobState:
     status: str
     """PENDING, RUNNING, SUCCEEDED, FAILED or STOPPED."""
     message: str
-    """Ray's message about the status; of a job that failed, its exit code and the last line of its output."""
+    """Ray's message about the status; of a job that failed, its exit code or signal and the last line of its output."""
     entrypoint: str
     started: datetime.datetime | None
     """Start time in UTC; None if the job has not started."""
@@ -274,7 +274,9 @@ def _state(details: JobDetails) -> JobState:
 def _message(details: JobDetails) -> str:
     lines = [line.strip() for line in (details.message or "").splitlines() if line.strip()]
     if len(lines) > 1 and "last available logs" in lines[0]:
-        return f"exit code {details.driver_exit_code}: {_COLOR.sub('', lines[-1])}"
+        code = details.driver_exit_code
+        reason = f"killed by signal {-code}" if code is not None and code < 0 else f"exit code {code}"
+        return f"{reason}: {_COLOR.sub('', lines[-1])}"
     return lines[0] if lines else ""
 
 
