@@ -71,7 +71,7 @@ class FailsAt(Exception):
     """Ends a training in the middle."""
 
 
-class FakeGcs(MemoryFileSystem):
+class FakeGcs(MemoryFileSystem):  # type: ignore[misc]
     """Stands for gcsfs, which is not installed for the tests: another file system of fsspec for gs://."""
 
     protocol = ("gs", "gcs")
