@@ -82,6 +82,9 @@ class FakeGcs(MemoryFileSystem):  # type: ignore[misc]
     def _strip_protocol(cls, path: str) -> str:
         return str(super()._strip_protocol(path.removeprefix("gs://")))
 
+    def unstrip_protocol(self, name: str) -> str:
+        return f"gs:/{name}"
+
 
 @pytest.fixture(params=["s3", "gs"])
 def store(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
