@@ -35,7 +35,7 @@ _random = random.Random()
 _warned_at = 0.0
 
 
-class PatientS3FileSystem(S3FileSystem):
+class PatientS3FileSystem(S3FileSystem):  # type: ignore[misc]
     """The file system of s3fs with the retries of this module for all its requests; see there for the arguments."""
 
     def __init__(self, *args: Any, config_kwargs: Mapping[str, Any] | None = None, **kwargs: Any) -> None:

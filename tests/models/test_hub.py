@@ -90,7 +90,7 @@ def host(hub, tmp_path):
         process.wait()
         stdout.close()
 
-    start.end = end
+    start.end = end  # type: ignore[attr-defined]
     yield start
     for index in range(len(processes)):
         end(index)

@@ -112,6 +112,8 @@ def test_a_killed_search_is_resumed_and_logs_its_frontiers_to_mlflow(tmp_path: P
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
 def test_a_search_on_object_storage_is_confirmed_and_resumed(
     ray_session: None, s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -71,7 +71,7 @@ class FailsAt(Exception):
     """Ends a training in the middle."""
 
 
-class FakeGcs(MemoryFileSystem):
+class FakeGcs(MemoryFileSystem):  # type: ignore[misc]
     """Stands for gcsfs, which is not installed for the tests: another file system of fsspec for gs://."""
 
     protocol = ("gs", "gcs")
@@ -81,6 +81,9 @@ class FakeGcs(MemoryFileSystem):
     @classmethod
     def _strip_protocol(cls, path: str) -> str:
         return str(super()._strip_protocol(path.removeprefix("gs://")))
+
+    def unstrip_protocol(self, name: str) -> str:
+        return f"gs:/{name}"
 
 
 @pytest.fixture(params=["s3", "gs"])

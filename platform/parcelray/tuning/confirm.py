@@ -5,6 +5,7 @@ Called by `parcelray tune --confirm`.
 
 import itertools
 import json
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
-from scipy.stats import spearmanr
+from scipy.stats import ConstantInputWarning, spearmanr
 
 from parcelray.cluster.session import ray_session
 from parcelray.config.evaluate import EvaluateJob
@@ -134,7 +135,7 @@ def confirm_splits(job: TuneJob, run: SearchRun, console: Console, *, address: s
                 )
             )
     supernet_values, trained_values = [each.supernet for each in confirmed], [each.trained.value for each in confirmed]
-    correlation = float(spearmanr(supernet_values, trained_values).statistic)
+    correlation = _rank_correlation(supernet_values, trained_values)
     result = Confirmation(confirm.budget, confirmed, correlation, _exact_p(supernet_values, trained_values))
     files = _write(result, run.folder)
     for file in files:
@@ -196,10 +197,17 @@ def _retention(job: TuneJob, model: str, budget: int, grid: int, console: Consol
     return summary.mean_retention(budget).interval
 
 
+def _rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:
+    """Returns Spearman's rank correlation; NaN if all values of a sequence are equal."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConstantInputWarning)
+        return float(spearmanr(first, second).statistic)
+
+
 def _exact_p(first: Sequence[float], second: Sequence[float]) -> float:
     """Returns the one-sided p-value over all permutations; the usual approximation is wrong for so few points."""
-    observed = spearmanr(first, second).statistic
-    permuted = [spearmanr(first, order).statistic for order in itertools.permutations(second)]
+    observed = _rank_correlation(first, second)
+    permuted = [_rank_correlation(first, order) for order in itertools.permutations(second)]
     return float(sum(each >= observed - 1e-12 for each in permuted) / len(permuted))
 
 
