@@ -68,11 +68,17 @@ RESTARTED = "for attempt in 1 2 3 4 5; do %s && break; sleep 1; done"
 """Shell script that repeats a command of `ray start`, as a service manager does."""
 
 _ALL_NODES = """
-import json, sys, urllib.request
+import json, sys, time, urllib.request
 from parcelray.cluster.auth import auth_headers, find_token
 request = urllib.request.Request("http://127.0.0.1:8265/api/v0/nodes", headers=auth_headers(find_token()))
-nodes = json.load(urllib.request.urlopen(request, timeout=30))["data"]["result"]["result"]
-print(sum(node["state"] == "ALIVE" for node in nodes))
+alive = -1
+while alive != int(sys.argv[1]):
+    time.sleep(0.5)
+    try:
+        nodes = json.load(urllib.request.urlopen(request, timeout=30))["data"]["result"]["result"]
+        alive = sum(node["state"] == "ALIVE" for node in nodes)
+    except OSError:
+        pass  # the dashboard has not started
 """
 
 
@@ -328,11 +334,7 @@ class Hosts:
 
     def wait_for_nodes(self, count: int) -> None:
         """Waits until the cluster has exactly this number of live nodes."""
-        script = shlex.join(["python", "-c", _ALL_NODES])
-        wait_until(
-            lambda: self.laptop.run(script, check=False).strip().splitlines()[-1:] == [str(count)],
-            f"the cluster has {count} nodes",
-        )
+        self.laptop.run(shlex.join(["python", "-c", _ALL_NODES, str(count)]))
 
     def _written(self, pattern: str) -> list[str]:
         """Objects of the runs that have been written, one entry for each time, by the log of the S3 server."""
