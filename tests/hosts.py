@@ -77,7 +77,7 @@ while alive != int(sys.argv[1]):
     try:
         nodes = json.load(urllib.request.urlopen(request, timeout=30))["data"]["result"]["result"]
         alive = sum(node["state"] == "ALIVE" for node in nodes)
-    except OSError:
+    except (OSError, LookupError, TypeError):
         pass  # the dashboard has not started
 """
 
