@@ -5,8 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import distributed
 
 from parcelray.config.train import TrainJob
+
+from .sharding import join_ranks, shard_on_cpus
 
 TINY: dict[str, Any] = {
     "kind": "train",
@@ -60,3 +63,12 @@ def _few_tokenizer_texts() -> Iterator[None]:
 def job(tmp_path: Path) -> TrainJob:
     """The tiny job."""
     return tiny_job(tmp_path)
+
+
+@pytest.fixture
+def one_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A process group with this process as its only rank, as on a Ray worker, which shards on CPUs, too."""
+    join_ranks(tmp_path / "store", 0, 1, monkeypatch)
+    shard_on_cpus(monkeypatch)
+    yield
+    distributed.destroy_process_group()

@@ -2,7 +2,6 @@
 
 import io
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,6 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
-from torch import distributed
 
 from parcelray.config.train import TrainingConfig, TrainJob
 from parcelray.models.manifest import verify_manifest
@@ -26,7 +24,6 @@ from parcelray.training.train_loop import fit_in_process
 
 from ..models.conftest import CONFIG, CORPUS, write_stock_paligemma
 from .conftest import tiny_job
-from .sharding import join_ranks, shard_on_cpus
 from .test_in_process import Recorder
 
 LEARNING_RATE = 1e-5
@@ -85,15 +82,6 @@ def test_every_entry_of_a_bf16_checkpoint_moves_in_one_step(tmp_path: Path, bf16
     weights = load_file(checkpoint / "model" / "model.safetensors")
     assert {value.dtype for value in weights.values()} == {torch.float32}
     _check_that_every_entry_moved(job, bf16_start, checkpoint)
-
-
-@pytest.fixture
-def one_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A process group with this process as its only rank, as on a Ray worker, which shards on CPUs, too."""
-    join_ranks(tmp_path / "store", 0, 1, monkeypatch)
-    shard_on_cpus(monkeypatch)
-    yield
-    distributed.destroy_process_group()
 
 
 @pytest.mark.usefixtures("one_rank")

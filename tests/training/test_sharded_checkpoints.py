@@ -5,7 +5,7 @@ import json
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -52,15 +52,6 @@ def _job(folder: Path) -> TrainJob:
         checkpointing={"every_steps": 2},
         validation={"samples": 1, "budgets": [16]},
     )
-
-
-@pytest.fixture
-def one_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A process group with this process as its only rank."""
-    join_ranks(tmp_path / "store", 0, 1, monkeypatch)
-    shard_on_cpus(monkeypatch)
-    yield
-    distributed.destroy_process_group()
 
 
 @pytest.mark.usefixtures("one_rank")
