@@ -109,8 +109,9 @@ def test_an_interrupted_run_resumes_to_identical_weights(tmp_path: Path, uninter
     job = tiny_job(tmp_path)
     with pytest.raises(KeyboardInterrupt):
         fit_in_process(job, tmp_path, checkpoint=None, logger=Recorder(fail_at=5))
-    resumed = Recorder()
-    checkpoint, _ = fit_in_process(job, tmp_path, checkpoint=None, logger=resumed)
+    resumed, notices = Recorder(), list[str]()
+    checkpoint, _ = fit_in_process(job, tmp_path, checkpoint=None, logger=resumed, on_notice=notices.append)
+    assert notices == ["The training resumes after step 3 of 6."]
     assert list(resumed.curve("train/loss")) == [4, 5, 6]
     assert resumed.curve("train/loss") == {
         step: value for step, value in uninterrupted[1].curve("train/loss").items() if step > 3

@@ -62,6 +62,8 @@ class KilledRun(NamedTuple):
     """Steps of rank 0 in the order in which it trained them."""
     modules: set[str]
     """Modules that the controller had loaded at a checkpoint."""
+    output: str
+    """What the driver printed."""
 
 
 @pytest.fixture(scope="module")
@@ -75,8 +77,10 @@ def killed(ray_session: None, tiny_start: dict[str, Any], tmp_path_factory: pyte
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("parcelray.training.run.open_metric_logger", functools.partial(kills_once, steps, loaded))
-        run = run_training(job, Console(file=io.StringIO()), on_report=note)
-    return KilledRun(job, run, steps.read_text(encoding="utf-8"), set(loaded.read_text(encoding="utf-8").split()))
+        output = io.StringIO()
+        run = run_training(job, Console(file=output), on_report=note)
+    modules = set(loaded.read_text(encoding="utf-8").split())
+    return KilledRun(job, run, steps.read_text(encoding="utf-8"), modules, output.getvalue())
 
 
 def test_the_controller_loads_neither_the_models_libraries_nor_mlflow(killed: KilledRun) -> None:
@@ -105,6 +109,15 @@ def test_a_run_whose_worker_was_killed_is_recorded_once_and_completely(killed: K
     }
     assert expected <= set(record.data.metrics)
     assert len(client.search_runs([record.info.experiment_id])) == 1
+
+
+def test_the_driver_says_which_worker_failed_and_where_the_training_resumes(killed: KilledRun) -> None:
+    lines = killed.output.splitlines()
+    failed, restart, resumed = (
+        next(index for index, line in enumerate(lines) if line.startswith(start))
+        for start in ("The worker of rank", "All workers start again", "The training resumes after step 3 of 8.")
+    )
+    assert failed < restart < resumed, killed.output
 
 
 def test_two_workers_of_which_one_was_killed_have_the_losses_of_one_process(

@@ -5,7 +5,6 @@ imports those only inside the functions that run on a worker or in a validation 
 """
 
 import functools
-import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -26,8 +25,6 @@ from parcelray.files import listing_wait_s
 from parcelray.models.checkpoint import ModelPin
 from parcelray.tracking.metric_logger import MetricLogger, NoMetrics
 from parcelray.tracking.opening import model_folder
-
-logger = logging.getLogger(__name__)
 
 _COMMITTED = ray.train.CheckpointConsistencyMode.COMMITTED
 _POLL_S = 0.5
@@ -86,7 +83,8 @@ def _train(inputs: WorkerInputs) -> None:
         torch.set_num_threads(max(1, int(scaling.cpus_per_worker)))
     is_first = ray.train.get_context().get_world_rank() == 0
     on_progress = inputs.progress.update.remote if is_first else lambda step, state: None
-    with _restored_checkpoint() as resume_from:
+    on_notice = inputs.progress.notice.remote if is_first else lambda line: None
+    with _restored_checkpoint(on_notice) as resume_from:
         # A resumed training reads its own checkpoint, so its host needs no copy of the start, except under adapters.
         needs_start = resume_from is None or inputs.job.training.lora is not None
         start = (
@@ -103,6 +101,7 @@ def _train(inputs: WorkerInputs) -> None:
                 report=_report,
                 logger=inputs.logger() if is_first else NoMetrics(),
                 on_progress=on_progress,
+                on_notice=on_notice,
                 cpu_only=not scaling.gpus_per_worker,
             ),
         )
@@ -116,7 +115,7 @@ def _report(metrics: dict[str, float], folder: Path | None, validate: bool) -> N
 
 
 @contextmanager
-def _restored_checkpoint() -> Iterator[Path | None]:
+def _restored_checkpoint(on_notice: Callable[[str], None]) -> Iterator[Path | None]:
     """Yields the newest complete checkpoint of the run on this host, equal on all ranks; None at the start of a run."""
     newest = ray.train.get_checkpoint()
     if newest is None:
@@ -135,7 +134,7 @@ def _restored_checkpoint() -> Iterator[Path | None]:
                 if each.checkpoint.path != newest.path
             ]
             if earlier:
-                logger.warning("The checkpoint %s is damaged; the one before it is used.", newest.path)
+                on_notice(f"The checkpoint {newest.path} is damaged; the one before it is used.")
                 path = _fetched(earlier[-1], stack)
         if not is_complete(path):
             raise SystemFailure(
@@ -157,15 +156,35 @@ def _fetched(checkpoint: Checkpoint, stack: ExitStack) -> Path:
     return path
 
 
-class ReportCallback(UserCallback):
-    """Passes the metrics that rank 0 reports with a checkpoint to a function, in the controller's process."""
+@dataclass(frozen=True)
+class ControllerCallback(UserCallback):
+    """What the controller of Ray Train does after a report or a failure of the workers; see Ray's `UserCallback`."""
 
-    def __init__(self, on_report: Callable[[Mapping[str, float]], None]) -> None:
-        self._on_report = on_report
+    progress: Any
+    """Handle of the `ProgressActor`."""
+    on_report: Callable[[Mapping[str, float]], None] | None
+    """Called with the metrics that rank 0 reports with a checkpoint."""
 
     def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
-        """Call the function; see Ray's `UserCallback`."""
-        self._on_report(metrics[0])
+        """Pass on the metrics."""
+        if self.on_report is not None:
+            self.on_report(metrics[0])
+
+    def after_exception(self, run_context: Any, worker_exceptions: Mapping[int, Exception]) -> None:
+        """Tell the driver why the workers start again; an error that the user must correct ends the training."""
+        if any(user_error_of(error) is not None for error in worker_exceptions.values()):
+            return
+        for rank, error in sorted(worker_exceptions.items()):
+            self.progress.notice.remote(f"The worker of rank {rank} failed: {_reason(error)}")
+        self.progress.notice.remote(
+            "All workers start again from the newest checkpoint, at most scaling.max_failures times."
+        )
+
+
+def _reason(error: Exception) -> str:
+    """The last line of an error; if a worker died, without Ray's paragraph on possible causes."""
+    cause = getattr(error, "health_check_failure", error)
+    return str(cause).strip().splitlines()[-1].strip().partition(" Worker exit detail:")[0]
 
 
 @dataclass(frozen=True)
@@ -204,19 +223,24 @@ class BackgroundValidation:
 
 @ray.remote(num_cpus=0)
 class ProgressActor:
-    """Holds rank 0's newest progress for the driver; workers and driver may be on different nodes."""
+    """Holds progress and notices for the driver; workers and driver may be on different nodes."""
 
     def __init__(self) -> None:
         self._newest: tuple[int, str] | None = None
+        self._notices: list[str] = []
         self._error: UserError | None = None
 
     def update(self, step: int, state: str) -> None:
         """Keep the number of finished steps and the text on the current state."""
         self._newest = (step, state)
 
-    def newest(self) -> tuple[int, str] | None:
-        """The newest progress; None before the first."""
-        return self._newest
+    def notice(self, line: str) -> None:
+        """Keep a sentence on what the user should know."""
+        self._notices.append(line)
+
+    def news(self, num_notices: int) -> tuple[tuple[int, str] | None, list[str]]:
+        """The newest progress of rank 0, None before the first, and all notices after the first `num_notices`."""
+        return self._newest, self._notices[num_notices:]
 
     def record(self, error: UserError) -> None:
         """Keep the error that ends the training."""
@@ -228,19 +252,22 @@ class ProgressActor:
 
 
 @contextmanager
-def watched_progress(on_progress: Callable[[int, str], None]) -> Iterator[Any]:
-    """Start a `ProgressActor` and call `on_progress` in this process whenever its progress changes.
+def watched_progress(on_progress: Callable[[int, str], None], on_notice: Callable[[str], None]) -> Iterator[Any]:
+    """Start a `ProgressActor`; call `on_progress` in this process when its progress changes, `on_notice` per notice.
 
     Yields:
-        The actor's handle, on which workers call `update.remote(step, state)`.
+        The actor's handle, on which workers call `update.remote(step, state)` and `notice.remote(line)`.
     """
     actor = ProgressActor.options(scheduling_strategy=on_this_node()).remote()  # type: ignore[attr-defined]
     stop = threading.Event()
 
     def poll() -> None:
-        shown = None
+        shown, num_notices = None, 0
         while not stop.wait(_POLL_S):
-            newest = ray.get(actor.newest.remote())
+            newest, notices = ray.get(actor.news.remote(num_notices))
+            num_notices += len(notices)
+            for line in notices:
+                on_notice(line)
             if newest is not None and newest != shown:
                 shown = newest
                 on_progress(*newest)

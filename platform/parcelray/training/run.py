@@ -106,6 +106,10 @@ def run_training(
         SystemFailure: the training failed more often than `scaling.max_failures`, or its resources were not free within
             `scaling.wait_s`.
     """
+
+    def on_notice(line: str) -> None:
+        console.print(line, markup=False, soft_wrap=True)
+
     folder = RunFolder(job)
     with folder.claimed():
         done = folder.result()
@@ -130,7 +134,7 @@ def run_training(
                     needed_resources(job),
                     job.scaling.wait_s,
                     "scaling.wait_s",
-                    lambda line: console.print(line, markup=False, soft_wrap=True),
+                    on_notice,
                 )
             if wait and not in_process:
                 check_inputs([start.pin if start is not None else None], data_paths(job.data))
@@ -152,7 +156,7 @@ def run_training(
                 step_progress(console, job.name, job.training.steps) as on_progress,
             ):
                 logger = functools.partial(open_metric_logger, uri, run_id)
-                checkpoint, metrics = _fit(job, folder, start, logger, on_progress, on_report)
+                checkpoint, metrics = _fit(job, folder, start, logger, on_progress, on_notice, on_report)
                 _keep_bad_rows(folder, bad_rows | read_state(checkpoint).skipped_rows, console)
                 _keep_model(job, folder, checkpoint, start)
                 if uri is not None and run_id is not None:
@@ -247,6 +251,7 @@ def _fit(
     start: ResolvedCheckpoint | None,
     logger: Callable[[], MetricLogger],
     on_progress: Callable[[int, str], None],
+    on_notice: Callable[[str], None],
     on_report: Callable[[Mapping[str, float]], None] | None,
 ) -> tuple[Path, dict[str, float]]:
     """Train in this process or on Ray Train; returns the last checkpoint and the last metrics."""
@@ -258,6 +263,7 @@ def _fit(
             checkpoint=start.path if start is not None else None,
             logger=logger(),
             on_progress=on_progress,
+            on_notice=on_notice,
             on_report=on_report,
             on_kept=functools.partial(_push_checkpoint, folder, job.checkpointing.keep),
         )
@@ -265,7 +271,7 @@ def _fit(
     from parcelray.training.trainer import fit
 
     pin = start.pin if start is not None else None
-    return fit(job, folder, start=pin, logger=logger, on_progress=on_progress, on_report=on_report)
+    return fit(job, folder, start=pin, logger=logger, on_progress=on_progress, on_notice=on_notice, on_report=on_report)
 
 
 def _push_checkpoint(folder: RunFolder, keep: int, checkpoint: Path) -> None:

@@ -88,6 +88,8 @@ class LoopInputs:
     logger: MetricLogger = field(default_factory=NoMetrics)
     on_progress: Callable[[int, str], None] = lambda step, state: None
     """Called with the number of finished steps and a short text at every metric point."""
+    on_notice: Callable[[str], None] = lambda line: None
+    """Called with a sentence on what the user should know, such as the step after which the training resumes."""
     cpu_only: bool = True
 
 
@@ -98,6 +100,7 @@ def fit_in_process(
     checkpoint: Path | None,
     logger: MetricLogger,
     on_progress: Callable[[int, str], None] = lambda step, state: None,
+    on_notice: Callable[[str], None] = lambda line: None,
     on_report: Callable[[Mapping[str, float]], None] | None = None,
     on_kept: Callable[[Path], None] | None = None,
 ) -> tuple[Path, dict[str, float]]:
@@ -109,6 +112,7 @@ def fit_in_process(
         checkpoint: folder that `job.model` was resolved to; None for a model from scratch.
         logger: receives the metrics.
         on_progress: called with the number of finished steps and a short text at every metric point.
+        on_notice: called with a sentence on what the user should know.
         on_report: called with the metrics at each checkpoint.
         on_kept: called with each checkpoint folder when it is complete.
 
@@ -135,6 +139,7 @@ def fit_in_process(
             report=report,
             logger=logger,
             on_progress=on_progress,
+            on_notice=on_notice,
             cpu_only=not torch.cuda.is_available(),
         ),
     )
@@ -220,6 +225,7 @@ class _Loop:
             checkpointing.restore(
                 inputs.resume_from, accelerator=self.accelerator, model=self.model, optimizer=self.optimizer
             )
+            inputs.on_notice(f"The training resumes after step {state.step} of {job.training.steps}.")
 
     def run(self) -> dict[str, float]:
         """Run all remaining steps, with metrics, validations and checkpoints at their intervals."""

@@ -29,7 +29,7 @@ from parcelray.tracking.run_folder import RunFolder
 from parcelray.training.checkpointing import fetch
 from parcelray.training.ray_worker import (
     BackgroundValidation,
-    ReportCallback,
+    ControllerCallback,
     WorkerInputs,
     train_worker,
     user_error_of,
@@ -49,6 +49,7 @@ def fit(
     start: ModelPin | None,
     logger: Callable[[], MetricLogger],
     on_progress: Callable[[int, str], None] = lambda step, state: None,
+    on_notice: Callable[[str], None] = lambda line: None,
     on_report: Callable[[Mapping[str, float]], None] | None = None,
 ) -> tuple[Path, dict[str, float]]:
     """Train a job to its end on the Ray instance that this process is connected to.
@@ -62,6 +63,7 @@ def fit(
         start: what `job.model` was resolved to; each worker opens it on its host. None for a model from scratch.
         logger: creates the metric logger; called on rank 0.
         on_progress: called in this process with the number of finished steps and a short text, about twice a second.
+        on_notice: called in this process with a sentence on what the user should know, such as the death of a worker.
         on_report: called with the metrics at each checkpoint, in the process of Ray Train's controller; picklable.
 
     Returns:
@@ -73,13 +75,13 @@ def fit(
             is damaged.
     """
     _check_snapshot(folder)
-    with watched_progress(on_progress) as progress:
+    with watched_progress(on_progress, on_notice) as progress:
         # Ray's annotations are those of the first version of Ray Train, which had no validation.
         trainer = _InterruptibleTrainer(  # type: ignore[call-arg]
             train_worker,
             train_loop_config={"inputs": WorkerInputs(job, start, logger, progress)},
             scaling_config=_scaling(job),
-            run_config=_run_config(job, folder, on_report),
+            run_config=_run_config(job, folder, ControllerCallback(progress, on_report)),
             torch_config=TorchConfig(backend="nccl" if job.scaling.gpus_per_worker else "gloo"),
             validation_config=_validation(job, start, logger),
         )
@@ -155,14 +157,14 @@ def _validation(job: TrainJob, start: ModelPin | None, logger: Callable[[], Metr
     )
 
 
-def _run_config(job: TrainJob, folder: RunFolder, on_report: Callable[[Mapping[str, float]], None] | None) -> RunConfig:
+def _run_config(job: TrainJob, folder: RunFolder, callback: ControllerCallback) -> RunConfig:
     return RunConfig(
         name=folder.identity,
         storage_path=folder.path,
         storage_filesystem=folder.arrow_filesystem,
         failure_config=FailureConfig(max_failures=job.scaling.max_failures),
         checkpoint_config=CheckpointConfig(num_to_keep=job.checkpointing.keep),
-        callbacks=[ReportCallback(on_report)] if on_report is not None else None,  # type: ignore[list-item]
+        callbacks=[callback],  # type: ignore[list-item]
     )
 
 
