@@ -108,10 +108,14 @@ def test_a_training_survives_all_faults_with_the_weights_of_an_undisturbed_one(h
 
     # The driver dies, and the newest checkpoint is damaged.
     _kill([hosts.head], "parcelray.cli train")
-    assert training.wait(timeout=LIMIT_S) == 1, (hosts.laptop.folder / "disturbed.log").read_text()
+    log = hosts.laptop.folder / "disturbed.log"
+    assert training.wait(timeout=LIMIT_S) == 1, log.read_text()
+    assert "The worker of rank" in log.read_text()
     identity = hosts.laptop.run("parcelray jobs list --json | grep -o 'train-disturbed-[0-9a-f]*' | head -1", PROJECT)
     hosts.laptop.python(_TRUNCATE, f"{RUNS}/{run}/{identity.strip()}")
-    hosts.laptop.run(submit, PROJECT, timeout_s=LIMIT_S)
+    output = hosts.laptop.run(submit, PROJECT, timeout_s=LIMIT_S)
+    assert "is damaged; the one before it is used" in output
+    assert "The training resumes after step" in output
 
     hosts.laptop.run(
         f"parcelray submit {hosts.job_file(TRAIN | {'name': 'undisturbed'})} --wait", PROJECT, timeout_s=LIMIT_S
