@@ -92,6 +92,11 @@ def test_every_layout_gives_the_same_samples(tmp_path: Path, layout: str, monkey
     assert samples["r0"].prompt == "compare"
     assert samples["r4"].later_turns == (("and then?", "5"),)
     assert samples["r5"].answers == ("number 5",)
+    for group in source.groups:
+        read = [source.get(group.name, index) for index in range(group.size or 0)]
+        texts = ["".join([each.prompt, each.answers[0], *sum(each.later_turns, ())]) for each in read]
+        assert group.num_characters is not None
+        assert group.num_characters.tolist() == [len(text) for text in texts]
 
 
 def test_an_array_larger_than_a_chunk_is_read_by_its_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

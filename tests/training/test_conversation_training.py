@@ -107,6 +107,23 @@ def test_a_killed_command_continues_and_its_model_is_evaluated(
     assert set(split.scores) == {0, 16, 256}
 
 
+def test_samples_of_similar_length_are_in_one_step(tmp_path: Path, tiny_start: dict[str, Any]) -> None:
+    path = write_folder(tmp_path, 16)
+    rows = json.loads(path.read_text())
+    for number, row in enumerate(rows):
+        row["image"] = row["image"] if isinstance(row["image"], str) else row["image"][0]
+        answer = "one two " * (1 if number % 2 else 10)
+        row["conversations"] = [{"from": "human", "value": "<image>count"}, {"from": "gpt", "value": answer}]
+    path.write_text(json.dumps(rows))
+    data = {"path": str(path), "images": str(tmp_path / "images"), "held_out": {}}
+    training = {"steps": 2, "images_per_step": 8, "group_by_tokens": True}
+    job = _job(tmp_path, tiny_start, data, training=training)
+    processor = build_start(job, Path(tiny_start["reference"]))[1]
+    lengths = [step_reader(job, processor, 0, 1).read(step)["attention_mask"].sum(1) for step in (0, 1)]
+    assert all(len(set(each.tolist())) == 1 for each in lengths)
+    assert lengths[0][0] != lengths[1][0]
+
+
 def test_every_row_of_the_cases_is_read_and_trained_on(tmp_path: Path, tiny_start: dict[str, Any]) -> None:
     data = {"path": str(CASES / "rows" / "conversations.json"), "images": str(CASES), "held_out": {}}
     job = _job(tmp_path, tiny_start, data, training={"steps": 8, "images_per_step": 4})

@@ -202,7 +202,8 @@ class TrainingConfig(StrictModel):
     gradient_accumulation_steps: int = Field(default=1, ge=1)
     """Number of micro-batches per worker and step; the gradient is that of the whole batch."""
     group_by_tokens: bool = False
-    """Whether micro-batches have samples of similar length and are padded only to their own longest prompt."""
+    """Whether the samples of a step have similar length, so that all workers have as much to do, and micro-batches are
+    padded only to their own longest prompt. The lengths are known for the rows of conversations and of `hub` data."""
     loss_mean: Literal["prompts", "tokens"] = "prompts"
     """How answers are weighted in the loss of a step, over all workers and micro-batches.
 

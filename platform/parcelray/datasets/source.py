@@ -3,6 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 from parcelray.datasets.sample import Sample
 from parcelray.errors import UserError
 
@@ -21,17 +24,23 @@ class SampleGroup(NamedTuple):
     """Fraction of the training steps that draw from this group; the weights of a source sum to 1."""
     size: int | None
     """Number of samples; None: endless (procedural)."""
+    num_characters: NDArray[np.int32] | None = None
+    """Length of the text of each sample; None: unknown, or all are about equal."""
 
 
-def groups_by_images(num_rows: Mapping[int, int]) -> tuple[SampleGroup, ...]:
+def groups_by_images(
+    num_rows: Mapping[int, int], num_characters: Mapping[int, NDArray[np.int32]] | None = None
+) -> tuple[SampleGroup, ...]:
     """Returns the groups `images-<n>` of finite data, weighted so that every row is read equally often.
 
     Args:
         num_rows: number of rows by their number of images; a row without images counts as one image.
+        num_characters: lengths of the texts of these rows; None: unknown.
     """
+    lengths = num_characters or {}
     sizes = {count: rows * max(1, count) for count, rows in num_rows.items()}
     return tuple(
-        SampleGroup(f"images-{count}", count, sizes[count] / sum(sizes.values()), rows)
+        SampleGroup(f"images-{count}", count, sizes[count] / sum(sizes.values()), rows, lengths.get(count))
         for count, rows in num_rows.items()
     )
 

@@ -176,7 +176,11 @@ def step_reader(job: TrainJob, processor: ElasticProcessor, rank: int, world_siz
     """
     source = training_source(job.data, processor.image_size)
     schedule = BatchSchedule(
-        source, num_steps=job.training.steps, images_per_step=job.training.images_per_step, seed=job.seed
+        source,
+        num_steps=job.training.steps,
+        images_per_step=job.training.images_per_step,
+        seed=job.seed,
+        by_tokens=job.training.group_by_tokens,
     )
     largest = max(1, *(group.num_images for group in source.groups))
     if job.training.images_per_step // largest < world_size:

@@ -3,6 +3,7 @@
 from collections import Counter
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 
 from parcelray.datasets.sample import Sample
@@ -84,6 +85,57 @@ def test_the_shares_of_the_ranks_cover_the_step(world_size: int) -> None:
     shares = [plan.share(rank, world_size) for rank in range(world_size)]
     assert sorted(index for share in shares for index in share) == sorted(plan.indices)
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def _long_tailed(size: int) -> Source:
+    """A group whose texts are as uneven as answers in conversations are."""
+    lengths = np.random.default_rng(0).lognormal(5.0, 1.0, size).astype(np.int32)
+    return Source((SampleGroup("images-1", 1, 1.0, size, lengths),))
+
+
+def _lengths(schedule: BatchSchedule, source: Source) -> list[np.ndarray]:
+    lengths = source.groups[0].num_characters
+    assert lengths is not None
+    return [lengths[list(schedule.plan(step).indices)] for step in range(len(schedule))]
+
+
+# The sizes are no multiples of a step, so the epochs begin in the middle of one; 40 samples are less than are sorted.
+@pytest.mark.parametrize("size", [40, 1001])
+def test_grouping_by_tokens_reads_each_sample_once_per_epoch(size: int) -> None:
+    source, steps = _long_tailed(size), 3 * size // 8
+    schedule = BatchSchedule(source, num_steps=steps, images_per_step=8, seed=0, by_tokens=True)
+    read = [index for step in range(steps) for index in schedule.plan(step).indices]
+    epochs = [read[start : start + size] for start in range(0, len(read) - size + 1, size)]
+    assert len(epochs) >= 2
+    assert all(sorted(epoch) == list(range(size)) for epoch in epochs)
+    assert epochs[0] != epochs[1]
+    again = BatchSchedule(source, num_steps=steps, images_per_step=8, seed=0, by_tokens=True)
+    assert [again.plan(step) for step in reversed(range(steps))] == [schedule.plan(step) for step in range(steps)][::-1]
+
+
+def test_grouping_by_tokens_saves_padding_and_balances_the_ranks() -> None:
+    source = _long_tailed(4096)
+    grouped, mixed = (
+        BatchSchedule(source, num_steps=128, images_per_step=32, seed=0, by_tokens=by_tokens)
+        for by_tokens in (True, False)
+    )
+
+    def padding(schedule: BatchSchedule) -> float:
+        padded = sum(each.max() * len(each) for each in _lengths(schedule, source))
+        return float(1 - sum(each.sum() for each in _lengths(schedule, source)) / padded)
+
+    assert padding(mixed) > 0.6
+    assert padding(grouped) < 0.15
+    # Steps of equal length do not follow each other: a run would see short texts first.
+    first = [each.mean() for each in _lengths(grouped, source)]
+    assert abs(np.corrcoef(first[:-1], first[1:])[0, 1]) < 0.3
+
+    def imbalance(schedule: BatchSchedule) -> float:
+        shares = [[each[rank::4].sum() for rank in range(4)] for each in _lengths(schedule, source)]
+        return float(np.mean([max(share) / np.mean(share) - 1 for share in shares]))
+
+    assert imbalance(mixed) > 0.25
+    assert imbalance(grouped) < 0.05
 
 
 def test_a_step_smaller_than_a_sample_is_refused() -> None:

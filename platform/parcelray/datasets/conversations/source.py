@@ -45,6 +45,8 @@ class _Index(NamedTuple):
     positions_R3: NDArray[np.int64]
     """`Position` of each row."""
     num_images_R: NDArray[np.int16]
+    num_characters_R: NDArray[np.int32]
+    """Length of the text of all turns."""
     parts_R: NDArray[np.uint8]
     """Split of each row, as an index into `SPLITS`."""
     clusters_R: NDArray[np.int64]
@@ -75,7 +77,10 @@ class ConversationSource:
     @property
     def groups(self) -> tuple[SampleGroup, ...]:
         """One finite group for each number of images, in ascending order."""
-        return groups_by_images({count: len(rows) for count, rows in self._rows_of.items()})
+        return groups_by_images(
+            {count: len(rows) for count, rows in self._rows_of.items()},
+            {count: self._index.num_characters_R[rows] for count, rows in self._rows_of.items()},
+        )
 
     @property
     def max_skipped(self) -> int:
@@ -255,6 +260,7 @@ def _listed(config: RowsConfig) -> _Index:
     has_names = isinstance(store, JsonRows | TarRows)
     positions: list[Position] = []
     counts: list[int] = []
+    lengths: list[int] = []
     problems: dict[str, str] = {}
     seen: set[str] = set()
     repeated: list[int] = []
@@ -283,10 +289,12 @@ def _listed(config: RowsConfig) -> _Index:
         digest.update(json.dumps([conversation.id, names, conversation.turns]).encode())
         positions.append(listed.position)
         counts.append(len(names))
+        lengths.append(sum(len(turn.question) + len(turn.answer) for turn in conversation.turns))
     clusters_R = clusters.firsts()
     return _Index(
         np.array(positions, dtype=np.int64).reshape(-1, len(Position._fields)),
         np.array(counts, dtype=np.int16),
+        np.array(lengths, dtype=np.int32),
         assigned_splits([clusters.keys[row] for row in clusters_R.tolist()], config.held_out),
         clusters_R,
         frozenset(repeated),

@@ -3,6 +3,9 @@
 A step draws one group of the source, so all its samples have the same number of images and cost the same on every rank.
 Finite groups are read in seeded permutations, one per epoch; endless groups are read in order. Because nothing depends
 on how far a reader has run, a resumed run starts at its step without reading the earlier ones.
+
+Samples of similar length can be grouped in a step. All images of a step have the same number of visual tokens, its
+budget, so the lengths of the texts alone decide which samples cost the same, and they are known before a step is read.
 """
 
 import json
@@ -15,6 +18,10 @@ from parcelray.datasets.collator import Batch, Collator, PreparedSample
 from parcelray.datasets.source import BadRowsError, SampleGroup, SampleSource
 from parcelray.errors import UserError
 
+_STEPS_SORTED = 64
+"""Number of steps whose samples are sorted together: enough that a step has similar lengths, and few enough that the
+samples of a step still differ from epoch to epoch."""
+
 
 class StepPlan(NamedTuple):
     """The samples of one step, over all ranks."""
@@ -24,9 +31,13 @@ class StepPlan(NamedTuple):
     num_images: int
     """Images per sample."""
     indices: tuple[int, ...]
+    """With samples of similar length, the longest first."""
 
     def share(self, rank: int, world_size: int) -> tuple[int, ...]:
-        """The sample indices that one rank reads; together the ranks read each sample of the step once."""
+        """The sample indices that one rank reads; together the ranks read each sample of the step once.
+
+        The shares of a step whose samples are sorted by length have about as many tokens each.
+        """
         return self.indices[rank::world_size]
 
 
@@ -38,14 +49,19 @@ class BatchSchedule:
         num_steps: number of steps of the run.
         images_per_step: images per step over all ranks.
         seed: seed of the order.
+        by_tokens: whether the samples of a step have similar length, where the source knows the lengths.
     """
 
-    def __init__(self, source: SampleSource, *, num_steps: int, images_per_step: int, seed: int) -> None:
+    def __init__(
+        self, source: SampleSource, *, num_steps: int, images_per_step: int, seed: int, by_tokens: bool = False
+    ) -> None:
         self._groups: list[SampleGroup] = list(source.groups)
         self._seed = seed
+        self._by_tokens = by_tokens
         self.images_per_step = images_per_step
         """Largest number of images of a step over all ranks."""
-        self._cached: tuple[tuple[int, int], np.ndarray] | None = None
+        self._orders: dict[int, tuple[int, np.ndarray]] = {}
+        """The newest epoch of each group, with its order."""
         too_large = [group for group in self._groups if group.num_images > images_per_step]
         if too_large:
             raise UserError(
@@ -76,12 +92,27 @@ class BatchSchedule:
         if size is None:
             return position
         epoch, offset = divmod(position, size)
-        return int(self._permutation(g, epoch, size)[offset])
+        if g not in self._orders or self._orders[g][0] != epoch:
+            self._orders[g] = (epoch, self._order(g, epoch, size))
+        return int(self._orders[g][1][offset])
 
-    def _permutation(self, g: int, epoch: int, size: int) -> np.ndarray:
-        if self._cached is None or self._cached[0] != (g, epoch):
-            self._cached = ((g, epoch), np.random.default_rng((self._seed, g, epoch)).permutation(size))
-        return self._cached[1]
+    def _order(self, g: int, epoch: int, size: int) -> np.ndarray:
+        """The samples of a group in the order of an epoch."""
+        rng = np.random.default_rng((self._seed, g, epoch))
+        order = rng.permutation(size)
+        lengths = self._groups[g].num_characters
+        if not self._by_tokens or lengths is None:
+            return order
+        # The first samples may belong to a step that the epoch before has begun.
+        per_step = self._batch[g]
+        started = -epoch * size % per_step
+        for start in range(started, size, _STEPS_SORTED * per_step):
+            chunk = order[start : start + _STEPS_SORTED * per_step]
+            chunk[:] = chunk[np.argsort(-lengths[chunk], kind="stable")]
+            num_steps = len(chunk) // per_step
+            whole = chunk[: num_steps * per_step].reshape(num_steps, per_step)
+            whole[:] = whole[rng.permutation(num_steps)]
+        return order
 
 
 class StepReader:
