@@ -156,7 +156,7 @@ def test_studies_are_stored_on_object_storage(
     monkeypatch.chdir(tmp_path)
     job = [change.replace(f"storage={llava_job[0]}", f"storage={s3}") for change in llava_job[1]]
     models = sets("models.SigLIP=mini_llava", "models.ConvNeXt=mini_llava", "models.CLIP=mini_llava")
-    _run("saliency", *_attention(s3, 2))
+    _run("saliency", *_attention(s3, 4))
     printed = _run("encoders", *job, *models)
     filesystem, root = open_storage(s3)
     files = {name.removeprefix(f"{root}/studies/") for name in filesystem.find(f"{root}/studies")}
