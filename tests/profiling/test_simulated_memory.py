@@ -119,14 +119,17 @@ from parcelray.models.vlm import load_vlm, use_sdpa_where_exact
 from parcelray.config.connector import ConnectorConfig
 from parcelray.config.train import TrainJob
 from parcelray.training.memory import StepLoad, run_step
+from parcelray.training.start import prepare_model, set_allocator
 from parcelray.training.step import build_optimizer
 from pydantic import TypeAdapter
 
 given = json.loads(sys.argv[1])
 job = TrainJob.model_validate(given["job"])
+set_allocator(job)
 connector = TypeAdapter(ConnectorConfig).validate_python(given["connector"])
 model = load_vlm(given["path"], connector=connector).train()
 use_sdpa_where_exact(model)
+prepare_model(model, job)
 optimizer = build_optimizer(model, job.optimizer)
 gc.collect()
 
@@ -146,18 +149,21 @@ print(json.dumps({"above": resident("VmHWM") - loaded}))
 @pytest.mark.nightly
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.parametrize(
-    ("asset", "connector", "load"),
+    ("asset", "connector", "load", "training"),
     [
-        ("mini_base", "parcel", (32, 1, 32, 4, 64)),
-        ("mini_base", "parcel", (64, 1, 32, 4, 256)),
-        ("mini_llava", "mqt", (32, 1, 32, 4, 64)),
-        ("mini_llava", "m3", (16, 3, 48, 4, 64)),
+        ("mini_base", "parcel", (32, 1, 32, 4, 64), {}),
+        ("mini_base", "parcel", (64, 1, 32, 4, 256), {}),
+        ("mini_base", "parcel", (64, 1, 32, 4, 256), LORA),
+        ("mini_base", "parcel", (32, 1, 32, 4, 64), CHECKPOINTING),
+        ("mini_llava", "mqt", (32, 1, 32, 4, 64), {}),
+        ("mini_llava", "mqt", (32, 1, 32, 4, 64), LORA | CHECKPOINTING),
+        ("mini_base", "m3", (32, 1, 32, 4, 256), {}),
     ],
 )
 def test_predicted_memory_is_within_ten_percent_of_the_process(
-    tmp_path: Path, asset: str, connector: str, load: tuple[int, ...]
+    tmp_path: Path, asset: str, connector: str, load: tuple[int, ...], training: dict[str, Any]
 ) -> None:
-    job, config = tiny_job(tmp_path), config_of(ASSETS / asset)
+    job, config = tiny_job(tmp_path, training=training), config_of(ASSETS / asset)
     config.connector = {"type": connector}
     predicted = training_memory(job, config, StepLoad(*load), 1, validate=False).above
     given = {

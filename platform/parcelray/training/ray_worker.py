@@ -73,13 +73,13 @@ def user_error_of(error: BaseException) -> UserError | None:
 def _train(inputs: WorkerInputs) -> None:
     import torch
 
-    from parcelray.models.allocator import keep_freed_memory
     from parcelray.training.batches.ray_reading import ray_batches
+    from parcelray.training.start import set_allocator
     from parcelray.training.train_loop import LoopInputs, train
 
     scaling = inputs.job.scaling
     if not scaling.gpus_per_worker:
-        keep_freed_memory()
+        set_allocator(inputs.job)
         torch.set_num_threads(max(1, int(scaling.cpus_per_worker)))
     is_first = ray.train.get_context().get_world_rank() == 0
     on_progress = inputs.progress.update.remote if is_first else lambda step, state: None

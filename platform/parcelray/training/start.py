@@ -18,6 +18,7 @@ from parcelray.datasets.sample import Sample
 from parcelray.errors import UserError
 from parcelray.models import mini_llava
 from parcelray.models.adapters import add_adapters, freeze_parts, frozen_digest
+from parcelray.models.allocator import keep_freed_memory, return_freed_memory
 from parcelray.models.backbones import ElasticVLM
 from parcelray.models.backbones.processor_base import ElasticProcessor
 from parcelray.models.mini import build_config, build_model, build_processor
@@ -139,6 +140,19 @@ def prepare_model(model: ElasticVLM, job: TrainJob) -> None:
             if isinstance(layer, GradientCheckpointingLayer):
                 layer.gradient_checkpointing = True
                 layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+
+
+def set_allocator(job: TrainJob) -> None:
+    """Set this process's allocator for a training on a CPU: for speed, or for memory if the job saves memory."""
+    if saves_memory(job):
+        return_freed_memory()
+    else:
+        keep_freed_memory()
+
+
+def saves_memory(job: TrainJob) -> bool:
+    """Whether a job trades time for memory, by adapters or activation checkpointing."""
+    return job.training.activation_checkpointing or job.training.lora is not None
 
 
 def check_device(job: TrainJob, *, cpu_only: bool) -> None:

@@ -130,9 +130,4 @@ def _notes(job: TrainJob) -> tuple[str, ...]:
     notes = ["Training cuts no row: every batch is padded to its longest row."]
     if job.training.strategy == "fsdp" and job.scaling.gpus_per_worker:
         notes.append("Weights, gradients and optimizer state are those of a worker that is not sharded.")
-    if not job.scaling.gpus_per_worker and (job.training.lora is not None or job.training.activation_checkpointing):
-        notes.append(
-            "On CPUs, processes with adapters or activation checkpointing hold 1.5 to 3 times the predicted memory,"
-            " because the C library cannot reuse much of what is freed (docs/planning.md)."
-        )
     return tuple(notes)

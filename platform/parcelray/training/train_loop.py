@@ -27,7 +27,6 @@ from parcelray.errors import SystemFailure
 from parcelray.evaluation.predict.predictor import Predictor
 from parcelray.evaluation.scoring.split_scores import score
 from parcelray.models.adapters import frozen_digest
-from parcelray.models.allocator import keep_freed_memory
 from parcelray.models.backbones import ElasticVLM
 from parcelray.models.backbones.processor_base import ElasticProcessor
 from parcelray.models.training_attention import training_kernels
@@ -46,6 +45,7 @@ from parcelray.training.start import (
     check_device,
     compile_layers,
     prepare_model,
+    set_allocator,
     step_reader,
     validation_samples,
 )
@@ -119,7 +119,7 @@ def fit_in_process(
     Returns:
         The newest checkpoint folder and the last metrics.
     """
-    keep_freed_memory()
+    set_allocator(job)
 
     def report(metrics: dict[str, float], source: Path | None, validate: bool) -> None:
         if source is not None:
