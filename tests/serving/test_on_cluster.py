@@ -60,5 +60,13 @@ def test_a_detached_endpoint_is_shown_updated_and_stopped_from_anywhere(
     assert answered(extra_body={"visual_tokens": 16}) == version
     assert "mini" in run("endpoint", "status", "mini", "--address", cluster.address)
 
+    reducer = ["--set", "model.connector=null", "--set", "reducer={type: cluster_aggregate}"]
+    run("endpoint", "update", "mini", *reducer, "--address", cluster.address)
+    with_reducer = answered(extra_body={"visual_tokens": 16})
+    assert with_reducer != version
+    (state,) = states()
+    assert state["models"] == {with_reducer: "1 of 1 replicas run"}
+    assert state["reducers"][with_reducer]["type"] == "cluster_aggregate"
+
     run("endpoint", "stop", "mini", "--address", cluster.address)
     assert states() == []

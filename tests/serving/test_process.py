@@ -1,7 +1,9 @@
 """Tests `parcelray serve` as a separate process: answers, signals, a port that is held, and the death of its raylet."""
 
+import base64
 import contextlib
 import http.client
+import io
 import json
 import os
 import signal
@@ -13,13 +15,19 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from openai import AuthenticationError, OpenAI
+from rich.console import Console
 
+from parcelray.config.train import TrainJob
 from parcelray.serving.http.auth import add_key, remove_key
+from parcelray.training.run import run_training
+from tests.datasets.conversation_data import names_of, rows_of, write_folder
 from tests.processes import own_ray
 from tests.serving.local import PATIENCE_S, wait_until
+from tests.training.conftest import TINY
 
 pytestmark = [pytest.mark.serving, pytest.mark.ray, pytest.mark.slow]
 
@@ -86,6 +94,36 @@ def free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("layout", ["folder", "object storage"])
+def test_a_model_trained_on_own_data_is_served_from_its_storage(
+    tmp_path: Path, tiny_start: dict[str, Any], s3: str, layout: str
+) -> None:
+    storage = str(tmp_path / "runs") if layout == "folder" else s3
+    data = {"type": "conversations", "images": str(tmp_path / "images"), "held_out": {"validation": 0.2}}
+    data["path"] = str(write_folder(tmp_path, 16))
+    job = TrainJob.model_validate(TINY | {"model": tiny_start, "data": data, "storage": storage})
+    run_training(job, Console(file=io.StringIO()))
+    port = free_port()
+    arguments = [f"{storage}/train/tiny/model", "--port", str(port), "--set", "tracking.uri=null"]
+    with serving([*arguments, "--set", f"limits.timeout_s={PATIENCE_S}"], tmp_path) as process:
+        process.wait_for(f"answers at http://127.0.0.1:{port}/v1")
+        image = base64.b64encode((tmp_path / "images" / names_of(rows_of(1)[0])[0]).read_bytes()).decode()
+        content = [
+            {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{image}"}},
+            {"type": "text", "text": "compare"},
+        ]
+        with OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", timeout=PATIENCE_S) as client:
+            (model,) = client.models.list().data
+            for budget in (16, 64):
+                messages: Any = [{"role": "user", "content": content}]
+                answer = client.chat.completions.create(
+                    model=model.id, messages=messages, max_tokens=4, extra_body={"visual_tokens": budget}
+                )
+                assert answer.usage is not None
+                assert answer.usage.prompt_tokens > budget
 
 
 def test_the_command_answers_reloads_on_sighup_and_drains_on_sigterm(tmp_path: Path, repo_root: Path) -> None:
