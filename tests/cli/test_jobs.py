@@ -3,6 +3,7 @@
 import datetime
 import io
 import json
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ from parcelray.cluster import failures, jobs, submission
 from parcelray.cluster.failures import FailedWorker
 from parcelray.cluster.jobs import JobState
 from parcelray.cluster.submission import JobRequest, SubmittedJob
+from parcelray.serving.http.auth import add_key
 from parcelray.tracking.lineage import JobRun
 
 BASE = "jobs/train/mini_base.yaml"
@@ -57,6 +59,18 @@ def test_submit_sends_environment_variables_and_prints_json(run: Any, sent: list
     assert (request.storage, request.tracking_uri) == ("s3://bucket/runs", "http://mlflow:5000")
     for wrong in ("OMP_NUM_THREADS", "=4", "a b=1"):
         assert "give NAME=VALUE" in run("submit", BASE, *SHARED, *ADDRESS, "--env", wrong).err
+
+
+def test_the_keys_of_an_endpoint_are_sent_with_its_job(run: Any, sent: list[Any], tmp_path: Path) -> None:
+    job = ("submit", "jobs/serve/mini.yaml", "--set", "tracking.uri=null", "--set", "http.host=0.0.0.0", *ADDRESS)
+    keys = Path(os.path.relpath(tmp_path / "keys.txt"))
+    missing = run(*job, "--set", f"http.keys_file={keys}")
+    assert (missing.code, sent) == (2, [])
+    assert "create it with `parcelray keys add NAME" in missing.err
+    add_key(keys, "ann")
+    assert run(*job, "--set", f"http.keys_file={keys}").code == 0
+    assert run(*job, "--set", f"http.keys_file={tmp_path}/on_the_head.txt").code == 0
+    assert [[file.resolve() for file in request.further] for request, _ in sent] == [[keys.resolve()], []]
 
 
 def test_results_at_relative_paths_would_be_lost(run: Any, sent: list[Any]) -> None:

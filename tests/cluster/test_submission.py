@@ -65,6 +65,15 @@ def test_every_kind_of_job_has_its_command(
     assert request.submission_id == identity + ("-confirm" if flags else "")
 
 
+def test_files_that_a_job_reads_are_sent_although_git_does_not_track_them(project: Path) -> None:
+    job, keys = project / "jobs" / "a.yaml", project / "keys.txt"
+    keys.write_text("keys")
+    plans = [
+        plan_submission(JobRequest(job, "serve-a-00000000", further=each), address=ADDRESS) for each in ([], [keys])
+    ]
+    assert [plan.largest.keys() - {"jobs/a.yaml", "pipelines/search.py"} for plan in plans] == [set(), {"keys.txt"}]
+
+
 def test_the_driver_of_an_endpoint_has_time_to_finish_its_requests() -> None:
     assert int(driver_variables("serve", {"A": "1"})["RAY_JOB_STOP_WAIT_TIME_S"]) >= 60
     assert driver_variables("train", {"A": "1"}) == {"PYTHONUNBUFFERED": "1", "A": "1"}

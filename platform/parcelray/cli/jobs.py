@@ -26,6 +26,7 @@ from parcelray.errors import UserError
 if TYPE_CHECKING:
     from parcelray.cluster.jobs import JobState
     from parcelray.cluster.submission import JobRequest
+    from parcelray.config.identity import Job
 
 jobs_app = typer.Typer(no_args_is_help=True, help="List, follow and stop jobs on a Ray cluster.")
 _CONFIRM = "--confirm"
@@ -182,10 +183,11 @@ def _request(file: Path, overrides: Sequence[str], confirm: bool) -> "JobRequest
         job = load(file, list(overrides))
         if confirm and job.kind != "tune":
             raise UserError(f"{file}: kind is {job.kind}, but --confirm belongs to a search (kind tune); leave it out.")
-        return JobRequest(file, identity(job), overrides, flags, job.model_dump(mode="json", context=AS_WRITTEN))
+        settings = job.model_dump(mode="json", context=AS_WRITTEN)
+        return JobRequest(file, identity(job), overrides, flags, settings, _keys_file(job))
     from parcelray.config.loader import apply_override
 
-    settings: dict[str, Any] = {}
+    settings = {}
     for override in overrides:
         apply_override(settings, override)
     try:
@@ -194,6 +196,23 @@ def _request(file: Path, overrides: Sequence[str], confirm: bool) -> "JobRequest
         raise UserError(f"{file}: cannot be read ({error.strerror}); give the path of a job file or script.") from None
     digest = hashlib.sha256(content.encode()).hexdigest()[:8]
     return JobRequest(file, f"{PIPELINE}-{file.stem}-{digest}", overrides, flags, settings)
+
+
+def _keys_file(job: "Job") -> list[Path]:
+    """The file of the API keys of an endpoint; an absolute path is one of the cluster's head.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    from parcelray.config.paths import written
+    from parcelray.config.serve import ServeJob
+    from parcelray.serving.http.auth import read_keys
+
+    keys = job.http.keys_file if isinstance(job, ServeJob) else None
+    if keys is None or Path(written(keys)).is_absolute():
+        return []
+    read_keys(Path(keys))
+    return [Path(keys)]
 
 
 def _variables(env: Sequence[str]) -> dict[str, str]:

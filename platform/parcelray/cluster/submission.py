@@ -49,6 +49,8 @@ class JobRequest:
     """Further arguments of the command, such as `--confirm`; a job with other flags is another job."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """The resolved job with paths as they were written; it is checked for secrets."""
+    further: Sequence[Path] = ()
+    """Files inside the project that the job reads and that git need not track."""
 
     @property
     def submission_id(self) -> str:
@@ -141,7 +143,7 @@ def submit(
     match = _matched(request.identity)
     _check_public(request, env_vars or {})
     root = project_root(request.file)
-    package = collect(root, [request.file])
+    package = collect(root, [request.file, *request.further])
 
     url = dashboard_url(address)
     token = find_token()
@@ -187,7 +189,7 @@ def plan_submission(request: JobRequest, *, address: str | None) -> Submission:
     _matched(request.identity)
     _check_public(request, {})
     root = project_root(request.file)
-    package = collect(root, [request.file])
+    package = collect(root, [request.file, *request.further])
     commit, dirty = git_state(root)
     largest = sorted(package.files, key=lambda file: -file.num_bytes)[:5]
     return Submission(

@@ -17,8 +17,10 @@ from parcelray.training.step import TensorBatch, build_optimizer, losses
 _VALIDATION_IMAGES = 64
 """Images per batch of a validation, the default of `Predictor`."""
 _FIRST_STEP_BYTES = 19 << 20
-"""What a process that returns freed memory holds above its live tensors, mostly code that the first step loads: 10 to 29
-MiB, measured for a mini PaliGemma and a mini LLaVA with adapters, with activation checkpointing, and with both."""
+"""What a process that returns freed memory holds above its live tensors, mostly code that the first step loads.
+
+10 to 29 MiB, measured for a mini PaliGemma and a mini LLaVA with adapters, with activation checkpointing, and with both.
+"""
 
 
 @dataclass(frozen=True)
