@@ -19,7 +19,7 @@ _VALIDATION_IMAGES = 64
 _FIRST_STEP_BYTES = 19 << 20
 """What a process that returns freed memory holds above its live tensors, mostly code that the first step loads.
 
-10 to 29 MiB, measured for a mini PaliGemma and a mini LLaVA with adapters, with activation checkpointing, and with both.
+10 to 29 MiB, measured for a mini PaliGemma and a mini LLaVA with adapters, activation checkpointing, and both.
 """
 
 
