@@ -349,7 +349,7 @@ def test_the_plan_counts_every_pass_of_the_schedule(tmp_path: Path) -> None:
     console = Console(file=io.StringIO(), width=120)
     console.print(plan.to_rich())
     assert isinstance(console.file, io.StringIO)
-    assert "1.5 passes, 72 visual tokens per image" in console.file.getvalue()
+    assert "passes: 1.5, visual tokens per image: 72" in console.file.getvalue()
 
 
 @pytest.mark.nightly

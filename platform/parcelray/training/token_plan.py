@@ -70,7 +70,7 @@ def training_token_plan(
         identity(job),
         (data,),
         tuple(memory),
-        f"{job.training.images_per_step} images per step on {workers} workers, {parts} micro-batches",
+        f"images per step: {job.training.images_per_step}, workers: {workers}, micro-batches: {parts}",
         "images per step",
         limit,
         max(fitting, default=None),
