@@ -5,7 +5,9 @@ import signal
 import socket
 import subprocess
 import sys
-from contextlib import ExitStack
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import pytest
@@ -13,9 +15,10 @@ from rich.console import Console
 
 from parcelray.config.serve import HttpConfig
 from parcelray.errors import UserError
-from parcelray.serving import supervision
+from parcelray.serving import run, supervision
+from parcelray.serving.plan import pin
 from parcelray.serving.supervision import Signals, held_port, ray_watched
-from tests.serving.local import PATIENCE_S, wait_until
+from tests.serving.local import PATIENCE_S, job_of, wait_until
 
 pytestmark = pytest.mark.serving
 
@@ -79,6 +82,27 @@ def test_the_first_signal_stops_and_the_second_ends_the_process(received: Any) -
     signals.received(signal.SIGINT)
     assert ended == [130]
     assert text.getvalue().endswith("Ended at once; requests in flight are lost\n")
+
+
+def test_an_exception_that_is_earlier_than_the_number_of_its_signal_has_the_exit_code_of_the_signal(
+    received: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    signals, _, text = received
+    late = threading.Timer(0.2, signals.received, [signal.SIGTERM])
+
+    @contextmanager
+    def starting(*_: object, **__: object) -> Iterator[str]:
+        late.start()
+        # Ray's own handler exits with the number of the signal.
+        raise SystemExit(int(signal.SIGTERM))
+        yield
+
+    monkeypatch.setattr(run, "signals", lambda console: nullcontext(signals))
+    monkeypatch.setattr(run, "endpoint", starting)
+    with pytest.raises(SystemExit) as ended:
+        run.run_endpoint(pin(job_of()), Console(file=text))
+    assert ended.value.code == 128 + signal.SIGTERM
+    late.join()
 
 
 _STUCK = """

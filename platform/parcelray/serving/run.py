@@ -38,6 +38,8 @@ _POLL_S = 0.2
 _WATCH_PERIOD_S = 1.0
 """Time between two queries for dead processes and notices, seconds."""
 _NOTICES_TIMEOUT_S = 5.0
+_SIGNAL_S = 10.0
+"""Longest time between the exception of a signal and the thread that reads its number, on a busy machine, seconds."""
 
 
 @contextmanager
@@ -209,7 +211,8 @@ def run_endpoint(pinned: PinnedEndpoint, console: Console, *, address: str | Non
                         _report(deaths, name, console)
                         due = time.monotonic() + _WATCH_PERIOD_S
         except (KeyboardInterrupt, SystemExit):
-            if received.number is None:
+            # The exception can be earlier than the thread that reads the signals.
+            if not received.stop.wait(_SIGNAL_S):
                 raise
             raise SystemExit(received.exit_code) from None
 
