@@ -81,7 +81,9 @@ class TrainingPlan:
                 f" {self.trained_parameters:,} are trained"
             ),
             "visual-token budgets": f"{budgets}, {self.schedule}",
-            "mean of a step": f"passes: {self.passes_per_step:.3g}, visual tokens per image: {self.tokens_per_step:.4g}",
+            "mean of a step": (
+                f"passes: {self.passes_per_step:.3g}, visual tokens per image: {self.tokens_per_step:.4g}"
+            ),
             "workers": (
                 " to ".join(str(count) for count in sorted(set(self.workers))) if self.workers[1] else "in this process"
             ),
