@@ -99,7 +99,8 @@ def build_resumed(job: TrainJob, folder: Path, start: Path | None) -> tuple[Elas
     if read_state(folder).frozen != frozen_digest(model):
         raise UserError(
             f"The frozen weights of the model that the training started from are not those of the checkpoint {folder}:"
-            " its files have changed. Restore the former model to resume, or give the run another name."
+            " its files have changed, or an earlier version of parcelray wrote the checkpoint. Restore the former model"
+            " or version to resume, or give the run another name."
         )
     if not is_sharded:
         missing, unexpected = model.load_state_dict(load_file(folder / TRAINED), strict=False)
