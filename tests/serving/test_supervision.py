@@ -99,6 +99,7 @@ def test_an_exception_that_is_earlier_than_the_number_of_its_signal_has_the_exit
 
     monkeypatch.setattr(run, "signals", lambda console: nullcontext(signals))
     monkeypatch.setattr(run, "endpoint", starting)
+    monkeypatch.setattr(run, "_SIGNAL_S", PATIENCE_S)
     with pytest.raises(SystemExit) as ended:
         run.run_endpoint(pin(job_of()), Console(file=text))
     assert ended.value.code == 128 + signal.SIGTERM

@@ -8,7 +8,9 @@ from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 from parcelray.errors import UserError
 from parcelray.training.ray_worker import ControllerCallback
 
-RESTART = "All workers start again from the newest checkpoint, at most scaling.max_failures times."
+RESTART = (
+    "All workers start again from the newest checkpoint, unless they have failed more than scaling.max_failures times."
+)
 DEATH = """The actor died unexpectedly before finishing this task.
 \tclass_name: RayTrainWorker
 The actor is dead because its worker process has died. Worker exit type: SYSTEM_ERROR Worker exit detail: Worker \
@@ -43,6 +45,7 @@ class _Progress:
                 RESTART,
             ],
         ),
+        ({3: MemoryError()}, ["The worker of rank 3 failed: MemoryError", RESTART]),
         ({0: UserError("the row r7 has no image"), 1: RuntimeError("Connection closed by peer")}, []),
     ],
 )

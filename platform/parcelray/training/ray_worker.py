@@ -177,14 +177,16 @@ class ControllerCallback(UserCallback):
         for rank, error in sorted(worker_exceptions.items()):
             self.progress.notice.remote(f"The worker of rank {rank} failed: {_reason(error)}")
         self.progress.notice.remote(
-            "All workers start again from the newest checkpoint, at most scaling.max_failures times."
+            "All workers start again from the newest checkpoint, unless they have failed more than scaling.max_failures"
+            " times."
         )
 
 
 def _reason(error: Exception) -> str:
     """The last line of an error; if a worker died, without Ray's paragraph on possible causes."""
     cause = getattr(error, "health_check_failure", error)
-    return str(cause).strip().splitlines()[-1].strip().partition(" Worker exit detail:")[0]
+    text = str(cause).strip() or type(cause).__name__
+    return text.splitlines()[-1].strip().partition(" Worker exit detail:")[0]
 
 
 @dataclass(frozen=True)
