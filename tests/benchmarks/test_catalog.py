@@ -3,6 +3,8 @@
 import io
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
@@ -120,6 +122,20 @@ def test_the_list_and_the_check_name_the_metric_of_each_family(tmp_path: Path) -
     for family, metric_name in (("paligemma", "gqa:official"), ("llava", "gqa:llava")):
         example = check_data("gqa", tmp_path, (), 1, family).to_dict()["example"]
         assert example["metric"] == metric_name
+
+
+def test_the_check_names_samples_that_their_metric_cannot_score(tmp_path: Path) -> None:
+    """An index of MMBench that is missing passed the check and stopped the evaluation."""
+    config = builtin()["mmbench_en_dev"]
+    write_benchmark(config, tmp_path)
+    assert not check_data(config.name, tmp_path, (), ROWS, "llava").problems
+    for file in tmp_path.rglob("*.parquet"):
+        table = pq.read_table(file)
+        place = table.column_names.index("index")
+        missing = pa.array([None, *table.column("index").to_pylist()[1:]], pa.int64())
+        pq.write_table(table.set_column(place, "index", missing), file)
+    problems = check_data(config.name, tmp_path, (), ROWS, "llava").problems
+    assert ["needs metadata 'index' (int) on every sample" in each.reason for each in problems] == [True]
 
 
 def test_samples_have_their_language(tmp_path: Path) -> None:

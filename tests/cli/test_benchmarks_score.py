@@ -163,6 +163,14 @@ def test_a_line_that_cannot_be_scored_is_explained(
     assert message in outcome.err
 
 
+def test_blank_lines_count_in_the_number_of_a_line(run: Any, tmp_path: Path) -> None:
+    file = tmp_path / "spaced.jsonl"
+    good, bad = json.dumps({"target": "red", "answer": "red"}), json.dumps({"target": "red"})
+    file.write_text(f"\n{good}\n\n{bad}\n", encoding="utf-8")
+    outcome = run("benchmarks", "score", "gqa", "--answers", str(file))
+    assert "spaced.jsonl, line 4: " in outcome.err
+
+
 def _score(run: Any, folder: Path, lines: list[dict[str, Any]], *arguments: str) -> dict[str, Any]:
     outcome = run("benchmarks", "score", *arguments, "--answers", _write(folder, lines), "--json")
     assert outcome.code == 0, outcome.err

@@ -42,6 +42,17 @@ def test_the_identity_depends_on_values_and_not_on_their_notation(tmp_path: Path
     assert identity(load_job(path)) == first
 
 
+def test_limits_of_what_is_accepted_are_not_in_the_identity(tmp_path: Path) -> None:
+    path = tmp_path / "job.yaml"
+    path.write_text(
+        "kind: evaluate\nname: x\nmodel: {type: checkpoint, reference: m}\nbenchmarks: [mini]\n", encoding="utf-8"
+    )
+    first = identity(load_job(path))
+    # Of a job from when the limit was in the identity; its default still counts.
+    assert first == "evaluate-x-d794623c"
+    assert identity(load_job(path, ["max_unscored=0.5"])) == first
+
+
 def test_differing_keys_are_listed_as_key_paths() -> None:
     assert differing_keys({"a": {"b": 1, "c": 2}}, {"a": {"b": 1, "c": 3}, "d": 4}) == ["a.c: 2 -> 3", "d: None -> 4"]
 

@@ -237,6 +237,7 @@ def test_samples_that_cannot_be_evaluated_are_counted_up_to_a_limit(checkpoint: 
         ),
     ):
         _run(_job(tmp_path, checkpoint, name="strict", max_unscored=0.1, **choice))
+    assert _run(_job(tmp_path, checkpoint, name="strict", max_unscored=0.25, **choice)).computed == 0
 
 
 def test_samples_without_finite_logits_are_problems_that_count_towards_the_limit(

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from parcelray.benchmarks.catalog import catalog, find, prompt_family
+from parcelray.benchmarks.metrics import metric
 from parcelray.benchmarks.open import open_reader
 from parcelray.benchmarks.readers.base import DatasetFingerprint, Problem
 from parcelray.config.benchmark import BenchmarkConfig, TableSource
@@ -147,7 +148,7 @@ class DataCheck:
 
 
 def check_data(name: str, data: Path | None, user_files: Iterable[Path], rows: int, family: str) -> DataCheck:
-    """Reads the first rows of a benchmark and decodes their images.
+    """Reads the first rows of a benchmark, decodes their images and scores an empty answer to each question.
 
     Args:
         name: name of the benchmark.
@@ -171,7 +172,7 @@ def check_data(name: str, data: Path | None, user_files: Iterable[Path], rows: i
         for sample in read.samples:
             questions += 1
             example = example or sample
-            problems += _undecodable(sample)
+            problems += [*_undecodable(sample), *_unscorable(sample)]
     expected = config.source.rows if isinstance(config.source, TableSource) else None
     return DataCheck(name, fingerprint, expected, len(chosen), questions, tuple(problems), example)
 
@@ -180,6 +181,16 @@ def _undecodable(sample: Sample) -> list[Problem]:
     try:
         for image in sample.images:
             decode_image(image)
+    except UserError as error:
+        return [Problem(sample.id, str(error))]
+    return []
+
+
+def _unscorable(sample: Sample) -> list[Problem]:
+    """The metadata that the sample's metric lacks."""
+    try:
+        if sample.metric:
+            metric(sample.metric)([""], [sample])
     except UserError as error:
         return [Problem(sample.id, str(error))]
     return []

@@ -42,6 +42,9 @@ _FORMER_VALUES: dict[str, dict[str, Any]] = {
     "training": {"group_by_tokens": False, "loss_mean": "prompts", "compile": False},
     "optimizer": {"fused": False},
 }
+# Limits of what is accepted decide whether a run fails, not its numbers. They count with their default, as when they
+# were part of the identity.
+_LIMITS = {"max_unscored": EvaluateJob.model_fields["max_unscored"].default}
 # Renamed values by section and key; under their former names they count.
 _FORMER_NAMES: dict[str, dict[str, dict[Any, Any]]] = {"reducer": {"positions": FORMER_POSITIONS}}
 
@@ -71,7 +74,7 @@ def decisive(job: dict[str, Any], section: str = "") -> dict[str, Any]:
     """
     former = _FORMER_VALUES.get(section, {})
     kept = {
-        key: decisive(value, key) if isinstance(value, dict) else value
+        key: decisive(value, key) if isinstance(value, dict) else _LIMITS.get(key, value)
         for key, value in job.items()
         if key not in _NOT_IDENTITY and not (key in former and former[key] == value)
     }

@@ -243,8 +243,11 @@ class RunFolder:
         """
         resolved = self._job.model_dump(mode="json", context=AS_WRITTEN)
         existing = self._read(JOB)
-        if existing is not None and existing["identity"] != self.identity:
-            differences = "; ".join(differing_keys(decisive(existing["job"]), decisive(resolved)))
+        if existing is None or existing["identity"] == self.identity:
+            return
+        differences = "; ".join(differing_keys(decisive(existing["job"]), decisive(resolved)))
+        # An earlier version may have counted a key that does not decide the result.
+        if differences:
             raise UserError(
                 f"{self.path} has the run {existing['identity']}, whose configuration differs from this one"
                 f" ({differences}); give this run another name (--set name=...), or restore the old values to resume"

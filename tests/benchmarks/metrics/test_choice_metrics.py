@@ -169,3 +169,9 @@ def test_an_mmbench_question_is_correct_only_in_every_rotation(make_sample) -> N
     assert result.totals == {"mmbench": 0.5, "rows": 0.8, "category/x": 0.0, "category/y": 1.0}
     assert metric("mmbench:vanilla")(["A", "B", "A", "A", "B"], samples).totals["mmbench"] == 1
     assert metric("mmbench")(["?", "B", "C", "A", "B"], samples).unparsed == 1
+
+
+def test_mmbench_rows_with_the_same_index_are_refused(make_sample) -> None:
+    samples = [make_sample("A", id=name, index=7, choices=_CHOICES) for name in ("one", "two")]
+    with pytest.raises(UserError, match="'index' of sample 'two' of b, which is 7; give every row another index"):
+        metric("mmbench")(["A", "A"], samples)

@@ -167,8 +167,11 @@ def test_a_pass_whose_actor_is_killed_predicts_the_same_as_one_in_this_process(
             went_on.touch()
 
     settings = SMALL.model_copy(update={"rows_per_shard": 2})
-    result = _pass(checkpoint, tmp_path / "store", disturbed(Waits, went_on), settings=settings, on_progress=kill)
+    notices: list[str] = []
+    reader = disturbed(Waits, went_on)
+    result = _pass(checkpoint, tmp_path / "store", reader, settings=settings, on_progress=kill, say=notices.append)
     assert killed
+    assert [line for line in notices if "A worker of the evaluation died" in line]
     # A shard that was stored before its actor died is computed once more and overwrites its own answers.
     assert (result.computed, result.present) == (ANSWERS, 0)
     assert _answers(tmp_path / "store") == undisturbed

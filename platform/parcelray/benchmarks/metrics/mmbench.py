@@ -8,7 +8,7 @@ Predictions are parsed by the rules of `multiple_choice:option`, which are VLMEv
 rule applies (lmms-eval does too); here such a prediction is wrong and counted as unparsed. There is one value per row,
 so the headline is not the mean of the values.
 
-Metadata read: `index` (required), `choices` (required; an empty choice keeps its letter), `category` (optional;
+Metadata read: `index` (required; unique), `choices` (required; an empty choice keeps its letter), `category` (optional;
 sub-scores). The first answer is the correct letter.
 """
 
@@ -16,7 +16,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from parcelray.benchmarks.metrics.base import MetricResult, count_unparsed, needed, scored_mean, variants
+from parcelray.benchmarks.metrics.base import (
+    MetricResult,
+    count_unparsed,
+    needed,
+    scored_mean,
+    variants,
+    wrong_metadata,
+)
 from parcelray.benchmarks.metrics.multiple_choice import judge_choice, read_option
 from parcelray.datasets.sample import Sample
 
@@ -41,7 +48,10 @@ class MMBench:
         rotations: dict[int, dict[int, tuple[float, Sample]]] = {}
         for value, sample in zip(values, samples, strict=True):
             index = needed(sample, "index", int, self.name)
-            rotations.setdefault(index % _ROTATION, {})[index] = (value, sample)
+            rows = rotations.setdefault(index % _ROTATION, {})
+            if index in rows:
+                raise wrong_metadata(sample, "index", "every row another index", self.name)
+            rows[index] = (value, sample)
         questions = {
             question: self._question([rows[index] for index in sorted(rows)]) for question, rows in rotations.items()
         }

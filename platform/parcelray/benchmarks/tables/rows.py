@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -144,7 +145,7 @@ class JsonlRows:
 
     @cached_property
     def columns(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(name for row in self._rows for name in row))
+        return tuple(dict.fromkeys(name for _, row in self._rows for name in row))
 
     @property
     def folder(self) -> Path:
@@ -156,17 +157,23 @@ class JsonlRows:
         with self.file.open("rb") as opened:
             return "files:" + hashlib.file_digest(opened, "sha256").hexdigest()[:16]
 
+    @property
+    def line_numbers(self) -> Sequence[int]:
+        """Number of each row's line, from 1; blank lines are no rows."""
+        return [number for number, _ in self._rows]
+
     def __len__(self) -> int:
         return len(self._rows)
 
     def row(self, index: int) -> Row:
-        return {name: self._rows[index].get(name) for name in self.columns}
+        _, row = self._rows[index]
+        return {name: row.get(name) for name in self.columns}
 
     def column(self, name: str) -> list[Any]:
-        return [row.get(name) for row in self._rows]
+        return [row.get(name) for _, row in self._rows]
 
     @cached_property
-    def _rows(self) -> list[Row]:
+    def _rows(self) -> list[tuple[int, Row]]:
         rows = []
         with self.file.open("rb") as opened:
             for number, line in enumerate(opened, 1):
@@ -191,7 +198,7 @@ class JsonlRows:
                     ) from None
                 if not isinstance(row, dict):
                     raise UserError(f"{self.file}: line {number} is not a JSON object; write one object per line.")
-                rows.append(row)
+                rows.append((number, row))
         return rows
 
     def __getstate__(self) -> dict[str, Any]:

@@ -68,7 +68,7 @@ def run_on_ray(
         model: the model to evaluate.
         settings: use of the cluster.
         on_progress: called after each shard.
-        say: called with a sentence if the pass waits for resources.
+        say: called with a sentence if the pass waits for resources, or if a worker died.
         clock: time in seconds, which is compared with `settings.stall_s`.
 
     Raises:
@@ -86,7 +86,8 @@ def run_on_ray(
     with _stage_actor() as stages:
         reading = ray.put(pickle.dumps(_Reading(tuple(benchmarks), model, present)))
         pipeline = _pipeline(reading, model, dtype, shards, settings, stages)
-        return collect(benchmarks, _finished(pipeline, len(shards), settings.stall_s, stages, clock), on_progress)
+        finished = _finished(pipeline, len(shards), settings.stall_s, stages, say, clock)
+        return collect(benchmarks, finished, on_progress)
 
 
 def needed_resources(settings: PassConfig, num_shards: int) -> Need:
@@ -142,7 +143,12 @@ def _pipeline(
 
 
 def _finished(
-    evaluated: ray.data.Dataset, total: int, stall_s: float, stages: Any, clock: Callable[[], float]
+    evaluated: ray.data.Dataset,
+    total: int,
+    stall_s: float,
+    stages: Any,
+    say: Callable[[str], object],
+    clock: Callable[[], float],
 ) -> Iterator[ShardResult]:
     """Yields shards as they finish. A thread iterates over the pipeline, so that this process can report a stall."""
     finished: queue.Queue[dict[str, Any] | BaseException | None] = queue.Queue()
@@ -183,6 +189,8 @@ def _finished(
         if isinstance(result, ParcelrayError):
             raise result
         count += 1
+        for notice in ray.get(stages.notices.remote()):
+            say(notice)
         yield result
 
 
@@ -252,6 +260,8 @@ class _Evaluate:
 
         self._worker = ModelWorker(model, settings, dtype)
         self._stages = _StageReporter(stages)
+        if ray.get_runtime_context().was_current_actor_reconstructed:
+            self._stages.restarted()
 
     def __call__(self, rows: dict[str, NDArray[Any]]) -> dict[str, list[bytes]]:
         read: ShardInput | ParcelrayError = pickle.loads(rows["input"][0])
@@ -276,7 +286,7 @@ def _pickled_failure(error: Exception) -> bytes:
 
 
 class _StageReporter:
-    """Reports what a worker does, for the error message of a pass that stalls."""
+    """Reports what a worker does, for the error message of a pass that stalls, and that it replaces another one."""
 
     def __init__(self, stages: Any) -> None:
         self._stages = stages
@@ -289,6 +299,12 @@ class _StageReporter:
         """Reports that the worker is idle."""
         self._stages.report.remote(f"{os.uname().nodename}/{os.getpid()}", None)
 
+    def restarted(self) -> None:
+        """Reports that Ray started this worker in the place of one that died."""
+        self._stages.notify.remote(
+            f"A worker of the evaluation died; {os.uname().nodename} replaces it and computes its shard again."
+        )
+
 
 @ray.remote(num_cpus=0)
 class _StageActor:
@@ -297,6 +313,7 @@ class _StageActor:
     def __init__(self) -> None:
         self._running: dict[str, tuple[float, str]] = {}
         self._download: str | None = None
+        self._notices: list[str] = []
 
     def report(self, worker: str, stage: str | None) -> None:
         if stage is None:
@@ -305,6 +322,14 @@ class _StageActor:
             self._running[worker] = (time.monotonic(), stage)
             if stage.startswith(DOWNLOADING):
                 self._download = stage
+
+    def notify(self, sentence: str) -> None:
+        self._notices.append(sentence)
+
+    def notices(self) -> list[str]:
+        """The sentences since the last call."""
+        notices, self._notices = self._notices, []
+        return notices
 
     def download(self) -> str | None:
         return self._download

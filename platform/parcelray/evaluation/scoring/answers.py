@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -197,7 +197,7 @@ def score_answers(
     if config.unscorable is not None and metric is None:
         raise UserError(f"{name} cannot be scored: {config.unscorable}; name a metric with --metric to score it.")
     lines = _lines(answers)
-    if any(key in line for line in lines for key in (*_TARGETS, *_OTHER_TARGETS)):
+    if any(key in line for line in lines.values() for key in (*_TARGETS, *_OTHER_TARGETS)):
         joined = _with_targets(config, prompts, metric, lines, answers)
     else:
         joined = _to_known_samples(config, prompts, data, lines, answers)
@@ -213,21 +213,25 @@ def score_answers(
     return AnswerScores(answers, config, prompts, splits, len(lines), joined)
 
 
-def _lines(file: Path) -> list[Row]:
+def _lines(file: Path) -> dict[int, Row]:
+    """The rows of the file by the number of their line."""
     if not file.is_file():
         raise UserError(f"--answers is {file}, which is not a file; give a file with one JSON object per line.")
     rows = JsonlRows(file)
     if not len(rows):
         raise UserError(f"{file} has no lines; write one JSON object per line with the keys id and answer.")
-    return [{key: value for key, value in rows.row(index).items() if value is not None} for index in range(len(rows))]
+    return {
+        number: {key: value for key, value in rows.row(index).items() if value is not None}
+        for index, number in enumerate(rows.line_numbers)
+    }
 
 
 def _to_known_samples(
-    config: BenchmarkConfig, family: PromptFamily, data: Path | None, lines: Sequence[Row], file: Path
+    config: BenchmarkConfig, family: PromptFamily, data: Path | None, lines: Mapping[int, Row], file: Path
 ) -> Joined:
     given: dict[str, str] = {}
     doubled: dict[str, None] = {}
-    for number, line in enumerate(lines, 1):
+    for number, line in lines.items():
         row = validate(AnswerToKnownSample, line, f"{file}, line {number}")
         if row.id in given:
             doubled[row.id] = None
@@ -256,12 +260,12 @@ def _to_known_samples(
 
 
 def _with_targets(
-    config: BenchmarkConfig, family: PromptFamily, metric: str | None, lines: Sequence[Row], file: Path
+    config: BenchmarkConfig, family: PromptFamily, metric: str | None, lines: Mapping[int, Row], file: Path
 ) -> Joined:
-    rows = [validate(AnswerWithTarget, line, f"{file}, line {number}") for number, line in enumerate(lines, 1)]
+    rows = [validate(AnswerWithTarget, line, f"{file}, line {number}") for number, line in lines.items()]
     samples = [
         _sample(config, family, metric, row, f"{file}, line {number}", f"line {number}")
-        for number, row in enumerate(rows, 1)
+        for number, row in zip(lines, rows, strict=True)
     ]
     counts = Counter(sample.id for sample in samples)
     first = {sample.id: number for number, sample in reversed(list(enumerate(samples)))}
