@@ -177,7 +177,7 @@ def test_all_ways_into_the_decoder_give_the_same_logits(family: str) -> None:
         decoder = PooledDecoder(model, max_tokens=512)
         texts = processor.encode_prompts(PROMPTS)
         lengths = [len(ids) + 2 * budget for ids in texts]
-        blocks = [decoder.pool.reserve(each + num_new) for each in lengths]
+        blocks = [decoder.pool.reserve(decoder.kv_lengths(each + num_new, 0, 0)) for each in lengths]
         logits_BV, spans = decoder.prefill(
             [
                 Prompt(tuple(ids), processor.visual_offset, visual_VL, budget, own)

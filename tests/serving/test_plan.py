@@ -65,13 +65,13 @@ def test_a_reducer_decides_the_budgets_and_the_plan() -> None:
     assert plan.reducer["type"] == "cluster_aggregate"
     assert plan.requests_in_kv == {16: 9, 64: 6, 256: 2}
     assert plan.flops[16] < plan.flops[64] < plan.flops[256]
-    # The first layers of a decoder that drops tokens inside hold all patches, whatever the budget.
+    # The budget of a reducer inside the decoder is the mean over the layers; positions are those of all patches.
     changes = ["engine.kv_tokens=1024", "reducer={type: fastv, layer: 1}", "budgets.offered=[128, 256]"]
     inside = serving_plan(serve_job(str(ROOT / "jobs" / "serve" / "training_free.yaml"), changes))
-    assert inside.requests_in_kv == {128: 2, 256: 2}
+    assert inside.requests_in_kv == {128: 4, 256: 2}
     tokens = serving_token_plan(serve_job(str(ROOT / "jobs" / "serve" / "training_free.yaml"), changes))
-    assert [each.fits for each in tokens.memory] == [2, 2]
-    assert "3 at 128, 3 at 256" in tokens.notes[0]
+    assert [each.fits for each in tokens.memory] == [4, 2]
+    assert "7 at 128, 3 at 256" in tokens.notes[0]
     assert "The memory of the reducer fastv itself is not predicted." in tokens.notes[1]
 
 

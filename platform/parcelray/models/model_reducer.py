@@ -17,7 +17,6 @@ from parcelray.models.reduced_decoder import ReducedDecoder
 from parcelray.models.token_reduction import Reduction, TokenReducer, build_reducer
 from parcelray.models.token_reduction.base import ReductionContext, check_uncompressed, unreduced
 from parcelray.models.token_reduction.encoder_view import EncoderView
-from parcelray.models.token_reduction.in_decoder import InDecoderReducer
 
 
 class ImageTokens(NamedTuple):
@@ -61,7 +60,6 @@ class ModelReducer:
         self._model = model
         self.reducer: TokenReducer = build_reducer(config)
         self.num_patches = max(model.supported_budgets)
-        self.kv_per_image = kv_per_image(config, self.num_patches)
         self.positions_per_image = positions_per_image(config, self.num_patches)
         # Reduced tokens with consecutive positions are like any others to the stock decoder.
         is_stock = self.positions_per_image is None
@@ -107,18 +105,6 @@ class ModelReducer:
         if self.in_decoder is not None:
             return unreduced(tokens_INL)
         return self.reducer(tokens_INL, num_visual_tokens=num_visual_tokens, context=ReductionContext(encoder=encoder))
-
-
-def kv_per_image(config: ReducerConfig | None, num_patches: int) -> int | None:
-    """Returns the visual tokens of an image in the fullest layer of the KV cache; None: as many as its budget.
-
-    With a reducer inside the decoder, the first layers hold all patches, and the budget is the mean over the layers.
-
-    Args:
-        config: configuration of the reducer; None: no reducer.
-        num_patches: number of patches of an image.
-    """
-    return num_patches if config is not None and isinstance(build_reducer(config), InDecoderReducer) else None
 
 
 def positions_per_image(config: ReducerConfig | None, num_patches: int) -> int | None:

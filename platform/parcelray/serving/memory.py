@@ -7,7 +7,7 @@ import torch
 from parcelray.config.identity import identity
 from parcelray.config.reducer import ReducerConfig
 from parcelray.config.serve import ServeJob
-from parcelray.models.model_reducer import kv_per_image, positions_per_image
+from parcelray.models.model_reducer import positions_per_image
 from parcelray.models.token_reduction import build_reducer
 from parcelray.models.vlm import ElasticConfig, config_of, empty_vlm, use_sdpa_where_exact
 from parcelray.profiling.gpus import gpu_of
@@ -37,9 +37,9 @@ def serving_token_plan(job: ServeJob, *, memory_gib: float | None = None, gpu: s
     else:
         limit = gpu_of(gpu).memory_gib * 2**30 if gpu is not None else machine_limit(job.replicas.max)
     num_patches, reducer = int(config.grid_size) ** 2, pinned.reducer
-    held, places = kv_per_image(reducer, num_patches), positions_per_image(reducer, num_patches)
+    places = positions_per_image(reducer, num_patches)
     memory = [
-        budget_memory(budget, replica_memory(job, config, budget, reducer), requests_in_kv(job, held or budget))
+        budget_memory(budget, replica_memory(job, config, budget, reducer), requests_in_kv(job, budget))
         for budget in shown_budgets(job.budgets.offered)
     ]
     fitting = [each.budget for each in memory if each.weights_bytes + each.above_bytes <= limit]
@@ -48,7 +48,7 @@ def serving_token_plan(job: ServeJob, *, memory_gib: float | None = None, gpu: s
     room = min(positions, job.engine.kv_tokens - new)
 
     def most(budget: int) -> int:
-        return min(job.limits.images, room // (held or budget), positions // (places or budget))
+        return min(job.limits.images, room // budget, positions // (places or budget))
 
     images = ", ".join(f"{most(budget)} at {budget}" for budget in sorted(job.budgets.offered))
     notes = [
@@ -99,7 +99,9 @@ def replica_memory(
         )
         decoder.prefill(
             [
-                Prompt((0,) * TEXT_TOKENS, 0, tokens_IKL[0], budget, decoder.pool.reserve(length))
+                Prompt(
+                    (0,) * TEXT_TOKENS, 0, tokens_IKL[0], budget, decoder.pool.reserve(decoder.kv_lengths(length, 0, 0))
+                )
                 for _ in range(max(1, count))
             ]
         )

@@ -22,7 +22,6 @@ from parcelray.config.serve import (
 )
 from parcelray.errors import UnsupportedBudgetError, UserError
 from parcelray.models.checkpoint import ResolvedCheckpoint
-from parcelray.models.model_reducer import kv_per_image
 from parcelray.models.token_reduction import build_reducer
 from parcelray.models.token_reduction.base import check_uncompressed
 from parcelray.models.vlm import config_of, connector_of
@@ -180,7 +179,6 @@ def serving_plan(job: ServeJob) -> ServingPlan:
     config = config_of(pinned.champion.path)
     shape = from_transformers_config(config)
     costs = prefill_costs(shape, job.model.connector or config.connector_config, pinned.reducer, job.budgets.offered)
-    held = kv_per_image(pinned.reducer, shape.num_patches)
     bytes_per_value = 4 if job.model.dtype == "float32" else 2
     return ServingPlan(
         identity=identity(job),
@@ -190,20 +188,15 @@ def serving_plan(job: ServeJob) -> ServingPlan:
         keys=job.http.keys_file is not None,
         kv_bytes=kv_cache_bytes(shape, job.engine.kv_tokens, bytes_per_value),
         flops={budget: each.total for budget, each in costs.items()},
-        requests_in_kv={budget: requests_in_kv(job, held or budget) for budget in costs},
+        requests_in_kv={budget: requests_in_kv(job, budget) for budget in costs},
         warnings=pinned.warnings,
         config=job.model_dump(mode="json"),
     )
 
 
-def requests_in_kv(job: ServeJob, kv_per_image: int) -> int:
-    """Returns how many requests with one image and the default answer length run at once.
-
-    Args:
-        job: the endpoint.
-        kv_per_image: visual tokens of an image in the KV cache: the budget, unless a reducer is inside the decoder.
-    """
-    tokens = kv_per_image + TEXT_TOKENS + job.limits.default_max_tokens
+def requests_in_kv(job: ServeJob, budget: int) -> int:
+    """Returns how many requests with one image and the default answer length run at once at a budget."""
+    tokens = budget + TEXT_TOKENS + job.limits.default_max_tokens
     return min(job.engine.max_running, job.engine.kv_tokens // tokens)
 
 

@@ -17,10 +17,8 @@ from parcelray.models.backbones import ElasticVLM
 from parcelray.models.backbones.processor_base import ElasticProcessor
 from parcelray.models.mini import build_config, build_model, build_processor
 from parcelray.models.mini_llava import build
-from parcelray.models.model_reducer import kv_per_image
 from parcelray.serving.engine.continuous_engine import ContinuousEngine
-from parcelray.serving.engine.engine import EngineRefusal, PromptBuilder, answer_all
-from parcelray.serving.replica.load import HealthProbe
+from parcelray.serving.engine.engine import EngineRefusal, answer_all
 from tests.models.conftest import CONFIG, CORPUS, MINI_LLAVA
 from tests.serving.conftest import Asker
 
@@ -120,15 +118,25 @@ def test_answers_equal_those_of_an_evaluation(
     assert stats.feature_cache_misses == len({image.content for request in requests for image in request.images})
 
 
-def test_a_reducer_inside_the_decoder_holds_all_patches_of_an_image(
-    models: dict[str, tuple[ElasticVLM, ElasticProcessor]], samples: list[Sample]
+def test_a_reducer_inside_the_decoder_holds_the_mean_over_the_layers_in_the_kv_cache(
+    models: dict[str, tuple[ElasticVLM, ElasticProcessor]], samples: list[Sample], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The first of three layers holds 256 visual tokens, the others 7, and the mean is 90."""
     model, processor = models["llava"]
-    reducer = FastVConfig(layer=1)
-    request = Asker(processor)(samples[0], 200, max_new_tokens=8)
-    engine = ContinuousEngine(model, processor, EngineConfig(kv_tokens=256), reducer=reducer)
-    with pytest.raises(EngineRefusal, match="send fewer images, each of which takes 256 tokens at every budget"):
-        engine.submit(request, lambda _: None)
+    monkeypatch.setattr("parcelray.serving.engine.continuous_engine.end_token_ids", lambda *_: frozenset())
+    asker = Asker(processor)
+    requests = [asker(samples[index], 90, max_new_tokens=8) for index in range(4)]
+    # With all patches in every layer, there would be room for one request.
+    largest = max(request.tokens_at(256).total for request in requests)
+    engine = ContinuousEngine(
+        model, processor, EngineConfig(kv_tokens=2 * largest), urgent_tokens=0, reducer=FastVConfig(layer=1)
+    )
+    answers = answer_all(engine, requests)
+    stats = engine.stats()
+    too_long = asker(samples[0], 256, max_new_tokens=2 * largest)
+    with pytest.raises(EngineRefusal, match="lower max_tokens or the visual-token budget"):
+        engine.submit(too_long, lambda _: None)
     engine.close()
-    probe = HealthProbe(PromptBuilder(processor), (200,), kv_per_image=kv_per_image(reducer, 256))
-    assert probe.num_tokens == len(processor.encode_prompts(["ready"])[0]) + 256 + 1
+    assert [answer.num_new_tokens for answer in answers] == [8] * 4
+    assert stats.decoded_rows > 3 * stats.steps
+    assert stats.kv_tokens_used == 0

@@ -65,10 +65,14 @@ class InDecoderReducer(TokenReducer):
         )
 
 
+def tokens_by_layer(stages: tuple[Stage, ...], num_layers: int, num_tokens: int) -> list[int]:
+    """Returns the number of visual tokens in each layer of the decoder, the first of which gets N."""
+    counts = [num_tokens] * num_layers
+    for stage in stages:
+        counts[stage.layer :] = [stage.num_tokens] * (num_layers - stage.layer)
+    return counts
+
+
 def mean_tokens(stages: tuple[Stage, ...], num_layers: int, num_tokens: int) -> float:
     """Returns the mean number of visual tokens per layer of the decoder."""
-    total, count, start = 0, num_tokens, 0
-    for stage in stages:
-        total += (stage.layer - start) * count
-        start, count = stage.layer, stage.num_tokens
-    return (total + (num_layers - start) * count) / num_layers
+    return sum(tokens_by_layer(stages, num_layers, num_tokens)) / num_layers

@@ -47,24 +47,16 @@ class BudgetChooser:
                 " fitted on, or fit it again."
             )
 
-    def choose(
-        self,
-        request: GenerateRequest,
-        features: Mapping[str, Tensor],
-        max_tokens: int,
-        *,
-        kv_per_image: int | None = None,
-    ) -> GenerateRequest:
+    def choose(self, request: GenerateRequest, features: Mapping[str, Tensor], max_tokens: int) -> GenerateRequest:
         """Returns a request with the budget that is chosen from its `choices`.
 
         Args:
             request: request with choices, the smallest of which fits.
             features: patch features [N, D] of its images by content.
             max_tokens: maximum number of prompt and answer tokens.
-            kv_per_image: see `check_request`.
         """
         room = max_tokens - len(request.prompt_ids) - request.sampling.max_new_tokens
-        among = [budget for budget in request.choices if len(request.images) * (kv_per_image or budget) <= room]
+        among = [budget for budget in request.choices if len(request.images) * budget <= room]
         # If every fitting budget is smaller than the predictor's budgets, there is nothing to predict.
         budget = among[-1]
         if any(each in self._predictor.budgets for each in among):

@@ -44,6 +44,7 @@ from parcelray.serving.engine.engine import (
     Listener,
     check_request,
 )
+from parcelray.serving.engine.kv_pool import NO_BLOCKS
 from parcelray.serving.engine.request_state import AnswerWriter, RequestState, by_length
 from parcelray.serving.engine.sampling import choose
 from parcelray.serving.engine.vision import VisionStage
@@ -110,8 +111,8 @@ class ContinuousEngine:
 
     @property
     def max_request_tokens(self) -> int:
-        """Maximum number of prompt and answer tokens of one request."""
-        return min(self._decoder.max_positions, self._decoder.pool.total_tokens)
+        """Maximum number of prompt and answer tokens of one request, as the mean over the layers."""
+        return min(self._decoder.max_positions, self._decoder.pool.total_tokens - self._decoder.rounding_tokens)
 
     def submit(self, request: GenerateRequest, listener: Listener) -> None:
         """See `Engine`."""
@@ -122,7 +123,6 @@ class ContinuousEngine:
             chooses=self._chooser is not None,
             max_positions=self._decoder.max_positions,
             positions_per_image=self._decoder.positions_per_image,
-            kv_per_image=self._decoder.kv_per_image,
         )
         state = self._writer.new_state(request, listener)
         with self._lock:
@@ -277,7 +277,7 @@ class ContinuousEngine:
             tokens += self._prefill_tokens(state.request, state.request.smallest_budget)
             if state.images is None:
                 images += sum(image.content not in self._vision.cache for image in state.request.images)
-            blocks += self._decoder.pool.blocks_for(self._kv_tokens(state.request, state.request.smallest_budget))
+            blocks += self._decoder.pool.blocks_for(self._kv_lengths(state.request, state.request.smallest_budget))
             max_running = self._config.max_running + state.request.urgent
             if len(self._running) + len(states) >= max_running or blocks > self._free_blocks(state):
                 break
@@ -290,10 +290,10 @@ class ContinuousEngine:
         """Returns the number of prompt tokens that enter the decoder."""
         return request.tokens_at(self._decoder.prefill_per_image or budget).total
 
-    def _kv_tokens(self, request: GenerateRequest, budget: int) -> int:
-        """Returns the maximum number of tokens in the KV pool; the last new token is never attended to."""
-        prompt = request.tokens_at(self._decoder.kv_per_image or budget).total
-        return prompt + request.sampling.max_new_tokens - 1
+    def _kv_lengths(self, request: GenerateRequest, budget: int) -> list[int]:
+        """Returns the maximum number of tokens in each layer; the last new token is never attended to."""
+        num_text = len(request.prompt_ids) + request.sampling.max_new_tokens - 1
+        return self._decoder.kv_lengths(num_text, len(request.images), budget)
 
     def _free_blocks(self, state: RequestState) -> int:
         pool = self._decoder.pool
@@ -325,9 +325,7 @@ class ContinuousEngine:
         assert state.images is not None, "its images are encoded"
         features = {content: image.patch_features_ND for content, image in state.images.items()}
         try:
-            state.request = self._chooser.choose(
-                state.request, features, self.max_request_tokens, kv_per_image=self._decoder.kv_per_image
-            )
+            state.request = self._chooser.choose(state.request, features, self.max_request_tokens)
         except Exception:  # as in `_attempt`
             logger.exception("no budget could be chosen")
             self._fail(
@@ -343,7 +341,7 @@ class ContinuousEngine:
         for index, state in enumerate(states):
             budget = state.request.num_visual_tokens
             tokens += self._prefill_tokens(state.request, budget)
-            needed = self._kv_tokens(state.request, budget)
+            needed = self._kv_lengths(state.request, budget)
             if pool.blocks_for(needed) > self._free_blocks(state) or (index and tokens > self._config.prefill_tokens):
                 self._waiting.extendleft(reversed(states[index:]))
                 states = states[:index]
@@ -445,6 +443,6 @@ class ContinuousEngine:
             if state in group:
                 group.remove(state)
         self._decoder.pool.release(state.blocks)
-        state.blocks = []
+        state.blocks = NO_BLOCKS
         with self._lock:
             self._in_flight -= 1

@@ -1,22 +1,18 @@
 """The decoder over a pool of KV blocks: prefill of different prompts and budgets, and shared decode steps.
 
-The pool is the memory limit of an engine (`engine.kv_tokens`): it is allocated once, requests of any length share it
-block by block, and none can exceed what it reserved.
-
 transformers' own continuous batching (5.23, `generation/continuous_batching`) is not used. Its requests are lists of
 token ids, without a way to pass visual tokens. Its masks are causal, whereas PaliGemma attends to its prompt in both
 directions. Its thread supports neither budgets nor a bounded queue. The layers, rotary positions and attention are
 those of transformers. In addition, requests can join and leave between two steps, which `generate` does not support.
 
 Prompts whose visual tokens are reduced inside the decoder, or have positions or an attention of their own, are
-prefilled by the `ReducedDecoder` of evaluation. Their layers may hold different numbers of tokens: a request has the
-same blocks in every layer, enough for the layer with the most tokens, and later layers leave some of them empty.
+prefilled by the `ReducedDecoder` of evaluation.
 
-Shapes: B requests, S tokens of the longest prompt, L width, V vocabulary, K visual tokens of a prompt, M blocks,
-T tokens per block, H key-value heads, E head width, R rows written at once.
+Shapes: B requests, S tokens of the longest prompt, L width, V vocabulary, K visual tokens of a prompt, H key-value
+heads, E head width; Y, M, T and R as in `kv_pool`.
 """
 
-import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain, pairwise
 from typing import NamedTuple
@@ -29,99 +25,8 @@ from parcelray.models.decoder_attention import AttentionMasks, Keys, LayerMasks
 from parcelray.models.model_reducer import ModelReducer
 from parcelray.models.positions import image_position_ids
 from parcelray.models.reduced_decoder import VisualTokens, pack_prompts
-
-BLOCK_TOKENS = 16
-"""Tokens per block of the KV pool."""
-_SCRATCH = 0
-"""A block that no request owns; it pads the block tables."""
-
-
-class KVPool:
-    """Keys and values of all requests in flight, in blocks of `BLOCK_TOKENS` tokens.
-
-    Args:
-        num_layers: layers of the decoder.
-        num_heads: key-value heads of a layer.
-        head_width: width of a head.
-        max_tokens: tokens that all requests together may hold; rounded down to whole blocks.
-        spare_tokens: additional tokens for urgent requests; rounded up to whole blocks.
-        dtype: data type of the model.
-        device: device of the model.
-    """
-
-    def __init__(
-        self,
-        *,
-        num_layers: int,
-        num_heads: int,
-        head_width: int,
-        max_tokens: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        spare_tokens: int = 0,
-    ) -> None:
-        self.spare_blocks = self.blocks_for(spare_tokens)
-        self.num_blocks = max_tokens // BLOCK_TOKENS + self.spare_blocks
-        shape = (self.num_blocks + 1, BLOCK_TOKENS, num_heads, head_width)
-        # Zeros, not uninitialised memory: masked positions are multiplied by 0, and 0 times NaN is NaN.
-        self._keys_MTHE = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
-        self._values_MTHE = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
-        self._free = list(range(self.num_blocks, _SCRATCH, -1))
-
-    @property
-    def free_blocks(self) -> int:
-        """Number of blocks that no request owns."""
-        return len(self._free)
-
-    @property
-    def used_tokens(self) -> int:
-        """Number of reserved tokens."""
-        return (self.num_blocks - len(self._free)) * BLOCK_TOKENS
-
-    @property
-    def total_tokens(self) -> int:
-        """Number of tokens that can be reserved, without the spare ones."""
-        return (self.num_blocks - self.spare_blocks) * BLOCK_TOKENS
-
-    def blocks_for(self, num_tokens: int) -> int:
-        """Returns the number of blocks that hold `num_tokens` tokens."""
-        return math.ceil(num_tokens / BLOCK_TOKENS)
-
-    def reserve(self, num_tokens: int) -> list[int]:
-        """Reserves blocks for a request of at most `num_tokens` tokens; the caller has checked `free_blocks`."""
-        count = self.blocks_for(num_tokens)
-        assert count <= len(self._free), "reserved more blocks than are free"
-        return [self._free.pop() for _ in range(count)]
-
-    def release(self, blocks: list[int]) -> None:
-        """Returns blocks to the pool."""
-        self._free += blocks
-
-    def write(self, layer: int, slots_R: Tensor, keys_RHE: Tensor, values_RHE: Tensor) -> None:
-        """Stores rows at slots (block x T + position in the block)."""
-        self._keys_MTHE[layer].flatten(0, 1).index_copy_(0, slots_R, keys_RHE)
-        self._values_MTHE[layer].flatten(0, 1).index_copy_(0, slots_R, values_RHE)
-
-    def read(self, layer: int, tables_BM: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns keys and values [B, H, S, E] of requests, S the tokens of the longest block table."""
-        batch = tables_BM.shape[0]
-        flat = tables_BM.flatten()
-        keys, values = (
-            pool[layer].index_select(0, flat).view(batch, -1, *pool[layer].shape[2:]).transpose(1, 2)
-            for pool in (self._keys_MTHE, self._values_MTHE)
-        )
-        return keys, values
-
-
-def table_of(blocks: list[list[int]], num_tokens: int, device: torch.device) -> Tensor:
-    """Returns the block tables [B, M] of requests for `num_tokens` tokens, padded with the scratch block."""
-    width = math.ceil(num_tokens / BLOCK_TOKENS)
-    return torch.tensor([(row + [_SCRATCH] * width)[:width] for row in blocks], device=device)
-
-
-def slots_of(blocks: list[int], start: int, end: int) -> list[int]:
-    """Returns the slots of a request's tokens from position `start` to before `end`."""
-    return [blocks[position // BLOCK_TOKENS] * BLOCK_TOKENS + position % BLOCK_TOKENS for position in range(start, end)]
+from parcelray.models.token_reduction.in_decoder import InDecoderReducer, tokens_by_layer
+from parcelray.serving.engine.kv_pool import BLOCK_TOKENS, Blocks, KVPool, slots_of, tables_of
 
 
 class PatchIds(NamedTuple):
@@ -139,7 +44,7 @@ class Span:
 
     layers: range
     length: int
-    """Number of tokens in the pool, in each of these layers."""
+    """Number of tokens in each of these layers."""
     position: int
     """Rotary position of the next token, counted from 0; more than `length` if images have more places than tokens."""
     keys: Keys | None = None
@@ -158,7 +63,7 @@ class Prompt:
     """Projected visual tokens of all its images; None: a prompt without images."""
     num_visual_tokens: int
     """Visual tokens per image."""
-    blocks: list[int]
+    blocks: Blocks
     """Blocks of the KV pool that the request owns."""
     patches: PatchIds | None = None
     """Patches of the visual tokens of a prompt for the reducer's decoder; None: a prompt for the stock decoder."""
@@ -174,13 +79,12 @@ class _PrefillCache:
     """Replaces a transformers `Cache` during prefill: stores keys and values; each prompt attends to itself only."""
 
     pool: KVPool
-    slots_R: Tensor
+    slots_YR: Tensor
     valid_BS: Tensor
 
     def update(self, keys_BHSE: Tensor, values_BHSE: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
         self.pool.write(
-            layer_idx,
-            self.slots_R,
+            self.slots_YR[layer_idx],
             keys_BHSE.transpose(1, 2)[self.valid_BS],
             values_BHSE.transpose(1, 2)[self.valid_BS],
         )
@@ -192,12 +96,14 @@ class _DecodeCache:
     """Replaces a transformers `Cache` in a decode step: each new token attends to all of its request's tokens."""
 
     pool: KVPool
-    slots_B: Tensor
-    tables_BM: Tensor
+    first_layer: int
+    slots_YB: Tensor
+    tables_YBM: Tensor
 
     def update(self, keys_BH1E: Tensor, values_BH1E: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
-        self.pool.write(layer_idx, self.slots_B, keys_BH1E.squeeze(2), values_BH1E.squeeze(2))
-        return self.pool.read(layer_idx, self.tables_BM)
+        row = layer_idx - self.first_layer
+        self.pool.write(self.slots_YB[row], keys_BH1E.squeeze(2), values_BH1E.squeeze(2))
+        return self.pool.read(self.tables_YBM[row])
 
 
 class PooledDecoder:
@@ -233,18 +139,40 @@ class PooledDecoder:
         reads_prompt = reducer is not None and reducer.in_decoder is not None
         self.prefill_per_image = self._num_patches if reads_prompt else None
         """Visual tokens of an image that enter the decoder at every budget; None: as many as the budget."""
-        self.kv_per_image = reducer.kv_per_image if reducer is not None else None
-        """Visual tokens of an image in the KV cache at every budget; None: as many as the budget."""
+        stages = reducer.in_decoder if reducer is not None else None
+        self._stages = stages if isinstance(stages, InDecoderReducer) else None
+        # With n_y tokens in layer y, a request has at most as many blocks as one with their mean + T - 1 in each.
+        self.rounding_tokens = BLOCK_TOKENS - 1 if self._stages is not None else 0
+        """Tokens beyond the mean over its layers that the blocks of a request may take."""
         heads = int(config.num_attention_heads)
         self.pool = KVPool(
             num_layers=len(self._layers),
             num_heads=int(getattr(config, "num_key_value_heads", None) or heads),
             head_width=int(getattr(config, "head_dim", None) or config.hidden_size // heads),
             max_tokens=max_tokens,
-            spare_tokens=spare_tokens,
+            spare_tokens=spare_tokens + self.rounding_tokens,
             dtype=self._dtype,
             device=self.device,
         )
+        self._visual_by_layer: dict[tuple[int, int], list[int]] = {}
+
+    def kv_lengths(self, num_text: int, num_images: int, num_visual_tokens: int) -> list[int]:
+        """Returns the number of tokens that a request holds in each layer.
+
+        Args:
+            num_text: number of text tokens, those of the answer included.
+            num_images: number of images.
+            num_visual_tokens: budget of each image; with a reducer inside the decoder, the mean over the layers.
+        """
+        key = num_images, num_visual_tokens
+        if key not in self._visual_by_layer:
+            num_layers, visual = len(self._layers), num_images * num_visual_tokens
+            counts = [visual] * num_layers
+            if self._stages is not None and 0 < num_visual_tokens < self._num_patches and num_images:
+                every = num_images * self._num_patches
+                counts = tokens_by_layer(self._stages.stages(num_layers, every, visual), num_layers, every)
+            self._visual_by_layer[key] = counts
+        return [num_text + visual for visual in self._visual_by_layer[key]]
 
     def prefill(self, prompts: list[Prompt]) -> tuple[Tensor, list[list[Span]]]:
         """Processes whole prompts.
@@ -269,8 +197,11 @@ class PooledDecoder:
         lengths = torch.tensor([prompt.length for prompt in prompts], device=self.device)
         order_S = torch.arange(int(lengths.max()), device=self.device)
         valid_BS = order_S[None] < lengths[:, None]
-        slots = [slots_of(prompt.blocks, 0, prompt.length) for prompt in prompts]
-        cache = _PrefillCache(self.pool, torch.tensor(list(chain.from_iterable(slots)), device=self.device), valid_BS)
+        every_layer = range(len(self._layers))
+        slots_YR = slots_of(
+            [prompt.blocks for prompt in prompts], every_layer, [prompt.length for prompt in prompts], self.device
+        )
+        cache = _PrefillCache(self.pool, slots_YR, valid_BS)
         allowed_BSS = valid_BS[:, None].expand(-1, len(order_S), -1)
         if not self._model.reads_both_ways:
             allowed_BSS = allowed_BSS & (order_S[None] <= order_S[:, None])
@@ -278,7 +209,6 @@ class PooledDecoder:
         positions_BS = torch.cat([self._positions(prompt, len(order_S)) for prompt in prompts])
         # Where the prompt is attended to in both directions, layers with a window see all of it, as in transformers.
         window = None if self._model.reads_both_ways else self._window
-        every_layer = range(len(self._layers))
         hidden_BSL = self._run(
             every_layer,
             self._embed(prompts, len(order_S)),
@@ -316,13 +246,10 @@ class PooledDecoder:
         for group in prefilled.groups:
             valid_BS = group.keys.valid_BS
             lengths = valid_BS.sum(dim=1).tolist()
-            slots = [slots_of(prompt.blocks, 0, length) for prompt, length in zip(prompts, lengths, strict=True)]
-            slots_R = torch.tensor(list(chain.from_iterable(slots)), device=self.device)
-            for layer in group.layers:
+            slots_YR = slots_of([prompt.blocks for prompt in prompts], group.layers, lengths, self.device)
+            for layer, slots_R in zip(group.layers, slots_YR, strict=True):
                 held = prefilled.cache.layers[layer]
-                self.pool.write(
-                    layer, slots_R, held.keys.transpose(1, 2)[valid_BS], held.values.transpose(1, 2)[valid_BS]
-                )
+                self.pool.write(slots_R, held.keys.transpose(1, 2)[valid_BS], held.values.transpose(1, 2)[valid_BS])
             for row, length in enumerate(lengths):
                 # Its positions count from 0, to which `_run` would add the stock model's first one.
                 own = Keys(*(part[row][valid_BS[row]][None] for part in group.keys))
@@ -332,7 +259,7 @@ class PooledDecoder:
                 spans[row].append(Span(group.layers, length, following, own if is_keyed else None))
         return prefilled.logits_BV.float(), spans
 
-    def decode(self, token_ids: list[int], spans: list[list[Span]], blocks: list[list[int]]) -> Tensor:
+    def decode(self, token_ids: list[int], spans: list[list[Span]], blocks: Sequence[Blocks]) -> Tensor:
         """Processes one more token of each request and returns the logits [B, V] of the next.
 
         Args:
@@ -350,16 +277,15 @@ class PooledDecoder:
             span.position += 1
         return self._logits(self._text.norm(hidden_B1L)[:, 0])
 
-    def _decode_layers(self, layers: range, hidden_B1L: Tensor, spans: list[Span], blocks: list[list[int]]) -> Tensor:
+    def _decode_layers(self, layers: range, hidden_B1L: Tensor, spans: list[Span], blocks: Sequence[Blocks]) -> Tensor:
         """Runs one more token of each request through some layers, in each of which a request has the same span."""
         lengths = [span.length for span in spans]
         longest = max(lengths) + 1
-        tables_BM = table_of(blocks, longest, self.device)
+        tables_YBM = tables_of(blocks, layers, longest, self.device)
         order_B = torch.tensor(lengths, device=self.device)
-        slots_B = (
-            tables_BM.gather(1, (order_B // BLOCK_TOKENS)[:, None]).squeeze(1) * BLOCK_TOKENS + order_B % BLOCK_TOKENS
-        )
-        order_S = torch.arange(tables_BM.shape[1] * BLOCK_TOKENS, device=self.device)
+        rows_B = torch.arange(len(lengths), device=self.device)
+        slots_YB = tables_YBM[:, rows_B, order_B // BLOCK_TOKENS] * BLOCK_TOKENS + order_B % BLOCK_TOKENS
+        order_S = torch.arange(tables_YBM.shape[2] * BLOCK_TOKENS, device=self.device)
         allowed_BS = order_S[None] <= order_B[:, None]
         positions_B1 = torch.tensor([span.position for span in spans], device=self.device)[:, None]
         if any(span.keys is not None for span in spans):
@@ -369,7 +295,8 @@ class PooledDecoder:
             masks = self._keyed_masks.of_rows(rows_B1, keys, hidden_B1L.dtype)
         else:
             masks = self._masks(allowed_BS[:, None], order_B[:, None], order_S.expand(len(spans), -1), self._window)
-        return self._run(layers, hidden_B1L, positions_B1, masks, _DecodeCache(self.pool, slots_B, tables_BM))
+        cache = _DecodeCache(self.pool, layers.start, slots_YB, tables_YBM)
+        return self._run(layers, hidden_B1L, positions_B1, masks, cache)
 
     def _keys(self, spans: list[Span], allowed_BS: Tensor, order_S: Tensor) -> Keys:
         """Returns positions and sizes of the tokens in the pool; those of requests without keys are in their order."""

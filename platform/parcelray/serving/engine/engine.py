@@ -369,7 +369,6 @@ def check_request(
     chooses: bool,
     max_positions: int,
     positions_per_image: int | None,
-    kv_per_image: int | None = None,
 ) -> None:
     """Rejects a request that an engine can never answer.
 
@@ -380,23 +379,17 @@ def check_request(
         chooses: whether the engine can choose a budget from `request.choices`.
         max_positions: number of rotary positions of the model.
         positions_per_image: positions that an image takes at every budget; None: one for each visual token.
-        kv_per_image: KV tokens that an image takes at every budget; None: one for each visual token.
 
     Raises:
         EngineRefusal: the request does not fit, or needs a budget that is not supported.
     """
     new = request.sampling.max_new_tokens
-    needed = request.tokens_at(kv_per_image or request.smallest_budget).total
+    needed = request.min_prompt_tokens
     if needed + new > max_tokens:
-        remedy = (
-            "lower max_tokens or the visual-token budget"
-            if kv_per_image is None
-            else f"lower max_tokens, or send fewer images, each of which takes {kv_per_image} tokens at every budget"
-        )
         raise EngineRefusal(
             "context_length_exceeded",
             f"The request needs {needed} prompt tokens and {new} new tokens, but one request may hold {max_tokens}"
-            f" tokens; shorten the prompt, or {remedy}.",
+            " tokens; shorten the prompt, or lower max_tokens or the visual-token budget.",
         )
     positions = len(request.prompt_ids) + len(request.images) * (positions_per_image or 0) + new
     if positions > max_positions:

@@ -23,6 +23,7 @@ from parcelray.serving.engine.engine import (
     Timings,
     TokenLogprob,
 )
+from parcelray.serving.engine.kv_pool import NO_BLOCKS, Blocks
 from parcelray.serving.engine.sampling import generator_of, logprobs_of
 from parcelray.serving.engine.vision import EncodedImage
 
@@ -47,7 +48,7 @@ class RequestState:
     """Its encoded images by content, held from the vision tower to the prefill."""
     cached_images: int = 0
     vision_s: float = 0.0
-    blocks: list[int] = field(default_factory=list)
+    blocks: Blocks = field(default_factory=lambda: NO_BLOCKS)
     """Blocks of the KV pool that it owns."""
     spans: list[Span] = field(default_factory=list)
     """Its tokens in the KV pool, by layer."""

@@ -14,7 +14,7 @@ from parcelray.config.serve import ServedModelConfig
 from parcelray.errors import UnsupportedBudgetError
 from parcelray.models.backbones import ElasticVLM
 from parcelray.models.backbones.processor_base import ElasticProcessor
-from parcelray.models.model_reducer import ModelReducer, kv_per_image
+from parcelray.models.model_reducer import ModelReducer
 from parcelray.models.vlm import load_processor, load_vlm, use_sdpa_where_exact
 from parcelray.serving.engine.budget_chooser import BudgetChooser, load_predictor
 from parcelray.serving.engine.continuous_engine import ContinuousEngine
@@ -97,8 +97,7 @@ def load_engine(settings: ReplicaSettings, name: str) -> tuple[Engine, "HealthPr
     model = load_model(folder, settings.model, settings.budgets, settings.reducer)
     processor = load_processor(folder)
     logger.info("parcelray: model loaded in %.1f s", time.perf_counter() - started)
-    held = kv_per_image(settings.reducer, processor.num_patches)
-    probe = HealthProbe(PromptBuilder(processor), settings.budgets, kv_per_image=held)
+    probe = HealthProbe(PromptBuilder(processor), settings.budgets)
     engine = ContinuousEngine(
         model,
         processor,
@@ -119,7 +118,6 @@ class HealthProbe:
         prompts: prompt builder of the engine's checkpoint.
         budgets: offered visual-token budgets.
         timeout_s: seconds after which the engine counts as dead.
-        kv_per_image: see `check_request`.
     """
 
     def __init__(
@@ -128,12 +126,10 @@ class HealthProbe:
         budgets: Sequence[int],
         *,
         timeout_s: float = _TIMEOUT_S,
-        kv_per_image: int | None = None,
     ) -> None:
         self._prompts = prompts
         self._budgets = tuple(sorted(budgets))
         self._timeout_s = timeout_s
-        self._kv_per_image = kv_per_image
         self._numbers = itertools.count()
         self._checking: asyncio.Task[None] | None = None
 
@@ -142,7 +138,7 @@ class HealthProbe:
         """Number of KV tokens that one check needs."""
         smallest = self._budgets[0]
         request = self._request(smallest, 0, 1, self._timeout_s)
-        return request.tokens_at(self._kv_per_image or smallest).total + 1
+        return request.tokens_at(smallest).total + 1
 
     async def check(self, engine: Engine) -> None:
         """Returns once the engine has answered. Concurrent callers share one check.
